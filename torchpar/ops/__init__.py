@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: MIT
+"""One file per operator: everything PyTorch knows about it. Importing one registers it."""
+
+from torchpar.ops.linear_sigmoid import linear_sigmoid
+from torchpar.ops.matmul_t import matmul_t
+from torchpar.ops.maximum import maximum
+
+__all__ = ["linear_sigmoid", "matmul_t", "maximum"]

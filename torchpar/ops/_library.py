@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: MIT
+"""Registration of operators: what torch.library lacks, and every use of what is private to PyTorch.
+
+`operator` does what `torch.library.triton_op` does, which cannot be used here: it imports Triton and
+Inductor when the operator is defined, that is during ``import torchpar``. `register_autograd` adds
+what `torch.library.register_autograd` lacks: torch.func and forward-mode differentiation
+(pytorch#168393, #170834, #179652). tests/test_registration.py guards each private name.
+"""
+
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch._library.autograd import Info, make_autograd_impl
+from torch._library.triton import triton_ops_to_kernels
+from torch._prims_common import compute_elementwise_output_strides
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.autograd import forward_ad
+
+NAMESPACE = "torchpar"
+library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+Wrap = Callable[[Any], Any]
+"""What a launcher applies to a Triton kernel before launching it."""
+
+
+def _launch_directly(kernel: Any) -> Any:
+    return kernel
+
+
+class _Kernels:
+    """The Triton kernels behind an operator, imported when a compiler asks for their source."""
+
+    def __init__(self, module: str):
+        self.module = module
+
+    def __iter__(self) -> Iterator[Any]:
+        from triton import JITFunction
+
+        module = import_module(f"torchpar.kernels.{self.module}")
+        return (value for value in vars(module).values() if isinstance(value, JITFunction))
+
+
+def operator(schema: str, *, kernels: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated function as ``torch.ops.torchpar.<name>`` for every device.
+
+    The function takes the operator's arguments and ``wrap``, which it hands to the kernel launcher.
+    Tracers (`torch.compile`, AOTInductor) look through the operator: they see the kernel, or the
+    ATen operators of the CPU path. `torch.export` keeps the operator whole, as it does for triton_op.
+
+    Args:
+        schema: as in `torch.library.define`, without the namespace.
+        kernels: the module in `torchpar.kernels` whose source belongs in a compiler's cache key.
+    """
+    name = schema.partition("(")[0]
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        def eager(*args: Any) -> Any:
+            return function(*args, wrap=_launch_directly)
+
+        def traced(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
+            from torch.export._trace import custom_triton_ops_decomposition_disabled
+
+            if custom_triton_ops_decomposition_disabled():
+                return mode.__torch_dispatch__(op, types, args, kwargs)
+            with mode:
+                return function(*args, **kwargs, wrap=torch.library.wrap_triton)
+
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, eager, "CompositeExplicitAutograd")
+        torch.library.register_torch_dispatch(qualified(name), FunctionalTensorMode, traced, lib=library)
+        triton_ops_to_kernels[qualified(name)] = _Kernels(kernels)  # type: ignore[assignment]
+        return function
+
+    return register
+
+
+def qualified(name: str) -> str:
+    return f"{NAMESPACE}::{name}"
+
+
+def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return torch.library.register_fake(qualified(name), lib=library)
+
+
+def register_vmap(name: str) -> Callable[[Callable[..., Any]], Any]:
+    return torch.library.register_vmap(qualified(name), lib=library)
+
+
+def register_autograd(
+    name: str,
+    backward: Callable[..., Any],
+    *,
+    setup_context: Callable[..., None],
+    formula: Callable[..., Any],
+) -> None:
+    """As `torch.library.register_autograd`, with ``formula`` in its place where that does not work.
+
+    ``formula`` computes the operator from differentiable ATen operators. It is evaluated under
+    torch.func transforms and inside `torch.autograd.forward_ad.dual_level`.
+    """
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    generated = make_autograd_impl(overload, Info(backward, setup_context))
+
+    def autograd(keyset: Any, *args: Any) -> Any:
+        if peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+            return formula(*args)
+        return generated(keyset, *args)
+
+    library.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+def register_autocast(name: str) -> None:
+    """Run the operator in the autocast dtype, as ATen's matrix products are.
+
+    `torch.library.register_autocast` fixes the dtype at registration; this one follows
+    ``torch.autocast(dtype=...)``.
+    """
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def register(device: str, key: str) -> None:
+        def autocast(*args: Any) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+
+            def cast(arg: Any) -> Any:
+                if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64:
+                    return arg.to(dtype)
+                return arg
+
+            with torch.autocast(device, enabled=False):
+                return overload(*map(cast, args))
+
+        library.impl(name, autocast, key)
+
+    register("cpu", "AutocastCPU")
+    register("cuda", "AutocastCUDA")
+
+
+def empty_elementwise(a: Tensor, b: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised result of the broadcast of ``a`` and ``b``, laid out as ATen would lay it out."""
+    shape = torch.broadcast_shapes(a.shape, b.shape)
+    strides = compute_elementwise_output_strides(a.expand(shape), b.expand(shape))
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: MIT
+"""A linear layer and its sigmoid in one pass.
+
+    Y = σ(Z),  Z = X·Wᵀ + b,  σ(z) = 1/(1 + e⁻ᶻ)
+
+With G = dL/dY, and since σ' = σ·(1 − σ) needs the output alone:
+
+    dL/dZ = G·Y·(1 − Y)        dL/db = Σ dL/dZ over the rows
+    dL/dX = dL/dZ · W          dL/dW = (dL/dZ)ᵀ · X
+
+dL/dZ and dL/db come from one pass over G and Y, by an operator of its own. With incoming gradients
+H for dL/dZ and h for dL/db, and K = H + h (h for every row), that operator's derivatives are
+
+    dL/dG = K·Y·(1 − Y)        dL/dY = K·G·(1 − 2Y)
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from torchpar.ops._library import (
+    Wrap,
+    operator,
+    register_autocast,
+    register_autograd,
+    register_fake,
+    register_vmap,
+)
+from torchpar.ops.matmul_t import fp32_precision
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The sigmoid of a linear layer: ``y = sigmoid(x @ weight.T + bias)``.
+
+    The backward pass keeps ``x``, ``weight`` and ``y`` only.
+
+    Args:
+        x: ``(*, in_features)``; float16, bfloat16, float32 or float64. On CUDA, float32 follows
+            `torch.backends.cuda.matmul.fp32_precision`.
+        weight: ``(out_features, in_features)``, of ``x``'s dtype and device.
+        bias: ``(out_features)``, of ``x``'s dtype and device, or None.
+
+    Returns:
+        ``(*, out_features)``, contiguous, of ``x``'s dtype.
+
+    Raises:
+        RuntimeError: an unsupported dtype, shapes that do not fit, or mixed dtypes or devices.
+    """
+    return _op(x, weight, bias)  # type: ignore[no-any-return]
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if x.dtype not in _DTYPES:
+        raise RuntimeError(
+            f"torchpar::linear_sigmoid: x has dtype {x.dtype}, expected float16, bfloat16, float32 or float64"
+        )
+    if x.dim() < 1:
+        raise RuntimeError("torchpar::linear_sigmoid: x has shape (), expected (*, in_features)")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise RuntimeError(
+            f"torchpar::linear_sigmoid: weight has shape {tuple(weight.shape)}, expected (out_features, "
+            f"{x.shape[-1]}) for x of shape {tuple(x.shape)}"
+        )
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
+        raise RuntimeError(
+            f"torchpar::linear_sigmoid: bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},) "
+            f"for weight of shape {tuple(weight.shape)}"
+        )
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is None:
+            continue
+        if t.dtype != x.dtype:
+            raise RuntimeError(f"torchpar::linear_sigmoid: {name} has dtype {t.dtype}, expected x's {x.dtype}")
+        if t.device != x.device:
+            raise RuntimeError(f"torchpar::linear_sigmoid: {name} is on {t.device}, expected x's {x.device}")
+
+
+def _formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return linear(x, weight, bias).sigmoid()
+
+
+@operator("linear_sigmoid(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", kernels="linear_sigmoid")
+def _linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wrap: Wrap) -> Tensor:
+    _check(x, weight, bias)
+    if not x.is_cuda:
+        return linear(x, weight, bias).sigmoid_()
+    from torchpar.kernels import linear_sigmoid as kernels
+
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    kernels.linear_sigmoid(_rows(x), weight, bias, _rows(out), fp32_precision(), wrap)
+    return out
+
+
+def _rows(t: Tensor) -> Tensor:
+    """``(*, features)`` as a matrix; a view where the strides allow."""
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+_op = torch.ops.torchpar.linear_sigmoid.default
+
+
+@register_fake("linear_sigmoid")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    _check(x, weight, bias)
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight = inputs[:2]
+    ctx.save_for_backward(x, weight, output)
+
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, y = ctx.saved_tensors
+    need_x, need_weight, *need_bias = ctx.needs_input_grad  # a bias left at its default is not listed
+    db = None
+    if any(need_bias):
+        dz, db = _backward_op(g, y)
+    else:
+        dz = torch.ops.aten.sigmoid_backward(g, y)
+    dx = dz @ weight if need_x else None
+    dw = _rows(dz).mT @ _rows(x) if need_weight else None
+    return dx, dw, *([db] * len(need_bias))
+
+
+register_autograd("linear_sigmoid", _backward, setup_context=_setup_context, formula=_formula)
+
+
+@register_vmap("linear_sigmoid")
+def _(
+    info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, int]:
+    args = (x, weight) if bias is None else (x, weight, bias)
+    if in_dims[0] is not None and not any(dim is not None for dim in in_dims[1:]):
+        return linear_sigmoid(x.movedim(in_dims[0], 0), weight, bias), 0
+    # A weight or a bias per sample is a batched product, which the kernel does not compute.
+    return torch.vmap(_formula, in_dims=in_dims[: len(args)])(*args), 0
+
+
+register_autocast("linear_sigmoid")
+
+
+# The backward's first pass: dL/dZ (*, out) and dL/db (out) from g and y (*, out).
+
+
+def _backward_formula(g: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    dz = torch.ops.aten.sigmoid_backward(g, y)
+    return dz, _rows(dz).sum(0)
+
+
+@operator("linear_sigmoid_backward(Tensor g, Tensor y) -> (Tensor, Tensor)", kernels="linear_sigmoid")
+def _linear_sigmoid_backward(g: Tensor, y: Tensor, *, wrap: Wrap) -> tuple[Tensor, Tensor]:
+    if not y.is_cuda:
+        dz, db = _backward_formula(g, y)
+        return dz.contiguous(), db
+    from torchpar.kernels import linear_sigmoid as kernels
+
+    dz = y.new_empty(y.shape)
+    db = kernels.sigmoid_backward(_rows(g), _rows(y), _rows(dz), wrap)
+    return dz, db
+
+
+_backward_op = torch.ops.torchpar.linear_sigmoid_backward.default
+
+
+@register_fake("linear_sigmoid_backward")
+def _(g: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape), y.new_empty(y.shape[-1])
+
+
+def _double_backward(ctx: Any, h_dz: Tensor, h_db: Tensor) -> tuple[Tensor, Tensor]:
+    g, y = ctx.saved_tensors
+    k = h_dz + h_db
+    return k * y * (1 - y), k * g * (1 - 2 * y)
+
+
+register_autograd(
+    "linear_sigmoid_backward",
+    _double_backward,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    formula=_backward_formula,
+)
+
+
+@register_vmap("linear_sigmoid_backward")
+def _(
+    info: Any, in_dims: tuple[int | None, int | None], g: Tensor, y: Tensor
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    return torch.vmap(_backward_formula, in_dims=in_dims)(g, y), (0, 0)

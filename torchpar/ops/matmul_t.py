@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: MIT
+"""The product of a matrix and its transpose.
+
+    C = X·Xᵀ
+
+With G = dL/dC:
+
+    dL/dX = (G + Gᵀ)·X
+
+computed by an operator of its own, since its kernel adds the mirror of G while loading it. With
+H = dL/d(dX), that operator's derivatives are
+
+    dL/dG = H·Xᵀ + X·Hᵀ        dL/dX = (G + Gᵀ)·H
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchpar.ops._library import (
+    Wrap,
+    operator,
+    register_autocast,
+    register_autograd,
+    register_fake,
+    register_vmap,
+)
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_CPU_BLOCKS = 8  # row blocks of the CPU path: (1 + 1/8)/2 of the arithmetic
+_CPU_BLOCKED_FROM = 512  # rows; below, one product is faster than eight smaller ones
+
+
+def matmul_t(x: Tensor) -> Tensor:
+    """The product of a matrix and its own transpose, at half the arithmetic and exactly symmetric.
+
+    ``c = x @ x.mT``. Only tiles on and below the diagonal are computed, and each is stored twice, so
+    ``torch.equal(c, c.mT)`` holds (under torch.func transforms the plain product is evaluated, and it
+    may not).
+
+    Args:
+        x: ``(*, n, k)``; float16, bfloat16, float32 or float64. On CUDA, float32 follows
+            `torch.backends.cuda.matmul.fp32_precision`.
+
+    Returns:
+        ``(*, n, n)``, contiguous, of ``x``'s dtype.
+
+    Raises:
+        RuntimeError: an unsupported dtype, or fewer than two dimensions.
+    """
+    return _op(x)  # type: ignore[no-any-return]
+
+
+def _check(x: Tensor) -> None:
+    if x.dtype not in _DTYPES:
+        raise RuntimeError(
+            f"torchpar::matmul_t: x has dtype {x.dtype}, expected float16, bfloat16, float32 or float64"
+        )
+    if x.dim() < 2:
+        raise RuntimeError(f"torchpar::matmul_t: x has shape {tuple(x.shape)}, expected (*, n, k)")
+
+
+def _formula(x: Tensor) -> Tensor:
+    return x @ x.mT
+
+
+def fp32_precision() -> str:
+    """How float32 products on CUDA round their operands: "ieee" or "tf32"."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+@operator("matmul_t(Tensor x) -> Tensor", kernels="matmul_t")
+def _matmul_t(x: Tensor, *, wrap: Wrap) -> Tensor:
+    _check(x)
+    if not x.is_cuda:
+        return _blocked(x) if x.shape[-2] >= _CPU_BLOCKED_FROM else _mirror(_formula(x))
+    from torchpar.kernels import matmul_t as kernels
+
+    out = x.new_empty(*x.shape[:-1], x.shape[-2])
+    kernels.symmetric_product(x, x, out, fp32_precision(), wrap)
+    return out
+
+
+def _mirror(c: Tensor) -> Tensor:
+    # BLAS may round c[i, j] and c[j, i] differently. The larger one serves both, in one pass.
+    return torch.maximum(c, c.mT)
+
+
+def _blocked(x: Tensor) -> Tensor:
+    n = x.shape[-2]
+    out = x.new_empty(*x.shape[:-1], n)
+    for block in range(_CPU_BLOCKS):
+        lo, hi = n * block // _CPU_BLOCKS, n * (block + 1) // _CPU_BLOCKS
+        torch.matmul(x[..., lo:hi, :], x[..., :hi, :].mT, out=out[..., lo:hi, :hi])
+        out[..., :lo, lo:hi] = out[..., lo:hi, :lo].mT
+        out[..., lo:hi, lo:hi] = _mirror(out[..., lo:hi, lo:hi])
+    return out
+
+
+_op = torch.ops.torchpar.matmul_t.default
+
+
+@register_fake("matmul_t")
+def _(x: Tensor) -> Tensor:
+    _check(x)
+    return x.new_empty(*x.shape[:-1], x.shape[-2])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, g: Tensor) -> Tensor:
+    (x,) = ctx.saved_tensors
+    return _backward_op(g, x)  # type: ignore[no-any-return]
+
+
+register_autograd("matmul_t", _backward, setup_context=_setup_context, formula=_formula)
+
+
+@register_vmap("matmul_t")
+def _(info: Any, in_dims: tuple[int], x: Tensor) -> tuple[Tensor, int]:
+    return matmul_t(x.movedim(in_dims[0], 0)), 0
+
+
+register_autocast("matmul_t")
+
+
+# The backward: dX = (G + Gᵀ)·X, with G (*, n, n) and X (*, n, k).
+
+
+def _backward_formula(g: Tensor, x: Tensor) -> Tensor:
+    return (g + g.mT) @ x
+
+
+@operator("matmul_t_backward(Tensor g, Tensor x) -> Tensor", kernels="matmul_t")
+def _matmul_t_backward(g: Tensor, x: Tensor, *, wrap: Wrap) -> Tensor:
+    if not x.is_cuda:
+        return _backward_formula(g, x).contiguous()
+    from torchpar.kernels import matmul_t as kernels
+
+    out = x.new_empty(x.shape)
+    kernels.symmetrized_product(g, x, out, fp32_precision(), wrap)
+    return out
+
+
+_backward_op = torch.ops.torchpar.matmul_t_backward.default
+
+
+@register_fake("matmul_t_backward")
+def _(g: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _double_backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    g, x = ctx.saved_tensors
+    need_g, need_x = ctx.needs_input_grad
+    product = h @ x.mT if need_g else None
+    return None if product is None else product + product.mT, _backward_op(g, h) if need_x else None
+
+
+register_autograd(
+    "matmul_t_backward",
+    _double_backward,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    formula=_backward_formula,
+)
+
+
+@register_vmap("matmul_t_backward")
+def _(info: Any, in_dims: tuple[int | None, int | None], g: Tensor, x: Tensor) -> tuple[Tensor, int]:
+    def batch_first(t: Tensor, dim: int | None) -> Tensor:
+        return t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+    return _backward_op(batch_first(g, in_dims[0]), batch_first(x, in_dims[1])), 0
