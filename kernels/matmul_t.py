@@ -147,7 +147,9 @@ def symmetric_product(a: Tensor, b: Tensor, out: Tensor, precision: str, wrap: C
     )
 
 
-def symmetrized_product(g: Tensor, x: Tensor, out: Tensor, precision: str, wrap: Callable[[Any], Any]) -> None:
+def symmetrized_product(
+    g: Tensor, x: Tensor, out: Tensor, precision: str, wrap: Callable[[Any], Any]
+) -> None:
     """``out = (g + g.mT) @ x`` for ``g (*, n, n)`` and ``x (*, n, k)``; the sum is never stored.
 
     ``out (*, n, k)`` is contiguous. ``precision`` is "ieee" or "tf32" and matters to float32 alone.

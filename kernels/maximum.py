@@ -83,7 +83,7 @@ def maximum(a: Tensor, b: Tensor, out: Tensor, wrap: Callable[[Any], Any]) -> No
         # Each slice of the outermost dimension has one dimension less. Nothing is copied.
         dim = max(range(out.dim()), key=lambda d: (out.shape[d] > 1, out.stride(d)))
         for index in range(out.shape[dim]):
-            maximum(*(t.select(dim, index) for t in (a, b, out)), wrap)
+            maximum(a.select(dim, index), b.select(dim, index), out.select(dim, index), wrap)
     elif len(sizes) == 1 and a_strides == b_strides == [1]:
         block = FLAT_BYTES // out.element_size()
         wrap(maximum_flat_kernel)[(triton.cdiv(out.numel(), block),)](a, b, out, out.numel(), BLOCK=block)
@@ -110,7 +110,7 @@ def maximum(a: Tensor, b: Tensor, out: Tensor, wrap: Callable[[Any], Any]) -> No
 
 
 def _collapse(a: Tensor, b: Tensor, out: Tensor) -> tuple[list[int], list[int], list[int]]:
-    """Sizes and strides of ``a`` and ``b`` in the order of ``out``'s memory, in as few dimensions as possible."""
+    """Sizes and strides of ``a`` and ``b`` along ``out``'s memory, in as few dimensions as possible."""
     dims = [d for d in range(out.dim()) if out.shape[d] != 1]
     dims.sort(key=out.stride, reverse=True)
     sizes: list[int] = []

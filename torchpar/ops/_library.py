@@ -26,6 +26,9 @@ library = torch.library.Library(NAMESPACE, "FRAGMENT")
 Wrap = Callable[[Any], Any]
 """What a launcher applies to a Triton kernel before launching it."""
 
+Rule = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""A decorator that registers a function."""
+
 
 def _launch_directly(kernel: Any) -> Any:
     return kernel
@@ -44,7 +47,7 @@ class _Kernels:
         return (value for value in vars(module).values() if isinstance(value, JITFunction))
 
 
-def operator(schema: str, *, kernels: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def operator(schema: str, *, kernels: str) -> Rule:
     """Register the decorated function as ``torch.ops.torchpar.<name>`` for every device.
 
     The function takes the operator's arguments and ``wrap``, which it hands to the kernel launcher.
@@ -82,12 +85,14 @@ def qualified(name: str) -> str:
     return f"{NAMESPACE}::{name}"
 
 
-def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return torch.library.register_fake(qualified(name), lib=library)
+def register_fake(name: str) -> Rule:
+    rule: Rule = torch.library.register_fake(qualified(name), lib=library)
+    return rule
 
 
-def register_vmap(name: str) -> Callable[[Callable[..., Any]], Any]:
-    return torch.library.register_vmap(qualified(name), lib=library)
+def register_vmap(name: str) -> Rule:
+    rule: Rule = torch.library.register_vmap(qualified(name), lib=library)
+    return rule
 
 
 def register_autograd(

@@ -75,7 +75,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         if t is None:
             continue
         if t.dtype != x.dtype:
-            raise RuntimeError(f"torchpar::linear_sigmoid: {name} has dtype {t.dtype}, expected x's {x.dtype}")
+            raise RuntimeError(
+                f"torchpar::linear_sigmoid: {name} has dtype {t.dtype}, expected x's {x.dtype}"
+            )
         if t.device != x.device:
             raise RuntimeError(f"torchpar::linear_sigmoid: {name} is on {t.device}, expected x's {x.device}")
 

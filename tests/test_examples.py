@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: MIT
+"""The examples as a user runs them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from fake_data import fashion_mnist
+
+pytest.importorskip("torchvision", reason="torchvision reads the data sets")
+pytest.importorskip("tyro", reason="tyro reads the flags")
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+TRAIN_DDP = str(ROOT / "examples" / "train_ddp.py")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+LAST_LINE = r"test accuracy [01]\.\d{4} \| loss \d+\.\d{4} \| \d+\.\d s \| (\d) ranks? \| (cpu|cuda)"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> list[str]:
+    """Flags for a small data set that trains quickly."""
+    root = tmp_path_factory.mktemp("data")
+    fashion_mnist(root / "FashionMNIST" / "raw", train=600, test=100)
+    return ["--dataset", "fashion-mnist", "--data", str(root), "--hidden", "16", "--device", "cpu"]
+
+
+def start(*command: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd="/"
+    )
+
+
+def run(*command: str) -> tuple[int, str, str]:
+    process = start(*command)
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory) -> Path:
+    """The checkpoint of six epochs on two ranks, with metrics and plots beside it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    flags = ["--epochs", "6", "--checkpoint", str(folder), "--metrics", str(folder / "metrics.jsonl")]
+    code, out, err = run(*TORCHRUN, TRAIN_DDP, *data, *flags, "--plots", str(folder / "plots"))
+    assert code == 0, err
+    (folder / "out").write_text(out)
+    return folder
+
+
+def test_two_ranks_train_and_report(undisturbed):
+    lines = (undisturbed / "out").read_text().splitlines()
+    assert len(lines) == 7, lines  # rank 0 alone speaks: six epochs and the last line, none of them wrapped
+    assert re.fullmatch(LAST_LINE, lines[-1]).groups() == ("2", "cpu")
+    rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert set(rows[0]) == {
+        "epoch",
+        "train_loss",
+        "test_loss",
+        "test_accuracy",
+        "samples_per_s",
+        "seconds",
+        "ranks",
+        "device",
+    }
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+    assert f"test accuracy {rows[-1]['test_accuracy']:.4f} | loss {rows[-1]['test_loss']:.4f}" in lines[-1]
+    for name in ("curves", "confusion", "worst"):
+        picture = (undisturbed / "plots" / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+
+
+def workers(torchrun: int) -> dict[int, int]:
+    """The process of each rank that a torchrun started."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            variables = dict(
+                v.split("=", 1) for v in (folder / "environ").read_text().split("\0") if "=" in v
+            )
+        except (OSError, ValueError):
+            continue  # it has ended
+        if parent == torchrun and "RANK" in variables:
+            found[int(variables["RANK"])] = int(folder.name)
+    return found
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killed_and_started_again_ends_with_the_same_bits(data, undisturbed, tmp_path, victim):
+    metrics = tmp_path / "metrics.jsonl"
+    flags = [*data, "--epochs", "6", "--checkpoint", str(tmp_path), "--metrics", str(metrics)]
+    process = start(*TORCHRUN, TRAIN_DDP, *flags)
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n")):
+        time.sleep(0.01)
+    os.kill(workers(process.pid)[victim], signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    interrupted = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["results"]
+    assert 1 <= len(interrupted) < 6  # it was killed in the middle
+    assert not same(weights(tmp_path), weights(undisturbed))
+
+    code, _, err = run(*TORCHRUN, TRAIN_DDP, *flags)
+    assert code == 0, err
+    assert same(weights(tmp_path), weights(undisturbed))
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["seconds"] for row in rows[: len(interrupted)]] == [row["seconds"] for row in interrupted]
+
+
+def test_one_process_with_every_other_flag(data, tmp_path):
+    flags = "--epochs 2 --batch-size 50 --lr 0.2 --momentum 0 --schedule cosine --weight-decay 1e-4"
+    flags += " --orthogonality 1e-3 --hidden 8 8 --seed 3 --compile --phases"
+    code, out, err = run(sys.executable, TRAIN_DDP, *data, *flags.split())
+    assert code == 0, err
+    assert re.fullmatch(LAST_LINE, out.splitlines()[-1]).groups() == ("1", "cpu")
+    for phase in ("data", "forward", "backward", "optimizer"):
+        assert re.search(rf"│ {phase} +│ +\d", out)
+
+
+def test_dry_run_writes_nothing(data, tmp_path):
+    flags = [f"--{name}={tmp_path / name}" for name in ("metrics", "plots", "checkpoint")]
+    code, out, _ = run(sys.executable, TRAIN_DDP, *data, "--dry-run", *flags)
+    assert code == 0
+    assert re.fullmatch(LAST_LINE, out.splitlines()[-1])
+    assert list(tmp_path.iterdir()) == []
+
+
+ERRORS = [
+    ("--epoch 3", "Unrecognized options: --epoch"),
+    ("--epochs many", "--epochs: invalid literal for int"),
+    ("--epochs 0", "--epochs is 0, expected at least 1"),
+    ("--hidden 0", r"--hidden is \(0,\), expected widths of at least 1"),
+    ("--lr nan", "--lr is nan, expected at least 0"),
+    ("--schedule steps", "invalid choice 'steps' for argument '--schedule'"),
+    ("--dataset cifar", "invalid choice 'cifar' for argument '--dataset'"),
+    ("--data /nonexistent", "/nonexistent/FashionMNIST/raw/train-images-idx3-ubyte.gz is missing"),
+    ("--metrics /dev/null/m.jsonl", "cannot write there.*/dev/null"),
+    ("--checkpoint /dev/null/c", "cannot write there.*/dev/null"),
+    ("--plots /dev/null/p", "cannot write there.*/dev/null"),
+]
+if not torch.cuda.is_available():
+    ERRORS.append(("--device cuda", "no CUDA device is available here; use cpu or auto"))
+
+
+@pytest.mark.parametrize("flags, message", ERRORS)
+def test_errors_are_one_line(data, monkeypatch, capsys, flags, message):
+    sys_path = [str(ROOT / "examples"), *sys.path]
+    monkeypatch.setattr(sys, "path", sys_path)
+    import train_ddp
+
+    from torchpar import cli
+
+    monkeypatch.setattr(sys, "argv", [TRAIN_DDP, *data, *flags.split()])
+    with pytest.raises(SystemExit) as caught:
+        cli.main(train_ddp.main, train_ddp.Flags)
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2
+    assert out == ""
+    assert re.fullmatch(rf"train_ddp\.py: error: .*{message}.*\n", err)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--no-such-flag", "Unrecognized options: --no-such-flag"),
+        ("--batch-size 1", "smaller than the number"),
+    ],
+)
+def test_errors_on_two_ranks_come_from_rank_0_alone(data, flags, message):
+    code, out, err = run(*TORCHRUN, TRAIN_DDP, *data, *flags.split())
+    assert code != 0
+    ours = [line for line in err.splitlines() if line.startswith("train_ddp.py: error: ")]
+    assert len(ours) == 1
+    assert message in ours[0]
+    assert 'train_ddp.py", line' not in err  # no traceback of a rank
+    assert out == ""
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_examples_fit_on_a_page(example):
+    assert len(example.read_text().splitlines()) <= 150

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: MIT
+import pytest
+import torch
+
+from torchpar.nn import MLP, Linear, LinearReLU, LinearSigmoid
+
+
+def reference(mlp: MLP) -> torch.nn.Sequential:
+    """The same network from PyTorch's own modules, with the same parameters."""
+    activations = {Linear: [], LinearSigmoid: [torch.nn.Sigmoid()], LinearReLU: [torch.nn.ReLU()]}
+    modules = []
+    for layer in mlp.layers:
+        own = torch.nn.Linear(layer.in_features, layer.out_features, dtype=layer.weight.dtype)
+        own.load_state_dict(layer.state_dict())
+        modules += [own.to(layer.weight.device), *activations[type(layer)]]
+    return torch.nn.Sequential(*modules)
+
+
+@pytest.mark.parametrize("hidden", ["sigmoid", "relu"])
+@pytest.mark.parametrize("output", ["logits", "sigmoid"])
+@pytest.mark.parametrize("sizes", [(3, 2), (5, 7, 1), (784, 129, 64, 10)])
+def test_mlp_equals_the_network_of_torchs_modules(sizes, hidden, output, device):
+    torch.manual_seed(0)
+    mlp = MLP(sizes, hidden, output, device=device, dtype=torch.float64)
+    other = reference(mlp)
+    for shape in ((0,), (1,), (6,), (2, 3), ()):
+        x = torch.randn(*shape, sizes[0], device=device, dtype=torch.float64)
+        y, expected = mlp(x), other(x)
+        torch.testing.assert_close(y, expected)
+        grads = torch.autograd.grad(y.square().sum(), list(mlp.parameters()))
+        others = torch.autograd.grad(expected.square().sum(), list(other.parameters()))
+        torch.testing.assert_close(grads, others)
+
+
+def test_state_dict_keys_and_shapes():
+    state = MLP([4, 3, 2]).state_dict()
+    assert {key: tuple(t.shape) for key, t in state.items()} == {
+        "layers.0.weight": (3, 4),
+        "layers.0.bias": (3,),
+        "layers.1.weight": (2, 3),
+        "layers.1.bias": (2,),
+    }
+
+
+def test_repr_names_what_it_is():
+    text = repr(MLP([4, 3, 2], "relu", "sigmoid"))
+    assert "4-3-2, relu, sigmoid, 23 parameters" in text
+    assert "LinearReLU(4, 3, bias=True, init='xavier_uniform')" in text
+    assert "LinearSigmoid(3, 2" in text
+
+
+@pytest.mark.parametrize("init", ["xavier_uniform", "xavier_normal"])
+def test_xavier_variance(init):
+    torch.manual_seed(0)
+    layer = LinearSigmoid(300, 500, init=init)
+    # The variance of 150,000 draws lies within 6 of its standard deviations, sqrt(2/n) relatively or less.
+    expected = 2 / (300 + 500)
+    assert abs(layer.weight.var().item() / expected - 1) < 6 * (2 / layer.weight.numel()) ** 0.5
+    assert layer.bias is not None
+    assert not layer.bias.any()
+    bounded = layer.weight.abs().max().item() <= (3 * expected) ** 0.5
+    assert bounded == (init == "xavier_uniform")
+
+
+def test_same_seed_same_weights_and_layers_without_bias():
+    torch.manual_seed(1)
+    a = Linear(3, 4, bias=False)
+    torch.manual_seed(1)
+    b = Linear(3, 4, bias=False)
+    assert torch.equal(a.weight, b.weight)
+    assert a.bias is None
+    assert list(a.state_dict()) == ["weight"]
+    assert LinearSigmoid(3, 4, bias=False)(torch.zeros(2, 3)).eq(0.5).all()
+
+
+def test_bf16_autocast_and_compile(device):
+    torch.manual_seed(0)
+    mlp = MLP([16, 8, 4], device=device)
+    x = torch.randn(5, 16, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert mlp(x).dtype == torch.bfloat16
+    torch.testing.assert_close(torch.compile(mlp, fullgraph=True)(x), mlp(x))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (([3],), r"sizes is \[3\], expected at least"),
+        (([3, 2], "tanh"), "hidden is 'tanh', expected one of"),
+        (([3, 2], "relu", "softmax"), "output is 'softmax', expected one of"),
+    ],
+)
+def test_errors_name_the_argument(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MLP(*arguments)
+    with pytest.raises(ValueError, match="init is 'zeros', expected"):
+        Linear(2, 2, init="zeros")  # type: ignore[arg-type]

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: MIT
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from torchpar import training
+from torchpar.data import Samples
+from torchpar.errors import ConfigError
+from torchpar.nn import MLP
+from torchpar.parallel import checkpoint
+from torchpar.parallel.world import World, join_world
+
+SIZES = [784, 20, 10]
+
+
+def samples(n: int, seed: int) -> Samples:
+    """Noise around one pattern per class."""
+    generator = torch.Generator().manual_seed(seed)
+    patterns = torch.randint(0, 200, (10, 28, 28), generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(0, 10, (n,), generator=generator)
+    images = patterns[labels] + torch.randint(0, 56, (n, 28, 28), generator=generator)
+    return Samples(images.to(torch.uint8), labels, tuple("0123456789"))
+
+
+class InDouble(torch.nn.Module):
+    """A model in double precision that takes single-precision inputs."""
+
+    def __init__(self, model: MLP):
+        super().__init__()
+        self.model = model.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x.double())
+
+
+def train(
+    n: int = 203, batch_size: int = 50, double: bool = False, phases: bool = False, **options: Any
+) -> Any:
+    """Losses, weights and confusion matrix of a short run on the ranks there are."""
+    torch.manual_seed(0)
+    model: torch.nn.Module = InDouble(MLP(SIZES)) if double else MLP(SIZES)
+    with join_world("cpu") as world:
+        forward, measured = model, training.Phases(world.device) if phases else None
+        if world.world_size > 1:
+            forward = DistributedDataParallel(model)
+            if measured:
+                measured.watch(forward)
+        test = samples(101, seed=2)
+        results = training.fit(
+            model,
+            training.sgd(model, lr=0.3, momentum=0.9, weight_decay=1e-4),
+            samples(n, seed=1),
+            test,
+            world,
+            forward=forward,
+            epochs=2,
+            batch_size=batch_size,
+            phases=measured,
+            **options,
+        )
+        _, confusion = training.evaluate(model, test, world, "cross-entropy")
+    losses = [(r.train_loss, r.test_loss) for r in results]
+    weights = [p.detach().double().numpy() for p in model.parameters()]
+    return losses, weights, confusion.tolist(), measured and measured.seconds
+
+
+# A batch remainder of 3 leaves a rank of four without samples; batches of 50 split unevenly over four.
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_learn_what_one_process_learns(ranks, world_size):
+    """Within rounding: a rank sums its own samples' gradients first, so that sums associate differently.
+
+    Both are judged by the same run in double precision.
+    """
+    (exact,) = ranks(1, train, 203, 50, True)
+    (one,) = ranks(1, train)
+    several = ranks(world_size, train)
+    for losses, weights, confusion, _ in several:
+        assert losses == several[0][0]
+        assert all((a == b).all() for a, b in zip(weights, several[0][1], strict=True))
+        assert confusion == one[2]
+
+    def error(run: Any) -> tuple[float, float]:
+        loss = max(
+            abs(a - b) for r, e in zip(run[0], exact[0], strict=True) for a, b in zip(r, e, strict=True)
+        )
+        return loss, max(abs(a - b).max() for a, b in zip(run[1], exact[1], strict=True))
+
+    # The error of a run is that of its worst weight, whose own rounding is at least half an ulp.
+    for mine, ones, largest in zip(
+        error(several[0]), error(one), (max(max(exact[0])), max(abs(w).max() for w in exact[1])), strict=True
+    ):
+        assert mine <= 2 * ones + torch.finfo(torch.float32).eps * largest
+
+
+def test_the_comparison_rejects_a_mean_of_means(ranks, monkeypatch):
+    """Averaging each rank's own mean, as DistributedDataParallel alone would, is not the global mean."""
+    (one,) = ranks(1, train)
+    wrong = ranks(2, train_on_means)[0]
+    assert abs(wrong[0][-1][0] - one[0][-1][0]) > 1e-4
+
+
+def train_on_means() -> Any:
+    unevenly = training.batches
+
+    def with_local_size(*args: Any, **kwargs: Any) -> Any:
+        for batch in unevenly(*args, **kwargs):
+            yield batch._replace(global_size=kwargs["world"].world_size * len(batch.labels))
+
+    training.batches = with_local_size  # type: ignore[assignment]
+    try:
+        return train(n=203, batch_size=51)
+    finally:
+        training.batches = unevenly
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_evaluation_counts_every_sample_once(ranks, world_size):
+    _, _, confusion, _ = ranks(world_size, train)[0]
+    counts = torch.tensor(confusion).sum(1)
+    assert torch.equal(counts, samples(101, seed=2).labels.bincount(minlength=10))
+
+
+def test_phases_change_no_bit(ranks):
+    plain, measured = ranks(2, train)[0], ranks(2, train, 203, 50, False, True)[0]
+    assert plain[0] == measured[0]
+    assert all((a == b).all() for a, b in zip(plain[1], measured[1], strict=True))
+    assert set(measured[3]) == {"data", "forward", "backward", "collectives", "optimizer"}
+    assert all(seconds > 0 for seconds in measured[3].values())
+
+
+def test_fewer_samples_in_a_batch_than_ranks():
+    with pytest.raises(ConfigError, match="batch size 3 is smaller than the number of ranks, 4"):
+        training.fit(
+            MLP(SIZES),
+            torch.optim.SGD([torch.zeros(1)]),
+            samples(9, 0),
+            samples(9, 0),
+            World(0, 0, 4, torch.device("cpu")),
+            epochs=1,
+            batch_size=3,
+        )
+
+
+def run_alone(
+    epochs: int, folder: Path | None = None, schedule: training.Schedule = "linear", **run: Any
+) -> tuple[MLP, list[training.EpochResult]]:
+    torch.manual_seed(0)
+    model = MLP(SIZES)
+    world = World(0, 0, 1, torch.device("cpu"))
+    results = training.fit(
+        model,
+        training.sgd(model, lr=0.3, momentum=0.9, weight_decay=1e-4),
+        samples(200, 1),
+        samples(50, 2),
+        world,
+        epochs=epochs,
+        batch_size=32,
+        schedule=schedule,
+        checkpoint_folder=folder,
+        run=run,
+    )
+    return model, results
+
+
+def same_run(a: list[training.EpochResult], b: list[training.EpochResult]) -> bool:
+    clocks = {"seconds": 0.0, "samples_per_s": 0.0}
+    return [dataclasses.replace(r, **clocks) for r in a] == [dataclasses.replace(r, **clocks) for r in b]
+
+
+def test_learns_and_resumes_bit_for_bit(tmp_path):
+    model, results = run_alone(4, schedule="constant")
+    assert results[-1].test_accuracy == 1.0
+    assert results[-1].train_loss < results[0].train_loss / 2
+    run_alone(1, tmp_path, schedule="constant")
+    run_alone(3, tmp_path, schedule="constant")
+    resumed, all_results = run_alone(4, tmp_path, schedule="constant")
+    assert same_run(all_results, results)
+    for a, b in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    again, same = run_alone(4, tmp_path, schedule="constant")  # nothing left to train
+    assert same == all_results
+    assert torch.equal(again.layers[0].weight, model.layers[0].weight)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    run_alone(1, tmp_path, lr=0.3, hidden=(20,))
+    with pytest.raises(ConfigError, match=r"holds a run with hidden \(20,\), this one has hidden \(30,\)"):
+        run_alone(1, tmp_path, lr=0.3, hidden=(30,))
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    run_alone(1, tmp_path)
+    path = tmp_path / checkpoint.NAME
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match=r"checkpoint\.pt cannot be read .*; remove it") as caught:
+        run_alone(1, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, {"epoch": 1})
+
+    def half(state: Any, file: Any) -> None:
+        file.write(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.save(tmp_path, {"epoch": 2})
+    monkeypatch.undo()
+    assert checkpoint.load(tmp_path) == {"epoch": 1}
+    assert checkpoint.load(tmp_path / "empty") is None
+
+
+def test_losses_are_torchs(device):
+    torch.manual_seed(0)
+    logits = torch.randn(6, 4, device=device, dtype=torch.float64)
+    labels = torch.tensor([0, 3, 1, 1, 2, 0], device=device)
+    targets = torch.nn.functional.one_hot(labels, 4).double()
+    p = logits.sigmoid()
+    expected = {
+        "cross-entropy": -(logits.log_softmax(1) * targets).sum(),
+        "bce": -(targets * p.log() + (1 - targets) * (1 - p).log()).sum(),
+        "mse": (p - targets).square().sum(),
+    }
+    for loss, value in expected.items():
+        outputs = logits if loss == "cross-entropy" else p
+        torch.testing.assert_close(training.loss_sum(loss, outputs, labels), value)
+    with pytest.raises(ConfigError, match="loss is 'hinge', expected"):
+        training.loss_sum("hinge", logits, labels)  # type: ignore[arg-type]
+
+
+def test_orthogonality_penalty(device):
+    model = MLP([6, 5, 3], device=device, dtype=torch.float64)
+    eye = [torch.eye(n, device=device, dtype=torch.float64) for n in (5, 3)]
+    weights = [layer.weight for layer in model.layers]
+    expected = sum((w @ w.T - i).norm() ** 2 for w, i in zip(weights, eye, strict=True))
+    penalty = training.orthogonality_penalty(model)
+    torch.testing.assert_close(penalty, expected)
+    gradients = torch.autograd.grad(penalty, weights)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, weights))
+    torch.nn.init.orthogonal_(weights[0])
+    torch.nn.init.orthogonal_(weights[1])
+    assert training.orthogonality_penalty(model) < 1e-24
+
+
+@pytest.mark.parametrize("decay_biases", [False, True])
+def test_weight_decay_is_an_l2_penalty(decay_biases):
+    torch.manual_seed(0)
+    model = MLP([4, 3])
+    torch.nn.init.normal_(model.layers[0].bias)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = training.sgd(model, lr=0.5, momentum=0.0, weight_decay=0.1, decay_biases=decay_biases)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for p, was in zip(model.parameters(), before, strict=True):
+        decays = p.dim() == 2 or decay_biases
+        torch.testing.assert_close(p.detach(), was - 0.5 * 0.1 * was * decays)
+
+
+def test_schedules():
+    def course(schedule: training.Schedule) -> list[float]:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+        rate = training.scheduler(optimizer, schedule, 4)
+        rates = []
+        for _ in range(4):
+            rates.append(rate.get_last_lr()[0])
+            optimizer.step()
+            rate.step()
+        return [*rates, rate.get_last_lr()[0]]
+
+    assert course("linear") == [2.0, 1.5, 1.0, 0.5, 0.0]
+    assert course("constant") == [2.0] * 5
+    assert course("cosine") == pytest.approx([1 + math.cos(math.pi * i / 4) for i in range(5)])
+    with pytest.raises(ConfigError, match="schedule is 'steps', expected one of"):
+        course("steps")  # type: ignore[arg-type]

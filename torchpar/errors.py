@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: MIT
+"""The error a person can mend."""
+
+
+class ConfigError(ValueError):
+    """What was asked for cannot be done. One line: what was wrong, what was expected, what to do."""

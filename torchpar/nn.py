@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: MIT
+"""A multilayer perceptron on torchpar's operators, from the parameters up."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from torchpar.ops import linear_sigmoid, maximum
+
+Init = Literal["xavier_uniform", "xavier_normal"]
+
+
+class Linear(torch.nn.Module):
+    """An affine map, ``y = x @ weight.T + bias``.
+
+    ``x (*, in_features)`` → ``y (*, out_features)``. The state dict's keys are ``weight``
+    ``(out_features, in_features)`` and ``bias`` ``(out_features)``, as `torch.nn.Linear`'s.
+
+    Args:
+        init: how `reset_parameters` draws the weight: Xavier's uniform or normal distribution
+            (Glorot and Bengio, 2010), both of variance 2/(in_features + out_features). The bias is 0.
+    """
+
+    bias: torch.nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        init: Init = "xavier_uniform",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.init = init
+        self.weight = torch.nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        if bias:
+            self.bias = torch.nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.init == "xavier_uniform":
+            torch.nn.init.xavier_uniform_(self.weight)
+        elif self.init == "xavier_normal":
+            torch.nn.init.xavier_normal_(self.weight)
+        else:
+            raise ValueError(f"init is {self.init!r}, expected 'xavier_uniform' or 'xavier_normal'")
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, init={self.init!r}"
+
+
+class LinearSigmoid(Linear):
+    """A linear layer with a sigmoid, ``y = sigmoid(x @ weight.T + bias)``, by `torchpar.linear_sigmoid`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_sigmoid(x, self.weight, self.bias)
+
+
+class LinearReLU(Linear):
+    """A linear layer with a ReLU, ``y = max(x @ weight.T + bias, 0)``, by `torchpar.maximum`.
+
+    At exactly 0 the gradient is one half, `torchpar.maximum`'s at a tie; `torch.relu`'s is 0.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = super().forward(x)
+        return maximum(z, z.new_zeros(()))
+
+
+class MLP(torch.nn.Module):
+    """A multilayer perceptron: a layer between each two sizes, an activation after each but the last.
+
+    ``x (*, sizes[0])`` → ``y (*, sizes[-1])``. The state dict's keys are ``layers.<i>.weight``
+    ``(sizes[i + 1], sizes[i])`` and ``layers.<i>.bias`` ``(sizes[i + 1])`` for i = 0, 1, ….
+
+    Args:
+        sizes: at least two, input first.
+        hidden: the activation between layers, "sigmoid" or "relu".
+        output: "logits" leaves the last layer linear; "sigmoid" ends it with a sigmoid.
+        init: as for `Linear`.
+
+    Raises:
+        ValueError: fewer than two sizes, or an unknown activation, output or initialisation.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        hidden: Literal["sigmoid", "relu"] = "sigmoid",
+        output: Literal["logits", "sigmoid"] = "logits",
+        *,
+        init: Init = "xavier_uniform",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        hidden_layers = {"sigmoid": LinearSigmoid, "relu": LinearReLU}
+        output_layers = {"logits": Linear, "sigmoid": LinearSigmoid}
+        if len(sizes) < 2:
+            raise ValueError(f"sizes is {list(sizes)}, expected at least an input and an output size")
+        if hidden not in hidden_layers:
+            raise ValueError(f"hidden is {hidden!r}, expected one of {sorted(hidden_layers)}")
+        if output not in output_layers:
+            raise ValueError(f"output is {output!r}, expected one of {sorted(output_layers)}")
+        self.sizes = tuple(sizes)
+        self.hidden = hidden
+        self.output = output
+        kinds = [hidden_layers[hidden]] * (len(sizes) - 2) + [output_layers[output]]
+        self.layers = torch.nn.Sequential(
+            *(
+                kind(*pair, init=init, device=device, dtype=dtype)
+                for kind, pair in zip(kinds, pairwise(sizes), strict=True)
+            )
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        parameters = sum(p.numel() for p in self.parameters())
+        return f"{'-'.join(map(str, self.sizes))}, {self.hidden}, {self.output}, {parameters:,} parameters"

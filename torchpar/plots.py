@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: MIT
+"""Pictures of a training run, by matplotlib."""
+
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from torchpar.data import Samples
+from torchpar.training import EVALUATION_BATCH, EpochResult
+
+WORST = (4, 8)  # rows and columns of the picture of worst-classified samples
+
+
+def save(
+    folder: Path, results: list[EpochResult], confusion: Tensor, model: torch.nn.Module, test: Samples
+) -> None:
+    """Write ``curves.png``, ``confusion.png`` and ``worst.png``.
+
+    Args:
+        confusion: as `torchpar.training.evaluate` returns it.
+    """
+    matplotlib.use("Agg")
+    for name, figure in (
+        ("curves", _curves(results)),
+        ("confusion", _confusion(confusion.cpu(), test.classes)),
+        ("worst", _worst(model, test)),
+    ):
+        figure.savefig(folder / f"{name}.png", dpi=120)
+        plt.close(figure)
+
+
+def _curves(results: list[EpochResult]) -> Figure:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    epochs = [r.epoch for r in results]
+    left.plot(epochs, [r.train_loss for r in results], marker="o", label="training")
+    left.plot(epochs, [r.test_loss for r in results], marker="o", label="test")
+    left.set(xlabel="epoch", ylabel="loss", title="Loss", ylim=(0, None))
+    left.legend()
+    right.plot(epochs, [r.test_accuracy for r in results], marker="o", color="tab:green")
+    right.set(xlabel="epoch", ylabel="test accuracy", title=f"Accuracy: {results[-1].test_accuracy:.2%}")
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def _confusion(confusion: Tensor, classes: tuple[str, ...]) -> Figure:
+    figure, axes = plt.subplots(figsize=(7, 6), layout="constrained")
+    shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    axes.imshow(shares.sqrt().numpy(), cmap="Blues", vmin=0, vmax=1)  # the root shows small shares
+    for label, row in enumerate(confusion.tolist()):
+        for predicted, count in enumerate(row):
+            color = "white" if shares[label, predicted] > 0.25 else "black"
+            axes.text(predicted, label, str(count), ha="center", va="center", color=color, fontsize=8)
+    axes.set(xlabel="predicted", ylabel="label", title="Test samples by label and prediction")
+    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+    axes.set_yticks(range(len(classes)), classes)
+    return figure
+
+
+@torch.no_grad()
+def _worst(model: torch.nn.Module, test: Samples) -> Figure:
+    rows, columns = WORST
+    outputs = torch.cat(
+        [model(test.inputs(part)) for part in torch.arange(len(test)).split(EVALUATION_BATCH)]
+    )
+    of_label = outputs.gather(1, test.labels[:, None]).squeeze(1)
+    margin = of_label - outputs.scatter(1, test.labels[:, None], -torch.inf).amax(1)
+    figure, grid = plt.subplots(rows, columns, figsize=(1.5 * columns, 1.8 * rows), layout="constrained")
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, index in zip(grid.flat, margin.argsort().tolist(), strict=False):
+        axes.imshow(test.images[index].cpu().numpy(), cmap="gray_r")
+        label, predicted = (test.classes[i] for i in (test.labels[index], outputs[index].argmax()))
+        axes.set_title(f"{label}\nread as {predicted}", fontsize=7)
+    figure.suptitle("Worst-classified test samples")
+    return figure

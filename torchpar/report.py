@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: MIT
+"""What a training run shows: progress and metrics. Only rank 0's report shows anything."""
+
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from torchpar.errors import ConfigError
+from torchpar.parallel.world import World
+from torchpar.training import EpochResult, Phases
+
+
+class Report:
+    """Progress of a run: a bar on a terminal, a line per epoch elsewhere, and its metrics file."""
+
+    def __init__(self, epochs: int, samples: int, metrics: Path | None, progress: Progress | None):
+        self.epochs = epochs
+        self.metrics = metrics
+        self.progress = progress
+        self.task: TaskID | None = None
+        if progress is not None:
+            self.task = progress.add_task("", total=epochs * samples)
+        self.samples = samples
+
+    def step(self, epoch: int, trained: int) -> None:
+        if self.progress is not None and self.task is not None:
+            self.progress.update(self.task, completed=(epoch - 1) * self.samples + trained)
+
+    def epoch(self, result: EpochResult) -> None:
+        if self.progress is None:
+            return
+        self.progress.console.print(
+            f"epoch {result.epoch}/{self.epochs} | train loss {result.train_loss:.4f} | "
+            f"test loss {result.test_loss:.4f} | test accuracy {result.test_accuracy:.4f} | "
+            f"{result.samples_per_s:,.0f} samples/s | {result.seconds:.1f} s",
+            soft_wrap=True,
+        )
+        if self.metrics is not None:
+            # The results of a resumed run's earlier epochs come again, from its checkpoint.
+            with self.metrics.open("w" if result.epoch == 1 else "a") as file:
+                file.write(json.dumps(asdict(result)) + "\n")
+
+
+@contextmanager
+def reporting(world: World, epochs: int, samples: int, metrics: Path | None) -> Iterator[Report]:
+    """A `Report` of ``epochs`` passes over ``samples``; it shows something on rank 0 alone."""
+    with ExitStack() as stack:
+        progress = None
+        if world.rank == 0:
+            columns = (BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeRemainingColumn())
+            console = Console()
+            progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+            stack.enter_context(progress)
+        yield Report(epochs, samples, metrics, progress)
+
+
+def summary(results: list[EpochResult]) -> str:
+    """The run in one line: the last epoch's accuracy and loss, the time of all epochs, where it ran."""
+    last = results[-1]
+    ranks = f"{last.ranks} rank{'s' if last.ranks > 1 else ''}"
+    seconds = sum(result.seconds for result in results)
+    return (
+        f"test accuracy {last.test_accuracy:.4f} | loss {last.test_loss:.4f} | {seconds:.1f} s | "
+        f"{ranks} | {last.device}"
+    )
+
+
+def print_phases(phases: Phases) -> None:
+    """A table of the seconds and the share of each phase, on rank 0."""
+    total = sum(phases.seconds.values())
+    table = Table("phase", "seconds", "share", title="time by phase, rank 0")
+    for phase, seconds in phases.seconds.items():
+        table.add_row(phase, f"{seconds:.2f}", f"{seconds / total:.1%}")
+    Console().print(table)
+
+
+def prepare_outputs(world: World, *, folders: Iterable[Path | None], files: Iterable[Path | None]) -> None:
+    """Make sure that what a run will write can be written, before it starts.
+
+    Raises:
+        ConfigError: naming the folder or file that cannot; on every rank.
+    """
+
+    def prepare() -> None:
+        try:
+            for folder in filter(None, folders):
+                folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+            for file in filter(None, files):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.open("a").close()
+        except OSError as e:
+            raise ConfigError(f"cannot write there: {e}") from e
+
+    world.once_per_machine(prepare)
