@@ -95,6 +95,11 @@ def register_vmap(name: str) -> Rule:
     return rule
 
 
+def batch_first(t: Tensor, dim: int | None, batch_size: int) -> Tensor:
+    """An argument of a vmap rule with its batch dimension first; repeated without a copy if it has none."""
+    return t.expand(batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
 def register_autograd(
     name: str,
     backward: Callable[..., Any],

@@ -23,6 +23,7 @@ from torch.nn.functional import linear
 
 from torchpar.ops._library import (
     Wrap,
+    batch_first,
     operator,
     register_autocast,
     register_autograd,
@@ -137,11 +138,14 @@ register_autograd("linear_sigmoid", _backward, setup_context=_setup_context, for
 def _(
     info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, int]:
-    args = (x, weight) if bias is None else (x, weight, bias)
-    if in_dims[0] is not None and not any(dim is not None for dim in in_dims[1:]):
+    if in_dims[0] is not None and all(dim is None for dim in in_dims[1:]):
         return linear_sigmoid(x.movedim(in_dims[0], 0), weight, bias), 0
     # A weight or a bias per sample is a batched product, which the kernel does not compute.
-    return torch.vmap(_formula, in_dims=in_dims[: len(args)])(*args), 0
+    x, weight = (batch_first(t, dim, info.batch_size) for t, dim in zip((x, weight), in_dims, strict=False))
+    z = x.reshape(info.batch_size, math.prod(x.shape[1:-1]), x.shape[-1]) @ weight.mT
+    if bias is not None:
+        z = z + batch_first(bias, in_dims[2], info.batch_size).unsqueeze(1)
+    return z.sigmoid().reshape(*x.shape[:-1], weight.shape[1]), 0
 
 
 register_autocast("linear_sigmoid")
@@ -193,4 +197,7 @@ register_autograd(
 def _(
     info: Any, in_dims: tuple[int | None, int | None], g: Tensor, y: Tensor
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    return torch.vmap(_backward_formula, in_dims=in_dims)(g, y), (0, 0)
+    g, y = (batch_first(t, dim, info.batch_size) for t, dim in zip((g, y), in_dims, strict=True))
+    dz = torch.ops.aten.sigmoid_backward(g, y)
+    db = dz.reshape(info.batch_size, math.prod(dz.shape[1:-1]), dz.shape[-1]).sum(1)
+    return (dz, db), (0, 0)

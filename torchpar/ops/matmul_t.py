@@ -20,6 +20,7 @@ from torch import Tensor
 
 from torchpar.ops._library import (
     Wrap,
+    batch_first,
     operator,
     register_autocast,
     register_autograd,
@@ -171,7 +172,5 @@ register_autograd(
 
 @register_vmap("matmul_t_backward")
 def _(info: Any, in_dims: tuple[int | None, int | None], g: Tensor, x: Tensor) -> tuple[Tensor, int]:
-    def batch_first(t: Tensor, dim: int | None) -> Tensor:
-        return t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
-
-    return _backward_op(batch_first(g, in_dims[0]), batch_first(x, in_dims[1])), 0
+    g, x = (batch_first(t, dim, info.batch_size) for t, dim in zip((g, x), in_dims, strict=True))
+    return _backward_op(g, x), 0
