@@ -7,6 +7,7 @@ what `torch.library.register_autograd` lacks: torch.func and forward-mode differ
 (pytorch#168393, #170834, #179652). tests/test_registration.py guards each private name.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
@@ -116,6 +117,8 @@ def register_autograd(
     generated = make_autograd_impl(overload, Info(backward, setup_context))
 
     def autograd(keyset: Any, *args: Any) -> Any:
+        if _sharding_rules:
+            _hand_over_sharding_rules()
         if peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
             return formula(*args)
         return generated(keyset, *args)
@@ -147,6 +150,33 @@ def register_autocast(name: str) -> None:
 
     register("cpu", "AutocastCPU")
     register("cuda", "AutocastCUDA")
+
+
+_sharding_rules: dict[str, Callable[..., Any]] = {}
+
+
+def register_sharding(name: str) -> Rule:
+    """As `torch.distributed.tensor.experimental.register_sharding`, once DTensor has been imported.
+
+    Importing it takes longer than importing torchpar may. An operator's first call after that import
+    hands the rules over: its Autograd key comes before DTensor's dispatch.
+    """
+
+    def register(rule: Callable[..., Any]) -> Callable[..., Any]:
+        _sharding_rules[name] = rule
+        return rule
+
+    return register
+
+
+def _hand_over_sharding_rules() -> None:
+    if "torch.distributed.tensor" not in sys.modules:
+        return
+    from torch.distributed.tensor.experimental import register_sharding
+
+    while _sharding_rules:
+        name, rule = _sharding_rules.popitem()
+        register_sharding(getattr(getattr(torch.ops, NAMESPACE), name).default)(rule)
 
 
 def empty_elementwise(a: Tensor, b: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

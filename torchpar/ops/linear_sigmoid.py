@@ -28,6 +28,7 @@ from torchpar.ops._library import (
     register_autocast,
     register_autograd,
     register_fake,
+    register_sharding,
     register_vmap,
 )
 from torchpar.ops.matmul_t import fp32_precision
@@ -151,6 +152,18 @@ def _(
 register_autocast("linear_sigmoid")
 
 
+@register_sharding("linear_sigmoid")
+def _(x: Any, weight: Any, bias: Any = None) -> list[Any]:
+    from torch.distributed.tensor import Replicate, Shard
+
+    def parameters(placement: Any) -> list[Any]:
+        return [placement, None if bias is None else placement]
+
+    rows = [([Shard(dim)], [Shard(dim), *parameters(Replicate())]) for dim in range(x.ndim - 1)]
+    columns = ([Shard(x.ndim - 1)], [Replicate(), *parameters(Shard(0))])
+    return [([Replicate()], [Replicate(), *parameters(Replicate())]), columns, *rows]
+
+
 # The backward's first pass: dL/dZ (*, out) and dL/db (out) from g and y (*, out).
 
 
@@ -201,3 +214,16 @@ def _(
     dz = torch.ops.aten.sigmoid_backward(g, y)
     db = dz.reshape(info.batch_size, math.prod(dz.shape[1:-1]), dz.shape[-1]).sum(1)
     return (dz, db), (0, 0)
+
+
+@register_sharding("linear_sigmoid_backward")
+def _(g: Any, y: Any) -> list[Any]:
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    columns = Shard(y.ndim - 1)
+    rows = [([Shard(dim), Partial()], [Shard(dim), Shard(dim)]) for dim in range(y.ndim - 1)]
+    return [
+        ([Replicate(), Replicate()], [Replicate(), Replicate()]),
+        ([columns, Shard(0)], [columns, columns]),
+        *rows,
+    ]

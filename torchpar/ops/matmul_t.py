@@ -25,6 +25,7 @@ from torchpar.ops._library import (
     register_autocast,
     register_autograd,
     register_fake,
+    register_sharding,
     register_vmap,
 )
 
@@ -129,6 +130,14 @@ def _(info: Any, in_dims: tuple[int], x: Tensor) -> tuple[Tensor, int]:
 register_autocast("matmul_t")
 
 
+@register_sharding("matmul_t")
+def _(x: Any) -> list[Any]:
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    batch = [([Shard(dim)], [Shard(dim)]) for dim in range(x.ndim - 2)]
+    return [([Replicate()], [Replicate()]), ([Partial()], [Shard(x.ndim - 1)]), *batch]
+
+
 # The backward: dX = (G + Gᵀ)·X, with G (*, n, n) and X (*, n, k).
 
 
@@ -174,3 +183,17 @@ register_autograd(
 def _(info: Any, in_dims: tuple[int | None, int | None], g: Tensor, x: Tensor) -> tuple[Tensor, int]:
     g, x = (batch_first(t, dim, info.batch_size) for t, dim in zip((g, x), in_dims, strict=True))
     return _backward_op(g, x), 0
+
+
+@register_sharding("matmul_t_backward")
+def _(g: Any, x: Any) -> list[Any]:
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    columns = Shard(x.ndim - 1)
+    batch = [([Shard(dim)], [Shard(dim), Shard(dim)]) for dim in range(x.ndim - 2)]
+    return [
+        ([Replicate()], [Replicate(), Replicate()]),
+        ([columns], [Replicate(), columns]),
+        ([Partial()], [Partial(), Replicate()]),
+        *batch,
+    ]

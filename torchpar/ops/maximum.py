@@ -21,6 +21,7 @@ from torchpar.ops._library import (
     operator,
     register_autograd,
     register_fake,
+    register_sharding,
     register_vmap,
 )
 
@@ -124,3 +125,17 @@ def _(info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor) -
 
     a, b = batch_first(a, in_dims[0], dims[0]), batch_first(b, in_dims[1], dims[1])
     return maximum(a.to(dtype), b.to(dtype)), 0
+
+
+@register_sharding("maximum")
+def _(a: Any, b: Any) -> list[Any]:
+    from torch.distributed.tensor import Replicate, Shard
+
+    rank = max(a.ndim, b.ndim)
+
+    def placement(t: Any, dim: int) -> Any:
+        own = dim - (rank - t.ndim)
+        return Shard(own) if own >= 0 and t.shape[own] > 1 else Replicate()
+
+    split = [([Shard(dim)], [placement(a, dim), placement(b, dim)]) for dim in range(rank)]
+    return [([Replicate()], [Replicate(), Replicate()]), *split]
