@@ -5,7 +5,8 @@ Importing this package registers ``torch.ops.torchpar.*``. Triton is imported on
 needs a kernel, so ``import torchpar`` is cheap and works where Triton is not installed.
 """
 
+from torchpar import nn
 from torchpar.ops import linear_sigmoid, matmul_t, maximum
 
 __version__ = "0.1.0"
-__all__ = ["linear_sigmoid", "matmul_t", "maximum"]
+__all__ = ["linear_sigmoid", "matmul_t", "maximum", "nn"]

@@ -101,6 +101,8 @@ def main(run: Callable[[F], None], flags: type[F]) -> None:
         run(_parse(flags))
     except ConfigError as e:
         _fail(str(e))
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell reports SIGINT
 
 
 def _parse(flags: type[F]) -> F:

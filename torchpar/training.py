@@ -200,7 +200,7 @@ def fit(
     steps = -(-len(train) // batch_size)
     rate = scheduler(optimizer, schedule, epochs * steps)
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": rate}
-    results = _resume(checkpoint_folder, parts, run or {})
+    results = _resume(checkpoint_folder, parts, run or {}, world)
     for result in results:
         on_epoch(result)
     for epoch in range(len(results) + 1, epochs + 1):
@@ -247,9 +247,14 @@ def fit(
     return results
 
 
-def _resume(folder: Path | None, parts: dict[str, Any], run: dict[str, Any]) -> list[EpochResult]:
+def _resume(
+    folder: Path | None, parts: dict[str, Any], run: dict[str, Any], world: World
+) -> list[EpochResult]:
     """Load each part's state; return the results of the epochs that were trained."""
-    state = None if folder is None else checkpoint.load(folder)
+    if folder is None:
+        return []
+    # Only rank 0 saves, perhaps to a disk that the others do not see.
+    state = world.on_rank_0(lambda: checkpoint.load(folder))
     if state is None:
         return []
     differing = sorted(key for key in run if state["run"].get(key) != run[key])

@@ -57,13 +57,14 @@ def _device(a: Tensor, b: Tensor) -> torch.device:
                 f"torchpar::maximum: {name} has dtype {t.dtype}, expected a real integer dtype up to 64 "
                 "bits, bool, float16, bfloat16, float32 or float64"
             )
-    try:
-        torch.broadcast_shapes(a.shape, b.shape)
-    except RuntimeError:
-        raise RuntimeError(
-            f"torchpar::maximum: b has shape {tuple(b.shape)}, which does not broadcast with a's "
-            f"{tuple(a.shape)}"
-        ) from None
+    if a.shape != b.shape:  # broadcast_shapes takes longer than the rest of a small call
+        try:
+            torch.broadcast_shapes(a.shape, b.shape)
+        except RuntimeError:
+            raise RuntimeError(
+                f"torchpar::maximum: b has shape {tuple(b.shape)}, which does not broadcast with a's "
+                f"{tuple(a.shape)}"
+            ) from None
     if a.device == b.device or (b.dim() == 0 and b.is_cpu):
         return a.device
     if a.dim() == 0 and a.is_cpu:

@@ -5,12 +5,15 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from torchpar.errors import ConfigError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,18 +43,33 @@ class World:
         Raises:
             Exception: what ``prepare`` raised, on every rank.
         """
-        error: Exception | None = None
-        if self.local_rank == 0:
+        self._agree(prepare if self.local_rank == 0 else None)
+
+    def on_rank_0(self, function: Callable[[], T]) -> T:
+        """The result of ``function`` on rank 0, on every rank.
+
+        Raises:
+            Exception: what ``function`` raised, on every rank.
+        """
+        result: T = self._agree(function if self.rank == 0 else None)[0]
+        return result
+
+    def _agree(self, function: Callable[[], Any] | None) -> list[Any]:
+        """Each rank's result of ``function``, None where it has none to run; the first error, on all."""
+        outcome: tuple[Any, Exception | None] = (None, None)
+        if function is not None:
             try:
-                prepare()
+                outcome = (function(), None)
             except Exception as e:
-                error = e
+                outcome = (None, e)
+        outcomes = [outcome]
         if self.world_size > 1:
-            errors: list[Exception | None] = [None] * self.world_size
-            dist.all_gather_object(errors, error)
-            error = next((e for e in errors if e is not None), None)
-        if error is not None:
-            raise error
+            outcomes *= self.world_size
+            dist.all_gather_object(outcomes, outcome)
+        for _, error in outcomes:
+            if error is not None:
+                raise error
+        return [result for result, _ in outcomes]
 
 
 @contextmanager
