@@ -132,7 +132,7 @@ def linear_sigmoid(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
-        EVEN_K=k % block_k == 0,
+        EVEN_K=bool(k % block_k == 0),
         PRECISION=precision,
         GROUP=GROUP,
         num_warps=num_warps,

@@ -9,6 +9,7 @@ what `torch.library.register_autograd` lacks: torch.func and forward-mode differ
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -63,7 +64,10 @@ def operator(schema: str, *, kernels: str) -> Rule:
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         def eager(*args: Any) -> Any:
-            return function(*args, wrap=_launch_directly)
+            # Triton launches on the current device, which need not be the tensors'.
+            device = next((arg.device for arg in args if isinstance(arg, Tensor) and arg.is_cuda), None)
+            with torch.cuda.device(device) if device else nullcontext():
+                return function(*args, wrap=_launch_directly)
 
         def traced(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
             from torch.export._trace import custom_triton_ops_decomposition_disabled
