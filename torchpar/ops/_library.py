@@ -49,7 +49,7 @@ class _Kernels:
         return (value for value in vars(module).values() if isinstance(value, JITFunction))
 
 
-def operator(schema: str, *, kernels: str) -> Rule:
+def operator(schema: str, *, kernels: str, opaque: Callable[..., bool] = lambda *args: False) -> Rule:
     """Register the decorated function as ``torch.ops.torchpar.<name>`` for every device.
 
     The function takes the operator's arguments and ``wrap``, which it hands to the kernel launcher.
@@ -59,6 +59,7 @@ def operator(schema: str, *, kernels: str) -> Rule:
     Args:
         schema: as in `torch.library.define`, without the namespace.
         kernels: the module in `torchpar.kernels` whose source belongs in a compiler's cache key.
+        opaque: tells by the arguments whether tracers are to keep the operator whole.
     """
     name = schema.partition("(")[0]
 
@@ -72,7 +73,7 @@ def operator(schema: str, *, kernels: str) -> Rule:
         def traced(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
             from torch.export._trace import custom_triton_ops_decomposition_disabled
 
-            if custom_triton_ops_decomposition_disabled():
+            if custom_triton_ops_decomposition_disabled() or opaque(*args):
                 return mode.__torch_dispatch__(op, types, args, kwargs)
             with mode:
                 return function(*args, **kwargs, wrap=torch.library.wrap_triton)

@@ -73,11 +73,16 @@ def fp32_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-@operator("matmul_t(Tensor x) -> Tensor", kernels="matmul_t")
+def _in_blocks(x: Tensor) -> bool:
+    return not x.is_cuda and x.shape[-2] >= _CPU_BLOCKED_FROM
+
+
+# Inductor turns the writes into blocks into one kernel that takes half a minute to compile and is slower.
+@operator("matmul_t(Tensor x) -> Tensor", kernels="matmul_t", opaque=_in_blocks)
 def _matmul_t(x: Tensor, *, wrap: Wrap) -> Tensor:
     _check(x)
     if not x.is_cuda:
-        return _blocked(x) if x.shape[-2] >= _CPU_BLOCKED_FROM else _mirror(_formula(x))
+        return _blocked(x) if _in_blocks(x) else _mirror(_formula(x))
     from torchpar.kernels import matmul_t as kernels
 
     out = x.new_empty(*x.shape[:-1], x.shape[-2])
