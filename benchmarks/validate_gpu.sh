@@ -28,7 +28,8 @@ run_stage() {
     case $1 in
         tests)
             timeout -k 10 530 python3 -m pytest -q -p no:cacheprovider --junitxml="$outdir/tests.xml" \
-                tests/test_operators*.py tests/test_kernels*.py tests/test_registration.py tests/test_harness.py
+                tests/test_operators*.py tests/test_kernels*.py tests/test_registration.py tests/test_harness.py \
+                tests/test_nn.py tests/test_readme.py
             ;;
         *)
             timeout -k 10 530 python3 -m benchmarks.operators --device cuda --modes "$1" \
