@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The processes that train together."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -104,5 +105,7 @@ def join_world(device: str = "auto") -> Iterator[World]:
         yield World(rank, local_rank, dist.get_world_size() if dist.is_initialized() else 1, own)
     finally:
         if joined:
-            # gloo's threads may abort at interpreter exit otherwise.
+            # A group's threads end with its last reference, and abort the process if that is after the
+            # interpreter has begun to exit. DistributedDataParallel keeps one, in a reference cycle.
+            gc.collect()
             dist.destroy_process_group()
