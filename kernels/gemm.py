@@ -61,8 +61,9 @@ def dot_rows(
 ):
     """The tile ``A[a_rows] · B[b_rows]ᵀ`` of ``A (m, k)`` and ``B (n, k)``; rows past the end are 0.
 
-    SYMMETRIZE puts ``A + Aᵀ`` in A's place (m = k). Strides, named after the dimension they step
-    along, are widened before they multiply: operands may hold more than 2³¹ elements.
+    SYMMETRIZE puts ``A + Aᵀ`` in A's place (m = k); in float16 it adds Aᵀ's own product. Strides, named
+    after the dimension they step along, are widened before they multiply: operands may hold more than
+    2³¹ elements.
     """
     dtype: tl.constexpr = a_ptr.dtype.element_ty
     acc_dtype: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
@@ -88,8 +89,11 @@ def dot_rows(
         b = tl.load(b_tile, mask=b_mask, other=0.0)
         if SYMMETRIZE:
             mirror = tl.load(mirror_tile, mask=a_mask, other=0.0)
-            a = (a.to(acc_dtype) + mirror.to(acc_dtype)).to(dtype)
             mirror_tile += step * a_row
+            if dtype == tl.float16:  # whose range a scaled loss fills: the sum would overflow
+                acc = tl.dot(mirror, b, acc, input_precision=PRECISION, out_dtype=acc_dtype)
+            else:
+                a = (a.to(acc_dtype) + mirror.to(acc_dtype)).to(dtype)
         acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc_dtype)
         a_tile += step * a_col
         b_tile += step * b_col

@@ -106,6 +106,11 @@ def batch_first(t: Tensor, dim: int | None, batch_size: int) -> Tensor:
     return t.expand(batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
+def sample(t: Tensor, dim: int | None) -> Tensor:
+    """What an argument of a vmap rule is to the function under the vmap: for its checks, not its values."""
+    return t if dim is None else t.new_empty([size for d, size in enumerate(t.shape) if d != dim])
+
+
 def register_autograd(
     name: str,
     backward: Callable[..., Any],
@@ -146,11 +151,11 @@ def register_autograd(
     library.impl(name, autograd, "Autograd")
 
 
-def register_autocast(name: str) -> None:
-    """Run the operator in the autocast dtype, as ATen's matrix products are.
+def register_autocast(name: str, *, cast: bool = True) -> None:
+    """Run the operator in the autocast dtype, as ATen's matrix products are, or in its arguments' own.
 
     `torch.library.register_autocast` fixes the dtype at registration; this one follows
-    ``torch.autocast(dtype=...)``.
+    ``torch.autocast(dtype=...)``. Without a rule, autocast would act on what an operator calls.
     """
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
@@ -158,13 +163,13 @@ def register_autocast(name: str) -> None:
         def autocast(*args: Any) -> Any:
             dtype = torch.get_autocast_dtype(device)
 
-            def cast(arg: Any) -> Any:
+            def lowered(arg: Any) -> Any:
                 if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64:
                     return arg.to(dtype)
                 return arg
 
             with torch.autocast(device, enabled=False):
-                return overload(*map(cast, args))
+                return overload(*(map(lowered, args) if cast else args))
 
         library.impl(name, autocast, key)
 

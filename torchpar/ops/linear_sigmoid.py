@@ -30,6 +30,7 @@ from torchpar.ops._library import (
     register_fake,
     register_sharding,
     register_vmap,
+    sample,
 )
 from torchpar.ops.matmul_t import fp32_precision
 
@@ -85,6 +86,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    _check(x, weight, bias)
     return linear(x, weight, bias).sigmoid()
 
 
@@ -140,13 +142,17 @@ register_autograd("linear_sigmoid", _backward, setup_context=_setup_context, for
 def _(
     info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, int]:
-    if in_dims[0] is not None and all(dim is None for dim in in_dims[1:]):
-        return linear_sigmoid(x.movedim(in_dims[0], 0), weight, bias), 0
+    x_dim, weight_dim, bias_dim = (*in_dims, None)[:3]
+    _check(sample(x, x_dim), sample(weight, weight_dim), None if bias is None else sample(bias, bias_dim))
+    if weight_dim is None and bias_dim is None:
+        return linear_sigmoid(batch_first(x, x_dim, info.batch_size), weight, bias), 0
     # A weight or a bias per sample is a batched product, which the kernel does not compute.
-    x, weight = (batch_first(t, dim, info.batch_size) for t, dim in zip((x, weight), in_dims, strict=False))
-    z = x.reshape(info.batch_size, math.prod(x.shape[1:-1]), x.shape[-1]) @ weight.mT
-    if bias is not None:
-        z = z + batch_first(bias, in_dims[2], info.batch_size).unsqueeze(1)
+    x, weight = batch_first(x, x_dim, info.batch_size), batch_first(weight, weight_dim, info.batch_size)
+    rows = x.reshape(info.batch_size, math.prod(x.shape[1:-1]), x.shape[-1])
+    if bias is None:
+        z = torch.bmm(rows, weight.mT)
+    else:
+        z = torch.baddbmm(batch_first(bias, bias_dim, info.batch_size).unsqueeze(1), rows, weight.mT)
     return z.sigmoid().reshape(*x.shape[:-1], weight.shape[1]), 0
 
 
@@ -193,10 +199,11 @@ def _(g: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return y.new_empty(y.shape), y.new_empty(y.shape[-1])
 
 
-def _double_backward(ctx: Any, h_dz: Tensor, h_db: Tensor) -> tuple[Tensor, Tensor]:
+def _double_backward(ctx: Any, h_dz: Tensor, h_db: Tensor) -> tuple[Tensor | None, Tensor | None]:
     g, y = ctx.saved_tensors
+    need_g, need_y = ctx.needs_input_grad
     k = h_dz + h_db
-    return k * y * (1 - y), k * g * (1 - 2 * y)
+    return k * y * (1 - y) if need_g else None, k * g * (1 - 2 * y) if need_y else None
 
 
 register_autograd(
@@ -215,6 +222,9 @@ def _(
     dz = torch.ops.aten.sigmoid_backward(g, y)
     db = dz.reshape(info.batch_size, math.prod(dz.shape[1:-1]), dz.shape[-1]).sum(1)
     return (dz, db), (0, 0)
+
+
+register_autocast("linear_sigmoid_backward", cast=False)
 
 
 @register_sharding("linear_sigmoid_backward")

@@ -27,6 +27,7 @@ from torchpar.ops._library import (
     register_fake,
     register_sharding,
     register_vmap,
+    sample,
 )
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -65,6 +66,7 @@ def _check(x: Tensor) -> None:
 
 
 def _formula(x: Tensor) -> Tensor:
+    _check(x)
     return x @ x.mT
 
 
@@ -129,6 +131,7 @@ register_autograd("matmul_t", _backward, setup_context=_setup_context, formula=_
 
 @register_vmap("matmul_t")
 def _(info: Any, in_dims: tuple[int], x: Tensor) -> tuple[Tensor, int]:
+    _check(sample(x, in_dims[0]))
     return matmul_t(x.movedim(in_dims[0], 0)), 0
 
 
@@ -147,6 +150,8 @@ def _(x: Any) -> list[Any]:
 
 
 def _backward_formula(g: Tensor, x: Tensor) -> Tensor:
+    if x.dtype == torch.float16:  # whose range a scaled loss fills: G + Gᵀ would overflow
+        return g @ x + g.mT @ x
     return (g + g.mT) @ x
 
 
@@ -188,6 +193,9 @@ register_autograd(
 def _(info: Any, in_dims: tuple[int | None, int | None], g: Tensor, x: Tensor) -> tuple[Tensor, int]:
     g, x = (batch_first(t, dim, info.batch_size) for t, dim in zip((g, x), in_dims, strict=True))
     return _backward_op(g, x), 0
+
+
+register_autocast("matmul_t_backward", cast=False)
 
 
 @register_sharding("matmul_t_backward")

@@ -23,6 +23,7 @@ from torchpar.ops._library import (
     register_fake,
     register_sharding,
     register_vmap,
+    sample,
 )
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
@@ -89,6 +90,14 @@ _op = torch.ops.torchpar.maximum.default
 
 @register_fake("maximum")
 def _(a: Tensor, b: Tensor) -> Tensor:
+    device, dtype = _device(a, b), torch.result_type(a, b)
+    if device.type != "cuda":
+        # Elsewhere ATen casts its operands before it lays out the result.
+        a, b = a.to(dtype), b.to(dtype)
+    return empty_elementwise(a, b, dtype, device)
+
+
+def _formula(a: Tensor, b: Tensor) -> Tensor:
     _device(a, b)
     return torch.maximum(a, b)
 
@@ -108,24 +117,24 @@ def _share(g: Tensor, mine: Tensor, other: Tensor) -> Tensor:
     return share.sum_to_size(mine.shape).to(mine)
 
 
-register_autograd("maximum", _backward, setup_context=_setup_context, formula=torch.maximum)
+register_autograd("maximum", _backward, setup_context=_setup_context, formula=_formula)
 
 
 @register_vmap("maximum")
 def _(info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor) -> tuple[Tensor, int]:
-    dims = [t.dim() - (d is not None) for t, d in zip((a, b), in_dims, strict=True)]
+    samples = [sample(t, dim) for t, dim in zip((a, b), in_dims, strict=True)]
+    _device(*samples)
     # A tensor that is zero-dimensional inside the vmap yields to the other's dtype, as it would alone.
-    examples = (torch.empty((1,) * dim, dtype=t.dtype) for t, dim in zip((a, b), dims, strict=True))
-    dtype = torch.result_type(*examples)
+    dtype = torch.result_type(*samples)
+    dims = max(t.dim() for t in samples)
 
-    def batch_first(t: Tensor, in_dim: int | None, dim: int) -> Tensor:
-        if in_dim is None:
-            return t
-        t = t.movedim(in_dim, 0)
-        return t.reshape(t.shape[0], *(1,) * (max(dims) - dim), *t.shape[1:])
+    def align(t: Tensor, dim: int | None) -> Tensor:
+        if dim is not None:
+            t = t.movedim(dim, 0)
+            t = t.reshape(t.shape[0], *(1,) * (dims + 1 - t.dim()), *t.shape[1:])
+        return t.to(dtype)
 
-    a, b = batch_first(a, in_dims[0], dims[0]), batch_first(b, in_dims[1], dims[1])
-    return maximum(a.to(dtype), b.to(dtype)), 0
+    return maximum(align(a, in_dims[0]), align(b, in_dims[1])), 0
 
 
 @register_sharding("maximum")

@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: MIT
+"""What can be known of the CUDA path without a GPU: its machine code, and the graph that tracers see.
+
+A stand-in for the driver names an architecture, so that the launchers themselves choose the configuration
+and Triton specialises it as in a launch; the tensors are on the meta device, or fake ones on "cuda".
+"""
+
+import re
+import subprocess
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+from torch._functorch.aot_autograd import aot_export_joint_simple
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from triton.backends.compiler import GPUTarget
+
+from torchpar.kernels import gemm
+from torchpar.kernels import linear_sigmoid as linear_sigmoid_kernels
+from torchpar.kernels import matmul_t as matmul_t_kernels
+from torchpar.kernels import maximum as maximum_kernels
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may have, by compute capability
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+# The assembler of Triton 3.6 parks a few values in local memory although registers are left, to fit more
+# blocks on a multiprocessor.
+STACK = 0 if TRITON >= (3, 7) else 24
+ops = torch.ops.torchpar
+
+
+class Driver:
+    """Stands in for a GPU: kernels are compiled for its architecture, and cannot be launched."""
+
+    def __init__(self, capability: int):
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # compiled kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture(params=SHARED_MEMORY, ids="sm_{}".format)
+def capability(request, monkeypatch) -> int:
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver(request.param))
+    # Triton 3.9 warns where this is unset, since the default changes in 3.10.
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    return request.param
+
+
+class MachineCode:
+    """The opcodes of a compiled kernel, what it takes of a multiprocessor, and how it was launched."""
+
+    def __init__(self, kernel, options: dict, directory: Path):
+        self.options = options
+        self.shared_memory = kernel.metadata.shared
+        self.cubin = directory / "kernel.cubin"
+        self.cubin.write_bytes(kernel.asm["cubin"])
+        usage = re.findall(r"(REG|STACK|LOCAL):(\d+)", self._run("cuobjdump", "-res-usage"))
+        self.resources = {name: int(count) for name, count in usage}
+
+    def _run(self, tool: str, option: str) -> str:
+        command = [TOOLS / tool, option, self.cubin]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    @cached_property
+    def opcodes(self) -> Counter[str]:
+        instruction = r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?(\w[\w.]*)"
+        return Counter(re.findall(instruction, self._run("nvdisasm", "-c"), re.MULTILINE))
+
+    def count(self, pattern: str) -> int:
+        return sum(count for opcode, count in self.opcodes.items() if re.fullmatch(pattern, opcode))
+
+
+@pytest.fixture
+def compiled(capability, tmp_path):
+    """``compiled(launcher, *args)``: the machine code of the kernel that the launcher launches."""
+
+    def run(launcher, *args) -> MachineCode:
+        launched = []
+
+        class Compile:
+            def __init__(self, kernel):
+                self.kernel = kernel
+
+            def __getitem__(self, grid):
+                def launch(*args, **options) -> None:
+                    launched.append((self.kernel.warmup(*args, grid=grid, **options), options))
+
+                return launch
+
+        launcher(*args, Compile)
+        ((kernel, options),) = launched
+        return MachineCode(kernel, options, tmp_path)
+
+    return run
+
+
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def assert_fits(code: MachineCode, capability: int) -> None:
+    assert code.resources["STACK"] <= STACK, f"registers spill: {code.resources}"
+    assert code.resources["LOCAL"] == 0
+    assert code.shared_memory <= SHARED_MEMORY[capability]
+
+
+# The matrix kernels
+
+
+def symmetric_product(dtype, precision, n, wrap) -> None:
+    x = meta(n, n, dtype=dtype)
+    matmul_t_kernels.symmetric_product(x, x, meta(n, n, dtype=dtype), precision, wrap)
+
+
+def symmetrized_product(dtype, precision, n, wrap) -> None:
+    x = meta(n, n, dtype=dtype)
+    matmul_t_kernels.symmetrized_product(x, x, meta(n, n, dtype=dtype), precision, wrap)
+
+
+def linear_sigmoid(dtype, precision, n, wrap) -> None:
+    x, bias = meta(n, n, dtype=dtype), meta(n, dtype=dtype)
+    linear_sigmoid_kernels.linear_sigmoid(x, x, bias, meta(n, n, dtype=dtype), precision, wrap)
+
+
+matrix_launchers = pytest.mark.parametrize(
+    "launcher", [symmetric_product, symmetrized_product, linear_sigmoid], ids=lambda f: f.__name__
+)
+# For large and for small tiles. Odd sizes leave no stride divisible by 16, and a partial step at k's end.
+TILES = (4096, 4095, 512, 509)
+
+
+@matrix_launchers
+@pytest.mark.parametrize("n", TILES)
+@pytest.mark.parametrize(
+    "dtype, precision",
+    [  # float16 is compiled as bfloat16 is
+        (torch.bfloat16, "ieee"),
+        (torch.float32, "tf32"),
+        (torch.float32, "ieee"),
+        (torch.float64, "ieee"),
+    ],
+)
+def test_matrix_kernel_fits(compiled, capability, launcher, dtype, precision, n):
+    assert_fits(compiled(launcher, dtype, precision, n), capability)
+
+
+def tensor_core(capability: int, dtype: torch.dtype) -> str:
+    """The instruction that multiplies on the tensor cores, as a pattern."""
+    if dtype == torch.float64:
+        return r"DMMA\..*"
+    if capability == 100:
+        return "UTCHMMA"
+    mnemonic = {80: "HMMA", 90: "HGMMA"}[capability]
+    suffix = {torch.bfloat16: r"\.BF16", torch.float16: "", torch.float32: r"\.TF32"}[dtype]
+    return rf"{mnemonic}\.\w+\.F32{suffix}"
+
+
+@matrix_launchers
+@pytest.mark.parametrize(
+    "dtype, precision, n",
+    [
+        *((torch.bfloat16, "ieee", n) for n in (4096, 509)),
+        (torch.float16, "ieee", 4096),
+        (torch.float32, "tf32", 4096),
+        (torch.float64, "ieee", 4096),
+    ],
+)
+def test_matrix_kernel_uses_tensor_cores(compiled, capability, launcher, dtype, precision, n):
+    code = compiled(launcher, dtype, precision, n)
+    if dtype == torch.float64 and capability == 100 and TRITON < (3, 7):
+        assert code.count("DFMA")  # Triton 3.6 has no float64 tensor cores for this architecture
+    else:
+        assert code.count(tensor_core(capability, dtype))
+
+
+@matrix_launchers
+def test_matrix_kernel_of_ieee_float32_does_not(compiled, launcher):
+    code = compiled(launcher, torch.float32, "ieee", 4096)
+    assert not code.count(r"\w*MMA\b.*"), "a tensor core rounds its float32 operands to fewer bits"
+    block_m, block_n = (code.options.get(name, code.options.get("BLOCK")) for name in ("BLOCK_M", "BLOCK_N"))
+    # Of one thread in one step along k; FFMA2 makes two.
+    products = block_m * block_n * code.options["BLOCK_K"] // (32 * code.options["num_warps"])
+    assert code.count(r"FFMA\b.*") + 2 * code.count(r"FFMA2\b.*") >= products
+
+
+@pytest.mark.parametrize("capability", [90], indirect=True)
+def test_check_rejects_a_spill(compiled, capability):
+    with (
+        patch.object(matmul_t_kernels, "tiles", return_value=gemm.Tiles(256, 256, 64, 8, 3)),
+        pytest.raises(AssertionError, match="spill"),
+    ):
+        assert_fits(compiled(symmetric_product, torch.bfloat16, "ieee", 4096), capability)
+
+
+@pytest.mark.parametrize("capability", [80, 90], indirect=True)
+def test_check_tells_instructions_apart(compiled, capability):
+    code = compiled(linear_sigmoid, torch.float16, "ieee", 4096)
+    for other in (torch.bfloat16, torch.float32, torch.float64):
+        assert not code.count(tensor_core(capability, other))
+
+
+# The kernels that are bound by memory
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_sigmoid_backward(compiled, capability, dtype):
+    g = meta(4096, 4096, dtype=dtype)
+    code = compiled(linear_sigmoid_kernels.sigmoid_backward, g, g, torch.empty_like(g))
+    assert_fits(code, capability)
+    assert code.count(r"LDG\.E.*\.128.*")
+    assert code.count(r"STG\.E.*\.128.*")
+
+
+NUMEL = 2**24 + 1  # odd: whatever has a mask cannot be vectorised
+MAXIMUM_DTYPES = (torch.bool, torch.int16, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", MAXIMUM_DTYPES, ids=str)
+def test_flat_maximum_moves_16_bytes_at_once(compiled, capability, dtype):
+    a = meta(NUMEL, dtype=dtype)
+    code = compiled(maximum_kernels.maximum, a, a, torch.empty_like(a))
+    assert_fits(code, capability)
+    accesses = code.options["BLOCK"] * dtype.itemsize // 16 // 128  # of each of 128 threads
+    assert code.count(r"LDG\.E.*\.128.*") == 2 * accesses
+    assert code.count(r"STG\.E.*\.128.*") == accesses
+
+
+@triton.jit
+def masked_maximum_kernel(a_ptr, b_ptr, out_ptr, numel, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < numel
+    a = tl.load(a_ptr + offsets, mask=mask)
+    b = tl.load(b_ptr + offsets, mask=mask)
+    tl.store(out_ptr + offsets, tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL), mask=mask)
+
+
+def test_check_rejects_a_mask_everywhere(compiled):
+    a = meta(NUMEL, dtype=torch.float32)
+    with patch.object(maximum_kernels, "maximum_flat_kernel", masked_maximum_kernel):
+        code = compiled(maximum_kernels.maximum, a, a, torch.empty_like(a))
+    assert not code.count(r"(LDG|STG)\.E.*\.128.*")
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64], ids=str)
+@pytest.mark.parametrize("strides", [(1, 0), (0, 1), (1, 4096)], ids=["a column", "a row", "transposed"])
+def test_strided_maximum(compiled, capability, dtype, strides):
+    out = meta(4096, 4096, dtype=dtype)
+    b = meta(4096 * 4096, dtype=dtype).as_strided(out.shape, strides)
+    assert_fits(compiled(maximum_kernels.maximum, out, b, torch.empty_like(out)), capability)
+
+
+# What tracers see. The autograd engine asks CUDA for a context even where tensors are fake, so the operators
+# that make up the backward are traced by themselves.
+
+
+def fake(shape: str, sizes: dict[str, torch.SymInt]) -> Tensor:
+    """A tensor on "cuda" with a dimension per letter; without letters, a scalar on the CPU."""
+    return torch.empty([sizes[letter] for letter in shape], device="cuda" if shape else "cpu")
+
+
+def trace(op, shapes: tuple[str, ...]) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
+    """The graph of ``op`` on fake tensors with symbolic sizes, and what its fake returns."""
+    env = ShapeEnv()
+    sizes = {}
+    for letter, hint in {"b": 3, "m": 80, "n": 48, "k": 33}.items():
+        source = ConstantSource(letter)
+        symbol = env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+        sizes[letter] = env.create_symintnode(symbol, hint=hint, source=source)
+
+    def results(*args: Tensor) -> tuple[Tensor, ...]:
+        result = op(*args)
+        return result if isinstance(result, tuple) else (result,)
+
+    with FakeTensorMode(shape_env=env):
+        args = [fake(shape, sizes) for shape in shapes]
+        return aot_export_joint_simple(results, args, trace_joint=False), results(*args)
+
+
+def launches(graph: fx.GraphModule) -> dict[str, list[str]]:
+    """The kernels in a graph, and the arguments that each is taken to write."""
+    nodes = [node for node in graph.graph.nodes if "kernel_idx" in node.kwargs]
+    for node in nodes:
+        assert "triton_kernel_wrapper" in str(node.target)
+        ((columns, *_),) = node.kwargs["grid"]
+        assert isinstance(columns, fx.Node), "the grid is fixed at the sizes it was traced with"
+    kernels = [kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).fn for node in nodes]
+    # Launch options make torch wrap a kernel in an Autotuner, whose `fn` is the kernel.
+    names = [getattr(kernel, "fn", kernel).__name__ for kernel in kernels]
+    return {name: node.kwargs["tensors_to_clone"] for name, node in zip(names, nodes, strict=True)}
+
+
+traced = pytest.mark.parametrize(
+    "op, shapes, expected",
+    [
+        (ops.maximum, ("mk", "mk"), {"maximum_flat_kernel": ["out_ptr"]}),
+        (ops.maximum, ("mk", "k"), {"maximum_strided_kernel": ["out_ptr"]}),
+        (ops.maximum, ("mk", ""), {"maximum_strided_kernel": ["out_ptr"]}),
+        (ops.matmul_t, ("mk",), {"symmetric_product_kernel": ["c_ptr"]}),
+        (ops.matmul_t, ("bmk",), {"symmetric_product_kernel": ["c_ptr"]}),
+        (ops.matmul_t_backward, ("bmm", "bmk"), {"symmetrized_product_kernel": ["out_ptr"]}),
+        (ops.linear_sigmoid, ("mk", "nk"), {"linear_sigmoid_kernel": ["out_ptr"]}),
+        (ops.linear_sigmoid, ("bmk", "nk", "n"), {"linear_sigmoid_kernel": ["out_ptr"]}),
+        (
+            ops.linear_sigmoid_backward,
+            ("bmn", "bmn"),
+            {"sigmoid_backward_kernel": ["dz_ptr", "partial_ptr"]},
+        ),
+    ],
+)
+one_capability = pytest.mark.parametrize("capability", [90], indirect=True)
+
+
+@one_capability
+@traced
+def test_tracers_see_the_kernel_and_what_it_writes(capability, op, shapes, expected):
+    graph, fakes = trace(op, shapes)
+    assert launches(graph) == expected
+    (outputs,) = graph.graph.find_nodes(op="output")[0].args
+    for output, promised in zip(outputs, fakes, strict=True):
+        result = output.meta["val"]
+        assert result.size() == promised.size()
+        assert result.stride() == promised.stride()
+        assert (result.dtype, result.device) == (promised.dtype, promised.device)
+
+
+@one_capability
+def test_check_rejects_a_kernel_that_cannot_be_analysed(capability, monkeypatch):
+    """PyTorch then assumes that the kernel writes all its arguments."""
+    monkeypatch.setattr(Driver, "get_current_target", lambda self: None)
+    with pytest.raises(RuntimeError, match="mutat"):
+        trace(ops.matmul_t, ("mk",))
+
+
+def _contiguous(native):
+    return lambda *args: native(*args).contiguous()
+
+
+def _backward(g: Tensor, y: Tensor) -> Tensor:
+    return g * y * (1 - y)
+
+
+def _strided(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Neither contiguous nor dense."""
+    return torch.ones(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2]
+
+
+@pytest.mark.parametrize(
+    "op, native, args",
+    [
+        (ops.maximum, torch.maximum, (torch.ones(5, 4, 3).permute(2, 0, 1), _strided(3, 5, 4))),
+        (ops.maximum, torch.maximum, (torch.ones(5, 4, 3).permute(2, 0, 1), torch.ones(3, 5, 4).mT.mT)),
+        (ops.maximum, torch.maximum, (torch.ones(3, 4).T, torch.ones(1, 3))),
+        (ops.maximum, torch.maximum, (torch.ones(0, 4), torch.ones(4, dtype=torch.float16))),
+        (ops.maximum, torch.maximum, (torch.ones(4, dtype=torch.int32), _strided(4, dtype=torch.float16))),
+        (ops.matmul_t, _contiguous(lambda x: x @ x.mT), (_strided(2, 5, 3),)),
+        (ops.matmul_t, _contiguous(lambda x: x @ x.mT), (torch.ones(3, 5, dtype=torch.bfloat16).T,)),
+        (ops.matmul_t, _contiguous(lambda x: x @ x.mT), (torch.ones(5, 0),)),
+        (
+            ops.matmul_t_backward,
+            _contiguous(lambda g, x: (g + g.mT) @ x),
+            (torch.ones(()).expand(5, 5), torch.ones(3, 5).T),
+        ),
+        (
+            ops.linear_sigmoid,
+            _contiguous(lambda x, w, b: torch.nn.functional.linear(x, w, b).sigmoid()),
+            (torch.ones(3, 2, 5).permute(2, 1, 0), torch.ones(3, 4).T, torch.ones(()).expand(4)),
+        ),
+        (
+            ops.linear_sigmoid_backward,
+            lambda g, y: (_backward(g, y).contiguous(), _backward(g, y).sum((0, 1))),
+            (torch.ones(()).expand(2, 3, 4), torch.ones(4, 3, 2).permute(2, 1, 0)),
+        ),
+    ],
+)
+def test_fake_has_the_metadata_of_the_native_operator(op, native, args):
+    expected = native(*args)
+    with FakeTensorMode():
+        fakes = op(*(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda") for t in args))
+    if isinstance(expected, Tensor):
+        expected, fakes = (expected,), (fakes,)
+    for result, want in zip(fakes, expected, strict=True):
+        assert (result.shape, result.stride(), result.dtype) == (want.shape, want.stride(), want.dtype)
+        assert result.device == torch.device("cuda", 0)

@@ -1,0 +1,524 @@
+# SPDX-License-Identifier: MIT
+"""Every launcher in `torchpar.kernels`, its arithmetic run on the CPU by Triton's interpreter.
+
+Each check poisons the output, so that an element which no program writes fails, and takes the launcher's
+``wrap``, through which the negative controls break the launch. bfloat16 needs a GPU: the interpreter
+computes it wrongly.
+"""
+
+import math
+from importlib.metadata import version
+from unittest.mock import patch
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchpar.kernels import gemm
+from torchpar.kernels import linear_sigmoid as linear_sigmoid_kernels
+from torchpar.kernels import matmul_t as matmul_t_kernels
+from torchpar.kernels import maximum as maximum_kernels
+from torchpar.kernels.matmul_t import triangle_tile
+
+
+def _release(package: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version(package).split(".")[:2])
+
+
+pytestmark = pytest.mark.skipif(
+    _release("triton") < (3, 7) and _release("numpy") >= (2, 4),
+    reason="run-time loops fail in the interpreter of Triton < 3.7 beside NumPy >= 2.4",
+)
+
+FLOATS = (torch.float16, torch.float32, torch.float64)
+INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+SIZES = (1, 2, 127, 128, 129)
+PAIRS = ((1, 1), (1, 129), (2, 2), (2, 127), (127, 128), (128, 1), (128, 128), (129, 2), (129, 129))
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "transposed": lambda t: t.mT.contiguous().mT,
+    "sliced": lambda t: torch.stack((t, -t), -1).flatten(-2)[..., ::2],
+    "unaligned": lambda t: torch.cat((t[..., :1], t), -1)[..., 1:],
+    "expanded rows": lambda t: t[..., :1, :].expand_as(t),
+    "expanded columns": lambda t: t[..., :1].expand_as(t),
+    "expanded batch": lambda t: t[:1].expand_as(t),
+}
+
+
+def directly(kernel):
+    return kernel
+
+
+class WithoutLastProgram:
+    """A broken launcher: its grid is one program short."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self.kernel[(grid[0] - 1,)]
+
+
+def draw(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.full(shape, math.nan, dtype=dtype)
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+def largest(t: Tensor) -> float:
+    return t.abs().max().item() if t.numel() else 0.0
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def sum_rounding(dtype: torch.dtype, terms: int, magnitude: Tensor) -> float:
+    """What rounding alone may do to a sum of ``terms``, the sum of whose absolute values is ``magnitude``.
+
+    One rounding per term bounds the error of a sum of two, where PyTorch's own is a draw of chance, and is
+    below the typical error of a longer one. In float64 the oracle rounds as well and PyTorch's error says
+    nothing: there it is the bound for two sums in any order.
+    """
+    roundings = 2 * terms if dtype == torch.float64 else 1
+    return roundings * unit_roundoff(accumulator(dtype)) * largest(magnitude)
+
+
+def product_rounding(a: Tensor, b: Tensor) -> float:
+    """`sum_rounding` of ``a @ b``, and the rounding of the result to its dtype."""
+    a64, b64 = a.double(), b.double()
+    result = unit_roundoff(a.dtype) * largest(a64 @ b64)
+    return sum_rounding(a.dtype, a.shape[-1], a64.abs() @ b64.abs()) + result
+
+
+def assert_as_accurate(result: Tensor, native: Tensor, oracle: Tensor, rounding: float) -> None:
+    """The error against ``oracle`` (float64) is at most twice PyTorch's own, or ``rounding`` if more."""
+    assert result.shape == oracle.shape, f"shape {tuple(result.shape)}, expected {tuple(oracle.shape)}"
+    assert result.dtype == native.dtype, f"dtype {result.dtype}, expected {native.dtype}"
+    error, native_error = largest(result.double() - oracle), largest(native.double() - oracle)
+    # Written so that NaN fails.
+    assert error <= max(2 * native_error, rounding), f"error {error}, PyTorch's {native_error}, {rounding=}"
+
+
+# X·Xᵀ
+
+
+def check_symmetric_product(dtype, shape, layout, wrap) -> None:
+    torch.manual_seed(0)
+    x = LAYOUTS[layout](draw(*shape, dtype=dtype))
+    c, again = (poisoned(*shape[:-1], shape[-2], dtype=dtype) for _ in range(2))
+    matmul_t_kernels.symmetric_product(x, x, c, "ieee", wrap)
+    matmul_t_kernels.symmetric_product(x, x, again, "ieee", wrap)
+    oracle = x.double() @ x.double().mT
+    assert_as_accurate(c, x @ x.mT, oracle, product_rounding(x, x.mT))
+    assert torch.equal(c, c.mT), "not symmetric"
+    assert torch.equal(c, again), "two runs differ"
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("n, k", [(129, 0), *PAIRS])
+def test_symmetric_product(interpreter, dtype, n, k):
+    interpreter(check_symmetric_product, dtype, (n, k), "contiguous", directly)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0, 5), (0, 3, 2), (3, 2, 65, 33)], ids=str)
+def test_symmetric_product_of_shape(interpreter, shape):
+    interpreter(check_symmetric_product, torch.float16, shape, "contiguous", directly)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_symmetric_product_of_layout(interpreter, layout):
+    interpreter(check_symmetric_product, torch.float32, (2, 65, 33), layout, directly)
+
+
+def check_symmetric_product_of_two(n: int) -> None:
+    """S·(S²)ᵀ is symmetric, and exact in small integers."""
+    torch.manual_seed(0)
+    s = torch.randint(-2, 3, (n, n), dtype=torch.float64)
+    s = s + s.mT
+    c = poisoned(n, n, dtype=s.dtype)
+    matmul_t_kernels.symmetric_product(s, s @ s, c, "ieee", directly)
+    assert torch.equal(c, s @ s @ s)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_symmetric_product_of_two_operands(interpreter, n):
+    interpreter(check_symmetric_product_of_two, n)
+
+
+# (G + Gᵀ)·X
+
+
+def check_symmetrized_product(dtype, shape, g_layout, x_layout, wrap) -> None:
+    torch.manual_seed(0)
+    g = LAYOUTS[g_layout](draw(*shape[:-1], shape[-2], dtype=dtype))
+    x = LAYOUTS[x_layout](draw(*shape, dtype=dtype))
+    out, again = (poisoned(*shape, dtype=dtype) for _ in range(2))
+    matmul_t_kernels.symmetrized_product(g, x, out, "ieee", wrap)
+    matmul_t_kernels.symmetrized_product(g, x, again, "ieee", wrap)
+    total = g + g.mT
+    oracle = (g.double() + g.double().mT) @ x.double()
+    rounding = product_rounding(total, x) + unit_roundoff(dtype) * largest(
+        total.double().abs() @ x.double().abs()
+    )
+    assert_as_accurate(out, total @ x, oracle, rounding)
+    assert torch.equal(out, again), "two runs differ"
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("n, k", PAIRS)
+def test_symmetrized_product(interpreter, dtype, n, k):
+    interpreter(check_symmetrized_product, dtype, (n, k), "contiguous", "contiguous", directly)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 3, 2), (3, 2, 65, 33)], ids=str)
+def test_symmetrized_product_of_shape(interpreter, shape):
+    interpreter(check_symmetrized_product, torch.float16, shape, "contiguous", "contiguous", directly)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_symmetrized_product_of_layout(interpreter, layout):
+    interpreter(check_symmetrized_product, torch.float32, (2, 65, 33), layout, "contiguous", directly)
+    interpreter(check_symmetrized_product, torch.float32, (2, 65, 33), "contiguous", layout, directly)
+
+
+# σ(X·Wᵀ + b)
+
+
+def check_linear_sigmoid(dtype, m, n, k, layout, has_bias, wrap) -> None:
+    torch.manual_seed(0)
+    x, weight = LAYOUTS[layout](draw(m, k, dtype=dtype)), LAYOUTS[layout](draw(n, k, dtype=dtype))
+    bias = draw(2 * n, dtype=dtype)[::2] if has_bias else None
+    y, again = (poisoned(m, n, dtype=dtype) for _ in range(2))
+    linear_sigmoid_kernels.linear_sigmoid(x, weight, bias, y, "ieee", wrap)
+    linear_sigmoid_kernels.linear_sigmoid(x, weight, bias, again, "ieee", wrap)
+    z = x.double() @ weight.double().mT + (bias.double() if has_bias else 0)
+    # σ' ≤ 1/4 scales the error of z, the bias included; e⁻ᶻ, the sum and the quotient round; then y ≤ 1 does.
+    u = unit_roundoff(accumulator(dtype))
+    rounding = (product_rounding(x, weight.mT) + u * largest(z)) / 4 + 3 * u + unit_roundoff(dtype)
+    assert_as_accurate(y, torch.nn.functional.linear(x, weight, bias).sigmoid(), z.sigmoid(), rounding)
+    assert torch.equal(y, again), "two runs differ"
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    "m, n, k",
+    [
+        (1, 1, 1),
+        (1, 129, 2),
+        (2, 2, 127),
+        (2, 127, 128),
+        (127, 128, 129),
+        (128, 1, 2),
+        (128, 128, 128),
+        (129, 2, 0),
+        (129, 129, 1),
+    ],
+)
+def test_linear_sigmoid(interpreter, dtype, m, n, k):
+    interpreter(check_linear_sigmoid, dtype, m, n, k, "contiguous", True, directly)
+
+
+@pytest.mark.parametrize("m, n, k", [(0, 3, 2), (3, 0, 2), (3, 2, 0), (65, 33, 70)])
+def test_linear_sigmoid_without_bias(interpreter, m, n, k):
+    interpreter(check_linear_sigmoid, torch.float16, m, n, k, "contiguous", False, directly)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_linear_sigmoid_of_layout(interpreter, layout):
+    interpreter(check_linear_sigmoid, torch.float32, 129, 65, 33, layout, True, directly)
+
+
+def check_linear_sigmoid_saturates(dtype: torch.dtype) -> None:
+    x = torch.tensor([[-math.inf], [-1e4], [0.0], [1e4], [math.inf], [math.nan]], dtype=dtype)
+    y = poisoned(6, 1, dtype=dtype)
+    linear_sigmoid_kernels.linear_sigmoid(x, torch.ones(1, 1, dtype=dtype), None, y, "ieee", directly)
+    torch.testing.assert_close(y, x.sigmoid(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_linear_sigmoid_saturates(interpreter, dtype):
+    interpreter(check_linear_sigmoid_saturates, dtype)
+
+
+# dZ = G·Y·(1 - Y) and its sum over the rows
+
+
+def check_sigmoid_backward(dtype, m, n, layout, wrap) -> None:
+    torch.manual_seed(0)
+    g, y = LAYOUTS[layout](draw(m, n, dtype=dtype)), LAYOUTS[layout](draw(m, n, dtype=dtype).sigmoid())
+    dz, again = (poisoned(m, n, dtype=dtype) for _ in range(2))
+    torch.use_deterministic_algorithms(True)  # poisons torch.empty, where the partial sums go
+    db = linear_sigmoid_kernels.sigmoid_backward(g, y, dz, wrap)
+    torch.use_deterministic_algorithms(False)
+    db_again = linear_sigmoid_kernels.sigmoid_backward(g, y, again, wrap)
+    oracle = g.double() * y.double() * (1 - y.double())
+    native = torch.ops.aten.sigmoid_backward(g, y)
+    # One rounding of 1 - y and one of each product; then those of the sum; at last those of the results.
+    products = 3 * unit_roundoff(accumulator(dtype))
+    assert_as_accurate(dz, native, oracle, (products + unit_roundoff(dtype)) * largest(oracle))
+    magnitude, total = oracle.abs().sum(0), oracle.sum(0)
+    rounding = products * largest(magnitude) + sum_rounding(dtype, m, magnitude)
+    assert_as_accurate(db, native.sum(0), total, rounding + unit_roundoff(dtype) * largest(total))
+    assert torch.equal(dz, again), "two runs differ"
+    assert torch.equal(db, db_again), "two runs differ"
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("m, n", [(0, 3), (3, 0), *PAIRS, (257, 65), (513, 1)])
+def test_sigmoid_backward(interpreter, dtype, m, n):
+    interpreter(check_sigmoid_backward, dtype, m, n, "contiguous", directly)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sigmoid_backward_of_layout(interpreter, layout):
+    interpreter(check_sigmoid_backward, torch.float32, 129, 65, layout, directly)
+
+
+# max(A, B)
+
+
+def draw_any(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Few different values, so that ties are many; none is the least of its dtype; some are NaN."""
+    if dtype == torch.bool:
+        values = [False, True]
+    elif dtype.is_floating_point:
+        values = [-math.inf, -2.5, -1, 0, 0.5, 3, math.inf, math.nan]
+    else:
+        limits = torch.iinfo(dtype)
+        values = [limits.min + 1, limits.max // 2, limits.max // 2 + 1, limits.max, *range(2, 9)]
+    return torch.tensor(values, dtype=dtype)[torch.randint(len(values), shape)]
+
+
+def poison(out: Tensor) -> Tensor:
+    if out.dtype == torch.bool:
+        out.view(torch.uint8).fill_(7)
+        return out
+    return out.fill_(math.nan if out.is_floating_point() else torch.iinfo(out.dtype).min)
+
+
+FLAT, STRIDED = "maximum_flat_kernel", "maximum_strided_kernel"
+OPERANDS = {  # what makes the operands from a draw, the kernel that serves them, and how often it is launched
+    "scalars": (lambda d: (d(), d()), FLAT, 1),
+    "one element": (lambda d: (d(1), d(1)), FLAT, 1),
+    "no element": (lambda d: (d(3, 0), d(3, 1)), None, 0),
+    "127": (lambda d: (d(127), d(127)), FLAT, 1),
+    "129": (lambda d: (d(129), d(129)), FLAT, 1),
+    "whole blocks": (lambda d: (d(8192), d(8192)), FLAT, 1),
+    "a last block of one": (lambda d: (d(8193), d(8193)), FLAT, 1),
+    "a last block one short": (lambda d: (d(8191), d(8191)), FLAT, 1),
+    "unaligned": (lambda d: (d(4100)[1:], d(4101)[2:]), FLAT, 1),
+    "same permutation": (lambda d: (d(5, 6, 7).permute(2, 0, 1), d(5, 6, 7).permute(2, 0, 1)), FLAT, 1),
+    "transposed": (lambda d: (d(65, 33), d(33, 65).mT), STRIDED, 1),
+    "permuted": (lambda d: (d(5, 6, 7, 3), d(3, 5, 7, 6).permute(1, 3, 2, 0)), STRIDED, 1),
+    "sliced": (lambda d: (d(33, 40)[:, ::2], d(66, 20)[::2]), STRIDED, 1),
+    "a row": (lambda d: (d(33, 129), d(129)), STRIDED, 1),
+    "a column": (lambda d: (d(129, 33), d(129, 1)), STRIDED, 1),
+    "a long row": (lambda d: (d(3, 2049), d(1, 2049)), STRIDED, 1),
+    "outer": (lambda d: (d(127, 1), d(1, 129)), STRIDED, 1),
+    "a scalar": (lambda d: (d(129), d()), STRIDED, 1),
+    "4 dimensions": (lambda d: (d(3, 1, 5, 1), d(1, 4, 1, 7)), STRIDED, 1),
+    "5 dimensions": (lambda d: (d(2, 1, 4, 1, 3), d(1, 5, 1, 6, 1)), STRIDED, 2),
+    "6 dimensions": (lambda d: (d(2, 1, 4, 1, 3, 1), d(1, 5, 1, 2, 1, 6)), STRIDED, 10),
+    "6 dimensions, permuted": (
+        lambda d: (
+            d(6, 1, 3, 1, 2, 1).permute(5, 4, 3, 2, 1, 0),
+            d(1, 2, 1, 3, 1, 2).permute(5, 4, 3, 2, 1, 0),
+        ),
+        STRIDED,
+        12,
+    ),
+}
+
+
+def check_maximum(case: str, a_dtype, b_dtype, wrap) -> list[str]:
+    """Compare with `torch.maximum`, bit for bit; return the kernels launched."""
+    torch.manual_seed(0)
+    dtypes = iter((a_dtype, b_dtype))
+    a, b = OPERANDS[case][0](lambda *shape: draw_any(*shape, dtype=next(dtypes)))
+    expected = torch.maximum(a, b)
+    out = poison(torch.empty_like(expected))
+    assert out.stride() == expected.stride()
+    launched = []
+
+    def recording(kernel):
+        launched.append(kernel.fn.__name__)
+        return wrap(kernel)
+
+    maximum_kernels.maximum(a.expand(out.shape), b.expand(out.shape), out, recording)
+    if out.dtype == torch.bool:
+        out, expected = out.view(torch.uint8), expected.view(torch.uint8)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+    return launched
+
+
+@pytest.mark.parametrize("case", OPERANDS)
+def test_maximum(interpreter, case):
+    _, kernel, launches = OPERANDS[case]
+    for dtype in (*FLOATS, *INTEGERS):
+        assert interpreter(check_maximum, case, dtype, dtype, directly) == [kernel] * launches
+
+
+@pytest.mark.parametrize(
+    "a_dtype, b_dtype",
+    [
+        (torch.float32, torch.float16),
+        (torch.float64, torch.float32),
+        (torch.int64, torch.float16),
+        (torch.int32, torch.float64),
+        (torch.bool, torch.float32),
+        (torch.bool, torch.int8),
+        (torch.uint8, torch.int8),
+        (torch.uint8, torch.int16),
+        (torch.int64, torch.int32),
+    ],
+    ids=str,
+)
+def test_maximum_of_mixed_dtypes(interpreter, a_dtype, b_dtype):
+    for case in ("127", "a last block of one", "a row", "transposed", "a scalar", "5 dimensions"):
+        interpreter(check_maximum, case, a_dtype, b_dtype, directly)
+        interpreter(check_maximum, case, b_dtype, a_dtype, directly)
+
+
+# Offsets beyond 2³¹
+
+
+def check_far_apart() -> None:
+    """Rows further apart than an int32 can count. Their pages are never touched, so they cost no memory."""
+    step = 2**31 + 64
+    torch.manual_seed(0)
+
+    far = torch.empty(step + 8, dtype=torch.uint8).as_strided((2, 8), (step, 1))
+    near = draw_any(2, 8, dtype=torch.uint8)
+    far.copy_(draw_any(2, 8, dtype=torch.uint8))
+    out = poison(torch.empty_like(near))
+    maximum_kernels.maximum(far, near, out, directly)
+    assert torch.equal(out, torch.maximum(far, near))
+    del far
+
+    far = torch.empty(step + 8, dtype=torch.float16).as_strided((2, 8), (step, 1))
+    far.copy_(torch.randint(-4, 5, (2, 8)))
+    for x in (far, far.mT):  # small integers: every result is exact
+        n, k = x.shape
+        c, dx, y, dz = (poisoned(*shape, dtype=x.dtype) for shape in ((n, n), (n, k), (n, n), (n, k)))
+        matmul_t_kernels.symmetric_product(x, x, c, "ieee", directly)
+        assert torch.equal(c, x @ x.mT)
+        matmul_t_kernels.symmetrized_product(c, x, dx, "ieee", directly)
+        assert torch.equal(dx, (c + c.mT) @ x)
+        linear_sigmoid_kernels.linear_sigmoid(x, x, None, y, "ieee", directly)
+        assert torch.equal(y, (x @ x.mT).float().sigmoid().half())
+        linear_sigmoid_kernels.sigmoid_backward(x, x, dz, directly)
+        assert torch.equal(dz, x * x * (1 - x))
+    for g in (far[:, :2], far[:, :2].mT):
+        x = torch.eye(2, dtype=g.dtype)
+        dx = poisoned(2, 2, dtype=g.dtype)
+        matmul_t_kernels.symmetrized_product(g, x, dx, "ieee", directly)
+        assert torch.equal(dx, g + g.mT)
+
+
+def test_offsets_beyond_int32(interpreter):
+    interpreter(check_far_apart)
+
+
+# The lower triangle's tiles
+
+
+@triton.jit
+def triangle_tile_kernel(tile_ptr, row_ptr, col_ptr, count, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < count
+    row, col = triangle_tile(tl.load(tile_ptr + offsets, mask=mask, other=0))
+    tl.store(row_ptr + offsets, row, mask=mask)
+    tl.store(col_ptr + offsets, col, mask=mask)
+
+
+def check_triangle_tile(tiles: Tensor, rows: Tensor, cols: Tensor) -> None:
+    row, col = (torch.full_like(tiles, -1) for _ in range(2))
+    block = 2**16
+    triangle_tile_kernel[(triton.cdiv(len(tiles), block),)](tiles, row, col, len(tiles), BLOCK=block)
+    wrong = ((row != rows) | (col != cols)).nonzero().flatten().tolist()
+    found = [(tiles[i].item(), row[i].item(), col[i].item()) for i in wrong[:3]]
+    assert not wrong, f"{len(wrong)} wrong; the first (tile, row, column): {found}"
+
+
+def test_triangle_tile_enumerates_the_triangle(interpreter):
+    rows, cols = torch.tril_indices(2048, 2048, dtype=torch.int32)
+    interpreter(check_triangle_tile, torch.arange(len(rows), dtype=torch.int32), rows, cols)
+
+
+def test_triangle_tile_at_the_ends_of_every_row(interpreter):
+    # The float estimate of the row rises with the tile, so a row is right throughout if its ends are.
+    rows = torch.arange(65535)  # the rows that an int32 counts to their ends
+    first = rows * (rows + 1) // 2
+    tiles = torch.stack((first, first + rows)).to(torch.int32)
+    cols = torch.stack((torch.zeros_like(rows), rows)).to(torch.int32)
+    rows = rows.to(torch.int32).expand_as(tiles)
+    interpreter(check_triangle_tile, tiles.flatten(), rows.flatten(), cols.flatten())
+
+
+def test_triangle_tile_check_rejects_a_wrong_column(interpreter):
+    rows, cols = torch.tril_indices(8, 8, dtype=torch.int32)
+    cols[-1] += 1
+    with pytest.raises(AssertionError, match="1 wrong"):
+        interpreter(check_triangle_tile, torch.arange(len(rows), dtype=torch.int32), rows, cols)
+
+
+# The tiles of large products
+
+
+def check_with_large_tiles(check, *args) -> None:
+    large = gemm.tiles(torch.float32, "tf32", 8192, 8192)
+    with (
+        patch.object(matmul_t_kernels, "tiles", return_value=large),
+        patch.object(linear_sigmoid_kernels, "tiles", return_value=large),
+    ):
+        check(*args, directly)
+
+
+@pytest.mark.parametrize(
+    "check, args",
+    [
+        (check_symmetric_product, (torch.float32, (259, 65), "contiguous")),
+        (check_symmetrized_product, (torch.float32, (259, 130), "contiguous", "transposed")),
+        (check_linear_sigmoid, (torch.float32, 259, 130, 65, "transposed", True)),
+    ],
+)
+def test_large_tiles(interpreter, check, args):
+    """On operands smaller than those they are chosen for, which would take the interpreter minutes."""
+    interpreter(check_with_large_tiles, check, *args)
+
+
+# What the checks must reject
+
+
+@pytest.mark.parametrize(
+    "check, args",
+    [
+        (check_symmetric_product, (torch.float32, (129, 33), "contiguous")),
+        (check_symmetrized_product, (torch.float32, (129, 33), "contiguous", "contiguous")),
+        (check_linear_sigmoid, (torch.float32, 129, 129, 33, "contiguous", True)),
+        (check_sigmoid_backward, (torch.float32, 129, 129, "contiguous")),
+        *((check_maximum, ("129", dtype, dtype)) for dtype in (*FLOATS, *INTEGERS)),
+        (check_maximum, ("a row", torch.float32, torch.float32)),
+        (check_maximum, ("6 dimensions", torch.int8, torch.int8)),
+    ],
+)
+def test_check_rejects_a_missing_program(interpreter, check, args):
+    with pytest.raises(AssertionError):
+        interpreter(check, *args, WithoutLastProgram)
+
+
+def test_tolerance_rejects_operands_of_lower_precision():
+    torch.manual_seed(0)
+    x = draw(129, 128, dtype=torch.float32)
+    low = x.half().float()
+    with pytest.raises(AssertionError, match="PyTorch's"):
+        assert_as_accurate(low @ low.mT, x @ x.mT, x.double() @ x.double().mT, product_rounding(x, x.mT))

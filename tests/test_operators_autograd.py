@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: MIT
+"""First and second derivatives: right, whatever gradient comes in, and no more of them than needed."""
+
+import itertools
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from samples import (
+    BY_CASE,
+    BY_SMALL_CASE,
+    FLOATS,
+    INTEGERS,
+    LAYOUTS,
+    OPERATORS,
+    arguments,
+    assert_accurate,
+    halves,
+    normal,
+    to_numpy,
+)
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.library import opcheck
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import torchpar
+
+# PyTorch's own opcheck looks at it.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+def gradients(op: Any, args: tuple[Tensor, ...], incoming: Tensor, **kwargs: Any) -> tuple[Tensor, ...]:
+    """Of the arguments that require one."""
+    return torch.autograd.grad(op(*args), [arg for arg in args if arg.requires_grad], incoming, **kwargs)
+
+
+@pytest.mark.parametrize("name, shapes", BY_SMALL_CASE, ids=str)
+def test_gradcheck(name: str, shapes: tuple[tuple[int, ...], ...], device: str) -> None:
+    args = arguments(shapes, device=device, requires_grad=True)
+    op = getattr(torch.ops.torchpar, name)
+    assert gradcheck(op, args, check_batched_grad=True, check_forward_ad=True)
+    if len(shapes[0]) != 1:  # PyTorch's own product of a vector fails this one
+        assert gradcheck(op, args, check_forward_ad=True, check_batched_forward_grad=True)
+    assert gradgradcheck(op, args, gen_non_contig_grad_outputs=True, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "name, shapes",
+    [
+        ("maximum", ((3, 4), (3, 4))),
+        ("matmul_t", ((4, 3),)),
+        ("linear_sigmoid", ((3, 4), (2, 4), (2,))),
+    ],
+    ids=str,
+)
+def test_gradcheck_of_strided_arguments(
+    name: str, shapes: tuple[tuple[int, ...], ...], layout: str, device: str
+) -> None:
+    def op(*args: Tensor) -> Tensor:
+        return OPERATORS[name].op(*map(LAYOUTS[layout], args))
+
+    args = arguments(shapes, device=device, requires_grad=True)
+    assert gradcheck(op, args)
+    assert gradgradcheck(op, args)
+
+
+@pytest.mark.parametrize("name, shapes", BY_SMALL_CASE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_opcheck(name: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, device: str) -> None:
+    overload = getattr(torch.ops.torchpar, name).default
+    args = arguments(shapes, dtype, device, requires_grad=True)
+    opcheck(overload, args)
+    opcheck(overload, tuple(LAYOUTS["stepped"](arg.detach()) for arg in args))
+
+
+@pytest.mark.parametrize(
+    "name, shapes",
+    [
+        ("matmul_t_backward", ((4, 4), (4, 3))),
+        ("matmul_t_backward", ((2, 4, 4), (2, 4, 3))),
+        ("linear_sigmoid_backward", ((3, 4), (3, 4))),
+        ("linear_sigmoid_backward", ((2, 3, 4), (2, 3, 4))),
+        ("linear_sigmoid_backward", ((4,), (4,))),
+    ],
+    ids=str,
+)
+def test_the_backward_operators(name: str, shapes: tuple[tuple[int, ...], ...], device: str) -> None:
+    overload = getattr(torch.ops.torchpar, name).default
+    args = arguments(shapes, device=device, requires_grad=True)
+    opcheck(overload, args)
+    assert gradcheck(overload, args, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(overload, args)
+
+
+@pytest.mark.parametrize("name, shapes", BY_CASE, ids=str)
+def test_gradients_are_as_accurate_as_pytorchs(
+    name: str, shapes: tuple[tuple[int, ...], ...], device: str
+) -> None:
+    for dtype in FLOATS[:-1]:  # gradcheck judges fp64
+        args = arguments(shapes, dtype, device, make=halves, requires_grad=True)
+        wide = tuple(arg.detach().double().requires_grad_() for arg in args)
+        incoming = halves(*OPERATORS[name].op(*args).shape, dtype=dtype, device=device, seed=9)
+        actual = gradients(OPERATORS[name].op, args, incoming)
+        native = gradients(OPERATORS[name].native, args, incoming)
+        expected = gradients(OPERATORS[name].native, wide, incoming.double())
+        for arg, a, n, e in zip(args, actual, native, expected, strict=True):
+            assert (a.shape, a.dtype, a.device) == (arg.shape, arg.dtype, arg.device)
+            if incoming.numel() > 1000:
+                assert_accurate(a, n, to_numpy(e), OPERATORS[name].roundings)
+            else:  # of a few results, either operator's error is chance
+                assert_close(a, n)
+
+
+@pytest.mark.parametrize("scale", [2**-14, 1, 40000])
+def test_gradient_of_matmul_t_under_loss_scaling(scale: float, device: str) -> None:
+    # fp16 training scales the loss until gradients come near the largest fp16. G + Gᵀ is larger still.
+    (x,) = args = ((normal(33, 17, dtype=torch.float16, device=device) / 1024).requires_grad_(),)
+    wide = (x.detach().double().requires_grad_(),)
+    incoming = torch.full((33, 33), scale, dtype=torch.float16, device=device)
+    (native,) = gradients(OPERATORS["matmul_t"].native, args, incoming)
+    (expected,) = gradients(OPERATORS["matmul_t"].native, wide, incoming.double())
+    assert native.isfinite().all()
+    assert_accurate(*gradients(torchpar.matmul_t, args, incoming), native, to_numpy(expected))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name, shapes", BY_SMALL_CASE, ids=str)
+def test_any_layout_of_the_incoming_gradient(
+    name: str, shapes: tuple[tuple[int, ...], ...], layout: str, device: str
+) -> None:
+    args = arguments(shapes, device=device, requires_grad=True)
+    incoming = LAYOUTS[layout](normal(*OPERATORS[name].op(*args).shape, device=device, seed=9))
+    expected = gradients(OPERATORS[name].native, args, incoming.clone())
+    assert_close(gradients(OPERATORS[name].op, args, incoming), expected)
+
+
+@pytest.mark.parametrize("name, shapes", BY_SMALL_CASE, ids=str)
+def test_any_subset_of_arguments_requires_grad(
+    name: str, shapes: tuple[tuple[int, ...], ...], device: str
+) -> None:
+    for required in itertools.product([False, True], repeat=len(shapes)):
+        args = [t.requires_grad_(r) for t, r in zip(arguments(shapes, device=device), required, strict=True)]
+        y = OPERATORS[name].op(*args)
+        assert y.requires_grad == any(required)
+        if any(required):
+            expected = gradients(OPERATORS[name].native, tuple(args), torch.ones_like(y))
+            y.sum().backward()
+            assert_close([arg.grad for arg in args if arg.requires_grad], list(expected))
+        assert [arg.grad is not None for arg in args] == list(required)
+
+
+class Count(TorchDispatchMode):
+    """Counts calls of operators, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func._schema.name.partition("::")[2]] += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("required", [*itertools.product([False, True], repeat=3)], ids=str)
+def test_linear_sigmoid_computes_only_the_gradients_that_are_needed(
+    required: tuple[bool, ...], device: str
+) -> None:
+    args = arguments(((3, 4), (5, 4), (5,)), device=device)
+    args = tuple(arg.requires_grad_(r) for arg, r in zip(args, required, strict=True))
+    y = torchpar.linear_sigmoid(*args)
+    if not any(required):
+        assert not y.requires_grad
+        return
+    with Count() as count:
+        y.backward(torch.ones_like(y))
+    assert count.calls["mm"] + count.calls["addmm"] == required[0] + required[1]
+    assert count.calls["sigmoid_backward"] + count.calls["linear_sigmoid_backward"] == 1
+    assert count.calls["sum"] + count.calls["linear_sigmoid_backward"] == required[2]
+    assert not count.calls.keys() & {"mul", "sigmoid", "linear", "linear_sigmoid"}
+
+
+def test_matmul_t_backward_is_one_product(device: str) -> None:
+    x = normal(5, 3, device=device).requires_grad_()
+    c = torchpar.matmul_t(x)
+    with Count() as count:
+        c.backward(torch.ones_like(c))
+    assert count.calls["matmul_t_backward"] == 1
+    assert not count.calls.keys() & {"mm", "bmm", "matmul", "add", "matmul_t"}
+
+
+def test_maximum_computes_only_the_gradients_that_are_needed(device: str) -> None:
+    calls = []
+    for required in ((True, False), (False, True), (True, True)):
+        args = [
+            t.requires_grad_(r) for t, r in zip(arguments(((9,), (9,)), device=device), required, strict=True)
+        ]
+        y = torchpar.maximum(*args)
+        with Count() as count:
+            y.backward(torch.ones_like(y))
+        calls.append(count.calls["where"])
+    assert calls == [1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "name, shapes",
+    [("matmul_t_backward", ((4, 4), (4, 3))), ("linear_sigmoid_backward", ((3, 4), (3, 4)))],
+    ids=str,
+)
+def test_second_derivatives_compute_only_what_is_needed(
+    name: str, shapes: tuple[tuple[int, ...], ...], device: str
+) -> None:
+    def calls(*required: bool) -> int:
+        args = [t.requires_grad_(r) for t, r in zip(arguments(shapes, device=device), required, strict=True)]
+        outputs = getattr(torch.ops.torchpar, name)(*args)
+        total = sum(output.sum() for output in (outputs if isinstance(outputs, tuple) else (outputs,)))
+        with Count() as count:
+            total.backward()
+        return sum(count.calls[op] for op in ("mm", "mul", "add", "rsub", "matmul_t_backward"))
+
+    both = calls(True, True)
+    assert calls(True, False) < both
+    assert calls(False, True) < both
+
+
+def test_linear_sigmoid_keeps_its_inputs_and_output_only(device: str) -> None:
+    args = arguments(((3, 4), (5, 4), (5,)), device=device, requires_grad=True)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = torchpar.linear_sigmoid(*args)
+    assert [t.data_ptr() for t in saved] == [t.data_ptr() for t in (args[0], args[1], y)]
+
+
+@pytest.mark.parametrize("name, shapes", BY_SMALL_CASE, ids=str)
+def test_a_changed_argument_is_noticed(name: str, shapes: tuple[tuple[int, ...], ...], device: str) -> None:
+    args = arguments(shapes, device=device, requires_grad=True)
+    y = OPERATORS[name].op(*args)
+    with torch.no_grad():
+        args[0].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_ties_share_the_gradient_of_maximum_and_nan_does_not_stop_it(dtype: torch.dtype, device: str) -> None:
+    nan = math.nan
+    a = torch.tensor([1.0, 2.0, 3.0, 0.0, nan, nan, 1.0], dtype=dtype, device=device, requires_grad=True)
+    b = torch.tensor([1.0, 3.0, 2.0, -0.0, nan, 1.0, nan], dtype=dtype, device=device, requires_grad=True)
+    g = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0], dtype=dtype, device=device)
+    actual = gradients(torchpar.maximum, (a, b), g)
+    assert_close(actual, gradients(torch.maximum, (a, b), g), rtol=0, atol=0)
+    assert_close(actual[0], g * torch.tensor([0.5, 0, 1, 0.5, 1, 1, 1], dtype=dtype, device=device))
+    assert_close(actual[1], g * torch.tensor([0.5, 1, 0, 0.5, 1, 1, 1], dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("other_dtype", INTEGERS + FLOATS, ids=str)
+def test_gradients_of_maximum_with_promotion(
+    dtype: torch.dtype, other_dtype: torch.dtype, device: str
+) -> None:
+    for shapes in (((3, 4), (4,)), ((3, 4), ()), ((), (4,))):
+        a, b = (normal(*s, dtype=t, device=device) for s, t in zip(shapes, (dtype, other_dtype), strict=True))
+        a.requires_grad_()
+        b.requires_grad_(other_dtype.is_floating_point)
+        y = torchpar.maximum(a, b)
+        incoming = halves(*y.shape, dtype=y.dtype, device=device)
+        actual = gradients(torchpar.maximum, (a, b), incoming)
+        assert_close(actual, gradients(torch.maximum, (a, b), incoming))
+
+
+def test_gradient_of_a_cpu_scalar_goes_back_to_the_cpu(device: str) -> None:
+    t, scalar = normal(5, device=device).requires_grad_(), normal().requires_grad_()
+    for args in ((t, scalar), (scalar, t)):
+        incoming = torch.ones(5, dtype=t.dtype, device=device)
+        actual = gradients(torchpar.maximum, args, incoming)
+        assert [g.device for g in actual] == [arg.device for arg in args]
+        assert_close(actual, gradients(torch.maximum, args, incoming))
+
+
+def test_integers_need_no_gradient(device: str) -> None:
+    a, b = arguments(((3,), (3,)), torch.int64, device)
+    assert not torchpar.maximum(a, b).requires_grad
+
+
+def test_a_batch_of_incoming_gradients(device: str) -> None:
+    x, _, bias = args = arguments(((3, 4), (5, 4), (5,)), device=device, requires_grad=True)
+    for op, native, some in (
+        (torchpar.linear_sigmoid, OPERATORS["linear_sigmoid"].native, args),
+        (torchpar.matmul_t, OPERATORS["matmul_t"].native, (x,)),
+        (torchpar.maximum, torch.maximum, (x, bias[:1])),
+    ):
+        incoming = normal(7, *op(*some).shape, device=device)
+        actual = gradients(op, some, incoming, is_grads_batched=True)
+        assert_close(actual, gradients(native, some, incoming, is_grads_batched=True))

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: MIT
+"""The operators under torch.compile, torch.export, autocast, the grad modes and CUDA graphs."""
+
+import io
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from samples import (
+    BY_SMALL_CASE,
+    LAYOUTS,
+    OPERATORS,
+    SMALL,
+    arguments,
+    assert_accurate,
+    assert_symmetric,
+    metadata,
+    normal,
+    oracle,
+)
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim
+from torch.func import grad, hessian, jvp, vmap
+from torch.testing import assert_close
+from torch.utils._pytree import tree_map
+
+import torchpar
+
+# Of PyTorch's own compiler, and of its own export (2.11).
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # pytest would keep every record of the compiler's trace, which takes as long as compiling.
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(compile_threads=1):  # no pool of processes for three small kernels
+        yield
+    torch._dynamo.reset()
+
+
+def sized(name: str, n: int, m: int, k: int) -> tuple[tuple[int, ...], ...]:
+    return {
+        "maximum": ((n, k), (m, 1, k)),
+        "matmul_t": ((m, n, k),),
+        "linear_sigmoid": ((m, n, k), (n + 1, k), (n + 1,)),
+    }[name]
+
+
+def check(name: str, compiled: Callable[..., Tensor], args: tuple[Tensor, ...]) -> None:
+    actual, expected = compiled(*args), OPERATORS[name].native(*args)
+    assert_close(actual, expected)
+    assert actual.stride() == expected.stride()
+    if name == "matmul_t":
+        assert_symmetric(actual)
+    required = [arg for arg in args if arg.requires_grad]
+    if required:
+        g = normal(*actual.shape, device=actual.device.type, seed=9).to(actual)
+        for incoming in (g, LAYOUTS["permuted"](g)):
+            actual, expected = compiled(*args), OPERATORS[name].native(*args)
+            assert_close(
+                torch.autograd.grad(actual, required, incoming),
+                torch.autograd.grad(expected, required, incoming),
+            )
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_compiled_once_for_all_sizes(name: str, device: str) -> None:
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(getattr(torch.ops.torchpar, name), fullgraph=True, dynamic=True, backend=counter)
+    for n, m, k in ((5, 2, 7), (4, 3, 9), (17, 6, 2), (40, 4, 129)):
+        check(name, compiled, arguments(sized(name, n, m, k), device=device, requires_grad=True))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_compiled_in_low_precision_without_gradient(name: str, device: str) -> None:
+    op = OPERATORS[name].op
+    compiled = torch.compile(op, fullgraph=True)
+    args = arguments(sized(name, 33, 2, 16), torch.bfloat16, device)
+    strided = tuple(LAYOUTS["transposed"](arg) for arg in args)
+    for some in (args, strided):
+        actual, eager = compiled(*some), op(*some)
+        assert_accurate(actual, eager, oracle(name, some), OPERATORS[name].roundings)
+        assert metadata(actual) == metadata(eager)
+
+
+def test_sizes_on_both_sides_of_the_blocked_path_compile_once_each(device: str) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(torchpar.matmul_t, fullgraph=True, dynamic=True, backend=counter)
+    for n in (5, 511, 512, 513, 1000, 7):
+        check("matmul_t", compiled, arguments(((n, 9),), device=device, requires_grad=True))
+    assert counter.frame_count <= 2
+
+
+def test_a_compiled_model_of_all_three_is_one_graph(device: str) -> None:
+    def model(maximum: Any, matmul_t: Any, linear_sigmoid: Any, x: Tensor, weight: Tensor) -> Tensor:
+        h = maximum(linear_sigmoid(x, weight), x[:, :1])
+        return matmul_t(h).sum() + matmul_t(weight).square().sum()
+
+    ops = [operator.op for operator in OPERATORS.values()]
+    natives = [operator.native for operator in OPERATORS.values()]
+    args = arguments(((6, 4), (5, 4)), device=device, requires_grad=True)
+    compiled = torch.compile(model, fullgraph=True)
+    actual, expected = compiled(*ops, *args), model(*natives, *args)
+    assert_close(actual, expected)
+    assert_close(torch.autograd.grad(actual, args), torch.autograd.grad(expected, args))
+
+
+COMPILED_TRANSFORMS = {
+    "vmap": lambda op: vmap(op),
+    "grad": lambda op: grad(lambda *args: op(*args).pow(3).sum()),
+    "vmap(grad)": lambda op: vmap(grad(lambda *args: op(*args).pow(3).sum())),
+    "hessian": lambda op: hessian(lambda *args: op(*args).pow(3).sum()),
+    "jvp": lambda op: lambda *args: jvp(op, args, args)[1],
+}
+
+
+@pytest.mark.parametrize("transform", COMPILED_TRANSFORMS)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_compiled_transforms(name: str, transform: str, device: str) -> None:
+    if transform.startswith("vmap"):
+        shapes = tuple((2, *shape) for shape in SMALL[name][0])
+    else:
+        shapes = SMALL[name][0]
+    args = arguments(shapes, device=device)
+    compiled = torch.compile(
+        COMPILED_TRANSFORMS[transform](OPERATORS[name].op), fullgraph=True, backend="aot_eager"
+    )
+    assert_close(compiled(*args), COMPILED_TRANSFORMS[transform](OPERATORS[name].native)(*args))
+
+
+class Module(torch.nn.Module):
+    def __init__(self, op: Callable[..., Tensor]):
+        super().__init__()
+        self.op = op
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.op(*args)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_export(name: str, dynamic: bool, device: str) -> None:
+    n, m, k = Dim("n", min=2), Dim("m", min=2), Dim("k", min=2)
+    dims = {
+        "maximum": ({0: n, 1: k}, {0: m, 2: k}),
+        "matmul_t": ({0: m, 1: n, 2: k},),
+        "linear_sigmoid": ({0: m, 1: n, 2: k}, {0: Dim("out"), 1: k}, {0: Dim("out")}),
+    }[name]
+    args = arguments(sized(name, 5, 3, 4), device=device)
+    exported = torch.export.export(
+        Module(OPERATORS[name].op), args, dynamic_shapes={"args": dims} if dynamic else None
+    )
+    file = io.BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    loaded = torch.export.load(file)
+    for program in (exported, loaded, loaded.run_decompositions()):
+        overload = getattr(torch.ops.torchpar, name).default
+        assert [node.target for node in program.graph.nodes if node.op == "call_function"] == [overload]
+        for sizes in [(5, 3, 4)] + [(7, 2, 9), (600, 4, 3)] * dynamic:
+            args = arguments(sized(name, *sizes), device=device)
+            assert_close(program.module()(*args), OPERATORS[name].native(*args))
+
+
+def autocast_dtypes() -> list[tuple[str, torch.dtype]]:
+    return [("cpu", torch.bfloat16), ("cpu", torch.float16)] + [
+        ("cuda", torch.bfloat16),
+        ("cuda", torch.float16),
+    ] * torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("device_type, dtype", autocast_dtypes(), ids=str)
+@pytest.mark.parametrize("name, shapes", BY_SMALL_CASE, ids=str)
+def test_autocast(
+    name: str, shapes: tuple[tuple[int, ...], ...], device_type: str, dtype: torch.dtype
+) -> None:
+    op, native = OPERATORS[name].op, OPERATORS[name].native
+    args = arguments(shapes, torch.float32, device_type, requires_grad=True)
+    wide = arguments(shapes, torch.float64, device_type)
+    with torch.autocast(device_type, dtype):
+        actual, expected = op(*args), native(*args)
+        assert actual.dtype == expected.dtype
+        assert op(*wide).dtype == torch.float64
+        # whatever floats they are, they meet in one dtype
+        assert op(args[0].to(dtype), *args[1:]).dtype == native(args[0].to(dtype), *args[1:]).dtype
+        with torch.autocast(device_type, enabled=False):
+            assert op(*args).dtype == torch.float32
+        batched = vmap(op)(*(arg.unsqueeze(0) for arg in args))
+        assert batched.dtype == actual.dtype
+    assert op(*args).dtype == torch.float32
+    assert_close(actual, expected)
+    assert_close(batched[0], actual)
+    actual_gradients = torch.autograd.grad(actual.float().sum(), args)
+    assert [g.dtype for g in actual_gradients] == [torch.float32] * len(args)
+    assert_close(actual_gradients, torch.autograd.grad(expected.float().sum(), args), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "name, shapes",
+    [("matmul_t_backward", ((3, 3), (3, 2))), ("linear_sigmoid_backward", ((3, 4), (3, 4)))],
+    ids=str,
+)
+def test_a_backward_pass_inside_autocast_gives_what_its_fake_says(
+    name: str, shapes: tuple[tuple[int, ...], ...], device: str
+) -> None:
+    op = getattr(torch.ops.torchpar, name)
+    args = arguments(shapes, torch.float32, device)
+    with torch.autocast(device, torch.bfloat16):
+        actual = op(*args)
+        with FakeTensorMode() as mode:
+            fake = op(*map(mode.from_tensor, args))
+    assert tree_map(metadata, actual) == tree_map(metadata, fake)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_autocast_inside_a_compiled_function(name: str, device: str) -> None:
+    args = arguments(SMALL[name][0], torch.float32, device)
+
+    def function(*args: Tensor) -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            return OPERATORS[name].op(*args)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(*args), function(*args), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name, shapes", BY_SMALL_CASE, ids=str)
+def test_grad_modes(
+    name: str, shapes: tuple[tuple[int, ...], ...], mode: Callable[..., Any], device: str
+) -> None:
+    op = OPERATORS[name].op
+    args = arguments(shapes, device=device, requires_grad=True)
+    expected = op(*args)
+    with mode():
+        y = op(*args)
+        made_inside = op(*arguments(shapes, device=device))
+    assert not y.requires_grad
+    assert y.grad_fn is None
+    assert y.is_inference() == made_inside.is_inference() == (mode is torch.inference_mode)
+    assert_close((y, made_inside), (expected, expected), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU, and there is none")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_cuda_graph(name: str, dtype: torch.dtype) -> None:
+    op = OPERATORS[name].op
+    args = arguments(sized(name, 129, 3, 65), dtype, "cuda", requires_grad=True)
+
+    def step() -> tuple[Tensor, ...]:
+        y = op(*args)
+        return y, *torch.autograd.grad(y, args, torch.ones_like(y))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # kernels are compiled before the capture
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (1, 2):
+        with torch.no_grad():
+            for arg in args:
+                arg.copy_(normal(*arg.shape, dtype=dtype, device="cuda", seed=seed))
+        graph.replay()
+        eager = step()
+        assert_close(captured[0], eager[0], rtol=0, atol=0)
+        assert_close(captured, eager)  # cuBLAS, in the backward, may choose another algorithm

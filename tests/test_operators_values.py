@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: MIT
+"""What the operators return, for every dtype, size and layout: values, dtype, strides and bits."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import mutually_broadcastable_shapes
+from samples import (
+    BY_CASE,
+    BY_DTYPE,
+    BY_SMALL_CASE,
+    FLOATS,
+    INTEGERS,
+    LAYOUTS,
+    OPERATORS,
+    arguments,
+    assert_accurate,
+    assert_contract,
+    assert_fakes_agree,
+    assert_fresh,
+    assert_symmetric,
+    error,
+    halves,
+    metadata,
+    normal,
+    opinfo_samples,
+    oracle,
+    property_test,
+    to_numpy,
+)
+from torch.testing import assert_close
+
+import torchpar
+
+
+def test_the_three_names_are_the_registered_operators() -> None:
+    x, weight, bias = arguments(((3, 4), (5, 4), (5,)))
+    calls = torch.ops.torchpar
+    assert_close(calls.maximum(a=x, b=x.flip(0)), torchpar.maximum(x, b=x.flip(0)), rtol=0, atol=0)
+    assert_close(calls.matmul_t(x=x), torchpar.matmul_t(x=x), rtol=0, atol=0)
+    expected = torchpar.linear_sigmoid(x, weight, bias=bias)
+    assert_close(calls.linear_sigmoid(x, weight=weight, bias=bias), expected, rtol=0, atol=0)
+    assert_close(calls.linear_sigmoid(x, weight, None), torchpar.linear_sigmoid(x, weight), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name, dtype", BY_DTYPE, ids=str)
+def test_opinfo_samples(name: str, dtype: torch.dtype, device: str) -> None:
+    samples = opinfo_samples(name, dtype, device)
+    assert len(samples) >= 6
+    for args in samples:
+        assert_contract(name, args)
+
+
+@pytest.mark.parametrize("name, shapes", BY_CASE, ids=str)
+def test_awkward_sizes(name: str, shapes: tuple[tuple[int, ...], ...], device: str) -> None:
+    for dtype in OPERATORS[name].dtypes:
+        assert_contract(name, arguments(shapes, dtype, device, make=halves))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    "name, shapes",
+    [
+        ("matmul_t", ((129, 129),)),
+        ("matmul_t", ((600, 100),)),
+        ("matmul_t", ((3, 65, 300),)),
+        ("linear_sigmoid", ((129, 128), (127, 128), (127,))),
+        ("linear_sigmoid", ((3, 65, 300), (60, 300))),
+    ],
+    ids=str,
+)
+def test_rounding_errors(
+    name: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, device: str
+) -> None:
+    x, *others = arguments(shapes, dtype, device)
+    assert_contract(name, (x / x.shape[-1] ** 0.5, *others))  # σ is saturated nowhere
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_both_tails_of_sigmoid_keep_their_precision(dtype: torch.dtype, device: str) -> None:
+    # z comes from the bias alone, and exactly, so that no rounding of z hides an error of e⁻ᶻ.
+    operator = OPERATORS["linear_sigmoid"]
+    x, weight = (torch.zeros(shape, dtype=dtype, device=device) for shape in ((3, 4), (2, 4)))
+    for z in range(-85, 90, 5):
+        args = (x, weight, torch.full((2,), z, dtype=dtype, device=device))
+        expected = oracle("linear_sigmoid", args)
+        assert_accurate(operator.op(*args), operator.native(*args), expected, operator.roundings)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_sigmoid_of_infinities_and_nan(dtype: torch.dtype, device: str) -> None:
+    inf, nan = math.inf, math.nan
+    x = torch.tensor([[inf], [-inf], [nan], [0.0]], dtype=dtype, device=device)
+    weight = torch.tensor([[1.0], [-1.0]], dtype=dtype, device=device)
+    expected = torch.tensor([[1, 0], [0, 1], [nan, nan], [0.5, 0.5]], dtype=dtype, device=device)
+    assert_close(torchpar.linear_sigmoid(x, weight), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_maximum_propagates_nan_and_keeps_infinities(dtype: torch.dtype, device: str) -> None:
+    values = torch.tensor([math.nan, -math.nan, math.inf, -math.inf, 1.0], dtype=dtype, device=device)
+    for a, b in ((values[:, None], values), (values, values.roll(1)), (values, values[0])):
+        assert_contract("maximum", (a, b))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_maximum_of_signed_zeros_is_pytorchs(dtype: torch.dtype, device: str) -> None:
+    for n in (1, 128, 1001):  # vectorised loops and their tails
+        a = torch.tensor([0.0, -0.0, 0.0, -0.0], dtype=dtype, device=device).repeat(n)
+        b = torch.tensor([0.0, 0.0, -0.0, -0.0], dtype=dtype, device=device).repeat(n)
+        assert torch.equal(torchpar.maximum(a, b).signbit(), torch.maximum(a, b).signbit())
+
+
+@pytest.mark.parametrize("a_dtype", INTEGERS + FLOATS, ids=str)
+@pytest.mark.parametrize("b_dtype", INTEGERS + FLOATS, ids=str)
+def test_maximum_promotes_as_pytorch(a_dtype: torch.dtype, b_dtype: torch.dtype, device: str) -> None:
+    for shapes in (((3, 4), (3, 4)), ((3, 4), ()), ((), (4,)), ((), ())):
+        a, b = (normal(*s, dtype=t, device=device) for s, t in zip(shapes, (a_dtype, b_dtype), strict=True))
+        assert torchpar.maximum(a, b).dtype == torch.result_type(a, b)
+        assert_contract("maximum", (a, b))
+
+
+def test_maximum_takes_a_cpu_scalar_with_any_device(device: str) -> None:
+    for dtype, scalar_dtype in ((torch.float16, torch.float64), (torch.int64, torch.float32)):
+        t, scalar = normal(3, 4, dtype=dtype, device=device), normal(dtype=scalar_dtype)
+        for args in ((t, scalar), (scalar, t), (t[0, 0], scalar), (scalar, t[0, 0])):
+            actual, expected = torchpar.maximum(*args), torch.maximum(*args)
+            assert_close(actual, expected, rtol=0, atol=0)
+            assert metadata(actual) == metadata(expected)
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_maximum_is_laid_out_as_pytorchs(memory_format: torch.memory_format, device: str) -> None:
+    image = normal(2, 3, 4, 5, device=device).to(memory_format=memory_format)
+    others = [image.flip(0), normal(2, 3, 4, 5, device=device), image[:, :1], image[:, :, :, :1], image[:1]]
+    others += [image[:, :, ::2].repeat_interleave(2, 2), image[0, 0], image.sum((0, 2, 3), keepdim=True)]
+    for other in others:
+        assert_contract("maximum", (image, other))
+        assert_contract("maximum", (other, image))
+
+
+layouts = st.sampled_from(sorted(LAYOUTS))
+batches = st.lists(st.sampled_from([0, 1, 2, 3]), max_size=2).map(tuple)
+sides = st.sampled_from([0, 1, 2, 3, 7, 16, 17, 33])
+
+
+@given(
+    mutually_broadcastable_shapes(num_shapes=2, max_dims=6, min_side=0, max_side=4),
+    st.tuples(*[st.sampled_from(INTEGERS + FLOATS)] * 2),
+    st.tuples(layouts, layouts),
+)
+@property_test
+def test_maximum_of_anything(device: str, shapes, dtypes, layouts) -> None:
+    a, b = (
+        LAYOUTS[layout](normal(*shape, dtype=dtype, device=device, seed=seed))
+        for seed, (shape, dtype, layout) in enumerate(zip(shapes.input_shapes, dtypes, layouts, strict=True))
+    )
+    assert_contract("maximum", (a, b))
+
+
+@given(batches, sides, sides, st.sampled_from(FLOATS), layouts)
+@property_test
+def test_matmul_t_of_anything(device: str, batch, n, k, dtype, layout) -> None:
+    assert_contract("matmul_t", (LAYOUTS[layout](halves(*batch, n, k, dtype=dtype, device=device)),))
+
+
+@given(
+    st.one_of(batches, st.tuples(sides)),
+    sides,
+    sides,
+    st.booleans(),
+    st.sampled_from(FLOATS),
+    st.tuples(layouts, layouts, layouts),
+)
+@property_test
+def test_linear_sigmoid_of_anything(
+    device: str, rows, in_features, out_features, with_bias, dtype, layouts
+) -> None:
+    shapes = ((*rows, in_features), (out_features, in_features), (out_features,))[: 2 + with_bias]
+    args = arguments(shapes, dtype, device, make=halves)
+    strided = (LAYOUTS[layout](arg) for arg, layout in zip(args, layouts, strict=False))
+    assert_contract("linear_sigmoid", tuple(strided))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("n", [129, 600])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_matmul_t_is_symmetric_whatever_its_rounding(
+    dtype: torch.dtype, n: int, layout: str, device: str
+) -> None:
+    for shape in ((n, 70), (2, n, 9)):
+        assert_symmetric(torchpar.matmul_t(LAYOUTS[layout](normal(*shape, dtype=dtype, device=device))))
+
+
+def test_matmul_t_of_infinities_and_nan_is_symmetric_too(device: str) -> None:
+    for n in (5, 600):
+        x = normal(n, 3, device=device)
+        x[0, 0], x[1, 1], x[n - 1, 2], x[2, 0] = math.inf, -math.inf, math.nan, math.inf
+        c = torchpar.matmul_t(x)
+        assert_close(c, x @ x.mT, equal_nan=True)
+        assert_close(c, c.mT, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two GPUs")
+@pytest.mark.parametrize("name, shapes", BY_SMALL_CASE, ids=str)
+def test_another_gpu_than_the_current_one(name: str, shapes: tuple[tuple[int, ...], ...]) -> None:
+    assert_contract(name, arguments(shapes, torch.float32, "cuda:1", make=halves))
+
+
+# Negative controls: each judge rejects the function that it is there to reject.
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_loss_of_precision_is_rejected(dtype: torch.dtype) -> None:
+    (x,) = args = (normal(129, 128, dtype=dtype),)
+    native, expected = x @ x.mT, oracle("matmul_t", args)
+    assert_accurate(native, native, expected)
+    coarser = native.to(torch.bfloat16).to(dtype) if dtype != torch.bfloat16 else native.mul(1 + 2**-6)
+    for wrong in (coarser, native.mul(math.nan), native.triu()):
+        with pytest.raises(AssertionError):
+            assert_accurate(wrong, native, expected)
+
+
+def test_the_oracle_is_finer_than_fp64() -> None:
+    args = (normal(65, 64),)
+    native = args[0] @ args[0].mT
+    assert (
+        0
+        < error(native, oracle("matmul_t", args))
+        < 64 * torch.finfo(torch.float64).eps * to_numpy(native).max()
+    )
+
+
+def test_a_product_rounded_differently_on_each_side_is_rejected() -> None:
+    c = torchpar.matmul_t(normal(129, 70))
+    c[1, 0] = c[1, 0].nextafter(c[1, 0] + 1)
+    with pytest.raises(AssertionError):
+        assert_symmetric(c)
+
+
+def test_a_view_and_a_wrong_layout_are_rejected() -> None:
+    (x,) = args = (normal(4, 3),)
+    for alias in (x, x.mT, x.view(-1), x[1:]):
+        with pytest.raises(AssertionError):
+            assert_fresh(alias, args)
+    c = torchpar.matmul_t(x)
+    assert_fakes_agree(torchpar.matmul_t, args, c)
+    for wrong in (c.mT, c.float(), c[1:], c[..., None]):
+        with pytest.raises(AssertionError):
+            assert_fakes_agree(torchpar.matmul_t, args, wrong)

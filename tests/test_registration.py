@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: MIT
+"""How the operators are registered, what importing them costs, and each private name of PyTorch they rely on.
+
+A failure here after an upgrade of PyTorch says which assumption of torchpar/ops/_library.py no longer holds.
+"""
+
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from samples import LAYOUTS, OPERATORS, arguments
+from torch import Tensor
+from torch._C import _AutoDispatchBelowAutograd
+from torch._C._functorch import peek_interpreter_stack
+from torch._dynamo.backends.common import aot_autograd
+from torch._library.triton import get_triton_kernels_for_op, triton_ops_to_kernels
+from torch._prims_common import compute_elementwise_output_strides
+from torch.autograd import forward_ad
+from torch.export._trace import custom_triton_ops_decomposition_disabled
+from torch.func import functionalize, grad, hessian, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing import assert_close
+
+import torchpar
+
+# Of PyTorch's own export (2.11).
+pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec")
+
+SCHEMAS = {
+    "maximum": "(Tensor a, Tensor b) -> Tensor",
+    "matmul_t": "(Tensor x) -> Tensor",
+    "matmul_t_backward": "(Tensor g, Tensor x) -> Tensor",
+    "linear_sigmoid": "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+    "linear_sigmoid_backward": "(Tensor g, Tensor y) -> (Tensor, Tensor)",
+}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schemas_and_tags(name: str) -> None:
+    overload = getattr(torch.ops.torchpar, name).default
+    assert str(overload._schema) == f"torchpar::{name}{SCHEMAS[name]}"
+    assert not overload._schema.is_mutable
+    assert torch.Tag.pt2_compliant_tag in overload.tags
+    for key in ("CompositeExplicitAutograd", "Meta", "Autograd"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), key)
+
+
+IMPORT = """
+import json, sys, torch
+before = set(sys.modules)
+import torchpar
+added = sorted(set(sys.modules) - before)
+x = torch.ones(3, 4, requires_grad=True)
+y = torchpar.linear_sigmoid(x, x, x[:, 0])
+torchpar.maximum(torchpar.matmul_t(y), y).sum().backward()
+print(json.dumps([added, sorted(set(sys.modules) - before)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def imported() -> tuple[list[str], list[str]]:
+    """The modules that ``import torchpar`` adds to ``import torch``; and those after calls on the CPU."""
+    result = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
+    return tuple(json.loads(result.stdout))
+
+
+def test_import_adds_only_what_is_ours(imported: tuple[list[str], list[str]]) -> None:
+    # A limit in modules rather than in milliseconds: PyTorch's private modules that are not yet loaded, and
+    # Triton above all, are what would make the import slow.
+    assert "torchpar.ops.matmul_t" in imported[0]
+    assert [module for module in imported[0] if module.partition(".")[0] != "torchpar"] == []
+    assert [module for module in imported[0] if module.startswith("torchpar.kernels")] == []
+
+
+def test_the_cpu_paths_need_no_triton(imported: tuple[list[str], list[str]]) -> None:
+    packages = {module.partition(".")[0] for module in imported[1]}
+    assert packages.isdisjoint({"triton", "torchvision", "lightning", "pytorch_lightning", "matplotlib"})
+
+
+KERNELS = {
+    "maximum": {"maximum_flat_kernel", "maximum_strided_kernel"},
+    "matmul_t": {"symmetric_product_kernel"},
+    "matmul_t_backward": {"symmetrized_product_kernel"},
+    "linear_sigmoid": {"linear_sigmoid_kernel"},
+    "linear_sigmoid_backward": {"sigmoid_backward_kernel"},
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_compilers_find_the_kernels_source(name: str) -> None:
+    # AOTAutograd's cache key holds this source; without it an edited kernel would run as it was before.
+    from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code
+    from triton import JITFunction
+
+    assert set(triton_ops_to_kernels) >= {f"torchpar::{op}" for op in SCHEMAS}
+    for _ in range(2):
+        kernels = list(get_triton_kernels_for_op(f"torchpar::{name}"))
+        assert all(isinstance(kernel, JITFunction) for kernel in kernels)
+        assert {kernel.fn.__name__ for kernel in kernels} >= KERNELS[name]
+    for kernel in kernels:
+        assert f"def {kernel.fn.__name__}" in user_defined_triton_kernel_transitive_closure_source_code(
+            kernel
+        )
+    assert list(get_triton_kernels_for_op("torchpar::no_such_operator")) == []
+
+
+def test_peek_interpreter_stack_tells_whether_a_transform_is_active() -> None:
+    seen = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(peek_interpreter_stack() is not None)
+        return x.sum()
+
+    x = torch.ones(2, 3)
+    function(x)
+    for transform in (vmap, grad, hessian, lambda f: lambda x: jvp(f, (x,), (x,))):
+        transform(function)(x)
+    function(x)
+    assert seen == [False, *[True] * (len(seen) - 2), False]
+    assert len(seen) >= 6
+
+
+def test_forward_ad_level_tells_whether_one_is_entered() -> None:
+    assert forward_ad._current_level == -1
+    with forward_ad.dual_level():
+        assert forward_ad._current_level >= 0
+    assert forward_ad._current_level == -1
+
+
+def test_export_keeps_operators_whole_and_compile_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = []
+
+    def ask() -> bool:
+        answers.append(custom_triton_ops_decomposition_disabled())
+        return answers[-1]
+
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torchpar.matmul_t(x)
+
+    monkeypatch.setattr("torch.export._trace.custom_triton_ops_decomposition_disabled", ask)
+    torch.export.export(Module(), (torch.ones(3, 2),)).run_decompositions()
+    assert set(answers) == {True}
+    answers.clear()
+    torch.compile(torchpar.matmul_t, backend="aot_eager", fullgraph=True)(torch.ones(3, 2))
+    assert set(answers) == {False}
+
+
+def test_compilers_look_through_an_operator_and_other_tracers_do_not() -> None:
+    graphs = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    def targets(graph: torch.fx.GraphModule) -> set[Any]:
+        return {node.target for node in graph.graph.nodes if node.op == "call_function"}
+
+    x = torch.ones(3, 2)
+    assert targets(make_fx(torchpar.matmul_t)(x)) == {torch.ops.torchpar.matmul_t.default}
+    # register_torch_dispatch for FunctionalTensorMode is what AOTAutograd decomposes by.
+    compiled = torch.compile(torchpar.matmul_t, backend=aot_autograd(fw_compiler=compiler), fullgraph=True)
+    assert_close(compiled(x), torchpar.matmul_t(x))
+    (graph,) = graphs
+    assert torch.ops.aten.mm.default in targets(graph)
+    assert all(target.namespace == "aten" for target in targets(graph))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_functionalize(name: str) -> None:
+    args = arguments(((3, 4), (3, 4)) if name != "matmul_t" else ((3, 4),))
+    assert_close(functionalize(OPERATORS[name].op)(*args), OPERATORS[name].native(*args))
+
+
+def test_compute_elementwise_output_strides_is_atens() -> None:
+    layouts = ["contiguous", "transposed", "permuted", "rotated", "stepped", "expanded"]
+    for dims in (2, 3):
+        shapes = list(itertools.product((1, 2), repeat=dims))
+        for a_shape, b_shape, *names in itertools.product(shapes, shapes, layouts, layouts):
+            a, b = (LAYOUTS[n](torch.empty(s)) for s, n in zip((a_shape, b_shape), names, strict=True))
+            shape = torch.broadcast_shapes(a_shape, b_shape)
+            strides = compute_elementwise_output_strides(a.expand(shape), b.expand(shape))
+            assert strides == torch.maximum(a, b).stride()
+
+
+# What torch.library.register_autograd does with an operator of its own, without our workaround.
+
+
+def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def backward(ctx: Any, g: Tensor) -> Tensor | None:
+    (x,) = ctx.saved_tensors
+    return 3 * x**2 * g if ctx.needs_input_grad[0] else None
+
+
+@pytest.fixture
+def library() -> Iterator[torch.library.Library]:
+    with torch.library._scoped_library("torchpar_tests", "FRAGMENT") as library:
+        library.define("cube(Tensor x) -> Tensor")
+        library.impl("cube", lambda x: x**3, "CompositeExplicitAutograd")
+        yield library
+
+
+def test_register_autograd_of_pytorch_still_needs_our_workaround(library: torch.library.Library) -> None:
+    torch.library.register_autograd(
+        "torchpar_tests::cube", backward, setup_context=setup_context, lib=library
+    )
+    cube = torch.ops.torchpar_tests.cube
+    x = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    leaf = x.clone().requires_grad_()
+    assert_close(torch.autograd.grad(cube(leaf).sum(), leaf), (3 * x**2,))  # as it is meant to be used
+    transforms: dict[str, Callable[[Any], Any]] = {
+        "grad": lambda f: grad(lambda x: f(x).sum())(x),
+        "grad of grad": lambda f: grad(lambda x: grad(lambda x: f(x).sum())(x).sum())(x),
+        "jvp": lambda f: jvp(f, (x,), (x,))[1],
+    }
+    working = []
+    for name, transform in transforms.items():
+        try:
+            right = torch.allclose(transform(cube), transform(lambda x: x**3))
+        except RuntimeError:
+            right = False
+        working += [name] * right
+    assert working != list(transforms), (
+        "torch.library.register_autograd now works under torch.func: pytorch#168393, #170834, #179652. "
+        "Once this version is the oldest that pyproject.toml allows: in torchpar/ops/_library.py let "
+        "register_autograd call torch.library.register_autograd (if its calls have become as cheap) and drop "
+        "`formula`, peek_interpreter_stack and forward_ad; then delete this test and those of these names."
+    )
+
+
+def test_a_function_below_autograd_reaches_the_kernel(library: torch.library.Library) -> None:
+    cube = torch.ops.torchpar_tests.cube.default
+    calls = []
+
+    def autograd(x: Tensor) -> Tensor:
+        calls.append("Autograd")
+        with _AutoDispatchBelowAutograd():
+            y = cube(x)
+        assert not y.requires_grad
+        return y
+
+    library.impl("cube", autograd, "Autograd")
+    x = torch.tensor([2.0], requires_grad=True)
+    assert_close(cube(x), torch.tensor([8.0]))
+    assert calls == ["Autograd"]
