@@ -16,6 +16,26 @@ BACKWARD_BLOCK_M = 16
 BACKWARD_BLOCK_N = 64
 
 
+LOG2_E_HIGH = tl.constexpr(1.44269502162933349609375)  # log2(e) rounded to float32
+LOG2_E_LOW = tl.constexpr(1.925963033500e-8)  # and what is left of it
+LN_2 = tl.constexpr(0.693147180559945)
+
+
+@triton.jit
+def sigmoid(z):
+    """``1/(1 + exp(-z))``, in float32 without the error that `tl.exp` has where z is far below 0.
+
+    There exp(-z) = 2^t with t = -z·log2(e) large, and t's rounding error r, which `tl.exp` lets pass,
+    is a relative error of r·ln(2) in the result. It is computed and put right.
+    """
+    if z.dtype == tl.float64:
+        return 1.0 / (1.0 + tl.exp(-z))
+    t = -z * LOG2_E_HIGH
+    r = tl.fma(-z, LOG2_E_HIGH, -t) - z * LOG2_E_LOW
+    e = tl.exp2(t) * (1.0 + tl.where(tl.abs(t) < 256, r, 0.0) * LN_2)  # beyond, 2^t is 0 or infinite
+    return tl.div_rn(tl.full(e.shape, 1.0, tl.float32), 1.0 + e)
+
+
 @triton.jit
 def linear_sigmoid_kernel(
     x_ptr,
@@ -60,7 +80,7 @@ def linear_sigmoid_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + j.to(tl.int64) * bias_stride, mask=j < n, other=0.0)
         z += bias.to(z.dtype)[None, :]
-    y = 1.0 / (1.0 + tl.exp(-z))
+    y = sigmoid(z)
     out = out_ptr + ((i.to(tl.int64) * n)[:, None] + j[None, :])
     tl.store(out, y.to(out_ptr.dtype.element_ty), mask=(i < m)[:, None] & (j < n)[None, :])
 

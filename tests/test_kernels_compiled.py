@@ -149,8 +149,9 @@ TILES = (4096, 4095, 512, 509)
 @pytest.mark.parametrize("n", TILES)
 @pytest.mark.parametrize(
     "dtype, precision",
-    [  # float16 is compiled as bfloat16 is
+    [
         (torch.bfloat16, "ieee"),
+        (torch.float16, "ieee"),
         (torch.float32, "tf32"),
         (torch.float32, "ieee"),
         (torch.float64, "ieee"),

@@ -190,6 +190,18 @@ def test_symmetrized_product_of_layout(interpreter, layout):
     interpreter(check_symmetrized_product, torch.float32, (2, 65, 33), "contiguous", layout, directly)
 
 
+def check_symmetrized_product_overflows_no_sum() -> None:
+    g, x = torch.full((2, 2), 6e4, dtype=torch.float16), torch.full((2, 1), 2**-3, dtype=torch.float16)
+    out = poisoned(2, 1, dtype=x.dtype)
+    matmul_t_kernels.symmetrized_product(g, x, out, "ieee", directly)
+    assert torch.equal(out, ((g.double() + g.double().mT) @ x.double()).half()), out
+
+
+def test_symmetrized_product_overflows_no_sum(interpreter):
+    """G + Gᵀ may exceed the largest float16, as a scaled loss makes it, where the result does not."""
+    interpreter(check_symmetrized_product_overflows_no_sum)
+
+
 # σ(X·Wᵀ + b)
 
 

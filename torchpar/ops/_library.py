@@ -108,7 +108,7 @@ def batch_first(t: Tensor, dim: int | None, batch_size: int) -> Tensor:
 
 def sample(t: Tensor, dim: int | None) -> Tensor:
     """What an argument of a vmap rule is to the function under the vmap: for its checks, not its values."""
-    return t if dim is None else t.new_empty([size for d, size in enumerate(t.shape) if d != dim])
+    return t if dim is None else t.new_empty(()).expand([size for d, size in enumerate(t.shape) if d != dim])
 
 
 def register_autograd(
