@@ -29,11 +29,15 @@ def sigmoid(z):
     is a relative error of r·ln(2) in the result. It is computed and put right.
     """
     if z.dtype == tl.float64:
-        return 1.0 / (1.0 + tl.exp(-z))
-    t = -z * LOG2_E_HIGH
-    r = tl.fma(-z, LOG2_E_HIGH, -t) - z * LOG2_E_LOW
-    e = tl.exp2(t) * (1.0 + tl.where(tl.abs(t) < 256, r, 0.0) * LN_2)  # beyond, 2^t is 0 or infinite
-    return tl.div_rn(tl.full(e.shape, 1.0, tl.float32), 1.0 + e)
+        y = 1.0 / (1.0 + tl.exp(-z))
+    else:
+        t = -z * LOG2_E_HIGH
+        r = tl.fma(-z, LOG2_E_HIGH, -t) - z * LOG2_E_LOW
+        e = tl.exp2(t) * (1.0 + tl.where(tl.abs(t) < 256, r, 0.0) * LN_2)  # beyond, 2^t is 0 or infinite
+        d = 1.0 + e
+        y = 1.0 / d  # off by up to 2 ulp; one step of Newton's mends it
+        y = tl.where(d < 1e38, y + y * tl.fma(-d, y, 1.0), y)
+    return y
 
 
 @triton.jit
@@ -58,9 +62,10 @@ def linear_sigmoid_kernel(
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    tile_m, tile_n = grouped_tile(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP)
-    i = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    j = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    tiles_m, tiles_n = (m - 1) // BLOCK_M + 1, (n - 1) // BLOCK_N + 1  # tl.cdiv overflows just below 2³¹
+    tile_m, tile_n = grouped_tile(tl.program_id(0), tiles_m, tiles_n, GROUP)
+    i = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     z = dot_rows(
         x_ptr,
         weight_ptr,
@@ -103,7 +108,7 @@ def sigmoid_backward_kernel(
 ):
     """``dz = g·y·(1 - y)`` for ROWS rows, and their sum into this program's row of ``partial``."""
     acc_dtype: tl.constexpr = partial_ptr.dtype.element_ty
-    col_blocks = tl.cdiv(n, BLOCK_N)
+    col_blocks = (n - 1) // BLOCK_N + 1  # tl.cdiv overflows just below 2³¹
     chunk = (tl.program_id(0) // col_blocks).to(tl.int64)
     col = (tl.program_id(0) % col_blocks * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     total = tl.zeros((BLOCK_N,), dtype=acc_dtype)
@@ -135,7 +140,7 @@ def linear_sigmoid(
     n = weight.shape[0]
     if out.numel() == 0:
         return
-    block_m, block_n, block_k, num_warps, num_stages = tiles(x.dtype, precision, m, n)
+    block_m, block_n, block_k, num_warps, num_stages = tiles(x.dtype, precision, m, n, x, weight)
     grid = (triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)
     wrap(linear_sigmoid_kernel)[grid](
         x,

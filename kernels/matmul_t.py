@@ -14,11 +14,11 @@ from .gemm import GROUP, dot_rows, grouped_tile, tiles
 @triton.jit
 def triangle_tile(tile):
     """Row and column of a tile of the lower triangle, counted along its rows: r(r + 1)/2 + c = tile."""
-    row = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) * 0.5).to(tl.int32)
+    row = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) * 0.5).to(tl.int64)  # row * row overflows int32 from 46341 on
     # The float square root may be off by one either way.
     row = tl.where(row * (row + 1) // 2 > tile, row - 1, row)
     row = tl.where((row + 1) * (row + 2) // 2 <= tile, row + 1, row)
-    return row, tile - row * (row + 1) // 2
+    return row.to(tl.int32), (tile - row * (row + 1) // 2).to(tl.int32)
 
 
 @triton.jit
@@ -66,9 +66,13 @@ def symmetric_product_kernel(
     i = i.to(tl.int64)
     j = j.to(tl.int64)
     c_ptr += batch * n * n
-    # On a diagonal tile these masks keep each element's one writer; elsewhere i > j always holds.
-    tl.store(c_ptr + (i[:, None] * n + j[None, :]), c, mask=(i[:, None] < n) & (i[:, None] >= j[None, :]))
-    mirror_mask = (i[None, :] < n) & (i[None, :] > j[:, None])
+    # A diagonal tile is made symmetric, and stored once; elsewhere i > j always holds. The masks are constant
+    # along a row, so the stores stay vectorised.
+    c = tl.where(i[:, None] >= j[None, :], c, tl.trans(c))
+    mask = (i < n)[:, None] & (j < n)[None, :]
+    tl.store(c_ptr + (i[:, None] * n + j[None, :]), c, mask=mask)
+    mirror_end = tl.where(tile_row == tile_col, 0, n)
+    mirror_mask = (j < n)[:, None] & (i < mirror_end)[None, :]
     tl.store(c_ptr + (j[:, None] * n + i[None, :]), tl.trans(c), mask=mirror_mask)
 
 
@@ -128,7 +132,7 @@ def symmetric_product(a: Tensor, b: Tensor, out: Tensor, precision: str, wrap: C
     if out.numel() == 0:
         return
     a, b = _one_batch(a), _one_batch(b)
-    block, _, block_k, num_warps, num_stages = tiles(a.dtype, precision, n, n)
+    block, _, block_k, num_warps, num_stages = tiles(a.dtype, precision, n, n, a, b)
     tile_rows = triton.cdiv(n, block)
     wrap(symmetric_product_kernel)[(a.shape[0] * (tile_rows * (tile_rows + 1) // 2),)](
         a,
@@ -158,7 +162,7 @@ def symmetrized_product(
     if out.numel() == 0:
         return
     g, x = _one_batch(g), _one_batch(x)
-    block_m, block_n, block_k, num_warps, num_stages = tiles(x.dtype, precision, n, k)
+    block_m, block_n, block_k, num_warps, num_stages = tiles(x.dtype, precision, n, k, g, x)
     grid = (x.shape[0] * triton.cdiv(n, block_m) * triton.cdiv(k, block_n),)
     wrap(symmetrized_product_kernel)[grid](
         g,

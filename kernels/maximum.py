@@ -54,7 +54,7 @@ def maximum_strided_kernel(
     BLOCK_COLS: tl.constexpr,
 ):
     """The result is dense with sizes (size0, size1, size2, size3); a row is its last dimension."""
-    col_blocks = tl.cdiv(size3, BLOCK_COLS)
+    col_blocks = (size3 - 1) // BLOCK_COLS + 1  # tl.cdiv overflows just below 2³¹
     program = tl.program_id(0).to(tl.int64)
     row = program // col_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     col = program % col_blocks * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
@@ -85,7 +85,8 @@ def maximum(a: Tensor, b: Tensor, out: Tensor, wrap: Callable[[Any], Any]) -> No
         for index in range(out.shape[dim]):
             maximum(a.select(dim, index), b.select(dim, index), out.select(dim, index), wrap)
     elif len(sizes) == 1 and a_strides == b_strides == [1]:
-        block = FLAT_BYTES // out.element_size()
+        # Half as much of small elements, or the masked branch takes too many registers.
+        block = FLAT_BYTES // out.element_size() // (2 if out.element_size() < 4 else 1)
         wrap(maximum_flat_kernel)[(triton.cdiv(out.numel(), block),)](a, b, out, out.numel(), BLOCK=block)
     else:
         missing = STRIDED_DIMS - len(sizes)

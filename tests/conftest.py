@@ -27,8 +27,7 @@ def interpreter() -> Iterator[Callable[..., Any]]:
 
     The variable must be set before Triton is imported, so ``function`` imports `torchpar.kernels` itself.
     """
-    variables = {"TRITON_INTERPRET": "1"}
-    with _worker(initializer=os.environ.update, initargs=(variables,)) as worker:
+    with _worker(initializer=_interpret) as worker:
         yield lambda function, *args: worker.submit(function, *args).result()
 
 
@@ -52,6 +51,10 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., li
             return [future.result() for future in futures]
 
         yield run
+
+
+def _interpret() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def _worker(**options: Any) -> ProcessPoolExecutor:

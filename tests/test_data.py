@@ -103,7 +103,7 @@ def test_damaged_archive_is_named_with_its_md5_and_the_repair(archives):
     with pytest.raises(ConfigError, match=r"t10k-labels-idx1-ubyte\.gz is damaged") as caught:
         data.load("mnist", archives, ALONE)
     assert "ec29112dd5afa0611ce80d1b7f02629c" in str(caught.value)
-    assert f"rm {archive}; python -c" in str(caught.value)
+    assert "remove what is damaged there and fetch it: python -c" in str(caught.value)
     assert "download=True" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -137,8 +137,17 @@ def test_unreadable_file_without_its_archive(tmp_path):
     raw = tmp_path / "FashionMNIST" / "raw"
     fashion_mnist(raw)
     (raw / "t10k-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01")
-    with pytest.raises(ConfigError, match=r"files in .*FashionMNIST/raw cannot be read"):
+    with pytest.raises(ConfigError, match=r"FashionMNIST/raw/t10k-\* cannot be read .*; name the folder"):
         data.load("fashion-mnist", tmp_path, ALONE)
+
+
+def test_images_without_their_labels_are_refused(tmp_path):
+    fashion_mnist(tmp_path / "a" / "FashionMNIST" / "raw", train=20)
+    fashion_mnist(tmp_path / "b" / "FashionMNIST" / "raw", train=30)
+    labels = Path("FashionMNIST", "raw", "train-labels-idx1-ubyte")
+    shutil.copy(tmp_path / "b" / labels, tmp_path / "a" / labels)
+    with pytest.raises(ConfigError, match=r"train-\* cannot be read \(20 images, 30 labels\)"):
+        data.load("fashion-mnist", tmp_path / "a", ALONE)
 
 
 def load_and_count_extractions(root: str) -> tuple[int, str]:

@@ -151,12 +151,15 @@ ERRORS = [
     ("--epochs 0", "--epochs is 0, expected at least 1"),
     ("--hidden 0", r"--hidden is \(0,\), expected widths of at least 1"),
     ("--lr nan", "--lr is nan, expected at least 0"),
+    ("--lr inf", "--lr is inf, expected less than inf"),
+    ("--momentum 1", r"--momentum is 1\.0, expected less than 1"),
+    ("--seed 9223372036854775808", "--seed is 9223372036854775808, expected less than"),
     ("--schedule steps", "invalid choice 'steps' for argument '--schedule'"),
     ("--dataset cifar", "invalid choice 'cifar' for argument '--dataset'"),
     ("--data /nonexistent", "/nonexistent/FashionMNIST/raw/train-images-idx3-ubyte.gz is missing"),
-    ("--metrics /dev/null/m.jsonl", "cannot write there.*/dev/null"),
-    ("--checkpoint /dev/null/c", "cannot write there.*/dev/null"),
-    ("--plots /dev/null/p", "cannot write there.*/dev/null"),
+    ("--metrics /dev/null/m.jsonl", "cannot be written.*/dev/null"),
+    ("--checkpoint /dev/null/c", "cannot be written.*/dev/null"),
+    ("--plots /dev/null/p", "cannot be written.*/dev/null"),
 ]
 if not torch.cuda.is_available():
     ERRORS.append(("--device cuda", "no CUDA device is available here; use cpu or auto"))

@@ -86,6 +86,7 @@ def test_bf16_autocast_and_compile(device):
     "arguments, message",
     [
         (([3],), r"sizes is \[3\], expected at least"),
+        (([3, 2.5],), r"sizes is \[3, 2.5\], expected whole numbers"),
         (([3, 2], "tanh"), "hidden is 'tanh', expected one of"),
         (([3, 2], "relu", "softmax"), "output is 'softmax', expected one of"),
     ],

@@ -193,6 +193,24 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         run_alone(1, tmp_path, lr=0.3, hidden=(30,))
 
 
+def test_another_number_of_epochs_is_refused(tmp_path):
+    """A falling rate would have fallen otherwise; a constant one may go on, but not back."""
+    run_alone(2, tmp_path / "linear")
+    with pytest.raises(ConfigError, match="holds a run with epochs 2, this one has epochs 4"):
+        run_alone(4, tmp_path / "linear")
+    run_alone(2, tmp_path / "constant", schedule="constant")
+    with pytest.raises(ConfigError, match="holds 2 epochs, more than the 1 asked for"):
+        run_alone(1, tmp_path / "constant", schedule="constant")
+
+
+@pytest.mark.parametrize("state", [[1, 2], {"model": 1}, {"run": {"epochs": 1}, "model": {}, "results": []}])
+def test_another_programs_checkpoint_is_refused(tmp_path, state):
+    torch.save(state, tmp_path / checkpoint.NAME)
+    with pytest.raises(ConfigError, match="holds no checkpoint of this run") as caught:
+        run_alone(1, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path):
     run_alone(1, tmp_path)
     path = tmp_path / checkpoint.NAME

@@ -2,8 +2,10 @@
 """Command lines of training scripts: flags by tyro, errors in one line from rank 0."""
 
 import contextlib
+import importlib.util
 import io
 import itertools
+import math
 import os
 import sys
 import time
@@ -17,9 +19,10 @@ from torchpar.errors import ConfigError
 from torchpar.training import Schedule
 
 try:
+    import rich  # noqa: F401
     import tyro
 except ImportError as error:
-    sys.exit(f"tyro is needed to read flags ({error}); pip install 'torchpar[examples]'")
+    sys.exit(f"the examples need rich and tyro ({error}); pip install 'torchpar[examples]'")
 
 F = TypeVar("F")
 GRACE = 10.0  # seconds that other ranks leave rank 0 to speak before they end
@@ -56,7 +59,7 @@ class TrainFlags:
     compile: bool = False
     """Compile the model by torch.compile."""
     dry_run: bool = False
-    """Train on ten batches, evaluate, and write nothing."""
+    """Train on ten batches and evaluate; write no metrics, plots or checkpoint."""
     phases: bool = False
     """Measure the time of each phase of a step (data, forward, backward, collectives, optimizer)."""
     metrics: Path | None = None
@@ -82,24 +85,30 @@ class TrainFlags:
         return {name: value for name, value in asdict(self).items() if name not in elsewhere}
 
     def __post_init__(self) -> None:
-        at_least: dict[str, float] = {"epochs": 1, "batch_size": 1, "lr": 0, "momentum": 0}
-        at_least |= {"weight_decay": 0, "orthogonality": 0, "seed": 0}
-        for name, least in at_least.items():
-            value = getattr(self, name)
+        bounds: dict[str, tuple[float, float]] = {"epochs": (1, math.inf), "batch_size": (1, math.inf)}
+        bounds |= {"lr": (0, math.inf), "momentum": (0, 1), "seed": (0, 2**63)}
+        bounds |= {"weight_decay": (0, math.inf), "orthogonality": (0, math.inf)}
+        for name, (least, end) in bounds.items():
+            flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
             if not value >= least:
-                raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected at least {least}")
+                raise ConfigError(f"{flag} is {value}, expected at least {least}")
+            if not value < end:
+                raise ConfigError(f"{flag} is {value}, expected less than {end}")
         if any(width < 1 for width in self.hidden):
             raise ConfigError(f"--hidden is {self.hidden}, expected widths of at least 1")
+        if self.plots is not None and importlib.util.find_spec("matplotlib") is None:
+            raise ConfigError("--plots needs matplotlib; pip install 'torchpar[examples]'")
 
 
 def main(run: Callable[[F], None], flags: type[F]) -> None:
     """Parse ``flags`` from the command line and call ``run`` with them.
 
-    A `ConfigError` ends every rank with status 2; rank 0 prints it as one line.
+    A `ConfigError`, or a file that cannot be read or written, ends every rank with status 2; rank 0
+    prints it as one line.
     """
     try:
         run(_parse(flags))
-    except ConfigError as e:
+    except (ConfigError, OSError) as e:
         _fail(str(e))
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports SIGINT
@@ -116,7 +125,8 @@ def _parse(flags: type[F]) -> F:
         # tyro frames its message: a title, the message, a rule, hints.
         framed = [line.strip("│ ") for line in said.getvalue().splitlines()[1:]]
         message = itertools.takewhile(lambda line: not line.startswith("─"), framed)
-        raise ConfigError(f"{' '.join(message) or 'bad flags'}; see --help") from None
+        said_once = " ".join(message).removeprefix(f"Error parsing {flags.__name__}: ")
+        raise ConfigError(f"{said_once or 'bad flags'}; see --help") from None
 
 
 def _rank() -> int:

@@ -92,11 +92,27 @@ def load(dataset: Dataset, root: Path, world: World) -> tuple[Samples, Samples]:
         raise ConfigError(f"dataset is {dataset!r}, expected one of {sorted(_CLASSES)}")
     world.once_per_machine(lambda: _extract(_torchvision(dataset), root))
     kind = _torchvision(dataset)
-    try:
-        train, test = (kind(root, train=train) for train in (True, False))
-    except Exception as e:
-        raise ConfigError(f"the files in {root / kind.__name__ / 'raw'} cannot be read: {e}") from e
-    return _on_device(train, world.device), _on_device(test, world.device)
+    samples = []
+    for train in (True, False):
+        try:
+            read = kind(root, train=train)
+            if len(read.data) != len(read.targets) or read.targets.unique().ge(len(read.classes)).any():
+                raise ValueError(f"{len(read.data)} images, {len(read.targets)} labels")
+            samples.append(
+                Samples(read.data.to(world.device), read.targets.to(world.device), tuple(read.classes))
+            )
+        except Exception as e:
+            files = root / kind.__name__ / "raw" / ("train-*" if train else "t10k-*")
+            raise ConfigError(f"{files} cannot be read ({e}); {_repair(kind, root)}") from e
+    return samples[0], samples[1]
+
+
+def _repair(kind: Any, root: Path) -> str:
+    fetch = f"from torchvision.datasets import {kind.__name__} as D; D({str(root)!r}, download=True)"
+    return (
+        f"name the folder that holds {kind.__name__}/raw, or remove what is damaged there and fetch it: "
+        f'python -c "{fetch}"'
+    )
 
 
 def _torchvision(dataset: Dataset) -> Any:
@@ -107,10 +123,6 @@ def _torchvision(dataset: Dataset) -> Any:
     return getattr(torchvision.datasets, _CLASSES[dataset])
 
 
-def _on_device(dataset: Any, device: torch.device) -> Samples:
-    return Samples(dataset.data.to(device), dataset.targets.to(device), tuple(dataset.classes))
-
-
 def _extract(kind: Any, root: Path) -> None:
     """Check the archives against torchvision's MD5 sums, and the extracted files against the archives."""
     from torchvision.datasets.utils import check_integrity, extract_archive
@@ -119,24 +131,21 @@ def _extract(kind: Any, root: Path) -> None:
     for name, md5 in kind.resources:
         archive = raw / name
         extracted = archive.with_suffix("")
-        if extracted.exists() and not archive.exists():
-            continue  # torchvision reads these too; there is nothing to check them against
-        if not check_integrity(str(archive), md5):
-            fetch = f"from torchvision.datasets import {kind.__name__} as D; D({str(root)!r}, download=True)"
-            raise ConfigError(
-                f"{archive} is {'damaged' if archive.exists() else 'missing'}, expected a file of MD5 {md5}; "
-                f"name the folder that holds {kind.__name__}/raw, or fetch it: "
-                f'{"rm " + str(archive) + "; " if archive.exists() else ""}python -c "{fetch}"'
-            )
-        if extracted.exists() and zlib.crc32(extracted.read_bytes()) == _gzip_crc32(archive):
-            continue
         try:
+            if extracted.exists() and not archive.exists():
+                continue  # torchvision reads these too; there is nothing to check them against
+            if not check_integrity(str(archive), md5):
+                state = "damaged" if archive.exists() else "missing"
+                repair = _repair(kind, root)
+                raise ConfigError(f"{archive} is {state}, expected a file of MD5 {md5}; {repair}")
+            if extracted.exists() and zlib.crc32(extracted.read_bytes()) == _gzip_crc32(archive):
+                continue
             # A folder of one's own, then one rename: two jobs may extract at once, or one be killed.
             with tempfile.TemporaryDirectory(dir=raw) as folder:
                 extract_archive(str(archive), folder)
                 os.replace(Path(folder) / extracted.name, extracted)
         except OSError as e:
-            raise ConfigError(f"{archive} cannot be extracted in its folder: {e}; make it writable") from e
+            raise ConfigError(f"{archive} cannot be read and extracted in its folder: {e}") from e
 
 
 def _gzip_crc32(archive: Path) -> int:

@@ -96,7 +96,8 @@ class MLP(torch.nn.Module):
         init: as for `Linear`.
 
     Raises:
-        ValueError: fewer than two sizes, or an unknown activation, output or initialisation.
+        ValueError: sizes that are fewer than two or not whole numbers; an unknown activation, output or
+            initialisation.
     """
 
     def __init__(
@@ -114,6 +115,8 @@ class MLP(torch.nn.Module):
         output_layers = {"logits": Linear, "sigmoid": LinearSigmoid}
         if len(sizes) < 2:
             raise ValueError(f"sizes is {list(sizes)}, expected at least an input and an output size")
+        if not all(isinstance(size, int) and size >= 0 for size in sizes):
+            raise ValueError(f"sizes is {list(sizes)}, expected whole numbers")
         if hidden not in hidden_layers:
             raise ValueError(f"hidden is {hidden!r}, expected one of {sorted(hidden_layers)}")
         if output not in output_layers:

@@ -75,6 +75,8 @@ def summary(results: list[EpochResult]) -> str:
 def print_phases(phases: Phases) -> None:
     """A table of the seconds and the share of each phase, on rank 0."""
     total = sum(phases.seconds.values())
+    if not total:  # a run that its checkpoint had completed
+        return
     table = Table("phase", "seconds", "share", title="time by phase, rank 0")
     for phase, seconds in phases.seconds.items():
         table.add_row(phase, f"{seconds:.2f}", f"{seconds / total:.1%}")
@@ -97,6 +99,6 @@ def prepare_outputs(world: World, *, folders: Iterable[Path | None], files: Iter
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.open("a").close()
         except OSError as e:
-            raise ConfigError(f"cannot write there: {e}") from e
+            raise ConfigError(f"a run's outputs cannot be written: {e}") from e
 
-    world.once_per_machine(prepare)
+    world.on_rank_0(prepare)

@@ -26,6 +26,7 @@ from torchpar.parallel.world import World
 Loss = Literal["cross-entropy", "bce", "mse"]
 Schedule = Literal["linear", "cosine", "constant"]
 
+PHASES = ("data", "forward", "backward", "collectives", "optimizer")
 EVALUATION_BATCH = 10_000  # samples per forward pass; their activations fit anywhere
 
 
@@ -115,7 +116,7 @@ class Phases:
     """
 
     device: torch.device
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -123,7 +124,7 @@ class Phases:
         yield
         # What an inner phase (a collective within the backward pass) took is its own.
         spent = self._now() - start - (sum(self.seconds.values()) - inner)
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
+        self.seconds[phase] += spent
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -188,7 +189,8 @@ def fit(
         on_epoch: called with each epoch's result, those before a resumed one included.
 
     Raises:
-        ConfigError: fewer samples in a batch than ranks, or an unusable checkpoint; on every rank.
+        ConfigError: fewer samples in a batch than ranks, or a checkpoint that is damaged, of another
+            run, or, unless the rate is constant, of another number of epochs; on every rank.
     """
     if batch_size < world.world_size:
         raise ConfigError(
@@ -200,7 +202,14 @@ def fit(
     steps = -(-len(train) // batch_size)
     rate = scheduler(optimizer, schedule, epochs * steps)
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": rate}
-    results = _resume(checkpoint_folder, parts, run or {}, world)
+    run = dict(run or {})
+    if schedule != "constant":
+        run["epochs"] = epochs  # the rate's course depends on them
+    results = _resume(checkpoint_folder, parts, run, world)
+    if len(results) > epochs:
+        raise ConfigError(
+            f"{checkpoint_folder} holds {len(results)} epochs, more than the {epochs} asked for"
+        )
     for result in results:
         on_epoch(result)
     for epoch in range(len(results) + 1, epochs + 1):
@@ -241,7 +250,7 @@ def fit(
         results.append(result)
         if checkpoint_folder is not None and world.rank == 0:
             state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"results": [asdict(r) for r in results], "run": run or {}}
+            state |= {"results": [asdict(r) for r in results], "run": run}
             checkpoint.save(checkpoint_folder, state)
         on_epoch(result)
     return results
@@ -257,14 +266,18 @@ def _resume(
     state = world.on_rank_0(lambda: checkpoint.load(folder))
     if state is None:
         return []
-    differing = sorted(key for key in run if state["run"].get(key) != run[key])
-    if differing:
-        was = ", ".join(f"{key} {state['run'].get(key)}" for key in differing)
-        now = ", ".join(f"{key} {run[key]}" for key in differing)
-        raise ConfigError(f"{folder} holds a run with {was}, this one has {now}; use another folder")
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    return [EpochResult(**result) for result in state["results"]]
+    try:
+        differing = sorted(key for key in run if state["run"][key] != run[key])
+        if differing:
+            was = ", ".join(f"{key} {state['run'][key]}" for key in differing)
+            now = ", ".join(f"{key} {run[key]}" for key in differing)
+            raise ConfigError(f"{folder} holds a run with {was}, this one has {now}; use another folder")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return [EpochResult(**result) for result in state["results"]]
+    except (KeyError, TypeError, RuntimeError) as e:
+        reason = f"{type(e).__name__}: {e}".partition("\n")[0]
+        raise ConfigError(f"{folder} holds no checkpoint of this run ({reason}); use another folder") from e
 
 
 @torch.no_grad()

@@ -32,9 +32,7 @@ from torchpar.ops._library import (
     register_vmap,
     sample,
 )
-from torchpar.ops.matmul_t import fp32_precision
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from torchpar.ops._matrix import check_dtype, check_like, fp32_precision
 
 
 def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -58,10 +56,7 @@ def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if x.dtype not in _DTYPES:
-        raise RuntimeError(
-            f"torchpar::linear_sigmoid: x has dtype {x.dtype}, expected float16, bfloat16, float32 or float64"
-        )
+    check_dtype("linear_sigmoid", x)
     if x.dim() < 1:
         raise RuntimeError("torchpar::linear_sigmoid: x has shape (), expected (*, in_features)")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
@@ -181,6 +176,7 @@ def _backward_formula(g: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 @operator("linear_sigmoid_backward(Tensor g, Tensor y) -> (Tensor, Tensor)", kernels="linear_sigmoid")
 def _linear_sigmoid_backward(g: Tensor, y: Tensor, *, wrap: Wrap) -> tuple[Tensor, Tensor]:
+    check_like("linear_sigmoid_backward", "g", g, y.shape, y)
     if not y.is_cuda:
         dz, db = _backward_formula(g, y)
         return dz.contiguous(), db
@@ -196,6 +192,7 @@ _backward_op = torch.ops.torchpar.linear_sigmoid_backward.default
 
 @register_fake("linear_sigmoid_backward")
 def _(g: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    check_like("linear_sigmoid_backward", "g", g, y.shape, y)
     return y.new_empty(y.shape), y.new_empty(y.shape[-1])
 
 

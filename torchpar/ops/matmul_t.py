@@ -29,8 +29,7 @@ from torchpar.ops._library import (
     register_vmap,
     sample,
 )
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from torchpar.ops._matrix import check_dtype, check_like, fp32_precision
 
 _CPU_BLOCKS = 8  # row blocks of the CPU path: (1 + 1/8)/2 of the arithmetic
 _CPU_BLOCKED_FROM = 512  # rows; below, one product is faster than eight smaller ones
@@ -57,10 +56,7 @@ def matmul_t(x: Tensor) -> Tensor:
 
 
 def _check(x: Tensor) -> None:
-    if x.dtype not in _DTYPES:
-        raise RuntimeError(
-            f"torchpar::matmul_t: x has dtype {x.dtype}, expected float16, bfloat16, float32 or float64"
-        )
+    check_dtype("matmul_t", x)
     if x.dim() < 2:
         raise RuntimeError(f"torchpar::matmul_t: x has shape {tuple(x.shape)}, expected (*, n, k)")
 
@@ -68,11 +64,6 @@ def _check(x: Tensor) -> None:
 def _formula(x: Tensor) -> Tensor:
     _check(x)
     return x @ x.mT
-
-
-def fp32_precision() -> str:
-    """How float32 products on CUDA round their operands: "ieee" or "tf32"."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _in_blocks(x: Tensor) -> bool:
@@ -157,6 +148,7 @@ def _backward_formula(g: Tensor, x: Tensor) -> Tensor:
 
 @operator("matmul_t_backward(Tensor g, Tensor x) -> Tensor", kernels="matmul_t")
 def _matmul_t_backward(g: Tensor, x: Tensor, *, wrap: Wrap) -> Tensor:
+    check_like("matmul_t_backward", "g", g, (*x.shape[:-1], x.shape[-2]), x)
     if not x.is_cuda:
         return _backward_formula(g, x).contiguous()
     from torchpar.kernels import matmul_t as kernels
@@ -171,6 +163,7 @@ _backward_op = torch.ops.torchpar.matmul_t_backward.default
 
 @register_fake("matmul_t_backward")
 def _(g: Tensor, x: Tensor) -> Tensor:
+    check_like("matmul_t_backward", "g", g, (*x.shape[:-1], x.shape[-2]), x)
     return x.new_empty(x.shape)
 
 

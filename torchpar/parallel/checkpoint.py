@@ -43,6 +43,6 @@ def load(folder: Path) -> dict[str, Any] | None:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        reason = str(e).partition("\n")[0]
+        reason = f"{type(e).__name__}: {e}".partition("\n")[0]
         raise ConfigError(f"{path} cannot be read ({reason}); remove it to start afresh") from e
     return state

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: MIT
+"""What the operators on matrices share."""
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_dtype(operator: str, x: Tensor) -> None:
+    """Raise a RuntimeError unless ``x`` has a floating dtype that the kernels take."""
+    if x.dtype not in _DTYPES:
+        raise RuntimeError(
+            f"torchpar::{operator}: x has dtype {x.dtype}, expected float16, bfloat16, float32 or float64"
+        )
+
+
+def check_like(operator: str, name: str, t: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """Raise a RuntimeError unless ``t`` has ``shape``, and ``like``'s dtype and device."""
+    found = (tuple(t.shape), t.dtype, t.device)
+    expected = (tuple(shape), like.dtype, like.device)
+    if found != expected:
+        raise RuntimeError(f"torchpar::{operator}: {name} is {found}, expected {expected}")
+
+
+def fp32_precision() -> str:
+    """How float32 products on CUDA round their operands: "ieee" or "tf32"."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
