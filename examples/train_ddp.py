@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchpar import cli, data, report, training
 from torchpar.nn import MLP
 from torchpar.parallel.world import World, join_world
+from torchpar.phases import Phases
 
 
 @dataclass(kw_only=True)
@@ -49,7 +50,7 @@ def train(flags: Flags, world: World) -> None:
     optimizer = training.sgd(model, flags.lr, flags.momentum, flags.weight_decay)
 
     # The wrapper's forward computes what the model's does; its backward averages the gradients.
-    phases = training.Phases(world.device) if flags.phases else None
+    phases = Phases(world.device) if flags.phases else None
     forward: torch.nn.Module = model
     if world.world_size > 1:
         forward = ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)

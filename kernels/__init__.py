@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Triton kernels and their launchers; installed as `torchpar.kernels`.
+"""Triton kernels and their launchers.
 
 A launcher takes tensors on one GPU, the tensor to write, and ``wrap``, which it applies to the kernel
-before launching it (`torch.library.wrap_triton` while a compiler is tracing). It checks nothing: its
-caller has.
+before launching it: a compiler that is tracing puts itself between the two there. It checks nothing:
+its caller has.
 """

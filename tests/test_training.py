@@ -14,6 +14,7 @@ from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel import checkpoint
 from torchpar.parallel.world import World, join_world
+from torchpar.phases import Phases
 
 SIZES = [784, 20, 10]
 
@@ -45,7 +46,7 @@ def train(
     torch.manual_seed(0)
     model: torch.nn.Module = InDouble(MLP(SIZES)) if double else MLP(SIZES)
     with join_world("cpu") as world:
-        forward, measured = model, training.Phases(world.device) if phases else None
+        forward, measured = model, Phases(world.device) if phases else None
         if world.world_size > 1:
             forward = DistributedDataParallel(model)
             if measured:

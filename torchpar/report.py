@@ -14,7 +14,8 @@ from rich.table import Table
 
 from torchpar.errors import ConfigError
 from torchpar.parallel.world import World
-from torchpar.training import EpochResult, Phases
+from torchpar.phases import Phases
+from torchpar.training import EpochResult
 
 
 class Report:

@@ -3,17 +3,14 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -22,11 +19,11 @@ from torchpar.errors import ConfigError
 from torchpar.ops import matmul_t
 from torchpar.parallel import checkpoint
 from torchpar.parallel.world import World
+from torchpar.phases import NoPhases, Phases
 
 Loss = Literal["cross-entropy", "bce", "mse"]
 Schedule = Literal["linear", "cosine", "constant"]
 
-PHASES = ("data", "forward", "backward", "collectives", "optimizer")
 EVALUATION_BATCH = 10_000  # samples per forward pass; their activations fit anywhere
 
 
@@ -107,50 +104,6 @@ def scheduler(optimizer: Optimizer, schedule: Schedule, steps: int) -> LambdaLR:
     return LambdaLR(optimizer, factors[schedule])
 
 
-@dataclass
-class Phases:
-    """Seconds spent in each phase of training on this rank.
-
-    While it measures, a phase waits for the device, and gradients are reduced one bucket at a time
-    after they are computed: the phases add up, and the overlap that a plain run has is absent.
-    """
-
-    device: torch.device
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start, inner = self._now(), sum(self.seconds.values())
-        yield
-        # What an inner phase (a collective within the backward pass) took is its own.
-        spent = self._now() - start - (sum(self.seconds.values()) - inner)
-        self.seconds[phase] += spent
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def watch(self, ddp: DistributedDataParallel) -> None:
-        """Count ``ddp``'s collectives, and average its gradients as it does by itself."""
-
-        def reduce(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
-            with self("collectives"):
-                gradients = bucket.buffer().div_(dist.get_world_size())
-                dist.all_reduce(gradients)
-            future: torch.futures.Future[Tensor] = torch.futures.Future()
-            future.set_result(gradients)
-            return future
-
-        ddp.register_comm_hook(None, reduce)
-
-
-class _NoPhases:
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        yield
-
-
 def fit(
     model: torch.nn.Module,
     optimizer: Optimizer,
@@ -198,7 +151,7 @@ def fit(
             "it counts the samples of all ranks together"
         )
     forward = forward or model
-    measure = phases or _NoPhases()
+    measure = phases or NoPhases()
     steps = -(-len(train) // batch_size)
     rate = scheduler(optimizer, schedule, epochs * steps)
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": rate}
