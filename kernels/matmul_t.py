@@ -131,7 +131,7 @@ def symmetric_product(a: Tensor, b: Tensor, out: Tensor, precision: str, wrap: C
     n, k = a.shape[-2:]
     if out.numel() == 0:
         return
-    a, b = _one_batch(a), _one_batch(b)
+    a, b = (_one_batch(a), _one_batch(b)) if a is not b else (_one_batch(a),) * 2  # it may copy
     block, _, block_k, num_warps, num_stages = tiles(a.dtype, precision, n, n, a, b)
     tile_rows = triton.cdiv(n, block)
     wrap(symmetric_product_kernel)[(a.shape[0] * (tile_rows * (tile_rows + 1) // 2),)](
