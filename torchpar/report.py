@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from torchpar.errors import ConfigError
@@ -25,13 +25,12 @@ class Report:
         self.epochs = epochs
         self.metrics = metrics
         self.progress = progress
-        self.task: TaskID | None = None
+        self.samples = samples
         if progress is not None:
             self.task = progress.add_task("", total=epochs * samples)
-        self.samples = samples
 
     def step(self, epoch: int, trained: int) -> None:
-        if self.progress is not None and self.task is not None:
+        if self.progress is not None:
             self.progress.update(self.task, completed=(epoch - 1) * self.samples + trained)
 
     def epoch(self, result: EpochResult) -> None:

@@ -75,7 +75,7 @@ def _in_blocks(x: Tensor) -> bool:
 def _matmul_t(x: Tensor, *, wrap: Wrap) -> Tensor:
     _check(x)
     if not x.is_cuda:
-        return _blocked(x) if _in_blocks(x) else _mirror(_formula(x))
+        return _blocked(x) if _in_blocks(x) else _mirror(x @ x.mT)
     from torchpar.kernels import matmul_t as kernels
 
     out = x.new_empty(*x.shape[:-1], x.shape[-2])
