@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from torchpar import cli, data, report, training
+from torchpar import cli
 from torchpar.nn import MLP
-from torchpar.parallel.world import World, join_world
-from torchpar.phases import Phases
+from torchpar.parallel.step import ReplicaStep
+from torchpar.parallel.world import join_world
+from torchpar.script import Spread, train
 
 
 @dataclass(kw_only=True)
@@ -32,63 +33,18 @@ class Flags(cli.TrainFlags):
 
 
 def main(flags: Flags) -> None:
-    with join_world(flags.device) as world:
-        train(flags, world)
+    with join_world(flags.device, flags.timeout) as world:
 
+        def spread(model: MLP) -> Spread:
+            # The wrapper's forward computes what the model's does; its backward averages the gradients.
+            forward: torch.nn.Module = model
+            if world.world_size > 1:
+                forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            if flags.compile:
+                forward.compile()
+            return Spread(model, ReplicaStep(forward, world.data_ranks))
 
-def train(flags: Flags, world: World) -> None:
-    train_set, test_set = data.load(flags.dataset, flags.data, world)
-    if flags.dry_run:
-        train_set, flags.epochs = train_set[: 10 * flags.batch_size], 1
-        flags.metrics = flags.plots = flags.checkpoint = None
-    report.prepare_outputs(world, folders=[flags.plots, flags.checkpoint], files=[flags.metrics])
-
-    # The same seed everywhere: the ranks start from the same weights.
-    torch.manual_seed(flags.seed)
-    model = MLP([train_set.inputs(slice(0, 1)).shape[1], *flags.hidden, len(train_set.classes)])
-    model.to(world.device)
-    optimizer = training.sgd(model, flags.lr, flags.momentum, flags.weight_decay)
-
-    # The wrapper's forward computes what the model's does; its backward averages the gradients.
-    phases = Phases(world.device) if flags.phases else None
-    forward: torch.nn.Module = model
-    if world.world_size > 1:
-        forward = ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        if phases:
-            phases.watch(ddp)
-    if flags.compile:
-        forward.compile()
-
-    with report.reporting(world, flags.epochs, len(train_set), flags.metrics) as shown:
-        results = training.fit(
-            model,
-            optimizer,
-            train_set,
-            test_set,
-            world,
-            forward=forward,
-            epochs=flags.epochs,
-            batch_size=flags.batch_size,
-            schedule=flags.schedule,
-            orthogonality=flags.orthogonality,
-            seed=flags.seed,
-            checkpoint_folder=flags.checkpoint,
-            run=flags.identity(),
-            phases=phases,
-            on_step=shown.step,
-            on_epoch=shown.epoch,
-        )
-
-    if flags.plots:
-        _, confusion = training.evaluate(model, test_set, world, "cross-entropy")
-        if world.rank == 0:
-            from torchpar import plots
-
-            plots.save(flags.plots, results, confusion, model, test_set)
-    if world.rank == 0:
-        if phases:
-            report.print_phases(phases)
-        print(report.summary(results))
+        train(flags, world, spread)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import importlib.util
 import io
 import itertools
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +15,9 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from torchpar.data import Dataset
 from torchpar.errors import ConfigError
-from torchpar.training import Schedule
+from torchpar.parallel.rendezvous import find_place
+from torchpar.parallel.world import RankLostError
+from torchpar.training import Schedule, Stopped
 
 try:
     import rich  # noqa: F401
@@ -26,6 +27,13 @@ except ImportError as error:
 
 F = TypeVar("F")
 GRACE = 10.0  # seconds that other ranks leave rank 0 to speak before they end
+
+
+ELSEWHERE = {  # flags that leave the numbers of a run as they are, but for rounding
+    *("data", "epochs", "device", "compile", "dry_run", "phases", "collectives", "metrics", "plots"),
+    *("checkpoint", "save_every", "keep", "async_save", "timeout"),
+    *("dp", "tp", "pp", "pipeline", "micro_batches"),
+}
 
 
 @dataclass(kw_only=True)
@@ -62,34 +70,38 @@ class TrainFlags:
     """Train on ten batches and evaluate; write no metrics, plots or checkpoint."""
     phases: bool = False
     """Measure the time of each phase of a step (data, forward, backward, collectives, optimizer)."""
+    collectives: bool = False
+    """Count what travels between ranks in a step, and measure its time, beside what is predicted."""
     metrics: Path | None = None
     """File for one JSON object per epoch."""
     plots: Path | None = None
     """Folder for pictures: learning curves, confusion matrix, worst-classified samples."""
     checkpoint: Path | None = None
-    """Folder to save to after each epoch, and to resume from."""
+    """Folder to save to, and to resume from; all ranks must see it."""
+    save_every: int | None = None
+    """Steps between two saves; by default a run is saved after each epoch."""
+    keep: int = 2
+    """Checkpoints to keep."""
+    async_save: bool = False
+    """Save while training goes on."""
+    clip: float | None = None
+    """Norm to which a larger gradient is scaled down."""
+    timeout: float = 600.0
+    """Seconds after which a rank that waits for another gives up."""
 
     def identity(self) -> dict[str, Any]:
         """What makes a run another run: everything but where it computes, how long, and what it writes."""
-        elsewhere = {
-            "data",
-            "epochs",
-            "device",
-            "compile",
-            "dry_run",
-            "phases",
-            "metrics",
-            "plots",
-            "checkpoint",
-        }
-        return {name: value for name, value in asdict(self).items() if name not in elsewhere}
+        return {name: value for name, value in asdict(self).items() if name not in ELSEWHERE}
 
     def __post_init__(self) -> None:
         bounds: dict[str, tuple[float, float]] = {"epochs": (1, math.inf), "batch_size": (1, math.inf)}
         bounds |= {"lr": (0, math.inf), "momentum": (0, 1), "seed": (0, 2**63)}
-        bounds |= {"weight_decay": (0, math.inf), "orthogonality": (0, math.inf)}
+        bounds |= {"save_every": (1, math.inf), "keep": (1, math.inf), "clip": (0, math.inf)}
+        bounds |= {"weight_decay": (0, math.inf), "orthogonality": (0, math.inf), "timeout": (1, 1e6)}
         for name, (least, end) in bounds.items():
             flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
+            if value is None:
+                continue
             if not value >= least:
                 raise ConfigError(f"{flag} is {value}, expected at least {least}")
             if not value < end:
@@ -108,8 +120,13 @@ def main(run: Callable[[F], None], flags: type[F]) -> None:
     """
     try:
         run(_parse(flags))
+    except RankLostError as e:
+        _fail(str(e), speaker=e.speaker)
     except (ConfigError, OSError) as e:
         _fail(str(e))
+    except Stopped:
+        if _rank() == 0:
+            print("stopped by SIGTERM; the state is saved, the same command goes on from it", flush=True)
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports SIGINT
 
@@ -130,12 +147,13 @@ def _parse(flags: type[F]) -> F:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", 0))
+    place = find_place()
+    return place.rank if place else 0
 
 
-def _fail(message: str) -> NoReturn:
-    if _rank() != 0:
-        # torchrun ends the other ranks as soon as one has ended, so let rank 0 be first.
+def _fail(message: str, speaker: int = 0) -> NoReturn:
+    if _rank() != speaker:
+        # torchrun ends the other ranks as soon as one has ended, so let the one that speaks be first.
         time.sleep(GRACE)
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)

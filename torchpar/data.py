@@ -57,7 +57,9 @@ class Batch(NamedTuple):
     global_size: int
 
 
-def batches(samples: Samples, batch_size: int, *, seed: int, epoch: int, world: World) -> Iterator[Batch]:
+def batches(
+    samples: Samples, batch_size: int, *, seed: int, epoch: int, world: World, start: int = 0
+) -> Iterator[Batch]:
     """This rank's share of each global batch of one epoch, in an order set by ``(seed, epoch)`` alone.
 
     The ranks' shares are disjoint and make up the batch that one process would see; their sizes differ
@@ -65,13 +67,14 @@ def batches(samples: Samples, batch_size: int, *, seed: int, epoch: int, world: 
 
     Args:
         batch_size: samples of the global batch, over all ranks.
+        start: the first batch's number, to go on within an epoch.
     """
     # Drawn on the CPU, so that every device sees the same order.
     (state,) = np.random.SeedSequence((seed, epoch)).generate_state(1)
     generator = torch.Generator().manual_seed(int(state))
     order = torch.randperm(len(samples), generator=generator).to(samples.labels.device)
-    for chosen in order.split(batch_size):
-        mine = chosen.tensor_split(world.world_size)[world.rank]
+    for chosen in order[start * batch_size :].split(batch_size):
+        mine = world.share(len(chosen)).narrow(chosen, 0)
         yield Batch(samples.inputs(mine), samples.labels[mine], len(chosen))
 
 

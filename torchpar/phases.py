@@ -7,19 +7,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-PHASES = ("data", "forward", "backward", "collectives", "optimizer")
+PHASES = ("data", "forward", "backward", "pipeline", "collectives", "optimizer")
 
 
 @dataclass
 class Phases:
     """Seconds spent in each phase of training on this rank.
 
-    While it measures, a phase waits for the device, and gradients are reduced one bucket at a time
-    after they are computed: the phases add up, and the overlap that a plain run has is absent.
+    While it measures, a phase waits for the device, and a collective for its end: the phases add up, and
+    the overlap that a plain run has is absent. "pipeline" is a pipeline's forward and backward passes
+    and its waiting. Collectives are counted within a `torchpar.collectives.WatchedStep`.
     """
 
     device: torch.device
@@ -37,19 +35,6 @@ class Phases:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-
-    def watch(self, ddp: DistributedDataParallel) -> None:
-        """Count ``ddp``'s collectives, and average its gradients as it does by itself."""
-
-        def reduce(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
-            with self("collectives"):
-                gradients = bucket.buffer().div_(dist.get_world_size())
-                dist.all_reduce(gradients)
-            future: torch.futures.Future[Tensor] = torch.futures.Future()
-            future.set_result(gradients)
-            return future
-
-        ddp.register_comm_hook(None, reduce)
 
 
 class NoPhases:

@@ -11,24 +11,22 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from torchpar.data import Samples
-from torchpar.training import EVALUATION_BATCH, EpochResult
+from torchpar.progress import EpochResult
 
 WORST = (4, 8)  # rows and columns of the picture of worst-classified samples
 
 
-def save(
-    folder: Path, results: list[EpochResult], confusion: Tensor, model: torch.nn.Module, test: Samples
-) -> None:
+def save(folder: Path, results: list[EpochResult], outputs: Tensor, test: Samples) -> None:
     """Write ``curves.png``, ``confusion.png`` and ``worst.png``.
 
     Args:
-        confusion: as `torchpar.training.evaluate` returns it.
+        outputs: of all test samples, as `torchpar.training.evaluate` returns them.
     """
     matplotlib.use("Agg")
     for name, figure in (
         ("curves", _curves(results)),
-        ("confusion", _confusion(confusion.cpu(), test.classes)),
-        ("worst", _worst(model, test)),
+        ("confusion", _confusion(outputs, test)),
+        ("worst", _worst(outputs, test)),
     ):
         figure.savefig(folder / f"{name}.png", dpi=120)
         plt.close(figure)
@@ -49,7 +47,10 @@ def _curves(results: list[EpochResult]) -> Figure:
     return figure
 
 
-def _confusion(confusion: Tensor, classes: tuple[str, ...]) -> Figure:
+def _confusion(outputs: Tensor, test: Samples) -> Figure:
+    classes = test.classes
+    pairs = test.labels * len(classes) + outputs.argmax(1)
+    confusion = pairs.bincount(minlength=len(classes) ** 2).view(len(classes), -1).cpu()
     figure, axes = plt.subplots(figsize=(7, 6), layout="constrained")
     shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     axes.imshow(shares.sqrt().numpy(), cmap="Blues", vmin=0, vmax=1)  # the root shows small shares
@@ -63,12 +64,8 @@ def _confusion(confusion: Tensor, classes: tuple[str, ...]) -> Figure:
     return figure
 
 
-@torch.no_grad()
-def _worst(model: torch.nn.Module, test: Samples) -> Figure:
+def _worst(outputs: Tensor, test: Samples) -> Figure:
     rows, columns = WORST
-    outputs = torch.cat(
-        [model(test.inputs(part)) for part in torch.arange(len(test)).split(EVALUATION_BATCH)]
-    )
     of_label = outputs.gather(1, test.labels[:, None]).squeeze(1)
     margin = of_label - outputs.scatter(1, test.labels[:, None], -torch.inf).amax(1)
     figure, grid = plt.subplots(rows, columns, figsize=(1.5 * columns, 1.8 * rows), layout="constrained")

@@ -3,19 +3,22 @@
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from torchpar.collectives import Call
 from torchpar.errors import ConfigError
+from torchpar.parallel.cost import Expected, Link
 from torchpar.parallel.world import World
 from torchpar.phases import Phases
-from torchpar.training import EpochResult
+from torchpar.progress import EpochResult
 
 
 class Report:
@@ -79,8 +82,55 @@ def print_phases(phases: Phases) -> None:
         return
     table = Table("phase", "seconds", "share", title="time by phase, rank 0")
     for phase, seconds in phases.seconds.items():
-        table.add_row(phase, f"{seconds:.2f}", f"{seconds / total:.1%}")
+        if seconds:
+            table.add_row(phase, f"{seconds:.2f}", f"{seconds / total:.1%}")
     Console().print(table)
+
+
+def print_collectives(
+    calls: Sequence[Sequence[Call]], expected: Sequence[Expected], link: Link | None
+) -> None:
+    """A table of what rank 0 sent in a step: predicted, and the median of the steps that were recorded.
+
+    Args:
+        link: for the predicted times; None where nothing was sent to measure it by.
+    """
+    table = Table(title="collectives per step, rank 0: predicted | measured")
+    table.add_column("dimension")
+    table.add_column("operation")
+    for column in ("count", "bytes", "ms"):
+        table.add_column(column, justify="right")
+    kinds = {(e.dimension, e.operation): None for e in expected} | {
+        (c.dimension, c.operation): None for step in calls for c in step
+    }
+    for dimension, operation in kinds:
+        predicted = [e for e in expected if (e.dimension, e.operation) == (dimension, operation)]
+        measured = [
+            [c for c in step if (c.dimension, c.operation) == (dimension, operation)] for step in calls
+        ]
+        counts = [len(step) for step in measured]
+        if not predicted and not median(counts):
+            continue  # at the start only
+        nbytes = median(sum(c.bytes for c in step) for step in measured)
+        ms = 1000 * median(sum(c.seconds for c in step) for step in measured)
+        link_ms = 1000 * sum(link.seconds(operation, e.ranks, e.nbytes) for e in predicted) if link else 0.0
+        table.add_row(
+            dimension or "world",
+            operation,
+            f"{len(predicted)} | {median(counts):g}",
+            f"{sum(e.nbytes for e in predicted):,} | {nbytes:,.0f}",
+            # A receiver waits for its neighbour's work more than for the message.
+            "-" if operation == "recv" else f"{link_ms:.2f} | {ms:.2f}",
+        )
+    console = Console()
+    if not kinds:
+        console.print("collectives per step: none, one rank has the whole model and the whole batch")
+        return
+    console.print(table)
+    if link:
+        console.print(
+            f"predicted with α {1e6 * link.alpha:.0f} µs and β {1e9 * link.beta:.2f} ns/B, measured before"
+        )
 
 
 def prepare_outputs(world: World, *, folders: Iterable[Path | None], files: Iterable[Path | None]) -> None:

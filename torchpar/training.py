@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: MIT
 """The training loop that every example uses."""
 
+import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,39 +20,21 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchpar.data import Samples, batches
 from torchpar.errors import ConfigError
 from torchpar.ops import matmul_t
-from torchpar.parallel import checkpoint
+from torchpar.parallel.checkpoint import Checkpoints
+from torchpar.parallel.clip import clip_grad_norm_
+from torchpar.parallel.layers import split_parameters
+from torchpar.parallel.step import ReplicaStep, Step
+from torchpar.parallel.stop import StopSignal
 from torchpar.parallel.world import World
 from torchpar.phases import NoPhases, Phases
+from torchpar.progress import EpochResult, Progress
 
 Loss = Literal["cross-entropy", "bce", "mse"]
 Schedule = Literal["linear", "cosine", "constant"]
 
-EVALUATION_BATCH = 10_000  # samples per forward pass; their activations fit anywhere
-
-
-@dataclass(frozen=True)
-class EpochResult:
-    """What one epoch came to.
-
-    Attributes:
-        epoch: from 1.
-        train_loss: mean over the epoch's training samples, each as it was trained on.
-        test_loss: mean over all test samples, after the epoch.
-        test_accuracy: in [0, 1].
-        samples_per_s: training samples a second, over all ranks, evaluation not counted.
-        seconds: training and evaluation.
-        ranks: how many processes trained.
-        device: "cpu" or "cuda".
-    """
-
-    epoch: int
-    train_loss: float
-    test_loss: float
-    test_accuracy: float
-    samples_per_s: float
-    seconds: float
-    ranks: int
-    device: str
+EVALUATION_BATCH = (
+    1250  # samples per forward pass; a test set of 10 000 is shared evenly by 1, 2, 4 and 8 ranks
+)
 
 
 def loss_sum(loss: Loss, outputs: Tensor, labels: Tensor) -> Tensor:
@@ -73,7 +58,9 @@ def loss_sum(loss: Loss, outputs: Tensor, labels: Tensor) -> Tensor:
 
 def orthogonality_penalty(model: torch.nn.Module) -> Tensor:
     """``Σ ‖W·Wᵀ − I‖²`` over the model's weight matrices (Frobenius norm), by `torchpar.matmul_t`."""
-    grams = [matmul_t(p) for p in model.parameters() if p.dim() == 2]
+    split = {layer.weight: layer.whole_weight for _, _, layer in split_parameters(model)}
+    weights = [split[p]() if p in split else p for p in model.parameters() if p.dim() == 2]
+    grams = [matmul_t(weight) for weight in weights]
     return torch.stack([(gram - torch.eye(len(gram)).to(gram)).square().sum() for gram in grams]).sum()
 
 
@@ -104,6 +91,28 @@ def scheduler(optimizer: Optimizer, schedule: Schedule, steps: int) -> LambdaLR:
     return LambdaLR(optimizer, factors[schedule])
 
 
+@dataclass(frozen=True)
+class Saving:
+    """When and where `fit` saves its state.
+
+    Attributes:
+        folder: resumed from if it holds a checkpoint.
+        every: steps between two saves; None saves after each epoch. A run is saved at its end, and when
+            SIGTERM reaches any rank.
+        keep: how many checkpoints are kept.
+        asynchronous: write while training goes on.
+    """
+
+    folder: Path
+    every: int | None = None
+    keep: int = 2
+    asynchronous: bool = False
+
+
+class Stopped(Exception):
+    """SIGTERM reached a rank; all ranks have saved the same step."""
+
+
 def fit(
     model: torch.nn.Module,
     optimizer: Optimizer,
@@ -113,12 +122,13 @@ def fit(
     *,
     epochs: int,
     batch_size: int,
-    forward: Callable[[Tensor], Tensor] | None = None,
+    step: Step | None = None,
     loss: Loss = "cross-entropy",
     schedule: Schedule = "linear",
     orthogonality: float = 0.0,
+    clip: float | None = None,
     seed: int = 0,
-    checkpoint_folder: Path | None = None,
+    saving: Saving | None = None,
     run: dict[str, Any] | None = None,
     phases: Phases | None = None,
     on_step: Callable[[int, int], None] = lambda epoch, samples: None,
@@ -129,126 +139,133 @@ def fit(
     The loss of a step is the mean over its global batch, whatever the number of ranks.
 
     Args:
+        model: this rank's part of it.
         optimizer: over ``model``'s parameters.
         batch_size: samples per step over all ranks.
-        forward: what is called in ``model``'s place in training, such as its DistributedDataParallel
-            wrapper or a compiled one. It must average gradients over the ranks if there are several.
+        step: how gradients come about; by default a plain pass over ``model``, for one rank.
         orthogonality: the factor of `orthogonality_penalty` in the loss.
+        clip: the norm of the whole gradient above which it is scaled down to it.
         seed: of the samples' order.
-        checkpoint_folder: saved to after each epoch, and resumed from if it holds a checkpoint.
+        saving: where and when to save; a run that was stopped anywhere goes on from there, bit for bit.
         run: what makes a run this run; a checkpoint of another is refused.
         phases: where to measure the time of data, forward, backward, collectives and optimizer.
         on_step: called after each step with the epoch and the samples it has trained on.
         on_epoch: called with each epoch's result, those before a resumed one included.
 
     Raises:
-        ConfigError: fewer samples in a batch than ranks, or a checkpoint that is damaged, of another
-            run, or, unless the rate is constant, of another number of epochs; on every rank.
+        ConfigError: fewer samples in a batch than ranks, ranks with different models or flags, or a
+            checkpoint that is damaged, of another run, or, unless the rate is constant, of another
+            number of epochs; on every rank.
+        Stopped: after SIGTERM, if there is somewhere to save to; on every rank.
     """
-    if batch_size < world.world_size:
+    if batch_size < world.data_ranks:
         raise ConfigError(
-            f"batch size {batch_size} is smaller than the number of ranks, {world.world_size}; "
+            f"batch size {batch_size} is smaller than the number of ranks that share it, {world.data_ranks}; "
             "it counts the samples of all ranks together"
         )
-    forward = forward or model
+    step = step or ReplicaStep(model)
     measure = phases or NoPhases()
     steps = -(-len(train) // batch_size)
     rate = scheduler(optimizer, schedule, epochs * steps)
-    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": rate}
     run = dict(run or {})
     if schedule != "constant":
         run["epochs"] = epochs  # the rate's course depends on them
-    results = _resume(checkpoint_folder, parts, run, world)
-    if len(results) > epochs:
+    run = json.loads(json.dumps(run))  # as a checkpoint gives it back
+    world.check_alike("what to train", json.dumps([run, batch_size, len(train), len(test)]))
+    progress = Progress(model, optimizer, rate, run, world)
+    checkpoints = None
+    if saving is not None:
+        checkpoints = Checkpoints(saving.folder, world, saving.keep, saving.asynchronous)
+        progress.resume(checkpoints)
+    if len(progress.results) > epochs:
         raise ConfigError(
-            f"{checkpoint_folder} holds {len(results)} epochs, more than the {epochs} asked for"
+            f"{saving and saving.folder} holds {len(progress.results)} epochs, "
+            f"more than the {epochs} asked for"
         )
-    for result in results:
+    for result in progress.results:
         on_epoch(result)
-    for epoch in range(len(results) + 1, epochs + 1):
-        start, trained = time.perf_counter(), 0
-        total = torch.zeros((), dtype=torch.float64, device=world.device)
-        shares = iter(batches(train, batch_size, seed=seed, epoch=epoch, world=world))
-        for _ in range(steps):
-            with measure("data"):
-                x, labels, global_size = next(shares)
-            with measure("forward"):
-                batch_loss = loss_sum(loss, forward(x), labels)
-                # DistributedDataParallel averages over the ranks, whose shares may differ in size.
-                objective = batch_loss * (world.world_size / global_size)
-                if orthogonality:
-                    objective = objective + orthogonality * orthogonality_penalty(model)
-            with measure("backward"):
-                objective.backward()
-            with measure("optimizer"):
-                optimizer.step()
-                rate.step()
-                optimizer.zero_grad()
-            total += batch_loss.detach()
-            trained += global_size
-            on_step(epoch, trained)
-        train_loss = world.sum(total).item() / len(train)
-        training = time.perf_counter() - start
-        test_loss, confusion = evaluate(model, test, world, loss)
-        result = EpochResult(
-            epoch,
-            train_loss,
-            test_loss,
-            test_accuracy=confusion.trace().item() / len(test),
-            samples_per_s=len(train) / training,
-            seconds=time.perf_counter() - start,
-            ranks=world.world_size,
-            device=world.device.type,
-        )
-        results.append(result)
-        if checkpoint_folder is not None and world.rank == 0:
-            state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"results": [asdict(r) for r in results], "run": run}
-            checkpoint.save(checkpoint_folder, state)
-        on_epoch(result)
-    return results
+    per_sample = partial(loss_sum, loss)
+    parameters = list(model.parameters())
+    with StopSignal(world) if checkpoints else nullcontext() as stop:
+        for epoch in range(len(progress.results) + 1, epochs + 1):
+            start, first = time.perf_counter(), progress.step
+            shares = iter(batches(train, batch_size, seed=seed, epoch=epoch, world=world, start=first))
+            for progress.step in range(first + 1, steps + 1):
+                if stop:
+                    stop.ask()
+                with measure("data"):
+                    x, labels, global_size = next(shares)
+                part = step.gradients(x, labels, global_size, per_sample, measure)
+                with measure("optimizer"):
+                    if orthogonality:
+                        _add_orthogonality(model, orthogonality)
+                    if clip is not None:
+                        clip_grad_norm_(model, clip, world)
+                    optimizer.step()
+                    rate.step()
+                    for p in parameters:
+                        p.grad = None
+                if world.counts:
+                    progress.loss += part
+                on_step(epoch, min(progress.step * batch_size, len(train)))
+                at = (epoch - 1) * steps + progress.step
+                stopping = stop is not None and stop.answer()
+                due = saving is not None and saving.every is not None and at % saving.every == 0
+                if checkpoints and progress.step < steps and (stopping or due):
+                    progress.save(checkpoints, at)
+                    if stopping:
+                        checkpoints.wait()
+                        raise Stopped
+            train_loss = world.sum(progress.loss).item() / len(train)
+            training = time.perf_counter() - start
+            test_loss, outputs = evaluate(step, test, world, loss)
+            hits = (outputs.argmax(1) == test.labels).sum().item()
+            progress.results.append(
+                EpochResult(
+                    epoch,
+                    train_loss,
+                    test_loss,
+                    test_accuracy=hits / len(test),
+                    samples_per_s=(len(train) - first * batch_size) / training,
+                    seconds=time.perf_counter() - start,
+                    ranks=world.world_size,
+                    device=world.device.type,
+                )
+            )
+            progress.begin_epoch()
+            if checkpoints and saving and (saving.every is None or stopping or epoch == epochs):
+                progress.save(checkpoints, epoch * steps)
+            on_epoch(progress.results[-1])
+            if checkpoints and stopping and epoch < epochs:
+                checkpoints.wait()
+                raise Stopped
+    if checkpoints:
+        checkpoints.wait()
+    return progress.results
 
 
-def _resume(
-    folder: Path | None, parts: dict[str, Any], run: dict[str, Any], world: World
-) -> list[EpochResult]:
-    """Load each part's state; return the results of the epochs that were trained."""
-    if folder is None:
-        return []
-    # Only rank 0 saves, perhaps to a disk that the others do not see.
-    state = world.on_rank_0(lambda: checkpoint.load(folder))
-    if state is None:
-        return []
-    try:
-        differing = sorted(key for key in run if state["run"][key] != run[key])
-        if differing:
-            was = ", ".join(f"{key} {state['run'][key]}" for key in differing)
-            now = ", ".join(f"{key} {run[key]}" for key in differing)
-            raise ConfigError(f"{folder} holds a run with {was}, this one has {now}; use another folder")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        return [EpochResult(**result) for result in state["results"]]
-    except (KeyError, TypeError, RuntimeError) as e:
-        reason = f"{type(e).__name__}: {e}".partition("\n")[0]
-        raise ConfigError(f"{folder} holds no checkpoint of this run ({reason}); use another folder") from e
+def _add_orthogonality(model: torch.nn.Module, factor: float) -> None:
+    # Whole on every rank, so its gradient is not averaged over them, as the loss's is.
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(factor * orthogonality_penalty(model), parameters, allow_unused=True)
+    for p, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None and p.grad is not None:
+            p.grad += gradient
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, samples: Samples, world: World, loss: Loss) -> tuple[float, Tensor]:
-    """Mean loss and confusion matrix over all samples, each counted once over all ranks.
+def evaluate(step: Step, samples: Samples, world: World, loss: Loss) -> tuple[float, Tensor]:
+    """Mean loss and outputs ``(n, classes)`` of all samples, on every rank.
 
-    Returns:
-        The loss, and ``confusion (classes, classes)`` int64: ``confusion[label, prediction]`` samples.
+    The samples are cut in chunks of `EVALUATION_BATCH` whatever the number of ranks, which take some
+    chunks each; so the loss does not depend on who computed what.
     """
-    share = torch.arange(len(samples)).tensor_split(world.world_size)[world.rank]
-    classes = len(samples.classes)
-    total = torch.zeros((), dtype=torch.float64, device=world.device)
-    confusion = torch.zeros(classes * classes, dtype=torch.int64, device=world.device)
-    for part in share.to(world.device).split(EVALUATION_BATCH):
-        labels = samples.labels[part]
-        outputs = model(samples.inputs(part))
-        total += loss_sum(loss, outputs, labels)
-        confusion += torch.bincount(labels * classes + outputs.argmax(-1), minlength=classes * classes)
-    world.sum(total)
-    world.sum(confusion)
-    return total.item() / len(samples), confusion.view(classes, classes)
+    chunks = list(torch.arange(len(samples), device=world.device).split(EVALUATION_BATCH))
+    share = torch.arange(len(chunks)).tensor_split(world.data_ranks)[world.data_rank].tolist()
+    outputs = torch.zeros(len(samples), len(samples.classes), device=world.device)
+    for chunk in (chunks[i] for i in share):
+        mine = step.outputs(samples.inputs(chunk))
+        if mine is not None and world.counts:
+            outputs[chunk] = mine.float()
+    world.sum(outputs)  # one rank's are not 0
+    return loss_sum(loss, outputs.double(), samples.labels).item() / len(samples), outputs

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What the operators on matrices share."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,3 +28,8 @@ def check_like(operator: str, name: str, t: Tensor, shape: tuple[int, ...], like
 def fp32_precision() -> str:
     """How float32 products on CUDA round their operands: "ieee" or "tf32"."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def rows(t: Tensor) -> Tensor:
+    """``(*, features)`` as a matrix; a view where the strides allow."""
+    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])

@@ -32,7 +32,7 @@ from torchpar.ops._library import (
     register_vmap,
     sample,
 )
-from torchpar.ops._matrix import check_dtype, check_like, fp32_precision
+from torchpar.ops._matrix import check_dtype, check_like, fp32_precision, rows
 
 
 def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -93,13 +93,8 @@ def _linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wr
     from torchpar.kernels import linear_sigmoid as kernels
 
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    kernels.linear_sigmoid(_rows(x), weight, bias, _rows(out), fp32_precision(), wrap)
+    kernels.linear_sigmoid(rows(x), weight, bias, rows(out), fp32_precision(), wrap)
     return out
-
-
-def _rows(t: Tensor) -> Tensor:
-    """``(*, features)`` as a matrix; a view where the strides allow."""
-    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 _op = torch.ops.torchpar.linear_sigmoid.default
@@ -116,17 +111,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, weight, output)
 
 
+def sigmoid_backward(g: Tensor, y: Tensor, need_bias: bool) -> tuple[Tensor, Tensor | None]:
+    """dL/dZ ``(*, out)``, and dL/db ``(out)`` if it is needed, from g = dL/dY and y ``(*, out)``."""
+    if not need_bias:
+        return torch.ops.aten.sigmoid_backward(g, y), None
+    # On a CPU, where nothing is fused, two calls of ATen cost less than dispatching one operator.
+    return _backward_op(g, y) if y.is_cuda else _backward_formula(g, y)
+
+
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, y = ctx.saved_tensors
     need_x, need_weight, *need_bias = ctx.needs_input_grad  # a bias left at its default is not listed
-    db = None
-    if any(need_bias):
-        # On a CPU, where nothing is fused, two calls of ATen cost less than dispatching one operator.
-        dz, db = _backward_op(g, y) if y.is_cuda else _backward_formula(g, y)
-    else:
-        dz = torch.ops.aten.sigmoid_backward(g, y)
+    dz, db = sigmoid_backward(g, y, any(need_bias))
     dx = dz @ weight if need_x else None
-    dw = _rows(dz).mT @ _rows(x) if need_weight else None
+    dw = rows(dz).mT @ rows(x) if need_weight else None
     return dx, dw, *([db] * len(need_bias))
 
 
@@ -171,7 +169,7 @@ def _(x: Any, weight: Any, bias: Any = None) -> list[Any]:
 
 def _backward_formula(g: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     dz = torch.ops.aten.sigmoid_backward(g, y)
-    return dz, _rows(dz).sum(0)
+    return dz, rows(dz).sum(0)
 
 
 @operator("linear_sigmoid_backward(Tensor g, Tensor y) -> (Tensor, Tensor)", kernels="linear_sigmoid")
@@ -183,7 +181,7 @@ def _linear_sigmoid_backward(g: Tensor, y: Tensor, *, wrap: Wrap) -> tuple[Tenso
     from torchpar.kernels import linear_sigmoid as kernels
 
     dz = y.new_empty(y.shape)
-    db = kernels.sigmoid_backward(_rows(g), _rows(y), _rows(dz), wrap)
+    db = kernels.sigmoid_backward(rows(g), rows(y), rows(dz), wrap)
     return dz, db
 
 

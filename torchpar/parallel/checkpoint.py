@@ -1,48 +1,376 @@
 # SPDX-License-Identifier: MIT
-"""Checkpoints that are whole or absent."""
+"""Checkpoints that are whole or absent, and that any mesh can load.
 
+`torch.distributed.checkpoint` writes the tensors, each rank its slices; it has no checksums, and an
+overwrite that is torn loads as a mixture of two. So a checkpoint is written into ``step-N.tmp`` with a
+manifest of every file's SHA-256, flushed to the disk, renamed to ``step-N`` in one step, and named in
+``latest``; it is checked before it is read, and a damaged one is passed over for the one before.
+
+Nothing is unpickled but by allow-lists: tensors by `torch.load` with ``weights_only``, the checkpoint's
+own metadata by `_Unpickler`; the rest is JSON.
+"""
+
+import hashlib
+import json
 import os
+import pickle
+import re
+import shutil
+import sys
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from torchpar.errors import ConfigError
+from torchpar.parallel.world import World
 
-NAME = "checkpoint.pt"
+MANIFEST = "manifest.json"
+_CLASSES = {  # what torch.distributed.checkpoint's metadata is made of
+    "collections": {"OrderedDict"},
+    "torch": {"Size", "float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+}
 
 
-def save(folder: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` into ``folder``, replacing what was there in one step.
+class Slice(torch.Tensor):
+    """A rank's slice of a tensor that is split over ranks, as torch.distributed.checkpoint sees it.
 
-    A process killed at any moment leaves the old checkpoint or the new one.
+    `torch.distributed.tensor.DTensor` would cut the tensor in another way than our layers, whose sizes
+    need not divide.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f"{NAME}.tmp"
-    with unfinished.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, folder / NAME)
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the new name itself
-    finally:
-        os.close(directory)
+
+    _offsets: torch.Size
+    whole: torch.Size
+
+    @staticmethod
+    def of(t: Tensor, axis: int, offset: int, size: int) -> "Slice":
+        """``t`` as the part from ``offset`` of a tensor whose axis ``axis`` is ``size`` long."""
+        piece = t.detach().as_subclass(Slice)
+        piece._offsets = torch.Size(offset if i == axis else 0 for i in range(t.dim()))
+        piece.whole = torch.Size(size if i == axis else n for i, n in enumerate(t.shape))
+        return piece
+
+    def _chunk(self) -> ChunkStorageMetadata:
+        return ChunkStorageMetadata(offsets=self._offsets, sizes=torch.Size(self.shape))
+
+    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+        properties = TensorProperties.create_from_tensor(self._plain())
+        data = TensorWriteData(chunk=self._chunk(), properties=properties, size=self.whole)
+        return [WriteItem(MetadataIndex(name, self._offsets), WriteItemType.SHARD, tensor_data=data)]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [self._chunk()]
+
+    def __get_tensor_shard__(self, _: MetadataIndex) -> Tensor:
+        return self._plain()
+
+    def _plain(self) -> Tensor:
+        return self.as_subclass(torch.Tensor)
+
+    def staged(self) -> "Slice":
+        """A copy on the CPU."""
+        piece = _staged(self._plain()).as_subclass(Slice)
+        piece._offsets, piece.whole = self._offsets, self.whole
+        return piece
 
 
-def load(folder: Path) -> dict[str, Any] | None:
-    """The state that `save` left in ``folder``, its tensors on the CPU; None where there is none.
+def _staged(t: Tensor) -> Tensor:
+    return t.staged() if isinstance(t, Slice) else t.detach().to("cpu", copy=True)
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint's metadata")
+        return super().find_class(module, name)
+
+
+class _Reader(FileSystemReader):
+    """PyTorch's reader, but for its unpickling whatever the metadata file asks for."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata: Metadata = _Unpickler(file).load()
+        assert metadata.storage_meta is not None
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was found whole.
+
+    Attributes:
+        state: what was saved beside the tensors.
+        shapes: of the whole tensors, by name.
+    """
+
+    path: Path
+    state: dict[str, Any]
+    shapes: dict[str, torch.Size]
+    _group: dist.ProcessGroup | None
+
+    def read(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill ``tensors``, plain ones and `Slice`s, from the tensors of their names. Each rank calls it."""
+        try:
+            load(dict(tensors), storage_reader=_Reader(self.path), process_group=self._group)
+        except CheckpointException as e:
+            raise ValueError(_cause(e)) from e
+
+
+class Checkpoints:
+    """The checkpoints in a folder that all ranks see.
+
+    Every method is called by all ranks together.
+
+    Args:
+        keep: how many to keep; the older ones are removed after each save.
+        asynchronous: write while training goes on. A save waits for the one before it, and raises its
+            error.
+    """
+
+    def __init__(self, folder: Path, world: World, keep: int = 2, asynchronous: bool = False):
+        if keep < 1:
+            raise ConfigError(f"keep is {keep}, expected at least 1")
+        self.folder = folder
+        self.world = world
+        self.keep = keep
+        self.asynchronous = asynchronous
+        # A group of its own: a save's messages must not mix with training's. gloo's are of CPU tensors.
+        self._group = _new_group(world)
+        self._pending: Future[None] | None = None
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        """Save as ``step-N``. A process killed at any moment leaves it whole or absent.
+
+        Args:
+            tensors: plain ones, the same on every rank that has them, and `Slice`s.
+            state: what JSON can hold; rank 0's is saved.
+
+        Raises:
+            ConfigError: it could not be written; what was saved before is still there. On every rank.
+        """
+        self.wait()
+        if not self.asynchronous:
+            self._save(step, tensors, state)
+            return
+        staged, state = {name: _staged(t) for name, t in tensors.items()}, json.loads(json.dumps(state))
+        self._pending = Future()
+        # A daemon: at the end of a process whose peers are lost, nobody waits for it.
+        threading.Thread(target=self._run, args=(self._pending, step, staged, state), daemon=True).start()
+
+    def _run(self, future: "Future[None]", *arguments: Any) -> None:
+        try:
+            self._save(*arguments)
+            future.set_result(None)
+        except BaseException as e:
+            future.set_exception(e)
+
+    def wait(self) -> None:
+        """Wait for the save in progress; raise its error."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def load(self) -> Saved | None:
+        """The newest checkpoint that is whole, None where there is none; tells of those passed over.
+
+        Raises:
+            ConfigError: there are checkpoints, and all are damaged; on every rank.
+        """
+        self.wait()
+        found = self.world.on_rank_0(self._newest_whole, self._group)
+        if found is None:
+            return None
+        path, state = found
+
+        def shapes() -> dict[str, torch.Size]:
+            metadata = _Reader(path).read_metadata()
+            return {
+                name: getattr(md, "size", torch.Size()) for name, md in metadata.state_dict_metadata.items()
+            }
+
+        try:
+            return Saved(path, state, self.world.agree(shapes, self._group)[self.world.rank], self._group)
+        except (OSError, pickle.UnpicklingError) as e:
+            raise ConfigError(
+                f"{path} cannot be read by every rank ({e}); all ranks must see {self.folder}"
+            ) from e
+
+    def _newest_whole(self) -> tuple[Path, dict[str, Any]] | None:
+        for unfinished in self.folder.glob("step-*.tmp"):
+            _say(f"{unfinished} was not finished and is passed over")
+        damaged = []
+        for path in reversed(self._steps()):
+            try:
+                return path, _verify(path)
+            except ConfigError as e:
+                damaged.append(str(e))
+                _say(f"{e}; passed over for the one before")
+        if damaged:
+            raise ConfigError(
+                f"{damaged[0]}; no other checkpoint in {self.folder} is whole: remove them to start afresh"
+            )
+        return None
+
+    def _steps(self) -> list[Path]:
+        steps = [p for p in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+        return sorted(steps, key=lambda p: int(p.name[5:]))
+
+    def _save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        path = self.folder / f"step-{step}"
+        unfinished = path.with_suffix(".tmp")
+        try:
+            self.world.on_rank_0(lambda: self._clear(unfinished), self._group)
+            writer = FileSystemWriter(unfinished, sync_files=True)
+            save(dict(tensors), storage_writer=writer, process_group=self._group)
+            self.world.on_rank_0(lambda: self._publish(unfinished, path, state), self._group)
+        except (CheckpointException, OSError) as e:
+            if self.world.rank == 0:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            reason = _cause(e) if isinstance(e, CheckpointException) else _first_line(e)
+            raise ConfigError(
+                f"{path} could not be saved: {reason}; the checkpoints before it are "
+                "kept, make room and start again"
+            ) from e
+
+    def _clear(self, unfinished: Path) -> None:
+        for left in self.folder.glob("step-*.tmp"):  # by processes that were killed
+            shutil.rmtree(left)
+        unfinished.mkdir(parents=True)
+
+    def _publish(self, unfinished: Path, path: Path, state: dict[str, Any]) -> None:
+        metadata = _Reader(unfinished).read_metadata()
+        mesh = self.world.mesh
+        files = sorted(p.name for p in unfinished.iterdir())
+        manifest = {
+            "files": {name: _sha256(unfinished / name) for name in files},
+            "mesh": {"dp": self.world.world_size}
+            if mesh is None
+            else dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)),
+            "shapes": {
+                name: list(md.size)
+                for name, md in metadata.state_dict_metadata.items()
+                if hasattr(md, "size")
+            },
+            "versions": {"torch": torch.__version__, "format": 1},
+            "state": state,
+        }
+        missing = {info.relative_path for info in metadata.storage_data.values()} - set(files)
+        if missing:
+            raise OSError(
+                f"rank 0 does not see {sorted(missing)}, which other ranks wrote: they need one folder"
+            )
+        manifest["sha256"] = _digest(manifest)
+        _write(unfinished / MANIFEST, json.dumps(manifest, indent=1))
+        _sync(unfinished)
+        if path.exists():  # damaged, or it would have been resumed from
+            shutil.rmtree(path)
+        os.replace(unfinished, path)
+        _sync(self.folder)
+        _write(self.folder / "latest.tmp", path.name + "\n")
+        os.replace(self.folder / "latest.tmp", self.folder / "latest")
+        _sync(self.folder)
+        for old in self._steps()[: -self.keep]:
+            os.replace(old, old.with_suffix(".tmp"))  # one that is half removed must not look damaged
+            shutil.rmtree(old.with_suffix(".tmp"))
+
+
+def _new_group(world: World) -> dist.ProcessGroup | None:
+    if world.world_size == 1:
+        return None
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def _verify(path: Path) -> dict[str, Any]:
+    """The state of the checkpoint at ``path``.
 
     Raises:
-        ConfigError: the file is damaged, or not a checkpoint.
+        ConfigError: naming the file that is missing or damaged.
     """
-    path = folder / NAME
-    if not path.exists():
-        return None
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        reason = f"{type(e).__name__}: {e}".partition("\n")[0]
-        raise ConfigError(f"{path} cannot be read ({reason}); remove it to start afresh") from e
+        manifest = json.loads((path / MANIFEST).read_text())
+        expected = manifest.pop("sha256")
+        if expected != _digest(manifest):
+            raise ValueError("its SHA-256 is not the one it says")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+        raise ConfigError(f"{path / MANIFEST} is damaged ({_first_line(e)})") from e
+    for name, digest in manifest["files"].items():
+        try:
+            found = _sha256(path / name)
+        except OSError as e:
+            raise ConfigError(f"{path / name} is missing or cannot be read ({_first_line(e)})") from e
+        if found != digest:
+            raise ConfigError(
+                f"{path / name} is damaged: its SHA-256 is {found[:12]}…, the manifest says {digest[:12]}…"
+            )
+    state: dict[str, Any] = manifest["state"]
     return state
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Make the folder's names last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def _cause(error: CheckpointException) -> str:
+    return "; ".join(f"rank {rank}: {_first_line(e)}" for rank, (e, _) in error.failures.items())
+
+
+def _say(message: str) -> None:
+    print(f"checkpoint: {message}", file=sys.stderr, flush=True)

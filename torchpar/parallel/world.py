@@ -1,39 +1,115 @@
 # SPDX-License-Identifier: MIT
-"""The processes that train together."""
+"""The processes that train together, and the mesh they form."""
 
 import gc
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torchpar.errors import ConfigError
+from torchpar.parallel import rendezvous
+from torchpar.parallel.reduction import Partition, Reduction, check_reduction
 
 T = TypeVar("T")
+PATIENCE = 2.0  # seconds that a rank whose collective failed leaves the others to report that theirs did
+
+
+class RankLostError(ConfigError):
+    """A rank died or hangs.
+
+    Attributes:
+        speaker: the lowest rank that is left, which tells.
+    """
+
+    def __init__(self, message: str, speaker: int):
+        super().__init__(message)
+        self.speaker = speaker
 
 
 @dataclass(frozen=True)
 class World:
     """This process among those that train together.
 
+    The ranks form a mesh of three dimensions: "pp" (pipeline stages), "dp" (shares of each batch) and
+    "tp" (shares of each layer), the last varying fastest.
+
     Attributes:
         rank: 0 … world_size − 1 over all machines.
         local_rank: its number on its own machine.
         device: where it keeps its tensors.
+        mesh: None stands for pure data parallelism.
+        reduction: how sums over ranks are made (`torchpar.parallel.reduction`).
     """
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
+    mesh: DeviceMesh | None = None
+    reduction: Reduction = "fast"
+
+    def split(self, *, dp: int = 1, tp: int = 1, pp: int = 1, reduction: Reduction = "fast") -> "World":
+        """This world as a mesh of ``pp × dp × tp`` ranks.
+
+        Raises:
+            ConfigError: a product that is not the number of ranks, or a reduction that these numbers
+                of ranks do not allow.
+        """
+        if min(dp, tp, pp) < 1 or dp * tp * pp != self.world_size:
+            raise ConfigError(
+                f"dp {dp} × tp {tp} × pp {pp} is {dp * tp * pp} ranks, but {self.world_size} were started; "
+                "start as many, or choose other factors"
+            )
+        for ranks in (dp, tp):
+            check_reduction(reduction, ranks)
+        if reduction == "invariant" and pp > 1:
+            raise ConfigError(f"reduction 'invariant' takes meshes of dp and tp alone, not pp {pp}")
+        mesh = init_device_mesh(self.device.type, (pp, dp, tp), mesh_dim_names=("pp", "dp", "tp"))
+        _calm_gloo()
+        return replace(self, mesh=mesh, reduction=reduction)
+
+    @property
+    def data_ranks(self) -> int:
+        """Among how many ranks a batch is shared."""
+        return self.world_size if self.mesh is None else self.mesh["dp"].size()
+
+    @property
+    def data_rank(self) -> int:
+        """Which of them this is."""
+        return self.rank if self.mesh is None else self.mesh["dp"].get_local_rank()
+
+    @property
+    def tensor_rank(self) -> int:
+        """Which of the ranks that share each layer this is."""
+        return 0 if self.mesh is None else self.mesh["tp"].get_local_rank()
+
+    def share(self, size: int) -> Partition:
+        """How an axis of ``size`` samples is shared by the data-parallel ranks."""
+        if self.mesh is not None:
+            return Partition.of(size, self.mesh["dp"], self.reduction)
+        return Partition(size, self.world_size, self.world_size, self.rank)
+
+    @property
+    def counts(self) -> bool:
+        """Whether this rank's outputs count: the last stage has them, and one of its tensor-split ranks
+        stands for all."""
+        if self.mesh is None:
+            return True
+        last = self.mesh["pp"].get_local_rank() == self.mesh["pp"].size() - 1
+        return last and self.tensor_rank == 0
 
     def sum(self, t: Tensor) -> Tensor:
-        """``t`` summed over the ranks, in place."""
+        """``t`` summed over all ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(t)
         return t
@@ -44,18 +120,18 @@ class World:
         Raises:
             Exception: what ``prepare`` raised, on every rank.
         """
-        self._agree(prepare if self.local_rank == 0 else None)
+        self.agree(prepare if self.local_rank == 0 else None)
 
-    def on_rank_0(self, function: Callable[[], T]) -> T:
+    def on_rank_0(self, function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
         """The result of ``function`` on rank 0, on every rank.
 
         Raises:
             Exception: what ``function`` raised, on every rank.
         """
-        result: T = self._agree(function if self.rank == 0 else None)[0]
+        result: T = self.agree(function if self.rank == 0 else None, group)[0]
         return result
 
-    def _agree(self, function: Callable[[], Any] | None) -> list[Any]:
+    def agree(self, function: Callable[[], Any] | None, group: dist.ProcessGroup | None = None) -> list[Any]:
         """Each rank's result of ``function``, None where it has none to run; the first error, on all."""
         outcome: tuple[Any, Exception | None] = (None, None)
         if function is not None:
@@ -66,46 +142,111 @@ class World:
         outcomes = [outcome]
         if self.world_size > 1:
             outcomes *= self.world_size
-            dist.all_gather_object(outcomes, outcome)
+            dist.all_gather_object(outcomes, outcome, group)
         for _, error in outcomes:
             if error is not None:
                 raise error
         return [result for result, _ in outcomes]
 
+    def check_alike(self, what: str, value: str) -> None:
+        """
+        Raises:
+            ConfigError: ``value`` is not the same on all ranks; on every rank.
+        """
+        values = self.agree(lambda: value)
+        _check_alike(what, values)
+
+
+def check_alike(mesh: DeviceMesh, what: str, value: str) -> None:
+    """
+    Raises:
+        ConfigError: ``value`` is not the same on all ranks of ``mesh``; on every rank.
+    """
+    group = mesh.get_group()
+    if mesh.size() == 1 or dist.get_backend(group) == "fake":  # the ranks of a fake group do not exist
+        return
+    values: list[Any] = [None] * mesh.size()
+    dist.all_gather_object(values, value, group)
+    _check_alike(what, values)
+
+
+def _check_alike(what: str, values: list[str]) -> None:
+    for rank, value in enumerate(values):
+        if value != values[0]:
+            raise ConfigError(f"{what} differs between ranks: {values[0]} on rank 0, {value} on rank {rank}")
+
 
 @contextmanager
-def join_world(device: str = "auto") -> Iterator[World]:
-    """Join the processes that torchrun started; a world of one without torchrun.
+def join_world(device: str = "auto", timeout: float = 1800.0) -> Iterator[World]:
+    """Join the processes that torchrun, mpirun or srun started; a world of one without them.
 
     NCCL connects ranks with a GPU each; gloo connects ranks on CPUs, and ranks that share a GPU.
 
     Args:
         device: "cpu", "cuda", or "auto": CUDA where there is any.
+        timeout: seconds after which a rank that waits for another gives up.
 
     Raises:
         ConfigError: an unknown device, or CUDA on a machine without.
+        RankLostError: in the place of PyTorch's error when a rank has died or hangs.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device is {device!r}, expected 'auto', 'cpu' or 'cuda'")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda: no CUDA device is available here; use cpu or auto")
-    rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    started = rendezvous.find_place()
+    place = started or rendezvous.Place(0, 0, 1, 1, address="", port=0, launcher="none")
     if device == "cpu" or not torch.cuda.is_available():
         own, backend = torch.device("cpu"), "gloo"
     else:
-        own = torch.device("cuda", local_rank % torch.cuda.device_count())
-        shared = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count()
-        backend = "gloo" if shared else "nccl"
+        own = torch.device("cuda", place.local_rank % torch.cuda.device_count())
+        backend = "gloo" if place.local_world_size > torch.cuda.device_count() else "nccl"
         torch.cuda.set_device(own)
-    joined = "RANK" in os.environ and not dist.is_initialized()
-    if joined:
-        dist.init_process_group(backend, device_id=own if backend == "nccl" else None)
+    if dist.is_initialized():
+        yield World(dist.get_rank(), place.local_rank, dist.get_world_size(), own)
+        return
+    limit = timedelta(seconds=timeout)
+    store = rendezvous.connect(place, limit) if started else HashStore()
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=limit,
+        device_id=own if backend == "nccl" else None,
+    )
+    _calm_gloo()
     try:
-        yield World(rank, local_rank, dist.get_world_size() if dist.is_initialized() else 1, own)
+        yield World(place.rank, place.local_rank, place.world_size, own)
+    except RuntimeError as e:
+        if isinstance(e, ConfigError) or not _is_of_communication(e):
+            raise
+        lost = rendezvous.absent(store, place.rank, place.world_size, PATIENCE)
+        reason = str(e).partition("\n")[0]
+        who = f"rank {', '.join(map(str, lost))} does not answer" if lost else "the ranks lost each other"
+        present = [rank for rank in range(place.world_size) if rank not in lost]
+        raise RankLostError(f"{who} ({reason})", speaker=present[0]) from e
     finally:
-        if joined:
-            # A group's threads end with its last reference, and abort the process if that is after the
-            # interpreter has begun to exit. DistributedDataParallel keeps one, in a reference cycle.
-            gc.collect()
-            dist.destroy_process_group()
+        # A group's threads end with its last reference, and abort the process if that is after the
+        # interpreter has begun to exit. DistributedDataParallel keeps one, in a reference cycle.
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def _calm_gloo() -> None:
+    """Keep the thread that polls gloo's sockets from taking a core from those that send on them.
+
+    While a sender holds a pair's lock, that thread spins on it (gloo's `Pair::handleEvents` tries the lock
+    and returns to a poll that is ready at once; gloo #246). Having slept, it goes before the sender, which
+    then waits for the scheduler's next tick: on two busy cores 10 to 30% of the all-reduces of 16 B to
+    256 KB took 4 ms in the place of 0.3. A thread under SCHED_BATCH goes before nobody: the mean fell two-
+    to fourfold (docs/parallel.md). Best effort: Linux only, and by the name that gloo gives the thread.
+    """
+    for task in Path("/proc/self/task").glob("*"):
+        with suppress(OSError):
+            if (task / "comm").read_text().strip() == "gloo_tcp_loop":
+                os.sched_setscheduler(int(task.name), os.SCHED_BATCH, os.sched_param(0))
+
+
+def _is_of_communication(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection" in str(error)

@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: MIT
+"""Linear layers whose weight is split over ranks, and the tensor-split twin of an MLP.
+
+Shapes on rank r of p; ``out_r`` and ``in_r`` are its share of an axis, which need not divide evenly:
+
+| | weight | bias | input → output | communication |
+|---|---|---|---|---|
+| `ColumnParallelLinear` | (out_r, in) | (out_r) | (*, in) → (*, out_r) | backward: all-reduce of dx |
+| … gather_output | (out_r, in) | (out_r) | (*, in) → (*, out) | forward: all-gather of y as well |
+| `RowParallelLinear` | (out, in_r) | (out) | (*, in_r) → (*, out) | forward: all-reduce |
+| … input_is_parallel=False | (out, in_r) | (out) | (*, in) → (*, out) | backward: all-gather of dx as well |
+
+What is backward happens only if the input needs a gradient.
+
+A column layer and then a row layer are one pair: an elementwise activation between them acts on each
+rank's columns alone, so that a pair costs one all-reduce forward and one backward, none if its input
+needs no gradient. With dY = dL/dY and Y = X·Wᵀ + b split by columns, dX = Σ_r dY_r·W_r and
+dW_r = dY_rᵀ·X; the sum over ranks travels while dW_r is computed.
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.functional import linear
+
+from torchpar import nn
+from torchpar.ops import linear_sigmoid, maximum
+from torchpar.ops._matrix import rows
+from torchpar.ops.linear_sigmoid import sigmoid_backward
+from torchpar.parallel.reduction import Partition, Reduction, start_all_reduce, tree_sum
+from torchpar.parallel.regions import (
+    copy_to_tensor_model_parallel_region,
+    gather,
+    gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    scatter_to_tensor_model_parallel_region,
+)
+from torchpar.parallel.world import check_alike
+
+Activation = Literal["sigmoid", "relu"] | None
+
+
+class _ParallelLinear(torch.nn.Module):
+    """What the two splits share: parameters that are slices of a whole layer's."""
+
+    split_axes: ClassVar[dict[str, int]]  # of each parameter that is split
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        mesh: DeviceMesh,
+        activation: Activation,
+        reduction: Reduction,
+        whole: Any,
+        options: dict[str, Any],
+    ):
+        super().__init__()
+        if activation not in (None, "sigmoid", "relu"):
+            raise ValueError(f"activation is {activation!r}, expected None, 'sigmoid' or 'relu'")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.activation = activation
+        self.mesh = mesh
+        self.reduction: Reduction = reduction
+        self.partition = Partition.of((out_features, in_features)[self.split_axes["weight"]], mesh, reduction)
+        check_alike(
+            mesh, type(self).__name__, f"{in_features}→{out_features}, {bias=}, {activation=}, {reduction=}"
+        )
+        if whole is None:
+            whole = nn.Linear(in_features, out_features, bias, **options)
+        self.register_parameter("weight", self._share("weight", whole.weight))
+        self.register_parameter("bias", None if whole.bias is None else self._share("bias", whole.bias))
+
+    def _share(self, name: str, whole: torch.nn.Parameter) -> torch.nn.Parameter:
+        share = whole.detach()
+        if name in self.split_axes:
+            share = self.partition.narrow(share, self.split_axes[name])
+        return torch.nn.Parameter(
+            share.clone(memory_format=torch.contiguous_format), requires_grad=whole.requires_grad
+        )
+
+    def whole_weight(self) -> Tensor:
+        """The unsplit layer's weight ``(out_features, in_features)``, on every rank, with its gradient."""
+        axis = self.split_axes["weight"]
+        weight = self.weight.movedim(axis, -1)
+        return gather_from_tensor_model_parallel_region(weight, self.mesh, self.partition.widths()).movedim(
+            -1, axis
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, "
+            f"activation={self.activation}, rank {self.partition.rank} of {self.partition.ranks}, "
+            f"reduction={self.reduction!r}"
+        )
+
+
+class ColumnParallelLinear(_ParallelLinear):
+    """A linear layer that gives each rank some of its outputs: ``y_r = act(x @ weight_r.T + bias_r)``.
+
+    | on rank r of p | shape |
+    |---|---|
+    | x, whole | (*, in_features) |
+    | weight | (out_r, in_features) |
+    | bias | (out_r) |
+    | y | (*, out_r), or (*, out_features) with ``gather_output`` |
+
+    Σ_r out_r = out_features, cut as `torch.tensor_split` cuts. Every rank draws the whole weight from
+    PyTorch's generator, which must be in the same state on all, and keeps its slice.
+
+    Args:
+        mesh: of one dimension, such as ``mesh["tp"]``.
+        activation: None, "sigmoid" (fused, by `torchpar.linear_sigmoid`) or "relu".
+        gather_output: all-gather the outputs, so that every rank has them all.
+        reduction: how partial sums of the input's gradient meet (`torchpar.parallel.reduction`).
+        options: ``init``, ``device`` and ``dtype``, as `torchpar.nn.Linear` takes them.
+
+    Raises:
+        ValueError: an unknown activation or reduction, or ranks that build different layers; on every
+            rank.
+    """
+
+    split_axes: ClassVar[dict[str, int]] = {"weight": 0, "bias": 0}
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        mesh: DeviceMesh,
+        activation: Activation = None,
+        gather_output: bool = False,
+        reduction: Reduction = "fast",
+        whole: Any = None,
+        **options: Any,
+    ):
+        super().__init__(in_features, out_features, bias, mesh, activation, reduction, whole, options)
+        self.gather_output = gather_output
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _Column.apply(x, self.weight, self.bias, self)
+        if self.activation == "relu":
+            y = maximum(y, y.new_zeros(()))
+        if self.gather_output:
+            y = gather_from_tensor_model_parallel_region(y, self.mesh, self.partition.widths())
+        return y  # type: ignore[no-any-return]
+
+
+class RowParallelLinear(_ParallelLinear):
+    """A linear layer that gives each rank some of its inputs: ``y = act(Σ_r x_r @ weight_r.T + bias)``.
+
+    | on rank r of p | shape |
+    |---|---|
+    | x | (*, in_r), or whole (*, in_features) with ``input_is_parallel=False`` |
+    | weight | (out_features, in_r) |
+    | bias, whole | (out_features) |
+    | y, whole | (*, out_features) |
+
+    Bias and activation follow the reduction: they would be counted p times before it. Arguments and
+    errors are those of `ColumnParallelLinear`.
+
+    Args:
+        input_is_parallel: the input is the rank's share already, as a column layer's output is.
+    """
+
+    split_axes: ClassVar[dict[str, int]] = {"weight": 1}
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        mesh: DeviceMesh,
+        activation: Activation = None,
+        input_is_parallel: bool = True,
+        reduction: Reduction = "fast",
+        whole: Any = None,
+        **options: Any,
+    ):
+        super().__init__(in_features, out_features, bias, mesh, activation, reduction, whole, options)
+        self.input_is_parallel = input_is_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.input_is_parallel:
+            x = scatter_to_tensor_model_parallel_region(x, self.mesh, self.partition.widths())
+        shards = zip(self.partition.split(x, -1), self.partition.split(self.weight, 1), strict=True)
+        z = tree_sum([linear(part, weight) for part, weight in shards])
+        z = reduce_from_tensor_model_parallel_region(z, self.mesh, self.reduction)
+        if self.bias is not None:
+            z = z + self.bias
+        if self.activation == "sigmoid":
+            return z.sigmoid()
+        return maximum(z, z.new_zeros(())) if self.activation == "relu" else z
+
+
+class _Column(torch.autograd.Function):
+    """A column layer's product and sigmoid. Its backward starts the sum of dX over the ranks, computes dW
+    and db, and then waits: autograd's own backward of a linear layer would do one after the other."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: ColumnParallelLinear
+    ) -> Tensor:
+        y = _affine(x, weight, bias, layer)
+        ctx.layer = layer
+        ctx.save_for_backward(x, weight, bias, y if layer.activation == "sigmoid" else None)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        layer: ColumnParallelLinear = ctx.layer
+        x, weight, bias, y = ctx.saved_tensors
+        if torch.is_grad_enabled():  # asked for a graph of the gradient
+            return _differentiable_gradients(ctx, g, x, weight, bias)
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        shards = layer.partition
+        dz = shards.split(g, -1)
+        db = None
+        if y is not None:
+            pairs = [
+                sigmoid_backward(g_i, y_i, need_bias)
+                for g_i, y_i in zip(dz, shards.split(y, -1), strict=True)
+            ]
+            dz, db = [dz_i for dz_i, _ in pairs], [db_i for _, db_i in pairs]
+        elif need_bias:
+            db = [rows(dz_i).sum(0) for dz_i in dz]
+        dx, wait = None, None
+        if need_x:
+            dx = tree_sum(
+                [dz_i @ weight_i for dz_i, weight_i in zip(dz, shards.split(weight, 0), strict=True)]
+            )
+            wait = start_all_reduce(dx, layer.mesh, layer.reduction)
+        dw = torch.cat([rows(dz_i).mT @ rows(x) for dz_i in dz]) if need_weight else None
+        if wait is not None:
+            wait()
+        return dx, dw, torch.cat(db) if need_bias else None, None  # type: ignore[arg-type]
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, layer: ColumnParallelLinear) -> Tensor:
+    shards = layer.partition
+    weights = shards.split(weight, 0)
+    biases = [None] * len(weights) if bias is None else shards.split(bias, 0)
+    product: Callable[..., Tensor] = linear_sigmoid if layer.activation == "sigmoid" else linear
+    parts = [product(x, weight_i, bias_i) for weight_i, bias_i in zip(weights, biases, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def _differentiable_gradients(
+    ctx: Any, g: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    y = _affine(
+        copy_to_tensor_model_parallel_region(x, ctx.layer.mesh, ctx.layer.reduction), weight, bias, ctx.layer
+    )
+    inputs = [
+        t if needed else None for t, needed in zip((x, weight, bias), ctx.needs_input_grad[:3], strict=True)
+    ]
+    gradients = iter(torch.autograd.grad(y, [t for t in inputs if t is not None], g, create_graph=True))
+    return *(None if t is None else next(gradients) for t in inputs), None
+
+
+def parallel_mlp(mlp: nn.MLP, mesh: DeviceMesh, reduction: Reduction = "fast") -> nn.MLP:
+    """The tensor-split twin of ``mlp``: the same function, each rank holding a part of the weights.
+
+    Layers 0 and 1, 2 and 3, … become pairs of `ColumnParallelLinear` and `RowParallelLinear`; the last
+    of an odd number stays whole on every rank. A forward pass makes one all-reduce per pair, a backward
+    pass one less (none for the first pair, if the input needs no gradient).
+
+    Args:
+        mlp: the same on every rank; it is left as it is.
+        mesh: of one dimension, such as ``mesh["tp"]``.
+        reduction: "fast" or "invariant" (`torchpar.parallel.reduction`).
+    """
+    twin = nn.MLP(mlp.sizes, mlp.hidden, mlp.output, device="meta")
+    activations: dict[type, Activation] = {nn.LinearSigmoid: "sigmoid", nn.LinearReLU: "relu"}
+    layers: list[torch.nn.Module] = []
+    for i, layer in enumerate(mlp.layers):
+        assert isinstance(layer, nn.Linear)
+        if i % 2 == 0 and i == len(mlp.layers) - 1:
+            layers.append(copy.deepcopy(layer))
+            continue
+        kind = RowParallelLinear if i % 2 else ColumnParallelLinear
+        layers.append(
+            kind(
+                layer.in_features,
+                layer.out_features,
+                layer.bias is not None,
+                mesh=mesh,
+                activation=activations.get(type(layer)),
+                reduction=reduction,
+                whole=layer,
+            )
+        )
+    twin.layers = torch.nn.Sequential(*layers)
+    return twin
+
+
+def split_parameters(model: torch.nn.Module) -> Iterator[tuple[str, int, _ParallelLinear]]:
+    """Name, split axis and layer of each parameter that is split over ranks."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, _ParallelLinear):
+            for name, axis in module.split_axes.items():
+                if getattr(module, name) is not None:
+                    yield f"{prefix}.{name}".lstrip("."), axis, module
+
+
+def whole_state_dict(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The unsplit model's state dict, on every rank. Each rank must call it."""
+    state = OrderedDict((name, t.detach().clone()) for name, t in model.state_dict().items())
+    for name, axis, layer in split_parameters(model):
+        state[name] = gather(state[name], layer.mesh, layer.partition.widths(), axis)
+    return state
+
+
+def load_whole_state_dict(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load the unsplit model's state dict: each rank takes its slices."""
+    state = dict(state)
+    for name, axis, layer in split_parameters(model):
+        if name in state:
+            state[name] = layer.partition.narrow(state[name], axis)
+    model.load_state_dict(state)
