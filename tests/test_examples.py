@@ -4,11 +4,10 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,30 +44,21 @@ def run(*command: str) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(data, tmp_path_factory) -> Path:
-    """The checkpoint of six epochs on two ranks, with metrics and plots beside it."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    flags = ["--epochs", "6", "--checkpoint", str(folder), "--metrics", str(folder / "metrics.jsonl")]
-    code, out, err = run(*TORCHRUN, TRAIN_DDP, *data, *flags, "--plots", str(folder / "plots"))
+def test_two_ranks_train_and_report(data, tmp_path):
+    flags = [
+        "--epochs",
+        "6",
+        "--metrics",
+        str(tmp_path / "metrics.jsonl"),
+        "--plots",
+        str(tmp_path / "plots"),
+    ]
+    code, out, err = run(*TORCHRUN, TRAIN_DDP, *data, *flags)
     assert code == 0, err
-    (folder / "out").write_text(out)
-    return folder
-
-
-def test_two_ranks_train_and_report(undisturbed):
-    lines = (undisturbed / "out").read_text().splitlines()
+    lines = out.splitlines()
     assert len(lines) == 7, lines  # rank 0 alone speaks: six epochs and the last line, none of them wrapped
     assert re.fullmatch(LAST_LINE, lines[-1]).groups() == ("2", "cpu")
-    rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    rows = rows_of(tmp_path / "metrics.jsonl")
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert set(rows[0]) == {
         "epoch",
@@ -83,48 +73,53 @@ def test_two_ranks_train_and_report(undisturbed):
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
     assert f"test accuracy {rows[-1]['test_accuracy']:.4f} | loss {rows[-1]['test_loss']:.4f}" in lines[-1]
     for name in ("curves", "confusion", "worst"):
-        picture = (undisturbed / "plots" / f"{name}.png").read_bytes()
+        picture = (tmp_path / "plots" / f"{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
 
 
-def workers(torchrun: int) -> dict[int, int]:
-    """The process of each rank that a torchrun started."""
-    found = {}
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            variables = dict(
-                v.split("=", 1) for v in (folder / "environ").read_text().split("\0") if "=" in v
-            )
-        except (OSError, ValueError):
-            continue  # it has ended
-        if parent == torchrun and "RANK" in variables:
-            found[int(variables["RANK"])] = int(folder.name)
-    return found
+TWO_EPOCHS = ["--epochs", "2", "--batch-size", "50"]
+SPREADS = [
+    ("train_ddp.py", 2, ""),
+    ("train_tensor_parallel.py", 2, ""),
+    ("train_pipeline.py", 2, "--pipeline gpipe"),
+    ("train_parallel.py", 4, "--dp 2 --tp 2"),
+    ("train_parallel.py", 4, "--tp 2 --pp 2 --micro-batches 3"),
+]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_killed_and_started_again_ends_with_the_same_bits(data, undisturbed, tmp_path, victim):
-    metrics = tmp_path / "metrics.jsonl"
-    flags = [*data, "--epochs", "6", "--checkpoint", str(tmp_path), "--metrics", str(metrics)]
-    process = start(*TORCHRUN, TRAIN_DDP, *flags)
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n")):
-        time.sleep(0.01)
-    os.kill(workers(process.pid)[victim], signal.SIGKILL)
-    process.communicate(timeout=120)
-    assert process.returncode != 0
-    interrupted = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["results"]
-    assert 1 <= len(interrupted) < 6  # it was killed in the middle
-    assert not same(weights(tmp_path), weights(undisturbed))
+def rows_of(metrics: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in metrics.read_text().splitlines()]
 
-    code, _, err = run(*TORCHRUN, TRAIN_DDP, *flags)
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory) -> list[dict[str, Any]]:
+    """The metrics of two epochs of one process."""
+    metrics = tmp_path_factory.mktemp("alone") / "metrics.jsonl"
+    code, _, err = run(sys.executable, TRAIN_DDP, *data, *TWO_EPOCHS, "--metrics", str(metrics))
     assert code == 0, err
-    assert same(weights(tmp_path), weights(undisturbed))
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert [row["seconds"] for row in rows[: len(interrupted)]] == [row["seconds"] for row in interrupted]
+    return rows_of(metrics)
+
+
+@pytest.mark.parametrize("script, ranks, flags", SPREADS)
+def test_every_spread_learns_the_same(data, alone, tmp_path, script, ranks, flags):
+    """The same flags, the same last line, the same losses but for rounding, and what travels as predicted."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
+    metrics = tmp_path / "metrics.jsonl"
+    shown = ["--plots", str(tmp_path), "--metrics", str(metrics), "--collectives", "--phases"]
+    path = str(ROOT / "examples" / script)
+    code, out, err = run(*torchrun, path, *data, *TWO_EPOCHS, *flags.split(), *shown)
+    assert code == 0, err
+    assert re.fullmatch(LAST_LINE, out.splitlines()[-1]).groups() == (str(ranks), "cpu")
+    for a, b in zip(alone, rows_of(metrics), strict=True):
+        assert a.keys() == b.keys()
+        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-5)
+        assert b["test_accuracy"] == a["test_accuracy"]
+    rows = re.findall(r"│ (\w+) +│ (\w+) +│ +(\d+) \| (\d+) │ +([\d,]+) \| ([\d,]+) │", out)
+    assert rows, out
+    for _, _, count, counted, nbytes, counted_bytes in rows:
+        assert (count, nbytes) == (counted, counted_bytes)
+    assert re.search(r"│ optimizer +│ +\d", out)
+    assert (tmp_path / "confusion.png").exists()
 
 
 def test_one_process_with_every_other_flag(data, tmp_path):

@@ -18,8 +18,10 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,7 @@ from torchpar.parallel.world import World
 MANIFEST = "manifest.json"
 _CLASSES = {  # what torch.distributed.checkpoint's metadata is made of
     "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "WindowsPath"},
     "torch": {"Size", "float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"},
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.metadata": {
@@ -142,7 +145,8 @@ class Saved:
     def read(self, tensors: Mapping[str, Tensor]) -> None:
         """Fill ``tensors``, plain ones and `Slice`s, from the tensors of their names. Each rank calls it."""
         try:
-            load(dict(tensors), storage_reader=_Reader(self.path), process_group=self._group)
+            with _alone_is_fine():
+                load(dict(tensors), storage_reader=_Reader(self.path), process_group=self._group)
         except CheckpointException as e:
             raise ValueError(_cause(e)) from e
 
@@ -252,7 +256,8 @@ class Checkpoints:
         try:
             self.world.on_rank_0(lambda: self._clear(unfinished), self._group)
             writer = FileSystemWriter(unfinished, sync_files=True)
-            save(dict(tensors), storage_writer=writer, process_group=self._group)
+            with _alone_is_fine():
+                save(dict(tensors), storage_writer=writer, process_group=self._group)
             self.world.on_rank_0(lambda: self._publish(unfinished, path, state), self._group)
         except (CheckpointException, OSError) as e:
             if self.world.rank == 0:
@@ -303,6 +308,14 @@ class Checkpoints:
         for old in self._steps()[: -self.keep]:
             os.replace(old, old.with_suffix(".tmp"))  # one that is half removed must not look damaged
             shutil.rmtree(old.with_suffix(".tmp"))
+
+
+@contextmanager
+def _alone_is_fine() -> Iterator[None]:
+    with warnings.catch_warnings():
+        if not dist.is_initialized():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
 
 
 def _new_group(world: World) -> dist.ProcessGroup | None:
