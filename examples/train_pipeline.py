@@ -7,11 +7,11 @@ The batch is cut into micro-batches. While the second stage works on the first m
 stage works on the second, and so on; backward passes flow the other way. With p stages and m micro-batches
 each rank is idle for a share (p − 1)/(m + p − 1) of a step, at its beginning and its end:
 
-    rank 0   F0 F1 F2 F3          B0    B1    B2    B3
-    rank 1      F0 F1 F2 F3 B0    B1    B2    B3            gpipe: all forward passes, then all backward
+    rank 0   F0 F1 F2 F3 ·  ·  B0 B1 B2 B3
+    rank 1   ·  F0 F1 F2 F3 B0 B1 B2 B3 ·        gpipe: all forward passes, then all backward
 
-    rank 0   F0 F1       B0 F2 B1 F3 B2    B3
-    rank 1      F0 B0 F1 B1 F2 B2 F3 B3                     1f1b: a backward pass as soon as there is one
+    rank 0   F0 F1 ·  B0 F2 B1 F3 B2 ·  B3
+    rank 1   ·  F0 B0 F1 B1 F2 B2 F3 B3 ·        1f1b: a backward pass as soon as there is one
 
 Both take the same time; 1f1b keeps the activations of at most p micro-batches in the place of m. Only
 neighbours talk: one micro-batch's activations at the border forward, their gradient backward. The sums

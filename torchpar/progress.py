@@ -65,11 +65,19 @@ class Progress:
         self.run = run
         self.world = world
         self.results: list[EpochResult] = []
-        self.begin_epoch()
-
-    def begin_epoch(self) -> None:
         self.step = 0
-        self.loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        self.loss = torch.zeros((), dtype=torch.float64, device=world.device)
+
+    def end_step(self, loss: Tensor) -> None:
+        """Count a step, and what this rank's part of its loss came to."""
+        self.step += 1
+        if self.world.counts:
+            self.loss += loss
+
+    def end_epoch(self, result: EpochResult) -> None:
+        self.results.append(result)
+        self.step = 0
+        self.loss.zero_()
 
     def save(self, checkpoints: Checkpoints, number: int) -> None:
         losses = torch.zeros(self.world.world_size, dtype=torch.float64, device=self.world.device)

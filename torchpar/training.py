@@ -171,7 +171,8 @@ def fit(
     if schedule != "constant":
         run["epochs"] = epochs  # the rate's course depends on them
     run = json.loads(json.dumps(run))  # as a checkpoint gives it back
-    world.check_alike("what to train", json.dumps([run, batch_size, len(train), len(test)]))
+    sizes = {"batch_size": batch_size, "train": len(train), "test": len(test), "saving": str(saving)}
+    world.check_alike("the ranks' flags", {**run, **sizes})
     progress = Progress(model, optimizer, rate, run, world)
     checkpoints = None
     if saving is not None:
@@ -185,12 +186,11 @@ def fit(
     for result in progress.results:
         on_epoch(result)
     per_sample = partial(loss_sum, loss)
-    parameters = list(model.parameters())
     with StopSignal(world) if checkpoints else nullcontext() as stop:
         for epoch in range(len(progress.results) + 1, epochs + 1):
             start, first = time.perf_counter(), progress.step
             shares = iter(batches(train, batch_size, seed=seed, epoch=epoch, world=world, start=first))
-            for progress.step in range(first + 1, steps + 1):
+            for number in range(first + 1, steps + 1):
                 if stop:
                     stop.ask()
                 with measure("data"):
@@ -203,42 +203,34 @@ def fit(
                         clip_grad_norm_(model, clip, world)
                     optimizer.step()
                     rate.step()
-                    for p in parameters:
-                        p.grad = None
-                if world.counts:
-                    progress.loss += part
-                on_step(epoch, min(progress.step * batch_size, len(train)))
-                at = (epoch - 1) * steps + progress.step
-                stopping = stop is not None and stop.answer()
-                due = saving is not None and saving.every is not None and at % saving.every == 0
-                if checkpoints and progress.step < steps and (stopping or due):
-                    progress.save(checkpoints, at)
-                    if stopping:
+                    optimizer.zero_grad()
+                progress.end_step(part)
+                on_step(epoch, min(number * batch_size, len(train)))
+                if number == steps:
+                    train_loss = world.sum(progress.loss).item() / len(train)
+                    training = time.perf_counter() - start
+                    test_loss, outputs = evaluate(step, test, world, loss)
+                    result = EpochResult(
+                        epoch,
+                        train_loss,
+                        test_loss,
+                        test_accuracy=(outputs.argmax(1) == test.labels).sum().item() / len(test),
+                        samples_per_s=(len(train) - first * batch_size) / training,
+                        seconds=time.perf_counter() - start,
+                        ranks=world.world_size,
+                        device=world.device.type,
+                    )
+                    progress.end_epoch(result)
+                    on_epoch(result)
+                if checkpoints and saving:
+                    at = (epoch - 1) * steps + number
+                    stopping = stop is not None and stop.answer()
+                    due = number == steps if saving.every is None else at % saving.every == 0
+                    if stopping or due or at == epochs * steps:
+                        progress.save(checkpoints, at)
+                    if stopping and at < epochs * steps:
                         checkpoints.wait()
                         raise Stopped
-            train_loss = world.sum(progress.loss).item() / len(train)
-            training = time.perf_counter() - start
-            test_loss, outputs = evaluate(step, test, world, loss)
-            hits = (outputs.argmax(1) == test.labels).sum().item()
-            progress.results.append(
-                EpochResult(
-                    epoch,
-                    train_loss,
-                    test_loss,
-                    test_accuracy=hits / len(test),
-                    samples_per_s=(len(train) - first * batch_size) / training,
-                    seconds=time.perf_counter() - start,
-                    ranks=world.world_size,
-                    device=world.device.type,
-                )
-            )
-            progress.begin_epoch()
-            if checkpoints and saving and (saving.every is None or stopping or epoch == epochs):
-                progress.save(checkpoints, epoch * steps)
-            on_epoch(progress.results[-1])
-            if checkpoints and stopping and epoch < epochs:
-                checkpoints.wait()
-                raise Stopped
     if checkpoints:
         checkpoints.wait()
     return progress.results

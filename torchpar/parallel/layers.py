@@ -72,9 +72,9 @@ class _ParallelLinear(torch.nn.Module):
         self.mesh = mesh
         self.reduction: Reduction = reduction
         self.partition = Partition.of((out_features, in_features)[self.split_axes["weight"]], mesh, reduction)
-        check_alike(
-            mesh, type(self).__name__, f"{in_features}→{out_features}, {bias=}, {activation=}, {reduction=}"
-        )
+        sizes = {"in_features": in_features, "out_features": out_features, "bias": bias}
+        kind = {"activation": activation, "reduction": reduction}
+        check_alike(mesh.get_group(), type(self).__name__, {**sizes, **kind})
         if whole is None:
             whole = nn.Linear(in_features, out_features, bias, **options)
         self.register_parameter("weight", self._share("weight", whole.weight))

@@ -65,6 +65,7 @@ class World:
             ConfigError: a product that is not the number of ranks, or a reduction that these numbers
                 of ranks do not allow.
         """
+        self.check_alike("mesh", {"dp": dp, "tp": tp, "pp": pp, "reduction": reduction})
         if min(dp, tp, pp) < 1 or dp * tp * pp != self.world_size:
             raise ConfigError(
                 f"dp {dp} × tp {tp} × pp {pp} is {dp * tp * pp} ranks, but {self.world_size} were started; "
@@ -148,32 +149,32 @@ class World:
                 raise error
         return [result for result, _ in outcomes]
 
-    def check_alike(self, what: str, value: str) -> None:
+    def check_alike(self, what: str, values: dict[str, Any]) -> None:
         """
         Raises:
-            ConfigError: ``value`` is not the same on all ranks; on every rank.
+            ConfigError: a value that is not the same on all ranks; on every rank.
         """
-        values = self.agree(lambda: value)
-        _check_alike(what, values)
+        if self.world_size > 1:
+            check_alike(None, what, values)
 
 
-def check_alike(mesh: DeviceMesh, what: str, value: str) -> None:
+def check_alike(group: dist.ProcessGroup | None, what: str, values: dict[str, Any]) -> None:
     """
     Raises:
-        ConfigError: ``value`` is not the same on all ranks of ``mesh``; on every rank.
+        ConfigError: a value that is not the same on all ranks of ``group``; on every one.
     """
-    group = mesh.get_group()
-    if mesh.size() == 1 or dist.get_backend(group) == "fake":  # the ranks of a fake group do not exist
+    ranks = dist.get_world_size(group)
+    if ranks == 1 or dist.get_backend(group) == "fake":  # the ranks of a fake group do not exist
         return
-    values: list[Any] = [None] * mesh.size()
-    dist.all_gather_object(values, value, group)
-    _check_alike(what, values)
-
-
-def _check_alike(what: str, values: list[str]) -> None:
-    for rank, value in enumerate(values):
-        if value != values[0]:
-            raise ConfigError(f"{what} differs between ranks: {values[0]} on rank 0, {value} on rank {rank}")
+    of_ranks: list[Any] = [None] * ranks
+    dist.all_gather_object(of_ranks, values, group)
+    for rank, values in enumerate(of_ranks):
+        for name, value in values.items():
+            if value != of_ranks[0].get(name):
+                raise ConfigError(
+                    f"{what}: {name} is {of_ranks[0].get(name)} on rank 0 and {value} on rank {rank}, "
+                    "expected the same on all"
+                )
 
 
 @contextmanager
