@@ -14,6 +14,7 @@ from math import ceil
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
@@ -61,7 +62,7 @@ class PipelineStep:
             size; samples without a label fill them up and count for nothing.
 
     Raises:
-        ConfigError: fewer micro-batches than stages, or an unknown schedule.
+        ConfigError: fewer micro-batches than stages, an unknown schedule, or ranks that share a GPU.
     """
 
     def __init__(
@@ -79,6 +80,8 @@ class PipelineStep:
                 f"{micro_batches} micro-batches are fewer than the {self.mesh.size()} stages, some of which "
                 "would always idle; take more micro-batches"
             )
+        if world.device.type == "cuda" and dist.get_backend(self.mesh.get_group()) == "gloo":
+            raise ConfigError("a pipeline on GPUs needs one rank per GPU; start fewer ranks or take cpu")
         self._kind = _SCHEDULES[schedule]
         self._schedule = cache(self._build)  # what a schedule receives into has one size
         self._loss_sum: LossSum | None = None

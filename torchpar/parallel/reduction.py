@@ -51,17 +51,24 @@ def start_all_reduce(t: Tensor, mesh: DeviceMesh, reduction: Reduction = "fast")
     if reduction == "fast":
         return dist.all_reduce(t, group=mesh.get_group(), async_op=True).wait
     group, rank = mesh.get_group(), mesh.get_local_rank()
-    theirs = torch.empty_like(t)
+    mine = t.to(wire_device(t, group))
+    theirs = torch.empty_like(mine)
     for level in range(mesh.size().bit_length() - 1):
         peer = rank ^ (1 << level)
         exchange = [
-            dist.P2POp(dist.isend, t, group=group, group_peer=peer),
+            dist.P2POp(dist.isend, mine, group=group, group_peer=peer),
             dist.P2POp(dist.irecv, theirs, group=group, group_peer=peer),
         ]
         for work in dist.batch_isend_irecv(exchange):
             work.wait()
-        t += theirs
+        mine += theirs
+    t.copy_(mine)
     return lambda: None
+
+
+def wire_device(t: Tensor, group: dist.ProcessGroup) -> torch.device:
+    """Where ``t`` must be to be sent: gloo takes CUDA tensors for all-reduces and broadcasts alone."""
+    return torch.device("cpu") if t.is_cuda and dist.get_backend(group) == "gloo" else t.device
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchpar.parallel.reduction import Reduction, all_reduce
+from torchpar.parallel.reduction import Reduction, all_reduce, wire_device
 
 
 def copy_to_tensor_model_parallel_region(
@@ -117,11 +117,11 @@ def gather(x: Tensor, mesh: DeviceMesh, widths: Sequence[int], dim: int = -1) ->
         return x.clone()
     # gloo gathers equal shapes only: pad each share to the widest. The gathered axis goes first, where
     # shares are contiguous.
-    mine = x.movedim(dim, 0)
+    group = mesh.get_group()
+    mine = x.movedim(dim, 0).to(wire_device(x, group))
     padded = mine.new_zeros(max(widths), *mine.shape[1:])
     padded[: len(mine)] = mine
     shares = [torch.empty_like(padded) for _ in widths]
-    dist.all_gather(shares, padded, group=mesh.get_group())
-    return (
-        torch.cat([share[:n] for share, n in zip(shares, widths, strict=True)]).movedim(0, dim).contiguous()
-    )
+    dist.all_gather(shares, padded, group=group)
+    whole = torch.cat([share[:n] for share, n in zip(shares, widths, strict=True)])
+    return whole.to(x.device).movedim(0, dim).contiguous()
