@@ -100,7 +100,7 @@ def collectives(
     """What a rank sends in a step of an MLP that `parallel_mlp` and `stage_mlp` have spread over a mesh.
 
     Args:
-        sizes: of the MLP.
+        sizes: of the MLP, whose hidden layers end in sigmoids.
         batch_size: of all ranks.
         mesh: of dimensions "pp", "dp" and "tp"; None for data parallelism over ``world_size`` ranks.
         micro_batches: of each rank's share, if there is a pipeline.
@@ -133,7 +133,7 @@ def collectives(
         parts = SHARDS if reduction == "invariant" else dims["tp"]
         return sum(Partition(sizes[i], parts, dims["tp"], at["tp"]).shards()) if i % 2 else sizes[i]
 
-    parameters = []
+    parameters: list[int] = []  # bytes of the gradients, in the order they come to be
     for i in stage:
         column, alone = i % 2 == 0, i % 2 == 0 and i == layers - 1
         if not alone:
@@ -143,7 +143,10 @@ def collectives(
                 tensor_sum(sizes[i + 1])
         inputs = sizes[i] if column else widths(i)
         outputs = sizes[i + 1] if alone or not column else widths(i + 1)
-        parameters += [inputs * outputs * itemsize, outputs * itemsize]
+        # Where the sigmoid is fused the weight's gradient comes first, elsewhere the bias's.
+        fused = column and not alone if mesh is not None else i < layers - 1
+        of_layer = [inputs * outputs * itemsize, outputs * itemsize]
+        parameters = (of_layer if fused else of_layer[::-1]) + parameters
     for border, there in ((stage[0], at["pp"] > 0), (stage[-1] + 1, at["pp"] < dims["pp"] - 1)):
         if there:
             # Activations one way, gradients the other.
@@ -172,11 +175,10 @@ def _passes(
     return len(rows), rows
 
 
-def _buckets(parameters: Sequence[int]) -> list[int]:
-    """Bytes of DistributedDataParallel's buckets: gradients in the order they arrive, last layer first."""
-    arriving = [n for i in range(len(parameters) - 2, -1, -2) for n in parameters[i : i + 2]]
+def _buckets(gradients: Sequence[int]) -> list[int]:
+    """Bytes of DistributedDataParallel's buckets of gradients that come in this order."""
     buckets, limit = [0], DDP_BUCKETS[0]
-    for n in arriving:
+    for n in gradients:
         if buckets[-1] >= limit:
             buckets.append(0)
             limit = DDP_BUCKETS[1]

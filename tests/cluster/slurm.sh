@@ -1,0 +1,118 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: MIT
+# Trains on a SLURM cluster that lives as long as this script: two nodes, which are two sets of namespaces
+# of this machine (network, host name, mounts), joined by a virtual cable. Needs root and SLURM. The status
+# is 0 if all passed, 1 if something failed, 77 if it could not be tried.
+#
+#   sudo env PYTHON=.venv/bin/python bash tests/cluster/slurm.sh [--install]
+#
+# --install first installs SLURM and munge by apt-get. Nothing but the packages is left behind.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+export PYTHON=${PYTHON:-.venv/bin/python} PYTHONPATH=$PWD
+if ((EUID)); then
+    echo "slurm.sh: not run, needs root, to make namespaces" >&2
+    exit 77
+fi
+if [[ ${1-} == --install ]]; then
+    DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends slurm-wlm munge
+fi
+for program in munged slurmctld slurmd sbatch; do
+    if ! command -v $program >/dev/null; then
+        echo "slurm.sh: not run, $program is missing; --install gets it from Debian's slurm-wlm and munge" >&2
+        exit 77
+    fi
+done
+
+dir=$(mktemp -d)
+# shellcheck disable=SC2046,SC2317  # one word per job; called by the trap
+clean_up() {
+    kill -KILL $(jobs -p) && wait
+    sleep 1 # the kernel ends what was in the namespaces
+    rm -r "$dir"
+    true
+} 2>/dev/null
+trap clean_up EXIT
+trap 'exit 1' HUP INT TERM
+
+# A node is a sleeping process in namespaces of its own, whose end (--kill-child) ends all in them.
+printf '127.0.0.1 localhost\n10.77.0.1 node1\n10.77.0.2 node2\n' >"$dir/hosts"
+nodes=()
+for node in node1 node2; do
+    unshare --net --uts --mount --pid --fork --mount-proc --kill-child sh -euc \
+        "hostname $node; mount --bind '$dir/hosts' /etc/hosts; touch '$dir/$node'; exec sleep infinity" &
+    nodes+=($!)
+    for _ in {1..100}; do [[ ! -e $dir/$node ]] || break; sleep 0.1; done
+    [[ -e $dir/$node ]] # else there is no such node, and its commands would change this machine
+done
+on() { # node, command
+    local of=/proc/${nodes[$1 - 1]}/ns
+    nsenter --net="$of/net" --uts="$of/uts" --mount="$of/mnt" --pid="$of/pid_for_children" --wd="$PWD" "${@:2}"
+}
+ip link add cable netns "${nodes[0]}" type veth peer name cable netns "${nodes[1]}"
+for node in 1 2; do
+    on $node ip addr add 10.77.0.$node/24 dev cable
+    on $node ip link set cable up
+    on $node ip link set lo up
+done
+
+export SLURM_CONF=$dir/slurm.conf
+sed "s|@DIR@|$dir|" tests/cluster/slurm.conf.in >"$SLURM_CONF"
+head -c 128 /dev/urandom >"$dir/munge.key"
+chmod 400 "$dir/munge.key"
+chmod 711 "$dir"
+munged --foreground --force --key-file="$dir/munge.key" --socket="$dir/munge.socket" \
+    --pid-file="$dir/munged.pid" --seed-file="$dir/munged.seed" --log-file="$dir/munged.log" 2>/dev/null &
+mkdir "$dir/state" "$dir/spool.node1" "$dir/spool.node2"
+on 1 slurmctld
+on 1 slurmd
+on 2 slurmd
+for _ in {1..30}; do
+    [[ $(on 1 sinfo --noheader --states=idle --format=%D 2>/dev/null) != 2 ]] || break
+    sleep 1
+done
+on 1 sinfo
+
+failed=0
+check() { # what, status, output
+    echo "--- $1: status $2"
+    cat "$3"
+    if (($2)) || ! tail -n 1 "$3" | grep -qE '^test accuracy .* \| 2 ranks \| cpu$'; then
+        echo "--- $1: failed"
+        failed=1
+    fi
+}
+
+job=(--nodes=2 --cpus-per-task=1 examples/cluster/slurm.sbatch examples/train_ddp.py --device cpu)
+status=0
+on 1 timeout 120 sbatch --wait --output="$dir/torchrun" "${job[@]}" --dry-run || status=$?
+check "a torchrun per node" $status "$dir/torchrun"
+
+status=0
+on 1 timeout 120 srun --nodes=2 --ntasks=2 "$PYTHON" examples/train_ddp.py --device cpu --dry-run \
+    >"$dir/direct" 2>&1 || status=$?
+check "a rank per task" $status "$dir/direct"
+
+# SIGUSR1 to the batch shell is what --signal has SLURM send before the time limit.
+status=0
+on 1 timeout 300 sbatch --wait --output="$dir/requeued" "${job[@]}" --epochs 3 --checkpoint "$dir/run" &
+submitted=$!
+for _ in {1..60}; do ! grep -q '^epoch 1' "$dir/requeued" 2>/dev/null || break; sleep 1; done
+id=$(on 1 squeue --noheader --format=%A)
+on 1 scancel --batch --signal=USR1 "$id"
+wait $submitted || status=$?
+check "stopped and queued again" $status "$dir/requeued"
+on 1 scontrol show job "$id" | grep -o 'Restarts=.*' | tee "$dir/restarts"
+grep -q 'Restarts=1 ' "$dir/restarts" || failed=1
+
+# A job that its user cancels must not come back.
+on 1 sbatch --output="$dir/cancelled" "${job[@]}" --epochs 50 >"$dir/submitted"
+id=$(grep -o '[0-9]*$' "$dir/submitted")
+for _ in {1..60}; do ! grep -q '^epoch 1' "$dir/cancelled" 2>/dev/null || break; sleep 1; done
+on 1 scancel "$id"
+sleep 10
+on 1 scontrol show job "$id" | grep -oE '(JobState|Restarts)=\S*' | tee "$dir/state.cancelled"
+grep -q JobState=CANCELLED "$dir/state.cancelled" && grep -q Restarts=0 "$dir/state.cancelled" || failed=1
+
+((failed)) && echo "slurm.sh: failed" || echo "slurm.sh: passed"
+exit $failed
