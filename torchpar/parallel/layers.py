@@ -29,6 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import linear
 
 from torchpar import nn
+from torchpar.errors import ConfigError
 from torchpar.ops import linear_sigmoid, maximum
 from torchpar.ops._matrix import rows
 from torchpar.ops.linear_sigmoid import sigmoid_backward
@@ -62,8 +63,15 @@ class _ParallelLinear(torch.nn.Module):
         reduction: Reduction,
         whole: Any,
         options: dict[str, Any],
+        **own: Any,
     ):
         super().__init__()
+        if mesh.ndim != 1:
+            raise ConfigError(f"mesh has dimensions {mesh.mesh_dim_names}, expected one, such as mesh['tp']")
+        settings = {"layer": type(self).__name__, "in_features": in_features, "out_features": out_features}
+        settings |= {"bias": bias, "activation": activation, "reduction": reduction, **own}
+        settings |= options if whole is None else {"dtype": whole.weight.dtype}
+        check_alike(mesh.get_group(), "a layer's ranks", settings)
         if activation not in (None, "sigmoid", "relu"):
             raise ValueError(f"activation is {activation!r}, expected None, 'sigmoid' or 'relu'")
         self.in_features = in_features
@@ -72,9 +80,6 @@ class _ParallelLinear(torch.nn.Module):
         self.mesh = mesh
         self.reduction: Reduction = reduction
         self.partition = Partition.of((out_features, in_features)[self.split_axes["weight"]], mesh, reduction)
-        sizes = {"in_features": in_features, "out_features": out_features, "bias": bias}
-        kind = {"activation": activation, "reduction": reduction}
-        check_alike(mesh.get_group(), type(self).__name__, {**sizes, **kind})
         if whole is None:
             whole = nn.Linear(in_features, out_features, bias, **options)
         self.register_parameter("weight", self._share("weight", whole.weight))
@@ -144,11 +149,15 @@ class ColumnParallelLinear(_ParallelLinear):
         whole: Any = None,
         **options: Any,
     ):
-        super().__init__(in_features, out_features, bias, mesh, activation, reduction, whole, options)
+        super().__init__(
+            *(in_features, out_features, bias, mesh, activation, reduction, whole, options),
+            gather_output=gather_output,
+        )
         self.gather_output = gather_output
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _Column.apply(x, self.weight, self.bias, self)
+        # What is saved for the backward pass must have the types of the forward pass under autocast.
+        y = _Column.apply(_cast(x), _cast(self.weight), None if self.bias is None else _cast(self.bias), self)
         if self.activation == "relu":
             y = maximum(y, y.new_zeros(()))
         if self.gather_output:
@@ -188,7 +197,10 @@ class RowParallelLinear(_ParallelLinear):
         whole: Any = None,
         **options: Any,
     ):
-        super().__init__(in_features, out_features, bias, mesh, activation, reduction, whole, options)
+        super().__init__(
+            *(in_features, out_features, bias, mesh, activation, reduction, whole, options),
+            input_is_parallel=input_is_parallel,
+        )
         self.input_is_parallel = input_is_parallel
 
     def forward(self, x: Tensor) -> Tensor:
@@ -198,10 +210,18 @@ class RowParallelLinear(_ParallelLinear):
         z = tree_sum([linear(part, weight) for part, weight in shards])
         z = reduce_from_tensor_model_parallel_region(z, self.mesh, self.reduction)
         if self.bias is not None:
-            z = z + self.bias
+            z = z + self.bias.to(z.dtype)  # under autocast they differ
         if self.activation == "sigmoid":
             return z.sigmoid()
         return maximum(z, z.new_zeros(())) if self.activation == "relu" else z
+
+
+def _cast(t: Tensor) -> Tensor:
+    """``t`` as `torch.autocast` has a product take it."""
+    kind = t.device.type
+    if not torch.is_autocast_enabled(kind) or t.dtype == torch.float64:
+        return t
+    return t.to(torch.get_autocast_dtype(kind))
 
 
 class _Column(torch.autograd.Function):
@@ -281,6 +301,8 @@ def parallel_mlp(mlp: nn.MLP, mesh: DeviceMesh, reduction: Reduction = "fast") -
         mesh: of one dimension, such as ``mesh["tp"]``.
         reduction: "fast" or "invariant" (`torchpar.parallel.reduction`).
     """
+    settings = {"sizes": mlp.sizes, "hidden": mlp.hidden, "output": mlp.output, "reduction": reduction}
+    check_alike(mesh.get_group() if mesh.ndim == 1 else None, "the ranks' models", settings)
     twin = nn.MLP(mlp.sizes, mlp.hidden, mlp.output, device="meta")
     activations: dict[type, Activation] = {nn.LinearSigmoid: "sigmoid", nn.LinearReLU: "relu"}
     layers: list[torch.nn.Module] = []
@@ -323,9 +345,18 @@ def whole_state_dict(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def load_whole_state_dict(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load the unsplit model's state dict: each rank takes its slices."""
+    """Load the unsplit model's state dict: each rank takes its slices.
+
+    Raises:
+        ValueError: a parameter of another size than the model's.
+        RuntimeError: other parameters than the model's, as `torch.nn.Module.load_state_dict` says.
+    """
     state = dict(state)
     for name, axis, layer in split_parameters(model):
         if name in state:
+            size = layer.partition.size
+            if state[name].shape[axis : axis + 1] != (size,):
+                shape = tuple(state[name].shape)
+                raise ValueError(f"{name} has shape {shape}, expected {size} on axis {axis}")
             state[name] = layer.partition.narrow(state[name], axis)
     model.load_state_dict(state)

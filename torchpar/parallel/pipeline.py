@@ -125,7 +125,8 @@ class PipelineStep:
             group=self.mesh.get_group(),
         )
         if not training:
-            return ScheduleGPipe(stage, self.micro_batches)
+            # Or else it would scale the gradients that are there.
+            return ScheduleGPipe(stage, self.micro_batches, scale_grads=False)
         return self._kind(stage, self.micro_batches, loss_fn=self._objective, scale_grads=False)
 
     def _objective(self, outputs: Tensor, labels: Tensor) -> Tensor:

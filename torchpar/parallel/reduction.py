@@ -17,8 +17,9 @@ the whole tensor in the place of one all-reduce.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -48,9 +49,10 @@ def start_all_reduce(t: Tensor, mesh: DeviceMesh, reduction: Reduction = "fast")
     """Begin `all_reduce`; what is returned waits for its end. An invariant one ends before it returns."""
     if mesh.size() == 1:
         return lambda: None
-    if reduction == "fast":
-        return dist.all_reduce(t, group=mesh.get_group(), async_op=True).wait
     group, rank = mesh.get_group(), mesh.get_local_rank()
+    check_shape(t, group)
+    if reduction == "fast":
+        return dist.all_reduce(t, group=group, async_op=True).wait
     mine = t.to(wire_device(t, group))
     theirs = torch.empty_like(mine)
     for level in range(mesh.size().bit_length() - 1):
@@ -64,6 +66,42 @@ def start_all_reduce(t: Tensor, mesh: DeviceMesh, reduction: Reduction = "fast")
         mine += theirs
     t.copy_(mine)
     return lambda: None
+
+
+def check_shape(t: Tensor, group: dist.ProcessGroup) -> None:
+    """Agree with the other ranks on the shape of what comes next, if it is one that was not sent before.
+
+    Different shapes would abort the processes. The ranks tell each other through their store, so that no
+    collective is added, and a shape costs its check once.
+
+    Raises:
+        ConfigError: the ranks are about to send different shapes; on every rank.
+    """
+    if torch.compiler.is_compiling() or dist.get_backend(group) == "fake":
+        return
+    sent = _sent.setdefault(group, _Sent())
+    sent.calls += 1
+    mine = f"{tuple(t.shape)} {t.dtype}"
+    if mine in sent.shapes:
+        return
+    store, rank = group.get_group_store(), group.rank()
+    store.set(f"shape/{sent.calls}/{rank}", mine)
+    for other in range(group.size()):
+        theirs = store.get(f"shape/{sent.calls}/{other}").decode()
+        if theirs != mine:
+            raise ConfigError(
+                f"ranks of a group send different shapes: {mine} on rank {rank}, {theirs} on rank {other}"
+            )
+    sent.shapes.add(mine)
+
+
+@dataclass
+class _Sent:
+    calls: int = 0
+    shapes: set[str] = field(default_factory=set)
+
+
+_sent: WeakKeyDictionary[dist.ProcessGroup, _Sent] = WeakKeyDictionary()
 
 
 def wire_device(t: Tensor, group: dist.ProcessGroup) -> torch.device:
@@ -96,9 +134,6 @@ class Partition:
         Raises:
             ConfigError: a reduction that is unknown, or invariant over a number of ranks it does not know.
         """
-        if mesh.ndim != 1:
-            names = mesh.mesh_dim_names
-            raise ConfigError(f"mesh has dimensions {names}, expected one, such as mesh['tp']")
         check_reduction(reduction, mesh.size())
         parts = mesh.size() if reduction == "fast" else SHARDS
         return cls(size, parts, mesh.size(), mesh.get_local_rank())

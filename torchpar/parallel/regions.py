@@ -10,8 +10,8 @@ With p ranks, x whole (the same on every rank) and x_r rank r's share of its las
 | `scatter_to_tensor_model_parallel_region` | x → x_r | all-gather: dy_r → dy |
 | `gather_from_tensor_model_parallel_region` | all-gather: x_r → x | dy → dy_r |
 
-Each backward is the forward of another, so that they differentiate any number of times. The ranks must
-pass tensors of fitting shapes: with ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` PyTorch checks every collective.
+Each backward is the forward of another, so that they differentiate any number of times. Ranks that pass
+different shapes get a ConfigError, all of them, the first time they do.
 Source: Shoeybi et al., "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model
 Parallelism", 2019, figure 3.
 """
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchpar.parallel.reduction import Reduction, all_reduce, wire_device
+from torchpar.parallel.reduction import Reduction, all_reduce, check_shape, wire_device
 
 
 def copy_to_tensor_model_parallel_region(
@@ -122,6 +122,7 @@ def gather(x: Tensor, mesh: DeviceMesh, widths: Sequence[int], dim: int = -1) ->
     padded = mine.new_zeros(max(widths), *mine.shape[1:])
     padded[: len(mine)] = mine
     shares = [torch.empty_like(padded) for _ in widths]
+    check_shape(padded, group)
     dist.all_gather(shares, padded, group=group)
     whole = torch.cat([share[:n] for share, n in zip(shares, widths, strict=True)])
     return whole.to(x.device).movedim(0, dim).contiguous()

@@ -168,11 +168,12 @@ def check_alike(group: dist.ProcessGroup | None, what: str, values: dict[str, An
         return
     of_ranks: list[Any] = [None] * ranks
     dist.all_gather_object(of_ranks, values, group)
-    for rank, values in enumerate(of_ranks):
-        for name, value in values.items():
-            if value != of_ranks[0].get(name):
+    for rank, other in enumerate(of_ranks):
+        for name in of_ranks[0] | other:
+            first, value = of_ranks[0].get(name), other.get(name)
+            if value != first:
                 raise ConfigError(
-                    f"{what}: {name} is {of_ranks[0].get(name)} on rank 0 and {value} on rank {rank}, "
+                    f"{what}: {name} is {first} on rank 0 and {value} on rank {rank}, "
                     "expected the same on all"
                 )
 
