@@ -48,7 +48,7 @@ class Flags(cli.TrainFlags):
 
 def main(flags: Flags) -> None:
     with join_world(flags.device, flags.timeout) as world:
-        dp = max(world.world_size // (flags.tp * flags.pp), 1) if flags.dp is None else flags.dp
+        dp = flags.dp or max(world.world_size // (flags.tp * flags.pp), 1)
         world = world.split(dp=dp, tp=flags.tp, pp=flags.pp, reduction=flags.reduction)
         train(flags, world, lambda mlp: spread(mlp, flags, world))
 

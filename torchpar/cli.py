@@ -89,6 +89,10 @@ class TrainFlags:
     timeout: float = 600.0
     """Seconds after which a rank that waits for another gives up."""
 
+    def of_all_ranks(self) -> dict[str, Any]:
+        """What must be the same on every rank: all but where things lie and where it computes."""
+        return {name: value for name, value in asdict(self).items() if name not in ("data", "device")}
+
     def identity(self) -> dict[str, Any]:
         """What makes a run another run: everything but where it computes, how long, and what it writes."""
         return {name: value for name, value in asdict(self).items() if name not in ELSEWHERE}
@@ -96,10 +100,11 @@ class TrainFlags:
     def __post_init__(self) -> None:
         bounds: dict[str, tuple[float, float]] = {"epochs": (1, math.inf), "batch_size": (1, math.inf)}
         bounds |= {"lr": (0, math.inf), "momentum": (0, 1), "seed": (0, 2**63)}
+        bounds |= {name: (1, math.inf) for name in ("dp", "tp", "pp", "micro_batches")}
         bounds |= {"save_every": (1, math.inf), "keep": (1, math.inf), "clip": (0, math.inf)}
         bounds |= {"weight_decay": (0, math.inf), "orthogonality": (0, math.inf), "timeout": (1, 1e6)}
         for name, (least, end) in bounds.items():
-            flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
+            flag, value = f"--{name.replace('_', '-')}", getattr(self, name, None)
             if value is None:
                 continue
             if not value >= least:
@@ -121,7 +126,10 @@ def main(run: Callable[[F], None], flags: type[F]) -> None:
     try:
         run(_parse(flags))
     except RankLostError as e:
-        _fail(str(e), speaker=e.speaker)
+        if _rank() != e.speaker:
+            time.sleep(1)  # let it be the first to end; it is there, so the others need not speak
+            sys.exit(2)
+        _fail(str(e), e.speaker)
     except (ConfigError, OSError) as e:
         _fail(str(e))
     except Stopped:

@@ -159,7 +159,7 @@ class Progress:
 
     def _whole(self, name: str, p: Tensor) -> torch.Size:
         t = self._slice(name, p)
-        return t.whole if isinstance(t, Slice) else t.shape
+        return torch.Size(t.global_shape) if isinstance(t, Slice) else t.shape
 
     @property
     def _splits(self) -> dict[str, tuple[int, int, int]]:

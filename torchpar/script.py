@@ -36,7 +36,7 @@ def train(flags: cli.TrainFlags, world: World, spread: Callable[[MLP], Spread]) 
     Args:
         spread: makes this rank's part of the whole model, which is the same on every rank.
     """
-    world.check_alike("the ranks' flags", flags.identity())
+    world.check_alike("the ranks' flags", flags.of_all_ranks())
     train_set, test_set = data.load(flags.dataset, flags.data, world)
     if flags.dry_run:
         train_set, flags.epochs = train_set[: 10 * flags.batch_size], 1

@@ -11,6 +11,7 @@ own metadata by `_Unpickler`; the rest is JSON.
 """
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -23,6 +24,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -45,13 +47,16 @@ from torchpar.errors import ConfigError
 from torchpar.parallel.world import World
 
 MANIFEST = "manifest.json"
-_CLASSES = {  # what torch.distributed.checkpoint's metadata is made of
+UNSIGNED = "0" * 64  # in the place of the manifest's own SHA-256 when that is taken
+# What torch.distributed.checkpoint's metadata of tensors is made of. Not of objects (BytesStorageMetadata),
+# which PyTorch would unpickle without an allow-list.
+_CLASSES = {
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath", "WindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},  # the same in Python 3.13
     "torch": {"Size", "float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"},
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
         "ChunkStorageMetadata",
         "Metadata",
         "MetadataIndex",
@@ -68,42 +73,47 @@ class Slice(torch.Tensor):
     """A rank's slice of a tensor that is split over ranks, as torch.distributed.checkpoint sees it.
 
     `torch.distributed.tensor.DTensor` would cut the tensor in another way than our layers, whose sizes
-    need not divide.
+    need not divide. The attributes are `torch.distributed.checkpoint.CheckpointableTensor`'s, new in torch
+    2.15; the methods are what torch 2.11 asks for.
     """
 
-    _offsets: torch.Size
-    whole: torch.Size
+    global_shape: tuple[int, ...]
+    global_offsets: tuple[tuple[int, ...], ...]
+    local_offsets: tuple[tuple[int, ...], ...]
+    local_sizes: tuple[tuple[int, ...], ...]
 
     @staticmethod
     def of(t: Tensor, axis: int, offset: int, size: int) -> "Slice":
         """``t`` as the part from ``offset`` of a tensor whose axis ``axis`` is ``size`` long."""
+        shape = tuple(size if i == axis else n for i, n in enumerate(t.shape))
+        return Slice._of(t, shape, tuple(offset if i == axis else 0 for i in range(t.dim())))
+
+    @staticmethod
+    def _of(t: Tensor, shape: tuple[int, ...], offsets: tuple[int, ...]) -> "Slice":
         piece = t.detach().as_subclass(Slice)
-        piece._offsets = torch.Size(offset if i == axis else 0 for i in range(t.dim()))
-        piece.whole = torch.Size(size if i == axis else n for i, n in enumerate(t.shape))
+        piece.global_shape, piece.global_offsets = shape, (offsets,)
+        piece.local_offsets, piece.local_sizes = ((0,) * t.dim(),), (tuple(t.shape),)
         return piece
 
-    def _chunk(self) -> ChunkStorageMetadata:
-        return ChunkStorageMetadata(offsets=self._offsets, sizes=torch.Size(self.shape))
-
-    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
-        properties = TensorProperties.create_from_tensor(self._plain())
-        data = TensorWriteData(chunk=self._chunk(), properties=properties, size=self.whole)
-        return [WriteItem(MetadataIndex(name, self._offsets), WriteItemType.SHARD, tensor_data=data)]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [self._chunk()]
-
-    def __get_tensor_shard__(self, _: MetadataIndex) -> Tensor:
-        return self._plain()
+    def staged(self) -> "Slice":
+        """A copy on the CPU."""
+        return Slice._of(_staged(self._plain()), self.global_shape, self.global_offsets[0])
 
     def _plain(self) -> Tensor:
         return self.as_subclass(torch.Tensor)
 
-    def staged(self) -> "Slice":
-        """A copy on the CPU."""
-        piece = _staged(self._plain()).as_subclass(Slice)
-        piece._offsets, piece.whole = self._offsets, self.whole
-        return piece
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        offsets, sizes = torch.Size(self.global_offsets[0]), torch.Size(self.local_sizes[0])
+        return [ChunkStorageMetadata(offsets=offsets, sizes=sizes)]
+
+    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+        (chunk,) = self.__create_chunk_list__()
+        properties = TensorProperties.create_from_tensor(self._plain())
+        data = TensorWriteData(chunk=chunk, properties=properties, size=torch.Size(self.global_shape))
+        return [WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)]
+
+    def __get_tensor_shard__(self, _: MetadataIndex) -> Tensor:
+        return self._plain()
 
 
 def _staged(t: Tensor) -> Tensor:
@@ -115,6 +125,27 @@ class _Unpickler(pickle.Unpickler):
         if name not in _CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint's metadata")
         return super().find_class(module, name)
+
+
+class _Disk(FileSystem):
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        with super().create_stream(path, mode) as stream:
+            try:
+                yield stream
+            except RuntimeError as e:
+                # PyTorch's archive, which cannot be ended after a write that failed, hides the failure.
+                if isinstance(e.__context__, OSError):
+                    raise e.__context__ from e
+                raise
+
+
+class _Writer(FileSystemWriter):
+    """PyTorch's writer, but for its telling why a file could not be written."""
+
+    def __init__(self, path: Path, **options: Any):
+        super().__init__(path, **options)
+        self.fs = _Disk()
 
 
 class _Reader(FileSystemReader):
@@ -255,13 +286,15 @@ class Checkpoints:
         unfinished = path.with_suffix(".tmp")
         try:
             self.world.on_rank_0(lambda: self._clear(unfinished), self._group)
-            writer = FileSystemWriter(unfinished, sync_files=True)
+            writer = _Writer(unfinished, sync_files=True)
             with _alone_is_fine():
                 save(dict(tensors), storage_writer=writer, process_group=self._group)
             self.world.on_rank_0(lambda: self._publish(unfinished, path, state), self._group)
-        except (CheckpointException, OSError) as e:
+        except (CheckpointException, Exception) as e:
             if self.world.rank == 0:
                 shutil.rmtree(unfinished, ignore_errors=True)
+            if not isinstance(e, (CheckpointException, OSError)):
+                raise
             reason = _cause(e) if isinstance(e, CheckpointException) else _first_line(e)
             raise ConfigError(
                 f"{path} could not be saved: {reason}; the checkpoints before it are "
@@ -288,6 +321,7 @@ class Checkpoints:
                 if hasattr(md, "size")
             },
             "versions": {"torch": torch.__version__, "format": 1},
+            "sha256": UNSIGNED,
             "state": state,
         }
         missing = {info.relative_path for info in metadata.storage_data.values()} - set(files)
@@ -295,8 +329,8 @@ class Checkpoints:
             raise OSError(
                 f"rank 0 does not see {sorted(missing)}, which other ranks wrote: they need one folder"
             )
-        manifest["sha256"] = _digest(manifest)
-        _write(unfinished / MANIFEST, json.dumps(manifest, indent=1))
+        text = json.dumps(manifest, indent=1)
+        _write(unfinished / MANIFEST, text.replace(UNSIGNED, _digest(text)))
         _sync(unfinished)
         if path.exists():  # damaged, or it would have been resumed from
             shutil.rmtree(path)
@@ -321,7 +355,7 @@ def _alone_is_fine() -> Iterator[None]:
 def _new_group(world: World) -> dist.ProcessGroup | None:
     if world.world_size == 1:
         return None
-    group = dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=world.timeout))
     assert isinstance(group, dist.ProcessGroup)
     return group
 
@@ -333,9 +367,9 @@ def _verify(path: Path) -> dict[str, Any]:
         ConfigError: naming the file that is missing or damaged.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        expected = manifest.pop("sha256")
-        if expected != _digest(manifest):
+        text = (path / MANIFEST).read_bytes().decode()
+        manifest = json.loads(text)
+        if manifest["sha256"] != _digest(text.replace(manifest["sha256"], UNSIGNED)):
             raise ValueError("its SHA-256 is not the one it says")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
         raise ConfigError(f"{path / MANIFEST} is damaged ({_first_line(e)})") from e
@@ -352,8 +386,8 @@ def _verify(path: Path) -> dict[str, Any]:
     return state
 
 
-def _digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

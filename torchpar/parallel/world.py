@@ -3,6 +3,7 @@
 
 import gc
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from torchpar.parallel import rendezvous
 from torchpar.parallel.reduction import Partition, Reduction, check_reduction
 
 T = TypeVar("T")
+TIMEOUT = 1800.0
 PATIENCE = 2.0  # seconds that a rank whose collective failed leaves the others to report that theirs did
 
 
@@ -49,6 +51,7 @@ class World:
         device: where it keeps its tensors.
         mesh: None stands for pure data parallelism.
         reduction: how sums over ranks are made (`torchpar.parallel.reduction`).
+        timeout: seconds after which a rank that waits for another gives up.
     """
 
     rank: int
@@ -57,6 +60,7 @@ class World:
     device: torch.device
     mesh: DeviceMesh | None = None
     reduction: Reduction = "fast"
+    timeout: float = TIMEOUT
 
     def split(self, *, dp: int = 1, tp: int = 1, pp: int = 1, reduction: Reduction = "fast") -> "World":
         """This world as a mesh of ``pp × dp × tp`` ranks.
@@ -76,6 +80,8 @@ class World:
         if reduction == "invariant" and pp > 1:
             raise ConfigError(f"reduction 'invariant' takes meshes of dp and tp alone, not pp {pp}")
         mesh = init_device_mesh(self.device.type, (pp, dp, tp), mesh_dim_names=("pp", "dp", "tp"))
+        for dim in ("pp", "dp", "tp"):
+            _set_timeout(mesh[dim].get_group(), timedelta(seconds=self.timeout))
         _calm_gloo()
         return replace(self, mesh=mesh, reduction=reduction)
 
@@ -179,7 +185,7 @@ def check_alike(group: dist.ProcessGroup | None, what: str, values: dict[str, An
 
 
 @contextmanager
-def join_world(device: str = "auto", timeout: float = 1800.0) -> Iterator[World]:
+def join_world(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[World]:
     """Join the processes that torchrun, mpirun or srun started; a world of one without them.
 
     NCCL connects ranks with a GPU each; gloo connects ranks on CPUs, and ranks that share a GPU.
@@ -219,7 +225,7 @@ def join_world(device: str = "auto", timeout: float = 1800.0) -> Iterator[World]
     )
     _calm_gloo()
     try:
-        yield World(place.rank, place.local_rank, place.world_size, own)
+        yield World(place.rank, place.local_rank, place.world_size, own, timeout=timeout)
     except RuntimeError as e:
         if isinstance(e, ConfigError) or not _is_of_communication(e):
             raise
@@ -251,4 +257,12 @@ def _calm_gloo() -> None:
 
 
 def _is_of_communication(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection" in str(error)
+    signs = r"gloo|NCCL|[Cc]onnection|[Ss]ocket|[Tt]imed out|[Tt]imeout|pair closure"
+    return isinstance(error, dist.DistError) or re.search(signs, str(error)) is not None
+
+
+def _set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """The groups of a mesh are made with PyTorch's own timeout, whatever the first group's is."""
+    c10d = dist.distributed_c10d
+    set_timeout = getattr(c10d, "set_timeout", None) or c10d._set_pg_timeout  # the latter before torch 2.15
+    set_timeout(timeout, group)

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: MIT
+"""Kill ranks of a run at random moments, many times; it must end with the bits of an undisturbed one.
+
+    python tests/soak.py --kills 100
+
+A third of the kills fall on a step, a third on a save, a third on the start of the processes.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from fake_data import fashion_mnist
+from faults import TRAIN, alive, latest, losses, same, tensors, torchrun, workers
+
+
+def step(folder: Path) -> int:
+    return int(latest(folder).removeprefix("step-") or 0)
+
+
+def choose_moment(folder: Path, generator: random.Random, ended: object) -> None:
+    """Wait for a moment to kill at."""
+    where = generator.choice(["step", "save", "start"])
+    goal = step(folder) + (where != "start") * generator.randint(1, 6)
+    deadline = time.monotonic() + 60
+    while step(folder) < goal and time.monotonic() < deadline and not ended():
+        time.sleep(0.002)
+    if where == "save":
+        while not any(folder.glob("step-*.tmp")) and time.monotonic() < deadline and not ended():
+            time.sleep(0.0005)
+    else:
+        time.sleep(generator.uniform(0, 3.0 if where == "start" else 0.03))
+
+
+def disturbed(command: list[str], folder: Path, wanted: int, generator: random.Random) -> tuple[int, ...]:
+    """Kills, starts of the ranks, and checkpoints that a start passed over as damaged."""
+    kills = starts = refused = 0
+    known: set[int] = set()
+    while True:
+        with tempfile.TemporaryFile("w+") as said:
+            process = torchrun(f"--max_restarts={wanted}", *command, stderr=said)
+            while process.poll() is None and kills < wanted:
+                choose_moment(folder, generator, lambda process=process: process.poll() is not None)
+                ranks = sorted(workers(process.pid).values())
+                if not ranks or process.poll() is not None:
+                    time.sleep(0.01)
+                    continue
+                starts += not known & set(ranks)
+                known |= set(ranks)
+                victim = generator.choice(ranks)
+                os.kill(victim, signal.SIGKILL)
+                kills += 1
+                while alive(victim):
+                    time.sleep(0.005)
+            process.communicate()
+            said.seek(0)
+            refused += said.read().count(" is damaged")
+        if process.returncode == 0:
+            return kills, starts, refused
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and the victims")
+    args = parser.parse_args()
+    began, root = time.monotonic(), Path(tempfile.mkdtemp(prefix="soak-"))
+    fashion_mnist(root / "FashionMNIST" / "raw", train=600, test=100)
+    epochs = 3 + 2 * args.kills  # of 12 steps; a life of the ranks takes 1 to 10
+    flags = (
+        f"--dataset fashion-mnist --device cpu --hidden 33 7 --batch-size 50 --epochs {epochs} --timeout 30"
+    )
+    run = [f"--nproc_per_node={args.ranks}", TRAIN, *flags.split(), "--data", str(root), "--save-every", "1"]
+    of = {}
+    for name in ("undisturbed", "disturbed"):
+        of[name] = [*run, "--checkpoint", str(root / name), "--metrics", f"{root / name}.jsonl"]
+    process = torchrun(*of["undisturbed"])
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    kills, starts, refused = disturbed(
+        [*of["disturbed"], "--async-save"], root / "disturbed", args.kills, random.Random(args.seed)
+    )
+    last = latest(root / "undisturbed")
+    identical = latest(root / "disturbed") == last
+    identical = identical and same(*(tensors(root / name / last) for name in of))
+    identical = identical and len({tuple(losses(Path(f"{root / name}.jsonl"))) for name in of}) == 1
+    print(
+        f"{kills} kills | {starts} starts | {refused} refused checkpoints | "
+        f"{(time.monotonic() - began) / 60:.1f} minutes | {'identical' if identical else 'NOT IDENTICAL'}"
+    )
+    if not identical or kills < args.kills:
+        print(f"what was saved is in {root}", file=sys.stderr)
+        return 1
+    shutil.rmtree(root)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,493 @@
+# SPDX-License-Identifier: MIT
+"""Checkpoints that are killed while they are written, damaged afterwards, forged, and read by other meshes.
+
+``python tests/test_checkpoint.py kill FOLDER WAY ROUNDS`` kills processes that save.
+"""
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from faults import ROOT, latest, same, steps, tensors, wait_for
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from torchpar.errors import ConfigError
+from torchpar.nn import MLP
+from torchpar.parallel.checkpoint import MANIFEST, UNSIGNED, Checkpoints, Saved, Slice
+from torchpar.parallel.layers import parallel_mlp
+from torchpar.parallel.pipeline import stage_mlp
+from torchpar.parallel.world import World, join_world
+from torchpar.progress import Progress
+from torchpar.training import scheduler, sgd
+
+FILES = [".metadata", "__0_0.distcp", MANIFEST]
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    """This process alone."""
+    with join_world("cpu") as world:
+        yield world
+
+
+def content(step: int) -> dict[str, torch.Tensor]:
+    """What differs from step to step in every tensor."""
+    odd = torch.tensor([float(step), -0.0, float("nan"), float("inf"), 1e-45])
+    return {"odd": odd, "bf16": odd.bfloat16(), "f64": odd.double(), "count": torch.tensor(step)} | {
+        "whole": torch.full((129, 7), step, dtype=torch.uint8),
+        "empty": torch.zeros(0, 5),
+    }
+
+
+def read(saved: Saved | None, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    assert saved is not None
+    found = {name: torch.full_like(t, 77) for name, t in like.items()}
+    saved.read(found)
+    return found
+
+
+def bits(t: torch.Tensor) -> bytes:
+    return t.contiguous().view(torch.uint8).numpy().tobytes() if t.dim() else t.numpy().tobytes()
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(bits(a[name]) == bits(b[name]) for name in a)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_gives_back_every_bit(world, tmp_path, asynchronous):
+    checkpoints = Checkpoints(tmp_path / "new" / "folder", world, asynchronous=asynchronous)
+    assert checkpoints.load() is None
+    saved = content(3)
+    checkpoints.save(3, saved, {"loss": 0.1, "nested": [{"é": None}]})
+    staged, saved["odd"][0] = content(3), 9.0  # training goes on while the save is written
+    found = checkpoints.load()
+    assert found.path == tmp_path / "new" / "folder" / "step-3"
+    assert found.state == {"loss": 0.1, "nested": [{"é": None}]}
+    assert found.shapes == {name: t.shape for name, t in staged.items()}
+    assert equal(read(found, staged), staged)
+    assert not equal(read(found, staged), content(4))
+    assert not equal(read(found, staged), saved)
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_keeps_the_newest(world, tmp_path, keep):
+    checkpoints = Checkpoints(tmp_path, world, keep=keep)
+    for step in (8, 9, 10, 11):  # not in the order of their names
+        checkpoints.save(step, content(step), {"step": step})
+        assert latest(tmp_path) == f"step-{step}"
+    assert steps(tmp_path) == [f"step-{step}" for step in (8, 9, 10, 11)[-keep:]]
+    assert checkpoints.load().state == {"step": 11}
+    with pytest.raises(ConfigError, match="keep is 0, expected at least 1"):
+        Checkpoints(tmp_path, world, keep=0)
+
+
+@pytest.fixture
+def two(world, tmp_path) -> Checkpoints:
+    """Steps 1 and 2."""
+    checkpoints = Checkpoints(tmp_path, world)
+    for step in (1, 2):
+        # Of one float in three, two texts of 17 digits have the same value.
+        checkpoints.save(step, content(step), {"step": step, "loss": 0.1 + 0.2, "results": [8.1 * 1.1]})
+    assert sorted(os.listdir(tmp_path / "step-2")) == sorted(FILES)
+    return checkpoints
+
+
+def passes_over(checkpoints: Checkpoints, file: Path, capsys: Any) -> None:
+    """The step before is loaded, and the damaged file named aloud."""
+    found = checkpoints.load()
+    assert found.path.name == "step-1"
+    assert found.state["step"] == 1
+    assert equal(read(found, content(1)), content(1))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(file) in line
+    assert "passed over for the one before" in line
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_is_named(two, capsys, name):
+    file = two.folder / "step-2" / name
+    whole = file.read_bytes()
+    generator = random.Random(0)
+    positions = generator.sample(range(len(whole)), min(len(whole), 100))
+    for position in [0, len(whole) - 1, *positions]:
+        flipped = bytearray(whole)
+        flipped[position] ^= 1 << generator.randrange(8)
+        file.write_bytes(flipped)
+        passes_over(two, file, capsys)
+    file.write_bytes(whole)
+    assert two.load().path.name == "step-2"  # it was the bit
+    assert capsys.readouterr().err == ""
+
+
+def test_every_byte_of_a_manifest_counts(two, capsys):
+    """Even the digits of a float beyond those that make its value."""
+    file = two.folder / "step-2" / MANIFEST
+    whole = file.read_bytes()
+    survivors = []
+    for position in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1
+        file.write_bytes(flipped)
+        found = two.load()
+        if found.path.name != "step-1":
+            survivors.append(whole[position - 20 : position + 2])
+    capsys.readouterr()
+    assert survivors == []
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "missing": Path.unlink,
+    "empty": lambda file: os.truncate(file, 0),
+    "half": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "one byte less": lambda file: os.truncate(file, file.stat().st_size - 1),
+    "longer": lambda file: file.write_bytes(file.read_bytes() + b"x"),
+    "of another step": lambda file: shutil.copy(file.parent.parent / "step-1" / file.name, file),
+    "folder": lambda file: (file.unlink(), file.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_a_truncated_or_missing_file_is_named(two, capsys, name, damage):
+    file = two.folder / "step-2" / name
+    DAMAGES[damage](file)
+    if damage == "of another step" and name == MANIFEST:  # which then speaks of other files
+        file = file.with_name(".metadata")
+    passes_over(two, file, capsys)
+
+
+def test_the_next_save_replaces_a_damaged_checkpoint(two, capsys):
+    os.truncate(two.folder / "step-2" / "__0_0.distcp", 9)
+    assert two.load().path.name == "step-1"
+    two.save(2, content(2), {"step": 2})
+    capsys.readouterr()
+    assert equal(read(two.load(), content(2)), content(2))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_where_all_are_damaged_the_error_names_the_newest(two, name):
+    for step in (1, 2):
+        os.truncate(two.folder / f"step-{step}" / name, 5)
+    with pytest.raises(ConfigError) as caught:
+        two.load()
+    assert str(two.folder / "step-2" / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_text("step-9\n")])
+def test_latest_is_for_people(two, damage):
+    damage(two.folder / "latest")
+    assert two.load().path.name == "step-2"
+
+
+def test_an_unfinished_save_is_passed_over_and_cleared(two, capsys):
+    shutil.copytree(two.folder / "step-2", two.folder / "step-3.tmp")
+    assert two.load().path.name == "step-2"
+    assert f"{two.folder / 'step-3.tmp'} was not finished" in capsys.readouterr().err
+    two.save(4, content(4), {})
+    assert steps(two.folder) == ["step-2", "step-4"]
+
+
+def test_a_folder_of_something_else_is_left_alone(world, tmp_path):
+    for name in ("step-x", "step-1.old", "other"):
+        (tmp_path / name).mkdir()
+    checkpoints = Checkpoints(tmp_path, world, keep=1)
+    assert checkpoints.load() is None
+    checkpoints.save(1, content(1), {})
+    checkpoints.save(2, content(2), {})
+    assert {"step-x", "step-1.old", "other", "step-2"} == {p.name for p in tmp_path.glob("*")} - {"latest"}
+
+
+def save_for_ever(folder: Path, way: str, first: int, rank: int, store: Path) -> None:
+    """Save a tensor that two ranks share, and one of each rank's, all full of the step's number."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    world = World(rank, rank, 2, torch.device("cpu"))
+    checkpoints = Checkpoints(folder, world, asynchronous=way == "asynchronous")
+    for step in itertools.count(first):
+        whole = torch.full((20_001,), float(step))
+        piece = Slice.of(whole.tensor_split(2)[rank], 0, 10_001 * rank, 20_001)
+        content = {"shared": piece, f"own{rank}": whole}
+        if way == "in place":
+            save(content, storage_writer=FileSystemWriter(folder / "step-0", sync_files=True))
+            (folder / "latest").write_text(str(step))
+        else:
+            checkpoints.save(step, content, {"step": step})
+
+
+def load_whole(folder: Path, way: str, at_least: int) -> None:
+    if way == "in place":
+        found = tensors(folder / "step-0")
+        step = int(found["shared"][0])
+    else:
+        with join_world("cpu") as world:
+            saved = Checkpoints(folder, world).load()
+            found = {name: torch.zeros(20_001) for name in ("shared", "own0", "own1")}
+            saved.read(found)
+        step = saved.state["step"]
+        assert saved.path.name == f"step-{step}"
+    assert step >= at_least
+    assert len(found) == 3
+    for t in found.values():
+        assert t.eq(step).all()
+
+
+def fork(function: Callable[[], None]) -> int:
+    pid = os.fork()
+    if not pid:
+        try:
+            function()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return pid
+
+
+def kill(folder: Path, way: str, rounds: int) -> None:
+    """Again and again, start two ranks that save, kill them at a random moment, and load."""
+    torch.set_num_threads(1)
+    generator = random.Random(way)
+    unfinished = broken = 0
+    for i in range(rounds):
+        before = latest(folder)
+        first = int(before.removeprefix("step-") or 0) + 1
+        store = folder / f"store{i}"
+        pids = [fork(partial(save_for_ever, folder, way, first, rank, store)) for rank in range(2)]
+        after = wait_for(lambda before=before: (now := latest(folder)) != before and now)
+        time.sleep(generator.uniform(0, 0.08))
+        for pid in generator.sample(pids, 2):
+            os.kill(pid, signal.SIGKILL)
+            time.sleep(generator.choice([0, 0.01]))
+        for pid in pids:
+            os.waitpid(pid, 0)
+        unfinished += any(folder.glob("step-*.tmp"))
+        loader = fork(partial(load_whole, folder, way, int(after.removeprefix("step-"))))
+        broken += os.waitpid(loader, 0)[1] != 0
+        if broken:
+            break
+    print(json.dumps({"unfinished": unfinished, "broken": broken}))
+
+
+def killed(folder: Path, way: str, rounds: int) -> tuple[dict[str, int], str]:
+    command = [sys.executable, __file__, "kill", str(folder), way, str(rounds)]
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout), process.stderr
+
+
+@pytest.mark.parametrize("way", ["synchronous", "asynchronous"])
+def test_killed_during_saves_it_is_whole_or_absent(tmp_path, way):
+    counts, err = killed(tmp_path, way, 8)
+    assert counts["broken"] == 0, err
+    assert counts["unfinished"] >= 1  # the kills did hit saves
+    assert err.count("was not finished and is passed over") >= counts["unfinished"]
+
+
+def test_overwriting_in_place_does_not_survive_the_same(tmp_path):
+    counts, _ = killed(tmp_path, "in place", 60)
+    assert counts["broken"] == 1
+
+
+class Payload:
+    """Unpickled, it leaves a mark."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.mark}",)
+
+
+def sign(path: Path) -> None:
+    """Make the manifest right for the files there are, as one who knows the format can."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["sha256"] = UNSIGNED
+    for name in manifest["files"]:
+        manifest["files"][name] = hashlib.sha256((path / name).read_bytes()).hexdigest()
+    text = json.dumps(manifest)
+    (path / MANIFEST).write_text(text.replace(UNSIGNED, hashlib.sha256(text.encode()).hexdigest()))
+
+
+def forge_metadata(path: Path, payload: Payload) -> None:
+    (path / ".metadata").write_bytes(pickle.dumps(payload))
+    sign(path)
+
+
+def forge_within_metadata(path: Path, payload: Payload) -> None:
+    metadata: Metadata = pickle.loads((path / ".metadata").read_bytes())
+    metadata.planner_data = payload
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    sign(path)
+
+
+def forge_manifest(path: Path, payload: Payload) -> None:
+    (path / MANIFEST).write_bytes(pickle.dumps(payload))
+
+
+def forge_shard(path: Path, payload: Payload) -> None:
+    torch.save(payload, path / "__0_0.distcp")
+    metadata: Metadata = pickle.loads((path / ".metadata").read_bytes())
+    length = (path / "__0_0.distcp").stat().st_size
+    for index in metadata.storage_data:
+        metadata.storage_data[index] = _StorageInfo("__0_0.distcp", 0, length)
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    sign(path)
+
+
+def forge_bytes(path: Path, payload: Payload) -> None:
+    """Metadata that calls a tensor an object: PyTorch's planner unpickles those without an allow-list."""
+    buffer = io.BytesIO()
+    torch.save(payload, buffer)
+    (path / "__0_0.distcp").write_bytes(buffer.getvalue())
+    metadata: Metadata = pickle.loads((path / ".metadata").read_bytes())
+    for name in metadata.state_dict_metadata:
+        metadata.state_dict_metadata[name] = BytesStorageMetadata()
+    info = _StorageInfo("__0_0.distcp", 0, len(buffer.getvalue()))
+    metadata.storage_data = {MetadataIndex(name): info for name in metadata.state_dict_metadata}
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    sign(path)
+
+
+@pytest.mark.parametrize(
+    "forge", [forge_metadata, forge_within_metadata, forge_manifest, forge_shard, forge_bytes]
+)
+def test_a_payload_is_refused_and_not_executed(world, tmp_path, forge):
+    mark = tmp_path / "mark"
+    checkpoints = Checkpoints(tmp_path / "saved", world)
+    checkpoints.save(1, content(1), {})
+    sign(tmp_path / "saved" / "step-1")
+    assert equal(read(checkpoints.load(), content(1)), content(1))  # the signature is right
+    forge(tmp_path / "saved" / "step-1", Payload(mark))
+    with pytest.raises(ValueError, match=r"step-1|rank 0: ") as caught:
+        read(checkpoints.load(), content(1))
+    assert "\n" not in str(caught.value)
+    assert not mark.exists()
+
+
+def test_the_payload_has_teeth(tmp_path):
+    pickle.loads(pickle.dumps(Payload(tmp_path / "mark")))
+    assert (tmp_path / "mark").exists()
+
+
+def save_on_a_full_disk(folder: Path, asynchronous: bool, full_on: int) -> list[str]:
+    """The errors of a save and of those who wait for it, on this rank."""
+    with join_world("cpu") as world:
+        checkpoints = Checkpoints(folder, world, asynchronous=asynchronous)
+        values = {f"rank{world.rank}": torch.zeros(9999)}
+        checkpoints.save(1, values, {})
+        checkpoints.wait()
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        errors = []
+        if world.rank == full_on:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        try:
+            for call in (partial(checkpoints.save, 2, values, {}), checkpoints.wait, checkpoints.wait):
+                try:
+                    call()
+                    errors.append("")
+                except ConfigError as e:
+                    errors.append(str(e))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        checkpoints.save(3, values, {})  # there is room again
+        checkpoints.wait()
+        return errors
+
+
+@pytest.mark.parametrize("full_on", [0, 1])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_failed_save_is_told_on_every_rank_once(ranks, tmp_path, asynchronous, full_on):
+    """Where training goes on meanwhile, by the next who asks for the save's end."""
+    for errors in ranks(2, save_on_a_full_disk, tmp_path, asynchronous, full_on):
+        message = errors.pop(1 if asynchronous else 0)
+        assert errors == ["", ""]
+        assert f"{tmp_path / 'step-2'} could not be saved: " in message
+        assert f"rank {full_on}: " in message
+        assert "File too large" in message
+        assert "\n" not in message
+    assert steps(tmp_path) == ["step-1", "step-3"]
+
+
+def progress_of(world: World, sizes: list[int], **mesh: int) -> tuple[World, Progress]:
+    """This rank's part of a model on a mesh, and its optimizer's state."""
+    torch.manual_seed(1)
+    world = world.split(**mesh)
+    assert world.mesh is not None
+    model = stage_mlp(parallel_mlp(MLP(sizes), world.mesh["tp"]), world.mesh["pp"])
+    optimizer = sgd(model, lr=0.1, momentum=0.9, weight_decay=0)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape)
+    optimizer.step()
+    return world, Progress(model, optimizer, scheduler(optimizer, "linear", 9), {}, world)
+
+
+def begin(folder: Path, sizes: list[int], **mesh: int) -> None:
+    with join_world("cpu") as world:
+        world, progress = progress_of(world, sizes, **mesh)
+        progress.step, progress.loss = 5, progress.loss + 0.1 * (world.rank + 1)
+        progress.save(Checkpoints(folder, world), 5)
+
+
+def hand_on(source: Path, target: Path, sizes: list[int], **mesh: int) -> float:
+    """Load on this mesh what another saved, and save it again."""
+    with join_world("cpu") as world:
+        world, progress = progress_of(world, sizes, **mesh)
+        torch.manual_seed(7)
+        progress.resume(Checkpoints(source, world))
+        assert progress.step == 5
+        progress.save(Checkpoints(target, world), 5)
+        return float(world.sum(progress.loss.clone()))
+
+
+MESHES = [{"dp": 1}, {"tp": 2}, {"dp": 2, "tp": 2}, {"pp": 2, "tp": 2}, {"pp": 3}, {"tp": 3}, {"dp": 2}]
+
+
+def test_a_checkpoint_goes_from_mesh_to_mesh_with_every_bit(ranks, tmp_path):
+    """Layers of 33 and 7, that nothing divides; each mesh reads what the one before wrote."""
+    sizes = [9, 33, 7, 10]
+    ranks(4, partial(begin, tmp_path / "0", sizes, dp=2, pp=2))
+    first = tensors(tmp_path / "0" / "step-5")
+    for i, mesh in enumerate(MESHES):
+        world_size = mesh.get("dp", 1) * mesh.get("tp", 1) * mesh.get("pp", 1)
+        sums = ranks(world_size, partial(hand_on, tmp_path / str(i), tmp_path / str(i + 1), sizes, **mesh))
+        assert sums == [pytest.approx(0.1 * (1 + 2 + 3 + 4), abs=1e-15)] * world_size
+        assert same(tensors(tmp_path / str(i + 1) / "step-5"), first), mesh
+    assert first["model.layers.0.weight"].shape == (33, 9)
+    assert first["optimizer.layers.1.weight.momentum_buffer"].shape == (7, 33)
+    assert len(first) == 2 * 6 + 1
+    # What a mesh draws by itself differs: it was read, not drawn again.
+    ranks(1, partial(begin, tmp_path / "fresh", sizes, dp=1))
+    assert not same(tensors(tmp_path / "fresh" / "step-5"), first)
+
+
+def test_a_model_of_other_sizes_is_refused(ranks, tmp_path):
+    ranks(1, partial(begin, tmp_path / "0", [9, 33, 7, 10], dp=1))
+    for sizes in ([9, 34, 7, 10], [9, 33, 10], [9, 33, 7, 7, 10]):
+        with pytest.raises(ConfigError, match="holds no checkpoint of this run"):
+            ranks(2, partial(hand_on, tmp_path / "0", tmp_path / "1", sizes, tp=2))
+    assert not (tmp_path / "1").exists()
+
+
+if __name__ == "__main__":
+    kill(Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
