@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -49,14 +50,18 @@ class Row:
     reason: str
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Append ``rows``, after a header where the file is new."""
+def write_csv(path: Path, rows: Sequence[Any], **common: object) -> None:
+    """Append ``rows``, dataclasses of one kind, after a header where the file is new.
+
+    Args:
+        common: columns that all rows have alike.
+    """
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer = csv.DictWriter(file, [*(field.name for field in fields(rows[0])), *common])
         if new:
             writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerows({**asdict(row), **common} for row in rows)
 
 
 def print_table(rows: Sequence[Row], title: str) -> None:
@@ -69,16 +74,16 @@ def print_table(rows: Sequence[Row], title: str) -> None:
         "shape": [row.shape for row in rows],
         "dtype": [row.dtype for row in rows],
         "provider": [row.provider for row in rows],
-        "p20 µs": [_cell(row.p20_ms, "{:,.1f}", 1e3) for row in rows],
-        "p50 µs": [_cell(row.p50_ms, "{:,.1f}", 1e3) for row in rows],
-        "p80 µs": [_cell(row.p80_ms, "{:,.1f}", 1e3) for row in rows],
-        "host µs": [_cell(row.host_ms, "{:,.1f}", 1e3) for row in rows],
-        "speedup": [_cell(row.speedup, "{:.2f}") for row in rows],
-        "GB/s": [_cell(row.gb_per_s, "{:,.1f}") for row in rows],
-        "TFLOP/s": [_cell(row.tflop_per_s, "{:,.3f}") for row in rows],
-        "roofline": [_cell(row.roofline, "{:.0%}") for row in rows],
-        "max error": [_cell(row.max_error, "{:.1e}") for row in rows],
-        "MB": [_cell(row.peak_memory_mb, "{:,.1f}") for row in rows],
+        "p20 µs": [cell(row.p20_ms, "{:,.1f}", 1e3) for row in rows],
+        "p50 µs": [cell(row.p50_ms, "{:,.1f}", 1e3) for row in rows],
+        "p80 µs": [cell(row.p80_ms, "{:,.1f}", 1e3) for row in rows],
+        "host µs": [cell(row.host_ms, "{:,.1f}", 1e3) for row in rows],
+        "speedup": [cell(row.speedup, "{:.2f}") for row in rows],
+        "GB/s": [cell(row.gb_per_s, "{:,.1f}") for row in rows],
+        "TFLOP/s": [cell(row.tflop_per_s, "{:,.3f}") for row in rows],
+        "roofline": [cell(row.roofline, "{:.0%}") for row in rows],
+        "max error": [cell(row.max_error, "{:.1e}") for row in rows],
+        "MB": [cell(row.peak_memory_mb, "{:,.1f}") for row in rows],
         "ok": ["yes" if row.ok else "[red]no" for row in rows],
     }
     columns = {header: cells for header, cells in columns.items() if any(cells)}
@@ -98,7 +103,8 @@ def print_table(rows: Sequence[Row], title: str) -> None:
             console.print(f"{row.provider}, {row.mode} {row.shape} {row.dtype}: {row.reason}", markup=False)
 
 
-def _cell(value: float | None, form: str, unit: float = 1) -> str:
+def cell(value: float | None, form: str, unit: float = 1) -> str:
+    """``value`` times ``unit``; nothing for None."""
     return "" if value is None else form.format(value * unit)
 
 
@@ -131,6 +137,12 @@ def clocks(device: torch.device) -> str:
         return f"{_cpuinfo('cpu MHz')} MHz"
     uuid = torch.cuda.get_device_properties(device).uuid
     return _output(f"nvidia-smi -i GPU-{uuid} --query-gpu=clocks.sm,clocks.mem --format=csv,noheader")
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Where and when rows come from."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {**environment(device), "clocks": clocks(device), "date": now}
 
 
 def _cpuinfo(key: str) -> str:

@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,21 @@ def test_every_spread_learns_the_same(data, alone, tmp_path, script, ranks, flag
         assert (count, nbytes) == (counted, counted_bytes)
     assert re.search(r"│ optimizer +│ +\d", out)
     assert (tmp_path / "confusion.png").exists()
+
+
+def test_two_machines_meet(data, alone):
+    """Two torchruns, as two machines would start them, that find each other by c10d's rendezvous."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    rendezvous = ["--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", "--rdzv_id=two"]
+    machines = [start(*torchrun, *rendezvous, TRAIN_DDP, *data, *TWO_EPOCHS) for _ in range(2)]
+    ended = [machine.communicate(timeout=120) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], [err for _, err in ended]
+    (out,) = (out for out, _ in ended if out)  # rank 0's machine alone speaks
+    assert re.fullmatch(LAST_LINE, out.splitlines()[-1]).groups() == ("2", "cpu")
+    assert f"| loss {alone[-1]['test_loss']:.4f} |" in out.splitlines()[-1]
 
 
 def test_one_process_with_every_other_flag(data, tmp_path):

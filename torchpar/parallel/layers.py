@@ -219,7 +219,9 @@ class RowParallelLinear(_ParallelLinear):
 def _cast(t: Tensor) -> Tensor:
     """``t`` as `torch.autocast` has a product take it."""
     kind = t.device.type
-    if not torch.is_autocast_enabled(kind) or t.dtype == torch.float64:
+    if t.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return t
+    if not torch.is_autocast_enabled(kind):
         return t
     return t.to(torch.get_autocast_dtype(kind))
 
