@@ -16,7 +16,6 @@ from typing import Any, Literal, NoReturn, TypeVar
 from torchpar.data import Dataset
 from torchpar.errors import ConfigError
 from torchpar.parallel.rendezvous import find_place
-from torchpar.parallel.world import RankLostError
 from torchpar.training import Schedule, Stopped
 
 try:
@@ -125,12 +124,10 @@ def main(run: Callable[[F], None], flags: type[F]) -> None:
     """
     try:
         run(_parse(flags))
-    except RankLostError as e:
-        if _rank() != e.speaker:
-            time.sleep(1)  # let it be the first to end; it is there, so the others need not speak
-            sys.exit(2)
-        _fail(str(e), e.speaker)
     except (ConfigError, OSError) as e:
+        if getattr(e, "told", False):
+            time.sleep(1)  # torchrun ends all ranks as soon as one has ended: leave the other time to speak
+            sys.exit(2)
         _fail(str(e))
     except Stopped:
         if _rank() == 0:
@@ -159,9 +156,8 @@ def _rank() -> int:
     return place.rank if place else 0
 
 
-def _fail(message: str, speaker: int = 0) -> NoReturn:
-    if _rank() != speaker:
-        # torchrun ends the other ranks as soon as one has ended, so let the one that speaks be first.
-        time.sleep(GRACE)
+def _fail(message: str) -> NoReturn:
+    if _rank() != 0:
+        time.sleep(GRACE)  # for rank 0, if it is about to fail too, to be first
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -3,4 +3,10 @@
 
 
 class ConfigError(ValueError):
-    """What was asked for cannot be done. One line: what was wrong, what was expected, what to do."""
+    """What was asked for cannot be done. One line: what was wrong, what was expected, what to do.
+
+    Attributes:
+        told: another rank has met it too, and tells it.
+    """
+
+    told = False

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import Store
 
 from torchpar.errors import ConfigError
 from torchpar.parallel import rendezvous
@@ -29,13 +30,8 @@ PATIENCE = 2.0  # seconds that a rank whose collective failed leaves the others 
 class RankLostError(ConfigError):
     """A rank died or hangs.
 
-    Attributes:
-        speaker: the lowest rank that is left, which tells.
+    The lowest rank that is left tells.
     """
-
-    def __init__(self, message: str, speaker: int):
-        super().__init__(message)
-        self.speaker = speaker
 
 
 @dataclass(frozen=True)
@@ -226,14 +222,18 @@ def join_world(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[World
     _calm_gloo()
     try:
         yield World(place.rank, place.local_rank, place.world_size, own, timeout=timeout)
+    except ConfigError as e:
+        e.told = _rank_0_tells(store, place.rank)
+        raise
     except RuntimeError as e:
-        if isinstance(e, ConfigError) or not _is_of_communication(e):
+        if not _is_of_communication(e):
             raise
         lost = rendezvous.absent(store, place.rank, place.world_size, PATIENCE)
         reason = str(e).partition("\n")[0]
         who = f"rank {', '.join(map(str, lost))} does not answer" if lost else "the ranks lost each other"
-        present = [rank for rank in range(place.world_size) if rank not in lost]
-        raise RankLostError(f"{who} ({reason})", speaker=present[0]) from e
+        error = RankLostError(f"{who} ({reason})")
+        error.told = any(rank not in lost for rank in range(place.rank))
+        raise error from e
     finally:
         # A group's threads end with its last reference, and abort the process if that is after the
         # interpreter has begun to exit. DistributedDataParallel keeps one, in a reference cycle.
@@ -254,6 +254,20 @@ def _calm_gloo() -> None:
         with suppress(OSError):
             if (task / "comm").read_text().strip() == "gloo_tcp_loop":
                 os.sched_setscheduler(int(task.name), os.SCHED_BATCH, os.sched_param(0))
+
+
+def _rank_0_tells(store: Store, rank: int) -> bool:
+    """Whether rank 0 has met an error as well, or is about to."""
+    if rank == 0:
+        store.set("failed", "")
+        return False
+    try:
+        store.wait(["failed"], timedelta(seconds=PATIENCE))
+    except dist.DistNetworkError:
+        return True  # it hosts the store, and has ended
+    except dist.DistStoreError:
+        return False
+    return True
 
 
 def _is_of_communication(error: RuntimeError) -> bool:
