@@ -221,8 +221,9 @@ def test_ranks_that_differ_are_told_on_every_rank(data, tmp_path, of_all, of_0, 
     ranks = start(tmp_path, command, 2, differing=each, grace=0.2)
     codes, out, err = finish(ranks, launched=False)
     assert codes == [2, 2], err
-    assert len(errors(err)) == 2
-    assert all(" on rank 0 and " in line and " on rank 1" in line for line in errors(err))
+    (line,) = errors(err)
+    assert " on rank 0 and " in line
+    assert " on rank 1" in line
     assert out == ""
 
 
@@ -240,13 +241,13 @@ def test_sizes_that_do_not_divide_are_supported(data, tmp_path, undisturbed, mes
 BAD = [
     (2, "--dp 3", "dp 3 × tp 1 × pp 1 is 3 ranks, but 2 were started"),
     (2, "--tp 2 --pp 2", "dp 1 × tp 2 × pp 2 is 4 ranks, but 2 were started"),
-    (2, "--tp 0", "tp"),
+    (2, "--tp 0", "--tp is 0, expected at least 1"),
     (2, "--pp 2 --hidden", "stages"),
     (4, "--pp 4", "stages"),
     (3, "--dp 3 --reduction invariant", "reduction 'invariant' takes 1, 2 or 4 ranks"),
     (2, "--pp 2 --reduction invariant", "not pp 2"),
     (2, "--keep 0", "--keep is 0, expected at least 1"),
-    (2, "--pp 2 --micro-batches 0", "micro"),
+    (2, "--pp 2 --micro-batches 0", "--micro-batches is 0, expected at least 1"),
 ]
 
 
@@ -255,7 +256,8 @@ def test_bad_flags_end_every_rank(data, tmp_path, world_size, bad, message):
     ranks = start(tmp_path, [*data, *bad.split()], world_size, grace=0.2)
     codes, out, err = finish(ranks, launched=False)
     assert codes == [2] * world_size, err
-    assert len(errors(err)) == len(err.splitlines()) == world_size
+    # Ranks that have met know that rank 0 tells; of a bad value alone each would tell, if it were let.
+    assert len(errors(err)) == len(err.splitlines()) == (world_size if message.startswith("--") else 1)
     assert len(set(errors(err))) == 1
     assert message in err
     assert out == ""
@@ -265,7 +267,7 @@ def test_bad_flags_are_told_by_rank_0_alone(data, tmp_path):
     ranks = start(tmp_path, [*data, "--dp", "3"], 2)
     codes, _, err = finish(ranks)
     assert codes[0] == 2
-    assert codes[1] == -signal.SIGTERM  # it had left rank 0 to speak
+    assert codes[1] in (2, -signal.SIGTERM)  # it had left rank 0 to speak
     assert len(errors(err)) == 1
     assert ranks[1].err.read_text() == ""
 

@@ -125,10 +125,7 @@ def main(run: Callable[[F], None], flags: type[F]) -> None:
     try:
         run(_parse(flags))
     except (ConfigError, OSError) as e:
-        if getattr(e, "told", False):
-            time.sleep(1)  # torchrun ends all ranks as soon as one has ended: leave the other time to speak
-            sys.exit(2)
-        _fail(str(e))
+        _fail(str(e), getattr(e, "told", None))
     except Stopped:
         if _rank() == 0:
             print("stopped by SIGTERM; the state is saved, the same command goes on from it", flush=True)
@@ -156,8 +153,12 @@ def _rank() -> int:
     return place.rank if place else 0
 
 
-def _fail(message: str) -> NoReturn:
-    if _rank() != 0:
-        time.sleep(GRACE)  # for rank 0, if it is about to fail too, to be first
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+def _fail(message: str, told: bool | None) -> NoReturn:
+    """Tell the error and end, unless another rank tells it; launchers end all ranks when one has ended."""
+    if told is None and _rank() != 0:
+        time.sleep(GRACE)  # for rank 0, if it is about to fail too
+    if told:
+        time.sleep(2)  # for the one that tells
+    else:
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)

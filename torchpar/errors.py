@@ -6,7 +6,7 @@ class ConfigError(ValueError):
     """What was asked for cannot be done. One line: what was wrong, what was expected, what to do.
 
     Attributes:
-        told: another rank has met it too, and tells it.
+        told: whether another rank has met it too, and tells it; None if that is not known.
     """
 
-    told = False
+    told: bool | None = None

@@ -24,7 +24,7 @@ from torchpar.parallel.reduction import Partition, Reduction, check_reduction
 
 T = TypeVar("T")
 TIMEOUT = 1800.0
-PATIENCE = 2.0  # seconds that a rank whose collective failed leaves the others to report that theirs did
+PATIENCE = 1.5  # seconds that a rank whose collective failed leaves the others to report that theirs did
 
 
 class RankLostError(ConfigError):
