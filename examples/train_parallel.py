@@ -55,12 +55,11 @@ def main(flags: Flags) -> None:
 
 def spread(mlp: MLP, flags: Flags, world: World) -> Spread:
     assert world.mesh is not None
-    model = parallel_mlp(mlp, world.mesh["tp"], flags.reduction)
+    model = stage_mlp(parallel_mlp(mlp, world.mesh["tp"], flags.reduction), world.mesh["pp"])
     if flags.compile:
         model.compile()
     if flags.reduction == "invariant":
         return Spread(model, InvariantStep(model, world))
-    model = stage_mlp(model, world.mesh["pp"])
     forward: torch.nn.Module = model
     if world.data_ranks > 1:
         # Among the replicas of this rank's slice of its stage.

@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar import cli
 from torchpar.errors import ConfigError
-from torchpar.nn import MLP
+from torchpar.nn import MLP, Linear
 from torchpar.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torchpar.parallel.step import ReplicaStep
 from torchpar.parallel.world import join_world
@@ -50,12 +50,13 @@ class SplitMLP(torch.nn.Module):
 
     def __init__(self, whole: MLP, mesh: DeviceMesh):
         super().__init__()
-        features, neurons, classes = whole.sizes
         first, second = whole.layers
-        # (neurons / p, features): x (b, features) → (b, neurons / p), by the fused kernel
-        self.column = ColumnParallelLinear(features, neurons, mesh=mesh, activation="sigmoid", whole=first)
-        # (classes, neurons / p): (b, neurons / p) → Σ over ranks → (b, classes)
-        self.row = RowParallelLinear(neurons, classes, mesh=mesh, whole=second)
+        assert isinstance(first, Linear)
+        assert isinstance(second, Linear)
+        # weight (neurons / p, features): x (b, features) → σ(x·Wᵀ + b) (b, neurons / p), by the fused kernel
+        self.column = ColumnParallelLinear.from_linear(first, mesh=mesh)
+        # weight (classes, neurons / p): (b, neurons / p) → Σ over ranks → + b (b, classes)
+        self.row = RowParallelLinear.from_linear(second, mesh=mesh)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.row(self.column(x))  # type: ignore[no-any-return]

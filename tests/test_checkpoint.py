@@ -32,9 +32,10 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
-from torchpar.parallel.checkpoint import MANIFEST, UNSIGNED, Checkpoints, Saved, Slice
+from torchpar.parallel.checkpoint import MANIFEST, UNSIGNED, Checkpoints, Saved
 from torchpar.parallel.layers import parallel_mlp
 from torchpar.parallel.pipeline import stage_mlp
+from torchpar.parallel.storage import Slice
 from torchpar.parallel.world import World, join_world
 from torchpar.progress import Progress
 from torchpar.training import scheduler, sgd
@@ -216,7 +217,9 @@ def test_a_folder_of_something_else_is_left_alone(world, tmp_path):
     assert checkpoints.load() is None
     checkpoints.save(1, content(1), {})
     checkpoints.save(2, content(2), {})
-    assert {"step-x", "step-1.old", "other", "step-2"} == {p.name for p in tmp_path.glob("*")} - {"latest"}
+    assert {"step-x", "step-1.old", "other", "step-2"} == {p.name for p in tmp_path.glob("[!.]*")} - {
+        "latest"
+    }
 
 
 def save_for_ever(folder: Path, way: str, first: int, rank: int, store: Path) -> None:
@@ -491,3 +494,42 @@ def test_a_model_of_other_sizes_is_refused(ranks, tmp_path):
 
 if __name__ == "__main__":
     kill(Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+
+
+def test_a_damaged_later_one_is_not_kept_in_the_place_of_a_whole_one(world, tmp_path, capsys):
+    checkpoints = Checkpoints(tmp_path, world, keep=1)
+    checkpoints.save(2, content(2), {"step": 2})
+    shutil.copytree(tmp_path / "step-2", tmp_path / "step-9")
+    (tmp_path / "step-9" / MANIFEST).write_text("{")
+    checkpoints.save(3, content(3), {"step": 3})
+    assert steps(tmp_path) == ["step-3", "step-9"]
+    assert checkpoints.load().state == {"step": 3}
+    assert "step-9" in capsys.readouterr().err
+
+
+SAVE_AND_STAY = """
+import sys, torch
+from pathlib import Path
+from torchpar.parallel.checkpoint import Checkpoints
+from torchpar.parallel.world import join_world
+with join_world("cpu") as world:
+    Checkpoints(Path(sys.argv[1]), world).save(1, {"a": torch.ones(1)}, {})
+    print("saved", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_run_at_a_time_saves_to_a_folder(world, tmp_path):
+    command = [sys.executable, "-c", SAVE_AND_STAY, str(tmp_path)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+    try:
+        assert other.stdout.readline() == "saved\n"
+        with pytest.raises(ConfigError, match=r"another run saves to .*use another folder"):
+            Checkpoints(tmp_path, world).save(2, content(2), {})
+        assert steps(tmp_path) == ["step-1"]
+    finally:
+        other.kill()
+        other.communicate()
+    Checkpoints(tmp_path, world).save(2, content(2), {})
+    assert steps(tmp_path) == ["step-1", "step-2"]

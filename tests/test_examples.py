@@ -213,3 +213,23 @@ def test_errors_on_two_ranks_come_from_rank_0_alone(data, flags, message):
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_examples_fit_on_a_page(example):
     assert len(example.read_text().splitlines()) <= 150
+
+
+def test_compiling_reaches_what_runs(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), *sys.path])
+    import train_parallel
+
+    from torchpar.nn import MLP
+    from torchpar.parallel.world import join_world
+
+    for compiled in (False, True):
+        with join_world("cpu") as world:
+            own = train_parallel.spread(MLP([4, 3, 2]), train_parallel.Flags(compile=compiled), world.split())
+        assert (own.step.forward._compiled_call_impl is not None) is compiled
+
+
+def test_a_run_too_short_to_record(capsys):
+    from torchpar import report
+
+    report.print_collectives([], [], None)
+    assert "none was recorded" in capsys.readouterr().out

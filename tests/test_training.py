@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 import dataclasses
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torchpar.data import Samples
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel.step import ReplicaStep, Step
+from torchpar.parallel.stop import StopSignal
 from torchpar.parallel.world import World, join_world
 from torchpar.phases import Phases
 from torchpar.progress import EpochResult
@@ -53,7 +56,7 @@ def train(
             forward = DistributedDataParallel(model)
         step: Step = ReplicaStep(forward, world.data_ranks)
         if measured:
-            step = WatchedStep(step, world, measured)
+            step = WatchedStep(step, world)
         test = samples(101, seed=2)
         results = training.fit(
             model,
@@ -288,3 +291,27 @@ def test_schedules():
     assert course("cosine") == pytest.approx([1 + math.cos(math.pi * i / 4) for i in range(5)])
     with pytest.raises(ConfigError, match="schedule is 'steps', expected one of"):
         course("steps")  # type: ignore[arg-type]
+
+
+def test_told_to_stop_twice(tmp_path):
+    """The second time, while it leaves, does not kill the process."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with StopSignal(World(0, 0, 1, torch.device("cpu"))) as stop:
+            stop.ask()
+            assert not stop.answer()
+            os.kill(os.getpid(), signal.SIGTERM)
+            stop.ask()
+            assert stop.answer()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with StopSignal(World(0, 0, 1, torch.device("cpu"))):
+            pass
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_flags_of_another_script_do_not_matter(tmp_path):
+    run_alone(1, tmp_path, schedule="constant", lr=0.3)
+    _, results = run_alone(2, tmp_path, schedule="constant", lr=0.3, reduction="fast")
+    assert len(results) == 2

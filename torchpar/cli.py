@@ -70,7 +70,7 @@ class TrainFlags:
     phases: bool = False
     """Measure the time of each phase of a step (data, forward, backward, collectives, optimizer)."""
     collectives: bool = False
-    """Count what travels between ranks in a step, and measure its time, beside what is predicted."""
+    """Count what travels between ranks for a step's gradient, and time it, beside what is predicted."""
     metrics: Path | None = None
     """File for one JSON object per epoch."""
     plots: Path | None = None

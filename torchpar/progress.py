@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from torchpar.errors import ConfigError
-from torchpar.parallel.checkpoint import Checkpoints, Slice
+from torchpar.parallel.checkpoint import Checkpoints
 from torchpar.parallel.layers import split_parameters
+from torchpar.parallel.storage import Slice
 from torchpar.parallel.world import World
 
 
@@ -113,9 +114,9 @@ class Progress:
         try:
             state = saved.state
             was, now = state["run"], self.run
-            differing = sorted(key for key in now.keys() | was.keys() if was.get(key) != now.get(key))
+            differing = sorted(key for key in now.keys() & was.keys() if was[key] != now[key])
             if differing:
-                of = [", ".join(f"{key} {run.get(key)}" for key in differing) for run in (was, now)]
+                of = [", ".join(f"{key} {run[key]}" for key in differing) for run in (was, now)]
                 raise ConfigError(
                     f"{folder} holds a run with {of[0]}, this one has {of[1]}; use another folder"
                 )

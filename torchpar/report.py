@@ -95,7 +95,11 @@ def print_collectives(
     Args:
         link: for the predicted times; None where nothing was sent to measure it by.
     """
-    table = Table(title="collectives per step, rank 0: predicted | measured")
+    console = Console()
+    if not calls:
+        console.print("collectives per step: none was recorded, the run was too short")
+        return
+    table = Table(title="collectives of a step's gradient, rank 0: predicted | measured")
     table.add_column("dimension")
     table.add_column("operation")
     for column in ("count", "bytes", "ms"):
@@ -122,7 +126,6 @@ def print_collectives(
             # A receiver waits for its neighbour's work more than for the message.
             "-" if operation == "recv" else f"{link_ms:.2f} | {ms:.2f}",
         )
-    console = Console()
     if not kinds:
         console.print("collectives per step: none, one rank has the whole model and the whole batch")
         return

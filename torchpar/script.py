@@ -52,7 +52,7 @@ def train(flags: cli.TrainFlags, world: World, spread: Callable[[MLP], Spread]) 
     phases = Phases(world.device) if flags.phases else None
     watched = None
     if flags.phases or flags.collectives:
-        step = watched = WatchedStep(step, world, phases)
+        step = watched = WatchedStep(step, world)
 
     saving = None
     if flags.checkpoint:

@@ -5,13 +5,10 @@
 overwrite that is torn loads as a mixture of two. So a checkpoint is written into ``step-N.tmp`` with a
 manifest of every file's SHA-256, flushed to the disk, renamed to ``step-N`` in one step, and named in
 ``latest``; it is checked before it is read, and a damaged one is passed over for the one before.
-
-Nothing is unpickled but by allow-lists: tensors by `torch.load` with ``weights_only``, the checkpoint's
-own metadata by `_Unpickler`; the rest is JSON.
 """
 
+import fcntl
 import hashlib
-import io
 import json
 import os
 import pickle
@@ -32,131 +29,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from torchpar.errors import ConfigError
+from torchpar.parallel.storage import Reader, Writer, staged
 from torchpar.parallel.world import World
 
 MANIFEST = "manifest.json"
 UNSIGNED = "0" * 64  # in the place of the manifest's own SHA-256 when that is taken
-# What torch.distributed.checkpoint's metadata of tensors is made of. Not of objects (BytesStorageMetadata),
-# which PyTorch would unpickle without an allow-list.
-_CLASSES = {
-    "collections": {"OrderedDict"},
-    "pathlib": {"PosixPath", "WindowsPath"},
-    "pathlib._local": {"PosixPath", "WindowsPath"},  # the same in Python 3.13
-    "torch": {"Size", "float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.metadata": {
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-}
-
-
-class Slice(torch.Tensor):
-    """A rank's slice of a tensor that is split over ranks, as torch.distributed.checkpoint sees it.
-
-    `torch.distributed.tensor.DTensor` would cut the tensor in another way than our layers, whose sizes
-    need not divide. The attributes are `torch.distributed.checkpoint.CheckpointableTensor`'s, new in torch
-    2.15; the methods are what torch 2.11 asks for.
-    """
-
-    global_shape: tuple[int, ...]
-    global_offsets: tuple[tuple[int, ...], ...]
-    local_offsets: tuple[tuple[int, ...], ...]
-    local_sizes: tuple[tuple[int, ...], ...]
-
-    @staticmethod
-    def of(t: Tensor, axis: int, offset: int, size: int) -> "Slice":
-        """``t`` as the part from ``offset`` of a tensor whose axis ``axis`` is ``size`` long."""
-        shape = tuple(size if i == axis else n for i, n in enumerate(t.shape))
-        return Slice._of(t, shape, tuple(offset if i == axis else 0 for i in range(t.dim())))
-
-    @staticmethod
-    def _of(t: Tensor, shape: tuple[int, ...], offsets: tuple[int, ...]) -> "Slice":
-        piece = t.detach().as_subclass(Slice)
-        piece.global_shape, piece.global_offsets = shape, (offsets,)
-        piece.local_offsets, piece.local_sizes = ((0,) * t.dim(),), (tuple(t.shape),)
-        return piece
-
-    def staged(self) -> "Slice":
-        """A copy on the CPU."""
-        return Slice._of(_staged(self._plain()), self.global_shape, self.global_offsets[0])
-
-    def _plain(self) -> Tensor:
-        return self.as_subclass(torch.Tensor)
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        offsets, sizes = torch.Size(self.global_offsets[0]), torch.Size(self.local_sizes[0])
-        return [ChunkStorageMetadata(offsets=offsets, sizes=sizes)]
-
-    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
-        (chunk,) = self.__create_chunk_list__()
-        properties = TensorProperties.create_from_tensor(self._plain())
-        data = TensorWriteData(chunk=chunk, properties=properties, size=torch.Size(self.global_shape))
-        return [WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)]
-
-    def __get_tensor_shard__(self, _: MetadataIndex) -> Tensor:
-        return self._plain()
-
-
-def _staged(t: Tensor) -> Tensor:
-    return t.staged() if isinstance(t, Slice) else t.detach().to("cpu", copy=True)
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in _CLASSES.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint's metadata")
-        return super().find_class(module, name)
-
-
-class _Disk(FileSystem):
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
-        with super().create_stream(path, mode) as stream:
-            try:
-                yield stream
-            except RuntimeError as e:
-                # PyTorch's archive, which cannot be ended after a write that failed, hides the failure.
-                if isinstance(e.__context__, OSError):
-                    raise e.__context__ from e
-                raise
-
-
-class _Writer(FileSystemWriter):
-    """PyTorch's writer, but for its telling why a file could not be written."""
-
-    def __init__(self, path: Path, **options: Any):
-        super().__init__(path, **options)
-        self.fs = _Disk()
-
-
-class _Reader(FileSystemReader):
-    """PyTorch's reader, but for its unpickling whatever the metadata file asks for."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata: Metadata = _Unpickler(file).load()
-        assert metadata.storage_meta is not None
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
 
 
 @dataclass(frozen=True)
@@ -177,7 +58,7 @@ class Saved:
         """Fill ``tensors``, plain ones and `Slice`s, from the tensors of their names. Each rank calls it."""
         try:
             with _alone_is_fine():
-                load(dict(tensors), storage_reader=_Reader(self.path), process_group=self._group)
+                load(dict(tensors), storage_reader=Reader(self.path), process_group=self._group)
         except CheckpointException as e:
             raise ValueError(_cause(e)) from e
 
@@ -203,6 +84,7 @@ class Checkpoints:
         # A group of its own: a save's messages must not mix with training's. gloo's are of CPU tensors.
         self._group = _new_group(world)
         self._pending: Future[None] | None = None
+        self._locked = False  # by rank 0
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
         """Save as ``step-N``. A process killed at any moment leaves it whole or absent.
@@ -218,10 +100,10 @@ class Checkpoints:
         if not self.asynchronous:
             self._save(step, tensors, state)
             return
-        staged, state = {name: _staged(t) for name, t in tensors.items()}, json.loads(json.dumps(state))
+        copies, state = {name: staged(t) for name, t in tensors.items()}, json.loads(json.dumps(state))
         self._pending = Future()
         # A daemon: at the end of a process whose peers are lost, nobody waits for it.
-        threading.Thread(target=self._run, args=(self._pending, step, staged, state), daemon=True).start()
+        threading.Thread(target=self._run, args=(self._pending, step, copies, state), daemon=True).start()
 
     def _run(self, future: "Future[None]", *arguments: Any) -> None:
         try:
@@ -249,7 +131,7 @@ class Checkpoints:
         path, state = found
 
         def shapes() -> dict[str, torch.Size]:
-            metadata = _Reader(path).read_metadata()
+            metadata = Reader(path).read_metadata()
             return {
                 name: getattr(md, "size", torch.Size()) for name, md in metadata.state_dict_metadata.items()
             }
@@ -279,19 +161,19 @@ class Checkpoints:
 
     def _steps(self) -> list[Path]:
         steps = [p for p in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
-        return sorted(steps, key=lambda p: int(p.name[5:]))
+        return sorted(steps, key=_number)
 
     def _save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
         path = self.folder / f"step-{step}"
         unfinished = path.with_suffix(".tmp")
         try:
             self.world.on_rank_0(lambda: self._clear(unfinished), self._group)
-            writer = _Writer(unfinished, sync_files=True)
+            writer = Writer(unfinished, sync_files=True)
             with _alone_is_fine():
                 save(dict(tensors), storage_writer=writer, process_group=self._group)
             self.world.on_rank_0(lambda: self._publish(unfinished, path, state), self._group)
         except (CheckpointException, Exception) as e:
-            if self.world.rank == 0:
+            if self._locked:
                 shutil.rmtree(unfinished, ignore_errors=True)
             if not isinstance(e, (CheckpointException, OSError)):
                 raise
@@ -301,13 +183,26 @@ class Checkpoints:
                 "kept, make room and start again"
             ) from e
 
+    def _take_lock(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.folder / ".lock", os.O_WRONLY | os.O_CREAT, 0o644)  # never closed:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the process ends, however it does
+        except OSError as e:
+            raise ConfigError(
+                f"another run saves to {self.folder} ({e}); wait for its end, or use another folder"
+            ) from e
+        self._locked = True
+
     def _clear(self, unfinished: Path) -> None:
+        if not self._locked:
+            self._take_lock()
         for left in self.folder.glob("step-*.tmp"):  # by processes that were killed
             shutil.rmtree(left)
         unfinished.mkdir(parents=True)
 
     def _publish(self, unfinished: Path, path: Path, state: dict[str, Any]) -> None:
-        metadata = _Reader(unfinished).read_metadata()
+        metadata = Reader(unfinished).read_metadata()
         mesh = self.world.mesh
         files = sorted(p.name for p in unfinished.iterdir())
         manifest = {
@@ -339,7 +234,9 @@ class Checkpoints:
         _write(self.folder / "latest.tmp", path.name + "\n")
         os.replace(self.folder / "latest.tmp", self.folder / "latest")
         _sync(self.folder)
-        for old in self._steps()[: -self.keep]:
+        # Not counting later ones, which were damaged when this run began.
+        before = [p for p in self._steps() if _number(p) <= _number(path)]
+        for old in before[: -self.keep]:
             os.replace(old, old.with_suffix(".tmp"))  # one that is half removed must not look damaged
             shutil.rmtree(old.with_suffix(".tmp"))
 
@@ -358,6 +255,10 @@ def _new_group(world: World) -> dist.ProcessGroup | None:
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=world.timeout))
     assert isinstance(group, dist.ProcessGroup)
     return group
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _verify(path: Path) -> dict[str, Any]:

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchpar.parallel.reduction import SHARDS, Partition, Reduction
+from torchpar.parallel.partition import Partition
+from torchpar.parallel.reduction import SHARDS, Reduction
 from torchpar.parallel.world import World
 
 DDP_BUCKETS = (2**20, 25 * 2**20)  # bytes at which DistributedDataParallel closes its first, and each other

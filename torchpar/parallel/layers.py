@@ -21,7 +21,7 @@ dW_r = dY_rᵀ·X; the sum over ranks travels while dW_r is computed.
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -33,7 +33,9 @@ from torchpar.errors import ConfigError
 from torchpar.ops import linear_sigmoid, maximum
 from torchpar.ops._matrix import rows
 from torchpar.ops.linear_sigmoid import sigmoid_backward
-from torchpar.parallel.reduction import Partition, Reduction, start_all_reduce, tree_sum
+from torchpar.parallel.agreement import check_alike
+from torchpar.parallel.partition import Partition
+from torchpar.parallel.reduction import Reduction, start_all_reduce, tree_sum
 from torchpar.parallel.regions import (
     copy_to_tensor_model_parallel_region,
     gather,
@@ -41,9 +43,9 @@ from torchpar.parallel.regions import (
     reduce_from_tensor_model_parallel_region,
     scatter_to_tensor_model_parallel_region,
 )
-from torchpar.parallel.world import check_alike
 
 Activation = Literal["sigmoid", "relu"] | None
+_ACTIVATIONS: dict[type, Activation] = {nn.LinearSigmoid: "sigmoid", nn.LinearReLU: "relu"}
 
 
 class _ParallelLinear(torch.nn.Module):
@@ -61,7 +63,6 @@ class _ParallelLinear(torch.nn.Module):
         mesh: DeviceMesh,
         activation: Activation,
         reduction: Reduction,
-        whole: Any,
         options: dict[str, Any],
         **own: Any,
     ):
@@ -70,7 +71,7 @@ class _ParallelLinear(torch.nn.Module):
             raise ConfigError(f"mesh has dimensions {mesh.mesh_dim_names}, expected one, such as mesh['tp']")
         settings = {"layer": type(self).__name__, "in_features": in_features, "out_features": out_features}
         settings |= {"bias": bias, "activation": activation, "reduction": reduction, **own}
-        settings |= options if whole is None else {"dtype": whole.weight.dtype}
+        settings |= options
         check_alike(mesh.get_group(), "a layer's ranks", settings)
         if activation not in (None, "sigmoid", "relu"):
             raise ValueError(f"activation is {activation!r}, expected None, 'sigmoid' or 'relu'")
@@ -80,8 +81,30 @@ class _ParallelLinear(torch.nn.Module):
         self.mesh = mesh
         self.reduction: Reduction = reduction
         self.partition = Partition.of((out_features, in_features)[self.split_axes["weight"]], mesh, reduction)
-        if whole is None:
-            whole = nn.Linear(in_features, out_features, bias, **options)
+        self._take(nn.Linear(in_features, out_features, bias, **options))
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, mesh: DeviceMesh, **arguments: Any) -> Self:
+        """The split twin of ``linear``, which is the same on every rank.
+
+        Args:
+            arguments: what the class takes beside these.
+        """
+        split = cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            mesh=mesh,
+            activation=_ACTIVATIONS.get(type(linear)),
+            init=linear.init,
+            device="meta",  # draws nothing
+            dtype=linear.weight.dtype,
+            **arguments,
+        )
+        split._take(linear)
+        return split.train(linear.training)
+
+    def _take(self, whole: nn.Linear) -> None:
         self.register_parameter("weight", self._share("weight", whole.weight))
         self.register_parameter("bias", None if whole.bias is None else self._share("bias", whole.bias))
 
@@ -120,9 +143,11 @@ class ColumnParallelLinear(_ParallelLinear):
     | y | (*, out_r), or (*, out_features) with ``gather_output`` |
 
     Σ_r out_r = out_features, cut as `torch.tensor_split` cuts. Every rank draws the whole weight from
-    PyTorch's generator, which must be in the same state on all, and keeps its slice.
+    PyTorch's generator, which must be in the same state on all, and keeps its slice; `from_linear` takes
+    the slices of a layer that is there. `torch.func`'s transforms are not supported.
 
     Args:
+        in_features, out_features, bias: of the whole layer.
         mesh: of one dimension, such as ``mesh["tp"]``.
         activation: None, "sigmoid" (fused, by `torchpar.linear_sigmoid`) or "relu".
         gather_output: all-gather the outputs, so that every rank has them all.
@@ -130,8 +155,8 @@ class ColumnParallelLinear(_ParallelLinear):
         options: ``init``, ``device`` and ``dtype``, as `torchpar.nn.Linear` takes them.
 
     Raises:
-        ValueError: an unknown activation or reduction, or ranks that build different layers; on every
-            rank.
+        ValueError: an unknown activation, reduction or initialisation, a mesh of several dimensions, or
+            ranks that build different layers; on every rank.
     """
 
     split_axes: ClassVar[dict[str, int]] = {"weight": 0, "bias": 0}
@@ -146,11 +171,10 @@ class ColumnParallelLinear(_ParallelLinear):
         activation: Activation = None,
         gather_output: bool = False,
         reduction: Reduction = "fast",
-        whole: Any = None,
         **options: Any,
     ):
         super().__init__(
-            *(in_features, out_features, bias, mesh, activation, reduction, whole, options),
+            *(in_features, out_features, bias, mesh, activation, reduction, options),
             gather_output=gather_output,
         )
         self.gather_output = gather_output
@@ -194,11 +218,10 @@ class RowParallelLinear(_ParallelLinear):
         activation: Activation = None,
         input_is_parallel: bool = True,
         reduction: Reduction = "fast",
-        whole: Any = None,
         **options: Any,
     ):
         super().__init__(
-            *(in_features, out_features, bias, mesh, activation, reduction, whole, options),
+            *(in_features, out_features, bias, mesh, activation, reduction, options),
             input_is_parallel=input_is_parallel,
         )
         self.input_is_parallel = input_is_parallel
@@ -306,27 +329,16 @@ def parallel_mlp(mlp: nn.MLP, mesh: DeviceMesh, reduction: Reduction = "fast") -
     settings = {"sizes": mlp.sizes, "hidden": mlp.hidden, "output": mlp.output, "reduction": reduction}
     check_alike(mesh.get_group() if mesh.ndim == 1 else None, "the ranks' models", settings)
     twin = nn.MLP(mlp.sizes, mlp.hidden, mlp.output, device="meta")
-    activations: dict[type, Activation] = {nn.LinearSigmoid: "sigmoid", nn.LinearReLU: "relu"}
     layers: list[torch.nn.Module] = []
     for i, layer in enumerate(mlp.layers):
         assert isinstance(layer, nn.Linear)
         if i % 2 == 0 and i == len(mlp.layers) - 1:
             layers.append(copy.deepcopy(layer))
-            continue
-        kind = RowParallelLinear if i % 2 else ColumnParallelLinear
-        layers.append(
-            kind(
-                layer.in_features,
-                layer.out_features,
-                layer.bias is not None,
-                mesh=mesh,
-                activation=activations.get(type(layer)),
-                reduction=reduction,
-                whole=layer,
-            )
-        )
+        else:
+            kind = RowParallelLinear if i % 2 else ColumnParallelLinear
+            layers.append(kind.from_linear(layer, mesh=mesh, reduction=reduction))
     twin.layers = torch.nn.Sequential(*layers)
-    return twin
+    return twin.train(mlp.training)
 
 
 def split_parameters(model: torch.nn.Module) -> Iterator[tuple[str, int, _ParallelLinear]]:
@@ -350,7 +362,7 @@ def load_whole_state_dict(model: torch.nn.Module, state: Mapping[str, Tensor]) -
     """Load the unsplit model's state dict: each rank takes its slices.
 
     Raises:
-        ValueError: a parameter of another size than the model's.
+        ValueError: a split axis of another size than the model's.
         RuntimeError: other parameters than the model's, as `torch.nn.Module.load_state_dict` says.
     """
     state = dict(state)

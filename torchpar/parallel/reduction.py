@@ -17,9 +17,7 @@ the whole tensor in the place of one all-reduce.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -27,6 +25,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar.errors import ConfigError
+from torchpar.parallel.agreement import check_shape
 
 Reduction = Literal["fast", "invariant"]
 SHARDS = 4  # of every split axis under "invariant"; as many ranks can share it
@@ -68,107 +67,16 @@ def start_all_reduce(t: Tensor, mesh: DeviceMesh, reduction: Reduction = "fast")
     return lambda: None
 
 
-def check_shape(t: Tensor, group: dist.ProcessGroup) -> None:
-    """Agree with the other ranks on the shape of what comes next, if it is one that was not sent before.
-
-    Different shapes would abort the processes. The ranks tell each other through their store, so that no
-    collective is added, and a shape costs its check once.
-
-    Raises:
-        ConfigError: the ranks are about to send different shapes; on every rank.
-    """
-    if torch.compiler.is_compiling() or dist.get_backend(group) == "fake":
-        return
-    sent = _sent.setdefault(group, _Sent())
-    sent.calls += 1
-    mine = f"{tuple(t.shape)} {t.dtype}"
-    if mine in sent.shapes:
-        return
-    store, rank = group.get_group_store(), group.rank()
-    store.set(f"shape/{sent.calls}/{rank}", mine)
-    for other in range(group.size()):
-        theirs = store.get(f"shape/{sent.calls}/{other}").decode()
-        if theirs != mine:
-            raise ConfigError(
-                f"ranks of a group send different shapes: {mine} on rank {rank}, {theirs} on rank {other}"
-            )
-    sent.shapes.add(mine)
-
-
-@dataclass
-class _Sent:
-    calls: int = 0
-    shapes: set[str] = field(default_factory=set)
-
-
-_sent: WeakKeyDictionary[dist.ProcessGroup, _Sent] = WeakKeyDictionary()
-
-
 def wire_device(t: Tensor, group: dist.ProcessGroup) -> torch.device:
     """Where ``t`` must be to be sent: gloo takes CUDA tensors for all-reduces and broadcasts alone."""
     return torch.device("cpu") if t.is_cuda and dist.get_backend(group) == "gloo" else t.device
 
 
-@dataclass(frozen=True)
-class Partition:
-    """How the ranks of a mesh dimension share an axis.
-
-    The axis is cut into ``parts`` shards as `torch.tensor_split` cuts, so that any size goes; each rank
-    takes ``parts / ranks`` consecutive ones.
-
-    Attributes:
-        size: of the whole axis.
-        parts: shards: the ranks if the reduction is fast, `SHARDS` if it is invariant.
-        ranks: how many share it.
-        rank: this one.
-    """
-
-    size: int
-    parts: int
-    ranks: int
-    rank: int
-
-    @classmethod
-    def of(cls, size: int, mesh: DeviceMesh, reduction: Reduction) -> "Partition":
-        """
-        Raises:
-            ConfigError: a reduction that is unknown, or invariant over a number of ranks it does not know.
-        """
-        check_reduction(reduction, mesh.size())
-        parts = mesh.size() if reduction == "fast" else SHARDS
-        return cls(size, parts, mesh.size(), mesh.get_local_rank())
-
-    def shards(self, rank: int | None = None) -> list[int]:
-        """Sizes of the shards of a rank, by default this one."""
-        each = self.parts // self.ranks
-        first = (self.rank if rank is None else rank) * each
-        return [self.size // self.parts + (i < self.size % self.parts) for i in range(first, first + each)]
-
-    def widths(self) -> list[int]:
-        """How much of the axis each rank has."""
-        return [sum(self.shards(rank)) for rank in range(self.ranks)]
-
-    def offset(self) -> int:
-        """Where this rank's share begins."""
-        return sum(self.widths()[: self.rank])
-
-    def narrow(self, t: Tensor, dim: int) -> Tensor:
-        """This rank's share of ``t``, whose axis ``dim`` is whole; a view."""
-        return t.narrow(dim, self.offset(), sum(self.shards()))
-
-    def split(self, t: Tensor, dim: int) -> list[Tensor]:
-        """This rank's shards of ``t``, whose axis ``dim`` is this rank's share."""
-        if self.parts == self.ranks:
-            return [t]
-        # A copy has the strides and the alignment that a rank with this shard alone would have, on
-        # which a product's bits may depend.
-        return [part.clone(memory_format=torch.contiguous_format) for part in t.split(self.shards(), dim)]
-
-
 def check_reduction(reduction: str, ranks: int) -> None:
-    """
+    """Refuse a reduction for a dimension of so many ranks.
+
     Raises:
-        ConfigError: a reduction that is unknown, or invariant over a number of ranks it does not know.
+        ConfigError: it is unknown, or invariant and the ranks do not divide `SHARDS`.
     """
     if reduction not in ("fast", "invariant"):
         raise ConfigError(f"reduction is {reduction!r}, expected 'fast' or 'invariant'")

@@ -11,7 +11,7 @@ With p ranks, x whole (the same on every rank) and x_r rank r's share of its las
 | `gather_from_tensor_model_parallel_region` | all-gather: x_r → x | dy → dy_r |
 
 Each backward is the forward of another, so that they differentiate any number of times. Ranks that pass
-different shapes get a ConfigError, all of them, the first time they do.
+different shapes, new to all of them, get a ConfigError, all of them (`torchpar.parallel.agreement`).
 Source: Shoeybi et al., "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model
 Parallelism", 2019, figure 3.
 """
@@ -24,7 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchpar.parallel.reduction import Reduction, all_reduce, check_shape, wire_device
+from torchpar.parallel.agreement import check_shape
+from torchpar.parallel.reduction import Reduction, all_reduce, wire_device
 
 
 def copy_to_tensor_model_parallel_region(

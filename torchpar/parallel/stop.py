@@ -20,7 +20,7 @@ class StopSignal:
 
     def __init__(self, world: World):
         self._several = world.world_size > 1
-        self._noted = False
+        self._noted = self._stopping = False
         self._asked = torch.zeros(1, dtype=torch.int32, device=world.device)
         self._work: dist.Work | None = None
 
@@ -34,7 +34,8 @@ class StopSignal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+            # Told to stop, a process is not to be killed by being told again while it leaves.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN if self._stopping else self._before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted = True
@@ -49,4 +50,5 @@ class StopSignal:
         """Whether any rank had noted the signal when it asked; the same on all."""
         if self._work is not None:
             self._work.wait()
-        return bool(self._asked.item())
+        self._stopping = bool(self._asked.item())
+        return self._stopping

@@ -14,13 +14,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import Store
 
 from torchpar.errors import ConfigError
 from torchpar.parallel import rendezvous
-from torchpar.parallel.reduction import Partition, Reduction, check_reduction
+from torchpar.parallel.agreement import check_alike
+from torchpar.parallel.partition import Partition
+from torchpar.parallel.reduction import Reduction, check_reduction
 
 T = TypeVar("T")
 TIMEOUT = 1800.0
@@ -152,32 +153,9 @@ class World:
         return [result for result, _ in outcomes]
 
     def check_alike(self, what: str, values: dict[str, Any]) -> None:
-        """
-        Raises:
-            ConfigError: a value that is not the same on all ranks; on every rank.
-        """
+        """`torchpar.parallel.agreement.check_alike` over all ranks."""
         if self.world_size > 1:
             check_alike(None, what, values)
-
-
-def check_alike(group: dist.ProcessGroup | None, what: str, values: dict[str, Any]) -> None:
-    """
-    Raises:
-        ConfigError: a value that is not the same on all ranks of ``group``; on every one.
-    """
-    ranks = dist.get_world_size(group)
-    if ranks == 1 or dist.get_backend(group) == "fake":  # the ranks of a fake group do not exist
-        return
-    of_ranks: list[Any] = [None] * ranks
-    dist.all_gather_object(of_ranks, values, group)
-    for rank, other in enumerate(of_ranks):
-        for name in of_ranks[0] | other:
-            first, value = of_ranks[0].get(name), other.get(name)
-            if value != first:
-                raise ConfigError(
-                    f"{what}: {name} is {first} on rank 0 and {value} on rank {rank}, "
-                    "expected the same on all"
-                )
 
 
 @contextmanager
@@ -210,7 +188,7 @@ def join_world(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[World
         yield World(dist.get_rank(), place.local_rank, dist.get_world_size(), own)
         return
     limit = timedelta(seconds=timeout)
-    store = rendezvous.connect(place, limit) if started else HashStore()
+    store = rendezvous.connect(place, limit) if started else dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(
         backend,
         store=store,
@@ -229,7 +207,7 @@ def join_world(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[World
         if not _is_of_communication(e):
             raise
         lost = rendezvous.absent(store, place.rank, place.world_size, PATIENCE)
-        reason = str(e).partition("\n")[0]
+        reason = re.sub(r"^\[\S*\] ", "", str(e).partition("\n")[0])  # without gloo's own file and line
         who = f"rank {', '.join(map(str, lost))} does not answer" if lost else "the ranks lost each other"
         error = RankLostError(f"{who} ({reason})")
         error.told = any(rank not in lost for rank in range(place.rank))
