@@ -14,8 +14,8 @@ once by every rank.
         └─ W₀⁽¹⁾ ─ σ ─ W₁⁽¹⁾ ─┘
 
 Backward, each rank's slice of the weights gets its gradient from what the rank has; only the gradient of
-x is a sum over ranks, and the first pair does not need it. So a step of 784-512-10 sends one message,
-forward, of batch × 10 numbers, however wide the hidden layer is; data parallelism would send all 407 050
+x is a sum over ranks, and the first pair does not need it. So a step of 784-128-10 sends one message,
+forward, of batch × 10 numbers, however wide the hidden layer is; data parallelism would send all 101 770
 gradients. It pays where the model is large and the batch small.
 """
 
@@ -39,7 +39,7 @@ from torchpar.script import Spread, train
 class Flags(cli.TrainFlags):
     """Train a digit classifier by tensor parallelism."""
 
-    hidden: tuple[int, ...] = (512,)
+    hidden: tuple[int, ...] = (128,)
     """Width of the hidden layer."""
     data: Path = Path(__file__).parent / "data"
     """Folder of the data sets, as torchvision's root."""
