@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchpar import cli
 from torchpar.nn import MLP
-from torchpar.parallel.layers import parallel_mlp
+from torchpar.parallel.mlp import parallel_mlp
 from torchpar.parallel.pipeline import PipelineStep, Schedule, stage_mlp
 from torchpar.parallel.reduction import Reduction
 from torchpar.parallel.step import InvariantStep, ReplicaStep

@@ -32,8 +32,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
-from torchpar.parallel.checkpoint import MANIFEST, UNSIGNED, Checkpoints, Saved
-from torchpar.parallel.layers import parallel_mlp
+from torchpar.parallel.checkpoint import Checkpoints, Saved
+from torchpar.parallel.manifest import MANIFEST, UNSIGNED
+from torchpar.parallel.mlp import parallel_mlp
 from torchpar.parallel.pipeline import stage_mlp
 from torchpar.parallel.storage import Slice
 from torchpar.parallel.world import World, join_world

@@ -25,7 +25,7 @@ from torchpar.collectives import Call, Collectives
 from torchpar.nn import MLP
 from torchpar.parallel import cost
 from torchpar.parallel.cost import Expected
-from torchpar.parallel.layers import parallel_mlp
+from torchpar.parallel.mlp import parallel_mlp
 from torchpar.parallel.pipeline import stage_mlp
 from torchpar.parallel.step import ReplicaStep
 from torchpar.parallel.world import World

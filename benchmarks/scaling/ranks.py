@@ -27,7 +27,8 @@ from torchpar.collectives import Collectives
 from torchpar.nn import MLP
 from torchpar.parallel import cost
 from torchpar.parallel.cost import Expected
-from torchpar.parallel.layers import parallel_mlp, split_parameters
+from torchpar.parallel.layers import split_parameters
+from torchpar.parallel.mlp import parallel_mlp
 from torchpar.parallel.step import InvariantStep, ReplicaStep, Step
 from torchpar.parallel.world import World, join_world
 from torchpar.phases import NoPhases

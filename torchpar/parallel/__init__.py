@@ -2,13 +2,8 @@
 """What crosses processes: layers split over ranks, pipelines, checkpoints."""
 
 from torchpar.parallel.clip import clip_grad_norm_
-from torchpar.parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    load_whole_state_dict,
-    parallel_mlp,
-    whole_state_dict,
-)
+from torchpar.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from torchpar.parallel.mlp import load_whole_state_dict, parallel_mlp, whole_state_dict
 from torchpar.parallel.regions import (
     copy_to_tensor_model_parallel_region,
     gather_from_tensor_model_parallel_region,

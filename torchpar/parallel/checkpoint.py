@@ -8,7 +8,6 @@ manifest of every file's SHA-256, flushed to the disk, renamed to ``step-N`` in 
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import pickle
@@ -33,11 +32,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from torchpar.errors import ConfigError
+from torchpar.parallel import manifest
+from torchpar.parallel.manifest import first_line
 from torchpar.parallel.storage import Reader, Writer, staged
 from torchpar.parallel.world import World
-
-MANIFEST = "manifest.json"
-UNSIGNED = "0" * 64  # in the place of the manifest's own SHA-256 when that is taken
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ class Checkpoints:
         damaged = []
         for path in reversed(self._steps()):
             try:
-                return path, _verify(path)
+                return path, manifest.verify(path)
             except ConfigError as e:
                 damaged.append(str(e))
                 _say(f"{e}; passed over for the one before")
@@ -177,7 +175,7 @@ class Checkpoints:
                 shutil.rmtree(unfinished, ignore_errors=True)
             if not isinstance(e, (CheckpointException, OSError)):
                 raise
-            reason = _cause(e) if isinstance(e, CheckpointException) else _first_line(e)
+            reason = _cause(e) if isinstance(e, CheckpointException) else first_line(e)
             raise ConfigError(
                 f"{path} could not be saved: {reason}; the checkpoints before it are "
                 "kept, make room and start again"
@@ -205,8 +203,12 @@ class Checkpoints:
         metadata = Reader(unfinished).read_metadata()
         mesh = self.world.mesh
         files = sorted(p.name for p in unfinished.iterdir())
-        manifest = {
-            "files": {name: _sha256(unfinished / name) for name in files},
+        missing = {info.relative_path for info in metadata.storage_data.values()} - set(files)
+        if missing:
+            raise OSError(
+                f"rank 0 does not see {sorted(missing)}, which other ranks wrote: they need one folder"
+            )
+        contents = {
             "mesh": {"dp": self.world.world_size}
             if mesh is None
             else dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)),
@@ -216,24 +218,16 @@ class Checkpoints:
                 if hasattr(md, "size")
             },
             "versions": {"torch": torch.__version__, "format": 1},
-            "sha256": UNSIGNED,
             "state": state,
         }
-        missing = {info.relative_path for info in metadata.storage_data.values()} - set(files)
-        if missing:
-            raise OSError(
-                f"rank 0 does not see {sorted(missing)}, which other ranks wrote: they need one folder"
-            )
-        text = json.dumps(manifest, indent=1)
-        _write(unfinished / MANIFEST, text.replace(UNSIGNED, _digest(text)))
-        _sync(unfinished)
+        manifest.write(unfinished, files, contents)
         if path.exists():  # damaged, or it would have been resumed from
             shutil.rmtree(path)
         os.replace(unfinished, path)
-        _sync(self.folder)
-        _write(self.folder / "latest.tmp", path.name + "\n")
+        manifest.sync(self.folder)
+        manifest.write_text(self.folder / "latest.tmp", path.name + "\n")
         os.replace(self.folder / "latest.tmp", self.folder / "latest")
-        _sync(self.folder)
+        manifest.sync(self.folder)
         # Not counting later ones, which were damaged when this run began.
         before = [p for p in self._steps() if _number(p) <= _number(path)]
         for old in before[: -self.keep]:
@@ -261,63 +255,8 @@ def _number(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _verify(path: Path) -> dict[str, Any]:
-    """The state of the checkpoint at ``path``.
-
-    Raises:
-        ConfigError: naming the file that is missing or damaged.
-    """
-    try:
-        text = (path / MANIFEST).read_bytes().decode()
-        manifest = json.loads(text)
-        if manifest["sha256"] != _digest(text.replace(manifest["sha256"], UNSIGNED)):
-            raise ValueError("its SHA-256 is not the one it says")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
-        raise ConfigError(f"{path / MANIFEST} is damaged ({_first_line(e)})") from e
-    for name, digest in manifest["files"].items():
-        try:
-            found = _sha256(path / name)
-        except OSError as e:
-            raise ConfigError(f"{path / name} is missing or cannot be read ({_first_line(e)})") from e
-        if found != digest:
-            raise ConfigError(
-                f"{path / name} is damaged: its SHA-256 is {found[:12]}…, the manifest says {digest[:12]}…"
-            )
-    state: dict[str, Any] = manifest["state"]
-    return state
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make the folder's names last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
-
-
 def _cause(error: CheckpointException) -> str:
-    return "; ".join(f"rank {rank}: {_first_line(e)}" for rank, (e, _) in error.failures.items())
+    return "; ".join(f"rank {rank}: {first_line(e)}" for rank, (e, _) in error.failures.items())
 
 
 def _say(message: str) -> None:

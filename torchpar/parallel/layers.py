@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Linear layers whose weight is split over ranks, and the tensor-split twin of an MLP.
+"""Linear layers whose weight is split over ranks.
 
 Shapes on rank r of p; ``out_r`` and ``in_r`` are its share of an axis, which need not divide evenly:
 
@@ -18,9 +18,7 @@ needs no gradient. With dY = dL/dY and Y = X·Wᵀ + b split by columns, dX = Σ
 dW_r = dY_rᵀ·X; the sum over ranks travels while dW_r is computed.
 """
 
-import copy
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -38,7 +36,6 @@ from torchpar.parallel.partition import Partition
 from torchpar.parallel.reduction import Reduction, start_all_reduce, tree_sum
 from torchpar.parallel.regions import (
     copy_to_tensor_model_parallel_region,
-    gather,
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
     scatter_to_tensor_model_parallel_region,
@@ -314,33 +311,6 @@ def _differentiable_gradients(
     return *(None if t is None else next(gradients) for t in inputs), None
 
 
-def parallel_mlp(mlp: nn.MLP, mesh: DeviceMesh, reduction: Reduction = "fast") -> nn.MLP:
-    """The tensor-split twin of ``mlp``: the same function, each rank holding a part of the weights.
-
-    Layers 0 and 1, 2 and 3, … become pairs of `ColumnParallelLinear` and `RowParallelLinear`; the last
-    of an odd number stays whole on every rank. A forward pass makes one all-reduce per pair, a backward
-    pass one less (none for the first pair, if the input needs no gradient).
-
-    Args:
-        mlp: the same on every rank; it is left as it is.
-        mesh: of one dimension, such as ``mesh["tp"]``.
-        reduction: "fast" or "invariant" (`torchpar.parallel.reduction`).
-    """
-    settings = {"sizes": mlp.sizes, "hidden": mlp.hidden, "output": mlp.output, "reduction": reduction}
-    check_alike(mesh.get_group() if mesh.ndim == 1 else None, "the ranks' models", settings)
-    twin = nn.MLP(mlp.sizes, mlp.hidden, mlp.output, device="meta")
-    layers: list[torch.nn.Module] = []
-    for i, layer in enumerate(mlp.layers):
-        assert isinstance(layer, nn.Linear)
-        if i % 2 == 0 and i == len(mlp.layers) - 1:
-            layers.append(copy.deepcopy(layer))
-        else:
-            kind = RowParallelLinear if i % 2 else ColumnParallelLinear
-            layers.append(kind.from_linear(layer, mesh=mesh, reduction=reduction))
-    twin.layers = torch.nn.Sequential(*layers)
-    return twin.train(mlp.training)
-
-
 def split_parameters(model: torch.nn.Module) -> Iterator[tuple[str, int, _ParallelLinear]]:
     """Name, split axis and layer of each parameter that is split over ranks."""
     for prefix, module in model.named_modules():
@@ -348,29 +318,3 @@ def split_parameters(model: torch.nn.Module) -> Iterator[tuple[str, int, _Parall
             for name, axis in module.split_axes.items():
                 if getattr(module, name) is not None:
                     yield f"{prefix}.{name}".lstrip("."), axis, module
-
-
-def whole_state_dict(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The unsplit model's state dict, on every rank. Each rank must call it."""
-    state = OrderedDict((name, t.detach().clone()) for name, t in model.state_dict().items())
-    for name, axis, layer in split_parameters(model):
-        state[name] = gather(state[name], layer.mesh, layer.partition.widths(), axis)
-    return state
-
-
-def load_whole_state_dict(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load the unsplit model's state dict: each rank takes its slices.
-
-    Raises:
-        ValueError: a split axis of another size than the model's.
-        RuntimeError: other parameters than the model's, as `torch.nn.Module.load_state_dict` says.
-    """
-    state = dict(state)
-    for name, axis, layer in split_parameters(model):
-        if name in state:
-            size = layer.partition.size
-            if state[name].shape[axis : axis + 1] != (size,):
-                shape = tuple(state[name].shape)
-                raise ValueError(f"{name} has shape {shape}, expected {size} on axis {axis}")
-            state[name] = layer.partition.narrow(state[name], axis)
-    model.load_state_dict(state)
