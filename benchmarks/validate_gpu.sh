@@ -29,7 +29,7 @@ run_stage() {
         tests)
             timeout -k 10 530 python3 -m pytest -q -p no:cacheprovider --junitxml="$outdir/tests.xml" \
                 tests/test_operators*.py tests/test_kernels*.py tests/test_registration.py tests/test_harness.py \
-                tests/test_nn.py tests/test_readme.py
+                tests/test_nn.py tests/test_parallel_layers.py tests/test_readme.py
             ;;
         *)
             timeout -k 10 530 python3 -m benchmarks.operators --device cuda --modes "$1" \

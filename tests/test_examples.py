@@ -233,3 +233,11 @@ def test_a_run_too_short_to_record(capsys):
 
     report.print_collectives([], [], None)
     assert "none was recorded" in capsys.readouterr().out
+
+
+def test_a_launcher_that_counts_wrong_is_told_in_one_line(data, monkeypatch):
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, out, err = run(sys.executable, TRAIN_DDP, *data)
+    assert (code, out) == (2, "")
+    assert err == "train_ddp.py: error: env says rank 5 of 2, expected less than 2\n"

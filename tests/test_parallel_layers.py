@@ -637,3 +637,28 @@ def test_ranks_that_send_different_shapes_are_told_before(ranks, gather_output):
             assert sorted(re.findall(r"\((\d), (\d)\) torch.float32 on rank", message)) == [
                 (str(a), str(b)) for a, b in shapes
             ]
+
+
+def twin_on(device: str, reduction: Any) -> list[float]:
+    """The largest differences of outputs, gradients and states from the unsplit model's, in float64."""
+    torch.manual_seed(0)
+    mlp = MLP([5, 33, 7, 9, 3]).to(device, torch.float64)
+    mesh = init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("tp",))
+    twin = parallel_mlp(mlp, mesh, reduction)
+    x = torch.randn(11, 5, dtype=torch.float64).to(device).requires_grad_()
+    expected, found = mlp(x), twin(x)
+    (dx,) = torch.autograd.grad(expected.square().sum(), x)
+    (split_dx,) = torch.autograd.grad(found.square().sum(), x)
+    states = whole_state_dict(twin)
+    pairs = [(expected, found), (dx, split_dx), *((t, states[name]) for name, t in mlp.state_dict().items())]
+    assert all(b.device.type == device for _, b in pairs)
+    return [(a - b).abs().max().item() for a, b in pairs]
+
+
+@pytest.mark.parametrize("reduction", ["fast", "invariant"])
+def test_ranks_may_share_a_device(ranks, device, reduction):
+    """On a GPU too, where gloo sends some messages through the CPU."""
+    for outputs, dx, *states in ranks(2, twin_on, device, reduction):
+        assert outputs < TIGHT["atol"]
+        assert dx < TIGHT["atol"]
+        assert states == [0.0] * len(states)

@@ -26,8 +26,6 @@ except ImportError as error:
 
 F = TypeVar("F")
 GRACE = 10.0  # seconds that other ranks leave rank 0 to speak before they end
-
-
 ELSEWHERE = {  # flags that leave the numbers of a run as they are, but for rounding
     *("data", "epochs", "device", "compile", "dry_run", "phases", "collectives", "metrics", "plots"),
     *("checkpoint", "save_every", "keep", "async_save", "timeout"),
@@ -149,7 +147,10 @@ def _parse(flags: type[F]) -> F:
 
 
 def _rank() -> int:
-    place = find_place()
+    try:
+        place = find_place()
+    except ConfigError:  # which `main` tells
+        return 0
     return place.rank if place else 0
 
 

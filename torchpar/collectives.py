@@ -77,6 +77,8 @@ class Collectives(TorchDispatchMode):
             # A received message must not be waited for before this rank has sent its own.
             if operation in ("allreduce", "allgather"):
                 dist.Work.unbox(work).wait()
+                if torch.cuda.is_available():  # NCCL's wait is the stream's
+                    torch.cuda.synchronize()
             seconds = time.perf_counter() - start
         self.calls.append(
             Call(
