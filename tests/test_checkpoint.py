@@ -534,3 +534,20 @@ def test_one_run_at_a_time_saves_to_a_folder(world, tmp_path):
         other.communicate()
     Checkpoints(tmp_path, world).save(2, content(2), {})
     assert steps(tmp_path) == ["step-1", "step-2"]
+
+
+def test_a_state_that_cannot_be_split_is_refused(world, tmp_path):
+    """Saved whole, every rank's would be another."""
+    world = world.split()
+    model = parallel_mlp(MLP([4, 3, 2]), world.mesh["tp"])
+    optimizer = sgd(model, 0.1, 0.9, 0.0)
+    progress = Progress(model, optimizer, scheduler(optimizer, "constant", 1), {}, world)
+    checkpoints = Checkpoints(tmp_path, world)
+    weight = model.layers[0].weight
+    for state in (torch.zeros(3, 4), torch.zeros(())):
+        optimizer.state[weight] = {"row": state}
+        progress.save(checkpoints, 1)
+    optimizer.state[weight] = {"row": torch.zeros(3)}
+    with pytest.raises(ConfigError, match=r"row of layers\.0\.weight has shape \(3,\), expected \(3, 4\)"):
+        progress.save(checkpoints, 2)
+    assert steps(tmp_path) == ["step-1"]

@@ -68,6 +68,10 @@ class Progress:
         self.results: list[EpochResult] = []
         self.step = 0
         self.loss = torch.zeros((), dtype=torch.float64, device=world.device)
+        self._splits = {
+            name: (axis, layer.partition.offset(), layer.partition.size)
+            for name, axis, layer in split_parameters(model)
+        }
 
     def end_step(self, loss: Tensor) -> None:
         """Count a step, and what this rank's part of its loss came to."""
@@ -83,10 +87,15 @@ class Progress:
     def save(self, checkpoints: Checkpoints, number: int) -> None:
         losses = torch.zeros(self.world.world_size, dtype=torch.float64, device=self.world.device)
         losses[self.world.rank] = self.loss
-        tensors = {f"model.{name}": self._slice(name, p) for name, p in self.model.named_parameters()}
-        tensors |= {f"model.{name}": buffer for name, buffer in self.model.named_buffers()}
+        tensors = self._model_tensors()
         for name, p in self.model.named_parameters():
             for key, value in self.optimizer.state[p].items():
+                # What has its parameter's shape is split as that is; the rest must be counters.
+                if name in self._splits and value.dim() and value.shape != p.shape:
+                    raise ConfigError(
+                        f"the optimizer's {key} of {name} has shape {tuple(value.shape)}, expected "
+                        f"{tuple(p.shape)} or a number, as {name} is split over ranks; take another optimizer"
+                    )
                 tensors[f"optimizer.{name}.{key}"] = self._slice(name, value)
         if self.world.rank == 0:
             tensors |= dict(_random_states())
@@ -120,12 +129,10 @@ class Progress:
                 raise ConfigError(
                     f"{folder} holds a run with {of[0]}, this one has {of[1]}; use another folder"
                 )
-            tensors = {f"model.{name}": self._slice(name, p) for name, p in self.model.named_parameters()}
-            tensors |= {f"model.{name}": buffer for name, buffer in self.model.named_buffers()}
+            tensors = self._model_tensors()
             for name, p in self.model.named_parameters():
                 prefix = f"optimizer.{name}."
                 for key in (key for key in saved.shapes if key.startswith(prefix)):
-                    # Most of an optimizer's state has its parameter's shape; the rest are counters.
                     like = p if saved.shapes[key] == self._whole(name, p) else torch.zeros(saved.shapes[key])
                     value = torch.zeros_like(like, requires_grad=False)
                     self.optimizer.state[p][key.removeprefix(prefix)] = value
@@ -151,6 +158,10 @@ class Progress:
         elif self.world.rank == 0:
             self.loss += sum(losses)
 
+    def _model_tensors(self) -> dict[str, Tensor]:
+        tensors = {f"model.{name}": self._slice(name, p) for name, p in self.model.named_parameters()}
+        return tensors | {f"model.{name}": buffer for name, buffer in self.model.named_buffers()}
+
     def _slice(self, name: str, t: Tensor) -> Tensor:
         """``t``, of the shape of the parameter called ``name``, as a slice if that is one."""
         if name not in self._splits or t.dim() == 0:
@@ -161,13 +172,6 @@ class Progress:
     def _whole(self, name: str, p: Tensor) -> torch.Size:
         t = self._slice(name, p)
         return torch.Size(t.global_shape) if isinstance(t, Slice) else t.shape
-
-    @property
-    def _splits(self) -> dict[str, tuple[int, int, int]]:
-        return {
-            name: (axis, layer.partition.offset(), layer.partition.size)
-            for name, axis, layer in split_parameters(self.model)
-        }
 
 
 def _random_states() -> Iterator[tuple[str, Tensor]]:

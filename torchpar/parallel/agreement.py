@@ -8,8 +8,20 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar.errors import ConfigError
+
+
+def group_of(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The ranks of a mesh of one dimension.
+
+    Raises:
+        ConfigError: it has several.
+    """
+    if mesh.ndim != 1:
+        raise ConfigError(f"mesh has dimensions {mesh.mesh_dim_names}, expected one, such as mesh['tp']")
+    return mesh.get_group()
 
 
 def check_alike(group: dist.ProcessGroup | None, what: str, values: dict[str, Any]) -> None:

@@ -27,11 +27,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import linear
 
 from torchpar import nn
-from torchpar.errors import ConfigError
 from torchpar.ops import linear_sigmoid, maximum
 from torchpar.ops._matrix import rows
 from torchpar.ops.linear_sigmoid import sigmoid_backward
-from torchpar.parallel.agreement import check_alike
+from torchpar.parallel.agreement import check_alike, group_of
 from torchpar.parallel.partition import Partition
 from torchpar.parallel.reduction import Reduction, start_all_reduce, tree_sum
 from torchpar.parallel.regions import (
@@ -64,12 +63,10 @@ class _ParallelLinear(torch.nn.Module):
         **own: Any,
     ):
         super().__init__()
-        if mesh.ndim != 1:
-            raise ConfigError(f"mesh has dimensions {mesh.mesh_dim_names}, expected one, such as mesh['tp']")
         settings = {"layer": type(self).__name__, "in_features": in_features, "out_features": out_features}
         settings |= {"bias": bias, "activation": activation, "reduction": reduction, **own}
         settings |= options
-        check_alike(mesh.get_group(), "a layer's ranks", settings)
+        check_alike(group_of(mesh), "a layer's ranks", settings)
         if activation not in (None, "sigmoid", "relu"):
             raise ValueError(f"activation is {activation!r}, expected None, 'sigmoid' or 'relu'")
         self.in_features = in_features

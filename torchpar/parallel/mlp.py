@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar import nn
-from torchpar.parallel.agreement import check_alike
+from torchpar.parallel.agreement import check_alike, group_of
 from torchpar.parallel.layers import ColumnParallelLinear, RowParallelLinear, split_parameters
 from torchpar.parallel.reduction import Reduction
 from torchpar.parallel.regions import gather
@@ -20,8 +20,8 @@ def parallel_mlp(mlp: nn.MLP, mesh: DeviceMesh, reduction: Reduction = "fast") -
     """The tensor-split twin of ``mlp``: the same function, each rank holding a part of the weights.
 
     Layers 0 and 1, 2 and 3, … become pairs of `ColumnParallelLinear` and `RowParallelLinear`; the last
-    of an odd number stays whole on every rank. A forward pass makes one all-reduce per pair, a backward
-    pass one less (none for the first pair, if the input needs no gradient).
+    of an odd number stays whole on every rank. A forward pass makes one all-reduce per pair; so does a
+    backward pass, but for the first pair if the input needs no gradient.
 
     Args:
         mlp: the same on every rank; it is left as it is.
@@ -29,7 +29,7 @@ def parallel_mlp(mlp: nn.MLP, mesh: DeviceMesh, reduction: Reduction = "fast") -
         reduction: "fast" or "invariant" (`torchpar.parallel.reduction`).
     """
     settings = {"sizes": mlp.sizes, "hidden": mlp.hidden, "output": mlp.output, "reduction": reduction}
-    check_alike(mesh.get_group() if mesh.ndim == 1 else None, "the ranks' models", settings)
+    check_alike(group_of(mesh), "the ranks' models", settings)
     twin = nn.MLP(mlp.sizes, mlp.hidden, mlp.output, device="meta")
     layers: list[torch.nn.Module] = []
     for i, layer in enumerate(mlp.layers):
