@@ -1,26 +1,21 @@
 # SPDX-License-Identifier: MIT
 """The examples as a user runs them."""
 
-import json
-import os
 import re
 import socket
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import ROOT, TORCHRUN, rows_of, run, start
 from fake_data import fashion_mnist
 
 pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 pytest.importorskip("tyro", reason="tyro reads the flags")
 
-ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 TRAIN_DDP = str(ROOT / "examples" / "train_ddp.py")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
 LAST_LINE = r"test accuracy [01]\.\d{4} \| loss \d+\.\d{4} \| \d+\.\d s \| (\d) ranks? \| (cpu|cuda)"
 
 
@@ -30,19 +25,6 @@ def data(tmp_path_factory) -> list[str]:
     root = tmp_path_factory.mktemp("data")
     fashion_mnist(root / "FashionMNIST" / "raw", train=600, test=100)
     return ["--dataset", "fashion-mnist", "--data", str(root), "--hidden", "16", "--device", "cpu"]
-
-
-def start(*command: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd="/"
-    )
-
-
-def run(*command: str) -> tuple[int, str, str]:
-    process = start(*command)
-    out, err = process.communicate(timeout=240)
-    return process.returncode, out, err
 
 
 def test_two_ranks_train_and_report(data, tmp_path):
@@ -86,10 +68,6 @@ SPREADS = [
     ("train_parallel.py", 4, "--dp 2 --tp 2"),
     ("train_parallel.py", 4, "--tp 2 --pp 2 --micro-batches 3"),
 ]
-
-
-def rows_of(metrics: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in metrics.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

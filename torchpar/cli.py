@@ -33,8 +33,47 @@ ELSEWHERE = {  # flags that leave the numbers of a run as they are, but for roun
 }
 
 
+BOUNDS: dict[str, tuple[float, float]] = {  # of any flag so called: the least, and what it is less than
+    **dict.fromkeys(("epochs", "batch_size", "dp", "tp", "pp", "micro_batches"), (1, math.inf)),
+    **dict.fromkeys(("save_every", "keep", "samples", "depth", "iterations"), (1, math.inf)),
+    **dict.fromkeys(("lr", "clip", "weight_decay", "orthogonality"), (0, math.inf)),
+    "momentum": (0, 1),
+    "seed": (0, 2**63),
+    "timeout": (1, 1e6),
+}
+
+
 @dataclass(kw_only=True)
-class TrainFlags:
+class ExampleFlags:
+    """The flags every example has."""
+
+    seed: int = 0
+    """Seed of all that is random: initial weights, the order of samples, samples that are drawn."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes CUDA where there is any."""
+    metrics: Path | None = None
+    """File for the run's figures, a JSON object per line; the last line is the final result."""
+    plots: Path | None = None
+    """Folder for pictures."""
+
+    def __post_init__(self) -> None:
+        for name, (least, end) in BOUNDS.items():
+            flag, value = f"--{name.replace('_', '-')}", getattr(self, name, None)
+            if value is None:
+                continue
+            if not value >= least:
+                raise ConfigError(f"{flag} is {value}, expected at least {least}")
+            if not value < end:
+                raise ConfigError(f"{flag} is {value}, expected less than {end}")
+        hidden = getattr(self, "hidden", ())
+        if any(width < 1 for width in hidden):
+            raise ConfigError(f"--hidden is {hidden}, expected widths of at least 1")
+        if self.plots is not None and importlib.util.find_spec("matplotlib") is None:
+            raise ConfigError("--plots needs matplotlib; pip install 'torchpar[examples]'")
+
+
+@dataclass(kw_only=True)
+class TrainFlags(ExampleFlags):
     """The flags every training example has."""
 
     data: Path
@@ -55,12 +94,8 @@ class TrainFlags:
     """Factor of the penalty Σ‖W·Wᵀ − I‖² in the loss."""
     hidden: tuple[int, ...] = (128, 64)
     """Widths of the hidden layers."""
-    seed: int = 0
-    """Seed of the initial weights and of the order of samples."""
     dataset: Dataset = "mnist"
     """What to learn."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto takes CUDA where there is any."""
     compile: bool = False
     """Compile the model by torch.compile."""
     dry_run: bool = False
@@ -69,8 +104,6 @@ class TrainFlags:
     """Measure the time of each phase of a step (data, forward, backward, collectives, optimizer)."""
     collectives: bool = False
     """Count what travels between ranks for a step's gradient, and time it, beside what is predicted."""
-    metrics: Path | None = None
-    """File for one JSON object per epoch."""
     plots: Path | None = None
     """Folder for pictures: learning curves, confusion matrix, worst-classified samples."""
     checkpoint: Path | None = None
@@ -93,25 +126,6 @@ class TrainFlags:
     def identity(self) -> dict[str, Any]:
         """What makes a run another run: everything but where it computes, how long, and what it writes."""
         return {name: value for name, value in asdict(self).items() if name not in ELSEWHERE}
-
-    def __post_init__(self) -> None:
-        bounds: dict[str, tuple[float, float]] = {"epochs": (1, math.inf), "batch_size": (1, math.inf)}
-        bounds |= {"lr": (0, math.inf), "momentum": (0, 1), "seed": (0, 2**63)}
-        bounds |= {name: (1, math.inf) for name in ("dp", "tp", "pp", "micro_batches")}
-        bounds |= {"save_every": (1, math.inf), "keep": (1, math.inf), "clip": (0, math.inf)}
-        bounds |= {"weight_decay": (0, math.inf), "orthogonality": (0, math.inf), "timeout": (1, 1e6)}
-        for name, (least, end) in bounds.items():
-            flag, value = f"--{name.replace('_', '-')}", getattr(self, name, None)
-            if value is None:
-                continue
-            if not value >= least:
-                raise ConfigError(f"{flag} is {value}, expected at least {least}")
-            if not value < end:
-                raise ConfigError(f"{flag} is {value}, expected less than {end}")
-        if any(width < 1 for width in self.hidden):
-            raise ConfigError(f"--hidden is {self.hidden}, expected widths of at least 1")
-        if self.plots is not None and importlib.util.find_spec("matplotlib") is None:
-            raise ConfigError("--plots needs matplotlib; pip install 'torchpar[examples]'")
 
 
 def main(run: Callable[[F], None], flags: type[F]) -> None:

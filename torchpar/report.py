@@ -3,11 +3,12 @@
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -62,6 +63,11 @@ def reporting(world: World, epochs: int, samples: int, metrics: Path | None) -> 
             progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
             stack.enter_context(progress)
         yield Report(epochs, samples, metrics, progress)
+
+
+def write_metrics(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write a JSON object per line, in the place of what the file held."""
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def summary(results: list[EpochResult]) -> str:
