@@ -72,14 +72,14 @@ def time_call(
     device, dtype = live[0].device, live[0].dtype
     on_gpu = device.type == "cuda"
     if on_gpu:
-        _flush(device)  # what does not wait for the current stream will find the inputs still NaN
+        flush(device)  # what does not wait for the current stream will find the inputs still NaN
     with torch.no_grad():
         for t, value in zip(live, drawn, strict=True):
             t.copy_(value)
     call = prepare(provider, live, mode)
     poison = [torch.full_like(t, math.nan, dtype=dtype) for t in (*expected, *live)]
     del poison
-    _flush(device)
+    flush(device)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
         allocated = torch.cuda.memory_allocated(device)
@@ -123,7 +123,7 @@ def _scratch(device: torch.device) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device=device)
 
 
-def _flush(device: torch.device) -> None:
+def flush(device: torch.device) -> None:
     """Evict what caches hold; on a GPU also give the host about a millisecond to fill the queue."""
     for _ in range(16 if device.type == "cuda" else 1):
         _scratch(device).zero_()

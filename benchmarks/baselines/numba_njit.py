@@ -6,12 +6,13 @@ iterations of each ``prange``. Sums may be reordered, as in every BLAS: without 
 (``fastmath``) the processor would add one number at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import get_num_threads, njit, prange, set_num_threads
 
 from benchmarks.baselines.numpy_mlp import Array
 
@@ -219,3 +220,14 @@ def gradients(
             delta = loops.sigmoid_input_gradient(delta, weights[layer], inputs[layer])
     d_weights, d_biases = zip(*reversed(found), strict=True)
     return loss, list(d_weights), list(d_biases)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run `PARALLEL` loops in so many threads, of as many as there are cores."""
+    before = get_num_threads()
+    set_num_threads(count)
+    try:
+        yield
+    finally:
+        set_num_threads(before)

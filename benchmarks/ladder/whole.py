@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Programs that train for an epoch by themselves, and are timed as they are."""
