@@ -9,7 +9,11 @@ Rungs take turns, and medians are quoted. Caches are flushed before an operator'
 import argparse
 import os
 import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 # An idle OpenMP thread would spin, for up to a scheduler's turn, on a core that the next rung needs.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -19,7 +23,7 @@ import torch
 from benchmarks.report import provenance, write_csv
 from benchmarks.scaling.plan import CORES
 from benchmarks.scaling.ranks import start_ranks
-from benchmarks.timing import measure_ceiling
+from benchmarks.timing import Ceiling, measure_ceiling
 from torchpar.parallel.world import World
 
 try:
@@ -33,32 +37,38 @@ except ModuleNotFoundError as e:
 from benchmarks.ladder.inputs import Training
 from benchmarks.ladder.measure import CPU, Row, measure
 
-OPERATORS = {"maximum": (1000, 1000), "matmul_t": (1000, 1000), "linear_sigmoid": (64, 784, 128)}
-QUICK_OPERATORS = {"maximum": (100, 90), "matmul_t": (130, 70), "linear_sigmoid": (7, 33, 5)}
-TRAININGS = [Training((784, 30, 10), 10), Training((784, 128, 10), 64)]
-QUICK_TRAININGS = [Training((784, 30, 10), 10, samples=405)]
+ROUNDS = training.CHUNKS
 
 
-def climb(quick: bool) -> list[list[Row]]:
+class Plan(NamedTuple):
+    """Shapes of the operators' inputs; epochs."""
+
+    operators: Mapping[str, tuple[int, ...]]
+    trainings: Sequence[Training]
+
+
+FULL = Plan(
+    {"maximum": (1000, 1000), "matmul_t": (1000, 1000), "linear_sigmoid": (64, 784, 128)},
+    [Training((784, 30, 10), 10), Training((784, 128, 10), 64)],
+)
+QUICK = Plan(
+    {"maximum": (100, 90), "matmul_t": (130, 70), "linear_sigmoid": (7, 33, 5)},
+    [Training((784, 30, 10), 10, samples=405)],
+)
+
+
+def climb(plan: Plan, ceilings: Mapping[str, Ceiling]) -> list[list[Row]]:
     """The rows of each workload."""
-    ceilings = {"cpu": measure_ceiling(CPU, [torch.float32])}
-    if torch.cuda.is_available():
-        ceilings["cuda"] = measure_ceiling(torch.device("cuda"), [torch.float32])
     alone = World(rank=0, local_rank=0, world_size=1, device=CPU)
-    rounds = training.CHUNKS
     terminal = Console(stderr=True)
-    found = []
     with start_ranks(2) as ranks, Progress(console=terminal, disable=not terminal.is_terminal) as progress:
-        jobs = QUICK_OPERATORS if quick else OPERATORS
-        trainings = QUICK_TRAININGS if quick else TRAININGS
-        task = progress.add_task("ladder", total=rounds * (len(jobs) + len(trainings)))
-        for name, shape in jobs.items():
-            workload = operators.workload(name, shape, ranks)
-            found.append(measure(workload, ceilings, rounds, lambda: progress.advance(task)))
-        for one in trainings:
-            workload = training.workload(one, ranks, alone)
-            found.append(measure(workload, ceilings, rounds, lambda: progress.advance(task)))
-    return found
+        task = progress.add_task("ladder", total=ROUNDS * (len(plan.operators) + len(plan.trainings)))
+        advance = partial(progress.advance, task)
+        workloads = chain(
+            (operators.workload(name, shape, ranks) for name, shape in plan.operators.items()),
+            (training.workload(one, ranks, alone) for one in plan.trainings),
+        )
+        return [measure(workload, ceilings, ROUNDS, advance) for workload in workloads]
 
 
 def main() -> int:
@@ -70,16 +80,32 @@ def main() -> int:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(CORES)
-    ladder = climb(options.quick)
+    plan = QUICK if options.quick else FULL
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    ceilings = {device: measure_ceiling(torch.device(device), [torch.float32]) for device in devices}
+    ladder = climb(plan, ceilings)
+
     origin = provenance(CPU)
     path = options.output / "ladder.csv"
     path.unlink(missing_ok=True)
     for rows in ladder:
         write_csv(path, rows, cores=CORES, **origin)
-    show.bars(ladder, path.with_suffix(".png"), origin, CORES)
+    by_operator = dict(zip(plan.operators, ladder, strict=False))
+    show.bars(ladder, options.output / "ladder.png", origin, CORES)
+    picture = options.output / "intensity.png"
+    show.intensity(by_operator["matmul_t"], picture, origin, ceilings, operators.cache_bandwidth())
+
     console = Console(width=None if sys.stdout.isatty() else 150)
     for rows in ladder:
         console.print(show.table(rows))
+    for one, rows in zip(plan.trainings, ladder[len(plan.operators) :], strict=True):
+        steps = -(-(one.samples or 60_000) // one.batch_size)
+        console.print(show.overhead(rows, steps), soft_wrap=True, highlight=False)
+    for thread in [threads for threads in operators.THREADS if threads > CORES]:
+        console.print(f"not measured: njit with {thread} threads, there are {CORES} cores")
+    if "cuda" in ceilings:
+        console.print(show.against_gpu(by_operator["maximum"]), soft_wrap=True, highlight=False)
+    console.print(f"written: {options.output}/ladder.csv, ladder.png, intensity.png", soft_wrap=True)
     return 0 if all(row.ok for rows in ladder for row in rows) else 1
 
 

@@ -149,12 +149,8 @@ class Torch(Run):
         self.optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
         super().__init__(problem)
 
-    @torch.no_grad()
     def restart(self) -> None:
-        start = self.problem.start
-        parameters = [t for layer in zip(start.weights, start.biases, strict=True) for t in layer]
-        for p, value in zip(self.model.parameters(), parameters, strict=True):
-            p.copy_(torch.from_numpy(value.T))
+        self.problem.copy_start(self.model)
 
     def train(self, first: int, last: int) -> Array:
         losses = []

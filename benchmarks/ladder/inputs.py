@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from benchmarks.baselines import numpy_mlp
 from benchmarks.baselines.numpy_mlp import MLP, SGD, Array
@@ -132,14 +133,25 @@ class Problem:
     @cached_property
     def losses(self) -> Array:
         """The mean loss of each batch, in float64."""
+        return self.losses_of(self.order)
+
+    def losses_of(self, order: Sequence[Array]) -> Array:
+        """The same of batches of these indices."""
         model = MLP(self.training.sizes, dtype=np.float64)
         model.parameters[:] = self.start.parameters
         optimizer, losses = SGD(model, RATE), []
-        for indices in self.order:
+        for indices in order:
             loss, gradient = model.gradients(self.x[indices].astype(np.float64), self.labels[indices])
             optimizer.step(gradient / len(indices))
             losses.append(loss / len(indices))
         return np.array(losses)
+
+    @torch.no_grad()
+    def copy_start(self, model: torch.nn.Module) -> None:
+        """Give a network of linear layers, weight and bias of each in turn, the first weights."""
+        layers = zip(self.start.weights, self.start.biases, strict=True)
+        for p, value in zip(model.parameters(), (t for layer in layers for t in layer), strict=True):
+            p.copy_(torch.from_numpy(value.T))
 
     def check(self, losses: Array, first: int = 0) -> None:
         """Raise if these are not the mean losses of the batches from ``first`` on."""

@@ -7,10 +7,13 @@ from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
+import torch
 from rich.table import Table
 
 from benchmarks.ladder.measure import Row
+from benchmarks.ladder.whole import LIGHTNING, PLAIN
 from benchmarks.report import cell
+from benchmarks.timing import Ceiling
 
 COLORS = {
     "pure Python": "tab:gray",
@@ -18,6 +21,8 @@ COLORS = {
     "NumPy": "tab:green",
     "torch": "tab:red",
     "torchpar": "tab:blue",
+    "Lightning": "tab:pink",
+    "Triton": "tab:cyan",
     "2 ranks": "tab:purple",
 }
 
@@ -54,6 +59,70 @@ def duration(seconds: float | None) -> str:
     raise ValueError(f"a duration of {seconds} s")
 
 
+def overhead(rows: Sequence[Row], steps: int) -> str:
+    """What Lightning's loop costs, in a line; nothing where one of the two was not measured."""
+    seconds = {row.rung: row.seconds for row in rows}
+    plain, lightning = seconds.get(PLAIN), seconds.get(LIGHTNING)
+    if plain is None or lightning is None:
+        return ""
+    return (
+        f"{rows[0].workload}: a step takes {1e6 * plain / steps:.0f} µs in {PLAIN}, "
+        f"{1e6 * (lightning - plain) / steps:.0f} µs more in {LIGHTNING}"
+    )
+
+
+def against_gpu(rows: Sequence[Row], bar: float = 40) -> str:
+    """How much faster the GPU is than the loops, in a line."""
+    seconds = {row.rung: row.seconds for row in rows}
+    gpu = seconds.get("torchpar GPU")
+    loops = [(name, seconds.get(name)) for name in ("pure Python", "njit")]
+    if gpu is None or any(loop is None for _, loop in loops):
+        return f"{rows[0].workload}: not measured on the GPU"
+    ratios = {name: loop / gpu for name, loop in loops if loop is not None}
+    verdict = "met" if min(ratios.values()) >= bar else "NOT met"
+    told = ", ".join(f"{ratio:,.0f}× {name}" for name, ratio in ratios.items())
+    return f"{rows[0].workload}: the GPU is {told} (at least {bar:g}×: {verdict})"
+
+
+def intensity(
+    rows: Sequence[Row], path: Path, origin: Mapping[str, Any], ceilings: Mapping[str, Ceiling], cache: float
+) -> None:
+    """Speed of X·Xᵀ by needed operations per byte loaded, under what loads and arithmetic allow.
+
+    Args:
+        cache: bytes/s that one core of the CPU loads from its first-level cache.
+    """
+    matplotlib.use("Agg")
+    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    known = [(row, row.intensity, row.rate) for row in rows if row.intensity and row.rate]
+    span = [x for _, x, _ in known]
+    left, right = min(span) / 2, max(span) * 8
+    for device, ceiling in ceilings.items():
+        arithmetic = ceiling.matmul[torch.float32]
+        roofs = {"memory": ceiling.bandwidth} | ({"cache": cache} if device == "cpu" else {})
+        for name, bandwidth in roofs.items():
+            reach = [left, arithmetic / bandwidth, right]
+            heights = [min(x * bandwidth, arithmetic) / 1e9 for x in reach]
+            label = f"{device}: {name}, {bandwidth / 1e9:.0f} GB/s; torch.mm, {arithmetic / 1e9:.0f} GFLOP/s"
+            axes.plot(reach, heights, "--" if name == "cache" else "-", lw=1, label=label)
+    for row, *at in known:
+        axes.plot(*at, "o", color=_color(row.rung))
+        label = f"{row.rung}, {row.note}" if row.note else row.rung
+        axes.annotate(label, (at[0], at[1]), xytext=(6, -3), textcoords="offset points", fontsize=7)
+    axes.set(xscale="log", yscale="log", xlim=(left, right))
+    axes.set(xlabel="needed operations per byte loaded", ylabel="GFLOP/s of needed operations")
+    axes.set_title(f"{rows[0].workload}\n{origin['device']}, {origin['date'][:10]}", fontsize=10)
+    axes.legend(fontsize=8, loc="lower right")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _color(rung: str) -> str:
+    """Of the longest name that the rung's begins with."""
+    return COLORS[max((name for name in COLORS if rung.startswith(name)), key=len)]
+
+
 def bars(ladder: Sequence[Sequence[Row]], path: Path, origin: Mapping[str, Any], cores: int) -> None:
     """Time of every rung of each workload, on a logarithmic scale."""
     matplotlib.use("Agg")
@@ -73,9 +142,8 @@ def bars(ladder: Sequence[Sequence[Row]], path: Path, origin: Mapping[str, Any],
         known = [row for row in rows if row.seconds]
         for at, row in enumerate(known):
             assert row.seconds
-            (family,) = [name for name in sorted(COLORS, key=len) if row.rung.startswith(name)][-1:]
             extrapolated = row.covered is not None and row.covered < 1
-            axes.barh(at, row.seconds, color=COLORS[family], hatch="//" if extrapolated else "", alpha=0.85)
+            axes.barh(at, row.seconds, color=_color(row.rung), hatch="//" if extrapolated else "", alpha=0.85)
             faster = "" if at == 0 or not row.over_pure_python else f"   {row.over_pure_python:,.3g}×"
             axes.text(row.seconds * 1.1, at, duration(row.seconds) + faster, va="center", fontsize=7)
         labels = [f"{row.rung}, {row.note}" if row.note else row.rung for row in known]

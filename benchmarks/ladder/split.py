@@ -24,7 +24,8 @@ WARM_CALLS = 100
 
 
 def operate(name: str, shape: tuple[int, ...], cold: bool) -> tuple[float, Array]:
-    """Seconds of a call, and this rank's rows of the result, columns of linear+sigmoid's, which stay where they are."""
+    """Seconds of a call, and this rank's part of the result, which stays there: rows, or linear+sigmoid's
+    columns."""
     call = _operation(name, shape)
     calls = 1 if cold else WARM_CALLS
     if cold:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.baselines.numpy_mlp import Array
-from benchmarks.ladder import split
+from benchmarks.ladder import split, whole
 from benchmarks.ladder.epochs import Chunks, Njit, NumPy, PurePython, Run, Torch, native
 from benchmarks.ladder.inputs import Problem, Training
 from benchmarks.ladder.measure import Rung, Workload
@@ -42,11 +42,11 @@ class Replicas(Run):
 def workload(training: Training, ranks: Ranks, world: World) -> Workload:
     """All rungs of an epoch."""
     problem = Problem(training, world)
-    rungs = list(_rungs(problem, ranks))
+    rungs = list(_rungs(problem, ranks, world))
     return Workload(problem.label, problem.work, "GFLOP/s", rungs, SECONDS)
 
 
-def _rungs(problem: Problem, ranks: Ranks) -> Iterator[Rung]:
+def _rungs(problem: Problem, ranks: Ranks, world: World) -> Iterator[Rung]:
     def rung(name: str, run: Run, note: str = "", compiles: bool = False, device: str = "cpu") -> Rung:
         chunks = Chunks(run, chunk, len(problem.order))
         return Rung(name, chunks.sample, chunks.warm, note, compiles, torch.device(device))
@@ -63,11 +63,14 @@ def _rungs(problem: Problem, ranks: Ranks) -> Iterator[Rung]:
             note = f"{threads} thread{'s' if threads > 1 else ''}"
             yield rung("njit, parallel", Njit(problem, threads), note, compiles=threads == 1)
     yield rung("NumPy", NumPy(problem))
+    yield from filter(None, [whole.mpi(problem)])
     yield rung("torch eager", Torch(problem, native(sizes)))
     compiled = native(sizes)
     compiled.compile()
     yield rung("torch.compile", Torch(problem, compiled), compiles=True)
     yield rung("torchpar CPU", Torch(problem, MLP(sizes)))
+    loops = whole.Loops(problem, world)
+    yield from filter(None, [loops.plain(), loops.lightning()])
     if torch.cuda.is_available():
         cuda = torch.device("cuda")
         yield rung("torch eager GPU", Torch(problem, native(sizes), cuda), device="cuda")

@@ -1,2 +1,147 @@
 # SPDX-License-Identifier: MIT
-"""Programs that train for an epoch by themselves, and are timed as they are."""
+"""Programs that train for an epoch in loops of their own, and are timed as they are."""
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.baselines.numpy_mlp import Array
+from benchmarks.ladder.inputs import ALIKE, DATA, RATE, Problem
+from benchmarks.ladder.measure import Rung, Sample
+from benchmarks.timing import Rejected
+from torchpar import data, training
+from torchpar.nn import MLP
+from torchpar.parallel.world import World
+
+PLAIN, LIGHTNING = "torchpar.training.fit", "Lightning"
+EPOCHS = 2  # samples of each
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def mpi(problem: Problem) -> Rung | None:
+    """examples/train_mpi.py on two processes; None without an mpirun."""
+    beside = Path(sys.executable).with_name("mpirun")
+    mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
+    if mpirun is None:
+        return None
+    sizes, batch_size, _ = problem.training
+    flags = f"--epochs 1 --lr {RATE} --momentum 0 --weight-decay 0 --batch-size {batch_size}".split()
+    flags += ["--samples", str(len(problem.x)), "--hidden", *map(str, sizes[1:-1])]
+
+    def epoch() -> tuple[float, float]:
+        with tempfile.TemporaryDirectory() as folder:
+            metrics = Path(folder) / "metrics.jsonl"
+            script = [sys.executable, str(EXAMPLES / "train_mpi.py"), *flags, "--metrics", str(metrics)]
+            done = subprocess.run([mpirun, "-n", "2", *script], capture_output=True, text=True)
+            if done.returncode:
+                raise Rejected(f"mpirun ended with {done.returncode}: {done.stderr.strip()[-200:]}")
+            row = json.loads(metrics.read_text().splitlines()[-1])
+        return len(problem.x) / row["samples_per_s"], row["train_loss"]
+
+    return _rung("NumPy, 2 processes", "by MPI", problem, problem.order, epoch)
+
+
+class Loops:
+    """The same epoch by `torchpar.training.fit` and by Lightning's Trainer: one network, two loops."""
+
+    def __init__(self, problem: Problem, world: World):
+        self.problem = problem
+        self.world = world
+        train, test = data.load("mnist", DATA, world)
+        self.train, self.test = train[: len(problem.x)], test[:10]
+
+    @cached_property
+    def order(self) -> list[Array]:
+        """The indices of each batch of torchpar's own order."""
+        indices = torch.arange(len(self.train))
+        numbered = data.Samples(self.train.images, indices, self.train.classes)
+        batch_size = self.problem.training.batch_size
+        epoch = data.batches(numbered, batch_size, seed=0, epoch=1, world=self.world)
+        return [batch.labels.numpy() for batch in epoch]
+
+    def plain(self) -> Rung:
+        def epoch() -> tuple[float, float]:
+            model = MLP(self.problem.training.sizes)
+            self.problem.copy_start(model)
+            (result,) = training.fit(
+                model,
+                training.sgd(model, RATE, momentum=0, weight_decay=0),
+                self.train,
+                self.test,
+                self.world,
+                epochs=1,
+                batch_size=self.problem.training.batch_size,
+                schedule="constant",
+            )
+            return len(self.train) / result.samples_per_s, result.train_loss
+
+        return _rung(PLAIN, "", self.problem, self.order, epoch)
+
+    def lightning(self) -> Rung | None:
+        """None where Lightning is not installed."""
+        try:
+            from lightning.pytorch import Trainer
+            from lightning.pytorch.callbacks import Timer
+
+            from torchpar.lightning import LitMLP, MNISTDataModule
+        except ImportError:
+            return None
+        # It says what hardware it has not found, in each epoch.
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+        samples = self.train
+
+        class Digits(MNISTDataModule):
+            """The first ones alone, where the problem says so."""
+
+            def setup(self, stage: str) -> None:
+                super().setup(stage)
+                self.train = samples
+
+        sizes, batch_size, _ = self.problem.training
+        quiet: dict[str, Any] = dict.fromkeys(
+            ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+        )
+
+        def epoch() -> tuple[float, float]:
+            model = LitMLP(sizes, lr=RATE, momentum=0, weight_decay=0, schedule="constant")
+            self.problem.copy_start(model.mlp)
+            timer = Timer()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of workers and loggers that are not wanted here
+                trainer = Trainer(accelerator="cpu", max_epochs=1, callbacks=[timer], **quiet)
+                trainer.fit(model, Digits(DATA, batch_size=batch_size))
+            return timer.time_elapsed("train"), trainer.callback_metrics["train_loss"].item()
+
+        return _rung(LIGHTNING, "", self.problem, self.order, epoch)
+
+
+def _rung(
+    name: str, note: str, problem: Problem, order: list[Array], epoch: Callable[[], tuple[float, float]]
+) -> Rung:
+    """Two epochs; of each the seconds and the mean loss, which float64's decides about."""
+    left = EPOCHS
+
+    def sample() -> Sample | None:
+        nonlocal left
+        if left == 0:
+            return None
+        left -= 1
+        seconds, loss = epoch()
+        sizes = [len(indices) for indices in order]
+        expected = float(np.average(problem.losses_of(order), weights=sizes))
+        if not abs(loss - expected) <= ALIKE * expected:
+            raise Rejected(f"the mean loss is {loss:.5f}, expected {expected:.5f}")
+        return Sample(seconds)
+
+    return Rung(name, sample, warm=lambda: None, note=note)
