@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Pictures of a training run, by matplotlib."""
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
@@ -30,6 +32,29 @@ def save(folder: Path, results: list[EpochResult], outputs: Tensor, test: Sample
     ):
         figure.savefig(folder / f"{name}.png", dpi=120)
         plt.close(figure)
+
+
+def save_boundaries(path: Path, models: Mapping[str, torch.nn.Module], points: Samples) -> None:
+    """Draw each network's output over the plane, and points that it learnt.
+
+    Args:
+        models: by their titles; ``(n, 2)`` → ``(n, 1)``, the probability of label 1.
+        points: their ``images`` are ``(n, 2)``, in [−1, 1]².
+    """
+    matplotlib.use("Agg")
+    side = math.ceil(math.sqrt(len(models)))
+    size = (3 * side + 1, 3 * side)
+    figure, grid = plt.subplots(side, side, figsize=size, layout="constrained", squeeze=False)
+    axis = torch.linspace(-1, 1, 201)
+    plane = torch.cartesian_prod(axis, axis).to(points.images.device)
+    for axes, title in zip(grid.flat, models, strict=False):
+        p = models[title](plane).detach().view(201, 201).T.cpu()
+        shades = axes.contourf(axis, axis, p, levels=torch.linspace(0, 1, 11), cmap="coolwarm")
+        axes.scatter(*points.images.T.cpu(), c=points.labels.cpu(), cmap="coolwarm", edgecolors="black", s=12)
+        axes.set(title=title, xlabel="x", ylabel="y", aspect="equal")
+    figure.colorbar(shades, ax=grid, label="probability of label 1")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 def _curves(results: list[EpochResult]) -> Figure:

@@ -74,10 +74,33 @@ def on_rank_0(world: Any, function: Callable[[], T]) -> T | None:
 
 
 class Samples(NamedTuple):
-    """``x (n, features)`` and ``labels (n)``."""
+    """``x (n, features)``, bytes that stand for 0 to 1 or such numbers, and ``labels (n)``."""
 
     x: Array
     labels: Array
+
+
+def inputs(x: Array) -> Array:
+    """The samples as a network takes them: bytes travel faster, but are not what it computes with."""
+    return x / np.float32(255) if x.dtype == np.uint8 else x
+
+
+class Alone:
+    """What is used here of a communicator, for a single process: for it MPI need not be installed."""
+
+    rank, size = 0, 1
+
+    def bcast(self, value: T) -> T:
+        return value
+
+    def Bcast(self, array: Array) -> None:
+        pass
+
+    def Scatterv(self, send: list[Any], received: Array) -> None:
+        received[:] = send[0]
+
+    def Allreduce(self, own: Array, total: Array) -> None:
+        total[:] = own
 
 
 def scatter(world: Any, samples: Samples | None, order: Sequence[Array]) -> Samples:
@@ -104,15 +127,13 @@ class Trainer:
 
     Args:
         model: of any weights; those of process 0 are broadcast.
-        scale: what the numbers of a sample are multiplied by: 1/255 for bytes.
         measure: times the phases ("scatter", "compute", "reduce", "update").
     """
 
-    def __init__(self, world: Any, model: MLP, optimizer: SGD, scale: float, measure: Measure):
+    def __init__(self, world: Any, model: MLP, optimizer: SGD, measure: Measure):
         self.world = world
         self.model = model
         self.optimizer = optimizer
-        self.scale = np.float32(scale)
         self.measure = measure
         self.own = np.empty(model.parameters.size + 1, model.parameters.dtype)  # gradient and loss
         self.sum = np.empty_like(self.own)
@@ -126,7 +147,7 @@ class Trainer:
             global_size: samples of the batch.
         """
         with self.measure("compute"):
-            self.own[-1], self.own[:-1] = self.model.gradients(x * self.scale, labels)
+            self.own[-1], self.own[:-1] = self.model.gradients(inputs(x), labels)
         with self.measure("reduce"):
             self.world.Allreduce(self.own, self.sum)
         with self.measure("update"):
@@ -156,7 +177,7 @@ class Trainer:
 
     def evaluate(self, test: Samples, size: int) -> tuple[float, float]:
         """Mean loss and accuracy over all processes' shares of ``size`` samples."""
-        mine = np.array(self.model.evaluate(test.x * self.scale, test.labels), np.float64)
+        mine = np.array(self.model.evaluate(inputs(test.x), test.labels), np.float64)
         total = np.empty_like(mine)
         self.world.Allreduce(mine, total)
         return float(total[0] / size), float(total[1] / size)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from benchmarks.baselines import numba_njit, numpy_mlp, pure_python
+from benchmarks.baselines.bridge import copy_weights
 from benchmarks.baselines.numpy_mlp import MLP, Array
 from benchmarks.ladder.inputs import RATE, Problem
 from benchmarks.ladder.measure import CPU, Sample
@@ -150,7 +151,7 @@ class Torch(Run):
         super().__init__(problem)
 
     def restart(self) -> None:
-        self.problem.copy_start(self.model)
+        copy_weights(self.problem.start, self.model)
 
     def train(self, first: int, last: int) -> Array:
         losses = []

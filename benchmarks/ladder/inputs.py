@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from benchmarks.baselines import numpy_mlp
 from benchmarks.baselines.numpy_mlp import MLP, SGD, Array
@@ -145,13 +144,6 @@ class Problem:
             optimizer.step(gradient / len(indices))
             losses.append(loss / len(indices))
         return np.array(losses)
-
-    @torch.no_grad()
-    def copy_start(self, model: torch.nn.Module) -> None:
-        """Give a network of linear layers, weight and bias of each in turn, the first weights."""
-        layers = zip(self.start.weights, self.start.biases, strict=True)
-        for p, value in zip(model.parameters(), (t for layer in layers for t in layer), strict=True):
-            p.copy_(torch.from_numpy(value.T))
 
     def check(self, losses: Array, first: int = 0) -> None:
         """Raise if these are not the mean losses of the batches from ``first`` on."""

@@ -54,7 +54,7 @@ def _pure_python(given: Operands) -> Rung:
         rows = max(1, min(n, PRODUCTS // (n * k)))
         call = partial(pure_python.matmul_t, lists[0], rows)
         note = "" if rows == n else f"from {rows} of {n} rows"
-        return Rung("pure Python", _on_cpu(given, call, rows), note=note, intensity=NAIVE)
+        return Rung("pure Python", _on_cpu(given, call, rows), note=note)
     return Rung("pure Python", _on_cpu(given, partial(getattr(pure_python, given.name), *lists)))
 
 
@@ -78,7 +78,7 @@ def _njit(given: Operands) -> Iterator[Rung]:
                     _on_cpu(given, partial(_in_threads, threads, parallel)),
                     note=f"{threads} thread{'s' if threads > 1 else ''}",
                     compiles=threads == 1,
-                    intensity=intensity,
+                    intensity=intensity if threads > 1 else None,
                 )
 
 

@@ -124,36 +124,39 @@ def _color(rung: str) -> str:
 
 
 def bars(ladder: Sequence[Sequence[Row]], path: Path, origin: Mapping[str, Any], cores: int) -> None:
-    """Time of every rung of each workload, on a logarithmic scale."""
+    """Time of every rung, on a logarithmic scale: operations on the left, epochs on the right."""
     matplotlib.use("Agg")
-    figure, grid = plt.subplots(
-        len(ladder),
-        figsize=(10, 0.6 + sum(0.26 * len(rows) + 0.9 for rows in ladder)),
-        height_ratios=[len(rows) + 2 for rows in ladder],
-        layout="constrained",
-        squeeze=False,
-    )
+    epochs = ["epoch" in rows[0].workload for rows in ladder]
+    figure = plt.figure(figsize=(14, 9), layout="constrained")
     figure.suptitle(
         f"{origin['device']}, {cores} cores; torch {origin['torch']}, NumPy {origin['numpy']}, "
-        f"{origin['date'][:10]}",
+        f"{origin['date'][:10]}. Hatched: extrapolated from a part",
         fontsize=10,
     )
-    for axes, rows in zip(grid.flat, ladder, strict=True):
-        known = [row for row in rows if row.seconds]
-        for at, row in enumerate(known):
-            assert row.seconds
-            extrapolated = row.covered is not None and row.covered < 1
-            axes.barh(at, row.seconds, color=_color(row.rung), hatch="//" if extrapolated else "", alpha=0.85)
-            faster = "" if at == 0 or not row.over_pure_python else f"   {row.over_pure_python:,.3g}×"
-            axes.text(row.seconds * 1.1, at, duration(row.seconds) + faster, va="center", fontsize=7)
-        labels = [f"{row.rung}, {row.note}" if row.note else row.rung for row in known]
-        axes.set_yticks(range(len(known)), labels, fontsize=7)
-        axes.invert_yaxis()
-        times = [row.seconds for row in known if row.seconds]
-        axes.set(xscale="log", xlim=(min(times) / 3, max(times) * 12))
-        axes.set_title(rows[0].workload, fontsize=9, loc="left")
-        axes.tick_params(axis="x", labelsize=7)
-        axes.grid(axis="x", alpha=0.3)
-    grid[-1, 0].set_xlabel("seconds; hatched: extrapolated from a part")
+    halves = figure.subfigures(1, 2, squeeze=False)[0]
+    for side, half in zip((False, True), halves, strict=True):
+        workloads = [rows for rows, epoch in zip(ladder, epochs, strict=True) if epoch is side]
+        heights = [len(rows) + 2 for rows in workloads]
+        grid = half.subplots(len(workloads), height_ratios=heights, squeeze=False)
+        for axes, rows in zip(grid.flat, workloads, strict=True):
+            _bars(axes, rows)
+        grid[-1, 0].set_xlabel("seconds")
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _bars(axes: Any, rows: Sequence[Row]) -> None:
+    known = [(row, row.seconds) for row in rows if row.seconds]
+    for at, (row, seconds) in enumerate(known):
+        hatch = "//" if row.covered is not None and row.covered < 1 else ""
+        axes.barh(at, seconds, color=_color(row.rung), hatch=hatch, alpha=0.85)
+        faster = f"   {row.over_pure_python:,.3g}×" if at and row.over_pure_python else ""
+        axes.text(seconds * 1.1, at, duration(seconds) + faster, va="center", fontsize=7)
+    labels = [f"{row.rung}, {row.note}" if row.note else row.rung for row, _ in known]
+    axes.set_yticks(range(len(known)), labels, fontsize=7)
+    axes.invert_yaxis()
+    times = [seconds for _, seconds in known]
+    axes.set(xscale="log", xlim=(min(times) / 3, max(times) * 12))
+    axes.set_title(rows[0].workload, fontsize=9, loc="left")
+    axes.tick_params(axis="x", labelsize=7)
+    axes.grid(axis="x", alpha=0.3)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.baselines.bridge import copy_weights
 from benchmarks.baselines.numpy_mlp import Array
 from benchmarks.ladder.inputs import ALIKE, DATA, RATE, Problem
 from benchmarks.ladder.measure import Rung, Sample
@@ -73,7 +74,7 @@ class Loops:
     def plain(self) -> Rung:
         def epoch() -> tuple[float, float]:
             model = MLP(self.problem.training.sizes)
-            self.problem.copy_start(model)
+            copy_weights(self.problem.start, model)
             (result,) = training.fit(
                 model,
                 training.sgd(model, RATE, momentum=0, weight_decay=0),
@@ -115,7 +116,7 @@ class Loops:
 
         def epoch() -> tuple[float, float]:
             model = LitMLP(sizes, lr=RATE, momentum=0, weight_decay=0, schedule="constant")
-            self.problem.copy_start(model.mlp)
+            copy_weights(self.problem.start, model.mlp)
             timer = Timer()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of workers and loggers that are not wanted here
