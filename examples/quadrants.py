@@ -31,10 +31,9 @@ from benchmarks.amdahl import show
 from benchmarks.amdahl.measure import PROCESSES, Job
 from torchpar import cli, report, training
 from torchpar.data import Samples
-from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel.step import LossSum, ReplicaStep
-from torchpar.parallel.world import World, join_world
+from torchpar.parallel.world import World, alone
 from torchpar.phases import NoPhases, Phases
 
 MARGIN = 0.02  # of a square of side 2
@@ -116,9 +115,7 @@ def compare(flags: Flags, world: World) -> list[dict[str, float]]:
 
 
 def main(flags: Flags) -> None:
-    with join_world(flags.device) as world:
-        if world.world_size > 1:
-            raise ConfigError("quadrants.py starts its own processes; start it by python, without a launcher")
+    with alone(flags.device) as world:
         report.prepare_outputs(world, folders=[flags.plots], files=[flags.metrics])
         rows = compare(flags, world)
     best = rows[-1]

@@ -79,7 +79,7 @@ def main(flags: Flags) -> None:
         model = MLP(sizes, init=flags.init, seed=flags.seed)
         optimizer = SGD(model, flags.lr, flags.momentum, flags.weight_decay)
         phases = Phases(CPU, dict.fromkeys(mpi.PHASES, 0.0))
-        trainer = mpi.Trainer(world, model, optimizer, scale=1 / 255, measure=phases)
+        trainer = mpi.Trainer(world, model, optimizer, phases)
         own_test = mpi.scatter(world, test, np.array_split(np.arange(n_test), world.size))
         order = np.random.default_rng(flags.seed)
         results = []
@@ -99,7 +99,7 @@ def main(flags: Flags) -> None:
             if flags.plots:
                 from torchpar import plots
 
-                outputs = model.forward(test.x * trainer.scale)[1]
+                outputs = model.forward(mpi.inputs(test.x))[1]
                 plots.save(flags.plots, results, torch.from_numpy(outputs), loaded[1])
             report.print_phases(phases)
             print(report.summary(results))

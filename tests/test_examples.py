@@ -138,7 +138,7 @@ ERRORS = [
     ("--epoch 3", "Unrecognized options: --epoch"),
     ("--epochs many", "--epochs: invalid literal for int"),
     ("--epochs 0", "--epochs is 0, expected at least 1"),
-    ("--hidden 0", r"--hidden is \(0,\), expected widths of at least 1"),
+    ("--hidden 0", r"--hidden is \(0,\), expected at least 1"),
     ("--lr nan", "--lr is nan, expected at least 0"),
     ("--lr inf", "--lr is inf, expected less than inf"),
     ("--momentum 1", r"--momentum is 1\.0, expected less than 1"),

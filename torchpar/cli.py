@@ -33,8 +33,8 @@ ELSEWHERE = {  # flags that leave the numbers of a run as they are, but for roun
 }
 
 
-BOUNDS: dict[str, tuple[float, float]] = {  # of any flag so called: the least, and what it is less than
-    **dict.fromkeys(("epochs", "batch_size", "dp", "tp", "pp", "micro_batches"), (1, math.inf)),
+BOUNDS: dict[str, tuple[float, float]] = {  # of any flag so called: the least value, and the first too large
+    **dict.fromkeys(("epochs", "batch_size", "hidden", "dp", "tp", "pp", "micro_batches"), (1, math.inf)),
     **dict.fromkeys(("save_every", "keep", "samples", "depth", "iterations"), (1, math.inf)),
     **dict.fromkeys(("lr", "clip", "weight_decay", "orthogonality"), (0, math.inf)),
     "momentum": (0, 1),
@@ -61,13 +61,11 @@ class ExampleFlags:
             flag, value = f"--{name.replace('_', '-')}", getattr(self, name, None)
             if value is None:
                 continue
-            if not value >= least:
+            values = value if isinstance(value, tuple) else (value,)
+            if not all(one >= least for one in values):
                 raise ConfigError(f"{flag} is {value}, expected at least {least}")
-            if not value < end:
+            if not all(one < end for one in values):
                 raise ConfigError(f"{flag} is {value}, expected less than {end}")
-        hidden = getattr(self, "hidden", ())
-        if any(width < 1 for width in hidden):
-            raise ConfigError(f"--hidden is {hidden}, expected widths of at least 1")
         if self.plots is not None and importlib.util.find_spec("matplotlib") is None:
             raise ConfigError("--plots needs matplotlib; pip install 'torchpar[examples]'")
 

@@ -70,6 +70,15 @@ def write_metrics(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def print_rows(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Print a table of these columns; numbers with four digits."""
+    table = Table(*(column.replace("_", " ") for column in columns))
+    for row in rows:
+        values = (row[column] for column in columns)
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
+    Console().print(table)
+
+
 def summary(results: list[EpochResult]) -> str:
     """The run in one line: the last epoch's accuracy and loss, the time of all epochs, where it ran."""
     last = results[-1]

@@ -219,6 +219,21 @@ def join_world(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[World
         dist.destroy_process_group()
 
 
+@contextmanager
+def alone(device: str = "auto") -> Iterator[World]:
+    """`join_world` for a program that is one process.
+
+    Raises:
+        ConfigError: as `join_world`, or a launcher has started several.
+    """
+    with join_world(device) as world:
+        if world.world_size > 1:
+            raise ConfigError(
+                f"{world.world_size} processes were started, expected one: no launcher is needed"
+            )
+        yield world
+
+
 def _calm_gloo() -> None:
     """Keep the thread that polls gloo's sockets from taking a core from those that send on them.
 
