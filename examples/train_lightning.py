@@ -40,6 +40,7 @@ except ImportError as error:
     sys.exit(f"this example needs Lightning ({error}); pip install 'torchpar[lightning,examples]'")
 from torch import distributed as dist
 
+from torchpar import report
 from torchpar.errors import ConfigError
 
 
@@ -62,12 +63,10 @@ class CLI(LightningCLI):
 
     def after_test(self, trained: float = 0.0) -> None:
         trainer, metrics = self.trainer, self.trainer.callback_metrics
-        ranks = f"{trainer.world_size} rank{'s' if trainer.world_size > 1 else ''}"
         if trainer.is_global_zero:
-            print(
-                f"test accuracy {metrics['test_accuracy']:.4f} | loss {metrics['test_loss']:.4f} | "
-                f"{trained + self._seconds('test'):.1f} s | {ranks} | {trainer.strategy.root_device.type}"
-            )
+            accuracy, loss = (metrics[name].item() for name in ("test_accuracy", "test_loss"))
+            seconds, device = trained + self._seconds("test"), trainer.strategy.root_device.type
+            print(report.last_line(accuracy, loss, seconds, trainer.world_size, device))
 
     def _seconds(self, stage: str) -> float:
         timer: Timer = self.trainer_defaults["callbacks"]

@@ -3,6 +3,7 @@
 
 import math
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -284,9 +285,7 @@ def test_the_script_as_a_user_runs_it(tmp_path):
 
 
 def test_a_launcher_is_refused(quadrants, monkeypatch):
-    from contextlib import nullcontext
-
     two = World(0, 0, 2, torch.device("cpu"))
-    monkeypatch.setattr(quadrants, "join_world", lambda device: nullcontext(two))
-    with pytest.raises(ConfigError, match="starts its own processes"):
+    monkeypatch.setattr("torchpar.parallel.world.join_world", lambda device: nullcontext(two))
+    with pytest.raises(ConfigError, match="2 processes were started, expected 1"):
         quadrants.main(quadrants.Flags(device="cpu"))

@@ -82,12 +82,14 @@ def print_rows(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> Non
 def summary(results: list[EpochResult]) -> str:
     """The run in one line: the last epoch's accuracy and loss, the time of all epochs, where it ran."""
     last = results[-1]
-    ranks = f"{last.ranks} rank{'s' if last.ranks > 1 else ''}"
     seconds = sum(result.seconds for result in results)
-    return (
-        f"test accuracy {last.test_accuracy:.4f} | loss {last.test_loss:.4f} | {seconds:.1f} s | "
-        f"{ranks} | {last.device}"
-    )
+    return last_line(last.test_accuracy, last.test_loss, seconds, last.ranks, last.device)
+
+
+def last_line(accuracy: float, loss: float, seconds: float, ranks: int, device: str) -> str:
+    """How every training script ends."""
+    processes = f"{ranks} rank{'s' if ranks > 1 else ''}"
+    return f"test accuracy {accuracy:.4f} | loss {loss:.4f} | {seconds:.1f} s | {processes} | {device}"
 
 
 def print_phases(phases: Phases) -> None:

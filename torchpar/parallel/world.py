@@ -228,9 +228,7 @@ def alone(device: str = "auto") -> Iterator[World]:
     """
     with join_world(device) as world:
         if world.world_size > 1:
-            raise ConfigError(
-                f"{world.world_size} processes were started, expected one: no launcher is needed"
-            )
+            raise ConfigError(f"{world.world_size} processes were started, expected 1; start no launcher")
         yield world
 
 
