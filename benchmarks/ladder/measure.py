@@ -13,7 +13,6 @@ from benchmarks.harness import Work
 from benchmarks.timing import Ceiling
 
 CPU = torch.device("cpu")
-MIN_SAMPLES = 3
 Unit = Literal["GB/s", "GFLOP/s"]
 
 
@@ -127,13 +126,13 @@ def measure(
         if one.rung.compiles:
             one.first_call = time.perf_counter() - start
     going = [one for one in timed if not one.reason]
-    for number in range(rounds):
+    for _ in range(rounds):
         for one in list(going):
             sample = _try(one, one.rung.sample)
             if isinstance(sample, Sample):
                 one.samples.append(sample)
             spent = sum(sample.seconds for sample in one.samples)
-            if sample is None or (spent > workload.seconds and number + 1 >= MIN_SAMPLES):
+            if sample is None or spent > workload.seconds:
                 going.remove(one)
         on_round()
     return _rows(workload, timed, ceilings)
