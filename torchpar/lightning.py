@@ -77,6 +77,10 @@ class LitMLP(LightningModule):
         weight_decay: L2 penalty λ of the weights: λ/2·‖W‖² in the loss.
         schedule: course of the learning rate over the run, in steps; linear and cosine end at 0.
         compile: compile the MLP by torch.compile; ``torch.compile(LitMLP())`` compiles whole steps.
+
+    Raises:
+        ConfigError: sizes, an activation, a rate, momentum or penalty that make no network or optimizer;
+            from `setup`, sizes that are not those of the data.
     """
 
     def __init__(
@@ -93,13 +97,22 @@ class LitMLP(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.loss: Loss = loss
-        self.mlp = MLP(list(sizes), hidden, "logits" if loss == "cross-entropy" else "sigmoid")
+        try:
+            self.mlp = MLP(list(sizes), hidden, "logits" if loss == "cross-entropy" else "sigmoid")
+            sgd(self.mlp, lr, momentum, weight_decay)  # refuses what it cannot work with
+        except ValueError as e:
+            raise ConfigError(str(e)) from e
         if compile:
             self.mlp.compile()
         self.train_loss, self.val_loss, self.test_loss = SampleMean(), SampleMean(), SampleMean()
         self.val_accuracy, self.test_accuracy = (
             MulticlassAccuracy(sizes[-1], average="micro", validate_args=False) for _ in range(2)
         )
+
+    def setup(self, stage: str) -> None:
+        module, sizes = getattr(self.trainer, "datamodule", None), self.mlp.sizes
+        if isinstance(module, MNISTDataModule) and (sizes[0], sizes[-1]) != module.ends:
+            raise ConfigError(f"sizes is {list(sizes)}, expected the data's {module.ends} at its ends")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mlp(x)  # type: ignore[no-any-return]
@@ -252,6 +265,11 @@ class MNISTDataModule(LightningDataModule):
             raise ConfigError(f"validation is {kept}, expected 'test' or 0 to {len(train) - 1} samples")
         split = len(train) - kept
         self.train, self.val = train[:split], self.test if self.validation == "test" else train[split:]
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """How many numbers a sample has, and how many classes there are."""
+        return self.test.images[0].numel(), len(self.test.classes)
 
     def train_dataloader(self) -> TrainBatches:
         return TrainBatches(self.train, self.batch_size, self.seed, self.world, self._trainer)
