@@ -86,13 +86,15 @@ def main() -> int:
     ceilings = {device: measure_ceiling(torch.device(device), [torch.float32]) for device in devices}
     ladder = climb(plan, ceilings)
 
-    origin = provenance(CPU)
+    origin = provenance(CPU) | {"cores": CORES}
+    gpu = provenance(torch.device("cuda")) if "cuda" in ceilings else {"device": "", "clocks": ""}
+    origin |= {"gpu": gpu["device"], "gpu_clocks": gpu["clocks"]}
     path = options.output / "ladder.csv"
     path.unlink(missing_ok=True)
     for rows in ladder:
-        write_csv(path, rows, cores=CORES, **origin)
+        write_csv(path, rows, **origin)
     by_operator = dict(zip(plan.operators, ladder, strict=False))
-    show.bars(ladder, options.output / "ladder.png", origin, CORES)
+    show.bars(ladder, options.output / "ladder.png", origin)
     picture = options.output / "intensity.png"
     show.intensity(by_operator["matmul_t"], picture, origin, ceilings, operators.cache_bandwidth())
 

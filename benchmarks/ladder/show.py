@@ -123,14 +123,14 @@ def _color(rung: str) -> str:
     return COLORS[max((name for name in COLORS if rung.startswith(name)), key=len)]
 
 
-def bars(ladder: Sequence[Sequence[Row]], path: Path, origin: Mapping[str, Any], cores: int) -> None:
+def bars(ladder: Sequence[Sequence[Row]], path: Path, origin: Mapping[str, Any]) -> None:
     """Time of every rung, on a logarithmic scale: operations on the left, epochs on the right."""
     matplotlib.use("Agg")
     epochs = ["epoch" in rows[0].workload for rows in ladder]
     figure = plt.figure(figsize=(14, 9), layout="constrained")
     figure.suptitle(
-        f"{origin['device']}, {cores} cores; torch {origin['torch']}, NumPy {origin['numpy']}, "
-        f"{origin['date'][:10]}. Hatched: extrapolated from a part",
+        f"{origin['device']}, {origin['cores']} cores{origin['gpu'] and ', ' + origin['gpu']}; torch "
+        f"{origin['torch']}, NumPy {origin['numpy']}, {origin['date'][:10]}. Hatched: extrapolated from a part",
         fontsize=10,
     )
     halves = figure.subfigures(1, 2, squeeze=False)[0]
