@@ -128,11 +128,9 @@ def bars(ladder: Sequence[Sequence[Row]], path: Path, origin: Mapping[str, Any])
     matplotlib.use("Agg")
     epochs = ["epoch" in rows[0].workload for rows in ladder]
     figure = plt.figure(figsize=(14, 9), layout="constrained")
-    figure.suptitle(
-        f"{origin['device']}, {origin['cores']} cores{origin['gpu'] and ', ' + origin['gpu']}; torch "
-        f"{origin['torch']}, NumPy {origin['numpy']}, {origin['date'][:10]}. Hatched: extrapolated from a part",
-        fontsize=10,
-    )
+    machine = ", ".join(filter(None, (origin["device"], f"{origin['cores']} cores", origin["gpu"])))
+    versions = f"torch {origin['torch']}, NumPy {origin['numpy']}, {origin['date'][:10]}"
+    figure.suptitle(f"{machine}; {versions}. Hatched: extrapolated from a part", fontsize=10)
     halves = figure.subfigures(1, 2, squeeze=False)[0]
     for side, half in zip((False, True), halves, strict=True):
         workloads = [rows for rows, epoch in zip(ladder, epochs, strict=True) if epoch is side]
