@@ -35,11 +35,10 @@ def table(rows: Sequence[Row]) -> Table:
     for header in ("time", "× pure Python", "× row above", rows[0].unit, "of ceiling", "first call"):
         shown.add_column(header, justify="right", no_wrap=True)
     for row in rows:
-        extrapolated = row.covered is not None and row.covered < 1
         shown.add_row(
             row.rung,
-            row.note if row.ok else f"[red]{row.reason}",
-            ("~ " if extrapolated else "") + duration(row.seconds),
+            note(row) if row.ok else f"[red]{row.reason}",
+            ("~ " if extrapolated(row) else "") + duration(row.seconds),
             cell(row.over_pure_python, "{:,.4g}"),
             cell(row.over_row_above, "{:.2f}"),
             cell(row.rate, "{:,.3g}"),
@@ -49,14 +48,22 @@ def table(rows: Sequence[Row]) -> Table:
     return shown
 
 
+def extrapolated(row: Row) -> bool:
+    return row.covered is not None and row.covered < 1
+
+
+def note(row: Row) -> str:
+    """What is said beside the name; of a time that is extrapolated, from what."""
+    part = f"from {row.covered:.0%}" if extrapolated(row) and "from" not in row.note else ""
+    return ", ".join(filter(None, (row.note, part)))
+
+
 def duration(seconds: float | None) -> str:
     """With three digits, in the unit that suits."""
     if seconds is None:
         return ""
-    for unit, least in (("s", 1), ("ms", 1e-3), ("µs", 0)):
-        if seconds >= least:
-            return f"{seconds / (least or 1e-6):.3g} {unit}"
-    raise ValueError(f"a duration of {seconds} s")
+    unit, scale = ("s", 1.0) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
+    return f"{seconds * scale:.3g} {unit}" if seconds * scale < 999 else f"{seconds * scale:,.0f} {unit}"
 
 
 def overhead(rows: Sequence[Row], steps: int) -> str:
@@ -107,7 +114,7 @@ def intensity(
             axes.plot(reach, heights, "--" if name == "cache" else "-", lw=1, label=label)
     for row, *at in known:
         axes.plot(*at, "o", color=_color(row.rung))
-        label = f"{row.rung}, {row.note}" if row.note else row.rung
+        label = ", ".join(filter(None, (row.rung, note(row))))
         axes.annotate(label, (at[0], at[1]), xytext=(6, -3), textcoords="offset points", fontsize=7)
     axes.set(xscale="log", yscale="log", xlim=(left, right))
     axes.set(xlabel="needed operations per byte loaded", ylabel="GFLOP/s of needed operations")
@@ -146,11 +153,11 @@ def bars(ladder: Sequence[Sequence[Row]], path: Path, origin: Mapping[str, Any])
 def _bars(axes: Any, rows: Sequence[Row]) -> None:
     known = [(row, row.seconds) for row in rows if row.seconds]
     for at, (row, seconds) in enumerate(known):
-        hatch = "//" if row.covered is not None and row.covered < 1 else ""
+        hatch = "//" if extrapolated(row) else ""
         axes.barh(at, seconds, color=_color(row.rung), hatch=hatch, alpha=0.85)
         faster = f"   {row.over_pure_python:,.3g}×" if at and row.over_pure_python else ""
         axes.text(seconds * 1.1, at, duration(seconds) + faster, va="center", fontsize=7)
-    labels = [f"{row.rung}, {row.note}" if row.note else row.rung for row, _ in known]
+    labels = [", ".join(filter(None, (row.rung, note(row)))) for row, _ in known]
     axes.set_yticks(range(len(known)), labels, fontsize=7)
     axes.invert_yaxis()
     times = [seconds for _, seconds in known]
