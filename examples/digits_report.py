@@ -12,13 +12,13 @@ below validation loss (a quarter): samples are learnt by heart, more λ. Both hi
 another λ has on samples it never saw): less λ. The best of those meets the test set, once.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, product
 from math import isfinite
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -30,10 +30,10 @@ from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel.step import ReplicaStep
 from torchpar.parallel.world import World, alone
-from torchpar.progress import EpochResult
 
 Row = dict[str, Any]  # a choice, and what it had come to after an epoch
 CHOICE = ("hidden", "batch_size", "lr", "weight_decay")
+CURVES = ("train_loss", "validation_loss", "validation_accuracy")
 accuracy = itemgetter("validation_accuracy")
 watched = partial(track, transient=True, disable=not Console().is_terminal)
 
@@ -55,22 +55,13 @@ class Flags(cli.ExampleFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in CHOICE:
-            if not getattr(self, name):
-                raise ConfigError(f"--{name.replace('_', '-')} has no value, expected one or more")
+        if not all(getattr(self, name) for name in CHOICE):
+            raise ConfigError("--hidden, --batch-size, --lr and --weight-decay take one value or more each")
         if self.sweep_epochs < 1:
             raise ConfigError(f"--sweep-epochs is {self.sweep_epochs}, expected at least 1")
 
 
-class Run(NamedTuple):
-    """A network that was trained, and what it had come to after each epoch."""
-
-    model: MLP
-    results: list[EpochResult]
-    rows: list[Row]
-
-
-def train(choice: Row, epochs: int, flags: Flags, sets: tuple[Samples, Samples], world: World) -> Run:
+def train(choice: Row, epochs: int, flags: Flags, sets: list[Samples], world: World) -> tuple[MLP, list[Row]]:
     torch.manual_seed(flags.seed)  # networks of one size start alike
     model = MLP([784, *[choice["hidden"]] * flags.depth, len(sets[0].classes)]).to(world.device)
     optimizer = training.sgd(model, choice["lr"], momentum=0.9, weight_decay=choice["weight_decay"])
@@ -85,71 +76,55 @@ def train(choice: Row, epochs: int, flags: Flags, sets: tuple[Samples, Samples],
         | {"validation_loss": r.test_loss, "validation_accuracy": r.test_accuracy}
         for r in results
     ]
-    return Run(model, results, rows)
+    return model, rows
 
 
-def sweep(flags: Flags, study: partial[Run]) -> list[Row]:
-    """What every width, batch size and rate has come to, with the first λ."""
+def sweep(flags: Flags, study: partial[Any]) -> list[Row]:
+    """What every width, batch size and rate has come to; prints what the batch size does."""
     grid = product(flags.hidden, sorted(flags.batch_size), sorted(flags.lr), flags.weight_decay[:1])
     choices = [dict(zip(CHOICE, values, strict=True)) for values in grid]
-    return [study(choice, flags.sweep_epochs).rows[-1] for choice in watched(choices, "sweep")]
-
-
-def compare_batch_sizes(swept: list[Row]) -> list[Row]:
-    """Print the best rate's row of each width and batch size, and what the batch size does."""
+    swept = [study(choice, flags.sweep_epochs)[1][-1] for choice in watched(choices, "sweep")]
     top = [max(rows, key=accuracy) for _, rows in groupby(swept, itemgetter("hidden", "batch_size"))]
-    columns = ("hidden", "batch_size", "lr", "validation_accuracy", "steps", "ms_per_step", "s_per_epoch")
-    report.print_rows(top, columns)
-    small, *_, large = [row for row in top if row["hidden"] == max(swept, key=accuracy)["hidden"]] * 2
-    time, gain = large["s_per_epoch"] / small["s_per_epoch"], accuracy(large) - accuracy(small)
+    report.print_rows(top, (*CHOICE[:3], "validation_accuracy", "steps", "ms_per_step", "s_per_epoch"))
+    alike = [row for row in top if row["hidden"] == max(swept, key=accuracy)["hidden"]]
+    time = alike[-1]["s_per_epoch"] / alike[0]["s_per_epoch"]
+    gain = accuracy(alike[-1]) - accuracy(alike[0])
     print(f"smallest to largest batch: {time:.2f}× the time of an epoch, accuracy {gain:+.4f}")
-    return top
+    return swept
 
 
-def penalise(flags: Flags, study: partial[Run], chosen: Row) -> list[Run]:
-    """The chosen network with each λ; prints what the losses ask for."""
-    choices = [{name: chosen[name] for name in CHOICE} | {"weight_decay": λ} for λ in flags.weight_decay]
-    runs = [study(choice, flags.epochs) for choice in watched(choices, "λ")]
-    lasts = [run.rows[-1] for run in runs]
+def penalties(flags: Flags, study: partial[Any], chosen: Row) -> list[tuple[MLP, list[Row]]]:
+    """The chosen network with every λ; prints what the losses ask for."""
+    runs = [study(chosen | {"weight_decay": λ}, flags.epochs) for λ in watched(flags.weight_decay, "λ")]
+    lasts = [rows[-1] for _, rows in runs]
     lowest = min(row["validation_loss"] for row in lasts)
     for row in lasts:
         by_heart, high = row["train_loss"] < row["validation_loss"] / 4, row["train_loss"] > lowest
         row["asks_for"] = "more λ" if by_heart else "less λ" if high else "this λ"
-    columns = ("weight_decay", "train_loss", "validation_loss", "validation_accuracy", "asks_for")
-    report.print_rows(lasts, columns)
+    report.print_rows(lasts, ("weight_decay", *CURVES, "asks_for"))
     return runs
 
 
-def test(run: Run, samples: Samples, world: World) -> EpochResult:
-    """The run's last result, with the figures of the test set."""
-    loss, outputs = training.evaluate(ReplicaStep(run.model), samples, world, "cross-entropy")
-    right = (outputs.argmax(1) == samples.labels).sum().item() / len(samples)
-    return replace(run.results[-1], test_loss=loss, test_accuracy=right)
+def final_test(model: MLP, samples: Samples, world: World) -> Row:
+    loss, outputs = training.evaluate(ReplicaStep(model), samples, world, "cross-entropy")
+    right = (outputs.argmax(1) == samples.labels).sum().item()
+    return {"test_accuracy": right / len(samples), "test_loss": loss}
 
 
-def draw(axes: Any, rows: list[Row], x: str, y: str, *by: str, style: str = "o-") -> None:
-    for key, line in groupby(rows, lambda row: [f"{name} {row[name]}" for name in by]):
-        xs, ys = zip(*((row[x], row[y]) for row in line), strict=True)
-        axes.plot(xs, ys, style, label=", ".join([y, *key]).replace("_", " "))
-    axes.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
-    axes.legend(fontsize=8, framealpha=0.5)
-
-
-def save_pictures(path: Path, swept: list[Row], top: list[Row], epochs: list[Row]) -> None:
+def draw(path: Path, swept: list[Row], epochs: list[Row]) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure((12, 8), layout="constrained")
-    (by_rate, by_size), (losses, accuracies) = figure.subplots(2, 2)
-    draw(by_rate, swept, "lr", "validation_accuracy", "hidden", "batch_size")
-    draw(by_size, top, "batch_size", "s_per_epoch", "hidden")
-    draw(losses, epochs, "epoch", "train_loss", "weight_decay", style="--")
-    losses.set_prop_cycle(None)
-    draw(losses, epochs, "epoch", "validation_loss", "weight_decay", style="-")
-    draw(accuracies, epochs, "epoch", "validation_accuracy", "weight_decay")
-    losses.set(ylabel="loss")
-    by_size.set(ylim=(0, None))
-    by_rate.set_xscale("log", base=2)
-    by_size.set_xscale("log", base=2)
+    one_rate = [row for row in swept if row["lr"] == swept[0]["lr"]]
+    panels = [(swept, "lr", "validation_accuracy", ["hidden", "batch_size"])]
+    panels += [(one_rate, "batch_size", y, ["hidden"]) for y in ("ms_per_step", "s_per_epoch")]
+    panels += [(epochs, "epoch", y, ["weight_decay"]) for y in CURVES]
+    figure = Figure((15, 8), layout="constrained")
+    for axes, (rows, x, y, by) in zip(figure.subplots(2, 3).flat, panels, strict=True):
+        for key, line in groupby(rows, itemgetter(*by)):
+            xs, ys = zip(*((f"{row[x]:g}", row[y]) for row in line), strict=True)
+            axes.plot(xs, ys, "o-", label=str(key))
+        axes.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
+        axes.legend(title=", ".join(by).replace("_", " "))
     figure.savefig(path, dpi=120)
 
 
@@ -158,19 +133,17 @@ def main(flags: Flags) -> None:
         report.prepare_outputs(world, folders=[flags.plots], files=[flags.metrics])
         file, test_set = load(flags.dataset, flags.data, world)
         rest = len(file) - len(file) // 6
-        study = partial(train, flags=flags, sets=(file[:rest][: flags.samples], file[rest:]), world=world)
+        study = partial(train, flags=flags, sets=[file[:rest][: flags.samples], file[rest:]], world=world)
         swept = sweep(flags, study)
-        top = compare_batch_sizes(swept)
-        runs = penalise(flags, study, chosen=max(swept, key=accuracy))
-        best = max(runs, key=lambda run: accuracy(run.rows[-1]))
-        final = test(best, test_set, world)
-    epochs = [row for run in runs for row in run.rows]
+        runs = penalties(flags, study, chosen=max(swept, key=accuracy))
+        model, rows = max(runs, key=lambda run: accuracy(run[1][-1]))
+        final = rows[-1] | final_test(model, test_set, world)
+    epochs = [row for _, rows in runs for row in rows]
     if flags.metrics:
-        found = {"test_accuracy": final.test_accuracy, "test_loss": final.test_loss}
-        report.write_metrics(flags.metrics, [*swept, *epochs, best.rows[-1] | found])
+        report.write_metrics(flags.metrics, [*swept, *epochs, final])
     if flags.plots:
-        save_pictures(flags.plots / "digits.png", swept, top, epochs)
-    print(report.summary([*best.results[:-1], final]))
+        draw(flags.plots / "digits.png", swept, epochs)
+    print(f"test accuracy {final['test_accuracy']:.4f} | loss {final['test_loss']:.4f} | {world.device.type}")
 
 
 if __name__ == "__main__":
