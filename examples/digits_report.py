@@ -12,6 +12,7 @@ below validation loss (a quarter): samples are learnt by heart, more λ. Both hi
 another λ has on samples it never saw): less λ. The best of those meets the test set, once.
 """
 
+import time
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, product
@@ -32,6 +33,7 @@ from torchpar.parallel.step import ReplicaStep
 from torchpar.parallel.world import World, alone
 
 Row = dict[str, Any]  # a choice, and what it had come to after an epoch
+Trained = tuple[MLP, list[Row]]
 CHOICE = ("hidden", "batch_size", "lr", "weight_decay")
 CURVES = ("train_loss", "validation_loss", "validation_accuracy")
 accuracy = itemgetter("validation_accuracy")
@@ -57,18 +59,16 @@ class Flags(cli.ExampleFlags):
         super().__post_init__()
         if not all(getattr(self, name) for name in CHOICE):
             raise ConfigError("--hidden, --batch-size, --lr and --weight-decay take one value or more each")
-        if self.sweep_epochs < 1:
-            raise ConfigError(f"--sweep-epochs is {self.sweep_epochs}, expected at least 1")
 
 
-def train(choice: Row, epochs: int, flags: Flags, sets: list[Samples], world: World) -> tuple[MLP, list[Row]]:
+def train(choice: Row, epochs: int, flags: Flags, sets: tuple[Samples, Samples], world: World) -> Trained:
     torch.manual_seed(flags.seed)  # networks of one size start alike
     model = MLP([784, *[choice["hidden"]] * flags.depth, len(sets[0].classes)]).to(world.device)
     optimizer = training.sgd(model, choice["lr"], momentum=0.9, weight_decay=choice["weight_decay"])
     size, n = choice["batch_size"], len(sets[0])
     results = training.fit(model, optimizer, *sets, world, epochs=epochs, batch_size=size, seed=flags.seed)
-    if not isfinite(results[-1].train_loss):
-        raise ConfigError(f"training diverged with {choice}; take a smaller rate, or a smaller penalty")
+    if not all(isfinite(r.train_loss + r.test_loss) for r in results):
+        raise ConfigError(f"lr {choice['lr']} with λ {choice['weight_decay']} diverged; take smaller ones")
     steps, seconds = -(-n // size), n / max(r.samples_per_s for r in results)
     cost = {"steps": steps, "ms_per_step": 1000 * seconds / steps, "s_per_epoch": seconds}
     rows = [
@@ -86,14 +86,13 @@ def sweep(flags: Flags, study: partial[Any]) -> list[Row]:
     swept = [study(choice, flags.sweep_epochs)[1][-1] for choice in watched(choices, "sweep")]
     top = [max(rows, key=accuracy) for _, rows in groupby(swept, itemgetter("hidden", "batch_size"))]
     report.print_rows(top, (*CHOICE[:3], "validation_accuracy", "steps", "ms_per_step", "s_per_epoch"))
-    alike = [row for row in top if row["hidden"] == max(swept, key=accuracy)["hidden"]]
-    time = alike[-1]["s_per_epoch"] / alike[0]["s_per_epoch"]
-    gain = accuracy(alike[-1]) - accuracy(alike[0])
-    print(f"smallest to largest batch: {time:.2f}× the time of an epoch, accuracy {gain:+.4f}")
+    rows = [row for row in top if row["hidden"] == max(swept, key=accuracy)["hidden"]]
+    ratio, gain = rows[-1]["s_per_epoch"] / rows[0]["s_per_epoch"], accuracy(rows[-1]) - accuracy(rows[0])
+    print(f"smallest to largest batch: {ratio:.2f}× the time of an epoch, accuracy {gain:+.4f}")
     return swept
 
 
-def penalties(flags: Flags, study: partial[Any], chosen: Row) -> list[tuple[MLP, list[Row]]]:
+def penalties(flags: Flags, study: partial[Any], chosen: Row) -> list[Trained]:
     """The chosen network with every λ; prints what the losses ask for."""
     runs = [study(chosen | {"weight_decay": λ}, flags.epochs) for λ in watched(flags.weight_decay, "λ")]
     lasts = [rows[-1] for _, rows in runs]
@@ -107,8 +106,7 @@ def penalties(flags: Flags, study: partial[Any], chosen: Row) -> list[tuple[MLP,
 
 def final_test(model: MLP, samples: Samples, world: World) -> Row:
     loss, outputs = training.evaluate(ReplicaStep(model), samples, world, "cross-entropy")
-    right = (outputs.argmax(1) == samples.labels).sum().item()
-    return {"test_accuracy": right / len(samples), "test_loss": loss}
+    return {"test_accuracy": (outputs.argmax(1) == samples.labels).double().mean().item(), "test_loss": loss}
 
 
 def draw(path: Path, swept: list[Row], epochs: list[Row]) -> None:
@@ -129,11 +127,12 @@ def draw(path: Path, swept: list[Row], epochs: list[Row]) -> None:
 
 
 def main(flags: Flags) -> None:
+    start = time.perf_counter()
     with alone(flags.device) as world:
         report.prepare_outputs(world, folders=[flags.plots], files=[flags.metrics])
         file, test_set = load(flags.dataset, flags.data, world)
         rest = len(file) - len(file) // 6
-        study = partial(train, flags=flags, sets=[file[:rest][: flags.samples], file[rest:]], world=world)
+        study = partial(train, flags=flags, sets=(file[:rest][: flags.samples], file[rest:]), world=world)
         swept = sweep(flags, study)
         runs = penalties(flags, study, chosen=max(swept, key=accuracy))
         model, rows = max(runs, key=lambda run: accuracy(run[1][-1]))
@@ -143,7 +142,8 @@ def main(flags: Flags) -> None:
         report.write_metrics(flags.metrics, [*swept, *epochs, final])
     if flags.plots:
         draw(flags.plots / "digits.png", swept, epochs)
-    print(f"test accuracy {final['test_accuracy']:.4f} | loss {final['test_loss']:.4f} | {world.device.type}")
+    found = (final["test_accuracy"], final["test_loss"], time.perf_counter() - start)
+    print(report.last_line(*found, ranks=1, device=world.device.type))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,8 @@
 
     python examples/everything_is_matmul.py --plots pictures
 
-Regression: a = x·w, C = mean (a − y)² over n samples. Each adds its ∂C/∂a = 2(a − y)/n times its x, and the
-sum is a product: ∂C/∂w = xᵀ·2(a − y)/n. A bias is the weight of an input that is always 1: ∂C/∂b =
-Σ 2(a − y)/n. A mean does not shrink with n: small batches make more steps, not smaller ones.
+Regression: a = x·w, C = mean (a − y)² over n samples. ∂C/∂w = xᵀ·2(a − y)/n, and ∂C/∂b = Σ 2(a − y)/n, as a
+bias is the weight of an input 1. A mean does not shrink with n: small batches make more steps, not smaller.
 
 Convolution: an output is the dot product of a kernel and a window. With the windows written out as rows the
 layer is a linear one. The price: an element is written once for every window that holds it.
@@ -18,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,6 @@ from torchpar import cli, matmul_t, report, training
 from torchpar.data import Dataset, Samples, load
 from torchpar.errors import ConfigError
 from torchpar.nn import Linear, LinearSigmoid
-from torchpar.parallel.step import ReplicaStep
 from torchpar.parallel.world import World, alone
 
 
@@ -43,7 +42,7 @@ class Flags(cli.ExampleFlags):
     lr: float = 0.3  # Learning rate at the start; it falls to 0 linearly.
 
 
-def check(part: str, ours: Tensor, theirs: Callable[..., Tensor], *inputs: Tensor) -> dict[str, object]:
+def check(part: str, ours: Tensor, theirs: Callable[..., Tensor], *inputs: Tensor) -> dict[str, Any]:
     """Refuse a float32 result that is more than twice as far from float64's as PyTorch's own."""
     exact = theirs(*(t.double() for t in inputs))
     error, native = ((result - exact).abs().max().item() for result in (ours, theirs(*inputs)))
@@ -67,14 +66,13 @@ def descend(x: Tensor, y: Tensor, batch_size: int, lr: float) -> list[float]:
     return losses
 
 
-def regression(device: torch.device) -> dict[str, object]:
+def regression(device: torch.device) -> dict[str, Any]:
     x, w = F.pad(torch.randn(1024, 7), (0, 1), value=1.0).to(device), torch.randn(8).to(device)
     y = x @ torch.arange(8.0).to(x) + 0.1 * torch.randn(1024).to(x)
     theirs = torch.func.grad(lambda x, y, w: F.mse_loss(x @ w, y), argnums=2)
     part = check("regression", mse_gradient(x, y, w), theirs, x, y, w)
     curves = {f"batch {n}, rate {lr}": descend(x, y, n, lr) for n in (1024, 64, 4) for lr in (0.01, 0.1)}
-    for name, losses in curves.items():
-        print(f"  {name}: loss {losses[-1]:.4f} at step {len(losses)}")
+    print(*(f"  {name}: loss {c[-1]:.4f} at step {len(c)}" for name, c in curves.items()), sep="\n")
     return part | {"losses": curves}
 
 
@@ -83,7 +81,7 @@ def windows(x: Tensor, size: int, stride: int) -> Tensor:
     return x.unfold(1, size, stride).unfold(2, size, stride).flatten(3)
 
 
-def convolution(device: torch.device) -> dict[str, object]:
+def convolution(device: torch.device) -> dict[str, Any]:
     x, layer = torch.rand(8, 16, 12, 12).to(device), LinearSigmoid(16 * 5**2, 32).to(device)
     rows = windows(x.movedim(1, 3), size=5, stride=2)
     y, kernels = layer(rows).movedim(3, 1), layer.weight.detach().unflatten(1, (16, 5, 5))
@@ -98,13 +96,14 @@ def attention_weights(x: Tensor) -> Tensor:
     return (matmul_t(x) / x.shape[-1] ** 0.5).softmax(-1)  # type: ignore[no-any-return]
 
 
-def attention(samples: Samples) -> dict[str, object]:
-    x, labels = F.layer_norm(samples.inputs(slice(100)), (784,)), samples.labels[:100]
+def attention(samples: Samples) -> tuple[dict[str, Any], Tensor]:
+    order = samples.labels[:100].argsort()
+    x, labels = F.layer_norm(samples.inputs(order), (784,)), samples.labels[order]
     part = check("attention", attention_weights(x) @ x, lambda x: F.scaled_dot_product_attention(x, x, x), x)
     to_others = F.normalize(attention_weights(x).fill_diagonal_(0), p=1)
     to_class = to_others[labels == labels[:, None]].sum().item() / len(labels)
     print(f"  {to_class:.0%} of what a digit gives to others goes to its class")
-    return part | {"to_own_class": to_class}
+    return part | {"to_own_class": to_class}, to_others
 
 
 class ConvNet(torch.nn.Module):
@@ -120,19 +119,14 @@ class ConvNet(torch.nn.Module):
         return self.last(y.flatten(1))  # type: ignore[no-any-return]
 
 
-def train(flags: Flags, train_set: Samples, test_set: Samples, world: World) -> list[dict[str, object]]:
+def train(flags: Flags, train_set: Samples, test_set: Samples, world: World) -> tuple[Tensor, list[Any]]:
     model = ConvNet().to(world.device)
     optimizer = training.sgd(model, flags.lr, momentum=0.9, weight_decay=3e-5)
     fit = partial(training.fit, model, optimizer, train_set, test_set, world, batch_size=flags.batch_size)
     with report.reporting(world, flags.epochs, len(train_set), metrics=None) as shown:
         results = fit(epochs=flags.epochs, seed=flags.seed, on_step=shown.step, on_epoch=shown.epoch)
-    if flags.plots:
-        from torchpar import plots
-
-        _, outputs = training.evaluate(ReplicaStep(model), test_set, world, "cross-entropy")
-        plots.save(flags.plots, results, outputs, test_set)
     print(report.summary(results))
-    return [asdict(result) for result in results]
+    return model.first.weight.unflatten(1, (5, 5)), [asdict(result) for result in results]
 
 
 def main(flags: Flags) -> None:
@@ -140,10 +134,16 @@ def main(flags: Flags) -> None:
         report.prepare_outputs(world, folders=[flags.plots], files=[flags.metrics])
         train_set, test_set = load(flags.dataset, flags.data, world)
         torch.manual_seed(flags.seed)
-        rows = [regression(world.device), convolution(world.device), attention(test_set)]
-        rows += train(flags, train_set[: flags.samples], test_set, world)
+        parts = [regression(world.device), convolution(world.device)]
+        attended, weights = attention(test_set)
+        kernels, epochs = train(flags, train_set[: flags.samples], test_set, world)
+    if flags.plots:
+        from torchpar import plots
+
+        plots.save_matrices(flags.plots / "kernels.png", kernels, "the first layer's kernels")
+        plots.save_matrices(flags.plots / "attention.png", weights[None].sqrt(), "attention to others, √")
     if flags.metrics:
-        report.write_metrics(flags.metrics, rows)
+        report.write_metrics(flags.metrics, [*parts, attended, *epochs])
 
 
 if __name__ == "__main__":

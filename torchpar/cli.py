@@ -34,7 +34,9 @@ ELSEWHERE = {  # flags that leave the numbers of a run as they are, but for roun
 
 
 BOUNDS: dict[str, tuple[float, float]] = {  # of any flag so called: the least value, and the first too large
-    **dict.fromkeys(("epochs", "batch_size", "hidden", "dp", "tp", "pp", "micro_batches"), (1, math.inf)),
+    **dict.fromkeys(
+        ("epochs", "sweep_epochs", "batch_size", "hidden", "dp", "tp", "pp", "micro_batches"), (1, math.inf)
+    ),
     **dict.fromkeys(("save_every", "keep", "samples", "depth", "iterations"), (1, math.inf)),
     **dict.fromkeys(("lr", "clip", "weight_decay", "orthogonality"), (0, math.inf)),
     "momentum": (0, 1),

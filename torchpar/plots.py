@@ -57,6 +57,22 @@ def save_boundaries(path: Path, models: Mapping[str, torch.nn.Module], points: S
     plt.close(figure)
 
 
+def save_matrices(path: Path, matrices: Tensor, title: str) -> None:
+    """Draw ``matrices (n, rows, columns)`` side by side, each in its own range: dark is large."""
+    matplotlib.use("Agg")
+    columns = math.ceil(math.sqrt(len(matrices)))
+    rows = math.ceil(len(matrices) / columns)
+    size = (6, 6 * rows / columns + 0.4)
+    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, matrix in zip(grid.flat, matrices.detach().cpu().numpy(), strict=False):
+        axes.imshow(matrix, cmap="gray_r")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def _curves(results: list[EpochResult]) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     epochs = [r.epoch for r in results]
