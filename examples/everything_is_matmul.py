@@ -87,9 +87,8 @@ def convolution(device: torch.device) -> dict[str, Any]:
     rows = windows(x.movedim(1, 3), size=5, stride=2)
     y, kernels = layer(rows).movedim(3, 1), layer.weight.detach().unflatten(1, (16, 5, 5))
     part = check("convolution", y, lambda x: F.conv2d(x, kernels.to(x), stride=2).sigmoid(), x)
-    duplication = rows.numel() / x.numel()
-    print(f"  its rows take {duplication:.1f} times the {x.nbytes:,} bytes of its input")
-    return part | {"duplication": duplication}
+    print(f"  its rows take {rows.nbytes / x.nbytes:.1f} times the {x.nbytes:,} bytes of its input")
+    return part | {"duplication": rows.nbytes / x.nbytes}
 
 
 def attention_weights(x: Tensor) -> Tensor:
@@ -135,10 +134,8 @@ def main(flags: Flags) -> None:
         report.prepare_outputs(world, folders=[flags.plots], files=[flags.metrics])
         train_set, test_set = load(flags.dataset, flags.data, world)
         torch.manual_seed(flags.seed)
-        parts, (attended, weights) = (
-            [regression(world.device), convolution(world.device)],
-            attention(test_set),
-        )
+        parts = [regression(world.device), convolution(world.device)]
+        attended, weights = attention(test_set)
         kernels, epochs = train(flags, train_set[: flags.samples], test_set, world)
     if flags.plots:
         from torchpar import plots
