@@ -134,7 +134,7 @@ def plot(folder: Path, runs: list[tuple[Plan, Run]]) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for plan, run in runs:
-        axes.plot(range(1, 1 + len(run.costs)), run.costs, label=f"rate {plan.lr:g}")
+        axes.plot(range(1, 1 + len(run.costs)), run.costs, label=f"rate {plan.lr}, momentum {plan.momentum}")
     axes.set(xlabel="iteration", ylabel="cost", xscale="log", ylim=(0, None))
     axes.legend()
     figure.savefig(folder / "costs.png", dpi=120)

@@ -153,11 +153,18 @@ def _parse(flags: type[F]) -> F:
     except SystemExit as e:
         if not e.code:  # --help
             raise
-        # tyro frames its message: a title, the message, a rule, hints.
-        framed = [line.strip("│ ") for line in said.getvalue().splitlines()[1:]]
-        message = itertools.takewhile(lambda line: not line.startswith("─"), framed)
+        # tyro frames its message: a title, the message, a rule, hints; and where stdout is not said to be
+        # "utf-8", a title, a rule, the message and so on, the rules of hyphens.
+        framed = [line.strip("│| ") for line in said.getvalue().splitlines()[1:]]
+        message = itertools.takewhile(_no_rule, itertools.dropwhile(lambda line: not _no_rule(line), framed))
         said_once = " ".join(message).removeprefix(f"Error parsing {flags.__name__}: ")
-        raise ConfigError(f"{said_once or 'bad flags'}; see --help") from None
+        error = ConfigError(f"{said_once or 'bad flags'}; see --help")
+        error.told = _rank() != 0  # every rank has these flags, and mpirun ends none for another
+        raise error from None
+
+
+def _no_rule(line: str) -> bool:
+    return not line or not set(line) <= set("─-")
 
 
 def _rank() -> int:

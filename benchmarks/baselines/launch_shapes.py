@@ -40,7 +40,7 @@ def matmul_t_rows_kernel(x_ptr, out_ptr, rows, n, k, BLOCK_N: tl.constexpr, BLOC
 
 
 def maximum_by_rows(a: Tensor, b: Tensor) -> Tensor:
-    """The elementwise maximum of two dense ``(rows, columns)``: a program of 1024 numbers or more per row."""
+    """The elementwise maximum of two dense ``(rows, columns)``: a program per row."""
     result = torch.empty_like(a)
     rows, columns = a.shape
     maximum_row_kernel[(rows,)](a, b, result, columns, BLOCK=triton.next_power_of_2(columns))

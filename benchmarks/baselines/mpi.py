@@ -7,9 +7,11 @@ all take the same step. Whatever the number of processes, the batches are those 
 """
 
 import math
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -39,17 +41,22 @@ def join() -> Iterator[Any]:
     world = MPI.COMM_WORLD
     place = find_place()
     if place is not None and place.world_size != world.size:
-        raise ConfigError(
+        error = ConfigError(
             f"{place.launcher} started {place.world_size} processes, of which mpi4py sees {world.size}; "
             f"start them by the mpirun of the MPI that mpi4py loads, {MPI.get_vendor()[0]}"
         )
+        error.told = place.rank != 0  # all find it
+        raise error
     try:
         yield world
     except ConfigError:  # on all processes
         raise
-    except BaseException:
+    except BaseException as e:
         if world.size > 1:
-            traceback.print_exc()
+            if isinstance(e, OSError):  # a disk that is full, say: no fault of the program
+                print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)
+            else:
+                traceback.print_exc()
             world.Abort(1)
         raise
 

@@ -12,7 +12,7 @@ Matrix = list[Vector]
 
 
 def maximum(a: Matrix, b: Matrix) -> Matrix:
-    """The elementwise maximum of two matrices of one shape."""
+    """The elementwise maximum of two matrices of one shape; none of the numbers is NaN."""
     return [[x if x > y else y for x, y in zip(*rows, strict=True)] for rows in zip(a, b, strict=True)]
 
 

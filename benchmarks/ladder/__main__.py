@@ -15,9 +15,10 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-# OpenMP's threads spin while they wait: not at all, a step of torch takes four times as long; as long as by
-# default, ten times when another program wants the core.
+# Idle threads of OpenMP and OpenBLAS spin, for milliseconds, on the core that the next rung needs: after a
+# product in NumPy, torch's took three times as long. A step of torch wants short spins, 10 µs or so.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")  # 2¹⁶ cycles
 
 import torch
 

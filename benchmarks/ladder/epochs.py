@@ -16,6 +16,7 @@ from benchmarks.baselines.bridge import copy_weights
 from benchmarks.baselines.numpy_mlp import MLP, Array
 from benchmarks.ladder.inputs import RATE, Problem
 from benchmarks.ladder.measure import CPU, Sample
+from benchmarks.timing import Rejected
 
 
 class Run(ABC):
@@ -62,6 +63,8 @@ class Chunks:
         if first == last:
             return None
         seconds, losses = self.run.timed(first, last)
+        if len(losses) != last - first:
+            raise Rejected(f"{len(losses)} losses of {last - first} batches")
         self.problem.check(losses, first)
         part = sum(map(len, self.problem.order[first:last])) / total
         return Sample(seconds, part, sum(map(len, self.problem.order[:last])) / total)

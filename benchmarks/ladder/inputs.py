@@ -20,7 +20,7 @@ from torchpar.parallel.world import World
 RATE = 0.1
 DATA = Path(__file__).parents[2] / "examples" / "data"
 # Of the mean loss of any batch. Rounding moves it by less than 1e-5 within an epoch; a learning rate that is
-# 1% off, or another order of the samples, by more than 1e-2 of one batch or another.
+# 1% off, or another order of the samples, by more than 1e-2 of one batch or another of an epoch of MNIST.
 ALIKE = 1e-3
 
 

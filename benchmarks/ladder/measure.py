@@ -135,6 +135,9 @@ def measure(
             if sample is None or spent > workload.seconds:
                 going.remove(one)
         on_round()
+    for one in timed:
+        if not one.samples and not one.reason:
+            one.reason = "there was nothing to measure"
     return _rows(workload, timed, ceilings)
 
 

@@ -129,6 +129,8 @@ def _on_cpu(given: Operands, call: Callable[[], Any], rows: int | None = None) -
         nonlocal calls
         if given.cold:
             flush(CPU)
+        elif not calls:
+            call()  # may compile, and is not to tell how many calls are needed
         start = time.perf_counter()
         for _ in range(calls or 1):
             result = call()

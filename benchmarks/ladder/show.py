@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib
 import matplotlib.pyplot as plt
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.ladder.measure import Row
@@ -37,15 +38,20 @@ def table(rows: Sequence[Row]) -> Table:
     for row in rows:
         shown.add_row(
             row.rung,
-            note(row) if row.ok else f"[red]{row.reason}",
+            note(row) if row.ok else f"[red]{escape(row.reason)}",
             ("~ " if extrapolated(row) else "") + duration(row.seconds),
-            cell(row.over_pure_python, "{:,.4g}"),
+            number(row.over_pure_python),
             cell(row.over_row_above, "{:.2f}"),
-            cell(row.rate, "{:,.3g}"),
+            number(row.rate),
             cell(row.ceiling, "{:.2%}" if (row.ceiling or 0) < 0.01 else "{:.0%}"),
             cell(row.first_call, "{:.1f} s"),
         )
     return shown
+
+
+def number(x: float | None) -> str:
+    """With three digits, or whole."""
+    return cell(x, "{:.3g}" if (x or 0) < 999 else "{:,.0f}")
 
 
 def extrapolated(row: Row) -> bool:
@@ -102,7 +108,7 @@ def intensity(
     matplotlib.use("Agg")
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     known = [(row, row.intensity, row.rate) for row in rows if row.intensity and row.rate]
-    span = [x for _, x, _ in known]
+    span = [x for _, x, _ in known] or [1.0]
     left, right = min(span) / 2, max(span) * 8
     for device, ceiling in ceilings.items():
         arithmetic = ceiling.matmul[torch.float32]
@@ -155,12 +161,12 @@ def _bars(axes: Any, rows: Sequence[Row]) -> None:
     for at, (row, seconds) in enumerate(known):
         hatch = "//" if extrapolated(row) else ""
         axes.barh(at, seconds, color=_color(row.rung), hatch=hatch, alpha=0.85)
-        faster = f"   {row.over_pure_python:,.3g}×" if at and row.over_pure_python else ""
+        faster = f"   {number(row.over_pure_python)}×" if at and row.over_pure_python else ""
         axes.text(seconds * 1.1, at, duration(seconds) + faster, va="center", fontsize=7)
     labels = [", ".join(filter(None, (row.rung, note(row)))) for row, _ in known]
     axes.set_yticks(range(len(known)), labels, fontsize=7)
     axes.invert_yaxis()
-    times = [seconds for _, seconds in known]
+    times = [seconds for _, seconds in known] or [1.0]
     axes.set(xscale="log", xlim=(min(times) / 3, max(times) * 12))
     axes.set_title(rows[0].workload, fontsize=9, loc="left")
     axes.tick_params(axis="x", labelsize=7)
