@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from torchpar.data import Dataset
 from torchpar.errors import ConfigError
-from torchpar.parallel.rendezvous import find_place
+from torchpar.parallel.rendezvous import Place, find_place
 from torchpar.training import Schedule, Stopped
 
 try:
@@ -153,25 +153,35 @@ def _parse(flags: type[F]) -> F:
     except SystemExit as e:
         if not e.code:  # --help
             raise
-        # tyro frames its message: a title, the message, a rule, hints; and where stdout is not said to be
-        # "utf-8", a title, a rule, the message and so on, the rules of hyphens.
+        # tyro frames its message: a title, the message, a rule, hints; where stdout's encoding is not called
+        # "utf-8" there is a rule below the title too.
         framed = [line.strip("│| ") for line in said.getvalue().splitlines()[1:]]
-        message = itertools.takewhile(_no_rule, itertools.dropwhile(lambda line: not _no_rule(line), framed))
+        message = itertools.takewhile(_is_no_rule, itertools.dropwhile(_is_rule, framed))
         said_once = " ".join(message).removeprefix(f"Error parsing {flags.__name__}: ")
         error = ConfigError(f"{said_once or 'bad flags'}; see --help")
-        error.told = _rank() != 0  # every rank has these flags, and mpirun ends none for another
+        place = _place()
+        if place and place.rank and place.launcher in ("mpich", "openmpi"):
+            error.told = True  # mpirun gives all ranks the same flags, and ends none that have not met
         raise error from None
 
 
-def _no_rule(line: str) -> bool:
-    return not line or not set(line) <= set("─-")
+def _is_rule(line: str) -> bool:
+    return line != "" and set(line) <= set("─-")
+
+
+def _is_no_rule(line: str) -> bool:
+    return not _is_rule(line)
+
+
+def _place() -> Place | None:
+    try:
+        return find_place()
+    except ConfigError:  # which `main` tells
+        return None
 
 
 def _rank() -> int:
-    try:
-        place = find_place()
-    except ConfigError:  # which `main` tells
-        return 0
+    place = _place()
     return place.rank if place else 0
 
 

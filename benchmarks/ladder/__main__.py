@@ -3,7 +3,8 @@
 
 Five workloads: elementwise maximum, X·Xᵀ, linear+sigmoid, and an epoch of two digit classifiers. The result
 of every call that is timed is checked against float64 (whole numbers: exactly), every batch's loss too.
-Rungs take turns, and medians are quoted. Caches are flushed before an operator's call.
+Rungs take turns, and medians are quoted. Caches are flushed before maximum and X·Xᵀ; what linear+sigmoid
+works on stays in them, as in training.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Idle threads of OpenMP and OpenBLAS spin, for milliseconds, on the core that the next rung needs: after a
-# product in NumPy, torch's took three times as long. A step of torch wants short spins, 10 µs or so.
+# product in NumPy, torch's took three times as long. Not to spin at all makes a step of torch four times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")  # 2¹⁶ cycles
 
@@ -26,6 +27,7 @@ from benchmarks.report import provenance, write_csv
 from benchmarks.scaling.plan import CORES
 from benchmarks.scaling.ranks import start_ranks
 from benchmarks.timing import Ceiling, measure_ceiling
+from torchpar.errors import ConfigError
 from torchpar.parallel.world import World
 
 try:
@@ -80,12 +82,18 @@ def main() -> int:
         "--output", type=Path, default=Path("ladder"), metavar="DIR", help="for ladder.csv and pictures"
     )
     options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        parser.error(f"--output {options.output}: {e}")
     torch.set_num_threads(CORES)
     plan = QUICK if options.quick else FULL
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     ceilings = {device: measure_ceiling(torch.device(device), [torch.float32]) for device in devices}
-    ladder = climb(plan, ceilings)
+    try:
+        ladder = climb(plan, ceilings)
+    except ConfigError as e:  # of the samples
+        sys.exit(f"python -m benchmarks.ladder: {e}")
 
     origin = provenance(CPU) | {"cores": CORES}
     gpu = provenance(torch.device("cuda")) if "cuda" in ceilings else {"device": "", "clocks": ""}
