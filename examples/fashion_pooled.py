@@ -109,15 +109,17 @@ def tell(flags: Flags, way: str, device: str, ranks: int, runs: list[tuple[Plan,
     lines: list[dict[str, Any]] = []
     for plan, run in runs:
         ms = {phase: 1e3 * t / plan.iterations for phase, t in run.phases.items() if t}
+        once = sum(ms.pop(phase, 0.0) for phase in ("scatter", "data")) * plan.iterations
         print(
             f"{plan.iterations} iterations at rate {plan.lr:g}, momentum {plan.momentum:g}: "
             f"cost {run.costs[0]:.2f} → {run.costs[-1]:.3f}, precision {run.train[1]:.2f}, "
-            f"test {run.test[1]:.4f}; ms per iteration: {1e3 * run.seconds / plan.iterations:.2f}, of it "
+            f"test {run.test[1]:.4f}; ms once: {once:.1f}; per iteration: "
+            f"{1e3 * run.seconds / plan.iterations:.2f}, of it "
             + ", ".join(f"{phase} {t:.2f}" for phase, t in ms.items())
         )
         lines.append(
             plan._asdict()
-            | {"way": way, "ranks": ranks, "device": device, "ms": ms}
+            | {"way": way, "ranks": ranks, "device": device, "ms": ms, "ms_once": once}
             | {"first_cost": run.costs[0], "last_cost": run.costs[-1], "seconds": run.seconds}
             | {"precision": run.train[1], "test_loss": run.test[0], "test_accuracy": run.test[1]}
         )
@@ -132,18 +134,16 @@ def plot(folder: Path, runs: list[tuple[Plan, Run]]) -> None:
     """The costs, and what each hidden neuron of the last run looks for."""
     import matplotlib.pyplot as plt
 
+    from torchpar import plots
+
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for plan, run in runs:
         axes.plot(range(1, 1 + len(run.costs)), run.costs, label=f"rate {plan.lr}, momentum {plan.momentum}")
     axes.set(xlabel="iteration", ylabel="cost", xscale="log", ylim=(0, None))
     axes.legend()
     figure.savefig(folder / "costs.png", dpi=120)
-    figure, grid = plt.subplots(5, 5, figsize=(6, 6), layout="constrained")
-    for cell, weights in zip(grid.flat, runs[-1][1].weights.T, strict=True):
-        largest = abs(weights).max()
-        cell.imshow(weights.reshape(20, 20), cmap="RdBu", vmin=-largest, vmax=largest)
-        cell.axis("off")
-    figure.savefig(folder / "neurons.png", dpi=120)
+    neurons = torch.from_numpy(runs[-1][1].weights.T.reshape(-1, 20, 20))
+    plots.save_matrices(folder / "neurons.png", neurons, "what each hidden neuron looks for")
 
 
 if __name__ == "__main__":

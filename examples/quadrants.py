@@ -14,6 +14,7 @@ The report trains a larger network by data parallelism on the CPU, in larger and
 """
 
 import sys
+import time
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -27,8 +28,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.amdahl import show
-from benchmarks.amdahl.measure import PROCESSES, Job
+from benchmarks.amdahl import measure, show
 from torchpar import cli, report, training
 from torchpar.data import Samples
 from torchpar.nn import MLP
@@ -47,10 +47,14 @@ class Flags(cli.ExampleFlags):
     """Instead of both, learn few points, a tenth of them mislabelled, by networks of several widths and λ."""
     epochs: int = 60
     """Passes over the points; three times as many with --noise, where these are few."""
-    processes: tuple[int, ...] = PROCESSES
+    processes: tuple[int, ...] = measure.PROCESSES
     """Numbers of processes of the report: 1, then each a multiple of the last."""
     sizes: tuple[int, ...] = (512, 4096, 32768)
     """Batch sizes of the report, over all processes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        measure.check(self.processes, self.sizes)
 
 
 class Points(Samples):
@@ -115,20 +119,22 @@ def compare(flags: Flags, world: World) -> list[dict[str, float]]:
 
 
 def main(flags: Flags) -> None:
+    start = time.perf_counter()
     with alone(flags.device) as world:
         report.prepare_outputs(world, folders=[flags.plots], files=[flags.metrics])
         rows = compare(flags, world)
     best = rows[-1]
     if flags.noise:
-        widest = max(rows, key=lambda row: row["validation_loss"] - row["train_loss"])
-        for what, row in (("lowest validation loss", best), ("furthest above its training loss", widest)):
+        overfitted = max(rows, key=lambda row: row["validation_loss"] - row["train_loss"])
+        for what, row in (("lowest validation loss", best), ("furthest above its training loss", overfitted)):
             losses = f"{row['train_loss']:.3f} in training, {row['validation_loss']:.3f} in validation"
             print(f"{what}: width {row['width']}, λ {row['penalty']:g} ({losses})")
     else:
         network = partial(build, [2, 128, 128, 1], 0.0, flags.seed)
-        job = Job(network, partial(draw, 2**15, flags.seed), OneOutput)
+        job = measure.Job(network, partial(draw, 2**15, flags.seed), OneOutput)
         rows = [*show.report(job, flags.processes, flags.sizes, flags.plots), best]
-    print(f"test accuracy {best['test_accuracy']:.4f} | loss {best['test_loss']:.4f}")
+    found = (best["test_accuracy"], best["test_loss"], time.perf_counter() - start)
+    print(report.last_line(*found, ranks=1, device=world.device.type))
     if flags.metrics:
         report.write_metrics(flags.metrics, rows)
 

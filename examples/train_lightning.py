@@ -4,7 +4,7 @@
     python examples/train_lightning.py fit
     python examples/train_lightning.py fit --trainer.accelerator cpu --trainer.devices 2
     python examples/train_lightning.py fit --config examples/lightning.yaml
-    python examples/train_lightning.py test --ckpt_path last.ckpt
+    python examples/train_lightning.py test --ckpt_path lightning_logs/tensorboard/…/last.ckpt
 
 The other examples call `torchpar.training.fit`, a loop of some forty lines that can be read. Here a
 LightningModule says what a step computes and a LightningDataModule which batches there are; when and where
@@ -23,9 +23,11 @@ lightning.yaml turns on loggers, checkpoints and early stopping.
 
 import gc
 import logging
+import math
 import sys
 import warnings
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 try:
@@ -64,7 +66,7 @@ class CLI(LightningCLI):
     def after_test(self, trained: float = 0.0) -> None:
         trainer, metrics = self.trainer, self.trainer.callback_metrics
         if trainer.is_global_zero:
-            accuracy, loss = (metrics[name].item() for name in ("test_accuracy", "test_loss"))
+            accuracy, loss = (float(metrics.get(name, math.nan)) for name in ("test_accuracy", "test_loss"))
             seconds, device = trained + self._seconds("test"), trainer.strategy.root_device.type
             print(report.last_line(accuracy, loss, seconds, trainer.world_size, device))
 
@@ -94,9 +96,9 @@ def main() -> None:
             trainer_defaults=trainer,
             save_config_callback=None,  # the loggers keep the hyperparameters
         )
-    except (ConfigError, MisconfigurationException, ArgumentError) as e:
+    except (ConfigError, MisconfigurationException, ArgumentError, OSError, UnpicklingError) as e:
         if getattr(rank_zero_only, "rank", 0) == 0:  # every rank meets it
-            print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
     # Lightning would leave the group of ranks to the interpreter's end, where its threads can abort it.
     if dist.is_initialized():

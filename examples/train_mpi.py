@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 # Before NumPy is imported: a process per core, so a thread per process, unless it is told otherwise.
@@ -61,9 +62,9 @@ class Flags(cli.ExampleFlags):
 
 
 def main(flags: Flags) -> None:
-    if flags.device == "cuda":
-        raise ConfigError("--device cuda: NumPy computes on the CPU; train_ddp.py takes a GPU")
     with mpi.join() as world:
+        if flags.device == "cuda":
+            raise ConfigError("--device cuda: NumPy computes on the CPU; train_ddp.py takes a GPU")
         # To torchpar each process is alone: what connects them here is MPI.
         alone = World(world.rank, world.rank, world_size=1, device=CPU)
 
@@ -86,7 +87,8 @@ def main(flags: Flags) -> None:
         with report.reporting(alone, flags.epochs, n_train, flags.metrics) as shown:
             for epoch in range(1, flags.epochs + 1):
                 start = time.perf_counter()
-                train_loss = trainer.epoch(train, n_train, flags.batch_size, order)
+                on_step = partial(shown.step, epoch)
+                train_loss = trainer.epoch(train, n_train, flags.batch_size, order, on_step)
                 training = time.perf_counter() - start
                 test_loss, accuracy = trainer.evaluate(own_test, n_test)
                 seconds = time.perf_counter() - start

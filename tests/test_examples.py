@@ -140,7 +140,7 @@ ERRORS = [
     ("--epochs 0", "--epochs is 0, expected at least 1"),
     ("--hidden 0", r"--hidden is \(0,\), expected at least 1"),
     ("--lr nan", "--lr is nan, expected at least 0"),
-    ("--lr inf", "--lr is inf, expected less than inf"),
+    ("--lr inf", r"--lr is inf, expected less than 1e\+38"),
     ("--momentum 1", r"--momentum is 1\.0, expected less than 1"),
     ("--seed 9223372036854775808", "--seed is 9223372036854775808, expected less than"),
     ("--schedule steps", "invalid choice 'steps' for argument '--schedule'"),

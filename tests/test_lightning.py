@@ -392,7 +392,7 @@ def test_the_example_with_its_configuration(data, example, tmp_path):
         ("--data.bach_size=1", "unrecognized arguments: --data.bach_size=1"),
         ("--model.sizes=[784]", "sizes is \\[784\\], expected at least an input and an output size"),
         ("--model.sizes=[784,5]", "sizes is \\[784, 5\\], expected the data's \\(784, 10\\) at its ends"),
-        ("--model.lr=-1", "Invalid learning rate: -1.0"),
+        ("--model.lr=-1", "rates are .*-1.0.*, expected 0 to 1e38"),
         ("--trainer.devices=0", "`Trainer.devices='0'.` value is not a valid input"),
     ],
 )

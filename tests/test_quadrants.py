@@ -2,6 +2,7 @@
 """The quadrants' lessons, and the report by Amdahl's law."""
 
 import math
+import re
 import sys
 from contextlib import nullcontext
 from typing import Any
@@ -136,8 +137,8 @@ def test_noise_is_learnt_by_wide_networks_and_not_under_a_penalty(quadrants, mon
     assert best.startswith(f"lowest validation loss: width {rows[-1]['width']}, λ {rows[-1]['penalty']:g} (")
     width, penalty = max(gap, key=gap.__getitem__)
     assert widest.startswith(f"furthest above its training loss: width {width}, λ {penalty:g} (")
-    expected = f"test accuracy {rows[-1]['test_accuracy']:.4f} | loss {rows[-1]['test_loss']:.4f}"
-    assert last == expected
+    expected = f"test accuracy {rows[-1]['test_accuracy']:.4f} | loss {rows[-1]['test_loss']:.4f} | "
+    assert re.fullmatch(re.escape(expected) + r"\d+\.\d s \| 1 rank \| cpu", last)
     assert (tmp_path / "boundaries.png").read_bytes().startswith(PNG)
 
 
@@ -279,7 +280,8 @@ def test_the_script_as_a_user_runs_it(tmp_path):
     assert sum(line.startswith("batch 16384: p ") for line in lines) == 1
     assert sum(line.startswith("p is of N = 2 alone") for line in lines) == 1
     assert ("oversubscribed" in out) is (CORES < 2)
-    assert lines[-1] == f"test accuracy {last['test_accuracy']:.4f} | loss {last['test_loss']:.4f}"
+    ending = f"test accuracy {last['test_accuracy']:.4f} | loss {last['test_loss']:.4f} | "
+    assert re.fullmatch(re.escape(ending) + r"\d+\.\d s \| 1 rank \| cpu", lines[-1])
     for name in ("boundaries.png", "amdahl.png"):
         assert (tmp_path / name).read_bytes().startswith(PNG)
 

@@ -5,7 +5,6 @@ import contextlib
 import importlib.util
 import io
 import itertools
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -32,13 +31,11 @@ ELSEWHERE = {  # flags that leave the numbers of a run as they are, but for roun
     *("dp", "tp", "pp", "pipeline", "micro_batches"),
 }
 
-
 BOUNDS: dict[str, tuple[float, float]] = {  # of any flag so called: the least value, and the first too large
-    **dict.fromkeys(
-        ("epochs", "sweep_epochs", "batch_size", "hidden", "dp", "tp", "pp", "micro_batches"), (1, math.inf)
-    ),
-    **dict.fromkeys(("save_every", "keep", "samples", "depth", "iterations"), (1, math.inf)),
-    **dict.fromkeys(("lr", "clip", "weight_decay", "orthogonality"), (0, math.inf)),
+    **dict.fromkeys(("epochs", "sweep_epochs", "iterations", "save_every", "keep"), (1, 2**63)),
+    **dict.fromkeys(("samples", "batch_size", "micro_batches"), (1, 2**63)),
+    **dict.fromkeys(("hidden", "depth", "dp", "tp", "pp"), (1, 2**31)),
+    **dict.fromkeys(("lr", "clip", "weight_decay", "orthogonality"), (0, 1e38)),  # float32 ends at 3.4e38
     "momentum": (0, 1),
     "seed": (0, 2**63),
     "timeout": (1, 1e6),
@@ -134,6 +131,9 @@ def main(run: Callable[[F], None], flags: type[F]) -> None:
     A `ConfigError`, or a file that cannot be read or written, ends every rank with status 2; rank 0
     prints it as one line.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a λ is no reason to end where there is only ASCII
     try:
         run(_parse(flags))
     except (ConfigError, OSError) as e:

@@ -99,9 +99,11 @@ class LitMLP(LightningModule):
         self.loss: Loss = loss
         try:
             self.mlp = MLP(list(sizes), hidden, "logits" if loss == "cross-entropy" else "sigmoid")
-            sgd(self.mlp, lr, momentum, weight_decay)  # refuses what it cannot work with
         except ValueError as e:
             raise ConfigError(str(e)) from e
+        rates = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        if not all(0 <= rate < 1e38 for rate in rates.values()):  # float32 ends at 3.4e38
+            raise ConfigError(f"rates are {rates}, expected 0 to 1e38")
         if compile:
             self.mlp.compile()
         self.train_loss, self.val_loss, self.test_loss = SampleMean(), SampleMean(), SampleMean()

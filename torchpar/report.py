@@ -66,12 +66,20 @@ def reporting(world: World, epochs: int, samples: int, metrics: Path | None) -> 
 
 
 def write_metrics(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Write a JSON object per line, in the place of what the file held."""
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    """Write a JSON object per line, in the place of what the file held.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+    try:
+        path.write_text(text)
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be written: {e}") from e
 
 
 def print_rows(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """Print a table of these columns; numbers with four digits."""
+    """Print a table of these columns; floating-point numbers with four digits."""
     table = Table(*(column.replace("_", " ") for column in columns))
     for row in rows:
         values = (row[column] for column in columns)

@@ -153,9 +153,9 @@ def fit(
         on_epoch: called with each epoch's result, those before a resumed one included.
 
     Raises:
-        ConfigError: fewer samples in a batch than ranks, ranks with different models or flags, or a
-            checkpoint that is damaged, of another run, or, unless the rate is constant, of another
-            number of epochs; on every rank.
+        ConfigError: a training loss that is not finite, fewer samples in a batch than ranks, ranks with
+            different models or flags, or a checkpoint that is damaged, of another run, or, unless the rate
+            is constant, of another number of epochs; on every rank.
         Stopped: after SIGTERM, if there is somewhere to save to; on every rank.
     """
     if batch_size < world.data_ranks:
@@ -208,6 +208,10 @@ def fit(
                 on_step(epoch, min(number * batch_size, len(train)))
                 if number == steps:
                     train_loss = world.sum(progress.loss).item() / len(train)
+                    if not math.isfinite(train_loss):
+                        raise ConfigError(
+                            f"the training loss of epoch {epoch} is {train_loss}; take a smaller rate"
+                        )
                     training = time.perf_counter() - start
                     test_loss, outputs = evaluate(step, test, world, loss)
                     result = EpochResult(

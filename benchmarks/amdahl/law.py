@@ -84,6 +84,11 @@ class Scaling:
         """Seconds of each phase beyond its ideal share, ``t(N) − t(1)/N``; they add up to T(N) − T(1)/N."""
         return {k: t - self.seconds[1][k] / processes for k, t in self.seconds[processes].items()}
 
+    @property
+    def limiting(self) -> tuple[str, float]:
+        """The phase of largest `excess` on the most processes, and its seconds."""
+        return max(self.excess(max(self.seconds)).items(), key=lambda item: item[1])
+
     def finding(self) -> str:
         """In a line: p, its limit, the speed-up achieved, and the phase that limits, of largest `excess`."""
         most = max(self.seconds)
@@ -92,7 +97,7 @@ class Scaling:
             achieved += ", slower than one"
         elif self.speedups[most] > most:
             achieved += ", more than the law allows"
-        phase, seconds = max(self.excess(most).items(), key=lambda item: item[1])
+        phase, seconds = self.limiting
         limit = f"{speedup(self.p, math.inf):.2f}×" if self.p < 1 else "none"
         return (
             f"batch {self.batch_size}: p {self.p:.3f} ({self.p_of_profile:.3f} by the profile), limit "
@@ -105,6 +110,7 @@ class Scaling:
             {"batch_size": self.batch_size, "processes": n}
             | {f"{phase}_ms": 1000 * t for phase, t in self.seconds[n].items()}
             | {"epoch_ms": 1000 * sum(self.seconds[n].values()), "speedup": s}
-            | {"p": self.p, "loss": self.losses[n]}
+            | {"p": self.p, "p_of_profile": self.p_of_profile, "limiting_phase": self.limiting[0]}
+            | {"limit": speedup(self.p, math.inf) if self.p < 1 else None, "loss": self.losses[n]}
             for n, s in self.speedups.items()
         ]

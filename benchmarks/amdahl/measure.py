@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Epochs of data-parallel training, timed by phase on several numbers of processes."""
 
+import logging
+import signal
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -12,7 +15,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
@@ -47,6 +50,14 @@ class Job:
     make_step: Callable[[torch.nn.Module, int], Step] = ReplicaStep
 
 
+def check(processes: Sequence[int], sizes: Sequence[int]) -> None:
+    """Refuse numbers of processes, or batch sizes, that `measure` cannot work with."""
+    if len(processes) < 2 or processes[0] != 1 or any(b <= a or b % a for a, b in pairwise(processes)):
+        raise ConfigError(f"--processes is {processes}, expected 1 and then multiples of the last, as 1 2 4")
+    if min(sizes, default=0) < processes[-1]:
+        raise ConfigError(f"--sizes is {sizes}, expected at least {processes[-1]}, one sample a process")
+
+
 def measure(job: Job, processes: Sequence[int], sizes: Sequence[int]) -> list[Scaling]:
     """Time epochs of data-parallel training on the CPU, a thread to a process; a `Scaling` for each size.
 
@@ -54,6 +65,8 @@ def measure(job: Job, processes: Sequence[int], sizes: Sequence[int]) -> list[Sc
     numbers and sizes in turn, so that whatever else the machine does meets all alike; the first round is
     not counted, and of the others' times the medians are given. They are rank 0's, so that "collectives"
     includes its wait for slower ranks.
+
+    While phases are timed a collective overlaps with nothing (`torchpar.phases.Phases`).
 
     Args:
         job: what is trained; it must be picklable, and the same on every rank.
@@ -63,11 +76,8 @@ def measure(job: Job, processes: Sequence[int], sizes: Sequence[int]) -> list[Sc
     Raises:
         ConfigError: numbers or sizes that do not fit, or a process that failed; the others are ended.
     """
-    if len(processes) < 2 or processes[0] != 1 or any(b <= a or b % a for a, b in pairwise(processes)):
-        raise ConfigError(f"processes are {processes}, expected 1 and then multiples of the last, as 1 2 4")
+    check(processes, sizes)
     most = processes[-1]
-    if min(sizes, default=0) < most:
-        raise ConfigError(f"batch sizes are {sizes}, expected at least {most}, one sample a process")
     with TemporaryDirectory() as logs, Console().status(f"timing epochs on {processes} processes"):
         config = LaunchConfig(
             min_nodes=1,
@@ -80,13 +90,21 @@ def measure(job: Job, processes: Sequence[int], sizes: Sequence[int]) -> list[Sc
             max_restarts=0,
             signals_to_handle="SIGTERM",  # SIGINT stays KeyboardInterrupt
         )
+        # What its launcher and its children's starter log of a death, the error below says in one line.
+        for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        before = signal.getsignal(signal.SIGTERM)  # which the launcher sets, and leaves
         try:
             scalings: list[Scaling] = elastic_launch(config, _rank)(job, processes, sizes)[0]
+        except SignalException as e:
+            sys.exit(128 + e.sigval)
         except ChildFailedError as e:
             rank, failure = e.get_first_failure()
             said: Any = failure.message  # a dictionary if an exception was recorded
             said = said["message"] if isinstance(said, dict) else f"exit status {failure.exitcode}"
             raise ConfigError(f"process {rank} of {most} failed: {said.splitlines()[0]}") from e
+        finally:
+            signal.signal(signal.SIGTERM, before)
     return scalings
 
 
@@ -105,6 +123,8 @@ class _Team(World):
 
 
 def _rank(job: Job, processes: Sequence[int], sizes: Sequence[int]) -> list[Scaling]:
+    # When the launcher is killed, PyTorch sends its workers SIGINT, which a shell's background jobs ignore.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     with join_world("cpu", timeout=300) as everyone:
         epochs: dict[tuple[int, int], Callable[[int, Phases], float]] = {}

@@ -43,7 +43,10 @@ def maximum_by_rows(a: Tensor, b: Tensor) -> Tensor:
     """The elementwise maximum of two dense ``(rows, columns)``: a program per row."""
     result = torch.empty_like(a)
     rows, columns = a.shape
-    maximum_row_kernel[(rows,)](a, b, result, columns, BLOCK=triton.next_power_of_2(columns))
+    if result.numel():
+        block = triton.next_power_of_2(columns)
+        warps = max(1, min(32, block // 32))  # a thread per number, of up to the 1024 that a block may have
+        maximum_row_kernel[(rows,)](a, b, result, columns, BLOCK=block, num_warps=warps)
     return result
 
 
@@ -60,6 +63,8 @@ def matmul_t_by_one(x: Tensor) -> Tensor:
 def _matmul_t(x: Tensor, programs: int) -> Tensor:
     n, k = x.shape
     result = x.new_empty(n, n)
+    if n == 0:
+        return result
     rows = triton.cdiv(n, programs)
     # 32 warps of 32 threads are the 1024 that a block may have.
     matmul_t_rows_kernel[(programs,)](x, result, rows, n, k, BLOCK_N=64, BLOCK_K=64, num_warps=32)

@@ -37,10 +37,14 @@ def join() -> Iterator[Any]:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as e:  # the latter if it finds no library
-        raise ConfigError(f"MPI cannot be used ({e}); pip install 'torchpar[baselines]'") from e
+        error = ConfigError(f"MPI cannot be used ({e}); pip install 'torchpar[baselines]'")
+        place = find_place()
+        error.told = place is not None and place.rank != 0  # all find it
+        raise error from e
     world = MPI.COMM_WORLD
-    place = find_place()
-    if place is not None and place.world_size != world.size:
+    # Where MPI sees several, they need no address to meet at, which `find_place` asks for over machines.
+    place = find_place() if world.size == 1 else None
+    if place is not None and place.world_size > 1:
         error = ConfigError(
             f"{place.launcher} started {place.world_size} processes, of which mpi4py sees {world.size}; "
             f"start them by the mpirun of the MPI that mpi4py loads, {MPI.get_vendor()[0]}"
@@ -49,13 +53,14 @@ def join() -> Iterator[Any]:
         raise error
     try:
         yield world
-    except ConfigError:  # on all processes
+    except ConfigError as e:  # on all processes
+        e.told = world.rank != 0  # process 0 tells it
         raise
     except BaseException as e:
         if world.size > 1:
-            if isinstance(e, OSError):  # a disk that is full, say: no fault of the program
+            if isinstance(e, OSError | MemoryError):  # a disk that is full, say: no fault of the program
                 print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)
-            else:
+            elif not isinstance(e, KeyboardInterrupt):
                 traceback.print_exc()
             world.Abort(1)
         raise
@@ -162,7 +167,12 @@ class Trainer:
         return float(self.sum[-1])
 
     def epoch(
-        self, train: Samples | None, size: int, batch_size: int, generator: np.random.Generator
+        self,
+        train: Samples | None,
+        size: int,
+        batch_size: int,
+        generator: np.random.Generator,
+        on_step: Callable[[int], None] = lambda trained: None,
     ) -> float:
         """Train on each sample once; the mean loss.
 
@@ -170,16 +180,20 @@ class Trainer:
             train: on process 0.
             size: how many samples these are.
             generator: of their order, in the same state on all processes.
+            on_step: called after each step with the samples that all have trained on.
         """
-        shares = [np.array_split(batch, self.world.size) for batch in batches(size, batch_size, generator)]
         with self.measure("scatter"):
+            drawn = batches(size, batch_size, generator)
+            shares = [np.array_split(batch, self.world.size) for batch in drawn]
             order = [np.concatenate(of_rank) for of_rank in zip(*shares, strict=True)]
             mine = scatter(self.world, train, order)
-        loss, at = 0.0, 0
+        loss, at, trained = 0.0, 0, 0
         for batch in shares:
             share = slice(at, at + len(batch[self.world.rank]))
-            loss += self.step(mine.x[share], mine.labels[share], sum(map(len, batch)))
-            at = share.stop
+            global_size = sum(map(len, batch))
+            loss += self.step(mine.x[share], mine.labels[share], global_size)
+            at, trained = share.stop, trained + global_size
+            on_step(trained)
         return loss / size
 
     def evaluate(self, test: Samples, size: int) -> tuple[float, float]:

@@ -91,14 +91,17 @@ def gradients(
         for layer in reversed(range(len(weights))):
             for j, d in enumerate(delta):
                 d_biases[layer][j] += d
-            back = []
-            for a, row, d_row in zip(activations[layer], weights[layer], d_weights[layer], strict=True):
-                total = 0.0
+            for a, d_row in zip(activations[layer], d_weights[layer], strict=True):
                 for j, d in enumerate(delta):
                     d_row[j] += a * d
-                    total += row[j] * d
-                back.append(total * a * (1 - a))
-            delta = back
+            if layer > 0:
+                back = []
+                for a, row in zip(activations[layer], weights[layer], strict=True):
+                    total = 0.0
+                    for w, d in zip(row, delta, strict=True):
+                        total += w * d
+                    back.append(total * a * (1 - a))
+                delta = back
     return loss, d_weights, d_biases
 
 

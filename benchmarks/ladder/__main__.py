@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Idle threads of OpenMP and OpenBLAS spin, for milliseconds, on the core that the next rung needs: after a
-# product in NumPy, torch's took three times as long. Not to spin at all makes a step of torch four times slower.
+# product in NumPy, torch's took three times as long. Without any spinning a step of torch takes four times as
+# long.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")  # 2¹⁶ cycles
 
@@ -34,14 +35,16 @@ try:
     from rich.console import Console
     from rich.progress import Progress
 
-    from benchmarks.ladder import operators, show, training
-except ModuleNotFoundError as e:
+    from benchmarks.ladder import operators, show, training, whole
+    from torchpar.report import prepare_outputs
+except ImportError as e:  # Numba raises it too, beside a NumPy that it does not know
     sys.exit(f"python -m benchmarks.ladder: {e}; pip install 'torchpar[baselines,examples]'")
 
 from benchmarks.ladder.inputs import Training
 from benchmarks.ladder.measure import CPU, Row, measure
 
 ROUNDS = training.CHUNKS
+ALONE = World(rank=0, local_rank=0, world_size=1, device=CPU)
 
 
 class Plan(NamedTuple):
@@ -63,14 +66,13 @@ QUICK = Plan(
 
 def climb(plan: Plan, ceilings: Mapping[str, Ceiling]) -> list[list[Row]]:
     """The rows of each workload."""
-    alone = World(rank=0, local_rank=0, world_size=1, device=CPU)
     terminal = Console(stderr=True)
     with start_ranks(2) as ranks, Progress(console=terminal, disable=not terminal.is_terminal) as progress:
         task = progress.add_task("ladder", total=ROUNDS * (len(plan.operators) + len(plan.trainings)))
         advance = partial(progress.advance, task)
         workloads = chain(
             (operators.workload(name, shape, ranks) for name, shape in plan.operators.items()),
-            (training.workload(one, ranks, alone) for one in plan.trainings),
+            (training.workload(one, ranks, ALONE) for one in plan.trainings),
         )
         return [measure(workload, ceilings, ROUNDS, advance) for workload in workloads]
 
@@ -82,11 +84,11 @@ def main() -> int:
         "--output", type=Path, default=Path("ladder"), metavar="DIR", help="for ladder.csv and pictures"
     )
     options = parser.parse_args()
+    csv, bars, roofline = (options.output / name for name in ("ladder.csv", "ladder.png", "intensity.png"))
     try:
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        parser.error(f"--output {options.output}: {e}")
-    torch.set_num_threads(CORES)
+        prepare_outputs(ALONE, folders=[options.output], files=[csv, bars, roofline])
+    except ConfigError as e:
+        parser.error(str(e))
     plan = QUICK if options.quick else FULL
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     ceilings = {device: measure_ceiling(torch.device(device), [torch.float32]) for device in devices}
@@ -98,25 +100,31 @@ def main() -> int:
     origin = provenance(CPU) | {"cores": CORES}
     gpu = provenance(torch.device("cuda")) if "cuda" in ceilings else {"device": "", "clocks": ""}
     origin |= {"gpu": gpu["device"], "gpu_clocks": gpu["clocks"]}
-    path = options.output / "ladder.csv"
-    path.unlink(missing_ok=True)
+    csv.unlink(missing_ok=True)
     for rows in ladder:
-        write_csv(path, rows, **origin)
+        write_csv(csv, rows, **origin)
     by_operator = dict(zip(plan.operators, ladder, strict=False))
-    show.bars(ladder, options.output / "ladder.png", origin)
-    picture = options.output / "intensity.png"
-    show.intensity(by_operator["matmul_t"], picture, origin, ceilings, operators.cache_bandwidth())
 
     console = Console(width=None if sys.stdout.isatty() else 150)
     for rows in ladder:
         console.print(show.table(rows))
     for one, rows in zip(plan.trainings, ladder[len(plan.operators) :], strict=True):
         steps = -(-(one.samples or 60_000) // one.batch_size)
-        console.print(show.overhead(rows, steps), soft_wrap=True, highlight=False)
+        if line := show.overhead(rows, steps):
+            console.print(line, soft_wrap=True, highlight=False)
     for thread in [threads for threads in operators.THREADS if threads > CORES]:
-        console.print(f"not measured: njit with {thread} threads, there are {CORES} cores")
-    if "cuda" in ceilings:
+        console.print(f"not measured: njit with {thread} threads, of {CORES} core{'s' * (CORES > 1)}")
+    for what, names in whole.NEEDS.items():
+        if missing := [name for name in names if not whole.found(name)]:
+            console.print(f"not measured: {what}, without {', '.join(missing)}")
+    if "cuda" not in ceilings:
+        console.print("not measured: a GPU, there is none")
+    else:
         console.print(show.against_gpu(by_operator["maximum"]), soft_wrap=True, highlight=False)
+    show.bars(ladder, bars, origin)
+    # Its points are the CPU's.
+    roofs = {"cpu": ceilings["cpu"]}
+    show.intensity(by_operator["matmul_t"], roofline, origin, roofs, operators.cache_bandwidth())
     console.print(f"written: {options.output}/ladder.csv, ladder.png, intensity.png", soft_wrap=True)
     return 0 if all(row.ok for rows in ladder for row in rows) else 1
 

@@ -33,9 +33,10 @@ PRODUCTS = 10_000_000  # about a second of pure Python
 def workload(name: str, shape: tuple[int, ...], ranks: Ranks) -> Workload:
     """All rungs of "maximum", "matmul_t" or "linear_sigmoid" on inputs of this shape."""
     given = operands(name, shape)
-    rungs = [_pure_python(given), *_njit(given), *_libraries(given), _two_ranks(given, shape, ranks)]
+    rungs = [_pure_python(given), *_njit(given), *_libraries(given)]
     if torch.cuda.is_available():
         rungs += _gpu(given)
+    rungs.append(_two_ranks(given, shape, ranks))
     return Workload(given.label, given.work, "GB/s" if name == "maximum" else "GFLOP/s", rungs, SECONDS)
 
 
@@ -103,7 +104,7 @@ def _two_ranks(given: Operands, shape: tuple[int, ...], ranks: Ranks) -> Rung:
         given.check(np.concatenate(parts, axis=1 if given.name == "linear_sigmoid" else 0))
         return Sample(max(seconds))
 
-    return Rung("2 ranks", sample, note="a half each, left there")
+    return Rung("2 ranks", sample, note=split.noted("a half each, left there"))
 
 
 def _gpu(given: Operands) -> Iterator[Rung]:

@@ -112,12 +112,12 @@ def intensity(
     left, right = min(span) / 2, max(span) * 8
     for device, ceiling in ceilings.items():
         arithmetic = ceiling.matmul[torch.float32]
-        roofs = {"memory": ceiling.bandwidth} | ({"cache": cache} if device == "cpu" else {})
+        roofs = {"memory": ceiling.bandwidth} | ({"a core's cache": cache} if device == "cpu" else {})
         for name, bandwidth in roofs.items():
             reach = [left, arithmetic / bandwidth, right]
             heights = [min(x * bandwidth, arithmetic) / 1e9 for x in reach]
             label = f"{device}: {name}, {bandwidth / 1e9:.0f} GB/s; torch.mm, {arithmetic / 1e9:.0f} GFLOP/s"
-            axes.plot(reach, heights, "--" if name == "cache" else "-", lw=1, label=label)
+            axes.plot(reach, heights, "-" if name == "memory" else "--", lw=1, label=label)
     for row, *at in known:
         axes.plot(*at, "o", color=_color(row.rung))
         label = ", ".join(filter(None, (row.rung, note(row))))

@@ -16,11 +16,17 @@ import torchpar
 from benchmarks.baselines.numpy_mlp import Array
 from benchmarks.ladder import epochs
 from benchmarks.ladder.inputs import Problem, Training, operands
+from benchmarks.scaling.plan import CORES
 from benchmarks.timing import flush
 from torchpar.nn import MLP
 from torchpar.parallel.world import join_world
 
 WARM_CALLS = 100
+
+
+def noted(note: str) -> str:
+    """``note`` on a row of two processes, and that there are fewer cores."""
+    return note if CORES > 1 else f"{note}; they share a core"
 
 
 def operate(name: str, shape: tuple[int, ...], cold: bool) -> tuple[float, Array]:

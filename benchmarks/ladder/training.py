@@ -75,4 +75,4 @@ def _rungs(problem: Problem, ranks: Ranks, world: World) -> Iterator[Rung]:
         cuda = torch.device("cuda")
         yield rung("torch eager GPU", Torch(problem, native(sizes), cuda), device="cuda")
         yield rung("torchpar GPU", Torch(problem, MLP(sizes), cuda), device="cuda")
-    yield rung("2 ranks", Replicas(problem, ranks), "DDP over gloo")
+    yield rung("2 ranks", Replicas(problem, ranks), split.noted("DDP over gloo"))

@@ -11,7 +11,8 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import cache, partial
 from multiprocessing import get_context
@@ -232,7 +233,8 @@ def start_ranks(ranks: int, threads: int = 1, calm: bool = True) -> Iterator[Ran
         for future in joining:
             future.result()
         yield started
-        started.all(_leave)
+        with suppress(BrokenProcessPool):  # of a rank that was killed
+            started.all(_leave)
 
 
 def _join(rank: int, ranks: int, threads: int, port: int, calm: bool) -> None:

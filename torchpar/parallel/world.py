@@ -228,7 +228,9 @@ def alone(device: str = "auto") -> Iterator[World]:
     """
     with join_world(device) as world:
         if world.world_size > 1:
-            raise ConfigError(f"{world.world_size} processes were started, expected 1; start no launcher")
+            raise ConfigError(
+                f"{world.world_size} processes were started, expected 1; start it without a launcher"
+            )
         yield world
 
 
