@@ -7,6 +7,7 @@ What DistributedDataParallel does is written out in `benchmarks.baselines.mpi`: 
 weights and scatters the samples; each process computes the gradient of its share of a batch; Allreduce adds
 the gradients up, and all take the same step. So N processes see the losses that one would. What each phase
 costs is printed at the end: MPI waits for a message, where DDP lets it travel during the backward pass.
+Batches of 10 cost more in messages than two processes save; ``--batch-size 128 --hidden 128 --lr 0.5`` pays.
 """
 
 import os
