@@ -12,6 +12,7 @@ Lightning is imported by this module alone; ``pip install 'torchpar[lightning]'`
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,9 +108,8 @@ class LitMLP(LightningModule):
         if compile:
             self.mlp.compile()
         self.train_loss, self.val_loss, self.test_loss = SampleMean(), SampleMean(), SampleMean()
-        self.val_accuracy, self.test_accuracy = (
-            MulticlassAccuracy(sizes[-1], average="micro", validate_args=False) for _ in range(2)
-        )
+        self.val_accuracy = MulticlassAccuracy(sizes[-1], average="micro", validate_args=False)
+        self.test_accuracy = self.val_accuracy.clone()
 
     def setup(self, stage: str) -> None:
         module, sizes = getattr(self.trainer, "datamodule", None), self.mlp.sizes
@@ -153,7 +153,7 @@ class LitMLP(LightningModule):
         """The class of each sample."""
         return self(batch.x).argmax(1)  # type: ignore[no-any-return]
 
-    def _evaluate(self, batch: Batch, loss: SampleMean, accuracy: MulticlassAccuracy) -> None:
+    def _evaluate(self, batch: Batch, loss: SampleMean, accuracy: Metric) -> None:
         outputs = self(batch.x)
         loss.update(self._loss_sum(outputs.double(), batch.labels), len(batch.labels))
         accuracy.update(outputs, batch.labels)
@@ -165,15 +165,15 @@ class LitMLP(LightningModule):
             return loss_sum(self.loss, outputs.to(dtype), labels)
 
 
+@dataclass(eq=False)
 class TrainBatches:
     """The training batches from the trainer's epoch and batch on: where a checkpoint resumes, this does."""
 
-    def __init__(self, samples: Samples, batch_size: int, seed: int, world: World, trainer: Trainer):
-        self.samples = samples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.world = world
-        self.trainer = trainer
+    samples: Samples
+    batch_size: int
+    seed: int
+    world: World
+    trainer: Trainer
 
     def __len__(self) -> int:
         return -(-len(self.samples) // self.batch_size)
