@@ -109,21 +109,15 @@ def final_test(model: MLP, samples: Samples, world: World) -> Row:
 
 
 def draw(path: Path, swept: list[Row], epochs: list[Row]) -> None:
-    from matplotlib.figure import Figure
+    from torchpar import plots
 
     one_rate = [row for row in swept if row["lr"] == swept[0]["lr"]]
-    panels = [(swept, "lr", ["validation_accuracy"], ["hidden", "batch_size"])]
-    panels += [(one_rate, "batch_size", ["s_per_epoch"], ["hidden"])]
-    panels += [(epochs, "epoch", list(ys), ["weight_decay"]) for ys in (CURVES[:2], CURVES[2:])]
-    figure = Figure((12, 9), layout="constrained")
-    for axes, (rows, x, ys, by) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        for y, style in zip(ys, ("o-", "s--"), strict=False):
-            axes.set_prop_cycle(None)  # the two losses of a λ in one color
-            for key, line in groupby(rows, itemgetter(*by)):
-                axes.plot(*zip(*((row[x], row[y]) for row in line), strict=True), style, label=f"{y} {key}")
-        axes.set(xlabel=x, ylabel=", ".join(ys), xscale="linear" if x == "epoch" else "log")
-        axes.legend(title=", ".join(by), fontsize=8)
-    figure.savefig(path, dpi=120)
+    panels = [
+        plots.Panel(swept, "lr", ["validation_accuracy"], ["hidden", "batch_size"], log=True),
+        plots.Panel(one_rate, "batch_size", ["s_per_epoch"], ["hidden"], log=True),
+        *(plots.Panel(epochs, "epoch", ys, ["weight_decay"]) for ys in (CURVES[:2], CURVES[2:])),
+    ]
+    plots.save_panels(path, panels)
 
 
 def main(flags: Flags) -> None:

@@ -2,8 +2,11 @@
 """Pictures of a training run, by matplotlib."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -32,6 +35,41 @@ def save(folder: Path, results: list[EpochResult], outputs: Tensor, test: Sample
     ):
         figure.savefig(folder / f"{name}.png", dpi=120)
         plt.close(figure)
+
+
+class Panel(NamedTuple):
+    """Lines of ``ys`` over ``x``, one for each value of ``by``; ``rows`` with the same value are adjacent."""
+
+    rows: Sequence[Mapping[str, Any]]
+    x: str
+    ys: Sequence[str]
+    by: Sequence[str]
+    log: bool = False  # the x axis, with a tick at each of its values; else they are whole numbers
+
+
+def save_panels(path: Path, panels: Sequence[Panel]) -> None:
+    """Draw ``panels``, two in a row; each y has a style of its own, each value of ``by`` a color."""
+    matplotlib.use("Agg")
+    rows = math.ceil(len(panels) / 2)
+    figure, grid = plt.subplots(rows, 2, figsize=(12, 4.5 * rows), layout="constrained", squeeze=False)
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        for y, style in zip(panel.ys, ("o-", "s--"), strict=False):
+            axes.set_prop_cycle(None)
+            for key, line in groupby(panel.rows, itemgetter(*panel.by)):
+                points = zip(*((row[panel.x], row[y]) for row in line), strict=True)
+                axes.plot(*points, style, label=f"{y} {key}".replace("_", " "))
+        axes.set(xlabel=panel.x.replace("_", " "), ylabel=", ".join(panel.ys).replace("_", " "))
+        if panel.log:
+            ticks = sorted({row[panel.x] for row in panel.rows})
+            axes.set_xscale("log")
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.minorticks_off()
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(title=", ".join(panel.by).replace("_", " "), fontsize=8)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def save_boundaries(path: Path, models: Mapping[str, torch.nn.Module], points: Samples) -> None:
