@@ -501,7 +501,7 @@ def test_pictures(tmp_path):
     path = tmp_path / "bars.png"
     ladder = [some_rows(), some_rows("an epoch of work")]
     show.bars(ladder, path, ORIGIN)
-    show.intensity(some_rows(), tmp_path / "intensity.png", ORIGIN, CEILINGS, 1e10)
+    show.intensity(some_rows(), tmp_path / "intensity.png", ORIGIN, CEILINGS["cpu"], 1e10)
     for name in ("bars", "intensity"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -510,7 +510,7 @@ def test_pictures_of_what_failed(tmp_path):
     """A workload of which nothing could be measured leaves the others their picture."""
     failed = [replace(row, seconds=None, rate=None, ok=False) for row in some_rows()]
     show.bars([failed, some_rows("an epoch of work")], tmp_path / "bars.png", ORIGIN)
-    show.intensity(failed, tmp_path / "intensity.png", ORIGIN, CEILINGS, 1e10)
+    show.intensity(failed, tmp_path / "intensity.png", ORIGIN, CEILINGS["cpu"], 1e10)
 
 
 # All of it

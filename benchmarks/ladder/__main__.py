@@ -122,9 +122,8 @@ def main() -> int:
     else:
         console.print(show.against_gpu(by_operator["maximum"]), soft_wrap=True, highlight=False)
     show.bars(ladder, bars, origin)
-    # Its points are the CPU's.
-    roofs = {"cpu": ceilings["cpu"]}
-    show.intensity(by_operator["matmul_t"], roofline, origin, roofs, operators.cache_bandwidth())
+    cache = operators.cache_bandwidth()
+    show.intensity(by_operator["matmul_t"], roofline, origin, ceilings["cpu"], cache)
     console.print(f"written: {options.output}/ladder.csv, ladder.png, intensity.png", soft_wrap=True)
     return 0 if all(row.ok for rows in ladder for row in rows) else 1
 

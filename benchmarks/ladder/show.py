@@ -98,11 +98,13 @@ def against_gpu(rows: Sequence[Row], bar: float = 40) -> str:
 
 
 def intensity(
-    rows: Sequence[Row], path: Path, origin: Mapping[str, Any], ceilings: Mapping[str, Ceiling], cache: float
+    rows: Sequence[Row], path: Path, origin: Mapping[str, Any], ceiling: Ceiling, cache: float
 ) -> None:
     """Speed of X·Xᵀ by needed operations per byte loaded, under what loads and arithmetic allow.
 
     Args:
+        rows: with an intensity, those of the CPU.
+        ceiling: of the CPU.
         cache: bytes/s that one core of the CPU loads from its first-level cache.
     """
     matplotlib.use("Agg")
@@ -110,14 +112,12 @@ def intensity(
     known = [(row, row.intensity, row.rate) for row in rows if row.intensity and row.rate]
     span = [x for _, x, _ in known] or [1.0]
     left, right = min(span) / 2, max(span) * 8
-    for device, ceiling in ceilings.items():
-        arithmetic = ceiling.matmul[torch.float32]
-        roofs = {"memory": ceiling.bandwidth} | ({"a core's cache": cache} if device == "cpu" else {})
-        for name, bandwidth in roofs.items():
-            reach = [left, arithmetic / bandwidth, right]
-            heights = [min(x * bandwidth, arithmetic) / 1e9 for x in reach]
-            label = f"{device}: {name}, {bandwidth / 1e9:.0f} GB/s; torch.mm, {arithmetic / 1e9:.0f} GFLOP/s"
-            axes.plot(reach, heights, "-" if name == "memory" else "--", lw=1, label=label)
+    arithmetic = ceiling.matmul[torch.float32]
+    for name, bandwidth, style in (("memory", ceiling.bandwidth, "-"), ("a core's cache", cache, "--")):
+        reach = [left, arithmetic / bandwidth, right]
+        heights = [min(x * bandwidth, arithmetic) / 1e9 for x in reach]
+        label = f"cpu: {name}, {bandwidth / 1e9:.0f} GB/s; torch.mm, {arithmetic / 1e9:.0f} GFLOP/s"
+        axes.plot(reach, heights, style, lw=1, label=label)
     for row, *at in known:
         axes.plot(*at, "o", color=_color(row.rung))
         label = ", ".join(filter(None, (row.rung, note(row))))
