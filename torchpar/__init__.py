@@ -6,7 +6,7 @@ needs a kernel, so ``import torchpar`` is cheap and works where Triton is not in
 """
 
 from torchpar import nn
-from torchpar.ops import linear_sigmoid, matmul_t, maximum
+from torchpar.ops import linear_sigmoid, matmul_t, maximum, symmetric_matmul
 
 __version__ = "0.1.0"
-__all__ = ["linear_sigmoid", "matmul_t", "maximum", "nn"]
+__all__ = ["linear_sigmoid", "matmul_t", "maximum", "nn", "symmetric_matmul"]

@@ -4,5 +4,6 @@
 from torchpar.ops.linear_sigmoid import linear_sigmoid
 from torchpar.ops.matmul_t import matmul_t
 from torchpar.ops.maximum import maximum
+from torchpar.ops.symmetric_matmul import symmetric_matmul
 
-__all__ = ["linear_sigmoid", "matmul_t", "maximum"]
+__all__ = ["linear_sigmoid", "matmul_t", "maximum", "symmetric_matmul"]

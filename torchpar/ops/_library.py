@@ -49,7 +49,9 @@ class _Kernels:
         return (value for value in vars(module).values() if isinstance(value, JITFunction))
 
 
-def operator(schema: str, *, kernels: str, opaque: Callable[..., bool] = lambda *args: False) -> Rule:
+def operator(
+    schema: str, *, kernels: str, opaque: Callable[..., bool] = lambda *args, **kwargs: False
+) -> Rule:
     """Register the decorated function as ``torch.ops.torchpar.<name>`` for every device.
 
     The function takes the operator's arguments and ``wrap``, which it hands to the kernel launcher.
@@ -64,16 +66,16 @@ def operator(schema: str, *, kernels: str, opaque: Callable[..., bool] = lambda 
     name = schema.partition("(")[0]
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        def eager(*args: Any) -> Any:
+        def eager(*args: Any, **kwargs: Any) -> Any:
             # Triton launches on the current device, which need not be the tensors'.
             device = next((arg.device for arg in args if isinstance(arg, Tensor) and arg.is_cuda), None)
             with torch.cuda.device(device) if device else nullcontext():
-                return function(*args, wrap=_launch_directly)
+                return function(*args, **kwargs, wrap=_launch_directly)
 
         def traced(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
             from torch.export._trace import custom_triton_ops_decomposition_disabled
 
-            if custom_triton_ops_decomposition_disabled() or opaque(*args):
+            if custom_triton_ops_decomposition_disabled() or opaque(*args, **kwargs):
                 return mode.__torch_dispatch__(op, types, args, kwargs)
             with mode:
                 return function(*args, **kwargs, wrap=torch.library.wrap_triton)
@@ -122,31 +124,35 @@ def register_autograd(
 
     ``formula`` computes the operator from differentiable ATen operators. It is evaluated under
     torch.func transforms and inside `torch.autograd.forward_ad.dual_level`. A call also costs less than
-    through the function that `torch.library.register_autograd` generates.
+    through the function that `torch.library.register_autograd` generates. Keyword arguments are
+    ``ctx.kwargs``, and stand last in ``ctx.needs_input_grad``.
     """
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            *args, kwargs = inputs
             with _AutoDispatchBelowAutograd():
-                output = overload(*args)
-            setup_context(ctx, args, output)
+                output = overload(*args, **kwargs)
+            ctx.kwargs = kwargs
+            setup_context(ctx, tuple(args), output)
             return output
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
-            return backward(ctx, *grads)
+            gradients = backward(ctx, *grads)
+            return *(gradients if isinstance(gradients, tuple) else (gradients,)), None
 
-    def autograd(*args: Any) -> Any:
+    def autograd(*args: Any, **kwargs: Any) -> Any:
         if _sharding_rules:
             _hand_over_sharding_rules()
         if peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-            return formula(*args)
+            return formula(*args, **kwargs)
         if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-            return Differentiable.apply(*args)
+            return Differentiable.apply(*args, kwargs)
         with _AutoDispatchBelowAutograd():
-            return overload(*args)
+            return overload(*args, **kwargs)
 
     library.impl(name, autograd, "Autograd")
 
@@ -160,7 +166,7 @@ def register_autocast(name: str, *, cast: bool = True) -> None:
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def register(device: str, key: str) -> None:
-        def autocast(*args: Any) -> Any:
+        def autocast(*args: Any, **kwargs: Any) -> Any:
             dtype = torch.get_autocast_dtype(device)
 
             def lowered(arg: Any) -> Any:
@@ -169,7 +175,7 @@ def register_autocast(name: str, *, cast: bool = True) -> None:
                 return arg
 
             with torch.autocast(device, enabled=False):
-                return overload(*(map(lowered, args) if cast else args))
+                return overload(*(map(lowered, args) if cast else args), **kwargs)
 
         library.impl(name, autocast, key)
 

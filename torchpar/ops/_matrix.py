@@ -9,11 +9,12 @@ from torch import Tensor
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_dtype(operator: str, x: Tensor) -> None:
-    """Raise a RuntimeError unless ``x`` has a floating dtype that the kernels take."""
+def check_dtype(operator: str, name: str, x: Tensor) -> None:
+    """Raise a RuntimeError unless ``x``, called ``name``, has a floating dtype that the kernels take."""
     if x.dtype not in _DTYPES:
         raise RuntimeError(
-            f"torchpar::{operator}: x has dtype {x.dtype}, expected float16, bfloat16, float32 or float64"
+            f"torchpar::{operator}: {name} has dtype {x.dtype}, expected float16, bfloat16, float32 or "
+            "float64"
         )
 
 

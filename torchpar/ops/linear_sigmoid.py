@@ -56,7 +56,7 @@ def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    check_dtype("linear_sigmoid", x)
+    check_dtype("linear_sigmoid", "x", x)
     if x.dim() < 1:
         raise RuntimeError("torchpar::linear_sigmoid: x has shape (), expected (*, in_features)")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
@@ -121,7 +121,7 @@ def sigmoid_backward(g: Tensor, y: Tensor, need_bias: bool) -> tuple[Tensor, Ten
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, y = ctx.saved_tensors
-    need_x, need_weight, *need_bias = ctx.needs_input_grad  # a bias left at its default is not listed
+    need_x, need_weight, *need_bias, _ = ctx.needs_input_grad  # a bias left at its default is not listed
     dz, db = sigmoid_backward(g, y, any(need_bias))
     dx = dz @ weight if need_x else None
     dw = rows(dz).mT @ rows(x) if need_weight else None
@@ -196,7 +196,7 @@ def _(g: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _double_backward(ctx: Any, h_dz: Tensor, h_db: Tensor) -> tuple[Tensor | None, Tensor | None]:
     g, y = ctx.saved_tensors
-    need_g, need_y = ctx.needs_input_grad
+    need_g, need_y, _ = ctx.needs_input_grad
     k = h_dz + h_db
     return k * y * (1 - y) if need_g else None, k * g * (1 - 2 * y) if need_y else None
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchpar.ops import _cpu
 from torchpar.ops._library import (
     Wrap,
     batch_first,
@@ -30,9 +31,6 @@ from torchpar.ops._library import (
     sample,
 )
 from torchpar.ops._matrix import check_dtype, check_like, fp32_precision
-
-_CPU_BLOCKS = 8  # row blocks of the CPU path: (1 + 1/8)/2 of the arithmetic
-_CPU_BLOCKED_FROM = 512  # rows; below, one product is faster than eight smaller ones
 
 
 def matmul_t(x: Tensor) -> Tensor:
@@ -56,7 +54,7 @@ def matmul_t(x: Tensor) -> Tensor:
 
 
 def _check(x: Tensor) -> None:
-    check_dtype("matmul_t", x)
+    check_dtype("matmul_t", "x", x)
     if x.dim() < 2:
         raise RuntimeError(f"torchpar::matmul_t: x has shape {tuple(x.shape)}, expected (*, n, k)")
 
@@ -66,36 +64,16 @@ def _formula(x: Tensor) -> Tensor:
     return x @ x.mT
 
 
-def _in_blocks(x: Tensor) -> bool:
-    return not x.is_cuda and x.shape[-2] >= _CPU_BLOCKED_FROM
-
-
 # Inductor turns the writes into blocks into one kernel that takes half a minute to compile and is slower.
-@operator("matmul_t(Tensor x) -> Tensor", kernels="matmul_t", opaque=_in_blocks)
+@operator("matmul_t(Tensor x) -> Tensor", kernels="matmul_t", opaque=_cpu.is_halved)
 def _matmul_t(x: Tensor, *, wrap: Wrap) -> Tensor:
     _check(x)
     if not x.is_cuda:
-        return _blocked(x) if _in_blocks(x) else _mirror(x @ x.mT)
+        return _cpu.symmetric_product(x, x)
     from torchpar.kernels import matmul_t as kernels
 
     out = x.new_empty(*x.shape[:-1], x.shape[-2])
     kernels.symmetric_product(x, x, out, fp32_precision(), wrap)
-    return out
-
-
-def _mirror(c: Tensor) -> Tensor:
-    # BLAS may round c[i, j] and c[j, i] differently. The larger one serves both, in one pass.
-    return torch.maximum(c, c.mT)
-
-
-def _blocked(x: Tensor) -> Tensor:
-    n = x.shape[-2]
-    out = x.new_empty(*x.shape[:-1], n)
-    for block in range(_CPU_BLOCKS):
-        lo, hi = n * block // _CPU_BLOCKS, n * (block + 1) // _CPU_BLOCKS
-        torch.matmul(x[..., lo:hi, :], x[..., :hi, :].mT, out=out[..., lo:hi, :hi])
-        out[..., :lo, lo:hi] = out[..., lo:hi, :lo].mT
-        out[..., lo:hi, lo:hi] = _mirror(out[..., lo:hi, lo:hi])
     return out
 
 
@@ -169,7 +147,7 @@ def _(g: Tensor, x: Tensor) -> Tensor:
 
 def _double_backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
     g, x = ctx.saved_tensors
-    need_g, need_x = ctx.needs_input_grad
+    need_g, need_x, _ = ctx.needs_input_grad
     product = h @ x.mT if need_g else None
     return None if product is None else product + product.mT, _backward_op(g, h) if need_x else None
 

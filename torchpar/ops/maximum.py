@@ -108,7 +108,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     a, b = ctx.saved_tensors
-    need_a, need_b = ctx.needs_input_grad
+    need_a, need_b, _ = ctx.needs_input_grad
     return _share(g, a, b) if need_a else None, _share(g, b, a) if need_b else None
 
 

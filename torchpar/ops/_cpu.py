@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: MIT
+"""Matrix products on the CPU: half of a symmetric one, and float32 by the faster of PyTorch's two libraries.
+
+PyTorch gives bfloat16 products to oneDNN and float32 ones to its BLAS, and MKL keeps to AVX2 on processors
+of other makers: two cores of an AMD EPYC multiply float32 by oneDNN at 440 GFLOP/s, by MKL at 205. The one
+private name used here is `torch.ops.mkldnn._linear_pointwise`, by which Inductor calls oneDNN. oneDNN adds
+the terms of a float32 product in one chain, whose error grows with its length; cut into chains of `_CHAIN`
+terms, its error is MKL's.
+"""
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_HALVED_FROM = 256  # rows; below, one product takes less time than its parts
+# Rows computed together: with more, more is computed in vain; with fewer, the library works less well.
+_BLOCK = 256
+_BLOCK_FLOAT64 = 96
+_CHAIN = 256
+
+
+def is_halved(t: Tensor) -> bool:
+    """Whether `symmetric_product` computes half of a product of ``t``'s rows, by several calls."""
+    return not t.is_cuda and t.shape[-2] >= _HALVED_FROM
+
+
+def symmetric_product(
+    a: Tensor, b: Tensor, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
+) -> Tensor:
+    """``alpha * a @ b.mT + beta * c``, known to be symmetric, for ``a, b (*, n, k)`` and ``c (*, n, n)``.
+
+    The result equals its transpose bit for bit.
+    """
+    if (
+        a.dtype == torch.float16
+    ):  # whose products PyTorch computes an order of magnitude slower than float32's
+        wide = a.float()
+        c = None if c is None else c.float()
+        return symmetric_product(wide, wide if b is a else b.float(), c, alpha, beta).half()
+    if not is_halved(a) and c is None and alpha == 1:
+        return _mirrored(a @ b.mT)
+    n, k = a.shape[-2:]
+    a3 = a.reshape(math.prod(a.shape[:-2]), n, k)
+    b3 = a3 if b is a else b.reshape(a3.shape)
+    c3 = None if c is None else c.reshape(len(a3), n, n)
+    if is_halved(a):
+        out = a.new_empty(len(a3), n, n)
+        for i, a2 in enumerate(a3):
+            _halved(a2, a2 if b is a else b3[i], None if c3 is None else c3[i], alpha, beta, out[i])
+    else:
+        out = _mirrored(_product(a3, b3, c3, alpha, beta))
+    return out.view(*a.shape[:-1], n)
+
+
+def _halved(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, out: Tensor) -> None:
+    n = len(a)
+    blocks = max(round(n / (_BLOCK_FLOAT64 if a.dtype == torch.float64 else _BLOCK)), 1)
+    chains = _chains(a, b) if _prefers_onednn(a) else None
+    for block in range(blocks):
+        lo, hi = n * block // blocks, n * (block + 1) // blocks
+        c_rows = None if c is None else c[lo:hi, :hi]
+        rows = out[lo:hi, :hi]
+        if chains:
+            rows.copy_(_onednn_product([(s[lo:hi], t[:hi]) for s, t in chains], c_rows, alpha, beta))
+        else:
+            _product(a[lo:hi], b[:hi], c_rows, alpha, beta, out=rows)
+        out[:lo, lo:hi] = rows[:, :lo].mT
+        rows[:, lo:] = _mirrored(rows[:, lo:])
+
+
+def _product(
+    a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, out: Tensor | None = None
+) -> Tensor:
+    if c is None and alpha == 1:
+        return torch.matmul(a, b.mT, out=out)
+    if c is None:
+        c, beta = a.new_zeros(()), 0.0
+    return (torch.baddbmm if a.dim() == 3 else torch.addmm)(c, a, b.mT, alpha=alpha, beta=beta, out=out)
+
+
+def _mirrored(c: Tensor) -> Tensor:
+    # A library may round c[i, j] and c[j, i] differently. The larger one serves both.
+    mirror = c.mT.contiguous()
+    return torch.maximum(c, mirror, out=mirror)
+
+
+@cache
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def _prefers_onednn(t: Tensor) -> bool:
+    usable = t.is_cpu and bool(torch.backends.mkldnn.enabled) and _has_onednn()
+    return usable and t.dtype == torch.float32 and t.numel() > 0
+
+
+def _chains(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
+    parts = [part.contiguous() for part in a.split(_CHAIN, 1)]
+    others = parts if b is a else [part.contiguous() for part in b.split(_CHAIN, 1)]
+    return list(zip(parts, others, strict=True))
+
+
+def _onednn_product(
+    chains: list[tuple[Tensor, Tensor]], c: Tensor | None, alpha: float, beta: float
+) -> Tensor:
+    out: Tensor
+    out, *others = (torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "") for a, b in chains)
+    for other in others:
+        out += other
+    if alpha != 1:
+        out *= alpha
+    return out if c is None or beta == 0 else out.add_(c, alpha=beta)
