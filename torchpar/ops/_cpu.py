@@ -33,9 +33,7 @@ def symmetric_product(
 
     The result equals its transpose bit for bit.
     """
-    if (
-        a.dtype == torch.float16
-    ):  # whose products PyTorch computes an order of magnitude slower than float32's
+    if a.dtype == torch.float16:  # whose products take PyTorch ten times as long as float32's
         wide = a.float()
         c = None if c is None else c.float()
         return symmetric_product(wide, wide if b is a else b.float(), c, alpha, beta).half()
@@ -52,6 +50,20 @@ def symmetric_product(
     else:
         out = _mirrored(_product(a3, b3, c3, alpha, beta))
     return out.view(*a.shape[:-1], n)
+
+
+def symmetrized_product(g: Tensor, x: Tensor) -> Tensor:
+    """``(g + g.mT) @ x`` for ``g (*, n, n)`` and ``x (*, n, k)``."""
+    if x.dtype == torch.float16:  # as above; and G + Gᵀ could overflow where a scaled loss fills its range
+        return symmetrized_product(g.float(), x.float()).half()
+    if g.dim() > 2 or not is_halved(x) or not _prefers_onednn(x):
+        return _transposed(g).add_(g) @ x
+    out = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    for start in range(0, len(g), _CHAIN):
+        chain = slice(start, start + _CHAIN)
+        columns = _transposed(g[chain]).add_(g[:, chain])  # of G + Gᵀ, which is never whole
+        out += _onednn(columns, _transposed(x[chain]))
+    return out
 
 
 def _halved(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, out: Tensor) -> None:
@@ -82,8 +94,13 @@ def _product(
 
 def _mirrored(c: Tensor) -> Tensor:
     # A library may round c[i, j] and c[j, i] differently. The larger one serves both.
-    mirror = c.mT.contiguous()
+    mirror = _transposed(c)
     return torch.maximum(c, mirror, out=mirror)
+
+
+def _transposed(t: Tensor) -> Tensor:
+    # PyTorch copies a transposed matrix in tiles, which adding or comparing one it does not.
+    return t.mT.clone(memory_format=torch.contiguous_format)
 
 
 @cache
@@ -102,13 +119,18 @@ def _chains(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
     return list(zip(parts, others, strict=True))
 
 
+def _onednn(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b.T``, in one chain, for contiguous float32 matrices."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return out
+
+
 def _onednn_product(
     chains: list[tuple[Tensor, Tensor]], c: Tensor | None, alpha: float, beta: float
 ) -> Tensor:
-    out: Tensor
-    out, *others = (torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "") for a, b in chains)
-    for other in others:
-        out += other
+    out = _onednn(*chains[0])
+    for a, b in chains[1:]:
+        out += _onednn(a, b)
     if alpha != 1:
         out *= alpha
     return out if c is None or beta == 0 else out.add_(c, alpha=beta)

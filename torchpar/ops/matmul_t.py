@@ -124,11 +124,15 @@ def _backward_formula(g: Tensor, x: Tensor) -> Tensor:
     return (g + g.mT) @ x
 
 
-@operator("matmul_t_backward(Tensor g, Tensor x) -> Tensor", kernels="matmul_t")
+@operator(
+    "matmul_t_backward(Tensor g, Tensor x) -> Tensor",
+    kernels="matmul_t",
+    opaque=lambda g, x: _cpu.is_halved(x),
+)
 def _matmul_t_backward(g: Tensor, x: Tensor, *, wrap: Wrap) -> Tensor:
     check_like("matmul_t_backward", "g", g, (*x.shape[:-1], x.shape[-2]), x)
     if not x.is_cuda:
-        return _backward_formula(g, x).contiguous()
+        return _cpu.symmetrized_product(g, x).contiguous()
     from torchpar.kernels import matmul_t as kernels
 
     out = x.new_empty(x.shape)
