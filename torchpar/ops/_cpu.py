@@ -8,22 +8,27 @@ the terms of a float32 product in one chain, whose error grows with its length; 
 terms, its error is MKL's.
 """
 
-import math
+import itertools
 from functools import cache
 
 import torch
 from torch import Tensor
 
-_HALVED_FROM = 256  # rows; below, one product takes less time than its parts
+from torchpar.ops._matrix import mirrored, product
+
+# Rows from which half of a product takes less time, in several calls, than all of it in one.
+_HALVED_FROM = 384
+_HALVED_FROM_FLOAT32 = 256  # by oneDNN
 # Rows computed together: with more, more is computed in vain; with fewer, the library works less well.
 _BLOCK = 256
-_BLOCK_FLOAT64 = 96
+_BLOCK_FLOAT64 = 128
 _CHAIN = 256
 
 
 def is_halved(t: Tensor) -> bool:
     """Whether `symmetric_product` computes half of a product of ``t``'s rows, by several calls."""
-    return not t.is_cuda and t.shape[-2] >= _HALVED_FROM
+    by_float32 = t.dtype in (torch.float16, torch.float32)
+    return not t.is_cuda and t.shape[-2] >= (_HALVED_FROM_FLOAT32 if by_float32 else _HALVED_FROM)
 
 
 def symmetric_product(
@@ -37,19 +42,14 @@ def symmetric_product(
         wide = a.float()
         c = None if c is None else c.float()
         return symmetric_product(wide, wide if b is a else b.float(), c, alpha, beta).half()
-    if not is_halved(a) and c is None and alpha == 1:
-        return _mirrored(a @ b.mT)
-    n, k = a.shape[-2:]
-    a3 = a.reshape(math.prod(a.shape[:-2]), n, k)
-    b3 = a3 if b is a else b.reshape(a3.shape)
-    c3 = None if c is None else c.reshape(len(a3), n, n)
-    if is_halved(a):
-        out = a.new_empty(len(a3), n, n)
-        for i, a2 in enumerate(a3):
-            _halved(a2, a2 if b is a else b3[i], None if c3 is None else c3[i], alpha, beta, out[i])
-    else:
-        out = _mirrored(_product(a3, b3, c3, alpha, beta))
-    return out.view(*a.shape[:-1], n)
+    if not is_halved(a):
+        return mirrored(product(a, b, c, alpha, beta))
+    n = a.shape[-2]
+    out = a.new_empty(*a.shape[:-1], n)
+    for index in itertools.product(*map(range, a.shape[:-2])):
+        a2 = a[index]
+        _halved(a2, a2 if b is a else b[index], None if c is None else c[index], alpha, beta, out[index])
+    return out
 
 
 def symmetrized_product(g: Tensor, x: Tensor) -> Tensor:
@@ -77,25 +77,9 @@ def _halved(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, o
         if chains:
             rows.copy_(_onednn_product([(s[lo:hi], t[:hi]) for s, t in chains], c_rows, alpha, beta))
         else:
-            _product(a[lo:hi], b[:hi], c_rows, alpha, beta, out=rows)
+            product(a[lo:hi], b[:hi], c_rows, alpha, beta, out=rows)
         out[:lo, lo:hi] = rows[:, :lo].mT
-        rows[:, lo:] = _mirrored(rows[:, lo:])
-
-
-def _product(
-    a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, out: Tensor | None = None
-) -> Tensor:
-    if c is None and alpha == 1:
-        return torch.matmul(a, b.mT, out=out)
-    if c is None:
-        c, beta = a.new_zeros(()), 0.0
-    return (torch.baddbmm if a.dim() == 3 else torch.addmm)(c, a, b.mT, alpha=alpha, beta=beta, out=out)
-
-
-def _mirrored(c: Tensor) -> Tensor:
-    # A library may round c[i, j] and c[j, i] differently. The larger one serves both.
-    mirror = _transposed(c)
-    return torch.maximum(c, mirror, out=mirror)
+        rows[:, lo:] = mirrored(rows[:, lo:])
 
 
 def _transposed(t: Tensor) -> Tensor:

@@ -119,11 +119,13 @@ def register_autograd(
     *,
     setup_context: Callable[..., None],
     formula: Callable[..., Any],
+    decompose: Callable[..., bool] = lambda *args, **kwargs: False,
 ) -> None:
     """As `torch.library.register_autograd`, with ``formula`` in its place where that does not work.
 
     ``formula`` computes the operator from differentiable ATen operators. It is evaluated under
-    torch.func transforms and inside `torch.autograd.forward_ad.dual_level`. A call also costs less than
+    torch.func transforms, inside `torch.autograd.forward_ad.dual_level`, and for arguments for which
+    ``decompose`` is true. A call also costs less than
     through the function that `torch.library.register_autograd` generates. Keyword arguments are
     ``ctx.kwargs``, and stand last in ``ctx.needs_input_grad``.
     """
@@ -147,7 +149,11 @@ def register_autograd(
     def autograd(*args: Any, **kwargs: Any) -> Any:
         if _sharding_rules:
             _hand_over_sharding_rules()
-        if peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        if (
+            peek_interpreter_stack() is not None
+            or forward_ad._current_level >= 0
+            or decompose(*args, **kwargs)
+        ):
             return formula(*args, **kwargs)
         if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
             return Differentiable.apply(*args, kwargs)
@@ -181,6 +187,14 @@ def register_autocast(name: str, *, cast: bool = True) -> None:
 
     register("cpu", "AutocastCPU")
     register("cuda", "AutocastCUDA")
+
+
+def is_split(t: Tensor, dim: int) -> bool:
+    """Whether ``t`` is a DTensor and ``dim`` is split over ranks."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None or not isinstance(t, module.DTensor):
+        return False
+    return any(placement.is_shard(dim % t.dim()) for placement in t.placements)
 
 
 _sharding_rules: dict[str, Callable[..., Any]] = {}

@@ -34,3 +34,25 @@ def fp32_precision() -> str:
 def rows(t: Tensor) -> Tensor:
     """``(*, features)`` as a matrix; a view where the strides allow."""
     return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+def product(
+    a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, out: Tensor | None = None
+) -> Tensor:
+    """``alpha * a @ b.mT + beta * c`` by PyTorch's libraries, for ``a, b (*, n, k)`` and ``c (*, n, n)``."""
+    if c is None and alpha == 1:
+        return torch.matmul(a, b.mT, out=out)
+    if a.dim() == 2:
+        c, beta = (a.new_zeros(()), 0.0) if c is None else (c, beta)
+        return torch.addmm(c, a, b.mT, alpha=alpha, beta=beta, out=out)
+    a3, b3 = (t.reshape(math.prod(t.shape[:-2]), *t.shape[-2:]) for t in (a, b))
+    if c is None:
+        c3, beta = a.new_zeros(()), 0.0
+    else:
+        c3 = c.reshape(len(a3), *c.shape[-2:])
+    return torch.baddbmm(c3, a3, b3.mT, alpha=alpha, beta=beta).view(*a.shape[:-1], a.shape[-2])
+
+
+def mirrored(c: Tensor) -> Tensor:
+    """``c``, symmetric up to rounding, as a matrix equal to its transpose: the larger value serves both."""
+    return torch.maximum(c, c.mT)

@@ -91,9 +91,14 @@ def _linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wr
     if not x.is_cuda:
         return linear(x, weight, bias).sigmoid_()
     from torchpar.kernels import linear_sigmoid as kernels
+    from torchpar.kernels import tuning
 
-    out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    kernels.linear_sigmoid(rows(x), weight, bias, rows(out), fp32_precision(), wrap)
+    precision, (n, k), m = fp32_precision(), weight.shape, math.prod(x.shape[:-1])
+    tiles = tuning.chosen("linear_sigmoid", x.dtype, precision, m, n, k, 1, x, weight)
+    if tiles is None:
+        return linear(x, weight, bias).sigmoid_()
+    out = x.new_empty(*x.shape[:-1], n)
+    kernels.linear_sigmoid(rows(x), weight, bias, rows(out), precision, wrap, tiles)
     return out
 
 

@@ -13,6 +13,7 @@ H = dL/d(dX), that operator's derivatives are
     dL/dG = H·Xᵀ + X·Hᵀ        dL/dX = (G + Gᵀ)·H
 """
 
+import math
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torchpar.ops import _cpu
 from torchpar.ops._library import (
     Wrap,
     batch_first,
+    is_split,
     operator,
     register_autocast,
     register_autograd,
@@ -31,6 +33,7 @@ from torchpar.ops._library import (
     sample,
 )
 from torchpar.ops._matrix import check_dtype, check_like, fp32_precision
+from torchpar.ops.symmetric_matmul import symmetric_product
 
 
 def matmul_t(x: Tensor) -> Tensor:
@@ -38,7 +41,7 @@ def matmul_t(x: Tensor) -> Tensor:
 
     ``c = x @ x.mT``. Only tiles on and below the diagonal are computed, and each is stored twice, so
     ``torch.equal(c, c.mT)`` holds (under torch.func transforms the plain product is evaluated, and it
-    may not).
+    may not). A DTensor split by rows is gathered, and each rank computes its own rows, by the plain product.
 
     Args:
         x: ``(*, n, k)``; float16, bfloat16, float32 or float64. On CUDA, float32 follows
@@ -61,20 +64,25 @@ def _check(x: Tensor) -> None:
 
 def _formula(x: Tensor) -> Tensor:
     _check(x)
-    return x @ x.mT
+    return x @ (_gathered(x) if _is_split_by_rows(x) else x).mT
+
+
+def _is_split_by_rows(x: Tensor) -> bool:
+    return is_split(x, -2)
+
+
+def _gathered(x: Any) -> Any:
+    from torch.distributed.tensor import Replicate
+
+    rows = x.ndim - 2
+    return x.redistribute(placements=[Replicate() if p.is_shard(rows) else p for p in x.placements])
 
 
 # Inductor turns the writes into blocks into one kernel that takes half a minute to compile and is slower.
 @operator("matmul_t(Tensor x) -> Tensor", kernels="matmul_t", opaque=_cpu.is_halved)
 def _matmul_t(x: Tensor, *, wrap: Wrap) -> Tensor:
     _check(x)
-    if not x.is_cuda:
-        return _cpu.symmetric_product(x, x)
-    from torchpar.kernels import matmul_t as kernels
-
-    out = x.new_empty(*x.shape[:-1], x.shape[-2])
-    kernels.symmetric_product(x, x, out, fp32_precision(), wrap)
-    return out
+    return symmetric_product(x, x, None, 1.0, 0.0, wrap)
 
 
 _op = torch.ops.torchpar.matmul_t.default
@@ -95,7 +103,9 @@ def _backward(ctx: Any, g: Tensor) -> Tensor:
     return _backward_op(g, x)  # type: ignore[no-any-return]
 
 
-register_autograd("matmul_t", _backward, setup_context=_setup_context, formula=_formula)
+register_autograd(
+    "matmul_t", _backward, setup_context=_setup_context, formula=_formula, decompose=_is_split_by_rows
+)
 
 
 @register_vmap("matmul_t")
@@ -134,9 +144,15 @@ def _matmul_t_backward(g: Tensor, x: Tensor, *, wrap: Wrap) -> Tensor:
     if not x.is_cuda:
         return _cpu.symmetrized_product(g, x).contiguous()
     from torchpar.kernels import matmul_t as kernels
+    from torchpar.kernels import tuning
 
+    n, k = x.shape[-2:]
+    precision, batch = fp32_precision(), math.prod(x.shape[:-2])
+    tiles = tuning.chosen("symmetrized_product", x.dtype, precision, n, k, n, batch, g, x)
+    if tiles is None:
+        return _backward_formula(g, x).contiguous()
     out = x.new_empty(x.shape)
-    kernels.symmetrized_product(g, x, out, fp32_precision(), wrap)
+    kernels.symmetrized_product(g, x, out, precision, wrap, tiles)
     return out
 
 

@@ -11,6 +11,7 @@ commute. With G = dL/dY:
 the plain formula's derivatives, along which the result stays symmetric if the promise is kept.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from torchpar.ops._library import (
     register_vmap,
     sample,
 )
-from torchpar.ops._matrix import check_dtype, check_like, fp32_precision
+from torchpar.ops._matrix import check_dtype, check_like, fp32_precision, mirrored, product
 
 
 def symmetric_matmul(
@@ -134,12 +135,25 @@ def _symmetric_matmul(
     _check(a, b, c)
     if check:
         _check_promise(a, b, c)
+    return symmetric_product(a, b, c, alpha, beta, wrap)
+
+
+def symmetric_product(
+    a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, wrap: Wrap
+) -> Tensor:
+    """The operator's result, and `torchpar.matmul_t`'s, of arguments that have been checked."""
     if not a.is_cuda:
         return _cpu.symmetric_product(a, b, c, alpha, beta)
     from torchpar.kernels import matmul_t as kernels
+    from torchpar.kernels import tuning
 
-    out = a.new_empty(*a.shape[:-1], a.shape[-2])
-    kernels.symmetric_product(a, b, out, fp32_precision(), wrap, c, alpha, beta)
+    n, k = a.shape[-2:]
+    precision, batch = fp32_precision(), math.prod(a.shape[:-2])
+    tiles = tuning.chosen("symmetric_product", a.dtype, precision, n, n, k, batch, a, b)
+    if tiles is None:
+        return mirrored(product(a, b, c, alpha, beta))
+    out = a.new_empty(*a.shape[:-1], n)
+    kernels.symmetric_product(a, b, out, precision, wrap, c, alpha, beta, tiles)
     return out
 
 
