@@ -8,7 +8,8 @@ which computes all of the symmetric product reaches half the roofline at most.
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -105,16 +106,18 @@ def maximum_case(
     )
 
 
-def matmul_t_case(dtype: torch.dtype, device: torch.device, n: int, k: int) -> Case:
+def matmul_t_case(dtype: torch.dtype, device: torch.device, *shape: int) -> Case:
+    *batch, n, k = shape
+    b = math.prod(batch)
     return Case(
         "matmul_t",
-        f"{n}x{k}",
+        "x".join(map(str, shape)),
         dtype,
         device,
-        lambda seed: normal(seed, dtype, device, (n, k), (n, n)),
+        lambda seed: normal(seed, dtype, device, shape, (*batch, n, n)),
         NATIVE["matmul_t"],
-        forward=Work((n * k + n * n) * dtype.itemsize, n * (n + 1) * k),
-        backward=Work((n * n + 2 * n * k) * dtype.itemsize, 2 * n * n * k),
+        forward=Work(b * (n * k + n * n) * dtype.itemsize, b * n * (n + 1) * k),
+        backward=Work(b * (n * n + 2 * n * k) * dtype.itemsize, b * 2 * n * n * k),
     )
 
 
@@ -180,8 +183,10 @@ def small_call(device: torch.device) -> list[Row]:
         torch.set_num_threads(threads)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m benchmarks.operators", description="Measure the operators.")
+def parse(
+    arguments: Sequence[str] | None, name: str = "operators", description: str = "Measure the operators."
+) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(f"python -m benchmarks.{name}", description=description)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--quick", action="store_true", help="a small size in float32, nothing compiled")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
@@ -201,21 +206,26 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def measurements(device: torch.device, modes: Sequence[Mode], quick: bool) -> Iterator[list[Row]]:
+def measurements(
+    jobs: Sequence[Case],
+    providers: Callable[[Case], dict[str, Provider]],
+    device: torch.device,
+    modes: Sequence[Mode],
+    reference: str = "eager",
+) -> Iterator[list[Row]]:
     """The rows of each case and mode in turn; on a terminal with a progress bar."""
     seconds = GPU_SECONDS if device.type == "cuda" else CPU_SECONDS
-    jobs = list(cases(device, quick))
     ceiling = measure_ceiling(device, sorted({case.dtype for case in jobs}, key=str))
     terminal = Console(stderr=True)
     for case in track(jobs, "operators", console=terminal, disable=not terminal.is_terminal):
-        compared = providers(case, compiled=not quick)
+        compared = providers(case)
         for mode in modes:
             if mode != "forward":
                 compared.pop("numpy", None)  # has no gradients
             yield measure(
                 case,
                 compared,
-                reference="eager",
+                reference=reference,
                 yardsticks=YARDSTICKS,
                 mode=mode,
                 seconds=seconds,
@@ -231,7 +241,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.csv.unlink(missing_ok=True)
     rows: list[Row] = []
     small = small_call(device)
-    for measured in chain([small], measurements(device, options.modes, options.quick)):
+    jobs = list(cases(device, options.quick))
+    compared = partial(providers, compiled=not options.quick)
+    for measured in chain([small], measurements(jobs, compared, device, options.modes)):
         rows += measured
         if options.csv:
             write_csv(options.csv, measured)

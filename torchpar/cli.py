@@ -21,7 +21,7 @@ try:
     import rich  # noqa: F401
     import tyro
 except ImportError as error:
-    sys.exit(f"the examples need rich and tyro ({error}); pip install 'torchpar[examples]'")
+    sys.exit(f"this needs rich and tyro ({error}); pip install 'torchpar[examples]'")
 
 F = TypeVar("F")
 GRACE = 10.0  # seconds that other ranks leave rank 0 to speak before they end
@@ -29,6 +29,11 @@ ELSEWHERE = {  # flags that leave the numbers of a run as they are, but for roun
     *("data", "epochs", "device", "compile", "dry_run", "phases", "collectives", "metrics", "plots"),
     *("checkpoint", "save_every", "keep", "async_save", "timeout"),
     *("dp", "tp", "pp", "pipeline", "micro_batches"),
+}
+
+RATES: dict[str, dict[str, float]] = {  # what flags left out are, by optimizer
+    "sgd": {"lr": 0.5, "momentum": 0.9, "weight_decay": 3e-5},
+    "muon": {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.01},
 }
 
 BOUNDS: dict[str, tuple[float, float]] = {  # of any flag so called: the least value, and the first too large
@@ -79,14 +84,16 @@ class TrainFlags(ExampleFlags):
     """Passes over the training samples."""
     batch_size: int = 128
     """Samples per step, over all ranks."""
-    lr: float = 0.5
-    """Learning rate at the start."""
-    momentum: float = 0.9
-    """Nesterov momentum."""
+    optimizer: Literal["sgd", "muon"] = "sgd"
+    """What takes the steps; muon takes those of the weights, and leaves the biases to SGD."""
+    lr: float | None = None
+    """Learning rate at the start; by default 0.5, for Muon 0.02."""
+    momentum: float | None = None
+    """Nesterov momentum; by default 0.9, for Muon 0.95."""
     schedule: Schedule = "linear"
     """Course of the learning rate over the run; linear and cosine end at 0."""
-    weight_decay: float = 3e-5
-    """L2 penalty λ of the weights: λ/2·‖W‖² in the loss."""
+    weight_decay: float | None = None
+    """L2 penalty λ of the weights, λ/2·‖W‖² in the loss, by default 3e-5; for Muon decoupled decay, 0.01."""
     orthogonality: float = 0.0
     """Factor of the penalty Σ‖W·Wᵀ − I‖² in the loss."""
     hidden: tuple[int, ...] = (128, 64)
@@ -115,6 +122,12 @@ class TrainFlags(ExampleFlags):
     """Norm to which a larger gradient is scaled down."""
     timeout: float = 600.0
     """Seconds after which a rank that waits for another gives up."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in RATES[self.optimizer].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
     def of_all_ranks(self) -> dict[str, Any]:
         """What must be the same on every rank: all but where things lie and where it computes."""

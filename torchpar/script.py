@@ -48,7 +48,8 @@ def train(flags: cli.TrainFlags, world: World, spread: Callable[[MLP], Spread]) 
     mlp = MLP([train_set.inputs(slice(0, 1)).shape[1], *flags.hidden, len(train_set.classes)])
     own = spread(mlp.to(world.device))
     model, step = own.model, own.step
-    optimizer = training.sgd(model, flags.lr, flags.momentum, flags.weight_decay)
+    make = training.muon if flags.optimizer == "muon" else training.sgd
+    optimizer = make(model, **{name: getattr(flags, name) for name in cli.RATES[flags.optimizer]})
     phases = Phases(world.device) if flags.phases else None
     watched = None
     if flags.phases or flags.collectives:

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchpar.data import Samples, batches
 from torchpar.errors import ConfigError
 from torchpar.ops import matmul_t
+from torchpar.optim import Muon
 from torchpar.parallel.checkpoint import Checkpoints
 from torchpar.parallel.clip import clip_grad_norm_
 from torchpar.parallel.layers import split_parameters
@@ -77,6 +78,48 @@ def sgd(
     others = [p for p in model.parameters() if not (p.dim() > 1 or decay_biases)]
     groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+
+
+class ChainedOptimizer(Optimizer):
+    """Optimizers of different parameters as one: with their groups and their state, and stepping in turn."""
+
+    def __init__(self, *optimizers: Optimizer):
+        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
+        self.optimizers = optimizers
+        self._share()
+
+    def _share(self) -> None:
+        groups = iter(self.param_groups)
+        for optimizer in self.optimizers:
+            optimizer.state = self.state
+            optimizer.param_groups = [next(groups) for _ in optimizer.param_groups]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
+def muon(model: torch.nn.Module, lr: float, momentum: float, weight_decay: float) -> ChainedOptimizer:
+    """`torchpar.optim.Muon` for the weight matrices, SGD for the biases.
+
+    Args:
+        weight_decay: decoupled, ``W ← (1 − lr·λ)·W``, of the weights.
+
+    Raises:
+        ConfigError: layers that are split over ranks, whose matrices are whole on none.
+    """
+    if any(True for _ in split_parameters(model)):
+        raise ConfigError("Muon needs whole matrices, and the model's are split over ranks; take SGD or tp 1")
+    weights = [p for p in model.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if p.dim() != 2]
+    return ChainedOptimizer(
+        Muon(weights, lr=lr, momentum=momentum, weight_decay=weight_decay),
+        torch.optim.SGD(others, lr=lr, momentum=momentum, nesterov=momentum > 0),
+    )
 
 
 def scheduler(optimizer: Optimizer, schedule: Schedule, steps: int) -> LambdaLR:
