@@ -144,6 +144,7 @@ ERRORS = [
     ("--momentum 1", r"--momentum is 1\.0, expected less than 1"),
     ("--seed 9223372036854775808", "--seed is 9223372036854775808, expected less than"),
     ("--schedule steps", "invalid choice 'steps' for argument '--schedule'"),
+    ("--optimizer adam", "invalid choice 'adam' for argument '--optimizer'"),
     ("--dataset cifar", "invalid choice 'cifar' for argument '--dataset'"),
     ("--data /nonexistent", "/nonexistent/FashionMNIST/raw/train-images-idx3-ubyte.gz is missing"),
     ("--metrics /dev/null/m.jsonl", "cannot be written.*/dev/null"),

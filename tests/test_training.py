@@ -3,6 +3,7 @@ import dataclasses
 import math
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torchpar.collectives import WatchedStep
 from torchpar.data import Samples
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
+from torchpar.parallel.mlp import parallel_mlp
 from torchpar.parallel.step import ReplicaStep, Step
 from torchpar.parallel.stop import StopSignal
 from torchpar.parallel.world import World, join_world
@@ -171,15 +173,25 @@ def test_fewer_samples_in_a_batch_than_ranks():
         )
 
 
+OPTIMIZERS = {
+    "sgd": partial(training.sgd, lr=0.3, momentum=0.9, weight_decay=1e-4),
+    "muon": partial(training.muon, lr=0.1, momentum=0.9, weight_decay=0.01),
+}
+
+
 def run_alone(
-    epochs: int, folder: Path | None = None, schedule: training.Schedule = "linear", **run: Any
+    epochs: int,
+    folder: Path | None = None,
+    schedule: training.Schedule = "linear",
+    optimizer: Any = OPTIMIZERS["sgd"],
+    **run: Any,
 ) -> tuple[MLP, list[EpochResult]]:
     torch.manual_seed(0)
     model = MLP(SIZES)
     world = World(0, 0, 1, torch.device("cpu"))
     results = training.fit(
         model,
-        training.sgd(model, lr=0.3, momentum=0.9, weight_decay=1e-4),
+        optimizer(model),
         samples(200, 1),
         samples(50, 2),
         world,
@@ -197,19 +209,85 @@ def same_run(a: list[EpochResult], b: list[EpochResult]) -> bool:
     return [dataclasses.replace(r, **clocks) for r in a] == [dataclasses.replace(r, **clocks) for r in b]
 
 
-def test_learns_and_resumes_bit_for_bit(tmp_path):
-    model, results = run_alone(4, schedule="constant")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_learns_and_resumes_bit_for_bit(tmp_path, optimizer):
+    run = partial(run_alone, schedule="constant", optimizer=optimizer)
+    model, results = run(4)
     assert results[-1].test_accuracy == 1.0
     assert results[-1].train_loss < results[0].train_loss / 2
-    run_alone(1, tmp_path, schedule="constant")
-    run_alone(3, tmp_path, schedule="constant")
-    resumed, all_results = run_alone(4, tmp_path, schedule="constant")
+    run(1, tmp_path)
+    run(3, tmp_path)
+    resumed, all_results = run(4, tmp_path)
     assert same_run(all_results, results)
     for a, b in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
-    again, same = run_alone(4, tmp_path, schedule="constant")  # nothing left to train
+    again, same = run(4, tmp_path)  # nothing left to train
     assert same == all_results
     assert torch.equal(again.layers[0].weight, model.layers[0].weight)
+
+
+def train_by_muon() -> tuple[float, list[Any], str]:
+    """The last training loss and the weights; what is said of weights that are split."""
+    torch.manual_seed(0)
+    model = MLP(SIZES)
+    with join_world("cpu") as world:
+        forward = DistributedDataParallel(model) if world.world_size > 1 else model
+        results = training.fit(
+            model,
+            OPTIMIZERS["muon"](model),
+            samples(203, seed=1),
+            samples(101, seed=2),
+            world,
+            step=ReplicaStep(forward, world.data_ranks),
+            epochs=4,
+            batch_size=50,
+        )
+        mesh = world.split(tp=world.world_size).mesh
+        assert mesh is not None
+        refused = ""
+        try:
+            OPTIMIZERS["muon"](parallel_mlp(MLP(SIZES), mesh["tp"]))
+        except ConfigError as e:
+            refused = str(e)
+    return results[-1].train_loss, [p.detach().numpy() for p in model.parameters()], refused
+
+
+def test_muon_on_two_ranks(ranks):
+    """The ranks keep the same weights, and learn what one process does up to Muon's bfloat16."""
+    (one,), several = ranks(1, train_by_muon), ranks(2, train_by_muon)
+    for a, b in zip(*(weights for _, weights, _ in several), strict=True):
+        assert (a == b).all()
+    assert several[0][0] == several[1][0] == pytest.approx(one[0], rel=2**-8)
+    assert "whole matrices" in several[0][2]
+    assert one[2] == ""
+
+
+def test_muon_moves_the_weights_and_sgd_the_biases():
+    """As the two would alone, and after their joint state was loaded."""
+    torch.manual_seed(0)
+    model, apart = MLP(SIZES), MLP(SIZES)
+    apart.load_state_dict(model.state_dict())
+    weights = [p for p in apart.parameters() if p.dim() == 2]
+    biases = [p for p in apart.parameters() if p.dim() == 1]
+    both = [
+        torch.optim.Muon(weights, lr=0.02, momentum=0.9, weight_decay=0.01),
+        torch.optim.SGD(biases, lr=0.02, momentum=0.9, nesterov=True),
+    ]
+    chained = training.muon(model, lr=0.02, momentum=0.9, weight_decay=0.01)
+    for _ in range(2):
+        state = chained.state_dict()
+        chained = training.muon(model, lr=7.0, momentum=0.1, weight_decay=0.0)
+        chained.load_state_dict(state)
+        for p, q in zip(model.parameters(), apart.parameters(), strict=True):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.clone()
+        for optimizer in (chained, *both):
+            optimizer.step()
+    for p, q in zip(model.parameters(), apart.parameters(), strict=True):
+        # Muon's directions are of bfloat16, each rate times 2^-8 of an element of at most 1.
+        torch.testing.assert_close(p, q, rtol=0, atol=2 * 0.02 * 2**-8 if p.dim() == 2 else 0)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(model.layers[0].weight, MLP(SIZES).layers[0].weight)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):

@@ -112,7 +112,7 @@ def muon(model: torch.nn.Module, lr: float, momentum: float, weight_decay: float
     Raises:
         ConfigError: layers that are split over ranks, whose matrices are whole on none.
     """
-    if any(True for _ in split_parameters(model)):
+    if any(layer.partition.ranks > 1 for _, _, layer in split_parameters(model)):
         raise ConfigError("Muon needs whole matrices, and the model's are split over ranks; take SGD or tp 1")
     weights = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() != 2]
