@@ -11,8 +11,18 @@ import torchpar
 SHAPES = {
     "maximum": ((6, 5), (6, 5)),
     "matmul_t": ((7, 5),),
+    "symmetric_matmul": ((6, 6), (6, 6)),
     "linear_sigmoid": ((6, 5), (7, 5), (7,)),
 }
+
+
+def operands(name: str, shapes: tuple[tuple[int, ...], ...]) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    if name == "symmetric_matmul":  # a = S² - S, b = 2S, c = S
+        s = tensors[0] + tensors[0].mT
+        tensors = [s @ s - s, 2 * s, s][: len(shapes)]
+    return [t.requires_grad_() for t in tensors]
 
 
 def compare(name: str, shapes: tuple[tuple[int, ...], ...]) -> list[str]:
@@ -24,8 +34,7 @@ def compare(name: str, shapes: tuple[tuple[int, ...], ...]) -> list[str]:
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     operator = getattr(torch.ops.torchpar, name)
-    torch.manual_seed(0)
-    whole = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    whole = operands(name, shapes)
     expected = operator(*whole)
     incoming = torch.randn_like(expected)
     gradients = torch.autograd.grad(expected, whole, incoming)
@@ -49,6 +58,7 @@ def compare(name: str, shapes: tuple[tuple[int, ...], ...]) -> list[str]:
 LOCAL = {
     "maximum": ["R R -> R", "S(0) S(0) -> S(0)", "S(1) S(1) -> S(1)"],
     "matmul_t": ["R -> R", "S(1) -> P(sum)"],
+    "symmetric_matmul": ["R R -> R", "S(1) S(1) -> P(sum)"],
     "linear_sigmoid": ["R R R -> R", "R S(0) S(0) -> S(1)", "S(0) R R -> S(0)"],
 }
 
@@ -62,10 +72,79 @@ def test_every_placement(ranks, name, world_size):
     assert set(LOCAL[name]) <= set(local[0]), local[0]
 
 
-@pytest.mark.parametrize("name, shapes", [("maximum", ((4, 3, 5), (3, 1))), ("matmul_t", ((4, 3, 2),))])
+@pytest.mark.parametrize(
+    "name, shapes",
+    [
+        ("maximum", ((4, 3, 5), (3, 1))),
+        ("matmul_t", ((4, 3, 2),)),
+        ("symmetric_matmul", ((4, 3, 3), (4, 3, 3))),
+    ],
+)
 def test_batches_and_broadcasts(ranks, name, shapes):
     local = ranks(2, compare, name, shapes)[0]
     assert any(combination.endswith("-> S(0)") for combination in local), local
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_sum_over_shards_and_c(ranks, world_size):
+    local = ranks(world_size, compare, "symmetric_matmul", ((6, 6), (6, 6), (6, 6)))[0]
+    # Of a replicated c, each rank takes a share without communication.
+    assert {"R R R -> R", "S(1) S(1) R -> P(sum)"} <= set(local), local
+
+
+def scaled_and_checked() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    whole = operands("symmetric_matmul", ((6, 6), (6, 6), (6, 6)))
+    for placement in (Replicate(), Shard(0), Shard(1)):
+        a, b, c = (distribute_tensor(t.detach(), mesh, [placement]) for t in whole)
+        for check in (False, True):
+            for args, wholes in (((a, b), whole[:2]), ((a, b, c), whole)):
+                result = torchpar.symmetric_matmul(*args, alpha=-2.5, beta=0.5, check=check)
+                expected = torchpar.symmetric_matmul(*wholes, alpha=-2.5, beta=0.5)
+                torch.testing.assert_close(result.full_tensor(), expected.detach())
+        shifted = distribute_tensor(whole[1].detach().roll(1, 0), mesh, [placement])
+        with pytest.raises(RuntimeError, match="is not symmetric"):
+            torchpar.symmetric_matmul(a, shifted, check=True)
+
+
+def test_factors_and_the_check_of_shards(ranks):
+    # The product of two shards of k is not symmetric; their sum is.
+    ranks(2, scaled_and_checked)
+
+
+def rows_of_a_product(shape: tuple[int, ...]) -> tuple[str, dict[str, int]]:
+    """matmul_t of a matrix split by rows: the placement of the result, and the collectives it took."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    rows = Shard(len(shape) - 2)
+    torch.manual_seed(0)
+    whole = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    expected = torchpar.matmul_t(whole)
+    incoming = torch.randn_like(expected)
+    x = distribute_tensor(whole.detach(), mesh, [rows]).requires_grad_()
+    with CommDebugMode() as communication:
+        result = torchpar.matmul_t(x)
+    torch.testing.assert_close(result.full_tensor(), expected.detach())
+    (found,) = torch.autograd.grad(result, x, distribute_tensor(incoming, mesh, [rows]))
+    (gradient,) = torch.autograd.grad(expected, whole, incoming)
+    torch.testing.assert_close(found.full_tensor(), gradient)
+    counts = communication.get_comm_counts().items()
+    return str(result.placements[0]), {str(collective): count for collective, count in counts}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("shape", [(8, 5), (7, 5), (300, 5), (2, 8, 5)], ids=str)
+def test_rows_of_a_product_take_one_gather(ranks, shape, world_size):
+    for placement, counts in ranks(world_size, rows_of_a_product, shape):
+        assert placement == f"S({len(shape) - 2})"
+        assert counts == {"c10d_functional.all_gather_into_tensor": 1}
 
 
 def test_rules_wait_for_dtensor() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from samples import LAYOUTS, OPERATORS, arguments
+from samples import LAYOUTS, OPERATORS, arguments, normal
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd
 from torch._C._functorch import peek_interpreter_stack
@@ -36,6 +36,8 @@ SCHEMAS = {
     "maximum": "(Tensor a, Tensor b) -> Tensor",
     "matmul_t": "(Tensor x) -> Tensor",
     "matmul_t_backward": "(Tensor g, Tensor x) -> Tensor",
+    "symmetric_matmul": "(Tensor a, Tensor b, Tensor? c=None, *, "
+    "float alpha=1., float beta=0., bool check=False) -> Tensor",
     "linear_sigmoid": "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
     "linear_sigmoid_backward": "(Tensor g, Tensor y) -> (Tensor, Tensor)",
 }
@@ -59,6 +61,7 @@ added = sorted(set(sys.modules) - before)
 x = torch.ones(3, 4, requires_grad=True)
 y = torchpar.linear_sigmoid(x, x, x[:, 0])
 torchpar.maximum(torchpar.matmul_t(y), y).sum().backward()
+torchpar.symmetric_matmul(torch.ones(300, 2), torch.ones(300, 2), check=True)
 print(json.dumps([added, sorted(set(sys.modules) - before)]))
 """
 
@@ -87,6 +90,7 @@ KERNELS = {
     "maximum": {"maximum_flat_kernel", "maximum_strided_kernel"},
     "matmul_t": {"symmetric_product_kernel"},
     "matmul_t_backward": {"symmetrized_product_kernel"},
+    "symmetric_matmul": {"symmetric_product_kernel"},
     "linear_sigmoid": {"linear_sigmoid_kernel"},
     "linear_sigmoid_backward": {"sigmoid_backward_kernel"},
 }
@@ -187,6 +191,19 @@ def test_compute_elementwise_output_strides_is_atens() -> None:
             shape = torch.broadcast_shapes(a_shape, b_shape)
             strides = compute_elementwise_output_strides(a.expand(shape), b.expand(shape))
             assert strides == torch.maximum(a, b).stride()
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN is not in this build of PyTorch")
+def test_linear_pointwise_is_a_float32_product_by_onednn() -> None:
+    # PyTorch gives float32 products to its BLAS; torchpar/ops/_cpu.py, like Inductor, reaches oneDNN by this.
+    # A sum of k terms is off by at most k·u·|x|·|weight|ᵀ.
+    x, weight = (normal(n, 256, dtype=torch.float32, seed=n) for n in (65, 33))
+    exact = x.double() @ weight.double().T
+    bound = 256 * torch.finfo(torch.float32).eps / 2 * (x.double().abs() @ weight.double().abs().T)
+    actual = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    assert actual.is_contiguous()
+    assert ((actual - exact).abs() <= bound).all()
+    assert not ((actual.bfloat16() - exact).abs() <= bound).all()
 
 
 # What torch.library.register_autograd does with an operator of its own, without our workaround.

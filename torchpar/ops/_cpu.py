@@ -22,7 +22,7 @@ _HALVED_FROM_FLOAT32 = 256  # by oneDNN
 # Rows computed together: with more, more is computed in vain; with fewer, the library works less well.
 _BLOCK = 256
 _BLOCK_FLOAT64 = 128
-_CHAIN = 256
+_CHAIN = 128
 
 
 def is_halved(t: Tensor) -> bool:

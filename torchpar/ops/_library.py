@@ -189,12 +189,14 @@ def register_autocast(name: str, *, cast: bool = True) -> None:
     register("cuda", "AutocastCUDA")
 
 
-def is_split(t: Tensor, dim: int) -> bool:
-    """Whether ``t`` is a DTensor and ``dim`` is split over ranks."""
+def is_dtensor(t: Tensor) -> bool:
     module = sys.modules.get("torch.distributed.tensor")
-    if module is None or not isinstance(t, module.DTensor):
-        return False
-    return any(placement.is_shard(dim % t.dim()) for placement in t.placements)
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def is_split(t: Any, dim: int) -> bool:
+    """Whether ``t`` is a DTensor and ``dim`` is split over ranks."""
+    return is_dtensor(t) and any(placement.is_shard(dim % t.dim()) for placement in t.placements)
 
 
 _sharding_rules: dict[str, Callable[..., Any]] = {}

@@ -54,5 +54,6 @@ def product(
 
 
 def mirrored(c: Tensor) -> Tensor:
-    """``c``, symmetric up to rounding, as a matrix equal to its transpose: the larger value serves both."""
-    return torch.maximum(c, c.mT)
+    """The lower triangles of ``c (*, n, n)``, and above them their mirrors."""
+    lower = torch.ones(c.shape[-2:], dtype=torch.bool, device=c.device).tril()
+    return torch.where(lower, c, c.mT)

@@ -21,6 +21,7 @@ from torchpar.ops import _cpu
 from torchpar.ops._library import (
     Wrap,
     batch_first,
+    is_dtensor,
     operator,
     register_autocast,
     register_autograd,
@@ -38,7 +39,7 @@ def symmetric_matmul(
     c: Tensor | None = None,
     *,
     alpha: float = 1.0,
-    beta: float = 1.0,
+    beta: float = 0.0,
     check: bool = False,
 ) -> Tensor:
     """A product known to be symmetric, at half the arithmetic: ``alpha * a @ b.mT + beta * c``.
@@ -50,9 +51,8 @@ def symmetric_matmul(
         a: ``(*, n, k)``; float16, bfloat16, float32 or float64. On CUDA, float32 follows
             `torch.backends.cuda.matmul.fp32_precision`.
         b: as ``a``, of its shape, dtype and device.
-        c: ``(*, n, n)``, symmetric, of ``a``'s dtype and device, or None for nothing. With ``beta = 0`` it is
-            not read.
-        alpha, beta: factors.
+        c: ``(*, n, n)``, symmetric, of ``a``'s dtype and device, or None. It is not read if ``beta`` is 0.
+        alpha, beta: factors of the product and of ``c``.
         check: compute the whole product in float64 and raise if it, or ``c``, is not symmetric up to the
             rounding of ``a``, ``b`` and ``c``. For debugging: it takes several times as long, and waits for
             the device. Not under torch.func transforms.
@@ -89,7 +89,7 @@ def _check_promise(a: Tensor, b: Tensor, c: Tensor | None) -> None:
     for name, (value, size) in parts.items():
         difference = (value - value.mT).abs()
         bound = 4 * torch.finfo(a.dtype).eps * (size + size.mT)
-        if not (difference <= bound).all():
+        if (difference > bound).any():  # what is not finite is none of it
             raise RuntimeError(
                 f"torchpar::symmetric_matmul: {name} is not symmetric: it differs from its transpose by up to"
                 f" {difference.max().item():.3g}, where rounding explains {bound.max().item():.3g}"
@@ -102,12 +102,21 @@ def _formula(
     c: Tensor | None = None,
     *,
     alpha: float = 1.0,
-    beta: float = 1.0,
+    beta: float = 0.0,
     check: bool = False,
 ) -> Tensor:
     _check(a, b, c)
-    product = alpha * (a @ b.mT)
-    return product if c is None or beta == 0 else product + beta * c
+    if _is_checked_dtensor(a, b, c, check=check):
+        _check_promise(*(t if t is None else t.full_tensor() for t in (a, b, c if beta else None)))  # type: ignore[attr-defined, arg-type]
+        return _op(a, b, c, alpha=alpha, beta=beta)  # type: ignore[no-any-return]
+    return product(a, b, c, alpha, beta)
+
+
+def _is_checked_dtensor(
+    a: Tensor, b: Tensor, c: Tensor | None = None, *, check: bool = False, **factors: float
+) -> bool:
+    """Whether the promise is to be checked of a whole whose parts need not keep it."""
+    return check and is_dtensor(a)
 
 
 def _is_opaque(
@@ -118,7 +127,7 @@ def _is_opaque(
 
 @operator(
     "symmetric_matmul(Tensor a, Tensor b, Tensor? c=None, *, "
-    "float alpha=1.0, float beta=1.0, bool check=False) -> Tensor",
+    "float alpha=1.0, float beta=0.0, bool check=False) -> Tensor",
     kernels="matmul_t",
     opaque=_is_opaque,
 )
@@ -128,13 +137,13 @@ def _symmetric_matmul(
     c: Tensor | None = None,
     *,
     alpha: float = 1.0,
-    beta: float = 1.0,
+    beta: float = 0.0,
     check: bool = False,
     wrap: Wrap,
 ) -> Tensor:
     _check(a, b, c)
     if check:
-        _check_promise(a, b, c)
+        _check_promise(a, b, c if beta else None)
     return symmetric_product(a, b, c, alpha, beta, wrap)
 
 
@@ -173,13 +182,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     a, b = ctx.saved_tensors
     need_a, need_b, *need_c, _ = ctx.needs_input_grad  # a c left at its default is not listed
-    alpha, beta = ctx.kwargs.get("alpha", 1.0), ctx.kwargs.get("beta", 1.0)
+    alpha, beta = ctx.kwargs.get("alpha", 1.0), ctx.kwargs.get("beta", 0.0)
     da = alpha * (g @ b) if need_a else None
     db = alpha * (g.mT @ a) if need_b else None
     return da, db, *(beta * g if need else None for need in need_c)
 
 
-register_autograd("symmetric_matmul", _backward, setup_context=_setup_context, formula=_formula)
+register_autograd(
+    "symmetric_matmul",
+    _backward,
+    setup_context=_setup_context,
+    formula=_formula,
+    decompose=_is_checked_dtensor,
+)
 
 
 @register_vmap("symmetric_matmul")

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: MIT
+"""How symmetric products round: bounds for any input, and either library behind float32 on CPUs."""
+
+import pytest
+import torch
+from samples import FLOATS, assert_accurate, assert_symmetric, error, normal, to_numpy
+from test_symmetric_matmul import assert_contract, op, operands, oracle
+from torch import Tensor
+
+import torchpar
+from torchpar.ops import _cpu
+
+# To first order |C - X·Xᵀ|ᵢⱼ ≤ (k·u + v)·|xᵢ|·|xⱼ|, where u is the unit roundoff of the sums, v that of
+# the result (Higham, Accuracy and Stability of Numerical Algorithms, section 3.5).
+
+
+def rounding(x: Tensor) -> float:
+    computed = torch.promote_types(x.dtype, torch.float32)
+    return (x.shape[1] * torch.finfo(computed).eps + torch.finfo(x.dtype).eps) / 2
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("n, k", [(40, 7), (129, 64), (300, 20)])
+def test_matmul_t_is_positive_semidefinite_up_to_rounding(
+    n: int, k: int, dtype: torch.dtype, device: str
+) -> None:
+    # k < n, so that the least eigenvalue is 0. The error's norm moves it by at most (k·u + v)·|X|² (Weyl).
+    x = normal(n, k, dtype=dtype, device=device)
+    c = torchpar.matmul_t(x)
+    assert_symmetric(c)
+    bound = (rounding(x) + n * torch.finfo(torch.float64).eps) * x.double().square().sum()
+    assert torch.linalg.eigvalsh(c.double())[0] >= -bound
+    assert torch.linalg.eigvalsh(c.double() - 2 * bound * torch.eye(n, device=device))[0] < -bound
+    sign_lost = c.double()
+    sign_lost[0, 1] = sign_lost[1, 0] = -sign_lost[0, 0] - sign_lost[1, 1]
+    assert torch.linalg.eigvalsh(sign_lost)[0] < -bound
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("n", [129, 600])
+def test_permuted_rows_permute_the_result(n: int, dtype: torch.dtype, device: str) -> None:
+    x = normal(n, 70, dtype=dtype, device=device)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(device)
+    c, permuted = torchpar.matmul_t(x), torchpar.matmul_t(x[order])
+    norms = x.double().norm(dim=1)
+    # A CPU's library sums the rows at a block's edge in another order; a kernel here, every row in one.
+    bound = 0 if device == "cuda" else 2 * rounding(x) * torch.outer(norms, norms)[order][:, order]
+    difference = (c[order][:, order].double() - permuted.double()).abs()
+    assert (difference <= bound).all()
+    assert not ((c.double() - permuted.double()).abs() <= bound).all()
+
+
+@pytest.fixture
+def onednn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The chains that oneDNN computes during a test, on whatever processor; here, their lengths."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("oneDNN is not in this build of PyTorch")
+    lengths: list[int] = []
+    chain = _cpu._onednn
+    monkeypatch.setattr(_cpu, "_has_onednn", lambda: True)
+    monkeypatch.setattr(_cpu, "_onednn", lambda a, b: lengths.append(a.shape[1]) or chain(a, b))
+    return lengths
+
+
+# PyTorch's own context manager warns of what it does not change (2.15).
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
+@pytest.mark.parametrize("shape", [(256, 300), (257, 1), (600, 256)], ids=str)
+def test_either_library_of_the_cpu_is_right(shape: tuple[int, ...], onednn: list[int]) -> None:
+    a, b, c = operands(*shape, make=normal, dtype=torch.float32)
+    for enabled in (True, False):
+        with torch.backends.mkldnn.flags(enabled=enabled):
+            assert_contract(a, b)
+            assert_contract(a, a, c, alpha=-2.5, beta=1 / 3)
+            actual = torch.ops.torchpar.matmul_t_backward(c.tril(), a)
+        total = c.tril() + c.tril().mT
+        assert_accurate(actual, total @ a, to_numpy(total) @ to_numpy(a), roundings=3)
+        assert (max(onednn, default=0) > 0) == enabled
+        assert max(onednn, default=0) <= 256
+        onednn.clear()
+
+
+def test_only_large_float32_matrices_go_to_onednn(onednn: list[int]) -> None:
+    for n, dtype in ((255, torch.float32), (300, torch.float64), (300, torch.bfloat16)):
+        op(*operands(n, 3, dtype=dtype))
+    assert onednn == []
+    op(*operands(300, 0, dtype=torch.float32))
+    assert onednn == []
+    op(*operands(300, 3, dtype=torch.float32))
+    assert onednn != []
+
+
+def assert_all_accurate(xs: list[Tensor]) -> None:
+    for x in xs:
+        assert_accurate(op(x, x), x @ x.mT, oracle(x, x))
+
+
+only_where_used = pytest.mark.skipif(
+    not _cpu._has_onednn(),
+    reason="float32 goes to oneDNN on processors with AVX512, for which chains were cut",
+)
+
+
+@only_where_used
+@pytest.mark.parametrize("k", [64, 200, 256, 512, 1000])
+def test_sums_in_chains_keep_pytorchs_accuracy(k: int, onednn: list[int]) -> None:
+    assert_all_accurate([normal(256, k, dtype=torch.float32, seed=seed) for seed in range(10)])
+    assert sum(onednn) == 10 * k
+
+
+@only_where_used
+def test_one_chain_would_lose_accuracy(onednn: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    xs = [normal(256, k, dtype=torch.float32, seed=seed) for k in (512, 5000) for seed in range(5)]
+    assert_all_accurate(xs)
+    cut = [error(op(x, x), oracle(x, x)) for x in xs]
+    monkeypatch.setattr(_cpu, "_CHAIN", 5000)
+    whole = [error(op(x, x), oracle(x, x)) for x in xs]
+    assert sum(whole[:5]) > sum(cut[:5])
+    assert sum(whole[5:]) > sum(cut[5:])
+    with pytest.raises(AssertionError):
+        assert_all_accurate(xs)
