@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What the matrix kernels share: the order of tiles, the loop over k, and the tile sizes."""
+"""What the matrix kernels share: the order of tiles, and the loop over k."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from contextvars import copy_context
 
 import torch
 import triton
@@ -9,42 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 GROUP = 8  # tile rows walked together, so that their operands stay in the L2 cache
-
-
-class Tiles(NamedTuple):
-    """Tile sizes and launch options of a matrix kernel."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-def tiles(dtype: torch.dtype, precision: str, m: int, n: int, *operands: Tensor) -> Tiles:
-    """Tiles for an ``(m, n)`` product of ``operands`` of ``dtype``.
-
-    None spills registers on sm_80, sm_90 or sm_100. Operands that cannot be loaded 16 bytes at a time take
-    an address per element, and so a smaller tile.
-    """
-    if dtype == torch.float64:
-        return Tiles(64, 64, 16, 4, 2)
-    vectorised = all(_loads_16_bytes(t) for t in operands)
-    large = m >= 1024 and n >= 1024
-    if dtype == torch.float32 and precision == "ieee":
-        if not vectorised:
-            return Tiles(64, 64, 16, 8, 3)
-        return Tiles(128, 128, 16, 8, 3) if large else Tiles(64, 64, 32, 8, 2)
-    if dtype == torch.float32:
-        if not vectorised:
-            return Tiles(64, 64, 16, 4, 3)
-        return Tiles(128, 128, 16, 8, 4) if large else Tiles(64, 64, 32, 8, 3)
-    return Tiles(128, 128, 64, 8, 3) if vectorised and large else Tiles(64, 64, 32, 8, 3)
-
-
-def _loads_16_bytes(t: Tensor) -> bool:
-    steps = [size if stride == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)]
-    return all(step * t.element_size() % 16 == 0 for step in (*steps, t.storage_offset()))
 
 
 @triton.jit
@@ -113,3 +78,68 @@ def dot_rows(
         a_tile += step * a_col
         b_tile += step * b_col
     return acc
+
+
+@triton.jit
+def tile_descriptor(
+    ptr,
+    rows,
+    cols,
+    row_stride,
+    col_stride,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):
+    """What TMA needs to know to copy tiles of a matrix whose rows (N) or columns (T) are contiguous."""
+    if LAYOUT == "T":
+        tiles = tl.make_tensor_descriptor(ptr, [cols, rows], [col_stride, 1], [BLOCK_COLS, BLOCK_ROWS])
+    else:
+        tiles = tl.make_tensor_descriptor(ptr, [rows, cols], [row_stride, 1], [BLOCK_ROWS, BLOCK_COLS])
+    return tiles
+
+
+@triton.jit
+def load_tile(tiles, row, col, LAYOUT: tl.constexpr):
+    return tiles.load([col, row]).T if LAYOUT == "T" else tiles.load([row, col])
+
+
+@triton.jit
+def dot_tiles(
+    a_tiles,
+    b_tiles,
+    a_first,
+    b_first,
+    k,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    A_LAYOUT: tl.constexpr,
+    B_LAYOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """As `dot_rows`, of the rows from ``a_first`` and ``b_first`` on; the hardware puts 0 past the ends."""
+    acc_dtype: tl.constexpr = tl.float64 if a_tiles.dtype == tl.float64 else tl.float32
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=acc_dtype)
+    for start in range(0, k, BLOCK_K):
+        a = load_tile(a_tiles, a_first, start, A_LAYOUT)
+        b = load_tile(b_tiles, b_first, start, B_LAYOUT)
+        acc = tl.dot(a, b.T, acc, input_precision=PRECISION, out_dtype=acc_dtype)
+    return acc
+
+
+def launch_with_scratch(launch: Callable[[], None]) -> None:
+    """Launch a kernel that writes descriptors on the device, which Triton asks the host to find room for.
+
+    The allocator is a context variable of the user's: it is set in a copy of the context.
+    """
+    copy_context().run(_launch_with_scratch, launch)
+
+
+def _launch_with_scratch(launch: Callable[[], None]) -> None:
+    triton.set_allocator(_scratch)
+    launch()
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")  # aligned to 512 bytes; TMA takes 128

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gemm import GROUP, dot_rows, grouped_tile, tiles
+from .gemm import GROUP, dot_rows, grouped_tile
+from .tuning import Tiles, default_tiles
 
 BACKWARD_ROWS = 256  # per program; each adds one row to the partial sums of the bias gradient
 BACKWARD_BLOCK_M = 16
@@ -131,6 +132,7 @@ def linear_sigmoid(
     out: Tensor,
     precision: str,
     wrap: Callable[[Any], Any],
+    tiles: Tiles | None = None,
 ) -> None:
     """``out = sigmoid(x @ weight.T + bias)`` for ``x (m, k)``, ``weight (n, k)``, ``bias (n)``.
 
@@ -140,7 +142,8 @@ def linear_sigmoid(
     n = weight.shape[0]
     if out.numel() == 0:
         return
-    block_m, block_n, block_k, num_warps, num_stages = tiles(x.dtype, precision, m, n, x, weight)
+    tiles = tiles or default_tiles(x.dtype, precision, m, n, x, weight)
+    block_m, block_n, block_k, num_warps, num_stages, *_ = tiles
     grid = (triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)
     wrap(linear_sigmoid_kernel)[grid](
         x,

@@ -8,7 +8,7 @@ and Triton specialises it as in a launch; the tensors are on the meta device, or
 import re
 import subprocess
 from collections import Counter
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -24,10 +24,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from triton.backends.compiler import GPUTarget
 
-from torchpar.kernels import gemm
 from torchpar.kernels import linear_sigmoid as linear_sigmoid_kernels
 from torchpar.kernels import matmul_t as matmul_t_kernels
 from torchpar.kernels import maximum as maximum_kernels
+from torchpar.kernels import tuning
+from torchpar.kernels.tuning import Tiles
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may have, by compute capability
@@ -38,14 +39,15 @@ ops = torch.ops.torchpar
 class Driver:
     """Stands in for a GPU: kernels are compiled for its architecture, and cannot be launched."""
 
-    def __init__(self, capability: int):
-        self.capability = capability
+    def __init__(self, architecture: int | str):
+        self.architecture = architecture
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
+        nvidia = isinstance(self.architecture, int)
+        return GPUTarget("cuda" if nvidia else "hip", self.architecture, 32 if nvidia else 64)
 
     def get_current_device(self) -> int:
-        return self.capability  # compiled kernels are kept by device
+        return int(str(self.architecture).removeprefix("gfx"))  # compiled kernels are kept by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -62,8 +64,11 @@ def capability(request, monkeypatch) -> int:
 class MachineCode:
     """The opcodes of a compiled kernel, what it takes of a multiprocessor, and how it was launched."""
 
-    def __init__(self, kernel, options: dict, directory: Path):
+    def __init__(self, kernel, grid: tuple[int, ...], arguments: tuple, options: dict, directory: Path):
+        self.grid = grid
+        self.arguments = arguments
         self.options = options
+        self.signature = kernel.src.signature
         self.shared_memory = kernel.metadata.shared
         self.cubin = directory / "kernel.cubin"
         self.cubin.write_bytes(kernel.asm["cubin"])
@@ -96,13 +101,14 @@ def compiled(capability, tmp_path):
 
             def __getitem__(self, grid):
                 def launch(*args, **options) -> None:
-                    launched.append((self.kernel.warmup(*args, grid=grid, **options), options))
+                    kernel = self.kernel.warmup(*args, grid=grid, **options)
+                    launched.append((kernel, grid, args, options))
 
                 return launch
 
         launcher(*args, Compile)
-        ((kernel, options),) = launched
-        return MachineCode(kernel, options, tmp_path)
+        (launch,) = launched
+        return MachineCode(*launch, tmp_path)
 
     return run
 
@@ -111,8 +117,9 @@ def meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def assert_fits(code: MachineCode, capability: int) -> None:
-    assert code.resources["STACK"] == 0, f"registers spill: {code.resources}"
+def assert_fits(code: MachineCode, capability: int, aside: int = 0) -> None:
+    """Where ``aside`` bytes are allowed, ptxas puts them away to have another program in a multiprocessor."""
+    assert code.resources["STACK"] <= aside, f"registers spill: {code.resources}"
     assert code.resources["LOCAL"] == 0
     assert code.shared_memory <= SHARED_MEMORY[capability]
 
@@ -120,9 +127,9 @@ def assert_fits(code: MachineCode, capability: int) -> None:
 # The matrix kernels
 
 
-def symmetric_product(dtype, precision, n, wrap) -> None:
+def symmetric_product(dtype, precision, n, wrap, **options) -> None:
     x = meta(n, n, dtype=dtype)
-    matmul_t_kernels.symmetric_product(x, x, meta(n, n, dtype=dtype), precision, wrap)
+    matmul_t_kernels.symmetric_product(x, x, meta(n, n, dtype=dtype), precision, wrap, **options)
 
 
 def symmetrized_product(dtype, precision, n, wrap) -> None:
@@ -138,8 +145,8 @@ def linear_sigmoid(dtype, precision, n, wrap) -> None:
 matrix_launchers = pytest.mark.parametrize(
     "launcher", [symmetric_product, symmetrized_product, linear_sigmoid], ids=lambda f: f.__name__
 )
-# For large and for small tiles. Odd sizes leave no stride divisible by 16, and a partial step at k's end.
-TILES = (4096, 4095, 512, 509)
+# For large tiles, for small ones, and for those of odd sizes, which leave no stride divisible by 16.
+TILES = (4096, 512, 509)
 
 
 @matrix_launchers
@@ -191,7 +198,7 @@ def test_matrix_kernel_uses_tensor_cores(compiled, capability, launcher, dtype, 
     else:
         assert code.count(tensor_core(capability, dtype))
     if n == 4096:  # a mask that varied along a row would split the stores into single elements
-        assert code.count(r"STG\.E.*\.128.*")
+        assert code.count(r"STG\.E.*\.128.*|UTMASTG.*")
 
 
 @matrix_launchers
@@ -206,11 +213,9 @@ def test_matrix_kernel_of_ieee_float32_does_not(compiled, launcher):
 
 @pytest.mark.parametrize("capability", [90], indirect=True)
 def test_check_rejects_a_spill(compiled, capability):
-    with (
-        patch.object(matmul_t_kernels, "tiles", return_value=gemm.Tiles(256, 256, 64, 8, 3)),
-        pytest.raises(AssertionError, match="spill"),
-    ):
-        assert_fits(compiled(symmetric_product, torch.bfloat16, "ieee", 4096), capability)
+    launcher = partial(symmetric_product, tiles=Tiles(256, 256, 64, 8, 3))
+    with pytest.raises(AssertionError, match="spill"):
+        assert_fits(compiled(launcher, torch.bfloat16, "ieee", 4096), capability)
 
 
 @pytest.mark.parametrize("capability", [80, 90], indirect=True)
@@ -218,6 +223,105 @@ def test_check_tells_instructions_apart(compiled, capability):
     code = compiled(linear_sigmoid, torch.float16, "ieee", 4096)
     for other in (torch.bfloat16, torch.float32, torch.float64):
         assert not code.count(tensor_core(capability, other))
+
+
+# Which way the symmetric product's tiles go
+
+LOW_PRECISION = pytest.mark.parametrize(
+    "dtype, precision", [(torch.bfloat16, "ieee"), (torch.float32, "tf32")], ids=str
+)
+
+
+def by_tma(code: MachineCode) -> bool:
+    """Whether all tiles go by TMA; if not, none may."""
+    loads, stores = code.count(r"UTMALDG\..*"), code.count(r"UTMASTG\..*")
+    assert bool(loads) == bool(stores) == bool(code.options["TMA"])
+    return bool(loads)
+
+
+def two_operands(dtype, precision, shape, transposed, tiles, wrap) -> None:
+    """``a @ b.mT / 3 + c``, a, b and c each as it is or transposed."""
+    n, k = shape
+    sides = {"a": (n, k), "b": (n, k), "c": (n, n)}
+    a, b, c = (
+        meta(*shape[::-1], dtype=dtype).mT if name in transposed else meta(*shape, dtype=dtype)
+        for name, shape in sides.items()
+    )
+    out = meta(n, n, dtype=dtype)
+    matmul_t_kernels.symmetric_product(a, b, out, precision, wrap, c, 1 / 3, 1.0, tiles=tiles)
+
+
+@LOW_PRECISION
+@pytest.mark.parametrize("transposed", ["", "ab", "bc"])
+def test_large_tiles_go_by_tma_where_there_is_one(compiled, capability, dtype, precision, transposed):
+    code = compiled(two_operands, dtype, precision, (4096, 1024), transposed, None)
+    assert by_tma(code) == (capability >= 90)
+    assert code.count(tensor_core(capability, dtype))
+    assert code.shared_memory <= SHARED_MEMORY[capability]
+    if capability >= 90:
+        assert_fits(code, capability, aside=32)
+        assert code.count(r"UTMASTG\..*") == 2, "a tile and its mirror"
+        assert not code.count(r"(STG|LDGSTS).*"), "something went past the TMA"
+    elif "c" not in transposed:
+        assert_fits(code, capability)
+        assert code.count(r"STG\.E.*\.128.*") == code.count(r"STG.*"), "a store is not coalesced"
+
+
+@pytest.mark.parametrize("capability", [90, 100], indirect=True)
+@pytest.mark.parametrize(
+    "shape, stride, tma",
+    [
+        ((4096, 1024), (1024, 1), True),
+        ((4096, 1024), (1, 4096), True),
+        ((4096, 1024), (1032, 1), True),
+        ((4096, 1024), (1028, 1), False),  # rows that begin 8 bytes off
+        ((4096, 1024), (2048, 2), False),  # neither rows nor columns are contiguous
+        ((4096, 1024), (0, 1), False),  # one row, expanded
+        ((4095, 1024), (1024, 1), False),  # the result's rows begin 14 bytes off
+        ((512, 1024), (1024, 1), False),  # too small to need it
+    ],
+)
+def test_pointers_are_used_where_tma_cannot_be(compiled, capability, shape, stride, tma):
+    x = meta(2**24, dtype=torch.bfloat16).as_strided(shape, stride)
+    out = meta(shape[0], shape[0], dtype=x.dtype)
+    code = compiled(matmul_t_kernels.symmetric_product, x, x, out, "ieee")
+    assert by_tma(code) == tma
+    assert_fits(code, capability, aside=32)
+
+
+@pytest.mark.parametrize("capability", [90, 100], indirect=True)
+def test_persistent_programs_are_as_many_as_multiprocessors(compiled, capability):
+    tiles = Tiles(128, 128, 64, 8, 3, tma=True, persistent=True)
+    code = compiled(two_operands, torch.bfloat16, "ieee", (4096, 1024), "", tiles)
+    assert_fits(code, capability)
+    assert by_tma(code)
+    assert code.grid == (tuning.device(meta(1, dtype=torch.bfloat16)).multiprocessors,)
+
+
+@pytest.mark.parametrize("capability", [80], indirect=True)
+def test_factors_keep_their_bits(compiled, capability):
+    """A launch and Inductor pass a Python float as float32; and a new factor compiles nothing anew."""
+    code = compiled(two_operands, torch.float64, "ieee", (512, 512), "", None)
+    assert code.signature["alpha_bits"] == code.signature["beta_bits"] == "i64"
+    alpha, beta = code.arguments[16:18]
+    assert torch.tensor([alpha, beta]).view(torch.float64).tolist() == [1 / 3, 1.0]
+
+
+def test_symmetric_product_compiles_for_amd(monkeypatch):
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver("gfx942"))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    kernels = []
+
+    class Compile:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: kernels.append(self.kernel.warmup(*args, grid=grid, **options))
+
+    two_operands(torch.bfloat16, "ieee", (4096, 1024), "", None, Compile)
+    assert "v_mfma" in kernels[0].asm["amdgcn"]
+    assert kernels[0].metadata.shared <= 65536
 
 
 # The kernels that are bound by memory
@@ -316,8 +420,8 @@ traced = pytest.mark.parametrize(
         (ops.maximum, ("mk", "mk"), {"maximum_flat_kernel": ["out_ptr"]}),
         (ops.maximum, ("mk", "k"), {"maximum_strided_kernel": ["out_ptr"]}),
         (ops.maximum, ("mk", ""), {"maximum_strided_kernel": ["out_ptr"]}),
-        (ops.matmul_t, ("mk",), {"symmetric_product_kernel": ["c_ptr"]}),
-        (ops.matmul_t, ("bmk",), {"symmetric_product_kernel": ["c_ptr"]}),
+        (ops.matmul_t, ("mk",), {"symmetric_product_kernel": ["out_ptr"]}),
+        (ops.matmul_t, ("bmk",), {"symmetric_product_kernel": ["out_ptr"]}),
         (ops.matmul_t_backward, ("bmm", "bmk"), {"symmetrized_product_kernel": ["out_ptr"]}),
         (ops.linear_sigmoid, ("mk", "nk"), {"linear_sigmoid_kernel": ["out_ptr"]}),
         (ops.linear_sigmoid, ("bmk", "nk", "n"), {"linear_sigmoid_kernel": ["out_ptr"]}),

@@ -7,6 +7,7 @@ computes it wrongly.
 """
 
 import math
+from contextvars import copy_context
 from importlib.metadata import version
 from unittest.mock import patch
 
@@ -16,11 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchpar.kernels import gemm
 from torchpar.kernels import linear_sigmoid as linear_sigmoid_kernels
 from torchpar.kernels import matmul_t as matmul_t_kernels
 from torchpar.kernels import maximum as maximum_kernels
+from torchpar.kernels.gemm import launch_with_scratch
 from torchpar.kernels.matmul_t import triangle_tile
+from torchpar.kernels.tuning import Tiles, default_tiles
 
 
 def _release(package: str) -> tuple[int, ...]:
@@ -139,19 +141,114 @@ def test_symmetric_product_of_layout(interpreter, layout):
     interpreter(check_symmetric_product, torch.float32, (2, 65, 33), layout, directly)
 
 
-def check_symmetric_product_of_two(n: int) -> None:
-    """S·(S²)ᵀ is symmetric, and exact in small integers."""
+def check_symmetric_product_of_two(dtype, shape, layout, tiles, alpha, beta, wrap) -> None:
+    """``alpha·a @ b.mT + beta·c``; nothing above the diagonals of c and of the product may matter."""
     torch.manual_seed(0)
-    s = torch.randint(-2, 3, (n, n), dtype=torch.float64)
+    a, b = (LAYOUTS[layout](draw(*shape, dtype=dtype)) for _ in range(2))
+    c = LAYOUTS[layout](draw(*shape[:-1], shape[-2], dtype=dtype))
+    lower = c.tril()
+    above = torch.ones_like(c, dtype=torch.bool).triu(1)
+    if layout != "expanded batch":
+        c.masked_fill_(above, math.nan)
+    out, again = (poisoned(*c.shape, dtype=dtype) for _ in range(2))
+    matmul_t_kernels.symmetric_product(a, b, out, "ieee", wrap, c, alpha, beta, tiles)
+    matmul_t_kernels.symmetric_product(a, b, again, "ieee", wrap, c, alpha, beta, tiles)
+    product = a.double() @ b.double().mT
+    oracle = alpha * product + beta * lower.double()
+    oracle = oracle.tril() + oracle.tril(-1).mT
+    batches = [t.unsqueeze(0) if t.dim() == 2 else t.flatten(0, -3) for t in (lower, a, b.mT)]
+    native = torch.baddbmm(*batches, alpha=alpha, beta=beta).view_as(out)
+    native = native.tril() + native.tril(-1).mT
+    # Both factors round, then the sum does.
+    terms = abs(alpha) * largest(product) + abs(beta) * largest(lower) + largest(oracle)
+    rounding = abs(alpha) * product_rounding(a, b.mT) + unit_roundoff(accumulator(dtype)) * terms
+    rounding += unit_roundoff(dtype) * largest(oracle)
+    assert_as_accurate(out, native, oracle, rounding)
+    assert torch.equal(out, out.mT), "not symmetric"
+    assert torch.equal(out, again), "two runs differ"
+
+
+SMALL = Tiles(16, 16, 16, 4, 2)
+PATHS = {
+    "pointers": SMALL,
+    "persistent": SMALL._replace(persistent=True),
+    "TMA": SMALL._replace(tma=True),
+    "TMA, persistent": SMALL._replace(tma=True, persistent=True),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "expanded batch"])
+def test_symmetric_product_of_two_by(interpreter, path, layout):
+    # Rows and columns of whole 16 bytes, as TMA takes them, and no whole tiles.
+    args = (torch.float32, (2, 36, 20), layout, PATHS[path], 0.5, -2.0)
+    interpreter(check_symmetric_product_of_two, *args, directly)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (129, 33), (2, 3, 17, 127), (3, 0, 5), (5, 0)], ids=str)
+def test_symmetric_product_of_two_of_shape(interpreter, dtype, shape):
+    args = (dtype, shape, "contiguous", None, -1.5, 0.75)
+    interpreter(check_symmetric_product_of_two, *args, directly)
+
+
+def check_operands_take_tma(layout: str) -> str:
+    taken = []
+
+    class Record(WithoutLastProgram):
+        def __getitem__(self, grid):
+            return lambda *args, **options: taken.append(options["TMA"])
+
+    a, c = (LAYOUTS[layout](torch.ones(2, 36, columns)) for columns in (20, 36))
+    out = torch.empty(2, 36, 36)
+    matmul_t_kernels.symmetric_product(a, a, out, "ieee", Record, c, 1.0, 1.0, PATHS["TMA"])
+    return taken[0]
+
+
+@pytest.mark.parametrize(
+    "layout, expected",
+    [
+        ("contiguous", "NNN"),
+        ("transposed", "TTT"),
+        ("expanded batch", "NNN"),
+        ("sliced", ""),
+        ("unaligned", ""),
+    ],
+)
+def test_operands_take_tma(interpreter, layout, expected):
+    """So that the test above does run both."""
+    assert interpreter(check_operands_take_tma, layout) == expected
+
+
+def check_factors_are_exact() -> None:
+    """In integers the product has no error, so that all there is comes from the factors."""
+    torch.manual_seed(0)
+    s = torch.randint(-2, 3, (17, 17), dtype=torch.float64)
     s = s + s.mT
-    c = poisoned(n, n, dtype=s.dtype)
-    matmul_t_kernels.symmetric_product(s, s @ s, c, "ieee", directly)
-    assert torch.equal(c, s @ s @ s)
+    out = poisoned(17, 17, dtype=s.dtype)
+    for alpha, beta in ((1 / 3, 0.0), (0.0, -1 / 3), (-1e300, 0.0)):
+        matmul_t_kernels.symmetric_product(s, s @ s, out, "ieee", directly, s, alpha, beta)
+        assert torch.equal(out, alpha * (s @ s @ s) + beta * s), (alpha, beta)
+    nan = torch.full_like(s, math.nan)
+    matmul_t_kernels.symmetric_product(s, s @ s, out, "ieee", directly, nan, 1.0, 0.0)
+    assert torch.equal(out, s @ s @ s), "c was read, though beta is 0"
 
 
-@pytest.mark.parametrize("n", SIZES)
-def test_symmetric_product_of_two_operands(interpreter, n):
-    interpreter(check_symmetric_product_of_two, n)
+def test_factors_are_exact(interpreter):
+    interpreter(check_factors_are_exact)
+
+
+def check_allocator_is_the_users() -> None:
+    """The room for descriptors is ours for a launch; the allocator that is set stays as it is."""
+    seen = []
+    before = dict(copy_context())
+    launch_with_scratch(lambda: seen.append(dict(copy_context())))
+    assert seen[0] != before
+    assert dict(copy_context()) == before
+
+
+def test_allocator_is_the_users(interpreter):
+    interpreter(check_allocator_is_the_users)
 
 
 # (G + Gᵀ)·X
@@ -487,10 +584,10 @@ def test_triangle_tile_check_rejects_a_wrong_column(interpreter):
 
 
 def check_with_large_tiles(check, *args) -> None:
-    large = gemm.tiles(torch.float32, "tf32", 8192, 8192)
+    large = default_tiles(torch.float32, "tf32", 8192, 8192)
     with (
-        patch.object(matmul_t_kernels, "tiles", return_value=large),
-        patch.object(linear_sigmoid_kernels, "tiles", return_value=large),
+        patch.object(matmul_t_kernels, "default_tiles", return_value=large),
+        patch.object(linear_sigmoid_kernels, "default_tiles", return_value=large),
     ):
         check(*args, directly)
 
@@ -515,6 +612,10 @@ def test_large_tiles(interpreter, check, args):
     "check, args",
     [
         (check_symmetric_product, (torch.float32, (129, 33), "contiguous")),
+        *(
+            (check_symmetric_product_of_two, (torch.float32, (36, 20), "contiguous", tiles, 0.5, -2.0))
+            for tiles in (PATHS["pointers"], PATHS["TMA"])
+        ),
         (check_symmetrized_product, (torch.float32, (129, 33), "contiguous", "contiguous")),
         (check_linear_sigmoid, (torch.float32, 129, 129, 33, "contiguous", True)),
         (check_sigmoid_backward, (torch.float32, 129, 129, "contiguous")),
