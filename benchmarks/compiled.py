@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: MIT
+"""What a kernel compiles to for a GPU that need not be there: registers, spills, shared memory, instructions.
+
+A stand-in for Triton's driver names an architecture, so that a launcher chooses its configuration and Triton
+specialises the kernel as in a launch. The tensors may be on the meta device.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+TOOLS = Path(str(triton.__file__)).parent / "backends/nvidia/bin"
+# Bytes a block may have, by compute capability: CUDA C++ Programming Guide, "Technical Specifications per
+# Compute Capability".
+SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}
+
+Wrap = Callable[[Any], Any]
+
+
+class Driver:
+    """Stands in for a GPU: kernels are compiled for its architecture, and cannot be launched."""
+
+    def __init__(self, capability: int):
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # compiled kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def target(capability: int) -> Iterator[None]:
+    """Within, kernels are compiled for ``capability``, 90 for sm_90."""
+    with (
+        patch.object(triton.runtime.driver, "_active", Driver(capability)),
+        # Triton 3.9 warns where this is unset, since the default changes in 3.10.
+        patch.dict(os.environ, TRITON_DEFAULT_FP_FUSION="1"),
+    ):
+        yield
+
+
+class MachineCode:
+    """The opcodes of a compiled kernel, what it takes of a multiprocessor, and how it was launched.
+
+    Attributes:
+        resources: of a thread: REG, its registers; STACK and LOCAL, bytes of what did not fit into them.
+        shared_memory: bytes of a block.
+        seconds: to compile it, from Triton's cache if it is there.
+    """
+
+    def __init__(self, kernel: Any, grid: Any, options: dict[str, Any], seconds: float, cubin: Path):
+        self.grid = grid
+        self.options = options
+        self.seconds = seconds
+        self.shared_memory: int = kernel.metadata.shared
+        self.cubin = cubin
+        self.cubin.write_bytes(kernel.asm["cubin"])
+        usage = re.findall(r"(REG|STACK|LOCAL):(\d+)", self._run("cuobjdump", "-res-usage"))
+        self.resources = {name: int(count) for name, count in usage}
+
+    @property
+    def spills(self) -> int:
+        """Bytes of a thread that did not fit into its registers."""
+        return self.resources["STACK"] + self.resources["LOCAL"]
+
+    def _run(self, tool: str, option: str) -> str:
+        command = [str(TOOLS / tool), option, str(self.cubin)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    @cached_property
+    def opcodes(self) -> Counter[str]:
+        instruction = r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?(\w[\w.]*)"
+        return Counter(re.findall(instruction, self._run("nvdisasm", "-c"), re.MULTILINE))
+
+    def count(self, pattern: str) -> int:
+        return sum(count for opcode, count in self.opcodes.items() if re.fullmatch(pattern, opcode))
+
+
+def machine_code(launch: Callable[[Wrap], object], folder: Path) -> MachineCode:
+    """The machine code of the one kernel that ``launch(wrap)`` launches, within `target`.
+
+    ``wrap`` is what a launcher of `torchpar.kernels` takes; ``folder`` keeps the cubin.
+    """
+    compiled: list[MachineCode] = []
+
+    class Compile:
+        def __init__(self, kernel: Any):
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            def compile_it(*args: Any, **options: Any) -> None:
+                start = time.perf_counter()
+                kernel = self.kernel.warmup(*args, grid=grid, **options)
+                seconds = time.perf_counter() - start
+                compiled.append(MachineCode(kernel, grid, options, seconds, folder / "kernel.cubin"))
+
+            return compile_it
+
+    launch(Compile)
+    (code,) = compiled
+    return code
+
+
+@contextmanager
+def fresh_cache() -> Iterator[Path]:
+    """Within, Triton compiles anew; the folder it caches in is removed at the end."""
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, TRITON_CACHE_DIR=folder):
+        yield Path(folder)

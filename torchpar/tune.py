@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: MIT
+"""The fastest configuration of each matrix kernel on the present GPU: ``python -m torchpar tune``.
+
+A problem is a kernel, a dtype and a size; its candidates come from `torchpar.kernels.tuning`. A candidate's
+result is checked against float64 before it is timed, in turn with the library's product, so that what
+disturbs the GPU disturbs both. What wins by their ratio goes into the table that the launchers read; where
+nothing beats the library, the table says so. Sizes without a trial keep what they have.
+
+The same command goes on where an earlier one ended, whatever ended it (`torchpar.search`).
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache, partial
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import linear
+
+from torchpar import cli
+from torchpar.errors import ConfigError
+from torchpar.ops._matrix import mirrored
+from torchpar.search import (
+    BATCH,
+    BATCHED_UP_TO,
+    SIZES,
+    Journal,
+    Problem,
+    Problems,
+    Tiles,
+    Trial,
+    describe,
+    search,
+    tabulate,
+)
+
+Kernel = Literal["symmetric_product", "symmetrized_product", "linear_sigmoid"]
+Dtype = Literal["bfloat16", "float16", "tf32", "float32", "float64"]
+
+ROUNDS = 5  # in which candidate and library take turns
+ROUND_MS = 10  # of each, in a round
+
+
+# On the GPU
+
+LIBRARY: dict[str, Callable[..., Tensor]] = {
+    "symmetric_product": lambda x: mirrored(x @ x.mT),
+    "symmetrized_product": lambda g, x: (g + g.mT) @ x,
+    "linear_sigmoid": lambda x, weight, bias: linear(x, weight, bias).sigmoid_(),
+}
+
+
+class Case(NamedTuple):
+    """A problem with its matrices.
+
+    Attributes:
+        launch: ``launch(wrap, tiles=...)`` writes ``out``; ``wrap`` is as the launchers take it.
+        library: the same by PyTorch's own product.
+        oracle: the result in float64.
+    """
+
+    launch: Callable[..., None]
+    library: Callable[[], Tensor]
+    out: Tensor
+    oracle: Tensor
+
+
+@lru_cache(1)
+def prepare(problem: Problem, device: torch.device) -> Case:
+    from torchpar.kernels import linear_sigmoid, matmul_t
+
+    # To compile alone, the meta device will do, which has no generator.
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(problem.n)
+    shape = (problem.batch, problem.n, problem.n) if problem.batch > 1 else (problem.n, problem.n)
+    x, y = (torch.randn(shape, device=device, generator=generator).to(problem.torch_dtype) for _ in range(2))
+    out = torch.empty_like(x)
+    inputs: tuple[Tensor, ...]
+    launcher: Callable[..., None]
+    if problem.kernel == "symmetric_product":
+        inputs, launcher = (x,), partial(matmul_t.symmetric_product, x, x)
+    elif problem.kernel == "symmetrized_product":
+        inputs, launcher = (y, x), partial(matmul_t.symmetrized_product, y, x)
+    else:
+        inputs = (x, y / math.sqrt(problem.n), y[0])  # so scaled, the sigmoid does not saturate
+        launcher = partial(linear_sigmoid.linear_sigmoid, *inputs)
+    library = LIBRARY[problem.kernel]
+    return Case(
+        partial(launcher, out, problem.precision),
+        partial(library, *inputs),
+        out,
+        library(*(t.double() for t in inputs)),
+    )
+
+
+def measure(problem: Problem, tiles: Tiles, device: torch.device) -> tuple[float, float]:
+    """Median milliseconds of a candidate and of the library, in turn, with the L2 cache flushed.
+
+    Raises:
+        ValueError: the candidate's result is wrong. Triton raises what it does not compile or launch.
+    """
+    from triton.testing import do_bench
+
+    with fp32_precision(problem.precision):
+        case = prepare(problem, device)
+        call = partial(case.launch, lambda kernel: kernel, tiles=tiles)
+        check(case, call, problem)
+        calls = (call, case.library)
+        times = [[do_bench(f, 1, ROUND_MS, return_mode="median") for f in calls] for _ in range(ROUNDS)]
+    ms, library_ms = (median(samples) for samples in zip(*times, strict=True))
+    return ms, library_ms
+
+
+def check(case: Case, call: Callable[[], object], problem: Problem) -> None:
+    """Raise a ValueError if what ``call`` writes has over twice the library's error, or is not symmetric."""
+    case.out.fill_(math.nan)
+    call()
+    error, allowed = ((t.double() - case.oracle).abs().max().item() for t in (case.out, case.library()))
+    # The oracle is off as well: by a rounding of random sign for each of n terms.
+    largest = case.oracle.abs().max().item()
+    oracle_error = largest * math.sqrt(problem.n) * torch.finfo(torch.float64).eps / 2
+    if not error <= 2 * (allowed + oracle_error) + oracle_error:
+        raise ValueError(f"an error of {error:.1e}, where the library's is {allowed:.1e}")
+    if problem.kernel == "symmetric_product" and not torch.equal(case.out, case.out.mT):
+        raise ValueError("the result is not symmetric")
+
+
+@contextmanager
+def fp32_precision(precision: str) -> Iterator[None]:
+    """Within, the library's float32 products round their operands so: "ieee" or "tf32"."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+# The command
+
+
+@dataclass(kw_only=True)
+class TuneFlags:
+    """Search for the fastest configurations of the kernels on this GPU; the same command goes on later."""
+
+    minutes: float = 10.0
+    """Begin no measurement after so long."""
+    kernels: tuple[Kernel, ...] = get_args(Kernel)
+    """What to tune."""
+    dtypes: tuple[Dtype, ...] = get_args(Dtype)
+    """float32 is IEEE's, tf32 is float32 with operands rounded for the tensor cores."""
+    sizes: tuple[int, ...] = SIZES
+    """Rows and columns of the matrices, in the order to go by."""
+    output: Path | None = None
+    """Folder for the table and its journal; by default the table goes where the kernels look for it."""
+
+    def __post_init__(self) -> None:
+        if not self.minutes > 0:
+            raise ConfigError(f"--minutes is {self.minutes}, expected more than 0")
+        if not all(n > 0 for n in self.sizes):
+            raise ConfigError(f"--sizes is {self.sizes}, expected at least 1")
+
+
+def run(flags: TuneFlags) -> None:
+    if not torch.cuda.is_available():
+        raise ConfigError("PyTorch finds no GPU, expected one to tune the kernels on")
+    from torchpar.kernels import tuning
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    present = tuning.device(torch.empty(0, device="meta"))
+    problems = make_problems(flags, present.capability)
+    folder = flags.output or tuning.user_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    journal = Journal((folder / tuning.file_name(present.name)).with_suffix(".jsonl"), where(present.name))
+    if journal.unreadable:
+        print(f"{journal.path}: {journal.unreadable} unreadable lines, expected trials; they are left out")
+    total, left = sum(map(len, problems.values())), len(journal.missing(problems))
+    print(f"{present.name}: {total} candidates, {total - left} of them are in {journal.path}")
+    try:
+        go_on(flags, problems, journal, device)
+    finally:  # Ctrl-C too
+        save(problems, journal, present, flags.output)
+
+
+def make_problems(flags: TuneFlags, capability: int) -> dict[Problem, list[Tiles]]:
+    """The candidates of each problem: what is used now, the default, and then the others."""
+    from torchpar.kernels import tuning
+
+    problems: dict[Problem, list[Tiles]] = {}
+    for n in flags.sizes:
+        for batch in (1, BATCH) if n <= BATCHED_UP_TO else (1,):
+            for dtype in flags.dtypes:
+                for kernel in flags.kernels:
+                    problem = Problem(kernel, dtype, n, batch)
+                    kind = (problem.torch_dtype, problem.precision)
+                    first = [in_use(problem), tuning.default_tiles(*kind, n, n)]
+                    others = tuning.candidates(kernel, *kind, capability)
+                    if batch == 1 or kernel != "linear_sigmoid":  # whose rows are the batch
+                        problems[problem] = list(dict.fromkeys(t for t in (*first, *others) if t is not None))
+    return problems
+
+
+def in_use(problem: Problem) -> Tiles | None:
+    """What a problem's launcher takes now; None for the library."""
+    from torchpar.kernels import tuning
+
+    kernel, _, n, batch = problem
+    x = torch.empty(n, n, dtype=problem.torch_dtype, device="meta")
+    return tuning.chosen(kernel, problem.torch_dtype, problem.precision, n, n, n, batch, x)
+
+
+def where(device_name: str) -> dict[str, str]:
+    """What trials hold for: the device, the versions, and the kernels' source."""
+    from torchpar.kernels import gemm, linear_sigmoid, matmul_t
+
+    source = b"".join(Path(str(module.__file__)).read_bytes() for module in (gemm, linear_sigmoid, matmul_t))
+    return {
+        "device": device_name,
+        "triton": version("triton"),
+        "torch": torch.__version__,
+        "kernels": hashlib.sha256(source).hexdigest()[:16],
+    }
+
+
+def go_on(flags: TuneFlags, problems: Problems, journal: Journal, device: torch.device) -> None:
+    """Search, with a progress bar on a terminal, and a line for each problem that is done."""
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    trials = search(problems, partial(measure, device=device), journal, 60 * flags.minutes)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(journal.missing(problems)))
+        for trial in trials:
+            progress.update(task, advance=1, description=str(trial.problem))
+            if trial.error:
+                print(f"{trial.problem}, {trial}")
+                check_device(trial)
+            candidates = problems[trial.problem]
+            if not journal.missing({trial.problem: candidates}):
+                best = journal.best(trial.problem, candidates)
+                print(f"{trial.problem}: {best or 'none of its candidates can be used'}")
+
+
+def check_device(trial: Trial) -> None:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as e:
+        raise ConfigError(
+            f"the GPU fails since {describe(trial.tiles)} of {trial.problem}, which will be left out; "
+            "run the same command again to go on"
+        ) from e
+
+
+def save(problems: Problems, journal: Journal, present: Any, output: Path | None) -> None:
+    """Write the table of what is best so far, and print it."""
+    from torchpar.kernels import tuning
+
+    found = tabulate(problems, journal, in_use)
+    if not found:
+        print("nothing was measured, no table is written")
+        return
+    old = tuning.load(present.name, present.capability)
+    tiles = old["tiles"] if old else {}
+    for kernel, kinds in found.items():
+        tiles[kernel] = tiles.get(kernel, {}) | kinds
+    header = {key: value for key, value in journal.where.items() if key != "kernels"}
+    date = datetime.now(UTC).date().isoformat()
+    path = tuning.save(present.name, {**header, "date": date, "tiles": tiles}, output)
+    show(problems, journal)
+    left = len(journal.missing(problems))
+    print(f"{left} candidates are missing; the same command goes on" if left else "nothing is missing")
+    print(path)
+
+
+def show(problems: Problems, journal: Journal) -> None:
+    """A table for each kernel: sizes × dtypes."""
+    for kernel in dict.fromkeys(problem.kernel for problem in problems):
+        own = {p: candidates for p, candidates in problems.items() if p.kernel == kernel}
+        dtypes = list(dict.fromkeys(p.dtype for p in own))
+        table = Table("size", *dtypes, title=f"{kernel}: configuration, ms, speedup over PyTorch")
+        for n, batch in sorted({(p.n, p.batch) for p in own}, key=lambda size: size[::-1]):
+            row = [Problem(kernel, dtype, n, batch) for dtype in dtypes]
+            cells = [str(journal.best(p, own[p]) or "-").replace(", ", "\n") for p in row]
+            table.add_row(str(n) if batch == 1 else f"{batch} of {n}", *cells)
+        Console().print(table)
+
+
+def main() -> None:
+    cli.main(run, TuneFlags)
