@@ -30,26 +30,30 @@ Wrap = Callable[[Any], Any]
 
 
 class Driver:
-    """Stands in for a GPU: kernels are compiled for its architecture, and cannot be launched."""
+    """Stands in for a GPU: kernels are compiled for its architecture, and cannot be launched.
 
-    def __init__(self, capability: int):
-        self.capability = capability
+    An architecture is a compute capability, 90 for sm_90, or the name of one of AMD's.
+    """
 
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
+    def __init__(self, architecture: int | str):
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget | None:
+        nvidia = isinstance(self.architecture, int)
+        return GPUTarget("cuda" if nvidia else "hip", self.architecture, 32 if nvidia else 64)
 
     def get_current_device(self) -> int:
-        return self.capability  # compiled kernels are kept by device
+        return int(str(self.architecture).removeprefix("gfx"))  # compiled kernels are kept by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
 
 @contextmanager
-def target(capability: int) -> Iterator[None]:
-    """Within, kernels are compiled for ``capability``, 90 for sm_90."""
+def target(architecture: int | str) -> Iterator[None]:
+    """Within, kernels are compiled for ``architecture``, as `Driver` takes it."""
     with (
-        patch.object(triton.runtime.driver, "_active", Driver(capability)),
+        patch.object(triton.runtime.driver, "_active", Driver(architecture)),
         # Triton 3.9 warns where this is unset, since the default changes in 3.10.
         patch.dict(os.environ, TRITON_DEFAULT_FP_FUSION="1"),
     ):
@@ -65,9 +69,19 @@ class MachineCode:
         seconds: to compile it, from Triton's cache if it is there.
     """
 
-    def __init__(self, kernel: Any, grid: Any, options: dict[str, Any], seconds: float, cubin: Path):
+    def __init__(
+        self,
+        kernel: Any,
+        grid: Any,
+        arguments: tuple[Any, ...],
+        options: dict[str, Any],
+        seconds: float,
+        cubin: Path,
+    ):
         self.grid = grid
+        self.arguments = arguments
         self.options = options
+        self.signature: dict[str, str] = kernel.src.signature
         self.seconds = seconds
         self.shared_memory: int = kernel.metadata.shared
         self.cubin = cubin
@@ -109,7 +123,7 @@ def machine_code(launch: Callable[[Wrap], object], folder: Path) -> MachineCode:
                 start = time.perf_counter()
                 kernel = self.kernel.warmup(*args, grid=grid, **options)
                 seconds = time.perf_counter() - start
-                compiled.append(MachineCode(kernel, grid, options, seconds, folder / "kernel.cubin"))
+                compiled.append(MachineCode(kernel, grid, args, options, seconds, folder / "kernel.cubin"))
 
             return compile_it
 

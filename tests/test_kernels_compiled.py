@@ -5,11 +5,8 @@ A stand-in for the driver names an architecture, so that the launchers themselve
 and Triton specialises it as in a launch; the tensors are on the meta device, or fake ones on "cuda".
 """
 
-import re
-import subprocess
-from collections import Counter
-from functools import cached_property, partial
-from pathlib import Path
+from collections.abc import Iterator
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -22,70 +19,22 @@ from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-from triton.backends.compiler import GPUTarget
 
+from benchmarks.compiled import SHARED_MEMORY, Driver, MachineCode, machine_code, target
 from torchpar.kernels import linear_sigmoid as linear_sigmoid_kernels
 from torchpar.kernels import matmul_t as matmul_t_kernels
 from torchpar.kernels import maximum as maximum_kernels
 from torchpar.kernels import tuning
 from torchpar.kernels.tuning import Tiles
 
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may have, by compute capability
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 ops = torch.ops.torchpar
 
 
-class Driver:
-    """Stands in for a GPU: kernels are compiled for its architecture, and cannot be launched."""
-
-    def __init__(self, architecture: int | str):
-        self.architecture = architecture
-
-    def get_current_target(self) -> GPUTarget:
-        nvidia = isinstance(self.architecture, int)
-        return GPUTarget("cuda" if nvidia else "hip", self.architecture, 32 if nvidia else 64)
-
-    def get_current_device(self) -> int:
-        return int(str(self.architecture).removeprefix("gfx"))  # compiled kernels are kept by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 @pytest.fixture(params=SHARED_MEMORY, ids="sm_{}".format)
-def capability(request, monkeypatch) -> int:
-    monkeypatch.setattr(triton.runtime.driver, "_active", Driver(request.param))
-    # Triton 3.9 warns where this is unset, since the default changes in 3.10.
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-    return request.param
-
-
-class MachineCode:
-    """The opcodes of a compiled kernel, what it takes of a multiprocessor, and how it was launched."""
-
-    def __init__(self, kernel, grid: tuple[int, ...], arguments: tuple, options: dict, directory: Path):
-        self.grid = grid
-        self.arguments = arguments
-        self.options = options
-        self.signature = kernel.src.signature
-        self.shared_memory = kernel.metadata.shared
-        self.cubin = directory / "kernel.cubin"
-        self.cubin.write_bytes(kernel.asm["cubin"])
-        usage = re.findall(r"(REG|STACK|LOCAL):(\d+)", self._run("cuobjdump", "-res-usage"))
-        self.resources = {name: int(count) for name, count in usage}
-
-    def _run(self, tool: str, option: str) -> str:
-        command = [TOOLS / tool, option, self.cubin]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-    @cached_property
-    def opcodes(self) -> Counter[str]:
-        instruction = r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?(\w[\w.]*)"
-        return Counter(re.findall(instruction, self._run("nvdisasm", "-c"), re.MULTILINE))
-
-    def count(self, pattern: str) -> int:
-        return sum(count for opcode, count in self.opcodes.items() if re.fullmatch(pattern, opcode))
+def capability(request) -> Iterator[int]:
+    with target(request.param):
+        yield request.param
 
 
 @pytest.fixture
@@ -93,22 +42,7 @@ def compiled(capability, tmp_path):
     """``compiled(launcher, *args)``: the machine code of the kernel that the launcher launches."""
 
     def run(launcher, *args) -> MachineCode:
-        launched = []
-
-        class Compile:
-            def __init__(self, kernel):
-                self.kernel = kernel
-
-            def __getitem__(self, grid):
-                def launch(*args, **options) -> None:
-                    kernel = self.kernel.warmup(*args, grid=grid, **options)
-                    launched.append((kernel, grid, args, options))
-
-                return launch
-
-        launcher(*args, Compile)
-        (launch,) = launched
-        return MachineCode(*launch, tmp_path)
+        return machine_code(partial(launcher, *args), tmp_path)
 
     return run
 
