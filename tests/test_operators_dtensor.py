@@ -154,3 +154,29 @@ def test_rules_wait_for_dtensor() -> None:
 
     torchpar.maximum(torch.zeros(1), torch.zeros(1))
     assert not _library._sharding_rules
+
+
+def check_of_a_split_product() -> tuple[bool, str]:
+    """Whether a kept promise passes, and what is said of a broken one, with both operands split by columns."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(0)
+    s = torch.randn(8, 8, dtype=torch.float64)
+    s = s + s.mT
+    a, b, other = (distribute_tensor(t, mesh, [Shard(1)]) for t in (s @ s, s, torch.randn_like(s)))
+    torchpar.symmetric_matmul(a, b)  # a rule found without the check is kept
+    checked = torchpar.symmetric_matmul(a, b, check=True)
+    try:
+        torchpar.symmetric_matmul(a, other, check=True)
+    except RuntimeError as e:
+        return torch.allclose(checked.full_tensor(), s @ s @ s), str(e)
+    return False, ""
+
+
+def test_the_check_is_of_the_whole_and_not_of_its_parts(ranks):
+    for passes, said in ranks(2, check_of_a_split_product):
+        assert passes
+        assert "a @ b.mT is not symmetric" in said
