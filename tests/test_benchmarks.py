@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("rich")
 pytest.importorskip("tyro")
-from benchmarks import matmul_t, muon  # noqa: E402  # once it is known that they can be
+from benchmarks import matmul_t, muon
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

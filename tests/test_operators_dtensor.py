@@ -157,7 +157,7 @@ def test_rules_wait_for_dtensor() -> None:
 
 
 def check_of_a_split_product() -> tuple[bool, str]:
-    """Whether a kept promise passes, and what is said of a broken one, with both operands split by columns."""
+    """Whether a kept promise passes, and what is said of a broken one; both operands are split by columns."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
