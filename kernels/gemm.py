@@ -22,6 +22,32 @@ def grouped_tile(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
+def triangle_by_rows(tile):
+    """Row and column of a tile of the lower triangle, counted along its rows: r(r + 1)/2 + c = tile."""
+    row = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) * 0.5).to(tl.int64)  # row * row overflows int32 from 46341 on
+    # The float square root may be off by one either way.
+    row = tl.where(row * (row + 1) // 2 > tile, row - 1, row)
+    row = tl.where((row + 1) * (row + 2) // 2 <= tile, row + 1, row)
+    return row, tile - row * (row + 1) // 2
+
+
+@triton.jit
+def triangle_tile(tile, tile_rows, GROUP: tl.constexpr):
+    """Row and column of a tile of the lower triangle, walking GROUP tile rows together, column by column.
+
+    The rows of a group end in a small triangle, which comes last, row by row.
+    """
+    first_row = triangle_by_rows(tile)[0] // GROUP * GROUP
+    in_group = tile - first_row * (first_row + 1) // 2
+    group_rows = tl.minimum(tile_rows - first_row, GROUP)
+    rectangle = first_row * group_rows
+    row, col = triangle_by_rows(tl.maximum(in_group - rectangle, 0))
+    row = tl.where(in_group < rectangle, in_group % group_rows, row)
+    col = tl.where(in_group < rectangle, in_group // group_rows, first_row + col)
+    return (first_row + row).to(tl.int32), col.to(tl.int32)
+
+
+@triton.jit
 def dot_rows(
     a_ptr,
     b_ptr,

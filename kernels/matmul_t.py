@@ -18,18 +18,12 @@ from .gemm import (
     launch_with_scratch,
     load_tile,
     tile_descriptor,
+    triangle_tile,
 )
 from .tuning import Tiles, default_tiles, device, loads_by_tma
 
-
-@triton.jit
-def triangle_tile(tile):
-    """Row and column of a tile of the lower triangle, counted along its rows: r(r + 1)/2 + c = tile."""
-    row = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) * 0.5).to(tl.int64)  # row * row overflows int32 from 46341 on
-    # The float square root may be off by one either way.
-    row = tl.where(row * (row + 1) // 2 > tile, row - 1, row)
-    row = tl.where((row + 1) * (row + 2) // 2 <= tile, row + 1, row)
-    return row.to(tl.int32), (tile - row * (row + 1) // 2).to(tl.int32)
+# AOTInductor of torch 2.11 makes room for the descriptors of one program; that of 2.15 for those of all.
+_DESCRIPTORS_COMPILE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)
 
 
 @triton.jit
@@ -49,6 +43,7 @@ def symmetric_tile(
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """Compute a tile of the lower triangle of one matrix of the batch, and store it and its mirror.
 
@@ -61,7 +56,7 @@ def symmetric_tile(
     tile_rows = tl.cdiv(n, BLOCK)
     triangle = tile_rows * (tile_rows + 1) // 2
     batch = (tile // triangle).to(tl.int64)
-    tile_row, tile_col = triangle_tile(tile % triangle)
+    tile_row, tile_col = triangle_tile(tile % triangle, tile_rows, GROUP)
     first_row, first_col = tile_row * BLOCK, tile_col * BLOCK
     i, j = first_row + tl.arange(0, BLOCK), first_col + tl.arange(0, BLOCK)
     a_ptr += batch * a_batch
@@ -131,6 +126,7 @@ def symmetric_product_kernel(
     PRECISION: tl.constexpr,
     PERSISTENT: tl.constexpr,
     TMA: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """The tiles of all matrices, one after the other on the first grid axis: the others end at 65535."""
     a = a_ptr, a_batch, a_row, a_col
@@ -142,11 +138,26 @@ def symmetric_product_kernel(
     if PERSISTENT:
         for tile in range(first, tiles, tl.num_programs(0)):
             symmetric_tile(
-                tile, a, b, c, out_ptr, n, k, alpha, beta, HAS_C, BLOCK, BLOCK_K, EVEN_K, PRECISION, TMA
+                tile,
+                a,
+                b,
+                c,
+                out_ptr,
+                n,
+                k,
+                alpha,
+                beta,
+                HAS_C,
+                BLOCK,
+                BLOCK_K,
+                EVEN_K,
+                PRECISION,
+                TMA,
+                GROUP,
             )
     else:  # a loop of one step would take half as many registers again
         symmetric_tile(
-            first, a, b, c, out_ptr, n, k, alpha, beta, HAS_C, BLOCK, BLOCK_K, EVEN_K, PRECISION, TMA
+            first, a, b, c, out_ptr, n, k, alpha, beta, HAS_C, BLOCK, BLOCK_K, EVEN_K, PRECISION, TMA, GROUP
         )
 
 
@@ -221,7 +232,8 @@ def symmetric_product(
     operands = (a, b) if c is None else (a, b, c)
     tiles = tiles or default_tiles(a.dtype, precision, n, n, *operands)
     tma = ""
-    if tiles.tma and k > 0 and all(map(loads_by_tma, (*operands, _one_batch(out)))):
+    may = wrap is not torch.library.wrap_triton or _DESCRIPTORS_COMPILE
+    if tiles.tma and may and k > 0 and all(map(loads_by_tma, (*operands, _one_batch(out)))):
         tma = "".join("N" if t.stride(-1) == 1 else "T" for t in operands)
     tile_rows = triton.cdiv(n, tiles.block_m)
     count = programs = a.shape[0] * (tile_rows * (tile_rows + 1) // 2)
@@ -248,6 +260,7 @@ def symmetric_product(
             PRECISION=precision,
             PERSISTENT=tiles.persistent,
             TMA=tma,
+            GROUP=GROUP,
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
         )

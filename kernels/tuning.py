@@ -133,6 +133,14 @@ def _operand_kind(dtype: torch.dtype, precision: str, batched: bool) -> str:
     return name + f" {precision}" * (dtype == torch.float32) + " batched" * batched
 
 
+_KINDS = {
+    operand_kind(dtype, precision, batch): dtype
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    for precision in ("ieee", "tf32")
+    for batch in (1, BATCHED)
+}
+
+
 def candidates(kernel: str, dtype: torch.dtype, precision: str, capability: int) -> list[Tiles] | list[Block]:
     """The configurations worth measuring for ``kernel`` on a device of ``capability`` that can hold them."""
     if kernel == "maximum":
@@ -162,6 +170,8 @@ def _excess(kernel: str, dtype: torch.dtype, tiles: Tiles, capability: int) -> s
         return f"{list(tiles)} are no powers of two that a tile may have"
     if not 1 <= tiles.num_stages <= 8:
         return f"{tiles.num_stages} stages, of 8"
+    if tiles.block_k * dtype.itemsize < 32:
+        return f"{tiles.block_k} columns are fewer than a product of tiles takes"
     if kernel == "symmetric_product" and tiles.block_m != tiles.block_n:
         return f"a tile of {tiles.block_m} by {tiles.block_n} is not square"
     if tiles.tma and capability < _TMA_FROM:
@@ -214,7 +224,8 @@ def user_folder() -> Path:
     """Where the user's own tables lie: under $TORCHPAR_CACHE, or torchpar's part of the cache folder."""
     if folder := os.environ.get("TORCHPAR_CACHE"):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchpar" / "tuned"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # there may be no home
+    return Path(cache) / "torchpar" / "tuned"
 
 
 def file_name(device_name: str) -> str:
@@ -222,17 +233,20 @@ def file_name(device_name: str) -> str:
     return device_name.lower().replace(" ", "-").replace("/", "-") + ".json"
 
 
-def load(device_name: str, capability: int = 100) -> dict[str, Any] | None:
-    """A device's table as it was saved, or None; a warning if it is damaged, foreign or impossible there."""
-    for folder in (user_folder(), SHIPPED):
+def load(device_name: str, capability: int = 100, folder: Path | None = None) -> dict[str, Any] | None:
+    """A device's table as it was saved, or None; a warning if it is damaged, foreign or impossible there.
+
+    It is looked for in ``folder``, by default in `user_folder` and then beside the kernels.
+    """
+    for folder in (user_folder(), SHIPPED) if folder is None else (folder,):
         path = folder / file_name(device_name)
         try:
             table: dict[str, Any] = json.loads(path.read_text())
             _parse(table, device_name, capability)
             return table
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
             continue
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             hint = "default tiles are used, `python -m torchpar tune` writes it anew"
             warnings.warn(f"{path}: {error}; {hint}", stacklevel=2)
             break
@@ -242,7 +256,8 @@ def load(device_name: str, capability: int = 100) -> dict[str, Any] | None:
 def save(device_name: str, table: dict[str, Any], folder: Path | None = None) -> Path:
     """Write a device's table at once or not at all, and use it from now on.
 
-    It goes to ``folder``, by default beside the kernels if this is a checkout, else to `user_folder`.
+    It goes to ``folder``, by default beside the kernels if this is a checkout, else to `user_folder`, and
+    there in any case if that has one of the device, which would come before it.
 
     Raises:
         ValueError: it is not a table of that device.
@@ -250,7 +265,8 @@ def save(device_name: str, table: dict[str, Any], folder: Path | None = None) ->
     _parse(table, device_name)
     if folder is None:
         checkout = (SHIPPED.parent.parent / "pyproject.toml").exists() and os.access(SHIPPED.parent, os.W_OK)
-        folder = SHIPPED if checkout and "TORCHPAR_CACHE" not in os.environ else user_folder()
+        own = "TORCHPAR_CACHE" in os.environ or (user_folder() / file_name(device_name)).exists()
+        folder = SHIPPED if checkout and not own else user_folder()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / file_name(device_name)
     partial = path.with_suffix(f".{os.getpid()}")
@@ -284,9 +300,9 @@ def _parse_entries(kernel: str, kind: str, entries: Any, capability: int) -> _En
     where = f"{kernel}, {kind}"
     if kernel not in _SHAPES:
         raise ValueError(f"{kernel!r} is no kernel, expected one of {', '.join(_SHAPES)}")
-    dtype = getattr(torch, kind.split()[0], None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{where}: no such dtype")
+    if kind not in _KINDS:
+        raise ValueError(f"{where}: no such kind, expected one of {', '.join(_KINDS)}")
+    dtype = _KINDS[kind]
     limits = [entry["up_to"] for entry in entries]
     rising = all(type(a) is int and a > 0 and (b is None or a < b) for a, b in pairwise(limits))
     if not rising or limits[-1:] != [None]:

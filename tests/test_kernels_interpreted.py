@@ -9,6 +9,7 @@ computes it wrongly.
 import math
 from contextvars import copy_context
 from importlib.metadata import version
+from itertools import pairwise
 from unittest.mock import patch
 
 import pytest
@@ -20,8 +21,7 @@ from torch import Tensor
 from torchpar.kernels import linear_sigmoid as linear_sigmoid_kernels
 from torchpar.kernels import matmul_t as matmul_t_kernels
 from torchpar.kernels import maximum as maximum_kernels
-from torchpar.kernels.gemm import launch_with_scratch
-from torchpar.kernels.matmul_t import triangle_tile
+from torchpar.kernels.gemm import GROUP, launch_with_scratch, triangle_by_rows, triangle_tile
 from torchpar.kernels.tuning import Tiles, default_tiles
 
 
@@ -541,43 +541,74 @@ def test_offsets_beyond_int32(interpreter):
 
 
 @triton.jit
-def triangle_tile_kernel(tile_ptr, row_ptr, col_ptr, count, BLOCK: tl.constexpr):
+def triangle_by_rows_kernel(tile_ptr, row_ptr, col_ptr, count, BLOCK: tl.constexpr):
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < count
-    row, col = triangle_tile(tl.load(tile_ptr + offsets, mask=mask, other=0))
+    row, col = triangle_by_rows(tl.load(tile_ptr + offsets, mask=mask, other=0))
     tl.store(row_ptr + offsets, row, mask=mask)
     tl.store(col_ptr + offsets, col, mask=mask)
 
 
-def check_triangle_tile(tiles: Tensor, rows: Tensor, cols: Tensor) -> None:
+def check_triangle_by_rows(tiles: Tensor, rows: Tensor, cols: Tensor) -> None:
     row, col = (torch.full_like(tiles, -1) for _ in range(2))
     block = 2**16
-    triangle_tile_kernel[(triton.cdiv(len(tiles), block),)](tiles, row, col, len(tiles), BLOCK=block)
+    triangle_by_rows_kernel[(triton.cdiv(len(tiles), block),)](tiles, row, col, len(tiles), BLOCK=block)
     wrong = ((row != rows) | (col != cols)).nonzero().flatten().tolist()
     found = [(tiles[i].item(), row[i].item(), col[i].item()) for i in wrong[:3]]
     assert not wrong, f"{len(wrong)} wrong; the first (tile, row, column): {found}"
 
 
-def test_triangle_tile_enumerates_the_triangle(interpreter):
+def test_triangle_by_rows_enumerates_the_triangle(interpreter):
     rows, cols = torch.tril_indices(2048, 2048, dtype=torch.int32)
-    interpreter(check_triangle_tile, torch.arange(len(rows), dtype=torch.int32), rows, cols)
+    interpreter(check_triangle_by_rows, torch.arange(len(rows), dtype=torch.int32), rows, cols)
 
 
-def test_triangle_tile_at_the_ends_of_every_row(interpreter):
+def test_triangle_by_rows_at_the_ends_of_every_row(interpreter):
     # The float estimate of the row rises with the tile, so a row is right throughout if its ends are.
     rows = torch.arange(65535)  # the rows that an int32 counts to their ends
     first = rows * (rows + 1) // 2
     tiles = torch.stack((first, first + rows)).to(torch.int32)
     cols = torch.stack((torch.zeros_like(rows), rows)).to(torch.int32)
     rows = rows.to(torch.int32).expand_as(tiles)
-    interpreter(check_triangle_tile, tiles.flatten(), rows.flatten(), cols.flatten())
+    interpreter(check_triangle_by_rows, tiles.flatten(), rows.flatten(), cols.flatten())
 
 
-def test_triangle_tile_check_rejects_a_wrong_column(interpreter):
+def test_triangle_by_rows_check_rejects_a_wrong_column(interpreter):
     rows, cols = torch.tril_indices(8, 8, dtype=torch.int32)
     cols[-1] += 1
     with pytest.raises(AssertionError, match="1 wrong"):
-        interpreter(check_triangle_tile, torch.arange(len(rows), dtype=torch.int32), rows, cols)
+        interpreter(check_triangle_by_rows, torch.arange(len(rows), dtype=torch.int32), rows, cols)
+
+
+@triton.jit
+def triangle_tile_kernel(row_ptr, col_ptr, tile_rows, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < tile_rows * (tile_rows + 1) // 2
+    row, col = triangle_tile(offsets, tile_rows, GROUP)
+    tl.store(row_ptr + offsets, row, mask=mask)
+    tl.store(col_ptr + offsets, col, mask=mask)
+
+
+def check_triangle_tile(tile_rows: int, group: int) -> None:
+    row, col = (torch.full((tile_rows * (tile_rows + 1) // 2,), -1) for _ in range(2))
+    triangle_tile_kernel[(1,)](row, col, tile_rows, BLOCK=4096, GROUP=group)
+    found = list(zip(row.tolist(), col.tolist(), strict=True))
+    assert sorted(found) == [(r, c) for r in range(tile_rows) for c in range(r + 1)]
+    rows = [r // GROUP for r, _ in found]
+    assert rows == sorted(rows), "a group is left and entered again"
+    for (r, c), (below, right) in pairwise(found):
+        if r // GROUP == below // GROUP and c < r // GROUP * GROUP:
+            assert (below, right) == (r + 1, c) or right in (c, c + 1), "a group is not walked by columns"
+
+
+@pytest.mark.parametrize("tile_rows", [1, 7, 8, 9, 16, 35, 64])
+def test_triangle_tile_takes_every_tile_once_and_groups_together(interpreter, tile_rows):
+    interpreter(check_triangle_tile, tile_rows, GROUP)
+
+
+def test_triangle_tile_check_rejects_other_groups(interpreter):
+    with pytest.raises(AssertionError, match="a group is"):
+        interpreter(check_triangle_tile, 35, 3)
 
 
 # The tiles of large products

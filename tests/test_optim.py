@@ -45,13 +45,13 @@ def matrices(n: int, m: int) -> Iterator[Tensor]:
     yield torch.randn(n, 4) @ torch.randn(4, m)
 
 
-def compare_orthogonality(n: int, m: int, steps: int, ns: str) -> None:
+def compare_orthogonality(n: int, m: int, steps: int, ns: str, coefficients: Any = COEFFICIENTS) -> None:
     """Distances to float64, and singular values to 1 and to each other: at most twice torch's."""
     for x in matrices(n, m):
         reference, expected, found = (
             exact(x, steps),
             torchs(x, steps),
-            orthogonalize(x, steps=steps, ns=ns).double(),
+            orthogonalize(x, coefficients, steps, ns=ns).double(),
         )
         assert (found - reference).norm() <= 2 * (expected - reference).norm()
         values, torchs_values = torch.linalg.svdvals(found), torch.linalg.svdvals(expected)
@@ -82,12 +82,34 @@ def test_orthogonality_rejects_missing_restarts(segments):
         compare_orthogonality(64, 64, 5, "gram")
 
 
-def test_orthogonality_rejects_a_wrong_coefficient():
+@pytest.mark.parametrize("ns", ["standard", "gram"])
+def test_orthogonality_rejects_a_wrong_coefficient(ns):
     a, b, c = COEFFICIENTS
-    with patch.object(orthogonalize, "__defaults__", ((a, b, 1.03 * c), *orthogonalize.__defaults__[1:])):
-        for ns in ("standard", "gram"):
-            with pytest.raises(AssertionError):
-                compare_orthogonality(65, 300, 5, ns)
+    with pytest.raises(AssertionError):
+        compare_orthogonality(65, 300, 5, ns, (a, b, 1.03 * c))
+
+
+def hard_matrices(n: int, m: int) -> Iterator[Tensor]:
+    """Of singular values over two decades, and of rows that repeat, which Gram matrices tell apart badly."""
+    torch.manual_seed(0)
+    u, v = torch.linalg.qr(torch.randn(n, n))[0], torch.linalg.qr(torch.randn(m, n))[0]
+    yield u * torch.logspace(0, -2, n) @ v.T
+    yield u / torch.arange(1, n + 1) @ v.T
+    for times in (2, 4):
+        yield torch.randn(n // times, m).repeat(times, 1)
+
+
+@pytest.mark.parametrize("ns, limit", [("standard", 2.0), ("auto", 2.5)])
+def test_distance_of_hard_matrices(ns, limit):
+    def distances(ns: str) -> list[float]:
+        found = []
+        for x in hard_matrices(256, 1024):
+            ideal = exact(x)
+            found.append(((orthogonalize(x, ns=ns) - ideal).norm() / (torchs(x) - ideal).norm()).item())
+        return found
+
+    assert max(distances(ns)) <= limit
+    assert max(distances("gram")) > limit, "three iterations at the end would do"
 
 
 @pytest.mark.parametrize("ns", ["standard", "gram"])
@@ -120,7 +142,8 @@ def test_auto_takes_the_faster():
     assert optim._segments(255, 4096, 5, "auto") == [1] * 5
     assert optim._segments(256, 511, 5, "auto") == [1] * 5
     assert optim._segments(256, 512, 5, "auto") == [2, 1, 2]
-    assert optim._segments(256, 1024, 5, "auto") == [2, 3]
+    assert optim._segments(256, 1024, 5, "auto") == [2, 1, 2]
+    assert optim._segments(256, 1024, 5, "gram") == [2, 3]
     for steps in range(20):
         for n, m in [(300, 300), (300, 600), (300, 1200)]:
             assert sum(optim._segments(n, m, steps, "gram")) == steps

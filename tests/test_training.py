@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+import copy
 import dataclasses
 import math
 import os
@@ -288,6 +289,26 @@ def test_muon_moves_the_weights_and_sgd_the_biases():
         torch.testing.assert_close(p, q, rtol=0, atol=2 * 0.02 * 2**-8 if p.dim() == 2 else 0)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(model.layers[0].weight, MLP(SIZES).layers[0].weight)
+
+
+def test_a_chain_of_optimizers_is_one():
+    """Copied, given a closure, and closed to parameters that no optimizer of it would move."""
+    p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    chain = training.ChainedOptimizer(torch.optim.SGD([p], lr=0.1), torch.optim.SGD([q], lr=0.2))
+    copied = copy.deepcopy(chain)
+    for optimizer in (chain, copied):
+        (a,), (b,) = (group["params"] for group in optimizer.param_groups)
+
+        def closure(a: torch.Tensor = a, b: torch.Tensor = b) -> torch.Tensor:
+            loss = (a + 2 * b).sum()
+            loss.backward()
+            return loss
+
+        assert optimizer.step(closure).item() == 6
+        torch.testing.assert_close(a, torch.full((2,), 0.9))
+        torch.testing.assert_close(b, torch.full((2,), 0.6))
+    with pytest.raises(NotImplementedError, match="add a group to one of its optimizers"):
+        chain.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):

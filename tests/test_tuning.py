@@ -102,8 +102,11 @@ def test_checkout_keeps_its_tables_beside_the_kernels(folder, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     (folder / "shipped").mkdir()
     name = tuning.file_name(DEVICE.name)
-    assert tuning.save(DEVICE.name, table()) == folder / "cache" / "torchpar" / "tuned" / name
+    own = folder / "cache" / "torchpar" / "tuned" / name
+    assert tuning.save(DEVICE.name, table()) == own
     (folder / "pyproject.toml").touch()
+    assert tuning.save(DEVICE.name, table()) == own, "the user's, which comes first, would hide it"
+    own.unlink()
     assert tuning.save(DEVICE.name, table()) == folder / "shipped" / "tuned" / name
 
 
@@ -119,8 +122,8 @@ def one(tiles) -> list[dict]:
         ("{}", "'device'"),
         (json.dumps(table() | {"device": "Other"}), "it is of 'Other', expected 'NVIDIA Test/9 GPU'"),
         (json.dumps(table(kernel="sort")), "'sort' is no kernel"),
-        (json.dumps(table(kind="bfloat17")), "no such dtype"),
-        (json.dumps(table(kind="")), "not laid out as a table"),
+        (json.dumps(table(kind="bfloat17")), "no such kind"),
+        (json.dumps(table(kind="float32")), "no such kind"),
         (json.dumps(table([])), "up_to is []"),
         (json.dumps(table(ENTRIES[:2])), "null at the end"),
         (json.dumps(table([ENTRIES[1], ENTRIES[0], ENTRIES[2]])), "rising sizes"),

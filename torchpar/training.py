@@ -94,13 +94,29 @@ class ChainedOptimizer(Optimizer):
             optimizer.state = self.state
             optimizer.param_groups = [next(groups) for _ in optimizer.param_groups]
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "optimizers": self.optimizers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # of a copy, or by load_state_dict
         self._share()
 
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if hasattr(self, "optimizers"):
+            raise NotImplementedError(
+                "ChainedOptimizer: add a group to one of its optimizers, and chain anew"
+            )
+        super().add_param_group(param_group)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take a step of each; returns what ``closure``, which computes the gradients anew, returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for optimizer in self.optimizers:
             optimizer.step()
+        return loss
 
 
 def muon(model: torch.nn.Module, lr: float, momentum: float, weight_decay: float) -> ChainedOptimizer:

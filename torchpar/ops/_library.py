@@ -9,7 +9,7 @@ what `torch.library.register_autograd` lacks: torch.func and forward-mode differ
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -67,9 +67,7 @@ def operator(
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         def eager(*args: Any, **kwargs: Any) -> Any:
-            # Triton launches on the current device, which need not be the tensors'.
-            device = next((arg.device for arg in args if isinstance(arg, Tensor) and arg.is_cuda), None)
-            with torch.cuda.device(device) if device else nullcontext():
+            with _device_of(args):
                 return function(*args, **kwargs, wrap=_launch_directly)
 
         def traced(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
@@ -77,7 +75,7 @@ def operator(
 
             if custom_triton_ops_decomposition_disabled() or opaque(*args, **kwargs):
                 return mode.__torch_dispatch__(op, types, args, kwargs)
-            with mode:
+            with mode, _device_of(args):
                 return function(*args, **kwargs, wrap=torch.library.wrap_triton)
 
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -87,6 +85,12 @@ def operator(
         return function
 
     return register
+
+
+def _device_of(args: tuple[Any, ...]) -> AbstractContextManager[None]:
+    """Makes the tensors' GPU the current one, on which Triton launches, and for which tiles are chosen."""
+    device = next((arg.device for arg in args if isinstance(arg, Tensor) and arg.is_cuda), None)
+    return torch.cuda.device(device) if device and torch.cuda.is_available() else nullcontext()
 
 
 def qualified(name: str) -> str:
@@ -196,7 +200,11 @@ def is_dtensor(t: Tensor) -> bool:
 
 def is_split(t: Any, dim: int) -> bool:
     """Whether ``t`` is a DTensor and ``dim`` is split over ranks."""
-    return is_dtensor(t) and any(placement.is_shard(dim % t.dim()) for placement in t.placements)
+    return (
+        is_dtensor(t)
+        and t.dim() >= -dim
+        and any(placement.is_shard(dim % t.dim()) for placement in t.placements)
+    )
 
 
 _sharding_rules: dict[str, Callable[..., Any]] = {}
