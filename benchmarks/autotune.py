@@ -21,7 +21,9 @@ from torch import Tensor
 
 from benchmarks.cost_model import PEAKS, predict
 from benchmarks.report import cell, provenance, write_csv
+from torchpar.search import Problem, describe, in_a_line
 
+MISSING = ""
 try:
     import triton
     from rich.console import Console
@@ -31,17 +33,15 @@ try:
 
     from benchmarks.compiled import SHARED_MEMORY, Wrap, fresh_cache, machine_code, target
     from torchpar.kernels import maximum, tuning
-    from torchpar.search import Problem, describe, in_a_line
     from torchpar.tune import Case, check, fp32_precision, prepare
 except ModuleNotFoundError as e:
-    sys.exit(f"python -m benchmarks.autotune needs triton and rich, pip install them: {e}")
+    MISSING = str(e)
 
 KERNELS = ("symmetric_product", "linear_sigmoid", "maximum")
 DTYPES = ("bfloat16", "float16", "tf32", "float32", "float64")
 REGISTERS = 65536  # of a multiprocessor
 SIZES = (512, 2048, 8192)
 QUICK = 2  # configurations of a kernel
-TERMINAL = Console(stderr=True)
 
 Configuration = tuple[int, ...]  # `tuning.Tiles` or `tuning.Block`
 Launch = Callable[..., None]  # ``launch(wrap, tiles=...)``
@@ -67,7 +67,7 @@ class Row:
     rejected: str = ""
 
 
-def prepare_case(problem: Problem, device: torch.device) -> Case:
+def prepare_case(problem: Problem, device: torch.device) -> "Case":
     if problem.kernel != "maximum":
         return prepare(problem, device)
     x, y = (torch.randn(problem.n, problem.n, device=device).to(problem.torch_dtype) for _ in range(2))
@@ -82,7 +82,7 @@ def prepare_case(problem: Problem, device: torch.device) -> Case:
 
 
 def bench(
-    problem: Problem, case: Case, call: Callable[[], object], quantiles: Sequence[float]
+    problem: Problem, case: "Case", call: Callable[[], object], quantiles: Sequence[float]
 ) -> list[float]:
     """Time a call for the autotuner, once its result is right; what fails takes for ever."""
     try:
@@ -188,9 +188,10 @@ def rows(
     configurations = configurations[: QUICK if options.quick else None]
     case = prepare_case(problem, torch.device("meta"))
     found: dict[Configuration, Row] = {}
+    terminal = Console(stderr=True)
     with target(capability), fresh_cache() as folder:
         for configuration in track(
-            configurations, str(problem), console=TERMINAL, disable=not TERMINAL.is_terminal
+            configurations, str(problem), console=terminal, disable=not terminal.is_terminal
         ):
             row = Row(kernel=kernel, dtype=dtype, configuration=label(configuration), n=problem.n)
             found[configuration] = compiled(case.launch, row, configuration, capability, folder)
@@ -267,6 +268,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    if MISSING:
+        sys.exit(f"python -m benchmarks.autotune needs triton and rich, pip install them: {MISSING}")
     timed = options.target is None and torch.cuda.is_available()
     device = torch.device("cuda" if timed else "cpu")
     if timed:

@@ -2,13 +2,19 @@
 """`python -m benchmarks.autotune`: what is compiled and predicted, and Triton's autotuner interpreted."""
 
 import csv
+import importlib
 import math
 import re
+import sys
 from collections import Counter
 
 import pytest
 import torch
 
+pytest.importorskip("rich", reason="rich prints the tables")
+pytest.importorskip("triton", reason="Triton compiles the configurations")
+
+import benchmarks
 from benchmarks import autotune
 from benchmarks.compiled import fresh_cache, target
 from benchmarks.cost_model import Peak, predict
@@ -47,11 +53,23 @@ def test_autotune_without_a_gpu_compiles_and_says_that_it_did_not_measure(tmp_pa
 def test_what_cannot_be_used_is_rejected(tiles, rejected):
     problem = Problem("symmetric_product", "bfloat16", 1024)
     case = autotune.prepare_case(problem, torch.device("meta"))
-    row = autotune.Row(kernel=problem.kernel, dtype=problem.dtype, configuration="", n=problem.n)
+    row = autotune.Row(
+        kernel=problem.kernel, dtype=problem.dtype, configuration="", n=problem.n, predicted_ms=1
+    )
     with target(90), fresh_cache() as folder:
         row = autotune.compiled(case.launch, row, tiles, 90, folder)
     assert re.fullmatch(rejected, row.rejected), row.rejected
-    assert autotune.time_of(row) is None
+    assert autotune.time_of(row) == (None if rejected else 1)
+
+
+@pytest.mark.parametrize("name", ["rich.console", "triton"])
+def test_autotune_names_what_is_not_installed_when_it_is_run(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "benchmarks.autotune")
+    monkeypatch.setattr(benchmarks, "autotune", autotune)  # to be put back
+    module = importlib.import_module("benchmarks.autotune")
+    with pytest.raises(SystemExit, match=f"pip install them: .*{name}"):
+        module.main([])
 
 
 PEAK = Peak({"bfloat16": 1e12}, bandwidth=1e9, multiprocessors=10)

@@ -6,6 +6,7 @@ import math
 import runpy
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -13,11 +14,16 @@ from unittest.mock import patch
 import pytest
 import torch
 
+pytest.importorskip("rich", reason="rich prints the tables")
+pytest.importorskip("triton", reason="Triton compiles the candidates")
+pytest.importorskip("tyro", reason="tyro reads the flags")
+
+import torchpar
 from torchpar import tune
 from torchpar.errors import ConfigError
 from torchpar.kernels import tuning
 from torchpar.kernels.tuning import Tiles
-from torchpar.search import Journal, Problem, Trial, search, tabulate
+from torchpar.search import Journal, Problem, Trial, search, tabulate, tiles_of
 
 HERE = {"device": "interpreter", "torch": "2"}
 SLOW, FAST, BROKEN = Tiles(64, 64, 32, 4, 2), Tiles(64, 64, 32, 8, 2), Tiles(64, 64, 16, 4, 2)
@@ -58,10 +64,10 @@ def winners(journal: Journal, problems=PROBLEMS) -> dict[Problem, Tiles | None]:
 # The search
 
 
-def test_every_candidate_is_tried_in_turn(path):
+def test_each_candidate_is_tried_on_every_problem_before_the_next(path):
     trials = everything(Journal(path, HERE))
-    assert [(t.problem, t.tiles) for t in trials] == [(p, t) for p, tiles in PROBLEMS.items() for t in tiles]
-    assert [t.ms for t in trials if not t.error] == [2.0, 1.0, 2.0, 1.0]
+    assert [(t.problem, t.tiles) for t in trials] == [(p, t) for t in PROBLEMS[LARGE] for p in PROBLEMS]
+    assert [t.ms for t in trials if not t.error] == [2.0, 2.0, 1.0, 1.0]
     assert {t.error for t in trials if t.tiles == BROKEN} == {"RuntimeError: out of resources"}
     assert winners(Journal(path, HERE)) == {LARGE: FAST, SMALL: FAST}
 
@@ -93,16 +99,18 @@ def test_the_budget_ends_a_search_that_the_next_one_goes_on_with(path, monkeypat
     assert measured == Counter((p, t) for p, tiles in PROBLEMS.items() for t in tiles)
 
 
-def test_what_was_measured_before_an_interrupt_is_kept(path):
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+def test_what_was_measured_before_an_interrupt_is_kept(path, interrupt):
     def interrupted(problem, tiles):
         if (problem, tiles) == (SMALL, FAST):
-            raise KeyboardInterrupt
+            raise interrupt
         return measure(problem, tiles)
 
-    with pytest.raises(KeyboardInterrupt):
-        everything(Journal(path, HERE), measure=interrupted)
-    journal = Journal(path, HERE)
-    assert journal.missing(PROBLEMS) == [(SMALL, FAST), (SMALL, BROKEN)]
+    for _ in range(3):  # often enough to take it for a candidate that ends the process
+        with pytest.raises(interrupt):
+            everything(Journal(path, HERE), measure=interrupted)
+        journal = Journal(path, HERE)
+        assert journal.missing(PROBLEMS) == [(LARGE, BROKEN), (SMALL, FAST), (SMALL, BROKEN)]
     everything(journal)
     assert winners(journal) == {LARGE: FAST, SMALL: FAST}
 
@@ -116,6 +124,19 @@ def test_what_ends_the_process_twice_is_not_tried_again(path):
     assert journal.trials[LARGE, SLOW].error == "it ended the process twice"
     everything(journal)
     assert winners(journal)[LARGE] == FAST
+
+
+def test_a_lack_of_memory_is_not_held_against_the_candidate(path):
+    def filled(problem, tiles):
+        if tiles == SLOW:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
+        return measure(problem, tiles)
+
+    for _ in range(3):
+        skipped = everything(Journal(path, HERE), measure=filled)[:2]
+        assert {t.error for t in skipped} == {"skipped for now, OutOfMemoryError: CUDA out of memory."}
+        assert Journal(path, HERE).missing(PROBLEMS) == [(LARGE, SLOW), (SMALL, SLOW)]
+    assert [t.error for t in everything(Journal(path, HERE))] == ["", ""]
 
 
 @pytest.mark.parametrize(
@@ -343,10 +364,34 @@ def test_tune_keeps_the_best_so_far_when_it_is_interrupted(gpu, capsys, monkeypa
     monkeypatch.setattr(tune, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tune.run(FLAGS)
-    assert (choice(1024), choice(256), choice(4096)) == (FAST, SLOW, SLOW)
+    assert (choice(1024), choice(256), choice(4096)) == (None, SLOW, SLOW)  # SLOW is its first candidate
     kept = tuning.load("NVIDIA Test", 90)["tiles"]
     assert [*kept["linear_sigmoid"], *kept["symmetric_product"]] == ["float64", "bfloat16", "float16"]
     assert "candidates are missing; the same command goes on" in capsys.readouterr().out
+
+
+def test_tune_adds_to_the_table_of_its_output_alone(gpu):
+    in_use = {"linear_sigmoid": {"float64": [{"up_to": None, "tiles": SLOW}]}}
+    tuning.save("NVIDIA Test", {"device": "NVIDIA Test", "tiles": in_use}, gpu)
+    output = gpu / "elsewhere"
+    for n in (1024, 4096):
+        tune.run(replace(FLAGS, sizes=(n,), output=output))
+        table = tuning.load("NVIDIA Test", 90, output)
+        assert list(table["tiles"]) == ["symmetric_product"]
+        assert isinstance(tiles_of(table, LARGE), Tiles)
+        assert tiles_of(table, LARGE) == FAST
+    assert tiles_of(table, LARGE._replace(n=4096)) is None
+    assert tuning.load("NVIDIA Test", 90)["tiles"].keys() == {"linear_sigmoid"}
+
+
+@pytest.mark.parametrize("n", [16, 512, 1448, 1456, 4096])
+def test_a_table_is_read_as_the_launchers_read_it(gpu, n):
+    tiles = {"symmetric_product": {"bfloat16": [{"up_to": 512, "tiles": None}]}}
+    tiles["symmetric_product"]["bfloat16"] += [{"up_to": 1448, "tiles": FAST}, {"up_to": None, "tiles": SLOW}]
+    tuning.save("NVIDIA Test", {"device": "NVIDIA Test", "tiles": tiles}, gpu)
+    assert tiles_of(tuning.load("NVIDIA Test", 90), LARGE._replace(n=n)) == choice(n)
+    tuning.save("NVIDIA Test", {"device": "NVIDIA Test", "tiles": {}}, gpu)
+    assert tiles_of(None, LARGE._replace(n=n)) == choice(n)
 
 
 def test_tune_ends_when_the_gpu_does(gpu, capsys, monkeypatch):
@@ -361,10 +406,17 @@ def test_tune_ends_when_the_gpu_does(gpu, capsys, monkeypatch):
     assert json.loads(Path(journal).read_text().splitlines()[-1])["error"] == "RuntimeError: out of resources"
 
 
-@pytest.mark.parametrize("flag", ["minutes", "sizes"])
-def test_flags_that_mean_nothing_are_refused(flag):
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        *(("minutes", minutes) for minutes in (0, -1, math.nan, math.inf)),
+        *(("sizes", sizes) for sizes in ((512, 0), (-16,), (1000,), ())),
+        *(("kernels", ()), ("dtypes", ())),
+    ],
+)
+def test_flags_that_mean_nothing_are_refused(flag, value):
     with pytest.raises(ConfigError, match=f"--{flag}"):
-        tune.TuneFlags(**{flag: {"minutes": math.nan, "sizes": (512, 0)}[flag]})
+        tune.TuneFlags(**{flag: value})
 
 
 @pytest.fixture
@@ -384,6 +436,20 @@ def run_torchpar(monkeypatch, capsys):
 def test_tune_without_a_gpu_says_so_in_a_line(run_torchpar):
     error = "python -m torchpar tune: error: PyTorch finds no GPU, expected one to tune the kernels on\n"
     assert run_torchpar("tune") == (2, "", error)
+
+
+@pytest.mark.parametrize("name", ["rich.console", "tyro"])
+def test_tune_without_its_extra_says_so_in_a_line(run_torchpar, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    for module in ("tune", "cli"):
+        monkeypatch.delitem(sys.modules, f"torchpar.{module}", raising=False)
+        monkeypatch.setattr(torchpar, module, None, raising=False)  # to be put back
+        monkeypatch.delattr(torchpar, module)
+    status, out, err = run_torchpar("tune")
+    line = status if isinstance(status, str) else err.strip()  # Python prints a status that is a text
+    assert (out, line.count("\n")) == ("", 0)
+    assert name in line
+    assert line.endswith("pip install 'torchpar[examples]'")
 
 
 @pytest.mark.parametrize(
