@@ -33,10 +33,8 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
 def test_symmetric_product(precision: str, layouts: str, tma: bool, persistent: bool) -> None:
     if tma and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("the GPU has no TMA")
+    kind = "tf32" if precision == "tf32" else "ieee"
     dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
-    monkeypatch.setattr(
-        torch.backends.cuda.matmul, "fp32_precision", "tf32" if precision == "tf32" else "ieee"
-    )
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(BATCH, N, K, generator=generator, dtype=torch.float64) / math.sqrt(K)
     c = torch.randn(BATCH, N, N, generator=generator, dtype=torch.float64)
@@ -45,7 +43,6 @@ def test_symmetric_product(precision: str, layouts: str, tma: bool, persistent: 
     )
     out = a.new_full((BATCH, N, N), math.nan)
     tiles = Tiles(128, 128, 32 if dtype == torch.float32 else 64, 8, 3, tma, persistent)
-    kind = "tf32" if precision == "tf32" else "ieee"
     kernels.symmetric_product(a, b, out, kind, lambda kernel: kernel, c, 1 / 3, -0.5, tiles)
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = kind
