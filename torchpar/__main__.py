@@ -24,7 +24,12 @@ def main() -> int:
         print(f"{usage}\npython -m torchpar: error: {wrong}, expected {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     sys.argv = [f"python -m torchpar {command}", *arguments]
-    importlib.import_module(f"torchpar.{command}").main()
+    try:
+        module = importlib.import_module(f"torchpar.{command}")
+    except ModuleNotFoundError as e:
+        print(f"{sys.argv[0]}: error: {e}; pip install 'torchpar[examples]'", file=sys.stderr)
+        return 2
+    module.main()
     return 0
 
 

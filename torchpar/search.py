@@ -97,6 +97,10 @@ class Journal:
                 self._read(json.loads(line))
             except (KeyError, TypeError, ValueError):
                 self.unreadable += 1
+        for (problem, tiles), times in self.begun.items():
+            if times >= 2:
+                trial = Trial(problem, tiles, error="it ended the process twice")
+                self.trials.setdefault((problem, tiles), trial)
         if text and not text.endswith("\n"):
             with path.open("a") as file:
                 file.write("\n")
@@ -104,21 +108,23 @@ class Journal:
     def _read(self, line: dict[str, Any]) -> None:
         if line["where"] != self.where:
             return
-        if line.get("begun"):
-            trial = Trial(Problem(*line["problem"]), tuple(line["tiles"]), error="it ended the process twice")
-            self.begun[trial.problem, trial.tiles] += 1
-            if self.begun[trial.problem, trial.tiles] == 2:
-                self.trials[trial.problem, trial.tiles] = trial
+        problem, tiles = Problem(*line["problem"]), tuple(line["tiles"])
+        if "begun" in line:
+            self.begun[problem, tiles] += 1 if line["begun"] else -1
             return
         ms, library_ms = (math.nan if line[key] is None else float(line[key]) for key in ("ms", "library_ms"))
-        trial = Trial(Problem(*line["problem"]), tuple(line["tiles"]), ms, library_ms, line["error"])
+        trial = Trial(problem, tiles, ms, library_ms, line["error"])
         if not trial.error and not (0 < ms < math.inf and 0 < library_ms < math.inf):
             raise ValueError("neither times nor an error")
-        self.trials[trial.problem, trial.tiles] = trial
+        self.trials[problem, tiles] = trial
 
     def begin(self, problem: Problem, tiles: Tiles) -> None:
         """Note what is about to be measured: it may bring down the compiler, and this process with it."""
         self._write({"problem": problem, "tiles": tiles, "begun": True})
+
+    def take_back(self, problem: Problem, tiles: Tiles) -> None:
+        """Note that what was begun has ended for a reason that is not the candidate's."""
+        self._write({"problem": problem, "tiles": tiles, "begun": False})
 
     def add(self, trial: Trial) -> None:
         line = trial._asdict()
@@ -146,21 +152,32 @@ def search(
     journal: Journal,
     seconds: float,
 ) -> Iterator[Trial]:
-    """Measure the candidates that the journal lacks, problem by problem; yields each trial once it is kept.
+    """Measure what the journal lacks: each problem's first candidate, then each one's second, and so on.
+
+    Yields each trial once it is kept. Where the GPU's memory does not suffice, which may be another
+    program's doing, the trial is an error that is not kept: the next search tries the candidate again.
 
     Args:
         measure: milliseconds of a candidate, and of the library. What it raises is the candidate's error.
         seconds: begin no trial after so long.
     """
     end = time.monotonic() + seconds
-    for problem, tiles in journal.missing(problems):
+    rounds = sorted(journal.missing(problems), key=lambda pair: problems[pair[0]].index(pair[1]))
+    for problem, tiles in rounds:
         if time.monotonic() >= end:
             return
         journal.begin(problem, tiles)
         try:
             trial = Trial(problem, tiles, *measure(problem, tiles))
+        except torch.OutOfMemoryError as e:
+            journal.take_back(problem, tiles)
+            yield Trial(problem, tiles, error=f"skipped for now, {in_a_line(e)}")
+            continue
         except Exception as e:
             trial = Trial(problem, tiles, error=in_a_line(e))
+        except BaseException:  # Ctrl-C
+            journal.take_back(problem, tiles)
+            raise
         journal.add(trial)
         yield trial
 
@@ -194,6 +211,19 @@ def tabulate(
         kind = tuning.operand_kind(series.torch_dtype, series.precision, series.batch)
         found.setdefault(series.kernel, {})[kind] = _entries(winners)
     return found
+
+
+def tiles_of(table: dict[str, Any] | None, problem: Problem) -> Tiles | None:
+    """What a problem's launcher takes with this table, or with none; None for the library."""
+    from torchpar.kernels import tuning
+
+    kernel, _, n, batch = problem
+    kind = (problem.torch_dtype, problem.precision)
+    kinds = table["tiles"].get(kernel, {}) if table else {}
+    for entry in kinds.get(tuning.operand_kind(*kind, batch), ()):
+        if entry["up_to"] is None or n <= entry["up_to"]:
+            return tuning.Tiles(*entry["tiles"]) if entry["tiles"] else None
+    return tuning.default_tiles(*kind, n, n, torch.empty(n, n, dtype=kind[0], device="meta"))
 
 
 def _entries(winners: Mapping[int, Tiles | None]) -> list[dict[str, Any]]:

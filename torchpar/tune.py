@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache, partial
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NamedTuple, get_args
@@ -28,7 +27,6 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import linear
 
-from torchpar import cli
 from torchpar.errors import ConfigError
 from torchpar.ops._matrix import mirrored
 from torchpar.search import (
@@ -43,6 +41,7 @@ from torchpar.search import (
     describe,
     search,
     tabulate,
+    tiles_of,
 )
 
 Kernel = Literal["symmetric_product", "symmetrized_product", "linear_sigmoid"]
@@ -165,10 +164,13 @@ class TuneFlags:
     """Folder for the table and its journal; by default the table goes where the kernels look for it."""
 
     def __post_init__(self) -> None:
-        if not self.minutes > 0:
-            raise ConfigError(f"--minutes is {self.minutes}, expected more than 0")
-        if not all(n > 0 for n in self.sizes):
-            raise ConfigError(f"--sizes is {self.sizes}, expected at least 1")
+        if not 0 < self.minutes < math.inf:
+            raise ConfigError(f"--minutes is {self.minutes}, expected a finite number above 0")
+        for name in ("kernels", "dtypes", "sizes"):
+            if not getattr(self, name):
+                raise ConfigError(f"--{name} is empty, expected at least one")
+        if not all(n > 0 and n % 16 == 0 for n in self.sizes):  # tables are for aligned operands
+            raise ConfigError(f"--sizes is {self.sizes}, expected positive multiples of 16")
 
 
 def run(flags: TuneFlags) -> None:
@@ -178,7 +180,8 @@ def run(flags: TuneFlags) -> None:
 
     device = torch.device("cuda", torch.cuda.current_device())
     present = tuning.device(torch.empty(0, device="meta"))
-    problems = make_problems(flags, present.capability)
+    old = tuning.load(present.name, present.capability, flags.output)
+    problems = make_problems(flags, present.capability, old)
     folder = flags.output or tuning.user_folder()
     folder.mkdir(parents=True, exist_ok=True)
     journal = Journal((folder / tuning.file_name(present.name)).with_suffix(".jsonl"), where(present.name))
@@ -192,8 +195,10 @@ def run(flags: TuneFlags) -> None:
         save(problems, journal, present, flags.output)
 
 
-def make_problems(flags: TuneFlags, capability: int) -> dict[Problem, list[Tiles]]:
-    """The candidates of each problem: what is used now, the default, and then the others."""
+def make_problems(
+    flags: TuneFlags, capability: int, old: dict[str, Any] | None
+) -> dict[Problem, list[Tiles]]:
+    """The candidates of each problem: what the table has now, the default, and then the others."""
     from torchpar.kernels import tuning
 
     problems: dict[Problem, list[Tiles]] = {}
@@ -203,30 +208,23 @@ def make_problems(flags: TuneFlags, capability: int) -> dict[Problem, list[Tiles
                 for kernel in flags.kernels:
                     problem = Problem(kernel, dtype, n, batch)
                     kind = (problem.torch_dtype, problem.precision)
-                    first = [in_use(problem), tuning.default_tiles(*kind, n, n)]
+                    first = [tiles_of(old, problem), tuning.default_tiles(*kind, n, n)]
                     others = tuning.candidates(kernel, *kind, capability)
                     if batch == 1 or kernel != "linear_sigmoid":  # whose rows are the batch
                         problems[problem] = list(dict.fromkeys(t for t in (*first, *others) if t is not None))
     return problems
 
 
-def in_use(problem: Problem) -> Tiles | None:
-    """What a problem's launcher takes now; None for the library."""
-    from torchpar.kernels import tuning
-
-    kernel, _, n, batch = problem
-    x = torch.empty(n, n, dtype=problem.torch_dtype, device="meta")
-    return tuning.chosen(kernel, problem.torch_dtype, problem.precision, n, n, n, batch, x)
-
-
 def where(device_name: str) -> dict[str, str]:
     """What trials hold for: the device, the versions, and the kernels' source."""
+    import triton
+
     from torchpar.kernels import gemm, linear_sigmoid, matmul_t
 
     source = b"".join(Path(str(module.__file__)).read_bytes() for module in (gemm, linear_sigmoid, matmul_t))
     return {
         "device": device_name,
-        "triton": version("triton"),
+        "triton": triton.__version__,
         "torch": torch.__version__,
         "kernels": hashlib.sha256(source).hexdigest()[:16],
     }
@@ -264,11 +262,11 @@ def save(problems: Problems, journal: Journal, present: Any, output: Path | None
     """Write the table of what is best so far, and print it."""
     from torchpar.kernels import tuning
 
-    found = tabulate(problems, journal, in_use)
+    old = tuning.load(present.name, present.capability, output)
+    found = tabulate(problems, journal, partial(tiles_of, old))
     if not found:
         print("nothing was measured, no table is written")
         return
-    old = tuning.load(present.name, present.capability)
     tiles = old["tiles"] if old else {}
     for kernel, kinds in found.items():
         tiles[kernel] = tiles.get(kernel, {}) | kinds
@@ -295,4 +293,6 @@ def show(problems: Problems, journal: Journal) -> None:
 
 
 def main() -> None:
+    from torchpar import cli  # which ends the process where tyro is not installed
+
     cli.main(run, TuneFlags)
