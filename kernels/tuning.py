@@ -238,8 +238,8 @@ def load(device_name: str, capability: int = 100, folder: Path | None = None) ->
 
     It is looked for in ``folder``, by default in `user_folder` and then beside the kernels.
     """
-    for folder in (user_folder(), SHIPPED) if folder is None else (folder,):
-        path = folder / file_name(device_name)
+    for place in (user_folder(), SHIPPED) if folder is None else (folder,):
+        path = place / file_name(device_name)
         try:
             table: dict[str, Any] = json.loads(path.read_text())
             _parse(table, device_name, capability)

@@ -80,8 +80,8 @@ def _check_promise(a: Tensor, b: Tensor, c: Tensor | None) -> None:
     """Raise a RuntimeError where a @ b.mT, or c, is further from symmetric than rounding explains.
 
     Operands that come of a few operations are off by a few roundings each: 8 of them, 4·eps of
-    ``|a| @ |b|.mT``, on either side of the diagonal. Operands much smaller than the terms they come of are off
-    by more, and are refused.
+    ``|a| @ |b|.mT``, on either side of the diagonal. Operands much smaller than the terms they come of are
+    off by more, and are refused.
     """
     wide_a, wide_b = a.double(), b.double()
     parts = {"a @ b.mT": (wide_a @ wide_b.mT, wide_a.abs() @ wide_b.abs().mT)}
@@ -95,8 +95,8 @@ def _check_promise(a: Tensor, b: Tensor, c: Tensor | None) -> None:
         )  # 0/0, or what is not finite
         if worst > 1:
             raise RuntimeError(
-                f"torchpar::symmetric_matmul: {name} is not symmetric: it differs from its transpose by up to "
-                f"{worst:.3g} times what the rounding of its operands explains"
+                f"torchpar::symmetric_matmul: {name} is not symmetric: it differs from its transpose by up to"
+                f" {worst:.3g} times what the rounding of its operands explains"
             )
 
 
