@@ -22,9 +22,6 @@ from .gemm import (
 )
 from .tuning import Tiles, default_tiles, device, loads_by_tma
 
-# AOTInductor of torch 2.11 makes room for the descriptors of one program; that of 2.15 for those of all.
-_DESCRIPTORS_COMPILE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)
-
 
 @triton.jit
 def symmetric_tile(
@@ -232,8 +229,7 @@ def symmetric_product(
     operands = (a, b) if c is None else (a, b, c)
     tiles = tiles or default_tiles(a.dtype, precision, n, n, *operands)
     tma = ""
-    may = wrap is not torch.library.wrap_triton or _DESCRIPTORS_COMPILE
-    if tiles.tma and may and k > 0 and all(map(loads_by_tma, (*operands, _one_batch(out)))):
+    if tiles.tma and k > 0 and all(map(loads_by_tma, (*operands, _one_batch(out)))):
         tma = "".join("N" if t.stride(-1) == 1 else "T" for t in operands)
     tile_rows = triton.cdiv(n, tiles.block_m)
     count = programs = a.shape[0] * (tile_rows * (tile_rows + 1) // 2)

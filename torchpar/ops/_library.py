@@ -36,6 +36,15 @@ def _launch_directly(kernel: Any) -> Any:
     return kernel
 
 
+def may_describe(wrap: Wrap) -> bool:
+    """Whether a kernel that is wrapped so may make TMA descriptors.
+
+    The C++ wrapper of torch 2.11's Inductor makes room for those of one program; 2.15's for those of all.
+    """
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    return wrap is _launch_directly or version >= (2, 15)
+
+
 class _Kernels:
     """The Triton kernels behind an operator, imported when a compiler asks for their source."""
 

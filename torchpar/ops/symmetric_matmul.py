@@ -22,6 +22,7 @@ from torchpar.ops._library import (
     Wrap,
     batch_first,
     is_dtensor,
+    may_describe,
     operator,
     register_autocast,
     register_autograd,
@@ -165,6 +166,8 @@ def symmetric_product(
     tiles = tuning.chosen("symmetric_product", a.dtype, precision, n, n, k, batch, a, b)
     if tiles is None:
         return mirrored(product(a, b, c, alpha, beta))
+    if tiles.tma and not may_describe(wrap):
+        tiles = tiles._replace(tma=False)
     out = a.new_empty(*a.shape[:-1], n)
     kernels.symmetric_product(a, b, out, precision, wrap, c, alpha, beta, tiles)
     return out
