@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+# ruff: noqa: E402  # libraries read the environment when they are imported
 """X·Xᵀ beside PyTorch's and NumPy's, over shapes and dtypes: ``python -m benchmarks.matmul_t``.
 
 The last table is what the operator is for: how many times as fast as `torch.mm` it is, forward and backward.
@@ -8,6 +9,10 @@ Work is what the symmetric product needs, n(n + 1)k operations, whoever computes
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+
+from benchmarks.idle_threads import shorten_spins
+
+shorten_spins()
 
 import torch
 
@@ -55,7 +60,8 @@ def print_speedups(rows: Sequence[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    columns = sorted({(row.mode, row.dtype) for row in rows}, key=lambda column: column[0] != "forward")
+    found_in_order = dict.fromkeys((row.mode, row.dtype) for row in rows)
+    columns = sorted(found_in_order, key=lambda column: column[0] != "forward")  # each mode's dtypes together
     cells: dict[str, dict[tuple[str, str], str]] = defaultdict(dict)
     numpy = {(row.shape, row.mode, row.dtype): row.speedup for row in rows if row.provider == "numpy"}
     for row in rows:

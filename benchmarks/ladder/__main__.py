@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+# ruff: noqa: E402  # libraries read the environment when they are imported
 """The same work on every rung, from pure Python to several processes: ``python -m benchmarks.ladder``.
 
 Five workloads: elementwise maximum, X·Xᵀ, linear+sigmoid, and an epoch of two digit classifiers. The result
@@ -8,7 +9,6 @@ works on stays in them, as in training.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -16,11 +16,9 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-# Idle threads of OpenMP and OpenBLAS spin, for milliseconds, on the core that the next rung needs: after a
-# product in NumPy, torch's took three times as long. Without any spinning a step of torch takes four times as
-# long.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")  # 2¹⁶ cycles
+from benchmarks.idle_threads import shorten_spins
+
+shorten_spins()
 
 import torch
 
