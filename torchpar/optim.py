@@ -202,7 +202,8 @@ class Muon(torch.optim.Muon):
             depend on the number of ranks: on equal devices the parameters have an unshared step's bits.
 
     Raises:
-        ValueError: as `torch.optim.Muon`, and for an unknown ``ns`` or DTensors with a ``process_group``.
+        ValueError: as `torch.optim.Muon`, and for an unknown ``ns``, one in a parameter group, or DTensors
+            with a ``process_group``.
     """
 
     ns: NewtonSchulz = "auto"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NamedTuple, get_args
@@ -75,7 +75,6 @@ class Case(NamedTuple):
     oracle: Tensor
 
 
-@lru_cache(1)
 def prepare(problem: Problem, device: torch.device) -> Case:
     from torchpar.kernels import linear_sigmoid, matmul_t
 

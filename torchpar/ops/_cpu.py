@@ -40,7 +40,7 @@ def symmetric_product(
     """
     if a.dtype == torch.float16:  # whose products take PyTorch ten times as long as float32's
         wide = a.float()
-        c = None if c is None else c.float()
+        c = None if c is None or beta == 0 else c.float()
         return symmetric_product(wide, wide if b is a else b.float(), c, alpha, beta).half()
     if not is_halved(a):
         return mirrored(product(a, b, c, alpha, beta))

@@ -138,9 +138,9 @@ def register_autograd(
 
     ``formula`` computes the operator from differentiable ATen operators. It is evaluated under
     torch.func transforms, inside `torch.autograd.forward_ad.dual_level`, and for arguments for which
-    ``decompose`` is true. A call also costs less than
-    through the function that `torch.library.register_autograd` generates. Keyword arguments are
-    ``ctx.kwargs``, and stand last in ``ctx.needs_input_grad``.
+    ``decompose`` is true. A call also costs less than through the function that
+    `torch.library.register_autograd` generates. Keyword arguments are ``ctx.kwargs``, and stand last in
+    ``ctx.needs_input_grad``.
     """
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
