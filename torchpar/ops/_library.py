@@ -65,7 +65,8 @@ def operator(
 
     The function takes the operator's arguments and ``wrap``, which it hands to the kernel launcher.
     Tracers (`torch.compile`, AOTInductor) look through the operator: they see the kernel, or the
-    ATen operators of the CPU path. `torch.export` keeps the operator whole, as it does for triton_op.
+    ATen operators of the CPU path. `torch.export` keeps the operator whole, as it does for triton_op;
+    so does any tracer for operands of a size that only the data tells, by which no tiles can be chosen.
 
     Args:
         schema: as in `torch.library.define`, without the namespace.
@@ -81,8 +82,10 @@ def operator(
 
         def traced(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
             from torch.export._trace import custom_triton_ops_decomposition_disabled
+            from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-            if custom_triton_ops_decomposition_disabled() or opaque(*args, **kwargs):
+            unknown = free_unbacked_symbols([arg for arg in args if isinstance(arg, Tensor)])
+            if custom_triton_ops_decomposition_disabled() or unknown or opaque(*args, **kwargs):
                 return mode.__torch_dispatch__(op, types, args, kwargs)
             with mode, _device_of(args):
                 return function(*args, **kwargs, wrap=torch.library.wrap_triton)
