@@ -9,26 +9,25 @@ terms, its error is MKL's.
 """
 
 import itertools
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
 from torchpar.ops._matrix import mirrored, product
 
-# Rows from which half of a product takes less time, in several calls, than all of it in one.
-_HALVED_FROM = 384
-_HALVED_FROM_FLOAT32 = 256  # by oneDNN
+_HALVED_FROM = 256  # rows, from which half of a product in several calls takes less time than all in one
 # Rows computed together: with more, more is computed in vain; with fewer, the library works less well.
 _BLOCK = 256
 _BLOCK_FLOAT64 = 128
 _CHAIN = 128
+_ONEDNN_FROM = 384  # rows, from which its calls' number is made up for
+_CACHE_LINE = 64  # bytes
 
 
 def is_halved(t: Tensor) -> bool:
     """Whether `symmetric_product` computes half of a product of ``t``'s rows, by several calls."""
-    by_float32 = t.dtype in (torch.float16, torch.float32)
-    return not t.is_cuda and t.shape[-2] >= (_HALVED_FROM_FLOAT32 if by_float32 else _HALVED_FROM)
+    return not t.is_cuda and t.shape[-2] >= _HALVED_FROM
 
 
 def symmetric_product(
@@ -58,28 +57,46 @@ def symmetrized_product(g: Tensor, x: Tensor) -> Tensor:
         return symmetrized_product(g.float(), x.float()).half()
     if g.dim() > 2 or not is_halved(x) or not _prefers_onednn(x):
         return _transposed(g).add_(g) @ x
-    out = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    out = None
     for start in range(0, len(g), _CHAIN):
         chain = slice(start, start + _CHAIN)
         columns = _transposed(g[chain]).add_(g[:, chain])  # of G + Gᵀ, which is never whole
-        out += _onednn(columns, _transposed(x[chain]))
+        out = _onednn(columns, _transposed(x[chain]), out)
+    assert out is not None
     return out
 
 
 def _halved(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, out: Tensor) -> None:
     n = len(a)
     blocks = max(round(n / (_BLOCK_FLOAT64 if a.dtype == torch.float64 else _BLOCK)), 1)
-    chains = _chains(a, b) if _prefers_onednn(a) else None
+    chains = _chains(a, b) if n >= _ONEDNN_FROM and _prefers_onednn(a) else None
+    space = _spread_rows(-(-n // blocks), n, a)
     for block in range(blocks):
         lo, hi = n * block // blocks, n * (block + 1) // blocks
-        c_rows = None if c is None else c[lo:hi, :hi]
-        rows = out[lo:hi, :hi]
+        rows, c_rows = space[: hi - lo, :hi], None if c is None else c[lo:hi, :hi]
         if chains:
             rows.copy_(_onednn_product([(s[lo:hi], t[:hi]) for s, t in chains], c_rows, alpha, beta))
         else:
             product(a[lo:hi], b[:hi], c_rows, alpha, beta, out=rows)
-        out[:lo, lo:hi] = rows[:, :lo].mT
-        rows[:, lo:] = mirrored(rows[:, lo:])
+        before, diagonal = rows[:, :lo], rows[:, lo:]
+        out[lo:hi, :lo] = before
+        out[:lo, lo:hi] = before.mT
+        torch.where(_lower(hi - lo), diagonal, diagonal.mT, out=out[lo:hi, lo:hi])
+
+
+def _spread_rows(n: int, columns: int, like: Tensor) -> Tensor:
+    """``(n, columns)``, an odd number of cache lines from row to row.
+
+    Elements of a column that lie a large power of two apart fall into one cache set, and a transposed copy
+    takes up to four times as long.
+    """
+    lines = -(-columns * like.itemsize // _CACHE_LINE) | 1
+    return like.new_empty(n, lines * _CACHE_LINE // like.itemsize)[:, :columns]
+
+
+@lru_cache(maxsize=8)
+def _lower(n: int) -> Tensor:
+    return torch.ones(n, n, dtype=torch.bool).tril()
 
 
 def _transposed(t: Tensor) -> Tensor:
@@ -103,10 +120,12 @@ def _chains(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
     return list(zip(parts, others, strict=True))
 
 
-def _onednn(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b.T``, in one chain, for contiguous float32 matrices."""
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    return out
+def _onednn(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
+    """``a @ b.T``, added to ``onto``, in one chain, for contiguous float32 matrices."""
+    linear = torch.ops.mkldnn._linear_pointwise
+    if onto is None:
+        return linear(a, b, None, "none", [], "")  # type: ignore[no-any-return]
+    return linear.binary(a, onto, b, None, "add")  # type: ignore[no-any-return]
 
 
 def _onednn_product(
@@ -114,7 +133,7 @@ def _onednn_product(
 ) -> Tensor:
     out = _onednn(*chains[0])
     for a, b in chains[1:]:
-        out += _onednn(a, b)
+        out = _onednn(a, b, out)
     if alpha != 1:
         out *= alpha
     return out if c is None or beta == 0 else out.add_(c, alpha=beta)
