@@ -17,7 +17,12 @@ and R follows without X.
 
 All of this is symmetric and n×n, but for X·Xᵀ and Q·X. The price is accuracy: a rounding error of R is
 multiplied by a² ≈ 12 in each iteration that follows, and a singular value near 0 is lost in it. A new X·Xᵀ
-has none of it, so the k are small.
+has none of it; k is 2 at first, as published, and then 3.
+
+The singular values lie at most 1.5 times as far from 1 as by the standard iteration. Beside the same in
+float64 the result is 1.1 to 1.7 times as far off as the standard iteration's where the singular values lie
+within a decade, 2 to 6 times where they range over two or three, 4 to 11 times where each row stands there
+two or four times, and up to 30 times where there is but one.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -38,7 +43,6 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan, 2024, https://kellerjordan.g
 
 _SYMMETRIC_ROWS = 768  # below, a whole product takes less time on CPUs than half of one
 _GRAM_ROWS, _GRAM_ASPECT = 256, 2  # below, the standard iteration is as fast
-_WIDE_ASPECT = 4
 _BATCH_WORK = 2**31  # multiplications in X·Xᵀ: they take a GPU about as long as a launch
 
 
@@ -60,8 +64,8 @@ def orthogonalize(
         steps: how often f is applied, 0 to 99.
         eps: the least norm to divide by, so that 0 stays 0.
         ns: "standard" multiplies x in each step, and is as accurate as `torch.optim.Muon`. "gram" iterates on
-            the Gram matrix, which is faster where one side is at least twice the other, and less accurate.
-            "auto" does so there (both sides ≥ 256) with more restarts: between the two in both.
+            the Gram matrix, which is less accurate, and faster where one side is at least twice the other.
+            "auto" takes it there, if both are at least 256.
 
     Returns:
         ``(*, n, m)``, bfloat16.
@@ -97,17 +101,11 @@ def check_ns(ns: str) -> None:
 
 
 def _segments(n: int, m: int, steps: int, ns: NewtonSchulz) -> list[int]:
-    """How many iterations are done on one Gram matrix, before x is multiplied and the next one is computed.
-
-    Two at the beginning and two at the end are 1 to 2.3 times as far from float64 as the standard iteration;
-    three at the end, as published, 3 times where singular values range over two decades, and 12 times where
-    rows repeat. So "auto" leaves those to "gram", for wide matrices: of square ones they were 8 times as far.
-    Rank 1, whose one singular value is 1, comes out 8 to 31 times as far by either.
-    """
-    if ns == "standard" or (ns == "auto" and (n < _GRAM_ROWS or m < _GRAM_ASPECT * n)) or steps < 2:
+    """How many iterations are done on one Gram matrix, before x is multiplied and the next is computed."""
+    if ns == "standard" or (ns == "auto" and (n < _GRAM_ROWS or m < _GRAM_ASPECT * n)):
         return [1] * steps
-    last = min(1 + (m >= _GRAM_ASPECT * n) + (ns == "gram" and m >= _WIDE_ASPECT * n), steps - 2)
-    return [2] + [1] * (steps - 2 - last) + [last] * (last > 0)
+    first, others = min(steps, 2), max(steps - 2, 0)
+    return [first] * (first > 0) + [3] * (others // 3) + [others % 3] * (others % 3 > 0)
 
 
 def _advance(x: Tensor, coefficients: tuple[float, float, float], steps: int, apart: bool) -> Tensor:
@@ -132,7 +130,10 @@ def _advance(x: Tensor, coefficients: tuple[float, float, float], steps: int, ap
         if step < steps - 1:
             rz = _symmetric(r, z, r, beta=a)
             r = _symmetric(rz, z, rz, beta=a)
-    return _add_product(x, p, x, beta=shift) if apart else p @ x
+    if x.is_contiguous():
+        return _add_product(x, p, x, beta=shift) if apart else p @ x
+    tall = x.mT  # and so is the result, for a gradient that is
+    return (_add_product(tall, tall, p, beta=shift) if apart else tall @ p).mT
 
 
 def _halves(x: Tensor) -> bool:
