@@ -2,13 +2,15 @@
 # ruff: noqa: E402  # libraries read the environment when they are imported
 """X·Xᵀ beside PyTorch's and NumPy's, over shapes and dtypes: ``python -m benchmarks.matmul_t``.
 
-The last table is what the operator is for: how many times as fast as `torch.mm` it is, forward and backward.
-Work is what the symmetric product needs, n(n + 1)k operations, whoever computes it.
+The last tables are what the operator is for: how many times as fast as `torch.mm` it is, forward and
+backward, and for small matrices on a CPU also in calls that find code and operands in the caches. Work is
+what the symmetric product needs, n(n + 1)k operations, whoever computes it.
 """
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 from benchmarks.idle_threads import shorten_spins
 
@@ -25,6 +27,8 @@ from benchmarks.timing import Mode, Provider
 REFERENCE = "torch.mm"
 MODES: tuple[Mode, ...] = ("forward", "backward")
 QUICK = [(256, 256)]
+WARM_ROWS = 512  # up to which a call's overhead matters
+WARM_CALLS = 100
 CPU = [
     *((n, n) for n in (64, 128, 256, 384, 512, 768, 1000, 1024, 1500, 2048, 4096)),
     *((256, 4096), (1024, 4096), (2048, 256), (2048, 64)),
@@ -55,8 +59,8 @@ def providers(case: Case) -> dict[str, Provider]:
     return found
 
 
-def print_speedups(rows: Sequence[Row]) -> None:
-    """A line per shape: the speed over `torch.mm`'s, and in brackets over NumPy's."""
+def print_speedups(rows: Sequence[Row], calls: str) -> None:
+    """A line per shape: the speed over `torch.mm`'s, and in brackets over NumPy's, in such calls."""
     from rich.console import Console
     from rich.table import Table
 
@@ -71,7 +75,8 @@ def print_speedups(rows: Sequence[Row]) -> None:
             if row.speedup and other:
                 text += f" ({row.speedup / other:.2f})"
             cells[row.shape][row.mode, row.dtype] = text if row.ok else "wrong"
-    table = Table("shape", title="torch.mm's time over torchpar.matmul_t's (NumPy's)", title_justify="left")
+    title = f"torch.mm's time over torchpar.matmul_t's (NumPy's), {calls}"
+    table = Table("shape", title=title, title_justify="left")
     for mode, dtype in columns:
         table.add_column(f"{mode}\n{dtype}", justify="right", no_wrap=True)
     for shape, found in cells.items():
@@ -85,15 +90,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(options.device)
     if options.csv:
         options.csv.unlink(missing_ok=True)
+    jobs = list(cases(device, options.quick))
     modes = [mode for mode in MODES if mode in options.modes]
+    cold = recorded(measurements(jobs, providers, device, modes, REFERENCE), options.csv)
+    print_table(cold, "matmul_t")
+    print_speedups(cold, "each call after a flush of the caches")
+    warm: list[Row] = []
+    if device.type == "cpu" and "forward" in modes:
+        small = [case for case in jobs if max(map(int, case.shape.split("x"))) <= WARM_ROWS]
+        measured = measurements(small, providers, device, ["forward"], REFERENCE, WARM_CALLS)
+        warm = recorded(measured, options.csv)
+        print_speedups(warm, f"{WARM_CALLS} calls in a row")
+    return 0 if all(row.ok for row in (*cold, *warm)) else 1
+
+
+def recorded(measured: Iterable[Sequence[Row]], csv: Path | None) -> list[Row]:
+    """All rows, written to ``csv`` as they are measured."""
     rows: list[Row] = []
-    for measured in measurements(list(cases(device, options.quick)), providers, device, modes, REFERENCE):
-        rows += measured
-        if options.csv:
-            write_csv(options.csv, measured)
-    print_table(rows, "matmul_t")
-    print_speedups(rows)
-    return 0 if all(row.ok for row in rows) else 1
+    for some in measured:
+        rows += some
+        if csv:
+            write_csv(csv, some)
+    return rows
 
 
 if __name__ == "__main__":

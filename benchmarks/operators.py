@@ -212,6 +212,7 @@ def measurements(
     device: torch.device,
     modes: Sequence[Mode],
     reference: str = "eager",
+    repeat: int = 1,
 ) -> Iterator[list[Row]]:
     """The rows of each case and mode in turn; on a terminal with a progress bar."""
     seconds = GPU_SECONDS if device.type == "cuda" else CPU_SECONDS
@@ -229,6 +230,7 @@ def measurements(
                 yardsticks=YARDSTICKS,
                 mode=mode,
                 seconds=seconds,
+                repeat=repeat,
                 ceiling=ceiling,
             )
 
