@@ -17,8 +17,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchpar import optim
-from torchpar.optim import COEFFICIENTS, Muon, orthogonalize
+from torchpar.optim import Muon, muon, newton_schulz, orthogonalize
+from torchpar.optim.newton_schulz import COEFFICIENTS, NewtonSchulz
 
 TORCH = torch.optim.Muon
 EPS = 1e-7
@@ -73,7 +73,7 @@ def test_orthogonality_is_no_worse_than_torchs(n, m, ns):
 
 @pytest.mark.parametrize("ns", ["standard", "gram"])
 def test_orthogonality_of_halved_products(ns):
-    with patch.object(optim, "_SYMMETRIC_ROWS", 257):
+    with patch.object(newton_schulz, "_SYMMETRIC_ROWS", 257):
         compare_orthogonality(257, 520, 5, ns)
 
 
@@ -84,7 +84,7 @@ def test_orthogonality_after_other_numbers_of_steps(steps):
 
 @pytest.mark.parametrize("segments", [[5], [1, 4]])
 def test_orthogonality_rejects_a_missing_restart(segments):
-    with patch.object(optim, "_segments", lambda *_: segments), pytest.raises(AssertionError):
+    with patch.object(newton_schulz, "_segments", lambda *_: segments), pytest.raises(AssertionError):
         compare_orthogonality(64, 64, 5, "gram")
 
 
@@ -124,14 +124,14 @@ def test_degenerate_matrices(ns):
 
 
 def test_auto_takes_the_faster():
-    assert optim._segments(255, 4096, 5, "auto") == [1] * 5
-    assert optim._segments(256, 511, 5, "auto") == [1] * 5
-    assert optim._segments(256, 512, 5, "auto") == [2, 3]
-    assert optim._segments(256, 511, 5, "gram") == [2, 3]
-    assert optim._segments(256, 512, 5, "standard") == [1] * 5
+    assert newton_schulz._segments(255, 4096, 5, "auto") == [1] * 5
+    assert newton_schulz._segments(256, 511, 5, "auto") == [1] * 5
+    assert newton_schulz._segments(256, 512, 5, "auto") == [2, 3]
+    assert newton_schulz._segments(256, 511, 5, "gram") == [2, 3]
+    assert newton_schulz._segments(256, 512, 5, "standard") == [1] * 5
     for steps in range(20):
         for n, m in [(300, 300), (300, 600), (300, 1200)]:
-            assert sum(optim._segments(n, m, steps, "gram")) == steps
+            assert sum(newton_schulz._segments(n, m, steps, "gram")) == steps
 
 
 SHAPES = [(20, 30), (30, 20), (20, 30), (16, 80), (33, 33), (90, 17)]
@@ -250,13 +250,13 @@ def test_the_state_dict_is_torchs():
 def record_batches() -> Iterator[list[tuple[int, ...]]]:
     """The shapes that `Muon` orthogonalises."""
     shapes: list[tuple[int, ...]] = []
-    update = optim._Batch.update
+    update = muon._Batch.update
 
-    def recorded(batch: optim._Batch, ns: optim.NewtonSchulz) -> Tensor:
+    def recorded(batch: muon._Batch, ns: NewtonSchulz) -> Tensor:
         shapes.append(tuple(batch.shape))
         return update(batch, ns)
 
-    with patch.object(optim._Batch, "update", recorded):
+    with patch.object(muon._Batch, "update", recorded):
         yield shapes
 
 
@@ -265,11 +265,11 @@ def test_matrices_of_one_shape_go_together():
     params.append(torch.randn(33, 33, dtype=torch.float64).requires_grad_())
     fill_gradients(params)
     for work, expected in [
-        (optim._BATCH_WORK, [(3, 20, 30), (1, 30, 20), (1, 33, 33), (1, 33, 33)]),
+        (muon._BATCH_WORK, [(3, 20, 30), (1, 30, 20), (1, 33, 33), (1, 33, 33)]),
         (2 * 20 * 20 * 30, [(2, 20, 30), (1, 20, 30), (1, 30, 20), (1, 33, 33), (1, 33, 33)]),
         (1, [(1, 20, 30)] * 3 + [(1, 30, 20), (1, 33, 33), (1, 33, 33)]),
     ]:
-        with record_batches() as shapes, patch.object(optim, "_BATCH_WORK", work):
+        with record_batches() as shapes, patch.object(muon, "_BATCH_WORK", work):
             Muon(params).step()
         assert shapes == expected
 
@@ -348,7 +348,7 @@ def shared_and_not(expected_collectives: int) -> list[list[tuple[int, ...]]]:
 def test_shared_steps_have_the_bits_of_unshared_ones(ranks):
     first, second = ranks(2, shared_and_not, 1)
     for step, (a, b) in enumerate(zip(first, second, strict=True)):
-        work = [sum(optim._work(torch.Size(shape)) for shape in share) for share in (a, b)]
+        work = [sum(muon._work(torch.Size(shape)) for shape in share) for share in (a, b)]
         assert 0.8 < work[0] / work[1] < 1.25
         assert sum(shape[0] for shape in a + b) == 2 * len(SHAPES) - (step == 1)
 

@@ -17,6 +17,7 @@ from torchpar.collectives import WatchedStep
 from torchpar.data import Samples
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
+from torchpar.optim import ChainedOptimizer
 from torchpar.parallel.mlp import parallel_mlp
 from torchpar.parallel.step import ReplicaStep, Step
 from torchpar.parallel.stop import StopSignal
@@ -294,7 +295,7 @@ def test_muon_moves_the_weights_and_sgd_the_biases():
 def test_a_chain_of_optimizers_is_one():
     """Copied, given a closure, and closed to parameters that no optimizer of it would move."""
     p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
-    chain = training.ChainedOptimizer(torch.optim.SGD([p], lr=0.1), torch.optim.SGD([q], lr=0.2))
+    chain = ChainedOptimizer(torch.optim.SGD([p], lr=0.1), torch.optim.SGD([q], lr=0.2))
     copied = copy.deepcopy(chain)
     for optimizer in (chain, copied):
         (a,), (b,) = (group["params"] for group in optimizer.param_groups)

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchpar.data import Samples, batches
 from torchpar.errors import ConfigError
 from torchpar.ops import matmul_t
-from torchpar.optim import Muon
+from torchpar.optim import ChainedOptimizer, Muon
 from torchpar.parallel.checkpoint import Checkpoints
 from torchpar.parallel.clip import clip_grad_norm_
 from torchpar.parallel.layers import split_parameters
@@ -78,45 +78,6 @@ def sgd(
     others = [p for p in model.parameters() if not (p.dim() > 1 or decay_biases)]
     groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
-
-
-class ChainedOptimizer(Optimizer):
-    """Optimizers of different parameters as one: with their groups and their state, and stepping in turn."""
-
-    def __init__(self, *optimizers: Optimizer):
-        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
-        self.optimizers = optimizers
-        self._share()
-
-    def _share(self) -> None:
-        groups = iter(self.param_groups)
-        for optimizer in self.optimizers:
-            optimizer.state = self.state
-            optimizer.param_groups = [next(groups) for _ in optimizer.param_groups]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "optimizers": self.optimizers}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # of a copy, or by load_state_dict
-        self._share()
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if hasattr(self, "optimizers"):
-            raise NotImplementedError(
-                "ChainedOptimizer: add a group to one of its optimizers, and chain anew"
-            )
-        super().add_param_group(param_group)
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take a step of each; returns what ``closure``, which computes the gradients anew, returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for optimizer in self.optimizers:
-            optimizer.step()
-        return loss
 
 
 def muon(model: torch.nn.Module, lr: float, momentum: float, weight_decay: float) -> ChainedOptimizer:

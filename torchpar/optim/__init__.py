@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: MIT
+"""Optimizers."""
+
+from torchpar.optim.chained import ChainedOptimizer
+from torchpar.optim.muon import Muon
+from torchpar.optim.newton_schulz import orthogonalize
+
+__all__ = ["ChainedOptimizer", "Muon", "orthogonalize"]
