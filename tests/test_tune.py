@@ -4,6 +4,7 @@
 import json
 import math
 import runpy
+import signal
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -351,19 +352,22 @@ def test_tune_writes_a_table_and_goes_on_from_its_journal(gpu, capsys, monkeypat
     assert choice(1024) == FAST
 
 
-def test_tune_keeps_the_best_so_far_when_it_is_interrupted(gpu, capsys, monkeypatch):
+@pytest.mark.parametrize("number, ends", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_tune_keeps_the_best_so_far_when_it_is_interrupted(gpu, capsys, monkeypatch, number, ends):
+    before = signal.getsignal(signal.SIGTERM)
     old = [{"up_to": None, "tiles": SLOW}]
     tiles = {"linear_sigmoid": {"float64": old}, "symmetric_product": {"bfloat16": old, "float16": old}}
     tuning.save("NVIDIA Test", {"device": "NVIDIA Test", "tiles": tiles}, gpu)
 
     def interrupted(problem, tiles, device):
         if problem == SMALL:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         return measure(problem, tiles)
 
     monkeypatch.setattr(tune, "measure", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(ends):
         tune.run(FLAGS)
+    assert signal.getsignal(signal.SIGTERM) == before
     assert (choice(1024), choice(256), choice(4096)) == (None, SLOW, SLOW)  # SLOW is its first candidate
     kept = tuning.load("NVIDIA Test", 90)["tiles"]
     assert [*kept["linear_sigmoid"], *kept["symmetric_product"]] == ["float64", "bfloat16", "float16"]

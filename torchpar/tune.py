@@ -11,6 +11,8 @@ The same command goes on where an earlier one ended, whatever ended it (`torchpa
 
 import hashlib
 import math
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -188,9 +190,11 @@ def run(flags: TuneFlags) -> None:
         print(f"{journal.path}: {journal.unreadable} unreadable lines, expected trials; they are left out")
     total, left = sum(map(len, problems.values())), len(journal.missing(problems))
     print(f"{present.name}: {total} candidates, {total - left} of them are in {journal.path}")
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as a shell reports it
     try:
         go_on(flags, problems, journal, device)
     finally:  # Ctrl-C too
+        signal.signal(signal.SIGTERM, before)
         save(problems, journal, present, flags.output)
 
 
