@@ -31,7 +31,11 @@ SHAPES = ((1, 2048, 2048), (1, 1024, 4096), (1, 4096, 1024), (1, 512, 784), (50,
 DISTANCE = 0.03  # of the way: bfloat16's roundings of directions, an order less for momenta that are noise
 SIZES = (784, 512, 10)
 EPOCHS = 8
-RATES = {**cli.RATES, "sgd": {**cli.RATES["sgd"], "lr": 0.2}}  # the best of 0.05, 0.1, 0.2, 0.3 and 0.5
+BATCH_SIZE = 32
+RATES = {  # SGD's is the best of 0.05, 0.1, 0.2 and 0.3, Muon's of 0.01, 0.02 and 0.03
+    "sgd": {**cli.RATES["sgd"], "lr": 0.1},
+    "muon": {**cli.RATES["muon"], "lr": 0.03},
+}
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "torch.optim.Muon": torch.optim.Muon,
     "torchpar, standard": lambda params: Muon(params, ns="standard"),
@@ -160,7 +164,7 @@ def learning(train: data.Samples, test: data.Samples, epochs: int, world: World)
                 test,
                 world,
                 epochs=epochs,
-                batch_size=128,
+                batch_size=BATCH_SIZE,
                 on_step=shown.step,
             )
         label = "-".join(map(str, SIZES))

@@ -78,9 +78,11 @@ def _halved(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, o
             rows.copy_(_onednn_product([(s[lo:hi], t[:hi]) for s, t in chains], c_rows, alpha, beta))
         else:
             product(a[lo:hi], b[:hi], c_rows, alpha, beta, out=rows)
-        before, diagonal = rows[:, :lo], rows[:, lo:]
-        out[lo:hi, :lo] = before
-        out[:lo, lo:hi] = before.mT
+        if block:
+            before = rows[:, :lo]
+            out[lo:hi, :lo] = before
+            out[:lo, lo:hi] = before.mT
+        diagonal = rows[:, lo:]
         torch.where(_lower(hi - lo), diagonal, diagonal.mT, out=out[lo:hi, lo:hi])
 
 
