@@ -57,19 +57,24 @@ def symmetrized_product(g: Tensor, x: Tensor) -> Tensor:
         return symmetrized_product(g.float(), x.float()).half()
     if g.dim() > 2 or not is_halved(x) or not _prefers_onednn(x):
         return _transposed(g).add_(g) @ x
-    out = None
-    for start in range(0, len(g), _CHAIN):
-        chain = slice(start, start + _CHAIN)
-        columns = _transposed(g[chain]).add_(g[:, chain])  # of G + Gᵀ, which is never whole
-        out = _onednn(columns, _transposed(x[chain]), out)
-    assert out is not None
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    terms = [_transposed(part) for part in x.split(_CHAIN)]
+    space = _spread_rows(len(g), _BLOCK, g)
+    for lo in range(0, len(g), _BLOCK):
+        block = slice(lo, lo + _BLOCK)
+        columns = space[:, : len(g[block])].copy_(g[:, block])
+        rows = _transposed(columns).add_(g[block])  # of G + Gᵀ, which is never whole
+        out[block] = _onednn_product(list(zip(_chains(rows), terms, strict=True)))
     return out
 
 
 def _halved(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, out: Tensor) -> None:
     n = len(a)
     blocks = max(round(n / (_BLOCK_FLOAT64 if a.dtype == torch.float64 else _BLOCK)), 1)
-    chains = _chains(a, b) if n >= _ONEDNN_FROM and _prefers_onednn(a) else None
+    chains = None
+    if n >= _ONEDNN_FROM and _prefers_onednn(a):
+        parts = _chains(a)
+        chains = list(zip(parts, parts if b is a else _chains(b), strict=True))
     space = _spread_rows(-(-n // blocks), n, a)
     for block in range(blocks):
         lo, hi = n * block // blocks, n * (block + 1) // blocks
@@ -102,7 +107,7 @@ def _lower(n: int) -> Tensor:
 
 
 def _transposed(t: Tensor) -> Tensor:
-    # PyTorch copies a transposed matrix in tiles, which adding or comparing one it does not.
+    # Adding one transposed matrix to another takes PyTorch longer than copying it first.
     return t.mT.clone(memory_format=torch.contiguous_format)
 
 
@@ -116,10 +121,8 @@ def _prefers_onednn(t: Tensor) -> bool:
     return usable and t.dtype == torch.float32 and t.numel() > 0
 
 
-def _chains(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
-    parts = [part.contiguous() for part in a.split(_CHAIN, 1)]
-    others = parts if b is a else [part.contiguous() for part in b.split(_CHAIN, 1)]
-    return list(zip(parts, others, strict=True))
+def _chains(t: Tensor) -> list[Tensor]:
+    return [part.contiguous() for part in t.split(_CHAIN, 1)]
 
 
 def _onednn(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -131,7 +134,7 @@ def _onednn(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
 
 
 def _onednn_product(
-    chains: list[tuple[Tensor, Tensor]], c: Tensor | None, alpha: float, beta: float
+    chains: list[tuple[Tensor, Tensor]], c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
 ) -> Tensor:
     out = _onednn(*chains[0])
     for a, b in chains[1:]:
