@@ -28,6 +28,8 @@ def test_matmul_t_beside_torch_and_numpy(tmp_path, capsys):
         *(("backward", name) for name in ("torch.mm", "torchpar")),
     }
     assert all(row["ok"] == "True" and float(row["speedup"]) > 0 for row in rows)
+    calls = [row["configuration"].split(", ")[0].split(" of ")[1] for row in rows if row["mode"] == "forward"]
+    assert calls == ["1 calls"] * 3 + [f"{matmul_t.WARM_CALLS} calls"] * 3
     shown = capsys.readouterr().out
     assert "256x256" in shown.splitlines()[-2]
 
@@ -37,7 +39,7 @@ def test_a_wrong_product_has_no_speed(monkeypatch, tmp_path, capsys):
     file = tmp_path / "rows.csv"
     arguments = ["--quick", "--device=cpu", "--threads=1", "--modes", "forward", f"--csv={file}"]
     assert matmul_t.main(arguments) == 1
-    assert [row["speedup"] for row in rows_of(file) if row["provider"] == "torchpar"] == [""]
+    assert [row["speedup"] for row in rows_of(file) if row["provider"] == "torchpar"] == ["", ""]
     assert "wrong" in capsys.readouterr().out
 
 
