@@ -88,7 +88,7 @@ def _halved(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, o
             out[lo:hi, :lo] = before
             out[:lo, lo:hi] = before.mT
         diagonal = rows[:, lo:]
-        torch.where(_lower(hi - lo), diagonal, diagonal.mT, out=out[lo:hi, lo:hi])
+        torch.where(_lower(hi - lo, out.device), diagonal, diagonal.mT, out=out[lo:hi, lo:hi])
 
 
 def _spread_rows(n: int, columns: int, like: Tensor) -> Tensor:
@@ -102,8 +102,8 @@ def _spread_rows(n: int, columns: int, like: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _lower(n: int) -> Tensor:
-    return torch.ones(n, n, dtype=torch.bool).tril()
+def _lower(n: int, device: torch.device) -> Tensor:
+    return torch.ones(n, n, dtype=torch.bool, device=device).tril()
 
 
 def _transposed(t: Tensor) -> Tensor:
