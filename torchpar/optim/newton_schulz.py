@@ -19,9 +19,9 @@ multiplied by a² ≈ 12 in each iteration that follows, and a singular value ne
 has none of it; k is 2 at first, as published, and then 3.
 
 The singular values lie at most 1.5 times as far from 1 as by the standard iteration. Beside the same in
-float64 the result is 1.1 to 1.7 times as far off as the standard iteration's where the singular values lie
-within a decade, 2 to 6 times where they range over two or three, 4 to 11 times where each row stands there
-two or four times, and up to 30 times where there is but one.
+float64 the result is 1.1 to 1.8 times as far off as the standard iteration's where the singular values lie
+within a decade, 2 to 6 times where they range over two or three, 3 to 11 times where each row stands there
+two or four times, and up to 31 times where all rows are one (measured with 200 to 512 rows).
 """
 
 from typing import Literal, get_args
