@@ -5,9 +5,9 @@
 #   bash benchmarks/validate_gpu.sh OUTDIR [tests|tune|forward|backward|full|matmul_t|muon|autotune|ladder]
 #
 # Without a stage all run in turn, each for at most nine minutes. OUTDIR gets a log and a JUnit or CSV file
-# of each, and tune's table, which the stages after it read. All but the tests need rich, tune and muon tyro, and
-# the ladder Numba, torchvision and matplotlib; a stage is left out without what it needs. The status is 0 if all
-# stages passed, 1 if one failed, 2 if there is nothing to run on.
+# of each, and tune's table, which the stages after it read. All but the tests need rich, tune and muon also
+# tyro, and the ladder also Numba, torchvision and matplotlib; a stage is left out without what it needs. The
+# status is 0 if all stages passed, 1 if one failed, 2 if there is nothing to run on.
 # TORCHPAR_COMMIT names the commit where the checkout has no .git. No setting of the GPU is touched.
 set -uo pipefail
 

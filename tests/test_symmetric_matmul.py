@@ -196,6 +196,13 @@ def test_what_is_not_finite(n: int, dtype: torch.dtype, device: str) -> None:
     assert not torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)  # addmm's own bfloat16 is NaN
+@pytest.mark.parametrize("n", [5, 257, 400])
+def test_a_product_times_0_is_not_looked_at(n: int, dtype: torch.dtype, device: str) -> None:
+    x, c = torch.full((n, 3), math.nan, dtype=dtype, device=device), torch.eye(n, dtype=dtype, device=device)
+    assert torch.equal(op(x, x, c, alpha=0, beta=2), 2 * c)
+
+
 @pytest.mark.parametrize("n", [4, 300])
 def test_fp16_products_that_overflow_before_alpha(n: int, device: str) -> None:
     a = torch.full((n, 4), 300.0, dtype=torch.float16, device=device)

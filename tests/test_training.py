@@ -312,6 +312,24 @@ def test_a_chain_of_optimizers_is_one():
         chain.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
 
 
+def test_a_chain_of_optimizers_keeps_their_state():
+    p, q, r = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+    members = torch.optim.SGD([p], lr=0.1, momentum=0.9), torch.optim.SGD([q], lr=0.1, momentum=0.5)
+    for _ in range(2):
+        for t in (p, q):
+            t.grad = torch.ones(2)
+        for member in members:
+            member.step()
+    chain = ChainedOptimizer(*members)
+    torch.testing.assert_close(chain.state[p]["momentum_buffer"], torch.full((2,), 1.9))
+    torch.testing.assert_close(chain.state[q]["momentum_buffer"], torch.full((2,), 1.5))
+    saved = chain.state_dict()
+    members[0].add_param_group({"params": [r]})
+    with pytest.raises(RuntimeError, match="one of its optimizers has another group; chain anew"):
+        chain.load_state_dict(saved)
+    assert len(ChainedOptimizer(*members).state) == 2
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     run_alone(1, tmp_path, lr=0.3, hidden=(20,))
     with pytest.raises(ConfigError, match=r"holds a run with hidden \[20\], this one has hidden \[30\]"):

@@ -194,8 +194,8 @@ def run(flags: TuneFlags) -> None:
     try:
         go_on(flags, problems, journal, device)
     finally:  # Ctrl-C too
-        signal.signal(signal.SIGTERM, before)
         save(problems, journal, present, flags.output)
+        signal.signal(signal.SIGTERM, before)
 
 
 def make_problems(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchpar.ops._matrix import mirrored, product
 
-_HALVED_FROM = 256  # rows, from which half of a product in several calls takes less time than all in one
+_HALVED_FROM = 256  # rows; with up to half as many again as a block has, all is computed, and half of it kept
 # Rows computed together: with more, more is computed in vain; with fewer, the library works less well.
 _BLOCK = 256
 _BLOCK_FLOAT64 = 128
@@ -72,7 +72,7 @@ def _halved(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, o
     n = len(a)
     blocks = max(round(n / (_BLOCK_FLOAT64 if a.dtype == torch.float64 else _BLOCK)), 1)
     chains = None
-    if n >= _ONEDNN_FROM and _prefers_onednn(a):
+    if n >= _ONEDNN_FROM and alpha and _prefers_onednn(a):
         parts = _chains(a)
         chains = list(zip(parts, parts if b is a else _chains(b), strict=True))
     space = _spread_rows(-(-n // blocks), n, a)

@@ -164,7 +164,7 @@ def symmetric_product(
     n, k = a.shape[-2:]
     precision, batch = fp32_precision(), math.prod(a.shape[:-2])
     tiles = tuning.chosen("symmetric_product", a.dtype, precision, n, n, k, batch, a, b)
-    if tiles is None:
+    if tiles is None or alpha == 0:  # 0·NaN is 0 to BLAS, and NaN in a kernel
         return mirrored(product(a, b, c, alpha, beta))
     if tiles.tma and not may_describe(wrap):
         tiles = tiles._replace(tma=False)

@@ -9,14 +9,21 @@ from torch.optim import Optimizer
 
 
 class ChainedOptimizer(Optimizer):
-    """Optimizers of different parameters as one: with their groups and their state, and stepping in turn."""
+    """Optimizers of different parameters as one: with their groups and their state, and stepping in turn.
+
+    Groups and state are the chain's from then on: its state dict is the one to save.
+    """
 
     def __init__(self, *optimizers: Optimizer):
         super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
+        for optimizer in optimizers:
+            self.state.update(optimizer.state)
         self.optimizers = optimizers
         self._share()
 
     def _share(self) -> None:
+        if sum(len(optimizer.param_groups) for optimizer in self.optimizers) != len(self.param_groups):
+            raise RuntimeError("ChainedOptimizer: one of its optimizers has another group; chain anew")
         groups = iter(self.param_groups)
         for optimizer in self.optimizers:
             optimizer.state = self.state
