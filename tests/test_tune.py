@@ -352,8 +352,15 @@ def test_tune_writes_a_table_and_goes_on_from_its_journal(gpu, capsys, monkeypat
     assert choice(1024) == FAST
 
 
-@pytest.mark.parametrize("number, ends", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
-def test_tune_keeps_the_best_so_far_when_it_is_interrupted(gpu, capsys, monkeypatch, number, ends):
+def interrupt():  # SIGINT is ignored where a shell runs the tests in the background
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "end, raised",
+    [(interrupt, KeyboardInterrupt), (partial(signal.raise_signal, signal.SIGTERM), SystemExit)],
+)
+def test_tune_keeps_the_best_so_far_when_it_is_interrupted(gpu, capsys, monkeypatch, end, raised):
     before = signal.getsignal(signal.SIGTERM)
     old = [{"up_to": None, "tiles": SLOW}]
     tiles = {"linear_sigmoid": {"float64": old}, "symmetric_product": {"bfloat16": old, "float16": old}}
@@ -361,11 +368,11 @@ def test_tune_keeps_the_best_so_far_when_it_is_interrupted(gpu, capsys, monkeypa
 
     def interrupted(problem, tiles, device):
         if problem == SMALL:
-            signal.raise_signal(number)
+            end()
         return measure(problem, tiles)
 
     monkeypatch.setattr(tune, "measure", interrupted)
-    with pytest.raises(ends):
+    with pytest.raises(raised):
         tune.run(FLAGS)
     assert signal.getsignal(signal.SIGTERM) == before
     assert (choice(1024), choice(256), choice(4096)) == (None, SLOW, SLOW)  # SLOW is its first candidate
