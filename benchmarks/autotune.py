@@ -31,9 +31,9 @@ try:
     from rich.table import Table
     from triton.testing import do_bench
 
-    from benchmarks.compiled import SHARED_MEMORY, Wrap, fresh_cache, machine_code, target
+    from benchmarks.compiled import Wrap, fresh_cache, machine_code, target
     from torchpar.kernels import maximum, tuning
-    from torchpar.tune import Case, check, fp32_precision, prepare
+    from torchpar.measure import Case, check, fp32_precision, prepare
 except ModuleNotFoundError as e:
     MISSING = str(e)
 
@@ -107,7 +107,7 @@ def compiled(launch: Launch, row: Row, configuration: Configuration, capability:
     rejected = ""
     if code.spills:
         rejected = f"spills {code.spills} bytes of a thread"
-    elif code.shared_memory > (limit := SHARED_MEMORY.get(capability, code.shared_memory)):
+    elif code.shared_memory > (limit := tuning.SHARED_MEMORY.get(capability, code.shared_memory)):
         rejected = f"{code.shared_memory} bytes of shared memory, of {limit}"
     elif (registers := code.resources["REG"] * 32 * code.options["num_warps"]) > REGISTERS:
         rejected = f"{registers} registers of a block, of {REGISTERS}"

@@ -22,9 +22,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 TOOLS = Path(str(triton.__file__)).parent / "backends/nvidia/bin"
-# Bytes a block may have, by compute capability: CUDA C++ Programming Guide, "Technical Specifications per
-# Compute Capability".
-SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}
 
 Wrap = Callable[[Any], Any]
 

@@ -9,8 +9,7 @@ what the symmetric product needs, n(n + 1)k operations, whoever computes it.
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 from benchmarks.idle_threads import shorten_spins
 
@@ -20,8 +19,8 @@ import torch
 
 import torchpar
 from benchmarks.harness import Case
-from benchmarks.operators import matmul_t_case, measurements, numpy_matmul_t, parse
-from benchmarks.report import Row, cell, print_table, write_csv
+from benchmarks.operators import matmul_t_case, measurements, numpy_matmul_t, parse, recorded
+from benchmarks.report import Row, cell, print_table
 from benchmarks.timing import Mode, Provider
 
 REFERENCE = "torch.mm"
@@ -102,16 +101,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warm = recorded(measured, options.csv)
         print_speedups(warm, f"{WARM_CALLS} calls in a row")
     return 0 if all(row.ok for row in (*cold, *warm)) else 1
-
-
-def recorded(measured: Iterable[Sequence[Row]], csv: Path | None) -> list[Row]:
-    """All rows, written to ``csv`` as they are measured."""
-    rows: list[Row] = []
-    for some in measured:
-        rows += some
-        if csv:
-            write_csv(csv, some)
-    return rows
 
 
 if __name__ == "__main__":

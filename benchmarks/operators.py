@@ -8,7 +8,7 @@ which computes all of the symmetric product reaches half the roofline at most.
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -235,20 +235,26 @@ def measurements(
             )
 
 
+def recorded(measured: Iterable[Sequence[Row]], csv: Path | None) -> list[Row]:
+    """All rows, written to ``csv`` as they are measured."""
+    rows: list[Row] = []
+    for some in measured:
+        rows += some
+        if csv:
+            write_csv(csv, some)
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     if options.csv:
         options.csv.unlink(missing_ok=True)
-    rows: list[Row] = []
     small = small_call(device)
     jobs = list(cases(device, options.quick))
     compared = partial(providers, compiled=not options.quick)
-    for measured in chain([small], measurements(jobs, compared, device, options.modes)):
-        rows += measured
-        if options.csv:
-            write_csv(options.csv, measured)
+    rows = recorded(chain([small], measurements(jobs, compared, device, options.modes)), options.csv)
     for operator in NATIVE:
         print_table([row for row in rows if row.operator == operator], operator)
     costs = {row.provider: 1e3 * (row.host_ms or row.p50_ms or math.nan) for row in small}

@@ -30,8 +30,9 @@ from torch import Tensor
 SHIPPED = Path(__file__).resolve().parent / "tuned"
 BATCHED = 32  # matrices: from there on a batch fills a GPU whatever their size
 
-# Bytes a block may have, by capability; 0 is gfx942, and sm_86, sm_89 and sm_120 have 101376.
-_SHARED_MEMORY = {0: 65536, 80: 166912, 87: 166912, 90: 232448, 100: 232448, 103: 232448}
+# Bytes a block may have, by capability (CUDA C++ Programming Guide, "Technical Specifications per Compute
+# Capability"); 0 is gfx942, and sm_86, sm_89 and sm_120 have 101376.
+SHARED_MEMORY = {0: 65536, 80: 166912, 87: 166912, 90: 232448, 100: 232448, 103: 232448}
 _ACCUMULATOR_REGISTERS = 192  # of the 255 that a thread may have
 _TMA_FROM = 90
 _SHAPES = dict.fromkeys(
@@ -182,7 +183,7 @@ def _excess(kernel: str, dtype: torch.dtype, tiles: Tiles, capability: int) -> s
         return f"{registers} registers a thread for the sums, of {_ACCUMULATOR_REGISTERS}"
     buffers = tiles.num_stages - (capability == 0)  # AMD keeps one in registers
     shared = buffers * (tiles.block_m + tiles.block_n) * tiles.block_k * dtype.itemsize
-    limit = _SHARED_MEMORY.get(capability, 101376)
+    limit = SHARED_MEMORY.get(capability, 101376)
     return f"{shared} bytes of shared memory, of {limit}" if shared > limit else ""
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("rich")
-pytest.importorskip("tyro")
+pytest.importorskip("rich", reason="rich prints the tables")
+pytest.importorskip("tyro", reason="tyro reads the flags")
 from benchmarks import matmul_t, muon
 
 

@@ -14,9 +14,10 @@ from torch.testing import assert_close
 
 import torchpar
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="the kernels are written in Triton")
 from torchpar.kernels import matmul_t as kernels
 from torchpar.kernels.tuning import Tiles
+from torchpar.measure import fp32_precision
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels take a GPU; there is none")
 
@@ -44,12 +45,8 @@ def test_symmetric_product(precision: str, layouts: str, tma: bool, persistent: 
     out = a.new_full((BATCH, N, N), math.nan)
     tiles = Tiles(128, 128, 32 if dtype == torch.float32 else 64, 8, 3, tma, persistent)
     kernels.symmetric_product(a, b, out, kind, lambda kernel: kernel, c, 1 / 3, -0.5, tiles)
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = kind
-    try:
+    with fp32_precision(kind):
         native = torch.baddbmm(c, a, b.mT, alpha=1 / 3, beta=-0.5)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
     expected = a.double() @ b.double().mT / 3 - c.double() / 2
     assert_accurate(out, native, expected.cpu().numpy())
     assert_symmetric(out)

@@ -221,10 +221,15 @@ def test_linear_pointwise_is_a_float32_product_by_onednn() -> None:
     x, weight = (normal(n, 256, dtype=torch.float32, seed=n) for n in (65, 33))
     exact = x.double() @ weight.double().T
     bound = 256 * torch.finfo(torch.float32).eps / 2 * (x.double().abs() @ weight.double().abs().T)
-    actual = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    linear = torch.ops.mkldnn._linear_pointwise
+    actual = linear(x, weight, None, "none", [], "")
     assert actual.is_contiguous()
     assert ((actual - exact).abs() <= bound).all()
     assert not ((actual.bfloat16() - exact).abs() <= bound).all()
+    other = normal(65, 33, dtype=torch.float32)
+    before = other.clone()
+    assert torch.equal(linear.binary(x, other, weight, None, "add"), other + actual)
+    assert torch.equal(other, before)
 
 
 # What torch.library.register_autograd does with an operator of its own, without our workaround.

@@ -20,6 +20,7 @@ pytest.importorskip("triton", reason="Triton compiles the candidates")
 pytest.importorskip("tyro", reason="tyro reads the flags")
 
 import torchpar
+from torchpar import measure as measuring
 from torchpar import tune
 from torchpar.errors import ConfigError
 from torchpar.kernels import tuning
@@ -219,12 +220,12 @@ def test_what_was_not_tried_is_not_in_the_table(path):
 KERNELS = ("symmetric_product", "symmetrized_product", "linear_sigmoid")
 
 
-def case_of(kernel: str, dtype: str) -> tuple[Problem, tune.Case]:
+def case_of(kernel: str, dtype: str) -> tuple[Problem, measuring.Case]:
     problem = Problem(kernel, dtype, 129, 3 if kernel != "linear_sigmoid" else 1)
-    return problem, tune.prepare(problem, torch.device("cpu"))
+    return problem, measuring.prepare(problem, torch.device("cpu"))
 
 
-def write_oracle(problem: Problem, case: tune.Case) -> None:
+def write_oracle(problem: Problem, case: measuring.Case) -> None:
     symmetric = problem.kernel == "symmetric_product"  # BLAS may round c[i, j] and c[j, i] differently
     case.out.copy_(case.oracle.maximum(case.oracle.mT) if symmetric else case.oracle)
 
@@ -233,7 +234,7 @@ def write_oracle(problem: Problem, case: tune.Case) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_right_candidate_is_believed(kernel, dtype):
     problem, case = case_of(kernel, dtype)
-    tune.check(case, partial(write_oracle, problem, case), problem)
+    measuring.check(case, partial(write_oracle, problem, case), problem)
     assert (case.library() - case.oracle).abs().max() < 0.01 * case.oracle.abs().max()
 
 
@@ -254,7 +255,7 @@ def test_a_wrong_candidate_is_not(kernel, dtype):
 
     for wrong in (inaccurate, unwritten_in_one_element, lambda: None):
         with pytest.raises(ValueError, match="an error of"):
-            tune.check(case, wrong, problem)
+            measuring.check(case, wrong, problem)
 
 
 def test_a_result_that_is_not_symmetric_is_wrong():
@@ -265,14 +266,14 @@ def test_a_result_that_is_not_symmetric_is_wrong():
         case.out[..., 0, 1] = case.out[..., 0, 1].nextafter(torch.tensor(math.inf))
 
     with pytest.raises(ValueError, match="not symmetric"):
-        tune.check(case, lopsided, problem)
+        measuring.check(case, lopsided, problem)
 
 
 def interpreted(problem: Problem, tiles: Tiles, spoil: bool) -> tuple[tuple[float, float], str, str]:
-    """`tune.measure` where kernels are interpreted and times made up; the precision within, and after."""
+    """`measure` where kernels are interpreted and times made up; the precision within, and after."""
     import triton.testing
 
-    from torchpar import tune
+    from torchpar import measure as measuring
 
     within = []
 
@@ -281,11 +282,14 @@ def interpreted(problem: Problem, tiles: Tiles, spoil: bool) -> tuple[tuple[floa
         within.append(torch.backends.cuda.matmul.fp32_precision)
         return float(len(within))
 
-    case = tune.prepare(problem, torch.device("cpu"))
+    case = measuring.prepare(problem, torch.device("cpu"))
     if spoil:
         case = case._replace(launch=lambda wrap, tiles: None)
-    with patch.object(triton.testing, "do_bench", do_bench), patch.object(tune, "prepare", lambda *_: case):
-        times = tune.measure(problem, tiles, torch.device("cpu"))
+    with (
+        patch.object(triton.testing, "do_bench", do_bench),
+        patch.object(measuring, "prepare", lambda *_: case),
+    ):
+        times = measuring.measure(problem, tiles, torch.device("cpu"))
     return times, within[-1], torch.backends.cuda.matmul.fp32_precision
 
 
@@ -301,7 +305,7 @@ def interpreted(problem: Problem, tiles: Tiles, spoil: bool) -> tuple[tuple[floa
 def test_measure_launches_the_candidate_and_takes_medians(interpreter, problem):
     tiles = Tiles(32, 32, 32, 4, 2)
     times, within, after = interpreter(interpreted, problem, tiles, False)
-    assert times == (tune.ROUNDS, tune.ROUNDS + 1)  # 1, 3, 5, … and 2, 4, 6, …
+    assert times == (measuring.ROUNDS, measuring.ROUNDS + 1)  # 1, 3, 5, … and 2, 4, 6, …
     assert within == problem.precision
     assert after == torch.backends.cuda.matmul.fp32_precision
     with pytest.raises(ValueError, match="an error of"):

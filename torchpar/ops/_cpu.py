@@ -16,8 +16,9 @@ from torch import Tensor
 
 from torchpar.ops._matrix import mirrored, product
 
-_HALVED_FROM = 256  # rows; with up to half as many again as a block has, all is computed, and half of it kept
-# Rows computed together: with more, more is computed in vain; with fewer, the library works less well.
+_HALVED_FROM = 256  # rows
+# Rows computed together: with more, more is computed in vain; with fewer, the library works less well. Of up
+# to one and a half times as many all is computed, and the lower half kept.
 _BLOCK = 256
 _BLOCK_FLOAT64 = 128
 _CHAIN = 128
@@ -26,7 +27,7 @@ _CACHE_LINE = 64  # bytes
 
 
 def is_halved(t: Tensor) -> bool:
-    """Whether `symmetric_product` computes half of a product of ``t``'s rows, by several calls."""
+    """Whether `symmetric_product` computes a product of ``t``'s rows block by block."""
     return not t.is_cuda and t.shape[-2] >= _HALVED_FROM
 
 

@@ -91,9 +91,8 @@ def _check_promise(a: Tensor, b: Tensor, c: Tensor | None) -> None:
     explained = 4 * torch.finfo(a.dtype).eps + a.shape[-1] * torch.finfo(torch.float64).eps  # this sum's own
     for name, (value, size) in parts.items():
         excess = (value - value.mT).abs() / (explained * (size + size.mT))
-        worst = (
-            excess.nan_to_num(nan=0.0).amax().item() if excess.numel() else 0.0
-        )  # 0/0, or what is not finite
+        excess = excess.nan_to_num(nan=0.0)  # of 0/0, or of what is not finite
+        worst = excess.amax().item() if excess.numel() else 0.0
         if worst > 1:
             raise RuntimeError(
                 f"torchpar::symmetric_matmul: {name} is not symmetric: it differs from its transpose by up to"
