@@ -8,6 +8,7 @@ all take the same step. Whatever the number of processes, the batches are those 
 
 import math
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -62,6 +63,7 @@ def join() -> Iterator[Any]:
                 print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)
             elif not isinstance(e, KeyboardInterrupt):
                 traceback.print_exc()
+            time.sleep(1)  # until mpirun has passed that on: it ends at once with the process
             world.Abort(1)
         raise
 
