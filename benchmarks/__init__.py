@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Measurements: each call that is timed is also checked."""
+"""Measurements: one timer (`timing`), one row and one table (`report`), one file per benchmark."""

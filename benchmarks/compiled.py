@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a kernel compiles to for a GPU that need not be there: registers, spills, shared memory, instructions.
+"""Compile kernels for a GPU that is not there: registers, spills, shared memory, instructions.
 
 A stand-in for Triton's driver names an architecture, so that a launcher chooses its configuration and Triton
 specialises the kernel as in a launch. The tensors may be on the meta device.
@@ -8,7 +8,6 @@ specialises the kernel as in a launch. The tensors may be on the meta device.
 import os
 import re
 import subprocess
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,15 +20,19 @@ from unittest.mock import patch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from benchmarks import sass
+from benchmarks.sass import Instruction
+
 TOOLS = Path(str(triton.__file__)).parent / "backends/nvidia/bin"
 
 Wrap = Callable[[Any], Any]
 
 
 class Driver:
-    """Stands in for a GPU: kernels are compiled for its architecture, and cannot be launched.
+    """A stand-in for a GPU's driver. Kernels are compiled for its architecture and cannot be launched.
 
-    An architecture is a compute capability, 90 for sm_90, or the name of one of AMD's.
+    Args:
+        architecture: a compute capability, such as 90 for sm_90, or the name of one of AMD's.
     """
 
     def __init__(self, architecture: int | str):
@@ -40,7 +43,7 @@ class Driver:
         return GPUTarget("cuda" if nvidia else "hip", self.architecture, 32 if nvidia else 64)
 
     def get_current_device(self) -> int:
-        return int(str(self.architecture).removeprefix("gfx"))  # compiled kernels are kept by device
+        return int(str(self.architecture).removeprefix("gfx"))  # Triton caches compiled kernels by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -48,22 +51,22 @@ class Driver:
 
 @contextmanager
 def target(architecture: int | str) -> Iterator[None]:
-    """Within, kernels are compiled for ``architecture``, as `Driver` takes it."""
+    """Compile the kernels of the block for ``architecture``, as `Driver` takes it."""
     with (
         patch.object(triton.runtime.driver, "_active", Driver(architecture)),
-        # Triton 3.9 warns where this is unset, since the default changes in 3.10.
+        # Triton 3.9 warns if this is unset, because the default changes in 3.10.
         patch.dict(os.environ, TRITON_DEFAULT_FP_FUSION="1"),
     ):
         yield
 
 
 class MachineCode:
-    """The opcodes of a compiled kernel, what it takes of a multiprocessor, and how it was launched.
+    """The machine code of a kernel, its resources, and the arguments of its launch.
 
     Attributes:
-        resources: of a thread: REG, its registers; STACK and LOCAL, bytes of what did not fit into them.
+        resources: of a thread: REG, its registers; STACK and LOCAL, bytes that did not fit into them.
         shared_memory: bytes of a block.
-        seconds: to compile it, from Triton's cache if it is there.
+        seconds: compile time; if the kernel is in Triton's cache, the time to read it.
     """
 
     def __init__(
@@ -96,18 +99,26 @@ class MachineCode:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     @cached_property
+    def instructions(self) -> list[Instruction]:
+        return sass.read(self._run("nvdisasm", "-c"))
+
+    @cached_property
     def opcodes(self) -> Counter[str]:
-        instruction = r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?(\w[\w.]*)"
-        return Counter(re.findall(instruction, self._run("nvdisasm", "-c"), re.MULTILINE))
+        return Counter(instruction.opcode for instruction in self.instructions)
+
+    def innermost_loops(self, opcode: str) -> list[list[Instruction]]:
+        return sass.innermost_loops(self.instructions, opcode)
 
     def count(self, pattern: str) -> int:
         return sum(count for opcode, count in self.opcodes.items() if re.fullmatch(pattern, opcode))
 
 
 def machine_code(launch: Callable[[Wrap], object], folder: Path) -> MachineCode:
-    """The machine code of the one kernel that ``launch(wrap)`` launches, within `target`.
+    """Compile the one kernel that ``launch(wrap)`` launches, inside `target`.
 
-    ``wrap`` is what a launcher of `torchpar.kernels` takes; ``folder`` keeps the cubin.
+    Args:
+        launch: calls a launcher of `torchpar.kernels` with ``wrap``.
+        folder: for the cubin.
     """
     compiled: list[MachineCode] = []
 
@@ -127,10 +138,3 @@ def machine_code(launch: Callable[[Wrap], object], folder: Path) -> MachineCode:
     launch(Compile)
     (code,) = compiled
     return code
-
-
-@contextmanager
-def fresh_cache() -> Iterator[Path]:
-    """Within, Triton compiles anew; the folder it caches in is removed at the end."""
-    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, TRITON_CACHE_DIR=folder):
-        yield Path(folder)

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""What keeps one library's idle threads from another's way, to be called before either is imported."""
+"""Let the idle threads of one library leave the cores to another one."""
 
 import os
 
 
 def shorten_spins() -> None:
-    """Have idle threads of OpenMP and OpenBLAS sleep soon, unless the environment says otherwise.
+    """Let idle threads of OpenMP and OpenBLAS sleep soon, unless the environment sets their times.
 
-    They spin, for milliseconds, on the core that the next call needs: after a product in NumPy, torch's took
-    three times as long. Without any spinning a step of torch takes four times as long.
+    Call it before NumPy and PyTorch are imported: they read the environment then. By default idle threads
+    spin for milliseconds on the core that the next call needs; after a product in NumPy, PyTorch's took three
+    times as long. Without any spinning a step of PyTorch takes four times as long.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")  # 2¹⁶ cycles

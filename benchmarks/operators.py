@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""The three operators beside PyTorch's own, eager and compiled: ``python -m benchmarks.operators``.
+"""Compare the operators with PyTorch's own, eager and compiled: ``python -m benchmarks.operators``.
 
-Work is what the operator needs, whoever computes it: x·xᵀ is n(n + 1)k operations, so that a provider
-which computes all of the symmetric product reaches half the roofline at most.
+The work is what the operator needs, whoever computes it: a symmetric product is n(n + 1)k operations, so
+that a provider which computes all of it reaches half the roofline at most.
 """
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
-from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,43 +16,50 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import torchpar
-from benchmarks.harness import Case, Work, measure
-from benchmarks.report import Row, print_table, write_csv
-from benchmarks.timing import Mode, Provider, measure_ceiling
-
-try:
-    from rich.console import Console
-    from rich.progress import track
-except ModuleNotFoundError:
-    sys.exit("python -m benchmarks.operators prints with rich, which is not installed: pip install rich")
+from benchmarks.command import Command, run
+from benchmarks.compare import Mode, Operation, Provider, Work, compare
+from benchmarks.report import Results, Row, duration, print_rows
+from benchmarks.timing import measure_ceiling
+from torchpar.errors import ConfigError
 
 MODES: tuple[Mode, ...] = ("forward", "backward", "full")
-CPU_SECONDS = 0.5  # for the rounds of one measurement
-GPU_SECONDS = 5.0
+ROUNDS = 20
+QUICK_ROUNDS = 2
+CPU_SECONDS = 0.25  # of a provider's turns in one mode
+GPU_SECONDS = 2.0
 BYTES_PER_ELEMENT = 128  # of device memory for a measurement of maximum, oracle included
 SMALL = (64, 128, 10)  # rows, in_features, out_features
-SMALL_REPEAT = 200
+SMALL_CALLS = 200
+ALPHA, BETA = 0.5, 2.0  # of symmetric_matmul
 
 
 class Sizes(NamedTuple):
     maximum: list[int]
     maximum_broadcast: list[tuple[int, int]]  # with one row
-    matmul_t: list[int]  # n = k
+    products: list[int]  # n = k, of matmul_t and symmetric_matmul
     linear_sigmoid: list[tuple[int, int, int]]  # rows, in_features, out_features
 
 
-QUICK = Sizes([2**16], [(256, 256)], [256], [(64, 784, 128)])
+QUICK = Sizes([2**12], [(16, 256)], [65], [(8, 33, 5)])
 CPU = Sizes([2**21], [(1024, 2048)], [256, 1024], [(64, 784, 128), (256, 768, 1024)])
 GPU = Sizes(
     [2**20, 2**24, 2**28],
     [(16384, 16384)],
     [256, 512, 1024, 2048, 4096, 8192],
-    [(64, 784, 128), (512, 3072, 12288), (8192, 4096, 4096)],
+    [
+        *[(rows, 784, width) for rows in (64, 512) for width in (128, 512)],  # the first layer of an MLP
+        (512, 3072, 12288),
+        (8192, 4096, 4096),
+    ],
 )
 
 
 def matmul_t(x: Tensor) -> Tensor:
     return x @ x.mT
+
+
+def symmetric_matmul(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    return ALPHA * (a @ b.mT) + BETA * c
 
 
 def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -66,18 +69,24 @@ def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 NATIVE: dict[str, Provider] = {
     "maximum": torch.maximum,
     "matmul_t": matmul_t,
+    "symmetric_matmul": symmetric_matmul,
     "linear_sigmoid": linear_sigmoid,
 }
+OURS: dict[str, Provider] = {name: getattr(torchpar, name) for name in NATIVE} | {
+    "symmetric_matmul": lambda a, b, c: torchpar.symmetric_matmul(a, b, c, alpha=ALPHA, beta=BETA)
+}
 
-
-# The operators are held to PyTorch's errors. What PyTorch and NumPy reach themselves is as it is: Inductor,
-# for one, sums long columns on a CPU with eight times eager's error.
+# The operators are held to PyTorch's errors. The errors of PyTorch and NumPy themselves are as they are:
+# Inductor, for one, sums long columns on a CPU with eight times eager's error.
 YARDSTICKS = {
     "torch.compile": "torch.compile",
     "torchpar + torch.compile": "torch.compile",
     "torch.mm": "torch.mm",
     "numpy": "numpy",
 }
+# Of linear_sigmoid, the product and the bias alone.
+FINISH = {"addmm": torch.sigmoid}
+FORWARD_ONLY = ("numpy", *FINISH)
 
 
 def numpy_matmul_t(x: Tensor) -> Tensor:
@@ -90,11 +99,11 @@ def normal(seed: int, dtype: torch.dtype, device: torch.device, *shapes: Sequenc
     return [torch.randn(shape, dtype=dtype, device=device, generator=generator) for shape in shapes]
 
 
-def maximum_case(
+def maximum_operation(
     dtype: torch.dtype, device: torch.device, a_shape: tuple[int, ...], b_shape: tuple[int, ...]
-) -> Case:
+) -> Operation:
     a, b = math.prod(a_shape), math.prod(b_shape)
-    return Case(
+    return Operation(
         "maximum",
         " ".join("x".join(map(str, shape)) for shape in (a_shape, b_shape)),
         dtype,
@@ -106,10 +115,10 @@ def maximum_case(
     )
 
 
-def matmul_t_case(dtype: torch.dtype, device: torch.device, *shape: int) -> Case:
+def matmul_t_operation(dtype: torch.dtype, device: torch.device, *shape: int) -> Operation:
     *batch, n, k = shape
     b = math.prod(batch)
-    return Case(
+    return Operation(
         "matmul_t",
         "x".join(map(str, shape)),
         dtype,
@@ -121,12 +130,31 @@ def matmul_t_case(dtype: torch.dtype, device: torch.device, *shape: int) -> Case
     )
 
 
-def linear_sigmoid_case(dtype: torch.dtype, device: torch.device, m: int, k: int, n: int) -> Case:
+def symmetric_matmul_operation(dtype: torch.dtype, device: torch.device, n: int, k: int) -> Operation:
+    """α·A·Bᵀ + β·C with B equal to A, which the operator is not told, and a symmetric C."""
+
+    def inputs(seed: int) -> list[Tensor]:
+        a, c, gradient = normal(seed, dtype, device, (n, k), (n, n), (n, n))
+        return [a, a.clone(), (c + c.mT) / 2, gradient]
+
+    return Operation(
+        "symmetric_matmul",
+        f"{n}x{k}",
+        dtype,
+        device,
+        inputs,
+        NATIVE["symmetric_matmul"],
+        forward=Work((2 * n * k + 2 * n * n) * dtype.itemsize, n * (n + 1) * k),
+        backward=Work((2 * n * n + 4 * n * k) * dtype.itemsize, 4 * n * n * k),
+    )
+
+
+def linear_sigmoid_operation(dtype: torch.dtype, device: torch.device, m: int, k: int, n: int) -> Operation:
     def inputs(seed: int) -> list[Tensor]:
         x, weight, bias, gradient = normal(seed, dtype, device, (m, k), (n, k), (n,), (m, n))
         return [x, weight / math.sqrt(k), bias, gradient]  # so scaled, the sigmoid does not saturate
 
-    return Case(
+    return Operation(
         "linear_sigmoid",
         f"{m}x{k}->{n}",
         dtype,
@@ -138,7 +166,7 @@ def linear_sigmoid_case(dtype: torch.dtype, device: torch.device, m: int, k: int
     )
 
 
-def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+def operations(device: torch.device, quick: bool) -> Iterator[Operation]:
     on_gpu = device.type == "cuda"
     sizes = QUICK if quick else GPU if on_gpu else CPU
     dtypes = [torch.float32] if quick else [torch.float32, torch.bfloat16]
@@ -148,122 +176,111 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
         shapes += [((rows, columns), (columns,)) for rows, columns in sizes.maximum_broadcast]
         for a_shape, b_shape in shapes:
             if BYTES_PER_ELEMENT * math.prod(a_shape) < memory:
-                yield maximum_case(dtype, device, a_shape, b_shape)
-    for dtype in dtypes if on_gpu else [*dtypes, torch.float64]:
-        for n in sizes.matmul_t:
-            yield matmul_t_case(dtype, device, n, n)
+                yield maximum_operation(dtype, device, a_shape, b_shape)
+    for operation in (matmul_t_operation, symmetric_matmul_operation):
+        for dtype in dtypes if on_gpu or quick else [*dtypes, torch.float64]:
+            yield from (operation(dtype, device, n, n) for n in sizes.products)
     for dtype in dtypes:
         for shape in sizes.linear_sigmoid:
-            yield linear_sigmoid_case(dtype, device, *shape)
+            yield linear_sigmoid_operation(dtype, device, *shape)
 
 
-def providers(case: Case, compiled: bool) -> dict[str, Provider]:
-    native, ours = NATIVE[case.operator], getattr(torchpar, case.operator)
+def providers(operation: Operation, quick: bool) -> dict[str, Provider]:
+    """Eager, ours, and unless ``quick`` both compiled; the library's bare products."""
+    native, ours = NATIVE[operation.operator], OURS[operation.operator]
     found: dict[str, Provider] = {"eager": native, "torchpar": ours}
-    if compiled:
+    if not quick:
         torch.compiler.reset()  # every shape is compiled anew, and recompilations are limited
         found["torch.compile"] = torch.compile(native, dynamic=False)
         found["torchpar + torch.compile"] = torch.compile(ours, dynamic=False)
-    if case.operator == "matmul_t":
+    if operation.operator == "matmul_t":
         found["torch.mm"] = lambda x: torch.mm(x, x.T)
-        if case.device.type == "cpu" and case.dtype != torch.bfloat16:
+        if operation.device.type == "cpu" and operation.dtype != torch.bfloat16:
             found["numpy"] = numpy_matmul_t
+    if operation.operator == "linear_sigmoid":
+        found["addmm"] = linear
     return found
 
 
-def small_call(device: torch.device) -> list[Row]:
-    """What a call costs where the arithmetic costs next to nothing, on one thread."""
-    case = linear_sigmoid_case(torch.float32, device, *SMALL)
+def small_call(device: torch.device, rounds: int) -> list[Row]:
+    """The cost of a call whose arithmetic costs next to nothing, on one thread."""
+    operation = linear_sigmoid_operation(torch.float32, device, *SMALL)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        compared = providers(case, compiled=False)
-        return measure(case, compared, reference="eager", mode="full", repeat=SMALL_REPEAT)
+        compared = {"eager": NATIVE["linear_sigmoid"], "torchpar": OURS["linear_sigmoid"]}
+        return compare(operation, compared, reference="eager", mode="full", rounds=rounds, calls=SMALL_CALLS)
     finally:
         torch.set_num_threads(threads)
 
 
-def parse(
-    arguments: Sequence[str] | None, name: str = "operators", description: str = "Measure the operators."
-) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(f"python -m benchmarks.{name}", description=description)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--quick", action="store_true", help="a small size in float32, nothing compiled")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument(
-        "--csv", type=Path, metavar="FILE", help="write the rows to FILE as they are measured"
-    )
-    options = parser.parse_args(arguments)
-    if options.device == "auto":
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no GPU")
-    if options.threads < 1:
-        parser.error(f"--threads {options.threads}: there must be one")
-    if options.csv and not options.csv.parent.is_dir():
-        parser.error(f"--csv {options.csv}: there is no folder {options.csv.parent}")
-    return options
-
-
-def measurements(
-    jobs: Sequence[Case],
-    providers: Callable[[Case], dict[str, Provider]],
-    device: torch.device,
+def compare_all(
+    operations: Iterable[Operation],
+    providers: Callable[[Operation], dict[str, Provider]],
+    options: argparse.Namespace,
     modes: Sequence[Mode],
     reference: str = "eager",
-    repeat: int = 1,
+    calls: int = 1,
 ) -> Iterator[list[Row]]:
-    """The rows of each case and mode in turn; on a terminal with a progress bar."""
-    seconds = GPU_SECONDS if device.type == "cuda" else CPU_SECONDS
-    ceiling = measure_ceiling(device, sorted({case.dtype for case in jobs}, key=str))
-    terminal = Console(stderr=True)
-    for case in track(jobs, "operators", console=terminal, disable=not terminal.is_terminal):
-        compared = providers(case)
+    """The rows of each operation and mode in turn."""
+    listed = list(operations)
+    device = options.device
+    ceiling = measure_ceiling(device, sorted({one.dtype for one in listed}, key=str), options.quick)
+    for operation in listed:
+        compared = providers(operation)
         for mode in modes:
-            if mode != "forward":
-                compared.pop("numpy", None)  # has no gradients
-            yield measure(
-                case,
-                compared,
+            forward = mode == "forward"
+            yield compare(
+                operation,
+                {name: one for name, one in compared.items() if forward or name not in FORWARD_ONLY},
                 reference=reference,
                 yardsticks=YARDSTICKS,
+                finish=FINISH,
                 mode=mode,
-                seconds=seconds,
-                repeat=repeat,
+                rounds=QUICK_ROUNDS if options.quick else ROUNDS,
+                seconds=GPU_SECONDS if device.type == "cuda" else CPU_SECONDS,
+                calls=calls,
                 ceiling=ceiling,
             )
 
 
-def recorded(measured: Iterable[Sequence[Row]], csv: Path | None) -> list[Row]:
-    """All rows, written to ``csv`` as they are measured."""
-    rows: list[Row] = []
-    for some in measured:
-        rows += some
-        if csv:
-            write_csv(csv, some)
-    return rows
+def parse(command: Command, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The flags of the benchmarks that compare operators; ``device`` is a `torch.device`."""
+    parser = command.parser
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    options = command.parse(arguments)
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device is cuda, but PyTorch finds no GPU")
+    if options.threads < 1:
+        raise ConfigError(f"--threads is {options.threads}, expected at least 1")
+    options.device = torch.device(options.device)
+    torch.set_num_threads(options.threads)
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    if options.csv:
-        options.csv.unlink(missing_ok=True)
-    small = small_call(device)
-    jobs = list(cases(device, options.quick))
-    compared = partial(providers, compiled=not options.quick)
-    rows = recorded(chain([small], measurements(jobs, compared, device, options.modes)), options.csv)
+    command = Command("operators", "Compare the operators with PyTorch's own.")
+    command.parser.add_argument("--operators", nargs="+", choices=NATIVE, default=list(NATIVE))
+    options = parse(command, arguments)
+    results = Results(command.csv(options), options.device)
+    small = results.add(small_call(options.device, QUICK_ROUNDS if options.quick else ROUNDS))
+    listed = [one for one in operations(options.device, options.quick) if one.operator in options.operators]
+    for rows in compare_all(listed, lambda one: providers(one, options.quick), options, options.modes):
+        results.add(rows)
     for operator in NATIVE:
-        print_table([row for row in rows if row.operator == operator], operator)
-    costs = {row.provider: 1e3 * (row.host_ms or row.p50_ms or math.nan) for row in small}
+        shown = [row for row in results.rows if row.work["operator"] == operator]
+        print_rows(operator, shown)
+    costs = {row.provider: (row.found["host_ms"] or row.p50_ms or math.nan) / 1e3 for row in small}
     print(
-        f"a small call, {small[0].operator} {small[0].shape} forward and backward on one thread: "
-        f"eager {costs['eager']:.1f} µs, torchpar {costs['torchpar']:.1f} µs"
+        f"a small call, linear_sigmoid {small[0].work['shape']} forward and backward on one thread: "
+        f"eager {duration(costs['eager'])}, torchpar {duration(costs['torchpar'])}"
     )
-    return 0 if all(row.ok for row in rows) else 1
+    return results.status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

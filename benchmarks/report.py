@@ -1,116 +1,207 @@
 # SPDX-License-Identifier: MIT
-"""What a measurement is reported as: a row of a CSV, and a table."""
+"""The row of all benchmarks; its CSV, its table and its picture."""
 
 import csv
+import importlib.util
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+T = TypeVar("T")
+WIDTH = 170  # columns of a table that is not printed to a terminal
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A line of the CSV. None is what was not measured, or is not believed."""
+    """A measurement. None stands for a value that was not measured, or is not believed.
 
-    operator: str
+    Attributes:
+        work: the work by column, such as operator, shape and dtype.
+        provider: the contestant that did it.
+        p20_ms, p50_ms, p80_ms: quantiles of the samples, in milliseconds of one call.
+        mean_ms: their mean.
+        samples: how many there are.
+        speedup: the reference's time over this one's, the median over the rounds.
+        found: further columns.
+        ok: whether the results were right.
+        reason: why they were not, or "".
+    """
+
+    work: Mapping[str, Any]
     provider: str
-    mode: str
-    shape: str
-    dtype: str
     p20_ms: float | None = None
     p50_ms: float | None = None
     p80_ms: float | None = None
-    host_ms: float | None = None  # to issue the call to a GPU, median
-    speedup: float | None = None  # the reference's time over this provider's, median over the rounds
-    gb_per_s: float | None = None
-    tflop_per_s: float | None = None
-    roofline: float | None = None  # the least time that the machine's measured rates allow, over p50
-    max_error: float | None = None
-    peak_memory_mb: float | None = None  # of a GPU, above what was allocated before the call
-    configuration: str
-    torch: str
-    triton: str
-    numpy: str
-    python: str
-    device: str
-    clocks: str
-    commit: str
-    dirty: bool | None
-    ok: bool
-    reason: str
+    mean_ms: float | None = None
+    samples: int | None = None
+    speedup: float | None = None
+    found: Mapping[str, Any] = field(default_factory=dict)
+    ok: bool = True
+    reason: str = ""
+
+    def columns(self) -> dict[str, Any]:
+        times = {name: getattr(self, name) for name in ("p20_ms", "p50_ms", "p80_ms", "mean_ms", "samples")}
+        end = {"ok": self.ok, "reason": self.reason}
+        return {**self.work, "provider": self.provider, **times, "speedup": self.speedup, **self.found, **end}
 
 
-def write_csv(path: Path, rows: Sequence[Any], **common: object) -> None:
-    """Append ``rows``, dataclasses of one kind, after a header where the file is new.
+class Results:
+    """All rows of a benchmark.
 
     Args:
-        common: columns that all rows have alike.
+        path: the CSV that has them as soon as they are added; None writes nothing.
+        device: where they were measured.
+        common: further columns of all rows.
     """
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*(field.name for field in fields(rows[0])), *common])
-        if new:
-            writer.writeheader()
-        writer.writerows({**asdict(row), **common} for row in rows)
+
+    def __init__(self, path: Path | None, device: torch.device, **common: object):
+        self.rows: list[Row] = []
+        self.path = path
+        self.device = device
+        self.common = common
+        self._lines: list[dict[str, Any]] = []
+
+    def add(self, rows: Iterable[Row]) -> list[Row]:
+        """Add ``rows``, with the place and the time of their measurement, and return them."""
+        added = list(rows)
+        self.rows += added
+        origin = self.common | provenance(self.device)
+        self._lines += [row.columns() | origin for row in added]
+        if self.path:
+            names = dict.fromkeys(name for line in self._lines for name in line)
+            with self.path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(names))
+                writer.writeheader()
+                writer.writerows(self._lines)
+        return added
+
+    @property
+    def status(self) -> int:
+        """The exit status: 1 if a row is not ok."""
+        return 0 if all(row.ok for row in self.rows) else 1
 
 
-def print_table(rows: Sequence[Row], title: str) -> None:
-    """Print ``rows`` with times in microseconds, less the columns that are empty, and why rows failed."""
-    from rich.console import Console  # an extra, and nothing but the table needs it
-    from rich.table import Table
+# Headers and formats of columns; other columns have their names, and numbers three digits.
+FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    **{f"{name}_ms": (name, lambda ms: duration(ms / 1e3)) for name in ("p20", "p50", "p80", "mean", "host")},
+    "first_s": ("first call", lambda seconds: duration(seconds)),
+    "speedup": ("speed-up", "{:.2f}".format),
+    "over_pure_python": ("× pure Python", lambda x: number(x)),
+    "over_rung_before": ("× rung before", lambda x: number(x)),
+    "gb_per_s": ("GB/s", lambda x: number(x)),
+    "gflop_per_s": ("GFLOP/s", lambda x: number(x)),
+    "roofline": ("roofline", lambda x: percent(x)),
+    "of_ceiling": ("of ceiling", lambda x: percent(x)),
+    "max_error": ("max error", "{:.1e}".format),
+    "error": ("error", "{:.1e}".format),
+    "distance": ("distance", "{:.1e}".format),
+    "peak_memory_mb": ("MB", "{:,.1f}".format),
+    "ok": ("ok", lambda ok: "yes" if ok else "NO"),
+}
+UNPRINTED = ("mean_ms", "samples", "configuration", "reason")
 
-    columns: dict[str, list[str]] = {
-        "mode": [row.mode for row in rows],
-        "shape": [row.shape for row in rows],
-        "dtype": [row.dtype for row in rows],
-        "provider": [row.provider for row in rows],
-        "p20 µs": [cell(row.p20_ms, "{:,.1f}", 1e3) for row in rows],
-        "p50 µs": [cell(row.p50_ms, "{:,.1f}", 1e3) for row in rows],
-        "p80 µs": [cell(row.p80_ms, "{:,.1f}", 1e3) for row in rows],
-        "host µs": [cell(row.host_ms, "{:,.1f}", 1e3) for row in rows],
-        "speedup": [cell(row.speedup, "{:.2f}") for row in rows],
-        "GB/s": [cell(row.gb_per_s, "{:,.1f}") for row in rows],
-        "TFLOP/s": [cell(row.tflop_per_s, "{:,.3f}") for row in rows],
-        "roofline": [cell(row.roofline, "{:.0%}") for row in rows],
-        "max error": [cell(row.max_error, "{:.1e}") for row in rows],
-        "MB": [cell(row.peak_memory_mb, "{:,.1f}") for row in rows],
-        "ok": ["yes" if row.ok else "[red]no" for row in rows],
-    }
-    columns = {header: cells for header, cells in columns.items() if any(cells)}
-    table = Table(title=title, title_justify="left")
-    for header in columns:
-        left = header in ("mode", "shape", "dtype", "provider", "ok")
-        table.add_column(header, justify="left" if left else "right", no_wrap=True)
-    groups = [(row.mode, row.shape, row.dtype) for row in rows]
-    for cells, group, following in zip(
-        zip(*columns.values(), strict=True), groups, [*groups[1:], None], strict=True
-    ):
-        table.add_row(*cells, end_section=group != following)
-    console = Console(width=None if sys.stdout.isatty() else 170)
-    console.print(table)
+
+def print_rows(title: str, rows: Sequence[Row], columns: Sequence[str] = ()) -> None:
+    """Print rows under a title, then why rows failed.
+
+    Args:
+        columns: the ones to print; by default all that were measured and the work in which rows differ.
+    """
+    work = [row.work for row in rows]
+    shared = {name for name in (work[0] if work else {}) if len({str(one.get(name)) for one in work}) == 1}
+    lines = []
+    for row in rows:
+        cells = row.columns()
+        names = columns or [name for name in cells if name not in UNPRINTED and name not in shared]
+        line = {}
+        for name in names:
+            header, text = FORMATS.get(name, (name, lambda x: number(x) if isinstance(x, float) else str(x)))
+            value = cells.get(name)
+            line[header] = "" if value is None else text(value)
+        lines.append(line)
+    print_cells(title, lines, groups=[tuple(row.work.values()) for row in rows])
     for row in rows:
         if not row.ok:
-            console.print(f"{row.provider}, {row.mode} {row.shape} {row.dtype}: {row.reason}", markup=False)
+            print("not ok:", *(value for value in (row.provider, *row.work.values(), row.reason)))
 
 
-def cell(value: float | None, form: str, unit: float = 1) -> str:
-    """``value`` times ``unit``; nothing for None."""
-    return "" if value is None else form.format(value * unit)
+def print_cells(title: str, lines: Sequence[Mapping[str, str]], groups: Sequence[object] = ()) -> None:
+    """Print lines of cells by header. Empty columns are left out; a rule ends each group of lines.
+
+    Without lines nothing is printed.
+    """
+    if not lines:
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    headers = [h for h in dict.fromkeys(h for line in lines for h in line) if any(x.get(h) for x in lines)]
+    for header in headers:
+        cells = [line[header] for line in lines if line.get(header)]
+        numbers = all(cell.lstrip("-")[:1].isdigit() for cell in cells)
+        table.add_column(header, justify="right" if numbers else "left", no_wrap=True)
+    grouped = len(set(groups)) < len(lines)
+    for i, line in enumerate(lines):
+        ends = grouped and groups[i : i + 1] != groups[i + 1 : i + 2]
+        table.add_row(*(line.get(header, "") for header in headers), end_section=bool(groups) and ends)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, markup=False)
+    console.print(title, style="italic", soft_wrap=True, highlight=False)
+    console.print(table)
+
+
+def duration(seconds: float | None) -> str:
+    """With three digits, in the unit that suits; "" for None."""
+    if seconds is None:
+        return ""
+    unit, scale = ("s", 1.0) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
+    return f"{number(seconds * scale)} {unit}"
+
+
+def percent(x: float) -> str:
+    return f"{x:.2%}" if x < 0.01 else f"{x:.0%}"
+
+
+def number(x: float | None) -> str:
+    """With three digits, or whole; "" for None."""
+    return "" if x is None else f"{x:.3g}" if x < 999 else f"{x:,.0f}"
+
+
+def track(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
+    """The items, with a progress bar on stderr if that is a terminal."""
+    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
+        return items
+    from rich.console import Console
+    from rich.progress import track as rich_track
+
+    return rich_track(items, label, total, console=Console(stderr=True), transient=True)
+
+
+@contextmanager
+def picture(path: Path, width: float = 8, height: float = 5) -> Iterator[Any]:
+    """Yield a figure of so many inches, and save it at the end."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), layout="constrained")
+    yield figure
+    figure.savefig(path, dpi=120)
 
 
 @cache
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, device and commit, as a `Row` has them.
+    """Versions, device and commit.
 
     ``TORCHPAR_COMMIT`` names the commit where there is no repository; ``-dirty`` at its end marks changes.
     """
@@ -131,18 +222,18 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def provenance(device: torch.device) -> dict[str, Any]:
+    """The `environment`, the clocks and the date at this moment."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {**environment(device), "clocks": clocks(device), "date": now}
+
+
 def clocks(device: torch.device) -> str:
     """The clocks at this moment."""
     if device.type != "cuda":
         return f"{_cpuinfo('cpu MHz')} MHz"
     uuid = torch.cuda.get_device_properties(device).uuid
     return _output(f"nvidia-smi -i GPU-{uuid} --query-gpu=clocks.sm,clocks.mem --format=csv,noheader")
-
-
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Where and when rows come from."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    return {**environment(device), "clocks": clocks(device), "date": now}
 
 
 def _cpuinfo(key: str) -> str:
@@ -157,7 +248,7 @@ def _cpuinfo(key: str) -> str:
 
 
 def _output(command: str, cwd: Path | None = None) -> str:
-    """What ``command`` prints, or nothing where it is missing or fails."""
+    """The output of ``command``; nothing where it is missing or fails."""
     try:
         done = subprocess.run(command.split(), cwd=cwd, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -1,119 +1,182 @@
 # SPDX-License-Identifier: MIT
-"""Times one call of one provider so that only work which the call did can pass for its result.
+"""The timer of all benchmarks: contestants take turns, round after round.
 
-- The call's inputs are NaN until shortly before it, so that what a provider computes before its turn
-  is NaN.
-- Memory freed before the call holds NaN, and so does every earlier result, so that what a provider
-  leaves unwritten is NaN.
-- The result is copied right behind the call, in stream order, so that what is unfinished when the
-  clock stops is unfinished in the copy.
-- Inputs must come out as they went in, and share no memory with the result.
+Turns are interleaved, so that whatever disturbs the machine disturbs all contestants alike. The first round
+warms up and is not timed. A contestant that raises is out and has no times.
 
-Caches are flushed first. On a GPU the time lies between two CUDA events in a queue that does not run
-dry, so that it holds no launch overhead; the host's time to issue the call is a number of its own.
+On a GPU the time lies between two CUDA events in a queue that does not run dry: it contains no launch
+overhead. The host's time to issue the call is a number of its own.
 """
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from statistics import mean, median
+from typing import Any, Generic, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
-Provider = Callable[..., Tensor]
-Mode = Literal["forward", "backward", "full"]
+from benchmarks.report import Row, track
+
+K = TypeVar("K", bound=Hashable)
+R = TypeVar("R")
+CPU = torch.device("cpu")
+
+# The seconds of each call made in round ``index``, or None if there is nothing left to do. Round 0 warms up.
+Turn = Callable[[int], Sequence[float] | None]
 
 
 class Rejected(Exception):
-    """A provider's result cannot be what it is taken for."""
+    """The result of a timed call is wrong."""
 
 
-class Sample(NamedTuple):
-    """Milliseconds of a call. On a CPU the host's time is the time, and memory is not measured."""
+@dataclass
+class Times:
+    """The measurement of one contestant.
 
-    ms: float
-    host_ms: float | None
-    peak_memory_mb: float | None
+    Attributes:
+        rounds: seconds of the calls of each round.
+        first: seconds of the whole warm-up, compilation included.
+        reason: why the times are not believed, or "".
+    """
+
+    rounds: list[list[float]] = field(default_factory=list)
+    first: float = math.nan
+    reason: str = ""
+
+    @property
+    def all(self) -> list[float]:
+        return [seconds for calls in self.rounds for seconds in calls]
+
+    def speedup_over(self, other: "Times") -> float | None:
+        """The other's time over this one's: the median over the rounds that both have."""
+        pairs = zip(other.rounds, self.rounds, strict=False)
+        ratios = [median(theirs) / median(mine) for theirs, mine in pairs]
+        return median(ratios) if ratios and not (self.reason or other.reason) else None
+
+    def row(
+        self, work: Mapping[str, Any], provider: str, reference: "Times | None" = None, **found: Any
+    ) -> Row:
+        """The row of this measurement; without times if there is a ``reason``.
+
+        Args:
+            work: what was done, by column.
+            reference: whose time the speed-up is relative to.
+            found: further columns.
+        """
+        times: dict[str, Any] = {}
+        if self.rounds and not self.reason:
+            p20, p50, p80 = quantiles(self.all)
+            times = {"p20_ms": 1e3 * p20, "p50_ms": 1e3 * p50, "p80_ms": 1e3 * p80}
+            times |= {"mean_ms": 1e3 * mean(self.all), "samples": len(self.all)}
+            times["speedup"] = self.speedup_over(reference) if reference else None
+        reason = self.reason
+        return Row(work=work, provider=provider, found=found, ok=not reason, reason=reason, **times)
 
 
-def prepare(provider: Provider, inputs: Sequence[Tensor], mode: Mode) -> Callable[[], Sequence[Tensor]]:
-    """The call to time on ``inputs``: arguments, then a gradient. What comes before it is done here."""
-    *arguments, gradient = inputs
-    if mode == "forward":
-        return lambda: [provider(*arguments)]
-    if mode == "full":
-        return lambda: torch.autograd.grad(provider(*arguments), arguments, gradient)
-    result = provider(*arguments)
-    return lambda: torch.autograd.grad(result, arguments, gradient)
-
-
-def time_call(
-    provider: Provider,
-    live: Sequence[Tensor],
-    drawn: Sequence[Tensor],
-    expected: Sequence[Tensor],
-    mode: Mode,
-    repeat: int = 1,
-) -> tuple[Sample, list[Tensor]]:
-    """Time ``repeat`` calls on ``live``, which holds ``drawn`` meanwhile.
+def take_turns(
+    contestants: Mapping[K, Turn],
+    rounds: int,
+    *,
+    seconds: float = math.inf,
+    least: int = 1,
+    before: Callable[[int], object] = lambda index: None,
+    label: str = "measure",
+) -> dict[K, Times]:
+    """Warm up each contestant, then time it once a round, in turn with the others.
 
     Args:
-        expected: tensors of the shapes and device of the results, which are of ``live``'s dtype.
-
-    Returns:
-        Times of one call, and a copy of the last results.
-
-    Raises:
-        Rejected: a result of another kind, or memory that a provider must not touch.
+        seconds: a contestant whose turns took so long has no further one, once it had ``least``.
+        before: called before each round, outside all times.
+        label: of the progress bar, which a terminal shows.
     """
-    device, dtype = live[0].device, live[0].dtype
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        flush(device)  # what does not wait for the current stream will find the inputs still NaN
-    with torch.no_grad():
-        for t, value in zip(live, drawn, strict=True):
-            t.copy_(value)
-    call = prepare(provider, live, mode)
-    poison = [torch.full_like(t, math.nan, dtype=dtype) for t in (*expected, *live)]
-    del poison
-    flush(device)
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-        allocated = torch.cuda.memory_allocated(device)
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
+    times = {key: Times() for key in contestants}
+    spent = dict.fromkeys(contestants, 0.0)
+    going = dict(contestants)
+    for index in track(range(1 + rounds), label):
+        if not going:
+            break
+        before(index)
+        for key, turn in list(going.items()):
+            start = time.perf_counter()
+            try:
+                calls = turn(index)
+            except Exception as error:
+                times[key].reason = one_line(error)
+                del going[key]
+                continue
+            turn_seconds = time.perf_counter() - start
+            if index == 0:
+                times[key].first = turn_seconds
+                continue
+            if calls is not None:
+                times[key].rounds.append(list(calls))
+            spent[key] += turn_seconds
+            if calls is None or (spent[key] > seconds and len(times[key].rounds) >= least):
+                del going[key]
+    for found in times.values():
+        if not found.rounds and not found.reason:
+            found.reason = "there was nothing to measure"
+    return times
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """The 20th, 50th and 80th percentile."""
+    p20, p50, p80 = np.quantile(samples, [0.2, 0.5, 0.8]).tolist()
+    return p20, p50, p80
+
+
+@dataclass
+class Timed(Generic[R]):
+    """Calls that were issued and timed.
+
+    Attributes:
+        result: of the last call; on a GPU it may not be there yet.
+        host: seconds that the host took to issue a call. On a CPU this is the time of the call.
+    """
+
+    result: R
+    host: float
+    _events: tuple[Any, Any] | None
+    _calls: int
+
+    def seconds(self) -> float:
+        """Wait for the calls to end; the seconds of one."""
+        if self._events is None:
+            return self.host
+        begin, end = self._events
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3 / self._calls
+
+
+def time_calls(call: Callable[[], R], device: torch.device = CPU, calls: int = 1) -> Timed[R]:
+    """Time ``calls`` calls in a row, at least one."""
+    events = None
+    if device.type == "cuda":
+        events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        events[0].record()
     start = time.perf_counter()
-    for _ in range(repeat):
-        results = call()
-    host_ms = (time.perf_counter() - start) * 1e3 / repeat
-    if on_gpu:
-        end.record()
-        peak_memory_mb = (torch.cuda.max_memory_allocated(device) - allocated) / 1e6
-    copies = [result.detach().clone() for result in results]
-    _check_memory(results, live, drawn, expected)
-    with torch.no_grad():
-        for t in (*live, *results):
-            t.fill_(math.nan)
-    if not on_gpu:
-        return Sample(host_ms, None, None), copies
-    end.synchronize()
-    return Sample(begin.elapsed_time(end) / repeat, host_ms, peak_memory_mb), copies
+    for _ in range(calls):
+        result = call()
+    host = (time.perf_counter() - start) / calls
+    if events:
+        events[1].record()
+    return Timed(result, host, events, calls)
 
 
-def _check_memory(
-    results: Sequence[Tensor], live: Sequence[Tensor], drawn: Sequence[Tensor], expected: Sequence[Tensor]
-) -> None:
-    inputs = {t.untyped_storage().data_ptr() for t in live}
-    for result, t in zip(results, expected, strict=True):
-        if (result.shape, result.dtype, result.device) != (t.shape, live[0].dtype, t.device):
-            raise Rejected(f"a result is {result.dtype} {tuple(result.shape)} on {result.device}")
-        if result.untyped_storage().data_ptr() in inputs:
-            raise Rejected("a result shares memory with an input")
-    if not all(torch.equal(t, value) for t, value in zip(live, drawn, strict=True)):
-        raise Rejected("an input was changed")
+def settle(call: Callable[[], object], device: torch.device, seconds: float = 0.3) -> float:
+    """Seconds of a call in a row of calls, the median of 9 such rows that take about ``seconds`` in all."""
+    call()
+    calls = 1 + int(seconds / 9 / time_calls(call, device).seconds())
+    return median(time_calls(call, device, calls).seconds() for _ in range(9))
 
 
 @cache
@@ -124,13 +187,13 @@ def _scratch(device: torch.device) -> Tensor:
 
 
 def flush(device: torch.device) -> None:
-    """Evict what caches hold; on a GPU also give the host about a millisecond to fill the queue."""
+    """Evict the caches. On a GPU this also gives the host about a millisecond to fill the queue."""
     for _ in range(16 if device.type == "cuda" else 1):
         _scratch(device).zero_()
 
 
 class Ceiling(NamedTuple):
-    """What the machine does at best: bytes/s of a copy, and flop/s of a matrix product in each dtype."""
+    """The rates that the machine reaches: bytes/s of a copy, flop/s of a matrix product in each dtype."""
 
     bandwidth: float
     matmul: Mapping[torch.dtype, float]
@@ -138,20 +201,22 @@ class Ceiling(NamedTuple):
     def describe(self, dtype: torch.dtype) -> str:
         return f"ceiling {self.bandwidth / 1e9:.1f} GB/s {self.matmul[dtype] / 1e12:.3f} TFLOP/s"
 
+    def seconds(self, nbytes: int, flops: int, dtype: torch.dtype) -> float:
+        """The least time in which so many bytes pass through memory and so many operations are done."""
+        return max(nbytes / self.bandwidth, flops / self.matmul[dtype])
 
-def measure_ceiling(device: torch.device, dtypes: Sequence[torch.dtype]) -> Ceiling:
-    """Measure a large copy (bytes read and bytes written), and a large product in each dtype."""
-    size, n = (2**30, 8192) if device.type == "cuda" else (2**27, 1024)
 
-    def seconds(call: Callable[..., Any], *args: Tensor) -> float:
-        timer = Timer(
-            "call(*args)", globals={"call": call, "args": args}, num_threads=torch.get_num_threads()
-        )
-        return timer.blocked_autorange(min_run_time=0.3).median
+def measure_ceiling(device: torch.device, dtypes: Sequence[torch.dtype], quick: bool = False) -> Ceiling:
+    """Measure a large copy (bytes read and bytes written), and a large product in each dtype.
 
+    Args:
+        quick: of smaller sizes, which do not reach the ceiling.
+    """
+    size, n = (2**20, 64) if quick else (2**30, 8192) if device.type == "cuda" else (2**27, 1024)
+    seconds = 0.01 if quick else 0.3
     source, target = (torch.ones(size, dtype=torch.int8, device=device) for _ in range(2))
     matmul = {}
     for dtype in dtypes:
         x = torch.randn(n, n, device=device).to(dtype)
-        matmul[dtype] = 2 * n**3 / seconds(torch.mm, x, x)
-    return Ceiling(2 * size / seconds(torch.Tensor.copy_, target, source), matmul)
+        matmul[dtype] = 2 * n**3 / settle(partial(torch.mm, x, x), device, seconds)
+    return Ceiling(2 * size / settle(partial(target.copy_, source), device, seconds), matmul)

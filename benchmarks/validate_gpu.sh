@@ -2,81 +2,142 @@
 # SPDX-License-Identifier: MIT
 # Tests and measures the operators on the GPU of this machine. Needs no network and installs nothing.
 #
-#   bash benchmarks/validate_gpu.sh OUTDIR [tests|tune|forward|backward|full|matmul_t|muon|autotune|ladder]
+#   bash benchmarks/validate_gpu.sh OUTDIR [values|variants|linear_sigmoid|ncu|tune|host|anything|huge]
+#   bash benchmarks/validate_gpu.sh --wheels DIR
 #
-# Without a stage all run in turn, each for at most nine minutes. OUTDIR gets a log and a JUnit or CSV file
-# of each, and tune's table, which the stages after it read. All but the tests need rich, tune and muon also
-# tyro, and the ladder also Numba, torchvision and matplotlib; a stage is left out without what it needs. The
-# status is 0 if all stages passed, 1 if one failed, 2 if there is nothing to run on.
-# TORCHPAR_COMMIT names the commit where the checkout has no .git. No setting of the GPU is touched.
+# Without a stage all run in turn, each for at most nine minutes; none needs the files of another. OUTDIR
+# gets validate.log, {values,anything,huge}.xml, {autotune,operators,specialized/autotune}.csv, and tuned/ with
+# a table: at most 8 files. The log, the XML and the CSV name the commit, which is $TORCHPAR_COMMIT where the
+# checkout has no .git, the versions and the clocks. PYTHONPATH is kept. No setting of the GPU is touched.
+# The status is 0 if all stages passed, 1 if one failed, 2 if there is nothing to run on.
+#
+# With --wheels it collects what a machine with torch lacks (CPython 3.12, Linux x86-64) and prints how to
+# install it there.
 set -uo pipefail
+unset -v CDPATH # with it `cd` prints
 
-stages=(tests tune forward backward full matmul_t muon autotune ladder)
-outdir=${1:-}
-if [[ -z $outdir || $# -gt 2 || ($# == 2 && " ${stages[*]} " != *" $2 "*) ]]; then
-    echo "usage: bash benchmarks/validate_gpu.sh OUTDIR [$(IFS="|"; echo "${stages[*]}")]" >&2
+stages=(values variants linear_sigmoid ncu tune host anything huge)
+known() { [[ $1 != *" "* && " ${stages[*]} " == *" $1 "* ]]; }
+if ! case $#,${1:-} in
+    2,--wheels) true ;;
+    [12],-*) false ;;
+    1,?*) true ;;
+    2,?*) known "$2" ;;
+    *) false ;;
+esac; then
+    echo "usage: bash benchmarks/validate_gpu.sh OUTDIR [$(IFS="|"; echo "${stages[*]}")] | --wheels DIR" >&2
     exit 2
 fi
+
+if [[ $1 == --wheels ]]; then
+    python3 -m pip download --quiet --dest "$2" --only-binary :all: --implementation cp \
+        --python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
+        pytest pytest-xdist hypothesis expecttest rich tyro || exit 1
+    du -ch "$2"/*.whl | tail -n 1
+    echo "python3 -m pip install --no-index --no-deps --target SITE '$2'/*.whl && export PYTHONPATH=SITE"
+    exit
+fi
+
+outdir=$1
 [[ $# == 2 ]] && stages=("$2")
-mkdir -p "$outdir" && outdir=$(cd "$outdir" && pwd) && cd "$(dirname "$0")/.." || exit 2
-export PYTHONPATH=. TORCHPAR_CACHE=$outdir/tuned
+mkdir -p "$outdir" && outdir=$(cd "$outdir" && pwd) || exit 2
+given=
+while IFS= read -r -d : folder; do
+    case $folder in '') ;; /*) given+=:$folder ;; *) given+=:$PWD/$folder ;; esac
+done <<<"${PYTHONPATH:-}:"
+cd "$(dirname "$0")/.." || exit 2
+export PYTHONPATH=$PWD$given
 
-if ! python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
-    echo "validate_gpu.sh: python3 has no PyTorch that finds a CUDA GPU" >&2
-    exit 2
-fi
+origin=$(python3 -c '
+import sys, torch
+from benchmarks.report import provenance
+if not torch.cuda.is_available():
+    sys.exit("PyTorch finds no CUDA GPU")
+origin = provenance(torch.device("cuda"))
+if not origin["commit"]:
+    sys.exit("there is no .git; TORCHPAR_COMMIT must name the commit")
+print(*(f"{name} {value}" for name, value in origin.items()), sep=", ")
+') || { echo "validate_gpu.sh: there is nothing to run on" >&2; exit 2; }
 
-has() { # the modules a stage needs
-    python3 -c "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]" "$@" && return
-    echo "left out"
-    return 1
+needs() { # import the modules that a stage needs
+    python3 -c 'import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]' "$@"
+}
+
+limited() { # SECONDS, then a command; interrupted, pytest still writes what it has
+    timeout -s INT -k 20 "$@" &
+    wait $!
+}
+# `timeout` leads a process group of its own, which a terminal's Ctrl-C does not reach.
+trap 'trap "" INT TERM; kill -s INT $(jobs -p) 2>/dev/null; wait; exit 130' INT TERM
+
+run_tests() { # FILE.xml, then arguments of pytest
+    local report=$1
+    shift
+    needs expecttest hypothesis iniconfig numpy packaging pluggy pygments pytest sortedcontainers triton &&
+        TORCHINDUCTOR_COMPILE_THREADS=1 limited 500 python3 -m pytest -q -p no:cacheprovider --tb short \
+            -o faulthandler_timeout=120 \
+            --junitxml "$outdir/$report" -o junit_suite_name="$origin" "$@"
 }
 
 run_stage() {
     case $1 in
-        tests)
-            timeout -k 10 530 python3 -m pytest -q -p no:cacheprovider --junitxml="$outdir/tests.xml" \
-                tests/test_operators*.py tests/test_kernels*.py tests/test_registration.py tests/test_harness.py \
-                tests/test_nn.py tests/test_parallel_layers.py tests/test_readme.py tests/test_symmetric*.py \
-                tests/test_optim.py tests/test_tun*.py tests/test_autotune.py
+        values) # on the GPU: its own kernels first, then what runs on every device
+            needs execnet xdist && run_tests values.xml -n 8 -k "(cuda or another_stream) and not anything" \
+                tests/test_kernels_cuda.py tests/test_operators_{values,errors,autograd,func,compile}.py \
+                tests/test_symmetric_*.py tests/test_{readme,nn,training,compare,timing}.py
+            ;;
+        anything) # drawn by Hypothesis: nearly every example compiles a kernel
+            needs execnet xdist && run_tests anything.xml -n 4 -k "cuda and anything" \
+                tests/test_operators_values.py tests/test_symmetric_matmul.py
+            ;;
+        huge) # one after the other: a test takes up to 32 GiB
+            run_tests huge.xml tests/test_operators_huge.py
+            ;;
+        variants)
+            # The specialized kernel comes last, in a process of its own: it has not run on a GPU yet.
+            local command=(python3 -m benchmarks.autotune --kernels symmetric_product)
+            command+=(--sizes 4096 8192 2048 1024 --variants tma)
+            needs rich triton || return
+            limited 350 "${command[@]}" pointers --dtypes bfloat16 tf32 float32 float64 --output "$outdir"
+            local status=$?
+            limited 150 "${command[@]}" specialized --output "$outdir/specialized" && return $status
+            ;;
+        linear_sigmoid)
+            needs rich triton && limited 500 python3 -m benchmarks.operators --device cuda \
+                --operators linear_sigmoid --modes forward --output "$outdir"
+            ;;
+        host)
+            needs rich triton && limited 500 python3 -m benchmarks.host
+            ;;
+        ncu)
+            type -P ncu >/dev/null || { echo "ncu is missing"; return 1; }
+            needs rich triton || return
+            local errors before # of an earlier run
+            before=$(wc -l <"$log")
+            limited 500 ncu --profile-from-start off --set full python3 -m benchmarks.ncu || return
+            # No permission to read the counters, say.
+            errors=$(tail -n "+$((before + 1))" "$log" | grep -E "^==ERROR==|No kernels were profiled") &&
+                echo "$errors" && return 1
+            return 0
             ;;
         tune)
-            has tyro rich || return 0
-            timeout -k 10 530 python3 -m torchpar tune --minutes 8 --output "$outdir/tuned"
-            ;;
-        muon)
-            has tyro rich || return 0
-            timeout -k 10 530 python3 -m benchmarks.muon --epochs 0 --output "$outdir"
-            ;;
-        matmul_t)
-            has rich || return 0
-            timeout -k 10 530 python3 -m benchmarks.matmul_t --device cuda --csv "$outdir/matmul_t.csv"
-            ;;
-        autotune)
-            has rich || return 0
-            timeout -k 10 530 python3 -m benchmarks.autotune --csv "$outdir/autotune.csv"
-            ;;
-        ladder)
-            has matplotlib numba rich torchvision || return 0
-            timeout -k 10 530 python3 -m benchmarks.ladder --output "$outdir"
-            ;;
-        *)
-            has rich || return 0
-            timeout -k 10 530 python3 -m benchmarks.operators --device cuda --modes "$1" \
-                --csv "$outdir/$1.csv"
+            needs triton && TORCHPAR_CACHE=$outdir/tuned limited 500 python3 -m torchpar tune --minutes 6
             ;;
     esac
 }
 
+log=$outdir/validate.log
 failed=()
 for stage in "${stages[@]}"; do
-    log=$outdir/$stage.log
-    nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu \
-        --format=csv >"$log" 2>&1
-    run_stage "$stage" >>"$log" 2>&1
+    start=$SECONDS
+    {
+        echo "== $stage, $origin"
+        nvidia-smi --query-gpu=driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu --format=csv
+        run_stage "$stage"
+    } >>"$log" 2>&1
     status=$?
     [[ $status == 0 ]] || failed+=("$stage (status $status)")
-    printf '%s: status %s, %s\n' "$stage" "$status" "$(tail -n 1 "$log")"
+    printf '%s: status %s, %s s, %s\n' "$stage" "$status" $((SECONDS - start)) "$(tail -n 1 "$log")"
 done
 
 if ((${#failed[@]})); then

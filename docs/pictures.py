@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The pictures of docs/parallel.md, by matplotlib: ``python docs/pictures.py``."""
+"""Draw the pictures of docs/parallel.md: ``python docs/pictures.py``."""
 
 from pathlib import Path
 
@@ -10,152 +10,184 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 FOLDER = Path(__file__).parent / "parallel"
-RANKS = ("tab:blue", "tab:orange", "tab:green", "tab:red")
-WHOLE = "0.75"  # what every rank has
+COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red")  # of rank 0, 1, …
+WHOLE = "0.75"  # the same on every rank
+Point = tuple[float, float]
 
 
-def canvas(width: float, height: float, title: str) -> tuple[Figure, Axes]:
-    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
-    axes.set(title=title, aspect="equal")
+def canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    """Return a figure without margins, whose axes show ``(0, 0)`` to ``(width, height)``."""
+    figure = plt.figure(figsize=(0.62 * width, 0.62 * height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(0, height))
     axes.axis("off")
     return figure, axes
 
 
-def box(axes: Axes, x: float, y: float, w: float, h: float, color: str, text: str = "") -> None:
-    axes.add_patch(Rectangle((x, y), w, h, facecolor=color, edgecolor="black", alpha=0.75))
-    axes.text(x + w / 2, y + h / 2, text, ha="center", va="center", fontsize=9)
+def box(axes: Axes, x: float, y: float, width: float, height: float, color: str, text: str) -> None:
+    axes.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor="black", alpha=0.75))
+    label(axes, x + width / 2, y + height / 2, text)
 
 
-def arrow(
-    axes: Axes, start: tuple[float, float], end: tuple[float, float], style: str = "-|>", bend: float = 0
-) -> None:
-    axes.add_patch(
-        FancyArrowPatch(
-            start, end, arrowstyle=style, mutation_scale=12, connectionstyle=f"arc3,rad={bend}", color="0.2"
-        )
+def label(axes: Axes, x: float, y: float, text: str, align: str = "center") -> None:
+    axes.text(x, y, text, ha=align, va="center", fontsize=9)
+
+
+def arrow(axes: Axes, start: Point, end: Point, style: str = "-|>", color: str = "0.2") -> None:
+    patch = FancyArrowPatch(
+        start, end, arrowstyle=style, mutation_scale=12, shrinkA=1, shrinkB=1, color=color
     )
+    axes.add_patch(patch)
 
 
 def data() -> Figure:
-    figure, axes = canvas(8, 3.4, "Data parallelism: shares of the batch, gradients travel")
+    """Data parallelism on two ranks."""
+    figure, axes = canvas(13.4, 4.2)
     for rank in range(2):
-        y = 2.2 * (1 - rank)
-        box(axes, 0, y, 1.6, 1.6, RANKS[rank], f"samples\nof rank {rank}")
-        box(axes, 3, y, 2.6, 1.6, WHOLE, "whole model")
-        box(axes, 7, y, 2.2, 1.6, RANKS[rank], f"gradient of\nrank {rank}'s samples")
-        box(axes, 11, y, 2, 1.6, WHOLE, "the same\nstep")
-        for a, b in ((1.6, 3), (5.6, 7), (9.2, 11)):
-            arrow(axes, (a, y + 0.8), (b, y + 0.8))
-    arrow(axes, (8.1, 2.2), (8.1, 1.6), "<|-|>")
-    axes.text(8.3, 1.9, "mean (all-reduce)", fontsize=9, va="center")
-    axes.set(xlim=(-0.2, 13.2), ylim=(-0.2, 4))
+        y = 2.3 * (1 - rank) + 0.2
+        box(axes, 0.2, y, 1.8, 1.5, COLORS[rank], f"samples\nof rank {rank}")
+        box(axes, 3.2, y, 2.4, 1.5, WHOLE, "whole model")
+        box(axes, 6.8, y, 2.4, 1.5, COLORS[rank], f"gradient of\nrank {rank}'s samples")
+        box(axes, 11.2, y, 2, 1.5, WHOLE, "the same\nstep")
+        for start, end in ((2, 3.2), (5.6, 6.8), (9.2, 11.2)):
+            arrow(axes, (start, y + 0.75), (end, y + 0.75))
+    arrow(axes, (8, 2.5), (8, 1.7), "<|-|>")
+    label(axes, 8.3, 2.1, "mean, by all-reduce", "left")
     return figure
 
 
 def tensor() -> Figure:
-    figure, axes = canvas(9, 4, "Tensor parallelism: a column layer, then a row layer")
-    box(axes, 0, 1.4, 1.2, 1.6, WHOLE, "x\n(b, in)")
+    """A column layer and a row layer on two ranks."""
+    figure, axes = canvas(16.2, 4.8)
+    box(axes, 0.2, 1.6, 1.4, 1.6, WHOLE, "x\n(n, in)")
     for rank in range(2):
-        y = 2.6 * (1 - rank)
-        box(axes, 2.6, y, 2.2, 1.8, RANKS[rank], "column slice\n(h/2, in)\n+ b, σ")
-        box(axes, 6, y + 0.4, 1.4, 1, RANKS[rank], "(b, h/2)")
-        box(axes, 8.6, y, 2.2, 1.8, RANKS[rank], "row slice\n(out, h/2)")
-        arrow(axes, (1.2, 2.2), (2.6, y + 0.9))
-        arrow(axes, (4.8, y + 0.9), (6, y + 0.9))
-        arrow(axes, (7.4, y + 0.9), (8.6, y + 0.9))
-        arrow(axes, (10.8, y + 0.9), (12, 2.2))
-    box(axes, 12, 1.7, 1, 1, "white", "Σ")
-    arrow(axes, (13, 2.2), (14, 2.2))
-    box(axes, 14, 1.4, 1.6, 1.6, WHOLE, "+ b\ny (b, out)")
-    axes.text(12.5, 1.4, "one all-reduce", ha="center", va="top", fontsize=9)
-    axes.set(xlim=(-0.2, 15.8), ylim=(-0.2, 4.6))
+        y = 2.6 * (1 - rank) + 0.2
+        box(axes, 2.8, y, 2.4, 1.8, COLORS[rank], f"column layer\nrank {rank}: (h/2, in)\n+ bias, σ")
+        box(axes, 6.4, y + 0.4, 1.5, 1, COLORS[rank], "(n, h/2)")
+        box(axes, 9.1, y, 2.4, 1.8, COLORS[rank], f"row layer\nrank {rank}: (out, h/2)")
+        arrow(axes, (1.6, 2.4), (2.8, y + 0.9))
+        arrow(axes, (5.2, y + 0.9), (6.4, y + 0.9))
+        arrow(axes, (7.9, y + 0.9), (9.1, y + 0.9))
+        arrow(axes, (11.5, y + 0.9), (12.5, 2.4))
+    box(axes, 12.5, 1.9, 1, 1, "white", "Σ")
+    label(axes, 13, 1.5, "one all-reduce")
+    arrow(axes, (13.5, 2.4), (14.4, 2.4))
+    box(axes, 14.4, 1.6, 1.6, 1.6, WHOLE, "+ bias\ny (n, out)")
     return figure
 
 
-def timeline(axes: Axes, title: str, stages: int, micro_batches: int, late: bool) -> None:
-    """A pipeline whose forward and backward passes take one unit each.
+def schedule(stages: int, micro_batches: int, late: bool) -> list[tuple[int, int, str, int]]:
+    """Return start, stage, "F" or "B", and micro-batch of each pass of a pipeline; a pass takes one unit.
 
     Args:
-        late: backward passes after all forward ones.
+        late: start the backward passes after all forward passes.
     """
-    done: dict[tuple[str, int, int], int] = {}
-    queues = {}
+    queues = []
     for stage in range(stages):
         ahead = micro_batches if late else min(micro_batches, stages - stage)
-        order = [("F", m) for m in range(ahead)]
+        queue = [("F", m) for m in range(ahead)]
         for m in range(micro_batches):
-            order.append(("B", m))
+            queue.append(("B", m))
             if m + ahead < micro_batches:
-                order.append(("F", m + ahead))
-        queues[stage] = order
-    clock = dict.fromkeys(range(stages), 0)
-    while any(queues.values()):
-        for stage, queue in queues.items():
+                queue.append(("F", m + ahead))
+        queues.append(queue)
+    passes: list[tuple[int, int, str, int]] = []
+    ends: dict[tuple[str, int, int], int] = {}
+    free = [0] * stages
+    while any(queues):
+        for stage, queue in enumerate(queues):
             if not queue:
                 continue
             kind, m = queue[0]
-            before = (kind, stage - 1, m) if kind == "F" else (kind, stage + 1, m)
-            if 0 <= before[1] < stages and before not in done:
+            needed = (kind, stage - 1 if kind == "F" else stage + 1, m)
+            if 0 <= needed[1] < stages and needed not in ends:
                 continue
-            start = max(clock[stage], done.get(before, 0))
-            clock[stage] = done[kind, stage, m] = start + 1
-            queue.pop(0)
-            color = RANKS[m % len(RANKS)]
-            axes.barh(
-                stage, 1, left=start, color=color, alpha=0.85 if kind == "F" else 0.4, edgecolor="black"
-            )
-            axes.text(start + 0.5, stage, f"{kind}{m}", ha="center", va="center", fontsize=8)
-    axes.set(title=title, yticks=range(stages), yticklabels=[f"rank {s}" for s in range(stages)])
-    axes.set(xlim=(0, 2 * (micro_batches + stages - 1)), xlabel="time")
-    axes.invert_yaxis()
+            start = max(free[stage], ends.get(needed, 0))
+            free[stage] = ends[kind, stage, m] = start + 1
+            passes.append((start, stage, *queue.pop(0)))
+    return passes
 
 
 def pipeline() -> Figure:
-    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 4), layout="constrained")
-    timeline(above, "gpipe: all forward passes, then all backward", 2, 4, late=True)
-    timeline(below, "1f1b: a backward pass as soon as there is one", 2, 4, late=False)
+    """Both schedules of a pipeline of two stages and four micro-batches."""
+    figure, axes = canvas(12.2, 7.4)
+    kinds = (
+        ("gpipe: all forward passes, then all backward passes", True),
+        ("1f1b: backward passes early", False),
+    )
+    for (title, late), top in zip(kinds, (7, 3.8), strict=True):
+        label(axes, 1.8, top, title, "left")
+        for stage in range(2):
+            y = top - 1.3 - stage
+            label(axes, 1.6, y + 0.45, f"rank {stage}", "right")
+            axes.add_patch(Rectangle((1.8, y), 10, 0.9, facecolor="none", edgecolor="0.8", hatch="//"))
+        for start, stage, kind, m in schedule(2, 4, late):
+            y = top - 1.3 - stage
+            axes.add_patch(Rectangle((1.8 + start, y), 1, 0.9, facecolor="white"))
+            axes.add_patch(
+                Rectangle(
+                    (1.8 + start, y),
+                    *(1, 0.9),
+                    facecolor=COLORS[m],
+                    edgecolor="black",
+                    alpha=0.85 if kind == "F" else 0.4,
+                )
+            )
+            label(axes, 2.3 + start, y + 0.45, f"{kind}{m}")
+    arrow(axes, (1.8, 1.2), (11.8, 1.2))
+    label(axes, 6.8, 0.9, "time")
+    label(
+        axes, 1.8, 0.4, "F0: forward pass of micro-batch 0.  B0: its backward pass.  Hatched: idle.", "left"
+    )
     return figure
 
 
 def mesh() -> Figure:
-    figure, axes = canvas(7, 4, "A mesh of pp 2 × dp 2 × tp 2: eight ranks")
+    """Eight ranks in a mesh, and the messages of each dimension."""
+    figure, axes = canvas(14.2, 6.4)
+    tp, dp, pp = "tab:purple", "tab:brown", "black"
     for rank in range(8):
-        pp, dp, tp = rank // 4, rank // 2 % 2, rank % 2
-        x, y = 6 * pp + 2.2 * tp, 2.4 * (1 - dp)
-        box(axes, x, y, 1.8, 1.4, RANKS[tp + 2 * pp], f"rank {rank}\nstage {pp}\nslice {tp}")
-        if tp == 0:
-            arrow(axes, (x + 1.8, y + 0.7), (x + 2.2, y + 0.7), "<|-|>")
-        if dp == 0:
-            arrow(axes, (x + 0.9, y), (x + 0.9, y - 1), "<|-|>")
-        if pp == 0:
-            arrow(axes, (x + 0.9, y + 1.4), (x + 6.9, y + 1.4), "<|-|>", bend=-0.12)
-    axes.text(-0.3, 3.1, "replica 0", ha="right", va="center", fontsize=9)
-    axes.text(-0.3, 0.7, "replica 1", ha="right", va="center", fontsize=9)
-    axes.set(xlim=(-2.2, 10.4), ylim=(-0.2, 4.9))
+        stage, replica, part = rank // 4, rank // 2 % 2, rank % 2
+        x, y = 0.3 + 3.2 * stage + 7.2 * replica, 2.4 * (1 - part) + 1.6
+        box(axes, x, y, 2, 1.3, COLORS[part + 2 * stage], f"rank {rank}\nstage {stage}\nslice {part}")
+        if part == 0:
+            arrow(axes, (x + 1, y), (x + 1, y - 1.1), "<|-|>", tp)
+        if stage == 0:
+            arrow(axes, (x + 2, y + 0.65), (x + 3.2, y + 0.65), "<|-|>", pp)
+        if replica == 0:
+            edge, side = (y + 1.3, 1) if part == 0 else (y, -1)
+            far = edge + side * (0.25 + 0.25 * stage)
+            axes.plot([x + 1, x + 1, x + 8.2, x + 8.2], [edge, far, far, edge], color=dp, lw=1.5)
+    label(axes, 2.9, 6.2, "replica 0")
+    label(axes, 10.1, 6.2, "replica 1")
+    for x, color, text in (
+        (0.3, tp, "tp: parts of a layer"),
+        (4.8, dp, "dp: gradients, between replicas"),
+        (10.2, pp, "pp: borders of stages"),
+    ):
+        axes.plot([x, x + 0.5], [0.35, 0.35], color=color, lw=2)
+        label(axes, x + 0.7, 0.35, text, "left")
     return figure
 
 
 def tree() -> Figure:
-    figure, axes = canvas(8, 3.6, "An invariant sum: one tree, whoever holds its leaves")
+    """The same tree of additions on 1, 2 and 4 ranks."""
+    figure, axes = canvas(15.4, 5)
     for column, ranks in enumerate((1, 2, 4)):
-        left = 5.2 * column
-        for leaf in range(4):
-            box(axes, left + 1.1 * leaf, 0, 0.9, 0.8, RANKS[leaf * ranks // 4], f"$g_{leaf}$")
-        for level, nodes in ((1, 2), (2, 1)):
-            span = 4 // nodes
-            for node in range(nodes):
-                x = left + 1.1 * (span * node + (span - 1) / 2)
-                owners = {leaf * ranks // 4 for leaf in range(span * node, span * (node + 1))}
-                color = RANKS[owners.pop()] if len(owners) == 1 else WHOLE
-                for half in (0, 1):
-                    child = left + 1.1 * (span * node + span / 2 * half + (span / 2 - 1) / 2)
-                    arrow(axes, (child + 0.45, 1.4 * (level - 1) + 0.8), (x + 0.45, 1.4 * level))
-                box(axes, x, 1.4 * level, 0.9, 0.8, color, "+")
-        axes.text(
-            left + 2.1, -0.3, f"{ranks} rank{'s' if ranks > 1 else ''}", ha="center", va="top", fontsize=9
-        )
-    axes.text(7.3, -1.0, "grey: ranks exchange their sums and both add", ha="center", va="top", fontsize=9)
-    axes.set(xlim=(-0.2, 15), ylim=(-1.5, 3.8))
+        left = 0.2 + 5.2 * column
+        nodes = {(0, leaf): left + 1.15 * leaf for leaf in range(4)}
+        for level, count in ((1, 2), (2, 1)):
+            for node in range(count):
+                children = [nodes[level - 1, 2 * node + half] for half in range(2)]
+                nodes[level, node] = x = sum(children) / 2
+                for child in children:
+                    arrow(axes, (child + 0.475, 1.4 * level + 0.5), (x + 0.475, 1.4 * level + 1.1))
+        for (level, node), x in nodes.items():
+            owners = {leaf * ranks // 4 for leaf in range(node << level, (node + 1) << level)}
+            color = COLORS[owners.pop()] if len(owners) == 1 else WHOLE
+            box(axes, x, 1.4 * level + 1.1, 0.95, 0.8, color, "+" if level else f"$g_{node}$")
+        label(axes, left + 2.2, 0.75, "1 rank" if ranks == 1 else f"{ranks} ranks")
+    label(axes, 7.7, 0.25, "One colour per rank. Grey: two ranks exchange their sums, and both add them.")
     return figure
 
 

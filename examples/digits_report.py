@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Width, batch size, rate and penalty of a digit classifier, chosen on a validation set.
+"""Width, batch size, learning rate and penalty of a digit classifier, chosen on a validation set.
 
     python examples/digits_report.py --plots pictures
 
-The last sixth of the training file is held back to choose by. Width, batch size B and rate come first. An
-epoch of n samples is n/B steps. A large batch uses the processor better, and the epoch ends sooner; but a
-mean over many gradients is less noisy than one over few, not longer, and fewer steps lead less far.
+The last sixth of the training file is the validation set. First, width, batch size B and learning rate are
+chosen. An epoch of n samples is n/B steps. With large batches an epoch takes less time, because the processor
+is used better. But fewer steps make less progress: the mean of many gradients is less noisy than the mean of
+few, and not larger.
 
-The best is trained for longer with each λ of the loss −log softmax(y)[label] + λ/2·‖W‖². Training loss far
-below validation loss (a quarter): samples are learnt by heart, more λ. Both high (training loss above what
-a smaller λ has on samples it never saw): less λ. The best of those meets the test set, once.
+Then the best network is trained for more epochs with each λ of the loss −log softmax(y)[label] + λ/2·‖W‖². A
+training loss below a quarter of the validation loss means over-fitting: more λ. A training loss above the
+validation loss of a smaller λ means that both are high: less λ. The test set is used once, for the best one.
 """
 
 import time
@@ -24,19 +25,20 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
+from support import cli, console
+from torch.nn.functional import cross_entropy
 
-from torchpar import cli, report, training
 from torchpar.data import Dataset, Samples, load
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
-from torchpar.parallel.step import ReplicaStep
-from torchpar.parallel.world import World, alone
+from torchpar.parallel import World
+from torchpar.parallel.launch.world import join_world_of_one
+from torchpar.training import Run, evaluate, lr_scheduler, sgd
 
-Row = dict[str, Any]  # a choice, and what it had come to after an epoch
-Trained = tuple[MLP, list[Row]]
+Row = dict[str, Any]  # a choice and its figures after an epoch
 CHOICE = ("hidden", "batch_size", "lr", "weight_decay")
 CURVES = ("train_loss", "validation_loss", "validation_accuracy")
-accuracy = itemgetter("validation_accuracy")
+best = partial(max, key=itemgetter("validation_accuracy"))
 watched = partial(track, transient=True, disable=not Console().is_terminal)
 
 
@@ -52,7 +54,7 @@ class Flags(cli.ExampleFlags):
     sweep_epochs: int = 2  # Epochs to choose width, batch size and rate by.
     epochs: int = 10  # Epochs to choose λ by.
     samples: int | None = None  # Training samples to use at most.
-    dataset: Dataset = "mnist"  # What to learn.
+    dataset: Dataset = "mnist"  # Data set.
     data: Path = Path(__file__).parent / "data"  # Folder of the data sets, as torchvision's root.
 
     def __post_init__(self) -> None:
@@ -61,83 +63,87 @@ class Flags(cli.ExampleFlags):
             raise ConfigError("--hidden, --batch-size, --lr and --weight-decay take one value or more each")
 
 
-def train(choice: Row, epochs: int, flags: Flags, sets: tuple[Samples, Samples], world: World) -> Trained:
-    torch.manual_seed(flags.seed)  # networks of one size start alike
+def train(
+    choice: Row, epochs: int, flags: Flags, sets: tuple[Samples, Samples], world: World
+) -> tuple[MLP, list[Row]]:
+    torch.manual_seed(flags.seed)  # networks of the same size start with the same weights
     model = MLP([784, *[choice["hidden"]] * flags.depth, len(sets[0].classes)]).to(world.device)
-    optimizer = training.sgd(model, choice["lr"], momentum=0.9, weight_decay=choice["weight_decay"])
-    size, n = choice["batch_size"], len(sets[0])
-    results = training.fit(model, optimizer, *sets, world, epochs=epochs, batch_size=size, seed=flags.seed)
-    steps, seconds = -(-n // size), n / max(r.samples_per_s for r in results)
+    optimizer = sgd(model, choice["lr"], momentum=0.9, weight_decay=choice["weight_decay"])
+    steps = -(-len(sets[0]) // choice["batch_size"])
+    scheduler = lr_scheduler(optimizer, "linear", epochs * steps)
+    options = {"epochs": epochs, "batch_size": choice["batch_size"], "seed": flags.seed}
+    with Run(model, optimizer, scheduler, world, *sets, **options) as run:
+        for epoch in run.epochs():
+            for x, labels, batch_size in run.batches(epoch):
+                loss = cross_entropy(model(x), labels, reduction="sum")
+                (loss / batch_size).backward()
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+                run.log(loss.detach())
+    seconds = len(sets[0]) / max(r.samples_per_s for r in run.results)
     cost = {"steps": steps, "ms_per_step": 1000 * seconds / steps, "s_per_epoch": seconds}
-    rows = [
-        {**choice, **cost, "epoch": r.epoch, "train_loss": r.train_loss}
-        | {"validation_loss": r.test_loss, "validation_accuracy": r.test_accuracy}
-        for r in results
-    ]
-    return model, rows
+    curves = [(r.train_loss, r.test_loss, r.test_accuracy) for r in run.results]
+    rows = [dict(zip(CURVES, values, strict=True)) for values in curves]
+    return model, [{**choice, **cost, "epoch": i, **row} for i, row in enumerate(rows, 1)]
 
 
 def sweep(flags: Flags, study: partial[Any]) -> list[Row]:
-    """What every width, batch size and rate has come to; prints what the batch size does."""
+    """Train with each width, batch size and learning rate, and print the effect of the batch size."""
     grid = product(flags.hidden, sorted(flags.batch_size), sorted(flags.lr), flags.weight_decay[:1])
     choices = [dict(zip(CHOICE, values, strict=True)) for values in grid]
-    study(choices[0], 1)  # the first run of a process is slower than the others
+    study(choices[0], 1)  # not counted: the first run of a process is slow
     swept = [study(choice, flags.sweep_epochs)[1][-1] for choice in watched(choices, "sweep")]
-    top = [max(rows, key=accuracy) for _, rows in groupby(swept, itemgetter("hidden", "batch_size"))]
-    report.print_rows(top, (*CHOICE[:3], "validation_accuracy", "steps", "ms_per_step", "s_per_epoch"))
-    rows = [row for row in top if row["hidden"] == max(swept, key=accuracy)["hidden"]]
-    ratio, gain = rows[-1]["s_per_epoch"] / rows[0]["s_per_epoch"], accuracy(rows[-1]) - accuracy(rows[0])
+    top = [best(rows) for _, rows in groupby(swept, itemgetter("hidden", "batch_size"))]
+    console.print_rows(top, (*CHOICE[:3], "validation_accuracy", "steps", "ms_per_step", "s_per_epoch"))
+    rows = [row for row in top if row["hidden"] == best(swept)["hidden"]]
+    ratio = rows[-1]["s_per_epoch"] / rows[0]["s_per_epoch"]
+    gain = rows[-1]["validation_accuracy"] - rows[0]["validation_accuracy"]
     print(f"smallest to largest batch: {ratio:.2f}× the time of an epoch, accuracy {gain:+.4f}")
     return swept
 
 
-def penalties(flags: Flags, study: partial[Any], chosen: Row) -> list[Trained]:
-    """The chosen network with every λ; prints what the losses ask for."""
+def penalties(flags: Flags, study: partial[Any], chosen: Row) -> list[tuple[MLP, list[Row]]]:
+    """Train the chosen network with each λ, and print the change of λ that the losses ask for."""
     runs = [study(chosen | {"weight_decay": λ}, flags.epochs) for λ in watched(flags.weight_decay, "λ")]
     lasts = [rows[-1] for _, rows in runs]
     for row in lasts:
         loss, λ = row["train_loss"], row["weight_decay"]
         high = loss > min((r["validation_loss"] for r in lasts if r["weight_decay"] < λ), default=inf)
         row["asks_for"] = "more λ" if loss < row["validation_loss"] / 4 else "less λ" if high else "this λ"
-    report.print_rows(lasts, ("weight_decay", *CURVES, "asks_for"))
+    console.print_rows(lasts, ("weight_decay", *CURVES, "asks_for"))
     return runs
 
 
-def final_test(model: MLP, samples: Samples, world: World) -> Row:
-    loss, outputs = training.evaluate(ReplicaStep(model), samples, world, "cross-entropy")
-    return {"test_accuracy": (outputs.argmax(1) == samples.labels).double().mean().item(), "test_loss": loss}
-
-
 def draw(path: Path, swept: list[Row], epochs: list[Row]) -> None:
-    from torchpar import plots
+    from support import plots
 
     one_rate = [row for row in swept if row["lr"] == swept[0]["lr"]]
-    panels = [
-        plots.Panel(swept, "lr", ["validation_accuracy"], ["hidden", "batch_size"], log=True),
-        plots.Panel(one_rate, "batch_size", ["s_per_epoch"], ["hidden"], log=True),
-        *(plots.Panel(epochs, "epoch", ys, ["weight_decay"]) for ys in (CURVES[:2], CURVES[2:])),
-    ]
-    plots.save_panels(path, panels)
+    by_rate = plots.Panel(swept, "lr", ["validation_accuracy"], ["hidden", "batch_size"], log=True)
+    by_size = plots.Panel(one_rate, "batch_size", ["s_per_epoch"], ["hidden"], log=True)
+    by_epoch = [plots.Panel(epochs, "epoch", ys, ["weight_decay"]) for ys in (CURVES[:2], CURVES[2:])]
+    plots.save_panels(path, [by_rate, by_size, *by_epoch])
 
 
 def main(flags: Flags) -> None:
     start = time.perf_counter()
-    with alone(flags.device) as world:
-        report.prepare_outputs(world, folders=[flags.plots], files=[flags.metrics])
-        file, test_set = load(flags.dataset, flags.data, world)
+    with join_world_of_one(flags.device) as world:
+        console.check_outputs(world, folders=[flags.plots], files=[flags.metrics])
+        file, test_set = load(flags.dataset, flags.data, world.device)
         rest = len(file) - len(file) // 6
         study = partial(train, flags=flags, sets=(file[:rest][: flags.samples], file[rest:]), world=world)
         swept = sweep(flags, study)
-        runs = penalties(flags, study, chosen=max(swept, key=accuracy))
-        model, rows = max(runs, key=lambda run: accuracy(run[1][-1]))
-        final = rows[-1] | final_test(model, test_set, world)
+        runs = penalties(flags, study, chosen=best(swept))
+        model, rows = max(runs, key=lambda run: run[1][-1]["validation_accuracy"])
+        loss, outputs = evaluate(model, test_set, world, "cross-entropy")
+    accuracy = (outputs.argmax(1) == test_set.labels).double().mean().item()
+    final = rows[-1] | {"test_accuracy": accuracy, "test_loss": loss}
     epochs = [row for _, rows in runs for row in rows]
     if flags.metrics:
-        report.write_metrics(flags.metrics, [*swept, *epochs, final])
+        console.write_metrics(flags.metrics, [*swept, *epochs, final])
     if flags.plots:
         draw(flags.plots / "digits.png", swept, epochs)
-    found = (final["test_accuracy"], final["test_loss"], time.perf_counter() - start)
-    print(report.last_line(*found, ranks=1, device=world.device.type))
+    print(console.last_line(accuracy, loss, time.perf_counter() - start, 1, world.device.type))
 
 
 if __name__ == "__main__":

@@ -1,149 +1,149 @@
 # SPDX-License-Identifier: MIT
-"""A small network by full-batch descent: sequentially, by MPI, by DDP, on a GPU.
+"""Full-batch descent of a small network: NumPy, NumPy with MPI, PyTorch, DDP, and a GPU.
 
     python examples/fashion_pooled.py                                # NumPy, one process
     mpirun -n 2 python examples/fashion_pooled.py                    # NumPy, MPI
     torchrun --nproc_per_node=2 examples/fashion_pooled.py           # PyTorch, DDP
     python examples/fashion_pooled.py --engine torch --device cuda   # PyTorch, a GPU
 
-5000 images are pooled to 20 × 20; the network is 400-25-10 with sigmoids, its cost the binary cross-entropy
-of each class against the one-hot label, summed over the classes and averaged over the samples:
+5000 images are pooled to 20 × 20. The network is 400-25-10 with sigmoids. The cost is the binary
+cross-entropy of each class, summed over the classes and averaged over the samples:
 
-    C = −1/n · Σ_samples Σ_classes t·log p + (1 − t)·log(1 − p)
+    C = −1/n · Σ_samples Σ_classes [t·log p + (1 − t)·log(1 − p)]
 
-Every iteration descends by the gradient over all samples. The first run is as a university project did it,
-60 iterations at rate 0.1, after which the network has hardly begun to learn; the second takes a rate and a
-number of iterations that train it. What an iteration exchanges is the gradient, 10 285 numbers however many
-samples there are; so it pays to share the work.
+Every iteration takes the gradient over all samples. The first run has the settings of a university project:
+60 iterations at rate 0.1, after which the network has hardly begun to learn. The second run trains it. In
+each iteration the processes exchange the gradient, 10 285 numbers for any number of samples.
 """
 
 import os
-import sys
+import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-# Before NumPy is imported: a process per core, so a thread per process, unless it is told otherwise.
+# NumPy reads it when it is imported. With a process per core each process needs one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not installed
 
+import numpy as np
 import torch
-from torch.nn.functional import adaptive_avg_pool2d
+from support import cli
+from support.pooled import SIZES, Plan, PooledFlags, Result, prepare, report
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.baselines import mpi
-from benchmarks.baselines.full_batch import Plan, Run, in_numpy, in_torch
-from torchpar import cli, report
-from torchpar.data import Dataset, load
+from torchpar.baselines import mpi, numpy_mlp
+from torchpar.baselines.bridge import copy_weights
 from torchpar.errors import ConfigError
-from torchpar.parallel.rendezvous import find_place
-from torchpar.parallel.world import World, join_world
-
-SIZES = (400, 25, 10)
-# What the project reports of Fashion-MNIST, at rate 0.1 after 60 iterations.
-ONE = "7.50 → 3.217, precision 0.36; 1.1 to 1.16 s"
-TWO = "6.70 → 3.210, precision 0.36; 0.83 to 0.90 s"
-PUBLISHED = {"NumPy": ONE, "NumPy, MPI": TWO, "PyTorch": ONE, "PyTorch, DDP": TWO}
-PUBLISHED["PyTorch, GPU"] = "6.55 → 3.214, precision 0.30; no time"
+from torchpar.nn import MLP
+from torchpar.parallel import World, join_world
+from torchpar.parallel.launch.rendezvous import find_rank_info
+from torchpar.profile.collectives import Collectives
+from torchpar.profile.phases import Phases, phase
+from torchpar.training import loss_sum
 
 
 @dataclass(kw_only=True)
-class Flags(cli.ExampleFlags):
+class Flags(PooledFlags):
     """Train a small network on pooled images by full-batch descent."""
 
-    data: Path = Path(__file__).parent / "data"
-    """Folder of the data sets, as torchvision's root."""
-    dataset: Dataset = "mnist"
-    """What to learn; fashion-mnist is what was published."""
-    samples: int = 5000
-    """Training images, the first ones."""
-    iterations: int = 800
-    """Of the second run."""
-    lr: float = 0.1
-    """Learning rate of the second run."""
-    momentum: float = 0.9
-    """Momentum of the second run."""
+    iterations: int = 800  # Iterations of the second run.
+    lr: float = 0.1  # Learning rate of the second run.
+    momentum: float = 0.9  # Momentum of the second run.
+    # Library that computes; auto takes PyTorch under torchrun and with --device cuda, else NumPy.
     engine: Literal["auto", "numpy", "torch"] = "auto"
-    """What computes; auto takes PyTorch under torchrun and with --device cuda, else NumPy."""
+
+
+def train_numpy(world: Any, splits: Sequence[Any], counts: Sequence[int], plan: Plan) -> Result:
+    """Train on the processes of an MPI communicator. Process 0 has the samples and scatters them once."""
+    orders = [np.array_split(np.arange(count), world.size) for count in counts]
+    model = numpy_mlp.MLP(SIZES, loss="bce", seed=plan.seed)  # the same on all processes
+    optimizer = numpy_mlp.SGD(model, plan.lr, plan.momentum)
+    message = np.empty(model.parameters.size + 1, model.parameters.dtype)  # gradient and cost
+    total = np.empty_like(message)
+    costs = []
+    with Phases(torch.device("cpu")) as phases:
+        with phase("data"):
+            shares = [mpi.scatter(world, *pair) for pair in zip(splits, orders, strict=True)]
+        (x, labels), count = shares[0], counts[0]
+        start = time.perf_counter()
+        for _ in range(plan.iterations):
+            with phase("forward"):
+                inputs, outputs = model.forward(x)
+                message[-1], delta = model.loss_sum(outputs, labels)
+            with phase("backward"):
+                message[:-1] = model.backward(inputs, delta)
+            with phase("collectives"):
+                world.Allreduce(message, total)
+            with phase("optimizer"):
+                optimizer.step(total[:-1] / count)
+            costs.append(float(total[-1]) / count)
+        seconds = time.perf_counter() - start
+    ends = [mpi.evaluate(world, model, *pair) for pair in zip(shares, counts, strict=True)]
+    return Result(plan, costs, ends, seconds, phases.seconds, model.weights[0])
+
+
+def train_torch(world: World, splits: Sequence[mpi.Samples], plan: Plan) -> Result:
+    """Train by torchpar's layers, by DistributedDataParallel on several ranks."""
+    model = MLP(SIZES, output="sigmoid").to(world.device)
+    copy_weights(numpy_mlp.MLP(SIZES, seed=plan.seed), model)
+    replica = DistributedDataParallel(model) if world.world_size > 1 else model
+    optimizer = torch.optim.SGD(model.parameters(), plan.lr, plan.momentum)
+    costs = torch.zeros(plan.iterations, device=world.device)
+    with Phases(world.device) as phases:
+        with phase("data"):
+            shares = [[share(world, array) for array in split] for split in splits]
+        (x, labels), count = shares[0], len(splits[0].labels)
+        loss_sum("bce", replica(x), labels).backward()  # a GPU's kernels are compiled in the first call
+        optimizer.zero_grad()
+        start = time.perf_counter()
+        for i in range(plan.iterations):
+            with Collectives(world):
+                with phase("forward"):
+                    loss = loss_sum("bce", replica(x), labels)
+                with phase("backward"):
+                    (loss * (world.dp_size / count)).backward()  # the wrapper averages over the ranks
+                with phase("optimizer"):
+                    optimizer.step()
+                    optimizer.zero_grad()
+            costs[i] = loss.detach()
+        costs = world.sum(costs) / count
+        seconds = time.perf_counter() - start
+    ends = []
+    for (x, labels), split in zip(shares, splits, strict=True):
+        p = model(x).detach()
+        sums = world.sum(torch.stack([loss_sum("bce", p, labels), (p.argmax(1) == labels).sum()]))
+        ends.append((sums / len(split.labels)).tolist())
+    weight = next(model.parameters()).detach().cpu().numpy().T
+    return Result(plan, costs.tolist(), ends, seconds, phases.seconds, weight)
+
+
+def share(world: World, array: numpy_mlp.Array) -> Tensor:
+    """Return this rank's rows of ``array`` on its device."""
+    return world.share(len(array)).narrow(torch.from_numpy(array), 0).to(world.device)
 
 
 def main(flags: Flags) -> None:
-    as_published = Plan(SIZES, iterations=60, lr=0.1, seed=flags.seed)
-    plans = [as_published, Plan(SIZES, flags.iterations, flags.lr, flags.momentum, flags.seed)]
-    place = find_place()
-    by_torchrun = place is not None and place.launcher in ("torchrun", "env")
+    plans = [Plan(60, 0.1, 0.0, flags.seed), Plan(flags.iterations, flags.lr, flags.momentum, flags.seed)]
+    info = find_rank_info()
+    by_torchrun = info is not None and info.launcher in ("torchrun", "env")
     if flags.engine == "torch" or (flags.engine == "auto" and (by_torchrun or flags.device == "cuda")):
         with join_world(flags.device) as world:
-            spread = "PyTorch, DDP" if world.world_size > 1 else "PyTorch"
-            way = "PyTorch, GPU" if world.device.type == "cuda" else spread
-            splits = pooled(flags, world)
-            runs = [(plan, in_torch(world, splits, plan)) for plan in plans]
+            splits: list[mpi.Samples] = []
+            world.gather_results(lambda: splits.extend(prepare(flags)))  # raises on all ranks alike
+            results = [train_torch(world, splits, plan) for plan in plans]
             if world.rank == 0:
-                tell(flags, way, world.device.type, world.world_size, runs)
+                report(flags, "PyTorch", world.device.type, world.world_size, results)
         return
     if by_torchrun or flags.device == "cuda":
         raise ConfigError("--engine numpy computes on CPUs, alone or under mpirun; take --engine torch")
-    with mpi.join() if place else nullcontext(mpi.Alone()) as comm:
-        alone = World(comm.rank, comm.rank, world_size=1, device=torch.device("cpu"))  # MPI connects them
-        found = mpi.on_rank_0(comm, lambda: pooled(flags, alone))
+    with mpi.join() if info else nullcontext(mpi.OneProcess()) as comm:
+        found = mpi.on_rank_0(comm, lambda: prepare(flags))
         counts = comm.bcast([len(samples.labels) for samples in found or ()])
-        runs = [(plan, in_numpy(comm, found or (None, None), counts, plan)) for plan in plans]
+        results = [train_numpy(comm, found or (None, None), counts, plan) for plan in plans]
         if comm.rank == 0:
-            tell(flags, "NumPy, MPI" if comm.size > 1 else "NumPy", "cpu", comm.size, runs)
-
-
-def pooled(flags: Flags, world: World) -> list[mpi.Samples]:
-    """Training and test images as rows of 400 numbers in [0, 1], and their labels."""
-    report.prepare_outputs(world, folders=[flags.plots], files=[flags.metrics])
-    train, test = load(flags.dataset, flags.data, world)
-    found = []
-    for samples in (train[: flags.samples], test):
-        images = adaptive_avg_pool2d(samples.images.cpu() / 255, 20).flatten(1)
-        found.append(mpi.Samples(images.numpy(), samples.labels.cpu().numpy()))
-    return found
-
-
-def tell(flags: Flags, way: str, device: str, ranks: int, runs: list[tuple[Plan, Run]]) -> None:
-    """Print what came of the runs, and write it where the flags say."""
-    print(f"published, Fashion-MNIST {way}: cost {PUBLISHED[way]} per iteration")
-    lines: list[dict[str, Any]] = []
-    for plan, run in runs:
-        ms = {phase: 1e3 * t / plan.iterations for phase, t in run.phases.items() if t}
-        once = sum(ms.pop(phase, 0.0) for phase in ("scatter", "data")) * plan.iterations
-        print(
-            f"{plan.iterations} iterations at rate {plan.lr:g}, momentum {plan.momentum:g}: "
-            f"cost {run.costs[0]:.2f} → {run.costs[-1]:.3f}, precision {run.train[1]:.2f}, "
-            f"test {run.test[1]:.4f}; ms once: {once:.1f}; per iteration: "
-            f"{1e3 * run.seconds / plan.iterations:.2f}, of it "
-            + ", ".join(f"{phase} {t:.2f}" for phase, t in ms.items())
-        )
-        lines.append(
-            plan._asdict()
-            | {"way": way, "ranks": ranks, "device": device, "ms": ms, "ms_once": once}
-            | {"first_cost": run.costs[0], "last_cost": run.costs[-1], "seconds": run.seconds}
-            | {"precision": run.train[1], "test_loss": run.test[0], "test_accuracy": run.test[1]}
-        )
-    if flags.metrics:
-        report.write_metrics(flags.metrics, lines)
-    if flags.plots:
-        plot(flags.plots, runs)
-    print(report.last_line(run.test[1], run.test[0], run.seconds, ranks, device))
-
-
-def plot(folder: Path, runs: list[tuple[Plan, Run]]) -> None:
-    """The costs, and what each hidden neuron of the last run looks for."""
-    import matplotlib.pyplot as plt
-
-    from torchpar import plots
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for plan, run in runs:
-        axes.plot(range(1, 1 + len(run.costs)), run.costs, label=f"rate {plan.lr}, momentum {plan.momentum}")
-    axes.set(xlabel="iteration", ylabel="cost", xscale="log", ylim=(0, None))
-    axes.legend()
-    figure.savefig(folder / "costs.png", dpi=120)
-    neurons = torch.from_numpy(runs[-1][1].weights.T.reshape(-1, 20, 20))
-    plots.save_matrices(folder / "neurons.png", neurons, "what each hidden neuron looks for")
+            report(flags, "NumPy", "cpu", comm.size, results)
 
 
 if __name__ == "__main__":

@@ -3,48 +3,64 @@
 
     torchrun --nproc_per_node=2 examples/train_ddp.py
 
-The ranks start from the same weights, because each draws them from the same seed. In every step a rank
-computes the gradient of its own samples; DistributedDataParallel averages the gradients over the ranks
-while the backward pass is still running; and so all of them take the same step. Two ranks compute what
-one would, in about half the time once the work of a step outweighs the exchange of gradients.
+All ranks draw the same weights, because they start from the same seed. In every step a rank computes the
+gradient of its own samples. DistributedDataParallel averages the gradients over the ranks while the backward
+pass is still running, so all ranks take the same step. `torchpar.reference.average_gradients` shows the
+average in a few lines. Two ranks compute the same as one, up to rounding, and in about half the time once the
+work of a step outweighs the exchange of gradients.
 
-Without torchrun, ``python examples/train_ddp.py``, there is one process and nothing to exchange.
+Without torchrun, ``python examples/train_ddp.py`` is one process, and nothing is exchanged.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from support import cli
+from support.session import Run, adjust_gradients, make_optimizer, prepare
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from torchpar import cli
 from torchpar.nn import MLP
-from torchpar.parallel.step import ReplicaStep
-from torchpar.parallel.world import join_world
-from torchpar.script import Spread, train
+from torchpar.parallel import join_world
+from torchpar.profile.phases import phase
 
 
 @dataclass(kw_only=True)
 class Flags(cli.TrainFlags):
     """Train a digit classifier by data parallelism."""
 
-    data: Path = Path(__file__).parent / "data"
-    """Folder of the data sets, as torchvision's root."""
-
 
 def main(flags: Flags) -> None:
     with join_world(flags.device, flags.timeout) as world:
+        train, test, sizes = prepare(flags, world)
+        model = MLP(sizes).to(world.device)
+        replica: torch.nn.Module = model
+        if world.world_size > 1:
+            # Its forward pass is the model's; its backward pass averages the gradients over the ranks.
+            replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        if flags.compile:
+            replica.compile()
+        optimizer, lr_scheduler = make_optimizer(flags, model, len(train))
 
-        def spread(model: MLP) -> Spread:
-            # The wrapper's forward computes what the model's does; its backward averages the gradients.
-            forward: torch.nn.Module = model
-            if world.world_size > 1:
-                forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
-            if flags.compile:
-                forward.compile()
-            return Spread(model, ReplicaStep(forward, world.data_ranks))
+        def train_step(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
+            with phase("forward"):
+                loss = cross_entropy(replica(x), labels, reduction="sum")
+            with phase("backward"):
+                # The loss is the mean over the global batch. The wrapper averages over the ranks, whose
+                # shares of the batch may differ in size.
+                (loss * (world.dp_size / global_size)).backward()
+            with phase("optimizer"):
+                adjust_gradients(flags, model, world)
+                optimizer.step()
+                lr_scheduler.step()
+                optimizer.zero_grad()
+            return loss.detach()
 
-        train(flags, world, spread)
+        with Run(flags, world, model, optimizer, lr_scheduler, train, test) as run:
+            for epoch in run.epochs():
+                for batch in run.batches(epoch):
+                    run.log(train_step(*batch))
 
 
 if __name__ == "__main__":

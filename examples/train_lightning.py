@@ -1,110 +1,87 @@
 # SPDX-License-Identifier: MIT
-"""The same training in Lightning: the model and the data are ours, the loop is its Trainer's.
+"""The training of train_ddp.py in Lightning: the model and its step are ours, the loop is the Trainer's.
 
     python examples/train_lightning.py fit
     python examples/train_lightning.py fit --trainer.accelerator cpu --trainer.devices 2
     python examples/train_lightning.py fit --config examples/lightning.yaml
-    python examples/train_lightning.py test --ckpt_path lightning_logs/tensorboard/…/last.ckpt
+    python examples/train_lightning.py test --ckpt_path /tmp/torchpar/lightning_logs/…/last.ckpt
 
-The other examples call `torchpar.training.fit`, a loop of some forty lines that can be read. Here a
-LightningModule says what a step computes and a LightningDataModule which batches there are; when and where
-they run, in which precision, on how many processes, what is logged and saved, and when to stop, are
-arguments of the Trainer. LightningCLI makes flags of all of them, and reads them from a YAML file; try
-``fit --help`` and ``fit --print_config``.
+The other lessons write the loop out. Here a LightningModule holds the model, the step and the optimizer, and
+a LightningDataModule the batches. The Trainer calls them: on one process or several, in a precision, with
+loggers, checkpoints and early stopping. LightningCLI makes a flag of each argument, and reads them from a
+YAML file; see ``fit --help`` and ``fit --print_config``.
 
-What a framework must not change is the result. Each epoch's order is a function of the seed and the epoch,
-ranks share each batch as DistributedDataParallel needs it, and evaluation counts every sample once: so the
-weights are those of train_ddp.py, to the bit. What it costs is some tenths of a millisecond per step, for the
-hooks around it: much for a model of this size, nothing for a large one.
+A framework must not change the result: the weights are those of train_ddp.py, to the bit. Its hooks cost some
+tenths of a millisecond per step, which is much for a model of this size and nothing for a large one.
 
 ``fit`` ends with a test, of the best weights where checkpoints are kept. By default nothing is written;
-lightning.yaml turns on loggers, checkpoints and early stopping.
+lightning.yaml turns on a logger, checkpoints and early stopping.
 """
 
-import gc
-import logging
-import math
-import sys
-import warnings
-from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
+from collections.abc import Sequence
+from typing import Literal
 
-try:
-    from jsonargparse import ArgumentError
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch.callbacks import Timer
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-    from lightning.pytorch.utilities import rank_zero_only
+from support import lightning_cli  # isort: skip  (first: it reports a Lightning that is not installed)
+from jsonargparse.typing import NonNegativeFloat
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
 
-    from torchpar.lightning import LitMLP, MNISTDataModule
-except ImportError as error:
-    sys.exit(f"this example needs Lightning ({error}); pip install 'torchpar[lightning,examples]'")
-from torch import distributed as dist
-
-from torchpar import report
-from torchpar.errors import ConfigError
+from torchpar.data import Batch
+from torchpar.lightning import LitClassifier, MNISTDataModule
+from torchpar.nn import MLP
+from torchpar.training import LRSchedule, lr_scheduler, sgd
+from torchpar.training.losses import Loss
 
 
-class CLI(LightningCLI):
-    """``fit`` and ``test`` whose last line is that of the other examples."""
+class LitMLP(LitClassifier):
+    """`torchpar.nn.MLP` with its step and its optimizer; `LitClassifier` evaluates and logs.
 
-    def init_parser(self, **options: Any) -> LightningArgumentParser:
-        return super().init_parser(exit_on_error=False, **options)  # errors in a line, without the usage
+    Args:
+        sizes: of the layers, input first.
+        hidden: activation between layers.
+        loss: "cross-entropy" on logits; "bce" or "mse" on sigmoid outputs.
+        lr: learning rate at the start.
+        momentum: Nesterov momentum.
+        weight_decay: L2 penalty λ of the weights: λ/2·‖W‖² in the loss.
+        schedule: course of the learning rate over the run, in steps; linear and cosine end at 0.
+        compile: compile the MLP by torch.compile.
+    """
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.set_defaults({"data.root": Path(__file__).parent / "data"})
-        # One seed for the weights and for the order of the samples.
-        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+    def __init__(
+        self,
+        sizes: Sequence[int] = (784, 128, 64, 10),
+        hidden: Literal["sigmoid", "relu"] = "sigmoid",
+        loss: Loss = "cross-entropy",
+        lr: NonNegativeFloat = 0.5,
+        momentum: NonNegativeFloat = 0.9,
+        weight_decay: NonNegativeFloat = 3e-5,
+        schedule: LRSchedule = "linear",
+        compile: bool = False,
+    ):
+        super().__init__(sizes[0], sizes[-1], loss)
+        self.save_hyperparameters()  # as self.hparams, which a checkpoint holds
+        self.mlp = MLP(sizes, hidden, "logits" if loss == "cross-entropy" else "sigmoid")
+        if compile:
+            self.mlp.compile()
 
-    def after_fit(self) -> None:
-        trained = self._seconds("train")
-        best = getattr(self.trainer.checkpoint_callback, "best_model_path", None)
-        self.trainer.test(self.model, self.datamodule, ckpt_path=best or None, verbose=False)
-        self.after_test(trained)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)  # type: ignore[no-any-return]
 
-    def after_test(self, trained: float = 0.0) -> None:
-        trainer, metrics = self.trainer, self.trainer.callback_metrics
-        if trainer.is_global_zero:
-            accuracy, loss = (float(metrics.get(name, math.nan)) for name in ("test_accuracy", "test_loss"))
-            seconds, device = trained + self._seconds("test"), trainer.strategy.root_device.type
-            print(report.last_line(accuracy, loss, seconds, trainer.world_size, device))
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        x, labels, global_size = batch
+        loss = self.loss_sum(self(x), labels)
+        self.train_loss.update(loss.detach(), len(labels))
+        # The loss is the mean over the global batch. DistributedDataParallel averages over the ranks, whose
+        # shares of the batch may differ in size. The Trainer calls backward() and optimizer.step().
+        return loss * (self.trainer.world_size / global_size)
 
-    def _seconds(self, stage: str) -> float:
-        timer: Timer = self.trainer_defaults["callbacks"]
-        return timer.time_elapsed(stage)
-
-
-def main() -> None:
-    for name in ("lightning.pytorch", "lightning.fabric"):  # which say what hardware they have not found
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # no validation
-    warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")  # torch's, of Lightning
-    trainer = {
-        "max_epochs": 10,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-        "enable_progress_bar": sys.stdout.isatty(),
-        "callbacks": Timer(),
-    }
-    try:
-        CLI(
-            LitMLP,
-            MNISTDataModule,
-            seed_everything_default=0,
-            trainer_defaults=trainer,
-            save_config_callback=None,  # the loggers keep the hyperparameters
-        )
-    except (ConfigError, MisconfigurationException, ArgumentError, OSError, UnpicklingError) as e:
-        if getattr(rank_zero_only, "rank", 0) == 0:  # every rank meets it
-            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
-    # Lightning would leave the group of ranks to the interpreter's end, where its threads can abort it.
-    if dist.is_initialized():
-        gc.collect()
-        dist.destroy_process_group()
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        hp = self.hparams
+        optimizer = sgd(self, hp["lr"], hp["momentum"], hp["weight_decay"])
+        steps = self.trainer.estimated_stepping_batches  # infinite in a run without end, whose rate stays
+        scheduler = lr_scheduler(optimizer, hp["schedule"], steps)  # type: ignore[arg-type]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 if __name__ == "__main__":
-    main()
+    lightning_cli.main(LitMLP, MNISTDataModule)

@@ -1,29 +1,31 @@
 # SPDX-License-Identifier: MIT
-"""Data, tensor and pipeline parallelism at once: dp × tp × pp ranks as a mesh.
+"""Data, tensor and pipeline parallelism at once: dp × tp × pp ranks form a mesh.
 
     torchrun --nproc_per_node=4 examples/train_parallel.py --dp 2 --tp 2
 
-The model is split by tensors first, then cut into stages, then copied: each rank is one of tp slices of
-one of pp stages of one of dp replicas. What travels stays within one dimension of the mesh: activations
-among the tp ranks of a stage, borders between neighbouring stages, gradients among replicas.
+Tensor parallelism splits each layer. Pipeline parallelism cuts the layers into stages. Data parallelism
+copies the result dp times. So each rank holds one slice of one stage of one replica. Each message stays
+within one mesh dimension: sums of activations in tp, activations and their gradients between stages in pp,
+gradients of parameters in dp.
 
 With ``--reduction invariant`` a run has the same bits on 1, 2 and 4 ranks of every dp × tp mesh.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from support import cli
+from support.session import Run, adjust_gradients, make_optimizer, prepare
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from torchpar import cli
 from torchpar.nn import MLP
-from torchpar.parallel.mlp import parallel_mlp
-from torchpar.parallel.pipeline import PipelineStep, Schedule, stage_mlp
-from torchpar.parallel.reduction import Reduction
-from torchpar.parallel.step import InvariantStep, ReplicaStep
-from torchpar.parallel.world import World, join_world
-from torchpar.script import Spread, train
+from torchpar.parallel import join_world, parallel_mlp
+from torchpar.parallel.split.invariant import invariant_gradients
+from torchpar.parallel.split.pipeline import Pipeline, PipelineSchedule, stage_mlp
+from torchpar.parallel.split.reduction import Reduction
+from torchpar.profile.phases import phase
 
 
 @dataclass(kw_only=True)
@@ -31,45 +33,70 @@ class Flags(cli.TrainFlags):
     """Train a digit classifier on a mesh of ranks."""
 
     dp: int | None = None
-    """Ranks that share each batch; by default what --tp and --pp leave."""
+    """Ranks that share each batch; by default all that --tp and --pp leave."""
     tp: int = 1
     """Ranks that share each layer."""
     pp: int = 1
     """Stages of a pipeline."""
-    pipeline: Schedule = "1f1b"
+    pipeline: PipelineSchedule = "1f1b"
     """Order of a pipeline's forward and backward passes."""
     micro_batches: int = 4
     """Parts into which a pipeline cuts a replica's share of a batch."""
     reduction: Reduction = "fast"
-    """How sums over ranks are made: fast, or with the same bits on every mesh."""
-    data: Path = Path(__file__).parent / "data"
-    """Folder of the data sets, as torchvision's root."""
+    """Order of sums over ranks: fast, or with the same bits on every mesh."""
+
+
+def loss_sum(outputs: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(outputs, labels, reduction="sum")
 
 
 def main(flags: Flags) -> None:
     with join_world(flags.device, flags.timeout) as world:
         dp = flags.dp or max(world.world_size // (flags.tp * flags.pp), 1)
-        world = world.split(dp=dp, tp=flags.tp, pp=flags.pp, reduction=flags.reduction)
-        train(flags, world, lambda mlp: spread(mlp, flags, world))
+        world = world.with_mesh(dp=dp, tp=flags.tp, pp=flags.pp, reduction=flags.reduction)
+        train, test, sizes = prepare(flags, world)
+        # This rank's slice of its stage: the tp dimension splits each layer, the pp dimension the layers.
+        whole = MLP(sizes).to(world.device)
+        model = stage_mlp(parallel_mlp(whole, world.mesh["tp"], flags.reduction), world.mesh["pp"])
+        if flags.compile:
+            model.compile()
+        replica: torch.nn.Module = model
+        pipeline = None
+        if flags.pp > 1:
+            pipeline = Pipeline(model, world, flags.pipeline, flags.micro_batches)
+        elif world.dp_size > 1 and flags.reduction == "fast":
+            group = world.mesh["dp"].get_group()
+            replica = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
+        optimizer, lr_scheduler = make_optimizer(flags, model, len(train))
 
+        def gradients(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
+            if flags.reduction == "invariant":
+                return invariant_gradients(model, world, x, labels, global_size, loss_sum)
+            if pipeline is not None:
+                return pipeline.step(x, labels, global_size, loss_sum)
+            with phase("forward"):
+                loss = loss_sum(replica(x), labels)
+            with phase("backward"):
+                (loss * (world.dp_size / global_size)).backward()
+            return loss.detach()
 
-def spread(mlp: MLP, flags: Flags, world: World) -> Spread:
-    assert world.mesh is not None
-    model = stage_mlp(parallel_mlp(mlp, world.mesh["tp"], flags.reduction), world.mesh["pp"])
-    if flags.compile:
-        model.compile()
-    if flags.reduction == "invariant":
-        return Spread(model, InvariantStep(model, world))
-    forward: torch.nn.Module = model
-    if world.data_ranks > 1:
-        # Among the replicas of this rank's slice of its stage.
-        forward = DistributedDataParallel(
-            model, process_group=world.mesh["dp"].get_group(), gradient_as_bucket_view=True
-        )
-    if flags.pp == 1:
-        return Spread(model, ReplicaStep(forward, world.data_ranks))
-    step = PipelineStep(forward, world, flags.pipeline, flags.micro_batches)
-    return Spread(model, step, flags.micro_batches)
+        def train_step(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
+            loss = gradients(x, labels, global_size)
+            with phase("optimizer"):
+                adjust_gradients(flags, model, world)
+                optimizer.step()
+                lr_scheduler.step()
+                optimizer.zero_grad()
+            return loss
+
+        with Run(
+            *(flags, world, model, optimizer, lr_scheduler, train, test),
+            predict=pipeline.predict if pipeline else model,
+            micro_batches=flags.micro_batches if pipeline else 1,
+        ) as run:
+            for epoch in run.epochs():
+                for batch in run.batches(epoch):
+                    run.log(train_step(*batch))
 
 
 if __name__ == "__main__":

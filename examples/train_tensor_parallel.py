@@ -3,36 +3,36 @@
 
     torchrun --nproc_per_node=2 examples/train_tensor_parallel.py
 
-Two layers make a pair. The first is split by columns, that is by outputs: rank r computes its share of
-the hidden neurons from the whole input, activation included, and needs nobody for it. The second is
-split by rows, by inputs: rank r multiplies its own neurons with its own slice of the weights and has a
-part of every output; one all-reduce adds the parts up. The bias joins after that, or it would be added
-once by every rank.
+Two layers form a pair. The first layer is split by columns, that is by its outputs: rank r computes its share
+of the hidden neurons from the whole input, activation included, without communication. The second layer is
+split by rows, that is by its inputs: rank r multiplies its own neurons by its own slice of the weights, which
+gives a part of every output. One all-reduce adds the parts up. The bias is added after it, because before it
+every rank would add the bias once.
 
     x ──┬─ W₀⁽⁰⁾ ─ σ ─ W₁⁽⁰⁾ ─┐
         │                     Σ ─ + b₁ ─ y        rank 0 above, rank 1 below
         └─ W₀⁽¹⁾ ─ σ ─ W₁⁽¹⁾ ─┘
 
-Backward, each rank's slice of the weights gets its gradient from what the rank has; only the gradient of
-x is a sum over ranks, and the first pair does not need it. So a step of 784-128-10 sends one message,
-forward, of batch × 10 numbers, however wide the hidden layer is; data parallelism would send all 101 770
-gradients. It pays where the model is large and the batch small.
+In the backward pass each rank computes the gradient of its own slices. Only the gradient of x is a sum over
+ranks, and the first pair does not need it. So a step of 784-128-10 sends one message, in the forward pass, of
+batch × 10 numbers, for any width of the hidden layer. Data parallelism would send all 101 770 gradients.
+Tensor parallelism pays where the model is large and the batch is small.
+
+The model has one hidden layer, where the other examples have two: a pair is two layers.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from support import cli
+from support.session import Run, adjust_gradients, make_optimizer, prepare
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.functional import cross_entropy
 
-from torchpar import cli
 from torchpar.errors import ConfigError
-from torchpar.nn import MLP, Linear
-from torchpar.parallel.layers import ColumnParallelLinear, RowParallelLinear
-from torchpar.parallel.step import ReplicaStep
-from torchpar.parallel.world import join_world
-from torchpar.script import Spread, train
+from torchpar.parallel import ColumnParallelLinear, RowParallelLinear, join_world
+from torchpar.profile.phases import phase
 
 
 @dataclass(kw_only=True)
@@ -41,22 +41,18 @@ class Flags(cli.TrainFlags):
 
     hidden: tuple[int, ...] = (128,)
     """Width of the hidden layer."""
-    data: Path = Path(__file__).parent / "data"
-    """Folder of the data sets, as torchvision's root."""
 
 
 class SplitMLP(torch.nn.Module):
     """One hidden layer, split by hand: rank r of p holds a p-th of its neurons."""
 
-    def __init__(self, whole: MLP, mesh: DeviceMesh):
+    def __init__(self, sizes: list[int], mesh: DeviceMesh):
         super().__init__()
-        first, second = whole.layers
-        assert isinstance(first, Linear)
-        assert isinstance(second, Linear)
+        features, neurons, classes = sizes
         # weight (neurons / p, features): x (b, features) → σ(x·Wᵀ + b) (b, neurons / p), by the fused kernel
-        self.column = ColumnParallelLinear.from_linear(first, mesh=mesh)
+        self.column = ColumnParallelLinear(features, neurons, mesh=mesh, activation="sigmoid")
         # weight (classes, neurons / p): (b, neurons / p) → Σ over ranks → + b (b, classes)
-        self.row = RowParallelLinear.from_linear(second, mesh=mesh)
+        self.row = RowParallelLinear(neurons, classes, mesh=mesh)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.row(self.column(x))  # type: ignore[no-any-return]
@@ -66,17 +62,30 @@ def main(flags: Flags) -> None:
     if len(flags.hidden) != 1:
         raise ConfigError(f"--hidden is {flags.hidden}, expected one width; train_parallel.py splits any MLP")
     with join_world(flags.device, flags.timeout) as world:
-        world = world.split(tp=world.world_size)
-        assert world.mesh is not None
-        mesh = world.mesh["tp"]
+        world = world.with_mesh(tp=world.world_size)
+        train, test, sizes = prepare(flags, world)
+        # Every rank draws the whole weights, the same on all, and keeps its slice.
+        model = SplitMLP(sizes, world.mesh["tp"]).to(world.device)
+        if flags.compile:
+            model.compile()
+        optimizer, lr_scheduler = make_optimizer(flags, model, len(train))
 
-        def spread(whole: MLP) -> Spread:
-            model = SplitMLP(whole, mesh)
-            if flags.compile:
-                model.compile()
-            return Spread(model, ReplicaStep(model))
+        def train_step(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
+            with phase("forward"):
+                loss = cross_entropy(model(x), labels, reduction="sum")
+            with phase("backward"):
+                (loss / global_size).backward()
+            with phase("optimizer"):
+                adjust_gradients(flags, model, world)
+                optimizer.step()
+                lr_scheduler.step()
+                optimizer.zero_grad()
+            return loss.detach()
 
-        train(flags, world, spread)
+        with Run(flags, world, model, optimizer, lr_scheduler, train, test) as run:
+            for epoch in run.epochs():
+                for batch in run.batches(epoch):
+                    run.log(train_step(*batch))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Triton kernels and their launchers.
 
-A launcher takes tensors on one GPU, the tensor to write, and ``wrap``, which it applies to the kernel
-before launching it: a compiler that is tracing puts itself between the two there. It checks nothing:
-its caller has.
+A launcher takes tensors on one GPU and ``wrap``: None for a launch, or what a tracing compiler applies to the
+kernel to record it. Launchers do not check their arguments: the operators do.
 """

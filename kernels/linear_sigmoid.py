@@ -1,33 +1,31 @@
 # SPDX-License-Identifier: MIT
 """σ(X·Wᵀ + b) with bias and sigmoid in the epilogue, and the first pass of its backward."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .gemm import GROUP, dot_rows, grouped_tile
-from .tuning import Tiles, default_tiles
+from .launch import Plan, Wrap, planned
+from .tuning import Tiles, chosen
 
 BACKWARD_ROWS = 256  # per program; each adds one row to the partial sums of the bias gradient
-BACKWARD_BLOCK_M = 16
+BACKWARD_BLOCK_M = 32
 BACKWARD_BLOCK_N = 64
 
 
 LOG2_E_HIGH = tl.constexpr(1.44269502162933349609375)  # log2(e) rounded to float32
-LOG2_E_LOW = tl.constexpr(1.925963033500e-8)  # and what is left of it
+LOG2_E_LOW = tl.constexpr(1.925963033500e-8)  # log2(e) - LOG2_E_HIGH
 LN_2 = tl.constexpr(0.693147180559945)
 
 
 @triton.jit
 def sigmoid(z):
-    """``1/(1 + exp(-z))``, in float32 without the error that `tl.exp` has where z is far below 0.
+    """``1/(1 + exp(-z))``; in float32 without the error of `tl.exp` where z is far below 0.
 
-    There exp(-z) = 2^t with t = -z·log2(e) large, and t's rounding error r, which `tl.exp` lets pass,
-    is a relative error of r·ln(2) in the result. It is computed and put right.
+    There exp(-z) = 2^t with a large t = -z·log2(e). The rounding error r of t is a relative error of r·ln(2)
+    in the result. `tl.exp` ignores it; here it is computed and corrected.
     """
     if z.dtype == tl.float64:
         y = 1.0 / (1.0 + tl.exp(-z))
@@ -36,7 +34,7 @@ def sigmoid(z):
         r = tl.fma(-z, LOG2_E_HIGH, -t) - z * LOG2_E_LOW
         e = tl.exp2(t) * (1.0 + tl.where(tl.abs(t) < 256, r, 0.0) * LN_2)  # beyond, 2^t is 0 or infinite
         d = 1.0 + e
-        y = 1.0 / d  # off by up to 2 ulp; one step of Newton's mends it
+        y = 1.0 / d  # off by up to 2 ulp; one Newton step corrects it
         y = tl.where(d < 1e38, y + y * tl.fma(-d, y, 1.0), y)
     return y
 
@@ -107,13 +105,13 @@ def sigmoid_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """``dz = g·y·(1 - y)`` for ROWS rows, and their sum into this program's row of ``partial``."""
-    acc_dtype: tl.constexpr = partial_ptr.dtype.element_ty
+    """``dz = g·y·(1 - y)`` for ROWS rows. Their sum goes to this program's row of ``partial``."""
+    acc_dtype: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
     col_blocks = (n - 1) // BLOCK_N + 1  # tl.cdiv overflows just below 2³¹
     chunk = (tl.program_id(0) // col_blocks).to(tl.int64)
     col = (tl.program_id(0) % col_blocks * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    total = tl.zeros((BLOCK_N,), dtype=acc_dtype)
-    for start in range(0, ROWS, BLOCK_M):
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=acc_dtype)  # to sum over rows takes barriers: it is done once
+    for start in range(0, tl.minimum(m - chunk * ROWS, ROWS).to(tl.int32), BLOCK_M):
         row = chunk * ROWS + start + tl.arange(0, BLOCK_M)
         mask = (row < m)[:, None] & (col < n)[None, :]
         g = tl.load(g_ptr + ((row * g_row)[:, None] + (col * g_col)[None, :]), mask=mask, other=0.0)
@@ -121,74 +119,86 @@ def sigmoid_backward_kernel(
         y = y.to(acc_dtype)
         dz = g.to(acc_dtype) * y * (1.0 - y)
         tl.store(dz_ptr + ((row * n)[:, None] + col[None, :]), dz.to(dz_ptr.dtype.element_ty), mask=mask)
-        total += tl.sum(dz, axis=0)
-    tl.store(partial_ptr + (chunk * n + col), total, mask=col < n)
+        total += dz
+    row_sums = tl.sum(total, axis=0).to(partial_ptr.dtype.element_ty)
+    tl.store(partial_ptr + (chunk * n + col), row_sums, mask=col < n)
 
 
 def linear_sigmoid(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    out: Tensor,
     precision: str,
-    wrap: Callable[[Any], Any],
+    wrap: Wrap,
+    *,
+    out: Tensor | None = None,
     tiles: Tiles | None = None,
-) -> None:
-    """``out = sigmoid(x @ weight.T + bias)`` for ``x (m, k)``, ``weight (n, k)``, ``bias (n)``.
+) -> Tensor | None:
+    """``sigmoid(x @ weight.T + bias)`` for ``x (m, k)``, ``weight (n, k)``, ``bias (n)``; k is at least 1.
 
-    ``out (m, n)`` is contiguous. ``precision`` is "ieee" or "tf32" and matters to float32 alone.
+    Args:
+        precision: "ieee" or "tf32"; it applies to float32 only.
+        out: ``(m, n)``, contiguous; by default a new tensor.
+        tiles: by default those of the device's table, or else those that suit the sizes.
+
+    Returns:
+        ``out``; None if PyTorch's library is faster by the device's table.
     """
-    m, k = x.shape
-    n = weight.shape[0]
-    if out.numel() == 0:
-        return
-    tiles = tiles or default_tiles(x.dtype, precision, m, n, x, weight)
-    block_m, block_n, block_k, num_warps, num_stages, *_ = tiles
-    grid = (triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)
-    wrap(linear_sigmoid_kernel)[grid](
-        x,
-        weight,
-        weight if bias is None else bias,  # never read without a bias
-        out,
-        m,
-        n,
-        k,
-        *x.stride(),
-        *weight.stride(),
-        0 if bias is None else bias.stride(0),
-        HAS_BIAS=bias is not None,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        EVEN_K=bool(k % block_k == 0),
-        PRECISION=precision,
-        GROUP=GROUP,
-        num_warps=num_warps,
-        num_stages=num_stages,
+    plan = planned(_plan_forward, wrap, (x, weight, bias), precision, tiles, out=out)
+    if plan is None:
+        return None
+    if out is None:
+        out = x.new_empty(x.shape[0], weight.shape[0])
+    if out.numel() > 0:
+        plan.launch(wrap, x, weight, weight if bias is None else bias, out)  # without a bias it is not read
+    return out
+
+
+def _plan_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, precision: str, tiles: Tiles | None
+) -> Plan | None:
+    (m, k), n = x.shape, weight.shape[0]
+    tiles = tiles or chosen("linear_sigmoid", precision, (m, n, k, 1), x, weight)
+    if tiles is None:
+        return None
+    constants = {
+        "HAS_BIAS": bias is not None,
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_K": tiles.block_k,
+        "EVEN_K": bool(k % tiles.block_k == 0),
+        "PRECISION": precision,
+        "GROUP": GROUP,
+    }
+    return Plan(
+        linear_sigmoid_kernel,
+        triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n),
+        (m, n, k, *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0)),
+        constants,
+        {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages},
     )
 
 
-def sigmoid_backward(g: Tensor, y: Tensor, dz: Tensor, wrap: Callable[[Any], Any]) -> Tensor:
-    """``dz = g·y·(1 - y)`` for ``g, y (m, n)`` into contiguous ``dz``; returns its sum over rows, ``(n)``.
+def sigmoid_backward(g: Tensor, y: Tensor, dz: Tensor, wrap: Wrap) -> Tensor:
+    """Write ``g·y·(1 - y)`` for ``g, y (m, n)`` to the contiguous ``dz``; return its sum over rows, ``(n)``.
 
-    The sum has two stages of fixed order, so that it is the same on every run.
+    The sum has a fixed order, so that its bits are the same on every run. Few rows are summed by one program
+    for each column, which writes the result; of more, the sums of `BACKWARD_ROWS` rows are summed.
     """
     m, n = y.shape
-    chunks = triton.cdiv(m, BACKWARD_ROWS)
+    if dz.numel() == 0:
+        return y.new_zeros(n)
     acc_dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
-    partial = torch.empty((chunks, n), dtype=acc_dtype, device=y.device)
-    if dz.numel() > 0:
-        wrap(sigmoid_backward_kernel)[(chunks * triton.cdiv(n, BACKWARD_BLOCK_N),)](
-            g,
-            y,
-            dz,
-            partial,
-            m,
-            n,
-            *g.stride(),
-            *y.stride(),
-            ROWS=BACKWARD_ROWS,
-            BLOCK_M=BACKWARD_BLOCK_M,
-            BLOCK_N=BACKWARD_BLOCK_N,
-        )
-    return partial.sum(0).to(y.dtype)
+    few = m <= BACKWARD_ROWS
+    partial = y.new_empty((triton.cdiv(m, BACKWARD_ROWS), n), dtype=y.dtype if few else acc_dtype)
+    plan = planned(_plan_backward, wrap, (g, y), out=dz)
+    assert plan is not None
+    plan.launch(wrap, g, y, dz, partial)
+    return partial.view(n) if few else partial.sum(0).to(y.dtype)
+
+
+def _plan_backward(g: Tensor, y: Tensor) -> Plan:
+    m, n = y.shape
+    programs = triton.cdiv(m, BACKWARD_ROWS) * triton.cdiv(n, BACKWARD_BLOCK_N)
+    constants = {"ROWS": BACKWARD_ROWS, "BLOCK_M": BACKWARD_BLOCK_M, "BLOCK_N": BACKWARD_BLOCK_N}
+    return Plan(sigmoid_backward_kernel, programs, (m, n, *g.stride(), *y.stride()), constants, {})

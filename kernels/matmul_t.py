@@ -1,99 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""Products with a symmetric side: A·Bᵀ known to be symmetric, and (G + Gᵀ)·X."""
+"""Symmetric products A·Bᵀ and symmetric sums: kernels that run anywhere, and the launchers.
+
+The kernels for GPUs with TMA are in `matmul_t_tma`.
+"""
 
 import struct
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gemm import (
-    GROUP,
-    dot_rows,
-    dot_tiles,
-    grouped_tile,
-    launch_with_scratch,
-    load_tile,
-    tile_descriptor,
-    triangle_tile,
-)
-from .tuning import Tiles, default_tiles, device, loads_by_tma
+from .gemm import GROUP, dot_rows, triangle_tile
+from .launch import Plan, Wrap, planned
+from .matmul_t_tma import symmetric_product_specialized_kernel, symmetric_product_tma_kernel
+from .tuning import Tiles, chosen, device, variants
 
-
-@triton.jit
-def symmetric_tile(
-    tile,
-    a,
-    b,
-    c,
-    out_ptr,
-    n,
-    k,
-    alpha,
-    beta,
-    HAS_C: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """Compute a tile of the lower triangle of one matrix of the batch, and store it and its mirror.
-
-    ``a``, ``b`` and ``c`` are a pointer and the strides along the batch, the rows and the columns. TMA has a
-    letter for each, N if its rows are contiguous and T if its columns are, or none: then nothing goes by TMA.
-    """
-    a_ptr, a_batch, a_row, a_col = a
-    b_ptr, b_batch, b_row, b_col = b
-    c_ptr, c_batch, c_row, c_col = c
-    tile_rows = tl.cdiv(n, BLOCK)
-    triangle = tile_rows * (tile_rows + 1) // 2
-    batch = (tile // triangle).to(tl.int64)
-    tile_row, tile_col = triangle_tile(tile % triangle, tile_rows, GROUP)
-    first_row, first_col = tile_row * BLOCK, tile_col * BLOCK
-    i, j = first_row + tl.arange(0, BLOCK), first_col + tl.arange(0, BLOCK)
-    a_ptr += batch * a_batch
-    b_ptr += batch * b_batch
-    if TMA != "":
-        A_LAYOUT: tl.constexpr = TMA[0]
-        B_LAYOUT: tl.constexpr = TMA[1]
-        a_tiles = tile_descriptor(a_ptr, n, k, a_row, a_col, BLOCK, BLOCK_K, A_LAYOUT)
-        b_tiles = tile_descriptor(b_ptr, n, k, b_row, b_col, BLOCK, BLOCK_K, B_LAYOUT)
-        acc = dot_tiles(
-            a_tiles, b_tiles, first_row, first_col, k, BLOCK, BLOCK, BLOCK_K, A_LAYOUT, B_LAYOUT, PRECISION
-        )
-    else:
-        acc = dot_rows(a_ptr, b_ptr, i, j, n, n, k, a_row, a_col, b_row, b_col, BLOCK_K, EVEN_K, PRECISION)
-    i, j = i.to(tl.int64), j.to(tl.int64)
-    mask = (i < n)[:, None] & (j < n)[None, :]
-    acc *= alpha.to(acc.dtype)
-    if HAS_C:
-        c_ptr += batch * c_batch
-        if TMA != "":
-            C_LAYOUT: tl.constexpr = TMA[2]
-            c_tiles = tile_descriptor(c_ptr, n, n, c_row, c_col, BLOCK, BLOCK, C_LAYOUT)
-            term = load_tile(c_tiles, first_row, first_col, C_LAYOUT)
-        else:
-            term = tl.load(c_ptr + ((i * c_row)[:, None] + (j * c_col)[None, :]), mask=mask, other=0.0)
-        acc += beta.to(acc.dtype) * term.to(acc.dtype)
-    out = acc.to(out_ptr.dtype.element_ty)
-    # A diagonal tile is made symmetric, and stored once: its mirror goes past the last row or is masked off,
-    # since a branch around the store crashes the compiler. Elsewhere i > j always holds.
-    out = tl.where(i[:, None] >= j[None, :], out, tl.trans(out))
-    diagonal = tile_row == tile_col
-    out_ptr += batch * n * n
-    if TMA != "":
-        out_tiles = tl.make_tensor_descriptor(out_ptr, [n, n], [n, 1], [BLOCK, BLOCK])
-        out_tiles.store([first_row, first_col], out)
-        out_tiles.store([tl.where(diagonal, n, first_col), first_row], tl.trans(out))
-    else:  # the masks are constant along a row, so the stores stay vectorised
-        tl.store(out_ptr + (i[:, None] * n + j[None, :]), out, mask=mask)
-        mirror_mask = (j < n)[:, None] & (i < tl.where(diagonal, 0, n))[None, :]
-        tl.store(out_ptr + (j[:, None] * n + i[None, :]), tl.trans(out), mask=mirror_mask)
+SUM_BLOCK = 64  # with 128, float32 and float64 spill
 
 
 @triton.jit(do_not_specialize=["alpha_bits", "beta_bits"])
@@ -102,7 +25,8 @@ def symmetric_product_kernel(
     b_ptr,
     c_ptr,
     out_ptr,
-    tiles,
+    alpha_bits: tl.int64,  # a Python float would be rounded to float32 on its way here
+    beta_bits: tl.int64,
     n,
     k,
     a_batch,
@@ -114,194 +38,206 @@ def symmetric_product_kernel(
     c_batch,
     c_row,
     c_col,
-    alpha_bits: tl.int64,  # a Python float would be rounded to float32 on its way here
-    beta_bits: tl.int64,
     HAS_C: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-    TMA: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """The tiles of all matrices, one after the other on the first grid axis: the others end at 65535."""
-    a = a_ptr, a_batch, a_row, a_col
-    b = b_ptr, b_batch, b_row, b_col
-    c = c_ptr, c_batch, c_row, c_col
-    alpha = tl.full((), alpha_bits, tl.int64).to(tl.float64, bitcast=True)
-    beta = tl.full((), beta_bits, tl.int64).to(tl.float64, bitcast=True)
-    first = tl.program_id(0)
-    if PERSISTENT:
-        for tile in range(first, tiles, tl.num_programs(0)):
-            symmetric_tile(
-                tile,
-                a,
-                b,
-                c,
-                out_ptr,
-                n,
-                k,
-                alpha,
-                beta,
-                HAS_C,
-                BLOCK,
-                BLOCK_K,
-                EVEN_K,
-                PRECISION,
-                TMA,
-                GROUP,
-            )
-    else:  # a loop of one step would take half as many registers again
-        symmetric_tile(
-            first, a, b, c, out_ptr, n, k, alpha, beta, HAS_C, BLOCK, BLOCK_K, EVEN_K, PRECISION, TMA, GROUP
-        )
+    """Compute a tile of the lower triangle of ``alpha·A·Bᵀ + beta·C``; store it and its transpose."""
+    tile_rows = tl.cdiv(n, BLOCK)
+    triangle = tile_rows * (tile_rows + 1) // 2
+    batch = (tl.program_id(0) // triangle).to(tl.int64)
+    tile_row, tile_col = triangle_tile(tl.program_id(0) % triangle, tile_rows, GROUP)
+    i, j = tile_row * BLOCK + tl.arange(0, BLOCK), tile_col * BLOCK + tl.arange(0, BLOCK)
+    a_ptr += batch * a_batch
+    b_ptr += batch * b_batch
+    acc = dot_rows(a_ptr, b_ptr, i, j, n, n, k, a_row, a_col, b_row, b_col, BLOCK_K, EVEN_K, PRECISION)
+    i, j = i.to(tl.int64), j.to(tl.int64)
+    mask = (i < n)[:, None] & (j < n)[None, :]
+    acc *= tl.full((), alpha_bits, tl.int64).to(tl.float64, bitcast=True).to(acc.dtype)
+    if HAS_C:
+        c_ptr += batch * c_batch
+        c = tl.load(c_ptr + ((i * c_row)[:, None] + (j * c_col)[None, :]), mask=mask, other=0.0)
+        acc += tl.full((), beta_bits, tl.int64).to(tl.float64, bitcast=True).to(acc.dtype) * c.to(acc.dtype)
+    out = acc.to(out_ptr.dtype.element_ty)
+    # A diagonal tile is made symmetric and stored once. In all other tiles i > j.
+    diagonal = tile_row == tile_col
+    if diagonal:
+        out = tl.where(i[:, None] >= j[None, :], out, tl.trans(out))
+    out_ptr += batch * n * n
+    # The masks are constant along a row, so that the stores stay vectorised.
+    tl.store(out_ptr + (i[:, None] * n + j[None, :]), out, mask=mask)
+    mirror_mask = (j < n)[:, None] & (i < tl.where(diagonal, 0, n))[None, :]
+    tl.store(out_ptr + (j[:, None] * n + i[None, :]), tl.trans(out), mask=mirror_mask)
 
 
 @triton.jit
-def symmetrized_product_kernel(
-    g_ptr,
-    x_ptr,
-    out_ptr,
-    n,
-    k,
-    g_batch,
-    g_row,
-    g_col,
-    x_batch,
-    x_row,
-    x_col,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    GROUP: tl.constexpr,
+def symmetric_sum_kernel(
+    g_ptr, out_ptr, n, g_batch, g_row, g_col, MIRROR: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr
 ):
-    tiles_m = tl.cdiv(n, BLOCK_M)
-    tiles_n = tl.cdiv(k, BLOCK_N)
-    batch = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
-    tile_m, tile_n = grouped_tile(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP)
-    i = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    j = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = dot_rows(
-        g_ptr + batch * g_batch,
-        x_ptr + batch * x_batch,
-        i,
-        j,
-        n,
-        k,
-        n,
-        g_row,
-        g_col,
-        x_col,
-        x_row,
-        BLOCK_K,
-        EVEN_K,
-        PRECISION,
-        SYMMETRIZE=True,
-    )
-    out = out_ptr + (batch * n * k + (i.to(tl.int64) * k)[:, None] + j[None, :])
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(i < n)[:, None] & (j < k)[None, :])
+    """``(G + Gᵀ)/2``; with MIRROR write the lower triangle of G, transposed, to the upper one of ``out``."""
+    tile_rows = tl.cdiv(n, BLOCK)
+    triangle = tile_rows * (tile_rows + 1) // 2
+    batch = (tl.program_id(0) // triangle).to(tl.int64)
+    tile_row, tile_col = triangle_tile(tl.program_id(0) % triangle, tile_rows, GROUP)
+    i = tile_row.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    j = tile_col.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    g_ptr += batch * g_batch
+    out_ptr += batch * n * n
+    mask = (i < n)[:, None] & (j < n)[None, :]
+    mirror_mask = (j < n)[:, None] & (i < n)[None, :]
+    total = tl.load(g_ptr + ((i * g_row)[:, None] + (j * g_col)[None, :]), mask=mask)
+    if MIRROR:
+        if tile_row == tile_col:  # a mask that varied along a row would split the stores
+            total = tl.where(i[:, None] >= j[None, :], total, tl.trans(total))
+    else:
+        upper = tl.load(g_ptr + ((j * g_row)[:, None] + (i * g_col)[None, :]), mask=mirror_mask)
+        dtype: tl.constexpr = tl.float64 if g_ptr.dtype.element_ty == tl.float64 else tl.float32
+        total = (0.5 * total.to(dtype) + 0.5 * tl.trans(upper).to(dtype)).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + (i[:, None] * n + j[None, :]), total, mask=mask)
+    tl.store(out_ptr + (j[:, None] * n + i[None, :]), tl.trans(total), mask=mirror_mask)
 
 
 def symmetric_product(
     a: Tensor,
     b: Tensor,
-    out: Tensor,
     precision: str,
-    wrap: Callable[[Any], Any],
+    wrap: Wrap,
     c: Tensor | None = None,
     alpha: float = 1.0,
     beta: float = 0.0,
+    *,
+    out: Tensor | None = None,
     tiles: Tiles | None = None,
-) -> None:
-    """``out = alpha·a @ b.mT + beta·c`` for ``a, b (*, n, k)`` whose product is symmetric; half is computed.
+    tma: bool = True,
+) -> Tensor | None:
+    """``alpha·a @ b.mT + beta·c`` for ``a, b (*, n, k)`` whose product is symmetric; half is computed.
 
-    ``c (*, n, n)`` is symmetric: its lower triangle counts. It is not read if ``beta`` is 0. The contiguous
-    ``out (*, n, n)`` is exactly symmetric. ``precision`` is "ieee" or "tf32" and matters to float32 alone.
+    Of the symmetric ``c (*, n, n)`` the lower triangle is read, unless ``beta`` is 0. ``k`` is at least 1.
+
+    Args:
+        precision: "ieee" or "tf32"; it applies to float32 only.
+        out: ``(*, n, n)``, contiguous; by default a new tensor.
+        tiles: by default those of the device's table, or else those that suit the sizes.
+        tma: whether the kernel may make TMA descriptors.
+
+    Returns:
+        ``out``, exactly symmetric; None if PyTorch's library is faster by the device's table.
     """
-    n, k = a.shape[-2:]
-    if out.numel() == 0:
-        return
-    a, b = (_one_batch(a), _one_batch(b)) if a is not b else (_one_batch(a),) * 2  # it may copy
-    c = None if c is None or beta == 0 else _one_batch(c)
-    operands = (a, b) if c is None else (a, b, c)
-    tiles = tiles or default_tiles(a.dtype, precision, n, n, *operands)
-    tma = ""
-    if tiles.tma and k > 0 and all(map(loads_by_tma, (*operands, _one_batch(out)))):
-        tma = "".join("N" if t.stride(-1) == 1 else "T" for t in operands)
-    tile_rows = triton.cdiv(n, tiles.block_m)
-    count = programs = a.shape[0] * (tile_rows * (tile_rows + 1) // 2)
-    if tiles.persistent:
-        programs = torch.sym_min(count, device(a).multiprocessors)
-
-    def launch() -> None:
-        wrap(symmetric_product_kernel)[(programs,)](
-            a,
-            b,
-            a if c is None else c,  # never read without c
-            out,
-            count,
-            n,
-            k,
-            *a.stride(),
-            *b.stride(),
-            *((0, 0, 0) if c is None else c.stride()),
-            *struct.unpack("<2q", struct.pack("<2d", alpha, beta)),
-            HAS_C=c is not None,
-            BLOCK=tiles.block_m,
-            BLOCK_K=tiles.block_k,
-            EVEN_K=bool(k % tiles.block_k == 0),
-            PRECISION=precision,
-            PERSISTENT=tiles.persistent,
-            TMA=tma,
-            GROUP=GROUP,
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
+    operands = (
+        _few_dims(a),
+        None if b is a else _few_dims(b),
+        None if c is None or beta == 0 else _few_dims(c),
+    )
+    plan = planned(_plan_product, wrap, operands, precision, tiles, tma, out=out)
+    if plan is None:
+        return None
+    if out is None:
+        out = a.new_empty(*a.shape[:-1], a.shape[-2])
+    if out.numel() > 0:
+        factors = struct.unpack("<2q", struct.pack("<2d", alpha, beta))
+        first, second, third = operands
+        # What is not read must be a tensor all the same.
+        plan.launch(
+            wrap, first, first if second is None else second, first if third is None else third, out, *factors
         )
+    return out
 
-    launch_with_scratch(launch) if tma else launch()
 
-
-def symmetrized_product(
-    g: Tensor,
-    x: Tensor,
-    out: Tensor,
-    precision: str,
-    wrap: Callable[[Any], Any],
-    tiles: Tiles | None = None,
-) -> None:
-    """``out = (g + g.mT) @ x`` for ``g (*, n, n)`` and ``x (*, n, k)``; the sum is never stored.
-
-    ``out (*, n, k)`` is contiguous. ``precision`` is "ieee" or "tf32" and matters to float32 alone.
-    """
-    n, k = x.shape[-2:]
-    if out.numel() == 0:
-        return
-    g, x = _one_batch(g), _one_batch(x)
-    tiles = tiles or default_tiles(x.dtype, precision, n, k, g, x)
-    block_m, block_n, block_k, num_warps, num_stages, *_ = tiles
-    grid = (x.shape[0] * triton.cdiv(n, block_m) * triton.cdiv(k, block_n),)
-    wrap(symmetrized_product_kernel)[grid](
-        g,
-        x,
-        out,
-        n,
-        k,
-        *g.stride(),
-        *x.stride(),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        EVEN_K=bool(n % block_k == 0),
-        PRECISION=precision,
-        GROUP=GROUP,
-        num_warps=num_warps,
-        num_stages=num_stages,
+def _plan_product(
+    a: Tensor, b: Tensor | None, c: Tensor | None, precision: str, tiles: Tiles | None, tma: bool
+) -> Plan | None:
+    same = b is None
+    b = a if b is None else b
+    operands = (a, b) if c is None else (a, b, c)
+    *_, n, k = a.shape
+    batch = a.shape[0] if a.dim() == 3 else 1
+    tiles = tiles or chosen("symmetric_product", precision, (n, n, k, batch), *operands, tma=tma)
+    if tiles is None:
+        return None
+    if tiles.variant not in ("pointers", *variants(n, *operands)):
+        raise ValueError(f"{tiles} cannot take operands of these strides")
+    strides = [stride for t in (a, b, a if c is None else c) for stride in _strides(t)]
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    if tiles.variant == "pointers":
+        tile_rows = triton.cdiv(n, tiles.block_m)
+        constants = {
+            "HAS_C": c is not None,
+            "BLOCK": tiles.block_m,
+            "BLOCK_K": tiles.block_k,
+            "EVEN_K": bool(k % tiles.block_k == 0),
+            "PRECISION": precision,
+            "GROUP": GROUP,
+        }
+        programs = batch * (tile_rows * (tile_rows + 1) // 2)
+        return Plan(symmetric_product_kernel, programs, (n, k, *strides), constants, options)
+    specialized = tiles.variant == "specialized"
+    pairs = triton.cdiv(n, tiles.block_n)
+    units = pairs * (pairs + 1) // 2
+    if tiles.block_n > tiles.block_m:
+        units = pairs * pairs + triton.cdiv(pairs, 2)
+    constants = {
+        "BLOCK": tiles.block_m,
+        "WIDE": tiles.block_n,
+        "BLOCK_K": tiles.block_k,
+        "SAME": same,
+        "A_LAYOUT": _layout(a),
+        "B_LAYOUT": _layout(b),
+        "C_LAYOUT": "" if c is None else _layout(c),
+        "PRECISION": precision,
+        "GROUP": GROUP,
+    }
+    # Of 4 warps, a multiprocessor has room for two programs.
+    resident = device(a).multiprocessors * (2 if tiles.num_warps == 4 and not specialized else 1)
+    return Plan(
+        symmetric_product_specialized_kernel if specialized else symmetric_product_tma_kernel,
+        torch.sym_min(batch * units, resident),
+        (batch, n, k, *strides),
+        constants,
+        options,
+        descriptors=True,
     )
 
 
-def _one_batch(t: Tensor) -> Tensor:
-    """``(*, rows, cols)`` with a single batch dimension; a view where the strides allow."""
-    return t.unsqueeze(0) if t.dim() == 2 else t.flatten(0, -3)
+def half_sum(g: Tensor, wrap: Wrap, *, out: Tensor | None = None) -> Tensor:
+    """``(g + g.mT) / 2`` for ``g (*, n, n)``, contiguous. Unlike ``g + g.mT``, it cannot overflow."""
+    return _symmetric_sum(g, g.new_empty(g.shape) if out is None else out, False, wrap)
+
+
+def mirror(c: Tensor, wrap: Wrap) -> Tensor:
+    """Write the lower triangle of the contiguous ``c (*, n, n)`` to the upper one; returns ``c``."""
+    return _symmetric_sum(c, c, True, wrap)
+
+
+def _symmetric_sum(g: Tensor, out: Tensor, in_place: bool, wrap: Wrap) -> Tensor:
+    if out.numel() > 0:
+        g = _few_dims(g)
+        plan = planned(_plan_sum, wrap, (g,), in_place, out=out)
+        assert plan is not None
+        plan.launch(wrap, g, out)
+    return out
+
+
+def _plan_sum(g: Tensor, in_place: bool) -> Plan:
+    n = g.shape[-1]
+    tile_rows = triton.cdiv(n, SUM_BLOCK)
+    programs = (g.shape[0] if g.dim() == 3 else 1) * (tile_rows * (tile_rows + 1) // 2)
+    constants = {"MIRROR": in_place, "BLOCK": SUM_BLOCK, "GROUP": GROUP}
+    return Plan(symmetric_sum_kernel, programs, (n, *_strides(g)), constants, {})
+
+
+def _few_dims(t: Tensor) -> Tensor:
+    """``t`` with at most one batch dimension; a view where the strides allow."""
+    return t.flatten(0, -3) if t.dim() > 3 else t
+
+
+def _strides(t: Tensor) -> tuple[int, ...]:
+    """Strides of batch, rows and columns. That of a batch of one suits TMA as its other strides do."""
+    *batch, row, col = t.stride()
+    return (batch[0] if batch and t.shape[0] != 1 else t.shape[-2] * row), row, col
+
+
+def _layout(t: Tensor) -> str:
+    return "N" if t.stride(-1) == 1 else "T"

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Elementwise maximum: 3 arrays through memory once, at 16 bytes a thread and access."""
-
-from collections.abc import Callable
-from typing import Any
+"""Kernels of the elementwise maximum: each array passes through memory once, 16 bytes per access."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import Plan, Wrap, planned
 
 FLAT_BYTES = 4096  # of the result per program: 2 accesses of 16 bytes for each of 128 threads
 STRIDED_BLOCK = 1024
@@ -53,7 +52,7 @@ def maximum_strided_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """The result is dense with sizes (size0, size1, size2, size3); a row is its last dimension."""
+    """The maximum, for a dense result of sizes (size0, size1, size2, size3); rows are its last dimension."""
     col_blocks = (size3 - 1) // BLOCK_COLS + 1  # tl.cdiv overflows just below 2³¹
     program = tl.program_id(0).to(tl.int64)
     row = program // col_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -71,43 +70,46 @@ def maximum_strided_kernel(
     tl.store(out, tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL), mask=mask)
 
 
-def maximum(a: Tensor, b: Tensor, out: Tensor, wrap: Callable[[Any], Any]) -> None:
+def maximum(a: Tensor, b: Tensor, out: Tensor, wrap: Wrap) -> None:
     """``out = max(a, b)``; ``a`` and ``b`` of ``out``'s shape (strides may be 0), ``out`` dense."""
     if out.numel() == 0:
         return
-    a, b, out = (t.view(torch.uint8) if t.dtype == torch.bool else t for t in (a, b, out))
+    if out.dtype == torch.bool:
+        a, b, out = (t.view(torch.uint8) for t in (a, b, out))
+    plan = planned(_plan, wrap, (a, b, out))
+    if plan is not None:
+        plan.launch(wrap, a, b, out)
+        return
+    # A slice of the outermost dimension has one dimension less, and is a view.
+    dim = max(range(out.dim()), key=lambda d: (out.shape[d] > 1, out.stride(d)))
+    for index in range(out.shape[dim]):
+        maximum(a.select(dim, index), b.select(dim, index), out.select(dim, index), wrap)
+
+
+def _plan(a: Tensor, b: Tensor, out: Tensor) -> Plan | None:
+    """None where the strided kernel has too few dimensions."""
     sizes, a_strides, b_strides = ([out.numel()], [1], [1])
     if not (a.stride() == out.stride() and b.stride() == out.stride()):
         sizes, a_strides, b_strides = _collapse(a, b, out)
-    if len(sizes) > STRIDED_DIMS:
-        # Each slice of the outermost dimension has one dimension less. Nothing is copied.
-        dim = max(range(out.dim()), key=lambda d: (out.shape[d] > 1, out.stride(d)))
-        for index in range(out.shape[dim]):
-            maximum(a.select(dim, index), b.select(dim, index), out.select(dim, index), wrap)
-    elif len(sizes) == 1 and a_strides == b_strides == [1]:
-        # Half as much of small elements, or the masked branch takes too many registers.
+    if len(sizes) == 1 and a_strides == b_strides == [1]:
+        # Small elements get half the block: with more, the masked branch takes too many registers.
         block = FLAT_BYTES // out.element_size() // (2 if out.element_size() < 4 else 1)
-        wrap(maximum_flat_kernel)[(triton.cdiv(out.numel(), block),)](a, b, out, out.numel(), BLOCK=block)
-    else:
-        missing = STRIDED_DIMS - len(sizes)
-        size0, size1, size2, size3 = [1] * missing + sizes
-        rows = size0 * size1 * size2
-        block_cols = next(c for c in (16, 64, 256, STRIDED_BLOCK) if c >= size3 or c == STRIDED_BLOCK)
-        block_rows = STRIDED_BLOCK // block_cols
-        grid = (triton.cdiv(rows, block_rows) * triton.cdiv(size3, block_cols),)
-        wrap(maximum_strided_kernel)[grid](
-            a,
-            b,
-            out,
-            rows,
-            size1,
-            size2,
-            size3,
-            *([0] * missing + a_strides),
-            *([0] * missing + b_strides),
-            BLOCK_ROWS=block_rows,
-            BLOCK_COLS=block_cols,
-        )
+        programs = triton.cdiv(out.numel(), block)
+        return Plan(maximum_flat_kernel, programs, (out.numel(),), {"BLOCK": block}, {})
+    missing = STRIDED_DIMS - len(sizes)
+    if missing < 0:
+        return None
+    size0, size1, size2, size3 = [1] * missing + sizes
+    rows = size0 * size1 * size2
+    block_cols = next(c for c in (16, 64, 256, STRIDED_BLOCK) if c >= size3 or c == STRIDED_BLOCK)
+    block_rows = STRIDED_BLOCK // block_cols
+    return Plan(
+        maximum_strided_kernel,
+        triton.cdiv(rows, block_rows) * triton.cdiv(size3, block_cols),
+        (rows, size1, size2, size3, *[0] * missing, *a_strides, *[0] * missing, *b_strides),
+        {"BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols},
+        {},
+    )
 
 
 def _collapse(a: Tensor, b: Tensor, out: Tensor) -> tuple[list[int], list[int], list[int]]:

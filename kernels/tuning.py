@@ -1,25 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""Which tiles a matrix kernel takes: measured ones where the device has been tuned, else safe defaults.
+"""Tile sizes of the matrix kernels: measured where the device has been tuned, estimated elsewhere.
 
-A table holds, for each kernel and kind of operand, what was fastest up to a size, the library included:
+Nothing is searched for at run time. `python -m torchpar tune` measures the `configurations` of a kernel at
+some problems, and writes the fastest to a table of the device:
 
-    {"device": "NVIDIA H200", "triton": "3.9.0", "torch": "2.15.0", "date": "2026-11-20",
+    {"device": "NVIDIA H200", "triton": "3.9.0", "torch": "2.15.0", "kernels": "9f2c…", "date": "2026-11-20",
      "tiles": {"symmetric_product": {"bfloat16": [
-         {"up_to": 512, "tiles": null}, {"up_to": null, "tiles": [128, 128, 64, 8, 4, true, false]}]}}}
+         [4096, 4096, 4096, 1, [128, 256, 64, 8, 3, "tma"]], [256, 256, 256, 1, null]]}}}
 
-The size is the geometric mean of m, n and k, the batch left out. The kinds are those of `operand_kind`:
-"bfloat16", "float32 tf32", with " batched" behind from `BATCHED` matrices on; a kind that the table lacks
-takes the defaults. ``null`` tiles mean that the library was faster; ``up_to`` null stands last, for all
-that is larger. Tables lie in ``tuned/`` beside this file, named after the device; one in the user's
-cache (`user_folder`) comes first.
+A problem is ``[m, n, k, batch, tiles]``. `KINDS` names its operands. ``null`` means that PyTorch's library
+was faster. Tables lie in ``tuned/`` beside this file, named after the device. A table in the user's cache
+(`user_folder`) has priority.
 """
 
 import json
 import os
 import warnings
-from bisect import bisect_left
-from functools import cache
-from itertools import pairwise
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from math import ceil, log2
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,53 +26,95 @@ import torch
 import triton
 from torch import Tensor
 
-SHIPPED = Path(__file__).resolve().parent / "tuned"
-BATCHED = 32  # matrices: from there on a batch fills a GPU whatever their size
+from .launch import forget_plans
 
-# Bytes a block may have, by capability (CUDA C++ Programming Guide, "Technical Specifications per Compute
-# Capability"); 0 is gfx942, and sm_86, sm_89 and sm_120 have 101376.
+SHIPPED = Path(__file__).resolve().parent / "tuned"
+
+# Bytes of shared memory per block, by capability (CUDA C++ Programming Guide, "Technical Specifications per
+# Compute Capability"). 0 stands for gfx942; sm_86, sm_89 and sm_120 have 101376.
 SHARED_MEMORY = {0: 65536, 80: 166912, 87: 166912, 90: 232448, 100: 232448, 103: 232448}
-_ACCUMULATOR_REGISTERS = 192  # of the 255 that a thread may have
-_TMA_FROM = 90
-_SHAPES = dict.fromkeys(
-    ("symmetrized_product", "linear_sigmoid"), ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256))
-) | {"symmetric_product": ((64, 64), (128, 128))}
+
+
+_WITH_TMA = (90, 100, 103)  # sm_120 has too little shared memory for tiles that gain by it
 
 
 class Tiles(NamedTuple):
-    """Tile sizes and launch options of a matrix kernel; ``tma`` and ``persistent`` where it has them."""
+    """Tile sizes and launch options of a matrix kernel.
+
+    The variants "tma" (`_WITH_TMA`) and "specialized" (sm_90 alone) are `symmetric_product`'s. With "tma"
+    and a block_n of 2·block_m, the tiles below the diagonal have that shape, and those on it are square.
+    """
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
-    tma: bool = False
-    persistent: bool = False
-
-
-class Block(NamedTuple):
-    """Elements and warps of a program of an elementwise kernel."""
-
-    block: int
-    num_warps: int
+    variant: str = "pointers"
 
 
 class Device(NamedTuple):
-    """What the choice depends on; capability 90 is sm_90, and 0 what is not NVIDIA's."""
+    """A device as far as tiles depend on it; capability 90 is sm_90, and 0 is not NVIDIA's."""
 
     name: str
     capability: int
     multiprocessors: int
 
 
-_Entries = tuple[list[int], list[Tiles | None]]  # m·n·k of the sizes up to which, and what for
+class Kind(NamedTuple):
+    """A kind of operands, and the tiles for it."""
+
+    dtype: torch.dtype
+    precision: str
+    unaligned: Tiles  # an address per element takes registers: larger tiles would spill
+    tiles: tuple[Tiles, ...]
+
+
+# By pointers, symmetric_product takes the square tiles. Of tiles of one shape, the first is a default.
+_16_BIT = (
+    Tiles(128, 256, 64, 8, 3, "tma"),
+    Tiles(64, 128, 64, 4, 4, "tma"),
+    Tiles(128, 128, 64, 8, 4, "tma"),
+    Tiles(128, 256, 64, 8, 3),
+    Tiles(128, 128, 64, 8, 3),
+    Tiles(64, 128, 64, 4, 3),
+    Tiles(64, 64, 32, 8, 3),
+    Tiles(64, 64, 64, 4, 3),
+    Tiles(64, 64, 128, 4, 3),
+    Tiles(128, 128, 64, 4, 3, "specialized"),
+)
+_TF32 = (  # with a fourth stage, transposed operands and a matrix C would not fit into sm_100's shared memory
+    *(tiles._replace(block_k=tiles.block_k // 2, num_stages=3) for tiles in _16_BIT),
+    Tiles(64, 64, 16, 4, 3),
+)
+_FLOAT32 = (
+    Tiles(128, 128, 16, 8, 3),
+    Tiles(64, 128, 16, 8, 2),
+    Tiles(64, 64, 16, 8, 2),
+    Tiles(64, 64, 32, 8, 2),
+)
+_FLOAT64 = (
+    Tiles(64, 128, 16, 8, 2),
+    Tiles(64, 64, 16, 4, 2),
+    Tiles(64, 64, 32, 8, 2),
+    Tiles(64, 64, 16, 4, 3),
+)
+FAR = 6.0  # octaves from a measured problem, over all sizes; such as a fourth of m, n and k
+KERNELS = ("symmetric_product", "linear_sigmoid")
+KINDS = {
+    "bfloat16": Kind(torch.bfloat16, "ieee", Tiles(64, 64, 32, 8, 3), _16_BIT),
+    "float16": Kind(torch.float16, "ieee", Tiles(64, 64, 32, 8, 3), _16_BIT),
+    "tf32": Kind(torch.float32, "tf32", Tiles(64, 64, 16, 4, 3), _TF32),
+    "float32": Kind(torch.float32, "ieee", Tiles(64, 64, 16, 8, 3), _FLOAT32),
+    "float64": Kind(torch.float64, "ieee", Tiles(64, 64, 16, 4, 3), _FLOAT64),
+}
+_Entry = tuple[tuple[int, ...], Tiles | None]  # m, n, k and batch, and their tiles
 
 
 def device(t: Tensor) -> Device:
-    """The present device, which launchers are called with; Triton's interpreter where ``t`` is on a CPU."""
+    """The current device, or Triton's interpreter where ``t`` is on a CPU."""
     if t.device.type == "cpu":
-        return Device("interpreter", 0, 1)
+        return Device("interpreter", 0, 3)
     return _device(triton.runtime.driver.active.get_current_device())
 
 
@@ -81,140 +122,128 @@ def device(t: Tensor) -> Device:
 def _device(index: int) -> Device:
     target = triton.runtime.driver.active.get_current_target()
     capability = target.arch if target.backend == "cuda" else 0
-    if index >= torch.cuda.device_count():  # compiled for, and not present
+    if index >= torch.cuda.device_count():  # a kernel is compiled for a device that is not here
         return Device(f"{target.backend} {target.arch}", capability, 132)
     present = torch.cuda.get_device_properties(index)
     return Device(present.name, capability, present.multi_processor_count)
 
 
-def default_tiles(dtype: torch.dtype, precision: str, m: int, n: int, *operands: Tensor) -> Tiles:
-    """Tiles for an ``(m, n)`` product of ``operands`` of ``dtype``.
+@cache
+def _kind(dtype: torch.dtype, precision: str) -> str:
+    return "tf32" if (dtype, precision) == (torch.float32, "tf32") else str(dtype).removeprefix("torch.")
 
-    None spills registers on sm_80, sm_90 or sm_100, unless a matrix is added as well. What cannot be loaded
-    or stored 16 bytes at a time takes an address per element, and so a smaller tile.
+
+def configurations(kernel: str, dtype: torch.dtype, precision: str, capability: int) -> list[Tiles]:
+    """The configurations of ``kernel`` that a device of ``capability`` can run."""
+    found = []
+    for tiles in KINDS[_kind(dtype, precision)].tiles:
+        m, n, k, _, stages, variant = tiles
+        pointers, symmetric = variant == "pointers", kernel == "symmetric_product"
+        exists = m == n or not symmetric if pointers else symmetric and capability in _WITH_TMA
+        if capability != 90:  # the widest tiles spill, and Triton 3.6 does not compile the specialized kernel
+            exists &= variant != "specialized" and (pointers or n < 256)
+        elements = (stages - (capability == 0)) * (m + n) * k  # AMD keeps a stage in registers
+        elements += 0 if pointers else m * m  # TMA stores a tile from shared memory
+        if exists and elements * dtype.itemsize <= SHARED_MEMORY.get(capability, 101376):
+            found.append(tiles)
+    return found
+
+
+def default_tiles(
+    kernel: str, precision: str, sizes: Sequence[int], *operands: Tensor, tma: bool = True
+) -> Tiles:
+    """Tiles for products of ``sizes`` (m, n, k and batch) without a table.
+
+    They take the fewest waves of tiles over the multiprocessors, weighted by the cost of a tile.
     """
-    vectorised = _moves_16_bytes(n, *operands)
-    if dtype == torch.float64:
-        return Tiles(64, 64, 16, 4, 2 if vectorised else 3)
-    large = m >= 1024 and n >= 1024
-    if dtype == torch.float32 and precision == "ieee":
-        if not vectorised:
-            return Tiles(64, 64, 16, 8, 3)
-        return Tiles(128, 128, 16, 8, 3) if large else Tiles(64, 64, 16, 8, 2)
-    tma = bool(operands) and device(operands[0]).capability >= _TMA_FROM
-    if dtype == torch.float32:
-        if not vectorised:
-            return Tiles(64, 64, 16, 4, 3)
-        return Tiles(128, 128, 16, 8, 4, tma) if large else Tiles(64, 64, 32, 8, 3)
-    return Tiles(128, 128, 64, 8, 3, tma) if vectorised and large else Tiles(64, 64, 32, 8, 3)
+    kind, present = _kind(operands[0].dtype, precision), device(operands[0])
+    if not (usable := variants(sizes[1], *operands, tma=tma)):
+        return KINDS[kind].unaligned
+    m, n, _, batch = map(_hint, sizes)
+    return _fewest_waves(kernel, kind, present, m, n, batch, usable)
+
+
+@lru_cache(4096)
+def _fewest_waves(
+    kernel: str, kind: str, present: Device, m: int, n: int, batch: int, variants: tuple[str, ...]
+) -> Tiles:
+    def cost(tiles: Tiles) -> int:
+        block_m, block_n = tiles[:2]
+        rows, columns = ceil(m / block_m), ceil(n / block_n)
+        if kernel != "symmetric_product":
+            units = rows * columns
+        elif block_m == block_n:
+            units = rows * (rows + 1) // 2
+        else:  # full tiles, and pairs of the square tiles on the diagonal
+            units = columns**2 + ceil(columns / 2)
+        waves = ceil(units * batch / present.multiprocessors)
+        return waves * (block_m * block_n + 64 * (block_m + block_n))  # operands go through shared memory
+
+    possible = configurations(kernel, *KINDS[kind][:2], present.capability)
+    return min((tiles for tiles in possible if tiles.variant in variants[:2]), key=cost)
 
 
 def chosen(
-    kernel: str, dtype: torch.dtype, precision: str, m: int, n: int, k: int, batch: int, *operands: Tensor
+    kernel: str, precision: str, sizes: Sequence[int], *operands: Tensor, tma: bool = True
 ) -> Tiles | None:
-    """Tiles for ``batch`` products ``(m, k)·(k, n)``; None where the library was measured to be faster."""
-    table = _table(device(operands[0]))
-    if entries := table.get((kernel, operand_kind(dtype, precision, batch))):
-        limits, tiles = entries
-        best = tiles[bisect_left(limits, m * n * k)]
-        # Tables are measured on operands that load 16 bytes at a time; others may spill with their tiles.
-        if best is None or _moves_16_bytes(n, *operands):
-            return best
-    return default_tiles(dtype, precision, m, n, *operands)
+    """Tiles for products of ``sizes`` (m, n, k and batch); None where PyTorch's library is faster.
+
+    They are those of the table's nearest problem, or the default ones if none is nearer than `FAR`. No guard
+    is added for a symbolic size: a compiled graph keeps the tiles of the sizes that it was traced with.
+    """
+    kind = _kind(operands[0].dtype, precision)
+    entry = _nearest(device(operands[0]), kernel, kind, tuple(map(_hint, sizes)))
+    if entry and (entry[1] is None or entry[1].variant in variants(sizes[1], *operands, tma=tma)):
+        return entry[1]
+    return default_tiles(kernel, precision, sizes, *operands, tma=tma)
 
 
-def operand_kind(dtype: torch.dtype, precision: str, batch: int = 1) -> str:
-    """The key of a table's entries."""
-    return _operand_kind(dtype, precision, bool(batch >= BATCHED))
+@lru_cache(4096)
+def _nearest(present: Device, kernel: str, kind: str, sizes: tuple[int, ...]) -> _Entry | None:
+    def distance(entry: _Entry) -> float:
+        return sum(abs(log2(max(a, 1) / b)) for a, b in zip(sizes, entry[0], strict=True))
+
+    nearest = min(_table(present).get((kernel, kind), ()), key=distance, default=None)
+    return nearest if nearest and distance(nearest) <= FAR else None
 
 
-@cache
-def _operand_kind(dtype: torch.dtype, precision: str, batched: bool) -> str:
-    name = str(dtype).removeprefix("torch.")
-    return name + f" {precision}" * (dtype == torch.float32) + " batched" * batched
+def _hint(size: int) -> int:
+    """The value that a symbolic size was traced with, without a guard; 1024 where there is none."""
+    return size.node.hint or 1024 if isinstance(size, torch.SymInt) else size
 
 
-_KINDS = {
-    operand_kind(dtype, precision, batch): dtype
-    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-    for precision in ("ieee", "tf32")
-    for batch in (1, BATCHED)
-}
-
-
-def candidates(kernel: str, dtype: torch.dtype, precision: str, capability: int) -> list[Tiles] | list[Block]:
-    """The configurations worth measuring for ``kernel`` on a device of ``capability`` that can hold them."""
-    if kernel == "maximum":
-        sizes = (2048, 4096, 8192, 16384, 32768)  # bytes of the result
-        return [Block(size // dtype.itemsize, warps) for size in sizes for warps in (2, 4, 8)]
-    modes = [(False, False)]
-    tensor_cores = dtype.itemsize == 2 or precision == "tf32"
-    if kernel == "symmetric_product" and capability >= _TMA_FROM and tensor_cores:
-        modes += [(True, False), (True, True)]
-    found = [
-        Tiles(block_m, block_n, row // dtype.itemsize, num_warps, num_stages, *mode)
-        for block_m, block_n in _SHAPES[kernel]
-        for row in (64, 128)  # bytes
-        for num_warps in (4, 8)
-        for num_stages in ((3, 4) if tensor_cores else (2, 3))
-        for mode in modes
-        if not (mode[1] and block_m == 64)  # small products have too few tiles to share out
-    ]
-    return [tiles for tiles in found if not _excess(kernel, dtype, tiles, capability)]
-
-
-def _excess(kernel: str, dtype: torch.dtype, tiles: Tiles, capability: int) -> str:
-    """What of ``tiles`` no device of this capability has; empty if nothing."""
-    if [type(option) for option in tiles] != [int] * 5 + [bool] * 2:
-        return f"{list(tiles)} are not five numbers and two truth values"
-    if any(size not in (8, 16, 32, 64, 128, 256) for size in tiles[:3]) or tiles[3] not in (1, 2, 4, 8, 16):
-        return f"{list(tiles)} are no powers of two that a tile may have"
-    if not 1 <= tiles.num_stages <= 8:
-        return f"{tiles.num_stages} stages, of 8"
-    if tiles.block_k * dtype.itemsize < 32:
-        return f"{tiles.block_k} columns are fewer than a product of tiles takes"
-    if kernel == "symmetric_product" and tiles.block_m != tiles.block_n:
-        return f"a tile of {tiles.block_m} by {tiles.block_n} is not square"
-    if tiles.tma and capability < _TMA_FROM:
-        return "the device has no TMA"
-    words = 2 if dtype == torch.float64 else 1
-    registers = words * tiles.block_m * tiles.block_n // (32 * tiles.num_warps)
-    if registers > _ACCUMULATOR_REGISTERS:
-        return f"{registers} registers a thread for the sums, of {_ACCUMULATOR_REGISTERS}"
-    buffers = tiles.num_stages - (capability == 0)  # AMD keeps one in registers
-    shared = buffers * (tiles.block_m + tiles.block_n) * tiles.block_k * dtype.itemsize
-    limit = SHARED_MEMORY.get(capability, 101376)
-    return f"{shared} bytes of shared memory, of {limit}" if shared > limit else ""
+def variants(n: int, *operands: Tensor, tma: bool = True) -> tuple[str, ...]:
+    """The variants that operands and a result of ``n`` columns allow, those of defaults first; maybe none."""
+    if not _moves_16_bytes(n, *operands):
+        return ()
+    if not tma or operands[0].dtype == torch.float64 or not all(map(loads_by_tma, operands)):
+        return ("pointers",)
+    plain = all(t.stride(-1) == 1 and (t.dim() == 2 or t.shape[0] == 1) for t in operands)
+    return ("pointers", "tma", "specialized") if plain else ("pointers", "tma")
 
 
 def loads_by_tma(t: Tensor) -> bool:
-    """Whether a TMA descriptor can describe the matrices of ``t (batch, rows, cols)`` or their transposes."""
-    batch, row, col = t.stride()
-    step = row if col == 1 else col
-    return bool(
-        1 in (row, col)
-        and step > 0
-        and all(s * t.element_size() % 16 == 0 for s in (step, t.storage_offset(), batch * (t.shape[0] > 1)))
-        and _address(t) % 16 == 0
-    )
-
-
-def _address(t: Tensor) -> int:
+    """Whether a TMA descriptor can describe the matrices of ``t (*, rows, cols)`` or their transposes."""
+    if t.dim() < 2:
+        return False
+    *batch, row, col = t.stride()
+    step, unit = row if col == 1 else col, 16 // t.element_size()
+    steps = (step, *(s for s, n in zip(batch, t.shape, strict=False) if n != 1))
+    if 1 not in (row, col) or t.storage_offset() % unit or any(s <= 0 or s % unit for s in steps):
+        return False
     try:
-        return t.data_ptr()
-    except RuntimeError:  # a tracer's tensor has none; what a compiler allocates is aligned
-        return 0
+        return t.data_ptr() % 16 == 0
+    except RuntimeError:  # a tracer's tensor has no address; the compiler will allocate it aligned
+        return True
 
 
 def _moves_16_bytes(columns: int, *operands: Tensor) -> bool:
     """Whether operands can be loaded, and rows of a result of ``columns`` stored, 16 bytes at a time."""
     for t in operands:
         unit = 16 // t.element_size()
-        if columns % unit or t.storage_offset() % unit:
+        steps = [size if stride == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)]
+        if any(step % unit for step in (columns, t.storage_offset(), *steps)):
             return False
-        for size, stride in zip(t.shape, t.stride(), strict=True):
-            if (size if stride == 1 else stride) % unit:
-                return False
     return True
 
 
@@ -222,7 +251,7 @@ def _moves_16_bytes(columns: int, *operands: Tensor) -> bool:
 
 
 def user_folder() -> Path:
-    """Where the user's own tables lie: under $TORCHPAR_CACHE, or torchpar's part of the cache folder."""
+    """The folder of the user's own tables: $TORCHPAR_CACHE, or torchpar's folder in the user's cache."""
     if folder := os.environ.get("TORCHPAR_CACHE"):
         return Path(folder)
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # there may be no home
@@ -234,82 +263,76 @@ def file_name(device_name: str) -> str:
     return device_name.lower().replace(" ", "-").replace("/", "-") + ".json"
 
 
-def load(device_name: str, capability: int = 100, folder: Path | None = None) -> dict[str, Any] | None:
-    """A device's table as it was saved, or None; a warning if it is damaged, foreign or impossible there.
-
-    It is looked for in ``folder``, by default in `user_folder` and then beside the kernels.
-    """
-    for place in (user_folder(), SHIPPED) if folder is None else (folder,):
-        path = place / file_name(device_name)
+def load(present: Device) -> dict[str, Any] | None:
+    """The table of a device as it was saved, or None; a damaged one gives a warning, and None."""
+    for folder in (user_folder(), SHIPPED):
+        path = folder / file_name(present.name)
         try:
             table: dict[str, Any] = json.loads(path.read_text())
-            _parse(table, device_name, capability)
+            _parse(table, present)
             return table
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             continue
         except (OSError, ValueError, RecursionError) as error:
-            hint = "default tiles are used, `python -m torchpar tune` writes it anew"
+            hint = "default tiles are used; `python -m torchpar tune` writes a new table"
             warnings.warn(f"{path}: {error}; {hint}", stacklevel=2)
             break
     return None
 
 
-def save(device_name: str, table: dict[str, Any], folder: Path | None = None) -> Path:
-    """Write a device's table at once or not at all, and use it from now on.
+def save(present: Device, table: dict[str, Any]) -> Path:
+    """Write the table of a device, atomically, and use it from now on; return its path.
 
-    It goes to ``folder``, by default beside the kernels if this is a checkout, else to `user_folder`, and
-    there in any case if that has one of the device, which would come before it.
-
-    Raises:
-        ValueError: it is not a table of that device.
+    Its folder is beside the kernels in a checkout, and otherwise `user_folder`. It is also `user_folder` if
+    that has a table of the device already, which has priority. A wrong ``table`` raises a ValueError.
     """
-    _parse(table, device_name)
-    if folder is None:
-        checkout = (SHIPPED.parent.parent / "pyproject.toml").exists() and os.access(SHIPPED.parent, os.W_OK)
-        own = "TORCHPAR_CACHE" in os.environ or (user_folder() / file_name(device_name)).exists()
-        folder = SHIPPED if checkout and not own else user_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / file_name(device_name)
+    _parse(table, present)
+    checkout = (SHIPPED.parent.parent / "pyproject.toml").exists() and os.access(SHIPPED.parent, os.W_OK)
+    own = os.environ.get("TORCHPAR_CACHE") or (user_folder() / file_name(present.name)).exists()
+    path = (SHIPPED if checkout and not own else user_folder()) / file_name(present.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(table, indent=1) + "\n")
-    partial.replace(path)
-    _table.cache_clear()
+    try:
+        partial.write_text(json.dumps(table, indent=1) + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    forget_tables()
     return path
 
 
+def forget_tables() -> None:
+    """Read the tables again when tiles are chosen next."""
+    _table.cache_clear()
+    _nearest.cache_clear()
+    forget_plans()
+
+
 @cache
-def _table(present: Device) -> dict[tuple[str, str], _Entries]:
-    table = load(present.name, present.capability)
-    return _parse(table, present.name, present.capability) if table else {}
+def _table(present: Device) -> dict[tuple[str, str], list[_Entry]]:
+    table = load(present)
+    return _parse(table, present) if table else {}
 
 
-def _parse(table: Any, device_name: str, capability: int = 100) -> dict[tuple[str, str], _Entries]:
+def _parse(table: Any, present: Device) -> dict[tuple[str, str], list[_Entry]]:
     """The entries of a table; a ValueError says what is wrong with it."""
+    found: dict[tuple[str, str], list[_Entry]] = {}
     try:
-        if table["device"] != device_name:
-            raise ValueError(f"it is of {table['device']!r}, expected {device_name!r}")
-        return {
-            (kernel, kind): _parse_entries(kernel, kind, entries, capability)
-            for kernel, kinds in table["tiles"].items()
-            for kind, entries in kinds.items()
-        }
+        if table["device"] != present.name:
+            raise ValueError(f"the table is of {table['device']!r}, expected {present.name!r}")
+        for kernel, kinds in table["tiles"].items():
+            for kind, entries in kinds.items():
+                if kernel not in KERNELS or kind not in KINDS:
+                    raise ValueError(f"{kernel} of {kind} is not among {', '.join((*KERNELS, *KINDS))}")
+                possible = (None, *configurations(kernel, *KINDS[kind][:2], present.capability))
+                for entry in entries:
+                    sizes, tiles = tuple(entry[:4]), None if entry[4] is None else Tiles(*entry[4])
+                    known = all(type(size) is int and 0 < size < 2**63 for size in sizes)
+                    if not known or tiles not in possible:
+                        expected = "four sizes above 0 and a configuration of this device"
+                        raise ValueError(f"{kernel}, {kind}: {entry}, expected {expected}")
+                    tiles = possible[possible.index(tiles)]  # 64, where the file has 64.0
+                    found.setdefault((kernel, kind), []).append((sizes, tiles))
     except (LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"it is not laid out as a table ({type(error).__name__}: {error})") from error
-
-
-def _parse_entries(kernel: str, kind: str, entries: Any, capability: int) -> _Entries:
-    where = f"{kernel}, {kind}"
-    if kernel not in _SHAPES:
-        raise ValueError(f"{kernel!r} is no kernel, expected one of {', '.join(_SHAPES)}")
-    if kind not in _KINDS:
-        raise ValueError(f"{where}: no such kind, expected one of {', '.join(_KINDS)}")
-    dtype = _KINDS[kind]
-    limits = [entry["up_to"] for entry in entries]
-    rising = all(type(a) is int and a > 0 and (b is None or a < b) for a, b in pairwise(limits))
-    if not rising or limits[-1:] != [None]:
-        raise ValueError(f"{where}: up_to is {limits}, expected rising sizes and null at the end")
-    tiles = [None if entry["tiles"] is None else Tiles(*entry["tiles"]) for entry in entries]
-    for choice in tiles:
-        if choice and (excess := _excess(kernel, dtype, choice, capability)):
-            raise ValueError(f"{where}: {excess}")
-    return [limit**3 for limit in limits[:-1]], tiles
+        raise ValueError(f"not the layout of a table ({type(error).__name__}: {error})") from error
+    return found

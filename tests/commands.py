@@ -1,30 +1,78 @@
 # SPDX-License-Identifier: MIT
-"""Scripts as a user runs them, and what they wrote."""
+"""Scripts, run as a user runs them or within a process, and their metrics."""
 
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
 
 
-def start(*command: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"}
+def import_path(*folders: Path) -> str:
+    """A PYTHONPATH of ``folders`` and of what it has already: some machines carry their packages there."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def start(*command: str, cwd: Path | str = "/") -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": import_path(ROOT), "COLUMNS": "80"}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd="/"
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd
     )
 
 
-def run(*command: str) -> tuple[int, str, str]:
-    """The exit status, and what the command wrote on its two streams."""
-    process = start(*command)
+def run(*command: str, cwd: Path | str = "/") -> tuple[int, str, str]:
+    """The exit status of a command, and its two streams."""
+    process = start(*command, cwd=cwd)
     out, err = process.communicate(timeout=240)
     return process.returncode, out, err
 
 
+def lesson(name: str, *flags: str) -> tuple[int, str, str]:
+    """The exit status of a lesson such as "train_ddp", and its two streams, run within this process.
+
+    On the ranks of a pool it trains on all of them. A rank does not wait for rank 0 to print an error first.
+    """
+    from support import cli
+
+    module, out, err = importlib.import_module(name), StringIO(), StringIO()
+    status: Any = 0
+    with (
+        patch.object(sys, "argv", [f"{name}.py", *flags]),
+        patch.object(cli, "GRACE", 0.0),
+        patch.dict(os.environ, COLUMNS="80"),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        try:
+            cli.main(module.main, module.Flags)
+        except SystemExit as e:
+            status = e.code
+    return status, out.getvalue(), err.getvalue()
+
+
 def rows_of(metrics: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in metrics.read_text().splitlines()]
+
+
+def error_of(example: Any, flags: str, monkeypatch: Any, capsys: Any) -> str:
+    """Run an example's ``main`` with wrong ``flags`` and return the error it prints, without tyro's box."""
+    from support import cli
+
+    name = f"{example.__name__}.py"
+    monkeypatch.setattr(sys, "argv", [name, *flags.split()])
+    with pytest.raises(SystemExit) as caught:
+        cli.main(example.main, example.Flags)
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    return " ".join(re.sub("[│╭╮╰╯─]+", " ", err).split())

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Training processes that a test starts, hurts and reads, and what they have saved."""
+"""Training processes for tests of faults: start them, wait for them, read their output and checkpoints."""
 
 import json
 import os
+import re
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -11,23 +13,24 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from multiprocessing import forkserver, get_context
 from multiprocessing.context import ForkServerProcess
-from multiprocessing.forkserver import set_forkserver_preload
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from commands import ROOT
+from ranks import fork_context
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-ROOT = Path(__file__).parent.parent
+from torchpar.errors import ConfigError
+
 TRAIN = str(ROOT / "examples" / "train_parallel.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor_interval=0.1"]
 
 
 @dataclass
 class Rank:
-    """A process that runs a script, and its output."""
+    """A process that runs a script, and the files of its output."""
 
     process: ForkServerProcess
     out: Path
@@ -46,19 +49,16 @@ def start(
     differing: Sequence[Sequence[str]] = (),
     grace: float | None = None,
 ) -> list[Rank]:
-    """Ranks of examples/train_parallel.py, without a launcher.
-
-    They are forked from a process that has imported PyTorch: to import it takes longer than to train.
+    """Start ranks of examples/train_parallel.py, without a launcher.
 
     Args:
         folder: for their output.
         differing: more flags, for each rank.
-        grace: seconds that other ranks leave rank 0 to speak, in the place of `torchpar.cli.GRACE`.
+        grace: replaces `support.cli.GRACE`, the seconds that other ranks wait before they print an error.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    _prepare_server()
     ranks = []
     for rank in range(world_size):
         env = {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
@@ -66,9 +66,7 @@ def start(
         number, name = tempfile.mkstemp(dir=folder, suffix=f"-{rank}")
         os.close(number)
         own = [TRAIN, *flags, *(differing[rank] if differing else ())]
-        process = get_context("forkserver").Process(
-            target=_run, args=(own, env if world_size > 1 else {}, name, grace)
-        )
+        process = fork_context().Process(target=_run, args=(own, env if world_size > 1 else {}, name, grace))
         process.start()
         ranks.append(Rank(process, Path(name), Path(name + ".err")))
     return ranks
@@ -77,10 +75,10 @@ def start(
 def finish(
     ranks: Sequence[Rank], timeout: float = 60.0, launched: bool = True
 ) -> tuple[list[int | None], str, str]:
-    """Exit statuses, stdout and stderr of all.
+    """Wait for all ranks; return their exit statuses, and the stdout and the stderr of all.
 
     Args:
-        launched: once one has failed the rest are ended, as launchers do.
+        launched: when one rank has failed, end the others, as launchers do.
     """
     deadline = time.monotonic() + timeout
     try:
@@ -99,10 +97,23 @@ def finish(
 
 
 def run(folder: Path, flags: Sequence[str], world_size: int = 1, **options: Any) -> tuple[str, str]:
-    """What ranks said that ended well."""
+    """Start ranks, check that all exit with 0, and return their stdout and stderr."""
     codes, out, err = finish(start(folder, flags, world_size, **options))
     assert codes == [0] * world_size, err
     return out, err
+
+
+def train(*flags: str) -> str:
+    """Run train_parallel.py in this process, one of the fixture's ranks; return its error, or ""."""
+    import train_parallel
+    import tyro
+
+    try:
+        parsed = tyro.cli(train_parallel.Flags, args=flags, config=(tyro.conf.FlagCreatePairsOff,))
+        train_parallel.main(parsed)
+    except ConfigError as e:
+        return str(e)
+    return ""
 
 
 def torchrun(*command: str, stderr: int | IO[str] = subprocess.PIPE) -> subprocess.Popen[str]:
@@ -114,11 +125,12 @@ def torchrun(*command: str, stderr: int | IO[str] = subprocess.PIPE) -> subproce
         text=True,
         env=env,
         cwd="/",
+        start_new_session=True,  # a terminal's Ctrl-C goes to a process group
     )
 
 
 def workers(launcher: int) -> dict[int, int]:
-    """The process of each rank that a torchrun started."""
+    """Return the process of each rank that a torchrun started."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -148,7 +160,7 @@ def wait_for(condition: Callable[[], Any], timeout: float = 60.0) -> Any:
 
 
 def latest(folder: Path) -> str:
-    """The name of the newest checkpoint, "" if there is none yet."""
+    """Return the name of the newest checkpoint, "" if there is none yet."""
     try:
         return (folder / "latest").read_text().strip()
     except OSError:
@@ -160,10 +172,11 @@ def steps(folder: Path) -> list[str]:
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The whole tensors of a checkpoint, by PyTorch's own reader."""
+    """Read the full tensors of a checkpoint by PyTorch's own reader, but of random states rank 0's only."""
     with tempfile.NamedTemporaryFile() as file:
         dcp_to_torch_save(checkpoint, file.name)
-        return torch.load(file.name)  # type: ignore[no-any-return]
+        found = torch.load(file.name)
+    return {name: t for name, t in found.items() if not re.fullmatch(r"random\.\w+\.\d+", name)}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -171,13 +184,13 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def losses(metrics: Path) -> list[tuple[float, ...]]:
-    """Of each epoch, as its line of the metrics file has them, bit for bit."""
+    """Return the losses and the accuracy of each epoch, bit for bit, from the metrics file."""
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     return [(row["epoch"], row["train_loss"], row["test_loss"], row["test_accuracy"]) for row in rows]
 
 
 def errors(err: str) -> list[str]:
-    """The lines by which a script says why it ends."""
+    """Return the lines in which train_parallel.py says why it ends."""
     return [line for line in err.splitlines() if line.startswith("train_parallel.py: error: ")]
 
 
@@ -185,26 +198,14 @@ def _outputs(ranks: Sequence[Rank]) -> Iterable[list[Path]]:
     return [rank.out for rank in ranks], [rank.err for rank in ranks]
 
 
-def _prepare_server() -> None:
-    set_forkserver_preload(["torchvision.datasets", "tyro", "rich.progress", "torchpar.script"])
-    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
-    os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    try:
-        forkserver.ensure_running()
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
-
-
 def _run(argv: list[str], env: dict[str, str], output: str, grace: float | None) -> None:
     for stream, name in ((1, output), (2, output + ".err")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     os.environ.update(env)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background shells ignore it
     sys.argv = argv
     if grace is not None:
-        from torchpar import cli
+        from support import cli
 
         cli.GRACE = grace
     runpy.run_path(argv[0], run_name="__main__")

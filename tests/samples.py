@@ -1,25 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""What the operator tests share: PyTorch's operators beside ours, inputs, and the judges of a result."""
+"""Inputs of the operator tests, and the judges of a result."""
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from hypothesis import HealthCheck, settings
+from operators import OPERATORS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.functional import linear
 from torch.testing import assert_close
 from torch.testing._internal.common_methods_invocations import op_db
 
-import torchpar
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
-# What hypothesis draws is fixed, and takes as long as it takes.
+# Hypothesis draws the same examples in each run, without a time limit.
 property_test = settings(
     max_examples=100,
     derandomize=True,
@@ -27,112 +22,6 @@ property_test = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-
-
-def _native_linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return linear(x, weight, bias).sigmoid()
-
-
-def _numpy_linear_sigmoid(x: Any, weight: Any, bias: Any = 0) -> Any:
-    with np.errstate(over="ignore"):  # 1/∞ is the limit
-        return 1 / (1 + np.exp(-(x @ weight.T + bias)))
-
-
-class Operator(NamedTuple):
-    op: Callable[..., Tensor]
-    native: Callable[..., Tensor]  # PyTorch's own
-    formula: Callable[..., Any]  # NumPy's, which the oracle evaluates
-    roundings: int  # on the way to a result, once the sums are there
-    dtypes: tuple[torch.dtype, ...]
-    opinfo: str
-    cases: list[tuple[tuple[int, ...], ...]]  # the arguments' shapes
-
-
-OPERATORS = {
-    "maximum": Operator(
-        torchpar.maximum,
-        torch.maximum,
-        np.maximum,
-        1,
-        INTEGERS + FLOATS,
-        "maximum",
-        [
-            ((), ()),
-            ((0,), (1,)),
-            ((0, 3), ()),
-            ((1,), (129,)),
-            ((127,), (127,)),
-            ((128, 129), (129,)),
-            ((128, 1), (1, 127)),
-            ((2, 1, 3, 1, 2), (1, 4, 1, 5, 2)),
-            ((1, 2, 1, 3, 1, 2), (3, 1, 2, 1, 2, 1)),
-            ((5000,), (5000,)),
-        ],
-    ),
-    "matmul_t": Operator(
-        torchpar.matmul_t,
-        lambda x: x @ x.mT,
-        lambda x: x @ np.swapaxes(x, -1, -2),
-        1,
-        FLOATS,
-        "mm",
-        [
-            ((0, 3),),
-            ((3, 0),),
-            ((1, 1),),
-            ((1, 129),),
-            ((127, 128),),
-            ((128, 127),),
-            ((129, 129),),
-            ((511, 33),),
-            ((512, 32),),
-            ((513, 1),),
-            ((1000, 17),),
-            ((0, 5, 3),),
-            ((2, 0, 3),),
-            ((3, 129, 5),),
-            ((2, 3, 65, 4),),
-            ((2, 600, 9),),
-            ((0, 600, 9),),
-            ((2, 600, 0),),
-            ((70000, 2, 3),),  # more than a second or third grid axis of CUDA holds
-        ],
-    ),
-    "linear_sigmoid": Operator(
-        torchpar.linear_sigmoid,
-        _native_linear_sigmoid,
-        _numpy_linear_sigmoid,
-        4,  # z + b, e⁻ᶻ, 1 + and 1/
-        FLOATS,
-        "nn.functional.linear",
-        [
-            ((0, 3), (4, 3), (4,)),
-            ((3, 0), (4, 0)),
-            ((3, 0), (4, 0), (4,)),
-            ((3, 4), (0, 4), (0,)),
-            ((1,), (1, 1), (1,)),
-            ((127,), (128, 127)),
-            ((129,), (1, 129), (1,)),
-            ((129, 128), (127, 128), (127,)),
-            ((128, 127), (129, 127)),
-            ((1000, 5), (3, 5), (3,)),
-            ((2, 0, 3), (4, 3), (4,)),
-            ((0, 2, 3), (4, 3)),
-            ((2, 3, 5, 16), (10, 16), (10,)),
-            ((70000, 3), (2, 3), (2,)),
-        ],
-    ),
-}
-BY_DTYPE = [(name, dtype) for name, operator in OPERATORS.items() for dtype in operator.dtypes]
-BY_CASE = [(name, shapes) for name, operator in OPERATORS.items() for shapes in operator.cases]
-
-# A few small cases in which every gradient has many terms, for the tests that cost much per sample.
-SMALL = {
-    "maximum": [((3, 4), (3, 4)), ((3, 1), (2, 1, 4)), ((), (3,))],
-    "matmul_t": [((4, 3),), ((2, 3, 5),)],
-    "linear_sigmoid": [((3, 4), (5, 4), (5,)), ((4,), (3, 4)), ((2, 3, 4), (5, 4), (5,))],
-}
-BY_SMALL_CASE = [(name, shapes) for name, cases in SMALL.items() for shapes in cases]
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64, device: str = "cpu", seed: int = 0) -> Tensor:
@@ -162,15 +51,12 @@ def arguments(
 
 
 def opinfo_samples(name: str, dtype: torch.dtype, device: str) -> list[tuple[Tensor, ...]]:
-    """The arguments of PyTorch's own samples for the operator that ours stands for."""
+    """The arguments of PyTorch's own samples for the operator that ours replaces."""
     torch.manual_seed(0)
-    (info,) = (info for info in op_db if info.name == OPERATORS[name].opinfo)
+    native, taken = OPERATORS[name].opinfo
+    (info,) = (info for info in op_db if info.name == native)
     samples = [(sample.input, *sample.args) for sample in info.sample_inputs(device, dtype)]
-    if name == "matmul_t":
-        return [(operand,) for sample in samples for operand in sample]
-    if name == "linear_sigmoid":
-        return [sample for sample in samples if sample[1].dim() == 2]
-    return samples
+    return [args for sample in samples for args in taken(sample)]
 
 
 def _memory_order(t: Tensor, dims: list[int]) -> Tensor:
@@ -212,10 +98,10 @@ def to_numpy(t: Tensor) -> Any:
     return t.detach().cpu().double().resolve_neg().numpy()
 
 
-def oracle(name: str, args: tuple[Tensor, ...]) -> Any:
+def oracle(name: str, args: tuple[Tensor | None, ...], **factors: float) -> Any:
     """The operator in fp64; for fp64 itself in NumPy's long double, which has 11 bits more."""
     wide = np.longdouble if args[0].dtype == torch.float64 else np.float64
-    return OPERATORS[name].formula(*(to_numpy(arg).astype(wide) for arg in args))
+    return OPERATORS[name].formula(*(to_numpy(t).astype(wide) for t in args if t is not None), **factors)
 
 
 def error(actual: Tensor, expected: Any) -> float:
@@ -236,8 +122,7 @@ def assert_accurate(actual: Tensor, native: Tensor, expected: Any, roundings: in
 
 
 def metadata(t: Tensor) -> tuple[Any, ...]:
-    # The strides of an empty tensor step nowhere; there PyTorch's fakes differ from its own operators.
-    return t.shape, t.dtype, t.stride() if t.numel() else None, t.device
+    return t.shape, t.dtype, t.stride(), t.device
 
 
 def assert_fakes_agree(op: Callable[..., Tensor], args: tuple[Tensor, ...], actual: Tensor) -> None:
@@ -251,25 +136,41 @@ def assert_fresh(actual: Tensor, args: tuple[Tensor, ...]) -> None:
     assert not any(torch._C._is_alias_of(actual, arg) for arg in args)
 
 
+def bits(t: Tensor) -> Tensor:
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return t.resolve_neg().contiguous().view(integers[t.element_size()])
+
+
 def assert_symmetric(c: Tensor) -> None:
-    assert torch.equal(c, c.mT)
+    assert torch.equal(bits(c), bits(c.mT))
 
 
-def assert_contract(name: str, args: tuple[Tensor, ...]) -> None:
+def lower_twice(c: Tensor) -> Tensor:
+    """The lower triangle and its transpose."""
+    return torch.where(torch.ones_like(c, dtype=torch.bool).tril(), c, c.mT)
+
+
+def assert_contract(name: str, args: tuple[Tensor | None, ...], **factors: float) -> None:
     """All that an operator promises about one call."""
-    op, native = OPERATORS[name].op, OPERATORS[name].native
+    operator = OPERATORS[name]
+
+    def op(*tensors: Tensor) -> Tensor:
+        return operator.function(*tensors, **factors)
+
+    args = tuple(arg for arg in args if arg is not None)
     before = [arg.clone() for arg in args]
     actual = op(*args)
-    expected = native(*args)
-    if name == "maximum":
-        assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
-        assert metadata(actual) == metadata(expected)
+    native = operator.native(*args, **factors)
+    if operator.exact:
+        assert_close(actual, native, rtol=0, atol=0, equal_nan=True)
+        assert native.numel() == 0 or metadata(actual) == metadata(native)
     else:
-        assert_accurate(actual, expected, oracle(name, args), OPERATORS[name].roundings)
+        native = lower_twice(native) if operator.symmetric else native
+        assert_accurate(actual, native, oracle(name, args, **factors), operator.roundings + 2 * bool(factors))
         assert actual.is_contiguous()
-    if name == "matmul_t":
+    if operator.symmetric:
         assert_symmetric(actual)
     assert_fakes_agree(op, args, actual)
     assert_fresh(actual, args)
-    assert_close(op(*args), actual, rtol=0, atol=0, equal_nan=True)  # the same bits twice
+    assert torch.equal(bits(op(*args)), bits(actual))  # the same bits twice
     assert_close(args, tuple(before), rtol=0, atol=0, equal_nan=True)

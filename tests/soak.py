@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Kill ranks of a run at random moments, many times; it must end with the bits of an undisturbed one.
+"""Kill ranks of a run at random moments, many times; compare its end bit for bit with an undisturbed run.
 
     python tests/soak.py --kills 100
 
@@ -25,7 +25,7 @@ def step(folder: Path) -> int:
 
 
 def choose_moment(folder: Path, generator: random.Random, ended: object) -> None:
-    """Wait for a moment to kill at."""
+    """Wait for the moment of the next kill."""
     where = generator.choice(["step", "save", "start"])
     goal = step(folder) + (where != "start") * generator.randint(1, 6)
     deadline = time.monotonic() + 60
@@ -39,7 +39,7 @@ def choose_moment(folder: Path, generator: random.Random, ended: object) -> None
 
 
 def disturbed(command: list[str], folder: Path, wanted: int, generator: random.Random) -> tuple[int, ...]:
-    """Kills, starts of the ranks, and checkpoints that a start passed over as damaged."""
+    """Return the numbers of kills, of starts of the ranks, and of damaged checkpoints that were skipped."""
     kills = starts = refused = 0
     known: set[int] = set()
     while True:

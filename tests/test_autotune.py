@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""`python -m benchmarks.autotune`: what is compiled and predicted, and Triton's autotuner interpreted."""
+"""`python -m benchmarks.autotune`: configurations that are compiled, timed, and that cannot be used."""
 
 import csv
-import importlib
-import math
 import re
-import sys
 from collections import Counter
 
 import pytest
@@ -14,31 +11,88 @@ import torch
 pytest.importorskip("rich", reason="rich prints the tables")
 pytest.importorskip("triton", reason="Triton compiles the configurations")
 
-import benchmarks
 from benchmarks import autotune
-from benchmarks.compiled import fresh_cache, target
-from benchmarks.cost_model import Peak, predict
+from torchpar.errors import ConfigError
 from torchpar.kernels import tuning
 from torchpar.kernels.tuning import Tiles
-from torchpar.search import Problem
+from torchpar.tune.measure import LIBRARY, PRODUCT, Problem, describe, prepare
+
+LARGE = ("symmetric_product", torch.bfloat16, "ieee")
 
 
-def test_autotune_without_a_gpu_compiles_and_says_that_it_did_not_measure(tmp_path, capsys):
-    path = tmp_path / "rows.csv"
-    assert autotune.main(["--quick", "--target", "sm_80", "--sizes", "512", "2048", "--csv", str(path)]) == 0
-    rows = list(csv.DictReader(path.read_text().splitlines()))
+def rows_of(folder) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "autotune.csv").read_text().splitlines()))
+
+
+def test_without_a_gpu_it_compiles_and_says_that_it_did_not_measure(tmp_path, capsys):
+    flags = ["--quick", "--target", "sm_80", "--sizes", "512", "2048", "--output", str(tmp_path)]
+    assert autotune.main(flags) == 0
+    rows = rows_of(tmp_path)
     assert Counter(row["kernel"] for row in rows) == dict.fromkeys(autotune.KERNELS, 2 * autotune.QUICK)
     for row in rows:
         assert 16 <= int(row["registers"]) <= 255
-        assert bool(row["rejected"]) == (row["spills"] != "0")
-        assert (int(row["shared_memory"]) > 0) == (row["kernel"] != "maximum")
+        assert (row["ok"] == "True") == (row["spills"] == "0")
+        assert int(row["shared_memory"]) > 0
         assert float(row["compile_s"]) > 0
-        assert float(row["predicted_ms"]) > 0
         assert (row["p20_ms"], row["p50_ms"], row["p80_ms"]) == ("", "", "")
         assert row["target"] == "sm_80"
-    out = capsys.readouterr().out
-    assert "No time was measured" in out
-    assert "predicted, none was measured" in out
+    assert "nothing was timed" in capsys.readouterr().out
+
+
+def test_on_a_gpu_the_variants_stand_beside_the_library(tmp_path, capsys, monkeypatch):
+    variants = {tiles.variant: tiles for tiles in tuning.configurations(*LARGE, 90)}  # the last of each
+    wrong, spilling = variants["specialized"], variants["tma"]
+
+    def compile_tiles(launch, tiles, capability):
+        found = {"registers": 64, "spills": 8 * (tiles == spilling), "shared_memory": 1024, "compile_s": 0.5}
+        return found, "it [bold]spills" * (tiles == spilling)
+
+    def measure(problem, configurations, device):
+        times = {tiles: [[2.0], [4.0]] for tiles in configurations if tiles != wrong}
+        times |= {LIBRARY: [[6.0], [10.0]], PRODUCT: [[5.0], [8.0]]}
+        return times, {wrong: "ValueError: an error of 1"}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(autotune, "compile_tiles", compile_tiles)
+    monkeypatch.setattr(autotune, "measure", measure)
+    monkeypatch.setattr("benchmarks.report.provenance", lambda device: {})
+    monkeypatch.setattr(tuning, "configurations", lambda *_: list(variants.values()))
+    flags = ["--kernels", LARGE[0], "--sizes", "512", "1024", "--output", str(tmp_path)]
+    assert autotune.main(flags) == 1, "two rows are wrong"
+    rows = rows_of(tmp_path)
+    names = ["product alone", "library", *map(describe, variants.values())]
+    assert [row["provider"] for row in rows] == 2 * names
+    assert [row["n"] for row in rows] == ["512"] * 5 + ["1024"] * 5
+    of = dict(zip(names, rows, strict=False))
+    assert (of["library"]["p50_ms"], of["library"]["registers"]) == ("8.0", "")
+    right = of[describe(variants["pointers"])]
+    assert (right["p50_ms"], right["speedup"], right["registers"], right["ok"]) == (
+        "3.0",
+        "2.25",
+        "64",
+        "True",
+    )
+    assert (of[describe(wrong)]["p50_ms"], of[describe(wrong)]["reason"]) == ("", "ValueError: an error of 1")
+    assert (of[describe(spilling)]["p50_ms"], of[describe(spilling)]["ok"]) == ("3.0", "False")
+    assert "it [bold]spills" in capsys.readouterr().out
+
+
+def test_the_sizes_before_a_fault_of_the_gpu_are_kept(tmp_path, monkeypatch):
+    def measure(problem, configurations, device):
+        if problem.n == 1024:
+            raise ConfigError("the GPU fails")
+        return {tiles: [[1.0]] for tiles in (*configurations, LIBRARY, PRODUCT)}, {}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(autotune, "compile_tiles", lambda *_: ({"registers": 64}, ""))
+    monkeypatch.setattr(autotune, "measure", measure)
+    monkeypatch.setattr("benchmarks.report.provenance", lambda device: {})
+    flags = ["--quick", "--kernels", LARGE[0], "--sizes", "512", "1024", "--output", str(tmp_path)]
+    with pytest.raises(ConfigError, match="the GPU fails"):
+        autotune.main(flags)
+    assert [row["n"] for row in rows_of(tmp_path)] == ["512"] * 4
 
 
 @pytest.mark.parametrize(
@@ -51,73 +105,11 @@ def test_autotune_without_a_gpu_compiles_and_says_that_it_did_not_measure(tmp_pa
     ],
 )
 def test_what_cannot_be_used_is_rejected(tiles, rejected):
-    problem = Problem("symmetric_product", "bfloat16", 1024)
-    case = autotune.prepare_case(problem, torch.device("meta"))
-    row = autotune.Row(
-        kernel=problem.kernel, dtype=problem.dtype, configuration="", n=problem.n, predicted_ms=1
-    )
-    with target(90), fresh_cache() as folder:
-        row = autotune.compiled(case.launch, row, tiles, 90, folder)
-    assert re.fullmatch(rejected, row.rejected), row.rejected
-    assert autotune.time_of(row) == (None if rejected else 1)
+    launch = prepare(Problem("symmetric_product", "bfloat16", 1024, 1024, 1024), torch.device("meta")).launch
+    _, reason = autotune.compile_tiles(launch, tiles, 90)
+    assert re.fullmatch(rejected, reason), reason
 
 
-@pytest.mark.parametrize("name", ["rich.console", "triton"])
-def test_autotune_names_what_is_not_installed_when_it_is_run(monkeypatch, name):
-    monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "benchmarks.autotune")
-    monkeypatch.setattr(benchmarks, "autotune", autotune)  # to be put back
-    module = importlib.import_module("benchmarks.autotune")
-    with pytest.raises(SystemExit, match=f"pip install them: .*{name}"):
-        module.main([])
-
-
-PEAK = Peak({"bfloat16": 1e12}, bandwidth=1e9, multiprocessors=10)
-
-
-@pytest.mark.parametrize(
-    "kernel, n, tiles, ms",
-    [
-        ("maximum", 1000, (1024, 4), 6),  # 3 arrays of 2 MB
-        ("linear_sigmoid", 1000, (1000, 1000), 20),  # one of ten multiprocessors makes 2e9 flops
-        ("linear_sigmoid", 1000, (1000, 100), 6),  # all of them 2e8, in 2 ms: the memory takes longer
-        ("symmetric_product", 4000, (1000, 1000), 80),  # ten tiles of 8e9 flops
-        ("symmetric_product", 4001, (1000, 1000), 160.04),  # fifteen: five wait for another
-        ("linear_sigmoid", 4000, (1000, 1000), 160),
-    ],
-)
-def test_the_model_predicts_what_its_formula_says(kernel, n, tiles, ms):
-    assert predict(Problem(kernel, "bfloat16", n), tiles, PEAK) == pytest.approx(ms)
-
-
-def autotuned(kernel: str, tiles: list[tuple[int, ...]], fastest: int, failing: int) -> tuple:
-    """Where kernels are interpreted: the times that the autotuner found, and the errors of its calls."""
-    from benchmarks.autotune import autotune, prepare_case
-
-    case = prepare_case(Problem(kernel, "float32", 129), torch.device("cpu"))
-    called: list[torch.Tensor] = []
-
-    def bench(call, quantiles):
-        case.out.fill_(math.nan)
-        call()
-        called.append((case.out - case.oracle).abs().max().item())
-        ms = math.inf if len(called) - 1 == failing else 1.0 if len(called) - 1 == fastest else 2.0
-        return [ms, ms - 0.1, ms + 0.1]
-
-    timings = autotune(case.launch, tiles, bench)
-    return timings, called, (case.out - case.oracle).abs().max().item()
-
-
-@pytest.mark.parametrize(
-    "kernel, tiles",
-    [
-        ("symmetric_product", [Tiles(32, 32, 32, 4, 2), Tiles(64, 64, 32, 4, 2), Tiles(64, 64, 32, 8, 2)]),
-        ("linear_sigmoid", [Tiles(32, 64, 32, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 64, 32, 8, 2)]),
-        ("maximum", [tuning.Block(4096, 4), tuning.Block(8192, 4), tuning.Block(8192, 8)]),
-    ],
-)
-def test_tritons_autotuner_runs_each_configuration_on_its_own_grid(interpreter, kernel, tiles):
-    timings, errors, last = interpreter(autotuned, kernel, tiles, 1, 2)
-    assert timings == {tiles[0]: [2.0, 1.9, 2.1], tiles[1]: [1.0, 0.9, 1.1], tiles[2]: [math.inf] * 3}
-    assert len(errors) == 3
-    assert max(*errors, last) < 1e-3  # an element that a grid left out is NaN
+def test_a_size_below_one_is_refused():
+    with pytest.raises(ConfigError, match="--sizes is 0"):
+        autotune.main(["--sizes", "0"])

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The same numbers on every level, from pure Python to Triton: exactly in whole numbers, else within a bound.
+"""Tests that all baselines compute the same: integers exactly, other numbers within a derived bound.
 
-A sum of k products, in whatever order, errs by at most γ(k)·Σ|a·b|, γ(k) = ku/(1 − ku) (Higham, Accuracy and
-Stability of Numerical Algorithms, 2002, section 3.1). What a network's gradient may err by is that, carried
-on from layer to layer.
+A sum of k products in any order has an error of at most γ(k)·Σ|a·b|, where γ(k) = ku/(1 − ku) (Higham,
+Accuracy and Stability of Numerical Algorithms, 2002, section 3.1). The bound for a network's gradient carries
+this error from layer to layer.
 """
 
 from itertools import pairwise
@@ -16,12 +16,14 @@ import triton
 from test_kernels_compiled import Driver, meta
 
 import torchpar
-from benchmarks.baselines import launch_shapes, numba_njit, numpy_mlp, pure_python
-from benchmarks.baselines.bridge import copy_weights
-from benchmarks.baselines.numpy_mlp import MLP, SGD
+
+pytest.importorskip("numba", reason="Numba compiles the loops")
+from torchpar.baselines import launch_shapes, numba_njit, numpy_mlp, pure_python
+from torchpar.baselines.bridge import copy_weights
+from torchpar.baselines.numpy_mlp import MLP, SGD
 
 U32, U64 = 2.0**-24, 2.0**-53  # unit roundoffs
-SIZES = [(1, 1), (3, 5), (4, 4), (5, 7), (65, 3), (67, 70), (127, 64), (129, 33)]
+SIZES = [(1, 1), (4, 4), (5, 7), (67, 70), (129, 33)]
 
 
 def gamma(k: int, u: float) -> float:
@@ -37,7 +39,7 @@ def in_torch(function):
 
 
 def levels(name: str) -> dict:
-    """Every way to compute an operator on the CPU, arrays in and out."""
+    """Return all ways to compute an operator on the CPU, arrays in and out."""
     loops = [loop.__name__ for loop in numba_njit.LOOPS if loop.__name__.startswith(name)]
     found = {"pure Python": in_lists(getattr(pure_python, name)), "NumPy": getattr(numpy_mlp, name)}
     found |= {f"{loop}, serial": getattr(numba_njit.SERIAL, loop) for loop in loops}
@@ -114,11 +116,7 @@ def test_matmul_t_of_small_whole_numbers_is_exact(level):
     np.testing.assert_array_equal(levels("matmul_t")[level](x), (x.astype(int) @ x.T.astype(int)))
     empty = levels("matmul_t")[level](np.zeros((3, 0), np.float32))
     np.testing.assert_array_equal(empty, np.zeros((3, 3)))
-
-
-def test_pure_python_keeps_whole_numbers():
-    x = [[2**60, 1], [1, 3]]
-    assert pure_python.matmul_t(x) == [[2**120 + 1, 2**60 + 3], [2**60 + 3, 10]]
+    assert pure_python.matmul_t([[2**60, 1], [1, 3]]) == [[2**120 + 1, 2**60 + 3], [2**60 + 3, 10]]
 
 
 def test_loops_run_in_as_many_threads_as_are_asked_for():
@@ -142,9 +140,7 @@ def check_linear_sigmoid(result, x, weight, bias) -> bool:
 
 
 @pytest.mark.parametrize("level", levels("linear_sigmoid"))
-@pytest.mark.parametrize(
-    "m, k, n", [(1, 1, 1), (5, 0, 3), (3, 5, 4), (7, 33, 5), (65, 70, 67), (1, 127, 129)]
-)
+@pytest.mark.parametrize("m, k, n", [(1, 1, 1), (5, 0, 3), (7, 33, 5), (1, 127, 129)])
 def test_linear_sigmoid(level, m, k, n):
     x, weight, bias = normal(m, k), normal(n, k, seed=1), normal(n, seed=2)
     function = levels("linear_sigmoid")[level]
@@ -173,10 +169,10 @@ def test_sigmoid_of_large_numbers_is_0_or_1(level):
 
 
 def error_bounds(model: MLP, x: np.ndarray, labels: np.ndarray, u: float) -> tuple[float, np.ndarray]:
-    """How far rounding may take the loss, and the gradient, of one who computes with unit roundoff u.
+    """Return bounds of the rounding errors of the loss and the gradient, for unit roundoff u.
 
-    Each line is the derivative of a line of backpropagation, and its own roundings: e_y is how far y may be
-    off. Products of errors are left out, and the hundredth part added for them.
+    Each line is the derivative of a line of backpropagation plus its own roundings; e_y bounds the error of
+    y. Products of errors are left out, and a hundredth is added for them.
 
     Args:
         model: in float64.
@@ -247,7 +243,7 @@ def problem(sizes, batch, loss="cross-entropy", init="xavier", dtype=np.float64)
 @pytest.mark.parametrize("init", ["xavier", "zeros"])
 @pytest.mark.parametrize("loss", ["cross-entropy", "bce"])
 @pytest.mark.parametrize("batch", [0, 1, 7])
-@pytest.mark.parametrize("sizes", [(5, 3), (5, 4, 3), (20, 8, 6, 10)], ids=str)
+@pytest.mark.parametrize("sizes", [(5, 3), (20, 8, 6, 10)], ids=str)
 def test_gradients_are_autograds(sizes, batch, loss, init):
     model, x, labels = problem(sizes, batch, loss, init)
     expected_loss, expected = by_autograd(model, x, labels)
@@ -260,35 +256,9 @@ def test_gradients_are_autograds(sizes, batch, loss, init):
         assert not within(model.gradients(x, labels)[1], expected, 2 * e_gradient)
 
 
-@pytest.mark.parametrize("loss", ["cross-entropy", "bce"])
-@pytest.mark.parametrize("sizes", [(4, 3, 3), (3, 4, 3, 2)], ids=str)
-def test_gradients_are_slopes(sizes, loss):
-    """(L(p + h) − L(p − h))/2h errs by h²/6·L‴, of which a step half as long tells three quarters, and by
-    two losses' rounding over 2h; all of it once more for the larger step."""
-    model, x, labels = problem(sizes, 7, loss)
-    gradient = model.gradients(x, labels)[1]
-
-    def slopes(h: float) -> np.ndarray:
-        found = []
-        for i, p in enumerate(model.parameters.copy()):
-            ends = []
-            for model.parameters[i] in (p + h, p - h):
-                ends.append(model.loss_sum(model.forward(x)[1], labels)[0])
-            model.parameters[i] = p
-            found.append((ends[0] - ends[1]) / (2 * h))
-        return np.array(found)
-
-    h = 1e-3
-    rounding = error_bounds(model, x, labels, U64)[0] / h
-    coarse, fine = slopes(2 * h), slopes(h)
-    bound = np.abs(coarse - fine) / 2 + 3 * rounding
-    assert within(fine, gradient, bound)
-    assert not within(fine, 1.0001 * gradient, bound)
-
-
 @pytest.mark.parametrize("level", ["NumPy", "pure Python", "njit"])
 @pytest.mark.parametrize("batch", [1, 7])
-@pytest.mark.parametrize("sizes", [(5, 3), (5, 4, 3), (33, 9, 6, 10)], ids=str)
+@pytest.mark.parametrize("sizes", [(5, 3), (33, 9, 6, 10)], ids=str)
 def test_gradients_on_every_level(level, batch, sizes):
     exact, x, labels = problem(sizes, batch)
     model = MLP(sizes)
@@ -334,24 +304,6 @@ def test_pure_python_descends():
 # The network and how it descends
 
 
-def test_from_zeros_all_neurons_of_a_layer_stay_alike():
-    def trained(init: str) -> MLP:
-        model, x, labels = problem((5, 4, 3), 7, init=init)
-        optimizer = SGD(model, 0.5, 0.9)
-        for _ in range(5):
-            optimizer.step(model.gradients(x, labels)[1] / len(x))
-        return model
-
-    def spread(model: MLP) -> float:
-        """Among the neurons, of what comes in and what goes out."""
-        return max(np.ptp(model.weights[0], axis=1).max(), np.ptp(model.weights[1], axis=0).max())
-
-    alike = trained("zeros")
-    assert abs(alike.weights[0]).min() > 1e-5  # they learn
-    assert spread(alike) <= 100 * U64  # a few dozen roundings of numbers below 1
-    assert spread(trained("xavier")) > 0.1
-
-
 def test_xavier():
     first, second = MLP([300, 200, 100]).weights
     for weight, variance in ((first, 2 / 500), (second, 2 / 300)):
@@ -378,17 +330,9 @@ def test_unknown_names_are_refused(flag):
         MLP((4, 3), **{flag: "mse"})
 
 
-def test_the_cost_of_not_knowing():
-    """From zeros, ten probabilities of ½ cost ln 2 each, in bce; equal ones cost ln 10."""
-    for loss, cost in (("bce", 10 * np.log(2)), ("cross-entropy", np.log(10))):
-        model = MLP((400, 25, 10), loss=loss, init="zeros", dtype=np.float64)
-        x, labels = np.random.default_rng(0).random((50, 400)), np.arange(50) % 10
-        assert abs(model.loss_sum(model.forward(x)[1], labels)[0] / 50 - cost) <= gamma(500, U64) * cost
-
-
 @pytest.mark.parametrize("loss, expected", [("cross-entropy", np.log(3)), ("bce", 5 * np.log(2))])
 def test_losses_of_large_outputs(loss, expected):
-    """Those that are right with certainty cost nothing; those at 0 what not knowing costs."""
+    """Right labels of probability 1 have the loss 0; outputs of 0 have that of equal probabilities."""
     z = np.array([[1e4, -1e4, -1e4], [-1e30, 1e30, -1e30], [0, 0, 0]], np.float32)
     if loss == "bce":
         z[0, 1:] = 0
@@ -435,35 +379,20 @@ def test_sgd_is_torchs(momentum, decay):
     assert not within(model.parameters, expected, bound)
 
 
-@pytest.mark.parametrize(
-    "samples, batch_size, sizes", [(10, 4, [4, 4, 2]), (8, 4, [4, 4]), (3, 5, [3]), (2, 1, [1, 1])]
-)
-def test_batches_cover_each_sample_once(samples, batch_size, sizes):
-    found = list(numpy_mlp.batches(samples, batch_size, np.random.default_rng(0)))
-    assert [len(batch) for batch in found] == sizes
-    assert sorted(np.concatenate(found)) == list(range(samples))
-
-
-def test_batches_are_drawn_anew():
+@pytest.mark.parametrize("samples, batch_size, sizes", [(10, 4, [4, 4, 2]), (8, 4, [4, 4]), (3, 5, [3])])
+def test_batches_cover_each_sample_once_in_a_new_order(samples, batch_size, sizes):
     generator = np.random.default_rng(0)
-    first, second = (np.concatenate(list(numpy_mlp.batches(100, 7, generator))) for _ in range(2))
-    again = np.concatenate(list(numpy_mlp.batches(100, 7, np.random.default_rng(0))))
-    assert not np.array_equal(first, second)
-    assert not np.array_equal(first, np.arange(100))
-    np.testing.assert_array_equal(first, again)
+    first, second = (list(numpy_mlp.batches(samples, batch_size, generator)) for _ in range(2))
+    assert [len(batch) for batch in first] == sizes
+    assert sorted(np.concatenate(first)) == list(range(samples))
+    again = np.concatenate(list(numpy_mlp.batches(samples, batch_size, np.random.default_rng(0))))
+    np.testing.assert_array_equal(np.concatenate(first), again)
+    if samples > 5:
+        assert not np.array_equal(again, np.concatenate(second))
+        assert not np.array_equal(again, np.arange(samples))
 
 
-def test_copied_weights_compute_the_same():
-    model, x, _ = problem((5, 4, 3), 7)
-    network = torchpar.nn.MLP([5, 4, 3]).double()
-    copy_weights(model, network)
-    z = model.forward(x)[1]
-    size = 8 * (1 + abs(z))  # more than any of the sums of absolute values
-    assert within(network(torch.from_numpy(x)).detach().numpy(), z, 2 * gamma(20, U64) * size)
-    assert not within(network(torch.from_numpy(x[::-1].copy())).detach().numpy(), z, 1e-3)
-
-
-# Kernels as a first course launches them
+# Kernels launched as in a first course
 
 
 class WithoutLastProgram:
@@ -477,7 +406,7 @@ class WithoutLastProgram:
 
 
 def poisoned(function, *args):
-    """Its result, where memory that it does not fill holds NaN, or the largest of whole numbers."""
+    """Return the result; memory that the function leaves unwritten holds NaN or the largest integer."""
     torch.use_deterministic_algorithms(True)
     try:
         return function(*args)
@@ -517,14 +446,14 @@ interpreted = test_kernels_interpreted.pytestmark
 
 
 @interpreted
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (5, 127), (129, 33)])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 127), (129, 33)])
 def test_maximum_by_rows(interpreter, shape):
     assert interpreter(launch_maximum, shape)
 
 
 @interpreted
 @pytest.mark.parametrize("note", launch_shapes.SHAPES["matmul_t"])
-@pytest.mark.parametrize("n, k", [(1, 1), (3, 5), (4, 64), (65, 3), (67, 70), (129, 33)])
+@pytest.mark.parametrize("n, k", [(1, 1), (4, 64), (65, 3), (67, 70)])
 def test_matmul_t_by_programs(interpreter, note, n, k):
     assert interpreter(launch_matmul_t, note, n, k)
 
@@ -536,7 +465,7 @@ def test_a_program_too_few_is_noticed(interpreter):
 
 @pytest.mark.parametrize("name", ["maximum_row_kernel", "matmul_t_rows_kernel"])
 def test_launch_shapes_compile(monkeypatch, name):
-    """For sm_90, at the sizes that the ladder has."""
+    """Compile for sm_90, at the ladder's sizes."""
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver(90))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     compiled = []

@@ -1,16 +1,26 @@
 # SPDX-License-Identifier: MIT
-"""The commands that measure X·Xᵀ and Muon, at small sizes."""
+"""The benchmarks' commands, at small sizes: what they print, write and refuse."""
 
 import csv
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import ROOT, import_path, start
 
 pytest.importorskip("rich", reason="rich prints the tables")
-pytest.importorskip("tyro", reason="tyro reads the flags")
-from benchmarks import matmul_t, muon
+from benchmarks import matmul_t, muon, ncu, operators
+from benchmarks.command import run
+from torchpar.errors import ConfigError
+
+COMMANDS = ("autotune", "host", "ladder", "matmul_t", "muon", "ncu", "operators", "scale_model", "scaling")
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -18,10 +28,51 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
+@pytest.fixture(autouse=True)
+def threads() -> Any:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_operators_beside_eager(tmp_path, capsys):
+    assert operators.main(["--quick", "--device=cpu", "--threads=1", f"--output={tmp_path}"]) == 0
+    rows = rows_of(tmp_path / "operators.csv")
+    assert all(row["ok"] == "True" and float(row["p50_ms"]) > 0 for row in rows)
+    for operator in operators.NATIVE:
+        found = {(row["mode"], row["provider"]) for row in rows if row["operator"] == operator}
+        modes = ("forward", "backward", "full")
+        assert found >= {(mode, name) for mode in modes for name in ("eager", "torchpar")}
+    printed = capsys.readouterr().out
+    assert "a small call, linear_sigmoid 64x128->10 forward and backward on one thread: eager" in printed
+    assert all(f"\n{operator}\n" in f"\n{printed}" for operator in operators.NATIVE)
+    assert "GFLOP/s" in printed
+
+
+def test_every_operator_is_measured():
+    """An operator that is registered and left out of the benchmark fails here."""
+    from torchpar import ops
+
+    assert set(operators.NATIVE) == {name for name in ops.__all__ if hasattr(torch.ops.torchpar, name)}
+
+
+@pytest.mark.parametrize("name", ["matmul_t", "symmetric_matmul", "linear_sigmoid"])
+def test_a_wrong_operator_is_rejected(monkeypatch, name, capsys):
+    ours = operators.OURS[name]
+    monkeypatch.setitem(operators.OURS, name, lambda *args: ours(*args) * 1.001)
+    monkeypatch.setattr(operators, "operations", lambda *_: [make(name)])
+    assert operators.main(["--quick", "--device=cpu", "--modes=forward"]) == 1
+    assert f"not ok: torchpar {name} forward" in capsys.readouterr().out
+
+
+def make(name: str) -> Any:
+    sizes = {"matmul_t": (9, 5), "symmetric_matmul": (9, 5), "linear_sigmoid": (7, 9, 5)}[name]
+    return getattr(operators, f"{name}_operation")(torch.float32, torch.device("cpu"), *sizes)
+
+
 def test_matmul_t_beside_torch_and_numpy(tmp_path, capsys):
-    file = tmp_path / "rows.csv"
-    assert matmul_t.main(["--quick", "--device=cpu", "--threads=1", f"--csv={file}"]) == 0
-    rows = rows_of(file)
+    assert matmul_t.main(["--quick", "--device=cpu", "--threads=1", f"--output={tmp_path}"]) == 0
+    rows = rows_of(tmp_path / "matmul_t.csv")
     found = {(row["mode"], row["provider"]) for row in rows}
     assert found == {
         *(("forward", name) for name in ("torch.mm", "torchpar", "numpy")),
@@ -30,39 +81,136 @@ def test_matmul_t_beside_torch_and_numpy(tmp_path, capsys):
     assert all(row["ok"] == "True" and float(row["speedup"]) > 0 for row in rows)
     calls = [row["configuration"].split(", ")[0].split(" of ")[1] for row in rows if row["mode"] == "forward"]
     assert calls == ["1 calls"] * 3 + [f"{matmul_t.WARM_CALLS} calls"] * 3
-    shown = capsys.readouterr().out
-    assert "256x256" in shown.splitlines()[-2]
+    assert "65x65" in capsys.readouterr().out.splitlines()[-2]
+
+
+def test_of_linear_sigmoid_the_product_is_measured_alone(monkeypatch, capsys):
+    """Its sigmoid is taken before the check, which rejects another product."""
+    arguments = ["--quick", "--device=cpu", "--operators", "linear_sigmoid", "--modes", "forward", "full"]
+    assert operators.main(arguments) == 0
+    shown = [line.split("│") for line in capsys.readouterr().out.splitlines()]
+    assert [cells[1].split() for cells in shown if "addmm" in str(cells)] == [["forward"]]
+    assert not any("matmul" in str(cells) for cells in shown)
+    monkeypatch.setitem(operators.FINISH, "addmm", lambda z: torch.sigmoid(1.01 * z))
+    assert operators.main(arguments) == 1
+    assert "not ok: addmm linear_sigmoid forward" in capsys.readouterr().out
 
 
 def test_a_wrong_product_has_no_speed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("torchpar.matmul_t", lambda x: x @ x)
-    file = tmp_path / "rows.csv"
-    arguments = ["--quick", "--device=cpu", "--threads=1", "--modes", "forward", f"--csv={file}"]
+    arguments = ["--quick", "--device=cpu", "--threads=1", "--modes", "forward", f"--output={tmp_path}"]
     assert matmul_t.main(arguments) == 1
-    assert [row["speedup"] for row in rows_of(file) if row["provider"] == "torchpar"] == ["", ""]
+    rows = rows_of(tmp_path / "matmul_t.csv")
+    assert [row["speedup"] for row in rows if row["provider"] == "torchpar"] == ["", ""]
     assert "wrong" in capsys.readouterr().out
 
 
-@pytest.fixture
-def small(monkeypatch, tmp_path) -> Any:
-    monkeypatch.setattr(muon, "SHAPES", ((1, 24, 64), (3, 64, 24)))
-
-    def run() -> list[dict[str, str]]:
-        muon.main(muon.Flags(output=tmp_path, rounds=2, epochs=0))
-        return rows_of(tmp_path / "muon.csv")
-
-    return run
-
-
-def test_muon_takes_the_way_of_torchs(small):
-    rows = small()
-    assert {row["weight"] for row in rows} == {"24x64", "3 of 64x24"}
-    assert {row["optimizer"] for row in rows} == set(muon.OPTIMIZERS)
-    for row in rows:
-        assert float(row["p50_ms"]) > 0
+def test_muon_takes_the_way_of_torchs(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="an extra")
+    pytest.importorskip("torchvision", reason="torchvision reads MNIST")
+    assert muon.main(["--quick", f"--output={tmp_path}"]) == 0
+    rows = rows_of(tmp_path / "muon.csv")
+    steps, epochs = [row for row in rows if row["p50_ms"]], [row for row in rows if row["epoch"]]
+    assert {row["weight"] for row in steps} == {"24x64", "3 of 64x24"}
+    assert {row["provider"] for row in steps} == set(muon.OPTIMIZERS)
+    assert all(float(row["distance"]) < muon.DISTANCE for row in steps)
+    assert [(row["provider"], row["epoch"]) for row in epochs] == [("sgd", "1"), ("muon", "1")]
+    assert (tmp_path / "muon.png").read_bytes().startswith(b"\x89PNG")
+    assert "error_percent" in capsys.readouterr().out
 
 
-def test_another_optimizer_goes_elsewhere(small, monkeypatch):
+def test_another_optimizer_goes_elsewhere(monkeypatch, capsys):
     monkeypatch.setitem(muon.OPTIMIZERS, "torchpar", lambda params: torch.optim.SGD(params, lr=1e-3))
-    with pytest.raises(SystemExit, match="torchpar of 24x64, torchpar of 3 of 64x24 went another way"):
-        small()
+    assert muon.main(["--quick", "--epochs=0"]) == 1
+    printed = capsys.readouterr().out
+    assert "not ok: torchpar 24x64 the weights ended" in printed
+    assert "not ok: torchpar 3 of 64x24 the weights ended" in printed
+
+
+def main_of(name: str) -> Any:
+    module = importlib.import_module(f"benchmarks.{name}")
+    if hasattr(module, "main"):
+        return module.main
+    return importlib.import_module(f"benchmarks.{name}.__main__").main
+
+
+@pytest.mark.parametrize(
+    "name, flags, complaint",
+    [
+        ("operators", ["--threads=0"], "--threads is 0, expected at least 1"),
+        ("matmul_t", ["--output=/dev/null/x"], "--output /dev/null/x cannot be made a folder"),
+        ("muon", ["--rounds=0"], "--rounds is 0, expected at least 1"),
+        ("muon", ["--epochs=-1"], "--epochs is -1, expected at least 0"),
+        ("autotune", ["--sizes", "512", "0"], "--sizes is 0, expected at least 1"),
+        ("scaling", ["--rounds=0"], "--rounds is 0, expected at least 1"),
+        ("scale_model", ["--layers=7"], "--layers is 7, expected at least 8, the number of stages"),
+    ],
+)
+def test_a_bad_flag_is_refused(name, flags, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        main_of(name)(flags)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there():
+    with pytest.raises(ConfigError, match="--device is cuda, but PyTorch finds no GPU"):
+        operators.main(["--device=cuda"])
+    with pytest.raises(ConfigError, match="PyTorch finds no GPU, expected one to profile"):
+        ncu.main([])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_without_rich_a_command_says_so(monkeypatch, name):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda x: None if x == "rich" else find(x))
+    with pytest.raises(ConfigError, match=r"rich.* not installed; pip install rich"):
+        main_of(name)([])
+
+
+@pytest.mark.parametrize(
+    "error, status, said",
+    [
+        (ConfigError("--rounds is 0"), 2, "error: --rounds is 0"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_an_end_is_one_line(monkeypatch, capsys, error, status, said):
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks/ladder/__main__.py")])
+
+    def main() -> int:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run(main)
+    assert ended.value.code == status
+    assert capsys.readouterr().err == f"python -m benchmarks.ladder: {said}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_all_commands_share_their_flags(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main_of(name)(["--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert f"usage: python -m benchmarks.{name} [-h] [--quick] [--output DIR]" in printed
+
+
+def test_a_command_without_output_writes_nothing(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.matmul_t", "--quick", "--device=cpu", "--modes=forward"]
+    environment = os.environ | {"PYTHONPATH": import_path(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scaling"])
+def test_ctrl_c_is_one_line(name):
+    """Ranks that were started end too, without a line of their own."""
+    process = start(sys.executable, "-m", f"benchmarks.{name}")
+    time.sleep(15)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == f"python -m benchmarks.{name}: interrupted"
+    assert "Traceback" not in err

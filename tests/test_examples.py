@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""The examples as a user runs them."""
+"""The training lessons by their command lines; a few of them as torchrun starts them."""
 
 import re
 import socket
 import sys
+from functools import partialmethod
 from typing import Any
 
 import pytest
 import torch
-from commands import ROOT, TORCHRUN, rows_of, run, start
+from commands import ROOT, TORCHRUN, lesson, rows_of, run, start
 from fake_data import fashion_mnist
 
 pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 pytest.importorskip("tyro", reason="tyro reads the flags")
 
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 TRAIN_DDP = str(ROOT / "examples" / "train_ddp.py")
 LAST_LINE = r"test accuracy [01]\.\d{4} \| loss \d+\.\d{4} \| \d+\.\d s \| (\d) ranks? \| (cpu|cuda)"
 
@@ -61,12 +61,12 @@ def test_two_ranks_train_and_report(data, tmp_path):
 
 
 TWO_EPOCHS = ["--epochs", "2", "--batch-size", "50"]
-SPREADS = [
-    ("train_ddp.py", 2, ""),
-    ("train_tensor_parallel.py", 2, ""),
-    ("train_pipeline.py", 2, "--pipeline gpipe"),
-    ("train_parallel.py", 4, "--dp 2 --tp 2"),
-    ("train_parallel.py", 4, "--tp 2 --pp 2 --micro-batches 3"),
+SPLITS = [
+    ("train_ddp", 2, ""),
+    ("train_tensor_parallel", 2, ""),
+    ("train_pipeline", 2, "--pipeline gpipe"),
+    ("train_parallel", 4, "--dp 2 --tp 2"),
+    ("train_parallel", 4, "--tp 2 --pp 2 --micro-batches 3"),
 ]
 
 
@@ -74,21 +74,20 @@ SPREADS = [
 def alone(data, tmp_path_factory) -> list[dict[str, Any]]:
     """The metrics of two epochs of one process."""
     metrics = tmp_path_factory.mktemp("alone") / "metrics.jsonl"
-    code, _, err = run(sys.executable, TRAIN_DDP, *data, *TWO_EPOCHS, "--metrics", str(metrics))
+    code, _, err = lesson("train_ddp", *data, *TWO_EPOCHS, "--metrics", str(metrics))
     assert code == 0, err
     return rows_of(metrics)
 
 
-@pytest.mark.parametrize("script, ranks, flags", SPREADS)
-def test_every_spread_learns_the_same(data, alone, tmp_path, script, ranks, flags):
-    """The same flags, the same last line, the same losses but for rounding, and what travels as predicted."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
+@pytest.mark.parametrize("name, world_size, flags", SPLITS)
+def test_every_split_learns_the_same(ranks, data, alone, tmp_path, name, world_size, flags):
+    """The same flags, the same last line, the same losses but for rounding, and the collectives expected."""
     metrics = tmp_path / "metrics.jsonl"
     shown = ["--plots", str(tmp_path), "--metrics", str(metrics), "--collectives", "--phases"]
-    path = str(ROOT / "examples" / script)
-    code, out, err = run(*torchrun, path, *data, *TWO_EPOCHS, *flags.split(), *shown)
+    (code, out, err), *others = ranks(world_size, lesson, name, *data, *TWO_EPOCHS, *flags.split(), *shown)
     assert code == 0, err
-    assert re.fullmatch(LAST_LINE, out.splitlines()[-1]).groups() == (str(ranks), "cpu")
+    assert others == [(0, "", "")] * (world_size - 1)
+    assert re.fullmatch(LAST_LINE, out.splitlines()[-1]).groups() == (str(world_size), "cpu")
     for a, b in zip(alone, rows_of(metrics), strict=True):
         assert a.keys() == b.keys()
         assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-5)
@@ -101,6 +100,7 @@ def test_every_spread_learns_the_same(data, alone, tmp_path, script, ranks, flag
     assert (tmp_path / "confusion.png").exists()
 
 
+@pytest.mark.slow
 def test_two_machines_meet(data, alone):
     """Two torchruns, as two machines would start them, that find each other by c10d's rendezvous."""
     with socket.socket() as free:
@@ -116,19 +116,37 @@ def test_two_machines_meet(data, alone):
     assert f"| loss {alone[-1]['test_loss']:.4f} |" in out.splitlines()[-1]
 
 
-def test_one_process_with_every_other_flag(data, tmp_path):
+def test_one_process_with_every_other_flag(data):
     flags = "--epochs 2 --batch-size 50 --lr 0.2 --momentum 0 --schedule cosine --weight-decay 1e-4"
-    flags += " --orthogonality 1e-3 --hidden 8 8 --seed 3 --compile --phases"
-    code, out, err = run(sys.executable, TRAIN_DDP, *data, *flags.split())
+    flags += " --orthogonality 1e-3 --hidden 8 8 --seed 3 --phases"
+    code, out, err = lesson("train_ddp", *data, *flags.split())
     assert code == 0, err
     assert re.fullmatch(LAST_LINE, out.splitlines()[-1]).groups() == ("1", "cpu")
     for phase in ("data", "forward", "backward", "optimizer"):
         assert re.search(rf"│ {phase} +│ +\d", out)
 
 
+@pytest.mark.parametrize("name", ["train_ddp", "train_tensor_parallel", "train_pipeline", "train_parallel"])
+def test_compiling_reaches_what_runs(data, monkeypatch, name):
+    """The backend is asked for graphs when the first batch comes; it runs them as they are."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
+    code, out, err = lesson(name, *data, "--dry-run")
+    assert (code, graphs) == (0, []), err
+    code, compiled, err = lesson(name, *data, "--dry-run", "--compile")
+    assert code == 0, err
+    assert graphs
+    assert compiled.split(" | ")[1:4] == out.split(" | ")[1:4]  # losses and accuracy
+
+
 def test_dry_run_writes_nothing(data, tmp_path):
     flags = [f"--{name}={tmp_path / name}" for name in ("metrics", "plots", "checkpoint")]
-    code, out, _ = run(sys.executable, TRAIN_DDP, *data, "--dry-run", *flags)
+    code, out, _ = lesson("train_ddp", *data, "--dry-run", *flags)
     assert code == 0
     assert re.fullmatch(LAST_LINE, out.splitlines()[-1])
     assert list(tmp_path.iterdir()) == []
@@ -155,68 +173,90 @@ if not torch.cuda.is_available():
     ERRORS.append(("--device cuda", "no CUDA device is available here; use cpu or auto"))
 
 
+def line_of(err: str) -> str:
+    """What tyro prints in a frame, or a script without one, as one line."""
+    return " ".join(re.sub(r"[╭╮│╰╯─]", " ", err).split())
+
+
 @pytest.mark.parametrize("flags, message", ERRORS)
-def test_errors_are_one_line(data, monkeypatch, capsys, flags, message):
-    sys_path = [str(ROOT / "examples"), *sys.path]
-    monkeypatch.setattr(sys, "path", sys_path)
-    import train_ddp
+def test_errors_in_flags(data, flags, message):
+    """tyro frames what it finds; what a script finds is one line."""
+    code, out, err = lesson("train_ddp", *data, *flags.split())
+    assert (code, out) == (2, "")
+    assert re.search(message, line_of(err))
+    assert "Traceback" not in err
+    assert ("full helptext" in err) != bool(re.fullmatch(r"train_ddp\.py: error: .*\n", err))
 
-    from torchpar import cli
 
-    monkeypatch.setattr(sys, "argv", [TRAIN_DDP, *data, *flags.split()])
-    with pytest.raises(SystemExit) as caught:
-        cli.main(train_ddp.main, train_ddp.Flags)
-    out, err = capsys.readouterr()
-    assert caught.value.code == 2
-    assert out == ""
-    assert re.fullmatch(rf"train_ddp\.py: error: .*{message}.*\n", err)
+@pytest.mark.slow
+def test_torchrun_shows_rank_0s_error(data):
+    """It ends rank 1 before that prints the same line, if rank 0 ends within `cli.GRACE` seconds."""
+    code, out, err = run(*TORCHRUN, TRAIN_DDP, *data, "--batch-size", "1")
+    assert (code, out) == (1, "")
+    (ours,) = {line for line in err.splitlines() if line.startswith("train_ddp.py: error: ")}
+    assert "smaller than the number of ranks" in ours
+    assert 'train_ddp.py", line' not in err  # no traceback of a rank
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
         ("--no-such-flag", "Unrecognized options: --no-such-flag"),
-        ("--batch-size 1", "smaller than the number"),
+        ("--data /nonexistent", "train-images-idx3-ubyte.gz is missing"),
     ],
 )
-def test_errors_on_two_ranks_come_from_rank_0_alone(data, flags, message):
-    code, out, err = run(*TORCHRUN, TRAIN_DDP, *data, *flags.split())
-    assert code != 0
-    ours = [line for line in err.splitlines() if line.startswith("train_ddp.py: error: ")]
-    assert len(ours) == 1
-    assert message in ours[0]
-    assert 'train_ddp.py", line' not in err  # no traceback of a rank
-    assert out == ""
+def test_an_error_ends_every_rank(ranks, data, flags, message):
+    """Both ranks print the error here. A launcher ends rank 1 before it prints."""
+    ended = ranks(2, lesson, "train_ddp", *data, *flags.split())
+    assert [(code, out) for code, out, _ in ended] == [(2, "")] * 2
+    assert all(message in line_of(err) for _, _, err in ended)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
-def test_examples_fit_on_a_page(example):
-    assert len(example.read_text().splitlines()) <= 150
-
-
-def test_compiling_reaches_what_runs(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), *sys.path])
-    import train_parallel
-
-    from torchpar.nn import MLP
-    from torchpar.parallel.world import join_world
-
-    for compiled in (False, True):
-        with join_world("cpu") as world:
-            own = train_parallel.spread(MLP([4, 3, 2]), train_parallel.Flags(compile=compiled), world.split())
-        assert (own.step.forward._compiled_call_impl is not None) is compiled
-
-
-def test_a_run_too_short_to_record(capsys):
-    from torchpar import report
-
-    report.print_collectives([], [], None)
-    assert "none was recorded" in capsys.readouterr().out
-
-
-def test_a_launcher_that_counts_wrong_is_told_in_one_line(data, monkeypatch):
+def test_a_launcher_that_counts_wrong_is_reported_in_one_line(data, monkeypatch):
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    code, out, err = run(sys.executable, TRAIN_DDP, *data)
+    message = "train_ddp.py: error: env says rank 5 of 2, expected less than 2\n"
+    assert lesson("train_ddp", *data) == (2, "", message)
+
+
+def test_a_run_too_short_to_record(data):
+    """All steps but the first two are recorded; here there is one."""
+    code, out, err = lesson("train_ddp", *data, "--epochs", "1", "--batch-size", "600", "--collectives")
+    assert code == 0, err
+    assert "none was recorded" in out
+
+
+def epoch_lines(out: str) -> list[str]:
+    return re.findall(r"^epoch (\d)/\d", out, re.MULTILINE)
+
+
+def test_a_run_says_where_it_resumes_and_that_it_is_complete(data, tmp_path):
+    """Epochs trained before are not printed again; the metrics file has all."""
+    metrics, folder = tmp_path / "metrics.jsonl", str(tmp_path / "checkpoint")
+    flags = [*data, "--batch-size", "50", "--schedule", "constant", "--checkpoint", folder]
+    flags += ["--metrics", str(metrics)]
+    lines = {}
+    for name, epochs in (("first", 1), ("resumed", 3), ("again", 3)):
+        metrics.unlink(missing_ok=True)
+        code, out, err = lesson("train_ddp", *flags, "--epochs", str(epochs))
+        assert code == 0, err
+        lines[name] = out
+        assert [row["epoch"] for row in rows_of(metrics)] == [*range(1, epochs + 1)]
+    assert "resumed" not in lines["first"]
+    assert "complete" not in lines["first"]
+    assert lines["resumed"].startswith("resumed from step 12\nepoch 2/3 |")
+    assert epoch_lines(lines["resumed"]) == ["2", "3"]
+    assert re.fullmatch(rf"complete already, at step 36\n{LAST_LINE}\n", lines["again"])
+    assert lines["again"].splitlines()[-1] == lines["resumed"].splitlines()[-1]
+    code, out, err = lesson("train_ddp", *flags, "--epochs", "2")
     assert (code, out) == (2, "")
-    assert err == "train_ddp.py: error: env says rank 5 of 2, expected less than 2\n"
+    assert "holds 3 epochs, more than the 2 asked for" in err
+
+
+def test_a_falling_rate_is_resumed_with_as_many_epochs_alone(data, tmp_path):
+    """With a schedule that depends on the number of epochs, another number is another run."""
+    flags = [*data, "--checkpoint", str(tmp_path), "--epochs"]
+    assert lesson("train_ddp", *flags, "1")[0] == 0
+    code, out, err = lesson("train_ddp", *flags, "2")
+    assert (code, out) == (2, "")
+    assert "holds a run with epochs 1, this one has epochs 2" in err

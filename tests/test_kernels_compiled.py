@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""What can be known of the CUDA path without a GPU: its machine code, and the graph that tracers see.
+"""The CUDA path without a GPU: machine code of the kernels, and the graph that tracers see.
 
 A stand-in for the driver names an architecture, so that the launchers themselves choose the configuration
 and Triton specialises it as in a launch; the tensors are on the meta device, or fake ones on "cuda".
 """
 
+import re
 from collections.abc import Iterator
 from functools import partial
 from unittest.mock import patch
@@ -17,9 +18,11 @@ from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+from benchmarks import sass
 from benchmarks.compiled import Driver, MachineCode, machine_code, target
 from torchpar.kernels import linear_sigmoid as linear_sigmoid_kernels
 from torchpar.kernels import matmul_t as matmul_t_kernels
@@ -27,23 +30,38 @@ from torchpar.kernels import maximum as maximum_kernels
 from torchpar.kernels import tuning
 from torchpar.kernels.tuning import Tiles
 
-TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+TORCH, TRITON = (tuple(map(int, module.__version__.split(".")[:2])) for module in (torch, triton))
 LIMITS = {80: 166912, 90: 232448, 100: 232448}  # bytes of shared memory of a block, by NVIDIA's documents
 ops = torch.ops.torchpar
 
 
-@pytest.fixture(params=LIMITS, ids="sm_{}".format)
+slow = pytest.mark.slow
+
+
+@pytest.fixture(params=[90, *(pytest.param(other, marks=slow) for other in (80, 100))], ids="sm_{}".format)
 def capability(request) -> Iterator[int]:
     with target(request.param):
         yield request.param
 
 
+@pytest.fixture(scope="module")
+def codes() -> dict:
+    """Machine code that tests share, by capability, launcher and arguments."""
+    return {}
+
+
 @pytest.fixture
-def compiled(capability, tmp_path):
+def compiled(capability, codes, tmp_path):
     """``compiled(launcher, *args)``: the machine code of the kernel that the launcher launches."""
 
     def run(launcher, *args) -> MachineCode:
-        return machine_code(partial(launcher, *args), tmp_path)
+        if launcher not in (symmetric_product, linear_sigmoid):
+            return machine_code(partial(launcher, *args), tmp_path)
+        key = (capability, launcher, *args)
+        if key not in codes:
+            codes[key] = machine_code(partial(launcher, *args), tmp_path)
+            assert codes[key].opcodes  # read while the file is there
+        return codes[key]
 
     return run
 
@@ -62,47 +80,105 @@ def assert_fits(code: MachineCode, capability: int, aside: int = 0) -> None:
 # The matrix kernels
 
 
-def symmetric_product(dtype, precision, n, wrap, **options) -> None:
+def symmetric_product(dtype, precision, n, tiles, wrap) -> None:
     x = meta(n, n, dtype=dtype)
-    matmul_t_kernels.symmetric_product(x, x, meta(n, n, dtype=dtype), precision, wrap, **options)
+    matmul_t_kernels.symmetric_product(x, x, precision, wrap, tiles=tiles)
 
 
-def symmetrized_product(dtype, precision, n, wrap) -> None:
-    x = meta(n, n, dtype=dtype)
-    matmul_t_kernels.symmetrized_product(x, x, meta(n, n, dtype=dtype), precision, wrap)
-
-
-def linear_sigmoid(dtype, precision, n, wrap) -> None:
+def linear_sigmoid(dtype, precision, n, tiles, wrap) -> None:
     x, bias = meta(n, n, dtype=dtype), meta(n, dtype=dtype)
-    linear_sigmoid_kernels.linear_sigmoid(x, x, bias, meta(n, n, dtype=dtype), precision, wrap)
+    linear_sigmoid_kernels.linear_sigmoid(x, x, bias, precision, wrap, tiles=tiles)
 
 
 matrix_launchers = pytest.mark.parametrize(
-    "launcher", [symmetric_product, symmetrized_product, linear_sigmoid], ids=lambda f: f.__name__
+    "launcher", [symmetric_product, linear_sigmoid], ids=lambda f: f.__name__
 )
-# For large tiles, for small ones, and for those of odd sizes, which leave no stride divisible by 16.
-TILES = (4096, 512, 509)
+ODD = 509  # no stride is divisible by 16
+
+
+def assert_pipelined(code: MachineCode, specialized: bool) -> None:
+    """In each loop over k, tiles are loaded while others are multiplied. Specialized warps have two loops."""
+    load = r"(LDGSTS|UTMALDG)\b.*"
+    loops = code.innermost_loops(r"\w*MMA\b.*") or code.innermost_loops(r"[FD]FMA2?\b.*")
+    loading = code.innermost_loops(load) if specialized else loops
+    loads = [sum(bool(re.fullmatch(load, one.opcode)) for one in loop) for loop in loading]
+    assert loops, "no loop multiplies"
+    assert loads, "no loop loads"
+    assert all(loads), "a loop loads nothing asynchronously"
+    assert specialized or code.count(load) > sum(loads), "nothing is loaded before the loop"
+    for loop in loops:
+        waits = [one for one in loop if one.opcode == "WARPGROUP.DEPBAR.LE" and one.operands == "gsb0, 0x0"]
+        assert len(waits) <= 1, f"wgmmas are serialised: {len(waits)} waits for all of them"
 
 
 @matrix_launchers
-@pytest.mark.parametrize("n", TILES)
-@pytest.mark.parametrize(
-    "dtype, precision",
-    [
-        (torch.bfloat16, "ieee"),
-        (torch.float32, "tf32"),
-        (torch.float32, "ieee"),
-        (torch.float64, "ieee"),
-    ],
-)
-def test_matrix_kernel_fits(compiled, capability, launcher, dtype, precision, n):
-    assert_fits(compiled(launcher, dtype, precision, n), capability)
+@pytest.mark.parametrize("kind", [kind for kind in tuning.KINDS if kind != "float16"])  # it is as bfloat16
+def test_all_tiles_fit_and_are_pipelined(compiled, capability, launcher, kind):
+    dtype, precision, unaligned, _ = tuning.KINDS[kind]
+    found = tuning.configurations(launcher.__name__, dtype, precision, capability)
+    for n, tiles in [(ODD, unaligned), *((4096, tiles) for tiles in found)]:
+        code = compiled(launcher, dtype, precision, n, tiles)
+        try:
+            assert_fits(code, capability)
+            if n != ODD:
+                assert_pipelined(code, tiles.variant == "specialized")
+        except AssertionError as error:
+            raise AssertionError(f"{tiles}, n = {n}: {error}") from error
 
 
-@pytest.mark.parametrize("n", TILES)
-def test_symmetrized_product_of_float16_fits(compiled, capability, n):
-    """Two products where bfloat16 takes one; the other kernels are compiled as for bfloat16."""
-    assert_fits(compiled(symmetrized_product, torch.float16, "ieee", n), capability)
+@triton.jit
+def serialised_kernel(x_ptr, out_ptr, k, BLOCK: tl.constexpr):
+    """Two products in each step, each of which is needed at once."""
+    i = tl.arange(0, BLOCK)
+    x_tile = x_ptr + (i[:, None] * k + i[None, :])
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for _ in range(0, k, BLOCK):
+        x = tl.load(x_tile)
+        acc = tl.maximum(tl.dot(x, x.T, acc), 0.0)
+        acc = tl.maximum(tl.dot(x.T, x, acc), 0.0)
+        x_tile += BLOCK
+    tl.store(out_ptr + (i[:, None] * BLOCK + i[None, :]), acc)
+
+
+@pytest.mark.parametrize("capability", [90], indirect=True)
+@pytest.mark.parametrize("num_stages, message", [(3, "2 waits for all"), (1, "nothing asynchronously")])
+def test_check_rejects_what_is_not_pipelined(compiled, capability, num_stages, message):
+    def launch(wrap) -> None:
+        x = meta(64, 4096, dtype=torch.bfloat16)
+        wrap(serialised_kernel)[(1,)](x, meta(64, 64, dtype=torch.float32), 4096, 64, num_stages=num_stages)
+
+    with pytest.raises(AssertionError, match=message):
+        assert_pipelined(compiled(launch), specialized=False)
+
+
+def test_innermost_loops():
+    text = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/               @P0 BRA `(.L_x_3) ;
+.L_x_1:
+        /*0020*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;
+        /*0030*/                   BRA.U !UP0, `(.L_x_1) ;
+        /*0040*/                   STG.E.128 desc[UR6][R2.64], R24 ;
+        /*0050*/              @!P1 BRA `(.L_x_0) ;
+        /*0060*/                   EXIT ;
+.L_x_3:
+        /*0070*/                   NANOSLEEP 0x64 ;
+        /*0080*/                   BRA `(.L_x_1) ;
+.L_x_4:
+        /*0090*/                   BRA `(.L_x_4);
+"""
+    instructions = sass.read(text)
+
+    def loops(opcode: str) -> list[list[str]]:
+        return [
+            [one.opcode.split(".")[0] for one in loop] for loop in sass.innermost_loops(instructions, opcode)
+        ]
+
+    outer = ["BRA", "HGMMA", "BRA", "STG", "BRA", "NANOSLEEP", "BRA"]
+    assert loops("HGMMA.*") == [["HGMMA", "BRA"]]
+    assert loops("STG.*") == loops("NANOSLEEP") == [outer]
+    assert loops("MOV") == loops("EXIT") == []
 
 
 def tensor_core(capability: int, dtype: torch.dtype) -> str:
@@ -120,14 +196,14 @@ def tensor_core(capability: int, dtype: torch.dtype) -> str:
 @pytest.mark.parametrize(
     "dtype, precision, n",
     [
-        *((torch.bfloat16, "ieee", n) for n in (4096, 509)),
+        *((torch.bfloat16, "ieee", n) for n in (4096, ODD)),
         (torch.float16, "ieee", 4096),
         (torch.float32, "tf32", 4096),
         (torch.float64, "ieee", 4096),
     ],
 )
 def test_matrix_kernel_uses_tensor_cores(compiled, capability, launcher, dtype, precision, n):
-    code = compiled(launcher, dtype, precision, n)
+    code = compiled(launcher, dtype, precision, n, None)
     if dtype == torch.float64 and capability == 100 and TRITON < (3, 7):
         assert code.count("DFMA")  # Triton 3.6 has no float64 tensor cores for this architecture
     else:
@@ -138,7 +214,7 @@ def test_matrix_kernel_uses_tensor_cores(compiled, capability, launcher, dtype, 
 
 @matrix_launchers
 def test_matrix_kernel_of_ieee_float32_does_not(compiled, launcher):
-    code = compiled(launcher, torch.float32, "ieee", 4096)
+    code = compiled(launcher, torch.float32, "ieee", 4096, None)
     assert not code.count(r"\w*MMA\b.*"), "a tensor core rounds its float32 operands to fewer bits"
     block_m, block_n = (code.options.get(name, code.options.get("BLOCK")) for name in ("BLOCK_M", "BLOCK_N"))
     # Of one thread in one step along k; FFMA2 makes two.
@@ -148,14 +224,14 @@ def test_matrix_kernel_of_ieee_float32_does_not(compiled, launcher):
 
 @pytest.mark.parametrize("capability", [90], indirect=True)
 def test_check_rejects_a_spill(compiled, capability):
-    launcher = partial(symmetric_product, tiles=Tiles(256, 256, 64, 8, 3))
+    code = compiled(symmetric_product, torch.bfloat16, "ieee", 4096, Tiles(256, 256, 64, 8, 3))
     with pytest.raises(AssertionError, match="spill"):
-        assert_fits(compiled(launcher, torch.bfloat16, "ieee", 4096), capability)
+        assert_fits(code, capability)
 
 
 @pytest.mark.parametrize("capability", [80, 90], indirect=True)
 def test_check_tells_instructions_apart(compiled, capability):
-    code = compiled(linear_sigmoid, torch.float16, "ieee", 4096)
+    code = compiled(linear_sigmoid, torch.float16, "ieee", 4096, None)
     for other in (torch.bfloat16, torch.float32, torch.float64):
         assert not code.count(tensor_core(capability, other))
 
@@ -167,10 +243,13 @@ LOW_PRECISION = pytest.mark.parametrize(
 )
 
 
+with_tma = pytest.mark.parametrize("capability", [90, pytest.param(100, marks=slow)], indirect=True)
+
+
 def by_tma(code: MachineCode) -> bool:
     """Whether all tiles go by TMA; if not, none may."""
     loads, stores = code.count(r"UTMALDG\..*"), code.count(r"UTMASTG\..*")
-    assert bool(loads) == bool(stores) == bool(code.options["TMA"])
+    assert bool(loads) == bool(stores)
     return bool(loads)
 
 
@@ -182,8 +261,7 @@ def two_operands(dtype, precision, shape, transposed, tiles, wrap) -> None:
         meta(*shape[::-1], dtype=dtype).mT if name in transposed else meta(*shape, dtype=dtype)
         for name, shape in sides.items()
     )
-    out = meta(n, n, dtype=dtype)
-    matmul_t_kernels.symmetric_product(a, b, out, precision, wrap, c, 1 / 3, 1.0, tiles=tiles)
+    matmul_t_kernels.symmetric_product(a, b, precision, wrap, c, 1 / 3, 1.0, tiles=tiles)
 
 
 @LOW_PRECISION
@@ -194,15 +272,25 @@ def test_large_tiles_go_by_tma_where_there_is_one(compiled, capability, dtype, p
     assert code.count(tensor_core(capability, dtype))
     assert code.shared_memory <= LIMITS[capability]
     if capability >= 90:
-        assert_fits(code, capability, aside=32)
-        assert code.count(r"UTMASTG\..*") == 2, "a tile and its mirror"
+        assert_fits(code, capability)
+        assert code.count(r"UTMASTG\..*") % 2 == 0, "a tile and its mirror"
         assert not code.count(r"(STG|LDGSTS).*"), "something went past the TMA"
     elif "c" not in transposed:
         assert_fits(code, capability)
         assert code.count(r"STG\.E.*\.128.*") == code.count(r"STG.*"), "a store is not coalesced"
 
 
-@pytest.mark.parametrize("capability", [90, 100], indirect=True)
+@with_tma
+@LOW_PRECISION
+def test_all_tiles_by_tma_fit_with_a_matrix_to_add(compiled, capability, dtype, precision):
+    for tiles in tuning.configurations("symmetric_product", dtype, precision, capability):
+        if tiles.variant != "pointers":
+            code = compiled(two_operands, dtype, precision, (4096, 1024), "", tiles)
+            assert_fits(code, capability)
+            assert_pipelined(code, tiles.variant == "specialized")
+
+
+@with_tma
 @pytest.mark.parametrize(
     "shape, stride, tma",
     [
@@ -218,19 +306,18 @@ def test_large_tiles_go_by_tma_where_there_is_one(compiled, capability, dtype, p
 )
 def test_pointers_are_used_where_tma_cannot_be(compiled, capability, shape, stride, tma):
     x = meta(2**24, dtype=torch.bfloat16).as_strided(shape, stride)
-    out = meta(shape[0], shape[0], dtype=x.dtype)
-    code = compiled(matmul_t_kernels.symmetric_product, x, x, out, "ieee")
+    code = compiled(matmul_t_kernels.symmetric_product, x, x, "ieee")
     assert by_tma(code) == tma
     assert_fits(code, capability, aside=32)
 
 
-@pytest.mark.parametrize("capability", [90, 100], indirect=True)
+@with_tma
 def test_persistent_programs_are_as_many_as_multiprocessors(compiled, capability):
-    tiles = Tiles(128, 128, 64, 8, 3, tma=True, persistent=True)
+    tiles = Tiles(128, 128, 64, 8, 3, "tma")
     code = compiled(two_operands, torch.bfloat16, "ieee", (4096, 1024), "", tiles)
     assert_fits(code, capability)
     assert by_tma(code)
-    assert code.grid == (tuning.device(meta(1, dtype=torch.bfloat16)).multiprocessors,)
+    assert code.grid == (tuning.device(meta(1, dtype=torch.bfloat16)).multiprocessors, 1, 1)
 
 
 @pytest.mark.parametrize("capability", [80], indirect=True)
@@ -238,7 +325,7 @@ def test_factors_keep_their_bits(compiled, capability):
     """A launch and Inductor pass a Python float as float32; and a new factor compiles nothing anew."""
     code = compiled(two_operands, torch.float64, "ieee", (512, 512), "", None)
     assert code.signature["alpha_bits"] == code.signature["beta_bits"] == "i64"
-    alpha, beta = code.arguments[16:18]
+    alpha, beta = code.arguments[4:6]
     assert torch.tensor([alpha, beta]).view(torch.float64).tolist() == [1 / 3, 1.0]
 
 
@@ -269,6 +356,16 @@ def test_sigmoid_backward(compiled, capability, dtype):
     assert_fits(code, capability)
     assert code.count(r"LDG\.E.*\.128.*")
     assert code.count(r"STG\.E.*\.128.*")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "launcher", [matmul_t_kernels.half_sum, matmul_t_kernels.mirror], ids=lambda f: f.__name__
+)
+def test_symmetric_sum(compiled, capability, launcher, dtype):
+    code = compiled(launcher, meta(4096, 4096, dtype=dtype))
+    assert_fits(code, capability)
+    assert code.count(r"(LDG|STG)\.E.*\.128.*") == code.count(r"(LDG|STG).*"), "an access is not vectorised"
 
 
 NUMEL = 2**24 + 1  # odd: whatever has a mask cannot be vectorised
@@ -313,7 +410,7 @@ def test_strided_maximum(compiled, capability, dtype, strides):
 # that make up the backward are traced by themselves.
 
 
-def fake(shape: str, sizes: dict[str, torch.SymInt]) -> Tensor:
+def fake(shape: str, sizes: dict[str, int | torch.SymInt]) -> Tensor:
     """A tensor on "cuda" with a dimension per letter; without letters, a scalar on the CPU."""
     return torch.empty([sizes[letter] for letter in shape], device="cuda" if shape else "cpu")
 
@@ -321,7 +418,7 @@ def fake(shape: str, sizes: dict[str, torch.SymInt]) -> Tensor:
 def trace(op, shapes: tuple[str, ...]) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
     """The graph of ``op`` on fake tensors with symbolic sizes, and what its fake returns."""
     env = ShapeEnv()
-    sizes = {}
+    sizes: dict[str, int | torch.SymInt] = {"z": 0}
     for letter, hint in {"b": 3, "m": 80, "n": 48, "k": 33}.items():
         source = ConstantSource(letter)
         symbol = env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC)
@@ -336,6 +433,13 @@ def trace(op, shapes: tuple[str, ...]) -> tuple[fx.GraphModule, tuple[Tensor, ..
         return aot_export_joint_simple(results, args, trace_joint=False), results(*args)
 
 
+def kernel_names(graph: fx.GraphModule) -> list[str]:
+    indices = [node.kwargs["kernel_idx"] for node in graph.graph.nodes if "kernel_idx" in node.kwargs]
+    kernels = [kernel_side_table.get_kernel(index).fn for index in indices]
+    # Launch options make torch wrap a kernel in an Autotuner, whose `fn` is the kernel.
+    return [getattr(kernel, "fn", kernel).__name__ for kernel in kernels]
+
+
 def launches(graph: fx.GraphModule) -> dict[str, list[str]]:
     """The kernels in a graph, and the arguments that each is taken to write."""
     nodes = [node for node in graph.graph.nodes if "kernel_idx" in node.kwargs]
@@ -343,10 +447,8 @@ def launches(graph: fx.GraphModule) -> dict[str, list[str]]:
         assert "triton_kernel_wrapper" in str(node.target)
         ((columns, *_),) = node.kwargs["grid"]
         assert isinstance(columns, fx.Node), "the grid is fixed at the sizes it was traced with"
-    kernels = [kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).fn for node in nodes]
-    # Launch options make torch wrap a kernel in an Autotuner, whose `fn` is the kernel.
-    names = [getattr(kernel, "fn", kernel).__name__ for kernel in kernels]
-    return {name: node.kwargs["tensors_to_clone"] for name, node in zip(names, nodes, strict=True)}
+    clones = [node.kwargs["tensors_to_clone"] for node in nodes]
+    return dict(zip(kernel_names(graph), clones, strict=True))
 
 
 traced = pytest.mark.parametrize(
@@ -357,7 +459,7 @@ traced = pytest.mark.parametrize(
         (ops.maximum, ("mk", ""), {"maximum_strided_kernel": ["out_ptr"]}),
         (ops.matmul_t, ("mk",), {"symmetric_product_kernel": ["out_ptr"]}),
         (ops.matmul_t, ("bmk",), {"symmetric_product_kernel": ["out_ptr"]}),
-        (ops.matmul_t_backward, ("bmm", "bmk"), {"symmetrized_product_kernel": ["out_ptr"]}),
+        (ops.matmul_t_backward, ("bmm", "bmk"), {"symmetric_sum_kernel": ["out_ptr"]}),
         (ops.linear_sigmoid, ("mk", "nk"), {"linear_sigmoid_kernel": ["out_ptr"]}),
         (ops.linear_sigmoid, ("bmk", "nk", "n"), {"linear_sigmoid_kernel": ["out_ptr"]}),
         (
@@ -381,6 +483,80 @@ def test_tracers_see_the_kernel_and_what_it_writes(capability, op, shapes, expec
         assert result.size() == promised.size()
         assert result.stride() == promised.stride()
         assert (result.dtype, result.device) == (promised.dtype, promised.device)
+
+
+def aten(graph: fx.GraphModule) -> list[str]:
+    """The names of ATen's operators in a graph."""
+    return [
+        node.target.__name__.partition(".")[0] for node in graph.graph.nodes if "aten" in str(node.target)
+    ]
+
+
+@one_capability
+@pytest.mark.parametrize(
+    "op, module", [(ops.matmul_t, matmul_t_kernels), (ops.linear_sigmoid, linear_sigmoid_kernels)]
+)
+def test_the_library_multiplies_where_the_table_says_so(capability, op, module, monkeypatch):
+    monkeypatch.setattr(module, "chosen", lambda *args, **kwargs: None)
+    graph, _ = trace(op, ("mk",) if op is ops.matmul_t else ("mk", "nk"))
+    assert "mm" in aten(graph)
+    # The library's product need not be symmetric: one kernel mirrors it.
+    assert launches(graph) == ({"symmetric_sum_kernel": ["out_ptr"]} if op is ops.matmul_t else {})
+
+
+@one_capability
+@pytest.mark.parametrize("op, shapes", [(ops.matmul_t, ("mz",)), (ops.linear_sigmoid, ("mz", "nz"))])
+def test_the_library_answers_without_columns(capability, op, shapes):
+    """The kernels assume at least one."""
+    graph, _ = trace(op, shapes)
+    assert "mm" in aten(graph)
+    assert set(launches(graph)) <= {"symmetric_sum_kernel"}
+
+
+@one_capability
+@pytest.mark.parametrize("rows, sums", [(1, 0), (256, 0), (257, 1)])
+def test_the_backward_of_few_rows_takes_three_launches(capability, rows, sums):
+    """This one, which writes both gradients, and the products for those of x and of the weight."""
+    with FakeTensorMode():
+        g = torch.empty(rows, 48, dtype=torch.bfloat16, device="cuda")
+        graph = aot_export_joint_simple(
+            lambda g, y: ops.linear_sigmoid_backward(g, y), [g, g], trace_joint=False
+        )
+    assert kernel_names(graph) == ["sigmoid_backward_kernel"]
+    assert aten(graph).count("sum") == aten(graph).count("_to_copy") == sums
+
+
+@one_capability
+def test_float16_gradients_take_two_products(capability):
+    """Half of a small one would lose bits, and the sum of two large ones would overflow."""
+    with FakeTensorMode():
+        g, x = (torch.empty(64, 64, dtype=torch.float16, device="cuda") for _ in range(2))
+        graph = aot_export_joint_simple(
+            lambda g, x: (ops.matmul_t_backward(g, x),), [g, x], trace_joint=False
+        )
+    assert aten(graph).count("mm") == 2
+    assert not launches(graph)
+
+
+BY_CPP = "symmetric_product_tma_kernel" if TORCH >= (2, 15) else "symmetric_product_kernel"
+
+
+@one_capability
+@pytest.mark.parametrize(
+    "cpp_wrapper, expected", [(False, "symmetric_product_tma_kernel"), (True, BY_CPP)], ids=str
+)
+def test_inductor_takes_tma_where_its_wrapper_allocates_for_it(capability, cpp_wrapper, expected):
+    graphs = []
+
+    def stop(graph: fx.GraphModule, *args, **kwargs) -> None:
+        graphs.append(graph)
+        raise InterruptedError
+
+    with FakeTensorMode():
+        x = torch.empty(4096, 4096, dtype=torch.bfloat16, device="cuda")
+    with pytest.raises(InterruptedError):
+        compile_fx(fx.symbolic_trace(lambda x: (ops.matmul_t(x),)), [x], stop, {"cpp_wrapper": cpp_wrapper})
+    assert kernel_names(graphs[0]) == [expected]
 
 
 @one_capability

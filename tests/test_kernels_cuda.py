@@ -17,7 +17,7 @@ import torchpar
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 from torchpar.kernels import matmul_t as kernels
 from torchpar.kernels.tuning import Tiles
-from torchpar.measure import fp32_precision
+from torchpar.tune.measure import use_fp32_precision
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels take a GPU; there is none")
 
@@ -28,28 +28,58 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
     return t if layout == "N" else t.mT.contiguous().mT
 
 
-@pytest.mark.parametrize("tma, persistent", [(False, False), (False, True), (True, False), (True, True)])
+VARIANTS = {
+    "pointers": Tiles(128, 128, 64, 8, 3),
+    "small pointers": Tiles(64, 64, 64, 4, 3),
+    "TMA": Tiles(128, 128, 64, 8, 4, "tma"),
+    "split": Tiles(128, 256, 64, 8, 3, "tma"),
+    "small split": Tiles(64, 128, 64, 4, 4, "tma"),
+    "specialized": Tiles(128, 128, 64, 4, 3, "specialized"),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("layouts", ["NNN", "TTN", "NTT"])
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "tf32"])
-def test_symmetric_product(precision: str, layouts: str, tma: bool, persistent: bool) -> None:
-    if tma and torch.cuda.get_device_capability() < (9, 0):
+def test_symmetric_product(precision: str, layouts: str, variant: str) -> None:
+    tiles, batch = VARIANTS[variant], BATCH
+    if tiles.variant != "pointers" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("the GPU has no TMA")
+    if tiles.variant == "specialized":
+        if layouts != "NNN":
+            pytest.skip("this variant is for operands whose rows are contiguous")
+        batch = 1
     kind = "tf32" if precision == "tf32" else "ieee"
     dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(BATCH, N, K, generator=generator, dtype=torch.float64) / math.sqrt(K)
-    c = torch.randn(BATCH, N, N, generator=generator, dtype=torch.float64)
+    x = torch.randn(batch, N, K, generator=generator, dtype=torch.float64) / math.sqrt(K)
+    c = torch.randn(batch, N, N, generator=generator, dtype=torch.float64)
     a, b, c = (
         laid_out(t.to("cuda", dtype), layout) for t, layout in zip((x, x / 4, c + c.mT), layouts, strict=True)
     )
-    out = a.new_full((BATCH, N, N), math.nan)
-    tiles = Tiles(128, 128, 32 if dtype == torch.float32 else 64, 8, 3, tma, persistent)
-    kernels.symmetric_product(a, b, out, kind, lambda kernel: kernel, c, 1 / 3, -0.5, tiles)
-    with fp32_precision(kind):
+    if dtype == torch.float32:
+        tiles = tiles._replace(block_k=tiles.block_k // 2)
+    results = [a.new_full((batch, N, N), math.nan) for _ in range(3)]
+    for out in results:  # the second and the third by the plan of the first
+        kernels.symmetric_product(a, b, kind, None, c, 1 / 3, -0.5, out=out, tiles=tiles)
+        assert torch.equal(out, results[0]), "two runs differ"
+    with use_fp32_precision(kind):
         native = torch.baddbmm(c, a, b.mT, alpha=1 / 3, beta=-0.5)
     expected = a.double() @ b.double().mT / 3 - c.double() / 2
     assert_accurate(out, native, expected.cpu().numpy())
     assert_symmetric(out)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1040, 1040), (3, 2, 65, 65)], ids=str)
+def test_symmetric_sums(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    g = torch.randn(shape, device="cuda", dtype=torch.float64).to(dtype)
+    wide = g if dtype == torch.float64 else g.float()
+    for _ in range(2):
+        assert torch.equal(kernels.half_sum(g.mT, None), (0.5 * wide + 0.5 * wide.mT).to(dtype))
+    expected = g.tril() + g.tril(-1).mT
+    assert torch.equal(kernels.mirror(g, None), expected)
+    assert torch.equal(g, expected)
 
 
 def test_a_product_by_tma_is_captured_and_compiled() -> None:

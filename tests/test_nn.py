@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: MIT
+"""Tests of the layers and the MLP against PyTorch's own modules."""
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ def reference(mlp: MLP) -> torch.nn.Sequential:
 
 @pytest.mark.parametrize("hidden", ["sigmoid", "relu"])
 @pytest.mark.parametrize("output", ["logits", "sigmoid"])
-@pytest.mark.parametrize("sizes", [(3, 2), (5, 7, 1), (784, 129, 64, 10)])
+@pytest.mark.parametrize("sizes", [(3, 2), (5, 7, 1), (127, 129, 64, 10)])
 def test_mlp_equals_the_network_of_torchs_modules(sizes, hidden, output, device):
     torch.manual_seed(0)
     mlp = MLP(sizes, hidden, output, device=device, dtype=torch.float64)
@@ -42,7 +44,7 @@ def test_state_dict_keys_and_shapes():
     }
 
 
-def test_repr_names_what_it_is():
+def test_repr_names_sizes_and_activations():
     text = repr(MLP([4, 3, 2], "relu", "sigmoid"))
     assert "4-3-2, relu, sigmoid, 23 parameters" in text
     assert "LinearReLU(4, 3, bias=True, init='xavier_uniform')" in text
@@ -79,7 +81,8 @@ def test_bf16_autocast_and_compile(device):
     x = torch.randn(5, 16, device=device)
     with torch.autocast(device, dtype=torch.bfloat16):
         assert mlp(x).dtype == torch.bfloat16
-    torch.testing.assert_close(torch.compile(mlp, fullgraph=True)(x), mlp(x))
+    compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), mlp(x))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""First and second derivatives: right, whatever gradient comes in, and no more of them than needed."""
+"""First and second derivatives: their values for any incoming gradient, and no more of them than needed."""
 
 import itertools
 import math
@@ -8,13 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from operators import BACKWARDS, BY_BACKWARD_CASE, BY_CASE, BY_SMALL_CASE, FLOATS, INTEGERS, OPERATORS
 from samples import (
-    BY_CASE,
-    BY_SMALL_CASE,
-    FLOATS,
-    INTEGERS,
     LAYOUTS,
-    OPERATORS,
     arguments,
     assert_accurate,
     halves,
@@ -29,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchpar
 
-# PyTorch's own opcheck looks at it.
+# PyTorch's own opcheck reads it.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
@@ -41,7 +37,7 @@ def gradients(op: Any, args: tuple[Tensor, ...], incoming: Tensor, **kwargs: Any
 @pytest.mark.parametrize("name, shapes", BY_SMALL_CASE, ids=str)
 def test_gradcheck(name: str, shapes: tuple[tuple[int, ...], ...], device: str) -> None:
     args = arguments(shapes, device=device, requires_grad=True)
-    op = getattr(torch.ops.torchpar, name)
+    op = OPERATORS[name].op
     assert gradcheck(op, args, check_batched_grad=True, check_forward_ad=True)
     if len(shapes[0]) != 1:  # PyTorch's own product of a vector fails this one
         assert gradcheck(op, args, check_forward_ad=True, check_batched_forward_grad=True)
@@ -49,46 +45,34 @@ def test_gradcheck(name: str, shapes: tuple[tuple[int, ...], ...], device: str) 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    "name, shapes",
-    [
-        ("maximum", ((3, 4), (3, 4))),
-        ("matmul_t", ((4, 3),)),
-        ("linear_sigmoid", ((3, 4), (2, 4), (2,))),
-    ],
-    ids=str,
-)
-def test_gradcheck_of_strided_arguments(
-    name: str, shapes: tuple[tuple[int, ...], ...], layout: str, device: str
-) -> None:
-    def op(*args: Tensor) -> Tensor:
-        return OPERATORS[name].op(*map(LAYOUTS[layout], args))
+@pytest.mark.parametrize("name", OPERATORS)
+def test_gradients_of_strided_arguments(name: str, layout: str, device: str) -> None:
+    def strided(op: Any) -> Any:
+        return lambda *args: op(*map(LAYOUTS[layout], args))
 
-    args = arguments(shapes, device=device, requires_grad=True)
-    assert gradcheck(op, args)
-    assert gradgradcheck(op, args)
+    def second(op: Any) -> tuple[Tensor, ...]:
+        first = gradients(op, args, incoming, create_graph=True)
+        total = sum(g.pow(3).sum() for g in first)
+        return torch.autograd.grad(total, (*args, incoming), materialize_grads=True)
+
+    args = arguments(OPERATORS[name].small[0], device=device, requires_grad=True)
+    op, plain = strided(OPERATORS[name].op), strided(OPERATORS[name].plain)
+    incoming = normal(*op(*args).shape, device=device, seed=9).requires_grad_()
+    assert_close(second(op), second(plain))
 
 
 @pytest.mark.parametrize("name, shapes", BY_SMALL_CASE, ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_opcheck(name: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, device: str) -> None:
-    overload = getattr(torch.ops.torchpar, name).default
-    args = arguments(shapes, dtype, device, requires_grad=True)
-    opcheck(overload, args)
-    opcheck(overload, tuple(LAYOUTS["stepped"](arg.detach()) for arg in args))
+def test_opcheck(name: str, shapes: tuple[tuple[int, ...], ...], device: str) -> None:
+    operator = OPERATORS[name]
+    args, factors = (
+        operator.operands(*arguments(shapes, torch.bfloat16, device)),
+        operator.factors(len(shapes)),
+    )
+    opcheck(operator.overload, tuple(arg.requires_grad_() for arg in args), factors)
+    opcheck(operator.overload, tuple(LAYOUTS["stepped"](arg.detach().double()) for arg in args), factors)
 
 
-@pytest.mark.parametrize(
-    "name, shapes",
-    [
-        ("matmul_t_backward", ((4, 4), (4, 3))),
-        ("matmul_t_backward", ((2, 4, 4), (2, 4, 3))),
-        ("linear_sigmoid_backward", ((3, 4), (3, 4))),
-        ("linear_sigmoid_backward", ((2, 3, 4), (2, 3, 4))),
-        ("linear_sigmoid_backward", ((4,), (4,))),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("name, shapes", BY_BACKWARD_CASE, ids=str)
 def test_the_backward_operators(name: str, shapes: tuple[tuple[int, ...], ...], device: str) -> None:
     overload = getattr(torch.ops.torchpar, name).default
     args = arguments(shapes, device=device, requires_grad=True)
@@ -106,19 +90,20 @@ def test_gradients_are_as_accurate_as_pytorchs(
         wide = tuple(arg.detach().double().requires_grad_() for arg in args)
         incoming = halves(*OPERATORS[name].op(*args).shape, dtype=dtype, device=device, seed=9)
         actual = gradients(OPERATORS[name].op, args, incoming)
-        native = gradients(OPERATORS[name].native, args, incoming)
-        expected = gradients(OPERATORS[name].native, wide, incoming.double())
+        native = gradients(OPERATORS[name].plain, args, incoming)
+        expected = gradients(OPERATORS[name].plain, wide, incoming.double())
         for arg, a, n, e in zip(args, actual, native, expected, strict=True):
             assert (a.shape, a.dtype, a.device) == (arg.shape, arg.dtype, arg.device)
             if incoming.numel() > 1000:
-                assert_accurate(a, n, to_numpy(e), OPERATORS[name].roundings)
+                roundings = OPERATORS[name].roundings + 2 * bool(OPERATORS[name].factors(len(args)))
+                assert_accurate(a, n, to_numpy(e), roundings)
             else:  # of a few results, either operator's error is chance
                 assert_close(a, n)
 
 
 @pytest.mark.parametrize("scale", [2**-14, 1, 40000])
 def test_gradient_of_matmul_t_under_loss_scaling(scale: float, device: str) -> None:
-    # fp16 training scales the loss until gradients come near the largest fp16. G + Gᵀ is larger still.
+    # With loss scaling, gradients come near the largest fp16, and G + Gᵀ exceeds it.
     (x,) = args = ((normal(33, 17, dtype=torch.float16, device=device) / 1024).requires_grad_(),)
     wide = (x.detach().double().requires_grad_(),)
     incoming = torch.full((33, 33), scale, dtype=torch.float16, device=device)
@@ -128,6 +113,25 @@ def test_gradient_of_matmul_t_under_loss_scaling(scale: float, device: str) -> N
     assert_accurate(*gradients(torchpar.matmul_t, args, incoming), native, to_numpy(expected))
 
 
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+@pytest.mark.parametrize("shape", [(1, 3), (2, 5, 3), (300, 3), (400, 3), (2, 300, 3), (1030, 2)], ids=str)
+def test_gradient_of_matmul_t_does_not_overflow_where_two_products_do_not(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str
+) -> None:
+    x = torch.full(shape, 1 / 4096, dtype=dtype, device=device, requires_grad=True)
+    g = torch.full((*shape[:-1], shape[-2]), torch.finfo(dtype).max, dtype=dtype, device=device)
+    expected = (g @ x + g.mT @ x).detach()
+    assert expected.isfinite().all()
+    assert ((g + g.mT) @ x).isinf().all()
+    assert_close(*gradients(torchpar.matmul_t, (x,), g), expected)
+    (tracked,) = torch.func.vjp(torchpar.matmul_t, x.detach())[1](g)
+    assert_close(tracked, expected)
+    assert_close(torch.ops.torchpar.matmul_t_backward(g, x.detach()), expected)
+    if len(shape) == 2:
+        formula = torch.func.vmap(torch.ops.torchpar.matmul_t_backward)
+        assert_close(torch.func.jvp(formula, (g[None], x[None]), (g[None] * 0, x[None]))[0][0], expected)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name, shapes", BY_SMALL_CASE, ids=str)
 def test_any_layout_of_the_incoming_gradient(
@@ -135,7 +139,7 @@ def test_any_layout_of_the_incoming_gradient(
 ) -> None:
     args = arguments(shapes, device=device, requires_grad=True)
     incoming = LAYOUTS[layout](normal(*OPERATORS[name].op(*args).shape, device=device, seed=9))
-    expected = gradients(OPERATORS[name].native, args, incoming.clone())
+    expected = gradients(OPERATORS[name].plain, args, incoming.clone())
     assert_close(gradients(OPERATORS[name].op, args, incoming), expected)
 
 
@@ -148,14 +152,14 @@ def test_any_subset_of_arguments_requires_grad(
         y = OPERATORS[name].op(*args)
         assert y.requires_grad == any(required)
         if any(required):
-            expected = gradients(OPERATORS[name].native, tuple(args), torch.ones_like(y))
+            expected = gradients(OPERATORS[name].plain, tuple(args), torch.ones_like(y))
             y.sum().backward()
             assert_close([arg.grad for arg in args if arg.requires_grad], list(expected))
         assert [arg.grad is not None for arg in args] == list(required)
 
 
 class Count(TorchDispatchMode):
-    """Counts calls of operators, by name."""
+    """Count calls of operators by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,16 +210,11 @@ def test_maximum_computes_only_the_gradients_that_are_needed(device: str) -> Non
     assert calls == [1, 1, 2]
 
 
-@pytest.mark.parametrize(
-    "name, shapes",
-    [("matmul_t_backward", ((4, 4), (4, 3))), ("linear_sigmoid_backward", ((3, 4), (3, 4)))],
-    ids=str,
-)
-def test_second_derivatives_compute_only_what_is_needed(
-    name: str, shapes: tuple[tuple[int, ...], ...], device: str
-) -> None:
+@pytest.mark.parametrize("name", BACKWARDS)
+def test_second_derivatives_compute_only_what_is_needed(name: str, device: str) -> None:
     def calls(*required: bool) -> int:
-        args = [t.requires_grad_(r) for t, r in zip(arguments(shapes, device=device), required, strict=True)]
+        args = arguments(BACKWARDS[name].cases[0], device=device)
+        args = [t.requires_grad_(r) for t, r in zip(args, required, strict=True)]
         outputs = getattr(torch.ops.torchpar, name)(*args)
         total = sum(output.sum() for output in (outputs if isinstance(outputs, tuple) else (outputs,)))
         with Count() as count:
@@ -237,8 +236,9 @@ def test_linear_sigmoid_keeps_its_inputs_and_output_only(device: str) -> None:
 
 @pytest.mark.parametrize("name, shapes", BY_SMALL_CASE, ids=str)
 def test_a_changed_argument_is_noticed(name: str, shapes: tuple[tuple[int, ...], ...], device: str) -> None:
-    args = arguments(shapes, device=device, requires_grad=True)
-    y = OPERATORS[name].op(*args)
+    operator = OPERATORS[name]
+    args = [t.detach().requires_grad_() for t in operator.operands(*arguments(shapes, device=device))]
+    y = operator.function(*args, **operator.factors(len(args)))
     with torch.no_grad():
         args[0].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -286,13 +286,10 @@ def test_integers_need_no_gradient(device: str) -> None:
     assert not torchpar.maximum(a, b).requires_grad
 
 
-def test_a_batch_of_incoming_gradients(device: str) -> None:
-    x, _, bias = args = arguments(((3, 4), (5, 4), (5,)), device=device, requires_grad=True)
-    for op, native, some in (
-        (torchpar.linear_sigmoid, OPERATORS["linear_sigmoid"].native, args),
-        (torchpar.matmul_t, OPERATORS["matmul_t"].native, (x,)),
-        (torchpar.maximum, torch.maximum, (x, bias[:1])),
-    ):
-        incoming = normal(7, *op(*some).shape, device=device)
-        actual = gradients(op, some, incoming, is_grads_batched=True)
-        assert_close(actual, gradients(native, some, incoming, is_grads_batched=True))
+@pytest.mark.parametrize("name, shapes", BY_SMALL_CASE, ids=str)
+def test_a_batch_of_incoming_gradients(name: str, shapes: tuple[tuple[int, ...], ...], device: str) -> None:
+    op, plain = OPERATORS[name].op, OPERATORS[name].plain
+    args = arguments(shapes, device=device, requires_grad=True)
+    incoming = normal(7, *op(*args).shape, device=device)
+    actual = gradients(op, args, incoming, is_grads_batched=True)
+    assert_close(actual, gradients(plain, args, incoming, is_grads_batched=True))

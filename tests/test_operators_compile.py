@@ -4,15 +4,14 @@
 import io
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from operators import BACKWARDS, BY_SMALL_CASE, OPERATORS
 from samples import (
-    BY_SMALL_CASE,
     LAYOUTS,
-    OPERATORS,
-    SMALL,
     arguments,
     assert_accurate,
     assert_symmetric,
@@ -39,7 +38,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # pytest would keep every record of the compiler's trace, which takes as long as compiling.
+    # pytest would keep all log records of the compiler, which takes as long as compiling.
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
     torch._dynamo.reset()
     with torch._inductor.config.patch(compile_threads=1):  # no pool of processes for three small kernels
@@ -48,24 +47,20 @@ def _fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def sized(name: str, n: int, m: int, k: int) -> tuple[tuple[int, ...], ...]:
-    return {
-        "maximum": ((n, k), (m, 1, k)),
-        "matmul_t": ((m, n, k),),
-        "linear_sigmoid": ((m, n, k), (n + 1, k), (n + 1,)),
-    }[name]
+    return OPERATORS[name].sized({"n": n, "m": m, "k": k, "o": n + 1})
 
 
 def check(name: str, compiled: Callable[..., Tensor], args: tuple[Tensor, ...]) -> None:
-    actual, expected = compiled(*args), OPERATORS[name].native(*args)
+    actual, expected = compiled(*args), OPERATORS[name].plain(*args)
     assert_close(actual, expected)
     assert actual.stride() == expected.stride()
-    if name == "matmul_t":
+    if OPERATORS[name].symmetric:
         assert_symmetric(actual)
     required = [arg for arg in args if arg.requires_grad]
     if required:
         g = normal(*actual.shape, device=actual.device.type, seed=9).to(actual)
         for incoming in (g, LAYOUTS["permuted"](g)):
-            actual, expected = compiled(*args), OPERATORS[name].native(*args)
+            actual, expected = compiled(*args), OPERATORS[name].plain(*args)
             assert_close(
                 torch.autograd.grad(actual, required, incoming),
                 torch.autograd.grad(expected, required, incoming),
@@ -75,39 +70,45 @@ def check(name: str, compiled: Callable[..., Tensor], args: tuple[Tensor, ...]) 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_compiled_once_for_all_sizes(name: str, device: str) -> None:
     counter = CompileCounterWithBackend("inductor")
-    compiled = torch.compile(getattr(torch.ops.torchpar, name), fullgraph=True, dynamic=True, backend=counter)
+    operator = OPERATORS[name]
+    compiled = torch.compile(operator.overload, fullgraph=True, dynamic=True, backend=counter)
+
+    def op(*args: Tensor) -> Tensor:
+        return compiled(*operator.operands(*args), **operator.factors(len(args)))
+
     for n, m, k in ((5, 2, 7), (4, 3, 9), (17, 6, 2), (40, 4, 129)):
-        check(name, compiled, arguments(sized(name, n, m, k), device=device, requires_grad=True))
-    assert counter.frame_count == 1
+        check(name, op, arguments(sized(name, n, m, k), device=device, requires_grad=True))
+    assert counter.frame_count <= 1 + bool(operator.factors(3))  # PyTorch compiles again for a float constant
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_compiled_in_low_precision_without_gradient(name: str, device: str) -> None:
-    op = OPERATORS[name].op
-    compiled = torch.compile(op, fullgraph=True)
-    args = arguments(sized(name, 33, 2, 16), torch.bfloat16, device)
+    operator = OPERATORS[name]
+    compiled = torch.compile(operator.function, fullgraph=True)
+    args = operator.operands(*arguments(sized(name, 33, 2, 16), torch.bfloat16, device))
+    factors = operator.factors(len(args))
     strided = tuple(LAYOUTS["transposed"](arg) for arg in args)
     for some in (args, strided):
-        actual, eager = compiled(*some), op(*some)
-        assert_accurate(actual, eager, oracle(name, some), OPERATORS[name].roundings)
+        actual, eager = compiled(*some, **factors), operator.function(*some, **factors)
+        assert_accurate(actual, eager, oracle(name, some, **factors), operator.roundings + 2 * bool(factors))
         assert metadata(actual) == metadata(eager)
 
 
 def test_sizes_on_both_sides_of_the_blocked_path_compile_once_each(device: str) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(torchpar.matmul_t, fullgraph=True, dynamic=True, backend=counter)
-    for n in (5, 511, 512, 513, 1000, 7):
+    for n in (5, 255, 256, 600, 7):
         check("matmul_t", compiled, arguments(((n, 9),), device=device, requires_grad=True))
     assert counter.frame_count <= 2
 
 
-def test_a_compiled_model_of_all_three_is_one_graph(device: str) -> None:
+def test_a_compiled_model_of_several_operators_is_one_graph(device: str) -> None:
     def model(maximum: Any, matmul_t: Any, linear_sigmoid: Any, x: Tensor, weight: Tensor) -> Tensor:
         h = maximum(linear_sigmoid(x, weight), x[:, :1])
         return matmul_t(h).sum() + matmul_t(weight).square().sum()
 
-    ops = [operator.op for operator in OPERATORS.values()]
-    natives = [operator.native for operator in OPERATORS.values()]
+    ops = [OPERATORS[name].op for name in ("maximum", "matmul_t", "linear_sigmoid")]
+    natives = [OPERATORS[name].plain for name in ("maximum", "matmul_t", "linear_sigmoid")]
     args = arguments(((6, 4), (5, 4)), device=device, requires_grad=True)
     compiled = torch.compile(model, fullgraph=True)
     actual, expected = compiled(*ops, *args), model(*natives, *args)
@@ -127,49 +128,50 @@ COMPILED_TRANSFORMS = {
 @pytest.mark.parametrize("transform", COMPILED_TRANSFORMS)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_compiled_transforms(name: str, transform: str, device: str) -> None:
+    if (name, transform) == ("symmetric_matmul", "hessian"):
+        pytest.skip("PyTorch's own addmm crashes in a compiled hessian (2.15)")
+    shapes = OPERATORS[name].small[0]
     if transform.startswith("vmap"):
-        shapes = tuple((2, *shape) for shape in SMALL[name][0])
-    else:
-        shapes = SMALL[name][0]
+        shapes = tuple((2, *shape) for shape in shapes)
     args = arguments(shapes, device=device)
     compiled = torch.compile(
         COMPILED_TRANSFORMS[transform](OPERATORS[name].op), fullgraph=True, backend="aot_eager"
     )
-    assert_close(compiled(*args), COMPILED_TRANSFORMS[transform](OPERATORS[name].native)(*args))
+    assert_close(compiled(*args), COMPILED_TRANSFORMS[transform](OPERATORS[name].plain)(*args))
 
 
 class Module(torch.nn.Module):
-    def __init__(self, op: Callable[..., Tensor]):
+    def __init__(self, name: str):
         super().__init__()
-        self.op = op
+        self.operator = OPERATORS[name]
 
     def forward(self, *args: Tensor) -> Tensor:
-        return self.op(*args)
+        return self.operator.function(*args, **self.operator.factors(len(args)))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_export(name: str, dynamic: bool, device: str) -> None:
-    n, m, k = Dim("n", min=2), Dim("m", min=2), Dim("k", min=2)
-    dims = {
-        "maximum": ({0: n, 1: k}, {0: m, 2: k}),
-        "matmul_t": ({0: m, 1: n, 2: k},),
-        "linear_sigmoid": ({0: m, 1: n, 2: k}, {0: Dim("out"), 1: k}, {0: Dim("out")}),
-    }[name]
-    args = arguments(sized(name, 5, 3, 4), device=device)
+    operator = OPERATORS[name]
+    sizes = operator.sized({letter: Dim(letter, min=2) for letter in "nmko"})
+    dims = tuple({i: size for i, size in enumerate(shape) if size != 1} for shape in sizes)
+
+    def operands(n: int, m: int, k: int) -> tuple[Tensor, ...]:
+        return operator.operands(*arguments(sized(name, n, m, k), device=device))
+
     exported = torch.export.export(
-        Module(OPERATORS[name].op), args, dynamic_shapes={"args": dims} if dynamic else None
+        Module(name), operands(5, 3, 4), dynamic_shapes={"args": dims} if dynamic else None
     )
     file = io.BytesIO()
     torch.export.save(exported, file)
     file.seek(0)
     loaded = torch.export.load(file)
     for program in (exported, loaded, loaded.run_decompositions()):
-        overload = getattr(torch.ops.torchpar, name).default
-        assert [node.target for node in program.graph.nodes if node.op == "call_function"] == [overload]
-        for sizes in [(5, 3, 4)] + [(7, 2, 9), (600, 4, 3)] * dynamic:
-            args = arguments(sized(name, *sizes), device=device)
-            assert_close(program.module()(*args), OPERATORS[name].native(*args))
+        (node,) = [node for node in program.graph.nodes if node.op == "call_function"]
+        assert (node.target, dict(node.kwargs)) == (operator.overload, operator.factors(len(dims)))
+        for sizes in [(5, 3, 4)] + [(600, 2, 3)] * dynamic:
+            args = operands(*sizes)
+            assert_close(program.module()(*args), operator.native(*args, **operator.factors(len(dims))))
 
 
 def autocast_dtypes() -> list[tuple[str, torch.dtype]]:
@@ -184,14 +186,17 @@ def autocast_dtypes() -> list[tuple[str, torch.dtype]]:
 def test_autocast(
     name: str, shapes: tuple[tuple[int, ...], ...], device_type: str, dtype: torch.dtype
 ) -> None:
-    op, native = OPERATORS[name].op, OPERATORS[name].native
-    args = arguments(shapes, torch.float32, device_type, requires_grad=True)
-    wide = arguments(shapes, torch.float64, device_type)
+    operator = OPERATORS[name]
+    args = [
+        t.detach().requires_grad_() for t in operator.operands(*arguments(shapes, torch.float32, device_type))
+    ]
+    op, native = (partial(f, **operator.factors(len(args))) for f in (operator.function, operator.native))
+    wide = [arg.double() for arg in args]
     with torch.autocast(device_type, dtype):
         actual, expected = op(*args), native(*args)
         assert actual.dtype == expected.dtype
         assert op(*wide).dtype == torch.float64
-        # whatever floats they are, they meet in one dtype
+        # Operands of different dtypes are cast to one.
         assert op(args[0].to(dtype), *args[1:]).dtype == native(args[0].to(dtype), *args[1:]).dtype
         with torch.autocast(device_type, enabled=False):
             assert op(*args).dtype == torch.float32
@@ -205,16 +210,10 @@ def test_autocast(
     assert_close(actual_gradients, torch.autograd.grad(expected.float().sum(), args), rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize(
-    "name, shapes",
-    [("matmul_t_backward", ((3, 3), (3, 2))), ("linear_sigmoid_backward", ((3, 4), (3, 4)))],
-    ids=str,
-)
-def test_a_backward_pass_inside_autocast_gives_what_its_fake_says(
-    name: str, shapes: tuple[tuple[int, ...], ...], device: str
-) -> None:
+@pytest.mark.parametrize("name", BACKWARDS)
+def test_a_backward_operator_inside_autocast_equals_its_fake(name: str, device: str) -> None:
     op = getattr(torch.ops.torchpar, name)
-    args = arguments(shapes, torch.float32, device)
+    args = arguments(BACKWARDS[name].cases[0], torch.float32, device)
     with torch.autocast(device, torch.bfloat16):
         actual = op(*args)
         with FakeTensorMode() as mode:
@@ -224,7 +223,7 @@ def test_a_backward_pass_inside_autocast_gives_what_its_fake_says(
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_autocast_inside_a_compiled_function(name: str, device: str) -> None:
-    args = arguments(SMALL[name][0], torch.float32, device)
+    args = arguments(OPERATORS[name].small[0], torch.float32, device)
 
     def function(*args: Tensor) -> Tensor:
         with torch.autocast(device, torch.bfloat16):

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""What an operator does not take: the error names operator and argument, what it got and what it takes.
+"""Arguments that an operator refuses: the error names the operator, the argument and what is expected.
 
-The same in eager mode, under torch.func, and in a trace, where PyTorch's own operators would take some of it.
+The errors are the same in eager mode, under torch.func and in a trace.
 """
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from samples import OPERATORS
+from operators import OPERATORS, Refused
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, vmap
@@ -18,50 +19,7 @@ from torch.func import grad, vmap
 import torchpar
 
 ones = torch.ones
-uint16 = torch.zeros(3, dtype=torch.uint16)
-FLOATING = "float16, bfloat16, float32 or float64"
-
-ERRORS: list[tuple[str, tuple[Tensor, ...], str]] = [
-    ("maximum", (ones(3, dtype=torch.complex64), ones(3)), "a has dtype torch.complex64, expected a real"),
-    ("maximum", (ones(3), ones(3, dtype=torch.complex128)), "b has dtype torch.complex128, expected a real"),
-    ("maximum", (uint16, uint16), "a has dtype torch.uint16, expected a real"),
-    ("maximum", (ones(3), uint16), "b has dtype torch.uint16, expected a real"),
-    ("maximum", (ones(3), ones(4)), "b has shape (4,), which does not broadcast with a's (3,)"),
-    ("maximum", (ones(2, 3), ones(2, 0)), "b has shape (2, 0), which does not broadcast with a's (2, 3)"),
-    ("matmul_t", (ones(3, 3, dtype=torch.int64),), f"x has dtype torch.int64, expected {FLOATING}"),
-    ("matmul_t", (ones(3, 3, dtype=torch.bool),), f"x has dtype torch.bool, expected {FLOATING}"),
-    ("matmul_t", (ones(3, 3, dtype=torch.complex64),), f"x has dtype torch.complex64, expected {FLOATING}"),
-    ("matmul_t", (ones(3),), "x has shape (3,), expected (*, n, k)"),
-    ("matmul_t", (ones(()),), "x has shape (), expected (*, n, k)"),
-    ("linear_sigmoid", (ones(()), ones(4, 3)), "x has shape (), expected (*, in_features)"),
-    (
-        "linear_sigmoid",
-        (ones(3, dtype=torch.int32), ones(4, 3, dtype=torch.int32)),
-        f"x has dtype torch.int32, expected {FLOATING}",
-    ),
-    (
-        "linear_sigmoid",
-        (ones(3, dtype=torch.complex64), ones(4, 3, dtype=torch.complex64)),
-        f"x has dtype torch.complex64, expected {FLOATING}",
-    ),
-    ("linear_sigmoid", (uint16, uint16[None]), f"x has dtype torch.uint16, expected {FLOATING}"),
-    ("linear_sigmoid", (ones(2, 3), ones(3)), "weight has shape (3,), expected (out_features, 3)"),
-    ("linear_sigmoid", (ones(2, 3), ones(4, 1)), "weight has shape (4, 1), expected (out_features, 3)"),
-    ("linear_sigmoid", (ones(2, 3), ones(1, 4, 3)), "weight has shape (1, 4, 3), expected (out_features, 3)"),
-    ("linear_sigmoid", (ones(2, 3), ones(4, 3), ones(1)), "bias has shape (1,), expected (4,)"),
-    ("linear_sigmoid", (ones(2, 3), ones(4, 3), ones(())), "bias has shape (), expected (4,)"),
-    ("linear_sigmoid", (ones(2, 3), ones(4, 3), ones(2, 4)), "bias has shape (2, 4), expected (4,)"),
-    (
-        "linear_sigmoid",
-        (ones(2, 3), ones(4, 3).double()),
-        "weight has dtype torch.float64, expected x's torch.float32",
-    ),
-    (
-        "linear_sigmoid",
-        (ones(2, 3), ones(4, 3), ones(4).bfloat16()),
-        "bias has dtype torch.bfloat16, expected x's torch.float32",
-    ),
-]
+REFUSED = [(name, refused) for name, operator in OPERATORS.items() for refused in operator.refused]
 
 
 def eagerly(op: Callable[..., Any], args: tuple[Tensor, ...]) -> None:
@@ -93,19 +51,18 @@ def in_vmap_of_the_first(op: Callable[..., Any], args: tuple[Tensor, ...]) -> No
 @pytest.mark.parametrize(
     "call", [eagerly, with_gradient, in_fake_mode, in_grad, in_vmap, in_vmap_of_the_first]
 )
-@pytest.mark.parametrize(
-    "name, args, message", ERRORS, ids=lambda value: value if isinstance(value, str) else ""
-)
+@pytest.mark.parametrize("name, refused", REFUSED, ids=lambda v: v.message if isinstance(v, Refused) else v)
 def test_errors(
     name: str,
-    args: tuple[Tensor, ...],
-    message: str,
+    refused: Refused,
     call: Callable[[Callable[..., Any], tuple[Tensor, ...]], None],
     device: str,
 ) -> None:
-    expected = re.escape(f"torchpar::{name}: {message}")
-    with pytest.raises(RuntimeError, match=expected):
-        call(OPERATORS[name].op, tuple(arg.detach().to(device) for arg in args))
+    args = tuple(arg.detach().to(device) for arg in refused.args)
+    expected = f"torchpar::{name}: " + refused.message.replace("{device}", repr(args[0].device))
+    with pytest.raises(RuntimeError, match=re.escape(expected)) as caught:
+        call(partial(OPERATORS[name].function, **refused.kwargs), args)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("call", [eagerly, with_gradient, in_grad])
@@ -133,7 +90,16 @@ def test_mixed_devices(
         here = mixed[moved - 1].device
         expected = message.format(moved=there.device, device=here)
         with pytest.raises(RuntimeError, match=re.escape(f"torchpar::{name}: {expected}")):
-            call(OPERATORS[name].op, tuple(mixed))
+            call(OPERATORS[name].function, tuple(mixed))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_argument_on_another_device_is_refused(name: str, device: str) -> None:
+    shapes = OPERATORS[name].small[0]
+    for moved in range(1, len(shapes)):
+        args = [ones(shape, device="meta" if i == moved else device) for i, shape in enumerate(shapes)]
+        with pytest.raises(RuntimeError, match=rf"torchpar::{name}: .* meta|torchpar::{name}: .*'meta'"):
+            OPERATORS[name].function(*args, **OPERATORS[name].factors(len(args)))
 
 
 def test_a_scalar_elsewhere_than_on_the_cpu_is_refused(device: str) -> None:

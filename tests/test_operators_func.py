@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""torch.func: every transform and composition gives what it gives for PyTorch's own operators."""
+"""The operators under torch.func: every transform gives the same as with PyTorch's own operators."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from samples import BY_SMALL_CASE, FLOATS, OPERATORS, SMALL, arguments, assert_symmetric, normal
+from operators import BY_SMALL_CASE, FLOATS, OPERATORS
+from samples import arguments, assert_symmetric, normal
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.testing import assert_close
@@ -92,47 +93,11 @@ TRANSFORMS: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
 @pytest.mark.parametrize("name, shapes", BY_SMALL_CASE, ids=str)
 def test_transforms(name: str, shapes: tuple[tuple[int, ...], ...], transform: str, device: str) -> None:
     args = arguments(shapes, device=device)
-    expected = TRANSFORMS[transform](OPERATORS[name].native, args)
-    assert_close(TRANSFORMS[transform](getattr(torch.ops.torchpar, name), args), expected)
+    expected = TRANSFORMS[transform](OPERATORS[name].plain, args)
+    assert_close(TRANSFORMS[transform](OPERATORS[name].op, args), expected)
 
 
-IN_DIMS = {
-    "maximum": [
-        *[(in_dims, ((2, 3, 4), (2, 3, 4))) for in_dims in [(0, 0), (1, 1), (2, -1), (0, -3)]],
-        ((0, None), ((5, 3, 4), (3, 4))),
-        ((None, 1), ((3, 4), (3, 5, 4))),
-        ((0, None), ((5, 3, 4), ())),
-        ((None, 0), ((3, 4), (5,))),
-        ((0, 0), ((5, 3, 4), (5, 4))),
-        ((1, 0), ((3, 5, 1), (5, 2, 1, 4))),
-        ((0, 0), ((5,), (5,))),
-        ((0, 1), ((0, 3), (3, 0))),
-    ],
-    "matmul_t": [
-        *[((dim,), ((2, 3, 4),)) for dim in (0, 1, 2, -1, -3)],
-        ((1,), ((2, 5, 3, 4),)),
-        ((0,), ((0, 3, 4),)),
-        ((1,), ((2, 2, 600, 3),)),
-    ],
-    "linear_sigmoid": [
-        ((0, None, None), ((6, 3, 4), (5, 4), (5,))),
-        ((1, None), ((3, 6, 4), (5, 4))),
-        ((-1, None, None), ((4, 6), (5, 4), (5,))),
-        ((None, 0, None), ((3, 4), (6, 5, 4), (5,))),
-        ((None, 1), ((3, 4), (5, 6, 4))),
-        ((None, None, 0), ((3, 4), (5, 4), (6, 5))),
-        ((None, None, 1), ((2, 3, 4), (5, 4), (5, 6))),
-        ((0, 0, None), ((6, 3, 4), (6, 5, 4), (5,))),
-        ((0, None, 0), ((6, 3, 4), (5, 4), (6, 5))),
-        ((None, 2, 1), ((2, 3, 4), (5, 4, 6), (5, 6))),
-        ((1, 2, 1), ((2, 6, 3, 4), (5, 4, 6), (5, 6))),
-        ((0, 0, 0), ((6, 4), (6, 5, 4), (6, 5))),
-        ((0, 0), ((6, 4), (6, 5, 4))),
-        ((0, None, None), ((0, 3, 4), (5, 4), (5,))),
-        ((0, 0, 0), ((6, 0, 4), (6, 5, 4), (6, 5))),
-    ],
-}
-BY_IN_DIMS = [(name, *case) for name, cases in IN_DIMS.items() for case in cases]
+BY_IN_DIMS = [(name, *case) for name, operator in OPERATORS.items() for case in operator.in_dims]
 
 
 @pytest.mark.parametrize("name, in_dims, shapes", BY_IN_DIMS, ids=str)
@@ -141,7 +106,7 @@ def test_vmap_over_any_dimension_of_any_operand(
 ) -> None:
     args = arguments(shapes, device=device, requires_grad=True)
     actual = vmap(OPERATORS[name].op, in_dims, out_dims=-1)(*args)
-    expected = vmap(OPERATORS[name].native, in_dims, out_dims=-1)(*args)
+    expected = vmap(OPERATORS[name].plain, in_dims, out_dims=-1)(*args)
     assert_close(actual, expected)
     incoming = normal(*actual.shape, device=device, seed=9)
     assert_close(torch.autograd.grad(actual, args, incoming), torch.autograd.grad(expected, args, incoming))
@@ -184,18 +149,18 @@ def test_per_sample_gradients_of_a_module(device: str) -> None:
 @pytest.mark.parametrize("strategy, vectorize", [("reverse-mode", True), ("forward-mode", True)])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_autograd_functional(name: str, strategy: str, vectorize: bool, device: str) -> None:
-    args = arguments(SMALL[name][0], device=device)
+    args = arguments(OPERATORS[name].small[0], device=device)
     jacobian = torch.autograd.functional.jacobian
     actual = jacobian(OPERATORS[name].op, args, vectorize=vectorize, strategy=strategy)
-    assert_close(actual, jacobian(OPERATORS[name].native, args, vectorize=vectorize, strategy=strategy))
+    assert_close(actual, jacobian(OPERATORS[name].plain, args, vectorize=vectorize, strategy=strategy))
     total = scalar(OPERATORS[name].op)
-    expected = torch.autograd.functional.hessian(scalar(OPERATORS[name].native), args)
+    expected = torch.autograd.functional.hessian(scalar(OPERATORS[name].plain), args)
     assert_close(torch.autograd.functional.hessian(total, args, vectorize=vectorize), expected)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_a_failure_inside_a_transform_leaves_the_operator_as_it_was(name: str, device: str) -> None:
-    args = arguments(SMALL[name][0], device=device)
+    args = arguments(OPERATORS[name].small[0], device=device)
     expected = OPERATORS[name].op(*args)
     with pytest.raises(ZeroDivisionError):
         vmap(grad(lambda *a: scalar(OPERATORS[name].op)(*a) / (1 // 0)))(*stacked(args))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the operators return, for every dtype, size and layout: values, dtype, strides and bits."""
+"""Results of the operators for every dtype, size and layout: values, dtype, strides and bits."""
 
 import math
 
@@ -8,14 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import mutually_broadcastable_shapes
+from operators import BY_CASE, BY_DTYPE, BY_SMALL_CASE, FLOATS, INTEGERS, OPERATORS
 from samples import (
-    BY_CASE,
-    BY_DTYPE,
-    BY_SMALL_CASE,
-    FLOATS,
-    INTEGERS,
     LAYOUTS,
-    OPERATORS,
     arguments,
     assert_accurate,
     assert_contract,
@@ -34,16 +29,28 @@ from samples import (
 from torch.testing import assert_close
 
 import torchpar
+from torchpar import reference
 
 
-def test_the_three_names_are_the_registered_operators() -> None:
-    x, weight, bias = arguments(((3, 4), (5, 4), (5,)))
-    calls = torch.ops.torchpar
-    assert_close(calls.maximum(a=x, b=x.flip(0)), torchpar.maximum(x, b=x.flip(0)), rtol=0, atol=0)
-    assert_close(calls.matmul_t(x=x), torchpar.matmul_t(x=x), rtol=0, atol=0)
-    expected = torchpar.linear_sigmoid(x, weight, bias=bias)
-    assert_close(calls.linear_sigmoid(x, weight=weight, bias=bias), expected, rtol=0, atol=0)
-    assert_close(calls.linear_sigmoid(x, weight, None), torchpar.linear_sigmoid(x, weight), rtol=0, atol=0)
+@pytest.mark.parametrize("name, shapes", BY_SMALL_CASE, ids=str)
+def test_arguments_by_position_and_by_name(name: str, shapes: tuple[tuple[int, ...], ...]) -> None:
+    operator = OPERATORS[name]
+    args, factors = operator.operands(*arguments(shapes)), operator.factors(len(shapes))
+    names = [argument.name for argument in operator.overload._schema.arguments]
+    by_name = dict(zip(names, args, strict=False))
+    expected = operator.overload(*args, **factors)
+    for call in (operator.overload, operator.function):
+        assert_close(call(**by_name, **factors), expected, rtol=0, atol=0)
+    assert_close(operator.function(*args, **factors), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (1, 1), (5, 7), (129, 33)], ids=str)
+def test_matmul_t_beside_its_plain_reference(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    x = normal(*shape, dtype=dtype, device=device)
+    plain = reference.matmul_t(x)
+    assert torch.equal(plain, plain.mT)
+    assert_accurate(torchpar.matmul_t(x), plain, oracle("matmul_t", (x,)))
 
 
 @pytest.mark.parametrize("name, dtype", BY_DTYPE, ids=str)
@@ -51,13 +58,15 @@ def test_opinfo_samples(name: str, dtype: torch.dtype, device: str) -> None:
     samples = opinfo_samples(name, dtype, device)
     assert len(samples) >= 6
     for args in samples:
-        assert_contract(name, args)
+        assert_contract(name, args, **OPERATORS[name].factors(len(args)))
 
 
 @pytest.mark.parametrize("name, shapes", BY_CASE, ids=str)
 def test_awkward_sizes(name: str, shapes: tuple[tuple[int, ...], ...], device: str) -> None:
-    for dtype in OPERATORS[name].dtypes:
-        assert_contract(name, arguments(shapes, dtype, device, make=halves))
+    operator = OPERATORS[name]
+    for dtype in operator.dtypes:
+        args = operator.operands(*arguments(shapes, dtype, device, make=halves))
+        assert_contract(name, args, **operator.factors(len(args)))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -67,6 +76,9 @@ def test_awkward_sizes(name: str, shapes: tuple[tuple[int, ...], ...], device: s
         ("matmul_t", ((129, 129),)),
         ("matmul_t", ((600, 100),)),
         ("matmul_t", ((3, 65, 300),)),
+        ("symmetric_matmul", ((129, 1000),) * 2 + ((129, 129),)),
+        ("symmetric_matmul", ((256, 255),) * 2),
+        ("symmetric_matmul", ((2, 300, 257),) * 2 + ((2, 300, 300),)),
         ("linear_sigmoid", ((129, 128), (127, 128), (127,))),
         ("linear_sigmoid", ((3, 65, 300), (60, 300))),
     ],
@@ -76,7 +88,8 @@ def test_rounding_errors(
     name: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, device: str
 ) -> None:
     x, *others = arguments(shapes, dtype, device)
-    assert_contract(name, (x / x.shape[-1] ** 0.5, *others))  # σ is saturated nowhere
+    args = OPERATORS[name].operands(x / x.shape[-1] ** 0.5, *others)  # σ is saturated nowhere
+    assert_contract(name, args, **OPERATORS[name].factors(len(args)))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -87,7 +100,7 @@ def test_both_tails_of_sigmoid_keep_their_precision(dtype: torch.dtype, device: 
     for z in range(-85, 90, 5):
         args = (x, weight, torch.full((2,), z, dtype=dtype, device=device))
         expected = oracle("linear_sigmoid", args)
-        assert_accurate(operator.op(*args), operator.native(*args), expected, operator.roundings)
+        assert_accurate(operator.op(*args), operator.plain(*args), expected, operator.roundings)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -207,10 +220,11 @@ def test_matmul_t_of_infinities_and_nan_is_symmetric_too(device: str) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two GPUs")
 @pytest.mark.parametrize("name, shapes", BY_SMALL_CASE, ids=str)
 def test_another_gpu_than_the_current_one(name: str, shapes: tuple[tuple[int, ...], ...]) -> None:
-    assert_contract(name, arguments(shapes, torch.float32, "cuda:1", make=halves))
+    args = OPERATORS[name].operands(*arguments(shapes, torch.float32, "cuda:1", make=halves))
+    assert_contract(name, args, **OPERATORS[name].factors(len(args)))
 
 
-# Negative controls: each judge rejects the function that it is there to reject.
+# Negative controls: each judge rejects a wrong result.
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is in the wheel and in the sdist, and that the wheel works where there is nothing else of ours."""
+"""Tests of the modules that an import loads, of the wheel, and of the sdist."""
 
 import importlib.metadata
 import os
@@ -14,8 +14,6 @@ from zipfile import ZipFile
 import pytest
 
 import torchpar
-
-pytest.importorskip("build", reason="the package `build` is not installed")
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,14 +38,15 @@ class Built(NamedTuple):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    pytest.importorskip("build", reason="the package `build` is not installed")
     if int(importlib.metadata.version("setuptools").partition(".")[0]) < 77:
-        pytest.skip("building the package takes setuptools 77 or newer")
+        pytest.skip("building the package needs setuptools 77 or newer")
     if not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout: there is no telling which files belong to the package's source")
+        pytest.skip("not a git checkout, which lists the files of the package's source")
     folder = tmp_path_factory.mktemp("package")
     names = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
     for name in filter(None, names.split("\0")):
-        if (ROOT / name).exists():  # deleted, but not yet committed
+        if (ROOT / name).exists():  # git still lists a deleted file before the commit
             (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / "source" / name, follow_symlinks=False)
     build(folder / "source", folder / "dist", "--wheel", "--sdist")
@@ -66,7 +65,7 @@ def contents(wheel: Path) -> dict[str, int]:
         return {info.filename: info.CRC for info in archive.infolist()}
 
 
-def ours() -> set[str]:
+def package_files() -> set[str]:
     kernels = {
         f"torchpar/kernels/{file.relative_to(ROOT / 'kernels')}" for file in (ROOT / "kernels").rglob("*.py")
     }
@@ -74,10 +73,26 @@ def ours() -> set[str]:
     return kernels | package | {"torchpar/py.typed"}
 
 
+IMPORTS = """
+import sys
+sys.modules.update(rich=None, triton=None, torchvision=None)  # importing one of them fails
+import torchpar
+torchpar.optim.Muon
+print(*(name for name in sys.modules if name.startswith("torchpar.") and not name.startswith("torchpar.ops")))
+import torchpar.tune.command, torchpar.tune.measure  # the benchmarks import it
+"""
+
+
+def test_muon_loads_nothing_of_parallel_but_the_device_to_send_from(tmp_path: Path) -> None:
+    loaded = run(sys.executable, "-c", IMPORTS, cwd=tmp_path, PYTHONPATH=str(ROOT)).split()
+    optim = {"torchpar.optim", *(f"torchpar.optim.{name}" for name in ("chained", "muon", "newton_schulz"))}
+    assert set(loaded) == {"torchpar.nn", "torchpar.parallel", "torchpar.parallel.wire"} | optim
+
+
 def test_the_wheel_holds_the_package_and_nothing_else(built: Built) -> None:
     files = set(contents(built.wheel))
     info = f"torchpar-{torchpar.__version__}.dist-info/"
-    assert {"torchpar/kernels/maximum.py", "torchpar/ops/maximum.py"} < ours() <= files
+    assert {"torchpar/kernels/maximum.py", "torchpar/ops/maximum.py"} < package_files() <= files
     assert f"{info}licenses/LICENSE" in files
     assert {name.partition("/")[0] + "/" for name in files} == {"torchpar/", info}
 
@@ -85,7 +100,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Built) -> None:
 def test_the_sdist_holds_what_the_wheel_is_built_from_and_nothing_else(built: Built) -> None:
     with tarfile.open(built.sdist) as archive:
         files = {name.partition("/")[2] for name in archive.getnames()}
-    assert ours() | {"pyproject.toml", "README.md", "LICENSE"} <= files
+    assert package_files() | {"pyproject.toml", "README.md", "LICENSE"} <= files
     folders = {name.partition("/")[0] for name in files if "/" in name}
     assert folders == {"torchpar", "torchpar.egg-info"}  # no top-level kernels, no examples, no tests
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a step should send against what it sends, call by call and byte by byte."""
+"""Cost of a step's communication: each call and byte that is expected is counted, and no other."""
 
 from collections import Counter
 from functools import partial
@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from torchpar.collectives import WatchedStep
 from torchpar.nn import MLP
-from torchpar.parallel import cost, join_world, parallel_mlp
-from torchpar.parallel.pipeline import PipelineStep, stage_mlp
-from torchpar.parallel.step import InvariantStep, ReplicaStep
-from torchpar.phases import NoPhases
+from torchpar.parallel import join_world, parallel_mlp
+from torchpar.parallel.split.invariant import invariant_gradients
+from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
+from torchpar.profile import cost
+from torchpar.profile.collectives import StepRecorder
 from torchpar.training import loss_sum
 
 SIZES = (11, 33, 7, 5, 3)
@@ -25,53 +25,52 @@ def kind(dimension: str, operation: str, ranks: int, nbytes: int) -> tuple[str, 
     return dimension, operation, 2 if operation in ("send", "recv") else ranks, nbytes
 
 
-def measured_and_expected(
+def counted_and_expected(
     axes: dict[str, int] | None, reduction: Any, sizes: tuple[int, ...], batch_size: int
 ) -> tuple[Any, Any, Any]:
-    """Calls of two steps, what is expected of one, and what would be of another batch."""
+    """Calls of two steps, those expected of one, and those of a step with twice the batch."""
     torch.manual_seed(0)
+    loss = partial(loss_sum, "cross-entropy")
     with join_world("cpu") as world:
-        model = forward = MLP(sizes)
+        model = replica = MLP(sizes)
+        pipeline = None
         if axes is not None:
-            world = world.split(**axes, reduction=reduction)
-            model = forward = stage_mlp(parallel_mlp(model, world.mesh["tp"], reduction), world.mesh["pp"])
-        if world.data_ranks > 1 and reduction == "fast":
+            world = world.with_mesh(**axes, reduction=reduction)
+            model = replica = stage_mlp(parallel_mlp(model, world.mesh["tp"], reduction), world.mesh["pp"])
+        if world.mesh["pp"].size() > 1:
+            pipeline = Pipeline(model, world, "1f1b", micro_batches=4)
+        elif world.dp_size > 1 and reduction == "fast":
             group = None if axes is None else world.mesh["dp"].get_group()
-            forward = DistributedDataParallel(model, process_group=group)
-        if reduction == "invariant":
-            step = InvariantStep(model, world)
-        elif axes and axes.get("pp", 1) > 1:
-            step = PipelineStep(forward, world, "1f1b", micro_batches=4)
-        else:
-            step = ReplicaStep(forward, world.data_ranks)
-        # DistributedDataParallel arranges its buckets anew in the second step.
-        watched = WatchedStep(step, world, skip=2)
-        share = world.share(batch_size)
+            replica = DistributedDataParallel(model, process_group=group)
+
+        def backward(x: torch.Tensor, labels: torch.Tensor) -> None:
+            if reduction == "invariant":
+                invariant_gradients(model, world, x, labels, batch_size, loss)
+            elif pipeline is not None:
+                pipeline.step(x, labels, batch_size, loss)
+            else:
+                loss(replica(x), labels).backward()
+
+        recorder, share = StepRecorder(world, steps=2), world.share(batch_size)
         x, labels = torch.randn(batch_size, sizes[0]), torch.arange(batch_size) % sizes[-1]
-        for _ in range(4):
-            watched.gradients(
-                share.narrow(x, 0),
-                share.narrow(labels, 0),
-                batch_size,
-                partial(loss_sum, "cross-entropy"),
-                NoPhases(),
-            )
-            for p in model.parameters():
-                p.grad = None
-        measured = [
+        for _ in range(5):
+            with recorder.step():
+                backward(share.narrow(x, 0), share.narrow(labels, 0))
+            model.zero_grad()
+        counted = [
             Counter(kind(call.dimension, call.operation, call.ranks, call.bytes) for call in calls)
-            for calls in watched.calls
+            for calls in recorder.calls
         ]
         expected = [
             Counter(
                 kind(e.dimension, e.operation, e.ranks, e.nbytes)
                 for e in cost.collectives(
-                    sizes, n, world.mesh, world.world_size, reduction=reduction, micro_batches=4
+                    sizes, n, world.mesh, tensor_split=axes is not None, reduction=reduction, micro_batches=4
                 )
             )
             for n in (batch_size, 2 * batch_size)
         ]
-    return measured, *expected
+    return counted, *expected
 
 
 FAST, INVARIANT = "fast", "invariant"
@@ -98,11 +97,11 @@ FAST, INVARIANT = "fast", "invariant"
         (4, {"dp": 2, "tp": 2}, INVARIANT, SIZES, 13),
     ],
 )
-def test_prediction_equals_measurement(ranks, world_size, axes, reduction, sizes, batch_size):
-    for measured, expected, doubled in ranks(
-        world_size, measured_and_expected, axes, reduction, sizes, batch_size
+def test_the_collectives_counted_are_those_expected(ranks, world_size, axes, reduction, sizes, batch_size):
+    for counted, expected, doubled in ranks(
+        world_size, counted_and_expected, axes, reduction, sizes, batch_size
     ):
-        assert measured == [expected] * 2
+        assert counted == [expected] * 2
         pure_data = set(axes or {"dp": 1}) == {"dp"}
         assert (doubled == expected) == pure_data  # the comparison sees the bytes
 
@@ -116,8 +115,8 @@ def test_prediction_equals_measurement(ranks, world_size, axes, reduction, sizes
     ],
 )
 def test_buckets_of_a_larger_model(ranks, sizes):
-    for measured, expected, _ in ranks(2, measured_and_expected, None, FAST, sizes, 2):
-        assert measured == [expected] * 2
+    for counted, expected, _ in ranks(2, counted_and_expected, None, FAST, sizes, 2):
+        assert counted == [expected] * 2
 
 
 LINK = cost.Link(alpha=1e-4, beta=2e-9)
@@ -167,14 +166,14 @@ def test_a_link_has_no_negative_costs():
     assert (link.alpha > 0, link.beta) == (True, 0.0)
 
 
-def measure() -> list[float]:
+def measure_link() -> list[float]:
     with join_world("cpu") as world:
         link = cost.measure_link(world, sizes=(2**10, 2**16, 2**20))
         return [link.alpha, link.beta]
 
 
 def test_a_measured_link_is_the_same_on_every_rank(ranks):
-    first, second = ranks(2, measure)
+    first, second = ranks(2, measure_link)
     assert first == pytest.approx(second, rel=1e-9, abs=0)  # of equal points, by a solver that may round
     assert all(value >= 0 for value in first)
     assert sum(first) > 0

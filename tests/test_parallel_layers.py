@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Layers split over ranks against the unsplit ones: values, gradients, collectives and their order.
+"""Split layers compared with whole ones: values, gradients, collectives and their order.
 
-Ranks compare for themselves: the worker processes get the same seed and build the unsplit layer too.
+Each rank builds the whole layer from the same seed and compares its own part.
 """
 
 import copy
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -23,45 +24,46 @@ from torch.nn.functional import linear
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchpar.collectives import Collectives
+from torchpar import reference
 from torchpar.nn import MLP, Linear, LinearReLU, LinearSigmoid
 from torchpar.parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     clip_grad_norm_,
     copy_to_tensor_model_parallel_region,
+    full_state_dict,
     gather_from_tensor_model_parallel_region,
     join_world,
-    load_whole_state_dict,
+    load_full_state_dict,
     parallel_mlp,
     reduce_from_tensor_model_parallel_region,
     scatter_to_tensor_model_parallel_region,
-    whole_state_dict,
 )
+from torchpar.profile.collectives import Collectives
 
-UNSPLIT = {None: Linear, "sigmoid": LinearSigmoid, "relu": LinearReLU}
+WHOLE = {None: Linear, "sigmoid": LinearSigmoid, "relu": LinearReLU}
 AXES = {ColumnParallelLinear: {"weight": 0, "bias": 0}, RowParallelLinear: {"weight": 1}}
-# At most 40 float64 terms below 10 each, summed in two orders: 2·40·eps·400 < 1e-11.
+# Two orders of summing at most 40 float64 terms below 10 each: 2·40·eps·400 < 1e-11.
 TIGHT = {"rtol": 0.0, "atol": 1e-11}
 
 
-def tp_mesh() -> DeviceMesh:
-    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+def tp_mesh(device: str = "cpu") -> DeviceMesh:
+    return init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("tp",))
 
 
 def mine(t: Tensor, axis: int | None) -> Tensor:
-    """This rank's share of ``t`` along ``axis``."""
+    """This rank's part of ``t`` along ``axis``."""
     return t if axis is None else t.tensor_split(dist.get_world_size(), axis)[dist.get_rank()]
 
 
 def pair_of_layers(
     kind: Any, sizes: tuple[int, int], bias: bool, activation: Any, dtype: torch.dtype, **options: Any
 ) -> tuple[Any, Linear]:
-    """A split layer and the unsplit one of the same seed, with biases that are not 0."""
+    """A split layer and the whole one from the same seed, with biases other than 0."""
     torch.manual_seed(0)
     layer = kind(*sizes, bias, mesh=tp_mesh(), activation=activation, dtype=dtype, **options)
     torch.manual_seed(0)
-    whole = UNSPLIT[activation](*sizes, bias, dtype=dtype)
+    whole = WHOLE[activation](*sizes, bias, dtype=dtype)
     for name, p in whole.named_parameters():
         assert torch.equal(getattr(layer, name), mine(p, AXES[kind].get(name))), name
     if whole.bias is not None:
@@ -71,7 +73,7 @@ def pair_of_layers(
 
 
 def results(layer: Any, x: Tensor, g: Tensor | None) -> dict[str, Tensor]:
-    """Output and gradients for the incoming gradient ``g``; ``.sum()``'s, which is expanded, if None."""
+    """Output and gradients for the incoming gradient ``g``; None takes ``.sum()``'s, which is expanded."""
     x = x.detach().requires_grad_()
     y = layer(x)
     g = None if g is None else g.to(y.dtype)
@@ -80,7 +82,7 @@ def results(layer: Any, x: Tensor, g: Tensor | None) -> dict[str, Tensor]:
 
 
 def expected_results(kind: Any, whole: Linear, x: Tensor, g: Tensor | None, **options: Any) -> Any:
-    """What `results` must be on this rank, and the layer's own x and g."""
+    """The right `results` on this rank, and this rank's parts of x and g."""
     axes: dict[str, int | None] = dict(AXES[kind])
     axes["y"] = -1 if kind is ColumnParallelLinear and not options.get("gather_output") else None
     axes["x"] = -1 if kind is RowParallelLinear and options.get("input_is_parallel", True) else None
@@ -120,12 +122,12 @@ def compare_all() -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_layers_equal_the_unsplit_ones(ranks, world_size):
+def test_split_layers_equal_the_whole_ones(ranks, world_size):
     ranks(world_size, compare_all)
 
 
 def compare_without(function: str, case: int, substitute: Any) -> None:
-    with patch(f"torchpar.parallel.layers.{function}", substitute):
+    with patch(f"torchpar.parallel.split.layers.{function}", substitute):
         compare(*CASES[case])
 
 
@@ -155,11 +157,11 @@ def test_the_comparison_rejects_a_missing_collective(ranks, function, case, subs
 
 
 def errors_of_rounding(kind: Any, activation: Any, autocast: bool) -> list[tuple[str, float, float]]:
-    """Of output and gradients, against float64: this layer's and the unsplit one's."""
+    """The errors of output and gradients against float64, of the split layer and of the whole one."""
     layer, whole = pair_of_layers(kind, (129, 127), True, activation, torch.float32)
     x, g = torch.randn(65, 129), torch.randn(65, 127)
     truth, own_x, own_g = expected_results(kind, copy.deepcopy(whole).double(), x.double(), g.double())
-    for module in (layer, whole):  # the forward pass alone
+    for module in (layer, whole):  # autocast for the forward pass only
         module.forward = torch.autocast("cpu", torch.bfloat16, enabled=autocast)(module.forward)
     expected, *_ = expected_results(kind, whole, x, g)
     found = results(layer, own_x.float(), own_g.float())
@@ -171,39 +173,62 @@ def errors_of_rounding(kind: Any, activation: Any, autocast: bool) -> list[tuple
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("kind, activation", [(COLUMN, "sigmoid"), (COLUMN, "relu"), (ROW, None)])
-def test_rounding_is_that_of_the_unsplit_layer(ranks, kind, activation, autocast):
+def test_rounding_errors_are_those_of_the_whole_layer(ranks, kind, activation, autocast):
     for rank in ranks(2, errors_of_rounding, kind, activation, autocast):
-        for name, error, unsplit in rank:
-            assert error <= 2 * unsplit, name
-            assert unsplit > 0
+        for name, error, whole in rank:
+            assert error <= 2 * whole, name
+            assert whole > 0
 
 
-def pair_with_gathered_halves() -> None:
-    """column → row, and the same with everything whole between them."""
+def pairs_equal_the_references() -> None:
+    """column → sigmoid → row, from PyTorch's own layers: the plain split, and the library's three ways."""
     torch.manual_seed(0)
-    x = torch.randn(5, 6, dtype=torch.float64)
-    g = torch.randn(5, 3, dtype=torch.float64)
-    whole = torch.nn.Sequential(LinearSigmoid(6, 7, dtype=torch.float64), Linear(7, 3, dtype=torch.float64))
-    expected = results(whole, x, g)
-    for gather in (False, True):
-        mesh = tp_mesh()
-        split = torch.nn.Sequential(
-            COLUMN(6, 7, mesh=mesh, activation="sigmoid", gather_output=gather, dtype=torch.float64),
-            ROW(7, 3, mesh=mesh, input_is_parallel=not gather, dtype=torch.float64),
-        )
-        load_whole_state_dict(split, whole.state_dict())
-        found = results(split, x, g)
-        axes = {"0.weight": 0, "0.bias": 0, "1.weight": 1}
-        for name, t in expected.items():
-            torch.testing.assert_close(found[name], mine(t, axes.get(name)), **TIGHT)
+    x, g = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    first, second = torch.nn.Linear(6, 7).double(), torch.nn.Linear(7, 3).double()
+    sigmoid, identity, mesh = torch.nn.Sigmoid(), torch.nn.Identity(), tp_mesh()
+    whole = torch.nn.Sequential(first, sigmoid, second)
+    twins = [
+        [reference.ColumnParallelLinear(first), sigmoid, reference.RowParallelLinear(second)],
+        parallel_mlp(whole, mesh),
+        [COLUMN.from_linear(first, mesh=mesh), sigmoid, ROW.from_linear(second, mesh=mesh)],
+        [
+            COLUMN.from_linear(first, mesh=mesh, activation="sigmoid", gather_output=True),
+            identity,
+            ROW.from_linear(second, mesh=mesh, input_is_parallel=False),
+        ],
+    ]
+    axes = {"0.weight": 0, "0.bias": 0, "2.weight": 1}
+    expected = {name: mine(t, axes.get(name)) for name, t in results(whole, x, g).items()}
+    for twin in twins:
+        torch.testing.assert_close(results(torch.nn.Sequential(*twin), x, g), expected, **TIGHT)
 
 
-def test_a_pair_with_and_without_gathering_between(ranks):
-    ranks(4, pair_with_gathered_halves)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_pairs_equal_the_plain_references(ranks, world_size):
+    ranks(world_size, pairs_equal_the_references)
+
+
+def averaged() -> tuple[list[list[float]], list[list[float]]]:
+    """A model's gradients, averaged by DistributedDataParallel and by the reference."""
+    torch.manual_seed(0)
+    plain = MLP([5, 7, 3], dtype=torch.float64)
+    replica = DistributedDataParallel(copy.deepcopy(plain))
+    torch.manual_seed(dist.get_rank())
+    x = torch.randn(4, 5, dtype=torch.float64)
+    for model in (replica, plain):
+        model(x).square().sum().backward()
+    reference.average_gradients(plain)
+    return tuple([p.grad.flatten().tolist() for p in model.parameters()] for model in (replica, plain))
+
+
+def test_replicas_average_as_the_plain_reference(ranks):
+    for replica, plain in ranks(3, averaged):
+        for found, expected in zip(replica, plain, strict=True):
+            assert found == pytest.approx(expected, rel=0, abs=TIGHT["atol"])
 
 
 def check_layer_gradients(kind: Any, activation: Any, reduction: Any) -> None:
-    """The layer as a function of whole tensors, the same on all ranks, which perturb them alike."""
+    """Check the layer as a function of whole tensors, which gradcheck perturbs alike on all ranks."""
     options: dict[str, Any] = {"gather_output": True} if kind is COLUMN else {"input_is_parallel": False}
     options["reduction"] = reduction
     layer, whole = pair_of_layers(kind, (3, 3), True, activation, torch.float64, **options)
@@ -219,9 +244,9 @@ def check_layer_gradients(kind: Any, activation: Any, reduction: Any) -> None:
         return functional_call(layer, own, (x,))
 
     x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    torch.manual_seed(1)  # gradgradcheck draws incoming gradients
+    torch.manual_seed(1)  # for the incoming gradients that gradgradcheck draws
     assert gradcheck(function, (x, *whole.parameters()))
-    assert gradgradcheck(function, (x, *whole.parameters()))
+    assert gradgradcheck(function, (x, *whole.parameters()), fast_mode=True)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +264,7 @@ def test_first_and_second_derivatives(ranks, kind, activation, reduction):
 
 
 def region_values() -> None:
-    """The table in regions.py, each rank with other numbers."""
+    """The table in regions.py, with different numbers on each rank."""
     mesh, p, rank = tp_mesh(), dist.get_world_size(), dist.get_rank()
     for width in (7, 1):
         torch.manual_seed(0)
@@ -274,7 +299,7 @@ def test_regions_forward_and_backward(ranks, world_size):
 
 
 def check_region_gradients() -> list[bool]:
-    """Whether the derivatives pass: of both pairs of regions, and of a pair without its backward."""
+    """Whether derivatives are right: of both pairs of regions, and of a pair without its backward pass."""
     mesh, rank = tp_mesh(), dist.get_rank()
     x = torch.linspace(-1, 2, 6, dtype=torch.float64).view(2, 3).requires_grad_()
 
@@ -316,12 +341,19 @@ def error_of(build: Callable[..., Any], *args: Any, **options: Any) -> str:
 def bad_arguments() -> list[str]:
     mesh = tp_mesh()
     square = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("dp", "tp"))
+    linear = torch.nn.Linear(3, 3)
     return [
         error_of(COLUMN, 3, 4, mesh=mesh, activation="tanh"),
         error_of(ROW, 3, 4, mesh=mesh, reduction="slow"),
         error_of(COLUMN, 3, 4, mesh=mesh, init="zeros"),
         error_of(ROW, 3, 4, mesh=square),
         error_of(parallel_mlp, MLP([3, 4, 2]), square),
+        error_of(COLUMN.from_linear, torch.nn.Conv1d(3, 4, 1), mesh=mesh),
+        error_of(ROW.from_linear, AlwaysReducing(3, 4, mesh=mesh), mesh=mesh),
+        error_of(COLUMN.from_linear, LinearSigmoid(3, 4), mesh=mesh, activation="relu"),
+        error_of(parallel_mlp, linear, mesh),
+        error_of(parallel_mlp, torch.nn.Sequential(linear, torch.nn.Dropout(), torch.nn.Linear(3, 1)), mesh),
+        error_of(parallel_mlp, torch.nn.Sequential(linear, torch.nn.ReLU(), linear), mesh),
     ]
 
 
@@ -333,16 +365,23 @@ def test_bad_arguments_are_named_on_every_rank(ranks):
         "reduction is 'slow', expected 'fast' or 'invariant'",
         "init is 'zeros', expected 'xavier_uniform' or 'xavier_normal'",
         *["mesh has dimensions ('dp', 'tp'), expected one, such as mesh['tp']"] * 2,
+        "cannot split a Conv1d, expected torch.nn.Linear or torchpar.nn.Linear, LinearSigmoid or LinearReLU",
+        "cannot split a AlwaysReducing, expected torch.nn.Linear or "
+        "torchpar.nn.Linear, LinearSigmoid or LinearReLU",
+        "activation is 'relu', but LinearSigmoid has 'sigmoid' already",
+        "cannot split a Linear, expected torchpar.nn.MLP or torch.nn.Sequential",
+        "cannot split layer 1, a Dropout; expected linear layers, torch.nn.Sigmoid and torch.nn.ReLU",
+        "cannot split layers that share parameters, expected each layer to have its own",
     ]
 
 
-def spread_by_rank(sizes: list[list[int]]) -> str:
+def split_by_rank(sizes: list[list[int]]) -> str:
     return error_of(parallel_mlp, MLP(sizes[dist.get_rank()]), tp_mesh())
 
 
 @pytest.mark.parametrize("other", [[5, 8, 5], [5, 7, 5, 7, 5], [5, 5]])
-def test_ranks_that_split_different_mlps_all_hear_of_it(ranks, other):
-    for message in ranks(2, spread_by_rank, [[5, 7, 5], other]):
+def test_splitting_different_mlps_fails_on_every_rank(ranks, other):
+    for message in ranks(2, split_by_rank, [[5, 7, 5], other]):
         assert message != "no error"
         assert "\n" not in message
 
@@ -372,56 +411,78 @@ def build_by_rank(arguments: list[tuple[Any, dict[str, Any]]]) -> str:
         *["input_is_parallel", "dtype", "init", "kind"],
     ],
 )
-def test_ranks_that_build_different_layers_all_hear_of_it(ranks, first, second):
+def test_building_different_layers_fails_on_every_rank(ranks, first, second):
     for message in ranks(2, build_by_rank, [first, second]):
         assert message != "no error"
         assert "\n" not in message
 
 
-def test_ranks_that_build_the_same_layer_hear_of_nothing(ranks):
+def test_building_the_same_layer_does_not_fail(ranks):
     assert ranks(2, build_by_rank, [(COLUMN, {"out_features": 5})] * 2) == ["no error"] * 2
 
 
-def mlp_equals() -> None:
-    x = torch.randn(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    mesh = tp_mesh()
+def sequential() -> torch.nn.Sequential:
+    """PyTorch's own layers with one ReLU in two places, and units whose sum is exactly 0.
+
+    There the gradient of `torch.nn.ReLU` is 0, and that of `torchpar.nn.LinearReLU` is one half.
+    """
+    relu = torch.nn.ReLU(inplace=True)
+    layers = {
+        "in": torch.nn.Linear(9, 7),
+        "act": relu,
+        "mid": torch.nn.Linear(7, 1, bias=False),
+        "again": relu,
+    }
+    model = torch.nn.Sequential(
+        OrderedDict(layers),
+    )
+    model.extend([LinearSigmoid(1, 6), torch.nn.Linear(6, 4), torch.nn.Sigmoid()])
+    with torch.no_grad():
+        model[0].weight[::2], model[0].bias[::2] = 0, 0
+    return model.double()
+
+
+def mlp_equals(reduction: Any, device: str) -> None:
+    x = torch.randn(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(device)
+    mesh = tp_mesh(device)
     cases = [((9, 3), "sigmoid", "sigmoid"), ((9, 33, 5), "relu", "logits")]
     cases += [((9, 7, 1, 4), "sigmoid", "logits"), ((9, 1, 6, 33, 2), "relu", "sigmoid")]
-    for sizes, hidden, output in cases:
-        torch.manual_seed(0)
-        whole = MLP(sizes, hidden, output, dtype=torch.float64)
-        g = torch.randn(6, sizes[-1], dtype=torch.float64)
-        before = copy.deepcopy(whole.state_dict())
-        twin = parallel_mlp(whole, mesh)
-        assert isinstance(twin, MLP)
+    torch.manual_seed(0)
+    for whole in (*(MLP(*case, dtype=torch.float64) for case in cases), sequential()):
+        before = copy.deepcopy(whole.to(device).state_dict())
+        twin = parallel_mlp(whole, mesh, reduction)
+        assert type(twin) is type(whole)
+        g = torch.randn_like(whole(x))
         found, expected = results(twin, x, g), results(whole, x, g)
+        assert list(found) == list(expected)
         for name, t in expected.items():
             axis = next((a for a in range(t.dim()) if found[name].shape[a] != t.shape[a]), None)
             torch.testing.assert_close(found[name], mine(t, axis), **TIGHT)
-        state = whole_state_dict(twin)
+        state = full_state_dict(twin)
         assert list(state) == list(before)
         assert all(torch.equal(state[name], t) for name, t in before.items())
         with torch.no_grad():
             for p in twin.parameters():
                 p.add_(1)
         assert all(torch.equal(t, before[name]) for name, t in whole.state_dict().items())
-        assert all(torch.equal(t, before[name] + 1) for name, t in whole_state_dict(twin).items())
+        assert all(torch.equal(t, before[name] + 1) for name, t in full_state_dict(twin).items())
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_parallel_mlp_equals_the_mlp_and_leaves_it_as_it_is(ranks, world_size):
-    ranks(world_size, mlp_equals)
+@pytest.mark.parametrize("world_size, reduction", [(1, "fast"), (3, "fast"), (4, "invariant")])
+def test_parallel_mlp_equals_the_whole_mlp_and_does_not_change_it(ranks, device, world_size, reduction):
+    """On a GPU the ranks share it, and gloo sends some messages through the CPU."""
+    ranks(world_size, mlp_equals, reduction, device)
 
 
 WIDTHS = (5, 33, 7, 2)
 
 
 def converted(state: Any) -> dict[str, Any]:
-    """A whole state after it has been a split model's."""
+    """A whole model's state after it has been loaded into a split model and gathered."""
     torch.manual_seed(dist.get_rank())
     twin = parallel_mlp(MLP(WIDTHS), tp_mesh())
-    load_whole_state_dict(twin, {name: torch.from_numpy(t) for name, t in state.items()})
-    return {name: t.numpy() for name, t in whole_state_dict(twin).items()}
+    load_full_state_dict(twin, {name: torch.from_numpy(t) for name, t in state.items()})
+    return {name: t.numpy() for name, t in full_state_dict(twin).items()}
 
 
 def test_a_state_survives_every_mesh(ranks):
@@ -435,23 +496,25 @@ def test_a_state_survives_every_mesh(ranks):
             state = found
 
 
-def takes_a_state_of(sizes: list[int]) -> bool:
-    twin = parallel_mlp(MLP([5, 33, 2]), tp_mesh())
-    try:
-        load_whole_state_dict(twin, MLP(sizes).state_dict())
-    except (RuntimeError, ValueError):
-        return False
-    return True
+def loads(sizes: list[list[int]]) -> list[bool]:
+    """Whether a split model loads the state of a whole one, for each of its sizes."""
+    found = []
+    for state in (MLP(s).state_dict() for s in sizes):
+        try:
+            load_full_state_dict(parallel_mlp(MLP([5, 33, 2]), tp_mesh()), state)
+            found.append(True)
+        except (RuntimeError, ValueError):
+            found.append(False)
+    return found
 
 
 def test_a_state_of_other_sizes_is_refused_on_every_rank(ranks):
-    assert ranks(2, takes_a_state_of, [5, 33, 2]) == [True, True]
-    for sizes in ([5, 30, 2], [5, 40, 2], [6, 33, 2], [5, 33, 33, 2]):
-        assert ranks(2, takes_a_state_of, sizes) == [False, False], sizes
+    sizes = [[5, 33, 2], [5, 30, 2], [5, 40, 2], [6, 33, 2], [5, 33, 33, 2]]
+    assert ranks(2, loads, sizes) == [[True, False, False, False, False]] * 2
 
 
 class AlwaysReducing(ColumnParallelLinear):
-    """As Megatron-LM's layer, which sums a gradient over the ranks that nobody needs."""
+    """A layer that all-reduces the gradient of every input, needed or not, as Megatron-LM's does."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.detach().requires_grad_())
@@ -464,9 +527,9 @@ def collectives_in(function: Callable[[], Any]) -> tuple[Any, dict[str, int]]:
 
 
 def pass_counts(model: torch.nn.Module, needs_gradient: bool) -> list[dict[str, int]]:
-    """Of a forward and of a backward pass."""
+    """The collectives of a forward and of a backward pass."""
     x = torch.randn(3, 5, requires_grad=needs_gradient)
-    head = torch.ones((), requires_grad=True)  # something to learn where all layers are frozen
+    head = torch.ones((), requires_grad=True)  # a parameter, if all layers are frozen
     y, forward = collectives_in(lambda: model(x))
     _, backward = collectives_in((y.sum() * head).backward)
     return [forward, backward]
@@ -511,7 +574,7 @@ def test_collectives_per_pair(ranks):
 
 
 def replica_counts(sizes: list[int]) -> list[dict[str, int]]:
-    """Of a backward pass under no_sync, and of two without."""
+    """The collectives of a backward pass under no_sync, and of two without."""
     replica = DistributedDataParallel(MLP(sizes))
     found = []
     for silent in (replica.no_sync, nullcontext, nullcontext):
@@ -520,8 +583,8 @@ def replica_counts(sizes: list[int]) -> list[dict[str, int]]:
     return found
 
 
-# The first bucket closes at 1 MiB: with the weight of 512 × 600 numbers. Until the order in which gradients
-# come is known, there is one bucket.
+# The weight of 512 × 600 numbers fills the first bucket of 1 MiB. The first backward pass has one bucket,
+# since the order of the gradients is not known yet.
 @pytest.mark.parametrize("sizes, buckets", [([5, 33, 7], 1), ([33, 512, 600, 7], 2)])
 def test_collectives_of_replicas_are_their_buckets(ranks, sizes, buckets):
     for found in ranks(2, replica_counts, sizes):
@@ -530,7 +593,7 @@ def test_collectives_of_replicas_are_their_buckets(ranks, sizes, buckets):
 
 def clip_counts(axes: dict[str, int]) -> tuple[dict[str, int], list[tuple[str, int]]]:
     with join_world("cpu") as world:
-        world = world.split(**axes)
+        world = world.with_mesh(**axes)
         model = parallel_mlp(MLP([5, 7, 3]), world.mesh["tp"])
         model(torch.randn(4, 5)).sum().backward()
         _, counted = collectives_in(lambda: clip_grad_norm_(model, 1e-3, world))
@@ -550,7 +613,7 @@ def test_clipping_sends_one_number(ranks):
 
 
 class Order(TorchDispatchMode):
-    """What happens, in order: products by their shape, and the start and the end of all-reduces."""
+    """The order of events: products by their shape, and the start and end of all-reduces."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -600,65 +663,40 @@ def order_of_events(kind: Any, activation: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("activation", [None, "sigmoid", "relu"])
-def test_the_sum_travels_while_the_weights_gradient_is_computed(ranks, activation):
+def test_the_all_reduce_overlaps_with_the_weights_gradient(ranks, activation):
     dx, dw = (3, 5), (4, 5)
     for events in ranks(2, order_of_events, COLUMN, activation):
         assert events == [dx, "start", dw, "end"]
 
 
-def test_autograds_own_backward_computes_first_and_sends_then(ranks):
+def test_autograds_own_backward_pass_does_not_overlap(ranks):
     for events in ranks(2, order_of_events, SplitByAutograd, None):
         assert events[2:] == ["start", "end"]
 
 
 def send_different_shapes(gather_output: bool) -> list[str]:
-    """What a rank is told whose batch is smaller than the other's, in the first step and in a later one."""
+    """The errors of four steps, in the first and last of which the ranks' batches differ in size."""
     mesh = tp_mesh()
     column = ColumnParallelLinear(4, 6, mesh=mesh, gather_output=gather_output)
     row = RowParallelLinear(6, 3, mesh=mesh)
     forward = column if gather_output else (lambda x: row(column(x)))
-    told = []
+    messages = []
     for rows in (dist.get_rank() + 1, 5, 5, 7 + dist.get_rank()):
         try:
             forward(torch.ones(rows, 4))
-            told.append("")
+            messages.append("")
         except ValueError as e:
-            told.append(str(e))
-    return told
+            messages.append(str(e))
+    return messages
 
 
 @pytest.mark.parametrize("gather_output", [False, True])
-def test_ranks_that_send_different_shapes_are_told_before(ranks, gather_output):
-    """gloo would abort both processes."""
-    for told in ranks(2, send_different_shapes, gather_output):
-        assert [bool(message) for message in told] == [True, False, False, True]
-        for message, rows in ((told[0], (1, 2)), (told[3], (7, 8))):
+def test_different_shapes_are_refused_before_they_are_sent(ranks, gather_output):
+    """Or else gloo would abort both processes."""
+    for messages in ranks(2, send_different_shapes, gather_output):
+        assert [bool(message) for message in messages] == [True, False, False, True]
+        for message, rows in ((messages[0], (1, 2)), (messages[3], (7, 8))):
             shapes = sorted((3, n) if gather_output else (n, 3) for n in rows)
             assert sorted(re.findall(r"\((\d), (\d)\) torch.float32 on rank", message)) == [
                 (str(a), str(b)) for a, b in shapes
             ]
-
-
-def twin_on(device: str, reduction: Any) -> list[float]:
-    """The largest differences of outputs, gradients and states from the unsplit model's, in float64."""
-    torch.manual_seed(0)
-    mlp = MLP([5, 33, 7, 9, 3]).to(device, torch.float64)
-    mesh = init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("tp",))
-    twin = parallel_mlp(mlp, mesh, reduction)
-    x = torch.randn(11, 5, dtype=torch.float64).to(device).requires_grad_()
-    expected, found = mlp(x), twin(x)
-    (dx,) = torch.autograd.grad(expected.square().sum(), x)
-    (split_dx,) = torch.autograd.grad(found.square().sum(), x)
-    states = whole_state_dict(twin)
-    pairs = [(expected, found), (dx, split_dx), *((t, states[name]) for name, t in mlp.state_dict().items())]
-    assert all(b.device.type == device for _, b in pairs)
-    return [(a - b).abs().max().item() for a, b in pairs]
-
-
-@pytest.mark.parametrize("reduction", ["fast", "invariant"])
-def test_ranks_may_share_a_device(ranks, device, reduction):
-    """On a GPU too, where gloo sends some messages through the CPU."""
-    for outputs, dx, *states in ranks(2, twin_on, device, reduction):
-        assert outputs < TIGHT["atol"]
-        assert dx < TIGHT["atol"]
-        assert states == [0.0] * len(states)

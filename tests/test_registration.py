@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How the operators are registered, what importing them costs, and each private name of PyTorch they rely on.
+"""Registration of the operators, the cost of importing them, and each private name of PyTorch that they use.
 
 A failure here after an upgrade of PyTorch says which assumption of torchpar/ops/_library.py no longer holds.
 """
@@ -9,16 +9,19 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from samples import LAYOUTS, OPERATORS, arguments, normal
+from operators import BACKWARDS, OPERATORS
+from samples import LAYOUTS, arguments, normal
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd
 from torch._C._functorch import peek_interpreter_stack
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.compile_fx import compile_fx, compile_fx_aot
 from torch._library.triton import get_triton_kernels_for_op, triton_ops_to_kernels
 from torch._prims_common import compute_elementwise_output_strides
 from torch.autograd import forward_ad
@@ -28,25 +31,29 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 import torchpar
+from torchpar.ops._library import supports_tma
 
 # Of PyTorch's own export (2.11).
 pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec")
 
-SCHEMAS = {
-    "maximum": "(Tensor a, Tensor b) -> Tensor",
-    "matmul_t": "(Tensor x) -> Tensor",
-    "matmul_t_backward": "(Tensor g, Tensor x) -> Tensor",
-    "symmetric_matmul": "(Tensor a, Tensor b, Tensor? c=None, *, "
-    "float alpha=1., float beta=0., bool check=False) -> Tensor",
-    "linear_sigmoid": "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
-    "linear_sigmoid_backward": "(Tensor g, Tensor y) -> (Tensor, Tensor)",
+SCHEMAS = {name: operator.schema for name, operator in OPERATORS.items()} | {
+    name: name + backward.schema for name, backward in BACKWARDS.items()
 }
+
+
+def test_every_registered_operator_is_in_the_record() -> None:
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key("CompositeExplicitAutograd")
+    assert {name for name in registered if name.startswith("torchpar::")} == {
+        f"torchpar::{name}" for name in SCHEMAS
+    }
+    assert set(torchpar.ops.__all__) == set(OPERATORS)
+    assert set(OPERATORS) <= set(torchpar.__all__)
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_schemas_and_tags(name: str) -> None:
     overload = getattr(torch.ops.torchpar, name).default
-    assert str(overload._schema) == f"torchpar::{name}{SCHEMAS[name]}"
+    assert str(overload._schema) == f"torchpar::{SCHEMAS[name]}"
     assert not overload._schema.is_mutable
     assert torch.Tag.pt2_compliant_tag in overload.tags
     for key in ("CompositeExplicitAutograd", "Meta", "Autograd"):
@@ -74,8 +81,8 @@ def imported() -> tuple[list[str], list[str]]:
 
 
 def test_import_adds_only_what_is_ours(imported: tuple[list[str], list[str]]) -> None:
-    # A limit in modules rather than in milliseconds: PyTorch's private modules that are not yet loaded, and
-    # Triton above all, are what would make the import slow.
+    # Modules are counted, not milliseconds: the import would be slow because of Triton and of PyTorch's own
+    # modules that are not loaded yet.
     assert "torchpar.ops.matmul_t" in imported[0]
     assert [module for module in imported[0] if module.partition(".")[0] != "torchpar"] == []
     assert [module for module in imported[0] if module.startswith("torchpar.kernels")] == []
@@ -86,13 +93,8 @@ def test_the_cpu_paths_need_no_triton(imported: tuple[list[str], list[str]]) -> 
     assert packages.isdisjoint({"triton", "torchvision", "lightning", "pytorch_lightning", "matplotlib"})
 
 
-KERNELS = {
-    "maximum": {"maximum_flat_kernel", "maximum_strided_kernel"},
-    "matmul_t": {"symmetric_product_kernel"},
-    "matmul_t_backward": {"symmetrized_product_kernel"},
-    "symmetric_matmul": {"symmetric_product_kernel"},
-    "linear_sigmoid": {"linear_sigmoid_kernel"},
-    "linear_sigmoid_backward": {"sigmoid_backward_kernel"},
+KERNELS = {name: operator.kernels for name, operator in OPERATORS.items()} | {
+    name: {backward.kernel} for name, backward in BACKWARDS.items()
 }
 
 
@@ -137,6 +139,11 @@ def test_forward_ad_level_tells_whether_one_is_entered() -> None:
     assert forward_ad._current_level == -1
 
 
+class Product(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torchpar.matmul_t(x)
+
+
 def test_export_keeps_operators_whole_and_compile_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = []
 
@@ -144,35 +151,75 @@ def test_export_keeps_operators_whole_and_compile_does_not(monkeypatch: pytest.M
         answers.append(custom_triton_ops_decomposition_disabled())
         return answers[-1]
 
-    class Module(torch.nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return torchpar.matmul_t(x)
-
     monkeypatch.setattr("torch.export._trace.custom_triton_ops_decomposition_disabled", ask)
-    torch.export.export(Module(), (torch.ones(3, 2),)).run_decompositions()
+    torch.export.export(Product(), (torch.ones(3, 2),)).run_decompositions()
     assert set(answers) == {True}
     answers.clear()
     torch.compile(torchpar.matmul_t, backend="aot_eager", fullgraph=True)(torch.ones(3, 2))
     assert set(answers) == {False}
 
 
+class _Traced(Exception):
+    pass
+
+
+def _stop(*args: Any, **kwargs: Any) -> Any:
+    raise _Traced
+
+
+def _compile(options: dict[str, Any]) -> Callable[..., Any]:
+    return lambda exported, x: compile_fx(exported.module(), [x], _stop, options)
+
+
+BY_CPP = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)
+
+
 @pytest.mark.parametrize(
-    "call",
+    "trace, expected",
     [
-        lambda x: torchpar.maximum(x, 1 - x),
-        torchpar.matmul_t,
-        lambda x: torchpar.symmetric_matmul(x, x),
-        lambda x: torchpar.linear_sigmoid(x, x.new_ones(4, 3), x.new_ones(4)),
+        pytest.param(_compile({}), True, id="Inductor"),
+        pytest.param(_compile({"cpp_wrapper": True}), BY_CPP, id="Inductor's C++ wrapper"),
+        pytest.param(_compile({"fx_wrapper": True}), False, id="Inductor's FX wrapper"),
+        pytest.param(lambda e, x: compile_fx_aot(e.module(), [x], _stop), BY_CPP, id="AOTInductor"),
+        pytest.param(lambda e, x: e.run_decompositions(decompose_custom_triton_ops=True), False, id="export"),
+        pytest.param(lambda e, x: torch.compile(e.module(), backend="aot_eager")(x), False, id="aot_eager"),
     ],
-    ids=["maximum", "matmul_t", "symmetric_matmul", "linear_sigmoid"],
 )
+def test_supports_tma_where_a_compiler_allocates_for_descriptors(
+    monkeypatch: pytest.MonkeyPatch, trace: Callable[..., Any], expected: bool
+) -> None:
+    answers = []
+
+    def ask() -> bool:  # while the operator is traced
+        answers.append(supports_tma(torch.library.wrap_triton))
+        return False
+
+    x = torch.ones(3, 2)
+    exported = torch.export.export(Product(), (x,))
+    monkeypatch.setattr("torch.export._trace.custom_triton_ops_decomposition_disabled", ask)
+    with suppress(_Traced):
+        trace(exported, x)
+    assert set(answers) == {expected}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
 @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
-def test_compilers_take_operands_whose_size_only_the_data_tells(call: Callable[[Tensor], Tensor]) -> None:
+def test_compilers_take_operands_of_data_dependent_size(name: str) -> None:
+    operator = OPERATORS[name]
+
     def function(x: Tensor) -> Tensor:
-        return call(x[x[:, 0] > 0]).square().sum()
+        x = x[x[:, 0] > 0]
+        if name == "maximum":
+            return operator.op(x, 1 - x).square().sum()
+        sizes = {"n": x.shape[0], "k": 3, "o": 4}  # a batch of one
+        args = [
+            x.reshape(shape) if "n" in letters and "k" in letters else x.new_ones(shape)
+            for letters, shape in zip(operator.shapes, operator.sized(sizes), strict=True)
+        ]
+        return operator.op(*args).square().sum()
 
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    x = torch.linspace(-1, 2, 900).view(300, 3).requires_grad_()  # from 256 rows on, products are halved
+    x = torch.linspace(-1, 2, 900).view(300, 3).requires_grad_()
     assert_close(compiled(x.detach()), function(x.detach()))
     assert_close(torch.autograd.grad(compiled(x), x), torch.autograd.grad(function(x), x))
 
@@ -199,8 +246,8 @@ def test_compilers_look_through_an_operator_and_other_tracers_do_not() -> None:
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_functionalize(name: str) -> None:
-    args = arguments(((3, 4), (3, 4)) if name != "matmul_t" else ((3, 4),))
-    assert_close(functionalize(OPERATORS[name].op)(*args), OPERATORS[name].native(*args))
+    args = arguments(OPERATORS[name].small[0])
+    assert_close(functionalize(OPERATORS[name].op)(*args), OPERATORS[name].plain(*args))
 
 
 def test_compute_elementwise_output_strides_is_atens() -> None:

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""Where a process stands in each launcher, and meeting again after the processes of a start have died.
+"""Variables of each launcher, and connecting: again after a restart, and at a port that is taken.
 
-The processes that the tests start run this file, with the name of one of its functions.
+Processes that a launcher starts run this file, with the name of one of its functions.
 """
 
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -17,11 +19,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from commands import ROOT
+from ranks import fork_context
 
 from torchpar.errors import ConfigError
-from torchpar.parallel.rendezvous import Place, absent, connect, find_place
+from torchpar.parallel.launch import rendezvous
+from torchpar.parallel.launch.rendezvous import RankInfo, connect, find_rank_info, missing_ranks
 
-ROOT = Path(__file__).parent.parent
 # The wheels of MPICH and Open MPI put theirs beside Python.
 MPIRUN = shutil.which("mpirun", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
 
@@ -62,14 +66,14 @@ MASTER = {"MASTER_ADDR": "m", "MASTER_PORT": "1234"}
         (MPICH | {"PMI_RANK": "0", "MPI_LOCALRANKID": "0", "PMI_SIZE": "1", "MPI_LOCALNRANKS": "1"}, None),
     ],
 )
-def test_place_in_each_launcher(env, expected):
-    place = find_place(env)
+def test_rank_info_of_each_launcher(env, expected):
+    info = find_rank_info(env)
     if expected is None:
-        assert place is None
+        assert info is None
     else:
         *numbers, address, port, launcher = expected
-        assert place == Place(*numbers, address, place.port if port is None else port, launcher)
-        assert port is not None or 20000 <= place.port < 32000
+        assert info == RankInfo(*numbers, address, info.port if port is None else port, launcher)
+        assert port is not None or 20000 <= info.port < 32000
 
 
 @pytest.mark.parametrize(
@@ -94,27 +98,27 @@ def test_place_in_each_launcher(env, expected):
 )
 def test_bad_variables_are_named(env, message):
     with pytest.raises(ConfigError) as error:
-        find_place(env)
+        find_rank_info(env)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_ports_of_two_jobs_differ():
-    other = find_place(OPENMPI | {"PMIX_NAMESPACE": "prterun-host-8@1"})
-    assert find_place(OPENMPI) == find_place(OPENMPI)
-    assert find_place(OPENMPI).port != other.port
+    other = find_rank_info(OPENMPI | {"PMIX_NAMESPACE": "prterun-host-8@1"})
+    assert find_rank_info(OPENMPI) == find_rank_info(OPENMPI)
+    assert find_rank_info(OPENMPI).port != other.port
 
 
 @pytest.fixture
 def agent() -> dist.TCPStore:
-    """A store that outlives those who meet at it, as torchrun's."""
+    """A store that outlives the ranks, as that of torchrun's agent."""
     return dist.TCPStore("127.0.0.1", 0, is_master=True)
 
 
 def meet(agent: dist.TCPStore, *ranks: int, world_size: int = 3, timeout: float = 20.0) -> list[dist.Store]:
     def at(rank: int) -> dist.Store:
-        place = Place(rank, rank, world_size, world_size, "127.0.0.1", agent.port, "torchrun")
-        return connect(place, timedelta(seconds=timeout))
+        info = RankInfo(rank, rank, world_size, world_size, "127.0.0.1", agent.port, "torchrun")
+        return connect(info, timedelta(seconds=timeout))
 
     with ThreadPoolExecutor(len(ranks)) as pool:
         return list(pool.map(at, ranks))
@@ -133,17 +137,54 @@ def test_each_start_meets_at_an_empty_store(agent):
 
 @pytest.mark.parametrize("joined", [(0,), (0, 2), (1,), (1, 2)])
 def test_a_start_that_not_all_reached_does_not_disturb_the_next(agent, joined):
-    with pytest.raises(ConfigError, match="rank 1 did not join" if 0 in joined else "did not meet"):
+    with pytest.raises(ConfigError, match=r"rank 1(, 2)? did not join" if 0 in joined else "did not meet"):
         meet(agent, *joined, timeout=0.3)
     stores = meet(agent, 0, 1, 2)
     stores[1].set("address", "new")
     assert [store.get("address") for store in stores] == [b"new"] * 3
 
 
-def test_absent_names_nobody_where_all_are_present(agent):
+def test_no_rank_is_missing_if_all_ask(agent):
     stores = meet(agent, 0, 1, 2)
     with ThreadPoolExecutor(3) as pool:
-        assert list(pool.map(lambda rank: absent(stores[rank], rank, 3, 20.0), range(3))) == [[]] * 3
+        assert list(pool.map(lambda rank: missing_ranks(stores[rank], rank, 3, 20.0), range(3))) == [[]] * 3
+
+
+@pytest.fixture(params=["mute", "another job's store"])
+def taken(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A port that another program has."""
+    if request.param == "mute":
+        with socket.create_server(("", 0)) as server:
+            yield server.getsockname()[1]
+    else:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+        yield store.port
+
+
+def test_every_rank_notices_that_the_port_is_taken(monkeypatch, taken):
+    """Soon: a launcher may let the other ranks live when rank 0 has failed."""
+    assert rendezvous.ANSWER <= 10
+    monkeypatch.setattr(rendezvous, "ANSWER", 0.3)
+    for rank, reason in ((0, "EADDRINUSE"), (1, "does not answer as rank 0's store")):
+        began = time.monotonic()
+        with pytest.raises(ConfigError, match=rf"rank {rank} did not meet the others at .*{reason}"):
+            connect(RankInfo(rank, rank, 2, 2, "127.0.0.1", taken, "mpich"), timedelta(seconds=60))
+        assert time.monotonic() - began < 10
+
+
+def test_a_rank_waits_for_a_rank_0_that_is_late(monkeypatch):
+    """Longer than the time that rank 0's store has to answer."""
+    monkeypatch.setattr(rendezvous, "ANSWER", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    infos = [RankInfo(rank, rank, 2, 2, "127.0.0.1", port, "mpich") for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        other = pool.submit(connect, infos[1], timedelta(seconds=30))
+        time.sleep(1)
+        assert not other.done()
+        store = connect(infos[0], timedelta(seconds=30))
+        store.set("address", "new")
+        assert other.result().get("address") == b"new"
 
 
 def start(*command: str, **env: str) -> subprocess.Popen[str]:
@@ -152,32 +193,22 @@ def start(*command: str, **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=inherited | env, cwd="/")
 
 
-def outputs(*processes: subprocess.Popen[str]) -> list[str]:
-    """What each process wrote; those that are stopped are killed when the others have ended."""
+def output(process: subprocess.Popen[str]) -> str:
     try:
-        running = [p for p in processes if p.args[-1] != "stop"]
-        said = [process.communicate(timeout=90) for process in running]
-        assert [process.returncode for process in running] == [0] * len(running), said
-        return [out for out, _ in said]
+        out, err = process.communicate(timeout=90)
+        assert process.returncode == 0, err
+        return out
     finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+        process.kill()
+        process.communicate()
 
 
-def by_hand(rank: int, world_size: int, *arguments: str) -> subprocess.Popen[str]:
-    env = {"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_SIZE": world_size}
-    env |= {"OMPI_COMM_WORLD_LOCAL_RANK": rank, "OMPI_COMM_WORLD_LOCAL_SIZE": world_size}
-    env |= {"PMIX_NAMESPACE": f"{os.getpid()} {os.environ['PYTEST_CURRENT_TEST']}"}
-    return start(sys.executable, __file__, *arguments, **{name: str(value) for name, value in env.items()})
-
-
-def join(timeout: float = 60.0) -> tuple[Place, dist.Store]:
-    place = find_place()
-    store = connect(place, timedelta(seconds=60))
+def join(timeout: float = 60.0) -> tuple[RankInfo, dist.Store]:
+    info = find_rank_info()
+    store = connect(info, timedelta(seconds=60))
     wait = timedelta(seconds=timeout)
-    dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.world_size, timeout=wait)
-    return place, store
+    dist.init_process_group("gloo", store=store, rank=info.rank, world_size=info.world_size, timeout=wait)
+    return info, store
 
 
 def say(line: str) -> None:
@@ -186,10 +217,10 @@ def say(line: str) -> None:
 
 
 def add_up() -> None:
-    place, _ = join()
-    total = torch.tensor([place.rank + 1.0])
+    info, _ = join()
+    total = torch.tensor([info.rank + 1.0])
     dist.all_reduce(total)
-    say(f"{place.launcher} {int(total)}")
+    say(f"{info.launcher} {int(total)}")
     dist.destroy_process_group()
 
 
@@ -197,10 +228,22 @@ def add_up() -> None:
 def test_two_processes_started_by_mpirun():
     root = {f"{name}_ALLOW_RUN_AS_ROOT{end}": "1" for name in ("OMPI", "PRTE") for end in ("", "_CONFIRM")}
     # A shell between mpirun and the ranks: their parents differ.
-    (out,) = outputs(
-        start(MPIRUN, "-n", "2", "sh", "-c", f"{sys.executable} {__file__} add_up; true", **root)
-    )
+    out = output(start(MPIRUN, "-n", "2", "sh", "-c", f"{sys.executable} {__file__} add_up; true", **root))
     assert out in ("openmpi 3\n" * 2, "mpich 3\n" * 2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(MPIRUN is None, reason="no mpirun; pip install mpich")
+def test_mpirun_ends_if_the_port_is_taken(taken):
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken)}
+    process = start(MPIRUN, "-n", "2", sys.executable, __file__, "add_up", **address)
+    try:
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode
+    for rank in range(2):
+        assert f"rank {rank} did not meet the others" in err
 
 
 def die_twice() -> None:
@@ -218,36 +261,56 @@ def die_twice() -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_torchrun_starts_again_after_a_rank_was_killed():
     """Before it joined, and in the middle of its collectives."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     flags = ["--max_restarts=3", "--monitor_interval=0.1"]
-    (out,) = outputs(start(*torchrun, *flags, __file__, "die_twice"))
+    out = output(start(*torchrun, *flags, __file__, "die_twice"))
     assert out.splitlines() == ["attempt 2: 1"] * 2
 
 
-def hang() -> None:
-    place, store = join(2.0)
-    total = torch.tensor([place.rank + 1.0])
+def lose_a_rank(folder: Path, rank: int, world_size: int, stopped: int) -> None:
+    """Write the missing ranks to a file of this rank."""
+    env = {"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_SIZE": world_size, "PMIX_NAMESPACE": folder}
+    env |= {"OMPI_COMM_WORLD_LOCAL_RANK": rank, "OMPI_COMM_WORLD_LOCAL_SIZE": world_size}
+    os.environ.update({name: str(value) for name, value in env.items()})
+    _, store = join(1.0)
+    total = torch.tensor([rank + 1.0])
     dist.all_reduce(total)
-    assert total == place.world_size * (place.world_size + 1) / 2
-    if sys.argv[-1] == "stop":
+    assert total == world_size * (world_size + 1) / 2
+    if rank == stopped:
         os.kill(os.getpid(), signal.SIGSTOP)
     with pytest.raises(RuntimeError):
         dist.all_reduce(total)
     failed = time.monotonic()
-    say(str(absent(store, place.rank, place.world_size, 2.0)))
-    assert time.monotonic() - failed < 2 + 1 + 1
-    if place.rank == 0:  # its end is that of the store
+    missing = missing_ranks(store, rank, world_size, 1.0)
+    assert time.monotonic() - failed < 1 + 0.5 + 1
+    (folder / str(rank)).write_text(str(missing))
+    if rank == 0:  # its end is that of the store
         time.sleep(1)
     os._exit(0)  # the group waits for the rank that hangs
 
 
 @pytest.mark.parametrize("stopped", [0, 2], ids=["host of the store", "another"])
-def test_absent_names_a_rank_that_hangs(stopped):
+def test_a_rank_that_hangs_is_missing(tmp_path, stopped):
     world_size = 3 if stopped else 2
-    ranks = [by_hand(r, world_size, "hang", *["stop"] * (r == stopped)) for r in range(world_size)]
-    assert outputs(*ranks) == [f"[{stopped}]\n"] * (world_size - 1)
+    others = [rank for rank in range(world_size) if rank != stopped]
+    processes = [
+        fork_context().Process(target=lose_a_rank, args=(tmp_path, rank, world_size, stopped))
+        for rank in range(world_size)
+    ]
+    try:
+        for process in processes:
+            process.start()
+        for rank in others:
+            processes[rank].join(60)
+            assert processes[rank].exitcode == 0
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    assert [(tmp_path / str(rank)).read_text() for rank in others] == [f"[{stopped}]"] * len(others)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""How symmetric products round: bounds for any input, and either library behind float32 on CPUs."""
+"""Rounding of symmetric products: bounds for any input, and both libraries for float32 on CPUs."""
 
 import pytest
 import torch
-from samples import FLOATS, assert_accurate, assert_symmetric, error, normal, to_numpy
-from test_symmetric_matmul import assert_contract, op, operands, oracle
+from operators import FLOATS
+from samples import assert_accurate, assert_symmetric, normal, oracle, to_numpy
+from test_symmetric_matmul import contract, op, operands
 from torch import Tensor
 
 import torchpar
@@ -52,7 +53,7 @@ def test_permuted_rows_permute_the_result(n: int, dtype: torch.dtype, device: st
 
 @pytest.fixture
 def onednn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The chains that oneDNN computes during a test, on whatever processor; here, their lengths."""
+    """The lengths of the chains that oneDNN computes during a test, on any processor."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("oneDNN is not in this build of PyTorch")
     lengths: list[int] = []
@@ -62,15 +63,15 @@ def onednn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return lengths
 
 
-# PyTorch's own context manager warns of what it does not change (2.15).
+# PyTorch's own context manager warns of a flag that it does not change (2.15).
 @pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
 @pytest.mark.parametrize("shape", [(384, 300), (385, 1), (600, 256)], ids=str)
 def test_either_library_of_the_cpu_is_right(shape: tuple[int, ...], onednn: list[int]) -> None:
     a, b, c = operands(*shape, make=normal, dtype=torch.float32)
     for enabled in (True, False):
         with torch.backends.mkldnn.flags(enabled=enabled):
-            assert_contract(a, b)
-            assert_contract(a, a, c, alpha=-2.5, beta=1 / 3)
+            contract(a, b)
+            contract(a, a, c, alpha=-2.5, beta=1 / 3)
             actual = torch.ops.torchpar.matmul_t_backward(c.tril(), a)
         total = c.tril() + c.tril().mT
         assert_accurate(actual, total @ a, to_numpy(total) @ to_numpy(a), roundings=3)
@@ -81,17 +82,17 @@ def test_either_library_of_the_cpu_is_right(shape: tuple[int, ...], onednn: list
 
 def test_only_large_float32_matrices_go_to_onednn(onednn: list[int]) -> None:
     for n, dtype in ((383, torch.float32), (400, torch.float64), (400, torch.bfloat16)):
-        op(*operands(n, 3, dtype=dtype))
+        op(*operands(n, 3, dtype=dtype), beta=1)
     assert onednn == []
-    op(*operands(400, 0, dtype=torch.float32))
+    op(*operands(400, 0, dtype=torch.float32), beta=1)
     assert onednn == []
-    op(*operands(400, 3, dtype=torch.float32))
+    op(*operands(400, 3, dtype=torch.float32), beta=1)
     assert onednn != []
 
 
 def assert_all_accurate(xs: list[Tensor]) -> None:
     for x in xs:
-        assert_accurate(op(x, x), x @ x.mT, oracle(x, x))
+        assert_accurate(op(x, x), x @ x.mT, oracle("matmul_t", (x,)))
 
 
 only_where_used = pytest.mark.skipif(
@@ -103,18 +104,14 @@ only_where_used = pytest.mark.skipif(
 @only_where_used
 @pytest.mark.parametrize("k", [64, 200, 256, 512, 1000])
 def test_sums_in_chains_keep_pytorchs_accuracy(k: int, onednn: list[int]) -> None:
-    assert_all_accurate([normal(384, k, dtype=torch.float32, seed=seed) for seed in range(10)])
-    assert sum(onednn) == 10 * 2 * k  # two blocks of rows
+    assert_all_accurate([normal(384, k, dtype=torch.float32, seed=seed) for seed in range(5)])
+    assert sum(onednn) == 5 * 2 * k  # two blocks of rows
 
 
 @only_where_used
 def test_one_chain_would_lose_accuracy(onednn: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    xs = [normal(384, k, dtype=torch.float32, seed=seed) for k in (512, 5000) for seed in range(5)]
+    xs = [normal(384, 5000, dtype=torch.float32, seed=seed) for seed in range(2)]
     assert_all_accurate(xs)
-    cut = [error(op(x, x), oracle(x, x)) for x in xs]
     monkeypatch.setattr(_cpu, "_CHAIN", 5000)
-    whole = [error(op(x, x), oracle(x, x)) for x in xs]
-    assert sum(whole[:5]) > sum(cut[:5])
-    assert sum(whole[5:]) > sum(cut[5:])
     with pytest.raises(AssertionError):
         assert_all_accurate(xs)

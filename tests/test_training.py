@@ -1,31 +1,44 @@
 # SPDX-License-Identifier: MIT
-import copy
+"""Training: two ranks learn what one learns; a run evaluates, saves, resumes and stops."""
+
 import dataclasses
 import math
 import os
+import re
 import signal
+from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import plain_loop
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from torchpar import training
-from torchpar.collectives import WatchedStep
 from torchpar.data import Samples
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
-from torchpar.optim import ChainedOptimizer
-from torchpar.parallel.mlp import parallel_mlp
-from torchpar.parallel.step import ReplicaStep, Step
-from torchpar.parallel.stop import StopSignal
-from torchpar.parallel.world import World, join_world
-from torchpar.phases import Phases
-from torchpar.progress import EpochResult
+from torchpar.parallel.launch.world import World, join_world
+from torchpar.parallel.split.invariant import invariant_gradients
+from torchpar.parallel.split.mlp import parallel_mlp
+from torchpar.profile.collectives import Collectives
+from torchpar.profile.phases import Phases
+from torchpar.training import loss_sum
+from torchpar.training import run as run_module
+from torchpar.training.run import EVALUATION_BATCH
+from torchpar.training.state import EpochResult
+from torchpar.training.stop import StopSignal
 
 SIZES = [784, 20, 10]
+
+
+@pytest.fixture
+def alone() -> Iterator[World]:
+    with join_world("cpu") as world:
+        yield world
 
 
 def samples(n: int, seed: int) -> Samples:
@@ -48,38 +61,30 @@ class InDouble(torch.nn.Module):
         return self.model(x.double())
 
 
-def train(
-    n: int = 203, batch_size: int = 50, double: bool = False, phases: bool = False, **options: Any
-) -> Any:
-    """Losses, weights and confusion matrix of a short run on the ranks there are."""
+def train(n: int = 203, batch_size: int = 50, double: bool = False, measured: bool = False) -> Any:
+    """Losses, weights, confusion matrix and seconds by phase of a short run on the ranks there are."""
     torch.manual_seed(0)
     model: torch.nn.Module = InDouble(MLP(SIZES)) if double else MLP(SIZES)
-    with join_world("cpu") as world:
-        forward, measured = model, Phases(world.device) if phases else None
-        if world.world_size > 1:
-            forward = DistributedDataParallel(model)
-        step: Step = ReplicaStep(forward, world.data_ranks)
+    phases = Phases(torch.device("cpu"))
+    with join_world("cpu") as world, ExitStack() as stack:
+        replica = DistributedDataParallel(model) if world.world_size > 1 else model
         if measured:
-            step = WatchedStep(step, world)
+            stack.enter_context(phases)
+            stack.enter_context(Collectives(world))
+        optimizer = training.sgd(model, lr=0.3, momentum=0.9, weight_decay=1e-4)
         test = samples(101, seed=2)
-        results = training.fit(
-            model,
-            training.sgd(model, lr=0.3, momentum=0.9, weight_decay=1e-4),
-            samples(n, seed=1),
-            test,
-            world,
-            step=step,
+        run = plain_loop.train(
+            *(model, optimizer, world, samples(n, seed=1), test),
+            replica=replica,
             epochs=2,
             batch_size=batch_size,
-            phases=measured,
-            **options,
         )
-        _, outputs = training.evaluate(step, test, world, "cross-entropy")
+        _, outputs = run.evaluate()
         confusion = torch.zeros(10, 10, dtype=torch.int64)
         confusion.index_put_((test.labels, outputs.argmax(1)), torch.ones(1, dtype=torch.int64), True)
-    losses = [(r.train_loss, r.test_loss) for r in results]
+    losses = [(r.train_loss, r.test_loss) for r in run.results]
     weights = [p.detach().double().numpy() for p in model.parameters()]
-    return losses, weights, confusion.tolist(), measured and measured.seconds
+    return losses, weights, confusion.tolist(), phases.seconds
 
 
 # A batch remainder of 3 leaves a rank of four without samples; batches of 50 split unevenly over four.
@@ -110,7 +115,7 @@ def test_ranks_learn_what_one_process_learns(ranks, world_size):
         assert mine <= 2 * ones + torch.finfo(torch.float32).eps * largest
 
 
-def test_the_comparison_rejects_a_mean_of_means(ranks, monkeypatch):
+def test_the_comparison_rejects_a_mean_of_means(ranks):
     """Averaging each rank's own mean, as DistributedDataParallel alone would, is not the global mean."""
     (one,) = ranks(1, train)
     wrong = ranks(2, train_on_means)[0]
@@ -118,28 +123,26 @@ def test_the_comparison_rejects_a_mean_of_means(ranks, monkeypatch):
 
 
 def train_on_means() -> Any:
-    unevenly = training.batches
+    whole = run_module.batches
 
-    def with_local_size(*args: Any, **kwargs: Any) -> Any:
-        for batch in unevenly(*args, **kwargs):
-            yield batch._replace(global_size=kwargs["world"].world_size * len(batch.labels))
+    def with_local_size(*args: Any, share: Any, **kwargs: Any) -> Any:
+        for batch in whole(*args, share=share, **kwargs):
+            yield batch._replace(global_size=share(0).ranks * len(batch.labels))
 
-    training.batches = with_local_size  # type: ignore[assignment]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "batches", with_local_size)
         return train(n=203, batch_size=51)
-    finally:
-        training.batches = unevenly
 
 
 def evaluate(n: int) -> Any:
     torch.manual_seed(0)
     with join_world("cpu") as world:
-        loss, outputs = training.evaluate(ReplicaStep(MLP(SIZES)), samples(n, seed=2), world, "cross-entropy")
-    return loss, outputs.numpy()
+        loss, outputs = training.evaluate(MLP(SIZES), samples(n, seed=2), world, "cross-entropy")
+    return loss, outputs.detach().numpy()
 
 
 # 3 chunks: a rank of four has none; the last one is small.
-@pytest.mark.parametrize("n", [101, 2 * training.EVALUATION_BATCH + 1])
+@pytest.mark.parametrize("n", [101, 2 * run_module.EVALUATION_BATCH + 1])
 def test_evaluation_counts_every_sample_once_and_the_same_on_all_ranks(ranks, n):
     loss, outputs = ranks(1, evaluate, n)[0]
     torch.manual_seed(0)
@@ -162,17 +165,17 @@ def test_phases_change_no_bit(ranks):
     assert spent == {"data", "forward", "backward", "collectives", "optimizer"}
 
 
-def test_fewer_samples_in_a_batch_than_ranks():
-    with pytest.raises(ConfigError, match=r"batch size 3 is smaller than the number of ranks .* 4"):
-        training.fit(
-            MLP(SIZES),
-            torch.optim.SGD([torch.zeros(1)]),
-            samples(9, 0),
-            samples(9, 0),
-            World(0, 0, 4, torch.device("cpu")),
-            epochs=1,
-            batch_size=3,
-        )
+def refuse_a_batch_of_one() -> str:
+    model = MLP(SIZES)
+    optimizer = torch.optim.SGD(model.parameters())
+    with join_world("cpu") as world, pytest.raises(ConfigError) as caught:
+        plain_loop.train(model, optimizer, world, samples(9, 0), samples(9, 0), epochs=1, batch_size=1)
+    return str(caught.value)
+
+
+def test_fewer_samples_in_a_batch_than_ranks(ranks):
+    for message in ranks(2, refuse_a_batch_of_one):
+        assert message.startswith("batch size 1 is smaller than the number of ranks that share it, 2;")
 
 
 OPTIMIZERS = {
@@ -184,26 +187,21 @@ OPTIMIZERS = {
 def run_alone(
     epochs: int,
     folder: Path | None = None,
-    schedule: training.Schedule = "linear",
     optimizer: Any = OPTIMIZERS["sgd"],
-    **run: Any,
+    **config: Any,
 ) -> tuple[MLP, list[EpochResult]]:
     torch.manual_seed(0)
     model = MLP(SIZES)
-    world = World(0, 0, 1, torch.device("cpu"))
-    results = training.fit(
-        model,
-        optimizer(model),
-        samples(200, 1),
-        samples(50, 2),
-        world,
-        epochs=epochs,
-        batch_size=32,
-        schedule=schedule,
-        saving=training.Saving(folder) if folder else None,
-        run=run,
-    )
-    return model, results
+    with join_world("cpu") as world:
+        run = plain_loop.train(
+            *(model, optimizer(model), world, samples(200, 1), samples(50, 2)),
+            epochs=epochs,
+            batch_size=32,
+            schedule="constant",
+            checkpoint=training.CheckpointConfig(folder) if folder else None,
+            config=config,
+        )
+    return model, run.results
 
 
 def same_run(a: list[EpochResult], b: list[EpochResult]) -> bool:
@@ -213,7 +211,7 @@ def same_run(a: list[EpochResult], b: list[EpochResult]) -> bool:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_learns_and_resumes_bit_for_bit(tmp_path, optimizer):
-    run = partial(run_alone, schedule="constant", optimizer=optimizer)
+    run = partial(run_alone, optimizer=optimizer)
     model, results = run(4)
     assert results[-1].test_accuracy == 1.0
     assert results[-1].train_loss < results[0].train_loss / 2
@@ -229,29 +227,22 @@ def test_learns_and_resumes_bit_for_bit(tmp_path, optimizer):
 
 
 def train_by_muon() -> tuple[float, list[Any], str]:
-    """The last training loss and the weights; what is said of weights that are split."""
+    """The last training loss and the weights, and the error for weights that are split."""
     torch.manual_seed(0)
     model = MLP(SIZES)
     with join_world("cpu") as world:
-        forward = DistributedDataParallel(model) if world.world_size > 1 else model
-        results = training.fit(
-            model,
-            OPTIMIZERS["muon"](model),
-            samples(203, seed=1),
-            samples(101, seed=2),
-            world,
-            step=ReplicaStep(forward, world.data_ranks),
+        run = plain_loop.train(
+            *(model, OPTIMIZERS["muon"](model), world, samples(203, seed=1), samples(101, seed=2)),
+            replica=DistributedDataParallel(model) if world.world_size > 1 else model,
             epochs=4,
             batch_size=50,
         )
-        mesh = world.split(tp=world.world_size).mesh
-        assert mesh is not None
         refused = ""
         try:
-            OPTIMIZERS["muon"](parallel_mlp(MLP(SIZES), mesh["tp"]))
+            OPTIMIZERS["muon"](parallel_mlp(MLP(SIZES), world.with_mesh(tp=world.world_size).mesh["tp"]))
         except ConfigError as e:
             refused = str(e)
-    return results[-1].train_loss, [p.detach().numpy() for p in model.parameters()], refused
+    return run.results[-1].train_loss, [p.detach().numpy() for p in model.parameters()], refused
 
 
 def test_muon_on_two_ranks(ranks):
@@ -292,58 +283,52 @@ def test_muon_moves_the_weights_and_sgd_the_biases():
         torch.testing.assert_close(model.layers[0].weight, MLP(SIZES).layers[0].weight)
 
 
-def test_a_chain_of_optimizers_is_one():
-    """Copied, given a closure, and closed to parameters that no optimizer of it would move."""
-    p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
-    chain = ChainedOptimizer(torch.optim.SGD([p], lr=0.1), torch.optim.SGD([q], lr=0.2))
-    copied = copy.deepcopy(chain)
-    for optimizer in (chain, copied):
-        (a,), (b,) = (group["params"] for group in optimizer.param_groups)
-
-        def closure(a: torch.Tensor = a, b: torch.Tensor = b) -> torch.Tensor:
-            loss = (a + 2 * b).sum()
-            loss.backward()
-            return loss
-
-        assert optimizer.step(closure).item() == 6
-        torch.testing.assert_close(a, torch.full((2,), 0.9))
-        torch.testing.assert_close(b, torch.full((2,), 0.6))
-    with pytest.raises(NotImplementedError, match="add a group to one of its optimizers"):
-        chain.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
-
-
-def test_a_chain_of_optimizers_keeps_their_state():
-    p, q, r = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
-    members = torch.optim.SGD([p], lr=0.1, momentum=0.9), torch.optim.SGD([q], lr=0.1, momentum=0.5)
-    for _ in range(2):
-        for t in (p, q):
-            t.grad = torch.ones(2)
-        for member in members:
-            member.step()
-    chain = ChainedOptimizer(*members)
-    torch.testing.assert_close(chain.state[p]["momentum_buffer"], torch.full((2,), 1.9))
-    torch.testing.assert_close(chain.state[q]["momentum_buffer"], torch.full((2,), 1.5))
-    saved = chain.state_dict()
-    members[0].add_param_group({"params": [r]})
-    with pytest.raises(RuntimeError, match="one of its optimizers has another group; chain anew"):
-        chain.load_state_dict(saved)
-    assert len(ChainedOptimizer(*members).state) == 2
-
-
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     run_alone(1, tmp_path, lr=0.3, hidden=(20,))
     with pytest.raises(ConfigError, match=r"holds a run with hidden \[20\], this one has hidden \[30\]"):
         run_alone(1, tmp_path, lr=0.3, hidden=(30,))
 
 
-def test_another_number_of_epochs_is_refused(tmp_path):
-    """A falling rate would have fallen otherwise; a constant one may go on, but not back."""
-    run_alone(2, tmp_path / "linear")
-    with pytest.raises(ConfigError, match="holds a run with epochs 2, this one has epochs 4"):
-        run_alone(4, tmp_path / "linear")
-    run_alone(2, tmp_path / "constant", schedule="constant")
+def test_a_checkpoint_of_more_epochs_is_refused(tmp_path):
+    run_alone(2, tmp_path)
     with pytest.raises(ConfigError, match="holds 2 epochs, more than the 1 asked for"):
-        run_alone(1, tmp_path / "constant", schedule="constant")
+        run_alone(1, tmp_path)
+
+
+def test_flags_of_another_script_do_not_matter(tmp_path):
+    run_alone(1, tmp_path, lr=0.3)
+    _, results = run_alone(2, tmp_path, lr=0.3, pipeline="gpipe")
+    assert len(results) == 2
+
+
+def run_with(world: World, folder: Path) -> None:
+    model = MLP(SIZES)
+    scheduler = training.lr_scheduler(OPTIMIZERS["sgd"](model), "constant", 5)
+    with training.Run(
+        *(model, OPTIMIZERS["sgd"](model), scheduler, world, samples(64, 1), samples(50, 2)),
+        epochs=1,
+        batch_size=32,
+        checkpoint=training.CheckpointConfig(folder),
+    ) as run:
+        for epoch in run.epochs():
+            for x, labels, size in run.batches(epoch):
+                loss_sum = partial(training.loss_sum, "cross-entropy")
+                if world.reduction == "invariant":
+                    run.log(invariant_gradients(model, world, x, labels, size, loss_sum))
+                else:
+                    loss = loss_sum(model(x), labels)
+                    loss.backward()
+                    run.log(loss.detach())
+
+
+@pytest.mark.parametrize("first, then", [("fast", "invariant"), ("invariant", "fast")])
+def test_a_checkpoint_of_the_other_reduction_is_refused(alone, tmp_path, first, then):
+    run_with(alone.with_mesh(reduction=first), tmp_path)
+    run_with(alone.with_mesh(reduction=first), tmp_path)
+    with pytest.raises(
+        ConfigError, match=f"holds a run with reduction {first}, this one has reduction {then}"
+    ):
+        run_with(alone.with_mesh(reduction=then), tmp_path)
 
 
 def test_losses_are_torchs(device):
@@ -394,15 +379,15 @@ def test_weight_decay_is_an_l2_penalty(decay_biases):
 
 
 def test_schedules():
-    def course(schedule: training.Schedule) -> list[float]:
+    def course(schedule: training.LRSchedule) -> list[float]:
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
-        rate = training.scheduler(optimizer, schedule, 4)
+        scheduler = training.lr_scheduler(optimizer, schedule, 4)
         rates = []
         for _ in range(4):
-            rates.append(rate.get_last_lr()[0])
+            rates.append(scheduler.get_last_lr()[0])
             optimizer.step()
-            rate.step()
-        return [*rates, rate.get_last_lr()[0]]
+            scheduler.step()
+        return [*rates, scheduler.get_last_lr()[0]]
 
     assert course("linear") == [2.0, 1.5, 1.0, 0.5, 0.0]
     assert course("constant") == [2.0] * 5
@@ -411,25 +396,232 @@ def test_schedules():
         course("steps")  # type: ignore[arg-type]
 
 
-def test_told_to_stop_twice(tmp_path):
-    """The second time, while it leaves, does not kill the process."""
+def test_a_second_signal_does_not_kill_a_process_that_is_leaving(alone):
     before = signal.getsignal(signal.SIGTERM)
     try:
-        with StopSignal(World(0, 0, 1, torch.device("cpu"))) as stop:
+        with StopSignal(alone) as stop:
             stop.ask()
             assert not stop.answer()
             os.kill(os.getpid(), signal.SIGTERM)
             stop.ask()
-            assert stop.answer()
+            assert stop.answer() == signal.SIGTERM
         os.kill(os.getpid(), signal.SIGTERM)
-        with StopSignal(World(0, 0, 1, torch.device("cpu"))):
+        with StopSignal(alone):
             pass
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def test_flags_of_another_script_do_not_matter(tmp_path):
-    run_alone(1, tmp_path, schedule="constant", lr=0.3)
-    _, results = run_alone(2, tmp_path, schedule="constant", lr=0.3, reduction="fast")
-    assert len(results) == 2
+class WithScale(torch.nn.Module):
+    """A model with a parameter of dimension 0 and a frozen one, each of which is a rank's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.register_parameter("frozen", torch.nn.Parameter(torch.ones(1), requires_grad=False))
+        self.mlp = MLP(SIZES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * self.mlp(x) * self.frozen
+
+
+def train_and_catch(wrapped: bool, change: str = "") -> str:
+    """The error of a run on two ranks, if any; rank 1 changes one bit of the parameter ``change``."""
+    torch.manual_seed(0)
+    model = WithScale()
+    optimizer = training.sgd(model, lr=0.3, momentum=0.9, weight_decay=1e-4)
+    with join_world("cpu") as world:
+        replica = DistributedDataParallel(model) if wrapped else model
+        if change and world.rank == 1:
+            bits = model.get_parameter(change).data.view(-1).view(torch.int32)
+            bits[-1] ^= 1
+        try:
+            plain_loop.train(
+                *(model, optimizer, world, samples(101, seed=1), samples(50, seed=2)),
+                replica=replica,
+                epochs=1,
+                batch_size=50,
+            )
+        except ConfigError as e:
+            return str(e)
+    return ""
+
+
+@pytest.mark.parametrize("change, named", [("", "scale"), ("frozen", "frozen")])
+def test_replicas_that_differ_are_refused_on_every_rank(ranks, change, named):
+    """Gradients that nobody averages, and one bit of one parameter."""
+    messages = ranks(2, train_and_catch, bool(change), change)
+    assert messages[0] == messages[1]
+    assert re.match(
+        rf"{named} differs between the ranks that share a batch; average .* by Distributed", messages[0]
+    )
+    assert "\n" not in messages[0]
+
+
+def test_equal_replicas_are_not_refused(ranks):
+    assert ranks(2, train_and_catch, True) == ["", ""]
+
+
+class WithModes(torch.nn.Module):
+    """Layers that compute otherwise in training; the last of them is always in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.BatchNorm1d(784),
+            torch.nn.Dropout(0.5),
+            torch.nn.Linear(784, 10),
+            torch.nn.BatchNorm1d(10, affine=False),
+        )
+        self.layers[-1].eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+def test_evaluation_is_in_evaluation_mode_and_restores_each_modules(alone):
+    torch.manual_seed(0)
+    model, test = WithModes(), samples(50, seed=2)
+    optimizer = training.sgd(model, lr=0.01, momentum=0.9, weight_decay=0.0)
+    run = plain_loop.train(model, optimizer, alone, samples(200, seed=1), test, epochs=1, batch_size=40)
+    learned = {name: t.clone() for name, t in model.named_buffers()}
+    assert learned["layers.0.num_batches_tracked"] == 5  # the evaluation after the epoch was none
+    assert learned["layers.3.num_batches_tracked"] == 0
+    loss, outputs = run.evaluate()
+    assert [module.training for module in model.layers] == [True, True, True, False]
+    assert all(torch.equal(t, learned[name]) for name, t in model.named_buffers())
+    expected = model.eval()(test.inputs(slice(None)))
+    assert torch.equal(outputs, expected)
+    assert run.results[-1].test_loss == loss
+    assert not torch.equal(model.train()(test.inputs(slice(None))), expected)
+
+
+def run_with_dropout(epochs: int, folder: Path | None, seed: int) -> list[Any]:
+    """The weights after ``epochs`` on ranks that draw different masks; saved after every second step."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Dropout(0.3), torch.nn.Linear(784, 10))
+    with join_world("cpu") as world:
+        torch.manual_seed(seed + world.rank)
+        plain_loop.train(
+            *(model, OPTIMIZERS["sgd"](model), world, samples(203, 1), samples(50, 2)),
+            replica=DistributedDataParallel(model),
+            epochs=epochs,
+            batch_size=50,
+            schedule="constant",
+            checkpoint=training.CheckpointConfig(folder, every=2) if folder else None,
+        )
+    return [p.detach().numpy() for p in model.parameters()]
+
+
+def test_a_resumed_run_draws_each_ranks_random_numbers_as_the_whole_one(ranks, tmp_path):
+    whole = ranks(2, run_with_dropout, 2, None, 10)
+    ranks(2, run_with_dropout, 1, tmp_path, 10)
+    resumed = ranks(2, run_with_dropout, 2, tmp_path, 20)
+    other = ranks(2, run_with_dropout, 2, None, 20)
+    for rank in range(2):
+        assert all((a == b).all() for a, b in zip(resumed[rank], whole[rank], strict=True))
+        assert not all((a == b).all() for a, b in zip(other[rank], whole[rank], strict=True))
+
+
+@pytest.mark.parametrize("taken, logged", [(2, 2), (3, 2), (3, 4), (0, 0)])
+def test_a_run_refuses_batches_left_out_and_losses_not_logged(alone, taken, logged):
+    """Of three batches of an epoch."""
+    model = MLP(SIZES)
+    optimizer = OPTIMIZERS["sgd"](model)
+    scheduler = training.lr_scheduler(optimizer, "constant", 3)
+    data = samples(150, 1), samples(50, 2)
+    with training.Run(model, optimizer, scheduler, alone, *data, epochs=1, batch_size=50) as run:
+        epochs = run.epochs()
+        batches = run.batches(next(epochs))
+        for _ in range(taken + 1):  # a loop asks for the next batch after each step
+            next(batches, None)
+        for _ in range(logged):
+            run.log(torch.zeros(()))
+        with pytest.raises(RuntimeError, match=f"{taken} of 3 batches were taken and {logged} losses logged"):
+            next(epochs)
+    assert run.results == []
+
+
+def normalised_on_two_ranks() -> tuple[float, float]:
+    """The test loss of a run, and that of this rank's model after it."""
+    with join_world("cpu") as world:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.BatchNorm1d(SIZES[0]), torch.nn.Linear(SIZES[0], SIZES[-1]))
+        replica = DistributedDataParallel(model)
+        optimizer, test = torch.optim.SGD(model.parameters(), lr=0.1), samples(2 * EVALUATION_BATCH, seed=2)
+        run = plain_loop.train(
+            model, optimizer, world, samples(64, seed=1), test, epochs=1, batch_size=16, replica=replica
+        )
+        with torch.no_grad():
+            outputs = model.eval()(test.inputs(slice(None)))
+        total = loss_sum("cross-entropy", outputs.double(), test.labels)
+        return run.results[0].test_loss, total.item() / len(test)
+
+
+def test_ranks_evaluate_one_model_with_one_batch_norm(ranks):
+    """DistributedDataParallel leaves each rank the statistics of its own last batch."""
+    for of_run, of_rank in ranks(2, normalised_on_two_ranks):
+        assert of_rank == pytest.approx(of_run, rel=1e-6)
+
+
+def warm_up_without_average(world: World) -> None:
+    """Train replicas whose gradients nobody averages, with a learning rate of 0 in the first step."""
+    torch.manual_seed(0)
+    model = MLP(SIZES)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 4)
+    train, test = samples(64, seed=1), samples(9, seed=2)
+    with training.Run(model, optimizer, scheduler, world, train, test, epochs=1, batch_size=16) as run:
+        for epoch in run.epochs():
+            for x, labels, size in run.batches(epoch):
+                loss = loss_sum("cross-entropy", model(x), labels)
+                (loss / size).backward()
+                optimizer.step()
+                scheduler.step()
+                run.log(loss)
+
+
+def error_of_warm_up() -> str:
+    with join_world("cpu") as world, pytest.raises(ConfigError) as caught:
+        warm_up_without_average(world)
+    return str(caught.value)
+
+
+def test_replicas_that_differ_later_are_refused_at_the_end_of_the_epoch(ranks):
+    for message in ranks(2, error_of_warm_up):
+        assert "differs between the ranks that share a batch" in message
+
+
+@pytest.mark.parametrize("other", [{"batch_size": 8}, {"seed": 5}])
+def test_another_batch_size_or_order_is_not_resumed(tmp_path, other):
+    def train(**options: Any) -> None:
+        torch.manual_seed(0)
+        model = MLP(SIZES)
+        options = {"epochs": 1, "batch_size": 16, "schedule": "constant", **options}
+        config = training.CheckpointConfig(tmp_path)
+        with join_world("cpu") as world:
+            sets = samples(64, seed=1), samples(9, seed=2)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            plain_loop.train(model, optimizer, world, *sets, checkpoint=config, **options)
+
+    train()
+    with pytest.raises(ConfigError, match=f"holds a run with {next(iter(other))} "):
+        train(epochs=2, **other)
+
+
+def test_a_run_with_checkpoints_must_be_a_context(tmp_path):
+    model = MLP(SIZES)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with join_world("cpu") as world:
+        run = training.Run(
+            *(model, optimizer, training.lr_scheduler(optimizer, "constant", 1), world),
+            *(samples(9, 1), samples(9, 2)),
+            epochs=1,
+            batch_size=9,
+            checkpoint=training.CheckpointConfig(tmp_path),
+        )
+        with pytest.raises(RuntimeError, match="with Run"):
+            next(run.epochs())
+        with pytest.raises(RuntimeError, match="epoch is 2, expected 1"):
+            next(run.batches(2))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The choice of tiles: defaults, tables, what is wrong with a table, and the space that a search walks."""
+"""The choice of tiles: configurations, defaults, tables and damaged tables."""
 
 import json
 import re
@@ -10,19 +10,13 @@ import torch
 from torch import Tensor
 
 from torchpar.kernels import tuning
-from torchpar.kernels.tuning import Block, Tiles
+from torchpar.kernels.tuning import Tiles
 
 DEVICE = tuning.Device("NVIDIA Test/9 GPU", 90, 132)
-SMALL, LARGE = Tiles(64, 64, 64, 4, 3), Tiles(128, 128, 64, 8, 4, True, False)
-ENTRIES = [{"up_to": 512, "tiles": None}, {"up_to": 2048, "tiles": SMALL}, {"up_to": None, "tiles": LARGE}]
-KINDS = [
-    (torch.bfloat16, "ieee"),
-    (torch.float16, "ieee"),
-    (torch.float32, "ieee"),
-    (torch.float32, "tf32"),
-    (torch.float64, "ieee"),
-]
-MATRIX_KERNELS = ("symmetric_product", "symmetrized_product", "linear_sigmoid")
+SPLIT, LARGE = Tiles(128, 256, 64, 8, 3, "tma"), Tiles(128, 128, 64, 8, 4, "tma")
+SQUARE, SMALL = Tiles(128, 128, 64, 8, 3), Tiles(64, 64, 32, 8, 3)
+ENTRIES = [[512, 512, 512, 1, None], [2048, 2048, 2048, 1, SMALL], [4096, 4096, 4096, 1, SPLIT]]
+KINDS = [pytest.param(*kind[:2], id=name) for name, kind in tuning.KINDS.items()]
 
 
 @pytest.fixture(autouse=True)
@@ -31,70 +25,136 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHPAR_CACHE", str(tmp_path / "user"))
     monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped" / "tuned")
     monkeypatch.setattr(tuning, "device", lambda t: DEVICE)
-    tuning._table.cache_clear()
+    tuning.forget_tables()
     yield tmp_path
-    tuning._table.cache_clear()
+    tuning.forget_tables()
 
 
 def table(entries=ENTRIES, kind: str = "bfloat16", kernel: str = "symmetric_product") -> dict:
     return {"device": DEVICE.name, "tiles": {kernel: {kind: entries}}}
 
 
-def chosen(n: int, k: int, batch: int = 1, dtype=torch.bfloat16, like: Tensor | None = None) -> Tiles | None:
-    x = torch.empty(n, k, dtype=dtype, device="meta") if like is None else like
-    return tuning.chosen("symmetric_product", dtype, "ieee", n, n, k, batch, x)
+def operand(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(n, k, dtype=dtype, device="meta")
 
 
-def default(n: int, k: int, dtype=torch.bfloat16) -> Tiles:
-    return tuning.default_tiles(dtype, "ieee", n, n, torch.empty(n, k, dtype=dtype, device="meta"))
+def chosen(n: int, k: int, batch: int = 1, like: Tensor | None = None, **kind) -> Tiles | None:
+    x = operand(n, k, **kind) if like is None else like
+    return tuning.chosen("symmetric_product", "ieee", (n, n, k, batch), x)
+
+
+def default(m: int, n: int, batch: int = 1, kernel: str = "symmetric_product", dtype=torch.bfloat16) -> Tiles:
+    operands = operand(m, n, dtype), operand(n, m, dtype)
+    return tuning.default_tiles(kernel, "ieee", (m, n, n, batch), *operands)
+
+
+@pytest.mark.parametrize("capability", [0, 80, 90, 100, 120])
+@pytest.mark.parametrize("dtype, precision", KINDS)
+@pytest.mark.parametrize("kernel", tuning.KERNELS)
+def test_configurations_are_those_that_a_device_can_run(kernel, dtype, precision, capability):
+    found = tuning.configurations(kernel, dtype, precision, capability)
+    assert 3 <= len(set(found)) == len(found) <= 10
+    for tiles in found:
+        buffers = tiles.num_stages - (capability == 0)
+        shared = buffers * (tiles.block_m + tiles.block_n) * tiles.block_k * dtype.itemsize
+        assert shared <= {0: 65536, 80: 166912, 120: 101376}.get(capability, 232448)
+        assert kernel == "linear_sigmoid" or tiles.block_n == tiles.block_m or tiles.variant == "tma"
+    symmetric = kernel == "symmetric_product" and capability in (90, 100)
+    variants = {"pointers", "tma"} | ({"specialized"} if capability == 90 else set())
+    tensor_cores = dtype.itemsize == 2 or precision == "tf32"
+    assert {tiles.variant for tiles in found} == (variants if symmetric and tensor_cores else {"pointers"})
+
+
+@pytest.mark.parametrize(
+    "kernel, m, n, batch, expected",
+    [  # waves · cost of a tile, on 132 multiprocessors
+        ("symmetric_product", 4096, 4096, 1, SPLIT),  # 264 units: 2 · 57344, squares 4 · 32768
+        ("symmetric_product", 4224, 4224, 1, LARGE),  # 561 units: 5 · 32768 beside 3 · 57344
+        ("symmetric_product", 2048, 2048, 1, Tiles(64, 128, 64, 4, 4, "tma")),  # 264 units: 2 · 20480
+        ("symmetric_product", 512, 512, 1, SMALL),  # 36 units: 12288
+        ("symmetric_product", 512, 512, 64, LARGE),  # 640 units: 5 · 32768 beside 3 · 57344
+        ("linear_sigmoid", 8192, 4096, 1, Tiles(128, 256, 64, 8, 3)),  # 8 · 57344 beside 16 · 32768
+        (
+            "linear_sigmoid",
+            512,
+            4096,
+            1,
+            Tiles(128, 128, 64, 8, 3),
+        ),  # 32768 beside 57344, 2 · 20480, 4 · 12288
+    ],
+)
+def test_default_has_the_fewest_waves(kernel, m, n, batch, expected):
+    assert default(m, n, batch, kernel) == expected
+
+
+def test_default_is_of_what_the_operands_allow(monkeypatch):
+    wide = operand(4096, 4100)
+    assert chosen(4096, 4096, like=wide[:, :4096]) == SMALL  # rows begin on 8 bytes
+    padded = operand(4096, 8 * 4096)[:, ::8]  # neither rows nor columns are contiguous
+    assert chosen(4096, 4096, like=padded) == SQUARE
+    monkeypatch.setattr(tuning, "device", lambda t: DEVICE._replace(capability=80))
+    assert default(4096, 4096) == SQUARE
 
 
 def test_saved_table_is_what_is_chosen(folder):
-    path = tuning.save(DEVICE.name, table())
+    path = tuning.save(DEVICE, table())
     assert path == folder / "user" / "nvidia-test-9-gpu.json"
-    assert tuning.load(DEVICE.name) == json.loads(json.dumps(table()))
-    assert [chosen(n, n) for n in (64, 512, 520, 2048, 2056)] == [None, None, SMALL, SMALL, LARGE]
-    # The size is the geometric mean: 512³ = 256²·2048.
-    assert chosen(256, 2048) is None
-    assert chosen(256, 2056) == SMALL
+    assert tuning.load(DEVICE) == json.loads(json.dumps(table()))
+    found = [chosen(n, n) for n in (128, 512, 1024, 1032, 2048, 4096, 16384)]
+    assert found == [None] * 3 + [SMALL] * 2 + [SPLIT] * 2
+    assert chosen(1024, 2048) == SMALL, "1 octave of k nearer to 2048"
+    assert chosen(64, 64) == default(64, 64), "too far from what was measured"
     assert list(path.parent.iterdir()) == [path], "something else was left behind"
 
 
+def test_batch_is_a_size_like_others():
+    tuning.save(DEVICE, table([*ENTRIES, [512, 512, 512, 64, SQUARE]]))
+    assert [chosen(512, 512, batch) for batch in (1, 8, 9, 64)] == [None, None, SQUARE, SQUARE]
+
+
 def test_what_the_table_lacks_takes_the_defaults():
-    tuning.save(DEVICE.name, table())
-    assert chosen(4096, 4096, dtype=torch.float16) == default(4096, 4096, torch.float16) != LARGE
-    assert chosen(128, 128, batch=31) is None
-    assert chosen(128, 128, batch=32) == default(128, 128)
-    tuning.save(DEVICE.name, table(kind="bfloat16 batched"))
-    assert chosen(128, 128, batch=32) is None
-    assert chosen(4096, 4096, batch=32) == LARGE
+    tuning.save(DEVICE, table([[512, 512, 512, 1, None]]))
+    assert chosen(512, 512) is None
+    assert chosen(512, 512, dtype=torch.float16) == SMALL
+    x = operand(512, 512)
+    assert tuning.chosen("linear_sigmoid", "ieee", (512, 512, 512, 1), x, x) == SMALL
 
 
-@pytest.mark.parametrize("n, stride", [(4096, 4097), (4095, 4096)])
-def test_table_is_for_operands_that_move_16_bytes(n, stride):
-    tuning.save(DEVICE.name, table())
+@pytest.mark.parametrize(
+    "n, stride, expected", [(4096, 4097, SMALL), (4095, 4096, SMALL), (4096, 4104, SPLIT)]
+)
+def test_table_is_for_operands_that_move_16_bytes(n, stride, expected):
+    tuning.save(DEVICE, table([[4096, 4096, 4096, 1, SPLIT]]))
     x = torch.empty(n * stride, dtype=torch.bfloat16, device="meta").as_strided((n, 4096), (stride, 1))
-    assert chosen(n, 4096, like=x) == Tiles(64, 64, 32, 8, 3) != LARGE
+    assert chosen(n, 4096, like=x) == expected
 
 
-def test_sizes_may_be_symbolic():
+def test_choice_by_a_symbolic_size_adds_no_guard():
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    tuning.save(DEVICE.name, table())
+    tuning.save(DEVICE, table())
     env = ShapeEnv()
-    symbol = env.create_unspecified_symbol(1024, source=torch._dynamo.source.ConstantSource("n"))
-    n = env.create_symintnode(symbol, hint=1024)
-    x = torch.empty(1024, 1024, dtype=torch.bfloat16, device="meta")
-    assert tuning.chosen("symmetric_product", torch.bfloat16, "ieee", n, n, n, 1, x) == SMALL
-    assert env.guards, "the choice holds for sizes that would have had another"
+    symbol = env.create_unspecified_symbol(1032, source=torch._dynamo.source.ConstantSource("n"))
+    n = env.create_symintnode(symbol, hint=1032)
+    x = operand(1024, 1024)
+    assert tuning.chosen("symmetric_product", "ieee", (n, n, n, 1), x) == SMALL
+    assert tuning._fewest_waves("symmetric_product", "bfloat16", DEVICE, tuning._hint(n), 8, 1, ("tma",))
+    assert tuning._hint(env.create_unbacked_symint()) == 1024
+    assert all("Mod" in str(guard.expr) for guard in env.guards), "not of alignment"
+    assert n > 1000
+    assert not all("Mod" in str(guard.expr) for guard in env.guards), "a guard would have been seen"
 
 
-def test_users_table_comes_first(folder):
-    shipped = folder / "shipped" / "tuned"
-    tuning.save(DEVICE.name, table([{"up_to": None, "tiles": SMALL}]), shipped)
+def test_users_table_comes_first(folder, monkeypatch):
+    monkeypatch.setattr(tuning, "user_folder", lambda: folder / "shipped" / "tuned")
+    tuning.save(DEVICE, table([ENTRIES[1]]))
+    monkeypatch.undo()
+    monkeypatch.setattr(tuning, "device", lambda t: DEVICE)
+    monkeypatch.setattr(tuning, "SHIPPED", folder / "shipped" / "tuned")
+    monkeypatch.setenv("TORCHPAR_CACHE", str(folder / "user"))
     assert chosen(4096, 4096) == SMALL
-    tuning.save(DEVICE.name, table())
-    assert chosen(4096, 4096) == LARGE
+    tuning.save(DEVICE, table())
+    assert chosen(4096, 4096) == SPLIT
 
 
 def test_checkout_keeps_its_tables_beside_the_kernels(folder, monkeypatch):
@@ -103,38 +163,36 @@ def test_checkout_keeps_its_tables_beside_the_kernels(folder, monkeypatch):
     (folder / "shipped").mkdir()
     name = tuning.file_name(DEVICE.name)
     own = folder / "cache" / "torchpar" / "tuned" / name
-    assert tuning.save(DEVICE.name, table()) == own
+    assert tuning.save(DEVICE, table()) == own
     (folder / "pyproject.toml").touch()
-    assert tuning.save(DEVICE.name, table()) == own, "the user's, which comes first, would hide it"
+    assert tuning.save(DEVICE, table()) == own, "the user's, which comes first, would hide it"
     own.unlink()
-    assert tuning.save(DEVICE.name, table()) == folder / "shipped" / "tuned" / name
-
-
-def one(tiles) -> list[dict]:
-    return [{"up_to": None, "tiles": tiles}]
+    monkeypatch.setenv("TORCHPAR_CACHE", "")
+    assert tuning.save(DEVICE, table()) == folder / "shipped" / "tuned" / name
+    monkeypatch.delenv("TORCHPAR_CACHE")
+    assert tuning.save(DEVICE, table()) == folder / "shipped" / "tuned" / name
 
 
 @pytest.mark.parametrize(
     "text, wrong",
     [
         ("{", "Expecting"),
-        ("[]", "not laid out as a table"),
+        ("[]", "not the layout of a table"),
         ("{}", "'device'"),
-        (json.dumps(table() | {"device": "Other"}), "it is of 'Other', expected 'NVIDIA Test/9 GPU'"),
-        (json.dumps(table(kernel="sort")), "'sort' is no kernel"),
-        (json.dumps(table(kind="bfloat17")), "no such kind"),
-        (json.dumps(table(kind="float32")), "no such kind"),
-        (json.dumps(table([])), "up_to is []"),
-        (json.dumps(table(ENTRIES[:2])), "null at the end"),
-        (json.dumps(table([ENTRIES[1], ENTRIES[0], ENTRIES[2]])), "rising sizes"),
-        (json.dumps(table(one([64, 64, 64, 4]))), "not laid out as a table"),
-        (json.dumps(table(one([64, 64, 64, "4", 3]))), "not five numbers"),
-        (json.dumps(table(one([64, 64, 64, 4, 3, 1, 0]))), "truth values"),
-        (json.dumps(table(one([96, 96, 64, 4, 3]))), "powers of two"),
-        (json.dumps(table(one([64, 64, 64, 4, 9]))), "9 stages"),
-        (json.dumps(table(one([64, 128, 64, 4, 3]))), "not square"),
-        (json.dumps(table(one([256, 256, 64, 8, 3]))), "256 registers a thread"),
-        (json.dumps(table(one([128, 128, 128, 8, 4]))), "262144 bytes of shared memory, of 232448"),
+        (json.dumps(table() | {"device": "Other"}), "the table is of 'Other', expected 'NVIDIA Test/9 GPU'"),
+        (json.dumps(table(kernel="sort")), "sort of bfloat16 is not among symmetric_product"),
+        (json.dumps(table(kind="bfloat17")), "symmetric_product of bfloat17 is not among"),
+        (json.dumps(table([[8, 8, 8, SMALL]])), "not the layout of a table"),
+        (json.dumps(table([{"up_to": None, "tiles": SMALL}])), "not the layout of a table"),
+        (
+            json.dumps(table([[8, 8, 0, 1, SMALL]])),
+            "[8, 8, 0, 1, [64, 64, 32, 8, 3, 'pointers']], expected four sizes above 0",
+        ),
+        (json.dumps(table([[8, 8, 8.5, 1, SMALL]])), "expected four sizes"),
+        (json.dumps(table([[8, 8, 10**400, 1, SMALL]])), "expected four sizes"),
+        (json.dumps(table([[8, 8, 8, 1, []]])), "not the layout of a table"),
+        (json.dumps(table([[8, 8, 8, 1, SMALL._replace(num_stages=9)]])), "a configuration of this device"),
+        (json.dumps(table([[8, 8, 8, 1, SPLIT]], kernel="linear_sigmoid")), "a configuration of this device"),
     ],
 )
 def test_wrong_file_is_named_and_not_used(folder, text, wrong):
@@ -150,50 +208,17 @@ def test_wrong_file_is_named_and_not_used(folder, text, wrong):
         assert chosen(2048, 2048) == default(2048, 2048)  # once said is enough
 
 
+def test_whole_numbers_of_a_table_are_integers(folder):
+    """A kernel's constants must be."""
+    path = folder / "user" / tuning.file_name(DEVICE.name)
+    path.parent.mkdir()
+    path.write_text(json.dumps(table([[4096, 4096, 4096, 1, SPLIT._replace(block_m=128.0, num_stages=3.0)]])))
+    assert list(map(type, chosen(4096, 4096))) == list(map(type, SPLIT))
+
+
 def test_save_refuses_what_load_would(folder):
-    with pytest.raises(ValueError, match="not square"):
-        tuning.save(DEVICE.name, table(one([64, 128, 64, 4, 3])))
+    with pytest.raises(ValueError, match="a configuration of this device"):
+        tuning.save(DEVICE._replace(capability=80), table())
     with pytest.raises(ValueError, match="expected 'Other'"):
-        tuning.save("Other", table())
+        tuning.save(DEVICE._replace(name="Other"), table())
     assert not (folder / "user").exists()
-
-
-def test_tma_is_refused_where_there_is_none(monkeypatch):
-    tuning.save(DEVICE.name, table())
-    monkeypatch.setattr(tuning, "device", lambda t: DEVICE._replace(capability=80))
-    with pytest.warns(UserWarning, match="no TMA"):
-        assert chosen(4096, 4096) == default(4096, 4096)
-
-
-@pytest.mark.parametrize("capability", [0, 80, 90, 100, 120])
-@pytest.mark.parametrize("dtype, precision", KINDS)
-@pytest.mark.parametrize("kernel", MATRIX_KERNELS)
-def test_candidates_are_possible(kernel, dtype, precision, capability):
-    found = tuning.candidates(kernel, dtype, precision, capability)
-    assert 10 <= len(set(found)) == len(found) <= 40
-    itemsize = dtype.itemsize
-    for tiles in found:
-        sums = tiles.block_m * tiles.block_n * max(1, itemsize // 4) / (32 * tiles.num_warps)
-        buffers = tiles.num_stages - (capability == 0)
-        shared = buffers * (tiles.block_m + tiles.block_n) * tiles.block_k * itemsize
-        assert sums <= 192
-        assert shared <= {0: 65536, 80: 166912, 120: 101376}.get(capability, 232448)
-        assert not (tiles.tma and capability < 90)
-    has_tma = kernel == "symmetric_product" and capability >= 90 and (itemsize == 2 or precision == "tf32")
-    assert any(tiles.tma for tiles in found) == has_tma
-
-
-def test_candidates_of_maximum():
-    found = tuning.candidates("maximum", torch.bfloat16, "ieee", 90)
-    assert Block(2048, 4) in found
-    assert all(isinstance(block, Block) for block in found)
-
-
-@pytest.mark.parametrize("capability", [0, 80, 90])
-def test_defaults_take_tma_from_hopper_on(monkeypatch, capability):
-    monkeypatch.setattr(tuning, "device", lambda t: DEVICE._replace(capability=capability))
-    for dtype, precision in KINDS:
-        x = torch.empty(4096, 4096, dtype=dtype, device="meta")
-        tiles = tuning.default_tiles(dtype, precision, 4096, 4096, x)
-        assert tiles.tma == (capability == 90 and (dtype.itemsize == 2 or precision == "tf32"))
-        assert not tuning.default_tiles(dtype, precision, 512, 512, x[:512, :512].contiguous()).tma

@@ -2,11 +2,24 @@
 """Triton operators that are full citizens of PyTorch, and parallel training on them.
 
 Importing this package registers ``torch.ops.torchpar.*``. Triton is imported on the first call that
-needs a kernel, so ``import torchpar`` is cheap and works where Triton is not installed.
+needs a kernel, `torchpar.optim` and `torchpar.parallel` on first use: so ``import torchpar`` is cheap, and
+works where Triton is not installed.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from torchpar import nn
 from torchpar.ops import linear_sigmoid, matmul_t, maximum, symmetric_matmul
 
+if TYPE_CHECKING:
+    from torchpar import optim, parallel
+
 __version__ = "0.1.0"
-__all__ = ["linear_sigmoid", "matmul_t", "maximum", "nn", "symmetric_matmul"]
+__all__ = ["linear_sigmoid", "matmul_t", "maximum", "nn", "optim", "parallel", "symmetric_matmul"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("optim", "parallel"):
+        return importlib.import_module(f"torchpar.{name}")
+    raise AttributeError(f"module 'torchpar' has no attribute {name!r}")

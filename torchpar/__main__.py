@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""The package's commands: ``python -m torchpar COMMAND``.
+"""The package's commands, ``python -m torchpar COMMAND``.
 
-A command is a module of the package with a function ``main()``, which parses ``sys.argv`` itself.
+Each command is a module with a function ``main(arguments)`` that returns the exit status.
 """
 
 import importlib
 import sys
 
 COMMANDS = {
-    "tune": "search for the fastest configurations of the kernels on this GPU",
+    "tune": ("torchpar.tune.command", "measure the fastest configurations of the kernels on this GPU")
 }
 
 
 def main() -> int:
-    commands = "".join(f"  {name:8}{what}\n" for name, what in COMMANDS.items())
-    usage = f"usage: python -m torchpar COMMAND [--help]\n\n{commands}"
+    lines = "".join(f"  {name:8}{text}\n" for name, (_, text) in COMMANDS.items())
+    usage = f"usage: python -m torchpar COMMAND [--help]\n\n{lines}"
     command, *arguments = sys.argv[1:] or [""]
     if command in ("-h", "--help"):
         print(usage, end="")
@@ -23,14 +23,13 @@ def main() -> int:
         wrong = f"no command {command!r}" if command else "no command given"
         print(f"{usage}\npython -m torchpar: error: {wrong}, expected {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    sys.argv = [f"python -m torchpar {command}", *arguments]
     try:
-        module = importlib.import_module(f"torchpar.{command}")
+        module = importlib.import_module(COMMANDS[command][0])
     except ModuleNotFoundError as e:
-        print(f"{sys.argv[0]}: error: {e}; pip install 'torchpar[examples]'", file=sys.stderr)
+        print(f"python -m torchpar {command}: error: {e}; pip install 'torchpar[examples]'", file=sys.stderr)
         return 2
-    module.main()
-    return 0
+    status: int = module.main(arguments)
+    return status
 
 
 if __name__ == "__main__":

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""MNIST and its relatives as tensors on the device, and their batches by rank and epoch.
+"""Data sets as tensors: MNIST and its relatives, and the batches of each rank and epoch."""
 
-torchvision's classes say which archives make up a data set, check and read them; they are imported
-when one is loaded.
-"""
-
-import os
+import gzip
+import hashlib
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,23 +15,38 @@ import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.parallel.world import World
+from torchpar.parallel.split.partition import Partition
 
 Dataset = Literal["mnist", "fashion-mnist", "kmnist"]
 _CLASSES = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
+# MD5 of the unpacked files. torchvision knows the archives' alone, which differ where data are packed anew.
+_CONTENTS = {
+    "MNIST": {
+        "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+        "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+        "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+        "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+    },
+    "FashionMNIST": {
+        "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+        "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+        "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+        "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+    },
+}
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Images and their labels on one device.
+    """Features and labels on one device.
 
     Attributes:
-        images: ``(n, 28, 28)`` uint8.
+        features: ``(n, …)``; uint8 for pixels of 0 to 255, or floating.
         labels: ``(n)`` int64.
         classes: the name of each label.
     """
 
-    images: Tensor
+    features: Tensor
     labels: Tensor
     classes: tuple[str, ...]
 
@@ -42,11 +54,15 @@ class Samples:
         return len(self.labels)
 
     def __getitem__(self, index: slice) -> "Samples":
-        return Samples(self.images[index], self.labels[index], self.classes)
+        return Samples(self.features[index], self.labels[index], self.classes)
 
     def inputs(self, index: Tensor | slice) -> Tensor:
-        """The images at ``index`` as a network takes them: ``(b, 784)`` float32 in [0, 1]."""
-        return self.images[index].flatten(1) / 255
+        """Return the features at ``index`` as a network's input ``(b, features)``.
+
+        uint8 pixels become float32 in [0, 1]; floating features are returned as they are.
+        """
+        chosen = self.features[index].flatten(1)
+        return chosen / 255 if chosen.dtype == torch.uint8 else chosen
 
 
 class Batch(NamedTuple):
@@ -57,102 +73,112 @@ class Batch(NamedTuple):
     global_size: int
 
 
-def batches(
-    samples: Samples, batch_size: int, *, seed: int, epoch: int, world: World, start: int = 0
-) -> Iterator[Batch]:
-    """This rank's share of each global batch of one epoch, in an order set by ``(seed, epoch)`` alone.
+def _one_rank(size: int) -> Partition:
+    return Partition.over(size, ranks=1, rank=0)
 
-    The ranks' shares are disjoint and make up the batch that one process would see; their sizes differ
-    by at most 1. The last batch is the remainder, and some ranks' share of it may be empty.
+
+def batches(
+    samples: Samples,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    share: Callable[[int], Partition] = _one_rank,
+    start: int = 0,
+) -> Iterator[Batch]:
+    """Yield this rank's share of each global batch of one epoch.
+
+    The order of the samples depends on ``(seed, epoch)`` alone. The ranks' shares are disjoint and make up
+    the batch that one process would see; their sizes differ by at most 1. The last batch is the
+    remainder, and some ranks' share of it may be empty.
 
     Args:
         batch_size: samples of the global batch, over all ranks.
-        start: the first batch's number, to go on within an epoch.
+        share: partition of a batch of a given size, such as `World.share`; one rank by default.
+        start: number of the first batch, to continue within an epoch.
     """
-    # Drawn on the CPU, so that every device sees the same order.
+    # Drawn on the CPU, so that the order is the same on every device.
     (state,) = np.random.SeedSequence((seed, epoch)).generate_state(1)
     generator = torch.Generator().manual_seed(int(state))
     order = torch.randperm(len(samples), generator=generator).to(samples.labels.device)
-    for chosen in order[start * batch_size :].split(batch_size):
-        mine = world.share(len(chosen)).narrow(chosen, 0)
+    for first in range(start * batch_size, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        mine = share(len(chosen)).narrow(chosen, 0)
         yield Batch(samples.inputs(mine), samples.labels[mine], len(chosen))
 
 
-def load(dataset: Dataset, root: Path, world: World) -> tuple[Samples, Samples]:
-    """Training and test samples of a data set on the rank's device.
-
-    The first rank of each machine checks the archives in ``root`` and extracts them; the others wait.
+def load(dataset: Dataset, root: Path, device: torch.device | str = "cpu") -> tuple[Samples, Samples]:
+    """Return the training and test samples of a data set.
 
     Args:
         dataset: "mnist", "fashion-mnist" or "kmnist".
-        root: the folder that torchvision calls root: files lie in ``root/MNIST/raw`` and so on.
+        root: the folder that torchvision calls root. The archives lie in ``root/MNIST/raw`` and so on, or
+            the files that torchvision has extracted from them. Nothing is written there.
+        device: where to put the samples.
 
     Raises:
-        ConfigError: a file is missing or damaged, the folder cannot be written, or torchvision is not
-            installed; on every rank.
+        ConfigError: a file is missing or damaged, or torchvision is not installed.
     """
     if dataset not in _CLASSES:
         raise ConfigError(f"dataset is {dataset!r}, expected one of {sorted(_CLASSES)}")
-    world.once_per_machine(lambda: _extract(_torchvision(dataset), root))
-    kind = _torchvision(dataset)
-    samples = []
-    for train in (True, False):
-        try:
-            read = kind(root, train=train)
-            if len(read.data) != len(read.targets) or read.targets.unique().ge(len(read.classes)).any():
-                raise ValueError(f"{len(read.data)} images, {len(read.targets)} labels")
-            samples.append(
-                Samples(read.data.to(world.device), read.targets.to(world.device), tuple(read.classes))
-            )
-        except Exception as e:
-            files = root / kind.__name__ / "raw" / ("train-*" if train else "t10k-*")
-            raise ConfigError(f"{files} cannot be read ({e}); {_repair(kind, root)}") from e
-    return samples[0], samples[1]
-
-
-def _repair(kind: Any, root: Path) -> str:
-    fetch = f"from torchvision.datasets import {kind.__name__} as D; D({str(root)!r}, download=True)"
-    return (
-        f"name the folder that holds {kind.__name__}/raw, or remove what is damaged there and fetch it: "
-        f'python -c "{fetch}"'
-    )
-
-
-def _torchvision(dataset: Dataset) -> Any:
     try:
         import torchvision.datasets
     except ImportError as e:
         raise ConfigError(f"torchvision is needed to read data sets ({e}); pip install torchvision") from e
-    return getattr(torchvision.datasets, _CLASSES[dataset])
-
-
-def _extract(kind: Any, root: Path) -> None:
-    """Check the archives against torchvision's MD5 sums, and the extracted files against the archives."""
-    from torchvision.datasets.utils import check_integrity, extract_archive
-
+    kind = getattr(torchvision.datasets, _CLASSES[dataset])
     raw = root / kind.__name__ / "raw"
-    for name, md5 in kind.resources:
-        archive = raw / name
-        extracted = archive.with_suffix("")
-        try:
-            if extracted.exists() and not archive.exists():
-                continue  # torchvision reads these too; there is nothing to check them against
-            if not check_integrity(str(archive), md5):
-                state = "damaged" if archive.exists() else "missing"
-                repair = _repair(kind, root)
-                raise ConfigError(f"{archive} is {state}, expected a file of MD5 {md5}; {repair}")
-            if extracted.exists() and zlib.crc32(extracted.read_bytes()) == _gzip_crc32(archive):
-                continue
-            # A folder of one's own, then one rename: two jobs may extract at once, or one be killed.
-            with tempfile.TemporaryDirectory(dir=raw) as folder:
-                extract_archive(str(archive), folder)
-                os.replace(Path(folder) / extracted.name, extracted)
-        except OSError as e:
-            raise ConfigError(f"{archive} cannot be read and extracted in its folder: {e}") from e
+    samples = []
+    try:
+        for prefix in ("train", "t10k"):
+            images, labels = (
+                _read(kind, raw / f"{prefix}-{part}-ubyte") for part in ("images-idx3", "labels-idx1")
+            )
+            if len(images) != len(labels):
+                raise ValueError(f"{raw / prefix}-* holds {len(images)} images and {len(labels)} labels")
+            if labels.ge(len(kind.classes)).any():
+                raise ValueError(
+                    f"{raw / prefix}-* holds label {labels.max()} of {len(kind.classes)} classes"
+                )
+            samples.append(Samples(images.to(device), labels.to(device, torch.int64), tuple(kind.classes)))
+    except (OSError, ValueError) as e:
+        fetch = f"from torchvision.datasets import {kind.__name__} as D; D({str(root)!r}, download=True)"
+        raise ConfigError(
+            f"{e}; name the folder that holds {kind.__name__}/raw, or remove what is damaged there and fetch "
+            f'it: python -c "{fetch}"'
+        ) from e
+    return samples[0], samples[1]
 
 
-def _gzip_crc32(archive: Path) -> int:
-    """The CRC-32 of an archive's content, from its trailer (RFC 1952, section 2.3.1)."""
-    with archive.open("rb") as file:
-        file.seek(-8, os.SEEK_END)
-        return int.from_bytes(file.read(4), "little")
+def _read(kind: Any, file: Path) -> Tensor:
+    """Return the array in ``file``, from its archive if there is one.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    archive = file.with_name(f"{file.name}.gz")
+    if file.exists() and not archive.exists():
+        return _parse(file)  # unchecked, as by torchvision: other data of this format can be put there
+    if not archive.exists():
+        raise ValueError(f"{archive} is missing")
+    packed = archive.read_bytes()
+    try:
+        content = gzip.decompress(packed)
+    except (OSError, EOFError, zlib.error) as e:
+        raise ValueError(f"{archive} is damaged ({e})") from e
+    md5 = hashlib.md5(content).hexdigest()
+    expected = _CONTENTS.get(kind.__name__, {}).get(file.name)
+    if md5 != expected and (archive.name, hashlib.md5(packed).hexdigest()) not in kind.resources:
+        raise ValueError(f"{archive} is damaged: its content has MD5 {md5}, expected {expected}")
+    with tempfile.TemporaryDirectory() as folder:
+        unpacked = Path(folder, file.name)
+        unpacked.write_bytes(content)
+        return _parse(unpacked)
+
+
+def _parse(file: Path) -> Tensor:
+    from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
+
+    try:
+        return read_sn3_pascalvincent_tensor(str(file))  # type: ignore[no-any-return]
+    except Exception as e:
+        raise ValueError(f"{file} cannot be read ({type(e).__name__}: {e})") from e

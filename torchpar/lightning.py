@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""torchpar's MLP and data sets in Lightning, whose Trainer brings the loop, the loggers and the checkpoints.
+"""Data and evaluation for Lightning: the batches of `torchpar.training.Run`, and metrics over all ranks.
+
+    class LitMLP(LitClassifier):
+        ...  # __init__, forward, training_step and configure_optimizers: examples/train_lightning.py
 
     trainer = lightning.pytorch.Trainer(max_epochs=10, strategy="ddp", devices=2)
     trainer.fit(LitMLP(), MNISTDataModule("examples/data"))
 
-A run takes the steps of `torchpar.training.fit`: the same batches in the same order, whatever the number
-of ranks, and the gradient of the mean loss over each whole batch. A DataLoader with Lightning's samplers
-would not: it pads the ranks' shares to one size, and DistributedDataParallel averages the ranks' means.
+A run takes the steps of `torchpar.training.Run`: the same batches in the same order for every number of
+ranks, and the gradient of the mean loss over each whole batch. A DataLoader with Lightning's samplers would
+not: it pads the ranks' shares to one size, and DistributedDataParallel averages the ranks' means.
 
-Lightning is imported by this module alone; ``pip install 'torchpar[lightning]'``.
+Only this module imports Lightning; ``pip install 'torchpar[lightning]'``.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,14 +25,15 @@ from torch import Tensor
 
 from torchpar.data import Batch, Dataset, Samples, batches, load
 from torchpar.errors import ConfigError
-from torchpar.nn import MLP
-from torchpar.parallel.world import World
-from torchpar.training import EVALUATION_BATCH, Loss, Schedule, loss_sum, scheduler, sgd
+from torchpar.parallel.launch.agreement import check_same_on_all_ranks
+from torchpar.parallel.split.partition import Partition
+from torchpar.training import loss_sum
+from torchpar.training.losses import Loss
+from torchpar.training.run import EVALUATION_BATCH
 
 try:
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
     from lightning.pytorch.trainer.states import TrainerFn
-    from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
     from torchmetrics import Metric
     from torchmetrics.classification import MulticlassAccuracy
 except ImportError as error:
@@ -38,10 +43,10 @@ except ImportError as error:
 
 
 class SampleMean(Metric):
-    """The mean of a loss over samples, of all ranks, in double precision.
+    """Mean of a loss over the samples of all ranks, in double precision.
 
-    torchmetrics' MeanMetric looks for NaN in every update, for which a GPU's queue must run empty, and
-    without that search its version 1.9 ignores the weights.
+    torchmetrics' MeanMetric looks for NaN in every update, for which a GPU's queue must run empty. Without
+    that search its version 1.9 ignores the weights.
     """
 
     full_state_update = False
@@ -54,6 +59,7 @@ class SampleMean(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, total: Tensor, count: int) -> None:
+        """Add the sum of the losses of ``count`` samples."""
         self.total += total
         self.count += count
 
@@ -61,77 +67,48 @@ class SampleMean(Metric):
         return self.total / self.count
 
 
-class LitMLP(LightningModule):
-    """`torchpar.nn.MLP` with its loss, its optimizer and torchmetrics' accuracy.
+class LitClassifier(LightningModule):
+    """Evaluation and logging of a classifier. A subclass adds what trains it.
 
-    ``x (*, sizes[0])`` → ``y (*, sizes[-1])``. Logged after each epoch: ``train_loss``, ``val_loss`` and
-    ``val_accuracy`` where there is something to validate on, ``test_loss`` and ``test_accuracy`` by a
-    test. A loss is a mean over samples, each counted once; ``train_loss`` is that of each sample as it was
-    trained on, of a resumed epoch since it was resumed. The defaults are those of ``examples/train_ddp.py``.
+    The subclass defines ``__init__``, ``forward`` (``x (b, features)`` → outputs ``(b, classes)``),
+    ``configure_optimizers`` and ``training_step``, which calls ``self.train_loss.update``.
+
+    Logged after each epoch: ``train_loss``, and ``val_loss`` and ``val_accuracy`` where there is something to
+    validate on; by a test, ``test_loss`` and ``test_accuracy``. A loss is a mean over samples, each counted
+    once. ``train_loss`` is that of each sample at the step that trained on it; in a resumed epoch, since it
+    was resumed.
 
     Args:
-        sizes: of the layers, input first.
-        hidden: the activation between layers.
-        loss: "cross-entropy" on logits, "bce" or "mse" on sigmoid outputs (`torchpar.training.loss_sum`).
-        lr: learning rate at the start.
-        momentum: Nesterov momentum.
-        weight_decay: L2 penalty λ of the weights: λ/2·‖W‖² in the loss.
-        schedule: course of the learning rate over the run, in steps; linear and cosine end at 0.
-        compile: compile the MLP by torch.compile; ``torch.compile(LitMLP())`` compiles whole steps.
+        features, classes: of the data.
+        loss: see `torchpar.training.losses.loss_sum`.
 
     Raises:
-        ConfigError: sizes, an activation, a rate, momentum or penalty that make no network or optimizer;
-            from `setup`, sizes that are not those of the data.
+        ConfigError: from `setup`, the data have other features or classes.
     """
 
-    def __init__(
-        self,
-        sizes: Sequence[int] = (784, 128, 64, 10),
-        hidden: Literal["sigmoid", "relu"] = "sigmoid",
-        loss: Loss = "cross-entropy",
-        lr: float = 0.5,
-        momentum: float = 0.9,
-        weight_decay: float = 3e-5,
-        schedule: Schedule = "linear",
-        compile: bool = False,
-    ):
+    def __init__(self, features: int, classes: int, loss: Loss = "cross-entropy"):
         super().__init__()
-        self.save_hyperparameters()
+        self.features = features
+        self.classes = classes
         self.loss: Loss = loss
-        try:
-            self.mlp = MLP(list(sizes), hidden, "logits" if loss == "cross-entropy" else "sigmoid")
-        except ValueError as e:
-            raise ConfigError(str(e)) from e
-        rates = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        if not all(0 <= rate < 1e38 for rate in rates.values()):  # float32 ends at 3.4e38
-            raise ConfigError(f"rates are {rates}, expected 0 to 1e38")
-        if compile:
-            self.mlp.compile()
         self.train_loss, self.val_loss, self.test_loss = SampleMean(), SampleMean(), SampleMean()
-        self.val_accuracy = MulticlassAccuracy(sizes[-1], average="micro", validate_args=False)
+        self.val_accuracy = MulticlassAccuracy(classes, average="micro", validate_args=False)
         self.test_accuracy = self.val_accuracy.clone()
 
     def setup(self, stage: str) -> None:
-        module, sizes = getattr(self.trainer, "datamodule", None), self.mlp.sizes
-        if isinstance(module, MNISTDataModule) and (sizes[0], sizes[-1]) != module.ends:
-            raise ConfigError(f"sizes is {list(sizes)}, expected the data's {module.ends} at its ends")
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, MNISTDataModule) and (self.features, self.classes) != data.shape:
+            raise ConfigError(
+                f"the model has {self.features} inputs and {self.classes} outputs, expected the data's "
+                f"{data.shape[0]} features and {data.shape[1]} classes"
+            )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(x)  # type: ignore[no-any-return]
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        hp = self.hparams
-        optimizer = sgd(self, hp["lr"], hp["momentum"], hp["weight_decay"])
-        steps = self.trainer.estimated_stepping_batches  # infinite in a run without end, whose rate stays
-        rate = scheduler(optimizer, hp["schedule"], steps)  # type: ignore[arg-type]
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        x, labels, global_size = batch
-        total = self._loss_sum(self(x), labels)
-        self.train_loss.update(total.detach(), len(labels))
-        # DistributedDataParallel averages over the ranks, whose shares may differ in size.
-        return total * (self.trainer.world_size / global_size)
+    def loss_sum(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss summed over samples, at least in float32."""
+        # binary_cross_entropy refuses to run under autocast.
+        with torch.autocast(outputs.device.type, enabled=False):
+            dtype = torch.promote_types(outputs.dtype, torch.float32)
+            return loss_sum(self.loss, outputs.to(dtype), labels)
 
     def on_train_epoch_end(self) -> None:
         if self.train_loss.update_called:  # not in a run that is resumed at an epoch's end
@@ -150,46 +127,41 @@ class LitMLP(LightningModule):
         self.log_dict({"test_loss": self.test_loss, "test_accuracy": self.test_accuracy})
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The class of each sample."""
+        """Return the class of each sample, ``(b)`` int64."""
         return self(batch.x).argmax(1)  # type: ignore[no-any-return]
 
     def _evaluate(self, batch: Batch, loss: SampleMean, accuracy: Metric) -> None:
         outputs = self(batch.x)
-        loss.update(self._loss_sum(outputs.double(), batch.labels), len(batch.labels))
+        loss.update(self.loss_sum(outputs.double(), batch.labels), len(batch.labels))
         accuracy.update(outputs, batch.labels)
-
-    def _loss_sum(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        # Outside of autocast, under which binary_cross_entropy refuses to run.
-        with torch.autocast(outputs.device.type, enabled=False):
-            dtype = torch.promote_types(outputs.dtype, torch.float32)
-            return loss_sum(self.loss, outputs.to(dtype), labels)
 
 
 @dataclass(eq=False)
 class TrainBatches:
-    """The training batches from the trainer's epoch and batch on: where a checkpoint resumes, this does."""
+    """Training batches from the trainer's epoch and batch on, so that a resumed run continues."""
 
     samples: Samples
     batch_size: int
     seed: int
-    world: World
+    share: Callable[[int], Partition]
     trainer: Trainer
 
     def __len__(self) -> int:
         return -(-len(self.samples) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        # Runs when the first batch is asked for: the trainer has its place by then, an iterator before.
+        # A generator reads the trainer's position at the first batch. The trainer has restored it by then,
+        # which it has not when it makes the iterator.
         trainer = self.trainer
-        overfit = getattr(trainer, "overfit_batches", 0)  # the first batches of one epoch, again and again
+        overfit = getattr(trainer, "overfit_batches", 0)  # repeats the first batches of one epoch
         epoch = 1 if overfit else trainer.current_epoch + 1
         start = trainer.fit_loop.batch_idx + 1
         if start < len(self):
             yield from batches(
-                self.samples, self.batch_size, seed=self.seed, epoch=epoch, world=self.world, start=start
+                self.samples, self.batch_size, seed=self.seed, epoch=epoch, share=self.share, start=start
             )
 
-    # With these two, Lightning takes it for a loader that can go on within an epoch.
+    # Lightning resumes within an epoch only with a loader that has these two.
     def state_dict(self) -> dict[str, Any]:
         return {}
 
@@ -198,37 +170,37 @@ class TrainBatches:
 
 
 class EvaluationBatches:
-    """Samples in order, each on one rank, in as many batches on every rank; some may be empty."""
+    """Samples in order, each on one rank. Every rank has as many batches, some of which may be empty."""
 
-    def __init__(self, samples: Samples, world: World):
+    def __init__(self, samples: Samples, share: Callable[[int], Partition]):
         self.samples = samples
-        self.world = world
-        self.batch_size = EVALUATION_BATCH * world.world_size
+        self.share = share
+        self.batch_size = EVALUATION_BATCH * share(0).ranks
 
     def __len__(self) -> int:
         return -(-len(self.samples) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        for chunk in torch.arange(len(self.samples), device=self.world.device).split(self.batch_size):
-            mine = self.world.share(len(chunk)).narrow(chunk, 0)
+        order = torch.arange(len(self.samples), device=self.samples.labels.device)
+        for chunk in order.split(self.batch_size):
+            mine = self.share(len(chunk)).narrow(chunk, 0)
             yield Batch(self.samples.inputs(mine), self.samples.labels[mine], len(chunk))
 
 
 class MNISTDataModule(LightningDataModule):
-    """MNIST and its relatives, on the device, in the batches of `torchpar.training.fit`.
+    """MNIST and its relatives, on the device, in the batches of `torchpar.training.Run`.
 
-    The archives are checked and extracted by the first rank of each machine. A run that is resumed from
-    a checkpoint, within an epoch or at its end, on as many ranks or others, goes on with the batches that
-    it would have had.
+    A resumed run continues with the batches that it would have had, also within an epoch and on another
+    number of ranks.
 
     Args:
         root: folder of the data sets, as torchvision's.
-        dataset: what to learn.
+        dataset: see `torchpar.data.load`.
         batch_size: samples per step, over all ranks.
         seed: of the samples' order.
-        validation: how many training samples, the last ones, to keep for validation; "test" validates
-            on the test set, which shows a run's course and must decide nothing in it, such as when to
-            stop; 0 does not validate.
+        validation: number of training samples, the last ones, to keep for validation; 0 does not validate.
+            "test" validates on the test set: it shows a run's course and must not decide anything in it,
+            such as when to stop.
 
     Raises:
         ConfigError: from `setup`, files that are missing or damaged, a batch smaller than the number of
@@ -252,16 +224,15 @@ class MNISTDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         trainer = self._trainer
-        self.world = World(
-            trainer.global_rank, trainer.local_rank, trainer.world_size, trainer.strategy.root_device
-        )
-        self.world.check_alike("the ranks' data", self.state_dict())
-        if self.batch_size < self.world.world_size:
+        self.share = partial(Partition.over, ranks=trainer.world_size, rank=trainer.global_rank)
+        if trainer.world_size > 1:
+            check_same_on_all_ranks(None, "the ranks' data", self.state_dict())
+        if self.batch_size < trainer.world_size:
             raise ConfigError(
                 f"batch_size is {self.batch_size}, expected at least the number of ranks that share it, "
-                f"{self.world.world_size}; it counts the samples of all ranks together"
+                f"{trainer.world_size}; it counts the samples of all ranks together"
             )
-        train, self.test = load(self.dataset, self.root, self.world)
+        train, self.test = load(self.dataset, self.root, trainer.strategy.root_device)
         kept = 0 if self.validation == "test" else self.validation
         if not 0 <= kept < len(train):
             raise ConfigError(f"validation is {kept}, expected 'test' or 0 to {len(train) - 1} samples")
@@ -269,25 +240,25 @@ class MNISTDataModule(LightningDataModule):
         self.train, self.val = train[:split], self.test if self.validation == "test" else train[split:]
 
     @property
-    def ends(self) -> tuple[int, int]:
-        """How many numbers a sample has, and how many classes there are."""
-        return self.test.images[0].numel(), len(self.test.classes)
+    def shape(self) -> tuple[int, int]:
+        """Numbers of features and of classes."""
+        return self.test.features[0].numel(), len(self.test.classes)
 
     def train_dataloader(self) -> TrainBatches:
-        return TrainBatches(self.train, self.batch_size, self.seed, self.world, self._trainer)
+        return TrainBatches(self.train, self.batch_size, self.seed, self.share, self._trainer)
 
     def val_dataloader(self) -> EvaluationBatches | list[Any]:
-        return EvaluationBatches(self.val, self.world) if len(self.val) else []
+        return EvaluationBatches(self.val, self.share) if len(self.val) else []
 
     def test_dataloader(self) -> EvaluationBatches:
-        return EvaluationBatches(self.test, self.world)
+        return EvaluationBatches(self.test, self.share)
 
     def predict_dataloader(self) -> EvaluationBatches:
-        """The test set."""
+        """Return the test set."""
         return self.test_dataloader()
 
     def state_dict(self) -> dict[str, Any]:
-        """What sets the training batches."""
+        """Return the arguments that determine the training batches."""
         return {name: getattr(self, name) for name in ("dataset", "batch_size", "seed", "validation")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -295,9 +266,9 @@ class MNISTDataModule(LightningDataModule):
         differing = [name for name in now if now[name] != state[name]]
         if differing and self._trainer.state.fn == TrainerFn.FITTING:
             was, have = (", ".join(f"{name} {of[name]}" for name in differing) for of in (state, now))
-            raise ConfigError(f"the checkpoint's run has {was}, this one has {have}; go on with the same")
+            raise ConfigError(f"the checkpoint's run has {was}, this one has {have}; continue with the same")
 
-    def __str__(self) -> str:  # Lightning's takes loaders for DataLoaders
+    def __str__(self) -> str:  # Lightning's expects DataLoaders
         return f"MNISTDataModule({str(self.root)!r}, {self.state_dict()})"
 
     @property

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A multilayer perceptron on torchpar's operators, from the parameters up."""
+"""Linear layers and a multilayer perceptron on torchpar's operators."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -7,25 +7,27 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from torchpar.ops import linear_sigmoid, maximum
 
 Init = Literal["xavier_uniform", "xavier_normal"]
 
 
-class Linear(torch.nn.Module):
-    """An affine map, ``y = x @ weight.T + bias``.
+class Linear(torch.nn.Linear):
+    """`torch.nn.Linear` with Xavier's initialisation, ``y = x @ weight.T + bias``.
 
-    ``x (*, in_features)`` → ``y (*, out_features)``. The state dict's keys are ``weight``
-    ``(out_features, in_features)`` and ``bias`` ``(out_features)``, as `torch.nn.Linear`'s.
+    ``x (*, in_features)`` → ``y (*, out_features)``. The state dict holds ``weight``
+    ``(out_features, in_features)`` and ``bias`` ``(out_features)``.
 
     Args:
-        init: how `reset_parameters` draws the weight: Xavier's uniform or normal distribution
-            (Glorot and Bengio, 2010), both of variance 2/(in_features + out_features). The bias is 0.
+        init: the distribution of the initial weight, "xavier_uniform" or "xavier_normal" (Glorot and Bengio,
+            2010). Its variance is 2/(in_features + out_features). The initial bias is 0.
+
+    Raises:
+        ValueError: an unknown ``init``.
     """
 
-    bias: torch.nn.Parameter | None
+    weight: torch.nn.Parameter
 
     def __init__(
         self,
@@ -37,16 +39,8 @@ class Linear(torch.nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.init = init
-        self.weight = torch.nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        if bias:
-            self.bias = torch.nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
-        self.reset_parameters()
+        self.init = init  # before `reset_parameters`, which the base class calls
+        super().__init__(in_features, out_features, bias, device, dtype)
 
     def reset_parameters(self) -> None:
         if self.init == "xavier_uniform":
@@ -58,24 +52,25 @@ class Linear(torch.nn.Module):
         if self.bias is not None:
             torch.nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, init={self.init!r}"
 
 
 class LinearSigmoid(Linear):
-    """A linear layer with a sigmoid, ``y = sigmoid(x @ weight.T + bias)``, by `torchpar.linear_sigmoid`."""
+    """A linear layer and a sigmoid in one kernel, ``y = sigmoid(x @ weight.T + bias)``.
+
+    It calls `torchpar.linear_sigmoid`. Arguments, shapes and state dict are those of `Linear`.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return linear_sigmoid(x, self.weight, self.bias)
 
 
 class LinearReLU(Linear):
-    """A linear layer with a ReLU, ``y = max(x @ weight.T + bias, 0)``, by `torchpar.maximum`.
+    """A linear layer and a ReLU, ``y = max(x @ weight.T + bias, 0)``.
 
-    At exactly 0 the gradient is one half, `torchpar.maximum`'s at a tie; `torch.relu`'s is 0.
+    It calls `torchpar.maximum`, whose gradient at exactly 0 is one half; `torch.relu`'s is 0. Arguments,
+    shapes and state dict are those of `Linear`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,20 +79,20 @@ class LinearReLU(Linear):
 
 
 class MLP(torch.nn.Module):
-    """A multilayer perceptron: a layer between each two sizes, an activation after each but the last.
+    """A multilayer perceptron: linear layers with an activation between them.
 
     ``x (*, sizes[0])`` → ``y (*, sizes[-1])``. The state dict's keys are ``layers.<i>.weight``
     ``(sizes[i + 1], sizes[i])`` and ``layers.<i>.bias`` ``(sizes[i + 1])`` for i = 0, 1, ….
 
     Args:
-        sizes: at least two, input first.
+        sizes: at least two widths, from the input to the output.
         hidden: the activation between layers, "sigmoid" or "relu".
-        output: "logits" leaves the last layer linear; "sigmoid" ends it with a sigmoid.
-        init: as for `Linear`.
+        output: "logits" for no activation after the last layer, or "sigmoid".
+        init: as in `Linear`.
 
     Raises:
-        ValueError: sizes that are fewer than two or not whole numbers; an unknown activation, output or
-            initialisation.
+        ValueError: fewer than two sizes, or sizes that are not whole numbers of at least 0; an unknown
+            ``hidden``, ``output`` or ``init``.
     """
 
     def __init__(

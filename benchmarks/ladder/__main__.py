@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # ruff: noqa: E402  # libraries read the environment when they are imported
-"""The same work on every rung, from pure Python to several processes: ``python -m benchmarks.ladder``.
+"""Do the same work on every rung, from pure Python to several processes: ``python -m benchmarks.ladder``.
 
 Five workloads: elementwise maximum, X·Xᵀ, linear+sigmoid, and an epoch of two digit classifiers. The result
 of every call that is timed is checked against float64 (whole numbers: exactly), every batch's loss too.
@@ -8,12 +8,7 @@ Rungs take turns, and medians are quoted. Caches are flushed before maximum and 
 works on stays in them, as in training.
 """
 
-import argparse
-import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
-from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.idle_threads import shorten_spins
@@ -22,109 +17,98 @@ shorten_spins()
 
 import torch
 
-from benchmarks.report import provenance, write_csv
-from benchmarks.scaling.plan import CORES
-from benchmarks.scaling.ranks import start_ranks
-from benchmarks.timing import Ceiling, measure_ceiling
-from torchpar.errors import ConfigError
-from torchpar.parallel.world import World
-
-try:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from benchmarks.ladder import operators, show, training, whole
-    from torchpar.report import prepare_outputs
-except ImportError as e:  # Numba raises it too, beside a NumPy that it does not know
-    sys.exit(f"python -m benchmarks.ladder: {e}; pip install 'torchpar[baselines,examples]'")
-
+from benchmarks.command import Command, run
 from benchmarks.ladder.inputs import Training
-from benchmarks.ladder.measure import CPU, Row, measure
+from benchmarks.report import Results, print_rows, provenance
+from benchmarks.scaling.steps import CORES
+from benchmarks.timing import CPU, measure_ceiling
+from torchpar.errors import ConfigError
+from torchpar.parallel.launch.local import start_ranks
 
-ROUNDS = training.CHUNKS
-ALONE = World(rank=0, local_rank=0, world_size=1, device=CPU)
+THREADS = (1, 2, 4, 8)
+COLUMNS = ("provider", "note", "p50_ms", "over_pure_python", "over_rung_before")
+RATES = ("gb_per_s", "gflop_per_s", "of_ceiling", "first_s", "ok")
 
 
 class Plan(NamedTuple):
-    """Shapes of the operators' inputs; epochs."""
+    """Shapes of the operators' inputs, epochs, and the most turns of a rung."""
 
     operators: Mapping[str, tuple[int, ...]]
     trainings: Sequence[Training]
+    rounds: int
 
 
 FULL = Plan(
     {"maximum": (1000, 1000), "matmul_t": (1000, 1000), "linear_sigmoid": (64, 784, 128)},
     [Training((784, 30, 10), 10), Training((784, 128, 10), 64)],
+    rounds=20,
 )
 QUICK = Plan(
-    {"maximum": (100, 90), "matmul_t": (130, 70), "linear_sigmoid": (7, 33, 5)},
-    [Training((784, 30, 10), 10, samples=405)],
+    {"maximum": (20, 30), "matmul_t": (33, 17), "linear_sigmoid": (7, 33, 5)},
+    [Training((784, 30, 10), 10, samples=105)],
+    rounds=2,
 )
 
 
-def climb(plan: Plan, ceilings: Mapping[str, Ceiling]) -> list[list[Row]]:
-    """The rows of each workload."""
-    terminal = Console(stderr=True)
-    with start_ranks(2) as ranks, Progress(console=terminal, disable=not terminal.is_terminal) as progress:
-        task = progress.add_task("ladder", total=ROUNDS * (len(plan.operators) + len(plan.trainings)))
-        advance = partial(progress.advance, task)
-        workloads = chain(
-            (operators.workload(name, shape, ranks) for name, shape in plan.operators.items()),
-            (training.workload(one, ranks, ALONE) for one in plan.trainings),
-        )
-        return [measure(workload, ceilings, ROUNDS, advance) for workload in workloads]
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.ladder", description="Climb the ladder.")
-    parser.add_argument("--quick", action="store_true", help="small sizes: does it run?")
-    parser.add_argument(
-        "--output", type=Path, default=Path("ladder"), metavar="DIR", help="for ladder.csv and pictures"
-    )
-    options = parser.parse_args()
-    csv, bars, roofline = (options.output / name for name in ("ladder.csv", "ladder.png", "intensity.png"))
-    try:
-        prepare_outputs(ALONE, folders=[options.output], files=[csv, bars, roofline])
-    except ConfigError as e:
-        parser.error(str(e))
+def main(arguments: Sequence[str] | None = None) -> int:
+    command = Command("ladder", "Do the same work on every rung.", ["numba", "torchvision"])
+    options = command.parse(arguments)
+    if options.output:
+        command.require("matplotlib")
     plan = QUICK if options.quick else FULL
-    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-    ceilings = {device: measure_ceiling(torch.device(device), [torch.float32]) for device in devices}
     try:
-        ladder = climb(plan, ceilings)
-    except ConfigError as e:  # of the samples
-        sys.exit(f"python -m benchmarks.ladder: {e}")
-
-    origin = provenance(CPU) | {"cores": CORES}
-    gpu = provenance(torch.device("cuda")) if "cuda" in ceilings else {"device": "", "clocks": ""}
-    origin |= {"gpu": gpu["device"], "gpu_clocks": gpu["clocks"]}
-    csv.unlink(missing_ok=True)
+        from benchmarks.ladder import on_ranks, operators, programs, rungs, show, training
+    except ImportError as e:  # Numba raises it beside a NumPy that it does not know
+        raise ConfigError(f"{e}; pip install 'torchpar[baselines]'") from e
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    ceilings = {name: measure_ceiling(torch.device(name), [torch.float32], options.quick) for name in devices}
+    roofs = {"memory": ceilings["cpu"].bandwidth, "a core's cache": operators.cache_bandwidth(options.quick)}
+    arithmetic = ceilings["cpu"].matmul[torch.float32]
+    gpu = provenance(torch.device("cuda")) if "cuda" in devices else {"device": "", "clocks": ""}
+    results = Results(
+        command.csv(options),
+        CPU,
+        cores=CORES,
+        gpu=gpu["device"],
+        gpu_clocks=gpu["clocks"],
+        memory_bytes_per_s=roofs["memory"],
+        cache_bytes_per_s=roofs["a core's cache"],
+        product_flop_per_s=arithmetic,
+    )
+    threads = [count for count in THREADS if count <= CORES]
+    ladder = []
+    with start_ranks(2) as ranks:
+        for name, shape in plan.operators.items():
+            workload = operators.workload(name, shape, ranks, threads, compiled=not options.quick)
+            ladder.append(results.add(rungs.measure(workload, ceilings, plan.rounds)))
+        for one in plan.trainings:
+            workload = training.workload(one, ranks, threads, compiled=not options.quick)
+            ladder.append(results.add(rungs.measure(workload, ceilings)))
+        ranks.run(on_ranks.forget)
     for rows in ladder:
-        write_csv(csv, rows, **origin)
-    by_operator = dict(zip(plan.operators, ladder, strict=False))
-
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    for rows in ladder:
-        console.print(show.table(rows))
+        print_rows(rows[0].work["workload"], rows, (*COLUMNS, *RATES))
     for one, rows in zip(plan.trainings, ladder[len(plan.operators) :], strict=True):
-        steps = -(-(one.samples or 60_000) // one.batch_size)
-        if line := show.overhead(rows, steps):
-            console.print(line, soft_wrap=True, highlight=False)
-    for thread in [threads for threads in operators.THREADS if threads > CORES]:
-        console.print(f"not measured: njit with {thread} threads, of {CORES} core{'s' * (CORES > 1)}")
-    for what, names in whole.NEEDS.items():
-        if missing := [name for name in names if not whole.found(name)]:
-            console.print(f"not measured: {what}, without {', '.join(missing)}")
-    if "cuda" not in ceilings:
-        console.print("not measured: a GPU, there is none")
-    else:
-        console.print(show.against_gpu(by_operator["maximum"]), soft_wrap=True, highlight=False)
-    show.bars(ladder, bars, origin)
-    cache = operators.cache_bandwidth()
-    show.intensity(by_operator["matmul_t"], roofline, origin, ceilings["cpu"], cache)
-    console.print(f"written: {options.output}/ladder.csv, ladder.png, intensity.png", soft_wrap=True)
-    return 0 if all(row.ok for rows in ladder for row in rows) else 1
+        if line := show.overhead(rows, -(-(one.samples or 60_000) // one.batch_size)):
+            print(f"{rows[0].work['workload']}: {line}")
+    for count in THREADS:
+        if count > CORES:
+            print(f"not measured: njit with {count} threads, of {rungs.plural(CORES, 'core')}")
+    for name in ("MPI", programs.LIGHTNING):
+        if missing := programs.missing(name):
+            print(f"not measured: {name}, without {', '.join(missing)}")
+    if "cuda" not in devices:
+        print("not measured: a GPU, there is none")
+    if options.output:
+        origin = provenance(CPU)
+        machine = ", ".join(filter(None, (origin["device"], rungs.plural(CORES, "core"), gpu["device"])))
+        title = f"{machine}; torch {origin['torch']}, NumPy {origin['numpy']}, {origin['date'][:10]}"
+        (options.output / "ladder.md").write_text("\n".join(map(show.markdown, ladder)))
+        count = len(plan.operators)
+        show.bars(ladder[:count], ladder[count:], options.output / "ladder.png", title)
+        product = ladder[list(plan.operators).index("matmul_t")]
+        show.intensity(product, options.output / "intensity.png", title, roofs, arithmetic)
+    return results.status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the rungs work on, and what they must come to."""
+"""The inputs of the rungs, and the checks of their results."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,26 +10,26 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.baselines import numpy_mlp
-from benchmarks.baselines.numpy_mlp import MLP, SGD, Array
-from benchmarks.harness import Work
+from benchmarks.compare import Work
 from benchmarks.timing import Rejected
 from torchpar import data
-from torchpar.parallel.world import World
+from torchpar.baselines import numpy_mlp
+from torchpar.baselines.numpy_mlp import MLP, SGD, Array
 
-RATE = 0.1
+LR = 0.1
 DATA = Path(__file__).parents[2] / "examples" / "data"
-# Of the mean loss of any batch. Rounding moves it by less than 1e-5 within an epoch; a learning rate that is
-# 1% off, or another order of the samples, by more than 1e-2 of one batch or another of an epoch of MNIST.
-ALIKE = 1e-3
+# The error that is allowed, of the mean loss of any batch. Rounding moves it by less than 1e-5 within an
+# epoch; a learning rate that is 1% off, or another order of the samples, moves that of some batch by 1e-2.
+LOSS_ERROR = 1e-3
 
 
 @dataclass(frozen=True)
 class Operands:
-    """An operator's arguments, its result in float64 (or whole numbers), and how far off that may be.
+    """The arguments of an operator, and its result in float64 (or whole numbers).
 
     Attributes:
-        cold: whether calls find them in memory, or in a cache, as a training step finds its weights.
+        bound: how far off each number of the result may be.
+        cold: whether calls find the arguments in memory, or in a cache as a training step does.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Operands:
 
 
 def operands(name: str, shape: Sequence[int]) -> Operands:
-    """Of "maximum" or "matmul_t" ``(n, n)``, or of "linear_sigmoid" ``(m, in, out)``.
+    """The operands of "maximum" or "matmul_t" ``(n, n)``, or of "linear_sigmoid" ``(m, in, out)``.
 
     A sum of k products in float32, in whatever order, is off by at most γ(k)·Σ|a·b| with γ(k) = ku/(1 − ku)
     and u = 2⁻²⁴ (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1). The sigmoid's
@@ -83,37 +83,38 @@ def operands(name: str, shape: Sequence[int]) -> Operands:
 
 
 def gamma(k: int) -> float:
-    """The relative error of k roundings in float32, at most."""
+    """The largest relative error of k roundings in float32."""
     u = 2.0**-24
     return k * u / (1 - k * u)
 
 
 class Training(NamedTuple):
-    """An epoch of a network with the batch size, on the first samples of MNIST; 0 means all."""
+    """An epoch of a network with a batch size, on the first samples of MNIST; 0 means all."""
 
     sizes: tuple[int, ...]
     batch_size: int
     samples: int = 0
 
 
-class Problem:
-    """An epoch of SGD at rate `RATE`, as every rung runs it: the same samples, batches and first weights.
+class TrainingInputs:
+    """An epoch of SGD at rate `LR`, as every rung runs it: the same samples, batches and first weights.
 
     Attributes:
+        train, test: MNIST.
         x: ``(n, 784)`` float32 in [0, 1].
         labels: ``(n)`` int64.
         order: the indices of each batch.
         start: a network with the first weights.
     """
 
-    def __init__(self, training: Training, world: World):
-        train, _ = data.load("mnist", DATA, world)
-        train = train[: training.samples or None]
+    def __init__(self, training: Training):
+        train, self.test = data.load("mnist", DATA)
+        self.train = train[: training.samples or None]
         self.training = training
-        self.x: Array = train.inputs(slice(None)).numpy()
-        self.labels: Array = train.labels.numpy()
+        self.x: Array = self.train.inputs(slice(None)).numpy()
+        self.labels: Array = self.train.labels.numpy()
         random = np.random.default_rng(0)
-        self.order = list(numpy_mlp.batches(len(train), training.batch_size, random))
+        self.order = list(numpy_mlp.batches(len(self.train), training.batch_size, random))
         self.start = MLP(training.sizes, seed=0)
 
     @property
@@ -131,23 +132,25 @@ class Problem:
 
     @cached_property
     def losses(self) -> Array:
-        """The mean loss of each batch, in float64."""
+        """The mean loss of each batch of ``order``, in float64."""
         return self.losses_of(self.order)
 
     def losses_of(self, order: Sequence[Array]) -> Array:
-        """The same of batches of these indices."""
+        """The mean loss of each batch of ``order``, trained in this order in float64."""
         model = MLP(self.training.sizes, dtype=np.float64)
         model.parameters[:] = self.start.parameters
-        optimizer, losses = SGD(model, RATE), []
+        optimizer, losses = SGD(model, LR), []
         for indices in order:
             loss, gradient = model.gradients(self.x[indices].astype(np.float64), self.labels[indices])
             optimizer.step(gradient / len(indices))
             losses.append(loss / len(indices))
         return np.array(losses)
 
-    def check(self, losses: Array, first: int = 0) -> None:
-        """Raise if these are not the mean losses of the batches from ``first`` on."""
-        expected = self.losses[first : first + len(losses)]
+    def check(self, losses: Array, first: int, last: int) -> None:
+        """Raise if these are not the mean losses of the batches from ``first`` to ``last`` − 1."""
+        expected = self.losses[first:last]
+        if len(losses) != last - first:
+            raise Rejected(f"{len(losses)} losses of {last - first} batches")
         off = np.abs(losses - expected).max() / expected.mean()
-        if not off <= ALIKE:
-            raise Rejected(f"a loss is off by {off:.0e} of their mean, {ALIKE:.0e} are allowed")
+        if not off <= LOSS_ERROR:
+            raise Rejected(f"a loss is off by {off:.0e} of their mean, {LOSS_ERROR:.0e} are allowed")

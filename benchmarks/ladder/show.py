@@ -1,20 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""The ladder as a table, as bars, and on a roofline."""
+"""The ladder as the README's table, as bars, and on a roofline."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import matplotlib.pyplot as plt
-import torch
-from rich.markup import escape
-from rich.table import Table
-
-from benchmarks.ladder.measure import Row
-from benchmarks.ladder.whole import LIGHTNING, PLAIN
-from benchmarks.report import cell
-from benchmarks.timing import Ceiling
+from benchmarks.ladder.programs import LIGHTNING, RUN
+from benchmarks.report import Row, duration, number, picture
 
 COLORS = {
     "pure Python": "tab:gray",
@@ -28,146 +20,102 @@ COLORS = {
 }
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """The rows of one workload."""
-    shown = Table(title=rows[0].workload, title_justify="left")
-    shown.add_column("rung")
-    shown.add_column("")
-    for header in ("time", "× pure Python", "× row above", rows[0].unit, "of ceiling", "first call"):
-        shown.add_column(header, justify="right", no_wrap=True)
+def label(row: Row) -> str:
+    return ", ".join(filter(None, (row.provider, row.found["note"])))
+
+
+def seconds(row: Row) -> float | None:
+    return row.p50_ms and row.p50_ms / 1e3
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table of one workload, as the README shows it."""
+    lines = [f"| {rows[0].work['workload']} | time | × pure Python | × rung before |", "|---|---|---|---|"]
     for row in rows:
-        shown.add_row(
-            row.rung,
-            note(row) if row.ok else f"[red]{escape(row.reason)}",
-            ("~ " if extrapolated(row) else "") + duration(row.seconds),
-            number(row.over_pure_python),
-            cell(row.over_row_above, "{:.2f}"),
-            number(row.rate),
-            cell(row.ceiling, "{:.2%}" if (row.ceiling or 0) < 0.01 else "{:.0%}"),
-            cell(row.first_call, "{:.1f} s"),
-        )
-    return shown
-
-
-def number(x: float | None) -> str:
-    """With three digits, or whole."""
-    return cell(x, "{:.3g}" if (x or 0) < 999 else "{:,.0f}")
-
-
-def extrapolated(row: Row) -> bool:
-    return row.covered is not None and row.covered < 1
-
-
-def note(row: Row) -> str:
-    """What is said beside the name; of a time that is extrapolated, from what."""
-    part = f"from {row.covered:.0%}" if extrapolated(row) and "from" not in row.note else ""
-    return ", ".join(filter(None, (row.note, part)))
-
-
-def duration(seconds: float | None) -> str:
-    """With three digits, in the unit that suits."""
-    if seconds is None:
-        return ""
-    unit, scale = ("s", 1.0) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
-    return f"{seconds * scale:.3g} {unit}" if seconds * scale < 999 else f"{seconds * scale:,.0f} {unit}"
+        ratios = [number(row.found.get(name)) for name in ("over_pure_python", "over_rung_before")]
+        lines.append("| " + " | ".join([label(row), duration(seconds(row)), *ratios]) + " |")
+    return "\n".join([*lines, ""])
 
 
 def overhead(rows: Sequence[Row], steps: int) -> str:
-    """What Lightning's loop costs, in a line; nothing where one of the two was not measured."""
-    seconds = {row.rung: row.seconds for row in rows}
-    plain, lightning = seconds.get(PLAIN), seconds.get(LIGHTNING)
-    if plain is None or lightning is None:
+    """The cost of Lightning's loop, in a line; nothing where one of the two was not measured."""
+    times = {row.provider: seconds(row) for row in rows}
+    ours, lightning = times.get(RUN), times.get(LIGHTNING)
+    if ours is None or lightning is None:
         return ""
-    return (
-        f"{rows[0].workload}: a step takes {1e6 * plain / steps:.0f} µs in {PLAIN}, "
-        f"{1e6 * (lightning - plain) / steps:.0f} µs more in {LIGHTNING}"
-    )
+    more = 1e6 * (lightning - ours) / steps
+    return f"a step takes {1e6 * ours / steps:.0f} µs with {RUN}, {more:.0f} µs more with {LIGHTNING}"
 
 
-def against_gpu(rows: Sequence[Row], bar: float = 40) -> str:
-    """How much faster the GPU is than the loops, in a line."""
-    seconds = {row.rung: row.seconds for row in rows}
-    gpu = seconds.get("torchpar GPU")
-    loops = [(name, seconds.get(name)) for name in ("pure Python", "njit")]
-    if gpu is None or any(loop is None for _, loop in loops):
-        return f"{rows[0].workload}: not measured on the GPU"
-    ratios = {name: loop / gpu for name, loop in loops if loop is not None}
-    verdict = "met" if min(ratios.values()) >= bar else "NOT met"
-    told = ", ".join(f"{ratio:,.0f}× {name}" for name, ratio in ratios.items())
-    return f"{rows[0].workload}: the GPU is {told} (at least {bar:g}×: {verdict})"
+def bars(operators: Sequence[list[Row]], epochs: Sequence[list[Row]], path: Path, title: str) -> None:
+    """Time of every rung, on a logarithmic scale: operators on the left, epochs on the right."""
+    with picture(path, 14, 9) as figure:
+        figure.suptitle(f"{title}. Hatched: extrapolated from a part", fontsize=10)
+        for half, workloads in zip(figure.subfigures(1, 2), (operators, epochs), strict=True):
+            heights = [len(rows) + 2 for rows in workloads]
+            panels = half.subplots(len(workloads), height_ratios=heights, squeeze=False)[:, 0]
+            for axes, rows in zip(panels, workloads, strict=True):
+                draw_bars(axes, rows)
+            panels[-1].set_xlabel("seconds")
+
+
+def draw_bars(axes: Any, rows: Sequence[Row]) -> None:
+    known = [(row, row.p50_ms / 1e3) for row in rows if row.p50_ms]
+    for at, (row, time) in enumerate(known):
+        hatch = "//" if row.found["covered"] < 1 else ""
+        axes.barh(at, time, color=color(row), hatch=hatch, alpha=0.85)
+        faster = f"   {number(row.found['over_pure_python'])}×" if row.found.get("over_pure_python") else ""
+        axes.text(time * 1.1, at, duration(time) + faster * (at > 0), va="center", fontsize=7)
+    axes.set_yticks(range(len(known)), [label(row) for row, _ in known], fontsize=7)
+    axes.invert_yaxis()
+    times = [time for _, time in known] or [1.0]
+    axes.set(xscale="log", xlim=(min(times) / 3, max(times) * 12))
+    axes.set_title(rows[0].work["workload"], fontsize=9, loc="left")
+    axes.tick_params(axis="x", labelsize=7)
+    axes.grid(axis="x", alpha=0.3)
+
+
+def color(row: Row) -> str:
+    """The color of the longest name that the rung's begins with."""
+    return COLORS[max((name for name in COLORS if row.provider.startswith(name)), key=len)]
 
 
 def intensity(
-    rows: Sequence[Row], path: Path, origin: Mapping[str, Any], ceiling: Ceiling, cache: float
+    rows: Sequence[Row], path: Path, title: str, roofs: dict[str, float], arithmetic: float
 ) -> None:
     """Speed of X·Xᵀ by needed operations per byte loaded, under what loads and arithmetic allow.
 
     Args:
-        rows: with an intensity, those of the CPU.
-        ceiling: of the CPU.
-        cache: bytes/s that one core of the CPU loads from its first-level cache.
+        rows: with an intensity, those of loops on the CPU.
+        roofs: bytes/s that are loaded from the memory, or from a cache, by name.
+        arithmetic: flop/s of a product.
     """
-    matplotlib.use("Agg")
-    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    known = [(row, row.intensity, row.rate) for row in rows if row.intensity and row.rate]
-    span = [x for _, x, _ in known] or [1.0]
-    left, right = min(span) / 2, max(span) * 8
-    arithmetic = ceiling.matmul[torch.float32]
-    for name, bandwidth, style in (("memory", ceiling.bandwidth, "-"), ("a core's cache", cache, "--")):
-        reach = [left, arithmetic / bandwidth, right]
-        heights = [min(x * bandwidth, arithmetic) / 1e9 for x in reach]
-        label = f"cpu: {name}, {bandwidth / 1e9:.0f} GB/s; torch.mm, {arithmetic / 1e9:.0f} GFLOP/s"
-        axes.plot(reach, heights, style, lw=1, label=label)
-    for row, *at in known:
-        axes.plot(*at, "o", color=_color(row.rung))
-        label = ", ".join(filter(None, (row.rung, note(row))))
-        axes.annotate(label, (at[0], at[1]), xytext=(6, -3), textcoords="offset points", fontsize=7)
-    axes.set(xscale="log", yscale="log", xlim=(left, right))
-    axes.set(xlabel="needed operations per byte loaded", ylabel="GFLOP/s of needed operations")
-    axes.set_title(f"{rows[0].workload}\n{origin['device']}, {origin['date'][:10]}", fontsize=10)
-    axes.legend(fontsize=8, loc="lower right")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def _color(rung: str) -> str:
-    """Of the longest name that the rung's begins with."""
-    return COLORS[max((name for name in COLORS if rung.startswith(name)), key=len)]
-
-
-def bars(ladder: Sequence[Sequence[Row]], path: Path, origin: Mapping[str, Any]) -> None:
-    """Time of every rung, on a logarithmic scale: operations on the left, epochs on the right."""
-    matplotlib.use("Agg")
-    epochs = ["epoch" in rows[0].workload for rows in ladder]
-    figure = plt.figure(figsize=(14, 9), layout="constrained")
-    machine = ", ".join(filter(None, (origin["device"], f"{origin['cores']} cores", origin["gpu"])))
-    versions = f"torch {origin['torch']}, NumPy {origin['numpy']}, {origin['date'][:10]}"
-    figure.suptitle(f"{machine}; {versions}. Hatched: extrapolated from a part", fontsize=10)
-    halves = figure.subfigures(1, 2, squeeze=False)[0]
-    for side, half in zip((False, True), halves, strict=True):
-        workloads = [rows for rows, epoch in zip(ladder, epochs, strict=True) if epoch is side]
-        heights = [len(rows) + 2 for rows in workloads]
-        grid = half.subplots(len(workloads), height_ratios=heights, squeeze=False)
-        for axes, rows in zip(grid.flat, workloads, strict=True):
-            _bars(axes, rows)
-        grid[-1, 0].set_xlabel("seconds")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def _bars(axes: Any, rows: Sequence[Row]) -> None:
-    known = [(row, row.seconds) for row in rows if row.seconds]
-    for at, (row, seconds) in enumerate(known):
-        hatch = "//" if extrapolated(row) else ""
-        axes.barh(at, seconds, color=_color(row.rung), hatch=hatch, alpha=0.85)
-        faster = f"   {number(row.over_pure_python)}×" if at and row.over_pure_python else ""
-        axes.text(seconds * 1.1, at, duration(seconds) + faster, va="center", fontsize=7)
-    labels = [", ".join(filter(None, (row.rung, note(row)))) for row, _ in known]
-    axes.set_yticks(range(len(known)), labels, fontsize=7)
-    axes.invert_yaxis()
-    times = [seconds for _, seconds in known] or [1.0]
-    axes.set(xscale="log", xlim=(min(times) / 3, max(times) * 12))
-    axes.set_title(rows[0].workload, fontsize=9, loc="left")
-    axes.tick_params(axis="x", labelsize=7)
-    axes.grid(axis="x", alpha=0.3)
+    known = [row for row in rows if row.found.get("intensity") and row.found.get("gflop_per_s")]
+    points = [(row, row.found["intensity"], row.found["gflop_per_s"]) for row in known]
+    span = [x for _, x, _ in points] or [1.0]
+    left, right = min(span) / 3, max(span) * 8
+    with picture(path, 9, 5.5) as figure:
+        axes = figure.subplots()
+        for name, bandwidth in roofs.items():
+            reach = [left, arithmetic / bandwidth, right]
+            heights = [min(x * bandwidth, arithmetic) / 1e9 for x in reach]
+            text = f"{name}, {bandwidth / 1e9:.0f} GB/s; torch.mm, {arithmetic / 1e9:.0f} GFLOP/s"
+            axes.plot(reach, heights, lw=1, label=text, zorder=1)
+        for row, x, y in points:
+            axes.plot(x, y, "o", color=color(row), zorder=3)
+            parallel = "parallel" in row.provider
+            axes.annotate(  # threads to the left of the point, above the roofs; one thread to the right
+                label(row).replace(", parallel", ""),
+                (x, y),
+                xytext=(-7, 5) if parallel else (7, -9),
+                ha="right" if parallel else "left",
+                textcoords="offset points",
+                fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+                zorder=2,
+            )
+        axes.set(xscale="log", yscale="log", xlim=(left, right))
+        axes.set(xlabel="needed operations per byte loaded", ylabel="GFLOP/s of needed operations")
+        axes.set_title(f"{rows[0].work['workload']}\n{title}", fontsize=10)
+        axes.legend(fontsize=8, loc="lower right")
+        axes.grid(alpha=0.3)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""What more ranks bring to a training step, and should."""
+"""The speed-up of a training step on more ranks: ``python -m benchmarks.scaling``."""

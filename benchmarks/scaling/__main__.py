@@ -1,109 +1,165 @@
 # SPDX-License-Identifier: MIT
-"""What more ranks bring to a training step, and should: ``python -m benchmarks.scaling``.
+"""Measure the speed-up of a training step on more ranks: ``python -m benchmarks.scaling``.
 
-A step is forward, backward, exchange of gradients and SGD, on CPUs by gloo. Its rivals are one process
-with one thread and one with two. Every configuration is checked before it is timed: its gradients and
-its loss against one process's, by a float64 oracle. All ranks live throughout; configurations take turns
-within a round, a few steps each. Medians are quoted, and means, in which alone gloo's stalls show.
+A step is forward, backward, exchange of gradients and SGD, on CPUs by gloo. It is compared with one process
+of one thread and one of two. The gradients and the loss of every configuration are checked with a float64
+oracle before it is timed. All ranks live throughout; configurations take turns within a round, a few steps
+each. Medians are quoted, and means, in which alone gloo's stalls show.
 """
 
-import argparse
-import sys
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from typing import NamedTuple
 
-import torch
-
-from benchmarks.report import provenance, write_csv
-from benchmarks.scaling import ranks
-from benchmarks.scaling.plan import CORES, FULL, QUICK, Configuration, Plan
-from benchmarks.scaling.results import Results, Steps
-
-try:
-    from rich.console import Console
-    from rich.progress import track
-
-    from benchmarks.scaling import show
-except ModuleNotFoundError as e:
-    sys.exit(f"python -m benchmarks.scaling needs rich and matplotlib, pip install them: {e}")
+from benchmarks.command import Command, run
+from benchmarks.report import Results, Row
+from benchmarks.scaling import show, steps
+from benchmarks.scaling.steps import CORES, Configuration, Prepared
+from benchmarks.timing import CPU, Rejected, Times, take_turns
+from torchpar.parallel.launch.local import Ranks, start_ranks
 
 BLOCK_SECONDS = 0.15  # of steps of one configuration in a round, about
 ALL_REDUCES = 20  # of a size in a round
 
 
-def measure(plan: Plan, rounds: int, uncalmed: bool) -> Results:
+class Plan(NamedTuple):
+    """The steps and all-reduces to measure. A width w stands for the model 784-w-w-10."""
+
+    sizes: tuple[int, ...]
+    batches: list[int]
+    widths: list[int]
+    width_batch: int
+    meshes: list[tuple[int, int]]  # dp, tp
+    reduction_batch: int
+    all_reduces: list[int]  # bytes
+    rounds: int
+
+    def configurations(self) -> Iterator[tuple[str, Configuration]]:
+        """Each configuration under the tables that show it: "batch", "width" or "reduction"."""
+        first, last = self.sizes[0], self.sizes[-1]
+        by_batch = [Configuration(self.sizes, batch) for batch in self.batches]
+        by_width = [Configuration((first, w, w, last), self.width_batch) for w in self.widths]
+        for table, alone in [("batch", one) for one in by_batch] + [("width", one) for one in by_width]:
+            yield table, alone
+            yield table, replace(alone, threads=2)
+            yield from ((table, replace(alone, dp=dp, tp=tp)) for dp, tp in self.meshes)
+        most = max(dp * tp for dp, tp in self.meshes)
+        for dp, tp in ((1, 1), (2, 1), (1, 2), (2, 2)):
+            if dp * tp <= most:
+                fast = Configuration(self.sizes, self.reduction_batch, dp, tp)
+                yield from (("reduction", one) for one in (fast, replace(fast, reduction="invariant")))
+
+
+FULL = Plan(
+    (784, 512, 10),
+    [2**i for i in range(7, 14)],
+    [512, 1024, 2048, 4096],
+    512,
+    [(2, 1), (1, 2), (4, 1), (1, 4)],
+    1024,
+    [4, 64, *(2**i for i in range(10, 25, 2))],
+    12,
+)
+QUICK = Plan((784, 64, 10), [32, 256], [64], 64, [(2, 1), (1, 2)], 64, [4, 2**18], 1)
+
+
+def slowest(times: Sequence[Sequence[float]]) -> list[float]:
+    """For each call the time of the rank that took longest."""
+    return [max(of_ranks) for of_ranks in zip(*times, strict=True)]
+
+
+class StepTurn:
+    """The turns of one configuration: check it, then time some steps in each round."""
+
+    def __init__(self, configuration: Configuration, ranks: Ranks):
+        self.configuration = configuration
+        self.ranks = ranks
+        self.prepared: list[Prepared] = []
+        self.count = 1
+
+    def __call__(self, index: int) -> list[float]:
+        if index == 0:
+            self.prepared = self.ranks.run(steps.prepare, self.configuration)
+            for rank in self.prepared:
+                if rank.reason:
+                    raise Rejected(rank.reason)
+            pilot = slowest(self.ranks.run(steps.time_steps, self.configuration, 1))[0]
+            self.count = min(max(round(BLOCK_SECONDS / pilot), 1), 20)
+            return []
+        return slowest(self.ranks.run(steps.time_steps, self.configuration, self.count))
+
+    def row(self, times: Times, alone: Times, tables: Sequence[str]) -> Row:
+        """The row of this configuration, its speed-up over one rank with one thread."""
+        one = self.configuration
+        work = {"kind": "step", "sizes": one.model, "batch": one.batch, "dp": one.dp, "tp": one.tp}
+        work |= {"threads": one.threads, "reduction": one.reduction}
+        found = {"tables": " ".join(tables), "oversubscribed": one.oversubscribed}
+        if self.prepared:
+            first = self.prepared[0]._asdict()
+            found |= {name: first[name] for name in first if name not in ("reason", "error")}
+            found["error"] = max(rank.error for rank in self.prepared)
+        return times.row(work, one.name, alone, **found)
+
+
+def all_reduce_turn(ranks: Ranks, nbytes: int, index: int) -> list[float]:
+    return slowest(ranks.run(steps.time_all_reduces, nbytes, ALL_REDUCES if index else 1))
+
+
+def measure(plan: Plan, rounds: int, default_polling: bool) -> list[Row]:
     """Start the ranks, check every configuration, and time them in turn."""
-    terminal = Console(stderr=True)
-    bar = partial(track, console=terminal, disable=not terminal.is_terminal, transient=True)
-    wanted = plan.configurations()
+    tables: dict[Configuration, list[str]] = {}
+    for table, one in plan.configurations():
+        tables.setdefault(one, []).append(table)
     with ExitStack() as stack:
-        groups = {
-            key: stack.enter_context(ranks.start_ranks(*key))
-            for key in dict.fromkeys((one.ranks, one.threads) for one in wanted)
-        }
+        groups: dict[tuple[int, int], Ranks] = {}
+        for one in tables:
+            key = one.ranks, one.threads
+            if key not in groups:
+                groups[key] = stack.enter_context(start_ranks(*key))
+                stack.callback(groups[key].run, steps.forget)
         pairs = {"batch": groups[2, 1]}
-        if uncalmed:
-            pairs["default"] = stack.enter_context(ranks.start_ranks(2, calm=False))
-
-        steps: dict[Configuration, Steps] = {}
-        counts: dict[Configuration, int] = {}
-        for one in bar(wanted, "check"):
-            group = groups[one.ranks, one.threads]
-            steps[one] = Steps(group.all(ranks.prepare, one), [])
-            if not steps[one].reason:
-                pilot = group.slowest(ranks.time_steps, one, 1)[0]
-                counts[one] = min(max(round(BLOCK_SECONDS / pilot), 1), 20)
-
-        all_reduces: dict[tuple[str, int], list[float]]
-        all_reduces = {(polling, nbytes): [] for polling in pairs for nbytes in plan.all_reduces}
-        for _ in bar(range(rounds), "measure"):
-            for (polling, nbytes), times in all_reduces.items():
-                times += pairs[polling].slowest(ranks.time_all_reduces, nbytes, ALL_REDUCES)
-            for one, count in counts.items():
-                group = groups[one.ranks, one.threads]
-                steps[one].rounds.append(group.slowest(ranks.time_steps, one, count))
-
-        expected = {one: found.prepared[0].expected for one, found in steps.items()}
-        for dp, tp in plan.spreads:
-            for batch in plan.between:
-                one = Configuration(plan.sizes, batch, dp, tp)
-                if not one.oversubscribed:
-                    expected[one] = groups[one.ranks, 1].all(ranks.expected, one)[0]
-    return Results(plan, steps, all_reduces, expected)
+        if default_polling:
+            pairs["default"] = stack.enter_context(start_ranks(2))
+            pairs["default"].run(steps.use_default_polling)
+        turns = {one: StepTurn(one, groups[one.ranks, one.threads]) for one in tables}
+        all_reduces = {
+            (polling, nbytes): partial(all_reduce_turn, ranks, nbytes)
+            for polling, ranks in pairs.items()
+            for nbytes in plan.all_reduces
+        }
+        times = take_turns({**all_reduces, **turns}, rounds, label="scaling")
+    rows = [turns[one].row(times[one], times[one.one_rank], tables[one]) for one in tables]
+    for polling, nbytes in all_reduces:
+        work = {"kind": "all_reduce", "nbytes": nbytes, "polling": polling}
+        rows.append(times[polling, nbytes].row(work, "2 ranks"))
+    return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.scaling", description="Measure how steps scale.")
-    parser.add_argument("--quick", action="store_true", help="two ranks, small sizes: does it run?")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="write scaling.csv and scaling.png there")
-    parser.add_argument("--rounds", type=int, help="times that each configuration has its turn")
-    parser.add_argument(
-        "--uncalmed",
+def main(arguments: Sequence[str] | None = None) -> int:
+    command = Command("scaling", "Measure the speed-up of a training step on more ranks.")
+    command.parser.add_argument("--rounds", type=int, help="turns of each configuration")
+    command.parser.add_argument(
+        "--default-polling",
         action="store_true",
-        help="time all-reduces also in a group whose polling thread is scheduled as gloo leaves it",
+        help="also time all-reduces with gloo's default thread scheduling",
     )
-    options = parser.parse_args()
+    options = command.parse(arguments)
+    if options.output:
+        command.require("matplotlib")
     plan = QUICK if options.quick else FULL
-    rounds = plan.rounds if options.rounds is None else options.rounds
-    if rounds < 1:
-        parser.error(f"--rounds {rounds}: there must be one")
+    rounds = command.at_least(1, "rounds", options, quick=QUICK.rounds, full=FULL.rounds)
+    rows = measure(plan, rounds, options.default_polling)
+    link = show.fit_link(rows)
+    fitted = {"alpha_s": link.alpha, "beta_s_per_byte": link.beta} if link else {}
+    results = Results(command.csv(options), CPU, cores=CORES, **fitted)
+    results.add(rows)
+    show.print_all(rows)
     if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-    results = measure(plan, rounds, options.uncalmed)
-    rows = results.rows()
-    if options.output:
-        path, origin, link = options.output / "scaling.csv", provenance(torch.device("cpu")), results.link
-        path.unlink(missing_ok=True)
-        write_csv(path, rows, alpha_s=link.alpha, beta_s_per_byte=link.beta, cores=CORES, **origin)
-        show.plot(results, path.with_suffix(".png"), origin)
-    console = Console(width=None if sys.stdout.isatty() else 170)
-    for table in show.tables(results):
-        console.print(table)
-    for line in show.lines(results):
-        console.print(line, soft_wrap=True, highlight=False)
-    return 0 if all(row.ok for row in rows) else 1
+        show.draw(options.output / "scaling.png", rows)
+    return results.status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MIT
-# Trains on two machines that are one: two network namespaces, joined by a virtual cable and by nothing
-# else. Needs root. The status is 0 if the training passed, 1 if it failed, 77 if it could not be tried.
+# Train in two network namespaces of this machine, joined by a virtual cable alone. Needs root. The status is
+# 0 if the training passed, 1 if it failed, 77 if it could not be tried.
 #
 #   sudo env PYTHON=.venv/bin/python bash tests/cluster/namespaces.sh
 set -euo pipefail
@@ -34,11 +34,11 @@ for node in "$left" "$right"; do
     ip -n "$node" link set cable up
 done
 
-# Both nodes have this machine's host name, which leads either of them to itself. So nothing may be left
-# to host names; without any one of these three the run hangs, or ends with "connection refused":
-#   is_host             the agent that keeps the rendezvous is found by its host name, here found by none
-#   --local_addr        rank 0's agent tells the others where rank 0 is: by its host name, if not by this
-#   GLOO_SOCKET_IFNAME  gloo accepts its peers at the address of the host name, if not of this interface
+# Both nodes have this machine's host name, which leads each of them to itself. So each of these three replaces
+# a host name; without any one of them the run hangs, or ends with "connection refused":
+#   is_host             otherwise torchrun compares host names to find the agent that hosts the rendezvous
+#   --local_addr        otherwise rank 0's agent tells the others rank 0's host name
+#   GLOO_SOCKET_IFNAME  otherwise gloo accepts its peers at the address of the host name
 agent() { # node, address, is_host
     exec ip netns exec "$1" env GLOO_SOCKET_IFNAME=cable timeout -k 40 120 "$python" -m torch.distributed.run \
         --nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d --rdzv_endpoint=10.77.0.1:29400 \

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MIT
-# Trains on a SLURM cluster that lives as long as this script: two nodes, which are two sets of namespaces
-# of this machine (network, host name, mounts), joined by a virtual cable. Needs root and SLURM. The status
-# is 0 if all passed, 1 if something failed, 77 if it could not be tried.
+# Start a SLURM cluster, train on it, and stop it. Its two nodes are two sets of namespaces of this machine
+# (network, host name, mounts), joined by a virtual cable. Needs root and SLURM. The status is 0 if all passed,
+# 1 if something failed, 77 if it could not be tried.
 #
 #   sudo env PYTHON=.venv/bin/python bash tests/cluster/slurm.sh [--install]
 #
-# --install first installs SLURM and munge by apt-get. Nothing but the packages is left behind.
+# --install first installs SLURM and munge by apt-get. Only the packages stay on the machine.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PYTHON=${PYTHON:-.venv/bin/python} PYTHONPATH=$PWD
@@ -28,14 +28,14 @@ dir=$(mktemp -d)
 # shellcheck disable=SC2046,SC2317  # one word per job; called by the trap
 clean_up() {
     kill -KILL $(jobs -p) && wait
-    sleep 1 # the kernel ends what was in the namespaces
+    sleep 1 # the kernel ends the processes in the namespaces
     rm -r "$dir"
     true
 } 2>/dev/null
 trap clean_up EXIT
 trap 'exit 1' HUP INT TERM
 
-# A node is a sleeping process in namespaces of its own, whose end (--kill-child) ends all in them.
+# A node is a sleeping process in namespaces of its own. Its end (--kill-child) ends all processes in them.
 printf '127.0.0.1 localhost\n10.77.0.1 node1\n10.77.0.2 node2\n' >"$dir/hosts"
 nodes=()
 for node in node1 node2; do
@@ -43,7 +43,7 @@ for node in node1 node2; do
         "hostname $node; mount --bind '$dir/hosts' /etc/hosts; touch '$dir/$node'; exec sleep infinity" &
     nodes+=($!)
     for _ in {1..100}; do [[ ! -e $dir/$node ]] || break; sleep 0.1; done
-    [[ -e $dir/$node ]] # else there is no such node, and its commands would change this machine
+    [[ -e $dir/$node ]] # without the node its commands would change this machine
 done
 on() { # node, command
     local of=/proc/${nodes[$1 - 1]}/ns
@@ -93,7 +93,7 @@ on 1 timeout 120 srun --nodes=2 --ntasks=2 "$PYTHON" examples/train_ddp.py --dev
     >"$dir/direct" 2>&1 || status=$?
 check "a rank per task" $status "$dir/direct"
 
-# SIGUSR1 to the batch shell is what --signal has SLURM send before the time limit.
+# SIGUSR1 to the batch shell: SLURM sends it before the time limit (--signal).
 status=0
 on 1 timeout 300 sbatch --wait --output="$dir/requeued" "${job[@]}" --epochs 3 --checkpoint "$dir/run" &
 submitted=$!
@@ -105,7 +105,7 @@ check "stopped and queued again" $status "$dir/requeued"
 on 1 scontrol show job "$id" | grep -o 'Restarts=.*' | tee "$dir/restarts"
 grep -q 'Restarts=1 ' "$dir/restarts" || failed=1
 
-# A job that its user cancels must not come back.
+# A job that its user cancels must not start again.
 on 1 sbatch --output="$dir/cancelled" "${job[@]}" --epochs 50 >"$dir/submitted"
 id=$(grep -o '[0-9]*$' "$dir/submitted")
 for _ in {1..60}; do ! grep -q '^epoch 1' "$dir/cancelled" 2>/dev/null || break; sleep 1; done

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One file per operator: everything PyTorch knows about it. Importing one registers it."""
+"""The operators: one file for each, with everything that PyTorch needs to know. Importing it registers it."""
 
 from torchpar.ops.linear_sigmoid import linear_sigmoid
 from torchpar.ops.matmul_t import matmul_t

@@ -1,33 +1,34 @@
 # SPDX-License-Identifier: MIT
-"""Matrix products on the CPU: half of a symmetric one, and float32 by the faster of PyTorch's two libraries.
+"""Symmetric matrix products on the CPU, at half the arithmetic.
 
-PyTorch gives bfloat16 products to oneDNN and float32 ones to its BLAS, and MKL keeps to AVX2 on processors
-of other makers: two cores of an AMD EPYC multiply float32 by oneDNN at 440 GFLOP/s, by MKL at 205. The one
-private name used here is `torch.ops.mkldnn._linear_pointwise`, by which Inductor calls oneDNN. oneDNN adds
-the terms of a float32 product in one chain, whose error grows with its length; cut into chains of `_CHAIN`
-terms, its error is MKL's.
+PyTorch computes bfloat16 products with oneDNN and float32 products with its BLAS library. Where that is MKL,
+it uses only AVX2 on AMD processors: two cores of an AMD EPYC reach 205 GFLOP/s with MKL and 440 with oneDNN.
+So float32 goes to oneDNN here, through `torch.ops.mkldnn._linear_pointwise`, a private name that Inductor
+uses too. oneDNN sums all terms of a float32 product in one chain, and the error grows with its length; with
+chains of `_CHAIN` terms the error is MKL's.
 """
 
 import itertools
-from functools import cache, lru_cache
+from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from torchpar.ops._matrix import mirrored, product
+from torchpar.ops._matrix import half_sum, lower_mask, mirrored, product
 
 _HALVED_FROM = 256  # rows
-# Rows computed together: with more, more is computed in vain; with fewer, the library works less well. Of up
-# to one and a half times as many all is computed, and the lower half kept.
+# Rows per block. Larger blocks compute more above the diagonal; in smaller ones the library is slower.
 _BLOCK = 256
 _BLOCK_FLOAT64 = 128
 _CHAIN = 128
-_ONEDNN_FROM = 384  # rows, from which its calls' number is made up for
+_ONEDNN_FROM = 384  # rows; below, the calls for many chains take longer than oneDNN gains
+_BLOCKED_SUM_FROM = 1024  # rows; above, G and its transpose do not fit in the cache
 _CACHE_LINE = 64  # bytes
 
 
 def is_halved(t: Tensor) -> bool:
-    """Whether `symmetric_product` computes a product of ``t``'s rows block by block."""
+    """Whether the products of ``t``'s rows are computed in blocks, the lower half only."""
     return not t.is_cuda and t.shape[-2] >= _HALVED_FROM
 
 
@@ -38,7 +39,7 @@ def symmetric_product(
 
     The result equals its transpose bit for bit.
     """
-    if a.dtype == torch.float16:  # whose products take PyTorch ten times as long as float32's
+    if a.dtype == torch.float16:  # PyTorch's float16 products take ten times as long as float32 ones
         wide = a.float()
         c = None if c is None or beta == 0 else c.float()
         return symmetric_product(wide, wide if b is a else b.float(), c, alpha, beta).half()
@@ -54,26 +55,37 @@ def symmetric_product(
 
 def symmetrized_product(g: Tensor, x: Tensor) -> Tensor:
     """``(g + g.mT) @ x`` for ``g (*, n, n)`` and ``x (*, n, k)``."""
-    if x.dtype == torch.float16:  # as above; and G + Gᵀ could overflow where a scaled loss fills its range
+    if x.dtype == torch.float16:  # as above; with loss scaling, G + Gᵀ would also overflow float16
         return symmetrized_product(g.float(), x.float()).half()
-    if g.dim() > 2 or not is_halved(x) or not _prefers_onednn(x):
-        return _transposed(g).add_(g) @ x
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    terms = [_transposed(part) for part in x.split(_CHAIN)]
+    if is_halved(x) and g.dim() == 2 and _prefers_onednn(x):
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        terms = [_transposed(part) for part in x.split(_CHAIN)]
+        for block, half_sums in _half_sums(g):
+            out[block] = _onednn_product(list(zip(_chains(half_sums), terms, strict=True)), alpha=2)
+        return out
+    if g.shape[-1] < _BLOCKED_SUM_FROM:
+        return (half_sum(g) @ x).mul_(2)
+    total = torch.empty_like(g, memory_format=torch.contiguous_format)
+    for index in itertools.product(*map(range, g.shape[:-2])):
+        for block, half_sums in _half_sums(g[index]):
+            total[index][block] = half_sums
+    return (total @ x).mul_(2)
+
+
+def _half_sums(g: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows of ``(g + g.T) / 2``, with their indices. Each is computed in the cache."""
     space = _spread_rows(len(g), _BLOCK, g)
     for lo in range(0, len(g), _BLOCK):
         block = slice(lo, lo + _BLOCK)
-        columns = space[:, : len(g[block])].copy_(g[:, block])
-        rows = _transposed(columns).add_(g[block])  # of G + Gᵀ, which is never whole
-        out[block] = _onednn_product(list(zip(_chains(rows), terms, strict=True)))
-    return out
+        columns = torch.mul(g[:, block], 0.5, out=space[:, : len(g[block])])
+        yield block, _transposed(columns).add_(g[block], alpha=0.5)
 
 
 def _halved(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, out: Tensor) -> None:
     n = len(a)
     blocks = max(round(n / (_BLOCK_FLOAT64 if a.dtype == torch.float64 else _BLOCK)), 1)
     chains = None
-    if n >= _ONEDNN_FROM and alpha and _prefers_onednn(a):
+    if n >= _ONEDNN_FROM and alpha != 0 and _prefers_onednn(a):
         parts = _chains(a)
         chains = list(zip(parts, parts if b is a else _chains(b), strict=True))
     space = _spread_rows(-(-n // blocks), n, a)
@@ -89,26 +101,20 @@ def _halved(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, o
             out[lo:hi, :lo] = before
             out[:lo, lo:hi] = before.mT
         diagonal = rows[:, lo:]
-        torch.where(_lower(hi - lo, out.device), diagonal, diagonal.mT, out=out[lo:hi, lo:hi])
+        torch.where(lower_mask(hi - lo, out.device), diagonal, diagonal.mT, out=out[lo:hi, lo:hi])
 
 
 def _spread_rows(n: int, columns: int, like: Tensor) -> Tensor:
-    """``(n, columns)``, an odd number of cache lines from row to row.
+    """An uninitialised ``(n, columns)`` tensor, whose rows are an odd number of cache lines apart.
 
-    Elements of a column that lie a large power of two apart fall into one cache set, and a transposed copy
-    takes up to four times as long.
+    With a large power of two between rows, the elements of a column share one cache set, and a transposed
+    copy takes up to four times as long.
     """
     lines = -(-columns * like.itemsize // _CACHE_LINE) | 1
     return like.new_empty(n, lines * _CACHE_LINE // like.itemsize)[:, :columns]
 
 
-@lru_cache(maxsize=8)
-def _lower(n: int, device: torch.device) -> Tensor:
-    return torch.ones(n, n, dtype=torch.bool, device=device).tril()
-
-
 def _transposed(t: Tensor) -> Tensor:
-    # Adding one transposed matrix to another takes PyTorch longer than copying it first.
     return t.mT.clone(memory_format=torch.contiguous_format)
 
 
@@ -123,11 +129,12 @@ def _prefers_onednn(t: Tensor) -> bool:
 
 
 def _chains(t: Tensor) -> list[Tensor]:
+    """``t`` cut into `_CHAIN` columns each."""
     return [part.contiguous() for part in t.split(_CHAIN, 1)]
 
 
 def _onednn(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
-    """``a @ b.T``, added to ``onto``, in one chain, for contiguous float32 matrices."""
+    """``a @ b.T + onto`` in one chain, for contiguous float32 matrices."""
     linear = torch.ops.mkldnn._linear_pointwise
     if onto is None:
         return linear(a, b, None, "none", [], "")  # type: ignore[no-any-return]
@@ -137,6 +144,7 @@ def _onednn(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
 def _onednn_product(
     chains: list[tuple[Tensor, Tensor]], c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
 ) -> Tensor:
+    """``alpha * a @ b.T + beta * c`` for ``a`` and ``b`` cut into chains."""
     out = _onednn(*chains[0])
     for a, b in chains[1:]:
         out = _onednn(a, b, out)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Registration of operators: what torch.library lacks, and every use of what is private to PyTorch.
+"""Registration of operators with PyTorch, including every use of PyTorch's private names.
 
-`operator` does what `torch.library.triton_op` does, which cannot be used here: it imports Triton and
-Inductor when the operator is defined, that is during ``import torchpar``. `register_autograd` adds
-what `torch.library.register_autograd` lacks: torch.func and forward-mode differentiation
+`operator` replaces `torch.library.triton_op`, which imports Triton and Inductor when an operator is
+defined: that would be during ``import torchpar``. `register_autograd` replaces
+`torch.library.register_autograd`, which supports neither torch.func nor forward-mode differentiation
 (pytorch#168393, #170834, #179652). tests/test_registration.py guards each private name.
 """
 
@@ -19,34 +19,39 @@ from torch._C import _AutoDispatchBelowAutograd
 from torch._C._functorch import peek_interpreter_stack
 from torch._library.triton import triton_ops_to_kernels
 from torch._prims_common import compute_elementwise_output_strides
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
 
 NAMESPACE = "torchpar"
 library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
-Wrap = Callable[[Any], Any]
-"""What a launcher applies to a Triton kernel before launching it."""
+Wrap = Callable[[Any], Any] | None
+"""A function that a launcher applies to a Triton kernel before launching it; None for a real launch."""
 
 Rule = Callable[[Callable[..., Any]], Callable[..., Any]]
 """A decorator that registers a function."""
 
 
-def _launch_directly(kernel: Any) -> Any:
-    return kernel
+def supports_tma(wrap: Wrap) -> bool:
+    """Whether a kernel that ``wrap`` launches may make TMA descriptors, which need memory at the launch.
 
-
-def may_describe(wrap: Wrap) -> bool:
-    """Whether a kernel that is wrapped so may make TMA descriptors.
-
-    The C++ wrapper of torch 2.11's Inductor makes room for those of one program; 2.15's for those of all.
+    Inductor's Python wrapper allocates it. Its C++ wrapper, and so AOTInductor, allocates that of one program
+    in torch 2.11, and of all in 2.15. Other compilers, and graphs that are run as they are, allocate nothing.
     """
-    version = tuple(map(int, torch.__version__.split(".")[:2]))
-    return wrap is _launch_directly or version >= (2, 15)
+    if wrap is None:
+        return True
+    from torch._inductor import config
+    from torch._inductor.virtualized import V
+
+    by_inductor = V.aot_compilation or isinstance(V.fake_mode, FakeTensorMode)
+    if not by_inductor or config.fx_wrapper:
+        return False
+    return not config.cpp_wrapper or tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)
 
 
 class _Kernels:
-    """The Triton kernels behind an operator, imported when a compiler asks for their source."""
+    """The Triton kernels of an operator, imported when a compiler asks for their source."""
 
     def __init__(self, module: str):
         self.module = module
@@ -63,29 +68,34 @@ def operator(
 ) -> Rule:
     """Register the decorated function as ``torch.ops.torchpar.<name>`` for every device.
 
-    The function takes the operator's arguments and ``wrap``, which it hands to the kernel launcher.
-    Tracers (`torch.compile`, AOTInductor) look through the operator: they see the kernel, or the
-    ATen operators of the CPU path. `torch.export` keeps the operator whole, as it does for triton_op;
-    so does any tracer for operands of a size that only the data tells, by which no tiles can be chosen.
+    The function takes the operator's arguments and ``wrap``, which it passes to the kernel launcher.
+    `torch.compile` and AOTInductor decompose the operator: they trace the kernel, or the ATen operators of
+    the CPU path. The operator stays whole in `torch.export`, as triton_op does; for DTensors, whose sharding
+    rules are the operator's; and for data-dependent sizes, for which no tiles can be chosen.
 
     Args:
         schema: as in `torch.library.define`, without the namespace.
         kernels: the module in `torchpar.kernels` whose source belongs in a compiler's cache key.
-        opaque: tells by the arguments whether tracers are to keep the operator whole.
+        opaque: a function of the arguments; where it is true, the operator also stays whole.
     """
     name = schema.partition("(")[0]
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         def eager(*args: Any, **kwargs: Any) -> Any:
             with _device_of(args):
-                return function(*args, **kwargs, wrap=_launch_directly)
+                return function(*args, **kwargs, wrap=None)
 
         def traced(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
             from torch.export._trace import custom_triton_ops_decomposition_disabled
             from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-            unknown = free_unbacked_symbols([arg for arg in args if isinstance(arg, Tensor)])
-            if custom_triton_ops_decomposition_disabled() or unknown or opaque(*args, **kwargs):
+            tensors = [arg for arg in args if isinstance(arg, Tensor)]
+            if (
+                any(map(is_dtensor, tensors))
+                or free_unbacked_symbols(tensors)
+                or custom_triton_ops_decomposition_disabled()
+                or opaque(*args, **kwargs)
+            ):
                 return mode.__torch_dispatch__(op, types, args, kwargs)
             with mode, _device_of(args):
                 return function(*args, **kwargs, wrap=torch.library.wrap_triton)
@@ -100,9 +110,14 @@ def operator(
 
 
 def _device_of(args: tuple[Any, ...]) -> AbstractContextManager[None]:
-    """Makes the tensors' GPU the current one, on which Triton launches, and for which tiles are chosen."""
+    """Make the tensors' GPU current: Triton launches on the current one, and tiles are chosen for it."""
     device = next((arg.device for arg in args if isinstance(arg, Tensor) and arg.is_cuda), None)
-    return torch.cuda.device(device) if device and torch.cuda.is_available() else nullcontext()
+    if device is None:
+        return nullcontext()
+    if torch.cuda.is_initialized():
+        is_current = device.index == torch.cuda.current_device()
+        return nullcontext() if is_current else torch.cuda.device(device)
+    return torch.cuda.device(device) if torch.cuda.is_available() else nullcontext()
 
 
 def qualified(name: str) -> str:
@@ -120,12 +135,12 @@ def register_vmap(name: str) -> Rule:
 
 
 def batch_first(t: Tensor, dim: int | None, batch_size: int) -> Tensor:
-    """An argument of a vmap rule with its batch dimension first; repeated without a copy if it has none."""
+    """``t`` with its batch dimension first, or expanded to a batch if ``dim`` is None."""
     return t.expand(batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
 def sample(t: Tensor, dim: int | None) -> Tensor:
-    """What an argument of a vmap rule is to the function under the vmap: for its checks, not its values."""
+    """A tensor of the shape, dtype and device of one sample of ``t``; its values are undefined."""
     return t if dim is None else t.new_empty(()).expand([size for d, size in enumerate(t.shape) if d != dim])
 
 
@@ -137,13 +152,12 @@ def register_autograd(
     formula: Callable[..., Any],
     decompose: Callable[..., bool] = lambda *args, **kwargs: False,
 ) -> None:
-    """As `torch.library.register_autograd`, with ``formula`` in its place where that does not work.
+    """Register a backward as `torch.library.register_autograd` does, and a formula for all other derivatives.
 
     ``formula`` computes the operator from differentiable ATen operators. It is evaluated under
     torch.func transforms, inside `torch.autograd.forward_ad.dual_level`, and for arguments for which
-    ``decompose`` is true. A call also costs less than through the function that
-    `torch.library.register_autograd` generates. Keyword arguments are ``ctx.kwargs``, and stand last in
-    ``ctx.needs_input_grad``.
+    ``decompose`` is true. ``ctx.kwargs`` holds the keyword arguments; ``ctx.needs_input_grad`` has one entry
+    for all of them, its last.
     """
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
@@ -164,7 +178,7 @@ def register_autograd(
 
     def autograd(*args: Any, **kwargs: Any) -> Any:
         if _sharding_rules:
-            _hand_over_sharding_rules()
+            _register_sharding_rules()
         if (
             peek_interpreter_stack() is not None
             or forward_ad._current_level >= 0
@@ -180,10 +194,10 @@ def register_autograd(
 
 
 def register_autocast(name: str, *, cast: bool = True) -> None:
-    """Run the operator in the autocast dtype, as ATen's matrix products are, or in its arguments' own.
+    """Run the operator in the autocast dtype, or without ``cast`` in the dtype of its arguments.
 
-    `torch.library.register_autocast` fixes the dtype at registration; this one follows
-    ``torch.autocast(dtype=...)``. Without a rule, autocast would act on what an operator calls.
+    `torch.library.register_autocast` fixes the dtype at registration; this rule follows
+    ``torch.autocast(dtype=...)``. Without a rule, autocast would act on the operators inside.
     """
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
@@ -206,12 +220,13 @@ def register_autocast(name: str, *, cast: bool = True) -> None:
 
 
 def is_dtensor(t: Tensor) -> bool:
+    """Whether ``t`` is a DTensor; its module is not imported for the answer."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
 
 
 def is_split(t: Any, dim: int) -> bool:
-    """Whether ``t`` is a DTensor and ``dim`` is split over ranks."""
+    """Whether ``t`` is a DTensor whose dimension ``dim`` (negative) is split over ranks."""
     return (
         is_dtensor(t)
         and t.dim() >= -dim
@@ -223,10 +238,10 @@ _sharding_rules: dict[str, Callable[..., Any]] = {}
 
 
 def register_sharding(name: str) -> Rule:
-    """As `torch.distributed.tensor.experimental.register_sharding`, once DTensor has been imported.
+    """Register a sharding rule as `torch.distributed.tensor.experimental.register_sharding` does, but later.
 
-    Importing it takes longer than importing torchpar may. An operator's first call after that import
-    hands the rules over: its Autograd key comes before DTensor's dispatch.
+    Importing DTensor would slow ``import torchpar``. The first call of an operator after DTensor was imported
+    registers the rules, in time: the operator's Autograd key comes before DTensor's dispatch.
     """
 
     def register(rule: Callable[..., Any]) -> Callable[..., Any]:
@@ -236,7 +251,7 @@ def register_sharding(name: str) -> Rule:
     return register
 
 
-def _hand_over_sharding_rules() -> None:
+def _register_sharding_rules() -> None:
     if "torch.distributed.tensor" not in sys.modules:
         return
     from torch.distributed.tensor.experimental import register_sharding
@@ -247,7 +262,9 @@ def _hand_over_sharding_rules() -> None:
 
 
 def empty_elementwise(a: Tensor, b: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised result of the broadcast of ``a`` and ``b``, laid out as ATen would lay it out."""
+    """An uninitialised tensor of the broadcast shape of ``a`` and ``b``, with ATen's strides."""
+    if a.shape == b.shape and a.is_contiguous() and b.is_contiguous():  # the general rule takes 40 µs
+        return torch.empty(a.shape, dtype=dtype, device=device)
     shape = torch.broadcast_shapes(a.shape, b.shape)
     strides = compute_elementwise_output_strides(a.expand(shape), b.expand(shape))
     return torch.empty_strided(shape, strides, dtype=dtype, device=device)

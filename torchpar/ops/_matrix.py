@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What the operators on matrices share."""
+"""Checks, products and masks shared by the matrix operators."""
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_dtype(operator: str, name: str, x: Tensor) -> None:
-    """Raise a RuntimeError unless ``x``, called ``name``, has a floating dtype that the kernels take."""
+    """Raise a RuntimeError unless the argument ``x``, called ``name``, has a dtype of the kernels."""
     if x.dtype not in _DTYPES:
         raise RuntimeError(
             f"torchpar::{operator}: {name} has dtype {x.dtype}, expected float16, bfloat16, float32 or "
@@ -20,14 +21,14 @@ def check_dtype(operator: str, name: str, x: Tensor) -> None:
 
 def check_like(operator: str, name: str, t: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     """Raise a RuntimeError unless ``t`` has ``shape``, and ``like``'s dtype and device."""
-    found = (tuple(t.shape), t.dtype, t.device)
+    actual = (tuple(t.shape), t.dtype, t.device)
     expected = (tuple(shape), like.dtype, like.device)
-    if found != expected:
-        raise RuntimeError(f"torchpar::{operator}: {name} is {found}, expected {expected}")
+    if actual != expected:
+        raise RuntimeError(f"torchpar::{operator}: {name} is {actual}, expected {expected}")
 
 
 def fp32_precision() -> str:
-    """How float32 products on CUDA round their operands: "ieee" or "tf32"."""
+    """The precision of float32 products on CUDA: "ieee" or "tf32"."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
@@ -39,21 +40,46 @@ def rows(t: Tensor) -> Tensor:
 def product(
     a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, out: Tensor | None = None
 ) -> Tensor:
-    """``alpha * a @ b.mT + beta * c`` by PyTorch's libraries, for ``a, b (*, n, k)`` and ``c (*, n, n)``."""
+    """``alpha * a @ b.mT + beta * c`` by PyTorch's libraries, for ``a (*, n, k)``, ``b (*, m, k)``.
+
+    As in BLAS, a factor of 0 leaves its term out, whatever the operands hold.
+    """
+    if c is not None and beta == 0:
+        c = None
+    if alpha == 0 or not abs(alpha) < math.inf:
+        # Of these, PyTorch's libraries make NaN and finite numbers respectively, at some sizes.
+        result = alpha * (a @ b.mT) if alpha else a.new_zeros(*a.shape[:-1], b.shape[-2])
+        result = result if c is None else result + beta * c
+        return result.contiguous() if out is None else out.copy_(result)
     if c is None and alpha == 1:
         return torch.matmul(a, b.mT, out=out)
+    beta = 0.0 if c is None else beta
     if a.dim() == 2:
-        c, beta = (a.new_zeros(()), 0.0) if c is None else (c, beta)
+        c = a.new_zeros(()) if c is None else c  # vmap reads it: 0·NaN is NaN
         return torch.addmm(c, a, b.mT, alpha=alpha, beta=beta, out=out)
     a3, b3 = (t.reshape(math.prod(t.shape[:-2]), *t.shape[-2:]) for t in (a, b))
-    if c is None:
-        c3, beta = a.new_zeros(()), 0.0
-    else:
-        c3 = c.reshape(len(a3), *c.shape[-2:])
-    return torch.baddbmm(c3, a3, b3.mT, alpha=alpha, beta=beta).view(*a.shape[:-1], a.shape[-2])
+    c3 = a.new_zeros(()) if c is None else c.reshape(a3.shape[0], *c.shape[-2:])
+    return torch.baddbmm(c3, a3, b3.mT, alpha=alpha, beta=beta).view(*a.shape[:-1], b.shape[-2])
+
+
+def half_sum(g: Tensor) -> Tensor:
+    """``(g + g.mT) / 2`` for ``g (*, n, n)``; unlike ``g + g.mT``, it cannot overflow."""
+    half = g * 0.5
+    return half + half.mT
 
 
 def mirrored(c: Tensor) -> Tensor:
-    """The lower triangles of ``c (*, n, n)``, and above them their mirrors."""
-    lower = torch.ones(c.shape[-2:], dtype=torch.bool, device=c.device).tril()
-    return torch.where(lower, c, c.mT)
+    """A symmetric matrix from the lower triangle of ``c``, for ``c (*, n, n)``."""
+    if c.numel() == 0:  # of an empty batch, `torch.where` makes other strides than of a full one
+        return c.new_empty(c.shape)
+    # A tracer's mask must not be kept, nor one on a GPU: another stream could read it before it is written.
+    make_mask = lower_mask if type(c) is Tensor and c.is_cpu else _make_lower_mask
+    return torch.where(make_mask(c.shape[-1], c.device), c, c.mT)
+
+
+def _make_lower_mask(n: int, device: torch.device) -> Tensor:
+    return torch.ones(n, n, dtype=torch.bool, device=device).tril()
+
+
+lower_mask = lru_cache(maxsize=8)(_make_lower_mask)
+"""``lower_mask(n, device)``: True on and below the diagonal, kept for the next call."""

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""A linear layer and its sigmoid in one pass.
+"""Linear layer with a sigmoid, in one pass.
 
     Y = σ(Z),  Z = X·Wᵀ + b,  σ(z) = 1/(1 + e⁻ᶻ)
 
-With G = dL/dY, and since σ' = σ·(1 − σ) needs the output alone:
+With G = dL/dY, and since σ' = σ·(1 − σ) depends on the output alone:
 
     dL/dZ = G·Y·(1 − Y)        dL/db = Σ dL/dZ over the rows
     dL/dX = dL/dZ · W          dL/dW = (dL/dZ)ᵀ · X
 
-dL/dZ and dL/db come from one pass over G and Y, by an operator of its own. With incoming gradients
-H for dL/dZ and h for dL/db, and K = H + h (h for every row), that operator's derivatives are
+A second operator computes dL/dZ and dL/db in one pass over G and Y. With incoming gradients H for dL/dZ and
+h for dL/db, and K = H + h (h added to every row), the derivatives of the second operator are
 
     dL/dG = K·Y·(1 − Y)        dL/dY = K·G·(1 − 2Y)
 """
@@ -38,7 +38,7 @@ from torchpar.ops._matrix import check_dtype, check_like, fp32_precision, rows
 def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The sigmoid of a linear layer: ``y = sigmoid(x @ weight.T + bias)``.
 
-    The backward pass keeps ``x``, ``weight`` and ``y`` only.
+    For the backward pass, ``x``, ``weight`` and ``y`` are saved, and nothing else.
 
     Args:
         x: ``(*, in_features)``; float16, bfloat16, float32 or float64. On CUDA, float32 follows
@@ -91,15 +91,13 @@ def _linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wr
     if not x.is_cuda:
         return linear(x, weight, bias).sigmoid_()
     from torchpar.kernels import linear_sigmoid as kernels
-    from torchpar.kernels import tuning
 
-    precision, (n, k), m = fp32_precision(), weight.shape, math.prod(x.shape[:-1])
-    tiles = tuning.chosen("linear_sigmoid", x.dtype, precision, m, n, k, 1, x, weight)
-    if tiles is None:
+    out = None
+    if x.shape[-1] != 0:  # the kernel expects a column
+        out = kernels.linear_sigmoid(rows(x), weight, bias, fp32_precision(), wrap)
+    if out is None:
         return linear(x, weight, bias).sigmoid_()
-    out = x.new_empty(*x.shape[:-1], n)
-    kernels.linear_sigmoid(rows(x), weight, bias, rows(out), precision, wrap, tiles)
-    return out
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 
 _op = torch.ops.torchpar.linear_sigmoid.default
@@ -117,10 +115,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def sigmoid_backward(g: Tensor, y: Tensor, need_bias: bool) -> tuple[Tensor, Tensor | None]:
-    """dL/dZ ``(*, out)``, and dL/db ``(out)`` if it is needed, from g = dL/dY and y ``(*, out)``."""
+    """dL/dZ ``(*, out)``, and dL/db ``(out)`` if ``need_bias``, from g = dL/dY and y ``(*, out)``."""
     if not need_bias:
         return torch.ops.aten.sigmoid_backward(g, y), None
-    # On a CPU, where nothing is fused, two calls of ATen cost less than dispatching one operator.
+    # On a CPU nothing is fused, and two calls of ATen cost less than dispatching one operator.
     return _backward_op(g, y) if y.is_cuda else _backward_formula(g, y)
 
 

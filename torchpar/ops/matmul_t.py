@@ -7,13 +7,12 @@ With G = dL/dC:
 
     dL/dX = (G + Gᵀ)·X
 
-computed by an operator of its own, since its kernel adds the mirror of G while loading it. With
-H = dL/d(dX), that operator's derivatives are
+computed by a second operator: on a GPU one kernel makes (G + Gᵀ)/2, and PyTorch's library multiplies
+(float16 takes two products). With H = dL/d(dX), the derivatives of the second operator are
 
     dL/dG = H·Xᵀ + X·Hᵀ        dL/dX = (G + Gᵀ)·H
 """
 
-import math
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from torchpar.ops._library import (
     register_vmap,
     sample,
 )
-from torchpar.ops._matrix import check_dtype, check_like, fp32_precision
+from torchpar.ops._matrix import check_dtype, check_like, half_sum, product
 from torchpar.ops.symmetric_matmul import symmetric_product
 
 
@@ -40,8 +39,9 @@ def matmul_t(x: Tensor) -> Tensor:
     """The product of a matrix and its own transpose, at half the arithmetic and exactly symmetric.
 
     ``c = x @ x.mT``. Only tiles on and below the diagonal are computed, and each is stored twice, so
-    ``torch.equal(c, c.mT)`` holds (under torch.func transforms the plain product is evaluated, and it
-    may not). A DTensor split by rows is gathered, and each rank computes its own rows, by the plain product.
+    ``torch.equal(c, c.mT)`` holds. Under torch.func transforms the plain product is evaluated, which may not
+    be exactly symmetric. A DTensor split by rows is gathered once, and each rank computes its own rows
+    of the plain product. `torchpar.reference.matmul_t` is the same in plain PyTorch, to be read first.
 
     Args:
         x: ``(*, n, k)``; float16, bfloat16, float32 or float64. On CUDA, float32 follows
@@ -78,7 +78,7 @@ def _gathered(x: Any) -> Any:
     return x.redistribute(placements=[Replicate() if p.is_shard(rows) else p for p in x.placements])
 
 
-# Inductor turns the writes into blocks into one kernel that takes half a minute to compile and is slower.
+# Inductor would fuse the blocks of the CPU path into one slower kernel, and compile it for half a minute.
 @operator("matmul_t(Tensor x) -> Tensor", kernels="matmul_t", opaque=_cpu.is_halved)
 def _matmul_t(x: Tensor, *, wrap: Wrap) -> Tensor:
     _check(x)
@@ -129,9 +129,10 @@ def _(x: Any) -> list[Any]:
 
 
 def _backward_formula(g: Tensor, x: Tensor) -> Tensor:
-    if x.dtype == torch.float16:  # whose range a scaled loss fills: G + Gᵀ would overflow
+    # G + Gᵀ can overflow where the result does not. Its half cannot, but would lose small float16 gradients.
+    if x.dtype == torch.float16:
         return g @ x + g.mT @ x
-    return (g + g.mT) @ x
+    return half_sum(g) @ x * 2
 
 
 @operator(
@@ -143,17 +144,11 @@ def _matmul_t_backward(g: Tensor, x: Tensor, *, wrap: Wrap) -> Tensor:
     check_like("matmul_t_backward", "g", g, (*x.shape[:-1], x.shape[-2]), x)
     if not x.is_cuda:
         return _cpu.symmetrized_product(g, x).contiguous()
-    from torchpar.kernels import matmul_t as kernels
-    from torchpar.kernels import tuning
-
-    n, k = x.shape[-2:]
-    precision, batch = fp32_precision(), math.prod(x.shape[:-2])
-    tiles = tuning.chosen("symmetrized_product", x.dtype, precision, n, k, n, batch, g, x)
-    if tiles is None:
+    if x.dtype == torch.float16:
         return _backward_formula(g, x).contiguous()
-    out = x.new_empty(x.shape)
-    kernels.symmetrized_product(g, x, out, precision, wrap, tiles)
-    return out
+    from torchpar.kernels import matmul_t as kernels
+
+    return product(kernels.half_sum(g, wrap), x.mT, None, 2.0, 0.0)
 
 
 _backward_op = torch.ops.torchpar.matmul_t_backward.default

@@ -7,7 +7,8 @@ With g = dL/dy:
 
     dL/da = g where a > b, g/2 where a = b, 0 where a < b        (dL/db with a and b exchanged)
 
-and where either is NaN both get g, as in `torch.maximum`. Broadcast dimensions are summed over.
+Where a or b is NaN, both gradients are g, as in `torch.maximum`. Gradients are summed over broadcast
+dimensions.
 """
 
 from typing import Any
@@ -40,12 +41,12 @@ def maximum(a: Tensor, b: Tensor) -> Tensor:
         b: a shape that broadcasts with ``a``'s; any of the same dtypes.
 
     Returns:
-        A new tensor of the broadcast shape, the dtype `torch.result_type` gives, and the strides
-        `torch.maximum` gives.
+        A new tensor of the broadcast shape, with the dtype of `torch.result_type` and the strides of
+        `torch.maximum`.
 
     Raises:
         RuntimeError: an unsupported dtype, shapes that do not broadcast, or two devices (a
-            zero-dimensional CPU tensor goes with any).
+            zero-dimensional CPU tensor is taken with any).
     """
     return _op(a, b)  # type: ignore[no-any-return]
 
@@ -77,7 +78,8 @@ def _device(a: Tensor, b: Tensor) -> torch.device:
 def _maximum(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
     device = _device(a, b)
     if device.type != "cuda":
-        return torch.maximum(a, b)
+        out = torch.maximum(a, b)
+        return out if out.numel() else _empty(a, b, device)  # ATen may give an empty result other strides
     from torchpar.kernels import maximum as kernels
 
     out = empty_elementwise(a, b, torch.result_type(a, b), device)
@@ -90,9 +92,13 @@ _op = torch.ops.torchpar.maximum.default
 
 @register_fake("maximum")
 def _(a: Tensor, b: Tensor) -> Tensor:
-    device, dtype = _device(a, b), torch.result_type(a, b)
+    return _empty(a, b, _device(a, b))
+
+
+def _empty(a: Tensor, b: Tensor, device: torch.device) -> Tensor:
+    dtype = torch.result_type(a, b)
     if device.type != "cuda":
-        # Elsewhere ATen casts its operands before it lays out the result.
+        # Except on CUDA, ATen casts its operands before it chooses the strides of the result.
         a, b = a.to(dtype), b.to(dtype)
     return empty_elementwise(a, b, dtype, device)
 
@@ -124,7 +130,7 @@ register_autograd("maximum", _backward, setup_context=_setup_context, formula=_f
 def _(info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor) -> tuple[Tensor, int]:
     samples = [sample(t, dim) for t, dim in zip((a, b), in_dims, strict=True)]
     _device(*samples)
-    # A tensor that is zero-dimensional inside the vmap yields to the other's dtype, as it would alone.
+    # Inside the vmap, a zero-dimensional tensor does not take part in type promotion.
     dtype = torch.result_type(*samples)
     dims = max(t.dim() for t in samples)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Optimizers."""
+"""The Muon optimizer, its orthogonalisation, and a chain of optimizers."""
 
 from torchpar.optim.chained import ChainedOptimizer
 from torchpar.optim.muon import Muon

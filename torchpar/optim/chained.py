@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Several optimizers as one."""
+"""Several optimizers as one optimizer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +9,16 @@ from torch.optim import Optimizer
 
 
 class ChainedOptimizer(Optimizer):
-    """Optimizers of different parameters as one: with their groups and their state, and stepping in turn.
+    """One optimizer made of several, which update different parameters and step in turn.
 
-    Groups and state are the chain's from then on: its state dict is the one to save.
+    The chain takes over their parameter groups and state. Save and load the chain's state dict.
+
+    Args:
+        optimizers: with all of their parameter groups.
+
+    Raises:
+        NotImplementedError: from `add_param_group`.
+        RuntimeError: on loading or copying, if a group was added to one of the optimizers afterwards.
     """
 
     def __init__(self, *optimizers: Optimizer):
@@ -19,11 +26,13 @@ class ChainedOptimizer(Optimizer):
         for optimizer in optimizers:
             self.state.update(optimizer.state)
         self.optimizers = optimizers
-        self._share()
+        self._share_state()
 
-    def _share(self) -> None:
+    def _share_state(self) -> None:
         if sum(len(optimizer.param_groups) for optimizer in self.optimizers) != len(self.param_groups):
-            raise RuntimeError("ChainedOptimizer: one of its optimizers has another group; chain anew")
+            raise RuntimeError(
+                "ChainedOptimizer: a group was added to one of its optimizers; make a new chain"
+            )
         groups = iter(self.param_groups)
         for optimizer in self.optimizers:
             optimizer.state = self.state
@@ -33,18 +42,18 @@ class ChainedOptimizer(Optimizer):
         return {**super().__getstate__(), "optimizers": self.optimizers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # of a copy, or by load_state_dict
-        self._share()
+        super().__setstate__(state)  # called for a copy, and by load_state_dict
+        self._share_state()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if hasattr(self, "optimizers"):
             raise NotImplementedError(
-                "ChainedOptimizer: add a group to one of its optimizers, and chain anew"
+                "ChainedOptimizer: add the group to one of its optimizers, and make a new chain"
             )
         super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take a step of each; returns what ``closure``, which computes the gradients anew, returns."""
+        """Step each optimizer; returns the loss of ``closure``, which computes the gradients, or None."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

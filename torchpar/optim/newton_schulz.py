@@ -1,28 +1,35 @@
 # SPDX-License-Identifier: MIT
-"""Newton–Schulz iterations on products that are known to be symmetric.
+"""Newton–Schulz orthogonalisation on symmetric matrix products.
 
-They find a matrix near U·Vᵀ, where M = U·Σ·Vᵀ, by products alone: every direction that M holds is given
-about the same length. X = M/‖M‖, with n rows and m ≥ n columns, and then a few times the standard iteration
+For M = U·Σ·Vᵀ the iterations return a matrix near U·Vᵀ. They need matrix products only, no SVD.
+`torchpar.reference.orthogonalize` is the plain version in ten lines; read it first.
+
+**Standard iteration.** X is n×m with n ≤ m, and starts as M/‖M‖. Each iteration computes
 
     R = X·Xᵀ        Z = b·R + c·R²        X ← a·X + Z·X
 
-R and Z are symmetric, so half of each is enough: 3n²m + n³ multiplications in the place of 4n²m + 2n³. With
-(a, b, c) = (3.4445, −4.7750, 2.0315) the singular values end between 0.7 and 1.2, for a steep start.
+With (a, b, c) = (3.4445, −4.7750, 2.0315) the singular values end between 0.7 and 1.2. The large a raises
+small singular values quickly.
 
-Gram Newton–Schulz leaves X alone for k iterations, which multiply it by polynomials in R: their product is Q,
-and R follows without X.
+**Gram iteration.** An iteration multiplies X by a·I + Z, a polynomial in R. The product Q of k such
+polynomials needs R alone, so X is multiplied once for k iterations:
 
     R = X·Xᵀ    k times: Z = b·R + c·R²,  Q ← Q·(a·I + Z),  R ← (a·I + Z)·R·(a·I + Z)    X ← Q·X
 
-All of this is symmetric and n×n, but for X·Xᵀ and Q·X. The price is accuracy: a rounding error of R is
-multiplied by a² ≈ 12 in each iteration that follows, and a singular value near 0 is lost in it. A new X·Xᵀ
-has none of it: five iterations are 2 and 3, as published, and more are 2, 1, …, 1, 2; of nearly square
-matrices all but the first 2 are single.
+**Cost.** All products but Z·X and Q·X are symmetric, and half of each is computed. A standard iteration takes
+3n²m + n³ floating-point operations instead of 4n²m + 2n³. k Gram iterations take 3n²m + (4k − 3)·n³.
 
-The singular values lie at most 1.5 times as far from 1 as by the standard iteration. Beside the same in
-float64 the result is 1.1 to 1.8 times as far off as the standard iteration's where the singular values lie
-within a decade, 2 to 6 times where they range over two or three, 3 to 11 times where each row stands there
-two or four times, and up to 31 times where all rows are one (measured with 200 to 512 rows).
+**Accuracy.** A rounding error of R grows by a² ≈ 12 in each later iteration on the same R. A singular value
+near 0 is lost in that error. A new X·Xᵀ removes it. Five iterations therefore run as 2 + 3, as published.
+More iterations run as 2 + 1 + … + 1 + 2. Nearly square matrices take 2 + 1 + … + 1.
+
+The singular values lie at most 1.5 times as far from 1 as after the standard iteration. The table compares
+the distance to the result in float64 with the standard iteration's (measured with 200 to 512 rows):
+
+    singular values within one decade       1.1 to 1.8 times as far
+    within two or three decades             2 to 6
+    every row repeated two or four times    3 to 11
+    all rows equal                          up to 31
 """
 
 from typing import Any, Literal, get_args
@@ -36,7 +43,7 @@ from torchpar.ops._library import is_dtensor
 NewtonSchulz = Literal["auto", "standard", "gram"]
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan, 2024, https://kellerjordan.github.io/posts/muon
 
-_SYMMETRIC_ROWS = 768  # below, a whole product takes less time on CPUs than half of one
+_SYMMETRIC_ROWS = 768  # below, a CPU computes a whole product faster than half of one
 _GRAM_ROWS, _GRAM_ASPECT = 256, 2  # below, the standard iteration is as fast
 
 
@@ -53,19 +60,19 @@ def orthogonalize(
     ``f(f(…f(x / max(‖x‖, eps))))`` with ``f(x) = a·x + b·(x·xᵀ)·x + c·(x·xᵀ)²·x``. It has no gradient.
 
     Args:
-        x: ``(*, n, m)``, floating; a batch is a batch of matrices.
+        x: ``(*, n, m)``, floating; each matrix of a batch is orthogonalised.
         coefficients: ``(a, b, c)``.
-        steps: how often f is applied, 0 to 99.
+        steps: the number of iterations, 0 to 99.
         eps: the least norm to divide by, so that 0 stays 0.
-        ns: "standard" multiplies x in each step, and is as accurate as `torch.optim.Muon`. "gram" iterates on
-            the Gram matrix, which is less accurate, and faster where one side is at least twice the other.
-            "auto" takes it there, if both are at least 256.
+        ns: the iteration. "standard" is as accurate as `torch.optim.Muon`. "gram" iterates on the Gram
+            matrix: it is less accurate, and faster where one side is at least twice the other. "auto" is
+            "gram" for such matrices if both sides are at least 256, else "standard".
 
     Returns:
         ``(*, n, m)``, bfloat16.
 
     Raises:
-        ValueError: an argument outside these bounds.
+        ValueError: an argument is outside these bounds.
 
     Source: Jordan, Muon, 2024; Zhang, Amsel, Chen and Dao, Gram Newton–Schulz, 2026,
     https://dao-ailab.github.io/blog/2026/gram-newton-schulz/.
@@ -83,8 +90,8 @@ def orthogonalize(
         return orthogonalize(x.mT, coefficients, steps, eps, ns).mT
     x = x.to(torch.bfloat16, copy=True)
     x.div_(x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps))
-    for i, length in enumerate(_segments(x.shape[-2], x.shape[-1], steps, ns)):
-        x = _advance(x, coefficients, length, apart=i == 0 or length == 1)
+    for i, k in enumerate(_iterations_per_gram(x.shape[-2], x.shape[-1], steps, ns)):
+        x = _iterate(x, coefficients, k, shifted=i == 0 or k == 1)
     return x
 
 
@@ -94,47 +101,49 @@ def check_ns(ns: str) -> None:
         raise ValueError(f"ns is {ns!r}, expected 'auto', 'standard' or 'gram'")
 
 
-def _segments(n: int, m: int, steps: int, ns: NewtonSchulz) -> list[int]:
-    """How many iterations are done on one Gram matrix, before x is multiplied and the next is computed."""
+def _iterations_per_gram(n: int, m: int, steps: int, ns: NewtonSchulz) -> list[int]:
+    """The number of iterations on each Gram matrix; their sum is ``steps``."""
     if ns == "standard" or (ns == "auto" and (n < _GRAM_ROWS or m < _GRAM_ASPECT * n)):
         return [1] * steps
-    # Three on one Gram matrix end with singular values up to 1.45: from there another iteration diverges, and
-    # after more than five iterations the standard one ends nearer to 1. Square matrices lose more by them.
+    # Three iterations on one Gram matrix leave singular values up to 1.45, and a further iteration diverges
+    # from there. After more than five iterations the standard one ends nearer to 1, so that the last part
+    # is two. Square matrices lose more.
     longest = 1 if m < _GRAM_ASPECT * n else 3 if steps <= 5 else 2
     last = min(steps - 2, longest)
-    return [length for length in (min(steps, 2), *[1] * (steps - 2 - last), last) if length > 0]
+    return [k for k in (min(steps, 2), *[1] * (steps - 2 - last), last) if k > 0]
 
 
-def _advance(x: Tensor, coefficients: tuple[float, float, float], steps: int, apart: bool) -> Tensor:
-    """``Q·x`` for the product Q of so many iterations' polynomials, held as ``Q = shift·I + p``.
+def _iterate(x: Tensor, coefficients: tuple[float, float, float], steps: int, shifted: bool) -> Tensor:
+    """``Q·x`` after ``steps`` iterations on one Gram matrix, with ``Q = shift·I + p``.
 
-    While singular values are small, Q is near aᵏ·I, which costs p no bits if it is kept ``apart``. Later
-    Q is of order 1, aᵏ·I and p would cancel, and the shift is 0. One iteration apart is the standard one.
+    While singular values are small, Q is near aᵏ·I. A shift of aᵏ then keeps the bits of p (``shifted``).
+    Later Q is of order 1, where aᵏ·I and p would cancel, and the shift is 0. One shifted iteration is the
+    standard one.
     """
     a, b, c = coefficients
-    r = _whole(matmul_t(x) if _halves(x) else x @ x.mT)
+    r = _replicate(matmul_t(x) if _use_symmetric_products(x) else x @ x.mT)
     p, shift = r, 0.0
     for step in range(steps):
-        z = _symmetric(r, r, r, alpha=c, beta=b)
+        z = _symmetric_addmm(r, r, r, alpha=c, beta=b)
         if step > 0:
-            p = _symmetric(p, z, torch.add(p, z, alpha=shift / a) if apart else p, beta=a)
+            p = _symmetric_addmm(p, z, torch.add(p, z, alpha=shift / a) if shifted else p, beta=a)
             shift *= a
-        elif apart:
+        elif shifted:
             p, shift = z, a
         else:
             p = z.clone()
             p.diagonal(dim1=-2, dim2=-1).add_(a)
         if step < steps - 1:
-            rz = _symmetric(r, z, r, beta=a)
-            r = _symmetric(rz, z, rz, beta=a)
+            rz = _symmetric_addmm(r, z, r, beta=a)
+            r = _symmetric_addmm(rz, z, rz, beta=a)
     if x.is_contiguous():
-        return _add_product(x, p, x, beta=shift) if apart else p @ x
-    tall = x.mT  # and so is the result, for a gradient that is
-    return (_add_product(tall, tall, p, beta=shift) if apart else tall @ p).mT
+        return _addmm(x, p, x, beta=shift) if shifted else p @ x
+    tall = x.mT  # the result keeps the layout of a tall gradient
+    return (_addmm(tall, tall, p, beta=shift) if shifted else tall @ p).mT
 
 
-def _whole(r: Any) -> Any:
-    """A DTensor's small matrix on every rank: gathered once, and with a diagonal that can be written to."""
+def _replicate(r: Any) -> Any:
+    """``r``; a DTensor is gathered on every rank, once, so that its diagonal can be written to."""
     if not is_dtensor(r):
         return r
     from torch.distributed.tensor import Replicate
@@ -142,17 +151,17 @@ def _whole(r: Any) -> Any:
     return r.redistribute(placements=[Replicate()] * r.device_mesh.ndim)
 
 
-def _halves(x: Tensor) -> bool:
-    # On a GPU the operators themselves know from where on.
+def _use_symmetric_products(x: Tensor) -> bool:
+    # On a GPU the operators choose by size themselves.
     return x.is_cuda or x.shape[-2] >= _SYMMETRIC_ROWS
 
 
-def _symmetric(a: Tensor, b: Tensor, c: Tensor, *, alpha: float = 1.0, beta: float) -> Tensor:
-    """``alpha·a·b + beta·c`` of polynomials in one symmetric matrix."""
-    if _halves(a):
+def _symmetric_addmm(a: Tensor, b: Tensor, c: Tensor, *, alpha: float = 1.0, beta: float) -> Tensor:
+    """``alpha·a·b + beta·c`` for polynomials in one symmetric matrix, whose product is symmetric."""
+    if _use_symmetric_products(a):
         return symmetric_matmul(a, b, c, alpha=alpha, beta=beta)
-    return _add_product(c, a, b, alpha=alpha, beta=beta)
+    return _addmm(c, a, b, alpha=alpha, beta=beta)
 
 
-def _add_product(c: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float) -> Tensor:
+def _addmm(c: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float) -> Tensor:
     return (torch.addmm if a.dim() == 2 else torch.baddbmm)(c, a, b, alpha=alpha, beta=beta)

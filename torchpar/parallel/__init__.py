@@ -1,16 +1,38 @@
 # SPDX-License-Identifier: MIT
-"""What crosses processes: layers split over ranks, pipelines, checkpoints."""
+"""Training on several processes: launch connects them, split divides the model, save writes checkpoints.
 
-from torchpar.parallel.clip import clip_grad_norm_
-from torchpar.parallel.layers import ColumnParallelLinear, RowParallelLinear
-from torchpar.parallel.mlp import load_whole_state_dict, parallel_mlp, whole_state_dict
-from torchpar.parallel.regions import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-    scatter_to_tensor_model_parallel_region,
-)
-from torchpar.parallel.world import World, join_world
+The public names load their modules on first use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchpar.parallel.launch.world import World, join_world
+    from torchpar.parallel.split.clip import clip_grad_norm_
+    from torchpar.parallel.split.layers import ColumnParallelLinear, RowParallelLinear
+    from torchpar.parallel.split.mlp import full_state_dict, load_full_state_dict, parallel_mlp
+    from torchpar.parallel.split.regions import (
+        copy_to_tensor_model_parallel_region,
+        gather_from_tensor_model_parallel_region,
+        reduce_from_tensor_model_parallel_region,
+        scatter_to_tensor_model_parallel_region,
+    )
+
+_MODULES = {
+    "World": "launch.world",
+    "join_world": "launch.world",
+    "clip_grad_norm_": "split.clip",
+    "ColumnParallelLinear": "split.layers",
+    "RowParallelLinear": "split.layers",
+    "full_state_dict": "split.mlp",
+    "load_full_state_dict": "split.mlp",
+    "parallel_mlp": "split.mlp",
+    "copy_to_tensor_model_parallel_region": "split.regions",
+    "gather_from_tensor_model_parallel_region": "split.regions",
+    "reduce_from_tensor_model_parallel_region": "split.regions",
+    "scatter_to_tensor_model_parallel_region": "split.regions",
+}
 
 __all__ = [
     "ColumnParallelLinear",
@@ -18,11 +40,17 @@ __all__ = [
     "World",
     "clip_grad_norm_",
     "copy_to_tensor_model_parallel_region",
+    "full_state_dict",
     "gather_from_tensor_model_parallel_region",
     "join_world",
-    "load_whole_state_dict",
+    "load_full_state_dict",
     "parallel_mlp",
     "reduce_from_tensor_model_parallel_region",
     "scatter_to_tensor_model_parallel_region",
-    "whole_state_dict",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'torchpar.parallel' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"torchpar.parallel.{_MODULES[name]}"), name)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: MIT
+"""The command line of all benchmarks: ``python -m benchmarks.NAME [--quick] [--output DIR]``."""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torchpar.errors import ConfigError
+
+
+class Command:
+    """The flags that all benchmarks share; a benchmark adds its own to ``parser``.
+
+    Args:
+        name: of the module in `benchmarks`.
+        needs: the packages that it imports beside rich.
+    """
+
+    def __init__(self, name: str, description: str, needs: Sequence[str] = ()):
+        self.name = name
+        self.needs = ("rich", *needs)
+        self.parser = argparse.ArgumentParser(f"python -m benchmarks.{name}", description=description)
+        self.parser.add_argument("--quick", action="store_true", help="small sizes: does it run?")
+        self.parser.add_argument("--output", type=Path, metavar="DIR", help="for the CSV and pictures")
+
+    def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
+        """The flags; ``output``, if given, is a folder that exists.
+
+        Raises:
+            ConfigError: a package is not installed, or the folder cannot be made.
+        """
+        options = self.parser.parse_args(arguments)
+        self.require(*self.needs)
+        if options.output:
+            try:
+                options.output.mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                raise ConfigError(f"--output {options.output} cannot be made a folder ({e})") from e
+        return options
+
+    def require(self, *packages: str) -> None:
+        """Raise a `ConfigError` if one of the packages is not installed."""
+        if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+            raise ConfigError(f"{' and '.join(missing)} not installed; pip install {' '.join(missing)}")
+
+    def at_least(self, least: int, name: str, options: argparse.Namespace, *, quick: int, full: int) -> int:
+        """The value of flag ``name``, or a default.
+
+        Raises:
+            ConfigError: it is less than ``least``.
+        """
+        value: int | None = getattr(options, name)
+        if value is None:
+            return quick if options.quick else full
+        if value < least:
+            raise ConfigError(f"--{name} is {value}, expected at least {least}")
+        return value
+
+    def csv(self, options: argparse.Namespace) -> Path | None:
+        """The CSV in ``--output``, if that is given."""
+        return options.output / f"{self.name}.csv" if options.output else None
+
+
+def run(main: Callable[[], int]) -> None:
+    """Call ``main`` and end with its status. A `ConfigError` and Ctrl-C are one line, statuses 2 and 130."""
+    name = Path(sys.argv[0]).stem if Path(sys.argv[0]).stem != "__main__" else Path(sys.argv[0]).parent.name
+    try:
+        sys.exit(main())
+    except ConfigError as e:
+        print(f"python -m benchmarks.{name}: error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"python -m benchmarks.{name}: interrupted", file=sys.stderr)
+        sys.exit(130)

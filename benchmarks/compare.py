@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: MIT
+"""Compare providers of one operator: every call is checked and timed, in turn.
+
+The result of each timed call is compared with an oracle in float64. A provider's largest error may be twice
+its yardstick's, in the same dtype on the same inputs: the yardstick is the reference provider, or another
+that is named. These measures reject a result that the call itself did not compute:
+
+- Inputs are new in every round, so that a result kept from an earlier call is wrong.
+- The inputs are NaN until shortly before the call, so that what a provider computes early is NaN.
+- Memory freed before the call holds NaN, and so does every earlier result, so that what a provider leaves
+  unwritten is NaN.
+- The result is copied right behind the call, in stream order, so that what is unfinished when the clock
+  stops is unfinished in the copy.
+- Inputs must come out as they went in, and share no memory with the result.
+
+Caches are flushed before each sample.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.report import Row
+from benchmarks.timing import Ceiling, Rejected, flush, take_turns, time_calls
+
+Provider = Callable[..., Tensor]
+Mode = Literal["forward", "backward", "full"]
+MIN_ROUNDS = 5
+YARDSTICK_ERROR = 0.03  # ‖error‖/‖oracle‖: under 0.01 in correct bfloat16, over 0.3 for other inputs' result
+
+
+class Work(NamedTuple):
+    """The least that a call must do: bytes through memory, and floating-point operations."""
+
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operator on inputs of one shape and dtype.
+
+    Attributes:
+        operator: its name.
+        shape: of the arguments, in words.
+        inputs: ``inputs(seed)`` returns the operator's arguments and then the gradient of its result: new,
+            dense, of ``dtype`` (floating) and on ``device``.
+        oracle: computes the operator in float64.
+        forward, backward: the work of either pass.
+    """
+
+    operator: str
+    shape: str
+    dtype: torch.dtype
+    device: torch.device
+    inputs: Callable[[int], Sequence[Tensor]]
+    oracle: Provider
+    forward: Work
+    backward: Work
+
+    def work(self, mode: Mode) -> Work:
+        full = Work(self.forward.bytes + self.backward.bytes, self.forward.flops + self.backward.flops)
+        return {"forward": self.forward, "backward": self.backward, "full": full}[mode]
+
+
+def compare(
+    operation: Operation,
+    providers: Mapping[str, Provider],
+    *,
+    reference: str,
+    yardsticks: Mapping[str, str] = MappingProxyType({}),
+    finish: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
+    mode: Mode = "forward",
+    rounds: int = 20,
+    seconds: float = math.inf,
+    calls: int = 1,
+    ceiling: Ceiling | None = None,
+) -> list[Row]:
+    """Check and time each of ``providers``: a row for each. A row that is not ok has a reason and no times.
+
+    Args:
+        reference: the provider whose times, and errors, the others' are compared with.
+        yardsticks: for some providers, another one whose error theirs is compared with. A provider that is
+            its own yardstick must only be near the oracle.
+        finish: for providers that do a part of the operator, the rest of it, done before the result is
+            checked and outside of the time.
+        mode: "forward" (graph recorded, as in training), "backward" (gradients of all arguments), or
+            "full" (both).
+        rounds: samples of each provider; one more comes first, checked and not timed.
+        seconds: a provider whose turns took so long has no further one, once it had `MIN_ROUNDS`.
+        calls: calls of a sample; more than one is for the cost of small calls. Not for "backward".
+    """
+    contestants = {
+        name: _Contestant(operation, provider, mode, calls, finish.get(name))
+        for name, provider in providers.items()
+    }
+    inputs = _Inputs(operation, mode)
+    times = take_turns(
+        {name: partial(one.turn, inputs) for name, one in contestants.items()},
+        rounds,
+        seconds=seconds,
+        least=MIN_ROUNDS,
+        before=inputs.draw,
+        label=f"{operation.operator} {operation.shape} {mode}",
+    )
+    failed = {name for name in times if times[name].reason}
+    for name, one in contestants.items():
+        yardstick = yardsticks.get(name, reference)
+        if yardstick == name and name not in failed and not one.near_oracle:
+            times[name].reason = "Rejected: the result is not what the oracle computes"
+            failed.add(name)
+    for name in times.keys() - failed:
+        yardstick = yardsticks.get(name, reference)
+        errors, allowed = contestants[name].errors, contestants[yardstick].errors
+        if missing := failed & {reference, yardstick}:
+            times[name].reason = f"nothing to compare with: {', '.join(sorted(missing))} failed"
+        # The yardstick may be off by the oracle's error more than it seems to, and the provider by less.
+        elif not (errors <= 2 * (allowed + inputs.error) + inputs.error).all():
+            times[name].reason = f"errors {errors.tolist()}, {yardstick}'s are {allowed.tolist()}"
+    done = max((len(found.rounds) for found in times.values()), default=0)
+    configuration = [
+        f"{done} rounds of {calls} calls",
+        f"{torch.get_num_threads()} threads",
+        f"float32 products {torch.backends.cuda.matmul.fp32_precision}",
+    ]
+    if ceiling is not None:
+        configuration.append(ceiling.describe(operation.dtype))
+    columns = {
+        "operator": operation.operator,
+        "mode": mode,
+        "shape": operation.shape,
+        "dtype": str(operation.dtype).removeprefix("torch."),
+    }
+    work = operation.work(mode)
+    rows = []
+    for name, one in contestants.items():
+        row = times[name].row(columns, name, times[reference])
+        found: dict[str, Any] = {"host_ms": one.host_ms}
+        if p50 := row.p50_ms:
+            least = ceiling.seconds(work.bytes, work.flops, operation.dtype) if ceiling else None
+            found |= {"gb_per_s": work.bytes / p50 * 1e-6, "gflop_per_s": work.flops / p50 * 1e-6}
+            found |= {"roofline": 1e3 * least / p50 if least else None}
+        found |= {"max_error": one.errors.max().item() if len(one.errors) else None}
+        found |= {"peak_memory_mb": one.peak_memory_mb, "configuration": ", ".join(configuration)}
+        rows.append(replace(row, found=found))
+    return rows
+
+
+class _Inputs:
+    """The inputs of the current round, and the results that the oracle computes of them."""
+
+    def __init__(self, operation: Operation, mode: Mode):
+        self.operation = operation
+        self.mode = mode
+        self.live = [t.detach().fill_(math.nan).requires_grad_() for t in operation.inputs(0)]
+        self.error = torch.zeros(())  # the oracle's own, at most
+
+    def draw(self, seed: int) -> None:
+        *arguments, gradient = self.operation.inputs(seed)
+        self.drawn = [*(t.detach().requires_grad_() for t in arguments), gradient]
+        wide = [t.detach().double().requires_grad_() for t in self.drawn]
+        self.expected = [t.detach() for t in prepare(self.operation.oracle, wide, self.mode)()]
+        # Float64 is off by a rounding per operation on an element, of random signs. That counts in float64
+        # alone, where a yardstick may round exactly as the oracle does.
+        roundings = self.operation.work(self.mode).flops / sum(t.numel() for t in self.expected)
+        off = _largest(self.expected) * (math.sqrt(roundings) * torch.finfo(torch.float64).eps / 2)
+        self.error = off.maximum(self.error)
+
+
+class _Contestant:
+    """A provider, its errors, and on a GPU its memory and the host's times."""
+
+    def __init__(
+        self,
+        operation: Operation,
+        provider: Provider,
+        mode: Mode,
+        calls: int,
+        finish: Callable[[Tensor], Tensor] | None,
+    ):
+        self.device, self.dtype = operation.device, operation.dtype
+        self.provider, self.mode, self.calls, self.finish = provider, mode, calls, finish
+        self.errors = torch.empty(0)
+        self.near_oracle = True
+        self.hosts: list[float] = []
+        self.peak_memory_mb: float | None = None
+
+    @property
+    def host_ms(self) -> float | None:
+        """The host's median time to issue a call to a GPU."""
+        return torch.tensor(self.hosts).median().item() * 1e3 if self.hosts else None
+
+    def turn(self, inputs: _Inputs, index: int) -> list[float]:
+        """Time the calls on ``inputs.live``, which holds ``inputs.drawn`` meanwhile, and check the result."""
+        live, drawn, expected, device = inputs.live, inputs.drawn, inputs.expected, self.device
+        on_gpu = device.type == "cuda"
+        if on_gpu:
+            flush(device)  # what does not wait for the current stream will find the inputs still NaN
+        with torch.no_grad():
+            for t, value in zip(live, drawn, strict=True):
+                t.copy_(value)
+        call = prepare(self.provider, live, self.mode)
+        poison = [torch.full_like(t, math.nan, dtype=self.dtype) for t in (*expected, *live)]
+        del poison
+        flush(device)
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+            allocated = torch.cuda.memory_allocated(device)
+        timed = time_calls(call, device, self.calls)
+        if on_gpu:
+            peak = (torch.cuda.max_memory_allocated(device) - allocated) / 1e6
+            self.peak_memory_mb = max(peak, self.peak_memory_mb or 0.0)
+            self.hosts += [timed.host] * (index > 0)
+        copies = [result.detach().clone() for result in timed.result]
+        _check_memory(timed.result, live, drawn, expected)
+        with torch.no_grad():
+            for t in (*live, *timed.result):
+                t.fill_(math.nan)
+        seconds = timed.seconds()
+        copies = [self.finish(copy) for copy in copies] if self.finish else copies
+        differences = [result.double() - t for result, t in zip(copies, expected, strict=True)]
+        errors = _largest(differences)
+        self.errors = errors.maximum(self.errors) if len(self.errors) else errors
+        for difference, t in zip(differences, expected, strict=True):
+            self.near_oracle &= bool(difference.norm() <= YARDSTICK_ERROR * t.norm())
+        return [seconds]
+
+
+def prepare(provider: Provider, inputs: Sequence[Tensor], mode: Mode) -> Callable[[], Sequence[Tensor]]:
+    """The call to time on ``inputs``: arguments, then a gradient. What comes before it is done here."""
+    *arguments, gradient = inputs
+    if mode == "forward":
+        return lambda: [provider(*arguments)]
+    if mode == "full":
+        return lambda: torch.autograd.grad(provider(*arguments), arguments, gradient)
+    result = provider(*arguments)
+    return lambda: torch.autograd.grad(result, arguments, gradient)
+
+
+def _check_memory(
+    results: Sequence[Tensor], live: Sequence[Tensor], drawn: Sequence[Tensor], expected: Sequence[Tensor]
+) -> None:
+    inputs = {t.untyped_storage().data_ptr() for t in live}
+    for result, t in zip(results, expected, strict=True):
+        if (result.shape, result.dtype, result.device) != (t.shape, live[0].dtype, t.device):
+            raise Rejected(f"a result is {result.dtype} {tuple(result.shape)} on {result.device}")
+        if result.untyped_storage().data_ptr() in inputs:
+            raise Rejected("a result shares memory with an input")
+    if not all(torch.equal(t, value) for t, value in zip(live, drawn, strict=True)):
+        raise Rejected("an input was changed")
+
+
+def _largest(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([t.abs().max() for t in tensors]).cpu()

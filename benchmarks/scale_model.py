@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: MIT
+"""Count what a rank sends in a step on 64 to 4096 ranks: ``python -m benchmarks.scale_model``.
+
+In PyTorch's fake process group one process stands for any rank of any number. It builds the mesh and its part
+of the model on the meta device, and runs steps with DistributedDataParallel or a pipeline's schedule. Every
+message's size must be what `torchpar.profile.cost.collectives` predicts, or the status is 1.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from math import ceil
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.command import Command, run
+from benchmarks.report import Results, Row, print_rows, track
+from benchmarks.timing import CPU
+from torchpar.errors import ConfigError
+from torchpar.nn import MLP
+from torchpar.parallel.launch.world import World
+from torchpar.parallel.split.mlp import parallel_mlp
+from torchpar.parallel.split.pipeline import stage_mlp
+from torchpar.parallel.split.reduction import all_reduce
+from torchpar.profile import cost
+from torchpar.profile.collectives import Call, Collectives
+from torchpar.profile.cost import Expected
+from torchpar.training import loss_sum
+
+DTYPE = torch.bfloat16
+LAYERS = 16  # all width × width
+WIDTHS = [4096, 8192, 16384, 32768, 65536]
+WEAK_BATCH = 2**14  # samples a rank
+STRONG_BATCH = 2**20  # samples, of all ranks
+cross_entropy_sum = partial(loss_sum, "cross-entropy")
+
+
+class MeshPlan(NamedTuple):
+    """The shape of a mesh, and the micro-batches of its pipeline."""
+
+    dp: int
+    tp: int
+    pp: int = 1
+    micro_batches: int = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.dp * self.tp * self.pp
+
+    def rank(self, pp: int, dp: int = 0, tp: int = 0) -> int:
+        """The number of the rank at these coordinates; "tp" varies fastest."""
+        return (pp * self.dp + dp) * self.tp + tp
+
+    def __str__(self) -> str:
+        return f"{self.dp}×{self.tp}×{self.pp}"
+
+
+MESHES = [MeshPlan(8, 8), MeshPlan(16, 8, 4, 16), MeshPlan(64, 8, 8, 32)]
+
+
+def count(width: int, layers: int, batch: int, plan: MeshPlan) -> tuple[list[Call], str]:
+    """The collectives of the rank that sends most in a step, and how ranks differ from the prediction.
+
+    The first, the second and the last stage run; those between are like the second.
+    """
+    largest: list[Call] = []
+    differences = []
+    for stage in sorted({0, min(1, plan.pp - 1), plan.pp - 1}):
+        # Not the first of its groups: with uneven shares others' differ.
+        with fake_world(plan, plan.rank(stage, plan.dp - 1, plan.tp // 2)) as world:
+            model = build(width, layers, world)
+            expected = cost.collectives(
+                model.sizes, batch, world.mesh, micro_batches=plan.micro_batches, itemsize=DTYPE.itemsize
+            )
+            calls = record(model, batch, world, plan)
+        differences.append(difference(calls, expected))
+        largest = max(largest, calls, key=lambda calls: sum(call.bytes for call in calls))
+    return largest, "; ".join(filter(None, differences))
+
+
+def difference(calls: Sequence[Call], expected: Sequence[Expected]) -> str:
+    """How the sizes of the calls of each dimension and operation differ from the prediction, or ""."""
+    recorded = Counter((call.dimension, call.operation, call.bytes) for call in calls)
+    predicted = Counter((e.dimension, e.operation, e.nbytes) for e in expected)
+    return "; ".join(
+        f"{kind[0]} {kind[1]} of {kind[2]:,} bytes: {recorded[kind]} recorded, {predicted[kind]} predicted"
+        for kind in sorted(recorded | predicted)
+        if recorded[kind] != predicted[kind]
+    )
+
+
+@contextmanager
+def fake_world(plan: MeshPlan, rank: int) -> Iterator[World]:
+    """The world of ``rank``. Its collectives return at once and move nothing."""
+    capability, defaults = dist.Backend.backend_capability, dist.Backend.default_device_backend_map
+    before = capability["fake"], defaults.get("meta")
+    # Messages between neighbours look for a backend of their tensors' device.
+    capability["fake"], defaults["meta"] = ["cpu", "meta"], "fake"
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=plan.ranks)
+    try:
+        mesh = init_device_mesh("meta", (plan.pp, plan.dp, plan.tp), mesh_dim_names=("pp", "dp", "tp"))
+        yield World(rank, rank % 8, plan.ranks, torch.device("meta"), mesh)
+    finally:
+        dist.destroy_process_group()
+        capability["fake"] = before[0]
+        if before[1] is None:
+            del defaults["meta"]
+
+
+def build(width: int, layers: int, world: World) -> MLP:
+    """This rank's part of an MLP of ``layers`` layers, all ``width × width``, without memory."""
+    mlp = MLP([width] * (layers + 1), device="meta", dtype=DTYPE)
+    return stage_mlp(parallel_mlp(mlp, world.mesh["tp"]), world.mesh["pp"])
+
+
+def record(model: MLP, batch: int, world: World, plan: MeshPlan) -> list[Call]:
+    """The collectives of a step, forward and backward, as the examples run it."""
+    share, stage = ceil(batch / plan.dp), world.mesh["pp"].get_local_rank()
+    x = torch.empty(share, model.sizes[0], device="meta", dtype=DTYPE)
+    labels = torch.empty(share, device="meta", dtype=torch.long)
+    if plan.pp == 1:
+        group = world.mesh["dp"].get_group()
+        wrapped = DistributedDataParallel(
+            model, process_group=group, gradient_as_bucket_view=True, init_sync=False
+        )
+        wrapped.register_comm_hook(group, _reduce_bucket)
+
+        def step() -> None:
+            cross_entropy_sum(wrapped(x), labels).backward()
+    else:
+        schedule = _schedule(model, ceil(share / plan.micro_batches), world, plan.micro_batches)
+        inputs, target = [x] if stage == 0 else [], labels if stage == plan.pp - 1 else None
+
+        def step() -> None:
+            schedule.step(*inputs, target=target, losses=[])
+            gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+            all_reduce(torch.cat(gradients), world.mesh["dp"])
+
+    # DistributedDataParallel has one bucket in the first step, and arranges them anew in the second.
+    for _ in range(3):
+        recorded = Collectives(world)
+        with _OwnBuckets(), recorded:
+            step()
+        model.zero_grad()
+    return recorded.calls
+
+
+def _schedule(model: MLP, rows: int, world: World, micro_batches: int) -> Schedule1F1B:
+    """As `Pipeline` builds it, with the shapes of activations given: absent neighbours cannot send them."""
+    mesh, parts = world.mesh["pp"], world.mesh["tp"].size()
+    layers = [int(name) for name in model.layers._modules]
+
+    def border(i: int) -> Tensor:
+        width = model.sizes[i] // parts if i % 2 else model.sizes[i]
+        return torch.empty(rows, width, device="meta", dtype=DTYPE, requires_grad=i > 0)
+
+    stage = PipelineStage(
+        model,
+        mesh.get_local_rank(),
+        mesh.size(),
+        torch.device("meta"),
+        input_args=(border(layers[0]),),
+        output_args=(border(layers[-1] + 1),),
+        group=mesh.get_group(),
+    )
+    return Schedule1F1B(stage, micro_batches, loss_fn=cross_entropy_sum, scale_grads=False)
+
+
+class _OwnBuckets(TorchDispatchMode):
+    """Keep this rank's order of gradients.
+
+    DistributedDataParallel broadcasts rank 0's order by way of the parameters' device. Nothing comes back
+    from the meta device; this rank's own order is the one that rank 0 would have sent.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _reduce_bucket(
+    group: dist.ProcessGroup,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
+    # DistributedDataParallel's own hook asks the backend for a result, and the fake one has none.
+    gradient = bucket.buffer()
+    dist.all_reduce(gradient, group=group)
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(gradient)
+    return done
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    command = Command("scale_model", "Count what a rank of 64 to 4096 sends in a step.")
+    command.parser.add_argument("--layers", type=int, default=LAYERS)
+    command.parser.add_argument("--widths", type=int, nargs="+", help=f"by default {WIDTHS}")
+    options = command.parse(arguments)
+    widths = options.widths or WIDTHS[: 1 if options.quick else None]
+    stages = max(plan.pp for plan in MESHES)
+    if options.layers < stages:
+        raise ConfigError(f"--layers is {options.layers}, expected at least {stages}, the number of stages")
+    results = Results(command.csv(options), CPU)
+    jobs = [(plan, width) for plan in MESHES for width in widths]
+    for plan, width in track(jobs, "count"):
+        for batch in dict.fromkeys((WEAK_BATCH * plan.ranks, STRONG_BATCH)):
+            calls, different = count(width, options.layers, batch, plan)
+            work = {"ranks": plan.ranks, "dp × tp × pp": str(plan), "micro_batches": plan.micro_batches}
+            work |= {"width": width, "batch": batch}
+            found = {f"{d} calls": sum(call.dimension == d for call in calls) for d in ("tp", "pp", "dp")}
+            found["bytes"] = sum(call.bytes for call in calls)
+            row = Row(work=work, provider="counted", found=found, ok=not different, reason=different)
+            results.add([row])
+    print_rows("calls of the rank that sends most in a step, and their bytes", results.rows)
+    equal = sum(row.ok for row in results.rows)
+    print(f"counted and predicted collectives: equal in {equal} of {len(results.rows)} rows")
+    return results.status
+
+
+if __name__ == "__main__":
+    run(main)

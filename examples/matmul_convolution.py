@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: MIT
+"""Convolution as a matrix product, and a convolutional network built of linear layers.
+
+    python examples/matmul_convolution.py --plots pictures
+
+An output of a convolution is the dot product of a kernel and a window of the input. Write each window as a
+row: then the convolution is the product of the rows and the kernels, a linear layer. The price is memory. An
+element of the input is written once for every window that contains it.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from support import accuracy, cli, console
+from torch import Tensor
+from torch.nn.functional import conv2d, cross_entropy, layer_norm
+
+from torchpar.data import Dataset, load
+from torchpar.nn import Linear, LinearSigmoid
+from torchpar.parallel.launch.world import join_world_of_one
+from torchpar.training import Run, lr_scheduler, sgd
+
+
+@dataclass(kw_only=True)
+class Flags(cli.ExampleFlags):
+    """Train a convolutional network that consists of linear layers."""
+
+    data: Path = Path(__file__).parent / "data"  # Folder of the data sets, as torchvision's root.
+    dataset: Dataset = "mnist"  # Data set.
+    samples: int | None = None  # Number of training samples, the first ones; by default all.
+    epochs: int = 5  # Passes over the training samples.
+    batch_size: int = 64  # Samples per step.
+    lr: float = 0.3  # Learning rate at the start; it falls to 0 linearly.
+
+
+def windows(x: Tensor, size: int, stride: int) -> Tensor:
+    """Return each window of x ``(b, h, w, in)`` as a row: a copy, ``(b, h', w', in·size²)``."""
+    return x.unfold(1, size, stride).unfold(2, size, stride).flatten(3)
+
+
+def compare_with_conv2d(device: torch.device) -> dict[str, Any]:
+    """Compare a linear layer of windows with PyTorch's convolution, and print the memory it takes."""
+    x = torch.rand(8, 16, 12, 12).to(device)
+    layer = LinearSigmoid(16 * 5**2, 32).to(device)
+    rows = windows(x.movedim(1, 3), size=5, stride=2)
+    y = layer(rows).movedim(3, 1)
+    kernels = layer.weight.detach().unflatten(1, (16, 5, 5))
+    row = accuracy.compare("convolution", y, lambda x: conv2d(x, kernels.to(x), stride=2).sigmoid(), x)
+    print(f"the rows take {rows.nbytes / x.nbytes:.1f} times the {x.nbytes:,} bytes of the input")
+    return row | {"duplication": rows.nbytes / x.nbytes}
+
+
+class ConvNet(torch.nn.Module):
+    """A network of two convolutions and a linear layer: 28×28 → 12×12×16 → 4×4×32 → 10.
+
+    The input of each layer is centred: with sigmoids that are all positive it learns slowly.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = LinearSigmoid(5 * 5, 16)
+        self.second = LinearSigmoid(5 * 5 * 16, 32)
+        self.last = Linear(4 * 4 * 32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = layer_norm(x, (784,)).unflatten(1, (28, 28, 1))
+        y = self.first(windows(y, size=5, stride=2)) - 0.5
+        y = self.second(windows(y, size=5, stride=2)) - 0.5
+        return self.last(y.flatten(1))  # type: ignore[no-any-return]
+
+
+def main(flags: Flags) -> None:
+    with join_world_of_one(flags.device) as world:
+        console.check_outputs(world, folders=[flags.plots], files=[flags.metrics])
+        train, test = load(flags.dataset, flags.data, world.device)
+        train = train[: flags.samples]
+        torch.manual_seed(flags.seed)
+        row = compare_with_conv2d(world.device)
+
+        model = ConvNet().to(world.device)
+        optimizer = sgd(model, flags.lr, momentum=0.9, weight_decay=3e-5)
+        steps = -(-len(train) // flags.batch_size)
+        scheduler = lr_scheduler(optimizer, "linear", flags.epochs * steps)
+        parts = (model, optimizer, scheduler, world, train, test)
+        with Run(*parts, epochs=flags.epochs, batch_size=flags.batch_size, seed=flags.seed) as run:
+            for epoch in run.epochs():
+                batches = track(
+                    run.batches(epoch),
+                    f"epoch {epoch}",
+                    steps,
+                    transient=True,
+                    disable=not Console().is_terminal,
+                )
+                for x, labels, batch_size in batches:
+                    loss = cross_entropy(model(x), labels, reduction="sum")
+                    (loss / batch_size).backward()
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+                    run.log(loss.detach())
+    epochs = [asdict(result) for result in run.results]
+    console.print_rows(epochs, ("epoch", "train_loss", "test_loss", "test_accuracy", "seconds"))
+    if flags.plots:
+        from support import plots
+
+        kernels = model.first.weight.unflatten(1, (5, 5))
+        plots.save_matrices(flags.plots / "kernels.png", kernels, "Kernels of the first layer")
+    if flags.metrics:
+        console.write_metrics(flags.metrics, [row, *epochs])
+    print(console.summary(run.results))
+
+
+if __name__ == "__main__":
+    cli.main(main, Flags)

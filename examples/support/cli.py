@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: MIT
+"""Command lines of the examples: flags by tyro, and errors in one line from rank 0."""
+
+import importlib.util
+import io
+import sys
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from torchpar.data import Dataset
+from torchpar.errors import ConfigError
+from torchpar.parallel.launch.rendezvous import find_rank_info
+from torchpar.training import LRSchedule, Stopped
+
+try:
+    import rich  # noqa: F401
+    import tyro
+except ImportError as error:
+    sys.exit(f"the examples need rich and tyro ({error}); pip install 'torchpar[examples]'")
+
+F = TypeVar("F")
+GRACE = 2.0  # seconds in which a launcher ends the other ranks after rank 0 has failed
+MAY_DIFFER_ON_RESUME = {
+    *("data", "epochs", "device", "compile", "dry_run", "phases", "collectives", "metrics", "plots"),
+    *("checkpoint", "save_every", "keep", "async_save", "timeout"),
+    *("dp", "tp", "pp", "pipeline", "micro_batches"),
+}
+
+OPTIMIZER_DEFAULTS: dict[str, dict[str, float]] = {
+    "sgd": {"lr": 0.5, "momentum": 0.9, "weight_decay": 3e-5},
+    "muon": {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.01},
+}
+
+BOUNDS: dict[str, tuple[float, float]] = {  # flag: least value, first value that is too large
+    **dict.fromkeys(("epochs", "sweep_epochs", "iterations", "save_every", "keep"), (1, 2**63)),
+    **dict.fromkeys(("samples", "batch_size", "micro_batches"), (1, 2**63)),
+    **dict.fromkeys(("hidden", "depth", "dp", "tp", "pp"), (1, 2**31)),
+    **dict.fromkeys(("lr", "clip", "weight_decay", "orthogonality"), (0, 1e38)),  # float32 ends at 3.4e38
+    "momentum": (0, 1),
+    "seed": (0, 2**63),
+    "timeout": (1, 1e6),
+}
+
+
+@dataclass(kw_only=True)
+class ExampleFlags:
+    """Flags of every example."""
+
+    seed: int = 0
+    """Seed of the initial weights, the order of samples, and samples that are drawn."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device; auto takes CUDA where there is any."""
+    metrics: Path | None = None
+    """File for the run's figures, a JSON object per line; the last line is the final result."""
+    plots: Path | None = None
+    """Folder for pictures."""
+
+    def __post_init__(self) -> None:
+        for name, (least, end) in BOUNDS.items():
+            flag, value = f"--{name.replace('_', '-')}", getattr(self, name, None)
+            if value is None:
+                continue
+            values = value if isinstance(value, tuple) else (value,)
+            if not all(one >= least for one in values):
+                raise ConfigError(f"{flag} is {value}, expected at least {least}")
+            if not all(one < end for one in values):
+                raise ConfigError(f"{flag} is {value}, expected less than {end}")
+        if self.plots is not None and importlib.util.find_spec("matplotlib") is None:
+            raise ConfigError("--plots needs matplotlib; pip install 'torchpar[examples]'")
+
+
+@dataclass(kw_only=True)
+class TrainFlags(ExampleFlags):
+    """Flags of every training example."""
+
+    data: Path = Path(__file__).parent.parent / "data"
+    """Folder of the data sets, as torchvision's root."""
+    epochs: int = 10
+    """Passes over the training samples."""
+    batch_size: int = 128
+    """Samples per step, over all ranks."""
+    optimizer: Literal["sgd", "muon"] = "sgd"
+    """Optimizer; muon updates the weight matrices, and SGD updates the biases."""
+    lr: float | None = None
+    """Learning rate at the start; by default 0.5, for Muon 0.02."""
+    momentum: float | None = None
+    """Nesterov momentum; by default 0.9, for Muon 0.95."""
+    schedule: LRSchedule = "linear"
+    """Learning-rate schedule over the run; linear and cosine end at 0."""
+    weight_decay: float | None = None
+    """L2 penalty λ of the weights, λ/2·‖W‖² in the loss, by default 3e-5; for Muon decoupled decay, 0.01."""
+    orthogonality: float = 0.0
+    """Factor of the penalty Σ‖W·Wᵀ − I‖² in the loss."""
+    hidden: tuple[int, ...] = (128, 64)
+    """Widths of the hidden layers."""
+    dataset: Dataset = "mnist"
+    """Data set."""
+    compile: bool = False
+    """Compile the model by torch.compile."""
+    dry_run: bool = False
+    """Train on ten batches and evaluate; write no metrics, plots or checkpoint."""
+    phases: bool = False
+    """Measure the time of each phase of a step (data, forward, backward, collectives, optimizer)."""
+    collectives: bool = False
+    """Count and time the collectives of a step, beside the predicted ones."""
+    plots: Path | None = None
+    """Folder for pictures: learning curves, confusion matrix, worst-classified samples."""
+    checkpoint: Path | None = None
+    """Folder of checkpoints, to save to and to resume from, on a file system of all ranks."""
+    save_every: int | None = None
+    """Steps between two saves; by default one save per epoch."""
+    keep: int = 2
+    """Checkpoints to keep."""
+    async_save: bool = False
+    """Save while training continues."""
+    clip: float | None = None
+    """Norm to which larger gradients are scaled down."""
+    timeout: float = 600.0
+    """Seconds after which a rank that waits for another gives up."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in OPTIMIZER_DEFAULTS[self.optimizer].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+    def same_on_all_ranks(self) -> dict[str, Any]:
+        """Return the flags that every rank must share: all but the data folder and the device."""
+        return {name: value for name, value in asdict(self).items() if name not in ("data", "device")}
+
+    def run_config(self) -> dict[str, Any]:
+        """Return the flags that a resumed run must share with the saved one."""
+        config = {name: value for name, value in asdict(self).items() if name not in MAY_DIFFER_ON_RESUME}
+        if self.schedule != "constant":
+            config["epochs"] = self.epochs  # the schedule depends on them
+        return config
+
+
+def main(run: Callable[[F], None], flags: type[F]) -> None:
+    """Parse ``flags`` from the command line and call ``run`` with them.
+
+    A `ConfigError`, or a file that cannot be read or written, ends every rank with status 2. Rank 0 prints
+    it as one line. Another rank waits `GRACE` seconds before it prints: if rank 0 has failed too, the
+    launcher has ended this rank by then. SIGINT ends with status 130.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # terminals that have only ASCII print ? for λ
+    rank = 0
+    try:
+        info = find_rank_info()
+        rank = info.rank if info else 0
+        run(_parse(flags, rank))
+    except (ConfigError, OSError) as e:
+        if rank:
+            time.sleep(GRACE)
+        print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except Stopped as e:
+        if rank == 0:
+            print(f"{e}; the state is saved, the same command resumes from it", flush=True)
+        sys.exit(130 if e.signal == 2 else 0)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell reports SIGINT
+
+
+def _parse(flags: type[F], rank: int) -> F:
+    config = (tyro.conf.FlagCreatePairsOff,)
+    if rank == 0:
+        return tyro.cli(flags, config=config)
+    message = io.StringIO()
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(message):
+            return tyro.cli(flags, config=config)
+    except SystemExit:  # after --help, or tyro's message about a flag
+        time.sleep(GRACE)
+        print(message.getvalue(), end="", file=sys.stderr, flush=True)
+        raise

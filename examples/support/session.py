@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: MIT
+"""Everything in a training example that is not its subject: data, optimizer, progress, checkpoints, plots."""
+
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from support import console
+from support.cli import OPTIMIZER_DEFAULTS, TrainFlags
+from torchpar import data, training
+from torchpar.data import Batch, Samples
+from torchpar.parallel.launch.world import World
+from torchpar.parallel.split.clip import clip_grad_norm_
+from torchpar.parallel.split.layers import split_parameters
+from torchpar.profile import cost
+from torchpar.profile.collectives import StepRecorder
+from torchpar.profile.phases import Phases
+
+
+def prepare(flags: TrainFlags, world: World) -> tuple[Samples, Samples, list[int]]:
+    """Compare the flags of all ranks, load the data, and seed the generators of all ranks alike.
+
+    Returns:
+        Training samples, test samples, and the sizes of the MLP that ``flags`` describe.
+    """
+    world.check_same_on_all_ranks("the ranks' flags", flags.same_on_all_ranks())
+    loaded: list[Samples] = []
+    world.gather_results(lambda: loaded.extend(data.load(flags.dataset, flags.data, world.device)))
+    train, test = loaded
+    if flags.dry_run:
+        train, flags.epochs = train[: 10 * flags.batch_size], 1
+        flags.metrics = flags.plots = flags.checkpoint = None
+    console.check_outputs(world, folders=[flags.plots, flags.checkpoint], files=[flags.metrics])
+    torch.manual_seed(flags.seed)
+    return train, test, [train.inputs(slice(0, 1)).shape[1], *flags.hidden, len(train.classes)]
+
+
+def make_optimizer(flags: TrainFlags, model: torch.nn.Module, samples: int) -> tuple[Optimizer, LambdaLR]:
+    """Return the optimizer and the learning-rate scheduler for epochs of ``samples``."""
+    make: Callable[..., Optimizer] = training.muon if flags.optimizer == "muon" else training.sgd
+    optimizer = make(model, **{name: getattr(flags, name) for name in OPTIMIZER_DEFAULTS[flags.optimizer]})
+    steps = flags.epochs * -(-samples // flags.batch_size)
+    return optimizer, training.lr_scheduler(optimizer, flags.schedule, steps)
+
+
+def adjust_gradients(flags: TrainFlags, model: torch.nn.Module, world: World) -> None:
+    """Add the orthogonality penalty's gradient and clip the gradient's norm, if ``flags`` ask for it."""
+    if flags.orthogonality:
+        training.add_orthogonality_gradient(model, flags.orthogonality)
+    if flags.clip is not None:
+        clip_grad_norm_(model, flags.clip, world)
+
+
+class Run(training.Run):
+    """A `torchpar.training.Run` configured by flags, with progress, metrics, plots and the last line.
+
+    Args:
+        micro_batches: of each rank's share of a batch in a pipeline, for the prediction of its messages.
+    """
+
+    def __init__(
+        self,
+        flags: TrainFlags,
+        world: World,
+        model: torch.nn.Module,
+        optimizer: Optimizer,
+        lr_scheduler: LambdaLR,
+        train: Samples,
+        test: Samples,
+        predict: Callable[[Tensor], Tensor | None] | None = None,
+        micro_batches: int = 1,
+    ):
+        checkpoint = None
+        if flags.checkpoint:
+            checkpoint = training.CheckpointConfig(
+                flags.checkpoint, flags.save_every, flags.keep, flags.async_save
+            )
+        super().__init__(
+            *(model, optimizer, lr_scheduler, world, train, test),
+            epochs=flags.epochs,
+            batch_size=flags.batch_size,
+            predict=predict,
+            seed=flags.seed,
+            checkpoint=checkpoint,
+            config=flags.run_config(),
+        )
+        self.flags = flags
+        self.micro_batches = micro_batches
+        self.phases = Phases(world.device) if flags.phases else None
+        self.recorder = StepRecorder(world) if flags.phases or flags.collectives else None
+
+    def __enter__(self) -> Self:
+        self.progress = self._stack.enter_context(
+            console.EpochProgress(self.world, self.num_epochs, len(self.train), self.flags.metrics)
+        )
+        try:
+            super().__enter__()
+        except BaseException:  # the bar has hidden the cursor
+            self._stack.close()
+            raise
+        if self.phases:
+            self._stack.enter_context(self.phases)
+        return self
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        for batch in super().batches(epoch):
+            if self.recorder is None:
+                yield batch
+            else:
+                with self.recorder.step():
+                    yield batch
+
+    def on_step(self, epoch: int, samples: int) -> None:
+        self.progress.update(epoch, samples)
+
+    def on_epoch(self, result: training.EpochResult) -> None:
+        self.progress.print_epoch(result)
+
+    def on_resume(self) -> None:
+        complete = len(self.results) == self.num_epochs
+        self.progress.print_resumed(self.results, self.total_steps, complete)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        if error is None:
+            self._report()
+
+    def _report(self) -> None:
+        flags, speaks = self.flags, self.world.rank == 0
+        if flags.plots:
+            _, outputs = self.evaluate()
+            if speaks:
+                from support import plots
+
+                plots.save(flags.plots, self.results, outputs, self.test)
+        if not speaks:
+            return
+        if self.recorder and flags.collectives:
+            console.print_collectives(self.recorder.calls, self._expected_collectives())
+        if self.phases:
+            console.print_phases(self.phases)
+        print(console.summary(self.results))
+
+    def _expected_collectives(self) -> list[cost.Expected]:
+        return cost.collectives(
+            [self.train.inputs(slice(0, 1)).shape[1], *self.flags.hidden, len(self.train.classes)],
+            min(self.batch_size, len(self.train)),
+            self.world.mesh,
+            reduction=self.world.reduction,
+            micro_batches=self.micro_batches,
+            tensor_split=any(split_parameters(self.model)),
+        )

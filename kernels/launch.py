@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: MIT
+"""Launch plans: what a launcher decides for tensors of one layout, kept for the next call.
+
+Choosing tiles, and letting Triton specialise a kernel, takes longer than launching it. Both depend on the
+layouts of the tensors alone: shapes, strides, dtype, device, and where their memory begins within 16 bytes.
+"""
+
+from collections.abc import Callable, Mapping
+from contextvars import copy_context
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+Wrap = Callable[[Any], Any] | None
+"""What a tracer applies to a Triton kernel before it is launched; None for a real launch."""
+
+_MOST = 4096  # plans that are kept
+_plans: dict[Any, "Plan | None"] = {}
+
+
+class Plan:
+    """A kernel, its grid, and those arguments of its launch that follow tensors and factors.
+
+    Args:
+        programs: their number. All are on the first grid axis, since the others end at 65535.
+        arguments: the integers that follow tensors and factors.
+        constants: the constants, in the order of the kernel's signature.
+        options: ``num_warps`` and ``num_stages``.
+        descriptors: whether the kernel makes TMA descriptors, for which the host allocates memory.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        programs: int,
+        arguments: tuple[int, ...],
+        constants: Mapping[str, Any],
+        options: Mapping[str, int],
+        descriptors: bool = False,
+    ):
+        self.kernel = kernel
+        self.grid = (programs, 1, 1)
+        self.constants = constants
+        self.options = options
+        self.descriptors = descriptors
+        self._rest = (*arguments, *constants.values())
+        self._launch_compiled: Callable[..., object] | None = None
+
+    def launch(self, wrap: Wrap, *varying: Any) -> None:
+        """Launch with the ``varying`` arguments: tensors of the plan's layouts, and factors.
+
+        The first real launch compiles the kernel. Later ones skip Triton's inspection of the arguments, its
+        hooks before a run, and changes of its knobs, until `forget_plans`.
+        """
+        launch = self._launch_compiled
+        if wrap is not None or launch is None:
+            launch = partial(self._compile, wrap)
+        if self.descriptors:
+            # Triton's allocator is a context variable, the user's: a copy of the context has ours.
+            copy_context().run(_launch_with_scratch, launch, varying + self._rest)
+        else:
+            launch(*varying, *self._rest)
+
+    def _compile(self, wrap: Wrap, *arguments: Any) -> None:
+        kernel = self.kernel if wrap is None else wrap(self.kernel)
+        arguments = arguments[: len(arguments) - len(self.constants)]
+        compiled = kernel[self.grid](*arguments, **self.constants, **self.options)
+        if wrap is None and compiled is not None:  # Triton's interpreter compiles nothing
+            self._launch_compiled = compiled[self.grid]
+
+
+def planned(
+    make: Callable[..., Plan | None],
+    wrap: Wrap,
+    tensors: tuple[Tensor | None, ...],
+    *options: Any,
+    out: Tensor | None = None,
+) -> Plan | None:
+    """``make(*tensors, *options)``; for a real launch the plan of the last call with such layouts.
+
+    ``out`` is the tensor to write, if the caller gave it.
+    """
+    if wrap is not None:  # sizes may be symbols
+        return make(*tensors, *options)
+    layouts = [
+        t if t is None else (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() % 16)
+        for t in (*tensors, out)
+    ]
+    key = (make, options, *layouts)
+    try:
+        return _plans[key]
+    except KeyError:
+        if len(_plans) >= _MOST:
+            _plans.clear()
+        return _plans.setdefault(key, make(*tensors, *options))
+
+
+def forget_plans() -> None:
+    """Make plans anew, since the tables of tiles have changed."""
+    _plans.clear()
+
+
+def _launch_with_scratch(launch: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+    triton.set_allocator(_scratch)
+    launch(*arguments)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")  # aligned to 512 bytes; TMA needs 128

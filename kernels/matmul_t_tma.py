@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: MIT
+"""Kernels of symmetric products for GPUs with TMA (sm_90 and later): persistent, each tile in two stores.
+
+Below the diagonal a tile has BLOCK rows and WIDE columns. With WIDE = 2·BLOCK the tile rows 2p and 2p + 1
+have 2p + 1 such tiles, which makes p² for p pairs. The p tiles of BLOCK × BLOCK that are left on the diagonal
+are computed two at a time. Wide tiles read less for each product.
+"""
+
+import triton
+import triton.language as tl
+
+from .gemm import triangle_tile
+
+
+@triton.jit
+def describe(t, batches, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr, LAYOUT: tl.constexpr):
+    """The descriptor of matrices whose rows (LAYOUT "N") or columns ("T") are contiguous.
+
+    Its tiles are ROWS × COLS. ``t`` holds a pointer and the strides of batch, rows and columns.
+    """
+    ptr, batch_stride, row_stride, col_stride = t
+    if LAYOUT == "T":
+        tiles = tl.make_tensor_descriptor(
+            ptr, [batches, cols, rows], [batch_stride, col_stride, 1], [1, COLS, ROWS]
+        )
+    else:
+        tiles = tl.make_tensor_descriptor(
+            ptr, [batches, rows, cols], [batch_stride, row_stride, 1], [1, ROWS, COLS]
+        )
+    return tiles
+
+
+@triton.jit
+def load_tile(tiles, batch, row, col, ROWS: tl.constexpr, COLS: tl.constexpr, LAYOUT: tl.constexpr):
+    if LAYOUT == "T":
+        tile = tiles.load([batch, col, row]).reshape(COLS, ROWS).T
+    else:
+        tile = tiles.load([batch, row, col]).reshape(ROWS, COLS)
+    return tile
+
+
+@triton.jit
+def dot_tiles(
+    a_tiles,
+    b_tiles,
+    batch,
+    row,
+    col,
+    k,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SAME: tl.constexpr,
+    A_LAYOUT: tl.constexpr,
+    B_LAYOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The tile ``A[row:] · B[col:]ᵀ``; TMA loads 0 past the ends. SAME if both operands are the same tile."""
+    acc = tl.zeros((ROWS, COLS), dtype=tl.float32)
+    for start in range(0, k, BLOCK_K):
+        a = load_tile(a_tiles, batch, row, start, ROWS, BLOCK_K, A_LAYOUT)
+        b = a if SAME else load_tile(b_tiles, batch, col, start, COLS, BLOCK_K, B_LAYOUT)
+        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def store_twice(
+    acc,
+    c_tiles,
+    out_tiles,
+    batch,
+    row,
+    col,
+    n,
+    beta,
+    C_LAYOUT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BELOW: tl.constexpr = False,
+):
+    """Add ``beta·C`` to a BLOCK × BLOCK tile; store it and its transpose. BELOW if it is off the diagonal."""
+    if C_LAYOUT != "":
+        acc += beta * load_tile(c_tiles, batch, row, col, BLOCK, BLOCK, C_LAYOUT).to(acc.dtype)
+    out = acc.to(out_tiles.dtype)
+    if not BELOW:  # noqa: SIM102  # a constant, and a value known at run time
+        if row == col:  # the upper half from the lower one
+            i = tl.arange(0, BLOCK)
+            out = tl.where(i[:, None] >= i[None, :], out, out.T)
+    out_tiles.store([batch, row, col], out.reshape(1, BLOCK, BLOCK))
+    # The mirror of a diagonal tile goes past the last row: a branch around a TMA store crashes the compiler.
+    out_tiles.store([batch, tl.where(row == col, n, col), row], out.T.reshape(1, BLOCK, BLOCK))
+
+
+@triton.jit(do_not_specialize=["alpha_bits", "beta_bits"])
+def symmetric_product_tma_kernel(
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    out_ptr,
+    alpha_bits: tl.int64,  # a Python float would be rounded to float32 on its way here
+    beta_bits: tl.int64,
+    batches,
+    n,
+    k,
+    a_batch,
+    a_row,
+    a_col,
+    b_batch,
+    b_row,
+    b_col,
+    c_batch,
+    c_row,
+    c_col,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SAME: tl.constexpr,
+    A_LAYOUT: tl.constexpr,
+    B_LAYOUT: tl.constexpr,
+    C_LAYOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """``alpha·A·Bᵀ + beta·C``; the layouts are those of `describe`, and C_LAYOUT is empty without a C.
+
+    SAME says that A is B, so that a tile on the diagonal is loaded once.
+    """
+    tl.assume(k > 0)  # without it Triton 3.6 waits for each product before it begins the next
+    alpha = tl.full((), alpha_bits, tl.int64).to(tl.float64, bitcast=True).to(tl.float32)
+    beta = tl.full((), beta_bits, tl.int64).to(tl.float64, bitcast=True).to(tl.float32)
+    b = b_ptr, b_batch, b_row, b_col
+    a_tiles = describe((a_ptr, a_batch, a_row, a_col), batches, n, k, BLOCK, BLOCK_K, A_LAYOUT)
+    b_tiles = a_tiles if SAME else describe(b, batches, n, k, BLOCK, BLOCK_K, B_LAYOUT)
+    wide_tiles = b_tiles if WIDE == BLOCK else describe(b, batches, n, k, WIDE, BLOCK_K, B_LAYOUT)
+    c_tiles = a_tiles
+    if C_LAYOUT != "":
+        c_tiles = describe((c_ptr, c_batch, c_row, c_col), batches, n, n, BLOCK, BLOCK, C_LAYOUT)
+    out_tiles = tl.make_tensor_descriptor(
+        out_ptr, [batches, n, n], [n.to(tl.int64) * n, n, 1], [1, BLOCK, BLOCK]
+    )
+    pairs = tl.cdiv(n, WIDE)
+    if WIDE == BLOCK:
+        full = pairs * (pairs + 1) // 2
+        units = full
+    else:
+        full = pairs * pairs
+        units = full + tl.cdiv(pairs, 2)
+    for unit in range(tl.program_id(0), units * batches, tl.num_programs(0)):
+        batch = unit // units
+        unit = unit % units
+        if WIDE == BLOCK:
+            tile_row, tile_col = triangle_tile(unit, pairs, GROUP)
+            row, col = tile_row * BLOCK, tile_col * BLOCK
+            acc = dot_tiles(
+                a_tiles,
+                b_tiles,
+                batch,
+                row,
+                col,
+                k,
+                BLOCK,
+                BLOCK,
+                BLOCK_K,
+                False,
+                A_LAYOUT,
+                B_LAYOUT,
+                PRECISION,
+            )
+            store_twice(acc * alpha, c_tiles, out_tiles, batch, row, col, n, beta, C_LAYOUT, BLOCK)
+        elif unit < full:
+            # First two tiles for each place below the diagonal of pairs, then one for each place on it.
+            below = unit < full - pairs
+            pair_rows = tl.maximum(pairs - 1, 1)  # a triangle of no rows would be divided by 0
+            pair_row, pair_col = triangle_tile(tl.where(below, unit // 2, 0), pair_rows, GROUP)
+            pair_row = tl.where(below, pair_row + 1, unit - (full - pairs))
+            pair_col = tl.where(below, pair_col, pair_row)
+            row = (2 * pair_row + tl.where(below, unit % 2, 1)) * BLOCK
+            col = pair_col * WIDE
+            acc = dot_tiles(
+                a_tiles,
+                wide_tiles,
+                batch,
+                row,
+                col,
+                k,
+                BLOCK,
+                WIDE,
+                BLOCK_K,
+                False,
+                A_LAYOUT,
+                B_LAYOUT,
+                PRECISION,
+            )
+            acc *= alpha
+            if C_LAYOUT == "":
+                acc = acc.to(out_tiles.dtype)  # half the registers
+            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK, 2, BLOCK)), (0, 2, 1)))
+            store_twice(left, c_tiles, out_tiles, batch, row, col, n, beta, C_LAYOUT, BLOCK, BELOW=True)
+            store_twice(right, c_tiles, out_tiles, batch, row, col + BLOCK, n, beta, C_LAYOUT, BLOCK)
+        else:
+            for half in range(2):
+                row = ((unit - full) * 2 + half) * WIDE
+                acc = dot_tiles(
+                    a_tiles,
+                    b_tiles,
+                    batch,
+                    row,
+                    row,
+                    k,
+                    BLOCK,
+                    BLOCK,
+                    BLOCK_K,
+                    SAME,
+                    A_LAYOUT,
+                    B_LAYOUT,
+                    PRECISION,
+                )
+                store_twice(acc * alpha, c_tiles, out_tiles, batch, row, row, n, beta, C_LAYOUT, BLOCK)
+
+
+@triton.jit(do_not_specialize=["alpha_bits", "beta_bits"])
+def symmetric_product_specialized_kernel(
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    out_ptr,
+    alpha_bits: tl.int64,
+    beta_bits: tl.int64,
+    batches,
+    n,
+    k,
+    a_batch,
+    a_row,
+    a_col,
+    b_batch,
+    b_row,
+    b_col,
+    c_batch,
+    c_row,
+    c_col,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SAME: tl.constexpr,
+    A_LAYOUT: tl.constexpr,
+    B_LAYOUT: tl.constexpr,
+    C_LAYOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """As `symmetric_product_tma_kernel`, with warps that load and warps that multiply.
+
+    For one matrix, rows contiguous, WIDE = BLOCK. Triton divides the warps only of this form: 4 warps, no
+    `tl.assume`, descriptors of two dimensions, and no transposed tile.
+    """
+    alpha = tl.full((), alpha_bits, tl.int64).to(tl.float64, bitcast=True).to(tl.float32)
+    beta = tl.full((), beta_bits, tl.int64).to(tl.float64, bitcast=True).to(tl.float32)
+    a_tiles = tl.make_tensor_descriptor(a_ptr, [n, k], [a_row, 1], [BLOCK, BLOCK_K])
+    b_tiles = a_tiles
+    if not SAME:
+        b_tiles = tl.make_tensor_descriptor(b_ptr, [n, k], [b_row, 1], [BLOCK, BLOCK_K])
+    tile_rows = tl.cdiv(n, BLOCK)
+    units = tile_rows * (tile_rows + 1) // 2
+    for unit in tl.range(tl.program_id(0), units, tl.num_programs(0), warp_specialize=True):
+        tile_row, tile_col = triangle_tile(unit, tile_rows, GROUP)
+        row, col = tile_row * BLOCK, tile_col * BLOCK
+        acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+        for step in range(0, tl.cdiv(k, BLOCK_K)):
+            a = a_tiles.load([row, step * BLOCK_K])
+            b = b_tiles.load([col, step * BLOCK_K])
+            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+        acc *= alpha
+        i, j = (row + tl.arange(0, BLOCK))[:, None], (col + tl.arange(0, BLOCK))[None, :]
+        lower = (i >= j) & (i < n)
+        i, j = i.to(tl.int64), j.to(tl.int64)
+        if C_LAYOUT != "":
+            acc += beta * tl.load(c_ptr + (i * c_row + j * c_col), mask=lower, other=0.0).to(acc.dtype)
+        out = acc.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + (i * n + j), out, mask=lower)
+        tl.store(out_ptr + (j * n + i), out, mask=lower)

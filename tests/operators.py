@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: MIT
+"""Record of the operators: schema, shapes and contract of each. All tests iterate over it.
+
+An entry has tensors of the shapes of an operator's arguments, with any values. `Operator.operands` makes
+operands of them that the operator takes: for `symmetric_matmul`, operands whose product is symmetric.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+import torchpar
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+class Refused(NamedTuple):
+    """Arguments that an operator refuses, and its message."""
+
+    args: tuple[Tensor, ...]
+    message: str  # with {device} for the device's repr
+    kwargs: Mapping[str, float] = MappingProxyType({})
+
+
+class Backward(NamedTuple):
+    """An operator of a backward pass."""
+
+    schema: str
+    kernel: str
+    cases: list[Shapes]
+
+
+class Operator(NamedTuple):
+    """An operator and its contract.
+
+    Attributes:
+        schema: as PyTorch prints it.
+        kernels: the Triton kernels that it launches.
+        native: the same by PyTorch's own operators.
+        formula: the same by NumPy's, for the oracle.
+        dtypes: the dtypes that it takes.
+        aten: the name of ATen's operator that runs on a CPU, in a profile.
+        opinfo: the name of PyTorch's operator whose samples are taken, and how.
+        shapes: the arguments' shapes, with a letter for each size.
+        cases: shapes of arguments, at awkward sizes.
+        small: shapes at which every gradient has many terms, for tests that cost much per case.
+        in_dims: arguments of vmap, with shapes.
+        sharded: shapes, and the placements that take no communication.
+        refused: what it refuses.
+        operands: makes operands of tensors with any values.
+        factors: keyword arguments for a number of operands.
+        roundings: on the way to a result, once the sums are there; each factor adds one.
+        exact: whether the result and its strides are PyTorch's.
+        symmetric: whether the result equals its transpose, bit for bit.
+        casts: whether autocast casts the operands.
+        backward: the operator of its backward pass, by name.
+    """
+
+    schema: str
+    kernels: set[str]
+    native: Callable[..., Tensor]
+    formula: Callable[..., Any]
+    dtypes: tuple[torch.dtype, ...]
+    aten: str
+    opinfo: tuple[str, Callable[[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]]
+    shapes: tuple[str, ...]
+    cases: list[Shapes]
+    small: list[Shapes]
+    in_dims: list[tuple[tuple[int | None, ...], Shapes]]
+    sharded: tuple[Shapes, set[str]]
+    refused: list[Refused]
+    operands: Callable[..., tuple[Tensor, ...]] = lambda *args: args
+    factors: Callable[[int], dict[str, float]] = lambda count: {}
+    roundings: int = 1
+    exact: bool = False
+    symmetric: bool = False
+    casts: bool = True
+    backward: Mapping[str, Backward] = MappingProxyType({})
+
+    @property
+    def name(self) -> str:
+        return self.schema.partition("(")[0]
+
+    @property
+    def overload(self) -> Any:
+        return getattr(torch.ops.torchpar, self.name).default
+
+    @property
+    def function(self) -> Callable[..., Tensor]:
+        return getattr(torchpar, self.name)
+
+    def op(self, *args: Tensor) -> Tensor:
+        """The operator, as a function of tensors with any values."""
+        return self.function(*self.operands(*args), **self.factors(len(args)))
+
+    def plain(self, *args: Tensor) -> Tensor:
+        """The same by PyTorch's own operators."""
+        return self.native(*self.operands(*args), **self.factors(len(args)))
+
+    def sized(self, sizes: dict[str, Any]) -> tuple[tuple[Any, ...], ...]:
+        """The arguments' shapes, for a size per letter."""
+        return tuple(tuple(sizes.get(letter, 1) for letter in shape) for shape in self.shapes)
+
+
+def _linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return linear(x, weight, bias).sigmoid()
+
+
+def _numpy_linear_sigmoid(x: Any, weight: Any, bias: Any = 0) -> Any:
+    with np.errstate(over="ignore"):  # 1/∞ is the limit
+        return 1 / (1 + np.exp(-(x @ weight.T + bias)))
+
+
+def symmetric_operands(a: Tensor, b: Tensor, c: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Operands of a symmetric product: A, A·D for a diagonal D of powers of two, and a symmetric C."""
+    a = a + b
+    b = a * (2.0 ** torch.arange(a.shape[-1], device=a.device).remainder(3)).to(a.dtype)
+    return (a, b) if c is None else (a, b, c.tril() + c.tril(-1).mT)
+
+
+def _symmetric_matmul(
+    a: Tensor, b: Tensor, c: Tensor | None = None, *, alpha: float = 1.0, beta: float = 0.0
+) -> Tensor:
+    a3, b3 = (t.reshape(-1 if t.numel() else t.shape[:-2].numel(), *t.shape[-2:]) for t in (a, b))
+    if alpha == 0:  # PyTorch's bfloat16 result is then not initialised
+        alpha, a3 = 1.0, 0 * a3
+    c3 = a.new_zeros(()) if c is None else c.reshape(a3.shape[0], *c.shape[-2:])
+    return torch.baddbmm(c3, a3, b3.mT, alpha=alpha, beta=beta).reshape(*a.shape[:-1], a.shape[-2])
+
+
+def _numpy_symmetric_matmul(a: Any, b: Any, c: Any = 0, *, alpha: float = 1.0, beta: float = 0.0) -> Any:
+    product = alpha * (a @ np.swapaxes(b, -1, -2)) + (beta * c if beta else 0)
+    return np.tril(product) + np.swapaxes(np.tril(product, -1), -1, -2)
+
+
+ones = torch.ones
+FLOATING = "expected float16, bfloat16, float32 or float64"
+
+
+def _unlike(name: str, actual: Any, expected: Any, dtype: torch.dtype = torch.float32) -> str:
+    return f"{name} is ({actual}, {dtype}, {{device}}), expected ({expected}, torch.float32, {{device}})"
+
+
+MAXIMUM = Operator(
+    schema="maximum(Tensor a, Tensor b) -> Tensor",
+    kernels={"maximum_flat_kernel", "maximum_strided_kernel"},
+    native=torch.maximum,
+    formula=np.maximum,
+    exact=True,
+    casts=False,
+    dtypes=INTEGERS + FLOATS,
+    aten="aten::maximum",
+    opinfo=("maximum", lambda sample: [sample]),
+    shapes=("nk", "m1k"),
+    cases=[
+        ((), ()),
+        ((0,), (1,)),
+        ((0, 1), (1, 1)),
+        ((0, 3), ()),
+        ((1,), (129,)),
+        ((127,), (127,)),
+        ((128, 129), (129,)),
+        ((128, 1), (1, 127)),
+        ((2, 1, 3, 1, 2), (1, 4, 1, 5, 2)),
+        ((1, 2, 1, 3, 1, 2), (3, 1, 2, 1, 2, 1)),
+        ((5000,), (5000,)),
+    ],
+    small=[((3, 4), (3, 4)), ((3, 1), (2, 1, 4)), ((), (3,))],
+    in_dims=[
+        *[(in_dims, ((2, 3, 4), (2, 3, 4))) for in_dims in [(0, 0), (1, 1), (2, -1), (0, -3)]],
+        ((0, None), ((5, 3, 4), (3, 4))),
+        ((None, 1), ((3, 4), (3, 5, 4))),
+        ((0, None), ((5, 3, 4), ())),
+        ((None, 0), ((3, 4), (5,))),
+        ((0, 0), ((5, 3, 4), (5, 4))),
+        ((1, 0), ((3, 5, 1), (5, 2, 1, 4))),
+        ((0, 0), ((5,), (5,))),
+        ((0, 1), ((0, 3), (3, 0))),
+    ],
+    sharded=(((6, 5), (6, 5)), {"R R -> R", "S(0) S(0) -> S(0)", "S(1) S(1) -> S(1)"}),
+    refused=[
+        Refused((ones(3) + 0j, ones(3)), "a has dtype torch.complex64, expected a real"),
+        Refused((ones(3), ones(3) + 0j), "b has dtype torch.complex64, expected a real"),
+        Refused((ones(3).to(torch.uint16), ones(3)), "a has dtype torch.uint16, expected a real"),
+        Refused((ones(3), ones(4)), "b has shape (4,), which does not broadcast with a's (3,)"),
+        Refused((ones(2, 3), ones(2, 0)), "b has shape (2, 0), which does not broadcast with a's (2, 3)"),
+    ],
+)
+
+MATMUL_T = Operator(
+    schema="matmul_t(Tensor x) -> Tensor",
+    kernels={"symmetric_product_kernel"},
+    native=lambda x: x @ x.mT,
+    formula=lambda x: x @ np.swapaxes(x, -1, -2),
+    symmetric=True,
+    dtypes=FLOATS,
+    aten="aten::mm",
+    opinfo=("mm", lambda sample: [(operand,) for operand in sample]),
+    shapes=("mnk",),
+    cases=[
+        ((0, 3),),
+        ((3, 0),),
+        ((1, 1),),
+        ((1, 129),),
+        ((127, 128),),
+        ((128, 127),),
+        ((129, 129),),
+        ((511, 33),),
+        ((512, 32),),
+        ((513, 1),),
+        ((1030, 17),),
+        ((0, 1, 3),),
+        ((0, 5, 3),),
+        ((2, 0, 3),),
+        ((3, 129, 5),),
+        ((2, 3, 65, 4),),
+        ((2, 600, 9),),
+        ((0, 600, 9),),
+        ((2, 600, 0),),
+        ((70000, 2, 3),),  # more than a second or third grid axis of CUDA holds
+    ],
+    small=[((4, 3),), ((2, 3, 5),)],
+    in_dims=[
+        *[((dim,), ((2, 3, 4),)) for dim in (0, 1, 2, -1, -3)],
+        ((1,), ((2, 5, 3, 4),)),
+        ((0,), ((0, 3, 4),)),
+        ((1,), ((2, 2, 600, 3),)),
+    ],
+    sharded=(((7, 5),), {"R -> R", "S(1) -> P(sum)"}),
+    refused=[
+        Refused((ones(3, 3).long(),), f"x has dtype torch.int64, {FLOATING}"),
+        Refused((ones(3, 3).bool(),), f"x has dtype torch.bool, {FLOATING}"),
+        Refused((ones(3, 3) + 0j,), f"x has dtype torch.complex64, {FLOATING}"),
+        Refused((ones(3),), "x has shape (3,), expected (*, n, k)"),
+        Refused((ones(()),), "x has shape (), expected (*, n, k)"),
+    ],
+    backward={
+        "matmul_t_backward": Backward(
+            "(Tensor g, Tensor x) -> Tensor",
+            "symmetric_sum_kernel",
+            [((4, 4), (4, 3)), ((2, 4, 4), (2, 4, 3))],
+        )
+    },
+)
+
+SYMMETRIC_MATMUL = Operator(
+    schema="symmetric_matmul(Tensor a, Tensor b, Tensor? c=None, *, float alpha=1., float? beta=None, "
+    "bool check=False) -> Tensor",
+    kernels={"symmetric_product_kernel"},
+    native=_symmetric_matmul,
+    formula=_numpy_symmetric_matmul,
+    symmetric=True,
+    operands=symmetric_operands,
+    factors=lambda count: {"alpha": -2.5} | ({"beta": 1 / 3} if count == 3 else {}),
+    dtypes=FLOATS,
+    aten="aten::addmm",
+    opinfo=("mm", lambda sample: [(t, t, t @ t.mT) for t in sample]),
+    shapes=("mnk", "mnk", "mnn"),
+    cases=[
+        ((0, 3), (0, 3), (0, 0)),
+        ((3, 0), (3, 0), (3, 3)),
+        ((1, 1), (1, 1)),
+        ((1, 1000), (1, 1000), (1, 1)),
+        ((127, 256), (127, 256), (127, 127)),
+        ((129, 257), (129, 257)),
+        ((256, 0), (256, 0), (256, 256)),
+        ((257, 255), (257, 255), (257, 257)),
+        ((600, 1), (600, 1), (600, 600)),
+        ((0, 1, 3), (0, 1, 3), (0, 1, 1)),
+        ((0, 5, 3), (0, 5, 3)),
+        ((2, 3, 65, 4), (2, 3, 65, 4), (2, 3, 65, 65)),
+        ((0, 256, 9), (0, 256, 9)),
+        ((2, 1, 257, 3), (2, 1, 257, 3), (2, 1, 257, 257)),
+    ],
+    small=[((4, 3), (4, 3), (4, 4)), ((2, 3, 5), (2, 3, 5))],
+    in_dims=[
+        ((0, 0), ((5, 4, 3), (5, 4, 3))),
+        ((1, -1, 2), ((4, 5, 3), (4, 3, 5), (4, 4, 5))),
+        ((None, 0, 1), ((2, 4, 3), (5, 2, 4, 3), (2, 5, 4, 4))),
+        ((0, None, None), ((3, 260, 3), (260, 3), (260, 260))),
+    ],
+    sharded=(((6, 6), (6, 6), (6, 6)), {"R R R -> R", "S(1) S(1) R -> P(sum)"}),
+    refused=[
+        Refused((ones(3, 2).int(), ones(3, 2).int()), f"a has dtype torch.int32, {FLOATING}"),
+        Refused((ones(3, 2) + 0j, ones(3, 2) + 0j), f"a has dtype torch.complex64, {FLOATING}"),
+        Refused((ones(3), ones(3)), "a has shape (3,), expected (*, n, k)"),
+        Refused((ones(()), ones(())), "a has shape (), expected (*, n, k)"),
+        Refused((ones(3, 2), ones(2, 3)), _unlike("b", (2, 3), (3, 2))),
+        Refused((ones(4, 3, 2), ones(3, 2)), _unlike("b", (3, 2), (4, 3, 2))),
+        Refused((ones(3, 2), ones(3, 2).half()), _unlike("b", (3, 2), (3, 2), torch.float16)),
+        Refused((ones(3, 2), ones(3, 2), ones(3, 2)), _unlike("c", (3, 2), (3, 3))),
+        Refused((ones(3, 2), ones(3, 2), ones(())), _unlike("c", (), (3, 3))),
+        Refused((ones(4, 3, 2), ones(4, 3, 2), ones(3, 3)), _unlike("c", (3, 3), (4, 3, 3))),
+        Refused((ones(3, 2), ones(3, 2), ones(3, 3).double()), _unlike("c", (3, 3), (3, 3), torch.float64)),
+        Refused((ones(3, 2), ones(3, 2), ones(3, 3)), "c is given without beta, pass both"),
+        Refused(
+            (ones(3, 2), ones(3, 2)),
+            "beta is 1.0 and c is None, pass both or neither",
+            {"beta": 1.0},
+        ),
+    ],
+)
+
+LINEAR_SIGMOID = Operator(
+    schema="linear_sigmoid(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+    kernels={"linear_sigmoid_kernel"},
+    native=_linear_sigmoid,
+    formula=_numpy_linear_sigmoid,
+    roundings=4,  # z + b, e⁻ᶻ, 1 + and 1/
+    dtypes=FLOATS,
+    aten="aten::sigmoid_",
+    opinfo=("nn.functional.linear", lambda sample: [sample] if sample[1].dim() == 2 else []),
+    shapes=("mnk", "ok", "o"),
+    cases=[
+        ((0, 3), (4, 3), (4,)),
+        ((3, 0), (4, 0)),
+        ((3, 0), (4, 0), (4,)),
+        ((3, 4), (0, 4), (0,)),
+        ((1,), (1, 1), (1,)),
+        ((127,), (128, 127)),
+        ((129,), (1, 129), (1,)),
+        ((129, 128), (127, 128), (127,)),
+        ((128, 127), (129, 127)),
+        ((1000, 5), (3, 5), (3,)),
+        ((2, 0, 3), (4, 3), (4,)),
+        ((0, 2, 3), (4, 3)),
+        ((2, 3, 5, 16), (10, 16), (10,)),
+        ((70000, 3), (2, 3), (2,)),
+    ],
+    small=[((3, 4), (5, 4), (5,)), ((4,), (3, 4)), ((2, 3, 4), (5, 4), (5,))],
+    in_dims=[
+        ((0, None, None), ((6, 3, 4), (5, 4), (5,))),
+        ((1, None), ((3, 6, 4), (5, 4))),
+        ((-1, None, None), ((4, 6), (5, 4), (5,))),
+        ((None, 0, None), ((3, 4), (6, 5, 4), (5,))),
+        ((None, 1), ((3, 4), (5, 6, 4))),
+        ((None, None, 0), ((3, 4), (5, 4), (6, 5))),
+        ((None, None, 1), ((2, 3, 4), (5, 4), (5, 6))),
+        ((0, 0, None), ((6, 3, 4), (6, 5, 4), (5,))),
+        ((0, None, 0), ((6, 3, 4), (5, 4), (6, 5))),
+        ((None, 2, 1), ((2, 3, 4), (5, 4, 6), (5, 6))),
+        ((1, 2, 1), ((2, 6, 3, 4), (5, 4, 6), (5, 6))),
+        ((0, 0, 0), ((6, 4), (6, 5, 4), (6, 5))),
+        ((0, 0), ((6, 4), (6, 5, 4))),
+        ((0, None, None), ((0, 3, 4), (5, 4), (5,))),
+        ((0, 0, 0), ((6, 0, 4), (6, 5, 4), (6, 5))),
+    ],
+    sharded=(((6, 5), (7, 5), (7,)), {"R R R -> R", "R S(0) S(0) -> S(1)", "S(0) R R -> S(0)"}),
+    refused=[
+        Refused((ones(()), ones(4, 3)), "x has shape (), expected (*, in_features)"),
+        Refused((ones(3).int(), ones(4, 3).int()), f"x has dtype torch.int32, {FLOATING}"),
+        Refused((ones(3) + 0j, ones(4, 3) + 0j), f"x has dtype torch.complex64, {FLOATING}"),
+        Refused((ones(2, 3), ones(3)), "weight has shape (3,), expected (out_features, 3)"),
+        Refused((ones(2, 3), ones(4, 1)), "weight has shape (4, 1), expected (out_features, 3)"),
+        Refused((ones(2, 3), ones(1, 4, 3)), "weight has shape (1, 4, 3), expected (out_features, 3)"),
+        Refused((ones(2, 3), ones(4, 3), ones(1)), "bias has shape (1,), expected (4,)"),
+        Refused((ones(2, 3), ones(4, 3), ones(())), "bias has shape (), expected (4,)"),
+        Refused((ones(2, 3), ones(4, 3), ones(2, 4)), "bias has shape (2, 4), expected (4,)"),
+        Refused(
+            (ones(2, 3), ones(4, 3).double()), "weight has dtype torch.float64, expected x's torch.float32"
+        ),
+        Refused(
+            (ones(2, 3), ones(4, 3), ones(4).bfloat16()),
+            "bias has dtype torch.bfloat16, expected x's torch.float32",
+        ),
+    ],
+    backward={
+        "linear_sigmoid_backward": Backward(
+            "(Tensor g, Tensor y) -> (Tensor, Tensor)",
+            "sigmoid_backward_kernel",
+            [((3, 4), (3, 4)), ((2, 3, 4), (2, 3, 4)), ((4,), (4,))],
+        )
+    },
+)
+
+OPERATORS = {op.name: op for op in (MAXIMUM, MATMUL_T, SYMMETRIC_MATMUL, LINEAR_SIGMOID)}
+BACKWARDS = {name: backward for op in OPERATORS.values() for name, backward in op.backward.items()}
+
+BY_DTYPE = [(name, dtype) for name, op in OPERATORS.items() for dtype in op.dtypes]
+BY_CASE = [(name, shapes) for name, op in OPERATORS.items() for shapes in op.cases]
+BY_SMALL_CASE = [(name, shapes) for name, op in OPERATORS.items() for shapes in op.small]
+BY_BACKWARD_CASE = [(name, shapes) for name, backward in BACKWARDS.items() for shapes in backward.cases]

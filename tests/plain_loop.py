@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: MIT
+"""The training loop of the lessons, for tests."""
+
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from torchpar.data import Samples
+from torchpar.parallel.launch.world import World
+from torchpar.profile.phases import phase
+from torchpar.training import LRSchedule, Run, loss_sum, lr_scheduler
+from torchpar.training.losses import Loss
+
+
+def train(
+    model: torch.nn.Module,
+    optimizer: Optimizer,
+    world: World,
+    samples: Samples,
+    test: Samples,
+    *,
+    epochs: int,
+    batch_size: int,
+    replica: torch.nn.Module | None = None,
+    loss: Loss = "cross-entropy",
+    schedule: LRSchedule = "linear",
+    **options: Any,
+) -> Run:
+    """Train by a plain loop and return its `torchpar.training.Run`.
+
+    Args:
+        replica: the wrapper of ``model`` that averages gradients over ranks.
+        options: of `torchpar.training.Run`.
+    """
+    scheduler = lr_scheduler(optimizer, schedule, epochs * -(-len(samples) // batch_size))
+    options |= {"epochs": epochs, "batch_size": batch_size, "loss": loss}
+    with Run(model, optimizer, scheduler, world, samples, test, **options) as run:
+        for epoch in run.epochs():
+            for x, labels, global_size in run.batches(epoch):
+                with phase("forward"):
+                    total = loss_sum(loss, (replica or model)(x), labels)
+                with phase("backward"):
+                    (total * (world.dp_size / global_size)).backward()
+                with phase("optimizer"):
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+                run.log(total.detach())
+    return run

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: MIT
+"""A GPU in name only, for rehearsals without one. Python imports this at its start if it is on PYTHONPATH.
+
+The process ends with status $REHEARSAL_STATUS where it first reaches for the GPU. The modules named in
+$REHEARSAL_BLOCKED cannot be imported.
+"""
+
+import os
+import sys
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any
+
+for name in os.environ.get("REHEARSAL_BLOCKED", "").split():
+    sys.modules[name] = None  # type: ignore[assignment]
+
+
+def end(*_: object) -> None:
+    print("the rehearsal ends at the GPU", flush=True)
+    os._exit(int(os.environ.get("REHEARSAL_STATUS", "0")))
+
+
+def pretend_gpu() -> None:
+    import torch
+
+    class Generator(torch.Generator):
+        def __new__(cls, device: Any = "cpu") -> Any:
+            return end() if torch.device(device).type == "cuda" else torch._C.Generator(device)
+
+    properties = SimpleNamespace(
+        name="NVIDIA Test", uuid="0", major=9, minor=0, multi_processor_count=132, total_memory=2**37
+    )
+    for function, value in {
+        "is_available": True,
+        "device_count": 1,
+        "current_device": 0,
+        "get_device_name": properties.name,
+        "get_device_capability": (9, 0),
+        "get_device_properties": properties,
+    }.items():
+        setattr(torch.cuda, function, lambda *_, value=value: value)
+    torch.cuda._lazy_init = end
+    torch.Generator = Generator  # type: ignore[misc]
+
+
+def pretend_driver() -> None:
+    import triton
+
+    from benchmarks.compiled import Driver
+
+    triton.runtime.driver._active = Driver(90)
+
+
+with suppress(ImportError):  # of what is blocked
+    pretend_gpu()
+    pretend_driver()

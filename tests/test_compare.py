@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: MIT
+"""The comparison of providers rejects wrong results and accepts right ones, and the rows that it writes."""
+
+import csv
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.compare import Operation, Provider, Work, compare
+from benchmarks.report import Results, Row, environment, print_rows
+from benchmarks.timing import Ceiling
+
+ROUNDS = 5
+COLUMNS = (
+    "operator mode shape dtype provider p20_ms p50_ms p80_ms mean_ms samples speedup host_ms gb_per_s "
+    "gflop_per_s roofline max_error peak_memory_mb configuration ok reason torch triton numpy python device "
+    "commit dirty clocks date"
+)
+
+
+def sigmoid_operation(device: str, dtype: torch.dtype = torch.float32) -> Operation:
+    def inputs(seed: int) -> list[Tensor]:
+        generator = torch.Generator(device).manual_seed(seed)
+        return [torch.randn(129, 65, device=device, dtype=dtype, generator=generator) for _ in range(2)]
+
+    work = Work(2 * 129 * 65 * dtype.itemsize, 4 * 129 * 65)
+    return Operation("sigmoid", "129x65", dtype, torch.device(device), inputs, torch.sigmoid, work, work)
+
+
+def measured(device: str, provider: Provider, dtype: torch.dtype = torch.float32, **options: Any) -> Row:
+    providers = {"eager": torch.sigmoid, "other": provider}
+    rows = compare(sigmoid_operation(device, dtype), providers, reference="eager", rounds=ROUNDS, **options)
+    reference, row = rows
+    assert reference.ok
+    assert reference.provider == "eager"
+    return row
+
+
+def by_hand(x: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (1 / (1 + torch.exp(-wide))).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["forward", "backward", "full"])
+def test_a_right_provider_is_believed(device, mode, dtype):
+    row = measured(device, by_hand, dtype, mode=mode)
+    assert row.ok, row.reason
+    assert row.reason == ""
+    assert row.p20_ms <= row.p50_ms <= row.p80_ms
+    assert row.speedup > 0
+    if device == "cuda":
+        assert row.host_ms > 0
+        assert row.peak_memory_mb > 0
+
+
+class Stale:
+    """Each call returns what the one before should have."""
+
+    def __init__(self) -> None:
+        self.previous: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        result = torch.sigmoid(x.detach())
+        previous, self.previous = self.previous, result.clone()
+        return result if previous is None else previous
+
+
+class Kept:
+    """One buffer for all results, written by the first call alone."""
+
+    def __init__(self) -> None:
+        self.result: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.result is None:
+            self.result = torch.sigmoid(x.detach())
+        return self.result
+
+
+class StaleGradient(torch.autograd.Function):
+    kept: Tensor | None = None
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        if StaleGradient.kept is None:
+            StaleGradient.kept = g.clone()
+        return StaleGradient.kept.clone()
+
+
+def unwritten(x: Tensor) -> Tensor:
+    return torch.empty_like(x.detach())
+
+
+def unwritten_in_one_row(x: Tensor) -> Tensor:
+    result = torch.empty_like(x.detach())
+    torch.sigmoid(x.detach()[:-1], out=result[:-1])
+    return result
+
+
+def inaccurate(x: Tensor) -> Tensor:
+    return torch.sigmoid(x) + 1e-6
+
+
+def in_bfloat16(x: Tensor) -> Tensor:
+    return torch.sigmoid(x.bfloat16()).float()
+
+
+def mutating(x: Tensor) -> Tensor:
+    result = torch.sigmoid(x)
+    x.detach().add_(1)
+    return result
+
+
+def in_place(x: Tensor) -> Tensor:
+    return x.detach().sigmoid_()
+
+
+def in_float64(x: Tensor) -> Tensor:
+    return torch.sigmoid(x.double())
+
+
+def failing(x: Tensor) -> Tensor:
+    raise ValueError("no such kernel")
+
+
+@pytest.mark.parametrize(
+    "provider, reason",
+    [
+        (Stale(), "eager's are"),
+        (Kept(), "eager's are"),
+        (unwritten, "eager's are"),
+        (unwritten_in_one_row, "eager's are"),
+        (inaccurate, "eager's are"),
+        (in_bfloat16, "eager's are"),
+        (mutating, "Rejected: an input was changed"),
+        (in_place, "Rejected: a result shares memory with an input"),
+        (in_float64, "Rejected: a result is torch.float64 (129, 65) on"),
+        (failing, "ValueError: no such kernel"),
+    ],
+    ids=lambda value: getattr(value, "__name__", type(value).__name__),
+)
+def test_a_wrong_provider_is_rejected(device, provider, reason):
+    row = measured(device, provider)
+    assert not row.ok
+    assert reason in row.reason
+    assert row.p50_ms is None
+    assert row.speedup is None
+
+
+@pytest.mark.parametrize("mode", ["backward", "full"])
+def test_a_stale_gradient_is_rejected(device, mode):
+    assert not measured(device, StaleGradient.apply, mode=mode).ok
+
+
+@pytest.fixture
+def unfinished() -> Iterator[Provider]:
+    """A provider whose result is still being written when it returns."""
+    threads: list[threading.Thread] = []
+
+    def provider(x: Tensor) -> Tensor:
+        result, value = torch.empty_like(x.detach()), torch.sigmoid(x.detach())
+
+        def write() -> None:
+            time.sleep(0.01)
+            result.copy_(value)
+
+        threads.append(threading.Thread(target=write))
+        threads[-1].start()
+        return result
+
+    yield provider
+    for thread in threads:
+        thread.join()
+
+
+def test_an_unfinished_result_is_rejected(unfinished):
+    assert not measured("cpu", unfinished).ok
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="streams belong to a GPU")
+def test_a_result_of_another_stream_is_rejected():
+    stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+
+    def not_awaited(x: Tensor) -> Tensor:
+        with torch.cuda.stream(stream):
+            return torch.sigmoid(x.detach())
+
+    def awaited(x: Tensor) -> Tensor:
+        stream.wait_stream(torch.cuda.current_stream())
+        result = not_awaited(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        return result
+
+    assert measured("cuda", awaited).ok
+    assert not measured("cuda", not_awaited).ok
+
+
+def test_nothing_is_believed_beside_a_stale_reference(device):
+    providers = {"stale": Stale(), "right": torch.sigmoid}
+    rows = compare(sigmoid_operation(device), providers, reference="stale", rounds=ROUNDS)
+    assert [row.ok for row in rows] == [False, False]
+    assert rows[0].reason == "Rejected: the result is not what the oracle computes"
+    assert rows[1].reason == "nothing to compare with: stale failed"
+
+
+def test_a_yardstick_of_its_own(device):
+    in_low_precision = {"other": "other"}
+    assert measured(device, in_bfloat16, yardsticks=in_low_precision).ok
+    assert not measured(device, unwritten, yardsticks=in_low_precision).ok
+    assert not measured(device, Stale(), yardsticks=in_low_precision).ok
+
+
+def test_providers_take_turns(device):
+    order: list[str] = []
+
+    def recorded(name: str) -> Provider:
+        return lambda x: (order.append(name), torch.sigmoid(x))[1]
+
+    names = ["first", "second", "third"]
+    compare(
+        sigmoid_operation(device), {n: recorded(n) for n in names}, reference="first", rounds=ROUNDS, calls=2
+    )
+    assert order == [name for name in names for _ in range(2)] * (1 + ROUNDS)
+
+
+def test_rates_follow_from_time_and_work():
+    ceiling = Ceiling(bandwidth=1e9, matmul={torch.float32: 1e12})
+    row = measured("cpu", torch.sigmoid, ceiling=ceiling, mode="full")
+    assert row.found["gb_per_s"] == pytest.approx(2 * 2 * 129 * 65 * 4 / (row.p50_ms * 1e-3) / 1e9)
+    assert row.found["gflop_per_s"] == pytest.approx(2 * 4 * 129 * 65 / (row.p50_ms * 1e-3) / 1e9)
+    assert row.found["roofline"] == pytest.approx(row.found["gb_per_s"] / 1)
+
+
+def test_rows_are_written_as_they_come(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHPAR_COMMIT", "0123abc-dirty")
+    environment.cache_clear()
+    path = tmp_path / "rows.csv"
+    results = Results(path, torch.device("cpu"))
+    results.add([measured("cpu", torch.sigmoid)])
+    assert results.status == 0
+    assert len(path.read_text().splitlines()) == 2
+    results.add([measured("cpu", failing)])
+    assert results.status == 1
+    environment.cache_clear()
+    with path.open(newline="") as file:
+        right, wrong = csv.DictReader(file)
+    assert list(right) == COLUMNS.split()
+    not_on_a_cpu = {"host_ms", "peak_memory_mb"}
+    assert {column for column, value in right.items() if value == ""} == not_on_a_cpu | {"roofline", "reason"}
+    assert (right["operator"], right["mode"], right["shape"], right["dtype"]) == (
+        *("sigmoid", "forward", "129x65", "float32"),
+    )
+    assert (right["commit"], right["dirty"], right["torch"]) == ("0123abc", "True", torch.__version__)
+    assert (right["ok"], wrong["ok"], wrong["p50_ms"]) == ("True", "False", "")
+
+
+def test_without_a_path_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Results(None, torch.device("cpu")).add([measured("cpu", torch.sigmoid)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_table_leaves_out_what_is_empty_and_says_why_rows_failed(capsys):
+    pytest.importorskip("rich")
+    print_rows("sigmoid", [measured("cpu", torch.sigmoid), measured("cpu", failing)])
+    printed = capsys.readouterr().out
+    assert printed.startswith("sigmoid\n")
+    assert "speed-up" in printed
+    assert "host" not in printed
+    assert "129x65" not in printed.partition("not ok:")[0]  # the same in all rows
+    assert "not ok: other sigmoid forward 129x65 float32 ValueError: no such kernel" in printed

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: MIT
+"""Check that README and docs name only files, modules and flags that exist."""
+
+import ast
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from commands import ROOT
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS_FLAGS = {  # of the launchers, pip, pytest and Lightning
+    *("nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts", "ntasks"),
+    *("dist", "config", "help"),
+}
+
+
+def our_flags() -> set[str]:
+    """Return the fields of the examples' flags, and the arguments of parsers."""
+    flags = set()
+    for path in (ROOT / "examples").rglob("*.py"):
+        fields = (
+            node.target for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.AnnAssign)
+        )
+        flags |= {target.id for target in fields if isinstance(target, ast.Name)}
+    for path in (*(ROOT / "benchmarks").rglob("*.py"), ROOT / "tests" / "soak.py"):
+        flags |= {flag.replace("-", "_") for flag in re.findall(r'"--([a-z][\w-]+)"', path.read_text())}
+    return flags
+
+
+def missing(text: str, folder: Path, flags: set[str]) -> list[str]:
+    """Return the links, paths, modules and flags in ``text`` that do not exist."""
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    paths = re.findall(
+        r"\b(?:examples|benchmarks|tests|docs|torchpar)/[\w/.-]*\.(?:py|sh|yaml|sbatch|md)\b", text
+    )
+    modules = re.findall(r"-m (benchmarks\.[a-z]\w*|torchpar)\b", text)
+    used = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][\w-]+)", text)}
+    return [
+        *(link for link in links if link and not (folder / link).exists()),
+        *(path for path in paths if not (ROOT / path).exists()),
+        *(module for module in modules if not find_spec(module)),
+        *(f"--{flag}" for flag in sorted(used - flags - OTHERS_FLAGS)),
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_name_only_what_exists(page):
+    assert missing(page.read_text(), page.parent, our_flags()) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["[a](none.md)", "`tests/none.py`", "`python -m benchmarks.none`", "`--no-such-flag`"]
+)
+def test_what_does_not_exist_is_found(text):
+    assert len(missing(text, ROOT, our_flags())) == 1
+
+
+def test_the_readme_fits_on_150_lines():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_the_readme_shows_the_measured_ladder():
+    (table,) = re.findall(
+        r"^\|.*× rung before.*\n(?:\|.*\n)+", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert table in (ROOT / "benchmarks" / "results" / "cpu-2-cores" / "ladder.md").read_text()

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: MIT
+"""Data parallelism by MPI: join the processes, share out the samples, and end all when one fails.
+
+Process 0 has the samples. In each epoch it scatters to every process its share of each batch. The batches do
+not depend on the number of processes. ``examples/train_mpi.py`` holds the training loop.
+"""
+
+import atexit
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from torchpar.baselines.numpy_mlp import MLP, Array, batches
+from torchpar.errors import ConfigError
+from torchpar.parallel.launch.rendezvous import find_rank_info
+
+T = TypeVar("T")
+
+
+@contextmanager
+def join() -> Iterator[Any]:
+    """Yield the communicator of the processes that mpirun started. Without mpirun it has one process.
+
+    An exception that leaves the block ends all processes when this interpreter exits, after the exception has
+    been printed. Without that, the others would wait for this process forever.
+
+    Raises:
+        ConfigError: mpi4py or an MPI library is missing, or mpirun belongs to another MPI.
+    """
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as e:  # mpi4py raises RuntimeError if it finds no library
+        raise ConfigError(f"MPI cannot be used ({e}); pip install 'torchpar[baselines]'") from e
+    world = MPI.COMM_WORLD
+    # Over several machines `find_rank_info` asks for an address. MPI needs none.
+    info = find_rank_info() if world.size == 1 else None
+    if info is not None and info.world_size > 1:
+        raise ConfigError(
+            f"{info.launcher} started {info.world_size} processes, of which mpi4py sees {world.size}; "
+            f"start them by the mpirun of the MPI that mpi4py loads, {MPI.get_vendor()[0]}"
+        )
+    try:
+        yield world
+    except BaseException:
+        if world.size > 1:
+            atexit.register(_abort, world)
+        raise
+
+
+def _abort(world: Any) -> None:
+    """End all processes, after this one has printed its error."""
+    sys.stderr.flush()
+    time.sleep(1)  # mpirun drops what it has not passed on yet
+    world.Abort(2)
+
+
+class OneProcess:
+    """A communicator of one process, which needs no MPI. It has the methods that are used here."""
+
+    rank, size = 0, 1
+
+    def bcast(self, value: T) -> T:
+        return value
+
+    def Bcast(self, array: Array) -> None:
+        pass
+
+    def Scatterv(self, send: list[Any], received: Array) -> None:
+        received[:] = send[0]
+
+    def Allreduce(self, own: Array, total: Array) -> None:
+        total[:] = own
+
+
+def on_rank_0(world: Any, function: Callable[[], T]) -> T | None:
+    """Run ``function`` on process 0 and return its result there, None on the others.
+
+    Raises:
+        ConfigError: the one that ``function`` raised, on every process.
+    """
+    result, error = None, None
+    if world.rank == 0:
+        try:
+            result = function()
+        except ConfigError as e:
+            error = e
+    error = world.bcast(error)
+    if error is not None:
+        raise error
+    return result
+
+
+class Samples(NamedTuple):
+    """Samples as arrays.
+
+    Attributes:
+        x: ``(n, features)``, uint8 for pixels of 0 to 255, or floating.
+        labels: ``(n)``.
+    """
+
+    x: Array
+    labels: Array
+
+
+class Batch(NamedTuple):
+    """One process's share of a global batch of ``global_size`` samples; it may be empty."""
+
+    x: Array
+    labels: Array
+    global_size: int
+
+
+def scale_pixels(x: Array) -> Array:
+    """Return uint8 pixels as float32 in [0, 1], and floating numbers as they are."""
+    return x / np.float32(255) if x.dtype == np.uint8 else x
+
+
+def scatter(world: Any, samples: Samples | None, order: Sequence[Array]) -> Samples:
+    """Return this process's share of the samples.
+
+    Args:
+        samples: all of them on process 0, None on the others.
+        order: the indices of each process's share.
+    """
+    x, labels = samples or (None, None)
+    return Samples(_scatter(world, x, order), _scatter(world, labels, order))
+
+
+def _scatter(world: Any, array: Array | None, order: Sequence[Array]) -> Array:
+    shape, dtype = world.bcast(None if array is None else (array.shape[1:], array.dtype))
+    received = np.empty((len(order[world.rank]), *shape), dtype)
+    counts = [len(indices) * math.prod(shape) for indices in order]
+    world.Scatterv(None if array is None else [array[np.concatenate(order)], counts], received)
+    return received
+
+
+def scatter_batches(
+    world: Any, samples: Samples | None, size: int, batch_size: int, generator: np.random.Generator
+) -> list[Batch]:
+    """Return this process's share of each batch of an epoch, by one `scatter`.
+
+    Args:
+        samples: all of them on process 0, None on the others.
+        size: number of samples.
+        batch_size: samples of a batch, over all processes.
+        generator: draws the order of the samples; in the same state on all processes.
+    """
+    shares = [np.array_split(batch, world.size) for batch in batches(size, batch_size, generator)]
+    own = scatter(world, samples, [np.concatenate(of_rank) for of_rank in zip(*shares, strict=True)])
+    found, start = [], 0
+    for share in shares:
+        end = start + len(share[world.rank])
+        found.append(Batch(own.x[start:end], own.labels[start:end], sum(map(len, share))))
+        start = end
+    return found
+
+
+def evaluate(world: Any, model: MLP, share: Samples, size: int) -> tuple[float, float]:
+    """Return the mean loss and the accuracy over ``size`` samples, of which each process has a share."""
+    own = np.array(model.evaluate(scale_pixels(share.x), share.labels), np.float64)
+    total = np.empty_like(own)
+    world.Allreduce(own, total)
+    return float(total[0] / size), float(total[1] / size)

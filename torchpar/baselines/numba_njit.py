@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: MIT
+"""Loops of `torchpar.baselines.pure_python` on arrays, compiled by Numba.
+
+Each function is compiled twice. `SERIAL` runs in one thread. In `PARALLEL` several threads share the
+iterations of each ``prange``. The option ``fastmath`` allows sums to be reordered, as in every BLAS. Without
+it the processor adds one number at a time.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numba import get_num_threads, njit, prange, set_num_threads
+
+from torchpar.baselines.numpy_mlp import Array
+
+FASTMATH = {"reassoc", "contract"}
+TILE = 4  # rows and columns of a tile; its 16 sums stay in registers
+BLOCK = 64  # rows that stay in the second-level cache while the others are read: 256 KB at k = 1000
+
+
+def maximum(a: Array, b: Array) -> Array:
+    """Return the elementwise maximum of two matrices of one shape, without NaN."""
+    result = np.empty_like(a)
+    for i in prange(a.shape[0]):
+        for j in range(a.shape[1]):
+            result[i, j] = a[i, j] if a[i, j] > b[i, j] else b[i, j]
+    return result
+
+
+def matmul_t(x: Array) -> Array:
+    """Return ``x·xᵀ``, ``(n, k) → (n, n)``, by three loops. Each multiplication needs two loads."""
+    n, k = x.shape
+    result = np.empty((n, n), x.dtype)
+    for i in prange(n):
+        for j in range(n):
+            total = x.dtype.type(0)
+            for m in range(k):
+                total += x[i, m] * x[j, m]
+            result[i, j] = total
+    return result
+
+
+def matmul_t_blocked(x: Array) -> Array:
+    """Return ``x·xᵀ`` by tiles. In a tile of b × b sums, 2b loads serve b² multiplications."""
+    n = len(x)
+    result = np.empty((n, n), x.dtype)
+    for block in prange((n + BLOCK - 1) // BLOCK):
+        for i in range(0, n, TILE):
+            for j in range(block * BLOCK, min(n, (block + 1) * BLOCK), TILE):
+                fill_tile(x, i, j, result)
+    return result
+
+
+def matmul_t_triangular(x: Array) -> Array:
+    """Return ``x·xᵀ``: compute the tiles on and below the diagonal and copy them to the other half."""
+    n = len(x)
+    result = np.empty((n, n), x.dtype)
+    for block in prange((n + BLOCK - 1) // BLOCK):
+        for i in range(block * BLOCK, n, TILE):
+            for j in range(block * BLOCK, min(i + 1, (block + 1) * BLOCK), TILE):
+                fill_tile(x, i, j, result)
+                for p in range(i, min(n, i + TILE)):
+                    for q in range(j, min(n, j + TILE)):
+                        result[q, p] = result[p, q]
+    return result
+
+
+@njit(fastmath=FASTMATH)
+def fill_tile(x: Array, i: int, j: int, result: Array) -> None:
+    """Compute ``x·xᵀ`` in ``result[i : i + TILE, j : j + TILE]``."""
+    n, k = x.shape
+    zero = x.dtype.type(0)
+    if n - i < TILE or n - j < TILE:  # a smaller tile at an edge
+        for p in range(i, min(n, i + TILE)):
+            for q in range(j, min(n, j + TILE)):
+                total = zero
+                for m in range(k):
+                    total += x[p, m] * x[q, m]
+                result[p, q] = total
+        return
+    s00 = s01 = s02 = s03 = s10 = s11 = s12 = s13 = zero
+    s20 = s21 = s22 = s23 = s30 = s31 = s32 = s33 = zero
+    for m in range(k):
+        a0, a1, a2, a3 = x[i, m], x[i + 1, m], x[i + 2, m], x[i + 3, m]
+        b0, b1, b2, b3 = x[j, m], x[j + 1, m], x[j + 2, m], x[j + 3, m]
+        s00, s01, s02, s03 = s00 + a0 * b0, s01 + a0 * b1, s02 + a0 * b2, s03 + a0 * b3
+        s10, s11, s12, s13 = s10 + a1 * b0, s11 + a1 * b1, s12 + a1 * b2, s13 + a1 * b3
+        s20, s21, s22, s23 = s20 + a2 * b0, s21 + a2 * b1, s22 + a2 * b2, s23 + a2 * b3
+        s30, s31, s32, s33 = s30 + a3 * b0, s31 + a3 * b1, s32 + a3 * b2, s33 + a3 * b3
+    result[i, j], result[i, j + 1], result[i, j + 2], result[i, j + 3] = s00, s01, s02, s03
+    result[i + 1, j], result[i + 1, j + 1], result[i + 1, j + 2], result[i + 1, j + 3] = s10, s11, s12, s13
+    result[i + 2, j], result[i + 2, j + 1], result[i + 2, j + 2], result[i + 2, j + 3] = s20, s21, s22, s23
+    result[i + 3, j], result[i + 3, j + 1], result[i + 3, j + 2], result[i + 3, j + 3] = s30, s31, s32, s33
+
+
+def linear_sigmoid(x: Array, weight: Array, bias: Array) -> Array:
+    """Return ``sigmoid(x·weightᵀ + bias)``.
+
+    ``x (m, in)``, ``weight (out, in)``, ``bias (out)`` → ``(m, out)``.
+    """
+    result = np.empty((len(x), len(weight)), x.dtype)
+    for i in prange(len(x)):
+        for j in range(len(weight)):
+            z = bias[j]
+            for m in range(x.shape[1]):
+                z += x[i, m] * weight[j, m]
+            result[i, j] = sigmoid(z)
+    return result
+
+
+@njit
+def sigmoid(z: Any) -> Any:
+    """Return ``1/(1 + e⁻ᶻ)``. An infinite power gives 0; compiled code raises no error for it."""
+    return 1 / (1 + np.exp(-z))
+
+
+# Layers of a network, for a batch: x (b, in), weight (in, out), bias (out).
+
+
+def linear(x: Array, weight: Array, bias: Array) -> Array:
+    """Return ``x·weight + bias``."""
+    result = np.empty((len(x), len(bias)), x.dtype)
+    for s in prange(len(x)):
+        result[s] = bias
+        for i in range(len(weight)):
+            for j in range(len(bias)):
+                result[s, j] += x[s, i] * weight[i, j]
+    return result
+
+
+def apply_sigmoid(z: Array) -> None:
+    """Replace ``z`` by its sigmoid."""
+    for s in prange(len(z)):
+        for j in range(z.shape[1]):
+            z[s, j] = sigmoid(z[s, j])
+
+
+@njit(fastmath=FASTMATH)
+def cross_entropy(z: Array, labels: Array) -> float:
+    """Return the loss summed over samples, and replace ``z (b, classes)`` by the gradient.
+
+    The gradient is the softmax of ``z`` minus the one-hot label.
+    """
+    loss = 0.0
+    for s in range(len(z)):
+        largest = z[s, 0]
+        for j in range(1, z.shape[1]):
+            largest = max(largest, z[s, j])
+        loss += largest - z[s, labels[s]]
+        total = z.dtype.type(0)
+        for j in range(z.shape[1]):
+            z[s, j] = np.exp(z[s, j] - largest)
+            total += z[s, j]
+        loss += np.log(total)
+        for j in range(z.shape[1]):
+            z[s, j] /= total
+        z[s, labels[s]] -= 1
+    return loss
+
+
+def parameter_gradients(x: Array, delta: Array) -> tuple[Array, Array]:
+    """Return ``xᵀ·delta`` and the sum of ``delta (b, out)`` over samples."""
+    d_weight = np.zeros((x.shape[1], delta.shape[1]), x.dtype)
+    for i in prange(len(d_weight)):
+        for s in range(len(x)):
+            for j in range(delta.shape[1]):
+                d_weight[i, j] += x[s, i] * delta[s, j]
+    d_bias = np.zeros(delta.shape[1], x.dtype)
+    for s in range(len(delta)):
+        for j in range(len(d_bias)):
+            d_bias[j] += delta[s, j]
+    return d_weight, d_bias
+
+
+def sigmoid_input_gradient(delta: Array, weight: Array, y: Array) -> Array:
+    """Return ``delta·weightᵀ ⊙ y ⊙ (1 − y)`` for a layer whose input ``y (b, in)`` is a sigmoid."""
+    result = np.empty_like(y)
+    for s in prange(len(y)):
+        for i in range(y.shape[1]):
+            total = y.dtype.type(0)
+            for j in range(delta.shape[1]):
+                total += weight[i, j] * delta[s, j]
+            result[s, i] = total * y[s, i] * (1 - y[s, i])
+    return result
+
+
+LOOPS = (
+    *(maximum, matmul_t, matmul_t_blocked, matmul_t_triangular, linear_sigmoid),
+    *(linear, apply_sigmoid, parameter_gradients, sigmoid_input_gradient),
+)
+
+
+def _compiled(parallel: bool) -> Any:
+    """Return all loops; each is compiled when it is first called."""
+    # Only prange runs in threads. NumPy's calls here are on a few numbers, too few to share.
+    implicit = ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion")
+    options: Any = {"prange": True, **dict.fromkeys(implicit, False)} if parallel else False
+    compiler = njit(fastmath=FASTMATH, parallel=options)
+    return SimpleNamespace(**{loop.__name__: compiler(loop) for loop in LOOPS})
+
+
+SERIAL, PARALLEL = _compiled(parallel=False), _compiled(parallel=True)
+
+
+def gradients(
+    loops: Any, weights: Sequence[Array], biases: Sequence[Array], x: Array, labels: Array
+) -> tuple[float, list[Array], list[Array]]:
+    """Compute `torchpar.baselines.pure_python.gradients`, layer by layer instead of sample by sample.
+
+    Args:
+        loops: `SERIAL` or `PARALLEL`.
+    """
+    inputs = [x]
+    for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+        inputs.append(loops.linear(inputs[-1], weight, bias))
+        loops.apply_sigmoid(inputs[-1])
+    delta = loops.linear(inputs[-1], weights[-1], biases[-1])
+    loss = cross_entropy(delta, labels)
+    found = []
+    for layer in reversed(range(len(weights))):
+        found.append(loops.parameter_gradients(inputs[layer], delta))
+        if layer > 0:
+            delta = loops.sigmoid_input_gradient(delta, weights[layer], inputs[layer])
+    d_weights, d_biases = zip(*reversed(found), strict=True)
+    return loss, list(d_weights), list(d_biases)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run the `PARALLEL` loops in ``count`` threads, at most the number of cores."""
+    before = get_num_threads()
+    set_num_threads(count)
+    try:
+        yield
+    finally:
+        set_num_threads(before)

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: MIT
+"""Operators in NumPy, and a multilayer perceptron with backpropagation by hand.
+
+Layer i computes zⁱ = aⁱ·Wⁱ + bⁱ, where a⁰ = x. Hidden layers continue with aⁱ⁺¹ = σ(zⁱ). The loss L is the
+cross-entropy of softmax(z), or the binary cross-entropy of σ(z) summed over the classes. For both,
+∂L/∂z = p − t at the output, with the probabilities p and the one-hot label t. Backpropagation takes
+δ = ∂L/∂zⁱ from the last layer to the first:
+
+    ∂L/∂Wⁱ = aⁱᵀ·δ    ∂L/∂bⁱ = Σ δ over samples    ∂L/∂zⁱ⁻¹ = δ·Wⁱᵀ ⊙ aⁱ ⊙ (1 − aⁱ)
+
+The last formula uses σ' = σ·(1 − σ).
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Init = Literal["xavier", "zeros"]
+Loss = Literal["cross-entropy", "bce"]
+
+
+def maximum(a: Array, b: Array) -> Array:
+    """Return the elementwise maximum."""
+    return np.maximum(a, b)
+
+
+def matmul_t(x: Array) -> Array:
+    """Return ``x·xᵀ``, ``(n, k) → (n, n)``. NumPy sees the transpose and calls BLAS's syrk, half the work."""
+    return x @ x.T
+
+
+def linear_sigmoid(x: Array, weight: Array, bias: Array) -> Array:
+    """Return ``sigmoid(x·weightᵀ + bias)``.
+
+    ``x (m, in)``, ``weight (out, in)``, ``bias (out)`` → ``(m, out)``.
+    """
+    return sigmoid(x @ weight.T + bias)
+
+
+def sigmoid(z: Array) -> Array:
+    """Return ``1/(1 + e⁻ᶻ)``, computed as ``(1 + tanh(z/2))/2``, which does not overflow."""
+    result = np.tanh(z / 2)
+    result += 1
+    result /= 2
+    return result
+
+
+class MLP:
+    """A multilayer perceptron with sigmoid hidden layers.
+
+    All parameters are in one vector, so that one message carries them or their gradient.
+
+    Attributes:
+        parameters: the vector.
+        weights: views of the vector, ``(size_i, size_i+1)`` for layer i.
+        biases: views of the vector, ``(size_i+1)`` for layer i.
+
+    Args:
+        sizes: such as [784, 30, 10].
+        loss: "cross-entropy" takes the softmax of the outputs; "bce", binary cross-entropy per class, takes
+            their sigmoids.
+        init: "xavier" draws the weights from a normal distribution of variance 2/(size_i + size_i+1)
+            (Glorot and Bengio, 2010). From "zeros" all neurons of a layer stay alike. Biases are 0.
+        seed: of the weights.
+
+    Raises:
+        ValueError: an unknown loss or initialisation.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        *,
+        loss: Loss = "cross-entropy",
+        init: Init = "xavier",
+        seed: int = 0,
+        dtype: type[np.floating[Any]] = np.float32,
+    ):
+        if loss not in ("cross-entropy", "bce"):
+            raise ValueError(f"loss is {loss!r}, expected 'cross-entropy' or 'bce'")
+        if init not in ("xavier", "zeros"):
+            raise ValueError(f"init is {init!r}, expected 'xavier' or 'zeros'")
+        self.sizes = tuple(sizes)
+        self.loss = loss
+        self.parameters = np.zeros(sum((m + 1) * n for m, n in pairwise(sizes)), dtype)
+        self.weights, self.biases = self.views(self.parameters)
+        if init == "xavier":
+            generator = np.random.default_rng(seed)
+            for weight in self.weights:
+                weight[:] = generator.normal(scale=(2 / sum(weight.shape)) ** 0.5, size=weight.shape)
+
+    def views(self, vector: Array) -> tuple[list[Array], list[Array]]:
+        """Return views of ``vector``, laid out as `parameters`: the weights and the biases."""
+        weights, biases, at = [], [], 0
+        for m, n in pairwise(self.sizes):
+            weights.append(vector[at : at + m * n].reshape(m, n))
+            biases.append(vector[at + m * n : at + (m + 1) * n])
+            at += (m + 1) * n
+        return weights, biases
+
+    def forward(self, x: Array) -> tuple[list[Array], Array]:
+        """Return the inputs of all layers and the outputs ``(b, classes)``, for ``x (b, size_0)``."""
+        inputs = [x]
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+            inputs.append(sigmoid(inputs[-1] @ weight + bias))
+        return inputs, inputs[-1] @ self.weights[-1] + self.biases[-1]
+
+    def loss_sum(self, z: Array, labels: Array) -> tuple[float, Array]:
+        """Return the loss of the outputs ``z``, summed over samples, and its gradient by ``z``."""
+        targets = np.zeros_like(z)
+        targets[np.arange(len(labels)), labels] = 1
+        if self.loss == "cross-entropy":
+            # Without the largest z no power overflows.
+            shifted = z - z.max(axis=1, keepdims=True)
+            powers = np.exp(shifted)
+            totals = powers.sum(axis=1, keepdims=True)
+            return float(np.log(totals).sum() - (shifted * targets).sum()), powers / totals - targets
+        # −t·log σ(z) − (1 − t)·log(1 − σ(z)) = log(1 + eᶻ) − t·z
+        return float((np.logaddexp(0, z) - targets * z).sum()), sigmoid(z) - targets
+
+    def backward(self, inputs: Sequence[Array], delta: Array) -> Array:
+        """Return the gradient summed over samples, a vector laid out as `parameters`.
+
+        Args:
+            inputs: of all layers, from `forward`.
+            delta: the loss's gradient by the outputs, from `loss_sum`.
+        """
+        gradient = np.empty_like(self.parameters)
+        d_weights, d_biases = self.views(gradient)
+        for i in reversed(range(len(self.weights))):
+            np.matmul(inputs[i].T, delta, out=d_weights[i])
+            np.sum(delta, axis=0, out=d_biases[i])
+            if i > 0:
+                delta = delta @ self.weights[i].T * inputs[i] * (1 - inputs[i])
+        return gradient
+
+    def gradients(self, x: Array, labels: Array) -> tuple[float, Array]:
+        """Return the loss and the gradient for ``x (b, size_0)``, both summed over samples."""
+        inputs, z = self.forward(x)
+        loss, delta = self.loss_sum(z, labels)
+        return loss, self.backward(inputs, delta)
+
+    def evaluate(self, x: Array, labels: Array) -> tuple[float, int]:
+        """Return the loss summed over samples, and the number of samples that are classified right."""
+        z = self.forward(x)[1]
+        return self.loss_sum(z, labels)[0], int((z.argmax(axis=1) == labels).sum())
+
+
+class SGD:
+    """Gradient descent with momentum and an L2 penalty ``λ/2·‖W‖²`` of the weights, as `torch.optim.SGD`.
+
+    ``v ← momentum·v + g + λ·W``, ``p ← p − lr·v``.
+    """
+
+    def __init__(self, model: MLP, lr: float, momentum: float = 0.0, weight_decay: float = 0.0):
+        self.model = model
+        self.lr = lr
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.velocity = np.zeros_like(model.parameters)
+
+    def step(self, gradient: Array) -> None:
+        """Update the parameters by ``gradient``, a vector laid out as they are."""
+        self.velocity *= self.momentum
+        self.velocity += gradient
+        if self.weight_decay:
+            for velocity, weight in zip(self.model.views(self.velocity)[0], self.model.weights, strict=True):
+                velocity += self.weight_decay * weight
+        self.model.parameters -= self.lr * self.velocity
+
+
+def batches(samples: int, batch_size: int, generator: np.random.Generator) -> Iterator[Array]:
+    """Yield the indices of each batch of an epoch, in random order. The last batch is the remainder."""
+    order = generator.permutation(samples)
+    for start in range(0, samples, batch_size):
+        yield order[start : start + batch_size]

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: MIT
+"""Operators and backpropagation as loops over lists: nothing is vectorised, every number is an object.
+
+A matrix is a list of rows. Integers stay integers, so their results are exact.
+"""
+
+import math
+from collections.abc import Sequence
+
+Vector = list[float]
+Matrix = list[Vector]
+
+
+def maximum(a: Matrix, b: Matrix) -> Matrix:
+    """Return the elementwise maximum of two matrices of one shape, without NaN."""
+    return [[x if x > y else y for x, y in zip(*rows, strict=True)] for rows in zip(a, b, strict=True)]
+
+
+def matmul_t(x: Matrix, rows: int | None = None) -> Matrix:
+    """Return ``x·xᵀ``, ``(n, k) → (n, n)``, by three loops.
+
+    Args:
+        rows: number of rows of the result to compute; all by default.
+    """
+    result = []
+    for left in x[:rows]:
+        row = []
+        for right in x:
+            total: float = 0
+            for a, b in zip(left, right, strict=True):
+                total += a * b
+            row.append(total)
+        result.append(row)
+    return result
+
+
+def linear_sigmoid(x: Matrix, weight: Matrix, bias: Vector) -> Matrix:
+    """Return ``sigmoid(x·weightᵀ + bias)``.
+
+    ``x (m, in)``, ``weight (out, in)``, ``bias (out)`` → ``(m, out)``.
+    """
+    result = []
+    for sample in x:
+        row = []
+        for weights, z in zip(weight, bias, strict=True):
+            for a, w in zip(sample, weights, strict=True):
+                z += a * w
+            row.append(sigmoid(z))
+        result.append(row)
+    return result
+
+
+def sigmoid(z: float) -> float:
+    """Return ``1/(1 + e⁻ᶻ)``, computed so that no power overflows."""
+    if z >= 0:
+        return 1 / (1 + math.exp(-z))
+    power = math.exp(z)
+    return power / (1 + power)
+
+
+def gradients(
+    weights: list[Matrix], biases: list[Vector], x: Matrix, labels: Sequence[int]
+) -> tuple[float, list[Matrix], list[Vector]]:
+    """Return the cross-entropy of an MLP with sigmoid hidden layers, and its gradients, summed over a batch.
+
+    `torchpar.baselines.numpy_mlp` derives the formulas. Here they are applied sample by sample.
+
+    Args:
+        weights: of layer i, ``(size_i, size_i+1)``.
+        biases: of layer i, ``(size_i+1)``.
+        x: ``(b, size_0)``.
+        labels: ``(b)``.
+    """
+    loss = 0.0
+    d_weights = [[[0.0] * len(row) for row in weight] for weight in weights]
+    d_biases = [[0.0] * len(bias) for bias in biases]
+    for sample, label in zip(x, labels, strict=True):
+        activations = [sample]
+        for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True), 1):
+            z = list(bias)
+            for a, row in zip(activations[-1], weight, strict=True):
+                for j, w in enumerate(row):
+                    z[j] += a * w
+            activations.append(z if layer == len(weights) else [sigmoid(t) for t in z])
+
+        logits = activations.pop()
+        largest = max(logits)
+        powers = [math.exp(t - largest) for t in logits]
+        total = sum(powers)
+        loss += math.log(total) + largest - logits[label]
+        delta = [power / total for power in powers]
+        delta[label] -= 1
+
+        for layer in reversed(range(len(weights))):
+            for j, d in enumerate(delta):
+                d_biases[layer][j] += d
+            for a, d_row in zip(activations[layer], d_weights[layer], strict=True):
+                for j, d in enumerate(delta):
+                    d_row[j] += a * d
+            if layer > 0:
+                back = []
+                for a, row in zip(activations[layer], weights[layer], strict=True):
+                    total = 0.0
+                    for w, d in zip(row, delta, strict=True):
+                        total += w * d
+                    back.append(total * a * (1 - a))
+                delta = back
+    return loss, d_weights, d_biases
+
+
+def descend(
+    weights: list[Matrix], biases: list[Vector], d_weights: list[Matrix], d_biases: list[Vector], lr: float
+) -> None:
+    """Update all parameters in place: ``p ← p − lr·dp``."""
+    for weight, d_weight in zip(weights, d_weights, strict=True):
+        for row, d_row in zip(weight, d_weight, strict=True):
+            for j, d in enumerate(d_row):
+                row[j] -= lr * d
+    for bias, d_bias in zip(biases, d_biases, strict=True):
+        for j, d in enumerate(d_bias):
+            bias[j] -= lr * d

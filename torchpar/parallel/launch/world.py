@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: MIT
+"""The ranks of a job and their mesh: join, form meshes, exchange results."""
+
+import gc
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from torchpar.errors import ConfigError
+from torchpar.parallel.launch import rendezvous
+from torchpar.parallel.launch.agreement import check_same_on_all_ranks
+from torchpar.parallel.split.partition import Partition
+from torchpar.parallel.split.reduction import Reduction, check_reduction
+
+T = TypeVar("T")
+TIMEOUT = 1800.0
+PATIENCE = 1.5  # seconds in which each rank whose collective failed reports to the store
+
+
+class RankLostError(ConfigError):
+    """A rank has ended or hangs."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's rank, device and mesh.
+
+    The ranks form a mesh of three dimensions: "pp" (pipeline stages), "dp" (shares of each batch) and
+    "tp" (shares of each layer). Ranks that differ in "tp" alone have consecutive numbers.
+
+    Attributes:
+        rank: 0 … world_size − 1 over all machines.
+        local_rank: 0 … local_world_size − 1 on this machine.
+        world_size: number of ranks on all machines.
+        device: where this rank keeps its tensors.
+        mesh: of shape ``(pp, dp, tp)``. `join_world` puts all ranks on "dp"; `with_mesh` changes that.
+        reduction: the order of sums over ranks (`torchpar.parallel.split.reduction`).
+        timeout: seconds after which a rank that waits for another one gives up.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    mesh: DeviceMesh
+    reduction: Reduction = "fast"
+    timeout: float = TIMEOUT
+
+    def with_mesh(self, *, dp: int = 1, tp: int = 1, pp: int = 1, reduction: Reduction = "fast") -> "World":
+        """Return this world with a mesh of ``pp × dp × tp`` ranks.
+
+        Raises:
+            ConfigError: the product is not the number of ranks, or the reduction does not allow these
+                numbers of ranks. On every rank.
+        """
+        self.check_same_on_all_ranks("mesh", {"dp": dp, "tp": tp, "pp": pp, "reduction": reduction})
+        if min(dp, tp, pp) < 1 or dp * tp * pp != self.world_size:
+            raise ConfigError(
+                f"dp {dp} × tp {tp} × pp {pp} is {dp * tp * pp} ranks, but {self.world_size} were started; "
+                "start as many, or choose other factors"
+            )
+        for ranks in (dp, tp):
+            check_reduction(reduction, ranks)
+        if reduction == "invariant" and pp > 1:
+            raise ConfigError(f"reduction 'invariant' takes meshes of dp and tp alone, not pp {pp}")
+        mesh = _make_mesh(self.device, (pp, dp, tp), self.timeout)
+        return replace(self, mesh=mesh, reduction=reduction)
+
+    @cached_property
+    def dp_size(self) -> int:
+        """Number of ranks that share each batch."""
+        return self.mesh.get_group("dp").size()
+
+    @cached_property
+    def dp_rank(self) -> int:
+        """This rank's number among those that share each batch."""
+        return self.mesh.get_local_rank("dp")
+
+    @cached_property
+    def tp_rank(self) -> int:
+        """This rank's number among those that share each layer."""
+        return self.mesh.get_local_rank("tp")
+
+    def share(self, size: int) -> Partition:
+        """Return the partition of ``size`` samples over the "dp" dimension."""
+        return Partition.over(size, self.dp_size, self.dp_rank, self.reduction)
+
+    @cached_property
+    def owns_outputs(self) -> bool:
+        """Whether this rank's outputs count: the first tensor-parallel rank of the last stage has them."""
+        return self.mesh.get_local_rank("pp") == self.mesh.shape[0] - 1 and self.tp_rank == 0
+
+    def sum(self, t: Tensor) -> Tensor:
+        """Sum ``t`` over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(t)
+        return t
+
+    def on_rank_0(self, function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+        """Run ``function`` on rank 0 and return its result on every rank.
+
+        Raises:
+            Exception: the error of ``function``, on every rank.
+        """
+        result: T = self.gather_results(function if self.rank == 0 else None, group)[0]
+        return result
+
+    def gather_results(
+        self, function: Callable[[], Any] | None, group: dist.ProcessGroup | None = None
+    ) -> list[Any]:
+        """Run ``function``, which may be None, and return the results of all ranks.
+
+        Raises:
+            Exception: the error of the lowest rank that had one, on every rank.
+        """
+        outcome: tuple[Any, Exception | None] = (None, None)
+        if function is not None:
+            try:
+                outcome = (function(), None)
+            except Exception as e:
+                outcome = (None, e)
+        outcomes = [outcome]
+        if self.world_size > 1:
+            outcomes *= self.world_size
+            dist.all_gather_object(outcomes, outcome, group)
+        for _, error in outcomes:
+            if error is not None:
+                raise error
+        return [result for result, _ in outcomes]
+
+    def check_same_on_all_ranks(self, what: str, values: dict[str, Any]) -> None:
+        """Call `torchpar.parallel.launch.agreement.check_same_on_all_ranks` over all ranks."""
+        if self.world_size > 1:
+            check_same_on_all_ranks(None, what, values)
+
+
+@contextmanager
+def join_world(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[World]:
+    """Join the processes that torchrun, mpirun or srun started. Without a launcher the world has one rank.
+
+    NCCL connects ranks with a GPU each. gloo connects ranks on CPUs, and ranks that share a GPU. If
+    `torch.distributed` is initialized already, its ranks are the world, and it stays initialized.
+
+    Args:
+        device: "cpu", "cuda", or "auto": CUDA if there is any.
+        timeout: seconds after which a rank that waits for another one gives up.
+
+    Raises:
+        ConfigError: an unknown device, or CUDA on a machine without it.
+        RankLostError: a rank has ended or hangs. It replaces PyTorch's error.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device is {device!r}, expected 'auto', 'cpu' or 'cuda'")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cuda: no CUDA device is available here; use cpu or auto")
+    launched = rendezvous.find_rank_info()
+    info = launched or rendezvous.RankInfo(0, 0, 1, 1, address="", port=0, launcher="none")
+    if device == "cpu" or not torch.cuda.is_available():
+        own, backend = torch.device("cpu"), "gloo"
+    else:
+        own = torch.device("cuda", info.local_rank % torch.cuda.device_count())
+        backend = "gloo" if info.local_world_size > torch.cuda.device_count() else "nccl"
+        torch.cuda.set_device(own)
+    if dist.is_initialized():
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        mesh = _make_mesh(own, (1, world_size, 1), timeout)
+        yield World(rank, info.local_rank, world_size, own, mesh, timeout=timeout)
+        return
+    limit = timedelta(seconds=timeout)
+    store = rendezvous.connect(info, limit) if launched else dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=info.rank,
+        world_size=info.world_size,
+        timeout=limit,
+        device_id=own if backend == "nccl" else None,
+    )
+    try:
+        mesh = _make_mesh(own, (1, info.world_size, 1), timeout)
+        yield World(info.rank, info.local_rank, info.world_size, own, mesh, timeout=timeout)
+    except RuntimeError as e:
+        if not _is_of_communication(e):
+            raise
+        missing = rendezvous.missing_ranks(store, info.rank, info.world_size, PATIENCE)
+        reason = re.sub(r"^\[\S*\] ", "", str(e).partition("\n")[0])  # without gloo's own file and line
+        ranks = f"rank {', '.join(map(str, missing))} does not answer" if missing else "ranks lost each other"
+        raise RankLostError(f"{ranks} ({reason})") from e
+    finally:
+        # The threads of a process group end with its last reference. If that is after the interpreter has
+        # begun to exit, they abort the process. DistributedDataParallel keeps one in a reference cycle.
+        gc.collect()
+        dist.destroy_process_group()
+
+
+@contextmanager
+def join_world_of_one(device: str = "auto") -> Iterator[World]:
+    """Call `join_world` in a program that is one process.
+
+    Raises:
+        ConfigError: as `join_world`, or a launcher has started several processes.
+    """
+    with join_world(device) as world:
+        if world.world_size > 1:
+            raise ConfigError(
+                f"{world.world_size} processes were started, expected 1; start it without a launcher"
+            )
+        yield world
+
+
+def _make_mesh(device: torch.device, shape: tuple[int, int, int], timeout: float) -> DeviceMesh:
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp", "tp"))
+    for group in mesh.get_all_groups():  # mesh["dp"] would import the compiler: a second, and 157 MB
+        _set_timeout(group, timedelta(seconds=timeout))
+    _calm_gloo()
+    return mesh
+
+
+def _calm_gloo() -> None:
+    """Schedule the thread that polls gloo's sockets as SCHED_BATCH, so that it yields to senders.
+
+    While a sender holds a pair's lock, the polling thread spins on it: gloo's `Pair::handleEvents` tries the
+    lock and returns to a poll that is ready at once (gloo #246). A thread that has slept preempts the
+    sender, which then waits for the scheduler's next tick. On two busy cores 10 to 30% of the all-reduces of
+    16 B to 256 KB took 4 ms instead of 0.3 ms. A SCHED_BATCH thread preempts nobody: the mean fell two- to
+    fourfold (docs/parallel.md). It works on Linux only, and finds the thread by the name that gloo gives it.
+    """
+    for task in Path("/proc/self/task").glob("*"):
+        with suppress(OSError):
+            if (task / "comm").read_text().strip() == "gloo_tcp_loop":
+                os.sched_setscheduler(int(task.name), os.SCHED_BATCH, os.sched_param(0))
+
+
+def _is_of_communication(error: RuntimeError) -> bool:
+    signs = r"gloo|NCCL|[Cc]onnection|[Ss]ocket|[Tt]imed out|[Tt]imeout|pair closure"
+    return isinstance(error, dist.DistError) or re.search(signs, str(error)) is not None
+
+
+def _set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """Set the timeout of a mesh's group, which PyTorch creates with its default."""
+    c10d = dist.distributed_c10d
+    set_timeout = getattr(c10d, "set_timeout", None) or c10d._set_pg_timeout  # the latter before torch 2.15
+    set_timeout(timeout, group)

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: MIT
+"""Checkpoints in a folder: save atomically, check before loading, load on any mesh.
+
+`torch.distributed.checkpoint` writes the tensors, each rank its own shards. It has no checksums, and if an
+overwrite is interrupted, the result loads as a mixture of two checkpoints. So a checkpoint is written to
+``step-N.tmp`` with a manifest of every file's SHA-256, flushed to the disk, renamed to ``step-N`` in one
+step, and named in ``latest``. A damaged checkpoint is skipped, and the one before it is loaded.
+"""
+
+import fcntl
+import json
+import os
+import pickle
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from torchpar.errors import ConfigError
+from torchpar.parallel.launch.rendezvous import run_in_daemon
+from torchpar.parallel.launch.world import World
+from torchpar.parallel.save import manifest
+from torchpar.parallel.save.manifest import first_line
+from torchpar.parallel.save.storage import Reader, Writer, copy_to_cpu
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on the disk.
+
+    Attributes:
+        state: the state that was saved with the tensors.
+        shapes: full shapes of the tensors, by name.
+    """
+
+    path: Path
+    state: dict[str, Any]
+    shapes: dict[str, torch.Size]
+    _group: dist.ProcessGroup
+
+    def read(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill ``tensors``, by name: plain tensors, and `LocalShard`s with this rank's part.
+
+        Raises:
+            ValueError: a name, a shape or a file does not fit; on every rank.
+        """
+        try:
+            load(dict(tensors), storage_reader=Reader(self.path), process_group=self._group)
+        except CheckpointException as e:
+            raise ValueError(_cause(e)) from e
+
+
+class Checkpoints:
+    """Checkpoints in a folder that all ranks see. All ranks call every method.
+
+    Args:
+        keep: number of checkpoints to keep; older ones are removed after each save.
+        asynchronous: write while training continues. A save waits for the one before it, and raises its
+            error.
+    """
+
+    def __init__(self, folder: Path, world: World, keep: int = 2, asynchronous: bool = False):
+        if keep < 1:
+            raise ConfigError(f"keep is {keep}, expected at least 1")
+        self.folder = folder
+        self.world = world
+        self.keep = keep
+        self.asynchronous = asynchronous
+        # A save's messages must not mix with training's: a group of its own. gloo takes CPU tensors.
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=world.timeout))
+        assert isinstance(group, dist.ProcessGroup)
+        self._group = group
+        self._pending: Future[None] | None = None
+        self._locked = False  # by rank 0
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        """Save as ``step-N``. If a process is killed at any moment, the checkpoint is whole or absent.
+
+        Args:
+            tensors: plain tensors, which are the same on every rank that has them, and `LocalShard`s.
+            state: JSON; rank 0's is saved.
+
+        Raises:
+            ConfigError: the checkpoint could not be written; older ones are still there. On every rank.
+        """
+        self.wait()
+        if not self.asynchronous:
+            self._save(step, tensors, state)
+            return
+        copies, state = {name: copy_to_cpu(t) for name, t in tensors.items()}, json.loads(json.dumps(state))
+        # A daemon, because a process whose peers are lost must not wait for it at its end.
+        self._pending = run_in_daemon(lambda: self._save(step, copies, state))
+
+    def wait(self) -> None:
+        """Wait for the save in progress; raise its error."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def load(self) -> Checkpoint | None:
+        """Return the newest whole checkpoint, None if there is none. Print which ones are skipped.
+
+        Raises:
+            ConfigError: there are checkpoints, and all are damaged; on every rank.
+        """
+        self.wait()
+        newest = self.world.on_rank_0(self._newest_whole, self._group)
+        if newest is None:
+            return None
+        path, state = newest
+        try:
+            metadata = self.world.gather_results(lambda: Reader(path).read_metadata(), self._group)[0]
+        except (OSError, pickle.UnpicklingError) as e:
+            raise ConfigError(
+                f"{path} cannot be read by every rank ({e}); all ranks must see {self.folder}"
+            ) from e
+        shapes = {name: tensor.size for name, tensor in metadata.state_dict_metadata.items()}
+        return Checkpoint(path, state, shapes, self._group)
+
+    def _newest_whole(self) -> tuple[Path, dict[str, Any]] | None:
+        for unfinished in self.folder.glob("step-*.tmp"):
+            _warn(f"{unfinished} was not finished and is skipped")
+        damaged = []
+        for path in reversed(self._paths()):
+            try:
+                return path, manifest.verify(path)
+            except ConfigError as e:
+                damaged.append(str(e))
+                _warn(f"{e}; skipped for the one before it")
+        if damaged:
+            raise ConfigError(
+                f"{damaged[0]}; no other checkpoint in {self.folder} is whole: remove them to start afresh"
+            )
+        return None
+
+    def _paths(self) -> list[Path]:
+        """Return the checkpoints, oldest first."""
+        paths = [p for p in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+        return sorted(paths, key=_step)
+
+    def _save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        path = self.folder / f"step-{step}"
+        unfinished = path.with_suffix(".tmp")
+        try:
+            self.world.on_rank_0(lambda: self._make_folder(unfinished), self._group)
+            writer = Writer(unfinished, sync_files=True)
+            save(dict(tensors), storage_writer=writer, process_group=self._group)
+            self.world.on_rank_0(lambda: self._publish(unfinished, path, state), self._group)
+        except (CheckpointException, Exception) as e:  # the first is a BaseException
+            if self._locked:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            if not isinstance(e, (CheckpointException, OSError)):
+                raise
+            reason = _cause(e) if isinstance(e, CheckpointException) else first_line(e)
+            raise ConfigError(
+                f"{path} could not be saved: {reason}; the checkpoints before it are "
+                "kept, make room and start again"
+            ) from e
+
+    def _make_folder(self, unfinished: Path) -> None:
+        if not self._locked:
+            self._lock()
+        for leftover in self.folder.glob("step-*.tmp"):  # of processes that were killed
+            shutil.rmtree(leftover)
+        unfinished.mkdir(parents=True)
+
+    def _lock(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Never closed: the kernel releases the lock when the process ends, also when it is killed.
+        lock = os.open(self.folder / ".lock", os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise ConfigError(
+                f"another run saves to {self.folder} ({e}); wait for its end, or use another folder"
+            ) from e
+        self._locked = True
+
+    def _publish(self, unfinished: Path, path: Path, state: dict[str, Any]) -> None:
+        metadata = Reader(unfinished).read_metadata()
+        files = sorted(p.name for p in unfinished.iterdir())
+        missing = {info.relative_path for info in metadata.storage_data.values()} - set(files)
+        if missing:
+            raise OSError(
+                f"rank 0 does not see {sorted(missing)}, which other ranks wrote: they need one folder"
+            )
+        mesh = self.world.mesh
+        contents = {
+            "mesh": dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)),
+            "shapes": {
+                name: list(tensor.size)
+                for name, tensor in metadata.state_dict_metadata.items()
+                if isinstance(tensor, TensorStorageMetadata)
+            },
+            "versions": {"torch": torch.__version__, "format": 1},
+            "state": state,
+        }
+        manifest.write(unfinished, files, contents)
+        if path.exists():  # a damaged one: from a whole one the run would have resumed
+            shutil.rmtree(path)
+        os.replace(unfinished, path)
+        manifest.sync(self.folder)
+        manifest.write_text(self.folder / "latest.tmp", path.name + "\n")
+        os.replace(self.folder / "latest.tmp", self.folder / "latest")
+        manifest.sync(self.folder)
+        # Later checkpoints do not count: they were damaged when this run began.
+        until_now = [p for p in self._paths() if _step(p) <= _step(path)]
+        for old in until_now[: -self.keep]:
+            os.replace(old, old.with_suffix(".tmp"))  # a half-removed checkpoint must not look damaged
+            shutil.rmtree(old.with_suffix(".tmp"))
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _cause(error: CheckpointException) -> str:
+    return "; ".join(f"rank {rank}: {first_line(e)}" for rank, (e, _) in error.failures.items())
+
+
+def _warn(message: str) -> None:
+    print(f"checkpoint: {message}", file=sys.stderr, flush=True)

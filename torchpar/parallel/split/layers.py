@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: MIT
+"""Linear layers whose weight is split over the ranks of a mesh dimension.
+
+Shapes on rank r of p; ``out_r`` and ``in_r`` are its part of an axis, which p need not divide:
+
+| | weight | bias | input → output | communication |
+|---|---|---|---|---|
+| `ColumnParallelLinear` | (out_r, in) | (out_r) | (*, in) → (*, out_r) | backward: all-reduce of dx |
+| … gather_output | (out_r, in) | (out_r) | (*, in) → (*, out) | forward: all-gather of y as well |
+| `RowParallelLinear` | (out, in_r) | (out) | (*, in_r) → (*, out) | forward: all-reduce |
+| … input_is_parallel=False | (out, in_r) | (out) | (*, in) → (*, out) | backward: all-gather of dx as well |
+
+A backward pass communicates only if the input needs a gradient. `torchpar.reference` holds both layers in
+their plainest form; read it first.
+
+A column layer and the row layer after it are a pair. An elementwise activation between them acts on each
+rank's columns alone, so the pair costs one all-reduce forward and one backward. With dY = dL/dY and
+Y = X·Wᵀ + b split by columns, dX = Σ_r dY_r·W_r and dW_r = dY_rᵀ·X. The all-reduce of dX overlaps with the
+computation of dW_r.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.functional import linear
+
+from torchpar import nn
+from torchpar.errors import ConfigError
+from torchpar.ops import linear_sigmoid, maximum
+from torchpar.ops._matrix import rows
+from torchpar.ops.linear_sigmoid import sigmoid_backward
+from torchpar.parallel.launch.agreement import check_same_on_all_ranks, group_of
+from torchpar.parallel.split.partition import Partition
+from torchpar.parallel.split.reduction import Reduction, start_all_reduce, tree_sum
+from torchpar.parallel.split.regions import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    scatter_to_tensor_model_parallel_region,
+)
+
+Activation = Literal["sigmoid", "relu"] | None
+# Subclasses may compute something else, so a layer's type must be one of these.
+LINEAR_LAYERS: dict[type[torch.nn.Module], Activation] = {
+    torch.nn.Linear: None,
+    nn.Linear: None,
+    nn.LinearSigmoid: "sigmoid",
+    nn.LinearReLU: "relu",
+}
+
+
+class _ParallelLinear(torch.nn.Module):
+    """A layer whose parameters are slices of a whole layer's.
+
+    Attributes:
+        split_axes: the axis of each parameter that is split, by its name.
+        partition: how the ranks share that axis.
+    """
+
+    split_axes: ClassVar[dict[str, int]]
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        mesh: DeviceMesh,
+        activation: Activation,
+        reduction: Reduction,
+        options: dict[str, Any],
+        **own: Any,
+    ):
+        super().__init__()
+        settings = {"layer": type(self).__name__, "in_features": in_features, "out_features": out_features}
+        settings |= {"bias": bias, "activation": activation, "reduction": reduction} | own | options
+        check_same_on_all_ranks(group_of(mesh), "a layer's ranks", settings)
+        if activation not in (None, "sigmoid", "relu"):
+            raise ValueError(f"activation is {activation!r}, expected None, 'sigmoid' or 'relu'")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.activation = activation
+        self.mesh = mesh
+        self.reduction: Reduction = reduction
+        size = (out_features, in_features)[self.split_axes["weight"]]
+        self.partition = Partition.over(size, mesh.size(), mesh.get_local_rank(), reduction)
+        self._copy_slices(nn.Linear(in_features, out_features, bias, **options))
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: torch.nn.Module,
+        *,
+        mesh: DeviceMesh,
+        activation: Activation = None,
+        **arguments: Any,
+    ) -> Self:
+        """The split twin of ``linear``, whose parameters are the same on every rank; they are copied.
+
+        Args:
+            linear: a `torch.nn.Linear`, or a `torchpar.nn.Linear`, `LinearSigmoid` or `LinearReLU`.
+            activation: None, "sigmoid" or "relu". `LinearSigmoid` and `LinearReLU` have their own.
+            arguments: the other keyword arguments of the class.
+
+        Raises:
+            ValueError: another kind of layer, a second activation, or an error of the class.
+        """
+        if not isinstance(linear, torch.nn.Linear | nn.Linear) or type(linear) not in LINEAR_LAYERS:
+            raise ConfigError(
+                f"cannot split a {type(linear).__name__}, expected torch.nn.Linear or "
+                "torchpar.nn.Linear, LinearSigmoid or LinearReLU"
+            )
+        own = LINEAR_LAYERS[type(linear)]
+        if own is not None and activation not in (None, own):
+            raise ConfigError(
+                f"activation is {activation!r}, but {type(linear).__name__} has {own!r} already"
+            )
+        split = cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            mesh=mesh,
+            activation=own or activation,
+            device="meta",  # no memory, and no random numbers drawn
+            dtype=linear.weight.dtype,
+            **arguments,
+        )
+        split._copy_slices(linear)
+        return split.train(linear.training)
+
+    def _copy_slices(self, whole: torch.nn.Linear | nn.Linear) -> None:
+        for name in ("weight", "bias"):
+            parameter = getattr(whole, name)
+            if parameter is not None:
+                part = parameter.detach()
+                if name in self.split_axes:
+                    part = self.partition.narrow(part, self.split_axes[name])
+                part = part.clone(memory_format=torch.contiguous_format)
+                parameter = torch.nn.Parameter(part, requires_grad=parameter.requires_grad)
+            self.register_parameter(name, parameter)
+
+    def full_weight(self) -> Tensor:
+        """The whole layer's weight ``(out_features, in_features)``, on every rank, differentiable."""
+        axis = self.split_axes["weight"]
+        weight = self.weight.movedim(axis, -1)
+        return gather_from_tensor_model_parallel_region(weight, self.mesh, self.partition.widths()).movedim(
+            -1, axis
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, "
+            f"activation={self.activation}, rank {self.partition.rank} of {self.partition.ranks}, "
+            f"reduction={self.reduction!r}"
+        )
+
+
+class ColumnParallelLinear(_ParallelLinear):
+    """A linear layer whose outputs are split over the ranks: ``y_r = act(x @ weight_r.T + bias_r)``.
+
+    | on rank r of p | shape |
+    |---|---|
+    | x, whole | (*, in_features) |
+    | weight | (out_r, in_features) |
+    | bias | (out_r) |
+    | y | (*, out_r), or (*, out_features) with ``gather_output`` |
+
+    Σ_r out_r = out_features, cut as `torch.tensor_split` cuts. Every rank draws the whole weight from
+    PyTorch's random generator and keeps its slice, so the generator must be in the same state on all ranks.
+    `from_linear` copies the slices of an existing layer. `torch.func`'s transforms are not supported.
+
+    Args:
+        in_features, out_features, bias: of the whole layer.
+        mesh: a mesh of one dimension, such as ``mesh["tp"]``.
+        activation: None, "sigmoid" (fused, by `torchpar.linear_sigmoid`) or "relu" (by `torchpar.maximum`,
+            whose gradient at exactly 0 is one half).
+        gather_output: all-gather the outputs, so that every rank has all of them.
+        reduction: "fast" or "invariant" (`torchpar.parallel.split.reduction`), for the input's gradient.
+        options: ``init``, ``device`` and ``dtype``, as in `torchpar.nn.Linear`.
+
+    Raises:
+        ValueError: an unknown activation, reduction or initialisation, a mesh of several dimensions, or
+            different arguments on different ranks; on every rank.
+    """
+
+    split_axes: ClassVar[dict[str, int]] = {"weight": 0, "bias": 0}
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        mesh: DeviceMesh,
+        activation: Activation = None,
+        gather_output: bool = False,
+        reduction: Reduction = "fast",
+        **options: Any,
+    ):
+        super().__init__(
+            *(in_features, out_features, bias, mesh, activation, reduction, options),
+            gather_output=gather_output,
+        )
+        self.gather_output = gather_output
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Under autocast the backward pass needs the tensors in the forward pass's dtype.
+        y = _Column.apply(_cast(x), _cast(self.weight), None if self.bias is None else _cast(self.bias), self)
+        if self.activation == "relu":
+            y = maximum(y, y.new_zeros(()))
+        if self.gather_output:
+            y = gather_from_tensor_model_parallel_region(y, self.mesh, self.partition.widths())
+        return y  # type: ignore[no-any-return]
+
+
+class RowParallelLinear(_ParallelLinear):
+    """A linear layer whose inputs are split over the ranks: ``y = act(Σ_r x_r @ weight_r.T + bias)``.
+
+    | on rank r of p | shape |
+    |---|---|
+    | x | (*, in_r), or whole (*, in_features) with ``input_is_parallel=False`` |
+    | weight | (out_features, in_r) |
+    | bias, whole | (out_features) |
+    | y, whole | (*, out_features) |
+
+    Bias and activation follow the all-reduce; before it, they would count p times. Arguments and errors are
+    those of `ColumnParallelLinear`, except:
+
+    Args:
+        input_is_parallel: the input is this rank's part already, such as a column layer's output.
+    """
+
+    split_axes: ClassVar[dict[str, int]] = {"weight": 1}
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        mesh: DeviceMesh,
+        activation: Activation = None,
+        input_is_parallel: bool = True,
+        reduction: Reduction = "fast",
+        **options: Any,
+    ):
+        super().__init__(
+            *(in_features, out_features, bias, mesh, activation, reduction, options),
+            input_is_parallel=input_is_parallel,
+        )
+        self.input_is_parallel = input_is_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.input_is_parallel:
+            x = scatter_to_tensor_model_parallel_region(x, self.mesh, self.partition.widths())
+        shards = zip(self.partition.split(x, -1), self.partition.split(self.weight, 1), strict=True)
+        z = tree_sum([linear(part, weight) for part, weight in shards])
+        z = reduce_from_tensor_model_parallel_region(z, self.mesh, self.reduction)
+        if self.bias is not None:
+            z = z + self.bias.to(z.dtype)  # the dtypes differ under autocast
+        if self.activation == "sigmoid":
+            return z.sigmoid()
+        return maximum(z, z.new_zeros(())) if self.activation == "relu" else z
+
+
+def _cast(t: Tensor) -> Tensor:
+    """``t`` in the dtype that `torch.autocast` gives to the operands of a product."""
+    kind = t.device.type
+    if t.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return t
+    if not torch.is_autocast_enabled(kind):
+        return t
+    return t.to(torch.get_autocast_dtype(kind))
+
+
+class _Column(torch.autograd.Function):
+    """A column layer's product and sigmoid, with an all-reduce of dX that overlaps with dW and db.
+
+    Autograd's backward pass of a linear layer would compute both gradients before the all-reduce starts.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: ColumnParallelLinear
+    ) -> Tensor:
+        y = _affine(x, weight, bias, layer)
+        ctx.layer = layer
+        ctx.save_for_backward(x, weight, bias, y if layer.activation == "sigmoid" else None)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        layer: ColumnParallelLinear = ctx.layer
+        x, weight, bias, y = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            return _differentiable_gradients(ctx, g, x, weight, bias)
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        shards = layer.partition
+        dz = shards.split(g, -1)
+        db = None
+        if y is not None:
+            pairs = [
+                sigmoid_backward(g_i, y_i, need_bias)
+                for g_i, y_i in zip(dz, shards.split(y, -1), strict=True)
+            ]
+            dz, db = [dz_i for dz_i, _ in pairs], [db_i for _, db_i in pairs]
+        elif need_bias:
+            db = [rows(dz_i).sum(0) for dz_i in dz]
+        dx, wait = None, None
+        if need_x:
+            dx = tree_sum(
+                [dz_i @ weight_i for dz_i, weight_i in zip(dz, shards.split(weight, 0), strict=True)]
+            )
+            wait = start_all_reduce(dx, layer.mesh, layer.reduction)
+        dw = torch.cat([rows(dz_i).mT @ rows(x) for dz_i in dz]) if need_weight else None
+        if wait is not None:
+            wait()
+        return dx, dw, torch.cat(db) if need_bias else None, None  # type: ignore[arg-type]
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, layer: ColumnParallelLinear) -> Tensor:
+    """``act(x @ weight.T + bias)`` with this rank's parameters, shard by shard."""
+    shards = layer.partition
+    weights = shards.split(weight, 0)
+    biases = [None] * len(weights) if bias is None else shards.split(bias, 0)
+    product: Callable[..., Tensor] = linear_sigmoid if layer.activation == "sigmoid" else linear
+    parts = [product(x, weight_i, bias_i) for weight_i, bias_i in zip(weights, biases, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def _differentiable_gradients(
+    ctx: Any, g: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients as autograd computes them, which can be differentiated again."""
+    y = _affine(
+        copy_to_tensor_model_parallel_region(x, ctx.layer.mesh, ctx.layer.reduction), weight, bias, ctx.layer
+    )
+    inputs = [
+        t if needed else None for t, needed in zip((x, weight, bias), ctx.needs_input_grad[:3], strict=True)
+    ]
+    gradients = iter(torch.autograd.grad(y, [t for t in inputs if t is not None], g, create_graph=True))
+    return *(None if t is None else next(gradients) for t in inputs), None
+
+
+def split_parameters(model: torch.nn.Module) -> Iterator[tuple[str, int, _ParallelLinear]]:
+    """The name, split axis and layer of each parameter that is split over ranks."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, _ParallelLinear):
+            for name, axis in module.split_axes.items():
+                if getattr(module, name) is not None:
+                    yield f"{prefix}.{name}".lstrip("."), axis, module

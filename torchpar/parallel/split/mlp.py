@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: MIT
+"""Tensor parallelism for an MLP: split the model, convert its state dict from and to the whole model's."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping
+from itertools import cycle
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from torchpar import nn
+from torchpar.errors import ConfigError
+from torchpar.parallel.launch.agreement import check_same_on_all_ranks, group_of
+from torchpar.parallel.split.layers import (
+    LINEAR_LAYERS,
+    ColumnParallelLinear,
+    RowParallelLinear,
+    split_parameters,
+)
+from torchpar.parallel.split.reduction import Reduction
+from torchpar.parallel.split.regions import gather
+
+M = TypeVar("M", nn.MLP, torch.nn.Sequential)
+_ACTIVATIONS = (torch.nn.Sigmoid, torch.nn.ReLU)
+
+
+def parallel_mlp(mlp: M, mesh: DeviceMesh, reduction: Reduction = "fast") -> M:
+    """The tensor-parallel twin of ``mlp``: the same function, with each weight split over the ranks.
+
+    Linear layers 0 and 1, 2 and 3, … become pairs of `ColumnParallelLinear` and `RowParallelLinear`. The last
+    of an odd number stays whole on every rank. A forward pass makes one all-reduce per pair, and so does a
+    backward pass, except for the first pair if the input needs no gradient.
+
+    Args:
+        mlp: a `torchpar.nn.MLP`, or a `torch.nn.Sequential` of linear layers (`torch.nn.Linear` or
+            `torchpar.nn`'s), `torch.nn.Sigmoid` and `torch.nn.ReLU`. It is the same on every rank, and is not
+            changed.
+        mesh: a mesh of one dimension, such as ``mesh["tp"]``.
+        reduction: "fast" or "invariant" (`torchpar.parallel.split.reduction`).
+
+    Returns:
+        A model of the same type, whose parameters have the same names.
+
+    Raises:
+        ValueError: another kind of model or layer, layers that share parameters, an unknown reduction, a mesh
+            of several dimensions, or different models on different ranks.
+    """
+    layers = mlp.layers if isinstance(mlp, nn.MLP) else mlp
+    if type(layers) is not torch.nn.Sequential:
+        raise ConfigError(
+            f"cannot split a {type(mlp).__name__}, expected torchpar.nn.MLP or torch.nn.Sequential"
+        )
+    # An activation may occur twice; named_children would skip the second.
+    named = [(name, layer) for name, layer in layers.named_modules(remove_duplicate=False) if name]
+    for name, layer in named:
+        if type(layer) not in (*LINEAR_LAYERS, *_ACTIVATIONS):
+            raise ConfigError(
+                f"cannot split layer {name}, a {type(layer).__name__}; expected linear layers, "
+                "torch.nn.Sigmoid and torch.nn.ReLU"
+            )
+    parameters = [p for _, layer in named for p in layer.parameters()]
+    if len(set(parameters)) < len(parameters):
+        raise ConfigError("cannot split layers that share parameters, expected each layer to have its own")
+    settings = {"layers": [str(layer) for _, layer in named], "reduction": reduction}
+    check_same_on_all_ranks(group_of(mesh), "the ranks' models", settings)
+    linears = [name for name, layer in named if type(layer) in LINEAR_LAYERS]
+    pairs = linears[: len(linears) // 2 * 2]
+    kinds = dict(zip(pairs, cycle((ColumnParallelLinear, RowParallelLinear)), strict=False))
+    twins: OrderedDict[str, torch.nn.Module] = OrderedDict()
+    for name, layer in named:
+        if name in kinds:
+            twins[name] = kinds[name].from_linear(layer, mesh=mesh, reduction=reduction)
+        else:
+            twins[name] = copy.deepcopy(layer)
+    split = torch.nn.Sequential(twins)
+    if not isinstance(mlp, nn.MLP):
+        return split.train(mlp.training)
+    twin = nn.MLP(mlp.sizes, mlp.hidden, mlp.output, device="meta")
+    twin.layers = split
+    return twin.train(mlp.training)  # type: ignore[return-value]
+
+
+def full_state_dict(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The whole model's state dict, on every rank. All ranks must call it."""
+    state = OrderedDict((name, t.detach().clone()) for name, t in model.state_dict().items())
+    for name, axis, layer in split_parameters(model):
+        state[name] = gather(state[name], layer.mesh, layer.partition.widths(), axis)
+    return state
+
+
+def load_full_state_dict(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load the whole model's state dict; each rank keeps its slices.
+
+    Raises:
+        ValueError: a split axis of another size than the model's.
+        RuntimeError: other parameters than the model's, as from `torch.nn.Module.load_state_dict`.
+    """
+    state = dict(state)
+    for name, axis, layer in split_parameters(model):
+        if name in state:
+            size = layer.partition.size
+            if state[name].shape[axis : axis + 1] != (size,):
+                shape = tuple(state[name].shape)
+                raise ValueError(f"{name} has shape {shape}, expected {size} on axis {axis}")
+            state[name] = layer.partition.narrow(state[name], axis)
+    model.load_state_dict(state)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Profiling: seconds by phase, collectives counted, collectives predicted."""

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: MIT
+"""Collectives of a training step on this rank: how many, how many bytes, how many seconds."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchpar.parallel.launch.world import World
+from torchpar.profile.phases import Phases, phase
+
+
+@dataclass(frozen=True)
+class Call:
+    """One collective operation, or one message to or from a neighbour.
+
+    Attributes:
+        dimension: of the mesh, "" for a group that is none of its dimensions.
+        operation: "all_reduce", "all_gather", "send", "recv" or another of `torch.distributed`'s.
+        ranks: how many take part.
+        bytes: of this rank's tensors.
+        seconds: until the end of an all-reduce or all-gather; of a send or receive, until it is started.
+    """
+
+    dimension: str
+    operation: str
+    ranks: int
+    bytes: int
+    seconds: float
+
+
+_OPERATIONS = {"allreduce": "all_reduce", "allgather": "all_gather"}
+
+
+class Collectives(TorchDispatchMode):
+    """Record the collectives within the block, those of DistributedDataParallel included.
+
+    An all-reduce or all-gather is waited for at once. A send or receive is only started. Their seconds count
+    as phase "collectives".
+
+    Args:
+        world: its mesh names the dimensions.
+
+    Attributes:
+        calls: in the order of the calls.
+    """
+
+    def __init__(self, world: World):
+        super().__init__()
+        self.calls: list[Call] = []
+        self._dimensions = {
+            world.mesh[name].get_group().group_name: name for name in world.mesh.mesh_dim_names or ()
+        }
+        if world.dp_size == world.world_size:  # DistributedDataParallel takes the default group
+            assert dist.group.WORLD is not None
+            self._dimensions[dist.group.WORLD.group_name] = "dp"
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func.namespace != "c10d":
+            return func(*args, **(kwargs or {}))
+        operation = func._opname.strip("_")
+        tensors = args[1] if operation == "allgather" else args[0]
+        group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
+        with phase("collectives"):
+            start = time.perf_counter()
+            result = func(*args, **(kwargs or {}))
+            work = result[-1] if isinstance(result, tuple) else result
+            # A rank must send its own message before it waits for its neighbour's.
+            if operation in ("allreduce", "allgather"):
+                dist.Work.unbox(work).wait()
+                if torch.cuda.is_available():  # NCCL's wait only blocks the stream
+                    torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+        self.calls.append(
+            Call(
+                self._dimensions.get(group.group_name, ""),
+                _OPERATIONS.get(operation, operation),
+                group.size(),
+                sum(t.nbytes for t in _flatten(tensors)),
+                seconds,
+            )
+        )
+        return result
+
+
+def _flatten(tensors: Any) -> list[Tensor]:
+    return [tensors] if isinstance(tensors, Tensor) else [t for part in tensors for t in _flatten(part)]
+
+
+class StepRecorder:
+    """Record the collectives of some steps: ``steps`` of them, after the first ``skip``.
+
+    While a `Phases` is active every step runs under `Collectives`, so that their seconds are counted.
+
+    Attributes:
+        calls: of each recorded step.
+    """
+
+    def __init__(self, world: World, skip: int = 2, steps: int = 20):
+        self.world = world
+        self.skip = skip  # DistributedDataParallel sets itself up in its first two steps
+        self.steps = steps
+        self.calls: list[list[Call]] = []
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Record the block, which is one step."""
+        if Phases.active is None and len(self.calls) == self.steps:
+            yield
+            return
+        with Collectives(self.world) as collectives:
+            yield
+        if self.skip:
+            self.skip -= 1
+        elif len(self.calls) < self.steps:
+            self.calls.append(collectives.calls)

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: MIT
+"""Cost of a step's communication: the collectives of a split MLP, and the α–β model of their time.
+
+A message of n bytes takes α + nβ seconds. A ring all-reduce over p ranks passes 2(p − 1) messages of n/p
+bytes, an all-gather half as many (Thakur, Rabenseifner and Gropp, "Optimization of Collective
+Communication Operations in MPICH", 2005).
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from torchpar.parallel.launch.world import World
+from torchpar.parallel.split.partition import Partition
+from torchpar.parallel.split.reduction import SHARDS, Reduction
+
+DDP_BUCKETS = (2**20, 25 * 2**20)  # bytes at which DistributedDataParallel closes the first and later ones
+
+
+@dataclass(frozen=True)
+class Link:
+    """A connection between ranks.
+
+    Attributes:
+        alpha: seconds per message.
+        beta: seconds per byte.
+    """
+
+    alpha: float
+    beta: float
+
+    def seconds(self, operation: str, ranks: int, nbytes: int) -> float:
+        """Return the time of an operation on a tensor of ``nbytes``. A "recv" is counted with its "send"."""
+        if operation == "all_reduce":
+            return 2 * (ranks - 1) * self.alpha + 2 * (ranks - 1) / ranks * nbytes * self.beta
+        if operation == "all_gather":
+            return (ranks - 1) * (self.alpha + nbytes * self.beta)
+        if operation == "send":
+            return self.alpha + nbytes * self.beta
+        if operation == "recv":
+            return 0.0
+        raise ValueError(f"operation is {operation!r}, expected 'all_reduce', 'all_gather', 'send' or 'recv'")
+
+    @classmethod
+    def fit(cls, points: Sequence[tuple[int, int, float]]) -> "Link":
+        """Return the least-squares fit of the relative errors of measured all-reduces.
+
+        Args:
+            points: ranks, bytes and seconds of each all-reduce.
+        """
+        rows = torch.tensor(
+            [[2 * (p - 1) / s, 2 * (p - 1) / p * n / s] for p, n, s in points], dtype=torch.float64
+        )
+        alpha, beta = torch.linalg.lstsq(rows, torch.ones(len(points), 1, dtype=torch.float64)).solution
+        return cls(max(alpha.item(), 0.0), max(beta.item(), 0.0))
+
+
+def measure_link(world: World, sizes: Sequence[int] = (2**10, 2**14, 2**18, 2**20, 2**22)) -> Link:
+    """Fit a link to all-reduces of ``sizes`` bytes over all ranks, each the slowest rank's median of 9."""
+    points = []
+    for size in sizes:
+        t = torch.zeros(size // 4, device=world.device)
+        times = []
+        for _ in range(10):
+            start = time.perf_counter()
+            world.sum(t)
+            if t.is_cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        slowest = torch.tensor(median(times[1:]), dtype=torch.float64, device=world.device)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        points.append((world.world_size, size, slowest.item()))
+    return Link.fit(points)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A collective that a rank takes part in once per step, of ``nbytes``."""
+
+    dimension: str
+    operation: str
+    ranks: int
+    nbytes: int
+
+
+def collectives(
+    sizes: Sequence[int],
+    batch_size: int,
+    mesh: DeviceMesh,
+    *,
+    tensor_split: bool = True,
+    reduction: Reduction = "fast",
+    micro_batches: int = 4,
+    itemsize: int = 4,
+) -> list[Expected]:
+    """Return this rank's collectives in a step of an MLP that `parallel_mlp` and `stage_mlp` have split.
+
+    Args:
+        sizes: of the MLP, whose hidden layers end in sigmoids.
+        batch_size: of all ranks.
+        mesh: of dimensions "pp", "dp" and "tp".
+        tensor_split: the layers are those of `parallel_mlp`, also on one rank of "tp".
+        micro_batches: of each rank's share, if there is a pipeline.
+        itemsize: bytes of a number.
+    """
+    dims = {name: mesh[name].size() for name in ("pp", "dp", "tp")}
+    at = {name: mesh[name].get_local_rank() for name in dims}
+    layers = len(sizes) - 1
+    stage = torch.arange(layers).tensor_split(dims["pp"])[at["pp"]].tolist()
+    passes, rows = _passes(batch_size, dims, at, reduction, micro_batches)
+
+    expected: list[Expected] = []
+    exchanges = dims["tp"].bit_length() - 1 if reduction == "invariant" else 1
+
+    def tensor_sum(width: int) -> None:
+        if dims["tp"] == 1:
+            return
+        for n in rows:
+            nbytes = n * width * itemsize
+            if reduction == "fast":
+                expected.append(Expected("tp", "all_reduce", dims["tp"], nbytes))
+            else:
+                expected.extend(Expected("tp", op, 2, nbytes) for op in ("send", "recv") * exchanges)
+
+    def widths(i: int) -> int:
+        """Width of this rank's share of the activations between layers i − 1 and i."""
+        parts = SHARDS if reduction == "invariant" else dims["tp"]
+        return sum(Partition(sizes[i], parts, dims["tp"], at["tp"]).shards()) if i % 2 else sizes[i]
+
+    parameters: list[int] = []  # bytes of the gradients, in the order of the backward pass
+    for i in stage:
+        column, alone = i % 2 == 0, i % 2 == 0 and i == layers - 1
+        if not alone:
+            if column and i > 0:
+                tensor_sum(sizes[i])  # of the gradient of its input
+            if not column:
+                tensor_sum(sizes[i + 1])
+        inputs = sizes[i] if column else widths(i)
+        outputs = sizes[i + 1] if alone or not column else widths(i + 1)
+        # The weight's gradient comes first where the sigmoid is fused, the bias's elsewhere.
+        fused = column and not alone if tensor_split else i < layers - 1
+        of_layer = [inputs * outputs * itemsize, outputs * itemsize]
+        parameters = (of_layer if fused else of_layer[::-1]) + parameters
+    for border, there in ((stage[0], at["pp"] > 0), (stage[-1] + 1, at["pp"] < dims["pp"] - 1)):
+        if there:
+            # Activations one way, gradients the other.
+            for op in ("send", "recv"):
+                expected += [Expected("pp", op, 2, rows[0] * widths(border) * itemsize)] * passes
+    if dims["dp"] > 1:
+        if reduction == "invariant":
+            nbytes = sum(parameters) + itemsize  # the loss is in the same message
+            expected += [Expected("dp", op, 2, nbytes) for op in ("send", "recv")] * (
+                dims["dp"].bit_length() - 1
+            )
+        else:
+            messages = [sum(parameters)] if dims["pp"] > 1 else _buckets(parameters)
+            expected += [Expected("dp", "all_reduce", dims["dp"], n) for n in messages]
+    return expected
+
+
+def _passes(
+    batch_size: int, dims: dict[str, int], at: dict[str, int], reduction: Reduction, micro_batches: int
+) -> tuple[int, list[int]]:
+    """Return the number of a rank's forward passes in a step, and the samples of each."""
+    if dims["pp"] > 1:
+        share = -(-batch_size // dims["dp"])
+        return micro_batches, [-(-share // micro_batches)] * micro_batches
+    parts = SHARDS if reduction == "invariant" else dims["dp"]
+    rows = Partition(batch_size, parts, dims["dp"], at["dp"]).shards()
+    return len(rows), rows
+
+
+def _buckets(gradients: Sequence[int]) -> list[int]:
+    """Return the bytes of DistributedDataParallel's buckets for gradients in this order."""
+    buckets, limit = [0], DDP_BUCKETS[0]
+    for n in gradients:
+        if buckets[-1] >= limit:
+            buckets.append(0)
+            limit = DDP_BUCKETS[1]
+        buckets[-1] += n
+    return buckets

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: MIT
+"""Plain versions of the algorithms: read them first, the fast versions are tested against them."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import linear
+
+
+def matmul_t(x: Tensor, block: int = 64) -> Tensor:
+    """``x @ x.mT`` for ``x (n, k)``, in tiles of ``block`` rows. The fast version is `torchpar.matmul_t`.
+
+    Only tiles on and below the diagonal are computed; each one above is the transpose of one below.
+    """
+    c = x.new_empty(len(x), len(x))
+    for i in range(0, len(x), block):
+        for j in range(0, i + 1, block):
+            rows, columns = slice(i, i + block), slice(j, j + block)
+            tile = x[rows] @ x[columns].T
+            if i == j:
+                tile = tile.tril() + tile.tril(-1).T
+            c[rows, columns] = tile
+            c[columns, rows] = tile.T
+    return c
+
+
+class ColumnParallelLinear(torch.nn.Module):
+    """The rows of a layer's weight, split over the ranks: ``y_r = x @ weight_r.T + bias_r``.
+
+    x ``(*, in_features)``, the same on every rank → y_r ``(*, out_r)``, this rank's part of the outputs.
+    `torchpar.parallel.ColumnParallelLinear` sums the input's gradient while it computes the weight's.
+    """
+
+    def __init__(self, whole: torch.nn.Linear, group: dist.ProcessGroup | None = None):
+        super().__init__()
+        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        self.group = group
+        self.weight = torch.nn.Parameter(whole.weight.detach().tensor_split(ranks, 0)[rank].clone())
+        self.bias = torch.nn.Parameter(whole.bias.detach().tensor_split(ranks, 0)[rank].clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(_SumGradient.apply(x, self.group), self.weight, self.bias)
+
+
+class RowParallelLinear(torch.nn.Module):
+    """The columns of a layer's weight, split over the ranks: ``y = Σ_r x_r @ weight_r.T + bias``.
+
+    x_r ``(*, in_r)``, as `ColumnParallelLinear` gives it → y ``(*, out_features)``, the same on every rank.
+    `torchpar.parallel.RowParallelLinear` is the library's.
+    """
+
+    def __init__(self, whole: torch.nn.Linear, group: dist.ProcessGroup | None = None):
+        super().__init__()
+        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        self.group = group
+        self.weight = torch.nn.Parameter(whole.weight.detach().tensor_split(ranks, 1)[rank].clone())
+        self.bias = torch.nn.Parameter(whole.bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Each rank would add the bias before the sum, p times in all.
+        return _Sum.apply(linear(x, self.weight), self.group) + self.bias  # type: ignore[no-any-return]
+
+
+class _SumGradient(torch.autograd.Function):
+    """x forward; the sum of the ranks' gradients backward, since each rank used x for other outputs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        g = g.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(g, group=ctx.group)
+        return g, None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of the ranks' x forward; its gradient, the same on every rank, backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        y = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(y, group=group)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g, None
+
+
+def average_gradients(model: torch.nn.Module) -> None:
+    """Average every gradient over the ranks, in place, after the backward pass.
+
+    `torch.nn.parallel.DistributedDataParallel` does the same in buckets, during the backward pass.
+    """
+    for p in model.parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad)
+            p.grad /= dist.get_world_size()
+
+
+def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
+    """A matrix near U·Vᵀ for ``x = U·Σ·Vᵀ``, by Newton–Schulz iterations in the dtype of ``x``.
+
+    Each iteration maps every singular value σ to ``a·σ + b·σ³ + c·σ⁵``, which moves it towards 1.
+    ``x (*, n, m)`` → ``(*, n, m)``. The fast version is `torchpar.optim.newton_schulz`.
+
+    Source: Jordan, Muon, 2024, https://kellerjordan.github.io/posts/muon.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: MIT
+"""Training: losses, optimizers, and the `Run` that evaluates, saves and resumes."""
+
+from torchpar.training.losses import add_orthogonality_gradient, loss_sum, orthogonality_penalty
+from torchpar.training.optimizers import LRSchedule, lr_scheduler, muon, sgd
+from torchpar.training.run import CheckpointConfig, Run, Stopped, evaluate
+from torchpar.training.state import EpochResult
+
+__all__ = [
+    "CheckpointConfig",
+    "EpochResult",
+    "LRSchedule",
+    "Run",
+    "Stopped",
+    "add_orthogonality_gradient",
+    "evaluate",
+    "loss_sum",
+    "lr_scheduler",
+    "muon",
+    "orthogonality_penalty",
+    "sgd",
+]

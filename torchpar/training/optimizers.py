@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: MIT
+"""Optimizers and learning-rate schedules of the examples: SGD, Muon with SGD, and three schedules."""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from torchpar.errors import ConfigError
+from torchpar.optim import ChainedOptimizer, Muon
+from torchpar.parallel.split.layers import split_parameters
+
+LRSchedule = Literal["linear", "cosine", "constant"]
+
+
+def sgd(
+    model: torch.nn.Module, lr: float, momentum: float, weight_decay: float, decay_biases: bool = False
+) -> torch.optim.SGD:
+    """Return SGD with Nesterov momentum and an L2 penalty ``λ/2·‖p‖²`` of the weights.
+
+    Args:
+        weight_decay: λ.
+        decay_biases: apply the penalty to the biases as well.
+    """
+    weights = [p for p in model.parameters() if p.dim() > 1 or decay_biases]
+    others = [p for p in model.parameters() if not (p.dim() > 1 or decay_biases)]
+    groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+
+
+def muon(model: torch.nn.Module, lr: float, momentum: float, weight_decay: float) -> ChainedOptimizer:
+    """Return `torchpar.optim.Muon` for all weight matrices of an MLP and SGD for its biases.
+
+    An embedding or an output head would go to Muon too; see `torchpar.optim.Muon` for models that have them.
+
+    Args:
+        weight_decay: λ of the weights, decoupled: ``W ← (1 − lr·λ)·W``.
+
+    Raises:
+        ConfigError: layers are split over ranks, so that no rank has their whole matrices.
+    """
+    if any(layer.partition.ranks > 1 for _, _, layer in split_parameters(model)):
+        raise ConfigError("Muon needs whole matrices, and the model's are split over ranks; take SGD or tp 1")
+    weights = [p for p in model.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if p.dim() != 2]
+    optimizers: list[Optimizer] = [Muon(weights, lr=lr, momentum=momentum, weight_decay=weight_decay)]
+    if others:
+        optimizers.append(torch.optim.SGD(others, lr=lr, momentum=momentum, nesterov=momentum > 0))
+    return ChainedOptimizer(*optimizers)
+
+
+def lr_scheduler(optimizer: Optimizer, schedule: LRSchedule, steps: int) -> LambdaLR:
+    """Return a scheduler whose learning rate falls to 0 over ``steps``, linearly or as a half cosine.
+
+    With "constant" the learning rate stays.
+    """
+    factors: dict[LRSchedule, Callable[[int], float]] = {
+        "linear": lambda step: 1 - step / steps,
+        "cosine": lambda step: (1 + math.cos(math.pi * step / steps)) / 2,
+        "constant": lambda step: 1.0,
+    }
+    if schedule not in factors:
+        raise ConfigError(f"schedule is {schedule!r}, expected one of {sorted(factors)}")
+    return LambdaLR(optimizer, factors[schedule])

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: MIT
+"""The run object: everything around a training loop that is not its subject.
+
+    with Run(model, optimizer, lr_scheduler, world, train, test, epochs=10, batch_size=128) as run:
+        for epoch in run.epochs():
+            for x, labels, global_size in run.batches(epoch):
+                loss = cross_entropy(model(x), labels, reduction="sum")
+                (loss / global_size).backward()
+                optimizer.step()
+                lr_scheduler.step()
+                optimizer.zero_grad()
+                run.log(loss.detach())
+
+`Run` gives each rank its batches, evaluates after each epoch, saves and resumes, and stops all ranks at the
+same step when one of them receives SIGTERM or SIGINT.
+"""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from torchpar.data import Batch, Samples, batches
+from torchpar.errors import ConfigError
+from torchpar.parallel.launch.world import World
+from torchpar.parallel.save.checkpoint import Checkpoints
+from torchpar.profile.phases import phase
+from torchpar.training.losses import Loss, loss_sum
+from torchpar.training.state import EpochResult, TrainState
+from torchpar.training.stop import StopSignal
+
+# Samples per forward pass; 1, 2, 4 and 8 ranks share a test set of 10 000 evenly.
+EVALUATION_BATCH = 1250
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Settings of a run's checkpoints.
+
+    Attributes:
+        folder: where they are, on a file system of all ranks. A run resumes from the newest one there.
+        every: steps between two saves; None saves after each epoch. A run is also saved at its end, and
+            when a rank receives SIGTERM or SIGINT.
+        keep: number of checkpoints to keep.
+        asynchronous: write while training continues.
+    """
+
+    folder: Path
+    every: int | None = None
+    keep: int = 2
+    asynchronous: bool = False
+
+
+class Stopped(Exception):
+    """A rank received SIGTERM or SIGINT. All ranks have saved the same step.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.signal = number
+
+
+class Run:
+    """One training run on this rank. All ranks make it with the same arguments.
+
+    Args:
+        model: this rank's part of the model; not its DistributedDataParallel wrapper.
+        optimizer, lr_scheduler: over ``model``'s parameters; the training loop steps both.
+        world: the ranks and their mesh.
+        train, test: the same samples on every rank.
+        epochs: passes over ``train``, those of a resumed run included.
+        batch_size: samples per step, over all ranks.
+        predict: inputs → outputs, or None on ranks without outputs; by default ``model``.
+        loss: for evaluation, see `torchpar.training.losses.loss_sum`.
+        seed: of the samples' order.
+        checkpoint: where and when to save, if at all. A run that was stopped at any step resumes there, with
+            the same bits on the same ranks.
+        config: values that identify the run, as JSON; a checkpoint with other values is refused.
+
+    Attributes:
+        results: of the complete epochs, those before a resumed one included.
+
+    Raises:
+        ConfigError: fewer samples in a batch than ranks; a training loss that is not finite; ranks with
+            different models or flags; a checkpoint that is damaged, of another run or of more epochs. On
+            every rank.
+        Stopped: after SIGTERM or SIGINT, if there is a ``checkpoint``. On every rank.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: Optimizer,
+        lr_scheduler: LRScheduler,
+        world: World,
+        train: Samples,
+        test: Samples,
+        *,
+        epochs: int,
+        batch_size: int,
+        predict: Callable[[Tensor], Tensor | None] | None = None,
+        loss: Loss = "cross-entropy",
+        seed: int = 0,
+        checkpoint: CheckpointConfig | None = None,
+        config: dict[str, Any] | None = None,
+    ):
+        if batch_size < world.dp_size:
+            raise ConfigError(
+                f"batch size {batch_size} is smaller than the number of ranks that share it, "
+                f"{world.dp_size}; it counts the samples of all ranks together"
+            )
+        if not len(train) or not len(test):
+            raise ConfigError(
+                f"{len(train)} training and {len(test)} test samples, expected at least one of each"
+            )
+        self.model = model
+        self.world = world
+        self.train = train
+        self.test = test
+        self.num_epochs = epochs
+        self.batch_size = batch_size
+        self.steps_per_epoch = -(-len(train) // batch_size)
+        self.predict = predict or model
+        self.loss: Loss = loss
+        self.seed = seed
+        self.checkpoint = checkpoint
+        own = {"reduction": world.reduction, "batch_size": batch_size, "seed": seed, "train": len(train)}
+        config = json.loads(json.dumps({**(config or {}), **own}))
+        others = {"test": len(test), "saving": str(checkpoint)}
+        world.check_same_on_all_ranks("the ranks' flags", {**config, **others})
+        self.state = TrainState(model, optimizer, lr_scheduler, config, world)
+        self._stack = ExitStack()
+        self._checkpoints: Checkpoints | None = None
+        self._stop: StopSignal | None = None
+        self._logged = 0
+
+    @property
+    def results(self) -> list[EpochResult]:
+        return self.state.results
+
+    @property
+    def total_steps(self) -> int:
+        """Complete steps since the run began, those before it was resumed included."""
+        return len(self.results) * self.steps_per_epoch + self.state.step
+
+    def __enter__(self) -> Self:
+        if self.checkpoint is not None:
+            config = self.checkpoint
+            self._checkpoints = Checkpoints(config.folder, self.world, config.keep, config.asynchronous)
+            if self.state.resume(self._checkpoints):
+                if len(self.results) > self.num_epochs:
+                    raise ConfigError(
+                        f"{config.folder} holds {len(self.results)} epochs, more than the {self.num_epochs} "
+                        "asked for"
+                    )
+                self.on_resume()
+            self._stop = self._stack.enter_context(StopSignal(self.world))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+        if self._checkpoints is not None and error is None:
+            self._checkpoints.wait()
+
+    def epochs(self) -> Iterator[int]:
+        """Yield the number of each remaining epoch, from 1. After each, evaluate and save."""
+        if self.checkpoint is not None and self._checkpoints is None:
+            raise RuntimeError("the run is no active context, and would save nothing; use with Run(…) as run")
+        while len(self.results) < self.num_epochs:
+            start, first = time.perf_counter(), self.state.step
+            self._logged = first
+            yield len(self.results) + 1
+            if self.state.step != self.steps_per_epoch or self._logged != self.state.step:
+                raise RuntimeError(
+                    f"{self.state.step} of {self.steps_per_epoch} batches were taken and {self._logged} "
+                    "losses logged; take all batches of an epoch and call run.log once for each"
+                )
+            self._end_epoch(start, first)
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """Yield this rank's share of each remaining batch of ``epoch``, the current one."""
+        if epoch != len(self.results) + 1:
+            raise RuntimeError(
+                f"epoch is {epoch}, expected {len(self.results) + 1}, which run.epochs() yields"
+            )
+        first = self.state.step
+        shares = batches(
+            self.train, self.batch_size, seed=self.seed, epoch=epoch, share=self.world.share, start=first
+        )
+        for number in range(first + 1, self.steps_per_epoch + 1):
+            if self._stop:
+                self._stop.ask()
+            with phase("data"):
+                batch = next(shares)
+            yield batch
+            if number == first + 1:
+                self._check_replicas()
+            self.state.step = number
+            self.on_step(epoch, min(number * self.batch_size, len(self.train)))
+            if number < self.steps_per_epoch:  # the last step is saved after the evaluation
+                self._save_if_due()
+
+    def log(self, loss: Tensor) -> None:
+        """Add this rank's part of the sum of a step's losses; the ranks' parts add up to it."""
+        self._logged += 1
+        if self.world.owns_outputs:
+            self.state.loss += loss.detach()
+
+    def evaluate(self) -> tuple[float, Tensor]:
+        """Return the mean test loss and the outputs ``(n, classes)``, on every rank, in evaluation mode.
+
+        Buffers, such as BatchNorm's statistics, are first copied from the first rank of "dp" to the others,
+        as DistributedDataParallel copies them before each forward pass: the ranks evaluate one model.
+        """
+        if self.world.dp_size > 1:
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, group=self.world.mesh.get_group("dp"), group_src=0)
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            return evaluate(self.predict, self.test, self.world, self.loss)
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def on_step(self, epoch: int, samples: int) -> None:
+        """Override to show progress: ``samples`` of the epoch have been trained on."""
+
+    def on_epoch(self, result: EpochResult) -> None:
+        """Override to show an epoch's result."""
+
+    def on_resume(self) -> None:
+        """Override to show from where the run resumes."""
+
+    def _end_epoch(self, start: float, first: int) -> None:
+        train_loss = self.world.sum(self.state.loss).item() / len(self.train)
+        epoch = len(self.results) + 1
+        if not math.isfinite(train_loss):
+            raise ConfigError(f"the training loss of epoch {epoch} is {train_loss}; take a smaller rate")
+        self._check_replicas()
+        trained = time.perf_counter() - start
+        test_loss, outputs = self.evaluate()
+        result = EpochResult(
+            epoch,
+            train_loss,
+            test_loss,
+            test_accuracy=(outputs.argmax(1) == self.test.labels).sum().item() / len(self.test),
+            samples_per_s=(len(self.train) - first * self.batch_size) / trained,
+            seconds=time.perf_counter() - start,
+            ranks=self.world.world_size,
+            device=self.world.device.type,
+        )
+        self.state.end_epoch(result)
+        self.on_epoch(result)
+        self._save_if_due()
+
+    def _save_if_due(self) -> None:
+        if self._checkpoints is None or self._stop is None or self.checkpoint is None:
+            return
+        every = self.checkpoint.every or self.steps_per_epoch
+        stopping, at_end = self._stop.answer(), len(self.results) == self.num_epochs
+        if stopping or at_end or self.total_steps % every == 0:
+            self.state.save(self._checkpoints, self.total_steps)
+        if stopping and not at_end:
+            self._checkpoints.wait()
+            raise Stopped(stopping)
+
+    @torch.no_grad()
+    def _check_replicas(self) -> None:
+        """Refuse replicas that differ after a step: nobody averaged their gradients."""
+        if self.world.dp_size == 1 or next(self.model.parameters(), None) is None:
+            return
+        names, parameters = zip(*self.model.named_parameters(), strict=True)
+        bits = [p.flatten().view(torch.uint8).sum(dtype=torch.int64) for p in parameters]
+        sums = torch.stack(bits)
+        extremes = torch.stack([sums, -sums])
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self.world.mesh.get_group("dp"))
+        if differing := (extremes[0] != -extremes[1]).nonzero().flatten().tolist():
+            raise ConfigError(
+                f"{names[differing[0]]} differs between the ranks that share a batch; average their "
+                "gradients before optimizer.step(), for example by DistributedDataParallel (with "
+                "find_unused_parameters=True if a parameter gets no gradient)"
+            )
+
+
+@torch.no_grad()
+def evaluate(
+    predict: Callable[[Tensor], Tensor | None], samples: Samples, world: World, loss: Loss
+) -> tuple[float, Tensor]:
+    """Return the mean loss and the outputs ``(n, classes)`` of all samples, on every rank.
+
+    The samples are cut into chunks of `EVALUATION_BATCH` for every number of ranks, and each rank takes some
+    of the chunks. So the loss does not depend on the number of ranks.
+
+    Args:
+        predict: inputs → outputs, or None on ranks without outputs.
+    """
+    chunks = list(torch.arange(len(samples), device=world.device).split(EVALUATION_BATCH))
+    share = torch.arange(len(chunks)).tensor_split(world.dp_size)[world.dp_rank].tolist()
+    outputs = torch.zeros(len(samples), len(samples.classes), device=world.device)
+    for chunk in (chunks[i] for i in share):
+        mine = predict(samples.inputs(chunk))
+        if mine is not None and world.owns_outputs:
+            outputs[chunk] = mine.float()
+    world.sum(outputs)  # zero except on the rank that computed them
+    return loss_sum(loss, outputs.double(), samples.labels).item() / len(samples), outputs

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: MIT
+"""The command ``python -m torchpar tune``, which writes the table that the launchers read.
+
+A problem is measured as a whole, and the table is saved after each: the same command continues.
+"""
+
+import argparse
+import hashlib
+import math
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torchpar.errors import ConfigError
+from torchpar.tune.measure import LIBRARY, PRODUCT, Problem, check_gpu, describe, error_line, measure
+
+if TYPE_CHECKING:  # it imports Triton
+    from torchpar.kernels.tuning import Device
+
+KERNELS = ("symmetric_product", "linear_sigmoid")
+VARIANTS = ("pointers", "tma", "specialized")
+SEEN = VARIANTS[:2]  # a kernel that hangs ends the run; the specialized one has not run on a GPU yet
+DTYPES = ("bfloat16", "float16", "tf32", "float32", "float64")
+# Of each dtype, the most important first: m, n, k and batch.
+PROBLEMS = (
+    *(("symmetric_product", n, n, n, 1) for n in (4096, 8192, 2048, 1024)),
+    ("linear_sigmoid", 8192, 4096, 4096, 1),
+    ("linear_sigmoid", 512, 12288, 3072, 1),
+    ("linear_sigmoid", 128, 512, 784, 1),
+    ("linear_sigmoid", 8192, 512, 784, 1),
+    ("linear_sigmoid", 2048, 2048, 2048, 1),
+    ("linear_sigmoid", 8192, 8192, 8192, 1),
+    *(("symmetric_product", n, n, n, batch) for n, batch in ((512, 1), (256, 1), (512, 64), (1024, 32))),
+)
+
+
+def list_problems(options: argparse.Namespace) -> list[Problem]:
+    problems = [(kernel, n, n, n, 1) for n in options.sizes for kernel in KERNELS] or PROBLEMS
+    problems = [problem for problem in problems if problem[0] in options.kernels]
+    return [Problem(kernel, kind, *sizes) for kind in options.dtypes for kernel, *sizes in problems]
+
+
+def tune(options: argparse.Namespace) -> int:
+    """Measure the problems that the device's table lacks, and save the table after each.
+
+    Returns the exit status: 1 if a problem could not be measured.
+
+    Raises:
+        ConfigError: an option is out of bounds, there is no GPU, or a configuration has broken it.
+    """
+    if not 0 < options.minutes < math.inf:
+        raise ConfigError(f"--minutes is {options.minutes}, expected a finite number above 0")
+    if not all(n > 0 and n % 16 == 0 for n in options.sizes):  # tables are for aligned operands
+        raise ConfigError(f"--sizes is {options.sizes}, expected positive multiples of 16")
+    if not torch.cuda.is_available():
+        raise ConfigError("PyTorch finds no GPU, expected one to tune the kernels on")
+    from torchpar.kernels import tuning
+
+    end = time.monotonic() + 60 * options.minutes
+    present = tuning.device(torch.empty(0, device="meta"))
+    header = environment(present)
+    table = tuning.load(present) or {}
+    if table | header != table:
+        if table:
+            print("the table is of other versions or kernels; a new one is begun")
+        table = header | {"tiles": {}}
+    problems = list_problems(options)
+    missing = [problem for problem in problems if options.again or not entries(table, problem)[1]]
+    print(f"{present.name}: {len(problems)} problems, {len(problems) - len(missing)} of them in the table")
+    path: Path | str = "nothing was measured, no table was written"
+    left_out = 0
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the status a shell reports for SIGTERM
+    try:
+        while missing and time.monotonic() < end:
+            problem = missing[0]
+            if entry := tune_problem(problem, options.variants, present):
+                others, _ = entries(table, problem)
+                table["tiles"].setdefault(problem.kernel, {})[problem.kind] = [*others, entry]
+                date = datetime.now(UTC).date().isoformat()
+                path = tuning.save(present, table | {"date": date})
+            left_out += entry is None
+            del missing[0]
+    finally:  # after Ctrl-C too
+        signal.signal(signal.SIGTERM, before)
+        print(f"left to measure: {len(missing)}; the same command continues" if missing else "complete")
+        if left_out:
+            print(f"left out: {left_out}")
+        print(path)
+    return 1 if left_out else 0
+
+
+def environment(present: "Device") -> dict[str, str]:
+    """The device, the versions and the kernels' source; where one is new, all is measured anew."""
+    import triton
+
+    from torchpar import kernels
+
+    sources = sorted(Path(kernels.__path__[0]).glob("*.py"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    versions = {"triton": triton.__version__, "torch": torch.__version__}
+    return {"device": present.name, **versions, "kernels": digest[:16]}
+
+
+def entries(table: dict[str, Any], problem: Problem) -> tuple[list[Any], list[Any]]:
+    """The table's entries for the kernel and kind of ``problem``: those of other sizes, and its own."""
+    found = table["tiles"].get(problem.kernel, {}).get(problem.kind, [])
+    own = [entry for entry in found if tuple(entry[:4]) == problem[2:]]
+    return [entry for entry in found if entry not in own], own
+
+
+def tune_problem(problem: Problem, variants: Sequence[str], present: "Device") -> list[Any] | None:
+    """Measure a problem and print the result; return its entry, or None if it cannot be measured."""
+    from torchpar.kernels import tuning
+
+    kind = tuning.KINDS[problem.kind][:2]
+    configurations = tuning.configurations(problem.kernel, *kind, present.capability)
+    configurations = [tiles for tiles in configurations if tiles.variant in variants]
+    try:
+        times, errors = measure(problem, configurations, torch.device("cuda"))
+    except ConfigError:
+        raise
+    except Exception as e:  # such as too little memory
+        check_gpu(str(problem))
+        print(f"{problem}: left out, {error_line(e)}")
+        return None
+    for tiles, error in errors.items():
+        print(f"{problem}, {describe(tiles)}: {error}")
+    ms = {tiles: median(map(median, rounds)) for tiles, rounds in times.items()}
+    ranked = sorted((name for name in ms if name != PRODUCT), key=ms.__getitem__)
+    if ranked == [LIBRARY]:
+        print(f"{problem}: left out, no configuration could be used")
+        return None
+    shown = dict.fromkeys((*ranked[:2], LIBRARY, PRODUCT))
+    print(f"{problem}: {', '.join(f'{describe(name)} {ms[name]:.4g} ms' for name in shown)}")
+    return [*problem[2:], None if ranked[0] == LIBRARY else ranked[0]]
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m torchpar tune",
+        description="Measure the fastest configurations of the kernels on this GPU. The same command "
+        "continues an interrupted run. The dtype tf32 is float32 with operands rounded for tensor cores.",
+    )
+    parser.add_argument("--minutes", type=float, default=10.0, help="begin no problem later than this")
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=SEEN, help="of the kernels")
+    parser.add_argument("--sizes", nargs="+", type=int, default=(), help="square problems alone")
+    parser.add_argument("--again", action="store_true", help="measure problems that are in the table already")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit status."""
+    options = parse(arguments)
+    try:
+        return tune(options)
+    except (ConfigError, OSError) as e:
+        print(f"python -m torchpar tune: error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130  # the status a shell reports for SIGINT
