@@ -4,7 +4,7 @@
 import pytest
 import torch
 from operators import FLOATS
-from samples import assert_accurate, assert_symmetric, normal, oracle, to_numpy
+from samples import assert_accurate, assert_symmetric, error, normal, oracle, to_numpy
 from test_symmetric_matmul import contract, op, operands
 from torch import Tensor
 
@@ -110,8 +110,9 @@ def test_sums_in_chains_keep_pytorchs_accuracy(k: int, onednn: list[int]) -> Non
 
 @only_where_used
 def test_one_chain_would_lose_accuracy(onednn: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    xs = [normal(384, 5000, dtype=torch.float32, seed=seed) for seed in range(2)]
-    assert_all_accurate(xs)
-    monkeypatch.setattr(_cpu, "_CHAIN", 5000)
-    with pytest.raises(AssertionError):
-        assert_all_accurate(xs)
+    """Beside chains, not beside PyTorch: how MKL sums depends on the processor."""
+    x = normal(384, 2000, dtype=torch.float32)
+    expected = oracle("matmul_t", (x,))
+    in_chains = error(op(x, x), expected)
+    monkeypatch.setattr(_cpu, "_CHAIN", 2000)
+    assert error(op(x, x), expected) > 1.5 * in_chains
