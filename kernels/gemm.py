@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Building blocks of the matrix kernels: the order of tiles, and the loop over k."""
+"""Building blocks of the matrix kernels: the order of tiles, and the loop over k, by pointers or by TMA."""
 
 import triton
 import triton.language as tl
@@ -89,4 +89,56 @@ def dot_rows(
         acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc_dtype)
         a_tile += step * a_col
         b_tile += step * b_col
+    return acc
+
+
+@triton.jit
+def describe(t, batches, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr, LAYOUT: tl.constexpr):
+    """The descriptor of matrices whose rows (LAYOUT "N") or columns ("T") are contiguous.
+
+    Its tiles are ROWS × COLS. ``t`` holds a pointer and the strides of batch, rows and columns.
+    """
+    ptr, batch_stride, row_stride, col_stride = t
+    if LAYOUT == "T":
+        tiles = tl.make_tensor_descriptor(
+            ptr, [batches, cols, rows], [batch_stride, col_stride, 1], [1, COLS, ROWS]
+        )
+    else:
+        tiles = tl.make_tensor_descriptor(
+            ptr, [batches, rows, cols], [batch_stride, row_stride, 1], [1, ROWS, COLS]
+        )
+    return tiles
+
+
+@triton.jit
+def load_tile(tiles, batch, row, col, ROWS: tl.constexpr, COLS: tl.constexpr, LAYOUT: tl.constexpr):
+    if LAYOUT == "T":
+        tile = tiles.load([batch, col, row]).reshape(COLS, ROWS).T
+    else:
+        tile = tiles.load([batch, row, col]).reshape(ROWS, COLS)
+    return tile
+
+
+@triton.jit
+def dot_tiles(
+    a_tiles,
+    b_tiles,
+    batch,
+    row,
+    col,
+    k,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SAME: tl.constexpr,
+    A_LAYOUT: tl.constexpr,
+    B_LAYOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The tile ``A[row:] · B[col:]ᵀ``; TMA loads 0 past the ends. SAME if both operands are the same tile."""
+    acc = tl.zeros((ROWS, COLS), dtype=tl.float32)
+    for start in range(0, k, BLOCK_K):
+        a = load_tile(a_tiles, batch, row, start, ROWS, BLOCK_K, A_LAYOUT)
+        b = a if SAME else load_tile(b_tiles, batch, col, start, COLS, BLOCK_K, B_LAYOUT)
+        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
     return acc

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""σ(X·Wᵀ + b) with bias and sigmoid in the epilogue, and the first pass of its backward."""
+"""σ(X·Wᵀ + b): kernels that add the bias and take the sigmoid before the product is stored.
+
+One runs anywhere; a persistent one takes tiles by TMA. A product of few tiles and many columns is also split
+along its columns: the parts are summed in a fixed order, so that the bits are the same on every run.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gemm import GROUP, dot_rows, grouped_tile
+from .gemm import GROUP, describe, dot_rows, dot_tiles, grouped_tile
 from .launch import Plan, Wrap, planned
-from .tuning import Tiles, chosen
+from .tuning import Tiles, chosen, device, resident_programs, splits, variants
 
-BACKWARD_ROWS = 256  # per program; each adds one row to the partial sums of the bias gradient
-BACKWARD_BLOCK_M = 32
-BACKWARD_BLOCK_N = 64
-
+SUM_TILE = (8, 128)  # of the parts of a split product, for each program
 
 LOG2_E_HIGH = tl.constexpr(1.44269502162933349609375)  # log2(e) rounded to float32
 LOG2_E_LOW = tl.constexpr(1.925963033500e-8)  # log2(e) - LOG2_E_HIGH
@@ -21,14 +22,17 @@ LN_2 = tl.constexpr(0.693147180559945)
 
 
 @triton.jit
-def sigmoid(z):
-    """``1/(1 + exp(-z))``; in float32 without the error of `tl.exp` where z is far below 0.
+def sigmoid(z, DTYPE: tl.constexpr):
+    """``1/(1 + exp(-z))`` in DTYPE; in float32 without the error of `tl.exp` where z is far below 0.
 
     There exp(-z) = 2^t with a large t = -z·log2(e). The rounding error r of t is a relative error of r·ln(2)
-    in the result. `tl.exp` ignores it; here it is computed and corrected.
+    in the result. `tl.exp` ignores it; here it is computed and corrected. Of a 16-bit result it is far below
+    the last bit.
     """
     if z.dtype == tl.float64:
         y = 1.0 / (1.0 + tl.exp(-z))
+    elif DTYPE.primitive_bitwidth == 16:
+        y = 1.0 / (1.0 + tl.exp2(-z * LOG2_E_HIGH))
     else:
         t = -z * LOG2_E_HIGH
         r = tl.fma(-z, LOG2_E_HIGH, -t) - z * LOG2_E_LOW
@@ -36,7 +40,21 @@ def sigmoid(z):
         d = 1.0 + e
         y = 1.0 / d  # off by up to 2 ulp; one Newton step corrects it
         y = tl.where(d < 1e38, y + y * tl.fma(-d, y, 1.0), y)
-    return y
+    return y.to(DTYPE)
+
+
+@triton.jit
+def add_bias(z, bias_ptr, bias_stride, j, n, HAS_BIAS: tl.constexpr):
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + j.to(tl.int64) * bias_stride, mask=j < n, other=0.0)
+        z += bias.to(z.dtype)[None, :]
+    return z
+
+
+@triton.jit
+def store_tile(out_ptr, tile, i, j, m, n):
+    out = out_ptr + ((i.to(tl.int64) * n)[:, None] + j[None, :])
+    tl.store(out, tile, mask=(i < m)[:, None] & (j < n)[None, :])
 
 
 @triton.jit
@@ -48,6 +66,7 @@ def linear_sigmoid_kernel(
     m,
     n,
     k,
+    span,
     x_row,
     x_col,
     weight_row,
@@ -60,9 +79,19 @@ def linear_sigmoid_kernel(
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
+    """A tile of the result; with more than one of SPLITS, its product over ``span`` columns of x alone."""
     tiles_m, tiles_n = (m - 1) // BLOCK_M + 1, (n - 1) // BLOCK_N + 1  # tl.cdiv overflows just below 2³¹
-    tile_m, tile_n = grouped_tile(tl.program_id(0), tiles_m, tiles_n, GROUP)
+    tile = tl.program_id(0)
+    if SPLITS > 1:
+        split = (tile // (tiles_m * tiles_n)).to(tl.int64)
+        tile = tile % (tiles_m * tiles_n)
+        x_ptr += split * span * x_col
+        weight_ptr += split * span * weight_col
+        out_ptr += split * m * n
+        k = tl.minimum(k - split * span, span).to(tl.int32)
+    tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP)
     i = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     z = dot_rows(
@@ -81,47 +110,107 @@ def linear_sigmoid_kernel(
         EVEN_K,
         PRECISION,
     )
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + j.to(tl.int64) * bias_stride, mask=j < n, other=0.0)
-        z += bias.to(z.dtype)[None, :]
-    y = sigmoid(z)
-    out = out_ptr + ((i.to(tl.int64) * n)[:, None] + j[None, :])
-    tl.store(out, y.to(out_ptr.dtype.element_ty), mask=(i < m)[:, None] & (j < n)[None, :])
+    if SPLITS == 1:
+        z = sigmoid(add_bias(z, bias_ptr, bias_stride, j, n, HAS_BIAS), out_ptr.dtype.element_ty)
+    store_tile(out_ptr, z, i, j, m, n)
 
 
 @triton.jit
-def sigmoid_backward_kernel(
-    g_ptr,
-    y_ptr,
-    dz_ptr,
-    partial_ptr,
+def sum_splits_kernel(
+    part_ptr,
+    bias_ptr,
+    out_ptr,
     m,
     n,
-    g_row,
-    g_col,
-    y_row,
-    y_col,
-    ROWS: tl.constexpr,
+    bias_stride,
+    HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """``dz = g·y·(1 - y)`` for ROWS rows. Their sum goes to this program's row of ``partial``."""
-    acc_dtype: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
-    col_blocks = (n - 1) // BLOCK_N + 1  # tl.cdiv overflows just below 2³¹
-    chunk = (tl.program_id(0) // col_blocks).to(tl.int64)
-    col = (tl.program_id(0) % col_blocks * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=acc_dtype)  # to sum over rows takes barriers: it is done once
-    for start in range(0, tl.minimum(m - chunk * ROWS, ROWS).to(tl.int32), BLOCK_M):
-        row = chunk * ROWS + start + tl.arange(0, BLOCK_M)
-        mask = (row < m)[:, None] & (col < n)[None, :]
-        g = tl.load(g_ptr + ((row * g_row)[:, None] + (col * g_col)[None, :]), mask=mask, other=0.0)
-        y = tl.load(y_ptr + ((row * y_row)[:, None] + (col * y_col)[None, :]), mask=mask, other=0.0)
-        y = y.to(acc_dtype)
-        dz = g.to(acc_dtype) * y * (1.0 - y)
-        tl.store(dz_ptr + ((row * n)[:, None] + col[None, :]), dz.to(dz_ptr.dtype.element_ty), mask=mask)
-        total += dz
-    row_sums = tl.sum(total, axis=0).to(partial_ptr.dtype.element_ty)
-    tl.store(partial_ptr + (chunk * n + col), row_sums, mask=col < n)
+    """The sigmoid of the bias and the sum of SPLITS products ``(m, n)``."""
+    col_blocks = (n - 1) // BLOCK_N + 1
+    i = (tl.program_id(0) // col_blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = (tl.program_id(0) % col_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (i < m)[:, None] & (j < n)[None, :]
+    part_ptr += (i * n)[:, None] + j[None, :]
+    z = tl.zeros((BLOCK_M, BLOCK_N), dtype=part_ptr.dtype.element_ty)
+    for split in tl.static_range(SPLITS):  # unrolled: the loads do not wait for one another
+        z += tl.load(part_ptr + tl.full((), split, tl.int64) * m * n, mask=mask, other=0.0)
+    z = add_bias(z, bias_ptr, bias_stride, j, n, HAS_BIAS)
+    store_tile(out_ptr, sigmoid(z, out_ptr.dtype.element_ty), i, j, m, n)
+
+
+@triton.jit
+def linear_sigmoid_tma_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    m,
+    n,
+    k,
+    x_row,
+    x_col,
+    weight_row,
+    weight_col,
+    bias_stride,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    X_LAYOUT: tl.constexpr,
+    WEIGHT_LAYOUT: tl.constexpr,
+    STORE: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """As `linear_sigmoid_kernel`, by persistent programs; the layouts are those of `describe`.
+
+    STORE says that rows of the result begin at 16 bytes, so that TMA can store tiles. It stores them in two
+    halves, which take fewer registers and less shared memory. With FLATTEN, both loops are one: a tile is
+    loaded while the one before it is finished.
+    """
+    tl.assume(k > 0)  # without it Triton 3.6 waits for each product before it begins the next
+    HALF: tl.constexpr = BLOCK_N // 2
+    x = x_ptr, m.to(tl.int64) * x_row, x_row, x_col
+    weight = weight_ptr, n.to(tl.int64) * weight_row, weight_row, weight_col
+    x_tiles = describe(x, 1, m, k, BLOCK_M, BLOCK_K, X_LAYOUT)
+    weight_tiles = describe(weight, 1, n, k, BLOCK_N, BLOCK_K, WEIGHT_LAYOUT)
+    if STORE:
+        out_tiles = tl.make_tensor_descriptor(out_ptr, [m, n], [n, 1], [BLOCK_M, HALF])
+    tiles_m, tiles_n = (m - 1) // BLOCK_M + 1, (n - 1) // BLOCK_N + 1
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
+        tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP)
+        row, col = tile_m * BLOCK_M, tile_n * BLOCK_N
+        z = dot_tiles(
+            x_tiles,
+            weight_tiles,
+            0,
+            row,
+            col,
+            k,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            False,
+            X_LAYOUT,
+            WEIGHT_LAYOUT,
+            PRECISION,
+        )
+        if STORE:
+            left, right = tl.split(tl.permute(tl.reshape(z, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+            j = col + tl.arange(0, HALF)
+            left = add_bias(left, bias_ptr, bias_stride, j, n, HAS_BIAS)
+            out_tiles.store([row, col], sigmoid(left, out_tiles.dtype))
+            right = add_bias(right, bias_ptr, bias_stride, j + HALF, n, HAS_BIAS)
+            out_tiles.store([row, col + HALF], sigmoid(right, out_tiles.dtype))
+        else:
+            i = row.to(tl.int64) + tl.arange(0, BLOCK_M)
+            j = col.to(tl.int64) + tl.arange(0, BLOCK_N)
+            z = add_bias(z, bias_ptr, bias_stride, j, n, HAS_BIAS)
+            store_tile(out_ptr, sigmoid(z, out_ptr.dtype.element_ty), i, j, m, n)
 
 
 def linear_sigmoid(
@@ -133,6 +222,7 @@ def linear_sigmoid(
     *,
     out: Tensor | None = None,
     tiles: Tiles | None = None,
+    tma: bool = True,
 ) -> Tensor | None:
     """``sigmoid(x @ weight.T + bias)`` for ``x (m, k)``, ``weight (n, k)``, ``bias (n)``; k is at least 1.
 
@@ -140,65 +230,80 @@ def linear_sigmoid(
         precision: "ieee" or "tf32"; it applies to float32 only.
         out: ``(m, n)``, contiguous; by default a new tensor.
         tiles: by default those of the device's table, or else those that suit the sizes.
+        tma: whether the kernel may make TMA descriptors.
 
     Returns:
         ``out``; None if PyTorch's library is faster by the device's table.
     """
-    plan = planned(_plan_forward, wrap, (x, weight, bias), precision, tiles, out=out)
+    plan = planned(_plan, wrap, (x, weight, bias), precision, tiles, tma, out=out)
     if plan is None:
         return None
     if out is None:
         out = x.new_empty(x.shape[0], weight.shape[0])
-    if out.numel() > 0:
-        plan.launch(wrap, x, weight, weight if bias is None else bias, out)  # without a bias it is not read
+    if out.numel() == 0:
+        return out
+    unread = weight if bias is None else bias  # without a bias there must be a tensor all the same
+    count = plan.constants.get("SPLITS", 1)
+    if count == 1:
+        plan.launch(wrap, x, weight, unread, out)
+        return out
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    parts = x.new_empty((count, *out.shape), dtype=dtype)
+    plan.launch(wrap, x, weight, unread, parts)
+    total = planned(_plan_sum, wrap, (parts, bias), out=out)
+    assert total is not None
+    total.launch(wrap, parts, unread, out)
     return out
 
 
-def _plan_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, precision: str, tiles: Tiles | None
+def _plan(
+    x: Tensor, weight: Tensor, bias: Tensor | None, precision: str, tiles: Tiles | None, tma: bool
 ) -> Plan | None:
     (m, k), n = x.shape, weight.shape[0]
-    tiles = tiles or chosen("linear_sigmoid", precision, (m, n, k, 1), x, weight)
+    tiles = tiles or chosen("linear_sigmoid", precision, (m, n, k, 1), x, weight, tma=tma)
     if tiles is None:
         return None
+    programs = triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n)
+    strides = *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0)
+    blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k}
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    if tiles.variant == "tma":
+        if "tma" not in variants("linear_sigmoid", n, x, weight):
+            raise ValueError(f"{tiles} cannot take operands of these strides")
+        stores = bool(n * x.element_size() % 16 == 0)
+        constants = {
+            "HAS_BIAS": bias is not None,
+            **blocks,
+            "X_LAYOUT": "N" if x.stride(1) == 1 else "T",
+            "WEIGHT_LAYOUT": "N" if weight.stride(1) == 1 else "T",
+            "STORE": stores,
+            "FLATTEN": stores and tiles.num_warps == 8,  # of 4 warps, another program multiplies meanwhile
+            "PRECISION": precision,
+            "GROUP": GROUP,
+        }
+        programs = torch.sym_min(programs, device(x).multiprocessors * resident_programs(tiles))
+        return Plan(
+            linear_sigmoid_tma_kernel, programs, (m, n, k, *strides), constants, options, descriptors=True
+        )
+    count, span = splits(tiles, device(x), m, n, k) if tiles.variant == "split" else (1, k)
     constants = {
         "HAS_BIAS": bias is not None,
-        "BLOCK_M": tiles.block_m,
-        "BLOCK_N": tiles.block_n,
-        "BLOCK_K": tiles.block_k,
+        **blocks,
         "EVEN_K": bool(k % tiles.block_k == 0),
         "PRECISION": precision,
         "GROUP": GROUP,
+        "SPLITS": count,
     }
-    return Plan(
-        linear_sigmoid_kernel,
-        triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n),
-        (m, n, k, *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0)),
-        constants,
-        {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages},
-    )
+    return Plan(linear_sigmoid_kernel, count * programs, (m, n, k, span, *strides), constants, options)
 
 
-def sigmoid_backward(g: Tensor, y: Tensor, dz: Tensor, wrap: Wrap) -> Tensor:
-    """Write ``g·y·(1 - y)`` for ``g, y (m, n)`` to the contiguous ``dz``; return its sum over rows, ``(n)``.
-
-    The sum has a fixed order, so that its bits are the same on every run. Few rows are summed by one program
-    for each column, which writes the result; of more, the sums of `BACKWARD_ROWS` rows are summed.
-    """
-    m, n = y.shape
-    if dz.numel() == 0:
-        return y.new_zeros(n)
-    acc_dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
-    few = m <= BACKWARD_ROWS
-    partial = y.new_empty((triton.cdiv(m, BACKWARD_ROWS), n), dtype=y.dtype if few else acc_dtype)
-    plan = planned(_plan_backward, wrap, (g, y), out=dz)
-    assert plan is not None
-    plan.launch(wrap, g, y, dz, partial)
-    return partial.view(n) if few else partial.sum(0).to(y.dtype)
-
-
-def _plan_backward(g: Tensor, y: Tensor) -> Plan:
-    m, n = y.shape
-    programs = triton.cdiv(m, BACKWARD_ROWS) * triton.cdiv(n, BACKWARD_BLOCK_N)
-    constants = {"ROWS": BACKWARD_ROWS, "BLOCK_M": BACKWARD_BLOCK_M, "BLOCK_N": BACKWARD_BLOCK_N}
-    return Plan(sigmoid_backward_kernel, programs, (m, n, *g.stride(), *y.stride()), constants, {})
+def _plan_sum(parts: Tensor, bias: Tensor | None) -> Plan:
+    count, m, n = parts.shape
+    constants = {
+        "HAS_BIAS": bias is not None,
+        "BLOCK_M": SUM_TILE[0],
+        "BLOCK_N": SUM_TILE[1],
+        "SPLITS": count,
+    }
+    programs = triton.cdiv(m, SUM_TILE[0]) * triton.cdiv(n, SUM_TILE[1])
+    return Plan(sum_splits_kernel, programs, (m, n, 0 if bias is None else bias.stride(0)), constants, {})

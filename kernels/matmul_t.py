@@ -14,7 +14,7 @@ from torch import Tensor
 from .gemm import GROUP, dot_rows, triangle_tile
 from .launch import Plan, Wrap, planned
 from .matmul_t_tma import symmetric_product_specialized_kernel, symmetric_product_tma_kernel
-from .tuning import Tiles, chosen, device, variants
+from .tuning import Tiles, chosen, device, resident_programs, variants
 
 SUM_BLOCK = 64  # with 128, float32 and float64 spill
 
@@ -157,7 +157,7 @@ def _plan_product(
     tiles = tiles or chosen("symmetric_product", precision, (n, n, k, batch), *operands, tma=tma)
     if tiles is None:
         return None
-    if tiles.variant not in ("pointers", *variants(n, *operands)):
+    if tiles.variant not in ("pointers", *variants("symmetric_product", n, *operands)):
         raise ValueError(f"{tiles} cannot take operands of these strides")
     strides = [stride for t in (a, b, a if c is None else c) for stride in _strides(t)]
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
@@ -189,11 +189,9 @@ def _plan_product(
         "PRECISION": precision,
         "GROUP": GROUP,
     }
-    # Of 4 warps, a multiprocessor has room for two programs.
-    resident = device(a).multiprocessors * (2 if tiles.num_warps == 4 and not specialized else 1)
     return Plan(
         symmetric_product_specialized_kernel if specialized else symmetric_product_tma_kernel,
-        torch.sym_min(batch * units, resident),
+        torch.sym_min(batch * units, device(a).multiprocessors * resident_programs(tiles)),
         (batch, n, k, *strides),
         constants,
         options,

@@ -41,8 +41,9 @@ _WITH_TMA = (90, 100, 103)  # sm_120 has too little shared memory for tiles that
 class Tiles(NamedTuple):
     """Tile sizes and launch options of a matrix kernel.
 
-    The variants "tma" (`_WITH_TMA`) and "specialized" (sm_90 alone) are `symmetric_product`'s. With "tma"
-    and a block_n of 2·block_m, the tiles below the diagonal have that shape, and those on it are square.
+    The variant "tma" is for `_WITH_TMA`. With it and a block_n of 2·block_m, `symmetric_product` has tiles of
+    that shape below the diagonal, and square ones on it. "specialized" (sm_90 alone) is `symmetric_product`'s,
+    "split" is `linear_sigmoid`'s: each tile is computed by several programs (`splits`).
     """
 
     block_m: int
@@ -62,29 +63,39 @@ class Device(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """A kind of operands, and the tiles for it."""
+    """A kind of operands, and the tiles for it.
+
+    ``speed`` is a multiprocessor's, in products per µs, from an H200: measured in bfloat16, else as NVIDIA
+    specifies it beside bfloat16.
+    """
 
     dtype: torch.dtype
     precision: str
+    speed: float
     unaligned: Tiles  # an address per element takes registers: larger tiles would spill
     tiles: tuple[Tiles, ...]
 
 
 # By pointers, symmetric_product takes the square tiles. Of tiles of one shape, the first is a default.
 _16_BIT = (
+    Tiles(128, 256, 64, 8, 4, "tma"),
     Tiles(128, 256, 64, 8, 3, "tma"),
     Tiles(64, 128, 64, 4, 4, "tma"),
     Tiles(128, 128, 64, 8, 4, "tma"),
+    Tiles(128, 128, 64, 4, 3, "tma"),
+    Tiles(64, 64, 128, 4, 3, "tma"),
     Tiles(128, 256, 64, 8, 3),
+    Tiles(256, 128, 64, 8, 3),
     Tiles(128, 128, 64, 8, 3),
     Tiles(64, 128, 64, 4, 3),
     Tiles(64, 64, 32, 8, 3),
     Tiles(64, 64, 64, 4, 3),
     Tiles(64, 64, 128, 4, 3),
+    Tiles(64, 64, 64, 4, 4, "split"),
     Tiles(128, 128, 64, 4, 3, "specialized"),
 )
 _TF32 = (  # with a fourth stage, transposed operands and a matrix C would not fit into sm_100's shared memory
-    *(tiles._replace(block_k=tiles.block_k // 2, num_stages=3) for tiles in _16_BIT),
+    *dict.fromkeys(tiles._replace(block_k=tiles.block_k // 2, num_stages=3) for tiles in _16_BIT),
     Tiles(64, 64, 16, 4, 3),
 )
 _FLOAT32 = (
@@ -92,21 +103,25 @@ _FLOAT32 = (
     Tiles(64, 128, 16, 8, 2),
     Tiles(64, 64, 16, 8, 2),
     Tiles(64, 64, 32, 8, 2),
+    Tiles(64, 64, 16, 8, 2, "split"),
 )
 _FLOAT64 = (
     Tiles(64, 128, 16, 8, 2),
     Tiles(64, 64, 16, 4, 2),
     Tiles(64, 64, 32, 8, 2),
     Tiles(64, 64, 16, 4, 3),
+    Tiles(64, 64, 16, 4, 2, "split"),
 )
 FAR = 6.0  # octaves from a measured problem, over all sizes; such as a fourth of m, n and k
+SECOND_LAUNCH = 3.0  # µs of a GPU, an estimate
+BYTES = 4e6  # that an H200 moves in 1 µs
 KERNELS = ("symmetric_product", "linear_sigmoid")
 KINDS = {
-    "bfloat16": Kind(torch.bfloat16, "ieee", Tiles(64, 64, 32, 8, 3), _16_BIT),
-    "float16": Kind(torch.float16, "ieee", Tiles(64, 64, 32, 8, 3), _16_BIT),
-    "tf32": Kind(torch.float32, "tf32", Tiles(64, 64, 16, 4, 3), _TF32),
-    "float32": Kind(torch.float32, "ieee", Tiles(64, 64, 16, 8, 3), _FLOAT32),
-    "float64": Kind(torch.float64, "ieee", Tiles(64, 64, 16, 4, 3), _FLOAT64),
+    "bfloat16": Kind(torch.bfloat16, "ieee", 3e6, Tiles(64, 64, 32, 8, 3), _16_BIT),
+    "float16": Kind(torch.float16, "ieee", 3e6, Tiles(64, 64, 32, 8, 3), _16_BIT),
+    "tf32": Kind(torch.float32, "tf32", 1.5e6, Tiles(64, 64, 16, 4, 3), _TF32),
+    "float32": Kind(torch.float32, "ieee", 2e5, Tiles(64, 64, 16, 8, 3), _FLOAT32),
+    "float64": Kind(torch.float64, "ieee", 2e5, Tiles(64, 64, 16, 4, 3), _FLOAT64),
 }
 _Entry = tuple[tuple[int, ...], Tiles | None]  # m, n, k and batch, and their tiles
 
@@ -138,13 +153,19 @@ def configurations(kernel: str, dtype: torch.dtype, precision: str, capability: 
     found = []
     for tiles in KINDS[_kind(dtype, precision)].tiles:
         m, n, k, _, stages, variant = tiles
-        pointers, symmetric = variant == "pointers", kernel == "symmetric_product"
-        exists = m == n or not symmetric if pointers else symmetric and capability in _WITH_TMA
-        if capability != 90:  # the widest tiles spill, and Triton 3.6 does not compile the specialized kernel
-            exists &= variant != "specialized" and (pointers or n < 256)
+        symmetric = kernel == "symmetric_product"
+        exists = {
+            # Of the two widest, one spills on sm_80 and the other later.
+            "pointers": m == n if symmetric else m + n < 384 or (m > n) == (capability < 90),
+            "split": not symmetric,
+            "tma": capability == 90 or (capability in _WITH_TMA and n == 128),  # elsewhere the others spill
+            "specialized": symmetric and capability == 90,  # Triton 3.6 compiles it for no other
+        }[variant]
         elements = (stages - (capability == 0)) * (m + n) * k  # AMD keeps a stage in registers
-        elements += 0 if pointers else m * m  # TMA stores a tile from shared memory
-        if exists and elements * dtype.itemsize <= SHARED_MEMORY.get(capability, 101376):
+        if variant in ("tma", "specialized"):  # which store from shared memory
+            elements += m * m if symmetric else m * n // 2
+        programs = resident_programs(tiles)
+        if exists and programs * elements * dtype.itemsize <= SHARED_MEMORY.get(capability, 101376):
             found.append(tiles)
     return found
 
@@ -152,22 +173,25 @@ def configurations(kernel: str, dtype: torch.dtype, precision: str, capability: 
 def default_tiles(
     kernel: str, precision: str, sizes: Sequence[int], *operands: Tensor, tma: bool = True
 ) -> Tiles:
-    """Tiles for products of ``sizes`` (m, n, k and batch) without a table.
-
-    They take the fewest waves of tiles over the multiprocessors, weighted by the cost of a tile.
-    """
+    """Tiles for products of ``sizes`` (m, n, k and batch) without a table: those of the least estimate."""
     kind, present = _kind(operands[0].dtype, precision), device(operands[0])
-    if not (usable := variants(sizes[1], *operands, tma=tma)):
+    usable = tuple(v for v in variants(kernel, sizes[1], *operands, tma=tma) if v != "specialized")
+    if not usable:
         return KINDS[kind].unaligned
-    m, n, _, batch = map(_hint, sizes)
-    return _fewest_waves(kernel, kind, present, m, n, batch, usable)
+    return _least(kernel, kind, present, tuple(map(_hint, sizes)), usable)
 
 
 @lru_cache(4096)
-def _fewest_waves(
-    kernel: str, kind: str, present: Device, m: int, n: int, batch: int, variants: tuple[str, ...]
+def _least(
+    kernel: str, kind: str, present: Device, sizes: tuple[int, ...], variants: tuple[str, ...]
 ) -> Tiles:
-    def cost(tiles: Tiles) -> int:
+    """Of the ``variants``, the tiles with the least estimated time."""
+    m, n, k, batch = sizes
+    dtype, precision, speed = KINDS[kind][:3]
+    aligned = n * dtype.itemsize % 16 == 0
+
+    def estimate(tiles: Tiles) -> float:
+        """In µs: waves of tiles over the multiprocessors. Operands go through shared memory."""
         block_m, block_n = tiles[:2]
         rows, columns = ceil(m / block_m), ceil(n / block_n)
         if kernel != "symmetric_product":
@@ -176,11 +200,37 @@ def _fewest_waves(
             units = rows * (rows + 1) // 2
         else:  # full tiles, and pairs of the square tiles on the diagonal
             units = columns**2 + ceil(columns / 2)
-        waves = ceil(units * batch / present.multiprocessors)
-        return waves * (block_m * block_n + 64 * (block_m + block_n))  # operands go through shared memory
+        count, span = splits(tiles, present, m, n, k) if tiles.variant == "split" else (1, k)
+        waves = ceil(units * batch * count / present.multiprocessors)
+        time = waves * span * (block_m * block_n + 64 * (block_m + block_n)) / speed
+        return time if count == 1 else time + SECOND_LAUNCH + 8 * m * n * count / BYTES
 
-    possible = configurations(kernel, *KINDS[kind][:2], present.capability)
-    return min((tiles for tiles in possible if tiles.variant in variants[:2]), key=cost)
+    possible = configurations(kernel, dtype, precision, present.capability)
+    return min((one for one in possible if one.variant in variants and _stores(one, aligned)), key=estimate)
+
+
+def _stores(tiles: Tiles, aligned: bool) -> bool:
+    """Whether the registers suffice to store a tile where rows of the result do not begin at 16 bytes."""
+    return aligned or tiles.block_m * tiles.block_n <= 64 * 128
+
+
+def splits(tiles: Tiles, present: Device, m: int, n: int, k: int) -> tuple[int, int]:
+    """Among how many programs a tile of linear_sigmoid is split, and the columns of x that each takes.
+
+    A graph of symbolic sizes has one program.
+    """
+    if any(isinstance(size, torch.SymInt) for size in (m, n, k)):
+        return 1, k
+    units = ceil(m / tiles.block_m) * ceil(n / tiles.block_n)
+    steps = ceil(k / tiles.block_k)
+    count = max(1, min(present.multiprocessors // units, steps // 4, 16))
+    steps_each = ceil(steps / count)
+    return ceil(steps / steps_each), steps_each * tiles.block_k
+
+
+def resident_programs(tiles: Tiles) -> int:
+    """How many persistent programs a multiprocessor runs at a time."""
+    return 2 if tiles.num_warps == 4 and tiles.variant == "tma" else 1
 
 
 def chosen(
@@ -193,8 +243,12 @@ def chosen(
     """
     kind = _kind(operands[0].dtype, precision)
     entry = _nearest(device(operands[0]), kernel, kind, tuple(map(_hint, sizes)))
-    if entry and (entry[1] is None or entry[1].variant in variants(sizes[1], *operands, tma=tma)):
-        return entry[1]
+    if entry:
+        tiles = entry[1]
+        aligned = _hint(sizes[1]) * operands[0].element_size() % 16 == 0
+        usable = variants(kernel, sizes[1], *operands, tma=tma)
+        if tiles is None or (tiles.variant in usable and _stores(tiles, aligned)):
+            return tiles
     return default_tiles(kernel, precision, sizes, *operands, tma=tma)
 
 
@@ -212,14 +266,19 @@ def _hint(size: int) -> int:
     return size.node.hint or 1024 if isinstance(size, torch.SymInt) else size
 
 
-def variants(n: int, *operands: Tensor, tma: bool = True) -> tuple[str, ...]:
-    """The variants that operands and a result of ``n`` columns allow, those of defaults first; maybe none."""
-    if not _moves_16_bytes(n, *operands):
+def variants(kernel: str, n: int, *operands: Tensor, tma: bool = True) -> tuple[str, ...]:
+    """The variants of ``kernel`` that operands and a result of ``n`` columns allow; maybe none.
+
+    The symmetric product stores its mirror as well, for which rows of the result must begin at 16 bytes.
+    """
+    symmetric = kernel == "symmetric_product"
+    if not _moves_16_bytes(n if symmetric else 0, *operands):
         return ()
+    found = ("pointers",) if symmetric else ("pointers", "split")
     if not tma or operands[0].dtype == torch.float64 or not all(map(loads_by_tma, operands)):
-        return ("pointers",)
-    plain = all(t.stride(-1) == 1 and (t.dim() == 2 or t.shape[0] == 1) for t in operands)
-    return ("pointers", "tma", "specialized") if plain else ("pointers", "tma")
+        return found
+    plain = symmetric and all(t.stride(-1) == 1 and (t.dim() == 2 or t.shape[0] == 1) for t in operands)
+    return (*found, "tma", "specialized") if plain else (*found, "tma")
 
 
 def loads_by_tma(t: Tensor) -> bool:

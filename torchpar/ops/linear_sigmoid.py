@@ -31,6 +31,7 @@ from torchpar.ops._library import (
     register_sharding,
     register_vmap,
     sample,
+    supports_tma,
 )
 from torchpar.ops._matrix import check_dtype, check_like, fp32_precision, rows
 
@@ -94,7 +95,8 @@ def _linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wr
 
     out = None
     if x.shape[-1] != 0:  # the kernel expects a column
-        out = kernels.linear_sigmoid(rows(x), weight, bias, fp32_precision(), wrap)
+        tma = supports_tma(wrap)
+        out = kernels.linear_sigmoid(rows(x), weight, bias, fp32_precision(), wrap, tma=tma)
     if out is None:
         return linear(x, weight, bias).sigmoid_()
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
@@ -175,13 +177,13 @@ def _backward_formula(g: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return dz, rows(dz).sum(0)
 
 
-@operator("linear_sigmoid_backward(Tensor g, Tensor y) -> (Tensor, Tensor)", kernels="linear_sigmoid")
+@operator("linear_sigmoid_backward(Tensor g, Tensor y) -> (Tensor, Tensor)", kernels="sigmoid_backward")
 def _linear_sigmoid_backward(g: Tensor, y: Tensor, *, wrap: Wrap) -> tuple[Tensor, Tensor]:
     check_like("linear_sigmoid_backward", "g", g, y.shape, y)
     if not y.is_cuda:
         dz, db = _backward_formula(g, y)
         return dz.contiguous(), db
-    from torchpar.kernels import linear_sigmoid as kernels
+    from torchpar.kernels import sigmoid_backward as kernels
 
     dz = y.new_empty(y.shape)
     db = kernels.sigmoid_backward(rows(g), rows(y), rows(dz), wrap)

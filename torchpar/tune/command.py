@@ -25,8 +25,8 @@ if TYPE_CHECKING:  # it imports Triton
     from torchpar.kernels.tuning import Device
 
 KERNELS = ("symmetric_product", "linear_sigmoid")
-VARIANTS = ("pointers", "tma", "specialized")
-SEEN = VARIANTS[:2]  # a kernel that hangs ends the run; the specialized one has not run on a GPU yet
+VARIANTS = ("pointers", "split", "tma", "specialized")
+SEEN = VARIANTS[:3]  # a kernel that hangs ends the run; the specialized one has not run on a GPU yet
 DTYPES = ("bfloat16", "float16", "tf32", "float32", "float64")
 # Of each dtype, the most important first: m, n, k and batch.
 PROBLEMS = (
