@@ -17,7 +17,7 @@ from .launch import Plan, Wrap, planned
 FLAT_BYTES = 4096  # of a result per program: 2 accesses of 16 bytes for each of 128 threads
 STRIDED_BYTES = 8192  # of a result per program: 4 rows, which share what repeats along them
 STRIDED_ROW_BYTES = 2048  # one access for each of 128 threads
-STRIDED_ELEMENTS = {1: 4096, 2: 1024}  # at most, by results: with more, masks take too many registers
+STRIDED_ELEMENTS = {1: 2048, 2: 1024}  # at most, by results: with more, masks take too many registers
 STRIDED_DIMS = 4
 
 
