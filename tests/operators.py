@@ -34,7 +34,7 @@ class Backward(NamedTuple):
     """An operator of a backward pass."""
 
     schema: str
-    kernel: str
+    kernels: set[str]
     cases: list[Shapes]
 
 
@@ -193,6 +193,13 @@ MAXIMUM = Operator(
         Refused((ones(3), ones(4)), "b has shape (4,), which does not broadcast with a's (3,)"),
         Refused((ones(2, 3), ones(2, 0)), "b has shape (2, 0), which does not broadcast with a's (2, 3)"),
     ],
+    backward={
+        "maximum_backward": Backward(
+            "(Tensor g, Tensor a, Tensor b) -> (Tensor, Tensor)",
+            {"maximum_backward_flat_kernel", "maximum_backward_strided_kernel"},
+            [((3, 4), (3, 4), (3, 4)), ((2, 3, 4), (3, 1), (2, 1, 4)), ((3,), (), (3,)), ((), (), ())],
+        )
+    },
 )
 
 MATMUL_T = Operator(
@@ -245,7 +252,7 @@ MATMUL_T = Operator(
     backward={
         "matmul_t_backward": Backward(
             "(Tensor g, Tensor x) -> Tensor",
-            "symmetric_sum_kernel",
+            {"symmetric_sum_kernel"},
             [((4, 4), (4, 3)), ((2, 4, 4), (2, 4, 3))],
         )
     },
@@ -375,7 +382,7 @@ LINEAR_SIGMOID = Operator(
     backward={
         "linear_sigmoid_backward": Backward(
             "(Tensor g, Tensor y) -> (Tensor, Tensor)",
-            "sigmoid_backward_kernel",
+            {"sigmoid_backward_kernel"},
             [((3, 4), (3, 4)), ((2, 3, 4), (2, 3, 4)), ((4,), (4,))],
         )
     },

@@ -369,7 +369,8 @@ def test_symmetric_sum(compiled, capability, launcher, dtype):
 
 
 NUMEL = 2**24 + 1  # odd: whatever has a mask cannot be vectorised
-MAXIMUM_DTYPES = (torch.bool, torch.int16, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAXIMUM_DTYPES = (torch.bool, torch.int16, *FLOATS)
 
 
 @pytest.mark.parametrize("dtype", MAXIMUM_DTYPES, ids=str)
@@ -382,8 +383,25 @@ def test_flat_maximum_moves_16_bytes_at_once(compiled, capability, dtype):
     assert code.count(r"STG\.E.*\.128.*") == accesses
 
 
+def maximum_backward(g: Tensor, a: Tensor, b: Tensor, wrap) -> None:
+    maximum_kernels.maximum_backward(g, a, b, torch.empty_like(a), torch.empty_like(a), wrap)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_flat_maximum_backward_moves_16_bytes_at_once(compiled, capability, dtype):
+    a = meta(NUMEL, dtype=dtype)
+    for g, operands in ((a, 3), (meta(dtype=dtype).expand(NUMEL), 2)):
+        code = compiled(maximum_backward, g, a, a)
+        assert_fits(code, capability)
+        accesses = code.options["BLOCK"] * dtype.itemsize // 16 // 128
+        assert code.count(r"LDG\.E.*\.128.*") == operands * accesses
+        assert code.count(r"STG\.E.*\.128.*") == 2 * accesses
+
+
 @triton.jit
-def masked_maximum_kernel(a_ptr, b_ptr, out_ptr, numel, BLOCK: tl.constexpr):
+def masked_maximum_kernel(
+    a_ptr, b_ptr, out_ptr, numel, A_REPEATS: tl.constexpr, B_REPEATS: tl.constexpr, BLOCK: tl.constexpr
+):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < numel
     a = tl.load(a_ptr + offsets, mask=mask)
@@ -398,12 +416,54 @@ def test_check_rejects_a_mask_everywhere(compiled):
     assert not code.count(r"(LDG|STG)\.E.*\.128.*")
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float64], ids=str)
+BROADCAST = {  # b's strides
+    "a row": (0, 1),
+    "a column": (1, 0),
+    "a row for each of a batch": (16384, 0, 1),
+}
+
+
+@pytest.mark.parametrize("case", BROADCAST)
+@pytest.mark.parametrize("dtype", MAXIMUM_DTYPES, ids=str)
+def test_broadcast_maximum_moves_16_bytes_at_once(compiled, capability, dtype, case):
+    strides = BROADCAST[case]
+    a = meta(*(64, 64, 16384)[-len(strides) :], dtype=dtype)
+    b = meta(64, 16384, dtype=dtype).as_strided(a.shape, strides)
+    launchers = [(lambda a, b, wrap: maximum_kernels.maximum(a, b, torch.empty_like(a), wrap), 1, 1)]
+    if dtype.is_floating_point:
+        launchers.append((lambda a, b, wrap: maximum_backward(a, a, b, wrap), 2, 2))
+    for launcher, whole, results in launchers:
+        code = compiled(launcher, a, b)
+        assert_fits(code, capability)
+        elements = code.options["BLOCK_ROWS"] * code.options["BLOCK_COLS"]
+        accesses = elements * dtype.itemsize // 16 // 128  # of each of 128 threads
+        assert code.options["BLOCK_ROWS"] > 1 or dtype.itemsize <= results
+        assert code.count(r"STG.*") == code.count(r"STG\.E.*\.128.*") == results * accesses
+        loads, wide = code.count(r"LDG.*"), code.count(r"LDG\.E.*\.128.*")
+        if case == "a column":  # of b, at most an access per row
+            assert whole * accesses <= wide <= loads <= whole * accesses + code.options["BLOCK_ROWS"]
+        else:  # of a row, one access serves all rows
+            assert wide == loads == whole * accesses + (1 if case == "a row" else accesses)
+
+
+def test_check_rejects_a_column_read_for_every_element(compiled):
+    a = meta(64, 16384, dtype=torch.float32)
+    b = meta(128, dtype=torch.float32)[::2, None].expand_as(a)
+    with patch.object(maximum_kernels, "_repeats", lambda strides: ""):
+        code = compiled(maximum_kernels.maximum, a, b, torch.empty_like(a))
+    assert code.count(r"LDG.*") == 4 + 16
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("columns", [4096, 4095])
 @pytest.mark.parametrize("strides", [(1, 0), (0, 1), (1, 4096)], ids=["a column", "a row", "transposed"])
-def test_strided_maximum(compiled, capability, dtype, strides):
-    out = meta(4096, 4096, dtype=dtype)
+def test_strided_maximum(compiled, capability, dtype, columns, strides):
+    """4095 columns: every element has a mask and an access of its own."""
+    out = meta(4096, columns, dtype=dtype)
     b = meta(4096 * 4096, dtype=dtype).as_strided(out.shape, strides)
     assert_fits(compiled(maximum_kernels.maximum, out, b, torch.empty_like(out)), capability)
+    if dtype.is_floating_point:
+        assert_fits(compiled(maximum_backward, out, out, b), capability)
 
 
 # What tracers see. The autograd engine asks CUDA for a context even where tensors are fake, so the operators
@@ -456,7 +516,18 @@ traced = pytest.mark.parametrize(
     [
         (ops.maximum, ("mk", "mk"), {"maximum_flat_kernel": ["out_ptr"]}),
         (ops.maximum, ("mk", "k"), {"maximum_strided_kernel": ["out_ptr"]}),
-        (ops.maximum, ("mk", ""), {"maximum_strided_kernel": ["out_ptr"]}),
+        (ops.maximum, ("mk", ""), {"maximum_flat_kernel": ["out_ptr"]}),
+        (
+            ops.maximum_backward,
+            ("mk", "mk", "mk"),
+            {"maximum_backward_flat_kernel": ["da_ptr", "db_ptr"]},
+        ),
+        (
+            ops.maximum_backward,
+            ("bmk", "bmk", "k"),
+            {"maximum_backward_strided_kernel": ["da_ptr", "db_ptr"]},
+        ),
+        (ops.maximum_backward, ("mk", "mk", ""), {"maximum_backward_flat_kernel": ["da_ptr", "db_ptr"]}),
         (ops.matmul_t, ("mk",), {"symmetric_product_kernel": ["out_ptr"]}),
         (ops.matmul_t, ("bmk",), {"symmetric_product_kernel": ["out_ptr"]}),
         (ops.matmul_t_backward, ("bmm", "bmk"), {"symmetric_sum_kernel": ["out_ptr"]}),
@@ -527,6 +598,19 @@ def test_the_backward_of_few_rows_takes_three_launches(capability, rows, sums):
 
 
 @one_capability
+def test_the_backward_of_maximum_is_one_launch(capability):
+    with FakeTensorMode():
+        a, b = (torch.empty(64, 48, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        for g in (a, a[0, 0].expand(64, 48)):
+            graph = aot_export_joint_simple(
+                lambda g, a, b: ops.maximum_backward(g, a, b), [g, a, b], trace_joint=False
+            )
+            assert kernel_names(graph) == ["maximum_backward_flat_kernel"]
+            launched = set(aten(graph)) - {"empty", "empty_like", "empty_strided", "expand"}
+            assert launched <= {"_assert_tensor_metadata"}
+
+
+@one_capability
 def test_float16_gradients_take_two_products(capability):
     """Half of a small one would lose bits, and the sum of two large ones would overflow."""
     with FakeTensorMode():
@@ -575,6 +659,10 @@ def _backward(g: Tensor, y: Tensor) -> Tensor:
     return g * y * (1 - y)
 
 
+def _shares(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.addcmul(g, a, b), torch.addcmul(g, b, a)  # as every elementwise operator of three tensors
+
+
 def _strided(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Neither contiguous nor dense."""
     return torch.ones(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2]
@@ -588,6 +676,14 @@ def _strided(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         (ops.maximum, torch.maximum, (torch.ones(3, 4).T, torch.ones(1, 3))),
         (ops.maximum, torch.maximum, (torch.ones(0, 4), torch.ones(4, dtype=torch.float16))),
         (ops.maximum, torch.maximum, (torch.ones(4, dtype=torch.int32), _strided(4, dtype=torch.float16))),
+        (ops.maximum_backward, _shares, (torch.ones(4, 3).T, torch.ones(4, 3).T, torch.ones(3, 4))),
+        (ops.maximum_backward, _shares, (_strided(3, 4), torch.ones(3, 4), torch.ones(4))),
+        (
+            ops.maximum_backward,
+            _shares,
+            (torch.ones(()).expand(3, 4), torch.ones(4, 3).T, torch.ones(4, 3).T),
+        ),
+        (ops.maximum_backward, _shares, (torch.ones(3), torch.ones(3).half(), torch.ones(3).int().float())),
         (ops.matmul_t, _contiguous(lambda x: x @ x.mT), (_strided(2, 5, 3),)),
         (ops.matmul_t, _contiguous(lambda x: x @ x.mT), (torch.ones(3, 5, dtype=torch.bfloat16).T,)),
         (ops.matmul_t, _contiguous(lambda x: x @ x.mT), (torch.ones(5, 0),)),

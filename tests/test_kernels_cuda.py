@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The symmetric product's kernel on a GPU, at sizes and with tiles that go by TMA where there is one.
+"""Kernels on a GPU: the symmetric product's at sizes and with tiles that go by TMA where there is one.
 
 The operators' tests are of small shapes, which take pointers or, where a table says so, the library.
 """
@@ -80,6 +80,35 @@ def test_symmetric_sums(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     expected = g.tril() + g.tril(-1).mT
     assert torch.equal(kernels.mirror(g, None), expected)
     assert torch.equal(g, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "a_shape, b_shape",
+    [
+        ((2**20 + 1,), (2**20 + 1,)),
+        ((1000, 1040), (1040,)),
+        ((1000, 1039), (1039,)),
+        ((1040, 1000), (1040, 1)),
+        ((999, 1040), ()),
+        ((5, 64, 128), (5, 1, 128)),
+        ((2, 1, 4, 1, 33, 1), (1, 5, 1, 16, 1, 16)),
+    ],
+    ids=str,
+)
+def test_gradients_of_maximum(dtype: torch.dtype, a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (  # many ties
+        torch.randint(-2, 3, shape, generator=generator).to("cuda", dtype) for shape in (a_shape, b_shape)
+    )
+    shape = torch.broadcast_shapes(a_shape, b_shape)
+    wide = [t.expand(shape).clone().requires_grad_() for t in (a, b)]
+    random = torch.randn(shape, generator=generator).to("cuda", dtype)
+    for g in (random, random.flatten()[0].expand(shape)):
+        expected = torch.autograd.grad(torch.maximum(*wide), wide, g)
+        for _ in range(2):  # the second by the plan of the first
+            actual = torch.ops.torchpar.maximum_backward(g, a, b)
+            assert_close(actual, expected, rtol=0, atol=0)
 
 
 def test_a_product_by_tma_is_captured_and_compiled() -> None:

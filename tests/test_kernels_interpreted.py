@@ -431,7 +431,7 @@ def poison(out: Tensor) -> Tensor:
     return out.fill_(math.nan if out.is_floating_point() else torch.iinfo(out.dtype).min)
 
 
-FLAT, STRIDED = "maximum_flat_kernel", "maximum_strided_kernel"
+FLAT, STRIDED = "flat_kernel", "strided_kernel"
 OPERANDS = {  # what makes the operands from a draw, the kernel that serves them, and how often it is launched
     "scalars": (lambda d: (d(), d()), FLAT, 1),
     "one element": (lambda d: (d(1), d(1)), FLAT, 1),
@@ -450,7 +450,10 @@ OPERANDS = {  # what makes the operands from a draw, the kernel that serves them
     "a column": (lambda d: (d(129, 33), d(129, 1)), STRIDED, 1),
     "a long row": (lambda d: (d(3, 2049), d(1, 2049)), STRIDED, 1),
     "outer": (lambda d: (d(127, 1), d(1, 129)), STRIDED, 1),
-    "a scalar": (lambda d: (d(129), d()), STRIDED, 1),
+    "a long column": (lambda d: (d(2049, 3), d(2049, 1)), STRIDED, 1),
+    "a row for each of a batch": (lambda d: (d(3, 5, 20), d(3, 1, 20)), STRIDED, 1),
+    "a scalar": (lambda d: (d(4099), d()), FLAT, 1),
+    "every second": (lambda d: (d(258)[::2], d(129)), STRIDED, 1),
     "4 dimensions": (lambda d: (d(3, 1, 5, 1), d(1, 4, 1, 7)), STRIDED, 1),
     "5 dimensions": (lambda d: (d(2, 1, 4, 1, 3), d(1, 5, 1, 6, 1)), STRIDED, 2),
     "6 dimensions": (lambda d: (d(2, 1, 4, 1, 3, 1), d(1, 5, 1, 2, 1, 6)), STRIDED, 10),
@@ -465,6 +468,18 @@ OPERANDS = {  # what makes the operands from a draw, the kernel that serves them
 }
 
 
+class Recording:
+    """``wrap``, which notes the kernels that it is given."""
+
+    def __init__(self, wrap):
+        self.wrap = wrap
+        self.launched: list[str] = []
+
+    def __call__(self, kernel):
+        self.launched.append(kernel.fn.__name__)
+        return self.wrap(kernel)
+
+
 def check_maximum(case: str, a_dtype, b_dtype, wrap) -> list[str]:
     """Compare with `torch.maximum`, bit for bit; return the kernels launched."""
     torch.manual_seed(0)
@@ -473,24 +488,45 @@ def check_maximum(case: str, a_dtype, b_dtype, wrap) -> list[str]:
     expected = torch.maximum(a, b)
     out = poison(torch.empty_like(expected))
     assert out.stride() == expected.stride()
-    launched = []
-
-    def recording(kernel):
-        launched.append(kernel.fn.__name__)
-        return wrap(kernel)
-
-    maximum_kernels.maximum(a.expand(out.shape), b.expand(out.shape), out, recording)
+    wrap = Recording(wrap)
+    maximum_kernels.maximum(a.expand(out.shape), b.expand(out.shape), out, wrap)
     if out.dtype == torch.bool:
         out, expected = out.view(torch.uint8), expected.view(torch.uint8)
     torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
-    return launched
+    return wrap.launched
+
+
+INCOMING = {  # gradients of the layouts that follow an operation, and of others
+    "like the result": lambda g: g,
+    "of a sum": lambda g: g.flatten()[:1].view(()).expand_as(g),
+    "of a sum over rows": lambda g: g[:1].expand_as(g) if g.dim() else g,
+    "contiguous": lambda g: g.contiguous(),
+    "transposed": lambda g: g.T.contiguous().T if g.dim() == 2 else g,
+}
+
+
+def check_maximum_backward(case: str, incoming: str, a_dtype, b_dtype, wrap) -> list[str]:
+    """Compare with the gradients of `torch.maximum`, bit for bit; return the kernels launched."""
+    torch.manual_seed(0)
+    dtypes = iter((a_dtype, b_dtype))
+    a, b = OPERANDS[case][0](lambda *shape: draw_any(*shape, dtype=next(dtypes)))
+    y = torch.maximum(a, b)
+    g = INCOMING[incoming](torch.empty_like(y).copy_(draw(*y.shape, dtype=torch.float64) * 1000))
+    g.flatten()[:1] *= 2.0**-24  # the half of the least float16 is rounded
+    wide = [t.to(y.dtype).expand(y.shape).clone().requires_grad_() for t in (a, b)]
+    expected = torch.autograd.grad(torch.maximum(*wide), wide, g)
+    da, db = poison(torch.empty_like(y)), poison(torch.empty_like(y))
+    wrap = Recording(wrap)
+    maximum_kernels.maximum_backward(g, a.expand(y.shape), b.expand(y.shape), da, db, wrap)
+    torch.testing.assert_close((da, db), expected, rtol=0, atol=0, equal_nan=True)
+    return wrap.launched
 
 
 @pytest.mark.parametrize("case", OPERANDS)
 def test_maximum(interpreter, case):
     _, kernel, launches = OPERANDS[case]
     for dtype in (*FLOATS, *INTEGERS):
-        assert interpreter(check_maximum, case, dtype, dtype, directly) == [kernel] * launches
+        assert interpreter(check_maximum, case, dtype, dtype, directly) == [f"maximum_{kernel}"] * launches
 
 
 @pytest.mark.parametrize(
@@ -512,6 +548,31 @@ def test_maximum_of_mixed_dtypes(interpreter, a_dtype, b_dtype):
     for case in ("127", "a last block of one", "a row", "transposed", "a scalar", "5 dimensions"):
         interpreter(check_maximum, case, a_dtype, b_dtype, directly)
         interpreter(check_maximum, case, b_dtype, a_dtype, directly)
+
+
+@pytest.mark.parametrize("case", OPERANDS)
+def test_maximum_backward(interpreter, case):
+    _, kernel, launches = OPERANDS[case]
+    for dtype in FLOATS:
+        args = (case, "like the result", dtype, dtype, directly)
+        assert interpreter(check_maximum_backward, *args) == [f"maximum_backward_{kernel}"] * launches
+
+
+@pytest.mark.parametrize("incoming", INCOMING)
+def test_maximum_backward_of_layout(interpreter, incoming):
+    for case in ("scalars", "129", "a scalar", "a row", "a column", "transposed", "permuted", "6 dimensions"):
+        for dtypes in (
+            (torch.float32, torch.float32),
+            (torch.int64, torch.float16),
+            (torch.float64, torch.bool),
+        ):
+            interpreter(check_maximum_backward, case, incoming, *dtypes, directly)
+
+
+def test_the_gradient_of_a_sum_is_read_once(interpreter):
+    for case in ("129", "a scalar", "same permutation"):
+        args = (case, "of a sum", torch.float32, torch.float32, directly)
+        assert interpreter(check_maximum_backward, *args) == ["maximum_backward_flat_kernel"]
 
 
 # Offsets beyond 2³¹
@@ -541,6 +602,10 @@ def check_far_apart() -> None:
         assert torch.equal(y, (x @ x.mT).float().sigmoid().half())
         linear_sigmoid_kernels.sigmoid_backward(x, x, dz, directly)
         assert torch.equal(dz, x * x * (1 - x))
+        da, db = (poisoned(n, k, dtype=x.dtype) for _ in range(2))
+        maximum_kernels.maximum_backward(x, x, x, da, db, directly)
+        assert torch.equal(da, x / 2)
+        assert torch.equal(db, x / 2)
     for g in (far[:, :2], far[:, :2].mT):
         total = poisoned(2, 2, dtype=g.dtype)
         matmul_t_kernels.half_sum(g, directly, out=total)
@@ -665,7 +730,14 @@ def test_large_tiles(interpreter, check, args):
         (check_linear_sigmoid, (torch.float32, 129, 129, 33, "contiguous", True)),
         (check_sigmoid_backward, (torch.float32, 129, 129, "contiguous")),
         *((check_maximum, ("129", dtype, dtype)) for dtype in (*FLOATS, *INTEGERS)),
-        (check_maximum, ("a row", torch.float32, torch.float32)),
+        *(
+            (check_maximum, (case, torch.int32, torch.int32))  # of floats, NaN is the poison and a value
+            for case in ("a row", "a column", "a scalar")
+        ),
+        *(
+            (check_maximum_backward, (case, "like the result", torch.float32, torch.float32))
+            for case in ("129", "a scalar", "a row", "a column", "6 dimensions")
+        ),
         (check_maximum, ("6 dimensions", torch.int8, torch.int8)),
     ],
 )

@@ -60,6 +60,32 @@ def test_every_placement(ranks, name, world_size):
     assert expected <= set(local[0]), local[0]
 
 
+def compare_backward(shapes: Shapes) -> list[str]:
+    """Run `maximum_backward`, which only a GPU's backward calls; return what took no communication."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    whole = arguments(shapes)
+    backward = torch.ops.torchpar.maximum_backward
+    local = []
+    for placements in itertools.product(*([Replicate(), *map(Shard, range(t.dim()))] for t in whole)):
+        args = [distribute_tensor(t, mesh, [p]) for t, p in zip(whole, placements, strict=True)]
+        with CommDebugMode() as communication:
+            results = backward(*args)
+        if communication.get_total_counts() == 0:
+            local.append(" ".join(map(str, placements)) + " -> " + str(results[0].placements[0]))
+        torch.testing.assert_close([t.full_tensor() for t in results], list(backward(*whole)))
+    return local
+
+
+def test_the_backward_operator_of_maximum(ranks):
+    local = ranks(2, compare_backward, ((6, 5), (6, 5), (5,)))[0]
+    assert {"R R R -> R", "S(0) S(0) R -> S(0)", "S(1) S(1) S(0) -> S(1)"} <= set(local), local
+
+
 def compare_compiled(name: str) -> None:
     """The compiled operator beside the eager one, with replicated and with split operands."""
     import torch.distributed as dist

@@ -42,6 +42,19 @@ def test_maximum_of_many_elements() -> None:
     assert torch.equal(torchpar.maximum(a, b), torch.maximum(a, b))
 
 
+def test_backward_of_maximum_of_many_elements() -> None:
+    need(gib=32)
+    a = torch.zeros(BEYOND, dtype=torch.bfloat16, device="cuda")
+    a[-1000:] = halves(1000, dtype=torch.bfloat16, device="cuda")
+    b = a.new_zeros(())
+    for g in (a, a.new_ones(()).expand_as(a)):
+        da, db = torch.ops.torchpar.maximum_backward(g, a, b)
+        last = torch.ops.torchpar.maximum_backward(g[-1000:], a[-1000:].clone(), b)
+        assert torch.equal(da[-1000:], last[0])
+        assert torch.equal(db[-1000:], last[1])
+        assert torch.equal(da[:2000], g[:2000] / 2)
+
+
 def test_maximum_of_many_elements_strided() -> None:
     need(gib=16)
     a = torch.zeros(2**12, BEYOND // 2**12 + 1, dtype=torch.int8, device="cuda").mT
@@ -64,10 +77,9 @@ def test_matrices_whose_rows_are_far_apart() -> None:
     g = x[:, :4]
     assert torch.equal(calls.matmul_t_backward(y[:, :4], x), calls.matmul_t_backward(g, x))
     assert torch.equal(calls.matmul_t_backward(g, y), calls.matmul_t_backward(g, x))
-    for far, near in zip(
-        calls.linear_sigmoid_backward(y, y), calls.linear_sigmoid_backward(x, x), strict=True
-    ):
-        assert torch.equal(far, near)
+    for backward in (calls.linear_sigmoid_backward, lambda g, y: calls.maximum_backward(g, y, y[:, :1])):
+        for far, near in zip(backward(y, y), backward(x, x), strict=True):
+            assert torch.equal(far, near)
 
 
 def test_matmul_t_with_a_large_result() -> None:

@@ -94,7 +94,7 @@ def test_the_cpu_paths_need_no_triton(imported: tuple[list[str], list[str]]) -> 
 
 
 KERNELS = {name: operator.kernels for name, operator in OPERATORS.items()} | {
-    name: {backward.kernel} for name, backward in BACKWARDS.items()
+    name: backward.kernels for name, backward in BACKWARDS.items()
 }
 
 

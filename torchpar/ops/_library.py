@@ -8,7 +8,7 @@ defined: that would be during ``import torchpar``. `register_autograd` replaces
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any
@@ -261,10 +261,11 @@ def _register_sharding_rules() -> None:
         register_sharding(getattr(getattr(torch.ops, NAMESPACE), name).default)(rule)
 
 
-def empty_elementwise(a: Tensor, b: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised tensor of the broadcast shape of ``a`` and ``b``, with ATen's strides."""
-    if a.shape == b.shape and a.is_contiguous() and b.is_contiguous():  # the general rule takes 40 µs
-        return torch.empty(a.shape, dtype=dtype, device=device)
-    shape = torch.broadcast_shapes(a.shape, b.shape)
-    strides = compute_elementwise_output_strides(a.expand(shape), b.expand(shape))
+def empty_elementwise(operands: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor of the broadcast shape of ``operands``, with ATen's strides."""
+    shape = operands[0].shape
+    if all(t.shape == shape and t.is_contiguous() for t in operands):  # the general rule takes 40 µs
+        return torch.empty(shape, dtype=dtype, device=device)
+    shape = torch.broadcast_shapes(*(t.shape for t in operands))
+    strides = compute_elementwise_output_strides(*(t.expand(shape) for t in operands))
     return torch.empty_strided(shape, strides, dtype=dtype, device=device)

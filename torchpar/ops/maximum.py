@@ -7,10 +7,13 @@ With g = dL/dy:
 
     dL/da = g where a > b, g/2 where a = b, 0 where a < b        (dL/db with a and b exchanged)
 
-Where a or b is NaN, both gradients are g, as in `torch.maximum`. Gradients are summed over broadcast
-dimensions.
+Where a or b is NaN, both gradients are g, as in `torch.maximum`. A second operator computes both in one pass,
+of the shape of g; they are then summed over broadcast dimensions. It is linear in g: with incoming gradients
+h_a and h_b for its results, dL/dg is the share of h_a that goes to a and that of h_b that goes to b. The
+derivatives with respect to a and b are 0.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from torchpar.ops._library import (
     Wrap,
+    batch_first,
     empty_elementwise,
     operator,
     register_autograd,
@@ -26,6 +30,7 @@ from torchpar.ops._library import (
     register_vmap,
     sample,
 )
+from torchpar.ops._matrix import check_dtype
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 _DTYPES = (*_INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -82,7 +87,7 @@ def _maximum(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
         return out if out.numel() else _empty(a, b, device)  # ATen may give an empty result other strides
     from torchpar.kernels import maximum as kernels
 
-    out = empty_elementwise(a, b, torch.result_type(a, b), device)
+    out = empty_elementwise((a, b), torch.result_type(a, b), device)
     kernels.maximum(a.to(device).expand(out.shape), b.to(device).expand(out.shape), out, wrap)
     return out
 
@@ -100,7 +105,7 @@ def _empty(a: Tensor, b: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         # Except on CUDA, ATen casts its operands before it chooses the strides of the result.
         a, b = a.to(dtype), b.to(dtype)
-    return empty_elementwise(a, b, dtype, device)
+    return empty_elementwise((a, b), dtype, device)
 
 
 def _formula(a: Tensor, b: Tensor) -> Tensor:
@@ -115,12 +120,19 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     a, b = ctx.saved_tensors
     need_a, need_b, _ = ctx.needs_input_grad
-    return _share(g, a, b) if need_a else None, _share(g, b, a) if need_b else None
+    if g.is_cuda:  # one launch for both costs less than ATen's for one
+        da, db = _backward_op(g, a.detach(), b.detach())  # the gradients depend on g alone
+    else:
+        da, db = _share(g, a, b) if need_a else g, _share(g, b, a) if need_b else g
+    return _reduced(da, a) if need_a else None, _reduced(db, b) if need_b else None
 
 
 def _share(g: Tensor, mine: Tensor, other: Tensor) -> Tensor:
-    share = torch.where(mine == other, g / 2, g).masked_fill(mine < other, 0)
-    return share.sum_to_size(mine.shape).to(mine)
+    return torch.where(mine == other, g / 2, g).masked_fill(mine < other, 0)
+
+
+def _reduced(share: Tensor, t: Tensor) -> Tensor:
+    return share.sum_to_size(t.shape).to(t)
 
 
 register_autograd("maximum", _backward, setup_context=_setup_context, formula=_formula)
@@ -133,25 +145,104 @@ def _(info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor) -
     # Inside the vmap, a zero-dimensional tensor does not take part in type promotion.
     dtype = torch.result_type(*samples)
     dims = max(t.dim() for t in samples)
+    return maximum(*(_aligned(t, dim, dims).to(dtype) for t, dim in zip((a, b), in_dims, strict=True))), 0
 
-    def align(t: Tensor, dim: int | None) -> Tensor:
-        if dim is not None:
-            t = t.movedim(dim, 0)
-            t = t.reshape(t.shape[0], *(1,) * (dims + 1 - t.dim()), *t.shape[1:])
-        return t.to(dtype)
 
-    return maximum(align(a, in_dims[0]), align(b, in_dims[1])), 0
+def _aligned(t: Tensor, dim: int | None, dims: int) -> Tensor:
+    """``t`` with its batch dimension before ``dims`` others."""
+    if dim is None:
+        return t
+    t = t.movedim(dim, 0)
+    return t.reshape(t.shape[0], *(1,) * (dims + 1 - t.dim()), *t.shape[1:])
 
 
 @register_sharding("maximum")
 def _(a: Any, b: Any) -> list[Any]:
     from torch.distributed.tensor import Replicate, Shard
 
-    rank = max(a.ndim, b.ndim)
-
-    def placement(t: Any, dim: int) -> Any:
-        own = dim - (rank - t.ndim)
-        return Shard(own) if own >= 0 and t.shape[own] > 1 else Replicate()
-
-    split = [([Shard(dim)], [placement(a, dim), placement(b, dim)]) for dim in range(rank)]
+    split = [([Shard(dim)], placements) for dim, placements in _split(a, b)]
     return [([Replicate()], [Replicate(), Replicate()]), *split]
+
+
+def _split(a: Any, b: Any) -> Iterator[tuple[int, list[Any]]]:
+    """The dimensions of the result, and placements of the operands with which it is split by each."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    rank = max(a.ndim, b.ndim)
+    for dim in range(rank):
+        own = [(t, dim - (rank - t.ndim)) for t in (a, b)]
+        yield dim, [Shard(d) if d >= 0 and t.shape[d] > 1 else Replicate() for t, d in own]
+
+
+# The backward: both gradients of the result's shape, from g = dL/dy.
+
+
+def _check_backward(g: Tensor, a: Tensor, b: Tensor) -> None:
+    check_dtype("maximum_backward", "g", g)
+    device = _device(a, b)
+    shape = a.shape if a.shape == b.shape else torch.broadcast_shapes(a.shape, b.shape)
+    actual, expected = (g.shape, g.dtype, g.device), (shape, torch.result_type(a, b), device)
+    if actual != expected:
+        raise RuntimeError(f"torchpar::maximum_backward: g is {actual}, expected {expected}")
+
+
+def _backward_formula(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    a, b = a.to(g), b.to(g)
+    return _share(g, a, b), _share(g, b, a)
+
+
+@operator("maximum_backward(Tensor g, Tensor a, Tensor b) -> (Tensor, Tensor)", kernels="maximum")
+def _maximum_backward(g: Tensor, a: Tensor, b: Tensor, *, wrap: Wrap) -> tuple[Tensor, Tensor]:
+    da, db = _empty_backward(g, a, b)
+    if not g.is_cuda:
+        for out, share in zip((da, db), _backward_formula(g, a, b), strict=True):
+            out.copy_(share)
+        return da, db
+    from torchpar.kernels import maximum as kernels
+
+    kernels.maximum_backward(g, a.to(g.device).expand(g.shape), b.to(g.device).expand(g.shape), da, db, wrap)
+    return da, db
+
+
+_backward_op = torch.ops.torchpar.maximum_backward.default
+
+
+@register_fake("maximum_backward")
+def _empty_backward(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    _check_backward(g, a, b)
+    out = empty_elementwise((g, a, b), g.dtype, g.device)
+    return out, torch.empty_like(out)
+
+
+def _double_backward(ctx: Any, h_a: Tensor, h_b: Tensor) -> tuple[Tensor | None, None, None]:
+    a, b = ctx.saved_tensors
+    need_g = ctx.needs_input_grad[0]
+    return _share(h_a, a, b) + _share(h_b, b, a) if need_g else None, None, None
+
+
+register_autograd(
+    "maximum_backward",
+    _double_backward,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]),
+    formula=_backward_formula,
+)
+
+
+@register_vmap("maximum_backward")
+def _(
+    info: Any, in_dims: tuple[int | None, ...], g: Tensor, a: Tensor, b: Tensor
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    g_dim, *dims = in_dims
+    _check_backward(*map(sample, (g, a, b), in_dims))
+    g = batch_first(g, g_dim, info.batch_size)
+    a, b = (_aligned(t, dim, g.dim() - 1).to(g.dtype) for t, dim in zip((a, b), dims, strict=True))
+    return _backward_op(g, a, b), (0, 0)
+
+
+@register_sharding("maximum_backward")
+def _(g: Any, a: Any, b: Any) -> list[Any]:
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    whole = [Replicate(), Replicate()]
+    split = [([Shard(dim)] * 2, [Shard(dim), *placements]) for dim, placements in _split(a, b)]
+    return [(whole, [Replicate(), *whole]), ([Partial(), Partial()], [Partial(), *whole]), *split]
