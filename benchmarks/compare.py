@@ -8,7 +8,7 @@ that is named. These measures reject a result that the call itself did not compu
 - Inputs are new in every round, so that a result kept from an earlier call is wrong.
 - The inputs are NaN until shortly before the call, so that what a provider computes early is NaN.
 - Memory freed before the call holds NaN, and so does every earlier result, so that what a provider leaves
-  unwritten is NaN.
+  unwritten is NaN. Integers are the largest of their dtype instead.
 - The result is copied right behind the call, in stream order, so that what is unfinished when the clock
   stops is unfinished in the copy.
 - Inputs must come out as they went in, and share no memory with the result.
@@ -17,7 +17,7 @@ Caches are flushed before each sample.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import Row
-from benchmarks.timing import Ceiling, Rejected, flush, take_turns, time_calls
+from benchmarks.timing import CPU, Ceiling, Rejected, flush, take_turns, time_calls
 
 Provider = Callable[..., Tensor]
 Mode = Literal["forward", "backward", "full"]
@@ -50,7 +50,8 @@ class Operation:
         operator: its name.
         shape: of the arguments, in words.
         inputs: ``inputs(seed)`` returns the operator's arguments and then the gradient of its result: new,
-            dense, of ``dtype`` (floating) and on ``device``.
+            dense, of ``dtype`` and on ``device``. Integers have no gradients; they are exact in float64, and
+            none is the largest of ``dtype``.
         oracle: computes the operator in float64.
         forward, backward: the work of either pass.
     """
@@ -76,6 +77,7 @@ def compare(
     reference: str,
     yardsticks: Mapping[str, str] = MappingProxyType({}),
     finish: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
+    on_cpu: Collection[str] = (),
     mode: Mode = "forward",
     rounds: int = 20,
     seconds: float = math.inf,
@@ -90,14 +92,18 @@ def compare(
             its own yardstick must only be near the oracle.
         finish: for providers that do a part of the operator, the rest of it, done before the result is
             checked and outside of the time.
+        on_cpu: providers that run on a CPU, whatever the device of the operation. They take copies there,
+            and copying is outside of their time.
         mode: "forward" (graph recorded, as in training), "backward" (gradients of all arguments), or
-            "full" (both).
+            "full" (both). Of integers, "forward".
         rounds: samples of each provider; one more comes first, checked and not timed.
         seconds: a provider whose turns took so long has no further one, once it had `MIN_ROUNDS`.
         calls: calls of a sample; more than one is for the cost of small calls. Not for "backward".
     """
     contestants = {
-        name: _Contestant(operation, provider, mode, calls, finish.get(name))
+        name: _Contestant(
+            operation, provider, mode, calls, finish.get(name), CPU if name in on_cpu else operation.device
+        )
         for name, provider in providers.items()
     }
     inputs = _Inputs(operation, mode)
@@ -158,12 +164,20 @@ class _Inputs:
     def __init__(self, operation: Operation, mode: Mode):
         self.operation = operation
         self.mode = mode
-        self.live = [t.detach().fill_(math.nan).requires_grad_() for t in operation.inputs(0)]
+        self._live: dict[torch.device, list[Tensor]] = {}
         self.error = torch.zeros(())  # the oracle's own, at most
+
+    def live(self, device: torch.device) -> list[Tensor]:
+        """The tensors that calls on ``device`` take; between turns they are poisoned."""
+        if device not in self._live:
+            drawn = self.operation.inputs(0)
+            poisoned = (torch.full_like(t, poison(t.dtype), device=device) for t in drawn)
+            self._live[device] = [t.requires_grad_(t.is_floating_point()) for t in poisoned]
+        return self._live[device]
 
     def draw(self, seed: int) -> None:
         *arguments, gradient = self.operation.inputs(seed)
-        self.drawn = [*(t.detach().requires_grad_() for t in arguments), gradient]
+        self.drawn = [*(t.detach().requires_grad_(t.is_floating_point()) for t in arguments), gradient]
         wide = [t.detach().double().requires_grad_() for t in self.drawn]
         self.expected = [t.detach() for t in prepare(self.operation.oracle, wide, self.mode)()]
         # Float64 is off by a rounding per operation on an element, of random signs. That counts in float64
@@ -183,8 +197,9 @@ class _Contestant:
         mode: Mode,
         calls: int,
         finish: Callable[[Tensor], Tensor] | None,
+        device: torch.device,
     ):
-        self.device, self.dtype = operation.device, operation.dtype
+        self.device, self.dtype = device, operation.dtype
         self.provider, self.mode, self.calls, self.finish = provider, mode, calls, finish
         self.errors = torch.empty(0)
         self.near_oracle = True
@@ -197,8 +212,9 @@ class _Contestant:
         return torch.tensor(self.hosts).median().item() * 1e3 if self.hosts else None
 
     def turn(self, inputs: _Inputs, index: int) -> list[float]:
-        """Time the calls on ``inputs.live``, which holds ``inputs.drawn`` meanwhile, and check the result."""
-        live, drawn, expected, device = inputs.live, inputs.drawn, inputs.expected, self.device
+        """Time the calls on live inputs, which hold ``inputs.drawn`` meanwhile, and check the result."""
+        device, live = self.device, inputs.live(self.device)
+        drawn, expected = ([t.to(device) for t in tensors] for tensors in (inputs.drawn, inputs.expected))
         on_gpu = device.type == "cuda"
         if on_gpu:
             flush(device)  # what does not wait for the current stream will find the inputs still NaN
@@ -206,8 +222,8 @@ class _Contestant:
             for t, value in zip(live, drawn, strict=True):
                 t.copy_(value)
         call = prepare(self.provider, live, self.mode)
-        poison = [torch.full_like(t, math.nan, dtype=self.dtype) for t in (*expected, *live)]
-        del poison
+        freed = [torch.full_like(t, poison(self.dtype), dtype=self.dtype) for t in (*expected, *live)]
+        del freed
         flush(device)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
@@ -221,7 +237,7 @@ class _Contestant:
         _check_memory(timed.result, live, drawn, expected)
         with torch.no_grad():
             for t in (*live, *timed.result):
-                t.fill_(math.nan)
+                t.fill_(poison(t.dtype))
         seconds = timed.seconds()
         copies = [self.finish(copy) for copy in copies] if self.finish else copies
         differences = [result.double() - t for result, t in zip(copies, expected, strict=True)]
@@ -230,6 +246,11 @@ class _Contestant:
         for difference, t in zip(differences, expected, strict=True):
             self.near_oracle &= bool(difference.norm() <= YARDSTICK_ERROR * t.norm())
         return [seconds]
+
+
+def poison(dtype: torch.dtype) -> float:
+    """A value that no input holds, and no result of inputs."""
+    return math.nan if dtype.is_floating_point else torch.iinfo(dtype).max
 
 
 def prepare(provider: Provider, inputs: Sequence[Tensor], mode: Mode) -> Callable[[], Sequence[Tensor]]:

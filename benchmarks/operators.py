@@ -3,11 +3,15 @@
 
 The work is what the operator needs, whoever computes it: a symmetric product is n(n + 1)k operations, so
 that a provider which computes all of it reaches half the roofline at most.
+
+One row is a classic exercise, the maximum of two 1000×1000 matrices of integers, beside njit's loops on one
+core of the CPU. On a GPU njit takes copies, and its time is without transfers.
 """
 
 import argparse
+import importlib.util
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +22,7 @@ from torch.nn.functional import linear
 import torchpar
 from benchmarks.command import Command, run
 from benchmarks.compare import Mode, Operation, Provider, Work, compare
-from benchmarks.report import Results, Row, duration, print_rows
+from benchmarks.report import Results, Row, duration, number, print_rows
 from benchmarks.timing import measure_ceiling
 from torchpar.errors import ConfigError
 
@@ -27,15 +31,16 @@ ROUNDS = 20
 QUICK_ROUNDS = 2
 CPU_SECONDS = 0.25  # of a provider's turns in one mode
 GPU_SECONDS = 2.0
-BYTES_PER_ELEMENT = 128  # of device memory for a measurement of maximum, oracle included
+BYTES_PER_ELEMENT = 160  # of device memory for a measurement of maximum in float64, oracle included
 SMALL = (64, 128, 10)  # rows, in_features, out_features
 SMALL_CALLS = 200
 ALPHA, BETA = 0.5, 2.0  # of symmetric_matmul
+EXERCISE = (1000, 1000)
 
 
 class Sizes(NamedTuple):
     maximum: list[int]
-    maximum_broadcast: list[tuple[int, int]]  # with one row
+    maximum_broadcast: list[tuple[int, int]]  # with one row, and with one column
     products: list[int]  # n = k, of matmul_t and symmetric_matmul
     linear_sigmoid: list[tuple[int, int, int]]  # rows, in_features, out_features
 
@@ -43,15 +48,23 @@ class Sizes(NamedTuple):
 QUICK = Sizes([2**12], [(16, 256)], [65], [(8, 33, 5)])
 CPU = Sizes([2**21], [(1024, 2048)], [256, 1024], [(64, 784, 128), (256, 768, 1024)])
 GPU = Sizes(
-    [2**20, 2**24, 2**28],
+    [2**20, 2**26, 2**28],
     [(16384, 16384)],
     [256, 512, 1024, 2048, 4096, 8192],
     [
         *[(rows, 784, width) for rows in (64, 512) for width in (128, 512)],  # the first layer of an MLP
+        *[(128, 784, 1000), (256, 784, 1001), (256, 784, 2056), (512, 784, 4096)],
+        (64, 8192, 1024),  # few rows and long sums
         (512, 3072, 12288),
         (8192, 4096, 4096),
     ],
 )
+
+# Compiling takes seconds. On a GPU, where some operators have many shapes, these are compiled.
+COMPILED = {
+    "maximum": ("268435456 268435456",),
+    "linear_sigmoid": ("64x784->128", "512x784->512", "8192x4096->4096"),
+}
 
 
 def matmul_t(x: Tensor) -> Tensor:
@@ -86,7 +99,8 @@ YARDSTICKS = {
 }
 # Of linear_sigmoid, the product and the bias alone.
 FINISH = {"addmm": torch.sigmoid}
-FORWARD_ONLY = ("numpy", *FINISH)
+FORWARD_ONLY = ("numpy", "njit", *FINISH)
+ON_CPU = ("njit",)
 
 
 def numpy_matmul_t(x: Tensor) -> Tensor:
@@ -94,9 +108,19 @@ def numpy_matmul_t(x: Tensor) -> Tensor:
     return torch.from_numpy(np.dot(array, array.T))
 
 
+def njit_maximum(a: Tensor, b: Tensor) -> Tensor:
+    from torchpar.baselines import numba_njit
+
+    return torch.from_numpy(numba_njit.SERIAL.maximum(a.numpy(), b.numpy()))
+
+
 def normal(seed: int, dtype: torch.dtype, device: torch.device, *shapes: Sequence[int]) -> list[Tensor]:
+    """Normally distributed; integers are uniform in [0, 255], or in int8 in [0, 126]."""
     generator = torch.Generator(device).manual_seed(seed)
-    return [torch.randn(shape, dtype=dtype, device=device, generator=generator) for shape in shapes]
+    if dtype.is_floating_point:
+        return [torch.randn(shape, dtype=dtype, device=device, generator=generator) for shape in shapes]
+    end = min(256, torch.iinfo(dtype).max)  # the largest is poison
+    return [torch.randint(end, shape, dtype=dtype, device=device, generator=generator) for shape in shapes]
 
 
 def maximum_operation(
@@ -171,9 +195,11 @@ def operations(device: torch.device, quick: bool) -> Iterator[Operation]:
     sizes = QUICK if quick else GPU if on_gpu else CPU
     dtypes = [torch.float32] if quick else [torch.float32, torch.bfloat16]
     memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else math.inf
-    for dtype in dtypes:
+    yield maximum_operation(torch.int64, device, EXERCISE, EXERCISE)
+    for dtype in [torch.int8, *dtypes, torch.float64] if on_gpu and not quick else dtypes:
         shapes: list[tuple[tuple[int, ...], tuple[int, ...]]] = [((n,), (n,)) for n in sizes.maximum]
-        shapes += [((rows, columns), (columns,)) for rows, columns in sizes.maximum_broadcast]
+        for rows, columns in sizes.maximum_broadcast:
+            shapes += [((rows, columns), (columns,)), ((rows, columns), (rows, 1))]
         for a_shape, b_shape in shapes:
             if BYTES_PER_ELEMENT * math.prod(a_shape) < memory:
                 yield maximum_operation(dtype, device, a_shape, b_shape)
@@ -186,19 +212,25 @@ def operations(device: torch.device, quick: bool) -> Iterator[Operation]:
 
 
 def providers(operation: Operation, quick: bool) -> dict[str, Provider]:
-    """Eager, ours, and unless ``quick`` both compiled; the library's bare products."""
+    """Eager, ours, and unless ``quick`` both compiled; the library's bare products, and njit's loops."""
     native, ours = NATIVE[operation.operator], OURS[operation.operator]
     found: dict[str, Provider] = {"eager": native, "torchpar": ours}
-    if not quick:
+    on_cpu = operation.device.type == "cpu"
+    if not quick and (on_cpu or operation.shape in COMPILED.get(operation.operator, (operation.shape,))):
         torch.compiler.reset()  # every shape is compiled anew, and recompilations are limited
         found["torch.compile"] = torch.compile(native, dynamic=False)
         found["torchpar + torch.compile"] = torch.compile(ours, dynamic=False)
     if operation.operator == "matmul_t":
         found["torch.mm"] = lambda x: torch.mm(x, x.T)
-        if operation.device.type == "cpu" and operation.dtype != torch.bfloat16:
+        if on_cpu and operation.dtype != torch.bfloat16:
             found["numpy"] = numpy_matmul_t
     if operation.operator == "linear_sigmoid":
         found["addmm"] = linear
+    if operation.dtype == torch.int64:  # the exercise
+        if importlib.util.find_spec("numba"):
+            found["njit"] = njit_maximum
+        else:
+            print("njit is left out: numba is not installed; pip install numba")
     return found
 
 
@@ -214,6 +246,20 @@ def small_call(device: torch.device, rounds: int) -> list[Row]:
         torch.set_num_threads(threads)
 
 
+def print_exercise(rows: Mapping[str, Row]) -> None:
+    """Print the times by provider, on the device and of the host apart, and the speed over njit's."""
+    njit = rows["njit"].p50_ms if "njit" in rows else None
+    said = []
+    for name, row in rows.items():
+        if row.p50_ms is None:
+            continue
+        text = f"{name} {duration(row.p50_ms / 1e3)}"
+        if row.found["host_ms"]:
+            text += f" and {duration(row.found['host_ms'] / 1e3)} of the host"
+        said.append(text + (f" ({number(njit / row.p50_ms)}× njit)" if njit and name != "njit" else ""))
+    print(f"the exercise, the maximum of two {EXERCISE[0]}×{EXERCISE[1]} int64: {', '.join(said)}")
+
+
 def compare_all(
     operations: Iterable[Operation],
     providers: Callable[[Operation], dict[str, Provider]],
@@ -225,17 +271,23 @@ def compare_all(
     """The rows of each operation and mode in turn."""
     listed = list(operations)
     device = options.device
-    ceiling = measure_ceiling(device, sorted({one.dtype for one in listed}, key=str), options.quick)
+    dtypes = sorted({one.dtype for one in listed}, key=str)
+    ceiling = measure_ceiling(device, dtypes, options.quick)
+    for dtype in dtypes:
+        print(f"{dtype}: {ceiling.describe(dtype)}")
     for operation in listed:
         compared = providers(operation)
         for mode in modes:
             forward = mode == "forward"
+            if not (forward or operation.dtype.is_floating_point):
+                continue
             yield compare(
                 operation,
                 {name: one for name, one in compared.items() if forward or name not in FORWARD_ONLY},
                 reference=reference,
                 yardsticks=YARDSTICKS,
                 finish=FINISH,
+                on_cpu=ON_CPU,
                 mode=mode,
                 rounds=QUICK_ROUNDS if options.quick else ROUNDS,
                 seconds=GPU_SECONDS if device.type == "cuda" else CPU_SECONDS,
@@ -274,6 +326,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for operator in NATIVE:
         shown = [row for row in results.rows if row.work["operator"] == operator]
         print_rows(operator, shown)
+    if exercise := {row.provider: row for row in results.rows if row.work["dtype"] == "int64"}:
+        print_exercise(exercise)
     costs = {row.provider: (row.found["host_ms"] or row.p50_ms or math.nan) / 1e3 for row in small}
     print(
         f"a small call, linear_sigmoid {small[0].work['shape']} forward and backward on one thread: "

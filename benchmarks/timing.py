@@ -193,21 +193,22 @@ def flush(device: torch.device) -> None:
 
 
 class Ceiling(NamedTuple):
-    """The rates that the machine reaches: bytes/s of a copy, flop/s of a matrix product in each dtype."""
+    """The rates that the machine reaches: bytes/s of a copy, flop/s of a product in each floating dtype."""
 
     bandwidth: float
     matmul: Mapping[torch.dtype, float]
 
     def describe(self, dtype: torch.dtype) -> str:
-        return f"ceiling {self.bandwidth / 1e9:.1f} GB/s {self.matmul[dtype] / 1e12:.3f} TFLOP/s"
+        copy = f"ceiling {self.bandwidth / 1e9:.1f} GB/s"
+        return f"{copy} {self.matmul[dtype] / 1e12:.3f} TFLOP/s" if dtype in self.matmul else copy
 
     def seconds(self, nbytes: int, flops: int, dtype: torch.dtype) -> float:
         """The least time in which so many bytes pass through memory and so many operations are done."""
-        return max(nbytes / self.bandwidth, flops / self.matmul[dtype])
+        return max(nbytes / self.bandwidth, flops / self.matmul.get(dtype, math.inf))
 
 
 def measure_ceiling(device: torch.device, dtypes: Sequence[torch.dtype], quick: bool = False) -> Ceiling:
-    """Measure a large copy (bytes read and bytes written), and a large product in each dtype.
+    """Measure a large copy (bytes read and bytes written), and a large product in each floating dtype.
 
     Args:
         quick: of smaller sizes, which do not reach the ceiling.
@@ -216,7 +217,7 @@ def measure_ceiling(device: torch.device, dtypes: Sequence[torch.dtype], quick: 
     seconds = 0.01 if quick else 0.3
     source, target = (torch.ones(size, dtype=torch.int8, device=device) for _ in range(2))
     matmul = {}
-    for dtype in dtypes:
+    for dtype in (dtype for dtype in dtypes if dtype.is_floating_point):
         x = torch.randn(n, n, device=device).to(dtype)
         matmul[dtype] = 2 * n**3 / settle(partial(torch.mm, x, x), device, seconds)
     return Ceiling(2 * size / settle(partial(target.copy_, source), device, seconds), matmul)

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: MIT
 # Tests and measures the operators on the GPU of this machine. Needs no network and installs nothing.
 #
-#   bash benchmarks/validate_gpu.sh OUTDIR [values|variants|linear_sigmoid|ncu|tune|host|anything|huge]
+#   bash benchmarks/validate_gpu.sh OUTDIR [values|variants|operators|ncu|tune|host|anything|huge]
 #   bash benchmarks/validate_gpu.sh --wheels DIR
 #
 # Without a stage all run in turn, each for at most nine minutes; none needs the files of another. OUTDIR
@@ -16,7 +16,7 @@
 set -uo pipefail
 unset -v CDPATH # with it `cd` prints
 
-stages=(values variants linear_sigmoid ncu tune host anything huge)
+stages=(values variants operators ncu tune host anything huge)
 known() { [[ $1 != *" "* && " ${stages[*]} " == *" $1 "* ]]; }
 if ! case $#,${1:-} in
     2,--wheels) true ;;
@@ -102,9 +102,9 @@ run_stage() {
             local status=$?
             limited 150 "${command[@]}" specialized --output "$outdir/specialized" && return $status
             ;;
-        linear_sigmoid)
+        operators)
             needs rich triton && limited 500 python3 -m benchmarks.operators --device cuda \
-                --operators linear_sigmoid --modes forward --output "$outdir"
+                --operators linear_sigmoid maximum --modes forward backward --output "$outdir"
             ;;
         host)
             needs rich triton && limited 500 python3 -m benchmarks.host

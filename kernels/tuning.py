@@ -41,9 +41,9 @@ _WITH_TMA = (90, 100, 103)  # sm_120 has too little shared memory for tiles that
 class Tiles(NamedTuple):
     """Tile sizes and launch options of a matrix kernel.
 
-    The variant "tma" is for `_WITH_TMA`. With it and a block_n of 2·block_m, `symmetric_product` has tiles of
-    that shape below the diagonal, and square ones on it. "specialized" (sm_90 alone) is `symmetric_product`'s,
-    "split" is `linear_sigmoid`'s: each tile is computed by several programs (`splits`).
+    The variant "tma" is for `_WITH_TMA`. `symmetric_product` by TMA with a block_n of 2·block_m has tiles of
+    that shape below the diagonal, and square ones on it; "specialized" is its alone. "split" is
+    `linear_sigmoid`'s: several programs compute a tile (`splits`).
     """
 
     block_m: int

@@ -4,11 +4,13 @@
 import csv
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,6 +49,59 @@ def test_operators_beside_eager(tmp_path, capsys):
     assert "a small call, linear_sigmoid 64x128->10 forward and backward on one thread: eager" in printed
     assert all(f"\n{operator}\n" in f"\n{printed}" for operator in operators.NATIVE)
     assert "GFLOP/s" in printed
+    assert "torch.float32: ceiling " in printed
+
+
+def test_the_exercise_beside_njit(monkeypatch, capsys):
+    pytest.importorskip("numba", reason="an extra")
+    assert exercise(monkeypatch) == 0
+    printed = capsys.readouterr().out
+    rows = [line.split("│")[1].split() for line in printed.splitlines() if line.startswith("│")]
+    assert rows[:3] == [["eager"], ["torchpar"], ["njit"]]
+    assert re.search(
+        r"two 1000×1000 int64: eager .*, torchpar [\d.]+ .s \([\d.]+× njit\), njit [\d.]+ .s\n", printed
+    )
+
+
+def test_a_wrong_njit_is_rejected(monkeypatch, capsys):
+    pytest.importorskip("numba", reason="an extra")
+    monkeypatch.setattr(operators, "njit_maximum", lambda a, b: torch.maximum(a, b).clamp(max=254))
+    assert exercise(monkeypatch) == 1
+    printed = capsys.readouterr().out
+    assert "not ok: njit maximum forward 1000x1000 1000x1000 int64 errors [1.0]" in printed
+    assert "× njit" not in printed
+
+
+def test_without_numba_the_exercise_has_no_njit(monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda x: None if x == "numba" else find(x))
+    assert exercise(monkeypatch) == 0
+    printed = capsys.readouterr().out
+    assert "njit is left out: numba is not installed; pip install numba" in printed
+    assert "× njit" not in printed
+
+
+def exercise(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run the exercise alone; the status."""
+    every = operators.operations
+    listed = lambda *args: [one for one in every(*args) if one.dtype == torch.int64]  # noqa: E731
+    monkeypatch.setattr(operators, "operations", listed)
+    return operators.main(["--quick", "--device=cpu", "--threads=1", "--operators=maximum"])
+
+
+def test_on_a_gpu_some_shapes_are_compiled(monkeypatch):
+    """A name of a shape that is not measured fails here."""
+    properties = SimpleNamespace(total_memory=2**38)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    listed = list(operators.operations(torch.device("cuda"), False))
+    for name, compiled in operators.COMPILED.items():
+        assert set(compiled) < {one.shape for one in listed if one.operator == name}
+    dtypes = {one.dtype for one in listed if one.operator == "maximum"}
+    assert dtypes == {torch.int8, torch.bfloat16, torch.float32, torch.float64, torch.int64}
+    properties.total_memory = 2**35  # for 2^26 elements, but not for 2^28
+    small = {one.shape for one in operators.operations(torch.device("cuda"), False)}
+    assert "67108864 67108864" in small
+    assert not small & {"268435456 268435456", "16384x16384 16384"}
 
 
 def test_every_operator_is_measured():

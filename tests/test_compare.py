@@ -59,6 +59,47 @@ def test_a_right_provider_is_believed(device, mode, dtype):
         assert row.peak_memory_mb > 0
 
 
+def integers(device: str, dtype: torch.dtype) -> Operation:
+    def inputs(seed: int) -> list[Tensor]:
+        generator = torch.Generator(device).manual_seed(seed)
+        shape = (129, 65)
+        return [
+            torch.randint(-9, 9, shape, device=device, dtype=dtype, generator=generator) for _ in range(3)
+        ]
+
+    work = Work(1, 1)
+    return Operation("maximum", "129x65", dtype, torch.device(device), inputs, torch.maximum, work, work)
+
+
+def one_too_much(a: Tensor, b: Tensor) -> Tensor:
+    result = torch.maximum(a, b)
+    result[-1, -1] += 1
+    return result
+
+
+@pytest.mark.parametrize("on_cpu", [False, True], ids=["on its device", "on a CPU"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64], ids=str)
+def test_integers_are_exact(device, dtype, on_cpu):
+    found = set()
+
+    def right(a: Tensor, b: Tensor) -> Tensor:
+        found.add(a.device.type)
+        return torch.maximum(a, b)
+
+    providers: dict[str, Provider] = {
+        "eager": torch.maximum,
+        "right": right,
+        "wrong": one_too_much,
+        "unwritten": lambda a, b: torch.empty_like(a),
+        "in float64": lambda a, b: torch.maximum(a, b).double(),
+        "elsewhere": lambda a, b: torch.maximum(a, b).to("meta"),
+    }
+    there = set(providers) - {"eager"} if on_cpu else set()
+    rows = compare(integers(device, dtype), providers, reference="eager", rounds=ROUNDS, on_cpu=there)
+    assert [row.provider for row in rows if row.ok] == ["eager", "right"]
+    assert found == {"cpu" if on_cpu else device}
+
+
 class Stale:
     """Each call returns what the one before should have."""
 

@@ -2,11 +2,14 @@
 """The operators on DTensors: every placement gives the results and gradients of the full tensors."""
 
 import itertools
+import random
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from operators import OPERATORS, Shapes
+from operators import BACKWARDS, OPERATORS, Shapes
 from ranks import Ranks
 from samples import arguments, normal
 
@@ -16,74 +19,144 @@ import torchpar
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
+NAMES = [*OPERATORS, *BACKWARDS]
+DRAWN = 80  # combinations of placements that a test on a mesh of two dimensions takes
+
+
 def operands(name: str, shapes: Shapes) -> list[torch.Tensor]:
-    return [t.detach().requires_grad_() for t in OPERATORS[name].operands(*arguments(shapes))]
+    made = arguments(shapes)
+    return [
+        t.detach().requires_grad_() for t in (OPERATORS[name].operands(*made) if name in OPERATORS else made)
+    ]
 
 
-def compare(name: str, shapes: Shapes) -> list[str]:
-    """Run ``name`` with each combination of placements; return those that took no communication."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+def place(whole: torch.Tensor, mesh: Any, placements: Sequence[Any]) -> Any:
+    """A DTensor of ``whole``. Where it is partial, the ranks' parts differ in every element."""
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+    value = whole.detach()
+    for dim, placement in enumerate(placements):
+        if placement.is_partial():
+            size = mesh.size(dim)
+            weights = normal(size, *whole.shape, seed=dim)
+            weights += (1 - weights.sum(0)) / size
+            if placement.reduce_op == "avg":
+                weights *= size
+            value = value * weights[mesh.get_local_rank(dim)]
+    held = [Replicate() if p.is_partial() else p for p in placements]
+    local = distribute_tensor(value, mesh, held, src_data_rank=None).to_local()
+    placed = DTensor.from_local(local, mesh, placements, shape=whole.shape, stride=whole.stride())
+    return placed.requires_grad_()
+
+
+def compare_placed(
+    operator: Callable[..., Any], whole: list[torch.Tensor], mesh: Any, placements: Sequence[Sequence[Any]]
+) -> tuple[int, str]:
+    """Compare results and gradients with those of ``whole``: the collectives, and the result's placements."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
     from torch.distributed.tensor.debug import CommDebugMode
 
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    operator = partial(OPERATORS[name].overload, **OPERATORS[name].factors(len(shapes)))
+    def results(args: Sequence[Any]) -> tuple[Any, ...]:
+        found = operator(*args)
+        return found if isinstance(found, tuple) else (found,)
+
+    expected = results(whole)
+    incoming = [normal(*t.shape, seed=9) for t in expected]  # the same on every rank
+    gradients = torch.autograd.grad(expected, whole, incoming, materialize_grads=True)
+    args = [place(t, mesh, placement) for t, placement in zip(whole, placements, strict=True)]
+    with CommDebugMode() as communication:
+        actual = results(args)
+    torch.testing.assert_close([t.full_tensor() for t in actual], [t.detach() for t in expected])
+    replicated = [Replicate()] * mesh.ndim
+    found = torch.autograd.grad(
+        [t.redistribute(placements=replicated) for t in actual],
+        args,
+        [distribute_tensor(g, mesh, replicated) for g in incoming],
+        materialize_grads=True,
+    )
+    torch.testing.assert_close([g.full_tensor() for g in found], list(gradients))
+    return communication.get_total_counts(), " ".join(map(str, actual[0].placements))
+
+
+def compare(
+    name: str,
+    shapes: Shapes,
+    mesh_shape: tuple[int, ...],
+    reductions: Sequence[str],
+    drawn: int | None = None,
+) -> list[str]:
+    """Run ``name`` with each combination of placements; return those that took no communication.
+
+    Args:
+        reductions: of the partial placements.
+        drawn: the number of combinations, if not all.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    mesh = init_device_mesh("cpu", mesh_shape)
+    factors = OPERATORS[name].factors(len(shapes)) if name in OPERATORS else {}
+    operator = partial(getattr(torch.ops.torchpar, name).default, **factors)
     whole = operands(name, shapes)
-    expected = operator(*whole)
-    incoming = normal(*expected.shape, seed=9)  # the same on every rank
-    gradients = torch.autograd.grad(expected, whole, incoming)
+
+    def choices(t: torch.Tensor) -> list[tuple[Any, ...]]:
+        on_a_dimension = [Replicate(), *map(Shard, range(t.dim())), *map(Partial, reductions)]
+        return list(itertools.product(on_a_dimension, repeat=mesh.ndim))
+
+    combinations = list(itertools.product(*map(choices, whole)))
+    if drawn is not None:
+        combinations = random.Random(0).sample(combinations, min(drawn, len(combinations)))
     local = []
-    for placements in itertools.product(*([Replicate(), *map(Shard, range(t.dim()))] for t in whole)):
-        args = [
-            distribute_tensor(t.detach(), mesh, [placement]).requires_grad_()
-            for t, placement in zip(whole, placements, strict=True)
-        ]
-        with CommDebugMode() as communication:
-            result = operator(*args)
-        if communication.get_total_counts() == 0:
-            local.append(" ".join(map(str, placements)) + " -> " + str(result.placements[0]))
-        torch.testing.assert_close(result.full_tensor(), expected.detach())
-        result = result.redistribute(placements=[Replicate()])
-        found = torch.autograd.grad(result, args, distribute_tensor(incoming, mesh, [Replicate()]))
-        torch.testing.assert_close([g.full_tensor() for g in found], list(gradients))
+    for placements in combinations:
+        collectives, result = compare_placed(operator, whole, mesh, placements)
+        if collectives == 0:
+            local.append(" ".join(str(p) for placement in placements for p in placement) + " -> " + result)
     return local
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_placement(ranks, name, world_size):
-    shapes, expected = OPERATORS[name].sharded
-    local = ranks(world_size, compare, name, shapes)
+    """Partial operands too: a sigmoid of parts of a sum, say, would not be the sigmoid of the sum."""
+    shapes, expected = OPERATORS[name].sharded if name in OPERATORS else (BACKWARDS[name].cases[0], set())
+    local = ranks(world_size, compare, name, shapes, (world_size,), ("sum", "avg"))
     assert local[0] == local[-1]
     # A replicated operand is split without communication, too.
     assert expected <= set(local[0]), local[0]
 
 
-def compare_backward(shapes: Shapes) -> list[str]:
-    """Run `maximum_backward`, which only a GPU's backward calls; return what took no communication."""
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_placements_on_a_mesh(ranks, name):
+    shapes = OPERATORS[name].sharded[0] if name in OPERATORS else BACKWARDS[name].cases[0]
+    ranks(4, compare, name, shapes, (2, 2), ("sum",), DRAWN)
+
+
+def sum_of_sigmoids(x: Any, weight: Any, bias: Any) -> Any:
+    """Take the sigmoid on every rank, of its own part of the sum. This is wrong."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    if not isinstance(x, DTensor):
+        return torchpar.linear_sigmoid(x, weight, bias)
+    parts = (t.to_local() for t in (x, weight, bias))
+    return DTensor.from_local(torchpar.linear_sigmoid(*parts), x.device_mesh, [Partial()])
+
+
+def compare_split_sums() -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-    from torch.distributed.tensor.debug import CommDebugMode
+    from torch.distributed.tensor import Partial, Shard
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    whole = arguments(shapes)
-    backward = torch.ops.torchpar.maximum_backward
-    local = []
-    for placements in itertools.product(*([Replicate(), *map(Shard, range(t.dim()))] for t in whole)):
-        args = [distribute_tensor(t, mesh, [p]) for t, p in zip(whole, placements, strict=True)]
-        with CommDebugMode() as communication:
-            results = backward(*args)
-        if communication.get_total_counts() == 0:
-            local.append(" ".join(map(str, placements)) + " -> " + str(results[0].placements[0]))
-        torch.testing.assert_close([t.full_tensor() for t in results], list(backward(*whole)))
-    return local
+    whole = operands("linear_sigmoid", OPERATORS["linear_sigmoid"].sharded[0])
+    placements = [[Shard(1)], [Shard(1)], [Partial()]]
+    compare_placed(torchpar.linear_sigmoid, whole, mesh, placements)
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        compare_placed(sum_of_sigmoids, whole, mesh, placements)
 
 
-def test_the_backward_operator_of_maximum(ranks):
-    local = ranks(2, compare_backward, ((6, 5), (6, 5), (5,)))[0]
-    assert {"R R R -> R", "S(0) S(0) R -> S(0)", "S(1) S(1) S(0) -> S(1)"} <= set(local), local
+def test_a_sum_of_sigmoids_is_rejected(ranks):
+    ranks(2, compare_split_sums)
 
 
 def compare_compiled(name: str) -> None:
@@ -124,10 +197,11 @@ def test_compiled(tmp_path):
         ("maximum", ((4, 3, 5), (3, 1))),
         ("matmul_t", ((4, 3, 2),)),
         ("symmetric_matmul", ((4, 3, 3), (4, 3, 3))),
+        ("linear_sigmoid", ((4, 3, 5), (7, 5))),
     ],
 )
 def test_batches_and_broadcasts(ranks, name, shapes):
-    local = ranks(2, compare, name, shapes)[0]
+    local = ranks(2, compare, name, shapes, (2,), ())[0]
     assert any(combination.endswith("-> S(0)") for combination in local), local
 
 

@@ -38,7 +38,7 @@ STAGES = {
         "tests collected", "execnet expecttest hypothesis pytest sortedcontainers triton xdist", "values.xml"
     ),
     "variants": Stage(END, "rich triton", "autotune.csv specialized/autotune.csv"),
-    "linear_sigmoid": Stage(END, "rich", "operators.csv"),
+    "operators": Stage(END, "rich", "operators.csv"),
     "ncu": Stage(END, "rich"),
     "tune": Stage(END, "triton", "cuda-90.json"),
     "host": Stage(END, "rich triton"),
