@@ -33,12 +33,12 @@ def compile_tiles(launch: Callable[..., object], tiles: Tiles, capability: int) 
 
     ``registers`` and ``spills`` (bytes) are of a thread, ``shared_memory`` (bytes) of a block.
     """
-    from benchmarks.compiled import machine_code, target
+    from benchmarks.compiled import machine_codes, target
     from torchpar.kernels import tuning
 
     try:
         with target(capability), TemporaryDirectory() as folder:
-            code = machine_code(partial(launch, tiles=tiles), Path(folder))
+            code, *_ = machine_codes(partial(launch, tiles=tiles), Path(folder))  # another adds the parts up
     except Exception as e:
         return {}, error_line(e)
     found: dict[str, Any] = {"registers": code.resources["REG"], "spills": code.spills}

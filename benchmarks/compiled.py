@@ -113,12 +113,12 @@ class MachineCode:
         return sum(count for opcode, count in self.opcodes.items() if re.fullmatch(pattern, opcode))
 
 
-def machine_code(launch: Callable[[Wrap], object], folder: Path) -> MachineCode:
-    """Compile the one kernel that ``launch(wrap)`` launches, inside `target`.
+def machine_codes(launch: Callable[[Wrap], object], folder: Path) -> list[MachineCode]:
+    """Compile the kernels that ``launch(wrap)`` launches, inside `target`.
 
     Args:
         launch: calls a launcher of `torchpar.kernels` with ``wrap``.
-        folder: for the cubin.
+        folder: for the cubins.
     """
     compiled: list[MachineCode] = []
 
@@ -131,10 +131,10 @@ def machine_code(launch: Callable[[Wrap], object], folder: Path) -> MachineCode:
                 start = time.perf_counter()
                 kernel = self.kernel.warmup(*args, grid=grid, **options)
                 seconds = time.perf_counter() - start
-                compiled.append(MachineCode(kernel, grid, args, options, seconds, folder / "kernel.cubin"))
+                cubin = folder / f"{len(compiled)}.cubin"
+                compiled.append(MachineCode(kernel, grid, args, options, seconds, cubin))
 
             return compile_it
 
     launch(Compile)
-    (code,) = compiled
-    return code
+    return compiled

@@ -6,7 +6,7 @@ some problems, and writes the fastest to a table of the device:
 
     {"device": "NVIDIA H200", "triton": "3.9.0", "torch": "2.15.0", "kernels": "9f2c…", "date": "2026-11-20",
      "tiles": {"symmetric_product": {"bfloat16": [
-         [4096, 4096, 4096, 1, [128, 256, 64, 8, 3, "tma"]], [256, 256, 256, 1, null]]}}}
+         [4096, 4096, 4096, 1, [128, 256, 64, 8, 4, "tma"]], [256, 256, 256, 1, null]]}}}
 
 A problem is ``[m, n, k, batch, tiles]``. `KINDS` names its operands. ``null`` means that PyTorch's library
 was faster. Tables lie in ``tuned/`` beside this file, named after the device. A table in the user's cache
@@ -79,18 +79,17 @@ class Kind(NamedTuple):
 # By pointers, symmetric_product takes the square tiles. Of tiles of one shape, the first is a default.
 _16_BIT = (
     Tiles(128, 256, 64, 8, 4, "tma"),
-    Tiles(128, 256, 64, 8, 3, "tma"),
     Tiles(64, 128, 64, 4, 4, "tma"),
     Tiles(128, 128, 64, 8, 4, "tma"),
     Tiles(128, 128, 64, 4, 3, "tma"),
-    Tiles(64, 64, 128, 4, 3, "tma"),
     Tiles(128, 256, 64, 8, 3),
     Tiles(256, 128, 64, 8, 3),
     Tiles(128, 128, 64, 8, 3),
     Tiles(64, 128, 64, 4, 3),
-    Tiles(64, 64, 32, 8, 3),
-    Tiles(64, 64, 64, 4, 3),
+    Tiles(64, 64, 64, 4, 3),  # small products do not repay the making of descriptors
     Tiles(64, 64, 128, 4, 3),
+    Tiles(64, 64, 32, 8, 3),
+    Tiles(64, 64, 128, 4, 3, "tma"),
     Tiles(64, 64, 64, 4, 4, "split"),
     Tiles(128, 128, 64, 4, 3, "specialized"),
 )
@@ -110,11 +109,11 @@ _FLOAT64 = (
     Tiles(64, 64, 16, 4, 2),
     Tiles(64, 64, 32, 8, 2),
     Tiles(64, 64, 16, 4, 3),
-    Tiles(64, 64, 16, 4, 2, "split"),
+    Tiles(64, 64, 32, 8, 2, "split"),
 )
 FAR = 6.0  # octaves from a measured problem, over all sizes; such as a fourth of m, n and k
-SECOND_LAUNCH = 3.0  # µs of a GPU, an estimate
-BYTES = 4e6  # that an H200 moves in 1 µs
+SECOND_LAUNCH = 3.0  # µs on a GPU, an estimate
+BYTES_PER_US = 4e6  # of an H200's memory
 KERNELS = ("symmetric_product", "linear_sigmoid")
 KINDS = {
     "bfloat16": Kind(torch.bfloat16, "ieee", 3e6, Tiles(64, 64, 32, 8, 3), _16_BIT),
@@ -203,7 +202,7 @@ def _least(
         count, span = splits(tiles, present, m, n, k) if tiles.variant == "split" else (1, k)
         waves = ceil(units * batch * count / present.multiprocessors)
         time = waves * span * (block_m * block_n + 64 * (block_m + block_n)) / speed
-        return time if count == 1 else time + SECOND_LAUNCH + 8 * m * n * count / BYTES
+        return time if count == 1 else time + SECOND_LAUNCH + 8 * m * n * count / BYTES_PER_US
 
     possible = configurations(kernel, dtype, precision, present.capability)
     return min((one for one in possible if one.variant in variants and _stores(one, aligned)), key=estimate)

@@ -23,10 +23,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from benchmarks import sass
-from benchmarks.compiled import Driver, MachineCode, machine_code, target
+from benchmarks.compiled import Driver, MachineCode, machine_codes, target
 from torchpar.kernels import linear_sigmoid as linear_sigmoid_kernels
 from torchpar.kernels import matmul_t as matmul_t_kernels
 from torchpar.kernels import maximum as maximum_kernels
+from torchpar.kernels import sigmoid_backward as sigmoid_backward_kernels
 from torchpar.kernels import tuning
 from torchpar.kernels.tuning import Tiles
 
@@ -56,10 +57,11 @@ def compiled(capability, codes, tmp_path):
 
     def run(launcher, *args) -> MachineCode:
         if launcher not in (symmetric_product, linear_sigmoid):
-            return machine_code(partial(launcher, *args), tmp_path)
+            (code,) = machine_codes(partial(launcher, *args), tmp_path)
+            return code
         key = (capability, launcher, *args)
         if key not in codes:
-            codes[key] = machine_code(partial(launcher, *args), tmp_path)
+            (codes[key],) = machine_codes(partial(launcher, *args), tmp_path)
             assert codes[key].opcodes  # read while the file is there
         return codes[key]
 
@@ -90,6 +92,14 @@ def linear_sigmoid(dtype, precision, n, tiles, wrap) -> None:
     linear_sigmoid_kernels.linear_sigmoid(x, x, bias, precision, wrap, tiles=tiles)
 
 
+def linear_sigmoid_of(dtype, precision, shape, transposed, tiles, wrap) -> None:
+    m, n, k = shape
+    x, weight = (
+        meta(k, rows, dtype=dtype).mT if transposed else meta(rows, k, dtype=dtype) for rows in (m, n)
+    )
+    linear_sigmoid_kernels.linear_sigmoid(x, weight, meta(n, dtype=dtype), precision, wrap, tiles=tiles)
+
+
 matrix_launchers = pytest.mark.parametrize(
     "launcher", [symmetric_product, linear_sigmoid], ids=lambda f: f.__name__
 )
@@ -114,7 +124,7 @@ def assert_pipelined(code: MachineCode, specialized: bool) -> None:
 @matrix_launchers
 @pytest.mark.parametrize("kind", [kind for kind in tuning.KINDS if kind != "float16"])  # it is as bfloat16
 def test_all_tiles_fit_and_are_pipelined(compiled, capability, launcher, kind):
-    dtype, precision, unaligned, _ = tuning.KINDS[kind]
+    dtype, precision, _, unaligned, _ = tuning.KINDS[kind]
     found = tuning.configurations(launcher.__name__, dtype, precision, capability)
     for n, tiles in [(ODD, unaligned), *((4096, tiles) for tiles in found)]:
         code = compiled(launcher, dtype, precision, n, tiles)
@@ -124,6 +134,31 @@ def test_all_tiles_fit_and_are_pipelined(compiled, capability, launcher, kind):
                 assert_pipelined(code, tiles.variant == "specialized")
         except AssertionError as error:
             raise AssertionError(f"{tiles}, n = {n}: {error}") from error
+
+
+@pytest.mark.parametrize("kind", [kind for kind in tuning.KINDS if kind != "float16"])
+def test_all_tiles_of_linear_sigmoid_fit_with_odd_results_and_split(
+    compiled, capability, kind, tmp_path, monkeypatch
+):
+    dtype, precision, *_ = tuning.KINDS[kind]
+    for tiles in tuning.configurations("linear_sigmoid", dtype, precision, capability):
+        cases = [((512, 1001, 4096), False)] if tuning._stores(tiles, aligned=False) else []
+        cases += [((512, 4096, 1024), True)] if tiles.variant == "tma" else []
+        if tiles.variant == "split":
+            cases = [((64, 1024, 8192), False), ((64, 1001, 8192), False)]
+        for shape, transposed in cases:
+            launch = partial(linear_sigmoid_of, dtype, precision, shape, transposed, tiles)
+            code, *sums = machine_codes(launch, tmp_path)
+            try:
+                assert len(sums) == (tiles.variant == "split")
+                assert_fits(code, capability)
+                assert_pipelined(code, specialized=False)
+                for one in sums:
+                    assert_fits(one, capability)
+                    loads = one.count(r"LDG\.E.*\.128.*") >= one.options["SPLITS"]
+                    assert loads == (shape[1] % 8 == 0), "the parts are not loaded 16 bytes at a time"
+            except AssertionError as error:
+                raise AssertionError(f"{tiles}, {shape}, {transposed=}: {error}") from error
 
 
 @triton.jit
@@ -290,6 +325,21 @@ def test_all_tiles_by_tma_fit_with_a_matrix_to_add(compiled, capability, dtype, 
             assert_pipelined(code, tiles.variant == "specialized")
 
 
+@pytest.mark.parametrize("capability", [90], indirect=True)
+@pytest.mark.parametrize(
+    "m, n, loads, stores",
+    [(8192, 4096, True, True), (8192, 1001, True, False), (64, 1024, False, False)],
+)
+def test_linear_sigmoid_goes_by_tma(compiled, capability, m, n, loads, stores):
+    """Unless it is small, whatever the columns of its result; and is stored so if its rows allow."""
+    code = compiled(linear_sigmoid_of, torch.bfloat16, "ieee", (m, n, 784), False, None)
+    assert_fits(code, capability)
+    assert bool(code.count(r"UTMALDG\..*")) == loads
+    assert bool(code.count(r"UTMASTG\..*")) == stores
+    resident = tuning.resident_programs(Tiles(1, 1, 1, code.options["num_warps"], 1, "tma"))
+    assert not loads or code.grid == (132 * resident, 1, 1)
+
+
 @with_tma
 @pytest.mark.parametrize(
     "shape, stride, tma",
@@ -352,7 +402,7 @@ def test_symmetric_product_compiles_for_amd(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_sigmoid_backward(compiled, capability, dtype):
     g = meta(4096, 4096, dtype=dtype)
-    code = compiled(linear_sigmoid_kernels.sigmoid_backward, g, g, torch.empty_like(g))
+    code = compiled(sigmoid_backward_kernels.sigmoid_backward, g, g, torch.empty_like(g))
     assert_fits(code, capability)
     assert code.count(r"LDG\.E.*\.128.*")
     assert code.count(r"STG\.E.*\.128.*")

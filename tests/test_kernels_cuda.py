@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Kernels on a GPU: the symmetric product's at sizes and with tiles that go by TMA where there is one.
+"""Kernels on a GPU: those of products at sizes and with tiles that go by TMA where there is one.
 
 The operators' tests are of small shapes, which take pointers or, where a table says so, the library.
 """
@@ -15,6 +15,7 @@ from torch.testing import assert_close
 import torchpar
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
+from torchpar.kernels import linear_sigmoid as linear_kernels
 from torchpar.kernels import matmul_t as kernels
 from torchpar.kernels.tuning import Tiles
 from torchpar.tune.measure import use_fp32_precision
@@ -32,8 +33,8 @@ VARIANTS = {
     "pointers": Tiles(128, 128, 64, 8, 3),
     "small pointers": Tiles(64, 64, 64, 4, 3),
     "TMA": Tiles(128, 128, 64, 8, 4, "tma"),
-    "split": Tiles(128, 256, 64, 8, 3, "tma"),
-    "small split": Tiles(64, 128, 64, 4, 4, "tma"),
+    "wide TMA": Tiles(128, 256, 64, 8, 4, "tma"),
+    "small wide TMA": Tiles(64, 128, 64, 4, 4, "tma"),
     "specialized": Tiles(128, 128, 64, 4, 3, "specialized"),
 }
 
@@ -58,7 +59,7 @@ def test_symmetric_product(precision: str, layouts: str, variant: str) -> None:
         laid_out(t.to("cuda", dtype), layout) for t, layout in zip((x, x / 4, c + c.mT), layouts, strict=True)
     )
     if dtype == torch.float32:
-        tiles = tiles._replace(block_k=tiles.block_k // 2)
+        tiles = tiles._replace(block_k=tiles.block_k // 2, num_stages=3)
     results = [a.new_full((batch, N, N), math.nan) for _ in range(3)]
     for out in results:  # the second and the third by the plan of the first
         kernels.symmetric_product(a, b, kind, None, c, 1 / 3, -0.5, out=out, tiles=tiles)
@@ -68,6 +69,46 @@ def test_symmetric_product(precision: str, layouts: str, variant: str) -> None:
     expected = a.double() @ b.double().mT / 3 - c.double() / 2
     assert_accurate(out, native, expected.cpu().numpy())
     assert_symmetric(out)
+
+
+LINEAR_VARIANTS = {
+    "pointers": Tiles(128, 128, 64, 8, 3),
+    "split": Tiles(64, 64, 64, 4, 4, "split"),
+    "wide TMA": Tiles(128, 256, 64, 8, 4, "tma"),
+    "two TMA": Tiles(128, 128, 64, 4, 3, "tma"),
+    "small TMA": Tiles(64, 128, 64, 4, 4, "tma"),
+}
+
+
+@pytest.mark.parametrize("variant", LINEAR_VARIANTS)
+@pytest.mark.parametrize("layout", ["N", "T"])
+@pytest.mark.parametrize("m, n, k", [(1040, 1040, 272), (8, 1001, 2000), (64, 2056, 784)])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "tf32"])
+def test_linear_sigmoid(precision: str, m: int, n: int, k: int, layout: str, variant: str) -> None:
+    """Partial tiles; as pointers and TMA, split and not, store them."""
+    tiles = LINEAR_VARIANTS[variant]
+    if tiles.variant == "tma" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("the GPU has no TMA")
+    if layout == "T" and n % 8:
+        pytest.skip("no row of this weight, transposed, begins at 16 bytes")
+    kind = "tf32" if precision == "tf32" else "ieee"
+    dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
+    if dtype == torch.float32:
+        tiles = tiles._replace(block_k=tiles.block_k // 2, num_stages=3)
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((m, k), (n, k), (n,))
+    x, weight, bias = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to("cuda", dtype) for shape in shapes
+    )
+    x, weight = laid_out(x, layout), laid_out(weight / math.sqrt(k), layout)
+    results = [x.new_full((m, n), math.nan) for _ in range(3)]
+    for out in results:  # the second and the third by the plan of the first
+        linear_kernels.linear_sigmoid(x, weight, bias, kind, None, out=out, tiles=tiles)
+        assert torch.equal(out, results[0]), "two runs differ"
+    with use_fp32_precision(kind):
+        native = torch.nn.functional.linear(x, weight, bias).sigmoid()
+    expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double()).sigmoid()
+    assert_accurate(results[0], native, expected.cpu().numpy(), roundings=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)

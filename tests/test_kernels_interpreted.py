@@ -22,6 +22,8 @@ from torch import Tensor
 from torchpar.kernels import linear_sigmoid as linear_sigmoid_kernels
 from torchpar.kernels import matmul_t as matmul_t_kernels
 from torchpar.kernels import maximum as maximum_kernels
+from torchpar.kernels import sigmoid_backward as sigmoid_backward_kernels
+from torchpar.kernels import tuning
 from torchpar.kernels.gemm import GROUP, triangle_by_rows, triangle_tile
 from torchpar.kernels.tuning import Tiles
 
@@ -363,6 +365,64 @@ def test_linear_sigmoid_of_layout(interpreter, layout):
     interpreter(check_linear_sigmoid, torch.float32, 129, 65, 33, layout, True, directly)
 
 
+LINEAR_PATHS = {
+    "pointers": Tiles(16, 32, 16, 4, 2),
+    "split": Tiles(16, 16, 16, 4, 2, "split"),
+    "TMA": Tiles(16, 32, 16, 4, 2, "tma"),
+    "one loop": Tiles(16, 32, 16, 8, 2, "tma"),
+}
+
+
+def check_linear_sigmoid_by(path, dtype, m, n, k, layout, has_bias, wrap) -> None:
+    with patch.object(linear_sigmoid_kernels, "chosen", return_value=LINEAR_PATHS[path]):
+        check_linear_sigmoid(dtype, m, n, k, layout, has_bias, wrap)
+
+
+@pytest.mark.parametrize("path", LINEAR_PATHS)
+@pytest.mark.parametrize(
+    "m, n, k, layout",
+    [
+        (1, 4, 4, "contiguous"),
+        (16, 12, 260, "contiguous"),  # one tile, and so split
+        (13, 15, 132, "contiguous"),
+        (36, 20, 52, "contiguous"),
+        (33, 17, 260, "contiguous"),  # rows of the result begin at no 16 bytes
+        (100, 132, 500, "contiguous"),
+        (36, 132, 260, "transposed"),
+    ],
+)
+def test_linear_sigmoid_by(interpreter, path, m, n, k, layout):
+    """Operands of whole 16 bytes, as TMA takes them."""
+    for has_bias in (True, False):
+        interpreter(check_linear_sigmoid_by, path, torch.float32, m, n, k, layout, has_bias, directly)
+
+
+@pytest.mark.parametrize("path", LINEAR_PATHS)
+def test_linear_sigmoid_of_float16_by(interpreter, path):
+    interpreter(check_linear_sigmoid_by, path, torch.float16, 40, 72, 272, "contiguous", True, directly)
+
+
+def check_splits() -> None:
+    """So that the tests are of several parts; the last of them is shorter here."""
+    tiles = LINEAR_PATHS["split"]
+    assert tuning.splits(tiles, tuning.device(torch.empty(0)), 1, 4, 4) == (1, 16)
+    assert tuning.splits(tiles, tuning.device(torch.empty(0)), 16, 16, 260) == (3, 96)
+
+
+def test_splits(interpreter):
+    interpreter(check_splits)
+
+
+def check_tma_refuses() -> None:
+    x = torch.ones(16, 5)
+    with pytest.raises(ValueError, match="cannot take operands of these strides"):
+        linear_sigmoid_kernels.linear_sigmoid(x, x, None, "ieee", directly, tiles=LINEAR_PATHS["TMA"])
+
+
+def test_tma_refuses_other_strides(interpreter):
+    interpreter(check_tma_refuses)
+
+
 def check_linear_sigmoid_saturates(dtype: torch.dtype) -> None:
     x = torch.tensor([[-math.inf], [-1e4], [0.0], [1e4], [math.inf], [math.nan]], dtype=dtype)
     y = poisoned(6, 1, dtype=dtype)
@@ -383,9 +443,9 @@ def check_sigmoid_backward(dtype, m, n, layout, wrap) -> None:
     g, y = LAYOUTS[layout](draw(m, n, dtype=dtype)), LAYOUTS[layout](draw(m, n, dtype=dtype).sigmoid())
     dz, again = (poisoned(m, n, dtype=dtype) for _ in range(2))
     torch.use_deterministic_algorithms(True)  # poisons torch.empty, where the partial sums go
-    db = linear_sigmoid_kernels.sigmoid_backward(g, y, dz, wrap)
+    db = sigmoid_backward_kernels.sigmoid_backward(g, y, dz, wrap)
     torch.use_deterministic_algorithms(False)
-    db_again = linear_sigmoid_kernels.sigmoid_backward(g, y, again, wrap)
+    db_again = sigmoid_backward_kernels.sigmoid_backward(g, y, again, wrap)
     oracle = g.double() * y.double() * (1 - y.double())
     native = torch.ops.aten.sigmoid_backward(g, y)
     # One rounding of 1 - y and one of each product; then those of the sum; at last those of the results.
@@ -600,7 +660,7 @@ def check_far_apart() -> None:
         assert torch.equal(c, x @ x.mT)
         linear_sigmoid_kernels.linear_sigmoid(x, x, None, "ieee", directly, out=y)
         assert torch.equal(y, (x @ x.mT).float().sigmoid().half())
-        linear_sigmoid_kernels.sigmoid_backward(x, x, dz, directly)
+        sigmoid_backward_kernels.sigmoid_backward(x, x, dz, directly)
         assert torch.equal(dz, x * x * (1 - x))
         da, db = (poisoned(n, k, dtype=x.dtype) for _ in range(2))
         maximum_kernels.maximum_backward(x, x, x, da, db, directly)
@@ -728,6 +788,7 @@ def test_large_tiles(interpreter, check, args):
         (check_half_sum, (torch.float32, (129, 129), "contiguous")),
         (check_mirror, (torch.float32, (200, 200))),
         (check_linear_sigmoid, (torch.float32, 129, 129, 33, "contiguous", True)),
+        (check_linear_sigmoid_by, ("split", torch.float32, 16, 15, 260, "contiguous", True)),
         (check_sigmoid_backward, (torch.float32, 129, 129, "contiguous")),
         *((check_maximum, ("129", dtype, dtype)) for dtype in (*FLOATS, *INTEGERS)),
         *(
@@ -750,9 +811,10 @@ class FourRowsShort(WithoutLastProgram):
     """A broken launch of persistent programs, of which any number does all the work."""
 
     def __getitem__(self, grid):
+        rows = self.kernel.arg_names.index("n" if "batches" in self.kernel.arg_names else "m")
+
         def run(*args, **options):
-            *tensors, alpha, beta, batches, n = args[:8]
-            self.kernel[grid](*tensors, alpha, beta, batches, n - 4, *args[8:], **options)
+            self.kernel[grid](*args[:rows], args[rows] - 4, *args[rows + 1 :], **options)
 
         return run
 
@@ -762,6 +824,14 @@ def test_check_rejects_missing_rows(interpreter, path):
     args = (torch.float32, (36, 20), "contiguous", PATHS[path], 0.5, -2.0, FourRowsShort)
     with pytest.raises(AssertionError):
         interpreter(check_symmetric_product_of_two, *args)
+
+
+@pytest.mark.parametrize("path", ["TMA", "one loop"])
+def test_check_rejects_missing_rows_of_linear_sigmoid(interpreter, path):
+    with pytest.raises(AssertionError):
+        interpreter(
+            check_linear_sigmoid_by, path, torch.float32, 36, 20, 52, "contiguous", True, FourRowsShort
+        )
 
 
 def test_tolerance_rejects_operands_of_lower_precision():

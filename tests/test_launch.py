@@ -12,12 +12,13 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 from benchmarks.host import idle_driver
-from torchpar.kernels import launch, linear_sigmoid, matmul_t, maximum
+from torchpar.kernels import launch, linear_sigmoid, matmul_t, maximum, sigmoid_backward
 from torchpar.kernels.launch import Plan
 from torchpar.kernels.tuning import Tiles
 
 N, K = 96, 64
 TMA = Tiles(64, 128, 64, 4, 4, "tma")
+SPLIT = Tiles(64, 64, 16, 4, 4, "split")
 FIRST = 9  # of the launcher's arguments, the kernel's; before it are the grid, the stream and hooks
 
 
@@ -136,17 +137,18 @@ def test_the_stride_of_a_batch_of_one_suits_tma(log):
 
 
 def test_all_launchers_keep_plans(log):
-    x, bias, out = meta(N, N), meta(N), meta(N, N)
+    x, bias, out, wide = meta(N, N), meta(N), meta(N, N), meta(N, 8 * K)
     for _ in range(2):
         matmul_t.half_sum(x, None)
         matmul_t.mirror(x, None)
         linear_sigmoid.linear_sigmoid(x, x, bias, "ieee", None)
-        linear_sigmoid.sigmoid_backward(x, x, out, None)
+        linear_sigmoid.linear_sigmoid(wide, wide, bias, "ieee", None, tiles=SPLIT)
+        sigmoid_backward.sigmoid_backward(x, x, out, None)
         maximum.maximum(x, x, out, None)
         maximum.maximum(x, x[0].expand(N, N), out, None)
         maximum.maximum_backward(x, x, x, out, out, None)
-    assert len(log.compiled) == 7
-    assert len(log.launched) == 14
+    assert len(log.compiled) == 9
+    assert len(log.launched) == 18
 
 
 def test_plans_are_forgotten(log):

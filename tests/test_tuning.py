@@ -2,6 +2,7 @@
 """The choice of tiles: configurations, defaults, tables and damaged tables."""
 
 import json
+import math
 import re
 import warnings
 
@@ -13,9 +14,10 @@ from torchpar.kernels import tuning
 from torchpar.kernels.tuning import Tiles
 
 DEVICE = tuning.Device("NVIDIA Test/9 GPU", 90, 132)
-SPLIT, LARGE = Tiles(128, 256, 64, 8, 3, "tma"), Tiles(128, 128, 64, 8, 4, "tma")
-SQUARE, SMALL = Tiles(128, 128, 64, 8, 3), Tiles(64, 64, 32, 8, 3)
-ENTRIES = [[512, 512, 512, 1, None], [2048, 2048, 2048, 1, SMALL], [4096, 4096, 4096, 1, SPLIT]]
+WIDE, LARGE = Tiles(128, 256, 64, 8, 4, "tma"), Tiles(128, 128, 64, 8, 4, "tma")
+SQUARE, SMALL = Tiles(128, 128, 64, 8, 3), Tiles(64, 64, 64, 4, 3)
+UNALIGNED, SPLIT = Tiles(64, 64, 32, 8, 3), Tiles(64, 64, 64, 4, 4, "split")
+ENTRIES = [[512, 512, 512, 1, None], [2048, 2048, 2048, 1, SMALL], [4096, 4096, 4096, 1, WIDE]]
 KINDS = [pytest.param(*kind[:2], id=name) for name, kind in tuning.KINDS.items()]
 
 
@@ -53,34 +55,30 @@ def default(m: int, n: int, batch: int = 1, kernel: str = "symmetric_product", d
 @pytest.mark.parametrize("kernel", tuning.KERNELS)
 def test_configurations_are_those_that_a_device_can_run(kernel, dtype, precision, capability):
     found = tuning.configurations(kernel, dtype, precision, capability)
-    assert 3 <= len(set(found)) == len(found) <= 10
+    assert 3 <= len(set(found)) == len(found) <= 13
     for tiles in found:
         buffers = tiles.num_stages - (capability == 0)
         shared = buffers * (tiles.block_m + tiles.block_n) * tiles.block_k * dtype.itemsize
         assert shared <= {0: 65536, 80: 166912, 120: 101376}.get(capability, 232448)
         assert kernel == "linear_sigmoid" or tiles.block_n == tiles.block_m or tiles.variant == "tma"
-    symmetric = kernel == "symmetric_product" and capability in (90, 100)
-    variants = {"pointers", "tma"} | ({"specialized"} if capability == 90 else set())
-    tensor_cores = dtype.itemsize == 2 or precision == "tf32"
-    assert {tiles.variant for tiles in found} == (variants if symmetric and tensor_cores else {"pointers"})
+    variants = {"pointers"} if kernel == "symmetric_product" else {"pointers", "split"}
+    if capability in (90, 100) and (dtype.itemsize == 2 or precision == "tf32"):
+        variants.add("tma")
+        if capability == 90 and kernel == "symmetric_product":
+            variants.add("specialized")
+    assert {tiles.variant for tiles in found} == variants
 
 
 @pytest.mark.parametrize(
     "kernel, m, n, batch, expected",
     [  # waves · cost of a tile, on 132 multiprocessors
-        ("symmetric_product", 4096, 4096, 1, SPLIT),  # 264 units: 2 · 57344, squares 4 · 32768
+        ("symmetric_product", 4096, 4096, 1, WIDE),  # 264 units: 2 · 57344, squares 4 · 32768
         ("symmetric_product", 4224, 4224, 1, LARGE),  # 561 units: 5 · 32768 beside 3 · 57344
         ("symmetric_product", 2048, 2048, 1, Tiles(64, 128, 64, 4, 4, "tma")),  # 264 units: 2 · 20480
         ("symmetric_product", 512, 512, 1, SMALL),  # 36 units: 12288
         ("symmetric_product", 512, 512, 64, LARGE),  # 640 units: 5 · 32768 beside 3 · 57344
-        ("linear_sigmoid", 8192, 4096, 1, Tiles(128, 256, 64, 8, 3)),  # 8 · 57344 beside 16 · 32768
-        (
-            "linear_sigmoid",
-            512,
-            4096,
-            1,
-            Tiles(128, 128, 64, 8, 3),
-        ),  # 32768 beside 57344, 2 · 20480, 4 · 12288
+        ("linear_sigmoid", 8192, 4096, 1, WIDE),  # 8 · 57344 beside 16 · 32768
+        ("linear_sigmoid", 512, 4096, 1, LARGE),  # 32768 beside 57344, 2 · 20480, 4 · 12288
     ],
 )
 def test_default_has_the_fewest_waves(kernel, m, n, batch, expected):
@@ -89,11 +87,42 @@ def test_default_has_the_fewest_waves(kernel, m, n, batch, expected):
 
 def test_default_is_of_what_the_operands_allow(monkeypatch):
     wide = operand(4096, 4100)
-    assert chosen(4096, 4096, like=wide[:, :4096]) == SMALL  # rows begin on 8 bytes
+    assert chosen(4096, 4096, like=wide[:, :4096]) == UNALIGNED  # rows begin on 8 bytes
     padded = operand(4096, 8 * 4096)[:, ::8]  # neither rows nor columns are contiguous
     assert chosen(4096, 4096, like=padded) == SQUARE
     monkeypatch.setattr(tuning, "device", lambda t: DEVICE._replace(capability=80))
     assert default(4096, 4096) == SQUARE
+
+
+@pytest.mark.parametrize(
+    "m, n, k, expected",
+    [
+        (64, 1001, 784, Tiles(64, 64, 64, 4, 3)),  # 16 units: few columns of x, which a second launch delays
+        (64, 1024, 8192, SPLIT),
+        (64, 1001, 8192, SPLIT),
+        (8192, 1001, 784, Tiles(64, 128, 64, 4, 4, "tma")),  # wider ones would spill
+    ],
+)
+def test_default_of_linear_sigmoid(m, n, k, expected):
+    """Neither few rows nor a result whose rows begin at no 16 bytes take the tiles for unaligned operands."""
+    found = tuning.default_tiles("linear_sigmoid", "ieee", (m, n, k, 1), operand(m, k), operand(n, k))
+    assert found == expected
+    tuning.save(DEVICE, table([[m, 1024, k, 1, WIDE]], kernel="linear_sigmoid"))
+    found = tuning.chosen("linear_sigmoid", "ieee", (m, n, k, 1), operand(m, k), operand(n, k))
+    assert found == (expected if n % 8 else WIDE)
+
+
+@pytest.mark.parametrize(
+    "m, n, k", [(1, 1, 1), (64, 64, 255), (64, 64, 4096), (200, 1001, 8191), (8192, 8192, 8192)]
+)
+def test_splits_have_columns_each(m, n, k):
+    count, span = tuning.splits(SPLIT, DEVICE, m, n, k)
+    assert (count - 1) * span < k <= count * span
+    assert span % 64 == 0
+    assert count == 1 or span >= 256
+    tiles = math.ceil(m / 64) * math.ceil(n / 64)
+    assert count == 1 or count * tiles <= DEVICE.multiprocessors
+    assert (count > 1) == (k > 512 and tiles <= 66)
 
 
 def test_saved_table_is_what_is_chosen(folder):
@@ -101,7 +130,7 @@ def test_saved_table_is_what_is_chosen(folder):
     assert path == folder / "user" / "nvidia-test-9-gpu.json"
     assert tuning.load(DEVICE) == json.loads(json.dumps(table()))
     found = [chosen(n, n) for n in (128, 512, 1024, 1032, 2048, 4096, 16384)]
-    assert found == [None] * 3 + [SMALL] * 2 + [SPLIT] * 2
+    assert found == [None] * 3 + [SMALL] * 2 + [WIDE] * 2
     assert chosen(1024, 2048) == SMALL, "1 octave of k nearer to 2048"
     assert chosen(64, 64) == default(64, 64), "too far from what was measured"
     assert list(path.parent.iterdir()) == [path], "something else was left behind"
@@ -121,10 +150,10 @@ def test_what_the_table_lacks_takes_the_defaults():
 
 
 @pytest.mark.parametrize(
-    "n, stride, expected", [(4096, 4097, SMALL), (4095, 4096, SMALL), (4096, 4104, SPLIT)]
+    "n, stride, expected", [(4096, 4097, UNALIGNED), (4095, 4096, UNALIGNED), (4096, 4104, WIDE)]
 )
 def test_table_is_for_operands_that_move_16_bytes(n, stride, expected):
-    tuning.save(DEVICE, table([[4096, 4096, 4096, 1, SPLIT]]))
+    tuning.save(DEVICE, table([[4096, 4096, 4096, 1, WIDE]]))
     x = torch.empty(n * stride, dtype=torch.bfloat16, device="meta").as_strided((n, 4096), (stride, 1))
     assert chosen(n, 4096, like=x) == expected
 
@@ -138,7 +167,9 @@ def test_choice_by_a_symbolic_size_adds_no_guard():
     n = env.create_symintnode(symbol, hint=1032)
     x = operand(1024, 1024)
     assert tuning.chosen("symmetric_product", "ieee", (n, n, n, 1), x) == SMALL
-    assert tuning._fewest_waves("symmetric_product", "bfloat16", DEVICE, tuning._hint(n), 8, 1, ("tma",))
+    sizes = tuning._hint(n), 8, 8, 1
+    assert tuning._least("symmetric_product", "bfloat16", DEVICE, sizes, ("tma",))
+    assert tuning.splits(SPLIT, DEVICE, 64, 64, n) == (1, n), "the number of programs would be a guard"
     assert tuning._hint(env.create_unbacked_symint()) == 1024
     assert all("Mod" in str(guard.expr) for guard in env.guards), "not of alignment"
     assert n > 1000
@@ -154,7 +185,7 @@ def test_users_table_comes_first(folder, monkeypatch):
     monkeypatch.setenv("TORCHPAR_CACHE", str(folder / "user"))
     assert chosen(4096, 4096) == SMALL
     tuning.save(DEVICE, table())
-    assert chosen(4096, 4096) == SPLIT
+    assert chosen(4096, 4096) == WIDE
 
 
 def test_checkout_keeps_its_tables_beside_the_kernels(folder, monkeypatch):
@@ -186,13 +217,13 @@ def test_checkout_keeps_its_tables_beside_the_kernels(folder, monkeypatch):
         (json.dumps(table([{"up_to": None, "tiles": SMALL}])), "not the layout of a table"),
         (
             json.dumps(table([[8, 8, 0, 1, SMALL]])),
-            "[8, 8, 0, 1, [64, 64, 32, 8, 3, 'pointers']], expected four sizes above 0",
+            "[8, 8, 0, 1, [64, 64, 64, 4, 3, 'pointers']], expected four sizes above 0",
         ),
         (json.dumps(table([[8, 8, 8.5, 1, SMALL]])), "expected four sizes"),
         (json.dumps(table([[8, 8, 10**400, 1, SMALL]])), "expected four sizes"),
         (json.dumps(table([[8, 8, 8, 1, []]])), "not the layout of a table"),
         (json.dumps(table([[8, 8, 8, 1, SMALL._replace(num_stages=9)]])), "a configuration of this device"),
-        (json.dumps(table([[8, 8, 8, 1, SPLIT]], kernel="linear_sigmoid")), "a configuration of this device"),
+        (json.dumps(table([[8, 8, 8, 1, SPLIT]])), "a configuration of this device"),
     ],
 )
 def test_wrong_file_is_named_and_not_used(folder, text, wrong):
@@ -212,8 +243,8 @@ def test_whole_numbers_of_a_table_are_integers(folder):
     """A kernel's constants must be."""
     path = folder / "user" / tuning.file_name(DEVICE.name)
     path.parent.mkdir()
-    path.write_text(json.dumps(table([[4096, 4096, 4096, 1, SPLIT._replace(block_m=128.0, num_stages=3.0)]])))
-    assert list(map(type, chosen(4096, 4096))) == list(map(type, SPLIT))
+    path.write_text(json.dumps(table([[4096, 4096, 4096, 1, WIDE._replace(block_m=128.0, num_stages=4.0)]])))
+    assert list(map(type, chosen(4096, 4096))) == list(map(type, WIDE))
 
 
 def test_save_refuses_what_load_would(folder):
