@@ -43,10 +43,11 @@ class Sizes(NamedTuple):
     maximum_broadcast: list[tuple[int, int]]  # with one row, and with one column
     products: list[int]  # n = k, of matmul_t and symmetric_matmul
     linear_sigmoid: list[tuple[int, int, int]]  # rows, in_features, out_features
+    linear_sigmoid_backward: list[tuple[int, int]]  # rows, out_features
 
 
-QUICK = Sizes([2**12], [(16, 256)], [65], [(8, 33, 5)])
-CPU = Sizes([2**21], [(1024, 2048)], [256, 1024], [(64, 784, 128), (256, 768, 1024)])
+QUICK = Sizes([2**12], [(16, 256)], [65], [(8, 33, 5)], [(8, 5)])
+CPU = Sizes([2**21], [(1024, 2048)], [256, 1024], [(64, 784, 128), (256, 768, 1024)], [])
 GPU = Sizes(
     [2**20, 2**26, 2**28],
     [(16384, 16384)],
@@ -58,6 +59,7 @@ GPU = Sizes(
         (512, 3072, 12288),
         (8192, 4096, 4096),
     ],
+    [(64, 4096), (512, 12288), (8192, 4096)],
 )
 
 # Compiling takes seconds. On a GPU, where some operators have many shapes, these are compiled.
@@ -79,14 +81,26 @@ def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return linear(x, weight, bias).sigmoid()
 
 
+def linear_sigmoid_backward(g: Tensor, y: Tensor) -> Tensor:
+    """dL/dZ; dL/db, its sum over rows, is computed and dropped."""
+    dz: Tensor = torch.ops.aten.sigmoid_backward(g, y)
+    dz.sum(0)
+    return dz
+
+
 NATIVE: dict[str, Provider] = {
     "maximum": torch.maximum,
     "matmul_t": matmul_t,
     "symmetric_matmul": symmetric_matmul,
     "linear_sigmoid": linear_sigmoid,
+    "linear_sigmoid_backward": linear_sigmoid_backward,
 }
-OURS: dict[str, Provider] = {name: getattr(torchpar, name) for name in NATIVE} | {
-    "symmetric_matmul": lambda a, b, c: torchpar.symmetric_matmul(a, b, c, alpha=ALPHA, beta=BETA)
+OURS: dict[str, Provider] = {
+    "maximum": torchpar.maximum,
+    "matmul_t": torchpar.matmul_t,
+    "symmetric_matmul": lambda a, b, c: torchpar.symmetric_matmul(a, b, c, alpha=ALPHA, beta=BETA),
+    "linear_sigmoid": torchpar.linear_sigmoid,
+    "linear_sigmoid_backward": lambda g, y: torch.ops.torchpar.linear_sigmoid_backward(g, y)[0],
 }
 
 # The operators are held to PyTorch's errors. The errors of PyTorch and NumPy themselves are as they are:
@@ -135,7 +149,7 @@ def maximum_operation(
         lambda seed: normal(seed, dtype, device, a_shape, b_shape, a_shape),
         NATIVE["maximum"],
         forward=Work((2 * a + b) * dtype.itemsize, a),
-        backward=Work((3 * a + 2 * b) * dtype.itemsize, a),
+        backward=Work((3 * a + 2 * b) * dtype.itemsize * dtype.is_floating_point, a),
     )
 
 
@@ -190,6 +204,25 @@ def linear_sigmoid_operation(dtype: torch.dtype, device: torch.device, m: int, k
     )
 
 
+def linear_sigmoid_backward_operation(dtype: torch.dtype, device: torch.device, m: int, n: int) -> Operation:
+    """The first pass of the backward. Its own derivatives are not timed."""
+
+    def inputs(seed: int) -> list[Tensor]:
+        g, z, gradient = normal(seed, dtype, device, (m, n), (m, n), (m, n))
+        return [g, z.sigmoid(), gradient]
+
+    return Operation(
+        "linear_sigmoid_backward",
+        f"{m}x{n}",
+        dtype,
+        device,
+        inputs,
+        NATIVE["linear_sigmoid_backward"],
+        forward=Work((3 * m * n + n) * dtype.itemsize, 5 * m * n),
+        backward=Work(0, 0),
+    )
+
+
 def operations(device: torch.device, quick: bool) -> Iterator[Operation]:
     on_gpu = device.type == "cuda"
     sizes = QUICK if quick else GPU if on_gpu else CPU
@@ -209,12 +242,16 @@ def operations(device: torch.device, quick: bool) -> Iterator[Operation]:
     for dtype in dtypes:
         for shape in sizes.linear_sigmoid:
             yield linear_sigmoid_operation(dtype, device, *shape)
+        for rows, columns in sizes.linear_sigmoid_backward:
+            yield linear_sigmoid_backward_operation(dtype, device, rows, columns)
 
 
 def providers(operation: Operation, quick: bool) -> dict[str, Provider]:
     """Eager, ours, and unless ``quick`` both compiled; the library's bare products, and njit's loops."""
     native, ours = NATIVE[operation.operator], OURS[operation.operator]
     found: dict[str, Provider] = {"eager": native, "torchpar": ours}
+    if operation.operator == "linear_sigmoid_backward":
+        return found  # a compiler would not compute the sum that is dropped
     on_cpu = operation.device.type == "cpu"
     if not quick and (on_cpu or operation.shape in COMPILED.get(operation.operator, (operation.shape,))):
         torch.compiler.reset()  # every shape is compiled anew, and recompilations are limited
@@ -279,7 +316,7 @@ def compare_all(
         compared = providers(operation)
         for mode in modes:
             forward = mode == "forward"
-            if not (forward or operation.dtype.is_floating_point):
+            if not forward and operation.backward.bytes == 0:
                 continue
             yield compare(
                 operation,

@@ -104,7 +104,7 @@ run_stage() {
             ;;
         operators)
             needs rich triton && limited 500 python3 -m benchmarks.operators --device cuda \
-                --operators linear_sigmoid maximum --modes forward backward --output "$outdir"
+                --operators linear_sigmoid linear_sigmoid_backward maximum --modes forward backward --output "$outdir"
             ;;
         host)
             needs rich triton && limited 500 python3 -m benchmarks.host

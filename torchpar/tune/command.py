@@ -34,6 +34,7 @@ PROBLEMS = (
     ("linear_sigmoid", 8192, 4096, 4096, 1),
     ("linear_sigmoid", 512, 12288, 3072, 1),
     ("linear_sigmoid", 128, 512, 784, 1),
+    ("linear_sigmoid", 64, 1024, 8192, 1),
     ("linear_sigmoid", 8192, 512, 784, 1),
     ("linear_sigmoid", 2048, 2048, 2048, 1),
     ("linear_sigmoid", 8192, 8192, 8192, 1),
