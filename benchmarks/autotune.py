@@ -34,7 +34,7 @@ def compile_tiles(launch: Callable[..., object], tiles: Tiles, capability: int) 
     ``registers`` and ``spills`` (bytes) are of a thread, ``shared_memory`` (bytes) of a block.
     """
     from benchmarks.compiled import machine_codes, target
-    from torchpar.kernels import tuning
+    from torchpar.kernels import candidates
 
     try:
         with target(capability), TemporaryDirectory() as folder:
@@ -45,7 +45,7 @@ def compile_tiles(launch: Callable[..., object], tiles: Tiles, capability: int) 
     found |= {"shared_memory": code.shared_memory, "compile_s": code.seconds}
     if code.spills:
         return found, f"spills {code.spills} bytes of a thread"
-    if code.shared_memory > (limit := tuning.SHARED_MEMORY.get(capability, code.shared_memory)):
+    if code.shared_memory > (limit := candidates.SHARED_MEMORY.get(capability, code.shared_memory)):
         return found, f"{code.shared_memory} bytes of shared memory, of {limit}"
     return found, ""
 
@@ -54,10 +54,10 @@ def search(
     kernel: str, dtype: str, options: argparse.Namespace, capability: int, device: torch.device
 ) -> Iterator[list[Row]]:
     """The rows of each size: every configuration, compiled and on a GPU timed, and there the library."""
-    from torchpar.kernels import tuning
+    from torchpar.kernels import candidates
 
-    kind, largest = tuning.KINDS[dtype], max(options.sizes)
-    configurations = tuning.configurations(kernel, kind.dtype, kind.precision, capability)
+    kind, largest = candidates.KINDS[dtype], max(options.sizes)
+    configurations = candidates.configurations(kernel, kind.dtype, kind.precision, capability)
     configurations = [tiles for tiles in configurations if tiles.variant in options.variants]
     configurations = configurations[: QUICK if options.quick else None]
     launch = prepare(Problem(kernel, dtype, largest, largest, largest), torch.device("meta")).launch

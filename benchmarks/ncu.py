@@ -31,10 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def profile(problem: Problem, device: torch.device) -> int:
     """Time all configurations, then launch the fastest once more where the profiler sees them."""
-    from torchpar.kernels import tuning
+    from torchpar.kernels import candidates
 
-    kind, present = tuning.KINDS[problem.kind], tuning.device(torch.empty(0, device="meta"))
-    tried = tuning.configurations(problem.kernel, kind.dtype, kind.precision, present.capability)
+    kind, present = candidates.KINDS[problem.kind], candidates.device(torch.empty(0, device="meta"))
+    tried = candidates.configurations(problem.kernel, kind.dtype, kind.precision, present.capability)
     tried = [tiles for tiles in tried if tiles.variant in SEEN]
     times, errors = measure(problem, tried, device)
     ms = {tiles: median(map(median, rounds)) for tiles, rounds in times.items()}

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .candidates import Tiles, device, resident_programs, splits
 from .gemm import GROUP, describe, dot_rows, dot_tiles, grouped_tile
 from .launch import Plan, Wrap, planned
-from .tuning import Tiles, chosen, device, resident_programs, splits, variants
+from .tuning import chosen, variants
 
 SUM_TILE = (8, 128)  # of the parts of a split product, for each program
 

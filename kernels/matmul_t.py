@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .candidates import Tiles, device, resident_programs
 from .gemm import GROUP, dot_rows, triangle_tile
 from .launch import Plan, Wrap, planned
 from .matmul_t_tma import symmetric_product_specialized_kernel, symmetric_product_tma_kernel
-from .tuning import Tiles, chosen, device, resident_programs, variants
+from .tuning import chosen, variants
 
 SUM_BLOCK = 64  # with 128, float32 and float64 spill
 

@@ -13,8 +13,8 @@ pytest.importorskip("triton", reason="Triton compiles the configurations")
 
 from benchmarks import autotune
 from torchpar.errors import ConfigError
-from torchpar.kernels import tuning
-from torchpar.kernels.tuning import Tiles
+from torchpar.kernels import candidates
+from torchpar.kernels.candidates import Tiles
 from torchpar.tune.measure import LIBRARY, PRODUCT, Problem, describe, prepare
 
 LARGE = ("symmetric_product", torch.bfloat16, "ieee")
@@ -40,7 +40,7 @@ def test_without_a_gpu_it_compiles_and_says_that_it_did_not_measure(tmp_path, ca
 
 
 def test_on_a_gpu_the_variants_stand_beside_the_library(tmp_path, capsys, monkeypatch):
-    variants = {tiles.variant: tiles for tiles in tuning.configurations(*LARGE, 90)}  # the last of each
+    variants = {tiles.variant: tiles for tiles in candidates.configurations(*LARGE, 90)}  # the last of each
     wrong, spilling = variants["specialized"], variants["tma"]
 
     def compile_tiles(launch, tiles, capability):
@@ -57,7 +57,7 @@ def test_on_a_gpu_the_variants_stand_beside_the_library(tmp_path, capsys, monkey
     monkeypatch.setattr(autotune, "compile_tiles", compile_tiles)
     monkeypatch.setattr(autotune, "measure", measure)
     monkeypatch.setattr("benchmarks.report.provenance", lambda device: {})
-    monkeypatch.setattr(tuning, "configurations", lambda *_: list(variants.values()))
+    monkeypatch.setattr(candidates, "configurations", lambda *_: list(variants.values()))
     flags = ["--kernels", LARGE[0], "--sizes", "512", "1024", "--output", str(tmp_path)]
     assert autotune.main(flags) == 1, "two rows are wrong"
     rows = rows_of(tmp_path)

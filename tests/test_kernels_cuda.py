@@ -17,7 +17,7 @@ import torchpar
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 from torchpar.kernels import linear_sigmoid as linear_kernels
 from torchpar.kernels import matmul_t as kernels
-from torchpar.kernels.tuning import Tiles
+from torchpar.kernels.candidates import Tiles
 from torchpar.tune.measure import use_fp32_precision
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels take a GPU; there is none")

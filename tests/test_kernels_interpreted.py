@@ -19,13 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchpar.kernels import candidates
 from torchpar.kernels import linear_sigmoid as linear_sigmoid_kernels
 from torchpar.kernels import matmul_t as matmul_t_kernels
 from torchpar.kernels import maximum as maximum_kernels
 from torchpar.kernels import sigmoid_backward as sigmoid_backward_kernels
-from torchpar.kernels import tuning
+from torchpar.kernels.candidates import Tiles
 from torchpar.kernels.gemm import GROUP, triangle_by_rows, triangle_tile
-from torchpar.kernels.tuning import Tiles
 
 
 def _release(package: str) -> tuple[int, ...]:
@@ -405,8 +405,8 @@ def test_linear_sigmoid_of_float16_by(interpreter, path):
 def check_splits() -> None:
     """So that the tests are of several parts; the last of them is shorter here."""
     tiles = LINEAR_PATHS["split"]
-    assert tuning.splits(tiles, tuning.device(torch.empty(0)), 1, 4, 4) == (1, 16)
-    assert tuning.splits(tiles, tuning.device(torch.empty(0)), 16, 16, 260) == (3, 96)
+    assert candidates.splits(tiles, candidates.device(torch.empty(0)), 1, 4, 4) == (1, 16)
+    assert candidates.splits(tiles, candidates.device(torch.empty(0)), 16, 16, 260) == (3, 96)
 
 
 def test_splits(interpreter):

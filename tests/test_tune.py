@@ -15,14 +15,14 @@ import torch
 pytest.importorskip("triton", reason="Triton compiles the configurations")
 
 from torchpar.errors import ConfigError
-from torchpar.kernels import tuning
-from torchpar.kernels.tuning import Tiles
+from torchpar.kernels import candidates, tables, tuning
+from torchpar.kernels.candidates import Tiles
 from torchpar.ops._matrix import mirrored
 from torchpar.tune import command, measure
 from torchpar.tune.measure import Problem
 
-DEVICE = tuning.Device("NVIDIA Test", 90, 132)
-FAST, SLOW, BROKEN = tuning.configurations("symmetric_product", torch.bfloat16, "ieee", 90)[:3]
+DEVICE = candidates.Device("NVIDIA Test", 90, 132)
+FAST, SLOW, BROKEN = candidates.configurations("symmetric_product", torch.bfloat16, "ieee", 90)[:3]
 LARGE = Problem("symmetric_product", "bfloat16", 1024, 1024, 1024)
 SMALL = Problem("symmetric_product", "bfloat16", 256, 256, 256)
 
@@ -139,7 +139,7 @@ def test_configurations_and_the_library_are_timed_in_turn_and_checked_first(inte
     assert times == {name: [[3.0 * i + j] for i in rounds] for j, name in enumerate(names, 1)}
     assert list(errors) == [bad]
     assert errors[bad].startswith("ValueError: an error of 1.0e+00")
-    assert set(during) == {tuning.KINDS[problem.kind].precision}
+    assert set(during) == {candidates.KINDS[problem.kind].precision}
     assert after == torch.backends.cuda.matmul.fp32_precision
 
 
@@ -150,14 +150,15 @@ def test_configurations_and_the_library_are_timed_in_turn_and_checked_first(inte
 def gpu(tmp_path, monkeypatch):
     """The tables of a GPU that is present in name only; `made_up` has its times."""
     monkeypatch.setenv("TORCHPAR_CACHE", str(tmp_path))
-    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(tuning, "device", lambda t: DEVICE)
+    for module in (candidates, tuning):
+        monkeypatch.setattr(module, "device", lambda t: DEVICE)
     monkeypatch.setattr(command, "measure", made_up)
-    tuning.forget_tables()
+    tables.forget_tables()
     yield tmp_path / "nvidia-test.json"
-    tuning.forget_tables()
+    tables.forget_tables()
 
 
 def tune(*arguments: str, sizes: tuple[int, ...] = (1024, 256)) -> int:
@@ -311,8 +312,8 @@ def test_the_most_important_problems_come_first():
         ("symmetric_product", "bfloat16", n) for n in (4096, 8192)
     ]
     assert [p.kind for p in problems] == sorted((p.kind for p in problems), key=command.DTYPES.index)
-    assert {p.kind for p in problems} == tuning.KINDS.keys()
-    assert {p.kernel for p in problems} == set(tuning.KERNELS) == set(command.KERNELS)
+    assert {p.kind for p in problems} == candidates.KINDS.keys()
+    assert {p.kernel for p in problems} == set(candidates.KERNELS) == set(command.KERNELS)
 
 
 @pytest.mark.parametrize(

@@ -10,26 +10,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchpar.kernels import tuning
-from torchpar.kernels.tuning import Tiles
+from torchpar.kernels import candidates, tables, tuning
+from torchpar.kernels.candidates import Tiles
 
-DEVICE = tuning.Device("NVIDIA Test/9 GPU", 90, 132)
+DEVICE = candidates.Device("NVIDIA Test/9 GPU", 90, 132)
 WIDE, LARGE = Tiles(128, 256, 64, 8, 4, "tma"), Tiles(128, 128, 64, 8, 4, "tma")
 SQUARE, SMALL = Tiles(128, 128, 64, 8, 3), Tiles(64, 64, 64, 4, 3)
 UNALIGNED, SPLIT = Tiles(64, 64, 32, 8, 3), Tiles(64, 64, 64, 4, 4, "split")
 ENTRIES = [[512, 512, 512, 1, None], [2048, 2048, 2048, 1, SMALL], [4096, 4096, 4096, 1, WIDE]]
-KINDS = [pytest.param(*kind[:2], id=name) for name, kind in tuning.KINDS.items()]
+KINDS = [pytest.param(*kind[:2], id=name) for name, kind in candidates.KINDS.items()]
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     """The user's folder, of a user with the device of the test and no shipped tables."""
     monkeypatch.setenv("TORCHPAR_CACHE", str(tmp_path / "user"))
-    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped" / "tuned")
+    monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped" / "tuned")
     monkeypatch.setattr(tuning, "device", lambda t: DEVICE)
-    tuning.forget_tables()
+    tables.forget_tables()
     yield tmp_path
-    tuning.forget_tables()
+    tables.forget_tables()
 
 
 def table(entries=ENTRIES, kind: str = "bfloat16", kernel: str = "symmetric_product") -> dict:
@@ -52,9 +52,9 @@ def default(m: int, n: int, batch: int = 1, kernel: str = "symmetric_product", d
 
 @pytest.mark.parametrize("capability", [0, 80, 90, 100, 120])
 @pytest.mark.parametrize("dtype, precision", KINDS)
-@pytest.mark.parametrize("kernel", tuning.KERNELS)
+@pytest.mark.parametrize("kernel", candidates.KERNELS)
 def test_configurations_are_those_that_a_device_can_run(kernel, dtype, precision, capability):
-    found = tuning.configurations(kernel, dtype, precision, capability)
+    found = candidates.configurations(kernel, dtype, precision, capability)
     assert 3 <= len(set(found)) == len(found) <= 13
     for tiles in found:
         buffers = tiles.num_stages - (capability == 0)
@@ -107,7 +107,7 @@ def test_default_of_linear_sigmoid(m, n, k, expected):
     """Neither few rows nor a result whose rows begin at no 16 bytes take the tiles for unaligned operands."""
     found = tuning.default_tiles("linear_sigmoid", "ieee", (m, n, k, 1), operand(m, k), operand(n, k))
     assert found == expected
-    tuning.save(DEVICE, table([[m, 1024, k, 1, WIDE]], kernel="linear_sigmoid"))
+    tables.save(DEVICE, table([[m, 1024, k, 1, WIDE]], kernel="linear_sigmoid"))
     found = tuning.chosen("linear_sigmoid", "ieee", (m, n, k, 1), operand(m, k), operand(n, k))
     assert found == (expected if n % 8 else WIDE)
 
@@ -116,7 +116,7 @@ def test_default_of_linear_sigmoid(m, n, k, expected):
     "m, n, k", [(1, 1, 1), (64, 64, 255), (64, 64, 4096), (200, 1001, 8191), (8192, 8192, 8192)]
 )
 def test_splits_have_columns_each(m, n, k):
-    count, span = tuning.splits(SPLIT, DEVICE, m, n, k)
+    count, span = candidates.splits(SPLIT, DEVICE, m, n, k)
     assert (count - 1) * span < k <= count * span
     assert span % 64 == 0
     assert count == 1 or span >= 256
@@ -126,9 +126,9 @@ def test_splits_have_columns_each(m, n, k):
 
 
 def test_saved_table_is_what_is_chosen(folder):
-    path = tuning.save(DEVICE, table())
+    path = tables.save(DEVICE, table())
     assert path == folder / "user" / "nvidia-test-9-gpu.json"
-    assert tuning.load(DEVICE) == json.loads(json.dumps(table()))
+    assert tables.load(DEVICE) == json.loads(json.dumps(table()))
     found = [chosen(n, n) for n in (128, 512, 1024, 1032, 2048, 4096, 16384)]
     assert found == [None] * 3 + [SMALL] * 2 + [WIDE] * 2
     assert chosen(1024, 2048) == SMALL, "1 octave of k nearer to 2048"
@@ -137,12 +137,12 @@ def test_saved_table_is_what_is_chosen(folder):
 
 
 def test_batch_is_a_size_like_others():
-    tuning.save(DEVICE, table([*ENTRIES, [512, 512, 512, 64, SQUARE]]))
+    tables.save(DEVICE, table([*ENTRIES, [512, 512, 512, 64, SQUARE]]))
     assert [chosen(512, 512, batch) for batch in (1, 8, 9, 64)] == [None, None, SQUARE, SQUARE]
 
 
 def test_what_the_table_lacks_takes_the_defaults():
-    tuning.save(DEVICE, table([[512, 512, 512, 1, None]]))
+    tables.save(DEVICE, table([[512, 512, 512, 1, None]]))
     assert chosen(512, 512) is None
     assert chosen(512, 512, dtype=torch.float16) == SMALL
     x = operand(512, 512)
@@ -153,7 +153,7 @@ def test_what_the_table_lacks_takes_the_defaults():
     "n, stride, expected", [(4096, 4097, UNALIGNED), (4095, 4096, UNALIGNED), (4096, 4104, WIDE)]
 )
 def test_table_is_for_operands_that_move_16_bytes(n, stride, expected):
-    tuning.save(DEVICE, table([[4096, 4096, 4096, 1, WIDE]]))
+    tables.save(DEVICE, table([[4096, 4096, 4096, 1, WIDE]]))
     x = torch.empty(n * stride, dtype=torch.bfloat16, device="meta").as_strided((n, 4096), (stride, 1))
     assert chosen(n, 4096, like=x) == expected
 
@@ -161,7 +161,7 @@ def test_table_is_for_operands_that_move_16_bytes(n, stride, expected):
 def test_choice_by_a_symbolic_size_adds_no_guard():
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    tuning.save(DEVICE, table())
+    tables.save(DEVICE, table())
     env = ShapeEnv()
     symbol = env.create_unspecified_symbol(1032, source=torch._dynamo.source.ConstantSource("n"))
     n = env.create_symintnode(symbol, hint=1032)
@@ -169,7 +169,7 @@ def test_choice_by_a_symbolic_size_adds_no_guard():
     assert tuning.chosen("symmetric_product", "ieee", (n, n, n, 1), x) == SMALL
     sizes = tuning._hint(n), 8, 8, 1
     assert tuning._least("symmetric_product", "bfloat16", DEVICE, sizes, ("tma",))
-    assert tuning.splits(SPLIT, DEVICE, 64, 64, n) == (1, n), "the number of programs would be a guard"
+    assert candidates.splits(SPLIT, DEVICE, 64, 64, n) == (1, n), "the number of programs would be a guard"
     assert tuning._hint(env.create_unbacked_symint()) == 1024
     assert all("Mod" in str(guard.expr) for guard in env.guards), "not of alignment"
     assert n > 1000
@@ -177,14 +177,14 @@ def test_choice_by_a_symbolic_size_adds_no_guard():
 
 
 def test_users_table_comes_first(folder, monkeypatch):
-    monkeypatch.setattr(tuning, "user_folder", lambda: folder / "shipped" / "tuned")
-    tuning.save(DEVICE, table([ENTRIES[1]]))
+    monkeypatch.setattr(tables, "user_folder", lambda: folder / "shipped" / "tuned")
+    tables.save(DEVICE, table([ENTRIES[1]]))
     monkeypatch.undo()
     monkeypatch.setattr(tuning, "device", lambda t: DEVICE)
-    monkeypatch.setattr(tuning, "SHIPPED", folder / "shipped" / "tuned")
+    monkeypatch.setattr(tables, "SHIPPED", folder / "shipped" / "tuned")
     monkeypatch.setenv("TORCHPAR_CACHE", str(folder / "user"))
     assert chosen(4096, 4096) == SMALL
-    tuning.save(DEVICE, table())
+    tables.save(DEVICE, table())
     assert chosen(4096, 4096) == WIDE
 
 
@@ -192,16 +192,16 @@ def test_checkout_keeps_its_tables_beside_the_kernels(folder, monkeypatch):
     monkeypatch.delenv("TORCHPAR_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     (folder / "shipped").mkdir()
-    name = tuning.file_name(DEVICE.name)
+    name = tables.file_name(DEVICE.name)
     own = folder / "cache" / "torchpar" / "tuned" / name
-    assert tuning.save(DEVICE, table()) == own
+    assert tables.save(DEVICE, table()) == own
     (folder / "pyproject.toml").touch()
-    assert tuning.save(DEVICE, table()) == own, "the user's, which comes first, would hide it"
+    assert tables.save(DEVICE, table()) == own, "the user's, which comes first, would hide it"
     own.unlink()
     monkeypatch.setenv("TORCHPAR_CACHE", "")
-    assert tuning.save(DEVICE, table()) == folder / "shipped" / "tuned" / name
+    assert tables.save(DEVICE, table()) == folder / "shipped" / "tuned" / name
     monkeypatch.delenv("TORCHPAR_CACHE")
-    assert tuning.save(DEVICE, table()) == folder / "shipped" / "tuned" / name
+    assert tables.save(DEVICE, table()) == folder / "shipped" / "tuned" / name
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_checkout_keeps_its_tables_beside_the_kernels(folder, monkeypatch):
     ],
 )
 def test_wrong_file_is_named_and_not_used(folder, text, wrong):
-    path = folder / "user" / tuning.file_name(DEVICE.name)
+    path = folder / "user" / tables.file_name(DEVICE.name)
     path.parent.mkdir()
     path.write_text(text)
     with pytest.warns(UserWarning, match=re.escape(wrong)) as caught:
@@ -241,7 +241,7 @@ def test_wrong_file_is_named_and_not_used(folder, text, wrong):
 
 def test_whole_numbers_of_a_table_are_integers(folder):
     """A kernel's constants must be."""
-    path = folder / "user" / tuning.file_name(DEVICE.name)
+    path = folder / "user" / tables.file_name(DEVICE.name)
     path.parent.mkdir()
     path.write_text(json.dumps(table([[4096, 4096, 4096, 1, WIDE._replace(block_m=128.0, num_stages=4.0)]])))
     assert list(map(type, chosen(4096, 4096))) == list(map(type, WIDE))
@@ -249,7 +249,7 @@ def test_whole_numbers_of_a_table_are_integers(folder):
 
 def test_save_refuses_what_load_would(folder):
     with pytest.raises(ValueError, match="a configuration of this device"):
-        tuning.save(DEVICE._replace(capability=80), table())
+        tables.save(DEVICE._replace(capability=80), table())
     with pytest.raises(ValueError, match="expected 'Other'"):
-        tuning.save(DEVICE._replace(name="Other"), table())
+        tables.save(DEVICE._replace(name="Other"), table())
     assert not (folder / "user").exists()

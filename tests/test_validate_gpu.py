@@ -209,17 +209,17 @@ def test_the_profiler_sees_the_two_fastest_configurations(monkeypatch):
     pytest.importorskip("triton", reason="the kernels are written in Triton")
     pytest.importorskip("rich", reason="rich prints the tables")
     from benchmarks import ncu
-    from torchpar.kernels import tuning
+    from torchpar.kernels import candidates
 
     milliseconds = [3.0, None, 1.0, 4.0, 2.0]
-    tried = [tuning.Tiles(64, 64, 16 * 2**i, 4, 2) for i in range(len(milliseconds))]
+    tried = [candidates.Tiles(64, 64, 16 * 2**i, 4, 2) for i in range(len(milliseconds))]
     times = {tiles: [[ms]] for tiles, ms in zip(tried, milliseconds, strict=True) if ms} | {
         "library": [[0.5]]
     }
     seen = []
     launched = SimpleNamespace(launch=lambda wrap, tiles: seen.append(tiles))
-    monkeypatch.setattr(tuning, "device", lambda t: tuning.Device("", 90, 132))
-    monkeypatch.setattr(tuning, "configurations", lambda *kind: tried if kind[-1] == 90 else [])
+    monkeypatch.setattr(candidates, "device", lambda t: candidates.Device("", 90, 132))
+    monkeypatch.setattr(candidates, "configurations", lambda *kind: tried if kind[-1] == 90 else [])
     monkeypatch.setattr(ncu, "measure", lambda *_: (times, {tried[1]: "too large"}))
     monkeypatch.setattr(ncu, "prepare", lambda *_: launched)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("wait"))

@@ -22,7 +22,7 @@ from torchpar.errors import ConfigError
 from torchpar.tune.measure import LIBRARY, PRODUCT, Problem, check_gpu, describe, error_line, measure
 
 if TYPE_CHECKING:  # it imports Triton
-    from torchpar.kernels.tuning import Device
+    from torchpar.kernels.candidates import Device
 
 KERNELS = ("symmetric_product", "linear_sigmoid")
 VARIANTS = ("pointers", "split", "tma", "specialized")
@@ -62,12 +62,12 @@ def tune(options: argparse.Namespace) -> int:
         raise ConfigError(f"--sizes is {options.sizes}, expected positive multiples of 16")
     if not torch.cuda.is_available():
         raise ConfigError("PyTorch finds no GPU, expected one to tune the kernels on")
-    from torchpar.kernels import tuning
+    from torchpar.kernels import candidates, tables
 
     end = time.monotonic() + 60 * options.minutes
-    present = tuning.device(torch.empty(0, device="meta"))
+    present = candidates.device(torch.empty(0, device="meta"))
     header = environment(present)
-    table = tuning.load(present) or {}
+    table = tables.load(present) or {}
     if table | header != table:
         if table:
             print("the table is of other versions or kernels; a new one is begun")
@@ -85,7 +85,7 @@ def tune(options: argparse.Namespace) -> int:
                 others, _ = entries(table, problem)
                 table["tiles"].setdefault(problem.kernel, {})[problem.kind] = [*others, entry]
                 date = datetime.now(UTC).date().isoformat()
-                path = tuning.save(present, table | {"date": date})
+                path = tables.save(present, table | {"date": date})
             left_out += entry is None
             del missing[0]
     finally:  # after Ctrl-C too
@@ -118,10 +118,10 @@ def entries(table: dict[str, Any], problem: Problem) -> tuple[list[Any], list[An
 
 def tune_problem(problem: Problem, variants: Sequence[str], present: "Device") -> list[Any] | None:
     """Measure a problem and print the result; return its entry, or None if it cannot be measured."""
-    from torchpar.kernels import tuning
+    from torchpar.kernels import candidates
 
-    kind = tuning.KINDS[problem.kind][:2]
-    configurations = tuning.configurations(problem.kernel, *kind, present.capability)
+    kind = candidates.KINDS[problem.kind][:2]
+    configurations = candidates.configurations(problem.kernel, *kind, present.capability)
     configurations = [tiles for tiles in configurations if tiles.variant in variants]
     try:
         times, errors = measure(problem, configurations, torch.device("cuda"))

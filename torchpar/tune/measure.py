@@ -18,11 +18,11 @@ PRODUCT = "product alone"  # of the library, without the mirror or the sigmoid
 ROUNDS = 5
 ROUND_MS = 10  # of each configuration
 
-Tiles = tuple[int | str, ...]  # `torchpar.kernels.tuning.Tiles`, which needs Triton, is such a tuple
+Tiles = tuple[int | str, ...]  # `torchpar.kernels.candidates.Tiles`, which needs Triton, is such a tuple
 
 
 class Problem(NamedTuple):
-    """Products ``(m, k)·(k, n)`` by a kernel; `torchpar.kernels.tuning.KINDS` has the kinds of operands."""
+    """Products ``(m, k)·(k, n)`` by a kernel. `torchpar.kernels.candidates.KINDS` has the kinds."""
 
     kernel: str
     kind: str
@@ -48,10 +48,10 @@ class PreparedProblem(NamedTuple):
 
 def prepare(problem: Problem, device: torch.device) -> PreparedProblem:
     """Random operands on ``device``; on the meta device the kernels can be compiled, but not run."""
-    from torchpar.kernels import linear_sigmoid, matmul_t, tuning
+    from torchpar.kernels import candidates, linear_sigmoid, matmul_t
 
     kernel, kind, m, n, k, batch = problem
-    dtype, precision = tuning.KINDS[kind][:2]
+    dtype, precision = candidates.KINDS[kind][:2]
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(n)
     random = partial(torch.randn, device=device, generator=generator)
     prefix = (batch,) * (batch > 1)
@@ -81,10 +81,10 @@ def measure(
     """
     from triton.testing import do_bench
 
-    from torchpar.kernels import tuning
+    from torchpar.kernels import candidates
 
     errors: dict[Tiles, str] = {}
-    with use_fp32_precision(tuning.KINDS[problem.kind].precision):
+    with use_fp32_precision(candidates.KINDS[problem.kind].precision):
         prepared = prepare(problem, device)
         calls: dict[Tiles | str, Callable[[], object]] = {
             tiles: partial(prepared.launch, None, tiles=tiles) for tiles in configurations

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: MIT
+"""What tracers see of the CUDA path, without a GPU: the kernels of a graph, what they write, and metadata.
+
+Tensors are fake ones on "cuda", and the driver is a stand-in. The autograd engine asks CUDA for a context
+even where tensors are fake, so the operators that make up the backward are traced by themselves.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+from torch._functorch.aot_autograd import aot_export_joint_simple
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from benchmarks.compiled import Driver, target
+from torchpar.kernels import linear_sigmoid as linear_sigmoid_kernels
+from torchpar.kernels import matmul_t as matmul_t_kernels
+
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+ops = torch.ops.torchpar
+
+
+@pytest.fixture(autouse=True)
+def gpu() -> Iterator[None]:
+    with target(90):
+        yield
+
+
+def fake(shape: str, sizes: dict[str, int | torch.SymInt]) -> Tensor:
+    """A tensor on "cuda" with a dimension per letter; without letters, a scalar on the CPU."""
+    return torch.empty([sizes[letter] for letter in shape], device="cuda" if shape else "cpu")
+
+
+def trace(op, shapes: tuple[str, ...]) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
+    """The graph of ``op`` on fake tensors with symbolic sizes, and what its fake returns."""
+    env = ShapeEnv()
+    sizes: dict[str, int | torch.SymInt] = {"z": 0}
+    for letter, hint in {"b": 3, "m": 80, "n": 48, "k": 33}.items():
+        source = ConstantSource(letter)
+        symbol = env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+        sizes[letter] = env.create_symintnode(symbol, hint=hint, source=source)
+
+    def results(*args: Tensor) -> tuple[Tensor, ...]:
+        result = op(*args)
+        return result if isinstance(result, tuple) else (result,)
+
+    with FakeTensorMode(shape_env=env):
+        args = [fake(shape, sizes) for shape in shapes]
+        return aot_export_joint_simple(results, args, trace_joint=False), results(*args)
+
+
+def kernel_names(graph: fx.GraphModule) -> list[str]:
+    indices = [node.kwargs["kernel_idx"] for node in graph.graph.nodes if "kernel_idx" in node.kwargs]
+    kernels = [kernel_side_table.get_kernel(index).fn for index in indices]
+    # Launch options make torch wrap a kernel in an Autotuner, whose `fn` is the kernel.
+    return [getattr(kernel, "fn", kernel).__name__ for kernel in kernels]
+
+
+def launches(graph: fx.GraphModule) -> dict[str, list[str]]:
+    """The kernels in a graph, and the arguments that each is taken to write."""
+    nodes = [node for node in graph.graph.nodes if "kernel_idx" in node.kwargs]
+    for node in nodes:
+        assert "triton_kernel_wrapper" in str(node.target)
+        ((columns, *_),) = node.kwargs["grid"]
+        assert isinstance(columns, fx.Node), "the grid is fixed at the sizes it was traced with"
+    clones = [node.kwargs["tensors_to_clone"] for node in nodes]
+    return dict(zip(kernel_names(graph), clones, strict=True))
+
+
+traced = pytest.mark.parametrize(
+    "op, shapes, expected",
+    [
+        (ops.maximum, ("mk", "mk"), {"maximum_flat_kernel": ["out_ptr"]}),
+        (ops.maximum, ("mk", "k"), {"maximum_strided_kernel": ["out_ptr"]}),
+        (ops.maximum, ("mk", ""), {"maximum_flat_kernel": ["out_ptr"]}),
+        (
+            ops.maximum_backward,
+            ("mk", "mk", "mk"),
+            {"maximum_backward_flat_kernel": ["da_ptr", "db_ptr"]},
+        ),
+        (
+            ops.maximum_backward,
+            ("bmk", "bmk", "k"),
+            {"maximum_backward_strided_kernel": ["da_ptr", "db_ptr"]},
+        ),
+        (ops.maximum_backward, ("mk", "mk", ""), {"maximum_backward_flat_kernel": ["da_ptr", "db_ptr"]}),
+        (ops.matmul_t, ("mk",), {"symmetric_product_kernel": ["out_ptr"]}),
+        (ops.matmul_t, ("bmk",), {"symmetric_product_kernel": ["out_ptr"]}),
+        (ops.matmul_t_backward, ("bmm", "bmk"), {"symmetric_sum_kernel": ["out_ptr"]}),
+        (ops.linear_sigmoid, ("mk", "nk"), {"linear_sigmoid_kernel": ["out_ptr"]}),
+        (ops.linear_sigmoid, ("bmk", "nk", "n"), {"linear_sigmoid_kernel": ["out_ptr"]}),
+        (
+            ops.linear_sigmoid_backward,
+            ("bmn", "bmn"),
+            {"sigmoid_backward_kernel": ["dz_ptr", "partial_ptr"]},
+        ),
+    ],
+)
+
+
+@traced
+def test_tracers_see_the_kernel_and_what_it_writes(op, shapes, expected):
+    graph, fakes = trace(op, shapes)
+    assert launches(graph) == expected
+    (outputs,) = graph.graph.find_nodes(op="output")[0].args
+    for output, promised in zip(outputs, fakes, strict=True):
+        result = output.meta["val"]
+        assert result.size() == promised.size()
+        assert result.stride() == promised.stride()
+        assert (result.dtype, result.device) == (promised.dtype, promised.device)
+
+
+def aten(graph: fx.GraphModule) -> list[str]:
+    """The names of ATen's operators in a graph."""
+    return [
+        node.target.__name__.partition(".")[0] for node in graph.graph.nodes if "aten" in str(node.target)
+    ]
+
+
+@pytest.mark.parametrize(
+    "op, module", [(ops.matmul_t, matmul_t_kernels), (ops.linear_sigmoid, linear_sigmoid_kernels)]
+)
+def test_the_library_multiplies_where_the_table_says_so(op, module, monkeypatch):
+    monkeypatch.setattr(module, "chosen", lambda *args, **kwargs: None)
+    graph, _ = trace(op, ("mk",) if op is ops.matmul_t else ("mk", "nk"))
+    assert "mm" in aten(graph)
+    # The library's product need not be symmetric: one kernel mirrors it.
+    assert launches(graph) == ({"symmetric_sum_kernel": ["out_ptr"]} if op is ops.matmul_t else {})
+
+
+@pytest.mark.parametrize("op, shapes", [(ops.matmul_t, ("mz",)), (ops.linear_sigmoid, ("mz", "nz"))])
+def test_the_library_answers_without_columns(op, shapes):
+    """The kernels assume at least one."""
+    graph, _ = trace(op, shapes)
+    assert "mm" in aten(graph)
+    assert set(launches(graph)) <= {"symmetric_sum_kernel"}
+
+
+@pytest.mark.parametrize("rows, sums", [(1, 0), (256, 0), (257, 1)])
+def test_the_backward_of_few_rows_takes_three_launches(rows, sums):
+    """This one, which writes both gradients, and the products for those of x and of the weight."""
+    with FakeTensorMode():
+        g = torch.empty(rows, 48, dtype=torch.bfloat16, device="cuda")
+        graph = aot_export_joint_simple(
+            lambda g, y: ops.linear_sigmoid_backward(g, y), [g, g], trace_joint=False
+        )
+    assert kernel_names(graph) == ["sigmoid_backward_kernel"]
+    assert aten(graph).count("sum") == aten(graph).count("_to_copy") == sums
+
+
+def test_the_backward_of_maximum_is_one_launch():
+    with FakeTensorMode():
+        a, b = (torch.empty(64, 48, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        for g in (a, a[0, 0].expand(64, 48)):
+            graph = aot_export_joint_simple(
+                lambda g, a, b: ops.maximum_backward(g, a, b), [g, a, b], trace_joint=False
+            )
+            assert kernel_names(graph) == ["maximum_backward_flat_kernel"]
+            launched = set(aten(graph)) - {"empty", "empty_like", "empty_strided", "expand"}
+            assert launched <= {"_assert_tensor_metadata"}
+
+
+def test_float16_gradients_take_two_products():
+    """Half of a small one would lose bits, and the sum of two large ones would overflow."""
+    with FakeTensorMode():
+        g, x = (torch.empty(64, 64, dtype=torch.float16, device="cuda") for _ in range(2))
+        graph = aot_export_joint_simple(
+            lambda g, x: (ops.matmul_t_backward(g, x),), [g, x], trace_joint=False
+        )
+    assert aten(graph).count("mm") == 2
+    assert not launches(graph)
+
+
+BY_CPP = "symmetric_product_tma_kernel" if TORCH >= (2, 15) else "symmetric_product_kernel"
+
+
+@pytest.mark.parametrize(
+    "cpp_wrapper, expected", [(False, "symmetric_product_tma_kernel"), (True, BY_CPP)], ids=str
+)
+def test_inductor_takes_tma_where_its_wrapper_allocates_for_it(cpp_wrapper, expected):
+    graphs = []
+
+    def stop(graph: fx.GraphModule, *args, **kwargs) -> None:
+        graphs.append(graph)
+        raise InterruptedError
+
+    with FakeTensorMode():
+        x = torch.empty(4096, 4096, dtype=torch.bfloat16, device="cuda")
+    with pytest.raises(InterruptedError):
+        compile_fx(fx.symbolic_trace(lambda x: (ops.matmul_t(x),)), [x], stop, {"cpp_wrapper": cpp_wrapper})
+    assert kernel_names(graphs[0]) == [expected]
+
+
+def test_check_rejects_a_kernel_that_cannot_be_analysed(monkeypatch):
+    """PyTorch then assumes that the kernel writes all its arguments."""
+    monkeypatch.setattr(Driver, "get_current_target", lambda self: None)
+    with pytest.raises(RuntimeError, match="mutat"):
+        trace(ops.matmul_t, ("mk",))
+
+
+def _contiguous(native):
+    return lambda *args: native(*args).contiguous()
+
+
+def _backward(g: Tensor, y: Tensor) -> Tensor:
+    return g * y * (1 - y)
+
+
+def _shares(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.addcmul(g, a, b), torch.addcmul(g, b, a)  # as every elementwise operator of three tensors
+
+
+def _strided(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Neither contiguous nor dense."""
+    return torch.ones(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2]
+
+
+@pytest.mark.parametrize(
+    "op, native, args",
+    [
+        (ops.maximum, torch.maximum, (torch.ones(5, 4, 3).permute(2, 0, 1), _strided(3, 5, 4))),
+        (ops.maximum, torch.maximum, (torch.ones(5, 4, 3).permute(2, 0, 1), torch.ones(3, 5, 4).mT.mT)),
+        (ops.maximum, torch.maximum, (torch.ones(3, 4).T, torch.ones(1, 3))),
+        (ops.maximum, torch.maximum, (torch.ones(0, 4), torch.ones(4, dtype=torch.float16))),
+        (ops.maximum, torch.maximum, (torch.ones(4, dtype=torch.int32), _strided(4, dtype=torch.float16))),
+        (ops.maximum_backward, _shares, (torch.ones(4, 3).T, torch.ones(4, 3).T, torch.ones(3, 4))),
+        (ops.maximum_backward, _shares, (_strided(3, 4), torch.ones(3, 4), torch.ones(4))),
+        (
+            ops.maximum_backward,
+            _shares,
+            (torch.ones(()).expand(3, 4), torch.ones(4, 3).T, torch.ones(4, 3).T),
+        ),
+        (ops.maximum_backward, _shares, (torch.ones(3), torch.ones(3).half(), torch.ones(3).int().float())),
+        (ops.matmul_t, _contiguous(lambda x: x @ x.mT), (_strided(2, 5, 3),)),
+        (ops.matmul_t, _contiguous(lambda x: x @ x.mT), (torch.ones(3, 5, dtype=torch.bfloat16).T,)),
+        (ops.matmul_t, _contiguous(lambda x: x @ x.mT), (torch.ones(5, 0),)),
+        (
+            ops.matmul_t_backward,
+            _contiguous(lambda g, x: (g + g.mT) @ x),
+            (torch.ones(()).expand(5, 5), torch.ones(3, 5).T),
+        ),
+        (
+            ops.linear_sigmoid,
+            _contiguous(lambda x, w, b: torch.nn.functional.linear(x, w, b).sigmoid()),
+            (torch.ones(3, 2, 5).permute(2, 1, 0), torch.ones(3, 4).T, torch.ones(()).expand(4)),
+        ),
+        (
+            ops.linear_sigmoid_backward,
+            lambda g, y: (_backward(g, y).contiguous(), _backward(g, y).sum((0, 1))),
+            (torch.ones(()).expand(2, 3, 4), torch.ones(4, 3, 2).permute(2, 1, 0)),
+        ),
+    ],
+)
+def test_fake_has_the_metadata_of_the_native_operator(op, native, args):
+    expected = native(*args)
+    with FakeTensorMode():
+        fakes = op(*(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda") for t in args))
+    if isinstance(expected, Tensor):
+        expected, fakes = (expected,), (fakes,)
+    for result, want in zip(fakes, expected, strict=True):
+        assert (result.shape, result.stride(), result.dtype) == (want.shape, want.stride(), want.dtype)
+        assert result.device == torch.device("cuda", 0)
