@@ -38,7 +38,9 @@ def compile_tiles(launch: Callable[..., object], tiles: Tiles, capability: int) 
 
     try:
         with target(capability), TemporaryDirectory() as folder:
-            code, *_ = machine_codes(partial(launch, tiles=tiles), Path(folder))  # another adds the parts up
+            code, *_ = machine_codes(
+                partial(launch, tiles=tiles), Path(folder)
+            )  # split-K has a second kernel
     except Exception as e:
         return {}, error_line(e)
     found: dict[str, Any] = {"registers": code.resources["REG"], "spills": code.spills}

@@ -8,7 +8,7 @@ that is named. These measures reject a result that the call itself did not compu
 - Inputs are new in every round, so that a result kept from an earlier call is wrong.
 - The inputs are NaN until shortly before the call, so that what a provider computes early is NaN.
 - Memory freed before the call holds NaN, and so does every earlier result, so that what a provider leaves
-  unwritten is NaN. Integers are the largest of their dtype instead.
+  unwritten is NaN. For integers, the dtype's largest value stands for NaN.
 - The result is copied right behind the call, in stream order, so that what is unfinished when the clock
   stops is unfinished in the copy.
 - Inputs must come out as they went in, and share no memory with the result.
@@ -50,10 +50,11 @@ class Operation:
         operator: its name.
         shape: of the arguments, in words.
         inputs: ``inputs(seed)`` returns the operator's arguments and then the gradient of its result: new,
-            dense, of ``dtype`` and on ``device``. Integers have no gradients; they are exact in float64, and
-            none is the largest of ``dtype``.
+            dense, of ``dtype`` and on ``device``. Integers must be exact in float64 and below the dtype's
+            largest value; they have no gradients.
         oracle: computes the operator in float64.
         forward, backward: the work of either pass.
+        modes: those that it has.
     """
 
     operator: str
@@ -64,6 +65,7 @@ class Operation:
     oracle: Provider
     forward: Work
     backward: Work
+    modes: Sequence[Mode] = ("forward", "backward", "full")
 
     def work(self, mode: Mode) -> Work:
         full = Work(self.forward.bytes + self.backward.bytes, self.forward.flops + self.backward.flops)

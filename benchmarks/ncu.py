@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.command import Command, run
 from torchpar.errors import ConfigError
-from torchpar.tune.command import SEEN
+from torchpar.tune.command import BY_DEFAULT
 from torchpar.tune.measure import Problem, describe, measure, prepare
 
 N = 4096
@@ -35,7 +35,7 @@ def profile(problem: Problem, device: torch.device) -> int:
 
     kind, present = candidates.KINDS[problem.kind], candidates.device(torch.empty(0, device="meta"))
     tried = candidates.configurations(problem.kernel, kind.dtype, kind.precision, present.capability)
-    tried = [tiles for tiles in tried if tiles.variant in SEEN]
+    tried = [tiles for tiles in tried if tiles.variant in BY_DEFAULT]
     times, errors = measure(problem, tried, device)
     ms = {tiles: median(map(median, rounds)) for tiles, rounds in times.items()}
     ranked = sorted(ms, key=ms.__getitem__)

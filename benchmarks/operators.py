@@ -4,8 +4,8 @@
 The work is what the operator needs, whoever computes it: a symmetric product is n(n + 1)k operations, so
 that a provider which computes all of it reaches half the roofline at most.
 
-One row is a classic exercise, the maximum of two 1000×1000 matrices of integers, beside njit's loops on one
-core of the CPU. On a GPU njit takes copies, and its time is without transfers.
+One operation is the maximum of two 1000×1000 matrices of integers, a common exercise for Numba, whose loops
+run on one CPU core. On a GPU their time is without transfers.
 """
 
 import argparse
@@ -69,6 +69,9 @@ COMPILED = {
 }
 
 
+AUTOTUNED = ("8192x4096->4096",)  # which takes a minute
+
+
 def matmul_t(x: Tensor) -> Tensor:
     return x @ x.mT
 
@@ -93,20 +96,28 @@ NATIVE: dict[str, Provider] = {
     "matmul_t": matmul_t,
     "symmetric_matmul": symmetric_matmul,
     "linear_sigmoid": linear_sigmoid,
-    "linear_sigmoid_backward": linear_sigmoid_backward,
 }
 OURS: dict[str, Provider] = {
     "maximum": torchpar.maximum,
     "matmul_t": torchpar.matmul_t,
     "symmetric_matmul": lambda a, b, c: torchpar.symmetric_matmul(a, b, c, alpha=ALPHA, beta=BETA),
     "linear_sigmoid": torchpar.linear_sigmoid,
-    "linear_sigmoid_backward": lambda g, y: torch.ops.torchpar.linear_sigmoid_backward(g, y)[0],
 }
+# PyTorch's and ours, of what only a backward calls.
+BACKWARDS: dict[str, tuple[Provider, Provider]] = {
+    "linear_sigmoid_backward": (
+        linear_sigmoid_backward,
+        lambda g, y: torch.ops.torchpar.linear_sigmoid_backward(g, y)[0],
+    )
+}
+
+OPERATORS = [*NATIVE, *BACKWARDS]
 
 # The operators are held to PyTorch's errors. The errors of PyTorch and NumPy themselves are as they are:
 # Inductor, for one, sums long columns on a CPU with eight times eager's error.
 YARDSTICKS = {
     "torch.compile": "torch.compile",
+    "max-autotune": "torch.compile",
     "torchpar + torch.compile": "torch.compile",
     "torch.mm": "torch.mm",
     "numpy": "numpy",
@@ -149,7 +160,8 @@ def maximum_operation(
         lambda seed: normal(seed, dtype, device, a_shape, b_shape, a_shape),
         NATIVE["maximum"],
         forward=Work((2 * a + b) * dtype.itemsize, a),
-        backward=Work((3 * a + 2 * b) * dtype.itemsize * dtype.is_floating_point, a),
+        backward=Work((3 * a + 2 * b) * dtype.itemsize, a),
+        modes=MODES if dtype.is_floating_point else MODES[:1],
     )
 
 
@@ -217,9 +229,10 @@ def linear_sigmoid_backward_operation(dtype: torch.dtype, device: torch.device, 
         dtype,
         device,
         inputs,
-        NATIVE["linear_sigmoid_backward"],
+        linear_sigmoid_backward,
         forward=Work((3 * m * n + n) * dtype.itemsize, 5 * m * n),
         backward=Work(0, 0),
+        modes=MODES[:1],
     )
 
 
@@ -248,15 +261,18 @@ def operations(device: torch.device, quick: bool) -> Iterator[Operation]:
 
 def providers(operation: Operation, quick: bool) -> dict[str, Provider]:
     """Eager, ours, and unless ``quick`` both compiled; the library's bare products, and njit's loops."""
+    if operation.operator in BACKWARDS:  # a compiler would not compute the sum that is dropped
+        return dict(zip(("eager", "torchpar"), BACKWARDS[operation.operator], strict=True))
     native, ours = NATIVE[operation.operator], OURS[operation.operator]
     found: dict[str, Provider] = {"eager": native, "torchpar": ours}
-    if operation.operator == "linear_sigmoid_backward":
-        return found  # a compiler would not compute the sum that is dropped
     on_cpu = operation.device.type == "cpu"
     if not quick and (on_cpu or operation.shape in COMPILED.get(operation.operator, (operation.shape,))):
         torch.compiler.reset()  # every shape is compiled anew, and recompilations are limited
         found["torch.compile"] = torch.compile(native, dynamic=False)
         found["torchpar + torch.compile"] = torch.compile(ours, dynamic=False)
+    if not quick and not on_cpu and operation.shape in AUTOTUNED:
+        # CUDA graphs would write every result to the same memory, which is poisoned here.
+        found["max-autotune"] = torch.compile(native, dynamic=False, mode="max-autotune-no-cudagraphs")
     if operation.operator == "matmul_t":
         found["torch.mm"] = lambda x: torch.mm(x, x.T)
         if on_cpu and operation.dtype != torch.bfloat16:
@@ -267,7 +283,7 @@ def providers(operation: Operation, quick: bool) -> dict[str, Provider]:
         if importlib.util.find_spec("numba"):
             found["njit"] = njit_maximum
         else:
-            print("njit is left out: numba is not installed; pip install numba")
+            print("njit is left out: Numba is missing; pip install -e '.[baselines]'")
     return found
 
 
@@ -286,15 +302,15 @@ def small_call(device: torch.device, rounds: int) -> list[Row]:
 def print_exercise(rows: Mapping[str, Row]) -> None:
     """Print the times by provider, on the device and of the host apart, and the speed over njit's."""
     njit = rows["njit"].p50_ms if "njit" in rows else None
-    said = []
+    shown = []
     for name, row in rows.items():
         if row.p50_ms is None:
             continue
         text = f"{name} {duration(row.p50_ms / 1e3)}"
         if row.found["host_ms"]:
-            text += f" and {duration(row.found['host_ms'] / 1e3)} of the host"
-        said.append(text + (f" ({number(njit / row.p50_ms)}× njit)" if njit and name != "njit" else ""))
-    print(f"the exercise, the maximum of two {EXERCISE[0]}×{EXERCISE[1]} int64: {', '.join(said)}")
+            text += f" (host {duration(row.found['host_ms'] / 1e3)})"
+        shown.append(text + (f", {number(njit / row.p50_ms)}× njit" if njit and name != "njit" else ""))
+    print(f"maximum of two {EXERCISE[0]}×{EXERCISE[1]} int64: {'; '.join(shown)}")
 
 
 def compare_all(
@@ -316,7 +332,7 @@ def compare_all(
         compared = providers(operation)
         for mode in modes:
             forward = mode == "forward"
-            if not forward and operation.backward.bytes == 0:
+            if mode not in operation.modes:
                 continue
             yield compare(
                 operation,
@@ -353,14 +369,14 @@ def parse(command: Command, arguments: Sequence[str] | None) -> argparse.Namespa
 
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("operators", "Compare the operators with PyTorch's own.")
-    command.parser.add_argument("--operators", nargs="+", choices=NATIVE, default=list(NATIVE))
+    command.parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=OPERATORS)
     options = parse(command, arguments)
     results = Results(command.csv(options), options.device)
     small = results.add(small_call(options.device, QUICK_ROUNDS if options.quick else ROUNDS))
     listed = [one for one in operations(options.device, options.quick) if one.operator in options.operators]
     for rows in compare_all(listed, lambda one: providers(one, options.quick), options, options.modes):
         results.add(rows)
-    for operator in NATIVE:
+    for operator in OPERATORS:
         shown = [row for row in results.rows if row.work["operator"] == operator]
         print_rows(operator, shown)
     if exercise := {row.provider: row for row in results.rows if row.work["dtype"] == "int64"}:

@@ -19,9 +19,13 @@ _WITH_TMA = (90, 100, 103)  # sm_120 has too little shared memory for tiles that
 class Tiles(NamedTuple):
     """Tile sizes and launch options of a matrix kernel.
 
-    The variant "tma" is for `_WITH_TMA`. `symmetric_product` by TMA with a block_n of 2·block_m has tiles of
-    that shape below the diagonal, and square ones on it; "specialized" is its alone. "split" is
-    `linear_sigmoid`'s: several programs compute a tile (`splits`).
+    The variants:
+
+    - "pointers": an address for each element, or for each 16 bytes. Any GPU.
+    - "tma": persistent programs that load by TMA, for `_WITH_TMA`. If block_n is 2·block_m,
+      `symmetric_product` has such tiles below the diagonal and square ones on it.
+    - "specialized": as "tma", with warps that only load. `symmetric_product` on sm_90.
+    - "split_k": as "pointers", with several programs for a tile (`split_k`). `linear_sigmoid`.
     """
 
     block_m: int
@@ -43,8 +47,8 @@ class Device(NamedTuple):
 class Kind(NamedTuple):
     """A kind of operands, and the tiles for it.
 
-    ``speed`` is a multiprocessor's, in products per µs, from an H200: measured in bfloat16, else as NVIDIA
-    specifies it beside bfloat16.
+    ``speed``: multiply-adds per µs of a multiprocessor of an H200. That of bfloat16 is from the 788 TFLOP/s
+    of PyTorch's library; the others are in proportion to NVIDIA's specification.
     """
 
     dtype: torch.dtype
@@ -68,7 +72,7 @@ _16_BIT = (
     Tiles(64, 64, 128, 4, 3),
     Tiles(64, 64, 32, 8, 3),
     Tiles(64, 64, 128, 4, 3, "tma"),
-    Tiles(64, 64, 64, 4, 4, "split"),
+    Tiles(64, 64, 64, 4, 4, "split_k"),
     Tiles(128, 128, 64, 4, 3, "specialized"),
 )
 _TF32 = (  # with a fourth stage, transposed operands and a matrix C would not fit into sm_100's shared memory
@@ -80,14 +84,14 @@ _FLOAT32 = (
     Tiles(64, 128, 16, 8, 2),
     Tiles(64, 64, 16, 8, 2),
     Tiles(64, 64, 32, 8, 2),
-    Tiles(64, 64, 16, 8, 2, "split"),
+    Tiles(64, 64, 16, 8, 2, "split_k"),
 )
 _FLOAT64 = (
     Tiles(64, 128, 16, 8, 2),
     Tiles(64, 64, 16, 4, 2),
     Tiles(64, 64, 32, 8, 2),
     Tiles(64, 64, 16, 4, 3),
-    Tiles(64, 64, 32, 8, 2, "split"),
+    Tiles(64, 64, 32, 8, 2, "split_k"),
 )
 KERNELS = ("symmetric_product", "linear_sigmoid")
 KINDS = {
@@ -128,9 +132,9 @@ def configurations(kernel: str, dtype: torch.dtype, precision: str, capability: 
         m, n, k, _, stages, variant = tiles
         symmetric = kernel == "symmetric_product"
         exists = {
-            # Of the two widest, one spills on sm_80 and the other later.
+            # 128 × 256 spills on sm_80, and 256 × 128 on sm_90 and later.
             "pointers": m == n if symmetric else m + n < 384 or (m > n) == (capability < 90),
-            "split": not symmetric,
+            "split_k": not symmetric,
             "tma": capability == 90 or (capability in _WITH_TMA and n == 128),  # elsewhere the others spill
             "specialized": symmetric and capability == 90,  # Triton 3.6 compiles it for no other
         }[variant]
@@ -143,10 +147,10 @@ def configurations(kernel: str, dtype: torch.dtype, precision: str, capability: 
     return found
 
 
-def splits(tiles: Tiles, present: Device, m: int, n: int, k: int) -> tuple[int, int]:
-    """Among how many programs a tile of linear_sigmoid is split, and the columns of x that each takes.
+def split_k(tiles: Tiles, present: Device, m: int, n: int, k: int) -> tuple[int, int]:
+    """The number of programs that share a tile, and the columns of x that each takes.
 
-    A graph of symbolic sizes has one program.
+    It is 1 for symbolic sizes: another number would be a guard.
     """
     if any(isinstance(size, torch.SymInt) for size in (m, n, k)):
         return 1, k

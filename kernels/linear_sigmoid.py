@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""σ(X·Wᵀ + b): kernels that add the bias and take the sigmoid before the product is stored.
+"""σ(X·Wᵀ + b): the bias is added and the sigmoid taken before the result is stored.
 
-One runs anywhere; a persistent one takes tiles by TMA. A product of few tiles and many columns is also split
-along its columns: the parts are summed in a fixed order, so that the bits are the same on every run.
+`linear_sigmoid_kernel` runs on every GPU. `linear_sigmoid_tma_kernel` is persistent and loads tiles by TMA.
+If the result has few tiles and k is large, several programs each sum a part of k (split-K), and
+`reduce_split_k_kernel` adds the parts in a fixed order, so that the bits are the same on every run.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .candidates import Tiles, device, resident_programs, splits
+from .candidates import Tiles, device, resident_programs, split_k
 from .gemm import GROUP, describe, dot_rows, dot_tiles, grouped_tile
 from .launch import Plan, Wrap, planned
-from .tuning import chosen, variants
+from .tuning import check_variant, chosen
 
-SUM_TILE = (8, 128)  # of the parts of a split product, for each program
+REDUCE_TILE = (8, 128)  # of the parts of a split product, for each program
 
 LOG2_E_HIGH = tl.constexpr(1.44269502162933349609375)  # log2(e) rounded to float32
 LOG2_E_LOW = tl.constexpr(1.925963033500e-8)  # log2(e) - LOG2_E_HIGH
@@ -27,8 +30,8 @@ def sigmoid(z, DTYPE: tl.constexpr):
     """``1/(1 + exp(-z))`` in DTYPE; in float32 without the error of `tl.exp` where z is far below 0.
 
     There exp(-z) = 2^t with a large t = -z·log2(e). The rounding error r of t is a relative error of r·ln(2)
-    in the result. `tl.exp` ignores it; here it is computed and corrected. Of a 16-bit result it is far below
-    the last bit.
+    in the result. `tl.exp` ignores it; here it is computed and corrected. A 16-bit result needs no
+    correction: the error is far below its last bit.
     """
     if z.dtype == tl.float64:
         y = 1.0 / (1.0 + tl.exp(-z))
@@ -67,7 +70,7 @@ def linear_sigmoid_kernel(
     m,
     n,
     k,
-    span,
+    k_per_split,
     x_row,
     x_col,
     weight_row,
@@ -80,18 +83,21 @@ def linear_sigmoid_kernel(
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
 ):
-    """A tile of the result; with more than one of SPLITS, its product over ``span`` columns of x alone."""
+    """A tile of the result.
+
+    If SPLIT_K > 1, it is the product over ``k_per_split`` columns of x, without bias and sigmoid.
+    """
     tiles_m, tiles_n = (m - 1) // BLOCK_M + 1, (n - 1) // BLOCK_N + 1  # tl.cdiv overflows just below 2³¹
     tile = tl.program_id(0)
-    if SPLITS > 1:
+    if SPLIT_K > 1:
         split = (tile // (tiles_m * tiles_n)).to(tl.int64)
         tile = tile % (tiles_m * tiles_n)
-        x_ptr += split * span * x_col
-        weight_ptr += split * span * weight_col
+        x_ptr += split * k_per_split * x_col
+        weight_ptr += split * k_per_split * weight_col
         out_ptr += split * m * n
-        k = tl.minimum(k - split * span, span).to(tl.int32)
+        k = tl.minimum(k - split * k_per_split, k_per_split).to(tl.int32)
     tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP)
     i = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -111,13 +117,13 @@ def linear_sigmoid_kernel(
         EVEN_K,
         PRECISION,
     )
-    if SPLITS == 1:
+    if SPLIT_K == 1:
         z = sigmoid(add_bias(z, bias_ptr, bias_stride, j, n, HAS_BIAS), out_ptr.dtype.element_ty)
     store_tile(out_ptr, z, i, j, m, n)
 
 
 @triton.jit
-def sum_splits_kernel(
+def reduce_split_k_kernel(
     part_ptr,
     bias_ptr,
     out_ptr,
@@ -127,16 +133,16 @@ def sum_splits_kernel(
     HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
 ):
-    """The sigmoid of the bias and the sum of SPLITS products ``(m, n)``."""
+    """σ(bias + the sum of SPLIT_K products ``(m, n)``)."""
     col_blocks = (n - 1) // BLOCK_N + 1
     i = (tl.program_id(0) // col_blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     j = (tl.program_id(0) % col_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (i < m)[:, None] & (j < n)[None, :]
     part_ptr += (i * n)[:, None] + j[None, :]
     z = tl.zeros((BLOCK_M, BLOCK_N), dtype=part_ptr.dtype.element_ty)
-    for split in tl.static_range(SPLITS):  # unrolled: the loads do not wait for one another
+    for split in tl.static_range(SPLIT_K):  # unrolled: the loads do not wait for one another
         z += tl.load(part_ptr + tl.full((), split, tl.int64) * m * n, mask=mask, other=0.0)
     z = add_bias(z, bias_ptr, bias_stride, j, n, HAS_BIAS)
     store_tile(out_ptr, sigmoid(z, out_ptr.dtype.element_ty), i, j, m, n)
@@ -169,9 +175,9 @@ def linear_sigmoid_tma_kernel(
 ):
     """As `linear_sigmoid_kernel`, by persistent programs; the layouts are those of `describe`.
 
-    STORE says that rows of the result begin at 16 bytes, so that TMA can store tiles. It stores them in two
-    halves, which take fewer registers and less shared memory. With FLATTEN, both loops are one: a tile is
-    loaded while the one before it is finished.
+    STORE: rows of the result begin at multiples of 16 bytes, so that TMA can store them. A tile is stored in
+    two halves, which take fewer registers and less shared memory. FLATTEN merges the loops over tiles and
+    over k, so that the next tile is loaded while the last one is stored.
     """
     tl.assume(k > 0)  # without it Triton 3.6 waits for each product before it begins the next
     HALF: tl.constexpr = BLOCK_N // 2
@@ -235,6 +241,9 @@ def linear_sigmoid(
 
     Returns:
         ``out``; None if PyTorch's library is faster by the device's table.
+
+    Raises:
+        ValueError: ``tiles`` of a variant that cannot take these operands.
     """
     plan = planned(_plan, wrap, (x, weight, bias), precision, tiles, tma, out=out)
     if plan is None:
@@ -243,17 +252,17 @@ def linear_sigmoid(
         out = x.new_empty(x.shape[0], weight.shape[0])
     if out.numel() == 0:
         return out
-    unread = weight if bias is None else bias  # without a bias there must be a tensor all the same
-    count = plan.constants.get("SPLITS", 1)
+    given = weight if bias is None else bias  # the kernels take a pointer even where they read no bias
+    count = plan.constants.get("SPLIT_K", 1)  # by TMA nothing is split
     if count == 1:
-        plan.launch(wrap, x, weight, unread, out)
+        plan.launch(wrap, x, weight, given, out)
         return out
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     parts = x.new_empty((count, *out.shape), dtype=dtype)
-    plan.launch(wrap, x, weight, unread, parts)
-    total = planned(_plan_sum, wrap, (parts, bias), out=out)
-    assert total is not None
-    total.launch(wrap, parts, unread, out)
+    plan.launch(wrap, x, weight, given, parts)
+    reduce = planned(_plan_reduce, wrap, (parts, bias), out=out)
+    assert reduce is not None
+    reduce.launch(wrap, parts, given, out)
     return out
 
 
@@ -264,47 +273,47 @@ def _plan(
     tiles = tiles or chosen("linear_sigmoid", precision, (m, n, k, 1), x, weight, tma=tma)
     if tiles is None:
         return None
+    check_variant(tiles, "linear_sigmoid", n, x, weight)
     programs = triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n)
     strides = *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0)
-    blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k}
+    blocks: dict[str, Any] = {
+        "HAS_BIAS": bias is not None,
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_K": tiles.block_k,
+    }
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     if tiles.variant == "tma":
-        if "tma" not in variants("linear_sigmoid", n, x, weight):
-            raise ValueError(f"{tiles} cannot take operands of these strides")
         stores = bool(n * x.element_size() % 16 == 0)
-        constants = {
-            "HAS_BIAS": bias is not None,
-            **blocks,
+        constants = blocks | {
             "X_LAYOUT": "N" if x.stride(1) == 1 else "T",
             "WEIGHT_LAYOUT": "N" if weight.stride(1) == 1 else "T",
             "STORE": stores,
-            "FLATTEN": stores and tiles.num_warps == 8,  # of 4 warps, another program multiplies meanwhile
+            "FLATTEN": stores
+            and tiles.num_warps == 8,  # of two programs of 4 warps, one multiplies meanwhile
             "PRECISION": precision,
             "GROUP": GROUP,
         }
+        kernel, arguments = linear_sigmoid_tma_kernel, (m, n, k, *strides)
         programs = torch.sym_min(programs, device(x).multiprocessors * resident_programs(tiles))
-        return Plan(
-            linear_sigmoid_tma_kernel, programs, (m, n, k, *strides), constants, options, descriptors=True
-        )
-    count, span = splits(tiles, device(x), m, n, k) if tiles.variant == "split" else (1, k)
-    constants = {
-        "HAS_BIAS": bias is not None,
-        **blocks,
+        return Plan(kernel, programs, arguments, constants, options, descriptors=True)
+    count, k_per_split = split_k(tiles, device(x), m, n, k) if tiles.variant == "split_k" else (1, k)
+    constants = blocks | {
         "EVEN_K": bool(k % tiles.block_k == 0),
         "PRECISION": precision,
         "GROUP": GROUP,
-        "SPLITS": count,
+        "SPLIT_K": count,
     }
-    return Plan(linear_sigmoid_kernel, count * programs, (m, n, k, span, *strides), constants, options)
+    return Plan(linear_sigmoid_kernel, count * programs, (m, n, k, k_per_split, *strides), constants, options)
 
 
-def _plan_sum(parts: Tensor, bias: Tensor | None) -> Plan:
+def _plan_reduce(parts: Tensor, bias: Tensor | None) -> Plan:
     count, m, n = parts.shape
     constants = {
         "HAS_BIAS": bias is not None,
-        "BLOCK_M": SUM_TILE[0],
-        "BLOCK_N": SUM_TILE[1],
-        "SPLITS": count,
+        "BLOCK_M": REDUCE_TILE[0],
+        "BLOCK_N": REDUCE_TILE[1],
+        "SPLIT_K": count,
     }
-    programs = triton.cdiv(m, SUM_TILE[0]) * triton.cdiv(n, SUM_TILE[1])
-    return Plan(sum_splits_kernel, programs, (m, n, 0 if bias is None else bias.stride(0)), constants, {})
+    programs = triton.cdiv(m, REDUCE_TILE[0]) * triton.cdiv(n, REDUCE_TILE[1])
+    return Plan(reduce_split_k_kernel, programs, (m, n, 0 if bias is None else bias.stride(0)), constants, {})

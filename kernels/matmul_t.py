@@ -15,7 +15,7 @@ from .candidates import Tiles, device, resident_programs
 from .gemm import GROUP, dot_rows, triangle_tile
 from .launch import Plan, Wrap, planned
 from .matmul_t_tma import symmetric_product_specialized_kernel, symmetric_product_tma_kernel
-from .tuning import chosen, variants
+from .tuning import check_variant, chosen
 
 SUM_BLOCK = 64  # with 128, float32 and float64 spill
 
@@ -158,8 +158,7 @@ def _plan_product(
     tiles = tiles or chosen("symmetric_product", precision, (n, n, k, batch), *operands, tma=tma)
     if tiles is None:
         return None
-    if tiles.variant not in ("pointers", *variants("symmetric_product", n, *operands)):
-        raise ValueError(f"{tiles} cannot take operands of these strides")
+    check_variant(tiles, "symmetric_product", n, *operands)
     strides = [stride for t in (a, b, a if c is None else c) for stride in _strides(t)]
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     if tiles.variant == "pointers":

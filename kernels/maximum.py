@@ -15,9 +15,9 @@ from torch import Tensor
 from .launch import Plan, Wrap, planned
 
 FLAT_BYTES = 4096  # of a result per program: 2 accesses of 16 bytes for each of 128 threads
-STRIDED_BYTES = 8192  # of a result per program: 4 rows, which share what repeats along them
+STRIDED_BYTES = 8192  # of a result per program, at most: 4 rows, which share what repeats along them
 STRIDED_ROW_BYTES = 2048  # one access for each of 128 threads
-STRIDED_ELEMENTS = {1: 2048, 2: 1024}  # at most, by results: with more, masks take too many registers
+STRIDED_ELEMENTS = {1: 2048, 2: 1024}  # per program, by number of results: with more, Triton 3.6 spills
 STRIDED_DIMS = 4
 
 
@@ -88,7 +88,7 @@ def maximum_backward_flat_kernel(
 
 
 @triton.jit
-def tile(col_blocks, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+def rows_and_columns(col_blocks, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
     """This program's rows and columns of a dense result, whose rows are its last dimension."""
     program = tl.program_id(0)
     row = (program // col_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -97,7 +97,7 @@ def tile(col_blocks, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
 
 
 @triton.jit
-def load_tile(
+def load_strided(
     ptr, row, col, rows, size1, size2, size3, stride0, stride1, stride2, stride3, REPEATS: tl.constexpr
 ):
     """Rows are the elements of dimensions of sizes (size0, size1, size2); divisions by 1 cost nothing."""
@@ -119,11 +119,11 @@ def maximum_strided_kernel(
     A_REPEATS: tl.constexpr, B_REPEATS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):
     # fmt: on
-    row, col = tile(col_blocks, BLOCK_ROWS, BLOCK_COLS)
-    a = load_tile(
+    row, col = rows_and_columns(col_blocks, BLOCK_ROWS, BLOCK_COLS)
+    a = load_strided(
         a_ptr, row, col, rows, size1, size2, size3, a_stride0, a_stride1, a_stride2, a_stride3, A_REPEATS
     )
-    b = load_tile(
+    b = load_strided(
         b_ptr, row, col, rows, size1, size2, size3, b_stride0, b_stride1, b_stride2, b_stride3, B_REPEATS
     )
     mask = (row < rows)[:, None] & (col < size3)[None, :]
@@ -140,14 +140,14 @@ def maximum_backward_strided_kernel(
     B_REPEATS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):
     # fmt: on
-    row, col = tile(col_blocks, BLOCK_ROWS, BLOCK_COLS)
-    g = load_tile(
+    row, col = rows_and_columns(col_blocks, BLOCK_ROWS, BLOCK_COLS)
+    g = load_strided(
         g_ptr, row, col, rows, size1, size2, size3, g_stride0, g_stride1, g_stride2, g_stride3, G_REPEATS
     )
-    a = load_tile(
+    a = load_strided(
         a_ptr, row, col, rows, size1, size2, size3, a_stride0, a_stride1, a_stride2, a_stride3, A_REPEATS
     )
-    b = load_tile(
+    b = load_strided(
         b_ptr, row, col, rows, size1, size2, size3, b_stride0, b_stride1, b_stride2, b_stride3, B_REPEATS
     )
     da, db = shares(g, a, b)
@@ -211,7 +211,7 @@ def _plan(flat: Any, strided: Any, operands: dict[str, Tensor], out: Tensor) -> 
     padded = [steps[:-1] + [0] * missing + steps[-1:] for steps in strides]
     rows = size0 * size1 * size2
     most = STRIDED_ROW_BYTES // out.element_size()
-    block_cols = next(c for c in (16, 64, 256, most) if c >= size3 or c == most)
+    block_cols = next(c for c in (16, 64, 256, 512, most) if c >= size3 or c == most)
     block = min(STRIDED_BYTES // out.element_size(), STRIDED_ELEMENTS[len(operands) - 1])
     block_rows = block // block_cols if len(sizes) > 1 else 1
     col_blocks = triton.cdiv(size3, block_cols)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .launch import Plan, Wrap, planned
 
-PROGRAM_ROWS = 256  # per program; each adds one row to the partial sums of the bias gradient
+PROGRAM_ROWS = 256  # of a program, which writes one row of partial sums of the bias gradient
 TILE = (32, 64)
 
 
@@ -50,8 +50,9 @@ def sigmoid_backward_kernel(
 def sigmoid_backward(g: Tensor, y: Tensor, dz: Tensor, wrap: Wrap) -> Tensor:
     """Write ``g·y·(1 - y)`` for ``g, y (m, n)`` to the contiguous ``dz``; return its sum over rows, ``(n)``.
 
-    The sum has a fixed order, so that its bits are the same on every run. Few rows are summed by one program
-    for each column, which writes the result; of more, the sums of `PROGRAM_ROWS` rows are summed.
+    The sum has a fixed order, so that its bits are the same on every run. One program sums up to
+    `PROGRAM_ROWS` rows and writes the result. Of more rows, each program sums so many, and PyTorch adds the
+    sums.
     """
     m, n = y.shape
     if dz.numel() == 0:

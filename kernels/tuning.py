@@ -11,7 +11,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from .candidates import KINDS, Device, Tiles, configurations, device, kind_of, splits
+from .candidates import KINDS, Device, Tiles, configurations, device, kind_of, split_k
 from .tables import nearest
 
 SECOND_LAUNCH = 3.0  # µs on a GPU, an estimate
@@ -32,7 +32,7 @@ def chosen(
         tiles = entry[1]
         aligned = _hint(sizes[1]) * operands[0].element_size() % 16 == 0
         usable = variants(kernel, sizes[1], *operands, tma=tma)
-        if tiles is None or (tiles.variant in usable and _stores(tiles, aligned)):
+        if tiles is None or (tiles.variant in usable and can_store(tiles, aligned)):
             return tiles
     return default_tiles(kernel, precision, sizes, *operands, tma=tma)
 
@@ -40,25 +40,29 @@ def chosen(
 def default_tiles(
     kernel: str, precision: str, sizes: Sequence[int], *operands: Tensor, tma: bool = True
 ) -> Tiles:
-    """Tiles for products of ``sizes`` (m, n, k and batch) without a table: those of the least estimate."""
+    """Without a table: the tiles with the least estimated time for ``sizes`` (m, n, k and batch)."""
     kind, present = kind_of(operands[0].dtype, precision), device(operands[0])
     usable = tuple(v for v in variants(kernel, sizes[1], *operands, tma=tma) if v != "specialized")
     if not usable:
         return KINDS[kind].unaligned
-    return _least(kernel, kind, present, tuple(map(_hint, sizes)), usable)
+    return _least_estimate(kernel, kind, present, tuple(map(_hint, sizes)), usable)
 
 
 @lru_cache(4096)
-def _least(
+def _least_estimate(
     kernel: str, kind: str, present: Device, sizes: tuple[int, ...], variants: tuple[str, ...]
 ) -> Tiles:
     """Of the ``variants``, the tiles with the least estimated time."""
     m, n, k, batch = sizes
     dtype, precision, speed = KINDS[kind][:3]
     aligned = n * dtype.itemsize % 16 == 0
+    part = max(dtype.itemsize, 4)  # bytes of an element of a part of the sum, written and read
 
     def estimate(tiles: Tiles) -> float:
-        """In µs: waves of tiles over the multiprocessors. Operands go through shared memory."""
+        """In µs: the waves of tiles over the multiprocessors, times a tile's work.
+
+        To load a row of an operand's tile counts as 64 products.
+        """
         block_m, block_n = tiles[:2]
         rows, columns = ceil(m / block_m), ceil(n / block_n)
         if kernel != "symmetric_product":
@@ -67,17 +71,20 @@ def _least(
             units = rows * (rows + 1) // 2
         else:  # full tiles, and pairs of the square tiles on the diagonal
             units = columns**2 + ceil(columns / 2)
-        count, span = splits(tiles, present, m, n, k) if tiles.variant == "split" else (1, k)
+        count, span = split_k(tiles, present, m, n, k) if tiles.variant == "split_k" else (1, k)
         waves = ceil(units * batch * count / present.multiprocessors)
         time = waves * span * (block_m * block_n + 64 * (block_m + block_n)) / speed
-        return time if count == 1 else time + SECOND_LAUNCH + 8 * m * n * count / BYTES_PER_US
+        return time if count == 1 else time + SECOND_LAUNCH + 2 * part * m * n * count / BYTES_PER_US
 
     possible = configurations(kernel, dtype, precision, present.capability)
-    return min((one for one in possible if one.variant in variants and _stores(one, aligned)), key=estimate)
+    return min((one for one in possible if one.variant in variants and can_store(one, aligned)), key=estimate)
 
 
-def _stores(tiles: Tiles, aligned: bool) -> bool:
-    """Whether the registers suffice to store a tile where rows of the result do not begin at 16 bytes."""
+def can_store(tiles: Tiles, aligned: bool) -> bool:
+    """Whether a tile can be stored without spills.
+
+    ``aligned``: rows of the result begin at multiples of 16 bytes.
+    """
     return aligned or tiles.block_m * tiles.block_n <= 64 * 128
 
 
@@ -89,16 +96,27 @@ def _hint(size: int) -> int:
 def variants(kernel: str, n: int, *operands: Tensor, tma: bool = True) -> tuple[str, ...]:
     """The variants of ``kernel`` that operands and a result of ``n`` columns allow; maybe none.
 
-    The symmetric product stores its mirror as well, for which rows of the result must begin at 16 bytes.
+    The symmetric product stores its mirror too, for which rows of the result must begin at multiples of 16
+    bytes.
     """
     symmetric = kernel == "symmetric_product"
     if not _moves_16_bytes(n if symmetric else 0, *operands):
         return ()
-    found = ("pointers",) if symmetric else ("pointers", "split")
+    found = ("pointers",) if symmetric else ("pointers", "split_k")
     if not tma or operands[0].dtype == torch.float64 or not all(map(loads_by_tma, operands)):
         return found
     plain = symmetric and all(t.stride(-1) == 1 and (t.dim() == 2 or t.shape[0] == 1) for t in operands)
     return (*found, "tma", "specialized") if plain else (*found, "tma")
+
+
+def check_variant(tiles: Tiles, kernel: str, n: int, *operands: Tensor) -> None:
+    """Raise a ValueError if ``tiles`` are of a variant that cannot take the operands."""
+    if tiles.variant == "pointers":
+        return
+    possible = variants(kernel, n, *operands)
+    if tiles.variant not in possible:
+        expected = " or ".join(("pointers", *(v for v in possible if v != "pointers")))
+        raise ValueError(f"{kernel} cannot take these operands by {tiles}, expected the variant {expected}")
 
 
 def loads_by_tma(t: Tensor) -> bool:

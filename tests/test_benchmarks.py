@@ -59,7 +59,7 @@ def test_the_exercise_beside_njit(monkeypatch, capsys):
     rows = [line.split("│")[1].split() for line in printed.splitlines() if line.startswith("│")]
     assert rows[:3] == [["eager"], ["torchpar"], ["njit"]]
     assert re.search(
-        r"two 1000×1000 int64: eager .*, torchpar [\d.]+ .s \([\d.]+× njit\), njit [\d.]+ .s\n", printed
+        r"two 1000×1000 int64: eager .*; torchpar [\d.]+ .s, [\d.]+× njit; njit [\d.]+ .s\n", printed
     )
 
 
@@ -77,15 +77,18 @@ def test_without_numba_the_exercise_has_no_njit(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda x: None if x == "numba" else find(x))
     assert exercise(monkeypatch) == 0
     printed = capsys.readouterr().out
-    assert "njit is left out: numba is not installed; pip install numba" in printed
+    assert "njit is left out: Numba is missing; pip install -e '.[baselines]'" in printed
     assert "× njit" not in printed
 
 
 def exercise(monkeypatch: pytest.MonkeyPatch) -> int:
     """Run the exercise alone; the status."""
     every = operators.operations
-    listed = lambda *args: [one for one in every(*args) if one.dtype == torch.int64]  # noqa: E731
-    monkeypatch.setattr(operators, "operations", listed)
+
+    def integers(*args):
+        return [one for one in every(*args) if one.dtype == torch.int64]
+
+    monkeypatch.setattr(operators, "operations", integers)
     return operators.main(["--quick", "--device=cpu", "--threads=1", "--operators=maximum"])
 
 
@@ -94,6 +97,7 @@ def test_on_a_gpu_some_shapes_are_compiled(monkeypatch):
     properties = SimpleNamespace(total_memory=2**38)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     listed = list(operators.operations(torch.device("cuda"), False))
+    assert set(operators.AUTOTUNED) < set(operators.COMPILED["linear_sigmoid"])
     for name, compiled in operators.COMPILED.items():
         assert set(compiled) < {one.shape for one in listed if one.operator == name}
     dtypes = {one.dtype for one in listed if one.operator == "maximum"}

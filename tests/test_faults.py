@@ -129,7 +129,7 @@ def test_the_rank_that_hangs_or_was_killed_is_named(data, tmp_path, processes, n
 
 @pytest.mark.slow
 def test_torchrun_ends_after_the_line_about_a_hanging_rank(data, tmp_path):
-    timeout, folder = 3, tmp_path / "saved"
+    timeout, folder = 6, tmp_path / "saved"
     flags = [*data, *saving(folder), "--epochs", "4000", "--timeout", str(timeout)]
     process = torchrun("--nproc_per_node=2", TRAIN, *flags)
     try:

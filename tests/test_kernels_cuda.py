@@ -73,7 +73,7 @@ def test_symmetric_product(precision: str, layouts: str, variant: str) -> None:
 
 LINEAR_VARIANTS = {
     "pointers": Tiles(128, 128, 64, 8, 3),
-    "split": Tiles(64, 64, 64, 4, 4, "split"),
+    "split-K": Tiles(64, 64, 64, 4, 4, "split_k"),
     "wide TMA": Tiles(128, 256, 64, 8, 4, "tma"),
     "two TMA": Tiles(128, 128, 64, 4, 3, "tma"),
     "small TMA": Tiles(64, 128, 64, 4, 4, "tma"),
@@ -85,7 +85,7 @@ LINEAR_VARIANTS = {
 @pytest.mark.parametrize("m, n, k", [(1040, 1040, 272), (8, 1001, 2000), (64, 2056, 784)])
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "tf32"])
 def test_linear_sigmoid(precision: str, m: int, n: int, k: int, layout: str, variant: str) -> None:
-    """Partial tiles; as pointers and TMA, split and not, store them."""
+    """Partial tiles, and one that is split along k."""
     tiles = LINEAR_VARIANTS[variant]
     if tiles.variant == "tma" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("the GPU has no TMA")

@@ -174,7 +174,7 @@ def check_symmetric_product_of_two(dtype, shape, layout, tiles, alpha, beta, wra
 PATHS = {
     "pointers": Tiles(16, 16, 16, 4, 2),
     "TMA": Tiles(16, 16, 16, 4, 2, "tma"),
-    "split": Tiles(16, 32, 16, 4, 2, "tma"),
+    "wide TMA": Tiles(16, 32, 16, 4, 2, "tma"),
     "specialized": Tiles(16, 16, 16, 4, 2, "specialized"),
 }
 
@@ -215,7 +215,7 @@ def test_symmetric_product_of_one_by(interpreter, path, n, k):
 
 def check_one_pair_divides_by_no_zero() -> None:
     with np.errstate(divide="raise"):
-        check_symmetric_product_of_one((20, 4), PATHS["split"], directly)
+        check_symmetric_product_of_one((20, 4), PATHS["wide TMA"], directly)
 
 
 def test_one_pair_divides_by_no_zero(interpreter):
@@ -261,7 +261,7 @@ def check_allocator_is_the_users() -> None:
 
     before = dict(copy_context())
     x = torch.ones(16, 4)
-    matmul_t_kernels.symmetric_product(x, x, "ieee", Record, tiles=PATHS["split"])
+    matmul_t_kernels.symmetric_product(x, x, "ieee", Record, tiles=PATHS["wide TMA"])
     assert seen[0] != before
     assert dict(copy_context()) == before
 
@@ -367,13 +367,12 @@ def test_linear_sigmoid_of_layout(interpreter, layout):
 
 LINEAR_PATHS = {
     "pointers": Tiles(16, 32, 16, 4, 2),
-    "split": Tiles(16, 16, 16, 4, 2, "split"),
+    "split-K": Tiles(16, 16, 16, 4, 2, "split_k"),
     "TMA": Tiles(16, 32, 16, 4, 2, "tma"),
-    "one loop": Tiles(16, 32, 16, 8, 2, "tma"),
 }
 
 
-def check_linear_sigmoid_by(path, dtype, m, n, k, layout, has_bias, wrap) -> None:
+def check_linear_sigmoid_with_tiles(path, dtype, m, n, k, layout, has_bias, wrap) -> None:
     with patch.object(linear_sigmoid_kernels, "chosen", return_value=LINEAR_PATHS[path]):
         check_linear_sigmoid(dtype, m, n, k, layout, has_bias, wrap)
 
@@ -386,36 +385,37 @@ def check_linear_sigmoid_by(path, dtype, m, n, k, layout, has_bias, wrap) -> Non
         (16, 12, 260, "contiguous"),  # one tile, and so split
         (13, 15, 132, "contiguous"),
         (36, 20, 52, "contiguous"),
-        (33, 17, 260, "contiguous"),  # rows of the result begin at no 16 bytes
-        (100, 132, 500, "contiguous"),
+        (33, 17, 260, "contiguous"),  # rows of the result begin at no multiple of 16 bytes
         (36, 132, 260, "transposed"),
     ],
 )
-def test_linear_sigmoid_by(interpreter, path, m, n, k, layout):
+def test_linear_sigmoid_with_tiles(interpreter, path, m, n, k, layout):
     """Operands of whole 16 bytes, as TMA takes them."""
     for has_bias in (True, False):
-        interpreter(check_linear_sigmoid_by, path, torch.float32, m, n, k, layout, has_bias, directly)
+        interpreter(check_linear_sigmoid_with_tiles, path, torch.float32, m, n, k, layout, has_bias, directly)
 
 
 @pytest.mark.parametrize("path", LINEAR_PATHS)
-def test_linear_sigmoid_of_float16_by(interpreter, path):
-    interpreter(check_linear_sigmoid_by, path, torch.float16, 40, 72, 272, "contiguous", True, directly)
+def test_linear_sigmoid_of_float16_with_tiles(interpreter, path):
+    interpreter(
+        check_linear_sigmoid_with_tiles, path, torch.float16, 40, 72, 272, "contiguous", True, directly
+    )
 
 
-def check_splits() -> None:
-    """So that the tests are of several parts; the last of them is shorter here."""
-    tiles = LINEAR_PATHS["split"]
-    assert candidates.splits(tiles, candidates.device(torch.empty(0)), 1, 4, 4) == (1, 16)
-    assert candidates.splits(tiles, candidates.device(torch.empty(0)), 16, 16, 260) == (3, 96)
+def check_split_k() -> None:
+    """The cases above of one tile have several parts; the last part is shorter here."""
+    tiles = LINEAR_PATHS["split-K"]
+    assert candidates.split_k(tiles, candidates.device(torch.empty(0)), 1, 4, 4) == (1, 16)
+    assert candidates.split_k(tiles, candidates.device(torch.empty(0)), 16, 16, 260) == (3, 96)
 
 
-def test_splits(interpreter):
-    interpreter(check_splits)
+def test_split_k(interpreter):
+    interpreter(check_split_k)
 
 
 def check_tma_refuses() -> None:
     x = torch.ones(16, 5)
-    with pytest.raises(ValueError, match="cannot take operands of these strides"):
+    with pytest.raises(ValueError, match="expected the variant pointers"):
         linear_sigmoid_kernels.linear_sigmoid(x, x, None, "ieee", directly, tiles=LINEAR_PATHS["TMA"])
 
 
@@ -788,7 +788,7 @@ def test_large_tiles(interpreter, check, args):
         (check_half_sum, (torch.float32, (129, 129), "contiguous")),
         (check_mirror, (torch.float32, (200, 200))),
         (check_linear_sigmoid, (torch.float32, 129, 129, 33, "contiguous", True)),
-        (check_linear_sigmoid_by, ("split", torch.float32, 16, 15, 260, "contiguous", True)),
+        (check_linear_sigmoid_with_tiles, ("split-K", torch.float32, 16, 15, 260, "contiguous", True)),
         (check_sigmoid_backward, (torch.float32, 129, 129, "contiguous")),
         *((check_maximum, ("129", dtype, dtype)) for dtype in (*FLOATS, *INTEGERS)),
         *(
@@ -819,18 +819,25 @@ class FourRowsShort(WithoutLastProgram):
         return run
 
 
-@pytest.mark.parametrize("path", ["TMA", "split", "specialized"])
+@pytest.mark.parametrize("path", ["TMA", "wide TMA", "specialized"])
 def test_check_rejects_missing_rows(interpreter, path):
     args = (torch.float32, (36, 20), "contiguous", PATHS[path], 0.5, -2.0, FourRowsShort)
     with pytest.raises(AssertionError):
         interpreter(check_symmetric_product_of_two, *args)
 
 
-@pytest.mark.parametrize("path", ["TMA", "one loop"])
-def test_check_rejects_missing_rows_of_linear_sigmoid(interpreter, path):
+def test_check_rejects_missing_rows_of_linear_sigmoid(interpreter):
     with pytest.raises(AssertionError):
         interpreter(
-            check_linear_sigmoid_by, path, torch.float32, 36, 20, 52, "contiguous", True, FourRowsShort
+            check_linear_sigmoid_with_tiles,
+            "TMA",
+            torch.float32,
+            36,
+            20,
+            52,
+            "contiguous",
+            True,
+            FourRowsShort,
         )
 
 

@@ -18,7 +18,7 @@ from torchpar.kernels.launch import Plan
 
 N, K = 96, 64
 TMA = Tiles(64, 128, 64, 4, 4, "tma")
-SPLIT = Tiles(64, 64, 16, 4, 4, "split")
+SPLIT = Tiles(64, 64, 16, 4, 4, "split_k")
 FIRST = 9  # of the launcher's arguments, the kernel's; before it are the grid, the stream and hooks
 
 

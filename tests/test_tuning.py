@@ -16,7 +16,7 @@ from torchpar.kernels.candidates import Tiles
 DEVICE = candidates.Device("NVIDIA Test/9 GPU", 90, 132)
 WIDE, LARGE = Tiles(128, 256, 64, 8, 4, "tma"), Tiles(128, 128, 64, 8, 4, "tma")
 SQUARE, SMALL = Tiles(128, 128, 64, 8, 3), Tiles(64, 64, 64, 4, 3)
-UNALIGNED, SPLIT = Tiles(64, 64, 32, 8, 3), Tiles(64, 64, 64, 4, 4, "split")
+UNALIGNED, SPLIT = Tiles(64, 64, 32, 8, 3), Tiles(64, 64, 64, 4, 4, "split_k")
 ENTRIES = [[512, 512, 512, 1, None], [2048, 2048, 2048, 1, SMALL], [4096, 4096, 4096, 1, WIDE]]
 KINDS = [pytest.param(*kind[:2], id=name) for name, kind in candidates.KINDS.items()]
 
@@ -61,7 +61,7 @@ def test_configurations_are_those_that_a_device_can_run(kernel, dtype, precision
         shared = buffers * (tiles.block_m + tiles.block_n) * tiles.block_k * dtype.itemsize
         assert shared <= {0: 65536, 80: 166912, 120: 101376}.get(capability, 232448)
         assert kernel == "linear_sigmoid" or tiles.block_n == tiles.block_m or tiles.variant == "tma"
-    variants = {"pointers"} if kernel == "symmetric_product" else {"pointers", "split"}
+    variants = {"pointers"} if kernel == "symmetric_product" else {"pointers", "split_k"}
     if capability in (90, 100) and (dtype.itemsize == 2 or precision == "tf32"):
         variants.add("tma")
         if capability == 90 and kernel == "symmetric_product":
@@ -81,7 +81,7 @@ def test_configurations_are_those_that_a_device_can_run(kernel, dtype, precision
         ("linear_sigmoid", 512, 4096, 1, LARGE),  # 32768 beside 57344, 2 · 20480, 4 · 12288
     ],
 )
-def test_default_has_the_fewest_waves(kernel, m, n, batch, expected):
+def test_default_has_the_least_estimate(kernel, m, n, batch, expected):
     assert default(m, n, batch, kernel) == expected
 
 
@@ -115,14 +115,13 @@ def test_default_of_linear_sigmoid(m, n, k, expected):
 @pytest.mark.parametrize(
     "m, n, k", [(1, 1, 1), (64, 64, 255), (64, 64, 4096), (200, 1001, 8191), (8192, 8192, 8192)]
 )
-def test_splits_have_columns_each(m, n, k):
-    count, span = candidates.splits(SPLIT, DEVICE, m, n, k)
+def test_each_part_has_columns(m, n, k):
+    count, span = candidates.split_k(SPLIT, DEVICE, m, n, k)
     assert (count - 1) * span < k <= count * span
     assert span % 64 == 0
     assert count == 1 or span >= 256
     tiles = math.ceil(m / 64) * math.ceil(n / 64)
     assert count == 1 or count * tiles <= DEVICE.multiprocessors
-    assert (count > 1) == (k > 512 and tiles <= 66)
 
 
 def test_saved_table_is_what_is_chosen(folder):
@@ -168,8 +167,8 @@ def test_choice_by_a_symbolic_size_adds_no_guard():
     x = operand(1024, 1024)
     assert tuning.chosen("symmetric_product", "ieee", (n, n, n, 1), x) == SMALL
     sizes = tuning._hint(n), 8, 8, 1
-    assert tuning._least("symmetric_product", "bfloat16", DEVICE, sizes, ("tma",))
-    assert candidates.splits(SPLIT, DEVICE, 64, 64, n) == (1, n), "the number of programs would be a guard"
+    assert tuning._least_estimate("symmetric_product", "bfloat16", DEVICE, sizes, ("tma",))
+    assert candidates.split_k(SPLIT, DEVICE, 64, 64, n) == (1, n), "the number of programs would be a guard"
     assert tuning._hint(env.create_unbacked_symint()) == 1024
     assert all("Mod" in str(guard.expr) for guard in env.guards), "not of alignment"
     assert n > 1000

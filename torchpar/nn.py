@@ -57,7 +57,7 @@ class Linear(torch.nn.Linear):
 
 
 class LinearSigmoid(Linear):
-    """A linear layer and a sigmoid in one kernel, ``y = sigmoid(x @ weight.T + bias)``.
+    """A linear layer followed by a sigmoid, ``y = sigmoid(x @ weight.T + bias)``.
 
     It calls `torchpar.linear_sigmoid`. Arguments, shapes and state dict are those of `Linear`.
     """

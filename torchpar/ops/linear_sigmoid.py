@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Linear layer with a sigmoid, in one pass.
+"""Linear layer followed by a sigmoid.
 
     Y = σ(Z),  Z = X·Wᵀ + b,  σ(z) = 1/(1 + e⁻ᶻ)
 

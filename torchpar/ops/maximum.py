@@ -7,10 +7,13 @@ With g = dL/dy:
 
     dL/da = g where a > b, g/2 where a = b, 0 where a < b        (dL/db with a and b exchanged)
 
-Where a or b is NaN, both gradients are g, as in `torch.maximum`. A second operator computes both in one pass,
-of the shape of g; they are then summed over broadcast dimensions. It is linear in g: with incoming gradients
-h_a and h_b for its results, dL/dg is the share of h_a that goes to a and that of h_b that goes to b. The
-derivatives with respect to a and b are 0.
+Where a or b is NaN, both gradients are g, as in `torch.maximum`. Gradients are summed over broadcast
+dimensions.
+
+A second operator, used on GPUs, computes both gradients in the shape of g. With incoming gradients h_a and
+h_b for its results, and s_a and s_b for the factors 1, ½ or 0 above, its derivative is
+
+    dL/dg = s_a·h_a + s_b·h_b
 """
 
 from collections.abc import Iterator
@@ -123,7 +126,7 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     if g.is_cuda:  # one launch for both costs less than ATen's for one
         da, db = _backward_op(g, a.detach(), b.detach())  # the gradients depend on g alone
     else:
-        da, db = _share(g, a, b) if need_a else g, _share(g, b, a) if need_b else g
+        da, db = _share(g, a, b) if need_a else None, _share(g, b, a) if need_b else None
     return _reduced(da, a) if need_a else None, _reduced(db, b) if need_b else None
 
 
@@ -160,11 +163,11 @@ def _aligned(t: Tensor, dim: int | None, dims: int) -> Tensor:
 def _(a: Any, b: Any) -> list[Any]:
     from torch.distributed.tensor import Replicate, Shard
 
-    split = [([Shard(dim)], placements) for dim, placements in _split(a, b)]
+    split = [([Shard(dim)], placements) for dim, placements in _sharded_placements(a, b)]
     return [([Replicate()], [Replicate(), Replicate()]), *split]
 
 
-def _split(a: Any, b: Any) -> Iterator[tuple[int, list[Any]]]:
+def _sharded_placements(a: Any, b: Any) -> Iterator[tuple[int, list[Any]]]:
     """The dimensions of the result, and placements of the operands with which it is split by each."""
     from torch.distributed.tensor import Replicate, Shard
 
@@ -181,7 +184,8 @@ def _check_backward(g: Tensor, a: Tensor, b: Tensor) -> None:
     check_dtype("maximum_backward", "g", g)
     device = _device(a, b)
     shape = a.shape if a.shape == b.shape else torch.broadcast_shapes(a.shape, b.shape)
-    actual, expected = (g.shape, g.dtype, g.device), (shape, torch.result_type(a, b), device)
+    actual = tuple(g.shape), g.dtype, g.device
+    expected = tuple(shape), torch.result_type(a, b), device
     if actual != expected:
         raise RuntimeError(f"torchpar::maximum_backward: g is {actual}, expected {expected}")
 
@@ -244,5 +248,5 @@ def _(g: Any, a: Any, b: Any) -> list[Any]:
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     whole = [Replicate(), Replicate()]
-    split = [([Shard(dim)] * 2, [Shard(dim), *placements]) for dim, placements in _split(a, b)]
+    split = [([Shard(dim)] * 2, [Shard(dim), *placements]) for dim, placements in _sharded_placements(a, b)]
     return [(whole, [Replicate(), *whole]), ([Partial(), Partial()], [Partial(), *whole]), *split]

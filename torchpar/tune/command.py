@@ -25,8 +25,8 @@ if TYPE_CHECKING:  # it imports Triton
     from torchpar.kernels.candidates import Device
 
 KERNELS = ("symmetric_product", "linear_sigmoid")
-VARIANTS = ("pointers", "split", "tma", "specialized")
-SEEN = VARIANTS[:3]  # a kernel that hangs ends the run; the specialized one has not run on a GPU yet
+VARIANTS = ("pointers", "split_k", "tma", "specialized")
+BY_DEFAULT = VARIANTS[:3]  # the specialized kernel may hang, which would end the run
 DTYPES = ("bfloat16", "float16", "tf32", "float32", "float64")
 # Of each dtype, the most important first: m, n, k and batch.
 PROBLEMS = (
@@ -123,6 +123,12 @@ def tune_problem(problem: Problem, variants: Sequence[str], present: "Device") -
     kind = candidates.KINDS[problem.kind][:2]
     configurations = candidates.configurations(problem.kernel, *kind, present.capability)
     configurations = [tiles for tiles in configurations if tiles.variant in variants]
+    # Where split-K splits nothing, it is the kernel by pointers.
+    configurations = [
+        tiles
+        for tiles in configurations
+        if tiles.variant != "split_k" or candidates.split_k(tiles, present, *problem[2:5])[0] > 1
+    ]
     try:
         times, errors = measure(problem, configurations, torch.device("cuda"))
     except ConfigError:
@@ -152,7 +158,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=10.0, help="begin no problem later than this")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=SEEN, help="of the kernels")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=BY_DEFAULT, help="of the kernels")
     parser.add_argument("--sizes", nargs="+", type=int, default=(), help="square problems alone")
     parser.add_argument("--again", action="store_true", help="measure problems that are in the table already")
     return parser.parse_args(arguments)
