@@ -38,9 +38,7 @@ def compile_tiles(launch: Callable[..., object], tiles: Tiles, capability: int) 
 
     try:
         with target(capability), TemporaryDirectory() as folder:
-            code, *_ = machine_codes(
-                partial(launch, tiles=tiles), Path(folder)
-            )  # split-K has a second kernel
+            code, *_second_of_split_k = machine_codes(partial(launch, tiles=tiles), Path(folder))
     except Exception as e:
         return {}, error_line(e)
     found: dict[str, Any] = {"registers": code.resources["REG"], "spills": code.spills}

@@ -84,7 +84,7 @@ _FLOAT32 = (
     Tiles(64, 128, 16, 8, 2),
     Tiles(64, 64, 16, 8, 2),
     Tiles(64, 64, 32, 8, 2),
-    Tiles(64, 64, 16, 8, 2, "split_k"),
+    Tiles(64, 64, 32, 8, 2, "split_k"),
 )
 _FLOAT64 = (
     Tiles(64, 128, 16, 8, 2),
@@ -154,7 +154,7 @@ def split_k(tiles: Tiles, present: Device, m: int, n: int, k: int) -> tuple[int,
     """
     if any(isinstance(size, torch.SymInt) for size in (m, n, k)):
         return 1, k
-    units = ceil(m / tiles.block_m) * ceil(n / tiles.block_n)
+    units = max(1, ceil(m / tiles.block_m) * ceil(n / tiles.block_n))
     steps = ceil(k / tiles.block_k)
     count = max(1, min(present.multiprocessors // units, steps // 4, 16))
     steps_each = ceil(steps / count)

@@ -58,7 +58,7 @@ def sigmoid_backward(g: Tensor, y: Tensor, dz: Tensor, wrap: Wrap) -> Tensor:
     if dz.numel() == 0:
         return y.new_zeros(n)
     acc_dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
-    few = m <= PROGRAM_ROWS
+    few = not isinstance(m, torch.SymInt) and m <= PROGRAM_ROWS  # AOTInductor checks no guards
     partial = y.new_empty((triton.cdiv(m, PROGRAM_ROWS), n), dtype=y.dtype if few else acc_dtype)
     plan = planned(_plan, wrap, (g, y), out=dz)
     assert plan is not None

@@ -42,17 +42,23 @@ def default_tiles(
 ) -> Tiles:
     """Without a table: the tiles with the least estimated time for ``sizes`` (m, n, k and batch)."""
     kind, present = kind_of(operands[0].dtype, precision), device(operands[0])
-    usable = tuple(v for v in variants(kernel, sizes[1], *operands, tma=tma) if v != "specialized")
+    usable = variants(kernel, sizes[1], *operands, tma=tma)
     if not usable:
         return KINDS[kind].unaligned
-    return _least_estimate(kernel, kind, present, tuple(map(_hint, sizes)), usable)
+    symbolic = any(isinstance(size, torch.SymInt) for size in sizes)  # of which no sum is split
+    usable = tuple(v for v in usable if v != "specialized" and not (symbolic and v == "split_k"))
+    return _least_estimate(kernel, kind, present, tuple(map(_hint, sizes)), usable, _steps_of_16(*operands))
 
 
 @lru_cache(4096)
 def _least_estimate(
-    kernel: str, kind: str, present: Device, sizes: tuple[int, ...], variants: tuple[str, ...]
+    kernel: str, kind: str, present: Device, sizes: tuple[int, ...], variants: tuple[str, ...], steps: bool
 ) -> Tiles:
-    """Of the ``variants``, the tiles with the least estimated time."""
+    """Of the ``variants``, the tiles with the least estimated time.
+
+    By pointers Triton loads 16 bytes at a time only where ``steps``, those of the operands, are multiples of
+    16 elements.
+    """
     m, n, k, batch = sizes
     dtype, precision, speed = KINDS[kind][:3]
     aligned = n * dtype.itemsize % 16 == 0
@@ -71,13 +77,15 @@ def _least_estimate(
             units = rows * (rows + 1) // 2
         else:  # full tiles, and pairs of the square tiles on the diagonal
             units = columns**2 + ceil(columns / 2)
-        count, span = split_k(tiles, present, m, n, k) if tiles.variant == "split_k" else (1, k)
+        count, columns_each = split_k(tiles, present, m, n, k) if tiles.variant == "split_k" else (1, k)
         waves = ceil(units * batch * count / present.multiprocessors)
-        time = waves * span * (block_m * block_n + 64 * (block_m + block_n)) / speed
+        time = waves * columns_each * (block_m * block_n + 64 * (block_m + block_n)) / speed
         return time if count == 1 else time + SECOND_LAUNCH + 2 * part * m * n * count / BYTES_PER_US
 
     possible = configurations(kernel, dtype, precision, present.capability)
-    return min((one for one in possible if one.variant in variants and can_store(one, aligned)), key=estimate)
+    possible = [one for one in possible if one.variant in variants and can_store(one, aligned)]
+    by_tma = [one for one in possible if one.variant == "tma"]
+    return min(possible if steps or not by_tma else by_tma, key=estimate)
 
 
 def can_store(tiles: Tiles, aligned: bool) -> bool:
@@ -126,6 +134,8 @@ def loads_by_tma(t: Tensor) -> bool:
     *batch, row, col = t.stride()
     step, unit = row if col == 1 else col, 16 // t.element_size()
     steps = (step, *(s for s, n in zip(batch, t.shape, strict=False) if n != 1))
+    if any(isinstance(size, int) and not 1 < size < 2**31 for size in t.shape[-2:]):
+        return False  # Triton makes a size of 1 a constant, and takes no larger ones in a descriptor
     if 1 not in (row, col) or t.storage_offset() % unit or any(s <= 0 or s % unit for s in steps):
         return False
     try:
@@ -138,7 +148,15 @@ def _moves_16_bytes(columns: int, *operands: Tensor) -> bool:
     """Whether operands can be loaded, and rows of a result of ``columns`` stored, 16 bytes at a time."""
     for t in operands:
         unit = 16 // t.element_size()
-        steps = [size if stride == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)]
-        if any(step % unit for step in (columns, t.storage_offset(), *steps)):
+        if any(step % unit for step in (columns, t.storage_offset(), *_steps(t))):
             return False
     return True
+
+
+def _steps_of_16(*operands: Tensor) -> bool:
+    return all(step % 16 == 0 for t in operands for step in _steps(t))
+
+
+def _steps(t: Tensor) -> list[int]:
+    """The strides of ``t``; of a contiguous dimension its size."""
+    return [size if stride == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)]

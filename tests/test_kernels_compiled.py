@@ -322,7 +322,7 @@ def test_all_tiles_by_tma_fit_with_a_matrix_to_add(compiled, capability, dtype, 
 @pytest.mark.parametrize("capability", [90], indirect=True)
 @pytest.mark.parametrize(
     "m, n, loads, stores",
-    [(8192, 4096, True, True), (8192, 1001, True, False), (64, 1024, False, False)],
+    [(8192, 4096, True, True), (8192, 1001, True, False), (64, 1024, False, False), (1, 12288, False, False)],
 )
 def test_linear_sigmoid_goes_by_tma(compiled, capability, m, n, loads, stores):
     """Unless it is small, whatever the columns of its result; and is stored so if its rows allow."""

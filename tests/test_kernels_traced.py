@@ -170,6 +170,12 @@ def test_the_backward_of_linear_sigmoid_takes_three_launches_for_few_rows(rows, 
     assert sorted(others) == sorted(["mm", "mm", *more])
 
 
+def test_the_backward_of_symbolic_rows_sums_any_number():
+    """AOTInductor would not check that they are few."""
+    graph, _ = trace(ops.linear_sigmoid_backward, ("mn", "mn"))
+    assert "sum" in aten(graph)
+
+
 @pytest.mark.parametrize("shape, more", [((64, 48), []), ((48,), ["sum"])])
 def test_the_backward_of_maximum_is_one_launch(shape, more):
     """And the sum over dimensions along which an operand was broadcast."""

@@ -131,6 +131,23 @@ def test_vmap_of_maximum_promotes_as_each_sample_would(
         assert_close(vmap(torchpar.maximum)(*args), samples, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("in_dims", [(0, None, None), (1, None, None), (0, 0, None), (None, None, 0)])
+def test_vmap_of_the_backward_of_maximum(in_dims: tuple[int | None, ...], device: str) -> None:
+    """Gradients for several incoming ones, say, batch g alone."""
+    shapes = zip(in_dims, ((3, 4), (3, 4), (4,)), strict=True)
+    args = [
+        normal(*(shape if dim is None else (*shape[:dim], 5, *shape[dim:])), device=device)
+        for dim, shape in shapes
+    ]
+
+    def gradients(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        share = torch.where(a == b, g / 2, g)
+        return share.masked_fill(a < b, 0), share.masked_fill(b < a, 0)
+
+    actual = vmap(torch.ops.torchpar.maximum_backward, in_dims)(*args)
+    assert_close(actual, vmap(gradients, in_dims)(*args), rtol=0, atol=0)
+
+
 def test_per_sample_gradients_of_a_module(device: str) -> None:
     layer = torch.nn.Linear(4, 5, dtype=torch.float64, device=device)
     parameters = dict(layer.named_parameters())

@@ -101,6 +101,7 @@ def test_default_is_of_what_the_operands_allow(monkeypatch):
         (64, 1024, 8192, SPLIT),
         (64, 1001, 8192, SPLIT),
         (8192, 1001, 784, Tiles(64, 128, 64, 4, 4, "tma")),  # wider ones would spill
+        (64, 1024, 1000, Tiles(64, 64, 128, 4, 3, "tma")),  # by pointers Triton would load 2 bytes at a time
     ],
 )
 def test_default_of_linear_sigmoid(m, n, k, expected):
@@ -112,8 +113,16 @@ def test_default_of_linear_sigmoid(m, n, k, expected):
     assert found == (expected if n % 8 else WIDE)
 
 
+@pytest.mark.parametrize("m, n, k", [(0, 64, 64), (1, 12288, 4096), (8, 2**31, 16)])
+def test_sizes_that_no_descriptor_has_go_by_pointers(m, n, k):
+    operands = operand(m, k), operand(n, k)
+    assert tuning.default_tiles("linear_sigmoid", "ieee", (m, n, k, 1), *operands).variant == "pointers"
+    tables.save(DEVICE, table([[max(m, 1), n, k, 1, WIDE]], kernel="linear_sigmoid"))
+    assert tuning.chosen("linear_sigmoid", "ieee", (m, n, k, 1), *operands).variant == "pointers"
+
+
 @pytest.mark.parametrize(
-    "m, n, k", [(1, 1, 1), (64, 64, 255), (64, 64, 4096), (200, 1001, 8191), (8192, 8192, 8192)]
+    "m, n, k", [(0, 1, 1), (1, 1, 1), (64, 64, 255), (64, 64, 4096), (200, 1001, 8191), (8192, 8192, 8192)]
 )
 def test_each_part_has_columns(m, n, k):
     count, span = candidates.split_k(SPLIT, DEVICE, m, n, k)
@@ -167,7 +176,7 @@ def test_choice_by_a_symbolic_size_adds_no_guard():
     x = operand(1024, 1024)
     assert tuning.chosen("symmetric_product", "ieee", (n, n, n, 1), x) == SMALL
     sizes = tuning._hint(n), 8, 8, 1
-    assert tuning._least_estimate("symmetric_product", "bfloat16", DEVICE, sizes, ("tma",))
+    assert tuning._least_estimate("symmetric_product", "bfloat16", DEVICE, sizes, ("tma",), True)
     assert candidates.split_k(SPLIT, DEVICE, 64, 64, n) == (1, n), "the number of programs would be a guard"
     assert tuning._hint(env.create_unbacked_symint()) == 1024
     assert all("Mod" in str(guard.expr) for guard in env.guards), "not of alignment"

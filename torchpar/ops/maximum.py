@@ -239,7 +239,7 @@ def _(
     g_dim, *dims = in_dims
     _check_backward(*map(sample, (g, a, b), in_dims))
     g = batch_first(g, g_dim, info.batch_size)
-    a, b = (_aligned(t, dim, g.dim() - 1).to(g.dtype) for t, dim in zip((a, b), dims, strict=True))
+    a, b = (_aligned(t, dim, g.dim() - 1).to(g).expand_as(g) for t, dim in zip((a, b), dims, strict=True))
     return _backward_op(g, a, b), (0, 0)
 
 
