@@ -381,7 +381,7 @@ def check_linear_sigmoid_with_tiles(path, dtype, m, n, k, layout, has_bias, wrap
 @pytest.mark.parametrize(
     "m, n, k, layout",
     [
-        (1, 4, 4, "contiguous"),
+        (2, 4, 4, "contiguous"),
         (16, 12, 260, "contiguous"),  # one tile, and so split
         (13, 15, 132, "contiguous"),
         (36, 20, 52, "contiguous"),

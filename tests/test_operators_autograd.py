@@ -249,7 +249,8 @@ def test_second_derivatives_compute_only_what_is_needed(name: str, device: str) 
 
     both, alone = calls(True, True), (calls(True, False), calls(False, True))
     assert min(alone) < both
-    assert max(alone) < both or min(alone) == 0  # the derivative of some is 0
+    # maximum_backward has no derivative by the others.
+    assert max(alone) < both or (name == "maximum_backward" and min(alone) == 0)
 
 
 def test_linear_sigmoid_keeps_its_inputs_and_output_only(device: str) -> None:
