@@ -86,12 +86,10 @@ def linear_sigmoid(dtype, precision, n, tiles, wrap) -> None:
     linear_sigmoid_kernels.linear_sigmoid(x, x, bias, precision, wrap, tiles=tiles)
 
 
-def linear_sigmoid_of(dtype, precision, shape, transposed, tiles, wrap) -> None:
+def linear_sigmoid_of(dtype, precision, shape, tiles, wrap) -> None:
     m, n, k = shape
-    x, weight = (
-        meta(k, rows, dtype=dtype).mT if transposed else meta(rows, k, dtype=dtype) for rows in (m, n)
-    )
-    linear_sigmoid_kernels.linear_sigmoid(x, weight, meta(n, dtype=dtype), precision, wrap, tiles=tiles)
+    x, weight, bias = (meta(*sizes, dtype=dtype) for sizes in ((m, k), (n, k), (n,)))
+    linear_sigmoid_kernels.linear_sigmoid(x, weight, bias, precision, wrap, tiles=tiles)
 
 
 matrix_launchers = pytest.mark.parametrize(
@@ -115,10 +113,12 @@ def assert_pipelined(code: MachineCode, specialized: bool) -> None:
         assert len(waits) <= 1, f"wgmmas are serialised: {len(waits)} waits for all of them"
 
 
+KINDS = [(kind, 90) for kind in candidates.KINDS if kind != "float16"]  # which is as bfloat16
+OTHERS = [pytest.param(kind, other, marks=slow) for kind in ("bfloat16", "tf32") for other in (80, 100)]
+
+
 @matrix_launchers
-@pytest.mark.parametrize(
-    "kind", [kind for kind in candidates.KINDS if kind != "float16"]
-)  # it is as bfloat16
+@pytest.mark.parametrize("kind, capability", KINDS + OTHERS, indirect=["capability"])
 def test_all_tiles_fit_and_are_pipelined(compiled, capability, launcher, kind):
     dtype, precision, _, unaligned, _ = candidates.KINDS[kind]
     found = candidates.configurations(launcher.__name__, dtype, precision, capability)
@@ -132,27 +132,24 @@ def test_all_tiles_fit_and_are_pipelined(compiled, capability, launcher, kind):
             raise AssertionError(f"{tiles}, n = {n}: {error}") from error
 
 
-@pytest.mark.parametrize("kind", [kind for kind in candidates.KINDS if kind != "float16"])
-def test_tiles_of_linear_sigmoid_fit(capability, kind, tmp_path):
+@pytest.mark.parametrize("kind, capability", KINDS + OTHERS[:2], indirect=["capability"])
+def test_tiles_of_odd_results_and_of_split_k_fit(capability, kind, tmp_path):
     dtype, precision, *_ = candidates.KINDS[kind]
     for tiles in candidates.configurations("linear_sigmoid", dtype, precision, capability):
-        cases = [((512, 1001, 4096), False)] if tuning.can_store(tiles, aligned=False) else []
-        cases += [((512, 4096, 1024), True)] if tiles.variant == "tma" else []
-        if tiles.variant == "split_k":
-            cases = [((64, 1024, 8192), False), ((64, 1001, 8192), False)]
-        for shape, transposed in cases:
-            launch = partial(linear_sigmoid_of, dtype, precision, shape, transposed, tiles)
-            code, *sums = machine_codes(launch, tmp_path)
-            try:
-                assert len(sums) == (tiles.variant == "split_k")
-                assert_fits(code, capability)
-                assert_pipelined(code, specialized=False)
-                for one in sums:
-                    assert_fits(one, capability)
-                    loads = one.count(r"LDG\.E.*\.128.*") >= one.options["SPLIT_K"]
-                    assert loads == (shape[1] % 8 == 0), "the parts are not loaded 16 bytes at a time"
-            except AssertionError as error:
-                raise AssertionError(f"{tiles}, {shape}, {transposed=}: {error}") from error
+        split = tiles.variant == "split_k"
+        if not (split or tuning.can_store(tiles, aligned=False)):
+            continue
+        shape = (64, 1024, 8192) if split else (512, 1001, 4096)
+        code, *sums = machine_codes(partial(linear_sigmoid_of, dtype, precision, shape, tiles), tmp_path)
+        try:
+            assert len(sums) == split
+            assert_fits(code, capability)
+            assert_pipelined(code, specialized=False)
+            for one in sums:
+                assert_fits(one, capability)
+                assert one.count(r"LDG\.E.*\.128.*") >= one.options["SPLIT_K"], "the parts take more loads"
+        except AssertionError as error:
+            raise AssertionError(f"{tiles}, {shape}: {error}") from error
 
 
 @triton.jit
@@ -326,7 +323,7 @@ def test_all_tiles_by_tma_fit_with_a_matrix_to_add(compiled, capability, dtype, 
 )
 def test_linear_sigmoid_goes_by_tma(compiled, capability, m, n, loads, stores):
     """Unless it is small, whatever the columns of its result; and is stored so if its rows allow."""
-    code = compiled(linear_sigmoid_of, torch.bfloat16, "ieee", (m, n, 784), False, None)
+    code = compiled(linear_sigmoid_of, torch.bfloat16, "ieee", (m, n, 784), None)
     assert_fits(code, capability)
     assert bool(code.count(r"UTMALDG\..*")) == loads
     assert bool(code.count(r"UTMASTG\..*")) == stores
