@@ -29,7 +29,7 @@ QUICK = 2  # configurations of a kernel
 
 
 def compile_tiles(launch: Callable[..., object], tiles: Tiles, capability: int) -> tuple[dict[str, Any], str]:
-    """What a configuration takes on a GPU of ``capability``, and why it cannot be used, or "".
+    """The resources of a configuration on a GPU of ``capability``, and why it cannot be used, or "".
 
     ``registers`` and ``spills`` (bytes) are of a thread, ``shared_memory`` (bytes) of a block.
     """

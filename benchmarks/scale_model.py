@@ -88,7 +88,7 @@ def count(width: int, layers: int, batch: int, plan: MeshPlan) -> tuple[list[Cal
 
 
 def difference(calls: Sequence[Call], expected: Sequence[Expected]) -> str:
-    """How the sizes of the calls of each dimension and operation differ from the prediction, or ""."""
+    """The differences of the sizes of calls from the prediction, by dimension and operation, or ""."""
     recorded = Counter((call.dimension, call.operation, call.bytes) for call in calls)
     predicted = Counter((e.dimension, e.operation, e.nbytes) for e in expected)
     return "; ".join(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Launch plans: what a launcher decides for tensors of one layout, kept for the next call.
+"""Launch plans: the decisions of a launcher for tensors of one layout, kept for the next call.
 
 Choosing tiles, and letting Triton specialise a kernel, takes longer than launching it. Both depend on the
 layouts of the tensors alone: shapes, strides, dtype, device, and where their memory begins within 16 bytes.
@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 Wrap = Callable[[Any], Any] | None
-"""What a tracer applies to a Triton kernel before it is launched; None for a real launch."""
+"""A tracer applies it to a Triton kernel before it is launched; None for a real launch."""
 
 _MOST = 4096  # plans that are kept
 _plans: dict[Any, "Plan | None"] = {}

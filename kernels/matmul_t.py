@@ -126,6 +126,9 @@ def symmetric_product(
 
     Returns:
         ``out``, exactly symmetric; None if PyTorch's library is faster by the device's table.
+
+    Raises:
+        ValueError: ``tiles`` of a variant that cannot take these operands.
     """
     operands = (
         _few_dims(a),

@@ -227,7 +227,7 @@ def _plan(flat: Any, strided: Any, operands: dict[str, Tensor], out: Tensor) -> 
 
 
 def _repeats(strides: list[int]) -> str:
-    """What is the same everywhere: the columns, the rows, or neither."""
+    """The dimension along which an operand repeats: "columns", "rows", or "" for neither."""
     if strides[-1] == 0:
         return "columns"
     return "rows" if all(step == 0 for step in strides[:-1]) else ""

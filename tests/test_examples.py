@@ -174,7 +174,7 @@ if not torch.cuda.is_available():
 
 
 def line_of(err: str) -> str:
-    """What tyro prints in a frame, or a script without one, as one line."""
+    """The message that tyro prints in a frame, or a script without one, as one line."""
     return " ".join(re.sub(r"[╭╮│╰╯─]", " ", err).split())
 
 

@@ -67,7 +67,7 @@ def meta(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def assert_fits(code: MachineCode, capability: int, aside: int = 0) -> None:
-    """Where ``aside`` bytes are allowed, ptxas puts them away to have another program in a multiprocessor."""
+    """ptxas may put ``aside`` bytes away to have another program in a multiprocessor."""
     assert code.resources["STACK"] <= aside, f"registers spill: {code.resources}"
     assert code.resources["LOCAL"] == 0
     assert code.shared_memory <= LIMITS[capability]

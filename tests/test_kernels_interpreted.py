@@ -87,7 +87,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def sum_rounding(dtype: torch.dtype, terms: int, magnitude: Tensor) -> float:
-    """What rounding alone may do to a sum of ``terms``, the sum of whose absolute values is ``magnitude``.
+    """A bound for the rounding of a sum of ``terms`` whose absolute values add up to ``magnitude``.
 
     One rounding per term bounds the error of a sum of two, where PyTorch's own is a draw of chance, and is
     below the typical error of a longer one. In float64 the oracle rounds as well and PyTorch's error says

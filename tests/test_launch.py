@@ -129,7 +129,7 @@ def test_two_operands_are_not_one(log):
 
 
 def test_the_stride_of_a_batch_of_one_suits_tma(log):
-    """That of a slice of an expanded batch is 0."""
+    """A slice of an expanded batch has a stride of 0."""
     for x in (meta(N, K), meta(N, K).expand(3, N, K)[:1]):
         matmul_t.symmetric_product(x, x, "ieee", None, tiles=TMA)
     a_batch = 9  # after four tensors, two factors, batches, n and k

@@ -126,7 +126,7 @@ def on_two_ranks(data: Path, checkpoint: Path) -> Any:
     from train_lightning import LitMLP
 
     class MeanOfMeans(LitMLP):
-        """What DistributedDataParallel makes of a loss that each rank averages by itself."""
+        """Each rank averages its own loss, and DistributedDataParallel averages these averages."""
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             loss = super().training_step(batch, batch_idx)

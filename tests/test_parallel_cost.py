@@ -21,7 +21,7 @@ SIZES = (11, 33, 7, 5, 3)
 
 
 def kind(dimension: str, operation: str, ranks: int, nbytes: int) -> tuple[str, str, int, int]:
-    """What is compared of a call; a message has two ends, however many ranks the group has."""
+    """The part of a call that is compared; a message has two ends, however many ranks the group has."""
     return dimension, operation, 2 if operation in ("send", "recv") else ranks, nbytes
 
 

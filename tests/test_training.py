@@ -28,7 +28,7 @@ from torchpar.profile.collectives import Collectives
 from torchpar.profile.phases import Phases
 from torchpar.training import loss_sum
 from torchpar.training import run as run_module
-from torchpar.training.run import EVALUATION_BATCH
+from torchpar.training.evaluation import EVALUATION_BATCH
 from torchpar.training.state import EpochResult
 from torchpar.training.stop import StopSignal
 
@@ -142,7 +142,7 @@ def evaluate(n: int) -> Any:
 
 
 # 3 chunks: a rank of four has none; the last one is small.
-@pytest.mark.parametrize("n", [101, 2 * run_module.EVALUATION_BATCH + 1])
+@pytest.mark.parametrize("n", [101, 2 * EVALUATION_BATCH + 1])
 def test_evaluation_counts_every_sample_once_and_the_same_on_all_ranks(ranks, n):
     loss, outputs = ranks(1, evaluate, n)[0]
     torch.manual_seed(0)

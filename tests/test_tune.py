@@ -97,7 +97,7 @@ def test_an_asymmetric_result_fails():
 
 
 def interpreted(problem: Problem, good: Tiles, bad: Tiles):
-    """What `measure` returns in the interpreter, and the fp32 precisions during and after."""
+    """The result of `measure` in the interpreter, and the fp32 precisions during and after."""
     import triton.testing
 
     from torchpar.tune import measure

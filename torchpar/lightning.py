@@ -28,8 +28,8 @@ from torchpar.errors import ConfigError
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.parallel.split.partition import Partition
 from torchpar.training import loss_sum
+from torchpar.training.evaluation import EVALUATION_BATCH
 from torchpar.training.losses import Loss
-from torchpar.training.run import EVALUATION_BATCH
 
 try:
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer

@@ -182,7 +182,7 @@ def mpirun() -> str | None:
 
 
 def missing(what: str) -> list[str]:
-    """What is not installed of the needs of "MPI" or `LIGHTNING`."""
+    """The needs of "MPI" or `LIGHTNING` that are not installed."""
     if what == LIGHTNING:
         return [] if importlib.util.find_spec("lightning") else ["lightning"]
     found = {"mpirun": mpirun(), "mpi4py": importlib.util.find_spec("mpi4py")}

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Training: losses, optimizers, and the `Run` that evaluates, saves and resumes."""
 
+from torchpar.training.evaluation import evaluate
 from torchpar.training.losses import add_orthogonality_gradient, loss_sum, orthogonality_penalty
 from torchpar.training.optimizers import LRSchedule, lr_scheduler, muon, sgd
-from torchpar.training.run import CheckpointConfig, Run, Stopped, evaluate
+from torchpar.training.run import CheckpointConfig, Run, Stopped
 from torchpar.training.state import EpochResult
 
 __all__ = [

@@ -34,15 +34,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from torchpar.data import Batch, Samples, batches
 from torchpar.errors import ConfigError
+from torchpar.parallel.launch.agreement import check_same_parameters
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import Checkpoints
 from torchpar.profile.phases import phase
-from torchpar.training.losses import Loss, loss_sum
+from torchpar.training.evaluation import evaluate
+from torchpar.training.losses import Loss
 from torchpar.training.state import EpochResult, TrainState
 from torchpar.training.stop import StopSignal
-
-# Samples per forward pass; 1, 2, 4 and 8 ranks share a test set of 10 000 evenly.
-EVALUATION_BATCH = 1250
 
 
 @dataclass(frozen=True)
@@ -282,42 +281,7 @@ class Run:
             self._checkpoints.wait()
             raise Stopped(stopping)
 
-    @torch.no_grad()
     def _check_replicas(self) -> None:
         """Refuse replicas that differ after a step: nobody averaged their gradients."""
-        if self.world.dp_size == 1 or next(self.model.parameters(), None) is None:
-            return
-        names, parameters = zip(*self.model.named_parameters(), strict=True)
-        bits = [p.flatten().view(torch.uint8).sum(dtype=torch.int64) for p in parameters]
-        sums = torch.stack(bits)
-        extremes = torch.stack([sums, -sums])
-        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self.world.mesh.get_group("dp"))
-        if differing := (extremes[0] != -extremes[1]).nonzero().flatten().tolist():
-            raise ConfigError(
-                f"{names[differing[0]]} differs between the ranks that share a batch; average their "
-                "gradients before optimizer.step(), for example by DistributedDataParallel (with "
-                "find_unused_parameters=True if a parameter gets no gradient)"
-            )
-
-
-@torch.no_grad()
-def evaluate(
-    predict: Callable[[Tensor], Tensor | None], samples: Samples, world: World, loss: Loss
-) -> tuple[float, Tensor]:
-    """Return the mean loss and the outputs ``(n, classes)`` of all samples, on every rank.
-
-    The samples are cut into chunks of `EVALUATION_BATCH` for every number of ranks, and each rank takes some
-    of the chunks. So the loss does not depend on the number of ranks.
-
-    Args:
-        predict: inputs → outputs, or None on ranks without outputs.
-    """
-    chunks = list(torch.arange(len(samples), device=world.device).split(EVALUATION_BATCH))
-    share = torch.arange(len(chunks)).tensor_split(world.dp_size)[world.dp_rank].tolist()
-    outputs = torch.zeros(len(samples), len(samples.classes), device=world.device)
-    for chunk in (chunks[i] for i in share):
-        mine = predict(samples.inputs(chunk))
-        if mine is not None and world.owns_outputs:
-            outputs[chunk] = mine.float()
-    world.sum(outputs)  # zero except on the rank that computed them
-    return loss_sum(loss, outputs.double(), samples.labels).item() / len(samples), outputs
+        if self.world.dp_size > 1:
+            check_same_parameters(self.model, self.world.mesh.get_group("dp"))

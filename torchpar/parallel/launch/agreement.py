@@ -51,6 +51,28 @@ def check_same_on_all_ranks(group: dist.ProcessGroup | None, what: str, values: 
                 )
 
 
+@torch.no_grad()
+def check_same_parameters(model: torch.nn.Module, group: dist.ProcessGroup) -> None:
+    """Compare the bits of ``model``'s parameters between the ranks of ``group``, by a sum of their bytes.
+
+    Raises:
+        ConfigError: a parameter differs; on every rank.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    if not names:
+        return
+    bits = [p.flatten().view(torch.uint8).sum(dtype=torch.int64) for p in model.parameters()]
+    sums = torch.stack(bits)
+    extremes = torch.stack([sums, -sums])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+    if differing := (extremes[0] != -extremes[1]).nonzero().flatten().tolist():
+        raise ConfigError(
+            f"{names[differing[0]]} differs between the ranks that share a batch; average their "
+            "gradients before optimizer.step(), for example by DistributedDataParallel (with "
+            "find_unused_parameters=True if a parameter gets no gradient)"
+        )
+
+
 def check_shape(t: Tensor, group: dist.ProcessGroup) -> None:
     """Compare the shape and dtype of ``t`` with the other ranks', unless ``group`` has sent them before.
 

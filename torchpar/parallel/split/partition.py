@@ -11,7 +11,7 @@ from torchpar.parallel.split.reduction import SHARDS, Reduction, check_reduction
 
 @dataclass(frozen=True)
 class Partition:
-    """How ranks share an axis.
+    """The parts of an axis that ranks share.
 
     The axis is cut into ``parts`` shards as `torch.tensor_split` cuts it, so any size will do. Each rank
     takes ``parts / ranks`` consecutive shards.
