@@ -9,6 +9,10 @@ pass is still running, so all ranks take the same step. `torchpar.reference.aver
 average in a few lines. Two ranks compute the same as one, up to rounding, and in about half the time once the
 work of a step outweighs the exchange of gradients.
 
+By default the gradients of the MLP are computed by formulas and added over the ranks in one message
+(`torchpar.training.fused`), which takes half the time. ``--fused off`` takes autograd and
+DistributedDataParallel, as for any other model.
+
 Without torchrun, ``python examples/train_ddp.py`` is one process, and nothing is exchanged.
 """
 
@@ -16,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 from support import cli
-from support.session import Run, adjust_gradients, make_optimizer, prepare
+from support.session import Run, adjust_gradients, fused_gradients, make_optimizer, prepare
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -27,7 +31,7 @@ from torchpar.profile.phases import phase
 
 
 @dataclass(kw_only=True)
-class Flags(cli.TrainFlags):
+class Flags(cli.FusedFlags):
     """Train a digit classifier by data parallelism."""
 
 
@@ -35,29 +39,38 @@ def main(flags: Flags) -> None:
     with join_world(flags.device, flags.timeout) as world:
         train, test, sizes = prepare(flags, world)
         model = MLP(sizes).to(world.device)
+        fused = fused_gradients(flags, model, world)
         replica: torch.nn.Module = model
-        if world.world_size > 1:
+        if world.world_size > 1 and fused is None:
             # Its forward pass is the model's; its backward pass averages the gradients over the ranks.
             replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
         if flags.compile:
             replica.compile()
         optimizer, lr_scheduler = make_optimizer(flags, model, len(train))
 
-        def train_step(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
+        def gradients(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
+            if fused is not None:
+                with phase("backward"):
+                    return fused(x, labels, global_size)
             with phase("forward"):
                 loss = cross_entropy(replica(x), labels, reduction="sum")
             with phase("backward"):
                 # The loss is the mean over the global batch. The wrapper averages over the ranks, whose
                 # shares of the batch may differ in size.
                 (loss * (world.dp_size / global_size)).backward()
+            return loss.detach()
+
+        def train_step(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
+            loss = gradients(x, labels, global_size)
             with phase("optimizer"):
                 adjust_gradients(flags, model, world)
                 optimizer.step()
                 lr_scheduler.step()
                 optimizer.zero_grad()
-            return loss.detach()
+            return loss
 
-        with Run(flags, world, model, optimizer, lr_scheduler, train, test) as run:
+        sets = (train, test)
+        with Run(flags, world, model, optimizer, lr_scheduler, *sets, fused=fused is not None) as run:
             for epoch in run.epochs():
                 for batch in run.batches(epoch):
                     run.log(train_step(*batch))

@@ -452,7 +452,8 @@ def state_of(world: World, sizes: list[int], **mesh: int) -> tuple[World, TrainS
 def begin(folder: Path, sizes: list[int], **mesh: int) -> None:
     with join_world("cpu") as world:
         world, state = state_of(world, sizes, **mesh)
-        state.step, state.loss = 5, state.loss + 0.1 * (world.rank + 1)
+        state.step = 5
+        state.losses.append(torch.tensor(0.1 * (world.rank + 1), dtype=torch.float64))
         state.save(Checkpoints(folder, world), 5)
 
 
@@ -464,7 +465,7 @@ def hand_on(source: Path, target: Path, sizes: list[int], **mesh: int) -> float:
         state.resume(Checkpoints(source, world))
         assert state.step == 5
         state.save(Checkpoints(target, world), 5)
-        return float(world.sum(state.loss.clone()))
+        return float(world.sum(torch.tensor(state.loss(), dtype=torch.float64)))
 
 
 MESHES = [{"dp": 1}, {"tp": 2}, {"dp": 2, "tp": 2}, {"pp": 2, "tp": 2}, {"pp": 3}, {"tp": 3}, {"dp": 2}]

@@ -263,7 +263,7 @@ def test_compute_elementwise_output_strides_is_atens() -> None:
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN is not in this build of PyTorch")
 def test_linear_pointwise_is_a_float32_product_by_onednn() -> None:
-    # PyTorch gives float32 products to its BLAS; torchpar/ops/_cpu.py, like Inductor, reaches oneDNN by this.
+    # PyTorch gives float32 products to its BLAS. Inductor and torchpar/ops/_onednn.py reach oneDNN by this.
     # A sum of k terms is off by at most k·u·|x|·|weight|ᵀ.
     x, weight = (normal(n, 256, dtype=torch.float32, seed=n) for n in (65, 33))
     exact = x.double() @ weight.double().T

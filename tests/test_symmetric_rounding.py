@@ -9,7 +9,7 @@ from test_symmetric_matmul import contract, op, operands
 from torch import Tensor
 
 import torchpar
-from torchpar.ops import _cpu
+from torchpar.ops import _cpu, _onednn
 
 # To first order |C - X·Xᵀ|ᵢⱼ ≤ (k·u + v)·|xᵢ|·|xⱼ|, where u is the unit roundoff of the sums, v that of
 # the result (Higham, Accuracy and Stability of Numerical Algorithms, section 3.5).
@@ -57,9 +57,9 @@ def onednn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     if not torch.backends.mkldnn.is_available():
         pytest.skip("oneDNN is not in this build of PyTorch")
     lengths: list[int] = []
-    chain = _cpu._onednn
-    monkeypatch.setattr(_cpu, "_has_onednn", lambda: True)
-    monkeypatch.setattr(_cpu, "_onednn", lambda a, *rest: lengths.append(a.shape[1]) or chain(a, *rest))
+    chain = _cpu.onednn
+    monkeypatch.setattr(_onednn, "has_onednn", lambda: True)
+    monkeypatch.setattr(_cpu, "onednn", lambda a, *rest: lengths.append(a.shape[1]) or chain(a, *rest))
     return lengths
 
 
@@ -96,8 +96,8 @@ def assert_all_accurate(xs: list[Tensor]) -> None:
 
 
 only_where_used = pytest.mark.skipif(
-    not _cpu._has_onednn(),
-    reason="float32 goes to oneDNN on processors with AVX512, for which chains were cut",
+    not _onednn.has_onednn(),
+    reason="float32 goes to oneDNN on AMD processors with AVX-512, for which chains were cut",
 )
 
 

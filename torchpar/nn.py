@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchpar.ops import linear_sigmoid, maximum
+from torchpar.ops._onednn import linear
 
 Init = Literal["xavier_uniform", "xavier_normal"]
 
@@ -51,6 +52,9 @@ class Linear(torch.nn.Linear):
             raise ValueError(f"init is {self.init!r}, expected 'xavier_uniform' or 'xavier_normal'")
         if self.bias is not None:
             torch.nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, init={self.init!r}"

@@ -25,7 +25,7 @@ except ImportError as error:
 F = TypeVar("F")
 GRACE = 2.0  # seconds in which a launcher ends the other ranks after rank 0 has failed
 MAY_DIFFER_ON_RESUME = {
-    *("data", "epochs", "device", "compile", "dry_run", "phases", "collectives", "metrics", "plots"),
+    *("data", "epochs", "device", "compile", "fused", "dry_run", "phases", "collectives", "metrics", "plots"),
     *("checkpoint", "save_every", "keep", "async_save", "timeout"),
     *("dp", "tp", "pp", "pipeline", "micro_batches"),
 }
@@ -138,6 +138,14 @@ class TrainFlags(ExampleFlags):
         if self.schedule != "constant":
             config["epochs"] = self.epochs  # the schedule depends on them
         return config
+
+
+@dataclass(kw_only=True)
+class FusedFlags(TrainFlags):
+    """Flags of an example whose gradients can be fused."""
+
+    fused: Literal["auto", "off"] = "auto"
+    """Gradients by formulas where the model allows it, or always by autograd."""
 
 
 def main(run: Callable[[F], None], flags: type[F]) -> None:

@@ -3,6 +3,7 @@
 
 import json
 import tempfile
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,8 @@ from torchpar.profile.cost import Expected
 from torchpar.profile.phases import Phases
 from torchpar.training.state import EpochResult
 
+REFRESH = 0.1  # seconds between two updates of a bar; one takes as long as a small step
+
 
 class EpochProgress:
     """Progress of a run, on rank 0: a bar on a terminal, a line per epoch, and the metrics file."""
@@ -35,6 +38,7 @@ class EpochProgress:
             *columns, console=console, transient=True, disable=not (self.speaks and console.is_terminal)
         )
         self.task = self.bar.add_task("", total=epochs * samples)
+        self.updated = 0.0
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -44,7 +48,8 @@ class EpochProgress:
         self.bar.stop()
 
     def update(self, epoch: int, samples: int) -> None:
-        if self.speaks:
+        if self.speaks and (now := time.monotonic()) > self.updated + REFRESH:
+            self.updated = now
             self.bar.update(self.task, completed=(epoch - 1) * self.samples + samples)
 
     def print_epoch(self, result: EpochResult) -> None:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from support import console
-from support.cli import OPTIMIZER_DEFAULTS, TrainFlags
+from support.cli import OPTIMIZER_DEFAULTS, FusedFlags, TrainFlags
 from torchpar import data, training
 from torchpar.data import Batch, Samples
 from torchpar.parallel.launch.world import World
@@ -20,6 +20,7 @@ from torchpar.parallel.split.layers import split_parameters
 from torchpar.profile import cost
 from torchpar.profile.collectives import StepRecorder
 from torchpar.profile.phases import Phases
+from torchpar.training.fused import FusedGradients, why_not_fused
 
 
 def prepare(flags: TrainFlags, world: World) -> tuple[Samples, Samples, list[int]]:
@@ -48,6 +49,16 @@ def make_optimizer(flags: TrainFlags, model: torch.nn.Module, samples: int) -> t
     return optimizer, training.lr_scheduler(optimizer, flags.schedule, steps)
 
 
+def fused_gradients(flags: FusedFlags, model: torch.nn.Module, world: World) -> FusedGradients | None:
+    """Return what computes the gradients by formulas, or None for autograd. Rank 0 prints which, and why."""
+    reason = "--fused is off" if flags.fused == "off" else why_not_fused(model)
+    if flags.compile:
+        reason = "--compile compiles the model"
+    if world.rank == 0:
+        print(f"gradients by autograd: {reason}" if reason else "gradients by formulas, without autograd")
+    return None if reason else FusedGradients(model, world.mesh["dp"])
+
+
 def adjust_gradients(flags: TrainFlags, model: torch.nn.Module, world: World) -> None:
     """Add the orthogonality penalty's gradient and clip the gradient's norm, if ``flags`` ask for it."""
     if flags.orthogonality:
@@ -61,6 +72,7 @@ class Run(training.Run):
 
     Args:
         micro_batches: of each rank's share of a batch in a pipeline, for the prediction of its messages.
+        fused: whether the gradients are fused, for the same.
     """
 
     def __init__(
@@ -74,6 +86,7 @@ class Run(training.Run):
         test: Samples,
         predict: Callable[[Tensor], Tensor | None] | None = None,
         micro_batches: int = 1,
+        fused: bool = False,
     ):
         checkpoint = None
         if flags.checkpoint:
@@ -91,6 +104,7 @@ class Run(training.Run):
         )
         self.flags = flags
         self.micro_batches = micro_batches
+        self.fused = fused
         self.phases = Phases(world.device) if flags.phases else None
         self.recorder = StepRecorder(world) if flags.phases or flags.collectives else None
 
@@ -108,12 +122,12 @@ class Run(training.Run):
         return self
 
     def batches(self, epoch: int) -> Iterator[Batch]:
+        if self.recorder is None:
+            yield from super().batches(epoch)
+            return
         for batch in super().batches(epoch):
-            if self.recorder is None:
+            with self.recorder.step():
                 yield batch
-            else:
-                with self.recorder.step():
-                    yield batch
 
     def on_step(self, epoch: int, samples: int) -> None:
         self.progress.update(epoch, samples)
@@ -155,5 +169,6 @@ class Run(training.Run):
             self.world.mesh,
             reduction=self.world.reduction,
             micro_batches=self.micro_batches,
+            fused=self.fused,
             tensor_split=any(split_parameters(self.model)),
         )

@@ -1,21 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Symmetric matrix products on the CPU, at half the arithmetic.
 
-PyTorch computes bfloat16 products with oneDNN and float32 products with its BLAS library. Where that is MKL,
-it uses only AVX2 on AMD processors: two cores of an AMD EPYC reach 205 GFLOP/s with MKL and 440 with oneDNN.
-So float32 goes to oneDNN here, through `torch.ops.mkldnn._linear_pointwise`, a private name that Inductor
-uses too. oneDNN sums all terms of a float32 product in one chain, and the error grows with its length; with
-chains of `_CHAIN` terms the error is MKL's.
+float32 goes to oneDNN (`torchpar.ops._onednn`), in chains of `_CHAIN` terms, with which the error is MKL's.
 """
 
 import itertools
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from torchpar.ops._matrix import half_sum, lower_mask, mirrored, product
+from torchpar.ops._onednn import onednn, prefers_onednn
 
 _HALVED_FROM = 256  # rows
 # Rows per block. Larger blocks compute more above the diagonal; in smaller ones the library is slower.
@@ -57,7 +53,7 @@ def symmetrized_product(g: Tensor, x: Tensor) -> Tensor:
     """``(g + g.mT) @ x`` for ``g (*, n, n)`` and ``x (*, n, k)``."""
     if x.dtype == torch.float16:  # as above; with loss scaling, G + Gᵀ would also overflow float16
         return symmetrized_product(g.float(), x.float()).half()
-    if is_halved(x) and g.dim() == 2 and _prefers_onednn(x):
+    if is_halved(x) and g.dim() == 2 and x.numel() and prefers_onednn(x):
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         terms = [_transposed(part) for part in x.split(_CHAIN)]
         for block, half_sums in _half_sums(g):
@@ -85,7 +81,7 @@ def _halved(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, o
     n = len(a)
     blocks = max(round(n / (_BLOCK_FLOAT64 if a.dtype == torch.float64 else _BLOCK)), 1)
     chains = None
-    if n >= _ONEDNN_FROM and alpha != 0 and _prefers_onednn(a):
+    if n >= _ONEDNN_FROM and alpha != 0 and a.numel() and prefers_onednn(a):
         parts = _chains(a)
         chains = list(zip(parts, parts if b is a else _chains(b), strict=True))
     space = _spread_rows(-(-n // blocks), n, a)
@@ -118,36 +114,18 @@ def _transposed(t: Tensor) -> Tensor:
     return t.mT.clone(memory_format=torch.contiguous_format)
 
 
-@cache
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
-def _prefers_onednn(t: Tensor) -> bool:
-    usable = t.is_cpu and bool(torch.backends.mkldnn.enabled) and _has_onednn()
-    return usable and t.dtype == torch.float32 and t.numel() > 0
-
-
 def _chains(t: Tensor) -> list[Tensor]:
     """``t`` cut into `_CHAIN` columns each."""
     return [part.contiguous() for part in t.split(_CHAIN, 1)]
-
-
-def _onednn(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
-    """``a @ b.T + onto`` in one chain, for contiguous float32 matrices."""
-    linear = torch.ops.mkldnn._linear_pointwise
-    if onto is None:
-        return linear(a, b, None, "none", [], "")  # type: ignore[no-any-return]
-    return linear.binary(a, onto, b, None, "add")  # type: ignore[no-any-return]
 
 
 def _onednn_product(
     chains: list[tuple[Tensor, Tensor]], c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
 ) -> Tensor:
     """``alpha * a @ b.T + beta * c`` for ``a`` and ``b`` cut into chains."""
-    out = _onednn(*chains[0])
+    out = onednn(*chains[0])
     for a, b in chains[1:]:
-        out = _onednn(a, b, out)
+        out = onednn(a, b, out)
     if alpha != 1:
         out *= alpha
     return out if c is None or beta == 0 else out.add_(c, alpha=beta)

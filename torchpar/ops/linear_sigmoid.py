@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from torchpar.ops import _onednn
 from torchpar.ops._library import (
     Wrap,
     batch_first,
@@ -53,6 +54,13 @@ def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     Raises:
         RuntimeError: an unsupported dtype, shapes that do not fit, or mixed dtypes or devices.
     """
+    if x.is_cpu and _onednn.is_eager(x, weight, bias):
+        # On a CPU the dispatcher and an operator's autograd take 40 µs, and do nothing here.
+        if not _onednn.gains(x, weight):
+            return _formula(x, weight, bias)
+        if not torch.is_grad_enabled():
+            _check(x, weight, bias)
+            return _onednn.linear_forward(x, weight, bias, sigmoid=True)
     return _op(x, weight, bias)  # type: ignore[no-any-return]
 
 
@@ -81,6 +89,11 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise RuntimeError(f"torchpar::linear_sigmoid: {name} is on {t.device}, expected x's {x.device}")
 
 
+def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether PyTorch's operators with their autograd are fastest: on CPUs, where oneDNN gains nothing."""
+    return x.is_cpu and not _onednn.gains(x, weight) and _onednn.is_eager(x, weight, bias)
+
+
 def _formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     _check(x, weight, bias)
     return linear(x, weight, bias).sigmoid()
@@ -90,6 +103,8 @@ def _formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wrap: Wrap) -> Tensor:
     _check(x, weight, bias)
     if not x.is_cuda:
+        if wrap is None:
+            return _onednn.linear_forward(x, weight, bias, sigmoid=True)
         return linear(x, weight, bias).sigmoid_()
     from torchpar.kernels import linear_sigmoid as kernels
 
@@ -116,7 +131,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, weight, output)
 
 
-def sigmoid_backward(g: Tensor, y: Tensor, need_bias: bool) -> tuple[Tensor, Tensor | None]:
+def sigmoid_backward(g: Tensor, y: Tensor, need_bias: bool = True) -> tuple[Tensor, Any]:
     """dL/dZ ``(*, out)``, and dL/db ``(out)`` if ``need_bias``, from g = dL/dY and y ``(*, out)``."""
     if not need_bias:
         return torch.ops.aten.sigmoid_backward(g, y), None
@@ -128,12 +143,13 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, y = ctx.saved_tensors
     need_x, need_weight, *need_bias, _ = ctx.needs_input_grad  # a bias left at its default is not listed
     dz, db = sigmoid_backward(g, y, any(need_bias))
-    dx = dz @ weight if need_x else None
-    dw = rows(dz).mT @ rows(x) if need_weight else None
+    dx, dw = _onednn.linear_gradients(dz, x, weight, need_x, need_weight)
     return dx, dw, *([db] * len(need_bias))
 
 
-register_autograd("linear_sigmoid", _backward, setup_context=_setup_context, formula=_formula)
+register_autograd(
+    "linear_sigmoid", _backward, setup_context=_setup_context, formula=_formula, decompose=_is_native
+)
 
 
 @register_vmap("linear_sigmoid")

@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from torchpar.ops._onednn import layer_gains
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.partition import Partition
-from torchpar.parallel.split.reduction import SHARDS, Reduction
+from torchpar.parallel.split.reduction import SHARDS, Reduction, exchanges_gradients
 
 DDP_BUCKETS = (2**20, 25 * 2**20)  # bytes at which DistributedDataParallel closes the first and later ones
 
@@ -97,6 +98,7 @@ def collectives(
     reduction: Reduction = "fast",
     micro_batches: int = 4,
     itemsize: int = 4,
+    fused: bool = False,
 ) -> list[Expected]:
     """Return this rank's collectives in a step of an MLP that `parallel_mlp` and `stage_mlp` have split.
 
@@ -107,6 +109,7 @@ def collectives(
         tensor_split: the layers are those of `parallel_mlp`, also on one rank of "tp".
         micro_batches: of each rank's share, if there is a pipeline.
         itemsize: bytes of a number.
+        fused: the gradients are those of `torchpar.training.fused.FusedGradients`.
     """
     dims = {name: mesh[name].size() for name in ("pp", "dp", "tp")}
     at = {name: mesh[name].get_local_rank() for name in dims}
@@ -142,10 +145,15 @@ def collectives(
                 tensor_sum(sizes[i + 1])
         inputs = sizes[i] if column else widths(i)
         outputs = sizes[i + 1] if alone or not column else widths(i + 1)
-        # The weight's gradient comes first where the sigmoid is fused, the bias's elsewhere.
-        fused = column and not alone if tensor_split else i < layers - 1
+        # The weight's gradient comes first where the layer's autograd is ours, the bias's elsewhere.
+        if tensor_split and not alone:
+            weight_first = column
+        elif mesh.device_type == "cpu":
+            weight_first = layer_gains(rows[0] * inputs * outputs)
+        else:
+            weight_first = i < layers - 1
         of_layer = [inputs * outputs * itemsize, outputs * itemsize]
-        parameters = (of_layer if fused else of_layer[::-1]) + parameters
+        parameters = (of_layer if weight_first else of_layer[::-1]) + parameters
     for border, there in ((stage[0], at["pp"] > 0), (stage[-1] + 1, at["pp"] < dims["pp"] - 1)):
         if there:
             # Activations one way, gradients the other.
@@ -157,8 +165,10 @@ def collectives(
             expected += [Expected("dp", op, 2, nbytes) for op in ("send", "recv")] * (
                 dims["dp"].bit_length() - 1
             )
+        elif fused and exchanges_gradients(mesh["dp"]):
+            expected += [Expected("dp", op, 2, sum(parameters)) for op in ("send", "recv")]
         else:
-            messages = [sum(parameters)] if dims["pp"] > 1 else _buckets(parameters)
+            messages = [sum(parameters)] if fused or dims["pp"] > 1 else _buckets(parameters)
             expected += [Expected("dp", "all_reduce", dims["dp"], n) for n in messages]
     return expected
 

@@ -18,12 +18,13 @@ from typing import ClassVar
 
 import torch
 
+_NOTHING = nullcontext()
 PHASES = ("data", "forward", "backward", "pipeline", "collectives", "optimizer")
 
 
 def phase(name: str) -> AbstractContextManager[None]:
     """Count the seconds of the block as phase ``name``, one of `PHASES`, if a `Phases` is active."""
-    return nullcontext() if Phases.active is None else Phases.active.measure(name)
+    return _NOTHING if Phases.active is None else Phases.active.measure(name)
 
 
 class Phases:

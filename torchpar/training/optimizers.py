@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from torchpar.errors import ConfigError
-from torchpar.optim import ChainedOptimizer, Muon
+from torchpar.optim import SGD, ChainedOptimizer, Muon
 from torchpar.parallel.split.layers import split_parameters
 
 LRSchedule = Literal["linear", "cosine", "constant"]
@@ -18,7 +18,7 @@ LRSchedule = Literal["linear", "cosine", "constant"]
 
 def sgd(
     model: torch.nn.Module, lr: float, momentum: float, weight_decay: float, decay_biases: bool = False
-) -> torch.optim.SGD:
+) -> SGD:
     """Return SGD with Nesterov momentum and an L2 penalty ``λ/2·‖p‖²`` of the weights.
 
     Args:
@@ -28,7 +28,7 @@ def sgd(
     weights = [p for p in model.parameters() if p.dim() > 1 or decay_biases]
     others = [p for p in model.parameters() if not (p.dim() > 1 or decay_biases)]
     groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+    return SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
 
 
 def muon(model: torch.nn.Module, lr: float, momentum: float, weight_decay: float) -> ChainedOptimizer:
@@ -48,7 +48,7 @@ def muon(model: torch.nn.Module, lr: float, momentum: float, weight_decay: float
     others = [p for p in model.parameters() if p.dim() != 2]
     optimizers: list[Optimizer] = [Muon(weights, lr=lr, momentum=momentum, weight_decay=weight_decay)]
     if others:
-        optimizers.append(torch.optim.SGD(others, lr=lr, momentum=momentum, nesterov=momentum > 0))
+        optimizers.append(SGD(others, lr=lr, momentum=momentum, nesterov=momentum > 0))
     return ChainedOptimizer(*optimizers)
 
 

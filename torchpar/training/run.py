@@ -203,6 +203,7 @@ class Run:
         shares = batches(
             self.train, self.batch_size, seed=self.seed, epoch=epoch, share=self.world.share, start=first
         )
+        samples, checkpointing = len(self.train), self._stop is not None
         for number in range(first + 1, self.steps_per_epoch + 1):
             if self._stop:
                 self._stop.ask()
@@ -212,15 +213,15 @@ class Run:
             if number == first + 1:
                 self._check_replicas()
             self.state.step = number
-            self.on_step(epoch, min(number * self.batch_size, len(self.train)))
-            if number < self.steps_per_epoch:  # the last step is saved after the evaluation
+            self.on_step(epoch, min(number * self.batch_size, samples))
+            if checkpointing and number < self.steps_per_epoch:  # the last step's comes after the evaluation
                 self._save_if_due()
 
     def log(self, loss: Tensor) -> None:
         """Add this rank's part of the sum of a step's losses; the ranks' parts add up to it."""
         self._logged += 1
         if self.world.owns_outputs:
-            self.state.loss += loss.detach()
+            self.state.losses.append(loss.detach())
 
     def evaluate(self) -> tuple[float, Tensor]:
         """Return the mean test loss and the outputs ``(n, classes)``, on every rank, in evaluation mode.
@@ -249,7 +250,8 @@ class Run:
         """Override to show from where the run resumes."""
 
     def _end_epoch(self, start: float, first: int) -> None:
-        train_loss = self.world.sum(self.state.loss).item() / len(self.train)
+        total = torch.tensor(self.state.loss(), dtype=torch.float64, device=self.world.device)
+        train_loss = self.world.sum(total).item() / len(self.train)
         epoch = len(self.results) + 1
         if not math.isfinite(train_loss):
             raise ConfigError(f"the training loss of epoch {epoch} is {train_loss}; take a smaller rate")

@@ -48,7 +48,7 @@ class TrainState:
     Attributes:
         results: of the complete epochs.
         step: complete steps of the current epoch.
-        loss: this rank's part of the sum of their losses, float64.
+        losses: this rank's parts of the sums of their losses, those that `loss` has not added up.
     """
 
     def __init__(
@@ -66,22 +66,33 @@ class TrainState:
         self.world = world
         self.results: list[EpochResult] = []
         self.step = 0
-        self.loss = torch.zeros((), dtype=torch.float64, device=world.device)
+        self.losses: list[Tensor] = []
+        self._loss = 0.0
         self._splits = {
             name: (axis, layer.partition.offset(), layer.partition.size)
             for name, axis, layer in split_parameters(model)
         }
 
+    def loss(self) -> float:
+        """This rank's part of the sum of the losses of the current epoch, added in the order of the steps.
+
+        In another order the sum of a resumed run could differ from that of a whole one.
+        """
+        for loss in torch.stack(self.losses).tolist() if self.losses else []:
+            self._loss += loss
+        self.losses.clear()
+        return self._loss
+
     def end_epoch(self, result: EpochResult) -> None:
         """Append the result of the current epoch and begin the next one."""
         self.results.append(result)
         self.step = 0
-        self.loss.zero_()
+        self._loss = 0.0
 
     def save(self, checkpoints: Checkpoints, total_steps: int) -> None:
         """Save as checkpoint number ``total_steps``. Every rank calls it."""
         losses = torch.zeros(self.world.world_size, dtype=torch.float64, device=self.world.device)
-        losses[self.world.rank] = self.loss
+        losses[self.world.rank] = self.loss()
         tensors = self._model_tensors()
         for name, p in self.model.named_parameters():
             for key, value in self.optimizer.state[p].items():
@@ -152,9 +163,9 @@ class TrainState:
         for key, value in random.items():
             (torch.cuda.set_rng_state if "cuda" in key else torch.set_rng_state)(value)
         if len(losses) == self.world.world_size:
-            self.loss += losses[self.world.rank]
+            self._loss = losses[self.world.rank]
         elif self.world.rank == 0:
-            self.loss += sum(losses)
+            self._loss = sum(losses)
         return True
 
     def _model_tensors(self) -> dict[str, Tensor]:

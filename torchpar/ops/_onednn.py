@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: MIT
+"""float32 products on the CPU by oneDNN, on processors where it is faster than PyTorch's BLAS library.
+
+PyTorch gives float32 products to its BLAS library. Where that is MKL, it uses only AVX2 on AMD processors:
+two cores of an AMD EPYC reach 205 GFLOP/s with MKL and 440 with oneDNN. `torch.ops.mkldnn._linear_pointwise`,
+a private name that Inductor uses too, is oneDNN's product. It sums all terms in one chain, and the error
+grows with the chain's length. So long sums are cut into chains of at most `CHAIN` terms, with which the error
+stays below twice MKL's.
+"""
+
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from torchpar.ops._matrix import rows
+
+CHAIN = 264
+# Multiplications per chain and thread from which on oneDNN is faster: a call of it takes longer than MKL's.
+_WORTH = 2_500_000
+# Those from which on a layer is, forward and backward, whose autograd in Python takes longer than PyTorch's.
+_LAYER_WORTH = 5_000_000
+
+
+@cache
+def has_onednn() -> bool:
+    """Whether oneDNN has wider vectors here than PyTorch's BLAS library: MKL on an AMD with AVX-512."""
+    try:
+        vendor = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        vendor = platform.processor()
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.mkl.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and "AuthenticAMD" in vendor
+    )
+
+
+def prefers_onednn(t: Tensor) -> bool:
+    """Whether products of ``t`` go to oneDNN if they are large enough."""
+    return t.is_cpu and t.dtype == torch.float32 and has_onednn() and bool(torch.backends.mkldnn.enabled)
+
+
+def layer_gains(multiplications: int) -> bool:
+    """Whether a float32 linear layer on the CPU, forward and backward, is faster by oneDNN."""
+    worth = multiplications >= _LAYER_WORTH * torch.get_num_threads()
+    return worth and has_onednn() and bool(torch.backends.mkldnn.enabled)
+
+
+def onednn(a: Tensor, b: Tensor, onto: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """``a @ b.T + onto + bias`` in one chain, for matrices; ``b`` or its transpose is contiguous.
+
+    With another ``b`` oneDNN takes a thousand times as long.
+    """
+    linear = torch.ops.mkldnn._linear_pointwise
+    if onto is None:
+        return linear(a, b, bias, "none", [], "")  # type: ignore[no-any-return]
+    return linear.binary(a, onto, b, bias, "add")  # type: ignore[no-any-return]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`torch.nn.functional.linear`, differentiable."""
+    by_onednn = is_eager(x, weight, bias) and gains(x, weight)
+    return _Linear.apply(x, weight, bias) if by_onednn else F.linear(x, weight, bias)
+
+
+def gains(x: Tensor, weight: Tensor) -> bool:
+    """Whether ``x @ weight.T`` belongs to a layer that is faster by oneDNN."""
+    return (
+        layer_gains(x.numel() * weight.shape[:1].numel())
+        and x.is_cpu
+        and x.dtype == weight.dtype == torch.float32
+    )
+
+
+def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, sigmoid: bool = False) -> Tensor:
+    """``x @ weight.T + bias`` for ``x (*, in)``, ``weight (out, in)``, or its sigmoid; not differentiable."""
+    count = _chains(x, weight)
+    if count == 0:
+        y = F.linear(x, weight, bias)
+        return y.sigmoid_() if sigmoid else y
+    if count == 1:
+        attribute = "sigmoid" if sigmoid else "none"
+        y = torch.ops.mkldnn._linear_pointwise(rows(x), _dense(weight), bias, attribute, [], "")
+    else:
+        y = _in_chains(rows(x), weight, bias, count)
+        y = y.sigmoid_() if sigmoid else y
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], len(weight))
+
+
+def linear_gradients(
+    dz: Tensor, x: Tensor, weight: Tensor, need_x: bool = True, need_weight: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
+    """dL/dx ``(*, in)`` and dL/dweight ``(out, in)`` of a linear layer, from dz = dL/dy ``(*, out)``."""
+    if torch.is_grad_enabled() or not prefers_onednn(dz) or not is_eager(dz, x, weight):
+        dx = dz @ weight if need_x else None
+        return dx, rows(dz).mT @ rows(x) if need_weight else None
+    dx = product(rows(dz), weight.T).view(x.shape) if need_x else None
+    return dx, product(rows(dz).T, rows(x).T) if need_weight else None
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b.T`` for matrices ``a (m, k)`` and ``b (n, k)``; no gradient."""
+    count = _chains(a, b)
+    return _in_chains(a, b, None, count) if count else a @ b.T
+
+
+def _in_chains(a: Tensor, b: Tensor, bias: Tensor | None, count: int) -> Tensor:
+    if count == 1:
+        return onednn(a, _dense(b), bias=bias)
+    length = -(-a.shape[1] // count)
+    terms = list(zip(a.split(length, 1), map(_dense, b.split(length, 1)), strict=True))
+    out = onednn(*terms[0], bias=bias)
+    for term in terms[1:]:
+        out = onednn(*term, out)
+    return out
+
+
+def _dense(t: Tensor) -> Tensor:
+    return t if t.is_contiguous() or t.mT.is_contiguous() else t.contiguous()
+
+
+def _chains(a: Tensor, b: Tensor) -> int:
+    """Number of oneDNN's chains for the product of the rows of ``a`` and ``b``; 0 where BLAS is as fast."""
+    multiplications = a.numel() * b.shape[0]
+    if multiplications < _WORTH or not prefers_onednn(a) or b.dtype != a.dtype or a.shape[-1:] != b.shape[1:]:
+        return 0
+    count = -(-b.shape[1] // CHAIN)
+    return count if multiplications >= _WORTH * count * torch.get_num_threads() else 0
+
+
+def is_eager(*tensors: Tensor | None) -> bool:
+    """Whether calls are plain ones: no compiler, transform, subclass or autocast has to see them."""
+    return (
+        not torch.compiler.is_compiling()
+        and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+        and peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return linear_forward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        dx, dw = linear_gradients(g, x, weight, need_x, need_weight)
+        return dx, dw, rows(g).sum(0) if need_bias else None
