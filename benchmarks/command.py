@@ -16,12 +16,21 @@ class Command:
     Args:
         name: of the module in `benchmarks`.
         needs: the packages that it imports beside rich.
+        parents: parsers of further flags.
     """
 
-    def __init__(self, name: str, description: str, needs: Sequence[str] = ()):
+    def __init__(
+        self,
+        name: str,
+        description: str,
+        needs: Sequence[str] = (),
+        parents: Sequence[argparse.ArgumentParser] = (),
+    ):
         self.name = name
         self.needs = ("rich", *needs)
-        self.parser = argparse.ArgumentParser(f"python -m benchmarks.{name}", description=description)
+        self.parser = argparse.ArgumentParser(
+            f"python -m benchmarks.{name}", description=description, parents=parents
+        )
         self.parser.add_argument("--quick", action="store_true", help="small sizes: does it run?")
         self.parser.add_argument("--output", type=Path, metavar="DIR", help="for the CSV and pictures")
 
@@ -58,9 +67,9 @@ class Command:
             raise ConfigError(f"--{name} is {value}, expected at least {least}")
         return value
 
-    def csv(self, options: argparse.Namespace) -> Path | None:
-        """The CSV in ``--output``, if that is given."""
-        return options.output / f"{self.name}.csv" if options.output else None
+    def csv(self, options: argparse.Namespace, name: str = "") -> Path | None:
+        """The CSV in ``--output``, if that is given; by default it is called as the module."""
+        return options.output / f"{name or self.name}.csv" if options.output else None
 
 
 def run(main: Callable[[], int]) -> None:

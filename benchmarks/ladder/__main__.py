@@ -2,10 +2,10 @@
 # ruff: noqa: E402  # libraries read the environment when they are imported
 """Do the same work on every rung, from pure Python to several processes: ``python -m benchmarks.ladder``.
 
-Five workloads: elementwise maximum, X·Xᵀ, linear+sigmoid, and an epoch of two digit classifiers. The result
-of every call that is timed is checked against float64 (whole numbers: exactly), every batch's loss too.
-Rungs take turns, and medians are quoted. Caches are flushed before maximum and X·Xᵀ; what linear+sigmoid
-works on stays in them, as in training.
+Three workloads: elementwise maximum, X·Xᵀ and linear+sigmoid; `benchmarks.train` trains whole networks. The
+result of every call that is timed is checked against float64 (whole numbers: exactly). Rungs take turns, and
+medians are quoted. Caches are flushed before maximum and X·Xᵀ; what linear+sigmoid works on stays in them, as
+in training.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,6 @@ shorten_spins()
 import torch
 
 from benchmarks.command import Command, run
-from benchmarks.ladder.inputs import Training
 from benchmarks.report import Results, print_rows, provenance
 from benchmarks.scaling.steps import CORES
 from benchmarks.timing import CPU, measure_ceiling
@@ -31,33 +30,30 @@ RATES = ("gb_per_s", "gflop_per_s", "of_ceiling", "first_s", "ok")
 
 
 class Plan(NamedTuple):
-    """Shapes of the operators' inputs, epochs, and the most turns of a rung."""
+    """Shapes of the operators' inputs, and the most turns of a rung."""
 
     operators: Mapping[str, tuple[int, ...]]
-    trainings: Sequence[Training]
     rounds: int
 
 
 FULL = Plan(
     {"maximum": (1000, 1000), "matmul_t": (1000, 1000), "linear_sigmoid": (64, 784, 128)},
-    [Training((784, 30, 10), 10), Training((784, 128, 10), 64)],
     rounds=20,
 )
 QUICK = Plan(
     {"maximum": (20, 30), "matmul_t": (33, 17), "linear_sigmoid": (7, 33, 5)},
-    [Training((784, 30, 10), 10, samples=105)],
     rounds=2,
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    command = Command("ladder", "Do the same work on every rung.", ["numba", "torchvision"])
+    command = Command("ladder", "Do the same work on every rung.", ["numba"])
     options = command.parse(arguments)
     if options.output:
         command.require("matplotlib")
     plan = QUICK if options.quick else FULL
     try:
-        from benchmarks.ladder import on_ranks, operators, programs, rungs, show, training
+        from benchmarks.ladder import on_ranks, operators, rungs, show
     except ImportError as e:  # Numba raises it beside a NumPy that it does not know
         raise ConfigError(f"{e}; pip install 'torchpar[baselines]'") from e
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -81,21 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, shape in plan.operators.items():
             workload = operators.workload(name, shape, ranks, threads, compiled=not options.quick)
             ladder.append(results.add(rungs.measure(workload, ceilings, plan.rounds)))
-        for one in plan.trainings:
-            workload = training.workload(one, ranks, threads, compiled=not options.quick)
-            ladder.append(results.add(rungs.measure(workload, ceilings)))
         ranks.run(on_ranks.forget)
     for rows in ladder:
         print_rows(rows[0].work["workload"], rows, (*COLUMNS, *RATES))
-    for one, rows in zip(plan.trainings, ladder[len(plan.operators) :], strict=True):
-        if line := show.overhead(rows, -(-(one.samples or 60_000) // one.batch_size)):
-            print(f"{rows[0].work['workload']}: {line}")
     for count in THREADS:
         if count > CORES:
             print(f"not measured: njit with {count} threads, of {rungs.plural(CORES, 'core')}")
-    for name in ("MPI", programs.LIGHTNING):
-        if missing := programs.missing(name):
-            print(f"not measured: {name}, without {', '.join(missing)}")
     if "cuda" not in devices:
         print("not measured: a GPU, there is none")
     if options.output:
@@ -103,8 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         machine = ", ".join(filter(None, (origin["device"], rungs.plural(CORES, "core"), gpu["device"])))
         title = f"{machine}; torch {origin['torch']}, NumPy {origin['numpy']}, {origin['date'][:10]}"
         (options.output / "ladder.md").write_text("\n".join(map(show.markdown, ladder)))
-        count = len(plan.operators)
-        show.bars(ladder[:count], ladder[count:], options.output / "ladder.png", title)
+        show.bars(ladder, options.output / "ladder.png", title)
         product = ladder[list(plan.operators).index("matmul_t")]
         show.intensity(product, options.output / "intensity.png", title, roofs, arithmetic)
     return results.status

@@ -22,7 +22,6 @@ class Rung:
         turn: times it and checks the result. Its seconds are of the whole workload.
         note: printed beside the name.
         covered: the part of the workload that is done in all; the time is extrapolated from less than 1.
-        turns: how many turns make up that part; 0 if each turn does all of it.
         compiles: whether the row shows the time of the warm-up.
         device: where the work is done.
         intensity: floating-point operations that the workload needs, for each byte that this way loads.
@@ -32,7 +31,6 @@ class Rung:
     turn: Turn
     note: str = ""
     covered: float = 1.0
-    turns: int = 0
     compiles: bool = False
     device: torch.device = CPU
     intensity: float | None = None
@@ -69,11 +67,7 @@ def measure(workload: Workload, ceilings: Mapping[str, Ceiling], rounds: int = R
     moves_bytes = workload.unit == "GB/s"
     for key, rung in rungs.items():
         row = times[key].row({"workload": workload.name}, rung.name)
-        covered, note = rung.covered, rung.note
-        if rung.turns and len(times[key].rounds) < rung.turns:
-            covered *= len(times[key].rounds) / rung.turns
-            note = ", ".join(filter(None, (note, f"from {covered:.0%}")))
-        found: dict[str, Any] = {"note": note}
+        found: dict[str, Any] = {"note": rung.note}
         if row.p50_ms:
             rate = (workload.work.bytes if moves_bytes else workload.work.flops) / row.p50_ms * 1e3
             ceiling = ceilings[rung.device.type]
@@ -81,7 +75,7 @@ def measure(workload: Workload, ceilings: Mapping[str, Ceiling], rounds: int = R
             found |= {"over_pure_python": _ratio(rows[0] if rows else row, row)}
             found |= {"over_rung_before": _ratio(rows[-1], row) if rows else None}
             found |= {"gb_per_s" if moves_bytes else "gflop_per_s": rate / 1e9, "of_ceiling": rate / most}
-            found |= {"covered": covered}
+            found |= {"covered": rung.covered}
         found |= {"first_s": times[key].first if rung.compiles else None, "intensity": rung.intensity}
         rows.append(replace(row, found=found))
     return rows

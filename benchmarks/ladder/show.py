@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ladder.programs import LIGHTNING, RUN
 from benchmarks.report import Row, duration, number, picture
 
 COLORS = {
@@ -14,7 +13,6 @@ COLORS = {
     "NumPy": "tab:green",
     "torch": "tab:red",
     "torchpar": "tab:blue",
-    "Lightning": "tab:pink",
     "Triton": "tab:cyan",
     "2 ranks": "tab:purple",
 }
@@ -37,26 +35,15 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join([*lines, ""])
 
 
-def overhead(rows: Sequence[Row], steps: int) -> str:
-    """The cost of Lightning's loop, in a line; nothing where one of the two was not measured."""
-    times = {row.provider: seconds(row) for row in rows}
-    ours, lightning = times.get(RUN), times.get(LIGHTNING)
-    if ours is None or lightning is None:
-        return ""
-    more = 1e6 * (lightning - ours) / steps
-    return f"a step takes {1e6 * ours / steps:.0f} µs with {RUN}, {more:.0f} µs more with {LIGHTNING}"
-
-
-def bars(operators: Sequence[list[Row]], epochs: Sequence[list[Row]], path: Path, title: str) -> None:
-    """Time of every rung, on a logarithmic scale: operators on the left, epochs on the right."""
-    with picture(path, 14, 9) as figure:
+def bars(ladder: Sequence[list[Row]], path: Path, title: str) -> None:
+    """Time of every rung, on a logarithmic scale."""
+    with picture(path, 8, 9) as figure:
         figure.suptitle(f"{title}. Hatched: extrapolated from a part", fontsize=10)
-        for half, workloads in zip(figure.subfigures(1, 2), (operators, epochs), strict=True):
-            heights = [len(rows) + 2 for rows in workloads]
-            panels = half.subplots(len(workloads), height_ratios=heights, squeeze=False)[:, 0]
-            for axes, rows in zip(panels, workloads, strict=True):
-                draw_bars(axes, rows)
-            panels[-1].set_xlabel("seconds")
+        heights = [len(rows) + 2 for rows in ladder]
+        panels = figure.subplots(len(ladder), height_ratios=heights, squeeze=False)[:, 0]
+        for axes, rows in zip(panels, ladder, strict=True):
+            draw_bars(axes, rows)
+        panels[-1].set_xlabel("seconds")
 
 
 def draw_bars(axes: Any, rows: Sequence[Row]) -> None:

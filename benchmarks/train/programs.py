@@ -16,20 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 
-from benchmarks.ladder.inputs import DATA, LR, TrainingInputs
 from benchmarks.ladder.rungs import Rung
 from benchmarks.timing import Rejected
-from torchpar import data
+from benchmarks.train.inputs import DATA, LR, TrainingInputs
+from torchpar.baselines import numpy_mlp
 from torchpar.baselines.bridge import copy_weights
 from torchpar.baselines.numpy_mlp import Array
 from torchpar.data import Batch
 from torchpar.nn import MLP
-from torchpar.parallel.launch.world import join_world_of_one
-from torchpar.training import Run, lr_scheduler, sgd
 
-RUN, LIGHTNING = "torchpar.training.Run", "Lightning"
+LIGHTNING = "Lightning"
 EPOCHS = 2  # samples of a program
 # The error that is allowed, of the mean loss of an epoch. Rounding moves it by less than 1e-7; a learning
 # rate that is 1% off by 7e-4 and more, another order of the samples by 6e-5 and more.
@@ -60,50 +57,17 @@ def program_rung(
         if index > EPOCHS:
             return None
         seconds, loss = epoch()
+        steps = len(inputs.x) / inputs.training.batch_size
         if not abs(loss - expected()) <= MEAN_LOSS_ERROR * expected():
             raise Rejected(f"the mean loss is {loss:.5f}, expected {expected():.5f}")
-        return [seconds]
+        return [seconds / steps]
 
     return Rung(name, turn, note)
 
 
-def order_of_run(inputs: TrainingInputs) -> Sequence[Array]:
-    """The indices of each batch of `torchpar.training.Run`."""
-    numbered = data.Samples(inputs.train.features, torch.arange(len(inputs.train)), inputs.train.classes)
-    batches = data.batches(numbered, inputs.training.batch_size, seed=0, epoch=1)
-    return [batch.labels.numpy() for batch in batches]
-
-
-def run(inputs: TrainingInputs) -> Rung:
-    """The loop of the lessons, with `torchpar.training.Run`."""
-    return program_rung(RUN, inputs, order_of_run(inputs), partial(run_epoch, inputs))
-
-
-def run_epoch(inputs: TrainingInputs) -> tuple[float, float]:
-    model = MLP(inputs.training.sizes)
-    copy_weights(inputs.start, model)
-    optimizer = sgd(model, LR, momentum=0, weight_decay=0)
-    schedule = lr_scheduler(optimizer, "constant", 1)
-    sets, batch_size = (inputs.train, inputs.test[:10]), inputs.training.batch_size
-    with (
-        join_world_of_one("cpu") as world,
-        Run(model, optimizer, schedule, world, *sets, epochs=1, batch_size=batch_size) as run,
-    ):
-        for epoch in run.epochs():
-            for x, labels, size in run.batches(epoch):
-                loss = cross_entropy(model(x), labels, reduction="sum")
-                (loss / size).backward()
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-                run.log(loss.detach())
-    (result,) = run.results
-    return len(inputs.train) / result.samples_per_s, result.train_loss
-
-
 def lightning(inputs: TrainingInputs) -> Rung:
     """Lightning's Trainer, the same network and the same batches."""
-    return program_rung(LIGHTNING, inputs, order_of_run(inputs), partial(lightning_epoch, inputs))
+    return program_rung(LIGHTNING, inputs, inputs.order, partial(lightning_epoch, inputs))
 
 
 def lightning_epoch(inputs: TrainingInputs) -> tuple[float, float]:
@@ -153,14 +117,14 @@ def lightning_epoch(inputs: TrainingInputs) -> tuple[float, float]:
 
 
 def mpi(inputs: TrainingInputs) -> Rung:
-    """`benchmarks.ladder.mpi_epoch` on two processes."""
-    epoch = partial(mpi_epoch, inputs)
-    return program_rung("NumPy, 2 processes", inputs, inputs.order, epoch, "by MPI")
+    """`benchmarks.train.mpi_epoch` on two processes."""
+    order = list(numpy_mlp.batches(len(inputs.x), inputs.training.batch_size, np.random.default_rng(0)))
+    return program_rung("NumPy, 2 processes", inputs, order, partial(mpi_epoch, inputs), "by MPI")
 
 
 def mpi_epoch(inputs: TrainingInputs) -> tuple[float, float]:
     sizes, batch_size, _ = inputs.training
-    program = [sys.executable, "-m", "benchmarks.ladder.mpi_epoch"]
+    program = [sys.executable, "-m", "benchmarks.train.mpi_epoch"]
     command = [str(mpirun()), "-n", "2", *program, json.dumps([sizes, batch_size, len(inputs.x)])]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=TIMEOUT, cwd=Path(__file__).parents[2]

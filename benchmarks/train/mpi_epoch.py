@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Train the NumPy network for an epoch: ``mpirun -n 2 python -m benchmarks.ladder.mpi_epoch``.
+"""Train the NumPy network for an epoch: ``mpirun -n 2 python -m benchmarks.train.mpi_epoch``.
 
 Process 0 prints the seconds and the mean loss as JSON.
 """
@@ -13,8 +13,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy is imported: a thr
 
 import numpy as np
 
-from benchmarks.ladder.inputs import LR, Training, TrainingInputs
 from benchmarks.timing import time_calls
+from benchmarks.train.inputs import LR, Training, TrainingInputs
 from torchpar.baselines import mpi
 from torchpar.baselines.numpy_mlp import MLP, SGD
 

@@ -13,66 +13,65 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.ladder import programs
-from benchmarks.ladder.inputs import LR, Training, TrainingInputs
-from benchmarks.ladder.rungs import ROUNDS, Rung, Workload, plural
+from benchmarks.ladder.rungs import ROUNDS, Rung, plural
 from benchmarks.timing import CPU, Turn, time_calls
+from benchmarks.train import programs
+from benchmarks.train.inputs import LR, TrainingInputs
 from torchpar.baselines import numba_njit, numpy_mlp, pure_python
 from torchpar.baselines.bridge import copy_weights
 from torchpar.baselines.numpy_mlp import Array
 from torchpar.nn import MLP
 from torchpar.parallel.launch.local import Ranks
+from torchpar.parallel.launch.world import World
+from torchpar.training import Run, lr_scheduler, sgd
+from torchpar.training.fused import FusedGradients
 
 Order = Sequence[Array]  # the indices of each batch
 Train = Callable[[TrainingInputs, Order], Iterator[Any]]
 Advance = Callable[[int], tuple[float, Array]]  # train on so many batches: the seconds, and their losses
 
-SECONDS = 6.0  # of a rung's turns
-PURE_PYTHON = 200  # digits
+PLAIN, FUSED = "plain eager", "torchpar"
+SLOW = {"pure Python": 200, "customary script": 2000}  # digits, of which an epoch is extrapolated
 
 
-def workload(training: Training, ranks: Ranks, threads: Sequence[int], compiled: bool = True) -> Workload:
-    """All rungs of an epoch; without ``compiled`` less torch.compile."""
-    inputs = TrainingInputs(training)
-    rungs = list(_rungs(inputs, ranks, threads, compiled))
-    return Workload(inputs.label, inputs.work, "GFLOP/s", rungs, SECONDS)
-
-
-def _rungs(inputs: TrainingInputs, ranks: Ranks, threads: Sequence[int], compiled: bool) -> Iterator[Rung]:
+def rungs(inputs: TrainingInputs, world: World, ranks: Ranks, compiled: bool = True) -> Iterator[Rung]:
+    """All ways to train; without ``compiled`` less torch.compile."""
     sizes, batch_size, _ = inputs.training
 
     def rung(name: str, train: Train, note: str = "", **options: Any) -> Rung:
-        return Rung(name, epoch_turn(inputs, local(inputs, train)), note, turns=turns, **options)
+        digits = SLOW.get(name, len(inputs.x))
+        end = min(-(-digits // batch_size), len(inputs.order))
+        part = end < len(inputs.order)
+        note = f"from {end * batch_size:,} of {len(inputs.x):,} digits" if part else note
+        turn = epoch_turn(inputs, local(inputs, train), 1 if part else 0, end)
+        return Rung(name, turn, note, **options)
 
-    turns = -(-len(inputs.order) // -(-len(inputs.order) // ROUNDS))  # of an epoch
-    batches = min(-(-PURE_PYTHON // batch_size), len(inputs.order))
-    digits = sum(map(len, inputs.order[:batches]))
-    note = f"from {digits} of {len(inputs.x):,} digits"
-    slow = epoch_turn(inputs, local(inputs, pure_python_epoch), 1, batches)
-    yield Rung("pure Python", slow, note, digits / len(inputs.x))
+    yield rung("pure Python", pure_python_epoch)
+    yield rung("customary script", customary_epoch, "DataLoader, transforms")
     yield rung("njit", partial(njit_epoch, threads=None), compiles=True)
-    for count in threads:
-        epoch = partial(njit_epoch, threads=count)
-        yield rung("njit, parallel", epoch, plural(count, "thread"), compiles=count == 1)
+    if torch.get_num_threads() > 1:
+        threads = torch.get_num_threads()
+        yield rung("njit, parallel", partial(njit_epoch, threads=threads), plural(threads, "thread"))
     yield rung("NumPy", numpy_epoch)
     if not programs.missing("MPI"):
         yield programs.mpi(inputs)
-    yield rung("torch eager", torch_epoch(native(sizes)))
+    if not programs.missing(programs.LIGHTNING):
+        yield programs.lightning(inputs)
+    yield rung(PLAIN, torch_epoch(native(sizes)), "nn.Sequential, SGD")
     if compiled:
         fast = native(sizes)
         fast.compile()
         yield rung("torch.compile", torch_epoch(fast), compiles=True)
-    yield rung("torchpar CPU", torch_epoch(MLP(sizes)))
-    yield programs.run(inputs)
-    if not programs.missing(programs.LIGHTNING):
-        yield programs.lightning(inputs)
+    yield rung("torchpar, autograd", run_epoch(world, fused=False), "training.Run")
+    yield rung(FUSED, run_epoch(world, fused=True), "training.Run")
     if torch.cuda.is_available():
         cuda = torch.device("cuda")
-        yield rung("torch eager GPU", torch_epoch(native(sizes), cuda), device=cuda)
-        yield rung("torchpar GPU", torch_epoch(MLP(sizes), cuda), device=cuda)
-    ddp = epoch_turn(inputs, partial(on_ranks, ranks, inputs.training))
-    yield Rung("2 ranks", ddp, "DDP over gloo", turns=turns)
+        yield rung(f"{PLAIN}, GPU", torch_epoch(native(sizes), cuda), device=cuda)
+    for way, note in (("DDP", "DistributedDataParallel"), ("fused", "1 thread each")):
+        turn = epoch_turn(inputs, partial(on_ranks, ranks, inputs, way))
+        yield Rung(f"{FUSED}, 2 ranks", turn, note)
 
 
 def epoch_turn(
@@ -80,7 +79,8 @@ def epoch_turn(
 ) -> Turn:
     """The turns that make up an epoch: ``chunk`` batches each, up to batch ``end``; each loss is checked.
 
-    The warm-up trains on a batch of either size, and begins anew.
+    The seconds are those of a step of a whole batch. The warm-up trains on a batch of either size, and
+    begins anew.
     """
     chunk, end = chunk or -(-len(inputs.order) // ROUNDS), end or len(inputs.order)
     done = 0
@@ -97,7 +97,7 @@ def epoch_turn(
             return None
         seconds, losses = advance(done - first)
         inputs.check(losses, first, done)
-        return [seconds * len(inputs.x) / sum(map(len, inputs.order[first:done]))]
+        return [seconds * inputs.training.batch_size / sum(map(len, inputs.order[first:done]))]
 
     return turn
 
@@ -123,14 +123,14 @@ def advance_by(losses: Iterator[Any]) -> Advance:
     return advance
 
 
-def on_ranks(ranks: Ranks, training: Training, order: Order) -> Advance:
-    """Train by data parallelism; the ranks' parts of the losses add up."""
-    from benchmarks.ladder import on_ranks as rank
+def on_ranks(ranks: Ranks, inputs: TrainingInputs, way: str, order: Order) -> Advance:
+    """Train by data parallelism, in the order of `torchpar.training.Run`; the ranks' losses add up."""
+    from benchmarks.train import on_ranks as rank
 
-    ranks.run(rank.begin, training, list(order))
+    ranks.run(rank.begin, inputs.training, way)
 
     def advance(batches: int) -> tuple[float, Array]:
-        seconds, losses = zip(*ranks.run(rank.advance, batches), strict=True)
+        seconds, losses = zip(*ranks.run(rank.advance, way, batches), strict=True)
         return max(seconds), sum(losses)
 
     return advance
@@ -193,6 +193,67 @@ def torch_epoch(model: torch.nn.Module, device: torch.device = CPU) -> Train:
             optimizer.step()
             optimizer.zero_grad()
             yield loss.detach()
+
+    return train
+
+
+class Digits(Dataset[tuple[Tensor, int]]):
+    """Each digit as `torchvision.datasets.MNIST` returns it, through an image and ``ToTensor``."""
+
+    def __init__(self, inputs: TrainingInputs):
+        from torchvision.transforms import ToTensor
+
+        self.transform = ToTensor()
+        self.images, self.labels = inputs.train.features, inputs.train.labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.images[index].numpy())), int(self.labels[index])
+
+
+def customary_epoch(inputs: TrainingInputs, order: Order) -> Iterator[Tensor | None]:
+    model = native(inputs.training.sizes)
+    copy_weights(inputs.start, model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    loader = DataLoader(Digits(inputs), batch_sampler=[indices.tolist() for indices in order])
+    yield None
+    for images, labels in loader:
+        optimizer.zero_grad()
+        loss = cross_entropy(model(images.flatten(1)), labels)
+        loss.backward()
+        optimizer.step()
+        yield loss.detach()
+
+
+def run_epoch(world: World, fused: bool) -> Train:
+    """The loop of the lessons. It has an order of its own, that of `TrainingInputs.order`."""
+
+    def train(inputs: TrainingInputs, order: Order) -> Iterator[Tensor | None]:
+        sizes, batch_size, _ = inputs.training
+        model = MLP(sizes)
+        copy_weights(inputs.start, model)
+        optimizer = sgd(model, LR, momentum=0, weight_decay=0)
+        schedule = lr_scheduler(optimizer, "constant", 1)
+        gradients = FusedGradients(model)
+        yield None
+        sets = (inputs.train, inputs.test[:10])
+        with Run(model, optimizer, schedule, world, *sets, epochs=1, batch_size=batch_size) as run:
+            for epoch in run.epochs():
+                for x, labels, size in run.batches(epoch):
+                    if fused:
+                        loss = gradients(x, labels, size)
+                    else:
+                        loss = cross_entropy(model(x), labels, reduction="sum")
+                        (loss / size).backward()
+                    optimizer.step()
+                    schedule.step()
+                    optimizer.zero_grad()
+                    run.log(loss)
+                    yield loss.detach() / size
 
     return train
 
