@@ -57,8 +57,8 @@ def test_a_profiled_run_has_the_same_bits(ranks, data, tmp_path, name, world_siz
         metrics = tmp_path / str(number)
         flags_of_run = [*data, *flags.split(), "--metrics", str(metrics), *added]
         (code, out, err), *others = ranks(world_size, lesson, name, *flags_of_run)
-        assert (code, err) == (0, "")
-        assert others == [(0, "", "")] * (world_size - 1)
+        assert code == 0, err
+        assert [other[:2] for other in others] == [(0, "")] * (world_size - 1)
         assert ("bottleneck" in out) == bool(added)
         losses.append([(row["train_loss"], row["test_loss"]) for row in rows_of(metrics)])
     assert losses[0] == losses[1]
@@ -193,7 +193,7 @@ BOTTLENECKS = {
     ),
     "a kernel of this package": (
         [
-            event("Optimizer.step#SGD.step", 5, 990, device="CUDA", is_user_annotation=True),
+            event("Optimizer.step#SGD.step", 200, 990, device="CUDA", is_user_annotation=True),
             event(
                 "torchpar::linear_sigmoid", 0, 90, kernels=[SimpleNamespace(name="_k")], input_shapes=SHAPES
             ),
