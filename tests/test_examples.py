@@ -145,7 +145,7 @@ def test_compiling_reaches_what_runs(data, monkeypatch, name):
 
 
 def test_dry_run_writes_nothing(data, tmp_path):
-    flags = [f"--{name}={tmp_path / name}" for name in ("metrics", "plots", "checkpoint")]
+    flags = [f"--{name}={tmp_path / name}" for name in ("metrics", "plots", "profile", "checkpoint")]
     code, out, _ = lesson("train_ddp", *data, "--dry-run", *flags)
     assert code == 0
     assert re.fullmatch(LAST_LINE, out.splitlines()[-1])
@@ -168,6 +168,7 @@ ERRORS = [
     ("--metrics /dev/null/m.jsonl", "cannot be written.*/dev/null"),
     ("--checkpoint /dev/null/c", "cannot be written.*/dev/null"),
     ("--plots /dev/null/p", "cannot be written.*/dev/null"),
+    ("--profile /dev/null/t", "cannot be written.*/dev/null"),
 ]
 if not torch.cuda.is_available():
     ERRORS.append(("--device cuda", "no CUDA device is available here; use cpu or auto"))

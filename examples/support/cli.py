@@ -26,6 +26,7 @@ F = TypeVar("F")
 GRACE = 2.0  # seconds in which a launcher ends the other ranks after rank 0 has failed
 MAY_DIFFER_ON_RESUME = {
     *("data", "epochs", "device", "compile", "fused", "dry_run", "phases", "collectives", "metrics", "plots"),
+    "profile",
     *("checkpoint", "save_every", "keep", "async_save", "timeout"),
     *("dp", "tp", "pp", "pipeline", "micro_batches"),
 }
@@ -102,11 +103,13 @@ class TrainFlags(ExampleFlags):
     compile: bool = False
     """Compile the model by torch.compile."""
     dry_run: bool = False
-    """Train on ten batches and evaluate; write no metrics, plots or checkpoint."""
+    """Train on ten batches and evaluate; write no metrics, plots, profile or checkpoint."""
     phases: bool = False
     """Measure the time of each phase of a step (data, forward, backward, collectives, optimizer)."""
     collectives: bool = False
     """Count and time the collectives of a step, beside the predicted ones."""
+    profile: Path | None = None
+    """Folder for torch.profiler's trace of some steps, one file per rank."""
     plots: Path | None = None
     """Folder for pictures: learning curves, confusion matrix, worst-classified samples."""
     checkpoint: Path | None = None

@@ -19,6 +19,7 @@ from torchpar.parallel.launch.world import World
 from torchpar.profile.collectives import Call
 from torchpar.profile.cost import Expected
 from torchpar.profile.phases import Phases
+from torchpar.profile.trace import KINDS, SKIP, StepProfile, bottleneck
 from torchpar.training.state import EpochResult
 
 REFRESH = 0.1  # seconds between two updates of a bar; one takes as long as a small step
@@ -158,6 +159,27 @@ def print_collectives(calls: Sequence[Sequence[Call]], expected: Sequence[Expect
             else f"{1000 * median(sum(c.seconds for c in s) for s in counted):.2f}",
         )
     console.print(table)
+
+
+def print_profiles(profiles: Sequence[StepProfile]) -> None:
+    """Print a table of rank 0's costliest operators in a step, and the bottleneck of all ranks."""
+    console = Console()
+    if not all(profiles):  # complete already, or a short run
+        console.print(f"profile: nothing was recorded, no more than {SKIP} steps were trained")
+        return
+    total = profiles[0].seconds(*KINDS)
+    table = Table("operator", "kind", title=f"costliest operators of {profiles[0].steps} steps, rank 0")
+    for column in ("calls", "ms", "share"):
+        table.add_column(column, justify="right")
+    for row in profiles[0].rows[:10]:
+        cells = (
+            f"{row.calls:.3g}" if row.calls else "",
+            f"{1000 * row.seconds:.3f}",
+            f"{row.seconds / total:.1%}",
+        )
+        table.add_row(row.name[:40], row.kind, *cells)
+    console.print(table)
+    console.print(bottleneck(profiles), soft_wrap=True, highlight=False)
 
 
 def check_outputs(world: World, *, folders: Iterable[Path | None], files: Iterable[Path | None]) -> None:

@@ -20,6 +20,7 @@ from torchpar.parallel.split.layers import split_parameters
 from torchpar.profile import cost
 from torchpar.profile.collectives import StepRecorder
 from torchpar.profile.phases import Phases
+from torchpar.profile.trace import Trace
 from torchpar.training.fused import FusedGradients, why_not_fused
 
 
@@ -35,8 +36,10 @@ def prepare(flags: TrainFlags, world: World) -> tuple[Samples, Samples, list[int
     train, test = loaded
     if flags.dry_run:
         train, flags.epochs = train[: 10 * flags.batch_size], 1
-        flags.metrics = flags.plots = flags.checkpoint = None
+        flags.metrics = flags.plots = flags.profile = flags.checkpoint = None
     console.check_outputs(world, folders=[flags.plots, flags.checkpoint], files=[flags.metrics])
+    # Each rank writes its own trace, perhaps to a disk of its machine.
+    world.gather_results(lambda: console.create_outputs(folders=[flags.profile], files=[]))
     torch.manual_seed(flags.seed)
     return train, test, [train.inputs(slice(0, 1)).shape[1], *flags.hidden, len(train.classes)]
 
@@ -107,6 +110,7 @@ class Run(training.Run):
         self.fused = fused
         self.phases = Phases(world.device) if flags.phases else None
         self.recorder = StepRecorder(world) if flags.phases or flags.collectives else None
+        self.trace = Trace(flags.profile, world.rank, world.device) if flags.profile else None
 
     def __enter__(self) -> Self:
         self.progress = self._stack.enter_context(
@@ -119,13 +123,18 @@ class Run(training.Run):
             raise
         if self.phases:
             self._stack.enter_context(self.phases)
+        if self.trace:
+            self._stack.enter_context(self.trace.profiler)
         return self
 
     def batches(self, epoch: int) -> Iterator[Batch]:
+        batches = super().batches(epoch)
+        if self.trace:
+            batches = self.trace.steps(batches)
         if self.recorder is None:
-            yield from super().batches(epoch)
+            yield from batches
             return
-        for batch in super().batches(epoch):
+        for batch in batches:
             with self.recorder.step():
                 yield batch
 
@@ -154,12 +163,15 @@ class Run(training.Run):
                 from support import plots
 
                 plots.save(flags.plots, self.results, outputs, self.test)
+        profiles = self.world.gather_results(lambda: self.trace and self.trace.result())
         if not speaks:
             return
         if self.recorder and flags.collectives:
             console.print_collectives(self.recorder.calls, self._expected_collectives())
         if self.phases:
             console.print_phases(self.phases)
+        if self.trace:
+            console.print_profiles(profiles)
         print(console.summary(self.results))
 
     def _expected_collectives(self) -> list[cost.Expected]:
