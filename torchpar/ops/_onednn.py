@@ -67,7 +67,7 @@ def onednn(a: Tensor, b: Tensor, onto: Tensor | None = None, bias: Tensor | None
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`torch.nn.functional.linear`, differentiable."""
-    by_onednn = is_eager(x, weight, bias) and gains(x, weight)
+    by_onednn = is_eager(x, weight, bias) and gains(x, weight) and _fits(x, weight, bias)
     return _Linear.apply(x, weight, bias) if by_onednn else F.linear(x, weight, bias)
 
 
@@ -77,6 +77,16 @@ def gains(x: Tensor, weight: Tensor) -> bool:
         layer_gains(x.numel() * weight.shape[:1].numel())
         and x.is_cpu
         and x.dtype == weight.dtype == torch.float32
+    )
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether oneDNN takes the operands. PyTorch broadcasts a bias, takes other layouts, and names errors."""
+    operands = (x, weight) if bias is None else (x, weight, bias)
+    return (
+        all(t.is_cpu and t.dtype == x.dtype and t.layout == torch.strided for t in operands)
+        and weight.dim() == 2
+        and (bias is None or bias.shape == weight.shape[:1])
     )
 
 
@@ -140,6 +150,7 @@ def is_eager(*tensors: Tensor | None) -> bool:
     """Whether calls are plain ones: no compiler, transform, subclass or autocast has to see them."""
     return (
         not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()
         and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
         and peek_interpreter_stack() is None
         and forward_ad._current_level < 0
