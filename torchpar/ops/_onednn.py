@@ -96,6 +96,8 @@ def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, sigmoid: bool
     if count == 0:
         y = F.linear(x, weight, bias)
         return y.sigmoid_() if sigmoid else y
+    if bias is not None:
+        bias = bias.contiguous()  # oneDNN reads it as if it were
     if count == 1:
         attribute = "sigmoid" if sigmoid else "none"
         y = torch.ops.mkldnn._linear_pointwise(rows(x), _dense(weight), bias, attribute, [], "")
