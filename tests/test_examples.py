@@ -39,7 +39,9 @@ def test_two_ranks_train_and_report(data, tmp_path):
     code, out, err = run(*TORCHRUN, TRAIN_DDP, *data, *flags)
     assert code == 0, err
     lines = out.splitlines()
-    assert len(lines) == 7, lines  # rank 0 alone speaks: six epochs and the last line, none of them wrapped
+    # Rank 0 alone speaks: how gradients are computed, six epochs and the last line, none of them wrapped.
+    assert len(lines) == 8, lines
+    assert lines[0] == "gradients by formulas, without autograd"
     assert re.fullmatch(LAST_LINE, lines[-1]).groups() == ("2", "cpu")
     rows = rows_of(tmp_path / "metrics.jsonl")
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
