@@ -93,7 +93,7 @@ def test_batches_read_at_once_are_those_read_one_by_one(batch_size, world_size, 
             for a, b in zip(found[:2], expected[:2], strict=True):
                 assert (a.dtype, a.shape) == (b.dtype, b.shape)
                 assert torch.equal(a, b)
-            assert torch.equal(found.inputs, samples.inputs(found.labels))  # a sample keeps its label
+            assert torch.equal(found.x, samples.inputs(found.labels))  # a sample keeps its label
         indices.append(len(at_once))
     assert indices[0] > indices[-1] == 0
 
