@@ -323,7 +323,7 @@ LINEAR_SIGMOID = Operator(
     formula=_numpy_linear_sigmoid,
     roundings=4,  # z + b, e⁻ᶻ, 1 + and 1/
     dtypes=FLOATS,
-    aten="aten::sigmoid_",
+    aten="aten::sigmoid",
     opinfo=("nn.functional.linear", lambda sample: [sample] if sample[1].dim() == 2 else []),
     shapes=("mnk", "ok", "o"),
     cases=[

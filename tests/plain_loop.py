@@ -10,6 +10,7 @@ from torchpar.data import Samples
 from torchpar.parallel.launch.world import World
 from torchpar.profile.phases import phase
 from torchpar.training import LRSchedule, Run, loss_sum, lr_scheduler
+from torchpar.training.fused import FusedGradients
 from torchpar.training.losses import Loss
 
 
@@ -23,6 +24,7 @@ def train(
     epochs: int,
     batch_size: int,
     replica: torch.nn.Module | None = None,
+    fused: FusedGradients | None = None,
     loss: Loss = "cross-entropy",
     schedule: LRSchedule = "linear",
     **options: Any,
@@ -31,6 +33,7 @@ def train(
 
     Args:
         replica: the wrapper of ``model`` that averages gradients over ranks.
+        fused: computes the gradients instead of autograd.
         options: of `torchpar.training.Run`.
     """
     scheduler = lr_scheduler(optimizer, schedule, epochs * -(-len(samples) // batch_size))
@@ -38,10 +41,13 @@ def train(
     with Run(model, optimizer, scheduler, world, samples, test, **options) as run:
         for epoch in run.epochs():
             for x, labels, global_size in run.batches(epoch):
-                with phase("forward"):
-                    total = loss_sum(loss, (replica or model)(x), labels)
-                with phase("backward"):
-                    (total * (world.dp_size / global_size)).backward()
+                if fused is not None:
+                    total = fused(x, labels, global_size)
+                else:
+                    with phase("forward"):
+                        total = loss_sum(loss, (replica or model)(x), labels)
+                    with phase("backward"):
+                        (total * (world.dp_size / global_size)).backward()
                 with phase("optimizer"):
                     optimizer.step()
                     scheduler.step()

@@ -69,6 +69,35 @@ def test_ranks_share_the_batches_one_process_sees(world_size, n, batch_size):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+@pytest.mark.parametrize("world_size, rank", [(1, 0), (2, 1), (3, 0), (4, 3)])
+@pytest.mark.parametrize("batch_size", [1, 7, 255, 256, 257, 1000])
+def test_batches_read_at_once_are_those_read_one_by_one(batch_size, world_size, rank, dtype, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randint(256, (1030, 2, 3), generator=generator).to(dtype)
+    samples = data.Samples(features, torch.arange(1030), ("a",))
+    share = partial(Partition.over, ranks=world_size, rank=rank)
+    indices = []
+
+    def read(start: int) -> list[data.Batch]:
+        return list(data.batches(samples, batch_size, seed=5, epoch=2, share=share, start=start))
+
+    for start in (0, 1, 3, -(-1030 // batch_size)):
+        at_once = read(start)
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "_READ_AT_ONCE", 1)
+            one_by_one = read(start)
+        assert len(at_once) == max(-(-1030 // batch_size) - start, 0)
+        for found, expected in zip(at_once, one_by_one, strict=True):
+            assert found.global_size == expected.global_size
+            for a, b in zip(found[:2], expected[:2], strict=True):
+                assert (a.dtype, a.shape) == (b.dtype, b.shape)
+                assert torch.equal(a, b)
+            assert torch.equal(found.x, samples.inputs(found.labels))  # a sample keeps its label
+        indices.append(len(at_once))
+    assert indices[0] > indices[-1] == 0
+
+
 @pytest.mark.parametrize("start", [0, 1, 2, 3])
 def test_batches_start_within_an_epoch(start):
     whole, rest = (

@@ -17,6 +17,7 @@ pytest.importorskip("tyro", reason="tyro reads the flags")
 
 TRAIN_DDP = str(ROOT / "examples" / "train_ddp.py")
 LAST_LINE = r"test accuracy [01]\.\d{4} \| loss \d+\.\d{4} \| \d+\.\d s \| (\d) ranks? \| (cpu|cuda)"
+FORMULAS = "gradients by formulas, without autograd"
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,9 @@ def test_two_ranks_train_and_report(data, tmp_path):
     code, out, err = run(*TORCHRUN, TRAIN_DDP, *data, *flags)
     assert code == 0, err
     lines = out.splitlines()
-    assert len(lines) == 7, lines  # rank 0 alone speaks: six epochs and the last line, none of them wrapped
+    # Rank 0 alone speaks: how gradients are computed, six epochs and the last line, none of them wrapped.
+    assert len(lines) == 8, lines
+    assert lines[0] == FORMULAS
     assert re.fullmatch(LAST_LINE, lines[-1]).groups() == ("2", "cpu")
     rows = rows_of(tmp_path / "metrics.jsonl")
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -60,9 +63,29 @@ def test_two_ranks_train_and_report(data, tmp_path):
         assert picture.startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        ("", FORMULAS),
+        ("--fused auto", FORMULAS),
+        ("--fused off", "gradients by autograd: --fused is off"),
+        ("--fused off --compile", "gradients by autograd: --compile compiles the model"),
+    ],
+)
+def test_the_first_line_says_how_gradients_are_computed(data, monkeypatch, flags, line):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+    code, out, err = lesson("train_ddp", *data, "--epochs", "1", *flags.split())
+    assert code == 0, err
+    assert [row.startswith("gradients by") for row in out.splitlines()] == [True, False, False]
+    assert out.splitlines()[0] == line
+
+
 TWO_EPOCHS = ["--epochs", "2", "--batch-size", "50"]
 SPLITS = [
     ("train_ddp", 2, ""),
+    ("train_ddp", 3, ""),
+    ("train_ddp", 1, "--fused off"),
+    ("train_ddp", 2, "--fused off"),
     ("train_tensor_parallel", 2, ""),
     ("train_pipeline", 2, "--pipeline gpipe"),
     ("train_parallel", 4, "--dp 2 --tp 2"),
@@ -92,8 +115,9 @@ def test_every_split_learns_the_same(ranks, data, alone, tmp_path, name, world_s
         assert a.keys() == b.keys()
         assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-5)
         assert b["test_accuracy"] == a["test_accuracy"]
+    assert ("gradients by" in out) == (name == "train_ddp")
     rows = re.findall(r"│ (\w+) +│ (\w+) +│ +(\d+) \| (\d+) │ +([\d,]+) \| ([\d,]+) │", out)
-    assert rows, out
+    assert rows or world_size == 1, out
     for _, _, count, counted, nbytes, counted_bytes in rows:
         assert (count, nbytes) == (counted, counted_bytes)
     assert re.search(r"│ optimizer +│ +\d", out)
@@ -122,8 +146,9 @@ def test_one_process_with_every_other_flag(data):
     code, out, err = lesson("train_ddp", *data, *flags.split())
     assert code == 0, err
     assert re.fullmatch(LAST_LINE, out.splitlines()[-1]).groups() == ("1", "cpu")
-    for phase in ("data", "forward", "backward", "optimizer"):
+    for phase in ("data", "backward", "optimizer"):
         assert re.search(rf"│ {phase} +│ +\d", out)
+    assert "forward" not in out  # formulas compute both at once
 
 
 @pytest.mark.parametrize("name", ["train_ddp", "train_tensor_parallel", "train_pipeline", "train_parallel"])
@@ -142,6 +167,7 @@ def test_compiling_reaches_what_runs(data, monkeypatch, name):
     assert code == 0, err
     assert graphs
     assert compiled.split(" | ")[1:4] == out.split(" | ")[1:4]  # losses and accuracy
+    assert compiled.startswith("gradients by autograd: --compile") == (name == "train_ddp")
 
 
 def test_dry_run_writes_nothing(data, tmp_path):
@@ -193,7 +219,7 @@ def test_errors_in_flags(data, flags, message):
 def test_torchrun_shows_rank_0s_error(data):
     """It ends rank 1 before that prints the same line, if rank 0 ends within `cli.GRACE` seconds."""
     code, out, err = run(*TORCHRUN, TRAIN_DDP, *data, "--batch-size", "1")
-    assert (code, out) == (1, "")
+    assert (code, out) == (1, f"{FORMULAS}\n")
     (ours,) = {line for line in err.splitlines() if line.startswith("train_ddp.py: error: ")}
     assert "smaller than the number of ranks" in ours
     assert 'train_ddp.py", line' not in err  # no traceback of a rank
@@ -245,12 +271,12 @@ def test_a_run_says_where_it_resumes_and_that_it_is_complete(data, tmp_path):
         assert [row["epoch"] for row in rows_of(metrics)] == [*range(1, epochs + 1)]
     assert "resumed" not in lines["first"]
     assert "complete" not in lines["first"]
-    assert lines["resumed"].startswith("resumed from step 12\nepoch 2/3 |")
+    assert lines["resumed"].startswith(f"{FORMULAS}\nresumed from step 12\nepoch 2/3 |")
     assert epoch_lines(lines["resumed"]) == ["2", "3"]
-    assert re.fullmatch(rf"complete already, at step 36\n{LAST_LINE}\n", lines["again"])
+    assert re.fullmatch(rf"{FORMULAS}\ncomplete already, at step 36\n{LAST_LINE}\n", lines["again"])
     assert lines["again"].splitlines()[-1] == lines["resumed"].splitlines()[-1]
     code, out, err = lesson("train_ddp", *flags, "--epochs", "2")
-    assert (code, out) == (2, "")
+    assert (code, out) == (2, f"{FORMULAS}\n")
     assert "holds 3 epochs, more than the 2 asked for" in err
 
 
@@ -259,5 +285,5 @@ def test_a_falling_rate_is_resumed_with_as_many_epochs_alone(data, tmp_path):
     flags = [*data, "--checkpoint", str(tmp_path), "--epochs"]
     assert lesson("train_ddp", *flags, "1")[0] == 0
     code, out, err = lesson("train_ddp", *flags, "2")
-    assert (code, out) == (2, "")
+    assert (code, out) == (2, f"{FORMULAS}\n")
     assert "holds a run with epochs 1, this one has epochs 2" in err

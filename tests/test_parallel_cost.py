@@ -3,6 +3,7 @@
 
 from collections import Counter
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
 from torchpar.profile import cost
 from torchpar.profile.collectives import StepRecorder
 from torchpar.training import loss_sum
+from torchpar.training.fused import FusedGradients
 
 SIZES = (11, 33, 7, 5, 3)
 
@@ -26,7 +28,7 @@ def kind(dimension: str, operation: str, ranks: int, nbytes: int) -> tuple[str, 
 
 
 def counted_and_expected(
-    axes: dict[str, int] | None, reduction: Any, sizes: tuple[int, ...], batch_size: int
+    axes: dict[str, int] | None, reduction: Any, sizes: tuple[int, ...], batch_size: int, fused: bool = False
 ) -> tuple[Any, Any, Any]:
     """Calls of two steps, those expected of one, and those of a step with twice the batch."""
     torch.manual_seed(0)
@@ -39,13 +41,15 @@ def counted_and_expected(
             model = replica = stage_mlp(parallel_mlp(model, world.mesh["tp"], reduction), world.mesh["pp"])
         if world.mesh["pp"].size() > 1:
             pipeline = Pipeline(model, world, "1f1b", micro_batches=4)
-        elif world.dp_size > 1 and reduction == "fast":
+        elif world.dp_size > 1 and reduction == "fast" and not fused:
             group = None if axes is None else world.mesh["dp"].get_group()
             replica = DistributedDataParallel(model, process_group=group)
 
         def backward(x: torch.Tensor, labels: torch.Tensor) -> None:
             if reduction == "invariant":
                 invariant_gradients(model, world, x, labels, batch_size, loss)
+            elif fused:
+                FusedGradients(model, world.mesh["dp"])(x, labels, batch_size)
             elif pipeline is not None:
                 pipeline.step(x, labels, batch_size, loss)
             else:
@@ -65,7 +69,11 @@ def counted_and_expected(
             Counter(
                 kind(e.dimension, e.operation, e.ranks, e.nbytes)
                 for e in cost.collectives(
-                    sizes, n, world.mesh, tensor_split=axes is not None, reduction=reduction, micro_batches=4
+                    *(sizes, n, world.mesh),
+                    tensor_split=axes is not None,
+                    reduction=reduction,
+                    micro_batches=4,
+                    fused=fused,
                 )
             )
             for n in (batch_size, 2 * batch_size)
@@ -106,6 +114,18 @@ def test_the_collectives_counted_are_those_expected(ranks, world_size, axes, red
         assert (doubled == expected) == pure_data  # the comparison sees the bytes
 
 
+@pytest.mark.parametrize("batch_size", [13, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_fused_gradients_take_one_exchange(ranks, world_size, batch_size):
+    """Also where a rank has no sample. gloo adds those of two ranks by a send and a receive each."""
+    nbytes = 4 * sum(n * m + m for n, m in pairwise(SIZES))
+    exchange = {1: [], 2: [("dp", op, 2, nbytes) for op in ("send", "recv")]}
+    for counted, expected, _ in ranks(world_size, counted_and_expected, None, FAST, SIZES, batch_size, True):
+        assert counted == [expected] * 2
+        assert expected == Counter(exchange.get(world_size, [("dp", "all_reduce", world_size, nbytes)]))
+
+
+@pytest.mark.parametrize("batch_size", [2, 64])  # small layers; layers that oneDNN takes where it is used
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -114,8 +134,8 @@ def test_the_collectives_counted_are_those_expected(ranks, world_size, axes, red
         (5, 600, 512),
     ],
 )
-def test_buckets_of_a_larger_model(ranks, sizes):
-    for counted, expected, _ in ranks(2, counted_and_expected, None, FAST, sizes, 2):
+def test_buckets_of_a_larger_model(ranks, sizes, batch_size):
+    for counted, expected, _ in ranks(2, counted_and_expected, None, FAST, sizes, batch_size):
         assert counted == [expected] * 2
 
 

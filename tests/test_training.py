@@ -29,6 +29,7 @@ from torchpar.profile.phases import Phases
 from torchpar.training import loss_sum
 from torchpar.training import run as run_module
 from torchpar.training.evaluation import EVALUATION_BATCH
+from torchpar.training.fused import FusedGradients
 from torchpar.training.state import EpochResult
 from torchpar.training.stop import StopSignal
 
@@ -61,13 +62,16 @@ class InDouble(torch.nn.Module):
         return self.model(x.double())
 
 
-def train(n: int = 203, batch_size: int = 50, double: bool = False, measured: bool = False) -> Any:
+def train(
+    n: int = 203, batch_size: int = 50, double: bool = False, measured: bool = False, fused: bool = False
+) -> Any:
     """Losses, weights, confusion matrix and seconds by phase of a short run on the ranks there are."""
     torch.manual_seed(0)
     model: torch.nn.Module = InDouble(MLP(SIZES)) if double else MLP(SIZES)
     phases = Phases(torch.device("cpu"))
     with join_world("cpu") as world, ExitStack() as stack:
-        replica = DistributedDataParallel(model) if world.world_size > 1 else model
+        gradients = FusedGradients(model, world.mesh["dp"]) if fused else None
+        replica = DistributedDataParallel(model) if world.world_size > 1 and not fused else model
         if measured:
             stack.enter_context(phases)
             stack.enter_context(Collectives(world))
@@ -76,6 +80,7 @@ def train(n: int = 203, batch_size: int = 50, double: bool = False, measured: bo
         run = plain_loop.train(
             *(model, optimizer, world, samples(n, seed=1), test),
             replica=replica,
+            fused=gradients,
             epochs=2,
             batch_size=batch_size,
         )
@@ -85,6 +90,21 @@ def train(n: int = 203, batch_size: int = 50, double: bool = False, measured: bo
     losses = [(r.train_loss, r.test_loss) for r in run.results]
     weights = [p.detach().double().numpy() for p in model.parameters()]
     return losses, weights, confusion.tolist(), phases.seconds
+
+
+def assert_as_accurate(run: Any, one: Any, exact: Any) -> None:
+    """At most twice the error of ``one``, in losses and weights, beside ``exact``, the run in float64."""
+
+    def error(run: Any) -> tuple[float, float]:
+        loss = max(
+            abs(a - b) for r, e in zip(run[0], exact[0], strict=True) for a, b in zip(r, e, strict=True)
+        )
+        return loss, max(abs(a - b).max() for a, b in zip(run[1], exact[1], strict=True))
+
+    # The error of a run is that of its worst weight, whose own rounding is at least half an ulp.
+    largest = max(max(exact[0])), max(abs(w).max() for w in exact[1])
+    for mine, ones, largest_value in zip(error(run), error(one), largest, strict=True):
+        assert mine <= 2 * ones + torch.finfo(torch.float32).eps * largest_value
 
 
 # A batch remainder of 3 leaves a rank of four without samples; batches of 50 split unevenly over four.
@@ -101,18 +121,7 @@ def test_ranks_learn_what_one_process_learns(ranks, world_size):
         assert losses == several[0][0]
         assert all((a == b).all() for a, b in zip(weights, several[0][1], strict=True))
         assert confusion == one[2]
-
-    def error(run: Any) -> tuple[float, float]:
-        loss = max(
-            abs(a - b) for r, e in zip(run[0], exact[0], strict=True) for a, b in zip(r, e, strict=True)
-        )
-        return loss, max(abs(a - b).max() for a, b in zip(run[1], exact[1], strict=True))
-
-    # The error of a run is that of its worst weight, whose own rounding is at least half an ulp.
-    for mine, ones, largest in zip(
-        error(several[0]), error(one), (max(max(exact[0])), max(abs(w).max() for w in exact[1])), strict=True
-    ):
-        assert mine <= 2 * ones + torch.finfo(torch.float32).eps * largest
+    assert_as_accurate(several[0], one, exact)
 
 
 def test_the_comparison_rejects_a_mean_of_means(ranks):

@@ -67,7 +67,7 @@ def onednn(a: Tensor, b: Tensor, onto: Tensor | None = None, bias: Tensor | None
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`torch.nn.functional.linear`, differentiable."""
-    by_onednn = is_eager(x, weight, bias) and gains(x, weight)
+    by_onednn = is_eager(x, weight, bias) and gains(x, weight) and _fits(x, weight, bias)
     return _Linear.apply(x, weight, bias) if by_onednn else F.linear(x, weight, bias)
 
 
@@ -80,12 +80,24 @@ def gains(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether oneDNN takes the operands. PyTorch broadcasts a bias, takes other layouts, and names errors."""
+    operands = (x, weight) if bias is None else (x, weight, bias)
+    return (
+        all(t.is_cpu and t.dtype == x.dtype and t.layout == torch.strided for t in operands)
+        and weight.dim() == 2
+        and (bias is None or bias.shape == weight.shape[:1])
+    )
+
+
 def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, sigmoid: bool = False) -> Tensor:
     """``x @ weight.T + bias`` for ``x (*, in)``, ``weight (out, in)``, or its sigmoid; not differentiable."""
     count = _chains(x, weight)
     if count == 0:
         y = F.linear(x, weight, bias)
         return y.sigmoid_() if sigmoid else y
+    if bias is not None:
+        bias = bias.contiguous()  # oneDNN reads it as if it were
     if count == 1:
         attribute = "sigmoid" if sigmoid else "none"
         y = torch.ops.mkldnn._linear_pointwise(rows(x), _dense(weight), bias, attribute, [], "")
@@ -140,6 +152,7 @@ def is_eager(*tensors: Tensor | None) -> bool:
     """Whether calls are plain ones: no compiler, transform, subclass or autocast has to see them."""
     return (
         not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()
         and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
         and peek_interpreter_stack() is None
         and forward_ad._current_level < 0

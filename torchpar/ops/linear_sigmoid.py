@@ -91,7 +91,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether PyTorch's operators with their autograd are fastest: on CPUs, where oneDNN gains nothing."""
-    return x.is_cpu and not _onednn.gains(x, weight) and _onednn.is_eager(x, weight, bias)
+    return x.is_cpu and _onednn.is_eager(x, weight, bias) and not _onednn.gains(x, weight)
 
 
 def _formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -37,6 +37,12 @@ class SGD(torch.optim.SGD):
             params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True
         )
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its ``dampening`` must be 0."""
+        if param_group.get("dampening"):
+            raise ValueError(f"dampening is {param_group['dampening']}, expected 0; take torch.optim.SGD")
+        super().add_param_group(param_group)
+
     def _update(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
@@ -46,10 +52,13 @@ class SGD(torch.optim.SGD):
             for group in self.param_groups:
                 params = [p for p in group["params"] if p.grad is not None]
                 if params:
+                    momenta = [self._momentum(p) for p in params] if group["momentum"] else []
+                    # The call takes the elements in memory order, whatever the strides.
+                    contiguous = [p.contiguous() for p in params]
                     torch._fused_sgd_(
-                        params,
-                        [p.grad for p in params],
-                        [self._momentum(p) for p in params] if group["momentum"] else [],
+                        contiguous,
+                        [p.grad.contiguous() for p in params],
+                        momenta,
                         weight_decay=group["weight_decay"],
                         momentum=group["momentum"],
                         lr=group["lr"],
@@ -60,6 +69,9 @@ class SGD(torch.optim.SGD):
                         grad_scale=getattr(self, "grad_scale", None),
                         found_inf=getattr(self, "found_inf", None),
                     )
+                    for p, updated in zip(params, contiguous, strict=True):
+                        if updated is not p:
+                            p.copy_(updated)
         return loss
 
     _hooked_update = torch.optim.Optimizer.profile_hook_step(_update)
@@ -92,5 +104,6 @@ class SGD(torch.optim.SGD):
         state = self.state[p]
         momentum: Tensor | None = state.get("momentum_buffer")
         if momentum is None:
-            momentum = state["momentum_buffer"] = torch.zeros_like(p)
+            momentum = torch.zeros_like(p)
+        state["momentum_buffer"] = momentum = momentum.contiguous()
         return momentum

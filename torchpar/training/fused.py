@@ -11,12 +11,15 @@ The operators are those that autograd would call. Its own work takes 30 to 100 Â
 arithmetic of a small network.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar.errors import ConfigError
-from torchpar.nn import MLP
+from torchpar.nn import MLP, Linear, LinearSigmoid
 from torchpar.ops import linear_sigmoid
 from torchpar.ops._onednn import linear_forward, product
 from torchpar.ops.linear_sigmoid import sigmoid_backward
@@ -29,6 +32,10 @@ def why_not_fused(model: torch.nn.Module) -> str:
         return f"the model is a {type(model).__name__}, not a torchpar.nn.MLP"
     if model.hidden != "sigmoid" or model.output != "logits":
         return f"the model has {model.hidden} layers and {model.output} outputs, not sigmoid and logits"
+    if [type(layer) for layer in model.layers] != [LinearSigmoid] * (len(model.sizes) - 2) + [Linear]:
+        return "a layer of the model has been replaced"
+    if not all(type(p) is torch.nn.Parameter for layer in model.layers for p in (layer.weight, layer.bias)):
+        return "a weight or a bias is not an ordinary parameter"
     if not all(p.requires_grad for p in model.parameters()):
         return "a parameter needs no gradient"
     of_modules = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -46,7 +53,7 @@ class FusedGradients:
     """The gradients of an MLP with sigmoid layers and cross-entropy.
 
     The model stays an ordinary module: its parameters, state dict and ``p.grad`` are as with autograd, and
-    any optimizer can step.
+    any optimizer can step. Autocast changes nothing.
 
     Args:
         model: a `torchpar.nn.MLP` for which `why_not_fused` returns "".
@@ -62,8 +69,8 @@ class FusedGradients:
         if reason := why_not_fused(model):
             raise ConfigError(f"gradients cannot be fused: {reason}; take autograd")
         assert isinstance(model, MLP)
-        parameters = iter(model.parameters())  # weight and bias of each layer in turn
-        self.layers = list(zip(parameters, parameters, strict=True))
+        linears: Iterable[Any] = model.layers
+        self.layers: list[tuple[Tensor, Tensor]] = [(layer.weight, layer.bias) for layer in linears]
         self.mesh = mesh if mesh is not None and mesh.size() > 1 else None
         weight, classes = self.layers[-1][0], model.sizes[-1]
         self.label_smoothing = label_smoothing
@@ -80,6 +87,9 @@ class FusedGradients:
         Returns:
             The sum of this rank's losses.
         """
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self(x, labels, global_size)
         with torch.no_grad():
             loss, gradients = self._gradients(x, labels, global_size)
             if self.mesh is not None:

@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: MIT
+"""float32 layers by oneDNN: values and gradients, and the calls that stay with PyTorch."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from operators import OPERATORS
+from samples import LAYOUTS, assert_accurate, bits, error, halves, normal, to_numpy
+from test_operators_func import TRANSFORMS
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+import torchpar
+from torchpar.nn import Linear, LinearSigmoid
+from torchpar.ops import _onednn
+
+LINEAR_SIGMOID = OPERATORS["linear_sigmoid"]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _onednn.linear(x, weight, bias)
+
+
+LAYERS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], int]] = {
+    # ours, PyTorch's, and roundings of a result: linear's sum and bias, linear_sigmoid's as in its record
+    "linear": (linear, F.linear, 2),
+    "linear_sigmoid": (torchpar.linear_sigmoid, LINEAR_SIGMOID.native, LINEAR_SIGMOID.roundings),
+}
+# A second derivative multiplies up to five factors that are rounded like the first, and adds two terms.
+SECOND = 12
+AWKWARD = (129, 265, 127)  # two chains, of 133 and of 132 terms
+
+
+def force(patch: pytest.MonkeyPatch) -> list[int]:
+    """Let every float32 product on the CPU go to oneDNN; the list will hold each one's number of chains."""
+    counts: list[int] = []
+    chains = _onednn._chains
+
+    def count(a: Tensor, b: Tensor) -> int:
+        counts.extend(filter(None, [chains(a, b)]))
+        return chains(a, b)
+
+    patch.setattr(_onednn, "has_onednn", lambda: True)
+    patch.setattr(_onednn, "_WORTH", 1)
+    patch.setattr(_onednn, "_LAYER_WORTH", 1)
+    patch.setattr(_onednn, "_chains", count)
+    return counts
+
+
+@pytest.fixture
+def onednn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of chains of the products that oneDNN computes during a test, on any processor."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("oneDNN is not in this build of PyTorch")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    return force(monkeypatch)
+
+
+@pytest.fixture(params=LAYERS)
+def layer(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def operands(m: int | tuple[int, ...], k: int, n: int, bias: bool = True) -> tuple[Tensor, ...]:
+    """float32 x, weight and bias. Where results are few, sums are exact: an error of one sum is chance."""
+    lead = m if isinstance(m, tuple) else (m,)
+    make = normal if torch.Size(lead).numel() * n >= 1000 else halves
+    shapes = [(*lead, k), (n, k), (n,)][: 2 + bias]
+    args = [make(*shape, dtype=torch.float32, seed=seed) for seed, shape in enumerate(shapes)]
+    return args[0], args[1] / max(k, 1) ** 0.5, *args[2:]
+
+
+def first(op: Callable[..., Tensor], args: tuple[Tensor, ...], layout: str = "contiguous") -> list[Tensor]:
+    """The result and the gradients of ``args``, the incoming gradient's layout being that of the operands."""
+    leaves = [arg.clone().requires_grad_() for arg in args]
+    y = op(*map(LAYOUTS[layout], leaves))
+    incoming = LAYOUTS[layout](normal(*y.shape, dtype=torch.float32, seed=9)).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, leaves, incoming)]
+
+
+def second(op: Callable[..., Tensor], args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    leaves = [arg.clone().requires_grad_() for arg in args]
+    y = op(*leaves)
+    incoming = normal(*y.shape, dtype=torch.float32, seed=9).to(y.dtype).requires_grad_()
+    gradients = torch.autograd.grad(y, leaves, incoming, create_graph=True)
+    total = sum(g.square().sum() for g in gradients)
+    return torch.autograd.grad(total, (*leaves, incoming), materialize_grads=True)
+
+
+def compare(name: str, args: tuple[Tensor, ...], results: Any, roundings: int | None = None) -> None:
+    """``results(op, args)``, tensors in any tree, have at most twice the error of PyTorch's operators."""
+    ours, native, own = LAYERS[name]
+    actual, expected = tree_leaves(results(ours, args)), tree_leaves(results(native, args))
+    exact = tree_leaves(results(native, tuple(arg.double() for arg in args)))
+    for a, n, e in zip(actual, expected, exact, strict=True):
+        assert (a.shape, a.dtype) == (n.shape, n.dtype)
+        assert_accurate(a, n, to_numpy(e), roundings or own)
+
+
+SIZES = [
+    (1, 1, 1),
+    (1, 264, 129),
+    (1, 265, 1),
+    (129, 1, 127),
+    (127, 264, 129),
+    AWKWARD,
+    (127, 529, 1),
+    (128, 529, 129),
+    ((), 265, 127),
+    ((3, 43), 265, 127),
+]
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_a_layer_is_as_accurate_as_pytorchs(layer: str, sizes: Any, bias: bool, onednn: list[int]) -> None:
+    args = operands(*sizes, bias=bias)
+    compare(layer, args, first)
+    terms = (sizes[1], sizes[2], torch.Size(args[0].shape[:-1]).numel())  # of y, dL/dx and dL/dW
+    assert onednn == [-(-k // _onednn.CHAIN) for k in terms]
+    ours = LAYERS[layer][0]
+    for a, b in zip(first(ours, args), first(ours, args), strict=True):
+        assert torch.equal(bits(a), bits(b))
+    y = first(ours, args)[0]
+    with torch.no_grad():
+        assert torch.equal(bits(ours(*args)), bits(y))
+
+
+def test_the_comparison_rejects_a_lost_chain(layer: str, onednn: list[int], monkeypatch: Any) -> None:
+    chain = _onednn.onednn
+    monkeypatch.setattr(_onednn, "onednn", lambda a, b, onto=None, **bias: chain(a, b, **bias))
+    with pytest.raises(AssertionError):
+        compare(layer, operands(*AWKWARD), first)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout(layer: str, layout: str, onednn: list[int]) -> None:
+    for lead in (129, (3, 43)):
+        compare(layer, operands(lead, *AWKWARD[1:]), lambda op, args: first(op, args, layout))
+    assert onednn
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 4), (3, 0, 4), (3, 4, 0), ((2, 0), 265, 4), (0, 0, 0)], ids=str)
+def test_empty_operands(layer: str, sizes: Any, onednn: list[int]) -> None:
+    compare(layer, operands(*sizes), first)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_nan_and_infinities_are_pytorchs(layer: str, value: float, onednn: list[int]) -> None:
+    for wrong in range(3):
+        args = operands(*AWKWARD)
+        args[wrong].view(-1)[5] = value
+        found, expected = (first(op, args) for op in LAYERS[layer][:2])
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a.isnan(), b.isnan())
+            assert torch.equal(a.isposinf(), b.isposinf())
+            assert torch.equal(a.isneginf(), b.isneginf())
+    assert onednn
+
+
+@pytest.mark.parametrize("subset", range(1, 8))
+def test_any_subset_of_operands_needs_a_gradient(layer: str, subset: int, onednn: list[int]) -> None:
+    def gradients(op: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        leaves = [arg.clone().requires_grad_(bool(subset >> i & 1)) for i, arg in enumerate(args)]
+        y = op(*leaves)
+        return torch.autograd.grad(y.square().sum(), [leaf for leaf in leaves if leaf.requires_grad])
+
+    compare(layer, operands(*AWKWARD), gradients)
+    assert len(onednn) == 1 + (subset & 1) + (subset >> 1 & 1)
+
+
+def test_double_backward(layer: str, onednn: list[int]) -> None:
+    compare(layer, operands(*AWKWARD), second, SECOND)
+    # The forward pass. PyTorch's own products compute the gradients; theirs go through linear_sigmoid again.
+    assert onednn == [2] + [1, 1] * (layer == "linear_sigmoid")
+
+
+def test_batched_incoming_gradients(layer: str, onednn: list[int]) -> None:
+    def batched(op: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        leaves = [arg.clone().requires_grad_() for arg in args]
+        y = op(*leaves)
+        incoming = normal(3, *y.shape, dtype=torch.float32, seed=9).to(y.dtype)
+        return torch.autograd.grad(y, leaves, incoming, is_grads_batched=True)
+
+    compare(layer, operands(*AWKWARD), batched)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_every_transform(layer: str, transform: str, onednn: list[int]) -> None:
+    args = tuple(normal(*shape, dtype=torch.float32, seed=sum(shape)) for shape in LINEAR_SIGMOID.small[0])
+    compare(layer, args, TRANSFORMS[transform], 2 * SECOND)  # of the cube, a second derivative at most
+    assert layer == "linear_sigmoid" or onednn == []
+
+
+def test_compilers_and_tracers_see_pytorchs_operators(layer: str, onednn: list[int]) -> None:
+    ours, native, _ = LAYERS[layer]
+    args = operands(*AWKWARD)
+    expected = native(*args)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)(*args)
+    assert torch.equal(compiled, expected)
+    assert onednn == []
+    with torch.no_grad(), pytest.warns(FutureWarning, match="`torch.jit.trace` is deprecated"):
+        traced = torch.jit.trace(ours, args)
+    assert "mkldnn" not in str(traced.graph)
+    torch.testing.assert_close(traced(*args), expected)
+
+
+class Subclass(Tensor):
+    pass
+
+
+def test_autocast_and_subclasses_are_pytorchs(layer: str, onednn: list[int]) -> None:
+    ours, native, _ = LAYERS[layer]
+    args = operands(*AWKWARD)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(*args).dtype == torch.bfloat16
+        assert_accurate(ours(*args), native(*args), to_numpy(native(*(arg.double() for arg in args))), 2)
+    assert onednn == []
+    assert isinstance(linear(args[0].as_subclass(Subclass), *args[1:]), Subclass)
+    assert onednn == []
+
+
+def by_dtensors(name: str) -> None:
+    """Compare the result and the gradients for sharded rows and for sharded columns."""
+    mesh = init_device_mesh("cpu", (2,))
+    ours, native, roundings = LAYERS[name]
+    args = operands(*AWKWARD)
+    exact = first(native, tuple(arg.double() for arg in args))
+    with pytest.MonkeyPatch.context() as patch:
+        force(patch)
+        for placements in ([Shard(0), Replicate(), Replicate()], [Replicate(), Shard(0), Shard(0)]):
+            leaves = [
+                distribute_tensor(arg, mesh, [placement]).requires_grad_()
+                for arg, placement in zip(args, placements, strict=True)
+            ]
+            y = ours(*leaves)
+            incoming = distribute_tensor(normal(*y.shape, dtype=torch.float32, seed=9), mesh, y.placements)
+            results = [y, *torch.autograd.grad(y, leaves, incoming)]
+            for a, n, e in zip(results, first(native, args), exact, strict=True):
+                # The gradient of linear_sigmoid multiplies by y·(1 - y), three more roundings.
+                assert_accurate(a.full_tensor(), n, to_numpy(e), roundings + 3)
+
+
+def test_dtensors(ranks: Any, layer: str, onednn: list[int]) -> None:
+    ranks(2, by_dtensors, layer)
+
+
+ARGS = operands(*AWKWARD)
+REFUSED = {
+    "bias of another dtype": (*ARGS[:2], ARGS[2].double()),
+    "shorter bias": (*ARGS[:2], ARGS[2][1:]),
+    "bias on another device": (*ARGS[:2], ARGS[2].to("meta")),
+    "weight of another dtype": (ARGS[0], ARGS[1].double(), ARGS[2]),
+    "narrower weight": (ARGS[0], ARGS[1][:, 1:], ARGS[2]),
+    "x of another dtype": (ARGS[0].bfloat16(), *ARGS[1:]),
+    "x of one element": (ARGS[0][0, 0], *ARGS[1:]),
+}
+
+
+@pytest.mark.parametrize("args", REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("needs_gradient", [True, False])
+def test_a_linear_layers_errors_are_pytorchs(args: Any, needs_gradient: bool, onednn: list[int]) -> None:
+    args = [arg.detach().requires_grad_(needs_gradient) for arg in args]
+    with pytest.raises(RuntimeError) as expected:
+        F.linear(*args)
+    with pytest.raises(RuntimeError) as found:
+        linear(*args)
+    assert str(found.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("refused", LINEAR_SIGMOID.refused, ids=lambda refused: refused.message)
+@pytest.mark.parametrize("needs_gradient", [True, False])
+def test_linear_sigmoid_refuses_what_it_refused(
+    refused: Any, needs_gradient: bool, onednn: list[int]
+) -> None:
+    with torch.set_grad_enabled(needs_gradient), pytest.raises(RuntimeError) as found:
+        torchpar.linear_sigmoid(*refused.args)
+    assert refused.message in str(found.value)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (*ARGS[:2], ARGS[2][:1]),
+        (*ARGS[:2], ARGS[2][0]),
+        (*ARGS[:2], ARGS[2].expand(129, 127)),
+        (ARGS[0], ARGS[1][0]),
+        (ARGS[0].to_sparse(), ARGS[1]),
+    ],
+    ids=["bias of one number", "bias without a dimension", "bias of rows", "vector for a weight", "sparse x"],
+)
+def test_other_operands_of_a_linear_layer_are_pytorchs(args: Any, onednn: list[int]) -> None:
+    args = [arg.detach().requires_grad_() for arg in args]
+    found, expected = (op(*args) for op in (linear, F.linear))
+    assert torch.equal(found, expected)
+    gradients = [torch.autograd.grad(y.square().sum(), args[1:]) for y in (found, expected)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert onednn == []
+
+
+@pytest.fixture
+def on_amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_onednn, "has_onednn", lambda: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+
+
+def names(x: Tensor, out: int) -> tuple[str, str]:
+    """Names of the autograd nodes of a `Linear` and of a `LinearSigmoid`."""
+    modules = (kind(x.shape[1], out, dtype=x.dtype) for kind in (Linear, LinearSigmoid))
+    linear, sigmoid = (type(module(x).grad_fn).__name__ for module in modules)
+    return linear, sigmoid
+
+
+NATIVE = ("AddmmBackward0", "SigmoidBackward0")
+
+
+def test_only_large_float32_layers_have_an_autograd_of_their_own(on_amd: None) -> None:
+    large = torch.ones(128, 784)
+    assert names(large, 64) == ("_LinearBackward", "DifferentiableBackward")  # 6.4 million multiplications
+    assert names(large, 48) == NATIVE  # 4.8 million, less than `_LAYER_WORTH`
+    assert names(large.double(), 64) == NATIVE
+    assert names(large.bfloat16(), 64) == NATIVE
+
+
+@pytest.mark.parametrize("reason", ["processor", "threads", "flag"])
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")  # of PyTorch's own flags (2.15)
+def test_large_layers_are_pytorchs_elsewhere(on_amd: None, monkeypatch: Any, reason: str) -> None:
+    x = torch.ones(128, 784)
+    assert names(x, 64) != NATIVE
+    if reason == "processor":
+        monkeypatch.setattr(_onednn, "has_onednn", lambda: False)
+    if reason == "threads":
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with torch.backends.mkldnn.flags(enabled=reason != "flag"):
+        assert names(x, 64) == NATIVE
+
+
+@pytest.mark.parametrize(
+    "cpuinfo, capability, expected",
+    [
+        ("vendor_id : AuthenticAMD", "AVX512", True),
+        ("vendor_id : AuthenticAMD", "AVX2", False),
+        ("vendor_id : GenuineIntel", "AVX512", False),
+        (None, "AVX512", False),  # no Linux; the processor's name is not AMD's
+    ],
+)
+def test_onednn_is_for_amd_processors_with_avx512(
+    monkeypatch: pytest.MonkeyPatch, cpuinfo: str | None, capability: str, expected: bool
+) -> None:
+    def read(path: Path) -> str:
+        if cpuinfo is None:
+            raise FileNotFoundError(path)
+        return cpuinfo
+
+    for library in (torch.backends.mkldnn, torch.backends.mkl):
+        monkeypatch.setattr(library, "is_available", lambda: True)
+    monkeypatch.setattr(Path, "read_text", read)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(_onednn.platform, "processor", lambda: "arm")
+    assert _onednn.has_onednn.__wrapped__() == expected
+
+
+@pytest.mark.skipif(
+    not _onednn.has_onednn(), reason="chains were cut for AMD processors with AVX-512, which this one is not"
+)
+def test_one_chain_would_lose_accuracy(layer: str, onednn: list[int], monkeypatch: Any) -> None:
+    args = operands(128, 2000, 128)
+    ours, native, _ = LAYERS[layer]
+    expected = to_numpy(native(*(arg.double() for arg in args)))
+    in_chains = error(ours(*args), expected)
+    monkeypatch.setattr(_onednn, "CHAIN", 2000)
+    assert error(ours(*args), expected) > 1.5 * in_chains
+    assert onednn == [8, 1]
+
+
+def test_is_tracing_tells_whether_torch_jit_traces() -> None:
+    answers = [torch._C._is_tracing()]
+
+    def function(x: Tensor) -> Tensor:
+        answers.append(torch._C._is_tracing())
+        return x + 1
+
+    with pytest.warns(FutureWarning, match="`torch.jit.trace` is deprecated"):
+        torch.jit.trace(function, torch.ones(2), check_trace=False)
+    assert [*answers, torch._C._is_tracing()] == [False, True, False]
