@@ -16,21 +16,12 @@ class Command:
     Args:
         name: of the module in `benchmarks`.
         needs: the packages that it imports beside rich.
-        parents: parsers of further flags.
     """
 
-    def __init__(
-        self,
-        name: str,
-        description: str,
-        needs: Sequence[str] = (),
-        parents: Sequence[argparse.ArgumentParser] = (),
-    ):
+    def __init__(self, name: str, description: str, needs: Sequence[str] = ()):
         self.name = name
         self.needs = ("rich", *needs)
-        self.parser = argparse.ArgumentParser(
-            f"python -m benchmarks.{name}", description=description, parents=parents
-        )
+        self.parser = argparse.ArgumentParser(f"python -m benchmarks.{name}", description=description)
         self.parser.add_argument("--quick", action="store_true", help="small sizes: does it run?")
         self.parser.add_argument("--output", type=Path, metavar="DIR", help="for the CSV and pictures")
 

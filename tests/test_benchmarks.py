@@ -22,7 +22,18 @@ from benchmarks import matmul_t, muon, ncu, operators
 from benchmarks.command import run
 from torchpar.errors import ConfigError
 
-COMMANDS = ("autotune", "host", "ladder", "matmul_t", "muon", "ncu", "operators", "scale_model", "scaling")
+COMMANDS = (
+    "autotune",
+    "host",
+    "ladder",
+    "matmul_t",
+    "muon",
+    "ncu",
+    "operators",
+    "scale_model",
+    "scaling",
+    "train",
+)
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

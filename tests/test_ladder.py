@@ -2,13 +2,8 @@
 """The ladder: its checks, its rungs and rows, what is shown, and that it runs."""
 
 import csv
-import importlib.util
-import subprocess
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
-from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,14 +17,13 @@ pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 
 from benchmarks.compare import Work
 from benchmarks.ladder import __main__ as ladder
-from benchmarks.ladder import inputs, on_ranks, operators, programs, show, training
-from benchmarks.ladder.inputs import Training, TrainingInputs, operands
+from benchmarks.ladder import on_ranks, operators, show
+from benchmarks.ladder.inputs import operands
 from benchmarks.ladder.rungs import Rung, Workload, measure
 from benchmarks.report import Row
 from benchmarks.scaling.steps import CORES
 from benchmarks.timing import Ceiling, Rejected
 from torchpar.baselines import numba_njit, numpy_mlp
-from torchpar.nn import MLP
 
 CEILINGS = {"cpu": Ceiling(4e9, {torch.float32: 8e9}), "cuda": Ceiling(4e12, {torch.float32: 8e12})}
 SHAPES = [("maximum", (3, 5)), ("matmul_t", (5, 7)), ("linear_sigmoid", (3, 7, 5))]
@@ -111,18 +105,12 @@ class TwoRanks:
         self.wrong = wrong
 
     def run(self, function, *args):
-        if function is on_ranks.operate:
-            name, shape, _ = args
-            given = operands(name, shape)
-            result = getattr(numpy_mlp, name)(*given.arguments) + self.wrong
-            axis = 1 if name == "linear_sigmoid" else 0
-            return list(zip((2.0, 3.0), np.array_split(result, 2, axis=axis), strict=True))
-        if function is on_ranks.begin:
-            given = TrainingInputs(args[0])
-            self.losses = iter(given.losses_of(args[1]))
-            return [None, None]
-        losses = np.array([next(self.losses) for _ in range(args[0])])
-        return [(2.0, 0.25 * losses), (3.0, 0.75 * losses + self.wrong)]
+        assert function is on_ranks.operate
+        name, shape, _ = args
+        given = operands(name, shape)
+        result = getattr(numpy_mlp, name)(*given.arguments) + self.wrong
+        axis = 1 if name == "linear_sigmoid" else 0
+        return list(zip((2.0, 3.0), np.array_split(result, 2, axis=axis), strict=True))
 
 
 @pytest.mark.parametrize("name, shape", SHAPES)
@@ -174,141 +162,6 @@ def test_what_is_warm_is_called_many_times(name, shape):
     assert (len(calls) == before + 1) == (name == "maximum")
 
 
-# Epochs
-
-SMALL = Training((784, 30, 10), 10, samples=205)
-
-
-@pytest.fixture(scope="module")
-def epoch() -> TrainingInputs:
-    return TrainingInputs(SMALL)
-
-
-def train(epoch: TrainingInputs, lr: float = inputs.LR, order=None) -> np.ndarray:
-    model = numpy_mlp.MLP(epoch.training.sizes)
-    model.parameters[:] = epoch.start.parameters
-    optimizer, losses = numpy_mlp.SGD(model, lr), []
-    for batch in order or epoch.order:
-        loss, gradient = model.gradients(epoch.x[batch], epoch.labels[batch])
-        optimizer.step(gradient / len(batch))
-        losses.append(loss / len(batch))
-    return np.array(losses)
-
-
-def test_an_epoch_covers_the_samples(epoch):
-    assert [len(batch) for batch in epoch.order] == [10] * 20 + [5]
-    assert sorted(np.concatenate(epoch.order)) == list(range(205))
-    assert (epoch.x.shape, epoch.x.min(), epoch.x.max(), epoch.x.dtype) == ((205, 784), 0, 1, np.float32)
-    products = [m * n for m, n in pairwise(SMALL.sizes)]
-    assert epoch.work.flops == 205 * (3 * 2 * sum(products) - 2 * products[0])
-
-
-def test_losses_of_another_training_are_rejected(epoch):
-    losses = train(epoch)
-    epoch.check(losses, 0, 21)
-    epoch.check(losses[3:5], 3, 5)
-    other = list(numpy_mlp.batches(205, 10, np.random.default_rng(1)))
-    last = losses.copy()
-    last[-1] = np.nan
-    swapped = [epoch.order[1], epoch.order[0], *epoch.order[2:]]
-    wrong = [train(epoch, 1.01 * inputs.LR), train(epoch, order=other), train(epoch, order=swapped)]
-    for found in (*wrong, losses[::-1], 1.01 * losses, last):
-        with pytest.raises(Rejected, match="a loss is off"):
-            epoch.check(found, 0, 21)
-    with pytest.raises(Rejected, match="2 losses of 3 batches"):
-        epoch.check(losses[:2], 0, 3)
-
-
-def scripted(asked: list[int], factor: float = 1.0):
-    """A rung that yields the right losses, times ``factor``, and notes the batches that it trained on."""
-
-    def train(epoch: TrainingInputs, order: Sequence[np.ndarray]) -> Iterator[float | None]:
-        asked.clear()
-        yield None
-        for number, loss in enumerate(epoch.losses_of(order)):
-            asked.append(number)
-            yield factor * loss
-
-    return train
-
-
-@pytest.mark.parametrize("chunk, end", [(1, 21), (4, 21), (21, 21), (50, 21), (3, 7), (0, 0)])
-def test_turns_cover_an_epoch(epoch, chunk, end):
-    asked: list[int] = []
-    turn = training.epoch_turn(epoch, training.local(epoch, scripted(asked)), chunk, end)
-    assert turn(0) == []
-    assert asked == []  # it has begun anew
-    samples = list(iter(partial(turn, 1), None))
-    assert asked == list(range(end or 21))
-    assert len(samples) == -(-(end or 21) // (chunk or 2))
-    assert turn(1) is None
-
-
-@pytest.mark.parametrize("kind", ["off", "lazy"])
-def test_a_wrong_epoch_is_rejected(epoch, kind):
-    def lazy(epoch: TrainingInputs, order: Sequence[np.ndarray]) -> Iterator[float | None]:
-        """Trains on the first batches alone."""
-        yield None
-        yield from epoch.losses_of(order)[:3]
-
-    train = lazy if kind == "lazy" else scripted([], 1.01)
-    turn = training.epoch_turn(epoch, training.local(epoch, train), 5)
-    turn(0)
-    with pytest.raises(Rejected):
-        turn(1)
-
-
-@pytest.mark.parametrize("kind", ["pure Python", "NumPy", "torch", "torchpar"])
-def test_rungs_train_as_float64_does(kind):
-    """The remainder comes first, as the last step shows in no loss."""
-    epoch = TrainingInputs(SMALL)
-    epoch.order = [epoch.order[-1], *epoch.order[:-1]]
-    makers = {
-        "pure Python": lambda: training.pure_python_epoch,
-        "NumPy": lambda: training.numpy_epoch,
-        "torch": lambda: training.torch_epoch(training.native(SMALL.sizes)),
-        "torchpar": lambda: training.torch_epoch(MLP(SMALL.sizes)),
-    }
-    turn = training.epoch_turn(epoch, training.local(epoch, makers[kind]()), 4)
-    turn(0)
-    samples = list(iter(partial(turn, 1), None))
-    assert len(samples) == 6
-    assert all(seconds > 0 for (seconds,) in samples)
-
-
-def test_losses_of_ranks_add_up(epoch):
-    for wrong in (0.0, 0.1):
-        turn = training.epoch_turn(epoch, partial(training.on_ranks, TwoRanks(wrong), SMALL), 21)
-        if wrong:
-            with pytest.raises(Rejected):
-                [turn(0), turn(1)]
-        else:
-            assert [turn(0), turn(1)] == [[], [3.0]]
-
-
-def test_a_program_that_trains_otherwise_is_rejected(epoch, monkeypatch):
-    """The lessons' loop: at a rate that is 1% off, or in another order than the one compared with."""
-    rung = programs.run(epoch)
-    assert (rung.turn(0), len(rung.turn(1)), rung.turn(1 + programs.EPOCHS)) == ([], 1, None)
-    other = programs.program_rung(programs.RUN, epoch, epoch.order, partial(programs.run_epoch, epoch))
-    with pytest.raises(Rejected, match="the mean loss is"):
-        other.turn(1)
-    monkeypatch.setattr(programs, "LR", 1.01 * inputs.LR)
-    with pytest.raises(Rejected, match="the mean loss is"):
-        programs.run(epoch).turn(1)
-
-
-def test_an_mpirun_that_fails_or_is_missing(epoch, monkeypatch):
-    failed = subprocess.CompletedProcess([], 3, "", "no slots")
-    monkeypatch.setattr(programs.subprocess, "run", lambda *args, **options: failed)
-    monkeypatch.setattr(programs.shutil, "which", lambda name: "/usr/bin/mpirun")
-    with pytest.raises(Rejected, match="mpirun ended with 3: no slots"):
-        programs.mpi(epoch).turn(1)
-    monkeypatch.setattr(programs.shutil, "which", lambda name: None)
-    monkeypatch.setattr(programs.sys, "executable", "/nonexistent/python")
-    assert "mpirun" in programs.missing("MPI")
-
-
 # What is shown
 
 
@@ -317,8 +170,6 @@ def some_rows(workload: str = "work") -> list[Row]:
         Rung("pure Python", steady(16.0), "from 25%", covered=0.25),
         Rung("njit", steady(0.002), note="1 thread", compiles=True, intensity=0.5),
         Rung("NumPy", reject),
-        Rung(programs.RUN, steady(0.5)),
-        Rung(programs.LIGHTNING, steady(0.75)),
         Rung("torchpar GPU", steady(2e-6), device=torch.device("cuda")),
         unit="GFLOP/s",
     )
@@ -335,19 +186,13 @@ def test_the_readmes_table():
     ]
 
 
-def test_overhead_of_lightning():
-    line = show.overhead(some_rows(), 100)
-    assert line == f"a step takes 5000 µs with {programs.RUN}, 2500 µs more with Lightning"
-    assert show.overhead(some_rows()[:4], 100) == ""
-
-
 @pytest.mark.parametrize("failed", [False, True])
 def test_pictures(tmp_path, failed):
     """A workload of which nothing could be measured leaves the others their picture."""
     rows = some_rows()
     if failed:
         rows = [replace(row, p50_ms=None, found={"note": ""}, ok=False) for row in rows]
-    show.bars([rows], [some_rows("an epoch of work")], tmp_path / "bars.png", "a machine")
+    show.bars([rows, some_rows("other work")], tmp_path / "bars.png", "a machine")
     show.intensity(rows, tmp_path / "intensity.png", "a machine", {"memory": 1e10}, 1e11)
     for name in ("bars", "intensity"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(PNG)
@@ -356,16 +201,13 @@ def test_pictures(tmp_path, failed):
 @pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True])
 def test_the_ladder_runs(tmp_path, capsys, monkeypatch, whole):
-    """Unless it is to be ``whole``, loops are not compiled, and parallel ones, MPI and Lightning left out."""
+    """Unless it is to be ``whole``, loops are not compiled, and parallel ones left out."""
     pytest.importorskip("matplotlib", reason="an extra")
     fork_context()
-    monkeypatch.setattr(programs, "EPOCHS", 1)
     if not whole:
         loops = {loop.__name__: loop for loop in numba_njit.LOOPS}
         monkeypatch.setattr(numba_njit, "SERIAL", SimpleNamespace(**loops))
-        monkeypatch.setattr(numba_njit, "cross_entropy", numba_njit.cross_entropy.py_func)
         monkeypatch.setattr(ladder, "THREADS", ())
-        monkeypatch.setattr(programs, "missing", lambda name: ["something"])
     assert ladder.main(["--quick", f"--output={tmp_path}"]) == 0
     names = {"ladder.csv", "ladder.md", "ladder.png", "intensity.png"}
     assert {path.name for path in tmp_path.iterdir()} == names
@@ -381,20 +223,13 @@ def test_the_ladder_runs(tmp_path, capsys, monkeypatch, whole):
         "maximum of 20×30 int32",
         "X·Xᵀ of 33×17 float32",
         "linear+sigmoid of 7×33→5 float32",
-        "an epoch of 105 MNIST digits, 784-30-10, batch 10",
     ]
     for rungs in found.values():
         names = {"pure Python", "njit", "NumPy", "torch eager", "torchpar CPU"}
         names |= {"njit, parallel 1 thread"} if whole else set()
         assert {name.partition(" from")[0] for name in rungs} >= names
         assert any(name.startswith("2 ranks") for name in rungs)
-    *_, epoch = found.values()
-    assert programs.RUN in epoch
-    assert ("NumPy, 2 processes by MPI" in epoch) is not bool(programs.missing("MPI"))
-    has_lightning = whole and importlib.util.find_spec("lightning") is not None
-    assert ("Lightning" in epoch) is has_lightning
     out = capsys.readouterr().out
-    assert ("µs more with Lightning" in out) is has_lightning
     assert ("not measured: njit with 8 threads" in out) is (CORES < 8 and whole)
     assert all(f"{workload}\n" in out for workload in found)
     assert (tmp_path / "ladder.md").read_text().count("× rung before") == len(found)

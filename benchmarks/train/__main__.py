@@ -19,12 +19,12 @@ from pathlib import Path
 
 from benchmarks.idle_threads import shorten_spins
 
-THREADS = argparse.ArgumentParser(add_help=False)
-THREADS.add_argument("--threads", type=int, default=1, help="of each process but the two ranks; by default 1")
 if __name__ == "__main__":
     shorten_spins()
+    early = argparse.ArgumentParser(add_help=False)
+    early.add_argument("--threads", default="1")
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = str(THREADS.parse_known_args()[0].threads)
+        os.environ[name] = early.parse_known_args()[0].threads
 
 import torch
 
@@ -151,7 +151,8 @@ def draw(path: Path, tables: Sequence[Sequence[Row]], title: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     needs = ["numba", "torchvision"]
-    command = Command("train", "Train MLPs on MNIST in many ways, side by side.", needs, [THREADS])
+    command = Command("train", "Train MLPs on MNIST in many ways, side by side.", needs)
+    command.parser.add_argument("--threads", type=int, default=1, help="of each process but the two ranks")
     options = command.parse(arguments)
     if options.output:
         command.require("matplotlib")
