@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# ruff: noqa: E402  # libraries read the environment when they are imported
+# libraries read the environment when they are imported
 """Train MLPs on MNIST in many ways, side by side: ``python -m benchmarks.train``.
 
 Every row takes the same steps: the same first weights, batches and plain SGD. The loss of each batch is
