@@ -127,7 +127,7 @@ def test_split_layers_equal_the_whole_ones(ranks, world_size):
 
 
 def compare_without(function: str, case: int, substitute: Any) -> None:
-    with patch(f"torchpar.parallel.split.layers.{function}", substitute):
+    with patch(f"torchpar.parallel.split.{function}", substitute):
         compare(*CASES[case])
 
 
@@ -146,9 +146,9 @@ def sliced(t: Tensor, *_: Any) -> Tensor:
 @pytest.mark.parametrize(
     "function, case, substitute, wrong",
     [
-        ("start_all_reduce", 0, no_reduction, "x"),
-        ("reduce_from_tensor_model_parallel_region", 5, unchanged, "y"),
-        ("scatter_to_tensor_model_parallel_region", 6, sliced, "x"),
+        ("column.start_all_reduce", 0, no_reduction, "x"),
+        ("layers.reduce_from_tensor_model_parallel_region", 5, unchanged, "y"),
+        ("layers.scatter_to_tensor_model_parallel_region", 6, sliced, "x"),
     ],
 )
 def test_the_comparison_rejects_a_missing_collective(ranks, function, case, substitute, wrong):

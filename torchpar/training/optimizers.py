@@ -18,7 +18,7 @@ LRSchedule = Literal["linear", "cosine", "constant"]
 
 def sgd(
     model: torch.nn.Module, lr: float, momentum: float, weight_decay: float, decay_biases: bool = False
-) -> SGD:
+) -> torch.optim.SGD:
     """Return SGD with Nesterov momentum and an L2 penalty ``λ/2·‖p‖²`` of the weights.
 
     Args:
@@ -28,7 +28,9 @@ def sgd(
     weights = [p for p in model.parameters() if p.dim() > 1 or decay_biases]
     others = [p for p in model.parameters() if not (p.dim() > 1 or decay_biases)]
     groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+    # SGD's one call rounds the last elements of a tensor otherwise, so that bits depend on how it is split.
+    kind = torch.optim.SGD if any(split_parameters(model)) else SGD
+    return kind(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
 
 
 def muon(model: torch.nn.Module, lr: float, momentum: float, weight_decay: float) -> ChainedOptimizer:
