@@ -3,7 +3,7 @@
 """Train MLPs on MNIST in many ways, side by side: ``python -m benchmarks.train``.
 
 Every row takes the same steps: the same first weights, batches and plain SGD. The loss of each batch is
-checked with float64. Rows take turns, of a twentieth of an epoch each; a time is the median over the turns,
+checked with float64. Rows take turns, of a tenth of an epoch each; a time is the median over the turns,
 and a speed-up the median of the ratios. One thread, unless ``--threads`` says otherwise; two ranks have one
 each.
 
@@ -23,19 +23,19 @@ if __name__ == "__main__":
     shorten_spins()
     early = argparse.ArgumentParser(add_help=False)
     early.add_argument("--threads", default="1")
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ[name] = early.parse_known_args()[0].threads
 
 import torch
 
 from benchmarks.command import Command, run
-from benchmarks.ladder.rungs import ROUNDS, Rung, plural
+from benchmarks.ladder.rungs import Rung, plural
 from benchmarks.report import Results, Row, number, picture, print_rows, provenance
 from benchmarks.scaling.steps import CORES
 from benchmarks.timing import CPU, take_turns
 from benchmarks.train import on_ranks, programs
 from benchmarks.train.inputs import Training, TrainingInputs
-from benchmarks.train.rungs import FUSED, PLAIN, rungs
+from benchmarks.train.rungs import FUSED, PLAIN, ROUNDS, rungs
 from torchpar import data
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
@@ -113,7 +113,7 @@ def with_accuracy(rows: Sequence[Row], inputs: TrainingInputs, most: int) -> lis
 
 def label(row: Row) -> str:
     """The name of a row, without how much was extrapolated."""
-    return ", ".join(filter(None, (row.provider, row.found["note"].partition("from")[0])))
+    return ", ".join(filter(None, (row.provider, row.found["note"].partition("from ")[0])))
 
 
 def markdown(tables: Sequence[Sequence[Row]], threads: int) -> str:
@@ -121,22 +121,23 @@ def markdown(tables: Sequence[Sequence[Row]], threads: int) -> str:
     heads = [f"{rows[0].work['network']}, batch {rows[0].work['batch']}" for rows in tables]
     lines = ["| " + " | ".join([f"ms a step, {plural(threads, 'thread')}", *heads]) + " |"]
     lines.append("|---" * (len(heads) + 1) + "|")
-    for at, row in enumerate(tables[0]):
+    for name in dict.fromkeys(label(row) for rows in tables for row in rows):
         cells = []
-        for one in (rows[at] for rows in tables):
-            gain = f" ({number(one.speedup)}×)" if one.speedup and one.provider != PLAIN else ""
-            cells.append(f"{number(one.p50_ms)}{gain}" if one.p50_ms else "")
-        lines.append("| " + " | ".join([label(row), *cells]) + " |")
+        for rows in tables:
+            row = next((row for row in rows if label(row) == name), None)
+            gain = f" ({number(row.speedup)}×)" if row and row.speedup and row.provider != PLAIN else ""
+            cells.append(f"{number(row.p50_ms)}{gain}" if row and row.p50_ms else "")
+        lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join([*lines, ""])
 
 
 def draw(path: Path, tables: Sequence[Sequence[Row]], title: str) -> None:
     """Speed-ups over plain eager, a panel for each network."""
-    with picture(path, 4 * len(tables), 5) as figure:
+    with picture(path, 5 * len(tables), 4) as figure:
         figure.suptitle(title, fontsize=10)
         for axes, rows in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables, strict=True):
             known = [row for row in rows if row.speedup]
-            names = [label(row) if rows is tables[0] else "" for row in known]
+            names = [label(row) for row in known]
             colors = ["tab:blue" if row.provider.startswith(FUSED) else "tab:gray" for row in known]
             axes.barh(range(len(known)), [row.speedup for row in known], color=colors)
             for at, row in enumerate(known):
@@ -160,12 +161,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--threads is {options.threads}, expected at least 1")
     plan = QUICK if options.quick else FULL
     before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
     name = "train" if options.threads == 1 else f"train-{options.threads}-threads"
     results = Results(command.csv(options, name), CPU, cores=CORES, threads=options.threads)
     tables = []
     with start_ranks(2) as ranks, join_world_of_one("cpu") as world:
         for training in plan:
+            torch.set_num_threads(options.threads)
             inputs = TrainingInputs(training)
             turns = {(r.name, r.note): r for r in rungs(inputs, world, ranks, compiled=not options.quick)}
             rows = with_accuracy(measure(inputs, turns, ROUNDS), inputs, 1 if options.quick else EPOCHS)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.ladder.rungs import ROUNDS, Rung, plural
+from benchmarks.ladder.rungs import Rung, plural
 from benchmarks.timing import CPU, Turn, time_calls
 from benchmarks.train import programs
 from benchmarks.train.inputs import LR, TrainingInputs
@@ -32,6 +32,7 @@ Order = Sequence[Array]  # the indices of each batch
 Train = Callable[[TrainingInputs, Order], Iterator[Any]]
 Advance = Callable[[int], tuple[float, Array]]  # train on so many batches: the seconds, and their losses
 
+ROUNDS = 10  # turns of an epoch
 PLAIN, FUSED = "plain eager", "torchpar"
 SLOW = {"pure Python": 200, "customary script": 2000}  # digits, of which an epoch is extrapolated
 
@@ -48,7 +49,8 @@ def rungs(inputs: TrainingInputs, world: World, ranks: Ranks, compiled: bool = T
         turn = epoch_turn(inputs, local(inputs, train), 1 if part else 0, end)
         return Rung(name, turn, note, **options)
 
-    yield rung("pure Python", pure_python_epoch)
+    if len(sizes) == 3:  # a step of the others takes a minute
+        yield rung("pure Python", pure_python_epoch)
     yield rung("customary script", customary_epoch, "DataLoader, transforms")
     yield rung("njit", partial(njit_epoch, threads=None), compiles=True)
     if torch.get_num_threads() > 1:
@@ -103,7 +105,18 @@ def epoch_turn(
 
 
 def local(inputs: TrainingInputs, train: Train) -> Callable[[Order], Advance]:
-    return lambda order: advance_by(train(inputs, order))
+    threads = torch.get_num_threads()
+
+    def begin(order: Order) -> Advance:
+        advance = advance_by(train(inputs, order))
+
+        def with_threads(batches: int) -> tuple[float, Array]:
+            torch.set_num_threads(threads)  # Numba and Lightning set those of OpenMP
+            return advance(batches)
+
+        return with_threads
+
+    return begin
 
 
 def advance_by(losses: Iterator[Any]) -> Advance:
