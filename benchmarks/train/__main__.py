@@ -133,9 +133,10 @@ def markdown(tables: Sequence[Sequence[Row]], threads: int) -> str:
 
 def draw(path: Path, tables: Sequence[Sequence[Row]], title: str) -> None:
     """Speed-ups over plain eager, a panel for each network."""
-    with picture(path, 5 * len(tables), 4) as figure:
+    with picture(path, 11, 4 * -(-len(tables) // 2)) as figure:
         figure.suptitle(title, fontsize=10)
-        for axes, rows in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables, strict=True):
+        panels = figure.subplots(-(-len(tables) // 2), 2, squeeze=False).flatten()
+        for axes, rows in zip(panels, tables, strict=False):
             known = [row for row in rows if row.speedup]
             names = [label(row) for row in known]
             colors = ["tab:blue" if row.provider.startswith(FUSED) else "tab:gray" for row in known]
@@ -148,6 +149,7 @@ def draw(path: Path, tables: Sequence[Sequence[Row]], title: str) -> None:
             axes.set(xscale="log", xlabel="× plain eager")
             axes.set_title(f"{rows[0].work['network']}, batch {rows[0].work['batch']}", fontsize=9)
             axes.margins(x=0.25)
+            axes.minorticks_off()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
