@@ -87,7 +87,7 @@ def test_turns_cover_an_epoch(epoch, chunk, end):
     assert asked == []  # it has begun anew
     samples = list(iter(partial(turn, 1), None))
     assert asked == list(range(end or 21))
-    assert len(samples) == -(-(end or 21) // (chunk or 2))
+    assert len(samples) == -(-(end or 21) // (chunk or 3))  # a tenth of 21 batches
     assert turn(1) is None
 
 
