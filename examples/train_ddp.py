@@ -10,8 +10,8 @@ average in a few lines. Two ranks compute the same as one, up to rounding, and i
 work of a step outweighs the exchange of gradients.
 
 By default the gradients of the MLP are computed by formulas and added over the ranks in one message
-(`torchpar.training.fused`), which takes half the time. ``--fused off`` takes autograd and
-DistributedDataParallel, as for any other model.
+(`torchpar.training.fused`), which is faster. ``--fused off`` takes autograd and DistributedDataParallel, as
+for any other model.
 
 Without torchrun, ``python examples/train_ddp.py`` is one process, and nothing is exchanged.
 """

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
+from torchpar.optim import SGD
 from torchpar.parallel.launch.world import World, join_world
 from torchpar.parallel.save.checkpoint import Checkpoint, Checkpoints
 from torchpar.parallel.save.manifest import MANIFEST, UNSIGNED
@@ -464,6 +465,9 @@ def hand_on(source: Path, target: Path, sizes: list[int], **mesh: int) -> float:
         torch.manual_seed(7)
         state.resume(Checkpoints(source, world))
         assert state.step == 5
+        # A split model's steps must not be computed as the saved run's were.
+        fused = True if type(state.optimizer) is SGD else None
+        assert {group["fused"] for group in state.optimizer.param_groups} == {fused}
         state.save(Checkpoints(target, world), 5)
         return float(world.sum(torch.tensor(state.loss(), dtype=torch.float64)))
 

@@ -305,7 +305,17 @@ def without_bias(model: MLP) -> None:
     model.layers[0].bias = None
 
 
+def of_another_size(model: MLP) -> None:
+    model.layers[-1] = Linear(3, 5)
+
+
+def with_another_forward(model: MLP) -> None:
+    model.forward = lambda x: x  # type: ignore[method-assign]
+
+
 CHANGES = {
+    of_another_size: "a layer of the model has another size",
+    with_another_forward: "the model's forward has been replaced",
     hooked_forward: "hooks",
     hooked_backward: "hooks",
     hooked_parameter: "hooks",
@@ -349,6 +359,12 @@ def test_a_changed_mlp_is_refused(change: Any) -> None:
 @pytest.mark.parametrize("make_model, reason", MODELS.values(), ids=MODELS)
 def test_other_models_are_refused(make_model: Any, reason: str) -> None:
     refuse(make_model(), reason)
+
+
+@pytest.mark.parametrize("label_smoothing", [-0.1, 1.1, float("nan")])
+def test_label_smoothing_out_of_range(label_smoothing: float) -> None:
+    with pytest.raises(ConfigError, match=r"label_smoothing is .*, expected 0 to 1"):
+        FusedGradients(MLP((4, 3, 2)), label_smoothing=label_smoothing)
 
 
 def refuse_split_models() -> None:

@@ -183,6 +183,9 @@ def test_refusals() -> None:
     p = torch.ones(3, requires_grad=True)
     with pytest.raises(ValueError, match=r"dampening is 0\.5, expected 0; take torch\.optim\.SGD"):
         SGD([{"params": [p], "dampening": 0.5}])
+    other = torch.optim.SGD([p], momentum=0.9, dampening=0.5)
+    with pytest.raises(ValueError, match=r"dampening is 0\.5, expected 0"):
+        SGD([p], momentum=0.9).load_state_dict(other.state_dict())
     with pytest.raises(ValueError, match="Nesterov momentum requires a momentum"):
         SGD([p], nesterov=True)
     with pytest.raises(ValueError, match="Invalid learning rate"):

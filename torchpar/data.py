@@ -64,7 +64,7 @@ class Samples:
         uint8 pixels become float32 in [0, 1]; floating features are returned as they are.
         """
         features = self.features.flatten(1)
-        # Indexing by a tensor takes four times as long as index_select.
+        # Indexing by a tensor takes longer than index_select.
         chosen = features[index] if isinstance(index, slice) else features.index_select(0, index)
         return chosen / 255 if chosen.dtype == torch.uint8 else chosen
 
@@ -105,7 +105,7 @@ def batches(
     (state,) = np.random.SeedSequence((seed, epoch)).generate_state(1)
     generator = torch.Generator().manual_seed(int(state))
     order = torch.randperm(len(samples), generator=generator).to(samples.labels.device)
-    # Some small batches are read at once: that takes no longer than reading one.
+    # Some small batches are read at once, which takes fewer calls.
     at_once = max(_READ_AT_ONCE // batch_size, 1) * batch_size
     share = cache(share)
     for chunk in order[start * batch_size :].split(at_once):

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
-# libraries read the environment when they are imported
 """Train MLPs on MNIST in many ways, side by side: ``python -m benchmarks.train``.
 
-Every row takes the same steps: the same first weights, batches and plain SGD. The loss of each batch is
-checked with float64. Rows take turns, of a tenth of an epoch each; a time is the median over the turns,
-and a speed-up the median of the ratios. One thread, unless ``--threads`` says otherwise; two ranks have one
-each.
+Every row trains by plain SGD from the same first weights, and all but MPI's on the same batches. The loss of
+each batch is checked with float64; of MPI and Lightning, which train whole epochs, the mean loss. The other
+rows take turns, of a tenth of an epoch each. A time is the median over the turns, and a speed-up the median
+of the ratios. One thread, unless ``--threads`` says otherwise; two ranks have one each.
 
 The seconds to an accuracy are the epochs that training takes at the rate of `RATES`, counted once, times the
 steps of an epoch and the time of a step.
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.idle_threads import shorten_spins
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # libraries read the environment when they are imported
     shorten_spins()
     early = argparse.ArgumentParser(add_help=False)
     early.add_argument("--threads", default="1")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The part of each rank in the epochs of two ranks, run by `torchpar.parallel.launch.local`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
 import torch.distributed as dist
@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.train.inputs import LR, Training, TrainingInputs
-from benchmarks.train.rungs import advance_by
+from benchmarks.train.rungs import Advance, advance_by
 from torchpar.baselines.bridge import copy_weights
 from torchpar.baselines.numpy_mlp import Array
 from torchpar.data import batches
@@ -19,7 +19,6 @@ from torchpar.optim import SGD
 from torchpar.parallel.launch.local import current_world
 from torchpar.training.fused import FusedGradients
 
-Advance = Callable[[int], tuple[float, Array]]
 Way = Literal["DDP", "fused"]
 _training: dict[Way, Advance] = {}  # the epochs that are under way
 

@@ -66,12 +66,12 @@ def rungs(inputs: TrainingInputs, world: World, ranks: Ranks, compiled: bool = T
         fast = native(sizes)
         fast.compile()
         yield rung("torch.compile", torch_epoch(fast), compiles=True)
-    yield rung("torchpar, autograd", run_epoch(world, fused=False), "training.Run")
-    yield rung(FUSED, run_epoch(world, fused=True), "training.Run")
+    yield rung("torchpar, autograd", run_epoch(world, fused=False))
+    yield rung(FUSED, run_epoch(world, fused=True), "gradients by formulas")
     if torch.cuda.is_available():
         cuda = torch.device("cuda")
         yield rung(f"{PLAIN}, GPU", torch_epoch(native(sizes), cuda), device=cuda)
-    for way, note in (("DDP", "DistributedDataParallel"), ("fused", "1 thread each")):
+    for way, note in (("DDP", "DistributedDataParallel"), ("fused", "gradients by formulas")):
         turn = epoch_turn(inputs, partial(on_ranks, ranks, inputs, way))
         yield Rung(f"{FUSED}, 2 ranks", turn, note)
 

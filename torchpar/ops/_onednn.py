@@ -22,15 +22,15 @@ from torch.nn import functional as F
 from torchpar.ops._matrix import rows
 
 CHAIN = 264
-# Multiplications per chain and thread from which on oneDNN is faster: a call of it takes longer than MKL's.
+# The smallest product for oneDNN, in multiplications per chain and thread: its call costs more than MKL's.
 _WORTH = 2_500_000
-# Those from which on a layer is, forward and backward, whose autograd in Python takes longer than PyTorch's.
+# The smallest layer: its autograd function is in Python, and costs more than PyTorch's own.
 _LAYER_WORTH = 5_000_000
 
 
 @cache
 def has_onednn() -> bool:
-    """Whether oneDNN has wider vectors here than PyTorch's BLAS library: MKL on an AMD with AVX-512."""
+    """Return True if oneDNN has wider vectors than PyTorch's BLAS library: MKL on an AMD with AVX-512."""
     try:
         vendor = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -44,12 +44,12 @@ def has_onednn() -> bool:
 
 
 def prefers_onednn(t: Tensor) -> bool:
-    """Whether products of ``t`` go to oneDNN if they are large enough."""
+    """Return True if products of ``t`` go to oneDNN where they are large enough."""
     return t.is_cpu and t.dtype == torch.float32 and has_onednn() and bool(torch.backends.mkldnn.enabled)
 
 
 def layer_gains(multiplications: int) -> bool:
-    """Whether a float32 linear layer on the CPU, forward and backward, is faster by oneDNN."""
+    """Return True if a float32 linear layer on the CPU, forward and backward, is faster by oneDNN."""
     worth = multiplications >= _LAYER_WORTH * torch.get_num_threads()
     return worth and has_onednn() and bool(torch.backends.mkldnn.enabled)
 
@@ -72,7 +72,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def gains(x: Tensor, weight: Tensor) -> bool:
-    """Whether ``x @ weight.T`` belongs to a layer that is faster by oneDNN."""
+    """Return True if ``x @ weight.T`` belongs to a layer that is faster by oneDNN."""
     return (
         layer_gains(x.numel() * weight.shape[:1].numel())
         and x.is_cpu
@@ -81,7 +81,7 @@ def gains(x: Tensor, weight: Tensor) -> bool:
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether oneDNN takes the operands. PyTorch broadcasts a bias, takes other layouts, and names errors."""
+    """Return True if oneDNN takes the operands. PyTorch takes more layouts and biases, and names errors."""
     operands = (x, weight) if bias is None else (x, weight, bias)
     return (
         all(t.is_cpu and t.dtype == x.dtype and t.layout == torch.strided for t in operands)
@@ -149,7 +149,7 @@ def _chains(a: Tensor, b: Tensor) -> int:
 
 
 def is_eager(*tensors: Tensor | None) -> bool:
-    """Whether calls are plain ones: no compiler, transform, subclass or autocast has to see them."""
+    """Return True if no compiler, transform, subclass or autocast has to see the calls."""
     return (
         not torch.compiler.is_compiling()
         and not torch._C._is_tracing()

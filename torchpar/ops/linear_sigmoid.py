@@ -55,7 +55,7 @@ def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
         RuntimeError: an unsupported dtype, shapes that do not fit, or mixed dtypes or devices.
     """
     if x.is_cpu and _onednn.is_eager(x, weight, bias):
-        # On a CPU the dispatcher and an operator's autograd take 40 µs, and do nothing here.
+        # On a CPU the dispatcher and an operator's autograd take longer than a small product.
         if not _onednn.gains(x, weight):
             return _formula(x, weight, bias)
         if not torch.is_grad_enabled():
@@ -90,7 +90,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether PyTorch's operators with their autograd are fastest: on CPUs, where oneDNN gains nothing."""
+    """Return True if PyTorch's operators with their autograd are fastest: on CPUs, small or not float32."""
     return x.is_cpu and _onednn.is_eager(x, weight, bias) and not _onednn.gains(x, weight)
 
 

@@ -7,11 +7,11 @@ With A₀ = X, hidden layers Aₗ = σ(Aₗ₋₁·Wₗᵀ + bₗ), logits Z of 
     dL/dWₗ = (dL/dZₗ)ᵀ·Aₗ₋₁        dL/dbₗ = Σ dL/dZₗ over the rows
     dL/dZₗ₋₁ = (dL/dZₗ·Wₗ) ⊙ Aₗ₋₁ ⊙ (1 − Aₗ₋₁)
 
-The operators are those that autograd would call. Its own work takes 30 to 100 µs a step, as long as the
-arithmetic of a small network.
+Autograd's own work takes as long as the arithmetic of a small network (`benchmarks.train`).
 """
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,6 +34,9 @@ def why_not_fused(model: torch.nn.Module) -> str:
         return f"the model has {model.hidden} layers and {model.output} outputs, not sigmoid and logits"
     if [type(layer) for layer in model.layers] != [LinearSigmoid] * (len(model.sizes) - 2) + [Linear]:
         return "a layer of the model has been replaced"
+    shapes = [layer.weight.shape for layer in model.layers]
+    if shapes != [(n, m) for m, n in pairwise(model.sizes)]:
+        return "a layer of the model has another size"
     if not all(type(p) is torch.nn.Parameter for layer in model.layers for p in (layer.weight, layer.bias)):
         return "a weight or a bias is not an ordinary parameter"
     if not all(p.requires_grad for p in model.parameters()):
@@ -44,6 +47,8 @@ def why_not_fused(model: torch.nn.Module) -> str:
         getattr(p, hooks) for p in model.parameters() for hooks in of_parameters
     ):
         return "the model has hooks, which autograd would call"
+    if "forward" in vars(model):
+        return "the model's forward has been replaced"
     if any(module._compiled_call_impl is not None for module in model.modules()):
         return "the model is compiled"
     return ""
@@ -55,19 +60,23 @@ class FusedGradients:
     The model stays an ordinary module: its parameters, state dict and ``p.grad`` are as with autograd, and
     any optimizer can step. Autocast changes nothing.
 
+    Make it after the model is on its device and has its hooks, if any. Ranks start with equal parameters.
+
     Args:
         model: a `torchpar.nn.MLP` for which `why_not_fused` returns "".
         mesh: the ranks that share each batch, a mesh of one dimension; None for one rank. Their gradients are
             added in one message.
-        label_smoothing: ε; targets are ``(1 − ε)·onehot(labels) + ε/classes``.
+        label_smoothing: ε in [0, 1]; targets are ``(1 − ε)·onehot(labels) + ε/classes``.
 
     Raises:
-        ConfigError: the reason of `why_not_fused`.
+        ConfigError: the reason of `why_not_fused`; ``label_smoothing`` out of range.
     """
 
     def __init__(self, model: torch.nn.Module, mesh: DeviceMesh | None = None, label_smoothing: float = 0.0):
         if reason := why_not_fused(model):
             raise ConfigError(f"gradients cannot be fused: {reason}; take autograd")
+        if not 0 <= label_smoothing <= 1:
+            raise ConfigError(f"label_smoothing is {label_smoothing}, expected 0 to 1")
         assert isinstance(model, MLP)
         linears: Iterable[Any] = model.layers
         self.layers: list[tuple[Tensor, Tensor]] = [(layer.weight, layer.bias) for layer in linears]
@@ -81,7 +90,8 @@ class FusedGradients:
         """Add to each ``p.grad`` the gradient of the mean loss over the global batch.
 
         Args:
-            x, labels: ``(b, features)`` and ``(b)``, this rank's share of the batch; b may be 0.
+            x: ``(b, features)``, this rank's share of the batch; b may be 0.
+            labels: ``(b)`` int64 in [0, classes).
             global_size: samples of the batch, over all ranks.
 
         Returns:

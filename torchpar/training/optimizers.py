@@ -28,7 +28,7 @@ def sgd(
     weights = [p for p in model.parameters() if p.dim() > 1 or decay_biases]
     others = [p for p in model.parameters() if not (p.dim() > 1 or decay_biases)]
     groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    # SGD's one call rounds the last elements of a tensor otherwise, so that bits depend on how it is split.
+    # SGD's one call rounds the last elements of a tensor differently, so that bits depend on how it is split.
     kind = torch.optim.SGD if any(split_parameters(model)) else SGD
     return kind(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
 

@@ -221,7 +221,7 @@ class Run:
         """Add this rank's part of the sum of a step's losses; the ranks' parts add up to it."""
         self._logged += 1
         if self.world.owns_outputs:
-            self.state.losses.append(loss.detach().clone())  # a loop may reuse the tensor
+            self.state.losses.append(loss.detach().reshape(()).clone())  # a loop may reuse the tensor
 
     def evaluate(self) -> tuple[float, Tensor]:
         """Return the mean test loss and the outputs ``(n, classes)``, on every rank, in evaluation mode.

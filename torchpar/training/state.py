@@ -15,6 +15,8 @@ from torchpar.parallel.save.checkpoint import Checkpoints
 from torchpar.parallel.save.storage import LocalShard
 from torchpar.parallel.split.layers import split_parameters
 
+IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")  # an optimizer's flags
+
 
 @dataclass(frozen=True)
 class EpochResult:
@@ -148,7 +150,8 @@ class TrainState:
             random = {key: value for key, value in self._random_states().items() if key in saved.shapes}
             saved.read({**tensors, **random})
             for group, values in zip(self.optimizer.param_groups, state["groups"], strict=True):
-                group.update(values)
+                # How a step is computed is this optimizer's affair.
+                group.update({name: value for name, value in values.items() if name not in IMPLEMENTATION})
             self.lr_scheduler.load_state_dict(state["rate"])
             self.results = [EpochResult(**result) for result in state["results"]]
             self.step = state["step"]

@@ -67,9 +67,9 @@ def check_same_parameters(model: torch.nn.Module, group: dist.ProcessGroup) -> N
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
     if differing := (extremes[0] != -extremes[1]).nonzero().flatten().tolist():
         raise ConfigError(
-            f"{names[differing[0]]} differs between the ranks that share a batch; average their "
-            "gradients before optimizer.step(), for example by DistributedDataParallel (with "
-            "find_unused_parameters=True if a parameter gets no gradient)"
+            f"{names[differing[0]]} differs between the ranks that share a batch; start with the same "
+            "weights on all, and average their gradients before optimizer.step(), for example by "
+            "DistributedDataParallel (with find_unused_parameters=True if a parameter gets no gradient)"
         )
 
 

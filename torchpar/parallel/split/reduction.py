@@ -74,9 +74,9 @@ def start_all_reduce(t: Tensor, mesh: DeviceMesh, reduction: Reduction = "fast")
 
 
 def exchanges_gradients(mesh: DeviceMesh) -> bool:
-    """Whether two ranks send each other a tensor and both add: over gloo, in half its all-reduce's time.
+    """Return True if two ranks over gloo share a batch: they send each other their gradients, and both add.
 
-    The sum has the same bits on both. gloo's all-reduce passes tensors to a thread of its own.
+    The sum has the same bits on both. gloo's all-reduce takes longer: it passes tensors to a thread.
     """
     return mesh.size() == 2 and dist.get_backend(mesh.get_group()) == "gloo"
 
