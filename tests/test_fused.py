@@ -334,6 +334,8 @@ class Subclass(MLP):
 
 
 MODELS = {
+    "no class": (lambda: MLP((4, 0)), "the model has 0 classes, not 1 to 1000"),
+    "many classes": (lambda: MLP((4, 1001)), "the model has 1001 classes, not 1 to 1000"),
     "module": (lambda: torch.nn.Linear(4, 3), "the model is a Linear, not a torchpar.nn.MLP"),
     "subclass": (lambda: Subclass((4, 3)), "the model is a Subclass, not a torchpar.nn.MLP"),
     "relu": (lambda: MLP((4, 3, 2), "relu"), "the model has relu layers and logits outputs"),

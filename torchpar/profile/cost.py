@@ -149,7 +149,7 @@ def collectives(
         if tensor_split and not alone:
             weight_first = column
         elif mesh.device_type == "cpu":
-            weight_first = layer_gains(rows[0] * inputs * outputs)
+            weight_first = itemsize == 4 and layer_gains(rows[0] * inputs * outputs)
         else:
             weight_first = i < layers - 1
         of_layer = [inputs * outputs * itemsize, outputs * itemsize]

@@ -25,6 +25,8 @@ from torchpar.ops._onednn import linear_forward, product
 from torchpar.ops.linear_sigmoid import sigmoid_backward
 from torchpar.parallel.split.reduction import all_reduce, exchanges_gradients
 
+MOST_CLASSES = 1000  # the table of targets has as many rows and columns
+
 
 def why_not_fused(model: torch.nn.Module) -> str:
     """Return why `FusedGradients` cannot replace autograd for ``model``, or "" if it can."""
@@ -39,6 +41,8 @@ def why_not_fused(model: torch.nn.Module) -> str:
         return "a layer of the model has another size"
     if not all(type(p) is torch.nn.Parameter for layer in model.layers for p in (layer.weight, layer.bias)):
         return "a weight or a bias is not an ordinary parameter"
+    if not 0 < model.sizes[-1] <= MOST_CLASSES:
+        return f"the model has {model.sizes[-1]} classes, not 1 to {MOST_CLASSES}"
     if not all(p.requires_grad for p in model.parameters()):
         return "a parameter needs no gradient"
     of_modules = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
