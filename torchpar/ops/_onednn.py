@@ -45,23 +45,28 @@ def has_onednn() -> bool:
 
 def prefers_onednn(t: Tensor) -> bool:
     """Return True if products of ``t`` go to oneDNN where they are large enough."""
-    return t.is_cpu and t.dtype == torch.float32 and has_onednn() and bool(torch.backends.mkldnn.enabled)
+    return t.is_cpu and t.dtype == torch.float32 and _is_enabled()
 
 
 def layer_gains(multiplications: int) -> bool:
     """Return True if a float32 linear layer on the CPU, forward and backward, is faster by oneDNN."""
-    worth = multiplications >= _LAYER_WORTH * torch.get_num_threads()
-    return worth and has_onednn() and bool(torch.backends.mkldnn.enabled)
+    return multiplications >= _LAYER_WORTH * torch.get_num_threads() and _is_enabled()
 
 
-def onednn(a: Tensor, b: Tensor, onto: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """``a @ b.T + onto + bias`` in one chain, for matrices; ``b`` or its transpose is contiguous.
+def _is_enabled() -> bool:
+    return has_onednn() and bool(torch.backends.mkldnn.enabled)
 
-    With another ``b`` oneDNN takes a thousand times as long.
+
+def onednn(
+    a: Tensor, b: Tensor, onto: Tensor | None = None, bias: Tensor | None = None, sigmoid: bool = False
+) -> Tensor:
+    """``a @ b.T + onto + bias`` in one chain, for matrices; without ``onto`` also its sigmoid.
+
+    ``b`` or its transpose is contiguous. With another ``b`` oneDNN takes a thousand times as long.
     """
     linear = torch.ops.mkldnn._linear_pointwise
     if onto is None:
-        return linear(a, b, bias, "none", [], "")  # type: ignore[no-any-return]
+        return linear(a, b, bias, "sigmoid" if sigmoid else "none", [], "")  # type: ignore[no-any-return]
     return linear.binary(a, onto, b, bias, "add")  # type: ignore[no-any-return]
 
 
@@ -98,12 +103,7 @@ def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, sigmoid: bool
         return y.sigmoid_() if sigmoid else y
     if bias is not None:
         bias = bias.contiguous()  # oneDNN reads it as if it were
-    if count == 1:
-        attribute = "sigmoid" if sigmoid else "none"
-        y = torch.ops.mkldnn._linear_pointwise(rows(x), _dense(weight), bias, attribute, [], "")
-    else:
-        y = _in_chains(rows(x), weight, bias, count)
-        y = y.sigmoid_() if sigmoid else y
+    y = _in_chains(rows(x), weight, count, bias, sigmoid)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], len(weight))
 
 
@@ -121,18 +121,18 @@ def linear_gradients(
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b.T`` for matrices ``a (m, k)`` and ``b (n, k)``; no gradient."""
     count = _chains(a, b)
-    return _in_chains(a, b, None, count) if count else a @ b.T
+    return _in_chains(a, b, count) if count else a @ b.T
 
 
-def _in_chains(a: Tensor, b: Tensor, bias: Tensor | None, count: int) -> Tensor:
+def _in_chains(a: Tensor, b: Tensor, count: int, bias: Tensor | None = None, sigmoid: bool = False) -> Tensor:
     if count == 1:
-        return onednn(a, _dense(b), bias=bias)
+        return onednn(a, _dense(b), bias=bias, sigmoid=sigmoid)
     length = -(-a.shape[1] // count)
     terms = list(zip(a.split(length, 1), map(_dense, b.split(length, 1)), strict=True))
     out = onednn(*terms[0], bias=bias)
     for term in terms[1:]:
         out = onednn(*term, out)
-    return out
+    return out.sigmoid_() if sigmoid else out
 
 
 def _dense(t: Tensor) -> Tensor:

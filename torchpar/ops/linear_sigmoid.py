@@ -54,13 +54,12 @@ def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     Raises:
         RuntimeError: an unsupported dtype, shapes that do not fit, or mixed dtypes or devices.
     """
-    if x.is_cpu and _onednn.is_eager(x, weight, bias):
-        # On a CPU the dispatcher and an operator's autograd take longer than a small product.
-        if not _onednn.gains(x, weight):
-            return _formula(x, weight, bias)
-        if not torch.is_grad_enabled():
-            _check(x, weight, bias)
-            return _onednn.linear_forward(x, weight, bias, sigmoid=True)
+    # On a CPU the dispatcher and an operator's autograd take longer than a small product.
+    if _is_native(x, weight, bias):
+        return _formula(x, weight, bias)
+    if x.is_cpu and not torch.is_grad_enabled() and _onednn.is_eager(x, weight, bias):
+        _check(x, weight, bias)
+        return _onednn.linear_forward(x, weight, bias, sigmoid=True)
     return _op(x, weight, bias)  # type: ignore[no-any-return]
 
 
