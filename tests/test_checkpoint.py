@@ -454,7 +454,7 @@ def begin(folder: Path, sizes: list[int], **mesh: int) -> None:
     with join_world("cpu") as world:
         world, state = state_of(world, sizes, **mesh)
         state.step = 5
-        state.losses.append(torch.tensor(0.1 * (world.rank + 1), dtype=torch.float64))
+        state.add_loss(torch.tensor(0.1 * (world.rank + 1), dtype=torch.float64))
         state.save(Checkpoints(folder, world), 5)
 
 

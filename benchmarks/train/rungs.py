@@ -25,7 +25,7 @@ from torchpar.baselines.numpy_mlp import Array
 from torchpar.nn import MLP
 from torchpar.parallel.launch.local import Ranks
 from torchpar.parallel.launch.world import World
-from torchpar.training import Run, lr_scheduler, sgd
+from torchpar.training import Run, sgd
 from torchpar.training.fused import FusedGradients
 
 Order = Sequence[Array]  # the indices of each batch
@@ -245,16 +245,15 @@ def customary_epoch(inputs: TrainingInputs, order: Order) -> Iterator[Tensor | N
 def run_epoch(world: World, fused: bool) -> Train:
     """The loop of the lessons. It has an order of its own, that of `TrainingInputs.order`."""
 
-    def train(inputs: TrainingInputs, order: Order) -> Iterator[Tensor | None]:
+    def train(inputs: TrainingInputs, order: Order) -> Iterator[float | None]:
         sizes, batch_size, _ = inputs.training
         model = MLP(sizes)
         copy_weights(inputs.start, model)
         optimizer = sgd(model, LR, momentum=0, weight_decay=0)
-        schedule = lr_scheduler(optimizer, "constant", 1)
         gradients = FusedGradients(model)
         yield None
         sets = (inputs.train, inputs.test[:10])
-        with Run(model, optimizer, schedule, world, *sets, epochs=1, batch_size=batch_size) as run:
+        with Run(model, optimizer, None, world, *sets, epochs=1, batch_size=batch_size) as run:
             for epoch in run.epochs():
                 for x, labels, size in run.batches(epoch):
                     if fused:
@@ -263,10 +262,9 @@ def run_epoch(world: World, fused: bool) -> Train:
                         loss = cross_entropy(model(x), labels, reduction="sum")
                         (loss / size).backward()
                     optimizer.step()
-                    schedule.step()
                     optimizer.zero_grad()
                     run.log(loss)
-                    yield loss.detach() / size
+                    yield loss.item() / size
 
     return train
 

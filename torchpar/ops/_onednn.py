@@ -114,14 +114,16 @@ def linear_gradients(
     if torch.is_grad_enabled() or not prefers_onednn(dz) or not is_eager(dz, x, weight):
         dx = dz @ weight if need_x else None
         return dx, rows(dz).mT @ rows(x) if need_weight else None
-    dx = product(rows(dz), weight.T).view(x.shape) if need_x else None
-    return dx, product(rows(dz).T, rows(x).T) if need_weight else None
+    dx = mm(rows(dz), weight).view(x.shape) if need_x else None
+    return dx, mm(rows(dz).T, rows(x)) if need_weight else None
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b.T`` for matrices ``a (m, k)`` and ``b (n, k)``; no gradient."""
-    count = _chains(a, b)
-    return _in_chains(a, b, count) if count else a @ b.T
+def mm(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` for matrices; no gradient."""
+    if a.numel() * b.shape[1] < _WORTH:
+        return a.mm(b)
+    count = _chains(a, b.T)
+    return _in_chains(a, b.T, count) if count else a.mm(b)
 
 
 def _in_chains(a: Tensor, b: Tensor, count: int, bias: Tensor | None = None, sigmoid: bool = False) -> Tensor:

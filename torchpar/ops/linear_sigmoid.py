@@ -117,6 +117,7 @@ def _linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wr
 
 
 _op = torch.ops.torchpar.linear_sigmoid.default
+_sigmoid_gradient = torch.ops.aten.sigmoid_backward.default
 
 
 @register_fake("linear_sigmoid")
@@ -133,7 +134,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def sigmoid_backward(g: Tensor, y: Tensor, need_bias: bool = True) -> tuple[Tensor, Any]:
     """dL/dZ ``(*, out)``, and dL/db ``(out)`` if ``need_bias``, from g = dL/dY and y ``(*, out)``."""
     if not need_bias:
-        return torch.ops.aten.sigmoid_backward(g, y), None
+        return _sigmoid_gradient(g, y), None
     # On a CPU nothing is fused, and two calls of ATen cost less than dispatching one operator.
     return _backward_op(g, y) if y.is_cuda else _backward_formula(g, y)
 
@@ -188,7 +189,7 @@ def _(x: Any, weight: Any, bias: Any = None) -> list[Any]:
 
 
 def _backward_formula(g: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    dz = torch.ops.aten.sigmoid_backward(g, y)
+    dz = _sigmoid_gradient(g, y)
     return dz, rows(dz).sum(0)
 
 
@@ -234,7 +235,7 @@ def _(
     info: Any, in_dims: tuple[int | None, int | None], g: Tensor, y: Tensor
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     g, y = (batch_first(t, dim, info.batch_size) for t, dim in zip((g, y), in_dims, strict=True))
-    dz = torch.ops.aten.sigmoid_backward(g, y)
+    dz = _sigmoid_gradient(g, y)
     db = dz.reshape(info.batch_size, math.prod(dz.shape[1:-1]), dz.shape[-1]).sum(1)
     return (dz, db), (0, 0)
 

@@ -55,7 +55,9 @@ class SGD(torch.optim.SGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
+        was = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)  # half the time of a `with torch.no_grad()`
+        try:
             for group in self.param_groups:
                 params = [p for p in group["params"] if p.grad is not None]
                 if params:
@@ -79,6 +81,8 @@ class SGD(torch.optim.SGD):
                     for p, updated in zip(params, contiguous, strict=True):
                         if updated is not p:
                             p.copy_(updated)
+        finally:
+            torch.set_grad_enabled(was)
         return loss
 
     _hooked_update = torch.optim.Optimizer.profile_hook_step(_update)

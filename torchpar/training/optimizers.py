@@ -25,9 +25,11 @@ def sgd(
         weight_decay: λ.
         decay_biases: apply the penalty to the biases as well.
     """
-    weights = [p for p in model.parameters() if p.dim() > 1 or decay_biases]
-    others = [p for p in model.parameters() if not (p.dim() > 1 or decay_biases)]
-    groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": list(model.parameters()), "weight_decay": weight_decay}]
+    if weight_decay and not decay_biases:  # otherwise one group, which is one call of `SGD`
+        weights = [p for p in model.parameters() if p.dim() > 1]
+        others = [p for p in model.parameters() if p.dim() <= 1]
+        groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     # SGD's one call rounds the last elements of a tensor differently, so that bits depend on how it is split.
     kind = torch.optim.SGD if any(split_parameters(model)) else SGD
     return kind(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)

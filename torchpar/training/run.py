@@ -79,7 +79,8 @@ class Run:
 
     Args:
         model: this rank's part of the model; not its DistributedDataParallel wrapper.
-        optimizer, lr_scheduler: over ``model``'s parameters; the training loop steps both.
+        optimizer, lr_scheduler: over ``model``'s parameters; the training loop steps both. The second may
+            be None.
         world: the ranks and their mesh.
         train, test: the same samples on every rank.
         epochs: passes over ``train``, those of a resumed run included.
@@ -105,7 +106,7 @@ class Run:
         self,
         model: torch.nn.Module,
         optimizer: Optimizer,
-        lr_scheduler: LRScheduler,
+        lr_scheduler: LRScheduler | None,
         world: World,
         train: Samples,
         test: Samples,
@@ -221,7 +222,7 @@ class Run:
         """Add this rank's part of the sum of a step's losses; the ranks' parts add up to it."""
         self._logged += 1
         if self.world.owns_outputs:
-            self.state.losses.append(loss.detach().reshape(()).clone())  # a loop may reuse the tensor
+            self.state.add_loss(loss)
 
     def evaluate(self) -> tuple[float, Tensor]:
         """Return the mean test loss and the outputs ``(n, classes)``, on every rank, in evaluation mode.

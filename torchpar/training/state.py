@@ -50,14 +50,13 @@ class TrainState:
     Attributes:
         results: of the complete epochs.
         step: complete steps of the current epoch.
-        losses: this rank's parts of the sums of their losses, those that `loss` has not added up.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
         optimizer: Optimizer,
-        lr_scheduler: LRScheduler,
+        lr_scheduler: LRScheduler | None,
         config: dict[str, Any],
         world: World,
     ):
@@ -68,21 +67,28 @@ class TrainState:
         self.world = world
         self.results: list[EpochResult] = []
         self.step = 0
-        self.losses: list[Tensor] = []
         self._loss = 0.0
+        self._waiting: list[Tensor] = []  # losses on a GPU, which it may not have computed yet
         self._splits = {
             name: (axis, layer.partition.offset(), layer.partition.size)
             for name, axis, layer in split_parameters(model)
         }
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Add this rank's part of the sum of a step's losses."""
+        if loss.is_cpu:
+            self._loss += loss.item()
+        else:
+            self._waiting.append(loss.detach().reshape(()).clone())  # a loop may reuse the tensor
 
     def loss(self) -> float:
         """This rank's part of the sum of the losses of the current epoch, added in the order of the steps.
 
         In another order the sum of a resumed run could differ from that of a whole one.
         """
-        for loss in torch.stack(self.losses).tolist() if self.losses else []:
+        for loss in torch.stack(self._waiting).tolist() if self._waiting else []:
             self._loss += loss
-        self.losses.clear()
+        self._waiting.clear()
         return self._loss
 
     def end_epoch(self, result: EpochResult) -> None:
@@ -112,7 +118,7 @@ class TrainState:
             "results": [asdict(result) for result in self.results],
             "step": self.step,
             "losses": self.world.sum(losses).tolist(),
-            "rate": self.lr_scheduler.state_dict(),
+            "rate": self.lr_scheduler.state_dict() if self.lr_scheduler else {},
             "groups": groups,
         }
         checkpoints.save(total_steps, tensors, state)
@@ -152,7 +158,8 @@ class TrainState:
             for group, values in zip(self.optimizer.param_groups, state["groups"], strict=True):
                 # How a step is computed is this optimizer's affair.
                 group.update({name: value for name, value in values.items() if name not in IMPLEMENTATION})
-            self.lr_scheduler.load_state_dict(state["rate"])
+            if self.lr_scheduler:
+                self.lr_scheduler.load_state_dict(state["rate"])
             self.results = [EpochResult(**result) for result in state["results"]]
             self.step = state["step"]
             losses = state["losses"]
