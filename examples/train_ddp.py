@@ -70,7 +70,7 @@ def main(flags: Flags) -> None:
             return loss
 
         sets = (train, test)
-        with Run(flags, world, model, optimizer, lr_scheduler, *sets, fused=fused is not None) as run:
+        with Run(flags, world, model, optimizer, lr_scheduler, *sets, fused=fused) as run:
             for epoch in run.epochs():
                 for batch in run.batches(epoch):
                     run.log(train_step(*batch))

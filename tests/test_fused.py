@@ -244,7 +244,7 @@ def in_two_parts(folder: Path, first: bool, rest: bool, double: bool = False) ->
             run = plain_loop.train(
                 *(model, optimizer, world, samples(203, 1), samples(50, 2)),
                 replica=DistributedDataParallel(model) if world.world_size > 1 and not fused else model,
-                fused=FusedGradients(model, world.mesh["dp"]) if fused else None,
+                fused=FusedGradients(model, world) if fused else None,
                 epochs=epochs,
                 batch_size=50,
                 schedule="constant",

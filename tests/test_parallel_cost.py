@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchpar.nn import MLP
 from torchpar.parallel import join_world, parallel_mlp
+from torchpar.parallel.split import shared_memory
 from torchpar.parallel.split.invariant import invariant_gradients
 from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
 from torchpar.profile import cost
@@ -28,7 +29,12 @@ def kind(dimension: str, operation: str, ranks: int, nbytes: int) -> tuple[str, 
 
 
 def counted_and_expected(
-    axes: dict[str, int] | None, reduction: Any, sizes: tuple[int, ...], batch_size: int, fused: bool = False
+    axes: dict[str, int] | None,
+    reduction: Any,
+    sizes: tuple[int, ...],
+    batch_size: int,
+    fused: bool = False,
+    shared: bool = True,
 ) -> tuple[Any, Any, Any]:
     """Calls of two steps, those expected of one, and those of a step with twice the batch."""
     torch.manual_seed(0)
@@ -45,11 +51,15 @@ def counted_and_expected(
             group = None if axes is None else world.mesh["dp"].get_group()
             replica = DistributedDataParallel(model, process_group=group)
 
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shared_memory, "ABLE", shared_memory.ABLE and shared)
+            gradients = FusedGradients(model, world) if fused else None
+
         def backward(x: torch.Tensor, labels: torch.Tensor) -> None:
             if reduction == "invariant":
                 invariant_gradients(model, world, x, labels, batch_size, loss)
-            elif fused:
-                FusedGradients(model, world.mesh["dp"])(x, labels, batch_size)
+            elif gradients is not None:
+                gradients(x, labels, batch_size)
             elif pipeline is not None:
                 pipeline.step(x, labels, batch_size, loss)
             else:
@@ -73,7 +83,7 @@ def counted_and_expected(
                     tensor_split=axes is not None,
                     reduction=reduction,
                     micro_batches=4,
-                    fused=fused,
+                    fused=gradients.operation if gradients is not None else "",
                 )
             )
             for n in (batch_size, 2 * batch_size)
@@ -116,13 +126,15 @@ def test_the_collectives_counted_are_those_expected(ranks, world_size, axes, red
 
 @pytest.mark.parametrize("batch_size", [13, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_fused_gradients_take_one_exchange(ranks, world_size, batch_size):
-    """Also where a rank has no sample. gloo adds those of two ranks by a send and a receive each."""
+@pytest.mark.parametrize("shared", [True, False])
+def test_fused_gradients_take_one_message(ranks, world_size, batch_size, shared):
+    """Also where a rank has no sample. Ranks without shared memory send their gradients by gloo."""
     nbytes = 4 * sum(n * m + m for n, m in pairwise(SIZES))
-    exchange = {1: [], 2: [("dp", op, 2, nbytes) for op in ("send", "recv")]}
-    for counted, expected, _ in ranks(world_size, counted_and_expected, None, FAST, SIZES, batch_size, True):
+    operation = "shared_memory_sum" if shared and shared_memory.ABLE else "all_reduce"
+    arguments = (None, FAST, SIZES, batch_size, True, shared)
+    for counted, expected, _ in ranks(world_size, counted_and_expected, *arguments):
         assert counted == [expected] * 2
-        assert expected == Counter(exchange.get(world_size, [("dp", "all_reduce", world_size, nbytes)]))
+        assert expected == Counter([("dp", operation, world_size, nbytes)] * (world_size > 1))
 
 
 @pytest.mark.parametrize("batch_size", [2, 64])  # small layers; layers that oneDNN takes where it is used

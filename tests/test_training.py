@@ -70,7 +70,7 @@ def train(
     model: torch.nn.Module = InDouble(MLP(SIZES)) if double else MLP(SIZES)
     phases = Phases(torch.device("cpu"))
     with join_world("cpu") as world, ExitStack() as stack:
-        gradients = FusedGradients(model, world.mesh["dp"]) if fused else None
+        gradients = FusedGradients(model, world) if fused else None
         replica = DistributedDataParallel(model) if world.world_size > 1 and not fused else model
         if measured:
             stack.enter_context(phases)

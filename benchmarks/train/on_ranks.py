@@ -37,7 +37,7 @@ def advance(way: Way, count: int) -> tuple[float, Array]:
 def data_parallel(training: Training, way: Way) -> Iterator[Tensor | None]:
     world, inputs, model = current_world(), TrainingInputs(training), MLP(training.sizes)
     copy_weights(inputs.start, model)
-    fused = FusedGradients(model, world.mesh["dp"])
+    fused = FusedGradients(model, world)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if way == "DDP" else model
     optimizer = SGD(model.parameters(), lr=LR)
     yield None

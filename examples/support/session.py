@@ -59,7 +59,7 @@ def fused_gradients(flags: FusedFlags, model: torch.nn.Module, world: World) -> 
         reason = "--compile compiles the model"
     if world.rank == 0:
         print(f"gradients by autograd: {reason}" if reason else "gradients by formulas, without autograd")
-    return None if reason else FusedGradients(model, world.mesh["dp"])
+    return None if reason else FusedGradients(model, world)
 
 
 def adjust_gradients(flags: TrainFlags, model: torch.nn.Module, world: World) -> None:
@@ -75,7 +75,7 @@ class Run(training.Run):
 
     Args:
         micro_batches: of each rank's share of a batch in a pipeline, for the prediction of its messages.
-        fused: whether the gradients are fused, for the same.
+        fused: what computes the gradients, if not autograd, for the same.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Run(training.Run):
         test: Samples,
         predict: Callable[[Tensor], Tensor | None] | None = None,
         micro_batches: int = 1,
-        fused: bool = False,
+        fused: FusedGradients | None = None,
     ):
         checkpoint = None
         if flags.checkpoint:
@@ -181,6 +181,6 @@ class Run(training.Run):
             self.world.mesh,
             reduction=self.world.reduction,
             micro_batches=self.micro_batches,
-            fused=self.fused,
+            fused=self.fused.operation if self.fused else "",
             tensor_split=any(split_parameters(self.model)),
         )

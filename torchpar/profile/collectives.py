@@ -3,13 +3,14 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchpar.parallel.launch.world import World
@@ -22,7 +23,8 @@ class Call:
 
     Attributes:
         dimension: of the mesh, "" for a group that is none of its dimensions.
-        operation: "all_reduce", "all_gather", "send", "recv" or another of `torch.distributed`'s.
+        operation: "all_reduce", "all_gather", "send", "recv" or another of `torch.distributed`'s, or
+            "shared_memory_sum".
         ranks: how many take part.
         bytes: of this rank's tensors.
         seconds: until the end of an all-reduce or all-gather; of a send or receive, until it is started.
@@ -35,6 +37,7 @@ class Call:
     seconds: float
 
 
+_NOTHING = nullcontext()
 _OPERATIONS = {"allreduce": "all_reduce", "allgather": "all_gather"}
 
 
@@ -51,6 +54,8 @@ class Collectives(TorchDispatchMode):
         calls: in the order of the calls.
     """
 
+    active: ClassVar["Collectives | None"] = None
+
     def __init__(self, world: World):
         super().__init__()
         self.calls: list[Call] = []
@@ -60,6 +65,24 @@ class Collectives(TorchDispatchMode):
         if world.dp_size == world.world_size:  # DistributedDataParallel takes the default group
             assert dist.group.WORLD is not None
             self._dimensions[dist.group.WORLD.group_name] = "dp"
+
+    def __enter__(self) -> "Collectives":
+        self._outer, Collectives.active = Collectives.active, self
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        Collectives.active = self._outer
+        super().__exit__(*error)
+
+    @contextmanager
+    def record(self, dimension: str, operation: str, ranks: int, nbytes: int) -> Iterator[None]:
+        """Record the block as a `Call`."""
+        with phase("collectives"), record_function(operation):
+            start = time.perf_counter()
+            yield
+            seconds = time.perf_counter() - start
+        self.calls.append(Call(dimension, operation, ranks, nbytes, seconds))
 
     def __torch_dispatch__(
         self,
@@ -73,8 +96,9 @@ class Collectives(TorchDispatchMode):
         operation = func._opname.strip("_")
         tensors = args[1] if operation == "allgather" else args[0]
         group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
-        with phase("collectives"):
-            start = time.perf_counter()
+        dimension = self._dimensions.get(group.group_name, "")
+        nbytes = sum(t.nbytes for t in _flatten(tensors))
+        with self.record(dimension, _OPERATIONS.get(operation, operation), group.size(), nbytes):
             result = func(*args, **(kwargs or {}))
             work = result[-1] if isinstance(result, tuple) else result
             # A rank must send its own message before it waits for its neighbour's.
@@ -82,17 +106,14 @@ class Collectives(TorchDispatchMode):
                 dist.Work.unbox(work).wait()
                 if torch.cuda.is_available():  # NCCL's wait only blocks the stream
                     torch.cuda.synchronize()
-            seconds = time.perf_counter() - start
-        self.calls.append(
-            Call(
-                self._dimensions.get(group.group_name, ""),
-                _OPERATIONS.get(operation, operation),
-                group.size(),
-                sum(t.nbytes for t in _flatten(tensors)),
-                seconds,
-            )
-        )
         return result
+
+
+def collective(dimension: str, operation: str, ranks: int, nbytes: int) -> AbstractContextManager[None]:
+    """Show the block to `Collectives` and to `torch.profiler` as a collective, which no operator performs."""
+    if Collectives.active is not None:
+        return Collectives.active.record(dimension, operation, ranks, nbytes)
+    return record_function(operation) if torch.autograd._profiler_enabled() else _NOTHING  # type: ignore[attr-defined]
 
 
 def _flatten(tensors: Any) -> list[Tensor]:

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchpar.ops._onednn import layer_gains
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.partition import Partition
-from torchpar.parallel.split.reduction import SHARDS, Reduction, exchanges_gradients
+from torchpar.parallel.split.reduction import SHARDS, Reduction
 
 DDP_BUCKETS = (2**20, 25 * 2**20)  # bytes at which DistributedDataParallel closes the first and later ones
 
@@ -98,7 +98,7 @@ def collectives(
     reduction: Reduction = "fast",
     micro_batches: int = 4,
     itemsize: int = 4,
-    fused: bool = False,
+    fused: str = "",
 ) -> list[Expected]:
     """Return this rank's collectives in a step of an MLP that `parallel_mlp` and `stage_mlp` have split.
 
@@ -109,7 +109,7 @@ def collectives(
         tensor_split: the layers are those of `parallel_mlp`, also on one rank of "tp".
         micro_batches: of each rank's share, if there is a pipeline.
         itemsize: bytes of a number.
-        fused: the gradients are those of `torchpar.training.fused.FusedGradients`.
+        fused: the operation of the run's `torchpar.training.fused.FusedGradients`, if it has one.
     """
     dims = {name: mesh[name].size() for name in ("pp", "dp", "tp")}
     at = {name: mesh[name].get_local_rank() for name in dims}
@@ -165,11 +165,9 @@ def collectives(
             expected += [Expected("dp", op, 2, nbytes) for op in ("send", "recv")] * (
                 dims["dp"].bit_length() - 1
             )
-        elif fused and exchanges_gradients(mesh["dp"]):
-            expected += [Expected("dp", op, 2, sum(parameters)) for op in ("send", "recv")]
         else:
             messages = [sum(parameters)] if fused or dims["pp"] > 1 else _buckets(parameters)
-            expected += [Expected("dp", "all_reduce", dims["dp"], n) for n in messages]
+            expected += [Expected("dp", fused or "all_reduce", dims["dp"], n) for n in messages]
     return expected
 
 

@@ -15,15 +15,18 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP, Linear, LinearSigmoid
 from torchpar.ops import linear_sigmoid
 from torchpar.ops._onednn import linear_forward, mm
 from torchpar.ops.linear_sigmoid import sigmoid_backward
-from torchpar.parallel.split.reduction import all_reduce, exchanges_gradients
+from torchpar.parallel.launch.agreement import check_same_on_all_ranks
+from torchpar.parallel.launch.world import World
+from torchpar.parallel.split.shared_memory import share_memory
+from torchpar.profile.collectives import collective
 
 MOST_CLASSES = 1000  # the table of targets has as many rows and columns
 
@@ -68,15 +71,19 @@ class FusedGradients:
 
     Args:
         model: a `torchpar.nn.MLP` for which `why_not_fused` returns "".
-        mesh: the ranks that share each batch, a mesh of one dimension; None for one rank. Their gradients are
-            added in one message.
+        world: the ranks that share each batch, which are all; None for one. Every rank calls this. The
+            gradients are added in one message, through shared memory where the ranks can have it.
         label_smoothing: ε in [0, 1]; targets are ``(1 − ε)·onehot(labels) + ε/classes``.
 
+    Attributes:
+        operation: that adds the gradients over ranks: "shared_memory_sum", "all_reduce", or "" on one rank.
+
     Raises:
-        ConfigError: the reason of `why_not_fused`; ``label_smoothing`` out of range.
+        ConfigError: the reason of `why_not_fused`; ``label_smoothing`` out of range; ranks with models of
+            different sizes.
     """
 
-    def __init__(self, model: torch.nn.Module, mesh: DeviceMesh | None = None, label_smoothing: float = 0.0):
+    def __init__(self, model: torch.nn.Module, world: World | None = None, label_smoothing: float = 0.0):
         if reason := why_not_fused(model):
             raise ConfigError(f"gradients cannot be fused: {reason}; take autograd")
         if not 0 <= label_smoothing <= 1:
@@ -84,11 +91,17 @@ class FusedGradients:
         assert isinstance(model, MLP)
         linears: Iterable[Any] = model.layers
         self.layers: list[tuple[Tensor, Tensor]] = [(layer.weight, layer.bias) for layer in linears]
-        self.mesh = mesh if mesh is not None and mesh.size() > 1 else None
         weight, classes = self.layers[-1][0], model.sizes[-1]
         self.label_smoothing = label_smoothing
         self.targets = torch.eye(classes, dtype=weight.dtype, device=weight.device)
         self.targets.mul_(1 - label_smoothing).add_(label_smoothing / classes)
+        self.operation = ""
+        if world is not None and world.dp_size > 1:
+            group, size = world.mesh.get_group("dp"), sum(p.numel() for p in model.parameters())
+            check_same_on_all_ranks(group, "the model", {"sizes": model.sizes, "dtype": str(weight.dtype)})
+            self._group, self._ranks = group, world.dp_size
+            self._shared = share_memory(group, size, weight.dtype, world.timeout) if weight.is_cpu else None
+            self.operation = "shared_memory_sum" if self._shared else "all_reduce"
         self._by_log_p = 0, self.targets  # a batch's size, and dL/d(log p) for each label in such a batch
 
     def __call__(self, x: Tensor, labels: Tensor, global_size: int) -> Tensor:
@@ -109,7 +122,7 @@ class FusedGradients:
         torch.set_grad_enabled(False)  # half the time of a `with torch.no_grad()`
         try:
             loss, gradients = self._gradients(x, labels, global_size)
-            if self.mesh is not None:
+            if self.operation:
                 gradients = self._sum_over_ranks(gradients)
             for (weight, bias), (dw, db) in zip(self.layers, gradients, strict=True):
                 weight.grad = dw if weight.grad is None else weight.grad.add_(dw)
@@ -146,10 +159,14 @@ class FusedGradients:
         return torch._log_softmax_backward_data(table.index_select(0, labels), log_p, 1, log_p.dtype)
 
     def _sum_over_ranks(self, gradients: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        assert self.mesh is not None
-        flat = torch.cat([g.flatten() for layer in gradients for g in layer])
-        all_reduce(flat, self.mesh, "invariant" if exchanges_gradients(self.mesh) else "fast")
-        parts = iter(flat.split([g.numel() for layer in gradients for g in layer]))
+        of_layers = [g.flatten() for layer in gradients for g in layer]
+        if self._shared is None:
+            flat = torch.cat(of_layers)
+            dist.all_reduce(flat, group=self._group)
+        else:
+            with collective("dp", self.operation, self._ranks, self._shared.nbytes):
+                flat = self._shared(of_layers)
+        parts = iter(flat.split([g.numel() for g in of_layers]))
         return [(next(parts).view_as(dw), next(parts)) for dw, _ in gradients]
 
 

@@ -73,14 +73,6 @@ def start_all_reduce(t: Tensor, mesh: DeviceMesh, reduction: Reduction = "fast")
     return lambda: None
 
 
-def exchanges_gradients(mesh: DeviceMesh) -> bool:
-    """Return True if two ranks over gloo share a batch: they send each other their gradients, and both add.
-
-    The sum has the same bits on both. gloo's all-reduce takes longer: it passes tensors to a thread.
-    """
-    return mesh.size() == 2 and dist.get_backend(mesh.get_group()) == "gloo"
-
-
 def check_reduction(reduction: str, ranks: int) -> None:
     """Refuse a reduction that a mesh dimension of ``ranks`` ranks does not support.
 

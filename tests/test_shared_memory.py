@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: MIT
+"""Sums through shared memory: every bit, on ranks that come late, end or hang, and without such memory."""
+
+import os
+import time
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchpar.parallel import join_world
+from torchpar.parallel.launch.local import current_world, start_ranks
+from torchpar.parallel.launch.world import World
+from torchpar.parallel.split import shared_memory
+from torchpar.parallel.split.shared_memory import SharedSum, share_memory
+
+SIZE = 1000
+STEPS = 300
+pytestmark = pytest.mark.skipif(not shared_memory.ABLE, reason="ranks share memory on Linux on x86 alone")
+
+
+def shared(world: World, size: int = SIZE, dtype: torch.dtype = torch.float32) -> SharedSum | None:
+    return share_memory(world.mesh.get_group("dp"), size, dtype, world.timeout)
+
+
+def terms(rank: int, step: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(SIZE, generator=torch.Generator().manual_seed(100 * step + rank)).to(dtype)
+
+
+def sums(dtype: torch.dtype, late: bool) -> bool:
+    """Whether each of many sums has the bits of the terms added in the order of the ranks."""
+    with join_world("cpu") as world:
+        add = shared(world, dtype=dtype)
+        assert add is not None
+        found = []
+        for step in range(STEPS):
+            if late and step % 10 == world.rank:
+                time.sleep(0.002)
+            mine = terms(world.rank, step, dtype)
+            found.append(add([mine[:1], mine[1:1], mine[1:]]))
+    of_ranks = [[terms(rank, step, dtype) for rank in range(world.world_size)] for step in range(STEPS)]
+    return all(torch.equal(total, reduce(Tensor.add, t)) for total, t in zip(found, of_ranks, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_sums_have_the_bits_of_the_ranks_order(ranks: Any, world_size: int, dtype: torch.dtype) -> None:
+    assert ranks(world_size, sums, dtype, True) == [True] * world_size
+
+
+def without_waiting(dtype: torch.dtype) -> bool:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SharedSum, "_wait", lambda self, rank: None)
+        return sums(dtype, True)
+
+
+def test_the_comparison_rejects_sums_that_do_not_wait(ranks: Any) -> None:
+    assert not all(ranks(2, without_waiting, torch.float32))
+
+
+def unable(how: str, folder: Path) -> bool:
+    """Whether ranks are refused memory; they leave no file in ``folder``."""
+    with join_world("cpu") as world, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_memory, "FOLDER", folder)
+        if how == "of another processor" and world.rank == world.world_size - 1:
+            patch.setattr(shared_memory, "ABLE", False)
+        if how == "without memory":
+            patch.setattr(os, "posix_fallocate", lambda *_: os.open("/missing", 0))
+        if how == "without a folder":
+            patch.setattr(shared_memory, "FOLDER", Path("/missing"))
+        if how == "on another machine" and world.rank == world.world_size - 1:
+            patch.setattr(torch, "from_file", lambda *_, **__: os.open("/missing", 0))
+        if how == "too many":
+            patch.setattr(shared_memory, "MOST_RANKS", 2)
+        refused = shared(world) is None
+        world.check_same_on_all_ranks("refused", {"": refused})
+        assert not list(folder.iterdir())
+        return refused
+
+
+@pytest.mark.parametrize(
+    "how", ["of another processor", "without memory", "without a folder", "on another machine", "too many"]
+)
+def test_ranks_that_cannot_share_memory(ranks: Any, tmp_path: Path, how: str) -> None:
+    assert ranks(3, unable, how, tmp_path) == [True] * 3
+    assert ranks(2, unable, "as always", tmp_path) == [False] * 2
+
+
+def begin_and_end(rank: int, how: str) -> None:
+    """Sum once; then the given rank ends or hangs, and the others wait for it."""
+    world = current_world()
+    add = shared(world)
+    assert add is not None
+    add([torch.ones(SIZE)])
+    if world.rank == rank and how == "ends":
+        os._exit(1)
+    if world.rank == rank and how == "hangs":
+        time.sleep(2)
+        return
+    add([torch.ones(SIZE)])
+
+
+@pytest.mark.parametrize(
+    "how, message", [("ends", "Connection closed by rank 1"), ("hangs", "Timed out waiting 1 s for rank 1")]
+)
+def test_a_rank_that_is_lost(how: str, message: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=message), start_ranks(2, timeout=1.0) as ranks:
+        ranks.run(begin_and_end, 1, how)
+    assert time.monotonic() - start < 30

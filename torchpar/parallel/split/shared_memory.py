@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: MIT
+"""Sums over the ranks of one machine through memory that they share.
+
+Each rank writes its terms into memory that all ranks see, and then the number of the sum. When it sees this
+number from every rank, it adds all terms, in the order of the ranks: each rank computes the same bits.
+Nothing passes through the kernel. On two cores a sum of 110,000 numbers over two ranks takes 0.03 ms, and
+gloo's all-reduce, through a socket, 0.5 ms.
+"""
+
+import os
+import platform
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if sys.platform == "linux":
+    import fcntl
+
+# Files of this folder are memory. x86 shows a process's writes to others in their order.
+FOLDER = Path("/dev/shm")
+ABLE = sys.platform == "linux" and platform.machine() == "x86_64"
+MOST_RANKS = 8  # each rank reads the terms of all
+_LINE = 64  # bytes that a processor takes as one; a rank's number has them alone
+# A rank that waits asks for its peer's number so often before it lets other processes run, and sleeps.
+_SPINS, _YIELDS = 200, 5000
+_PAUSE = 1e-4  # seconds
+
+
+class SharedSum:
+    """Sums of ``size`` numbers over the ranks of a group, all on one machine. Made by `share_memory`.
+
+    Attributes:
+        nbytes: of a rank's terms.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, size: int, dtype: torch.dtype, path: Path, timeout: float):
+        self.rank, self.ranks, self.timeout = group.rank(), group.size(), timeout
+        self.nbytes = size * dtype.itemsize
+        memory = torch.from_file(
+            str(path), shared=True, size=_nbytes(self.ranks, size, dtype), dtype=torch.uint8
+        )
+        head = self.ranks * _LINE
+        self._numbers = memory[:head].view(torch.int64).numpy()[:: _LINE // 8]  # of each rank's latest sum
+        # A rank may write the next terms while others read these, but no further: hence two sets of slots.
+        self._slots = [list(terms) for terms in memory[head:].view(dtype).view(2, self.ranks, size)]
+        self._number = 0
+        # A rank holds the lock of its byte as long as it lives. Mapping the file later would release it.
+        self._file = path.open("r+b")
+        fcntl.lockf(self._file, fcntl.LOCK_EX, 1, self.rank)
+
+    def __call__(self, parts: list[Tensor]) -> Tensor:
+        """Return the sum over the ranks of ``parts``, vectors, one after the other. Every rank calls it.
+
+        Raises:
+            RuntimeError: a rank has ended, or did not come within the timeout.
+        """
+        self._number += 1
+        slots = self._slots[self._number % 2]
+        torch.cat(parts, out=slots[self.rank])
+        self._numbers[self.rank] = self._number  # after the terms
+        for rank in range(self.ranks):
+            if self._numbers[rank] < self._number:
+                self._wait(rank)
+        total: Tensor = slots[0] + slots[1]
+        for terms in slots[2:]:
+            total += terms
+        return total
+
+    def _wait(self, rank: int) -> None:
+        start, asked = time.monotonic(), 0
+        while self._numbers[rank] < self._number:
+            asked += 1
+            if asked > _SPINS:
+                os.sched_yield()
+            if asked > _YIELDS:
+                time.sleep(_PAUSE)
+                if self._has_ended(rank) and self._numbers[rank] < self._number:
+                    raise RuntimeError(f"Connection closed by rank {rank}")
+                if time.monotonic() - start > self.timeout:
+                    raise RuntimeError(f"Timed out waiting {self.timeout:g} s for rank {rank}")
+
+    def _has_ended(self, rank: int) -> bool:
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+        except OSError:
+            return False
+        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, rank)
+        return True
+
+
+def share_memory(group: dist.ProcessGroup, size: int, dtype: torch.dtype, timeout: float) -> SharedSum | None:
+    """Return sums of ``size`` numbers over the ranks of ``group``, or None where they cannot share memory.
+
+    They can on one Linux machine with an x86 processor. Every rank calls it.
+
+    Args:
+        timeout: seconds after which a rank that waits for another one gives up.
+    """
+    able = ABLE and 1 < group.size() <= MOST_RANKS
+    path = _reserve(_nbytes(group.size(), size, dtype)) if able and group.rank() == 0 else None
+    try:
+        offered: list[Path | None] = [path]
+        dist.broadcast_object_list(offered, group=group, group_src=0)
+        shared, path = None, offered[0]
+        if able and path is not None:
+            with suppress(OSError):  # another machine has no file of this name, which is random
+                shared = SharedSum(group, size, dtype, path, timeout)
+        made = [False] * group.size()
+        dist.all_gather_object(made, shared is not None, group)
+    finally:
+        if group.rank() == 0 and path is not None:
+            path.unlink(missing_ok=True)  # the memory stays until the last rank ends
+    return shared if all(made) else None
+
+
+def _nbytes(ranks: int, size: int, dtype: torch.dtype) -> int:
+    return ranks * _LINE + 2 * ranks * size * dtype.itemsize
+
+
+def _reserve(nbytes: int) -> Path | None:
+    """A new file of zeros, or None if there is not so much memory: writing would end the process."""
+    with suppress(OSError), tempfile.NamedTemporaryFile(dir=FOLDER, prefix="torchpar-", delete=False) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+            return Path(file.name)
+        except OSError:
+            os.unlink(file.name)
+    return None
