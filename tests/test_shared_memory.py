@@ -17,17 +17,18 @@ from torchpar.parallel.launch.world import World
 from torchpar.parallel.split import shared_memory
 from torchpar.parallel.split.shared_memory import SharedSum, share_memory
 
-SIZE = 1000
+SHAPES = [(), (33, 15), (0, 2), (504,)]
 STEPS = 300
 pytestmark = pytest.mark.skipif(not shared_memory.ABLE, reason="ranks share memory on Linux on x86 alone")
 
 
-def shared(world: World, size: int = SIZE, dtype: torch.dtype = torch.float32) -> SharedSum | None:
-    return share_memory(world.mesh.get_group("dp"), size, dtype, world.timeout)
+def shared(world: World, dtype: torch.dtype = torch.float32) -> SharedSum | None:
+    return share_memory(world.mesh.get_group("dp"), SHAPES, dtype, world.timeout)
 
 
-def terms(rank: int, step: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(SIZE, generator=torch.Generator().manual_seed(100 * step + rank)).to(dtype)
+def terms(rank: int, step: int, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
 
 
 def sums(dtype: torch.dtype, late: bool) -> bool:
@@ -40,9 +41,15 @@ def sums(dtype: torch.dtype, late: bool) -> bool:
             if late and step % 10 == world.rank:
                 time.sleep(0.002)
             mine = terms(world.rank, step, dtype)
-            found.append(add([mine[:1], mine[1:1], mine[1:]]))
-    of_ranks = [[terms(rank, step, dtype) for rank in range(world.world_size)] for step in range(STEPS)]
-    return all(torch.equal(total, reduce(Tensor.add, t)) for total, t in zip(found, of_ranks, strict=True))
+            add(mine)
+            found.append(mine)
+    return all(
+        torch.equal(total, reduce(Tensor.add, of_ranks))
+        for step in range(STEPS)
+        for total, *of_ranks in zip(
+            found[step], *(terms(rank, step, dtype) for rank in range(world.world_size)), strict=True
+        )
+    )
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
@@ -94,13 +101,14 @@ def begin_and_end(rank: int, how: str) -> None:
     world = current_world()
     add = shared(world)
     assert add is not None
-    add([torch.ones(SIZE)])
+    ones = [torch.ones(shape) for shape in SHAPES]
+    add(ones)
     if world.rank == rank and how == "ends":
         os._exit(1)
     if world.rank == rank and how == "hangs":
         time.sleep(2)
         return
-    add([torch.ones(SIZE)])
+    add(ones)
 
 
 @pytest.mark.parametrize(

@@ -97,10 +97,10 @@ class FusedGradients:
         self.targets.mul_(1 - label_smoothing).add_(label_smoothing / classes)
         self.operation = ""
         if world is not None and world.dp_size > 1:
-            group, size = world.mesh.get_group("dp"), sum(p.numel() for p in model.parameters())
+            group, shapes = world.mesh.get_group("dp"), [p.shape for layer in self.layers for p in layer]
             check_same_on_all_ranks(group, "the model", {"sizes": model.sizes, "dtype": str(weight.dtype)})
             self._group, self._ranks = group, world.dp_size
-            self._shared = share_memory(group, size, weight.dtype, world.timeout) if weight.is_cpu else None
+            self._shared = share_memory(group, shapes, weight.dtype, world.timeout) if weight.is_cpu else None
             self.operation = "shared_memory_sum" if self._shared else "all_reduce"
         self._by_log_p = 0, self.targets  # a batch's size, and dL/d(log p) for each label in such a batch
 
@@ -123,7 +123,7 @@ class FusedGradients:
         try:
             loss, gradients = self._gradients(x, labels, global_size)
             if self.operation:
-                gradients = self._sum_over_ranks(gradients)
+                self._sum_over_ranks(gradients)
             for (weight, bias), (dw, db) in zip(self.layers, gradients, strict=True):
                 weight.grad = dw if weight.grad is None else weight.grad.add_(dw)
                 bias.grad = db if bias.grad is None else bias.grad.add_(db)
@@ -158,16 +158,16 @@ class FusedGradients:
             self._by_log_p = global_size, table
         return torch._log_softmax_backward_data(table.index_select(0, labels), log_p, 1, log_p.dtype)
 
-    def _sum_over_ranks(self, gradients: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        of_layers = [g.flatten() for layer in gradients for g in layer]
-        if self._shared is None:
-            flat = torch.cat(of_layers)
-            dist.all_reduce(flat, group=self._group)
-        else:
+    def _sum_over_ranks(self, gradients: list[tuple[Tensor, Tensor]]) -> None:
+        tensors = [g for layer in gradients for g in layer]
+        if self._shared is not None:
             with collective("dp", self.operation, self._ranks, self._shared.nbytes):
-                flat = self._shared(of_layers)
-        parts = iter(flat.split([g.numel() for g in of_layers]))
-        return [(next(parts).view_as(dw), next(parts)) for dw, _ in gradients]
+                self._shared(tensors)
+        else:
+            flat = torch.cat([t.flatten() for t in tensors])
+            dist.all_reduce(flat, group=self._group)
+            for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+                t.copy_(total.view_as(t))
 
 
 def _sigmoid_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

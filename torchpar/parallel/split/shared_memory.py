@@ -12,7 +12,9 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
+from math import prod
 from pathlib import Path
 
 import torch
@@ -33,44 +35,60 @@ _PAUSE = 1e-4  # seconds
 
 
 class SharedSum:
-    """Sums of ``size`` numbers over the ranks of a group, all on one machine. Made by `share_memory`.
+    """Sums of tensors of given ``shapes`` over the ranks of a group, all on one machine.
+
+    `share_memory` makes it.
 
     Attributes:
         nbytes: of a rank's terms.
     """
 
-    def __init__(self, group: dist.ProcessGroup, size: int, dtype: torch.dtype, path: Path, timeout: float):
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        shapes: Sequence[Sequence[int]],
+        dtype: torch.dtype,
+        path: Path,
+        timeout: float,
+    ):
         self.rank, self.ranks, self.timeout = group.rank(), group.size(), timeout
-        self.nbytes = size * dtype.itemsize
-        memory = torch.from_file(
-            str(path), shared=True, size=_nbytes(self.ranks, size, dtype), dtype=torch.uint8
-        )
+        sizes = [prod(shape) for shape in shapes]
+        self.nbytes = sum(sizes) * dtype.itemsize
+        total = _nbytes(self.ranks, shapes, dtype)
+        memory = torch.from_file(str(path), shared=True, size=total, dtype=torch.uint8)
         head = self.ranks * _LINE
         self._numbers = memory[:head].view(torch.int64).numpy()[:: _LINE // 8]  # of each rank's latest sum
         # A rank may write the next terms while others read these, but no further: hence two sets of slots.
-        self._slots = [list(terms) for terms in memory[head:].view(dtype).view(2, self.ranks, size)]
+        self._slots = memory[head:].view(dtype).view(2, self.ranks, sum(sizes))
+        self._terms = [
+            [
+                [part.view(tuple(shape)) for part, shape in zip(slot.split(sizes), shapes, strict=True)]
+                for slot in slots
+            ]
+            for slots in self._slots
+        ]
         self._number = 0
         # A rank holds the lock of its byte as long as it lives. Mapping the file later would release it.
         self._file = path.open("r+b")
         fcntl.lockf(self._file, fcntl.LOCK_EX, 1, self.rank)
 
-    def __call__(self, parts: list[Tensor]) -> Tensor:
-        """Return the sum over the ranks of ``parts``, vectors, one after the other. Every rank calls it.
+    def __call__(self, tensors: Sequence[Tensor]) -> None:
+        """Replace ``tensors``, of the given shapes, by their sums over the ranks. Every rank calls it.
 
         Raises:
             RuntimeError: a rank has ended, or did not come within the timeout.
         """
         self._number += 1
-        slots = self._slots[self._number % 2]
-        torch.cat(parts, out=slots[self.rank])
+        current = self._number % 2
+        torch.cat([t.flatten() for t in tensors], out=self._slots[current, self.rank])
         self._numbers[self.rank] = self._number  # after the terms
         for rank in range(self.ranks):
             if self._numbers[rank] < self._number:
                 self._wait(rank)
-        total: Tensor = slots[0] + slots[1]
-        for terms in slots[2:]:
-            total += terms
-        return total
+        for total, *terms in zip(tensors, *self._terms[current], strict=True):
+            torch.add(terms[0], terms[1], out=total)
+            for term in terms[2:]:
+                total += term
 
     def _wait(self, rank: int) -> None:
         start, asked = time.monotonic(), 0
@@ -94,8 +112,10 @@ class SharedSum:
         return True
 
 
-def share_memory(group: dist.ProcessGroup, size: int, dtype: torch.dtype, timeout: float) -> SharedSum | None:
-    """Return sums of ``size`` numbers over the ranks of ``group``, or None where they cannot share memory.
+def share_memory(
+    group: dist.ProcessGroup, shapes: Sequence[Sequence[int]], dtype: torch.dtype, timeout: float
+) -> SharedSum | None:
+    """Return sums of tensors of ``shapes`` over the ranks of ``group``, or None if they cannot share memory.
 
     They can on one Linux machine with an x86 processor. Every rank calls it.
 
@@ -103,14 +123,14 @@ def share_memory(group: dist.ProcessGroup, size: int, dtype: torch.dtype, timeou
         timeout: seconds after which a rank that waits for another one gives up.
     """
     able = ABLE and 1 < group.size() <= MOST_RANKS
-    path = _reserve(_nbytes(group.size(), size, dtype)) if able and group.rank() == 0 else None
+    path = _reserve(_nbytes(group.size(), shapes, dtype)) if able and group.rank() == 0 else None
     try:
         offered: list[Path | None] = [path]
         dist.broadcast_object_list(offered, group=group, group_src=0)
         shared, path = None, offered[0]
         if able and path is not None:
             with suppress(OSError):  # another machine has no file of this name, which is random
-                shared = SharedSum(group, size, dtype, path, timeout)
+                shared = SharedSum(group, shapes, dtype, path, timeout)
         made = [False] * group.size()
         dist.all_gather_object(made, shared is not None, group)
     finally:
@@ -119,8 +139,8 @@ def share_memory(group: dist.ProcessGroup, size: int, dtype: torch.dtype, timeou
     return shared if all(made) else None
 
 
-def _nbytes(ranks: int, size: int, dtype: torch.dtype) -> int:
-    return ranks * _LINE + 2 * ranks * size * dtype.itemsize
+def _nbytes(ranks: int, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> int:
+    return ranks * _LINE + 2 * ranks * sum(map(prod, shapes)) * dtype.itemsize
 
 
 def _reserve(nbytes: int) -> Path | None:
