@@ -20,7 +20,15 @@ from dataclasses import dataclass
 
 import torch
 from support import cli
-from support.session import Run, adjust_gradients, fused_gradients, make_optimizer, prepare
+from support.session import (
+    Run,
+    adjust_gradients,
+    compile_model,
+    fused_gradients,
+    graphed_step,
+    make_optimizer,
+    prepare,
+)
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -45,7 +53,7 @@ def main(flags: Flags) -> None:
             # Its forward pass is the model's; its backward pass averages the gradients over the ranks.
             replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
         if flags.compile:
-            replica.compile()
+            compile_model(replica, world)
         optimizer, lr_scheduler = make_optimizer(flags, model, len(train))
 
         def gradients(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
@@ -65,15 +73,18 @@ def main(flags: Flags) -> None:
             with phase("optimizer"):
                 adjust_gradients(flags, model, world)
                 optimizer.step()
-                lr_scheduler.step()
                 optimizer.zero_grad()
             return loss
 
         sets = (train, test)
+        graph = graphed_step(flags, world, train_step, train, optimizer, fused is not None)
         with Run(flags, world, model, optimizer, lr_scheduler, *sets, fused=fused) as run:
+            # A CUDA graph gathers its batch itself.
+            step, batches = (graph, run.indices) if graph else (train_step, run.batches)
             for epoch in run.epochs():
-                for batch in run.batches(epoch):
-                    run.log(train_step(*batch))
+                for batch in batches(epoch):
+                    run.log(step(*batch))
+                    lr_scheduler.step()
 
 
 if __name__ == "__main__":

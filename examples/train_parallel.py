@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from support import cli
-from support.session import Run, adjust_gradients, make_optimizer, prepare
+from support.session import Run, adjust_gradients, compile_model, make_optimizer, prepare
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -59,7 +59,7 @@ def main(flags: Flags) -> None:
         whole = MLP(sizes).to(world.device)
         model = stage_mlp(parallel_mlp(whole, world.mesh["tp"], flags.reduction), world.mesh["pp"])
         if flags.compile:
-            model.compile()
+            compile_model(model, world)
         replica: torch.nn.Module = model
         pipeline = None
         if flags.pp > 1:

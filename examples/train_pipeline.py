@@ -21,7 +21,7 @@ equal, bit for bit, those of one process that adds up the gradients of the micro
 from dataclasses import dataclass
 
 from support import cli
-from support.session import Run, adjust_gradients, make_optimizer, prepare
+from support.session import Run, adjust_gradients, compile_model, make_optimizer, prepare
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -52,7 +52,7 @@ def main(flags: Flags) -> None:
         # Every rank draws all weights, the same on all, and keeps the layers of its stage.
         stage = stage_mlp(MLP(sizes).to(world.device), world.mesh["pp"])
         if flags.compile:
-            stage.compile()
+            compile_model(stage, world)
         pipeline = Pipeline(stage, world, flags.pipeline, flags.micro_batches)
         optimizer, lr_scheduler = make_optimizer(flags, stage, len(train))
 

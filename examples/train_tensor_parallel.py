@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 from support import cli
-from support.session import Run, adjust_gradients, make_optimizer, prepare
+from support.session import Run, adjust_gradients, compile_model, make_optimizer, prepare
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import cross_entropy
@@ -67,7 +67,7 @@ def main(flags: Flags) -> None:
         # Every rank draws the whole weights, the same on all, and keeps its slice.
         model = SplitMLP(sizes, world.mesh["tp"]).to(world.device)
         if flags.compile:
-            model.compile()
+            compile_model(model, world)
         optimizer, lr_scheduler = make_optimizer(flags, model, len(train))
 
         def train_step(x: Tensor, labels: Tensor, global_size: int) -> Tensor:

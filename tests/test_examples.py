@@ -18,6 +18,8 @@ pytest.importorskip("tyro", reason="tyro reads the flags")
 TRAIN_DDP = str(ROOT / "examples" / "train_ddp.py")
 LAST_LINE = r"test accuracy [01]\.\d{4} \| loss \d+\.\d{4} \| \d+\.\d s \| (\d) ranks? \| (cpu|cuda)"
 FORMULAS = "gradients by formulas, without autograd"
+NO_GPU = "no CUDA graph: it needs a GPU"
+STEPS = f"{FORMULAS}\n{NO_GPU}"
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +42,8 @@ def test_two_ranks_train_and_report(data, tmp_path):
     code, out, err = run(*TORCHRUN, TRAIN_DDP, *data, *flags)
     assert code == 0, err
     lines = out.splitlines()
-    # Rank 0 alone speaks: how gradients are computed, six epochs and the last line, none of them wrapped.
-    assert len(lines) == 8, lines
+    # Rank 0 alone speaks: how steps are computed, six epochs and the last line, none of them wrapped.
+    assert len(lines) == 9, lines
     assert lines[0] == FORMULAS
     assert re.fullmatch(LAST_LINE, lines[-1]).groups() == ("2", "cpu")
     rows = rows_of(tmp_path / "metrics.jsonl")
@@ -64,20 +66,27 @@ def test_two_ranks_train_and_report(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags, line",
+    "flags, lines",
     [
-        ("", FORMULAS),
-        ("--fused auto", FORMULAS),
-        ("--fused off", "gradients by autograd: --fused is off"),
-        ("--fused off --compile", "gradients by autograd: --compile compiles the model"),
+        ("", [FORMULAS, NO_GPU]),
+        ("--fused auto --graph auto", [FORMULAS, NO_GPU]),
+        ("--fused off", ["gradients by autograd: --fused is off", NO_GPU]),
+        ("--compile", ["gradients by autograd: --compile compiles the model", NO_GPU]),
+        ("--graph off", [FORMULAS, "no CUDA graph: --graph is off"]),
     ],
 )
-def test_the_first_line_says_how_gradients_are_computed(data, monkeypatch, flags, line):
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
-    code, out, err = lesson("train_ddp", *data, "--epochs", "1", *flags.split())
+def test_the_first_lines_say_how_steps_are_computed(data, monkeypatch, flags, lines):
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
+    code, out, err = lesson("train_ddp", *data, "--device", "cpu", "--epochs", "1", *flags.split())
     assert code == 0, err
-    assert [row.startswith("gradients by") for row in out.splitlines()] == [True, False, False]
-    assert out.splitlines()[0] == line
+    assert out.splitlines()[:2] == lines
+    assert len(out.splitlines()) == 4  # and the epoch, and the result
+
+
+def test_a_graph_that_is_asked_for_and_cannot_be_is_an_error(data):
+    code, _, err = lesson("train_ddp", *data, "--device", "cpu", "--graph", "on")
+    assert code == 2
+    assert "--graph is on, but a step cannot be a CUDA graph: it needs a GPU" in err
 
 
 TWO_EPOCHS = ["--epochs", "2", "--batch-size", "50"]
@@ -168,6 +177,21 @@ def test_compiling_reaches_what_runs(data, monkeypatch, name):
     assert graphs
     assert compiled.split(" | ")[1:4] == out.split(" | ")[1:4]  # losses and accuracy
     assert compiled.startswith("gradients by autograd: --compile") == (name == "train_ddp")
+
+
+def test_a_model_that_cannot_be_compiled_runs_as_it_is(data, monkeypatch):
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        raise RuntimeError("there is no compiler")
+
+    torch.compiler.reset()  # what other tests have compiled
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
+    code, out, err = lesson("train_ddp", *data, "--dry-run", "--fused", "off")
+    assert code == 0, err
+    code, compiled, err = lesson("train_ddp", *data, "--dry-run", "--compile")
+    assert code == 0, err
+    (line,) = [line for line in compiled.splitlines() if line.startswith("not compiled: ")]
+    assert "there is no compiler" in line
+    assert compiled.split(" | ")[1:4] == out.split(" | ")[1:4]  # losses and accuracy
 
 
 def test_dry_run_writes_nothing(data, tmp_path):
@@ -271,12 +295,12 @@ def test_a_run_says_where_it_resumes_and_that_it_is_complete(data, tmp_path):
         assert [row["epoch"] for row in rows_of(metrics)] == [*range(1, epochs + 1)]
     assert "resumed" not in lines["first"]
     assert "complete" not in lines["first"]
-    assert lines["resumed"].startswith(f"{FORMULAS}\nresumed from step 12\nepoch 2/3 |")
+    assert lines["resumed"].startswith(f"{STEPS}\nresumed from step 12\nepoch 2/3 |")
     assert epoch_lines(lines["resumed"]) == ["2", "3"]
-    assert re.fullmatch(rf"{FORMULAS}\ncomplete already, at step 36\n{LAST_LINE}\n", lines["again"])
+    assert re.fullmatch(rf"{STEPS}\ncomplete already, at step 36\n{LAST_LINE}\n", lines["again"])
     assert lines["again"].splitlines()[-1] == lines["resumed"].splitlines()[-1]
     code, out, err = lesson("train_ddp", *flags, "--epochs", "2")
-    assert (code, out) == (2, f"{FORMULAS}\n")
+    assert (code, out) == (2, f"{STEPS}\n")
     assert "holds 3 epochs, more than the 2 asked for" in err
 
 
@@ -285,5 +309,5 @@ def test_a_falling_rate_is_resumed_with_as_many_epochs_alone(data, tmp_path):
     flags = [*data, "--checkpoint", str(tmp_path), "--epochs"]
     assert lesson("train_ddp", *flags, "1")[0] == 0
     code, out, err = lesson("train_ddp", *flags, "2")
-    assert (code, out) == (2, f"{FORMULAS}\n")
+    assert (code, out) == (2, f"{STEPS}\n")
     assert "holds a run with epochs 1, this one has epochs 2" in err

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from torchpar import training
+from torchpar import data, training
 from torchpar.data import Samples
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
@@ -26,8 +26,7 @@ from torchpar.parallel.split.invariant import invariant_gradients
 from torchpar.parallel.split.mlp import parallel_mlp
 from torchpar.profile.collectives import Collectives
 from torchpar.profile.phases import Phases
-from torchpar.training import loss_sum
-from torchpar.training import run as run_module
+from torchpar.training import CheckpointConfig, loss_sum
 from torchpar.training.evaluation import EVALUATION_BATCH
 from torchpar.training.fused import FusedGradients
 from torchpar.training.state import EpochResult
@@ -132,14 +131,14 @@ def test_the_comparison_rejects_a_mean_of_means(ranks):
 
 
 def train_on_means() -> Any:
-    whole = run_module.batches
+    whole = data.batches
 
     def with_local_size(*args: Any, share: Any, **kwargs: Any) -> Any:
         for batch in whole(*args, share=share, **kwargs):
             yield batch._replace(global_size=share(0).ranks * len(batch.labels))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "batches", with_local_size)
+        patch.setattr(data, "batches", with_local_size)
         return train(n=203, batch_size=51)
 
 
@@ -539,8 +538,8 @@ def test_a_run_refuses_batches_left_out_and_losses_not_logged(alone, taken, logg
     model = MLP(SIZES)
     optimizer = OPTIMIZERS["sgd"](model)
     scheduler = training.lr_scheduler(optimizer, "constant", 3)
-    data = samples(150, 1), samples(50, 2)
-    with training.Run(model, optimizer, scheduler, alone, *data, epochs=1, batch_size=50) as run:
+    sets = samples(150, 1), samples(50, 2)
+    with training.Run(model, optimizer, scheduler, alone, *sets, epochs=1, batch_size=50) as run:
         epochs = run.epochs()
         batches = run.batches(next(epochs))
         for _ in range(taken + 1):  # a loop asks for the next batch after each step
@@ -550,6 +549,30 @@ def test_a_run_refuses_batches_left_out_and_losses_not_logged(alone, taken, logg
         with pytest.raises(RuntimeError, match=f"{taken} of 3 batches were taken and {logged} losses logged"):
             next(epochs)
     assert run.results == []
+
+
+def test_a_run_without_a_schedule_resumes(alone, tmp_path):
+    """Its weights are those of a constant rate."""
+    weights = []
+    for stops, scheduled in (([3], True), ([1, 3], False)):
+        for epochs in stops:
+            torch.manual_seed(0)
+            model = MLP(SIZES)
+            optimizer = OPTIMIZERS["sgd"](model)
+            scheduler = training.lr_scheduler(optimizer, "constant", 1) if scheduled else None
+            checkpoint = CheckpointConfig(tmp_path / str(scheduled))
+            sets = samples(150, 1), samples(50, 2)
+            options = {"epochs": epochs, "batch_size": 50, "checkpoint": checkpoint}
+            with training.Run(model, optimizer, scheduler, alone, *sets, **options) as run:
+                for epoch in run.epochs():
+                    for x, labels, size in run.batches(epoch):
+                        loss = loss_sum("cross-entropy", model(x), labels)
+                        (loss / size).backward()
+                        optimizer.step()
+                        optimizer.zero_grad()
+                        run.log(loss)
+        weights.append(list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
 def normalised_on_two_ranks() -> tuple[float, float]:

@@ -101,22 +101,47 @@ def batches(
         share: partition of a batch of a given size, such as `World.share`; one rank by default.
         start: number of the first batch, to continue within an epoch.
     """
+    order = _order(samples, seed, epoch)[start * batch_size :]
+    # Some small batches are read at once, which takes fewer calls.
+    at_once = max(_READ_AT_ONCE // batch_size, 1) * batch_size
+    for chunk in order.split(at_once):
+        index, own, sizes = _shares(chunk, batch_size, share)
+        x, labels = samples.inputs(index), samples.labels.index_select(0, index)
+        yield from map(Batch, x.split(own), labels.split(own), sizes)
+
+
+def indices(
+    samples: Samples,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    share: Callable[[int], Partition] = _one_rank,
+    start: int = 0,
+) -> Iterator[tuple[Tensor, int]]:
+    """Yield the indices of each of `batches`, and its size over all ranks."""
+    order = _order(samples, seed, epoch)[start * batch_size :]
+    index, own, sizes = _shares(order, batch_size, share)
+    yield from zip(index.split(own), sizes, strict=True)
+
+
+def _order(samples: Samples, seed: int, epoch: int) -> Tensor:
     # Drawn on the CPU, so that the order is the same on every device.
     (state,) = np.random.SeedSequence((seed, epoch)).generate_state(1)
     generator = torch.Generator().manual_seed(int(state))
-    order = torch.randperm(len(samples), generator=generator).to(samples.labels.device)
-    # Some small batches are read at once, which takes fewer calls.
-    at_once = max(_READ_AT_ONCE // batch_size, 1) * batch_size
+    return torch.randperm(len(samples), generator=generator).to(samples.labels.device)
+
+
+def _shares(
+    order: Tensor, batch_size: int, share: Callable[[int], Partition]
+) -> tuple[Tensor, list[int], list[int]]:
+    """Cut ``order`` into batches: this rank's indices of all, its number of each, and the size of each."""
+    sizes = [min(batch_size, len(order) - first) for first in range(0, len(order), batch_size)]
     share = cache(share)
-    for chunk in order[start * batch_size :].split(at_once):
-        sizes = [min(batch_size, len(chunk) - first) for first in range(0, len(chunk), batch_size)]
-        if share(batch_size).ranks == 1:
-            index, own = chunk, sizes
-        else:
-            mine = [share(len(batch)).narrow(batch, 0) for batch in chunk.split(batch_size)]
-            index, own = torch.cat(mine), [len(part) for part in mine]
-        x, labels = samples.inputs(index), samples.labels.index_select(0, index)
-        yield from map(Batch, x.split(own), labels.split(own), sizes)
+    if share(batch_size).ranks == 1:
+        return order, sizes, sizes
+    mine = [share(len(batch)).narrow(batch, 0) for batch in order.split(batch_size)]
+    return torch.cat(mine), [len(part) for part in mine], sizes
 
 
 def load(dataset: Dataset, root: Path, device: torch.device | str = "cpu") -> tuple[Samples, Samples]:

@@ -25,7 +25,19 @@ except ImportError as error:
 F = TypeVar("F")
 GRACE = 2.0  # seconds in which a launcher ends the other ranks after rank 0 has failed
 MAY_DIFFER_ON_RESUME = {
-    *("data", "epochs", "device", "compile", "fused", "dry_run", "phases", "collectives", "metrics", "plots"),
+    *(
+        "data",
+        "epochs",
+        "device",
+        "compile",
+        "fused",
+        "graph",
+        "dry_run",
+        "phases",
+        "collectives",
+        "metrics",
+        "plots",
+    ),
     "profile",
     *("checkpoint", "save_every", "keep", "async_save", "timeout"),
     *("dp", "tp", "pp", "pipeline", "micro_batches"),
@@ -149,6 +161,8 @@ class FusedFlags(TrainFlags):
 
     fused: Literal["auto", "off"] = "auto"
     """Gradients by formulas where the model allows it, or always by autograd."""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """A step as one CUDA graph where that is possible; on: an error where it is not."""
 
 
 def main(run: Callable[[F], None], flags: type[F]) -> None:

@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from support import console
 from support.cli import OPTIMIZER_DEFAULTS, FusedFlags, TrainFlags
 from torchpar import data, training
-from torchpar.data import Batch, Samples
+from torchpar.data import Samples
+from torchpar.errors import ConfigError
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.clip import clip_grad_norm_
 from torchpar.parallel.split.layers import split_parameters
@@ -22,6 +23,9 @@ from torchpar.profile.collectives import StepRecorder
 from torchpar.profile.phases import Phases
 from torchpar.profile.trace import Trace
 from torchpar.training.fused import FusedGradients, why_not_fused
+from torchpar.training.graph import GraphedStep, Step, why_not_graphed
+
+B = TypeVar("B")
 
 
 def prepare(flags: TrainFlags, world: World) -> tuple[Samples, Samples, list[int]]:
@@ -60,6 +64,52 @@ def fused_gradients(flags: FusedFlags, model: torch.nn.Module, world: World) -> 
     if world.rank == 0:
         print(f"gradients by autograd: {reason}" if reason else "gradients by formulas, without autograd")
     return None if reason else FusedGradients(model, world)
+
+
+def graphed_step(
+    flags: FusedFlags, world: World, step: Step, samples: Samples, optimizer: Optimizer, fused: bool
+) -> GraphedStep | None:
+    """Return ``step`` as one CUDA graph, or None if it cannot be one. Rank 0 prints which, and why."""
+
+    def refuse(reason: str) -> None:
+        if flags.graph == "on":
+            raise ConfigError(f"--graph is on, but a step cannot be a CUDA graph: {reason}")
+        if world.rank == 0:
+            print(f"no CUDA graph: {reason}")
+
+    reason = why_not_graphed(optimizer, world, fused)
+    if flags.phases or flags.collectives:
+        reason = "--phases and --collectives measure parts of a step"
+    if flags.graph == "off":
+        reason = "--graph is off"
+    if reason:
+        refuse(reason)
+        return None
+    if world.rank == 0:
+        print("each step is one CUDA graph, from the second batch of a size on")
+    return GraphedStep(step, samples, optimizer, on_failure=refuse)
+
+
+def compile_model(module: torch.nn.Module, world: World) -> None:
+    """Compile ``module``. If that fails at its first call, it runs uncompiled, and rank 0 prints why."""
+    module.compile()
+    compiled: Any = module._compiled_call_impl
+
+    def first_call(*args: Any, **kwargs: Any) -> Any:
+        from torch._dynamo.exc import TorchDynamoException
+
+        try:
+            result = compiled(*args, **kwargs)
+            module._compiled_call_impl = compiled
+            return result
+        except TorchDynamoException as e:
+            module._compiled_call_impl = None
+            if world.rank == 0:
+                reason = " ".join(str(e).partition("\n\n")[0].split())
+                print(f"not compiled: {reason}")
+            return module(*args, **kwargs)
+
+    module._compiled_call_impl = first_call
 
 
 def adjust_gradients(flags: TrainFlags, model: torch.nn.Module, world: World) -> None:
@@ -127,8 +177,8 @@ class Run(training.Run):
             self._stack.enter_context(self.trace.profiler)
         return self
 
-    def batches(self, epoch: int) -> Iterator[Batch]:
-        batches = super().batches(epoch)
+    def _take(self, epoch: int, kind: Callable[..., Iterator[B]]) -> Iterator[B]:
+        batches = super()._take(epoch, kind)
         if self.trace:
             batches = self.trace.steps(batches)
         if self.recorder is None:

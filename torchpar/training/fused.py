@@ -102,7 +102,8 @@ class FusedGradients:
             self._group, self._ranks = group, world.dp_size
             self._shared = share_memory(group, shapes, weight.dtype, world.timeout) if weight.is_cpu else None
             self.operation = "shared_memory_sum" if self._shared else "all_reduce"
-        self._by_log_p = 0, self.targets  # a batch's size, and dL/d(log p) for each label in such a batch
+        # dL/d(log p) for each label in a batch of a given size. They are kept: a CUDA graph reads its own.
+        self._by_log_p: dict[int, Tensor] = {}
 
     def __call__(self, x: Tensor, labels: Tensor, global_size: int) -> Tensor:
         """Add to each ``p.grad`` the gradient of the mean loss over the global batch.
@@ -152,10 +153,9 @@ class FusedGradients:
 
     def _loss_gradient(self, log_p: Tensor, labels: Tensor, global_size: int) -> Tensor:
         """dL/dZ ``(b, classes)``."""
-        size, table = self._by_log_p
-        if size != global_size:
-            table = self.targets / -global_size
-            self._by_log_p = global_size, table
+        table = self._by_log_p.get(global_size)
+        if table is None:
+            table = self._by_log_p[global_size] = self.targets / -global_size
         return torch._log_softmax_backward_data(table.index_select(0, labels), log_p, 1, log_p.dtype)
 
     def _sum_over_ranks(self, gradients: list[tuple[Tensor, Tensor]]) -> None:

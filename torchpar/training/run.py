@@ -24,7 +24,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from torchpar.data import Batch, Samples, batches
+from torchpar import data
+from torchpar.data import Batch, Samples
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.agreement import check_same_parameters
 from torchpar.parallel.launch.world import World
@@ -42,6 +43,8 @@ from torchpar.training.evaluation import evaluate
 from torchpar.training.losses import Loss
 from torchpar.training.state import EpochResult, TrainState
 from torchpar.training.stop import StopSignal
+
+B = TypeVar("B")
 
 
 @dataclass(frozen=True)
@@ -196,12 +199,19 @@ class Run:
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """Yield this rank's share of each remaining batch of ``epoch``, the current one."""
+        return self._take(epoch, data.batches)
+
+    def indices(self, epoch: int) -> Iterator[tuple[Tensor, int]]:
+        """Yield, for each of `batches`, the indices of this rank's samples, and the size over all ranks."""
+        return self._take(epoch, data.indices)
+
+    def _take(self, epoch: int, kind: Callable[..., Iterator[B]]) -> Iterator[B]:
         if epoch != len(self.results) + 1:
             raise RuntimeError(
                 f"epoch is {epoch}, expected {len(self.results) + 1}, which run.epochs() yields"
             )
         first = self.state.step
-        shares = batches(
+        shares = kind(
             self.train, self.batch_size, seed=self.seed, epoch=epoch, share=self.world.share, start=first
         )
         samples, checkpointing = len(self.train), self._stop is not None

@@ -67,8 +67,7 @@ class TrainState:
         self.world = world
         self.results: list[EpochResult] = []
         self.step = 0
-        self._loss = 0.0
-        self._waiting: list[Tensor] = []  # losses on a GPU, which it may not have computed yet
+        self._loss: float | Tensor = 0.0
         self._splits = {
             name: (axis, layer.partition.offset(), layer.partition.size)
             for name, axis, layer in split_parameters(model)
@@ -78,18 +77,17 @@ class TrainState:
         """Add this rank's part of the sum of a step's losses."""
         if loss.is_cpu:
             self._loss += loss.item()
-        else:
-            self._waiting.append(loss.detach().reshape(()).clone())  # a loop may reuse the tensor
+            return
+        if not isinstance(self._loss, Tensor):  # on a GPU the host does not wait for it
+            self._loss = torch.tensor(self._loss, dtype=torch.float64, device=loss.device)
+        self._loss += loss.detach().reshape(())
 
     def loss(self) -> float:
         """This rank's part of the sum of the losses of the current epoch, added in the order of the steps.
 
         In another order the sum of a resumed run could differ from that of a whole one.
         """
-        for loss in torch.stack(self._waiting).tolist() if self._waiting else []:
-            self._loss += loss
-        self._waiting.clear()
-        return self._loss
+        return float(self._loss)
 
     def end_epoch(self, result: EpochResult) -> None:
         """Append the result of the current epoch and begin the next one."""

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: MIT
+"""A training step as one CUDA graph.
+
+A step of a small network is some twenty kernels of microseconds, and launching one takes the host as long.
+CUDA records the launches of a step once, and replays them by one call: no Python runs, and the host waits for
+nothing. The graph reads its batch by indices, so that gathering and scaling the samples is part of it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torchpar.data import Samples
+from torchpar.errors import ConfigError
+from torchpar.optim import SGD, ChainedOptimizer, Muon
+from torchpar.parallel.launch.world import World
+
+Step = Callable[[Tensor, Tensor, int], Tensor]  # inputs, labels, samples of the global batch → loss
+
+
+def why_not_graphed(optimizer: Optimizer, world: World, fused: bool) -> str:
+    """Return why a step cannot be a `GraphedStep`, or "" if it can.
+
+    Args:
+        fused: `torchpar.training.fused.FusedGradients` computes the gradients.
+    """
+    if world.device.type != "cuda":
+        return "it needs a GPU"
+    if world.world_size > 1 and dist.get_backend() != "nccl":
+        return "the ranks share a GPU, and gloo's messages start on the host"
+    if world.world_size > 1 and not fused:
+        return "DistributedDataParallel copies its buckets on streams of its own"
+    for one in optimizer.optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+        if type(one) not in (SGD, Muon):
+            return (
+                f"{type(one).__name__}'s learning rate would be recorded; take torchpar.optim's SGD or Muon"
+            )
+    return ""
+
+
+@dataclass(frozen=True)
+class _Graph:
+    replay: Callable[[], None]
+    index: Tensor
+    loss: Tensor
+
+
+class GraphedStep:
+    """A training step as one CUDA graph for each size of a batch, the remainder of an epoch included.
+
+    The first batch of a size runs without a graph: kernels are compiled, and the optimizer makes its state.
+    The second is recorded. If that fails, steps go on without graphs.
+
+    Args:
+        step: computes the gradients and the loss of a batch, steps the optimizer and removes the gradients.
+            It reads nothing back from the device. It does not step a learning-rate scheduler: that is done
+            after each step.
+        samples: on the device of the model.
+        optimizer: of the parameters. Its groups' ``lr`` may change between steps.
+        on_failure: called with the reason if recording fails.
+
+    Raises:
+        ConfigError: ``step`` changes a learning rate.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        samples: Samples,
+        optimizer: Optimizer,
+        on_failure: Callable[[str], None] = lambda reason: None,
+    ):
+        self.step = step
+        self.samples = samples
+        self.optimizer = optimizer
+        self.on_failure = on_failure
+        device = samples.labels.device
+        # A graph has its own memory, and reads the rates from there.
+        self._rates = [torch.tensor(float(group["lr"]), device=device) for group in optimizer.param_groups]
+        self._held = [float(rate) for rate in self._rates]
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._graphs: dict[tuple[int, int], _Graph | None] = {}
+        self._failed = False
+
+    def __call__(self, index: Tensor, global_size: int) -> Tensor:
+        """Train on the samples at ``index (b)`` int64 of a batch of ``global_size`` on all ranks.
+
+        Returns:
+            The loss of ``step``. The next step of the same size overwrites it.
+        """
+        for at, group in enumerate(self.optimizer.param_groups):
+            if group["lr"] != self._held[at]:
+                self._held[at] = group["lr"]
+                self._rates[at].fill_(group["lr"])
+        size = (len(index), global_size)
+        if self._failed or size not in self._graphs:
+            self._graphs[size] = None
+            with self._beside(), self._rates_on_device():
+                return self._on_samples(index, global_size)
+        graph = self._graphs[size]
+        if graph is None:
+            try:
+                graph = self._graphs[size] = self._record(index, global_size)
+            except RuntimeError as e:
+                self._failed = True
+                self.optimizer.zero_grad()
+                self.on_failure(f"{e}".partition("\n")[0])
+                return self(index, global_size)
+        graph.index.copy_(index)
+        graph.replay()
+        return graph.loss
+
+    def _on_samples(self, index: Tensor, global_size: int) -> Tensor:
+        return self.step(self.samples.inputs(index), self.samples.labels.index_select(0, index), global_size)
+
+    def _record(self, index: Tensor, global_size: int) -> _Graph:
+        index = index.clone()
+        with self._rates_on_device():
+            replay, loss = self._capture(lambda: self._on_samples(index, global_size))
+        return _Graph(replay, index, loss)
+
+    @contextmanager
+    def _rates_on_device(self) -> Iterator[None]:
+        """Let the optimizer read its rates from the device, as the graphs do."""
+        groups = self.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        for group, rate in zip(groups, self._rates, strict=True):
+            group["lr"] = rate
+        before = [(id(group["lr"]), group["lr"]._version) for group in groups]
+        try:
+            yield
+            if before != [(id(group["lr"]), group["lr"]._version) for group in groups]:
+                raise ConfigError(
+                    "the step changes the learning rate, which a graph repeats; step the scheduler after it"
+                )
+        finally:
+            for group, value in zip(groups, rates, strict=True):
+                group["lr"] = value
+
+    def _capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """Record ``function``; returns what replays it, and where its result then is."""
+        graph = torch.cuda.CUDAGraph()
+        # NCCL's watchdog asks for events meanwhile, from a thread of its own.
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            loss = function()
+        return graph.replay, loss
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """On the stream that records: autograd keeps to the stream on which it first saw a parameter."""
+        if self._stream is None:
+            yield
+            return
+        current: Any = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            yield
+        current.wait_stream(self._stream)
