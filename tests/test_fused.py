@@ -40,7 +40,9 @@ def batch(b: int, sizes: tuple[int, ...], dtype: torch.dtype = torch.float32) ->
 
 
 def by_autograd(model: MLP, x: Tensor, labels: Tensor, global_size: int, smoothing: float = 0.0) -> Tensor:
-    loss = cross_entropy(model(x), labels, reduction="sum", label_smoothing=smoothing)
+    outputs = model(x)
+    outputs = outputs.float() if outputs.dtype.itemsize == 2 else outputs  # as under autocast
+    loss = cross_entropy(outputs, labels, reduction="sum", label_smoothing=smoothing)
     (loss / global_size).backward()
     return loss.detach()
 
@@ -49,10 +51,16 @@ def gradients(model: MLP) -> list[Tensor]:
     return [p.grad for p in model.parameters()]
 
 
-def compare(sizes: tuple[int, ...], b: int, smoothing: float = 0.0, calls: int = 1) -> None:
+def compare(
+    sizes: tuple[int, ...],
+    b: int,
+    smoothing: float = 0.0,
+    calls: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Loss and gradients have at most twice the error of autograd's, both against float64."""
-    fused, plain, exact = make(sizes), make(sizes), make(sizes).double()
-    x, labels = batch(b, sizes)
+    fused, plain, exact = make(sizes, dtype), make(sizes, dtype), make(sizes, dtype).double()
+    x, labels = batch(b, sizes, dtype)
     compute = FusedGradients(fused, label_smoothing=smoothing)
     for _ in range(calls):
         loss = compute(x, labels, b + 1)
@@ -86,6 +94,12 @@ CASES = [
 @pytest.mark.parametrize("sizes, b", CASES, ids=str)
 def test_gradients_are_as_accurate_as_autograds(sizes: tuple[int, ...], b: int, smoothing: float) -> None:
     compare(sizes, b, smoothing)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes, b", CASES, ids=str)
+def test_gradients_in_16_bits(sizes: tuple[int, ...], b: int, dtype: torch.dtype) -> None:
+    compare(sizes, b, 0.1, dtype=dtype)
 
 
 def test_gradients_accumulate() -> None:

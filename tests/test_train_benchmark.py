@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from types import SimpleNamespace
 
+import fake_graph
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,7 @@ from benchmarks.train.inputs import Training, TrainingInputs
 from torchpar.baselines import numba_njit, numpy_mlp
 from torchpar.nn import MLP
 from torchpar.parallel.launch.world import join_world_of_one
+from torchpar.training.graph import GraphedStep
 
 SMALL = Training((784, 30, 10), 10, samples=205)
 
@@ -149,13 +151,14 @@ def test_losses_of_ranks_add_up(epoch):
             assert [turn(0), turn(1)] == [[], [pytest.approx(3.0 * 10 / 205)]]
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_the_lessons_loop_trains_in_its_own_order(epoch, fused, monkeypatch):
+@pytest.mark.parametrize("fused, graph", [(False, False), (True, False), (True, True)])
+def test_the_lessons_loop_trains_in_its_own_order(epoch, fused, graph, monkeypatch):
     """A rate that is 1% off, or another order of the samples, is rejected."""
+    monkeypatch.setattr(GraphedStep, "_capture", fake_graph.capture)
     with join_world_of_one("cpu") as world:
 
         def turn_of(given: TrainingInputs):
-            turn = rungs.epoch_turn(given, rungs.local(given, rungs.run_epoch(world, fused)), 21)
+            turn = rungs.epoch_turn(given, rungs.local(given, rungs.run_epoch(world, fused, graph)), 21)
             turn(0)
             return turn
 

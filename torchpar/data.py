@@ -58,6 +58,10 @@ class Samples:
     def __getitem__(self, index: slice) -> "Samples":
         return Samples(self.features[index], self.labels[index], self.classes)
 
+    def to(self, device: torch.device | str) -> "Samples":
+        """Return the samples on ``device``."""
+        return Samples(self.features.to(device), self.labels.to(device), self.classes)
+
     def inputs(self, index: Tensor | slice) -> Tensor:
         """Return the features at ``index`` as a network's input ``(b, features)``.
 
@@ -176,7 +180,7 @@ def load(dataset: Dataset, root: Path, device: torch.device | str = "cpu") -> tu
                 raise ValueError(
                     f"{raw / prefix}-* holds label {labels.max()} of {len(kind.classes)} classes"
                 )
-            samples.append(Samples(images.to(device), labels.to(device, torch.int64), tuple(kind.classes)))
+            samples.append(Samples(images, labels.long(), tuple(kind.classes)).to(device))
     except (OSError, ValueError) as e:
         fetch = f"from torchvision.datasets import {kind.__name__} as D; D({str(root)!r}, download=True)"
         raise ConfigError(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Rungs and workloads of the ladder, and the rows that measuring them gives."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ class Rung:
         compiles: whether the row shows the time of the warm-up.
         device: where the work is done.
         intensity: floating-point operations that the workload needs, for each byte that this way loads.
+        figures: measures further columns of its row, afterwards.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Rung:
     compiles: bool = False
     device: torch.device = CPU
     intensity: float | None = None
+    figures: Callable[[], dict[str, Any]] = dict
 
 
 @dataclass(frozen=True)

@@ -49,13 +49,15 @@ FULL = [
     Training((784, 128, 64, 10), 128),
     Training((784, 512, 512, 10), 128),
 ]
+WIDE = Training((784, 4096, 4096, 10), 8192, dtype=torch.bfloat16)  # on a GPU
 QUICK = [Training((784, 30, 10), 10, samples=105)]
 # Of plain SGD; the best of 0.1, 0.5 and 1.
 RATES = {"784-30-10": 0.1, "784-128-10": 1.0, "784-128-64-10": 1.0, "784-512-512-10": 1.0}
 ACCURACIES = (0.97, 0.98)
 EPOCHS = 25  # after which an accuracy counts as not reached
 SECONDS = 20.0  # of a row's turns
-COLUMNS = ("provider", "note", "p50_ms", "samples_per_s", "speedup", "to_97_s", "to_98_s", "ok")
+COLUMNS = ("provider", "note", "p50_ms", "samples_per_s", "speedup", "to_97_s", "to_98_s")
+GPU_COLUMNS = ("launches", "peak_mb")
 
 
 def epochs_to(inputs: TrainingInputs, most: int) -> dict[float, int]:
@@ -81,21 +83,26 @@ def epochs_to(inputs: TrainingInputs, most: int) -> dict[float, int]:
 
 
 def measure(inputs: TrainingInputs, turns: Mapping[tuple[str, str], Rung], rounds: int) -> list[Row]:
-    """A row for each way to train; speed-ups are over plain eager."""
+    """A row for each way to train; speed-ups are over plain eager on the same kind of device."""
     work = {"network": inputs.name, "batch": inputs.training.batch_size}
     label = f"{inputs.name}, batch {work['batch']}"
     times = take_turns({key: rung.turn for key, rung in turns.items()}, rounds, seconds=SECONDS, label=label)
-    plain = next(times[key] for key in times if key[0] == PLAIN)
+    plain = {turns[key].device.type: times[key] for key in reversed(times) if key[0].startswith(PLAIN)}
     rows = []
     for (name, note), rung in turns.items():
-        found = {"note": note, "first_s": times[name, note].first if rung.compiles else None}
-        rows.append(times[name, note].row(work, name, plain, **found))
+        found = {
+            "note": note,
+            "first_s": times[name, note].first if rung.compiles else None,
+            **rung.figures(),
+        }
+        rows.append(times[name, note].row(work, name, plain[rung.device.type], **found))
     return rows
 
 
 def with_accuracy(rows: Sequence[Row], inputs: TrainingInputs, most: int) -> list[Row]:
     """The rows with samples per second, and the seconds to each accuracy that is reached."""
-    reached, size = epochs_to(inputs, most), inputs.training.batch_size
+    reached = epochs_to(inputs, most) if inputs.name in RATES else {}
+    size = inputs.training.batch_size
     done = []
     for row in rows:
         found = dict(row.found)
@@ -160,7 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.require("matplotlib")
     if options.threads < 1:
         raise ConfigError(f"--threads is {options.threads}, expected at least 1")
-    plan = QUICK if options.quick else FULL
+    gpu = torch.cuda.is_available()
+    plan = QUICK if options.quick else [*FULL, *[WIDE] * gpu]
     before = torch.get_num_threads()
     name = "train" if options.threads == 1 else f"train-{options.threads}-threads"
     results = Results(command.csv(options, name), CPU, cores=CORES, threads=options.threads)
@@ -172,13 +180,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             turns = {(r.name, r.note): r for r in rungs(inputs, world, ranks, compiled=not options.quick)}
             rows = with_accuracy(measure(inputs, turns, ROUNDS), inputs, 1 if options.quick else EPOCHS)
             tables.append(results.add(rows))
-            print_rows(f"{inputs.name}, batch {training.batch_size}", rows, COLUMNS)
+            columns = (*COLUMNS, *GPU_COLUMNS * gpu, "ok")
+            print_rows(f"{inputs.name}, batch {training.batch_size}", rows, columns)
         ranks.run(on_ranks.forget)
     torch.set_num_threads(before)
     for what in ("MPI", programs.LIGHTNING):
         if missing := programs.missing(what):
             print(f"not measured: {what}, without {', '.join(missing)}")
-    if not torch.cuda.is_available():
+    if not gpu:
         print("not measured: a GPU, there is none")
     if options.output:
         (options.output / f"{name}.md").write_text(markdown(tables, options.threads))

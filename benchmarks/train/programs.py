@@ -103,7 +103,7 @@ def lightning_epoch(inputs: TrainingInputs) -> tuple[float, float]:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=LR)
 
-    sizes, batch_size, _ = inputs.training
+    sizes, batch_size = inputs.training[:2]
     extras = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     quiet: dict[str, Any] = dict.fromkeys(extras, False)
     model = Network()
@@ -123,7 +123,7 @@ def mpi(inputs: TrainingInputs) -> Rung:
 
 
 def mpi_epoch(inputs: TrainingInputs) -> tuple[float, float]:
-    sizes, batch_size, _ = inputs.training
+    sizes, batch_size = inputs.training[:2]
     program = [sys.executable, "-m", "benchmarks.train.mpi_epoch"]
     command = [str(mpirun()), "-n", "2", *program, json.dumps([sizes, batch_size, len(inputs.x)])]
     done = subprocess.run(

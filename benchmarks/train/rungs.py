@@ -27,6 +27,7 @@ from torchpar.parallel.launch.local import Ranks
 from torchpar.parallel.launch.world import World
 from torchpar.training import Run, sgd
 from torchpar.training.fused import FusedGradients
+from torchpar.training.graph import GraphedStep
 
 Order = Sequence[Array]  # the indices of each batch
 Train = Callable[[TrainingInputs, Order], Iterator[Any]]
@@ -39,7 +40,7 @@ SLOW = {"pure Python": 200, "customary script": 2000}  # digits, of which an epo
 
 def rungs(inputs: TrainingInputs, world: World, ranks: Ranks, compiled: bool = True) -> Iterator[Rung]:
     """All ways to train; without ``compiled`` less torch.compile."""
-    sizes, batch_size, _ = inputs.training
+    sizes, batch_size = inputs.training[:2]
 
     def rung(name: str, train: Train, note: str = "", **options: Any) -> Rung:
         digits = SLOW.get(name, len(inputs.x))
@@ -49,6 +50,9 @@ def rungs(inputs: TrainingInputs, world: World, ranks: Ranks, compiled: bool = T
         turn = epoch_turn(inputs, local(inputs, train), 1 if part else 0, end)
         return Rung(name, turn, note, **options)
 
+    yield from gpu_rungs(inputs, world, compiled)
+    if inputs.training.dtype != torch.float32:
+        return  # an epoch takes minutes on a CPU
     if len(sizes) == 3:  # a step of the others takes a minute
         yield rung("pure Python", pure_python_epoch)
     yield rung("customary script", customary_epoch, "DataLoader, transforms")
@@ -68,12 +72,20 @@ def rungs(inputs: TrainingInputs, world: World, ranks: Ranks, compiled: bool = T
         yield rung("torch.compile", torch_epoch(fast), compiles=True)
     yield rung("torchpar, autograd", run_epoch(world, fused=False))
     yield rung(FUSED, run_epoch(world, fused=True), "gradients by formulas")
-    if torch.cuda.is_available():
-        cuda = torch.device("cuda")
-        yield rung(f"{PLAIN}, GPU", torch_epoch(native(sizes), cuda), device=cuda)
     for way, note in (("DDP", "DistributedDataParallel"), ("fused", "gradients by formulas")):
         turn = epoch_turn(inputs, partial(on_ranks, ranks, inputs, way))
         yield Rung(f"{FUSED}, 2 ranks", turn, note)
+
+
+def gpu_rungs(inputs: TrainingInputs, world: World, compiled: bool) -> Iterator[Rung]:
+    """The rungs of `benchmarks.train.gpu`, if there is a GPU."""
+    if torch.cuda.is_available():
+        from benchmarks.train import gpu
+
+        for name, note, train in gpu.rungs(inputs, world, compiled):
+            turn = epoch_turn(inputs, local(inputs, train))
+            figures = partial(gpu.figures, inputs, train)
+            yield Rung(name, turn, note, device=torch.device("cuda"), figures=figures)
 
 
 def epoch_turn(
@@ -197,7 +209,8 @@ def torch_epoch(model: torch.nn.Module, device: torch.device = CPU) -> Train:
     def train(inputs: TrainingInputs, order: Order) -> Iterator[Tensor | None]:
         copy_weights(inputs.start, model)
         optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-        x, labels = torch.from_numpy(inputs.x).to(device), torch.from_numpy(inputs.labels).to(device)
+        x = torch.from_numpy(inputs.x).to(device, next(model.parameters()).dtype)
+        labels = torch.from_numpy(inputs.labels).to(device)
         batches = [torch.from_numpy(indices).to(device) for indices in order]
         yield None
         for indices in batches:
@@ -242,29 +255,35 @@ def customary_epoch(inputs: TrainingInputs, order: Order) -> Iterator[Tensor | N
         yield loss.detach()
 
 
-def run_epoch(world: World, fused: bool) -> Train:
+def run_epoch(world: World, fused: bool, graph: bool = False) -> Train:
     """The loop of the lessons. It has an order of its own, that of `TrainingInputs.order`."""
 
-    def train(inputs: TrainingInputs, order: Order) -> Iterator[float | None]:
-        sizes, batch_size, _ = inputs.training
-        model = MLP(sizes)
+    def train(inputs: TrainingInputs, order: Order) -> Iterator[Any]:
+        sizes, batch_size = inputs.training[:2]
+        model = MLP(sizes).to(world.device, inputs.training.dtype)
         copy_weights(inputs.start, model)
         optimizer = sgd(model, LR, momentum=0, weight_decay=0)
         gradients = FusedGradients(model)
+
+        def step(x: Tensor, labels: Tensor, size: int) -> Tensor:
+            if fused:
+                loss = gradients(x, labels, size)
+            else:
+                loss = cross_entropy(model(x), labels, reduction="sum")
+                (loss / size).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.detach()
+
+        samples, test = inputs.train.to(world.device), inputs.test[:10].to(world.device)
+        graphed = GraphedStep(step, samples, optimizer) if graph else None
         yield None
-        sets = (inputs.train, inputs.test[:10])
-        with Run(model, optimizer, None, world, *sets, epochs=1, batch_size=batch_size) as run:
+        with Run(model, optimizer, None, world, samples, test, epochs=1, batch_size=batch_size) as run:
             for epoch in run.epochs():
-                for x, labels, size in run.batches(epoch):
-                    if fused:
-                        loss = gradients(x, labels, size)
-                    else:
-                        loss = cross_entropy(model(x), labels, reduction="sum")
-                        (loss / size).backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
+                for batch in run.indices(epoch) if graphed else run.batches(epoch):
+                    loss = graphed(*batch) if graphed else step(*batch)
                     run.log(loss)
-                    yield loss.item() / size
+                    yield (loss.item() if loss.is_cpu else loss) / batch[-1]
 
     return train
 

@@ -93,7 +93,9 @@ class FusedGradients:
         self.layers: list[tuple[Tensor, Tensor]] = [(layer.weight, layer.bias) for layer in linears]
         weight, classes = self.layers[-1][0], model.sizes[-1]
         self.label_smoothing = label_smoothing
-        self.targets = torch.eye(classes, dtype=weight.dtype, device=weight.device)
+        # Losses of 16-bit logits are computed in float32, as under autocast.
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.targets = torch.eye(classes, dtype=dtype, device=weight.device)
         self.targets.mul_(1 - label_smoothing).add_(label_smoothing / classes)
         self.operation = ""
         if world is not None and world.dp_size > 1:
@@ -136,15 +138,16 @@ class FusedGradients:
         self, x: Tensor, labels: Tensor, global_size: int
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """The sum of the losses, and dL/dW and dL/db of each layer."""
-        activations = [x]
+        activations = [x.to(self.layers[0][0].dtype)]
         for weight, bias in self.layers[:-1]:
             activations.append(_sigmoid_layer(activations[-1], weight, bias))
-        log_p = torch.log_softmax(linear_forward(activations[-1], *self.layers[-1]), 1)
+        logits = linear_forward(activations[-1], *self.layers[-1])
+        log_p = torch.log_softmax(logits, 1, dtype=self.targets.dtype)
         if self.label_smoothing:
             loss = -(self.targets.index_select(0, labels) * log_p).sum()
         else:
             loss = torch.nn.functional.nll_loss(log_p, labels, reduction="sum")
-        dz = self._loss_gradient(log_p, labels, global_size)
+        dz = self._loss_gradient(log_p, labels, global_size).to(logits.dtype)
         gradients = [(mm(dz.t(), activations[-1]), dz.sum(0))]
         for i in range(len(self.layers) - 1, 0, -1):
             dz, db = sigmoid_backward(mm(dz, self.layers[i][0]), activations[i])

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: MIT
+"""The rungs of an epoch on a GPU, and the launches and memory of a step there."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from benchmarks.train.inputs import LR, TrainingInputs
+from benchmarks.train.rungs import PLAIN, Order, Train, native, run_epoch, torch_epoch
+from torchpar.baselines.bridge import copy_weights
+from torchpar.parallel.launch.world import World
+
+GRAPH = "each step a CUDA graph"
+_LAUNCH = re.compile(r"cu(da)?(LaunchKernel|GraphLaunch|Memcpy|Memset)\w*")
+STEPS = 10  # in which launches are counted
+
+
+def rungs(inputs: TrainingInputs, world: World, compiled: bool) -> Iterator[tuple[str, str, Train]]:
+    """Name, note and way of each rung; without ``compiled`` less torch.compile."""
+    device = torch.device("cuda")
+    sizes, dtype = inputs.training.sizes, inputs.training.dtype
+    yield f"{PLAIN}, GPU", "", torch_epoch(native(sizes).to(dtype), device)
+    yield f"{PLAIN}, GPU", GRAPH, plain_graph(native(sizes).to(dtype), device)
+    if compiled:
+        fast = native(sizes).to(dtype)
+        fast.compile(mode="max-autotune")
+        yield "torch.compile, GPU", "max-autotune", torch_epoch(fast, device)
+    on_gpu = replace(world, device=device)
+    yield "torchpar, GPU", "", run_epoch(on_gpu, fused=True)
+    yield "torchpar, GPU", GRAPH, run_epoch(on_gpu, fused=True, graph=True)
+
+
+def plain_graph(model: torch.nn.Module, device: torch.device) -> Train:
+    """Plain PyTorch's step, recorded as PyTorch's documentation shows."""
+    model.to(device)
+
+    def train(inputs: TrainingInputs, order: Order) -> Iterator[Tensor | None]:
+        copy_weights(inputs.start, model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        x = torch.from_numpy(inputs.x).to(device, next(model.parameters()).dtype)
+        labels = torch.from_numpy(inputs.labels).to(device)
+        batches = [torch.from_numpy(indices).to(device) for indices in order]
+        graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+
+        def step(indices: Tensor) -> Tensor:
+            loss = cross_entropy(model(x[indices]), labels[indices])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.detach()
+
+        for indices in (batches[0], batches[-1]):
+            index, stream = indices.clone(), torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                step(index)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                loss = step(index)
+            graphs[len(index)] = graph, index, loss
+        copy_weights(inputs.start, model)  # recording has trained
+        yield None
+        for indices in batches:
+            graph, index, loss = graphs[len(indices)]
+            index.copy_(indices)
+            graph.replay()
+            yield loss.clone()
+
+    return train
+
+
+def figures(inputs: TrainingInputs, train: Train) -> dict[str, Any]:
+    """Launches of a step, and the most memory of a GPU that a training has at once, in MB."""
+    torch.cuda.reset_peak_memory_stats()
+    losses = train(inputs, inputs.order[:-1])  # batches of one size
+    next(losses)
+    list(islice(losses, 3))
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        list(islice(losses, STEPS))
+        torch.cuda.synchronize()
+    count = sum(event.count for event in profiler.key_averages() if _LAUNCH.fullmatch(event.key))
+    return {"launches": count / STEPS, "peak_mb": torch.cuda.max_memory_allocated() / 1e6}
