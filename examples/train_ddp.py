@@ -35,6 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchpar.nn import MLP
 from torchpar.parallel import join_world
+from torchpar.parallel.split.shared_memory import average_through_memory
 from torchpar.profile.phases import phase
 
 
@@ -49,9 +50,11 @@ def main(flags: Flags) -> None:
         model = MLP(sizes).to(world.device)
         fused = fused_gradients(flags, model, world)
         replica: torch.nn.Module = model
+        operation = fused.operation if fused else ""
         if world.world_size > 1 and fused is None:
             # Its forward pass is the model's; its backward pass averages the gradients over the ranks.
-            replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            replica = ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            operation = average_through_memory(ddp, world)  # ranks of one machine need no messages
         if flags.compile:
             compile_model(replica, world)
         optimizer, lr_scheduler = make_optimizer(flags, model, len(train))
@@ -76,9 +79,9 @@ def main(flags: Flags) -> None:
                 optimizer.zero_grad()
             return loss
 
-        sets = (train, test)
+        parts = (model, optimizer, lr_scheduler, train, test)
         graph = graphed_step(flags, world, train_step, train, optimizer, fused is not None)
-        with Run(flags, world, model, optimizer, lr_scheduler, *sets, fused=fused) as run:
+        with Run(flags, world, *parts, fused=fused is not None, operation=operation) as run:
             # A CUDA graph gathers its batch itself.
             step, batches = (graph, run.indices) if graph else (train_step, run.batches)
             for epoch in run.epochs():

@@ -15,6 +15,7 @@ from torchpar.parallel import join_world, parallel_mlp
 from torchpar.parallel.split import shared_memory
 from torchpar.parallel.split.invariant import invariant_gradients
 from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
+from torchpar.parallel.split.shared_memory import average_through_memory
 from torchpar.profile import cost
 from torchpar.profile.collectives import StepRecorder
 from torchpar.training import loss_sum
@@ -34,14 +35,14 @@ def counted_and_expected(
     sizes: tuple[int, ...],
     batch_size: int,
     fused: bool = False,
-    shared: bool = True,
+    shared: bool = False,
 ) -> tuple[Any, Any, Any]:
     """Calls of two steps, those expected of one, and those of a step with twice the batch."""
     torch.manual_seed(0)
     loss = partial(loss_sum, "cross-entropy")
     with join_world("cpu") as world:
         model = replica = MLP(sizes)
-        pipeline = None
+        pipeline, operation = None, "all_reduce"
         if axes is not None:
             world = world.with_mesh(**axes, reduction=reduction)
             model = replica = stage_mlp(parallel_mlp(model, world.mesh["tp"], reduction), world.mesh["pp"])
@@ -49,11 +50,13 @@ def counted_and_expected(
             pipeline = Pipeline(model, world, "1f1b", micro_batches=4)
         elif world.dp_size > 1 and reduction == "fast" and not fused:
             group = None if axes is None else world.mesh["dp"].get_group()
-            replica = DistributedDataParallel(model, process_group=group)
+            replica = ddp = DistributedDataParallel(model, process_group=group)
+            operation = average_through_memory(ddp, world) if shared else operation
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(shared_memory, "ABLE", shared_memory.ABLE and shared)
             gradients = FusedGradients(model, world) if fused else None
+            operation = gradients.operation if gradients else operation
 
         def backward(x: torch.Tensor, labels: torch.Tensor) -> None:
             if reduction == "invariant":
@@ -83,7 +86,8 @@ def counted_and_expected(
                     tensor_split=axes is not None,
                     reduction=reduction,
                     micro_batches=4,
-                    fused=gradients.operation if gradients is not None else "",
+                    fused=fused,
+                    operation=operation,
                 )
             )
             for n in (batch_size, 2 * batch_size)
@@ -146,9 +150,13 @@ def test_fused_gradients_take_one_message(ranks, world_size, batch_size, shared)
         (5, 600, 512),
     ],
 )
-def test_buckets_of_a_larger_model(ranks, sizes, batch_size):
-    for counted, expected, _ in ranks(2, counted_and_expected, None, FAST, sizes, batch_size):
+@pytest.mark.parametrize("shared", [True, False])
+def test_buckets_of_a_larger_model(ranks, sizes, batch_size, shared):
+    arguments = (None, FAST, sizes, batch_size, False, shared)
+    for counted, expected, _ in ranks(2, counted_and_expected, *arguments):
         assert counted == [expected] * 2
+        by_memory = {operation for _, operation, *_ in expected} == {"shared_memory_sum"}
+        assert by_memory == (shared and shared_memory.ABLE)
 
 
 LINK = cost.Link(alpha=1e-4, beta=2e-9)

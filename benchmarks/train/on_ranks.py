@@ -4,6 +4,7 @@
 from collections.abc import Iterator
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -17,14 +18,17 @@ from torchpar.data import batches
 from torchpar.nn import MLP
 from torchpar.optim import SGD
 from torchpar.parallel.launch.local import current_world
+from torchpar.parallel.split.shared_memory import average_through_memory
 from torchpar.training.fused import FusedGradients
 
-Way = Literal["DDP", "fused"]
+Way = Literal["DDP", "shared", "fused"]
 _training: dict[Way, Advance] = {}  # the epochs that are under way
 
 
 def begin(training: Training, way: Way) -> None:
-    """Begin to train by data parallelism, by autograd and DistributedDataParallel or with fused gradients."""
+    """Begin to train by data parallelism: by DistributedDataParallel, alone or with the gradients averaged
+    through shared memory, or with fused gradients.
+    """
     _training[way] = advance_by(data_parallel(training, way))
 
 
@@ -35,10 +39,15 @@ def advance(way: Way, count: int) -> tuple[float, Array]:
 
 
 def data_parallel(training: Training, way: Way) -> Iterator[Tensor | None]:
-    world, inputs, model = current_world(), TrainingInputs(training), MLP(training.sizes)
+    world, inputs = current_world(), TrainingInputs(training)
+    model: torch.nn.Module = MLP(training.sizes)
     copy_weights(inputs.start, model)
     fused = FusedGradients(model, world)
-    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if way == "DDP" else model
+    wrapped = model
+    if way != "fused":
+        wrapped = replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        if way == "shared":
+            average_through_memory(replica, world)
     optimizer = SGD(model.parameters(), lr=LR)
     yield None
     for x, labels, size in batches(inputs.train, training.batch_size, seed=0, epoch=1, share=world.share):

@@ -72,7 +72,8 @@ def rungs(inputs: TrainingInputs, world: World, ranks: Ranks, compiled: bool = T
         yield rung("torch.compile", torch_epoch(fast), compiles=True)
     yield rung("torchpar, autograd", run_epoch(world, fused=False))
     yield rung(FUSED, run_epoch(world, fused=True), "gradients by formulas")
-    for way, note in (("DDP", "DistributedDataParallel"), ("fused", "gradients by formulas")):
+    ways = {"DDP": "DistributedDataParallel", "shared": "DistributedDataParallel, shared memory"}
+    for way, note in {**ways, "fused": "gradients by formulas"}.items():
         turn = epoch_turn(inputs, partial(on_ranks, ranks, inputs, way))
         yield Rung(f"{FUSED}, 2 ranks", turn, note)
 

@@ -125,7 +125,8 @@ class Run(training.Run):
 
     Args:
         micro_batches: of each rank's share of a batch in a pipeline, for the prediction of its messages.
-        fused: what computes the gradients, if not autograd, for the same.
+        fused: whether gradients are fused, for the same.
+        operation: that adds gradients over the data-parallel ranks, for the same.
     """
 
     def __init__(
@@ -139,7 +140,8 @@ class Run(training.Run):
         test: Samples,
         predict: Callable[[Tensor], Tensor | None] | None = None,
         micro_batches: int = 1,
-        fused: FusedGradients | None = None,
+        fused: bool = False,
+        operation: str = "all_reduce",
     ):
         checkpoint = None
         if flags.checkpoint:
@@ -158,6 +160,7 @@ class Run(training.Run):
         self.flags = flags
         self.micro_batches = micro_batches
         self.fused = fused
+        self.operation = operation
         self.phases = Phases(world.device) if flags.phases else None
         self.recorder = StepRecorder(world) if flags.phases or flags.collectives else None
         self.trace = Trace(flags.profile, world.rank, world.device) if flags.profile else None
@@ -231,6 +234,7 @@ class Run(training.Run):
             self.world.mesh,
             reduction=self.world.reduction,
             micro_batches=self.micro_batches,
-            fused=self.fused.operation if self.fused else "",
+            fused=self.fused,
+            operation=self.operation,
             tensor_split=any(split_parameters(self.model)),
         )

@@ -98,7 +98,8 @@ def collectives(
     reduction: Reduction = "fast",
     micro_batches: int = 4,
     itemsize: int = 4,
-    fused: str = "",
+    fused: bool = False,
+    operation: str = "all_reduce",
 ) -> list[Expected]:
     """Return this rank's collectives in a step of an MLP that `parallel_mlp` and `stage_mlp` have split.
 
@@ -109,7 +110,8 @@ def collectives(
         tensor_split: the layers are those of `parallel_mlp`, also on one rank of "tp".
         micro_batches: of each rank's share, if there is a pipeline.
         itemsize: bytes of a number.
-        fused: the operation of the run's `torchpar.training.fused.FusedGradients`, if it has one.
+        fused: the gradients are those of `torchpar.training.fused.FusedGradients`.
+        operation: that adds gradients over "dp", if the reduction is fast.
     """
     dims = {name: mesh[name].size() for name in ("pp", "dp", "tp")}
     at = {name: mesh[name].get_local_rank() for name in dims}
@@ -167,7 +169,7 @@ def collectives(
             )
         else:
             messages = [sum(parameters)] if fused or dims["pp"] > 1 else _buckets(parameters)
-            expected += [Expected("dp", fused or "all_reduce", dims["dp"], n) for n in messages]
+            expected += [Expected("dp", operation, dims["dp"], n) for n in messages]
     return expected
 
 

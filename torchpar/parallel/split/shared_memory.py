@@ -16,10 +16,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from torchpar.parallel.launch.world import World
+from torchpar.profile.collectives import collective
 
 if sys.platform == "linux":
     import fcntl
@@ -137,6 +143,34 @@ def share_memory(
         if group.rank() == 0 and path is not None:
             path.unlink(missing_ok=True)  # the memory stays until the last rank ends
     return shared if all(made) else None
+
+
+def average_through_memory(replica: DistributedDataParallel, world: World) -> str:
+    """Let ``replica`` average its gradients through shared memory, if all of its ranks share some.
+
+    Returns:
+        The operation that adds gradients from now on: "shared_memory_sum" or "all_reduce".
+    """
+    group: dist.ProcessGroup = replica.process_group
+    if world.device.type != "cpu" or share_memory(group, [(1,)], torch.float32, world.timeout) is None:
+        return "all_reduce"
+    sums: dict[int, SharedSum | None] = {}
+
+    def average(bucket: Any) -> torch.futures.Future[Tensor]:
+        index, gradients = bucket.index(), bucket.buffer()
+        if index not in sums or ((found := sums[index]) and found.nbytes != gradients.nbytes):
+            # In its second step DistributedDataParallel forms other buckets.
+            sums[index] = share_memory(group, [gradients.shape], gradients.dtype, world.timeout)
+        if (add := sums[index]) is None:  # there is not as much memory
+            return allreduce_hook(group, bucket)
+        with collective("dp", "shared_memory_sum", group.size(), gradients.nbytes):
+            add([gradients])
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        future.set_result(gradients.div_(group.size()))
+        return future
+
+    replica.register_comm_hook(None, lambda _, bucket: average(bucket))
+    return "shared_memory_sum"
 
 
 def _nbytes(ranks: int, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> int:
