@@ -2,10 +2,10 @@
 """Measure the speed-up of a training step on more ranks: ``python -m benchmarks.scaling``.
 
 A step is forward, backward, exchange of gradients and SGD, on CPUs: data parallelism averages through shared
-memory, tensor parallelism by gloo. It is compared with one process of one thread and one of two. The gradients
-and the loss of every configuration are checked with a float64 oracle before it is timed. All ranks live
-throughout; configurations take turns within a round, a few steps each. Medians are quoted, and means, in which
-alone gloo's stalls show.
+memory, tensor parallelism by gloo. It is compared with one process of one thread and one of two. The
+gradients and the loss of every configuration are checked with a float64 oracle before it is timed. All ranks
+live throughout; configurations take turns within a round, a few steps each. Medians are quoted, and means, in
+which alone gloo's stalls show.
 """
 
 from collections.abc import Iterator, Sequence
