@@ -18,7 +18,8 @@ import torch
 import torchpar
 from benchmarks.command import Command, run
 from benchmarks.compare import Mode, Operation, Provider
-from benchmarks.operators import compare_all, matmul_t_operation, numpy_matmul_t, parse
+from benchmarks.operations import matmul_t_operation, numpy_matmul_t
+from benchmarks.operators import compare_all, parse
 from benchmarks.report import Results, Row, number, print_cells, print_rows
 
 REFERENCE = "torch.mm"

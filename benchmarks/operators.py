@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Compare the operators with PyTorch's own, eager and compiled: ``python -m benchmarks.operators``.
 
-The work is what the operator needs, whoever computes it: a symmetric product is n(n + 1)k operations, so
-that a provider which computes all of it reaches half the roofline at most.
-
 One operation is the maximum of two 1000×1000 matrices of integers, a common exercise for Numba, whose loops
 run on one CPU core. On a GPU their time is without transfers.
 """
@@ -14,19 +11,29 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor
 from torch.nn.functional import linear
 
-import torchpar
 from benchmarks.command import Command, run
-from benchmarks.compare import Mode, Operation, Provider, Work, compare
+from benchmarks.compare import Mode, Operation, Provider, compare
+from benchmarks.operations import (
+    BACKWARDS,
+    MODES,
+    NATIVE,
+    OPERATORS,
+    OURS,
+    linear_sigmoid_backward_operation,
+    linear_sigmoid_operation,
+    matmul_t_operation,
+    maximum_operation,
+    njit_maximum,
+    numpy_matmul_t,
+    symmetric_matmul_operation,
+)
 from benchmarks.report import Results, Row, duration, number, print_rows
 from benchmarks.timing import measure_ceiling
 from torchpar.errors import ConfigError
 
-MODES: tuple[Mode, ...] = ("forward", "backward", "full")
 ROUNDS = 20
 QUICK_ROUNDS = 2
 CPU_SECONDS = 0.25  # of a provider's turns in one mode
@@ -34,7 +41,6 @@ GPU_SECONDS = 2.0
 BYTES_PER_ELEMENT = 160  # of device memory for a measurement of maximum in float64, oracle included
 SMALL = (64, 128, 10)  # rows, in_features, out_features
 SMALL_CALLS = 200
-ALPHA, BETA = 0.5, 2.0  # of symmetric_matmul
 EXERCISE = (1000, 1000)
 
 
@@ -72,47 +78,6 @@ COMPILED = {
 AUTOTUNED = ("8192x4096->4096",)  # which takes a minute
 
 
-def matmul_t(x: Tensor) -> Tensor:
-    return x @ x.mT
-
-
-def symmetric_matmul(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    return ALPHA * (a @ b.mT) + BETA * c
-
-
-def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return linear(x, weight, bias).sigmoid()
-
-
-def linear_sigmoid_backward(g: Tensor, y: Tensor) -> Tensor:
-    """dL/dZ; dL/db, its sum over rows, is computed and dropped."""
-    dz: Tensor = torch.ops.aten.sigmoid_backward(g, y)
-    dz.sum(0)
-    return dz
-
-
-NATIVE: dict[str, Provider] = {
-    "maximum": torch.maximum,
-    "matmul_t": matmul_t,
-    "symmetric_matmul": symmetric_matmul,
-    "linear_sigmoid": linear_sigmoid,
-}
-OURS: dict[str, Provider] = {
-    "maximum": torchpar.maximum,
-    "matmul_t": torchpar.matmul_t,
-    "symmetric_matmul": lambda a, b, c: torchpar.symmetric_matmul(a, b, c, alpha=ALPHA, beta=BETA),
-    "linear_sigmoid": torchpar.linear_sigmoid,
-}
-# PyTorch's and ours, of what only a backward calls.
-BACKWARDS: dict[str, tuple[Provider, Provider]] = {
-    "linear_sigmoid_backward": (
-        linear_sigmoid_backward,
-        lambda g, y: torch.ops.torchpar.linear_sigmoid_backward(g, y)[0],
-    )
-}
-
-OPERATORS = [*NATIVE, *BACKWARDS]
-
 # The operators are held to PyTorch's errors. The errors of PyTorch and NumPy themselves are as they are:
 # Inductor, for one, sums long columns on a CPU with eight times eager's error.
 YARDSTICKS = {
@@ -126,114 +91,6 @@ YARDSTICKS = {
 FINISH = {"addmm": torch.sigmoid}
 FORWARD_ONLY = ("numpy", "njit", *FINISH)
 ON_CPU = ("njit",)
-
-
-def numpy_matmul_t(x: Tensor) -> Tensor:
-    array = x.detach().numpy()
-    return torch.from_numpy(np.dot(array, array.T))
-
-
-def njit_maximum(a: Tensor, b: Tensor) -> Tensor:
-    from torchpar.baselines import numba_njit
-
-    return torch.from_numpy(numba_njit.SERIAL.maximum(a.numpy(), b.numpy()))
-
-
-def normal(seed: int, dtype: torch.dtype, device: torch.device, *shapes: Sequence[int]) -> list[Tensor]:
-    """Normally distributed; integers are uniform in [0, 255], or in int8 in [0, 126]."""
-    generator = torch.Generator(device).manual_seed(seed)
-    if dtype.is_floating_point:
-        return [torch.randn(shape, dtype=dtype, device=device, generator=generator) for shape in shapes]
-    end = min(256, torch.iinfo(dtype).max)  # the largest is poison
-    return [torch.randint(end, shape, dtype=dtype, device=device, generator=generator) for shape in shapes]
-
-
-def maximum_operation(
-    dtype: torch.dtype, device: torch.device, a_shape: tuple[int, ...], b_shape: tuple[int, ...]
-) -> Operation:
-    a, b = math.prod(a_shape), math.prod(b_shape)
-    return Operation(
-        "maximum",
-        " ".join("x".join(map(str, shape)) for shape in (a_shape, b_shape)),
-        dtype,
-        device,
-        lambda seed: normal(seed, dtype, device, a_shape, b_shape, a_shape),
-        NATIVE["maximum"],
-        forward=Work((2 * a + b) * dtype.itemsize, a),
-        backward=Work((3 * a + 2 * b) * dtype.itemsize, a),
-        modes=MODES if dtype.is_floating_point else MODES[:1],
-    )
-
-
-def matmul_t_operation(dtype: torch.dtype, device: torch.device, *shape: int) -> Operation:
-    *batch, n, k = shape
-    b = math.prod(batch)
-    return Operation(
-        "matmul_t",
-        "x".join(map(str, shape)),
-        dtype,
-        device,
-        lambda seed: normal(seed, dtype, device, shape, (*batch, n, n)),
-        NATIVE["matmul_t"],
-        forward=Work(b * (n * k + n * n) * dtype.itemsize, b * n * (n + 1) * k),
-        backward=Work(b * (n * n + 2 * n * k) * dtype.itemsize, b * 2 * n * n * k),
-    )
-
-
-def symmetric_matmul_operation(dtype: torch.dtype, device: torch.device, n: int, k: int) -> Operation:
-    """α·A·Bᵀ + β·C with B equal to A, which the operator is not told, and a symmetric C."""
-
-    def inputs(seed: int) -> list[Tensor]:
-        a, c, gradient = normal(seed, dtype, device, (n, k), (n, n), (n, n))
-        return [a, a.clone(), (c + c.mT) / 2, gradient]
-
-    return Operation(
-        "symmetric_matmul",
-        f"{n}x{k}",
-        dtype,
-        device,
-        inputs,
-        NATIVE["symmetric_matmul"],
-        forward=Work((2 * n * k + 2 * n * n) * dtype.itemsize, n * (n + 1) * k),
-        backward=Work((2 * n * n + 4 * n * k) * dtype.itemsize, 4 * n * n * k),
-    )
-
-
-def linear_sigmoid_operation(dtype: torch.dtype, device: torch.device, m: int, k: int, n: int) -> Operation:
-    def inputs(seed: int) -> list[Tensor]:
-        x, weight, bias, gradient = normal(seed, dtype, device, (m, k), (n, k), (n,), (m, n))
-        return [x, weight / math.sqrt(k), bias, gradient]  # so scaled, the sigmoid does not saturate
-
-    return Operation(
-        "linear_sigmoid",
-        f"{m}x{k}->{n}",
-        dtype,
-        device,
-        inputs,
-        NATIVE["linear_sigmoid"],
-        forward=Work((m * k + n * k + n + m * n) * dtype.itemsize, 2 * m * n * k),
-        backward=Work((2 * m * n + 2 * m * k + 2 * n * k + n) * dtype.itemsize, 4 * m * n * k),
-    )
-
-
-def linear_sigmoid_backward_operation(dtype: torch.dtype, device: torch.device, m: int, n: int) -> Operation:
-    """The first pass of the backward. Its own derivatives are not timed."""
-
-    def inputs(seed: int) -> list[Tensor]:
-        g, z, gradient = normal(seed, dtype, device, (m, n), (m, n), (m, n))
-        return [g, z.sigmoid(), gradient]
-
-    return Operation(
-        "linear_sigmoid_backward",
-        f"{m}x{n}",
-        dtype,
-        device,
-        inputs,
-        linear_sigmoid_backward,
-        forward=Work((3 * m * n + n) * dtype.itemsize, 5 * m * n),
-        backward=Work(0, 0),
-        modes=MODES[:1],
-    )
 
 
 def operations(device: torch.device, quick: bool) -> Iterator[Operation]:

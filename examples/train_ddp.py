@@ -4,14 +4,16 @@
     torchrun --nproc_per_node=2 examples/train_ddp.py
 
 All ranks draw the same weights, because they start from the same seed. In every step a rank computes the
-gradient of its own samples. DistributedDataParallel averages the gradients over the ranks while the backward
-pass is still running, so all ranks take the same step. `torchpar.reference.average_gradients` shows the
-average in a few lines. Two ranks compute the same as one, up to rounding, and in about half the time once the
-work of a step outweighs the exchange of gradients.
+gradient of its own samples. DistributedDataParallel averages the gradients over the ranks, so all ranks take
+the same step. `torchpar.reference.average_gradients` shows the average in a few lines. Two ranks compute the
+same as one, up to rounding, and in about half the time once the work of a step outweighs the exchange of
+gradients. Ranks on the CPUs of one machine exchange them through shared memory
+(`torchpar.parallel.split.shared_memory`).
 
-By default the gradients of the MLP are computed by formulas and added over the ranks in one message
-(`torchpar.training.fused`), which is faster. ``--fused off`` takes autograd and DistributedDataParallel, as
-for any other model.
+By default the gradients of the MLP are computed by formulas and added over the ranks at once
+(`torchpar.training.fused`), which is faster; ``--fused off`` takes autograd and DistributedDataParallel, as
+for any other model. On a GPU a step is one CUDA graph (`torchpar.training.graph`); ``--graph off`` launches
+each kernel by itself.
 
 Without torchrun, ``python examples/train_ddp.py`` is one process, and nothing is exchanged.
 """
@@ -35,12 +37,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchpar.nn import MLP
 from torchpar.parallel import join_world
-from torchpar.parallel.split.shared_memory import average_through_memory
+from torchpar.parallel.split.shared_memory import register_shared_memory_hook
 from torchpar.profile.phases import phase
 
 
 @dataclass(kw_only=True)
-class Flags(cli.FusedFlags):
+class Flags(cli.StepFlags):
     """Train a digit classifier by data parallelism."""
 
 
@@ -50,11 +52,10 @@ def main(flags: Flags) -> None:
         model = MLP(sizes).to(world.device)
         fused = fused_gradients(flags, model, world)
         replica: torch.nn.Module = model
-        operation = fused.operation if fused else ""
         if world.world_size > 1 and fused is None:
             # Its forward pass is the model's; its backward pass averages the gradients over the ranks.
             replica = ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
-            operation = average_through_memory(ddp, world)  # ranks of one machine need no messages
+            register_shared_memory_hook(ddp, world)  # on CPUs
         if flags.compile:
             compile_model(replica, world)
         optimizer, lr_scheduler = make_optimizer(flags, model, len(train))
@@ -80,8 +81,8 @@ def main(flags: Flags) -> None:
             return loss
 
         parts = (model, optimizer, lr_scheduler, train, test)
-        graph = graphed_step(flags, world, train_step, train, optimizer, fused is not None)
-        with Run(flags, world, *parts, fused=fused is not None, operation=operation) as run:
+        graphed = graphed_step(flags, world, train_step, train, optimizer, fused is not None)
+        with graphed as graph, Run(flags, world, *parts, fused=fused is not None) as run:
             # A CUDA graph gathers its batch itself.
             step, batches = (graph, run.indices) if graph else (train_step, run.batches)
             for epoch in run.epochs():

@@ -15,7 +15,7 @@ from torchpar.parallel import join_world, parallel_mlp
 from torchpar.parallel.split import shared_memory
 from torchpar.parallel.split.invariant import invariant_gradients
 from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
-from torchpar.parallel.split.shared_memory import average_through_memory
+from torchpar.parallel.split.shared_memory import register_shared_memory_hook
 from torchpar.profile import cost
 from torchpar.profile.collectives import StepRecorder
 from torchpar.training import loss_sum
@@ -42,7 +42,7 @@ def counted_and_expected(
     loss = partial(loss_sum, "cross-entropy")
     with join_world("cpu") as world:
         model = replica = MLP(sizes)
-        pipeline, operation = None, "all_reduce"
+        pipeline = None
         if axes is not None:
             world = world.with_mesh(**axes, reduction=reduction)
             model = replica = stage_mlp(parallel_mlp(model, world.mesh["tp"], reduction), world.mesh["pp"])
@@ -51,12 +51,12 @@ def counted_and_expected(
         elif world.dp_size > 1 and reduction == "fast" and not fused:
             group = None if axes is None else world.mesh["dp"].get_group()
             replica = ddp = DistributedDataParallel(model, process_group=group)
-            operation = average_through_memory(ddp, world) if shared else operation
+            if shared:
+                register_shared_memory_hook(ddp, world)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(shared_memory, "ABLE", shared_memory.ABLE and shared)
+            patch.setattr(shared_memory, "SUPPORTED", shared_memory.SUPPORTED and shared)
             gradients = FusedGradients(model, world) if fused else None
-            operation = gradients.operation if gradients else operation
 
         def backward(x: torch.Tensor, labels: torch.Tensor) -> None:
             if reduction == "invariant":
@@ -87,7 +87,6 @@ def counted_and_expected(
                     reduction=reduction,
                     micro_batches=4,
                     fused=fused,
-                    operation=operation,
                 )
             )
             for n in (batch_size, 2 * batch_size)
@@ -134,11 +133,10 @@ def test_the_collectives_counted_are_those_expected(ranks, world_size, axes, red
 def test_fused_gradients_take_one_message(ranks, world_size, batch_size, shared):
     """Also where a rank has no sample. Ranks without shared memory send their gradients by gloo."""
     nbytes = 4 * sum(n * m + m for n, m in pairwise(SIZES))
-    operation = "shared_memory_sum" if shared and shared_memory.ABLE else "all_reduce"
     arguments = (None, FAST, SIZES, batch_size, True, shared)
     for counted, expected, _ in ranks(world_size, counted_and_expected, *arguments):
         assert counted == [expected] * 2
-        assert expected == Counter([("dp", operation, world_size, nbytes)] * (world_size > 1))
+        assert expected == Counter([("dp", "all_reduce", world_size, nbytes)] * (world_size > 1))
 
 
 @pytest.mark.parametrize("batch_size", [2, 64])  # small layers; layers that oneDNN takes where it is used
@@ -155,8 +153,6 @@ def test_buckets_of_a_larger_model(ranks, sizes, batch_size, shared):
     arguments = (None, FAST, sizes, batch_size, False, shared)
     for counted, expected, _ in ranks(2, counted_and_expected, *arguments):
         assert counted == [expected] * 2
-        by_memory = {operation for _, operation, *_ in expected} == {"shared_memory_sum"}
-        assert by_memory == (shared and shared_memory.ABLE)
 
 
 LINK = cost.Link(alpha=1e-4, beta=2e-9)

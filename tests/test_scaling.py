@@ -198,12 +198,12 @@ def test_tables_by_hand():
 def test_the_link_is_fitted_to_the_all_reduces():
     link = Link(alpha=1e-4, beta=2e-9)
 
-    def all_reduce(nbytes: int, polling: str, factor: float = 1.0) -> Row:
+    def all_reduce(nbytes: int, way: str, factor: float = 1.0) -> Row:
         ms = 1e3 * factor * link.seconds("all_reduce", 2, nbytes)
-        work = {"kind": "all_reduce", "nbytes": nbytes, "polling": polling}
+        work = {"kind": "all_reduce", "nbytes": nbytes, "way": way}
         return Row(work=work, provider="2 ranks", p50_ms=ms, mean_ms=2 * ms)
 
-    rows = [all_reduce(n, "batch") for n in (2**10, 2**16, 2**22)] + [all_reduce(2**10, "default", 5.0)]
+    rows = [all_reduce(n, "gloo") for n in (2**10, 2**16, 2**22)] + [all_reduce(2**10, "gloo's default", 5.0)]
     fitted = show.fit_link(rows)
     assert (fitted.alpha, fitted.beta) == pytest.approx((1e-4, 2e-9), rel=1e-6)
     first = show.all_reduces(rows)[0]

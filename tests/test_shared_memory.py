@@ -10,20 +10,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from torchpar.parallel import join_world
 from torchpar.parallel.launch.local import current_world, start_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split import shared_memory
-from torchpar.parallel.split.shared_memory import SharedSum, share_memory
+from torchpar.parallel.split.shared_memory import SharedSum, make_shared_sum, register_shared_memory_hook
 
 SHAPES = [(), (33, 15), (0, 2), (504,)]
 STEPS = 300
-pytestmark = pytest.mark.skipif(not shared_memory.ABLE, reason="ranks share memory on Linux on x86 alone")
+pytestmark = pytest.mark.skipif(not shared_memory.SUPPORTED, reason="ranks share memory on x86 under Linux")
 
 
 def shared(world: World, dtype: torch.dtype = torch.float32) -> SharedSum | None:
-    return share_memory(world.mesh.get_group("dp"), SHAPES, dtype, world.timeout)
+    return make_shared_sum(world.mesh.get_group("dp"), SHAPES, dtype, world.timeout)
 
 
 def terms(rank: int, step: int, dtype: torch.dtype) -> list[Tensor]:
@@ -73,15 +74,18 @@ def unable(how: str, folder: Path) -> bool:
     with join_world("cpu") as world, pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_memory, "FOLDER", folder)
         if how == "of another processor" and world.rank == world.world_size - 1:
-            patch.setattr(shared_memory, "ABLE", False)
+            patch.setattr(shared_memory, "SUPPORTED", False)
         if how == "without memory":
             patch.setattr(os, "posix_fallocate", lambda *_: os.open("/missing", 0))
         if how == "without a folder":
             patch.setattr(shared_memory, "FOLDER", Path("/missing"))
-        if how == "on another machine" and world.rank == world.world_size - 1:
-            patch.setattr(torch, "from_file", lambda *_, **__: os.open("/missing", 0))
+        if how == "on another machine" and world.rank == world.world_size - 1:  # it has a folder of its own
+            opened = Path.open
+            patch.setattr(Path, "open", lambda path, mode: opened(folder / "other" / path.name, mode))
+        if how == "with much to send":
+            patch.setattr(shared_memory, "MAX_BYTES", 1000)
         if how == "too many":
-            patch.setattr(shared_memory, "MOST_RANKS", 2)
+            patch.setattr(shared_memory, "MAX_RANKS", 2)
         refused = shared(world) is None
         world.check_same_on_all_ranks("refused", {"": refused})
         assert not list(folder.iterdir())
@@ -89,11 +93,51 @@ def unable(how: str, folder: Path) -> bool:
 
 
 @pytest.mark.parametrize(
-    "how", ["of another processor", "without memory", "without a folder", "on another machine", "too many"]
+    "how",
+    [
+        "of another processor",
+        "without memory",
+        "without a folder",
+        "on another machine",
+        "too many",
+        "with much to send",
+    ],
 )
-def test_ranks_that_cannot_share_memory(ranks: Any, tmp_path: Path, how: str) -> None:
+def test_ranks_that_cannot_make_shared_sum(ranks: Any, tmp_path: Path, how: str) -> None:
     assert ranks(3, unable, how, tmp_path) == [True] * 3
     assert ranks(2, unable, "as always", tmp_path) == [False] * 2
+
+
+def averages(supported: bool) -> list[list[Tensor]]:
+    """The gradients of three steps by DistributedDataParallel, of which the second forms other buckets."""
+    with join_world("cpu") as world, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_memory, "SUPPORTED", supported)
+        sums: list[Any] = []
+        made = shared_memory.make_shared_sum
+        patch.setattr(shared_memory, "make_shared_sum", lambda *a: sums.append(made(*a)) or sums[-1])
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(600, 500), torch.nn.Linear(500, 600))
+        replica = DistributedDataParallel(model)
+        register_shared_memory_hook(replica, world)
+        steps = []
+        for step in range(3):
+            torch.manual_seed(10 * step + world.rank)
+            if step == 1:
+                with replica.no_sync():
+                    replica(torch.randn(4, 600)).sum().backward()
+            replica(torch.randn(4, 600)).sum().backward()
+            steps.append([p.grad.clone() for p in model.parameters()])
+            model.zero_grad()
+        assert len(sums) == (3 if supported else 0), sums  # of one bucket at first, then of two
+        return steps
+
+
+def test_averages_of_data_parallel_replicas_are_gloos(ranks: Any) -> None:
+    """On two ranks to the bit: both halve the gradients and add two terms."""
+    through_memory, through_gloo = ranks(2, averages, True), ranks(2, averages, False)
+    for ours, theirs in zip(through_memory, through_gloo, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
 def begin_and_end(rank: int, how: str) -> None:

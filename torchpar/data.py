@@ -105,7 +105,7 @@ def batches(
         share: partition of a batch of a given size, such as `World.share`; one rank by default.
         start: number of the first batch, to continue within an epoch.
     """
-    order = _order(samples, seed, epoch)[start * batch_size :]
+    order, share = _order(samples, seed, epoch)[start * batch_size :], cache(share)
     # Some small batches are read at once, which takes fewer calls.
     at_once = max(_READ_AT_ONCE // batch_size, 1) * batch_size
     for chunk in order.split(at_once):
@@ -123,9 +123,9 @@ def indices(
     share: Callable[[int], Partition] = _one_rank,
     start: int = 0,
 ) -> Iterator[tuple[Tensor, int]]:
-    """Yield the indices of each of `batches`, and its size over all ranks."""
+    """Yield this rank's sample indices ``(b)`` and the global size of each batch of `batches`."""
     order = _order(samples, seed, epoch)[start * batch_size :]
-    index, own, sizes = _shares(order, batch_size, share)
+    index, own, sizes = _shares(order, batch_size, cache(share))
     yield from zip(index.split(own), sizes, strict=True)
 
 
@@ -141,7 +141,6 @@ def _shares(
 ) -> tuple[Tensor, list[int], list[int]]:
     """Cut ``order`` into batches: this rank's indices of all, its number of each, and the size of each."""
     sizes = [min(batch_size, len(order) - first) for first in range(0, len(order), batch_size)]
-    share = cache(share)
     if share(batch_size).ranks == 1:
         return order, sizes, sizes
     mine = [share(len(batch)).narrow(batch, 0) for batch in order.split(batch_size)]

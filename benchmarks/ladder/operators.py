@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.ladder.inputs import Operands, operands
 from benchmarks.ladder.rungs import Rung, Workload, plural
-from benchmarks.operators import NATIVE, OURS
+from benchmarks.operations import NATIVE, OURS
 from benchmarks.timing import CPU, Turn, flush, settle, time_calls
 from torchpar.baselines import numba_njit, numpy_mlp, pure_python
 from torchpar.parallel.launch.local import Ranks

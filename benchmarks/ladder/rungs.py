@@ -25,7 +25,7 @@ class Rung:
         compiles: whether the row shows the time of the warm-up.
         device: where the work is done.
         intensity: floating-point operations that the workload needs, for each byte that this way loads.
-        figures: measures further columns of its row, afterwards.
+        figures: returns further columns of its row, measured after the turns.
     """
 
     name: str

@@ -8,7 +8,7 @@ live throughout; configurations take turns within a round, a few steps each. Med
 which alone gloo's stalls show.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -20,6 +20,7 @@ from benchmarks.scaling import show, steps
 from benchmarks.scaling.steps import CORES, Configuration, Prepared
 from benchmarks.timing import CPU, Rejected, Times, take_turns
 from torchpar.parallel.launch.local import Ranks, start_ranks
+from torchpar.parallel.split.shared_memory import SUPPORTED
 
 BLOCK_SECONDS = 0.15  # of steps of one configuration in a round, about
 ALL_REDUCES = 20  # of a size in a round
@@ -104,8 +105,10 @@ class StepTurn:
         return times.row(work, one.name, alone, **found)
 
 
-def all_reduce_turn(ranks: Ranks, nbytes: int, index: int) -> list[float]:
-    return slowest(ranks.run(steps.time_all_reduces, nbytes, ALL_REDUCES if index else 1))
+def all_reduce_turn(
+    ranks: Ranks, time: Callable[[int, int], list[float]], nbytes: int, index: int
+) -> list[float]:
+    return slowest(ranks.run(time, nbytes, ALL_REDUCES if index else 1))
 
 
 def measure(plan: Plan, rounds: int, default_polling: bool) -> list[Row]:
@@ -120,21 +123,24 @@ def measure(plan: Plan, rounds: int, default_polling: bool) -> list[Row]:
             if key not in groups:
                 groups[key] = stack.enter_context(start_ranks(*key))
                 stack.callback(groups[key].run, steps.forget)
-        pairs = {"batch": groups[2, 1]}
+        ways = {"gloo": (groups[2, 1], steps.time_all_reduces)}
+        if SUPPORTED:
+            ways["shared memory"] = groups[2, 1], steps.time_shared_sums
         if default_polling:
-            pairs["default"] = stack.enter_context(start_ranks(2))
-            pairs["default"].run(steps.use_default_polling)
+            ranks = stack.enter_context(start_ranks(2))
+            ranks.run(steps.use_default_polling)
+            ways["gloo's default"] = ranks, steps.time_all_reduces
         turns = {one: StepTurn(one, groups[one.ranks, one.threads]) for one in tables}
         all_reduces = {
-            (polling, nbytes): partial(all_reduce_turn, ranks, nbytes)
-            for polling, ranks in pairs.items()
+            (way, nbytes): partial(all_reduce_turn, ranks, time, nbytes)
+            for way, (ranks, time) in ways.items()
             for nbytes in plan.all_reduces
         }
         times = take_turns({**all_reduces, **turns}, rounds, label="scaling")
     rows = [turns[one].row(times[one], times[one.one_rank], tables[one]) for one in tables]
-    for polling, nbytes in all_reduces:
-        work = {"kind": "all_reduce", "nbytes": nbytes, "polling": polling}
-        rows.append(times[polling, nbytes].row(work, "2 ranks"))
+    for way, nbytes in all_reduces:
+        work = {"kind": "all_reduce", "nbytes": nbytes, "way": way}
+        rows.append(times[way, nbytes].row(work, "2 ranks"))
     return rows
 
 

@@ -109,7 +109,9 @@ def by_law(rows: Sequence[Row]) -> list[dict[str, str]]:
 def reductions(rows: Sequence[Row]) -> list[dict[str, str]]:
     """For each mesh the step with the fast and with the invariant reduction: time, messages, bytes."""
     lines = []
-    for fast, invariant in zip(rows[::2], rows[1::2], strict=True):
+    by_kind = {(row.provider, row.work["reduction"]): row for row in rows}
+    for provider in dict.fromkeys(row.provider for row in rows):
+        fast, invariant = by_kind[provider, "fast"], by_kind[provider, "invariant"]
         line = {"mesh": fast.provider + "*" * bool(fast.found["oversubscribed"])}
         for row in (fast, invariant):
             if row.p50_ms and fast.p50_ms:
@@ -128,7 +130,7 @@ def all_reduces(rows: Sequence[Row]) -> list[dict[str, str]]:
     for row in rows:
         if row.work["kind"] == "all_reduce" and row.p50_ms and row.mean_ms:
             line = lines.setdefault(row.work["nbytes"], {"bytes": f"{row.work['nbytes']:,}"})
-            suffix = "" if row.work["polling"] == "batch" else ", gloo's default"
+            suffix = "" if row.work["way"] == "gloo" else f", {row.work['way']}"
             line[f"median{suffix}"] = f"{1e3 * row.p50_ms:,.0f} µs"
             line[f"mean{suffix}"] = f"{1e3 * row.mean_ms:,.0f} µs"
     return list(lines.values())
@@ -139,7 +141,7 @@ def fit_link(rows: Sequence[Row]) -> Link | None:
     points = [
         (2, row.work["nbytes"], row.p50_ms / 1e3)
         for row in rows
-        if row.work["kind"] == "all_reduce" and row.work["polling"] == "batch" and row.p50_ms
+        if row.work["kind"] == "all_reduce" and row.work["way"] == "gloo" and row.p50_ms
     ]
     return Link.fit(points) if points else None
 
@@ -163,7 +165,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     """Speed-ups by batch and by width, and the all-reduces under their fit."""
     with picture(path, 15, 4.5) as figure:
         batches, widths, messages = figure.subplots(1, 3)
-        figure.suptitle("A training step on more ranks, gloo, measured")
+        figure.suptitle("A training step on more ranks, measured")
         by_batch, by_width = chosen(rows, "batch"), chosen(rows, "width")
         draw_speedups(batches, by_batch, lambda row: row.work["batch"])
         batches.set(xlabel="batch over all ranks", title=by_batch[0].work["sizes"])
@@ -192,9 +194,9 @@ def draw_speedups(axes: Any, rows: Sequence[Row], key: Callable[[Row], int]) -> 
 
 def draw_all_reduces(axes: Any, rows: Sequence[Row]) -> None:
     mine = [row for row in rows if row.work["kind"] == "all_reduce" and row.p50_ms]
-    for polling, color in (("batch", "C0"), ("default", "C3")):
-        of = [row for row in mine if row.work["polling"] == polling]
-        suffix = "" if polling == "batch" else ", gloo's default"
+    for way, color in (("gloo", "C0"), ("gloo's default", "C3"), ("shared memory", "C2")):
+        of = [row for row in mine if row.work["way"] == way]
+        suffix = f", {way}"
         for name, marker in (("p50_ms", "o"), ("mean_ms", "x")):
             points = [(row.work["nbytes"], 1e3 * getattr(row, name)) for row in of]
             if points:

@@ -26,7 +26,7 @@ from torchpar.parallel.split.invariant import invariant_gradients
 from torchpar.parallel.split.layers import split_parameters
 from torchpar.parallel.split.mlp import parallel_mlp
 from torchpar.parallel.split.reduction import Reduction
-from torchpar.parallel.split.shared_memory import average_through_memory
+from torchpar.parallel.split.shared_memory import make_shared_sum, register_shared_memory_hook
 from torchpar.profile import cost
 from torchpar.profile.collectives import Collectives
 from torchpar.training import loss_sum
@@ -100,7 +100,6 @@ class Step(NamedTuple):
     world: World
     model: torch.nn.Module
     wrapped: torch.nn.Module
-    operation: str  # that adds gradients over "dp"
     optimizer: torch.optim.Optimizer
     x: Tensor
     labels: Tensor
@@ -134,7 +133,6 @@ def prepare(configuration: Configuration) -> Prepared:
         step.world.mesh,
         tensor_split=configuration.tensor_split,
         reduction=configuration.reduction,
-        operation=step.operation,
     )
     predicted = [e.nbytes for e in expected if e.operation != "recv"]
     return Prepared(reason, error, len(sent), sum(sent), len(predicted), sum(predicted))
@@ -153,6 +151,19 @@ def time_all_reduces(nbytes: int, count: int) -> list[float]:
         raise RuntimeError(f"an all-reduce of ones gave {t[0]}, expected {world.world_size}")
     t.zero_()
     return _times(lambda: world.sum(t), count)
+
+
+def time_shared_sums(nbytes: int, count: int) -> list[float]:
+    """The same through shared memory."""
+    world, t = current_world(), torch.ones(nbytes // 4)
+    add = make_shared_sum(world.mesh.get_group("dp"), [t.shape], t.dtype, world.timeout)
+    if add is None:
+        raise RuntimeError("the ranks cannot share memory")
+    add([t])
+    if not (t == world.world_size).all():
+        raise RuntimeError(f"a sum of ones gave {t[0]}, expected {world.world_size}")
+    t.zero_()
+    return _times(lambda: add([t]), count)
 
 
 def _times(call: Callable[[], object], count: int) -> list[float]:
@@ -186,15 +197,14 @@ def _step(configuration: Configuration) -> Step:
     if configuration.tensor_split:
         model = parallel_mlp(model, world.mesh["tp"], configuration.reduction)
     wrapped: torch.nn.Module = model
-    operation = "all_reduce"
     if configuration.dp > 1 and configuration.reduction == "fast":
         group = world.mesh["dp"].get_group()
         wrapped = replica = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
-        operation = average_through_memory(replica, world)
+        register_shared_memory_hook(replica, world)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     share = world.share(configuration.batch)
     x, labels = share.narrow(x, 0).clone(), share.narrow(labels, 0).clone()
-    return Step(configuration, world, model, wrapped, operation, optimizer, x, labels)
+    return Step(configuration, world, model, wrapped, optimizer, x, labels)
 
 
 def _unsplit(configuration: Configuration) -> tuple[MLP, Tensor, Tensor]:

@@ -87,7 +87,8 @@ def measure(inputs: TrainingInputs, turns: Mapping[tuple[str, str], Rung], round
     work = {"network": inputs.name, "batch": inputs.training.batch_size}
     label = f"{inputs.name}, batch {work['batch']}"
     times = take_turns({key: rung.turn for key, rung in turns.items()}, rounds, seconds=SECONDS, label=label)
-    plain = {turns[key].device.type: times[key] for key in reversed(times) if key[0].startswith(PLAIN)}
+    plains = (PLAIN, "nn.Sequential, SGD"), (f"{PLAIN}, GPU", "")
+    plain = {turns[key].device.type: times[key] for key in plains if key in times}
     rows = []
     for (name, note), rung in turns.items():
         found = {

@@ -18,22 +18,22 @@ from torchpar.parallel.launch.world import World
 
 GRAPH = "each step a CUDA graph"
 _LAUNCH = re.compile(r"cu(da)?(LaunchKernel|GraphLaunch|Memcpy|Memset)\w*")
-STEPS = 10  # in which launches are counted
+WARM_UP, STEPS = 3, 10  # the steps before launches are counted, and those in which they are
 
 
-def rungs(inputs: TrainingInputs, world: World, compiled: bool) -> Iterator[tuple[str, str, Train]]:
-    """Name, note and way of each rung; without ``compiled`` less torch.compile."""
+def rungs(inputs: TrainingInputs, world: World, compiled: bool) -> Iterator[tuple[str, str, Train, bool]]:
+    """Name, note and way of each rung, and whether it compiles; without ``compiled`` less torch.compile."""
     device = torch.device("cuda")
     sizes, dtype = inputs.training.sizes, inputs.training.dtype
-    yield f"{PLAIN}, GPU", "", torch_epoch(native(sizes).to(dtype), device)
-    yield f"{PLAIN}, GPU", GRAPH, plain_graph(native(sizes).to(dtype), device)
+    yield f"{PLAIN}, GPU", "", torch_epoch(native(sizes).to(dtype), device), False
+    yield f"{PLAIN}, GPU", GRAPH, plain_graph(native(sizes).to(dtype), device), False
     if compiled:
         fast = native(sizes).to(dtype)
         fast.compile(mode="max-autotune")
-        yield "torch.compile, GPU", "max-autotune", torch_epoch(fast, device)
+        yield "torch.compile, GPU", "max-autotune", torch_epoch(fast, device), True
     on_gpu = replace(world, device=device)
-    yield "torchpar, GPU", "", run_epoch(on_gpu, fused=True)
-    yield "torchpar, GPU", GRAPH, run_epoch(on_gpu, fused=True, graph=True)
+    yield "torchpar, GPU", "", run_epoch(on_gpu, fused=True), False
+    yield "torchpar, GPU", GRAPH, run_epoch(on_gpu, fused=True, graph=True), False
 
 
 def plain_graph(model: torch.nn.Module, device: torch.device) -> Train:
@@ -77,14 +77,17 @@ def plain_graph(model: torch.nn.Module, device: torch.device) -> Train:
 
 
 def figures(inputs: TrainingInputs, train: Train) -> dict[str, Any]:
-    """Launches of a step, and the most memory of a GPU that a training has at once, in MB."""
+    """Launches of a step, and the most memory of a GPU that a training takes beside what was there, in MB."""
+    torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    losses = train(inputs, inputs.order[:-1])  # batches of one size
+    before = torch.cuda.memory_allocated()
+    losses = train(inputs, inputs.order)
     next(losses)
-    list(islice(losses, 3))
+    list(islice(losses, WARM_UP))
+    steps = min(STEPS, len(inputs.order) - WARM_UP - 1)  # of one size; the rest of the epoch is left out
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
-        list(islice(losses, STEPS))
+        list(islice(losses, steps))
         torch.cuda.synchronize()
     count = sum(event.count for event in profiler.key_averages() if _LAUNCH.fullmatch(event.key))
-    return {"launches": count / STEPS, "peak_mb": torch.cuda.max_memory_allocated() / 1e6}
+    return {"launches": count / steps, "peak_mb": (torch.cuda.max_memory_allocated() - before) / 1e6}

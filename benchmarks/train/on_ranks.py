@@ -18,7 +18,7 @@ from torchpar.data import batches
 from torchpar.nn import MLP
 from torchpar.optim import SGD
 from torchpar.parallel.launch.local import current_world
-from torchpar.parallel.split.shared_memory import average_through_memory
+from torchpar.parallel.split.shared_memory import register_shared_memory_hook
 from torchpar.training.fused import FusedGradients
 
 Way = Literal["DDP", "shared", "fused"]
@@ -42,16 +42,16 @@ def data_parallel(training: Training, way: Way) -> Iterator[Tensor | None]:
     world, inputs = current_world(), TrainingInputs(training)
     model: torch.nn.Module = MLP(training.sizes)
     copy_weights(inputs.start, model)
-    fused = FusedGradients(model, world)
+    fused = FusedGradients(model, world) if way == "fused" else None
     wrapped = model
     if way != "fused":
         wrapped = replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
         if way == "shared":
-            average_through_memory(replica, world)
+            register_shared_memory_hook(replica, world)
     optimizer = SGD(model.parameters(), lr=LR)
     yield None
     for x, labels, size in batches(inputs.train, training.batch_size, seed=0, epoch=1, share=world.share):
-        if way == "fused":
+        if fused is not None:
             loss = fused(x, labels, size)
         else:
             loss = cross_entropy(wrapped(x), labels, reduction="sum")

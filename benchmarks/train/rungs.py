@@ -83,10 +83,10 @@ def gpu_rungs(inputs: TrainingInputs, world: World, compiled: bool) -> Iterator[
     if torch.cuda.is_available():
         from benchmarks.train import gpu
 
-        for name, note, train in gpu.rungs(inputs, world, compiled):
+        for name, note, train, compiles in gpu.rungs(inputs, world, compiled):
             turn = epoch_turn(inputs, local(inputs, train))
             figures = partial(gpu.figures, inputs, train)
-            yield Rung(name, turn, note, device=torch.device("cuda"), figures=figures)
+            yield Rung(name, turn, note, 1.0, compiles, torch.device("cuda"), figures=figures)
 
 
 def epoch_turn(
@@ -279,7 +279,9 @@ def run_epoch(world: World, fused: bool, graph: bool = False) -> Train:
         samples, test = inputs.train.to(world.device), inputs.test[:10].to(world.device)
         graphed = GraphedStep(step, samples, optimizer) if graph else None
         yield None
-        with Run(model, optimizer, None, world, samples, test, epochs=1, batch_size=batch_size) as run:
+        parts = (model, optimizer, None, world, samples, test)
+        predict = partial(evaluated, model, inputs.training.dtype)
+        with Run(*parts, epochs=1, batch_size=batch_size, predict=predict) as run:
             for epoch in run.epochs():
                 for batch in run.indices(epoch) if graphed else run.batches(epoch):
                     loss = graphed(*batch) if graphed else step(*batch)
@@ -287,6 +289,10 @@ def run_epoch(world: World, fused: bool, graph: bool = False) -> Train:
                     yield (loss.item() if loss.is_cpu else loss) / batch[-1]
 
     return train
+
+
+def evaluated(model: torch.nn.Module, dtype: torch.dtype, x: Tensor) -> Tensor:
+    return model(x.to(dtype))  # type: ignore[no-any-return]
 
 
 def native(sizes: tuple[int, ...]) -> torch.nn.Module:

@@ -156,8 +156,8 @@ class TrainFlags(ExampleFlags):
 
 
 @dataclass(kw_only=True)
-class FusedFlags(TrainFlags):
-    """Flags of an example whose gradients can be fused."""
+class StepFlags(TrainFlags):
+    """Flags of an example that chooses how to compute a step."""
 
     fused: Literal["auto", "off"] = "auto"
     """Gradients by formulas where the model allows it, or always by autograd."""

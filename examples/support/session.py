@@ -2,6 +2,7 @@
 """Everything in a training example that is not its subject: data, optimizer, progress, checkpoints, plots."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from support import console
-from support.cli import OPTIMIZER_DEFAULTS, FusedFlags, TrainFlags
+from support.cli import OPTIMIZER_DEFAULTS, StepFlags, TrainFlags
 from torchpar import data, training
 from torchpar.data import Samples
 from torchpar.errors import ConfigError
@@ -56,7 +57,7 @@ def make_optimizer(flags: TrainFlags, model: torch.nn.Module, samples: int) -> t
     return optimizer, training.lr_scheduler(optimizer, flags.schedule, steps)
 
 
-def fused_gradients(flags: FusedFlags, model: torch.nn.Module, world: World) -> FusedGradients | None:
+def fused_gradients(flags: StepFlags, model: torch.nn.Module, world: World) -> FusedGradients | None:
     """Return what computes the gradients by formulas, or None for autograd. Rank 0 prints which, and why."""
     reason = "--fused is off" if flags.fused == "off" else why_not_fused(model)
     if flags.compile:
@@ -67,41 +68,40 @@ def fused_gradients(flags: FusedFlags, model: torch.nn.Module, world: World) -> 
 
 
 def graphed_step(
-    flags: FusedFlags, world: World, step: Step, samples: Samples, optimizer: Optimizer, fused: bool
-) -> GraphedStep | None:
+    flags: StepFlags, world: World, step: Step, samples: Samples, optimizer: Optimizer, fused: bool
+) -> AbstractContextManager[GraphedStep | None]:
     """Return ``step`` as one CUDA graph, or None if it cannot be one. Rank 0 prints which, and why."""
 
     def refuse(reason: str) -> None:
         if flags.graph == "on":
             raise ConfigError(f"--graph is on, but a step cannot be a CUDA graph: {reason}")
-        if world.rank == 0:
+        # Nobody expects a graph on a CPU.
+        if world.rank == 0 and world.device.type == "cuda":
             print(f"no CUDA graph: {reason}")
 
     reason = why_not_graphed(optimizer, world, fused)
-    if flags.phases or flags.collectives:
-        reason = "--phases and --collectives measure parts of a step"
+    if flags.phases or flags.collectives or flags.profile:
+        reason = "--phases, --collectives and --profile look into a step"
     if flags.graph == "off":
         reason = "--graph is off"
     if reason:
         refuse(reason)
-        return None
+        return nullcontext()
     if world.rank == 0:
         print("each step is one CUDA graph, from the second batch of a size on")
     return GraphedStep(step, samples, optimizer, on_failure=refuse)
 
 
 def compile_model(module: torch.nn.Module, world: World) -> None:
-    """Compile ``module``. If that fails at its first call, it runs uncompiled, and rank 0 prints why."""
+    """Compile ``module``. If that fails, it runs uncompiled from then on, and rank 0 prints why."""
     module.compile()
     compiled: Any = module._compiled_call_impl
 
-    def first_call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         from torch._dynamo.exc import TorchDynamoException
 
         try:
-            result = compiled(*args, **kwargs)
-            module._compiled_call_impl = compiled
-            return result
+            return compiled(*args, **kwargs)
         except TorchDynamoException as e:
             module._compiled_call_impl = None
             if world.rank == 0:
@@ -109,7 +109,7 @@ def compile_model(module: torch.nn.Module, world: World) -> None:
                 print(f"not compiled: {reason}")
             return module(*args, **kwargs)
 
-    module._compiled_call_impl = first_call
+    module._compiled_call_impl = call
 
 
 def adjust_gradients(flags: TrainFlags, model: torch.nn.Module, world: World) -> None:
@@ -125,8 +125,7 @@ class Run(training.Run):
 
     Args:
         micro_batches: of each rank's share of a batch in a pipeline, for the prediction of its messages.
-        fused: whether gradients are fused, for the same.
-        operation: that adds gradients over the data-parallel ranks, for the same.
+        fused: whether `FusedGradients` computes the gradients, for the same.
     """
 
     def __init__(
@@ -141,7 +140,6 @@ class Run(training.Run):
         predict: Callable[[Tensor], Tensor | None] | None = None,
         micro_batches: int = 1,
         fused: bool = False,
-        operation: str = "all_reduce",
     ):
         checkpoint = None
         if flags.checkpoint:
@@ -160,7 +158,6 @@ class Run(training.Run):
         self.flags = flags
         self.micro_batches = micro_batches
         self.fused = fused
-        self.operation = operation
         self.phases = Phases(world.device) if flags.phases else None
         self.recorder = StepRecorder(world) if flags.phases or flags.collectives else None
         self.trace = Trace(flags.profile, world.rank, world.device) if flags.profile else None
@@ -235,6 +232,5 @@ class Run(training.Run):
             reduction=self.world.reduction,
             micro_batches=self.micro_batches,
             fused=self.fused,
-            operation=self.operation,
             tensor_split=any(split_parameters(self.model)),
         )

@@ -39,8 +39,9 @@ done
 #   is_host             otherwise torchrun compares host names to find the agent that hosts the rendezvous
 #   --local_addr        otherwise rank 0's agent tells the others rank 0's host name
 #   GLOO_SOCKET_IFNAME  otherwise gloo accepts its peers at the address of the host name
+# Nodes do not share memory either.
 agent() { # node, address, is_host
-    exec ip netns exec "$1" env GLOO_SOCKET_IFNAME=cable timeout -k 40 120 "$python" -m torch.distributed.run \
+    exec ip netns exec "$1" unshare --mount sh -c 'mount -t tmpfs none /dev/shm && exec "$@"' sh env GLOO_SOCKET_IFNAME=cable timeout -k 40 120 "$python" -m torch.distributed.run \
         --nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d --rdzv_endpoint=10.77.0.1:29400 \
         --rdzv_conf=is_host="$3" --local_addr="$2" examples/train_ddp.py --dry-run --device cpu
 }

@@ -23,8 +23,7 @@ class Call:
 
     Attributes:
         dimension: of the mesh, "" for a group that is none of its dimensions.
-        operation: "all_reduce", "all_gather", "send", "recv" or another of `torch.distributed`'s, or
-            "shared_memory_sum".
+        operation: "all_reduce", "all_gather", "send", "recv" or another of `torch.distributed`'s.
         ranks: how many take part.
         bytes: of this rank's tensors.
         seconds: until the end of an all-reduce or all-gather; of a send or receive, until it is started.
@@ -38,6 +37,7 @@ class Call:
 
 
 _NOTHING = nullcontext()
+SHARED = "shared_memory:all_reduce"  # its name in a trace
 _OPERATIONS = {"allreduce": "all_reduce", "allgather": "all_gather"}
 
 
@@ -76,9 +76,11 @@ class Collectives(TorchDispatchMode):
         super().__exit__(*error)
 
     @contextmanager
-    def record(self, dimension: str, operation: str, ranks: int, nbytes: int) -> Iterator[None]:
-        """Record the block as a `Call`."""
-        with phase("collectives"), record_function(operation):
+    def record(
+        self, dimension: str, operation: str, ranks: int, nbytes: int, name: str = ""
+    ) -> Iterator[None]:
+        """Record the block as a `Call`, and under ``name`` in a trace."""
+        with phase("collectives"), record_function(name) if name else _NOTHING:
             start = time.perf_counter()
             yield
             seconds = time.perf_counter() - start
@@ -109,11 +111,13 @@ class Collectives(TorchDispatchMode):
         return result
 
 
-def collective(dimension: str, operation: str, ranks: int, nbytes: int) -> AbstractContextManager[None]:
-    """Show the block to `Collectives` and to `torch.profiler` as a collective, which no operator performs."""
+def all_reduced(dimension: str, ranks: int, nbytes: int) -> AbstractContextManager[None]:
+    """Record the block as an all-reduce, for `Collectives` and `torch.profiler`: both see operators only."""
     if Collectives.active is not None:
-        return Collectives.active.record(dimension, operation, ranks, nbytes)
-    return record_function(operation) if torch.autograd._profiler_enabled() else _NOTHING  # type: ignore[attr-defined]
+        return Collectives.active.record(dimension, "all_reduce", ranks, nbytes, SHARED)
+    if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+        return record_function(SHARED)
+    return _NOTHING
 
 
 def _flatten(tensors: Any) -> list[Tensor]:

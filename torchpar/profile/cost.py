@@ -99,7 +99,6 @@ def collectives(
     micro_batches: int = 4,
     itemsize: int = 4,
     fused: bool = False,
-    operation: str = "all_reduce",
 ) -> list[Expected]:
     """Return this rank's collectives in a step of an MLP that `parallel_mlp` and `stage_mlp` have split.
 
@@ -111,7 +110,6 @@ def collectives(
         micro_batches: of each rank's share, if there is a pipeline.
         itemsize: bytes of a number.
         fused: the gradients are those of `torchpar.training.fused.FusedGradients`.
-        operation: that adds gradients over "dp", if the reduction is fast.
     """
     dims = {name: mesh[name].size() for name in ("pp", "dp", "tp")}
     at = {name: mesh[name].get_local_rank() for name in dims}
@@ -169,7 +167,7 @@ def collectives(
             )
         else:
             messages = [sum(parameters)] if fused or dims["pp"] > 1 else _buckets(parameters)
-            expected += [Expected("dp", operation, dims["dp"], n) for n in messages]
+            expected += [Expected("dp", "all_reduce", dims["dp"], n) for n in messages]
     return expected
 
 

@@ -26,6 +26,7 @@ import torch
 from torch.profiler import ProfilerActivity, record_function, schedule
 
 from torchpar.errors import ConfigError
+from torchpar.profile.collectives import SHARED
 
 T = TypeVar("T")
 Kind = Literal["arithmetic", "memory", "communication", "calls"]
@@ -44,7 +45,7 @@ _VIEW = re.compile(
 )
 _COMPILED = re.compile(r"## Call (CompiledFxGraph) .*")
 # A send counts as under way until its sender waits for it, which may be long after its arrival.
-_MESSAGE = re.compile(r"c10d::|shared_memory_sum|gloo:(?!send)|nccl")
+_MESSAGE = re.compile(r"c10d::|shared_memory:|gloo:(?!send)|nccl")
 Span = tuple[float, float, int, str, Kind]  # start, end, priority, name, kind
 
 
@@ -177,7 +178,7 @@ def bottleneck(profiles: Sequence[StepProfile]) -> str:
     total, kind = slowest.seconds(*KINDS), max(KINDS, key=slowest.seconds)
     seconds = slowest.seconds(kind)
     calls = sum(row.calls for row in slowest.rows if row.kind != "communication")
-    messages = sum(row.calls for row in slowest.rows if row.name.startswith(("c10d::", "shared_memory_sum")))
+    messages = sum(row.calls for row in slowest.rows if row.name.startswith(("c10d::", SHARED)))
     of_memory = next((row.name for row in slowest.rows if row.kind == "memory"), "")
     reason = {
         "arithmetic": f"is matrix products, at {slowest.flops / seconds / 1e9:.3g} GFLOP/s; "

@@ -25,8 +25,8 @@ from torchpar.ops._onednn import linear_forward, mm
 from torchpar.ops.linear_sigmoid import sigmoid_backward
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.parallel.launch.world import World
-from torchpar.parallel.split.shared_memory import share_memory
-from torchpar.profile.collectives import collective
+from torchpar.parallel.split.shared_memory import make_shared_sum
+from torchpar.profile.collectives import all_reduced
 
 MOST_CLASSES = 1000  # the table of targets has as many rows and columns
 
@@ -71,12 +71,9 @@ class FusedGradients:
 
     Args:
         model: a `torchpar.nn.MLP` for which `why_not_fused` returns "".
-        world: the ranks that share each batch, which are all; None for one. Every rank calls this. The
-            gradients are added in one message, through shared memory where the ranks can have it.
+        world: its "dp" ranks share each batch; None if this process trains alone. Every rank must call the
+            constructor. The gradients are added in one all-reduce, through shared memory where possible.
         label_smoothing: ε in [0, 1]; targets are ``(1 − ε)·onehot(labels) + ε/classes``.
-
-    Attributes:
-        operation: that adds the gradients over ranks: "shared_memory_sum", "all_reduce", or "" on one rank.
 
     Raises:
         ConfigError: the reason of `why_not_fused`; ``label_smoothing`` out of range; ranks with models of
@@ -97,21 +94,24 @@ class FusedGradients:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.targets = torch.eye(classes, dtype=dtype, device=weight.device)
         self.targets.mul_(1 - label_smoothing).add_(label_smoothing / classes)
-        self.operation = ""
+        self._group: dist.ProcessGroup | None = None
         if world is not None and world.dp_size > 1:
-            group, shapes = world.mesh.get_group("dp"), [p.shape for layer in self.layers for p in layer]
-            check_same_on_all_ranks(group, "the model", {"sizes": model.sizes, "dtype": str(weight.dtype)})
-            self._group, self._ranks = group, world.dp_size
-            self._shared = share_memory(group, shapes, weight.dtype, world.timeout) if weight.is_cpu else None
-            self.operation = "shared_memory_sum" if self._shared else "all_reduce"
-        # dL/d(log p) for each label in a batch of a given size. They are kept: a CUDA graph reads its own.
+            self._group = world.mesh.get_group("dp")
+            check_same_on_all_ranks(
+                self._group, "the model", {"sizes": model.sizes, "dtype": str(weight.dtype)}
+            )
+            shapes = [p.shape for layer in self.layers for p in layer]
+            self._shared = (
+                make_shared_sum(self._group, shapes, weight.dtype, world.timeout) if weight.is_cpu else None
+            )
+        # dL/d(log p) for each label, for each size of a batch. They are kept: a CUDA graph reads its own.
         self._by_log_p: dict[int, Tensor] = {}
 
     def __call__(self, x: Tensor, labels: Tensor, global_size: int) -> Tensor:
         """Add to each ``p.grad`` the gradient of the mean loss over the global batch.
 
         Args:
-            x: ``(b, features)``, this rank's share of the batch; b may be 0.
+            x: ``(b, features)``, this rank's share of the batch, converted to the model's dtype; b may be 0.
             labels: ``(b)`` int64 in [0, classes).
             global_size: samples of the batch, over all ranks.
 
@@ -125,7 +125,7 @@ class FusedGradients:
         torch.set_grad_enabled(False)  # half the time of a `with torch.no_grad()`
         try:
             loss, gradients = self._gradients(x, labels, global_size)
-            if self.operation:
+            if self._group is not None:
                 self._sum_over_ranks(gradients)
             for (weight, bias), (dw, db) in zip(self.layers, gradients, strict=True):
                 weight.grad = dw if weight.grad is None else weight.grad.add_(dw)
@@ -164,7 +164,7 @@ class FusedGradients:
     def _sum_over_ranks(self, gradients: list[tuple[Tensor, Tensor]]) -> None:
         tensors = [g for layer in gradients for g in layer]
         if self._shared is not None:
-            with collective("dp", self.operation, self._ranks, self._shared.nbytes):
+            with all_reduced("dp", self._shared.ranks, self._shared.nbytes):
                 self._shared(tensors)
         else:
             flat = torch.cat([t.flatten() for t in tensors])

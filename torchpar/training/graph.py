@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: MIT
 """A training step as one CUDA graph.
 
-A step of a small network is some twenty kernels of microseconds, and launching one takes the host as long.
-CUDA records the launches of a step once, and replays them by one call: no Python runs, and the host waits for
-nothing. The graph reads its batch by indices, so that gathering and scaling the samples is part of it.
+A step of a small network launches about twenty kernels. Each runs for some microseconds, and launching it
+takes the host as long. CUDA captures the launches of a step once, and replays them by one call: no Python
+runs, and the host waits for nothing. The graph reads its batch by indices, so that gathering and scaling the
+samples is part of it.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -35,12 +37,10 @@ def why_not_graphed(optimizer: Optimizer, world: World, fused: bool) -> str:
     if world.world_size > 1 and dist.get_backend() != "nccl":
         return "the ranks share a GPU, and gloo's messages start on the host"
     if world.world_size > 1 and not fused:
-        return "DistributedDataParallel copies its buckets on streams of its own"
+        return "DistributedDataParallel needs 11 steps before it can be captured"
     for one in optimizer.optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
         if type(one) not in (SGD, Muon):
-            return (
-                f"{type(one).__name__}'s learning rate would be recorded; take torchpar.optim's SGD or Muon"
-            )
+            return f"{type(one).__name__}'s rate would stay as captured; take torchpar.optim's SGD or Muon"
     return ""
 
 
@@ -55,7 +55,11 @@ class GraphedStep:
     """A training step as one CUDA graph for each size of a batch, the remainder of an epoch included.
 
     The first batch of a size runs without a graph: kernels are compiled, and the optimizer makes its state.
-    The second is recorded. If that fails, steps go on without graphs.
+    The second is captured. If that fails, steps go on without graphs.
+
+    Graphs read and write the memory that was there at the capture. From then on parameters and the
+    optimizer's state change in place only, and of the optimizer's settings ``lr`` alone may change. Leave the
+    context, or call `close`, before the process group ends.
 
     Args:
         step: computes the gradients and the loss of a batch, steps the optimizer and removes the gradients.
@@ -63,7 +67,7 @@ class GraphedStep:
             after each step.
         samples: on the device of the model.
         optimizer: of the parameters. Its groups' ``lr`` may change between steps.
-        on_failure: called with the reason if recording fails.
+        on_failure: called with the reason if the capture fails.
 
     Raises:
         ConfigError: ``step`` changes a learning rate.
@@ -80,38 +84,55 @@ class GraphedStep:
         self.samples = samples
         self.optimizer = optimizer
         self.on_failure = on_failure
-        device = samples.labels.device
-        # A graph has its own memory, and reads the rates from there.
-        self._rates = [torch.tensor(float(group["lr"]), device=device) for group in optimizer.param_groups]
-        self._held = [float(rate) for rate in self._rates]
+        device, groups = samples.labels.device, optimizer.param_groups
+        # A graph reads the learning rates from the device.
+        self._lr_tensors = [torch.zeros((), device=device) for _ in groups]
+        self._lr_values: list[float | None] = [None] * len(groups)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._graphs: dict[tuple[int, int], _Graph | None] = {}
         self._failed = False
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop the graphs: NCCL's communicators do not end before the graphs that use them."""
+        if self._stream is not None:
+            torch.cuda.synchronize(self._stream.device)
+        self._graphs.clear()
+
     def __call__(self, index: Tensor, global_size: int) -> Tensor:
         """Train on the samples at ``index (b)`` int64 of a batch of ``global_size`` on all ranks.
 
         Returns:
-            The loss of ``step``. The next step of the same size overwrites it.
+            The loss of ``step``. The next step overwrites it.
         """
         for at, group in enumerate(self.optimizer.param_groups):
-            if group["lr"] != self._held[at]:
-                self._held[at] = group["lr"]
-                self._rates[at].fill_(group["lr"])
+            if (lr := float(group["lr"])) != self._lr_values[at]:
+                self._lr_values[at] = lr
+                self._lr_tensors[at].fill_(lr)
         size = (len(index), global_size)
         if self._failed or size not in self._graphs:
             self._graphs[size] = None
-            with self._beside(), self._rates_on_device():
+            with self._on_capture_stream(), self._lr_on_device():
                 return self._on_samples(index, global_size)
         graph = self._graphs[size]
         if graph is None:
             try:
-                graph = self._graphs[size] = self._record(index, global_size)
+                graph = self._graphs[size] = self._captured(index, global_size)
             except RuntimeError as e:
                 self._failed = True
                 self.optimizer.zero_grad()
-                self.on_failure(f"{e}".partition("\n")[0])
+                first: BaseException = e
+                while first.__context__ is not None:  # the end of a capture only says that it has failed
+                    first = first.__context__
+                self.on_failure(f"{first}".partition("\n")[0])
                 return self(index, global_size)
         graph.index.copy_(index)
         graph.replay()
@@ -120,41 +141,45 @@ class GraphedStep:
     def _on_samples(self, index: Tensor, global_size: int) -> Tensor:
         return self.step(self.samples.inputs(index), self.samples.labels.index_select(0, index), global_size)
 
-    def _record(self, index: Tensor, global_size: int) -> _Graph:
+    def _captured(self, index: Tensor, global_size: int) -> _Graph:
         index = index.clone()
-        with self._rates_on_device():
+        with self._lr_on_device():
             replay, loss = self._capture(lambda: self._on_samples(index, global_size))
         return _Graph(replay, index, loss)
 
     @contextmanager
-    def _rates_on_device(self) -> Iterator[None]:
-        """Let the optimizer read its rates from the device, as the graphs do."""
+    def _lr_on_device(self) -> Iterator[None]:
+        """Let the optimizer read its learning rates from the device."""
         groups = self.optimizer.param_groups
-        rates = [group["lr"] for group in groups]
-        for group, rate in zip(groups, self._rates, strict=True):
-            group["lr"] = rate
-        before = [(id(group["lr"]), group["lr"]._version) for group in groups]
+        before = [group["lr"] for group in groups]
+        for group, lr in zip(groups, self._lr_tensors, strict=True):
+            group["lr"] = lr
+        given = [(id(group["lr"]), group["lr"]._version) for group in groups]
         try:
             yield
-            if before != [(id(group["lr"]), group["lr"]._version) for group in groups]:
+            if given != [(id(group["lr"]), group["lr"]._version) for group in groups]:
                 raise ConfigError(
                     "the step changes the learning rate, which a graph repeats; step the scheduler after it"
                 )
         finally:
-            for group, value in zip(groups, rates, strict=True):
+            for group, value in zip(groups, before, strict=True):
                 group["lr"] = value
 
     def _capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Record ``function``; returns what replays it, and where its result then is."""
+        """Capture ``function``; returns the graph's replay, and where the result then is."""
         graph = torch.cuda.CUDAGraph()
-        # NCCL's watchdog asks for events meanwhile, from a thread of its own.
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+        # A capture that fails leaves its stream current in PyTorch 2.11. NCCL's watchdog asks for events
+        # meanwhile, from a thread of its own.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
+        ):
             loss = function()
         return graph.replay, loss
 
     @contextmanager
-    def _beside(self) -> Iterator[None]:
-        """On the stream that records: autograd keeps to the stream on which it first saw a parameter."""
+    def _on_capture_stream(self) -> Iterator[None]:
+        """Autograd keeps to the stream on which it first saw a parameter."""
         if self._stream is None:
             yield
             return

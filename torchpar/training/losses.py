@@ -47,8 +47,8 @@ def orthogonality_penalty(model: torch.nn.Module) -> Tensor:
     if not weights:
         raise ConfigError("the model has no weight matrix, and an orthogonality penalty needs one; drop it")
     grams = [matmul_t(weight) for weight in weights]
-    ones = [torch.eye(len(gram), dtype=gram.dtype, device=gram.device) for gram in grams]
-    return torch.stack([(a - b).square().sum() for a, b in zip(grams, ones, strict=True)]).sum()
+    identities = [torch.eye(len(gram), dtype=gram.dtype, device=gram.device) for gram in grams]
+    return torch.stack([(a - b).square().sum() for a, b in zip(grams, identities, strict=True)]).sum()
 
 
 def add_orthogonality_gradient(model: torch.nn.Module, factor: float) -> None:

@@ -82,8 +82,8 @@ class Run:
 
     Args:
         model: this rank's part of the model; not its DistributedDataParallel wrapper.
-        optimizer, lr_scheduler: over ``model``'s parameters; the training loop steps both. The second may
-            be None.
+        optimizer, lr_scheduler: over ``model``'s parameters; the training loop steps both.
+            ``lr_scheduler`` may be None.
         world: the ranks and their mesh.
         train, test: the same samples on every rank.
         epochs: passes over ``train``, those of a resumed run included.
@@ -202,7 +202,7 @@ class Run:
         return self._take(epoch, data.batches)
 
     def indices(self, epoch: int) -> Iterator[tuple[Tensor, int]]:
-        """Yield, for each of `batches`, the indices of this rank's samples, and the size over all ranks."""
+        """Yield this rank's sample indices ``(b)`` and the global size of each batch of `batches`."""
         return self._take(epoch, data.indices)
 
     def _take(self, epoch: int, kind: Callable[..., Iterator[B]]) -> Iterator[B]:

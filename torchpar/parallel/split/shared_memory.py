@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Sums over the ranks of one machine through memory that they share.
+"""All-reduces over ranks of one machine through memory that they share.
 
-Each rank writes its terms into memory that all ranks see, and then the number of the sum. When it sees this
-number from every rank, it adds all terms, in the order of the ranks: each rank computes the same bits.
-Nothing passes through the kernel. On two cores a sum of 110,000 numbers over two ranks takes 0.03 ms, and
-gloo's all-reduce, through a socket, 0.5 ms.
+Each rank writes its terms where all ranks see them, and then a sequence number. When it sees this number
+from every rank, it adds all terms in the order of the ranks, so that each rank computes the same bits. gloo
+sends tensors through a socket, which takes several times as long (docs/measurements.md).
 """
 
+import mmap
 import os
 import platform
 import sys
@@ -25,28 +25,27 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from torchpar.parallel.launch.world import World
-from torchpar.profile.collectives import collective
+from torchpar.profile.collectives import all_reduced
 
 if sys.platform == "linux":
     import fcntl
 
-# Files of this folder are memory. x86 shows a process's writes to others in their order.
-FOLDER = Path("/dev/shm")
-ABLE = sys.platform == "linux" and platform.machine() == "x86_64"
-MOST_RANKS = 8  # each rank reads the terms of all
-_LINE = 64  # bytes that a processor takes as one; a rank's number has them alone
-# A rank that waits asks for its peer's number so often before it lets other processes run, and sleeps.
+FOLDER = Path("/dev/shm")  # a file system in memory
+SUPPORTED = sys.platform == "linux" and platform.machine() == "x86_64"  # which shows writes in their order
+MAX_RANKS = 8  # each rank reads the terms of all
+MAX_BYTES = 2**30  # of all ranks together
+_CACHE_LINE = 64  # bytes; each rank's sequence number has one alone
+# A waiting rank looks this many times before it lets other processes run, and before it sleeps.
 _SPINS, _YIELDS = 200, 5000
 _PAUSE = 1e-4  # seconds
 
 
 class SharedSum:
-    """Sums of tensors of given ``shapes`` over the ranks of a group, all on one machine.
-
-    `share_memory` makes it.
+    """Sums of tensors of given ``shapes`` over the ranks of a group. Made by `make_shared_sum`.
 
     Attributes:
-        nbytes: of a rank's terms.
+        shapes, dtype: of the tensors.
+        nbytes: of a rank's tensors.
     """
 
     def __init__(
@@ -57,25 +56,26 @@ class SharedSum:
         path: Path,
         timeout: float,
     ):
-        self.rank, self.ranks, self.timeout = group.rank(), group.size(), timeout
+        self.group, self.rank, self.ranks, self.timeout = group, group.rank(), group.size(), timeout
+        self.shapes, self.dtype = [tuple(shape) for shape in shapes], dtype
         sizes = [prod(shape) for shape in shapes]
         self.nbytes = sum(sizes) * dtype.itemsize
-        total = _nbytes(self.ranks, shapes, dtype)
-        memory = torch.from_file(str(path), shared=True, size=total, dtype=torch.uint8)
-        head = self.ranks * _LINE
-        self._numbers = memory[:head].view(torch.int64).numpy()[:: _LINE // 8]  # of each rank's latest sum
+        self._file = path.open("r+b")  # on another machine there is no such file
+        memory = torch.frombuffer(mmap.mmap(self._file.fileno(), 0), dtype=torch.uint8)
+        head = self.ranks * _CACHE_LINE
+        numbers = memory[:head].view(torch.int64).numpy()
+        self._numbers = numbers[:: _CACHE_LINE // 8]  # of each rank's latest sum
         # A rank may write the next terms while others read these, but no further: hence two sets of slots.
         self._slots = memory[head:].view(dtype).view(2, self.ranks, sum(sizes))
         self._terms = [
             [
-                [part.view(tuple(shape)) for part, shape in zip(slot.split(sizes), shapes, strict=True)]
+                [part.view(shape) for part, shape in zip(slot.split(sizes), self.shapes, strict=True)]
                 for slot in slots
             ]
             for slots in self._slots
         ]
         self._number = 0
-        # A rank holds the lock of its byte as long as it lives. Mapping the file later would release it.
-        self._file = path.open("r+b")
+        # A rank holds the lock of its byte as long as it lives.
         fcntl.lockf(self._file, fcntl.LOCK_EX, 1, self.rank)
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
@@ -97,17 +97,18 @@ class SharedSum:
                 total += term
 
     def _wait(self, rank: int) -> None:
-        start, asked = time.monotonic(), 0
+        start, looked = time.monotonic(), 0
         while self._numbers[rank] < self._number:
-            asked += 1
-            if asked > _SPINS:
+            looked += 1
+            if looked > _SPINS:
                 os.sched_yield()
-            if asked > _YIELDS:
+            if looked > _YIELDS:
                 time.sleep(_PAUSE)
                 if self._has_ended(rank) and self._numbers[rank] < self._number:
-                    raise RuntimeError(f"Connection closed by rank {rank}")
+                    raise RuntimeError(f"Connection closed by rank {dist.get_global_rank(self.group, rank)}")
                 if time.monotonic() - start > self.timeout:
-                    raise RuntimeError(f"Timed out waiting {self.timeout:g} s for rank {rank}")
+                    lost = dist.get_global_rank(self.group, rank)
+                    raise RuntimeError(f"Timed out waiting {self.timeout:g} s for rank {lost}")
 
     def _has_ended(self, rank: int) -> bool:
         try:
@@ -118,24 +119,26 @@ class SharedSum:
         return True
 
 
-def share_memory(
+def make_shared_sum(
     group: dist.ProcessGroup, shapes: Sequence[Sequence[int]], dtype: torch.dtype, timeout: float
 ) -> SharedSum | None:
     """Return sums of tensors of ``shapes`` over the ranks of ``group``, or None if they cannot share memory.
 
-    They can on one Linux machine with an x86 processor. Every rank calls it.
+    They can on one Linux machine with an x86 processor, if it has twice the memory of all ranks' tensors, up
+    to `MAX_BYTES`. Every rank calls it.
 
     Args:
         timeout: seconds after which a rank that waits for another one gives up.
     """
-    able = ABLE and 1 < group.size() <= MOST_RANKS
-    path = _reserve(_nbytes(group.size(), shapes, dtype)) if able and group.rank() == 0 else None
+    nbytes = group.size() * (_CACHE_LINE + 2 * sum(map(prod, shapes)) * dtype.itemsize)
+    able = SUPPORTED and 1 < group.size() <= MAX_RANKS and nbytes <= MAX_BYTES
+    path = _reserve(nbytes) if able and group.rank() == 0 else None
     try:
         offered: list[Path | None] = [path]
         dist.broadcast_object_list(offered, group=group, group_src=0)
         shared, path = None, offered[0]
         if able and path is not None:
-            with suppress(OSError):  # another machine has no file of this name, which is random
+            with suppress(OSError):
                 shared = SharedSum(group, shapes, dtype, path, timeout)
         made = [False] * group.size()
         dist.all_gather_object(made, shared is not None, group)
@@ -145,36 +148,31 @@ def share_memory(
     return shared if all(made) else None
 
 
-def average_through_memory(replica: DistributedDataParallel, world: World) -> str:
-    """Let ``replica`` average its gradients through shared memory, if all of its ranks share some.
+def register_shared_memory_hook(replica: DistributedDataParallel, world: World) -> None:
+    """Let ``replica`` average its gradients through shared memory where its ranks can.
 
-    Returns:
-        The operation that adds gradients from now on: "shared_memory_sum" or "all_reduce".
+    Each bucket is averaged at once, and not while the backward pass goes on. Every rank calls it.
     """
     group: dist.ProcessGroup = replica.process_group
-    if world.device.type != "cpu" or share_memory(group, [(1,)], torch.float32, world.timeout) is None:
-        return "all_reduce"
-    sums: dict[int, SharedSum | None] = {}
+    sums: dict[int, tuple[tuple[int, torch.dtype], SharedSum | None]] = {}
 
-    def average(bucket: Any) -> torch.futures.Future[Tensor]:
+    def average(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         index, gradients = bucket.index(), bucket.buffer()
-        if index not in sums or ((found := sums[index]) and found.nbytes != gradients.nbytes):
-            # In its second step DistributedDataParallel forms other buckets.
-            sums[index] = share_memory(group, [gradients.shape], gradients.dtype, world.timeout)
-        if (add := sums[index]) is None:  # there is not as much memory
+        kind = gradients.numel(), gradients.dtype
+        if index not in sums or sums[index][0] != kind:  # in its second step the replica forms other buckets
+            sums[index] = kind, make_shared_sum(group, [gradients.shape], gradients.dtype, world.timeout)
+        add = sums[index][1]
+        if add is None:
             return allreduce_hook(group, bucket)
-        with collective("dp", "shared_memory_sum", group.size(), gradients.nbytes):
+        gradients.div_(group.size())
+        with all_reduced("dp", group.size(), gradients.nbytes):
             add([gradients])
         future: torch.futures.Future[Tensor] = torch.futures.Future()
-        future.set_result(gradients.div_(group.size()))
+        future.set_result(gradients)
         return future
 
-    replica.register_comm_hook(None, lambda _, bucket: average(bucket))
-    return "shared_memory_sum"
-
-
-def _nbytes(ranks: int, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> int:
-    return ranks * _LINE + 2 * ranks * sum(map(prod, shapes)) * dtype.itemsize
+    if world.device.type == "cpu" and SUPPORTED:
+        replica.register_comm_hook(None, average)
 
 
 def _reserve(nbytes: int) -> Path | None:
