@@ -17,7 +17,8 @@ LR = 0.1
 DATA = Path(__file__).parents[2] / "examples" / "data"
 # The error that is allowed, of the mean loss of any batch. Rounding moves it by less than 1e-5 within an
 # epoch; a learning rate that is 1% off, or another order of the samples, moves that of some batch by 1e-2.
-LOSS_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+# bfloat16, whose epochs here have eight steps, is off by 2e-3 on a CPU.
+LOSS_ERROR = {torch.float32: 1e-3, torch.bfloat16: 1e-2}
 
 
 class Training(NamedTuple):
