@@ -243,7 +243,7 @@ def test_the_benchmark_of_trainings_runs(tmp_path, capsys, monkeypatch, whole):
     found = [row["provider"] for row in rows]
     expected = {"pure Python", "customary script", "njit", "NumPy", rungs.PLAIN, "torchpar, autograd"}
     assert {*found} >= expected | {rungs.FUSED, f"{rungs.FUSED}, 2 ranks"}
-    assert found.count(f"{rungs.FUSED}, 2 ranks") == 2
+    assert found.count(f"{rungs.FUSED}, 2 ranks") == 3
     assert ("Lightning" in found) is (whole and not programs.missing(programs.LIGHTNING))
     assert ("not measured: MPI" in capsys.readouterr().out) is bool(programs.missing("MPI"))
 

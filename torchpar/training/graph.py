@@ -40,7 +40,8 @@ def why_not_graphed(optimizer: Optimizer, world: World, fused: bool) -> str:
         return "DistributedDataParallel needs 11 steps before it can be captured"
     for one in optimizer.optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
         if type(one) not in (SGD, Muon):
-            return f"{type(one).__name__}'s rate would stay as captured; take torchpar.optim's SGD or Muon"
+            name = type(one).__name__
+            return f"{name} would keep the learning rate of the capture; take torchpar.optim's SGD or Muon"
     return ""
 
 
@@ -57,9 +58,9 @@ class GraphedStep:
     The first batch of a size runs without a graph: kernels are compiled, and the optimizer makes its state.
     The second is captured. If that fails, steps go on without graphs.
 
-    Graphs read and write the memory that was there at the capture. From then on parameters and the
-    optimizer's state change in place only, and of the optimizer's settings ``lr`` alone may change. Leave the
-    context, or call `close`, before the process group ends.
+    Graphs read and write the memory that was there at the capture. After it, change parameters and the
+    optimizer's state in place only, and of the optimizer's settings none but ``lr``. Leave the context, or
+    call `close`, before the process group ends.
 
     Args:
         step: computes the gradients and the loss of a batch, steps the optimizer and removes the gradients.
@@ -130,7 +131,7 @@ class GraphedStep:
                 self._failed = True
                 self.optimizer.zero_grad()
                 first: BaseException = e
-                while first.__context__ is not None:  # the end of a capture only says that it has failed
+                while first.__context__ is not None:  # the last error says only that the capture has failed
                     first = first.__context__
                 self.on_failure(f"{first}".partition("\n")[0])
                 return self(index, global_size)
@@ -179,7 +180,7 @@ class GraphedStep:
 
     @contextmanager
     def _on_capture_stream(self) -> Iterator[None]:
-        """Autograd keeps to the stream on which it first saw a parameter."""
+        # Autograd adds a parameter's gradients on the stream of its first use, which must be the graph's.
         if self._stream is None:
             yield
             return

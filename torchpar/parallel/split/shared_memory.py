@@ -31,10 +31,11 @@ if sys.platform == "linux":
     import fcntl
 
 FOLDER = Path("/dev/shm")  # a file system in memory
-SUPPORTED = sys.platform == "linux" and platform.machine() == "x86_64"  # which shows writes in their order
+# On x86 other cores see writes in the order in which they were made.
+SUPPORTED = sys.platform == "linux" and platform.machine() == "x86_64"
 MAX_RANKS = 8  # each rank reads the terms of all
 MAX_BYTES = 2**30  # of all ranks together
-_CACHE_LINE = 64  # bytes; each rank's sequence number has one alone
+_CACHE_LINE = 64  # bytes; each rank's sequence number has one to itself
 # A waiting rank looks this many times before it lets other processes run, and before it sleeps.
 _SPINS, _YIELDS = 200, 5000
 _PAUSE = 1e-4  # seconds
@@ -65,7 +66,7 @@ class SharedSum:
         head = self.ranks * _CACHE_LINE
         numbers = memory[:head].view(torch.int64).numpy()
         self._numbers = numbers[:: _CACHE_LINE // 8]  # of each rank's latest sum
-        # A rank may write the next terms while others read these, but no further: hence two sets of slots.
+        # A rank may be one sum ahead of the others, and never two: hence two sets of slots.
         self._slots = memory[head:].view(dtype).view(2, self.ranks, sum(sizes))
         self._terms = [
             [
@@ -124,8 +125,8 @@ def make_shared_sum(
 ) -> SharedSum | None:
     """Return sums of tensors of ``shapes`` over the ranks of ``group``, or None if they cannot share memory.
 
-    They can on one Linux machine with an x86 processor, if it has twice the memory of all ranks' tensors, up
-    to `MAX_BYTES`. Every rank calls it.
+    They can on one Linux machine with an x86 processor, up to `MAX_RANKS` ranks, if twice the size of their
+    tensors is free in ``/dev/shm`` and at most `MAX_BYTES`. Every rank calls it.
 
     Args:
         timeout: seconds after which a rank that waits for another one gives up.
@@ -149,9 +150,9 @@ def make_shared_sum(
 
 
 def register_shared_memory_hook(replica: DistributedDataParallel, world: World) -> None:
-    """Let ``replica`` average its gradients through shared memory where its ranks can.
+    """Let ``replica`` average its gradients through shared memory where its ranks can, and else by gloo.
 
-    Each bucket is averaged at once, and not while the backward pass goes on. Every rank calls it.
+    The backward pass waits for the average of each bucket. Every rank calls this.
     """
     group: dist.ProcessGroup = replica.process_group
     sums: dict[int, tuple[tuple[int, torch.dtype], SharedSum | None]] = {}
@@ -171,12 +172,12 @@ def register_shared_memory_hook(replica: DistributedDataParallel, world: World) 
         future.set_result(gradients)
         return future
 
-    if world.device.type == "cpu" and SUPPORTED:
+    if world.device.type == "cpu":
         replica.register_comm_hook(None, average)
 
 
 def _reserve(nbytes: int) -> Path | None:
-    """A new file of zeros, or None if there is not so much memory: writing would end the process."""
+    """A new file of zeros, or None if there is not so much memory: writing to it would kill the process."""
     with suppress(OSError), tempfile.NamedTemporaryFile(dir=FOLDER, prefix="torchpar-", delete=False) as file:
         try:
             os.posix_fallocate(file.fileno(), 0, nbytes)
