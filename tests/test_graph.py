@@ -126,7 +126,7 @@ def train(
         return loss
 
     train, test = samples(33, device), samples(20, device)
-    checkpoint = CheckpointConfig(folder, every=1) if folder else None
+    checkpoint = CheckpointConfig(folder, every=3) if folder else None
     with join_world(device) as world:
         graphed = GraphedStep(step, train, optimizer)
         config = {"epochs": epochs, "batch_size": BATCH, "checkpoint": checkpoint}
