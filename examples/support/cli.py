@@ -25,20 +25,8 @@ except ImportError as error:
 F = TypeVar("F")
 GRACE = 2.0  # seconds in which a launcher ends the other ranks after rank 0 has failed
 MAY_DIFFER_ON_RESUME = {
-    *(
-        "data",
-        "epochs",
-        "device",
-        "compile",
-        "fused",
-        "graph",
-        "dry_run",
-        "phases",
-        "collectives",
-        "metrics",
-        "plots",
-    ),
-    "profile",
+    *("data", "epochs", "device", "compile", "fused", "graph", "dry_run"),
+    *("phases", "collectives", "metrics", "plots", "profile"),
     *("checkpoint", "save_every", "keep", "async_save", "timeout"),
     *("dp", "tp", "pp", "pipeline", "micro_batches"),
 }
