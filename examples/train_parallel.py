@@ -25,6 +25,7 @@ from torchpar.parallel import join_world, parallel_mlp
 from torchpar.parallel.split.invariant import invariant_gradients
 from torchpar.parallel.split.pipeline import Pipeline, PipelineSchedule, stage_mlp
 from torchpar.parallel.split.reduction import Reduction
+from torchpar.parallel.split.shared_memory import register_shared_memory_hook
 from torchpar.profile.phases import phase
 
 
@@ -66,7 +67,8 @@ def main(flags: Flags) -> None:
             pipeline = Pipeline(model, world, flags.pipeline, flags.micro_batches)
         elif world.dp_size > 1 and flags.reduction == "fast":
             group = world.mesh["dp"].get_group()
-            replica = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
+            replica = ddp = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
+            register_shared_memory_hook(ddp, world)  # on CPUs
         optimizer, lr_scheduler = make_optimizer(flags, model, len(train))
 
         def gradients(x: Tensor, labels: Tensor, global_size: int) -> Tensor:

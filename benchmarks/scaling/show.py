@@ -208,3 +208,4 @@ def draw_all_reduces(axes: Any, rows: Sequence[Row]) -> None:
         label = f"2α + nβ: α {1e6 * link.alpha:.0f} µs, β {1e9 * link.beta:.2f} ns/B"
         axes.plot(sizes, fitted, color="C0", label=label)
     axes.set(xscale="log", yscale="log", xlabel="bytes", ylabel="µs", title="All-reduce between 2 ranks")
+    axes.set_ylim(top=50 * axes.get_ylim()[1])  # room for the legend
