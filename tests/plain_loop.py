@@ -26,7 +26,7 @@ def train(
     replica: torch.nn.Module | None = None,
     fused: FusedGradients | None = None,
     loss: Loss = "cross-entropy",
-    schedule: LRSchedule = "linear",
+    schedule: LRSchedule | None = "linear",
     **options: Any,
 ) -> Run:
     """Train by a plain loop and return its `torchpar.training.Run`.
@@ -36,7 +36,8 @@ def train(
         fused: computes the gradients instead of autograd.
         options: of `torchpar.training.Run`.
     """
-    scheduler = lr_scheduler(optimizer, schedule, epochs * -(-len(samples) // batch_size))
+    steps = epochs * -(-len(samples) // batch_size)
+    scheduler = lr_scheduler(optimizer, schedule, steps) if schedule else None
     options |= {"epochs": epochs, "batch_size": batch_size, "loss": loss}
     with Run(model, optimizer, scheduler, world, samples, test, **options) as run:
         for epoch in run.epochs():
@@ -50,7 +51,8 @@ def train(
                         (total * (world.dp_size / global_size)).backward()
                 with phase("optimizer"):
                     optimizer.step()
-                    scheduler.step()
+                    if scheduler:
+                        scheduler.step()
                     optimizer.zero_grad()
                 run.log(total.detach())
     return run

@@ -136,7 +136,7 @@ def test_torchrun_ends_after_the_line_about_a_hanging_rank(data, tmp_path):
         wait_for(lambda: latest(folder))
         ranks = workers(process.pid)
         os.kill(ranks[1], signal.SIGSTOP)
-        wait_for(lambda: not alive(ranks[0]), timeout + 15)
+        wait_for(lambda: not alive(ranks[0]), timeout + 5)
         os.kill(ranks[1], signal.SIGKILL)  # torchrun waits 30 s for a process that does not end
         _, err = process.communicate(timeout=30)
     finally:

@@ -20,7 +20,7 @@ pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 from benchmarks.report import Row
 from benchmarks.timing import Rejected
 from benchmarks.train import __main__ as benchmark
-from benchmarks.train import inputs, on_ranks, programs, rungs
+from benchmarks.train import epochs, inputs, on_ranks, programs, rungs
 from benchmarks.train.inputs import Training, TrainingInputs
 from torchpar.baselines import numba_njit, numpy_mlp
 from torchpar.nn import MLP
@@ -113,11 +113,11 @@ def test_rungs_train_as_float64_does(kind):
     epoch = TrainingInputs(SMALL)
     epoch.order = [epoch.order[-1], *epoch.order[:-1]]
     makers = {
-        "pure Python": lambda: rungs.pure_python_epoch,
-        "NumPy": lambda: rungs.numpy_epoch,
-        "torch": lambda: rungs.torch_epoch(rungs.native(SMALL.sizes)),
-        "torchpar": lambda: rungs.torch_epoch(MLP(SMALL.sizes)),
-        "customary": lambda: rungs.customary_epoch,
+        "pure Python": lambda: epochs.pure_python_epoch,
+        "NumPy": lambda: epochs.numpy_epoch,
+        "torch": lambda: epochs.torch_epoch(epochs.native(SMALL.sizes)),
+        "torchpar": lambda: epochs.torch_epoch(MLP(SMALL.sizes)),
+        "customary": lambda: epochs.customary_epoch,
     }
     turn = rungs.epoch_turn(epoch, rungs.local(epoch, makers[kind]()), 4)
     turn(0)
@@ -158,7 +158,7 @@ def test_the_lessons_loop_trains_in_its_own_order(epoch, fused, graph, monkeypat
     with join_world_of_one("cpu") as world:
 
         def turn_of(given: TrainingInputs):
-            turn = rungs.epoch_turn(given, rungs.local(given, rungs.run_epoch(world, fused, graph)), 21)
+            turn = rungs.epoch_turn(given, rungs.local(given, epochs.run_epoch(world, fused, graph)), 21)
             turn(0)
             return turn
 
@@ -167,7 +167,7 @@ def test_the_lessons_loop_trains_in_its_own_order(epoch, fused, graph, monkeypat
         other.order = other.order[::-1]
         with pytest.raises(Rejected, match="a loss is off"):
             turn_of(other)(1)
-        monkeypatch.setattr(rungs, "LR", 1.01 * inputs.LR)
+        monkeypatch.setattr(epochs, "LR", 1.01 * inputs.LR)
         with pytest.raises(Rejected, match="a loss is off"):
             turn_of(epoch)(1)
 

@@ -554,23 +554,17 @@ def test_a_run_refuses_batches_left_out_and_losses_not_logged(alone, taken, logg
 def test_a_run_without_a_schedule_resumes(alone, tmp_path):
     """Its weights are those of a constant rate."""
     weights = []
-    for stops, scheduled in (([3], True), ([1, 3], False)):
+    for stops, schedule in (([3], "constant"), ([1, 3], None)):
         for epochs in stops:
             torch.manual_seed(0)
             model = MLP(SIZES)
-            optimizer = OPTIMIZERS["sgd"](model)
-            scheduler = training.lr_scheduler(optimizer, "constant", 1) if scheduled else None
-            checkpoint = CheckpointConfig(tmp_path / str(scheduled))
-            sets = samples(150, 1), samples(50, 2)
-            options = {"epochs": epochs, "batch_size": 50, "checkpoint": checkpoint}
-            with training.Run(model, optimizer, scheduler, alone, *sets, **options) as run:
-                for epoch in run.epochs():
-                    for x, labels, size in run.batches(epoch):
-                        loss = loss_sum("cross-entropy", model(x), labels)
-                        (loss / size).backward()
-                        optimizer.step()
-                        optimizer.zero_grad()
-                        run.log(loss)
+            plain_loop.train(
+                *(model, OPTIMIZERS["sgd"](model), alone, samples(150, 1), samples(50, 2)),
+                epochs=epochs,
+                batch_size=50,
+                schedule=schedule,
+                checkpoint=CheckpointConfig(tmp_path / str(schedule)),
+            )
         weights.append(list(model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 

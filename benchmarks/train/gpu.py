@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from benchmarks.train.inputs import LR, TrainingInputs
-from benchmarks.train.rungs import PLAIN, Order, Train, native, run_epoch, torch_epoch
+from benchmarks.train.epochs import Order, Train, native, run_epoch, torch_epoch, torch_step
+from benchmarks.train.inputs import TrainingInputs
 from torchpar.baselines.bridge import copy_weights
 from torchpar.parallel.launch.world import World
 
+PLAIN = "plain eager"
 GRAPH = "each step a CUDA graph"
 _LAUNCH = re.compile(r"cu(da)?(LaunchKernel|GraphLaunch|Memcpy|Memset)\w*")
 WARM_UP, STEPS = 3, 10  # the steps before launches are counted, and those in which they are
@@ -38,23 +38,11 @@ def rungs(inputs: TrainingInputs, world: World, compiled: bool) -> Iterator[tupl
 
 def plain_graph(model: torch.nn.Module, device: torch.device) -> Train:
     """Plain PyTorch's step, recorded as PyTorch's documentation shows."""
-    model.to(device)
 
     def train(inputs: TrainingInputs, order: Order) -> Iterator[Tensor | None]:
-        copy_weights(inputs.start, model)
-        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-        x = torch.from_numpy(inputs.x).to(device, next(model.parameters()).dtype)
-        labels = torch.from_numpy(inputs.labels).to(device)
+        step = torch_step(inputs, model.to(device))
         batches = [torch.from_numpy(indices).to(device) for indices in order]
         graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-
-        def step(indices: Tensor) -> Tensor:
-            loss = cross_entropy(model(x[indices]), labels[indices])
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return loss.detach()
-
         for indices in (batches[0], batches[-1]):
             index, stream = indices.clone(), torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())

@@ -7,6 +7,7 @@ runs, and the host waits for nothing. The graph reads its batch by indices, so t
 samples is part of it.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ class GraphedStep:
             after each step.
         samples: on the device of the model.
         optimizer: of the parameters. Its groups' ``lr`` may change between steps.
-        on_failure: called with the reason if the capture fails.
+        on_failure: called with the reason if the capture fails; by default it warns.
 
     Raises:
         ConfigError: ``step`` changes a learning rate.
@@ -79,7 +80,7 @@ class GraphedStep:
         step: Step,
         samples: Samples,
         optimizer: Optimizer,
-        on_failure: Callable[[str], None] = lambda reason: None,
+        on_failure: Callable[[str], object] = warnings.warn,
     ):
         self.step = step
         self.samples = samples
