@@ -45,7 +45,6 @@ class SharedSum:
     """Sums of tensors of given ``shapes`` over the ranks of a group. Made by `make_shared_sum`.
 
     Attributes:
-        shapes, dtype: of the tensors.
         nbytes: of a rank's tensors.
     """
 
@@ -58,7 +57,6 @@ class SharedSum:
         timeout: float,
     ):
         self.group, self.rank, self.ranks, self.timeout = group, group.rank(), group.size(), timeout
-        self.shapes, self.dtype = [tuple(shape) for shape in shapes], dtype
         sizes = [prod(shape) for shape in shapes]
         self.nbytes = sum(sizes) * dtype.itemsize
         self._file = path.open("r+b")  # on another machine there is no such file
@@ -70,7 +68,7 @@ class SharedSum:
         self._slots = memory[head:].view(dtype).view(2, self.ranks, sum(sizes))
         self._terms = [
             [
-                [part.view(shape) for part, shape in zip(slot.split(sizes), self.shapes, strict=True)]
+                [part.view(tuple(shape)) for part, shape in zip(slot.split(sizes), shapes, strict=True)]
                 for slot in slots
             ]
             for slots in self._slots
