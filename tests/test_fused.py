@@ -26,9 +26,9 @@ from torchpar.training import fused as fused_module
 from torchpar.training.fused import FusedGradients, why_not_fused
 
 
-def make(sizes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> MLP:
+def make(sizes: tuple[int, ...], dtype: torch.dtype = torch.float32, hidden: Any = "sigmoid") -> MLP:
     torch.manual_seed(0)
-    model = MLP(sizes, dtype=dtype)
+    model = MLP(sizes, hidden, dtype=dtype)
     for layer in model.layers:  # biases begin at 0, with which a lost one would not be seen
         torch.nn.init.normal_(layer.bias)
     return model
@@ -57,9 +57,11 @@ def compare(
     smoothing: float = 0.0,
     calls: int = 1,
     dtype: torch.dtype = torch.float32,
+    hidden: str = "sigmoid",
 ) -> None:
     """Loss and gradients have at most twice the error of autograd's, both against float64."""
-    fused, plain, exact = make(sizes, dtype), make(sizes, dtype), make(sizes, dtype).double()
+    fused, plain, exact = (make(sizes, dtype, hidden) for _ in range(3))
+    exact.double()
     x, labels = batch(b, sizes, dtype)
     compute = FusedGradients(fused, label_smoothing=smoothing)
     for _ in range(calls):
@@ -90,16 +92,52 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("hidden", ["sigmoid", "relu"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("sizes, b", CASES, ids=str)
-def test_gradients_are_as_accurate_as_autograds(sizes: tuple[int, ...], b: int, smoothing: float) -> None:
-    compare(sizes, b, smoothing)
+def test_gradients_are_as_accurate_as_autograds(
+    sizes: tuple[int, ...], b: int, smoothing: float, hidden: str
+) -> None:
+    compare(sizes, b, smoothing, hidden=hidden)
 
 
+@pytest.mark.parametrize("hidden", ["sigmoid", "relu"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("sizes, b", CASES, ids=str)
-def test_gradients_in_16_bits(sizes: tuple[int, ...], b: int, dtype: torch.dtype) -> None:
-    compare(sizes, b, 0.1, dtype=dtype)
+def test_gradients_in_16_bits(sizes: tuple[int, ...], b: int, dtype: torch.dtype, hidden: str) -> None:
+    compare(sizes, b, 0.1, dtype=dtype, hidden=hidden)
+
+
+def test_a_relu_at_exactly_0_has_no_gradient() -> None:
+    """As torch.relu; autograd through torchpar.maximum takes one half."""
+    fused, plain = MLP((3, 4, 2), "relu"), MLP((3, 4, 2), "relu")
+    plain.load_state_dict(fused.state_dict())
+    x, labels = torch.zeros(2, 3), torch.tensor([1, 1])  # the biases are 0, and so is each sum
+    FusedGradients(fused)(x, labels, 3)
+    by_autograd(plain, x, labels, 3)
+    assert not fused.layers[0].bias.grad.any()
+    assert plain.layers[0].bias.grad.any()
+    assert torch.equal(fused.layers[1].bias.grad, plain.layers[1].bias.grad)
+
+
+@pytest.mark.parametrize("hidden", ["sigmoid", "relu"])
+@pytest.mark.parametrize("sizes, b", [*CASES[3:5], *CASES[8:]], ids=str)
+def test_products_of_another_dtype(sizes: tuple[int, ...], b: int, hidden: str) -> None:
+    """The gradients have the bits of a model of that dtype, and the parameters' dtype."""
+    mixed, low = make(sizes, hidden=hidden), make(sizes, hidden=hidden)
+    low.bfloat16()
+    x, labels = batch(b, sizes)
+    loss = FusedGradients(mixed, label_smoothing=0.1, dtype=torch.bfloat16)(x, labels, b + 1)
+    expected = FusedGradients(low, label_smoothing=0.1)(x, labels, b + 1)
+    assert torch.equal(bits(loss), bits(expected))
+    for a, e in zip(gradients(mixed), gradients(low), strict=True):
+        assert (a.dtype, e.dtype) == (torch.float32, torch.bfloat16)
+        assert torch.equal(bits(a), bits(e.float()))
+    narrow, exact = make(sizes, torch.bfloat16, hidden), make(sizes, torch.bfloat16, hidden)
+    FusedGradients(narrow, dtype=torch.float32)(x, labels, b + 1)
+    FusedGradients(exact.float())(x, labels, b + 1)
+    for a, e in zip(gradients(narrow), gradients(exact), strict=True):
+        assert torch.equal(bits(a), bits(e.bfloat16()))
 
 
 def test_gradients_accumulate() -> None:
@@ -116,9 +154,11 @@ def test_gradients_accumulate() -> None:
     assert all(torch.equal(bits(g), bits(f)) for g, f in zip(gradients(model), first, strict=True))
 
 
-@pytest.mark.parametrize("wrong", ["smoothing", "bias", "sigmoid"])
+@pytest.mark.parametrize("wrong", ["smoothing", "bias", "sigmoid", "relu"])
 def test_the_comparison_rejects_wrong_formulas(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if wrong == "smoothing":
+    if wrong == "relu":
+        monkeypatch.setattr(FusedGradients, "_hidden_gradient", lambda self, g, y: (g, g.sum(0)))
+    elif wrong == "smoothing":
         whole = FusedGradients.__init__
         monkeypatch.setattr(FusedGradients, "__init__", lambda self, model, **_: whole(self, model))
     else:
@@ -129,7 +169,7 @@ def test_the_comparison_rejects_wrong_formulas(wrong: str, monkeypatch: pytest.M
 
         monkeypatch.setattr(fused_module, "sigmoid_backward", lost)
     with pytest.raises(AssertionError):
-        compare((33, 17, 10), 20, smoothing=0.1)
+        compare((33, 17, 10), 20, smoothing=0.1, hidden="relu" if wrong == "relu" else "sigmoid")
 
 
 def test_float64_and_shared_parameters() -> None:
@@ -352,8 +392,7 @@ MODELS = {
     "many classes": (lambda: MLP((4, 1001)), "the model has 1001 classes, not 1 to 1000"),
     "module": (lambda: torch.nn.Linear(4, 3), "the model is a Linear, not a torchpar.nn.MLP"),
     "subclass": (lambda: Subclass((4, 3)), "the model is a Subclass, not a torchpar.nn.MLP"),
-    "relu": (lambda: MLP((4, 3, 2), "relu"), "the model has relu layers and logits outputs"),
-    "sigmoid": (lambda: MLP((4, 3, 2), output="sigmoid"), "has sigmoid layers and sigmoid outputs"),
+    "sigmoid": (lambda: MLP((4, 3, 2), output="sigmoid"), "the model has sigmoid outputs, not logits"),
 }
 
 

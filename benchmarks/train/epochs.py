@@ -17,6 +17,7 @@ from benchmarks.train.inputs import LR, TrainingInputs
 from torchpar.baselines import numba_njit, numpy_mlp, pure_python
 from torchpar.baselines.bridge import copy_weights
 from torchpar.baselines.numpy_mlp import Array
+from torchpar.data import Samples
 from torchpar.nn import MLP
 from torchpar.parallel.launch.world import World
 from torchpar.training import Run, sgd
@@ -97,11 +98,11 @@ def torch_step(inputs: TrainingInputs, model: torch.nn.Module) -> Callable[[Tens
 class Digits(Dataset[tuple[Tensor, int]]):
     """Each digit as `torchvision.datasets.MNIST` returns it, through an image and ``ToTensor``."""
 
-    def __init__(self, inputs: TrainingInputs):
+    def __init__(self, samples: Samples):
         from torchvision.transforms import ToTensor
 
         self.transform = ToTensor()
-        self.images, self.labels = inputs.train.features, inputs.train.labels
+        self.images, self.labels = samples.features, samples.labels
 
     def __len__(self) -> int:
         return len(self.images)
@@ -116,7 +117,7 @@ def customary_epoch(inputs: TrainingInputs, order: Order) -> Iterator[Tensor | N
     model = native(inputs.training.sizes)
     copy_weights(inputs.start, model)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    loader = DataLoader(Digits(inputs), batch_sampler=[indices.tolist() for indices in order])
+    loader = DataLoader(Digits(inputs.train), batch_sampler=[indices.tolist() for indices in order])
     yield None
     for images, labels in loader:
         optimizer.zero_grad()

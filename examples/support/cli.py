@@ -39,6 +39,7 @@ OPTIMIZER_DEFAULTS: dict[str, dict[str, float]] = {
 BOUNDS: dict[str, tuple[float, float]] = {  # flag: least value, first value that is too large
     **dict.fromkeys(("epochs", "sweep_epochs", "iterations", "save_every", "keep"), (1, 2**63)),
     **dict.fromkeys(("samples", "batch_size", "micro_batches"), (1, 2**63)),
+    **{"crop": (0, 2**31), "pool": (1, 2**31), "label_smoothing": (0, 1)},
     **dict.fromkeys(("hidden", "depth", "dp", "tp", "pp"), (1, 2**31)),
     **dict.fromkeys(("lr", "clip", "weight_decay", "orthogonality"), (0, 1e38)),  # float32 ends at 3.4e38
     "momentum": (0, 1),
@@ -100,6 +101,10 @@ class TrainFlags(ExampleFlags):
     """Widths of the hidden layers."""
     dataset: Dataset = "mnist"
     """Data set."""
+    crop: int = 0
+    """Pixels to leave out on each side of an image."""
+    pool: int = 1
+    """Side of the squares of pixels that are averaged to one."""
     compile: bool = False
     """Compile the model by torch.compile."""
     dry_run: bool = False
@@ -147,6 +152,10 @@ class TrainFlags(ExampleFlags):
 class StepFlags(TrainFlags):
     """Flags of an example that chooses how to compute a step."""
 
+    activation: Literal["sigmoid", "relu"] = "sigmoid"
+    """Activation between the layers."""
+    label_smoothing: float = 0.0
+    """Part of a target that is spread evenly over all classes; the test loss is without it."""
     fused: Literal["auto", "off"] = "auto"
     """Gradients by formulas where the model allows it, or always by autograd."""
     graph: Literal["auto", "on", "off"] = "auto"

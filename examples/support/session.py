@@ -37,7 +37,7 @@ def prepare(flags: TrainFlags, world: World) -> tuple[Samples, Samples, list[int
     """
     world.check_same_on_all_ranks("the ranks' flags", flags.same_on_all_ranks())
     loaded: list[Samples] = []
-    world.gather_results(lambda: loaded.extend(data.load(flags.dataset, flags.data, world.device)))
+    world.gather_results(lambda: loaded.extend(_load(flags, world)))
     train, test = loaded
     if flags.dry_run:
         train, flags.epochs = train[: 10 * flags.batch_size], 1
@@ -47,6 +47,12 @@ def prepare(flags: TrainFlags, world: World) -> tuple[Samples, Samples, list[int
     world.gather_results(lambda: console.create_outputs(folders=[flags.profile], files=[]))
     torch.manual_seed(flags.seed)
     return train, test, [train.inputs(slice(0, 1)).shape[1], *flags.hidden, len(train.classes)]
+
+
+def _load(flags: TrainFlags, world: World) -> Iterator[Samples]:
+    for samples in data.load(flags.dataset, flags.data, world.device):
+        fewer = flags.crop or flags.pool > 1
+        yield samples.pooled(flags.crop, flags.pool) if fewer else samples
 
 
 def make_optimizer(flags: TrainFlags, model: torch.nn.Module, samples: int) -> tuple[Optimizer, LambdaLR]:
@@ -64,7 +70,7 @@ def fused_gradients(flags: StepFlags, model: torch.nn.Module, world: World) -> F
         reason = "--compile compiles the model"
     if world.rank == 0:
         print(f"gradients by autograd: {reason}" if reason else "gradients by formulas, without autograd")
-    return None if reason else FusedGradients(model, world)
+    return None if reason else FusedGradients(model, world, flags.label_smoothing)
 
 
 def graphed_step(
