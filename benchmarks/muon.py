@@ -3,9 +3,8 @@
 
 The first table is the time of a step of one weight, or of many small ones; all optimizers get the same
 gradients. After the steps the weights must agree, as far as orthogonalising in bfloat16 lets them; the status
-is 1 if some do not. The second table, and the picture, are the test accuracy and the training loss that
-`examples/train_ddp.py --hidden 512 --epochs 8 --batch-size 32` reaches with SGD and with Muon, each at its
-best rate.
+is 1 if some do not. The second table, and the picture, are the test accuracy and the training loss of a
+network 784-512-10 with sigmoid layers, in batches of 32, with SGD and with Muon, each at its best rate.
 """
 
 import math

@@ -255,3 +255,49 @@ def test_a_label_without_a_class_is_refused(tmp_path):
     labels.write_bytes(content)
     with pytest.raises(ConfigError, match=r"raw/train-\* holds label 10 of 10 classes"):
         data.load("fashion-mnist", tmp_path)
+
+
+@pytest.mark.parametrize("margin, size", [(0, 1), (0, 2), (3, 2), (2, 3), (13, 2), (1, 26), (5, 7)])
+@pytest.mark.parametrize("n", [0, 1, 1001])
+def test_pooled_images_are_pytorchs_average_pool(mnist, n, margin, size):
+    samples = mnist[0][:n]
+    pooled = samples.pooled(margin, size)
+    kept = samples.features[:, margin : 28 - margin, margin : 28 - margin].float()
+    side = (28 - 2 * margin) // size
+    expected = torch.nn.functional.avg_pool2d(kept, size) / 255 if n else torch.empty(0, side, side)
+    torch.testing.assert_close(pooled.features, expected, rtol=1e-6, atol=0)
+    assert pooled.labels is samples.labels
+    assert pooled.inputs(slice(None)).shape == (n, side**2)
+
+
+def test_pooled_images_move(mnist):
+    samples = mnist[1][:50]
+    for down, right in ((0, 0), (1, 0), (0, -3), (-2, 3)):
+        kept = samples.features[:, 3 + down : 25 + down, 3 + right : 25 + right]
+        moved = samples.pooled(3, 1, shift=(down, right), dtype=torch.bfloat16)
+        assert torch.equal(moved.features, (kept.float() / 255).bfloat16())
+    assert torch.equal(samples.pooled().features, samples.features.float() / 255)
+    assert samples.features.dtype == torch.uint8  # still
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"margin": 14}, "a margin of 14 and squares of 1 × 1 leave nothing of images of 28 × 28"),
+        ({"margin": -1}, "a margin of -1 and"),
+        ({"size": 0}, "squares of 0 × 0 leave nothing"),
+        ({"margin": 1, "size": 27}, "squares of 27 × 27 leave nothing"),
+        ({"margin": 2, "shift": (0, -3)}, r"shift is \(0, -3\), expected at most the margin, 2"),
+    ],
+)
+def test_pooling_that_leaves_nothing_is_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        numbered(2).pooled(**arguments)
+
+
+def test_pooling_takes_images():
+    points = data.Samples(torch.rand(3, 2), torch.zeros(3, dtype=torch.int64), ("a",))
+    with pytest.raises(
+        ConfigError, match=r"features are \(3, 2\) torch.float32, expected images \(n, h, w\)"
+    ):
+        points.pooled()

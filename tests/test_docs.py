@@ -64,3 +64,9 @@ def test_the_readme_fits_on_150_lines():
 def test_the_readme_shows_the_measured_trainings():
     (table,) = re.findall(r"^\| ms a step.*\n(?:\|.*\n)+", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert table == (ROOT / "benchmarks" / "results" / "cpu-2-cores" / "train.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["speedrun", "speedrun-validated"])
+def test_the_speedrun_shows_the_measured_recipes(name):
+    table = (ROOT / "benchmarks" / "results" / "cpu-2-cores" / f"{name}.md").read_text()
+    assert f"\n\n{table}\n" in (ROOT / "docs" / "speedrun.md").read_text()

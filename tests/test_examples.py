@@ -87,11 +87,14 @@ def test_a_graph_that_is_asked_for_and_cannot_be_is_an_error(data):
 
 
 TWO_EPOCHS = ["--epochs", "2", "--batch-size", "50"]
+# The training of the other lessons, in train_ddp.
+THEIRS = "--optimizer sgd --lr 0.5 --momentum 0.9 --weight-decay 3e-5"
+THEIRS += " --activation sigmoid --label-smoothing 0 --crop 0 --pool 1"
 SPLITS = [
-    ("train_ddp", 2, ""),
-    ("train_ddp", 3, ""),
-    ("train_ddp", 1, "--fused off"),
-    ("train_ddp", 2, "--fused off"),
+    ("train_ddp", 2, THEIRS),
+    ("train_ddp", 3, THEIRS),
+    ("train_ddp", 1, f"{THEIRS} --fused off"),
+    ("train_ddp", 2, f"{THEIRS} --fused off"),
     ("train_tensor_parallel", 2, ""),
     ("train_pipeline", 2, "--pipeline gpipe"),
     ("train_parallel", 4, "--dp 2 --tp 2"),
@@ -103,7 +106,7 @@ SPLITS = [
 def alone(data, tmp_path_factory) -> list[dict[str, Any]]:
     """The metrics of two epochs of one process."""
     metrics = tmp_path_factory.mktemp("alone") / "metrics.jsonl"
-    code, _, err = lesson("train_ddp", *data, *TWO_EPOCHS, "--metrics", str(metrics))
+    code, _, err = lesson("train_ddp", *data, *TWO_EPOCHS, *THEIRS.split(), "--metrics", str(metrics))
     assert code == 0, err
     return rows_of(metrics)
 
@@ -138,7 +141,9 @@ def test_two_machines_meet(data, alone):
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
     rendezvous = ["--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", "--rdzv_id=two"]
-    machines = [start(*torchrun, *rendezvous, TRAIN_DDP, *data, *TWO_EPOCHS) for _ in range(2)]
+    machines = [
+        start(*torchrun, *rendezvous, TRAIN_DDP, *data, *TWO_EPOCHS, *THEIRS.split()) for _ in range(2)
+    ]
     ended = [machine.communicate(timeout=120) for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], [err for _, err in ended]
     (out,) = (out for out, _ in ended if out)  # rank 0's machine alone speaks
@@ -167,9 +172,10 @@ def test_compiling_reaches_what_runs(data, monkeypatch, name):
         return graph.forward
 
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
-    code, out, err = lesson(name, *data, "--dry-run")
+    flags = [*data, *(THEIRS.split() if name == "train_ddp" else []), "--dry-run"]
+    code, out, err = lesson(name, *flags)
     assert (code, graphs) == (0, []), err
-    code, compiled, err = lesson(name, *data, "--dry-run", "--compile")
+    code, compiled, err = lesson(name, *flags, "--compile")
     assert code == 0, err
     assert graphs
     assert compiled.split(" | ")[1:4] == out.split(" | ")[1:4]  # losses and accuracy
@@ -207,6 +213,10 @@ ERRORS = [
     ("--lr nan", "--lr is nan, expected at least 0"),
     ("--lr inf", r"--lr is inf, expected less than 1e\+38"),
     ("--momentum 1", r"--momentum is 1\.0, expected less than 1"),
+    ("--label-smoothing 1", r"--label-smoothing is 1\.0, expected less than 1"),
+    ("--pool 0", "--pool is 0, expected at least 1"),
+    ("--crop 14", "a margin of 14 and squares of 2 × 2 leave nothing of images of 28 × 28"),
+    ("--activation tanh", "invalid choice 'tanh' for argument '--activation'"),
     ("--seed 9223372036854775808", "--seed is 9223372036854775808, expected less than"),
     ("--schedule steps", "invalid choice 'steps' for argument '--schedule'"),
     ("--optimizer adam", "invalid choice 'adam' for argument '--optimizer'"),

@@ -8,8 +8,10 @@ clock runs while a network is trained. The images are in memory as uint8 when it
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from statistics import mean, pstdev
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,97 +31,100 @@ CLASSES = (0.98, 0.987)
 PATIENCE = 400.0  # seconds, after which a slow recipe has no further seed
 
 
+class Summary(NamedTuple):
+    """The scores of a recipe.
+
+    Attributes:
+        name, change: as in `benchmarks.speedrun.recipe.Entry`.
+        seconds, accuracies: of each seed.
+    """
+
+    name: str
+    change: str
+    seconds: list[float]
+    accuracies: list[float]
+
+    def cells(self) -> dict[str, str]:
+        percents = [100 * accuracy for accuracy in self.accuracies]
+        return {
+            "recipe": self.name,
+            "change": self.change,
+            "seconds": f"{number(mean(self.seconds))} ± {pstdev(self.seconds):.2g}",
+            "accuracy, %": f"{mean(percents):.2f} ± {pstdev(percents):.2f}",
+            "seeds": str(len(percents)),
+        }
+
+
 def measure(attempts: Mapping[str, Attempt], seeds: int) -> list[Row]:
     """A row for each recipe and seed."""
-    accuracies: dict[str, list[float]] = {name: [] for name in attempts}
+    accuracies: dict[str, list[float]] = {spec: [] for spec in attempts}
 
-    def turn(name: str, seed: int) -> list[float]:
-        seconds, accuracy = attempts[name](seed)
-        accuracies[name].append(accuracy)
+    def turn(spec: str, seed: int) -> list[float]:
+        seconds, accuracy = attempts[spec](seed)
+        accuracies[spec].append(accuracy)
         return [seconds]
 
-    turns = {name: lambda seed, name=name: turn(name, seed) for name in attempts}
-    times = take_turns(turns, seeds, seconds=PATIENCE, label="seeds")
+    turns = {spec: partial(turn, spec) for spec in attempts}
     rows = []
-    for name, found in times.items():
-        if found.reason:
-            rows.append(Row(work={"recipe": name}, provider=name, ok=False, reason=found.reason))
+    for spec, times in take_turns(turns, seeds, seconds=PATIENCE, label="seeds").items():
+        work = {"recipe": recipes.find(spec).name}
+        if times.reason:
+            rows.append(Row(work=work, provider=spec, ok=False, reason=times.reason))
+            continue
         # The first accuracy is that of the warm-up.
-        for seed, (seconds, accuracy) in enumerate(zip(found.all, accuracies[name][1:], strict=False), 1):
-            score = {"seed": seed, "seconds": seconds, "accuracy": accuracy}
-            rows.append(Row(work={"recipe": name}, provider=name, found=score))
+        for seed, score in enumerate(zip(times.all, accuracies[spec][1:], strict=True), 1):
+            found: dict[str, Any] = {"seed": seed, "seconds": score[0], "accuracy": score[1]}
+            rows.append(Row(work=work, provider=spec, found=found))
     return rows
 
 
-def summaries(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """Mean and standard deviation of each recipe's seconds and accuracies."""
-    lines = []
-    for name in dict.fromkeys(row.provider for row in rows):
-        scores = [row.found for row in rows if row.provider == name and row.ok]
-        if not scores:
-            continue
-        seconds = [score["seconds"] for score in scores]
-        accuracies = [100 * score["accuracy"] for score in scores]
-        lines.append(
-            {
-                "recipe": Path(name).stem if name.endswith(".py") else name,
-                "change": recipes.find(name).change,
-                "seconds": f"{number(mean(seconds))} ± {pstdev(seconds):.2g}",
-                "accuracy, %": f"{mean(accuracies):.2f} ± {pstdev(accuracies):.2f}",
-                "seeds": str(len(scores)),
-            }
-        )
-    return lines
+def summaries(rows: Sequence[Row]) -> list[Summary]:
+    found: dict[str, Summary] = {}
+    for row in rows:
+        if row.ok:
+            entry = recipes.find(row.provider)
+            summary = found.setdefault(row.provider, Summary(entry.name, entry.change, [], []))
+            summary.seconds.append(row.found["seconds"])
+            summary.accuracies.append(row.found["accuracy"])
+    return list(found.values())
 
 
-def best(rows: Sequence[Row], accuracy: float) -> str:
-    """The fastest recipe whose mean accuracy is at least ``accuracy``, as a line."""
-    found = []
-    for name in dict.fromkeys(row.provider for row in rows):
-        scores = [row.found for row in rows if row.provider == name and row.ok]
-        if scores and mean(score["accuracy"] for score in scores) >= accuracy:
-            found.append((mean(score["seconds"] for score in scores), name))
-    if not found:
+def fastest(found: Sequence[Summary], accuracy: float) -> str:
+    """The fastest recipe with this mean accuracy, as a line."""
+    reached = [summary for summary in found if mean(summary.accuracies) >= accuracy]
+    if not reached:
         return f"{accuracy:.1%}: reached by none of these recipes"
-    seconds, name = min(found)
-    return f"{accuracy:.1%}: {number(seconds)} s, by {name}"
+    first = min(reached, key=lambda summary: mean(summary.seconds))
+    return f"{accuracy:.1%}: {number(mean(first.seconds))} s, by {first.name}"
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    lines = summaries(rows)
-    heads = list(lines[0])
-    table = [heads, ["---"] * len(heads), *([line[head] for head in heads] for line in lines)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
+def markdown(found: Sequence[Summary]) -> str:
+    lines = [summary.cells() for summary in found]
+    rows = [list(lines[0]), ["---"] * len(lines[0]), *(list(line.values()) for line in lines)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 
 
-def draw(path: Path, rows: Sequence[Row], title: str) -> None:
+def draw(path: Path, found: Sequence[Summary], title: str) -> None:
     """Mean accuracy by mean seconds, with the standard deviation over the seeds."""
-    with picture(path, 9, 5) as figure:
+    with picture(path, 9, 5.5) as figure:
         axes = figure.subplots()
         axes.set_title(title, fontsize=9)
-        for name in dict.fromkeys(row.provider for row in rows):
-            scores = [row.found for row in rows if row.provider == name and row.ok]
-            if not scores:
-                continue
-            seconds = mean(score["seconds"] for score in scores)
-            accuracies = [100 * score["accuracy"] for score in scores]
-            axes.errorbar(seconds, mean(accuracies), pstdev(accuracies), fmt="o", capsize=3)
-            axes.annotate(f" {name}", (seconds, mean(accuracies)), fontsize=8, rotation=30)
+        for summary in found:
+            percents = [100 * accuracy for accuracy in summary.accuracies]
+            at = mean(summary.seconds), mean(percents)
+            axes.errorbar(*at, pstdev(percents), fmt="o", capsize=3)
+            axes.annotate(f"  {summary.name}", at, fontsize=8, rotation=30)
         for accuracy in CLASSES:
             axes.axhline(100 * accuracy, color="black", lw=0.5, ls="--")
-        axes.set(xscale="log", xlabel="seconds of training", ylabel="test accuracy, %")
-        axes.margins(0.15, 0.2)
+        axes.set(xscale="log", xlabel="seconds of training", ylabel="accuracy, %")
+        axes.margins(0.1, 0.15)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("speedrun", "Train an MLP on MNIST in as few seconds as possible.", ["torchvision"])
     flag = command.parser.add_argument
-    flag(
-        "--recipe",
-        action="append",
-        metavar="NAME",
-        help="a recipe, a file, or ladder; by default the records",
-    )
+    names = f"a recipe, a .py file, or {', '.join(recipes.GROUPS)}; by default records"
+    flag("--recipe", action="append", metavar="NAME", help=names)
     flag("--seeds", type=int, help=f"trainings of each recipe; by default {SEEDS}")
     flag("--ranks", type=int, choices=(1, 2), default=1, help="processes; one has two threads, two have one")
     flag("--validate", action="store_true", help="train on 50,000 training images and score the other 10,000")
@@ -127,39 +132,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.output:
         command.require("matplotlib")
     seeds = command.at_least(1, "seeds", options, quick=1, full=SEEDS)
-    names = recipes.names(options.recipe)
-    device = "cpu" if options.ranks > 1 else "auto"
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
+    specs = recipes.chosen(options.recipe)
+    threads, before = THREADS // options.ranks, torch.get_num_threads()
+    which = (options.validate, options.quick)
     with ExitStack() as stack:
-        world = stack.enter_context(join_world_of_one(device))
+        world = stack.enter_context(join_world_of_one("cpu" if options.ranks > 1 else "auto"))
+        stack.callback(torch.set_num_threads, before)
+        torch.set_num_threads(THREADS)
         if options.ranks > 1:
             ranks = stack.enter_context(start_ranks(options.ranks))
             stack.callback(ranks.run, attempt.forget)
-            of = {name: attempt.on_ranks(name, ranks, options.validate, options.quick) for name in names}
+            attempts = {spec: attempt.on_ranks(spec, ranks, *which) for spec in specs}
         else:
-            loaded = attempt.images(str(world.device), options.validate, options.quick)
-            of = {name: attempt.local(name, world, *loaded) for name in names}
-        threads = THREADS // options.ranks
+            images = attempt.images(str(world.device), *which)
+            attempts = {spec: attempt.local(spec, world, *images) for spec in specs}
+        name = "speedrun" + "-2-ranks" * (options.ranks == 2) + "-validated" * options.validate
         columns = {"cores": CORES, "ranks": options.ranks, "threads": threads, "validate": options.validate}
-        results = Results(command.csv(options), world.device, **columns)
-        results.add(measure(of, seeds))
+        results = Results(command.csv(options, name), world.device, **columns)
+        found = summaries(results.add(measure(attempts, seeds)))
         origin = provenance(world.device)
-    torch.set_num_threads(before)
-    scored = "10,000 training images left out" if options.validate else "test images"
+    scored = "images of the training set left out" if options.validate else "test images"
     title = f"{origin['device']}, {plural(options.ranks, 'rank')} of {plural(threads, 'thread')}, {scored}"
-    print_cells(f"{title}: mean ± standard deviation", summaries(results.rows))
+    print_cells(f"{title}; mean ± standard deviation", [summary.cells() for summary in found])
     for row in results.rows:
         if not row.ok:
             print("not ok:", row.provider, row.reason)
     for accuracy in CLASSES:
-        print(best(results.rows, accuracy))
-    if options.output:
-        (options.output / "speedrun.md").write_text(markdown(results.rows))
+        print(fastest(found, accuracy))
+    if options.output and found:
+        (options.output / f"{name}.md").write_text(markdown(found))
         draw(
-            options.output / "speedrun.png",
-            results.rows,
-            f"{title}; torch {origin['torch']}, {origin['date'][:10]}",
+            options.output / f"{name}.png", found, f"{title}; torch {origin['torch']}, {origin['date'][:10]}"
         )
     return results.status
 

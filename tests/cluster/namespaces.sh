@@ -43,7 +43,8 @@ done
 agent() { # node, address, is_host
     exec ip netns exec "$1" unshare --mount sh -c 'mount -t tmpfs none /dev/shm && exec "$@"' sh env GLOO_SOCKET_IFNAME=cable timeout -k 40 120 "$python" -m torch.distributed.run \
         --nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d --rdzv_endpoint=10.77.0.1:29400 \
-        --rdzv_conf=is_host="$3" --local_addr="$2" examples/train_ddp.py --dry-run --device cpu
+        --rdzv_conf=is_host="$3" --local_addr="$2" \
+        examples/train_ddp.py --dry-run --device cpu --hidden 128 64 --crop 0 --pool 1
 }
 (agent "$left" 10.77.0.1 1) >"$logs/left" 2>&1 &
 (agent "$right" 10.77.0.2 0) >"$logs/right" 2>&1 &

@@ -83,13 +83,15 @@ check() { # what, status, output
     fi
 }
 
-job=(--nodes=2 --cpus-per-task=1 examples/cluster/slurm.sbatch examples/train_ddp.py --device cpu)
+# Small batches, so that an epoch takes seconds.
+train=(examples/train_ddp.py --device cpu --batch-size 32 --lr 0.02)
+job=(--nodes=2 --cpus-per-task=1 examples/cluster/slurm.sbatch "${train[@]}")
 status=0
 on 1 timeout 120 sbatch --wait --output="$dir/torchrun" "${job[@]}" --dry-run || status=$?
 check "a torchrun per node" $status "$dir/torchrun"
 
 status=0
-on 1 timeout 120 srun --nodes=2 --ntasks=2 "$PYTHON" examples/train_ddp.py --device cpu --dry-run \
+on 1 timeout 120 srun --nodes=2 --ntasks=2 "$PYTHON" "${train[@]}" --dry-run \
     >"$dir/direct" 2>&1 || status=$?
 check "a rank per task" $status "$dir/direct"
 
