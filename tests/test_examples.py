@@ -133,6 +133,23 @@ def test_every_split_learns_the_same(ranks, data, alone, tmp_path, name, world_s
     assert (tmp_path / "confusion.png").exists()
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_default_network_learns_the_same_by_autograd(ranks, data, tmp_path, world_size):
+    """ReLU layers, smoothed labels and fewer pixels; SGD, because Muon enlarges roundings."""
+    losses = []
+    for fused in ("auto", "off"):
+        metrics = tmp_path / fused
+        flags = [*data, *TWO_EPOCHS, "--optimizer", "sgd", "--lr", "0.1", "--fused", fused]
+        (code, out, err), *_ = ranks(world_size, lesson, "train_ddp", *flags, "--metrics", str(metrics))
+        assert (code, FORMULAS in out) == (0, fused == "auto"), err
+        losses += [[row[name] for row in rows_of(metrics) for name in ("train_loss", "test_loss")]]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    metrics = tmp_path / "plain"
+    unsmoothed = [*flags, "--label-smoothing", "0", "--metrics", str(metrics)]
+    assert lesson("train_ddp", *unsmoothed)[0] == 0
+    assert rows_of(metrics)[-1]["train_loss"] < losses[1][-2] - 0.05
+
+
 @pytest.mark.slow
 def test_two_machines_meet(data, alone):
     """Two torchruns, as two machines would start them, that find each other by c10d's rendezvous."""
