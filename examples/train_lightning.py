@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The training of train_ddp.py in Lightning: the model and its step are ours, the loop is the Trainer's.
+"""An MLP trained by Lightning: the model and its step are ours, the loop is the Trainer's.
 
     python examples/train_lightning.py fit
     python examples/train_lightning.py fit --trainer.accelerator cpu --trainer.devices 2
@@ -11,7 +11,7 @@ a LightningDataModule the batches. The Trainer calls them: on one process or sev
 loggers, checkpoints and early stopping. LightningCLI makes a flag of each argument, and reads them from a
 YAML file; see ``fit --help`` and ``fit --print_config``.
 
-A framework must not change the result: the weights are those of train_ddp.py, to the bit. Its hooks cost some
+A framework must not change the result: the weights are those of a plain loop, to the bit. Its hooks cost some
 tenths of a millisecond per step, which is much for a model of this size and nothing for a large one.
 
 ``fit`` ends with a test, of the best weights where checkpoints are kept. By default nothing is written;

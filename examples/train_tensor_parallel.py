@@ -18,7 +18,7 @@ ranks, and the first pair does not need it. So a step of 784-128-10 sends one me
 batch × 10 numbers, for any width of the hidden layer. Data parallelism would send all 101 770 gradients.
 Tensor parallelism pays where the model is large and the batch is small.
 
-The model has one hidden layer, where the other examples have two: a pair is two layers.
+The model has one hidden layer: a pair is two layers.
 """
 
 from dataclasses import dataclass

@@ -257,14 +257,14 @@ def test_a_label_without_a_class_is_refused(tmp_path):
         data.load("fashion-mnist", tmp_path)
 
 
-@pytest.mark.parametrize("margin, size", [(0, 1), (0, 2), (3, 2), (2, 3), (13, 2), (1, 26), (5, 7)])
+@pytest.mark.parametrize("crop, pool", [(0, 1), (0, 2), (3, 2), (2, 3), (13, 2), (1, 26), (5, 7)])
 @pytest.mark.parametrize("n", [0, 1, 1001])
-def test_pooled_images_are_pytorchs_average_pool(mnist, n, margin, size):
+def test_pooled_images_are_pytorchs_average_pool(mnist, n, crop, pool):
     samples = mnist[0][:n]
-    pooled = samples.pooled(margin, size)
-    kept = samples.features[:, margin : 28 - margin, margin : 28 - margin].float()
-    side = (28 - 2 * margin) // size
-    expected = torch.nn.functional.avg_pool2d(kept, size) / 255 if n else torch.empty(0, side, side)
+    pooled = samples.pooled(crop, pool)
+    kept = samples.features[:, crop : 28 - crop, crop : 28 - crop].float()
+    side = (28 - 2 * crop) // pool
+    expected = torch.nn.functional.avg_pool2d(kept, pool) / 255 if n else torch.empty(0, side, side)
     torch.testing.assert_close(pooled.features, expected, rtol=1e-6, atol=0)
     assert pooled.labels is samples.labels
     assert pooled.inputs(slice(None)).shape == (n, side**2)
@@ -283,11 +283,11 @@ def test_pooled_images_move(mnist):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"margin": 14}, "a margin of 14 and squares of 1 × 1 leave nothing of images of 28 × 28"),
-        ({"margin": -1}, "a margin of -1 and"),
-        ({"size": 0}, "squares of 0 × 0 leave nothing"),
-        ({"margin": 1, "size": 27}, "squares of 27 × 27 leave nothing"),
-        ({"margin": 2, "shift": (0, -3)}, r"shift is \(0, -3\), expected at most the margin, 2"),
+        ({"crop": 14}, "crop 14 and pool 1 leave nothing of images of 28 × 28"),
+        ({"crop": -1}, "crop -1 and pool 1 leave nothing"),
+        ({"pool": 0}, "crop 0 and pool 0 leave nothing"),
+        ({"crop": 1, "pool": 27}, "crop 1 and pool 27 leave nothing"),
+        ({"crop": 2, "shift": (0, -3)}, r"shift is \(0, -3\), expected at most 2, as crop is"),
     ],
 )
 def test_pooling_that_leaves_nothing_is_refused(arguments, message):

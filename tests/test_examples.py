@@ -232,7 +232,7 @@ ERRORS = [
     ("--momentum 1", r"--momentum is 1\.0, expected less than 1"),
     ("--label-smoothing 1", r"--label-smoothing is 1\.0, expected less than 1"),
     ("--pool 0", "--pool is 0, expected at least 1"),
-    ("--crop 14", "a margin of 14 and squares of 2 × 2 leave nothing of images of 28 × 28"),
+    ("--crop 14", "crop 14 and pool 2 leave nothing of images of 28 × 28"),
     ("--activation tanh", "invalid choice 'tanh' for argument '--activation'"),
     ("--seed 9223372036854775808", "--seed is 9223372036854775808, expected less than"),
     ("--schedule steps", "invalid choice 'steps' for argument '--schedule'"),

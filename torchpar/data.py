@@ -20,7 +20,7 @@ from torchpar.parallel.split.partition import Partition
 
 Dataset = Literal["mnist", "fashion-mnist", "kmnist"]
 _READ_AT_ONCE = 256  # samples; as float32 they fit in a core's cache
-_POOLED_AT_ONCE = 1000  # images; their memory is used again, which saves the time to get new one
+_POOLED_AT_ONCE = 1000  # images; the next ones take the same memory, which saves page faults
 _CLASSES = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 # MD5 of the unpacked files. torchvision knows the archives' alone, which differ where data are packed anew.
 _CONTENTS = {
@@ -75,46 +75,47 @@ class Samples:
 
     def pooled(
         self,
-        margin: int = 0,
-        size: int = 1,
+        crop: int = 0,
+        pool: int = 1,
         *,
         shift: tuple[int, int] = (0, 0),
         dtype: torch.dtype = torch.float32,
     ) -> "Samples":
-        """Return images of fewer pixels: without a margin, and averaged over squares of ``size`` × ``size``.
+        """Return images that are cropped, and whose squares of ``pool`` × ``pool`` pixels are averaged.
 
-        Images ``(n, h, w)`` of uint8 become ``(n, (h − 2·margin) // size, (w − 2·margin) // size)`` in
-        [0, 1].
+        Images ``(n, h, w)`` of uint8 become ``(n, (h − 2·crop) // pool, (w − 2·crop) // pool)`` in [0, 1].
+        Pixels at the bottom and at the right that fill no square are left out.
 
         Args:
-            margin: pixels to leave out on each side.
-            shift: down and to the right, in pixels, by which the part that is kept moves.
+            crop: pixels to leave out on each side.
+            shift: pixels, down and to the right, by which the part that is kept moves.
             dtype: of the new images.
 
         Raises:
             ConfigError: the features are not images of uint8; nothing is left of them; a ``shift`` of more
-                than ``margin``.
+                than ``crop``.
         """
         images, (down, right) = self.features, shift
         if images.dim() != 3 or images.dtype != torch.uint8:
             raise ConfigError(
                 f"features are {tuple(images.shape)} {images.dtype}, expected images (n, h, w) of uint8"
             )
-        height, width = ((side - 2 * margin) // size if size > 0 else 0 for side in images.shape[1:])
-        if margin < 0 or height < 1 or width < 1:
+        height, width = ((side - 2 * crop) // pool if pool > 0 else 0 for side in images.shape[1:])
+        if crop < 0 or height < 1 or width < 1:
             raise ConfigError(
-                f"a margin of {margin} and squares of {size} × {size} leave nothing of images of "
+                f"crop {crop} and pool {pool} leave nothing of images of "
                 f"{images.shape[1]} × {images.shape[2]}"
             )
-        if max(abs(down), abs(right)) > margin:
-            raise ConfigError(f"shift is {shift}, expected at most the margin, {margin}")
-        kept = images[:, margin + down :, margin + right :][:, : height * size, : width * size]
+        if max(abs(down), abs(right)) > crop:
+            raise ConfigError(f"shift is {shift}, expected at most {crop}, as crop is")
+        kept = images[:, crop + down :, crop + right :][:, : height * pool, : width * pool]
         pooled = torch.empty(len(self), height, width, dtype=dtype, device=images.device)
-        for chunk, out in zip(kept.split(_POOLED_AT_ONCE), pooled.split(_POOLED_AT_ONCE), strict=True):
+        at_once = max(len(self), 1) if images.is_cuda else _POOLED_AT_ONCE
+        for chunk, out in zip(kept.split(at_once), pooled.split(at_once), strict=True):
             x = chunk.float()  # sums of strided parts take a third of the time of `avg_pool2d`
-            x = sum((x[:, i::size] for i in range(1, size)), x[:, ::size])
-            x = sum((x[:, :, i::size] for i in range(1, size)), x[:, :, ::size])
-            out.copy_(x.div_(255 * size * size))
+            x = sum((x[:, i::pool] for i in range(1, pool)), x[:, ::pool])
+            x = sum((x[:, :, i::pool] for i in range(1, pool)), x[:, :, ::pool])
+            out.copy_(x.div_(255 * pool * pool))
         return Samples(pooled, self.labels, self.classes)
 
 

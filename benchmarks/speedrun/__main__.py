@@ -19,16 +19,16 @@ from benchmarks.command import Command, run
 from benchmarks.ladder.rungs import plural
 from benchmarks.report import Results, Row, number, picture, print_cells, provenance
 from benchmarks.scaling.steps import CORES
-from benchmarks.speedrun import attempt, recipes
-from benchmarks.speedrun.attempt import Attempt
+from benchmarks.speedrun import attempts, entries
+from benchmarks.speedrun.attempts import Attempt
+from benchmarks.speedrun.recipes import GROUPS
 from benchmarks.timing import take_turns
 from torchpar.parallel.launch.local import start_ranks
 from torchpar.parallel.launch.world import join_world_of_one
 
 THREADS = 2
 SEEDS = 20
-CLASSES = (0.98, 0.987)
-PATIENCE = 400.0  # seconds, after which a slow recipe has no further seed
+AIMS = (0.98, 0.987)  # mean accuracies
 
 
 class Summary(NamedTuple):
@@ -55,26 +55,26 @@ class Summary(NamedTuple):
         }
 
 
-def measure(attempts: Mapping[str, Attempt], seeds: int) -> list[Row]:
+def measure(attempt_of: Mapping[str, Attempt], seeds: int) -> list[Row]:
     """A row for each recipe and seed."""
-    accuracies: dict[str, list[float]] = {spec: [] for spec in attempts}
+    accuracies: dict[str, list[float]] = {name: [] for name in attempt_of}
 
-    def turn(spec: str, seed: int) -> list[float]:
-        seconds, accuracy = attempts[spec](seed)
-        accuracies[spec].append(accuracy)
+    def turn(name: str, seed: int) -> list[float]:
+        seconds, accuracy = attempt_of[name](seed)
+        accuracies[name].append(accuracy)
         return [seconds]
 
-    turns = {spec: partial(turn, spec) for spec in attempts}
+    turns = {name: partial(turn, name) for name in attempt_of}
     rows = []
-    for spec, times in take_turns(turns, seeds, seconds=PATIENCE, label="seeds").items():
-        work = {"recipe": recipes.find(spec).name}
+    for name, times in take_turns(turns, seeds, label="seeds").items():
+        work = {"recipe": entries.find(name).name}
         if times.reason:
-            rows.append(Row(work=work, provider=spec, ok=False, reason=times.reason))
+            rows.append(Row(work=work, provider=name, ok=False, reason=times.reason))
             continue
         # The first accuracy is that of the warm-up.
-        for seed, score in enumerate(zip(times.all, accuracies[spec][1:], strict=True), 1):
+        for seed, score in enumerate(zip(times.all, accuracies[name][1:], strict=True), 1):
             found: dict[str, Any] = {"seed": seed, "seconds": score[0], "accuracy": score[1]}
-            rows.append(Row(work=work, provider=spec, found=found))
+            rows.append(Row(work=work, provider=name, found=found))
     return rows
 
 
@@ -82,7 +82,7 @@ def summaries(rows: Sequence[Row]) -> list[Summary]:
     found: dict[str, Summary] = {}
     for row in rows:
         if row.ok:
-            entry = recipes.find(row.provider)
+            entry = entries.find(row.provider)
             summary = found.setdefault(row.provider, Summary(entry.name, entry.change, [], []))
             summary.seconds.append(row.found["seconds"])
             summary.accuracies.append(row.found["accuracy"])
@@ -114,7 +114,7 @@ def draw(path: Path, found: Sequence[Summary], title: str) -> None:
             at = mean(summary.seconds), mean(percents)
             axes.errorbar(*at, pstdev(percents), fmt="o", capsize=3)
             axes.annotate(f"  {summary.name}", at, fontsize=8, rotation=30)
-        for accuracy in CLASSES:
+        for accuracy in AIMS:
             axes.axhline(100 * accuracy, color="black", lw=0.5, ls="--")
         axes.set(xscale="log", xlabel="seconds of training", ylabel="accuracy, %")
         axes.margins(0.1, 0.15)
@@ -123,8 +123,8 @@ def draw(path: Path, found: Sequence[Summary], title: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("speedrun", "Train an MLP on MNIST in as few seconds as possible.", ["torchvision"])
     flag = command.parser.add_argument
-    names = f"a recipe, a .py file, or {', '.join(recipes.GROUPS)}; by default records"
-    flag("--recipe", action="append", metavar="NAME", help=names)
+    chooses = f"a recipe, a .py file, or {', '.join(GROUPS)}; by default records"
+    flag("--recipe", action="append", metavar="NAME", help=chooses)
     flag("--seeds", type=int, help=f"trainings of each recipe; by default {SEEDS}")
     flag("--ranks", type=int, choices=(1, 2), default=1, help="processes; one has two threads, two have one")
     flag("--validate", action="store_true", help="train on 50,000 training images and score the other 10,000")
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.output:
         command.require("matplotlib")
     seeds = command.at_least(1, "seeds", options, quick=1, full=SEEDS)
-    specs = recipes.chosen(options.recipe)
+    names = entries.chosen(options.recipe)
     threads, before = THREADS // options.ranks, torch.get_num_threads()
     which = (options.validate, options.quick)
     with ExitStack() as stack:
@@ -141,15 +141,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(THREADS)
         if options.ranks > 1:
             ranks = stack.enter_context(start_ranks(options.ranks))
-            stack.callback(ranks.run, attempt.forget)
-            attempts = {spec: attempt.on_ranks(spec, ranks, *which) for spec in specs}
+            stack.callback(ranks.run, attempts.forget)
+            attempt_of = {name: attempts.on_ranks(name, ranks, *which) for name in names}
         else:
-            images = attempt.images(str(world.device), *which)
-            attempts = {spec: attempt.local(spec, world, *images) for spec in specs}
-        name = "speedrun" + "-2-ranks" * (options.ranks == 2) + "-validated" * options.validate
+            images = attempts.load(str(world.device), *which)
+            attempt_of = {name: attempts.local(name, world, *images) for name in names}
+        groups = [name for name in options.recipe or () if name in GROUPS]
+        ways = ["2-ranks"] * (options.ranks == 2) + ["validated"] * options.validate
+        name = "-".join(["speedrun", *groups, *ways])
         columns = {"cores": CORES, "ranks": options.ranks, "threads": threads, "validate": options.validate}
         results = Results(command.csv(options, name), world.device, **columns)
-        found = summaries(results.add(measure(attempts, seeds)))
+        found = summaries(results.add(measure(attempt_of, seeds)))
         origin = provenance(world.device)
     scored = "images of the training set left out" if options.validate else "test images"
     title = f"{origin['device']}, {plural(options.ranks, 'rank')} of {plural(threads, 'thread')}, {scored}"
@@ -157,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in results.rows:
         if not row.ok:
             print("not ok:", row.provider, row.reason)
-    for accuracy in CLASSES:
+    for accuracy in AIMS:
         print(fastest(found, accuracy))
     if options.output and found:
         (options.output / f"{name}.md").write_text(markdown(found))

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from benchmarks.train.epochs import Digits
+from benchmarks.digits import Digits
 from torchpar.data import Samples
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.world import World
@@ -16,7 +16,7 @@ from torchpar.parallel.launch.world import World
 
 @dataclass
 class CustomaryScript:
-    """An entry, and its own trainer."""
+    """An `benchmarks.speedrun.recipe.Entry` that is its own trainer, on the CPU."""
 
     epochs: int
     name: str = "customary"
@@ -24,8 +24,8 @@ class CustomaryScript:
 
     def prepare(self, samples: Samples, world: World) -> "CustomaryScript":
         if world.world_size > 1:
-            raise ConfigError("the customary script is one process; take 1 rank")
-        self.digits = Digits(samples)
+            raise ConfigError("the customary script is one process; take --ranks 1")
+        self.digits = Digits(samples.to("cpu"))
         return self
 
     def train(self, seed: int) -> None:
@@ -41,6 +41,5 @@ class CustomaryScript:
                 cross_entropy(self.model(images), labels).backward()
                 optimizer.step()
 
-    @torch.no_grad()
     def outputs(self, samples: Samples) -> Tensor:
-        return self.model(samples.features / 255)  # type: ignore[no-any-return]
+        return self.model(samples.features.cpu() / 255)  # type: ignore[no-any-return]

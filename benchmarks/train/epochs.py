@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from benchmarks.digits import Digits
 from benchmarks.timing import CPU
 from benchmarks.train.inputs import LR, TrainingInputs
 from torchpar.baselines import numba_njit, numpy_mlp, pure_python
 from torchpar.baselines.bridge import copy_weights
 from torchpar.baselines.numpy_mlp import Array
-from torchpar.data import Samples
 from torchpar.nn import MLP
 from torchpar.parallel.launch.world import World
 from torchpar.training import Run, sgd
@@ -93,24 +93,6 @@ def torch_step(inputs: TrainingInputs, model: torch.nn.Module) -> Callable[[Tens
         return loss.detach()
 
     return step
-
-
-class Digits(Dataset[tuple[Tensor, int]]):
-    """Each digit as `torchvision.datasets.MNIST` returns it, through an image and ``ToTensor``."""
-
-    def __init__(self, samples: Samples):
-        from torchvision.transforms import ToTensor
-
-        self.transform = ToTensor()
-        self.images, self.labels = samples.features, samples.labels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        from PIL import Image
-
-        return self.transform(Image.fromarray(self.images[index].numpy())), int(self.labels[index])
 
 
 def customary_epoch(inputs: TrainingInputs, order: Order) -> Iterator[Tensor | None]:

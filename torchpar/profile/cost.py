@@ -103,7 +103,7 @@ def collectives(
     """Return this rank's collectives in a step of an MLP that `parallel_mlp` and `stage_mlp` have split.
 
     Args:
-        sizes: of the MLP, whose hidden layers end in sigmoids.
+        sizes: of the MLP.
         batch_size: of all ranks.
         mesh: of dimensions "pp", "dp" and "tp".
         tensor_split: the layers are those of `parallel_mlp`, also on one rank of "tp".

@@ -126,7 +126,7 @@ class FusedGradients:
         """Add to each ``p.grad`` the gradient of the mean loss over the global batch.
 
         Args:
-            x: ``(b, features)``, this rank's share of the batch, converted to the model's dtype; b may be 0.
+            x: ``(b, features)``, this rank's share of the batch, converted to ``dtype``; b may be 0.
             labels: ``(b)`` int64 in [0, classes).
             global_size: samples of the batch, over all ranks.
 

@@ -35,13 +35,16 @@ def sgd(
     return kind(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
 
 
-def muon(model: torch.nn.Module, lr: float, momentum: float, weight_decay: float) -> ChainedOptimizer:
+def muon(
+    model: torch.nn.Module, lr: float, momentum: float, weight_decay: float, ns_steps: int = 5
+) -> ChainedOptimizer:
     """Return `torchpar.optim.Muon` for all weight matrices of an MLP and SGD for its biases.
 
     An embedding or an output head would go to Muon too; see `torchpar.optim.Muon` for models that have them.
 
     Args:
         weight_decay: λ of the weights, decoupled: ``W ← (1 − lr·λ)·W``.
+        ns_steps: iterations of Newton–Schulz.
 
     Raises:
         ConfigError: layers are split over ranks, so that no rank has their whole matrices.
@@ -50,7 +53,9 @@ def muon(model: torch.nn.Module, lr: float, momentum: float, weight_decay: float
         raise ConfigError("Muon needs whole matrices, and the model's are split over ranks; take SGD or tp 1")
     weights = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() != 2]
-    optimizers: list[Optimizer] = [Muon(weights, lr=lr, momentum=momentum, weight_decay=weight_decay)]
+    optimizers: list[Optimizer] = [
+        Muon(weights, lr=lr, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps)
+    ]
     if others:
         optimizers.append(SGD(others, lr=lr, momentum=momentum, nesterov=momentum > 0))
     return ChainedOptimizer(*optimizers)

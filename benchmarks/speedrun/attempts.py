@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""An attempt at the record: train a network for a seed by the clock, then score it."""
+"""Attempts: train a network for a seed by the clock, then score it."""
 
 import time
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benchmarks.speedrun import recipes
+from benchmarks.speedrun.entries import find
 from torchpar import data
 from torchpar.data import Samples
 from torchpar.errors import ConfigError
@@ -23,7 +23,8 @@ Score = tuple[float, float]  # seconds, accuracy
 Attempt = Callable[[int], Score]  # of a seed
 
 
-def images(device: str, validate: bool, quick: bool) -> tuple[Samples, Samples]:
+@cache
+def load(device: str, validate: bool, quick: bool) -> tuple[Samples, Samples]:
     """The images to train on and to score."""
     train, test = data.load("mnist", DATA, device)
     if validate:
@@ -31,10 +32,13 @@ def images(device: str, validate: bool, quick: bool) -> tuple[Samples, Samples]:
     return (train[:QUICK], test[:QUICK]) if quick else (train, test)
 
 
-def local(spec: str, world: World, train: Samples, test: Samples) -> Attempt:
-    """Attempts by this process, as a rank of ``world``."""
-    entry = recipes.find(spec)
-    trainer = entry.prepare(train, world)
+def local(name: str, world: World, train: Samples, test: Samples) -> Attempt:
+    """Attempts of the entry ``name`` by this process, as a rank of ``world``."""
+    trainer = find(name).prepare(train, world)
+    unlabelled = Samples(test.features, torch.zeros_like(test.labels), test.classes)
+    if world.device.type == "cuda":
+        # A graph is captured at the second batch of its size, which may come in the second training.
+        trainer.train(0)
 
     def attempt(seed: int) -> Score:
         if world.world_size > 1:
@@ -44,31 +48,33 @@ def local(spec: str, world: World, train: Samples, test: Samples) -> Attempt:
         if world.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        outputs = trainer.outputs(test)
-        if outputs.shape != (len(test), len(test.classes)):
-            raise ConfigError(f"outputs are {tuple(outputs.shape)}, expected {len(test), len(test.classes)}")
-        return seconds, (outputs.argmax(1) == test.labels).double().mean().item()
+        with torch.no_grad():
+            outputs = trainer.outputs(unlabelled).cpu()
+        expected = (len(test), len(test.classes))
+        if outputs.shape != expected:
+            raise ConfigError(f"outputs are {tuple(outputs.shape)}, expected {expected}")
+        return seconds, (outputs.argmax(1) == test.labels.cpu()).double().mean().item()
 
     return attempt
 
 
-def on_ranks(spec: str, ranks: Ranks, validate: bool, quick: bool) -> Attempt:
+def on_ranks(name: str, ranks: Ranks, validate: bool, quick: bool) -> Attempt:
     """Attempts by several processes; the slowest one's seconds count."""
 
     def attempt(seed: int) -> Score:
-        scores = ranks.run(_on_rank, spec, validate, quick, seed)
+        scores = ranks.run(_on_rank, name, validate, quick, seed)
         return max(seconds for seconds, _ in scores), scores[0][1]
 
     return attempt
 
 
-def _on_rank(spec: str, validate: bool, quick: bool, seed: int) -> Score:
-    return _of_rank(spec, validate, quick)(seed)
+def _on_rank(name: str, validate: bool, quick: bool, seed: int) -> Score:
+    return _of_rank(name, validate, quick)(seed)
 
 
 @cache
-def _of_rank(spec: str, validate: bool, quick: bool) -> Attempt:
-    return local(spec, current_world(), *images("cpu", validate, quick))
+def _of_rank(name: str, validate: bool, quick: bool) -> Attempt:
+    return local(name, current_world(), *load("cpu", validate, quick))
 
 
 def forget() -> None:

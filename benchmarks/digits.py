@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: MIT
+"""MNIST as most scripts read it."""
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from torchpar.data import Samples
+
+
+class Digits(Dataset[tuple[Tensor, int]]):
+    """Each digit as `torchvision.datasets.MNIST` returns it, through an image and ``ToTensor``."""
+
+    def __init__(self, samples: Samples):
+        from torchvision.transforms import ToTensor
+
+        self.transform = ToTensor()
+        self.images, self.labels = samples.features, samples.labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.images[index].numpy())), int(self.labels[index])
