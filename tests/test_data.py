@@ -283,7 +283,7 @@ def test_pooled_images_move(mnist):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"crop": 14}, "crop 14 and pool 1 leave nothing of images of 28 × 28"),
+        ({"crop": 14}, "crop 14 and pool 1 leave nothing of images of 28 × 28; take smaller"),
         ({"crop": -1}, "crop -1 and pool 1 leave nothing"),
         ({"pool": 0}, "crop 0 and pool 0 leave nothing"),
         ({"crop": 1, "pool": 27}, "crop 1 and pool 27 leave nothing"),
@@ -295,7 +295,9 @@ def test_pooling_that_leaves_nothing_is_refused(arguments, message):
         numbered(2).pooled(**arguments)
 
 
-def test_pooling_takes_images():
+def test_pooling_takes_images_to_floating_numbers():
+    with pytest.raises(ConfigError, match=r"dtype is torch\.int8, expected a floating one"):
+        numbered(2).pooled(dtype=torch.int8)
     points = data.Samples(torch.rand(3, 2), torch.zeros(3, dtype=torch.int64), ("a",))
     with pytest.raises(
         ConfigError, match=r"features are \(3, 2\) torch.float32, expected images \(n, h, w\)"

@@ -89,6 +89,10 @@ CASES = [
     ((0, 4, 3), 5),
     ((65, 127, 129, 10), 128),
     ((784, 512, 10), 128),  # layers that oneDNN takes where it is used
+    ((20, 16, 16), 300),  # the most classes in columns
+    ((20, 16, 17), 300),
+    ((20, 16, 100), 300),
+    ((20, 16, 1000), 300),
 ]
 
 
@@ -120,8 +124,14 @@ def test_a_relu_at_exactly_0_has_no_gradient() -> None:
     assert torch.equal(fused.layers[1].bias.grad, plain.layers[1].bias.grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, "bfloat16"])
+def test_products_of_an_unsuitable_dtype_are_refused(dtype: Any) -> None:
+    with pytest.raises(ConfigError, match=r"dtype is .*, expected one of torch\.float16, torch\.bfloat16, "):
+        FusedGradients(make((4, 3)), dtype=dtype)
+
+
 @pytest.mark.parametrize("hidden", ["sigmoid", "relu"])
-@pytest.mark.parametrize("sizes, b", [*CASES[3:5], *CASES[8:]], ids=str)
+@pytest.mark.parametrize("sizes, b", [*CASES[3:5], *CASES[8:11]], ids=str)
 def test_products_of_another_dtype(sizes: tuple[int, ...], b: int, hidden: str) -> None:
     """The gradients have the bits of a model of that dtype, and the parameters' dtype."""
     mixed, low = make(sizes, hidden=hidden), make(sizes, hidden=hidden)

@@ -280,6 +280,7 @@ def test_a_file_with_another_recipe_can_enter(tmp_path, capsys):
     [
         ("torch.zeros(3, 10)", r"ConfigError: outputs are (3, 10), expected (2000, 10)"),
         ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("torch.full((2000, 10), torch.nan)", "ConfigError: an output is not finite; take a smaller rate"),
     ],
 )
 def test_an_entry_that_fails_is_reported(tmp_path, capsys, outputs, reason):
@@ -306,11 +307,27 @@ def test_a_recipe_by_autograd_takes_one_rank(capsys):
         ("entry = 1", "has no name and no change and no prepare; see docs/speedrun.md"),
         ("entry =", "mine.py cannot be read (SyntaxError: "),
         ("raise KeyError('x')", "mine.py cannot be read (KeyError: 'x')"),
+        ("raise SystemExit(0)", "mine.py cannot be read (SystemExit: 0)"),
     ],
 )
 def test_a_file_without_an_entry_is_refused(tmp_path, text, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         benchmark.main(["--quick", enter(tmp_path, text)])
+
+
+def test_an_entry_that_cannot_be_prepared_leaves_the_others(tmp_path, capsys):
+    text = "from dataclasses import replace\nfrom benchmarks.speedrun.recipes import RECORD_98\n"
+    text += 'entry = replace(RECORD_98, name="mine", change="", activation="tanh")'
+    assert benchmark.main(["--quick", enter(tmp_path, text), "--recipe=record-98.0"]) == 1
+    out = capsys.readouterr().out
+    assert "mine.py ValueError: hidden is 'tanh', expected one of" in out
+    assert "│ record-98.0" in out
+
+
+def test_two_entries_of_one_name_are_refused(tmp_path):
+    text = "from benchmarks.speedrun.recipes import RECORD_98 as entry"
+    with pytest.raises(ConfigError, match=r"two entries are called record-98\.0; give them other names"):
+        benchmark.main(["--recipe=records", enter(tmp_path, text)])
 
 
 def test_unknown_recipes_and_files_are_refused(tmp_path):

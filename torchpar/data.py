@@ -92,19 +92,21 @@ class Samples:
             dtype: of the new images.
 
         Raises:
-            ConfigError: the features are not images of uint8; nothing is left of them; a ``shift`` of more
-                than ``crop``.
+            ConfigError: the features are not images of uint8, or ``dtype`` is not floating; nothing is left
+                of the images; a ``shift`` of more than ``crop``.
         """
         images, (down, right) = self.features, shift
         if images.dim() != 3 or images.dtype != torch.uint8:
             raise ConfigError(
                 f"features are {tuple(images.shape)} {images.dtype}, expected images (n, h, w) of uint8"
             )
+        if not dtype.is_floating_point:
+            raise ConfigError(f"dtype is {dtype}, expected a floating one")
         height, width = ((side - 2 * crop) // pool if pool > 0 else 0 for side in images.shape[1:])
         if crop < 0 or height < 1 or width < 1:
             raise ConfigError(
                 f"crop {crop} and pool {pool} leave nothing of images of "
-                f"{images.shape[1]} × {images.shape[2]}"
+                f"{images.shape[1]} × {images.shape[2]}; take smaller ones"
             )
         if max(abs(down), abs(right)) > crop:
             raise ConfigError(f"shift is {shift}, expected at most {crop}, as crop is")

@@ -7,7 +7,8 @@ clock runs while a network is trained. The images are in memory as uint8 when it
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from statistics import mean, pstdev
@@ -23,7 +24,7 @@ from benchmarks.speedrun import attempts, entries
 from benchmarks.speedrun.attempts import Attempt
 from benchmarks.speedrun.recipes import GROUPS
 from benchmarks.timing import take_turns
-from torchpar.parallel.launch.local import start_ranks
+from torchpar.parallel.launch.local import Ranks, start_ranks
 from torchpar.parallel.launch.world import join_world_of_one
 
 THREADS = 2
@@ -120,6 +121,11 @@ def draw(path: Path, found: Sequence[Summary], title: str) -> None:
         axes.margins(0.1, 0.15)
 
 
+def forget(ranks: Ranks) -> None:
+    with suppress(BrokenProcessPool):  # a rank was killed
+        ranks.run(attempts.forget)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("speedrun", "Train an MLP on MNIST in as few seconds as possible.", ["torchvision"])
     flag = command.parser.add_argument
@@ -141,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(THREADS)
         if options.ranks > 1:
             ranks = stack.enter_context(start_ranks(options.ranks))
-            stack.callback(ranks.run, attempts.forget)
+            stack.callback(forget, ranks)
             attempt_of = {name: attempts.on_ranks(name, ranks, *which) for name in names}
         else:
             images = attempts.load(str(world.device), *which)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.speedrun.entries import find
+from benchmarks.speedrun.recipe import Trainer
 from torchpar import data
 from torchpar.data import Samples
 from torchpar.errors import ConfigError
@@ -33,14 +34,19 @@ def load(device: str, validate: bool, quick: bool) -> tuple[Samples, Samples]:
 
 
 def local(name: str, world: World, train: Samples, test: Samples) -> Attempt:
-    """Attempts of the entry ``name`` by this process, as a rank of ``world``."""
-    trainer = find(name).prepare(train, world)
+    """Attempts of the entry ``name`` by this process, as a rank of ``world``; the first one prepares it."""
     unlabelled = Samples(test.features, torch.zeros_like(test.labels), test.classes)
-    if world.device.type == "cuda":
-        # A graph is captured at the second batch of its size, which may come in the second training.
-        trainer.train(0)
+
+    @cache
+    def prepared() -> Trainer:
+        trainer = find(name).prepare(train, world)
+        if world.device.type == "cuda":
+            # A graph is captured at the second batch of its size, which may come in the second training.
+            trainer.train(0)
+        return trainer
 
     def attempt(seed: int) -> Score:
+        trainer = prepared()
         if world.world_size > 1:
             dist.barrier()
         start = time.perf_counter()
@@ -53,6 +59,8 @@ def local(name: str, world: World, train: Samples, test: Samples) -> Attempt:
         expected = (len(test), len(test.classes))
         if outputs.shape != expected:
             raise ConfigError(f"outputs are {tuple(outputs.shape)}, expected {expected}")
+        if not outputs.isfinite().all():
+            raise ConfigError("an output is not finite; take a smaller rate")
         return seconds, (outputs.argmax(1) == test.labels.cpu()).double().mean().item()
 
     return attempt

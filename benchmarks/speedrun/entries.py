@@ -14,14 +14,16 @@ def chosen(names: Sequence[str] | None) -> list[str]:
     """The names of the chosen entries and groups of recipes; by default those of the records.
 
     Raises:
-        ConfigError: as `find`.
+        ConfigError: as `find`; two entries have one name.
     """
     found = []
     for name in names or ["records"]:
         found += [entry.name for entry in GROUPS[name]] if name in GROUPS else [name]
-    for name in found:
-        find(name)
-    return list(dict.fromkeys(found))
+    found = list(dict.fromkeys(found))
+    entries = [find(name).name for name in found]
+    if twice := sorted({name for name in entries if entries.count(name) > 1}):
+        raise ConfigError(f"two entries are called {' and '.join(twice)}; give them other names")
+    return found
 
 
 @cache
@@ -39,11 +41,13 @@ def find(name: str) -> Entry:
         raise ConfigError(f"no recipe is called {name!r}, expected a .py file or one of {expected}")
     try:
         defined = runpy.run_path(name)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise ConfigError(f"{name} cannot be read ({type(e).__name__}: {e})") from e
     if "entry" not in defined:
         raise ConfigError(f"{name} defines no entry; see docs/speedrun.md")
     entry: Entry = defined["entry"]
     if missing := [part for part in ("name", "change", "prepare") if not hasattr(entry, part)]:
         raise ConfigError(f"the entry of {name} has no {' and no '.join(missing)}; see docs/speedrun.md")
+    if not (isinstance(entry.name, str) and isinstance(entry.change, str)):
+        raise ConfigError(f"the entry of {name} has a name or a change that is no string")
     return entry

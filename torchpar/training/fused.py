@@ -7,8 +7,8 @@ With A₀ = X, hidden layers Aₗ = f(Aₗ₋₁·Wₗᵀ + bₗ), logits Z of t
     dL/dWₗ = (dL/dZₗ)ᵀ·Aₗ₋₁        dL/dbₗ = Σ dL/dZₗ over the rows
     dL/dZₗ₋₁ = (dL/dZₗ·Wₗ) ⊙ f′    f′ = Aₗ₋₁ ⊙ (1 − Aₗ₋₁) for sigmoid layers, [Aₗ₋₁ > 0] for ReLU
 
-Autograd's own work takes as long as the arithmetic of a small network (`benchmarks.train`). The softmax
-goes over columns of ``(classes, b)``: over rows of ten it takes 8 to 25 times as long on a CPU.
+Autograd's own work takes as long as the arithmetic of a small network (`benchmarks.train`). The softmax of
+a few classes goes over columns of ``(classes, b)``: over rows of ten it takes 8 to 25 times as long on a CPU.
 """
 
 from collections.abc import Iterable
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import nll_loss
 
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP, Linear, LinearReLU, LinearSigmoid
@@ -30,6 +31,8 @@ from torchpar.parallel.split.shared_memory import make_shared_sum
 from torchpar.profile.collectives import all_reduced
 
 MOST_CLASSES = 1000  # the table of targets has as many rows and columns
+MOST_IN_COLUMNS = 16  # classes; PyTorch adds over columns one after the other, which more would notice
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def why_not_fused(model: torch.nn.Module) -> str:
@@ -98,6 +101,8 @@ class FusedGradients:
             raise ConfigError(f"gradients cannot be fused: {reason}; take autograd")
         if not 0 <= label_smoothing <= 1:
             raise ConfigError(f"label_smoothing is {label_smoothing}, expected 0 to 1")
+        if dtype not in (None, *DTYPES):
+            raise ConfigError(f"dtype is {dtype}, expected one of {', '.join(map(str, DTYPES))}")
         assert isinstance(model, MLP)
         linears: Iterable[Any] = model.layers
         self.layers: list[tuple[Tensor, Tensor]] = [(layer.weight, layer.bias) for layer in linears]
@@ -105,6 +110,8 @@ class FusedGradients:
         self.label_smoothing = label_smoothing
         self.relu = model.hidden == "relu"
         self.dtype = None if dtype == weight.dtype else dtype
+        # The dimension of the classes, in which the softmax adds.
+        self._classes_dim = 0 if classes <= MOST_IN_COLUMNS else 1
         # Losses of 16-bit logits are computed in float32, as under autocast.
         loss_dtype = torch.promote_types(weight.dtype, torch.float32)
         self.targets = torch.eye(classes, dtype=loss_dtype, device=weight.device)
@@ -112,9 +119,13 @@ class FusedGradients:
         self._group: dist.ProcessGroup | None = None
         if world is not None and world.dp_size > 1:
             self._group = world.mesh.get_group("dp")
-            check_same_on_all_ranks(
-                self._group, "the model", {"sizes": model.sizes, "dtype": str(weight.dtype)}
-            )
+            settings: dict[str, Any] = {
+                "sizes": model.sizes,
+                "dtype": str(weight.dtype),
+                "hidden": model.hidden,
+            }
+            settings |= {"label_smoothing": label_smoothing, "products": str(self.dtype or weight.dtype)}
+            check_same_on_all_ranks(self._group, "the model", settings)
             shapes = [p.shape for layer in self.layers for p in layer]
             self._shared = (
                 make_shared_sum(self._group, shapes, weight.dtype, world.timeout) if weight.is_cpu else None
@@ -160,14 +171,8 @@ class FusedGradients:
         for weight, bias in layers[:-1]:
             activations.append(self._hidden_layer(activations[-1], weight, bias))
         logits = linear_forward(activations[-1], *layers[-1])
-        log_p = torch.log_softmax(logits.t(), 0, dtype=self.targets.dtype)
-        if self.label_smoothing:
-            loss = -(self.targets.index_select(1, labels) * log_p).sum()
-        else:
-            loss = torch.nn.functional.nll_loss(log_p.t(), labels, reduction="sum")
-        dz = self._loss_gradient(log_p, labels, global_size).to(logits.dtype)
-        gradients = [(mm(dz, activations[-1]), dz.sum(1))]
-        dz = dz.t()
+        loss, dz = self._loss_and_gradient(logits, labels, global_size)
+        gradients = [(mm(dz.t(), activations[-1]), dz.sum(0))]
         for i in range(len(layers) - 1, 0, -1):
             dz, db = self._hidden_gradient(mm(dz, layers[i][0]), activations[i])
             gradients.append((mm(dz.t(), activations[i - 1]), db))
@@ -190,12 +195,21 @@ class FusedGradients:
             return dz, dz.sum(0)
         return sigmoid_backward(g, y)
 
-    def _loss_gradient(self, log_p: Tensor, labels: Tensor, global_size: int) -> Tensor:
-        """dL/dZ ``(classes, b)``."""
+    def _loss_and_gradient(self, logits: Tensor, labels: Tensor, global_size: int) -> tuple[Tensor, Tensor]:
+        """The sum of the losses, and dL/dZ ``(b, classes)``."""
+        dim = self._classes_dim
+        z = logits if dim else logits.t()
+        log_p = torch.log_softmax(z, dim, dtype=self.targets.dtype)
+        if self.label_smoothing:
+            loss = -(self.targets.index_select(1 - dim, labels) * log_p).sum()
+        else:
+            loss = nll_loss(log_p if dim else log_p.t(), labels, reduction="sum")
         table = self._by_log_p.get(global_size)
         if table is None:
             table = self._by_log_p[global_size] = self.targets / -global_size
-        return torch._log_softmax_backward_data(table.index_select(1, labels), log_p, 0, log_p.dtype)
+        by_log_p = table.index_select(1 - dim, labels)
+        dz = torch._log_softmax_backward_data(by_log_p, log_p, dim, log_p.dtype).to(logits.dtype)
+        return loss, dz if dim else dz.t()
 
     def _sum_over_ranks(self, gradients: list[tuple[Tensor, Tensor]]) -> None:
         tensors = [g for layer in gradients for g in layer]
