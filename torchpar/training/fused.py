@@ -86,8 +86,8 @@ class FusedGradients:
             float32, and ``p.grad`` has the dtype of p.
 
     Raises:
-        ConfigError: the reason of `why_not_fused`; ``label_smoothing`` out of range; ranks with models of
-            different sizes.
+        ConfigError: the reason of `why_not_fused`; ``label_smoothing`` or ``dtype`` out of range; ranks that
+            differ in them or in the model's sizes.
     """
 
     def __init__(
