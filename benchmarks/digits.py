@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""MNIST as most scripts read it."""
+"""MNIST: its folder, and its digits as most scripts read them."""
+
+from pathlib import Path
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from torchpar.data import Samples
+
+DATA = Path(__file__).parents[1] / "examples" / "data"
 
 
 class Digits(Dataset[tuple[Tensor, int]]):

@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from benchmarks.command import Command, run
+from benchmarks.digits import DATA
 from benchmarks.report import Results, Row, picture, print_rows, track
 from benchmarks.timing import take_turns, time_calls
 from torchpar import data
@@ -30,7 +31,6 @@ DISTANCE = 0.03  # of the way: bfloat16's roundings of directions, an order less
 SIZES = (784, 512, 10)
 BATCH_SIZE = 32
 SGD_LR, MUON_LR = 0.1, 0.03  # the best of 0.05, 0.1, 0.2 and 0.3, and of 0.01, 0.02 and 0.03
-DATA = Path(__file__).parents[1] / "examples" / "data"
 REFERENCE = "torch.optim.Muon"
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     REFERENCE: torch.optim.Muon,

@@ -165,6 +165,13 @@ def print_cells(title: str, lines: Sequence[Mapping[str, str]], groups: Sequence
     console.print(table)
 
 
+def markdown(rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; the first row is its head."""
+    head, *others = rows
+    lines = [f"| {' | '.join(cells)} |\n" for cells in (head, *others)]
+    return "".join([lines[0], "|---" * len(head) + "|\n", *lines[1:]])
+
+
 def duration(seconds: float | None) -> str:
     """With three digits, in the unit that suits; "" for None."""
     if seconds is None:

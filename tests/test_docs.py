@@ -81,5 +81,5 @@ def test_the_speedrun_shows_the_measured_recipes(name):
             )
             for row in csv.DictReader(file)
         ]
-    table = benchmark.markdown(benchmark.summaries(rows))
+    table = benchmark.table(benchmark.summaries(rows))
     assert f"\n\n{table}\n" in (ROOT / "docs" / "speedrun.md").read_text()

@@ -177,7 +177,7 @@ def some_rows(workload: str = "work") -> list[Row]:
 
 
 def test_the_readmes_table():
-    assert show.markdown(some_rows()).splitlines()[:5] == [
+    assert show.table(some_rows()).splitlines()[:5] == [
         "| work | time | × pure Python | × rung before |",
         "|---|---|---|---|",
         "| pure Python, from 25% | 16 s | 1 |  |",

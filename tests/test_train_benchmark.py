@@ -211,7 +211,7 @@ def test_the_readmes_table_of_trainings():
         [row("9-1", rungs.PLAIN, 2.0, 1.0, "SGD"), row("9-1", rungs.FUSED, 0.5, 4.0, "from 3 of 9 digits")],
         [row("9-2", rungs.PLAIN, 3.0, 1.0, "SGD"), row("9-2", rungs.FUSED, None, None, "from 4 of 9 digits")],
     ]
-    assert benchmark.markdown(tables, 2).splitlines() == [
+    assert benchmark.table(tables, 2).splitlines() == [
         "| ms a step, 2 threads | 9-1, batch 8 | 9-2, batch 8 |",
         "|---|---|---|",
         f"| {rungs.PLAIN}, SGD | 2 | 3 |",

@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         origin = provenance(CPU)
         machine = ", ".join(filter(None, (origin["device"], rungs.plural(CORES, "core"), gpu["device"])))
         title = f"{machine}; torch {origin['torch']}, NumPy {origin['numpy']}, {origin['date'][:10]}"
-        (options.output / "ladder.md").write_text("\n".join(map(show.markdown, ladder)))
+        (options.output / "ladder.md").write_text("\n".join(map(show.table, ladder)))
         show.bars(ladder, options.output / "ladder.png", title)
         product = ladder[list(plan.operators).index("matmul_t")]
         show.intensity(product, options.output / "intensity.png", title, roofs, arithmetic)

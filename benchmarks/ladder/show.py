@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import Row, duration, number, picture
+from benchmarks.report import Row, duration, markdown, number, picture
 
 COLORS = {
     "pure Python": "tab:gray",
@@ -26,13 +26,13 @@ def seconds(row: Row) -> float | None:
     return row.p50_ms and row.p50_ms / 1e3
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The table of one workload, as the README shows it."""
-    lines = [f"| {rows[0].work['workload']} | time | × pure Python | × rung before |", "|---|---|---|---|"]
+def table(rows: Sequence[Row]) -> str:
+    """The table of one workload in Markdown."""
+    lines = [[rows[0].work["workload"], "time", "× pure Python", "× rung before"]]
     for row in rows:
         ratios = [number(row.found.get(name)) for name in ("over_pure_python", "over_rung_before")]
-        lines.append("| " + " | ".join([label(row), duration(seconds(row)), *ratios]) + " |")
-    return "\n".join([*lines, ""])
+        lines.append([label(row), duration(seconds(row)), *ratios])
+    return markdown(lines)
 
 
 def bars(ladder: Sequence[list[Row]], path: Path, title: str) -> None:

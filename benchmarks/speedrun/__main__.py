@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.command import Command, run
 from benchmarks.ladder.rungs import plural
-from benchmarks.report import Results, Row, number, picture, print_cells, provenance
+from benchmarks.report import Results, Row, markdown, number, picture, print_cells, provenance
 from benchmarks.scaling.steps import CORES
 from benchmarks.speedrun import attempts, entries
 from benchmarks.speedrun.attempts import Attempt
@@ -45,14 +45,17 @@ class Summary(NamedTuple):
     seconds: list[float]
     accuracies: list[float]
 
+    @property
+    def percents(self) -> list[float]:
+        return [100 * accuracy for accuracy in self.accuracies]
+
     def cells(self) -> dict[str, str]:
-        percents = [100 * accuracy for accuracy in self.accuracies]
         return {
             "recipe": self.name,
             "change": self.change,
             "seconds": f"{number(mean(self.seconds))} ± {pstdev(self.seconds):.2g}",
-            "accuracy, %": f"{mean(percents):.2f} ± {pstdev(percents):.2f}",
-            "seeds": str(len(percents)),
+            "accuracy, %": f"{mean(self.percents):.2f} ± {pstdev(self.percents):.2f}",
+            "seeds": str(len(self.seconds)),
         }
 
 
@@ -99,10 +102,10 @@ def fastest(found: Sequence[Summary], accuracy: float) -> str:
     return f"{accuracy:.1%}: {number(mean(first.seconds))} s, by {first.name}"
 
 
-def markdown(found: Sequence[Summary]) -> str:
+def table(found: Sequence[Summary]) -> str:
+    """The summaries in Markdown."""
     lines = [summary.cells() for summary in found]
-    rows = [list(lines[0]), ["---"] * len(lines[0]), *(list(line.values()) for line in lines)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+    return markdown([list(lines[0]), *(list(line.values()) for line in lines)])
 
 
 def draw(path: Path, found: Sequence[Summary], title: str) -> None:
@@ -111,9 +114,8 @@ def draw(path: Path, found: Sequence[Summary], title: str) -> None:
         axes = figure.subplots()
         axes.set_title(title, fontsize=9)
         for summary in found:
-            percents = [100 * accuracy for accuracy in summary.accuracies]
-            at = mean(summary.seconds), mean(percents)
-            axes.errorbar(*at, pstdev(percents), fmt="o", capsize=3)
+            at = mean(summary.seconds), mean(summary.percents)
+            axes.errorbar(*at, pstdev(summary.percents), fmt="o", capsize=3)
             axes.annotate(f"  {summary.name}", at, fontsize=8, rotation=30)
         for accuracy in AIMS:
             axes.axhline(100 * accuracy, color="black", lw=0.5, ls="--")
@@ -168,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for accuracy in AIMS:
         print(fastest(found, accuracy))
     if options.output and found:
-        (options.output / f"{name}.md").write_text(markdown(found))
+        (options.output / f"{name}.md").write_text(table(found))
         draw(
             options.output / f"{name}.png", found, f"{title}; torch {origin['torch']}, {origin['date'][:10]}"
         )

@@ -4,11 +4,11 @@
 import time
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from benchmarks.digits import DATA
 from benchmarks.speedrun.entries import find
 from benchmarks.speedrun.recipe import Trainer
 from torchpar import data
@@ -17,7 +17,6 @@ from torchpar.errors import ConfigError
 from torchpar.parallel.launch.local import Ranks, current_world
 from torchpar.parallel.launch.world import World
 
-DATA = Path(__file__).parents[2] / "examples" / "data"
 VALIDATION = 50_000  # the training images from here on score what is being chosen
 QUICK = 2_000  # images
 Score = tuple[float, float]  # seconds, accuracy

@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.command import Command, run
 from benchmarks.ladder.rungs import Rung, plural
-from benchmarks.report import Results, Row, number, picture, print_rows, provenance
+from benchmarks.report import Results, Row, markdown, number, picture, print_rows, provenance
 from benchmarks.scaling.steps import CORES
 from benchmarks.timing import CPU, take_turns
 from benchmarks.train import on_ranks, programs
@@ -123,19 +123,18 @@ def label(row: Row) -> str:
     return ", ".join(filter(None, (row.provider, row.found["note"].partition("from ")[0])))
 
 
-def markdown(tables: Sequence[Sequence[Row]], threads: int) -> str:
-    """Milliseconds a step, a column for each network, and the speed-up over plain eager."""
+def table(tables: Sequence[Sequence[Row]], threads: int) -> str:
+    """Milliseconds a step in Markdown, a column for each network, and the speed-up over plain eager."""
     heads = [f"{rows[0].work['network']}, batch {rows[0].work['batch']}" for rows in tables]
-    lines = ["| " + " | ".join([f"ms a step, {plural(threads, 'thread')}", *heads]) + " |"]
-    lines.append("|---" * (len(heads) + 1) + "|")
+    lines = [[f"ms a step, {plural(threads, 'thread')}", *heads]]
     for name in dict.fromkeys(label(row) for rows in tables for row in rows):
         cells = []
         for rows in tables:
             row = next((row for row in rows if label(row) == name), None)
             gain = f" ({number(row.speedup)}×)" if row and row.speedup and row.provider != PLAIN else ""
             cells.append(f"{number(row.p50_ms)}{gain}" if row and row.p50_ms else "")
-        lines.append("| " + " | ".join([name, *cells]) + " |")
-    return "\n".join([*lines, ""])
+        lines.append([name, *cells])
+    return markdown(lines)
 
 
 def draw(path: Path, tables: Sequence[Sequence[Row]], title: str) -> None:
@@ -191,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not gpu:
         print("not measured: a GPU, there is none")
     if options.output:
-        (options.output / f"{name}.md").write_text(markdown(tables, options.threads))
+        (options.output / f"{name}.md").write_text(table(tables, options.threads))
         origin = provenance(CPU)
         machine = f"{origin['device']}, {plural(options.threads, 'thread')}"
         title = f"{machine}; torch {origin['torch']}, {origin['date'][:10]}"

@@ -3,18 +3,17 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from benchmarks.digits import DATA
 from benchmarks.timing import Rejected
 from torchpar import data
 from torchpar.baselines.numpy_mlp import MLP, SGD, Array
 
 LR = 0.1
-DATA = Path(__file__).parents[2] / "examples" / "data"
 # The error that is allowed, of the mean loss of any batch. Rounding moves it by less than 1e-5 within an
 # epoch; a learning rate that is 1% off, or another order of the samples, moves that of some batch by 1e-2.
 # bfloat16, whose epochs here have eight steps, is off by 2e-3 on a CPU.

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.digits import DATA
 from benchmarks.ladder.rungs import Rung
 from benchmarks.timing import Rejected
-from benchmarks.train.inputs import DATA, LR, TrainingInputs
+from benchmarks.train.inputs import LR, TrainingInputs
 from torchpar.baselines import numpy_mlp
 from torchpar.baselines.bridge import copy_weights
 from torchpar.baselines.numpy_mlp import Array
