@@ -10,13 +10,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from torchpar import nn
-from torchpar.ops import linear_sigmoid, matmul_t, maximum, symmetric_matmul
+from torchpar.ops import exact_matmul, exact_matmul_t, linear_sigmoid, matmul_t, maximum, symmetric_matmul
 
 if TYPE_CHECKING:
     from torchpar import optim, parallel
 
 __version__ = "0.1.0"
-__all__ = ["linear_sigmoid", "matmul_t", "maximum", "nn", "optim", "parallel", "symmetric_matmul"]
+__all__ = ["exact_matmul", "exact_matmul_t", "linear_sigmoid", "matmul_t", "maximum"]
+__all__ += ["nn", "optim", "parallel", "symmetric_matmul"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,35 +12,40 @@ For rows i of A and j of B, with the digits c and the exponents f of B,
     (A·Bᵀ)_ij ≈ T_ij · 2^(e_i + f_j − 38)
 
 T is an integer: its bits do not depend on the order of the sum, nor on how ranks, threads or a processor's
-instructions share it. The products with p + q > 3, of order 4 to 6, are left out.
+instructions share it. The products with p + q > 3, of the orders 4 to 6, are left out.
 
-Source: Ozaki, Ogita, Oishi and Rump, "Error-free transformations of matrix multiplication by using fast
+Sources: Ozaki, Ogita, Oishi and Rump, "Error-free transformations of matrix multiplication by using fast
 routines of matrix multiplication and its applications", 2012; Ootomo, Ozaki and Yokota, "DGEMM on integer
 matrix multiplication unit", 2024.
 """
 
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from torchpar.ops._library import Wrap
+
 DIGITS, BITS = 4, 8
 SCALE = DIGITS * BITS - 1  # |X| < 2^SCALE
 WEIGHT = 2 * SCALE - BITS * (DIGITS - 1)  # T counts units of 2^(e + f − WEIGHT)
-# Digits from −128 to 127 instead of 0 to 255 carry into the next one: half of a digit is added before the cut.
+LARGEST = 129  # exponent of a row of finite numbers
+# Half of each digit but the first: added before the cut, it makes digits from −128 on of those from 0 on.
 CARRY = sum(2 ** (BITS * p + BITS - 1) for p in range(DIGITS - 1))
-# Terms of a sum whose orders fit in an int32 each, and all together in the 53 bits of a float64.
-CHAIN = 2**14
-BLOCK = 2**14  # elements that are cut at a time, in a core's cache
-_INT8_WORTH = 2**20  # multiplications, from which on int8 products are faster than float64 ones
+CHAIN = 2**14  # terms, of which each order fits in an int32, and T in the 53 bits of a float64
+LONG_CHAIN = 2**24  # terms, of which T fits in an int64
+_BLOCK = 2**17  # elements that are cut, or put together, at a time: they fit in the processor's cache
+_HALVED_BLOCK = 256  # rows of a block on the diagonal, of which all is computed
+_INT8_WORTH = 2**20  # multiplications, from which on int8 products are faster than a float64 one
 
 
 @cache
 def has_int8() -> bool:
-    """Whether PyTorch multiplies int8 matrices on this processor by instructions made for it.
+    """Return True if PyTorch multiplies int8 matrices on this CPU by instructions that add to int32 exactly.
 
-    Where these are missing, `torch._int_mm` is a plain loop, and oneDNN's sums of two products may saturate.
+    Elsewhere `torch._int_mm` is a plain loop.
     """
     try:
         flags = Path("/proc/cpuinfo").read_text()
@@ -50,26 +55,37 @@ def has_int8() -> bool:
 
 
 def row_exponents(x: Tensor) -> Tensor:
-    """The exponents e ``(*, m, 1)`` int32 of the rows of ``x (*, m, k)``, −126 to 129.
+    """The exponents e ``(*, m, 1)`` int32 of the rows of ``x (*, m, k)``, from −126 to `LARGEST`.
 
     The largest |x| of a row is less than (1 − 2⁻⁷)·2^e, and at least (½ − 2⁻⁸)·2^e unless e is −126. A row
-    that has a NaN or an infinity has an exponent above `LARGEST`.
+    with a NaN or an infinity has an exponent above `LARGEST`.
     """
     if x.shape[-1] == 0:
-        return x.new_zeros((*x.shape[:-1], 1), dtype=torch.int32)
-    largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True)
-    # The bits of a float, of which the upper 9 are its exponent, grow with its magnitude.
-    return ((largest.view(torch.int32) + 2**17) >> 23) - 126
+        return x.new_full((*x.shape[:-1], 1), -126, dtype=torch.int32)
+    # The bits of a positive float grow with it, and the upper ones are its exponent.
+    return ((x.abs().amax(-1, keepdim=True).view(torch.int32) + 2**17) >> 23) - 126
 
 
-LARGEST = 129
+def digits(x: Tensor, e: Tensor) -> Tensor:
+    """The digits ``(*, m, 4, k)`` int8 of the rows of ``x (*, m, k)``, of exponents ``e (*, m, 1)``.
 
-
-def integers(x: Tensor, exponents: Tensor) -> Tensor:
-    """X, the rows of ``x (*, m, k)`` as int32 for ``exponents (*, m, 1)``; ``x`` is finite."""
-    exponents = SCALE - exponents
-    scaled = (x * power(exponents.clamp(max=127))).mul_(power((exponents - 127).clamp(min=0)))
-    return scaled.round_().to(torch.int32)
+    ``x`` is finite. |x| < (1 − 2⁻⁷)·2^e holds for all its elements.
+    """
+    out = torch.empty(*x.shape[:-1], DIGITS, x.shape[-1], dtype=torch.int8)
+    shift = SCALE - e
+    scale, more = power(shift.clamp(max=127)), None
+    if (shift > 127).any():  # a power of two that is no float32
+        more = power((shift - 127).clamp(min=0))
+    rows = max(_BLOCK // max(x.shape[-1], 1), 1)
+    for block in map(slice, range(0, x.shape[0], rows), range(rows, x.shape[0] + rows, rows)):
+        scaled = x[block] * scale[block]
+        if more is not None:
+            scaled *= more[block]
+        integers = scaled.round_().to(torch.int32).add_(CARRY)
+        for p in range(DIGITS):
+            out[block].select(-2, p).copy_(integers >> BITS * (DIGITS - 1 - p))  # the lowest 8 bits are taken
+    out.narrow(-2, 1, DIGITS - 1).bitwise_xor_(-(2 ** (BITS - 1)))
+    return out
 
 
 def power(exponents: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -79,28 +95,104 @@ def power(exponents: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return ((exponents.long() + 1023) << 52).view(dtype)
 
 
-def sums(a: Tensor, b: Tensor) -> Tensor:
-    """T ``(*, m, n)`` for integers ``a (*, m, k)`` and ``b (*, n, k)``: float64 if k ≤ `CHAIN`, else int64."""
+def product(a: Tensor, b: Tensor, wrap: Wrap) -> Tensor:
+    """``a @ b.mT`` for ``a (*, m, k)`` and ``b (*, n, k)``; if ``b is a``, half of it is computed."""
+    e = row_exponents(a)
+    f = e if b is a else row_exponents(b)
+    if a.is_cuda or wrap is not None:
+        from torchpar.kernels.exact_matmul import exact_product
+
+        return exact_product(a, b, e, f, wrap, out=a.new_empty(*a.shape[:-1], b.shape[-2]))
+    special = (e > LARGEST).any() or (f > LARGEST).any()
+    if special:
+        finite = [torch.where(t.isfinite(), t, 0) for t in (a, b)]
+        out = _product(finite[0], finite[1], e.clamp(max=LARGEST), f.clamp(max=LARGEST))
+        # Of an infinity only its sign matters, and of finite factors their signs.
+        signs = [torch.where(t.isfinite(), t.sign(), t) for t in (a, b)]
+        return torch.where((e > LARGEST) | (f > LARGEST).mT, signs[0] @ signs[1].mT, out)
+    return _halved(a, e) if b is a else _product(a, b, e, f)
+
+
+def _product(a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
+    return Sums(digits(a, e), digits(b, f)).rounded(e, f)
+
+
+def _halved(x: Tensor, e: Tensor) -> Tensor:
+    n, cut = x.shape[-2], digits(x, e)
+    if x.dim() > 2 or n < 2 * _HALVED_BLOCK:
+        return Sums(cut, cut).rounded(e, e)
+    out = x.new_empty(n, n)
+    for lo in range(0, n, _HALVED_BLOCK):
+        hi = min(lo + _HALVED_BLOCK, n)
+        out[lo:hi, :hi] = Sums(cut[lo:hi], cut[:hi]).rounded(e[lo:hi], e[:hi])
+        out[:lo, lo:hi] = out[lo:hi, :lo].T
+    return out
+
+
+class Sums:
+    """T ``(*, m, n)`` of the digits ``a (*, m, 4, k)`` and ``b (*, n, 4, k)``."""
+
+    def __init__(self, a: Tensor, b: Tensor):
+        self.shape = (*a.shape[:-2], b.shape[-3])
+        self._total: Tensor | None = None  # T, of several chains
+        self._orders: list[Tensor] = []  # of one chain: the sums of each order, or T
+        if a.shape[-1] <= CHAIN:
+            self._orders = _orders(a, b)
+            return
+        # Of long chains float64 adds in their order, and rounds.
+        length, dtype = (LONG_CHAIN, torch.float64) if a.shape[-1] > LONG_CHAIN else (CHAIN, torch.int64)
+        self._total = torch.zeros(self.shape, dtype=dtype)
+        for chain in zip(a.split(length, -1), b.split(length, -1), strict=True):
+            for block, part in Sums(*chain).blocks():
+                self._total[block] += part.to(dtype)
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of T along its first dimension, as float64 or int64."""
+        if self._total is not None:
+            yield slice(None), self._total
+        elif len(self._orders) == 1:
+            yield slice(None), self._orders[0]
+        else:
+            m, n = self.shape
+            rows = max(_BLOCK // max(n, 1), 1)
+            for block in map(slice, range(0, m, rows), range(rows, m + rows, rows)):
+                total = self._orders[0][block].double()
+                for order in self._orders[1:]:
+                    torch.add(order[block], total, alpha=2**BITS, out=total)
+                yield block, total
+
+    def long(self) -> Tensor:
+        """T as int64."""
+        total = torch.empty(self.shape, dtype=torch.int64)
+        for block, part in self.blocks():
+            total[block] = part
+        return total
+
+    def rounded(self, e: Tensor, f: Tensor) -> Tensor:
+        """`rounded` of T."""
+        out = torch.empty(self.shape)
+        for block, part in self.blocks():
+            out[block] = rounded(part, e[block], f if f.dim() == 2 else f[block])
+        return out
+
+
+def _orders(a: Tensor, b: Tensor) -> list[Tensor]:
     k = a.shape[-1]
-    if k > CHAIN:
-        chains = zip(a.split(CHAIN, -1), b.split(CHAIN, -1), strict=True)
-        return sum((sums(*chain).long() for chain in chains), a.new_zeros((), dtype=torch.int64))
-    # One float64 product: in all, its terms are less than 2⁵³.
-    digits = torch.cat([_digit(a, p).double() for p in range(DIGITS)], -1)
-    leading = torch.cat([_leading(b, DIGITS - p).double() for p in range(DIGITS)], -1)
-    return digits @ leading.mT
-
-
-def _leading(x: Tensor, count: int) -> Tensor:
-    """The first ``count`` digits of integers as one integer."""
-    unused = BITS * (DIGITS - count)
-    return (x + CARRY % 2**unused) >> unused
-
-
-def _digit(x: Tensor, p: int) -> Tensor:
-    return _leading(x, p + 1) - (_leading(x, p) << BITS) if p else _leading(x, 1)
+    if a.dim() == 3 and k and a.shape[0] * b.shape[0] * k >= _INT8_WORTH and has_int8():
+        # Order s: Σ_p d_p·c_(s − p) is one product over the leading digits of A and those of B, reversed.
+        left, right = a.flatten(1), b.flip(1).flatten(1)
+        count = [(s + 1) * k for s in range(DIGITS)]
+        return [torch._int_mm(left[:, :n], right[:, -n:].T) for n in count]
+    # One product of float64, whose terms add up to less than 2⁵³: Σ_p d_p · (the first 4 − p digits of B).
+    leading = b.double()
+    for q in range(1, DIGITS):
+        leading.select(-2, q).add_(leading.select(-2, q - 1), alpha=2**BITS)
+    return [a.double().flatten(-2) @ leading.flip(-2).flatten(-2).mT]
 
 
 def rounded(total: Tensor, e: Tensor, f: Tensor) -> Tensor:
-    """float32 ``(*, m, n)`` of T and the exponents ``e (*, m, 1)`` and ``f (*, n, 1)``."""
-    return (total * power(e, torch.float64)).mul_(power(f.mT - WEIGHT, torch.float64)).float()
+    """float32 ``(*, m, n)`` of T and the exponents ``e (*, m, 1)`` and ``f (*, n, 1)``.
+
+    T is rounded once; above 2⁵³, to float64 before.
+    """
+    return (total.double() * power(e, torch.float64)).mul_(power(f.mT - WEIGHT, torch.float64)).float()

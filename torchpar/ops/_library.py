@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd
 from torch._C._functorch import peek_interpreter_stack
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch._library.triton import triton_ops_to_kernels
 from torch._prims_common import compute_elementwise_output_strides
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import _SingleLevelFunction
 
 NAMESPACE = "torchpar"
 library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -193,8 +196,49 @@ def register_autograd(
     library.impl(name, autograd, "Autograd")
 
 
-def register_autocast(name: str, *, cast: bool = True) -> None:
-    """Run the operator in the autocast dtype, or without ``cast`` in the dtype of its arguments.
+def with_derivatives(
+    name: str,
+    backward: Callable[..., Any],
+    *,
+    setup_context: Callable[..., None],
+    jvp: Callable[..., Any],
+) -> Callable[..., Any]:
+    """A formula for `register_autograd` that computes the operator itself, also under transforms.
+
+    ``jvp`` takes ``ctx`` and the tangents; ``ctx.saved_tensors`` are those that ``setup_context`` saves.
+    """
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    # `torch.autograd.Function` would call the transforms, which have called the operator.
+    class Formula(_SingleLevelFunction):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            # The transforms below this one differentiate too.
+            with torch.enable_grad(), _set_fwd_grad_enabled(True), _AutoDispatchBelowAutograd():
+                return overload(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            setup_context(ctx, inputs, output)
+            ctx.save_for_forward(*ctx.to_save)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            return backward(ctx, *grads)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+            return jvp(ctx, *tangents)
+
+    def formula(*args: Any) -> Any:
+        with enable_single_level_autograd_function():
+            return Formula.apply(*args)
+
+    return formula
+
+
+def register_autocast(name: str, *, cast: bool = True, dtype: torch.dtype | None = None) -> None:
+    """Run the operator in ``dtype``, by default autocast's, or without ``cast`` in that of its arguments.
 
     `torch.library.register_autocast` fixes the dtype at registration; this rule follows
     ``torch.autocast(dtype=...)``. Without a rule, autocast would act on the operators inside.
@@ -203,15 +247,15 @@ def register_autocast(name: str, *, cast: bool = True) -> None:
 
     def register(device: str, key: str) -> None:
         def autocast(*args: Any, **kwargs: Any) -> Any:
-            dtype = torch.get_autocast_dtype(device)
+            chosen = dtype or torch.get_autocast_dtype(device)
 
-            def lowered(arg: Any) -> Any:
+            def converted(arg: Any) -> Any:
                 if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64:
-                    return arg.to(dtype)
+                    return arg.to(chosen)
                 return arg
 
             with torch.autocast(device, enabled=False):
-                return overload(*(map(lowered, args) if cast else args), **kwargs)
+                return overload(*(map(converted, args) if cast else args), **kwargs)
 
         library.impl(name, autocast, key)
 

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: MIT
+"""The product of two float32 matrices by exact sums of integers.
+
+    C = A·Bᵀ, by the formula of `torchpar.ops._exact`
+
+With G = dL/dC, the gradients are exact products too:
+
+    dL/dA = G·B        dL/dB = Gᵀ·A
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchpar.ops import _exact
+from torchpar.ops._library import (
+    Wrap,
+    batch_first,
+    operator,
+    register_autocast,
+    register_autograd,
+    register_fake,
+    register_sharding,
+    register_vmap,
+    sample,
+    with_derivatives,
+)
+
+
+def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """The product ``a @ b.mT`` in float32, with the same bits on every device and number of threads.
+
+    The rows of both operands are scaled by powers of two and rounded to integers of 32 bits, of which
+    `torchpar.ops._exact` has the formula. The sums are exact, and are rounded once. The error is at most
+
+        k · 2⁻²⁷ · max|a_i| · max|b_j| + half an ulp
+
+    for rows a_i and b_j. An entry that is 2²⁰ times smaller than the largest of its row keeps 12 bits, and
+    one that is 2³³ times smaller counts as 0. NaN and infinities propagate as in `torch.mm`, but a sum
+    overflows only if the result does. The gradients are exact products, too.
+
+    Args:
+        a: ``(*, m, k)`` float32.
+        b: ``(*, n, k)`` float32, with the same first dimensions.
+
+    Returns:
+        ``(*, m, n)``, contiguous.
+
+    Raises:
+        RuntimeError: another dtype, fewer than two dimensions, or shapes that do not fit.
+    """
+    return _op(a, b)  # type: ignore[no-any-return]
+
+
+def _check(a: Tensor, b: Tensor) -> None:
+    check_operand("exact_matmul", "a", a, "(*, m, k)")
+    check_operand("exact_matmul", "b", b, "(*, n, k)")
+    if b.shape[:-2] != a.shape[:-2] or b.shape[-1] != a.shape[-1] or b.device != a.device:
+        expected = ", ".join([*map(str, a.shape[:-2]), "n", str(a.shape[-1])])
+        actual = f"b is {tuple(b.shape)} on {b.device}"
+        raise RuntimeError(f"torchpar::exact_matmul: {actual}, expected ({expected}) on {a.device}")
+
+
+def check_operand(name: str, argument: str, t: Tensor, shape: str) -> None:
+    """Raise a RuntimeError unless ``t`` is a float32 matrix, or a batch of them."""
+    if t.dtype != torch.float32:
+        raise RuntimeError(f"torchpar::{name}: {argument} has dtype {t.dtype}, expected torch.float32")
+    if t.dim() < 2:
+        raise RuntimeError(f"torchpar::{name}: {argument} has shape {tuple(t.shape)}, expected {shape}")
+
+
+# The CPU path looks at the values; compilers keep it whole.
+@operator(
+    "exact_matmul(Tensor a, Tensor b) -> Tensor", kernels="exact_matmul", opaque=lambda a, b: not a.is_cuda
+)
+def _exact_matmul(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
+    _check(a, b)
+    return _exact.product(a, b, wrap)
+
+
+_op = torch.ops.torchpar.exact_matmul.default
+
+
+@register_fake("exact_matmul")
+def _(a: Tensor, b: Tensor) -> Tensor:
+    _check(a, b)
+    return a.new_empty(*a.shape[:-1], b.shape[-2])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    a, b = ctx.saved_tensors
+    need_a, need_b, *_ = ctx.needs_input_grad
+    return exact_matmul(g, b.mT) if need_a else None, exact_matmul(g.mT, a.mT) if need_b else None
+
+
+def _jvp(ctx: Any, da: Tensor | None, db: Tensor | None) -> Tensor:
+    a, b = ctx.saved_tensors
+    if da is None or db is None:
+        return exact_matmul(a, db) if da is None else exact_matmul(da, b)  # type: ignore[arg-type]
+    return exact_matmul(da, b) + exact_matmul(a, db)
+
+
+_formula = with_derivatives("exact_matmul", _backward, setup_context=_setup_context, jvp=_jvp)
+register_autograd("exact_matmul", _backward, setup_context=_setup_context, formula=_formula)
+
+
+@register_vmap("exact_matmul")
+def _(info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor) -> tuple[Tensor, int]:
+    _check(sample(a, in_dims[0]), sample(b, in_dims[1]))
+    a, b = (batch_first(t, dim, info.batch_size) for t, dim in zip((a, b), in_dims, strict=True))
+    return exact_matmul(a, b), 0
+
+
+register_autocast("exact_matmul", dtype=torch.float32)
+
+
+@register_sharding("exact_matmul")
+def _(a: Any, b: Any) -> list[Any]:
+    from torch.distributed.tensor import Replicate, Shard
+
+    # A sum of rounded parts would not be exact: operands split along k are gathered.
+    batch = [([Shard(dim)], [Shard(dim), Shard(dim)]) for dim in range(a.ndim - 2)]
+    rows, columns = Shard(a.ndim - 2), Shard(a.ndim - 1)
+    whole = Replicate()
+    return [([whole], [whole, whole]), ([rows], [rows, whole]), ([columns], [whole, rows]), *batch]
