@@ -62,8 +62,10 @@ def row_exponents(x: Tensor) -> Tensor:
     """
     if x.shape[-1] == 0:
         return x.new_full((*x.shape[:-1], 1), -126, dtype=torch.int32)
+    largest = x.abs().amax(-1, keepdim=True)
     # The bits of a positive float grow with it, and the upper ones are its exponent.
-    return ((x.abs().amax(-1, keepdim=True).view(torch.int32) + 2**17) >> 23) - 126
+    exponents = ((largest.view(torch.int32) + 2**17) >> 23) - 126
+    return torch.where(largest < torch.inf, exponents, LARGEST + 1)
 
 
 def digits(x: Tensor, e: Tensor) -> Tensor:
@@ -71,21 +73,32 @@ def digits(x: Tensor, e: Tensor) -> Tensor:
 
     ``x`` is finite. |x| < (1 − 2⁻⁷)·2^e holds for all its elements.
     """
-    out = torch.empty(*x.shape[:-1], DIGITS, x.shape[-1], dtype=torch.int8)
+    *batch, m, k = x.shape
     shift = SCALE - e
-    scale, more = power(shift.clamp(max=127)), None
+    scales = [power(shift.clamp(max=127))]
     if (shift > 127).any():  # a power of two that is no float32
-        more = power((shift - 127).clamp(min=0))
-    rows = max(_BLOCK // max(x.shape[-1], 1), 1)
-    for block in map(slice, range(0, x.shape[0], rows), range(rows, x.shape[0] + rows, rows)):
-        scaled = x[block] * scale[block]
-        if more is not None:
-            scaled *= more[block]
+        scales.append(power((shift - 127).clamp(min=0)))
+    if x.dim() == 2 and x.stride(0) == 1 != x.stride(1):  # columns are contiguous, also those of the digits
+        planes = torch.empty(DIGITS, k, m, dtype=torch.int8)
+        out, x, scales = planes.permute(2, 0, 1), x.T, [scale.T for scale in scales]
+    else:
+        out = torch.empty(*batch, m, DIGITS, k, dtype=torch.int8)
+        planes = out.movedim(-2, 0)
+    for block in _blocks(x.shape[0], x[:1].numel()):
+        scaled = x[block] * scales[0][block if len(scales[0]) == len(x) else ...]
+        for scale in scales[1:]:
+            scaled *= scale[block if len(scale) == len(x) else ...]
         integers = scaled.round_().to(torch.int32).add_(CARRY)
         for p in range(DIGITS):
-            out[block].select(-2, p).copy_(integers >> BITS * (DIGITS - 1 - p))  # the lowest 8 bits are taken
-    out.narrow(-2, 1, DIGITS - 1).bitwise_xor_(-(2 ** (BITS - 1)))
+            planes[p, block].copy_(integers >> BITS * (DIGITS - 1 - p))  # of which it takes the lowest 8 bits
+    planes[1:].bitwise_xor_(-(2 ** (BITS - 1)))
     return out
+
+
+def _blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Blocks of rows of about `_BLOCK` elements."""
+    step = max(_BLOCK // max(columns, 1), 1)
+    return (slice(first, first + step) for first in range(0, rows, step))
 
 
 def power(exponents: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -153,9 +166,7 @@ class Sums:
         elif len(self._orders) == 1:
             yield slice(None), self._orders[0]
         else:
-            m, n = self.shape
-            rows = max(_BLOCK // max(n, 1), 1)
-            for block in map(slice, range(0, m, rows), range(rows, m + rows, rows)):
+            for block in _blocks(*self.shape):
                 total = self._orders[0][block].double()
                 for order in self._orders[1:]:
                     torch.add(order[block], total, alpha=2**BITS, out=total)
@@ -180,14 +191,21 @@ def _orders(a: Tensor, b: Tensor) -> list[Tensor]:
     k = a.shape[-1]
     if a.dim() == 3 and k and a.shape[0] * b.shape[0] * k >= _INT8_WORTH and has_int8():
         # Order s: Σ_p d_p·c_(s − p) is one product over the leading digits of A and those of B, reversed.
-        left, right = a.flatten(1), b.flip(1).flatten(1)
-        count = [(s + 1) * k for s in range(DIGITS)]
-        return [torch._int_mm(left[:, :n], right[:, -n:].T) for n in count]
+        left, right = _concatenated(a), _concatenated(b, reverse=True)
+        return [torch._int_mm(left[:, : n * k], right[:, -n * k :].T) for n in range(1, DIGITS + 1)]
     # One product of float64, whose terms add up to less than 2⁵³: Σ_p d_p · (the first 4 − p digits of B).
     leading = b.double()
     for q in range(1, DIGITS):
         leading.select(-2, q).add_(leading.select(-2, q - 1), alpha=2**BITS)
     return [a.double().flatten(-2) @ leading.flip(-2).flatten(-2).mT]
+
+
+def _concatenated(digits: Tensor, reverse: bool = False) -> Tensor:
+    """``digits (m, 4, k)`` as ``(m, 4·k)``: all first digits, then all second ones, …, or in reverse."""
+    if digits.stride(-1) == 1:
+        return (digits.flip(1) if reverse else digits).flatten(1)
+    planes = digits.permute(1, 2, 0)
+    return (planes.flip(0) if reverse else planes).flatten(0, 1).T
 
 
 def rounded(total: Tensor, e: Tensor, f: Tensor) -> Tensor:
