@@ -8,10 +8,11 @@ copies the result dp times. So each rank holds one slice of one stage of one rep
 within one mesh dimension: sums of activations in tp, activations and their gradients between stages in pp,
 gradients of parameters in dp.
 
-With ``--reduction invariant`` a run has the same bits on 1, 2 and 4 ranks of every dp × tp mesh.
+With ``--arithmetic exact`` a run has the same bits on every mesh, processor and device.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from support import cli
@@ -20,11 +21,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+from torchpar.errors import ConfigError
+from torchpar.ieee import cross_entropy_sum
 from torchpar.nn import MLP
 from torchpar.parallel import join_world, parallel_mlp
-from torchpar.parallel.split.invariant import invariant_gradients
+from torchpar.parallel.split.exact import ExactGradients
+from torchpar.parallel.split.mlp import Arithmetic
 from torchpar.parallel.split.pipeline import Pipeline, PipelineSchedule, stage_mlp
-from torchpar.parallel.split.reduction import Reduction
 from torchpar.parallel.split.shared_memory import register_shared_memory_hook
 from torchpar.profile.phases import phase
 
@@ -43,49 +46,52 @@ class Flags(cli.TrainFlags):
     """Order of a pipeline's forward and backward passes."""
     micro_batches: int = 4
     """Parts into which a pipeline cuts a replica's share of a batch."""
-    reduction: Reduction = "fast"
-    """Order of sums over ranks: fast, or with the same bits on every mesh."""
-
-
-def loss_sum(outputs: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropy(outputs, labels, reduction="sum")
+    arithmetic: Arithmetic = "fast"
+    """Arithmetic: fast, or exact sums, which have the same bits on every mesh and processor."""
 
 
 def main(flags: Flags) -> None:
     with join_world(flags.device, flags.timeout) as world:
         dp = flags.dp or max(world.world_size // (flags.tp * flags.pp), 1)
-        world = world.with_mesh(dp=dp, tp=flags.tp, pp=flags.pp, reduction=flags.reduction)
+        world = world.with_mesh(dp=dp, tp=flags.tp, pp=flags.pp)
         train, test, sizes = prepare(flags, world)
         # This rank's slice of its stage: the tp dimension splits each layer, the pp dimension the layers.
         whole = MLP(sizes).to(world.device)
-        model = stage_mlp(parallel_mlp(whole, world.mesh["tp"], flags.reduction), world.mesh["pp"])
+        model = stage_mlp(parallel_mlp(whole, world.mesh["tp"], flags.arithmetic), world.mesh["pp"])
+        # Exact arithmetic adds integers over ranks, whose sums depend on no order.
+        exact = ExactGradients(model, world) if flags.arithmetic == "exact" else None
+        loss_sum = cross_entropy_sum if exact else partial(cross_entropy, reduction="sum")
         if flags.compile:
+            if exact:
+                raise ConfigError("--compile rounds where it likes; drop it, or take --arithmetic fast")
             compile_model(model, world)
         replica: torch.nn.Module = model
         pipeline = None
         if flags.pp > 1:
-            pipeline = Pipeline(model, world, flags.pipeline, flags.micro_batches)
-        elif world.dp_size > 1 and flags.reduction == "fast":
+            pipeline = Pipeline(model, world, flags.pipeline, flags.micro_batches, exact)
+        elif world.dp_size > 1 and not exact:
             group = world.mesh["dp"].get_group()
             replica = ddp = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
             register_shared_memory_hook(ddp, world)  # on CPUs
-        optimizer, lr_scheduler = make_optimizer(flags, model, len(train))
+        optimizer, lr_scheduler = make_optimizer(flags, model, len(train), flags.arithmetic)
 
         def gradients(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
-            if flags.reduction == "invariant":
-                return invariant_gradients(model, world, x, labels, global_size, loss_sum)
             if pipeline is not None:
                 return pipeline.step(x, labels, global_size, loss_sum)
             with phase("forward"):
                 loss = loss_sum(replica(x), labels)
             with phase("backward"):
-                (loss * (world.dp_size / global_size)).backward()
+                if exact:
+                    (loss / global_size).backward()
+                    exact()
+                else:
+                    (loss * (world.dp_size / global_size)).backward()
             return loss.detach()
 
         def train_step(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
             loss = gradients(x, labels, global_size)
             with phase("optimizer"):
-                adjust_gradients(flags, model, world)
+                adjust_gradients(flags, model, world, flags.arithmetic)
                 optimizer.step()
                 lr_scheduler.step()
                 optimizer.zero_grad()
@@ -95,6 +101,7 @@ def main(flags: Flags) -> None:
             *(flags, world, model, optimizer, lr_scheduler, train, test),
             predict=pipeline.predict if pipeline else model,
             micro_batches=flags.micro_batches if pipeline else 1,
+            arithmetic=flags.arithmetic,
         ) as run:
             for epoch in run.epochs():
                 for batch in run.batches(epoch):

@@ -53,7 +53,7 @@ def test_ranks_share_the_batches_one_process_sees(world_size, n, batch_size):
     samples = numbered(n)
     shares = [
         list(data.batches(samples, batch_size, seed=5, epoch=2, share=share))
-        for share in (partial(Partition.over, ranks=world_size, rank=rank) for rank in range(world_size))
+        for share in (partial(Partition, ranks=world_size, rank=rank) for rank in range(world_size))
     ]
     whole = list(data.batches(samples, batch_size, seed=5, epoch=2))
     joined = [torch.cat([batch.labels for batch in step]) for step in zip(*shares, strict=True)]
@@ -76,7 +76,7 @@ def test_batches_read_at_once_are_those_read_one_by_one(batch_size, world_size, 
     generator = torch.Generator().manual_seed(0)
     features = torch.randint(256, (1030, 2, 3), generator=generator).to(dtype)
     samples = data.Samples(features, torch.arange(1030), ("a",))
-    share = partial(Partition.over, ranks=world_size, rank=rank)
+    share = partial(Partition, ranks=world_size, rank=rank)
 
     def read(start: int) -> list[data.Batch]:
         return list(data.batches(samples, batch_size, seed=5, epoch=2, share=share, start=start))

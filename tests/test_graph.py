@@ -250,7 +250,7 @@ def test_why_a_step_cannot_be_a_graph() -> None:
 def test_indices_are_those_of_the_batches(device: str, ranks: int) -> None:
     data = samples(43, device)
     for rank in range(ranks):
-        options = {"seed": 1, "epoch": 2, "share": lambda n, rank=rank: Partition.over(n, ranks, rank)}
+        options = {"seed": 1, "epoch": 2, "share": lambda n, rank=rank: Partition(n, ranks, rank)}
         for start in (0, 2):
             expected = list(batches(data, BATCH, start=start, **options))
             found = list(indices(data, BATCH, start=start, **options))

@@ -8,7 +8,11 @@ import importlib
 import sys
 
 COMMANDS = {
-    "tune": ("torchpar.tune.command", "measure the fastest configurations of the kernels on this GPU")
+    "tune": ("torchpar.tune.command", "measure the fastest configurations of the kernels on this GPU"),
+    "verify": (
+        "torchpar.training.verify",
+        "train on any mesh of ranks, and compare the weights' hash",
+    ),
 }
 
 

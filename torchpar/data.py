@@ -71,7 +71,8 @@ class Samples:
         features = self.features.flatten(1)
         # Indexing by a tensor takes longer than index_select.
         chosen = features[index] if isinstance(index, slice) else features.index_select(0, index)
-        return chosen / 255 if chosen.dtype == torch.uint8 else chosen
+        # By a tensor, since a GPU multiplies by the reciprocal of a number.
+        return chosen / _full(255, chosen.device) if chosen.dtype == torch.uint8 else chosen
 
     def pooled(
         self,
@@ -117,8 +118,13 @@ class Samples:
             x = chunk.float()  # sums of strided parts take a third of the time of `avg_pool2d`
             x = sum((x[:, i::pool] for i in range(1, pool)), x[:, ::pool])
             x = sum((x[:, :, i::pool] for i in range(1, pool)), x[:, :, ::pool])
-            out.copy_(x.div_(255 * pool * pool))
+            out.copy_(x.div_(_full(255 * pool * pool, x.device)))
         return Samples(pooled, self.labels, self.classes)
+
+
+@cache
+def _full(value: float, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device=device)
 
 
 class Batch(NamedTuple):
@@ -130,7 +136,7 @@ class Batch(NamedTuple):
 
 
 def _one_rank(size: int) -> Partition:
-    return Partition.over(size, ranks=1, rank=0)
+    return Partition(size, ranks=1, rank=0)
 
 
 def batches(

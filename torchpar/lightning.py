@@ -224,7 +224,7 @@ class MNISTDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         trainer = self._trainer
-        self.share = partial(Partition.over, ranks=trainer.world_size, rank=trainer.global_rank)
+        self.share = partial(Partition, ranks=trainer.world_size, rank=trainer.global_rank)
         if trainer.world_size > 1:
             check_same_on_all_ranks(None, "the ranks' data", self.state_dict())
         if self.batch_size < trainer.world_size:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Linear layers and a multilayer perceptron on torchpar's operators."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
@@ -45,7 +46,10 @@ class Linear(torch.nn.Linear):
 
     def reset_parameters(self) -> None:
         if self.init == "xavier_uniform":
-            torch.nn.init.xavier_uniform_(self.weight)
+            # `torch.nn.init.xavier_uniform_` makes x·(b − a) + a, which some processors round only once.
+            with torch.no_grad():
+                bound = math.sqrt(6 / (self.in_features + self.out_features)) if self.weight.numel() else 0.0
+                self.weight.uniform_().mul_(2 * bound).sub_(bound)
         elif self.init == "xavier_normal":
             torch.nn.init.xavier_normal_(self.weight)
         else:

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -19,6 +20,7 @@ from torchpar.errors import ConfigError
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.clip import clip_grad_norm_
 from torchpar.parallel.split.layers import split_parameters
+from torchpar.parallel.split.mlp import Arithmetic
 from torchpar.profile import cost
 from torchpar.profile.collectives import StepRecorder
 from torchpar.profile.phases import Phases
@@ -55,9 +57,15 @@ def _load(flags: TrainFlags, world: World) -> Iterator[Samples]:
         yield samples.pooled(flags.crop, flags.pool) if fewer else samples
 
 
-def make_optimizer(flags: TrainFlags, model: torch.nn.Module, samples: int) -> tuple[Optimizer, LambdaLR]:
+def make_optimizer(
+    flags: TrainFlags, model: torch.nn.Module, samples: int, arithmetic: Arithmetic = "fast"
+) -> tuple[Optimizer, LambdaLR]:
     """Return the optimizer and the learning-rate scheduler for epochs of ``samples``."""
-    make: Callable[..., Optimizer] = training.muon if flags.optimizer == "muon" else training.sgd
+    make: Callable[..., Optimizer] = training.muon
+    if flags.optimizer == "sgd":
+        make = partial(training.sgd, arithmetic=arithmetic)
+    elif arithmetic == "exact":
+        raise ConfigError("Muon's products in exact arithmetic would outlast the step; take --optimizer sgd")
     optimizer = make(model, **{name: getattr(flags, name) for name in OPTIMIZER_DEFAULTS[flags.optimizer]})
     steps = flags.epochs * -(-samples // flags.batch_size)
     return optimizer, training.lr_scheduler(optimizer, flags.schedule, steps)
@@ -118,12 +126,14 @@ def compile_model(module: torch.nn.Module, world: World) -> None:
     module._compiled_call_impl = call
 
 
-def adjust_gradients(flags: TrainFlags, model: torch.nn.Module, world: World) -> None:
+def adjust_gradients(
+    flags: TrainFlags, model: torch.nn.Module, world: World, arithmetic: Arithmetic = "fast"
+) -> None:
     """Add the orthogonality penalty's gradient and clip the gradient's norm, if ``flags`` ask for it."""
     if flags.orthogonality:
-        training.add_orthogonality_gradient(model, flags.orthogonality)
+        training.add_orthogonality_gradient(model, flags.orthogonality, arithmetic)
     if flags.clip is not None:
-        clip_grad_norm_(model, flags.clip, world)
+        clip_grad_norm_(model, flags.clip, world, arithmetic)
 
 
 class Run(training.Run):
@@ -132,6 +142,7 @@ class Run(training.Run):
     Args:
         micro_batches: of each rank's share of a batch in a pipeline, for the prediction of its messages.
         fused: whether `FusedGradients` computes the gradients, for the same.
+        arithmetic: of the layers, for the same.
     """
 
     def __init__(
@@ -146,6 +157,7 @@ class Run(training.Run):
         predict: Callable[[Tensor], Tensor | None] | None = None,
         micro_batches: int = 1,
         fused: bool = False,
+        arithmetic: Arithmetic = "fast",
     ):
         checkpoint = None
         if flags.checkpoint:
@@ -164,6 +176,7 @@ class Run(training.Run):
         self.flags = flags
         self.micro_batches = micro_batches
         self.fused = fused
+        self.arithmetic: Arithmetic = arithmetic
         self.phases = Phases(world.device) if flags.phases else None
         self.recorder = StepRecorder(world) if flags.phases or flags.collectives else None
         self.trace = Trace(flags.profile, world.rank, world.device) if flags.profile else None
@@ -235,7 +248,7 @@ class Run(training.Run):
             [self.train.inputs(slice(0, 1)).shape[1], *self.flags.hidden, len(self.train.classes)],
             min(self.batch_size, len(self.train)),
             self.world.mesh,
-            reduction=self.world.reduction,
+            arithmetic=self.arithmetic,
             micro_batches=self.micro_batches,
             fused=self.fused,
             tensor_split=any(split_parameters(self.model)),

@@ -74,21 +74,14 @@ def digits(x: Tensor, e: Tensor) -> Tensor:
     ``x`` is finite. |x| < (1 − 2⁻⁷)·2^e holds for all its elements.
     """
     *batch, m, k = x.shape
-    shift = SCALE - e
-    scales = [power(shift.clamp(max=127))]
-    if (shift > 127).any():  # a power of two that is no float32
-        scales.append(power((shift - 127).clamp(min=0)))
     if x.dim() == 2 and x.stride(0) == 1 != x.stride(1):  # columns are contiguous, also those of the digits
         planes = torch.empty(DIGITS, k, m, dtype=torch.int8)
-        out, x, scales = planes.permute(2, 0, 1), x.T, [scale.T for scale in scales]
+        out, source, exponents = planes.permute(2, 0, 1), x.T, e.T.expand(k, m)
     else:
         out = torch.empty(*batch, m, DIGITS, k, dtype=torch.int8)
-        planes = out.movedim(-2, 0)
-    for block in _blocks(x.shape[0], x[:1].numel()):
-        scaled = x[block] * scales[0][block if len(scales[0]) == len(x) else ...]
-        for scale in scales[1:]:
-            scaled *= scale[block if len(scale) == len(x) else ...]
-        integers = scaled.round_().to(torch.int32).add_(CARRY)
+        planes, source, exponents = out.movedim(-2, 0), x, e
+    for block in _blocks(len(source), source[:1].numel()):
+        integers = scaled(source[block], SCALE - exponents[block]).round_().to(torch.int32).add_(CARRY)
         for p in range(DIGITS):
             planes[p, block].copy_(integers >> BITS * (DIGITS - 1 - p))  # of which it takes the lowest 8 bits
     planes[1:].bitwise_xor_(-(2 ** (BITS - 1)))
@@ -99,6 +92,13 @@ def _blocks(rows: int, columns: int) -> Iterator[slice]:
     """Blocks of rows of about `_BLOCK` elements."""
     step = max(_BLOCK // max(columns, 1), 1)
     return (slice(first, first + step) for first in range(0, rows, step))
+
+
+def scaled(x: Tensor, exponents: Tensor) -> Tensor:
+    """``2^exponents · x`` in float32, a new tensor; exact where the result is a normal number."""
+    result = x * power(exponents.clamp(-126, 127))
+    beyond = exponents - exponents.clamp(-126, 127)  # these powers of two are no float32
+    return result.mul_(power(beyond)) if beyond.any() else result
 
 
 def power(exponents: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -140,6 +140,61 @@ def _halved(x: Tensor, e: Tensor) -> Tensor:
         out[lo:hi, :hi] = Sums(cut[lo:hi], cut[:hi]).rounded(e[lo:hi], e[:hi])
         out[:lo, lo:hi] = out[lo:hi, :lo].T
     return out
+
+
+class Operand:
+    """The rows of a float32 matrix ``x (m, k)``, with exponents ``e (m, 1)``, as integers.
+
+    On a CPU they are cut when the operand is made.
+    """
+
+    def __init__(self, x: Tensor, e: Tensor, cut: Tensor | None = None):
+        self.x, self.e = x, e
+        self.digits = digits(x, e) if cut is None and not x.is_cuda else cut
+
+    @classmethod
+    def cat(cls, operands: "list[Operand]") -> "Operand":
+        """The rows of all ``operands``."""
+        if len(operands) == 1:
+            return operands[0]
+        x, e = (torch.cat([getattr(one, name) for one in operands]) for name in ("x", "e"))
+        cut = None if x.is_cuda else torch.cat([one.digits for one in operands if one.digits is not None])
+        return cls(x, e, cut)
+
+    def columns(self) -> "Operand":
+        """The columns ``(k, m)`` of 2^(−e)·x, of exponents 0, by the same digits."""
+        e = self.e.new_zeros(self.x.shape[1], 1)
+        if self.digits is None:
+            return Operand(scaled(self.x, -self.e).T, e)
+        return Operand(self.x.T, e, self.digits.permute(2, 1, 0))
+
+    def sums(self, other: "Operand") -> Tensor:
+        """T of the product with the transpose of ``other``, as int64 ``(m, n)``."""
+        if self.digits is None or other.digits is None:
+            return self._by_kernel(other, torch.int64)
+        return Sums(self.digits, other.digits).long()
+
+    def product(self, other: "Operand") -> Tensor:
+        """The product with the transpose of ``other``, float32 ``(m, n)``."""
+        if self.digits is None or other.digits is None:
+            return self._by_kernel(other, torch.float32)
+        return Sums(self.digits, other.digits).rounded(self.e, other.e)
+
+    def _by_kernel(self, other: "Operand", dtype: torch.dtype) -> Tensor:
+        from torchpar.kernels.exact_matmul import exact_product
+
+        out = self.x.new_empty(len(self.x), len(other.x), dtype=dtype)
+        return exact_product(self.x, other.x, self.e, other.e, None, out=out)
+
+
+def row_sums(x: Tensor, e: Tensor) -> Tensor:
+    """The sums of the rows of ``x (m, k)`` as integers ``(m, 1)`` int64, in units of 2^(e − 31)."""
+    return scaled(x, SCALE - e).round_().to(torch.int32).sum(-1, keepdim=True)
+
+
+def rounded_sums(total: Tensor, e: Tensor) -> Tensor:
+    """float32 of `row_sums`."""
+    return (total.double() * _finite_power(e, -SCALE)).float()
 
 
 class Sums:
@@ -211,6 +266,10 @@ def _concatenated(digits: Tensor, reverse: bool = False) -> Tensor:
 def rounded(total: Tensor, e: Tensor, f: Tensor) -> Tensor:
     """float32 ``(*, m, n)`` of T and the exponents ``e (*, m, 1)`` and ``f (*, n, 1)``.
 
-    T is rounded once; above 2⁵³, to float64 before.
+    T is rounded once; above 2⁵³, to float64 before. Rows that are not finite make results NaN.
     """
-    return (total.double() * power(e, torch.float64)).mul_(power(f.mT - WEIGHT, torch.float64)).float()
+    return (total.double() * _finite_power(e)).mul_(_finite_power(f.mT, -WEIGHT)).float()
+
+
+def _finite_power(e: Tensor, more: int = 0) -> Tensor:
+    return torch.where(e > LARGEST, torch.nan, power(e + more, torch.float64))

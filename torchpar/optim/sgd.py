@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""SGD in one call for each parameter group."""
+"""SGD in one call for each parameter group, and SGD with the same bits on every processor."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -118,3 +118,46 @@ class SGD(torch.optim.SGD):
             momentum = torch.zeros_like(p)
         state["momentum_buffer"] = momentum = momentum.contiguous()
         return momentum
+
+
+class ExactSGD(torch.optim.SGD):
+    """`torch.optim.SGD` with the same bits on any processor: each product and each sum is rounded once.
+
+    `torch.optim.SGD` lets the processor choose whether a product and its sum are rounded once or twice, and
+    its vectors' length where. The formulas and the state dict are those of `SGD`.
+
+    Args:
+        params: parameters or parameter groups.
+        lr, momentum, weight_decay, nesterov: as for `torch.optim.SGD`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+    ):
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters that have a gradient; returns the loss of ``closure``, or None."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                update = p.grad
+                if group["weight_decay"]:
+                    update = update + p * group["weight_decay"]
+                if group["momentum"]:
+                    state = self.state[p]
+                    if state.get("momentum_buffer") is None:
+                        state["momentum_buffer"] = torch.zeros_like(p)
+                    momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
+                    update = update + momentum * group["momentum"] if group["nesterov"] else momentum
+                p.sub_(update * group["lr"])
+        return loss

@@ -17,9 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar.ops._onednn import layer_gains
 from torchpar.parallel.launch.world import World
+from torchpar.parallel.split.mlp import Arithmetic
 from torchpar.parallel.split.partition import Partition
-from torchpar.parallel.split.reduction import SHARDS, Reduction
 
+_EXPONENT, _SUM = 4, 8  # bytes of an exponent and of an exact sum
 DDP_BUCKETS = (2**20, 25 * 2**20)  # bytes at which DistributedDataParallel closes the first and later ones
 
 
@@ -95,7 +96,7 @@ def collectives(
     mesh: DeviceMesh,
     *,
     tensor_split: bool = True,
-    reduction: Reduction = "fast",
+    arithmetic: Arithmetic = "fast",
     micro_batches: int = 4,
     itemsize: int = 4,
     fused: bool = False,
@@ -109,33 +110,33 @@ def collectives(
         tensor_split: the layers are those of `parallel_mlp`, also on one rank of "tp".
         micro_batches: of each rank's share, if there is a pipeline.
         itemsize: bytes of a number.
+        arithmetic: "fast" or "exact", as of `parallel_mlp`.
         fused: the gradients are those of `torchpar.training.fused.FusedGradients`.
     """
     dims = {name: mesh[name].size() for name in ("pp", "dp", "tp")}
     at = {name: mesh[name].get_local_rank() for name in dims}
     layers = len(sizes) - 1
     stage = torch.arange(layers).tensor_split(dims["pp"])[at["pp"]].tolist()
-    passes, rows = _passes(batch_size, dims, at, reduction, micro_batches)
+    passes, rows = _passes(batch_size, dims, at, micro_batches)
 
     expected: list[Expected] = []
-    exchanges = dims["tp"].bit_length() - 1 if reduction == "invariant" else 1
+    exact = arithmetic == "exact"
 
     def tensor_sum(width: int) -> None:
         if dims["tp"] == 1:
             return
         for n in rows:
-            nbytes = n * width * itemsize
-            if reduction == "fast":
-                expected.append(Expected("tp", "all_reduce", dims["tp"], nbytes))
-            else:
-                expected.extend(Expected("tp", op, 2, nbytes) for op in ("send", "recv") * exchanges)
+            messages = [n * width * itemsize]
+            if exact:  # the exponents of the samples and of the weight's rows, and integers
+                messages = [_EXPONENT * (n + width), _SUM * n * width]
+            expected.extend(Expected("tp", "all_reduce", dims["tp"], nbytes) for nbytes in messages)
 
     def widths(i: int) -> int:
         """Width of this rank's share of the activations between layers i − 1 and i."""
-        parts = SHARDS if reduction == "invariant" else dims["tp"]
-        return sum(Partition(sizes[i], parts, dims["tp"], at["tp"]).shards()) if i % 2 else sizes[i]
+        return Partition(sizes[i], dims["tp"], at["tp"]).widths()[at["tp"]] if i % 2 else sizes[i]
 
     parameters: list[int] = []  # bytes of the gradients, in the order of the backward pass
+    exponents = 0  # of the rows of weights' and biases' gradients
     for i in stage:
         column, alone = i % 2 == 0, i % 2 == 0 and i == layers - 1
         if not alone:
@@ -145,6 +146,7 @@ def collectives(
                 tensor_sum(sizes[i + 1])
         inputs = sizes[i] if column else widths(i)
         outputs = sizes[i + 1] if alone or not column else widths(i + 1)
+        exponents += 2 * outputs
         # The weight's gradient comes first where the layer's autograd is ours, the bias's elsewhere.
         if tensor_split and not alone:
             weight_first = column
@@ -160,27 +162,21 @@ def collectives(
             for op in ("send", "recv"):
                 expected += [Expected("pp", op, 2, rows[0] * widths(border) * itemsize)] * passes
     if dims["dp"] > 1:
-        if reduction == "invariant":
-            nbytes = sum(parameters) + itemsize  # the loss is in the same message
-            expected += [Expected("dp", op, 2, nbytes) for op in ("send", "recv")] * (
-                dims["dp"].bit_length() - 1
-            )
-        else:
-            messages = [sum(parameters)] if fused or dims["pp"] > 1 else _buckets(parameters)
-            expected += [Expected("dp", "all_reduce", dims["dp"], n) for n in messages]
+        messages = [sum(parameters)] if fused or dims["pp"] > 1 else _buckets(parameters)
+        if exact:
+            messages = [_EXPONENT * exponents, _SUM * sum(parameters) // itemsize]
+        expected += [Expected("dp", "all_reduce", dims["dp"], n) for n in messages]
     return expected
 
 
 def _passes(
-    batch_size: int, dims: dict[str, int], at: dict[str, int], reduction: Reduction, micro_batches: int
+    batch_size: int, dims: dict[str, int], at: dict[str, int], micro_batches: int
 ) -> tuple[int, list[int]]:
     """Return the number of a rank's forward passes in a step, and the samples of each."""
     if dims["pp"] > 1:
         share = -(-batch_size // dims["dp"])
         return micro_batches, [-(-share // micro_batches)] * micro_batches
-    parts = SHARDS if reduction == "invariant" else dims["dp"]
-    rows = Partition(batch_size, parts, dims["dp"], at["dp"]).shards()
-    return len(rows), rows
+    return 1, [Partition(batch_size, dims["dp"], at["dp"]).widths()[at["dp"]]]
 
 
 def _buckets(gradients: Sequence[int]) -> list[int]:

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchpar.errors import ConfigError
-from torchpar.ops import matmul_t
+from torchpar.ops import exact_matmul_t, matmul_t
 from torchpar.parallel.split.layers import split_parameters
+from torchpar.parallel.split.mlp import Arithmetic
 
 Loss = Literal["cross-entropy", "bce", "mse"]
 
@@ -36,8 +37,10 @@ def loss_sum(loss: Loss, outputs: Tensor, labels: Tensor) -> Tensor:
     raise ConfigError(f"loss is {loss!r}, expected 'cross-entropy', 'bce' or 'mse'")
 
 
-def orthogonality_penalty(model: torch.nn.Module) -> Tensor:
+def orthogonality_penalty(model: torch.nn.Module, arithmetic: Arithmetic = "fast") -> Tensor:
     """Return ``Σ ‖W·Wᵀ − I‖²`` over the model's weight matrices (Frobenius norm), by `torchpar.matmul_t`.
+
+    In exact arithmetic `torchpar.exact_matmul_t` makes the bits of the gradient the same on any mesh.
 
     Raises:
         ConfigError: the model has no weight matrix.
@@ -46,18 +49,22 @@ def orthogonality_penalty(model: torch.nn.Module) -> Tensor:
     weights = [split[p]() if p in split else p for p in model.parameters() if p.dim() == 2]
     if not weights:
         raise ConfigError("the model has no weight matrix, and an orthogonality penalty needs one; drop it")
-    grams = [matmul_t(weight) for weight in weights]
+    grams = [(exact_matmul_t if arithmetic == "exact" else matmul_t)(weight) for weight in weights]
     identities = [torch.eye(len(gram), dtype=gram.dtype, device=gram.device) for gram in grams]
     return torch.stack([(a - b).square().sum() for a, b in zip(grams, identities, strict=True)]).sum()
 
 
-def add_orthogonality_gradient(model: torch.nn.Module, factor: float) -> None:
+def add_orthogonality_gradient(
+    model: torch.nn.Module, factor: float, arithmetic: Arithmetic = "fast"
+) -> None:
     """Add the gradient of ``factor · orthogonality_penalty(model)`` to each ``p.grad`` that is not None.
 
     The penalty is the same on every rank, so its gradient is not averaged over ranks as the loss's is.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(factor * orthogonality_penalty(model), parameters, allow_unused=True)
+    gradients = torch.autograd.grad(
+        factor * orthogonality_penalty(model, arithmetic), parameters, allow_unused=True
+    )
     for p, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None and p.grad is not None:
             p.grad += gradient

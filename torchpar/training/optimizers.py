@@ -10,20 +10,27 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from torchpar.errors import ConfigError
-from torchpar.optim import SGD, ChainedOptimizer, Muon
+from torchpar.optim import SGD, ChainedOptimizer, ExactSGD, Muon
 from torchpar.parallel.split.layers import split_parameters
+from torchpar.parallel.split.mlp import Arithmetic
 
 LRSchedule = Literal["linear", "cosine", "constant"]
 
 
 def sgd(
-    model: torch.nn.Module, lr: float, momentum: float, weight_decay: float, decay_biases: bool = False
+    model: torch.nn.Module,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    decay_biases: bool = False,
+    arithmetic: Arithmetic = "fast",
 ) -> torch.optim.SGD:
     """Return SGD with Nesterov momentum and an L2 penalty ``λ/2·‖p‖²`` of the weights.
 
     Args:
         weight_decay: λ.
         decay_biases: apply the penalty to the biases as well.
+        arithmetic: "exact" for `torchpar.optim.ExactSGD`.
     """
     groups = [{"params": list(model.parameters()), "weight_decay": weight_decay}]
     if weight_decay and not decay_biases:  # otherwise one group, which is one call of `SGD`
@@ -31,7 +38,9 @@ def sgd(
         others = [p for p in model.parameters() if p.dim() <= 1]
         groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     # SGD's one call rounds the last elements of a tensor differently, so that bits depend on how it is split.
-    kind = torch.optim.SGD if any(split_parameters(model)) else SGD
+    kind: type[torch.optim.SGD] = torch.optim.SGD if any(split_parameters(model)) else SGD
+    if arithmetic == "exact":
+        kind = ExactSGD
     return kind(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
 
 

@@ -142,7 +142,7 @@ class Run:
         self.loss: Loss = loss
         self.seed = seed
         self.checkpoint = checkpoint
-        own = {"reduction": world.reduction, "batch_size": batch_size, "seed": seed, "train": len(train)}
+        own = {"batch_size": batch_size, "seed": seed, "train": len(train)}
         config = json.loads(json.dumps({**(config or {}), **own}))
         others = {"test": len(test), "saving": str(checkpoint)}
         world.check_same_on_all_ranks("the ranks' flags", {**config, **others})

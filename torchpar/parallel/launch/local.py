@@ -48,11 +48,12 @@ def current_world() -> World:
 
 
 @contextmanager
-def start_ranks(ranks: int, threads: int = 1, timeout: float = 300.0) -> Iterator[Ranks]:
+def start_ranks(ranks: int, threads: int = 1, timeout: float = 300.0, device: str = "cpu") -> Iterator[Ranks]:
     """Start ``ranks`` processes of ``threads`` threads each; at the end they leave.
 
     Args:
         timeout: seconds after which a rank that waits for another one gives up.
+        device: as for `join_world`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -62,7 +63,7 @@ def start_ranks(ranks: int, threads: int = 1, timeout: float = 300.0) -> Iterato
     with ExitStack() as stack:
         started = Ranks([stack.enter_context(ProcessPoolExecutor(1, context)) for _ in range(ranks)])
         joining = [
-            worker.submit(_join, rank, ranks, threads, port, timeout)
+            worker.submit(_join, rank, ranks, threads, port, timeout, device)
             for rank, worker in enumerate(started.workers)
         ]
         for future in joining:
@@ -74,14 +75,14 @@ def start_ranks(ranks: int, threads: int = 1, timeout: float = 300.0) -> Iterato
                 started.run(_leave)
 
 
-def _join(rank: int, ranks: int, threads: int, port: int, timeout: float) -> None:
+def _join(rank: int, ranks: int, threads: int, port: int, timeout: float, device: str) -> None:
     global _world
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends the ranks
     torch.set_num_threads(threads)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     os.environ.update(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
-    _world = _joined.enter_context(join_world("cpu", timeout=timeout))
+    _world = _joined.enter_context(join_world(device, timeout))
 
 
 def _leave() -> None:

@@ -21,7 +21,6 @@ from torchpar.errors import ConfigError
 from torchpar.parallel.launch import rendezvous
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.parallel.split.partition import Partition
-from torchpar.parallel.split.reduction import Reduction, check_reduction
 
 T = TypeVar("T")
 TIMEOUT = 1800.0
@@ -45,7 +44,6 @@ class World:
         world_size: number of ranks on all machines.
         device: where this rank keeps its tensors.
         mesh: of shape ``(pp, dp, tp)``. `join_world` puts all ranks on "dp"; `with_mesh` changes that.
-        reduction: the order of sums over ranks (`torchpar.parallel.split.reduction`).
         timeout: seconds after which a rank that waits for another one gives up.
     """
 
@@ -54,28 +52,21 @@ class World:
     world_size: int
     device: torch.device
     mesh: DeviceMesh
-    reduction: Reduction = "fast"
     timeout: float = TIMEOUT
 
-    def with_mesh(self, *, dp: int = 1, tp: int = 1, pp: int = 1, reduction: Reduction = "fast") -> "World":
+    def with_mesh(self, *, dp: int = 1, tp: int = 1, pp: int = 1) -> "World":
         """Return this world with a mesh of ``pp × dp × tp`` ranks.
 
         Raises:
-            ConfigError: the product is not the number of ranks, or the reduction does not allow these
-                numbers of ranks. On every rank.
+            ConfigError: the product is not the number of ranks. On every rank.
         """
-        self.check_same_on_all_ranks("mesh", {"dp": dp, "tp": tp, "pp": pp, "reduction": reduction})
+        self.check_same_on_all_ranks("mesh", {"dp": dp, "tp": tp, "pp": pp})
         if min(dp, tp, pp) < 1 or dp * tp * pp != self.world_size:
             raise ConfigError(
                 f"dp {dp} × tp {tp} × pp {pp} is {dp * tp * pp} ranks, but {self.world_size} were started; "
                 "start as many, or choose other factors"
             )
-        for ranks in (dp, tp):
-            check_reduction(reduction, ranks)
-        if reduction == "invariant" and pp > 1:
-            raise ConfigError(f"reduction 'invariant' takes meshes of dp and tp alone, not pp {pp}")
-        mesh = _make_mesh(self.device, (pp, dp, tp), self.timeout)
-        return replace(self, mesh=mesh, reduction=reduction)
+        return replace(self, mesh=_make_mesh(self.device, (pp, dp, tp), self.timeout))
 
     @cached_property
     def dp_size(self) -> int:
@@ -94,7 +85,7 @@ class World:
 
     def share(self, size: int) -> Partition:
         """Return the partition of ``size`` samples over the "dp" dimension."""
-        return Partition.over(size, self.dp_size, self.dp_rank, self.reduction)
+        return Partition(size, self.dp_size, self.dp_rank)
 
     @cached_property
     def owns_outputs(self) -> bool:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The product of a column layer, as an autograd function whose all-reduce overlaps with other work."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +10,7 @@ from torch.nn.functional import linear
 from torchpar.ops import linear_sigmoid
 from torchpar.ops._matrix import rows
 from torchpar.ops.linear_sigmoid import sigmoid_backward
-from torchpar.parallel.split.reduction import start_all_reduce, tree_sum
+from torchpar.parallel.split.reduction import start_all_reduce
 from torchpar.parallel.split.regions import copy_to_tensor_model_parallel_region
 
 if TYPE_CHECKING:
@@ -40,46 +39,31 @@ class ColumnProduct(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             return _differentiable_gradients(ctx, g, x, weight, bias)
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
-        shards = layer.partition
-        dz = shards.split(g, -1)
-        db = None
+        dz, db, dx, dw = g, None, None, None
         if y is not None:
-            pairs = [
-                sigmoid_backward(g_i, y_i, need_bias)
-                for g_i, y_i in zip(dz, shards.split(y, -1), strict=True)
-            ]
-            dz, db = [dz_i for dz_i, _ in pairs], [db_i for _, db_i in pairs]
+            dz, db = sigmoid_backward(g, y, need_bias)
         elif need_bias:
-            db = [rows(dz_i).sum(0) for dz_i in dz]
-        dx, wait = None, None
+            db = rows(dz).sum(0)
         if need_x:
-            dx = tree_sum(
-                [dz_i @ weight_i for dz_i, weight_i in zip(dz, shards.split(weight, 0), strict=True)]
-            )
-            wait = start_all_reduce(dx, layer.mesh, layer.reduction)
-        dw = torch.cat([rows(dz_i).mT @ rows(x) for dz_i in dz]) if need_weight else None
-        if wait is not None:
+            dx = dz @ weight
+            wait = start_all_reduce(dx, layer.mesh)
+        if need_weight:
+            dw = rows(dz).mT @ rows(x)
+        if need_x:
             wait()
-        return dx, dw, torch.cat(db) if need_bias else None, None  # type: ignore[arg-type]
+        return dx, dw, db if need_bias else None, None
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, layer: "ColumnParallelLinear") -> Tensor:
-    """``act(x @ weight.T + bias)`` with this rank's parameters, shard by shard."""
-    shards = layer.partition
-    weights = shards.split(weight, 0)
-    biases = [None] * len(weights) if bias is None else shards.split(bias, 0)
-    product: Callable[..., Tensor] = linear_sigmoid if layer.activation == "sigmoid" else linear
-    parts = [product(x, weight_i, bias_i) for weight_i, bias_i in zip(weights, biases, strict=True)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    """``act(x @ weight.T + bias)`` with this rank's parameters."""
+    return (linear_sigmoid if layer.activation == "sigmoid" else linear)(x, weight, bias)
 
 
 def _differentiable_gradients(
     ctx: Any, g: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """The gradients as autograd computes them, which can be differentiated again."""
-    y = _affine(
-        copy_to_tensor_model_parallel_region(x, ctx.layer.mesh, ctx.layer.reduction), weight, bias, ctx.layer
-    )
+    y = _affine(copy_to_tensor_model_parallel_region(x, ctx.layer.mesh), weight, bias, ctx.layer)
     inputs = [
         t if needed else None for t, needed in zip((x, weight, bias), ctx.needs_input_grad[:3], strict=True)
     ]

@@ -33,7 +33,6 @@ from torchpar.ops import maximum
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks, group_of
 from torchpar.parallel.split.column import ColumnProduct
 from torchpar.parallel.split.partition import Partition
-from torchpar.parallel.split.reduction import Reduction, tree_sum
 from torchpar.parallel.split.regions import (
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -69,13 +68,12 @@ class _ParallelLinear(torch.nn.Module):
         bias: bool,
         mesh: DeviceMesh,
         activation: Activation,
-        reduction: Reduction,
         options: dict[str, Any],
         **own: Any,
     ):
         super().__init__()
         settings = {"layer": type(self).__name__, "in_features": in_features, "out_features": out_features}
-        settings |= {"bias": bias, "activation": activation, "reduction": reduction} | own | options
+        settings |= {"bias": bias, "activation": activation} | own | options
         check_same_on_all_ranks(group_of(mesh), "a layer's ranks", settings)
         if activation not in (None, "sigmoid", "relu"):
             raise ValueError(f"activation is {activation!r}, expected None, 'sigmoid' or 'relu'")
@@ -83,9 +81,8 @@ class _ParallelLinear(torch.nn.Module):
         self.out_features = out_features
         self.activation = activation
         self.mesh = mesh
-        self.reduction: Reduction = reduction
         size = (out_features, in_features)[self.split_axes["weight"]]
-        self.partition = Partition.over(size, mesh.size(), mesh.get_local_rank(), reduction)
+        self.partition = Partition(size, mesh.size(), mesh.get_local_rank())
         self._copy_slices(nn.Linear(in_features, out_features, bias, **options))
 
     @classmethod
@@ -152,8 +149,7 @@ class _ParallelLinear(torch.nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, "
-            f"activation={self.activation}, rank {self.partition.rank} of {self.partition.ranks}, "
-            f"reduction={self.reduction!r}"
+            f"activation={self.activation}, rank {self.partition.rank} of {self.partition.ranks}"
         )
 
 
@@ -177,11 +173,10 @@ class ColumnParallelLinear(_ParallelLinear):
         activation: None, "sigmoid" (fused, by `torchpar.linear_sigmoid`) or "relu" (by `torchpar.maximum`,
             whose gradient at exactly 0 is one half).
         gather_output: all-gather the outputs, so that every rank has all of them.
-        reduction: "fast" or "invariant" (`torchpar.parallel.split.reduction`), for the input's gradient.
         options: ``init``, ``device`` and ``dtype``, as in `torchpar.nn.Linear`.
 
     Raises:
-        ValueError: an unknown activation, reduction or initialisation, a mesh of several dimensions, or
+        ValueError: an unknown activation or initialisation, a mesh of several dimensions, or
             different arguments on different ranks; on every rank.
     """
 
@@ -196,11 +191,10 @@ class ColumnParallelLinear(_ParallelLinear):
         mesh: DeviceMesh,
         activation: Activation = None,
         gather_output: bool = False,
-        reduction: Reduction = "fast",
         **options: Any,
     ):
         super().__init__(
-            *(in_features, out_features, bias, mesh, activation, reduction, options),
+            *(in_features, out_features, bias, mesh, activation, options),
             gather_output=gather_output,
         )
         self.gather_output = gather_output
@@ -212,9 +206,13 @@ class ColumnParallelLinear(_ParallelLinear):
         )
         if self.activation == "relu":
             y = maximum(y, y.new_zeros(()))
-        if self.gather_output:
-            y = gather_from_tensor_model_parallel_region(y, self.mesh, self.partition.widths())
-        return y  # type: ignore[no-any-return]
+        return self.gathered(y)
+
+    def gathered(self, y: Tensor) -> Tensor:
+        """``y``, or with ``gather_output`` the outputs of all ranks."""
+        if not self.gather_output:
+            return y
+        return gather_from_tensor_model_parallel_region(y, self.mesh, self.partition.widths())
 
 
 class RowParallelLinear(_ParallelLinear):
@@ -245,26 +243,27 @@ class RowParallelLinear(_ParallelLinear):
         mesh: DeviceMesh,
         activation: Activation = None,
         input_is_parallel: bool = True,
-        reduction: Reduction = "fast",
         **options: Any,
     ):
         super().__init__(
-            *(in_features, out_features, bias, mesh, activation, reduction, options),
+            *(in_features, out_features, bias, mesh, activation, options),
             input_is_parallel=input_is_parallel,
         )
         self.input_is_parallel = input_is_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.input_is_parallel:
-            x = scatter_to_tensor_model_parallel_region(x, self.mesh, self.partition.widths())
-        shards = zip(self.partition.split(x, -1), self.partition.split(self.weight, 1), strict=True)
-        z = tree_sum([linear(part, weight) for part, weight in shards])
-        z = reduce_from_tensor_model_parallel_region(z, self.mesh, self.reduction)
+        z = reduce_from_tensor_model_parallel_region(linear(self.scattered(x), self.weight), self.mesh)
         if self.bias is not None:
             z = z + self.bias.to(z.dtype)  # the dtypes differ under autocast
         if self.activation == "sigmoid":
             return z.sigmoid()
         return maximum(z, z.new_zeros(())) if self.activation == "relu" else z
+
+    def scattered(self, x: Tensor) -> Tensor:
+        """This rank's part of ``x``, which is that part already unless ``input_is_parallel`` is false."""
+        if self.input_is_parallel:
+            return x
+        return scatter_to_tensor_model_parallel_region(x, self.mesh, self.partition.widths())
 
 
 def _cast(t: Tensor) -> Tensor:

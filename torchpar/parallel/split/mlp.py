@@ -5,7 +5,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Mapping
 from itertools import cycle
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,20 +14,29 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchpar import nn
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks, group_of
+from torchpar.parallel.split.exact import (
+    ExactColumnParallelLinear,
+    ExactLinear,
+    ExactRowParallelLinear,
+)
 from torchpar.parallel.split.layers import (
     LINEAR_LAYERS,
     ColumnParallelLinear,
     RowParallelLinear,
     split_parameters,
 )
-from torchpar.parallel.split.reduction import Reduction
 from torchpar.parallel.split.regions import gather
 
+Arithmetic = Literal["fast", "exact"]
 M = TypeVar("M", nn.MLP, torch.nn.Sequential)
 _ACTIVATIONS = (torch.nn.Sigmoid, torch.nn.ReLU)
+_PAIRS = {
+    "fast": (ColumnParallelLinear, RowParallelLinear),
+    "exact": (ExactColumnParallelLinear, ExactRowParallelLinear),
+}
 
 
-def parallel_mlp(mlp: M, mesh: DeviceMesh, reduction: Reduction = "fast") -> M:
+def parallel_mlp(mlp: M, mesh: DeviceMesh, arithmetic: Arithmetic = "fast") -> M:
     """The tensor-parallel twin of ``mlp``: the same function, with each weight split over the ranks.
 
     Linear layers 0 and 1, 2 and 3, … become pairs of `ColumnParallelLinear` and `RowParallelLinear`. The last
@@ -39,14 +48,15 @@ def parallel_mlp(mlp: M, mesh: DeviceMesh, reduction: Reduction = "fast") -> M:
             `torchpar.nn`'s), `torch.nn.Sigmoid` and `torch.nn.ReLU`. It is the same on every rank, and is not
             changed.
         mesh: a mesh of one dimension, such as ``mesh["tp"]``.
-        reduction: "fast" or "invariant" (`torchpar.parallel.split.reduction`).
+        arithmetic: "fast", or "exact" for the same bits on any mesh (`torchpar.parallel.split.exact`), whose
+            layers are float32, with their own activations.
 
     Returns:
         A model of the same type, whose parameters have the same names.
 
     Raises:
-        ValueError: another kind of model or layer, layers that share parameters, an unknown reduction, a mesh
-            of several dimensions, or different models on different ranks.
+        ValueError: another kind of model or layer, layers that share parameters, an unknown arithmetic, a
+            mesh of several dimensions, or different models on different ranks.
     """
     layers = mlp.layers if isinstance(mlp, nn.MLP) else mlp
     if type(layers) is not torch.nn.Sequential:
@@ -54,25 +64,30 @@ def parallel_mlp(mlp: M, mesh: DeviceMesh, reduction: Reduction = "fast") -> M:
             f"cannot split a {type(mlp).__name__}, expected torchpar.nn.MLP or torch.nn.Sequential"
         )
     # An activation may occur twice; named_children would skip the second.
+    if arithmetic not in _PAIRS:
+        raise ConfigError(f"arithmetic is {arithmetic!r}, expected 'fast' or 'exact'")
+    exact = arithmetic == "exact"
     named = [(name, layer) for name, layer in layers.named_modules(remove_duplicate=False) if name]
     for name, layer in named:
-        if type(layer) not in (*LINEAR_LAYERS, *_ACTIVATIONS):
-            raise ConfigError(
-                f"cannot split layer {name}, a {type(layer).__name__}; expected linear layers, "
-                "torch.nn.Sigmoid and torch.nn.ReLU"
-            )
+        if type(layer) not in LINEAR_LAYERS and (exact or type(layer) not in _ACTIVATIONS):
+            expected = "expected linear layers, torch.nn.Sigmoid and torch.nn.ReLU"
+            if exact:
+                expected = "exact arithmetic expects linear layers, such as torchpar.nn.LinearSigmoid"
+            raise ConfigError(f"cannot split layer {name}, a {type(layer).__name__}; {expected}")
     parameters = [p for _, layer in named for p in layer.parameters()]
     if len(set(parameters)) < len(parameters):
         raise ConfigError("cannot split layers that share parameters, expected each layer to have its own")
-    settings = {"layers": [str(layer) for _, layer in named], "reduction": reduction}
+    settings = {"layers": [str(layer) for _, layer in named], "arithmetic": arithmetic}
     check_same_on_all_ranks(group_of(mesh), "the ranks' models", settings)
     linears = [name for name, layer in named if type(layer) in LINEAR_LAYERS]
     pairs = linears[: len(linears) // 2 * 2]
-    kinds = dict(zip(pairs, cycle((ColumnParallelLinear, RowParallelLinear)), strict=False))
+    kinds = dict(zip(pairs, cycle(_PAIRS[arithmetic]), strict=False))
     twins: OrderedDict[str, torch.nn.Module] = OrderedDict()
     for name, layer in named:
         if name in kinds:
-            twins[name] = kinds[name].from_linear(layer, mesh=mesh, reduction=reduction)
+            twins[name] = kinds[name].from_linear(layer, mesh=mesh)
+        elif exact:
+            twins[name] = ExactLinear.from_linear(layer)
         else:
             twins[name] = copy.deepcopy(layer)
     split = torch.nn.Sequential(twins)

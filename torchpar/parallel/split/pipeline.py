@@ -9,6 +9,7 @@ exchange activations in the forward pass and their gradients in the backward pas
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import cache
 from math import ceil
 from typing import Any, Literal
@@ -23,10 +24,11 @@ from torch.nn.functional import pad
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel.launch.world import World
-from torchpar.parallel.split.invariant import LossSum
+from torchpar.parallel.split.exact import ExactGradients
 from torchpar.parallel.split.reduction import all_reduce
 from torchpar.profile.phases import phase
 
+LossSum = Callable[[Tensor, Tensor], Tensor]  # outputs, labels → the loss summed over samples
 PipelineSchedule = Literal["gpipe", "1f1b"]
 _SCHEDULES: dict[str, Any] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 
@@ -61,6 +63,8 @@ class Pipeline:
         schedule: "gpipe" or "1f1b".
         micro_batches: the number of equal parts of this rank's share of a batch. The last parts are
             padded with unlabelled samples, which do not contribute to the loss.
+        exact_gradients: computes the gradients of ``module`` after the backward passes, if its layers are in
+            exact arithmetic.
 
     Raises:
         ConfigError: fewer micro-batches than stages, an unknown schedule, or ranks that share a GPU.
@@ -72,11 +76,13 @@ class Pipeline:
         world: World,
         schedule: PipelineSchedule = "1f1b",
         micro_batches: int = 4,
+        exact_gradients: ExactGradients | None = None,
     ):
         self.mesh = world.mesh["pp"]
         self.replicas = world.mesh["dp"]
         self.module = module
         self.micro_batches = micro_batches
+        self.exact_gradients = exact_gradients
         if schedule not in _SCHEDULES:
             raise ConfigError(f"schedule is {schedule!r}, expected one of {sorted(_SCHEDULES)}")
         if micro_batches < self.mesh.size():
@@ -106,14 +112,18 @@ class Pipeline:
             The sum of the losses of this rank's samples on the last stage, 0 on the others.
         """
         replicas = self.replicas.size()
-        self._loss_sum, self._scale = loss_sum, replicas / global_size
+        # An average over the replicas follows, or an exact sum.
+        self._loss_sum, self._scale = loss_sum, (1 if self.exact_gradients else replicas) / global_size
         rows = ceil(ceil(global_size / replicas) / self.micro_batches)
         schedule = self._schedule(rows, True)
         losses: list[Tensor] = []
         x, labels = self._fill(x, rows, 0), self._fill(labels, rows, -1)
         with phase("pipeline"):
             schedule.step(*self._inputs(x), target=labels if self._is_last else None, losses=losses)
-            self._average_gradients()
+            if self.exact_gradients:
+                self.exact_gradients(self.micro_batches)
+            else:
+                self._average_gradients()
         return torch.stack(losses).sum().detach() / self._scale if losses else x.new_zeros(())
 
     def predict(self, x: Tensor) -> Tensor | None:

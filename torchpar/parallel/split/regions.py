@@ -25,22 +25,18 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar.parallel.launch.agreement import check_shape
-from torchpar.parallel.split.reduction import Reduction, all_reduce
+from torchpar.parallel.split.reduction import all_reduce
 from torchpar.parallel.wire import wire_device
 
 
-def copy_to_tensor_model_parallel_region(
-    x: Tensor, mesh: DeviceMesh, reduction: Reduction = "fast"
-) -> Tensor:
+def copy_to_tensor_model_parallel_region(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """``x``, whole on every rank; the ranks use it for different outputs, so their gradients are summed."""
-    return _Copy.apply(x, mesh, reduction)  # type: ignore[no-any-return]
+    return _Copy.apply(x, mesh)  # type: ignore[no-any-return]
 
 
-def reduce_from_tensor_model_parallel_region(
-    x: Tensor, mesh: DeviceMesh, reduction: Reduction = "fast"
-) -> Tensor:
+def reduce_from_tensor_model_parallel_region(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """The sum of the ranks' ``x``, which all have one shape."""
-    return _Reduce.apply(x, mesh, reduction)  # type: ignore[no-any-return]
+    return _Reduce.apply(x, mesh)  # type: ignore[no-any-return]
 
 
 def scatter_to_tensor_model_parallel_region(
@@ -70,24 +66,24 @@ def gather_from_tensor_model_parallel_region(
 
 class _Copy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh, reduction: Reduction) -> Tensor:
-        ctx.arguments = mesh, reduction
+    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
+        ctx.mesh = mesh
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        return reduce_from_tensor_model_parallel_region(g, *ctx.arguments), None, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return reduce_from_tensor_model_parallel_region(g, ctx.mesh), None
 
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh, reduction: Reduction) -> Tensor:
-        ctx.arguments = mesh, reduction
-        return all_reduce(x.clone(memory_format=torch.contiguous_format), mesh, reduction)
+    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
+        ctx.mesh = mesh
+        return all_reduce(x.clone(memory_format=torch.contiguous_format), mesh)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        return copy_to_tensor_model_parallel_region(g, *ctx.arguments), None, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return copy_to_tensor_model_parallel_region(g, ctx.mesh), None
 
 
 class _Scatter(torch.autograd.Function):

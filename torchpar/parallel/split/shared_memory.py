@@ -12,7 +12,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from math import prod
 from pathlib import Path
@@ -39,6 +39,7 @@ _CACHE_LINE = 64  # bytes; each rank's sequence number has one to itself
 # A waiting rank looks this many times before it lets other processes run, and before it sleeps.
 _SPINS, _YIELDS = 200, 5000
 _PAUSE = 1e-4  # seconds
+Combine = Callable[..., Tensor]
 
 
 class SharedSum:
@@ -55,7 +56,9 @@ class SharedSum:
         dtype: torch.dtype,
         path: Path,
         timeout: float,
+        combine: Combine = torch.add,
     ):
+        self.combine = combine
         self.group, self.rank, self.ranks, self.timeout = group, group.rank(), group.size(), timeout
         sizes = [prod(shape) for shape in shapes]
         self.nbytes = sum(sizes) * dtype.itemsize
@@ -91,9 +94,9 @@ class SharedSum:
             if self._numbers[rank] < self._number:
                 self._wait(rank)
         for total, *terms in zip(tensors, *self._terms[current], strict=True):
-            torch.add(terms[0], terms[1], out=total)
+            self.combine(terms[0], terms[1], out=total)
             for term in terms[2:]:
-                total += term
+                self.combine(total, term, out=total)
 
     def _wait(self, rank: int) -> None:
         start, looked = time.monotonic(), 0
@@ -119,7 +122,11 @@ class SharedSum:
 
 
 def make_shared_sum(
-    group: dist.ProcessGroup, shapes: Sequence[Sequence[int]], dtype: torch.dtype, timeout: float
+    group: dist.ProcessGroup,
+    shapes: Sequence[Sequence[int]],
+    dtype: torch.dtype,
+    timeout: float,
+    combine: Combine = torch.add,
 ) -> SharedSum | None:
     """Return sums of tensors of ``shapes`` over the ranks of ``group``, or None if they cannot share memory.
 
@@ -128,6 +135,7 @@ def make_shared_sum(
 
     Args:
         timeout: seconds after which a rank that waits for another one gives up.
+        combine: `torch.maximum` for maxima instead of sums.
     """
     nbytes = group.size() * (_CACHE_LINE + 2 * sum(map(prod, shapes)) * dtype.itemsize)
     able = SUPPORTED and 1 < group.size() <= MAX_RANKS and nbytes <= MAX_BYTES
@@ -138,7 +146,7 @@ def make_shared_sum(
         shared, path = None, offered[0]
         if able and path is not None:
             with suppress(OSError):
-                shared = SharedSum(group, shapes, dtype, path, timeout)
+                shared = SharedSum(group, shapes, dtype, path, timeout, combine)
         made = [False] * group.size()
         dist.all_gather_object(made, shared is not None, group)
     finally:

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: MIT
+"""Functions whose bits are the same on every processor: exp, sigmoid, log, and the cross-entropy of logits.
+
+`torch.exp` and its like differ in their last bits between processors, and so does what may use a fused
+multiply-add. This module calls only what IEEE 754 defines exactly: one rounding to a call, bit casts, and
+integers. Where a call adds a product (``alpha``, ``addcmul``), the product is exact: a factor is a power of
+two, or both have few bits. So it does not matter whether the two are fused.
+
+With the integer n nearest to x / ln 2, with r = x − n·ln 2, |r| < 0.3466, and with Padé's quotient of order 3
+by 3, which is (Q + P) / (Q − P),
+
+    P = r·(60 + r²), Q = 120 + 12·r²
+    exp(x) = 2ⁿ · (1 + (r + r·(P − 10·r²) / (Q − P)))
+    sigmoid(x) = N / (N + 2⁻ⁿ·D)          N = Q + P, D = Q − P
+
+The quotient's relative error is r⁷/100800 < 6.1·10⁻⁹, a tenth of a rounding. exp, sigmoid and log have no
+gradient: a layer has its own backward pass. The bits hold for eager calls: a compiler may fuse them.
+
+Source: Cody and Waite, "Software manual for the elementary functions", 1980; Sun's fdlibm, ``e_log.c``.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from torchpar.errors import ConfigError
+
+PIECE = 2**15  # elements to a thread at a time: the scratch stays in its cache, and ATen does not cut them
+# ln 2 in two parts of 15 and 16 bits, whose products with |n| < 2⁸ are exact. They leave out 1.3·10⁻¹¹.
+LN2_HIGH, LN2_LOW = float.fromhex("0x1.62e4p-1"), float.fromhex("0x1.7f7ep-20")
+LOG2_E = 1.4426950408889634
+# float32 plus this is an integer, which its lowest bits hold.
+INTEGER, INTEGER_BITS = 1.5 * 2**23, 0x4B400000
+# P and N are in this unit, with which 2⁻ⁿ·D in sigmoid is a normal number for all n from −29 to 151.
+UNIT_EXPONENT = -32
+UNIT = 2.0**UNIT_EXPONENT
+
+
+def _number(x: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor(x, dtype=dtype, device="cpu")  # PyTorch takes it on any device, faster than a number
+
+
+_INTEGER, _BIASED = _number(INTEGER), _number(INTEGER + 127 + UNIT_EXPONENT)
+_LOG2_E, _MINUS_LOG2_E = _number(LOG2_E), _number(-LOG2_E)
+_1, _10, _12, _60, _120 = map(_number, (1, 10 * UNIT, 12, 60 * UNIT, 120))
+_MANTISSA = _number(23, torch.int32)
+
+
+def exp(x: Tensor) -> Tensor:
+    """Return e^x of float32 ``x`` of any shape, float32 and contiguous, without a gradient.
+
+    The error is less than 1.1 units in the last place, subnormal results included. NaN stays NaN.
+
+    Raises:
+        ConfigError: another dtype.
+    """
+    return _in_pieces(_exp, x)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """Return 1 / (1 + e^−x) of float32 ``x`` of any shape, float32 and contiguous, without a gradient.
+
+    The error is less than 2.7 units in the last place, subnormal results included. NaN stays NaN.
+
+    Raises:
+        ConfigError: another dtype.
+    """
+    return _in_pieces(_sigmoid, x)
+
+
+def _in_pieces(function: Callable[..., object], x: Tensor) -> Tensor:
+    _check("the input", x, torch.float32)
+    flat = x.detach().reshape(-1)
+    out = torch.empty_like(flat)
+    size = PIECE * torch.get_num_threads() if flat.is_cpu else max(len(flat), 1)
+    scratch = flat.new_empty(3, min(size, len(flat))).unbind()
+    for piece, into in zip(flat.split(size), out.split(size), strict=True):
+        function(piece, into, *(t[: len(piece)] for t in scratch))
+    return out.view(x.shape)
+
+
+def _exp(x: Tensor, out: Tensor, n: Tensor, r: Tensor, u: Tensor) -> None:
+    torch.clamp(x, -105, 89, out=r)  # e^−105 rounds to 0 and e^89 to infinity
+    torch.mul(r, _LOG2_E, out=n).add_(_INTEGER)
+    exponents = n.view(torch.int32) - INTEGER_BITS
+    n.sub_(_INTEGER)
+    r.sub_(n, alpha=LN2_HIGH).sub_(n, alpha=LN2_LOW)
+    p, q = _numerator_parts(r, n, u)
+    # The quotient of the formula is small: of all roundings those of r and of the two sums matter.
+    torch.mul(r, r, out=out).mul_(_10)
+    torch.sub(p, q, alpha=UNIT, out=q)
+    p.sub_(out).mul_(r).div_(q)
+    torch.sub(r, p, out=out).add_(_1)
+    # Two factors, since 2ⁿ may not be a normal number: the first is exact, the second rounds once.
+    half = exponents >> 1
+    torch.mul(out.mul_(_power(half)), _power(exponents - half), out=out)
+
+
+def _sigmoid(x: Tensor, out: Tensor, n: Tensor, r: Tensor, u: Tensor) -> None:
+    torch.clamp(x, -105, 20, out=r)  # the results round to 0 and 1
+    torch.mul(r, _MINUS_LOG2_E, out=n).add_(_BIASED)  # n is −n of the formula
+    scale = out.view(torch.int32)
+    torch.bitwise_left_shift(n.view(torch.int32), _MANTISSA, out=scale)
+    n.sub_(_BIASED)
+    r.add_(n, alpha=LN2_HIGH).add_(n, alpha=LN2_LOW)
+    p, q = _numerator_parts(r, n, u)
+    torch.add(p, q, alpha=UNIT, out=r)
+    q.sub_(p, alpha=1 / UNIT)
+    torch.addcmul(r, q, out, out=p)
+    torch.div(r, p, out=out)
+
+
+def _numerator_parts(r: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """P times `UNIT` and Q, in ``p`` and ``q``."""
+    torch.mul(r, r, out=q)
+    torch.add(_60, q, alpha=UNIT, out=p).mul_(r)
+    return p, q.mul_(_12).add_(_120)
+
+
+def _power(exponents: Tensor) -> Tensor:
+    """2^exponents float32, for exponents of normal numbers."""
+    return ((exponents + 127) << 23).view(torch.float32)
+
+
+# ln 2 for float64: a part of 32 bits, whose products with exponents are exact, and the rest.
+LN2_32, LN2_REST = float.fromhex("0x1.62e42feep-1"), float.fromhex("0x1.a39ef35793c76p-33")
+SQRT_HALF_BITS = 0x3FE6A09E667F3BCD
+LOG_TERMS = 10
+
+
+def log(x: Tensor) -> Tensor:
+    """Return ln x of float64 ``x`` of any shape, float64, without a gradient.
+
+    With x = 2ᵏ·(1 + f), √½ ≤ 1 + f < √2, and s = f / (2 + f), it is k·ln 2 + 2·artanh s, where
+
+        2·artanh s = f − s·(f − 2·(s²/3 + s⁴/5 + … + s²⁰/21))
+
+    The error is less than 1 unit in the last place. Infinity stays infinity. NaN, 0, and what is negative or
+    subnormal give NaN.
+
+    Raises:
+        ConfigError: another dtype.
+    """
+    _check("the input", x, torch.float64)
+    x = x.detach()
+    normal = (x >= 2.0**-1022) & (x < torch.inf)
+    bits = torch.where(normal, x, 1.0).view(torch.int64)
+    k = (bits - SQRT_HALF_BITS) >> 52
+    f = (bits - (k << 52)).view(torch.float64) - 1
+    s = f / (f + 2)
+    square, series = s * s, torch.zeros_like(s)
+    for j in range(LOG_TERMS, 0, -1):
+        series = (series + 2 / (2 * j + 1)) * square
+    k = k.double()
+    result = k * LN2_32 - ((s * (f - series) - k * LN2_REST) - f)
+    return torch.where(normal, result, torch.where(x == torch.inf, x, torch.nan))
+
+
+# The integers that are added count these: of a softmax's terms, and of a sample's loss, finite up to a limit.
+TERM, LOSS, LARGEST_LOSS = 2.0**-32, 2.0**-24, 2.0**38
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        largest = logits.amax(1, keepdim=True)
+        shifted = logits - largest
+        p = exp(shifted)
+        terms = (p.double() * (1 / TERM)).round().long().sum(1, keepdim=True)
+        # A NaN or +inf among the logits, or nothing but −inf, leaves integers that mean nothing.
+        total = torch.where(largest.abs() < torch.inf, terms.double() * TERM, torch.nan)
+        losses = (log(total) - shifted.gather(1, labels[:, None])).squeeze(1)
+        one_hot = labels[:, None] == torch.arange(logits.shape[1], device=labels.device)
+        ctx.save_for_backward(p.div_(total.float()).sub_(one_hot.float()))
+        return _sum(losses)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * g.float(), None
+
+
+def _sum(losses: Tensor) -> Tensor:
+    """The sum of ``losses (b)`` float64 ≥ 0 in units of `LOSS`: in two halves, whose sums cannot overflow."""
+    units = (torch.where(losses <= LARGEST_LOSS, losses, 0.0) * (1 / LOSS)).round().long()
+    total = (units >> 32).sum().double() * (2**32 * LOSS) + (units & (2**32 - 1)).sum().double() * LOSS
+    total = torch.where((losses > LARGEST_LOSS).any(), torch.inf, total)
+    return torch.where(losses.isnan().any(), torch.nan, total)
+
+
+def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return −log softmax(logits)[label] summed over samples, as a float64 scalar.
+
+    With m the largest logit of a sample, p = exp(z − m), and s the sum of p over classes,
+
+        loss = log s − (z_label − m)        ∂loss/∂z = p / s − onehot(label)
+
+    s is the sum of integers, p in units of 2⁻³², and the result that of losses in units of 2⁻²⁴. So its bits
+    depend neither on the order of the samples nor on the order of the classes. The sum of several results is
+    that of all their samples while it is less than 2²⁹.
+
+    Args:
+        logits: ``(b, classes)`` float32; b may be 0. Its gradient, of once, is float32.
+        labels: ``(b)`` int64, from 0 to classes − 1.
+
+    Returns:
+        A float64 scalar. It is NaN if a loss is: a sample's logits include NaN or +inf, or all are −inf. It
+        is infinite if a loss is more than 2³⁸.
+
+    Raises:
+        ConfigError: other dtypes or shapes.
+    """
+    _check("the logits' dtype", logits, torch.float32)
+    _check("the labels' dtype", labels, torch.int64)
+    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
+        shapes = f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}"
+        raise ConfigError(f"{shapes} differ in samples, expected (b, classes) and (b); reshape them")
+    return _CrossEntropySum.apply(logits, labels)  # type: ignore[no-any-return]
+
+
+def _check(name: str, x: Tensor, dtype: torch.dtype) -> None:
+    if x.dtype != dtype:
+        raise ConfigError(f"{name} is {x.dtype}, expected {dtype}; convert it")

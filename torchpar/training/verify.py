@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT
+"""Check that training has the published bits: ``python -m torchpar verify``.
+
+It trains an MLP of 784-128-64-10 on MNIST for one epoch in exact arithmetic, on any mesh of ranks, and
+compares the SHA-256 of the weights with `EXPECTED`, which the README prints.
+"""
+
+import argparse
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import torch
+
+from torchpar import data
+from torchpar.errors import ConfigError
+from torchpar.ieee import cross_entropy_sum
+from torchpar.nn import MLP
+from torchpar.parallel.launch.local import current_world, start_ranks
+from torchpar.parallel.launch.world import World
+from torchpar.parallel.split.exact import ExactGradients
+from torchpar.parallel.split.mlp import full_state_dict, parallel_mlp
+from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
+from torchpar.training.optimizers import lr_scheduler, sgd
+
+EXPECTED = ""
+SIZES = (784, 128, 64, 10)
+BATCH_SIZE = 128
+MICRO_BATCHES = 4
+DATA = Path(__file__).parents[2] / "examples" / "data"  # of a checkout
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("python -m torchpar verify", description=__doc__.partition("\n")[0])
+    parser.add_argument("--ranks", type=int, help="number of ranks to start; by default tp times pp")
+    parser.add_argument("--tp", type=int, default=1, help="ranks that share each layer")
+    parser.add_argument("--pp", type=int, default=1, help="stages of a pipeline")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder that holds MNIST/raw")
+    options = parser.parse_args(arguments)
+    try:
+        return verify(options.ranks, options.tp, options.pp, options.device, options.data)
+    except (ConfigError, BrokenProcessPool) as e:
+        print(f"python -m torchpar verify: error: {e}", file=sys.stderr)
+        return 2
+
+
+def verify(ranks: int | None, tp: int, pp: int, device: str, folder: Path) -> int:
+    """Train, print the SHA-256 of the weights, and return 0 if it is `EXPECTED`, else 1."""
+    stages = tp * pp
+    ranks = stages if ranks is None else ranks
+    if min(tp, pp, ranks) < 1 or ranks % stages:
+        raise ConfigError(f"--ranks is {ranks}, expected a multiple of tp {tp} × pp {pp}")
+    start = time.perf_counter()
+    with start_ranks(ranks, max((os.cpu_count() or 1) // ranks, 1), device=device) as started:
+        digest = started.run(trained_weights, ranks // stages, tp, pp, folder)[0]
+    mesh = f"dp {ranks // stages} × tp {tp} × pp {pp}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    print(f"{mesh} on {device}, {capability}, torch {torch.__version__}: {time.perf_counter() - start:.0f} s")
+    print(f"SHA-256 of the weights: {digest}")
+    print("the published one" if digest == EXPECTED else f"NOT the published one, {EXPECTED}")
+    return 0 if digest == EXPECTED else 1
+
+
+def trained_weights(dp: int, tp: int, pp: int, folder: Path) -> str:
+    """Train on this rank of the mesh; return the SHA-256 of all weights and biases."""
+    world = current_world().with_mesh(dp=dp, tp=tp, pp=pp)
+    loaded: list[data.Samples] = []
+    world.gather_results(lambda: loaded.extend(data.load("mnist", folder, world.device)))
+    train = loaded[0]
+    torch.manual_seed(0)
+    whole = parallel_mlp(MLP(SIZES).to(world.device), world.mesh["tp"], "exact")
+    model = stage_mlp(whole, world.mesh["pp"])
+    exact_gradients = ExactGradients(model, world)
+    pipeline = Pipeline(model, world, "1f1b", MICRO_BATCHES, exact_gradients) if pp > 1 else None
+    optimizer = sgd(model, lr=0.5, momentum=0.9, weight_decay=3e-5, arithmetic="exact")
+    scheduler = lr_scheduler(optimizer, "linear", -(-len(train) // BATCH_SIZE))
+    for x, labels, global_size in data.batches(train, BATCH_SIZE, seed=0, epoch=1, share=world.share):
+        if pipeline is not None:
+            pipeline.step(x, labels, global_size, cross_entropy_sum)
+        else:
+            (cross_entropy_sum(model(x), labels) / global_size).backward()
+            exact_gradients()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return digest(model, world)
+
+
+def digest(model: torch.nn.Module, world: World) -> str:
+    """The SHA-256 of the whole model's parameters by name, as float32 in little-endian order."""
+    state = {name: t.cpu() for name, t in full_state_dict(model).items()}
+    stages = world.gather_results(lambda: state if world.dp_rank == world.tp_rank == 0 else {})
+    total = hashlib.sha256()
+    for name, t in sorted(item for stage in stages for item in stage.items()):
+        total.update(name.encode() + t.contiguous().numpy().astype("<f4").tobytes())
+    return total.hexdigest()
