@@ -6,7 +6,7 @@ and Triton specialises it as in a launch; the tensors are on the meta device.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from unittest.mock import patch
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from benchmarks import sass
 from benchmarks.compiled import Driver, MachineCode, machine_codes, target
 from torchpar.kernels import candidates, tuning
+from torchpar.kernels import exact_matmul as exact_kernels
 from torchpar.kernels import linear_sigmoid as linear_sigmoid_kernels
 from torchpar.kernels import matmul_t as matmul_t_kernels
 from torchpar.kernels import maximum as maximum_kernels
@@ -385,6 +386,99 @@ def test_symmetric_product_compiles_for_amd(monkeypatch):
     two_operands(torch.bfloat16, "ieee", (4096, 1024), "", None, Compile)
     assert "v_mfma" in kernels[0].asm["amdgcn"]
     assert kernels[0].metadata.shared <= 65536
+
+
+# The exact product
+
+
+def exact_product(shape, transposed, symmetric, dtype, wrap) -> None:
+    m, n, k = shape
+    sizes = [(k, rows) if transposed else (rows, k) for rows in (m, n)]
+    a, b = (meta(*size, dtype=torch.float32) for size in sizes)
+    a, b = (a.mT, b.mT) if transposed else (a, b)
+    e, f = (meta(rows, dtype=torch.int32) for rows in (m, n))
+    if symmetric:
+        b, f = a, e
+    exact_kernels.exact_product(a, b, e, f, wrap, out=meta(m, n, dtype=dtype))
+
+
+def products_of_float32(opcodes: Iterable[str]) -> int:
+    return sum({"FFMA": 1, "FFMA2": 2}.get(opcode.split(".")[0], 0) for opcode in opcodes)
+
+
+def assert_exact(code: MachineCode, capability: int, once: bool) -> None:
+    """One loop multiplies int8 on the tensor cores. What it multiplies is loaded and cut in registers.
+
+    ``once``: each element is cut by one thread, by three fused products and sums.
+    """
+    assert_fits(code, capability, aside=32)
+    (loop,) = code.innermost_loops(r"(IMMA|IGMMA|UTCIMMA)\b.*") or [[]]
+    opcodes = [one.opcode for one in loop]
+    assert opcodes, "no loop multiplies int8"
+    assert not [opcode for opcode in opcodes if re.match("(LDL|STL)", opcode)], "the loop spills"
+    assert not [opcode for opcode in opcodes if re.match("(F2I|FRND)", opcode)], "a slow conversion"
+    assert any(opcode.startswith("LDGSTS") for opcode in opcodes), "nothing is loaded asynchronously"
+    block_m, block_n, block_k = (code.options[f"BLOCK_{axis}"] for axis in "MNK")
+    threads = 32 * code.options["num_warps"]
+    cut = 3 * (block_m + block_n) * block_k // threads
+    found = products_of_float32(opcodes)
+    assert found == cut or (found > cut and not once), f"an element is cut {found / cut} times"
+    # NaN and infinities have a product of their own, of float16.
+    others = products_of_float32(code.opcodes.elements()) - found
+    assert others < block_m * block_n * 16 // threads, "a product of float32"
+
+
+EXACT = {  # shape, transposed
+    "by rows": ((4096, 4096, 4096), False),
+    "by columns": ((4096, 4096, 4096), True),
+    "partial tiles": ((4096, 1001, 784), False),
+    "any strides, long": ((509, 509, 2**15 + 1), True),
+}
+
+
+@pytest.mark.parametrize("case", EXACT)
+@pytest.mark.parametrize("symmetric", [False, True], ids=["two", "symmetric"])
+def test_exact_product(compiled, capability, case, symmetric):
+    shape, transposed = EXACT[case]
+    if symmetric:
+        shape = (shape[0], shape[0], shape[2])
+    code = compiled(exact_product, shape, transposed, symmetric, torch.float32)
+    once = capability >= 90 and case == "by rows"
+    assert_exact(code, capability, once)
+    if once:
+        assert code.count("UTCIMMA" if capability == 100 else r"IGMMA\..*") >= 10
+    if case == "by rows":
+        assert code.count(r"STG\.E.*\.128.*") == code.count(r"STG.*"), "a store is not coalesced"
+
+
+def test_exact_sums(compiled, capability):
+    code = compiled(exact_product, (4096, 4096, 4096), False, False, torch.int64)
+    assert_exact(code, capability, once=capability >= 90)
+    assert not code.count("(DMUL|DADD|DFMA|HMMA|HGMMA|UTCHMMA).*"), "T is made of integers"
+
+
+@pytest.mark.parametrize("capability", [90], indirect=True)
+@pytest.mark.parametrize(
+    "tiles, message",
+    [
+        (Tiles(128, 128, 32, 8, 3), "spill"),
+        (Tiles(64, 64, 32, 4, 1), "asynchronously"),
+        (Tiles(64, 64, 32, 8, 3), "cut 2.5 times"),
+    ],
+)
+def test_check_rejects_other_tiles_of_the_exact_product(compiled, capability, tiles, message):
+    with patch.object(exact_kernels, "_tiles", return_value=tiles):
+        code = compiled(exact_product, (4096, 4096, 4096), False, False, torch.float32)
+    with pytest.raises(AssertionError, match=message):
+        assert_exact(code, capability, once=True)
+
+
+@pytest.mark.parametrize("capability", [90], indirect=True)
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_check_rejects_another_product(compiled, capability, precision):
+    code = compiled(symmetric_product, torch.float32, precision, 4096, None)
+    with pytest.raises(AssertionError, match="no loop multiplies int8"):
+        assert_exact(code, capability, once=False)
 
 
 # The kernels that are bound by memory

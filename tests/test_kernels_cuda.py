@@ -15,9 +15,11 @@ from torch.testing import assert_close
 import torchpar
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
+from torchpar.kernels import exact_matmul as exact_kernels
 from torchpar.kernels import linear_sigmoid as linear_kernels
 from torchpar.kernels import matmul_t as kernels
 from torchpar.kernels.candidates import Tiles
+from torchpar.ops import _exact
 from torchpar.tune.measure import use_fp32_precision
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels take a GPU; there is none")
@@ -109,6 +111,38 @@ def test_linear_sigmoid(precision: str, m: int, n: int, k: int, layout: str, var
         native = torch.nn.functional.linear(x, weight, bias).sigmoid()
     expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double()).sigmoid()
     assert_accurate(results[0], native, expected.cpu().numpy(), roundings=2)
+
+
+@pytest.mark.parametrize("layouts", ["NN", "TN", "TT"])
+@pytest.mark.parametrize(
+    "m, n, k", [(2064, 1040, 272), (129, 127, 129), (2064, 1001, 272), (65, 33, exact_kernels.CHAIN + 17)]
+)
+def test_exact_product(m: int, n: int, k: int, layouts: str) -> None:
+    """The CPU's bits, by large tiles and by small ones; of A·Bᵀ and A·Aᵀ, finite or not."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(rows, k, generator=generator) for rows in (m, n))
+    x = torch.ldexp(x, torch.randint(-90, 60, (m, 1), generator=generator))
+    y = torch.ldexp(y, torch.randint(-70, 60, y.shape, generator=generator))
+    for second in (y, x):
+        e, f = (_exact.row_exponents(t) for t in (x, second))
+        total = _exact.Sums(_exact.digits(x, e), _exact.digits(second, f)).long()
+        expected = _exact.rounded(total, e, f)
+        a, b = (laid_out(t.cuda(), layout) for t, layout in zip((x, second), layouts, strict=True))
+        b = a if second is x else b
+        e, f = e.cuda(), f.cuda()
+        for result in (total, expected, expected):  # the last by the plan of the one before
+            out = torch.full_like(result, -7, device="cuda")
+            exact_kernels.exact_product(a, b, e, f, None, out=out)
+            assert torch.equal(out.cpu(), result)
+        a = a.clone()
+        a[1, 0], a[-1, -1] = math.inf, math.nan
+        e[[1, -1]] = exact_kernels.LARGEST.value + 1
+        b, f = (a, e) if second is x else (b, f)
+        exact_kernels.exact_product(a, b, e, f, None, out=out)
+        finite = (e <= exact_kernels.LARGEST.value) & (f <= exact_kernels.LARGEST.value).mT
+        assert torch.equal(out[finite].cpu(), expected[finite.cpu()])
+        native = a @ b.mT
+        assert_close(out[~finite], native[~finite], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)

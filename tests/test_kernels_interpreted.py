@@ -18,14 +18,17 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.testing import assert_close
 
 from torchpar.kernels import candidates
+from torchpar.kernels import exact_matmul as exact_kernels
 from torchpar.kernels import linear_sigmoid as linear_sigmoid_kernels
 from torchpar.kernels import matmul_t as matmul_t_kernels
 from torchpar.kernels import maximum as maximum_kernels
 from torchpar.kernels import sigmoid_backward as sigmoid_backward_kernels
 from torchpar.kernels.candidates import Tiles
 from torchpar.kernels.gemm import GROUP, triangle_by_rows, triangle_tile
+from torchpar.ops import _exact
 
 
 def _release(package: str) -> tuple[int, ...]:
@@ -268,6 +271,243 @@ def check_allocator_is_the_users() -> None:
 
 def test_allocator_is_the_users(interpreter):
     interpreter(check_allocator_is_the_users)
+
+
+# Exact sums of products
+
+
+def exponents(x: Tensor) -> Tensor:
+    """Of the rows ``(*, m, 1)``; above `LARGEST` where a row has a NaN or an infinity."""
+    found = _exact.row_exponents(torch.where(x.isfinite(), x, 0))
+    return torch.where(x.isfinite().all(-1, keepdim=True), found, exact_kernels.LARGEST.value + 1)
+
+
+def exact_sums(a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
+    """T of finite rows by the CPU's formula, int64."""
+    total = torch.zeros(*a.shape[:-1], b.shape[1], dtype=torch.int64)
+    for i in range(len(total)):
+        total[i] = _exact.Sums(_exact.digits(a[i], e[i]), _exact.digits(b[i], f[i])).long()
+    return total
+
+
+def check_exact_product(a: Tensor, b: Tensor | None, wrap) -> None:
+    """The bits of T and of the float32 product; those of NaN and of infinities as PyTorch's. None: b is a."""
+    second = a if b is None else b
+    e, f = exponents(a), exponents(second)
+    shape = (*a.shape[:-1], second.shape[-2])
+    total = torch.full(shape, -7)
+    out, again = (torch.full(shape, -7.0) for _ in range(2))  # a NaN may be right
+    for result in (total, out, again):
+        assert exact_kernels.exact_product(a, second, e[..., 0], f[..., 0], wrap, out=result) is result
+    assert torch.equal(out.view(torch.int32), again.view(torch.int32)), "two runs differ"
+    marked = (e > exact_kernels.LARGEST.value) | (f > exact_kernels.LARGEST.value).mT
+    x, y, e, f = (t.flatten(0, -3) if t.dim() > 2 else t[None] for t in (a, second, e, f))
+    finite = [torch.where(t.isfinite(), t, 0) for t in (x, y)]
+    expected = exact_sums(*finite, e.clamp(max=129), f.clamp(max=129))
+    assert torch.equal(total[~marked], expected.view(shape)[~marked]), "T differs"
+    with np.errstate(over="ignore"):
+        rounded = _exact.rounded(expected, e.clamp(max=129), f.clamp(max=129)).view(shape)
+    assert torch.equal(out[~marked].view(torch.int32), rounded[~marked].view(torch.int32)), "bits differ"
+    native = (a @ second.mT)[marked]
+    assert_close(out[marked], native, rtol=0, atol=0, equal_nan=True, msg="not PyTorch's NaN and infinities")
+    if b is None:  # its mirror is stored, not computed
+        assert_close(out, out.mT, rtol=0, atol=0, equal_nan=True, msg="not symmetric")
+        assert torch.equal(total, total.mT), "not symmetric"
+
+
+def check_exact_product_of_shape(m, n, k, batch, layouts, wrap) -> None:
+    torch.manual_seed(0)
+    a, b = (
+        LAYOUTS[layout](draw(*batch, rows, k, dtype=torch.float32))
+        for rows, layout in zip((m, n), layouts, strict=True)
+    )
+    check_exact_product(a, b, wrap)
+    if m == n:
+        check_exact_product(a, None, wrap)
+
+
+@pytest.mark.parametrize(
+    "m, n, k",
+    [
+        *((0, 3, 2), (3, 0, 2), (2, 3, 0), (0, 0, 0), (1, 1, 1), (1, 129, 2), (2, 127, 129), (127, 1, 127)),
+        *((129, 129, 2), (129, 2, 129), (33, 65, 64)),
+    ],
+)
+def test_exact_product(interpreter, m, n, k):
+    interpreter(check_exact_product_of_shape, m, n, k, (), ("contiguous",) * 2, directly)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_exact_product_of_layout(interpreter, layout):
+    interpreter(check_exact_product_of_shape, 33, 33, 35, (2,), (layout, "contiguous"), directly)
+    interpreter(check_exact_product_of_shape, 5, 3, 35, (2,), ("transposed", layout), directly)
+
+
+@pytest.mark.parametrize("batch", [(0,), (3,), (2, 1, 2)], ids=str)
+def test_exact_product_of_batch(interpreter, batch):
+    interpreter(check_exact_product_of_shape, 34, 34, 3, batch, ("contiguous",) * 2, directly)
+
+
+def check_exact_product_of_large_tiles(layouts, wrap) -> None:
+    with patch.object(exact_kernels, "device", return_value=candidates.Device("", 90, 1)):
+        check_exact_product_of_shape(144, 144, 48, (), layouts, wrap)
+
+
+@pytest.mark.parametrize("layouts", [("contiguous", "contiguous"), ("transposed", "contiguous")], ids=str)
+def test_exact_product_of_large_tiles(interpreter, layouts):
+    interpreter(check_exact_product_of_large_tiles, layouts, directly)
+
+
+def rows(case: str) -> Tensor:
+    """Rows ``(6, 40)`` of which a float32 product would lose bits, or all of them."""
+    torch.manual_seed(0)
+    x = draw(6, 40, dtype=torch.float32)
+    if case == "magnitudes":
+        return torch.ldexp(x, torch.randint(-60, 60, x.shape))
+    if case == "zeros":
+        x[::2], x[:, ::3] = 0.0, -0.0
+    elif case == "subnormal":
+        x = torch.ldexp(x, torch.tensor([-149, -140, -130, -126, -100, 0])[:, None])
+    elif case == "subnormal results":
+        x = torch.ldexp(x, torch.tensor([-75, -74, -72, -70, -66, -64])[:, None])
+    elif case == "largest":
+        x[:3] = torch.finfo(torch.float32).max
+        x[3:5], x[5, 0] = 2.0**127, -(2.0**128) * (1 - 2.0**-7)
+    elif case == "overflow":
+        x = torch.ldexp(x, torch.tensor([0, 60, 62, 63, 64, 126])[:, None]).clamp(-3e38, 3e38)
+    elif case == "ties":  # of X, and of carries between its digits
+        x = torch.randint(-(2**24), 2**24, x.shape) / 2.0**24
+        x[:, 0], x[1:3] = 0.75, x[1:3] / torch.tensor([2.0**8, 2.0**9])[:, None]
+        x[3, 1:] = torch.arange(1, 40) / 2.0**32 + 0.0
+        x[4, 1:] = 127.5 / 128 * torch.tensor([1.0, -1.0, 2.0**-8]).repeat(13) * 0.99
+    return x
+
+
+@pytest.mark.parametrize(
+    "case", ["magnitudes", "zeros", "subnormal", "subnormal results", "largest", "overflow", "ties"]
+)
+def test_exact_product_of_rows(interpreter, case):
+    for b in (rows("magnitudes"), None):
+        interpreter(check_exact_product, rows(case), b, directly)
+
+
+def special_rows(count: int) -> Tensor:
+    torch.manual_seed(0)
+    x = draw(count, 40, dtype=torch.float32).sign() * torch.rand(count, 40)
+    x[0, 3], x[1, 3], x[1, 5] = math.inf, math.inf, -math.inf
+    x[2, 39], x[3, 0], x[4, 3] = math.nan, -math.inf, 0.0
+    x[5:7] = 0.0
+    x[6, 3] = math.inf
+    return x
+
+
+@pytest.mark.parametrize("count", [7, 80])
+def test_exact_product_of_nan_and_infinities(interpreter, count):
+    """80 rows: some tiles have no marked row."""
+    finite = rows("ties")
+    special = special_rows(count)
+    for a, b in ((special, special_rows(7)), (finite, special), (special, None)):
+        interpreter(check_exact_product, a, b, directly)
+
+
+def check_exact_product_of_chains(k, wrap) -> None:
+    """Chains of 64 terms; the formula, whose chain is longer, has the same T."""
+    with patch.object(exact_kernels, "CHAIN", 64):
+        check_exact_product_of_shape(3, 33, k, (2,), ("contiguous", "transposed"), wrap)
+        check_exact_product_of_shape(33, 33, k, (), ("sliced", "contiguous"), wrap)
+
+
+@pytest.mark.parametrize("k", [64, 65, 129])
+def test_exact_product_of_chains(interpreter, k):
+    interpreter(check_exact_product_of_chains, k, directly)
+
+
+def check_longest_chain_fits() -> None:
+    """One term more than a chain of terms whose digits are the least there are, −127 and −128."""
+    k = exact_kernels.CHAIN + 1
+    x = torch.full((1, k), -(127 * 2.0**24 + 128 * 2.0**16 + 128 * 2.0**8) / 2.0**31)
+    e, total = exponents(x), torch.zeros(1, 1, dtype=torch.int64)
+    exact_kernels.exact_product(x, x.clone(), e[0], e[0], directly, out=total)
+    assert torch.equal(total[None], exact_sums(x[None], x[None], e[None], e[None]))
+
+
+def test_longest_chain_fits(interpreter):
+    interpreter(check_longest_chain_fits)
+
+
+def test_exact_product_refuses_what_int64_does_not_hold():
+    a, e = torch.zeros(1, 1).expand(1, 2**24), torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="at most 16777215 terms"):
+        exact_kernels.exact_product(a, a, e, e, directly, out=torch.zeros(1, 1))
+
+
+_chain, _digits = exact_kernels.chain, exact_kernels.digits
+
+
+@triton.jit
+def sums_without_carry(a, b, a_in, b_in, e, f, k, a_col, b_col, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
+    return _chain(a, b, a_in, b_in, e, f, k, a_col, b_col, BLOCK_K, EVEN_K).to(tl.int32).to(tl.int64)
+
+
+@triton.jit
+def three_digits(x, first, second):
+    d0, d1, d2, d3 = _digits(x, first, second)
+    return d0, d1, d2, tl.zeros_like(d3)
+
+
+@triton.jit
+def truncated_digits(x, first, second):
+    return _digits((x * first * second * 512.0).to(tl.int32).to(tl.float32) / 512.0, 1.0, 1.0)
+
+
+@triton.jit
+def sign_without_zero(x):
+    return tl.where(tl.abs(x) < math.inf, tl.where(x >= 0.0, 1.0, -1.0), x).to(tl.float16)
+
+
+def check_broken_exact_product(name, broken, a, b) -> None:
+    with patch.object(exact_kernels, name, broken):
+        check_exact_product(a, b, directly)
+
+
+def sums_lose_their_carry():
+    check_broken_exact_product("chain", sums_without_carry, rows("ties"), None)
+
+
+def products_of_the_last_digit_are_missing():
+    check_broken_exact_product("digits", three_digits, rows("ties"), None)
+
+
+def elements_are_truncated():
+    check_broken_exact_product("digits", truncated_digits, rows("ties"), None)
+
+
+def results_are_twice_as_large():
+    check_broken_exact_product("WEIGHT", tl.constexpr(37), rows("ties"), None)
+
+
+def infinity_times_0_is_infinite():
+    check_broken_exact_product("sign", sign_without_zero, special_rows(7), rows("zeros"))
+
+
+def a_tile_is_missing():
+    check_exact_product(rows("ties"), None, WithoutLastProgram)
+
+
+@pytest.mark.parametrize(
+    "broken, message",
+    [
+        (sums_lose_their_carry, "T differs"),
+        (products_of_the_last_digit_are_missing, "T differs"),
+        (elements_are_truncated, "T differs"),
+        (results_are_twice_as_large, "bits differ"),
+        (infinity_times_0_is_infinite, "not PyTorch's NaN"),
+        (a_tile_is_missing, "T differs"),
+    ],
+)
+def test_check_rejects_an_exact_product_of_which(interpreter, broken, message):
+    with pytest.raises(AssertionError, match=message):
+        interpreter(broken)
 
 
 # (G + Gᵀ)/2 and the mirror

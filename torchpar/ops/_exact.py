@@ -35,7 +35,7 @@ LARGEST = 129  # exponent of a row of finite numbers
 # Half of each digit but the first: added before the cut, it makes digits from −128 on of those from 0 on.
 CARRY = sum(2 ** (BITS * p + BITS - 1) for p in range(DIGITS - 1))
 CHAIN = 2**14  # terms, of which each order fits in an int32, and T in the 53 bits of a float64
-LONG_CHAIN = 2**24  # terms, of which T fits in an int64
+LONG_CHAIN = 2**23  # terms, of which T fits in an int64
 _BLOCK = 2**17  # elements that are cut, or put together, at a time: they fit in the processor's cache
 _HALVED_BLOCK = 256  # rows of a block on the diagonal, of which all is computed
 _INT8_WORTH = 2**20  # multiplications, from which on int8 products are faster than a float64 one
@@ -115,7 +115,13 @@ def product(a: Tensor, b: Tensor, wrap: Wrap) -> Tensor:
     if a.is_cuda or wrap is not None:
         from torchpar.kernels.exact_matmul import exact_product
 
-        return exact_product(a, b, e, f, wrap, out=a.new_empty(*a.shape[:-1], b.shape[-2]))
+        shape, k = (*a.shape[:-1], b.shape[-2]), a.shape[-1]
+        if isinstance(k, torch.SymInt) or k <= LONG_CHAIN:
+            return exact_product(a, b, e, f, wrap, out=a.new_empty(shape))
+        total = a.new_zeros(shape, dtype=torch.float64)
+        for x, y in zip(a.split(LONG_CHAIN, -1), b.split(LONG_CHAIN, -1), strict=True):
+            total += exact_product(x, y, e, f, wrap, out=a.new_empty(shape, dtype=torch.int64))
+        return rounded(total, e, f)
     special = (e > LARGEST).any() or (f > LARGEST).any()
     if special:
         finite = [torch.where(t.isfinite(), t, 0) for t in (a, b)]
@@ -248,11 +254,13 @@ def _orders(a: Tensor, b: Tensor) -> list[Tensor]:
         # Order s: Σ_p d_p·c_(s − p) is one product over the leading digits of A and those of B, reversed.
         left, right = _concatenated(a), _concatenated(b, reverse=True)
         return [torch._int_mm(left[:, : n * k], right[:, -n * k :].T) for n in range(1, DIGITS + 1)]
-    # One product of float64, whose terms add up to less than 2⁵³: Σ_p d_p · (the first 4 − p digits of B).
-    leading = b.double()
+    # Products of float64, whose terms add up to less than 2⁵³: Σ_p d_p · (the first 4 − p digits of B).
+    leading = b.select(-2, 0).double()
+    total = a.select(-2, DIGITS - 1).double() @ leading.mT
     for q in range(1, DIGITS):
-        leading.select(-2, q).add_(leading.select(-2, q - 1), alpha=2**BITS)
-    return [a.double().flatten(-2) @ leading.flip(-2).flatten(-2).mT]
+        leading.mul_(2**BITS).add_(b.select(-2, q))
+        total += a.select(-2, DIGITS - 1 - q).double() @ leading.mT
+    return [total]
 
 
 def _concatenated(digits: Tensor, reverse: bool = False) -> Tensor:

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: MIT
+"""Exact sums of products: float32 rows become integers, whose int8 digits the tensor cores multiply.
+
+A row is scaled by a power of two and rounded to integers X, |X| ≤ 2³¹ − 2²⁴, which are cut into four signed
+digits, X = d₀·2²⁴ + d₁·2¹⁶ + d₂·2⁸ + d₃. Of the rows i of A with the exponents e and the rows j of B with the
+digits c and the exponents f, the kernel sums the products of each order s = p + q ≤ 3 in int32:
+
+    S_s = Σ_k Σ_{p + q = s} d_p·c_q
+    T_ij = ((S₀·2⁸ + S₁)·2⁸ + S₂)·2⁸ + S₃
+    (A·Bᵀ)_ij ≈ T_ij · 2^(e_i + f_j − 38)
+
+T is an integer, so that neither the tiles nor the order of the sums change its bits.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .candidates import Tiles, device
+from .gemm import GROUP, grouped_tile, triangle_tile
+from .launch import Plan, Wrap, planned
+
+CHAIN = 2**14  # terms: in int32, the four products of order 3, of at most 2¹⁴ each, have no more of them
+LONGEST = 2**24 - 1  # terms that int64 holds
+
+LIMIT_K = tl.constexpr(16)  # columns of signs at a time, the fewest that tensor cores take
+LARGEST = tl.constexpr(129)  # A greater exponent marks a row that has a NaN or an infinity.
+WEIGHT = tl.constexpr(38)  # T counts units of 2^(e + f − WEIGHT).
+# Added to |x| < 2²², it leaves no bits for a fraction: the sum is rounded to an integer, ties to even, whose
+# bits are ROUND_BITS plus the rounded x.
+ROUND = tl.constexpr(12582912.0)  # 1.5·2²³
+ROUND_BITS = tl.constexpr(0x4B400000)
+HALVES = tl.constexpr(0x00808080)  # half of each digit but the first
+
+
+@triton.jit
+def powers(exponents):
+    """Two float32 whose product is 2^exponents, for exponents from −126 to 254."""
+    first = tl.minimum(exponents, 127)
+    return (
+        ((first + 127) << 23).to(tl.float32, bitcast=True),
+        ((exponents - first + 127) << 23).to(tl.float32, bitcast=True),
+    )
+
+
+@triton.jit
+def power(exponents):
+    """2^exponents in float64."""
+    return ((exponents.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def digits(x, first, second):
+    """The four digits of ``X = round(x·first·second·2⁹)``, int8, for ``|x·first·second| < 2²²``.
+
+    X = 2⁹·h + l, where h is the integer next to the scaled x and l rounds what is left, which is exact.
+    A compiler may fuse these products and sums: all products are exact, or so small that X is 0.
+    """
+    x = x * first * second
+    h = x + ROUND
+    l = (x - (h - ROUND)) * 512.0 + ROUND  # noqa: E741
+    # The halves make digits from −128 to 127 of bytes from 0 to 255, each of which they flip the sign bit of.
+    offset: tl.constexpr = (HALVES - ROUND_BITS - (ROUND_BITS << 9)) % 2**32
+    x = (h.to(tl.int32, bitcast=True) << 9) + l.to(tl.int32, bitcast=True)
+    x = (x + offset) ^ HALVES
+    return (x >> 24).to(tl.int8), (x >> 16).to(tl.int8), (x >> 8).to(tl.int8), x.to(tl.int8)
+
+
+@triton.jit
+def chain(
+    a_tile, b_tile, a_inside, b_inside, e, f, k, a_col, b_col, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr
+):
+    """T of at most CHAIN terms, int64; ``a_inside`` and ``b_inside`` say which rows are not taken as 0."""
+    a_first, a_second = powers(22 - e)
+    b_first, b_second = powers(22 - f)
+    cols = tl.arange(0, BLOCK_K)
+    step = tl.full((), BLOCK_K, tl.int64)
+    s0 = tl.zeros((e.shape[0], f.shape[0]), dtype=tl.int32)
+    s1 = tl.zeros((e.shape[0], f.shape[0]), dtype=tl.int32)
+    s2 = tl.zeros((e.shape[0], f.shape[0]), dtype=tl.int32)
+    s3 = tl.zeros((e.shape[0], f.shape[0]), dtype=tl.int32)
+    tl.assume(k > 0)  # without it Triton 3.6 waits for each product before it begins the next
+    for start in range(0, k, BLOCK_K):
+        if EVEN_K:
+            a_mask = a_inside[:, None]
+            b_mask = b_inside[None, :]
+        else:
+            a_mask = a_inside[:, None] & (cols < k - start)[None, :]
+            b_mask = b_inside[None, :] & (cols < k - start)[:, None]
+        a = tl.load(a_tile, mask=a_mask, other=0.0)
+        b = tl.load(b_tile, mask=b_mask, other=0.0)
+        a0, a1, a2, a3 = digits(a, a_first[:, None], a_second[:, None])
+        b0, b1, b2, b3 = digits(b, b_first[None, :], b_second[None, :])
+        s0 = tl.dot(a0, b0, s0)
+        s1 = tl.dot(a0, b1, s1)
+        s1 = tl.dot(a1, b0, s1)
+        s2 = tl.dot(a0, b2, s2)
+        s2 = tl.dot(a1, b1, s2)
+        s2 = tl.dot(a2, b0, s2)
+        s3 = tl.dot(a0, b3, s3)
+        s3 = tl.dot(a1, b2, s3)
+        s3 = tl.dot(a2, b1, s3)
+        s3 = tl.dot(a3, b0, s3)
+        a_tile += step * a_col
+        b_tile += step * b_col
+    return (((s0.to(tl.int64) << 8) + s1 << 8) + s2 << 8) + s3
+
+
+@triton.jit
+def sign(x):
+    """−1, 0 or 1 for finite x, else x; float16."""
+    finite = tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0))
+    return tl.where(tl.abs(x) < float("inf"), finite, x).to(tl.float16)
+
+
+@triton.jit
+def products_of_signs(a_ptr, b_ptr, i, j, m, n, k, a_row, a_col, b_row, b_col, BLOCK_K: tl.constexpr):
+    """The product as far as it is NaN or infinite. Of a finite value only its sign matters to that."""
+    cols = tl.arange(0, BLOCK_K)
+    wide = cols.to(tl.int64)
+    step = tl.full((), BLOCK_K, tl.int64)
+    a_tile = a_ptr + ((i * a_row)[:, None] + (wide * a_col)[None, :])
+    b_tile = b_ptr + ((j * b_row)[None, :] + (wide * b_col)[:, None])
+    acc = tl.zeros((i.shape[0], j.shape[0]), dtype=tl.float32)
+    for start in range(0, k, BLOCK_K):
+        a = tl.load(a_tile, mask=(i < m)[:, None] & (cols < k - start)[None, :], other=0.0)
+        b = tl.load(b_tile, mask=(j < n)[None, :] & (cols < k - start)[:, None], other=0.0)
+        acc = tl.dot(sign(a), sign(b), acc)
+        a_tile += step * a_col
+        b_tile += step * b_col
+    return acc
+
+
+@triton.jit
+def exact_product_kernel(
+    a_ptr,
+    b_ptr,
+    e_ptr,
+    f_ptr,
+    out_ptr,
+    m,
+    n,
+    k,
+    a_batch,
+    a_row,
+    a_col,
+    b_batch,
+    b_row,
+    b_col,
+    SYMMETRIC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    CHAIN: tl.constexpr,
+    ONE_CHAIN: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """A tile of T, int64, or of the product rounded to float32.
+
+    SYMMETRIC, where B is A: the tile is on or below the diagonal, and its transpose is stored with it. T is
+    symmetric by itself, and so is what is made of it, since products by powers of two are exact.
+    """
+    tiles_m, tiles_n = (m - 1) // BLOCK_M + 1, (n - 1) // BLOCK_N + 1  # tl.cdiv overflows just below 2³¹
+    if SYMMETRIC:
+        tiles = tiles_m * (tiles_m + 1) // 2
+        tile_m, tile_n = triangle_tile(tl.program_id(0) % tiles, tiles_m, GROUP)
+    else:
+        tiles = tiles_m * tiles_n
+        tile_m, tile_n = grouped_tile(tl.program_id(0) % tiles, tiles_m, tiles_n, GROUP)
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
+    i = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    e = tl.load(e_ptr + (batch * m + i), mask=i < m, other=0)
+    f = tl.load(f_ptr + (batch * n + j), mask=j < n, other=0)
+    e_finite, f_finite = e <= LARGEST, f <= LARGEST
+    e, f = tl.minimum(e, LARGEST), tl.minimum(f, LARGEST)
+    cols = tl.arange(0, BLOCK_K).to(tl.int64)
+    a_ptr += batch * a_batch
+    b_ptr += batch * b_batch
+    a_tile = a_ptr + ((i * a_row)[:, None] + (cols * a_col)[None, :])
+    b_tile = b_ptr + ((j * b_row)[None, :] + (cols * b_col)[:, None])
+    a_inside, b_inside = (i < m) & e_finite, (j < n) & f_finite
+    if ONE_CHAIN:
+        total = chain(a_tile, b_tile, a_inside, b_inside, e, f, k, a_col, b_col, BLOCK_K, EVEN_K)
+    else:
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int64)
+        step = tl.full((), CHAIN, tl.int64)
+        for start in range(0, k, CHAIN):
+            terms = tl.minimum(k - start, CHAIN)
+            total += chain(a_tile, b_tile, a_inside, b_inside, e, f, terms, a_col, b_col, BLOCK_K, EVEN_K)
+            a_tile += step * a_col
+            b_tile += step * b_col
+    if out_ptr.dtype.element_ty == tl.int64:
+        out = total
+    else:
+        out = (total.to(tl.float64) * power(e)[:, None] * power(f - WEIGHT)[None, :]).to(tl.float32)
+        if tl.min(e_finite.to(tl.int32)) + tl.min(f_finite.to(tl.int32)) < 2:
+            limit = products_of_signs(a_ptr, b_ptr, i, j, m, n, k, a_row, a_col, b_row, b_col, LIMIT_K)
+            out = tl.where(e_finite[:, None] & f_finite[None, :], out, limit)
+    out_ptr += batch * m * n
+    tl.store(out_ptr + (i[:, None] * n + j[None, :]), out, mask=(i < m)[:, None] & (j < n)[None, :])
+    if SYMMETRIC:
+        # The mask is constant along a row, so that the stores stay vectorised.
+        mirror_mask = (j < n)[:, None] & (i < tl.where(tile_m == tile_n, 0, n))[None, :]
+        tl.store(out_ptr + (j[:, None] * n + i[None, :]), tl.trans(out), mask=mirror_mask)
+
+
+def exact_product(a: Tensor, b: Tensor, e: Tensor, f: Tensor, wrap: Wrap, *, out: Tensor) -> Tensor:
+    """``a @ b.mT`` of float32 ``a (*, m, k)`` and ``b (*, n, k)`` by exact sums; of ``b is a``, half.
+
+    Args:
+        e, f: int32 exponents ``(*, m)`` and ``(*, n)`` of the rows, contiguous: |x| < (1 − 2⁻⁷)·2^e, and from
+            −126 to 129. A greater one marks a row that has a NaN or an infinity.
+        out: ``(*, m, n)``, contiguous. In int64 it becomes T, which says nothing of marked rows and columns;
+            in float32 the product, which is NaN or infinite there.
+
+    Returns:
+        ``out``; exactly symmetric if ``b is a``.
+
+    Raises:
+        ValueError: k is above `LONGEST`.
+    """
+    if a.shape[-1] > LONGEST:
+        raise ValueError(
+            f"exact_product sums at most {LONGEST} terms in int64, got k = {a.shape[-1]}; split k, add int64"
+        )
+    if a.shape[-1] == 0:
+        return out.zero_()
+    if out.numel() > 0:
+        first = _three_dims(a)
+        second = None if b is a else _three_dims(b)
+        plan = planned(_plan, wrap, (first, second, e, f), out=out)
+        assert plan is not None
+        plan.launch(wrap, first, first if second is None else second, e, f, out)
+    return out
+
+
+def _plan(a: Tensor, b: Tensor | None, e: Tensor, f: Tensor) -> Plan:
+    symmetric = b is None
+    b = a if b is None else b
+    (batch, m, k), n = a.shape, b.shape[1]
+    tiles = _tiles(a, b, symmetric)
+    tiles_m, tiles_n = triton.cdiv(m, tiles.block_m), triton.cdiv(n, tiles.block_n)
+    constants = {
+        "SYMMETRIC": symmetric,
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_K": tiles.block_k,
+        "EVEN_K": bool(k % tiles.block_k == 0),
+        "CHAIN": CHAIN,
+        "ONE_CHAIN": bool(k <= CHAIN),
+        "GROUP": GROUP,
+    }
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    programs = batch * (tiles_m * (tiles_m + 1) // 2 if symmetric else tiles_m * tiles_n)
+    return Plan(exact_product_kernel, programs, (m, n, k, *a.stride(), *b.stride()), constants, options)
+
+
+def _tiles(a: Tensor, b: Tensor, symmetric: bool) -> Tiles:
+    """The largest tiles whose loop keeps its four sums in registers, since each tile cuts its elements anew.
+
+    Small tiles have registers for an address per element, and for T beside the sums of a chain. They also
+    fill more of the processor where there are few large ones.
+    """
+    (batch, m, k), n = a.shape, b.shape[1]
+    present = device(a)
+    by_rows = a.stride(-1) == b.stride(-1) == 1
+    # Elsewhere the tensor cores take int8 from registers, and several warps cut the same elements.
+    shared = present.capability in (90, 100)
+    if symmetric:
+        large, small = Tiles(64, 64, 32, 4 if by_rows and shared else 8, 3), Tiles(32, 32, 32, 4, 3)
+    else:
+        large, small = Tiles(128, 64, 32, 8, 3), Tiles(64, 32, 32, 8, 3)
+    fits = k <= CHAIN and _moves_16_bytes(a) and _moves_16_bytes(b)
+    fits = fits and (shared or (by_rows and n % 16 == 0))
+    count = batch * triton.cdiv(m, large.block_m) * triton.cdiv(n, large.block_n)
+    return large if fits and count // (1 + symmetric) >= present.multiprocessors else small
+
+
+def _moves_16_bytes(t: Tensor) -> bool:
+    """Whether Triton loads 16 bytes at a time: it knows which sizes and strides are multiples of 16."""
+    sizes = [size for size, stride in zip(t.shape, t.stride(), strict=True) if stride == 1]
+    steps = [stride for stride in t.stride() if stride != 1]
+    return len(sizes) == 1 and all(size % 16 == 0 for size in (*sizes, *steps, 4 * t.storage_offset()))
+
+
+def _three_dims(t: Tensor) -> Tensor:
+    """``t`` with one batch dimension; a view where the strides allow."""
+    return t.flatten(0, -3) if t.dim() > 2 else t.unsqueeze(0)
