@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Draw the pictures of docs/parallel.md: ``python docs/pictures.py``."""
+"""Draw the pictures of docs/parallel.md and docs/exact.md: ``python docs/pictures.py``."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-FOLDER = Path(__file__).parent / "parallel"
+FOLDER = Path(__file__).parent
 COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red")  # of rank 0, 1, …
 WHOLE = "0.75"  # the same on every rank
 Point = tuple[float, float]
@@ -170,34 +170,78 @@ def mesh() -> Figure:
     return figure
 
 
-def tree() -> Figure:
-    """The same tree of additions on 1, 2 and 4 ranks."""
-    figure, axes = canvas(15.4, 5)
-    for column, ranks in enumerate((1, 2, 4)):
-        left = 0.2 + 5.2 * column
-        nodes = {(0, leaf): left + 1.15 * leaf for leaf in range(4)}
-        for level, count in ((1, 2), (2, 1)):
-            for node in range(count):
-                children = [nodes[level - 1, 2 * node + half] for half in range(2)]
-                nodes[level, node] = x = sum(children) / 2
-                for child in children:
-                    arrow(axes, (child + 0.475, 1.4 * level + 0.5), (x + 0.475, 1.4 * level + 1.1))
-        for (level, node), x in nodes.items():
-            owners = {leaf * ranks // 4 for leaf in range(node << level, (node + 1) << level)}
-            color = COLORS[owners.pop()] if len(owners) == 1 else WHOLE
-            box(axes, x, 1.4 * level + 1.1, 0.95, 0.8, color, "+" if level else f"$g_{node}$")
-        label(axes, left + 2.2, 0.75, "1 rank" if ranks == 1 else f"{ranks} ranks")
-    label(axes, 7.7, 0.25, "One colour per rank. Grey: two ranks exchange their sums, and both add them.")
+def digits() -> Figure:
+    """A row of numbers, scaled by one power of two, rounded, and cut into four digits."""
+    figure, axes = canvas(15.6, 5.6)
+    numbers = (("0.8125", (104, 0, 0, 0)), ("-0.3", (-38, -102, -102, -128)), ("0.000001", (0, 0, 8, 99)))
+    label(axes, 1.6, 5.2, "a row of float32")
+    label(axes, 9.2, 5.2, "times $2^{31-e}$ and rounded, in digits from -128 to 127")
+    for row, (number, cut) in enumerate(numbers):
+        y = 3.7 - 1.3 * row
+        box(axes, 0.4, y, 2.4, 1, WHOLE, number)
+        arrow(axes, (2.8, y + 0.5), (4.2, y + 0.5))
+        for p, digit in enumerate(cut):
+            box(axes, 4.2 + 2.5 * p, y, 2.5, 1, COLORS[p], str(digit))
+    for p in range(4):
+        label(axes, 5.45 + 2.5 * p, 0.75, f"$d_{p}$, times $2^{{{24 - 8 * p}}}$")
+    label(
+        axes, 7.8, 0.25, "The row's exponent e is 0: all its numbers are below 1. A digit is one byte."
+    )
+    return figure
+
+
+def orders() -> Figure:
+    """The sixteen products of two numbers' digits: ten are kept, by order."""
+    figure, axes = canvas(13.6, 6.4)
+    for p in range(4):
+        label(axes, 1.2, 4.7 - 1.2 * p, f"$d_{p}$ of A")
+        label(axes, 3 + 1.9 * p, 5.8, f"$c_{p}$ of B")
+        for q in range(4):
+            kept = p + q < 4
+            color = COLORS[p + q] if kept else "white"
+            box(axes, 2.1 + 1.9 * q, 4.2 - 1.2 * p, 1.8, 1, color, f"$d_{p}c_{q}$" if kept else "")
+    for order in range(4):
+        y = 4.7 - 1.2 * order
+        box(axes, 10.6, y - 0.4, 0.8, 0.8, COLORS[order], f"$S_{order}$")
+        label(axes, 11.6, y, f"times $2^{{{24 - 8 * order}}}$", "left")
+    label(
+        axes,
+        6.8,
+        0.25,
+        "Products of one colour are of one order, and are added as int32. White ones are left out.",
+    )
+    return figure
+
+
+def ranks() -> Figure:
+    """An exact sum over two ranks, each of which holds half of the columns."""
+    figure, axes = canvas(16.2, 4.6)
+    for rank in range(2):
+        y = 2.6 * (1 - rank) + 0.2
+        color = COLORS[rank]
+        box(axes, 0.2, y, 2, 1.5, color, f"columns\nof rank {rank}")
+        box(axes, 3.2, y, 2, 1.5, color, "largest of\neach row")
+        box(axes, 6.6, y, 1.8, 1.5, WHOLE, "exponents")
+        box(axes, 9.2, y, 2, 1.5, color, "sums of\nits digits")
+        box(axes, 12.6, y, 1.4, 1.5, WHOLE, "T")
+        box(axes, 14.8, y, 1.2, 1.5, WHOLE, "float32")
+        for start, end in ((2.2, 3.2), (5.2, 6.6), (8.4, 9.2), (11.2, 12.6), (14, 14.8)):
+            arrow(axes, (start, y + 0.75), (end, y + 0.75))
+    for x, text in ((5.9, "maximum,\nint32"), (11.9, "sum,\nint64")):
+        arrow(axes, (x, 3.3), (x, 1.3), "<|-|>")
+        label(axes, x + 0.25, 2.3, text, "left")
     return figure
 
 
 def main() -> None:
     matplotlib.use("Agg")
-    FOLDER.mkdir(exist_ok=True)
-    for draw in (data, tensor, pipeline, mesh, tree):
-        figure = draw()
-        figure.savefig(FOLDER / f"{draw.__name__}.png", dpi=110)
-        plt.close(figure)
+    for page, pictures in (("parallel", (data, tensor, pipeline, mesh)), ("exact", (digits, orders, ranks))):
+        folder = FOLDER / page
+        folder.mkdir(exist_ok=True)
+        for draw in pictures:
+            figure = draw()
+            figure.savefig(folder / f"{draw.__name__}.png", dpi=110)
+            plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ compares the SHA-256 of the weights with `EXPECTED`, which the README prints.
 
 import argparse
 import hashlib
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from torchpar import data
+from torchpar.data import Samples, batches, load
 from torchpar.errors import ConfigError
 from torchpar.ieee import cross_entropy_sum
 from torchpar.nn import MLP
@@ -27,7 +26,7 @@ from torchpar.parallel.split.mlp import full_state_dict, parallel_mlp
 from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
 from torchpar.training.optimizers import lr_scheduler, sgd
 
-EXPECTED = ""
+EXPECTED = "1ca4bd19b4f8a9c76c57e5d7b6009f3d2a37deee3617f5897308312b2a0f28cd"
 SIZES = (784, 128, 64, 10)
 BATCH_SIZE = 128
 MICRO_BATCHES = 4
@@ -39,25 +38,30 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--ranks", type=int, help="number of ranks to start; by default tp times pp")
     parser.add_argument("--tp", type=int, default=1, help="ranks that share each layer")
     parser.add_argument("--pp", type=int, default=1, help="stages of a pipeline")
+    parser.add_argument("--threads", type=int, default=1, help="of each rank")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train")
     parser.add_argument("--data", type=Path, default=DATA, help="folder that holds MNIST/raw")
     options = parser.parse_args(arguments)
     try:
-        return verify(options.ranks, options.tp, options.pp, options.device, options.data)
+        return verify(**vars(options))
     except (ConfigError, BrokenProcessPool) as e:
         print(f"python -m torchpar verify: error: {e}", file=sys.stderr)
         return 2
 
 
-def verify(ranks: int | None, tp: int, pp: int, device: str, folder: Path) -> int:
+def verify(ranks: int | None, tp: int, pp: int, threads: int, device: str, data: Path) -> int:
     """Train, print the SHA-256 of the weights, and return 0 if it is `EXPECTED`, else 1."""
     stages = tp * pp
     ranks = stages if ranks is None else ranks
-    if min(tp, pp, ranks) < 1 or ranks % stages:
-        raise ConfigError(f"--ranks is {ranks}, expected a multiple of tp {tp} × pp {pp}")
+    if min(tp, pp, ranks, threads) < 1:
+        raise ConfigError(
+            f"--ranks {ranks} --tp {tp} --pp {pp} --threads {threads}, expected at least 1 of each"
+        )
+    if ranks % stages:
+        raise ConfigError(f"--ranks is {ranks}, expected a multiple of --tp {tp} times --pp {pp}")
     start = time.perf_counter()
-    with start_ranks(ranks, max((os.cpu_count() or 1) // ranks, 1), device=device) as started:
-        digest = started.run(trained_weights, ranks // stages, tp, pp, folder)[0]
+    with start_ranks(ranks, threads, device=device) as started:
+        digest = started.run(trained_weights, ranks // stages, tp, pp, data)[0]
     mesh = f"dp {ranks // stages} × tp {tp} × pp {pp}"
     capability = torch.backends.cpu.get_cpu_capability()
     print(f"{mesh} on {device}, {capability}, torch {torch.__version__}: {time.perf_counter() - start:.0f} s")
@@ -69,8 +73,8 @@ def verify(ranks: int | None, tp: int, pp: int, device: str, folder: Path) -> in
 def trained_weights(dp: int, tp: int, pp: int, folder: Path) -> str:
     """Train on this rank of the mesh; return the SHA-256 of all weights and biases."""
     world = current_world().with_mesh(dp=dp, tp=tp, pp=pp)
-    loaded: list[data.Samples] = []
-    world.gather_results(lambda: loaded.extend(data.load("mnist", folder, world.device)))
+    loaded: list[Samples] = []
+    world.gather_results(lambda: loaded.extend(load("mnist", folder, world.device)))
     train = loaded[0]
     torch.manual_seed(0)
     whole = parallel_mlp(MLP(SIZES).to(world.device), world.mesh["tp"], "exact")
@@ -79,7 +83,7 @@ def trained_weights(dp: int, tp: int, pp: int, folder: Path) -> str:
     pipeline = Pipeline(model, world, "1f1b", MICRO_BATCHES, exact_gradients) if pp > 1 else None
     optimizer = sgd(model, lr=0.5, momentum=0.9, weight_decay=3e-5, arithmetic="exact")
     scheduler = lr_scheduler(optimizer, "linear", -(-len(train) // BATCH_SIZE))
-    for x, labels, global_size in data.batches(train, BATCH_SIZE, seed=0, epoch=1, share=world.share):
+    for x, labels, global_size in batches(train, BATCH_SIZE, seed=0, epoch=1, share=world.share):
         if pipeline is not None:
             pipeline.step(x, labels, global_size, cross_entropy_sum)
         else:
