@@ -44,12 +44,16 @@ NATIVE: dict[str, Provider] = {
     "matmul_t": matmul_t,
     "symmetric_matmul": symmetric_matmul,
     "linear_sigmoid": linear_sigmoid,
+    "exact_matmul": lambda a, b: a @ b.mT,
+    "exact_matmul_t": matmul_t,
 }
 OURS: dict[str, Provider] = {
     "maximum": torchpar.maximum,
     "matmul_t": torchpar.matmul_t,
     "symmetric_matmul": lambda a, b, c: torchpar.symmetric_matmul(a, b, c, alpha=ALPHA, beta=BETA),
     "linear_sigmoid": torchpar.linear_sigmoid,
+    "exact_matmul": torchpar.exact_matmul,
+    "exact_matmul_t": torchpar.exact_matmul_t,
 }
 # PyTorch's and ours, of what only a backward calls.
 BACKWARDS: dict[str, tuple[Provider, Provider]] = {
@@ -99,16 +103,31 @@ def maximum_operation(
     )
 
 
-def matmul_t_operation(dtype: torch.dtype, device: torch.device, *shape: int) -> Operation:
+def exact_matmul_operation(device: torch.device, m: int, k: int, n: int) -> Operation:
+    return Operation(
+        "exact_matmul",
+        f"{m}x{k}->{n}",
+        torch.float32,
+        device,
+        lambda seed: normal(seed, torch.float32, device, (m, k), (n, k), (m, n)),
+        NATIVE["exact_matmul"],
+        forward=Work(4 * (m * k + n * k + m * n), 2 * m * n * k),
+        backward=Work(4 * (m * n + 2 * m * k + 2 * n * k), 4 * m * n * k),
+    )
+
+
+def matmul_t_operation(
+    dtype: torch.dtype, device: torch.device, *shape: int, operator: str = "matmul_t"
+) -> Operation:
     *batch, n, k = shape
     b = math.prod(batch)
     return Operation(
-        "matmul_t",
+        operator,
         "x".join(map(str, shape)),
         dtype,
         device,
         lambda seed: normal(seed, dtype, device, shape, (*batch, n, n)),
-        NATIVE["matmul_t"],
+        NATIVE[operator],
         forward=Work(b * (n * k + n * n) * dtype.itemsize, b * n * (n + 1) * k),
         backward=Work(b * (n * n + 2 * n * k) * dtype.itemsize, b * 2 * n * n * k),
     )

@@ -22,6 +22,7 @@ from benchmarks.operations import (
     NATIVE,
     OPERATORS,
     OURS,
+    exact_matmul_operation,
     linear_sigmoid_backward_operation,
     linear_sigmoid_operation,
     matmul_t_operation,
@@ -50,10 +51,11 @@ class Sizes(NamedTuple):
     products: list[int]  # n = k, of matmul_t and symmetric_matmul
     linear_sigmoid: list[tuple[int, int, int]]  # rows, in_features, out_features
     linear_sigmoid_backward: list[tuple[int, int]]  # rows, out_features
+    exact: list[int]  # m = k = n, of the exact products
 
 
-QUICK = Sizes([2**12], [(16, 256)], [65], [(8, 33, 5)], [(8, 5)])
-CPU = Sizes([2**21], [(1024, 2048)], [256, 1024], [(64, 784, 128), (256, 768, 1024)], [])
+QUICK = Sizes([2**12], [(16, 256)], [65], [(8, 33, 5)], [(8, 5)], [65])
+CPU = Sizes([2**21], [(1024, 2048)], [256, 1024], [(64, 784, 128), (256, 768, 1024)], [], [256, 1024, 2048])
 GPU = Sizes(
     [2**20, 2**26, 2**28],
     [(16384, 16384)],
@@ -66,6 +68,7 @@ GPU = Sizes(
         (8192, 4096, 4096),
     ],
     [(64, 4096), (512, 12288), (8192, 4096)],
+    [1024, 2048, 4096, 8192],
 )
 
 # Compiling takes seconds. On a GPU, where some operators have many shapes, these are compiled.
@@ -109,6 +112,9 @@ def operations(device: torch.device, quick: bool) -> Iterator[Operation]:
     for operation in (matmul_t_operation, symmetric_matmul_operation):
         for dtype in dtypes if on_gpu or quick else [*dtypes, torch.float64]:
             yield from (operation(dtype, device, n, n) for n in sizes.products)
+    for n in sizes.exact:
+        yield exact_matmul_operation(device, n, n, n)
+        yield matmul_t_operation(torch.float32, device, n, n, operator="exact_matmul_t")
     for dtype in dtypes:
         for shape in sizes.linear_sigmoid:
             yield linear_sigmoid_operation(dtype, device, *shape)

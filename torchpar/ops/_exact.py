@@ -96,9 +96,11 @@ def _blocks(rows: int, columns: int) -> Iterator[slice]:
 
 def scaled(x: Tensor, exponents: Tensor) -> Tensor:
     """``2^exponents · x`` in float32, a new tensor; exact where the result is a normal number."""
-    result = x * power(exponents.clamp(-126, 127))
-    beyond = exponents - exponents.clamp(-126, 127)  # these powers of two are no float32
-    return result.mul_(power(beyond)) if beyond.any() else result
+    normal = exponents.clamp(-126, 127)  # the others' powers of two are no float32
+    result = x * power(normal)
+    if x.is_cuda or not torch.equal(normal, exponents):  # a GPU would have to wait for the answer
+        result *= power(exponents - normal)
+    return result
 
 
 def power(exponents: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
