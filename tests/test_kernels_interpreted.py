@@ -290,6 +290,28 @@ def exact_sums(a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
     return total
 
 
+def check_operands_on_a_gpu() -> None:
+    """Without digits, as on a GPU, operands give the bits that digits give."""
+    torch.manual_seed(0)
+    x = torch.ldexp(draw(33, 20, dtype=torch.float32), torch.randint(-130, 60, (33, 1)))
+    y, z = (draw(*shape, dtype=torch.float32) for shape in ((17, 20), (33, 5)))
+    results = []
+    for on_gpu in (False, True):
+        operands = [_exact.Operand(t, _exact.row_exponents(t)) for t in (x, y, z.T)]
+        if on_gpu:
+            for operand in operands:
+                operand.digits = None
+        a, b, c = operands
+        columns = a.columns()
+        results.append([a.sums(b), a.product(b), c.sums(columns), c.product(columns)])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert results[0][1].any() and results[0][3].any()
+
+
+def test_operands_on_a_gpu(interpreter):
+    interpreter(check_operands_on_a_gpu)
+
+
 def check_exact_product(a: Tensor, b: Tensor | None, wrap) -> None:
     """The bits of T and of the float32 product; those of NaN and of infinities as PyTorch's. None: b is a."""
     second = a if b is None else b
