@@ -184,9 +184,7 @@ def digits() -> Figure:
             box(axes, 4.2 + 2.5 * p, y, 2.5, 1, COLORS[p], str(digit))
     for p in range(4):
         label(axes, 5.45 + 2.5 * p, 0.75, f"$d_{p}$, times $2^{{{24 - 8 * p}}}$")
-    label(
-        axes, 7.8, 0.25, "The row's exponent e is 0: all its numbers are below 1. A digit is one byte."
-    )
+    label(axes, 7.8, 0.25, "The row's exponent e is 0: all its numbers are below 1. A digit is one byte.")
     return figure
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Plain versions of the algorithms: read them first, the fast versions are tested against them."""
 
+import math
 from typing import Any
 
 import torch
@@ -23,6 +24,39 @@ def matmul_t(x: Tensor, block: int = 64) -> Tensor:
                 tile = tile.tril() + tile.tril(-1).T
             c[rows, columns] = tile
             c[columns, rows] = tile.T
+    return c
+
+
+def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b.T`` for float32 ``a (m, k)`` and ``b (n, k)``, finite, by sums of Python's integers.
+
+    The fast version is `torchpar.exact_matmul`, with the same bits. `torchpar.ops._exact` has the formula.
+    """
+
+    def cut(row: list[float]) -> tuple[int, list[list[int]]]:
+        """The exponent of a row, and four digits of each number."""
+        largest, exponent = math.frexp(max(map(abs, row), default=0.0))
+        exponent = max(exponent + (largest >= 1 - 2**-7), -126)
+        digits = []
+        for x in row:
+            rest, digits_of_x = round(math.ldexp(x, 31 - exponent)), []
+            for _ in range(3):
+                digits_of_x.insert(0, (rest + 128) % 256 - 128)
+                rest = (rest - digits_of_x[0]) // 256
+            digits.append([rest, *digits_of_x])
+        return exponent, digits
+
+    c = a.new_empty(len(a), len(b))
+    columns = [cut(row) for row in b.tolist()]
+    for i, (e, row) in enumerate(map(cut, a.tolist())):
+        for j, (f, column) in enumerate(columns):
+            total = sum(
+                x[p] * y[q] * 256 ** (3 - p - q)
+                for x, y in zip(row, column, strict=True)
+                for p in range(4)
+                for q in range(4 - p)
+            )
+            c[i, j] = math.ldexp(total, e + f - 38)
     return c
 
 
