@@ -305,7 +305,8 @@ def check_operands_on_a_gpu() -> None:
         columns = a.columns()
         results.append([a.sums(b), a.product(b), c.sums(columns), c.product(columns)])
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
-    assert results[0][1].any() and results[0][3].any()
+    assert results[0][1].any()
+    assert results[0][3].any()
 
 
 def test_operands_on_a_gpu(interpreter):

@@ -46,7 +46,7 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
             digits.append([rest, *digits_of_x])
         return exponent, digits
 
-    c = a.new_empty(len(a), len(b))
+    c = torch.empty(len(a), len(b), dtype=torch.float64)
     columns = [cut(row) for row in b.tolist()]
     for i, (e, row) in enumerate(map(cut, a.tolist())):
         for j, (f, column) in enumerate(columns):
@@ -57,7 +57,7 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
                 for q in range(4 - p)
             )
             c[i, j] = math.ldexp(total, e + f - 38)
-    return c
+    return c.to(a)
 
 
 class ColumnParallelLinear(torch.nn.Module):
