@@ -61,7 +61,7 @@ def data(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def flags(data) -> list[str]:
-    return [*data, "--reduction", "invariant"]
+    return [*data, "--arithmetic", "exact"]
 
 
 def saving(folder: Path, every: int = 1) -> list[str]:
@@ -70,7 +70,7 @@ def saving(folder: Path, every: int = 1) -> list[str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(flags, tmp_path_factory) -> Path:
-    """The checkpoints of one process; with ``--reduction invariant`` those of every mesh are the same."""
+    """The checkpoints of one process; with ``--arithmetic exact`` those of every mesh are the same."""
     folder = tmp_path_factory.mktemp("undisturbed") / "saved"
     run(folder.parent, [*flags, *saving(folder, every=7)])
     assert steps(folder) == ["step-42", "step-48"]
@@ -194,9 +194,12 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 STOPS = [  # mesh, signal, exit status
-    [("--dp 2 --tp 2", signal.SIGTERM, 0), ("", signal.SIGINT, 130)],
+    [("--dp 2 --pp 2", signal.SIGTERM, 0), ("", signal.SIGINT, 130), ("--tp 3", signal.SIGTERM, 0)],
     pytest.param(
-        [(f"--dp {dp} --tp {tp}", signal.SIGTERM, 0) for dp, tp in ((4, 1), (1, 1), (1, 2), (2, 2))],
+        [
+            (f"--dp {dp} --tp {tp} --pp {pp}", signal.SIGTERM, 0)
+            for dp, tp, pp in ((4, 1, 1), (1, 1, 3), (1, 2, 1), (2, 2, 1), (1, 2, 2), (5, 1, 1))
+        ],
         marks=pytest.mark.slow,
     ),
 ]
@@ -279,10 +282,10 @@ DIFFERENT = [  # the flags of all, and those of each of two ranks
     ("", "--hidden 33 7", "--hidden 33 8"),
     ("--tp 2", "--hidden 33 7", "--hidden 33 8"),
     ("--pp 2", "--hidden 33 7", "--hidden 33 8"),
-    ("--reduction invariant", "--hidden 33 7", "--hidden 33 8"),
+    ("--arithmetic exact", "--hidden 33 7", "--hidden 33 8"),
     ("", "--batch-size 51", "--batch-size 50"),
     ("", "--tp 2", "--dp 2"),
-    ("", "--reduction fast", "--reduction invariant"),
+    ("", "--arithmetic fast", "--arithmetic exact"),
     ("--pp 2", "--micro-batches 4", "--micro-batches 3"),
     ("--pp 2", "--pipeline 1f1b", "--pipeline gpipe"),
     ("--checkpoint {}", "--save-every 2", "--save-every 3"),
@@ -325,13 +328,34 @@ def test_sizes_that_do_not_divide_are_supported(ranks, data, tmp_path, undisturb
     assert {name: t.shape for name, t in mine.items()} == {name: t.shape for name, t in ones.items()}
 
 
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        "--dp 3",
+        "--tp 3",
+        "--pp 3 --micro-batches 5",
+        pytest.param("--dp 5", marks=pytest.mark.slow),
+        pytest.param("--dp 2 --pp 2 --pipeline gpipe", marks=pytest.mark.slow),
+        pytest.param("--tp 2 --pp 2", marks=pytest.mark.slow),
+    ],
+)
+def test_exact_arithmetic_has_the_same_bits_on_any_mesh(ranks, flags, tmp_path, undisturbed, mesh):
+    """Weights, momenta and losses, of training and of test samples."""
+    folder = tmp_path / "saved"
+    world_size = math.prod(int(n) for n in re.findall(r"--[dtp]p (\d)", mesh))
+    saved = saving(folder, every=1000)
+    assert ranks(world_size, train, *flags, *saved, *mesh.split()) == [""] * world_size
+    is_undisturbed(folder, undisturbed)
+
+
 BAD = [
     (2, "--dp 3", "dp 3 × tp 1 × pp 1 is 3 ranks, but 2 were started"),
     (2, "--tp 2 --pp 2", "dp 1 × tp 2 × pp 2 is 4 ranks, but 2 were started"),
     (2, "--pp 2 --hidden", "stages"),
     (4, "--pp 4", "stages"),
-    (3, "--dp 3 --reduction invariant", "reduction 'invariant' takes 1, 2 or 4 ranks"),
-    (2, "--pp 2 --reduction invariant", "not pp 2"),
+    (2, "--arithmetic exact --optimizer muon", "take --optimizer sgd"),
+    (2, "--tp 2 --arithmetic exact --compile", "--compile rounds where it likes"),
+    (2, "--pp 2 --arithmetic exact --micro-batches 1", "fewer than the 2 stages"),
 ]
 
 
@@ -443,7 +467,7 @@ def test_all_damaged_is_an_error_on_every_rank(ranks, flags, finished):
         ("--lr 0.25", "a run with lr 0.5, this one has lr 0.25"),
         ("--seed 1 --clip 2", "a run with clip None, seed 0, this one has clip 2.0, seed 1"),
         ("--epochs 5", "a run with epochs 4, this one has epochs 5"),
-        ("--reduction fast", "a run with reduction invariant, this one has reduction fast"),
+        ("--arithmetic fast", "a run with arithmetic exact, this one has arithmetic fast"),
     ],
 )
 def test_another_run_is_refused(ranks, flags, finished, change, message):

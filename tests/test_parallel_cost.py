@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchpar.nn import MLP
 from torchpar.parallel import join_world, parallel_mlp
 from torchpar.parallel.split import shared_memory
-from torchpar.parallel.split.invariant import invariant_gradients
+from torchpar.parallel.split.exact import ExactGradients
 from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
 from torchpar.parallel.split.shared_memory import register_shared_memory_hook
 from torchpar.profile import cost
@@ -31,7 +31,7 @@ def kind(dimension: str, operation: str, ranks: int, nbytes: int) -> tuple[str, 
 
 def counted_and_expected(
     axes: dict[str, int] | None,
-    reduction: Any,
+    arithmetic: Any,
     sizes: tuple[int, ...],
     batch_size: int,
     fused: bool = False,
@@ -42,31 +42,31 @@ def counted_and_expected(
     loss = partial(loss_sum, "cross-entropy")
     with join_world("cpu") as world:
         model = replica = MLP(sizes)
-        pipeline = None
+        pipeline = exact = None
         if axes is not None:
-            world = world.with_mesh(**axes, reduction=reduction)
-            model = replica = stage_mlp(parallel_mlp(model, world.mesh["tp"], reduction), world.mesh["pp"])
+            world = world.with_mesh(**axes)
+            model = replica = stage_mlp(parallel_mlp(model, world.mesh["tp"], arithmetic), world.mesh["pp"])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shared_memory, "SUPPORTED", shared_memory.SUPPORTED and shared)
+            exact = ExactGradients(model, world) if arithmetic == "exact" else None
+            gradients = FusedGradients(model, world) if fused else None
         if world.mesh["pp"].size() > 1:
-            pipeline = Pipeline(model, world, "1f1b", micro_batches=4)
-        elif world.dp_size > 1 and reduction == "fast" and not fused:
+            pipeline = Pipeline(model, world, "1f1b", micro_batches=4, exact_gradients=exact)
+        elif world.dp_size > 1 and arithmetic == "fast" and not fused:
             group = None if axes is None else world.mesh["dp"].get_group()
             replica = ddp = DistributedDataParallel(model, process_group=group)
             if shared:
                 register_shared_memory_hook(ddp, world)
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(shared_memory, "SUPPORTED", shared_memory.SUPPORTED and shared)
-            gradients = FusedGradients(model, world) if fused else None
-
         def backward(x: torch.Tensor, labels: torch.Tensor) -> None:
-            if reduction == "invariant":
-                invariant_gradients(model, world, x, labels, batch_size, loss)
-            elif gradients is not None:
+            if gradients is not None:
                 gradients(x, labels, batch_size)
             elif pipeline is not None:
                 pipeline.step(x, labels, batch_size, loss)
             else:
                 loss(replica(x), labels).backward()
+                if exact is not None:
+                    exact()
 
         recorder, share = StepRecorder(world, steps=2), world.share(batch_size)
         x, labels = torch.randn(batch_size, sizes[0]), torch.arange(batch_size) % sizes[-1]
@@ -84,7 +84,7 @@ def counted_and_expected(
                 for e in cost.collectives(
                     *(sizes, n, world.mesh),
                     tensor_split=axes is not None,
-                    reduction=reduction,
+                    arithmetic=arithmetic,
                     micro_batches=4,
                     fused=fused,
                 )
@@ -94,11 +94,11 @@ def counted_and_expected(
     return counted, *expected
 
 
-FAST, INVARIANT = "fast", "invariant"
+FAST, EXACT = "fast", "exact"
 
 
 @pytest.mark.parametrize(
-    "world_size, axes, reduction, sizes, batch_size",
+    "world_size, axes, arithmetic, sizes, batch_size",
     [
         (1, None, FAST, SIZES, 13),
         (2, None, FAST, SIZES, 13),
@@ -111,20 +111,33 @@ FAST, INVARIANT = "fast", "invariant"
         (4, {"dp": 2, "tp": 2}, FAST, SIZES, 13),
         (4, {"tp": 2, "pp": 2}, FAST, SIZES, 13),
         (4, {"tp": 2, "pp": 2}, FAST, SIZES[:3], 13),  # a border within a pair
-        (2, {"dp": 2}, INVARIANT, SIZES, 13),
-        (4, {"dp": 4}, INVARIANT, SIZES, 13),
-        (2, {"tp": 2}, INVARIANT, SIZES, 13),
-        (4, {"tp": 4}, INVARIANT, SIZES, 13),
-        (4, {"dp": 2, "tp": 2}, INVARIANT, SIZES, 13),
+        (2, {"dp": 2}, EXACT, SIZES, 13),
+        (3, {"dp": 3}, EXACT, SIZES, 2),  # a rank without a sample
+        (2, {"tp": 2}, EXACT, SIZES[:4], 13),
+        (5, {"tp": 5}, EXACT, SIZES[2:], 13),
+        (2, {"pp": 2}, EXACT, SIZES, 13),
+        (4, {"dp": 2, "tp": 2}, EXACT, SIZES, 13),
+        (4, {"dp": 2, "pp": 2}, EXACT, SIZES, 13),
+        (4, {"tp": 2, "pp": 2}, EXACT, SIZES[:3], 13),
     ],
 )
-def test_the_collectives_counted_are_those_expected(ranks, world_size, axes, reduction, sizes, batch_size):
+def test_the_collectives_counted_are_those_expected(ranks, world_size, axes, arithmetic, sizes, batch_size):
     for counted, expected, doubled in ranks(
-        world_size, counted_and_expected, axes, reduction, sizes, batch_size
+        world_size, counted_and_expected, axes, arithmetic, sizes, batch_size
     ):
         assert counted == [expected] * 2
         pure_data = set(axes or {"dp": 1}) == {"dp"}
         assert (doubled == expected) == pure_data  # the comparison sees the bytes
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_exact_gradients_take_two_messages(ranks, shared):
+    """The exponents of the rows of weights and of biases, and the sums."""
+    parameters, rows = sum(n * m + m for n, m in pairwise(SIZES)), sum(SIZES[1:])
+    messages = [("dp", "all_reduce", 3, nbytes) for nbytes in (4 * 2 * rows, 8 * parameters)]
+    for counted, expected, _ in ranks(3, counted_and_expected, {"dp": 3}, EXACT, SIZES, 13, False, shared):
+        assert counted == [expected] * 2
+        assert expected == Counter(messages)
 
 
 @pytest.mark.parametrize("batch_size", [13, 2])

@@ -39,6 +39,7 @@ from torchpar.parallel import (
     reduce_from_tensor_model_parallel_region,
     scatter_to_tensor_model_parallel_region,
 )
+from torchpar.parallel.split.exact import ExactColumnParallelLinear, ExactRowParallelLinear
 from torchpar.profile.collectives import Collectives
 
 WHOLE = {None: Linear, "sigmoid": LinearSigmoid, "relu": LinearReLU}
@@ -107,10 +108,10 @@ CASES = [
     (COLUMN, (5, 7), False, "relu", {"gather_output": True}),
     (COLUMN, (3, 1), True, "sigmoid", {"gather_output": True}),  # some ranks have no features
     (COLUMN, (3, 1), False, None, {}),
-    (COLUMN, (12, 33), True, "sigmoid", {"reduction": "invariant"}),
+    (COLUMN, (12, 33), False, "relu", {}),
     (ROW, (33, 12), True, None, {}),
     (ROW, (7, 5), True, "sigmoid", {"input_is_parallel": False}),
-    (ROW, (7, 5), False, "relu", {"reduction": "invariant"}),
+    (ROW, (7, 5), False, "relu", {}),
     (ROW, (1, 3), False, "relu", {}),
     (ROW, (1, 3), True, None, {"input_is_parallel": False}),
 ]
@@ -227,10 +228,9 @@ def test_replicas_average_as_the_plain_reference(ranks):
             assert found == pytest.approx(expected, rel=0, abs=TIGHT["atol"])
 
 
-def check_layer_gradients(kind: Any, activation: Any, reduction: Any) -> None:
+def check_layer_gradients(kind: Any, activation: Any) -> None:
     """Check the layer as a function of whole tensors, which gradcheck perturbs alike on all ranks."""
     options: dict[str, Any] = {"gather_output": True} if kind is COLUMN else {"input_is_parallel": False}
-    options["reduction"] = reduction
     layer, whole = pair_of_layers(kind, (3, 3), True, activation, torch.float64, **options)
     mesh, axes = layer.mesh, AXES[kind]
 
@@ -250,17 +250,11 @@ def check_layer_gradients(kind: Any, activation: Any, reduction: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, activation, reduction",
-    [
-        (COLUMN, "sigmoid", "fast"),
-        (COLUMN, "relu", "fast"),
-        (COLUMN, None, "invariant"),
-        (ROW, "sigmoid", "fast"),
-        (ROW, None, "invariant"),
-    ],
+    "kind, activation",
+    [(COLUMN, "sigmoid"), (COLUMN, "relu"), (COLUMN, None), (ROW, "sigmoid"), (ROW, None)],
 )
-def test_first_and_second_derivatives(ranks, kind, activation, reduction):
-    ranks(2, check_layer_gradients, kind, activation, reduction)
+def test_first_and_second_derivatives(ranks, kind, activation):
+    ranks(2, check_layer_gradients, kind, activation)
 
 
 def region_values() -> None:
@@ -344,7 +338,12 @@ def bad_arguments() -> list[str]:
     linear = torch.nn.Linear(3, 3)
     return [
         error_of(COLUMN, 3, 4, mesh=mesh, activation="tanh"),
-        error_of(ROW, 3, 4, mesh=mesh, reduction="slow"),
+        error_of(parallel_mlp, MLP([3, 4, 2]), mesh, "slow"),
+        error_of(parallel_mlp, MLP([3, 4, 2], dtype=torch.float64), mesh, "exact"),
+        error_of(ExactRowParallelLinear, 3, 4, mesh=mesh, dtype=torch.bfloat16),
+        error_of(ExactColumnParallelLinear(3, 4, mesh=mesh), torch.ones(5, 3, dtype=torch.float64)),
+        error_of(ExactColumnParallelLinear(3, 4, mesh=mesh).double(), torch.ones(5, 3)),
+        error_of(parallel_mlp, torch.nn.Sequential(linear, torch.nn.Sigmoid()), mesh, "exact"),
         error_of(COLUMN, 3, 4, mesh=mesh, init="zeros"),
         error_of(ROW, 3, 4, mesh=square),
         error_of(parallel_mlp, MLP([3, 4, 2]), square),
@@ -362,7 +361,13 @@ def test_bad_arguments_are_named_on_every_rank(ranks):
     assert first == second
     assert first == [
         "activation is 'tanh', expected None, 'sigmoid' or 'relu'",
-        "reduction is 'slow', expected 'fast' or 'invariant'",
+        "arithmetic is 'slow', expected 'fast' or 'exact'",
+        "exact arithmetic takes float32, the layer has torch.float64",
+        "exact arithmetic takes float32, the layer has torch.bfloat16",
+        "exact arithmetic takes float32, the input is torch.float64; convert it",
+        "exact arithmetic takes float32, the layer's weight is torch.float64; convert it",
+        "cannot split layer 1, a Sigmoid; "
+        "exact arithmetic expects linear layers, such as torchpar.nn.LinearSigmoid",
         "init is 'zeros', expected 'xavier_uniform' or 'xavier_normal'",
         *["mesh has dimensions ('dp', 'tp'), expected one, such as mesh['tp']"] * 2,
         "cannot split a Conv1d, expected torch.nn.Linear or torchpar.nn.Linear, LinearSigmoid or LinearReLU",
@@ -375,13 +380,17 @@ def test_bad_arguments_are_named_on_every_rank(ranks):
     ]
 
 
-def split_by_rank(sizes: list[list[int]]) -> str:
-    return error_of(parallel_mlp, MLP(sizes[dist.get_rank()]), tp_mesh())
+def split_by_rank(sizes: list[list[int]], arithmetic: list[Any]) -> str:
+    rank = dist.get_rank()
+    return error_of(parallel_mlp, MLP(sizes[rank]), tp_mesh(), arithmetic[rank])
 
 
-@pytest.mark.parametrize("other", [[5, 8, 5], [5, 7, 5, 7, 5], [5, 5]])
-def test_splitting_different_mlps_fails_on_every_rank(ranks, other):
-    for message in ranks(2, split_by_rank, [[5, 7, 5], other]):
+@pytest.mark.parametrize(
+    "other, arithmetic",
+    [([5, 8, 5], "fast"), ([5, 7, 5, 7, 5], "exact"), ([5, 5], "fast"), ([5, 7, 5], "exact")],
+)
+def test_splitting_different_mlps_fails_on_every_rank(ranks, other, arithmetic):
+    for message in ranks(2, split_by_rank, [[5, 7, 5], other], ["fast", arithmetic]):
         assert message != "no error"
         assert "\n" not in message
 
@@ -442,7 +451,7 @@ def sequential() -> torch.nn.Sequential:
     return model.double()
 
 
-def mlp_equals(reduction: Any, device: str) -> None:
+def mlp_equals(device: str) -> None:
     x = torch.randn(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(device)
     mesh = tp_mesh(device)
     cases = [((9, 3), "sigmoid", "sigmoid"), ((9, 33, 5), "relu", "logits")]
@@ -450,7 +459,7 @@ def mlp_equals(reduction: Any, device: str) -> None:
     torch.manual_seed(0)
     for whole in (*(MLP(*case, dtype=torch.float64) for case in cases), sequential()):
         before = copy.deepcopy(whole.to(device).state_dict())
-        twin = parallel_mlp(whole, mesh, reduction)
+        twin = parallel_mlp(whole, mesh)
         assert type(twin) is type(whole)
         g = torch.randn_like(whole(x))
         found, expected = results(twin, x, g), results(whole, x, g)
@@ -468,10 +477,10 @@ def mlp_equals(reduction: Any, device: str) -> None:
         assert all(torch.equal(t, before[name] + 1) for name, t in full_state_dict(twin).items())
 
 
-@pytest.mark.parametrize("world_size, reduction", [(1, "fast"), (3, "fast"), (4, "invariant")])
-def test_parallel_mlp_equals_the_whole_mlp_and_does_not_change_it(ranks, device, world_size, reduction):
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+def test_parallel_mlp_equals_the_whole_mlp_and_does_not_change_it(ranks, device, world_size):
     """On a GPU the ranks share it, and gloo sends some messages through the CPU."""
-    ranks(world_size, mlp_equals, reduction, device)
+    ranks(world_size, mlp_equals, device)
 
 
 WIDTHS = (5, 33, 7, 2)

@@ -22,17 +22,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel import (
-    ColumnParallelLinear,
     World,
     clip_grad_norm_,
     full_state_dict,
     join_world,
     parallel_mlp,
 )
-from torchpar.parallel.split.invariant import invariant_gradients
 from torchpar.parallel.split.layers import split_parameters
 from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
-from torchpar.parallel.split.reduction import all_reduce, check_reduction, tree_sum
 from torchpar.training.losses import add_orthogonality_gradient
 
 SIZES = (25, 33, 7, 5, 10)
@@ -47,10 +44,7 @@ def split(
     mlp: MLP, world: World, schedule: Any = "1f1b", micro_batches: int = 4
 ) -> tuple[MLP, Callable[..., Tensor]]:
     """This rank's part of ``mlp``, and its `Pipeline.step` or what stands for it on this mesh."""
-    model = parallel_mlp(mlp, world.mesh["tp"], world.reduction)
-    if world.reduction == "invariant":
-        return model, partial(invariant_gradients, model, world)
-    model = stage_mlp(model, world.mesh["pp"])
+    model = stage_mlp(parallel_mlp(mlp, world.mesh["tp"]), world.mesh["pp"])
     if world.mesh["pp"].size() > 1:
         return model, Pipeline(model, world, schedule, micro_batches).step
     replica: torch.nn.Module = model
@@ -268,21 +262,15 @@ def test_pipelines_that_are_refused(ranks):
         assert taken == "taken"
 
 
-def hash_of_a_run(axes: dict[str, int], reduction: Any, hidden: Any, adamw: bool) -> str:
-    """The bits of losses and weights in 10 float32 steps, hashed.
-
-    The last batch has 3 samples, so that some shards have none.
-    """
+def hash_of_a_run(axes: dict[str, int]) -> str:
+    """The bits of losses and weights in 10 float32 steps, hashed."""
     torch.manual_seed(0)
-    mlp = MLP(SIZES, hidden)
+    mlp = MLP(SIZES, "relu")
     digest = hashlib.sha256()
     with join_world("cpu") as world:
-        world = world.with_mesh(**axes, reduction=reduction)
+        world = world.with_mesh(**axes)
         model, step = split(mlp, world)
-        kind = (
-            partial(torch.optim.AdamW, lr=0.01) if adamw else partial(torch.optim.SGD, lr=0.1, momentum=0.9)
-        )
-        optimizer = kind(model.parameters())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         for n in [13, 13, 13, 13, 3] * 2:
             x, labels, share = torch.rand(n, SIZES[0]), torch.randint(10, (n,)), world.share(n)
             # Shares are copied, since bits may depend on a view's alignment.
@@ -296,62 +284,20 @@ def hash_of_a_run(axes: dict[str, int], reduction: Any, hidden: Any, adamw: bool
     return digest.hexdigest()
 
 
-def hashes(ranks: Any, *args: Any, meshes: Any) -> list[str]:
-    return [h for world_size, axes in meshes for h in ranks(world_size, hash_of_a_run, axes, *args)]
-
-
-INVARIANT_MESHES = [
-    (1, {}),
-    (2, {"dp": 2}),
-    (2, {"tp": 2}),
-    (4, {"dp": 4}),
-    (4, {"tp": 4}),
-    (4, {"dp": 2, "tp": 2}),
-]
-
-
-@pytest.mark.parametrize("hidden, adamw", [("sigmoid", False), ("relu", True)])
-def test_an_invariant_run_has_the_same_bits_on_every_mesh(ranks, hidden, adamw):
-    assert len(set(hashes(ranks, "invariant", hidden, adamw, meshes=INVARIANT_MESHES))) == 1
-
-
 def test_a_fast_run_has_other_bits_on_other_meshes(ranks):
-    fast = hashes(ranks, "fast", "relu", False, meshes=[(1, {}), (4, {"dp": 4}), (4, {"tp": 4})])
+    """Which is why there is exact arithmetic (tests/test_exact_training.py)."""
+    meshes = [(1, {}), (4, {"dp": 4}), (4, {"tp": 4})]
+    fast = [one for world_size, axes in meshes for one in ranks(world_size, hash_of_a_run, axes)]
     assert len(set(fast[1:5])) == len(set(fast[5:])) == 1  # the ranks of one mesh agree
     assert len(set(fast)) == 3
-
-
-TERMS = [1e8, 1.0, -1e8, 1.0]  # in float32 (1e8 + 1) + (−1e8 + 1) is 0, ((1e8 + 1) − 1e8) + 1 is 1
-
-
-def summed(reduction: Any) -> list[list[float]]:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    torch.manual_seed(0)
-    terms = torch.cat([torch.tensor(TERMS).view(4, 1), torch.randn(4, 1000)], 1)
-    own = terms.clone().view(mesh.size(), -1, 1001)[dist.get_rank()]
-    total = all_reduce(tree_sum(list(own)), mesh, reduction)
-    return [total.tolist(), tree_sum(list(terms)).tolist(), sum(terms[1:], terms[0]).tolist()]
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_a_sum_over_ranks_is_the_trees(ranks, world_size):
-    for total, tree, sequential in ranks(world_size, summed, "invariant"):
-        assert total == tree
-        assert total != sequential
-        assert (tree[0], sequential[0]) == (0.0, 1.0)
 
 
 def split_in_three() -> list[str]:
     messages = []
     with join_world("cpu") as world:
-        mesh = init_device_mesh("cpu", (3,))
         for build in (
-            lambda: world.with_mesh(dp=3, reduction="invariant"),
-            lambda: world.with_mesh(tp=3, reduction="invariant"),
-            lambda: ColumnParallelLinear(3, 3, mesh=mesh, reduction="invariant"),
-            lambda: world.with_mesh(pp=3, reduction="invariant"),
-            lambda: world.with_mesh(dp=3, reduction="tree"),
             lambda: world.with_mesh(dp=2),
+            lambda: world.with_mesh(dp=3, tp=0),
             lambda: world.with_mesh(dp=3),
         ):
             try:
@@ -363,18 +309,12 @@ def split_in_three() -> list[str]:
 
 
 def test_meshes_that_are_refused(ranks):
-    ranks_of_a_dimension = "reduction 'invariant' takes 1, 2 or 4 ranks to a dimension of the mesh, not "
     for messages in ranks(3, split_in_three):
         assert messages == [
-            *[ranks_of_a_dimension + "3"] * 3,
-            "reduction 'invariant' takes meshes of dp and tp alone, not pp 3",
-            "reduction is 'tree', expected 'fast' or 'invariant'",
             "dp 2 × tp 1 × pp 1 is 2 ranks, but 3 were started; start as many, or choose other factors",
+            "dp 3 × tp 0 × pp 1 is 0 ranks, but 3 were started; start as many, or choose other factors",
             "taken",
         ]
-    with pytest.raises(ConfigError, match=ranks_of_a_dimension + "8"):
-        check_reduction("invariant", 8)
-    check_reduction("fast", 3)
 
 
 def fully_sharded() -> tuple[float, float, float]:

@@ -48,7 +48,7 @@ RARE = [
     ("train_ddp", 1, "--fused off --optimizer muon", set()),
     ("train_ddp", 2, "", {SHARED}),
     ("train_ddp", 2, "--compile", {SHARED}),
-    ("train_parallel", 2, "--tp 2 --reduction invariant", {"gloo:send", "gloo:recv"}),
+    ("train_parallel", 2, "--tp 2 --arithmetic exact", {"gloo:all_reduce"}),
     ("train_parallel", 4, "--tp 2 --pp 2 --pipeline gpipe", {"gloo:all_reduce", "gloo:recv"}),
 ]
 LESSONS += [pytest.param(*lesson, marks=pytest.mark.slow) for lesson in RARE]

@@ -178,7 +178,7 @@ def test_crossover(speedups, batch):
 
 def step(batch: int, dp: int, ms: float, speedup: float, threads: int = 1) -> Row:
     work = {"kind": "step", "sizes": "784-512-10", "batch": batch, "dp": dp, "tp": 1}
-    work |= {"threads": threads, "reduction": "fast"}
+    work |= {"threads": threads, "arithmetic": "fast"}
     name = f"dp {dp}" if dp > 1 else f"1 rank × {threads} thread{'s' * (threads > 1)}"
     found = {"tables": "batch", "oversubscribed": dp > 2}
     return Row(work=work, provider=name, p50_ms=ms, speedup=speedup, found=found)
@@ -226,11 +226,11 @@ def test_it_runs_on_two_ranks(tmp_path, monkeypatch, capsys):
     measured = [row for row in rows if row["kind"] == "step"]
     ways = {(row["dp"], row["tp"], row["threads"]) for row in measured}
     assert ways == {("1", "1", "1"), ("1", "1", "2"), ("2", "1", "1"), ("1", "2", "1")}
-    assert {row["reduction"] for row in measured} == {"fast", "invariant"}
+    assert {row["arithmetic"] for row in measured} == {"fast", "exact"}
     for row in measured:
         assert float(row["p50_ms"]) > 0
         assert row["ok"] == "True"
         assert (row["calls"], row["call_bytes"]) == (row["predicted_calls"], row["predicted_bytes"])
     printed = capsys.readouterr().out
     assert "fitted to the medians: α" in printed
-    assert "the price of reduction='invariant'" in printed
+    assert "the price of arithmetic='exact'" in printed

@@ -22,7 +22,7 @@ from torchpar.data import Samples
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel.launch.world import World, join_world
-from torchpar.parallel.split.invariant import invariant_gradients
+from torchpar.parallel.split.exact import ExactGradients
 from torchpar.parallel.split.mlp import parallel_mlp
 from torchpar.profile.collectives import Collectives
 from torchpar.profile.phases import Phases
@@ -309,34 +309,42 @@ def test_flags_of_another_script_do_not_matter(tmp_path):
     assert len(results) == 2
 
 
-def run_with(world: World, folder: Path) -> None:
-    model = MLP(SIZES)
-    scheduler = training.lr_scheduler(OPTIMIZERS["sgd"](model), "constant", 5)
+def run_with(world: World, folder: Path, arithmetic: Any) -> None:
+    model = parallel_mlp(MLP(SIZES), world.mesh["tp"], arithmetic)
+    gradients = ExactGradients(model, world) if arithmetic == "exact" else lambda: None
+    optimizer = OPTIMIZERS["sgd"](model, arithmetic=arithmetic)
     with training.Run(
-        *(model, OPTIMIZERS["sgd"](model), scheduler, world, samples(64, 1), samples(50, 2)),
+        *(model, optimizer, training.lr_scheduler(optimizer, "constant", 5), world),
+        *(samples(64, 1), samples(50, 2)),
         epochs=1,
         batch_size=32,
         checkpoint=training.CheckpointConfig(folder),
+        config={"arithmetic": arithmetic},
     ) as run:
         for epoch in run.epochs():
-            for x, labels, size in run.batches(epoch):
-                loss_sum = partial(training.loss_sum, "cross-entropy")
-                if world.reduction == "invariant":
-                    run.log(invariant_gradients(model, world, x, labels, size, loss_sum))
-                else:
-                    loss = loss_sum(model(x), labels)
-                    loss.backward()
-                    run.log(loss.detach())
+            for x, labels, _ in run.batches(epoch):
+                loss = loss_sum("cross-entropy", model(x), labels)
+                loss.backward()
+                gradients()
+                run.log(loss.detach())
 
 
-@pytest.mark.parametrize("first, then", [("fast", "invariant"), ("invariant", "fast")])
-def test_a_checkpoint_of_the_other_reduction_is_refused(alone, tmp_path, first, then):
-    run_with(alone.with_mesh(reduction=first), tmp_path)
-    run_with(alone.with_mesh(reduction=first), tmp_path)
+@pytest.mark.parametrize("first, then", [("fast", "exact"), ("exact", "fast")])
+def test_a_checkpoint_of_the_other_arithmetic_is_refused(alone, tmp_path, first, then):
+    world = alone.with_mesh()
+    run_with(world, tmp_path, first)
+    run_with(world, tmp_path, first)
     with pytest.raises(
-        ConfigError, match=f"holds a run with reduction {first}, this one has reduction {then}"
+        ConfigError, match=f"holds a run with arithmetic {first}, this one has arithmetic {then}"
     ):
-        run_with(alone.with_mesh(reduction=then), tmp_path)
+        run_with(world, tmp_path, then)
+
+
+def test_a_checkpoint_that_names_no_arithmetic_is_a_fast_one(tmp_path):
+    run_alone(1, tmp_path, lr=0.3)
+    run_alone(1, tmp_path, lr=0.3, arithmetic="fast")
+    with pytest.raises(ConfigError, match="with arithmetic fast, this one has arithmetic exact"):
+        run_alone(1, tmp_path, lr=0.3, arithmetic="exact")
 
 
 def test_losses_are_torchs(device):

@@ -34,12 +34,12 @@ class Plan(NamedTuple):
     widths: list[int]
     width_batch: int
     meshes: list[tuple[int, int]]  # dp, tp
-    reduction_batch: int
+    arithmetic_batch: int
     all_reduces: list[int]  # bytes
     rounds: int
 
     def configurations(self) -> Iterator[tuple[str, Configuration]]:
-        """Each configuration under the tables that show it: "batch", "width" or "reduction"."""
+        """Each configuration under the tables that show it: "batch", "width" or "arithmetic"."""
         first, last = self.sizes[0], self.sizes[-1]
         by_batch = [Configuration(self.sizes, batch) for batch in self.batches]
         by_width = [Configuration((first, w, w, last), self.width_batch) for w in self.widths]
@@ -50,8 +50,8 @@ class Plan(NamedTuple):
         most = max(dp * tp for dp, tp in self.meshes)
         for dp, tp in ((1, 1), (2, 1), (1, 2), (2, 2)):
             if dp * tp <= most:
-                fast = Configuration(self.sizes, self.reduction_batch, dp, tp)
-                yield from (("reduction", one) for one in (fast, replace(fast, reduction="invariant")))
+                fast = Configuration(self.sizes, self.arithmetic_batch, dp, tp)
+                yield from (("arithmetic", one) for one in (fast, replace(fast, arithmetic="exact")))
 
 
 FULL = Plan(
@@ -96,7 +96,7 @@ class StepTurn:
         """The row of this configuration, its speed-up over one rank with one thread."""
         one = self.configuration
         work = {"kind": "step", "sizes": one.model, "batch": one.batch, "dp": one.dp, "tp": one.tp}
-        work |= {"threads": one.threads, "reduction": one.reduction}
+        work |= {"threads": one.threads, "arithmetic": one.arithmetic}
         found = {"tables": " ".join(tables), "oversubscribed": one.oversubscribed}
         if self.prepared:
             first = self.prepared[0]._asdict()

@@ -26,7 +26,7 @@ def width(row: Row) -> int:
 
 
 def print_all(rows: Sequence[Row]) -> None:
-    """Steps by batch and by width, weak scaling, Amdahl's law, reductions, all-reduces."""
+    """Steps by batch and by width, weak scaling, Amdahl's law, exact arithmetic, all-reduces."""
     by_batch, by_width = chosen(rows, "batch"), chosen(rows, "width")
     model = by_batch[0].work["sizes"]
     print_cells(
@@ -38,7 +38,7 @@ def print_all(rows: Sequence[Row]) -> None:
     )
     print_cells("weak scaling: the speed that a rank keeps, with so many samples each", weak(by_batch))
     print_cells("data parallelism by Amdahl's law", by_law(by_batch))
-    print_cells("the price of reduction='invariant'", reductions(chosen(rows, "reduction")))
+    print_cells("the price of arithmetic='exact'", arithmetics(chosen(rows, "arithmetic")))
     print_cells("an all-reduce between 2 ranks", all_reduces(rows))
     if link := fit_link(rows):
         print(f"fitted to the medians: α {1e6 * link.alpha:.0f} µs, β {1e9 * link.beta:.2f} ns/B")
@@ -82,7 +82,7 @@ def weak(rows: Sequence[Row]) -> list[dict[str, str]]:
 
 
 def is_data_parallel(row: Row) -> bool:
-    return bool(row.work["tp"] == 1 and row.work["threads"] == 1 and row.work["reduction"] == "fast")
+    return bool(row.work["tp"] == 1 and row.work["threads"] == 1 and row.work["arithmetic"] == "fast")
 
 
 def by_law(rows: Sequence[Row]) -> list[dict[str, str]]:
@@ -106,21 +106,21 @@ def by_law(rows: Sequence[Row]) -> list[dict[str, str]]:
     return lines
 
 
-def reductions(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """For each mesh the step with the fast and with the invariant reduction: time, messages, bytes."""
+def arithmetics(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """For each mesh the step in fast and in exact arithmetic: time, messages, bytes."""
     lines = []
-    by_kind = {(row.provider, row.work["reduction"]): row for row in rows}
+    by_kind = {(row.provider, row.work["arithmetic"]): row for row in rows}
     for provider in dict.fromkeys(row.provider for row in rows):
-        fast, invariant = by_kind[provider, "fast"], by_kind[provider, "invariant"]
+        fast, exact = by_kind[provider, "fast"], by_kind[provider, "exact"]
         line = {"mesh": fast.provider + "*" * bool(fast.found["oversubscribed"])}
-        for row in (fast, invariant):
+        for row in (fast, exact):
             if row.p50_ms and fast.p50_ms:
-                line[row.work["reduction"]] = f"{row.p50_ms:.2f} ms ({row.p50_ms / fast.p50_ms:.2f}×)"
+                line[row.work["arithmetic"]] = f"{row.p50_ms:.2f} ms ({row.p50_ms / fast.p50_ms:.2f}×)"
         for header, name in (("messages", "calls"), ("bytes", "call_bytes")):
-            if fast.ok and invariant.ok:
-                line[header] = f"{fast.found[name]:,} → {invariant.found[name]:,}"
+            if fast.ok and exact.ok:
+                line[header] = f"{fast.found[name]:,} → {exact.found[name]:,}"
                 predicted = f"predicted_{name.removeprefix('call_')}"
-                line[f"{header}, predicted"] = f"{fast.found[predicted]:,} → {invariant.found[predicted]:,}"
+                line[f"{header}, predicted"] = f"{fast.found[predicted]:,} → {exact.found[predicted]:,}"
         lines.append(line)
     return lines
 

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,17 +19,17 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.timing import time_calls
+from torchpar import ieee
 from torchpar.nn import MLP
 from torchpar.parallel.launch.local import current_world
 from torchpar.parallel.launch.world import World
-from torchpar.parallel.split.invariant import invariant_gradients
+from torchpar.parallel.split.exact import ExactGradients
 from torchpar.parallel.split.layers import split_parameters
-from torchpar.parallel.split.mlp import parallel_mlp
-from torchpar.parallel.split.reduction import Reduction
+from torchpar.parallel.split.mlp import Arithmetic, parallel_mlp
 from torchpar.parallel.split.shared_memory import make_shared_sum, register_shared_memory_hook
 from torchpar.profile import cost
 from torchpar.profile.collectives import Collectives
-from torchpar.training import loss_sum
+from torchpar.training import loss_sum, sgd
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 cross_entropy_sum = partial(loss_sum, "cross-entropy")
@@ -44,7 +44,7 @@ class Configuration:
     dp: int = 1
     tp: int = 1
     threads: int = 1
-    reduction: Reduction = "fast"
+    arithmetic: Arithmetic = "fast"
 
     @property
     def ranks(self) -> int:
@@ -58,7 +58,7 @@ class Configuration:
     @property
     def tensor_split(self) -> bool:
         """Whether the layers are those of `parallel_mlp`, also on one rank."""
-        return self.tp > 1 or self.reduction == "invariant"
+        return self.tp > 1 or self.arithmetic == "exact"
 
     @property
     def oversubscribed(self) -> bool:
@@ -103,12 +103,16 @@ class Step(NamedTuple):
     optimizer: torch.optim.Optimizer
     x: Tensor
     labels: Tensor
+    exact_gradients: ExactGradients | None
 
     def gradients(self) -> Tensor:
         """Set the gradients; this rank's part of the sum of the losses."""
         batch = self.configuration.batch
-        if self.configuration.reduction == "invariant":
-            return invariant_gradients(self.model, self.world, self.x, self.labels, batch, cross_entropy_sum)
+        if self.exact_gradients is not None:
+            exact_loss = ieee.cross_entropy_sum(self.model(self.x), self.labels)
+            (exact_loss / batch).backward()
+            self.exact_gradients()
+            return exact_loss.detach()
         loss: Tensor = cross_entropy_sum(self.wrapped(self.x), self.labels)
         (loss * (self.configuration.dp / batch)).backward()  # DistributedDataParallel averages over dp
         return loss.detach()
@@ -132,7 +136,7 @@ def prepare(configuration: Configuration) -> Prepared:
         configuration.batch,
         step.world.mesh,
         tensor_split=configuration.tensor_split,
-        reduction=configuration.reduction,
+        arithmetic=configuration.arithmetic,
     )
     predicted = [e.nbytes for e in expected if e.operation != "recv"]
     return Prepared(reason, error, len(sent), sum(sent), len(predicted), sum(predicted))
@@ -192,19 +196,22 @@ def _mesh(dp: int, tp: int) -> World:
 
 @cache
 def _step(configuration: Configuration) -> Step:
-    world = replace(_mesh(configuration.dp, configuration.tp), reduction=configuration.reduction)
+    world, exact = _mesh(configuration.dp, configuration.tp), configuration.arithmetic == "exact"
     model, x, labels = _unsplit(configuration)
     if configuration.tensor_split:
-        model = parallel_mlp(model, world.mesh["tp"], configuration.reduction)
+        model = parallel_mlp(model, world.mesh["tp"], configuration.arithmetic)
     wrapped: torch.nn.Module = model
-    if configuration.dp > 1 and configuration.reduction == "fast":
+    if configuration.dp > 1 and not exact:
         group = world.mesh["dp"].get_group()
         wrapped = replica = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
         register_shared_memory_hook(replica, world)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    if exact:
+        optimizer = sgd(model, lr=1e-3, momentum=0.0, weight_decay=0.0, arithmetic="exact")
     share = world.share(configuration.batch)
     x, labels = share.narrow(x, 0).clone(), share.narrow(labels, 0).clone()
-    return Step(configuration, world, model, wrapped, optimizer, x, labels)
+    exact_gradients = ExactGradients(model, world) if exact else None
+    return Step(configuration, world, model, wrapped, optimizer, x, labels, exact_gradients)
 
 
 def _unsplit(configuration: Configuration) -> tuple[MLP, Tensor, Tensor]:

@@ -52,8 +52,8 @@ class _Exact(torch.nn.Module):
         adds_outputs, adds_inputs: the mesh whose ranks add y, and dL/dx; None for no ranks.
     """
 
-    weight: Tensor
-    bias: Tensor | None
+    weight: Any  # a parameter; the bases differ in what they call it
+    bias: Any  # a parameter, or None
     activation: Activation
     adds_outputs: DeviceMesh | None = None
     adds_inputs: DeviceMesh | None = None
@@ -65,6 +65,9 @@ class _Exact(torch.nn.Module):
             raise ConfigError(f"exact arithmetic takes float32, the layer has {self.weight.dtype}")
 
     def act(self, x: Tensor) -> Tensor:
+        for name, t in (("the input", x), ("the layer's weight", self.weight)):
+            if t.dtype != torch.float32:
+                raise ConfigError(f"exact arithmetic takes float32, {name} is {t.dtype}; convert it")
         return _Layer.apply(x, self.weight, self)  # type: ignore[no-any-return]
 
 
@@ -119,10 +122,13 @@ class _Layer(torch.autograd.Function):
         z = _product(operand, Operand(weight, f), layer.adds_outputs)
         if layer.bias is not None:
             z += layer.bias
-        y = _ACTIVATIONS[layer.activation](z)
+        y = ieee.sigmoid(z) if layer.activation == "sigmoid" else z
         ctx.layer, ctx.x, ctx.shape = layer, operand, x.shape
         ctx.save_for_backward(weight, y)
-        return y.view(*x.shape[:-1], -1)
+        if layer.activation == "relu":
+            y = z.clamp(min=0)
+        result: Tensor = y.view(*x.shape[:-1], y.shape[-1])
+        return result
 
     @staticmethod
     @once_differentiable
@@ -133,20 +139,13 @@ class _Layer(torch.autograd.Function):
         if layer.activation == "sigmoid":
             dz = dz * (y * (1 - y))
         elif layer.activation == "relu":
-            dz = dz * (y > 0)
+            dz = dz * y.heaviside(y.new_tensor(0.5))  # as `torchpar.maximum`; y is before the ReLU
         layer.kept.append(Kept(ctx.x, dz))
         if not ctx.needs_input_grad[0]:
             return None, None, None
         e, f = _shared_exponents([dz, weight.T], layer.adds_inputs)
         dx = _product(Operand(dz, e), Operand(weight.T, f), layer.adds_inputs)
         return dx.view(ctx.shape), None, None
-
-
-_ACTIVATIONS: dict[Activation, Any] = {
-    None: lambda z: z,
-    "sigmoid": ieee.sigmoid,
-    "relu": lambda z: z.clamp_(min=0),
-}
 
 
 def _shared_exponents(matrices: list[Tensor], mesh: DeviceMesh | None) -> list[Tensor]:
@@ -208,6 +207,9 @@ class ExactGradients:
         Args:
             passes: number of backward passes of the step. Passes before them are ignored: in its first step a
                 pipeline makes one of arbitrary numbers, to learn their shapes.
+
+        Raises:
+            ConfigError: there were fewer backward passes.
         """
         with phase("backward"):
             terms = [term for layer in self.layers for term in _terms(layer, passes)]
@@ -217,8 +219,9 @@ class ExactGradients:
             self._reduce(totals, self._sum, dist.ReduceOp.SUM)
             for term, total, e in zip(terms, totals, exponents, strict=True):
                 p = term.parameter
-                gradient = term.gradient(total, e)
-                p.grad = gradient if p.grad is None else p.grad.add_(gradient)
+                if p.requires_grad:
+                    gradient = term.gradient(total, e)
+                    p.grad = gradient if p.grad is None else p.grad.add_(gradient)
 
     def _reduce(self, tensors: list[Tensor], shared: SharedSum | None, op: Any) -> None:
         """Replace ``tensors`` by their sums or maxima over the ranks."""
@@ -252,7 +255,8 @@ class _Term(NamedTuple):
 def _terms(layer: _Exact, passes: int) -> list[_Term]:
     kept, layer.kept = layer.kept[-passes:], []
     if len(kept) < passes:
-        raise RuntimeError(f"{len(kept)} backward passes since the last call, expected {passes}")
+        found = f"a layer saw {len(kept)} backward passes since the last call, expected {passes}"
+        raise ConfigError(f"{found}; call backward() of the loss before")
     x = Operand.cat([one.x for one in kept])
     dz = torch.cat([one.dz for one in kept]) if passes > 1 else kept[0].dz
     terms = [_Term(layer.weight, _exact.scaled(dz, x.e).T, x.columns())]

@@ -96,6 +96,7 @@ class Pipeline:
         self._schedule = cache(self._build)  # a schedule's receive buffers have one size
         self._loss_sum: LossSum | None = None
         self._scale = 1.0
+        self._losses: list[Tensor] = []  # of the micro-batches of a step, unscaled
 
     def step(self, x: Tensor, labels: Tensor, global_size: int, loss_sum: LossSum) -> Tensor:
         """Run the forward and backward passes of this rank's share of a global batch.
@@ -116,15 +117,17 @@ class Pipeline:
         self._loss_sum, self._scale = loss_sum, (1 if self.exact_gradients else replicas) / global_size
         rows = ceil(ceil(global_size / replicas) / self.micro_batches)
         schedule = self._schedule(rows, True)
-        losses: list[Tensor] = []
+        self._losses.clear()
         x, labels = self._fill(x, rows, 0), self._fill(labels, rows, -1)
         with phase("pipeline"):
-            schedule.step(*self._inputs(x), target=labels if self._is_last else None, losses=losses)
+            schedule.step(*self._inputs(x), target=labels if self._is_last else None)
             if self.exact_gradients:
                 self.exact_gradients(self.micro_batches)
             else:
                 self._average_gradients()
-        return torch.stack(losses).sum().detach() / self._scale if losses else x.new_zeros(())
+        # In its first step it computes one more, of arbitrary numbers, to learn their shapes.
+        losses = self._losses[-self.micro_batches :]
+        return torch.stack(losses).sum() if losses else x.new_zeros(())
 
     def predict(self, x: Tensor) -> Tensor | None:
         """Return the model's outputs for ``x`` without gradient. None except on the last stage."""
@@ -173,4 +176,6 @@ class Pipeline:
         labelled = labels >= 0
         if not labelled.all():
             outputs, labels = outputs[labelled], labels[labelled]
-        return self._loss_sum(outputs, labels) * self._scale
+        loss = self._loss_sum(outputs, labels)
+        self._losses.append(loss.detach())
+        return loss * self._scale
