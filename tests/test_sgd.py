@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""SGD in one call: the steps, state and hooks of `torch.optim.SGD`, and the private names it uses."""
+"""SGD in one call, and exact SGD: the steps, state and hooks of `torch.optim.SGD`, and its private names."""
 
 import copy
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 from torch.testing import assert_close
 
-from torchpar.optim import SGD
+from torchpar.optim import SGD, ExactSGD
 
 SHAPES = [(20, 30), (30,), (), (0, 3), (129, 1)]
 ARGUMENTS: list[dict[str, Any]] = [
@@ -36,10 +36,14 @@ def fill(params: list[Tensor], step: int) -> None:
         p.grad = normal(*p.shape, dtype=p.dtype, seed=100 * step + i)
 
 
-def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+# ExactSGD also rounds each of its four products, of which it multiplies none again by more than 1.
+EXACT_ROUNDING = STEPS * (6 + 4) / 2
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor], rounding: float = ROUNDING) -> None:
     for a, b in zip(found, expected, strict=True):
         scale = torch.stack([t.detach().abs().max() for t in (b, *expected) if t.numel()]).max().item() + 1
-        assert_close(a, b, rtol=0, atol=ROUNDING * torch.finfo(b.dtype).eps * scale)
+        assert_close(a, b, rtol=0, atol=rounding * torch.finfo(b.dtype).eps * scale)
 
 
 def run(kind: Callable[..., Any], dtype: torch.dtype = torch.float32, **arguments: Any) -> list[Tensor]:
@@ -71,7 +75,54 @@ def test_steps_are_torchs(arguments: dict[str, Any], dtype: torch.dtype) -> None
         assert_same(run(SGD, dtype, **{**arguments, "weight_decay": 0.11}), found)
 
 
-@pytest.mark.parametrize("kinds", [(SGD, torch.optim.SGD), (torch.optim.SGD, SGD), (SGD, SGD)])
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
+def test_exact_steps_are_torchs_in_float64(arguments: dict[str, Any]) -> None:
+    """Which begin at the same numbers with the same gradients, and are rounded to float32 at the end."""
+    expected = [t.float() for t in run(torch.optim.SGD, torch.float64, **arguments)]
+    assert_same(run(ExactSGD, **arguments), expected, EXACT_ROUNDING + 0.5)
+    others = run(ExactSGD, **{**arguments, "weight_decay": 0.11})
+    with pytest.raises(AssertionError):
+        assert_same(others, expected, EXACT_ROUNDING + 0.5)
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
+def test_exact_steps_of_parts_have_the_bits_of_the_whole(arguments: dict[str, Any]) -> None:
+    """Parts of any length and alignment, as ranks hold them, of any layout."""
+    whole, gradients = normal(37, 41, dtype=torch.float32), normal(STEPS, 37, 41, dtype=torch.float32, seed=1)
+
+    def stepped(part: Callable[[Tensor], Tensor]) -> Tensor:
+        p = part(whole.clone()).detach().requires_grad_()
+        optimizer = ExactSGD([p], lr=0.1, **arguments)
+        for gradient in gradients:
+            p.grad = part(gradient)
+            optimizer.step()
+        return p.detach()
+
+    expected = stepped(lambda t: t)
+    parts: list[Callable[[Tensor], Tensor]] = [
+        lambda t: t[3:4, 5:6].clone(),
+        lambda t: t[:, 7:],
+        lambda t: t[1:36].contiguous(),
+        lambda t: t.T,
+        lambda t: t.flatten()[1:],
+    ]
+    for part in parts:
+        assert torch.equal(stepped(part), part(expected))
+    assert not torch.equal(stepped(lambda t: t[1:]), expected[:-1])
+
+
+KINDS: list[tuple[Any, Any]] = [
+    (SGD, torch.optim.SGD),
+    (torch.optim.SGD, SGD),
+    (SGD, SGD),
+    (ExactSGD, torch.optim.SGD),
+    (torch.optim.SGD, ExactSGD),
+    (ExactSGD, SGD),
+    (SGD, ExactSGD),
+]
+
+
+@pytest.mark.parametrize("kinds", KINDS)
 def test_state_dicts_are_torchs(kinds: tuple[Any, Any]) -> None:
     results = []
     for pair in (kinds, (torch.optim.SGD, torch.optim.SGD)):
@@ -87,7 +138,7 @@ def test_state_dicts_are_torchs(kinds: tuple[Any, Any]) -> None:
             fill(params, step)
             optimizer.step()
         results.append(params)
-    assert_same(*results)
+    assert_same(*results, EXACT_ROUNDING if ExactSGD in kinds else ROUNDING)
 
 
 def test_a_copy_steps_like_its_original() -> None:
@@ -104,10 +155,11 @@ def test_a_copy_steps_like_its_original() -> None:
     assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("kind", [SGD, ExactSGD])
 @pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
-def test_a_closure_is_called_with_gradients(rate: Any) -> None:
+def test_a_closure_is_called_with_gradients(rate: Any, kind: Any) -> None:
     p = torch.ones(3, requires_grad=True)
-    optimizer = SGD([p], lr=rate)
+    optimizer = kind([p], lr=rate)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -186,6 +238,11 @@ def test_refusals() -> None:
     other = torch.optim.SGD([p], momentum=0.9, dampening=0.5)
     with pytest.raises(ValueError, match=r"dampening is 0\.5, expected 0"):
         SGD([p], momentum=0.9).load_state_dict(other.state_dict())
+    for optimizer, name in ((other, "dampening"), (torch.optim.SGD([p], maximize=True), "maximize")):
+        with pytest.raises(ValueError, match=rf"{name} is .*, expected 0; take torch\.optim\.SGD"):
+            ExactSGD([p]).load_state_dict(optimizer.state_dict())
+        with pytest.raises(ValueError, match=f"{name} is .*, expected 0"):
+            ExactSGD([{"params": [p], name: optimizer.param_groups[0][name]}])
     with pytest.raises(ValueError, match="Nesterov momentum requires a momentum"):
         SGD([p], nesterov=True)
     with pytest.raises(ValueError, match="Invalid learning rate"):

@@ -29,13 +29,17 @@ def shared(world: World, dtype: torch.dtype = torch.float32) -> SharedSum | None
 
 def terms(rank: int, step: int, dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(100 * step + rank)
+    if not dtype.is_floating_point:  # of which float64 would round half
+        limits = torch.iinfo(dtype)
+        args = (limits.min // 8, limits.max // 8)
+        return [torch.randint(*args, shape, generator=generator, dtype=dtype) for shape in SHAPES]
     return [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
 
 
-def sums(dtype: torch.dtype, late: bool) -> bool:
+def sums(dtype: torch.dtype, late: bool, combine: Any = torch.add) -> bool:
     """Whether each of many sums has the bits of the terms added in the order of the ranks."""
     with join_world("cpu") as world:
-        add = shared(world, dtype=dtype)
+        add = make_shared_sum(world.mesh.get_group("dp"), SHAPES, dtype, world.timeout, combine)
         assert add is not None
         found = []
         for step in range(STEPS):
@@ -45,7 +49,7 @@ def sums(dtype: torch.dtype, late: bool) -> bool:
             add(mine)
             found.append(mine)
     return all(
-        torch.equal(total, reduce(Tensor.add, of_ranks))
+        torch.equal(total, reduce(combine, of_ranks))
         for step in range(STEPS)
         for total, *of_ranks in zip(
             found[step], *(terms(rank, step, dtype) for rank in range(world.world_size)), strict=True
@@ -57,6 +61,13 @@ def sums(dtype: torch.dtype, late: bool) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_sums_have_the_bits_of_the_ranks_order(ranks: Any, world_size: int, dtype: torch.dtype) -> None:
     assert ranks(world_size, sums, dtype, True) == [True] * world_size
+
+
+@pytest.mark.parametrize(
+    "dtype, combine", [(torch.int64, torch.add), (torch.int64, torch.maximum), (torch.int32, torch.maximum)]
+)
+def test_sums_and_maxima_of_integers(ranks: Any, dtype: torch.dtype, combine: Any) -> None:
+    assert ranks(3, sums, dtype, True, combine) == [True] * 3
 
 
 def without_waiting(dtype: torch.dtype) -> bool:

@@ -232,7 +232,7 @@ def with_derivatives(
 
     def formula(*args: Any) -> Any:
         with enable_single_level_autograd_function():
-            return Formula.apply(*args)
+            return Formula.apply(*args)  # type: ignore[attr-defined]
 
     return formula
 

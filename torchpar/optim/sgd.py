@@ -129,6 +129,9 @@ class ExactSGD(torch.optim.SGD):
     Args:
         params: parameters or parameter groups.
         lr, momentum, weight_decay, nesterov: as for `torch.optim.SGD`.
+
+    Raises:
+        ValueError: a group whose ``dampening`` or ``maximize`` is not 0.
     """
 
     def __init__(
@@ -140,6 +143,21 @@ class ExactSGD(torch.optim.SGD):
         nesterov: bool = False,
     ):
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # called by load_state_dict, too
+        self._refuse_others()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its ``dampening`` and ``maximize`` must be 0."""
+        super().add_param_group(param_group)
+        self._refuse_others()
+
+    def _refuse_others(self) -> None:
+        for group in self.param_groups:
+            for name in ("dampening", "maximize"):
+                if group[name]:
+                    raise ValueError(f"{name} is {group[name]}, expected 0; take torch.optim.SGD")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -20,7 +20,7 @@ from torchpar.errors import ConfigError
 from torchpar.ieee import cross_entropy_sum
 from torchpar.nn import MLP
 from torchpar.parallel.launch.local import current_world, start_ranks
-from torchpar.parallel.launch.world import World
+from torchpar.parallel.launch.world import World, is_of_communication
 from torchpar.parallel.split.exact import ExactGradients
 from torchpar.parallel.split.mlp import full_state_dict, parallel_mlp
 from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
@@ -44,8 +44,11 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         return verify(**vars(options))
-    except (ConfigError, BrokenProcessPool) as e:
-        print(f"python -m torchpar verify: error: {e}", file=sys.stderr)
+    except (ConfigError, RuntimeError) as e:
+        # The ranks that a lost one leaves behind report it in PyTorch's words.
+        if not (isinstance(e, ConfigError | BrokenProcessPool) or is_of_communication(e)):
+            raise
+        print(f"python -m torchpar verify: error: {str(e).splitlines()[0]}", file=sys.stderr)
         return 2
 
 

@@ -182,7 +182,7 @@ def join_world(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[World
         mesh = _make_mesh(own, (1, info.world_size, 1), timeout)
         yield World(info.rank, info.local_rank, info.world_size, own, mesh, timeout=timeout)
     except RuntimeError as e:
-        if not _is_of_communication(e):
+        if not is_of_communication(e):
             raise
         missing = rendezvous.missing_ranks(store, info.rank, info.world_size, PATIENCE)
         reason = re.sub(r"^\[\S*\] ", "", str(e).partition("\n")[0])  # without gloo's own file and line
@@ -233,7 +233,8 @@ def _calm_gloo() -> None:
                 os.sched_setscheduler(int(task.name), os.SCHED_BATCH, os.sched_param(0))
 
 
-def _is_of_communication(error: RuntimeError) -> bool:
+def is_of_communication(error: RuntimeError) -> bool:
+    """Whether ranks lost each other, by what PyTorch says."""
     signs = r"gloo|NCCL|[Cc]onnection|[Ss]ocket|[Tt]imed out|[Tt]imeout|pair closure"
     return isinstance(error, dist.DistError) or re.search(signs, str(error)) is not None
 

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: MIT
+"""``python -m torchpar verify``: the same hash on any mesh, its status, and errors in one line."""
+
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from fake_data import fashion_mnist
+from ranks import fork_context
+
+pytest.importorskip("torchvision", reason="torchvision reads the data sets")
+from torchpar.parallel import join_world
+from torchpar.parallel.launch.local import current_world
+from torchpar.training import verify
+
+SIZES = (784, 5, 7, 10)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """600 images in MNIST's files: four batches of 128 and one of 88."""
+    root = tmp_path_factory.mktemp("data")
+    fashion_mnist(root / "MNIST" / "raw", train=600)
+    return root
+
+
+def digest(dp: int, tp: int, pp: int, folder: Path, batch_size: int = 128) -> str:
+    """The hash of a smaller model, trained on this rank of a test's ranks."""
+    constants = {"SIZES": SIZES, "BATCH_SIZE": batch_size}
+    with join_world("cpu") as world, patch.multiple(verify, current_world=lambda: world, **constants):
+        return verify.trained_weights(dp, tp, pp, folder)
+
+
+def test_the_hash_is_the_same_on_every_mesh(ranks, folder):
+    meshes = [(1, 1, 1), (3, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 3), (1, 3, 2)]
+    found = {h for dp, tp, pp in meshes for h in ranks(dp * tp * pp, digest, dp, tp, pp, folder)}
+    (one,) = found
+    assert re.fullmatch("[0-9a-f]{64}", one)
+    assert ranks(1, digest, 1, 1, 1, folder, 127) != [one]
+
+
+def hash_of_bits(change: bool) -> str:
+    """The hash of a model's weights, of which one may differ in the sign of a zero."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    with torch.no_grad():
+        model.bias.copy_(torch.tensor([0.0, -0.0 if change else 0.0]))
+    with join_world("cpu") as world:
+        return verify.digest(model, world)
+
+
+def test_the_hash_is_of_each_bit(ranks):
+    assert ranks(1, hash_of_bits, False) == ranks(1, hash_of_bits, False) != ranks(1, hash_of_bits, True)
+
+
+def test_the_status_says_whether_the_hash_is_the_published_one(folder, monkeypatch, capsys):
+    fork_context()
+    assert verify.main(["--ranks", "2", "--pp", "2", "--data", str(folder)]) == 1
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"dp 1 × tp 1 × pp 2 on cpu, .*, torch \S+: \d+ s", first)
+    found = second.removeprefix("SHA-256 of the weights: ")
+    assert third.startswith("NOT the published one")
+    monkeypatch.setattr(verify, "EXPECTED", found)
+    assert verify.main(["--tp", "2", "--data", str(folder)]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [second, "the published one"]
+
+
+def one_line(capsys: Any, *arguments: str) -> str:
+    """The error of a command that ends with status 2."""
+    fork_context()
+    assert verify.main(arguments) == 2
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert out == ""
+    assert line.startswith("python -m torchpar verify: error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--ranks 3 --tp 2", "--ranks is 3, expected a multiple of --tp 2 times --pp 1"),
+        ("--tp 0", "--ranks 0 --tp 0 --pp 1 --threads 1, expected at least 1 of each"),
+        ("--ranks 0", "--ranks 0 --tp 1"),
+        ("--ranks -2", "--ranks -2 --tp 1"),
+        ("--threads 0", "--threads 0, expected at least 1"),
+        ("--pp 4", "pp 4 makes more stages than the model has layers, 3;"),
+        ("--ranks 2 --data /missing", "/missing"),
+    ],
+)
+def test_wrong_flags_are_an_error_in_one_line(folder, capsys, flags, message):
+    data = [] if "--data" in flags else ["--data", str(folder)]
+    assert message in one_line(capsys, *flags.split(), *data)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_an_error_in_one_line(folder, capsys):
+    assert "no CUDA device" in one_line(capsys, "--device", "cuda", "--data", str(folder))
+
+
+def test_unknown_flags_end_with_status_2(capsys):
+    with pytest.raises(SystemExit) as caught:
+        verify.main(["--rank", "x"])
+    assert caught.value.code == 2
+
+
+def kill(victim: int) -> str:
+    """What stands for the training: a rank is killed, and the others wait for it."""
+    world = current_world()
+    if world.rank == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+    world.sum(torch.ones(1))
+    return ""
+
+
+def kill_rank_0(*_: Any) -> str:
+    return kill(0)
+
+
+def kill_rank_1(*_: Any) -> str:
+    return kill(1)
+
+
+@pytest.mark.parametrize("training", [kill_rank_0, kill_rank_1])
+def test_a_killed_rank_is_an_error_in_one_line(folder, capsys, monkeypatch, training):
+    monkeypatch.setattr(verify, "trained_weights", training)
+    one_line(capsys, "--ranks", "2", "--data", str(folder))
+
+
+def fail(*_: Any) -> str:
+    raise RuntimeError("a mistake")
+
+
+def test_a_mistake_is_no_lost_rank(folder, monkeypatch):
+    fork_context()
+    monkeypatch.setattr(verify, "trained_weights", fail)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        verify.main(["--data", str(folder)])
