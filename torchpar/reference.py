@@ -39,11 +39,12 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
         exponent = max(exponent + (largest >= 1 - 2**-7), -126)
         digits = []
         for x in row:
-            rest, digits_of_x = round(math.ldexp(x, 31 - exponent)), []
+            rest = round(math.ldexp(x, 31 - exponent))
+            own: list[int] = []
             for _ in range(3):
-                digits_of_x.insert(0, (rest + 128) % 256 - 128)
-                rest = (rest - digits_of_x[0]) // 256
-            digits.append([rest, *digits_of_x])
+                own.insert(0, (rest + 128) % 256 - 128)
+                rest = (rest - own[0]) // 256
+            digits.append([rest, *own])
         return exponent, digits
 
     c = torch.empty(len(a), len(b), dtype=torch.float64)
