@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Layers, clipping and gradients in exact arithmetic: the whole layer's bits on every part, and refusals."""
+"""Layers, clipping and gradients in exact arithmetic: the whole's bits on every part, NaNs, and refusals."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,10 +8,14 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from test_exact_training import Mesh, split
 from test_parallel_layers import AXES, COLUMN, ROW, mine
 from torch import Tensor
 from torch.nn.functional import linear
 
+from torchpar import training
+from torchpar.data import Samples
+from torchpar.errors import ConfigError
 from torchpar.nn import MLP, Linear, LinearReLU, LinearSigmoid
 from torchpar.parallel import clip_grad_norm_, full_state_dict, join_world, parallel_mlp
 from torchpar.parallel.split.exact import (
@@ -122,20 +126,32 @@ def gradients_at_0() -> tuple[list[float], list[float]]:
     return found[0], found[1]
 
 
-def frozen() -> list[list[str]]:
-    """The parameters with a gradient, where the bias of the first and the weight of the last are frozen."""
+def frozen(names: list[str]) -> list[str]:
+    """The parameters with a gradient after two steps, where those of given names are frozen."""
     with join_world("cpu") as world:
         world = world.with_mesh(dp=world.world_size)
         model = parallel_mlp(MLP([5, 7, 3]), world.mesh["tp"], "exact")
-        model.layers[0].bias.requires_grad_(False)
-        model.layers[1].weight.requires_grad_(False)
-        model(torch.ones(2, 5)).sum().backward()
-        ExactGradients(model, world)()
+        for name, p in model.named_parameters():
+            p.requires_grad_(name not in names)
+        gradients = ExactGradients(model, world)
+        for _ in range(2):
+            model(torch.ones(2, 5, requires_grad=True)).sum().backward()
+            model(torch.ones(2, 5, requires_grad=names == ALL)).sum().backward()
+            gradients(2 - ("layers.0.weight" in names))
+            assert not any(layer.kept for layer in model.layers)
         return [name for name, p in model.named_parameters() if p.grad is not None]
 
 
-def test_frozen_parameters_get_no_gradient(ranks):
-    assert ranks(2, frozen) == [["layers.0.weight", "layers.1.bias"]] * 2
+ALL = [f"layers.{i}.{name}" for i in range(2) for name in ("weight", "bias")]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["layers.0.bias", "layers.1.weight"], ["layers.0.weight", "layers.0.bias"], ["layers.1.bias"], ALL],
+)
+def test_frozen_parameters_get_no_gradient(ranks, names):
+    for found in ranks(2, frozen, names):
+        assert found == [name for name, _ in MLP([5, 7, 3]).named_parameters() if name not in names]
 
 
 def refusals(axes: dict[str, int]) -> list[str]:
@@ -244,3 +260,38 @@ def fast_norm(axes: dict[str, int]) -> float:
         for p in model.parameters():
             p.grad = p.detach().clone()
         return clip_grad_norm_(model, 1e9, world).item()
+
+
+def run_with_a_nan(mesh: Mesh) -> tuple[str, bool]:
+    """The error of a run with a NaN among its inputs, and whether the loss of the batch is NaN."""
+    sizes = (9, 4, 130, 4)
+    torch.manual_seed(0)
+    x = torch.rand(12, sizes[0])
+    x[7, 3] = torch.nan
+    samples = Samples(x, torch.arange(12) % sizes[-1], tuple("0123"))
+    total = torch.zeros((), dtype=torch.float64)
+    with join_world("cpu") as world:
+        world = world.with_mesh(**mesh.axes)
+        model, step, predict = split(MLP(sizes, "relu"), world, mesh)
+        optimizer = training.sgd(model, lr=0.5, momentum=0.9, weight_decay=0, arithmetic="exact")
+        try:
+            with training.Run(
+                *(model, optimizer, None, world, samples, samples), epochs=1, batch_size=12, predict=predict
+            ) as run:
+                for epoch in run.epochs():
+                    for batch in run.batches(epoch):
+                        loss = step(*batch)
+                        total = world.sum(loss.double() * world.owns_outputs)
+                        optimizer.step()
+                        run.log(loss)
+        except ConfigError as e:
+            return str(e), total.isnan().item()
+    return "", total.isnan().item()
+
+
+@pytest.mark.parametrize("mesh", [Mesh(dp=3), Mesh(tp=2), Mesh(pp=2)], ids=["dp", "tp", "pp"])
+def test_a_nan_ends_the_run(ranks, mesh):
+    for message, is_nan in ranks(mesh.ranks, run_with_a_nan, mesh):
+        assert is_nan
+        assert "not finite" in message or "nan" in message
+        assert "\n" not in message

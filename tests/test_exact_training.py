@@ -18,8 +18,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from torchpar import training
-from torchpar.data import Samples
-from torchpar.errors import ConfigError
 from torchpar.ieee import cross_entropy_sum
 from torchpar.nn import MLP
 from torchpar.ops._exact import row_exponents
@@ -237,38 +235,3 @@ def test_gradients_are_as_accurate_as_autograds(ranks, mesh):
     for errors in ranks(mesh.ranks, errors_of_gradients, mesh):
         for error, of_float32 in errors:
             assert 0 < error <= 2 * of_float32 < 1e-5
-
-
-def run_with_a_nan(mesh: Mesh) -> tuple[str, bool]:
-    """The error of a run with a NaN among its inputs, and whether the loss of the batch is NaN."""
-    sizes = MODELS["relu"][0]
-    torch.manual_seed(0)
-    x = torch.rand(12, sizes[0])
-    x[7, 3] = torch.nan
-    samples = Samples(x, torch.arange(12) % sizes[-1], tuple("0123"))
-    total = torch.zeros((), dtype=torch.float64)
-    with join_world("cpu") as world:
-        world = world.with_mesh(**mesh.axes)
-        model, step, predict = split(MLP(sizes, "relu"), world, mesh)
-        optimizer = training.sgd(model, lr=0.5, momentum=0.9, weight_decay=0, arithmetic="exact")
-        try:
-            with training.Run(
-                *(model, optimizer, None, world, samples, samples), epochs=1, batch_size=12, predict=predict
-            ) as run:
-                for epoch in run.epochs():
-                    for batch in run.batches(epoch):
-                        loss = step(*batch)
-                        total = world.sum(loss.double() * world.owns_outputs)
-                        optimizer.step()
-                        run.log(loss)
-        except ConfigError as e:
-            return str(e), total.isnan().item()
-    return "", total.isnan().item()
-
-
-@pytest.mark.parametrize("mesh", [Mesh(dp=3), Mesh(tp=2), Mesh(pp=2)], ids=["dp", "tp", "pp"])
-def test_a_nan_ends_the_run(ranks, mesh):
-    for message, is_nan in ranks(mesh.ranks, run_with_a_nan, mesh):
-        assert is_nan
-        assert "not finite" in message or "nan" in message
-        assert "\n" not in message

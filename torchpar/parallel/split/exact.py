@@ -64,6 +64,10 @@ class _Exact(torch.nn.Module):
         if self.weight.dtype != torch.float32:
             raise ConfigError(f"exact arithmetic takes float32, the layer has {self.weight.dtype}")
 
+    def learns(self) -> bool:
+        """Whether a parameter needs a gradient."""
+        return any(p.requires_grad for p in self.parameters())
+
     def act(self, x: Tensor) -> Tensor:
         for name, t in (("the input", x), ("the layer's weight", self.weight)):
             if t.dtype != torch.float32:
@@ -140,7 +144,8 @@ class _Layer(torch.autograd.Function):
             dz = dz * (y * (1 - y))
         elif layer.activation == "relu":
             dz = dz * y.heaviside(y.new_tensor(0.5))  # as `torchpar.maximum`; y is before the ReLU
-        layer.kept.append(Kept(ctx.x, dz))
+        if layer.learns():
+            layer.kept.append(Kept(ctx.x, dz))
         if not ctx.needs_input_grad[0]:
             return None, None, None
         e, f = _shared_exponents([dz, weight.T], layer.adds_inputs)
@@ -177,6 +182,7 @@ class ExactGradients:
 
     Args:
         model: its linear layers are in exact arithmetic, as those of `parallel_mlp(…, arithmetic="exact")`.
+            It passes over a layer whose parameters are all frozen when this object is made.
         world: its "dp" ranks share each batch. Every rank must make and call this object.
 
     Raises:
@@ -184,17 +190,18 @@ class ExactGradients:
     """
 
     def __init__(self, model: torch.nn.Module, world: World):
-        self.layers = [module for module in model.modules() if isinstance(module, _Exact)]
-        own = {p for layer in self.layers for p in layer.parameters()}
+        layers = [module for module in model.modules() if isinstance(module, _Exact)]
+        own = {p for layer in layers for p in layer.parameters()}
         for name, p in model.named_parameters():
             if p not in own:
                 raise ConfigError(
                     f"{name} is of no layer in exact arithmetic, expected those of parallel_mlp"
                 )
+        self.layers = [layer for layer in layers if layer.learns()]
         self.mesh = world.mesh["dp"]
         self._maximum: SharedSum | None = None
         self._sum: SharedSum | None = None
-        if self.mesh.size() > 1 and world.device.type == "cpu":
+        if self.layers and self.mesh.size() > 1 and world.device.type == "cpu":
             parameters = [p for layer in self.layers for p in layer.parameters()]
             exponents, sums = [(len(p), 1) for p in parameters], [p.shape for p in parameters]
             group, timeout = self.mesh.get_group(), world.timeout
@@ -228,7 +235,7 @@ class ExactGradients:
         if shared is not None:
             with all_reduced("dp", shared.ranks, shared.nbytes):
                 shared(tensors)
-        elif self.mesh.size() > 1:
+        elif tensors and self.mesh.size() > 1:
             flat = all_reduce(torch.cat([t.flatten() for t in tensors]), self.mesh, op)
             for t, reduced in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
                 t.copy_(reduced.view_as(t))
