@@ -26,7 +26,7 @@ class Refused(NamedTuple):
     """Arguments that an operator refuses, and its message."""
 
     args: tuple[Tensor, ...]
-    message: str  # with {device} for the device's repr
+    message: str  # with {device} for the device's repr, {where} for its name
     kwargs: Mapping[str, float] = MappingProxyType({})
 
 
@@ -46,7 +46,7 @@ class Operator(NamedTuple):
         kernels: the Triton kernels that it launches.
         native: the same by PyTorch's own operators.
         formula: the same by NumPy's, for the oracle.
-        dtypes: the dtypes that it takes.
+        dtypes: the dtypes that it takes, of which the widest is the last.
         aten: the name of ATen's operator that runs on a CPU, in a profile.
         opinfo: the name of PyTorch's operator whose samples are taken, and how.
         shapes: the arguments' shapes, with a letter for each size.
@@ -88,6 +88,16 @@ class Operator(NamedTuple):
     @property
     def name(self) -> str:
         return self.schema.partition("(")[0]
+
+    @property
+    def widest(self) -> torch.dtype:
+        """The dtype in which most tests judge values."""
+        return self.dtypes[-1]
+
+    @property
+    def low(self) -> torch.dtype:
+        """bfloat16, or else the widest dtype."""
+        return torch.bfloat16 if torch.bfloat16 in self.dtypes else self.widest
 
     @property
     def overload(self) -> Any:
@@ -388,7 +398,97 @@ LINEAR_SIGMOID = Operator(
     },
 )
 
-OPERATORS = {op.name: op for op in (MAXIMUM, MATMUL_T, SYMMETRIC_MATMUL, LINEAR_SIGMOID)}
+EXACT_MATMUL = Operator(
+    schema="exact_matmul(Tensor a, Tensor b) -> Tensor",
+    kernels={"exact_product_kernel"},
+    native=lambda a, b: (a.double() @ b.double().mT).float(),
+    formula=lambda a, b: a @ np.swapaxes(b, -1, -2),
+    casts=False,
+    dtypes=(torch.float32,),
+    aten="aten::mm",
+    opinfo=("mm", lambda sample: [(sample[0], sample[1].mT), (sample[1].mT, sample[0])]),
+    shapes=("mnk", "mok"),
+    cases=[
+        ((0, 3), (4, 3)),
+        ((3, 4), (0, 4)),
+        ((3, 0), (4, 0)),
+        ((1, 1), (1, 1)),
+        ((1, 129), (127, 129)),
+        ((127, 128), (1, 128)),
+        ((129, 127), (128, 127)),
+        ((1030, 17), (5, 17)),
+        ((0, 1, 3), (0, 2, 3)),
+        ((2, 0, 3), (2, 4, 3)),
+        ((2, 3, 65, 4), (2, 3, 7, 4)),
+        ((2, 130, 0), (2, 129, 0)),
+        ((70000, 2, 3), (70000, 1, 3)),
+    ],
+    small=[((4, 3), (5, 3)), ((2, 3, 2), (2, 4, 2))],
+    in_dims=[
+        ((0, 0), ((6, 4, 3), (6, 5, 3))),
+        ((1, None), ((4, 6, 3), (5, 3))),
+        ((None, -1), ((4, 3), (5, 3, 6))),
+        ((1, 2), ((2, 6, 4, 3), (2, 5, 6, 3))),
+        ((0, 0), ((0, 4, 3), (0, 5, 3))),
+    ],
+    sharded=(((6, 5), (7, 5)), {"R R -> R", "S(0) R -> S(0)", "R S(0) -> S(1)"}),
+    refused=[
+        Refused((ones(3, 2).double(), ones(3, 2)), "a has dtype torch.float64, expected torch.float32"),
+        Refused((ones(3, 2), ones(3, 2).bfloat16()), "b has dtype torch.bfloat16, expected torch.float32"),
+        Refused((ones(3, 2).int(), ones(3, 2).int()), "a has dtype torch.int32, expected torch.float32"),
+        Refused((ones(3), ones(3)), "a has shape (3,), expected (*, m, k)"),
+        Refused((ones(2, 3), ones(())), "b has shape (), expected (*, n, k)"),
+        Refused((ones(3, 2), ones(2, 3)), "b is (2, 3) on {where}, expected (n, 2) on {where}"),
+        Refused((ones(4, 3, 2), ones(3, 2)), "b is (3, 2) on {where}, expected (4, n, 2) on {where}"),
+    ],
+)
+
+EXACT_MATMUL_T = Operator(
+    schema="exact_matmul_t(Tensor x) -> Tensor",
+    kernels={"exact_product_kernel"},
+    native=lambda x: (x.double() @ x.double().mT).float(),
+    formula=lambda x: x @ np.swapaxes(x, -1, -2),
+    symmetric=True,
+    casts=False,
+    dtypes=(torch.float32,),
+    aten="aten::mm",
+    opinfo=("mm", lambda sample: [(operand,) for operand in sample]),
+    shapes=("mnk",),
+    cases=[
+        ((0, 3),),
+        ((3, 0),),
+        ((1, 1),),
+        ((127, 129),),
+        ((129, 127),),
+        ((511, 33),),
+        ((512, 32),),
+        ((513, 1),),
+        ((769, 3),),
+        ((2, 0, 3),),
+        ((2, 3, 65, 4),),
+        ((2, 600, 9),),
+        ((600, 0),),
+        ((70000, 2, 3),),
+    ],
+    small=[((4, 3),), ((2, 3, 5),)],
+    in_dims=[
+        *[((dim,), ((2, 3, 4),)) for dim in (0, 1, 2, -1)],
+        ((1,), ((2, 5, 3, 4),)),
+        ((0,), ((0, 3, 4),)),
+        ((1,), ((2, 2, 600, 3),)),
+    ],
+    sharded=(((7, 5),), {"R -> R"}),
+    refused=[
+        Refused((ones(3, 2).double(),), "x has dtype torch.float64, expected torch.float32"),
+        Refused((ones(3, 2).long(),), "x has dtype torch.int64, expected torch.float32"),
+        Refused((ones(3),), "x has shape (3,), expected (*, n, k)"),
+        Refused((ones(()),), "x has shape (), expected (*, n, k)"),
+    ],
+)
+
+OPERATORS = {
+    op.name: op for op in (MAXIMUM, MATMUL_T, SYMMETRIC_MATMUL, LINEAR_SIGMOID, EXACT_MATMUL, EXACT_MATMUL_T)
+}
 BACKWARDS = {name: backward for op in OPERATORS.values() for name, backward in op.backward.items()}
 
 BY_DTYPE = [(name, dtype) for name, op in OPERATORS.items() for dtype in op.dtypes]

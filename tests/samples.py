@@ -50,6 +50,31 @@ def arguments(
     return tuple(arg.requires_grad_(requires_grad) for arg in args)
 
 
+def quarters(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Tensor:
+    """Multiples of ¼ from -1 to 1: sums of their products, and differences of these, are exact in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randint(-4, 5, shape, generator=generator) / 4).to(device, dtype)
+
+
+def widest(name: str, *shape: int, device: str = "cpu", seed: int = 0) -> Tensor:
+    """Values in the widest dtype that an operator takes: normally distributed, in float32 `quarters`."""
+    dtype = OPERATORS[name].widest
+    make = normal if dtype == torch.float64 else quarters
+    return make(*shape, dtype=dtype, device=device, seed=seed)
+
+
+def widest_arguments(
+    name: str, shapes: tuple[tuple[int, ...], ...], device: str = "cpu", *, requires_grad: bool = False
+) -> tuple[Tensor, ...]:
+    args = (widest(name, *shape, device=device, seed=seed) for seed, shape in enumerate(shapes))
+    return tuple(arg.requires_grad_(requires_grad) for arg in args)
+
+
+def differences(name: str) -> dict[str, float]:
+    """Arguments of gradcheck. In float32 the differences of a quadratic function of `quarters` are exact."""
+    return {} if OPERATORS[name].widest == torch.float64 else {"eps": 0.25, "atol": 1e-6, "rtol": 1e-6}
+
+
 def opinfo_samples(name: str, dtype: torch.dtype, device: str) -> list[tuple[Tensor, ...]]:
     """The arguments of PyTorch's own samples for the operator that ours replaces."""
     torch.manual_seed(0)

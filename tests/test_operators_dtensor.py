@@ -11,7 +11,7 @@ import pytest
 import torch
 from operators import BACKWARDS, OPERATORS, Shapes
 from ranks import Ranks
-from samples import arguments, normal
+from samples import arguments, bits, normal, widest_arguments
 
 import torchpar
 
@@ -24,10 +24,9 @@ DRAWN = 40  # combinations of placements that a test on a mesh of two dimensions
 
 
 def operands(name: str, shapes: Shapes) -> list[torch.Tensor]:
-    made = arguments(shapes)
-    return [
-        t.detach().requires_grad_() for t in (OPERATORS[name].operands(*made) if name in OPERATORS else made)
-    ]
+    of_forward = name in OPERATORS
+    made = OPERATORS[name].operands(*widest_arguments(name, shapes)) if of_forward else arguments(shapes)
+    return [t.detach().requires_grad_() for t in made]
 
 
 def place(whole: torch.Tensor, mesh: Any, placements: Sequence[Any]) -> Any:
@@ -38,7 +37,7 @@ def place(whole: torch.Tensor, mesh: Any, placements: Sequence[Any]) -> Any:
     for dim, placement in enumerate(placements):
         if placement.is_partial():
             size = mesh.size(dim)
-            weights = normal(size, *whole.shape, seed=dim)
+            weights = normal(size, *whole.shape, dtype=whole.dtype, seed=dim)
             weights += (1 - weights.sum(0)) / size
             if placement.reduce_op == "avg":
                 weights *= size
@@ -61,7 +60,7 @@ def compare_placed(
         return found if isinstance(found, tuple) else (found,)
 
     expected = results(whole)
-    incoming = [normal(*t.shape, seed=9) for t in expected]  # the same on every rank
+    incoming = [normal(*t.shape, dtype=t.dtype, seed=9) for t in expected]  # the same on every rank
     gradients = torch.autograd.grad(expected, whole, incoming, materialize_grads=True)
     args = [place(t, mesh, placement) for t, placement in zip(whole, placements, strict=True)]
     with CommDebugMode() as communication:
@@ -197,6 +196,8 @@ def test_compiled(tmp_path):
         ("matmul_t", ((4, 3, 2),)),
         ("symmetric_matmul", ((4, 3, 3), (4, 3, 3))),
         ("linear_sigmoid", ((6, 5), (7, 5))),
+        ("exact_matmul", ((4, 3, 5), (4, 2, 5))),
+        ("exact_matmul_t", ((4, 3, 5),)),
     ],
 )
 def test_batches_and_broadcasts(ranks, name, shapes):
@@ -258,6 +259,43 @@ def test_rows_of_a_product_take_one_gather(ranks, shape, world_size):
     for placement, counts in ranks(world_size, rows_of_a_product, shape):
         assert placement == f"S({len(shape) - 2})"
         assert counts == {"c10d_functional.all_gather_into_tensor": 1}
+
+
+def exact_products_of_shards(name: str) -> set[str]:
+    """The placements of the results; their bits and the gradients' are those of one process."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    shapes, _ = OPERATORS[name].sharded
+    op, found = OPERATORS[name].function, set()
+    whole = [t.requires_grad_() for t in arguments(shapes, torch.float32)]
+    expected = op(*whole)
+    incoming = normal(*expected.shape, dtype=torch.float32, seed=9)
+    gradients = torch.autograd.grad(expected, whole, incoming)
+    for placements in itertools.product([Replicate(), Shard(0), Shard(1)], repeat=len(whole)):
+        args = [
+            distribute_tensor(t.detach(), mesh, [placement]).requires_grad_()
+            for t, placement in zip(whole, placements, strict=True)
+        ]
+        result = op(*args)
+        assert torch.equal(bits(result.full_tensor()), bits(expected))
+        for g in (Replicate(), Shard(0), Shard(1)):
+            grads = torch.autograd.grad(
+                result, args, distribute_tensor(incoming, mesh, [g]), retain_graph=True
+            )
+            assert not any(isinstance(grad.placements[0], Partial) for grad in grads)
+            for grad, gradient in zip(grads, gradients, strict=True):
+                assert torch.equal(bits(grad.full_tensor()), bits(gradient))
+        found.add(str(result.placements[0]))
+    return found
+
+
+@pytest.mark.parametrize("name", ["exact_matmul", "exact_matmul_t"])
+def test_exact_products_of_shards_have_the_bits_of_the_whole(ranks, name):
+    # Sums of rounded parts would have others: operands that are split along k are gathered.
+    for placements in ranks(2, exact_products_of_shards, name):
+        assert placements <= {"R", "S(0)", "S(1)"}
 
 
 def test_rules_wait_for_dtensor() -> None:

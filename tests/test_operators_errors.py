@@ -59,7 +59,9 @@ def test_errors(
     device: str,
 ) -> None:
     args = tuple(arg.detach().to(device) for arg in refused.args)
-    expected = f"torchpar::{name}: " + refused.message.replace("{device}", repr(args[0].device))
+    device_of = args[0].device
+    message = refused.message.replace("{device}", repr(device_of)).replace("{where}", str(device_of))
+    expected = f"torchpar::{name}: {message}"
     with pytest.raises(RuntimeError, match=re.escape(expected)) as caught:
         call(partial(OPERATORS[name].function, **refused.kwargs), args)
     assert "\n" not in str(caught.value)
@@ -74,6 +76,8 @@ def test_errors(
         ("linear_sigmoid", (ones(2, 3), ones(4, 3)), 1, "weight is on {moved}, expected x's {device}"),
         ("linear_sigmoid", (ones(2, 3), ones(4, 3)), 0, "weight is on {device}, expected x's {moved}"),
         ("linear_sigmoid", (ones(2, 3), ones(4, 3), ones(4)), 2, "bias is on {moved}, expected x's {device}"),
+        ("exact_matmul", (ones(2, 3), ones(4, 3)), 1, "b is (4, 3) on {moved}, expected (n, 3) on {device}"),
+        ("exact_matmul", (ones(2, 3), ones(4, 3)), 0, "b is (4, 3) on {device}, expected (n, 3) on {moved}"),
     ],
 )
 def test_mixed_devices(

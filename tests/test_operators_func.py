@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from operators import BY_SMALL_CASE, FLOATS, OPERATORS
-from samples import arguments, assert_symmetric, normal
+from samples import assert_symmetric, normal, widest, widest_arguments
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.testing import assert_close
@@ -92,7 +92,7 @@ TRANSFORMS: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name, shapes", BY_SMALL_CASE, ids=str)
 def test_transforms(name: str, shapes: tuple[tuple[int, ...], ...], transform: str, device: str) -> None:
-    args = arguments(shapes, device=device)
+    args = widest_arguments(name, shapes, device)
     expected = TRANSFORMS[transform](OPERATORS[name].plain, args)
     assert_close(TRANSFORMS[transform](OPERATORS[name].op, args), expected)
 
@@ -104,11 +104,11 @@ BY_IN_DIMS = [(name, *case) for name, operator in OPERATORS.items() for case in 
 def test_vmap_over_any_dimension_of_any_operand(
     name: str, in_dims: tuple[int | None, ...], shapes: tuple[tuple[int, ...], ...], device: str
 ) -> None:
-    args = arguments(shapes, device=device, requires_grad=True)
+    args = widest_arguments(name, shapes, device, requires_grad=True)
     actual = vmap(OPERATORS[name].op, in_dims, out_dims=-1)(*args)
     expected = vmap(OPERATORS[name].plain, in_dims, out_dims=-1)(*args)
     assert_close(actual, expected)
-    incoming = normal(*actual.shape, device=device, seed=9)
+    incoming = widest(name, *actual.shape, device=device, seed=9)
     assert_close(torch.autograd.grad(actual, args, incoming), torch.autograd.grad(expected, args, incoming))
 
 
@@ -166,7 +166,7 @@ def test_per_sample_gradients_of_a_module(device: str) -> None:
 @pytest.mark.parametrize("strategy, vectorize", [("reverse-mode", True), ("forward-mode", True)])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_autograd_functional(name: str, strategy: str, vectorize: bool, device: str) -> None:
-    args = arguments(OPERATORS[name].small[0], device=device)
+    args = widest_arguments(name, OPERATORS[name].small[0], device)
     jacobian = torch.autograd.functional.jacobian
     actual = jacobian(OPERATORS[name].op, args, vectorize=vectorize, strategy=strategy)
     assert_close(actual, jacobian(OPERATORS[name].plain, args, vectorize=vectorize, strategy=strategy))
@@ -177,7 +177,7 @@ def test_autograd_functional(name: str, strategy: str, vectorize: bool, device: 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_a_failure_inside_a_transform_leaves_the_operator_as_it_was(name: str, device: str) -> None:
-    args = arguments(OPERATORS[name].small[0], device=device)
+    args = widest_arguments(name, OPERATORS[name].small[0], device)
     expected = OPERATORS[name].op(*args)
     with pytest.raises(ZeroDivisionError):
         vmap(grad(lambda *a: scalar(OPERATORS[name].op)(*a) / (1 // 0)))(*stacked(args))

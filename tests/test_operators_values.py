@@ -25,6 +25,7 @@ from samples import (
     oracle,
     property_test,
     to_numpy,
+    widest_arguments,
 )
 from torch.testing import assert_close
 
@@ -35,7 +36,7 @@ from torchpar import reference
 @pytest.mark.parametrize("name, shapes", BY_SMALL_CASE, ids=str)
 def test_arguments_by_position_and_by_name(name: str, shapes: tuple[tuple[int, ...], ...]) -> None:
     operator = OPERATORS[name]
-    args, factors = operator.operands(*arguments(shapes)), operator.factors(len(shapes))
+    args, factors = operator.operands(*widest_arguments(name, shapes)), operator.factors(len(shapes))
     names = [argument.name for argument in operator.overload._schema.arguments]
     by_name = dict(zip(names, args, strict=False))
     expected = operator.overload(*args, **factors)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from operators import BACKWARDS, OPERATORS
-from samples import LAYOUTS, arguments, normal
+from samples import LAYOUTS, normal, widest_arguments
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd
 from torch._C._functorch import peek_interpreter_stack
@@ -206,6 +206,7 @@ def test_supports_tma_where_a_compiler_allocates_for_descriptors(
 @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
 def test_compilers_take_operands_of_data_dependent_size(name: str) -> None:
     operator = OPERATORS[name]
+    torch._dynamo.reset()  # it compiles a function a few times only
 
     def function(x: Tensor) -> Tensor:
         x = x[x[:, 0] > 0]
@@ -242,11 +243,18 @@ def test_compilers_look_through_an_operator_and_other_tracers_do_not() -> None:
     (graph,) = graphs
     assert torch.ops.aten.mm.default in targets(graph)
     assert all(target.namespace == "aten" for target in targets(graph))
+    # The CPU path of an exact product looks at its values, which a trace has not.
+    graphs.clear()
+    torch._dynamo.reset()
+    product = torchpar.exact_matmul_t
+    compiled = torch.compile(product, backend=aot_autograd(fw_compiler=compiler), fullgraph=True)
+    assert_close(compiled(x), product(x), rtol=0, atol=0)
+    assert targets(graphs[0]) == {torch.ops.torchpar.exact_matmul_t.default}
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_functionalize(name: str) -> None:
-    args = arguments(OPERATORS[name].small[0])
+    args = widest_arguments(name, OPERATORS[name].small[0])
     assert_close(functionalize(OPERATORS[name].op)(*args), OPERATORS[name].plain(*args))
 
 
@@ -342,3 +350,26 @@ def test_a_function_below_autograd_reaches_the_kernel(library: torch.library.Lib
     x = torch.tensor([2.0], requires_grad=True)
     assert_close(cube(x), torch.tensor([8.0]))
     assert calls == ["Autograd"]
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * dx
+
+
+def test_jvp_of_a_function_still_needs_our_workaround() -> None:
+    """`with_derivatives` turns forward mode on in a function's jvp. When this fails, it need not any more."""
+    x = torch.ones(1)
+    functions = (torch.square, Square.apply)
+    second = [jvp(lambda x, f=f: jvp(f, (x,), (x.detach(),))[1], (x,), (x,))[1] for f in functions]
+    assert_close(second[0], 2 * x)
+    assert_close(second[1], 0 * x)

@@ -262,7 +262,7 @@ def _orders(a: Tensor, b: Tensor) -> list[Tensor]:
     for q in range(1, DIGITS):
         leading.mul_(2**BITS).add_(b.select(-2, q))
         total += a.select(-2, DIGITS - 1 - q).double() @ leading.mT
-    return [total]
+    return [total.add_(0.0)]  # a product of 0 and a negative number is −0, which is no integer
 
 
 def _concatenated(digits: Tensor, reverse: bool = False) -> Tensor:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -228,7 +229,10 @@ def with_derivatives(
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-            return jvp(ctx, *tangents)
+            # PyTorch turns forward mode off here, so that the tangents of the transforms below would be 0.
+            with _set_fwd_grad_enabled(True):
+                primals = [forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors]
+                return jvp(SimpleNamespace(saved_tensors=primals), *tangents)
 
     def formula(*args: Any) -> Any:
         with enable_single_level_autograd_function():

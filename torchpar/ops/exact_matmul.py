@@ -36,9 +36,9 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
 
         k · 2⁻²⁷ · max|a_i| · max|b_j| + half an ulp
 
-    for rows a_i and b_j. An entry that is 2²⁰ times smaller than the largest of its row keeps 12 bits, and
-    one that is 2³³ times smaller counts as 0. NaN and infinities propagate as in `torch.mm`, but a sum
-    overflows only if the result does. The gradients are exact products, too.
+    for rows a_i and b_j. An entry that is 2²⁰ times smaller than the largest of its row keeps at least 10
+    bits, and one that is 2³³ times smaller counts as 0. NaN and infinities propagate as in `torch.mm`, but
+    a sum overflows only if the result does. The gradients are exact products, too.
 
     Args:
         a: ``(*, m, k)`` float32.
