@@ -8,7 +8,7 @@ copies the result dp times. So each rank holds one slice of one stage of one rep
 within one mesh dimension: sums of activations in tp, activations and their gradients between stages in pp,
 gradients of parameters in dp.
 
-With ``--arithmetic exact`` a run has the same bits on every mesh, processor and device.
+With ``--arithmetic exact`` a run has the same bits on every mesh and processor.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from torchpar.ieee import cross_entropy_sum
 from torchpar.nn import MLP
 from torchpar.parallel import join_world, parallel_mlp
 from torchpar.parallel.split.exact import ExactGradients
-from torchpar.parallel.split.mlp import Arithmetic
+from torchpar.parallel.split.layers import Arithmetic
 from torchpar.parallel.split.pipeline import Pipeline, PipelineSchedule, stage_mlp
 from torchpar.parallel.split.shared_memory import register_shared_memory_hook
 from torchpar.profile.phases import phase
@@ -63,7 +63,9 @@ def main(flags: Flags) -> None:
         loss_sum = cross_entropy_sum if exact else partial(cross_entropy, reduction="sum")
         if flags.compile:
             if exact:
-                raise ConfigError("--compile rounds where it likes; drop it, or take --arithmetic fast")
+                raise ConfigError(
+                    "a compiler may fuse products and sums, which exact arithmetic forbids; drop --compile"
+                )
             compile_model(model, world)
         replica: torch.nn.Module = model
         pipeline = None

@@ -21,7 +21,7 @@ from .gemm import GROUP, grouped_tile, triangle_tile
 from .launch import Plan, Wrap, planned
 
 CHAIN = 2**14  # terms: in int32, the four products of order 3, of at most 2¹⁴ each, have no more of them
-LONGEST = 2**24 - 1  # terms that int64 holds
+LONGEST = 2**23  # terms that int64 holds
 
 LIMIT_K = tl.constexpr(16)  # columns of signs at a time, the fewest that tensor cores take
 LARGEST = tl.constexpr(129)  # A greater exponent marks a row that has a NaN or an infinity.
@@ -59,7 +59,7 @@ def digits(x, first, second):
     x = x * first * second
     h = x + ROUND
     l = (x - (h - ROUND)) * 512.0 + ROUND  # noqa: E741
-    # The halves make digits from −128 to 127 of bytes from 0 to 255, each of which they flip the sign bit of.
+    # Adding the halves, and flipping the sign bit of each byte, makes digits from −128 to 127 of the bytes.
     offset: tl.constexpr = (HALVES - ROUND_BITS - (ROUND_BITS << 9)) % 2**32
     x = (h.to(tl.int32, bitcast=True) << 9) + l.to(tl.int32, bitcast=True)
     x = (x + offset) ^ HALVES
@@ -211,7 +211,7 @@ def exact_product(a: Tensor, b: Tensor, e: Tensor, f: Tensor, wrap: Wrap, *, out
 
     Args:
         e, f: int32 exponents ``(*, m)`` and ``(*, n)`` of the rows, contiguous: |x| < (1 − 2⁻⁷)·2^e, and from
-            −126 to 129. A greater one marks a row that has a NaN or an infinity.
+            −149 to 129. A greater one marks a row that has a NaN or an infinity.
         out: ``(*, m, n)``, contiguous. In int64 it becomes T, which says nothing of marked rows and columns;
             in float32 the product, which is NaN or infinite there.
 

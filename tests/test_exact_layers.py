@@ -95,7 +95,7 @@ def layers_of_float32_products() -> None:
             dist.all_reduce(z.data)
         return z if layer.bias is None else z + layer.bias
 
-    with patch("torchpar.parallel.split.exact._Exact.act", act), patch.object(ExactGradients, "__call__"):
+    with patch("torchpar.parallel.split.exact._Exact.affine", act), patch.object(ExactGradients, "__call__"):
         layers_have_the_same_bits()
 
 
@@ -126,20 +126,22 @@ def gradients_at_0() -> tuple[list[float], list[float]]:
     return found[0], found[1]
 
 
-def frozen(names: list[str]) -> list[str]:
-    """The parameters with a gradient after two steps, where those of given names are frozen."""
+def frozen(names: list[str]) -> dict[str, list[float]]:
+    """The gradients after two steps of two passes each, where parameters of given names are frozen."""
     with join_world("cpu") as world:
         world = world.with_mesh(dp=world.world_size)
+        torch.manual_seed(0)
         model = parallel_mlp(MLP([5, 7, 3]), world.mesh["tp"], "exact")
         for name, p in model.named_parameters():
             p.requires_grad_(name not in names)
         gradients = ExactGradients(model, world)
         for _ in range(2):
-            model(torch.ones(2, 5, requires_grad=True)).sum().backward()
-            model(torch.ones(2, 5, requires_grad=names == ALL)).sum().backward()
-            gradients(2 - ("layers.0.weight" in names))
+            for factor in (1.0, 2.0):
+                x = torch.full((2, 5), factor, requires_grad=names == ALL)
+                (model(x) * factor).sum().backward()
+            gradients()
             assert not any(layer.kept for layer in model.layers)
-        return [name for name, p in model.named_parameters() if p.grad is not None]
+        return {name: p.grad.flatten().tolist() for name, p in model.named_parameters() if p.grad is not None}
 
 
 ALL = [f"layers.{i}.{name}" for i in range(2) for name in ("weight", "bias")]
@@ -147,11 +149,18 @@ ALL = [f"layers.{i}.{name}" for i in range(2) for name in ("weight", "bias")]
 
 @pytest.mark.parametrize(
     "names",
-    [["layers.0.bias", "layers.1.weight"], ["layers.0.weight", "layers.0.bias"], ["layers.1.bias"], ALL],
+    [
+        ["layers.0.bias", "layers.1.weight"],
+        ["layers.0.weight"],
+        ["layers.0.weight", "layers.0.bias"],
+        ["layers.1.bias"],
+        ALL,
+    ],
 )
-def test_frozen_parameters_get_no_gradient(ranks, names):
-    for found in ranks(2, frozen, names):
-        assert found == [name for name, _ in MLP([5, 7, 3]).named_parameters() if name not in names]
+def test_frozen_parameters_get_no_gradient_and_the_others_theirs(ranks, names):
+    (whole, _), (one, two) = ranks(2, frozen, []), ranks(2, frozen, names)
+    assert any(map(any, whole.values()))
+    assert one == two == {name: gradient for name, gradient in whole.items() if name not in names}
 
 
 def refusals(axes: dict[str, int]) -> list[str]:

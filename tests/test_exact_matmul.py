@@ -11,6 +11,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from unittest.mock import patch
 
+import exact_bits
 import pytest
 import torch
 from commands import ROOT, start
@@ -22,7 +23,8 @@ from torch import Tensor
 from torch.func import grad, hessian, jvp, vjp, vmap
 from torch.testing import assert_close
 
-from torchpar import exact_matmul, exact_matmul_t
+from torchpar import exact_matmul, exact_matmul_t, reference
+from torchpar.errors import ConfigError
 from torchpar.ops import _exact
 from torchpar.ops._matrix import half_sum
 
@@ -34,8 +36,8 @@ LEAST = 2.0**-149  # subnormal
 
 
 def exponent(row: list[float]) -> int:
-    """The least e from −126 on for which all |x| are less than (1 − 2⁻⁷)·2^e."""
-    e = -126
+    """The least e from −149 on for which all |x| are less than (1 − 2⁻⁷)·2^e."""
+    e = -149
     while any(abs(x) >= (1 - 2.0**-7) * 2.0**e for x in row):
         e += 1
     return e
@@ -216,6 +218,8 @@ ADVERSARIAL = {
     "one large element": (torch.cat([torch.ones(4, 1), random(4, 63) * 2.0**-12], 1), random(4, 64)),
     "powers of two": (2.0 ** -torch.arange(64).view(1, 64), 2.0 ** -torch.arange(64).flip(0).view(1, 64)),
     "small results": (random(9, 64) * 2.0**-70, random(8, 64, seed=1) * 2.0**-70),
+    "subnormal": (random(9, 64) * 2.0**-140, random(8, 64, seed=1) * 2.0**100),
+    "the least number": (torch.full((1, 1), LEAST), torch.full((1, 1), (0.5 + 2.0**-17) * 2.0**100)),
     "cancelling": worst(64),
     "the same": (worst(64)[0], worst(64)[0]),
 }
@@ -541,3 +545,40 @@ def test_parts_with_exponents_of_their_own_are_rejected() -> None:
     assert_close(own_exponents(a, b, [17, 18]), expected, rtol=1e-3, atol=0.1)
     with pytest.raises(AssertionError):
         assert_same_bits(own_exponents(a, b, [17, 18]), expected)
+
+
+def test_the_kernel_has_the_formulas_constants() -> None:
+    pytest.importorskip("triton", reason="Triton compiles the kernels")
+    from torchpar.kernels import exact_matmul as kernels
+
+    assert (kernels.CHAIN, kernels.LONGEST) == (_exact.CHAIN, _exact.LONG_CHAIN)
+    assert (kernels.LARGEST.value, kernels.WEIGHT.value) == (_exact.LARGEST, _exact.WEIGHT)
+    assert kernels.HALVES.value == _exact.CARRY
+
+
+def test_results_are_float32_whatever_the_default_is() -> None:
+    a, b = random(3, 4), random(5, 4)
+    expected = exact_matmul(a, b)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert_same_bits(exact_matmul(a, b), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_sums_that_int64_may_not_hold_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    a = random(2, 9)
+    operand = _exact.Operand(a, _exact.row_exponents(a))
+    assert operand.sums(operand).shape == (2, 2)
+    monkeypatch.setattr(_exact, "LONG_CHAIN", 8)
+    with pytest.raises(ConfigError, match="a sum has 9 terms, expected at most 8; take smaller"):
+        operand.sums(operand)
+
+
+def test_a_plain_product_has_the_same_bits() -> None:
+    for a, b in (ADVERSARIAL[name] for name in ("normal", "wide", "small results", "subnormal")):
+        assert_same_bits(exact_matmul(a, b), reference.exact_matmul(a, b))
+
+
+def test_a_training_has_the_recorded_bits() -> None:
+    assert exact_bits.trained() == exact_bits.TRAINED

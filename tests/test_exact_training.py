@@ -14,12 +14,14 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from torchpar import training
 from torchpar.ieee import cross_entropy_sum
 from torchpar.nn import MLP
+from torchpar.ops import _exact
 from torchpar.ops._exact import row_exponents
 from torchpar.parallel import World, clip_grad_norm_, join_world, parallel_mlp
 from torchpar.parallel.split import exact
@@ -116,6 +118,25 @@ def own_exponents(rank: int) -> list[Any]:
     return [patch.object(exact, "_shared_exponents", own)]
 
 
+def own_maxima(rank: int) -> list[Any]:
+    """The same in the gradients of weights and biases."""
+    reduce = ExactGradients._reduce
+
+    def own(self: Any, tensors: list[Tensor], shared: Any, op: Any) -> None:
+        before = [t.clone() for t in tensors]
+        reduce(self, tensors, shared, op)
+        if op == dist.ReduceOp.MAX and rank == 1:
+            for t, mine in zip(tensors, before, strict=True):
+                t.copy_(mine)
+
+    return [patch.object(ExactGradients, "_reduce", own)]
+
+
+def no_carry(rank: int) -> list[Any]:
+    """Digits from 0 to 255, which do not fit in a signed byte."""
+    return [patch.object(_exact, "CARRY", 0)] if rank == 1 else []
+
+
 def rounded_sums(rank: int) -> list[Any]:
     """Integers rounded to float32 before ranks add them."""
     reduce, add = ExactGradients._reduce, exact.all_reduce
@@ -146,6 +167,8 @@ def float_gradients(rank: int) -> list[Any]:
 
 BROKEN = {
     "own exponents": own_exponents,
+    "own maxima": own_maxima,
+    "no carry": no_carry,
     "rounded sums": rounded_sums,
     "float gradients": float_gradients,
 }
@@ -191,7 +214,15 @@ def test_every_mesh_has_the_same_bits(ranks, expected, mesh):
 
 @pytest.mark.parametrize(
     "broken, axis",
-    [("own exponents", "tp"), ("rounded sums", "tp"), ("rounded sums", "dp"), ("float gradients", "dp")],
+    [
+        ("own exponents", "tp"),
+        ("own maxima", "dp"),
+        ("no carry", "tp"),
+        ("no carry", "dp"),
+        ("rounded sums", "tp"),
+        ("rounded sums", "dp"),
+        ("float gradients", "dp"),
+    ],
 )
 def test_the_comparison_rejects(ranks, expected, broken, axis):
     ones = ranks(1, trained, Mesh(micro_batches=1), broken)[0] if broken == "float gradients" else expected

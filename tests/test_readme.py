@@ -10,6 +10,8 @@ import torch
 from operators import OPERATORS
 from samples import differences, widest, widest_arguments
 
+from torchpar.training.verify import EXPECTED
+
 # gradcheck doubts differences in float32; those of `quarters` are exact.
 pytestmark = pytest.mark.filterwarnings("ignore:Input #. requires gradient and is not a double precision")
 
@@ -148,6 +150,10 @@ def test_devices(name, device):
     events = {event.key for event in profile.key_averages()}
     runs = "ATen" if OPERATORS[name].aten in events else "Triton"
     assert table()[device][name] == runs
+
+
+def test_the_published_hash_is_the_one_that_is_checked():
+    assert re.findall(r"prints `([0-9a-f]{64})`", README) == [EXPECTED]
 
 
 def test_example_runs():

@@ -64,10 +64,10 @@ def test_the_status_says_whether_the_hash_is_the_published_one(folder, monkeypat
     first, second, third = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"dp 1 × tp 1 × pp 2 on cpu, .*, torch \S+: \d+ s", first)
     found = second.removeprefix("SHA-256 of the weights: ")
-    assert third.startswith("NOT the published one")
+    assert third.startswith("The published hash is ")
     monkeypatch.setattr(verify, "EXPECTED", found)
     assert verify.main(["--tp", "2", "--data", str(folder)]) == 0
-    assert capsys.readouterr().out.splitlines()[1:] == [second, "the published one"]
+    assert capsys.readouterr().out.splitlines()[1:] == [second, "This is the published hash."]
 
 
 def one_line(capsys: Any, *arguments: str) -> str:

@@ -71,8 +71,7 @@ class Samples:
         features = self.features.flatten(1)
         # Indexing by a tensor takes longer than index_select.
         chosen = features[index] if isinstance(index, slice) else features.index_select(0, index)
-        # By a tensor, since a GPU multiplies by the reciprocal of a number.
-        return chosen / _full(255, chosen.device) if chosen.dtype == torch.uint8 else chosen
+        return chosen / _divisor(255, chosen) if chosen.dtype == torch.uint8 else chosen
 
     def pooled(
         self,
@@ -118,13 +117,13 @@ class Samples:
             x = chunk.float()  # sums of strided parts take a third of the time of `avg_pool2d`
             x = sum((x[:, i::pool] for i in range(1, pool)), x[:, ::pool])
             x = sum((x[:, :, i::pool] for i in range(1, pool)), x[:, :, ::pool])
-            out.copy_(x.div_(_full(255 * pool * pool, x.device)))
+            out.copy_(x.div_(_divisor(255 * pool * pool, x)))
         return Samples(pooled, self.labels, self.classes)
 
 
-@cache
-def _full(value: float, device: torch.device) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32, device=device)
+def _divisor(value: int, t: Tensor) -> int | Tensor:
+    """``value``, on a GPU as a tensor: by a number it would multiply by the reciprocal."""
+    return t.new_full((), value, dtype=torch.float32) if t.is_cuda else value
 
 
 class Batch(NamedTuple):

@@ -16,7 +16,7 @@ by 3, which is (Q + P) / (Q − P),
 The quotient's relative error is r⁷/100800 < 6.1·10⁻⁹, a tenth of a rounding. exp, sigmoid and log have no
 gradient: a layer has its own backward pass. The bits hold for eager calls: a compiler may fuse them.
 
-Source: Cody and Waite, "Software manual for the elementary functions", 1980; Sun's fdlibm, ``e_log.c``.
+Sources: Cody and Waite, "Software manual for the elementary functions", 1980; Sun's fdlibm, ``e_log.c``.
 """
 
 from collections.abc import Callable
@@ -97,7 +97,7 @@ def _exp(x: Tensor, out: Tensor, n: Tensor, r: Tensor, u: Tensor) -> None:
     torch.sub(r, p, out=out).add_(_1)
     # Two factors, since 2ⁿ may not be a normal number: the first is exact, the second rounds once.
     half = exponents >> 1
-    torch.mul(out.mul_(_power(half)), _power(exponents - half), out=out)
+    torch.mul(out.mul_(power_of_two(half)), power_of_two(exponents - half), out=out)
 
 
 def _sigmoid(x: Tensor, out: Tensor, n: Tensor, r: Tensor, u: Tensor) -> None:
@@ -121,9 +121,11 @@ def _numerator_parts(r: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     return p, q.mul_(_12).add_(_120)
 
 
-def _power(exponents: Tensor) -> Tensor:
-    """2^exponents float32, for exponents of normal numbers."""
-    return ((exponents + 127) << 23).view(torch.float32)
+def power_of_two(exponents: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return 2^exponents, float32 or float64, for int32 exponents of normal numbers."""
+    if dtype == torch.float32:
+        return ((exponents + 127) << 23).view(dtype)
+    return ((exponents.long() + 1023) << 52).view(dtype)
 
 
 # ln 2 for float64: a part of 32 bits, whose products with exponents are exact, and the rest.

@@ -36,7 +36,7 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
     def cut(row: list[float]) -> tuple[int, list[list[int]]]:
         """The exponent of a row, and four digits of each number."""
         largest, exponent = math.frexp(max(map(abs, row), default=0.0))
-        exponent = max(exponent + (largest >= 1 - 2**-7), -126)
+        exponent += largest >= 1 - 2**-7
         digits = []
         for x in row:
             rest = round(math.ldexp(x, 31 - exponent))

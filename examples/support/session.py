@@ -19,8 +19,7 @@ from torchpar.data import Samples
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.clip import clip_grad_norm_
-from torchpar.parallel.split.layers import split_parameters
-from torchpar.parallel.split.mlp import Arithmetic
+from torchpar.parallel.split.layers import Arithmetic, split_parameters
 from torchpar.profile import cost
 from torchpar.profile.collectives import StepRecorder
 from torchpar.profile.phases import Phases
@@ -65,8 +64,12 @@ def make_optimizer(
     if flags.optimizer == "sgd":
         make = partial(training.sgd, arithmetic=arithmetic)
     elif arithmetic == "exact":
-        raise ConfigError("Muon's products in exact arithmetic would outlast the step; take --optimizer sgd")
+        raise ConfigError(
+            "Muon has no exact arithmetic, which would take several times a step; take --optimizer sgd"
+        )
     optimizer = make(model, **{name: getattr(flags, name) for name in OPTIMIZER_DEFAULTS[flags.optimizer]})
+    if arithmetic == "exact" and flags.schedule == "cosine":
+        raise ConfigError("a cosine differs between processors; take --schedule linear, or --arithmetic fast")
     steps = flags.epochs * -(-samples // flags.batch_size)
     return optimizer, training.lr_scheduler(optimizer, flags.schedule, steps)
 

@@ -26,45 +26,54 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from torchpar.errors import ConfigError
+from torchpar.ieee import power_of_two
 from torchpar.ops._library import Wrap
 
 DIGITS, BITS = 4, 8
 SCALE = DIGITS * BITS - 1  # |X| < 2^SCALE
 WEIGHT = 2 * SCALE - BITS * (DIGITS - 1)  # T counts units of 2^(e + f − WEIGHT)
-LARGEST = 129  # exponent of a row of finite numbers
+LEAST, LARGEST = -149, 129  # exponents of rows of finite numbers
 # Half of each digit but the first: added before the cut, it makes digits from −128 on of those from 0 on.
 CARRY = sum(2 ** (BITS * p + BITS - 1) for p in range(DIGITS - 1))
 CHAIN = 2**14  # terms, of which each order fits in an int32, and T in the 53 bits of a float64
 LONG_CHAIN = 2**23  # terms, of which T fits in an int64
 _BLOCK = 2**17  # elements that are cut, or put together, at a time: they fit in the processor's cache
 _HALVED_BLOCK = 256  # rows of a block on the diagonal, of which all is computed
-_INT8_WORTH = 2**20  # multiplications, from which on int8 products are faster than a float64 one
+_INT8_WORTH = 2**20  # multiplications; a larger product is faster in int8 than in float64
 
 
 @cache
 def has_int8() -> bool:
     """Return True if PyTorch multiplies int8 matrices on this CPU by instructions that add to int32 exactly.
 
-    Elsewhere `torch._int_mm` is a plain loop.
+    Elsewhere `torch._int_mm` is a plain loop, or instructions of oneDNN may saturate at 16 bits.
     """
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
-    return "avx512_vnni" in flags and torch.backends.mkldnn.is_available()
+    if "avx512_vnni" not in flags or not torch.backends.mkldnn.is_available():
+        return False
+    least, largest = (torch.full((32, 64), value, dtype=torch.int8) for value in (-128, 127))
+    pairs = ((least, least), (least, largest), (largest, largest))
+    return all(torch.equal(torch._int_mm(a, b.T), a.long() @ b.T.long()) for a, b in pairs)
 
 
 def row_exponents(x: Tensor) -> Tensor:
-    """The exponents e ``(*, m, 1)`` int32 of the rows of ``x (*, m, k)``, from −126 to `LARGEST`.
+    """The exponents e ``(*, m, 1)`` int32 of the rows of ``x (*, m, k)``, from `LEAST` to `LARGEST`.
 
-    The largest |x| of a row is less than (1 − 2⁻⁷)·2^e, and at least (½ − 2⁻⁸)·2^e unless e is −126. A row
+    The largest |x| of a row is less than (1 − 2⁻⁷)·2^e, and at least (½ − 2⁻⁸)·2^e unless it is 0. A row
     with a NaN or an infinity has an exponent above `LARGEST`.
     """
     if x.shape[-1] == 0:
-        return x.new_full((*x.shape[:-1], 1), -126, dtype=torch.int32)
+        return x.new_full((*x.shape[:-1], 1), LEAST, dtype=torch.int32)
     largest = x.abs().amax(-1, keepdim=True)
+    # A small number is scaled, since it may be subnormal.
+    scale = 32 * (largest < 1).int()
+    bits = (largest * power_of_two(scale)).view(torch.int32)
     # The bits of a positive float grow with it, and the upper ones are its exponent.
-    exponents = ((largest.view(torch.int32) + 2**17) >> 23) - 126
+    exponents = (((bits + 2**17) >> 23) - 126 - scale).clamp(min=LEAST)
     return torch.where(largest < torch.inf, exponents, LARGEST + 1)
 
 
@@ -75,10 +84,10 @@ def digits(x: Tensor, e: Tensor) -> Tensor:
     """
     *batch, m, k = x.shape
     if x.dim() == 2 and x.stride(0) == 1 != x.stride(1):  # columns are contiguous, also those of the digits
-        planes = torch.empty(DIGITS, k, m, dtype=torch.int8)
+        planes = x.new_empty(DIGITS, k, m, dtype=torch.int8)
         out, source, exponents = planes.permute(2, 0, 1), x.T, e.T.expand(k, m)
     else:
-        out = torch.empty(*batch, m, DIGITS, k, dtype=torch.int8)
+        out = x.new_empty(*batch, m, DIGITS, k, dtype=torch.int8)
         planes, source, exponents = out.movedim(-2, 0), x, e
     for block in _blocks(len(source), source[:1].numel()):
         integers = scaled(source[block], SCALE - exponents[block]).round_().to(torch.int32).add_(CARRY)
@@ -97,17 +106,10 @@ def _blocks(rows: int, columns: int) -> Iterator[slice]:
 def scaled(x: Tensor, exponents: Tensor) -> Tensor:
     """``2^exponents · x`` in float32, a new tensor; exact where the result is a normal number."""
     normal = exponents.clamp(-126, 127)  # the others' powers of two are no float32
-    result = x * power(normal)
+    result = x * power_of_two(normal)
     if x.is_cuda or not torch.equal(normal, exponents):  # a GPU would have to wait for the answer
-        result *= power(exponents - normal)
+        result *= power_of_two(exponents - normal)
     return result
-
-
-def power(exponents: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """2^exponents, whose exponents are those of normal numbers."""
-    if dtype == torch.float32:
-        return ((exponents + 127) << 23).view(dtype)
-    return ((exponents.long() + 1023) << 52).view(dtype)
 
 
 def product(a: Tensor, b: Tensor, wrap: Wrap) -> Tensor:
@@ -123,15 +125,19 @@ def product(a: Tensor, b: Tensor, wrap: Wrap) -> Tensor:
         total = a.new_zeros(shape, dtype=torch.float64)
         for x, y in zip(a.split(LONG_CHAIN, -1), b.split(LONG_CHAIN, -1), strict=True):
             total += exact_product(x, y, e, f, wrap, out=a.new_empty(shape, dtype=torch.int64))
-        return rounded(total, e, f)
-    special = (e > LARGEST).any() or (f > LARGEST).any()
-    if special:
+        return _with_limits(rounded(total, e, f), a, b, e, f)
+    if (e > LARGEST).any() or (f > LARGEST).any():
         finite = [torch.where(t.isfinite(), t, 0) for t in (a, b)]
         out = _product(finite[0], finite[1], e.clamp(max=LARGEST), f.clamp(max=LARGEST))
-        # Of an infinity only its sign matters, and of finite factors their signs.
-        signs = [torch.where(t.isfinite(), t.sign(), t) for t in (a, b)]
-        return torch.where((e > LARGEST) | (f > LARGEST).mT, signs[0] @ signs[1].mT, out)
+        return _with_limits(out, a, b, e, f)
     return _halved(a, e) if b is a else _product(a, b, e, f)
+
+
+def _with_limits(out: Tensor, a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
+    """``out``, but NaN and infinities where rows of ``a`` or ``b`` have them."""
+    # Of an infinity only its sign matters, and of finite factors their signs.
+    signs = [torch.where(t.isfinite(), t.sign(), t) for t in (a, b)]
+    return torch.where((e > LARGEST) | (f > LARGEST).mT, signs[0] @ signs[1].mT, out)
 
 
 def _product(a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
@@ -166,8 +172,8 @@ class Operand:
         if len(operands) == 1:
             return operands[0]
         x, e = (torch.cat([getattr(one, name) for one in operands]) for name in ("x", "e"))
-        cut = None if x.is_cuda else torch.cat([one.digits for one in operands if one.digits is not None])
-        return cls(x, e, cut)
+        cut = [one.digits for one in operands if one.digits is not None]
+        return cls(x, e, torch.cat(cut) if cut else None)
 
     def columns(self) -> "Operand":
         """The columns ``(k, m)`` of 2^(−e)·x, of exponents 0, by the same digits."""
@@ -177,7 +183,14 @@ class Operand:
         return Operand(self.x.T, e, self.digits.permute(2, 1, 0))
 
     def sums(self, other: "Operand") -> Tensor:
-        """T of the product with the transpose of ``other``, as int64 ``(m, n)``."""
+        """T of the product with the transpose of ``other``, as int64 ``(m, n)``.
+
+        Raises:
+            ConfigError: more than `LONG_CHAIN` terms, which int64 may not hold.
+        """
+        if self.x.shape[1] > LONG_CHAIN:
+            terms = f"a sum has {self.x.shape[1]} terms, expected at most {LONG_CHAIN}"
+            raise ConfigError(f"{terms}; take smaller batches or layers")
         if self.digits is None or other.digits is None:
             return self._by_kernel(other, torch.int64)
         return Sums(self.digits, other.digits).long()
@@ -196,7 +209,7 @@ class Operand:
 
 
 def row_sums(x: Tensor, e: Tensor) -> Tensor:
-    """The sums of the rows of ``x (m, k)`` as integers ``(m, 1)`` int64, in units of 2^(e − 31)."""
+    """The sums of the rows of ``x (m, k)``, k ≤ 2³², as integers ``(m, 1)`` int64 in units of 2^(e − 31)."""
     return scaled(x, SCALE - e).round_().to(torch.int32).sum(-1, keepdim=True)
 
 
@@ -210,6 +223,7 @@ class Sums:
 
     def __init__(self, a: Tensor, b: Tensor):
         self.shape = (*a.shape[:-2], b.shape[-3])
+        self._like = a
         self._total: Tensor | None = None  # T, of several chains
         self._orders: list[Tensor] = []  # of one chain: the sums of each order, or T
         if a.shape[-1] <= CHAIN:
@@ -217,7 +231,7 @@ class Sums:
             return
         # Of long chains float64 adds in their order, and rounds.
         length, dtype = (LONG_CHAIN, torch.float64) if a.shape[-1] > LONG_CHAIN else (CHAIN, torch.int64)
-        self._total = torch.zeros(self.shape, dtype=dtype)
+        self._total = a.new_zeros(self.shape, dtype=dtype)
         for chain in zip(a.split(length, -1), b.split(length, -1), strict=True):
             for block, part in Sums(*chain).blocks():
                 self._total[block] += part.to(dtype)
@@ -237,14 +251,14 @@ class Sums:
 
     def long(self) -> Tensor:
         """T as int64."""
-        total = torch.empty(self.shape, dtype=torch.int64)
+        total = self._like.new_empty(self.shape, dtype=torch.int64)
         for block, part in self.blocks():
             total[block] = part
         return total
 
     def rounded(self, e: Tensor, f: Tensor) -> Tensor:
         """`rounded` of T."""
-        out = torch.empty(self.shape)
+        out = self._like.new_empty(self.shape, dtype=torch.float32)
         for block, part in self.blocks():
             out[block] = rounded(part, e[block], f if f.dim() == 2 else f[block])
         return out
@@ -252,7 +266,13 @@ class Sums:
 
 def _orders(a: Tensor, b: Tensor) -> list[Tensor]:
     k = a.shape[-1]
-    if a.dim() == 3 and k and a.shape[0] * b.shape[0] * k >= _INT8_WORTH and has_int8():
+    if (
+        a.dim() == 3
+        and k
+        and a.shape[0] * b.shape[0] * k >= _INT8_WORTH
+        and has_int8()
+        and torch.backends.mkldnn.enabled
+    ):
         # Order s: Σ_p d_p·c_(s − p) is one product over the leading digits of A and those of B, reversed.
         left, right = _concatenated(a), _concatenated(b, reverse=True)
         return [torch._int_mm(left[:, : n * k], right[:, -n * k :].T) for n in range(1, DIGITS + 1)]
@@ -282,4 +302,4 @@ def rounded(total: Tensor, e: Tensor, f: Tensor) -> Tensor:
 
 
 def _finite_power(e: Tensor, more: int = 0) -> Tensor:
-    return torch.where(e > LARGEST, torch.nan, power(e + more, torch.float64))
+    return torch.where(e > LARGEST, torch.nan, power_of_two(e + more, torch.float64))

@@ -123,15 +123,15 @@ class SGD(torch.optim.SGD):
 class ExactSGD(torch.optim.SGD):
     """`torch.optim.SGD` with the same bits on any processor: each product and each sum is rounded once.
 
-    `torch.optim.SGD` lets the processor choose whether a product and its sum are rounded once or twice, and
-    its vectors' length where. The formulas and the state dict are those of `SGD`.
+    `torch.optim.SGD` may round a product and its sum once or twice. Which of both depends on the processor
+    and on an element's place in the tensor. The formulas and the state dict are those of `SGD`.
 
     Args:
         params: parameters or parameter groups.
         lr, momentum, weight_decay, nesterov: as for `torch.optim.SGD`.
 
     Raises:
-        ValueError: a group whose ``dampening`` or ``maximize`` is not 0.
+        ValueError: a group with ``dampening`` or ``maximize``.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar.ops._onednn import layer_gains
 from torchpar.parallel.launch.world import World
-from torchpar.parallel.split.mlp import Arithmetic
+from torchpar.parallel.split.layers import Arithmetic, check_arithmetic
 from torchpar.parallel.split.partition import Partition
 
 _EXPONENT, _SUM = 4, 8  # bytes of an exponent and of an exact sum
@@ -120,6 +120,7 @@ def collectives(
     passes, rows = _passes(batch_size, dims, at, micro_batches)
 
     expected: list[Expected] = []
+    check_arithmetic(arithmetic)
     exact = arithmetic == "exact"
 
     def tensor_sum(width: int) -> None:

@@ -9,8 +9,7 @@ from torch.nn import functional as F
 
 from torchpar.errors import ConfigError
 from torchpar.ops import exact_matmul_t, matmul_t
-from torchpar.parallel.split.layers import split_parameters
-from torchpar.parallel.split.mlp import Arithmetic
+from torchpar.parallel.split.layers import Arithmetic, check_arithmetic, split_parameters
 
 Loss = Literal["cross-entropy", "bce", "mse"]
 
@@ -38,13 +37,15 @@ def loss_sum(loss: Loss, outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def orthogonality_penalty(model: torch.nn.Module, arithmetic: Arithmetic = "fast") -> Tensor:
-    """Return ``Σ ‖W·Wᵀ − I‖²`` over the model's weight matrices (Frobenius norm), by `torchpar.matmul_t`.
+    """Return ``Σ ‖W·Wᵀ − I‖²`` over the model's weight matrices (Frobenius norm).
 
-    In exact arithmetic `torchpar.exact_matmul_t` makes the bits of the gradient the same on any mesh.
+    The products are those of `torchpar.matmul_t`; in exact arithmetic `torchpar.exact_matmul_t`'s, with which
+    the gradient has the same bits on any mesh.
 
     Raises:
         ConfigError: the model has no weight matrix.
     """
+    check_arithmetic(arithmetic)
     split = {layer.weight: layer.full_weight for _, _, layer in split_parameters(model)}
     weights = [split[p]() if p in split else p for p in model.parameters() if p.dim() == 2]
     if not weights:

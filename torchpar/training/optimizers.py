@@ -11,8 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from torchpar.errors import ConfigError
 from torchpar.optim import SGD, ChainedOptimizer, ExactSGD, Muon
-from torchpar.parallel.split.layers import split_parameters
-from torchpar.parallel.split.mlp import Arithmetic
+from torchpar.parallel.split.layers import Arithmetic, check_arithmetic, split_parameters
 
 LRSchedule = Literal["linear", "cosine", "constant"]
 
@@ -39,6 +38,7 @@ def sgd(
         groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     # SGD's one call rounds the last elements of a tensor differently, so that bits depend on how it is split.
     kind: type[torch.optim.SGD] = torch.optim.SGD if any(split_parameters(model)) else SGD
+    check_arithmetic(arithmetic)
     if arithmetic == "exact":
         kind = ExactSGD
     return kind(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)

@@ -69,7 +69,7 @@ def verify(ranks: int | None, tp: int, pp: int, threads: int, device: str, data:
     capability = torch.backends.cpu.get_cpu_capability()
     print(f"{mesh} on {device}, {capability}, torch {torch.__version__}: {time.perf_counter() - start:.0f} s")
     print(f"SHA-256 of the weights: {digest}")
-    print("the published one" if digest == EXPECTED else f"NOT the published one, {EXPECTED}")
+    print("This is the published hash." if digest == EXPECTED else f"The published hash is {EXPECTED}.")
     return 0 if digest == EXPECTED else 1
 
 

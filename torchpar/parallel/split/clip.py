@@ -5,10 +5,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torchpar.ieee import power_of_two
 from torchpar.ops import _exact
 from torchpar.parallel.launch.world import World
-from torchpar.parallel.split.layers import split_parameters
-from torchpar.parallel.split.mlp import Arithmetic
+from torchpar.parallel.split.layers import Arithmetic, check_arithmetic, split_parameters
 
 _HALF = 30  # bits: squares below 1 are integers of two halves, of which 2³³ can be added
 
@@ -34,6 +34,7 @@ def clip_grad_norm_(
         The norm before clipping, a float64 scalar, the same on every rank. A norm that is not finite makes
         every gradient so, as with `torch.nn.utils.clip_grad_norm_`.
     """
+    check_arithmetic(arithmetic)
     split = {name for name, _, _ in split_parameters(model)}
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     whole = world.dp_size == world.world_size
@@ -66,11 +67,11 @@ def _exact_square(gradients: list[Tensor], world: World, whole: bool) -> Tensor:
         dist.all_reduce(exponent, dist.ReduceOp.MAX)
     halves = torch.zeros(2, dtype=torch.int64, device=world.device)
     for gradient in gradients:
-        square = (gradient.double() * _exact.power(-exponent, torch.float64)).square()  # exact, and below 1
+        square = (gradient.double() * power_of_two(-exponent, torch.float64)).square()  # exact, and below 1
         units = (square * 2.0 ** (2 * _HALF)).to(torch.int64)
         halves += torch.stack([(units >> _HALF).sum(), (units & (2**_HALF - 1)).sum()])
     if not whole:
         world.sum(halves)
     total = halves[0].double() * 2.0**-_HALF + halves[1].double() * 2.0 ** (-2 * _HALF)
-    finite = _exact.power(2 * exponent, torch.float64).squeeze()
+    finite = power_of_two(2 * exponent, torch.float64).squeeze()
     return torch.where(exponent.squeeze() > _exact.LARGEST, torch.nan, total * finite)

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar import ieee, nn
@@ -30,14 +29,20 @@ from torchpar.ops import _exact
 from torchpar.ops._exact import Operand, row_exponents
 from torchpar.ops._matrix import rows
 from torchpar.parallel.launch.world import World
-from torchpar.parallel.split.layers import LINEAR_LAYERS, Activation, ColumnParallelLinear, RowParallelLinear
+from torchpar.parallel.split.layers import (
+    LINEAR_LAYERS,
+    Activation,
+    Arithmetic,
+    ColumnParallelLinear,
+    RowParallelLinear,
+)
 from torchpar.parallel.split.reduction import all_reduce
 from torchpar.parallel.split.shared_memory import SharedSum, make_shared_sum
 from torchpar.profile.collectives import all_reduced
 from torchpar.profile.phases import phase
 
 
-class Kept(NamedTuple):
+class _Kept(NamedTuple):
     """A backward pass of a layer: its input, and dL/dz ``(b, out)``."""
 
     x: Operand
@@ -45,7 +50,7 @@ class Kept(NamedTuple):
 
 
 class _Exact(torch.nn.Module):
-    """What the layers in exact arithmetic have in common. They take and return float32.
+    """Base of the layers in exact arithmetic, which take and return float32.
 
     Attributes:
         kept: the backward passes since the last step.
@@ -60,7 +65,7 @@ class _Exact(torch.nn.Module):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.kept: list[Kept] = []
+        self.kept: list[_Kept] = []
         if self.weight.dtype != torch.float32:
             raise ConfigError(f"exact arithmetic takes float32, the layer has {self.weight.dtype}")
 
@@ -68,11 +73,12 @@ class _Exact(torch.nn.Module):
         """Whether a parameter needs a gradient."""
         return any(p.requires_grad for p in self.parameters())
 
-    def act(self, x: Tensor) -> Tensor:
+    def affine(self, x: Tensor) -> Tensor:
+        """``act(x @ weight.T + bias)``."""
         for name, t in (("the input", x), ("the layer's weight", self.weight)):
             if t.dtype != torch.float32:
                 raise ConfigError(f"exact arithmetic takes float32, {name} is {t.dtype}; convert it")
-        return _Layer.apply(x, self.weight, self)  # type: ignore[no-any-return]
+        return _Layer.apply(x, self.weight, self.bias, self)  # type: ignore[no-any-return]
 
 
 class ExactLinear(_Exact, nn.Linear):
@@ -84,7 +90,14 @@ class ExactLinear(_Exact, nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: Any) -> "ExactLinear":
-        """The twin of a linear layer among `LINEAR_LAYERS`, with copies of its parameters."""
+        """The twin of a linear layer among `LINEAR_LAYERS`, with copies of its parameters.
+
+        Raises:
+            ConfigError: another kind of layer.
+        """
+        if type(linear) not in LINEAR_LAYERS:
+            expected = ", ".join(f"{kind.__module__}.{kind.__name__}" for kind in LINEAR_LAYERS)
+            raise ConfigError(f"cannot copy a {type(linear).__name__}, expected one of {expected}")
         own, shape = LINEAR_LAYERS[type(linear)], (linear.in_features, linear.out_features)
         twin = cls(*shape, linear.bias is not None, activation=own, device="meta", dtype=linear.weight.dtype)
         for name, parameter in linear.named_parameters():
@@ -92,7 +105,7 @@ class ExactLinear(_Exact, nn.Linear):
         return twin
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(x)
+        return self.affine(x)
 
 
 class ExactColumnParallelLinear(_Exact, ColumnParallelLinear):
@@ -103,7 +116,7 @@ class ExactColumnParallelLinear(_Exact, ColumnParallelLinear):
         self.adds_inputs = self.mesh
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.gathered(self.act(x))
+        return self._gathered(self.affine(x))
 
 
 class ExactRowParallelLinear(_Exact, RowParallelLinear):
@@ -114,29 +127,31 @@ class ExactRowParallelLinear(_Exact, RowParallelLinear):
         self.adds_outputs = self.mesh
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.scattered(x))
+        return self.affine(self._scattered(x))
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, layer: _Exact) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Exact) -> Tensor:
         matrix = rows(x)
         e, f = _shared_exponents([matrix, weight], layer.adds_outputs)
         operand = Operand(matrix, e)
         z = _product(operand, Operand(weight, f), layer.adds_outputs)
-        if layer.bias is not None:
-            z += layer.bias
+        if bias is not None:
+            z += bias
         y = ieee.sigmoid(z) if layer.activation == "sigmoid" else z
         ctx.layer, ctx.x, ctx.shape = layer, operand, x.shape
-        ctx.save_for_backward(weight, y)
+        # Without an activation, the backward pass does not need y.
+        ctx.save_for_backward(weight, None if layer.activation is None else y)
         if layer.activation == "relu":
             y = z.clamp(min=0)
         result: Tensor = y.view(*x.shape[:-1], y.shape[-1])
         return result
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None, None]:
+        if torch.is_grad_enabled():
+            raise ConfigError("layers in exact arithmetic have no second derivative; leave out create_graph")
         layer: _Exact = ctx.layer
         weight, y = ctx.saved_tensors
         dz = rows(g)
@@ -145,12 +160,12 @@ class _Layer(torch.autograd.Function):
         elif layer.activation == "relu":
             dz = dz * y.heaviside(y.new_tensor(0.5))  # as `torchpar.maximum`; y is before the ReLU
         if layer.learns():
-            layer.kept.append(Kept(ctx.x, dz))
+            layer.kept.append(_Kept(ctx.x, dz))
         if not ctx.needs_input_grad[0]:
-            return None, None, None
+            return None, None, None, None
         e, f = _shared_exponents([dz, weight.T], layer.adds_inputs)
         dx = _product(Operand(dz, e), Operand(weight.T, f), layer.adds_inputs)
-        return dx.view(ctx.shape), None, None
+        return dx.view(ctx.shape), None, None, None
 
 
 def _shared_exponents(matrices: list[Tensor], mesh: DeviceMesh | None) -> list[Tensor]:
@@ -182,7 +197,8 @@ class ExactGradients:
 
     Args:
         model: its linear layers are in exact arithmetic, as those of `parallel_mlp(…, arithmetic="exact")`.
-            It passes over a layer whose parameters are all frozen when this object is made.
+            It passes over a layer whose parameters are all frozen when this object is made. The inputs and
+            the incoming gradients of its layers must not be changed between the passes and the call.
         world: its "dp" ranks share each batch. Every rank must make and call this object.
 
     Raises:
@@ -208,15 +224,15 @@ class ExactGradients:
             self._maximum = make_shared_sum(group, exponents, torch.int32, timeout, torch.maximum)
             self._sum = make_shared_sum(group, sums, torch.int64, timeout)
 
-    def __call__(self, passes: int = 1) -> None:
+    def __call__(self, passes: int | None = None) -> None:
         """Add the gradients to each ``p.grad``, and forget what the layers kept.
 
         Args:
-            passes: number of backward passes of the step. Passes before them are ignored: in its first step a
-                pipeline makes one of arbitrary numbers, to learn their shapes.
+            passes: the number of the last backward passes that count, by default all since the last call. A
+                pipeline first runs a pass of arbitrary numbers, to learn their shapes.
 
         Raises:
-            ConfigError: there were fewer backward passes.
+            ConfigError: there were fewer backward passes, or none.
         """
         with phase("backward"):
             terms = [term for layer in self.layers for term in _terms(layer, passes)]
@@ -259,12 +275,17 @@ class _Term(NamedTuple):
         return _exact.rounded(total, e, self.x.e)
 
 
-def _terms(layer: _Exact, passes: int) -> list[_Term]:
-    kept, layer.kept = layer.kept[-passes:], []
-    if len(kept) < passes:
-        found = f"a layer saw {len(kept)} backward passes since the last call, expected {passes}"
+def _terms(layer: _Exact, passes: int | None) -> list[_Term]:
+    kept, layer.kept = layer.kept[-(passes or 0) :], []
+    if len(kept) < (passes or 1):
+        found = f"a layer saw {len(kept)} backward passes since the last call, expected {passes or 1}"
         raise ConfigError(f"{found}; call backward() of the loss before")
     x = Operand.cat([one.x for one in kept])
-    dz = torch.cat([one.dz for one in kept]) if passes > 1 else kept[0].dz
+    dz = torch.cat([one.dz for one in kept]) if len(kept) > 1 else kept[0].dz
     terms = [_Term(layer.weight, _exact.scaled(dz, x.e).T, x.columns())]
     return terms if layer.bias is None else [*terms, _Term(layer.bias, dz.T, None)]
+
+
+def arithmetic_of(model: torch.nn.Module) -> Arithmetic:
+    """Return "exact" if a layer of ``model`` is in exact arithmetic, else "fast"."""
+    return "exact" if any(isinstance(module, _Exact) for module in model.modules()) else "fast"

@@ -40,6 +40,7 @@ from torchpar.parallel.split.regions import (
 )
 
 Activation = Literal["sigmoid", "relu"] | None
+Arithmetic = Literal["fast", "exact"]
 # Subclasses may compute something else, so a layer's type must be one of these.
 LINEAR_LAYERS: dict[type[torch.nn.Module], Activation] = {
     torch.nn.Linear: None,
@@ -206,9 +207,9 @@ class ColumnParallelLinear(_ParallelLinear):
         )
         if self.activation == "relu":
             y = maximum(y, y.new_zeros(()))
-        return self.gathered(y)
+        return self._gathered(y)
 
-    def gathered(self, y: Tensor) -> Tensor:
+    def _gathered(self, y: Tensor) -> Tensor:
         """``y``, or with ``gather_output`` the outputs of all ranks."""
         if not self.gather_output:
             return y
@@ -252,18 +253,24 @@ class RowParallelLinear(_ParallelLinear):
         self.input_is_parallel = input_is_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        z = reduce_from_tensor_model_parallel_region(linear(self.scattered(x), self.weight), self.mesh)
+        z = reduce_from_tensor_model_parallel_region(linear(self._scattered(x), self.weight), self.mesh)
         if self.bias is not None:
             z = z + self.bias.to(z.dtype)  # the dtypes differ under autocast
         if self.activation == "sigmoid":
             return z.sigmoid()
         return maximum(z, z.new_zeros(())) if self.activation == "relu" else z
 
-    def scattered(self, x: Tensor) -> Tensor:
+    def _scattered(self, x: Tensor) -> Tensor:
         """This rank's part of ``x``, which is that part already unless ``input_is_parallel`` is false."""
         if self.input_is_parallel:
             return x
         return scatter_to_tensor_model_parallel_region(x, self.mesh, self.partition.widths())
+
+
+def check_arithmetic(arithmetic: str) -> None:
+    """Raise a ConfigError unless ``arithmetic`` is one."""
+    if arithmetic not in ("fast", "exact"):
+        raise ConfigError(f"arithmetic is {arithmetic!r}, expected 'fast' or 'exact'")
 
 
 def _cast(t: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Mapping
 from itertools import cycle
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,13 +21,14 @@ from torchpar.parallel.split.exact import (
 )
 from torchpar.parallel.split.layers import (
     LINEAR_LAYERS,
+    Arithmetic,
     ColumnParallelLinear,
     RowParallelLinear,
+    check_arithmetic,
     split_parameters,
 )
 from torchpar.parallel.split.regions import gather
 
-Arithmetic = Literal["fast", "exact"]
 M = TypeVar("M", nn.MLP, torch.nn.Sequential)
 _ACTIVATIONS = (torch.nn.Sigmoid, torch.nn.ReLU)
 _PAIRS = {
@@ -63,10 +64,9 @@ def parallel_mlp(mlp: M, mesh: DeviceMesh, arithmetic: Arithmetic = "fast") -> M
         raise ConfigError(
             f"cannot split a {type(mlp).__name__}, expected torchpar.nn.MLP or torch.nn.Sequential"
         )
-    # An activation may occur twice; named_children would skip the second.
-    if arithmetic not in _PAIRS:
-        raise ConfigError(f"arithmetic is {arithmetic!r}, expected 'fast' or 'exact'")
+    check_arithmetic(arithmetic)
     exact = arithmetic == "exact"
+    # An activation may occur twice; named_children would skip the second.
     named = [(name, layer) for name, layer in layers.named_modules(remove_duplicate=False) if name]
     for name, layer in named:
         if type(layer) not in LINEAR_LAYERS and (exact or type(layer) not in _ACTIVATIONS):

@@ -125,7 +125,7 @@ class Pipeline:
                 self.exact_gradients(self.micro_batches)
             else:
                 self._average_gradients()
-        # In its first step it computes one more, of arbitrary numbers, to learn their shapes.
+        # A new schedule first runs a pass of arbitrary numbers, to learn their shapes.
         losses = self._losses[-self.micro_batches :]
         return torch.stack(losses).sum() if losses else x.new_zeros(())
 
