@@ -354,7 +354,7 @@ BAD = [
     (2, "--pp 2 --hidden", "stages"),
     (4, "--pp 4", "stages"),
     (2, "--arithmetic exact --optimizer muon", "take --optimizer sgd"),
-    (2, "--tp 2 --arithmetic exact --compile", "--compile rounds where it likes"),
+    (2, "--tp 2 --arithmetic exact --compile", "exact arithmetic forbids; drop --compile"),
     (2, "--pp 2 --arithmetic exact --micro-batches 1", "fewer than the 2 stages"),
 ]
 
