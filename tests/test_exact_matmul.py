@@ -27,6 +27,8 @@ from torchpar import exact_matmul, exact_matmul_t, reference
 from torchpar.errors import ConfigError
 from torchpar.ops import _exact
 from torchpar.ops._matrix import half_sum
+from torchpar.parallel.split import operands
+from torchpar.parallel.split.operands import Operand
 
 LARGEST = torch.finfo(torch.float32).max
 LEAST = 2.0**-149  # subnormal
@@ -376,8 +378,7 @@ def shared_parts(a: Tensor, b: Tensor, cuts: list[int]) -> Tensor:
     """The product of parts of k, whose sums are added as integers."""
     e, f = _exact.row_exponents(a), _exact.row_exponents(b)
     parts = [
-        _exact.Operand(x, e).sums(_exact.Operand(y, f))
-        for x, y in zip(a.split(cuts, 1), b.split(cuts, 1), strict=True)
+        Operand(x, e).sums(Operand(y, f)) for x, y in zip(a.split(cuts, 1), b.split(cuts, 1), strict=True)
     ]
     assert all(part.dtype == torch.int64 for part in parts)
     return _exact.rounded(sum(parts), e, f)
@@ -391,9 +392,9 @@ def test_sums_of_parts_are_those_of_the_whole(cuts: list[int], device: str) -> N
 
 def test_operands_of_several_rows_are_one(device: str) -> None:
     a, b = wide(7, 35, device=device), wide(5, 35, device=device, seed=9)
-    other = _exact.Operand(b, _exact.row_exponents(b))
-    pieces = [_exact.Operand(t, _exact.row_exponents(t)) for t in a.split([3, 4])]
-    assert_same_bits(_exact.Operand.cat(pieces).product(other), exact_matmul(a, b))
+    other = Operand(b, _exact.row_exponents(b))
+    pieces = [Operand(t, _exact.row_exponents(t)) for t in a.split([3, 4])]
+    assert_same_bits(Operand.cat(pieces).product(other), exact_matmul(a, b))
     assert_same_bits(torch.cat([piece.product(other) for piece in pieces]), exact_matmul(a, b))
 
 
@@ -497,7 +498,7 @@ def own_exponents(a: Tensor, b: Tensor, cuts: list[int]) -> Tensor:
     total = torch.zeros(len(a), len(b), dtype=torch.float64)
     for x, y in zip(a.split(cuts, 1), b.split(cuts, 1), strict=True):
         e, f = _exact.row_exponents(x), _exact.row_exponents(y)
-        total += torch.ldexp(_exact.Operand(x, e).sums(_exact.Operand(y, f)).double(), e + f.mT - 38)
+        total += torch.ldexp(Operand(x, e).sums(Operand(y, f)).double(), e + f.mT - 38)
     return total.float()
 
 
@@ -568,9 +569,9 @@ def test_results_are_float32_whatever_the_default_is() -> None:
 
 def test_sums_that_int64_may_not_hold_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     a = random(2, 9)
-    operand = _exact.Operand(a, _exact.row_exponents(a))
+    operand = Operand(a, _exact.row_exponents(a))
     assert operand.sums(operand).shape == (2, 2)
-    monkeypatch.setattr(_exact, "LONG_CHAIN", 8)
+    monkeypatch.setattr(operands, "LONG_CHAIN", 8)
     with pytest.raises(ConfigError, match="a sum has 9 terms, expected at most 8; take smaller"):
         operand.sums(operand)
 

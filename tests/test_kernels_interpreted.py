@@ -29,6 +29,7 @@ from torchpar.kernels import sigmoid_backward as sigmoid_backward_kernels
 from torchpar.kernels.candidates import Tiles
 from torchpar.kernels.gemm import GROUP, triangle_by_rows, triangle_tile
 from torchpar.ops import _exact
+from torchpar.parallel.split.operands import Operand
 
 
 def _release(package: str) -> tuple[int, ...]:
@@ -297,7 +298,7 @@ def check_operands_on_a_gpu() -> None:
     y, z = (draw(*shape, dtype=torch.float32) for shape in ((17, 20), (33, 5)))
     results = []
     for on_gpu in (False, True):
-        operands = [_exact.Operand(t, _exact.row_exponents(t)) for t in (x, y, z.T)]
+        operands = [Operand(t, _exact.row_exponents(t)) for t in (x, y, z.T)]
         if on_gpu:
             for operand in operands:
                 operand.digits = None

@@ -351,3 +351,14 @@ def test_fused_sgd_updates_lists_of_tensors_in_place() -> None:
     torch._fused_sgd_([p], [g], [m], weight_decay=0.5, momentum=0.5, lr=0.1, **settings)
     # g + λ·p = 2.5, m = 0.5·3 + 2.5 = 4, p - 0.1·(2.5 + 0.5·4)
     assert_close((p, m), (torch.tensor([0.55]), torch.tensor([4.0])))
+
+
+def test_exact_steps_take_gradients_that_a_scaler_has_unscaled():
+    plain, scaled = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizers = ExactSGD([plain], lr=0.5), ExactSGD([scaled], lr=0.5)
+    plain.sum().backward()
+    scaler.scale(scaled.sum()).backward()
+    optimizers[0].step()
+    scaler.step(optimizers[1])
+    assert torch.equal(plain, scaled)

@@ -2,7 +2,7 @@
 """SGD in one call for each parameter group, and SGD with the same bits on every processor."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ class SGD(torch.optim.SGD):
         lr, momentum, weight_decay, nesterov: as for `torch.optim.SGD`.
     """
 
+    _unsupported: ClassVar[tuple[str, ...]] = ("dampening",)
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -38,17 +40,18 @@ class SGD(torch.optim.SGD):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # called by load_state_dict, too
-        self._refuse_dampening()
+        self._refuse_unsupported()
 
-    def _refuse_dampening(self) -> None:
+    def _refuse_unsupported(self) -> None:
         for group in self.param_groups:
-            if group["dampening"]:
-                raise ValueError(f"dampening is {group['dampening']}, expected 0; take torch.optim.SGD")
+            for name in self._unsupported:
+                if group[name]:
+                    raise ValueError(f"{name} is {group[name]}, expected 0; take torch.optim.SGD")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its ``dampening`` must be 0."""
+        """Add a group, which asks for nothing that is not supported."""
         super().add_param_group(param_group)
-        self._refuse_dampening()
+        self._refuse_unsupported()
 
     def _update(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -61,29 +64,33 @@ class SGD(torch.optim.SGD):
             for group in self.param_groups:
                 params = [p for p in group["params"] if p.grad is not None]
                 if params:
-                    momenta = [self._momentum(p) for p in params] if group["momentum"] else []
-                    # The call takes the elements in memory order, whatever the strides.
-                    contiguous = [p.contiguous() for p in params]
-                    torch._fused_sgd_(
-                        contiguous,
-                        [p.grad.contiguous() for p in params],
-                        momenta,
-                        weight_decay=group["weight_decay"],
-                        momentum=group["momentum"],
-                        lr=group["lr"],
-                        dampening=group["dampening"],
-                        nesterov=group["nesterov"],
-                        maximize=group["maximize"],
-                        is_first_step=False,  # momenta begin at 0, which is the same without dampening
-                        grad_scale=getattr(self, "grad_scale", None),
-                        found_inf=getattr(self, "found_inf", None),
-                    )
-                    for p, updated in zip(params, contiguous, strict=True):
-                        if updated is not p:
-                            p.copy_(updated)
+                    self._update_group(group, params)
         finally:
             torch.set_grad_enabled(was)
         return loss
+
+    def _update_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """Update the parameters of a group that have a gradient."""
+        momenta = [self._momentum(p) for p in params] if group["momentum"] else []
+        # The call takes the elements in memory order, whatever the strides.
+        contiguous = [p.contiguous() for p in params]
+        torch._fused_sgd_(
+            contiguous,
+            [p.grad.contiguous() for p in params if p.grad is not None],
+            momenta,
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            is_first_step=False,  # momenta begin at 0, which is the same without dampening
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+        )
+        for p, updated in zip(params, contiguous, strict=True):
+            if updated is not p:
+                p.copy_(updated)
 
     _hooked_update = torch.optim.Optimizer.profile_hook_step(_update)
 
@@ -120,7 +127,7 @@ class SGD(torch.optim.SGD):
         return momentum
 
 
-class ExactSGD(torch.optim.SGD):
+class ExactSGD(SGD):
     """`torch.optim.SGD` with the same bits on any processor: each product and each sum is rounded once.
 
     `torch.optim.SGD` may round a product and its sum once or twice. Which of both depends on the processor
@@ -134,48 +141,19 @@ class ExactSGD(torch.optim.SGD):
         ValueError: a group with ``dampening`` or ``maximize``.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        nesterov: bool = False,
-    ):
-        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+    _unsupported: ClassVar[tuple[str, ...]] = ("dampening", "maximize")
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # called by load_state_dict, too
-        self._refuse_others()
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._step_supports_amp_scaling = False  # `torch.amp.GradScaler` unscales the gradients itself
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its ``dampening`` and ``maximize`` must be 0."""
-        super().add_param_group(param_group)
-        self._refuse_others()
-
-    def _refuse_others(self) -> None:
-        for group in self.param_groups:
-            for name in ("dampening", "maximize"):
-                if group[name]:
-                    raise ValueError(f"{name} is {group[name]}, expected 0; take torch.optim.SGD")
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters that have a gradient; returns the loss of ``closure``, or None."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                update = p.grad
-                if group["weight_decay"]:
-                    update = update + p * group["weight_decay"]
-                if group["momentum"]:
-                    state = self.state[p]
-                    if state.get("momentum_buffer") is None:
-                        state["momentum_buffer"] = torch.zeros_like(p)
-                    momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
-                    update = update + momentum * group["momentum"] if group["nesterov"] else momentum
-                p.sub_(update * group["lr"])
-        return loss
+    def _update_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        for p in params:
+            update = p.grad
+            assert update is not None
+            if group["weight_decay"]:
+                update = update + p * group["weight_decay"]
+            if group["momentum"]:
+                momentum = self._momentum(p).mul_(group["momentum"]).add_(update)
+                update = update + momentum * group["momentum"] if group["nesterov"] else momentum
+            p.sub_(update * group["lr"])

@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchpar import ieee, nn
 from torchpar.errors import ConfigError
 from torchpar.ops import _exact
-from torchpar.ops._exact import Operand, row_exponents
+from torchpar.ops._exact import row_exponents
 from torchpar.ops._matrix import rows
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.layers import (
@@ -36,6 +36,7 @@ from torchpar.parallel.split.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
 )
+from torchpar.parallel.split.operands import Operand, rounded_sums, row_sums
 from torchpar.parallel.split.reduction import all_reduce
 from torchpar.parallel.split.shared_memory import SharedSum, make_shared_sum
 from torchpar.profile.collectives import all_reduced
@@ -266,12 +267,12 @@ class _Term(NamedTuple):
 
     def sums(self, e: Tensor) -> Tensor:
         if self.x is None:
-            return _exact.row_sums(self.left, e).view(-1)
+            return row_sums(self.left, e).view(-1)
         return Operand(self.left, e).sums(self.x)
 
     def gradient(self, total: Tensor, e: Tensor) -> Tensor:
         if self.x is None:
-            return _exact.rounded_sums(total.view(-1, 1), e).view(-1)
+            return rounded_sums(total.view(-1, 1), e).view(-1)
         return _exact.rounded(total, e, self.x.e)
 
 
