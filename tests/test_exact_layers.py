@@ -20,10 +20,10 @@ from torchpar.nn import MLP, Linear, LinearReLU, LinearSigmoid
 from torchpar.parallel import clip_grad_norm_, full_state_dict, join_world, parallel_mlp
 from torchpar.parallel.split.exact import (
     ExactColumnParallelLinear,
-    ExactGradients,
     ExactLinear,
     ExactRowParallelLinear,
 )
+from torchpar.parallel.split.exact_gradients import ExactGradients
 from torchpar.parallel.split.layers import split_parameters
 from torchpar.parallel.split.pipeline import stage_mlp
 from torchpar.training.verify import digest
@@ -95,7 +95,10 @@ def layers_of_float32_products() -> None:
             dist.all_reduce(z.data)
         return z if layer.bias is None else z + layer.bias
 
-    with patch("torchpar.parallel.split.exact._Exact.affine", act), patch.object(ExactGradients, "__call__"):
+    with (
+        patch("torchpar.parallel.split.exact.ExactLayer.affine", act),
+        patch.object(ExactGradients, "__call__"),
+    ):
         layers_have_the_same_bits()
 
 
@@ -140,7 +143,7 @@ def frozen(names: list[str]) -> dict[str, list[float]]:
                 x = torch.full((2, 5), factor, requires_grad=names == ALL)
                 (model(x) * factor).sum().backward()
             gradients()
-            assert not any(layer.kept for layer in model.layers)
+            assert not any(layer.passes for layer in model.layers)
         return {name: p.grad.flatten().tolist() for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -25,7 +25,7 @@ from torchpar.ops import _exact
 from torchpar.ops._exact import row_exponents
 from torchpar.parallel import World, clip_grad_norm_, join_world, parallel_mlp
 from torchpar.parallel.split import exact
-from torchpar.parallel.split.exact import ExactGradients
+from torchpar.parallel.split.exact_gradients import ExactGradients
 from torchpar.parallel.split.layers import split_parameters
 from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
 from torchpar.parallel.split.reduction import all_reduce
@@ -158,7 +158,7 @@ def float_gradients(rank: int) -> list[Any]:
 
     def add(self: ExactGradients, passes: int = 1) -> None:
         for layer in self.layers:
-            kept, layer.kept = layer.kept[-passes:], []
+            kept, layer.passes = layer.passes[-passes:], []
             dz, x = torch.cat([one.dz for one in kept]), torch.cat([one.x.x for one in kept])
             layer.weight.grad, layer.bias.grad = (all_reduce(t, self.mesh) for t in (dz.T @ x, dz.sum(0)))
 

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchpar.nn import MLP
 from torchpar.parallel import join_world, parallel_mlp
 from torchpar.parallel.split import shared_memory
-from torchpar.parallel.split.exact import ExactGradients
+from torchpar.parallel.split.exact_gradients import ExactGradients
 from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
 from torchpar.parallel.split.shared_memory import register_shared_memory_hook
 from torchpar.profile import cost

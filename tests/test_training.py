@@ -23,7 +23,7 @@ from torchpar.data import Samples
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel.launch.world import World, join_world
-from torchpar.parallel.split.exact import ExactGradients
+from torchpar.parallel.split.exact_gradients import ExactGradients
 from torchpar.parallel.split.mlp import parallel_mlp
 from torchpar.profile.collectives import Collectives
 from torchpar.profile.phases import Phases

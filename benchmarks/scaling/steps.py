@@ -23,7 +23,7 @@ from torchpar import ieee
 from torchpar.nn import MLP
 from torchpar.parallel.launch.local import current_world
 from torchpar.parallel.launch.world import World
-from torchpar.parallel.split.exact import ExactGradients
+from torchpar.parallel.split.exact_gradients import ExactGradients
 from torchpar.parallel.split.layers import Arithmetic, split_parameters
 from torchpar.parallel.split.mlp import parallel_mlp
 from torchpar.parallel.split.shared_memory import make_shared_sum, register_shared_memory_hook

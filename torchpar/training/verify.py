@@ -21,7 +21,7 @@ from torchpar.ieee import cross_entropy_sum
 from torchpar.nn import MLP
 from torchpar.parallel.launch.local import current_world, start_ranks
 from torchpar.parallel.launch.world import World, is_of_communication
-from torchpar.parallel.split.exact import ExactGradients
+from torchpar.parallel.split.exact_gradients import ExactGradients
 from torchpar.parallel.split.mlp import full_state_dict, parallel_mlp
 from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
 from torchpar.training.optimizers import lr_scheduler, sgd

@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel.launch.world import World
-from torchpar.parallel.split.exact import ExactGradients
+from torchpar.parallel.split.exact_gradients import ExactGradients
 from torchpar.parallel.split.reduction import all_reduce
 from torchpar.profile.phases import phase
 
