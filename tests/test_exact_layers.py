@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Layers, clipping and gradients in exact arithmetic: the whole's bits on every part, NaNs, and refusals."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -176,6 +177,8 @@ def refusals(axes: dict[str, int]) -> list[str]:
         calls: list[Callable[[], object]] = [
             gradients,
             lambda: (model(x).sum().backward(), gradients(2)),
+            lambda: gradients(0),
+            lambda: (model.layers[1].requires_grad_(False), gradients()),
             lambda: ExactGradients(norm, world),
             lambda: ExactGradients(parallel_mlp(MLP([5, 7, 3]), world.mesh["tp"]), world),
         ]
@@ -198,9 +201,47 @@ def test_gradients_that_are_refused_on_every_rank(ranks, axes):
                 "call backward() of the loss before"
                 for n in (0, 1)
             ),
+            "passes is 0, expected at least 1",
+            "layers.1 was frozen after ExactGradients was made; make another one",
             "1.weight is of no layer in exact arithmetic, expected those of parallel_mlp",
             "layers.0.weight is of no layer in exact arithmetic, expected those of parallel_mlp",
         ]
+
+
+def passes_for_inputs() -> None:
+    with join_world("cpu") as world:
+        model = parallel_mlp(MLP([5, 7, 3]), world.mesh["tp"], "exact")
+        gradients = ExactGradients(model, world)
+        x = torch.randn(4, 5, requires_grad=True)
+        loss = model(x).square().sum()
+        torch.autograd.grad(loss, x, retain_graph=True)  # asks for no gradient of a parameter
+        with pytest.raises(ConfigError, match="saw 0 backward passes"):
+            gradients()
+        loss.backward()
+        copy.deepcopy(model)  # what is kept belongs to no graph
+        gradients()
+        assert all(p.grad is not None for p in model.parameters())
+
+
+def test_gradients_of_inputs_alone_count_for_no_parameter(ranks):
+    ranks(1, passes_for_inputs)
+
+
+def not_finite(value: float, masked: bool) -> None:
+    with join_world("cpu") as world:
+        layer = ExactLinear(3, 2)
+        gradients = ExactGradients(layer, world)
+        y = layer(torch.tensor([[value, 1, 2], [1, 2, 3.0]]))
+        (y[1:] if masked else y).sum().backward()
+        gradients()
+        assert layer.weight.grad.isnan().all()
+        assert layer.bias.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_a_sample_that_is_not_finite_makes_the_gradient_nan(ranks, value, masked):
+    ranks(1, not_finite, value, masked)
 
 
 SIZES = (25, 33, 7, 5)

@@ -245,7 +245,7 @@ ERRORS = [
     ("--profile /dev/null/t", "cannot be written.*/dev/null"),
 ]
 if not torch.cuda.is_available():
-    ERRORS.append(("--device cuda", "no CUDA device is available here; use cpu or auto"))
+    ERRORS.append(("--device cuda", "no CUDA device is available here; use cpu"))
 
 
 def line_of(err: str) -> str:

@@ -4,6 +4,9 @@
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -85,11 +88,12 @@ def one_line(capsys: Any, *arguments: str) -> str:
     "flags, message",
     [
         ("--ranks 3 --tp 2", "--ranks is 3, expected a multiple of --tp 2 times --pp 1"),
-        ("--tp 0", "--ranks 0 --tp 0 --pp 1 --threads 1, expected at least 1 of each"),
-        ("--ranks 0", "--ranks 0 --tp 1"),
-        ("--ranks -2", "--ranks -2 --tp 1"),
-        ("--threads 0", "--threads 0, expected at least 1"),
-        ("--pp 4", "pp 4 makes more stages than the model has layers, 3;"),
+        ("--tp 0", "--tp is 0, expected at least 1"),
+        ("--tp -2 --pp -2", "--tp is -2, expected at least 1"),
+        ("--ranks 0", "--ranks is 0, expected at least 1"),
+        ("--ranks -2", "--ranks is -2, expected at least 1"),
+        ("--threads 0", "--threads is 0, expected at least 1"),
+        ("--pp 4", "--pp is 4, expected at most 3, one stage for each layer"),
         ("--ranks 2 --data /missing", "/missing"),
     ],
 )
@@ -129,7 +133,8 @@ def kill_rank_1(*_: Any) -> str:
 @pytest.mark.parametrize("training", [kill_rank_0, kill_rank_1])
 def test_a_killed_rank_is_an_error_in_one_line(folder, capsys, monkeypatch, training):
     monkeypatch.setattr(verify, "trained_weights", training)
-    one_line(capsys, "--ranks", "2", "--data", str(folder))
+    line = one_line(capsys, "--ranks", "2", "--data", str(folder))
+    assert "error: a rank was killed, or has ended in an error" in line
 
 
 def fail(*_: Any) -> str:
@@ -141,3 +146,27 @@ def test_a_mistake_is_no_lost_rank(folder, monkeypatch):
     monkeypatch.setattr(verify, "trained_weights", fail)
     with pytest.raises(RuntimeError, match="a mistake"):
         verify.main(["--data", str(folder)])
+
+
+def sleep(*_: Any) -> str:
+    """What stands for a long training."""
+    print("training", flush=True)
+    time.sleep(100)
+    return ""
+
+
+def test_ctrl_c_ends_the_ranks_at_once(folder):
+    code = (
+        "import signal, sys, test_verify; from ranks import fork_context; fork_context(); "
+        "from torchpar.training import verify; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "verify.trained_weights = test_verify.sleep; sys.exit(verify.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "--ranks", "2", "--data", str(folder)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=Path(__file__).parent, start_new_session=True, **pipes) as process:
+        for _ in range(2):
+            assert process.stdout.readline() == "training\n"
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the parent and to its ranks
+        out, err = process.communicate(timeout=60)
+    assert (out, err, process.returncode) == ("", "python -m torchpar verify: interrupted\n", 130)

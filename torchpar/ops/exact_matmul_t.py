@@ -6,6 +6,8 @@
 With G = dL/dC, the gradient is an exact product too:
 
     dL/dX = (G + Gᵀ)·X
+
+of G/2, lest the sum overflow: the bits that G/2 loses are those of subnormal numbers.
 """
 
 from typing import Any

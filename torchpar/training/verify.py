@@ -45,21 +45,28 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return verify(**vars(options))
     except (ConfigError, RuntimeError) as e:
-        # The ranks that a lost one leaves behind report it in PyTorch's words.
-        if not (isinstance(e, ConfigError | BrokenProcessPool) or is_of_communication(e)):
+        if isinstance(e, ConfigError):
+            reason = str(e)
+        elif isinstance(e, BrokenProcessPool) or is_of_communication(e):
+            reason = "a rank was killed, or has ended in an error; run it again"
+        else:
             raise
-        print(f"python -m torchpar verify: error: {str(e).splitlines()[0]}", file=sys.stderr)
+        print(f"python -m torchpar verify: error: {reason}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("python -m torchpar verify: interrupted", file=sys.stderr)
+        return 130
 
 
 def verify(ranks: int | None, tp: int, pp: int, threads: int, device: str, data: Path) -> int:
     """Train, print the SHA-256 of the weights, and return 0 if it is `EXPECTED`, else 1."""
     stages = tp * pp
     ranks = stages if ranks is None else ranks
-    if min(tp, pp, ranks, threads) < 1:
-        raise ConfigError(
-            f"--ranks {ranks} --tp {tp} --pp {pp} --threads {threads}, expected at least 1 of each"
-        )
+    for name, number in {"tp": tp, "pp": pp, "ranks": ranks, "threads": threads}.items():
+        if number < 1:
+            raise ConfigError(f"--{name} is {number}, expected at least 1")
+    if pp > len(SIZES) - 1:
+        raise ConfigError(f"--pp is {pp}, expected at most {len(SIZES) - 1}, one stage for each layer")
     if ranks % stages:
         raise ConfigError(f"--ranks is {ranks}, expected a multiple of --tp {tp} times --pp {pp}")
     start = time.perf_counter()

@@ -66,23 +66,28 @@ def start_ranks(ranks: int, threads: int = 1, timeout: float = 300.0, device: st
             worker.submit(_join, rank, ranks, threads, port, timeout, device)
             for rank, worker in enumerate(started.workers)
         ]
-        for future in joining:
-            future.result()
+        processes = [future.result() for future in joining]
         try:
             yield started
+        except KeyboardInterrupt:
+            for process in processes:
+                os.kill(process, signal.SIGKILL)
+            raise
         finally:
             with suppress(BrokenProcessPool):  # a rank was killed
                 started.run(_leave)
 
 
-def _join(rank: int, ranks: int, threads: int, port: int, timeout: float, device: str) -> None:
+def _join(rank: int, ranks: int, threads: int, port: int, timeout: float, device: str) -> int:
+    """Become a rank; returns this process's number."""
     global _world
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends the ranks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C `start_ranks` ends the ranks
     torch.set_num_threads(threads)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     os.environ.update(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
     _world = _joined.enter_context(join_world(device, timeout))
+    return os.getpid()
 
 
 def _leave() -> None:

@@ -75,7 +75,9 @@ class ExactLayer(torch.nn.Module):
         for name, t in (("the input", x), ("the layer's weight", self.weight)):
             if t.dtype != torch.float32:
                 raise ConfigError(f"exact arithmetic takes float32, {name} is {t.dtype}; convert it")
-        return _Layer.apply(x, self.weight, self.bias, self)  # type: ignore[no-any-return]
+        latest: list[BackwardPass] = []
+        anchor = _Anchor.apply(self.weight, self.bias, self, latest)
+        return _Layer.apply(x, self.weight, self.bias, anchor, self, latest)  # type: ignore[no-any-return]
 
 
 class ExactLinear(ExactLayer, nn.Linear):
@@ -127,17 +129,44 @@ class ExactRowParallelLinear(ExactLayer, RowParallelLinear):
         return self.affine(self._scattered(x))
 
 
+class _Anchor(torch.autograd.Function):
+    """Stands for the parameters in the graph of a layer.
+
+    Autograd runs its backward only in a backward pass for a parameter. `_Layer`'s runs for an input, too.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, bias: Tensor | None, layer: ExactLayer, latest: list[BackwardPass]
+    ) -> Tensor:
+        ctx.layer, ctx.latest = layer, latest
+        return weight.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[None, None, None, None]:
+        ctx.layer.passes.append(ctx.latest.pop())
+        return None, None, None, None
+
+
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: ExactLayer) -> Tensor:
-        matrix = rows(x)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        anchor: Tensor,
+        layer: ExactLayer,
+        latest: list[BackwardPass],
+    ) -> Tensor:
+        matrix = rows(x.detach())  # which the operand keeps after the backward pass
         e, f = _shared_exponents([matrix, weight], layer.adds_outputs)
         operand = Operand(matrix, e)
         z = _product(operand, Operand(weight, f), layer.adds_outputs)
         if bias is not None:
             z += bias
         y = ieee.sigmoid(z) if layer.activation == "sigmoid" else z
-        ctx.layer, ctx.x, ctx.shape = layer, operand, x.shape
+        ctx.layer, ctx.x, ctx.shape, ctx.latest = layer, operand, x.shape, latest
         # Without an activation, the backward pass does not need y.
         ctx.save_for_backward(weight, None if layer.activation is None else y)
         if layer.activation == "relu":
@@ -146,7 +175,7 @@ class _Layer(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None, Tensor, None, None]:
         if torch.is_grad_enabled():
             raise ConfigError("layers in exact arithmetic have no second derivative; leave out create_graph")
         layer: ExactLayer = ctx.layer
@@ -156,13 +185,13 @@ class _Layer(torch.autograd.Function):
             dz = dz * (y * (1 - y))
         elif layer.activation == "relu":
             dz = dz * y.heaviside(y.new_tensor(0.5))  # as `torchpar.maximum`; y is before the ReLU
-        if layer.learns():
-            layer.passes.append(BackwardPass(ctx.x, dz))
+        ctx.latest[:] = [BackwardPass(ctx.x, dz)]
+        anchor = g.new_zeros(())
         if not ctx.needs_input_grad[0]:
-            return None, None, None, None
+            return None, None, None, anchor, None, None
         e, f = _shared_exponents([dz, weight.T], layer.adds_inputs)
         dx = _product(Operand(dz, e), Operand(weight.T, f), layer.adds_inputs)
-        return dx.view(ctx.shape), None, None, None
+        return dx.view(ctx.shape), None, None, anchor, None, None
 
 
 def _shared_exponents(matrices: list[Tensor], mesh: DeviceMesh | None) -> list[Tensor]:

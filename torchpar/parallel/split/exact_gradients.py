@@ -33,23 +33,26 @@ class ExactGradients:
 
     Args:
         model: its linear layers are in exact arithmetic, as those of `parallel_mlp(…, arithmetic="exact")`.
-            It passes over a layer whose parameters are all frozen when this object is made. The inputs and
-            the incoming gradients of its layers must not be changed between the passes and the call.
+            It passes over a layer whose parameters are all frozen. The inputs and the incoming gradients of
+            its layers must not be changed between the passes and the call.
         world: its "dp" ranks share each batch. Every rank must make and call this object.
+
+    Every backward pass of the parameters counts until the call; ``zero_grad()`` forgets none. So a step that
+    is given up must call this object too. A sample that is not finite makes all of a weight's gradient NaN.
 
     Raises:
         ConfigError: a parameter of the model belongs to no layer in exact arithmetic.
     """
 
     def __init__(self, model: torch.nn.Module, world: World):
-        layers = [module for module in model.modules() if isinstance(module, ExactLayer)]
-        own = {p for layer in layers for p in layer.parameters()}
+        self._all = {name: layer for name, layer in model.named_modules() if isinstance(layer, ExactLayer)}
+        own = {p for layer in self._all.values() for p in layer.parameters()}
         for name, p in model.named_parameters():
             if p not in own:
                 raise ConfigError(
                     f"{name} is of no layer in exact arithmetic, expected those of parallel_mlp"
                 )
-        self.layers = [layer for layer in layers if layer.learns()]
+        self.layers = [layer for layer in self._all.values() if layer.learns()]
         self.mesh = world.mesh["dp"]
         self._maximum: SharedSum | None = None
         self._sum: SharedSum | None = None
@@ -68,8 +71,15 @@ class ExactGradients:
                 pipeline first runs a pass of arbitrary numbers, to learn their shapes.
 
         Raises:
-            ConfigError: there were fewer backward passes, or none.
+            ConfigError: there were fewer backward passes, or none; or a layer was frozen or unfrozen after
+                this object was made.
         """
+        if passes is not None and passes < 1:
+            raise ConfigError(f"passes is {passes}, expected at least 1")
+        for name, layer in self._all.items():
+            if layer.learns() != (layer in self.layers):
+                change = "unfrozen" if layer.learns() else "frozen"
+                raise ConfigError(f"{name} was {change} after ExactGradients was made; make another one")
         with phase("backward"):
             terms = [term for layer in self.layers for term in _terms(layer, passes)]
             exponents = [row_exponents(term.left) for term in terms]
@@ -118,5 +128,6 @@ def _terms(layer: ExactLayer, passes: int | None) -> list[_Term]:
         raise ConfigError(f"{found}; call backward() of the loss before")
     x = Operand.cat([one.x for one in kept])
     dz = torch.cat([one.dz for one in kept]) if len(kept) > 1 else kept[0].dz
-    terms = [_Term(layer.weight, _exact.scaled(dz, x.e).T, x.columns())]
+    left = torch.where(x.e > _exact.LARGEST, torch.nan, _exact.scaled(dz, x.e))
+    terms = [_Term(layer.weight, left.T, x.columns())]
     return terms if layer.bias is None else [*terms, _Term(layer.bias, dz.T, None)]
