@@ -4,8 +4,6 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -148,25 +146,22 @@ def test_a_mistake_is_no_lost_rank(folder, monkeypatch):
         verify.main(["--data", str(folder)])
 
 
-def sleep(*_: Any) -> str:
-    """What stands for a long training."""
-    print("training", flush=True)
+def interrupt(_dp: int, _tp: int, _pp: int, folder: Path) -> str:
+    """What stands for a long training, during which the user interrupts the process that ``folder`` names."""
+    if current_world().rank == 0:
+        os.kill(int(folder.name), signal.SIGINT)
     time.sleep(100)
     return ""
 
 
-def test_ctrl_c_ends_the_ranks_at_once(folder):
-    code = (
-        "import signal, sys, test_verify; from ranks import fork_context; fork_context(); "
-        "from torchpar.training import verify; "
-        "signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "verify.trained_weights = test_verify.sleep; sys.exit(verify.main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", code, "--ranks", "2", "--data", str(folder)]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=Path(__file__).parent, start_new_session=True, **pipes) as process:
-        for _ in range(2):
-            assert process.stdout.readline() == "training\n"
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the parent and to its ranks
-        out, err = process.communicate(timeout=60)
-    assert (out, err, process.returncode) == ("", "python -m torchpar verify: interrupted\n", 130)
+def test_ctrl_c_ends_the_ranks_at_once(tmp_path, capsys, monkeypatch):
+    fork_context()
+    monkeypatch.setattr(verify, "trained_weights", interrupt)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    start = time.monotonic()
+    try:
+        assert verify.main(["--ranks", "2", "--data", str(tmp_path / str(os.getpid()))]) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert time.monotonic() - start < 90
+    assert capsys.readouterr() == ("", "python -m torchpar verify: interrupted\n")
