@@ -75,7 +75,9 @@ def main(flags: Flags) -> None:
             group = world.mesh["dp"].get_group()
             replica = ddp = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
             register_shared_memory_hook(ddp, world)  # on CPUs
-        optimizer, lr_scheduler = make_optimizer(flags, model, len(train), flags.arithmetic)
+        # Ranks of one stage share the work of Muon.
+        mesh = world.mesh["dp", "tp"]
+        optimizer, lr_scheduler = make_optimizer(flags, model, len(train), flags.arithmetic, mesh)
 
         def gradients(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
             if pipeline is not None:

@@ -68,7 +68,7 @@ def main(flags: Flags) -> None:
         model = SplitMLP(sizes, world.mesh["tp"]).to(world.device)
         if flags.compile:
             compile_model(model, world)
-        optimizer, lr_scheduler = make_optimizer(flags, model, len(train))
+        optimizer, lr_scheduler = make_optimizer(flags, model, len(train), mesh=world.mesh["tp"])
 
         def train_step(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
             with phase("forward"):

@@ -35,7 +35,7 @@ from torchpar.parallel.save.manifest import MANIFEST, UNSIGNED
 from torchpar.parallel.save.storage import LocalShard
 from torchpar.parallel.split.mlp import parallel_mlp
 from torchpar.parallel.split.pipeline import stage_mlp
-from torchpar.training import lr_scheduler, sgd
+from torchpar.training import lr_scheduler, muon, sgd
 from torchpar.training.state import TrainState
 
 FILES = [".metadata", "__0_0.distcp", MANIFEST]
@@ -438,36 +438,38 @@ def test_every_rank_raises_the_error_of_a_save_once(ranks, tmp_path, asynchronou
     assert steps(tmp_path) == ["step-1", "step-3"]
 
 
-def state_of(world: World, sizes: list[int], **mesh: int) -> tuple[World, TrainState]:
+def state_of(world: World, sizes: list[int], optimizer: str = "sgd", **mesh: int) -> tuple[World, TrainState]:
     """Return the world of a mesh, and this rank's state of a model on it after one step."""
     torch.manual_seed(1)
     world = world.with_mesh(**mesh)
     model = stage_mlp(parallel_mlp(MLP(sizes), world.mesh["tp"]), world.mesh["pp"])
-    optimizer = sgd(model, lr=0.1, momentum=0.9, weight_decay=0)
+    make = partial(muon, mesh=world.mesh["dp", "tp"]) if optimizer == "muon" else sgd
+    made = make(model, lr=0.1, momentum=0.9, weight_decay=0)
     for p in model.parameters():
         p.grad = torch.randn(p.shape)
-    optimizer.step()
-    return world, TrainState(model, optimizer, lr_scheduler(optimizer, "linear", 9), {}, world)
+    made.step()
+    return world, TrainState(model, made, lr_scheduler(made, "linear", 9), {}, world)
 
 
-def begin(folder: Path, sizes: list[int], **mesh: int) -> None:
+def begin(folder: Path, sizes: list[int], **arguments: Any) -> None:
     with join_world("cpu") as world:
-        world, state = state_of(world, sizes, **mesh)
+        world, state = state_of(world, sizes, **arguments)
         state.step = 5
         state.add_loss(torch.tensor(0.1 * (world.rank + 1), dtype=torch.float64))
         state.save(Checkpoints(folder, world), 5)
 
 
-def hand_on(source: Path, target: Path, sizes: list[int], **mesh: int) -> float:
+def hand_on(source: Path, target: Path, sizes: list[int], **arguments: Any) -> float:
     """Load another mesh's checkpoint on this mesh, and save it again."""
     with join_world("cpu") as world:
-        world, state = state_of(world, sizes, **mesh)
+        world, state = state_of(world, sizes, **arguments)
         torch.manual_seed(7)
         state.resume(Checkpoints(source, world))
         assert state.step == 5
         # A split model's steps must not be computed as the saved run's were.
-        fused = True if type(state.optimizer) is SGD else None
-        assert {group["fused"] for group in state.optimizer.param_groups} == {fused}
+        if "optimizer" not in arguments:
+            fused = True if type(state.optimizer) is SGD else None
+            assert {group["fused"] for group in state.optimizer.param_groups} == {fused}
         state.save(Checkpoints(target, world), 5)
         return float(world.sum(torch.tensor(state.loss(), dtype=torch.float64)))
 
@@ -475,21 +477,23 @@ def hand_on(source: Path, target: Path, sizes: list[int], **mesh: int) -> float:
 MESHES = [{"dp": 1}, {"tp": 2}, {"dp": 2, "tp": 2}, {"pp": 2, "tp": 2}, {"pp": 3}, {"tp": 3}, {"dp": 2}]
 
 
-def test_a_checkpoint_goes_from_mesh_to_mesh_with_every_bit(ranks, tmp_path):
+@pytest.mark.parametrize("optimizer", [{}, {"optimizer": "muon"}], ids=["sgd", "muon"])
+def test_a_checkpoint_goes_from_mesh_to_mesh_with_every_bit(ranks, tmp_path, optimizer):
     """No number of ranks divides the layers' 33 and 7. Each mesh reads the checkpoint of the one before."""
     sizes = [9, 33, 7, 10]
-    ranks(4, partial(begin, tmp_path / "0", sizes, dp=2, pp=2))
+    ranks(4, partial(begin, tmp_path / "0", sizes, dp=2, pp=2, **optimizer))
     first = tensors(tmp_path / "0" / "step-5")
     for i, mesh in enumerate(MESHES):
         world_size = mesh.get("dp", 1) * mesh.get("tp", 1) * mesh.get("pp", 1)
-        sums = ranks(world_size, partial(hand_on, tmp_path / str(i), tmp_path / str(i + 1), sizes, **mesh))
+        hand = partial(hand_on, tmp_path / str(i), tmp_path / str(i + 1), sizes, **mesh, **optimizer)
+        sums = ranks(world_size, hand)
         assert sums == [pytest.approx(0.1 * (1 + 2 + 3 + 4), abs=1e-15)] * world_size
         assert same(tensors(tmp_path / str(i + 1) / "step-5"), first), mesh
     assert first["model.layers.0.weight"].shape == (33, 9)
     assert first["optimizer.layers.1.weight.momentum_buffer"].shape == (7, 33)
     assert len(first) == 2 * 6 + 1
     # The weights that a mesh draws by itself differ: these were read, not drawn again.
-    ranks(1, partial(begin, tmp_path / "fresh", sizes, dp=1))
+    ranks(1, partial(begin, tmp_path / "fresh", sizes, dp=1, **optimizer))
     assert not same(tensors(tmp_path / "fresh" / "step-5"), first)
 
 

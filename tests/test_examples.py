@@ -111,6 +111,27 @@ def alone(data, tmp_path_factory) -> list[dict[str, Any]]:
     return rows_of(metrics)
 
 
+MUON = ["--optimizer", "muon", "--epochs", "2", "--lr", "0.01", "--batch-size", "100"]
+
+
+def test_every_mesh_learns_the_same_by_muon(ranks, data, tmp_path):
+    """Up to roundings of other shares' sums, which Muon takes to bfloat16."""
+    found = []
+    for world_size, flags in [
+        *((1, ""), (2, "--dp 2"), (3, "--tp 3"), (4, "--dp 2 --tp 2")),
+        *((4, "--tp 2 --pp 2"), (2, "--pp 2"), (8, "--dp 2 --tp 2 --pp 2")),
+    ]:
+        metrics = tmp_path / f"{len(found)}.jsonl"
+        (code, _, err), *_ = ranks(
+            world_size, lesson, "train_parallel", *data, *MUON, *flags.split(), "--metrics", str(metrics)
+        )
+        assert code == 0, err
+        found.append(rows_of(metrics)[-1])
+    for row in found[1:]:
+        assert row["test_accuracy"] == pytest.approx(found[0]["test_accuracy"], abs=0.01)
+        assert row["train_loss"] == pytest.approx(found[0]["train_loss"], rel=2**-8)
+
+
 @pytest.mark.parametrize("name, world_size, flags", SPLITS)
 def test_every_split_learns_the_same(ranks, data, alone, tmp_path, name, world_size, flags):
     """The same flags, the same last line, the same losses but for rounding, and the collectives expected."""

@@ -6,22 +6,19 @@ import doctest
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.debug import CommDebugMode
 from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchpar import reference
 from torchpar.optim import ChainedOptimizer, Muon, muon, newton_schulz, orthogonalize
-from torchpar.optim.newton_schulz import COEFFICIENTS, NewtonSchulz
+from torchpar.optim.newton_schulz import COEFFICIENTS
 
 TORCH = torch.optim.Muon
 
@@ -262,15 +259,18 @@ def test_the_comparison_of_runs_rejects(wrong):
         compare_runs(lambda params, **arguments: Muon(params, **{**arguments, **wrong}))
 
 
-def test_every_adjustment_of_the_installed_torch():
-    for name in ("original", "match_rms_adamw", "spectral_unclamped", "unknown"):
-        try:
-            TORCH([torch.zeros(2, 2)], adjust_lr_fn=name)
-        except ValueError:
-            with pytest.raises(ValueError, match=name):
-                Muon([torch.zeros(2, 2)], adjust_lr_fn=name)
-        else:
-            compare_runs(Muon, adjust_lr_fn=name)
+@pytest.mark.parametrize("name", ["original", "match_rms_adamw", "spectral_unclamped"])
+def test_every_adjustment_is_torchs(name):
+    try:
+        TORCH([torch.zeros(2, 2)], adjust_lr_fn=name)
+    except ValueError:
+        pytest.skip(f"torch.optim.Muon of PyTorch {torch.__version__} has no {name}")
+    compare_runs(Muon, adjust_lr_fn=name)
+
+
+def test_an_unknown_adjustment_is_refused():
+    with pytest.raises(ValueError, match="adjust_lr_fn is 'unknown', expected None, 'original'"):
+        Muon([torch.zeros(2, 2)], adjust_lr_fn="unknown")
 
 
 def test_the_state_dict_is_torchs():
@@ -287,13 +287,12 @@ def test_the_state_dict_is_torchs():
 def record_batches() -> Iterator[list[tuple[int, ...]]]:
     """A list of the shapes that `Muon` orthogonalises meanwhile."""
     shapes: list[tuple[int, ...]] = []
-    update = muon._Batch.update
 
-    def recorded(batch: muon._Batch, ns: NewtonSchulz) -> Tensor:
-        shapes.append(tuple(batch.shape))
-        return update(batch, ns)
+    def recorded(x: Tensor, *arguments: Any) -> Tensor:
+        shapes.append((1, *x.shape)[-3:])
+        return orthogonalize(x, *arguments)
 
-    with patch.object(muon._Batch, "update", recorded):
+    with patch.object(muon, "orthogonalize", recorded):
         yield shapes
 
 
@@ -309,6 +308,23 @@ def test_matrices_of_one_shape_are_orthogonalised_together():
         with record_batches() as shapes, patch.object(muon, "_BATCH_MULTIPLICATIONS", work):
             Muon(params).step()
         assert shapes == expected
+
+
+def test_padded_batches_hold_matrices_of_unequal_shapes():
+    """As on a GPU; each ends where it does alone, up to sums in another order."""
+    torch.manual_seed(0)
+    params = [torch.randn(s).requires_grad_() for s in [(20, 30), (64, 64), (33, 5), (70, 10), (200, 300)]]
+    alone = [p.detach().clone().requires_grad_() for p in params]
+    fill_gradients(params)
+    for p, q in zip(params, alone, strict=True):
+        q.grad = p.grad
+    Muon(alone, lr=1.0, ns="standard").step()
+    with record_batches() as shapes, patch.object(muon, "_PADDED_ON", "cpu"):
+        Muon(params, lr=1.0, ns="standard").step()
+    assert shapes == [(3, 64, 64), (1, 128, 64), (1, 200, 300)]
+    for p, q in zip(params, alone, strict=True):
+        # Five iterations of three products round to bfloat16, each times the rate.
+        torch.testing.assert_close(p, q, rtol=0, atol=max(1, p.shape[0] / p.shape[1]) ** 0.5 * 15 * 2**-8)
 
 
 def test_a_step_moves_parameters_with_a_gradient_and_returns_the_loss():
@@ -351,101 +367,184 @@ def test_a_step_reads_nothing_back(lr):
             TORCH(params, lr=lr).step()
 
 
-def shared_and_not(expected_collectives: int) -> list[list[tuple[int, ...]]]:
-    """Compare shared steps with unshared ones; returns the shapes that this rank orthogonalised in each."""
-    torch.manual_seed(0)
-    whole = [torch.randn(s).requires_grad_() for s in SHAPES * 2]
-    shared = [p.detach().clone().requires_grad_() for p in whole]
-
-    def groups(params: list[Tensor]) -> list[dict[str, Any]]:
-        return [{"params": params[:7]}, {"params": params[7:], "ns_steps": 3, "nesterov": False}]
-
-    reference = Muon(groups(whole), lr=0.1)
-    optimizer = Muon(groups(shared), lr=0.1, process_group=dist.group.WORLD)
-    shapes = []
-    for step in range(3):
-        fill_gradients(whole)
-        for p, q in zip(whole, shared, strict=True):
-            p.grad = None if step == 1 and p is whole[3] else p.grad
-            q.grad = p.grad
-        reference.step()
-        with record_batches() as mine, CommDebugMode() as collectives:
-            optimizer.step()
-        assert collectives.get_total_counts() == expected_collectives
-        shapes.append(mine)
-        for p, q in zip(whole, shared, strict=True):
-            torch.testing.assert_close(q, p, rtol=0, atol=0)
-    one = [torch.randn(3, 4).requires_grad_()]  # no matrix is left for the second rank
-    fill_gradients(one)
-    Muon(one, process_group=dist.group.WORLD).step()
-    Muon([torch.randn(3, 4)], process_group=dist.group.WORLD).step()
-    return shapes
-
-
-def test_shared_steps_have_the_bits_of_unshared_ones(ranks):
-    first, second = ranks(2, shared_and_not, 1)
-    for step, (a, b) in enumerate(zip(first, second, strict=True)):
-        work = [sum(muon._multiplications(torch.Size(shape)) for shape in share) for share in (a, b)]
-        assert 0.8 < work[0] / work[1] < 1.25
-        assert sum(shape[0] for shape in a + b) == 2 * len(SHAPES) - (step == 1)
-
-
-def shared_without_gathering() -> None:
-    with patch.object(dist, "all_gather_into_tensor", lambda everyone, mine, group: everyone.fill_(mine[0])):
-        shared_and_not(0)
-
-
-def test_sharing_needs_the_other_ranks(ranks):
-    with pytest.raises(AssertionError, match="Tensor-likes are not equal"):
-        ranks(2, shared_without_gathering)
-
-
-def sharded_steps() -> None:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for placement in (Shard(0), Shard(1), Replicate()):
-        torch.manual_seed(0)
-        whole = [torch.randn(s).requires_grad_() for s in [(8, 12), (8, 12), (12, 5)]]
-        split = [distribute_tensor(p.detach(), mesh, [placement]).requires_grad_() for p in whole]
-        fill_gradients(whole)
-        for p, q in zip(whole, split, strict=True):
-            q.grad = distribute_tensor(p.grad, mesh, [placement])
-        for ns in ("standard", "gram"):
-            Muon(whole, lr=0.1, ns=ns).step()
-            Muon(split, lr=0.1, ns=ns).step()
-            for p, q in zip(whole, split, strict=True):
-                # Partial sums over a split axis are rounded to bfloat16: 5 steps of 3 products, on 2 ranks.
-                torch.testing.assert_close(q.full_tensor(), p, rtol=0, atol=2 * 0.1 * 15 * 2**-8)
-        with pytest.raises(ValueError, match="process_group needs replicated parameters"):
-            Muon(split, process_group=dist.group.WORLD)
-
-
-def test_sharded_parameters(ranks):
-    ranks(2, sharded_steps)
-
-
 def test_the_parameters_are_torchs():
     """A torch with other parameters fails this test: write them out in Muon too."""
     ours, theirs = (inspect.signature(kind).parameters for kind in (Muon, TORCH))
     described = [[(p.name, p.kind, p.default) for p in kind.values()] for kind in (ours, theirs)]
     assert described[0][: len(theirs)] == described[1]
-    assert list(ours)[len(theirs) :] == ["ns", "process_group"]
+    assert list(ours)[len(theirs) :] == ["ns", "views", "process_group"]
     with pytest.raises(TypeError, match="momentm"):
         Muon([torch.zeros(2, 2)], momentm=0.3)
 
 
-def test_the_recipe_gives_muon_the_hidden_matrices_alone():
-    (example,) = doctest.DocTestFinder(recurse=False).find(Muon, "Muon", module=muon)
-    names: dict[str, Any] = {}
+def test_the_example_prints_its_table_and_trains_every_parameter():
+    (example,) = doctest.DocTestFinder(recurse=False).find(Muon.for_model, "for_model", module=muon)
+    names: dict[str, Any] = {"Muon": Muon, "torch": torch}
     example.globs = names
     assert doctest.DocTestRunner().run(example, clear_globs=False) == (0, len(example.examples))
     model, chain = names["model"], names["optimizer"]
-    by_muon = {id(p) for group in chain.optimizers[0].param_groups for p in group["params"]}
-    for name, p in model.named_parameters():
-        assert (id(p) in by_muon) == (name.startswith("1.") and p.dim() == 2), name
     model(torch.arange(10)).square().mean().backward()
     before = copy.deepcopy(model.state_dict())
     chain.step()
     assert all(not torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert str(copy.deepcopy(chain)) == str(chain)
+
+
+class Model(torch.nn.Module):
+    """A bit of everything: tables, convolutions, blocks with attention, norms, and a head that is shared."""
+
+    def __init__(self, blocks: int = 2, tied: bool = False):
+        super().__init__()
+        self.tokens = torch.nn.Embedding(50, 16)
+        self.position = torch.nn.Parameter(torch.randn(10, 16))
+        self.mixing = torch.nn.Parameter(torch.randn(16, 16))
+        self.conv = torch.nn.Conv2d(3, 8, 3)
+        self.column = torch.nn.Parameter(torch.randn(16, 1))
+        self.norm = torch.nn.LayerNorm((4, 16))
+        self.stack = torch.nn.Parameter(torch.randn(4, 16, 8))
+        layer = partial(torch.nn.TransformerEncoderLayer, 16, nhead=4, dim_feedforward=32)
+        self.blocks = torch.nn.ModuleList([layer() for _ in range(blocks)])
+        self.head = torch.nn.Linear(16, 50)
+        if tied:
+            self.head.weight = self.tokens.weight
+
+
+def choices(model: torch.nn.Module, **arguments: Any) -> dict[str, str]:
+    return {one.name: one.choice for one in Muon.for_model(model, **arguments).assignments}
+
+
+def test_muon_gets_the_hidden_matrices_alone():
+    by_muon = [name for name, choice in choices(Model()).items() if choice == "muon"]
+    blocks = [
+        f"blocks.{i}.{name}.weight" for i in range(2) for name in ("self_attn.out_proj", "linear1", "linear2")
+    ]
+    attention = [f"blocks.{i}.self_attn.in_proj_weight" for i in range(2)]
+    assert sorted(by_muon) == sorted(["mixing", "conv.weight", *blocks, *attention])
+    tied = choices(Model(tied=True))
+    assert tied["tokens.weight"] == "others"
+    assert "head.weight" not in tied
+    headless = Model()
+    del headless.head
+    assert choices(headless)["blocks.1.linear2.weight"] == "muon"  # one of several blocks
+    chain = Muon.for_model(Model(), lr=0.02, others=partial(torch.optim.SGD, lr=0.5, weight_decay=0.1))
+    own, others = chain.optimizers
+    assert (own.defaults["lr"], type(others)) == (0.02, torch.optim.SGD)
+    assert [group["weight_decay"] for group in others.param_groups] == [0.1, 0.0]
+    assert {p.dim() > 1 for p in others.param_groups[1]["params"]} == {False}
+
+
+def test_choices_can_be_overridden():
+    model = Model()
+    found = choices(
+        model, overrides={"blocks.*": "others", "blocks.1.linear1.weight": "muon", "tokens.weight": "muon"}
+    )
+    by_muon = [name for name, choice in found.items() if choice == "muon"]
+    assert sorted(by_muon) == ["blocks.1.linear1.weight", "conv.weight", "mixing", "tokens.weight"]
+    assert choices(model, views={"stack": lambda p: p})["stack"] == "muon"
+    for wrong, text in [
+        ({"overrides": {"block.*": "muon"}}, "no parameter is named block"),
+        ({"views": {"stak": lambda p: p}}, "no parameter is named stak"),
+        ({"overrides": {"stack": "adam"}}, "stack goes to 'adam', expected 'muon' or 'others'"),
+        ({"overrides": {"*": "others"}}, "the model has no hidden matrix"),
+        ({"overrides": {"stack": "muon"}}, r"stack has shape \(4, 16, 8\), expected 2D"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            Muon.for_model(model, **wrong)
+
+
+def test_views_are_orthogonalised_one_by_one():
+    """Of a convolution, of attention, and of matrices of unequal shapes; each at its own rate."""
+    torch.manual_seed(0)
+    conv, attention = torch.nn.Conv2d(3, 8, 3, bias=False), torch.nn.MultiheadAttention(12, 3, bias=False)
+    joint = torch.nn.Parameter(torch.randn(11, 6))
+    model = torch.nn.ParameterDict({"joint": joint})
+    model.conv, model.attention = conv, attention
+    model.head = torch.nn.Linear(2, 2)
+    optimizer = Muon.for_model(
+        model,
+        lr=0.1,
+        weight_decay=0.0,
+        ns="standard",
+        views={"joint": lambda p: (p[:8].view(2, 4, 6), p[8:])},
+    )
+    apart = []
+    for p, matrices in [
+        (conv.weight, lambda p: [p.flatten(1)]),
+        (attention.in_proj_weight, lambda p: p.chunk(3)),
+        (joint, lambda p: [p[:4], p[4:8], p[8:]]),
+    ]:
+        p.grad = torch.randn_like(p)
+        for part, gradient in zip(matrices(p.detach()), matrices(p.grad), strict=True):
+            alone = part.clone().requires_grad_()
+            alone.grad = gradient.clone()
+            Muon([alone], lr=0.1, weight_decay=0.0, ns="standard").step()
+            apart.append((part, alone))
+    optimizer.step()
+    for part, alone in apart:
+        # Rounded to bfloat16; a ratio of rates rounds once more, and a batch may add in another order.
+        torch.testing.assert_close(part, alone.detach(), rtol=0, atol=0.1 * 1.5 * 4 * 2**-8)
+
+
+@pytest.mark.parametrize(
+    "view", [lambda p: p[:5], lambda p: p.clone(), lambda p: [p, p[:1]], lambda p: p.flatten()]
+)
+def test_a_view_has_each_element_once(view):
+    Muon([("weight", torch.randn(6, 4))], views={"weight": lambda p: p.mT})
+    with pytest.raises(ValueError, match=r"the view of weight returns .*, expected views \(\*, n, m\)"):
+        Muon([("weight", torch.randn(6, 4))], views={"weight": view})
+
+
+def test_a_group_that_would_be_left_out_is_named():
+    p, q = torch.randn(3, 4).requires_grad_(), torch.randn(3, 4).requires_grad_()
+    optimizer = Muon([{"params": [("first", p)]}, {"params": [("second", q)]}])
+    optimizer.step()  # nothing has a gradient: nothing is left out
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"no parameter of group 1 has a gradient \(second, …\)"):
+        optimizer.step()
+    q.requires_grad_(False)
+    optimizer.step()
+
+
+def test_momentum_without_nesterov_stays_as_it_is_in_bfloat16():
+    """`torch.optim.Muon` of PyTorch 2.11 divides it by its norm, in place (pytorch#190597)."""
+    torch.manual_seed(0)
+    momenta = []
+    for kind in (Muon, TORCH):
+        p = torch.zeros(8, 16, dtype=torch.bfloat16).requires_grad_()
+        p.grad = torch.full_like(p, 3.0)
+        optimizer = kind([p], momentum=0.5, nesterov=False)
+        optimizer.step()
+        momenta.append(optimizer.state[p]["momentum_buffer"])
+    assert torch.equal(momenta[0], torch.full_like(momenta[0], 1.5))
+    copies = "copy=True" in inspect.getsource(_zeropower_via_newtonschulz)  # as that of 2.15
+    assert torch.equal(momenta[1], momenta[0]) == copies
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (65, 300)])
+def test_polar_express_ends_nearer_to_1(shape):
+    for x in matrices(*shape):
+        ideal = torch.linalg.svdvals(exact(x))
+        large = ideal > 0.6  # directions that the usual coefficients raise
+        spread = {}
+        for coefficients in (COEFFICIENTS, "polar_express"):
+            values = torch.linalg.svdvals(orthogonalize(x, coefficients, 8, ns="standard").double())
+            spread[coefficients] = (values[large] - 1).abs().max()
+        assert spread["polar_express"] < spread[COEFFICIENTS] / 2
+
+
+def test_coefficients_of_each_iteration():
+    x = torch.randn(20, 30)
+    one, other = COEFFICIENTS, (2.0, -1.5, 0.5)
+    expected = x.bfloat16() / x.bfloat16().norm()
+    for a, b, c in (one, other, other):
+        r = expected @ expected.mT
+        expected = a * expected + (b * r + c * r @ r) @ expected
+    for ns in ("standard", "gram"):
+        found = orthogonalize(x, [one, other], 3, ns=ns)
+        assert (found.double() - expected.double()).norm() <= 0.02 * expected.double().norm()
+    with pytest.raises(ValueError, match="expected 3"):
+        orthogonalize(x, [one, (1.0, 2.0)])
+    assert len(Muon([x.requires_grad_()], ns_coefficients="polar_express").param_groups) == 1
 
 
 def test_a_chain_of_optimizers_is_one():

@@ -9,6 +9,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -57,10 +58,18 @@ def _load(flags: TrainFlags, world: World) -> Iterator[Samples]:
 
 
 def make_optimizer(
-    flags: TrainFlags, model: torch.nn.Module, samples: int, arithmetic: Arithmetic = "fast"
+    flags: TrainFlags,
+    model: torch.nn.Module,
+    samples: int,
+    arithmetic: Arithmetic = "fast",
+    mesh: DeviceMesh | None = None,
 ) -> tuple[Optimizer, LambdaLR]:
-    """Return the optimizer and the learning-rate scheduler for epochs of ``samples``."""
-    make: Callable[..., Optimizer] = training.muon
+    """Return the optimizer and the learning-rate scheduler for epochs of ``samples``.
+
+    Args:
+        mesh: the ranks that share the work of Muon.
+    """
+    make: Callable[..., Optimizer] = partial(training.muon, mesh=mesh)
     if flags.optimizer == "sgd":
         make = partial(training.sgd, arithmetic=arithmetic)
     elif arithmetic == "exact":

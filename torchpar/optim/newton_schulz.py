@@ -9,7 +9,7 @@ For M = U·Σ·Vᵀ the iterations return a matrix near U·Vᵀ. They need matri
     R = X·Xᵀ        Z = b·R + c·R²        X ← a·X + Z·X
 
 With (a, b, c) = (3.4445, −4.7750, 2.0315) the singular values end between 0.7 and 1.2. The large a raises
-small singular values quickly.
+small singular values quickly. The coefficients may differ between the iterations.
 
 **Gram iteration.** An iteration multiplies X by a·I + Z, a polynomial in R. The product Q of k such
 polynomials needs R alone, so X is multiplied once for k iterations:
@@ -32,6 +32,8 @@ the distance to the result in float64 with the standard iteration's (measured wi
     all rows equal                          up to 31
 """
 
+from collections.abc import Sequence
+from itertools import chain, islice, repeat
 from typing import Any, Literal, get_args
 
 import torch
@@ -41,7 +43,26 @@ from torchpar.ops import matmul_t, symmetric_matmul
 from torchpar.ops._library import is_dtensor
 
 NewtonSchulz = Literal["auto", "standard", "gram"]
+Triple = tuple[float, float, float]
+Coefficients = Triple | Sequence[Triple] | Literal["polar_express"]
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan, 2024, https://kellerjordan.github.io/posts/muon
+# Amsel, Persson, Musco and Gower, "The Polar Express", 2025, https://arxiv.org/abs/2505.16932, algorithm 1.
+# For singular values up to 1.01, as roundings make them; the last triple needs no such margin.
+_POLAR_EXPRESS = (
+    *(
+        (a / 1.01, b / 1.01**3, c / 1.01**5)
+        for a, b, c in (
+            (8.28721201814563, -23.595886519098837, 17.300387312530933),
+            (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+            (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+            (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+            (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+            (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+            (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+        )
+    ),
+    (1.875, -1.25, 0.375),
+)
 
 _SYMMETRIC_ROWS = 768  # below, a CPU computes a whole product faster than half of one
 _GRAM_ROWS, _GRAM_ASPECT = 256, 2  # below, the standard iteration is as fast
@@ -50,7 +71,7 @@ _GRAM_ROWS, _GRAM_ASPECT = 256, 2  # below, the standard iteration is as fast
 @torch.no_grad()
 def orthogonalize(
     x: Tensor,
-    coefficients: tuple[float, float, float] = COEFFICIENTS,
+    coefficients: Coefficients = COEFFICIENTS,
     steps: int = 5,
     eps: float = 1e-7,
     ns: NewtonSchulz = "auto",
@@ -61,7 +82,8 @@ def orthogonalize(
 
     Args:
         x: ``(*, n, m)``, floating; each matrix of a batch is orthogonalised.
-        coefficients: ``(a, b, c)``.
+        coefficients: ``(a, b, c)``; one such triple for each iteration, the last of which serves all further
+            ones; or "polar_express", which ends nearest to singular values of 1.
         steps: the number of iterations, 0 to 99.
         eps: the least norm to divide by, so that 0 stays 0.
         ns: the iteration. "standard" is as accurate as `torch.optim.Muon`. "gram" iterates on the Gram
@@ -79,10 +101,7 @@ def orthogonalize(
     """
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(f"orthogonalize: x is {tuple(x.shape)} {x.dtype}, expected floating (*, n, m)")
-    if len(coefficients) != 3:
-        raise ValueError(f"orthogonalize: {len(coefficients)} coefficients, expected 3: (a, b, c)")
-    if not 0 <= steps < 100:
-        raise ValueError(f"orthogonalize: steps is {steps}, expected 0 to 99")
+    triples = per_step(coefficients, steps)
     check_ns(ns)
     if x.dim() > 3:
         return orthogonalize(x.flatten(0, -3), coefficients, steps, eps, ns).view(x.shape)
@@ -90,9 +109,29 @@ def orthogonalize(
         return orthogonalize(x.mT, coefficients, steps, eps, ns).mT
     x = x.to(torch.bfloat16, copy=True)
     x.div_(x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps))
+    rest = iter(triples)
     for i, k in enumerate(_iterations_per_gram(x.shape[-2], x.shape[-1], steps, ns)):
-        x = _iterate(x, coefficients, k, shifted=i == 0 or k == 1)
+        x = _iterate(x, list(islice(rest, k)), shifted=i == 0 or k == 1)
     return x
+
+
+def per_step(coefficients: Coefficients, steps: int) -> list[Triple]:
+    """The triple of each of ``steps`` iterations.
+
+    Raises:
+        ValueError: they are no coefficients, or ``steps`` is no number of iterations.
+    """
+    if not 0 <= steps < 100:
+        raise ValueError(f"orthogonalize: steps is {steps}, expected 0 to 99")
+    found: Any = _POLAR_EXPRESS if coefficients == "polar_express" else coefficients
+    if not isinstance(found, str) and len(found) and not isinstance(found[0], Sequence):
+        found = [found]
+    if isinstance(found, str) or not found or any(len(triple) != 3 for triple in found):
+        wrong = f"{len(coefficients)} coefficients" if found is not coefficients else repr(coefficients)
+        raise ValueError(
+            f"orthogonalize: {wrong}, expected 3: (a, b, c), a list of such triples, or 'polar_express'"
+        )
+    return list(islice(chain(found, repeat(found[-1])), steps))
 
 
 def check_ns(ns: str) -> None:
@@ -113,19 +152,19 @@ def _iterations_per_gram(n: int, m: int, steps: int, ns: NewtonSchulz) -> list[i
     return [k for k in (min(steps, 2), *[1] * (steps - 2 - last), last) if k > 0]
 
 
-def _iterate(x: Tensor, coefficients: tuple[float, float, float], steps: int, shifted: bool) -> Tensor:
-    """``Q·x`` after ``steps`` iterations on one Gram matrix, with ``Q = shift·I + p``.
+def _iterate(x: Tensor, triples: list[Triple], shifted: bool) -> Tensor:
+    """``Q·x`` after an iteration for each triple on one Gram matrix, with ``Q = shift·I + p``.
 
-    While singular values are small, Q is near aᵏ·I. A shift of aᵏ then keeps the bits of p (``shifted``).
-    Later Q is of order 1, where aᵏ·I and p would cancel, and the shift is 0. One shifted iteration is the
-    standard one.
+    While singular values are small, Q is near Π a·I. That shift then keeps the bits of p (``shifted``). Later
+    Q is of order 1, where shift and p would cancel, and the shift is 0. One shifted iteration is the standard
+    one.
     """
-    a, b, c = coefficients
     r = _replicate(matmul_t(x) if _use_symmetric_products(x) else x @ x.mT)
     p, shift = r, 0.0
-    for step in range(steps):
+    for step, (a, b, c) in enumerate(triples):
         z = _symmetric_addmm(r, r, r, alpha=c, beta=b)
         if step > 0:
+            # p·z + a·(p + shift/a·z)
             p = _symmetric_addmm(p, z, torch.add(p, z, alpha=shift / a) if shifted else p, beta=a)
             shift *= a
         elif shifted:
@@ -133,7 +172,7 @@ def _iterate(x: Tensor, coefficients: tuple[float, float, float], steps: int, sh
         else:
             p = z.clone()
             p.diagonal(dim1=-2, dim2=-1).add_(a)
-        if step < steps - 1:
+        if step < len(triples) - 1:
             rz = _symmetric_addmm(r, z, r, beta=a)
             r = _symmetric_addmm(rz, z, rz, beta=a)
     if x.is_contiguous():

@@ -3,9 +3,10 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -45,28 +46,30 @@ def sgd(
 
 
 def muon(
-    model: torch.nn.Module, lr: float, momentum: float, weight_decay: float, ns_steps: int = 5
+    model: torch.nn.Module,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    ns_steps: int = 5,
+    mesh: DeviceMesh | None = None,
 ) -> ChainedOptimizer:
     """Return `torchpar.optim.Muon` for all weight matrices of an MLP and SGD for its biases.
 
-    An embedding or an output head would go to Muon too; see `torchpar.optim.Muon` for models that have them.
+    The output layer goes to Muon too, which trains an MLP as well; see `torchpar.optim.Muon.for_model`.
 
     Args:
         weight_decay: λ of the weights, decoupled: ``W ← (1 − lr·λ)·W``.
         ns_steps: iterations of Newton–Schulz.
-
-    Raises:
-        ConfigError: layers are split over ranks, so that no rank has their whole matrices.
+        mesh: the ranks that have the model, or parts of its layers, and share Muon's work.
     """
-    if any(layer.partition.ranks > 1 for _, _, layer in split_parameters(model)):
-        raise ConfigError("Muon needs whole matrices, and the model's are split over ranks; take SGD or tp 1")
-    weights = [p for p in model.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if p.dim() != 2]
+    weights = [(name, p) for name, p in model.named_parameters() if p.dim() == 2]
+    others = [(name, p) for name, p in model.named_parameters() if p.dim() != 2]
+    settings: dict[str, Any] = {"lr": lr, "momentum": momentum}
     optimizers: list[Optimizer] = [
-        Muon(weights, lr=lr, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps)
+        Muon(weights, weight_decay=weight_decay, ns_steps=ns_steps, process_group=mesh, **settings)
     ]
     if others:
-        optimizers.append(SGD(others, lr=lr, momentum=momentum, nesterov=momentum > 0))
+        optimizers.append(SGD(others, nesterov=momentum > 0, **settings))
     return ChainedOptimizer(*optimizers)
 
 

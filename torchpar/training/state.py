@@ -110,7 +110,8 @@ class TrainState:
                     )
                 tensors[f"optimizer.{name}.{key}"] = self._shard(name, value)
         tensors |= self._random_states()
-        groups = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+        own = ("params", "param_names")  # of this rank
+        groups = [{k: v for k, v in g.items() if k not in own} for g in self.optimizer.param_groups]
         state = {
             "run": self.config,
             "results": [asdict(result) for result in self.results],

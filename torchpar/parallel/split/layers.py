@@ -32,7 +32,7 @@ from torchpar.errors import ConfigError
 from torchpar.ops import maximum
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks, group_of
 from torchpar.parallel.split.column import ColumnProduct
-from torchpar.parallel.split.partition import Partition
+from torchpar.parallel.split.partition import Partition, Split
 from torchpar.parallel.split.regions import (
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -138,6 +138,26 @@ class _ParallelLinear(torch.nn.Module):
                 part = part.clone(memory_format=torch.contiguous_format)
                 parameter = torch.nn.Parameter(part, requires_grad=parameter.requires_grad)
             self.register_parameter(name, parameter)
+
+    def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        self._mark()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # of a copy, whose parameters are new
+        self._mark()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # which may replace parameters
+        self._mark()
+        return self
+
+    def _mark(self) -> None:
+        """Tell the parameters, whom optimizers meet alone, how they are split."""
+        for name, axis in self.split_axes.items():
+            parameter: Any = self._parameters.get(name)
+            if parameter is not None:
+                parameter.split_of_whole = Split(axis, self.partition, self.mesh)
 
     def full_weight(self) -> Tensor:
         """The whole layer's weight ``(out_features, in_features)``, on every rank, differentiable."""

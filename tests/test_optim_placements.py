@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: MIT
+"""Muon on several ranks: DTensors of any placement, split layers and replicas step as whole matrices do."""
+
+import copy
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from torchpar.nn import Linear
+from torchpar.optim import Muon
+from torchpar.parallel import join_world
+from torchpar.parallel.split.layers import ColumnParallelLinear, RowParallelLinear
+
+SHAPES = [(20, 30), (30, 20), (20, 30), (16, 80), (33, 33), (90, 17), (5, 72), (1, 40), (2, 3)]
+ALL_TO_ALL = torch.ops.c10d.alltoall_base_
+
+
+def compare(
+    whole: list[Tensor],
+    parts: list[Tensor],
+    split: Callable[[Tensor, int], Tensor],
+    gather: Callable[[Tensor], Tensor],
+    messages: int,
+    **arguments: Any,
+) -> None:
+    """Three steps of both must have the same bits; those of ``parts`` send ``messages`` each."""
+    ours, reference = Muon(parts, lr=0.1, ns="standard", **arguments), Muon(whole, lr=0.1, ns="standard")
+    for step in range(3):
+        torch.manual_seed(step)
+        for i, (p, q) in enumerate(zip(parts, whole, strict=True)):
+            q.grad = None if step == 1 and i == 3 else torch.randn_like(q)
+            p.grad = None if q.grad is None else split(q.grad, i)
+        reference.step()
+        with CommDebugMode() as collectives:
+            ours.step()
+        assert collectives.get_comm_counts()[ALL_TO_ALL] == messages
+        assert (
+            step == 0 or collectives.get_total_counts() == messages
+        )  # the first step also compares the ranks
+        for p, q in zip(parts, whole, strict=True):
+            torch.testing.assert_close(gather(p.detach()), q.detach(), rtol=0, atol=0)
+
+
+def random_matrices() -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(shape).requires_grad_() for shape in SHAPES]
+
+
+def dtensors(shape: tuple[int, ...], placements: list[Any]) -> None:
+    mesh = init_device_mesh("cpu", shape)
+    whole = random_matrices()
+    parts = [distribute_tensor(p.detach(), mesh, placements).requires_grad_() for p in whole]
+    moved = any(placement != Replicate() for placement in placements)
+    compare(
+        *(whole, parts),
+        lambda g, i: distribute_tensor(g, mesh, placements),
+        lambda p: p.full_tensor(),  # type: ignore[attr-defined]
+        messages=1 + moved,
+    )
+
+
+@pytest.mark.parametrize("world_size", [2, 3, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("placement", [Shard(0), Shard(1), Replicate()], ids=str)
+def test_dtensors_step_as_whole_matrices(ranks, world_size, placement):
+    ranks(world_size, dtensors, (world_size,), [placement])
+
+
+@pytest.mark.parametrize(
+    "placements",
+    [[Shard(0), Shard(1)], [Shard(0), Shard(0)], [Replicate(), Shard(1)], [Shard(1), Replicate()]],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(2, 2), pytest.param((2, 3), marks=pytest.mark.slow)], ids=str)
+def test_dtensors_of_two_dimensions_step_as_whole_matrices(ranks, shape, placements):
+    ranks(shape[0] * shape[1], dtensors, shape, placements)
+
+
+def layers(kind: Any, dp: int, tp: int) -> None:
+    """Layers split over "tp", with replicas on "dp" that share the work."""
+    with join_world("cpu") as world:
+        world = world.with_mesh(dp=dp, tp=tp)
+        torch.manual_seed(0)
+        linears = [Linear(*sizes, bias=False) for sizes in ((33, 20), (7, 9), (2, 1))]
+        split = [kind.from_linear(linear, mesh=world.mesh["tp"]) for linear in linears]
+        split = [copy.deepcopy(split[0]), *split[1:]]  # a copy has its own marks
+        weights = [layer.weight for layer in split]
+
+        def gather(p: Tensor) -> Tensor:
+            (layer,) = (layer for layer in split if layer.weight.data_ptr() == p.data_ptr())
+            return layer.full_weight().detach()
+
+        compare(
+            *([linear.weight for linear in linears], weights),
+            lambda g, i: split[i].partition.narrow(g, kind.split_axes["weight"]).clone(),
+            gather,
+            messages=2,
+            process_group=world.mesh["dp", "tp"] if dp > 1 else None,
+        )
+
+
+@pytest.mark.parametrize("kind", [ColumnParallelLinear, RowParallelLinear])
+@pytest.mark.parametrize("dp, tp", [(1, 2), (1, 3), (2, 2)])
+def test_split_layers_step_as_whole_ones(ranks, kind, dp, tp):
+    ranks(dp * tp, layers, kind, dp, tp)
+
+
+def replicas() -> list[int]:
+    """Returns the work of this rank."""
+    whole = random_matrices()
+    parts = [p.detach().clone().requires_grad_() for p in whole]
+    compare(whole, parts, lambda g, i: g.clone(), lambda p: p, messages=1, process_group=dist.group.WORLD)
+    optimizer = Muon(parts, process_group=dist.group.WORLD)
+    ((items, exchange),) = optimizer._plans()
+    return [sum(items[i].p.numel() * min(items[i].p.shape) for i in exchange.mine)]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_replicas_share_the_work(ranks, world_size):
+    work = [cost for (cost,) in ranks(world_size, replicas)]
+    largest = max(p.numel() * min(p.shape) for p in random_matrices())
+    assert sum(work) == sum(p.numel() * min(p.shape) for p in random_matrices())
+    assert max(work) - min(work) <= largest
+
+
+def without_messages(placement: Any) -> None:
+    def of_ones(output: Tensor, *_: Any, **__: Any) -> None:
+        output.fill_(1)  # which say, too, that gradients are there
+
+    with patch.object(dist, "all_to_all_single", of_ones):
+        dtensors((2,), [placement])
+
+
+@pytest.mark.parametrize("placement", [Shard(0), Replicate()], ids=str)
+def test_the_comparison_rejects_lost_messages(ranks, placement):
+    with pytest.raises(AssertionError):
+        ranks(2, without_messages, placement)
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = (12, 34, 7, 3)
+    return nn.Sequential(*(nn.Linear(m, n, bias=False) for m, n in pairwise(sizes)))
+
+
+def fully_sharded(dp: int, tp: int) -> None:
+    """`fully_shard`, also of a model that `parallelize_module` has split; with uneven and empty shards."""
+    mesh = init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp"))
+    whole, model = make_model(), make_model()
+    if tp > 1:
+        parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    for layer in (*model, model):
+        fully_shard(layer, mesh=mesh["dp"])
+    ours = Muon(model.named_parameters(), lr=0.1, ns="standard")
+    reference = Muon(whole.named_parameters(), lr=0.1, ns="standard")
+    for step in range(3):
+        torch.manual_seed(step)
+        x = torch.randn(8, 12)
+        for one in (whole, model):
+            one.zero_grad()
+            one(x).square().mean().backward()
+        for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+            gradient = p.grad.full_tensor()
+            torch.testing.assert_close(gradient, q.grad)
+            q.grad = gradient  # whose rounding may differ
+        ours.step()
+        reference.step()
+        for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(p.full_tensor(), q, rtol=0, atol=0)
+            momentum = ours.state[p]["momentum_buffer"]
+            assert isinstance(momentum, DTensor)
+            torch.testing.assert_close(momentum.full_tensor(), reference.state[q]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("dp, tp", [(2, 1), (4, 1), (2, 2)])
+def test_fully_sharded_models_step_as_whole_ones(ranks, dp, tp):
+    ranks(dp * tp, fully_sharded, dp, tp)
+
+
+def message(function: Callable[[], object]) -> str:
+    try:
+        function()
+    except ValueError as e:
+        return str(e)
+    return "taken"
+
+
+def refusals() -> list[str]:
+    rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
+    group = dist.group.WORLD
+    p, q = (torch.ones(4, 6).requires_grad_() for _ in range(2))
+    named = [("first", p), ("second", q)]
+    split = distribute_tensor(p.detach(), mesh, [Shard(0)]).requires_grad_()
+    partial = DTensor.from_local(p.detach(), mesh, [Partial()]).requires_grad_()
+
+    def missing(params: Any, process_group: Any) -> None:
+        optimizer = Muon(params, process_group=process_group)
+        for _, t in params:
+            t.grad = torch.ones_like(t)
+        if rank == 1:
+            params[-1][1].grad = None
+        optimizer.step()
+
+    return [
+        message(lambda: missing(named, group)),
+        message(lambda: missing([("split", split)], None)),
+        message(lambda: Muon([torch.ones(2 + rank, 3)], process_group=group).step()),
+        message(lambda: Muon(named[: 1 + rank], process_group=group).step()),
+        message(lambda: Muon([("partial", partial)])),
+    ]
+
+
+def test_every_rank_names_what_is_wrong(ranks):
+    for messages in ranks(2, refusals):
+        assert messages == [
+            "Muon: second has a gradient on rank 0 and none on rank 1, expected the same on all; let every "
+            "rank's loss depend on it",
+            "Muon: split has a gradient on rank 0 and none on rank 1, expected the same on all; let every "
+            "rank's loss depend on it",
+            "Muon: the ranks that share its work have other parameters: parameter 0 of group 0 (2, 3) on the "
+            "first of them, and parameter 0 of group 0 (3, 3) on number 1, expected the same in the "
+            "same order",
+            "Muon: the ranks that share its work have other parameters: none on the first of them, and "
+            "second (4, 6) on number 1, expected the same in the same order",
+            "Muon: partial: its placements are (Partial(sum),), expected Shard or Replicate",
+        ]
+
+
+def half_of_a_mesh() -> str:
+    """A process group that lacks a rank with parts of the matrix."""
+    mesh = init_device_mesh("cpu", (2,))
+    alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    pairs = dist.new_group([0, 1])
+    split = distribute_tensor(torch.ones(4, 6), mesh, [Shard(0)]).requires_grad_()
+    split.grad = torch.ones_like(split)
+    Muon([split], process_group=pairs).step()
+    return message(lambda: Muon([split], process_group=alone).step())
+
+
+def test_a_group_must_have_all_parts(ranks):
+    for text in ranks(2, half_of_a_mesh):
+        assert text == (
+            "Muon: the ranks have 12 elements of parameter 0 of group 0, which has shape (4, 6); expected a "
+            "process_group of all ranks that have parts of it"
+        )
+
+
+def heads(t: Tensor) -> list[Tensor]:
+    return [t[:8].view(2, 4, 6), t[8:]]
+
+
+def views(mesh: DeviceMesh, placement: Any) -> None:
+    p = torch.randn(11, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    split = distribute_tensor(p.detach(), mesh, [placement]).requires_grad_()
+    p.grad = torch.randn(11, 6, generator=torch.Generator().manual_seed(1))
+    split.grad = distribute_tensor(p.grad, mesh, [placement])
+    for t in (p, split):
+        Muon([("qkv", t)], lr=0.1, views={"qkv": heads}).step()
+    torch.testing.assert_close(split.full_tensor(), p, rtol=0, atol=0)
+
+
+def views_of_shards() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for placement in (Shard(0), Shard(1), Replicate()):
+        views(mesh, placement)
+
+
+def test_views_of_shards(ranks):
+    ranks(2, views_of_shards)
