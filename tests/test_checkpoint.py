@@ -304,7 +304,7 @@ def killed(folder: Path, way: str, rounds: int) -> tuple[dict[str, int], str]:
     return json.loads((folder / "counts").read_text()), err
 
 
-@pytest.mark.parametrize("rounds", [6, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [6, pytest.param(15, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", ["synchronous", "asynchronous"])
 def test_killed_during_saves_it_is_whole_or_absent(tmp_path, way, rounds):
     counts, err = killed(tmp_path, way, rounds)

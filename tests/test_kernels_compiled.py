@@ -436,8 +436,17 @@ EXACT = {  # shape, transposed
 }
 
 
-@pytest.mark.parametrize("case", EXACT)
-@pytest.mark.parametrize("symmetric", [False, True], ids=["two", "symmetric"])
+EXACT_ELSEWHERE = [
+    *((symmetric, case, 90) for symmetric in (False, True) for case in EXACT),
+    *(
+        pytest.param(*which, other, marks=slow)
+        for which in ((False, "by rows"), (True, "any strides, long"))
+        for other in (80, 100)
+    ),
+]
+
+
+@pytest.mark.parametrize("symmetric, case, capability", EXACT_ELSEWHERE, indirect=["capability"])
 def test_exact_product(compiled, capability, case, symmetric):
     shape, transposed = EXACT[case]
     if symmetric:
@@ -558,8 +567,14 @@ BROADCAST = {  # b's strides
 }
 
 
+FEW_ELSEWHERE = [
+    *((dtype, 90) for dtype in MAXIMUM_DTYPES),
+    *(pytest.param(torch.float32, other, marks=slow) for other in (80, 100)),
+]
+
+
 @pytest.mark.parametrize("case", BROADCAST)
-@pytest.mark.parametrize("dtype", MAXIMUM_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype, capability", FEW_ELSEWHERE, ids=str, indirect=["capability"])
 def test_broadcast_maximum_moves_16_bytes_at_once(compiled, capability, dtype, case):
     strides = BROADCAST[case]
     a = meta(*(64, 64, 16384)[-len(strides) :], dtype=dtype)

@@ -23,6 +23,12 @@ from torchpar.optim.newton_schulz import COEFFICIENTS
 TORCH = torch.optim.Muon
 
 
+@pytest.fixture(autouse=True)
+def bfloat16(monkeypatch):
+    """Products of bfloat16, as torch's, also on a CPU where those of float32 are faster."""
+    monkeypatch.setattr(newton_schulz, "has_bfloat16", lambda: True)
+
+
 def torchs(x: Tensor, steps: int = 5) -> Tensor:
     return _zeropower_via_newtonschulz(x, COEFFICIENTS, steps, 1e-7).double()
 
@@ -88,6 +94,23 @@ def test_orthogonality_is_no_worse_than_torchs(n, m, ns):
 def test_orthogonality_of_halved_products(ns):
     with patch.object(newton_schulz, "_SYMMETRIC_ROWS", 257):
         compare_orthogonality(257, 520, 5, ns)
+
+
+@pytest.mark.parametrize("ns", ["standard", "gram"])
+@pytest.mark.parametrize("shape", [(64, 64), (300, 65)])
+def test_products_of_float32_leave_the_rounding_of_the_result_alone(monkeypatch, ns, shape):
+    monkeypatch.setattr(newton_schulz, "has_bfloat16", lambda: False)
+    for x in matrices(min(shape), max(shape)):
+        x = x.reshape(shape)
+        found = orthogonalize(x, ns=ns)
+        assert found.dtype == torch.bfloat16
+        ideal = exact(x.bfloat16())  # the steps multiply a rounding of x by up to 3.4445⁵
+        rounding = 2**-8 * ideal.norm()
+        assert (found.double() - ideal).norm() <= 2 * rounding
+        error = (torchs(x) - exact(x)).norm()
+        assert (found.double() - exact(x)).norm() <= error
+    with pytest.raises(AssertionError), patch.object(newton_schulz, "has_bfloat16", lambda: True):
+        assert (orthogonalize(x, ns=ns).double() - ideal).norm() <= 2 * rounding
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 8])

@@ -269,6 +269,11 @@ def test_compute_elementwise_output_strides_is_atens() -> None:
             assert strides == torch.maximum(a, b).stride()
 
 
+def test_pytorch_says_whether_onednn_multiplies_bfloat16() -> None:
+    # Inductor asks by this name, too.
+    assert isinstance(torch.ops.mkldnn._is_mkldnn_bf16_supported(), bool)
+
+
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN is not in this build of PyTorch")
 def test_linear_pointwise_is_a_float32_product_by_onednn() -> None:
     # PyTorch gives float32 products to its BLAS. Inductor and torchpar/ops/_onednn.py reach oneDNN by this.

@@ -43,6 +43,12 @@ def has_onednn() -> bool:
     )
 
 
+@cache
+def has_bfloat16() -> bool:
+    """Return True if oneDNN multiplies bfloat16 on this CPU; elsewhere float32 is ten times as fast."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def prefers_onednn(t: Tensor) -> bool:
     """Return True if products of ``t`` go to oneDNN where they are large enough."""
     return t.is_cpu and t.dtype == torch.float32 and _is_enabled()
