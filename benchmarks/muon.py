@@ -7,9 +7,11 @@ is 1 if some do not. The second table, and the picture, are the test accuracy an
 network 784-512-10 with sigmoid layers, in batches of 32, with SGD and with Muon, each at its best rate.
 """
 
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -22,11 +24,21 @@ from benchmarks.timing import take_turns, time_calls
 from torchpar import data
 from torchpar.nn import MLP
 from torchpar.optim import Muon
+from torchpar.optim.newton_schulz import COEFFICIENTS
 from torchpar.parallel.launch.world import join_world_of_one
 from torchpar.training import Run, lr_scheduler, muon, sgd
 
-SHAPES = ((1, 2048, 2048), (1, 1024, 4096), (1, 4096, 1024), (1, 512, 784), (50, 128, 128))
-QUICK = ((1, 24, 64), (3, 64, 24))
+Shapes = list[tuple[int, int]]
+WEIGHTS: dict[str, Shapes] = {
+    "2048x2048": [(2048, 2048)],
+    "1024x4096": [(1024, 4096)],
+    "4096x1024": [(4096, 1024)],
+    "512x784": [(512, 784)],
+    "50 of 128x128": [(128, 128)] * 50,
+    # As in a model of unlike layers: no two have a shape.
+    "126 unequal": [(16 + 5 * i % 113, 16 + i) for i in range(126)],
+}
+QUICK: dict[str, Shapes] = {"24x64": [(24, 64)], "3 of 64x24": [(64, 24)] * 3}
 DISTANCE = 0.03  # of the way: bfloat16's roundings of directions, an order less for momenta that are noise
 SIZES = (784, 512, 10)
 BATCH_SIZE = 32
@@ -40,14 +52,35 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-def compare_steps(shape: tuple[int, int, int], rounds: int, device: torch.device) -> list[Row]:
-    """Time a step of each optimizer on ``shape``: so many weights of rows × columns, float32."""
-    count, *size = shape
+def gram_newton_schulz(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The package's Muon, with the coefficients and the rates of the others."""
+    package = importlib.import_module("gram_newton_schulz")
+
+    def adjust(lr: float, shape: tuple[int, ...]) -> float:
+        return lr * math.sqrt(max(1.0, shape[-2] / shape[-1]))
+
+    by_kernels = params[0].is_cuda
+    coefficients = [list(COEFFICIENTS)] * 5
+    return package.Muon(  # type: ignore[no-any-return]
+        params, adjust_lr=adjust, ns_coefficients=coefficients, ns_use_kernels=by_kernels
+    )
+
+
+if find_spec("gram_newton_schulz"):
+    OPTIMIZERS["gram-newton-schulz"] = gram_newton_schulz
+
+
+def compare_steps(label: str, shapes: Shapes, rounds: int, device: torch.device) -> list[Row]:
+    """Time a step of each optimizer on float32 weights of ``shapes``."""
     torch.manual_seed(0)
-    start = torch.randn(shape, device=device)
+    start = [torch.randn(shape, device=device) for shape in shapes]
     weights = {name: [torch.nn.Parameter(w.clone()) for w in start] for name in OPTIMIZERS}
     optimizers = {name: make(weights[name]) for name, make in OPTIMIZERS.items()}
-    gradients = torch.empty(shape, device=device)
+    gradients = [torch.empty_like(w) for w in start]
+
+    def draw_gradients(_: int) -> None:
+        for gradient in gradients:
+            gradient.normal_()
 
     def turn(name: str, index: int) -> list[float]:
         for weight, gradient in zip(weights[name], gradients, strict=True):
@@ -56,11 +89,10 @@ def compare_steps(shape: tuple[int, int, int], rounds: int, device: torch.device
             torch.cuda._sleep(10_000_000)  # the queue fills meanwhile, so that no launch is in the time
         return [time_calls(optimizers[name].step, device).seconds()]
 
-    label = f"{count} of " * (count > 1) + "x".join(map(str, size))
     turns = {name: partial(turn, name) for name in OPTIMIZERS}
-    times = take_turns(turns, rounds, before=lambda index: gradients.normal_(), label=label)
-    ended = {name: torch.stack([w.detach() for w in weights[name]]) for name in OPTIMIZERS}
-    way = (ended[REFERENCE] - start).norm()
+    times = take_turns(turns, rounds, before=draw_gradients, label=label)
+    ended = {name: torch.cat([w.detach().flatten() for w in weights[name]]) for name in OPTIMIZERS}
+    way = (ended[REFERENCE] - torch.cat([w.flatten() for w in start])).norm()
     rows = []
     for name, found in times.items():
         distance = float((ended[name] - ended[REFERENCE]).norm() / way)
@@ -120,6 +152,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("muon", "Compare Muon with torch.optim.Muon and with SGD.")
     command.parser.add_argument("--rounds", type=int, help="timed steps of each optimizer and weight")
+    command.parser.add_argument("--weights", nargs="+", choices=WEIGHTS, help="some of the weights")
     command.parser.add_argument("--epochs", type=int, help="of training; 0 leaves it out")
     options = command.parse(arguments)
     rounds = command.at_least(1, "rounds", options, quick=2, full=15)
@@ -128,8 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.require("matplotlib")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results = Results(command.csv(options), device, threads=torch.get_num_threads())
-    for shape in QUICK if options.quick else SHAPES:
-        results.add(compare_steps(shape, rounds, device))
+    for label, shapes in QUICK.items() if options.quick else WEIGHTS.items():
+        if not options.weights or label in options.weights:
+            results.add(compare_steps(label, shapes, rounds, device))
     print_rows("a step of Muon", results.rows)
     if epochs:
         curves = results.add(train(epochs, samples=320 if options.quick else None))

@@ -133,6 +133,19 @@ def test_all_tiles_fit_and_are_pipelined(compiled, capability, launcher, kind):
             raise AssertionError(f"{tiles}, n = {n}: {error}") from error
 
 
+@pytest.mark.parametrize("n", [4096, ODD])
+def test_a_product_added_to_float32_fits(compiled, capability, n):
+    def launch(wrap) -> None:
+        x, h = meta(n, n, dtype=torch.bfloat16), meta(n, n, dtype=torch.float32)
+        matmul_t_kernels.symmetric_product(x, x, "ieee", wrap, h, 0.5, 0.9, out=h, tma=False)
+
+    code = compiled(launch)
+    assert_fits(code, capability)
+    if n != ODD:
+        assert_pipelined(code, specialized=False)
+        assert code.count(r"STG\.E.*\.128.*") > 0
+
+
 @pytest.mark.parametrize("kind, capability", KINDS[:2] + OTHERS, indirect=["capability"])
 def test_tiles_of_odd_results_and_of_split_k_fit(capability, kind, tmp_path):
     dtype, precision, *_ = candidates.KINDS[kind]

@@ -234,6 +234,24 @@ def test_symmetric_product_of_two_of_shape(interpreter, dtype, shape):
     interpreter(check_symmetric_product_of_two, *args, directly)
 
 
+def check_products_added_in_place(shape: tuple[int, ...]) -> None:
+    """To float32; of integers the sums are exact."""
+    torch.manual_seed(0)
+    x = torch.randint(-3, 4, shape).half()
+    h = torch.randint(-99, 100, (*shape[:-1], shape[-2])).float()
+    h = h.tril() + h.tril(-1).mT
+    expected = 2 * h + 0.5 * x.float() @ x.float().mT
+    with patch.object(matmul_t_kernels, "chosen", return_value=PATHS["pointers"]):
+        out = matmul_t_kernels.symmetric_product(x, x, "ieee", directly, h, 0.5, 2.0, out=h, tma=False)
+    assert out is h
+    assert torch.equal(h, expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (37, 20), (3, 18, 5)], ids=str)
+def test_products_are_added_to_float32_in_place(interpreter, shape):
+    interpreter(check_products_added_in_place, shape)
+
+
 def check_factors_are_exact() -> None:
     """In integers the product has no error, so that all there is comes from the factors."""
     torch.manual_seed(0)

@@ -41,6 +41,8 @@ BOUNDS: dict[str, tuple[float, float]] = {  # flag: least value, first value tha
     **dict.fromkeys(("samples", "batch_size", "micro_batches"), (1, 2**63)),
     **{"crop": (0, 2**31), "pool": (1, 2**31), "label_smoothing": (0, 1)},
     **dict.fromkeys(("hidden", "depth", "dp", "tp", "pp"), (1, 2**31)),
+    "steps": (1, 2**31),
+    "adamw_lr": (0, 1e38),
     **dict.fromkeys(("lr", "clip", "weight_decay", "orthogonality"), (0, 1e38)),  # float32 ends at 3.4e38
     "momentum": (0, 1),
     "seed": (0, 2**63),

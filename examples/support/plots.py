@@ -60,7 +60,7 @@ def save_panels(path: Path, panels: Sequence[Panel]) -> None:
             axes.set_prop_cycle(None)
             for _, line in groupby(panel.rows, itemgetter(*panel.by)):
                 rows = list(line)
-                names = [y] * (len(panel.ys) > 1) + [f"{name} {rows[0][name]:g}" for name in panel.by]
+                names = [y] * (len(panel.ys) > 1) + [_label(name, rows[0][name]) for name in panel.by]
                 points = ([row[name] for row in rows] for name in (panel.x, y))
                 axes.plot(*points, style, label=", ".join(names).replace("_", " "))
         axes.set(xlabel=panel.x.replace("_", " "), ylabel=", ".join(panel.ys).replace("_", " "))
@@ -75,6 +75,10 @@ def save_panels(path: Path, panels: Sequence[Panel]) -> None:
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _label(name: str, value: Any) -> str:
+    return value if isinstance(value, str) else f"{name} {value:g}"
 
 
 def save_curves(path: Path, curves: Mapping[str, Sequence[float]], x: str, y: str) -> None:

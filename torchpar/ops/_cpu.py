@@ -49,6 +49,25 @@ def symmetric_product(
     return out
 
 
+def symmetric_addmm_(h: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> None:
+    """``h ← alpha * a @ b.mT + beta * h`` in place, for ``h`` of the operands' dtype, or float32."""
+    if h.dtype != a.dtype:
+        wide = a.to(h.dtype)
+        a, b = wide, wide if b is a else b.to(h.dtype)
+    if a.dtype == torch.float16 or not is_halved(a):
+        h.copy_(symmetric_product(a, b, h, alpha, beta))
+        return
+    for index in itertools.product(*map(range, a.shape[:-2])):
+        # Each block reads rows of H that those before it have not written.
+        a2 = a[index]
+        _halved(a2, a2 if b is a else b[index], h[index], alpha, beta, h[index])
+
+
+def mirror_(h: Tensor) -> None:
+    """Copy the lower triangle of ``h`` to the upper one."""
+    h.copy_(mirrored(h))
+
+
 def symmetrized_product(g: Tensor, x: Tensor) -> Tensor:
     """``(g + g.mT) @ x`` for ``g (*, n, n)`` and ``x (*, n, k)``."""
     if x.dtype == torch.float16:  # as above; with loss scaling, G + Gᵀ would also overflow float16

@@ -32,6 +32,7 @@ from torchpar.ops._library import (
     supports_tma,
 )
 from torchpar.ops._matrix import check_dtype, check_like, fp32_precision, product
+from torchpar.ops.symmetric_addmm_ import symmetric_addmm_
 
 
 def symmetric_matmul(
@@ -42,6 +43,7 @@ def symmetric_matmul(
     alpha: float = 1.0,
     beta: float | None = None,
     check: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """A product known to be symmetric, at half the arithmetic: ``alpha * a @ b.mT + beta * c``.
 
@@ -59,16 +61,27 @@ def symmetric_matmul(
         check: compute the whole product in float64, and raise if the product or ``c`` is not symmetric up to
             the rounding of ``a``, ``b`` and ``c``. For debugging: it takes several times as long, and waits
             for the device. Ignored under torch.func transforms.
+        out: where to put the result: ``(*, n, n)``, of ``a``'s dtype, or float32 for an ``a`` of float16 or
+            bfloat16. It may be ``c``, to which the product is then added in place: from 256 rows on no other
+            matrix of this size is made. Without gradients, torch.func and DTensors.
 
     Returns:
-        ``(*, n, n)``, contiguous, of ``a``'s dtype.
+        ``out``, or a new ``(*, n, n)``, contiguous, of ``a``'s dtype.
 
     Raises:
         RuntimeError: an unsupported dtype, shapes that do not fit, mixed dtypes or devices, ``c`` without
             ``beta`` or a ``beta`` other than 0 without ``c``; with ``check``, a product or a ``c`` that is
-            not symmetric.
+            not symmetric; with ``out``, an argument that requires a gradient.
     """
-    return _op(a, b, c, alpha=alpha, beta=beta, check=check)  # type: ignore[no-any-return]
+    if out is None:
+        return _op(a, b, c, alpha=alpha, beta=beta, check=check)  # type: ignore[no-any-return]
+    _check_factor(c, beta)
+    if check:
+        _check_symmetry(a, b, c if beta else None)
+    if c is not None and c is not out and beta:
+        out.copy_(c)
+    symmetric_addmm_(out, a, b, alpha=alpha, beta=beta or 0.0)
+    return out
 
 
 def _check(a: Tensor, b: Tensor, c: Tensor | None, beta: float | None) -> None:
@@ -78,9 +91,13 @@ def _check(a: Tensor, b: Tensor, c: Tensor | None, beta: float | None) -> None:
     check_like("symmetric_matmul", "b", b, a.shape, a)
     if c is not None:
         check_like("symmetric_matmul", "c", c, (*a.shape[:-1], a.shape[-2]), a)
-        if beta is None:
-            raise RuntimeError("torchpar::symmetric_matmul: c is given without beta, pass both")
-    elif beta is not None and beta != 0:
+    _check_factor(c, beta)
+
+
+def _check_factor(c: Tensor | None, beta: float | None) -> None:
+    if c is not None and beta is None:
+        raise RuntimeError("torchpar::symmetric_matmul: c is given without beta, pass both")
+    if c is None and beta:
         raise RuntimeError(f"torchpar::symmetric_matmul: beta is {beta} and c is None, pass both or neither")
 
 

@@ -7,7 +7,7 @@ Muon replaces the momentum M = U·Σ·Vᵀ of a weight by a matrix near U·Vᵀ,
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -60,6 +60,7 @@ class _Item:
         found = [found] if isinstance(found, Tensor) else list(found)
         return [matrix for one in found for matrix in _two_dims(one)]
 
+    @cached_property
     def shapes(self) -> list[torch.Size]:
         return [t.shape for t in self.matrices(torch.empty(self.part.whole, device="meta"))]
 
@@ -231,7 +232,7 @@ class Muon(Optimizer):
                 holders_of(item.name, [item.part])
             return None
         group = ranks if isinstance(ranks, dist.ProcessGroup) else _group_of(ranks)
-        costs = [sum(map(_multiplications, item.shapes())) for item in items]
+        costs = [sum(map(_multiplications, item.shapes)) for item in items]
         names, parts = [item.name for item in items], [item.part for item in items]
         return Exchange(group, names, parts, costs, items[0].p.device)
 
@@ -322,7 +323,7 @@ class Muon(Optimizer):
 
     def _ratio(self, item: _Item, shape: torch.Size | None = None) -> float:
         """The ratio of a matrix's learning rate to the group's, by default for the first of its parameter."""
-        n, m = item.shapes()[0] if shape is None else shape
+        n, m = item.shapes[0] if shape is None else shape
         return _RATIOS[self.param_groups[item.group]["adjust_lr_fn"]](max(n, 1), max(m, 1))
 
     def _check_no_group_is_left_out(self, updates: list[tuple[_Item, Tensor]]) -> None:

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: MIT
+"""`symmetric_matmul` with ``out``: products added to a matrix in place, also to float32 from bfloat16."""
+
+import re
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from samples import assert_symmetric, normal
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import torchpar
+from torchpar.ops import _cpu
+
+PAIRS = [
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+]
+SHAPES = [(1, 1), (5, 3), (257, 100), (600, 70), (2, 3, 17, 9), (2, 300, 20), (0, 4), (4, 0)]
+
+
+def operands(shape: tuple[int, ...], dtype: torch.dtype, out: torch.dtype, device: str) -> list[Tensor]:
+    """X and a symmetric H."""
+    x = normal(*shape, dtype=dtype, device=device)
+    h = normal(*shape[:-1], shape[-2], dtype=out, device=device, seed=1)
+    return [x, h.tril() + h.tril(-1).mT]
+
+
+@pytest.mark.parametrize("dtype, out", PAIRS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("alpha, beta", [(1.0, 1.0), (-0.5, 2.0), (2.0, 0.0), (0.0, 0.5), (0.0, 0.0)])
+def test_the_error_is_at_most_twice_torchs(shape, dtype, out, alpha, beta, device):
+    x, h = operands(shape, dtype, out, device)
+    exact = beta * h.double() + alpha * x.double() @ x.double().mT
+    theirs = (beta * h + alpha * (x.to(out) @ x.to(out).mT)).double()
+    pointer = h.data_ptr()
+    assert torchpar.symmetric_matmul(x, x, h, alpha=alpha, beta=beta, out=h) is h
+    assert h.data_ptr() == pointer
+    assert_symmetric(h)
+    if h.numel():
+        terms = abs(beta) * h.double().abs() + abs(alpha) * x.double().abs() @ x.double().abs().mT
+        own = (x.shape[-1] + 2) * torch.finfo(torch.float64).eps * terms.max()  # of the sums in float64
+        rounding = torch.finfo(out).eps * exact.abs().max() + own
+        assert (h.double() - exact).abs().max() <= 2 * (theirs - exact).abs().max() + rounding
+
+
+def test_bfloat16_is_not_rounded_on_its_way_to_float32(device):
+    x, h = operands((300, 50), torch.bfloat16, torch.float32, device)
+    exact = h.double() + x.double() @ x.double().mT
+    rounded = (h + (x @ x.mT)).double()
+    torchpar.symmetric_matmul(x, x, h, beta=1.0, out=h)
+    assert (h.double() - exact).abs().max() <= (rounded - exact).abs().max() / 100
+
+
+def test_other_arguments(device):
+    """Two factors, a c that is not out, no c, NaN in an out that is not read, and other strides."""
+    a = normal(300, 40, dtype=torch.float32, device=device)
+    b = a * 2
+    c = torch.eye(300, device=device)
+    expected = torchpar.symmetric_matmul(a, b, c, alpha=3.0, beta=2.0)
+    for out in (torch.empty_like(c), torch.full_like(c, torch.nan), torch.full_like(c, torch.nan).mT):
+        torchpar.symmetric_matmul(a, b, c, alpha=3.0, beta=2.0, out=out)
+        torch.testing.assert_close(out, expected)
+        torchpar.symmetric_matmul(a, b, alpha=3.0, out=out.fill_(torch.nan))
+        torch.testing.assert_close(out, expected - 2 * c)
+    wide = torch.zeros(300, 600, device=device)
+    torchpar.symmetric_matmul(a, b, out=wide[:, ::2])
+    torch.testing.assert_close(wide[:, ::2], 2 * a @ a.mT)
+    assert not wide[:, 1::2].any()
+    with pytest.raises(RuntimeError, match=r"a @ b\.mT is not symmetric"):
+        torchpar.symmetric_matmul(a, b.flip(0), check=True, out=c)
+
+
+def test_only_the_lower_triangle_is_read(device):
+    x, h = operands((300, 20), torch.float32, torch.float32, device)
+    expected = torchpar.symmetric_matmul(x, x, h, beta=1.0)
+    torchpar.symmetric_matmul(x, x, h.tril().add_(torch.full_like(h, 1e9).triu(1)), beta=1.0, out=h)
+    torch.testing.assert_close(h, expected, rtol=0, atol=0)
+
+
+class Sizes(TorchDispatchMode):
+    """The number of elements of the largest tensor that is made meanwhile."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [t for t in (*args, *(kwargs or {}).values()) if isinstance(t, Tensor)]
+        known = {t.untyped_storage().data_ptr() for t in given}
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in known:
+            self.largest = max(self.largest, made.untyped_storage().nbytes() // made.itemsize)
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_no_matrix_of_the_results_size_is_made(dtype):
+    n = 2048
+    x, h = operands((n, 8), dtype, torch.float32, "cpu")
+    with Sizes() as sizes:
+        _cpu.symmetric_addmm_(h, x, x, 1.0, 1.0)
+    assert 0 < sizes.largest <= n * n / 4
+    with Sizes() as sizes:
+        h.copy_(h + x.float() @ x.float().mT)
+    assert sizes.largest == n * n
+
+
+def test_blocks_read_what_was_there_before(device):
+    """Of each block, and not what a block before it has written."""
+    x, h = operands((700, 30), torch.float64, torch.float64, device)
+    expected = h + x @ x.mT
+    torchpar.symmetric_matmul(x, x, h, beta=1.0, out=h)
+    torch.testing.assert_close(h, expected)
+    if device == "cpu":
+        twice = _cpu._halved
+
+        def first_block_twice(*args: Any) -> None:
+            twice(*args)
+            twice(*args)
+
+        with patch.object(_cpu, "_halved", first_block_twice):
+            torchpar.symmetric_matmul(x, x, h, beta=1.0, out=h)
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(h, expected + x @ x.mT)
+
+
+def test_gradients_are_refused_in_torchs_words(device):
+    x, h = operands((4, 3), torch.float32, torch.float32, device)
+    for arguments in ((x.clone().requires_grad_(), h), (x, h.clone().requires_grad_())):
+        a, out = arguments
+        messages = []
+        for call in (
+            lambda a=a, out=out: torch.addmm(out, a, a.mT, out=out),
+            lambda a=a, out=out: torchpar.symmetric_matmul(a, a, out, beta=1.0, out=out),
+        ):
+            with pytest.raises(RuntimeError) as caught:
+                call()
+            messages.append(str(caught.value).removeprefix("addmm").removeprefix("symmetric_matmul"))
+        assert messages[0] == messages[1]
+        with torch.no_grad():
+            torchpar.symmetric_matmul(a, a, out, beta=1.0, out=out)
+    saved = h.clone().requires_grad_()
+    square = (saved * h).sum()
+    torchpar.symmetric_matmul(x, x, h, beta=1.0, out=h)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.backward()
+
+
+@pytest.mark.parametrize(
+    "out, text",
+    [
+        (
+            torch.zeros(4, 4, dtype=torch.float64),
+            r"out is \(4, 4\), torch\.float64 on cpu, expected \(4, 4\)",
+        ),
+        (torch.zeros(3, 3), r"out is \(3, 3\), torch\.float32 on cpu, expected \(4, 4\), torch\.bfloat16 or"),
+    ],
+)
+def test_an_out_that_does_not_fit_is_refused(out, text):
+    x = torch.ones(4, 3, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match=text):
+        torchpar.symmetric_matmul(x, x, out=out)
+    with pytest.raises(RuntimeError, match="c is given without beta, pass both"):
+        torchpar.symmetric_matmul(x, x, torch.zeros(4, 4), out=torch.zeros(4, 4))
+    square = torch.ones(4, 4)
+    with pytest.raises(RuntimeError, match="out shares memory with a or b"):
+        torchpar.symmetric_matmul(square, square, out=square)
+
+
+def test_it_compiles_and_is_in_place(device):
+    def update(h: Tensor, x: Tensor) -> Tensor:
+        torchpar.symmetric_matmul(x, x, h, alpha=0.5, beta=0.9, out=h)
+        return h.diagonal().sum()
+
+    x, h = operands((300, 20), torch.bfloat16, torch.float32, device)
+    eager = h.clone()
+    expected = update(eager, x)
+    found = torch.compile(update, fullgraph=True, backend="aot_eager")(h, x)
+    torch.testing.assert_close((found, h), (expected, eager), rtol=0, atol=0)
+
+
+def test_the_documented_covariance_is_torchs():
+    text = (Path(__file__).parents[1] / "docs" / "operators.md").read_text()
+    (block,) = re.findall(r"```python\n(def covariance.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {"torch": torch, "torchpar": torchpar}
+    exec(block, names)
+    batches = [normal(70, 300, dtype=torch.float32, seed=seed) + 3 for seed in range(5)]
+    expected = torch.cov(torch.cat(batches).double().T)
+    theirs = (torch.cov(torch.cat(batches).T).double() - expected).abs().max()
+    assert (names["covariance"](batches).double() - expected).abs().max() <= 10 * theirs

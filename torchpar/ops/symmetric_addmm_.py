@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: MIT
+"""A product, known to be symmetric, that is added to a matrix in place: ``symmetric_matmul(…, out=H)``.
+
+    H ← β·H + α·A·Bᵀ
+
+A and B may be float16 or bfloat16 where H is float32, as in sums of many products X·Xᵀ. It has no gradient.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _AutoDispatchBelowAutograd
+
+from torchpar.ops import _cpu
+from torchpar.ops._library import Wrap, library, operator, register_autocast, register_fake
+from torchpar.ops._matrix import check_dtype, fp32_precision
+
+_NO_GRADIENT = (
+    "symmetric_matmul(): functions with out=... arguments don't support automatic differentiation, but one "
+    "of the arguments requires grad."
+)
+
+
+def symmetric_addmm_(h: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float) -> None:
+    """``h ← beta * h + alpha * a @ b.mT``, of which half is computed; of ``h`` the lower triangle is read.
+
+    The arguments of `torchpar.symmetric_matmul`, with ``h`` as ``out`` and ``c``.
+    """
+    _op(h, a, b, alpha=alpha, beta=beta)
+
+
+def _check(h: Tensor, a: Tensor, b: Tensor) -> None:
+    check_dtype("symmetric_matmul", "a", a)
+    if a.dim() < 2:
+        raise RuntimeError(f"torchpar::symmetric_matmul: a has shape {tuple(a.shape)}, expected (*, n, k)")
+    found = tuple(b.shape), b.dtype, b.device
+    if found != (tuple(a.shape), a.dtype, a.device):
+        raise RuntimeError(
+            f"torchpar::symmetric_matmul: b is {found}, expected {(tuple(a.shape), a.dtype, a.device)}"
+        )
+    dtypes = [a.dtype, torch.float32] if a.dtype.itemsize == 2 else [a.dtype]
+    shape = (*a.shape[:-1], a.shape[-2])
+    if tuple(h.shape) != shape or h.dtype not in dtypes or h.device != a.device:
+        actual = f"out is {tuple(h.shape)}, {h.dtype} on {h.device}"
+        expected = f"{shape}, {' or '.join(map(str, dtypes))} on {a.device}"
+        raise RuntimeError(f"torchpar::symmetric_matmul: {actual}, expected {expected}")
+
+
+# Compilers keep the operator whole: it writes to an operand.
+@operator(
+    "symmetric_addmm_(Tensor(a!) h, Tensor a, Tensor b, *, float alpha, float beta) -> ()",
+    kernels="matmul_t",
+    opaque=lambda *args, **kwargs: True,
+)
+def _symmetric_addmm_(h: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float, wrap: Wrap) -> None:
+    _check(h, a, b)
+    if any(t.untyped_storage().data_ptr() == h.untyped_storage().data_ptr() for t in (a, b)) and h.numel():
+        raise RuntimeError("torchpar::symmetric_matmul: out shares memory with a or b, expected its own")
+    if alpha == 0 or a.shape[-1] == 0 or h.numel() == 0:
+        if beta == 0:
+            h.zero_()
+        else:
+            _cpu.mirror_(h.mul_(beta))
+    elif not h.is_cuda:
+        _cpu.symmetric_addmm_(h, a, b, alpha, beta)
+    elif not h.is_contiguous():
+        h.copy_(_by_kernel(h.contiguous(), a, b, alpha, beta))
+    else:
+        torch.autograd.graph.increment_version(h)
+        _by_kernel(h, a, b, alpha, beta)
+
+
+def _by_kernel(h: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> Tensor:
+    from torchpar.kernels import matmul_t as kernels
+
+    # A kernel by TMA stores tiles of the operands' dtype, and may load tiles of H that others have stored.
+    out = kernels.symmetric_product(a, b, fp32_precision(), None, h, alpha, beta, out=h, tma=False)
+    if out is None:  # by the device's table
+        out = kernels.mirror(torch.add(h * beta, a @ b.mT, alpha=alpha, out=h), None)
+    return out
+
+
+_op = torch.ops.torchpar.symmetric_addmm_.default
+
+
+@register_fake("symmetric_addmm_")
+def _(h: Tensor, a: Tensor, b: Tensor, **_: Any) -> None:
+    _check(h, a, b)
+
+
+def _autograd(h: Tensor, a: Tensor, b: Tensor, **factors: float) -> None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (h, a, b)):
+        raise RuntimeError(_NO_GRADIENT)
+    with _AutoDispatchBelowAutograd():
+        _op(h, a, b, **factors)
+
+
+library.impl("symmetric_addmm_", _autograd, "Autograd")
+register_autocast("symmetric_addmm_", cast=False)
