@@ -39,22 +39,25 @@ pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec")
 SCHEMAS = {name: operator.schema for name, operator in OPERATORS.items()} | {
     name: name + backward.schema for name, backward in BACKWARDS.items()
 }
+IN_PLACE = {
+    "symmetric_addmm_": "symmetric_addmm_(Tensor(a!) h, Tensor a, Tensor b, *, float alpha, float beta) -> ()"
+}
 
 
 def test_every_registered_operator_is_in_the_record() -> None:
     registered = torch._C._dispatch_get_registrations_for_dispatch_key("CompositeExplicitAutograd")
     assert {name for name in registered if name.startswith("torchpar::")} == {
-        f"torchpar::{name}" for name in SCHEMAS
+        f"torchpar::{name}" for name in SCHEMAS | IN_PLACE
     }
     assert set(torchpar.ops.__all__) == set(OPERATORS)
     assert set(OPERATORS) <= set(torchpar.__all__)
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", [*SCHEMAS, *IN_PLACE])
 def test_schemas_and_tags(name: str) -> None:
     overload = getattr(torch.ops.torchpar, name).default
-    assert str(overload._schema) == f"torchpar::{SCHEMAS[name]}"
-    assert not overload._schema.is_mutable
+    assert str(overload._schema) == f"torchpar::{(SCHEMAS | IN_PLACE)[name]}"
+    assert overload._schema.is_mutable == (name in IN_PLACE)
     assert torch.Tag.pt2_compliant_tag in overload.tags
     for key in ("CompositeExplicitAutograd", "Meta", "Autograd"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), key)

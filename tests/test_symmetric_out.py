@@ -10,6 +10,7 @@ import pytest
 import torch
 from samples import assert_symmetric, normal
 from torch import Tensor
+from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchpar
@@ -194,3 +195,10 @@ def test_the_documented_covariance_is_torchs():
     expected = torch.cov(torch.cat(batches).double().T)
     theirs = (torch.cov(torch.cat(batches).T).double() - expected).abs().max()
     assert (names["covariance"](batches).double() - expected).abs().max() <= 10 * theirs
+
+
+def test_the_operator_keeps_pytorchs_rules(device):
+    x, h = operands((5, 3), torch.bfloat16, torch.float32, device)
+    opcheck(torch.ops.torchpar.symmetric_addmm_.default, (h, x, x), {"alpha": 0.5, "beta": 2.0})
+    halved, whole = operands((300, 3), torch.float32, torch.float32, device)
+    opcheck(torch.ops.torchpar.symmetric_addmm_.default, (whole, halved, halved), {"alpha": 1.0, "beta": 0.0})
