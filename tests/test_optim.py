@@ -508,6 +508,39 @@ def test_views_are_orthogonalised_one_by_one():
         torch.testing.assert_close(part, alone.detach(), rtol=0, atol=0.1 * 1.5 * 4 * 2**-8)
 
 
+def test_other_strides_change_no_update():
+    torch.manual_seed(0)
+    usual = torch.nn.Conv2d(8, 16, 3, bias=False)
+    strided = copy.deepcopy(usual).to(memory_format=torch.channels_last)
+    usual.weight.grad = 1000 * torch.randn(16, 8, 3, 3)
+    strided.weight.grad = usual.weight.grad.to(memory_format=torch.channels_last)
+    for conv in (usual, strided):
+        Muon([("kernels", conv.weight)], lr=0.1, views={"kernels": lambda p: p.flatten(1)}).step()
+    torch.testing.assert_close(strided.weight, usual.weight, rtol=0, atol=0)
+
+
+def test_heads_of_unlike_parts_are_found():
+    linear, relu = partial(torch.nn.Linear, 8, 8), torch.nn.ReLU
+    features, classifier = torch.nn.Sequential(linear(), relu()), torch.nn.Sequential(relu(), linear())
+    found = choices(torch.nn.Sequential(features, torch.nn.Sequential(linear(), relu()), classifier))
+    assert [name for name, choice in found.items() if choice == "muon"] == ["0.0.weight", "1.0.weight"]
+    shared = choices(Model(tied=True), overrides={"head.weight": "muon"})
+    assert shared["tokens.weight"] == "muon"
+    named = torch.nn.ParameterDict({"composite": torch.randn(3, 4), "pos_table": torch.randn(3, 4)})
+    assert choices(named) == {"composite": "muon", "pos_table": "others"}
+
+
+def test_a_refused_group_is_not_added_and_an_empty_parameter_is_no_gap():
+    p, q = torch.randn(4, 5).requires_grad_(), torch.randn(0, 5).requires_grad_()
+    optimizer = Muon([{"params": [p]}, {"params": [q]}])
+    with pytest.raises(ValueError, match="expected 2D"):
+        optimizer.add_param_group({"params": [torch.zeros(3)]})
+    assert len(optimizer.param_groups) == 2
+    fill_gradients([p, q])
+    optimizer.step()
+    assert len(optimizer.state_dict()["state"]) == 2
+
+
 @pytest.mark.parametrize(
     "view", [lambda p: p[:5], lambda p: p.clone(), lambda p: [p, p[:1]], lambda p: p.flatten()]
 )

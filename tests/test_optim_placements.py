@@ -195,6 +195,10 @@ def message(function: Callable[[], object]) -> str:
     return "taken"
 
 
+def halves(t: Tensor) -> Tensor:
+    return t.view(2, 2, 6)
+
+
 def refusals() -> list[str]:
     rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
     group = dist.group.WORLD
@@ -216,22 +220,27 @@ def refusals() -> list[str]:
         message(lambda: missing([("split", split)], None)),
         message(lambda: Muon([torch.ones(2 + rank, 3)], process_group=group).step()),
         message(lambda: Muon(named[: 1 + rank], process_group=group).step()),
+        message(lambda: Muon(named, process_group=group, views={} if rank else {"first": halves}).step()),
         message(lambda: Muon([("partial", partial)])),
     ]
 
 
 def test_every_rank_names_what_is_wrong(ranks):
     for messages in ranks(2, refusals):
+        others = [messages.pop(2) for _ in range(3)]
+        begin = "Muon: the ranks that share its work have other parameters: "
+        assert others[0].startswith(
+            f"{begin}parameter 0 of group 0 (2, 3) (matrices [(2, 3)], group 0, auto,"
+        )
+        assert "and parameter 0 of group 0 (3, 3)" in others[0]
+        assert others[1].startswith(f"{begin}none on the first of them, and second (4, 6) (")
+        assert "matrices [(2, 6), (2, 6)]" in others[2]
+        assert "matrices [(4, 6)]" in others[2]
         assert messages == [
             "Muon: second has a gradient on rank 0 and none on rank 1, expected the same on all; let every "
             "rank's loss depend on it",
             "Muon: split has a gradient on rank 0 and none on rank 1, expected the same on all; let every "
             "rank's loss depend on it",
-            "Muon: the ranks that share its work have other parameters: parameter 0 of group 0 (2, 3) on the "
-            "first of them, and parameter 0 of group 0 (3, 3) on number 1, expected the same in the "
-            "same order",
-            "Muon: the ranks that share its work have other parameters: none on the first of them, and "
-            "second (4, 6) on number 1, expected the same in the same order",
             "Muon: partial: its placements are (Partial(sum),), expected Shard or Replicate",
         ]
 

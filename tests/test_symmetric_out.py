@@ -169,6 +169,16 @@ def test_an_out_that_does_not_fit_is_refused(out, text):
         torchpar.symmetric_matmul(x, x, out=out)
     with pytest.raises(RuntimeError, match="c is given without beta, pass both"):
         torchpar.symmetric_matmul(x, x, torch.zeros(4, 4), out=torch.zeros(4, 4))
+    out = torch.zeros(4, 4)
+    for c in (torch.ones(()), torch.ones(4, 4, dtype=torch.int64), torch.ones(4, 4).requires_grad_()):
+        with pytest.raises(RuntimeError, match=r"expected|requires grad"):
+            torchpar.symmetric_matmul(x, x, c, beta=1.0, out=out)
+    with pytest.raises(RuntimeError, match="elements of out share memory"):
+        torchpar.symmetric_matmul(x, x, out=torch.zeros(1, 4).expand(4, 4))
+    for transform in (torch.func.grad, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))):
+        with pytest.raises(RuntimeError, match=r"neither torch\.func nor forward mode"):
+            transform(lambda x: torchpar.symmetric_matmul(x, x, out=out).sum())(torch.ones(4, 3))
+    assert not out.any()
     square = torch.ones(4, 4)
     with pytest.raises(RuntimeError, match="out shares memory with a or b"):
         torchpar.symmetric_matmul(square, square, out=square)

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
 from torchpar.ops import _cpu
 from torchpar.ops._library import Wrap, library, operator, register_autocast, register_fake
-from torchpar.ops._matrix import check_dtype, fp32_precision
+from torchpar.ops._matrix import check_dtype, check_like, fp32_precision
 
 _NO_GRADIENT = (
     "symmetric_matmul(): functions with out=... arguments don't support automatic differentiation, but one "
@@ -28,6 +30,22 @@ def symmetric_addmm_(h: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: flo
     The arguments of `torchpar.symmetric_matmul`, with ``h`` as ``out`` and ``c``.
     """
     _op(h, a, b, alpha=alpha, beta=beta)
+
+
+def check_out(out: Tensor, a: Tensor, b: Tensor, c: Tensor | None) -> None:
+    """Raise a RuntimeError before ``out`` is written, if it cannot be."""
+    _check(out, a, b)
+    if c is not None:
+        check_like("symmetric_matmul", "c", c, out.shape, out)
+    _check_no_gradient(*(t for t in (out, a, b, c) if t is not None))
+
+
+def _check_no_gradient(*tensors: Tensor) -> None:
+    transformed = peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    if transformed and not torch.compiler.is_compiling():
+        raise RuntimeError("symmetric_matmul(): neither torch.func nor forward mode supports out=...")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise RuntimeError(_NO_GRADIENT)
 
 
 def _check(h: Tensor, a: Tensor, b: Tensor) -> None:
@@ -57,6 +75,8 @@ def _symmetric_addmm_(h: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: fl
     _check(h, a, b)
     if any(t.untyped_storage().data_ptr() == h.untyped_storage().data_ptr() for t in (a, b)) and h.numel():
         raise RuntimeError("torchpar::symmetric_matmul: out shares memory with a or b, expected its own")
+    if torch._debug_has_internal_overlap(h) == 1:
+        raise RuntimeError("torchpar::symmetric_matmul: elements of out share memory, expected each its own")
     if alpha == 0 or a.shape[-1] == 0 or h.numel() == 0:
         if beta == 0:
             h.zero_()
@@ -90,8 +110,7 @@ def _(h: Tensor, a: Tensor, b: Tensor, **_: Any) -> None:
 
 
 def _autograd(h: Tensor, a: Tensor, b: Tensor, **factors: float) -> None:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (h, a, b)):
-        raise RuntimeError(_NO_GRADIENT)
+    _check_no_gradient(h, a, b)
     with _AutoDispatchBelowAutograd():
         _op(h, a, b, **factors)
 

@@ -32,7 +32,7 @@ from torchpar.ops._library import (
     supports_tma,
 )
 from torchpar.ops._matrix import check_dtype, check_like, fp32_precision, product
-from torchpar.ops.symmetric_addmm_ import symmetric_addmm_
+from torchpar.ops.symmetric_addmm_ import check_out, symmetric_addmm_
 
 
 def symmetric_matmul(
@@ -76,6 +76,7 @@ def symmetric_matmul(
     if out is None:
         return _op(a, b, c, alpha=alpha, beta=beta, check=check)  # type: ignore[no-any-return]
     _check_factor(c, beta)
+    check_out(out, a, b, c)
     if check:
         _check_symmetry(a, b, c if beta else None)
     if c is not None and c is not out and beta:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchpar.errors import ConfigError
+from torchpar.ops._library import is_dtensor
 from torchpar.optim.chained import ChainedOptimizer
 
 Choice = Literal["muon", "others"]
@@ -73,22 +74,23 @@ def assign(model: nn.Module, overrides: Mapping[str, Choice], views: Mapping[str
             owners.setdefault(p, []).append((f"{prefix}.{name}".lstrip("."), module))
     head = _head(model)
     found = [_assign(used, p, head) for p, used in owners.items()]
+
+    def has(one: Assignment, pattern: str) -> bool:
+        return any(fnmatchcase(name, pattern) for name, _ in owners[one.p])  # a shared one has several names
+
     for pattern in (*overrides, *views):
-        if not any(fnmatchcase(one.name, pattern) for one in found):
+        if not any(has(one, pattern) for one in found):
             raise ConfigError(f"Muon.for_model: no parameter is named {pattern}")
     for pattern, view in views.items():
         found = [
-            one._replace(choice="muon", reason="by its view", view=view)
-            if fnmatchcase(one.name, pattern)
-            else one
+            one._replace(choice="muon", reason="by its view", view=view) if has(one, pattern) else one
             for one in found
         ]
     for pattern, choice in overrides.items():
         if choice not in ("muon", "others"):
             raise ConfigError(f"Muon.for_model: {pattern} goes to {choice!r}, expected 'muon' or 'others'")
         found = [
-            one._replace(choice=choice, reason="as asked") if fnmatchcase(one.name, pattern) else one
-            for one in found
+            one._replace(choice=choice, reason="as asked") if has(one, pattern) else one for one in found
         ]
     return found
 
@@ -96,6 +98,11 @@ def assign(model: nn.Module, overrides: Mapping[str, Choice], views: Mapping[str
 def _assign(used: list[tuple[str, nn.Module]], p: Tensor, head: nn.Module | None) -> Assignment:
     name, module = used[0]
     modules = [module for _, module in used]
+    if is_dtensor(p) and hasattr(module, "split_axes"):
+        raise ConfigError(
+            f"Muon.for_model: {name} is a DTensor of a layer that is split by hand; take one of both ways, "
+            "such as parallelize_module with fully_shard"
+        )
 
     def others(reason: str) -> Assignment:
         return Assignment(name, p, "others", reason)
@@ -114,9 +121,15 @@ def _assign(used: list[tuple[str, nn.Module]], p: Tensor, head: nn.Module | None
         return Assignment(name, p, "muon", "query, key and value, seen as 3 matrices", _in_thirds)
     if p.dim() > 2:
         return others("no matrix; a view would make it some")
-    if not _is_linear(module) and any(part in name.rpartition(".")[2].lower() for part in _TABLES):
+    if not _is_linear(module) and _is_table(name):
         return others("named as an embedding")
     return Assignment(name, p, "muon", "hidden matrix")
+
+
+def _is_table(name: str) -> bool:
+    """Whether a parameter that belongs to no layer is named as an embedding."""
+    words = name.rpartition(".")[2].lower().split("_")
+    return any(word.startswith(start) for word in words for start in _TABLES)
 
 
 def _by_outputs(p: Tensor) -> Tensor:
@@ -141,9 +154,13 @@ def _head(model: nn.Module) -> nn.Module | None:
     parts = path.split(".")
     for depth in range(1, len(parts)):
         parent, block = (model.get_submodule(".".join(parts[:end])) for end in (depth - 1, depth))
-        if sum(type(child) is type(block) for child in parent.children()) > 1:
+        if sum(_kinds(child) == _kinds(block) for child in parent.children()) > 1:
             return None
     return model.get_submodule(path)
+
+
+def _kinds(module: nn.Module) -> list[tuple[str, type]]:
+    return [(name, type(child)) for name, child in module.named_modules()]
 
 
 def chain(

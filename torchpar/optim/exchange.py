@@ -133,7 +133,8 @@ class Exchange:
     All ranks of the group make it, and call its methods in turn.
 
     Args:
-        names, parts, costs: of each matrix its name, this rank's part of it, and the work that it makes.
+        names, parts, settings, costs: of each matrix its name, this rank's part of it, a text that must be
+            the same on all ranks, and the work that it makes.
         device: of the matrices.
 
     Attributes:
@@ -149,13 +150,14 @@ class Exchange:
         group: dist.ProcessGroup,
         names: Sequence[str],
         parts: Sequence[Part],
+        settings: Sequence[str],
         costs: Sequence[int],
         device: torch.device,
     ):
         self.group, self.names, self.parts, self.device = group, names, parts, device
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         everyone: list[Any] = [None] * ranks
-        dist.all_gather_object(everyone, list(zip(names, parts, strict=True)), group)
+        dist.all_gather_object(everyone, list(zip(names, parts, settings, strict=True)), group)
         _check_same(everyone)
         owners = assign(costs, ranks)
         self.mine = [i for i, owner in enumerate(owners) if owner == rank]
@@ -249,12 +251,12 @@ def assign(costs: Sequence[int], ranks: int) -> list[int]:
     return owners
 
 
-def _check_same(everyone: list[list[tuple[str, Part]]]) -> None:
+def _check_same(everyone: list[list[tuple[str, Part, str]]]) -> None:
     for rank, of_rank in enumerate(everyone):
-        matrices = [[(name, part.whole) for name, part in one] for one in (everyone[0], of_rank)]
+        matrices = [[(name, part.whole, text) for name, part, text in one] for one in (everyone[0], of_rank)]
         if matrices[0] != matrices[1]:
             differing = next(pair for pair in zip_longest(*matrices) if pair[0] != pair[1])
-            first, other = (f"{one[0]} {one[1]}" if one else "none" for one in differing)
+            first, other = (f"{one[0]} {one[1]} ({one[2]})" if one else "none" for one in differing)
             raise ConfigError(
                 f"Muon: the ranks that share its work have other parameters: {first} on the first of them, "
                 f"and {other} on number {rank}, expected the same in the same order"

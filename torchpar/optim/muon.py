@@ -191,8 +191,10 @@ class Muon(Optimizer):
         return {**super().__getstate__(), "ns": self.ns, "views": self.views}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # called for a copy, and by load_state_dict
-        self._plan = None
+        super().__setstate__(state)  # called for a copy, and by load_state_dict, which keeps the parameters
+        planned = {id(item.p) for items, _ in self.__dict__.get("_plan") or () for item in items}
+        if planned != {id(p) for group in self.param_groups for p in group["params"]}:
+            self._plan = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters. Every rank must do so."""
@@ -200,10 +202,13 @@ class Muon(Optimizer):
             raise ConfigError(f"Muon: {sorted(own)[0]} applies to the whole optimizer, not to a group")
         super().add_param_group(param_group)
         self._plan = None
-        group = self.param_groups[-1]
-        _check_group(group)
-        for item in self._items(len(self.param_groups) - 1):
-            _check_item(item)
+        try:
+            _check_group(self.param_groups[-1])
+            for item in self._items(len(self.param_groups) - 1):
+                _check_item(item)
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def _items(self, first: int = 0) -> Iterator[_Item]:
         """The parameters of the groups from ``first`` on."""
@@ -234,15 +239,23 @@ class Muon(Optimizer):
         group = ranks if isinstance(ranks, dist.ProcessGroup) else _group_of(ranks)
         costs = [sum(map(_multiplications, item.shapes)) for item in items]
         names, parts = [item.name for item in items], [item.part for item in items]
-        return Exchange(group, names, parts, costs, items[0].p.device)
+        settings = [self._settings(item) for item in items]
+        return Exchange(group, names, parts, settings, costs, items[0].p.device)
+
+    def _settings(self, item: _Item) -> str:
+        """The matrices of a parameter, and how they are orthogonalised: the same on all ranks."""
+        group = self.param_groups[item.group]
+        iteration = ", ".join(f"{name} {group[name]}" for name in ("ns_steps", "eps", "ns_coefficients"))
+        shapes = [tuple(shape) for shape in item.shapes]
+        return f"matrices {shapes}, group {item.group}, {self.ns}, {iteration}"
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; returns the loss of ``closure``, which computes the gradients, or None.
 
         Raises:
-            ConfigError: a gradient that only some ranks have; a group without any gradient, while another
-                has some; a sparse gradient. On every rank.
+            ConfigError: a gradient that only some ranks have, or a group without any gradient while another
+                has some, on every rank. A sparse gradient.
         """
         loss = None
         if closure is not None:
@@ -254,6 +267,8 @@ class Muon(Optimizer):
             if exchange is None:
                 found = self._orthogonalized(items, {i: t for i, t in enumerate(directions) if t is not None})
                 updates += [(items[i], t) for i, t in found.items()]
+                empty = [item for item in items if item.p.grad is not None and not item.p.numel()]
+                updates += [(item, item.p) for item in empty]
             else:
                 found = self._orthogonalized(items, exchange.gather(directions))
                 parts = exchange.scatter(found)
@@ -287,7 +302,7 @@ class Muon(Optimizer):
             raise ConfigError(f"Muon: {item.name} has a sparse gradient, expected a dense one")
         if getattr(grad, "placements", None) != getattr(p, "placements", None):  # such as partial sums
             grad = grad.redistribute(placements=p.placements)  # type: ignore[attr-defined]
-        return local(grad)
+        return local(grad).to(p.dtype)
 
     def _momentum(self, p: Tensor) -> Tensor:
         state = self.state[p]
@@ -301,7 +316,8 @@ class Muon(Optimizer):
         results: dict[int, Tensor] = {}
         for i, t in whole.items():
             if items[i].view is not None:
-                results[i] = t = t.to(torch.bfloat16, copy=True)
+                # A view of other strides than the parameter's usual ones could be a copy.
+                results[i] = t = t.to(torch.bfloat16, copy=True, memory_format=torch.contiguous_format)
             for matrix in items[i].matrices(t):
                 kind = items[i].group, _batch_shape(matrix), t.dtype, t.device
                 by_kind.setdefault(kind, []).append((i, matrix))
