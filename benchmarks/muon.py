@@ -161,9 +161,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.require("matplotlib")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results = Results(command.csv(options), device, threads=torch.get_num_threads())
-    for label, shapes in QUICK.items() if options.quick else WEIGHTS.items():
-        if not options.weights or label in options.weights:
-            results.add(compare_steps(label, shapes, rounds, device))
+    weights = QUICK if options.quick else WEIGHTS
+    if options.weights:
+        weights = {label: WEIGHTS[label] for label in options.weights}
+    for label, shapes in weights.items():
+        results.add(compare_steps(label, shapes, rounds, device))
     print_rows("a step of Muon", results.rows)
     if epochs:
         curves = results.add(train(epochs, samples=320 if options.quick else None))

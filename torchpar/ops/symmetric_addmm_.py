@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from torchpar.ops import _cpu
 from torchpar.ops._library import Wrap, library, operator, register_autocast, register_fake
-from torchpar.ops._matrix import check_dtype, check_like, fp32_precision
+from torchpar.ops._matrix import check_dtype, check_like, fp32_precision, product
 
 _NO_GRADIENT = (
     "symmetric_matmul(): functions with out=... arguments don't support automatic differentiation, but one "
@@ -52,11 +52,7 @@ def _check(h: Tensor, a: Tensor, b: Tensor) -> None:
     check_dtype("symmetric_matmul", "a", a)
     if a.dim() < 2:
         raise RuntimeError(f"torchpar::symmetric_matmul: a has shape {tuple(a.shape)}, expected (*, n, k)")
-    found = tuple(b.shape), b.dtype, b.device
-    if found != (tuple(a.shape), a.dtype, a.device):
-        raise RuntimeError(
-            f"torchpar::symmetric_matmul: b is {found}, expected {(tuple(a.shape), a.dtype, a.device)}"
-        )
+    check_like("symmetric_matmul", "b", b, a.shape, a)
     dtypes = [a.dtype, torch.float32] if a.dtype.itemsize == 2 else [a.dtype]
     shape = (*a.shape[:-1], a.shape[-2])
     if tuple(h.shape) != shape or h.dtype not in dtypes or h.device != a.device:
@@ -96,8 +92,9 @@ def _by_kernel(h: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> Te
 
     # A kernel by TMA stores tiles of the operands' dtype, and may load tiles of H that others have stored.
     out = kernels.symmetric_product(a, b, fp32_precision(), None, h, alpha, beta, out=h, tma=False)
-    if out is None:  # by the device's table
-        out = kernels.mirror(torch.add(h * beta, a @ b.mT, alpha=alpha, out=h), None)
+    if out is None:  # PyTorch's library is faster by the device's table
+        h.copy_(product(a.to(h.dtype), b.to(h.dtype), h, alpha, beta))
+        out = kernels.mirror(h, None)
     return out
 
 

@@ -127,7 +127,7 @@ def _assign(used: list[tuple[str, nn.Module]], p: Tensor, head: nn.Module | None
 
 
 def _is_table(name: str) -> bool:
-    """Whether a parameter that belongs to no layer is named as an embedding."""
+    """Return True if a parameter that belongs to no layer is named as an embedding."""
     words = name.rpartition(".")[2].lower().split("_")
     return any(word.startswith(start) for word in words for start in _TABLES)
 
