@@ -111,6 +111,14 @@ def alone(data, tmp_path_factory) -> list[dict[str, Any]]:
     return rows_of(metrics)
 
 
+def check_collectives(out: str) -> None:
+    """The printed collectives must be those expected."""
+    rows = re.findall(r"│ (\w+) +│ (\w+) +│ +(\d+) \| (\d+) │ +([\d,]+) \| ([\d,]+) │", out)
+    assert rows or "none, one rank" in out, out
+    for _, _, count, counted, nbytes, counted_bytes in rows:
+        assert (count, nbytes) == (counted, counted_bytes), out
+
+
 MUON = ["--optimizer", "muon", "--epochs", "2", "--lr", "0.01", "--batch-size", "100"]
 
 
@@ -122,10 +130,13 @@ def test_every_mesh_learns_the_same_by_muon(ranks, data, tmp_path):
         *((4, "--tp 2 --pp 2"), (2, "--pp 2"), (8, "--dp 2 --tp 2 --pp 2")),
     ]:
         metrics = tmp_path / f"{len(found)}.jsonl"
-        (code, _, err), *_ = ranks(
-            world_size, lesson, "train_parallel", *data, *MUON, *flags.split(), "--metrics", str(metrics)
+        shown = ["--metrics", str(metrics), "--collectives"]
+        (code, out, err), *_ = ranks(
+            world_size, lesson, "train_parallel", *data, *MUON, *flags.split(), *shown
         )
         assert code == 0, err
+        check_collectives(out)
+        assert out.count("all_to_all") == (world_size > 1 and flags != "--pp 2")
         found.append(rows_of(metrics)[-1])
     for row in found[1:]:
         assert row["test_accuracy"] == pytest.approx(found[0]["test_accuracy"], abs=0.01)
@@ -146,10 +157,7 @@ def test_every_split_learns_the_same(ranks, data, alone, tmp_path, name, world_s
         assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-5)
         assert b["test_accuracy"] == a["test_accuracy"]
     assert ("gradients by" in out) == (name == "train_ddp")
-    rows = re.findall(r"│ (\w+) +│ (\w+) +│ +(\d+) \| (\d+) │ +([\d,]+) \| ([\d,]+) │", out)
-    assert rows or world_size == 1, out
-    for _, _, count, counted, nbytes, counted_bytes in rows:
-        assert (count, nbytes) == (counted, counted_bytes)
+    check_collectives(out)
     assert re.search(r"│ optimizer +│ +\d", out)
     assert (tmp_path / "confusion.png").exists()
 

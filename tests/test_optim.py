@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchpar import reference
 from torchpar.optim import ChainedOptimizer, Muon, muon, newton_schulz, orthogonalize
+from torchpar.optim import matrices as batches
 from torchpar.optim.newton_schulz import COEFFICIENTS
 
 TORCH = torch.optim.Muon
@@ -315,7 +316,7 @@ def record_batches() -> Iterator[list[tuple[int, ...]]]:
         shapes.append((1, *x.shape)[-3:])
         return orthogonalize(x, *arguments)
 
-    with patch.object(muon, "orthogonalize", recorded):
+    with patch.object(batches, "orthogonalize", recorded):
         yield shapes
 
 
@@ -324,11 +325,11 @@ def test_matrices_of_one_shape_are_orthogonalised_together():
     params.append(torch.randn(33, 33, dtype=torch.float64).requires_grad_())
     fill_gradients(params)
     for work, expected in [
-        (muon._BATCH_MULTIPLICATIONS, [(3, 20, 30), (1, 30, 20), (1, 33, 33), (1, 33, 33)]),
+        (batches._BATCH_MULTIPLICATIONS, [(3, 20, 30), (1, 30, 20), (1, 33, 33), (1, 33, 33)]),
         (2 * 20 * 20 * 30, [(2, 20, 30), (1, 20, 30), (1, 30, 20), (1, 33, 33), (1, 33, 33)]),
         (1, [(1, 20, 30)] * 3 + [(1, 30, 20), (1, 33, 33), (1, 33, 33)]),
     ]:
-        with record_batches() as shapes, patch.object(muon, "_BATCH_MULTIPLICATIONS", work):
+        with record_batches() as shapes, patch.object(batches, "_BATCH_MULTIPLICATIONS", work):
             Muon(params).step()
         assert shapes == expected
 
@@ -342,7 +343,7 @@ def test_padded_batches_hold_matrices_of_unequal_shapes():
     for p, q in zip(params, alone, strict=True):
         q.grad = p.grad
     Muon(alone, lr=1.0, ns="standard").step()
-    with record_batches() as shapes, patch.object(muon, "_PADDED_ON", "cpu"):
+    with record_batches() as shapes, patch.object(batches, "_PADDED_ON", "cpu"):
         Muon(params, lr=1.0, ns="standard").step()
     assert shapes == [(3, 64, 64), (1, 128, 64), (1, 200, 300)]
     for p, q in zip(params, alone, strict=True):

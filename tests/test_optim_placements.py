@@ -245,6 +245,86 @@ def test_every_rank_names_what_is_wrong(ranks):
         ]
 
 
+def sums_of_gradients(lacking: int | None) -> str:
+    """Gradients that are partial sums, which ranks add before a step; on rank ``lacking`` there is none.
+
+    Rank 2 has no row of ``rows``, and takes part in adding all the same.
+    """
+    rank, mesh = dist.get_rank(), init_device_mesh("cpu", (3,))
+    whole = torch.arange(14.0).view(2, 7).sin()
+    rows, copies = (
+        distribute_tensor(whole, mesh, [place]).requires_grad_() for place in (Shard(0), Replicate())
+    )
+    # The order of the groups differs from that of the parameters.
+    ours = Muon([{"params": [("rows", rows)]}, {"params": [("copies", copies)]}], lr=0.1, ns="standard")
+    reference = whole.clone().requires_grad_()
+    of_whole = Muon([reference], lr=0.1, ns="standard")
+    for _ in range(2):
+        for p in (rows, copies):
+            p.grad = DTensor.from_local((rank + 1) * whole.cos(), mesh, [Partial()])
+        reference.grad = 6 * whole.cos()
+        if lacking == rank:
+            copies.grad = None
+        text = message(ours.step)
+        if lacking is not None:
+            return text
+        of_whole.step()
+    for p in (rows, copies):
+        torch.testing.assert_close(p.full_tensor(), reference, rtol=0, atol=0)
+    rows.grad = distribute_tensor(whole, mesh, [Shard(0)])  # not on all ranks as in the steps before
+    if rank == 0:
+        rows.grad = DTensor.from_local(whole, mesh, [Partial()])
+    return message(ours.step)
+
+
+@pytest.mark.parametrize("lacking", [None, 0, 2])
+def test_gradients_that_are_partial_sums(ranks, lacking):
+    for text in ranks(3, sums_of_gradients, lacking):
+        if lacking is None:
+            assert text == (
+                "Muon: rows has a gradient of other placements than its own on rank 0, expected so on all "
+                "ranks and in all steps, or never"
+            )
+        else:
+            assert text == (
+                f"Muon: copies has a gradient on rank {int(lacking == 0)} and none on rank {lacking}, "
+                "expected the same on all; let every rank's loss depend on it"
+            )
+
+
+def sparse_on_one() -> str:
+    p = torch.ones(4, 6).requires_grad_()
+    p.grad = torch.ones(4, 6).to_sparse() if dist.get_rank() == 1 else torch.ones(4, 6)
+    return message(Muon([("table", p)], process_group=dist.group.WORLD).step)
+
+
+def test_a_sparse_gradient_on_one_rank_is_named_on_all(ranks):
+    assert set(ranks(2, sparse_on_one)) == {
+        "Muon: table has a sparse gradient on rank 1, expected a dense one"
+    }
+
+
+def copies_of_split_layers() -> list[str]:
+    with join_world("cpu") as world:
+        world = world.with_mesh(tp=2)
+        layer = ColumnParallelLinear.from_linear(Linear(4, 6, bias=False), mesh=world.mesh["tp"])
+        optimizer = Muon(layer.named_parameters())
+        alone, (_, together) = copy.deepcopy(optimizer), copy.deepcopy((layer, optimizer))
+        for one in (optimizer, alone, together):
+            one.param_groups[0]["params"][0].grad = torch.ones_like(layer.weight)
+        return [message(one.step) for one in (optimizer, alone, together)]
+
+
+def test_a_copy_of_the_optimizer_alone_is_refused(ranks):
+    for texts in ranks(2, copies_of_split_layers):
+        assert texts == [
+            "taken",
+            "Muon: weight was split by hand, which this copy of it does not know; copy the layers, and "
+            "make an optimizer for the copy",
+            "taken",
+        ]
+
+
 def half_of_a_mesh() -> str:
     """A process group that lacks a rank with parts of the matrix."""
     mesh = init_device_mesh("cpu", (2,))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Cost of a step's communication: each call and byte that is expected is counted, and no other."""
 
+import math
 from collections import Counter
 from functools import partial
 from itertools import pairwise
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from torchpar import training
 from torchpar.nn import MLP
 from torchpar.parallel import join_world, parallel_mlp
 from torchpar.parallel.split import shared_memory
@@ -36,6 +38,7 @@ def counted_and_expected(
     batch_size: int,
     fused: bool = False,
     shared: bool = False,
+    muon: bool = False,
 ) -> tuple[Any, Any, Any]:
     """Calls of two steps, those expected of one, and those of a step with twice the batch."""
     torch.manual_seed(0)
@@ -68,11 +71,15 @@ def counted_and_expected(
                 if exact is not None:
                     exact()
 
+        mesh = world.mesh["dp", "tp"] if muon else None
+        optimizer = training.muon(model, 0.1, 0.9, 0.0, mesh=mesh) if muon else None
         recorder, share = StepRecorder(world, steps=2), world.share(batch_size)
         x, labels = torch.randn(batch_size, sizes[0]), torch.arange(batch_size) % sizes[-1]
         for _ in range(5):
             with recorder.step():
                 backward(share.narrow(x, 0), share.narrow(labels, 0))
+                if optimizer is not None:
+                    optimizer.step()
             model.zero_grad()
         counted = [
             Counter(kind(call.dimension, call.operation, call.ranks, call.bytes) for call in calls)
@@ -87,6 +94,7 @@ def counted_and_expected(
                     arithmetic=arithmetic,
                     micro_batches=4,
                     fused=fused,
+                    muon=mesh,
                 )
             )
             for n in (batch_size, 2 * batch_size)
@@ -128,6 +136,27 @@ def test_the_collectives_counted_are_those_expected(ranks, world_size, axes, ari
         assert counted == [expected] * 2
         pure_data = set(axes or {"dp": 1}) == {"dp"}
         assert (doubled == expected) == pure_data  # the comparison sees the bytes
+
+
+@pytest.mark.parametrize(
+    "axes, sizes, all_to_alls",
+    [
+        ({"dp": 1}, SIZES, 0),
+        ({"dp": 3}, SIZES, 1),
+        ({"tp": 2}, SIZES, 2),
+        ({"tp": 2}, SIZES[:4], 2),  # the last layer is whole
+        ({"dp": 2, "tp": 2}, SIZES, 2),
+        ({"dp": 2, "pp": 2}, SIZES, 1),
+        ({"tp": 2, "pp": 2}, SIZES, 2),
+        ({"pp": 2}, SIZES, 0),
+    ],
+)
+def test_muon_takes_at_most_two_all_to_alls(ranks, axes, sizes, all_to_alls):
+    world_size = math.prod(axes.values())
+    arguments = (axes, FAST, sizes, 13, False, False, True)
+    for counted, expected, _ in ranks(world_size, counted_and_expected, *arguments):
+        assert counted == [expected] * 2
+        assert sum(n for call, n in expected.items() if call[1] == "all_to_all") == all_to_alls
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -149,7 +149,7 @@ def print_collectives(calls: Sequence[Sequence[Call]], expected: Sequence[Expect
         if not predicted and not count:
             continue  # in the first steps only
         table.add_row(
-            dimension or "world",
+            dimension or "several",
             operation,
             f"{len(predicted)} | {count:g}",
             f"{sum(e.nbytes for e in predicted):,} | {median(sum(c.bytes for c in s) for s in counted):,.0f}",

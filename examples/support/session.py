@@ -18,6 +18,7 @@ from support.cli import OPTIMIZER_DEFAULTS, StepFlags, TrainFlags
 from torchpar import data, training
 from torchpar.data import Samples
 from torchpar.errors import ConfigError
+from torchpar.optim import ChainedOptimizer, Muon
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.clip import clip_grad_norm_
 from torchpar.parallel.split.layers import Arithmetic, split_parameters
@@ -186,6 +187,8 @@ class Run(training.Run):
             config=flags.run_config(),
         )
         self.flags = flags
+        steps = optimizer.optimizers if isinstance(optimizer, ChainedOptimizer) else []
+        self.sharing_muon = next((one.process_group for one in steps if isinstance(one, Muon)), None)
         self.micro_batches = micro_batches
         self.fused = fused
         self.arithmetic: Arithmetic = arithmetic
@@ -264,4 +267,5 @@ class Run(training.Run):
             micro_batches=self.micro_batches,
             fused=self.fused,
             tensor_split=any(split_parameters(self.model)),
+            muon=self.sharing_muon if isinstance(self.sharing_muon, DeviceMesh) else None,
         )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Muon for the hidden matrices of a model, and another optimizer for its other parameters."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
@@ -11,10 +11,9 @@ from torch.optim import Optimizer
 from torchpar.errors import ConfigError
 from torchpar.ops._library import is_dtensor
 from torchpar.optim.chained import ChainedOptimizer
+from torchpar.optim.matrices import View
 
 Choice = Literal["muon", "others"]
-View = Callable[[Tensor], Tensor | Sequence[Tensor]]
-"""A function from a parameter to its matrices: views ``(*, n, m)`` of it that have each element once."""
 
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)

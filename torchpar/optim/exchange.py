@@ -8,6 +8,7 @@ gradients its sender has, so that a rank without one is found on every rank.
 """
 
 from collections.abc import Callable, Sequence
+from enum import IntEnum
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -16,59 +17,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.ops._library import is_dtensor
+from torchpar.optim.parts import Part, holders_of
 from torchpar.parallel.wire import wire_device
 
-# Flags of a rank: it has no gradient of a matrix, or one, or no element that could have a gradient.
-_ABSENT, _PRESENT, _EMPTY = 0.0, 1.0, 2.0
+
+class Gradient(IntEnum):
+    """What a rank has of a matrix's gradient in this step."""
+
+    ABSENT = 0
+    PRESENT = 1
+    EMPTY = 2  # no element of the matrix
+    MOVED = 3  # one of other placements than the matrix's, which all ranks move first
+    SPARSE = 4
 
 
-class Part(NamedTuple):
-    """The part of a tensor of shape ``whole`` that a rank has: its first index and its size on each axis."""
-
-    whole: tuple[int, ...]
-    start: tuple[int, ...]
-    size: tuple[int, ...]
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size(self.size)
-
-    def of(self, t: Tensor) -> Tensor:
-        """This part of ``t``, which is whole; a view."""
-        for dim, (start, size) in enumerate(zip(self.start, self.size, strict=True)):
-            t = t.narrow(dim, start, size)
-        return t
+THERE = (Gradient.PRESENT, Gradient.MOVED)
 
 
-def part_of(p: Tensor) -> tuple[Part, Any]:
-    """The part of ``p`` on this rank, and the mesh whose ranks have all of it, or None if this one has.
-
-    Raises:
-        ConfigError: a DTensor of partial sums.
-    """
-    split = getattr(p, "split_of_whole", None)
-    if split is not None:
-        whole, begin, axis = list(p.shape), [0] * p.dim(), split.axis
-        whole[axis], begin[axis] = split.partition.size, split.partition.offset()
-        return Part(tuple(whole), tuple(begin), tuple(p.shape)), split.mesh
-    if not is_dtensor(p):
-        return Part(tuple(p.shape), (0,) * p.dim(), tuple(p.shape)), None
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
-    if any(placement.is_partial() for placement in placements):
-        raise ConfigError(f"its placements are {placements}, expected Shard or Replicate")
-    size, start = compute_local_shape_and_global_offset(p.shape, mesh, placements)
-    return Part(tuple(p.shape), tuple(start), tuple(size)), mesh
-
-
-def local(t: Tensor) -> Tensor:
-    """This rank's elements of ``t``."""
-    return t.to_local() if is_dtensor(t) else t  # type: ignore[attr-defined]
-
-
-class _Message(NamedTuple):
+class Message(NamedTuple):
     """A part of ``matrix``, an index, on its way between two ranks of a group."""
 
     source: int
@@ -84,7 +50,7 @@ class _Route:
         flags: the number of flags that every rank sends every other one, before its parts.
     """
 
-    def __init__(self, messages: list[_Message], group: dist.ProcessGroup, flags: int):
+    def __init__(self, messages: list[Message], group: dist.ProcessGroup, flags: int):
         self.group, self.flags = group, flags
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self.sends = [
@@ -95,8 +61,8 @@ class _Route:
         ]
 
     def run(
-        self, take: Callable[[_Message], Tensor | None], flags: Tensor, device: torch.device
-    ) -> tuple[list[tuple[_Message, Tensor]], list[Tensor]]:
+        self, take: Callable[[Message], Tensor | None], flags: Tensor, device: torch.device
+    ) -> tuple[list[tuple[Message, Tensor]], list[Tensor]]:
         """Send ``take(message)``, or zeros for None; return what arrived, and the flags of each rank."""
         wire = wire_device(flags, self.group)
         flags = flags[: self.flags].to(wire)
@@ -121,7 +87,7 @@ class _Route:
         return incoming, everyone
 
     @staticmethod
-    def _flat(t: Tensor | None, message: _Message, device: torch.device) -> Tensor:
+    def _flat(t: Tensor | None, message: Message, device: torch.device) -> Tensor:
         if t is None:
             return torch.zeros(message.part.shape.numel(), dtype=torch.bfloat16, device=device)
         return t.to(device, torch.bfloat16).flatten()
@@ -135,6 +101,7 @@ class Exchange:
     Args:
         names, parts, settings, costs: of each matrix its name, this rank's part of it, a text that must be
             the same on all ranks, and the work that it makes.
+        is_moved: whether this rank moves a gradient before its steps.
         device: of the matrices.
 
     Attributes:
@@ -152,42 +119,51 @@ class Exchange:
         parts: Sequence[Part],
         settings: Sequence[str],
         costs: Sequence[int],
+        is_moved: bool,
         device: torch.device,
     ):
         self.group, self.names, self.parts, self.device = group, names, parts, device
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         everyone: list[Any] = [None] * ranks
-        dist.all_gather_object(everyone, list(zip(names, parts, settings, strict=True)), group)
+        mine = (is_moved, list(zip(names, parts, settings, strict=True)))
+        dist.all_gather_object(everyone, mine, group)
+        self.is_moved = any(moved for moved, _ in everyone)
+        everyone = [of_rank for _, of_rank in everyone]
         _check_same(everyone)
         owners = assign(costs, ranks)
         self.mine = [i for i, owner in enumerate(owners) if owner == rank]
-        to_owners, to_all = [], []
-        for i, owner in enumerate(owners):
-            of_ranks = [of_all[i][1] for of_all in everyone]
-            for part, holders in holders_of(names[i], of_ranks).items():
-                if owner not in holders:
-                    to_owners.append(_Message(holders[i % len(holders)], owner, i, part))
-            to_all += [_Message(owner, r, i, part) for r, part in enumerate(of_ranks) if r != owner]
-        # The first message of a step has the flags.
+        parts_of_all = [[of_rank[i][1] for of_rank in everyone] for i in range(len(names))]
+        to_owners, to_all = messages(names, parts_of_all, owners)
+        # The first all-to-all of a step has the flags.
         self._to_owners = _Route(to_owners, group, len(names)) if to_owners else None
         self._to_all = _Route(to_all, group, 0 if to_owners else len(names))
 
-    def gather(self, parts: Sequence[Tensor | None]) -> dict[int, Tensor]:
+    def agree(self, gradients: Sequence[Gradient]) -> None:
+        """Compare the gradients of all ranks, if some must be moved, which hangs unless all ranks have them.
+
+        Raises:
+            ConfigError: as `gather`.
+        """
+        if self.is_moved:
+            flags = self._as_flags(gradients)
+            flags = flags.to(wire_device(flags, self.group))
+            everyone = [torch.empty_like(flags) for _ in range(dist.get_world_size(self.group))]
+            dist.all_gather(everyone, flags, self.group)
+            self._agreed(everyone)
+
+    def gather(self, parts: Sequence[Tensor | None], gradients: Sequence[Gradient]) -> dict[int, Tensor]:
         """Return the matrices that this rank owns, by index.
 
         Args:
             parts: this rank's part of each matrix; None for one that takes no part in this step.
+            gradients: what this rank has of each gradient.
 
         Raises:
-            ConfigError: a part is None on some ranks only; on every rank.
+            ConfigError: a gradient that only some ranks have, or a sparse one; on every rank.
         """
-        flags = [
-            _EMPTY if not part.shape.numel() else _ABSENT if t is None else _PRESENT
-            for t, part in zip(parts, self.parts, strict=True)
-        ]
-        self._flags = torch.tensor(flags, dtype=torch.bfloat16, device=self.device)
-        self.present = [flag == _PRESENT for flag in flags]
-        incoming: list[tuple[_Message, Tensor]] = []
+        self._flags = self._as_flags(gradients)
+        self.present = [gradient in THERE for gradient in gradients]
+        incoming: list[tuple[Message, Tensor]] = []
         if self._to_owners is not None:
             incoming, everyone = self._to_owners.run(lambda m: parts[m.matrix], self._flags, self.device)
             self.present = self._agreed(everyone)
@@ -213,7 +189,7 @@ class Exchange:
             ConfigError: as `gather`, if all ranks have the whole matrices.
         """
 
-        def take(message: _Message) -> Tensor | None:
+        def take(message: Message) -> Tensor | None:
             return message.part.of(results[message.matrix]) if message.matrix in results else None
 
         incoming, everyone = self._to_all.run(take, self._flags, self.device)
@@ -223,22 +199,33 @@ class Exchange:
         found |= {i: self.parts[i].of(result) for i, result in results.items()}
         return [found[i] if present else None for i, present in enumerate(self.present)]
 
+    def _as_flags(self, gradients: Sequence[Gradient]) -> Tensor:
+        return torch.tensor(gradients, dtype=torch.bfloat16, device=self.device)
+
     def _agreed(self, everyone: list[Tensor]) -> list[bool]:
         """Whether each matrix takes part, by the flags of all ranks."""
         by_rank = torch.stack(everyone).tolist()
+        ranks = [dist.get_global_rank(self.group, rank) for rank in range(len(everyone))]
         present = []
         for name, flags in zip(self.names, zip(*by_rank, strict=True), strict=True):
-            if _PRESENT in flags and _ABSENT in flags:
-                has, lacks = (self._global_rank(flags.index(flag)) for flag in (_PRESENT, _ABSENT))
+            of_rank = dict(zip(reversed(flags), reversed(ranks), strict=True))  # the first with each flag
+            if Gradient.SPARSE in of_rank:
+                rank = of_rank[Gradient.SPARSE]
+                raise ConfigError(f"Muon: {name} has a sparse gradient on rank {rank}, expected a dense one")
+            has = [of_rank[flag] for flag in THERE if flag in of_rank]
+            if has and Gradient.ABSENT in of_rank:
+                lacks = of_rank[Gradient.ABSENT]
                 raise ConfigError(
-                    f"Muon: {name} has a gradient on rank {has} and none on rank {lacks}, expected the same "
-                    "on all; let every rank's loss depend on it"
+                    f"Muon: {name} has a gradient on rank {has[0]} and none on rank {lacks}, expected the "
+                    "same on all; let every rank's loss depend on it"
                 )
-            present.append(_PRESENT in flags)
+            if Gradient.MOVED in of_rank and (len(of_rank) > 1 or not self.is_moved):
+                raise ConfigError(
+                    f"Muon: {name} has a gradient of other placements than its own on rank {has[-1]}, "
+                    "expected so on all ranks and in all steps, or never"
+                )
+            present.append(bool(has))
         return present
-
-    def _global_rank(self, rank: int) -> int:
-        return dist.get_global_rank(self.group, rank)
 
 
 def assign(costs: Sequence[int], ranks: int) -> list[int]:
@@ -251,6 +238,26 @@ def assign(costs: Sequence[int], ranks: int) -> list[int]:
     return owners
 
 
+def messages(
+    names: Sequence[str], parts: Sequence[Sequence[Part]], owners: Sequence[int]
+) -> tuple[list[Message], list[Message]]:
+    """The messages to the owners of matrices, and those back.
+
+    Args:
+        parts: of each matrix the parts of all ranks.
+
+    Raises:
+        ConfigError: the parts of a matrix do not make a whole.
+    """
+    to_owners, to_all = [], []
+    for i, (name, of_ranks, owner) in enumerate(zip(names, parts, owners, strict=True)):
+        for part, holders in holders_of(name, of_ranks).items():
+            if owner not in holders:
+                to_owners.append(Message(holders[i % len(holders)], owner, i, part))
+        to_all += [Message(owner, r, i, part) for r, part in enumerate(of_ranks) if r != owner]
+    return to_owners, to_all
+
+
 def _check_same(everyone: list[list[tuple[str, Part, str]]]) -> None:
     for rank, of_rank in enumerate(everyone):
         matrices = [[(name, part.whole, text) for name, part, text in one] for one in (everyone[0], of_rank)]
@@ -261,22 +268,3 @@ def _check_same(everyone: list[list[tuple[str, Part, str]]]) -> None:
                 f"Muon: the ranks that share its work have other parameters: {first} on the first of them, "
                 f"and {other} on number {rank}, expected the same in the same order"
             )
-
-
-def holders_of(name: str, parts: Sequence[Part]) -> dict[Part, list[int]]:
-    """The ranks that have each part of a matrix, for the ``parts`` of all ranks.
-
-    Raises:
-        ConfigError: the parts do not make a whole.
-    """
-    holders: dict[Part, list[int]] = {}
-    for rank, part in enumerate(parts):
-        if part.shape.numel():
-            holders.setdefault(part, []).append(rank)
-    found = sum(part.shape.numel() for part in holders)
-    if found != torch.Size(parts[0].whole).numel():
-        raise ConfigError(
-            f"Muon: the ranks have {found} elements of {name}, which has shape {parts[0].whole}; expected a "
-            "process_group of all ranks that have parts of it"
-        )
-    return holders

@@ -5,9 +5,8 @@ Muon replaces the momentum M = U·Σ·Vᵀ of a weight by a matrix near U·Vᵀ,
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,23 +16,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from torchpar.errors import ConfigError
-from torchpar.optim.assign import Choice, ModelOptimizer, View, chain
-from torchpar.optim.exchange import Exchange, Part, holders_of, local, part_of
-from torchpar.optim.newton_schulz import (
-    COEFFICIENTS,
-    Coefficients,
-    NewtonSchulz,
-    check_ns,
-    orthogonalize,
-    per_step,
-)
-
-_BATCH_MULTIPLICATIONS = 2**31  # in X·Xᵀ; they take a GPU about as long as a launch
-# On a GPU the launches of a small matrix take longer than its products. With zeros around it, which change no
-# singular value, it shares the launches of other small ones. On a CPU the zeros cost more than they save.
-_PADDED_ON = "cuda"
-_PADDED = 64  # rows and columns: padded to a multiple
-_SMALL = 2**24  # multiplications in X·Xᵀ
+from torchpar.optim.assign import Choice, ModelOptimizer, chain
+from torchpar.optim.exchange import THERE, Exchange, Gradient
+from torchpar.optim.matrices import Item, View, orthogonalize_together
+from torchpar.optim.newton_schulz import COEFFICIENTS, Coefficients, NewtonSchulz, check_ns, per_step
+from torchpar.optim.parts import holders_of, is_split_by_hand, local, part_of
 
 # The factor of the learning rate of a matrix (n, m), by the names of `torch.optim.Muon`.
 _RATIOS: dict[str | None, Callable[[int, int], float]] = {
@@ -42,27 +29,6 @@ _RATIOS: dict[str | None, Callable[[int, int], float]] = {
     "match_rms_adamw": lambda n, m: 0.2 * math.sqrt(max(n, m)),
     "spectral_unclamped": lambda n, m: math.sqrt(n / m),
 }
-
-
-@dataclass(frozen=True)
-class _Item:
-    """A parameter, of the group with index ``group``, and what this rank has of it."""
-
-    name: str
-    group: int
-    p: Tensor
-    part: Part
-    view: View | None
-
-    def matrices(self, t: Tensor) -> list[Tensor]:
-        """The matrices of ``t``, which has the shape of the whole parameter; views of it."""
-        found = t if self.view is None else self.view(t)
-        found = [found] if isinstance(found, Tensor) else list(found)
-        return [matrix for one in found for matrix in _two_dims(one)]
-
-    @cached_property
-    def shapes(self) -> list[torch.Size]:
-        return [t.shape for t in self.matrices(torch.empty(self.part.whole, device="meta"))]
 
 
 class Muon(Optimizer):
@@ -126,7 +92,8 @@ class Muon(Optimizer):
         self.ns = ns
         self.views = views or {}
         self.process_group = process_group
-        self._plan: list[tuple[list[_Item], Exchange | None]] | None = None
+        self._plan: list[tuple[list[Item], Exchange | None]] | None = None
+        self._split: set[str] = set()  # of a copy: the parameters that were split by hand
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -188,7 +155,8 @@ class Muon(Optimizer):
         return chain(make, model, others, overrides or {}, views or {})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "ns": self.ns, "views": self.views}
+        split = {item.name for item in self._items() if is_split_by_hand(item.p)}
+        return {**super().__getstate__(), "ns": self.ns, "views": self.views, "_split": split}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # called for a copy, and by load_state_dict, which keeps the parameters
@@ -205,12 +173,12 @@ class Muon(Optimizer):
         try:
             _check_group(self.param_groups[-1])
             for item in self._items(len(self.param_groups) - 1):
-                _check_item(item)
+                item.check()
         except ValueError:
             self.param_groups.pop()
             raise
 
-    def _items(self, first: int = 0) -> Iterator[_Item]:
+    def _items(self, first: int = 0) -> Iterator[Item]:
         """The parameters of the groups from ``first`` on."""
         for index, group in enumerate(self.param_groups[first:], first):
             names = group.get("param_names")
@@ -220,29 +188,34 @@ class Muon(Optimizer):
                     part, _ = part_of(p)
                 except ConfigError as e:
                     raise ConfigError(f"Muon: {name}: {e}") from e
-                yield _Item(name, index, p, part, self.views.get(name))
+                yield Item(name, index, p, part, self.views.get(name))
 
-    def _plans(self) -> list[tuple[list[_Item], Exchange | None]]:
+    def _plans(self) -> list[tuple[list[Item], Exchange | None]]:
         """The parameters that are exchanged together, with their exchange; None for those that need none."""
         if self._plan is None:
-            by_ranks: dict[Any, list[_Item]] = {}
+            by_ranks: dict[Any, list[Item]] = {}
             for item in self._items():
+                if item.name in self._split and not is_split_by_hand(item.p):
+                    raise ConfigError(
+                        f"Muon: {item.name} was split by hand, which this copy of it does not know; copy the "
+                        "layers, and make an optimizer for the copy"
+                    )
                 by_ranks.setdefault(self.process_group or part_of(item.p)[1], []).append(item)
             self._plan = [(items, self._exchange(ranks, items)) for ranks, items in by_ranks.items()]
         return self._plan
 
-    def _exchange(self, ranks: Any, items: list[_Item]) -> Exchange | None:
+    def _exchange(self, ranks: Any, items: list[Item]) -> Exchange | None:
         if ranks is None or ranks.size() == 1:
             for item in items:
                 holders_of(item.name, [item.part])
             return None
         group = ranks if isinstance(ranks, dist.ProcessGroup) else _group_of(ranks)
-        costs = [sum(map(_multiplications, item.shapes)) for item in items]
-        names, parts = [item.name for item in items], [item.part for item in items]
+        names, parts, costs = zip(*((item.name, item.part, item.cost) for item in items), strict=True)
         settings = [self._settings(item) for item in items]
-        return Exchange(group, names, parts, settings, costs, items[0].p.device)
+        is_moved = Gradient.MOVED in map(_has, items)
+        return Exchange(group, names, parts, settings, costs, is_moved, items[0].p.device)
 
-    def _settings(self, item: _Item) -> str:
+    def _settings(self, item: Item) -> str:
         """The matrices of a parameter, and how they are orthogonalised: the same on all ranks."""
         group = self.param_groups[item.group]
         iteration = ", ".join(f"{name} {group[name]}" for name in ("ns_steps", "eps", "ns_coefficients"))
@@ -254,55 +227,58 @@ class Muon(Optimizer):
         """Take one step; returns the loss of ``closure``, which computes the gradients, or None.
 
         Raises:
-            ConfigError: a gradient that only some ranks have, or a group without any gradient while another
-                has some, on every rank. A sparse gradient.
+            ConfigError: a gradient that is sparse, or that only some ranks have; a group without any gradient
+                while another has some. On every rank.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        updates: list[tuple[_Item, Tensor]] = []
+        updates: list[tuple[Item, Tensor]] = []
         for items, exchange in self._plans():
-            directions = self._directions(items)
+            gradients = [_has(item) for item in items]
             if exchange is None:
+                if Gradient.SPARSE in gradients:
+                    name = items[gradients.index(Gradient.SPARSE)].name
+                    raise ConfigError(f"Muon: {name} has a sparse gradient, expected a dense one")
+                directions = self._directions(items, gradients)
                 found = self._orthogonalized(items, {i: t for i, t in enumerate(directions) if t is not None})
                 updates += [(items[i], t) for i, t in found.items()]
                 empty = [item for item in items if item.p.grad is not None and not item.p.numel()]
                 updates += [(item, item.p) for item in empty]
             else:
-                found = self._orthogonalized(items, exchange.gather(directions))
+                exchange.agree(gradients)
+                directions = self._directions(items, gradients)
+                found = self._orthogonalized(items, exchange.gather(directions, gradients))
                 parts = exchange.scatter(found)
                 updates += [(item, t) for item, t in zip(items, parts, strict=True) if t is not None]
         self._check_no_group_is_left_out(updates)
         self._apply(updates)
         return loss
 
-    def _directions(self, items: list[_Item]) -> list[Tensor | None]:
+    def _directions(self, items: list[Item], gradients: list[Gradient]) -> list[Tensor | None]:
         """The momentum of each parameter, after its update, and with Nesterov's correction; on this rank."""
+        # All ranks move gradients in the same order.
+        grads = {
+            i: _gradient(item)
+            for i, (item, has) in enumerate(zip(items, gradients, strict=True))
+            if has in THERE
+        }
         directions: list[Tensor | None] = [None] * len(items)
         by_group: dict[int, list[int]] = {}
-        for i, item in enumerate(items):
-            if item.p.grad is not None and item.part.shape.numel():
-                by_group.setdefault(item.group, []).append(i)
+        for i, grad in grads.items():
+            if grad.numel():
+                by_group.setdefault(items[i].group, []).append(i)
         for index, chosen in by_group.items():
             group = self.param_groups[index]
-            grads = [self._gradient(items[i]) for i in chosen]
+            of_group = [grads[i] for i in chosen]
             momenta = [self._momentum(items[i].p) for i in chosen]
-            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+            torch._foreach_lerp_(momenta, of_group, 1 - group["momentum"])
             if group["nesterov"]:
-                momenta = torch._foreach_lerp(grads, momenta, group["momentum"])  # type: ignore[assignment]
+                momenta = torch._foreach_lerp(of_group, momenta, group["momentum"])  # type: ignore[assignment]
             for i, t in zip(chosen, momenta, strict=True):
                 directions[i] = t
         return directions
-
-    def _gradient(self, item: _Item) -> Tensor:
-        grad, p = item.p.grad, item.p
-        assert grad is not None
-        if grad.is_sparse:
-            raise ConfigError(f"Muon: {item.name} has a sparse gradient, expected a dense one")
-        if getattr(grad, "placements", None) != getattr(p, "placements", None):  # such as partial sums
-            grad = grad.redistribute(placements=p.placements)  # type: ignore[attr-defined]
-        return local(grad).to(p.dtype)
 
     def _momentum(self, p: Tensor) -> Tensor:
         state = self.state[p]
@@ -310,39 +286,32 @@ class Muon(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return local(state["momentum_buffer"])
 
-    def _orthogonalized(self, items: list[_Item], whole: dict[int, Tensor]) -> dict[int, Tensor]:
+    def _orthogonalized(self, items: list[Item], whole: dict[int, Tensor]) -> dict[int, Tensor]:
         """The orthogonalised ``whole`` parameters, bfloat16, by their indices in ``items``."""
-        by_kind: dict[Any, list[tuple[int, Tensor]]] = {}
         results: dict[int, Tensor] = {}
+        by_group: dict[int, list[tuple[int, Tensor]]] = {}
         for i, t in whole.items():
             if items[i].view is not None:
                 # A view of other strides than the parameter's usual ones could be a copy.
                 results[i] = t = t.to(torch.bfloat16, copy=True, memory_format=torch.contiguous_format)
-            for matrix in items[i].matrices(t):
-                kind = items[i].group, _batch_shape(matrix), t.dtype, t.device
-                by_kind.setdefault(kind, []).append((i, matrix))
-        for (index, shape, *_), matrices in by_kind.items():
-            group = self.param_groups[index]
-            size = max(_BATCH_MULTIPLICATIONS // max(_multiplications(shape), 1), 1)
-            for first in range(0, len(matrices), size):
-                batch = matrices[first : first + size]
-                x = _stack([matrix for _, matrix in batch], shape)
-                x = orthogonalize(x, group["ns_coefficients"], group["ns_steps"], group["eps"], self.ns)
-                for (i, matrix), padded in zip(batch, x.view(len(batch), *shape), strict=True):
-                    update = padded[: matrix.shape[0], : matrix.shape[1]]
-                    if items[i].view is None:
-                        results[i] = update
-                    else:
-                        ratio = self._ratio(items[i], matrix.shape) / self._ratio(items[i])
-                        matrix.copy_(update if ratio == 1 else update * ratio)
+            by_group.setdefault(items[i].group, []).extend((i, matrix) for matrix in items[i].matrices(t))
+        for index, found in by_group.items():
+            settings = [self.param_groups[index][name] for name in ("ns_coefficients", "ns_steps", "eps")]
+            updates = orthogonalize_together([matrix for _, matrix in found], *settings, self.ns)
+            for (i, matrix), update in zip(found, updates, strict=True):
+                if items[i].view is None:
+                    results[i] = update
+                else:
+                    ratio = self._ratio(items[i], matrix.shape) / self._ratio(items[i])
+                    matrix.copy_(update if ratio == 1 else update * ratio)
         return results
 
-    def _ratio(self, item: _Item, shape: torch.Size | None = None) -> float:
+    def _ratio(self, item: Item, shape: torch.Size | None = None) -> float:
         """The ratio of a matrix's learning rate to the group's, by default for the first of its parameter."""
         n, m = item.shapes[0] if shape is None else shape
         return _RATIOS[self.param_groups[item.group]["adjust_lr_fn"]](max(n, 1), max(m, 1))
 
-    def _check_no_group_is_left_out(self, updates: list[tuple[_Item, Tensor]]) -> None:
+    def _check_no_group_is_left_out(self, updates: list[tuple[Item, Tensor]]) -> None:
         updated = {item.group for item, _ in updates}
         for index, group in enumerate(self.param_groups):
             if updated and index not in updated and any(p.requires_grad for p in group["params"]):
@@ -352,7 +321,7 @@ class Muon(Optimizer):
                     "have; let the loss depend on it, or freeze it by requires_grad_(False)"
                 )
 
-    def _apply(self, updates: list[tuple[_Item, Tensor]]) -> None:
+    def _apply(self, updates: list[tuple[Item, Tensor]]) -> None:
         """Decay the parameters and move them against their updates."""
         by_rate: dict[tuple[int, float], list[tuple[Tensor, Tensor]]] = {}
         for item, update in updates:
@@ -388,60 +357,31 @@ def _check_group(group: dict[str, Any]) -> None:
     per_step(group["ns_coefficients"], group["ns_steps"])
 
 
-def _check_item(item: _Item) -> None:
-    """Raise a ConfigError unless the parameter is a matrix, or has a view."""
-    shape = item.part.whole
-    if not item.p.is_floating_point():
-        raise ConfigError(f"Muon: {item.name} is {item.p.dtype}, expected floating")
-    if item.view is None:
-        if len(shape) != 2:
-            raise ConfigError(
-                f"Muon: {item.name} has shape {shape}, expected 2D, a matrix; name a view of it in views, or "
-                "give it to another optimizer, as Muon.for_model does"
-            )
-        return
-    counted = torch.zeros(shape, dtype=torch.int8)
-    matrices = item.matrices(counted)
-    for matrix in matrices:
-        matrix.add_(1)
-    if not counted.eq(1).all() or any(matrix.dim() != 2 for matrix in matrices):
-        raise ConfigError(
-            f"Muon: the view of {item.name} returns {[tuple(m.shape) for m in matrices]}, expected views "
-            f"(*, n, m) that have each element of {shape} once"
-        )
+def _has(item: Item) -> Gradient:
+    p, grad = item.p, item.p.grad
+    if grad is not None and grad.layout != torch.strided:
+        return Gradient.SPARSE
+    if grad is not None and getattr(grad, "placements", None) != getattr(p, "placements", None):
+        return Gradient.MOVED
+    if not item.part.shape.numel():
+        return Gradient.EMPTY
+    return Gradient.ABSENT if grad is None else Gradient.PRESENT
+
+
+def _gradient(item: Item) -> Tensor:
+    """This rank's part of the gradient."""
+    grad: Any = item.p.grad
+    if _has(item) == Gradient.MOVED:  # such as partial sums
+        grad = grad.redistribute(placements=item.p.placements)  # type: ignore[attr-defined]
+    return local(grad).to(item.p.dtype)
 
 
 def _group_of(mesh: Any) -> dist.ProcessGroup:
     """The group of all ranks of a mesh."""
-    if mesh.ndim == 1:
-        return mesh.get_group()  # type: ignore[no-any-return]
+    long = [dim for dim in range(mesh.ndim) if mesh.size(dim) > 1]
+    if len(long) == 1:
+        return mesh.get_group(long[0])  # type: ignore[no-any-return]
     ranks = sorted(mesh.mesh.flatten().tolist())
     if len(ranks) == dist.get_world_size():
         return dist.group.WORLD  # type: ignore[return-value]
     return dist.new_group(ranks, use_local_synchronization=True)  # type: ignore[return-value]
-
-
-def _two_dims(t: Tensor) -> Sequence[Tensor]:
-    return [t] if t.dim() <= 2 else t.flatten(0, -3).unbind()
-
-
-def _batch_shape(matrix: Tensor) -> torch.Size:
-    """The shape to which a matrix is padded to share a batch."""
-    padded = torch.Size(-(-size // _PADDED) * _PADDED for size in matrix.shape)
-    pads = matrix.device.type == _PADDED_ON and _multiplications(padded) <= _SMALL
-    return padded if pads else matrix.shape
-
-
-def _stack(matrices: list[Tensor], shape: torch.Size) -> Tensor:
-    if any(matrix.shape != shape for matrix in matrices):
-        x = matrices[0].new_zeros(len(matrices), *shape)
-        for padded, matrix in zip(x, matrices, strict=True):
-            padded[: matrix.shape[0], : matrix.shape[1]] = matrix
-        return x
-    # On a CPU a product of a batch of one takes up to twice the time of a product of matrices.
-    return torch.stack(matrices) if len(matrices) > 1 else matrices[0]
-
-
-def _multiplications(shape: torch.Size) -> int:
-    """Multiplications in X·Xᵀ of each matrix, with the shorter side as rows."""
-    return shape.numel() * min(shape[-2:])

@@ -23,10 +23,11 @@ class Call:
 
     Attributes:
         dimension: of the mesh, "" for a group that is none of its dimensions.
-        operation: "all_reduce", "all_gather", "send", "recv" or another of `torch.distributed`'s.
+        operation: "all_reduce", "all_gather", "all_to_all", "send", "recv" or another of
+            `torch.distributed`'s.
         ranks: how many take part.
-        bytes: of this rank's tensors.
-        seconds: until the end of an all-reduce or all-gather; of a send or receive, until it is started.
+        bytes: of this rank's tensors; of an all-to-all those that it receives.
+        seconds: until the end of a collective; of a send or receive, until it is started.
     """
 
     dimension: str
@@ -38,14 +39,14 @@ class Call:
 
 _NOTHING = nullcontext()
 SHARED = "shared_memory:all_reduce"  # its name in a trace
-_OPERATIONS = {"allreduce": "all_reduce", "allgather": "all_gather"}
+_OPERATIONS = {"allreduce": "all_reduce", "allgather": "all_gather", "alltoall_base": "all_to_all"}
 
 
 class Collectives(TorchDispatchMode):
     """Record the collectives within the block, those of DistributedDataParallel included.
 
-    An all-reduce or all-gather is waited for at once. A send or receive is only started. Their seconds count
-    as phase "collectives".
+    An all-reduce, all-gather or all-to-all is waited for at once. A send or receive is only started. Their
+    seconds count as phase "collectives".
 
     Args:
         world: its mesh names the dimensions.
@@ -104,7 +105,7 @@ class Collectives(TorchDispatchMode):
             result = func(*args, **(kwargs or {}))
             work = result[-1] if isinstance(result, tuple) else result
             # A rank must send its own message before it waits for its neighbour's.
-            if operation in ("allreduce", "allgather"):
+            if operation in _OPERATIONS:
                 dist.Work.unbox(work).wait()
                 if torch.cuda.is_available():  # NCCL's wait only blocks the stream
                     torch.cuda.synchronize()

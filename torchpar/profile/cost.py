@@ -16,6 +16,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar.ops._onednn import layer_gains
+from torchpar.optim.exchange import assign, messages
+from torchpar.optim.matrices import multiplications
+from torchpar.optim.parts import Part
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.layers import Arithmetic, check_arithmetic
 from torchpar.parallel.split.partition import Partition
@@ -40,13 +43,17 @@ class Link:
         """Return the time of an operation on a tensor of ``nbytes``. A "recv" is counted with its "send"."""
         if operation == "all_reduce":
             return 2 * (ranks - 1) * self.alpha + 2 * (ranks - 1) / ranks * nbytes * self.beta
+        if operation == "all_to_all":
+            return (ranks - 1) * self.alpha + nbytes * self.beta
         if operation == "all_gather":
             return (ranks - 1) * (self.alpha + nbytes * self.beta)
         if operation == "send":
             return self.alpha + nbytes * self.beta
         if operation == "recv":
             return 0.0
-        raise ValueError(f"operation is {operation!r}, expected 'all_reduce', 'all_gather', 'send' or 'recv'")
+        raise ValueError(
+            f"operation is {operation!r}, expected 'all_reduce', 'all_gather', 'all_to_all', 'send' or 'recv'"
+        )
 
     @classmethod
     def fit(cls, points: Sequence[tuple[int, int, float]]) -> "Link":
@@ -100,6 +107,7 @@ def collectives(
     micro_batches: int = 4,
     itemsize: int = 4,
     fused: bool = False,
+    muon: DeviceMesh | None = None,
 ) -> list[Expected]:
     """Return this rank's collectives in a step of an MLP that `parallel_mlp` and `stage_mlp` have split.
 
@@ -112,6 +120,7 @@ def collectives(
         itemsize: bytes of a number.
         arithmetic: "fast" or "exact", as of `parallel_mlp`.
         fused: the gradients are those of `torchpar.training.fused.FusedGradients`.
+        muon: the ranks of a stage that share the work of `torchpar.optim.Muon` for the weights.
     """
     dims = {name: mesh[name].size() for name in ("pp", "dp", "tp")}
     at = {name: mesh[name].get_local_rank() for name in dims}
@@ -127,10 +136,10 @@ def collectives(
         if dims["tp"] == 1:
             return
         for n in rows:
-            messages = [n * width * itemsize]
+            sums = [n * width * itemsize]
             if exact:  # the exponents of the samples and of the weight's rows, and integers
-                messages = [_EXPONENT * (n + width), _SUM * n * width]
-            expected.extend(Expected("tp", "all_reduce", dims["tp"], nbytes) for nbytes in messages)
+                sums = [_EXPONENT * (n + width), _SUM * n * width]
+            expected.extend(Expected("tp", "all_reduce", dims["tp"], nbytes) for nbytes in sums)
 
     def widths(i: int) -> int:
         """Width of this rank's share of the activations between layers i − 1 and i."""
@@ -163,10 +172,37 @@ def collectives(
             for op in ("send", "recv"):
                 expected += [Expected("pp", op, 2, rows[0] * widths(border) * itemsize)] * passes
     if dims["dp"] > 1:
-        messages = [sum(parameters)] if fused or dims["pp"] > 1 else _buckets(parameters)
+        buckets = [sum(parameters)] if fused or dims["pp"] > 1 else _buckets(parameters)
         if exact:
-            messages = [_EXPONENT * exponents, _SUM * sum(parameters) // itemsize]
-        expected += [Expected("dp", "all_reduce", dims["dp"], n) for n in messages]
+            buckets = [_EXPONENT * exponents, _SUM * sum(parameters) // itemsize]
+        expected += [Expected("dp", "all_reduce", dims["dp"], n) for n in buckets]
+    if muon is not None and muon.size() > 1:
+        expected += _of_muon(sizes, stage, dims["tp"], muon)
+    return expected
+
+
+def _of_muon(sizes: Sequence[int], stage: Sequence[int], tp: int, mesh: DeviceMesh) -> list[Expected]:
+    """The all-to-alls of bfloat16 by which the ranks of ``mesh``, "dp" × "tp", share the work of a stage."""
+    parts = []  # of each weight, on each rank
+    for i in stage:
+        axis, whole = i % 2, (sizes[i + 1], sizes[i])
+        shares = 1 if axis == 0 and i == len(sizes) - 2 else tp
+        of_ranks = []
+        for rank in range(shares):
+            partition, start, size = Partition(whole[axis], shares, rank), [0, 0], list(whole)
+            start[axis], size[axis] = partition.offset(), partition.widths()[rank]
+            of_ranks.append(Part(whole, tuple(start), tuple(size)))
+        parts.append(of_ranks * (mesh.size() // len(of_ranks)))
+    long = [name for name in mesh.mesh_dim_names or () if mesh[name].size() > 1]
+    dimension = long[0] if len(long) == 1 else ""
+    owners = assign([multiplications(torch.Size(of_ranks[0].whole)) for of_ranks in parts], mesh.size())
+    me = mesh.mesh.flatten().tolist().index(dist.get_rank())
+    flags = len(parts) * (mesh.size() - 1)  # in the first message
+    expected = []
+    for route in filter(None, messages([""] * len(parts), parts, owners)):
+        received = flags + sum(m.part.shape.numel() for m in route if m.target == me)
+        expected.append(Expected(dimension, "all_to_all", mesh.size(), 2 * received))
+        flags = 0
     return expected
 
 

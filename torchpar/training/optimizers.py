@@ -3,7 +3,8 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -62,15 +63,16 @@ def muon(
         ns_steps: iterations of Newton–Schulz.
         mesh: the ranks that have the model, or parts of its layers, and share Muon's work.
     """
-    weights = [(name, p) for name, p in model.named_parameters() if p.dim() == 2]
-    others = [(name, p) for name, p in model.named_parameters() if p.dim() != 2]
-    settings: dict[str, Any] = {"lr": lr, "momentum": momentum}
-    optimizers: list[Optimizer] = [
-        Muon(weights, weight_decay=weight_decay, ns_steps=ns_steps, process_group=mesh, **settings)
-    ]
-    if others:
-        optimizers.append(SGD(others, nesterov=momentum > 0, **settings))
-    return ChainedOptimizer(*optimizers)
+    return Muon.for_model(
+        model,
+        lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        ns_steps=ns_steps,
+        process_group=mesh,
+        others=partial(SGD, lr=lr, momentum=momentum, nesterov=momentum > 0),
+        overrides={name: "muon" for name, p in model.named_parameters() if p.dim() == 2},
+    )
 
 
 def lr_scheduler(optimizer: Optimizer, schedule: LRSchedule, steps: int) -> LambdaLR:

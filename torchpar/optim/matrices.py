@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: MIT
+"""Parameters as matrices, and matrices of like shapes orthogonalised together."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchpar.errors import ConfigError
+from torchpar.optim.newton_schulz import orthogonalize
+from torchpar.optim.parts import Part
+
+View = Callable[[Tensor], Tensor | Sequence[Tensor]]
+"""A function from a parameter to its matrices: views ``(*, n, m)`` of it that have each element once."""
+
+_BATCH_MULTIPLICATIONS = 2**31  # in X·Xᵀ; they take a GPU about as long as a launch
+# On a GPU the launches of a small matrix take longer than its products. With zeros around it, which change no
+# singular value, it shares the launches of other small ones. On a CPU the zeros cost more than they save.
+_PADDED_ON = "cuda"
+_PADDED = 64  # rows and columns: padded to a multiple
+_SMALL = 2**24  # multiplications in X·Xᵀ
+
+
+@dataclass(frozen=True)
+class Item:
+    """A parameter, of the optimizer's group with index ``group``, and what this rank has of it."""
+
+    name: str
+    group: int
+    p: Tensor
+    part: Part
+    view: View | None
+
+    def matrices(self, t: Tensor) -> list[Tensor]:
+        """The matrices of ``t``, which has the shape of the whole parameter; views of it."""
+        found = t if self.view is None else self.view(t)
+        found = [found] if isinstance(found, Tensor) else list(found)
+        return [matrix for one in found for matrix in _two_dims(one)]
+
+    @cached_property
+    def shapes(self) -> list[torch.Size]:
+        return [t.shape for t in self.matrices(torch.empty(self.part.whole, device="meta"))]
+
+    @property
+    def cost(self) -> int:
+        return sum(map(multiplications, self.shapes))
+
+    def check(self) -> None:
+        """Raise a ConfigError unless the parameter is a matrix, or has a view."""
+        shape = self.part.whole
+        if not self.p.is_floating_point():
+            raise ConfigError(f"Muon: {self.name} is {self.p.dtype}, expected floating")
+        if self.view is None:
+            if len(shape) != 2:
+                raise ConfigError(
+                    f"Muon: {self.name} has shape {shape}, expected 2D, a matrix; name a view of it in "
+                    "views, or give it to another optimizer, as Muon.for_model does"
+                )
+            return
+        counted = torch.zeros(shape, dtype=torch.int8)
+        matrices = self.matrices(counted)
+        for matrix in matrices:
+            matrix.add_(1)
+        if not counted.eq(1).all() or any(matrix.dim() != 2 for matrix in matrices):
+            raise ConfigError(
+                f"Muon: the view of {self.name} returns {[tuple(m.shape) for m in matrices]}, expected views "
+                f"(*, n, m) that have each element of {shape} once"
+            )
+
+
+def orthogonalize_together(matrices: Sequence[Tensor], *settings: Any) -> list[Tensor]:
+    """Orthogonalise each matrix, in batches of one shape until a batch fills a device; bfloat16.
+
+    Args:
+        settings: the other arguments of `orthogonalize`.
+    """
+    by_kind: dict[Any, list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        by_kind.setdefault((_batch_shape(matrix), matrix.dtype, matrix.device), []).append(i)
+    results = list(matrices)
+    for (shape, *_), indices in by_kind.items():
+        size = max(_BATCH_MULTIPLICATIONS // max(multiplications(shape), 1), 1)
+        for first in range(0, len(indices), size):
+            batch = indices[first : first + size]
+            x = orthogonalize(_stack([matrices[i] for i in batch], shape), *settings)
+            for i, padded in zip(batch, x.view(len(batch), *shape), strict=True):
+                n, m = matrices[i].shape
+                results[i] = padded[:n, :m]
+    return results
+
+
+def _batch_shape(matrix: Tensor) -> torch.Size:
+    """The shape to which a matrix is padded to share a batch."""
+    padded = torch.Size(-(-size // _PADDED) * _PADDED for size in matrix.shape)
+    pads = matrix.device.type == _PADDED_ON and multiplications(padded) <= _SMALL
+    return padded if pads else matrix.shape
+
+
+def _stack(matrices: list[Tensor], shape: torch.Size) -> Tensor:
+    if any(matrix.shape != shape for matrix in matrices):
+        x = matrices[0].new_zeros(len(matrices), *shape)
+        for padded, matrix in zip(x, matrices, strict=True):
+            padded[: matrix.shape[0], : matrix.shape[1]] = matrix
+        return x
+    # On a CPU a product of a batch of one takes up to twice the time of a product of matrices.
+    return torch.stack(matrices) if len(matrices) > 1 else matrices[0]
+
+
+def _two_dims(t: Tensor) -> Sequence[Tensor]:
+    return [t] if t.dim() <= 2 else t.flatten(0, -3).unbind()
+
+
+def multiplications(shape: torch.Size) -> int:
+    """Multiplications in X·Xᵀ of each matrix, with the shorter side as rows."""
+    return shape.numel() * min(shape[-2:])

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: MIT
+"""The part of a parameter that a rank has: all of it, a DTensor's shard, or a part of a split layer."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchpar.errors import ConfigError
+from torchpar.ops._library import is_dtensor
+
+
+class Part(NamedTuple):
+    """The part of a tensor of shape ``whole`` that a rank has: its first index and its size on each axis."""
+
+    whole: tuple[int, ...]
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.size)
+
+    def of(self, t: Tensor) -> Tensor:
+        """This part of ``t``, which is whole; a view."""
+        for dim, (start, size) in enumerate(zip(self.start, self.size, strict=True)):
+            t = t.narrow(dim, start, size)
+        return t
+
+
+def part_of(p: Tensor) -> tuple[Part, Any]:
+    """The part of ``p`` on this rank, and the mesh whose ranks have all of it, or None if this one has.
+
+    Raises:
+        ConfigError: a DTensor of partial sums.
+    """
+    split = getattr(p, "split_of_whole", None)
+    if split is not None:
+        whole, begin, axis = list(p.shape), [0] * p.dim(), split.axis
+        whole[axis], begin[axis] = split.partition.size, split.partition.offset()
+        return Part(tuple(whole), tuple(begin), tuple(p.shape)), split.mesh
+    if not is_dtensor(p):
+        return Part(tuple(p.shape), (0,) * p.dim(), tuple(p.shape)), None
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
+    if any(placement.is_partial() for placement in placements):
+        raise ConfigError(f"its placements are {placements}, expected Shard or Replicate")
+    size, start = compute_local_shape_and_global_offset(p.shape, mesh, placements)
+    return Part(tuple(p.shape), tuple(start), tuple(size)), mesh
+
+
+def is_split_by_hand(p: Tensor) -> bool:
+    return hasattr(p, "split_of_whole")
+
+
+def local(t: Tensor) -> Tensor:
+    """This rank's elements of ``t``."""
+    return t.to_local() if is_dtensor(t) else t  # type: ignore[attr-defined]
+
+
+def holders_of(name: str, parts: Sequence[Part]) -> dict[Part, list[int]]:
+    """The ranks that have each part of a matrix, for the ``parts`` of all ranks.
+
+    Raises:
+        ConfigError: the parts do not make a whole.
+    """
+    holders: dict[Part, list[int]] = {}
+    for rank, part in enumerate(parts):
+        if part.shape.numel():
+            holders.setdefault(part, []).append(rank)
+    found = sum(part.shape.numel() for part in holders)
+    if found != torch.Size(parts[0].whole).numel():
+        raise ConfigError(
+            f"Muon: the ranks have {found} elements of {name}, which has shape {parts[0].whole}; expected a "
+            "process_group of all ranks that have parts of it"
+        )
+    return holders
