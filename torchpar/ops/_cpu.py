@@ -98,7 +98,7 @@ def _half_sums(g: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 def _halved(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, out: Tensor) -> None:
     n = len(a)
-    blocks = max(round(n / (_BLOCK_FLOAT64 if a.dtype == torch.float64 else _BLOCK)), 1)
+    blocks = max(round(n / (_BLOCK_FLOAT64 if a.dtype == torch.float64 else _BLOCK)), 2)
     chains = None
     if n >= _ONEDNN_FROM and alpha != 0 and a.numel() and prefers_onednn(a):
         parts = _chains(a)
