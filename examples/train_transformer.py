@@ -38,7 +38,7 @@ class Flags(cli.ExampleFlags):
     steps: int = 300  # Steps of each optimizer.
     batch_size: int = 32  # Windows of a step, of all ranks together.
     lr: float = 0.02  # Learning rate of Muon at the start; it falls to 0.
-    adamw_lr: float = 3e-3  # Learning rate of AdamW, likewise.
+    adamw_lr: float = 6e-3  # Learning rate of AdamW, likewise.
 
 
 class Transformer(nn.Module):
