@@ -343,7 +343,7 @@ def test_padded_batches_hold_matrices_of_unequal_shapes():
     for p, q in zip(params, alone, strict=True):
         q.grad = p.grad
     Muon(alone, lr=1.0, ns="standard").step()
-    with record_batches() as shapes, patch.object(batches, "_PADDED_ON", "cpu"):
+    with record_batches() as shapes, patch.object(batches, "_PADDING_DEVICE", "cpu"):
         Muon(params, lr=1.0, ns="standard").step()
     assert shapes == [(3, 64, 64), (1, 128, 64), (1, 200, 300)]
     for p, q in zip(params, alone, strict=True):
@@ -549,6 +549,35 @@ def test_a_view_has_each_element_once(view):
     Muon([("weight", torch.randn(6, 4))], views={"weight": lambda p: p.mT})
     with pytest.raises(ValueError, match=r"the view of weight returns .*, expected views \(\*, n, m\)"):
         Muon([("weight", torch.randn(6, 4))], views={"weight": view})
+
+
+def test_a_view_that_fails_is_named_and_its_group_not_added():
+    optimizer = Muon([("weight", torch.randn(6, 4))], views={"weight": lambda p: p.mT})
+    with pytest.raises(ValueError, match=r"the view of qkv, of shape \(6, 4\), fails: shape '\[5, -1\]' is"):
+        Muon([("qkv", torch.randn(6, 4))], views={"qkv": lambda p: p.view(5, -1)})
+    with pytest.raises(TypeError):
+        optimizer.add_param_group({"params": [("other", torch.randn(6, 4))], "ns_steps": "3"})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_views_stay_where_a_state_dict_has_other_names():
+    steps = []
+    for name in ("qkv", "module.qkv"):
+        p = torch.arange(24.0).view(6, 4).sin().requires_grad_()
+        optimizer = Muon([("qkv", p)], views={"qkv": lambda p: p.view(2, 3, 4)})
+        saved = Muon([(name, p)], views={name: lambda p: p.view(2, 3, 4)}).state_dict()
+        optimizer.load_state_dict(saved)
+        for one in (optimizer, copy.deepcopy(optimizer)):
+            p = one.param_groups[0]["params"][0]
+            p.grad = torch.arange(24.0).view(6, 4).cos()
+            one.step()
+            steps.append(p.detach())
+    for p in steps[1:]:
+        assert torch.equal(p, steps[0])
+
+
+def test_a_copy_of_an_optimizer_without_parameters_steps():
+    assert copy.deepcopy(Muon([{"params": []}])).step() is None
 
 
 def test_a_group_that_would_be_left_out_is_named():

@@ -2,6 +2,7 @@
 """Muon on several ranks: DTensors of any placement, split layers and replicas step as whole matrices do."""
 
 import copy
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -122,7 +123,7 @@ def replicas() -> list[int]:
     compare(whole, parts, lambda g, i: g.clone(), lambda p: p, messages=1, process_group=dist.group.WORLD)
     optimizer = Muon(parts, process_group=dist.group.WORLD)
     ((items, exchange),) = optimizer._plans()
-    return [sum(items[i].p.numel() * min(items[i].p.shape) for i in exchange.mine)]
+    return [sum(items[i].p.numel() * min(items[i].p.shape) for i in exchange.owned)]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -292,6 +293,88 @@ def test_gradients_that_are_partial_sums(ranks, lacking):
             )
 
 
+def placements_of_gradients(kind: str) -> str:
+    """Gradients that ranks would redistribute in different ways."""
+    rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
+    whole = torch.ones(4, 6)
+    p = distribute_tensor(whole, mesh, [Shard(0)]).requires_grad_()
+    optimizer = Muon([("rows", p)])
+    if kind == "later on one":
+        p.grad = distribute_tensor(whole, mesh, [Shard(0)])
+        optimizer.step()
+        if rank == 1:
+            p.grad = DTensor.from_local(whole, mesh, [Partial()])
+    else:
+        p.grad = DTensor.from_local(whole, mesh, [Replicate() if rank else Partial()])
+    return message(optimizer.step)
+
+
+@pytest.mark.parametrize(
+    "kind, text",
+    [
+        ("later on one", "a gradient of other placements than its own on rank 1, expected so on all"),
+        (
+            "different",
+            r"gradients of the placements \(Partial\(sum\),\) and \(Replicate\(\),\), expected the same",
+        ),
+    ],
+)
+def test_gradients_that_ranks_would_move_in_different_ways(ranks, kind, text):
+    for found in ranks(2, placements_of_gradients, kind):
+        assert re.match(f"Muon: rows has {text}", found), found
+
+
+def momenta_of_other_placements() -> list[str]:
+    mesh = init_device_mesh("cpu", (2,))
+    texts = []
+    for placement, saved in ((Shard(0), None), (Shard(1), Shard(0)), (None, Shard(0))):
+        optimizers = []
+        for place in (saved, placement):
+            p = torch.ones(2, 8)
+            p = (distribute_tensor(p, mesh, [place]) if place else p).requires_grad_()
+            p.grad = torch.ones_like(p)
+            optimizers.append(Muon([("weight", p)]))
+        optimizers[0].step()
+        optimizers[1].load_state_dict(optimizers[0].state_dict())
+        texts.append(message(optimizers[1].step))
+    return texts
+
+
+def test_a_momentum_of_other_placements_is_refused(ranks):
+    for texts in ranks(2, momenta_of_other_placements):
+        for text in texts:
+            assert re.match(r"Muon: weight is \(2, 8\) .*, and its momentum \(2, 8\) ", text), text
+            assert text.endswith("torch.distributed.checkpoint loads a state dict of other placements")
+
+
+def local_and_shared() -> str:
+    """An error of a parameter of this rank alone comes after the messages, for which the other rank waits."""
+    mesh = init_device_mesh("cpu", (2,))
+    alone = torch.ones(4, 6).requires_grad_()
+    shared = distribute_tensor(torch.ones(4, 6), mesh, [Shard(0)]).requires_grad_()
+    optimizer = Muon([("alone", alone), ("shared", shared)])
+    alone.grad, shared.grad = torch.ones(4, 6), torch.ones_like(shared)
+    if dist.get_rank() == 0:
+        alone.grad = alone.grad.to_sparse()
+    return message(optimizer.step)
+
+
+def test_an_error_of_one_rank_hangs_no_other(ranks):
+    assert ranks(2, local_and_shared) == ["Muon: alone has a sparse gradient, expected a dense one", "taken"]
+
+
+def group_without_elements() -> int:
+    p, empty = torch.ones(4, 6).requires_grad_(), torch.ones(0, 8).requires_grad_()
+    optimizer = Muon([{"params": [p]}, {"params": [empty]}], process_group=dist.group.WORLD)
+    p.grad, empty.grad = torch.ones_like(p), torch.ones_like(empty)
+    optimizer.step()
+    return len(optimizer.state_dict()["state"])
+
+
+def test_a_group_without_elements_is_not_left_out(ranks):
+    assert ranks(2, group_without_elements) == [2, 2]
+
+
 def sparse_on_one() -> str:
     p = torch.ones(4, 6).requires_grad_()
     p.grad = torch.ones(4, 6).to_sparse() if dist.get_rank() == 1 else torch.ones(4, 6)
@@ -319,8 +402,8 @@ def test_a_copy_of_the_optimizer_alone_is_refused(ranks):
     for texts in ranks(2, copies_of_split_layers):
         assert texts == [
             "taken",
-            "Muon: weight was split by hand, which this copy of it does not know; copy the layers, and "
-            "make an optimizer for the copy",
+            "Muon: weight was split by hand, which this copy of the optimizer does not know; copy the "
+            "layers, and make an optimizer for the copy",
             "taken",
         ]
 

@@ -83,6 +83,17 @@ def imported() -> tuple[list[str], list[str]]:
     return tuple(json.loads(result.stdout))
 
 
+def test_an_implementation_that_others_register_is_called():
+    mine = torch.library.Library("torchpar", "IMPL")
+    x = torch.ones(3)
+    try:
+        mine.impl("maximum", lambda a, b: a + 100, "CPU")
+        assert torchpar.maximum(x, x).tolist() == [101] * 3
+    finally:
+        mine._destroy()
+    assert torch.equal(torchpar.maximum(x, x), x)
+
+
 def test_import_adds_only_what_is_ours(imported: tuple[list[str], list[str]]) -> None:
     # Modules are counted, not milliseconds: the import would be slow because of Triton and of PyTorch's own
     # modules that are not loaded yet.

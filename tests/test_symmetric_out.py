@@ -180,7 +180,7 @@ def test_an_out_that_does_not_fit_is_refused(out, text):
             transform(lambda x: torchpar.symmetric_matmul(x, x, out=out).sum())(torch.ones(4, 3))
     assert not out.any()
     square = torch.ones(4, 4)
-    with pytest.raises(RuntimeError, match="out shares memory with a or b"):
+    with pytest.raises(RuntimeError, match="out shares its storage with a or b"):
         torchpar.symmetric_matmul(square, square, out=square)
 
 

@@ -26,6 +26,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
+from torch.library import _impls
 
 NAMESPACE = "torchpar"
 library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -189,7 +190,8 @@ def register_autograd(
         if _sharding_rules:
             _register_sharding_rules()
         # With plain tensors on a CPU, and no mode, the dispatcher would take 8 µs to find the function.
-        direct, requires_grad = not torch._C._len_torch_dispatch_stack(), False
+        direct = not (torch._C._len_torch_dispatch_stack() or f"{NAMESPACE}/{name}/CPU" in _impls)
+        requires_grad = False
         for arg in args:
             if isinstance(arg, Tensor):
                 requires_grad = requires_grad or arg.requires_grad

@@ -70,7 +70,7 @@ def _check(h: Tensor, a: Tensor, b: Tensor) -> None:
 def _symmetric_addmm_(h: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float, wrap: Wrap) -> None:
     _check(h, a, b)
     if any(t.untyped_storage().data_ptr() == h.untyped_storage().data_ptr() for t in (a, b)) and h.numel():
-        raise RuntimeError("torchpar::symmetric_matmul: out shares memory with a or b, expected its own")
+        raise RuntimeError("torchpar::symmetric_matmul: out shares its storage with a or b, expected its own")
     if torch._debug_has_internal_overlap(h) == 1:
         raise RuntimeError("torchpar::symmetric_matmul: elements of out share memory, expected each its own")
     if alpha == 0 or a.shape[-1] == 0 or h.numel() == 0:

@@ -18,7 +18,7 @@ Choice = Literal["muon", "others"]
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-_TABLES = ("emb", "pos", "token")  # in names of parameters that belong to no layer
+_EMBEDDING_NAMES = ("emb", "pos", "token")  # in names of parameters that belong to no layer
 
 
 class Assignment(NamedTuple):
@@ -82,14 +82,14 @@ def assign(model: nn.Module, overrides: Mapping[str, Choice], views: Mapping[str
             raise ConfigError(f"Muon.for_model: no parameter is named {pattern}")
     for pattern, view in views.items():
         found = [
-            one._replace(choice="muon", reason="by its view", view=view) if has(one, pattern) else one
+            one._replace(choice="muon", reason="has a view", view=view) if has(one, pattern) else one
             for one in found
         ]
     for pattern, choice in overrides.items():
         if choice not in ("muon", "others"):
             raise ConfigError(f"Muon.for_model: {pattern} goes to {choice!r}, expected 'muon' or 'others'")
         found = [
-            one._replace(choice=choice, reason="as asked") if has(one, pattern) else one for one in found
+            one._replace(choice=choice, reason="override") if has(one, pattern) else one for one in found
         ]
     return found
 
@@ -109,30 +109,32 @@ def _assign(used: list[tuple[str, nn.Module]], p: Tensor, head: nn.Module | None
     if any(isinstance(module, _EMBEDDINGS) for module in modules):
         return others("embedding" if len(used) == 1 else "embedding, shared with another layer")
     if isinstance(module, _NORMS):
-        return others("of a norm")
+        return others("normalization")
     if p.dim() < 2 or min(p.shape) <= 1 == p.dim() - 1:
-        return others("no matrix")
+        return others("not a matrix")
     if head in modules:
         return others("output head, the last linear layer")
     if isinstance(module, _CONVOLUTIONS):
-        return Assignment(name, p, "muon", f"convolution, seen as {p.shape[0]}×{p[0].numel()}", _by_outputs)
+        return Assignment(
+            name, p, "muon", f"convolution, seen as {p.shape[0]}×{p[0].numel()}", _by_first_axis
+        )
     if isinstance(module, nn.MultiheadAttention) and name.endswith("in_proj_weight"):
         return Assignment(name, p, "muon", "query, key and value, seen as 3 matrices", _in_thirds)
     if p.dim() > 2:
-        return others("no matrix; a view would make it some")
-    if not _is_linear(module) and _is_table(name):
+        return others("not a matrix; give a view")
+    if not _is_linear(module) and _is_named_as_embedding(name):
         return others("named as an embedding")
     return Assignment(name, p, "muon", "hidden matrix")
 
 
-def _is_table(name: str) -> bool:
+def _is_named_as_embedding(name: str) -> bool:
     """Return True if a parameter that belongs to no layer is named as an embedding."""
     words = name.rpartition(".")[2].lower().split("_")
-    return any(word.startswith(start) for word in words for start in _TABLES)
+    return any(word.startswith(start) for word in words for start in _EMBEDDING_NAMES)
 
 
-def _by_outputs(p: Tensor) -> Tensor:
-    """A convolution's kernels as the rows of a matrix."""
+def _by_first_axis(p: Tensor) -> Tensor:
+    """A convolution's kernels as a matrix; its first axis are the rows."""
     return p.flatten(1)
 
 

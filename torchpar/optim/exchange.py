@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Matrices whose parts lie on several ranks: an owner gets each one whole, and sends every rank its part.
+"""The exchange of sharded matrices: an owner gets each one whole, and sends all ranks parts of the result.
 
 The ranks of a group share the work: each one owns some of the matrices. A step makes two all-to-alls in
 bfloat16. The first brings the parts of each matrix to its owner, and the second brings parts of the owner's
-result to all ranks. If every rank has the whole matrices, there is no first. Each message says which
-gradients its sender has, so that a rank without one is found on every rank.
+result to all ranks. If every rank has the whole matrices, there is no first. The first message of a step also
+says which gradients its sender has, so that every rank notices a missing one.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,17 +21,17 @@ from torchpar.optim.parts import Part, holders_of
 from torchpar.parallel.wire import wire_device
 
 
-class Gradient(IntEnum):
+class GradientState(IntEnum):
     """What a rank has of a matrix's gradient in this step."""
 
     ABSENT = 0
     PRESENT = 1
     EMPTY = 2  # no element of the matrix
-    MOVED = 3  # one of other placements than the matrix's, which all ranks move first
+    MISPLACED = 3  # of other placements than the matrix, and all ranks redistribute it first
     SPARSE = 4
 
 
-THERE = (Gradient.PRESENT, Gradient.MOVED)
+PRESENT, MISPLACED, SPARSE = GradientState.PRESENT, GradientState.MISPLACED, GradientState.SPARSE
 
 
 class Message(NamedTuple):
@@ -101,12 +101,13 @@ class Exchange:
     Args:
         names, parts, settings, costs: of each matrix its name, this rank's part of it, a text that must be
             the same on all ranks, and the work that it makes.
-        is_moved: whether this rank moves a gradient before its steps.
+        misplaced: whether this rank has a gradient of other placements than its matrix.
         device: of the matrices.
 
     Attributes:
-        mine: the indices of the matrices that this rank owns.
-        present: whether each matrix takes part in this step; of a rank without elements, after `scatter`.
+        owned: the indices of the matrices that this rank owns.
+        redistributes: whether the ranks redistribute gradients before a step.
+        present: whether each matrix takes part in this step; for a rank without elements, after `scatter`.
 
     Raises:
         ConfigError: the ranks have other matrices, or their parts do not make a whole; on every rank.
@@ -119,39 +120,45 @@ class Exchange:
         parts: Sequence[Part],
         settings: Sequence[str],
         costs: Sequence[int],
-        is_moved: bool,
+        misplaced: bool,
         device: torch.device,
     ):
         self.group, self.names, self.parts, self.device = group, names, parts, device
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         everyone: list[Any] = [None] * ranks
-        mine = (is_moved, list(zip(names, parts, settings, strict=True)))
-        dist.all_gather_object(everyone, mine, group)
-        self.is_moved = any(moved for moved, _ in everyone)
+        own = (misplaced, list(zip(names, parts, settings, strict=True)))
+        dist.all_gather_object(everyone, own, group)
+        self.redistributes = any(misplaced for misplaced, _ in everyone)
         everyone = [of_rank for _, of_rank in everyone]
         _check_same(everyone)
-        owners = assign(costs, ranks)
-        self.mine = [i for i, owner in enumerate(owners) if owner == rank]
+        owners = assign_owners(costs, ranks)
+        self.owned = [i for i, owner in enumerate(owners) if owner == rank]
         parts_of_all = [[of_rank[i][1] for of_rank in everyone] for i in range(len(names))]
         to_owners, to_all = messages(names, parts_of_all, owners)
         # The first all-to-all of a step has the flags.
         self._to_owners = _Route(to_owners, group, len(names)) if to_owners else None
         self._to_all = _Route(to_all, group, 0 if to_owners else len(names))
 
-    def agree(self, gradients: Sequence[Gradient]) -> None:
-        """Compare the gradients of all ranks, if some must be moved, which hangs unless all ranks have them.
+    def agree(self, gradients: Sequence[GradientState], placements: Sequence[str]) -> None:
+        """If gradients are redistributed, first check that all ranks will do so; others would hang.
 
         Raises:
-            ConfigError: as `gather`.
+            ConfigError: as `gather`, or for gradients of different placements.
         """
-        if self.is_moved:
-            flags = self._as_flags(gradients)
-            flags = flags.to(wire_device(flags, self.group))
-            everyone = [torch.empty_like(flags) for _ in range(dist.get_world_size(self.group))]
-            dist.all_gather(everyone, flags, self.group)
-            self._agreed(everyone)
+        if self.redistributes:
+            everyone: list[Any] = [None] * dist.get_world_size(self.group)
+            dist.all_gather_object(everyone, (list(gradients), list(placements)), self.group)
+            self._agreed([of_rank for of_rank, _ in everyone])
+            for name, found in zip(
+                self.names, zip(*(of_rank for _, of_rank in everyone), strict=True), strict=True
+            ):
+                if len(set(found)) > 1:
+                    raise ConfigError(
+                        f"Muon: {name} has gradients of the placements {' and '.join(sorted(set(found)))}, "
+                        "expected the same on all ranks"
+                    )
 
-    def gather(self, parts: Sequence[Tensor | None], gradients: Sequence[Gradient]) -> dict[int, Tensor]:
+    def gather(self, parts: Sequence[Tensor | None], gradients: Sequence[GradientState]) -> dict[int, Tensor]:
         """Return the matrices that this rank owns, by index.
 
         Args:
@@ -161,14 +168,14 @@ class Exchange:
         Raises:
             ConfigError: a gradient that only some ranks have, or a sparse one; on every rank.
         """
-        self._flags = self._as_flags(gradients)
-        self.present = [gradient in THERE for gradient in gradients]
+        self._flags = torch.tensor(gradients, dtype=torch.bfloat16, device=self.device)
+        self.present = [gradient in (PRESENT, MISPLACED) for gradient in gradients]
         incoming: list[tuple[Message, Tensor]] = []
         if self._to_owners is not None:
             incoming, everyone = self._to_owners.run(lambda m: parts[m.matrix], self._flags, self.device)
-            self.present = self._agreed(everyone)
+            self.present = self._agreed(torch.stack(everyone).tolist())
         whole = {}
-        for i in self.mine:
+        for i in self.owned:
             own = parts[i]
             if self.present[i]:
                 whole[i] = torch.empty(self.parts[i].whole, dtype=torch.bfloat16, device=self.device)
@@ -194,41 +201,38 @@ class Exchange:
 
         incoming, everyone = self._to_all.run(take, self._flags, self.device)
         if self._to_owners is None:
-            self.present = self._agreed(everyone)
+            self.present = self._agreed(torch.stack(everyone).tolist())
         found = {message.matrix: t for message, t in incoming}
         found |= {i: self.parts[i].of(result) for i, result in results.items()}
         return [found[i] if present else None for i, present in enumerate(self.present)]
 
-    def _as_flags(self, gradients: Sequence[Gradient]) -> Tensor:
-        return torch.tensor(gradients, dtype=torch.bfloat16, device=self.device)
-
-    def _agreed(self, everyone: list[Tensor]) -> list[bool]:
-        """Whether each matrix takes part, by the flags of all ranks."""
-        by_rank = torch.stack(everyone).tolist()
-        ranks = [dist.get_global_rank(self.group, rank) for rank in range(len(everyone))]
+    def _agreed(self, by_rank: Sequence[Sequence[float]]) -> list[bool]:
+        """Whether each matrix takes part, by the states of all ranks' gradients."""
         present = []
-        for name, flags in zip(self.names, zip(*by_rank, strict=True), strict=True):
-            of_rank = dict(zip(reversed(flags), reversed(ranks), strict=True))  # the first with each flag
-            if Gradient.SPARSE in of_rank:
-                rank = of_rank[Gradient.SPARSE]
+        for name, states in zip(self.names, zip(*by_rank, strict=True), strict=True):
+            rank_of: dict[float, int] = {}  # the first rank of each state
+            for rank, state in enumerate(states):
+                rank_of.setdefault(state, dist.get_global_rank(self.group, rank))
+            if SPARSE in rank_of:
+                rank = rank_of[SPARSE]
                 raise ConfigError(f"Muon: {name} has a sparse gradient on rank {rank}, expected a dense one")
-            has = [of_rank[flag] for flag in THERE if flag in of_rank]
-            if has and Gradient.ABSENT in of_rank:
-                lacks = of_rank[Gradient.ABSENT]
+            having = [rank_of[state] for state in (PRESENT, MISPLACED) if state in rank_of]
+            if having and GradientState.ABSENT in rank_of:
+                lacking = rank_of[GradientState.ABSENT]
                 raise ConfigError(
-                    f"Muon: {name} has a gradient on rank {has[0]} and none on rank {lacks}, expected the "
-                    "same on all; let every rank's loss depend on it"
+                    f"Muon: {name} has a gradient on rank {having[0]} and none on rank {lacking}, expected "
+                    "the same on all; let every rank's loss depend on it"
                 )
-            if Gradient.MOVED in of_rank and (len(of_rank) > 1 or not self.is_moved):
+            if MISPLACED in rank_of and (len(rank_of) > 1 or not self.redistributes):
                 raise ConfigError(
-                    f"Muon: {name} has a gradient of other placements than its own on rank {has[-1]}, "
+                    f"Muon: {name} has a gradient of other placements than its own on rank {having[-1]}, "
                     "expected so on all ranks and in all steps, or never"
                 )
-            present.append(bool(has))
+            present.append(bool(having))
         return present
 
 
-def assign(costs: Sequence[int], ranks: int) -> list[int]:
+def assign_owners(costs: Sequence[int], ranks: int) -> list[int]:
     """The owner of each matrix: the most costly first, each to the least loaded rank."""
     owners = [0] * len(costs)
     loads = [0] * ranks

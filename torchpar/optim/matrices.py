@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Parameters as matrices, and matrices of like shapes orthogonalised together."""
+"""Parameters seen as matrices, and matrices orthogonalised in batches."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,26 +19,34 @@ View = Callable[[Tensor], Tensor | Sequence[Tensor]]
 _BATCH_MULTIPLICATIONS = 2**31  # in X·Xᵀ; they take a GPU about as long as a launch
 # On a GPU the launches of a small matrix take longer than its products. With zeros around it, which change no
 # singular value, it shares the launches of other small ones. On a CPU the zeros cost more than they save.
-_PADDED_ON = "cuda"
-_PADDED = 64  # rows and columns: padded to a multiple
+_PADDING_DEVICE = "cuda"
+_PADDING = 64  # rows and columns: padded to a multiple
 _SMALL = 2**24  # multiplications in X·Xᵀ
 
 
 @dataclass(frozen=True)
 class Item:
-    """A parameter, of the optimizer's group with index ``group``, and what this rank has of it."""
+    """A parameter, and what this rank has of it.
+
+    Attributes:
+        place: the index of its group, and its index in it.
+    """
 
     name: str
-    group: int
+    place: tuple[int, int]
     p: Tensor
     part: Part
     view: View | None
+
+    @property
+    def group(self) -> int:
+        return self.place[0]
 
     def matrices(self, t: Tensor) -> list[Tensor]:
         """The matrices of ``t``, which has the shape of the whole parameter; views of it."""
         found = t if self.view is None else self.view(t)
         found = [found] if isinstance(found, Tensor) else list(found)
-        return [matrix for one in found for matrix in _two_dims(one)]
+        return [matrix for one in found for matrix in _as_matrices(one)]
 
     @cached_property
     def shapes(self) -> list[torch.Size]:
@@ -61,7 +69,10 @@ class Item:
                 )
             return
         counted = torch.zeros(shape, dtype=torch.int8)
-        matrices = self.matrices(counted)
+        try:
+            matrices = self.matrices(counted)
+        except Exception as e:
+            raise ConfigError(f"Muon: the view of {self.name}, of shape {shape}, fails: {e}") from e
         for matrix in matrices:
             matrix.add_(1)
         if not counted.eq(1).all() or any(matrix.dim() != 2 for matrix in matrices):
@@ -72,7 +83,7 @@ class Item:
 
 
 def orthogonalize_together(matrices: Sequence[Tensor], *settings: Any) -> list[Tensor]:
-    """Orthogonalise each matrix, in batches of one shape until a batch fills a device; bfloat16.
+    """Orthogonalise each matrix, in batches of equal shapes that keep a device busy; bfloat16.
 
     Args:
         settings: the other arguments of `orthogonalize`.
@@ -94,8 +105,8 @@ def orthogonalize_together(matrices: Sequence[Tensor], *settings: Any) -> list[T
 
 def _batch_shape(matrix: Tensor) -> torch.Size:
     """The shape to which a matrix is padded to share a batch."""
-    padded = torch.Size(-(-size // _PADDED) * _PADDED for size in matrix.shape)
-    pads = matrix.device.type == _PADDED_ON and multiplications(padded) <= _SMALL
+    padded = torch.Size(-(-size // _PADDING) * _PADDING for size in matrix.shape)
+    pads = matrix.device.type == _PADDING_DEVICE and multiplications(padded) <= _SMALL
     return padded if pads else matrix.shape
 
 
@@ -109,7 +120,7 @@ def _stack(matrices: list[Tensor], shape: torch.Size) -> Tensor:
     return torch.stack(matrices) if len(matrices) > 1 else matrices[0]
 
 
-def _two_dims(t: Tensor) -> Sequence[Tensor]:
+def _as_matrices(t: Tensor) -> Sequence[Tensor]:
     return [t] if t.dim() <= 2 else t.flatten(0, -3).unbind()
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The Muon optimizer on symmetric matrix products, for parameters that one rank has, or many.
+"""The Muon optimizer, computed by symmetric matrix products, for whole and for sharded parameters.
 
 Muon replaces the momentum M = U·Σ·Vᵀ of a weight by a matrix near U·Vᵀ, which `orthogonalize` computes.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from torchpar.errors import ConfigError
+from torchpar.ops._library import is_dtensor
 from torchpar.optim.assign import Choice, ModelOptimizer, chain
-from torchpar.optim.exchange import THERE, Exchange, Gradient
+from torchpar.optim.exchange import MISPLACED, PRESENT, SPARSE, Exchange, GradientState
 from torchpar.optim.matrices import Item, View, orthogonalize_together
 from torchpar.optim.newton_schulz import COEFFICIENTS, Coefficients, NewtonSchulz, check_ns, per_step
 from torchpar.optim.parts import holders_of, is_split_by_hand, local, part_of
@@ -35,19 +36,19 @@ class Muon(Optimizer):
     """`torch.optim.Muon` on symmetric matrix products, with the same arguments and state dict.
 
     ``B ← μ·B + (1−μ)·g``, ``W ← (1 − γ·λ)·W − γ'·orthogonalize(g + μ·(B − g))``, or ``orthogonalize(B)``
-    without Nesterov. γ' is γ adjusted to the shape of W. With ``ns="standard"`` the updates are
-    `torch.optim.Muon`'s up to bfloat16 rounding. The default "auto" is less accurate for matrices with one
-    side at least twice the other, see `orthogonalize`.
+    without Nesterov. γ is ``lr``, λ ``weight_decay``, μ ``momentum``, and γ' is γ adjusted to the shape of
+    W. With ``ns="standard"`` the updates are `torch.optim.Muon`'s up to bfloat16 rounding. The default "auto"
+    is less accurate for matrices with one side at least twice the other, see `orthogonalize`.
 
-    Matrices of one shape are orthogonalised together, until a batch fills a device. On one rank a step reads
-    nothing back from the device.
+    Matrices of equal shapes are orthogonalised in batches that keep the device busy. On one rank a step never
+    waits for the device.
 
     **Several ranks.** A parameter may be whole, a DTensor of any placement, such as one of `fully_shard`, or
     of one of torchpar's split layers. Each matrix is orthogonalised by one of the ranks that have it, and the
-    work is shared out evenly. A step makes two all-to-alls in bfloat16 for each mesh, and holds no more than
-    its share of the whole matrices (`torchpar.optim.exchange`). With ``ns="standard"`` the parameters have
-    the bits of unsplit ones, on a CPU. State is saved and loaded as of any optimizer: a momentum lies where
-    its parameter does.
+    work is shared about evenly. A step makes two all-to-alls in bfloat16 for each mesh, and holds no more
+    than its share of the whole matrices (`torchpar.optim.exchange`). With ``ns="standard"`` parameters of
+    float32 have the bits of unsplit ones, on a CPU. State is saved and loaded as of any optimizer: a momentum
+    lies where its parameter does.
 
     Give Muon the hidden weight matrices only. `for_model` finds them, and gives another optimizer the
     embeddings, the output head, biases and norms.
@@ -56,21 +57,24 @@ class Muon(Optimizer):
         params, lr, weight_decay, momentum, nesterov, eps, ns_steps, adjust_lr_fn: as in `torch.optim.Muon`.
         ns_coefficients: as in `orthogonalize`: one triple, one for each iteration, or "polar_express".
         ns: the Newton–Schulz iteration, "auto", "standard" or "gram", see `orthogonalize`.
-        views: for parameters that are no matrix, or several, how each is seen as matrices, by name. The
-            parameters need names: give ``model.named_parameters()``.
-        process_group: a group, or a mesh, of ranks that share the work and have all parts of each parameter.
-            By default a parameter's own mesh, and no other rank for a whole one. Under
-            `torch.nn.parallel.DistributedDataParallel` name the ranks that hold the same parameters.
+        views: by the name of a parameter, a function that returns its matrices. For parameters that are not
+            one matrix. They need names: give ``model.named_parameters()``.
+        process_group: a group, or a mesh, of the ranks that share the work; together they hold every part of
+            each parameter. The default is a parameter's own mesh; whole parameters are not shared. Under
+            `torch.nn.parallel.DistributedDataParallel` name the ranks that hold the same parameters. A copy
+            of the optimizer has none.
 
     Raises:
-        ConfigError: a parameter that is no matrix and has no view; a view that is none; ``ns``, ``views`` or
-            ``process_group`` in a parameter group; an argument that `torch.optim.Muon` refuses; ranks that
-            have other parameters. It is a ValueError, and names the parameter.
+        ConfigError: a parameter that is not a matrix and has no view; an invalid view; ``ns``, ``views`` or
+            ``process_group`` in a parameter group; an argument that `torch.optim.Muon` refuses; ranks
+            whose parameters differ. It is a ValueError, and names the parameter.
     """
 
     ns: NewtonSchulz = "auto"
     views: Mapping[str, View]
-    process_group: dist.ProcessGroup | DeviceMesh | None = None  # of a copy it is None
+    process_group: dist.ProcessGroup | DeviceMesh | None = None  # not copied
+    _plan: list[tuple[list[Item], Exchange | None]] | None = None
+    _split_at: Collection[tuple[int, int]] = ()  # in a copy: the parameters that were split by hand
 
     def __init__(
         self,
@@ -92,8 +96,7 @@ class Muon(Optimizer):
         self.ns = ns
         self.views = views or {}
         self.process_group = process_group
-        self._plan: list[tuple[list[Item], Exchange | None]] | None = None
-        self._split: set[str] = set()  # of a copy: the parameters that were split by hand
+        self._view_at: dict[tuple[int, int], View] = {}  # by group, and index in it
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -130,11 +133,11 @@ class Muon(Optimizer):
         parameter  shape   optimizer  reason
         0.weight   100×32  AdamW      embedding
         1.weight   64×32   Muon       hidden matrix
-        1.bias     64      AdamW      no matrix
+        1.bias     64      AdamW      not a matrix
         3.weight   100×64  AdamW      output head, the last linear layer
-        3.bias     100     AdamW      no matrix
+        3.bias     100     AdamW      not a matrix
 
-        Muon takes the weights of linear layers, of convolutions (each kernel as a row), and of
+        Muon takes the weights of linear layers, of convolutions (their first axis as rows), and of
         `torch.nn.MultiheadAttention` (query, key and value apart). The output head is the last linear layer
         that is not in one of several equal blocks.
 
@@ -155,12 +158,13 @@ class Muon(Optimizer):
         return chain(make, model, others, overrides or {}, views or {})
 
     def __getstate__(self) -> dict[str, Any]:
-        split = {item.name for item in self._items() if is_split_by_hand(item.p)}
-        return {**super().__getstate__(), "ns": self.ns, "views": self.views, "_split": split}
+        split = {item.place for item in self._items() if is_split_by_hand(item.p)}
+        own = {"ns": self.ns, "views": self.views, "_view_at": self._view_at, "_split_at": split}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # called for a copy, and by load_state_dict, which keeps the parameters
-        planned = {id(item.p) for items, _ in self.__dict__.get("_plan") or () for item in items}
+        planned = {id(item.p) for items, _ in self._plan or () for item in items}
         if planned != {id(p) for group in self.param_groups for p in group["params"]}:
             self._plan = None
 
@@ -170,11 +174,15 @@ class Muon(Optimizer):
             raise ConfigError(f"Muon: {sorted(own)[0]} applies to the whole optimizer, not to a group")
         super().add_param_group(param_group)
         self._plan = None
+        index, group = len(self.param_groups) - 1, self.param_groups[-1]
+        for i, name in enumerate(group.get("param_names", ())):
+            if name in self.views:  # a state dict that is loaded may bring other names
+                self._view_at[index, i] = self.views[name]
         try:
-            _check_group(self.param_groups[-1])
-            for item in self._items(len(self.param_groups) - 1):
+            _check_group(group)
+            for item in self._items(index):
                 item.check()
-        except ValueError:
+        except Exception:
             self.param_groups.pop()
             raise
 
@@ -188,17 +196,17 @@ class Muon(Optimizer):
                     part, _ = part_of(p)
                 except ConfigError as e:
                     raise ConfigError(f"Muon: {name}: {e}") from e
-                yield Item(name, index, p, part, self.views.get(name))
+                yield Item(name, (index, i), p, part, self._view_at.get((index, i)))
 
     def _plans(self) -> list[tuple[list[Item], Exchange | None]]:
         """The parameters that are exchanged together, with their exchange; None for those that need none."""
         if self._plan is None:
             by_ranks: dict[Any, list[Item]] = {}
             for item in self._items():
-                if item.name in self._split and not is_split_by_hand(item.p):
+                if item.place in self._split_at and not is_split_by_hand(item.p):
                     raise ConfigError(
-                        f"Muon: {item.name} was split by hand, which this copy of it does not know; copy the "
-                        "layers, and make an optimizer for the copy"
+                        f"Muon: {item.name} was split by hand, which this copy of the optimizer does not "
+                        "know; copy the layers, and make an optimizer for the copy"
                     )
                 by_ranks.setdefault(self.process_group or part_of(item.p)[1], []).append(item)
             self._plan = [(items, self._exchange(ranks, items)) for ranks, items in by_ranks.items()]
@@ -212,8 +220,8 @@ class Muon(Optimizer):
         group = ranks if isinstance(ranks, dist.ProcessGroup) else _group_of(ranks)
         names, parts, costs = zip(*((item.name, item.part, item.cost) for item in items), strict=True)
         settings = [self._settings(item) for item in items]
-        is_moved = Gradient.MOVED in map(_has, items)
-        return Exchange(group, names, parts, settings, costs, is_moved, items[0].p.device)
+        misplaced = GradientState.MISPLACED in map(_state_of_gradient, items)
+        return Exchange(group, names, parts, settings, costs, misplaced, items[0].p.device)
 
     def _settings(self, item: Item) -> str:
         """The matrices of a parameter, and how they are orthogonalised: the same on all ranks."""
@@ -227,42 +235,47 @@ class Muon(Optimizer):
         """Take one step; returns the loss of ``closure``, which computes the gradients, or None.
 
         Raises:
-            ConfigError: a gradient that is sparse, or that only some ranks have; a group without any gradient
-                while another has some. On every rank.
+            ConfigError: a gradient that is sparse, or that only some ranks have, on every rank that shares
+                the work; a group without any gradient while another has some; a momentum that was loaded
+                from other placements.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         updates: list[tuple[Item, Tensor]] = []
+        sparse: list[Item] = []
         for items, exchange in self._plans():
-            gradients = [_has(item) for item in items]
+            gradients = [_state_of_gradient(item) for item in items]
             if exchange is None:
-                if Gradient.SPARSE in gradients:
-                    name = items[gradients.index(Gradient.SPARSE)].name
-                    raise ConfigError(f"Muon: {name} has a sparse gradient, expected a dense one")
+                sparse += [item for item, state in zip(items, gradients, strict=True) if state == SPARSE]
                 directions = self._directions(items, gradients)
-                found = self._orthogonalized(items, {i: t for i, t in enumerate(directions) if t is not None})
-                updates += [(items[i], t) for i, t in found.items()]
-                empty = [item for item in items if item.p.grad is not None and not item.p.numel()]
-                updates += [(item, item.p) for item in empty]
+                results = self._orthogonalized(
+                    items, {i: t for i, t in enumerate(directions) if t is not None}
+                )
+                updates += [(items[i], t) for i, t in results.items()]
             else:
-                exchange.agree(gradients)
-                directions = self._directions(items, gradients)
-                found = self._orthogonalized(items, exchange.gather(directions, gradients))
-                parts = exchange.scatter(found)
+                exchange.agree(gradients, [_placements(item.p.grad) for item in items])
+                directions = self._directions(items, gradients, exchange.redistributes)
+                results = self._orthogonalized(items, exchange.gather(directions, gradients))
+                parts = exchange.scatter(results)
                 updates += [(item, t) for item, t in zip(items, parts, strict=True) if t is not None]
+            updates += [(item, item.p) for item in items if 0 in item.part.whole and item.p.grad is not None]
+        if sparse:  # after the messages, for which other ranks wait
+            raise ConfigError(f"Muon: {sparse[0].name} has a sparse gradient, expected a dense one")
         self._check_no_group_is_left_out(updates)
         self._apply(updates)
         return loss
 
-    def _directions(self, items: list[Item], gradients: list[Gradient]) -> list[Tensor | None]:
+    def _directions(
+        self, items: list[Item], gradients: list[GradientState], redistribute: bool = True
+    ) -> list[Tensor | None]:
         """The momentum of each parameter, after its update, and with Nesterov's correction; on this rank."""
-        # All ranks move gradients in the same order.
+        # All ranks redistribute gradients in the same order.
         grads = {
             i: _gradient(item)
-            for i, (item, has) in enumerate(zip(items, gradients, strict=True))
-            if has in THERE
+            for i, (item, state) in enumerate(zip(items, gradients, strict=True))
+            if state == PRESENT or (state == MISPLACED and redistribute)
         }
         directions: list[Tensor | None] = [None] * len(items)
         by_group: dict[int, list[int]] = {}
@@ -272,7 +285,7 @@ class Muon(Optimizer):
         for index, chosen in by_group.items():
             group = self.param_groups[index]
             of_group = [grads[i] for i in chosen]
-            momenta = [self._momentum(items[i].p) for i in chosen]
+            momenta = [self._momentum(items[i]) for i in chosen]
             torch._foreach_lerp_(momenta, of_group, 1 - group["momentum"])
             if group["nesterov"]:
                 momenta = torch._foreach_lerp(of_group, momenta, group["momentum"])  # type: ignore[assignment]
@@ -280,14 +293,21 @@ class Muon(Optimizer):
                 directions[i] = t
         return directions
 
-    def _momentum(self, p: Tensor) -> Tensor:
-        state = self.state[p]
+    def _momentum(self, item: Item) -> Tensor:
+        p, state = item.p, self.state[item.p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        return local(state["momentum_buffer"])
+        momentum = state["momentum_buffer"]
+        if momentum.shape != p.shape or _placements(momentum) != _placements(p):
+            raise ConfigError(
+                f"Muon: {item.name} is {tuple(p.shape)} {_placements(p)}, and its momentum "
+                f"{tuple(momentum.shape)} {_placements(momentum)}; torch.distributed.checkpoint loads a "
+                "state dict of other placements"
+            )
+        return local(momentum)
 
     def _orthogonalized(self, items: list[Item], whole: dict[int, Tensor]) -> dict[int, Tensor]:
-        """The orthogonalised ``whole`` parameters, bfloat16, by their indices in ``items``."""
+        """Orthogonalise the ``whole`` momenta, keyed by their indices in ``items``; bfloat16."""
         results: dict[int, Tensor] = {}
         by_group: dict[int, list[tuple[int, Tensor]]] = {}
         for i, t in whole.items():
@@ -329,7 +349,7 @@ class Muon(Optimizer):
                 pair = local(item.p), update
                 by_rate.setdefault((item.group, self._ratio(item)), []).append(pair)
             else:  # a checkpoint saves the momentum on every rank
-                self._momentum(item.p)
+                self._momentum(item)
         for (index, ratio), pairs in by_rate.items():
             lr, decay = self.param_groups[index]["lr"], self.param_groups[index]["weight_decay"]
             params, moves = [list(column) for column in zip(*pairs, strict=True)]
@@ -357,30 +377,35 @@ def _check_group(group: dict[str, Any]) -> None:
     per_step(group["ns_coefficients"], group["ns_steps"])
 
 
-def _has(item: Item) -> Gradient:
+def _state_of_gradient(item: Item) -> GradientState:
     p, grad = item.p, item.p.grad
     if grad is not None and grad.layout != torch.strided:
-        return Gradient.SPARSE
-    if grad is not None and getattr(grad, "placements", None) != getattr(p, "placements", None):
-        return Gradient.MOVED
+        return SPARSE
+    if grad is not None and _placements(grad) != _placements(p):
+        return MISPLACED
     if not item.part.shape.numel():
-        return Gradient.EMPTY
-    return Gradient.ABSENT if grad is None else Gradient.PRESENT
+        return GradientState.EMPTY
+    return GradientState.ABSENT if grad is None else PRESENT
+
+
+def _placements(t: Tensor | None) -> str:
+    """The placements of a DTensor, "" of another tensor."""
+    return str(t.placements) if t is not None and is_dtensor(t) else ""  # type: ignore[attr-defined]
 
 
 def _gradient(item: Item) -> Tensor:
     """This rank's part of the gradient."""
     grad: Any = item.p.grad
-    if _has(item) == Gradient.MOVED:  # such as partial sums
+    if _placements(grad) != _placements(item.p):  # such as partial sums
         grad = grad.redistribute(placements=item.p.placements)  # type: ignore[attr-defined]
     return local(grad).to(item.p.dtype)
 
 
 def _group_of(mesh: Any) -> dist.ProcessGroup:
     """The group of all ranks of a mesh."""
-    long = [dim for dim in range(mesh.ndim) if mesh.size(dim) > 1]
-    if len(long) == 1:
-        return mesh.get_group(long[0])  # type: ignore[no-any-return]
+    dims = [dim for dim in range(mesh.ndim) if mesh.size(dim) > 1]
+    if len(dims) == 1:
+        return mesh.get_group(dims[0])  # type: ignore[no-any-return]
     ranks = sorted(mesh.mesh.flatten().tolist())
     if len(ranks) == dist.get_world_size():
         return dist.group.WORLD  # type: ignore[return-value]

@@ -48,7 +48,7 @@ Triple = tuple[float, float, float]
 Coefficients = Triple | Sequence[Triple] | Literal["polar_express"]
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan, 2024, https://kellerjordan.github.io/posts/muon
 # Amsel, Persson, Musco and Gower, "The Polar Express", 2025, https://arxiv.org/abs/2505.16932, algorithm 1.
-# For singular values up to 1.01, as roundings make them; the last triple needs no such margin.
+# Scaled for singular values up to 1.01, as rounding can raise them above 1; the last triple needs no margin.
 _POLAR_EXPRESS = (
     *(
         (a / 1.01, b / 1.01**3, c / 1.01**5)
@@ -84,8 +84,8 @@ def orthogonalize(
 
     Args:
         x: ``(*, n, m)``, floating; each matrix of a batch is orthogonalised.
-        coefficients: ``(a, b, c)``; one such triple for each iteration, the last of which serves all further
-            ones; or "polar_express", which ends nearest to singular values of 1.
+        coefficients: ``(a, b, c)``; one such triple for each iteration, the last of which is
+            repeated; or "polar_express", which ends nearest to singular values of 1.
         steps: the number of iterations, 0 to 99.
         eps: the least norm to divide by, so that 0 stays 0.
         ns: the iteration. "standard" is as accurate as `torch.optim.Muon`. "gram" iterates on the Gram

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar.ops._onednn import layer_gains
-from torchpar.optim.exchange import assign, messages
+from torchpar.optim.exchange import assign_owners, messages
 from torchpar.optim.matrices import multiplications
 from torchpar.optim.parts import Part
 from torchpar.parallel.launch.world import World
@@ -120,7 +120,7 @@ def collectives(
         itemsize: bytes of a number.
         arithmetic: "fast" or "exact", as of `parallel_mlp`.
         fused: the gradients are those of `torchpar.training.fused.FusedGradients`.
-        muon: the ranks of a stage that share the work of `torchpar.optim.Muon` for the weights.
+        muon: the mesh whose ranks share the work of `torchpar.optim.Muon` within a stage, or None.
     """
     dims = {name: mesh[name].size() for name in ("pp", "dp", "tp")}
     at = {name: mesh[name].get_local_rank() for name in dims}
@@ -177,15 +177,18 @@ def collectives(
             buckets = [_EXPONENT * exponents, _SUM * sum(parameters) // itemsize]
         expected += [Expected("dp", "all_reduce", dims["dp"], n) for n in buckets]
     if muon is not None and muon.size() > 1:
-        expected += _of_muon(sizes, stage, dims["tp"], muon)
+        expected += _muon_collectives(sizes, stage, dims["tp"], muon)
     return expected
 
 
-def _of_muon(sizes: Sequence[int], stage: Sequence[int], tp: int, mesh: DeviceMesh) -> list[Expected]:
-    """The all-to-alls of bfloat16 by which the ranks of ``mesh``, "dp" × "tp", share the work of a stage."""
+def _muon_collectives(
+    sizes: Sequence[int], stage: Sequence[int], tp: int, mesh: DeviceMesh
+) -> list[Expected]:
+    """The all-to-alls of a step of Muon on ``mesh``, "dp" × "tp", in bfloat16."""
     parts = []  # of each weight, on each rank
     for i in stage:
         axis, whole = i % 2, (sizes[i + 1], sizes[i])
+        # A last column layer is not split.
         shares = 1 if axis == 0 and i == len(sizes) - 2 else tp
         of_ranks = []
         for rank in range(shares):
@@ -193,9 +196,11 @@ def _of_muon(sizes: Sequence[int], stage: Sequence[int], tp: int, mesh: DeviceMe
             start[axis], size[axis] = partition.offset(), partition.widths()[rank]
             of_ranks.append(Part(whole, tuple(start), tuple(size)))
         parts.append(of_ranks * (mesh.size() // len(of_ranks)))
-    long = [name for name in mesh.mesh_dim_names or () if mesh[name].size() > 1]
-    dimension = long[0] if len(long) == 1 else ""
-    owners = assign([multiplications(torch.Size(of_ranks[0].whole)) for of_ranks in parts], mesh.size())
+    dims = [name for name in mesh.mesh_dim_names or () if mesh[name].size() > 1]
+    dimension = dims[0] if len(dims) == 1 else ""
+    owners = assign_owners(
+        [multiplications(torch.Size(of_ranks[0].whole)) for of_ranks in parts], mesh.size()
+    )
     me = mesh.mesh.flatten().tolist().index(dist.get_rank())
     flags = len(parts) * (mesh.size() - 1)  # in the first message
     expected = []
