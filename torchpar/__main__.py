@@ -8,6 +8,7 @@ import importlib
 import sys
 
 COMMANDS = {
+    "doctor": ("torchpar.doctor", "say what works on this machine, and how to mend what does not"),
     "tune": ("torchpar.tune.command", "measure the fastest configurations of the kernels on this GPU"),
     "verify": (
         "torchpar.training.verify",

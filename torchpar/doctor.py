@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: MIT
+"""Examination of this machine: ``python -m torchpar doctor``.
+
+It looks at versions, processor, GPUs, kernels, communication and folders, and computes each operator once
+beside float64. Each finding that needs attention has a remedy.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import torchpar
+
+# The oldest and the newest versions that the tests have run with.
+TESTED = {
+    "python": ("3.11", "3.12"),
+    "torch": ("2.11", "2.15"),
+    "triton": ("3.6", "3.9"),
+    "numpy": ("2.3", "2.5"),
+}
+EXTRAS = {
+    "examples": ("torchvision", "tyro", "rich", "matplotlib"),
+    "baselines": ("numba", "mpi4py"),
+    "lightning": ("lightning", "tensorboard"),
+}
+# Units in the last place of a product's rounding, by the precision of its factors.
+_ROUNDING = {"ieee": 2.0**-24, "tf32": 2.0**-11}
+_GPU_COMPILED_FOR = 90  # the capability, where there is no GPU
+
+State = Literal["ok", "note", "problem"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A fact about this machine.
+
+    Attributes:
+        area: such as "versions".
+        state: "ok"; "note", something is missing that is not needed by all; "problem", something fails.
+        remedy: what to do about it, or "".
+    """
+
+    area: str
+    name: str
+    value: str
+    state: State = "ok"
+    remedy: str = ""
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("python -m torchpar doctor", description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    options = parser.parse_args(arguments)
+    start = time.perf_counter()
+    findings = list(examine())
+    seconds = time.perf_counter() - start
+    problems = sum(finding.state == "problem" for finding in findings)
+    if options.json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+    else:
+        _print(findings)
+        notes = sum(finding.state == "note" for finding in findings)
+        print(f"\n{problems} problems, {notes} notes, {seconds:.1f} s")
+    return 1 if problems else 0
+
+
+def _print(findings: Sequence[Finding]) -> None:
+    width = max(len(finding.name) for finding in findings)
+    area = ""
+    for finding in findings:
+        if finding.area != area:
+            area = finding.area
+            print(f"\n{area}")
+        mark = {"ok": " ", "note": "-", "problem": "!"}[finding.state]
+        print(f" {mark} {finding.name:{width}}  {finding.value}")
+        if finding.remedy:
+            print(f"   {'':{width}}  → {finding.remedy}")
+
+
+def examine() -> Iterator[Finding]:
+    """All findings; an area whose examination fails is itself a problem."""
+    areas = (versions, extras, processor, gpus, kernels, communication, folders, operators)
+    for area in areas:
+        try:
+            yield from area()
+        except Exception as e:
+            yield Finding(
+                area.__name__, "examination", _line(e), "problem", "please report it, with this output"
+            )
+
+
+def versions() -> Iterator[Finding]:
+    yield Finding("versions", "torchpar", torchpar.__version__)
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for name in ("triton", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            without = "GPUs take no kernel" if name == "triton" else "torchpar needs it"
+            state: State = "problem" if name == "numpy" or torch.cuda.is_available() else "note"
+            yield Finding("versions", name, f"missing; {without}", state, f"pip install {name}")
+    for name, text in found.items():
+        oldest, newest = TESTED[name]
+        if _numbers(oldest) <= _numbers(text) <= _numbers(newest):
+            yield Finding("versions", name, text)
+        else:
+            remedy = f"if something fails, take a version from {oldest} to {newest}"
+            yield Finding("versions", name, f"{text}, not tested", "note", remedy)
+
+
+def extras() -> Iterator[Finding]:
+    for extra, packages in EXTRAS.items():
+        missing = [name for name in packages if importlib.util.find_spec(name) is None]
+        if missing:
+            remedy = f"pip install 'torchpar[{extra}]'"
+            yield Finding("extras", extra, f"without {', '.join(missing)}", "note", remedy)
+        else:
+            yield Finding("extras", extra, ", ".join(f"{name} {version(name)}" for name in packages))
+
+
+def processor() -> Iterator[Finding]:
+    from torchpar.ops import _onednn
+
+    yield Finding("processor", "model", f"{_model()}, {torch.backends.cpu.get_cpu_capability()}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = torch.get_num_threads()
+    text = f"{threads}, on {cores} cores"
+    if cores and threads > cores:
+        yield Finding("processor", "threads", text, "problem", f"export OMP_NUM_THREADS={cores}")
+    else:
+        yield Finding("processor", "threads", text)
+    library = "oneDNN" if _onednn.has_onednn() else "PyTorch's BLAS library"
+    yield Finding("processor", "float32 products", f"by {library}")
+    fast = _onednn.has_bfloat16()
+    yield Finding("processor", "bfloat16 products", "fast" if fast else "slow; Muon multiplies float32")
+
+
+def gpus() -> Iterator[Finding]:
+    if not torch.cuda.is_available():
+        yield Finding("GPUs", "CUDA or ROCm", "no GPU; the operators run on the CPU", "note")
+        return
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        text = f"{found.name}, sm_{found.major}{found.minor}, {found.total_memory / 2**30:.0f} GiB"
+        yield Finding("GPUs", f"cuda:{index}", text)
+
+
+def kernels() -> Iterator[Finding]:
+    """The path that each operator takes on each GPU, and a kernel compiled."""
+    if importlib.util.find_spec("triton") is None:
+        yield Finding(
+            "kernels", "Triton", "missing; the operators run on CPUs only", "note", "pip install triton"
+        )
+        return
+    from torchpar.kernels import candidates, tables
+
+    for index in range(torch.cuda.device_count()):
+        present = candidates.device(torch.empty(0, device=f"cuda:{index}"))
+        table = tables.load(present)
+        for kernel in candidates.KERNELS:
+            kinds = sorted(table["tiles"].get(kernel, ())) if table else []
+            if kinds:
+                yield Finding("kernels", f"{kernel}, cuda:{index}", f"measured tiles for {', '.join(kinds)}")
+            else:
+                remedy = "python -m torchpar tune"
+                yield Finding("kernels", f"{kernel}, cuda:{index}", "estimated tiles", "note", remedy)
+    capability = _GPU_COMPILED_FOR
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        capability = 10 * major + minor
+    seconds = _compile(capability)
+    yield Finding("kernels", "compiler", f"maximum compiled for sm_{capability} in {seconds:.2f} s")
+
+
+def _compile(capability: int) -> float:
+    """Compile a kernel anew, and return the seconds that it took."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as compile_kernel
+
+    from torchpar.kernels.maximum import maximum_flat_kernel
+
+    pointers = dict.fromkeys(("a_ptr", "b_ptr", "out_ptr"), "*fp32")
+    constants = {"A_REPEATS": False, "B_REPEATS": False, "BLOCK": 1024}
+    signature = {**pointers, "numel": "i32", **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(maximum_flat_kernel, signature, constants)
+    target = GPUTarget("hip", "gfx942", 64) if torch.version.hip else GPUTarget("cuda", capability, 32)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        # Triton 3.9 warns if the second is unset.
+        patch.dict(os.environ, TRITON_CACHE_DIR=folder, TRITON_DEFAULT_FP_FUSION="1"),
+    ):
+        start = time.perf_counter()
+        compile_kernel(source, target=target)
+        return time.perf_counter() - start
+
+
+def communication() -> Iterator[Finding]:
+    if not dist.is_available():
+        yield Finding(
+            "communication", "torch.distributed", "missing", "problem", "install another build of torch"
+        )
+        return
+    try:
+        group: Any = dist.ProcessGroupGloo(dist.HashStore(), 0, 1)  # type: ignore[attr-defined]
+        group.allreduce([torch.ones(1)]).wait()
+        yield Finding("communication", "gloo", "works")
+    except RuntimeError as e:
+        remedy = "export GLOO_SOCKET_IFNAME=lo, or another interface"
+        yield Finding("communication", "gloo", _line(e), "problem", remedy)
+    nccl = dist.is_nccl_available()
+    state: State = "note" if torch.cuda.device_count() > 1 and not nccl else "ok"
+    remedy = "install a build of torch with NCCL" if state == "note" else ""
+    yield Finding("communication", "NCCL", "there" if nccl else "missing", state, remedy)
+    launcher = shutil.which(
+        "mpirun", path=os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", "")))
+    )
+    if launcher and importlib.util.find_spec("mpi4py"):
+        yield Finding("communication", "MPI", launcher)
+    else:
+        missing = "mpi4py" if launcher else "mpirun"
+        remedy = "pip install 'torchpar[baselines]'"
+        yield Finding("communication", "MPI", f"no {missing}", "note", remedy)
+
+
+def folders() -> Iterator[Finding]:
+    from torchpar.parallel.split import shared_memory
+
+    if shared_memory.SUPPORTED:
+        yield _folder(
+            "shared memory", shared_memory.FOLDER, 2**28, "ranks add gradients by gloo, which is slower"
+        )
+    cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    yield _folder("Triton's cache", cache, 2**28, "export TRITON_CACHE_DIR=FOLDER")
+    if importlib.util.find_spec("triton"):
+        from torchpar.kernels import tables
+
+        yield _folder("tables of tiles", tables.user_folder(), 2**20, "export TORCHPAR_CACHE=FOLDER")
+
+
+def _folder(name: str, folder: Path, needed: int, remedy: str) -> Finding:
+    """Whether a folder, which need not be there yet, can be written, and has ``needed`` bytes of space."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    text = f"{folder}, {free / 2**30:.1f} GiB free"
+    if not os.access(there, os.W_OK):
+        return Finding("folders", name, f"{folder} cannot be written", "note", remedy)
+    return Finding(
+        "folders", name, text, "ok" if free >= needed else "note", "" if free >= needed else remedy
+    )
+
+
+def operators() -> Iterator[Finding]:
+    """Each operator once on each device, beside float64."""
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    for device in devices:
+        generator = torch.Generator().manual_seed(0)
+        a, b, w = (torch.randn(n, 80, generator=generator) for n in (96, 96, 72))
+        tests: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Sequence[Tensor]]] = {
+            "maximum": (torchpar.maximum, torch.maximum, (a, b)),
+            "matmul_t": (torchpar.matmul_t, lambda x: x @ x.T, (a,)),
+            "symmetric_matmul": (torchpar.symmetric_matmul, lambda x, y: x @ y.T, (a, a)),
+            "linear_sigmoid": (torchpar.linear_sigmoid, lambda x, y: torch.sigmoid(x @ y.T), (a, w)),
+            "exact_matmul": (torchpar.exact_matmul, lambda x, y: x @ y.T, (a, b)),
+            "exact_matmul_t": (torchpar.exact_matmul_t, lambda x: x @ x.T, (a,)),
+        }
+        for name, (operator, formula, operands) in tests.items():
+            found = operator(*(t.to(device) for t in operands)).cpu().double()
+            expected = formula(*(t.double() for t in operands))
+            # |x̂·ŷ − x·y| ≤ (k + 2)·u·|x|·|y| (Higham, "Accuracy and Stability", 3.1), where |σ'| ≤ 1/4.
+            bound = expected.abs() * 0
+            if name != "maximum":
+                magnitudes = operands[0].abs().double() @ operands[-1].abs().double().T
+                bound = (a.shape[1] + 2) * _rounding(device) * magnitudes + 2.0**-22
+            worst = (found - expected).abs()
+            if bool((worst <= bound).all()):
+                path = "PyTorch's libraries" if device == "cpu" else "Triton"
+                yield Finding("operators", f"{name}, {device}", f"right by {path}, error {worst.max():.0e}")
+            else:
+                remedy = "please report it, with this output"
+                yield Finding(
+                    "operators", f"{name}, {device}", f"WRONG by {worst.max():.0e}", "problem", remedy
+                )
+
+
+def _rounding(device: str) -> float:
+    tf32 = device != "cpu" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return _ROUNDING["tf32" if tf32 else "ieee"]
+
+
+def _model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next(
+        (line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine()
+    )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Major and minor version."""
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
