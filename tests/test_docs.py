@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Check that README and docs name only files, modules and flags that exist."""
+"""Check that README and docs name only files, modules, tests and flags that exist."""
 
 import ast
 import csv
@@ -11,9 +11,10 @@ import pytest
 from commands import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SUITE = "".join(path.read_text() for path in sorted((ROOT / "tests").glob("*.py")))
 OTHERS_FLAGS = {  # of the launchers, pip, pytest and Lightning
     *("nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts", "ntasks"),
-    *("dist", "config", "help"),
+    *("dist", "config", "help", "strict"),
 }
 
 
@@ -31,17 +32,19 @@ def our_flags() -> set[str]:
 
 
 def missing(text: str, folder: Path, flags: set[str]) -> list[str]:
-    """Return the links, paths, modules and flags in ``text`` that do not exist."""
+    """Return the links, paths, modules, tests and flags in ``text`` that do not exist."""
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
     paths = re.findall(
         r"\b(?:examples|benchmarks|tests|docs|torchpar)/[\w/.-]*\.(?:py|sh|yaml|sbatch|md)\b", text
     )
     modules = re.findall(r"-m (benchmarks\.[a-z]\w*|torchpar)\b", text)
+    tests = re.findall(r"`(test_\w+)`", text)
     used = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][\w-]+)", text)}
     return [
         *(link for link in links if link and not (folder / link).exists()),
         *(path for path in paths if not (ROOT / path).exists()),
         *(module for module in modules if not find_spec(module)),
+        *(test for test in tests if f"def {test}(" not in SUITE),
         *(f"--{flag}" for flag in sorted(used - flags - OTHERS_FLAGS)),
     ]
 
@@ -52,7 +55,8 @@ def test_pages_name_only_what_exists(page):
 
 
 @pytest.mark.parametrize(
-    "text", ["[a](none.md)", "`tests/none.py`", "`python -m benchmarks.none`", "`--no-such-flag`"]
+    "text",
+    ["[a](none.md)", "`tests/none.py`", "`python -m benchmarks.none`", "`test_none`", "`--no-such-flag`"],
 )
 def test_what_does_not_exist_is_found(text):
     assert len(missing(text, ROOT, our_flags())) == 1

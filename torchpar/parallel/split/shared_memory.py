@@ -3,7 +3,7 @@
 
 Each rank writes its terms where all ranks see them, and then a sequence number. When it sees this number
 from every rank, it adds all terms in the order of the ranks, so that each rank computes the same bits. gloo
-sends tensors through a socket, which takes several times as long (docs/measurements.md).
+sends tensors through a socket, which takes several times as long (docs/gloo.md).
 """
 
 import mmap
