@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Draw the pictures of docs/parallel.md and docs/exact.md: ``python docs/pictures.py``."""
+"""Draw the pictures of the operators, docs/parallel.md and docs/exact.md: ``python docs/pictures.py``."""
 
 from pathlib import Path
 
@@ -231,9 +231,67 @@ def ranks() -> Figure:
     return figure
 
 
+def tiles(axes: Axes, x: float, y: float, rows: int, columns: int, colors: dict[Point, str]) -> None:
+    """Draw a matrix of square tiles whose lower left corner is ``(x, y)``; ``colors`` by row and column."""
+    for i in range(rows):
+        for j in range(columns):
+            color = colors.get((i, j), "white")
+            box(axes, x + 0.9 * j, y + 0.9 * (rows - 1 - i), 0.9, 0.9, color, "")
+
+
+def maximum() -> Figure:
+    """A tile of the maximum, which is loaded, compared and stored once."""
+    figure, axes = canvas(13.2, 3.8)
+    for x, text in ((0.3, "a"), (4.8, "b"), (9.3, "max(a, b)")):
+        tiles(axes, x, 0.8, 3, 4, {(1, 1): COLORS[0]})
+        label(axes, x + 1.8, 0.4, text)
+    for x, text in ((4.35, ","), (8.85, "=")):
+        label(axes, x, 2.15, text)
+    return figure
+
+
+def matmul_t() -> Figure:
+    """X·Xᵀ: the tiles below the diagonal are computed, and stored twice."""
+    figure, axes = canvas(14.4, 5.2)
+    tiles(axes, 0.3, 1, 4, 3, {(3, k): COLORS[0] for k in range(3)} | {(1, k): COLORS[1] for k in range(3)})
+    tiles(axes, 4.2, 1.45, 3, 4, {(k, 1): COLORS[1] for k in range(3)})
+    computed = {(i, j): WHOLE for i in range(4) for j in range(i + 1)}
+    tiles(axes, 9.6, 1, 4, 4, computed | {(3, 1): COLORS[0], (1, 3): COLORS[1]})
+    for x, y, text in ((1.65, 0.6, "X"), (6, 0.6, "Xᵀ"), (11.4, 0.6, "C")):
+        label(axes, x, y, text)
+    for x, text in ((3.6, "·"), (8.7, "=")):
+        label(axes, x, 2.8, text)
+    arrow(axes, (11.1, 1.6), (12.6, 3.1))
+    label(
+        axes, 7.2, 0.15, "Grey and blue tiles are computed. The orange one is the transpose of the blue one."
+    )
+    return figure
+
+
+def linear_sigmoid() -> Figure:
+    """A tile of a linear layer, to which the sigmoid is applied before it is stored."""
+    figure, axes = canvas(17.6, 4.8)
+    tiles(axes, 0.3, 0.9, 4, 3, {(1, k): COLORS[0] for k in range(3)})
+    tiles(axes, 4.2, 1.35, 3, 4, {(k, 2): COLORS[1] for k in range(3)})
+    box(axes, 10.2, 2.7, 0.9, 0.9, WHOLE, "sum")
+    box(axes, 12, 2.7, 1.2, 0.9, COLORS[2], "+ b, σ")
+    tiles(axes, 13.8, 0.9, 4, 4, {(1, 2): COLORS[2]})
+    for x, y, text in ((1.65, 0.5, "X"), (6, 0.5, "Wᵀ"), (15.6, 0.5, "Y")):
+        label(axes, x, y, text)
+    label(axes, 3.6, 2.7, "·")
+    for start, end in ((8.4, 10.2), (11.1, 12), (13.2, 13.8)):
+        arrow(axes, (start, 3.15), (end, 3.15))
+    label(axes, 11.7, 2.2, "in registers")
+    return figure
+
+
 def main() -> None:
     matplotlib.use("Agg")
-    for page, pictures in (("parallel", (data, tensor, pipeline, mesh)), ("exact", (digits, orders, ranks))):
+    for page, pictures in (
+        ("operators", (maximum, matmul_t, linear_sigmoid)),
+        ("parallel", (data, tensor, pipeline, mesh)),
+        ("exact", (digits, orders, ranks)),
+    ):
         folder = FOLDER / page
         folder.mkdir(exist_ok=True)
         for draw in pictures:

@@ -197,7 +197,7 @@ def test_it_compiles_and_is_in_place(device):
 
 
 def test_the_documented_covariance_is_torchs():
-    text = (Path(__file__).parents[1] / "docs" / "operators.md").read_text()
+    text = (Path(__file__).parents[1] / "docs" / "symmetric_matmul.md").read_text()
     (block,) = re.findall(r"```python\n(def covariance.*?)```", text, re.DOTALL)
     names: dict[str, Any] = {"torch": torch, "torchpar": torchpar}
     exec(block, names)

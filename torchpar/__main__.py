@@ -8,12 +8,12 @@ import importlib
 import sys
 
 COMMANDS = {
-    "doctor": ("torchpar.doctor", "say what works on this machine, and how to mend what does not"),
     "tune": ("torchpar.tune.command", "measure the fastest configurations of the kernels on this GPU"),
     "verify": (
         "torchpar.training.verify",
         "train on any mesh of ranks, and compare the weights' hash",
     ),
+    "doctor": ("torchpar.doctor", "say what works on this machine, and how to mend what does not"),
 }
 
 
