@@ -14,6 +14,8 @@ compute more for each message: ``--batch-size 128 --hidden 128 --lr 0.5``.
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
+from operator import truediv
 from pathlib import Path
 
 # NumPy reads it when it is imported. With a process per core each process needs one thread.
@@ -81,7 +83,7 @@ def main(flags: Flags) -> None:
                         optimizer.step(total[:-1] / global_size)
                     train_loss += float(total[-1])
                     trained += global_size
-                    progress.update(epoch, trained)
+                    progress.update(epoch, trained, partial(truediv, train_loss, trained))
                 speed = n_train / (time.perf_counter() - start)
                 test_loss, accuracy = mpi.evaluate(world, model, own_test, n_test)
                 figures = (epoch, train_loss / n_train, test_loss, accuracy, speed)

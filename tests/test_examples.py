@@ -5,12 +5,16 @@ import re
 import socket
 import sys
 from functools import partialmethod
+from io import StringIO
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from commands import ROOT, TORCHRUN, lesson, rows_of, run, start
 from fake_data import fashion_mnist
+from rich.console import Console
+from support import console
 
 pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 pytest.importorskip("tyro", reason="tyro reads the flags")
@@ -243,8 +247,33 @@ def test_a_model_that_cannot_be_compiled_runs_as_it_is(data, monkeypatch):
     assert compiled.split(" | ")[1:4] == out.split(" | ")[1:4]  # losses and accuracy
 
 
+def test_tensorboard_has_the_figures_of_each_epoch(data, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    files = ["--metrics", str(tmp_path / "metrics"), "--log-dir", str(tmp_path / "log")]
+    code, _, err = lesson("train_ddp", *data, *TWO_EPOCHS, *files)
+    assert code == 0, err
+    events = event_accumulator.EventAccumulator(str(tmp_path / "log")).Reload()
+    for row in rows_of(tmp_path / "metrics"):
+        for name in ("train_loss", "test_loss", "test_accuracy", "samples_per_s"):
+            event = events.Scalars(name)[row["epoch"] - 1]
+            assert (event.step, event.value) == (row["epoch"], pytest.approx(row[name]))
+
+
+def test_the_bar_shows_speed_and_loss(monkeypatch):
+    monkeypatch.setattr(console, "Console", lambda: Console(file=StringIO(), force_terminal=True))
+    monkeypatch.setattr(console, "REFRESH", -1)
+    with console.EpochProgress(SimpleNamespace(rank=0), 2, 100, None) as progress:
+        for samples in (10, 20, 30):
+            progress.update(1, samples, lambda: 0.25)
+        assert re.fullmatch(r"[\d,]+ samples/s \| loss 0\.2500", progress.bar.tasks[0].description)
+        progress.update(2, 10)
+        assert progress.bar.tasks[0].completed == 110
+
+
 def test_dry_run_writes_nothing(data, tmp_path):
-    flags = [f"--{name}={tmp_path / name}" for name in ("metrics", "plots", "profile", "checkpoint")]
+    flags = [
+        f"--{name}={tmp_path / name}" for name in ("metrics", "log-dir", "plots", "profile", "checkpoint")
+    ]
     code, out, _ = lesson("train_ddp", *data, "--dry-run", *flags)
     assert code == 0
     assert re.fullmatch(LAST_LINE, out.splitlines()[-1])

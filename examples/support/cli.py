@@ -26,7 +26,7 @@ F = TypeVar("F")
 GRACE = 2.0  # seconds in which a launcher ends the other ranks after rank 0 has failed
 MAY_DIFFER_ON_RESUME = {
     *("data", "epochs", "device", "compile", "fused", "graph", "dry_run"),
-    *("phases", "collectives", "metrics", "plots", "profile"),
+    *("phases", "collectives", "metrics", "log_dir", "plots", "profile"),
     *("checkpoint", "save_every", "keep", "async_save", "timeout"),
     *("dp", "tp", "pp", "pipeline", "micro_batches"),
 }
@@ -115,6 +115,8 @@ class TrainFlags(ExampleFlags):
     """Measure the time of each phase of a step (data, forward, backward, collectives, optimizer)."""
     collectives: bool = False
     """Count and time the collectives of a step, beside the predicted ones."""
+    log_dir: Path | None = None
+    """Folder for TensorBoard: losses, accuracy and speed of each epoch."""
     profile: Path | None = None
     """Folder for torch.profiler's trace of some steps, one file per rank."""
     plots: Path | None = None
@@ -134,6 +136,8 @@ class TrainFlags(ExampleFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.log_dir is not None and importlib.util.find_spec("tensorboard") is None:
+            raise ConfigError("--log-dir needs tensorboard; pip install 'torchpar[lightning]'")
         for name, value in OPTIMIZER_DEFAULTS[self.optimizer].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)

@@ -4,7 +4,7 @@
 import json
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -26,14 +26,29 @@ REFRESH = 0.1  # seconds between two updates of a bar; one takes as long as a sm
 
 
 class EpochProgress:
-    """Progress of a run, on rank 0: a bar on a terminal, a line per epoch, and the metrics file."""
+    """Progress of a run, on rank 0: a bar on a terminal, a line per epoch, and the figures of each epoch.
 
-    def __init__(self, world: World, epochs: int, samples: int, metrics: Path | None):
+    Args:
+        metrics: a file of JSON lines.
+        log_dir: a folder for TensorBoard.
+    """
+
+    def __init__(
+        self, world: World, epochs: int, samples: int, metrics: Path | None, log_dir: Path | None = None
+    ):
         self.speaks = world.rank == 0
         self.epochs = epochs
         self.samples = samples
         self.metrics = metrics
-        columns = (BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeRemainingColumn())
+        self.writer: Any = None
+        if log_dir is not None and self.speaks:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(
+                log_dir, purge_step=1
+            )  # of a resumed run, earlier epochs are written again
+        percentage = TextColumn("{task.percentage:.0f}%")
+        columns = (BarColumn(), percentage, TimeRemainingColumn(), TextColumn("{task.description}"))
         console = Console()
         self.bar = Progress(
             *columns, console=console, transient=True, disable=not (self.speaks and console.is_terminal)
@@ -47,11 +62,19 @@ class EpochProgress:
 
     def __exit__(self, *error: object) -> None:
         self.bar.stop()
+        if self.writer is not None:
+            self.writer.close()
 
-    def update(self, epoch: int, samples: int) -> None:
-        if self.speaks and (now := time.monotonic()) > self.updated + REFRESH:
-            self.updated = now
-            self.bar.update(self.task, completed=(epoch - 1) * self.samples + samples)
+    def update(self, epoch: int, samples: int, loss: Callable[[], float] | None = None) -> None:
+        """Show ``samples`` of this epoch as done, and ``loss()``, which is called only if it is shown."""
+        if self.bar.disable or (now := time.monotonic()) <= self.updated + REFRESH:
+            return
+        self.updated = now
+        speed = self.bar.tasks[0].speed
+        shown = [f"{speed:,.0f} samples/s"] if speed else []
+        shown += [f"loss {loss():.4f}"] if loss else []
+        done = (epoch - 1) * self.samples + samples
+        self.bar.update(self.task, completed=done, description=" | ".join(shown))
 
     def print_epoch(self, result: EpochResult) -> None:
         self._print(
@@ -75,6 +98,10 @@ class EpochProgress:
         if self.speaks and self.metrics is not None:
             with self.metrics.open("w" if result.epoch == 1 else "a") as file:
                 file.write(json.dumps(asdict(result)) + "\n")
+        if self.writer is not None:
+            for name, value in asdict(result).items():
+                if isinstance(value, float):
+                    self.writer.add_scalar(name, value, result.epoch)
 
 
 def write_metrics(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:

@@ -44,8 +44,10 @@ def prepare(flags: TrainFlags, world: World) -> tuple[Samples, Samples, list[int
     train, test = loaded
     if flags.dry_run:
         train, flags.epochs = train[: 10 * flags.batch_size], 1
-        flags.metrics = flags.plots = flags.profile = flags.checkpoint = None
-    console.check_outputs(world, folders=[flags.plots, flags.checkpoint], files=[flags.metrics])
+        flags.metrics = flags.log_dir = flags.plots = flags.profile = flags.checkpoint = None
+    console.check_outputs(
+        world, folders=[flags.plots, flags.checkpoint, flags.log_dir], files=[flags.metrics]
+    )
     # Each rank writes its own trace, perhaps to a disk of its machine.
     world.gather_results(lambda: console.create_outputs(folders=[flags.profile], files=[]))
     torch.manual_seed(flags.seed)
@@ -198,7 +200,9 @@ class Run(training.Run):
 
     def __enter__(self) -> Self:
         self.progress = self._stack.enter_context(
-            console.EpochProgress(self.world, self.num_epochs, len(self.train), self.flags.metrics)
+            console.EpochProgress(
+                *(self.world, self.num_epochs, len(self.train)), self.flags.metrics, self.flags.log_dir
+            )
         )
         try:
             super().__enter__()
@@ -223,7 +227,10 @@ class Run(training.Run):
                 yield batch
 
     def on_step(self, epoch: int, samples: int) -> None:
-        self.progress.update(epoch, samples)
+        def loss() -> float:  # of rank 0's samples
+            return self.state.loss() * self.world.dp_size / samples
+
+        self.progress.update(epoch, samples, loss if self.world.owns_outputs else None)
 
     def on_epoch(self, result: training.EpochResult) -> None:
         self.progress.print_epoch(result)
