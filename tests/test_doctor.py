@@ -36,7 +36,7 @@ def test_this_machine_is_well():
     process = run()
     assert (process.returncode, process.stderr) == (0, ""), process
     *_, last = process.stdout.splitlines()
-    assert last.startswith("0 problems, ")
+    assert last.startswith("problems: 0, notes: ")
     assert "not tested" not in process.stdout
     for name in OPERATORS:
         assert f"{name}, cpu " in process.stdout

@@ -16,7 +16,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -52,16 +52,16 @@ class Finding:
     """A fact about this machine.
 
     Attributes:
-        area: such as "versions".
         state: "ok"; "note", something is missing that is not needed by all; "problem", something fails.
         remedy: what to do about it, or "".
+        area: such as "versions".
     """
 
-    area: str
     name: str
     value: str
     state: State = "ok"
     remedy: str = ""
+    area: str = ""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
     else:
         _print(findings)
         notes = sum(finding.state == "note" for finding in findings)
-        print(f"\n{problems} problems, {notes} notes, {seconds:.1f} s")
+        print(f"\nproblems: {problems}, notes: {notes}, {seconds:.1f} s")
     return 1 if problems else 0
 
 
@@ -96,18 +96,17 @@ def _print(findings: Sequence[Finding]) -> None:
 
 def examine() -> Iterator[Finding]:
     """All findings; an area whose examination fails is itself a problem."""
-    areas = (versions, extras, processor, gpus, kernels, communication, folders, operators)
-    for area in areas:
+    for area in (versions, extras, processor, gpus, kernels, communication, folders, operators):
         try:
-            yield from area()
+            for finding in area():
+                yield replace(finding, area=area.__name__)
         except Exception as e:
-            yield Finding(
-                area.__name__, "examination", _line(e), "problem", "please report it, with this output"
-            )
+            remedy = "please report it, with this output"
+            yield Finding("examination", _line(e), "problem", remedy, area.__name__)
 
 
 def versions() -> Iterator[Finding]:
-    yield Finding("versions", "torchpar", torchpar.__version__)
+    yield Finding("torchpar", torchpar.__version__)
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for name in ("triton", "numpy"):
         try:
@@ -115,14 +114,14 @@ def versions() -> Iterator[Finding]:
         except PackageNotFoundError:
             without = "GPUs take no kernel" if name == "triton" else "torchpar needs it"
             state: State = "problem" if name == "numpy" or torch.cuda.is_available() else "note"
-            yield Finding("versions", name, f"missing; {without}", state, f"pip install {name}")
+            yield Finding(name, f"missing; {without}", state, f"pip install {name}")
     for name, text in found.items():
         oldest, newest = TESTED[name]
         if _numbers(oldest) <= _numbers(text) <= _numbers(newest):
-            yield Finding("versions", name, text)
+            yield Finding(name, text)
         else:
             remedy = f"if something fails, take a version from {oldest} to {newest}"
-            yield Finding("versions", name, f"{text}, not tested", "note", remedy)
+            yield Finding(name, f"{text}, not tested", "note", remedy)
 
 
 def extras() -> Iterator[Finding]:
@@ -130,44 +129,42 @@ def extras() -> Iterator[Finding]:
         missing = [name for name in packages if importlib.util.find_spec(name) is None]
         if missing:
             remedy = f"pip install 'torchpar[{extra}]'"
-            yield Finding("extras", extra, f"without {', '.join(missing)}", "note", remedy)
+            yield Finding(extra, f"without {', '.join(missing)}", "note", remedy)
         else:
-            yield Finding("extras", extra, ", ".join(f"{name} {version(name)}" for name in packages))
+            yield Finding(extra, ", ".join(f"{name} {version(name)}" for name in packages))
 
 
 def processor() -> Iterator[Finding]:
     from torchpar.ops import _onednn
 
-    yield Finding("processor", "model", f"{_model()}, {torch.backends.cpu.get_cpu_capability()}")
+    yield Finding("model", f"{_model()}, {torch.backends.cpu.get_cpu_capability()}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = torch.get_num_threads()
     text = f"{threads}, on {cores} cores"
     if cores and threads > cores:
-        yield Finding("processor", "threads", text, "problem", f"export OMP_NUM_THREADS={cores}")
+        yield Finding("threads", text, "problem", f"export OMP_NUM_THREADS={cores}")
     else:
-        yield Finding("processor", "threads", text)
+        yield Finding("threads", text)
     library = "oneDNN" if _onednn.has_onednn() else "PyTorch's BLAS library"
-    yield Finding("processor", "float32 products", f"by {library}")
+    yield Finding("float32 products", f"by {library}")
     fast = _onednn.has_bfloat16()
-    yield Finding("processor", "bfloat16 products", "fast" if fast else "slow; Muon multiplies float32")
+    yield Finding("bfloat16 products", "fast" if fast else "slow; Muon multiplies float32")
 
 
 def gpus() -> Iterator[Finding]:
     if not torch.cuda.is_available():
-        yield Finding("GPUs", "CUDA or ROCm", "no GPU; the operators run on the CPU", "note")
+        yield Finding("CUDA or ROCm", "no GPU; the operators run on the CPU", "note")
         return
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
         text = f"{found.name}, sm_{found.major}{found.minor}, {found.total_memory / 2**30:.0f} GiB"
-        yield Finding("GPUs", f"cuda:{index}", text)
+        yield Finding(f"cuda:{index}", text)
 
 
 def kernels() -> Iterator[Finding]:
     """The path that each operator takes on each GPU, and a kernel compiled."""
     if importlib.util.find_spec("triton") is None:
-        yield Finding(
-            "kernels", "Triton", "missing; the operators run on CPUs only", "note", "pip install triton"
-        )
+        yield Finding("Triton", "missing; the operators run on CPUs only", "note", "pip install triton")
         return
     from torchpar.kernels import candidates, tables
 
@@ -177,16 +174,16 @@ def kernels() -> Iterator[Finding]:
         for kernel in candidates.KERNELS:
             kinds = sorted(table["tiles"].get(kernel, ())) if table else []
             if kinds:
-                yield Finding("kernels", f"{kernel}, cuda:{index}", f"measured tiles for {', '.join(kinds)}")
+                yield Finding(f"{kernel}, cuda:{index}", f"measured tiles for {', '.join(kinds)}")
             else:
                 remedy = "python -m torchpar tune"
-                yield Finding("kernels", f"{kernel}, cuda:{index}", "estimated tiles", "note", remedy)
+                yield Finding(f"{kernel}, cuda:{index}", "estimated tiles", "note", remedy)
     capability = _GPU_COMPILED_FOR
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         capability = 10 * major + minor
     seconds = _compile(capability)
-    yield Finding("kernels", "compiler", f"maximum compiled for sm_{capability} in {seconds:.2f} s")
+    yield Finding("compiler", f"maximum compiled for sm_{capability} in {seconds:.2f} s")
 
 
 def _compile(capability: int) -> float:
@@ -214,30 +211,28 @@ def _compile(capability: int) -> float:
 
 def communication() -> Iterator[Finding]:
     if not dist.is_available():
-        yield Finding(
-            "communication", "torch.distributed", "missing", "problem", "install another build of torch"
-        )
+        yield Finding("torch.distributed", "missing", "problem", "install another build of torch")
         return
     try:
         group: Any = dist.ProcessGroupGloo(dist.HashStore(), 0, 1)  # type: ignore[attr-defined]
         group.allreduce([torch.ones(1)]).wait()
-        yield Finding("communication", "gloo", "works")
+        yield Finding("gloo", "works")
     except RuntimeError as e:
         remedy = "export GLOO_SOCKET_IFNAME=lo, or another interface"
-        yield Finding("communication", "gloo", _line(e), "problem", remedy)
+        yield Finding("gloo", _line(e), "problem", remedy)
     nccl = dist.is_nccl_available()
     state: State = "note" if torch.cuda.device_count() > 1 and not nccl else "ok"
     remedy = "install a build of torch with NCCL" if state == "note" else ""
-    yield Finding("communication", "NCCL", "there" if nccl else "missing", state, remedy)
+    yield Finding("NCCL", "there" if nccl else "missing", state, remedy)
     launcher = shutil.which(
         "mpirun", path=os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", "")))
     )
     if launcher and importlib.util.find_spec("mpi4py"):
-        yield Finding("communication", "MPI", launcher)
+        yield Finding("MPI", launcher)
     else:
         missing = "mpi4py" if launcher else "mpirun"
         remedy = "pip install 'torchpar[baselines]'"
-        yield Finding("communication", "MPI", f"no {missing}", "note", remedy)
+        yield Finding("MPI", f"no {missing}", "note", remedy)
 
 
 def folders() -> Iterator[Finding]:
@@ -261,10 +256,8 @@ def _folder(name: str, folder: Path, needed: int, remedy: str) -> Finding:
     free = shutil.disk_usage(there).free
     text = f"{folder}, {free / 2**30:.1f} GiB free"
     if not os.access(there, os.W_OK):
-        return Finding("folders", name, f"{folder} cannot be written", "note", remedy)
-    return Finding(
-        "folders", name, text, "ok" if free >= needed else "note", "" if free >= needed else remedy
-    )
+        return Finding(name, f"{folder} cannot be written", "note", remedy)
+    return Finding(name, text, "ok" if free >= needed else "note", "" if free >= needed else remedy)
 
 
 def operators() -> Iterator[Finding]:
@@ -292,12 +285,10 @@ def operators() -> Iterator[Finding]:
             worst = (found - expected).abs()
             if bool((worst <= bound).all()):
                 path = "PyTorch's libraries" if device == "cpu" else "Triton"
-                yield Finding("operators", f"{name}, {device}", f"right by {path}, error {worst.max():.0e}")
+                yield Finding(f"{name}, {device}", f"right by {path}, error {worst.max():.0e}")
             else:
                 remedy = "please report it, with this output"
-                yield Finding(
-                    "operators", f"{name}, {device}", f"WRONG by {worst.max():.0e}", "problem", remedy
-                )
+                yield Finding(f"{name}, {device}", f"WRONG by {worst.max():.0e}", "problem", remedy)
 
 
 def _rounding(device: str) -> float:
