@@ -47,7 +47,7 @@ def test_json_has_the_same_findings():
     findings = [Finding(**one) for one in json.loads(process.stdout)]
     assert process.returncode == 1
     gloo = of(findings, "gloo")
-    assert (gloo.state, gloo.remedy) == ("problem", "export GLOO_SOCKET_IFNAME=lo, or another interface")
+    assert (gloo.state, gloo.remedy) == ("problem", "unset GLOO_SOCKET_IFNAME, which names no interface")
     assert [finding.name for finding in findings if finding.state == "problem"] == ["gloo"]
 
 

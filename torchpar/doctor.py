@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
@@ -42,7 +42,6 @@ EXTRAS = {
 }
 # Units in the last place of a product's rounding, by the precision of its factors.
 _ROUNDING = {"ieee": 2.0**-24, "tf32": 2.0**-11}
-_GPU_COMPILED_FOR = 90  # the capability, where there is no GPU
 
 State = Literal["ok", "note", "problem"]
 
@@ -109,12 +108,12 @@ def versions() -> Iterator[Finding]:
     yield Finding("torchpar", torchpar.__version__)
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for name in ("triton", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            without = "GPUs take no kernel" if name == "triton" else "torchpar needs it"
-            state: State = "problem" if name == "numpy" or torch.cuda.is_available() else "note"
-            yield Finding(name, f"missing; {without}", state, f"pip install {name}")
+        if importlib.util.find_spec(name) is not None:  # also under another name of its distribution
+            found[name] = importlib.import_module(name).__version__
+            continue
+        without = "GPUs take no kernel" if name == "triton" else "torchpar needs it"
+        state: State = "problem" if name == "numpy" or torch.cuda.is_available() else "note"
+        yield Finding(name, f"missing; {without}", state, f"pip install {name}")
     for name, text in found.items():
         oldest, newest = TESTED[name]
         if _numbers(oldest) <= _numbers(text) <= _numbers(newest):
@@ -145,7 +144,7 @@ def processor() -> Iterator[Finding]:
         yield Finding("threads", text, "problem", f"export OMP_NUM_THREADS={cores}")
     else:
         yield Finding("threads", text)
-    library = "oneDNN" if _onednn.has_onednn() else "PyTorch's BLAS library"
+    library = "oneDNN, if they are large" if _onednn.has_onednn() else "PyTorch's BLAS library"
     yield Finding("float32 products", f"by {library}")
     fast = _onednn.has_bfloat16()
     yield Finding("bfloat16 products", "fast" if fast else "slow; Muon multiplies float32")
@@ -153,11 +152,14 @@ def processor() -> Iterator[Finding]:
 
 def gpus() -> Iterator[Finding]:
     if not torch.cuda.is_available():
-        yield Finding("CUDA or ROCm", "no GPU; the operators run on the CPU", "note")
+        remedy = "look at the driver, such as by nvidia-smi, and at CUDA_VISIBLE_DEVICES"
+        if torch.version.cuda is None and torch.version.hip is None:
+            remedy = "this torch is built for CPUs; for a GPU install another build"
+        yield Finding("CUDA or ROCm", "PyTorch finds no GPU; the operators run on the CPU", "note", remedy)
         return
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
-        text = f"{found.name}, sm_{found.major}{found.minor}, {found.total_memory / 2**30:.0f} GiB"
+        text = f"{found.name}, {_architecture(index)}, {found.total_memory / 2**30:.0f} GiB"
         yield Finding(f"cuda:{index}", text)
 
 
@@ -169,24 +171,31 @@ def kernels() -> Iterator[Finding]:
     from torchpar.kernels import candidates, tables
 
     for index in range(torch.cuda.device_count()):
-        present = candidates.device(torch.empty(0, device=f"cuda:{index}"))
+        with torch.cuda.device(index):
+            present = candidates.device(torch.empty(0, device="cuda"))
         table = tables.load(present)
         for kernel in candidates.KERNELS:
             kinds = sorted(table["tiles"].get(kernel, ())) if table else []
             if kinds:
                 yield Finding(f"{kernel}, cuda:{index}", f"measured tiles for {', '.join(kinds)}")
             else:
-                remedy = "python -m torchpar tune"
-                yield Finding(f"{kernel}, cuda:{index}", "estimated tiles", "note", remedy)
-    capability = _GPU_COMPILED_FOR
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        capability = 10 * major + minor
-    seconds = _compile(capability)
-    yield Finding("compiler", f"maximum compiled for sm_{capability} in {seconds:.2f} s")
+                remedy = f"CUDA_VISIBLE_DEVICES={index} python -m torchpar tune"
+                yield Finding(f"{kernel}, cuda:{index}", "estimated tiles, perhaps slower", "note", remedy)
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        yield Finding("compiler", "kernels are interpreted", "note", "unset TRITON_INTERPRET")
+        return
+    architecture = _architecture(0) if torch.cuda.is_available() else "sm_90"
+    seconds = _compile(architecture)
+    yield Finding("compiler", f"maximum compiled for {architecture} in {seconds:.2f} s")
 
 
-def _compile(capability: int) -> float:
+def _architecture(index: int) -> str:
+    """The architecture of a GPU, such as "sm_90" or "gfx942"."""
+    found = torch.cuda.get_device_properties(index)
+    return found.gcnArchName.partition(":")[0] if torch.version.hip else f"sm_{found.major}{found.minor}"
+
+
+def _compile(architecture: str) -> float:
     """Compile a kernel anew, and return the seconds that it took."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -198,7 +207,9 @@ def _compile(capability: int) -> float:
     constants = {"A_REPEATS": False, "B_REPEATS": False, "BLOCK": 1024}
     signature = {**pointers, "numel": "i32", **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(maximum_flat_kernel, signature, constants)
-    target = GPUTarget("hip", "gfx942", 64) if torch.version.hip else GPUTarget("cuda", capability, 32)
+    target = GPUTarget("hip", architecture, 64)
+    if architecture.startswith("sm_"):
+        target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     with (
         tempfile.TemporaryDirectory() as folder,
         # Triton 3.9 warns if the second is unset.
@@ -216,14 +227,16 @@ def communication() -> Iterator[Finding]:
     try:
         group: Any = dist.ProcessGroupGloo(dist.HashStore(), 0, 1)  # type: ignore[attr-defined]
         group.allreduce([torch.ones(1)]).wait()
-        yield Finding("gloo", "works")
-    except RuntimeError as e:
+        yield Finding("gloo", "starts")
+    except (RuntimeError, AttributeError) as e:
         remedy = "export GLOO_SOCKET_IFNAME=lo, or another interface"
+        if "GLOO_SOCKET_IFNAME" in os.environ:
+            remedy = "unset GLOO_SOCKET_IFNAME, which names no interface"
         yield Finding("gloo", _line(e), "problem", remedy)
     nccl = dist.is_nccl_available()
     state: State = "note" if torch.cuda.device_count() > 1 and not nccl else "ok"
     remedy = "install a build of torch with NCCL" if state == "note" else ""
-    yield Finding("NCCL", "there" if nccl else "missing", state, remedy)
+    yield Finding("NCCL", "available" if nccl else "missing", state, remedy)
     launcher = shutil.which(
         "mpirun", path=os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", "")))
     )
@@ -232,19 +245,22 @@ def communication() -> Iterator[Finding]:
     else:
         missing = "mpi4py" if launcher else "mpirun"
         remedy = "pip install 'torchpar[baselines]'"
+        if not sys.platform.startswith("linux"):
+            remedy = "install an MPI, and pip install mpi4py"
         yield Finding("MPI", f"no {missing}", "note", remedy)
 
 
 def folders() -> Iterator[Finding]:
-    from torchpar.parallel.split import shared_memory
+    if dist.is_available():
+        from torchpar.parallel.split import shared_memory
 
-    if shared_memory.SUPPORTED:
-        yield _folder(
-            "shared memory", shared_memory.FOLDER, 2**28, "ranks add gradients by gloo, which is slower"
-        )
-    cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
-    yield _folder("Triton's cache", cache, 2**28, "export TRITON_CACHE_DIR=FOLDER")
+        if shared_memory.SUPPORTED:
+            remedy = "docker run --shm-size=1g; large models add gradients by gloo, which is slower"
+            yield _folder("shared memory", shared_memory.FOLDER, 2**28, remedy)
     if importlib.util.find_spec("triton"):
+        home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")  # there may be no home
+        cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path(home) / ".triton" / "cache")
+        yield _folder("Triton's cache", cache, 2**28, "export TRITON_CACHE_DIR=FOLDER")
         from torchpar.kernels import tables
 
         yield _folder("tables of tiles", tables.user_folder(), 2**20, "export TORCHPAR_CACHE=FOLDER")
@@ -252,8 +268,11 @@ def folders() -> Iterator[Finding]:
 
 def _folder(name: str, folder: Path, needed: int, remedy: str) -> Finding:
     """Whether a folder, which need not be there yet, can be written, and has ``needed`` bytes of space."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    try:
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(there).free
+    except OSError:
+        return Finding(name, f"{folder} cannot be read", "note", remedy)
     text = f"{folder}, {free / 2**30:.1f} GiB free"
     if not os.access(there, os.W_OK):
         return Finding(name, f"{folder} cannot be written", "note", remedy)
@@ -265,7 +284,7 @@ def operators() -> Iterator[Finding]:
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     for device in devices:
         generator = torch.Generator().manual_seed(0)
-        a, b, w = (torch.randn(n, 80, generator=generator) for n in (96, 96, 72))
+        a, b, w = (torch.randn(n, 80, generator=generator) for n in (400, 400, 72))  # several blocks on a CPU
         tests: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Sequence[Tensor]]] = {
             "maximum": (torchpar.maximum, torch.maximum, (a, b)),
             "matmul_t": (torchpar.matmul_t, lambda x: x @ x.T, (a,)),
@@ -275,20 +294,26 @@ def operators() -> Iterator[Finding]:
             "exact_matmul_t": (torchpar.exact_matmul_t, lambda x: x @ x.T, (a,)),
         }
         for name, (operator, formula, operands) in tests.items():
-            found = operator(*(t.to(device) for t in operands)).cpu().double()
+            try:
+                found = operator(*(t.to(device) for t in operands)).cpu().double()
+            except Exception as e:
+                yield Finding(
+                    f"{name}, {device}", _line(e), "problem", "see the findings above, or report it"
+                )
+                continue
             expected = formula(*(t.double() for t in operands))
             # |x̂·ŷ − x·y| ≤ (k + 2)·u·|x|·|y| (Higham, "Accuracy and Stability", 3.1), where |σ'| ≤ 1/4.
-            bound = expected.abs() * 0
+            bound = torch.zeros_like(expected)
             if name != "maximum":
                 magnitudes = operands[0].abs().double() @ operands[-1].abs().double().T
                 bound = (a.shape[1] + 2) * _rounding(device) * magnitudes + 2.0**-22
             worst = (found - expected).abs()
             if bool((worst <= bound).all()):
-                path = "PyTorch's libraries" if device == "cpu" else "Triton"
-                yield Finding(f"{name}, {device}", f"right by {path}, error {worst.max():.0e}")
+                by = ", by ATen" if device == "cpu" else ""
+                yield Finding(f"{name}, {device}", f"right{by}, error {worst.max():.0e}")
             else:
-                remedy = "please report it, with this output"
-                yield Finding(f"{name}, {device}", f"WRONG by {worst.max():.0e}", "problem", remedy)
+                text = f"WRONG by {worst.max():.0e}, expected at most {bound.max():.0e}"
+                yield Finding(f"{name}, {device}", text, "problem", "please report it, with this output")
 
 
 def _rounding(device: str) -> float:
