@@ -236,11 +236,11 @@ def test_two_processes_started_by_mpirun():
 @pytest.mark.skipif(MPIRUN is None, reason="no mpirun; pip install mpich")
 def test_mpirun_ends_if_the_port_is_taken(taken):
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken)}
-    process = start(MPIRUN, "-n", "2", sys.executable, __file__, "add_up", **address)
-    try:
-        _, err = process.communicate(timeout=30)
-    finally:
-        process.kill()
+    with start(MPIRUN, "-n", "2", sys.executable, __file__, "add_up", **address) as process:
+        try:
+            _, err = process.communicate(timeout=120)  # 15 seconds on idle cores
+        finally:
+            process.kill()
     assert process.returncode
     for rank in range(2):
         assert f"rank {rank} did not meet the others" in err
