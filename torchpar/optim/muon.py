@@ -301,8 +301,8 @@ class Muon(Optimizer):
         if momentum.shape != p.shape or _placements(momentum) != _placements(p):
             raise ConfigError(
                 f"Muon: {item.name} is {tuple(p.shape)} {_placements(p) or 'whole'}, and its momentum "
-                f"{tuple(momentum.shape)} {_placements(momentum) or 'whole'}; torch.distributed.checkpoint loads "
-                "a state dict of other placements"
+                f"{tuple(momentum.shape)} {_placements(momentum) or 'whole'}; "
+                "torch.distributed.checkpoint loads a state dict of other placements"
             )
         return local(momentum)
 
