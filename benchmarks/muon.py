@@ -35,7 +35,7 @@ WEIGHTS: dict[str, Shapes] = {
     "4096x1024": [(4096, 1024)],
     "512x784": [(512, 784)],
     "50 of 128x128": [(128, 128)] * 50,
-    # As in a model of unlike layers: no two have a shape.
+    # No two have the same shape.
     "126 unequal": [(16 + 5 * i % 113, 16 + i) for i in range(126)],
 }
 QUICK: dict[str, Shapes] = {"24x64": [(24, 64)], "3 of 64x24": [(64, 24)] * 3}

@@ -5,7 +5,7 @@ import copy
 import doctest
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -558,6 +558,13 @@ def test_a_view_that_fails_is_named_and_its_group_not_added():
     with pytest.raises(TypeError):
         optimizer.add_param_group({"params": [("other", torch.randn(6, 4))], "ns_steps": "3"})
     assert len(optimizer.param_groups) == 1
+    optimizer = Muon([("weight", torch.randn(6, 4))], views={"weight": lambda p: p.mT})
+    optimizer.views = {"other": lambda p: p.view(2, 3, 4)}
+    for ns_steps, refused in (("3", pytest.raises(TypeError)), (5, nullcontext())):
+        with refused:
+            name = "other" if ns_steps == "3" else "without a view"
+            optimizer.add_param_group({"params": [(name, torch.randn(6, 4))], "ns_steps": ns_steps})
+    assert [item.view is None for item in optimizer._items()] == [False, True]
 
 
 def test_views_stay_where_a_state_dict_has_other_names():

@@ -238,7 +238,7 @@ def test_mpirun_ends_if_the_port_is_taken(taken):
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken)}
     with start(MPIRUN, "-n", "2", sys.executable, __file__, "add_up", **address) as process:
         try:
-            _, err = process.communicate(timeout=120)  # 15 seconds on idle cores
+            _, err = process.communicate(timeout=30)
         finally:
             process.kill()
     assert process.returncode

@@ -96,7 +96,7 @@ class Muon(Optimizer):
         self.ns = ns
         self.views = views or {}
         self.process_group = process_group
-        self._view_at: dict[tuple[int, int], View] = {}  # by group, and index in it
+        self._view_at: dict[tuple[int, int], View | None] = {}  # by group, and index in it
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -175,15 +175,17 @@ class Muon(Optimizer):
         super().add_param_group(param_group)
         self._plan = None
         index, group = len(self.param_groups) - 1, self.param_groups[-1]
-        for i, name in enumerate(group.get("param_names", ())):
-            if name in self.views:  # a state dict that is loaded may bring other names
-                self._view_at[index, i] = self.views[name]
+        # By place, because a state dict that is loaded may bring other names.
+        views = {(index, i): self.views.get(name) for i, name in enumerate(group.get("param_names", ()))}
+        self._view_at.update(views)
         try:
             _check_group(group)
             for item in self._items(index):
                 item.check()
         except Exception:
             self.param_groups.pop()
+            for place in views:
+                del self._view_at[place]
             raise
 
     def _items(self, first: int = 0) -> Iterator[Item]:
