@@ -139,8 +139,7 @@ def main(flags: Flags) -> None:
     accuracy = (outputs.argmax(1) == test_set.labels).double().mean().item()
     final = rows[-1] | {"test_accuracy": accuracy, "test_loss": loss}
     epochs = [row for _, rows in runs for row in rows]
-    if flags.metrics:
-        console.write_metrics(flags.metrics, [*swept, *epochs, final])
+    console.write_metrics(flags.metrics, [*swept, *epochs, final])
     if flags.plots:
         draw(flags.plots / "digits.png", swept, epochs)
     print(console.last_line(accuracy, loss, time.perf_counter() - start, 1, world.device.type))

@@ -53,8 +53,7 @@ def main(flags: Flags) -> None:
         to_others = normalize(attention_weights(x).fill_diagonal_(0), p=1)
         to_class = to_others[labels == labels[:, None]].sum().item() / len(labels)
     print(f"{to_class:.0%} of the weight that an image gives to others goes to its class")
-    if flags.metrics:
-        console.write_metrics(flags.metrics, [row | {"to_own_class": to_class}])
+    console.write_metrics(flags.metrics, [row | {"to_own_class": to_class}])
     if flags.plots:
         from support import plots
 

@@ -109,8 +109,7 @@ def main(flags: Flags) -> None:
 
         kernels = model.first.weight.unflatten(1, (5, 5))
         plots.save_matrices(flags.plots / "kernels.png", kernels, "Kernels of the first layer")
-    if flags.metrics:
-        console.write_metrics(flags.metrics, [row, *epochs])
+    console.write_metrics(flags.metrics, [row, *epochs])
     print(console.summary(run.results))
 
 

@@ -75,8 +75,7 @@ def main(flags: Flags) -> None:
         }
     for name, costs in curves.items():
         print(f"{name}: cost {costs[-1]:.4f} after {len(costs)} steps")
-    if flags.metrics:
-        console.write_metrics(flags.metrics, [row | {"costs": curves}])
+    console.write_metrics(flags.metrics, [row | {"costs": curves}])
     if flags.plots:
         from support import plots
 

@@ -133,8 +133,7 @@ def main(flags: Flags) -> None:
         rows = [*amdahl.report(job, flags.processes, flags.sizes, flags.plots), best]
     figures = (best["test_accuracy"], best["test_loss"], time.perf_counter() - start)
     print(console.last_line(*figures, ranks=1, device=world.device.type))
-    if flags.metrics:
-        console.write_metrics(flags.metrics, rows)
+    console.write_metrics(flags.metrics, rows)
 
 
 if __name__ == "__main__":

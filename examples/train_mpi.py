@@ -34,7 +34,7 @@ from torchpar.training import EpochResult
 
 
 @dataclass(kw_only=True)
-class Flags(cli.ExampleFlags):
+class Flags(cli.LogFlags):
     """Train a digit classifier in NumPy, by data parallelism over MPI."""
 
     data: Path = Path(__file__).parent / "data"  # Folder of the data sets, as torchvision's root.
@@ -65,7 +65,7 @@ def main(flags: Flags) -> None:
         message = np.empty(model.parameters.size + 1, model.parameters.dtype)  # gradient and loss
         total = np.empty_like(message)
         results: list[EpochResult] = []
-        progress = console.EpochProgress(world, flags.epochs, n_train, flags.metrics)
+        progress = console.EpochProgress(world, flags.epochs, n_train, flags.metrics, flags.log_dir)
         with progress, Phases(torch.device("cpu")) as phases:
             for epoch in range(1, flags.epochs + 1):
                 start, train_loss, trained = time.perf_counter(), 0.0, 0
@@ -101,7 +101,7 @@ def main(flags: Flags) -> None:
 
 def read(flags: Flags) -> tuple[Samples, Samples]:
     """Return the training and test samples, after a check that the outputs can be written."""
-    console.create_outputs(folders=[flags.plots], files=[flags.metrics])
+    console.create_outputs(folders=[flags.plots, flags.log_dir], files=[flags.metrics])
     train, test = load(flags.dataset, flags.data)
     return train[: flags.samples], test
 

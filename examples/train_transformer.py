@@ -32,7 +32,7 @@ CONTEXT, WIDTH, HEADS, BLOCKS = 64, 128, 4, 2  # characters of a window, their f
 
 
 @dataclass(kw_only=True)
-class Flags(cli.ExampleFlags):
+class Flags(cli.LogFlags):
     """Train a character-level transformer by Muon, and by AdamW."""
 
     steps: int = 300  # Steps of each optimizer.
@@ -96,17 +96,18 @@ def main(flags: Flags) -> None:
     with join_world(flags.device) as world:
         if flags.batch_size % world.world_size:
             raise ConfigError(f"--batch-size is {flags.batch_size}, expected a multiple of the ranks")
-        console.check_outputs(world, folders=[flags.plots], files=[flags.metrics])
+        console.check_outputs(world, folders=[flags.plots, flags.log_dir], files=[flags.metrics])
         written = "".join(path.read_text() for path in sorted(DOCS.glob("*.md")))
         alphabet = sorted(set(written))
         text = torch.tensor([alphabet.index(character) for character in written], device=world.device)
-        rows = [row for name in ("muon", "adamw") for row in train(name, flags, text, len(alphabet), world)]
+        runs = [train(name, flags, text, len(alphabet), world) for name in ("muon", "adamw")]
         if world.rank > 0:
             return
-        for row in (rows[flags.steps - 1], rows[-1]):
-            print("{optimizer}: loss {loss:.3f} after {step} steps, {seconds:.1f} s".format(**row))
-        if flags.metrics:
-            console.write_metrics(flags.metrics, rows)
+        rows = [*runs[0], *runs[1]]
+        for run in runs:
+            print("{optimizer}: loss {loss:.3f} after {step} steps, {seconds:.1f} s".format(**run[-1]))
+            console.write_log(flags.log_dir, run[0]["optimizer"], run)
+        console.write_metrics(flags.metrics, rows)
         if flags.plots:
             from support import plots
 

@@ -61,6 +61,13 @@ def lesson(name: str, *flags: str) -> tuple[int, str, str]:
     return status, out.getvalue(), err.getvalue()
 
 
+def scalars(log_dir: Path, name: str) -> list[tuple[int, float]]:
+    """The steps and values of a figure that was logged for TensorBoard."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(log_dir)).Reload().Scalars(name)
+    return [(event.step, pytest.approx(event.value)) for event in events]
+
+
 def rows_of(metrics: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in metrics.read_text().splitlines()]
 

@@ -26,7 +26,12 @@ def our_flags() -> set[str]:
             node.target for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.AnnAssign)
         )
         flags |= {target.id for target in fields if isinstance(target, ast.Name)}
-    for path in (*(ROOT / "benchmarks").rglob("*.py"), ROOT / "tests" / "soak.py"):
+    parsers = (
+        *(ROOT / "benchmarks").rglob("*.py"),
+        *(ROOT / "torchpar").rglob("*.py"),
+        ROOT / "tests" / "soak.py",
+    )
+    for path in parsers:
         flags |= {flag.replace("-", "_") for flag in re.findall(r'"--([a-z][\w-]+)"', path.read_text())}
     return flags
 

@@ -28,6 +28,15 @@ def test_the_tours_operator_and_network():
     execute(code, "tour.md")
 
 
+PAGES = ("maximum.md", "matmul_t.md", "symmetric_matmul.md", "linear_sigmoid.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_pages_of_operators_run(page):
+    y = execute(blocks(page), page)["y"]
+    assert y.isfinite().all()
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # in opcheck
 def test_a_custom_operator_step_by_step():
     names = execute(blocks("citizen.md"), "citizen.md")

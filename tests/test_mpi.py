@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from commands import ROOT, error_of, rows_of, start
+from commands import ROOT, error_of, rows_of, scalars, start
 from fake_data import fashion_mnist
 from test_examples import LAST_LINE
 
@@ -239,6 +239,12 @@ def test_one_process_trains_as_a_plain_loop(data, without_mpi, tmp_path):
         loss, right = model.evaluate(test.x / np.float32(255), test.labels)
         assert row["train_loss"] == pytest.approx(total / 61, rel=1e-6)  # the sum is in float32
         assert (row["test_loss"], row["test_accuracy"]) == (loss / 11, right / 11)
+
+
+def test_tensorboard_has_the_losses(data, without_mpi, tmp_path):
+    metrics, log_dir = tmp_path / "m.jsonl", tmp_path / "log"
+    train_mpi.main(train_mpi.Flags(data=data, dataset="fashion-mnist", metrics=metrics, log_dir=log_dir))
+    assert [(row["epoch"], row["test_loss"]) for row in rows_of(metrics)] == scalars(log_dir, "test_loss")
 
 
 def test_mnist_is_learnt(without_mpi, tmp_path, capsys):

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("tyro", reason="tyro reads the flags")
 pytest.importorskip("matplotlib", reason="matplotlib draws the picture")
 
-from commands import lesson, rows_of
+from commands import lesson, rows_of, scalars
 
 LAST = r"(muon|adamw): loss (\d\.\d{3}) after 12 steps, \d+\.\d s"
 
@@ -41,6 +41,16 @@ def test_two_ranks_learn_what_one_does(ranks, tmp_path):
     for one, two in zip(alone, together, strict=True):
         # Roundings of other sums, which Muon takes to bfloat16.
         assert two["loss"] == pytest.approx(one["loss"], rel=2**-8)
+
+
+def test_tensorboard_has_the_losses_of_both_optimizers(tmp_path):
+    flags = ["--steps", "2", "--device", "cpu"]
+    files = ["--metrics", str(tmp_path / "metrics"), "--log-dir", str(tmp_path / "log")]
+    code, _, err = lesson("train_transformer", *flags, *files)
+    assert code == 0, err
+    for name in ("muon", "adamw"):
+        rows = [row for row in rows_of(tmp_path / "metrics") if row["optimizer"] == name]
+        assert [(row["step"], row["loss"]) for row in rows] == scalars(tmp_path / "log" / name, "loss")
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(ranks):

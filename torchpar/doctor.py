@@ -7,6 +7,7 @@ beside float64. Each finding that needs attention has a remedy.
 
 import argparse
 import importlib.util
+import io
 import json
 import os
 import platform
@@ -15,7 +16,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,10 +25,9 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 import torchpar
-from torchpar.ops._matrix import fp32_precision
+from torchpar import self_test
 
 # The oldest and the newest versions that the tests have run with.
 TESTED = {
@@ -66,6 +66,8 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("python -m torchpar doctor", description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     options = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # terminals that have only ASCII print ? for an arrow
     start = time.perf_counter()
     findings = list(examine())
     seconds = time.perf_counter() - start
@@ -279,45 +281,20 @@ def _folder(name: str, folder: Path, needed: int, remedy: str) -> Finding:
 
 
 def operators() -> Iterator[Finding]:
-    """Each operator once on each device, beside float64."""
-    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    for device in devices:
-        generator = torch.Generator().manual_seed(0)
-        a, b, w = (torch.randn(n, 80, generator=generator) for n in (400, 400, 72))  # several blocks on a CPU
-        tests: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Sequence[Tensor]]] = {
-            "maximum": (torchpar.maximum, torch.maximum, (a, b)),
-            "matmul_t": (torchpar.matmul_t, lambda x: x @ x.T, (a,)),
-            "symmetric_matmul": (torchpar.symmetric_matmul, lambda x, y: x @ y.T, (a, a)),
-            "linear_sigmoid": (torchpar.linear_sigmoid, lambda x, y: torch.sigmoid(x @ y.T), (a, w)),
-            "exact_matmul": (torchpar.exact_matmul, lambda x, y: x @ y.T, (a, b)),
-            "exact_matmul_t": (torchpar.exact_matmul_t, lambda x: x @ x.T, (a,)),
-        }
-        for name, (operator, formula, operands) in tests.items():
+    for device in ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))):
+        for name, test in self_test.TESTS.items():
             try:
-                found = operator(*(t.to(device) for t in operands)).cpu().double()
+                error, bound = self_test.run(test, device)
             except Exception as e:
-                yield Finding(
-                    f"{name}, {device}", _line(e), "problem", "see the findings above, or report it"
-                )
+                remedy = "see the findings above, or report it"
+                yield Finding(f"{name}, {device}", _line(e), "problem", remedy)
                 continue
-            expected = formula(*(t.double() for t in operands))
-            # |x̂·ŷ − x·y| ≤ (k + 2)·u·|x|·|y| (Higham, "Accuracy and Stability", 3.1), where |σ'| ≤ 1/4.
-            bound = torch.zeros_like(expected)
-            if name != "maximum":
-                magnitudes = operands[0].abs().double() @ operands[-1].abs().double().T
-                bound = (a.shape[1] + 2) * _rounding(device) * magnitudes + 2.0**-22
-            worst = (found - expected).abs()
-            if bool((worst <= bound).all()):
+            if bool((error <= bound).all()):
                 by = ", by ATen" if device == "cpu" else ""
-                yield Finding(f"{name}, {device}", f"right{by}, error {worst.max():.0e}")
+                yield Finding(f"{name}, {device}", f"right{by}, error {error.max():.0e}")
             else:
-                text = f"WRONG by {worst.max():.0e}, expected at most {bound.max():.0e}"
+                text = f"WRONG by {error.max():.0e}, expected at most {bound.max():.0e}"
                 yield Finding(f"{name}, {device}", text, "problem", "please report it, with this output")
-
-
-def _rounding(device: str) -> float:
-    """The relative error of a factor of a product, u."""
-    return 2.0**-24 if device == "cpu" or fp32_precision() == "ieee" else 2.0**-11
 
 
 def _model() -> str:

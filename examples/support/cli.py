@@ -78,7 +78,20 @@ class ExampleFlags:
 
 
 @dataclass(kw_only=True)
-class TrainFlags(ExampleFlags):
+class LogFlags(ExampleFlags):
+    """Flags of every example that logs its training for TensorBoard."""
+
+    log_dir: Path | None = None
+    """Folder for TensorBoard: losses, and accuracy and speed where they are measured."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.log_dir is not None and importlib.util.find_spec("tensorboard") is None:
+            raise ConfigError("--log-dir needs tensorboard; pip install 'torchpar[lightning]'")
+
+
+@dataclass(kw_only=True)
+class TrainFlags(LogFlags):
     """Flags of every training example."""
 
     data: Path = Path(__file__).parent.parent / "data"
@@ -115,8 +128,6 @@ class TrainFlags(ExampleFlags):
     """Measure the time of each phase of a step (data, forward, backward, collectives, optimizer)."""
     collectives: bool = False
     """Count and time the collectives of a step, beside the predicted ones."""
-    log_dir: Path | None = None
-    """Folder for TensorBoard: losses, accuracy and speed of each epoch."""
     profile: Path | None = None
     """Folder for torch.profiler's trace of some steps, one file per rank."""
     plots: Path | None = None
@@ -136,8 +147,6 @@ class TrainFlags(ExampleFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.log_dir is not None and importlib.util.find_spec("tensorboard") is None:
-            raise ConfigError("--log-dir needs tensorboard; pip install 'torchpar[lightning]'")
         for name, value in OPTIMIZER_DEFAULTS[self.optimizer].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)

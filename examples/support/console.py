@@ -44,9 +44,8 @@ class EpochProgress:
         if log_dir is not None and self.speaks:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(
-                log_dir, purge_step=1
-            )  # of a resumed run, earlier epochs are written again
+            # A resumed run writes its earlier epochs again.
+            self.writer = SummaryWriter(log_dir, purge_step=1)
         percentage = TextColumn("{task.percentage:.0f}%")
         columns = (BarColumn(), percentage, TimeRemainingColumn(), TextColumn("{task.description}"))
         console = Console()
@@ -99,22 +98,39 @@ class EpochProgress:
             with self.metrics.open("w" if result.epoch == 1 else "a") as file:
                 file.write(json.dumps(asdict(result)) + "\n")
         if self.writer is not None:
-            for name, value in asdict(result).items():
-                if isinstance(value, float):
-                    self.writer.add_scalar(name, value, result.epoch)
+            _add_scalars(self.writer, asdict(result), result.epoch)
 
 
-def write_metrics(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Write a JSON object per line; overwrite the file.
+def write_metrics(path: Path | None, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write a JSON object per line, unless ``path`` is None; overwrite the file.
 
     Raises:
         ConfigError: it cannot be written.
     """
+    if path is None:
+        return
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
     try:
         path.write_text(text)
     except OSError as e:
         raise ConfigError(f"{path} cannot be written: {e}") from e
+
+
+def write_log(log_dir: Path | None, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write the figures of each row, at its ``step``, for TensorBoard, unless ``log_dir`` is None."""
+    if log_dir is None:
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(log_dir / name) as writer:
+        for row in rows:
+            _add_scalars(writer, row, row["step"])
+
+
+def _add_scalars(writer: Any, row: Mapping[str, Any], step: int) -> None:
+    for name, value in row.items():
+        if isinstance(value, float):
+            writer.add_scalar(name, value, step)
 
 
 def print_rows(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:

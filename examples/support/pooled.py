@@ -98,8 +98,7 @@ def report(flags: PooledFlags, library: str, device: str, ranks: int, results: l
             | {"first_cost": costs[0], "last_cost": costs[-1], "seconds": seconds}
             | {"precision": train[1], "test_loss": test[0], "test_accuracy": test[1]}
         )
-    if flags.metrics:
-        console.write_metrics(flags.metrics, lines)
+    console.write_metrics(flags.metrics, lines)
     if flags.plots:
         save_plots(flags.plots, results)
     print(console.last_line(test[1], test[0], seconds, ranks, device))

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: MIT
+"""One call of each operator beside float64, for the doctor."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import torchpar
+from torchpar.ops._matrix import fp32_precision
+
+A, B, WEIGHT = (400, 80), (400, 80), (72, 80)  # several blocks on a CPU
+
+
+class Test(NamedTuple):
+    """An operator's call, its formula, and the shapes of the operands."""
+
+    operator: Callable[..., Tensor]
+    formula: Callable[..., Tensor]
+    shapes: tuple[tuple[int, int], ...]
+
+
+TESTS = {
+    "maximum": Test(lambda a, b: torchpar.maximum(a, b), torch.maximum, (A, B)),
+    "matmul_t": Test(lambda x: torchpar.matmul_t(x), lambda x: x @ x.T, (A,)),
+    "symmetric_matmul": Test(lambda x: torchpar.symmetric_matmul(x, x), lambda x: x @ x.T, (A,)),
+    "linear_sigmoid": Test(
+        lambda x, w: torchpar.linear_sigmoid(x, w), lambda x, w: torch.sigmoid(x @ w.T), (A, WEIGHT)
+    ),
+    "exact_matmul": Test(lambda a, b: torchpar.exact_matmul(a, b), lambda a, b: a @ b.T, (A, B)),
+    "exact_matmul_t": Test(lambda x: torchpar.exact_matmul_t(x), lambda x: x @ x.T, (A,)),
+}
+
+
+def run(test: Test, device: str) -> tuple[Tensor, Tensor]:
+    """Return the error of each number of the result, beside float64, and the bound of that error."""
+    generator = torch.Generator().manual_seed(0)
+    operands = [torch.randn(shape, generator=generator) for shape in test.shapes]
+    found = test.operator(*(t.to(device) for t in operands)).cpu().double()
+    expected = test.formula(*(t.double() for t in operands))
+    bound = torch.zeros_like(expected)
+    if test.formula is not torch.maximum:
+        # |x̂·ŷ − x·y| ≤ (k + 2)·u·|x|·|y| (Higham, "Accuracy and Stability", 3.1), where |σ'| ≤ 1/4.
+        magnitudes = operands[0].abs().double() @ operands[-1].abs().double().T
+        bound = (A[1] + 2) * _rounding(device) * magnitudes + 2.0**-22
+    return (found - expected).abs(), bound
+
+
+def _rounding(device: str) -> float:
+    """The relative error of a factor of a product, u."""
+    return 2.0**-24 if device == "cpu" or fp32_precision() == "ieee" else 2.0**-11
