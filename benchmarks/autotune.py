@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Compile, and on a GPU time, every configuration of the kernels: ``python -m benchmarks.autotune``.
+"""Compile, and on a GPU time, every configuration of the kernels: ``python -m benchmarks run autotune``.
 
 It shows what a configuration takes of a multiprocessor, and on a GPU its time at each size beside the
 library's, the result checked. `python -m torchpar tune` writes the tables that the launchers read. Without a
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.command import Command, run
-from benchmarks.report import Results, Row, print_rows, track
+from benchmarks.rows import Results, Row, print_rows, track
 from benchmarks.timing import Times
 from torchpar.errors import ConfigError
 from torchpar.tune.command import DTYPES, KERNELS, VARIANTS

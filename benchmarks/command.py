@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command line of all benchmarks: ``python -m benchmarks.NAME [--quick] [--output DIR]``."""
+"""The command line of all benchmarks: ``python -m benchmarks run NAME [--quick] [--output DIR]``."""
 
 import argparse
 import importlib.util
@@ -21,7 +21,7 @@ class Command:
     def __init__(self, name: str, description: str, needs: Sequence[str] = ()):
         self.name = name
         self.needs = ("rich", *needs)
-        self.parser = argparse.ArgumentParser(f"python -m benchmarks.{name}", description=description)
+        self.parser = argparse.ArgumentParser(f"python -m benchmarks run {name}", description=description)
         self.parser.add_argument("--quick", action="store_true", help="small sizes: does it run?")
         self.parser.add_argument("--output", type=Path, metavar="DIR", help="for the CSV and pictures")
 
@@ -63,14 +63,19 @@ class Command:
         return options.output / f"{name or self.name}.csv" if options.output else None
 
 
-def run(main: Callable[[], int]) -> None:
-    """Call ``main`` and end with its status. A `ConfigError` and Ctrl-C are one line, statuses 2 and 130."""
-    name = Path(sys.argv[0]).stem if Path(sys.argv[0]).stem != "__main__" else Path(sys.argv[0]).parent.name
+def run(main: Callable[[], int], command: str = "") -> None:
+    """Call ``main`` and end with its status. A `ConfigError` and Ctrl-C are one line, statuses 2 and 130.
+
+    Args:
+        command: as it is typed behind ``python -m benchmarks``; by default that of the script that runs.
+    """
+    script = Path(sys.argv[0])
+    command = command or f"run {script.stem if script.stem != '__main__' else script.parent.name}"
     try:
         sys.exit(main())
     except ConfigError as e:
-        print(f"python -m benchmarks.{name}: error: {e}", file=sys.stderr)
+        print(f"python -m benchmarks {command}: error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"python -m benchmarks.{name}: interrupted", file=sys.stderr)
+        print(f"python -m benchmarks {command}: interrupted", file=sys.stderr)
         sys.exit(130)

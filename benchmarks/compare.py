@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.report import Row
+from benchmarks.rows import Row
 from benchmarks.timing import CPU, Ceiling, Rejected, flush, take_turns, time_calls
 
 Provider = Callable[..., Tensor]

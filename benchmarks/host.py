@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The host's part of a call of each operator: ``python -m benchmarks.host``.
+"""The host's part of a call of each operator: ``python -m benchmarks run host``.
 
 A small kernel ends before the host has issued the next one; then only the host's time counts.
 
@@ -25,7 +25,7 @@ from torch.nn.functional import linear
 
 import torchpar
 from benchmarks.command import Command, run
-from benchmarks.report import Results, Row, print_rows
+from benchmarks.rows import Results, Row, print_rows
 from benchmarks.timing import Turn, take_turns, time_calls
 
 SIZES = (512, 4096)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # ruff: noqa: E402  # libraries read the environment when they are imported
-"""Compare X·Xᵀ with PyTorch's and NumPy's, over shapes and dtypes: ``python -m benchmarks.matmul_t``.
+"""Compare X·Xᵀ with PyTorch's and NumPy's, over shapes and dtypes: ``python -m benchmarks run matmul_t``.
 
 The last tables show what the operator is for: how many times as fast as `torch.mm` it is, forward and
 backward, and for small matrices on a CPU also in calls that find code and operands in the caches. The work
@@ -20,7 +20,7 @@ from benchmarks.command import Command, run
 from benchmarks.compare import Mode, Operation, Provider
 from benchmarks.operations import matmul_t_operation, numpy_matmul_t
 from benchmarks.operators import compare_all, parse
-from benchmarks.report import Results, Row, number, print_cells, print_rows
+from benchmarks.rows import Results, Row, number, print_cells, print_rows
 
 REFERENCE = "torch.mm"
 MODES: tuple[Mode, ...] = ("forward", "backward")

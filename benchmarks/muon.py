@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Compare `torchpar.optim.Muon` with torch's Muon, and with SGD on MNIST: ``python -m benchmarks.muon``.
+"""Compare `torchpar.optim.Muon` with torch's Muon, and with SGD on MNIST: ``python -m benchmarks run muon``.
 
 The first table is the time of a step of one weight, or of many small ones; all optimizers get the same
 gradients. After the steps the weights must agree, as far as orthogonalising in bfloat16 lets them; the status
@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.command import Command, run
 from benchmarks.digits import DATA
-from benchmarks.report import Results, Row, picture, print_rows, track
+from benchmarks.rows import Results, Row, picture, print_rows, track
 from benchmarks.timing import take_turns, time_calls
 from torchpar import data
 from torchpar.nn import MLP

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Compare the operators with PyTorch's own, eager and compiled: ``python -m benchmarks.operators``.
+"""Compare the operators with PyTorch's own, eager and compiled: ``python -m benchmarks run operators``.
 
 One operation is the maximum of two 1000×1000 matrices of integers, a common exercise for Numba, whose loops
 run on one CPU core. On a GPU their time is without transfers.
@@ -31,7 +31,7 @@ from benchmarks.operations import (
     numpy_matmul_t,
     symmetric_matmul_operation,
 )
-from benchmarks.report import Results, Row, duration, number, print_rows
+from benchmarks.rows import Results, Row, duration, number, print_rows
 from benchmarks.timing import measure_ceiling
 from torchpar.errors import ConfigError
 

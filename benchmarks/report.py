@@ -1,266 +1,241 @@
 # SPDX-License-Identifier: MIT
-"""The row of all benchmarks; its CSV, its table and its picture."""
+"""One HTML page of all committed results: ``python -m benchmarks report [--output FILE]``.
 
-import csv
+The page needs no network: tables, pictures and scripts are inside. A table shows the machines side by side.
+Where git has an earlier version of a CSV, each row is compared with it.
+"""
+
+import argparse
+import base64
 import importlib.util
+import io
+import math
 import os
-import platform
+import shutil
 import subprocess
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
-import torch
+from benchmarks.__main__ import NAMES, title
+from torchpar.errors import ConfigError
 
-T = TypeVar("T")
-WIDTH = 170  # columns of a table that is not printed to a terminal
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A measurement. None stands for a value that was not measured, or is not believed.
-
-    Attributes:
-        work: the work by column, such as operator, shape and dtype.
-        provider: the contestant that did it.
-        p20_ms, p50_ms, p80_ms: quantiles of the samples, in milliseconds of one call.
-        mean_ms: their mean.
-        samples: how many there are.
-        speedup: the reference's time over this one's, the median over the rounds.
-        found: further columns.
-        ok: whether the results were right.
-        reason: why they were not, or "".
-    """
-
-    work: Mapping[str, Any]
-    provider: str
-    p20_ms: float | None = None
-    p50_ms: float | None = None
-    p80_ms: float | None = None
-    mean_ms: float | None = None
-    samples: int | None = None
-    speedup: float | None = None
-    found: Mapping[str, Any] = field(default_factory=dict)
-    ok: bool = True
-    reason: str = ""
-
-    def columns(self) -> dict[str, Any]:
-        times = {name: getattr(self, name) for name in ("p20_ms", "p50_ms", "p80_ms", "mean_ms", "samples")}
-        end = {"ok": self.ok, "reason": self.reason}
-        return {**self.work, "provider": self.provider, **times, "speedup": self.speedup, **self.found, **end}
-
-
-class Results:
-    """All rows of a benchmark.
-
-    Args:
-        path: the CSV that has them as soon as they are added; None writes nothing.
-        device: where they were measured.
-        common: further columns of all rows.
-    """
-
-    def __init__(self, path: Path | None, device: torch.device, **common: object):
-        self.rows: list[Row] = []
-        self.path = path
-        self.device = device
-        self.common = common
-        self._lines: list[dict[str, Any]] = []
-
-    def add(self, rows: Iterable[Row]) -> list[Row]:
-        """Add ``rows``, with the place and the time of their measurement, and return them."""
-        added = list(rows)
-        self.rows += added
-        origin = self.common | provenance(self.device)
-        self._lines += [row.columns() | origin for row in added]
-        if self.path:
-            names = dict.fromkeys(name for line in self._lines for name in line)
-            with self.path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, list(names))
-                writer.writeheader()
-                writer.writerows(self._lines)
-        return added
-
-    @property
-    def status(self) -> int:
-        """The exit status: 1 if a row is not ok."""
-        return 0 if all(row.ok for row in self.rows) else 1
-
-
-# Headers and formats of columns; other columns have their names, and numbers three digits.
-FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    **{f"{name}_ms": (name, lambda ms: duration(ms / 1e3)) for name in ("p20", "p50", "p80", "mean", "host")},
-    "first_s": ("first call", lambda seconds: duration(seconds)),
-    "speedup": ("speed-up", "{:.2f}".format),
-    "over_pure_python": ("× pure Python", lambda x: number(x)),
-    "over_rung_before": ("× rung before", lambda x: number(x)),
-    "gb_per_s": ("GB/s", lambda x: number(x)),
-    "gflop_per_s": ("GFLOP/s", lambda x: number(x)),
-    "samples_per_s": ("samples/s", "{:,.0f}".format),
-    "to_97_s": ("to 97%", lambda seconds: duration(seconds)),
-    "to_98_s": ("to 98%", lambda seconds: duration(seconds)),
-    "roofline": ("roofline", lambda x: percent(x)),
-    "of_ceiling": ("of ceiling", lambda x: percent(x)),
-    "max_error": ("max error", "{:.1e}".format),
-    "error": ("error", "{:.1e}".format),
-    "distance": ("distance", "{:.1e}".format),
-    "peak_memory_mb": ("MB", "{:,.1f}".format),
-    "ok": ("ok", lambda ok: "yes" if ok else "NO"),
+RESULTS = Path(__file__).parent / "results"
+TEMPLATE = Path(__file__).parent / "report.html"
+# Columns that describe the work, beside those in front of the times. Rows of other seeds are summarised.
+WORK = ("epoch", "nbytes", "way", "validate")
+SHOWN = {
+    "p50_ms": "ms",
+    "speedup": "speed-up",
+    "accuracy": "accuracy",
+    "test_accuracy": "accuracy",
+    "change": "change",
 }
-UNPRINTED = ("mean_ms", "samples", "configuration", "reason")
+ORIGIN = ("device", "cores", "gpu", "torch", "triton", "numpy", "python", "clocks", "commit", "dirty", "date")
+TIMES = ("p20_ms", "p80_ms", "mean_ms", "samples", "ok", "reason")
+NOT_OK = "NOT OK"
 
 
-def print_rows(title: str, rows: Sequence[Row], columns: Sequence[str] = ()) -> None:
-    """Print rows under a title, then why rows failed.
+def read(text: str) -> Any:
+    """Return the rows of a CSV by their work, of all seeds one row; None if it has no times."""
+    import pandas
 
-    Args:
-        columns: the ones to print; by default all that were measured and the work in which rows differ.
+    frame = pandas.read_csv(io.StringIO(text), dtype={"commit": str, "clocks": str, "reason": str})
+    columns = list(frame.columns)
+    if "p20_ms" not in columns:
+        return None
+    work = list(dict.fromkeys([*columns[: columns.index("p20_ms")], *(n for n in WORK if n in columns)]))
+    frame[work] = frame[work].astype(object).where(frame[work].notna(), "")
+    if "seconds" in columns:  # one row for each seed
+        times = frame["p50_ms"].fillna(1000 * frame["seconds"])
+        quantiles = times.groupby([frame[name] for name in work], sort=False)
+        for name, q in (("p20_ms", 0.2), ("p50_ms", 0.5), ("p80_ms", 0.8)):
+            frame[name] = quantiles.transform("quantile", q)
+        if "accuracy" in columns:
+            frame["accuracy"] = frame.groupby(work, sort=False)["accuracy"].transform("mean")
+    return frame.drop_duplicates(work).set_index(work)
+
+
+def change(now: Any, before: Any) -> Any:
+    """Return "slower", "faster" or "" for each row of ``now``.
+
+    A row is slower if its 20% quantile is above the earlier 80% quantile, so that noise does not mark it, and
+    its speed-up over the reference of the same run has fallen, so that a slower machine does not.
     """
-    work = [row.work for row in rows]
-    shared = {name for name in (work[0] if work else {}) if len({str(one.get(name)) for one in work}) == 1}
-    lines = []
-    for row in rows:
-        cells = row.columns()
-        names = columns or [name for name in cells if name not in UNPRINTED and name not in shared]
-        line = {}
-        for name in names:
-            header, text = FORMATS.get(name, (name, lambda x: number(x) if isinstance(x, float) else str(x)))
-            value = cells.get(name)
-            line[header] = "" if value is None else text(value)
-        lines.append(line)
-    print_cells(title, lines, groups=[tuple(row.work.values()) for row in rows])
-    for row in rows:
-        if not row.ok:
-            print("not ok:", *(value for value in (row.provider, *row.work.values(), row.reason)))
+    import pandas
+
+    marks = pandas.Series("", now.index)
+    if before is None or list(now.index.names) != list(before.index.names):
+        return marks
+    before = before.reindex(now.index)
+    old, new = (frame["speedup"] for frame in (before, now))
+    unknown = old.isna() | new.isna() | ((old == 1) & (new == 1))  # the reference itself
+    slower = (now["p20_ms"] > before["p80_ms"]) & (unknown | (new < old))
+    faster = (now["p80_ms"] < before["p20_ms"]) & (unknown | (new > old))
+    return marks.mask(slower, "slower").mask(faster, "faster")
 
 
-def print_cells(title: str, lines: Sequence[Mapping[str, str]], groups: Sequence[object] = ()) -> None:
-    """Print lines of cells by header. Empty columns are left out; a rule ends each group of lines.
+def earlier(path: Path) -> str | None:
+    """Return the CSV's version before the last commit that changed it, or None."""
 
-    Without lines nothing is printed.
-    """
-    if not lines:
-        return
-    from rich.console import Console
-    from rich.table import Table
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(path.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    table = Table()
-    headers = [h for h in dict.fromkeys(h for line in lines for h in line) if any(x.get(h) for x in lines)]
-    for header in headers:
-        cells = [line[header] for line in lines if line.get(header)]
-        numbers = all(cell.lstrip("-")[:1].isdigit() for cell in cells)
-        table.add_column(header, justify="right" if numbers else "left", no_wrap=True)
-    grouped = len(set(groups)) < len(lines)
-    for i, line in enumerate(lines):
-        ends = grouped and groups[i : i + 1] != groups[i + 1 : i + 2]
-        table.add_row(*(line.get(header, "") for header in headers), end_section=bool(groups) and ends)
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, markup=False)
-    console.print(title, style="italic", soft_wrap=True, highlight=False)
-    console.print(table)
-
-
-def markdown(rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown; the first row is its head."""
-    head, *others = rows
-    lines = [f"| {' | '.join(cells)} |\n" for cells in (head, *others)]
-    return "".join([lines[0], "|---" * len(head) + "|\n", *lines[1:]])
-
-
-def duration(seconds: float | None) -> str:
-    """With three digits, in the unit that suits; "" for None."""
-    if seconds is None:
-        return ""
-    unit, scale = ("s", 1.0) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
-    return f"{number(seconds * scale)} {unit}"
-
-
-def percent(x: float) -> str:
-    return f"{x:.2%}" if x < 0.01 else f"{x:.0%}"
-
-
-def number(x: float | None) -> str:
-    """With three digits, or whole; "" for None."""
-    return "" if x is None else f"{x:.3g}" if x < 999 else f"{x:,.0f}"
-
-
-def track(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
-    """The items, with a progress bar on stderr if that is a terminal."""
-    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
-        return items
-    from rich.console import Console
-    from rich.progress import track as rich_track
-
-    return rich_track(items, label, total, console=Console(stderr=True), transient=True)
-
-
-@contextmanager
-def picture(path: Path, width: float = 8, height: float = 5) -> Iterator[Any]:
-    """Yield a figure of so many inches, and save it at the end."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((width, height), layout="constrained")
-    yield figure
-    figure.savefig(path, dpi=120)
-
-
-@cache
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, device and commit.
-
-    ``TORCHPAR_COMMIT`` names the commit where there is no repository; ``-dirty`` at its end marks changes.
-    """
     try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = ""
-    describe = "git describe --always --dirty --abbrev=40 --exclude=*"
-    commit = os.environ.get("TORCHPAR_COMMIT") or _output(describe, cwd=Path(__file__).parent)
-    return {
-        "torch": torch.__version__,
-        "triton": triton,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpuinfo("model name"),
-        "commit": commit.removesuffix("-dirty"),
-        "dirty": commit.endswith("-dirty") if commit else None,
-    }
-
-
-def provenance(device: torch.device) -> dict[str, Any]:
-    """The `environment`, the clocks and the date at this moment."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    return {**environment(device), "clocks": clocks(device), "date": now}
-
-
-def clocks(device: torch.device) -> str:
-    """The clocks at this moment."""
-    if device.type != "cuda":
-        return f"{_cpuinfo('cpu MHz')} MHz"
-    uuid = torch.cuda.get_device_properties(device).uuid
-    return _output(f"nvidia-smi -i GPU-{uuid} --query-gpu=clocks.sm,clocks.mem --format=csv,noheader")
-
-
-def _cpuinfo(key: str) -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    values = (
-        value.strip() for name, _, value in (line.partition(":") for line in lines) if name.strip() == key
-    )
-    return next(values, platform.machine())
-
-
-def _output(command: str, cwd: Path | None = None) -> str:
-    """The output of ``command``; nothing where it is missing or fails."""
-    try:
-        done = subprocess.run(command.split(), cwd=cwd, capture_output=True, text=True, check=True)
+        commits = git("log", "-n", "2", "--format=%H", "--", path.name).split()
+        return git("show", f"{commits[1]}:./{path.name}") if len(commits) == 2 else None
     except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout.strip()
+        return None
+
+
+def origin(frame: Any) -> str:
+    """Return the environment of all rows: each version, clock, commit and day that they have."""
+    parts = []
+    for name in ORIGIN:
+        if name not in frame or frame[name].isna().all():
+            continue
+        values = frame[name].dropna().astype(str)
+        if name == "date":
+            values = values.str[:10]
+        elif name == "commit":
+            values = values.str[:9]
+        elif name == "dirty":
+            if (values == "True").any():
+                parts.append("with changes that are not committed")
+            continue
+        text = ", ".join(dict.fromkeys(values))
+        parts.append(text if name in ("device", "clocks") else f"{name} {text}")
+    return "; ".join(parts)
+
+
+def side_by_side(frames: Mapping[str, Any]) -> Any:
+    """Return a table of the work and, for each machine, the shown columns."""
+    import pandas
+
+    parts = []
+    for machine, frame in frames.items():
+        names = [name for name in SHOWN if name in frame and frame[name].replace("", None).notna().any()]
+        if "p50_ms" not in names:  # something other than time was counted
+            names = [
+                name for name in frame if name not in (*TIMES, *ORIGIN, *SHOWN) and frame[name].notna().any()
+            ]
+        part = frame[names].rename(columns={name: f"{machine}: {SHOWN.get(name, name)}" for name in names})
+        parts.append(part.reset_index())
+    table = parts[0]
+    for part in parts[1:]:
+        table = pandas.merge(table, part, how="outer", sort=False)
+    work = [name for name in table if ": " not in str(name)]
+    constant = [name for name in work if table[name].nunique(dropna=False) == 1 and len(table) > 1]
+    return table.drop(columns=constant)
+
+
+def as_html(table: Any) -> str:
+    """Return a table that a reader can sort and search; numbers have three digits."""
+    from itables.javascript import to_html_datatable
+
+    from benchmarks.rows import number
+
+    def text(cell: object) -> str:
+        if isinstance(cell, float):
+            return "" if math.isnan(cell) else number(cell)
+        return str(cell)
+
+    style = "width:auto; margin:0"
+    return to_html_datatable(
+        table.map(text), connected=False, showIndex=False, maxBytes=0, order=[], style=style
+    )
+
+
+def sections(results: Path) -> Iterator[dict[str, Any]]:
+    """The parts of the page, one for each kind of CSV."""
+    paths: dict[str, dict[str, Path]] = {}
+    for path in sorted(results.glob("*/*.csv")):
+        paths.setdefault(path.stem, {})[path.parent.name] = path
+    pictures = {path for path in results.glob("*/*.png")}
+    for stem in sorted(paths, key=lambda stem: (NAMES.index(_benchmark(stem)), stem)):
+        frames = {}
+        for machine, path in paths[stem].items():
+            frames[machine] = frame = read(path.read_text())
+            previous = earlier(path)
+            frame["change"] = change(frame, read(previous) if previous else None)
+            if "ok" in frame:
+                frame.loc[frame["ok"] == False, "change"] = NOT_OK  # noqa: E712
+        own = sorted(path for path in pictures if path.stem == stem)
+        pictures -= set(own)
+        yield {
+            "name": stem,
+            "title": title(_benchmark(stem)),
+            "table": as_html(side_by_side(frames)),
+            "slower": sum(int((frame["change"] == "slower").sum()) for frame in frames.values()),
+            "failed": sum(int((frame["change"] == NOT_OK).sum()) for frame in frames.values()),
+            "origins": {machine: origin(frame) for machine, frame in frames.items()},
+            "pictures": [_picture(path) for path in own],
+        }
+    if pictures:
+        yield {"name": "further pictures", "pictures": [_picture(path) for path in sorted(pictures)]}
+
+
+def _benchmark(stem: str) -> str:
+    """The benchmark that wrote a CSV."""
+    return next((name for name in sorted(NAMES, key=len, reverse=True) if stem.startswith(name)), "operators")
+
+
+def _picture(path: Path) -> dict[str, str]:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return {"text": f"{path.parent.name}/{path.name}", "source": f"data:image/png;base64,{data}"}
+
+
+def write(output: Path, results: Path = RESULTS) -> None:
+    """Write the page of all CSVs and pictures in the folders of ``results``."""
+    from itables.javascript import generate_init_offline_itables_html
+    from itables.utils import find_package_file
+    from jinja2 import Template
+
+    parts = list(sections(results))
+    if not parts:
+        raise ConfigError(f"{results} has no results, expected MACHINE/NAME.csv")
+    scripts = generate_init_offline_itables_html(find_package_file("html/dt_bundle.js"))
+    output.write_text(Template(TEMPLATE.read_text()).render(sections=parts, scripts=scripts))
+
+
+def screenshot(page: Path, picture: Path) -> None:
+    """Save the beginning of a page as a picture."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright, playwright.chromium.launch(**browser_options()) as browser:
+        tab = browser.new_page(viewport={"width": 1200, "height": 900})
+        tab.goto(page.absolute().as_uri())
+        tab.wait_for_selector("tbody tr td")
+        tab.screenshot(path=picture)
+
+
+def browser_options() -> dict[str, Any]:
+    """Return what playwright needs to launch the system's Chromium; without one it takes its own."""
+    root = hasattr(os, "getuid") and os.getuid() == 0  # whom Chromium's sandbox refuses
+    return {"executable_path": shutil.which("chromium"), "args": ["--no-sandbox"] if root else []}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks report", description=__doc__.partition("\n")[0])
+    default = Path(tempfile.gettempdir()) / "torchpar-report.html"
+    parser.add_argument("--output", type=Path, metavar="FILE", default=default, help=f"by default {default}")
+    parser.add_argument(
+        "--results", type=Path, metavar="DIR", default=RESULTS, help="folders of CSVs and pictures"
+    )
+    parser.add_argument(
+        "--screenshot", type=Path, metavar="PNG", help="also the page's beginning, by Chromium"
+    )
+    options = parser.parse_args(arguments)
+    needed = ("itables", "pandas", "jinja2", *(["playwright"] if options.screenshot else []))
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise ConfigError(f"{' and '.join(missing)} not installed; pip install -e '.[report]'")
+    try:
+        write(options.output, options.results)
+    except OSError as e:
+        raise ConfigError(f"the page cannot be written: {e}") from e
+    print(options.output)
+    if options.screenshot:
+        screenshot(options.output, options.screenshot)
+    return 0

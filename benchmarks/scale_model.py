@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Count what a rank sends in a step on 64 to 4096 ranks: ``python -m benchmarks.scale_model``.
+"""Count what a rank sends in a step on 64 to 4096 ranks: ``python -m benchmarks run scale_model``.
 
 In PyTorch's fake process group one process stands for any rank of any number. It builds the mesh and its part
 of the model on the meta device, and runs steps with DistributedDataParallel or a pipeline's schedule. Every
@@ -23,7 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.command import Command, run
-from benchmarks.report import Results, Row, print_rows, track
+from benchmarks.rows import Results, Row, print_rows, track
 from benchmarks.timing import CPU
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP

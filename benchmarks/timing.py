@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.report import Row, track
+from benchmarks.rows import Row, track
 
 K = TypeVar("K", bound=Hashable)
 R = TypeVar("R")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`python -m benchmarks.autotune`: configurations that are compiled, timed, and that cannot be used."""
+"""`python -m benchmarks run autotune`: configurations that are compiled, timed, and that cannot be used."""
 
 import csv
 import re
@@ -56,7 +56,7 @@ def test_on_a_gpu_the_variants_stand_beside_the_library(tmp_path, capsys, monkey
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(autotune, "compile_tiles", compile_tiles)
     monkeypatch.setattr(autotune, "measure", measure)
-    monkeypatch.setattr("benchmarks.report.provenance", lambda device: {})
+    monkeypatch.setattr("benchmarks.rows.provenance", lambda device: {})
     monkeypatch.setattr(candidates, "configurations", lambda *_: list(variants.values()))
     flags = ["--kernels", LARGE[0], "--sizes", "512", "1024", "--output", str(tmp_path)]
     assert autotune.main(flags) == 1, "two rows are wrong"
@@ -88,7 +88,7 @@ def test_the_sizes_before_a_fault_of_the_gpu_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(autotune, "compile_tiles", lambda *_: ({"registers": 64}, ""))
     monkeypatch.setattr(autotune, "measure", measure)
-    monkeypatch.setattr("benchmarks.report.provenance", lambda device: {})
+    monkeypatch.setattr("benchmarks.rows.provenance", lambda device: {})
     flags = ["--quick", "--kernels", LARGE[0], "--sizes", "512", "1024", "--output", str(tmp_path)]
     with pytest.raises(ConfigError, match="the GPU fails"):
         autotune.main(flags)

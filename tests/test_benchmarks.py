@@ -5,6 +5,7 @@ import csv
 import importlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,21 +20,9 @@ from commands import ROOT, import_path, start
 
 pytest.importorskip("rich", reason="rich prints the tables")
 from benchmarks import matmul_t, muon, ncu, operators
+from benchmarks.__main__ import NAMES
 from benchmarks.command import run
 from torchpar.errors import ConfigError
-
-COMMANDS = (
-    "autotune",
-    "host",
-    "ladder",
-    "matmul_t",
-    "muon",
-    "ncu",
-    "operators",
-    "scale_model",
-    "scaling",
-    "train",
-)
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -229,7 +218,7 @@ def test_a_gpu_that_is_not_there():
         ncu.main([])
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_without_rich_a_command_says_so(monkeypatch, name):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda x: None if x == "rich" else find(x))
@@ -253,24 +242,73 @@ def test_an_end_is_one_line(monkeypatch, capsys, error, status, said):
     with pytest.raises(SystemExit) as ended:
         run(main)
     assert ended.value.code == status
-    assert capsys.readouterr().err == f"python -m benchmarks.ladder: {said}\n"
+    assert capsys.readouterr().err == f"python -m benchmarks run ladder: {said}\n"
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_all_commands_share_their_flags(name, capsys):
     with pytest.raises(SystemExit) as ended:
         main_of(name)(["--help"])
     assert ended.value.code == 0
     printed = capsys.readouterr().out
-    assert f"usage: python -m benchmarks.{name} [-h] [--quick] [--output DIR]" in printed
+    assert f"usage: python -m benchmarks run {name} [-h] [--quick] [--output DIR]" in printed
 
 
-def test_a_command_without_output_writes_nothing(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.matmul_t", "--quick", "--device=cpu", "--modes=forward"]
+def benchmarks(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m benchmarks`` as a user does."""
+    command = [sys.executable, "-m", "benchmarks", *arguments]
     environment = os.environ | {"PYTHONPATH": import_path(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_all_benchmarks_are_listed(tmp_path):
+    paths = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "benchmarks").glob("*/__main__.py")]
+    commands = {
+        path.parent.name if path.stem == "__main__" else path.stem
+        for path in paths
+        if "Command(" in path.read_text() and path.stem != "command"
+    }
+    lines = benchmarks("list", folder=tmp_path).stdout.splitlines()
+    assert {line.split()[0] for line in lines} == commands
+    assert "matmul_t     Compare X·Xᵀ with PyTorch's and NumPy's, over shapes and dtypes" in lines
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("run none", "no benchmark 'none', expected some of operators, matmul_t,"),
+        ("run --quick", "no benchmark is named; python -m benchmarks list shows them"),
+        ("", "no command given"),
+        ("lists", "'lists', expected list, run or report"),
+        ("run muon --speed 3", "python -m benchmarks run muon: error: unrecognized arguments: --speed 3"),
+        ("report --results /nonexistent", "/nonexistent has no results, expected MACHINE/NAME.csv"),
+    ],
+)
+def test_wrong_commands_are_refused(tmp_path, arguments, message):
+    done = benchmarks(*arguments.split(), folder=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+
+
+def test_several_benchmarks_run_in_turn(tmp_path):
+    done = benchmarks("run", "ncu", "matmul_t", "--quick", "--output", "out", folder=tmp_path)
+    assert "== ncu\n== matmul_t\n" in done.stdout
+    assert rows_of(tmp_path / "out" / "matmul_t.csv")
+    if not torch.cuda.is_available():  # which ncu needs
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1] == "failed: ncu (status 2)"
+
+
+@pytest.mark.slow
+def test_without_output_nothing_is_written(tmp_path):
+    for folder in ("benchmarks", "torchpar", "examples"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    before = sorted(tmp_path.rglob("*"))
+    environment = os.environ | {"PYTHONPATH": import_path(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "benchmarks", "run", "ladder", "scaling", "--quick"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.slow
@@ -282,5 +320,5 @@ def test_ctrl_c_is_one_line(name):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert err.splitlines()[-1] == f"python -m benchmarks.{name}: interrupted"
+    assert err.splitlines()[-1] == f"python -m benchmarks run {name}: interrupted"
     assert "Traceback" not in err

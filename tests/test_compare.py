@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.compare import Operation, Provider, Work, compare
-from benchmarks.report import Results, Row, environment, print_rows
+from benchmarks.rows import Results, Row, environment, print_rows
 from benchmarks.timing import Ceiling
 
 ROUNDS = 5

@@ -43,6 +43,7 @@ def missing(text: str, folder: Path, flags: set[str]) -> list[str]:
         r"\b(?:examples|benchmarks|tests|docs|torchpar)/[\w/.-]*\.(?:py|sh|yaml|sbatch|md)\b", text
     )
     modules = re.findall(r"-m (benchmarks\.[a-z]\w*|torchpar)\b", text)
+    modules += [f"benchmarks.{name}" for name in re.findall(r"-m benchmarks run ([a-z]\w*)", text)]
     tests = re.findall(r"`(test_\w+)`", text)
     used = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][\w-]+)", text)}
     return [
@@ -61,7 +62,14 @@ def test_pages_name_only_what_exists(page):
 
 @pytest.mark.parametrize(
     "text",
-    ["[a](none.md)", "`tests/none.py`", "`python -m benchmarks.none`", "`test_none`", "`--no-such-flag`"],
+    [
+        "[a](none.md)",
+        "`tests/none.py`",
+        "`python -m benchmarks.none`",
+        "`python -m benchmarks run none`",
+        "`test_none`",
+        "`--no-such-flag`",
+    ],
 )
 def test_what_does_not_exist_is_found(text):
     assert len(missing(text, ROOT, our_flags())) == 1
@@ -78,7 +86,7 @@ def test_the_readme_shows_the_measured_trainings():
 
 @pytest.mark.parametrize("name", ["speedrun-ladder", "speedrun-tried-validated"])
 def test_the_speedrun_shows_the_measured_recipes(name):
-    from benchmarks.report import Row
+    from benchmarks.rows import Row
     from benchmarks.speedrun import __main__ as benchmark
 
     with (ROOT / "benchmarks" / "results" / "cpu-2-cores" / f"{name}.csv").open() as file:

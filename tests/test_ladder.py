@@ -20,7 +20,7 @@ from benchmarks.ladder import __main__ as ladder
 from benchmarks.ladder import on_ranks, operators, show
 from benchmarks.ladder.inputs import operands
 from benchmarks.ladder.rungs import Rung, Workload, measure
-from benchmarks.report import Row
+from benchmarks.rows import Row
 from benchmarks.scaling.steps import CORES
 from benchmarks.timing import Ceiling, Rejected
 from torchpar.baselines import numba_njit, numpy_mlp

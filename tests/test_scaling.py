@@ -15,7 +15,7 @@ from torch import Tensor
 
 pytest.importorskip("rich", reason="rich prints the tables")
 from benchmarks import scale_model
-from benchmarks.report import Row
+from benchmarks.rows import Row
 from benchmarks.scale_model import MESHES, MeshPlan, difference
 from benchmarks.scaling import __main__ as scaling
 from benchmarks.scaling import show, steps

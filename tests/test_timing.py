@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from benchmarks.report import duration, number
+from benchmarks.rows import duration, number
 from benchmarks.timing import Rejected, Times, quantiles, take_turns, time_calls
 
 

@@ -17,7 +17,7 @@ pytest.importorskip("rich", reason="rich prints the tables")
 pytest.importorskip("numba", reason="Numba compiles the loops")
 pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 
-from benchmarks.report import Row
+from benchmarks.rows import Row
 from benchmarks.timing import Rejected
 from benchmarks.train import __main__ as benchmark
 from benchmarks.train import epochs, inputs, on_ranks, programs, rungs

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""The same work on every rung, from pure Python to several processes: ``python -m benchmarks.ladder``."""
+"""The same work on every rung, from pure Python to several processes: ``python -m benchmarks run ladder``."""

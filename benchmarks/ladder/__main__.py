@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # ruff: noqa: E402  # libraries read the environment when they are imported
-"""Do the same work on every rung, from pure Python to several processes: ``python -m benchmarks.ladder``.
+"""Do the same work on every rung, from pure Python to several processes: ``python -m benchmarks run ladder``.
 
 Three workloads: elementwise maximum, X·Xᵀ and linear+sigmoid; `benchmarks.train` trains whole networks. The
 result of every call that is timed is checked against float64 (whole numbers: exactly). Rungs take turns, and
@@ -18,7 +18,7 @@ shorten_spins()
 import torch
 
 from benchmarks.command import Command, run
-from benchmarks.report import Results, print_rows, provenance
+from benchmarks.rows import Results, print_rows, provenance
 from benchmarks.scaling.steps import CORES
 from benchmarks.timing import CPU, measure_ceiling
 from torchpar.errors import ConfigError

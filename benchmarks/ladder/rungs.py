@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.compare import Work
-from benchmarks.report import Row
+from benchmarks.rows import Row
 from benchmarks.timing import CPU, Ceiling, Turn, take_turns
 
 ROUNDS = 20

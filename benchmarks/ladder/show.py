@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import Row, duration, markdown, number, picture
+from benchmarks.rows import Row, duration, markdown, number, picture
 
 COLORS = {
     "pure Python": "tab:gray",

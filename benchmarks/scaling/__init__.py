@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""The speed-up of a training step on more ranks: ``python -m benchmarks.scaling``."""
+"""The speed-up of a training step on more ranks: ``python -m benchmarks run scaling``."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Measure the speed-up of a training step on more ranks: ``python -m benchmarks.scaling``.
+"""Measure the speed-up of a training step on more ranks: ``python -m benchmarks run scaling``.
 
 A step is forward, backward, exchange of gradients and SGD, on CPUs: data parallelism averages through shared
 memory, tensor parallelism by gloo. It is compared with one process of one thread and one of two. The
@@ -15,7 +15,7 @@ from functools import partial
 from typing import NamedTuple
 
 from benchmarks.command import Command, run
-from benchmarks.report import Results, Row
+from benchmarks.rows import Results, Row
 from benchmarks.scaling import show, steps
 from benchmarks.scaling.steps import CORES, Configuration, Prepared
 from benchmarks.timing import CPU, Rejected, Times, take_turns

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import Row, duration, picture, print_cells
+from benchmarks.rows import Row, duration, picture, print_cells
 from torchpar.profile import amdahl
 from torchpar.profile.cost import Link
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Train an MLP on MNIST in as few seconds as possible: ``python -m benchmarks.speedrun``.
+"""Train an MLP on MNIST in as few seconds as possible: ``python -m benchmarks run speedrun``.
 
 Prints the seconds and the accuracies of the records, or of other recipes, over 20 seeds. docs/speedrun.md has
 the rules, and the way to enter. Recipes take turns, seed by seed; the first turn, with seed 0, warms up. The
@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.command import Command, run
 from benchmarks.ladder.rungs import plural
-from benchmarks.report import Results, Row, markdown, number, picture, print_cells, provenance
+from benchmarks.rows import Results, Row, markdown, number, picture, print_cells, provenance
 from benchmarks.scaling.steps import CORES
 from benchmarks.speedrun import attempts, entries
 from benchmarks.speedrun.attempts import Attempt

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Train MLPs on MNIST in many ways, side by side: ``python -m benchmarks.train``.
+"""Train MLPs on MNIST in many ways, side by side: ``python -m benchmarks run train``.
 
 Every row trains by plain SGD from the same first weights, and all but MPI's on the same batches. The loss of
 each batch is checked with float64; of MPI and Lightning, which train whole epochs, the mean loss. The other
@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.command import Command, run
 from benchmarks.ladder.rungs import Rung, plural
-from benchmarks.report import Results, Row, markdown, number, picture, print_rows, provenance
+from benchmarks.rows import Results, Row, markdown, number, picture, print_rows, provenance
 from benchmarks.scaling.steps import CORES
 from benchmarks.timing import CPU, take_turns
 from benchmarks.train import on_ranks, programs

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: MIT
+"""The row of all benchmarks; its CSV, its table and its picture."""
+
+import csv
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+T = TypeVar("T")
+WIDTH = 170  # columns of a table that is not printed to a terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A measurement. None stands for a value that was not measured, or is not believed.
+
+    Attributes:
+        work: the work by column, such as operator, shape and dtype.
+        provider: the contestant that did it.
+        p20_ms, p50_ms, p80_ms: quantiles of the samples, in milliseconds of one call.
+        mean_ms: their mean.
+        samples: how many there are.
+        speedup: the reference's time over this one's, the median over the rounds.
+        found: further columns.
+        ok: whether the results were right.
+        reason: why they were not, or "".
+    """
+
+    work: Mapping[str, Any]
+    provider: str
+    p20_ms: float | None = None
+    p50_ms: float | None = None
+    p80_ms: float | None = None
+    mean_ms: float | None = None
+    samples: int | None = None
+    speedup: float | None = None
+    found: Mapping[str, Any] = field(default_factory=dict)
+    ok: bool = True
+    reason: str = ""
+
+    def columns(self) -> dict[str, Any]:
+        times = {name: getattr(self, name) for name in ("p20_ms", "p50_ms", "p80_ms", "mean_ms", "samples")}
+        end = {"ok": self.ok, "reason": self.reason}
+        return {**self.work, "provider": self.provider, **times, "speedup": self.speedup, **self.found, **end}
+
+
+class Results:
+    """All rows of a benchmark.
+
+    Args:
+        path: the CSV that has them as soon as they are added; None writes nothing.
+        device: where they were measured.
+        common: further columns of all rows.
+    """
+
+    def __init__(self, path: Path | None, device: torch.device, **common: object):
+        self.rows: list[Row] = []
+        self.path = path
+        self.device = device
+        self.common = common
+        self._lines: list[dict[str, Any]] = []
+
+    def add(self, rows: Iterable[Row]) -> list[Row]:
+        """Add ``rows``, with the place and the time of their measurement, and return them."""
+        added = list(rows)
+        self.rows += added
+        origin = self.common | provenance(self.device)
+        self._lines += [row.columns() | origin for row in added]
+        if self.path:
+            names = dict.fromkeys(name for line in self._lines for name in line)
+            with self.path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(names))
+                writer.writeheader()
+                writer.writerows(self._lines)
+        return added
+
+    @property
+    def status(self) -> int:
+        """The exit status: 1 if a row is not ok."""
+        return 0 if all(row.ok for row in self.rows) else 1
+
+
+# Headers and formats of columns; other columns have their names, and numbers three digits.
+FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    **{f"{name}_ms": (name, lambda ms: duration(ms / 1e3)) for name in ("p20", "p50", "p80", "mean", "host")},
+    "first_s": ("first call", lambda seconds: duration(seconds)),
+    "speedup": ("speed-up", "{:.2f}".format),
+    "over_pure_python": ("× pure Python", lambda x: number(x)),
+    "over_rung_before": ("× rung before", lambda x: number(x)),
+    "gb_per_s": ("GB/s", lambda x: number(x)),
+    "gflop_per_s": ("GFLOP/s", lambda x: number(x)),
+    "samples_per_s": ("samples/s", "{:,.0f}".format),
+    "to_97_s": ("to 97%", lambda seconds: duration(seconds)),
+    "to_98_s": ("to 98%", lambda seconds: duration(seconds)),
+    "roofline": ("roofline", lambda x: percent(x)),
+    "of_ceiling": ("of ceiling", lambda x: percent(x)),
+    "max_error": ("max error", "{:.1e}".format),
+    "error": ("error", "{:.1e}".format),
+    "distance": ("distance", "{:.1e}".format),
+    "peak_memory_mb": ("MB", "{:,.1f}".format),
+    "ok": ("ok", lambda ok: "yes" if ok else "NO"),
+}
+UNPRINTED = ("mean_ms", "samples", "configuration", "reason")
+
+
+def print_rows(title: str, rows: Sequence[Row], columns: Sequence[str] = ()) -> None:
+    """Print rows under a title, then why rows failed.
+
+    Args:
+        columns: the ones to print; by default all that were measured and the work in which rows differ.
+    """
+    work = [row.work for row in rows]
+    shared = {name for name in (work[0] if work else {}) if len({str(one.get(name)) for one in work}) == 1}
+    lines = []
+    for row in rows:
+        cells = row.columns()
+        names = columns or [name for name in cells if name not in UNPRINTED and name not in shared]
+        line = {}
+        for name in names:
+            header, text = FORMATS.get(name, (name, lambda x: number(x) if isinstance(x, float) else str(x)))
+            value = cells.get(name)
+            line[header] = "" if value is None else text(value)
+        lines.append(line)
+    print_cells(title, lines, groups=[tuple(row.work.values()) for row in rows])
+    for row in rows:
+        if not row.ok:
+            print("not ok:", *(value for value in (row.provider, *row.work.values(), row.reason)))
+
+
+def print_cells(title: str, lines: Sequence[Mapping[str, str]], groups: Sequence[object] = ()) -> None:
+    """Print lines of cells by header. Empty columns are left out; a rule ends each group of lines.
+
+    Without lines nothing is printed.
+    """
+    if not lines:
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    headers = [h for h in dict.fromkeys(h for line in lines for h in line) if any(x.get(h) for x in lines)]
+    for header in headers:
+        cells = [line[header] for line in lines if line.get(header)]
+        numbers = all(cell.lstrip("-")[:1].isdigit() for cell in cells)
+        table.add_column(header, justify="right" if numbers else "left", no_wrap=True)
+    grouped = len(set(groups)) < len(lines)
+    for i, line in enumerate(lines):
+        ends = grouped and groups[i : i + 1] != groups[i + 1 : i + 2]
+        table.add_row(*(line.get(header, "") for header in headers), end_section=bool(groups) and ends)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, markup=False)
+    console.print(title, style="italic", soft_wrap=True, highlight=False)
+    console.print(table)
+
+
+def markdown(rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; the first row is its head."""
+    head, *others = rows
+    lines = [f"| {' | '.join(cells)} |\n" for cells in (head, *others)]
+    return "".join([lines[0], "|---" * len(head) + "|\n", *lines[1:]])
+
+
+def duration(seconds: float | None) -> str:
+    """With three digits, in the unit that suits; "" for None."""
+    if seconds is None:
+        return ""
+    unit, scale = ("s", 1.0) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
+    return f"{number(seconds * scale)} {unit}"
+
+
+def percent(x: float) -> str:
+    return f"{x:.2%}" if x < 0.01 else f"{x:.0%}"
+
+
+def number(x: float | None) -> str:
+    """With three digits, or whole; "" for None."""
+    return "" if x is None else f"{x:.3g}" if x < 999 else f"{x:,.0f}"
+
+
+def track(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
+    """The items, with a progress bar on stderr if that is a terminal."""
+    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
+        return items
+    from rich.console import Console
+    from rich.progress import track as rich_track
+
+    return rich_track(items, label, total, console=Console(stderr=True), transient=True)
+
+
+@contextmanager
+def picture(path: Path, width: float = 8, height: float = 5) -> Iterator[Any]:
+    """Yield a figure of so many inches, and save it at the end."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), layout="constrained")
+    yield figure
+    figure.savefig(path, dpi=120)
+
+
+@cache
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device and commit.
+
+    ``TORCHPAR_COMMIT`` names the commit where there is no repository; ``-dirty`` at its end marks changes.
+    """
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = ""
+    describe = "git describe --always --dirty --abbrev=40 --exclude=*"
+    commit = os.environ.get("TORCHPAR_COMMIT") or _output(describe, cwd=Path(__file__).parent)
+    return {
+        "torch": torch.__version__,
+        "triton": triton,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpuinfo("model name"),
+        "commit": commit.removesuffix("-dirty"),
+        "dirty": commit.endswith("-dirty") if commit else None,
+    }
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """The `environment`, the clocks and the date at this moment."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {**environment(device), "clocks": clocks(device), "date": now}
+
+
+def clocks(device: torch.device) -> str:
+    """The clocks at this moment."""
+    if device.type != "cuda":
+        return f"{_cpuinfo('cpu MHz')} MHz"
+    uuid = torch.cuda.get_device_properties(device).uuid
+    return _output(f"nvidia-smi -i GPU-{uuid} --query-gpu=clocks.sm,clocks.mem --format=csv,noheader")
+
+
+def _cpuinfo(key: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    values = (
+        value.strip() for name, _, value in (line.partition(":") for line in lines) if name.strip() == key
+    )
+    return next(values, platform.machine())
+
+
+def _output(command: str, cwd: Path | None = None) -> str:
+    """The output of ``command``; nothing where it is missing or fails."""
+    try:
+        done = subprocess.run(command.split(), cwd=cwd, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: MIT
+"""The HTML page of the committed results, in Chromium: sorted, dark, on a phone, and without a network."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import ROOT
+
+pytest.importorskip("pandas", reason="pandas reads the CSVs")
+pytest.importorskip("itables", reason="itables makes tables that can be sorted")
+
+from benchmarks import report
+from benchmarks.__main__ import NAMES
+from torchpar.errors import ConfigError
+
+ENVIRONMENT = {
+    "device": "AMD EPYC",
+    "torch": "2.15.0",
+    "commit": "a" * 40,
+    "date": "2026-11-22T01:02:03+00:00",
+}
+HEAD = "operator,shape,provider,p20_ms,p50_ms,p80_ms,mean_ms,samples,speedup,ok,reason"
+
+
+def csv(milliseconds: float, wrong: str = "True") -> str:
+    """A CSV of two providers; the reference takes 10 ms and is compared with ``milliseconds``."""
+    lines = [f"{HEAD},{','.join(ENVIRONMENT)}"]
+    for name, ms in (("torch.mm", 10.0), ("torchpar", milliseconds)):
+        times = f"{0.9 * ms},{ms},{1.1 * ms},{ms},20,{10 / ms},{wrong},"
+        lines.append(f"matmul_t,64x64,{name},{times},{','.join(ENVIRONMENT.values())}")
+    return "\n".join(lines)
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    """A repository with two commits: on one of two machines matmul_t takes 5 ms, then 8 ms."""
+    folder = tmp_path / "results"
+
+    def git(*arguments: str) -> None:
+        author = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", *author, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init")
+    for milliseconds in (5.0, 8.0):
+        for machine, ms in (("cpu-a", milliseconds), ("cpu-b", 1250.5)):
+            (folder / machine).mkdir(parents=True, exist_ok=True)
+            (folder / machine / "matmul_t.csv").write_text(csv(ms))
+        git("add", ".")
+        git("commit", "-m", "measured")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives Chromium")
+    if shutil.which("chromium") is None:
+        pytest.skip("there is no Chromium; apt-get install chromium")
+    with (
+        sync_api.sync_playwright() as playwright,
+        playwright.chromium.launch(**report.browser_options()) as browser,
+    ):
+        yield browser
+
+
+def opened(browser: Any, page: Path, **options: Any) -> Any:
+    """A tab with the page, which must load without an error and without the network."""
+    tab = browser.new_page(**options)
+    problems: list[str] = []
+    tab.on("request", lambda request: problems.append(request.url) if "://" in request.url[:8] else None)
+    tab.on("console", lambda message: problems.append(message.text))
+    tab.on("pageerror", lambda error: problems.append(str(error)))
+    tab.goto(page.as_uri())
+    tab.wait_for_selector(".dataTable tbody td")
+    assert [one for one in problems if not one.startswith(("file://", "blob:"))] == []
+    return tab
+
+
+def cells(tab: Any, column: int) -> list[str]:
+    rows = tab.locator(".dataTable").first.locator("tbody tr").all()
+    return [row.locator("td").nth(column).inner_text() for row in rows]
+
+
+def test_machines_stand_side_by_side_and_what_became_slower_is_marked(browser, results, tmp_path):
+    report.write(tmp_path / "page.html", results)
+    tab = opened(browser, tmp_path / "page.html")
+    heads = tab.locator(".dataTable").first.locator("thead th").all_inner_texts()
+    shown = ["ms", "speed-up", "change"]
+    assert heads == [
+        "provider",
+        *(f"cpu-a: {name}" for name in shown),
+        *(f"cpu-b: {name}" for name in shown[:2]),
+    ]
+    assert [cells(tab, i) for i in range(6)] == [
+        *(["torch.mm", "torchpar"], ["10", "8"], ["1", "1.25"], ["", "slower"]),
+        *(["10", "1,250"], ["1", "0.008"]),
+    ]
+    text = tab.locator("body").inner_text()
+    assert "Rows that became slower: 1." in text
+    assert text.count("AMD EPYC; torch 2.15.0; commit aaaaaaaaa; date 2026-11-22") == 2
+    column = tab.locator(".dataTable").first.locator("thead th").nth(4)
+    assert cells(tab, 4) == ["10", "1,250"]
+    for order in (["10", "1,250"], ["1,250", "10"]):  # as numbers: as text, "1,250" comes first
+        column.locator(".dt-column-order").click()
+        assert cells(tab, 4) == order
+
+
+def test_colours_follow_the_reader_and_a_phone_shows_all(browser, results, tmp_path):
+    report.write(tmp_path / "page.html", results)
+    page = tmp_path / "page.html"
+    brightness = {}
+    for scheme in ("light", "dark"):
+        tab = opened(browser, page, color_scheme=scheme, viewport={"width": 390, "height": 800})
+        assert tab.evaluate("document.documentElement.scrollWidth") == 390
+        colours = tab.evaluate(
+            "[...document.querySelectorAll('h1, .dataTable td')].map(e => getComputedStyle(e).color)"
+        )
+        brightness[scheme] = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in colours]
+    assert max(brightness["light"]) < 382 < min(brightness["dark"])
+
+
+def test_the_committed_results_are_all_shown(browser, tmp_path):
+    report.write(tmp_path / "page.html")
+    tab = opened(browser, tmp_path / "page.html")
+    heads = set(tab.locator("h2").all_inner_texts())
+    assert heads >= {path.stem for path in report.RESULTS.glob("*/*.csv")}
+    widths = tab.evaluate("[...document.images].map(image => image.naturalWidth)")
+    assert len(widths) == len(list(report.RESULTS.glob("*/*.png")))
+    assert min(widths) > 100
+
+
+@pytest.mark.parametrize(
+    "before, now, mark",
+    [
+        (csv(5), csv(8), "slower"),
+        (csv(8), csv(5), "faster"),
+        (csv(5), csv(5.5), ""),  # the times overlap
+        (csv(5), csv(8).replace(",1.25,", ",2.0,"), ""),  # the machine is slower, the ratio is the same
+        (None, csv(8), ""),
+        ("operator,seconds\nmatmul_t,5", csv(8), ""),
+        (csv(5).replace("operator,", "kernel,"), csv(8), ""),
+    ],
+)
+def test_changes(before, now, mark):
+    marks = report.change(report.read(now), before and report.read(before))
+    assert list(marks) == ["", mark]
+
+
+def test_seeds_are_summarised():
+    rows = [f"record,record,,,,,,,{seed},{seconds},0.98" for seed, seconds in enumerate((1, 2, 3))]
+    head = "recipe,provider,p20_ms,p50_ms,p80_ms,mean_ms,samples,speedup,seed,seconds,accuracy"
+    (row,) = report.read("\n".join([head, *rows])).to_dict("records")
+    assert row["p50_ms"] == 2000
+    assert row["accuracy"] == pytest.approx(0.98)
+
+
+def test_wrong_results_are_marked(results, tmp_path):
+    (results / "cpu-a" / "matmul_t.csv").write_text(csv(8, wrong="False"))
+    (section,) = report.sections(results)
+    assert section["failed"] == 2
+
+
+def test_markup_in_a_csv_is_text(browser, results, tmp_path):
+    text = csv(8).replace("torchpar", "<script>alert(1)</script>").replace("AMD EPYC", "<b>AMD</b>")
+    (results / "cpu-a" / "matmul_t.csv").write_text(text)
+    report.write(tmp_path / "page.html", results)
+    tab = opened(browser, tmp_path / "page.html")
+    assert "<script>alert(1)</script>" in cells(tab, 0)
+    assert "<b>AMD</b>" in tab.locator("body").inner_text()
+
+
+def test_no_results_are_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"has no results, expected MACHINE/NAME\.csv"):
+        report.write(tmp_path / "page.html", tmp_path)
+
+
+def test_each_csv_belongs_to_a_benchmark():
+    for path in report.RESULTS.glob("*/*.csv"):
+        name = path.stem.partition("-")[0]
+        assert name in NAMES or name == "exact", path
+    assert (ROOT / "benchmarks" / "report.html").exists()
