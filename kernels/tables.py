@@ -21,7 +21,7 @@ from typing import Any
 from .candidates import KERNELS, KINDS, Device, Tiles, configurations
 from .launch import forget_plans
 
-SHIPPED = Path(__file__).resolve().parent / "tuned"
+SHIPPED = Path(__file__).parent.resolve() / "tuned"
 FAR = 6.0  # octaves from a measured problem, over all sizes; such as a fourth of m, n and k
 _Entry = tuple[tuple[int, ...], Tiles | None]  # m, n, k and batch, and their tiles
 

@@ -30,6 +30,7 @@ from torch.library import _impls
 
 NAMESPACE = "torchpar"
 library = torch.library.Library(NAMESPACE, "FRAGMENT")
+ops = getattr(torch.ops, NAMESPACE)
 
 Wrap = Callable[[Any], Any] | None
 """A function that a launcher applies to a Triton kernel before launching it; None for a real launch."""
@@ -68,7 +69,7 @@ class _Kernels:
     def __iter__(self) -> Iterator[Any]:
         from triton import JITFunction
 
-        module = import_module(f"torchpar.kernels.{self.module}")
+        module = import_module(f"..kernels.{self.module}", __package__)
         return (value for value in vars(module).values() if isinstance(value, JITFunction))
 
 
@@ -169,7 +170,7 @@ def register_autograd(
     ``decompose`` is true. ``ctx.kwargs`` holds the keyword arguments; ``ctx.needs_input_grad`` has one entry
     for all of them, its last.
     """
-    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    overload = getattr(ops, name).default
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
@@ -223,7 +224,7 @@ def with_derivatives(
 
     ``jvp`` takes ``ctx`` and the tangents; ``ctx.saved_tensors`` are those that ``setup_context`` saves.
     """
-    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    overload = getattr(ops, name).default
 
     # `torch.autograd.Function` would call the transforms, which have called the operator.
     class Formula(_SingleLevelFunction):
@@ -262,7 +263,7 @@ def register_autocast(name: str, *, cast: bool = True, dtype: torch.dtype | None
     `torch.library.register_autocast` fixes the dtype at registration; this rule follows
     ``torch.autocast(dtype=...)``. Without a rule, autocast would act on the operators inside.
     """
-    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    overload = getattr(ops, name).default
 
     def register(device: str, key: str) -> None:
         def autocast(*args: Any, **kwargs: Any) -> Any:
@@ -321,7 +322,7 @@ def _register_sharding_rules() -> None:
 
     while _sharding_rules:
         name, rule = _sharding_rules.popitem()
-        register_sharding(getattr(getattr(torch.ops, NAMESPACE), name).default)(rule)
+        register_sharding(getattr(ops, name).default)(rule)
 
 
 def empty_elementwise(operands: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:

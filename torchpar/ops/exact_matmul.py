@@ -18,6 +18,7 @@ from torchpar.ops._library import (
     Wrap,
     batch_first,
     operator,
+    ops,
     register_autocast,
     register_autograd,
     register_fake,
@@ -79,7 +80,7 @@ def _exact_matmul(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
     return _exact.product(a, b, wrap)
 
 
-_op = torch.ops.torchpar.exact_matmul.default
+_op = ops.exact_matmul.default
 
 
 @register_fake("exact_matmul")

@@ -19,6 +19,7 @@ from torchpar.ops import _exact
 from torchpar.ops._library import (
     Wrap,
     operator,
+    ops,
     register_autocast,
     register_autograd,
     register_fake,
@@ -58,7 +59,7 @@ def _exact_matmul_t(x: Tensor, *, wrap: Wrap) -> Tensor:
     return _exact.product(x, x, wrap)
 
 
-_op = torch.ops.torchpar.exact_matmul_t.default
+_op = ops.exact_matmul_t.default
 
 
 @register_fake("exact_matmul_t")

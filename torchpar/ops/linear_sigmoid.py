@@ -26,6 +26,7 @@ from torchpar.ops._library import (
     Wrap,
     batch_first,
     operator,
+    ops,
     register_autocast,
     register_autograd,
     register_fake,
@@ -116,7 +117,7 @@ def _linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wr
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 
-_op = torch.ops.torchpar.linear_sigmoid.default
+_op = ops.linear_sigmoid.default
 _sigmoid_gradient = torch.ops.aten.sigmoid_backward.default
 
 
@@ -206,7 +207,7 @@ def _linear_sigmoid_backward(g: Tensor, y: Tensor, *, wrap: Wrap) -> tuple[Tenso
     return dz, db
 
 
-_backward_op = torch.ops.torchpar.linear_sigmoid_backward.default
+_backward_op = ops.linear_sigmoid_backward.default
 
 
 @register_fake("linear_sigmoid_backward")

@@ -24,6 +24,7 @@ from torchpar.ops._library import (
     batch_first,
     is_split,
     operator,
+    ops,
     register_autocast,
     register_autograd,
     register_fake,
@@ -85,7 +86,7 @@ def _matmul_t(x: Tensor, *, wrap: Wrap) -> Tensor:
     return symmetric_product(x, x, None, 1.0, 0.0, wrap)
 
 
-_op = torch.ops.torchpar.matmul_t.default
+_op = ops.matmul_t.default
 
 
 @register_fake("matmul_t")
@@ -151,7 +152,7 @@ def _matmul_t_backward(g: Tensor, x: Tensor, *, wrap: Wrap) -> Tensor:
     return product(kernels.half_sum(g, wrap), x.mT, None, 2.0, 0.0)
 
 
-_backward_op = torch.ops.torchpar.matmul_t_backward.default
+_backward_op = ops.matmul_t_backward.default
 
 
 @register_fake("matmul_t_backward")

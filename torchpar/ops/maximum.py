@@ -27,6 +27,7 @@ from torchpar.ops._library import (
     batch_first,
     empty_elementwise,
     operator,
+    ops,
     register_autograd,
     register_fake,
     register_sharding,
@@ -95,7 +96,7 @@ def _maximum(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
     return out
 
 
-_op = torch.ops.torchpar.maximum.default
+_op = ops.maximum.default
 
 
 @register_fake("maximum")
@@ -208,7 +209,7 @@ def _maximum_backward(g: Tensor, a: Tensor, b: Tensor, *, wrap: Wrap) -> tuple[T
     return da, db
 
 
-_backward_op = torch.ops.torchpar.maximum_backward.default
+_backward_op = ops.maximum_backward.default
 
 
 @register_fake("maximum_backward")

@@ -15,7 +15,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from torchpar.ops import _cpu
-from torchpar.ops._library import Wrap, library, operator, register_autocast, register_fake
+from torchpar.ops._library import Wrap, library, operator, ops, register_autocast, register_fake
 from torchpar.ops._matrix import check_dtype, check_like, fp32_precision, product
 
 _NO_GRADIENT = (
@@ -98,7 +98,7 @@ def _by_kernel(h: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> Te
     return out
 
 
-_op = torch.ops.torchpar.symmetric_addmm_.default
+_op = ops.symmetric_addmm_.default
 
 
 @register_fake("symmetric_addmm_")

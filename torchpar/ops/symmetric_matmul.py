@@ -23,6 +23,7 @@ from torchpar.ops._library import (
     batch_first,
     is_dtensor,
     operator,
+    ops,
     register_autocast,
     register_autograd,
     register_fake,
@@ -187,7 +188,7 @@ def symmetric_product(
     return kernels.mirror(product(a, b, c, alpha, beta), wrap) if out is None else out
 
 
-_op = torch.ops.torchpar.symmetric_matmul.default
+_op = ops.symmetric_matmul.default
 
 
 @register_fake("symmetric_matmul")

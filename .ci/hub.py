@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: MIT
+"""Write the operators as a package for the Hugging Face Hub's library `kernels`.
+
+    python .ci/hub.py DIR
+
+The library loads ``DIR/build/torch-universal/torchpar`` from outside the import path, beside other versions
+and an installed torchpar. So the package imports its own files by relative names only, and registers its
+operators in a namespace with a hash of its files, which is also its ``id``.
+"""
+
+import argparse
+import ast
+import hashlib
+import json
+import re
+import sys
+from base64 import b64encode
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+VARIANT = "build/torch-universal"
+ALLOWED = {"torch", "triton", *sys.stdlib_module_names}  # the Hub's kernels import nothing else
+HEADER = "# SPDX-License-Identifier: MIT\n"
+NAMESPACE = 'NAMESPACE = "torchpar"\n'  # a line of ops/_library.py
+INIT = '''"""Triton operators that are full citizens of PyTorch."""
+
+from . import _ops
+from .ops import {names}
+
+__version__ = "{version}"
+__all__ = {all}
+'''
+OPS = '''"""The operators of this version, and their namespace."""
+
+import torch
+
+ops = torch.ops.{id}
+
+
+def add_op_namespace_prefix(op_name: str) -> str:
+    return f"{id}::{{op_name}}"
+'''
+CARD = """---
+license: mit
+tags:
+- kernels
+---
+# torchpar
+
+Triton operators for NVIDIA GPUs, which run on CPUs too. They support autograd, torch.func, torch.compile,
+autocast and DTensor. They need Python 3.11 and torch 2.11, or newer versions.
+
+| operator | result |
+|---|---|
+{rows}
+
+```python
+from pathlib import Path
+
+import torch
+from kernels import get_local_kernel
+
+torchpar = get_local_kernel(Path("."))  # the folder of this file
+x = torch.randn(512, 256, requires_grad=True)
+torchpar.matmul_t(x).sum().backward()
+```
+
+A copy on the Hub is loaded by `get_kernel("OWNER/torchpar", version={major}, trust_remote_code=True)`.
+"""
+
+
+def relative(source: str, name: str) -> str:
+    """The source of the file ``name`` with relative imports; a ValueError says what could not be changed."""
+    dots = "." * len(Path(name).parts)
+    source = re.sub(r"^(\s*from )torchpar\.", rf"\1{dots}", source, flags=re.MULTILINE)
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=names):
+                used = [alias.name for alias in names]
+            case ast.ImportFrom(module=str(module), level=0):
+                used = [module]
+            case ast.Attribute(attr="torchpar"):
+                used = ["torchpar"]  # torch.ops.torchpar
+            case ast.Constant(value=str(text)) if re.match(r"torchpar\.", text):
+                used = [text]  # an argument of import_module
+            case _:
+                continue
+        for module in used:
+            if module.partition(".")[0] not in ALLOWED:
+                expected = "torch, triton, the standard library, `from torchpar.a import b` or `ops`"
+                raise ValueError(f"torchpar/{name}, line {node.lineno}: uses {module}, expected {expected}")
+    return source
+
+
+def imported(source: str, folder: tuple[str, ...]) -> set[str]:
+    """What a file in ``folder`` imports by relative names, at any depth: modules, and names in them."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            module = ".".join([*folder[: len(folder) + 1 - node.level], *filter(None, [node.module])])
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def sources() -> dict[str, str]:
+    """The files of the operators and all that they import, with relative imports, by name."""
+    files: dict[str, str] = {}
+    queue = ["ops"]
+    while queue:
+        module = queue.pop()
+        path = ROOT.joinpath("torchpar", *module.split("."))
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        name = path.relative_to(ROOT / "torchpar").as_posix()
+        if module and name not in files and path.exists():
+            files[name] = relative(path.read_text(), name)
+            queue += [module.rpartition(".")[0], *imported(files[name], Path(name).parts[:-1])]
+    return files
+
+
+def summary(source: str, function: str) -> str:
+    """The first line of a function's docstring."""
+    (found,) = (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == function)
+    return (ast.get_docstring(found) or "").partition("\n")[0]
+
+
+def package() -> tuple[str, dict[str, str]]:
+    """The package's ``id``, and its files by name."""
+    files = sources()
+    tables = (ROOT / "kernels" / "tuned").glob("*.json")
+    files |= {f"kernels/tuned/{path.name}": path.read_text() for path in tables}
+    exports = ast.walk(ast.parse(files["ops/__init__.py"]))
+    names = sorted(alias.name for node in exports if isinstance(node, ast.ImportFrom) for alias in node.names)
+    init = (ROOT / "torchpar" / "__init__.py").read_text()
+    version = re.findall(r'^__version__ = "(.+)"$', init, re.MULTILINE)[0]
+    files["__init__.py"] = HEADER + INIT.format(names=", ".join(names), version=version, all=names)
+
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    identifier = f"_torchpar_{digest[:12]}"
+    library = files["ops/_library.py"]
+    if library.count(NAMESPACE) != 1:
+        raise ValueError(f"torchpar/ops/_library.py: expected one line {NAMESPACE.strip()}")
+    files["ops/_library.py"] = library.replace(NAMESPACE, f'NAMESPACE = "{identifier}"\n')
+    files["_ops.py"] = HEADER + OPS.format(id=identifier)
+
+    major = int(version.partition(".")[0])  # the Hub's 0 too means that the interface may change
+    digests = {f"torchpar/{name}": hashlib.sha256(text.encode()).digest() for name, text in files.items()}
+    metadata = {
+        "id": identifier,
+        "name": "torchpar",
+        "version": major,
+        "license": "MIT",
+        "python-depends": [],
+        "backend": {"type": "cuda"},
+        "digest": {
+            "algorithm": "sha256",
+            "files": {name: b64encode(value).decode() for name, value in digests.items()},
+        },
+    }
+    rows = [f"| `{name}` | {summary(files[f'ops/{name}.py'], name)} |" for name in names]
+    card = CARD.format(rows="\n".join(rows), major=major)
+    return identifier, {
+        "README.md": card,
+        "LICENSE": (ROOT / "LICENSE").read_text(),
+        f"{VARIANT}/metadata.json": json.dumps(metadata, indent=2, sort_keys=True) + "\n",
+        **{f"{VARIANT}/torchpar/{name}": text for name, text in files.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the operators as a package for the Hugging Face Hub.")
+    parser.add_argument("dir", type=Path, help="a folder that is empty or does not exist")
+    folder = parser.parse_args().dir
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        parser.exit(2, f"{folder} is not an empty folder, give one that is empty or does not exist\n")
+    try:
+        identifier, files = package()
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    print(f"{folder}: {identifier}")
+
+
+if __name__ == "__main__":
+    main()
