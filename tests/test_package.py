@@ -142,3 +142,58 @@ def test_the_installed_wheel_works_from_anywhere(built: Built, tmp_path: Path) -
     assert Path(kernels) == target / "torchpar" / "kernels" / "__init__.py"
     assert version == torchpar.__version__
     assert float(total) == 18
+
+
+# Releases
+
+
+def test_what_names_the_version_agrees() -> None:
+    yaml = pytest.importorskip("yaml", reason="PyYAML reads CITATION.cff")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == torchpar.__version__
+    assert f"## {torchpar.__version__}, {citation['date-released']}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_issue_forms_have_what_github_needs() -> None:
+    yaml = pytest.importorskip("yaml", reason="PyYAML reads the forms")
+    forms = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+    assert len(forms) == 3
+    for form in forms:
+        content = yaml.safe_load(form.read_text())
+        assert content["name"]
+        assert content["description"]
+        for field in content["body"]:
+            assert field["type"] == "textarea"
+            assert field["id"]
+            assert field["attributes"]["label"]
+
+
+@pytest.mark.parametrize(
+    "flags, replaced, status, message",
+    [
+        ("--dry", {}, 2, "usage: .ci/release [--dry-run]"),
+        ("--dry-run extra", {}, 2, "usage: .ci/release [--dry-run]"),
+        ("--dry-run", {"CHANGELOG.md": "## 0.1.0"}, 1, "CHANGELOG.md has no section '## 7.8.9, DATE'"),
+        ("--dry-run", {"CITATION.cff": "version: 7.8.90"}, 1, "CITATION.cff does not have version 7.8.9"),
+        ("", {"notes.txt": ""}, 1, "there are changes that are not committed; commit or stash them"),
+    ],
+)  # fmt: skip
+def test_a_release_that_is_not_ready_is_refused(
+    tmp_path: Path, flags: str, replaced: dict[str, str], status: int, message: str
+) -> None:
+    files = {
+        ".ci/release": (ROOT / ".ci" / "release").read_text(),
+        "torchpar/__init__.py": '__version__ = "7.8.9"\n',
+        "CHANGELOG.md": "## 7.8.9, 2026-11-22\n",
+        "CITATION.cff": "version: 7.8.9\n",
+        ".venv/bin/python": "",
+    }
+    for name, text in (files | replaced).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
+    command = ["bash", ".ci/release", *flags.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert message in done.stderr

@@ -15,7 +15,7 @@ from torchpar.ops import exact_matmul, exact_matmul_t, linear_sigmoid, matmul_t,
 if TYPE_CHECKING:
     from torchpar import optim, parallel
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["exact_matmul", "exact_matmul_t", "linear_sigmoid", "matmul_t", "maximum"]
 __all__ += ["nn", "optim", "parallel", "symmetric_matmul"]
 
