@@ -111,23 +111,23 @@ def origin(frame: Any) -> str:
 
 
 def side_by_side(frames: Mapping[str, Any]) -> Any:
-    """Return a table of the work and, for each machine, the shown columns."""
+    """Return a table of the work and, for each machine, the shown columns; what all have done comes first."""
     import pandas
 
+    work = list(dict.fromkeys(name for frame in frames.values() for name in frame.index.names))
     parts = []
     for machine, frame in frames.items():
         names = [name for name in SHOWN if name in frame and frame[name].replace("", None).notna().any()]
         if "p50_ms" not in names:  # something other than time was counted
-            names = [
-                name for name in frame if name not in (*TIMES, *ORIGIN, *SHOWN) and frame[name].notna().any()
-            ]
+            hidden = (*TIMES, *ORIGIN, *SHOWN)
+            names = [name for name in frame if name not in hidden and frame[name].notna().any()]
         part = frame[names].rename(columns={name: f"{machine}: {SHOWN.get(name, name)}" for name in names})
-        parts.append(part.reset_index())
-    table = parts[0]
-    for part in parts[1:]:
-        table = pandas.merge(table, part, how="outer", sort=False)
-    work = [name for name in table if ": " not in str(name)]
-    constant = [name for name in work if table[name].nunique(dropna=False) == 1 and len(table) > 1]
+        parts.append(part.reset_index().assign(**dict.fromkeys(set(work) - set(frame.index.names), "")))
+    table = pandas.concat([part[work] for part in parts]).drop_duplicates()
+    for part in parts:
+        table = table.merge(part, how="left", on=work)
+    table = table.iloc[table.isna().sum(axis=1).argsort(kind="stable")]
+    constant = [name for name in work if table[name].nunique() == 1 and len(table) > 1]
     return table.drop(columns=constant)
 
 
@@ -154,7 +154,7 @@ def sections(results: Path) -> Iterator[dict[str, Any]]:
     for path in sorted(results.glob("*/*.csv")):
         paths.setdefault(path.stem, {})[path.parent.name] = path
     pictures = {path for path in results.glob("*/*.png")}
-    for stem in sorted(paths, key=lambda stem: (NAMES.index(_benchmark(stem)), stem)):
+    for stem in sorted(paths, key=lambda stem: ((*NAMES, "").index(_benchmark(stem)), stem)):
         frames = {}
         for machine, path in paths[stem].items():
             frames[machine] = frame = read(path.read_text())
@@ -166,7 +166,7 @@ def sections(results: Path) -> Iterator[dict[str, Any]]:
         pictures -= set(own)
         yield {
             "name": stem,
-            "title": title(_benchmark(stem)),
+            "title": title(_benchmark(stem)) if _benchmark(stem) else "",
             "table": as_html(side_by_side(frames)),
             "slower": sum(int((frame["change"] == "slower").sum()) for frame in frames.values()),
             "failed": sum(int((frame["change"] == NOT_OK).sum()) for frame in frames.values()),
@@ -178,8 +178,9 @@ def sections(results: Path) -> Iterator[dict[str, Any]]:
 
 
 def _benchmark(stem: str) -> str:
-    """The benchmark that wrote a CSV."""
-    return next((name for name in sorted(NAMES, key=len, reverse=True) if stem.startswith(name)), "operators")
+    """The benchmark that wrote a CSV, such as "train" of "train-2-threads", or ""."""
+    name = stem.partition("-")[0]
+    return name if name in NAMES else ""
 
 
 def _picture(path: Path) -> dict[str, str]:
@@ -205,7 +206,7 @@ def screenshot(page: Path, picture: Path) -> None:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright, playwright.chromium.launch(**browser_options()) as browser:
-        tab = browser.new_page(viewport={"width": 1200, "height": 900})
+        tab = browser.new_page(viewport={"width": 1440, "height": 900})
         tab.goto(page.absolute().as_uri())
         tab.wait_for_selector("tbody tr td")
         tab.screenshot(path=picture)

@@ -14,7 +14,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 SUITE = "".join(path.read_text() for path in sorted((ROOT / "tests").glob("*.py")))
 OTHERS_FLAGS = {  # of the launchers, pip, pytest and Lightning
     *("nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts", "ntasks"),
-    *("dist", "config", "help", "strict", "tyro_print_completion", "logdir"),
+    *("dist", "maxprocesses", "config", "help", "strict", "tyro_print_completion", "logdir"),
 }
 
 
