@@ -14,7 +14,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from ranks import Ranks
 
+SPREAD = ("test_kernels_compiled.py", "test_kernels_interpreted.py")
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under ``--dist loadgroup`` a file's tests run on one worker, because they share processes and models.
+
+    Those of `SPREAD` share little and take minutes, so that all workers take part.
+    """
+    for item in items:
+        if item.path.name not in SPREAD:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 @pytest.fixture(params=DEVICES)
