@@ -176,9 +176,12 @@ def main() -> None:
         identifier, files = package()
     except ValueError as error:
         parser.exit(2, f"{error}\n")
-    for name, text in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
+    try:
+        for name, text in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+    except OSError as error:
+        parser.exit(2, f"{folder} cannot be written ({error}), give another folder\n")
     print(f"{folder}: {identifier}")
 
 

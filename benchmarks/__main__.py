@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The one way in to the benchmarks: ``python -m benchmarks list | run NAMES | report``."""
+"""Command line of the benchmarks: ``python -m benchmarks list | run NAMES | report``."""
 
 import ast
 import os
@@ -24,51 +24,59 @@ USAGE = """usage: python -m benchmarks COMMAND
 """
 
 
-def title(name: str) -> str:
+def first_line(name: str) -> str:
     """Return the first line of a benchmark's docstring, without importing the benchmark."""
     path = FOLDER / f"{name}.py"
     if not path.exists():
         path = FOLDER / name / "__main__.py"
-    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    docstring = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
     return docstring.partition("\n")[0].partition(": ``")[0].removesuffix(".")
 
 
-def show() -> int:
+def list_benchmarks() -> int:
     width = max(map(len, NAMES))
     for name in NAMES:
-        print(f"{name:{width}}  {title(name)}")
+        print(f"{name:{width}}  {first_line(name)}")
     return 0
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the benchmarks that come first in ``arguments``, each in a process, with the flags that follow."""
     end = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
-    names, flags = arguments[:end], arguments[end:]
+    names, flags = list(dict.fromkeys(arguments[:end])), arguments[end:]
     if unknown := [name for name in names if name not in NAMES]:
-        return wrong(f"no benchmark {unknown[0]!r}, expected some of {', '.join(NAMES)}")
+        return usage_error(f"no benchmark {unknown[0]!r}, expected some of {', '.join(NAMES)}")
     if not names:
-        return wrong("no benchmark is named; python -m benchmarks list shows them")
-    commands = [(name, [sys.executable, "-m", f"benchmarks.{name}", *flags]) for name in names]
-    if len(commands) == 1:
-        os.execv(sys.executable, commands[0][1])
+        return usage_error(
+            "no benchmark is named in front of the flags; python -m benchmarks list shows them"
+        )
+    commands = {name: [sys.executable, "-m", f"benchmarks.{name}", *flags] for name in names}
+    if len(names) == 1:
+        os.execv(sys.executable, commands[names[0]])
+    caught: list[int] = []
+    children: list[subprocess.Popen[bytes]] = []
+
+    def stop(number: int, frame: object) -> None:
+        caught.append(number)
+        for child in children if number == signal.SIGTERM else ():  # Ctrl-C in a terminal reaches it, too
+            child.terminate()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     failed = []
-    for name, command in commands:
-        print(f"== {name}", flush=True)
-        child = subprocess.Popen(command)
-        # A terminal's Ctrl-C reaches the child, which ends with 130; so that this process waits for it.
-        signal.signal(signal.SIGINT, lambda *_: None)
-        signal.signal(signal.SIGTERM, lambda *_, child=child: child.terminate())
-        status = child.wait()
-        if status:
-            failed.append(f"{name} (status {status})")
-        if status in (130, -signal.SIGINT, -signal.SIGTERM):
+    for name, command in commands.items():
+        if caught:
             break
+        print(f"== {name}", flush=True)
+        children[:] = [subprocess.Popen(command)]
+        if status := children[0].wait():
+            failed.append(f"{name} (status {status})")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
+    return 128 + caught[0] if caught else 1 if failed else 0
 
 
-def wrong(message: str) -> int:
+def usage_error(message: str) -> int:
     print(f"{USAGE}\npython -m benchmarks: error: {message}", file=sys.stderr)
     return 2
 
@@ -79,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
         print(USAGE, end="")
         return 0
     if command == "list" and not others:
-        return show()
+        return list_benchmarks()
     if command == "run":
         return run(others)
     if command == "report":
@@ -87,7 +95,9 @@ def main(arguments: Sequence[str]) -> int:
         from benchmarks import report
 
         runner.run(lambda: report.main(others), "report")
-    return wrong(f"{' '.join(arguments)!r}, expected list, run or report" if command else "no command given")
+    return usage_error(
+        f"{' '.join(arguments)!r}, expected list, run or report" if command else "no command given"
+    )
 
 
 if __name__ == "__main__":

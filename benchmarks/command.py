@@ -3,6 +3,7 @@
 
 import argparse
 import importlib.util
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -66,11 +67,14 @@ class Command:
 def run(main: Callable[[], int], command: str = "") -> None:
     """Call ``main`` and end with its status. A `ConfigError` and Ctrl-C are one line, statuses 2 and 130.
 
+    SIGTERM ends it with 143, as an exception does, so that the ranks that it has started end too.
+
     Args:
         command: as it is typed behind ``python -m benchmarks``; by default that of the script that runs.
     """
     script = Path(sys.argv[0])
     command = command or f"run {script.stem if script.stem != '__main__' else script.parent.name}"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         sys.exit(main())
     except ConfigError as e:

@@ -18,95 +18,120 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.__main__ import NAMES, title
+from benchmarks.__main__ import NAMES, first_line
 from torchpar.errors import ConfigError
 
 RESULTS = Path(__file__).parent / "results"
 TEMPLATE = Path(__file__).parent / "report.html"
-# Columns that describe the work, beside those in front of the times. Rows of other seeds are summarised.
-WORK = ("epoch", "nbytes", "way", "validate")
+WORK = ("epoch", "nbytes", "way", "validate")  # columns of the work, besides those left of p20_ms
+TIMES = ("p20_ms", "p50_ms", "p80_ms", "speedup")
 SHOWN = {
-    "p50_ms": "ms",
-    "speedup": "speed-up",
-    "accuracy": "accuracy",
-    "test_accuracy": "accuracy",
+    **{"p50_ms": "ms", "speedup": "speed-up", "accuracy": "accuracy", "test_accuracy": "accuracy"},
     "change": "change",
 }
+HIDDEN = ("mean_ms", "samples", "ok", "reason", "seed")
 ORIGIN = ("device", "cores", "gpu", "torch", "triton", "numpy", "python", "clocks", "commit", "dirty", "date")
-TIMES = ("p20_ms", "p80_ms", "mean_ms", "samples", "ok", "reason")
-NOT_OK = "NOT OK"
 
 
-def read(text: str) -> Any:
-    """Return the rows of a CSV by their work, of all seeds one row; None if it has no times."""
+def read_csv(text: str) -> Any:
+    """Return the rows of a benchmark's CSV by their work, as a table of pandas.
+
+    Rows that differ only by seed become one.
+
+    Raises:
+        ValueError: it is no CSV of a benchmark.
+    """
     import pandas
 
-    frame = pandas.read_csv(io.StringIO(text), dtype={"commit": str, "clocks": str, "reason": str})
+    frame = pandas.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
     columns = list(frame.columns)
-    if "p20_ms" not in columns:
-        return None
-    work = list(dict.fromkeys([*columns[: columns.index("p20_ms")], *(n for n in WORK if n in columns)]))
-    frame[work] = frame[work].astype(object).where(frame[work].notna(), "")
+    if "p20_ms" not in columns or "provider" not in columns:
+        raise ValueError("expected the columns provider and p20_ms")
+    names = (*columns[: columns.index("p20_ms")], *(name for name in WORK if name in columns))
+    work = list(dict.fromkeys(names))
+    for name in dict.fromkeys((*TIMES, *columns)):
+        if name not in (*work, *ORIGIN, "ok", "reason"):
+            cells = frame[name] if name in columns else pandas.Series("", frame.index)
+            numbers = pandas.to_numeric(cells, errors="coerce")
+            frame[name] = numbers if name in TIMES or numbers.notna().any() else cells
+    groups = [frame[name] for name in work]
     if "seconds" in columns:  # one row for each seed
-        times = frame["p50_ms"].fillna(1000 * frame["seconds"])
-        quantiles = times.groupby([frame[name] for name in work], sort=False)
+        times = frame["p50_ms"].fillna(1000 * frame["seconds"]).groupby(groups)
         for name, q in (("p20_ms", 0.2), ("p50_ms", 0.5), ("p80_ms", 0.8)):
-            frame[name] = quantiles.transform("quantile", q)
+            frame[name] = times.transform("quantile", q)
+        frame["speedup"] = frame["speedup"].groupby(groups).transform("median")
         if "accuracy" in columns:
-            frame["accuracy"] = frame.groupby(work, sort=False)["accuracy"].transform("mean")
+            frame["accuracy"] = frame["accuracy"].groupby(groups).transform("mean")
+    wrong = frame["ok"] == "False" if "ok" in columns else pandas.Series(False, frame.index)
+    frame["failed"] = wrong.groupby(groups).transform("any")
     return frame.drop_duplicates(work).set_index(work)
 
 
 def change(now: Any, before: Any) -> Any:
     """Return "slower", "faster" or "" for each row of ``now``.
 
-    A row is slower if its 20% quantile is above the earlier 80% quantile, so that noise does not mark it, and
-    its speed-up over the reference of the same run has fallen, so that a slower machine does not.
+    A row is slower if its 20% quantile is above the previous 80% quantile, so that noise does not mark it,
+    and its speed-up over the reference of the same run has fallen, so that a slower machine does not.
+    References, and rows without a speed-up, are not marked.
     """
     import pandas
 
-    marks = pandas.Series("", now.index)
-    if before is None or list(now.index.names) != list(before.index.names):
-        return marks
     before = before.reindex(now.index)
-    old, new = (frame["speedup"] for frame in (before, now))
-    unknown = old.isna() | new.isna() | ((old == 1) & (new == 1))  # the reference itself
-    slower = (now["p20_ms"] > before["p80_ms"]) & (unknown | (new < old))
-    faster = (now["p80_ms"] < before["p20_ms"]) & (unknown | (new > old))
-    return marks.mask(slower, "slower").mask(faster, "faster")
+    slower = (now["p20_ms"] > before["p80_ms"]) & (now["speedup"] < before["speedup"])
+    faster = (now["p80_ms"] < before["p20_ms"]) & (now["speedup"] > before["speedup"])
+    return pandas.Series("", now.index).mask(slower, "slower").mask(faster, "faster")
 
 
-def earlier(path: Path) -> str | None:
-    """Return the CSV's version before the last commit that changed it, or None."""
+def previous(path: Path) -> str | None:
+    """Return the last committed text of a CSV that differs from the file, or None."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(path.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        done = subprocess.run(command, capture_output=True, check=True)
+        return done.stdout.decode("utf-8")
 
     try:
         commits = git("log", "-n", "2", "--format=%H", "--", path.name).split()
-        return git("show", f"{commits[1]}:./{path.name}") if len(commits) == 2 else None
-    except (OSError, subprocess.CalledProcessError):
+        texts = (git("show", f"{commit}:./{path.name}") for commit in commits)
+        return next(
+            (text for text in texts if text.splitlines() != path.read_text("utf-8").splitlines()), None
+        )
+    except (OSError, UnicodeDecodeError, subprocess.CalledProcessError):
         return None
+
+
+def with_changes(path: Path) -> tuple[Any, str]:
+    """Return a CSV's rows with their changes, and with what they were compared."""
+    try:
+        frame = read_csv(path.read_text("utf-8"))
+    except (OSError, ValueError) as e:
+        reason = str(e).partition("\n")[0]
+        raise ConfigError(f"{path} is no CSV of a benchmark ({reason}); measure again, or remove it") from e
+    frame["change"] = ""
+    compared = "no earlier version to compare with"
+    if text := previous(path):
+        try:
+            before = read_csv(text)
+            if list(before.index.names) == list(frame.index.names):
+                frame["change"] = change(frame, before)
+                compared = "compared with the previous version"
+        except ValueError:
+            pass  # a version from before the columns that all benchmarks share
+    frame.loc[frame["failed"], "change"] = "NOT OK"
+    return frame, compared
 
 
 def origin(frame: Any) -> str:
     """Return the environment of all rows: each version, clock, commit and day that they have."""
     parts = []
     for name in ORIGIN:
-        if name not in frame or frame[name].isna().all():
-            continue
-        values = frame[name].dropna().astype(str)
-        if name == "date":
-            values = values.str[:10]
-        elif name == "commit":
-            values = values.str[:9]
-        elif name == "dirty":
-            if (values == "True").any():
-                parts.append("with changes that are not committed")
-            continue
-        text = ", ".join(dict.fromkeys(values))
-        parts.append(text if name in ("device", "clocks") else f"{name} {text}")
+        values = [value for value in frame[name].unique() if value] if name in frame else []
+        if name == "dirty":
+            parts += ["with changes that are not committed"] * ("True" in values)
+        elif values:
+            short = {"date": 10, "commit": 9}.get(name)
+            text = ", ".join(dict.fromkeys(value[:short] for value in values))
+            parts.append(text if name in ("device", "clocks") else f"{name} {text}")
     return "; ".join(parts)
 
 
@@ -119,8 +144,10 @@ def side_by_side(frames: Mapping[str, Any]) -> Any:
     for machine, frame in frames.items():
         names = [name for name in SHOWN if name in frame and frame[name].replace("", None).notna().any()]
         if "p50_ms" not in names:  # something other than time was counted
-            hidden = (*TIMES, *ORIGIN, *SHOWN)
-            names = [name for name in frame if name not in hidden and frame[name].notna().any()]
+            hidden = (*TIMES, *HIDDEN, *ORIGIN, "failed")
+            names = [
+                name for name in frame if name not in hidden and frame[name].replace("", None).notna().any()
+            ]
         part = frame[names].rename(columns={name: f"{machine}: {SHOWN.get(name, name)}" for name in names})
         parts.append(part.reset_index().assign(**dict.fromkeys(set(work) - set(frame.index.names), "")))
     table = pandas.concat([part[work] for part in parts]).drop_duplicates()
@@ -153,24 +180,21 @@ def sections(results: Path) -> Iterator[dict[str, Any]]:
     paths: dict[str, dict[str, Path]] = {}
     for path in sorted(results.glob("*/*.csv")):
         paths.setdefault(path.stem, {})[path.parent.name] = path
-    pictures = {path for path in results.glob("*/*.png")}
+    pictures = set(results.glob("*/*.png"))
     for stem in sorted(paths, key=lambda stem: ((*NAMES, "").index(_benchmark(stem)), stem)):
-        frames = {}
+        frames, origins = {}, {}
         for machine, path in paths[stem].items():
-            frames[machine] = frame = read(path.read_text())
-            previous = earlier(path)
-            frame["change"] = change(frame, read(previous) if previous else None)
-            if "ok" in frame:
-                frame.loc[frame["ok"] == False, "change"] = NOT_OK  # noqa: E712
+            frames[machine], compared = with_changes(path)
+            origins[machine] = f"{origin(frames[machine])}; {compared}"
         own = sorted(path for path in pictures if path.stem == stem)
         pictures -= set(own)
         yield {
             "name": stem,
-            "title": title(_benchmark(stem)) if _benchmark(stem) else "",
+            "title": first_line(_benchmark(stem)) if _benchmark(stem) else "",
             "table": as_html(side_by_side(frames)),
             "slower": sum(int((frame["change"] == "slower").sum()) for frame in frames.values()),
-            "failed": sum(int((frame["change"] == NOT_OK).sum()) for frame in frames.values()),
-            "origins": {machine: origin(frame) for machine, frame in frames.items()},
+            "failed": sum(int(frame["failed"].sum()) for frame in frames.values()),
+            "origins": origins,
             "pictures": [_picture(path) for path in own],
         }
     if pictures:
@@ -189,7 +213,11 @@ def _picture(path: Path) -> dict[str, str]:
 
 
 def write(output: Path, results: Path = RESULTS) -> None:
-    """Write the page of all CSVs and pictures in the folders of ``results``."""
+    """Write the page of all CSVs and pictures in the folders of ``results``.
+
+    Raises:
+        ConfigError: there are none, or one cannot be read.
+    """
     from itables.javascript import generate_init_offline_itables_html
     from itables.utils import find_package_file
     from jinja2 import Template
@@ -198,23 +226,33 @@ def write(output: Path, results: Path = RESULTS) -> None:
     if not parts:
         raise ConfigError(f"{results} has no results, expected MACHINE/NAME.csv")
     scripts = generate_init_offline_itables_html(find_package_file("html/dt_bundle.js"))
-    output.write_text(Template(TEMPLATE.read_text()).render(sections=parts, scripts=scripts))
+    template = Template(TEMPLATE.read_text("utf-8"), autoescape=True)
+    output.write_text(template.render(sections=parts, scripts=scripts), "utf-8")
 
 
 def screenshot(page: Path, picture: Path) -> None:
-    """Save the beginning of a page as a picture."""
-    from playwright.sync_api import sync_playwright
+    """Save the beginning of a page as a picture.
 
-    with sync_playwright() as playwright, playwright.chromium.launch(**browser_options()) as browser:
-        tab = browser.new_page(viewport={"width": 1440, "height": 900})
-        tab.goto(page.absolute().as_uri())
-        tab.wait_for_selector("tbody tr td")
-        tab.screenshot(path=picture)
+    Raises:
+        ConfigError: there is no Chromium, or the picture cannot be written.
+    """
+    from playwright.sync_api import Error, sync_playwright
+
+    try:
+        with sync_playwright() as playwright, playwright.chromium.launch(**browser_options()) as browser:
+            tab = browser.new_page(viewport={"width": 1440, "height": 900})
+            tab.goto(page.absolute().as_uri())
+            tab.wait_for_selector("tbody tr td")
+            tab.screenshot(path=picture)
+    except (Error, OSError) as e:
+        raise ConfigError(
+            f"no screenshot ({str(e).partition(chr(10))[0]}); it needs Chromium and a FILE.png"
+        ) from e
 
 
 def browser_options() -> dict[str, Any]:
     """Return what playwright needs to launch the system's Chromium; without one it takes its own."""
-    root = hasattr(os, "getuid") and os.getuid() == 0  # whom Chromium's sandbox refuses
+    root = hasattr(os, "getuid") and os.getuid() == 0  # Chromium's sandbox refuses root
     return {"executable_path": shutil.which("chromium"), "args": ["--no-sandbox"] if root else []}
 
 
@@ -235,7 +273,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         write(options.output, options.results)
     except OSError as e:
-        raise ConfigError(f"the page cannot be written: {e}") from e
+        raise ConfigError(
+            f"the page cannot be written ({e}); give --output a file in a folder that exists"
+        ) from e
     print(options.output)
     if options.screenshot:
         screenshot(options.output, options.screenshot)

@@ -186,7 +186,7 @@ def percent(x: float) -> str:
 
 def number(x: float | None) -> str:
     """With three digits, or whole; "" for None."""
-    return "" if x is None else f"{x:.3g}" if x < 999 else f"{x:,.0f}"
+    return "" if x is None else f"{x:,.0f}" if 999 <= abs(x) < 1e9 else f"{x:.3g}"
 
 
 def track(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:

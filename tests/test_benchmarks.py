@@ -277,7 +277,7 @@ def test_all_benchmarks_are_listed(tmp_path):
     "arguments, message",
     [
         ("run none", "no benchmark 'none', expected some of operators, matmul_t,"),
-        ("run --quick", "no benchmark is named; python -m benchmarks list shows them"),
+        ("run --quick", "no benchmark is named in front of the flags; python -m benchmarks list shows them"),
         ("", "no command given"),
         ("lists", "'lists', expected list, run or report"),
         ("run muon --speed 3", "python -m benchmarks run muon: error: unrecognized arguments: --speed 3"),
@@ -322,3 +322,29 @@ def test_ctrl_c_is_one_line(name):
     assert process.returncode == 130
     assert err.splitlines()[-1] == f"python -m benchmarks run {name}: interrupted"
     assert "Traceback" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_several_benchmarks_and_their_ranks(tmp_path, number):
+    command = [sys.executable, "-m", "benchmarks", "run", "scaling", "host"]
+    environment = os.environ | {"PYTHONPATH": import_path(ROOT)}
+    with (tmp_path / "out").open("w") as out:
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=out, stderr=out, start_new_session=True
+        )
+    time.sleep(15)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.terminate()
+    assert process.wait(60) == 128 + number
+    assert "== host" not in (tmp_path / "out").read_text()
+    for _ in range(100):
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    pytest.fail("processes are left")

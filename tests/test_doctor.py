@@ -69,6 +69,14 @@ def test_a_hidden_package_is_named_with_its_extra():
     assert (triton.state, triton.remedy) == ("note", "pip install triton")
 
 
+@pytest.mark.parametrize("compiler, state", [(sys.executable, "ok"), ("/nonexistent/g++", "note")])
+def test_a_missing_cpp_compiler_is_noted(monkeypatch, compiler, state):
+    monkeypatch.setenv("CXX", compiler)
+    found = of(list(doctor.processor()), "C++ compiler")
+    assert found.state == state
+    assert bool(found.remedy) == (state == "note")
+
+
 def test_too_many_threads_are_a_problem():
     with patch.object(torch, "get_num_threads", lambda: 1000):
         threads = of(list(doctor.processor()), "threads")

@@ -27,11 +27,11 @@ ENVIRONMENT = {
 HEAD = "operator,shape,provider,p20_ms,p50_ms,p80_ms,mean_ms,samples,speedup,ok,reason"
 
 
-def csv(milliseconds: float, wrong: str = "True") -> str:
+def csv(milliseconds: float, right: str = "True") -> str:
     """A CSV of two providers; the reference takes 10 ms and is compared with ``milliseconds``."""
     lines = [f"{HEAD},{','.join(ENVIRONMENT)}"]
     for name, ms in (("torch.mm", 10.0), ("torchpar", milliseconds)):
-        times = f"{0.9 * ms},{ms},{1.1 * ms},{ms},20,{10 / ms},{wrong},"
+        times = f"{0.9 * ms},{ms},{1.1 * ms},{ms},20,{10 / ms},{right},"
         lines.append(f"matmul_t,64x64,{name},{times},{','.join(ENVIRONMENT.values())}")
     return "\n".join(lines)
 
@@ -133,44 +133,130 @@ def test_the_committed_results_are_all_shown(browser, tmp_path):
     assert min(widths) > 100
 
 
+SLOW_MACHINE = csv(8).replace(",1.25,", ",2.0,")  # the ratio is the same
+FAST_MACHINE = csv(5).replace(",2.0,", ",1.25,")
+
+
 @pytest.mark.parametrize(
     "before, now, mark",
     [
         (csv(5), csv(8), "slower"),
         (csv(8), csv(5), "faster"),
         (csv(5), csv(5.5), ""),  # the times overlap
-        (csv(5), csv(8).replace(",1.25,", ",2.0,"), ""),  # the machine is slower, the ratio is the same
-        (None, csv(8), ""),
-        ("operator,seconds\nmatmul_t,5", csv(8), ""),
-        (csv(5).replace("operator,", "kernel,"), csv(8), ""),
+        (csv(5), SLOW_MACHINE, ""),
+        (csv(8), FAST_MACHINE, ""),
+        (csv(5).replace(",2.0,", ",,"), csv(8), ""),
+        (csv(5).replace("matmul_t,", "maximum,"), csv(8), ""),
     ],
 )
 def test_changes(before, now, mark):
-    marks = report.change(report.read(now), before and report.read(before))
-    assert list(marks) == ["", mark]
+    assert list(report.change(report.read_csv(now), report.read_csv(before))) == ["", mark]
+
+
+def test_a_reference_is_not_marked():
+    before = csv(5).replace("torch.mm,9.0,10.0,11.0", "torch.mm,0.9,1.0,1.1")
+    assert before != csv(5)
+    assert list(report.change(report.read_csv(csv(5)), report.read_csv(before))) == ["", ""]
+
+
+def test_a_file_is_compared_with_the_last_committed_text_that_differs(results):
+    path = results / "cpu-a" / "matmul_t.csv"
+    committed = csv(8.0)  # after csv(5.0)
+    for text, mark in ((committed, "slower"), (csv(6), "faster"), (csv(20), "slower")):
+        path.write_text(text)
+        frame, compared = report.with_changes(path)
+        assert list(frame["change"]) == ["", mark]
+        assert compared == "compared with the previous version"
+    path.write_text(csv(8).replace("operator,", "kernel,"))
+    assert report.with_changes(path)[1] == "no earlier version to compare with"
+    other = results / "cpu-a" / "muon.csv"
+    other.write_text(csv(5))
+    assert report.with_changes(other)[1] == "no earlier version to compare with"
+
+
+@pytest.mark.parametrize("text", ["", "\n", "operator,provider\nmatmul_t,torchpar", 'a,p20_ms\n"1', "\xe9"])
+def test_what_is_no_csv_of_a_benchmark_is_named(results, text):
+    path = results / "cpu-a" / "matmul_t.csv"
+    path.write_text(text, "latin-1")
+    with pytest.raises(
+        ConfigError, match=rf"{path} is no CSV of a benchmark \(.*\); measure again, or remove it"
+    ):
+        list(report.sections(results))
+
+
+def test_machines_with_other_columns():
+    head = "n,threads,provider,p20_ms,p50_ms,p80_ms,speedup"
+    frames = {
+        "a": report.read_csv(f"{head}\n512,1,x,1,2,3,1\nall,2,x,1,7,3,1"),
+        "b": report.read_csv("n,provider,p20_ms,p50_ms,p80_ms\n512,x,1,9,3\n,x,1,8,3"),
+    }
+    table = report.side_by_side(frames).map(lambda cell: "" if cell != cell else cell)
+    assert table.to_dict("split")["data"] == [
+        *(["512", "1", 2.0, 1.0, ""], ["all", "2", 7.0, 1.0, ""]),
+        *(["512", "", "", "", 9.0], ["", "", "", "", 8.0]),
+    ]
+    assert "nan" not in report.as_html(report.side_by_side(frames)).partition("</style>")[0].lower()
+
+
+def test_counts_are_shown_where_no_times_are():
+    frame = report.read_csv(
+        "ranks,provider,p20_ms,p50_ms,calls,dirty\n64,counted,,,15,True\n512,counted,,,3,"
+    )
+    assert report.side_by_side({"a": frame})["a: calls"].tolist() == [15, 3]
+    assert report.origin(frame) == "with changes that are not committed"
+
+
+def test_epochs_are_rows_of_their_own():
+    frame = report.read_csv("provider,p20_ms,epoch,accuracy\nmuon,,1,0.9\nmuon,,2,0.95")
+    assert frame["accuracy"].tolist() == [0.9, 0.95]
 
 
 def test_seeds_are_summarised():
-    rows = [f"record,record,,,,,,,{seed},{seconds},0.98" for seed, seconds in enumerate((1, 2, 3))]
-    head = "recipe,provider,p20_ms,p50_ms,p80_ms,mean_ms,samples,speedup,seed,seconds,accuracy"
-    (row,) = report.read("\n".join([head, *rows])).to_dict("records")
+    rows = [f"a,a,,,,,,{x},{seed},{seed + 1},0.9{seed},{seed != 1}" for seed, x in enumerate((5, 6, 7))]
+    head = "recipe,provider,p20_ms,p50_ms,p80_ms,mean_ms,samples,speedup,seed,seconds,accuracy,ok"
+    (row,) = report.read_csv("\n".join([head, *rows])).to_dict("records")
     assert row["p50_ms"] == 2000
-    assert row["accuracy"] == pytest.approx(0.98)
+    assert row["speedup"] == 6
+    assert row["accuracy"] == pytest.approx(0.91)
+    assert row["failed"]
 
 
-def test_wrong_results_are_marked(results, tmp_path):
-    (results / "cpu-a" / "matmul_t.csv").write_text(csv(8, wrong="False"))
+def test_wrong_results_are_marked(results):
+    (results / "cpu-a" / "matmul_t.csv").write_text(csv(8, right="False"))
     (section,) = report.sections(results)
     assert section["failed"] == 2
 
 
-def test_markup_in_a_csv_is_text(browser, results, tmp_path):
+def test_markup_is_text(browser, results, tmp_path):
     text = csv(8).replace("torchpar", "<script>alert(1)</script>").replace("AMD EPYC", "<b>AMD</b>")
     (results / "cpu-a" / "matmul_t.csv").write_text(text)
+    (results / "cpu-a").rename(results / '<img src=x onerror="document.title=1">')
+    (results / "cpu-b" / "<i>.csv").write_text(csv(8))
     report.write(tmp_path / "page.html", results)
     tab = opened(browser, tmp_path / "page.html")
-    assert "<script>alert(1)</script>" in cells(tab, 0)
-    assert "<b>AMD</b>" in tab.locator("body").inner_text()
+    assert any("<script>alert(1)</script>" in text for text in tab.locator("tbody td").all_inner_texts())
+    text = tab.locator("body").inner_text()
+    assert all(markup in text for markup in ("<b>AMD</b>", "<img src=x", "<i>"))
+    assert tab.title() == "torchpar: measured"
+
+
+def test_without_scripts_the_figures_can_be_read(browser, results, tmp_path):
+    report.write(tmp_path / "page.html", results)
+    tab = browser.new_page(java_script_enabled=False)
+    tab.goto((tmp_path / "page.html").as_uri())
+    text = tab.locator("body").inner_text()
+    assert text.startswith("torchpar: measured")
+    assert "slower" in text
+    assert "1,250" in text
+
+
+def test_a_screenshot_that_fails_is_one_line(results, tmp_path, monkeypatch):
+    pytest.importorskip("playwright", reason="playwright drives Chromium")
+    monkeypatch.setattr(report, "browser_options", lambda: {"executable_path": "/nonexistent"})
+    with pytest.raises(ConfigError, match=r"no screenshot \(.*\); it needs Chromium and a FILE\.png"):
+        report.main(
+            [f"--output={tmp_path / 'page'}", f"--results={results}", f"--screenshot={tmp_path / 'a.png'}"]
+        )
 
 
 def test_no_results_are_an_error(tmp_path):

@@ -147,13 +147,19 @@ def processor() -> Iterator[Finding]:
         yield Finding("threads", text)
     library = "oneDNN, if they are large" if _onednn.has_onednn() else "PyTorch's BLAS library"
     yield Finding("float32 products", f"by {library}")
+    compiler = shutil.which(os.environ.get("CXX") or "g++")
+    if compiler:
+        yield Finding("C++ compiler", compiler)
+    else:
+        remedy = "apt-get install g++, or set CXX"
+        yield Finding("C++ compiler", "missing; torch.compile on CPUs needs one", "note", remedy)
     fast = _onednn.has_bfloat16()
     yield Finding("bfloat16 products", "fast" if fast else "slow; Muon multiplies float32")
 
 
 def gpus() -> Iterator[Finding]:
     if not torch.cuda.is_available():
-        remedy = "look at the driver, such as by nvidia-smi, and at CUDA_VISIBLE_DEVICES"
+        remedy = "if there is one, look at the driver, such as by nvidia-smi, and at CUDA_VISIBLE_DEVICES"
         if torch.version.cuda is None and torch.version.hip is None:
             remedy = "this torch is built for CPUs; for a GPU install another build"
         yield Finding("CUDA or ROCm", "PyTorch finds no GPU; the operators run on the CPU", "note", remedy)
@@ -183,11 +189,11 @@ def kernels() -> Iterator[Finding]:
                 remedy = f"CUDA_VISIBLE_DEVICES={index} python -m torchpar tune"
                 yield Finding(f"{kernel}, cuda:{index}", "estimated tiles, perhaps slower", "note", remedy)
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
-        yield Finding("compiler", "kernels are interpreted", "note", "unset TRITON_INTERPRET")
+        yield Finding("Triton's compiler", "kernels are interpreted", "note", "unset TRITON_INTERPRET")
         return
     architecture = _architecture(0) if torch.cuda.is_available() else "sm_90"
     seconds = _compile(architecture)
-    yield Finding("compiler", f"maximum compiled for {architecture} in {seconds:.2f} s")
+    yield Finding("Triton's compiler", f"maximum compiled for {architecture} in {seconds:.2f} s")
 
 
 def _architecture(index: int) -> str:
