@@ -63,7 +63,9 @@ def lesson(name: str, *flags: str) -> tuple[int, str, str]:
 
 def scalars(log_dir: Path, name: str) -> list[tuple[int, float]]:
     """The steps and values of a figure that was logged for TensorBoard."""
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard reads the log"
+    )
     events = accumulator.EventAccumulator(str(log_dir)).Reload().Scalars(name)
     return [(event.step, pytest.approx(event.value)) for event in events]
 

@@ -13,7 +13,7 @@ from torchpar.ops._matrix import fp32_precision
 A, B, WEIGHT = (400, 80), (400, 80), (72, 80)  # several blocks on a CPU
 
 
-class Test(NamedTuple):
+class SelfTest(NamedTuple):
     """An operator's call, its formula, and the shapes of the operands."""
 
     operator: Callable[..., Tensor]
@@ -21,19 +21,20 @@ class Test(NamedTuple):
     shapes: tuple[tuple[int, int], ...]
 
 
+# A lambda looks its operator up when it is called, so that a test can put a wrong one in its place.
 TESTS = {
-    "maximum": Test(lambda a, b: torchpar.maximum(a, b), torch.maximum, (A, B)),
-    "matmul_t": Test(lambda x: torchpar.matmul_t(x), lambda x: x @ x.T, (A,)),
-    "symmetric_matmul": Test(lambda x: torchpar.symmetric_matmul(x, x), lambda x: x @ x.T, (A,)),
-    "linear_sigmoid": Test(
+    "maximum": SelfTest(lambda a, b: torchpar.maximum(a, b), torch.maximum, (A, B)),
+    "matmul_t": SelfTest(lambda x: torchpar.matmul_t(x), lambda x: x @ x.T, (A,)),
+    "symmetric_matmul": SelfTest(lambda x: torchpar.symmetric_matmul(x, x), lambda x: x @ x.T, (A,)),
+    "linear_sigmoid": SelfTest(
         lambda x, w: torchpar.linear_sigmoid(x, w), lambda x, w: torch.sigmoid(x @ w.T), (A, WEIGHT)
     ),
-    "exact_matmul": Test(lambda a, b: torchpar.exact_matmul(a, b), lambda a, b: a @ b.T, (A, B)),
-    "exact_matmul_t": Test(lambda x: torchpar.exact_matmul_t(x), lambda x: x @ x.T, (A,)),
+    "exact_matmul": SelfTest(lambda a, b: torchpar.exact_matmul(a, b), lambda a, b: a @ b.T, (A, B)),
+    "exact_matmul_t": SelfTest(lambda x: torchpar.exact_matmul_t(x), lambda x: x @ x.T, (A,)),
 }
 
 
-def run(test: Test, device: str) -> tuple[Tensor, Tensor]:
+def run(test: SelfTest, device: str) -> tuple[Tensor, Tensor]:
     """Return the error of each number of the result, beside float64, and the bound of that error."""
     generator = torch.Generator().manual_seed(0)
     operands = [torch.randn(shape, generator=generator) for shape in test.shapes]

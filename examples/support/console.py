@@ -44,7 +44,7 @@ class EpochProgress:
         if log_dir is not None and self.speaks:
             from torch.utils.tensorboard import SummaryWriter
 
-            # A resumed run writes its earlier epochs again.
+            # purge_step: a resumed run writes its earlier epochs again.
             self.writer = SummaryWriter(log_dir, purge_step=1)
         percentage = TextColumn("{task.percentage:.0f}%")
         columns = (BarColumn(), percentage, TimeRemainingColumn(), TextColumn("{task.description}"))
