@@ -66,6 +66,7 @@ class MachineCode:
     Attributes:
         resources: of a thread: REG, its registers; STACK and LOCAL, bytes that did not fit into them.
         shared_memory: bytes of a block.
+        tensor_memory: columns of a block, on GPUs that have it.
         seconds: compile time; if the kernel is in Triton's cache, the time to read it.
     """
 
@@ -84,6 +85,7 @@ class MachineCode:
         self.signature: dict[str, str] = kernel.src.signature
         self.seconds = seconds
         self.shared_memory: int = kernel.metadata.shared
+        self.tensor_memory: int = kernel.metadata.tmem_size
         self.cubin = cubin
         self.cubin.write_bytes(kernel.asm["cubin"])
         usage = re.findall(r"(REG|STACK|LOCAL):(\d+)", self._run("cuobjdump", "-res-usage"))

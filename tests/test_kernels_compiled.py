@@ -72,6 +72,7 @@ def assert_fits(code: MachineCode, capability: int, aside: int = 0) -> None:
     assert code.resources["STACK"] <= aside, f"registers spill: {code.resources}"
     assert code.resources["LOCAL"] == 0
     assert code.shared_memory <= LIMITS[capability]
+    assert code.tensor_memory <= 512
 
 
 # The matrix kernels
@@ -244,8 +245,8 @@ def tensor_core(capability: int, dtype: torch.dtype) -> str:
 )
 def test_matrix_kernel_uses_tensor_cores(compiled, capability, launcher, dtype, precision, n):
     code = compiled(launcher, dtype, precision, n, None)
-    if dtype == torch.float64 and capability == 100 and TRITON < (3, 7):
-        assert code.count("DFMA")  # Triton 3.6 has no float64 tensor cores for this architecture
+    if dtype == torch.float64 and capability == 100 and TRITON < (3, 8):
+        assert code.count("DFMA")  # without this architecture's float64 tensor cores
     else:
         assert code.count(tensor_core(capability, dtype))
     if n == 4096:  # a mask that varied along a row would split the stores into single elements
@@ -449,8 +450,15 @@ EXACT = {  # shape, transposed
 }
 
 
+# For an H100, Triton 3.8 puts the digits of A both into shared memory and into registers; others into one.
+TWICE = pytest.mark.xfail(TRITON == (3, 8), reason="Triton 3.8 cuts the elements of A twice", strict=True)
 EXACT_ELSEWHERE = [
-    *((symmetric, case, 90) for symmetric in (False, True) for case in EXACT),
+    *(
+        pytest.param(*which, 90, marks=TWICE)
+        for which in ((False, "by rows"), (True, "by rows"), (True, "any strides, long"))
+    ),
+    *((symmetric, case, 90) for symmetric in (False, True) for case in ("by columns", "partial tiles")),
+    (False, "any strides, long", 90),
     *(
         pytest.param(*which, other, marks=slow)
         for which in ((False, "by rows"), (True, "any strides, long"))
@@ -473,10 +481,20 @@ def test_exact_product(compiled, capability, case, symmetric):
         assert code.count(r"STG\.E.*\.128.*") == code.count(r"STG.*"), "a store is not coalesced"
 
 
-def test_exact_sums(compiled, capability):
+def test_exact_sums(compiled, capability, request):
+    if capability == 90:
+        request.applymarker(TWICE)
     code = compiled(exact_product, (4096, 4096, 4096), False, False, torch.int64)
     assert_exact(code, capability, once=capability >= 90)
     assert not code.count("(DMUL|DADD|DFMA|HMMA|HGMMA|UTCHMMA).*"), "T is made of integers"
+
+
+@pytest.mark.parametrize("capability", [100], indirect=True)
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_exact_product_has_room_in_tensor_memory(compiled, capability, symmetric):
+    code = compiled(exact_product, (4096, 4096, 4096), False, symmetric, torch.float32)
+    assert 0 < code.tensor_memory <= 512
+    assert code.count(r"(UTCIMMA|IMMA)\b.*")
 
 
 @pytest.mark.parametrize("capability", [90], indirect=True)
@@ -485,7 +503,7 @@ def test_exact_sums(compiled, capability):
     [
         (Tiles(128, 128, 32, 8, 3), "spill"),
         (Tiles(64, 64, 32, 4, 1), "asynchronously"),
-        (Tiles(64, 64, 32, 8, 3), "cut 2.5 times"),
+        pytest.param(Tiles(64, 64, 32, 8, 3), "cut 2.5 times", marks=TWICE),
     ],
 )
 def test_check_rejects_other_tiles_of_the_exact_product(compiled, capability, tiles, message):
