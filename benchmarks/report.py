@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +111,12 @@ def with_changes(path: Path) -> tuple[Any, str]:
     frame["change"] = ""
     compared = "no earlier version to compare with"
     if text := previous(path):
-        try:
+        compared = "the previous version has other columns"
+        with suppress(ValueError):  # raised by columns from before all benchmarks shared some
             before = read_csv(text)
             if list(before.index.names) == list(frame.index.names):
                 frame["change"] = change(frame, before)
                 compared = "compared with the previous version"
-        except ValueError:
-            pass  # a version from before the columns that all benchmarks share
     frame.loc[frame["failed"], "change"] = "NOT OK"
     return frame, compared
 

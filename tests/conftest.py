@@ -16,16 +16,30 @@ from ranks import Ranks
 
 SPREAD = ("test_kernels_compiled.py", "test_kernels_interpreted.py")
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+THREADS = torch.get_num_threads()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under ``--dist loadgroup`` a file's tests run on one worker, because they share processes and models.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under pytest-xdist, run a file's tests on one worker, because they share processes and models.
 
     Those of `SPREAD` share little and take minutes, so that all workers take part.
     """
-    for item in items:
-        if item.path.name not in SPREAD:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if file.endswith(SPREAD) else file
+
+    return ByFile(config, log)
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """Numba, once it starts threads, sets OpenMP's number for PyTorch, too."""
+    yield
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(params=DEVICES)

@@ -30,13 +30,6 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
-@pytest.fixture(autouse=True)
-def threads() -> Any:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def test_operators_beside_eager(tmp_path, capsys):
     assert operators.main(["--quick", "--device=cpu", "--threads=1", f"--output={tmp_path}"]) == 0
     rows = rows_of(tmp_path / "operators.csv")

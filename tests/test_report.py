@@ -168,7 +168,7 @@ def test_a_file_is_compared_with_the_last_committed_text_that_differs(results):
         assert list(frame["change"]) == ["", mark]
         assert compared == "compared with the previous version"
     path.write_text(csv(8).replace("operator,", "kernel,"))
-    assert report.with_changes(path)[1] == "no earlier version to compare with"
+    assert report.with_changes(path)[1] == "the previous version has other columns"
     other = results / "cpu-a" / "muon.csv"
     other.write_text(csv(5))
     assert report.with_changes(other)[1] == "no earlier version to compare with"
