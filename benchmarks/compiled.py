@@ -66,7 +66,7 @@ class MachineCode:
     Attributes:
         resources: of a thread: REG, its registers; STACK and LOCAL, bytes that did not fit into them.
         shared_memory: bytes of a block.
-        tensor_memory: columns of a block, on GPUs that have it.
+        tensor_memory: its columns that a block uses; 0 on GPUs without tensor memory.
         seconds: compile time; if the kernel is in Triton's cache, the time to read it.
     """
 

@@ -112,11 +112,12 @@ def with_changes(path: Path) -> tuple[Any, str]:
     compared = "no earlier version to compare with"
     if text := previous(path):
         compared = "the previous version has other columns"
-        with suppress(ValueError):  # raised by columns from before all benchmarks shared some
+        before = frame.iloc[:0]
+        with suppress(ValueError):  # an old version may lack columns that read_csv needs
             before = read_csv(text)
-            if list(before.index.names) == list(frame.index.names):
-                frame["change"] = change(frame, before)
-                compared = "compared with the previous version"
+        if len(before) and list(before.index.names) == list(frame.index.names):
+            frame["change"] = change(frame, before)
+            compared = "compared with the previous version"
     frame.loc[frame["failed"], "change"] = "NOT OK"
     return frame, compared
 

@@ -82,12 +82,12 @@ run_tests() { # FILE.xml, then arguments of pytest
 run_stage() {
     case $1 in
         values) # on the GPU: its own kernels first, then what runs on every device
-            needs execnet xdist && run_tests values.xml -n 8 -k "(cuda or another_stream) and not anything" \
+            needs execnet xdist && run_tests values.xml -n 8 --dist worksteal -k "(cuda or another_stream) and not anything" \
                 tests/test_kernels_cuda.py tests/test_operators_{values,errors,autograd,func,compile}.py \
                 tests/test_symmetric_*.py tests/test_{readme,nn,training,compare,timing}.py
             ;;
         anything) # drawn by Hypothesis: nearly every example compiles a kernel
-            needs execnet xdist && run_tests anything.xml -n 4 -k "cuda and anything" \
+            needs execnet xdist && run_tests anything.xml -n 4 --dist worksteal -k "cuda and anything" \
                 tests/test_operators_values.py tests/test_symmetric_matmul.py
             ;;
         huge) # one after the other: a test takes up to 32 GiB

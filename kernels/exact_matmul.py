@@ -271,7 +271,7 @@ def _tiles(a: Tensor, b: Tensor, symmetric: bool) -> Tiles:
     if symmetric:
         large, small = Tiles(64, 64, 32, 4 if by_rows and shared else 8, 3), Tiles(32, 32, 32, 4, 3)
     else:
-        # Triton 3.8 keeps all ten products in tensor memory, which has no room for them at 128 × 64.
+        # Triton 3.8 keeps all ten products in tensor memory, which is too small for them at 128 × 64.
         narrow = present.capability == 100 and triton.__version__.startswith("3.8.")
         large, small = Tiles(64 if narrow else 128, 64, 32, 8, 3), Tiles(64, 32, 32, 8, 3)
     fits = k <= CHAIN and _moves_16_bytes(a) and _moves_16_bytes(b)

@@ -14,17 +14,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from ranks import Ranks
 
-SPREAD = ("test_kernels_compiled.py", "test_kernels_interpreted.py")
+SPREAD = ("test_kernels_compiled.py", "test_kernels_interpreted.py", "test_validate_gpu.py")
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 THREADS = torch.get_num_threads()
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Under pytest-xdist, run a file's tests on one worker, because they share processes and models.
+    """Run all tests of a file on one worker of pytest-xdist, because they share processes and models.
 
-    Those of `SPREAD` share little and take minutes, so that all workers take part.
+    The tests of the files in `SPREAD` share little and take minutes, so all workers run them.
     """
+    if config.getvalue("dist") != "load":  # which -n alone chooses
+        return None
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
@@ -37,7 +39,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
-    """Numba, once it starts threads, sets OpenMP's number for PyTorch, too."""
+    """Restore PyTorch's number of threads after each test, because Numba's first parallel loop changes it."""
     yield
     torch.set_num_threads(THREADS)
 

@@ -116,7 +116,8 @@ def test_the_rank_that_hangs_or_was_killed_is_named(data, tmp_path, processes, n
     os.kill(processes[victim].pid, number)
     began = time.monotonic()
     others = [rank for rank in processes if rank is not processes[victim]]
-    # After timeout, missing_ranks takes 2 s. If the store's host hangs, Python takes 2.5 s more to exit.
+    # After the timeout, missing_ranks takes 2 s. If the rank that hosts the store hangs, Python needs another
+    # 2.5 s to exit.
     wait_for(lambda: any(not rank.process.is_alive() for rank in others), timeout + 8)
     assert number == signal.SIGKILL or time.monotonic() - began > timeout - 1
     codes, _, err = finish(others, launched=False)
