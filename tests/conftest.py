@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from ranks import Ranks
 
-SPREAD = ("test_kernels_compiled.py", "test_kernels_interpreted.py", "test_validate_gpu.py")
+SPREAD = ("test_kernels_compiled.py", "test_kernels_interpreted.py")
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 THREADS = torch.get_num_threads()
 
