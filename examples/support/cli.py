@@ -182,7 +182,8 @@ def main(run: Callable[[F], None], flags: type[F]) -> None:
 
     A `ConfigError`, or a file that cannot be read or written, ends every rank with status 2. Rank 0 prints
     it as one line. Another rank waits `GRACE` seconds before it prints: if rank 0 has failed too, the
-    launcher has ended this rank by then. SIGINT ends with status 130.
+    launcher has ended this rank by then. It does not wait for a rank 0 that does not answer. SIGINT ends
+    with status 130.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -193,7 +194,7 @@ def main(run: Callable[[F], None], flags: type[F]) -> None:
         rank = info.rank if info else 0
         run(_parse(flags, rank))
     except (ConfigError, OSError) as e:
-        if rank:
+        if rank and 0 not in getattr(e, "missing", ()):
             time.sleep(GRACE)
         print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)
         sys.exit(2)

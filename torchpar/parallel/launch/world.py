@@ -4,7 +4,7 @@
 import gc
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -28,7 +28,15 @@ PATIENCE = 1.5  # seconds in which each rank whose collective failed reports to 
 
 
 class RankLostError(ConfigError):
-    """A rank has ended or hangs."""
+    """A rank has ended or hangs.
+
+    Attributes:
+        missing: the ranks that do not answer, as far as is known.
+    """
+
+    def __init__(self, message: str, missing: Sequence[int] = ()):
+        super().__init__(message)
+        self.missing = missing
 
 
 @dataclass(frozen=True)
@@ -187,7 +195,7 @@ def join_world(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[World
         missing = rendezvous.missing_ranks(store, info.rank, info.world_size, PATIENCE)
         reason = re.sub(r"^\[\S*\] ", "", str(e).partition("\n")[0])  # without gloo's own file and line
         ranks = f"rank {', '.join(map(str, missing))} does not answer" if missing else "ranks lost each other"
-        raise RankLostError(f"{ranks} ({reason})") from e
+        raise RankLostError(f"{ranks} ({reason})", missing) from e
     finally:
         # The threads of a process group end with its last reference. If that is after the interpreter has
         # begun to exit, they abort the process. DistributedDataParallel keeps one in a reference cycle.
