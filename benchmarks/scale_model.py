@@ -3,7 +3,7 @@
 
 In PyTorch's fake process group one process stands for any rank of any number. It builds the mesh and its part
 of the model on the meta device, and runs steps with DistributedDataParallel or a pipeline's schedule. Every
-message's size must be what `torchpar.profile.cost.collectives` predicts, or the status is 1.
+message's size must be what `torchpar.training.cost.collectives` predicts, or the status is 1.
 """
 
 from collections import Counter
@@ -31,10 +31,9 @@ from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.mlp import parallel_mlp
 from torchpar.parallel.split.pipeline import stage_mlp
 from torchpar.parallel.split.reduction import all_reduce
-from torchpar.profile import cost
 from torchpar.profile.collectives import Call, Collectives
-from torchpar.profile.cost import Expected
-from torchpar.training import loss_sum
+from torchpar.training import cost, loss_sum
+from torchpar.training.cost import Expected
 
 DTYPE = torch.bfloat16
 LAYERS = 16  # all width × width

@@ -16,7 +16,7 @@ pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 
 from torchpar import data
 from torchpar.errors import ConfigError
-from torchpar.parallel.split.partition import Partition
+from torchpar.partition import Partition
 
 DATA = Path(__file__).parent.parent / "examples" / "data"
 

@@ -22,7 +22,7 @@ from torchpar.nn import MLP
 from torchpar.optim import SGD
 from torchpar.parallel import join_world
 from torchpar.parallel.split.clip import clip_grad_norm_
-from torchpar.parallel.split.partition import Partition
+from torchpar.partition import Partition
 from torchpar.training import CheckpointConfig, Run
 from torchpar.training.fused import FusedGradients
 from torchpar.training.graph import GraphedStep, why_not_graphed

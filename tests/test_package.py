@@ -83,12 +83,12 @@ import torchpar.tune.command, torchpar.tune.measure  # the benchmarks import it
 """
 
 
-def test_muon_loads_nothing_of_parallel_but_the_device_to_send_from(tmp_path: Path) -> None:
+def test_muon_loads_nothing_of_parallel(tmp_path: Path) -> None:
     loaded = run(sys.executable, "-c", IMPORTS, cwd=tmp_path, PYTHONPATH=str(ROOT)).split()
     modules = ("assign", "chained", "exchange", "matrices", "muon", "newton_schulz", "parts", "sgd")
     optim = {"torchpar.optim", *(f"torchpar.optim.{name}" for name in modules)}
     exact = {"torchpar.errors", "torchpar.ieee"}  # of the exact products
-    assert set(loaded) == {"torchpar.nn", "torchpar.parallel", "torchpar.parallel.wire"} | optim | exact
+    assert set(loaded) == {"torchpar.nn", "torchpar.wire"} | optim | exact
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(built: Built) -> None:

@@ -18,9 +18,8 @@ from torchpar.parallel.split import shared_memory
 from torchpar.parallel.split.exact_gradients import ExactGradients
 from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
 from torchpar.parallel.split.shared_memory import register_shared_memory_hook
-from torchpar.profile import cost
 from torchpar.profile.collectives import StepRecorder
-from torchpar.training import loss_sum
+from torchpar.training import cost, loss_sum
 from torchpar.training.fused import FusedGradients
 
 SIZES = (11, 33, 7, 5, 3)

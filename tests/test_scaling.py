@@ -20,7 +20,7 @@ from benchmarks.scale_model import MESHES, MeshPlan, difference
 from benchmarks.scaling import __main__ as scaling
 from benchmarks.scaling import show, steps
 from torchpar.profile.collectives import Call
-from torchpar.profile.cost import Expected, Link
+from torchpar.training.cost import Expected, Link
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.parallel.split.partition import Partition
+from torchpar.partition import Partition
 
 Dataset = Literal["mnist", "fashion-mnist", "kmnist"]
 _READ_AT_ONCE = 256  # samples; as float32 they fit in a core's cache

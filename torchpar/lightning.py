@@ -26,7 +26,7 @@ from torch import Tensor
 from torchpar.data import Batch, Dataset, Samples, batches, load
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
-from torchpar.parallel.split.partition import Partition
+from torchpar.partition import Partition
 from torchpar.training import loss_sum
 from torchpar.training.evaluation import EVALUATION_BATCH
 from torchpar.training.losses import Loss

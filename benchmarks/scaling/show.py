@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.rows import Row, duration, picture, print_cells
 from torchpar.profile import amdahl
-from torchpar.profile.cost import Link
+from torchpar.training.cost import Link
 
 SPEEDUPS = (0.125, 0.25, 0.5, 1, 2, 4)  # on the axes of the picture
 MARKERS = {"1 rank × 2 threads": "s", "dp 2": "o", "tp 2": "^", "dp 4": "x", "tp 4": "+"}

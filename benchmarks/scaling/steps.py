@@ -27,9 +27,8 @@ from torchpar.parallel.split.exact_gradients import ExactGradients
 from torchpar.parallel.split.layers import Arithmetic, split_parameters
 from torchpar.parallel.split.mlp import parallel_mlp
 from torchpar.parallel.split.shared_memory import make_shared_sum, register_shared_memory_hook
-from torchpar.profile import cost
 from torchpar.profile.collectives import Collectives
-from torchpar.training import loss_sum, sgd
+from torchpar.training import cost, loss_sum, sgd
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 cross_entropy_sum = partial(loss_sum, "cross-entropy")
@@ -82,7 +81,7 @@ class Prepared(NamedTuple):
         reason: why the step is wrong, or "".
         error: of the gradient, over the norm of the exact one.
         calls, call_bytes: collectives of a step and their bytes, as recorded.
-        predicted_calls, predicted_bytes: the same by `torchpar.profile.cost`.
+        predicted_calls, predicted_bytes: the same by `torchpar.training.cost`.
     """
 
     reason: str

@@ -17,9 +17,9 @@ from rich.table import Table
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.world import World
 from torchpar.profile.collectives import Call
-from torchpar.profile.cost import Expected
 from torchpar.profile.phases import Phases
 from torchpar.profile.trace import KINDS, SKIP, StepProfile, bottleneck
+from torchpar.training.cost import Expected
 from torchpar.training.state import EpochResult
 
 REFRESH = 0.1  # seconds between two updates of a bar; one takes as long as a small step

@@ -22,10 +22,10 @@ from torchpar.optim import ChainedOptimizer, Muon
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.clip import clip_grad_norm_
 from torchpar.parallel.split.layers import Arithmetic, split_parameters
-from torchpar.profile import cost
 from torchpar.profile.collectives import StepRecorder
 from torchpar.profile.phases import Phases
 from torchpar.profile.trace import Trace
+from torchpar.training import cost
 from torchpar.training.fused import FusedGradients, why_not_fused
 from torchpar.training.graph import GraphedStep, Step, why_not_graphed
 

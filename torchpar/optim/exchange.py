@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torchpar.errors import ConfigError
 from torchpar.optim.parts import Part, holders_of
-from torchpar.parallel.wire import wire_device
+from torchpar.wire import wire_device
 
 
 class GradientState(IntEnum):

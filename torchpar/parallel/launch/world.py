@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch import rendezvous
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
-from torchpar.parallel.split.partition import Partition
+from torchpar.partition import Partition
 
 T = TypeVar("T")
 TIMEOUT = 1800.0

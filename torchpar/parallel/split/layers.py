@@ -32,12 +32,12 @@ from torchpar.errors import ConfigError
 from torchpar.ops import maximum
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks, group_of
 from torchpar.parallel.split.column import ColumnProduct
-from torchpar.parallel.split.partition import Partition, Split
 from torchpar.parallel.split.regions import (
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
     scatter_to_tensor_model_parallel_region,
 )
+from torchpar.partition import Partition, Split
 
 Activation = Literal["sigmoid", "relu"] | None
 Arithmetic = Literal["fast", "exact"]

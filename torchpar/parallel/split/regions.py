@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar.parallel.launch.agreement import check_shape
 from torchpar.parallel.split.reduction import all_reduce
-from torchpar.parallel.wire import wire_device
+from torchpar.wire import wire_device
 
 
 def copy_to_tensor_model_parallel_region(x: Tensor, mesh: DeviceMesh) -> Tensor:

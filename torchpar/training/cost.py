@@ -21,7 +21,7 @@ from torchpar.optim.matrices import multiplications
 from torchpar.optim.parts import Part
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.layers import Arithmetic, check_arithmetic
-from torchpar.parallel.split.partition import Partition
+from torchpar.partition import Partition
 
 _EXPONENT, _SUM = 4, 8  # bytes of an exponent and of an exact sum
 DDP_BUCKETS = (2**20, 25 * 2**20)  # bytes at which DistributedDataParallel closes the first and later ones
