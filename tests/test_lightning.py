@@ -151,7 +151,7 @@ def resumed(data: Path, checkpoint: Path, **options: Any) -> list[Any]:
 @pytest.mark.parametrize(
     "when, steps",
     [
-        ({"every_n_train_steps": 2}, [2, 4, 6, 8, 10, 12, 14]),  # of 15; the epochs end with 5, 10 and 15
+        ({"every_n_train_steps": 2}, [2, 4, 6, 8, 10, 12, 14]),  # of 15; an epoch has 5
         # After the validation, before the epoch's end.
         ({"every_n_epochs": 1, "save_on_train_epoch_end": False}, [5, 10, 15]),
     ],
@@ -160,7 +160,7 @@ def resumed(data: Path, checkpoint: Path, **options: Any) -> list[Any]:
 def test_a_resumed_run_ends_as_the_whole_one_to_the_bit(data, tmp_path, when, steps):
     whole, paths = saved_by(data, tmp_path, **when)
     assert [path.name for path in paths] == [f"step={step:02d}.ckpt" for step in steps]
-    for path in paths[1::3]:
+    for path in paths[1::3]:  # of steps 4 and 10
         assert same(resumed(data, path), whole), path.name
         assert same(resumed(data, path, max_epochs=None, max_steps=15), whole), path.name
 
@@ -183,14 +183,14 @@ def test_validation_samples_are_the_last_ones_and_no_others_are_trained_on(data)
     its.fit(model, fed)
     train, _ = load("fashion-mnist", data)
     assert torch.equal(fed.train.features, train.features[:180])
-    (classes,) = its.predict(model, fed)
-    assert torch.equal(classes, model(fed.test.inputs(slice(None))).argmax(1))
     assert "'validation': 21" in str(fed)
     outputs = model(train[180:].inputs(slice(None)))
     mean = torch.nn.functional.cross_entropy(outputs.double(), train.labels[180:])
     assert its.callback_metrics["val_loss"].item() == pytest.approx(mean.item(), rel=1e-7)
     right = (outputs.argmax(1) == train.labels[180:]).double().mean()
     assert its.callback_metrics["val_accuracy"].item() == pytest.approx(right.item(), rel=1e-7)
+    (classes,) = its.predict(model, fed)
+    assert torch.equal(classes, model(fed.test.inputs(slice(None))).argmax(1))
 
 
 def test_bf16_mixed_precision(data):
