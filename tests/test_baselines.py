@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Tests that all baselines compute the same: integers exactly, other numbers as accurately as PyTorch."""
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 import test_kernels_interpreted
@@ -10,12 +8,13 @@ import torch
 from operators import OPERATORS
 from samples import assert_accurate, oracle
 
-import torchpar
+import torchpar.nn
 
 pytest.importorskip("numba", reason="Numba compiles the loops")
 from torchpar.baselines import launch_shapes, numba_njit, numpy_mlp, pure_python
 from torchpar.baselines.bridge import copy_weights
 from torchpar.baselines.numpy_mlp import MLP, SGD
+from torchpar.training import loss_sum
 
 # Operators
 
@@ -121,18 +120,11 @@ def problem(sizes=(33, 9, 6, 10), batch=7, loss="cross-entropy", init="xavier") 
 
 
 def by_autograd(model: MLP, x: np.ndarray, labels: np.ndarray, dtype: torch.dtype) -> tuple:
-    """PyTorch's loss and gradient, summed over samples."""
-    layers: list[torch.nn.Module] = []
-    for m, n in pairwise(model.sizes):
-        layers += [torch.nn.Linear(m, n), torch.nn.Sigmoid()]
-    network = torch.nn.Sequential(*layers[:-1]).to(dtype)
+    """Loss and gradient of `torchpar.nn.MLP`, summed over samples."""
+    output = "logits" if model.loss == "cross-entropy" else "sigmoid"
+    network = torchpar.nn.MLP(model.sizes, output=output, dtype=dtype)
     copy_weights(model, network)
-    z, targets = network(torch.from_numpy(x).to(dtype)), torch.from_numpy(labels)
-    if model.loss == "cross-entropy":
-        loss = torch.nn.functional.cross_entropy(z, targets, reduction="sum")
-    else:
-        one_hot = torch.nn.functional.one_hot(targets, z.shape[1]).to(dtype)
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(z, one_hot, reduction="sum")
+    loss = loss_sum(model.loss, network(torch.from_numpy(x).to(dtype)), torch.from_numpy(labels))
     gradients = torch.autograd.grad(loss, list(network.parameters()))
     # PyTorch's weights are (out, in).
     return loss.item(), np.concatenate([gradient.numpy().T.ravel() for gradient in gradients])
@@ -205,15 +197,14 @@ def test_pure_python_descends():
 
 
 def test_xavier():
-    first, second = MLP([300, 200, 100]).weights
-    for weight, variance in ((first, 2 / 500), (second, 2 / 300)):
-        count = weight.size
+    model = MLP([300, 200, 100], seed=1)
+    for weight, variance in zip(model.weights, (2 / 500, 2 / 300), strict=True):
         # Of a normal variable: the mean's deviation is σ/√n, that of the variance σ²·√(2/n); five of each.
-        assert abs(weight.mean()) < 5 * (variance / count) ** 0.5
-        assert abs(weight.var() / variance - 1) < 5 * (2 / count) ** 0.5
-    np.testing.assert_array_equal(MLP([4, 3], seed=1).parameters, MLP([4, 3], seed=1).parameters)
-    assert not np.array_equal(MLP([4, 3], seed=1).parameters, MLP([4, 3], seed=2).parameters)
-    assert not np.concatenate(MLP([4, 3, 2]).biases).any()
+        assert abs(weight.mean()) < 5 * (variance / weight.size) ** 0.5
+        assert abs(weight.var() / variance - 1) < 5 * (2 / weight.size) ** 0.5
+    assert not np.concatenate(model.biases).any()
+    np.testing.assert_array_equal(MLP([300, 200, 100], seed=1).parameters, model.parameters)
+    assert not np.array_equal(MLP([300, 200, 100], seed=2).parameters, model.parameters)
 
 
 @pytest.mark.parametrize("flag", ["loss", "init"])
