@@ -126,58 +126,52 @@ def test_an_archive_packed_anew_counts_and_nothing_is_written(raw, mnist):
     assert listing() == before
 
 
-def flip(path: Path, at: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[at] ^= 1
-    path.write_bytes(content)
-
-
-def repack(path: Path) -> None:
-    """Flip a bit of an archive's content; its CRC is that of the changed content."""
-    content = bytearray(gzip.decompress(path.read_bytes()))
-    content[5000] ^= 1
-    path.write_bytes(gzip.compress(content, 1))
+def flipped(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
 
 
 @pytest.mark.parametrize(
-    "file, damage, message",
+    "file, damaged, message",
     [
+        (LABELS, lambda old: flipped(old, 100), r"damaged \(.*\); .* fetch it: python -c .*download=True"),
+        # An archive that is whole: its CRC is that of the changed content.
         (
-            LABELS,
-            lambda path: flip(path, 100),
-            r"gz is damaged \(.*\); .* fetch it: python -c .*download",
+            IMAGES,
+            lambda old: gzip.compress(flipped(gzip.decompress(old), 5000), 1),
+            "damaged: its content has MD5 .*, expected 2646ac647ad5339dbf082846283269ea;",
         ),
-        (IMAGES, repack, "gz is damaged: its content has MD5 .*, expected 2646ac647ad5339dbf082846283269ea;"),
-        ("train-images-idx3-ubyte", Path.unlink, r"gz is missing; name the folder"),
     ],
 )
-def test_damaged_archives_are_named_with_the_repair(raw, file, damage, message):
-    damage(raw / f"{file}.gz")
-    with pytest.raises(ConfigError, match=rf"^.*{file}\.{message}.*$"):  # one line
+def test_damaged_archives_are_named_with_the_repair(raw, file, damaged, message):
+    archive = raw / f"{file}.gz"
+    archive.write_bytes(damaged(archive.read_bytes()))
+    with pytest.raises(ConfigError, match=rf"^.*{file}\.gz is {message}.*$"):  # one line
         data.load("mnist", raw.parents[1])
 
 
 @pytest.mark.parametrize(
-    "file, content, message",
+    "content, message",
     [
-        (LABELS, lambda old: b"\0\0\x08\x01", f"raw/{LABELS} cannot be read .*; name the folder"),
-        (LABELS, lambda old: old[:7] + b"\x09" + old[8:-1], r"raw/t10k-\* holds 10 images and 9 labels"),
-        (LABELS, lambda old: old[:-1] + b"\x0a", r"raw/t10k-\* holds label 10 of 10 classes"),
+        (lambda old: b"\0\0\x08\x01", f"raw/{LABELS} cannot be read .*; name the folder"),
+        (lambda old: old[:7] + b"\x09" + old[8:-1], r"raw/t10k-\* holds 10 images and 9 labels"),
+        (lambda old: old[:-1] + b"\x0a", r"raw/t10k-\* holds label 10 of 10 classes"),
     ],
 )
-def test_files_that_do_not_fit_are_refused(tmp_path, file, content, message):
-    path = tmp_path / "FashionMNIST" / "raw" / file
+def test_labels_that_do_not_fit_are_refused(tmp_path, content, message):
+    path = tmp_path / "FashionMNIST" / "raw" / LABELS
     fashion_mnist(path.parent)
     path.write_bytes(content(path.read_bytes()))
     with pytest.raises(ConfigError, match=message):
         data.load("fashion-mnist", tmp_path)
 
 
-def test_data_sets_that_are_not_there(tmp_path):
-    with pytest.raises(ConfigError, match=r"/KMNIST/raw/.* is missing"):
-        data.load("kmnist", tmp_path)
+def test_data_sets_that_are_not_there(raw):
+    (raw / "train-images-idx3-ubyte.gz").unlink()
+    for name, folder in (("mnist", "MNIST"), ("kmnist", "KMNIST")):
+        with pytest.raises(ConfigError, match=rf"/{folder}/raw/train-\S+\.gz is missing; name the folder"):
+            data.load(name, raw.parents[1])
     with pytest.raises(ConfigError, match="dataset is 'cifar', expected one of"):
-        data.load("cifar", tmp_path)  # type: ignore[arg-type]
+        data.load("cifar", raw.parents[1])  # type: ignore[arg-type]
 
 
 # Images of fewer pixels
