@@ -4,7 +4,6 @@
 import importlib
 import json
 import os
-import re
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -72,16 +71,3 @@ def scalars(log_dir: Path, name: str) -> list[tuple[int, float]]:
 
 def rows_of(metrics: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in metrics.read_text().splitlines()]
-
-
-def error_of(example: Any, flags: str, monkeypatch: Any, capsys: Any) -> str:
-    """Run an example's ``main`` with wrong ``flags`` and return the error it prints, without tyro's box."""
-    from support import cli
-
-    name = f"{example.__name__}.py"
-    monkeypatch.setattr(sys, "argv", [name, *flags.split()])
-    with pytest.raises(SystemExit) as caught:
-        cli.main(example.main, example.Flags)
-    assert caught.value.code == 2
-    err = capsys.readouterr().err
-    return " ".join(re.sub("[│╭╮╰╯─]+", " ", err).split())
