@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Exact arithmetic: the recorded bits of weights on every mesh, and gradients near float64's.
+"""Exact arithmetic: the recorded bits of weights on every mesh of ranks.
 
 torch.sigmoid in the place of `torchpar.ieee.sigmoid` would pass here: on one processor its bits do not depend
 on the mesh. tests/test_ieee.py compares those functions with bits of another processor.
 """
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,7 +14,6 @@ import pytest
 import torch
 from exact_bits import made_of_integers
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from torchpar import training
 from torchpar.ieee import cross_entropy_sum
@@ -154,28 +152,3 @@ def test_every_mesh_has_the_same_bits(ranks, expected, mesh):
 def test_the_comparison_rejects_sums_of_float32(ranks, expected):
     for name, (bits, *_) in ranks(2, trained, Mesh(tp=2), True)[0].items():
         assert bits != expected[name][0]
-
-
-def errors_of_gradients() -> list[tuple[float, float]]:
-    """For each of `MODELS` the error of the gradient, and that of float32 autograd, over the norm."""
-    errors = []
-    with join_world("cpu") as world:
-        for name, (sizes, *_) in MODELS.items():
-            torch.manual_seed(0)
-            whole = MLP(sizes, name)
-            x, labels = torch.randn(65, sizes[0]), torch.arange(65) % sizes[-1]
-            model, step = split(copy.deepcopy(whole), world, Mesh(micro_batches=2))
-            step(x, labels, 65)
-            gradients = [torch.cat([p.grad.double().flatten() for p in model.parameters()])]
-            for dtype in (torch.float32, torch.float64):
-                one = copy.deepcopy(whole).to(dtype)
-                cross_entropy(one(x.to(dtype)), labels).backward()
-                gradients.append(torch.cat([p.grad.double().flatten() for p in one.parameters()]))
-            found, single, double = gradients
-            errors.append(tuple((t - double).norm().item() / double.norm().item() for t in (found, single)))
-    return errors
-
-
-def test_gradients_are_as_accurate_as_autograds(ranks):
-    for error, of_float32 in ranks(1, errors_of_gradients)[0]:
-        assert 0 < error <= 2 * of_float32 < 1e-5
