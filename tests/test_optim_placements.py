@@ -294,46 +294,40 @@ def test_every_rank_names_what_is_wrong(ranks):
     ranks(2, refusals)
 
 
-def sums_of_gradients(lacking: int | None) -> str:
+def sums_of_gradients(lacking: int | None) -> None:
     """Gradients that are partial sums, which ranks add before a step; on rank ``lacking`` there is none.
 
     Rank 2 has no row of ``rows``, and takes part in adding all the same.
     """
     rank, mesh = dist.get_rank(), init_device_mesh("cpu", (3,))
-    whole = torch.arange(14.0).view(2, 7).sin()
-    rows, copies = (
-        distribute_tensor(whole, mesh, [place]).requires_grad_() for place in (Shard(0), Replicate())
-    )
+    whole, gradient = torch.arange(14.0).view(2, 7).sin(), torch.arange(14.0).view(2, 7).cos()
+    sums = DTensor.from_local((rank + 1) * gradient, mesh, [Partial()])
+    rows, copies = (distribute_tensor(whole, mesh, [to]).requires_grad_() for to in (Shard(0), Replicate()))
     # The order of the groups differs from that of the parameters.
     ours = Muon([{"params": [("rows", rows)]}, {"params": [("copies", copies)]}], lr=0.1, ns="standard")
     reference = whole.clone().requires_grad_()
     of_whole = Muon([reference], lr=0.1, ns="standard")
     for _ in range(2):
-        for p in (rows, copies):
-            p.grad = DTensor.from_local((rank + 1) * whole.cos(), mesh, [Partial()])
-        reference.grad = 6 * whole.cos()
-        if lacking == rank:
-            copies.grad = None
-        text = message(ours.step)
+        rows.grad, copies.grad = sums, None if lacking == rank else sums
         if lacking is not None:
-            return text
+            text = (
+                f"copies has a gradient on rank {int(lacking == 0)} and none on rank {lacking}, expected the"
+            )
+            assert message(ours.step).startswith(f"Muon: {text}")
+            return
+        ours.step()
+        reference.grad = 6 * gradient
         of_whole.step()
     for p in (rows, copies):
         torch.testing.assert_close(p.full_tensor(), reference, rtol=0, atol=0)
-    rows.grad = distribute_tensor(whole, mesh, [Shard(0)])  # not on all ranks as in the steps before
-    if rank == 0:
-        rows.grad = DTensor.from_local(whole, mesh, [Partial()])
-    return message(ours.step)
+    of_rows = distribute_tensor(whole, mesh, [Shard(0)])
+    rows.grad = of_rows if rank else sums  # not on all ranks as in the steps before
+    assert message(ours.step) == (
+        "Muon: rows has a gradient of other placements than its own on rank 0, expected so on all "
+        "ranks and in all steps, or never"
+    )
 
 
 def test_gradients_that_are_partial_sums(ranks):
-    for text in ranks(3, sums_of_gradients, None):
-        assert text == (
-            "Muon: rows has a gradient of other placements than its own on rank 0, expected so on all "
-            "ranks and in all steps, or never"
-        )
-    for lacking in (0, 2):
-        for text in ranks(3, sums_of_gradients, lacking):
-            assert text.startswith(
-                f"Muon: copies has a gradient on rank {int(lacking == 0)} and none on rank {lacking}, "
-            )
+    for lacking in (None, 0, 2):
+        ranks(3, sums_of_gradients, lacking)
