@@ -133,10 +133,8 @@ def refusals() -> None:
         gradients = ExactGradients(model, world)
         x = torch.ones(2, 5, requires_grad=True)
         norm = torch.nn.Sequential(ExactLinear(5, 7), torch.nn.LayerNorm(7))
-        loss, saw = (
-            model(x).sum(),
-            "a layer saw {} backward passes since the last call, expected {}; call",
-        )
+        loss = model(x).sum()
+        saw = "a layer saw {} backward passes since the last call, expected {}; call"
         none_of_exact = "is of no layer in exact arithmetic, expected those of parallel_mlp"
         cases: list[tuple[Callable[[], object], str]] = [
             (lambda: (torch.autograd.grad(loss, x, retain_graph=True), gradients()), saw.format(0, 1)),
