@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Tests of Muon and Newton–Schulz against float64 and `torch.optim.Muon`, on one rank and on several."""
+"""Muon and Newton–Schulz against float64 and `torch.optim.Muon`, on one rank."""
 
 import copy
 import doctest
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from functools import cache, partial
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchpar import reference
@@ -22,6 +22,7 @@ from torchpar.optim import matrices as batches
 from torchpar.optim.newton_schulz import COEFFICIENTS
 
 TORCH = torch.optim.Muon
+both_iterations = pytest.mark.parametrize("ns", ["standard", "gram"])
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +39,7 @@ def exact(x: Tensor, steps: int = 5) -> Tensor:
     return reference.orthogonalize(x.double(), steps)
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (2, 5, 8), (127, 129), (20, 3)])
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (2, 5, 8), (20, 3)])
 def test_the_reference_applies_its_polynomial_to_the_singular_values(shape):
     torch.manual_seed(0)
     x = torch.randn(shape, dtype=torch.float64)
@@ -48,81 +49,17 @@ def test_the_reference_applies_its_polynomial_to_the_singular_values(shape):
         values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
     # Each of five iterations multiplies a rounding error of x by at most a = 3.4445.
     rounding = max(shape) * 3.4445**5 * torch.finfo(torch.float64).eps
-    torch.testing.assert_close(
-        reference.orthogonalize(x), u * values.unsqueeze(-2) @ vh, rtol=0, atol=rounding
-    )
+    assert_close(reference.orthogonalize(x), u * values.unsqueeze(-2) @ vh, rtol=0, atol=rounding)
     assert torch.equal(reference.orthogonalize(torch.zeros(shape)), torch.zeros(shape))
 
 
-def matrices(n: int, m: int) -> Iterator[Tensor]:
+def matrices(n: int, m: int) -> Iterator[tuple[Tensor, float]]:
+    """Random ones, of many decades, and of low rank, each with the error allowed as a multiple of torch's."""
     torch.manual_seed(0)
-    yield torch.randn(n, m)
+    yield torch.randn(n, m), 2
     u, v = torch.linalg.qr(torch.randn(n, n))[0], torch.linalg.qr(torch.randn(m, n))[0]
-    yield u * torch.logspace(0, -6, n) @ v.T
-    yield torch.randn(n, 4) @ torch.randn(4, m)
-
-
-def assert_as_orthogonal(found: Tensor, torchs: Tensor, exact: Tensor) -> None:
-    """Singular values are at most twice as far as torch's from 1 and from each other.
-
-    This holds for all of them, and for those of directions in which x is not near 0.
-    """
-    values_of = [torch.linalg.svdvals(x) for x in (found, torchs, exact)]
-    large = values_of[2] > 0.6
-    for kept in (large, torch.ones_like(large)):
-        values, torchs_values = (v[kept] for v in values_of[:2])
-        assert (values - 1).abs().max() <= 2 * (torchs_values - 1).abs().max()
-        assert (values - 1).norm() <= 2 * (torchs_values - 1).norm()
-        assert values.max() - values.min() <= 2 * (torchs_values.max() - torchs_values.min())
-
-
-def compare_orthogonality(n: int, m: int, steps: int, ns: str, coefficients: Any = COEFFICIENTS) -> None:
-    """Singular values as in `assert_as_orthogonal`; the error to float64 is at most twice torch's."""
-    for x in matrices(n, m):
-        ideal, expected = exact(x, steps), torchs(x, steps)
-        found = orthogonalize(x, coefficients, steps, ns=ns).double()
-        assert_as_orthogonal(found, expected, ideal)
-        assert (found - ideal).norm() <= 2 * (expected - ideal).norm()
-
-
-@pytest.mark.parametrize("ns", ["standard", "gram"])
-@pytest.mark.parametrize("n, m", [(64, 64), (127, 129), (129, 258), (65, 300)])
-def test_orthogonality_is_no_worse_than_torchs(n, m, ns):
-    compare_orthogonality(n, m, 5, ns)
-
-
-@pytest.mark.parametrize("ns", ["standard", "gram"])
-def test_orthogonality_of_halved_products(ns):
-    with patch.object(newton_schulz, "_SYMMETRIC_ROWS", 257):
-        compare_orthogonality(257, 520, 5, ns)
-
-
-@pytest.mark.parametrize("ns", ["standard", "gram"])
-@pytest.mark.parametrize("shape", [(64, 64), (300, 65)])
-def test_products_of_float32_leave_the_rounding_of_the_result_alone(monkeypatch, ns, shape):
-    monkeypatch.setattr(newton_schulz, "has_bfloat16", lambda: False)
-    for x in matrices(min(shape), max(shape)):
-        x = x.reshape(shape)
-        found = orthogonalize(x, ns=ns)
-        assert found.dtype == torch.bfloat16
-        ideal = exact(x.bfloat16())  # the steps multiply a rounding of x by up to 3.4445⁵
-        rounding = 2**-8 * ideal.norm()
-        assert (found.double() - ideal).norm() <= 2 * rounding
-        error = (torchs(x) - exact(x)).norm()
-        assert (found.double() - exact(x)).norm() <= error
-    with pytest.raises(AssertionError), patch.object(newton_schulz, "has_bfloat16", lambda: True):
-        assert (orthogonalize(x, ns=ns).double() - ideal).norm() <= 2 * rounding
-
-
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 8])
-def test_orthogonality_after_other_numbers_of_steps(steps):
-    compare_orthogonality(64, 130, steps, "gram")
-
-
-@cache
-def hard_references(steps: int) -> list[tuple[Tensor, float, Tensor, Tensor]]:
-    """Of each of the `hard_matrices` its factor, and what float64 and PyTorch make of it."""
-    return [(x, factor, exact(x, steps), torchs(x, steps)) for x, factor in hard_matrices(256, 512)]
+    yield u * torch.logspace(0, -6, n) @ v.T, 2
+    yield torch.randn(n, 4) @ torch.randn(4, m), 2
 
 
 def hard_matrices(n: int, m: int) -> Iterator[tuple[Tensor, float]]:
@@ -135,64 +72,83 @@ def hard_matrices(n: int, m: int) -> Iterator[tuple[Tensor, float]]:
         yield torch.randn(n // times, m).repeat(times, 1), 11
 
 
-@pytest.mark.parametrize("steps", [4, 5, 8])
-def test_orthogonality_of_hard_matrices(steps):
-    for x, factor, ideal, expected in hard_references(steps):
-        found = orthogonalize(x, steps=steps).double()
-        assert_as_orthogonal(found, expected, ideal)
-        assert steps != 5 or (found - ideal).norm() <= factor * (expected - ideal).norm()
+def compare_orthogonality(make: Any, n: int, m: int, steps: int, ns: Any, triple: Any = COEFFICIENTS) -> None:
+    """Singular values are at most twice as far as torch's from 1 and from each other, and so is the result.
+
+    This holds for all of them, and for those of directions in which x is not near 0.
+    """
+    for x, factor in make(n, m):
+        ideal, by_torch = exact(x, steps), torchs(x, steps)
+        found = orthogonalize(x, triple, steps, ns=ns).double()
+        if make is matrices or steps == 5:
+            assert (found - ideal).norm() <= factor * (by_torch - ideal).norm()
+        values_of = [torch.linalg.svdvals(t) for t in (found, by_torch, ideal)]
+        for kept in (values_of[2] > 0.6, values_of[2] >= 0):
+            values, torchs_values = (v[kept] for v in values_of[:2])
+            assert (values - 1).abs().max() <= 2 * (torchs_values - 1).abs().max()
+            assert (values - 1).norm() <= 2 * (torchs_values - 1).norm()
+            assert values.max() - values.min() <= 2 * (torchs_values.max() - torchs_values.min())
 
 
-def test_orthogonality_rejects_iterations_after_three_on_one_gram_matrix():
-    with (
-        patch.object(newton_schulz, "_iterations_per_gram", lambda *_: [2, 3, 3]),
-        pytest.raises(AssertionError),
-    ):
-        test_orthogonality_of_hard_matrices(8)
+@pytest.mark.parametrize(
+    "case",
+    [
+        (matrices, 64, 64, 5, "standard"),
+        (matrices, 127, 129, 5, "gram"),
+        (matrices, 65, 300, 5, "standard"),
+        *((matrices, 64, 130, steps, "gram") for steps in (1, 2, 3, 4, 5, 7, 8)),
+        (matrices, 257, 520, 5, "standard"),
+        (matrices, 257, 520, 5, "gram"),
+        *((hard_matrices, 256, 512, steps, "auto") for steps in (4, 5, 8)),
+    ],
+)
+def test_orthogonality_is_no_worse_than_torchs(case):
+    with patch.object(newton_schulz, "_SYMMETRIC_ROWS", 257):  # of which half a product is computed
+        compare_orthogonality(*case)
 
 
-@pytest.mark.parametrize("iterations", [[5], [2, 3], [1, 4]])
-def test_orthogonality_rejects_missing_restarts(iterations):
-    with (
-        patch.object(newton_schulz, "_iterations_per_gram", lambda *_: iterations),
-        pytest.raises(AssertionError),
-    ):
-        compare_orthogonality(64, 64, 5, "gram")
-
-
-@pytest.mark.parametrize("ns", ["standard", "gram"])
-def test_orthogonality_rejects_a_wrong_coefficient(ns):
+@both_iterations
+def test_the_comparison_rejects_a_wrong_coefficient_and_missing_restarts(ns):
     a, b, c = COEFFICIENTS
     with pytest.raises(AssertionError):
-        compare_orthogonality(65, 300, 5, ns, (a, b, 1.03 * c))
+        compare_orthogonality(matrices, 65, 300, 5, ns, (a, b, 1.03 * c))
+    with (
+        pytest.raises(AssertionError),
+        patch.object(newton_schulz, "_iterations_per_gram", lambda *_: [2, 3]),
+    ):
+        compare_orthogonality(matrices, 64, 64, 5, ns)
 
 
-@pytest.mark.parametrize("ns", ["standard", "gram"])
+@both_iterations
+def test_products_of_float32_leave_the_rounding_of_the_result_alone(monkeypatch, ns):
+    monkeypatch.setattr(newton_schulz, "has_bfloat16", lambda: False)
+    for x, _ in matrices(65, 300):
+        found = orthogonalize(x.mT, ns=ns)
+        assert found.dtype == torch.bfloat16
+        ideal = exact(x.bfloat16()).mT  # the steps multiply a rounding of x by up to 3.4445⁵
+        assert (found.double() - ideal).norm() <= 2 * 2**-8 * ideal.norm()
+
+
+@both_iterations
 def test_any_layout(ns):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 20, 45)
-    expected = orthogonalize(x, ns=ns)
+    before, expected = x.clone(), orthogonalize(x, ns=ns)
     assert expected.dtype == torch.bfloat16
     for same in (torch.stack([x, x], -1)[..., 0], x.double()):
-        torch.testing.assert_close(orthogonalize(same, ns=ns), expected, rtol=0, atol=0)
-    torch.testing.assert_close(orthogonalize(x.mT, ns=ns), expected.mT, rtol=0, atol=0)
+        assert_close(orthogonalize(same, ns=ns), expected, rtol=0, atol=0)
+    assert_close(orthogonalize(x.mT, ns=ns), expected.mT, rtol=0, atol=0)
     by_columns = orthogonalize(x.mT.contiguous().mT, ns=ns)
     assert by_columns.mT.is_contiguous()
-    for i in range(2):
-        for j in range(3):
-            error = (torchs(x[i, j]) - exact(x[i, j])).norm()
-            for other in (by_columns[i, j], orthogonalize(x[i, j], ns=ns)):  # sums in other orders
-                assert (other.double() - expected[i, j].double()).norm() <= 4 * error
-    assert torch.equal(x, torch.stack([x, x], -1)[..., 0])
-
-
-@pytest.mark.parametrize("ns", ["standard", "gram"])
-def test_degenerate_matrices(ns):
+    error = (torchs(x[1, 2]) - exact(x[1, 2])).norm()
+    for other in (by_columns[1, 2], orthogonalize(x[1, 2], ns=ns)):  # sums in other orders
+        assert (other.double() - expected[1, 2].double()).norm() <= 4 * error
+    assert torch.equal(x, before)
     for shape in [(0, 5), (5, 0), (3, 0, 4), (0, 3, 4)]:
         assert orthogonalize(torch.ones(shape), ns=ns).shape == shape
     assert torch.equal(orthogonalize(torch.zeros(64, 200), ns=ns), torch.zeros(64, 200, dtype=torch.bfloat16))
-    x = torch.randn(3, 7)
-    assert torch.equal(orthogonalize(x, steps=0, ns=ns), (x.bfloat16() / x.bfloat16().norm()))
+    x = torch.randn(3, 7).bfloat16()
+    assert torch.equal(orthogonalize(x, steps=0, ns=ns), x / x.norm())
 
 
 def test_auto_takes_the_faster():
@@ -204,6 +160,32 @@ def test_auto_takes_the_faster():
     for steps in range(20):
         for n, m in [(300, 300), (300, 600), (300, 1200)]:
             assert sum(newton_schulz._iterations_per_gram(n, m, steps, "gram")) == steps
+
+
+def test_polar_express_ends_nearer_to_1():
+    for x, _ in matrices(65, 300):
+        large = torch.linalg.svdvals(exact(x)) > 0.6  # directions that the usual coefficients raise
+        spread = {}
+        for coefficients in (COEFFICIENTS, "polar_express"):
+            values = torch.linalg.svdvals(orthogonalize(x, coefficients, 8, ns="standard").double())
+            spread[coefficients] = (values[large] - 1).abs().max()
+        assert spread["polar_express"] < spread[COEFFICIENTS] / 2
+
+
+def test_coefficients_of_each_iteration():
+    x = torch.randn(20, 30)
+    one, other = COEFFICIENTS, (2.0, -1.5, 0.5)
+    expected = x.double() / x.double().norm()
+    for a, b, c in (one, other, other):
+        r = expected @ expected.mT
+        expected = a * expected + (b * r + c * r @ r) @ expected
+    for ns in ("standard", "gram"):
+        found = orthogonalize(x, [one, other], 3, ns=ns)
+        # x and nine products are rounded to bfloat16.
+        assert (found.double() - expected).norm() <= 10 * 2**-9 * expected.norm()
+
+
+# Steps
 
 
 SHAPES = [(20, 30), (30, 20), (20, 30), (16, 80), (33, 33), (90, 17)]
@@ -254,76 +236,44 @@ def gram(params: Any, **arguments: Any) -> Muon:
     return Muon(params, ns="gram", **arguments)
 
 
-@pytest.mark.parametrize("ours", [Muon, gram])
 @pytest.mark.parametrize(
     "arguments",
     [
         {},
         {"nesterov": False, "momentum": 0.5},
         {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw", "ns_steps": 4},
-        {"dtype": torch.float64, "eps": 1e-3},
+        {"adjust_lr_fn": "original", "dtype": torch.float64, "eps": 1e-3},
         {"dtype": torch.bfloat16},
         {"lr": torch.tensor(0.1)},
+        {"adjust_lr_fn": "spectral_unclamped"},
     ],
 )
-def test_steps_are_torchs(ours, arguments):
-    compare_runs(ours, **arguments)
+def test_steps_are_torchs(arguments):
+    if "spectral_unclamped" in arguments.values():
+        try:
+            TORCH([torch.zeros(2, 2)], **arguments)
+        except ValueError:
+            pytest.skip(f"torch.optim.Muon of PyTorch {torch.__version__} has no spectral_unclamped")
+    compare_runs(Muon, **arguments)
+    compare_runs(gram, **arguments)
 
 
-@pytest.mark.parametrize("ours", [Muon, gram])
-def test_checkpoints_interchange_with_torchs(ours):
-    compare_runs(TORCH, ours)
-    compare_runs(ours, TORCH)
-
-
-def test_the_comparison_of_runs_rejects_a_lost_momentum():
-    with pytest.raises(AssertionError):
+def test_checkpoints_interchange_with_torchs():
+    compare_runs(TORCH, Muon)
+    compare_runs(gram, TORCH)
+    with pytest.raises(AssertionError):  # a lost momentum
         compare_runs(TORCH, Muon, carry=lambda state: {**state, "state": {}})
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"lr": 0.11}, {"weight_decay": 0.11}, {"nesterov": False}, {"ns_steps": 4}]
-)
-def test_the_comparison_of_runs_rejects(wrong):
-    with pytest.raises(AssertionError):
-        compare_runs(lambda params, **arguments: Muon(params, **{**arguments, **wrong}))
-
-
-@pytest.mark.parametrize("name", ["original", "match_rms_adamw", "spectral_unclamped"])
-def test_every_adjustment_is_torchs(name):
-    try:
-        TORCH([torch.zeros(2, 2)], adjust_lr_fn=name)
-    except ValueError:
-        pytest.skip(f"torch.optim.Muon of PyTorch {torch.__version__} has no {name}")
-    compare_runs(Muon, adjust_lr_fn=name)
-
-
-def test_an_unknown_adjustment_is_refused():
-    with pytest.raises(ValueError, match="adjust_lr_fn is 'unknown', expected None, 'original'"):
-        Muon([torch.zeros(2, 2)], adjust_lr_fn="unknown")
-
-
-def test_the_state_dict_is_torchs():
     params = [torch.randn(shape).requires_grad_() for shape in SHAPES]
     fill_gradients(params)
     ours, theirs = Muon(params, ns="gram"), TORCH(params)
     for optimizer in (ours, theirs):
         optimizer.step()
-    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+    assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
     assert copy.deepcopy(ours).ns == "gram"
 
 
-@contextmanager
-def record_batches() -> Iterator[list[tuple[int, ...]]]:
-    """A list of the shapes that `Muon` orthogonalises meanwhile."""
-    shapes: list[tuple[int, ...]] = []
-
-    def recorded(x: Tensor, *arguments: Any) -> Tensor:
-        shapes.append((1, *x.shape)[-3:])
-        return orthogonalize(x, *arguments)
-
-    with patch.object(batches, "orthogonalize", recorded):
-        yield shapes
+def shapes_of(orthogonalized: Any) -> list[tuple[int, ...]]:
+    return [(1, *call.args[0].shape)[-3:] for call in orthogonalized.call_args_list]
 
 
 def test_matrices_of_one_shape_are_orthogonalised_together():
@@ -335,9 +285,12 @@ def test_matrices_of_one_shape_are_orthogonalised_together():
         (2 * 20 * 20 * 30, [(2, 20, 30), (1, 20, 30), (1, 30, 20), (1, 33, 33), (1, 33, 33)]),
         (1, [(1, 20, 30)] * 3 + [(1, 30, 20), (1, 33, 33), (1, 33, 33)]),
     ]:
-        with record_batches() as shapes, patch.object(batches, "_BATCH_MULTIPLICATIONS", work):
+        with (
+            patch.object(batches, "orthogonalize", wraps=orthogonalize) as called,
+            patch.object(batches, "_BATCH_MULTIPLICATIONS", work),
+        ):
             Muon(params).step()
-        assert shapes == expected
+        assert shapes_of(called) == expected
 
 
 def test_padded_batches_hold_matrices_of_unequal_shapes():
@@ -349,30 +302,31 @@ def test_padded_batches_hold_matrices_of_unequal_shapes():
     for p, q in zip(params, alone, strict=True):
         q.grad = p.grad
     Muon(alone, lr=1.0, ns="standard").step()
-    with record_batches() as shapes, patch.object(batches, "_PADDING_DEVICE", "cpu"):
+    with (
+        patch.object(batches, "orthogonalize", wraps=orthogonalize) as called,
+        patch.object(batches, "_PADDING_DEVICE", "cpu"),
+    ):
         Muon(params, lr=1.0, ns="standard").step()
-    assert shapes == [(3, 64, 64), (1, 128, 64), (1, 200, 300)]
+    assert shapes_of(called) == [(3, 64, 64), (1, 128, 64), (1, 200, 300)]
     for p, q in zip(params, alone, strict=True):
         # Five iterations of three products round to bfloat16, each times the rate.
-        torch.testing.assert_close(p, q, rtol=0, atol=max(1, p.shape[0] / p.shape[1]) ** 0.5 * 15 * 2**-8)
+        assert_close(p, q, rtol=0, atol=max(1, p.shape[0] / p.shape[1]) ** 0.5 * 15 * 2**-8)
 
 
-def test_a_step_moves_parameters_with_a_gradient_and_returns_the_loss():
+def test_a_closure_is_called_with_gradients():
     p, other = torch.randn(4, 6).requires_grad_(), torch.randn(4, 6).requires_grad_()
     before = other.detach().clone()
     optimizer = Muon([p, other], lr=0.1)
 
     def closure() -> Tensor:
-        optimizer.zero_grad()
+        p.grad = None
         loss = p.square().sum()
         loss.backward()
         return loss
 
     loss = closure().item()
-    assert optimizer.step(closure).item() == loss
-    assert p.square().sum() < loss
+    assert optimizer.step(closure).item() == loss > p.square().sum()
     assert torch.equal(other, before)
-    optimizer.zero_grad()
     assert optimizer.step() is None
 
 
@@ -387,14 +341,10 @@ class NoReading(TorchDispatchMode):
 @pytest.mark.parametrize("lr", [0.1, torch.tensor([0.1])])
 def test_a_step_reads_nothing_back(lr):
     params = [torch.randn(shape).requires_grad_() for shape in SHAPES]
-    for kind in (Muon, gram):
-        optimizer = kind(params, lr=lr)
-        fill_gradients(params)
-        with NoReading():
-            optimizer.step()
-    if isinstance(lr, Tensor):
-        with pytest.raises(AssertionError), NoReading():
-            TORCH(params, lr=lr).step()
+    optimizer = gram(params, lr=lr)
+    fill_gradients(params)
+    with NoReading():
+        optimizer.step()
 
 
 def test_the_parameters_are_torchs():
@@ -403,8 +353,100 @@ def test_the_parameters_are_torchs():
     described = [[(p.name, p.kind, p.default) for p in kind.values()] for kind in (ours, theirs)]
     assert described[0][: len(theirs)] == described[1]
     assert list(ours)[len(theirs) :] == ["ns", "views", "process_group"]
-    with pytest.raises(TypeError, match="momentm"):
-        Muon([torch.zeros(2, 2)], momentm=0.3)
+
+
+def test_views_are_orthogonalised_one_by_one():
+    """Of a convolution, of attention, and of matrices of unequal shapes; each at its own rate."""
+    torch.manual_seed(0)
+    model = torch.nn.ParameterDict({"joint": torch.randn(11, 6)})
+    model.conv, model.head = torch.nn.Conv2d(3, 8, 3, bias=False), torch.nn.Linear(2, 2)
+    model.attention = torch.nn.MultiheadAttention(12, 3, bias=False)
+    arguments: Any = {"lr": 0.1, "weight_decay": 0.0, "ns": "standard"}
+    views = {"joint": lambda p: (p[:8].view(2, 4, 6), p[8:])}
+    optimizer = Muon.for_model(model, views=views, **arguments)
+    apart = []
+    for p, parts_of in [
+        (model.conv.weight, lambda p: [p.flatten(1)]),
+        (model.attention.in_proj_weight, lambda p: p.chunk(3)),
+        (model["joint"], lambda p: [p[:4], p[4:8], p[8:]]),
+    ]:
+        p.grad = torch.randn_like(p)
+        for part, gradient in zip(parts_of(p.detach()), parts_of(p.grad), strict=True):
+            alone = part.clone().requires_grad_()
+            alone.grad = gradient.clone()
+            Muon([alone], **arguments).step()
+            apart.append((part, alone.detach()))
+    optimizer.step()
+    for part, alone in apart:
+        # Rounded to bfloat16; a ratio of rates rounds once more, and a batch may add in another order.
+        assert_close(part, alone, rtol=0, atol=0.1 * 1.5 * 4 * 2**-8)
+
+
+def test_other_strides_change_no_update():
+    torch.manual_seed(0)
+    usual = torch.nn.Conv2d(8, 16, 3, bias=False)
+    strided = copy.deepcopy(usual).to(memory_format=torch.channels_last)
+    usual.weight.grad = 1000 * torch.randn(16, 8, 3, 3)
+    strided.weight.grad = usual.weight.grad.to(memory_format=torch.channels_last)
+    for conv in (usual, strided):
+        Muon([("kernels", conv.weight)], lr=0.1, views={"kernels": lambda p: p.flatten(1)}).step()
+    assert_close(strided.weight, usual.weight, rtol=0, atol=0)
+
+
+def weights(*shape: int, name: str = "weight") -> list[tuple[str, Tensor]]:
+    return [(name, torch.randn(shape).requires_grad_())]
+
+
+def test_a_refused_group_is_not_added():
+    optimizer = Muon([{"params": weights(4, 5)}, {"params": weights(0, 5, name="empty")}])
+    optimizer.views = {"other": lambda p: p.view(2, 3, 4)}
+    with pytest.raises(ValueError, match="expected 2D"):
+        optimizer.add_param_group({"params": weights(3, name="vector")})
+    with pytest.raises(TypeError):
+        optimizer.add_param_group({"params": weights(6, 4, name="other"), "ns_steps": "3"})
+    optimizer.add_param_group({"params": weights(6, 4, name="without a view")})
+    assert [item.view for item in optimizer._items()] == [None] * 3  # nothing is left of the refused ones
+    fill_gradients([p for group in optimizer.param_groups for p in group["params"]])
+    optimizer.step()
+    assert len(optimizer.state_dict()["state"]) == 3  # also of the empty one
+    assert copy.deepcopy(Muon([{"params": []}])).step() is None
+
+
+def test_views_stay_where_a_state_dict_has_other_names():
+    steps = []
+    for name in ("qkv", "module.qkv"):
+        p = torch.arange(24.0).view(6, 4).sin().requires_grad_()
+        optimizer, saved = (Muon([(key, p)], views={key: lambda p: p.view(2, 3, 4)}) for key in ("qkv", name))
+        optimizer.load_state_dict(saved.state_dict())
+        for one in (optimizer, copy.deepcopy(optimizer)):
+            (p,) = one.param_groups[0]["params"]
+            p.grad = torch.arange(24.0).view(6, 4).cos()
+            one.step()
+            steps.append(p.detach())
+    assert all(torch.equal(p, steps[0]) for p in steps[1:])
+
+
+def test_a_group_that_would_be_left_out_is_named():
+    p, q = torch.randn(3, 4).requires_grad_(), torch.randn(3, 4).requires_grad_()
+    optimizer = Muon([{"params": [("first", p)]}, {"params": [("second", q)]}])
+    optimizer.step()  # nothing has a gradient: nothing is left out
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"no parameter of group 1 has a gradient \(second, …\)"):
+        optimizer.step()
+    q.requires_grad_(False)
+    optimizer.step()
+
+
+def test_momentum_without_nesterov_stays_as_it_is_in_bfloat16():
+    """`torch.optim.Muon` of PyTorch 2.11 divides it by its norm, in place (pytorch#190597)."""
+    p = torch.zeros(8, 16, dtype=torch.bfloat16).requires_grad_()
+    p.grad = torch.full_like(p, 3.0)
+    optimizer = Muon([p], momentum=0.5, nesterov=False)
+    optimizer.step()
+    assert torch.equal(optimizer.state[p]["momentum_buffer"], torch.full_like(p, 1.5))
+
+
+# Muon for the hidden matrices of a model
 
 
 def test_the_example_prints_its_table_and_trains_every_parameter():
@@ -439,23 +481,28 @@ class Model(torch.nn.Module):
             self.head.weight = self.tokens.weight
 
 
-def choices(model: torch.nn.Module, **arguments: Any) -> dict[str, str]:
-    return {one.name: one.choice for one in Muon.for_model(model, **arguments).assignments}
-
-
 def test_muon_gets_the_hidden_matrices_alone():
-    by_muon = [name for name, choice in choices(Model()).items() if choice == "muon"]
-    blocks = [
-        f"blocks.{i}.{name}.weight" for i in range(2) for name in ("self_attn.out_proj", "linear1", "linear2")
-    ]
-    attention = [f"blocks.{i}.self_attn.in_proj_weight" for i in range(2)]
-    assert sorted(by_muon) == sorted(["mixing", "conv.weight", *blocks, *attention])
-    tied = choices(Model(tied=True))
-    assert tied["tokens.weight"] == "others"
-    assert "head.weight" not in tied
-    headless = Model()
-    del headless.head
-    assert choices(headless)["blocks.1.linear2.weight"] == "muon"  # one of several blocks
+    def by_muon(model: torch.nn.Module, **arguments: Any) -> list[str]:
+        assignments = Muon.for_model(model, **arguments).assignments
+        return sorted(one.name for one in assignments if one.choice == "muon")
+
+    model, tied = Model(), Model(tied=True)
+    layers = ("self_attn.out_proj.weight", "linear1.weight", "linear2.weight", "self_attn.in_proj_weight")
+    hidden = sorted(["mixing", "conv.weight", *(f"blocks.{i}.{name}" for i in range(2) for name in layers)])
+    assert by_muon(model) == by_muon(tied) == hidden
+    overrides = {"blocks.*": "others", "blocks.1.linear1.weight": "muon", "tokens.weight": "muon"}
+    expected = ["blocks.1.linear1.weight", "conv.weight", "mixing", "tokens.weight"]
+    assert by_muon(model, overrides=overrides) == expected
+    assert "stack" in by_muon(model, views={"stack": lambda p: p})
+    assert "tokens.weight" in by_muon(tied, overrides={"head.weight": "muon"})
+    named = torch.nn.ParameterDict({"composite": torch.randn(3, 4), "pos_table": torch.randn(3, 4)})
+    assert by_muon(named) == ["composite"]
+    del model.head
+    assert by_muon(model) == hidden  # the last linear layer is of one of several blocks
+    linear, relu = partial(torch.nn.Linear, 8, 8), torch.nn.ReLU
+    unlike = [(linear(), relu()), (linear(), relu()), (relu(), linear())]
+    model = torch.nn.Sequential(*(torch.nn.Sequential(*one) for one in unlike))
+    assert by_muon(model) == ["0.0.weight", "1.0.weight"]
     chain = Muon.for_model(Model(), lr=0.02, others=partial(torch.optim.SGD, lr=0.5, weight_decay=0.1))
     own, others = chain.optimizers
     assert (own.defaults["lr"], type(others)) == (0.02, torch.optim.SGD)
@@ -463,220 +510,32 @@ def test_muon_gets_the_hidden_matrices_alone():
     assert {p.dim() > 1 for p in others.param_groups[1]["params"]} == {False}
 
 
-def test_choices_can_be_overridden():
-    model = Model()
-    found = choices(
-        model, overrides={"blocks.*": "others", "blocks.1.linear1.weight": "muon", "tokens.weight": "muon"}
-    )
-    by_muon = [name for name, choice in found.items() if choice == "muon"]
-    assert sorted(by_muon) == ["blocks.1.linear1.weight", "conv.weight", "mixing", "tokens.weight"]
-    assert choices(model, views={"stack": lambda p: p})["stack"] == "muon"
-    for wrong, text in [
-        ({"overrides": {"block.*": "muon"}}, "no parameter is named block"),
-        ({"views": {"stak": lambda p: p}}, "no parameter is named stak"),
-        ({"overrides": {"stack": "adam"}}, "stack goes to 'adam', expected 'muon' or 'others'"),
-        ({"overrides": {"*": "others"}}, "the model has no hidden matrix"),
-        ({"overrides": {"stack": "muon"}}, r"stack has shape \(4, 16, 8\), expected 2D"),
-    ]:
-        with pytest.raises(ValueError, match=text):
-            Muon.for_model(model, **wrong)
-
-
-def test_views_are_orthogonalised_one_by_one():
-    """Of a convolution, of attention, and of matrices of unequal shapes; each at its own rate."""
-    torch.manual_seed(0)
-    conv, attention = torch.nn.Conv2d(3, 8, 3, bias=False), torch.nn.MultiheadAttention(12, 3, bias=False)
-    joint = torch.nn.Parameter(torch.randn(11, 6))
-    model = torch.nn.ParameterDict({"joint": joint})
-    model.conv, model.attention = conv, attention
-    model.head = torch.nn.Linear(2, 2)
-    optimizer = Muon.for_model(
-        model,
-        lr=0.1,
-        weight_decay=0.0,
-        ns="standard",
-        views={"joint": lambda p: (p[:8].view(2, 4, 6), p[8:])},
-    )
-    apart = []
-    for p, matrices in [
-        (conv.weight, lambda p: [p.flatten(1)]),
-        (attention.in_proj_weight, lambda p: p.chunk(3)),
-        (joint, lambda p: [p[:4], p[4:8], p[8:]]),
-    ]:
-        p.grad = torch.randn_like(p)
-        for part, gradient in zip(matrices(p.detach()), matrices(p.grad), strict=True):
-            alone = part.clone().requires_grad_()
-            alone.grad = gradient.clone()
-            Muon([alone], lr=0.1, weight_decay=0.0, ns="standard").step()
-            apart.append((part, alone))
-    optimizer.step()
-    for part, alone in apart:
-        # Rounded to bfloat16; a ratio of rates rounds once more, and a batch may add in another order.
-        torch.testing.assert_close(part, alone.detach(), rtol=0, atol=0.1 * 1.5 * 4 * 2**-8)
-
-
-def test_other_strides_change_no_update():
-    torch.manual_seed(0)
-    usual = torch.nn.Conv2d(8, 16, 3, bias=False)
-    strided = copy.deepcopy(usual).to(memory_format=torch.channels_last)
-    usual.weight.grad = 1000 * torch.randn(16, 8, 3, 3)
-    strided.weight.grad = usual.weight.grad.to(memory_format=torch.channels_last)
-    for conv in (usual, strided):
-        Muon([("kernels", conv.weight)], lr=0.1, views={"kernels": lambda p: p.flatten(1)}).step()
-    torch.testing.assert_close(strided.weight, usual.weight, rtol=0, atol=0)
-
-
-def test_heads_of_unlike_parts_are_found():
-    linear, relu = partial(torch.nn.Linear, 8, 8), torch.nn.ReLU
-    features, classifier = torch.nn.Sequential(linear(), relu()), torch.nn.Sequential(relu(), linear())
-    found = choices(torch.nn.Sequential(features, torch.nn.Sequential(linear(), relu()), classifier))
-    assert [name for name, choice in found.items() if choice == "muon"] == ["0.0.weight", "1.0.weight"]
-    shared = choices(Model(tied=True), overrides={"head.weight": "muon"})
-    assert shared["tokens.weight"] == "muon"
-    named = torch.nn.ParameterDict({"composite": torch.randn(3, 4), "pos_table": torch.randn(3, 4)})
-    assert choices(named) == {"composite": "muon", "pos_table": "others"}
-
-
-def test_a_refused_group_is_not_added_and_an_empty_parameter_is_no_gap():
-    p, q = torch.randn(4, 5).requires_grad_(), torch.randn(0, 5).requires_grad_()
-    optimizer = Muon([{"params": [p]}, {"params": [q]}])
-    with pytest.raises(ValueError, match="expected 2D"):
-        optimizer.add_param_group({"params": [torch.zeros(3)]})
-    assert len(optimizer.param_groups) == 2
-    fill_gradients([p, q])
-    optimizer.step()
-    assert len(optimizer.state_dict()["state"]) == 2
-
-
-@pytest.mark.parametrize(
-    "view", [lambda p: p[:5], lambda p: p.clone(), lambda p: [p, p[:1]], lambda p: p.flatten()]
-)
-def test_a_view_has_each_element_once(view):
-    Muon([("weight", torch.randn(6, 4))], views={"weight": lambda p: p.mT})
-    with pytest.raises(ValueError, match=r"the view of weight returns .*, expected views \(\*, n, m\)"):
-        Muon([("weight", torch.randn(6, 4))], views={"weight": view})
-
-
-def test_a_view_that_fails_is_named_and_its_group_not_added():
-    optimizer = Muon([("weight", torch.randn(6, 4))], views={"weight": lambda p: p.mT})
-    with pytest.raises(ValueError, match=r"the view of qkv, of shape \(6, 4\), fails: shape '\[5, -1\]' is"):
-        Muon([("qkv", torch.randn(6, 4))], views={"qkv": lambda p: p.view(5, -1)})
-    with pytest.raises(TypeError):
-        optimizer.add_param_group({"params": [("other", torch.randn(6, 4))], "ns_steps": "3"})
-    assert len(optimizer.param_groups) == 1
-    optimizer = Muon([("weight", torch.randn(6, 4))], views={"weight": lambda p: p.mT})
-    optimizer.views = {"other": lambda p: p.view(2, 3, 4)}
-    for ns_steps, refused in (("3", pytest.raises(TypeError)), (5, nullcontext())):
-        with refused:
-            name = "other" if ns_steps == "3" else "without a view"
-            optimizer.add_param_group({"params": [(name, torch.randn(6, 4))], "ns_steps": ns_steps})
-    assert [item.view is None for item in optimizer._items()] == [False, True]
-
-
-def test_views_stay_where_a_state_dict_has_other_names():
-    steps = []
-    for name in ("qkv", "module.qkv"):
-        p = torch.arange(24.0).view(6, 4).sin().requires_grad_()
-        optimizer = Muon([("qkv", p)], views={"qkv": lambda p: p.view(2, 3, 4)})
-        saved = Muon([(name, p)], views={name: lambda p: p.view(2, 3, 4)}).state_dict()
-        optimizer.load_state_dict(saved)
-        for one in (optimizer, copy.deepcopy(optimizer)):
-            p = one.param_groups[0]["params"][0]
-            p.grad = torch.arange(24.0).view(6, 4).cos()
-            one.step()
-            steps.append(p.detach())
-    for p in steps[1:]:
-        assert torch.equal(p, steps[0])
-
-
-def test_a_copy_of_an_optimizer_without_parameters_steps():
-    assert copy.deepcopy(Muon([{"params": []}])).step() is None
-
-
-def test_a_group_that_would_be_left_out_is_named():
-    p, q = torch.randn(3, 4).requires_grad_(), torch.randn(3, 4).requires_grad_()
-    optimizer = Muon([{"params": [("first", p)]}, {"params": [("second", q)]}])
-    optimizer.step()  # nothing has a gradient: nothing is left out
-    p.grad = torch.ones_like(p)
-    with pytest.raises(ValueError, match=r"no parameter of group 1 has a gradient \(second, …\)"):
-        optimizer.step()
-    q.requires_grad_(False)
-    optimizer.step()
-
-
-def test_momentum_without_nesterov_stays_as_it_is_in_bfloat16():
-    """`torch.optim.Muon` of PyTorch 2.11 divides it by its norm, in place (pytorch#190597)."""
-    torch.manual_seed(0)
-    momenta = []
-    for kind in (Muon, TORCH):
-        p = torch.zeros(8, 16, dtype=torch.bfloat16).requires_grad_()
-        p.grad = torch.full_like(p, 3.0)
-        optimizer = kind([p], momentum=0.5, nesterov=False)
-        optimizer.step()
-        momenta.append(optimizer.state[p]["momentum_buffer"])
-    assert torch.equal(momenta[0], torch.full_like(momenta[0], 1.5))
-    copies = "copy=True" in inspect.getsource(_zeropower_via_newtonschulz)  # as that of 2.15
-    assert torch.equal(momenta[1], momenta[0]) == copies
-
-
-@pytest.mark.parametrize("shape", [(64, 64), (65, 300)])
-def test_polar_express_ends_nearer_to_1(shape):
-    for x in matrices(*shape):
-        ideal = torch.linalg.svdvals(exact(x))
-        large = ideal > 0.6  # directions that the usual coefficients raise
-        spread = {}
-        for coefficients in (COEFFICIENTS, "polar_express"):
-            values = torch.linalg.svdvals(orthogonalize(x, coefficients, 8, ns="standard").double())
-            spread[coefficients] = (values[large] - 1).abs().max()
-        assert spread["polar_express"] < spread[COEFFICIENTS] / 2
-
-
-def test_coefficients_of_each_iteration():
-    x = torch.randn(20, 30)
-    one, other = COEFFICIENTS, (2.0, -1.5, 0.5)
-    expected = x.bfloat16() / x.bfloat16().norm()
-    for a, b, c in (one, other, other):
-        r = expected @ expected.mT
-        expected = a * expected + (b * r + c * r @ r) @ expected
-    for ns in ("standard", "gram"):
-        found = orthogonalize(x, [one, other], 3, ns=ns)
-        assert (found.double() - expected.double()).norm() <= 0.02 * expected.double().norm()
-    with pytest.raises(ValueError, match="expected 3"):
-        orthogonalize(x, [one, (1.0, 2.0)])
-    assert len(Muon([x.requires_grad_()], ns_coefficients="polar_express").param_groups) == 1
+# Several optimizers as one
 
 
 def test_a_chain_of_optimizers_is_one():
-    """It can be copied, takes a closure, and refuses a group, which none of its optimizers would step."""
-    p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
-    chain = ChainedOptimizer(torch.optim.SGD([p], lr=0.1), torch.optim.SGD([q], lr=0.2))
-    copied = copy.deepcopy(chain)
-    for optimizer in (chain, copied):
+    """It can be copied, takes a closure, and keeps its members' state; a group belongs to one of these."""
+    p, q, r = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+    members = torch.optim.SGD([p], lr=0.1, momentum=0.9), torch.optim.SGD([q], lr=0.2, momentum=0.5)
+    for t, member in zip((p, q), members, strict=True):
+        t.grad = torch.ones(2)
+        member.step()
+    chain = ChainedOptimizer(*members)
+    for optimizer in (copy.deepcopy(chain), chain):
         (a,), (b,) = (group["params"] for group in optimizer.param_groups)
 
-        def closure(a: torch.Tensor = a, b: torch.Tensor = b) -> torch.Tensor:
-            loss = (a + 2 * b).sum()
-            loss.backward()
-            return loss
+        def closure(optimizer: Any = optimizer, a: Tensor = a, b: Tensor = b) -> Tensor:
+            optimizer.zero_grad()
+            (a + 2 * b).sum().backward()
+            return torch.tensor(7)
 
-        assert optimizer.step(closure).item() == 6
-        torch.testing.assert_close(a, torch.full((2,), 0.9))
-        torch.testing.assert_close(b, torch.full((2,), 0.6))
+        assert optimizer.step(closure) == 7
+        # Momenta of 1 and 1 after the first step; then of 1.9 and 2.5.
+        for t, momentum, value in ((a, 1.9, 0.9 - 0.19), (b, 2.5, 0.8 - 0.5)):
+            assert_close(optimizer.state[t]["momentum_buffer"], torch.full((2,), momentum))
+            assert_close(t.detach(), torch.full((2,), value))
     with pytest.raises(NotImplementedError, match="add the group to one of its optimizers"):
-        chain.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
-
-
-def test_a_chain_of_optimizers_keeps_their_state():
-    p, q, r = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
-    members = torch.optim.SGD([p], lr=0.1, momentum=0.9), torch.optim.SGD([q], lr=0.1, momentum=0.5)
-    for _ in range(2):
-        for t in (p, q):
-            t.grad = torch.ones(2)
-        for member in members:
-            member.step()
-    chain = ChainedOptimizer(*members)
-    torch.testing.assert_close(chain.state[p]["momentum_buffer"], torch.full((2,), 1.9))
-    torch.testing.assert_close(chain.state[q]["momentum_buffer"], torch.full((2,), 1.5))
+        chain.add_param_group({"params": [r]})
     saved = chain.state_dict()
     members[0].add_param_group({"params": [r]})
     with pytest.raises(RuntimeError, match="a group was added to one of its optimizers; make a new chain"):
@@ -684,17 +543,47 @@ def test_a_chain_of_optimizers_keeps_their_state():
     assert len(ChainedOptimizer(*members).state) == 2
 
 
-def test_refusals():
-    for kind in (orthogonalize, lambda x, ns: Muon([x], ns=ns)):
-        with pytest.raises(ValueError, match="ns is 'gramm', expected 'auto', 'standard' or 'gram'"):
-            kind(torch.randn(3, 4), ns="gramm")
-    for x in (torch.randn(3), torch.ones(3, 4, dtype=torch.int64), torch.ones(3, 4, dtype=torch.complex64)):
-        with pytest.raises(ValueError, match=r"x is .*, expected floating \(\*, n, m\)"):
-            orthogonalize(x)
-    with pytest.raises(ValueError, match=r"2 coefficients, expected 3"):
-        orthogonalize(torch.randn(3, 4), (1.0, 2.0))
-    for steps in (-1, 100):
-        with pytest.raises(ValueError, match=f"steps is {steps}, expected 0 to 99"):
-            orthogonalize(torch.randn(3, 4), steps=steps)
-    with pytest.raises(ValueError, match="2D"):
-        Muon([torch.randn(3)])
+X = torch.randn(6, 4)
+
+
+def view(function: Callable[[Tensor], Any]) -> Muon:
+    return Muon([("w", X)], views={"w": function})
+
+
+def chosen(**arguments: Any) -> Any:
+    return Muon.for_model(Model(), **arguments)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: orthogonalize(X, ns="gramm"), "ns is 'gramm', expected 'auto', 'standard' or 'gram'"),
+        (lambda: Muon([X], ns="gramm"), "ns is 'gramm', expected 'auto', 'standard' or 'gram'"),
+        (lambda: orthogonalize(X[0]), r"x is \(4,\) torch.float32, expected floating \(\*, n, m\)"),
+        (lambda: orthogonalize(X.long()), r"torch.int64, expected floating \(\*, n, m\)"),
+        (lambda: orthogonalize(X, (1.0, 2.0)), "2 coefficients, expected 3"),
+        (lambda: orthogonalize(X, [COEFFICIENTS, (1.0, 2.0)]), "expected 3"),
+        (lambda: orthogonalize(X, steps=-1), "steps is -1, expected 0 to 99"),
+        (lambda: Muon([X], ns_steps=100), "steps is 100, expected 0 to 99"),
+        (lambda: Muon([X], lr=-1.0), "lr is -1.0, expected at least 0"),
+        (lambda: Muon([X], lr=torch.ones(2)), "lr is a tensor of 2 elements, expected 1"),
+        (lambda: Muon([X], adjust_lr_fn="no"), "adjust_lr_fn is 'no', expected None, 'original', 'match_rms"),
+        (lambda: Muon([X[0]]), r"parameter 0 of group 0 has shape \(4,\), expected 2D, a matrix"),
+        (lambda: Muon([X.long()]), "is torch.int64, expected floating"),
+        (lambda: Muon([{"params": [X], "ns": "gram"}]), "ns applies to the whole optimizer, not to a group"),
+        (lambda: Muon([("w", X)], views={"v": lambda p: p}), "views has v, expected names of parameters"),
+        (lambda: view(lambda p: p[:5]), r"the view of w returns \[\(5, 4\)\], expected views \(\*, n, m\)"),
+        (lambda: view(lambda p: p.clone()), "the view of w returns .* once"),
+        (lambda: view(lambda p: [p, p[:1]]), "the view of w returns .* once"),
+        (lambda: view(lambda p: p.flatten()), "the view of w returns .* once"),
+        (lambda: view(lambda p: p.view(5, -1)), r"the view of w, of shape \(6, 4\), fails: shape"),
+        (lambda: chosen(overrides={"block.*": "muon"}), "no parameter is named block"),
+        (lambda: chosen(views={"stak": lambda p: p}), "no parameter is named stak"),
+        (lambda: chosen(overrides={"stack": "adam"}), "stack goes to 'adam', expected 'muon' or 'others'"),
+        (lambda: chosen(overrides={"*": "others"}), "the model has no hidden matrix"),
+        (lambda: chosen(overrides={"stack": "muon"}), r"\(4, 16, 8\), expected 2D"),
+    ],
+)
+def test_refusals(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
