@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torchpar.errors import ConfigError
 
 TRAIN = str(ROOT / "examples" / "train_parallel.py")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor_interval=0.1"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 @dataclass
@@ -42,18 +42,11 @@ class Rank:
         return self.process.pid
 
 
-def start(
-    folder: Path,
-    flags: Sequence[str],
-    world_size: int = 1,
-    differing: Sequence[Sequence[str]] = (),
-    grace: float | None = None,
-) -> list[Rank]:
+def start(folder: Path, flags: Sequence[str], world_size: int = 1, grace: float | None = None) -> list[Rank]:
     """Start ranks of examples/train_parallel.py, without a launcher.
 
     Args:
         folder: for their output.
-        differing: more flags, for each rank.
         grace: replaces `support.cli.GRACE`, the seconds that other ranks wait before they print an error.
     """
     with socket.socket() as free:
@@ -63,17 +56,17 @@ def start(
     for rank in range(world_size):
         env = {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        number, name = tempfile.mkstemp(dir=folder, suffix=f"-{rank}")
-        os.close(number)
-        own = [TRAIN, *flags, *(differing[rank] if differing else ())]
-        process = fork_context().Process(target=_run, args=(own, env if world_size > 1 else {}, name, grace))
+        out, err = folder / f"out-{rank}", folder / f"err-{rank}"
+        out.touch()
+        err.touch()
+        process = fork_context().Process(target=_run, args=([TRAIN, *flags], env, out, err, grace))
         process.start()
-        ranks.append(Rank(process, Path(name), Path(name + ".err")))
+        ranks.append(Rank(process, out, err))
     return ranks
 
 
 def finish(
-    ranks: Sequence[Rank], timeout: float = 60.0, launched: bool = True
+    ranks: Sequence[Rank], timeout: float = 60.0, launched: bool = False
 ) -> tuple[list[int | None], str, str]:
     """Wait for all ranks; return their exit statuses, and the stdout and the stderr of all.
 
@@ -81,26 +74,17 @@ def finish(
         launched: when one rank has failed, end the others, as launchers do.
     """
     deadline = time.monotonic() + timeout
-    try:
-        while any(rank.process.is_alive() for rank in ranks):
-            assert time.monotonic() < deadline, [rank.err.read_text() for rank in ranks if rank.err.exists()]
-            if launched and any(rank.process.exitcode for rank in ranks):
-                for rank in ranks:
-                    rank.process.terminate()
-            time.sleep(0.01)
-    finally:
-        for rank in ranks:
-            rank.process.kill()
-            rank.process.join()
-    out, err = ("".join(p.read_text() for p in paths if p.exists()) for paths in _outputs(ranks))
+    while any(rank.process.is_alive() for rank in ranks):
+        assert time.monotonic() < deadline, [rank.err.read_text() for rank in ranks]
+        if launched and any(rank.process.exitcode for rank in ranks):
+            for rank in ranks:
+                rank.process.terminate()
+        time.sleep(0.01)
+    out, err = (
+        "".join(rank.out.read_text() for rank in ranks),
+        "".join(rank.err.read_text() for rank in ranks),
+    )
     return [rank.process.exitcode for rank in ranks], out, err
-
-
-def run(folder: Path, flags: Sequence[str], world_size: int = 1, **options: Any) -> tuple[str, str]:
-    """Start ranks, check that all exit with 0, and return their stdout and stderr."""
-    codes, out, err = finish(start(folder, flags, world_size, **options))
-    assert codes == [0] * world_size, err
-    return out, err
 
 
 def train(*flags: str) -> str:
@@ -119,7 +103,7 @@ def train(*flags: str) -> str:
 def torchrun(*command: str, stderr: int | IO[str] = subprocess.PIPE) -> subprocess.Popen[str]:
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*TORCHRUN, *command],
+        [*TORCHRUN, "--monitor_interval=0.1", *command],
         stdout=subprocess.PIPE,
         stderr=stderr,
         text=True,
@@ -194,13 +178,9 @@ def errors(err: str) -> list[str]:
     return [line for line in err.splitlines() if line.startswith("train_parallel.py: error: ")]
 
 
-def _outputs(ranks: Sequence[Rank]) -> Iterable[list[Path]]:
-    return [rank.out for rank in ranks], [rank.err for rank in ranks]
-
-
-def _run(argv: list[str], env: dict[str, str], output: str, grace: float | None) -> None:
-    for stream, name in ((1, output), (2, output + ".err")):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+def _run(argv: list[str], env: dict[str, str], out: Path, err: Path, grace: float | None) -> None:
+    for stream, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     os.environ.update(env)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background shells ignore it
     sys.argv = argv

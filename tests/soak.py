@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fake_data import fashion_mnist
@@ -24,7 +25,7 @@ def step(folder: Path) -> int:
     return int(latest(folder).removeprefix("step-") or 0)
 
 
-def choose_moment(folder: Path, generator: random.Random, ended: object) -> None:
+def choose_moment(folder: Path, generator: random.Random, ended: Callable[[], bool]) -> None:
     """Wait for the moment of the next kill."""
     where = generator.choice(["step", "save", "start"])
     goal = step(folder) + (where != "start") * generator.randint(1, 6)
@@ -65,22 +66,19 @@ def disturbed(command: list[str], folder: Path, wanted: int, generator: random.R
             return kills, starts, refused
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the victims")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     began, root = time.monotonic(), Path(tempfile.mkdtemp(prefix="soak-"))
     fashion_mnist(root / "FashionMNIST" / "raw", train=600, test=100)
     epochs = 3 + 2 * args.kills  # of 12 steps; a life of the ranks takes 1 to 10
-    flags = (
-        f"--dataset fashion-mnist --device cpu --hidden 33 7 --batch-size 50 --epochs {epochs} --timeout 30"
-    )
-    run = [f"--nproc_per_node={args.ranks}", TRAIN, *flags.split(), "--data", str(root), "--save-every", "1"]
+    flags = f"--dataset fashion-mnist --device cpu --hidden 33 7 --batch-size 50 --epochs {epochs}"
+    train = [TRAIN, *flags.split(), "--timeout", "30", "--data", str(root), "--save-every", "1"]
     of = {}
     for name in ("undisturbed", "disturbed"):
-        of[name] = [*run, "--checkpoint", str(root / name), "--metrics", f"{root / name}.jsonl"]
+        of[name] = [*train, "--checkpoint", str(root / name), "--metrics", f"{root / name}.jsonl"]
     process = torchrun(*of["undisturbed"])
     _, err = process.communicate()
     assert process.returncode == 0, err
