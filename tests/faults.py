@@ -173,11 +173,6 @@ def losses(metrics: Path) -> list[tuple[float, ...]]:
     return [(row["epoch"], row["train_loss"], row["test_loss"], row["test_accuracy"]) for row in rows]
 
 
-def errors(err: str) -> list[str]:
-    """Return the lines in which train_parallel.py says why it ends."""
-    return [line for line in err.splitlines() if line.startswith("train_parallel.py: error: ")]
-
-
 def _run(argv: list[str], env: dict[str, str], out: Path, err: Path, grace: float | None) -> None:
     for stream, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)

@@ -2,6 +2,7 @@
 """Training: several ranks learn what one learns; a run evaluates, saves, resumes and stops."""
 
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -21,7 +22,6 @@ from torchpar import data, training
 from torchpar.data import Samples
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
-from torchpar.optim import newton_schulz
 from torchpar.parallel.launch.world import World, join_world
 from torchpar.parallel.split.mlp import parallel_mlp
 from torchpar.profile.collectives import Collectives
@@ -63,7 +63,7 @@ class InDouble(torch.nn.Module):
 
 
 def train(kind: str = "plain", batch_size: int = 50) -> Any:
-    """Losses, weights, confusion matrix and seconds by phase of a short run on the ranks there are."""
+    """Losses, weights, predictions and seconds by phase of a short run on the ranks there are."""
     torch.manual_seed(0)
     model: torch.nn.Module = InDouble(MLP(SIZES)) if kind == "double" else MLP(SIZES)
     phases = Phases(torch.device("cpu"))
@@ -81,11 +81,9 @@ def train(kind: str = "plain", batch_size: int = 50) -> Any:
             batch_size=batch_size,
         )
         _, outputs = run.evaluate()
-        confusion = torch.zeros(10, 10, dtype=torch.int64)
-        confusion.index_put_((test.labels, outputs.argmax(1)), torch.ones(1, dtype=torch.int64), True)
     losses = [(r.train_loss, r.test_loss) for r in run.results]
     weights = [p.detach().double().numpy() for p in model.parameters()]
-    return losses, weights, confusion.tolist(), phases.seconds
+    return losses, weights, outputs.argmax(1).tolist(), phases.seconds
 
 
 def same(a: Any, b: Any) -> bool:
@@ -263,30 +261,17 @@ def test_a_run_that_cannot_learn_is_refused(alone, options, message):
         run_alone(2, **options)
 
 
-def test_muon_moves_the_weights_and_sgd_the_biases(monkeypatch):
-    """As the two would alone."""
-    monkeypatch.setattr(newton_schulz, "has_bfloat16", lambda: True)  # as torch's
-    torch.manual_seed(0)
-    model, apart = MLP(SIZES), MLP(SIZES)
-    apart.load_state_dict(model.state_dict())
-    weights = [p for p in apart.parameters() if p.dim() == 2]
-    biases = [p for p in apart.parameters() if p.dim() == 1]
-    optimizers = [
-        training.muon(model, lr=0.02, momentum=0.9, weight_decay=0.01),
-        torch.optim.Muon(weights, lr=0.02, momentum=0.9, weight_decay=0.01),
-        torch.optim.SGD(biases, lr=0.02, momentum=0.9, nesterov=True),
-    ]
-    for _ in range(2):
-        for p, q in zip(model.parameters(), apart.parameters(), strict=True):
-            p.grad = torch.randn(p.shape)
-            q.grad = p.grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
-    for p, q in zip(model.parameters(), apart.parameters(), strict=True):
-        # Muon's directions are of bfloat16, each rate times 2^-8 of an element of at most 1.
-        torch.testing.assert_close(p, q, rtol=0, atol=2 * 0.02 * 2**-8 if p.dim() == 2 else 0)
-    with pytest.raises(AssertionError):
-        torch.testing.assert_close(model.layers[0].weight, MLP(SIZES).layers[0].weight)
+def test_muon_gets_the_weights_and_sgd_the_biases():
+    model = MLP(SIZES)
+    chain = training.muon(model, lr=0.02, momentum=0.8, weight_decay=0.01, ns_steps=4)
+    muon, biases = (optimizer.param_groups for optimizer in chain.optimizers)
+    assert [p for group in muon for p in group["params"]] == [layer.weight for layer in model.layers]
+    assert [p for group in biases for p in group["params"]] == [layer.bias for layer in model.layers]
+    for group in muon:
+        assert [group[name] for name in ("lr", "momentum", "weight_decay")] == [0.02, 0.8, 0.01]
+        assert group["ns_steps"] == 4
+    for group in biases:
+        assert [group[name] for name in ("lr", "momentum", "nesterov")] == [0.02, 0.8, True]
 
 
 def test_losses_are_torchs(device):
@@ -381,28 +366,20 @@ def test_signals_are_noted_until_the_process_leaves(alone):
             signal.signal(number, handler)
 
 
-class WithScale(torch.nn.Module):
-    """A model with a parameter of dimension 0 and a frozen one, of which a bit may change in a pass."""
-
-    def __init__(self, changed_in: int) -> None:
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(()))
-        self.register_parameter("frozen", torch.nn.Parameter(torch.ones(1), requires_grad=False))
-        self.mlp = MLP(SIZES)
-        self.passes_left = changed_in
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.passes_left -= 1
-        if self.passes_left == 0:
-            self.frozen.data.view(torch.int32).bitwise_xor_(1)
-        return self.scale * self.mlp(x) * self.frozen
-
-
 def error_of_training(averaged: bool, changed_in: int, batch_size: int) -> str:
-    """The error of a run of three steps on two ranks, if any; rank 1 changes a bit."""
+    """The error of a run of three steps on two ranks, if any; a bit changes on rank 1 in one of them."""
     torch.manual_seed(0)
+    passes = itertools.count(1)
     with join_world("cpu") as world:
-        model = WithScale(changed_in * world.rank)
+        model = MLP(SIZES)
+        scale = torch.nn.Parameter(torch.ones(()), requires_grad=False)
+        model.register_parameter("frozen", scale)
+
+        def change(*_: Any) -> None:
+            if next(passes) == changed_in and world.rank == 1:
+                scale.view(torch.int32).bitwise_xor_(1)
+
+        model.register_forward_hook(change)
         optimizer, sets = OPTIMIZERS["sgd"](model), (samples(101, seed=1), samples(50, seed=2))
         options = {"replica": DistributedDataParallel(model) if averaged else model, "epochs": 1}
         try:
@@ -419,7 +396,7 @@ DIFFERS = r"{} differs between the ranks that share a batch; .* average .* by Di
     "run, error",
     [
         ((True, 0, 50), "$"),
-        ((False, 0, 50), DIFFERS.format("scale")),
+        ((False, 0, 50), DIFFERS.format("layers.0.weight")),
         ((True, 1, 50), DIFFERS.format("frozen")),
         ((True, 3, 50), DIFFERS.format("frozen")),  # at the end of the epoch
         ((True, 0, 1), "batch size 1 is smaller than the number of ranks that share it, 2;"),
@@ -432,87 +409,62 @@ def test_ranks_that_do_not_learn_together_are_refused_on_every_rank(ranks, run, 
     assert "\n" not in first
 
 
-class WithModes(torch.nn.Module):
-    """Layers that compute otherwise in training; the last of them is always in evaluation mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = torch.nn.Sequential(
-            torch.nn.BatchNorm1d(784),
-            torch.nn.Dropout(0.5),
-            torch.nn.Linear(784, 10),
-            torch.nn.BatchNorm1d(10, affine=False),
-        )
-        self.layers[-1].eval()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers(x)
-
-
 def test_evaluation_is_in_evaluation_mode_and_restores_each_modules(alone):
     torch.manual_seed(0)
-    model, test = WithModes(), samples(50, seed=2)
-    optimizer = training.sgd(model, lr=0.01, momentum=0.9, weight_decay=0.0)
-    run = plain_loop.train(model, optimizer, alone, samples(200, seed=1), test, epochs=1, batch_size=40)
-    learned = {name: t.clone() for name, t in model.named_buffers()}
-    assert learned["layers.0.num_batches_tracked"] == 5  # the evaluation after the epoch was none
-    assert learned["layers.3.num_batches_tracked"] == 0
+    norm, last = torch.nn.BatchNorm1d(784), torch.nn.BatchNorm1d(10, affine=False)
+    model = torch.nn.Sequential(norm, torch.nn.Dropout(0.5), torch.nn.Linear(784, 10), last.eval())
+    test = samples(50, seed=2)
+    run = plain_loop.train(
+        *(model, OPTIMIZERS["sgd"](model), alone, samples(200, seed=1), test), epochs=1, batch_size=40
+    )
+    learned = norm.running_mean.clone()
+    assert (norm.num_batches_tracked, last.num_batches_tracked) == (5, 0)  # none of the evaluation
     loss, outputs = run.evaluate()
-    assert [module.training for module in model.layers] == [True, True, True, False]
-    assert all(torch.equal(t, learned[name]) for name, t in model.named_buffers())
+    assert [module.training for module in model] == [True, True, True, False]
+    assert torch.equal(norm.running_mean, learned)
+    assert run.results[-1].test_loss == loss
     expected = model.eval()(test.inputs(slice(None)))
     assert torch.equal(outputs, expected)
-    assert run.results[-1].test_loss == loss
     assert not torch.equal(model.train()(test.inputs(slice(None))), expected)
 
 
-def normalised_on_two_ranks() -> tuple[float, float]:
-    """The test loss of a run, and that of this rank's model after it."""
-    with join_world("cpu") as world:
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.BatchNorm1d(SIZES[0]), torch.nn.Linear(SIZES[0], SIZES[-1]))
-        replica = DistributedDataParallel(model)
-        optimizer, test = torch.optim.SGD(model.parameters(), lr=0.1), samples(2 * EVALUATION_BATCH, seed=2)
-        run = plain_loop.train(
-            model, optimizer, world, samples(64, seed=1), test, epochs=1, batch_size=16, replica=replica
-        )
-        with torch.no_grad():
-            outputs = model.eval()(test.inputs(slice(None)))
-        total = loss_sum("cross-entropy", outputs.double(), test.labels)
-        return run.results[0].test_loss, total.item() / len(test)
+def run_with_dropout(epochs: int, folder: Path | None, seed: int) -> tuple[list[Any], float, float]:
+    """Train on ranks that draw different masks and have different statistics; save after every second step.
 
-
-def test_ranks_evaluate_one_model_with_one_batch_norm(ranks):
-    """DistributedDataParallel leaves each rank the statistics of its own last batch."""
-    for of_run, of_rank in ranks(2, normalised_on_two_ranks):
-        assert of_rank == pytest.approx(of_run, rel=1e-6)
-
-
-def run_with_dropout(epochs: int, folder: Path | None, seed: int) -> list[Any]:
-    """The weights after ``epochs`` on ranks that draw different masks; saved after every second step."""
+    Returns:
+        The weights, the test loss of the run, and that of this rank's model after it.
+    """
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Dropout(0.3), torch.nn.Linear(784, 10))
+    norm = torch.nn.BatchNorm1d(784)
+    model = torch.nn.Sequential(norm, torch.nn.Dropout(0.3), torch.nn.Linear(784, 10))
+    test = samples(2 * EVALUATION_BATCH, 2)
     with join_world("cpu") as world:
         torch.manual_seed(seed + world.rank)
-        plain_loop.train(
-            *(model, OPTIMIZERS["sgd"](model), world, samples(203, 1), samples(50, 2)),
+        run = plain_loop.train(
+            *(model, OPTIMIZERS["sgd"](model, lr=0.1), world, samples(203, 1), test),
             replica=DistributedDataParallel(model),
             epochs=epochs,
             batch_size=50,
             schedule="constant",
             checkpoint=CheckpointConfig(folder, every=2) if folder else None,
         )
-    return [p.detach().numpy() for p in model.parameters()]
+    with torch.no_grad():
+        outputs = model.eval()(test.inputs(slice(None))).double()
+    of_rank = loss_sum("cross-entropy", outputs, test.labels).item() / len(test)
+    return [p.detach().numpy() for p in model.parameters()], run.results[-1].test_loss, of_rank
 
 
 def test_a_resumed_run_draws_each_ranks_random_numbers_as_the_whole_one(ranks, tmp_path):
+    """The ranks evaluate one model, though each has the BatchNorm of its own last batch."""
     whole = ranks(2, run_with_dropout, 2, None, 10)
     ranks(2, run_with_dropout, 1, tmp_path, 10)
     resumed = ranks(2, run_with_dropout, 2, tmp_path, 20)
     other = ranks(2, run_with_dropout, 2, None, 20)
     for rank in range(2):
-        assert all((a == b).all() for a, b in zip(resumed[rank], whole[rank], strict=True))
-        assert not all((a == b).all() for a, b in zip(other[rank], whole[rank], strict=True))
+        weights, of_run, of_rank = resumed[rank]
+        assert all((a == b).all() for a, b in zip(weights, whole[rank][0], strict=True))
+        assert not all((a == b).all() for a, b in zip(weights, other[rank][0], strict=True))
+        assert of_rank == pytest.approx(of_run, rel=1e-6)
 
 
 def a_run(world: World, folder: Path | None = None) -> training.Run:
