@@ -42,13 +42,8 @@ class Rank:
         return self.process.pid
 
 
-def start(folder: Path, flags: Sequence[str], world_size: int = 1, grace: float | None = None) -> list[Rank]:
-    """Start ranks of examples/train_parallel.py, without a launcher.
-
-    Args:
-        folder: for their output.
-        grace: replaces `support.cli.GRACE`, the seconds that other ranks wait before they print an error.
-    """
+def start(folder: Path, flags: Sequence[str], world_size: int) -> list[Rank]:
+    """Start ranks of examples/train_parallel.py, without a launcher; ``folder`` is for their output."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -59,31 +54,20 @@ def start(folder: Path, flags: Sequence[str], world_size: int = 1, grace: float 
         out, err = folder / f"out-{rank}", folder / f"err-{rank}"
         out.touch()
         err.touch()
-        process = fork_context().Process(target=_run, args=([TRAIN, *flags], env, out, err, grace))
+        process = fork_context().Process(target=_run, args=([TRAIN, *flags], env, out, err))
         process.start()
         ranks.append(Rank(process, out, err))
     return ranks
 
 
-def finish(
-    ranks: Sequence[Rank], timeout: float = 60.0, launched: bool = False
-) -> tuple[list[int | None], str, str]:
-    """Wait for all ranks; return their exit statuses, and the stdout and the stderr of all.
-
-    Args:
-        launched: when one rank has failed, end the others, as launchers do.
-    """
+def finish(ranks: Sequence[Rank], timeout: float = 60.0) -> tuple[list[int | None], str, str]:
+    """Wait for all ranks; return their exit statuses, and the stdout and the stderr of all."""
     deadline = time.monotonic() + timeout
-    while any(rank.process.is_alive() for rank in ranks):
-        assert time.monotonic() < deadline, [rank.err.read_text() for rank in ranks]
-        if launched and any(rank.process.exitcode for rank in ranks):
-            for rank in ranks:
-                rank.process.terminate()
-        time.sleep(0.01)
-    out, err = (
-        "".join(rank.out.read_text() for rank in ranks),
-        "".join(rank.err.read_text() for rank in ranks),
-    )
+    for rank in ranks:
+        rank.process.join(deadline - time.monotonic())
+    out = "".join(rank.out.read_text() for rank in ranks)
+    err = "".join(rank.err.read_text() for rank in ranks)
+    assert not any(rank.process.is_alive() for rank in ranks), err
     return [rank.process.exitcode for rank in ranks], out, err
 
 
@@ -173,14 +157,13 @@ def losses(metrics: Path) -> list[tuple[float, ...]]:
     return [(row["epoch"], row["train_loss"], row["test_loss"], row["test_accuracy"]) for row in rows]
 
 
-def _run(argv: list[str], env: dict[str, str], out: Path, err: Path, grace: float | None) -> None:
+def _run(argv: list[str], env: dict[str, str], out: Path, err: Path) -> None:
     for stream, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     os.environ.update(env)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background shells ignore it
     sys.argv = argv
-    if grace is not None:
-        from support import cli
+    from support import cli
 
-        cli.GRACE = grace
+    cli.GRACE = 0.1  # no launcher ends these ranks before they print an error
     runpy.run_path(argv[0], run_name="__main__")
