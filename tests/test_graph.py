@@ -4,7 +4,7 @@
 On a CPU `fake_graph` stands in for CUDA's graphs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.optim import SGD
 from torchpar.parallel import join_world
+from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.clip import clip_grad_norm_
 from torchpar.partition import Partition
 from torchpar.training import CheckpointConfig, Run
@@ -30,6 +31,13 @@ from torchpar.training.graph import GraphedStep, why_not_graphed
 
 SIZES = [12, 9, 4]
 BATCH = 10
+
+
+@pytest.fixture(autouse=True, scope="module")
+def world() -> Iterator[World]:
+    """A world of one rank, which every `join_world` of this process finds."""
+    with join_world("cpu") as world:
+        yield world
 
 
 @pytest.fixture(autouse=True)
@@ -173,15 +181,14 @@ def test_a_schedule_within_the_step_is_refused(device: str) -> None:
     assert isinstance(optimizer.param_groups[0]["lr"], float)
 
 
-def test_why_a_step_cannot_be_a_graph() -> None:
+def test_why_a_step_cannot_be_a_graph(world: World) -> None:
     model = MLP(SIZES)
-    with join_world("cpu") as world:
-        assert "needs a GPU" in why_not_graphed(sgd(model), world, True)
-        gpu = replace(world, device=torch.device("cuda"))
-        assert why_not_graphed(sgd(model), gpu, False) == ""
-        assert why_not_graphed(muon(model), gpu, True) == ""
-        assert "Adam" in why_not_graphed(torch.optim.Adam(model.parameters()), gpu, True)
-        assert "gloo" in why_not_graphed(sgd(model), replace(gpu, world_size=2), True)
+    assert "needs a GPU" in why_not_graphed(sgd(model), world, True)
+    gpu = replace(world, device=torch.device("cuda"))
+    assert why_not_graphed(sgd(model), gpu, False) == ""
+    assert why_not_graphed(muon(model), gpu, True) == ""
+    assert "Adam" in why_not_graphed(torch.optim.Adam(model.parameters()), gpu, True)
+    assert "gloo" in why_not_graphed(sgd(model), replace(gpu, world_size=2), True)
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

@@ -392,7 +392,7 @@ def run_with_dropout(epochs: int, folder: Path | None, seed: int) -> tuple[list[
     with join_world("cpu") as world:
         torch.manual_seed(seed + world.rank)
         run = plain_loop.train(
-            *(model, OPTIMIZERS["sgd"](model, lr=0.1), world, samples(203, 1), test),
+            *(model, OPTIMIZERS["sgd"](model, lr=0.1), world, samples(204, 1), test),
             replica=DistributedDataParallel(model),
             epochs=epochs,
             batch_size=50,
