@@ -66,16 +66,6 @@ def test_biases_begin_at_0_or_are_left_out():
     assert Linear(0, 0).weight.shape == (0, 0)
 
 
-def test_bf16_autocast_and_compile(device):
-    torch.manual_seed(0)
-    mlp = MLP([16, 8, 4], device=device)
-    x = torch.randn(5, 16, device=device)
-    with torch.autocast(device, dtype=torch.bfloat16):
-        assert mlp(x).dtype == torch.bfloat16
-    compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), mlp(x))
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
