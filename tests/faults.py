@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -36,27 +37,19 @@ class Rank:
     out: Path
     err: Path
 
-    @property
-    def pid(self) -> int:
-        assert self.process.pid is not None
-        return self.process.pid
-
 
 def start(folder: Path, flags: Sequence[str], world_size: int) -> list[Rank]:
     """Start ranks of examples/train_parallel.py, without a launcher; ``folder`` is for their output."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     ranks = []
     for rank in range(world_size):
-        env = {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        out, err = folder / f"out-{rank}", folder / f"err-{rank}"
-        out.touch()
-        err.touch()
-        process = fork_context().Process(target=_run, args=([TRAIN, *flags], env, out, err))
+        files = [folder / f"out-{rank}", folder / f"err-{rank}"]
+        of_rank = env | {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        process = fork_context().Process(target=_run, args=(flags, of_rank, files))
         process.start()
-        ranks.append(Rank(process, out, err))
+        ranks.append(Rank(process, *files))
     return ranks
 
 
@@ -97,26 +90,16 @@ def torchrun(*command: str, stderr: int | IO[str] = subprocess.PIPE) -> subproce
     )
 
 
-def workers(launcher: int) -> dict[int, int]:
-    """Return the process of each rank that a torchrun started."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
-            env = (folder / "environ").read_text().split("\0") if int(parent) == launcher else []
-        except OSError:  # it has ended
-            continue
-        for variable in env:
-            if variable.startswith("RANK="):
-                found[int(variable[5:])] = int(folder.name)
-    return found
+def workers(launcher: int) -> list[int]:
+    """Return the processes of the living ranks that a torchrun started."""
 
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
+    def is_rank(child: str) -> bool:
+        with suppress(OSError):  # it has ended
+            return "\0RANK=" in Path(f"/proc/{child}/environ").read_text()
         return False
+
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text()
+    return [int(child) for child in children.split() if is_rank(child)]
 
 
 def wait_for(condition: Callable[[], Any], timeout: float = 60.0) -> Any:
@@ -157,13 +140,13 @@ def losses(metrics: Path) -> list[tuple[float, ...]]:
     return [(row["epoch"], row["train_loss"], row["test_loss"], row["test_accuracy"]) for row in rows]
 
 
-def _run(argv: list[str], env: dict[str, str], out: Path, err: Path) -> None:
-    for stream, path in ((1, out), (2, err)):
+def _run(flags: Sequence[str], env: dict[str, str], files: Sequence[Path]) -> None:
+    for stream, path in enumerate(files, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     os.environ.update(env)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background shells ignore it
-    sys.argv = argv
+    sys.argv = [TRAIN, *flags]
     from support import cli
 
     cli.GRACE = 0.1  # no launcher ends these ranks before they print an error
-    runpy.run_path(argv[0], run_name="__main__")
+    runpy.run_path(TRAIN, run_name="__main__")

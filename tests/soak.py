@@ -18,23 +18,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fake_data import fashion_mnist
-from faults import TRAIN, alive, latest, losses, same, tensors, torchrun, workers
-
-
-def step(folder: Path) -> int:
-    return int(latest(folder).removeprefix("step-") or 0)
+from faults import TRAIN, latest, losses, same, tensors, torchrun, workers
 
 
 def choose_moment(folder: Path, generator: random.Random, ended: Callable[[], bool]) -> None:
     """Wait for the moment of the next kill."""
     where = generator.choice(["step", "save", "start"])
-    goal = step(folder) + (where != "start") * generator.randint(1, 6)
     deadline = time.monotonic() + 60
-    while step(folder) < goal and time.monotonic() < deadline and not ended():
-        time.sleep(0.002)
-    if where == "save":
-        while not any(folder.glob("step-*.tmp")) and time.monotonic() < deadline and not ended():
+
+    def wait_for(condition: Callable[[], bool]) -> None:
+        while not condition() and time.monotonic() < deadline and not ended():
             time.sleep(0.0005)
+
+    for _ in range(0 if where == "start" else generator.randint(1, 6)):
+        before = latest(folder)
+        wait_for(lambda before=before: latest(folder) != before)
+    if where == "save":
+        wait_for(lambda: any(folder.glob("step-*.tmp")))
     else:
         time.sleep(generator.uniform(0, 3.0 if where == "start" else 0.03))
 
@@ -48,7 +48,7 @@ def disturbed(command: list[str], folder: Path, wanted: int, generator: random.R
             process = torchrun(f"--max_restarts={wanted}", *command, stderr=said)
             while process.poll() is None and kills < wanted:
                 choose_moment(folder, generator, lambda process=process: process.poll() is not None)
-                ranks = sorted(workers(process.pid).values())
+                ranks = workers(process.pid)
                 if not ranks or process.poll() is not None:
                     time.sleep(0.01)
                     continue
@@ -57,7 +57,7 @@ def disturbed(command: list[str], folder: Path, wanted: int, generator: random.R
                 victim = generator.choice(ranks)
                 os.kill(victim, signal.SIGKILL)
                 kills += 1
-                while alive(victim):
+                while victim in workers(process.pid):
                     time.sleep(0.005)
             process.communicate()
             said.seek(0)

@@ -116,9 +116,9 @@ def test_a_fault_is_named_and_another_mesh_goes_on(
     processes += start(tmp_path, [*command, *mesh.split()], world_size)
     wait_for(lambda: latest(folder) not in ("", "step-1"))
     if fault == FULL:
-        resource.prlimit(processes[victim].pid, resource.RLIMIT_FSIZE, (4096, 4096))
+        resource.prlimit(processes[victim].process.pid, resource.RLIMIT_FSIZE, (4096, 4096))
     else:
-        os.kill(processes[victim].pid, fault)
+        os.kill(processes[victim].process.pid, fault)
     gone = fault in (signal.SIGKILL, signal.SIGSTOP)
     others = [rank for rank in processes if not gone or rank is not processes[victim]]
     codes, out, err = finish(others)
@@ -148,7 +148,7 @@ def test_without_checkpoints_an_interrupt_ends_at_once(data, tmp_path, processes
     processes += start(tmp_path, [*data, "--epochs", "4000", "--metrics", str(metrics)], 2)
     wait_for(lambda: metrics.exists() and metrics.read_text())
     for rank in processes:
-        os.kill(rank.pid, signal.SIGINT)
+        os.kill(rank.process.pid, signal.SIGINT)
     codes, out, err = finish(processes, 10)
     assert codes == [130, 130]
     assert err == ""
