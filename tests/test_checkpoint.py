@@ -69,6 +69,7 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_gives_back_every_bit(world, tmp_path, asynchronous):
     checkpoints = Checkpoints(tmp_path / "new" / "folder", world, asynchronous=asynchronous)
     assert checkpoints.load() is None
+    checkpoints.save(2, content(2), {})
     saved = content(3)
     checkpoints.save(3, saved, {"loss": 0.1, "nested": [{"é": None}]})
     saved["odd"][0] = 9.0  # training goes on while the save is written
@@ -77,10 +78,19 @@ def test_gives_back_every_bit(world, tmp_path, asynchronous):
     assert found.state == {"loss": 0.1, "nested": [{"é": None}]}
     assert found.shapes == {name: t.shape for name, t in saved.items()}
     assert holds(found, 3)
-    assert not holds(found, 4)
+    assert not holds(found, 2)
+    assert steps(checkpoints.folder) == ["step-2", "step-3"]  # a save waits for the one before it
     manifest = json.loads((found.path / MANIFEST).read_text())
     assert manifest["mesh"] == {"pp": 1, "dp": 1, "tp": 1}
     assert manifest["shapes"]["whole"] == [129, 7]
+
+
+def test_files_and_their_names_are_flushed_to_the_disk(world, tmp_path, monkeypatch):
+    flushed, fsync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.add(os.fstat(file).st_ino) or fsync(file))
+    Checkpoints(tmp_path, world).save(1, content(1), {})
+    saved = [tmp_path, tmp_path / "latest", tmp_path / "step-1", *(tmp_path / "step-1").iterdir()]
+    assert {path.stat().st_ino for path in saved} <= flushed
 
 
 @pytest.mark.parametrize("keep", [1, 3])

@@ -178,7 +178,7 @@ def test_torchrun_is_stopped_and_the_same_command_goes_on(ranks, flags, undistur
 
 @slow
 def test_torchrun_starts_killed_ranks_again_and_they_end_with_the_same_bits():
-    assert soak.main(["--kills", "4"]) == 0
+    assert soak.main(["--kills", "2"]) == 0
 
 
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(ranks, flags, undisturbed, finished):

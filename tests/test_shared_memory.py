@@ -63,9 +63,7 @@ def sums(dtype: torch.dtype, combine: Any = torch.add) -> bool:
         (3, torch.int32, torch.maximum),
     ],
 )
-def test_sums_have_the_bits_of_the_ranks_order(
-    ranks: Any, world_size: int, dtype: torch.dtype, combine: Any
-) -> None:
+def test_sums_have_the_bits_of_the_ranks_order(ranks, world_size, dtype, combine):
     assert ranks(world_size, sums, dtype, combine) == [True] * world_size
 
 
@@ -75,7 +73,7 @@ def without_waiting(dtype: torch.dtype) -> bool:
         return sums(dtype)
 
 
-def test_the_comparison_rejects_sums_that_do_not_wait(ranks: Any) -> None:
+def test_the_comparison_rejects_sums_that_do_not_wait(ranks):
     assert not all(ranks(2, without_waiting, torch.float32))
 
 
@@ -109,9 +107,7 @@ def unable(how: str, folder: Path) -> bool:
         *(("with much to send", 3, True), ("with much to send", 2, False)),
     ],
 )
-def test_ranks_that_cannot_share_memory(
-    ranks: Any, tmp_path: Path, how: str, world_size: int, refused: bool
-) -> None:
+def test_ranks_that_cannot_share_memory(ranks, tmp_path, how, world_size, refused):
     assert ranks(world_size, unable, how, tmp_path) == [refused] * world_size
     assert not list(tmp_path.iterdir())
 
@@ -140,7 +136,7 @@ def averages(supported: bool) -> list[list[Tensor]]:
         return steps
 
 
-def test_averages_of_data_parallel_replicas_are_gloos(ranks: Any) -> None:
+def test_averages_of_data_parallel_replicas_are_gloos(ranks):
     """On two ranks to the bit: both halve the gradients and add two terms."""
     through_memory, through_gloo = ranks(2, averages, True), ranks(2, averages, False)
     for ours, theirs in zip(through_memory, through_gloo, strict=True):
@@ -148,26 +144,23 @@ def test_averages_of_data_parallel_replicas_are_gloos(ranks: Any) -> None:
             assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
-def begin_and_end(rank: int, how: str) -> None:
-    """Sum once; then the given rank ends or hangs, and the others wait for it."""
+def begin_and_end(how: str) -> None:
+    """Sum once; then rank 1 ends or hangs, and rank 0 waits for it."""
     world = current_world()
     add = shared(world)
-    assert add is not None
     ones = [torch.ones(shape) for shape in SHAPES]
     add(ones)
-    if world.rank == rank and how == "ends":
+    if world.rank == 0:
+        add(ones)
+    elif how == "ends":
         os._exit(1)
-    if world.rank == rank and how == "hangs":
+    else:
         time.sleep(2)
-        return
-    add(ones)
 
 
 @pytest.mark.parametrize(
     "how, message", [("ends", "Connection closed by rank 1"), ("hangs", "Timed out waiting 1 s for rank 1")]
 )
-def test_a_rank_that_is_lost(how: str, message: str) -> None:
-    start = time.monotonic()
+def test_a_rank_that_is_lost(how, message):
     with pytest.raises(RuntimeError, match=message), start_ranks(2, timeout=1.0) as ranks:
-        ranks.run(begin_and_end, 1, how)
-    assert time.monotonic() - start < 30
+        ranks.run(begin_and_end, how)
