@@ -329,6 +329,7 @@ def save_to_two_folders(folder: Path) -> str:
 def test_ranks_that_see_different_folders_are_told_so(ranks, tmp_path):
     for error in ranks(2, save_to_two_folders, tmp_path):
         assert "rank 0 does not see ['__1_0.distcp'], which other ranks wrote" in error
+    assert not steps(tmp_path / "0")  # nor a part
 
 
 def pass_on(source: Path | None, target: Path, sizes: list[int], optimizer: str, **mesh: int) -> float:
