@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import plain_loop
 import pytest
 import torch
@@ -52,87 +53,55 @@ def samples(n: int, seed: int) -> Samples:
     return Samples(images.to(torch.uint8), labels, tuple("0123456789"))
 
 
-class InDouble(torch.nn.Module):
-    """A model in double precision that takes single-precision inputs."""
-
-    def __init__(self, model: MLP):
-        super().__init__()
-        self.model = model.double()
-
+class ToDouble(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.model(x.double())
+        return x.double()
 
 
 def train(kind: str = "plain") -> Any:
-    """Losses, weights, predictions and seconds by phase of a short run on the ranks there are."""
+    """Losses, weights and seconds by phase of a short run in double precision on the ranks there are."""
     torch.manual_seed(0)
-    model: torch.nn.Module = InDouble(MLP(SIZES)) if kind == "double" else MLP(SIZES)
+    mlp = MLP(SIZES, dtype=torch.float64)
+    model = torch.nn.Sequential(ToDouble(), mlp)
     phases = Phases(torch.device("cpu"))
     with join_world("cpu") as world, ExitStack() as stack:
-        fused = FusedGradients(model, world) if kind == "fused" else None
+        fused = FusedGradients(mlp, world) if kind == "fused" else None
         if kind == "measured":
             stack.enter_context(phases)
             stack.enter_context(Collectives(world))
-        test = samples(101, seed=2)
         run = plain_loop.train(
-            *(model, OPTIMIZERS["sgd"](model), world, samples(203, seed=1), test),
+            *(model, OPTIMIZERS["sgd"](model), world, samples(203, seed=1), samples(101, seed=2)),
             replica=DistributedDataParallel(model) if world.world_size > 1 and not fused else model,
             fused=fused,
             epochs=2,
             batch_size=50,
         )
-        _, outputs = run.evaluate()
-    losses = [(r.train_loss, r.test_loss) for r in run.results]
-    weights = [p.detach().double().numpy() for p in model.parameters()]
-    return losses, weights, outputs.argmax(1).tolist(), phases.seconds
+    losses = [(r.train_loss, r.test_loss, r.test_accuracy) for r in run.results]
+    return losses, [p.detach().numpy() for p in model.parameters()], phases.seconds
 
 
-def same(a: Any, b: Any) -> bool:
-    return a[0] == b[0] and all((v == w).all() for v, w in zip(a[1], b[1], strict=True))
-
-
-def assert_as_accurate(run: Any, one: Any, exact: Any) -> None:
-    """At most twice the error of ``one``, in losses and weights, beside ``exact``, the run in float64."""
-
-    def error(run: Any) -> tuple[float, float]:
-        loss = max(
-            abs(a - b) for r, e in zip(run[0], exact[0], strict=True) for a, b in zip(r, e, strict=True)
-        )
-        return loss, max(abs(a - b).max() for a, b in zip(run[1], exact[1], strict=True))
-
-    # The error of a run is that of its worst weight, whose own rounding is at least half an ulp.
-    largest = max(max(exact[0])), max(abs(w).max() for w in exact[1])
-    for mine, ones, largest_value in zip(error(run), error(one), largest, strict=True):
-        assert mine <= 2 * ones + torch.finfo(torch.float32).eps * largest_value
-
-
-@pytest.fixture(scope="module")
-def by_one(ranks) -> tuple[Any, Any]:
-    """A run of one process, and the same in double precision."""
-    return ranks(1, train)[0], ranks(1, train, "double")[0]
+def distance(a: Any, b: Any) -> float:
+    """The largest difference of losses and weights, relative to the largest of each."""
+    pairs = [(np.array(a[0]), np.array(b[0])), *zip(a[1], b[1], strict=True)]
+    return max(float(abs(x - y).max() / abs(y).max()) for x, y in pairs)
 
 
 # A batch remainder of 3 leaves a rank of four without samples; batches of 50 split unevenly over three.
 @pytest.mark.parametrize(
     "world_size, kind", [(2, "plain"), (4, "plain"), (1, "fused"), (3, "fused"), (4, "fused")]
 )
-def test_ranks_learn_what_one_process_learns(ranks, by_one, world_size, kind):
-    """Within rounding: a rank sums its own samples' gradients first, so that sums associate differently.
+def test_ranks_learn_what_one_process_learns(ranks, world_size, kind):
+    """Within float64's rounding: a rank sums its own samples' gradients first.
 
-    Both are judged by the same run in double precision.
+    Ten steps of sums of at most 784 terms err by less than 10⁴ roundings of 2⁻⁵³.
     """
-    one, exact = by_one
-    several = ranks(world_size, train, kind)
-    for run in several:
-        assert same(run, several[0])
-        assert run[2] == one[2]
-    assert_as_accurate(several[0], one, exact)
-    with pytest.raises(AssertionError):
-        assert_as_accurate((one[0], [w * (1 + 1e-5) for w in one[1]]), one, exact)
+    (one,), several = ranks(1, train), ranks(world_size, train, kind)
+    assert all(distance(run, several[0]) == 0 for run in several)
+    assert distance(several[0], one) < 1e4 * 2**-53
     if world_size == 2:
         measured = ranks(2, train, "measured")[0]
-        assert same(measured, several[0])
-        spent = {phase for phase, seconds in measured[3].items() if seconds > 0}
+        assert distance(measured, several[0]) == 0
+        spent = {phase for phase, seconds in measured[2].items() if seconds > 0}
         assert spent == {"data", "forward", "backward", "collectives", "optimizer"}
 
 
