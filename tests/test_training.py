@@ -138,6 +138,7 @@ def run_alone(
 )
 def test_learns_and_resumes_bit_for_bit(alone, tmp_path, optimizer, lr, schedule):
     run = partial(run_alone, optimizer=optimizer, lr=lr, schedule=schedule)
+    handler = signal.getsignal(signal.SIGTERM)
     model, results = run(4)
     assert results[-1].test_accuracy == 1.0
     assert results[-1].train_loss < results[0].train_loss / 2
@@ -154,6 +155,7 @@ def test_learns_and_resumes_bit_for_bit(alone, tmp_path, optimizer, lr, schedule
     for a, b, c in zip(*(m.parameters() for m in (model, resumed, again)), strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 def test_runs_that_are_refused(alone, tmp_path):
