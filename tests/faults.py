@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torchpar.errors import ConfigError
 
 TRAIN = str(ROOT / "examples" / "train_parallel.py")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor_interval=0.1"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 @dataclass
@@ -36,71 +37,31 @@ class Rank:
     out: Path
     err: Path
 
-    @property
-    def pid(self) -> int:
-        assert self.process.pid is not None
-        return self.process.pid
 
-
-def start(
-    folder: Path,
-    flags: Sequence[str],
-    world_size: int = 1,
-    differing: Sequence[Sequence[str]] = (),
-    grace: float | None = None,
-) -> list[Rank]:
-    """Start ranks of examples/train_parallel.py, without a launcher.
-
-    Args:
-        folder: for their output.
-        differing: more flags, for each rank.
-        grace: replaces `support.cli.GRACE`, the seconds that other ranks wait before they print an error.
-    """
+def start(folder: Path, flags: Sequence[str], world_size: int) -> list[Rank]:
+    """Start ranks of examples/train_parallel.py, without a launcher; ``folder`` is for their output."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     ranks = []
     for rank in range(world_size):
-        env = {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        number, name = tempfile.mkstemp(dir=folder, suffix=f"-{rank}")
-        os.close(number)
-        own = [TRAIN, *flags, *(differing[rank] if differing else ())]
-        process = fork_context().Process(target=_run, args=(own, env if world_size > 1 else {}, name, grace))
+        files = [folder / f"out-{rank}", folder / f"err-{rank}"]
+        of_rank = env | {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        process = fork_context().Process(target=_run, args=(flags, of_rank, files))
         process.start()
-        ranks.append(Rank(process, Path(name), Path(name + ".err")))
+        ranks.append(Rank(process, *files))
     return ranks
 
 
-def finish(
-    ranks: Sequence[Rank], timeout: float = 60.0, launched: bool = True
-) -> tuple[list[int | None], str, str]:
-    """Wait for all ranks; return their exit statuses, and the stdout and the stderr of all.
-
-    Args:
-        launched: when one rank has failed, end the others, as launchers do.
-    """
+def finish(ranks: Sequence[Rank], timeout: float = 60.0) -> tuple[list[int | None], str, str]:
+    """Wait for all ranks; return their exit statuses, and the stdout and the stderr of all."""
     deadline = time.monotonic() + timeout
-    try:
-        while any(rank.process.is_alive() for rank in ranks):
-            assert time.monotonic() < deadline, [rank.err.read_text() for rank in ranks if rank.err.exists()]
-            if launched and any(rank.process.exitcode for rank in ranks):
-                for rank in ranks:
-                    rank.process.terminate()
-            time.sleep(0.01)
-    finally:
-        for rank in ranks:
-            rank.process.kill()
-            rank.process.join()
-    out, err = ("".join(p.read_text() for p in paths if p.exists()) for paths in _outputs(ranks))
+    for rank in ranks:
+        rank.process.join(deadline - time.monotonic())
+    out = "".join(rank.out.read_text() for rank in ranks)
+    err = "".join(rank.err.read_text() for rank in ranks)
+    assert not any(rank.process.is_alive() for rank in ranks), err
     return [rank.process.exitcode for rank in ranks], out, err
-
-
-def run(folder: Path, flags: Sequence[str], world_size: int = 1, **options: Any) -> tuple[str, str]:
-    """Start ranks, check that all exit with 0, and return their stdout and stderr."""
-    codes, out, err = finish(start(folder, flags, world_size, **options))
-    assert codes == [0] * world_size, err
-    return out, err
 
 
 def train(*flags: str) -> str:
@@ -119,7 +80,7 @@ def train(*flags: str) -> str:
 def torchrun(*command: str, stderr: int | IO[str] = subprocess.PIPE) -> subprocess.Popen[str]:
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*TORCHRUN, *command],
+        [*TORCHRUN, "--monitor_interval=0.1", *command],
         stdout=subprocess.PIPE,
         stderr=stderr,
         text=True,
@@ -129,26 +90,16 @@ def torchrun(*command: str, stderr: int | IO[str] = subprocess.PIPE) -> subproce
     )
 
 
-def workers(launcher: int) -> dict[int, int]:
-    """Return the process of each rank that a torchrun started."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
-            env = (folder / "environ").read_text().split("\0") if int(parent) == launcher else []
-        except OSError:  # it has ended
-            continue
-        for variable in env:
-            if variable.startswith("RANK="):
-                found[int(variable[5:])] = int(folder.name)
-    return found
+def workers(launcher: int) -> list[int]:
+    """Return the processes of the living ranks that a torchrun started."""
 
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
+    def is_rank(child: str) -> bool:
+        with suppress(OSError):  # it has ended
+            return "\0RANK=" in Path(f"/proc/{child}/environ").read_text()
         return False
+
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text()
+    return [int(child) for child in children.split() if is_rank(child)]
 
 
 def wait_for(condition: Callable[[], Any], timeout: float = 60.0) -> Any:
@@ -189,23 +140,13 @@ def losses(metrics: Path) -> list[tuple[float, ...]]:
     return [(row["epoch"], row["train_loss"], row["test_loss"], row["test_accuracy"]) for row in rows]
 
 
-def errors(err: str) -> list[str]:
-    """Return the lines in which train_parallel.py says why it ends."""
-    return [line for line in err.splitlines() if line.startswith("train_parallel.py: error: ")]
-
-
-def _outputs(ranks: Sequence[Rank]) -> Iterable[list[Path]]:
-    return [rank.out for rank in ranks], [rank.err for rank in ranks]
-
-
-def _run(argv: list[str], env: dict[str, str], output: str, grace: float | None) -> None:
-    for stream, name in ((1, output), (2, output + ".err")):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+def _run(flags: Sequence[str], env: dict[str, str], files: Sequence[Path]) -> None:
+    for stream, path in enumerate(files, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     os.environ.update(env)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background shells ignore it
-    sys.argv = argv
-    if grace is not None:
-        from support import cli
+    sys.argv = [TRAIN, *flags]
+    from support import cli
 
-        cli.GRACE = grace
-    runpy.run_path(argv[0], run_name="__main__")
+    cli.GRACE = 0.1  # no launcher ends these ranks before they print an error
+    runpy.run_path(TRAIN, run_name="__main__")

@@ -14,26 +14,27 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fake_data import fashion_mnist
-from faults import TRAIN, alive, latest, losses, same, tensors, torchrun, workers
+from faults import TRAIN, latest, losses, same, tensors, torchrun, workers
 
 
-def step(folder: Path) -> int:
-    return int(latest(folder).removeprefix("step-") or 0)
-
-
-def choose_moment(folder: Path, generator: random.Random, ended: object) -> None:
+def choose_moment(folder: Path, generator: random.Random, ended: Callable[[], bool]) -> None:
     """Wait for the moment of the next kill."""
     where = generator.choice(["step", "save", "start"])
-    goal = step(folder) + (where != "start") * generator.randint(1, 6)
     deadline = time.monotonic() + 60
-    while step(folder) < goal and time.monotonic() < deadline and not ended():
-        time.sleep(0.002)
-    if where == "save":
-        while not any(folder.glob("step-*.tmp")) and time.monotonic() < deadline and not ended():
+
+    def wait_for(condition: Callable[[], bool]) -> None:
+        while not condition() and time.monotonic() < deadline and not ended():
             time.sleep(0.0005)
+
+    for _ in range(0 if where == "start" else generator.randint(1, 6)):
+        before = latest(folder)
+        wait_for(lambda before=before: latest(folder) != before)
+    if where == "save":
+        wait_for(lambda: any(folder.glob("step-*.tmp")))
     else:
         time.sleep(generator.uniform(0, 3.0 if where == "start" else 0.03))
 
@@ -47,7 +48,7 @@ def disturbed(command: list[str], folder: Path, wanted: int, generator: random.R
             process = torchrun(f"--max_restarts={wanted}", *command, stderr=said)
             while process.poll() is None and kills < wanted:
                 choose_moment(folder, generator, lambda process=process: process.poll() is not None)
-                ranks = sorted(workers(process.pid).values())
+                ranks = workers(process.pid)
                 if not ranks or process.poll() is not None:
                     time.sleep(0.01)
                     continue
@@ -56,7 +57,7 @@ def disturbed(command: list[str], folder: Path, wanted: int, generator: random.R
                 victim = generator.choice(ranks)
                 os.kill(victim, signal.SIGKILL)
                 kills += 1
-                while alive(victim):
+                while victim in workers(process.pid):
                     time.sleep(0.005)
             process.communicate()
             said.seek(0)
@@ -65,22 +66,19 @@ def disturbed(command: list[str], folder: Path, wanted: int, generator: random.R
             return kills, starts, refused
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the victims")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     began, root = time.monotonic(), Path(tempfile.mkdtemp(prefix="soak-"))
     fashion_mnist(root / "FashionMNIST" / "raw", train=600, test=100)
     epochs = 3 + 2 * args.kills  # of 12 steps; a life of the ranks takes 1 to 10
-    flags = (
-        f"--dataset fashion-mnist --device cpu --hidden 33 7 --batch-size 50 --epochs {epochs} --timeout 30"
-    )
-    run = [f"--nproc_per_node={args.ranks}", TRAIN, *flags.split(), "--data", str(root), "--save-every", "1"]
+    flags = f"--dataset fashion-mnist --device cpu --hidden 33 7 --batch-size 50 --epochs {epochs}"
+    train = [TRAIN, *flags.split(), "--timeout", "30", "--data", str(root), "--save-every", "1"]
     of = {}
     for name in ("undisturbed", "disturbed"):
-        of[name] = [*run, "--checkpoint", str(root / name), "--metrics", f"{root / name}.jsonl"]
+        of[name] = [*train, "--checkpoint", str(root / name), "--metrics", f"{root / name}.jsonl"]
     process = torchrun(*of["undisturbed"])
     _, err = process.communicate()
     assert process.returncode == 0, err
