@@ -46,7 +46,6 @@ def expected_calls(
     loss = partial(loss_sum, "cross-entropy")
     with join_world("cpu") as world:
         model = replica = MLP(sizes)
-        pipeline = exact = None
         if axes is not None:
             world = world.with_mesh(**axes)
             model = replica = stage_mlp(parallel_mlp(model, world.mesh["tp"], arithmetic), world.mesh["pp"])
@@ -54,22 +53,19 @@ def expected_calls(
             exact = ExactGradients(model, world) if arithmetic == "exact" else None
             gradients = FusedGradients(model, world) if fused else None
         if world.mesh["pp"].size() > 1:
-            pipeline = Pipeline(model, world, "1f1b", micro_batches=4, exact_gradients=exact)
+            gradients = partial(Pipeline(model, world, exact_gradients=exact).step, loss_sum=loss)
         elif world.dp_size > 1 and arithmetic == "fast" and not fused:
-            group = None if axes is None else world.mesh["dp"].get_group()
-            replica = ddp = DistributedDataParallel(model, process_group=group)
+            replica = ddp = DistributedDataParallel(model, process_group=world.mesh["dp"].get_group())
             if shared:
                 register_shared_memory_hook(ddp, world)
 
         def backward(x: torch.Tensor, labels: torch.Tensor) -> None:
             if gradients is not None:
                 gradients(x, labels, batch_size)
-            elif pipeline is not None:
-                pipeline.step(x, labels, batch_size, loss)
-            else:
-                loss(replica(x), labels).backward()
-                if exact is not None:
-                    exact()
+                return
+            loss(replica(x), labels).backward()
+            if exact is not None:
+                exact()
 
         mesh = world.mesh["dp", "tp"] if muon else None
         optimizer = training.muon(model, 0.1, 0.9, 0.0, mesh=mesh) if muon else None
@@ -85,7 +81,6 @@ def expected_calls(
             *(sizes, batch_size, world.mesh),
             tensor_split=axes is not None,
             arithmetic=arithmetic,
-            micro_batches=4,
             fused=fused,
             muon=mesh,
         )
@@ -154,22 +149,16 @@ def test_buckets_of_a_larger_model(ranks, sizes, batch_size, shared):
 LINK = cost.Link(alpha=1e-4, beta=2e-9)
 
 
-@pytest.mark.parametrize(
-    "operation, ranks, expected",
-    [
+def test_seconds_of_a_link():
+    for operation, ranks, expected in (
         ("all_reduce", 1, 0.0),
         ("all_reduce", 4, 6e-4 + 3e-3),
         ("all_to_all", 4, 3e-4 + 2e-3),
         ("all_gather", 4, 3e-4 + 6e-3),
         ("send", 2, 1e-4 + 2e-3),
         ("recv", 2, 0.0),
-    ],
-)
-def test_seconds_of_a_link(operation, ranks, expected):
-    assert LINK.seconds(operation, ranks, 10**6) == pytest.approx(expected, rel=1e-12, abs=0)
-
-
-def test_seconds_of_an_unknown_operation():
+    ):
+        assert LINK.seconds(operation, ranks, 10**6) == pytest.approx(expected, rel=1e-12, abs=0)
     with pytest.raises(ValueError, match="operation is 'broadcast', expected 'all_reduce'"):
         LINK.seconds("broadcast", 2, 1)
 
