@@ -1,16 +1,26 @@
 # SPDX-License-Identifier: MIT
-"""Check that README and docs name only files, modules, tests and flags that exist."""
+"""README, CONTRIBUTING and docs: what they name exists, their code runs, and their tables are true."""
 
-import ast
-import csv
 import re
+import subprocess
+import tomllib
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
-from commands import ROOT
+import torch
+from commands import ROOT, TORCHRUN, run
+from operators import OPERATORS
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+from torchpar.training.verify import EXPECTED
+
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+README = PAGES["README.md"]
 SUITE = "".join(path.read_text() for path in sorted((ROOT / "tests").glob("*.py")))
 OTHERS_FLAGS = {  # of the launchers, pip, pytest and Lightning
     *("nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts", "ntasks"),
@@ -20,20 +30,11 @@ OTHERS_FLAGS = {  # of the launchers, pip, pytest and Lightning
 
 def our_flags() -> set[str]:
     """Return the fields of the examples' flags, and the arguments of parsers."""
-    flags = set()
-    for path in (ROOT / "examples").rglob("*.py"):
-        fields = (
-            node.target for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.AnnAssign)
-        )
-        flags |= {target.id for target in fields if isinstance(target, ast.Name)}
-    parsers = (
-        *(ROOT / "benchmarks").rglob("*.py"),
-        *(ROOT / "torchpar").rglob("*.py"),
-        ROOT / "tests" / "soak.py",
-    )
-    for path in parsers:
-        flags |= {flag.replace("-", "_") for flag in re.findall(r'"--([a-z][\w-]+)"', path.read_text())}
-    return flags
+    paths = [path for folder in ("benchmarks", "torchpar") for path in (ROOT / folder).rglob("*.py")]
+    parsers = "".join(path.read_text() for path in (*paths, ROOT / "tests" / "soak.py"))
+    examples = "".join(path.read_text() for path in (ROOT / "examples").rglob("*.py"))
+    flags = re.findall(r'"--([a-z][\w-]+)"', parsers) + re.findall(r"^    (\w+): ", examples, re.MULTILINE)
+    return {flag.replace("-", "_") for flag in flags}
 
 
 def missing(text: str, folder: Path, flags: set[str]) -> list[str]:
@@ -44,59 +45,118 @@ def missing(text: str, folder: Path, flags: set[str]) -> list[str]:
     )
     modules = re.findall(r"-m (benchmarks\.[a-z]\w*|torchpar)\b", text)
     modules += [f"benchmarks.{name}" for name in re.findall(r"-m benchmarks run ([a-z]\w*)", text)]
-    tests = re.findall(r"`(test_\w+)`", text)
     used = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][\w-]+)", text)}
     return [
         *(link for link in links if link and not (folder / link).exists()),
         *(path for path in paths if not (ROOT / path).exists()),
         *(module for module in modules if not find_spec(module)),
-        *(test for test in tests if f"def {test}(" not in SUITE),
+        *(test for test in re.findall(r"`(test_\w+)`", text) if f"def {test}(" not in SUITE),
         *(f"--{flag}" for flag in sorted(used - flags - OTHERS_FLAGS)),
     ]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_pages_name_only_what_exists(page):
-    assert missing(page.read_text(), page.parent, our_flags()) == []
+def test_pages_name_only_what_exists():
+    flags = our_flags()
+    for page, text in PAGES.items():
+        assert missing(text, (ROOT / page).parent, flags) == [], page
+    wrong = "[a](none.md) tests/none.py -m benchmarks.none -m benchmarks run none `test_none` --no-such-flag"
+    assert len(missing(wrong, ROOT, flags)) == 6
+
+
+def test_the_readmes_commands_parse_and_install_what_there_is():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for text in PAGES.values():
+        for names in re.findall(r"(?:\.|torchpar)\[([\w,]+)\]'", text):
+            assert set(names.split(",")) <= set(extras)
+    commands = re.findall(r"^python3 -m venv.*", README, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        subprocess.run(["bash", "-nc", command], check=True)
 
 
 @pytest.mark.parametrize(
-    "text",
+    "page, name",
     [
-        "[a](none.md)",
-        "`tests/none.py`",
-        "`python -m benchmarks.none`",
-        "`python -m benchmarks run none`",
-        "`test_none`",
-        "`--no-such-flag`",
+        ("README.md", "train"),
+        ("docs/speedrun.md", "speedrun-ladder"),
+        ("docs/speedrun.md", "speedrun-tried-validated"),
     ],
 )
-def test_what_does_not_exist_is_found(text):
-    assert len(missing(text, ROOT, our_flags())) == 1
+def test_tables_of_results_are_the_measured_ones(page, name):
+    tables = (path.read_text() for path in (ROOT / "benchmarks" / "results").glob(f"*/{name}.md"))
+    assert any(f"\n\n{table.strip()}\n\n" in PAGES[page] for table in tables)
 
 
-def test_the_readme_fits_on_150_lines():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+# The README's table of operators
+
+FEATURES = {
+    "cpu": "ATen",
+    "cuda": "Triton",
+    # tests/test_operators_*.py try these with every operator.
+    "autograd, to second order, and forward mode": "yes",
+    "torch.func: grad, jacrev, hessian, jvp, vmap": "yes",
+    "torch.compile, fullgraph and dynamic": "yes",
+    "torch.export": "yes",
+    "CUDA graphs": "yes",
+}
 
 
-def test_the_readme_shows_the_measured_trainings():
-    (table,) = re.findall(r"^\| ms a step.*\n(?:\|.*\n)+", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert table == (ROOT / "benchmarks" / "results" / "cpu-2-cores" / "train.md").read_text()
-
-
-@pytest.mark.parametrize("name", ["speedrun-ladder", "speedrun-tried-validated"])
-def test_the_speedrun_shows_the_measured_recipes(name):
-    from benchmarks.rows import Row
-    from benchmarks.speedrun import __main__ as benchmark
-
-    with (ROOT / "benchmarks" / "results" / "cpu-2-cores" / f"{name}.csv").open() as file:
-        rows = [
-            Row(
-                work={},
-                provider=row["recipe"],
-                found={key: float(row[key]) for key in ("seconds", "accuracy")},
-            )
-            for row in csv.DictReader(file)
+def test_the_readmes_table_is_what_the_record_of_operators_says():
+    lines = re.search(r"^\| \| `maximum`.*\n((?:\|.*\n)+)", README, re.MULTILINE).group(0).splitlines()
+    (_, *names), _, *rows = ([cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines)
+    assert set(names) == set(OPERATORS) == set(re.findall(r"`torch\.ops\.torchpar\.(\w+)\(", README))
+    for row, *cells in rows:
+        dtypes = [
+            getattr(torch, name) for name in re.findall(r"\b(?:(?:b?float|u?int|complex)\d+|bool)\b", row)
         ]
-    table = benchmark.table(benchmark.summaries(rows))
-    assert f"\n\n{table}\n" in (ROOT / "docs" / "speedrun.md").read_text()
+        for name, cell in zip(names, cells, strict=True):
+            if dtypes:
+                assert {dtype in OPERATORS[name].dtypes for dtype in dtypes} == {cell == "yes"}
+            elif row == "torch.autocast casts to its dtype":
+                assert cell == ("yes" if OPERATORS[name].casts else "no")
+            else:
+                assert cell == FEATURES[row]
+
+
+def test_the_published_hash_is_the_one_that_is_checked():
+    assert re.findall(r"prints `([0-9a-f]{64})`", README) == [EXPECTED]
+
+
+# Code
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL)
+
+
+def execute(code: list[str], page: str) -> dict[str, Any]:
+    names: dict[str, Any] = {"__name__": "page"}
+    for block in code:
+        exec(compile(block, page, "exec"), names)
+    return names
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # in opcheck
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page) and page != "docs/own_model.md"])
+def test_code_of_pages_runs(page, monkeypatch):
+    # With Inductor the operators are compiled in tests/test_operators_compile.py.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    execute([block for block in blocks(page) if "join_world" not in block], page)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page, accuracy, last_line",
+    [("tour", 0.97, r"accuracy (\S+) on 2 ranks\n"), ("own_model", 0.9, r"test accuracy (\S+)\n")],
+)
+def test_scripts_of_pages_learn_on_two_ranks(tmp_path, monkeypatch, page, accuracy, last_line):
+    code = blocks(f"docs/{page}.md")
+    (script,) = (block for block in code if "join_world" in block)
+    (tmp_path / "script.py").write_text(script)
+    status, out, err = run(*TORCHRUN, str(tmp_path / "script.py"), cwd=tmp_path)
+    assert status == 0, err
+    assert float(re.fullmatch(last_line, out).group(1)) > accuracy
+    if page == "own_model":  # its model is loaded by the next block
+        monkeypatch.chdir(tmp_path)
+        names = execute([script.partition("with join_world()")[0] + code[-1]], page)
+        assert names["classes"].tolist() == [0, 1, 2]

@@ -1,152 +1,130 @@
 # SPDX-License-Identifier: MIT
-"""Tests of the package for the Hugging Face Hub's library `kernels`, as written and as loaded from a path."""
+"""Tests of the package for the Hugging Face Hub's library `kernels`.
+
+As a script, ``python test_hub.py FOLDER`` loads the package there and compares its operators.
+"""
 
 import importlib.metadata
+import importlib.util
 import json
 import os
-import shutil
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 from commands import ROOT, run
-from test_kernels_interpreted import pytestmark as needs_interpreter
+from torch.autograd import gradcheck
+from torch.testing import assert_close
 
-import torchpar
-
-CHECKS = Path(__file__).parent / "hub_checks.py"
 VARIANT = "build/torch-universal"
-# By its metadata: on pytest's path `import kernels` finds this repository's folder.
-HAS_KERNELS = any(importlib.metadata.distributions(name="kernels"))
 
 
-def write_package(folder: Path, source: Path = ROOT) -> tuple[int, str, str]:
-    return run(sys.executable, str(source / ".ci" / "hub.py"), str(folder))
-
-
-def check(loader: str, names: str, *folders: str, cwd: Path, **environment: str) -> None:
-    """Run checks of hub_checks.py in a process whose path does not have this repository."""
-    path = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part != str(ROOT)]
-    environment |= {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-B", str(CHECKS), loader, names, *folders]
-    result = subprocess.run(
-        command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+def module_of(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hub") / "package"
-    status, _, err = write_package(folder)
+    """A package as the Hub's cache holds it: each file is a link to one with another name and folder."""
+    written, folder = (tmp_path_factory.mktemp(name) for name in ("written", "snapshot"))
+    status, _, err = run(sys.executable, str(ROOT / ".ci" / "hub.py"), str(written))
     assert status == 0, err
+    for number, file in enumerate([path for path in written.rglob("*") if path.is_file()]):
+        link = folder / file.relative_to(written)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file.rename(written / str(number)))
     return folder
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """A copy of what the package is made from, to be changed."""
-    for name in (".ci", "torchpar", "kernels"):
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / name, tmp_path / "source" / name, symlinks=True, ignore=ignored)
-    shutil.copy(ROOT / "LICENSE", tmp_path / "source")
-    return tmp_path / "source"
-
-
-def identifier(package: Path) -> str:
-    return str(json.loads((package / VARIANT / "metadata.json").read_text())["id"])
-
-
-def cached(package: Path, folder: Path) -> Path:
-    """The package as the Hub's cache holds it: each file is a link to one with another name and folder."""
-    for number, file in enumerate(path for path in package.rglob("*") if path.is_file()):
-        blob, link = folder / "blobs" / str(number), folder / "snapshot" / file.relative_to(package)
-        for path in (blob, link):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, blob)
-        link.symlink_to(blob)
-    return folder / "snapshot"
-
-
-def test_the_package_holds_the_operators_and_what_they_import(package: Path) -> None:
-    files = {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file()}
-    operators = {f"ops/{path.name}" for path in (ROOT / "torchpar" / "ops").glob("*.py")}
-    kernels = {
-        path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "kernels").rglob("*.*")
-        if path.suffix in (".py", ".json")
-    }
-    modules = operators | kernels | {"__init__.py", "_ops.py", "errors.py", "ieee.py"}
-    build = {f"{VARIANT}/torchpar/{name}" for name in modules}
-    assert files == build | {f"{VARIANT}/metadata.json", "README.md", "LICENSE"}
-    metadata = json.loads((package / VARIANT / "metadata.json").read_text())
-    assert {f"{VARIANT}/{name}" for name in metadata["digest"]["files"]} == build
-
-
-def test_the_same_sources_give_the_same_package(package: Path, source: Path, tmp_path: Path) -> None:
-    assert write_package(tmp_path / "again", source)[0] == 0
-    metadata = f"{VARIANT}/metadata.json"
-    assert (tmp_path / "again" / metadata).read_bytes() == (package / metadata).read_bytes()
-
-
-def test_a_package_in_the_hubs_cache(package: Path, tmp_path: Path) -> None:
-    checks = "values" if HAS_KERNELS else "values,derivatives"
-    check("importlib", checks, ".", cwd=cached(package, tmp_path))
-
-
-@pytest.mark.skipif(not HAS_KERNELS, reason="Hugging Face's library `kernels` is not installed")
-def test_a_package_loaded_by_the_library(package: Path) -> None:
-    check("kernels", "values,derivatives,example,digest", ".", cwd=package)
-
-
-@needs_interpreter
-def test_a_launcher_of_the_package(package: Path) -> None:
-    check("importlib", "launcher", ".", cwd=package, TRITON_INTERPRET="1")
-
-
-def test_versions_beside_an_installed_torchpar(package: Path, source: Path, tmp_path: Path) -> None:
-    path = source / "torchpar" / "__init__.py"
-    path.write_text(path.read_text().replace(f'"{torchpar.__version__}"', '"99.0"'))
-    assert write_package(tmp_path / "other", source)[0] == 0
-    shutil.copytree(package, tmp_path / "copy")
-    shutil.copytree(tmp_path / "other", tmp_path / "clash")
-    library = tmp_path / "clash" / VARIANT / "torchpar" / "ops" / "_library.py"
-    library.write_text(library.read_text().replace(identifier(tmp_path / "other"), identifier(package)))
-    metadata = tmp_path / "clash" / VARIANT / "metadata.json"
-    metadata.write_text(metadata.read_text().replace(identifier(tmp_path / "other"), "clash"))
-    check("importlib", "versions", str(package), "copy", "other", "clash", cwd=tmp_path)
+def test_the_package_loads_and_its_operators_give_the_values(package: Path) -> None:
+    path = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part != str(ROOT)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-B", __file__]
+    result = subprocess.run(
+        command, cwd=package, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stdout) == (0, "right\n"), result.stderr
 
 
 @pytest.mark.parametrize(
-    "file, line, message",
+    "name, line, used",
     [
-        ("torchpar/ops/maximum.py", "from torchpar import nn", "uses torchpar,"),
-        ("torchpar/ops/maximum.py", "def f():\n    import torchpar.nn", "uses torchpar.nn,"),
-        ("torchpar/ops/maximum.py", "f(torch.ops.torchpar.maximum)", "uses torchpar,"),
-        ("torchpar/ops/_library.py", 'import_module(f"torchpar.{name}")', "uses torchpar.,"),
-        ("torchpar/ieee.py", "import numpy", "uses numpy,"),
-        ("kernels/tables.py", "def f():\n    from torchpar import nn", "uses torchpar,"),
-        ("torchpar/ops/_library.py", 'NAMESPACE = "torchpar"', "expected one line NAMESPACE"),
+        ("ops/maximum.py", "from torchpar import nn", "torchpar"),
+        ("ops/maximum.py", "def f():\n    import torchpar.nn", "torchpar.nn"),
+        ("ops/maximum.py", "f(torch.ops.torchpar.maximum)", "torchpar"),
+        ("ops/_library.py", 'import_module(f"torchpar.{name}")', "torchpar."),
+        ("ieee.py", "import numpy", "numpy"),
     ],
 )
-def test_what_cannot_be_part_of_the_package_is_refused(
-    source: Path, tmp_path: Path, file: str, line: str, message: str
-) -> None:
-    with (source / file).open("a") as stream:
-        stream.write(f"{line}\n")
-    status, out, err = write_package(tmp_path / "package", source)
-    assert (status, out, err.count("\n")) == (2, "", 1)
-    assert file.removeprefix("torchpar/") in err
-    assert message in err
-    assert not (tmp_path / "package").exists()
+def test_imports_that_the_package_cannot_have_are_refused(name: str, line: str, used: str) -> None:
+    hub = module_of("hub", ROOT / ".ci" / "hub.py")
+    message = rf"^torchpar/{name}, line \d: uses {re.escape(used)}, expected torch, triton, the standard"
+    with pytest.raises(ValueError, match=message):
+        hub.relative(line, name)
+    assert hub.relative("from torchpar.errors import ConfigError", name).startswith("from .")
 
 
-def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for folder in (tmp_path, tmp_path / "file"):
-        status, _, err = write_package(folder)
-        assert (status, err.count("\n")) == (2, 1)
-        assert "is not an empty folder" in err
-    (tmp_path / "empty").mkdir()
-    assert write_package(tmp_path / "empty")[0] == 0
+# In a process whose path does not have this repository, with the package's folder as the current one.
+
+
+def load() -> ModuleType:
+    """Load the package as its README does, or without the library `kernels` by the same rule."""
+    variant = Path(VARIANT).absolute()
+    metadata = json.loads((variant / "metadata.json").read_text())
+    if not any(importlib.metadata.distributions(name="kernels")):
+        return module_of(metadata["id"], variant / "torchpar" / "__init__.py")
+    from kernels._rust import Digest, DigestAlgorithm, Metadata
+
+    digest = Metadata.read_from_file(variant / "metadata.json").digest
+    digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, variant))
+    (example,) = re.findall("```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    return names["torchpar"]
+
+
+def main() -> None:
+    sys.modules["torchpar"] = None  # type: ignore[assignment]  # importing it fails
+    package = load()
+    torch.manual_seed(0)
+    # Sums of products of these numbers are exact in float32.
+    a, b, weight = (torch.randint(-8, 9, shape) / 8 for shape in ((129, 127), (129, 127), (3, 127)))
+    a64, b64 = a.double(), b.double()
+    formulas = {
+        "maximum": (package.maximum(a, b), torch.maximum(a64, b64)),
+        "matmul_t": (package.matmul_t(a), a64 @ a64.mT),
+        "symmetric_matmul": (package.symmetric_matmul(a, a / 2, alpha=3), 1.5 * a64 @ a64.mT),
+        "linear_sigmoid": (package.linear_sigmoid(a, weight), (a64 @ weight.double().mT).sigmoid()),
+        "exact_matmul": (package.exact_matmul(a, b), a64 @ b64.mT),
+        "exact_matmul_t": (package.exact_matmul_t(a), a64 @ a64.mT),
+    }
+    assert set(formulas) == set(package.__all__)
+    for name, (found, formula) in formulas.items():
+        few_roundings = 8 * torch.finfo(torch.float32).eps if name == "linear_sigmoid" else 0
+        assert_close(found.double(), formula, rtol=0, atol=few_roundings)
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(package.matmul_t, x)
+    assert package.matmul_t(x.to("meta")).shape == (4, 4)
+    tables = importlib.import_module(f"{package.__name__}.kernels.tables")
+    assert Path(str(tables.__file__)).parent / "tuned" == tables.SHIPPED  # not in the folder of the blobs
+
+    del sys.modules["torchpar"]
+    sys.path.insert(0, str(ROOT))
+    import torchpar  # an installed version has a namespace of its own
+
+    assert package.__version__ == torchpar.__version__
+    assert package.matmul_t is not torchpar.matmul_t
+    assert torch.equal(package.matmul_t(x), torchpar.matmul_t(x))
+    print("right")
+
+
+if __name__ == "__main__":
+    main()
