@@ -37,9 +37,9 @@ META = torch.device("meta")
 @contextmanager
 def idle_driver(launched: Callable[..., object] = lambda *args: None) -> Iterator[None]:
     """Compile kernels for sm_90; ``launched`` takes what a launch passes to the driver."""
-    from benchmarks import compiled
+    from benchmarks import autotune
 
-    class Idle(compiled.Driver):
+    class Idle(autotune.Driver):
         utils = SimpleNamespace(
             load_binary=lambda *args: (1, 1, 0, 0, 1024),  # module, function, registers, spills, threads
             get_device_properties=lambda device: {"max_shared_mem": 232448},
@@ -49,7 +49,7 @@ def idle_driver(launched: Callable[..., object] = lambda *args: None) -> Iterato
         def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., object]:
             return launched
 
-    with patch.object(compiled, "Driver", Idle), compiled.target(90):
+    with patch.object(autotune, "Driver", Idle), autotune.target(90):
         yield
 
 
