@@ -13,9 +13,10 @@ from unittest.mock import patch
 import pytest
 import torch
 import triton
+from machine_code import MachineCode, machine_codes
 from torch import Tensor
 
-from benchmarks.compiled import Driver, MachineCode, machine_codes, target
+from benchmarks.autotune import Driver, target
 from torchpar.kernels import candidates, exact_matmul, matmul_t, maximum, sigmoid_backward, tuning
 from torchpar.kernels import linear_sigmoid as linear
 from torchpar.kernels.candidates import Tiles
