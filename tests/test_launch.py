@@ -65,7 +65,7 @@ def test_a_kept_plan_passes_what_triton_passed(log, tiles):
         matmul_t.symmetric_product(x, x, "ieee", None, c, alpha, -2.0, out=c, tiles=tiles)
     assert len(log.compiled) == 1
     for (x, c, alpha), (grid, arguments) in zip(calls, log.launched, strict=True):
-        assert all(a is b for a, b in zip(arguments[:4], (x, x, c, c), strict=True))
+        assert list(map(id, arguments[:4])) == list(map(id, (x, x, c, c)))
         assert struct.pack("<2q", *arguments[4:6]) == struct.pack("<2d", alpha, -2.0)
         assert (grid, arguments[6:]) == (log.launched[0][0], log.launched[0][1][6:])
 
@@ -100,20 +100,14 @@ def test_an_address_off_16_bytes_has_a_plan_of_its_own(log):
     assert len(log.compiled) == 5
 
 
-def test_two_operands_are_not_one(log):
-    """``x`` and a copy of it have one layout; a plan for X·Xᵀ would not look at the copy."""
+def test_operands_of_one_layout(log):
+    """A plan for X·Xᵀ would not look at a copy of X. The stride of a batch of one does not matter to TMA."""
     x = meta(N, K)
-    matmul_t.symmetric_product(x, x, "ieee", None, tiles=TMA)
-    matmul_t.symmetric_product(x, meta(N, K), "ieee", None, tiles=TMA)
-    assert [plan.constants["SAME"] for plan in log.compiled] == [True, False]
-
-
-def test_the_stride_of_a_batch_of_one_suits_tma(log):
-    """A slice of an expanded batch has a stride of 0."""
-    for x in (meta(N, K), meta(N, K).expand(3, N, K)[:1]):
-        matmul_t.symmetric_product(x, x, "ieee", None, tiles=TMA)
+    for a, b in ((x, x), (x, meta(N, K)), [meta(N, K).expand(3, N, K)[:1]] * 2):
+        matmul_t.symmetric_product(a, b, "ieee", None, tiles=TMA)
+    assert [plan.constants["SAME"] for plan in log.compiled] == [True, False, True]
     a_batch = 9  # after four tensors, two factors, batches, n and k
-    assert [arguments[a_batch] for _, arguments in log.launched] == [N * K] * 2
+    assert [arguments[a_batch] for _, arguments in log.launched] == [N * K] * 3
 
 
 def test_all_launchers_keep_plans_until_they_are_forgotten(log):
@@ -167,23 +161,23 @@ def test_persistent_programs_are_as_many_as_run_at_a_time(tiles, programs):
 
 
 @pytest.mark.parametrize(
-    "rows, strides, symmetric, block, programs",
+    "n, strides, symmetric, block, programs",
     [
-        ((1152, 1152), (64, 1), False, (128, 64, 8), 9 * 18),
-        ((1024, 1024), (64, 1), False, (64, 32, 8), 16 * 32),  # 8 · 16 large tiles for 132 multiprocessors
-        ((1152, 1152), (1, 1152), False, (128, 64, 8), 9 * 18),
-        ((1088, 1088), (64, 1), True, (64, 64, 4), 17 * 18 // 2),
-        ((1088, 1088), (1, 1088), True, (64, 64, 8), 17 * 18 // 2),
-        ((1024, 1024), (64, 1), True, (32, 32, 4), 32 * 33 // 2),
-        ((1152, 1152), (66, 1), False, (64, 32, 8), 18 * 36),  # rows begin on 8 bytes
-        ((1152, 1152), (128, 2), False, (64, 32, 8), 18 * 36),  # neither rows nor columns are contiguous
+        (1152, (64, 1), False, (128, 64, 8), 9 * 18),
+        (1024, (64, 1), False, (64, 32, 8), 16 * 32),  # 8 · 16 large tiles for 132 multiprocessors
+        (1152, (1, 1152), False, (128, 64, 8), 9 * 18),
+        (1088, (64, 1), True, (64, 64, 4), 17 * 18 // 2),
+        (1088, (1, 1088), True, (64, 64, 8), 17 * 18 // 2),
+        (1024, (64, 1), True, (32, 32, 4), 32 * 33 // 2),
+        (1152, (66, 1), False, (64, 32, 8), 18 * 36),  # rows begin on 8 bytes
+        (1152, (128, 2), False, (64, 32, 8), 18 * 36),  # neither rows nor columns are contiguous
     ],
 )
-def test_tiles_of_the_exact_product(rows, strides, symmetric, block, programs):
-    (m, n), noted = rows, Launch()
-    a, b = (torch.empty_strided((size, 64), strides, device="meta") for size in rows)
-    e, f = (meta(size, dtype=torch.int32) for size in rows)
-    second, f = (a, e) if symmetric else (b, f)
-    exact_matmul.exact_product(a, second, e, f, noted, out=meta(m, n, dtype=torch.float32))
+def test_tiles_of_the_exact_product(n, strides, symmetric, block, programs):
+    noted = Launch()
+    a, b = (torch.empty_strided((n, 64), strides, device="meta") for _ in range(2))
+    e = meta(n, dtype=torch.int32)
+    out = meta(n, n, dtype=torch.float32)
+    exact_matmul.exact_product(a, a if symmetric else b, e, e, noted, out=out)
     assert tuple(noted.options[name] for name in ("BLOCK_M", "BLOCK_N", "num_warps")) == block
     assert noted.programs == programs
