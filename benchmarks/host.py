@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Time what the host does in a launch, up to the driver: ``python -m benchmarks run host``.
 
-A small kernel ends before the host has issued the next one; then only the host's time counts. A launcher keeps
-what it decides for tensors of one layout, and "without a plan" it decides anew. A stand-in for the driver does
-nothing, and tensors have no memory, so that no GPU is needed. Triton's own launcher is left out.
+A small kernel ends before the host has issued the next one; then only the host's time counts. A launcher
+keeps what it decides for tensors of one layout, and "without a plan" it decides anew. A stand-in for the
+driver does nothing, and tensors have no memory, so that no GPU is needed. Triton's own launcher is left out.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -55,11 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with idle_driver():
         for n in SIZES[: 1 if options.quick else None]:
             x = torch.empty(n, n, dtype=torch.bfloat16, device="meta")
-            for operator, launch in {
+            launches: dict[str, Callable[..., object]] = {
                 "matmul_t": partial(matmul_t.symmetric_product, x, x, "ieee", out=x.clone()),
                 "linear_sigmoid": partial(linear_sigmoid.linear_sigmoid, x, x, x[0], "ieee", out=x.clone()),
                 "maximum": partial(maximum.maximum, x, x, x.clone()),
-            }.items():
+            }
+            for operator, launch in launches.items():
                 turns: dict[str, Turn] = {
                     "launch": partial(turn, partial(launch, wrap=None)),
                     "without a plan": partial(turn, partial(launch, wrap=lambda kernel: kernel)),

@@ -12,6 +12,7 @@ from benchmarks.idle_threads import shorten_spins
 
 shorten_spins()
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -27,28 +28,8 @@ import torchpar
 from benchmarks.command import Command, run
 from benchmarks.compare import Work
 from benchmarks.operators import NATIVE, OURS
-from benchmarks.results import (
-    CORES,
-    Result,
-    Table,
-    duration,
-    markdown,
-    number,
-    picture,
-    print_results,
-    provenance,
-)
-from benchmarks.timing import (
-    CPU,
-    Ceiling,
-    Rejected,
-    Turn,
-    flush,
-    measure_ceiling,
-    settle,
-    take_turns,
-    time_calls,
-)
+from benchmarks.results import CORES, Result, Table, duration, markdown, number, picture, print_results
+from benchmarks.timing import CPU, Rejected, Turn, flush, measure_ceiling, settle, take_turns, time_calls
 from torchpar.baselines import numpy_mlp, pure_python
 from torchpar.baselines.numpy_mlp import Array
 from torchpar.errors import ConfigError
@@ -66,7 +47,10 @@ SECONDS = 2.5  # of a contestant's turns, after which it has no more
 WARM_SECONDS = 5e-3
 WARM_CALLS = 100  # of a rank
 PRODUCTS = 10_000_000  # about a second of pure Python
-COLUMNS = ("contestant", "note", "p50_ms", "over_pure_python", "over_previous", "gb_per_s", "gflop_per_s")
+COLUMNS = (
+    *("contestant", "note", "p50_ms", "over_pure_python", "over_previous", "gb_per_s", "gflop_per_s"),
+    *("first_s", "ok"),
+)
 
 
 @dataclass(frozen=True)
@@ -103,7 +87,6 @@ class Contestant(NamedTuple):
     Attributes:
         turn: times it and checks the result. Its seconds are of the whole case.
         note: printed beside the name.
-        covered: the part of the case that is computed; the time is extrapolated from less than 1.
         compiles: whether the time of the first call is shown.
         intensity: floating-point operations that the case needs, for each byte that this way loads.
     """
@@ -111,9 +94,7 @@ class Contestant(NamedTuple):
     name: str
     turn: Turn
     note: str = ""
-    covered: float = 1.0
     compiles: bool = False
-    device: torch.device = CPU
     intensity: float | None = None
 
 
@@ -149,77 +130,67 @@ def make_case(operator: str, shape: Sequence[int]) -> Case:
     return Case(operator, label, (x, weight, bias), expected, bound, work, cold=False)
 
 
-def contestants(case: Case, shape: Sequence[int], ranks: Ranks, quick: bool) -> Iterator[Contestant]:
+def contestants(case: Case, shape: tuple[int, ...], ranks: Ranks, quick: bool) -> Iterator[Contestant]:
     """All ways, the first of which is pure Python; if ``quick``, without torch.compile and many threads."""
-    native, ours, arguments = NATIVE[case.operator], OURS[case.operator], case.arguments
-    lists = [t.tolist() for t in arguments]
-    if case.operator == "matmul_t":  # some rows take long enough
-        n, k = arguments[0].shape
-        rows = max(1, min(n, PRODUCTS // (n * k)))
-        turn = cpu_turn(case, partial(pure_python.matmul_t, lists[0], rows), rows)
-        note = "" if rows == n else f"from {rows} of {n} rows"
-        yield Contestant("pure Python", turn, note, covered=rows / n)
-    else:
-        yield Contestant("pure Python", cpu_turn(case, partial(getattr(pure_python, case.operator), *lists)))
-    yield from njit_contestants(case, THREADS[:1] if quick else THREADS)
-    yield Contestant("NumPy", cpu_turn(case, partial(getattr(numpy_mlp, case.operator), *arguments)))
-    tensors = [torch.from_numpy(t) for t in arguments]
-    yield Contestant("torch eager", cpu_turn(case, partial(native, *tensors)))
-    if not quick:
-        compiled = partial(torch.compile(native, dynamic=False), *tensors)
-        yield Contestant("torch.compile", cpu_turn(case, compiled), compiles=True)
-    yield Contestant("torchpar CPU", cpu_turn(case, partial(ours, *tensors)))
-    if torch.cuda.is_available():
-        yield from gpu_contestants(case)
-    yield Contestant("2 ranks", partial(ranks_turn, case, tuple(shape), ranks), "a half each, left there")
-
-
-def njit_contestants(case: Case, threads: Sequence[int]) -> Iterator[Contestant]:
-    """The loops. Of those of X·Xᵀ: needed operations of each byte loaded.
-
-    A product is two operations, of which the symmetric result needs one; its numbers are 8 bytes, which serve
-    as many products as a tile has rows.
-    """
     from torchpar.baselines import numba_njit
 
-    ways: dict[str, tuple[str, float | None]] = {"njit": (case.operator, None)}
-    if case.operator == "matmul_t":
-        ways = {
+    operator, arrays = case.operator, case.arguments
+
+    def way(
+        name: str, function: Callable[..., Any], *arguments: Any, note: str = "", **other: Any
+    ) -> Contestant:
+        return Contestant(name, timed_turn(case, partial(function, *arguments)), note, **other)
+
+    lists = [t.tolist() for t in arrays]
+    if operator == "matmul_t":  # some rows take long enough
+        rows = max(1, min(shape[0], PRODUCTS // math.prod(shape)))
+        note = "" if rows == shape[0] else f"from {rows} of {shape[0]} rows"
+        call = partial(pure_python.matmul_t, lists[0], rows)
+        yield Contestant("pure Python", timed_turn(case, call, rows), note)
+    else:
+        yield way("pure Python", getattr(pure_python, operator), *lists)
+
+    loops: dict[str, tuple[str, float | None]] = {"njit": (operator, None)}
+    if operator == "matmul_t":
+        # Needed operations of each byte loaded. A product is two operations, of which the symmetric result
+        # needs one; its numbers are 8 bytes, which serve as many products as a tile has rows.
+        loops = {
             "njit": ("matmul_t", 1 / 8),
             "njit, blocked": ("matmul_t_blocked", numba_njit.TILE / 8),
             "njit, triangular": ("matmul_t_triangular", numba_njit.TILE / 4),
         }
+    for name, (loop, intensity) in loops.items():
+        yield way(name, getattr(numba_njit.SERIAL, loop), *arrays, compiles=True, intensity=intensity)
 
     def in_threads(count: int, function: Callable[..., Array]) -> Array:
         with numba_njit.threads(count):
-            return function(*case.arguments)
+            return function(*arrays)
 
-    for name, (function, intensity) in ways.items():
-        turn = cpu_turn(case, partial(getattr(numba_njit.SERIAL, function), *case.arguments))
-        yield Contestant(name, turn, compiles=True, intensity=intensity)
-    for name, (function, intensity) in ways.items():
-        for count in (count for count in threads if count <= CORES):
-            turn = cpu_turn(case, partial(in_threads, count, getattr(numba_njit.PARALLEL, function)))
-            note = f"{count} thread{'s' * (count > 1)}"
-            serial = count == 1
-            shown = None if serial else intensity
-            yield Contestant(f"{name}, parallel", turn, note, compiles=serial, intensity=shown)
+    for name, (loop, intensity) in loops.items():
+        for count in THREADS[: 1 if quick else None]:
+            parallel = partial(in_threads, count, getattr(numba_njit.PARALLEL, loop))
+            shown = {"compiles": True} if count == 1 else {"intensity": intensity}
+            if count <= CORES:
+                yield way(f"{name}, parallel", parallel, note=f"{count} thread{'s' * (count > 1)}", **shown)
+
+    tensors = [torch.from_numpy(t) for t in arrays]
+    yield way("NumPy", getattr(numpy_mlp, operator), *arrays)
+    yield way("torch eager", NATIVE[operator], *tensors)
+    if not quick:
+        yield way("torch.compile", torch.compile(NATIVE[operator], dynamic=False), *tensors, compiles=True)
+    yield way("torchpar CPU", OURS[operator], *tensors)
+    if torch.cuda.is_available():
+        from torchpar.baselines import launch_shapes  # imports Triton
+
+        tensors = [t.cuda() for t in tensors]
+        for note, kernel in launch_shapes.SHAPES.get(operator, {}).items():
+            yield way("Triton", kernel, *tensors, note=note, compiles=True)
+        yield way("torch eager GPU", NATIVE[operator], *tensors, compiles=True)
+        yield way("torchpar GPU", OURS[operator], *tensors, compiles=True)
+    yield Contestant("2 ranks", partial(ranks_turn, case, shape, ranks), "a half each, left there")
 
 
-def gpu_contestants(case: Case) -> Iterator[Contestant]:
-    from torchpar.baselines import launch_shapes  # imports Triton
-
-    device = torch.device("cuda")
-    tensors = [torch.from_numpy(t).to(device) for t in case.arguments]
-    shapes = launch_shapes.SHAPES.get(case.operator, {})
-    ways = [("Triton", note, kernel) for note, kernel in shapes.items()]
-    ways += [("torch eager GPU", "", NATIVE[case.operator]), ("torchpar GPU", "", OURS[case.operator])]
-    for name, note, function in ways:
-        turn = partial(gpu_turn, case, partial(function, *tensors))
-        yield Contestant(name, turn, note, compiles=True, device=device)
-
-
-def cpu_turn(case: Case, call: Callable[[], Any], rows: int | None = None) -> Turn:
+def timed_turn(case: Case, call: Callable[[], Any], rows: int | None = None) -> Turn:
     """Turns of a call that computes the first ``rows``.
 
     A cold turn is one call, after the caches were flushed; a warm one has as many as take `WARM_SECONDS`.
@@ -229,22 +200,20 @@ def cpu_turn(case: Case, call: Callable[[], Any], rows: int | None = None) -> Tu
 
     def turn(index: int) -> list[float]:
         nonlocal calls
+        device = CPU
+        if isinstance(call, partial) and isinstance(call.args[0], Tensor):
+            device = call.args[0].device
         if case.cold:
-            flush(CPU)
-        timed = time_calls(call, calls=calls)
-        case.check(np.asarray(timed.result), slice(rows))
+            flush(device)
+        timed = time_calls(call, device, calls)
+        seconds = timed.seconds()
+        result = timed.result.cpu() if isinstance(timed.result, Tensor) else timed.result
+        case.check(np.asarray(result), slice(rows))
         if index == 0 and not case.cold:  # the first call may have compiled
-            calls = 1 + int(WARM_SECONDS / time_calls(call).seconds())
-        return [timed.seconds() / part]
+            calls = 1 + int(WARM_SECONDS / time_calls(call, device).seconds())
+        return [seconds / part]
 
     return turn
-
-
-def gpu_turn(case: Case, call: Callable[[], Tensor], index: int) -> list[float]:
-    flush(torch.device("cuda"))
-    timed = time_calls(call, torch.device("cuda"))
-    case.check(timed.result.cpu().numpy())
-    return [timed.seconds()]
 
 
 def ranks_turn(case: Case, shape: tuple[int, ...], ranks: Ranks, index: int) -> list[float]:
@@ -279,29 +248,24 @@ def forget_on_rank() -> None:
     call_of_rank.cache_clear()
 
 
-def measure(
-    case: Case, contestants: Sequence[Contestant], ceilings: Mapping[str, Ceiling], rounds: int = ROUNDS
-) -> list[Result]:
-    """Time the contestants in turn. ``ceilings`` are of each type of device."""
+def measure(case: Case, contestants: Sequence[Contestant], rounds: int = ROUNDS) -> list[Result]:
+    """Time the contestants in turn, and compare each with the first and with the one before."""
     named = {(one.name, one.note): one for one in contestants}
     turns = {key: one.turn for key, one in named.items()}
     times = take_turns(turns, rounds, seconds=SECONDS, label=case.label)
     results: list[Result] = []
-    by_bytes = case.operator == "maximum"
     for key, one in named.items():
         result = times[key].row({"workload": case.label}, one.name)
-        found: dict[str, Any] = {"note": one.note, "covered": one.covered, "intensity": one.intensity}
+        found: dict[str, Any] = {"note": one.note, "intensity": one.intensity}
         found["first_s"] = times[key].first if one.compiles else None
         if result.p50_ms:
-            rate = (case.work.bytes if by_bytes else case.work.flops) / result.p50_ms * 1e3
-            ceiling = ceilings[one.device.type]
-            most = ceiling.bandwidth if by_bytes else ceiling.matmul[torch.float32]
-            for name, other in (
-                ("over_pure_python", results[:1] or [result]),
-                ("over_previous", results[-1:]),
-            ):
+            others = {"over_pure_python": results[:1] or [result], "over_previous": results[-1:]}
+            for name, other in others.items():
                 found[name] = other[0].p50_ms / result.p50_ms if other and other[0].p50_ms else None
-            found |= {"gb_per_s" if by_bytes else "gflop_per_s": rate / 1e9, "of_ceiling": rate / most}
+            if case.operator == "maximum":
+                found["gb_per_s"] = case.work.bytes / result.p50_ms / 1e6
+            else:
+                found["gflop_per_s"] = case.work.flops / result.p50_ms / 1e6
         results.append(replace(result, found=found))
     return results
 
@@ -328,9 +292,7 @@ def as_markdown(results: Sequence[Result]) -> str:
     return markdown(lines)
 
 
-def draw(
-    path: Path, results: Sequence[Result], title: str, roofs: dict[str, float], arithmetic: float
-) -> None:
+def draw(path: Path, results: Sequence[Result], roofs: Mapping[str, float], arithmetic: float) -> None:
     """Speed of X·Xᵀ by needed operations per byte loaded, under what loads and arithmetic allow.
 
     Args:
@@ -354,9 +316,8 @@ def draw(
             place: dict[str, Any] = {"xytext": (-7, 5) if threaded else (7, -9)}
             place |= {"ha": "right" if threaded else "left", "textcoords": "offset points", "fontsize": 8}
             axes.annotate(label(one).replace(", parallel", ""), point, **place)
-        axes.set(xscale="log", yscale="log", xlim=(left, right))
+        axes.set(xscale="log", yscale="log", xlim=(left, right), title=results[0].case["workload"])
         axes.set(xlabel="needed operations per byte loaded", ylabel="GFLOP/s of needed operations")
-        axes.set_title(f"{results[0].case['workload']}\n{title}", fontsize=10)
         axes.legend(fontsize=8, loc="lower right")
 
 
@@ -365,42 +326,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = command.parse(arguments)
     if options.output:
         command.require("matplotlib")
-    shapes, rounds = (QUICK_SHAPES, 2) if options.quick else (SHAPES, ROUNDS)
-    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-    ceilings = {name: measure_ceiling(torch.device(name), [torch.float32], options.quick) for name in devices}
     try:
         in_cache = cache_bandwidth(options.quick)
     except ImportError as e:  # Numba raises it beside a NumPy that it does not know
         raise ConfigError(f"{e}; pip install 'torchpar[baselines]'") from e
-    roofs = {"memory": ceilings["cpu"].bandwidth, "a core's cache": in_cache}
-    arithmetic = ceilings["cpu"].matmul[torch.float32]
-    gpu = provenance(torch.device("cuda")) if "cuda" in devices else {"device": "", "clocks": ""}
-    table = Table(
-        command.csv(options),
-        CPU,
-        **{"cores": CORES, "gpu": gpu["device"], "gpu_clocks": gpu["clocks"]},
-        **{"memory_bytes_per_s": roofs["memory"], "cache_bytes_per_s": in_cache},
-        product_flop_per_s=arithmetic,
-    )
+    ceiling = measure_ceiling(CPU, [torch.float32], options.quick)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    table = Table(command.csv(options), CPU, cores=CORES, gpu=gpu)
+    shapes, rounds = (QUICK_SHAPES, 2) if options.quick else (SHAPES, ROUNDS)
     measured = {}
     with start_ranks(2) as ranks:
         for operator, shape in shapes.items():
             case = make_case(operator, shape)
-            listed = list(contestants(case, shape, ranks, options.quick))
-            measured[operator] = table.add(measure(case, listed, ceilings, rounds))
+            ways = list(contestants(case, shape, ranks, options.quick))
+            measured[operator] = table.add(measure(case, ways, rounds))
         ranks.run(forget_on_rank)
     for results in measured.values():
-        print_results(results[0].case["workload"], results, (*COLUMNS, "of_ceiling", "first_s", "ok"))
-    if missing := [str(count) for count in THREADS if count > CORES]:
-        print(f"not measured: njit with {' and '.join(missing)} threads, of {CORES} cores")
-    if not gpu["device"]:
-        print("not measured: a GPU, there is none")
+        print_results(results[0].case["workload"], results, COLUMNS)
     if options.output:
-        origin = provenance(CPU)
-        machine = ", ".join(filter(None, (origin["device"], f"{CORES} cores", gpu["device"])))
-        title = f"{machine}; torch {origin['torch']}, NumPy {origin['numpy']}, {origin['date'][:10]}"
         (options.output / "ladder.md").write_text("\n".join(map(as_markdown, measured.values())))
-        draw(options.output / "intensity.png", measured["matmul_t"], title, roofs, arithmetic)
+        roofs = {"memory": ceiling.bandwidth, "a core's cache": in_cache}
+        arithmetic = ceiling.matmul[torch.float32]
+        draw(options.output / "intensity.png", measured["matmul_t"], roofs, arithmetic)
     return table.status
 
 
