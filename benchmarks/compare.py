@@ -18,7 +18,7 @@ Caches are flushed before each sample.
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -179,23 +179,19 @@ class _Inputs:
         self.error = off.maximum(self.error)
 
 
+@dataclass
 class _Checked:
     """A contestant, its errors, and on a GPU its memory and the host's times."""
 
-    def __init__(
-        self,
-        case: Case,
-        contestant: Contestant,
-        mode: Mode,
-        calls: int,
-        finish: Callable[[Tensor], Tensor] | None,
-    ):
-        self.device, self.dtype = case.device, case.dtype
-        self.contestant, self.mode, self.calls, self.finish = contestant, mode, calls, finish
-        self.errors = torch.empty(0)
-        self.near_oracle = True
-        self.hosts: list[float] = []
-        self.peak_memory_mb: float | None = None
+    case: Case
+    contestant: Contestant
+    mode: Mode
+    calls: int
+    finish: Callable[[Tensor], Tensor] | None
+    errors: Tensor = field(default_factory=lambda: torch.empty(0))
+    near_oracle: bool = True
+    hosts: list[float] = field(default_factory=list)
+    peak_memory_mb: float | None = None
 
     @property
     def host_ms(self) -> float | None:
@@ -204,7 +200,7 @@ class _Checked:
 
     def turn(self, inputs: _Inputs, index: int) -> list[float]:
         """Time the calls on live inputs, which hold ``inputs.drawn`` meanwhile, and check the result."""
-        device, live, expected = self.device, inputs.live, inputs.expected
+        device, live, expected = self.case.device, inputs.live, inputs.expected
         on_gpu = device.type == "cuda"
         if on_gpu:
             flush(device)  # what does not wait for the current stream will find the inputs still NaN
@@ -212,7 +208,9 @@ class _Checked:
             for t, value in zip(live, inputs.drawn, strict=True):
                 t.copy_(value)
         call = prepare(self.contestant, live, self.mode)
-        freed = [torch.full_like(t, poison(self.dtype), dtype=self.dtype) for t in (*expected, *live)]
+        freed = [
+            torch.full_like(t, poison(self.case.dtype), dtype=self.case.dtype) for t in (*expected, *live)
+        ]
         del freed
         flush(device)
         if on_gpu:

@@ -63,6 +63,7 @@ OURS: dict[str, Contestant] = {
 # columns on a CPU with eight times eager's error.
 LIBRARIES = ("torch.compile", "torchpar + torch.compile", "numpy")
 FINISH = {"addmm": torch.sigmoid}  # of linear_sigmoid, the product and the bias alone
+FORWARD_ONLY = ("numpy", "addmm")
 
 # Of maximum both shapes; of products (*, n, k); of linear_sigmoid rows, in_features and out_features, and of
 # its backward rows and out_features; of exact_matmul m, k and n.
@@ -235,20 +236,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "warm" in options.modes and not on_gpu and case.forward.bytes <= WARM:
             chosen.append(("forward", WARM_CALLS))
         for mode, calls in chosen:
-            table.add(
-                compare(
-                    case,
-                    {name: one for name, one in compared.items() if mode == "forward" or name not in FINISH},
-                    reference="eager",
-                    libraries=LIBRARIES,
-                    finish=FINISH,
-                    mode=mode,
-                    rounds=2 if options.quick else ROUNDS,
-                    seconds=SECONDS[device.type],
-                    calls=calls,
-                    ceiling=ceiling,
-                )
+            names = [name for name in compared if mode == "forward" or name not in FORWARD_ONLY]
+            results = compare(
+                case,
+                {name: compared[name] for name in names},
+                reference="eager",
+                libraries=LIBRARIES,
+                finish=FINISH,
+                mode=mode,
+                rounds=2 if options.quick else ROUNDS,
+                seconds=SECONDS[device.type],
+                calls=calls,
+                ceiling=ceiling,
             )
+            table.add(results)
     for operator in options.operators:
         print_results(operator, [result for result in table.results if result.case["operator"] == operator])
     return table.status
