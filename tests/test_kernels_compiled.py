@@ -103,8 +103,8 @@ def tensor_core(capability: int, kind: str) -> str:
         return r"DMMA\..*"
     if capability == 100:
         return "UTCHMMA"
-    suffix = {"bfloat16": r"\.BF16", "float16": "", "tf32": r"\.TF32"}[kind]
-    return rf"{ {80: 'HMMA', 90: 'HGMMA'}[capability] }\.\w+\.F32{suffix}"
+    mnemonic = "HGMMA" if capability == 90 else "HMMA"
+    return mnemonic + {"bfloat16": r"\.\w+\.F32\.BF16", "tf32": r"\.\w+\.F32\.TF32"}[kind]
 
 
 @pytest.mark.parametrize(

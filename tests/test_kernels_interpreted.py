@@ -7,7 +7,6 @@ computes it wrongly.
 """
 
 import math
-from contextvars import copy_context
 from functools import partial
 from unittest.mock import patch
 
@@ -179,23 +178,6 @@ def check_factors_are_exact() -> None:
     nan = torch.full_like(s, math.nan)
     matmul_t.symmetric_product(s, s @ s, "ieee", directly, nan, 1.0, 0.0, out=out)
     assert torch.equal(out, s @ s @ s), "c was read, though beta is 0"
-
-
-def check_allocator_is_the_users() -> None:
-    """The memory for descriptors is ours for a launch; the allocator that is set stays as it is."""
-    seen = []
-
-    class Record:
-        def __init__(self, kernel):
-            pass
-
-        def __getitem__(self, grid):
-            return lambda *args, **options: seen.append(dict(copy_context()))
-
-    before, x = dict(copy_context()), torch.ones(16, 4)
-    matmul_t.symmetric_product(x, x, "ieee", Record, tiles=PATHS["wide TMA"])
-    assert seen[0] != before
-    assert dict(copy_context()) == before
 
 
 def check_tma_refuses_other_strides() -> None:
@@ -538,7 +520,6 @@ OPERANDS = {  # what makes the operands from a draw, the kernel that serves them
     "transposed": (lambda d: (d(65, 33), d(33, 65).mT), STRIDED, 1),
     "permuted": (lambda d: (d(5, 6, 7, 3), d(3, 5, 7, 6).permute(1, 3, 2, 0)), STRIDED, 1),
     "sliced": (lambda d: (d(33, 40)[:, ::2], d(66, 20)[::2]), STRIDED, 1),
-    "every second": (lambda d: (d(258)[::2], d(129)), STRIDED, 1),
     "a row": (lambda d: (d(33, 129), d(129)), STRIDED, 1),
     "a column": (lambda d: (d(129, 33), d(129, 1)), STRIDED, 1),
     "a long row": (lambda d: (d(3, 2049), d(1, 2049)), STRIDED, 1),
@@ -607,11 +588,9 @@ def test_maximum(interpreter, case):
     [
         (torch.float32, torch.float16),
         (torch.float16, torch.int64),
-        (torch.int32, torch.float64),
-        (torch.float32, torch.bool),
+        (torch.float64, torch.bool),
         (torch.bool, torch.int8),
         (torch.int8, torch.uint8),
-        (torch.int64, torch.int32),
     ],
     ids=str,
 )
@@ -711,7 +690,6 @@ def check_groups() -> None:
     [
         check_products_added_in_place,
         check_factors_are_exact,
-        check_allocator_is_the_users,
         check_tma_refuses_other_strides,
         check_operands_on_a_gpu,
         check_exact_product_of_large_tiles,
@@ -727,16 +705,6 @@ def test_special_case(interpreter, check):
 
 
 # What the checks must reject
-
-
-@triton.jit
-def sign_without_zero(x):
-    return tl.where(tl.abs(x) < math.inf, tl.where(x >= 0.0, 1.0, -1.0), x).to(tl.float16)
-
-
-def check_infinity_times_0_is_infinite(wrap) -> None:
-    with patch.object(exact_matmul, "sign", sign_without_zero):
-        check_exact_product(special_rows(7), extreme_rows(), directly)
 
 
 def check_operands_of_lower_precision(wrap) -> None:
@@ -756,7 +724,6 @@ def check_operands_of_lower_precision(wrap) -> None:
         (check_linear_sigmoid, ("split-K", torch.float32, (16, 15, 260), PLAIN)),
         (check_sigmoid_backward, (torch.float32, (129, 129), PLAIN)),
         *((check_maximum, ("129", (dtype, dtype), "contiguous")) for dtype in (torch.float32, *INTEGERS)),
-        (check_infinity_times_0_is_infinite, ()),
         (check_operands_of_lower_precision, ()),
     ],
 )

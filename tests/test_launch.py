@@ -3,6 +3,7 @@
 
 import struct
 from collections.abc import Iterator
+from contextvars import copy_context
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -102,12 +103,13 @@ def test_an_address_off_16_bytes_has_a_plan_of_its_own(log):
 
 def test_operands_of_one_layout(log):
     """A plan for X·Xᵀ would not look at a copy of X. The stride of a batch of one does not matter to TMA."""
-    x = meta(N, K)
+    x, context = meta(N, K), dict(copy_context())
     for a, b in ((x, x), (x, meta(N, K)), [meta(N, K).expand(3, N, K)[:1]] * 2):
         matmul_t.symmetric_product(a, b, "ieee", None, tiles=TMA)
     assert [plan.constants["SAME"] for plan in log.compiled] == [True, False, True]
     a_batch = 9  # after four tensors, two factors, batches, n and k
     assert [arguments[a_batch] for _, arguments in log.launched] == [N * K] * 3
+    assert dict(copy_context()) == context, "the allocator that the user has set"
 
 
 def test_all_launchers_keep_plans_until_they_are_forgotten(log):
