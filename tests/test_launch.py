@@ -150,16 +150,36 @@ class Launch:
 
 
 @pytest.mark.parametrize(
-    "tiles, programs", [(TMA, 264), (Tiles(128, 128, 64, 8, 3, "tma"), 132), (Tiles(128, 128, 64, 8, 3), 528)]
+    "tiles, triangle, square",
+    [
+        (TMA, 264, 264),  # two of 4 warps on each of 132 multiprocessors
+        (Tiles(128, 128, 64, 8, 3, "tma"), 132, 132),
+        (Tiles(128, 128, 64, 8, 3), 528, 1024),
+    ],
 )
-def test_persistent_programs_are_as_many_as_run_at_a_time(tiles, programs):
-    """Two of 4 warps on each of 132 multiprocessors; by pointers one for each tile of the triangle."""
+def test_programs_of_products(tiles, triangle, square):
+    """By TMA as many as run at a time; by pointers one for each tile."""
     x, noted = meta(4096, 64), Launch()
     matmul_t.symmetric_product(x, x, "ieee", noted, tiles=tiles)
-    assert noted.programs == programs
-    if tiles.variant == "tma":
-        linear_sigmoid.linear_sigmoid(x, x, None, "ieee", noted, tiles=tiles)
-        assert noted.programs == programs
+    assert noted.programs == triangle
+    linear_sigmoid.linear_sigmoid(x, x, None, "ieee", noted, tiles=tiles)
+    assert noted.programs == square
+
+
+def test_programs_of_the_other_kernels():
+    """More would do nothing, and no test of values would notice."""
+    g, flat, rows = meta(257, 65), meta(8193), meta(33, 129)
+    for launcher, args, programs in (
+        (matmul_t.half_sum, (meta(3, 200, 200),), 3 * 10),
+        (matmul_t.mirror, (meta(128, 128),), 3),
+        (sigmoid_backward.sigmoid_backward, (g, g, g), 2 * 2),
+        (maximum.maximum, (flat, flat, flat), 9),
+        (maximum.maximum, (rows, rows[0].expand(33, 129), rows), 5),
+        (maximum.maximum_backward, (rows, rows, rows[0].expand(33, 129), rows, rows), 9),
+    ):
+        noted = Launch()
+        launcher(*args, noted)
+        assert noted.programs == programs, launcher.__name__
 
 
 @pytest.mark.parametrize(
