@@ -273,18 +273,26 @@ SQUARE = (4096, 4096, 4096)
 exact = pytest.mark.skipif(TRITON == (3, 8), reason="Triton 3.8 spills, and keeps the digits of A twice")
 
 
+LONG = (ODD, ODD, 2**15 + 1)
+
+
 @exact
 @pytest.mark.parametrize(
-    "sizes, transposed, symmetric, dtype",
+    "sizes, transposed, symmetric, dtype, capability",
     [
-        (SQUARE, False, False, torch.float32),
-        (SQUARE, False, True, torch.float32),
-        pytest.param(SQUARE, False, False, torch.int64, marks=slow),
-        pytest.param(SQUARE, True, False, torch.float32, marks=slow),
-        ((4096, 1001, 784), False, False, torch.float32),
-        ((ODD, ODD, 2**15 + 1), True, True, torch.float32),
-        pytest.param((ODD, ODD, 2**15 + 1), True, False, torch.float32, marks=slow),
+        (SQUARE, False, False, torch.float32, 90),
+        (SQUARE, False, True, torch.float32, 90),
+        ((4096, 1001, 784), False, False, torch.float32, 90),
+        (LONG, True, True, torch.float32, 90),
+        pytest.param(SQUARE, True, False, torch.float32, 90, marks=slow),
+        pytest.param(SQUARE, False, False, torch.int64, 90, marks=slow),
+        *(
+            pytest.param(*case, torch.float32, other, marks=(slow, newest))
+            for case in ((SQUARE, False, False), (LONG, True, True))
+            for other in (80, 100)
+        ),
     ],
+    indirect=["capability"],
 )
 def test_exact_product(compiled, capability, sizes, transposed, symmetric, dtype):
     code = compiled(exact_product, sizes, transposed, symmetric, dtype)
