@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Kernels on a GPU: those of products at sizes and with tiles that go by TMA where there is one.
+"""Kernels of products on a GPU, at sizes and with tiles that go by TMA where there is one.
 
 The operators' tests are of small shapes, which take pointers or, where a table says so, the library.
 """
@@ -77,7 +77,6 @@ LINEAR_VARIANTS = {
     "pointers": Tiles(128, 128, 64, 8, 3),
     "split-K": Tiles(64, 64, 64, 4, 4, "split_k"),
     "wide TMA": Tiles(128, 256, 64, 8, 4, "tma"),
-    "two TMA": Tiles(128, 128, 64, 4, 3, "tma"),
     "small TMA": Tiles(64, 128, 64, 4, 4, "tma"),
 }
 
@@ -143,47 +142,6 @@ def test_exact_product(m: int, n: int, k: int, layouts: str) -> None:
         assert torch.equal(out[finite].cpu(), expected[finite.cpu()])
         native = a @ b.mT
         assert_close(out[~finite], native[~finite], rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (1040, 1040), (3, 2, 65, 65)], ids=str)
-def test_symmetric_sums(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    g = torch.randn(shape, device="cuda", dtype=torch.float64).to(dtype)
-    wide = g if dtype == torch.float64 else g.float()
-    for _ in range(2):
-        assert torch.equal(kernels.half_sum(g.mT, None), (0.5 * wide + 0.5 * wide.mT).to(dtype))
-    expected = g.tril() + g.tril(-1).mT
-    assert torch.equal(kernels.mirror(g, None), expected)
-    assert torch.equal(g, expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(
-    "a_shape, b_shape",
-    [
-        ((2**20 + 1,), (2**20 + 1,)),
-        ((1000, 1040), (1040,)),
-        ((1000, 1039), (1039,)),
-        ((1040, 1000), (1040, 1)),
-        ((999, 1040), ()),
-        ((5, 64, 128), (5, 1, 128)),
-        ((2, 1, 4, 1, 33, 1), (1, 5, 1, 16, 1, 16)),
-    ],
-    ids=str,
-)
-def test_gradients_of_maximum(dtype: torch.dtype, a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    a, b = (  # many ties
-        torch.randint(-2, 3, shape, generator=generator).to("cuda", dtype) for shape in (a_shape, b_shape)
-    )
-    shape = torch.broadcast_shapes(a_shape, b_shape)
-    wide = [t.expand(shape).clone().requires_grad_() for t in (a, b)]
-    random = torch.randn(shape, generator=generator).to("cuda", dtype)
-    for g in (random, random.flatten()[0].expand(shape)):
-        expected = torch.autograd.grad(torch.maximum(*wide), wide, g)
-        for _ in range(2):  # the second by the plan of the first
-            actual = torch.ops.torchpar.maximum_backward(g, a, b)
-            assert_close(actual, expected, rtol=0, atol=0)
 
 
 def test_a_product_by_tma_is_captured_and_compiled() -> None:

@@ -3,7 +3,8 @@
 
 import struct
 from collections.abc import Iterator
-from typing import NamedTuple
+from contextvars import copy_context
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 from benchmarks.host import idle_driver
-from torchpar.kernels import launch, linear_sigmoid, matmul_t, maximum, sigmoid_backward
+from torchpar.kernels import exact_matmul, launch, linear_sigmoid, matmul_t, maximum, sigmoid_backward
 from torchpar.kernels.candidates import Tiles
 from torchpar.kernels.launch import Plan
 
@@ -59,30 +60,15 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 @pytest.mark.parametrize("tiles", [None, TMA])
 def test_a_kept_plan_passes_what_triton_passed(log, tiles):
-    x, c = meta(N, K), meta(N, N)
-    for _ in range(3):
-        matmul_t.symmetric_product(x, x, "ieee", None, c, 1 / 3, -2.0, out=c, tiles=tiles)
+    """And each call's own tensors and factors."""
+    calls = [(meta(N, K), meta(N, N), alpha) for alpha in (1 / 3, 1 / 3, 2.0)]
+    for x, c, alpha in calls:
+        matmul_t.symmetric_product(x, x, "ieee", None, c, alpha, -2.0, out=c, tiles=tiles)
     assert len(log.compiled) == 1
-    first, *others = log.launched
-    assert len(others) == 2
-    for grid, arguments in others:
-        assert grid == first[0]
-        assert all(
-            a is b if isinstance(a, Tensor) else a == b for a, b in zip(arguments, first[1], strict=True)
-        )
-    assert [*first[1][:4]] == [x, x, c, c]
-    assert struct.pack("<2q", *first[1][4:6]) == struct.pack("<2d", 1 / 3, -2.0)
-
-
-def test_each_call_passes_its_own_tensors_and_factors(log):
-    results = [
-        matmul_t.symmetric_product(x, x, "ieee", None, alpha=alpha)
-        for x, alpha in ((meta(N, K), 2.0), (meta(N, K), 3.0))
-    ]
-    assert len(log.compiled) == 1
-    for (_, arguments), result, alpha in zip(log.launched, results, (2.0, 3.0), strict=True):
-        assert arguments[3] is result
-        assert struct.pack("<q", arguments[4]) == struct.pack("<d", alpha)
+    for (x, c, alpha), (grid, arguments) in zip(calls, log.launched, strict=True):
+        assert list(map(id, arguments[:4])) == list(map(id, (x, x, c, c)))
+        assert struct.pack("<2q", *arguments[4:6]) == struct.pack("<2d", alpha, -2.0)
+        assert (grid, arguments[6:]) == (log.launched[0][0], log.launched[0][1][6:])
 
 
 @pytest.mark.parametrize(
@@ -103,42 +89,32 @@ def test_another_layout_has_a_plan_of_its_own(log, other):
 
 
 def test_an_address_off_16_bytes_has_a_plan_of_its_own(log):
-    """Triton assumes the alignment that the first call's tensors had."""
+    """Triton assumes the alignment that the first call's tensors had, and the result that it was given."""
     room = torch.empty(N * N + 8, dtype=torch.bfloat16)
-    aligned, other = room[: N * N], room[1 : 1 + N * N]
+    aligned, other = room[: N * N].view(N, N), room[1 : 1 + N * N].view(N, N)
     assert aligned.data_ptr() % 16 == 0
     for a in (aligned, other, aligned, other):
         maximum.maximum(a, aligned, aligned, None)
     assert len(log.compiled) == 2
+    for out in (aligned, other, torch.empty(N, N)):
+        matmul_t.half_sum(aligned, None, out=out)
+    assert len(log.compiled) == 5
 
 
-def test_a_given_result_is_a_part_of_the_layout(log):
-    x, room = torch.ones(N, K, dtype=torch.bfloat16), torch.empty(N * N + 8, dtype=torch.bfloat16)
-    for out in (room[: N * N], room[1 : 1 + N * N], torch.empty(N * N)):
-        matmul_t.symmetric_product(x, x, "ieee", None, out=out.view(N, N), tiles=Tiles(64, 64, 32, 8, 3))
-        matmul_t.half_sum(room[: N * N].view(N, N), None, out=out.view(N, N))
-    assert len(log.compiled) == 6
-
-
-def test_two_operands_are_not_one(log):
-    """``x`` and a copy of it have one layout; a plan for X·Xᵀ would not look at the copy."""
-    x = meta(N, K)
-    matmul_t.symmetric_product(x, x, "ieee", None, tiles=TMA)
-    matmul_t.symmetric_product(x, meta(N, K), "ieee", None, tiles=TMA)
-    assert [plan.constants["SAME"] for plan in log.compiled] == [True, False]
-
-
-def test_the_stride_of_a_batch_of_one_suits_tma(log):
-    """A slice of an expanded batch has a stride of 0."""
-    for x in (meta(N, K), meta(N, K).expand(3, N, K)[:1]):
-        matmul_t.symmetric_product(x, x, "ieee", None, tiles=TMA)
+def test_operands_of_one_layout(log):
+    """A plan for X·Xᵀ would not look at a copy of X. The stride of a batch of one does not matter to TMA."""
+    x, context = meta(N, K), dict(copy_context())
+    for a, b in ((x, x), (x, meta(N, K)), [meta(N, K).expand(3, N, K)[:1]] * 2):
+        matmul_t.symmetric_product(a, b, "ieee", None, tiles=TMA)
+    assert [plan.constants["SAME"] for plan in log.compiled] == [True, False, True]
     a_batch = 9  # after four tensors, two factors, batches, n and k
-    assert [arguments[a_batch] for _, arguments in log.launched] == [N * K] * 2
+    assert [arguments[a_batch] for _, arguments in log.launched] == [N * K] * 3
+    assert dict(copy_context()) == context, "the allocator that the user has set"
 
 
-def test_all_launchers_keep_plans(log):
+def test_all_launchers_keep_plans_until_they_are_forgotten(log):
     x, bias, out, wide = meta(N, N), meta(N), meta(N, N), meta(N, 8 * K)
-    for _ in range(2):
+    for calls in (1, 2, 3):
         matmul_t.half_sum(x, None)
         matmul_t.mirror(x, None)
         linear_sigmoid.linear_sigmoid(x, x, bias, "ieee", None)
@@ -147,16 +123,10 @@ def test_all_launchers_keep_plans(log):
         maximum.maximum(x, x, out, None)
         maximum.maximum(x, x[0].expand(N, N), out, None)
         maximum.maximum_backward(x, x, x, out, out, None)
-    assert len(log.compiled) == 9
-    assert len(log.launched) == 18
-
-
-def test_plans_are_forgotten(log):
-    x = meta(N, K)
-    for _ in range(2):
-        matmul_t.symmetric_product(x, x, "ieee", None)
-        launch.forget_plans()
-    assert len(log.compiled) == 2
+        assert len(log.launched) == 9 * calls
+        assert len(log.compiled) == (9 if calls < 3 else 18)
+        if calls == 2:
+            launch.forget_plans()
 
 
 def test_plans_are_bounded(log):
@@ -164,3 +134,72 @@ def test_plans_are_bounded(log):
         for n in range(16, 16 * 6, 16):
             matmul_t.half_sum(meta(n, n), None)
             assert len(launch._plans) <= 3
+
+
+class Launch:
+    """``wrap``, which notes a launch and compiles nothing."""
+
+    def __call__(self, kernel: Any) -> "Launch":
+        return self
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def note(*args: Any, **options: Any) -> None:
+            self.programs, self.options = grid[0], options
+
+        return note
+
+
+@pytest.mark.parametrize(
+    "tiles, triangle, square",
+    [
+        (TMA, 264, 264),  # two of 4 warps on each of 132 multiprocessors
+        (Tiles(128, 128, 64, 8, 3, "tma"), 132, 132),
+        (Tiles(128, 128, 64, 8, 3), 528, 1024),
+    ],
+)
+def test_programs_of_products(tiles, triangle, square):
+    """By TMA as many as run at a time; by pointers one for each tile."""
+    x, noted = meta(4096, 64), Launch()
+    matmul_t.symmetric_product(x, x, "ieee", noted, tiles=tiles)
+    assert noted.programs == triangle
+    linear_sigmoid.linear_sigmoid(x, x, None, "ieee", noted, tiles=tiles)
+    assert noted.programs == square
+
+
+def test_programs_of_the_other_kernels():
+    """More would do nothing, and no test of values would notice."""
+    g, flat, rows = meta(257, 65), meta(8193), meta(33, 129)
+    for launcher, args, programs in (
+        (matmul_t.half_sum, (meta(3, 200, 200),), 3 * 10),
+        (matmul_t.mirror, (meta(128, 128),), 3),
+        (sigmoid_backward.sigmoid_backward, (g, g, g), 2 * 2),
+        (maximum.maximum, (flat, flat, flat), 9),
+        (maximum.maximum, (rows, rows[0].expand(33, 129), rows), 5),
+        (maximum.maximum_backward, (rows, rows, rows[0].expand(33, 129), rows, rows), 9),
+    ):
+        noted = Launch()
+        launcher(*args, noted)
+        assert noted.programs == programs, launcher.__name__
+
+
+@pytest.mark.parametrize(
+    "n, strides, symmetric, block, programs",
+    [
+        (1152, (64, 1), False, (128, 64, 8), 9 * 18),
+        (1024, (64, 1), False, (64, 32, 8), 16 * 32),  # 8 · 16 large tiles for 132 multiprocessors
+        (1152, (1, 1152), False, (128, 64, 8), 9 * 18),
+        (1088, (64, 1), True, (64, 64, 4), 17 * 18 // 2),
+        (1088, (1, 1088), True, (64, 64, 8), 17 * 18 // 2),
+        (1024, (64, 1), True, (32, 32, 4), 32 * 33 // 2),
+        (1152, (66, 1), False, (64, 32, 8), 18 * 36),  # rows begin on 8 bytes
+        (1152, (128, 2), False, (64, 32, 8), 18 * 36),  # neither rows nor columns are contiguous
+    ],
+)
+def test_tiles_of_the_exact_product(n, strides, symmetric, block, programs):
+    noted = Launch()
+    a, b = (torch.empty_strided((n, 64), strides, device="meta") for _ in range(2))
+    e = meta(n, dtype=torch.int32)
+    out = meta(n, n, dtype=torch.float32)
+    exact_matmul.exact_product(a, a if symmetric else b, e, e, noted, out=out)
+    assert tuple(noted.options[name] for name in ("BLOCK_M", "BLOCK_N", "num_warps")) == block
+    assert noted.programs == programs

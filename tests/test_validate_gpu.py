@@ -10,18 +10,11 @@ import re
 import shlex
 import subprocess
 import sys
-import time
-from importlib.metadata import PathDistribution
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
-from zipfile import Path as ZipPath
 
 import pytest
-import torch
 from commands import ROOT, import_path
-
-from torchpar.tune.measure import Problem
 
 SCRIPT = ROOT / "benchmarks" / "validate_gpu.sh"
 END = "the rehearsal ends at the GPU"
@@ -29,42 +22,32 @@ END = "the rehearsal ends at the GPU"
 
 class Stage(NamedTuple):
     last: str  # of its lines
-    needs: str  # the modules without which it fails
+    needs: str  # a module without which it fails
     files: str = ""  # those it writes beside the log, which all write
 
 
 STAGES = {
-    "values": Stage(
-        "tests collected", "execnet expecttest hypothesis pytest sortedcontainers triton xdist", "values.xml"
-    ),
-    "variants": Stage(END, "rich triton", "autotune.csv specialized/autotune.csv"),
+    "values": Stage("tests collected", "triton", "values.xml"),
+    "variants": Stage(END, "rich", "autotune.csv specialized/autotune.csv"),
     "operators": Stage(END, "rich", "operators.csv"),
-    "ncu": Stage(END, "rich"),
     "tune": Stage(END, "triton", "cuda-90.json"),
-    "host": Stage(END, "rich triton"),
+    "host": Stage(END, "rich"),
     "anything": Stage("tests collected", "xdist", "anything.xml"),
     "huge": Stage("tests collected", "expecttest", "huge.xml"),
 }
-NCU = "#!/bin/sh\nwhile [ $1 != python3 ]; do shift; done\n"  # passes over the flags
 
 
-def validate(
-    *arguments: str | Path, cwd: Path, gpu: bool = True, ncu: str = "exec", **environment: str
-) -> tuple[int, str]:
+def validate(*arguments: str, cwd: Path, gpu: bool = True, **environment: str) -> tuple[int, str]:
     """The exit status of the script, and what it printed."""
-    tools = cwd / "tools"
-    tools.mkdir(exist_ok=True)
-    if ncu:
-        (tools / "ncu").write_text(f'{NCU}{ncu} "$@"\n')
-        (tools / "ncu").chmod(0o755)
     folders = [Path(os.path.relpath(ROOT / "tests" / "rehearsal", cwd))] if gpu else []
     path = {
-        "PATH": f"{Path(sys.executable).parent}:{tools}:/usr/bin:/bin",
-        "PYTHONPATH": import_path(*folders),
+        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+        "PYTHONPATH": f":{import_path(*folders)}:",
+        "CDPATH": str(cwd),
     }
     given = {"TORCHPAR_COMMIT": "abc123", "PYTEST_ADDOPTS": "--collect-only"} | path | environment
     done = subprocess.run(
-        ["bash", str(SCRIPT), *map(str, arguments)],
+        ["bash", str(SCRIPT), *arguments],
         cwd=cwd,
         env=os.environ | given,
         stdout=subprocess.PIPE,
@@ -79,20 +62,19 @@ def files(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", ["", "out no_stage", "out values tune", "out values\\ variants", "--wheels", "--quick"]
+    "arguments", ["", "out no_stage", "out values tune", "out values\\ variants", "--wheels"]
 )
 def test_a_wrong_usage_is_refused(tmp_path, arguments):
     status, printed = validate(*shlex.split(arguments), cwd=tmp_path)
     assert status == 2
     assert printed.startswith("usage: ")
-    assert f"[{'|'.join(STAGES)}]" in printed
+    assert all(stage in printed for stage in STAGES)
 
 
 @pytest.mark.parametrize(
     "gpu, environment, reason",
     [
         (False, {"CUDA_VISIBLE_DEVICES": ""}, "PyTorch finds no CUDA GPU"),
-        (True, {"REHEARSAL_BLOCKED": "torch"}, "torch"),
         (True, {"TORCHPAR_COMMIT": "", "GIT_DIR": "/none"}, "TORCHPAR_COMMIT must name the commit"),
     ],
 )
@@ -104,125 +86,31 @@ def test_there_is_nothing_to_run_on(tmp_path, gpu, environment, reason):
     assert files(tmp_path / "out") == set()
 
 
-def test_all_stages_write_eight_files_at_most():
-    assert 1 + sum(len(stage.files.split()) for stage in STAGES.values()) <= 8
+def test_a_stage_that_fails_is_named(tmp_path):
+    status, printed = validate("out", "tune", cwd=tmp_path, REHEARSAL_STATUS="3")
+    assert (status, printed.splitlines()[-1]) == (1, "failed: tune (status 3)"), printed
+    assert "commit abc123" in (tmp_path / "out" / "validate.log").read_text()
+    assert files(tmp_path / "out") == {"validate.log"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_needs_nothing_of_another(tmp_path, stage):
-    status, printed = validate("out", stage, cwd=tmp_path)
-    log = (tmp_path / "out" / "validate.log").read_text()
+    """In folders of odd names; without a module that it needs it fails, and says so."""
+    folder = tmp_path / "a|b & c"
+    folder.mkdir()
+    status, printed = validate("o u t", stage, cwd=folder)
+    out = folder / "o u t"
+    log = (out / "validate.log").read_text()
     assert status == 0, log
     assert printed.splitlines()[-1] == f"passed: {stage}"
     assert STAGES[stage].last in printed.splitlines()[0]
-    assert "commit abc123" in log
-    assert {"validate.log"} <= files(tmp_path / "out") <= {"validate.log", *STAGES[stage].files.split()}
+    assert {"validate.log"} <= files(out) <= {"validate.log", *STAGES[stage].files.split()}
     if STAGES[stage].files.endswith(".xml"):
-        assert "commit abc123" in (tmp_path / "out" / f"{stage}.xml").read_text()
+        assert "commit abc123" in (out / f"{stage}.xml").read_text()
         (collected,) = re.findall(r"^(\d+)(?:/\d+)? tests collected", log, re.MULTILINE)
-        assert int(collected) >= {"values": 1500, "anything": 4, "huge": 7}[stage]
-        assert "no tests" not in log
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["values", "tune", "ncu"])
-def test_a_stage_that_fails_is_named(tmp_path, stage):
-    status, printed = validate(
-        "out", stage, cwd=tmp_path, REHEARSAL_STATUS="3", PYTEST_ADDOPTS="--collect-only --no-such-flag"
-    )
+        assert int(collected) >= {"values": 500, "anything": 4, "huge": 7}[stage]
+    status, printed = validate("o u t", stage, cwd=folder, REHEARSAL_BLOCKED=STAGES[stage].needs)
     assert status == 1
-    assert printed.splitlines()[-1] in (f"failed: {stage} (status 3)", f"failed: {stage} (status 4)")
-
-
-@pytest.mark.slow
-def test_without_the_profiler_or_its_permission(tmp_path):
-    for ncu, reason in (
-        ("", "ncu is missing"),
-        ("echo ==ERROR== ERR_NVGPUCTRPERM #", "ERR_NVGPUCTRPERM"),
-        ("echo ==WARNING== No kernels were profiled. #", "No kernels were profiled."),
-    ):
-        status, printed = validate("out", "ncu", cwd=tmp_path, ncu=ncu)
-        assert status == 1
-        assert reason in printed.splitlines()[0]
-        assert printed.splitlines()[-1] == "failed: ncu (status 1)"
-    status, printed = validate("out", "ncu", cwd=tmp_path, ncu="true")
-    assert status == 0, "the log still has the errors of the run before"
-
-
-@pytest.mark.slow
-def test_odd_folders(tmp_path):
-    folder = tmp_path / "a|b & c"
-    folder.mkdir()
-    path = f"::{os.path.relpath(ROOT / 'tests' / 'rehearsal', folder)}:"
-    status, printed = validate("o u t", "ncu", cwd=folder, ncu="true", PYTHONPATH=path, CDPATH=str(folder))
-    assert status == 0, printed
-    assert files(folder / "o u t") == {"validate.log"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sent", ["INT", "TERM"])
-def test_a_signal_ends_the_script_and_its_stage(tmp_path, sent):
-    """The profiler of this test sends it to the script, two levels above, and then takes a minute."""
-    ncu = f"ps -o ppid= -p $PPID | xargs kill -s {sent}; exec sleep 60 #"
-    start = time.monotonic()
-    status, printed = validate("out", "ncu", cwd=tmp_path, ncu=ncu)
-    assert status == 130, printed
-    assert time.monotonic() - start < 50
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage, module", [(name, stage.needs.split()[-1]) for name, stage in STAGES.items()])
-def test_a_missing_module_fails_the_stage(tmp_path, stage, module):
-    status, printed = validate("out", stage, cwd=tmp_path, REHEARSAL_BLOCKED=module)
-    assert status == 1
-    assert module in printed.splitlines()[0]
+    assert STAGES[stage].needs in printed.splitlines()[0]
     assert printed.splitlines()[-1] == f"failed: {stage} (status 1)"
-
-
-@pytest.mark.slow
-def test_the_wheels_are_complete(tmp_path):
-    from packaging.requirements import Requirement
-    from packaging.utils import canonicalize_name
-
-    status, printed = validate("--wheels", "wheels", cwd=tmp_path)
-    if status:
-        pytest.skip(f"there is no package index: {printed.splitlines()[-1]}")
-    target = {"python_version": "3.12", "python_full_version": "3.12.1", "sys_platform": "linux", "extra": ""}
-    there, needed = set(), set()
-    for wheel in (tmp_path / "wheels").iterdir():
-        (info,) = (path for path in ZipPath(wheel).iterdir() if path.name.endswith(".dist-info"))
-        metadata = PathDistribution(info)
-        there.add(canonicalize_name(metadata.name))
-        requirements = map(Requirement, metadata.requires or [])
-        needed |= {
-            canonicalize_name(r.name) for r in requirements if not r.marker or r.marker.evaluate(target)
-        }
-    assert needed <= there
-    assert there >= {"pytest", "pytest-xdist", "hypothesis", "expecttest", "rich", "tyro"}
-    assert shlex.split(printed.splitlines()[-1])[:4] == ["python3", "-m", "pip", "install"]
-
-
-def test_the_profiler_sees_the_two_fastest_configurations(monkeypatch):
-    pytest.importorskip("triton", reason="the kernels are written in Triton")
-    pytest.importorskip("rich", reason="rich prints the tables")
-    from benchmarks import ncu
-    from torchpar.kernels import candidates
-
-    milliseconds = [3.0, None, 1.0, 4.0, 2.0]
-    tried = [candidates.Tiles(64, 64, 16 * 2**i, 4, 2) for i in range(len(milliseconds))]
-    times = {tiles: [[ms]] for tiles, ms in zip(tried, milliseconds, strict=True) if ms} | {
-        "library": [[0.5]]
-    }
-    seen = []
-    launched = SimpleNamespace(launch=lambda wrap, tiles: seen.append(tiles))
-    monkeypatch.setattr(candidates, "device", lambda t: candidates.Device("", 90, 132))
-    monkeypatch.setattr(candidates, "configurations", lambda *kind: tried if kind[-1] == 90 else [])
-    monkeypatch.setattr(ncu, "measure", lambda *_: (times, {tried[1]: "too large"}))
-    monkeypatch.setattr(ncu, "prepare", lambda *_: launched)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("wait"))
-    for name in ("start", "stop"):
-        monkeypatch.setattr(torch.cuda.profiler, name, lambda name=name: seen.append(name))
-    problem = Problem("symmetric_product", "bfloat16", 256, 256, 256)
-    assert ncu.profile(problem, torch.device("cuda")) == 0
-    assert seen == ["wait", "start", tried[2], tried[4], "wait", "stop"]
