@@ -31,7 +31,6 @@ STAGES = {
     "variants": Stage(END, "rich", "autotune.csv specialized/autotune.csv"),
     "operators": Stage(END, "rich", "operators.csv"),
     "tune": Stage(END, "triton", "cuda-90.json"),
-    "host": Stage(END, "rich"),
     "anything": Stage("tests collected", "xdist", "anything.xml"),
     "huge": Stage("tests collected", "expecttest", "huge.xml"),
 }
