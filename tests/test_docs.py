@@ -81,7 +81,7 @@ def test_the_readme_fits_on_150_lines():
 
 def test_the_readme_shows_the_measured_trainings():
     (table,) = re.findall(r"^\| ms a step.*\n(?:\|.*\n)+", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert table == (ROOT / "benchmarks" / "results" / "cpu-2-cores" / "train.md").read_text()
+    assert table == (ROOT / "benchmarks" / "results" / "cpu-2-cores-avx512" / "train.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["speedrun-ladder", "speedrun-tried-validated"])
@@ -89,7 +89,7 @@ def test_the_speedrun_shows_the_measured_recipes(name):
     from benchmarks.rows import Row
     from benchmarks.speedrun import __main__ as benchmark
 
-    with (ROOT / "benchmarks" / "results" / "cpu-2-cores" / f"{name}.csv").open() as file:
+    with (ROOT / "benchmarks" / "results" / "cpu-2-cores-avx512" / f"{name}.csv").open() as file:
         rows = [
             Row(
                 work={},
