@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.command import Command, run
-from benchmarks.rows import Results, Row, print_rows, track
+from benchmarks.results import Result, Table, print_results, track
 from benchmarks.timing import Times
 from torchpar.errors import ConfigError
 from torchpar.tune.command import DTYPES, KERNELS, VARIANTS
@@ -52,7 +52,7 @@ def compile_tiles(launch: Callable[..., object], tiles: Tiles, capability: int) 
 
 def search(
     kernel: str, dtype: str, options: argparse.Namespace, capability: int, device: torch.device
-) -> Iterator[list[Row]]:
+) -> Iterator[list[Result]]:
     """The rows of each size: every configuration, compiled and on a GPU timed, and there the library."""
     from torchpar.kernels import candidates
 
@@ -98,15 +98,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         capability = 10 * major + minor
     else:
         capability = int((options.target or "sm_90").removeprefix("sm_"))
-    results = Results(command.csv(options), device, target=f"sm_{capability}")
+    table = Table(command.csv(options), device, target=f"sm_{capability}")
     for kernel in options.kernels:
         for dtype in options.dtypes:
             sizes = search(kernel, dtype, options, capability, device)
-            rows = [row for own in sizes for row in results.add(own)]
-            print_rows(f"{kernel} {dtype}, sm_{capability}", rows)
+            rows = [row for own in sizes for row in table.add(own)]
+            print_results(f"{kernel} {dtype}, sm_{capability}", rows)
     if not timed:
         print("the kernels were compiled; nothing was timed")
-    return results.status
+    return table.status
 
 
 if __name__ == "__main__":

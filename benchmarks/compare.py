@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Compare providers of one operator: every call is checked and timed, in turn.
+"""Compare contestants of one operator: every call is checked and timed, in turn.
 
-The result of each timed call is compared with an oracle in float64. A provider's largest error may be twice
-its yardstick's, in the same dtype on the same inputs: the yardstick is the reference provider, or another
-that is named. These measures reject a result that the call itself did not compute:
+The result of each timed call is compared with an oracle in float64. A contestant's largest error may be twice
+the reference's, in the same dtype on the same inputs. These measures reject a result that the call itself did
+not compute:
 
 - Inputs are new in every round, so that a result kept from an earlier call is wrong.
-- The inputs are NaN until shortly before the call, so that what a provider computes early is NaN.
-- Memory freed before the call holds NaN, and so does every earlier result, so that what a provider leaves
+- The inputs are NaN until shortly before the call, so that what a contestant computes early is NaN.
+- Memory freed before the call holds NaN, and so does every earlier result, so that what a contestant leaves
   unwritten is NaN. For integers, the dtype's largest value stands for NaN.
 - The result is copied right behind the call, in stream order, so that what is unfinished when the clock
   stops is unfinished in the copy.
@@ -26,13 +26,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.rows import Row
+from benchmarks.results import Result
 from benchmarks.timing import CPU, Ceiling, Rejected, flush, take_turns, time_calls
 
-Provider = Callable[..., Tensor]
+Contestant = Callable[..., Tensor]
 Mode = Literal["forward", "backward", "full"]
 MIN_ROUNDS = 5
-YARDSTICK_ERROR = 0.03  # ‖error‖/‖oracle‖: under 0.01 in correct bfloat16, over 0.3 for other inputs' result
+NEAR = 0.03  # ‖error‖/‖oracle‖: under 0.01 in correct bfloat16, over 0.3 for other inputs' result
 
 
 class Work(NamedTuple):
@@ -43,7 +43,7 @@ class Work(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Operation:
+class Case:
     """An operator on inputs of one shape and dtype.
 
     Attributes:
@@ -62,7 +62,7 @@ class Operation:
     dtype: torch.dtype
     device: torch.device
     inputs: Callable[[int], Sequence[Tensor]]
-    oracle: Provider
+    oracle: Contestant
     forward: Work
     backward: Work
     modes: Sequence[Mode] = ("forward", "backward", "full")
@@ -73,11 +73,11 @@ class Operation:
 
 
 def compare(
-    operation: Operation,
-    providers: Mapping[str, Provider],
+    case: Case,
+    contestants: Mapping[str, Contestant],
     *,
     reference: str,
-    yardsticks: Mapping[str, str] = MappingProxyType({}),
+    libraries: Collection[str] = (),
     finish: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
     on_cpu: Collection[str] = (),
     mode: Mode = "forward",
@@ -85,86 +85,86 @@ def compare(
     seconds: float = math.inf,
     calls: int = 1,
     ceiling: Ceiling | None = None,
-) -> list[Row]:
-    """Check and time each of ``providers``: a row for each. A row that is not ok has a reason and no times.
+) -> list[Result]:
+    """Check and time each of ``contestants``: a result for each. One that is not ok has a reason, no times.
 
     Args:
-        reference: the provider whose times, and errors, the others' are compared with.
-        yardsticks: for some providers, another one whose error theirs is compared with. A provider that is
-            its own yardstick must only be near the oracle.
-        finish: for providers that do a part of the operator, the rest of it, done before the result is
+        reference: the contestant whose times, and errors, the others' are compared with.
+        libraries: contestants whose errors are as they are. They must only be near the oracle, as the
+            reference must.
+        finish: for contestants that do a part of the operator, the rest of it, done before the result is
             checked and outside of the time.
-        on_cpu: providers that run on a CPU, whatever the device of the operation. They take copies there,
-            and copying is outside of their time.
+        on_cpu: contestants that run on a CPU, whatever the device of the case. They take copies there, and
+            copying is outside of their time.
         mode: "forward" (graph recorded, as in training), "backward" (gradients of all arguments), or
             "full" (both). Of integers, "forward".
-        rounds: samples of each provider; one more comes first, checked and not timed.
-        seconds: a provider whose turns took so long has no further one, once it had `MIN_ROUNDS`.
+        rounds: samples of each contestant; one more comes first, checked and not timed.
+        seconds: a contestant whose turns took so long has no further one, once it had `MIN_ROUNDS`.
         calls: calls of a sample; more than one is for the cost of small calls. Not for "backward".
     """
-    contestants = {
-        name: _Contestant(
-            operation, provider, mode, calls, finish.get(name), CPU if name in on_cpu else operation.device
+    checked = {
+        name: _Checked(
+            case, contestant, mode, calls, finish.get(name), CPU if name in on_cpu else case.device
         )
-        for name, provider in providers.items()
+        for name, contestant in contestants.items()
     }
-    inputs = _Inputs(operation, mode)
+    inputs = _Inputs(case, mode)
     times = take_turns(
-        {name: partial(one.turn, inputs) for name, one in contestants.items()},
+        {name: partial(one.turn, inputs) for name, one in checked.items()},
         rounds,
         seconds=seconds,
         least=MIN_ROUNDS,
         before=inputs.draw,
-        label=f"{operation.operator} {operation.shape} {mode}",
+        label=f"{case.operator} {case.shape} {mode}",
     )
-    failed = {name for name in times if times[name].reason}
-    for name, one in contestants.items():
-        yardstick = yardsticks.get(name, reference)
-        if yardstick == name and name not in failed and not one.near_oracle:
+    near = {reference, *libraries}
+    for name in near & times.keys():
+        if not (times[name].reason or checked[name].near_oracle):
             times[name].reason = "Rejected: the result is not what the oracle computes"
-            failed.add(name)
-    for name in times.keys() - failed:
-        yardstick = yardsticks.get(name, reference)
-        errors, allowed = contestants[name].errors, contestants[yardstick].errors
-        if missing := failed & {reference, yardstick}:
-            times[name].reason = f"nothing to compare with: {', '.join(sorted(missing))} failed"
-        # The yardstick may be off by the oracle's error more than it seems to, and the provider by less.
+    allowed = checked[reference].errors
+    for name in times.keys() - near:
+        errors = checked[name].errors
+        if times[name].reason:
+            continue
+        if times[reference].reason:
+            times[name].reason = f"nothing to compare with: {reference} failed"
+        # The reference may be off by the oracle's error more than it seems to, and the contestant by less.
         elif not (errors <= 2 * (allowed + inputs.error) + inputs.error).all():
-            times[name].reason = f"errors {errors.tolist()}, {yardstick}'s are {allowed.tolist()}"
-    done = max((len(found.rounds) for found in times.values()), default=0)
+            times[name].reason = f"errors {errors.tolist()}, {reference}'s are {allowed.tolist()}"
+    done = max((len(one.rounds) for one in times.values()), default=0)
     configuration = [
         f"{done} rounds of {calls} calls",
         f"{torch.get_num_threads()} threads",
         f"float32 products {torch.backends.cuda.matmul.fp32_precision}",
     ]
     if ceiling is not None:
-        configuration.append(ceiling.describe(operation.dtype))
+        configuration.append(ceiling.describe(case.dtype))
     columns = {
-        "operator": operation.operator,
+        "operator": case.operator,
         "mode": mode,
-        "shape": operation.shape,
-        "dtype": str(operation.dtype).removeprefix("torch."),
+        "shape": case.shape,
+        "dtype": str(case.dtype).removeprefix("torch."),
     }
-    work = operation.work(mode)
-    rows = []
-    for name, one in contestants.items():
-        row = times[name].row(columns, name, times[reference])
+    work = case.work(mode)
+    results = []
+    for name, one in checked.items():
+        result = times[name].row(columns, name, times[reference])
         found: dict[str, Any] = {"host_ms": one.host_ms}
-        if p50 := row.p50_ms:
-            least = ceiling.seconds(work.bytes, work.flops, operation.dtype) if ceiling else None
+        if p50 := result.p50_ms:
+            least = ceiling.seconds(work.bytes, work.flops, case.dtype) if ceiling else None
             found |= {"gb_per_s": work.bytes / p50 * 1e-6, "gflop_per_s": work.flops / p50 * 1e-6}
             found |= {"roofline": 1e3 * least / p50 if least else None}
         found |= {"max_error": one.errors.max().item() if len(one.errors) else None}
         found |= {"peak_memory_mb": one.peak_memory_mb, "configuration": ", ".join(configuration)}
-        rows.append(replace(row, found=found))
-    return rows
+        results.append(replace(result, found=found))
+    return results
 
 
 class _Inputs:
     """The inputs of the current round, and the results that the oracle computes of them."""
 
-    def __init__(self, operation: Operation, mode: Mode):
-        self.operation = operation
+    def __init__(self, case: Case, mode: Mode):
+        self.case = case
         self.mode = mode
         self._live: dict[torch.device, list[Tensor]] = {}
         self.error = torch.zeros(())  # the oracle's own, at most
@@ -172,37 +172,37 @@ class _Inputs:
     def live(self, device: torch.device) -> list[Tensor]:
         """The tensors that calls on ``device`` take; between turns they are poisoned."""
         if device not in self._live:
-            drawn = self.operation.inputs(0)
+            drawn = self.case.inputs(0)
             poisoned = (torch.full_like(t, poison(t.dtype), device=device) for t in drawn)
             self._live[device] = [t.requires_grad_(t.is_floating_point()) for t in poisoned]
         return self._live[device]
 
     def draw(self, seed: int) -> None:
-        *arguments, gradient = self.operation.inputs(seed)
+        *arguments, gradient = self.case.inputs(seed)
         self.drawn = [*(t.detach().requires_grad_(t.is_floating_point()) for t in arguments), gradient]
         wide = [t.detach().double().requires_grad_() for t in self.drawn]
-        self.expected = [t.detach() for t in prepare(self.operation.oracle, wide, self.mode)()]
+        self.expected = [t.detach() for t in prepare(self.case.oracle, wide, self.mode)()]
         # Float64 is off by a rounding per operation on an element, of random signs. That counts in float64
-        # alone, where a yardstick may round exactly as the oracle does.
-        roundings = self.operation.work(self.mode).flops / sum(t.numel() for t in self.expected)
+        # alone, where a reference may round exactly as the oracle does.
+        roundings = self.case.work(self.mode).flops / sum(t.numel() for t in self.expected)
         off = _largest(self.expected) * (math.sqrt(roundings) * torch.finfo(torch.float64).eps / 2)
         self.error = off.maximum(self.error)
 
 
-class _Contestant:
-    """A provider, its errors, and on a GPU its memory and the host's times."""
+class _Checked:
+    """A contestant, its errors, and on a GPU its memory and the host's times."""
 
     def __init__(
         self,
-        operation: Operation,
-        provider: Provider,
+        case: Case,
+        contestant: Contestant,
         mode: Mode,
         calls: int,
         finish: Callable[[Tensor], Tensor] | None,
         device: torch.device,
     ):
-        self.device, self.dtype = device, operation.dtype
-        self.provider, self.mode, self.calls, self.finish = provider, mode, calls, finish
+        self.device, self.dtype = device, case.dtype
+        self.contestant, self.mode, self.calls, self.finish = contestant, mode, calls, finish
         self.errors = torch.empty(0)
         self.near_oracle = True
         self.hosts: list[float] = []
@@ -223,7 +223,7 @@ class _Contestant:
         with torch.no_grad():
             for t, value in zip(live, drawn, strict=True):
                 t.copy_(value)
-        call = prepare(self.provider, live, self.mode)
+        call = prepare(self.contestant, live, self.mode)
         freed = [torch.full_like(t, poison(self.dtype), dtype=self.dtype) for t in (*expected, *live)]
         del freed
         flush(device)
@@ -246,7 +246,7 @@ class _Contestant:
         errors = _largest(differences)
         self.errors = errors.maximum(self.errors) if len(self.errors) else errors
         for difference, t in zip(differences, expected, strict=True):
-            self.near_oracle &= bool(difference.norm() <= YARDSTICK_ERROR * t.norm())
+            self.near_oracle &= bool(difference.norm() <= NEAR * t.norm())
         return [seconds]
 
 
@@ -255,14 +255,14 @@ def poison(dtype: torch.dtype) -> float:
     return math.nan if dtype.is_floating_point else torch.iinfo(dtype).max
 
 
-def prepare(provider: Provider, inputs: Sequence[Tensor], mode: Mode) -> Callable[[], Sequence[Tensor]]:
+def prepare(contestant: Contestant, inputs: Sequence[Tensor], mode: Mode) -> Callable[[], Sequence[Tensor]]:
     """The call to time on ``inputs``: arguments, then a gradient. What comes before it is done here."""
     *arguments, gradient = inputs
     if mode == "forward":
-        return lambda: [provider(*arguments)]
+        return lambda: [contestant(*arguments)]
     if mode == "full":
-        return lambda: torch.autograd.grad(provider(*arguments), arguments, gradient)
-    result = provider(*arguments)
+        return lambda: torch.autograd.grad(contestant(*arguments), arguments, gradient)
+    result = contestant(*arguments)
     return lambda: torch.autograd.grad(result, arguments, gradient)
 
 

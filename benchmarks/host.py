@@ -25,7 +25,7 @@ from torch.nn.functional import linear
 
 import torchpar
 from benchmarks.command import Command, run
-from benchmarks.rows import Results, Row, print_rows
+from benchmarks.results import Result, Table, print_results
 from benchmarks.timing import Turn, take_turns, time_calls
 
 SIZES = (512, 4096)
@@ -82,7 +82,7 @@ def calls_of(operator: str, n: int, device: torch.device) -> dict[str, Callable[
     return found
 
 
-def measure(operator: str, n: int, device: torch.device, rounds: int) -> list[Row]:
+def measure(operator: str, n: int, device: torch.device, rounds: int) -> list[Result]:
     def turn(call: Callable[[], object], index: int) -> list[float]:
         timed = time_calls(call, device, CALLS if index else 1)
         timed.seconds()  # empty the queue
@@ -100,16 +100,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = command.parse(arguments)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda") if on_gpu else META
-    results = Results(command.csv(options), device)
+    table = Table(command.csv(options), device)
     with nullcontext() if on_gpu else idle_driver():
         for operator in ("matmul_t", "linear_sigmoid", "maximum"):
             for n in SIZES[: 1 if options.quick else None]:
-                results.add(measure(operator, n, device, 2 if options.quick else ROUNDS))
-    columns = ("operator", "n", "provider", "p20_ms", "p50_ms", "p80_ms")
-    print_rows("the host's part of a call", results.rows, columns)
+                table.add(measure(operator, n, device, 2 if options.quick else ROUNDS))
+    columns = ("operator", "n", "contestant", "p20_ms", "p50_ms", "p80_ms")
+    print_results("the host's part of a call", table.results, columns)
     if not on_gpu:
         print("no GPU: a stand-in took the launches")
-    return results.status
+    return table.status
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ import torch
 
 import torchpar
 from benchmarks.command import Command, run
-from benchmarks.compare import Mode, Operation, Provider
-from benchmarks.operations import matmul_t_operation, numpy_matmul_t
+from benchmarks.compare import Case, Contestant, Mode
+from benchmarks.operations import matmul_t_case, numpy_matmul_t
 from benchmarks.operators import compare_all, parse
-from benchmarks.rows import Results, Row, number, print_cells, print_rows
+from benchmarks.results import Result, Table, number, print_cells, print_results
 
 REFERENCE = "torch.mm"
 MODES: tuple[Mode, ...] = ("forward", "backward")
@@ -39,56 +39,56 @@ GPU = [
 ]
 
 
-def operations(device: torch.device, quick: bool) -> Iterator[Operation]:
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     shapes = QUICK if quick else GPU if device.type == "cuda" else CPU
     dtypes = [torch.float32] if quick else [torch.float32, torch.float64, torch.bfloat16, torch.float16]
     for dtype in dtypes:
         slow = dtype == torch.float16 and device.type == "cpu"  # PyTorch's products take seconds
         for shape in shapes:
             if not (slow and max(shape) > 1024):
-                yield matmul_t_operation(dtype, device, *shape)
+                yield matmul_t_case(dtype, device, *shape)
 
 
-def providers(operation: Operation) -> dict[str, Provider]:
-    found: dict[str, Provider] = {REFERENCE: lambda x: x @ x.mT, "torchpar": torchpar.matmul_t}
-    if operation.device.type == "cpu" and operation.dtype.itemsize >= 4 and operation.shape.count("x") == 1:
+def contestants(case: Case) -> dict[str, Contestant]:
+    found: dict[str, Contestant] = {REFERENCE: lambda x: x @ x.mT, "torchpar": torchpar.matmul_t}
+    if case.device.type == "cpu" and case.dtype.itemsize >= 4 and case.shape.count("x") == 1:
         found["numpy"] = numpy_matmul_t
     return found
 
 
-def print_speedups(rows: Sequence[Row], calls: str) -> None:
+def print_speedups(rows: Sequence[Result], calls: str) -> None:
     """A line per shape: the speed over `torch.mm`'s, and in brackets over NumPy's, in such calls."""
-    speedups = {(tuple(row.work.values()), row.provider): row.speedup for row in rows}
+    speedups = {(tuple(row.case.values()), row.contestant): row.speedup for row in rows}
     lines: dict[str, dict[str, str]] = {}
-    for row in sorted(rows, key=lambda row: row.work["mode"] != "forward"):  # each mode's dtypes together
-        if row.provider != "torchpar":
+    for row in sorted(rows, key=lambda row: row.case["mode"] != "forward"):  # each mode's dtypes together
+        if row.contestant != "torchpar":
             continue
-        line = lines.setdefault(row.work["shape"], {"shape": row.work["shape"]})
+        line = lines.setdefault(row.case["shape"], {"shape": row.case["shape"]})
         text = number(row.speedup) if row.ok else "wrong"
-        other = speedups.get((tuple(row.work.values()), "numpy"))
+        other = speedups.get((tuple(row.case.values()), "numpy"))
         if row.speedup and other:
             text += f" ({number(row.speedup / other)})"
-        line[f"{row.work['mode']}\n{row.work['dtype']}"] = text
+        line[f"{row.case['mode']}\n{row.case['dtype']}"] = text
     print_cells(f"torch.mm's time over torchpar.matmul_t's (NumPy's), {calls}", list(lines.values()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("matmul_t", "Compare X·Xᵀ with PyTorch's and NumPy's.")
     options = parse(command, arguments)
-    results = Results(command.csv(options), options.device)
-    listed = list(operations(options.device, options.quick))
+    table = Table(command.csv(options), options.device)
+    listed = list(cases(options.device, options.quick))
     modes = [mode for mode in MODES if mode in options.modes]
-    for rows in compare_all(listed, providers, options, modes, REFERENCE):
-        results.add(rows)
-    print_rows("matmul_t", results.rows)
-    print_speedups(results.rows, "each call after a flush of the caches")
+    for rows in compare_all(listed, contestants, options, modes, REFERENCE):
+        table.add(rows)
+    print_results("matmul_t", table.results)
+    print_speedups(table.results, "each call after a flush of the caches")
     if options.device.type == "cpu" and "forward" in modes:
         small = [one for one in listed if max(map(int, one.shape.split("x"))) <= WARM_ROWS]
         warm = []
-        for rows in compare_all(small, providers, options, ["forward"], REFERENCE, WARM_CALLS):
-            warm += results.add(rows)
+        for rows in compare_all(small, contestants, options, ["forward"], REFERENCE, WARM_CALLS):
+            warm += table.add(rows)
         print_speedups(warm, f"{WARM_CALLS} calls in a row")
-    return results.status
+    return table.status
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.command import Command, run
 from benchmarks.digits import DATA
-from benchmarks.rows import Results, Row, picture, print_rows, track
+from benchmarks.results import Result, Table, picture, print_results, track
 from benchmarks.timing import take_turns, time_calls
 from torchpar import data
 from torchpar.nn import MLP
@@ -70,7 +70,7 @@ if find_spec("gram_newton_schulz"):
     OPTIMIZERS["gram-newton-schulz"] = gram_newton_schulz
 
 
-def compare_steps(label: str, shapes: Shapes, rounds: int, device: torch.device) -> list[Row]:
+def compare_steps(label: str, shapes: Shapes, rounds: int, device: torch.device) -> list[Result]:
     """Time a step of each optimizer on float32 weights of ``shapes``."""
     torch.manual_seed(0)
     start = [torch.randn(shape, device=device) for shape in shapes]
@@ -102,7 +102,7 @@ def compare_steps(label: str, shapes: Shapes, rounds: int, device: torch.device)
     return rows
 
 
-def train(epochs: int, samples: int | None) -> list[Row]:
+def train(epochs: int, samples: int | None) -> list[Result]:
     """Train a network on MNIST with SGD and with Muon: a row for each epoch."""
     rows = []
     makers: dict[str, Callable[[MLP], torch.optim.Optimizer]] = {
@@ -132,18 +132,18 @@ def train(epochs: int, samples: int | None) -> list[Row]:
             for result in run.results:
                 error = 100 * (1 - result.test_accuracy)
                 found = {"epoch": result.epoch, "train_loss": result.train_loss, "error_percent": error}
-                rows.append(Row(work=work, provider=name, found=found))
+                rows.append(Result(case=work, contestant=name, found=found))
     return rows
 
 
-def draw(path: Path, rows: Sequence[Row]) -> None:
+def draw(path: Path, rows: Sequence[Result]) -> None:
     """Draw the test error and the training loss of both optimizers over the epochs."""
     with picture(path, 11, 4) as figure:
         labels = {"error_percent": "test error (%)", "train_loss": "training loss"}
         for axes, (name, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
-            for provider in dict.fromkeys(row.provider for row in rows):
-                mine = [row.found for row in rows if row.provider == provider]
-                axes.plot([x["epoch"] for x in mine], [x[name] for x in mine], marker="o", label=provider)
+            for contestant in dict.fromkeys(row.contestant for row in rows):
+                mine = [row.found for row in rows if row.contestant == contestant]
+                axes.plot([x["epoch"] for x in mine], [x[name] for x in mine], marker="o", label=contestant)
             axes.set(xlabel="epoch", ylabel=label, ylim=(0, None))
             axes.grid(alpha=0.3)
             axes.legend()
@@ -160,19 +160,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.output and epochs:
         command.require("matplotlib")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results = Results(command.csv(options), device, threads=torch.get_num_threads())
+    table = Table(command.csv(options), device, threads=torch.get_num_threads())
     weights = QUICK if options.quick else WEIGHTS
     if options.weights:
         weights = {label: WEIGHTS[label] for label in options.weights}
     for label, shapes in weights.items():
-        results.add(compare_steps(label, shapes, rounds, device))
-    print_rows("a step of Muon", results.rows)
+        table.add(compare_steps(label, shapes, rounds, device))
+    print_results("a step of Muon", table.results)
     if epochs:
-        curves = results.add(train(epochs, samples=320 if options.quick else None))
-        print_rows("an MLP on MNIST", curves, ("provider", "epoch", "train_loss", "error_percent"))
+        curves = table.add(train(epochs, samples=320 if options.quick else None))
+        print_results("an MLP on MNIST", curves, ("contestant", "epoch", "train_loss", "error_percent"))
         if options.output:
             draw(options.output / "muon.png", curves)
-    return results.status
+    return table.status
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 """The operations that benchmarks compare: inputs, PyTorch's formula, ours, and the work that they need.
 
 The work is what the operator needs, whoever computes it: a symmetric product is n(n + 1)k operations, so
-that a provider which computes all of it reaches half the roofline at most.
+that a contestant which computes all of it reaches half the roofline at most.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import torchpar
-from benchmarks.compare import Mode, Operation, Provider, Work
+from benchmarks.compare import Case, Contestant, Mode, Work
 
 MODES: tuple[Mode, ...] = ("forward", "backward", "full")
 ALPHA, BETA = 0.5, 2.0  # of symmetric_matmul
@@ -39,7 +39,7 @@ def linear_sigmoid_backward(g: Tensor, y: Tensor) -> Tensor:
     return dz
 
 
-NATIVE: dict[str, Provider] = {
+NATIVE: dict[str, Contestant] = {
     "maximum": torch.maximum,
     "matmul_t": matmul_t,
     "symmetric_matmul": symmetric_matmul,
@@ -47,7 +47,7 @@ NATIVE: dict[str, Provider] = {
     "exact_matmul": lambda a, b: a @ b.mT,
     "exact_matmul_t": matmul_t,
 }
-OURS: dict[str, Provider] = {
+OURS: dict[str, Contestant] = {
     "maximum": torchpar.maximum,
     "matmul_t": torchpar.matmul_t,
     "symmetric_matmul": lambda a, b, c: torchpar.symmetric_matmul(a, b, c, alpha=ALPHA, beta=BETA),
@@ -56,7 +56,7 @@ OURS: dict[str, Provider] = {
     "exact_matmul_t": torchpar.exact_matmul_t,
 }
 # PyTorch's and ours, of what only a backward calls.
-BACKWARDS: dict[str, tuple[Provider, Provider]] = {
+BACKWARDS: dict[str, tuple[Contestant, Contestant]] = {
     "linear_sigmoid_backward": (
         linear_sigmoid_backward,
         lambda g, y: torch.ops.torchpar.linear_sigmoid_backward(g, y)[0],
@@ -86,11 +86,11 @@ def normal(seed: int, dtype: torch.dtype, device: torch.device, *shapes: Sequenc
     return [torch.randint(end, shape, dtype=dtype, device=device, generator=generator) for shape in shapes]
 
 
-def maximum_operation(
+def maximum_case(
     dtype: torch.dtype, device: torch.device, a_shape: tuple[int, ...], b_shape: tuple[int, ...]
-) -> Operation:
+) -> Case:
     a, b = math.prod(a_shape), math.prod(b_shape)
-    return Operation(
+    return Case(
         "maximum",
         " ".join("x".join(map(str, shape)) for shape in (a_shape, b_shape)),
         dtype,
@@ -103,8 +103,8 @@ def maximum_operation(
     )
 
 
-def exact_matmul_operation(device: torch.device, m: int, k: int, n: int) -> Operation:
-    return Operation(
+def exact_matmul_case(device: torch.device, m: int, k: int, n: int) -> Case:
+    return Case(
         "exact_matmul",
         f"{m}x{k}->{n}",
         torch.float32,
@@ -116,12 +116,10 @@ def exact_matmul_operation(device: torch.device, m: int, k: int, n: int) -> Oper
     )
 
 
-def matmul_t_operation(
-    dtype: torch.dtype, device: torch.device, *shape: int, operator: str = "matmul_t"
-) -> Operation:
+def matmul_t_case(dtype: torch.dtype, device: torch.device, *shape: int, operator: str = "matmul_t") -> Case:
     *batch, n, k = shape
     b = math.prod(batch)
-    return Operation(
+    return Case(
         operator,
         "x".join(map(str, shape)),
         dtype,
@@ -133,14 +131,14 @@ def matmul_t_operation(
     )
 
 
-def symmetric_matmul_operation(dtype: torch.dtype, device: torch.device, n: int, k: int) -> Operation:
+def symmetric_matmul_case(dtype: torch.dtype, device: torch.device, n: int, k: int) -> Case:
     """α·A·Bᵀ + β·C with B equal to A, which the operator is not told, and a symmetric C."""
 
     def inputs(seed: int) -> list[Tensor]:
         a, c, gradient = normal(seed, dtype, device, (n, k), (n, n), (n, n))
         return [a, a.clone(), (c + c.mT) / 2, gradient]
 
-    return Operation(
+    return Case(
         "symmetric_matmul",
         f"{n}x{k}",
         dtype,
@@ -152,12 +150,12 @@ def symmetric_matmul_operation(dtype: torch.dtype, device: torch.device, n: int,
     )
 
 
-def linear_sigmoid_operation(dtype: torch.dtype, device: torch.device, m: int, k: int, n: int) -> Operation:
+def linear_sigmoid_case(dtype: torch.dtype, device: torch.device, m: int, k: int, n: int) -> Case:
     def inputs(seed: int) -> list[Tensor]:
         x, weight, bias, gradient = normal(seed, dtype, device, (m, k), (n, k), (n,), (m, n))
         return [x, weight / math.sqrt(k), bias, gradient]  # so scaled, the sigmoid does not saturate
 
-    return Operation(
+    return Case(
         "linear_sigmoid",
         f"{m}x{k}->{n}",
         dtype,
@@ -169,14 +167,14 @@ def linear_sigmoid_operation(dtype: torch.dtype, device: torch.device, m: int, k
     )
 
 
-def linear_sigmoid_backward_operation(dtype: torch.dtype, device: torch.device, m: int, n: int) -> Operation:
+def linear_sigmoid_backward_case(dtype: torch.dtype, device: torch.device, m: int, n: int) -> Case:
     """The first pass of the backward. Its own derivatives are not timed."""
 
     def inputs(seed: int) -> list[Tensor]:
         g, z, gradient = normal(seed, dtype, device, (m, n), (m, n), (m, n))
         return [g, z.sigmoid(), gradient]
 
-    return Operation(
+    return Case(
         "linear_sigmoid_backward",
         f"{m}x{n}",
         dtype,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Compare the operators with PyTorch's own, eager and compiled: ``python -m benchmarks run operators``.
 
-One operation is the maximum of two 1000×1000 matrices of integers, a common exercise for Numba, whose loops
+One case is the maximum of two 1000×1000 matrices of integers, a common exercise for Numba, whose loops
 run on one CPU core. On a GPU their time is without transfers.
 """
 
@@ -15,29 +15,29 @@ import torch
 from torch.nn.functional import linear
 
 from benchmarks.command import Command, run
-from benchmarks.compare import Mode, Operation, Provider, compare
+from benchmarks.compare import Case, Contestant, Mode, compare
 from benchmarks.operations import (
     BACKWARDS,
     MODES,
     NATIVE,
     OPERATORS,
     OURS,
-    exact_matmul_operation,
-    linear_sigmoid_backward_operation,
-    linear_sigmoid_operation,
-    matmul_t_operation,
-    maximum_operation,
+    exact_matmul_case,
+    linear_sigmoid_backward_case,
+    linear_sigmoid_case,
+    matmul_t_case,
+    maximum_case,
     njit_maximum,
     numpy_matmul_t,
-    symmetric_matmul_operation,
+    symmetric_matmul_case,
 )
-from benchmarks.rows import Results, Row, duration, number, print_rows
+from benchmarks.results import Result, Table, duration, number, print_results
 from benchmarks.timing import measure_ceiling
 from torchpar.errors import ConfigError
 
 ROUNDS = 20
 QUICK_ROUNDS = 2
-CPU_SECONDS = 0.25  # of a provider's turns in one mode
+CPU_SECONDS = 0.25  # of a contestant's turns in one mode
 GPU_SECONDS = 2.0
 BYTES_PER_ELEMENT = 160  # of device memory for a measurement of maximum in float64, oracle included
 SMALL = (64, 128, 10)  # rows, in_features, out_features
@@ -81,68 +81,62 @@ COMPILED = {
 AUTOTUNED = ("8192x4096->4096",)  # which takes a minute
 
 
-# The operators are held to PyTorch's errors. The errors of PyTorch and NumPy themselves are as they are:
-# Inductor, for one, sums long columns on a CPU with eight times eager's error.
-YARDSTICKS = {
-    "torch.compile": "torch.compile",
-    "max-autotune": "torch.compile",
-    "torchpar + torch.compile": "torch.compile",
-    "torch.mm": "torch.mm",
-    "numpy": "numpy",
-}
+# The operators are held to eager PyTorch's errors, and libraries to none: Inductor, for one, sums long
+# columns on a CPU with eight times eager's error.
+LIBRARIES = ("torch.compile", "max-autotune", "torchpar + torch.compile", "torch.mm", "numpy")
 # Of linear_sigmoid, the product and the bias alone.
 FINISH = {"addmm": torch.sigmoid}
 FORWARD_ONLY = ("numpy", "njit", *FINISH)
 ON_CPU = ("njit",)
 
 
-def operations(device: torch.device, quick: bool) -> Iterator[Operation]:
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     on_gpu = device.type == "cuda"
     sizes = QUICK if quick else GPU if on_gpu else CPU
     dtypes = [torch.float32] if quick else [torch.float32, torch.bfloat16]
     memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else math.inf
-    yield maximum_operation(torch.int64, device, EXERCISE, EXERCISE)
+    yield maximum_case(torch.int64, device, EXERCISE, EXERCISE)
     for dtype in [torch.int8, *dtypes, torch.float64] if on_gpu and not quick else dtypes:
         shapes: list[tuple[tuple[int, ...], tuple[int, ...]]] = [((n,), (n,)) for n in sizes.maximum]
         for rows, columns in sizes.maximum_broadcast:
             shapes += [((rows, columns), (columns,)), ((rows, columns), (rows, 1))]
         for a_shape, b_shape in shapes:
             if BYTES_PER_ELEMENT * math.prod(a_shape) < memory:
-                yield maximum_operation(dtype, device, a_shape, b_shape)
-    for operation in (matmul_t_operation, symmetric_matmul_operation):
+                yield maximum_case(dtype, device, a_shape, b_shape)
+    for make in (matmul_t_case, symmetric_matmul_case):
         for dtype in dtypes if on_gpu or quick else [*dtypes, torch.float64]:
-            yield from (operation(dtype, device, n, n) for n in sizes.products)
+            yield from (make(dtype, device, n, n) for n in sizes.products)
     for n in sizes.exact:
-        yield exact_matmul_operation(device, n, n, n)
-        yield matmul_t_operation(torch.float32, device, n, n, operator="exact_matmul_t")
+        yield exact_matmul_case(device, n, n, n)
+        yield matmul_t_case(torch.float32, device, n, n, operator="exact_matmul_t")
     for dtype in dtypes:
         for shape in sizes.linear_sigmoid:
-            yield linear_sigmoid_operation(dtype, device, *shape)
+            yield linear_sigmoid_case(dtype, device, *shape)
         for rows, columns in sizes.linear_sigmoid_backward:
-            yield linear_sigmoid_backward_operation(dtype, device, rows, columns)
+            yield linear_sigmoid_backward_case(dtype, device, rows, columns)
 
 
-def providers(operation: Operation, quick: bool) -> dict[str, Provider]:
+def contestants(case: Case, quick: bool) -> dict[str, Contestant]:
     """Eager, ours, and unless ``quick`` both compiled; the library's bare products, and njit's loops."""
-    if operation.operator in BACKWARDS:  # a compiler would not compute the sum that is dropped
-        return dict(zip(("eager", "torchpar"), BACKWARDS[operation.operator], strict=True))
-    native, ours = NATIVE[operation.operator], OURS[operation.operator]
-    found: dict[str, Provider] = {"eager": native, "torchpar": ours}
-    on_cpu = operation.device.type == "cpu"
-    if not quick and (on_cpu or operation.shape in COMPILED.get(operation.operator, (operation.shape,))):
+    if case.operator in BACKWARDS:  # a compiler would not compute the sum that is dropped
+        return dict(zip(("eager", "torchpar"), BACKWARDS[case.operator], strict=True))
+    native, ours = NATIVE[case.operator], OURS[case.operator]
+    found: dict[str, Contestant] = {"eager": native, "torchpar": ours}
+    on_cpu = case.device.type == "cpu"
+    if not quick and (on_cpu or case.shape in COMPILED.get(case.operator, (case.shape,))):
         torch.compiler.reset()  # every shape is compiled anew, and recompilations are limited
         found["torch.compile"] = torch.compile(native, dynamic=False)
         found["torchpar + torch.compile"] = torch.compile(ours, dynamic=False)
-    if not quick and not on_cpu and operation.shape in AUTOTUNED:
+    if not quick and not on_cpu and case.shape in AUTOTUNED:
         # CUDA graphs would write every result to the same memory, which is poisoned here.
         found["max-autotune"] = torch.compile(native, dynamic=False, mode="max-autotune-no-cudagraphs")
-    if operation.operator == "matmul_t":
+    if case.operator == "matmul_t":
         found["torch.mm"] = lambda x: torch.mm(x, x.T)
-        if on_cpu and operation.dtype != torch.bfloat16:
+        if on_cpu and case.dtype != torch.bfloat16:
             found["numpy"] = numpy_matmul_t
-    if operation.operator == "linear_sigmoid":
+    if case.operator == "linear_sigmoid":
         found["addmm"] = linear
-    if operation.dtype == torch.int64:  # the exercise
+    if case.dtype == torch.int64:  # the exercise
         if importlib.util.find_spec("numba"):
             found["njit"] = njit_maximum
         else:
@@ -150,20 +144,20 @@ def providers(operation: Operation, quick: bool) -> dict[str, Provider]:
     return found
 
 
-def small_call(device: torch.device, rounds: int) -> list[Row]:
+def small_call(device: torch.device, rounds: int) -> list[Result]:
     """The cost of a call whose arithmetic costs next to nothing, on one thread."""
-    operation = linear_sigmoid_operation(torch.float32, device, *SMALL)
+    case = linear_sigmoid_case(torch.float32, device, *SMALL)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         compared = {"eager": NATIVE["linear_sigmoid"], "torchpar": OURS["linear_sigmoid"]}
-        return compare(operation, compared, reference="eager", mode="full", rounds=rounds, calls=SMALL_CALLS)
+        return compare(case, compared, reference="eager", mode="full", rounds=rounds, calls=SMALL_CALLS)
     finally:
         torch.set_num_threads(threads)
 
 
-def print_exercise(rows: Mapping[str, Row]) -> None:
-    """Print the times by provider, on the device and of the host apart, and the speed over njit's."""
+def print_exercise(rows: Mapping[str, Result]) -> None:
+    """Print the times by contestant, on the device and of the host apart, and the speed over njit's."""
     njit = rows["njit"].p50_ms if "njit" in rows else None
     shown = []
     for name, row in rows.items():
@@ -177,31 +171,31 @@ def print_exercise(rows: Mapping[str, Row]) -> None:
 
 
 def compare_all(
-    operations: Iterable[Operation],
-    providers: Callable[[Operation], dict[str, Provider]],
+    cases: Iterable[Case],
+    contestants: Callable[[Case], dict[str, Contestant]],
     options: argparse.Namespace,
     modes: Sequence[Mode],
     reference: str = "eager",
     calls: int = 1,
-) -> Iterator[list[Row]]:
-    """The rows of each operation and mode in turn."""
-    listed = list(operations)
+) -> Iterator[list[Result]]:
+    """The rows of each case and mode in turn."""
+    listed = list(cases)
     device = options.device
     dtypes = sorted({one.dtype for one in listed}, key=str)
     ceiling = measure_ceiling(device, dtypes, options.quick)
     for dtype in dtypes:
         print(f"{dtype}: {ceiling.describe(dtype)}")
-    for operation in listed:
-        compared = providers(operation)
+    for case in listed:
+        compared = contestants(case)
         for mode in modes:
             forward = mode == "forward"
-            if mode not in operation.modes:
+            if mode not in case.modes:
                 continue
             yield compare(
-                operation,
+                case,
                 {name: one for name, one in compared.items() if forward or name not in FORWARD_ONLY},
                 reference=reference,
-                yardsticks=YARDSTICKS,
+                libraries=LIBRARIES,
                 finish=FINISH,
                 on_cpu=ON_CPU,
                 mode=mode,
@@ -234,22 +228,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("operators", "Compare the operators with PyTorch's own.")
     command.parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=OPERATORS)
     options = parse(command, arguments)
-    results = Results(command.csv(options), options.device)
-    small = results.add(small_call(options.device, QUICK_ROUNDS if options.quick else ROUNDS))
-    listed = [one for one in operations(options.device, options.quick) if one.operator in options.operators]
-    for rows in compare_all(listed, lambda one: providers(one, options.quick), options, options.modes):
-        results.add(rows)
+    table = Table(command.csv(options), options.device)
+    small = table.add(small_call(options.device, QUICK_ROUNDS if options.quick else ROUNDS))
+    listed = [one for one in cases(options.device, options.quick) if one.operator in options.operators]
+    for rows in compare_all(listed, lambda one: contestants(one, options.quick), options, options.modes):
+        table.add(rows)
     for operator in OPERATORS:
-        shown = [row for row in results.rows if row.work["operator"] == operator]
-        print_rows(operator, shown)
-    if exercise := {row.provider: row for row in results.rows if row.work["dtype"] == "int64"}:
+        shown = [row for row in table.results if row.case["operator"] == operator]
+        print_results(operator, shown)
+    if exercise := {row.contestant: row for row in table.results if row.case["dtype"] == "int64"}:
         print_exercise(exercise)
-    costs = {row.provider: (row.found["host_ms"] or row.p50_ms or math.nan) / 1e3 for row in small}
+    costs = {row.contestant: (row.found["host_ms"] or row.p50_ms or math.nan) / 1e3 for row in small}
     print(
-        f"a small call, linear_sigmoid {small[0].work['shape']} forward and backward on one thread: "
+        f"a small call, linear_sigmoid {small[0].case['shape']} forward and backward on one thread: "
         f"eager {duration(costs['eager'])}, torchpar {duration(costs['torchpar'])}"
     )
-    return results.status
+    return table.status
 
 
 if __name__ == "__main__":

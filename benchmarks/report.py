@@ -31,7 +31,20 @@ SHOWN = {
     "change": "change",
 }
 HIDDEN = ("mean_ms", "samples", "ok", "reason", "seed")
-ORIGIN = ("device", "cores", "gpu", "torch", "triton", "numpy", "python", "clocks", "commit", "dirty", "date")
+ORIGIN = (
+    "device",
+    "instruction_sets",
+    "cores",
+    "gpu",
+    "torch",
+    "triton",
+    "numpy",
+    "python",
+    "clocks",
+    "commit",
+    "dirty",
+    "date",
+)
 
 
 def read_csv(text: str) -> Any:
@@ -45,9 +58,10 @@ def read_csv(text: str) -> Any:
     import pandas
 
     frame = pandas.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
+    frame = frame.rename(columns={"provider": "contestant"})  # its name in earlier versions
     columns = list(frame.columns)
-    if "p20_ms" not in columns or "provider" not in columns:
-        raise ValueError("expected the columns provider and p20_ms")
+    if "p20_ms" not in columns or "contestant" not in columns:
+        raise ValueError("expected the columns contestant and p20_ms")
     names = (*columns[: columns.index("p20_ms")], *(name for name in WORK if name in columns))
     work = list(dict.fromkeys(names))
     for name in dict.fromkeys((*TIMES, *columns)):
@@ -163,7 +177,7 @@ def as_html(table: Any) -> str:
     """Return a table that a reader can sort and search; numbers have three digits."""
     from itables.javascript import to_html_datatable
 
-    from benchmarks.rows import number
+    from benchmarks.results import number
 
     def text(cell: object) -> str:
         if isinstance(cell, float):

@@ -23,7 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.command import Command, run
-from benchmarks.rows import Results, Row, print_rows, track
+from benchmarks.results import Result, Table, print_results, track
 from benchmarks.timing import CPU
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stages = max(plan.pp for plan in MESHES)
     if options.layers < stages:
         raise ConfigError(f"--layers is {options.layers}, expected at least {stages}, the number of stages")
-    results = Results(command.csv(options), CPU)
+    table = Table(command.csv(options), CPU)
     jobs = [(plan, width) for plan in MESHES for width in widths]
     for plan, width in track(jobs, "count"):
         for batch in dict.fromkeys((WEAK_BATCH * plan.ranks, STRONG_BATCH)):
@@ -217,12 +217,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             work |= {"width": width, "batch": batch}
             found = {f"{d} calls": sum(call.dimension == d for call in calls) for d in ("tp", "pp", "dp")}
             found["bytes"] = sum(call.bytes for call in calls)
-            row = Row(work=work, provider="counted", found=found, ok=not different, reason=different)
-            results.add([row])
-    print_rows("calls of the rank that sends most in a step, and their bytes", results.rows)
-    equal = sum(row.ok for row in results.rows)
-    print(f"counted and predicted collectives: equal in {equal} of {len(results.rows)} rows")
-    return results.status
+            row = Result(case=work, contestant="counted", found=found, ok=not different, reason=different)
+            table.add([row])
+    print_results("calls of the rank that sends most in a step, and their bytes", table.results)
+    equal = sum(row.ok for row in table.results)
+    print(f"counted and predicted collectives: equal in {equal} of {len(table.results)} rows")
+    return table.status
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.rows import Row, track
+from benchmarks.results import Result, track
 
 K = TypeVar("K", bound=Hashable)
 R = TypeVar("R")
@@ -59,8 +59,8 @@ class Times:
         return median(ratios) if ratios and not (self.reason or other.reason) else None
 
     def row(
-        self, work: Mapping[str, Any], provider: str, reference: "Times | None" = None, **found: Any
-    ) -> Row:
+        self, work: Mapping[str, Any], contestant: str, reference: "Times | None" = None, **found: Any
+    ) -> Result:
         """The row of this measurement; without times if there is a ``reason``.
 
         Args:
@@ -75,7 +75,7 @@ class Times:
             times |= {"mean_ms": 1e3 * mean(self.all), "samples": len(self.all)}
             times["speedup"] = self.speedup_over(reference) if reference else None
         reason = self.reason
-        return Row(work=work, provider=provider, found=found, ok=not reason, reason=reason, **times)
+        return Result(case=work, contestant=contestant, found=found, ok=not reason, reason=reason, **times)
 
 
 def take_turns(

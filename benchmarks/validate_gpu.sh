@@ -50,7 +50,7 @@ export PYTHONPATH=$PWD$given
 
 origin=$(python3 -c '
 import sys, torch
-from benchmarks.rows import provenance
+from benchmarks.results import provenance
 if not torch.cuda.is_available():
     sys.exit("PyTorch finds no CUDA GPU")
 origin = provenance(torch.device("cuda"))

@@ -56,13 +56,13 @@ def test_on_a_gpu_the_variants_stand_beside_the_library(tmp_path, capsys, monkey
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(autotune, "compile_tiles", compile_tiles)
     monkeypatch.setattr(autotune, "measure", measure)
-    monkeypatch.setattr("benchmarks.rows.provenance", lambda device: {})
+    monkeypatch.setattr("benchmarks.results.provenance", lambda device: {})
     monkeypatch.setattr(candidates, "configurations", lambda *_: list(variants.values()))
     flags = ["--kernels", LARGE[0], "--sizes", "512", "1024", "--output", str(tmp_path)]
     assert autotune.main(flags) == 1, "two rows are wrong"
     rows = rows_of(tmp_path)
     names = ["product alone", "library", *map(describe, variants.values())]
-    assert [row["provider"] for row in rows] == 2 * names
+    assert [row["contestant"] for row in rows] == 2 * names
     assert [row["n"] for row in rows] == ["512"] * 5 + ["1024"] * 5
     of = dict(zip(names, rows, strict=False))
     assert (of["library"]["p50_ms"], of["library"]["registers"]) == ("8.0", "")
@@ -88,7 +88,7 @@ def test_the_sizes_before_a_fault_of_the_gpu_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(autotune, "compile_tiles", lambda *_: ({"registers": 64}, ""))
     monkeypatch.setattr(autotune, "measure", measure)
-    monkeypatch.setattr("benchmarks.rows.provenance", lambda device: {})
+    monkeypatch.setattr("benchmarks.results.provenance", lambda device: {})
     flags = ["--quick", "--kernels", LARGE[0], "--sizes", "512", "1024", "--output", str(tmp_path)]
     with pytest.raises(ConfigError, match="the GPU fails"):
         autotune.main(flags)

@@ -35,7 +35,7 @@ def test_operators_beside_eager(tmp_path, capsys):
     rows = rows_of(tmp_path / "operators.csv")
     assert all(row["ok"] == "True" and float(row["p50_ms"]) > 0 for row in rows)
     for operator in operators.NATIVE:
-        found = {(row["mode"], row["provider"]) for row in rows if row["operator"] == operator}
+        found = {(row["mode"], row["contestant"]) for row in rows if row["operator"] == operator}
         modes = ("forward", "backward", "full")
         assert found >= {(mode, name) for mode in modes for name in ("eager", "torchpar")}
     printed = capsys.readouterr().out
@@ -76,12 +76,12 @@ def test_without_numba_the_exercise_has_no_njit(monkeypatch, capsys):
 
 def exercise(monkeypatch: pytest.MonkeyPatch) -> int:
     """Run the exercise alone; the status."""
-    every = operators.operations
+    every = operators.cases
 
     def integers(*args):
         return [one for one in every(*args) if one.dtype == torch.int64]
 
-    monkeypatch.setattr(operators, "operations", integers)
+    monkeypatch.setattr(operators, "cases", integers)
     return operators.main(["--quick", "--device=cpu", "--threads=1", "--operators=maximum"])
 
 
@@ -89,14 +89,14 @@ def test_on_a_gpu_some_shapes_are_compiled(monkeypatch):
     """A name of a shape that is not measured fails here."""
     properties = SimpleNamespace(total_memory=2**38)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    listed = list(operators.operations(torch.device("cuda"), False))
+    listed = list(operators.cases(torch.device("cuda"), False))
     assert set(operators.AUTOTUNED) < set(operators.COMPILED["linear_sigmoid"])
     for name, compiled in operators.COMPILED.items():
         assert set(compiled) < {one.shape for one in listed if one.operator == name}
     dtypes = {one.dtype for one in listed if one.operator == "maximum"}
     assert dtypes == {torch.int8, torch.bfloat16, torch.float32, torch.float64, torch.int64}
     properties.total_memory = 2**35  # for 2^26 elements, but not for 2^28
-    small = {one.shape for one in operators.operations(torch.device("cuda"), False)}
+    small = {one.shape for one in operators.cases(torch.device("cuda"), False)}
     assert "67108864 67108864" in small
     assert not small & {"268435456 268435456", "16384x16384 16384"}
 
@@ -112,20 +112,20 @@ def test_every_operator_is_measured():
 def test_a_wrong_operator_is_rejected(monkeypatch, name, capsys):
     ours = operators.OURS[name]
     monkeypatch.setitem(operators.OURS, name, lambda *args: ours(*args) * 1.001)
-    monkeypatch.setattr(operators, "operations", lambda *_: [make(name)])
+    monkeypatch.setattr(operators, "cases", lambda *_: [make(name)])
     assert operators.main(["--quick", "--device=cpu", "--modes=forward"]) == 1
     assert f"not ok: torchpar {name} forward" in capsys.readouterr().out
 
 
 def make(name: str) -> Any:
     sizes = {"matmul_t": (9, 5), "symmetric_matmul": (9, 5), "linear_sigmoid": (7, 9, 5)}[name]
-    return getattr(operators, f"{name}_operation")(torch.float32, torch.device("cpu"), *sizes)
+    return getattr(operators, f"{name}_case")(torch.float32, torch.device("cpu"), *sizes)
 
 
 def test_matmul_t_beside_torch_and_numpy(tmp_path, capsys):
     assert matmul_t.main(["--quick", "--device=cpu", "--threads=1", f"--output={tmp_path}"]) == 0
     rows = rows_of(tmp_path / "matmul_t.csv")
-    found = {(row["mode"], row["provider"]) for row in rows}
+    found = {(row["mode"], row["contestant"]) for row in rows}
     assert found == {
         *(("forward", name) for name in ("torch.mm", "torchpar", "numpy")),
         *(("backward", name) for name in ("torch.mm", "torchpar")),
@@ -153,7 +153,7 @@ def test_a_wrong_product_has_no_speed(monkeypatch, tmp_path, capsys):
     arguments = ["--quick", "--device=cpu", "--threads=1", "--modes", "forward", f"--output={tmp_path}"]
     assert matmul_t.main(arguments) == 1
     rows = rows_of(tmp_path / "matmul_t.csv")
-    assert [row["speedup"] for row in rows if row["provider"] == "torchpar"] == ["", ""]
+    assert [row["speedup"] for row in rows if row["contestant"] == "torchpar"] == ["", ""]
     assert "wrong" in capsys.readouterr().out
 
 
@@ -164,9 +164,9 @@ def test_muon_takes_the_way_of_torchs(tmp_path, capsys):
     rows = rows_of(tmp_path / "muon.csv")
     steps, epochs = [row for row in rows if row["p50_ms"]], [row for row in rows if row["epoch"]]
     assert {row["weight"] for row in steps} == {"24x64", "3 of 64x24"}
-    assert {row["provider"] for row in steps} == set(muon.OPTIMIZERS)
+    assert {row["contestant"] for row in steps} == set(muon.OPTIMIZERS)
     assert all(float(row["distance"]) < muon.DISTANCE for row in steps)
-    assert [(row["provider"], row["epoch"]) for row in epochs] == [("sgd", "1"), ("muon", "1")]
+    assert [(row["contestant"], row["epoch"]) for row in epochs] == [("sgd", "1"), ("muon", "1")]
     assert (tmp_path / "muon.png").read_bytes().startswith(b"\x89PNG")
     assert "error_percent" in capsys.readouterr().out
 

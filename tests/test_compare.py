@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The comparison of providers rejects wrong results and accepts right ones, and the rows that it writes."""
+"""The comparison of contestants rejects wrong results and accepts right ones, and the rows that it writes."""
 
 import csv
 import threading
@@ -11,33 +11,35 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.compare import Operation, Provider, Work, compare
-from benchmarks.rows import Results, Row, environment, print_rows
+from benchmarks.compare import Case, Contestant, Work, compare
+from benchmarks.results import Result, Table, environment, print_results
 from benchmarks.timing import Ceiling
 
 ROUNDS = 5
 COLUMNS = (
-    "operator mode shape dtype provider p20_ms p50_ms p80_ms mean_ms samples speedup host_ms gb_per_s "
+    "operator mode shape dtype contestant p20_ms p50_ms p80_ms mean_ms samples speedup host_ms gb_per_s "
     "gflop_per_s roofline max_error peak_memory_mb configuration ok reason torch triton numpy python device "
-    "commit dirty clocks date"
+    "instruction_sets commit dirty clocks date"
 )
 
 
-def sigmoid_operation(device: str, dtype: torch.dtype = torch.float32) -> Operation:
+def sigmoid_case(device: str, dtype: torch.dtype = torch.float32) -> Case:
     def inputs(seed: int) -> list[Tensor]:
         generator = torch.Generator(device).manual_seed(seed)
         return [torch.randn(129, 65, device=device, dtype=dtype, generator=generator) for _ in range(2)]
 
     work = Work(2 * 129 * 65 * dtype.itemsize, 4 * 129 * 65)
-    return Operation("sigmoid", "129x65", dtype, torch.device(device), inputs, torch.sigmoid, work, work)
+    return Case("sigmoid", "129x65", dtype, torch.device(device), inputs, torch.sigmoid, work, work)
 
 
-def measured(device: str, provider: Provider, dtype: torch.dtype = torch.float32, **options: Any) -> Row:
-    providers = {"eager": torch.sigmoid, "other": provider}
-    rows = compare(sigmoid_operation(device, dtype), providers, reference="eager", rounds=ROUNDS, **options)
+def measured(
+    device: str, contestant: Contestant, dtype: torch.dtype = torch.float32, **options: Any
+) -> Result:
+    contestants = {"eager": torch.sigmoid, "other": contestant}
+    rows = compare(sigmoid_case(device, dtype), contestants, reference="eager", rounds=ROUNDS, **options)
     reference, row = rows
     assert reference.ok
-    assert reference.provider == "eager"
+    assert reference.contestant == "eager"
     return row
 
 
@@ -59,7 +61,7 @@ def test_a_right_provider_is_believed(device, mode, dtype):
         assert row.peak_memory_mb > 0
 
 
-def integers(device: str, dtype: torch.dtype) -> Operation:
+def integers(device: str, dtype: torch.dtype) -> Case:
     def inputs(seed: int) -> list[Tensor]:
         generator = torch.Generator(device).manual_seed(seed)
         shape = (129, 65)
@@ -68,7 +70,7 @@ def integers(device: str, dtype: torch.dtype) -> Operation:
         ]
 
     work = Work(1, 1)
-    return Operation("maximum", "129x65", dtype, torch.device(device), inputs, torch.maximum, work, work)
+    return Case("maximum", "129x65", dtype, torch.device(device), inputs, torch.maximum, work, work)
 
 
 def one_too_much(a: Tensor, b: Tensor) -> Tensor:
@@ -86,7 +88,7 @@ def test_integers_are_exact(device, dtype, on_cpu):
         found.add(a.device.type)
         return torch.maximum(a, b)
 
-    providers: dict[str, Provider] = {
+    contestants: dict[str, Contestant] = {
         "eager": torch.maximum,
         "right": right,
         "wrong": one_too_much,
@@ -94,9 +96,9 @@ def test_integers_are_exact(device, dtype, on_cpu):
         "in float64": lambda a, b: torch.maximum(a, b).double(),
         "elsewhere": lambda a, b: torch.maximum(a, b).to("meta"),
     }
-    there = set(providers) - {"eager"} if on_cpu else set()
-    rows = compare(integers(device, dtype), providers, reference="eager", rounds=ROUNDS, on_cpu=there)
-    assert [row.provider for row in rows if row.ok] == ["eager", "right"]
+    there = set(contestants) - {"eager"} if on_cpu else set()
+    rows = compare(integers(device, dtype), contestants, reference="eager", rounds=ROUNDS, on_cpu=there)
+    assert [row.contestant for row in rows if row.ok] == ["eager", "right"]
     assert found == {"cpu" if on_cpu else device}
 
 
@@ -175,7 +177,7 @@ def failing(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "provider, reason",
+    "contestant, reason",
     [
         (Stale(), "eager's are"),
         (Kept(), "eager's are"),
@@ -190,8 +192,8 @@ def failing(x: Tensor) -> Tensor:
     ],
     ids=lambda value: getattr(value, "__name__", type(value).__name__),
 )
-def test_a_wrong_provider_is_rejected(device, provider, reason):
-    row = measured(device, provider)
+def test_a_wrong_provider_is_rejected(device, contestant, reason):
+    row = measured(device, contestant)
     assert not row.ok
     assert reason in row.reason
     assert row.p50_ms is None
@@ -204,11 +206,11 @@ def test_a_stale_gradient_is_rejected(device, mode):
 
 
 @pytest.fixture
-def unfinished() -> Iterator[Provider]:
-    """A provider whose result is still being written when it returns."""
+def unfinished() -> Iterator[Contestant]:
+    """A contestant whose result is still being written when it returns."""
     threads: list[threading.Thread] = []
 
-    def provider(x: Tensor) -> Tensor:
+    def contestant(x: Tensor) -> Tensor:
         result, value = torch.empty_like(x.detach()), torch.sigmoid(x.detach())
 
         def write() -> None:
@@ -219,7 +221,7 @@ def unfinished() -> Iterator[Provider]:
         threads[-1].start()
         return result
 
-    yield provider
+    yield contestant
     for thread in threads:
         thread.join()
 
@@ -247,30 +249,27 @@ def test_a_result_of_another_stream_is_rejected():
 
 
 def test_nothing_is_believed_beside_a_stale_reference(device):
-    providers = {"stale": Stale(), "right": torch.sigmoid}
-    rows = compare(sigmoid_operation(device), providers, reference="stale", rounds=ROUNDS)
+    contestants = {"stale": Stale(), "right": torch.sigmoid}
+    rows = compare(sigmoid_case(device), contestants, reference="stale", rounds=ROUNDS)
     assert [row.ok for row in rows] == [False, False]
     assert rows[0].reason == "Rejected: the result is not what the oracle computes"
     assert rows[1].reason == "nothing to compare with: stale failed"
 
 
-def test_a_yardstick_of_its_own(device):
-    in_low_precision = {"other": "other"}
-    assert measured(device, in_bfloat16, yardsticks=in_low_precision).ok
-    assert not measured(device, unwritten, yardsticks=in_low_precision).ok
-    assert not measured(device, Stale(), yardsticks=in_low_precision).ok
+def test_a_library_must_only_be_near(device):
+    assert measured(device, in_bfloat16, libraries=["other"]).ok
+    assert not measured(device, unwritten, libraries=["other"]).ok
+    assert not measured(device, Stale(), libraries=["other"]).ok
 
 
 def test_providers_take_turns(device):
     order: list[str] = []
 
-    def recorded(name: str) -> Provider:
+    def recorded(name: str) -> Contestant:
         return lambda x: (order.append(name), torch.sigmoid(x))[1]
 
     names = ["first", "second", "third"]
-    compare(
-        sigmoid_operation(device), {n: recorded(n) for n in names}, reference="first", rounds=ROUNDS, calls=2
-    )
+    compare(sigmoid_case(device), {n: recorded(n) for n in names}, reference="first", rounds=ROUNDS, calls=2)
     assert order == [name for name in names for _ in range(2)] * (1 + ROUNDS)
 
 
@@ -286,12 +285,12 @@ def test_rows_are_written_as_they_come(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHPAR_COMMIT", "0123abc-dirty")
     environment.cache_clear()
     path = tmp_path / "rows.csv"
-    results = Results(path, torch.device("cpu"))
-    results.add([measured("cpu", torch.sigmoid)])
-    assert results.status == 0
+    table = Table(path, torch.device("cpu"))
+    table.add([measured("cpu", torch.sigmoid)])
+    assert table.status == 0
     assert len(path.read_text().splitlines()) == 2
-    results.add([measured("cpu", failing)])
-    assert results.status == 1
+    table.add([measured("cpu", failing)])
+    assert table.status == 1
     environment.cache_clear()
     with path.open(newline="") as file:
         right, wrong = csv.DictReader(file)
@@ -307,13 +306,13 @@ def test_rows_are_written_as_they_come(tmp_path, monkeypatch):
 
 def test_without_a_path_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Results(None, torch.device("cpu")).add([measured("cpu", torch.sigmoid)])
+    Table(None, torch.device("cpu")).add([measured("cpu", torch.sigmoid)])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_table_leaves_out_what_is_empty_and_says_why_rows_failed(capsys):
     pytest.importorskip("rich")
-    print_rows("sigmoid", [measured("cpu", torch.sigmoid), measured("cpu", failing)])
+    print_results("sigmoid", [measured("cpu", torch.sigmoid), measured("cpu", failing)])
     printed = capsys.readouterr().out
     assert printed.startswith("sigmoid\n")
     assert "speed-up" in printed

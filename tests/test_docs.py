@@ -86,17 +86,17 @@ def test_the_readme_shows_the_measured_trainings():
 
 @pytest.mark.parametrize("name", ["speedrun-ladder", "speedrun-tried-validated"])
 def test_the_speedrun_shows_the_measured_recipes(name):
-    from benchmarks.rows import Row
+    from benchmarks.results import Result
     from benchmarks.speedrun import __main__ as benchmark
 
     with (ROOT / "benchmarks" / "results" / "cpu-2-cores-avx512" / f"{name}.csv").open() as file:
         rows = [
-            Row(
-                work={},
-                provider=row["recipe"],
+            Result(
+                case={},
+                contestant=row["recipe"],
                 found={key: float(row[key]) for key in ("seconds", "accuracy")},
             )
             for row in csv.DictReader(file)
         ]
-    table = benchmark.table(benchmark.summaries(rows))
+    table = benchmark.as_markdown(benchmark.summaries(rows))
     assert f"\n\n{table}\n" in (ROOT / "docs" / "speedrun.md").read_text()

@@ -20,8 +20,7 @@ from benchmarks.ladder import __main__ as ladder
 from benchmarks.ladder import on_ranks, operators, show
 from benchmarks.ladder.inputs import operands
 from benchmarks.ladder.rungs import Rung, Workload, measure
-from benchmarks.rows import Row
-from benchmarks.scaling.steps import CORES
+from benchmarks.results import CORES, Result
 from benchmarks.timing import Ceiling, Rejected
 from torchpar.baselines import numba_njit, numpy_mlp
 
@@ -41,7 +40,7 @@ def reject(index: int) -> list[float]:
     raise Rejected("a number is off")
 
 
-def measured(*rungs: Rung, unit="GB/s") -> list[Row]:
+def measured(*rungs: Rung, unit="GB/s") -> list[Result]:
     return measure(Workload("work", Work(8e9, 2e9), unit, rungs, 100.0), CEILINGS, 3)
 
 
@@ -165,7 +164,7 @@ def test_what_is_warm_is_called_many_times(name, shape):
 # What is shown
 
 
-def some_rows(workload: str = "work") -> list[Row]:
+def some_rows(workload: str = "work") -> list[Result]:
     rows = measured(
         Rung("pure Python", steady(16.0), "from 25%", covered=0.25),
         Rung("njit", steady(0.002), note="1 thread", compiles=True, intensity=0.5),
@@ -173,7 +172,7 @@ def some_rows(workload: str = "work") -> list[Row]:
         Rung("torchpar GPU", steady(2e-6), device=torch.device("cuda")),
         unit="GFLOP/s",
     )
-    return [replace(row, work={"workload": workload}) for row in rows]
+    return [replace(row, case={"workload": workload}) for row in rows]
 
 
 def test_the_readmes_table():
@@ -218,7 +217,7 @@ def test_the_ladder_runs(tmp_path, capsys, monkeypatch, whole):
     for row in rows:
         assert (row["ok"], row["reason"]) == ("True", ""), row
         assert float(row["p50_ms"]) > 0
-        found.setdefault(row["workload"], {})[f"{row['provider']} {row['note']}".strip()] = row
+        found.setdefault(row["workload"], {})[f"{row['contestant']} {row['note']}".strip()] = row
     assert list(found) == [
         "maximum of 20×30 int32",
         "X·Xᵀ of 33×17 float32",

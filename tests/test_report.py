@@ -24,11 +24,11 @@ ENVIRONMENT = {
     "commit": "a" * 40,
     "date": "2026-11-22T01:02:03+00:00",
 }
-HEAD = "operator,shape,provider,p20_ms,p50_ms,p80_ms,mean_ms,samples,speedup,ok,reason"
+HEAD = "operator,shape,contestant,p20_ms,p50_ms,p80_ms,mean_ms,samples,speedup,ok,reason"
 
 
 def csv(milliseconds: float, right: str = "True") -> str:
-    """A CSV of two providers; the reference takes 10 ms and is compared with ``milliseconds``."""
+    """A CSV of two contestants; the reference takes 10 ms and is compared with ``milliseconds``."""
     lines = [f"{HEAD},{','.join(ENVIRONMENT)}"]
     for name, ms in (("torch.mm", 10.0), ("torchpar", milliseconds)):
         times = f"{0.9 * ms},{ms},{1.1 * ms},{ms},20,{10 / ms},{right},"
@@ -93,7 +93,7 @@ def test_machines_stand_side_by_side_and_what_became_slower_is_marked(browser, r
     heads = tab.locator(".dataTable").first.locator("thead th").all_inner_texts()
     shown = ["ms", "speed-up", "change"]
     assert heads == [
-        "provider",
+        "contestant",
         *(f"cpu-a: {name}" for name in shown),
         *(f"cpu-b: {name}" for name in shown[:2]),
     ]
@@ -178,7 +178,7 @@ def test_a_file_is_compared_with_the_last_committed_text_that_differs(results):
     assert report.with_changes(other)[1] == "no earlier version to compare with"
 
 
-@pytest.mark.parametrize("text", ["", "\n", "operator,provider\nmatmul_t,torchpar", 'a,p20_ms\n"1', "\xe9"])
+@pytest.mark.parametrize("text", ["", "\n", "operator,contestant\nmatmul_t,torchpar", 'a,p20_ms\n"1', "\xe9"])
 def test_what_is_no_csv_of_a_benchmark_is_named(results, text):
     path = results / "cpu-a" / "matmul_t.csv"
     path.write_text(text, "latin-1")
@@ -189,10 +189,10 @@ def test_what_is_no_csv_of_a_benchmark_is_named(results, text):
 
 
 def test_machines_with_other_columns():
-    head = "n,threads,provider,p20_ms,p50_ms,p80_ms,speedup"
+    head = "n,threads,contestant,p20_ms,p50_ms,p80_ms,speedup"
     frames = {
         "a": report.read_csv(f"{head}\n512,1,x,1,2,3,1\nall,2,x,1,7,3,1"),
-        "b": report.read_csv("n,provider,p20_ms,p50_ms,p80_ms\n512,x,1,9,3\n,x,1,8,3"),
+        "b": report.read_csv("n,contestant,p20_ms,p50_ms,p80_ms\n512,x,1,9,3\n,x,1,8,3"),
     }
     table = report.side_by_side(frames).map(lambda cell: "" if cell != cell else cell)
     assert table.to_dict("split")["data"] == [
@@ -204,20 +204,20 @@ def test_machines_with_other_columns():
 
 def test_counts_are_shown_where_no_times_are():
     frame = report.read_csv(
-        "ranks,provider,p20_ms,p50_ms,calls,dirty\n64,counted,,,15,True\n512,counted,,,3,"
+        "ranks,contestant,p20_ms,p50_ms,calls,dirty\n64,counted,,,15,True\n512,counted,,,3,"
     )
     assert report.side_by_side({"a": frame})["a: calls"].tolist() == [15, 3]
     assert report.origin(frame) == "with changes that are not committed"
 
 
 def test_epochs_are_rows_of_their_own():
-    frame = report.read_csv("provider,p20_ms,epoch,accuracy\nmuon,,1,0.9\nmuon,,2,0.95")
+    frame = report.read_csv("contestant,p20_ms,epoch,accuracy\nmuon,,1,0.9\nmuon,,2,0.95")
     assert frame["accuracy"].tolist() == [0.9, 0.95]
 
 
 def test_seeds_are_summarised():
     rows = [f"a,a,,,,,,{x},{seed},{seed + 1},0.9{seed},{seed != 1}" for seed, x in enumerate((5, 6, 7))]
-    head = "recipe,provider,p20_ms,p50_ms,p80_ms,mean_ms,samples,speedup,seed,seconds,accuracy,ok"
+    head = "recipe,contestant,p20_ms,p50_ms,p80_ms,mean_ms,samples,speedup,seed,seconds,accuracy,ok"
     (row,) = report.read_csv("\n".join([head, *rows])).to_dict("records")
     assert row["p50_ms"] == 2000
     assert row["speedup"] == 6

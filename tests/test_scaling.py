@@ -15,7 +15,7 @@ from torch import Tensor
 
 pytest.importorskip("rich", reason="rich prints the tables")
 from benchmarks import scale_model
-from benchmarks.rows import Row
+from benchmarks.results import Result
 from benchmarks.scale_model import MESHES, MeshPlan, difference
 from benchmarks.scaling import __main__ as scaling
 from benchmarks.scaling import show, steps
@@ -176,18 +176,18 @@ def test_crossover(speedups, batch):
     assert show.crossover(speedups) == (batch and pytest.approx(batch))
 
 
-def step(batch: int, dp: int, ms: float, speedup: float, threads: int = 1) -> Row:
+def step(batch: int, dp: int, ms: float, speedup: float, threads: int = 1) -> Result:
     work = {"kind": "step", "sizes": "784-512-10", "batch": batch, "dp": dp, "tp": 1}
     work |= {"threads": threads, "arithmetic": "fast"}
     name = f"dp {dp}" if dp > 1 else f"1 rank × {threads} thread{'s' * (threads > 1)}"
     found = {"tables": "batch", "oversubscribed": dp > 2}
-    return Row(work=work, provider=name, p50_ms=ms, speedup=speedup, found=found)
+    return Result(case=work, contestant=name, p50_ms=ms, speedup=speedup, found=found)
 
 
 def test_tables_by_hand():
     rows = [step(128, 1, 10.0, 1.0), step(128, 2, 16.0, 0.625), step(256, 1, 20.0, 1.0)]
     rows += [step(256, 2, 12.5, 1.6), step(256, 4, 20.0, 1.0), step(256, 1, 11.0, 1.8, threads=2)]
-    lines = show.pivot(rows, "batch", lambda row: row.work["batch"])
+    lines = show.pivot(rows, "batch", lambda row: row.case["batch"])
     assert lines[0] == {"batch": "128", "1 rank × 1 thread": "10 ms", "dp 2": "0.62×"}
     assert (lines[1]["dp 4"], lines[1]["1 rank × 2 threads"]) == ("1.00×*", "1.80×")
     assert show.weak(rows) == [{"samples a rank": "128", "dp 2": "80%"}]
@@ -198,10 +198,10 @@ def test_tables_by_hand():
 def test_the_link_is_fitted_to_the_all_reduces():
     link = Link(alpha=1e-4, beta=2e-9)
 
-    def all_reduce(nbytes: int, way: str, factor: float = 1.0) -> Row:
+    def all_reduce(nbytes: int, way: str, factor: float = 1.0) -> Result:
         ms = 1e3 * factor * link.seconds("all_reduce", 2, nbytes)
         work = {"kind": "all_reduce", "nbytes": nbytes, "way": way}
-        return Row(work=work, provider="2 ranks", p50_ms=ms, mean_ms=2 * ms)
+        return Result(case=work, contestant="2 ranks", p50_ms=ms, mean_ms=2 * ms)
 
     rows = [all_reduce(n, "gloo") for n in (2**10, 2**16, 2**22)] + [all_reduce(2**10, "gloo's default", 5.0)]
     fitted = show.fit_link(rows)

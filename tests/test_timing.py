@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from benchmarks.rows import duration, number
+from benchmarks.results import duration, number
 from benchmarks.timing import Rejected, Times, quantiles, take_turns, time_calls
 
 
@@ -92,7 +92,7 @@ def test_rows_quote_quantiles_and_the_median_ratio_of_rounds():
     assert (row.p50_ms, row.mean_ms, row.samples) == (2000, pytest.approx(7000 / 3), 3)
     assert row.speedup == 2.0  # the ratios are 2, 4 and 2
     columns = row.columns()
-    assert (columns["n"], columns["provider"], columns["color"], columns["ok"]) == (3, "mine", "red", True)
+    assert (columns["n"], columns["contestant"], columns["color"], columns["ok"]) == (3, "mine", "red", True)
 
 
 def test_quantiles():

@@ -17,7 +17,7 @@ pytest.importorskip("rich", reason="rich prints the tables")
 pytest.importorskip("numba", reason="Numba compiles the loops")
 pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 
-from benchmarks.rows import Row
+from benchmarks.results import Result
 from benchmarks.timing import Rejected
 from benchmarks.train import __main__ as benchmark
 from benchmarks.train import epochs, inputs, on_ranks, programs, rungs
@@ -196,22 +196,24 @@ def test_an_mpirun_that_fails_or_is_missing(epoch, monkeypatch):
 
 def test_seconds_to_an_accuracy(epoch, monkeypatch):
     monkeypatch.setattr(benchmark, "ACCURACIES", (0.05, 0.97))
-    (row,) = benchmark.with_accuracy([Row(work={}, provider="way", p50_ms=2.0, found={"note": ""})], epoch, 1)
+    (row,) = benchmark.with_accuracy(
+        [Result(case={}, contestant="way", p50_ms=2.0, found={"note": ""})], epoch, 1
+    )
     # One epoch of 205 digits reaches the first accuracy and not the second.
     assert row.found["to_5_s"] == pytest.approx(205 / 10 * 2e-3)
     assert (row.found["to_97_s"], row.found["samples_per_s"]) == (None, 5000)
 
 
 def test_the_readmes_table_of_trainings():
-    def row(network: str, provider: str, ms: float | None, speedup: float | None, note: str = "") -> Row:
+    def row(network: str, contestant: str, ms: float | None, speedup: float | None, note: str = "") -> Result:
         work = {"network": network, "batch": 8}
-        return Row(work=work, provider=provider, p50_ms=ms, speedup=speedup, found={"note": note})
+        return Result(case=work, contestant=contestant, p50_ms=ms, speedup=speedup, found={"note": note})
 
     tables = [
         [row("9-1", rungs.PLAIN, 2.0, 1.0, "SGD"), row("9-1", rungs.FUSED, 0.5, 4.0, "from 3 of 9 digits")],
         [row("9-2", rungs.PLAIN, 3.0, 1.0, "SGD"), row("9-2", rungs.FUSED, None, None, "from 4 of 9 digits")],
     ]
-    assert benchmark.table(tables, 2).splitlines() == [
+    assert benchmark.as_markdown(tables, 2).splitlines() == [
         "| ms a step, 2 threads | 9-1, batch 8 | 9-2, batch 8 |",
         "|---|---|---|",
         f"| {rungs.PLAIN}, SGD | 2 | 3 |",
@@ -240,7 +242,7 @@ def test_the_benchmark_of_trainings_runs(tmp_path, capsys, monkeypatch, whole):
         rows = list(csv.DictReader(file))
     assert {(row["network"], row["batch"], row["threads"]) for row in rows} == {("784-30-10", "10", "1")}
     assert all((row["ok"], row["reason"]) == ("True", "") and float(row["p50_ms"]) > 0 for row in rows), rows
-    found = [row["provider"] for row in rows]
+    found = [row["contestant"] for row in rows]
     expected = {"pure Python", "customary script", "njit", "NumPy", rungs.PLAIN, "torchpar, autograd"}
     assert {*found} >= expected | {rungs.FUSED, f"{rungs.FUSED}, 2 ranks"}
     assert found.count(f"{rungs.FUSED}, 2 ranks") == 3

@@ -41,6 +41,13 @@ EXTRAS = {
     "baselines": ("numba", "mpi4py"),
     "lightning": ("lightning", "tensorboard"),
 }
+# Names and the flags of Linux for them.
+INSTRUCTION_SETS = {
+    "AVX2": {"avx2"},
+    "AVX-512": {"avx512f"},
+    "VNNI": {"avx512_vnni", "avx_vnni"},
+    "AMX": {"amx_tile"},
+}
 
 State = Literal["ok", "note", "problem"]
 
@@ -137,7 +144,9 @@ def extras() -> Iterator[Finding]:
 def processor() -> Iterator[Finding]:
     from torchpar.ops import _onednn
 
-    yield Finding("model", f"{_model()}, {torch.backends.cpu.get_cpu_capability()}")
+    model = cpuinfo("model name") or platform.processor() or platform.machine()
+    sets = ", ".join(instruction_sets()) or "no AVX2"
+    yield Finding("model", f"{model}, {sets}; ATen uses {torch.backends.cpu.get_cpu_capability()}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = torch.get_num_threads()
     text = f"{threads}, on {cores} cores"
@@ -303,14 +312,19 @@ def operators() -> Iterator[Finding]:
                 yield Finding(f"{name}, {device}", text, "problem", "please report it, with this output")
 
 
-def _model() -> str:
+def cpuinfo(key: str) -> str:
+    """What Linux says of the first processor, such as its "model name", or ""."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    return next(
-        (line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine()
-    )
+        return ""
+    return next((line.partition(": ")[2] for line in lines if line.partition(":")[0].strip() == key), "")
+
+
+def instruction_sets() -> list[str]:
+    """Those of AVX2, AVX-512, VNNI and AMX that the processor has."""
+    flags = set(cpuinfo("flags").split())
+    return [name for name, either in INSTRUCTION_SETS.items() if flags & either]
 
 
 def _numbers(text: str) -> tuple[int, ...]:

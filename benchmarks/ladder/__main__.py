@@ -18,14 +18,13 @@ shorten_spins()
 import torch
 
 from benchmarks.command import Command, run
-from benchmarks.rows import Results, print_rows, provenance
-from benchmarks.scaling.steps import CORES
+from benchmarks.results import CORES, Table, print_results, provenance
 from benchmarks.timing import CPU, measure_ceiling
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.local import start_ranks
 
 THREADS = (1, 2, 4, 8)
-COLUMNS = ("provider", "note", "p50_ms", "over_pure_python", "over_rung_before")
+COLUMNS = ("contestant", "note", "p50_ms", "over_pure_python", "over_rung_before")
 RATES = ("gb_per_s", "gflop_per_s", "of_ceiling", "first_s", "ok")
 
 
@@ -61,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     roofs = {"memory": ceilings["cpu"].bandwidth, "a core's cache": operators.cache_bandwidth(options.quick)}
     arithmetic = ceilings["cpu"].matmul[torch.float32]
     gpu = provenance(torch.device("cuda")) if "cuda" in devices else {"device": "", "clocks": ""}
-    results = Results(
+    table = Table(
         command.csv(options),
         CPU,
         cores=CORES,
@@ -76,10 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with start_ranks(2) as ranks:
         for name, shape in plan.operators.items():
             workload = operators.workload(name, shape, ranks, threads, compiled=not options.quick)
-            ladder.append(results.add(rungs.measure(workload, ceilings, plan.rounds)))
+            ladder.append(table.add(rungs.measure(workload, ceilings, plan.rounds)))
         ranks.run(on_ranks.forget)
     for rows in ladder:
-        print_rows(rows[0].work["workload"], rows, (*COLUMNS, *RATES))
+        print_results(rows[0].case["workload"], rows, (*COLUMNS, *RATES))
     for count in THREADS:
         if count > CORES:
             print(f"not measured: njit with {count} threads, of {rungs.plural(CORES, 'core')}")
@@ -93,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show.bars(ladder, options.output / "ladder.png", title)
         product = ladder[list(plan.operators).index("matmul_t")]
         show.intensity(product, options.output / "intensity.png", title, roofs, arithmetic)
-    return results.status
+    return table.status
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.compare import Work
-from benchmarks.rows import Row
+from benchmarks.results import Result
 from benchmarks.timing import CPU, Ceiling, Turn, take_turns
 
 ROUNDS = 20
@@ -55,7 +55,7 @@ class Workload:
     seconds: float
 
 
-def measure(workload: Workload, ceilings: Mapping[str, Ceiling], rounds: int = ROUNDS) -> list[Row]:
+def measure(workload: Workload, ceilings: Mapping[str, Ceiling], rounds: int = ROUNDS) -> list[Result]:
     """A row for each rung, timed in turn.
 
     Args:
@@ -65,7 +65,7 @@ def measure(workload: Workload, ceilings: Mapping[str, Ceiling], rounds: int = R
     rungs = {(rung.name, rung.note): rung for rung in workload.rungs}
     turns = {key: rung.turn for key, rung in rungs.items()}
     times = take_turns(turns, rounds, seconds=workload.seconds, label=workload.name)
-    rows: list[Row] = []
+    rows: list[Result] = []
     moves_bytes = workload.unit == "GB/s"
     for key, rung in rungs.items():
         row = times[key].row({"workload": workload.name}, rung.name)
@@ -83,7 +83,7 @@ def measure(workload: Workload, ceilings: Mapping[str, Ceiling], rounds: int = R
     return rows
 
 
-def _ratio(slower: Row, row: Row) -> float | None:
+def _ratio(slower: Result, row: Result) -> float | None:
     return slower.p50_ms / row.p50_ms if slower.p50_ms and row.p50_ms else None
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import Row, duration, markdown, number, picture
+from benchmarks.results import Result, duration, markdown, number, picture
 
 COLORS = {
     "pure Python": "tab:gray",
@@ -18,24 +18,24 @@ COLORS = {
 }
 
 
-def label(row: Row) -> str:
-    return ", ".join(filter(None, (row.provider, row.found["note"])))
+def label(row: Result) -> str:
+    return ", ".join(filter(None, (row.contestant, row.found["note"])))
 
 
-def seconds(row: Row) -> float | None:
+def seconds(row: Result) -> float | None:
     return row.p50_ms and row.p50_ms / 1e3
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Result]) -> str:
     """The table of one workload in Markdown."""
-    lines = [[rows[0].work["workload"], "time", "× pure Python", "× rung before"]]
+    lines = [[rows[0].case["workload"], "time", "× pure Python", "× rung before"]]
     for row in rows:
         ratios = [number(row.found.get(name)) for name in ("over_pure_python", "over_rung_before")]
         lines.append([label(row), duration(seconds(row)), *ratios])
     return markdown(lines)
 
 
-def bars(ladder: Sequence[list[Row]], path: Path, title: str) -> None:
+def bars(ladder: Sequence[list[Result]], path: Path, title: str) -> None:
     """Time of every rung, on a logarithmic scale."""
     with picture(path, 8, 9) as figure:
         figure.suptitle(f"{title}. Hatched: extrapolated from a part", fontsize=10)
@@ -46,7 +46,7 @@ def bars(ladder: Sequence[list[Row]], path: Path, title: str) -> None:
         panels[-1].set_xlabel("seconds")
 
 
-def draw_bars(axes: Any, rows: Sequence[Row]) -> None:
+def draw_bars(axes: Any, rows: Sequence[Result]) -> None:
     known = [(row, row.p50_ms / 1e3) for row in rows if row.p50_ms]
     for at, (row, time) in enumerate(known):
         hatch = "//" if row.found["covered"] < 1 else ""
@@ -57,18 +57,18 @@ def draw_bars(axes: Any, rows: Sequence[Row]) -> None:
     axes.invert_yaxis()
     times = [time for _, time in known] or [1.0]
     axes.set(xscale="log", xlim=(min(times) / 3, max(times) * 12))
-    axes.set_title(rows[0].work["workload"], fontsize=9, loc="left")
+    axes.set_title(rows[0].case["workload"], fontsize=9, loc="left")
     axes.tick_params(axis="x", labelsize=7)
     axes.grid(axis="x", alpha=0.3)
 
 
-def color(row: Row) -> str:
+def color(row: Result) -> str:
     """The color of the longest name that the rung's begins with."""
-    return COLORS[max((name for name in COLORS if row.provider.startswith(name)), key=len)]
+    return COLORS[max((name for name in COLORS if row.contestant.startswith(name)), key=len)]
 
 
 def intensity(
-    rows: Sequence[Row], path: Path, title: str, roofs: dict[str, float], arithmetic: float
+    rows: Sequence[Result], path: Path, title: str, roofs: dict[str, float], arithmetic: float
 ) -> None:
     """Speed of X·Xᵀ by needed operations per byte loaded, under what loads and arithmetic allow.
 
@@ -90,7 +90,7 @@ def intensity(
             axes.plot(reach, heights, lw=1, label=text, zorder=1)
         for row, x, y in points:
             axes.plot(x, y, "o", color=color(row), zorder=3)
-            parallel = "parallel" in row.provider
+            parallel = "parallel" in row.contestant
             axes.annotate(  # threads to the left of the point, above the roofs; one thread to the right
                 label(row).replace(", parallel", ""),
                 (x, y),
@@ -103,6 +103,6 @@ def intensity(
             )
         axes.set(xscale="log", yscale="log", xlim=(left, right))
         axes.set(xlabel="needed operations per byte loaded", ylabel="GFLOP/s of needed operations")
-        axes.set_title(f"{rows[0].work['workload']}\n{title}", fontsize=10)
+        axes.set_title(f"{rows[0].case['workload']}\n{title}", fontsize=10)
         axes.legend(fontsize=8, loc="lower right")
         axes.grid(alpha=0.3)

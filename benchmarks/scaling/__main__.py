@@ -15,7 +15,7 @@ from functools import partial
 from typing import NamedTuple
 
 from benchmarks.command import Command, run
-from benchmarks.rows import Results, Row
+from benchmarks.results import Result, Table
 from benchmarks.scaling import show, steps
 from benchmarks.scaling.steps import CORES, Configuration, Prepared
 from benchmarks.timing import CPU, Rejected, Times, take_turns
@@ -92,7 +92,7 @@ class StepTurn:
             return []
         return slowest(self.ranks.run(steps.time_steps, self.configuration, self.count))
 
-    def row(self, times: Times, alone: Times, tables: Sequence[str]) -> Row:
+    def row(self, times: Times, alone: Times, tables: Sequence[str]) -> Result:
         """The row of this configuration, its speed-up over one rank with one thread."""
         one = self.configuration
         work = {"kind": "step", "sizes": one.model, "batch": one.batch, "dp": one.dp, "tp": one.tp}
@@ -111,7 +111,7 @@ def all_reduce_turn(
     return slowest(ranks.run(time, nbytes, ALL_REDUCES if index else 1))
 
 
-def measure(plan: Plan, rounds: int, default_polling: bool) -> list[Row]:
+def measure(plan: Plan, rounds: int, default_polling: bool) -> list[Result]:
     """Start the ranks, check every configuration, and time them in turn."""
     tables: dict[Configuration, list[str]] = {}
     for table, one in plan.configurations():
@@ -160,12 +160,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = measure(plan, rounds, options.default_polling)
     link = show.fit_link(rows)
     fitted = {"alpha_s": link.alpha, "beta_s_per_byte": link.beta} if link else {}
-    results = Results(command.csv(options), CPU, cores=CORES, **fitted)
-    results.add(rows)
+    table = Table(command.csv(options), CPU, cores=CORES, **fitted)
+    table.add(rows)
     show.print_all(rows)
     if options.output:
         show.draw(options.output / "scaling.png", rows)
-    return results.status
+    return table.status
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import Row, duration, picture, print_cells
+from benchmarks.results import Result, duration, picture, print_cells
 from torchpar.profile import amdahl
 from torchpar.training.cost import Link
 
@@ -15,26 +15,26 @@ SPEEDUPS = (0.125, 0.25, 0.5, 1, 2, 4)  # on the axes of the picture
 MARKERS = {"1 rank × 2 threads": "s", "dp 2": "o", "tp 2": "^", "dp 4": "x", "tp 4": "+"}
 
 
-def chosen(rows: Sequence[Row], table: str) -> list[Row]:
+def chosen(rows: Sequence[Result], table: str) -> list[Result]:
     """The steps that a table shows."""
     return [row for row in rows if table in str(row.found.get("tables", "")).split()]
 
 
-def width(row: Row) -> int:
+def width(row: Result) -> int:
     """Of the model's first hidden layer."""
-    return int(row.work["sizes"].split("-")[1])
+    return int(row.case["sizes"].split("-")[1])
 
 
-def print_all(rows: Sequence[Row]) -> None:
+def print_all(rows: Sequence[Result]) -> None:
     """Steps by batch and by width, weak scaling, Amdahl's law, exact arithmetic, all-reduces."""
     by_batch, by_width = chosen(rows, "batch"), chosen(rows, "width")
-    model = by_batch[0].work["sizes"]
+    model = by_batch[0].case["sizes"]
     print_cells(
         f"a training step, {model}: the time of one rank with one thread, and speed-ups over it",
-        pivot(by_batch, "batch", lambda row: row.work["batch"]),
+        pivot(by_batch, "batch", lambda row: row.case["batch"]),
     )
     print_cells(
-        f"784-w-w-10, batch {by_width[0].work['batch']}: the same by width", pivot(by_width, "w", width)
+        f"784-w-w-10, batch {by_width[0].case['batch']}: the same by width", pivot(by_width, "w", width)
     )
     print_cells("weak scaling: the speed that a rank keeps, with so many samples each", weak(by_batch))
     print_cells("data parallelism by Amdahl's law", by_law(by_batch))
@@ -44,7 +44,7 @@ def print_all(rows: Sequence[Row]) -> None:
         print(f"fitted to the medians: α {1e6 * link.alpha:.0f} µs, β {1e9 * link.beta:.2f} ns/B")
     for name in ("dp 2", "tp 2"):
         speedups = {
-            row.work["batch"]: row.speedup for row in by_batch if row.provider == name and row.speedup
+            row.case["batch"]: row.speedup for row in by_batch if row.contestant == name and row.speedup
         }
         if speedups:
             at = crossover(speedups)
@@ -52,26 +52,26 @@ def print_all(rows: Sequence[Row]) -> None:
             print(f"{name} is faster than one rank with one thread {found}")
     for row in rows:
         if not row.ok:
-            print("not ok:", row.provider, *row.work.values(), row.reason)
+            print("not ok:", row.contestant, *row.case.values(), row.reason)
     if any(row.found.get("oversubscribed") for row in rows):
         print("* more threads than cores: this shows that the step is right, not how fast it is")
 
 
-def pivot(rows: Sequence[Row], name: str, key: Callable[[Row], int]) -> list[dict[str, str]]:
+def pivot(rows: Sequence[Result], name: str, key: Callable[[Result], int]) -> list[dict[str, str]]:
     """A line for each batch or width: the time of one rank with one thread, the speed-ups of the others."""
     lines: dict[int, dict[str, str]] = {}
     for row in rows:
         line = lines.setdefault(key(row), {name: f"{key(row):,}"})
-        if row.provider == "1 rank × 1 thread":
-            line[row.provider] = duration(row.p50_ms and row.p50_ms / 1e3)
+        if row.contestant == "1 rank × 1 thread":
+            line[row.contestant] = duration(row.p50_ms and row.p50_ms / 1e3)
         elif row.speedup:
-            line[row.provider] = f"{row.speedup:.2f}×{'*' * bool(row.found['oversubscribed'])}"
+            line[row.contestant] = f"{row.speedup:.2f}×{'*' * bool(row.found['oversubscribed'])}"
     return list(lines.values())
 
 
-def weak(rows: Sequence[Row]) -> list[dict[str, str]]:
+def weak(rows: Sequence[Result]) -> list[dict[str, str]]:
     """The time of one rank over that of dp ranks that have as many samples each."""
-    times = {(row.work["dp"], row.work["batch"]): row.p50_ms for row in rows if is_data_parallel(row)}
+    times = {(row.case["dp"], row.case["batch"]): row.p50_ms for row in rows if is_data_parallel(row)}
     lines: dict[int, dict[str, str]] = {}
     for (dp, batch), ms in times.items():
         alone = times.get((1, batch // dp))
@@ -81,18 +81,18 @@ def weak(rows: Sequence[Row]) -> list[dict[str, str]]:
     return [lines[size] for size in sorted(lines)]
 
 
-def is_data_parallel(row: Row) -> bool:
-    return bool(row.work["tp"] == 1 and row.work["threads"] == 1 and row.work["arithmetic"] == "fast")
+def is_data_parallel(row: Result) -> bool:
+    return bool(row.case["tp"] == 1 and row.case["threads"] == 1 and row.case["arithmetic"] == "fast")
 
 
-def by_law(rows: Sequence[Row]) -> list[dict[str, str]]:
+def by_law(rows: Sequence[Result]) -> list[dict[str, str]]:
     """For each batch the share p of the time that is divided among ranks, and the limit 1/(1 − p)."""
     lines = []
-    for batch in dict.fromkeys(row.work["batch"] for row in rows):
+    for batch in dict.fromkeys(row.case["batch"] for row in rows):
         speedups = {
-            row.work["dp"]: row.speedup
+            row.case["dp"]: row.speedup
             for row in rows
-            if row.work["batch"] == batch
+            if row.case["batch"] == batch
             and is_data_parallel(row)
             and row.speedup
             and not row.found["oversubscribed"]
@@ -106,16 +106,16 @@ def by_law(rows: Sequence[Row]) -> list[dict[str, str]]:
     return lines
 
 
-def arithmetics(rows: Sequence[Row]) -> list[dict[str, str]]:
+def arithmetics(rows: Sequence[Result]) -> list[dict[str, str]]:
     """For each mesh the step in fast and in exact arithmetic: time, messages, bytes."""
     lines = []
-    by_kind = {(row.provider, row.work["arithmetic"]): row for row in rows}
-    for provider in dict.fromkeys(row.provider for row in rows):
-        fast, exact = by_kind[provider, "fast"], by_kind[provider, "exact"]
-        line = {"mesh": fast.provider + "*" * bool(fast.found["oversubscribed"])}
+    by_kind = {(row.contestant, row.case["arithmetic"]): row for row in rows}
+    for contestant in dict.fromkeys(row.contestant for row in rows):
+        fast, exact = by_kind[contestant, "fast"], by_kind[contestant, "exact"]
+        line = {"mesh": fast.contestant + "*" * bool(fast.found["oversubscribed"])}
         for row in (fast, exact):
             if row.p50_ms and fast.p50_ms:
-                line[row.work["arithmetic"]] = f"{row.p50_ms:.2f} ms ({row.p50_ms / fast.p50_ms:.2f}×)"
+                line[row.case["arithmetic"]] = f"{row.p50_ms:.2f} ms ({row.p50_ms / fast.p50_ms:.2f}×)"
         for header, name in (("messages", "calls"), ("bytes", "call_bytes")):
             if fast.ok and exact.ok:
                 line[header] = f"{fast.found[name]:,} → {exact.found[name]:,}"
@@ -125,23 +125,23 @@ def arithmetics(rows: Sequence[Row]) -> list[dict[str, str]]:
     return lines
 
 
-def all_reduces(rows: Sequence[Row]) -> list[dict[str, str]]:
+def all_reduces(rows: Sequence[Result]) -> list[dict[str, str]]:
     lines: dict[int, dict[str, str]] = {}
     for row in rows:
-        if row.work["kind"] == "all_reduce" and row.p50_ms and row.mean_ms:
-            line = lines.setdefault(row.work["nbytes"], {"bytes": f"{row.work['nbytes']:,}"})
-            suffix = "" if row.work["way"] == "gloo" else f", {row.work['way']}"
+        if row.case["kind"] == "all_reduce" and row.p50_ms and row.mean_ms:
+            line = lines.setdefault(row.case["nbytes"], {"bytes": f"{row.case['nbytes']:,}"})
+            suffix = "" if row.case["way"] == "gloo" else f", {row.case['way']}"
             line[f"median{suffix}"] = f"{1e3 * row.p50_ms:,.0f} µs"
             line[f"mean{suffix}"] = f"{1e3 * row.mean_ms:,.0f} µs"
     return list(lines.values())
 
 
-def fit_link(rows: Sequence[Row]) -> Link | None:
+def fit_link(rows: Sequence[Result]) -> Link | None:
     """The α–β model of the all-reduces; None if they failed."""
     points = [
-        (2, row.work["nbytes"], row.p50_ms / 1e3)
+        (2, row.case["nbytes"], row.p50_ms / 1e3)
         for row in rows
-        if row.work["kind"] == "all_reduce" and row.work["way"] == "gloo" and row.p50_ms
+        if row.case["kind"] == "all_reduce" and row.case["way"] == "gloo" and row.p50_ms
     ]
     return Link.fit(points) if points else None
 
@@ -161,27 +161,27 @@ def crossover(speedups: Mapping[int, float]) -> float | None:
     return float(points[0][0])
 
 
-def draw(path: Path, rows: Sequence[Row]) -> None:
+def draw(path: Path, rows: Sequence[Result]) -> None:
     """Speed-ups by batch and by width, and the all-reduces under their fit."""
     with picture(path, 15, 4.5) as figure:
         batches, widths, messages = figure.subplots(1, 3)
         figure.suptitle("A training step on more ranks, measured")
         by_batch, by_width = chosen(rows, "batch"), chosen(rows, "width")
-        draw_speedups(batches, by_batch, lambda row: row.work["batch"])
-        batches.set(xlabel="batch over all ranks", title=by_batch[0].work["sizes"])
+        draw_speedups(batches, by_batch, lambda row: row.case["batch"])
+        batches.set(xlabel="batch over all ranks", title=by_batch[0].case["sizes"])
         draw_speedups(widths, by_width, width)
-        widths.set(xlabel="width w", title=f"784-w-w-10, batch {by_width[0].work['batch']}")
+        widths.set(xlabel="width w", title=f"784-w-w-10, batch {by_width[0].case['batch']}")
         draw_all_reduces(messages, rows)
         for axes in (batches, widths, messages):
             axes.grid(alpha=0.3)
             axes.legend(fontsize=8)
 
 
-def draw_speedups(axes: Any, rows: Sequence[Row], key: Callable[[Row], int]) -> None:
+def draw_speedups(axes: Any, rows: Sequence[Result], key: Callable[[Result], int]) -> None:
     axes.axhline(1, color="black", lw=1)
     for name, marker in MARKERS.items():
-        points = [(key(row), row.speedup) for row in rows if row.provider == name and row.speedup]
-        over = any(row.found["oversubscribed"] for row in rows if row.provider == name)
+        points = [(key(row), row.speedup) for row in rows if row.contestant == name and row.speedup]
+        over = any(row.found["oversubscribed"] for row in rows if row.contestant == name)
         if points:
             label = name + ", more threads than cores" * over
             axes.plot(*zip(*points, strict=True), f":{marker}" if over else f"-{marker}", label=label)
@@ -192,18 +192,18 @@ def draw_speedups(axes: Any, rows: Sequence[Row], key: Callable[[Row], int]) -> 
     axes.minorticks_off()
 
 
-def draw_all_reduces(axes: Any, rows: Sequence[Row]) -> None:
-    mine = [row for row in rows if row.work["kind"] == "all_reduce" and row.p50_ms]
+def draw_all_reduces(axes: Any, rows: Sequence[Result]) -> None:
+    mine = [row for row in rows if row.case["kind"] == "all_reduce" and row.p50_ms]
     for way, color in (("gloo", "C0"), ("gloo's default", "C3"), ("shared memory", "C2")):
-        of = [row for row in mine if row.work["way"] == way]
+        of = [row for row in mine if row.case["way"] == way]
         suffix = f", {way}"
         for name, marker in (("p50_ms", "o"), ("mean_ms", "x")):
-            points = [(row.work["nbytes"], 1e3 * getattr(row, name)) for row in of]
+            points = [(row.case["nbytes"], 1e3 * getattr(row, name)) for row in of]
             if points:
                 label = {"p50_ms": "median", "mean_ms": "mean"}[name] + suffix
                 axes.plot(*zip(*points, strict=True), marker, color=color, label=label)
     if link := fit_link(rows):
-        sizes = sorted({row.work["nbytes"] for row in mine})
+        sizes = sorted({row.case["nbytes"] for row in mine})
         fitted = [1e6 * link.seconds("all_reduce", 2, n) for n in sizes]
         label = f"2α + nβ: α {1e6 * link.alpha:.0f} µs, β {1e9 * link.beta:.2f} ns/B"
         axes.plot(sizes, fitted, color="C0", label=label)

@@ -18,8 +18,7 @@ import torch
 
 from benchmarks.command import Command, run
 from benchmarks.ladder.rungs import plural
-from benchmarks.rows import Results, Row, markdown, number, picture, print_cells, provenance
-from benchmarks.scaling.steps import CORES
+from benchmarks.results import CORES, Result, Table, markdown, number, picture, print_cells, provenance
 from benchmarks.speedrun import attempts, entries
 from benchmarks.speedrun.attempts import Attempt
 from benchmarks.speedrun.recipes import GROUPS
@@ -59,7 +58,7 @@ class Summary(NamedTuple):
         }
 
 
-def measure(attempt_of: Mapping[str, Attempt], seeds: int) -> list[Row]:
+def measure(attempt_of: Mapping[str, Attempt], seeds: int) -> list[Result]:
     """A row for each recipe and seed."""
     accuracies: dict[str, list[float]] = {name: [] for name in attempt_of}
 
@@ -73,21 +72,21 @@ def measure(attempt_of: Mapping[str, Attempt], seeds: int) -> list[Row]:
     for name, times in take_turns(turns, seeds, label="seeds").items():
         work = {"recipe": entries.find(name).name}
         if times.reason:
-            rows.append(Row(work=work, provider=name, ok=False, reason=times.reason))
+            rows.append(Result(case=work, contestant=name, ok=False, reason=times.reason))
             continue
         # The first accuracy is that of the warm-up.
         for seed, score in enumerate(zip(times.all, accuracies[name][1:], strict=True), 1):
             found: dict[str, Any] = {"seed": seed, "seconds": score[0], "accuracy": score[1]}
-            rows.append(Row(work=work, provider=name, found=found))
+            rows.append(Result(case=work, contestant=name, found=found))
     return rows
 
 
-def summaries(rows: Sequence[Row]) -> list[Summary]:
+def summaries(rows: Sequence[Result]) -> list[Summary]:
     found: dict[str, Summary] = {}
     for row in rows:
         if row.ok:
-            entry = entries.find(row.provider)
-            summary = found.setdefault(row.provider, Summary(entry.name, entry.change, [], []))
+            entry = entries.find(row.contestant)
+            summary = found.setdefault(row.contestant, Summary(entry.name, entry.change, [], []))
             summary.seconds.append(row.found["seconds"])
             summary.accuracies.append(row.found["accuracy"])
     return list(found.values())
@@ -102,7 +101,7 @@ def fastest(found: Sequence[Summary], accuracy: float) -> str:
     return f"{accuracy:.1%}: {number(mean(first.seconds))} s, by {first.name}"
 
 
-def table(found: Sequence[Summary]) -> str:
+def as_markdown(found: Sequence[Summary]) -> str:
     """The summaries in Markdown."""
     lines = [summary.cells() for summary in found]
     return markdown([list(lines[0]), *(list(line.values()) for line in lines)])
@@ -158,23 +157,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ways = ["2-ranks"] * (options.ranks == 2) + ["validated"] * options.validate
         name = "-".join(["speedrun", *groups, *ways])
         columns = {"cores": CORES, "ranks": options.ranks, "threads": threads, "validate": options.validate}
-        results = Results(command.csv(options, name), world.device, **columns)
-        found = summaries(results.add(measure(attempt_of, seeds)))
+        table = Table(command.csv(options, name), world.device, **columns)
+        found = summaries(table.add(measure(attempt_of, seeds)))
         origin = provenance(world.device)
     scored = "images of the training set left out" if options.validate else "test images"
     title = f"{origin['device']}, {plural(options.ranks, 'rank')} of {plural(threads, 'thread')}, {scored}"
     print_cells(f"{title}; mean ± standard deviation", [summary.cells() for summary in found])
-    for row in results.rows:
+    for row in table.results:
         if not row.ok:
-            print("not ok:", row.provider, row.reason)
+            print("not ok:", row.contestant, row.reason)
     for accuracy in AIMS:
         print(fastest(found, accuracy))
     if options.output and found:
-        (options.output / f"{name}.md").write_text(table(found))
+        (options.output / f"{name}.md").write_text(as_markdown(found))
         draw(
             options.output / f"{name}.png", found, f"{title}; torch {origin['torch']}, {origin['date'][:10]}"
         )
-    return results.status
+    return table.status
 
 
 if __name__ == "__main__":

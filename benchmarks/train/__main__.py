@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.command import Command, run
 from benchmarks.ladder.rungs import Rung, plural
-from benchmarks.rows import Results, Row, markdown, number, picture, print_rows, provenance
+from benchmarks.results import Result, Table, markdown, number, picture, print_results, provenance
 from benchmarks.scaling.steps import CORES
 from benchmarks.timing import CPU, take_turns
 from benchmarks.train import on_ranks, programs
@@ -56,7 +56,7 @@ RATES = {"784-30-10": 0.1, "784-128-10": 1.0, "784-128-64-10": 1.0, "784-512-512
 ACCURACIES = (0.97, 0.98)
 EPOCHS = 25  # after which an accuracy counts as not reached
 SECONDS = 20.0  # of a row's turns
-COLUMNS = ("provider", "note", "p50_ms", "samples_per_s", "speedup", "to_97_s", "to_98_s")
+COLUMNS = ("contestant", "note", "p50_ms", "samples_per_s", "speedup", "to_97_s", "to_98_s")
 GPU_COLUMNS = ("launches", "peak_mb")
 
 
@@ -82,7 +82,7 @@ def epochs_to(inputs: TrainingInputs, most: int) -> dict[float, int]:
     return reached
 
 
-def measure(inputs: TrainingInputs, turns: Mapping[tuple[str, str], Rung], rounds: int) -> list[Row]:
+def measure(inputs: TrainingInputs, turns: Mapping[tuple[str, str], Rung], rounds: int) -> list[Result]:
     """A row for each way to train; speed-ups are over plain eager on the same kind of device."""
     work = {"network": inputs.name, "batch": inputs.training.batch_size}
     label = f"{inputs.name}, batch {work['batch']}"
@@ -100,7 +100,7 @@ def measure(inputs: TrainingInputs, turns: Mapping[tuple[str, str], Rung], round
     return rows
 
 
-def with_accuracy(rows: Sequence[Row], inputs: TrainingInputs, most: int) -> list[Row]:
+def with_accuracy(rows: Sequence[Result], inputs: TrainingInputs, most: int) -> list[Result]:
     """The rows with samples per second, and the seconds to each accuracy that is reached."""
     reached = epochs_to(inputs, most) if inputs.name in RATES else {}
     size = inputs.training.batch_size
@@ -118,26 +118,26 @@ def with_accuracy(rows: Sequence[Row], inputs: TrainingInputs, most: int) -> lis
     return done
 
 
-def label(row: Row) -> str:
+def label(row: Result) -> str:
     """The name of a row, without how much was extrapolated."""
-    return ", ".join(filter(None, (row.provider, row.found["note"].partition("from ")[0])))
+    return ", ".join(filter(None, (row.contestant, row.found["note"].partition("from ")[0])))
 
 
-def table(tables: Sequence[Sequence[Row]], threads: int) -> str:
+def as_markdown(tables: Sequence[Sequence[Result]], threads: int) -> str:
     """Milliseconds a step in Markdown, a column for each network, and the speed-up over plain eager."""
-    heads = [f"{rows[0].work['network']}, batch {rows[0].work['batch']}" for rows in tables]
+    heads = [f"{rows[0].case['network']}, batch {rows[0].case['batch']}" for rows in tables]
     lines = [[f"ms a step, {plural(threads, 'thread')}", *heads]]
     for name in dict.fromkeys(label(row) for rows in tables for row in rows):
         cells = []
         for rows in tables:
             row = next((row for row in rows if label(row) == name), None)
-            gain = f" ({number(row.speedup)}×)" if row and row.speedup and row.provider != PLAIN else ""
+            gain = f" ({number(row.speedup)}×)" if row and row.speedup and row.contestant != PLAIN else ""
             cells.append(f"{number(row.p50_ms)}{gain}" if row and row.p50_ms else "")
         lines.append([name, *cells])
     return markdown(lines)
 
 
-def draw(path: Path, tables: Sequence[Sequence[Row]], title: str) -> None:
+def draw(path: Path, tables: Sequence[Sequence[Result]], title: str) -> None:
     """Speed-ups over plain eager, a panel for each network."""
     with picture(path, 11, 4 * -(-len(tables) // 2)) as figure:
         figure.suptitle(title, fontsize=10)
@@ -145,7 +145,7 @@ def draw(path: Path, tables: Sequence[Sequence[Row]], title: str) -> None:
         for axes, rows in zip(panels, tables, strict=False):
             known = [row for row in rows if row.speedup]
             names = [label(row) for row in known]
-            colors = ["tab:blue" if row.provider.startswith(FUSED) else "tab:gray" for row in known]
+            colors = ["tab:blue" if row.contestant.startswith(FUSED) else "tab:gray" for row in known]
             axes.barh(range(len(known)), [row.speedup for row in known], color=colors)
             for at, row in enumerate(known):
                 axes.text(row.speedup, at, f" {number(row.speedup)}×", va="center", fontsize=7)
@@ -153,7 +153,7 @@ def draw(path: Path, tables: Sequence[Sequence[Row]], title: str) -> None:
             axes.invert_yaxis()
             axes.axvline(1, color="black", lw=1)
             axes.set(xscale="log", xlabel="× plain eager")
-            axes.set_title(f"{rows[0].work['network']}, batch {rows[0].work['batch']}", fontsize=9)
+            axes.set_title(f"{rows[0].case['network']}, batch {rows[0].case['batch']}", fontsize=9)
             axes.margins(x=0.25)
             axes.minorticks_off()
 
@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = QUICK if options.quick else [*FULL, *[WIDE] * gpu]
     before = torch.get_num_threads()
     name = "train" if options.threads == 1 else f"train-{options.threads}-threads"
-    results = Results(command.csv(options, name), CPU, cores=CORES, threads=options.threads)
+    table = Table(command.csv(options, name), CPU, cores=CORES, threads=options.threads)
     tables = []
     with start_ranks(2) as ranks, join_world_of_one("cpu") as world:
         for training in plan:
@@ -179,9 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             inputs = TrainingInputs(training)
             turns = {(r.name, r.note): r for r in rungs(inputs, world, ranks, compiled=not options.quick)}
             rows = with_accuracy(measure(inputs, turns, ROUNDS), inputs, 1 if options.quick else EPOCHS)
-            tables.append(results.add(rows))
+            tables.append(table.add(rows))
             columns = (*COLUMNS, *GPU_COLUMNS * gpu, "ok")
-            print_rows(f"{inputs.name}, batch {training.batch_size}", rows, columns)
+            print_results(f"{inputs.name}, batch {training.batch_size}", rows, columns)
         ranks.run(on_ranks.forget)
     torch.set_num_threads(before)
     for what in ("MPI", programs.LIGHTNING):
@@ -190,12 +190,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not gpu:
         print("not measured: a GPU, there is none")
     if options.output:
-        (options.output / f"{name}.md").write_text(table(tables, options.threads))
+        (options.output / f"{name}.md").write_text(as_markdown(tables, options.threads))
         origin = provenance(CPU)
         machine = f"{origin['device']}, {plural(options.threads, 'thread')}"
         title = f"{machine}; torch {origin['torch']}, {origin['date'][:10]}"
         draw(options.output / f"{name}.png", tables, title)
-    return results.status
+    return table.status
 
 
 if __name__ == "__main__":

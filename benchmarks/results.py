@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The row of all benchmarks; its CSV, its table and its picture."""
+"""Results of all benchmarks: their table, their CSV and their pictures."""
 
 import csv
 import importlib.util
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,17 +20,20 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from torchpar.doctor import cpuinfo, instruction_sets
+
 T = TypeVar("T")
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 WIDTH = 170  # columns of a table that is not printed to a terminal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """A measurement. None stands for a value that was not measured, or is not believed.
+class Result:
+    """A measurement, a row of the table. None stands for a value that was not measured, or is not believed.
 
     Attributes:
-        work: the work by column, such as operator, shape and dtype.
-        provider: the contestant that did it.
+        case: what is done, by column, such as operator, shape and dtype.
+        contestant: who does it.
         p20_ms, p50_ms, p80_ms: quantiles of the samples, in milliseconds of one call.
         mean_ms: their mean.
         samples: how many there are.
@@ -39,8 +43,8 @@ class Row:
         reason: why they were not, or "".
     """
 
-    work: Mapping[str, Any]
-    provider: str
+    case: Mapping[str, Any]
+    contestant: str
     p20_ms: float | None = None
     p50_ms: float | None = None
     p80_ms: float | None = None
@@ -54,31 +58,38 @@ class Row:
     def columns(self) -> dict[str, Any]:
         times = {name: getattr(self, name) for name in ("p20_ms", "p50_ms", "p80_ms", "mean_ms", "samples")}
         end = {"ok": self.ok, "reason": self.reason}
-        return {**self.work, "provider": self.provider, **times, "speedup": self.speedup, **self.found, **end}
+        return {
+            **self.case,
+            "contestant": self.contestant,
+            **times,
+            "speedup": self.speedup,
+            **self.found,
+            **end,
+        }
 
 
-class Results:
-    """All rows of a benchmark.
+class Table:
+    """All results of a benchmark.
 
     Args:
         path: the CSV that has them as soon as they are added; None writes nothing.
         device: where they were measured.
-        common: further columns of all rows.
+        common: further columns of all results.
     """
 
     def __init__(self, path: Path | None, device: torch.device, **common: object):
-        self.rows: list[Row] = []
+        self.results: list[Result] = []
         self.path = path
         self.device = device
         self.common = common
         self._lines: list[dict[str, Any]] = []
 
-    def add(self, rows: Iterable[Row]) -> list[Row]:
-        """Add ``rows``, with the place and the time of their measurement, and return them."""
-        added = list(rows)
-        self.rows += added
+    def add(self, results: Iterable[Result]) -> list[Result]:
+        """Add ``results``, with the place and the time of their measurement, and return them."""
+        added = list(results)
+        self.results += added
         origin = self.common | provenance(self.device)
-        self._lines += [row.columns() | origin for row in added]
+        self._lines += [result.columns() | origin for result in added]
         if self.path:
             names = dict.fromkeys(name for line in self._lines for name in line)
             with self.path.open("w", newline="") as file:
@@ -89,8 +100,8 @@ class Results:
 
     @property
     def status(self) -> int:
-        """The exit status: 1 if a row is not ok."""
-        return 0 if all(row.ok for row in self.rows) else 1
+        """The exit status: 1 if a result is not ok."""
+        return 0 if all(result.ok for result in self.results) else 1
 
 
 # Headers and formats of columns; other columns have their names, and numbers three digits.
@@ -116,17 +127,19 @@ FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
 UNPRINTED = ("mean_ms", "samples", "configuration", "reason")
 
 
-def print_rows(title: str, rows: Sequence[Row], columns: Sequence[str] = ()) -> None:
-    """Print rows under a title, then why rows failed.
+def print_results(title: str, results: Sequence[Result], columns: Sequence[str] = ()) -> None:
+    """Print results under a title, then why some are not ok.
 
     Args:
-        columns: the ones to print; by default all that were measured and the work in which rows differ.
+        columns: the ones to print; by default all that were measured, and those of the case that differ.
     """
-    work = [row.work for row in rows]
-    shared = {name for name in (work[0] if work else {}) if len({str(one.get(name)) for one in work}) == 1}
+    cases = [result.case for result in results]
+    shared = {
+        name for name in (cases[0] if cases else {}) if len({str(case.get(name)) for case in cases}) == 1
+    }
     lines = []
-    for row in rows:
-        cells = row.columns()
+    for result in results:
+        cells = result.columns()
         names = columns or [name for name in cells if name not in UNPRINTED and name not in shared]
         line = {}
         for name in names:
@@ -134,10 +147,10 @@ def print_rows(title: str, rows: Sequence[Row], columns: Sequence[str] = ()) -> 
             value = cells.get(name)
             line[header] = "" if value is None else text(value)
         lines.append(line)
-    print_cells(title, lines, groups=[tuple(row.work.values()) for row in rows])
-    for row in rows:
-        if not row.ok:
-            print("not ok:", *(value for value in (row.provider, *row.work.values(), row.reason)))
+    print_cells(title, lines, groups=[tuple(case.values()) for case in cases])
+    for result in results:
+        if not result.ok:
+            print("not ok:", result.contestant, *result.case.values(), result.reason)
 
 
 def print_cells(title: str, lines: Sequence[Mapping[str, str]], groups: Sequence[object] = ()) -> None:
@@ -147,10 +160,10 @@ def print_cells(title: str, lines: Sequence[Mapping[str, str]], groups: Sequence
     """
     if not lines:
         return
+    import rich.table
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table()
+    table = rich.table.Table()
     headers = [h for h in dict.fromkeys(h for line in lines for h in line) if any(x.get(h) for x in lines)]
     for header in headers:
         cells = [line[header] for line in lines if line.get(header)]
@@ -211,7 +224,7 @@ def picture(path: Path, width: float = 8, height: float = 5) -> Iterator[Any]:
 
 @cache
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, device and commit.
+    """Versions, device, instruction sets of the processor, and commit.
 
     ``TORCHPAR_COMMIT`` names the commit where there is no repository; ``-dirty`` at its end marks changes.
     """
@@ -220,16 +233,28 @@ def environment(device: torch.device) -> dict[str, Any]:
     except PackageNotFoundError:
         triton = ""
     describe = "git describe --always --dirty --abbrev=40 --exclude=*"
+    on_gpu = device.type == "cuda"
     commit = os.environ.get("TORCHPAR_COMMIT") or _output(describe, cwd=Path(__file__).parent)
     return {
         "torch": torch.__version__,
         "triton": triton,
         "numpy": np.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpuinfo("model name"),
+        "device": torch.cuda.get_device_name(device)
+        if on_gpu
+        else cpuinfo("model name") or platform.machine(),
+        "instruction_sets": ",".join(instruction_sets()),
         "commit": commit.removesuffix("-dirty"),
         "dirty": commit.endswith("-dirty") if commit else None,
     }
+
+
+def machine(device: torch.device) -> str:
+    """The folder of this machine's results, such as cpu-2-cores-avx512, cpu-2-cores-amx or nvidia-h100."""
+    if device.type == "cuda":
+        return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower())
+    widest = [name for name in instruction_sets() if name != "VNNI"][-1:] or [platform.machine()]
+    return f"cpu-{CORES}-cores-{widest[0].replace('-', '').lower()}"
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -241,20 +266,9 @@ def provenance(device: torch.device) -> dict[str, Any]:
 def clocks(device: torch.device) -> str:
     """The clocks at this moment."""
     if device.type != "cuda":
-        return f"{_cpuinfo('cpu MHz')} MHz"
+        return f"{cpuinfo('cpu MHz') or '?'} MHz"
     uuid = torch.cuda.get_device_properties(device).uuid
     return _output(f"nvidia-smi -i GPU-{uuid} --query-gpu=clocks.sm,clocks.mem --format=csv,noheader")
-
-
-def _cpuinfo(key: str) -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    values = (
-        value.strip() for name, _, value in (line.partition(":") for line in lines) if name.strip() == key
-    )
-    return next(values, platform.machine())
 
 
 def _output(command: str, cwd: Path | None = None) -> str:
