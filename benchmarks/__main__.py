@@ -7,13 +7,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
-FOLDER = Path(__file__).parent
-NAMES = (
-    *("operators", "matmul_t", "muon", "train", "speedrun", "scaling", "ladder", "host"),
-    *("autotune", "ncu", "scale_model"),
-)
+NAMES = ("operators", "muon", "train", "speedrun", "scaling", "ladder", "host", "autotune", "scale_model")
 USAGE = """usage: python -m benchmarks COMMAND
 
   list                  name the benchmarks
@@ -26,17 +23,22 @@ USAGE = """usage: python -m benchmarks COMMAND
 
 def first_line(name: str) -> str:
     """Return the first line of a benchmark's docstring, without importing the benchmark."""
-    path = FOLDER / f"{name}.py"
-    if not path.exists():
-        path = FOLDER / name / "__main__.py"
-    docstring = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+    spec = find_spec(f"benchmarks.{name}")
+    assert spec is not None
+    docstring = ast.get_docstring(ast.parse(Path(str(spec.origin)).read_text("utf-8"))) or ""
     return docstring.partition("\n")[0].partition(": ``")[0].removesuffix(".")
 
 
 def list_benchmarks() -> int:
+    import torch
+
+    from benchmarks.results import machine
+
     width = max(map(len, NAMES))
     for name in NAMES:
         print(f"{name:{width}}  {first_line(name)}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"\nThis machine's results go to benchmarks/results/{machine(device)}.")
     return 0
 
 
@@ -53,27 +55,25 @@ def run(arguments: Sequence[str]) -> int:
     commands = {name: [sys.executable, "-m", f"benchmarks.{name}", *flags] for name in names}
     if len(names) == 1:
         os.execv(sys.executable, commands[names[0]])
-    caught: list[int] = []
-    children: list[subprocess.Popen[bytes]] = []
-
-    def stop(number: int, frame: object) -> None:
-        caught.append(number)
-        for child in children if number == signal.SIGTERM else ():  # Ctrl-C in a terminal reaches it, too
-            child.terminate()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failed = []
     for name, command in commands.items():
-        if caught:
-            break
         print(f"== {name}", flush=True)
-        children[:] = [subprocess.Popen(command)]
-        if status := children[0].wait():
+        child = subprocess.Popen(command)
+        try:
+            status = child.wait()
+        except KeyboardInterrupt:  # the terminal sends it to the child, too
+            child.wait()
+            return 130
+        except SystemExit:
+            child.terminate()
+            child.wait()
+            raise
+        if status:
             failed.append(f"{name} (status {status})")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
-    return 128 + caught[0] if caught else 1 if failed else 0
+    return 1 if failed else 0
 
 
 def usage_error(message: str) -> int:

@@ -7,12 +7,18 @@ GPU, or with ``--target``, the kernels are compiled, and nothing is timed.
 """
 
 import argparse
+import os
+import re
+import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 
@@ -23,9 +29,91 @@ from torchpar.errors import ConfigError
 from torchpar.tune.command import DTYPES, KERNELS, VARIANTS
 from torchpar.tune.measure import LIBRARY, PRODUCT, Problem, Tiles, describe, error_line, measure, prepare
 
+Wrap = Callable[[Any], Any]  # of a kernel, as the launchers take it
+
 TARGETS = ("sm_80", "sm_90", "sm_100")
 SIZES = (4096, 8192, 2048, 1024)
 QUICK = 2  # configurations of a kernel
+
+
+class Driver:
+    """A stand-in for a GPU's driver. Kernels are compiled for its architecture and cannot be launched.
+
+    Args:
+        architecture: a compute capability, such as 90 for sm_90, or the name of one of AMD's.
+    """
+
+    def __init__(self, architecture: int | str):
+        self.architecture = architecture
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        nvidia = isinstance(self.architecture, int)
+        return GPUTarget("cuda" if nvidia else "hip", self.architecture, 32 if nvidia else 64)
+
+    def get_current_device(self) -> int:
+        return int(str(self.architecture).removeprefix("gfx"))  # Triton caches compiled kernels by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def target(architecture: int | str) -> Iterator[None]:
+    """Compile the kernels of the block, whose tensors may be on "meta", for ``architecture``."""
+    import triton
+
+    with (
+        patch.object(triton.runtime.driver, "_active", Driver(architecture)),
+        # Triton 3.9 warns if this is unset, because the default changes in 3.10.
+        patch.dict(os.environ, TRITON_DEFAULT_FP_FUSION="1"),
+    ):
+        yield
+
+
+class Compiled(NamedTuple):
+    """A kernel, and the launch for which it was compiled in so many seconds."""
+
+    kernel: Any
+    grid: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    seconds: float  # if the kernel is in Triton's cache, the time to read it
+
+
+def compile_launches(launch: Callable[[Wrap], object]) -> list[Compiled]:
+    """Compile the kernels that ``launch(wrap)`` launches, inside `target`."""
+    compiled: list[Compiled] = []
+
+    class Compile:
+        def __init__(self, kernel: Any):
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            def compile_it(*args: Any, **options: Any) -> None:
+                start = time.perf_counter()
+                kernel = self.kernel.warmup(*args, grid=grid, **options)
+                compiled.append(Compiled(kernel, grid, args, options, time.perf_counter() - start))
+
+            return compile_it
+
+    launch(Compile)
+    return compiled
+
+
+def cuda_tool(name: str, flag: str, cubin: Path) -> str:
+    """What a tool that Triton brings, such as cuobjdump, prints of a compiled kernel."""
+    import triton
+
+    tool = Path(str(triton.__file__)).parent / "backends/nvidia/bin" / name
+    return subprocess.run([str(tool), flag, str(cubin)], check=True, capture_output=True, text=True).stdout
+
+
+def resources(cubin: Path) -> dict[str, int]:
+    """What a thread takes: REG, its registers; STACK and LOCAL, bytes that did not fit into them."""
+    usage = re.findall(r"(REG|STACK|LOCAL):(\d+)", cuda_tool("cuobjdump", "-res-usage", cubin))
+    return {name: int(count) for name, count in usage}
 
 
 def compile_tiles(launch: Callable[..., object], tiles: Tiles, capability: int) -> tuple[dict[str, Any], str]:
@@ -33,20 +121,24 @@ def compile_tiles(launch: Callable[..., object], tiles: Tiles, capability: int) 
 
     ``registers`` and ``spills`` (bytes) are of a thread, ``shared_memory`` (bytes) of a block.
     """
-    from benchmarks.compiled import machine_codes, target
     from torchpar.kernels import candidates
 
     try:
-        with target(capability), TemporaryDirectory() as folder:
-            code, *_second_of_split_k = machine_codes(partial(launch, tiles=tiles), Path(folder))
+        with target(capability):
+            first, *_second_of_split_k = compile_launches(partial(launch, tiles=tiles))
+        with TemporaryDirectory() as folder:
+            cubin = Path(folder) / "cubin"
+            cubin.write_bytes(first.kernel.asm["cubin"])
+            used = resources(cubin)
     except Exception as e:
         return {}, error_line(e)
-    found: dict[str, Any] = {"registers": code.resources["REG"], "spills": code.spills}
-    found |= {"shared_memory": code.shared_memory, "compile_s": code.seconds}
-    if code.spills:
-        return found, f"spills {code.spills} bytes of a thread"
-    if code.shared_memory > (limit := candidates.SHARED_MEMORY.get(capability, code.shared_memory)):
-        return found, f"{code.shared_memory} bytes of shared memory, of {limit}"
+    spills, shared = used["STACK"] + used["LOCAL"], first.kernel.metadata.shared
+    found: dict[str, Any] = {"registers": used["REG"], "spills": spills}
+    found |= {"shared_memory": shared, "compile_s": first.seconds}
+    if spills:
+        return found, f"spills {spills} bytes of a thread"
+    if shared > (limit := candidates.SHARED_MEMORY.get(capability, shared)):
+        return found, f"{shared} bytes of shared memory, of {limit}"
     return found, ""
 
 

@@ -20,8 +20,7 @@ class Command:
     """
 
     def __init__(self, name: str, description: str, needs: Sequence[str] = ()):
-        self.name = name
-        self.needs = ("rich", *needs)
+        self.name, self.needs = name, ("rich", *needs)
         self.parser = argparse.ArgumentParser(f"python -m benchmarks run {name}", description=description)
         self.parser.add_argument("--quick", action="store_true", help="small sizes: does it run?")
         self.parser.add_argument("--output", type=Path, metavar="DIR", help="for the CSV and pictures")
@@ -47,11 +46,7 @@ class Command:
             raise ConfigError(f"{' and '.join(missing)} not installed; pip install {' '.join(missing)}")
 
     def at_least(self, least: int, name: str, options: argparse.Namespace, *, quick: int, full: int) -> int:
-        """The value of flag ``name``, or a default.
-
-        Raises:
-            ConfigError: it is less than ``least``.
-        """
+        """The value of flag ``name``, or a default. A value less than ``least`` raises a `ConfigError`."""
         value: int | None = getattr(options, name)
         if value is None:
             return quick if options.quick else full
@@ -72,8 +67,7 @@ def run(main: Callable[[], int], command: str = "") -> None:
     Args:
         command: as it is typed behind ``python -m benchmarks``; by default that of the script that runs.
     """
-    script = Path(sys.argv[0])
-    command = command or f"run {script.stem if script.stem != '__main__' else script.parent.name}"
+    command = command or f"run {Path(sys.argv[0]).stem}"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         sys.exit(main())

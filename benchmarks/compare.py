@@ -18,7 +18,7 @@ Caches are flushed before each sample.
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.results import Result
-from benchmarks.timing import CPU, Ceiling, Rejected, flush, take_turns, time_calls
+from benchmarks.timing import Ceiling, Rejected, flush, take_turns, time_calls
 
 Contestant = Callable[..., Tensor]
 Mode = Literal["forward", "backward", "full"]
+MODES: tuple[Mode, ...] = ("forward", "backward", "full")
 MIN_ROUNDS = 5
 NEAR = 0.03  # ‖error‖/‖oracle‖: under 0.01 in correct bfloat16, over 0.3 for other inputs' result
 
@@ -65,7 +66,7 @@ class Case:
     oracle: Contestant
     forward: Work
     backward: Work
-    modes: Sequence[Mode] = ("forward", "backward", "full")
+    modes: Sequence[Mode] = MODES
 
     def work(self, mode: Mode) -> Work:
         full = Work(self.forward.bytes + self.backward.bytes, self.forward.flops + self.backward.flops)
@@ -79,7 +80,6 @@ def compare(
     reference: str,
     libraries: Collection[str] = (),
     finish: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
-    on_cpu: Collection[str] = (),
     mode: Mode = "forward",
     rounds: int = 20,
     seconds: float = math.inf,
@@ -94,8 +94,6 @@ def compare(
             reference must.
         finish: for contestants that do a part of the operator, the rest of it, done before the result is
             checked and outside of the time.
-        on_cpu: contestants that run on a CPU, whatever the device of the case. They take copies there, and
-            copying is outside of their time.
         mode: "forward" (graph recorded, as in training), "backward" (gradients of all arguments), or
             "full" (both). Of integers, "forward".
         rounds: samples of each contestant; one more comes first, checked and not timed.
@@ -103,9 +101,7 @@ def compare(
         calls: calls of a sample; more than one is for the cost of small calls. Not for "backward".
     """
     checked = {
-        name: _Checked(
-            case, contestant, mode, calls, finish.get(name), CPU if name in on_cpu else case.device
-        )
+        name: _Checked(case, contestant, mode, calls, finish.get(name))
         for name, contestant in contestants.items()
     }
     inputs = _Inputs(case, mode)
@@ -141,7 +137,7 @@ def compare(
         configuration.append(ceiling.describe(case.dtype))
     columns = {
         "operator": case.operator,
-        "mode": mode,
+        "mode": mode + ", warm" * (calls > 1),
         "shape": case.shape,
         "dtype": str(case.dtype).removeprefix("torch."),
     }
@@ -166,16 +162,10 @@ class _Inputs:
     def __init__(self, case: Case, mode: Mode):
         self.case = case
         self.mode = mode
-        self._live: dict[torch.device, list[Tensor]] = {}
+        poisoned = [torch.full_like(t, poison(t.dtype)) for t in case.inputs(0)]
+        # What the calls take; poisoned between turns.
+        self.live = [t.requires_grad_(t.is_floating_point()) for t in poisoned]
         self.error = torch.zeros(())  # the oracle's own, at most
-
-    def live(self, device: torch.device) -> list[Tensor]:
-        """The tensors that calls on ``device`` take; between turns they are poisoned."""
-        if device not in self._live:
-            drawn = self.case.inputs(0)
-            poisoned = (torch.full_like(t, poison(t.dtype), device=device) for t in drawn)
-            self._live[device] = [t.requires_grad_(t.is_floating_point()) for t in poisoned]
-        return self._live[device]
 
     def draw(self, seed: int) -> None:
         *arguments, gradient = self.case.inputs(seed)
@@ -189,24 +179,19 @@ class _Inputs:
         self.error = off.maximum(self.error)
 
 
+@dataclass
 class _Checked:
     """A contestant, its errors, and on a GPU its memory and the host's times."""
 
-    def __init__(
-        self,
-        case: Case,
-        contestant: Contestant,
-        mode: Mode,
-        calls: int,
-        finish: Callable[[Tensor], Tensor] | None,
-        device: torch.device,
-    ):
-        self.device, self.dtype = device, case.dtype
-        self.contestant, self.mode, self.calls, self.finish = contestant, mode, calls, finish
-        self.errors = torch.empty(0)
-        self.near_oracle = True
-        self.hosts: list[float] = []
-        self.peak_memory_mb: float | None = None
+    case: Case
+    contestant: Contestant
+    mode: Mode
+    calls: int
+    finish: Callable[[Tensor], Tensor] | None
+    errors: Tensor = field(default_factory=lambda: torch.empty(0))
+    near_oracle: bool = True
+    hosts: list[float] = field(default_factory=list)
+    peak_memory_mb: float | None = None
 
     @property
     def host_ms(self) -> float | None:
@@ -215,16 +200,17 @@ class _Checked:
 
     def turn(self, inputs: _Inputs, index: int) -> list[float]:
         """Time the calls on live inputs, which hold ``inputs.drawn`` meanwhile, and check the result."""
-        device, live = self.device, inputs.live(self.device)
-        drawn, expected = ([t.to(device) for t in tensors] for tensors in (inputs.drawn, inputs.expected))
+        device, live, expected = self.case.device, inputs.live, inputs.expected
         on_gpu = device.type == "cuda"
         if on_gpu:
             flush(device)  # what does not wait for the current stream will find the inputs still NaN
         with torch.no_grad():
-            for t, value in zip(live, drawn, strict=True):
+            for t, value in zip(live, inputs.drawn, strict=True):
                 t.copy_(value)
         call = prepare(self.contestant, live, self.mode)
-        freed = [torch.full_like(t, poison(self.dtype), dtype=self.dtype) for t in (*expected, *live)]
+        freed = [
+            torch.full_like(t, poison(self.case.dtype), dtype=self.case.dtype) for t in (*expected, *live)
+        ]
         del freed
         flush(device)
         if on_gpu:
@@ -236,7 +222,7 @@ class _Checked:
             self.peak_memory_mb = max(peak, self.peak_memory_mb or 0.0)
             self.hosts += [timed.host] * (index > 0)
         copies = [result.detach().clone() for result in timed.result]
-        _check_memory(timed.result, live, drawn, expected)
+        _check_memory(timed.result, live, inputs.drawn, expected)
         with torch.no_grad():
             for t in (*live, *timed.result):
                 t.fill_(poison(t.dtype))

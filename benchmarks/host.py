@@ -1,45 +1,35 @@
 # SPDX-License-Identifier: MIT
-"""The host's part of a call of each operator: ``python -m benchmarks run host``.
+"""Time what the host does in a launch, up to the driver: ``python -m benchmarks run host``.
 
-A small kernel ends before the host has issued the next one; then only the host's time counts.
-
-    dispatch         PyTorch finds the operator's implementation, which checks and allocates
-    launch           the launcher, up to the call of the driver
-    without a plan   the same, as for tensors of a layout that it has not met
-
-On a GPU there are also whole calls, the driver's part included, and those of PyTorch's product or maximum
-alone. Without one a stand-in for the driver does nothing, and the tensors have no memory. It leaves out what
-Triton's own launcher does before the driver, which for TMA is to allocate memory. The dispatch is that of
-tensors without memory, which PyTorch allocates more slowly than others.
+A small kernel ends before the host has issued the next one; then only the host's time counts. A launcher
+keeps what it decides for tensors of one layout, and "without a plan" it decides anew. A stand-in for the
+driver does nothing, and tensors have no memory, so that no GPU is needed. Triton's own launcher is left out.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch.nn.functional import linear
 
-import torchpar
+from benchmarks import autotune
 from benchmarks.command import Command, run
-from benchmarks.results import Result, Table, print_results
-from benchmarks.timing import Turn, take_turns, time_calls
+from benchmarks.results import Table, print_results
+from benchmarks.timing import CPU, Turn, take_turns, time_calls
 
 SIZES = (512, 4096)
 ROUNDS = 30
-CALLS = 200  # in a row, fewer than a GPU's queue takes
-META = torch.device("meta")
+CALLS = 200
 
 
 @contextmanager
 def idle_driver(launched: Callable[..., object] = lambda *args: None) -> Iterator[None]:
     """Compile kernels for sm_90; ``launched`` takes what a launch passes to the driver."""
-    from benchmarks import compiled
 
-    class Idle(compiled.Driver):
+    class Idle(autotune.Driver):
         utils = SimpleNamespace(
             load_binary=lambda *args: (1, 1, 0, 0, 1024),  # module, function, registers, spills, threads
             get_device_properties=lambda device: {"max_shared_mem": 232448},
@@ -49,66 +39,35 @@ def idle_driver(launched: Callable[..., object] = lambda *args: None) -> Iterato
         def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., object]:
             return launched
 
-    with patch.object(compiled, "Driver", Idle), compiled.target(90):
+    with patch.object(autotune, "Driver", Idle), autotune.target(90):
         yield
 
 
-def calls_of(operator: str, n: int, device: torch.device) -> dict[str, Callable[[], object]]:
-    """The parts of a call for n×n bfloat16 matrices."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    command = Command("host", "Time what the host does in a launch.", needs=["triton"])
+    options = command.parse(arguments)
     from torchpar.kernels import linear_sigmoid, matmul_t, maximum
 
-    x, out = (torch.empty(n, n, dtype=torch.bfloat16, device=device) for _ in range(2))
-    bias = x[0].clone()
-    inputs: tuple[torch.Tensor, ...]
-    whole: Callable[..., object]
-    native: Callable[..., object]
-    launch: Callable[..., object]
-    if operator == "matmul_t":
-        inputs, whole, native = (x,), torchpar.matmul_t, lambda x: x @ x.mT
-        launch = partial(matmul_t.symmetric_product, x, x, "ieee", out=out)
-    elif operator == "linear_sigmoid":
-        inputs, whole, native = (x, x, bias), torchpar.linear_sigmoid, linear
-        launch = partial(linear_sigmoid.linear_sigmoid, x, x, bias, "ieee", out=out)
-    else:
-        inputs, whole, native = (x, x), torchpar.maximum, torch.maximum
-        launch = partial(maximum.maximum, x, x, out)
-    found: dict[str, Callable[[], object]] = {
-        "dispatch": partial(whole, *(t.to(META) for t in inputs)),
-        "launch": partial(launch, wrap=None),
-        "without a plan": partial(launch, wrap=lambda kernel: kernel),
-    }
-    if device.type == "cuda":
-        found |= {"whole call": partial(whole, *inputs), "PyTorch": partial(native, *inputs)}
-    return found
+    def turn(launch: Callable[[], object], index: int) -> list[float]:
+        return [time_calls(launch, calls=CALLS if index else 1).seconds()]
 
-
-def measure(operator: str, n: int, device: torch.device, rounds: int) -> list[Result]:
-    def turn(call: Callable[[], object], index: int) -> list[float]:
-        timed = time_calls(call, device, CALLS if index else 1)
-        timed.seconds()  # empty the queue
-        return [timed.host]
-
-    turns: dict[str, Turn] = {
-        name: partial(turn, call) for name, call in calls_of(operator, n, device).items()
-    }
-    times = take_turns(turns, rounds, label=f"{operator} {n}")
-    return [times[name].row({"operator": operator, "n": n}, name) for name in turns]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    command = Command("host", "Show the host's part of a call.", needs=["triton"])
-    options = command.parse(arguments)
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda") if on_gpu else META
-    table = Table(command.csv(options), device)
-    with nullcontext() if on_gpu else idle_driver():
-        for operator in ("matmul_t", "linear_sigmoid", "maximum"):
-            for n in SIZES[: 1 if options.quick else None]:
-                table.add(measure(operator, n, device, 2 if options.quick else ROUNDS))
-    columns = ("operator", "n", "contestant", "p20_ms", "p50_ms", "p80_ms")
-    print_results("the host's part of a call", table.results, columns)
-    if not on_gpu:
-        print("no GPU: a stand-in took the launches")
+    table = Table(command.csv(options), CPU)
+    with idle_driver():
+        for n in SIZES[: 1 if options.quick else None]:
+            x = torch.empty(n, n, dtype=torch.bfloat16, device="meta")
+            launches: dict[str, Callable[..., object]] = {
+                "matmul_t": partial(matmul_t.symmetric_product, x, x, "ieee", out=x.clone()),
+                "linear_sigmoid": partial(linear_sigmoid.linear_sigmoid, x, x, x[0], "ieee", out=x.clone()),
+                "maximum": partial(maximum.maximum, x, x, x.clone()),
+            }
+            for operator, launch in launches.items():
+                turns: dict[str, Turn] = {
+                    "launch": partial(turn, partial(launch, wrap=None)),
+                    "without a plan": partial(turn, partial(launch, wrap=lambda kernel: kernel)),
+                }
+                times = take_turns(turns, 2 if options.quick else ROUNDS, label=f"{operator} {n}")
+                table.add(times[name].row({"operator": operator, "n": n}, name) for name in turns)
+    print_results("launches on the host", table.results)
     return table.status
 
 

@@ -1,248 +1,257 @@
 # SPDX-License-Identifier: MIT
+# ruff: noqa: E402  # libraries read the environment when they are imported
 """Compare the operators with PyTorch's own, eager and compiled: ``python -m benchmarks run operators``.
 
-One case is the maximum of two 1000×1000 matrices of integers, a common exercise for Numba, whose loops
-run on one CPU core. On a GPU their time is without transfers.
+The work of a case is what the operator needs, whoever computes it: a symmetric product is n(n + 1)k
+operations, so that a contestant which computes all of it reaches half the roofline at most.
 """
 
-import argparse
-import importlib.util
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from benchmarks.idle_threads import shorten_spins
 
+shorten_spins()
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.functional import linear
 
+import torchpar
 from benchmarks.command import Command, run
-from benchmarks.compare import Case, Contestant, Mode, compare
-from benchmarks.operations import (
-    BACKWARDS,
-    MODES,
-    NATIVE,
-    OPERATORS,
-    OURS,
-    exact_matmul_case,
-    linear_sigmoid_backward_case,
-    linear_sigmoid_case,
-    matmul_t_case,
-    maximum_case,
-    njit_maximum,
-    numpy_matmul_t,
-    symmetric_matmul_case,
-)
-from benchmarks.results import Result, Table, duration, number, print_results
+from benchmarks.compare import MODES, Case, Contestant, Work, compare
+from benchmarks.results import Table, print_results
 from benchmarks.timing import measure_ceiling
 from torchpar.errors import ConfigError
 
 ROUNDS = 20
-QUICK_ROUNDS = 2
-CPU_SECONDS = 0.25  # of a contestant's turns in one mode
-GPU_SECONDS = 2.0
-BYTES_PER_ELEMENT = 160  # of device memory for a measurement of maximum in float64, oracle included
-SMALL = (64, 128, 10)  # rows, in_features, out_features
-SMALL_CALLS = 200
-EXERCISE = (1000, 1000)
+SECONDS = {"cpu": 0.25, "cuda": 2.0}  # of a contestant's turns in one mode
+WARM = 2**21  # bytes of a case that is also called `WARM_CALLS` times in a row, on a CPU
+WARM_CALLS = 100
+MAXIMUM_BYTES = 160  # of device memory for each element of maximum in float64, oracle included
+ALPHA, BETA = 0.5, 2.0  # of symmetric_matmul
 
 
-class Sizes(NamedTuple):
-    maximum: list[int]
-    maximum_broadcast: list[tuple[int, int]]  # with one row, and with one column
-    products: list[int]  # n = k, of matmul_t and symmetric_matmul
-    linear_sigmoid: list[tuple[int, int, int]]  # rows, in_features, out_features
-    linear_sigmoid_backward: list[tuple[int, int]]  # rows, out_features
-    exact: list[int]  # m = k = n, of the exact products
+def linear_sigmoid_backward(g: Tensor, y: Tensor) -> Tensor:
+    """dL/dZ; dL/db, its sum over rows, is computed and dropped."""
+    dz: Tensor = torch.ops.aten.sigmoid_backward(g, y)
+    dz.sum(0)
+    return dz
 
 
-QUICK = Sizes([2**12], [(16, 256)], [65], [(8, 33, 5)], [(8, 5)], [65])
-CPU = Sizes([2**21], [(1024, 2048)], [256, 1024], [(64, 784, 128), (256, 768, 1024)], [], [256, 1024, 2048])
-GPU = Sizes(
-    [2**20, 2**26, 2**28],
-    [(16384, 16384)],
-    [256, 512, 1024, 2048, 4096, 8192],
-    [
-        *[(rows, 784, width) for rows in (64, 512) for width in (128, 512)],  # the first layer of an MLP
-        *[(128, 784, 1000), (256, 784, 1001), (256, 784, 2056), (512, 784, 4096)],
-        (64, 8192, 1024),  # few rows and long sums
-        (512, 3072, 12288),
-        (8192, 4096, 4096),
-    ],
-    [(64, 4096), (512, 12288), (8192, 4096)],
-    [1024, 2048, 4096, 8192],
-)
-
-# Compiling takes seconds. On a GPU, where some operators have many shapes, these are compiled.
-COMPILED = {
-    "maximum": ("268435456 268435456",),
-    "linear_sigmoid": ("64x784->128", "512x784->512", "8192x4096->4096"),
+NATIVE: dict[str, Contestant] = {
+    "maximum": torch.maximum,
+    "matmul_t": lambda x: x @ x.mT,  # torch.mm, if x is a matrix
+    "symmetric_matmul": lambda a, b, c: ALPHA * (a @ b.mT) + BETA * c,
+    "linear_sigmoid": lambda x, weight, bias: linear(x, weight, bias).sigmoid(),
+    "linear_sigmoid_backward": linear_sigmoid_backward,
+    "exact_matmul": lambda a, b: a @ b.mT,
+    "exact_matmul_t": lambda x: x @ x.mT,
 }
-
-
-AUTOTUNED = ("8192x4096->4096",)  # which takes a minute
-
-
+OURS: dict[str, Contestant] = {
+    "maximum": torchpar.maximum,
+    "matmul_t": torchpar.matmul_t,
+    "symmetric_matmul": lambda a, b, c: torchpar.symmetric_matmul(a, b, c, alpha=ALPHA, beta=BETA),
+    "linear_sigmoid": torchpar.linear_sigmoid,
+    "linear_sigmoid_backward": lambda g, y: torch.ops.torchpar.linear_sigmoid_backward(g, y)[0],
+    "exact_matmul": torchpar.exact_matmul,
+    "exact_matmul_t": torchpar.exact_matmul_t,
+}
 # The operators are held to eager PyTorch's errors, and libraries to none: Inductor, for one, sums long
 # columns on a CPU with eight times eager's error.
-LIBRARIES = ("torch.compile", "max-autotune", "torchpar + torch.compile", "torch.mm", "numpy")
-# Of linear_sigmoid, the product and the bias alone.
-FINISH = {"addmm": torch.sigmoid}
-FORWARD_ONLY = ("numpy", "njit", *FINISH)
-ON_CPU = ("njit",)
+LIBRARIES = ("torch.compile", "torchpar + torch.compile", "numpy")
+FINISH = {"addmm": torch.sigmoid}  # of linear_sigmoid, the product and the bias alone
+FORWARD_ONLY = ("numpy", "addmm")
+
+# Of maximum both shapes; of products (*, n, k); of linear_sigmoid rows, in_features and out_features, and of
+# its backward rows and out_features; of exact_matmul m, k and n.
+Shapes = dict[str, Sequence[tuple[Any, ...]]]
+QUICK: Shapes = {
+    "maximum": [((16, 256), (256,))],
+    "matmul_t": [(65, 65)],
+    "symmetric_matmul": [(65, 65)],
+    "linear_sigmoid": [(8, 33, 5)],
+    "linear_sigmoid_backward": [(8, 5)],
+    "exact_matmul": [(65, 65, 65)],
+    "exact_matmul_t": [(65, 65)],
+}
+CPU: Shapes = {
+    "maximum": [((2**21,), (2**21,)), ((1024, 2048), (2048,)), ((1024, 2048), (1024, 1))],
+    "matmul_t": [
+        *((n, n) for n in (64, 128, 256, 384, 512, 768, 1000, 1024, 1500, 2048, 4096)),
+        *((256, 4096), (1024, 4096), (2048, 256), (2048, 64), (64, 64, 256), (8, 512, 512)),
+    ],
+    "symmetric_matmul": [(256, 256), (1024, 1024)],
+    "linear_sigmoid": [(64, 128, 10), (64, 784, 128), (256, 768, 1024)],
+    "exact_matmul": [(n, n, n) for n in (256, 1024, 2048)],
+    "exact_matmul_t": [(n, n) for n in (256, 1024, 2048)],
+}
+GPU: Shapes = {
+    "maximum": [
+        *(((n,), (n,)) for n in (2**20, 2**26, 2**28)),
+        *(((16384, 16384), (16384,)), ((16384, 16384), (16384, 1))),
+    ],
+    "matmul_t": [
+        *((n, n) for n in (64, 128, 256, 512, 1000, 1024, 2048, 4096, 8192, 16384)),
+        *((64, 16384), (1024, 4096), (4096, 1024), (16384, 64)),
+        *((64, 128, 128), (256, 256, 256), (32, 1024, 1024)),
+    ],
+    "symmetric_matmul": [(n, n) for n in (256, 512, 1024, 2048, 4096, 8192)],
+    "linear_sigmoid": [
+        *((rows, 784, width) for rows in (64, 512) for width in (128, 512)),  # the first layer of an MLP
+        *((128, 784, 1000), (256, 784, 1001), (256, 784, 2056), (512, 784, 4096)),
+        *((64, 8192, 1024), (512, 3072, 12288), (8192, 4096, 4096)),
+    ],
+    "linear_sigmoid_backward": [(64, 4096), (512, 12288), (8192, 4096)],
+    "exact_matmul": [(n, n, n) for n in (1024, 2048, 4096, 8192)],
+    "exact_matmul_t": [(n, n) for n in (1024, 2048, 4096, 8192)],
+}
+COMPILED = (  # which takes seconds
+    *("2097152 2097152", "1024x2048 2048", "1024x2048 1024x1", "268435456 268435456"),
+    *("256x256", "1024x1024", "4096x4096"),
+    *("64x784->128", "256x768->1024", "512x784->512", "8192x4096->4096"),
+)
+
+
+def draw(seed: int, dtype: torch.dtype, device: torch.device, *shapes: Sequence[int]) -> list[Tensor]:
+    """Normally distributed; integers are uniform in [0, 126]."""
+    generator = torch.Generator(device).manual_seed(seed)
+    if dtype.is_floating_point:
+        return [torch.randn(shape, dtype=dtype, device=device, generator=generator) for shape in shapes]
+    return [torch.randint(127, shape, dtype=dtype, device=device, generator=generator) for shape in shapes]
+
+
+def make_case(operator: str, shape: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Case:
+    """The case of an operator. ``forward`` and ``backward`` are numbers through memory, and operations."""
+    text = "x".join(map(str, shape))
+    if operator == "maximum":
+        text = " ".join("x".join(map(str, one)) for one in shape)
+        shapes = [*shape, shape[0]]
+        a, b = map(math.prod, shape)
+        forward, backward = (2 * a + b, a), (3 * a + 2 * b, a)
+    elif operator in ("matmul_t", "exact_matmul_t"):
+        *batch, n, k = shape
+        shapes = [shape, (*batch, n, n)]
+        b = math.prod(batch)
+        forward = b * (n * k + n * n), b * n * (n + 1) * k
+        backward = b * (n * n + 2 * n * k), b * 2 * n * n * k
+    elif operator == "symmetric_matmul":
+        n, k = shape
+        shapes = [(n, k), (n, n), (n, n)]
+        forward, backward = (2 * n * k + 2 * n * n, n * (n + 1) * k), (2 * n * n + 4 * n * k, 4 * n * n * k)
+    elif operator == "linear_sigmoid_backward":
+        m, n = shape
+        shapes = [shape] * 3
+        forward, backward = (3 * m * n + n, 5 * m * n), (0, 0)  # its own derivatives are not timed
+    else:
+        m, k, n = shape
+        text = f"{m}x{k}->{n}"
+        bias = n if operator == "linear_sigmoid" else 0
+        shapes = [(m, k), (n, k), *([(n,)] if bias else []), (m, n)]
+        forward = m * k + n * k + bias + m * n, 2 * m * n * k
+        y = m * n if bias else 0  # which the derivative takes
+        backward = m * n + y + 2 * m * k + 2 * n * k + bias, 4 * m * n * k
+
+    def inputs(seed: int) -> list[Tensor]:
+        drawn = draw(seed, dtype, device, *shapes)
+        if operator == "symmetric_matmul":  # B is equal to A, which the operator is not told
+            a, c, gradient = drawn
+            return [a, a.clone(), (c + c.mT) / 2, gradient]
+        if operator == "linear_sigmoid_backward":
+            drawn[1] = drawn[1].sigmoid()
+        if operator == "linear_sigmoid":  # so scaled, the sigmoid does not saturate
+            drawn[1] /= math.sqrt(k)
+        return drawn
+
+    return Case(
+        operator,
+        text,
+        dtype,
+        device,
+        inputs,
+        NATIVE[operator],
+        forward=Work(dtype.itemsize * forward[0], forward[1]),
+        backward=Work(dtype.itemsize * backward[0], backward[1]),
+        modes=MODES if dtype.is_floating_point and any(backward) else MODES[:1],
+    )
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     on_gpu = device.type == "cuda"
-    sizes = QUICK if quick else GPU if on_gpu else CPU
-    dtypes = [torch.float32] if quick else [torch.float32, torch.bfloat16]
     memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else math.inf
-    yield maximum_case(torch.int64, device, EXERCISE, EXERCISE)
-    for dtype in [torch.int8, *dtypes, torch.float64] if on_gpu and not quick else dtypes:
-        shapes: list[tuple[tuple[int, ...], tuple[int, ...]]] = [((n,), (n,)) for n in sizes.maximum]
-        for rows, columns in sizes.maximum_broadcast:
-            shapes += [((rows, columns), (columns,)), ((rows, columns), (rows, 1))]
-        for a_shape, b_shape in shapes:
-            if BYTES_PER_ELEMENT * math.prod(a_shape) < memory:
-                yield maximum_case(dtype, device, a_shape, b_shape)
-    for make in (matmul_t_case, symmetric_matmul_case):
-        for dtype in dtypes if on_gpu or quick else [*dtypes, torch.float64]:
-            yield from (make(dtype, device, n, n) for n in sizes.products)
-    for n in sizes.exact:
-        yield exact_matmul_case(device, n, n, n)
-        yield matmul_t_case(torch.float32, device, n, n, operator="exact_matmul_t")
-    for dtype in dtypes:
-        for shape in sizes.linear_sigmoid:
-            yield linear_sigmoid_case(dtype, device, *shape)
-        for rows, columns in sizes.linear_sigmoid_backward:
-            yield linear_sigmoid_backward_case(dtype, device, rows, columns)
+    for operator, shapes in (QUICK if quick else GPU if on_gpu else CPU).items():
+        dtypes = [torch.float32]
+        if not quick and not operator.startswith("exact"):
+            dtypes += [torch.bfloat16]
+            dtypes += [torch.float64] * (operator != "linear_sigmoid")
+            dtypes += [torch.int8] * (operator == "maximum" and on_gpu)
+        for dtype in dtypes:
+            for shape in shapes:
+                if operator != "maximum" or MAXIMUM_BYTES * math.prod(shape[0]) < memory:
+                    yield make_case(operator, shape, dtype, device)
 
 
 def contestants(case: Case, quick: bool) -> dict[str, Contestant]:
-    """Eager, ours, and unless ``quick`` both compiled; the library's bare products, and njit's loops."""
-    if case.operator in BACKWARDS:  # a compiler would not compute the sum that is dropped
-        return dict(zip(("eager", "torchpar"), BACKWARDS[case.operator], strict=True))
+    """Eager and ours, of some shapes both compiled; NumPy's product, and the linear layer alone."""
     native, ours = NATIVE[case.operator], OURS[case.operator]
     found: dict[str, Contestant] = {"eager": native, "torchpar": ours}
-    on_cpu = case.device.type == "cpu"
-    if not quick and (on_cpu or case.shape in COMPILED.get(case.operator, (case.shape,))):
+    if not quick and case.shape in COMPILED:
         torch.compiler.reset()  # every shape is compiled anew, and recompilations are limited
         found["torch.compile"] = torch.compile(native, dynamic=False)
         found["torchpar + torch.compile"] = torch.compile(ours, dynamic=False)
-    if not quick and not on_cpu and case.shape in AUTOTUNED:
-        # CUDA graphs would write every result to the same memory, which is poisoned here.
-        found["max-autotune"] = torch.compile(native, dynamic=False, mode="max-autotune-no-cudagraphs")
-    if case.operator == "matmul_t":
-        found["torch.mm"] = lambda x: torch.mm(x, x.T)
-        if on_cpu and case.dtype != torch.bfloat16:
-            found["numpy"] = numpy_matmul_t
+    on_cpu, is_matrix = case.device.type == "cpu", case.shape.count("x") == 1
+    if case.operator == "matmul_t" and on_cpu and is_matrix and case.dtype.itemsize >= 4:
+        found["numpy"] = lambda x: torch.from_numpy(np.dot(array := x.detach().numpy(), array.T))
     if case.operator == "linear_sigmoid":
         found["addmm"] = linear
-    if case.dtype == torch.int64:  # the exercise
-        if importlib.util.find_spec("numba"):
-            found["njit"] = njit_maximum
-        else:
-            print("njit is left out: Numba is missing; pip install -e '.[baselines]'")
     return found
-
-
-def small_call(device: torch.device, rounds: int) -> list[Result]:
-    """The cost of a call whose arithmetic costs next to nothing, on one thread."""
-    case = linear_sigmoid_case(torch.float32, device, *SMALL)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        compared = {"eager": NATIVE["linear_sigmoid"], "torchpar": OURS["linear_sigmoid"]}
-        return compare(case, compared, reference="eager", mode="full", rounds=rounds, calls=SMALL_CALLS)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def print_exercise(rows: Mapping[str, Result]) -> None:
-    """Print the times by contestant, on the device and of the host apart, and the speed over njit's."""
-    njit = rows["njit"].p50_ms if "njit" in rows else None
-    shown = []
-    for name, row in rows.items():
-        if row.p50_ms is None:
-            continue
-        text = f"{name} {duration(row.p50_ms / 1e3)}"
-        if row.found["host_ms"]:
-            text += f" (host {duration(row.found['host_ms'] / 1e3)})"
-        shown.append(text + (f", {number(njit / row.p50_ms)}× njit" if njit and name != "njit" else ""))
-    print(f"maximum of two {EXERCISE[0]}×{EXERCISE[1]} int64: {'; '.join(shown)}")
-
-
-def compare_all(
-    cases: Iterable[Case],
-    contestants: Callable[[Case], dict[str, Contestant]],
-    options: argparse.Namespace,
-    modes: Sequence[Mode],
-    reference: str = "eager",
-    calls: int = 1,
-) -> Iterator[list[Result]]:
-    """The rows of each case and mode in turn."""
-    listed = list(cases)
-    device = options.device
-    dtypes = sorted({one.dtype for one in listed}, key=str)
-    ceiling = measure_ceiling(device, dtypes, options.quick)
-    for dtype in dtypes:
-        print(f"{dtype}: {ceiling.describe(dtype)}")
-    for case in listed:
-        compared = contestants(case)
-        for mode in modes:
-            forward = mode == "forward"
-            if mode not in case.modes:
-                continue
-            yield compare(
-                case,
-                {name: one for name, one in compared.items() if forward or name not in FORWARD_ONLY},
-                reference=reference,
-                libraries=LIBRARIES,
-                finish=FINISH,
-                on_cpu=ON_CPU,
-                mode=mode,
-                rounds=QUICK_ROUNDS if options.quick else ROUNDS,
-                seconds=GPU_SECONDS if device.type == "cuda" else CPU_SECONDS,
-                calls=calls,
-                ceiling=ceiling,
-            )
-
-
-def parse(command: Command, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The flags of the benchmarks that compare operators; ``device`` is a `torch.device`."""
-    parser = command.parser
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    options = command.parse(arguments)
-    if options.device == "auto":
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif options.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device is cuda, but PyTorch finds no GPU")
-    if options.threads < 1:
-        raise ConfigError(f"--threads is {options.threads}, expected at least 1")
-    options.device = torch.device(options.device)
-    torch.set_num_threads(options.threads)
-    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("operators", "Compare the operators with PyTorch's own.")
-    command.parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=OPERATORS)
-    options = parse(command, arguments)
-    table = Table(command.csv(options), options.device)
-    small = table.add(small_call(options.device, QUICK_ROUNDS if options.quick else ROUNDS))
-    listed = [one for one in cases(options.device, options.quick) if one.operator in options.operators]
-    for rows in compare_all(listed, lambda one: contestants(one, options.quick), options, options.modes):
-        table.add(rows)
-    for operator in OPERATORS:
-        shown = [row for row in table.results if row.case["operator"] == operator]
-        print_results(operator, shown)
-    if exercise := {row.contestant: row for row in table.results if row.case["dtype"] == "int64"}:
-        print_exercise(exercise)
-    costs = {row.contestant: (row.found["host_ms"] or row.p50_ms or math.nan) / 1e3 for row in small}
-    print(
-        f"a small call, linear_sigmoid {small[0].case['shape']} forward and backward on one thread: "
-        f"eager {duration(costs['eager'])}, torchpar {duration(costs['torchpar'])}"
+    parser = command.parser
+    parser.add_argument("--operators", nargs="+", choices=NATIVE, default=list(NATIVE))
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--modes", nargs="+", choices=(*MODES, "warm"), default=["forward", "backward", "warm"]
     )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    options = command.parse(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device is cuda, but PyTorch finds no GPU")
+    torch.set_num_threads(command.at_least(1, "threads", options, quick=1, full=1))
+    on_gpu = options.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    listed = [case for case in cases(device, options.quick) if case.operator in options.operators]
+    dtypes = sorted({case.dtype for case in listed}, key=str)
+    ceiling = measure_ceiling(device, dtypes, options.quick)
+    for dtype in dtypes:
+        print(f"{dtype}: {ceiling.describe(dtype)}")
+    table = Table(command.csv(options), device)
+    for case in listed:
+        compared = contestants(case, options.quick)
+        chosen = [(mode, 1) for mode in case.modes if mode in options.modes]
+        if "warm" in options.modes and not on_gpu and case.forward.bytes <= WARM:
+            chosen.append(("forward", WARM_CALLS))
+        for mode, calls in chosen:
+            names = [name for name in compared if mode == "forward" or name not in FORWARD_ONLY]
+            results = compare(
+                case,
+                {name: compared[name] for name in names},
+                reference="eager",
+                libraries=LIBRARIES,
+                finish=FINISH,
+                mode=mode,
+                rounds=2 if options.quick else ROUNDS,
+                seconds=SECONDS[device.type],
+                calls=calls,
+                ceiling=ceiling,
+            )
+            table.add(results)
+    for operator in options.operators:
+        print_results(operator, [result for result in table.results if result.case["operator"] == operator])
     return table.status
 
 

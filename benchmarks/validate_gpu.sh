@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: MIT
 # Tests and measures the operators on the GPU of this machine. Needs no network and installs nothing.
 #
-#   bash benchmarks/validate_gpu.sh OUTDIR [values|variants|operators|ncu|tune|host|anything|huge]
+#   bash benchmarks/validate_gpu.sh OUTDIR [values|variants|operators|tune|anything|huge]
 #   bash benchmarks/validate_gpu.sh --wheels DIR
 #
 # Without a stage all run in turn, each for at most nine minutes; none needs the files of another. OUTDIR
@@ -16,7 +16,7 @@
 set -uo pipefail
 unset -v CDPATH # with it `cd` prints
 
-stages=(values variants operators ncu tune host anything huge)
+stages=(values variants operators tune anything huge)
 known() { [[ $1 != *" "* && " ${stages[*]} " == *" $1 "* ]]; }
 if ! case $#,${1:-} in
     2,--wheels) true ;;
@@ -105,20 +105,6 @@ run_stage() {
         operators)
             needs rich triton && limited 500 python3 -m benchmarks.operators --device cuda \
                 --operators linear_sigmoid linear_sigmoid_backward maximum --output "$outdir"
-            ;;
-        host)
-            needs rich triton && limited 500 python3 -m benchmarks.host
-            ;;
-        ncu)
-            type -P ncu >/dev/null || { echo "ncu is missing"; return 1; }
-            needs rich triton || return
-            local errors before # of an earlier run
-            before=$(wc -l <"$log")
-            limited 500 ncu --profile-from-start off --set full python3 -m benchmarks.ncu || return
-            # No permission to read the counters, say.
-            errors=$(tail -n "+$((before + 1))" "$log" | grep -E "^==ERROR==|No kernels were profiled") &&
-                echo "$errors" && return 1
-            return 0
             ;;
         tune)
             needs triton && TORCHPAR_CACHE=$outdir/tuned limited 500 python3 -m torchpar tune --minutes 6

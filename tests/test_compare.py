@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The comparison of contestants rejects wrong results and accepts right ones, and the rows that it writes."""
+"""The comparison of contestants rejects wrong results and accepts right ones; the table has the results."""
 
 import csv
 import threading
@@ -12,15 +12,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.compare import Case, Contestant, Work, compare
-from benchmarks.results import Result, Table, environment, print_results
+from benchmarks.results import Result, Table, environment, machine, print_results
 from benchmarks.timing import Ceiling
 
 ROUNDS = 5
-COLUMNS = (
-    "operator mode shape dtype contestant p20_ms p50_ms p80_ms mean_ms samples speedup host_ms gb_per_s "
-    "gflop_per_s roofline max_error peak_memory_mb configuration ok reason torch triton numpy python device "
-    "instruction_sets commit dirty clocks date"
-)
 
 
 def sigmoid_case(device: str, dtype: torch.dtype = torch.float32) -> Case:
@@ -36,11 +31,10 @@ def measured(
     device: str, contestant: Contestant, dtype: torch.dtype = torch.float32, **options: Any
 ) -> Result:
     contestants = {"eager": torch.sigmoid, "other": contestant}
-    rows = compare(sigmoid_case(device, dtype), contestants, reference="eager", rounds=ROUNDS, **options)
-    reference, row = rows
-    assert reference.ok
-    assert reference.contestant == "eager"
-    return row
+    options = {"reference": "eager", "rounds": ROUNDS} | options
+    reference, result = compare(sigmoid_case(device, dtype), contestants, **options)
+    assert (reference.ok, reference.contestant) == (True, "eager")
+    return result
 
 
 def by_hand(x: Tensor) -> Tensor:
@@ -50,56 +44,36 @@ def by_hand(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", ["forward", "backward", "full"])
-def test_a_right_provider_is_believed(device, mode, dtype):
-    row = measured(device, by_hand, dtype, mode=mode)
-    assert row.ok, row.reason
-    assert row.reason == ""
-    assert row.p20_ms <= row.p50_ms <= row.p80_ms
-    assert row.speedup > 0
+def test_a_right_contestant_is_believed(device, mode, dtype):
+    result = measured(device, by_hand, dtype, mode=mode)
+    assert (result.ok, result.reason) == (True, "")
+    assert result.p20_ms <= result.p50_ms <= result.p80_ms
+    assert result.speedup > 0
     if device == "cuda":
-        assert row.host_ms > 0
-        assert row.peak_memory_mb > 0
+        assert result.found["host_ms"] > 0
+        assert result.found["peak_memory_mb"] > 0
 
 
-def integers(device: str, dtype: torch.dtype) -> Case:
+def test_integers_are_exact(device):
     def inputs(seed: int) -> list[Tensor]:
         generator = torch.Generator(device).manual_seed(seed)
-        shape = (129, 65)
-        return [
-            torch.randint(-9, 9, shape, device=device, dtype=dtype, generator=generator) for _ in range(3)
-        ]
+        return [*torch.randint(-9, 9, (3, 129, 65), device=device, generator=generator).to(torch.int8)]
 
-    work = Work(1, 1)
-    return Case("maximum", "129x65", dtype, torch.device(device), inputs, torch.maximum, work, work)
-
-
-def one_too_much(a: Tensor, b: Tensor) -> Tensor:
-    result = torch.maximum(a, b)
-    result[-1, -1] += 1
-    return result
-
-
-@pytest.mark.parametrize("on_cpu", [False, True], ids=["on its device", "on a CPU"])
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int64], ids=str)
-def test_integers_are_exact(device, dtype, on_cpu):
-    found = set()
-
-    def right(a: Tensor, b: Tensor) -> Tensor:
-        found.add(a.device.type)
-        return torch.maximum(a, b)
+    def one_too_much(a: Tensor, b: Tensor) -> Tensor:
+        result = torch.maximum(a, b)
+        result[-1, -1] += 1
+        return result
 
     contestants: dict[str, Contestant] = {
         "eager": torch.maximum,
-        "right": right,
+        "right": lambda a, b: torch.where(a > b, a, b),
         "wrong": one_too_much,
         "unwritten": lambda a, b: torch.empty_like(a),
-        "in float64": lambda a, b: torch.maximum(a, b).double(),
-        "elsewhere": lambda a, b: torch.maximum(a, b).to("meta"),
     }
-    there = set(contestants) - {"eager"} if on_cpu else set()
-    rows = compare(integers(device, dtype), contestants, reference="eager", rounds=ROUNDS, on_cpu=there)
-    assert [row.contestant for row in rows if row.ok] == ["eager", "right"]
-    assert found == {"cpu" if on_cpu else device}
+    work = Work(1, 1)
+    case = Case("maximum", "129x65", torch.int8, torch.device(device), inputs, torch.maximum, work, work)
+    results = compare(case, contestants, reference="eager", rounds=ROUNDS)
+    assert [result.contestant for result in results if result.ok] == ["eager", "right"]
 
 
 class Stale:
@@ -140,22 +114,10 @@ class StaleGradient(torch.autograd.Function):
         return StaleGradient.kept.clone()
 
 
-def unwritten(x: Tensor) -> Tensor:
-    return torch.empty_like(x.detach())
-
-
 def unwritten_in_one_row(x: Tensor) -> Tensor:
     result = torch.empty_like(x.detach())
     torch.sigmoid(x.detach()[:-1], out=result[:-1])
     return result
-
-
-def inaccurate(x: Tensor) -> Tensor:
-    return torch.sigmoid(x) + 1e-6
-
-
-def in_bfloat16(x: Tensor) -> Tensor:
-    return torch.sigmoid(x.bfloat16()).float()
 
 
 def mutating(x: Tensor) -> Tensor:
@@ -164,40 +126,35 @@ def mutating(x: Tensor) -> Tensor:
     return result
 
 
-def in_place(x: Tensor) -> Tensor:
-    return x.detach().sigmoid_()
-
-
-def in_float64(x: Tensor) -> Tensor:
-    return torch.sigmoid(x.double())
+def in_bfloat16(x: Tensor) -> Tensor:
+    return torch.sigmoid(x.bfloat16()).float()
 
 
 def failing(x: Tensor) -> Tensor:
     raise ValueError("no such kernel")
 
 
-@pytest.mark.parametrize(
-    "contestant, reason",
-    [
-        (Stale(), "eager's are"),
-        (Kept(), "eager's are"),
-        (unwritten, "eager's are"),
-        (unwritten_in_one_row, "eager's are"),
-        (inaccurate, "eager's are"),
-        (in_bfloat16, "eager's are"),
-        (mutating, "Rejected: an input was changed"),
-        (in_place, "Rejected: a result shares memory with an input"),
-        (in_float64, "Rejected: a result is torch.float64 (129, 65) on"),
-        (failing, "ValueError: no such kernel"),
-    ],
-    ids=lambda value: getattr(value, "__name__", type(value).__name__),
-)
-def test_a_wrong_provider_is_rejected(device, contestant, reason):
-    row = measured(device, contestant)
-    assert not row.ok
-    assert reason in row.reason
-    assert row.p50_ms is None
-    assert row.speedup is None
+WRONG: dict[str, tuple[Contestant, str]] = {
+    "stale": (Stale(), "eager's are"),
+    "kept": (Kept(), "eager's are"),
+    "unwritten": (lambda x: torch.empty_like(x.detach()), "eager's are"),
+    "unwritten in one row": (unwritten_in_one_row, "eager's are"),
+    "inaccurate": (lambda x: torch.sigmoid(x) + 1e-6, "eager's are"),
+    "in bfloat16": (in_bfloat16, "eager's are"),
+    "mutating": (mutating, "Rejected: an input was changed"),
+    "in place": (lambda x: x.detach().sigmoid_(), "Rejected: a result shares memory with an input"),
+    "in float64": (lambda x: torch.sigmoid(x.double()), "Rejected: a result is torch.float64 (129, 65) on"),
+    "failing": (failing, "ValueError: no such kernel"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_contestant_is_rejected(device, name):
+    contestant, reason = WRONG[name]
+    result = measured(device, contestant)
+    assert not result.ok
+    assert reason in result.reason
+    assert (result.p50_ms, result.speedup) == (None, None)
 
 
 @pytest.mark.parametrize("mode", ["backward", "full"])
@@ -212,12 +169,7 @@ def unfinished() -> Iterator[Contestant]:
 
     def contestant(x: Tensor) -> Tensor:
         result, value = torch.empty_like(x.detach()), torch.sigmoid(x.detach())
-
-        def write() -> None:
-            time.sleep(0.01)
-            result.copy_(value)
-
-        threads.append(threading.Thread(target=write))
+        threads.append(threading.Thread(target=lambda: time.sleep(0.01) or result.copy_(value)))
         threads[-1].start()
         return result
 
@@ -250,72 +202,54 @@ def test_a_result_of_another_stream_is_rejected():
 
 def test_nothing_is_believed_beside_a_stale_reference(device):
     contestants = {"stale": Stale(), "right": torch.sigmoid}
-    rows = compare(sigmoid_case(device), contestants, reference="stale", rounds=ROUNDS)
-    assert [row.ok for row in rows] == [False, False]
-    assert rows[0].reason == "Rejected: the result is not what the oracle computes"
-    assert rows[1].reason == "nothing to compare with: stale failed"
+    stale, right = compare(sigmoid_case(device), contestants, reference="stale", rounds=ROUNDS)
+    assert (stale.ok, stale.reason) == (False, "Rejected: the result is not what the oracle computes")
+    assert (right.ok, right.reason) == (False, "nothing to compare with: stale failed")
 
 
 def test_a_library_must_only_be_near(device):
     assert measured(device, in_bfloat16, libraries=["other"]).ok
-    assert not measured(device, unwritten, libraries=["other"]).ok
-    assert not measured(device, Stale(), libraries=["other"]).ok
+    for name in ("stale", "unwritten in one row"):
+        assert not measured(device, WRONG[name][0], libraries=["other"]).ok
 
 
-def test_providers_take_turns(device):
+def test_contestants_take_turns_of_so_many_calls(device):
     order: list[str] = []
-
-    def recorded(name: str) -> Contestant:
-        return lambda x: (order.append(name), torch.sigmoid(x))[1]
-
-    names = ["first", "second", "third"]
-    compare(sigmoid_case(device), {n: recorded(n) for n in names}, reference="first", rounds=ROUNDS, calls=2)
-    assert order == [name for name in names for _ in range(2)] * (1 + ROUNDS)
+    contestants = {name: lambda x, n=name: (order.append(n), torch.sigmoid(x))[1] for name in "abc"}
+    compare(sigmoid_case(device), contestants, reference="a", rounds=ROUNDS, calls=2)
+    assert "".join(order) == "aabbcc" * (1 + ROUNDS)
 
 
-def test_rates_follow_from_time_and_work():
-    ceiling = Ceiling(bandwidth=1e9, matmul={torch.float32: 1e12})
-    row = measured("cpu", torch.sigmoid, ceiling=ceiling, mode="full")
-    assert row.found["gb_per_s"] == pytest.approx(2 * 2 * 129 * 65 * 4 / (row.p50_ms * 1e-3) / 1e9)
-    assert row.found["gflop_per_s"] == pytest.approx(2 * 4 * 129 * 65 / (row.p50_ms * 1e-3) / 1e9)
-    assert row.found["roofline"] == pytest.approx(row.found["gb_per_s"] / 1)
-
-
-def test_rows_are_written_as_they_come(tmp_path, monkeypatch):
+def test_the_table_has_rates_and_says_why_results_are_wrong(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("rich")
     monkeypatch.setenv("TORCHPAR_COMMIT", "0123abc-dirty")
     environment.cache_clear()
-    path = tmp_path / "rows.csv"
-    table = Table(path, torch.device("cpu"))
-    table.add([measured("cpu", torch.sigmoid)])
-    assert table.status == 0
-    assert len(path.read_text().splitlines()) == 2
+    path = tmp_path / "table.csv"
+    table = Table(path, torch.device("cpu"), threads=2)
+    ceiling = Ceiling(bandwidth=1e9, matmul={torch.float32: 1e12})
+    (one,) = table.add([measured("cpu", torch.sigmoid, ceiling=ceiling, mode="full")])
+    assert (table.status, len(path.read_text().splitlines())) == (0, 2)
+    assert one.found["gb_per_s"] == pytest.approx(2 * 2 * 129 * 65 * 4 / (one.p50_ms * 1e-3) / 1e9)
+    assert one.found["gflop_per_s"] == pytest.approx(2 * 4 * 129 * 65 / (one.p50_ms * 1e-3) / 1e9)
+    assert one.found["roofline"] == pytest.approx(one.found["gb_per_s"] / 1)
     table.add([measured("cpu", failing)])
-    assert table.status == 1
     environment.cache_clear()
     with path.open(newline="") as file:
         right, wrong = csv.DictReader(file)
-    assert list(right) == COLUMNS.split()
-    not_on_a_cpu = {"host_ms", "peak_memory_mb"}
-    assert {column for column, value in right.items() if value == ""} == not_on_a_cpu | {"roofline", "reason"}
-    assert (right["operator"], right["mode"], right["shape"], right["dtype"]) == (
-        *("sigmoid", "forward", "129x65", "float32"),
-    )
+    assert {name for name, value in right.items() if value == ""} == {"host_ms", "peak_memory_mb", "reason"}
+    assert (right["mode"], right["dtype"], right["threads"], right["ok"]) == ("full", "float32", "2", "True")
     assert (right["commit"], right["dirty"], right["torch"]) == ("0123abc", "True", torch.__version__)
-    assert (right["ok"], wrong["ok"], wrong["p50_ms"]) == ("True", "False", "")
-
-
-def test_without_a_path_nothing_is_written(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Table(None, torch.device("cpu")).add([measured("cpu", torch.sigmoid)])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_table_leaves_out_what_is_empty_and_says_why_rows_failed(capsys):
-    pytest.importorskip("rich")
-    print_results("sigmoid", [measured("cpu", torch.sigmoid), measured("cpu", failing)])
+    assert (table.status, wrong["ok"], wrong["p50_ms"]) == (1, "False", "")
+    print_results("sigmoid", table.results)
     printed = capsys.readouterr().out
     assert printed.startswith("sigmoid\n")
-    assert "speed-up" in printed
-    assert "host" not in printed
+    assert "host" not in printed  # what is empty is left out
     assert "129x65" not in printed.partition("not ok:")[0]  # the same in all rows
     assert "not ok: other sigmoid forward 129x65 float32 ValueError: no such kernel" in printed
+
+
+def test_a_machine_is_named_by_its_widest_instructions(monkeypatch):
+    monkeypatch.setattr("benchmarks.results.CORES", 2)
+    for sets, name in ((["AVX2"], "avx2"), (["AVX2", "AVX-512", "VNNI"], "avx512"), (["AVX2", "AMX"], "amx")):
+        monkeypatch.setattr("benchmarks.results.instruction_sets", lambda sets=sets: sets)
+        assert machine(torch.device("cpu")) == f"cpu-2-cores-{name}"

@@ -10,14 +10,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from unittest.mock import patch
 
+import machine_code
 import pytest
 import torch
 import triton
 import triton.language as tl
+from machine_code import MachineCode, machine_codes
 from torch import Tensor
 
-from benchmarks import sass
-from benchmarks.compiled import Driver, MachineCode, machine_codes, target
+from benchmarks.autotune import Driver, target
 from torchpar.kernels import candidates, tuning
 from torchpar.kernels import exact_matmul as exact_kernels
 from torchpar.kernels import linear_sigmoid as linear_sigmoid_kernels
@@ -209,11 +210,12 @@ def test_innermost_loops():
 .L_x_4:
         /*0090*/                   BRA `(.L_x_4);
 """
-    instructions = sass.read(text)
+    instructions = machine_code.read(text)
 
     def loops(opcode: str) -> list[list[str]]:
         return [
-            [one.opcode.split(".")[0] for one in loop] for loop in sass.innermost_loops(instructions, opcode)
+            [one.opcode.split(".")[0] for one in loop]
+            for loop in machine_code.innermost_loops(instructions, opcode)
         ]
 
     outer = ["BRA", "HGMMA", "BRA", "STG", "BRA", "NANOSLEEP", "BRA"]

@@ -13,15 +13,11 @@ import sys
 import time
 from importlib.metadata import PathDistribution
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 from zipfile import Path as ZipPath
 
 import pytest
-import torch
 from commands import ROOT, import_path
-
-from torchpar.tune.measure import Problem
 
 SCRIPT = ROOT / "benchmarks" / "validate_gpu.sh"
 END = "the rehearsal ends at the GPU"
@@ -39,27 +35,24 @@ STAGES = {
     ),
     "variants": Stage(END, "rich triton", "autotune.csv specialized/autotune.csv"),
     "operators": Stage(END, "rich", "operators.csv"),
-    "ncu": Stage(END, "rich"),
     "tune": Stage(END, "triton", "cuda-90.json"),
-    "host": Stage(END, "rich triton"),
     "anything": Stage("tests collected", "xdist", "anything.xml"),
     "huge": Stage("tests collected", "expecttest", "huge.xml"),
 }
-NCU = "#!/bin/sh\nwhile [ $1 != python3 ]; do shift; done\n"  # passes over the flags
 
 
 def validate(
-    *arguments: str | Path, cwd: Path, gpu: bool = True, ncu: str = "exec", **environment: str
+    *arguments: str | Path, cwd: Path, gpu: bool = True, wait: str = "", **environment: str
 ) -> tuple[int, str]:
-    """The exit status of the script, and what it printed."""
+    """The exit status of the script, and what it printed. ``wait`` is what runs instead of a module."""
     tools = cwd / "tools"
     tools.mkdir(exist_ok=True)
-    if ncu:
-        (tools / "ncu").write_text(f'{NCU}{ncu} "$@"\n')
-        (tools / "ncu").chmod(0o755)
+    if wait:
+        (tools / "python3").write_text(f'#!/bin/sh\n[ $1 != -m ] && exec {sys.executable} "$@"\n{wait}\n')
+        (tools / "python3").chmod(0o755)
     folders = [Path(os.path.relpath(ROOT / "tests" / "rehearsal", cwd))] if gpu else []
     path = {
-        "PATH": f"{Path(sys.executable).parent}:{tools}:/usr/bin:/bin",
+        "PATH": f"{tools}:{Path(sys.executable).parent}:/usr/bin:/bin",
         "PYTHONPATH": import_path(*folders),
     }
     given = {"TORCHPAR_COMMIT": "abc123", "PYTEST_ADDOPTS": "--collect-only"} | path | environment
@@ -126,7 +119,7 @@ def test_a_stage_needs_nothing_of_another(tmp_path, stage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["values", "tune", "ncu"])
+@pytest.mark.parametrize("stage", ["values", "tune"])
 def test_a_stage_that_fails_is_named(tmp_path, stage):
     status, printed = validate(
         "out", stage, cwd=tmp_path, REHEARSAL_STATUS="3", PYTEST_ADDOPTS="--collect-only --no-such-flag"
@@ -136,26 +129,11 @@ def test_a_stage_that_fails_is_named(tmp_path, stage):
 
 
 @pytest.mark.slow
-def test_without_the_profiler_or_its_permission(tmp_path):
-    for ncu, reason in (
-        ("", "ncu is missing"),
-        ("echo ==ERROR== ERR_NVGPUCTRPERM #", "ERR_NVGPUCTRPERM"),
-        ("echo ==WARNING== No kernels were profiled. #", "No kernels were profiled."),
-    ):
-        status, printed = validate("out", "ncu", cwd=tmp_path, ncu=ncu)
-        assert status == 1
-        assert reason in printed.splitlines()[0]
-        assert printed.splitlines()[-1] == "failed: ncu (status 1)"
-    status, printed = validate("out", "ncu", cwd=tmp_path, ncu="true")
-    assert status == 0, "the log still has the errors of the run before"
-
-
-@pytest.mark.slow
 def test_odd_folders(tmp_path):
     folder = tmp_path / "a|b & c"
     folder.mkdir()
     path = f"::{os.path.relpath(ROOT / 'tests' / 'rehearsal', folder)}:"
-    status, printed = validate("o u t", "ncu", cwd=folder, ncu="true", PYTHONPATH=path, CDPATH=str(folder))
+    status, printed = validate("o u t", "operators", cwd=folder, PYTHONPATH=path, CDPATH=str(folder))
     assert status == 0, printed
     assert files(folder / "o u t") == {"validate.log"}
 
@@ -163,10 +141,10 @@ def test_odd_folders(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", ["INT", "TERM"])
 def test_a_signal_ends_the_script_and_its_stage(tmp_path, sent):
-    """The profiler of this test sends it to the script, two levels above, and then takes a minute."""
-    ncu = f"ps -o ppid= -p $PPID | xargs kill -s {sent}; exec sleep 60 #"
+    """The command of the stage sends it to the script, two levels above, and then takes a minute."""
     start = time.monotonic()
-    status, printed = validate("out", "ncu", cwd=tmp_path, ncu=ncu)
+    wait = f"ps -o ppid= -p $PPID | xargs kill -s {sent}; exec sleep 60"
+    status, printed = validate("out", "tune", cwd=tmp_path, wait=wait)
     assert status == 130, printed
     assert time.monotonic() - start < 50
 
@@ -201,28 +179,3 @@ def test_the_wheels_are_complete(tmp_path):
     assert needed <= there
     assert there >= {"pytest", "pytest-xdist", "hypothesis", "expecttest", "rich", "tyro"}
     assert shlex.split(printed.splitlines()[-1])[:4] == ["python3", "-m", "pip", "install"]
-
-
-def test_the_profiler_sees_the_two_fastest_configurations(monkeypatch):
-    pytest.importorskip("triton", reason="the kernels are written in Triton")
-    pytest.importorskip("rich", reason="rich prints the tables")
-    from benchmarks import ncu
-    from torchpar.kernels import candidates
-
-    milliseconds = [3.0, None, 1.0, 4.0, 2.0]
-    tried = [candidates.Tiles(64, 64, 16 * 2**i, 4, 2) for i in range(len(milliseconds))]
-    times = {tiles: [[ms]] for tiles, ms in zip(tried, milliseconds, strict=True) if ms} | {
-        "library": [[0.5]]
-    }
-    seen = []
-    launched = SimpleNamespace(launch=lambda wrap, tiles: seen.append(tiles))
-    monkeypatch.setattr(candidates, "device", lambda t: candidates.Device("", 90, 132))
-    monkeypatch.setattr(candidates, "configurations", lambda *kind: tried if kind[-1] == 90 else [])
-    monkeypatch.setattr(ncu, "measure", lambda *_: (times, {tried[1]: "too large"}))
-    monkeypatch.setattr(ncu, "prepare", lambda *_: launched)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("wait"))
-    for name in ("start", "stop"):
-        monkeypatch.setattr(torch.cuda.profiler, name, lambda name=name: seen.append(name))
-    problem = Problem("symmetric_product", "bfloat16", 256, 256, 256)
-    assert ncu.profile(problem, torch.device("cuda")) == 0
-    assert seen == ["wait", "start", tried[2], tried[4], "wait", "stop"]

@@ -1,10 +1,55 @@
 # SPDX-License-Identifier: MIT
-"""Instructions and loops of NVIDIA's machine code, as `nvdisasm -c` prints it."""
+"""Machine code of kernels that are compiled for a GPU that is not there: instructions and loops."""
 
 import re
+from collections import Counter
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.autotune import Compiled, Wrap, compile_launches, cuda_tool, resources
+
 _LINE = re.compile(r"\s*(?:(\.L_\w+):|/\*[0-9a-f]{4,}\*/\s+(?:@(!?\w+)\s+)?(\w[\w.]*)\s*([^;]*?)\s*;)")
+
+
+def machine_codes(launch: Callable[[Wrap], object], folder: Path) -> list["MachineCode"]:
+    """The machine code of what ``launch(wrap)`` launches, inside `target`. The cubins go to ``folder``."""
+    compiled = compile_launches(launch)
+    return [MachineCode(one, folder / f"{i}.cubin") for i, one in enumerate(compiled)]
+
+
+class MachineCode:
+    """The machine code of a kernel, its resources, and the arguments of its launch.
+
+    Attributes:
+        resources: of a thread: REG, its registers; STACK and LOCAL, bytes that did not fit into them.
+        shared_memory: bytes of a block.
+        tensor_memory: its columns that a block uses; 0 on GPUs without tensor memory.
+    """
+
+    def __init__(self, compiled: Compiled, cubin: Path):
+        self.grid, self.arguments, self.options = compiled.grid, compiled.arguments, compiled.options
+        self.signature: dict[str, str] = compiled.kernel.src.signature
+        self.shared_memory: int = compiled.kernel.metadata.shared
+        self.tensor_memory: int = compiled.kernel.metadata.tmem_size
+        self.cubin = cubin
+        self.cubin.write_bytes(compiled.kernel.asm["cubin"])
+        self.resources = resources(cubin)
+
+    @cached_property
+    def instructions(self) -> list["Instruction"]:
+        return read(cuda_tool("nvdisasm", "-c", self.cubin))
+
+    @cached_property
+    def opcodes(self) -> Counter[str]:
+        return Counter(instruction.opcode for instruction in self.instructions)
+
+    def innermost_loops(self, opcode: str) -> list[list["Instruction"]]:
+        return innermost_loops(self.instructions, opcode)
+
+    def count(self, pattern: str) -> int:
+        return sum(count for opcode, count in self.opcodes.items() if re.fullmatch(pattern, opcode))
 
 
 class Instruction(NamedTuple):

@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: MIT
+# ruff: noqa: E402  # libraries read the environment when they are imported
+"""Compute the same in every way, from pure Python to several processes: ``python -m benchmarks run ladder``.
+
+Three cases: elementwise maximum, X·Xᵀ and linear+sigmoid; `benchmarks.train` trains whole networks. The
+result of every call that is timed is checked against float64 (whole numbers: exactly). Contestants take
+turns, and medians are quoted. Caches are flushed before maximum and X·Xᵀ; what linear+sigmoid works on stays
+in them, as in training.
+"""
+
+from benchmarks.idle_threads import shorten_spins
+
+shorten_spins()
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import torchpar
+from benchmarks.command import Command, run
+from benchmarks.compare import Work
+from benchmarks.operators import NATIVE, OURS
+from benchmarks.results import CORES, Result, Table, duration, markdown, number, picture, print_results
+from benchmarks.timing import CPU, Rejected, Turn, flush, measure_ceiling, settle, take_turns, time_calls
+from torchpar.baselines import numpy_mlp, pure_python
+from torchpar.baselines.numpy_mlp import Array
+from torchpar.errors import ConfigError
+from torchpar.parallel.launch.local import Ranks, current_world, start_ranks
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "maximum": (1000, 1000),
+    "matmul_t": (1000, 1000),  # n, k
+    "linear_sigmoid": (64, 784, 128),  # rows, in_features, out_features
+}
+QUICK_SHAPES = {"maximum": (20, 30), "matmul_t": (33, 17), "linear_sigmoid": (7, 33, 5)}
+THREADS = (1, 2, 4, 8)
+ROUNDS = 20
+SECONDS = 2.5  # of a contestant's turns, after which it has no more
+WARM_SECONDS = 5e-3
+WARM_CALLS = 100  # of a rank
+PRODUCTS = 10_000_000  # about a second of pure Python
+COLUMNS = (
+    *("contestant", "note", "p50_ms", "over_pure_python", "over_previous", "gb_per_s", "gflop_per_s"),
+    *("first_s", "ok"),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator, its arguments, and its result in float64 (or whole numbers).
+
+    Attributes:
+        bound: how far off each number of the result may be.
+        work: the least that it takes.
+        cold: whether calls find the arguments in memory, or in a cache as a training step does.
+    """
+
+    operator: str
+    label: str
+    arguments: tuple[Array, ...]
+    expected: Array
+    bound: Array
+    work: Work
+    cold: bool = True
+
+    def check(self, result: Array, rows: slice = slice(None)) -> None:
+        """Raise if ``result`` is not that of these rows."""
+        expected = self.expected[rows]
+        if result.shape != expected.shape:
+            raise Rejected(f"the result has shape {result.shape}, expected {expected.shape}")
+        wrong = ~(np.abs(result - expected) <= self.bound[rows])
+        if wrong.any():
+            raise Rejected(f"{wrong.sum()} numbers are off by more than rounding")
+
+
+class Contestant(NamedTuple):
+    """One way to compute a case.
+
+    Attributes:
+        turn: times it and checks the result. Its seconds are of the whole case.
+        note: printed beside the name.
+        compiles: whether the time of the first call is shown.
+        intensity: floating-point operations that the case needs, for each byte that this way loads.
+    """
+
+    name: str
+    turn: Turn
+    note: str = ""
+    compiles: bool = False
+    intensity: float | None = None
+
+
+def make_case(operator: str, shape: Sequence[int]) -> Case:
+    """The case of "maximum" or "matmul_t" ``(n, k)``, or of "linear_sigmoid" ``(m, in, out)``.
+
+    A sum of k products in float32, in whatever order, is off by at most γ(k)·Σ|a·b| with γ(k) = ku/(1 − ku)
+    and u = 2⁻²⁴ (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1). The sigmoid's
+    slope is at most 1/4; 8u allow for its own few roundings.
+    """
+    random, u = np.random.default_rng(0), 2.0**-24
+    if operator == "maximum":
+        a, b = random.integers(0, 256, (2, *shape), dtype=np.int32)
+        label, expected = f"maximum of {shape[0]}×{shape[1]} int32", np.where(a > b, a, b)
+        return Case(operator, label, (a, b), expected, 0 * expected, Work(3 * a.nbytes, a.size))
+    if operator == "matmul_t":
+        n, k = shape
+        x = random.standard_normal((n, k), dtype=np.float32)
+        exact = x.astype(np.float64)
+        bound = k * u / (1 - k * u) * np.abs(exact) @ np.abs(exact).T
+        work = Work(4 * (n * k + n * n), n * (n + 1) * k)
+        return Case(operator, f"X·Xᵀ of {n}×{k} float32", (x,), exact @ exact.T, bound, work)
+    m, k, n = shape
+    x = random.random((m, k), dtype=np.float32)
+    weight = random.standard_normal((n, k), dtype=np.float32) / np.float32(np.sqrt(k))
+    bias = random.standard_normal(n, dtype=np.float32)
+    x64, weight64, bias64 = (t.astype(np.float64) for t in (x, weight, bias))
+    gamma = (k + 1) * u / (1 - (k + 1) * u)
+    bound = gamma * (np.abs(x64) @ np.abs(weight64).T + np.abs(bias64)) / 4 + 8 * u
+    expected = numpy_mlp.sigmoid(x64 @ weight64.T + bias64)
+    label = f"linear+sigmoid of {m}×{k}→{n} float32"
+    work = Work(4 * (m * k + n * k + n + m * n), 2 * m * n * k)
+    return Case(operator, label, (x, weight, bias), expected, bound, work, cold=False)
+
+
+def contestants(case: Case, shape: tuple[int, ...], ranks: Ranks, quick: bool) -> Iterator[Contestant]:
+    """All ways, the first of which is pure Python; if ``quick``, without torch.compile and many threads."""
+    from torchpar.baselines import numba_njit
+
+    operator, arrays = case.operator, case.arguments
+
+    def way(
+        name: str, function: Callable[..., Any], *arguments: Any, note: str = "", **other: Any
+    ) -> Contestant:
+        return Contestant(name, timed_turn(case, partial(function, *arguments)), note, **other)
+
+    lists = [t.tolist() for t in arrays]
+    if operator == "matmul_t":  # some rows take long enough
+        rows = max(1, min(shape[0], PRODUCTS // math.prod(shape)))
+        note = "" if rows == shape[0] else f"from {rows} of {shape[0]} rows"
+        call = partial(pure_python.matmul_t, lists[0], rows)
+        yield Contestant("pure Python", timed_turn(case, call, rows), note)
+    else:
+        yield way("pure Python", getattr(pure_python, operator), *lists)
+
+    loops: dict[str, tuple[str, float | None]] = {"njit": (operator, None)}
+    if operator == "matmul_t":
+        # Needed operations of each byte loaded. A product is two operations, of which the symmetric result
+        # needs one; its numbers are 8 bytes, which serve as many products as a tile has rows.
+        loops = {
+            "njit": ("matmul_t", 1 / 8),
+            "njit, blocked": ("matmul_t_blocked", numba_njit.TILE / 8),
+            "njit, triangular": ("matmul_t_triangular", numba_njit.TILE / 4),
+        }
+    for name, (loop, intensity) in loops.items():
+        yield way(name, getattr(numba_njit.SERIAL, loop), *arrays, compiles=True, intensity=intensity)
+
+    def in_threads(count: int, function: Callable[..., Array]) -> Array:
+        with numba_njit.threads(count):
+            return function(*arrays)
+
+    for name, (loop, intensity) in loops.items():
+        for count in THREADS[: 1 if quick else None]:
+            parallel = partial(in_threads, count, getattr(numba_njit.PARALLEL, loop))
+            shown = {"compiles": True} if count == 1 else {"intensity": intensity}
+            if count <= CORES:
+                yield way(f"{name}, parallel", parallel, note=f"{count} thread{'s' * (count > 1)}", **shown)
+
+    tensors = [torch.from_numpy(t) for t in arrays]
+    yield way("NumPy", getattr(numpy_mlp, operator), *arrays)
+    yield way("torch eager", NATIVE[operator], *tensors)
+    if not quick:
+        yield way("torch.compile", torch.compile(NATIVE[operator], dynamic=False), *tensors, compiles=True)
+    yield way("torchpar CPU", OURS[operator], *tensors)
+    if torch.cuda.is_available():
+        from torchpar.baselines import launch_shapes  # imports Triton
+
+        tensors = [t.cuda() for t in tensors]
+        for note, kernel in launch_shapes.SHAPES.get(operator, {}).items():
+            yield way("Triton", kernel, *tensors, note=note, compiles=True)
+        yield way("torch eager GPU", NATIVE[operator], *tensors, compiles=True)
+        yield way("torchpar GPU", OURS[operator], *tensors, compiles=True)
+    yield Contestant("2 ranks", partial(ranks_turn, case, shape, ranks), "a half each, left there")
+
+
+def timed_turn(case: Case, call: Callable[[], Any], rows: int | None = None) -> Turn:
+    """Turns of a call that computes the first ``rows``.
+
+    A cold turn is one call, after the caches were flushed; a warm one has as many as take `WARM_SECONDS`.
+    """
+    calls = 1
+    part = 1.0 if rows is None else rows / len(case.expected)
+
+    def turn(index: int) -> list[float]:
+        nonlocal calls
+        device = CPU
+        if isinstance(call, partial) and isinstance(call.args[0], Tensor):
+            device = call.args[0].device
+        if case.cold:
+            flush(device)
+        timed = time_calls(call, device, calls)
+        seconds = timed.seconds()
+        result = timed.result.cpu() if isinstance(timed.result, Tensor) else timed.result
+        case.check(np.asarray(result), slice(rows))
+        if index == 0 and not case.cold:  # the first call may have compiled
+            calls = 1 + int(WARM_SECONDS / time_calls(call, device).seconds())
+        return [seconds / part]
+
+    return turn
+
+
+def ranks_turn(case: Case, shape: tuple[int, ...], ranks: Ranks, index: int) -> list[float]:
+    seconds, parts = zip(*ranks.run(compute_on_rank, case.operator, shape), strict=True)
+    case.check(np.concatenate(parts, axis=1 if case.operator == "linear_sigmoid" else 0))
+    return [max(seconds)]
+
+
+def compute_on_rank(operator: str, shape: tuple[int, ...]) -> tuple[float, Array]:
+    """Seconds of a call, and this rank's part of the result: rows, or columns of linear+sigmoid."""
+    cold, call = call_of_rank(operator, shape)
+    if cold:
+        flush(CPU)
+    dist.barrier()
+    timed = time_calls(call, calls=1 if cold else WARM_CALLS)
+    return timed.seconds(), timed.result.numpy()
+
+
+@cache
+def call_of_rank(operator: str, shape: tuple[int, ...]) -> tuple[bool, Callable[[], Tensor]]:
+    case = make_case(operator, shape)
+    arguments = [torch.from_numpy(t) for t in case.arguments]
+    share = current_world().share(shape[-1] if operator == "linear_sigmoid" else shape[0])
+    if operator == "matmul_t":
+        return case.cold, partial(torch.mm, share.narrow(arguments[0], 0), arguments[0].T)
+    whole = arguments[:1] if operator == "linear_sigmoid" else []  # x
+    own = [share.narrow(t, 0) for t in arguments[len(whole) :]]
+    return case.cold, partial(getattr(torchpar, operator), *whole, *own)
+
+
+def forget_on_rank() -> None:
+    call_of_rank.cache_clear()
+
+
+def measure(case: Case, contestants: Sequence[Contestant], rounds: int = ROUNDS) -> list[Result]:
+    """Time the contestants in turn, and compare each with the first and with the one before."""
+    named = {(one.name, one.note): one for one in contestants}
+    turns = {key: one.turn for key, one in named.items()}
+    times = take_turns(turns, rounds, seconds=SECONDS, label=case.label)
+    results: list[Result] = []
+    for key, one in named.items():
+        result = times[key].row({"workload": case.label}, one.name)
+        found: dict[str, Any] = {"note": one.note, "intensity": one.intensity}
+        found["first_s"] = times[key].first if one.compiles else None
+        if result.p50_ms:
+            others = {"over_pure_python": results[:1] or [result], "over_previous": results[-1:]}
+            for name, other in others.items():
+                found[name] = other[0].p50_ms / result.p50_ms if other and other[0].p50_ms else None
+            if case.operator == "maximum":
+                found["gb_per_s"] = case.work.bytes / result.p50_ms / 1e6
+            else:
+                found["gflop_per_s"] = case.work.flops / result.p50_ms / 1e6
+        results.append(replace(result, found=found))
+    return results
+
+
+def cache_bandwidth(quick: bool) -> float:
+    """Bytes/s that one core loads from its first-level cache: in the naive loop on 8 rows of 4 KB."""
+    from torchpar.baselines import numba_njit
+
+    x = np.ones((8, 1024), np.float32)
+    seconds = settle(partial(numba_njit.SERIAL.matmul_t, x), CPU, 0.01 if quick else 0.2)
+    return 2 * len(x) * x.nbytes / seconds
+
+
+def label(result: Result) -> str:
+    return ", ".join(filter(None, (result.contestant, result.found["note"])))
+
+
+def as_markdown(results: Sequence[Result]) -> str:
+    """The table of one case."""
+    lines = [[results[0].case["workload"], "time", "× pure Python", "× previous"]]
+    for result in results:
+        ratios = [number(result.found.get(name)) for name in ("over_pure_python", "over_previous")]
+        lines.append([label(result), duration(result.p50_ms and result.p50_ms / 1e3), *ratios])
+    return markdown(lines)
+
+
+def draw(path: Path, results: Sequence[Result], roofs: Mapping[str, float], arithmetic: float) -> None:
+    """Speed of X·Xᵀ by needed operations per byte loaded, under what loads and arithmetic allow.
+
+    Args:
+        roofs: bytes/s that are loaded from the memory, or from a cache, by name.
+        arithmetic: flop/s of a product.
+    """
+    known = [one for one in results if one.found["intensity"] and one.p50_ms]
+    span = [one.found["intensity"] for one in known] or [1.0]
+    left, right = min(span) / 3, max(span) * 8
+    with picture(path, 9, 5.5) as figure:
+        axes = figure.subplots()
+        for name, bandwidth in roofs.items():
+            reach = [left, arithmetic / bandwidth, right]
+            heights = [min(x * bandwidth, arithmetic) / 1e9 for x in reach]
+            text = f"{name}, {bandwidth / 1e9:.0f} GB/s; torch.mm, {arithmetic / 1e9:.0f} GFLOP/s"
+            axes.plot(reach, heights, lw=1, label=text)
+        for one in known:
+            point = one.found["intensity"], one.found["gflop_per_s"]
+            axes.plot(*point, "o", color="tab:orange")
+            threaded = "parallel" in one.contestant  # to the left of the point; one thread to the right
+            place: dict[str, Any] = {"xytext": (-7, 5) if threaded else (7, -9)}
+            place |= {"ha": "right" if threaded else "left", "textcoords": "offset points", "fontsize": 8}
+            axes.annotate(label(one).replace(", parallel", ""), point, **place)
+        axes.set(xscale="log", yscale="log", xlim=(left, right), title=results[0].case["workload"])
+        axes.set(xlabel="needed operations per byte loaded", ylabel="GFLOP/s of needed operations")
+        axes.legend(fontsize=8, loc="lower right")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    command = Command("ladder", "Compute the same in every way.", ["numba"])
+    options = command.parse(arguments)
+    if options.output:
+        command.require("matplotlib")
+    try:
+        in_cache = cache_bandwidth(options.quick)
+    except ImportError as e:  # Numba raises it beside a NumPy that it does not know
+        raise ConfigError(f"{e}; pip install 'torchpar[baselines]'") from e
+    ceiling = measure_ceiling(CPU, [torch.float32], options.quick)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    table = Table(command.csv(options), CPU, cores=CORES, gpu=gpu)
+    shapes, rounds = (QUICK_SHAPES, 2) if options.quick else (SHAPES, ROUNDS)
+    measured = {}
+    with start_ranks(2) as ranks:
+        for operator, shape in shapes.items():
+            case = make_case(operator, shape)
+            ways = list(contestants(case, shape, ranks, options.quick))
+            measured[operator] = table.add(measure(case, ways, rounds))
+        ranks.run(forget_on_rank)
+    for results in measured.values():
+        print_results(results[0].case["workload"], results, COLUMNS)
+    if options.output:
+        (options.output / "ladder.md").write_text("\n".join(map(as_markdown, measured.values())))
+        roofs = {"memory": ceiling.bandwidth, "a core's cache": in_cache}
+        arithmetic = ceiling.matmul[torch.float32]
+        draw(options.output / "intensity.png", measured["matmul_t"], roofs, arithmetic)
+    return table.status
+
+
+if __name__ == "__main__":
+    run(main)
