@@ -7,7 +7,6 @@ each row is compared with it.
 """
 
 import argparse
-import base64
 import importlib.util
 import io
 import math
@@ -16,7 +15,7 @@ import shutil
 import subprocess
 import tempfile
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
@@ -32,10 +31,7 @@ PANELS = tomllib.loads((Path(__file__).parent / "panels.toml").read_text("utf-8"
 COLORS = ("#3f87c9", "#dd7733", "#46a36b", "#ad6cc2", "#b99316", "#7f8c8d")  # of machines, in light and dark
 CASE = ("note", "epoch", "nbytes", "way", "validate")  # columns of the case, besides those left of p20_ms
 TIMES = ("p20_ms", "p50_ms", "p80_ms", "speedup")
-SHOWN = {
-    **{"p50_ms": "ms", "speedup": "speed-up", "accuracy": "accuracy", "test_accuracy": "accuracy"},
-    "change": "change",
-}
+SHOWN = {"p50_ms": "ms", "speedup": "speed-up", "accuracy": "accuracy", "change": "change"}
 HIDDEN = ("mean_ms", "samples", "ok", "reason", "seed")
 ORIGIN = (
     *("device", "instruction_sets", "cores", "gpu", "torch", "triton", "numpy", "python"),
@@ -102,12 +98,16 @@ def earlier(path: Path) -> Iterator[str]:
         command = ["git", "-C", str(path.parent), "-c", "core.quotepath=false", *arguments]
         return subprocess.run(command, capture_output=True, check=True).stdout.decode("utf-8")
 
+    name = path.name
     try:
-        lines = git("log", "--follow", "-n", "9", "--format=", "--raw", "--no-abbrev", "--", path.name)
+        lines = git("log", "--follow", "-n", "9", "--format=", "--raw", "--no-abbrev", "--", name)
         for line in lines.splitlines():
             attributes, *names = line.split("\t")
-            if Path(names[-1]).name == path.name:  # and no copy of another CSV
-                yield git("show", attributes.split()[3])
+            if Path(names[-1]).name != name:  # it began as a copy of another CSV
+                return
+            yield git("show", attributes.split()[3])
+            if attributes.endswith("R100"):
+                name = Path(names[0]).name
     except (OSError, UnicodeDecodeError, subprocess.CalledProcessError):
         return
 
@@ -191,13 +191,15 @@ def as_html(table: Any) -> str:
     )
 
 
-def panel(stem: str, frames: Mapping[str, Any], colors: Mapping[str, str]) -> dict[str, Any]:
-    """Return the headline, the chart and the machines of a CSV's panel; nothing if it has none."""
-    spec = {"over": "", "value": "speedup"} | PANELS.get(stem, {})
+def panel(spec: Mapping[str, Any], frames: Mapping[str, Any], colors: Mapping[str, str]) -> dict[str, Any]:
+    """Return the headline, the chart and the machines of a panel; nothing without its best row."""
+    spec = {"over": "", "value": "speedup", **spec}
     bars: dict[str, dict[str, float]] = {}
     best = {}
-    for machine, frame in frames.items() if stem in PANELS else ():
-        for row in frame.reset_index().to_dict("records"):
+    for machine, frame in frames.items():
+        rows = frame.reset_index().to_dict("records")
+        references = {row["contestant"] for row in rows if row["speedup"] == 1}
+        for row in rows if spec.get("reference") in (None, *references) else ():
             value = row.get(spec["value"], math.nan)
             if value > 0 and spec["rows"].items() <= row.items():
                 row["n"] = row.get("n", row.get("shape", "").partition("x")[0])
@@ -263,16 +265,11 @@ def content(results: Path) -> dict[str, Any]:
         name = stem.partition("-")[0]
         return name if name in NAMES else ""
 
-    def embedded(paths: Iterable[Path]) -> dict[str, str]:
-        data = {path: base64.b64encode(path.read_bytes()).decode() for path in sorted(paths)}
-        return {f"{path.parent.name}/{path.name}": f"data:image/png;base64,{data[path]}" for path in data}
-
     paths: dict[str, dict[str, Path]] = {}
     for path in sorted(results.glob("*/*.csv")):
         paths.setdefault(path.stem, {})[path.parent.name] = path
     colors = dict(zip(sorted({name for of in paths.values() for name in of}), cycle(COLORS), strict=False))
     order = [*dict.fromkeys(map(benchmark, PANELS)), *NAMES, ""]
-    pictures = set(results.glob("*/*.png"))
     processors: dict[str, dict[str, None]] = {}
     sections: list[dict[str, Any]] = []
     for stem in sorted(paths, key=lambda stem: (order.index(benchmark(stem)), stem)):
@@ -282,29 +279,25 @@ def content(results: Path) -> dict[str, Any]:
             for name in ("device", "instruction_sets"):
                 texts = frame[name].unique() if name in frame else ()
                 processors.setdefault(machine, {}).update(dict.fromkeys(filter(None, texts)))
-        own = {path for path in pictures if path.stem == stem}
-        pictures -= own
-        section = {
-            "name": stem,
-            "title": first_line(benchmark(stem)) if benchmark(stem) else "",
-            "table": as_html(side_by_side(frames)),
-            "slower": sum(int((frame["change"] == "slower").sum()) for frame in frames.values()),
-            "failed": sum(int(frame["failed"].sum()) for frame in frames.values()),
-            "origins": {name: f"{origin(frame)}; {compared}" for name, (frame, compared) in found.items()},
-            "pictures": embedded(own),
-        }
-        sections.append(section | panel(stem, frames, colors))
-    if pictures:
-        sections.append({"name": "further pictures", "pictures": embedded(pictures)})
-    machines = {
-        machine: ", ".join(texts).replace(",", ", ").replace(",  ", ", ")
-        for machine, texts in processors.items()
-    }
+        sections.append(
+            {
+                "name": stem,
+                "title": first_line(benchmark(stem)) if benchmark(stem) else "",
+                "table": as_html(side_by_side(frames)),
+                "slower": sum(int((frame["change"] == "slower").sum()) for frame in frames.values()),
+                "failed": sum(int(frame["failed"].sum()) for frame in frames.values()),
+                "origins": {
+                    name: f"{origin(frame)}; {compared}" for name, (frame, compared) in found.items()
+                },
+                "panels": list(filter(None, (panel(spec, frames, colors) for spec in PANELS.get(stem, ())))),
+            }
+        )
+    machines = {name: ", ".join(",".join(texts).split(",")) for name, texts in processors.items()}
     return {"sections": sections, "machines": machines, "colors": colors}
 
 
 def write(output: Path, results: Path = RESULTS) -> None:
-    """Write the page of all CSVs and pictures in the folders of ``results``.
+    """Write the page of all CSVs in the folders of ``results``.
 
     Raises:
         ConfigError: there are none, or one cannot be read.
@@ -351,14 +344,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks report", description=__doc__.partition("\n")[0])
     default = Path(tempfile.gettempdir()) / "torchpar-report.html"
     parser.add_argument("--output", type=Path, metavar="FILE", default=default, help=f"by default {default}")
-    parser.add_argument(
-        "--results", type=Path, metavar="DIR", default=RESULTS, help="folders of CSVs and pictures"
-    )
+    parser.add_argument("--results", type=Path, metavar="DIR", default=RESULTS, help="folders of CSVs")
     parser.add_argument(
         "--screenshot", type=Path, metavar="PNG", help="also the page's beginning, by Chromium"
     )
     options = parser.parse_args(arguments)
-    needed = ("itables", "pandas", "jinja2", *(["playwright"] if options.screenshot else []))
+    needed = ("itables", "matplotlib", "pandas", "jinja2", *(["playwright"] if options.screenshot else []))
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"{' and '.join(missing)} not installed; pip install -e '.[report]'")
     try:

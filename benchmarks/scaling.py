@@ -308,10 +308,6 @@ class StepTurn:
         return times.row(case, self.case.contestant, alone, **found)
 
 
-def all_reduce_turn(ranks: Ranks, shared: bool, nbytes: int, index: int) -> list[float]:
-    return slowest(ranks.run(time_all_reduces, shared, nbytes, ALL_REDUCES if index else 1))
-
-
 def measure(plan: Plan, rounds: int, default_polling: bool) -> list[Result]:
     """Start the ranks, check every case, and time them in turn."""
     tables: dict[Case, list[str]] = {}
@@ -331,9 +327,13 @@ def measure(plan: Plan, rounds: int, default_polling: bool) -> list[Result]:
             ranks = stack.enter_context(start_ranks(2))
             ranks.run(use_default_polling)
             ways["gloo's default"] = ranks, False
+
+        def all_reduce(ranks: Ranks, shared: bool, nbytes: int, index: int) -> list[float]:
+            return slowest(ranks.run(time_all_reduces, shared, nbytes, ALL_REDUCES if index else 1))
+
         turns = {one: StepTurn(one, groups[one.ranks, one.threads]) for one in tables}
         all_reduces = {
-            (way, nbytes): partial(all_reduce_turn, ranks, shared, nbytes)
+            (way, nbytes): partial(all_reduce, ranks, shared, nbytes)
             for way, (ranks, shared) in ways.items()
             for nbytes in plan.all_reduces
         }

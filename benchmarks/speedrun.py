@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import count
-from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any, Literal
 
@@ -28,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.command import Command, run
 from benchmarks.digits import DATA, Digits
-from benchmarks.results import Result, Table, markdown, number, picture, print_cells, provenance
+from benchmarks.results import Result, Table, environment, markdown, number, print_cells
 from benchmarks.timing import CPU, take_turns
 from torchpar import data, training
 from torchpar.data import Samples
@@ -298,8 +297,7 @@ def score(name: str, validate: bool, quick: bool, seed: int) -> tuple[float, flo
     with torch.no_grad():
         unlabelled = Samples(test.features, torch.zeros_like(test.labels), test.classes)
         outputs = recipe.outputs(unlabelled).cpu()
-    if outputs.shape != (len(test), len(test.classes)):
-        expected = (len(test), len(test.classes))
+    if outputs.shape != (expected := (len(test), len(test.classes))):
         raise ConfigError(f"outputs are {tuple(outputs.shape)}, expected {expected}")
     if not outputs.isfinite().all():
         raise ConfigError("an output is not finite; take a smaller rate")
@@ -375,21 +373,6 @@ def fastest(results: Sequence[Result], accuracy: float) -> str:
     return f"{accuracy:.1%}: {number(min(reached)[0])} s, by {min(reached)[1]}"
 
 
-def draw(path: Path, results: Sequence[Result], title: str) -> None:
-    """Draw the mean accuracy by mean seconds, with the standard deviation over the seeds."""
-    with picture(path, 9, 5.5) as figure:
-        axes = figure.subplots()
-        axes.set_title(title, fontsize=9)
-        for name, (seconds, percents) in of_seeds(results).items():
-            at = mean(seconds), mean(percents)
-            axes.errorbar(*at, pstdev(percents), fmt="o", capsize=3)
-            axes.annotate(f"  {name}", at, fontsize=8, rotation=30)
-        for accuracy in AIMS:
-            axes.axhline(100 * accuracy, color="black", lw=0.5, ls="--")
-        axes.set(xscale="log", xlabel="seconds of training", ylabel="accuracy, %")
-        axes.margins(0.1, 0.15)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("speedrun", "Train an MLP on MNIST in as few seconds as possible.", ["torchvision"])
     flag = command.parser.add_argument
@@ -399,8 +382,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flag("--ranks", type=int, choices=(1, 2), default=1, help="processes; one has two threads, two have one")
     flag("--validate", action="store_true", help="train on 50,000 training images and score the other 10,000")
     options = command.parse(arguments)
-    if options.output:
-        command.require("matplotlib")
     seeds = command.at_least(1, "seeds", options, quick=1, full=SEEDS)
     chosen: dict[str, str] = {}  # the recipe's name, and the one that finds it
     for given in options.recipe or ["records"]:
@@ -416,9 +397,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = Table(command.csv(options, name), device, **columns)
     results = table.add(measure(list(chosen.values()), seeds, options.ranks, options.validate, options.quick))
     scored = "images of the training set left out" if options.validate else "test images"
-    origin = provenance(device)
     processes = "1 rank of 2 threads" if options.ranks == 1 else "2 ranks of 1 thread"
-    title = f"{origin['device']}, {processes}, {scored}"
+    title = f"{environment(device)['device']}, {processes}, {scored}"
     lines = summary(results, {name: find(file).change for name, file in chosen.items()})
     print_cells(f"{title}; mean ± standard deviation", lines)
     for result in results:
@@ -429,8 +409,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.output and lines:
         text = markdown([list(lines[0]), *(list(line.values()) for line in lines)])
         (options.output / f"{name}.md").write_text(text)
-        title += f"; torch {origin['torch']}, {origin['date'][:10]}"
-        draw(options.output / f"{name}.png", results, title)
     return table.status
 
 

@@ -70,6 +70,7 @@ PROGRAM_EPOCHS = 2  # samples of MPI and of Lightning
 # The same of the mean loss of an epoch. Rounding moves it by less than 1e-7; a learning rate that is 1% off
 # by 7e-4 and more, another order of the samples by 6e-5 and more.
 MEAN_LOSS_ERROR = 1e-5
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH')}")
 TIMEOUT = 120  # seconds of an epoch by MPI
 PLAIN, FUSED = "plain eager", "torchpar"
 COLUMNS = ("contestant", "note", "p50_ms", "samples_per_s", "speedup", "first_s", "ok")
@@ -347,7 +348,7 @@ def mpi_epoch(inputs: Inputs) -> tuple[float, float]:
     """Run `mpi_process` on two processes."""
     sizes, batch_size = inputs.training[:2]
     program = f"from benchmarks.train import mpi_process as run; run({sizes}, {batch_size}, {len(inputs.x)})"
-    command = [str(mpirun()), "-n", "2", sys.executable, "-c", program]
+    command = [str(MPIRUN), "-n", "2", sys.executable, "-c", program]
     folder = Path(__file__).parents[1]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, cwd=folder)
     if done.returncode:
@@ -390,17 +391,10 @@ def mpi_process(sizes: tuple[int, ...], batch_size: int, size: int) -> None:
             print(json.dumps({"seconds": timed.seconds(), "loss": timed.result}))
 
 
-def mpirun() -> str | None:
-    beside = Path(sys.executable).with_name("mpirun")
-    return str(beside) if beside.exists() else shutil.which("mpirun")
-
-
 def missing(program: str) -> list[str]:
     """Return the needs of "MPI" or "Lightning" that are not installed."""
-    needs = {"lightning": importlib.util.find_spec("lightning")}
-    if program == "MPI":
-        needs = {"mpirun": mpirun(), "mpi4py": importlib.util.find_spec("mpi4py")}  # type: ignore[dict-item]
-    return [name for name, at in needs.items() if at is None]
+    needs = {"MPI": ("mpirun", "mpi4py"), "Lightning": ("lightning",)}[program]
+    return [name for name in needs if not (MPIRUN if name == "mpirun" else importlib.util.find_spec(name))]
 
 
 # Contestants and their turns

@@ -86,17 +86,19 @@ def test_the_readme_shows_the_measured_trainings():
 
 @pytest.mark.parametrize("name", ["speedrun-ladder", "speedrun-tried-validated"])
 def test_the_speedrun_shows_the_measured_recipes(name):
-    from benchmarks.results import Result
-    from benchmarks.speedrun import __main__ as benchmark
+    from benchmarks import speedrun
+    from benchmarks.results import Result, markdown
 
     with (ROOT / "benchmarks" / "results" / "cpu-2-cores-avx512" / f"{name}.csv").open() as file:
-        rows = [
+        results = [
             Result(
                 case={},
-                contestant=row["recipe"],
+                contestant=row["contestant"],
                 found={key: float(row[key]) for key in ("seconds", "accuracy")},
             )
             for row in csv.DictReader(file)
         ]
-    table = benchmark.as_markdown(benchmark.summaries(rows))
+    changes = {recipe.name: recipe.change for group in speedrun.GROUPS.values() for recipe in group}
+    lines = speedrun.summary(results, changes)
+    table = markdown([list(lines[0]), *(list(line.values()) for line in lines)])
     assert f"\n\n{table}\n" in (ROOT / "docs" / "speedrun.md").read_text()

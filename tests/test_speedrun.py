@@ -65,12 +65,9 @@ def test_a_recipe_trains_as_a_plain_loop(images, world, fused):
 def test_a_training_depends_on_its_seed_alone_also_by_a_graph(images, world, monkeypatch):
     """A graph reads the images in memory that they are moved in; nothing is done with them before."""
     monkeypatch.setattr(GraphedStep, "_capture", fake_graph.capture)
-    eager, graphed = (
-        replace(SMALL_MUON, average=0.9, warmup=0.5),
-        replace(SMALL_MUON, average=0.9, warmup=0.5),
-    )
+    recipes = eager, graphed = [replace(SMALL_MUON, average=0.9, warmup=0.5) for _ in range(2)]
     outputs = {}
-    for recipe in (eager, graphed):  # both read their rates from tensors
+    for recipe in recipes:  # both read their rates from tensors
         recipe.prepare(images[0], world)
         recipe.graph = GraphedStep(recipe.step, recipe.samples, recipe.update, pytest.fail)
         recipe.graph._failed = recipe is eager
@@ -94,14 +91,6 @@ def test_the_rate_rises_and_falls_and_the_images_move(images, world, monkeypatch
     recipe.prepare(images[0], world)
     recipe.train(0)
     assert seen[1:] == [((0, -1),), ((0, 1),), ((0, 0),)]
-
-
-def test_choices_are_scored_on_training_images_that_were_left_out():
-    train, test = data.load("mnist", speedrun.DATA)
-    chosen, record = (speedrun.images("cpu", validate, False) for validate in (True, False))
-    assert torch.equal(torch.cat([part.features for part in chosen]), train.features)
-    assert [len(part) for part in chosen] == [50_000, 10_000]
-    assert torch.equal(record[1].labels, test.labels)
 
 
 MINE = """
@@ -136,6 +125,9 @@ def test_files_enter_and_the_clock_runs_while_a_network_is_trained(tmp_path, wor
         file.write_text(MINE + recipe)
         return speedrun.score(str(file), False, True, 1)
 
+    train, test = speedrun.images("cpu", True, False)
+    assert (len(train), len(test)) == (50_000, 10_000)  # training images that were left out
+    assert torch.equal(torch.cat([train.labels, test.labels]), data.load("mnist", speedrun.DATA)[0].labels)
     seconds, accuracy = score("Nearest()")
     assert 0.1 < seconds < 0.5
     assert 0.7 < accuracy < 0.85
@@ -162,10 +154,8 @@ def test_two_ranks_learn_as_one(tmp_path, world, monkeypatch):
 
 def test_the_fastest_of_those_that_reach_an_accuracy_is_named():
     scores = [("slow", 2.0, 0.981), ("slow", 4.0, 0.983), ("fast", 1.0, 0.979), ("fast", 1.0, 0.981)]
-    results = [
-        Result(case={}, contestant=name, found={"seconds": seconds, "accuracy": accuracy})
-        for name, seconds, accuracy in scores
-    ]
+    found = [(name, {"seconds": seconds, "accuracy": accuracy}) for name, seconds, accuracy in scores]
+    results = [Result(case={}, contestant=name, found=one) for name, one in found]
     assert speedrun.fastest(results, 0.979) == "97.9%: 1 s, by fast"
     assert speedrun.fastest(results, 0.981) == "98.1%: 3 s, by slow"
     assert speedrun.fastest(results, 0.987) == "98.7%: reached by none of these recipes"

@@ -2,7 +2,6 @@
 """The benchmark of whole trainings: its checks reject a training that differs, and contestants pass them."""
 
 import csv
-from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -41,23 +40,6 @@ def test_losses_of_another_training_are_rejected(epoch):
         epoch.check(losses[:2], 0, 3)
 
 
-def test_turns_cover_a_part_of_an_epoch(epoch):
-    asked: list[int] = []
-
-    def scripted(order: Sequence[np.ndarray]) -> Iterator[float | None]:
-        asked.clear()
-        yield None
-        for number, loss in enumerate(epoch.losses_of(order)):
-            asked.append(number)
-            yield loss
-
-    turn = epoch_turn(epoch, lambda order: advance_by(scripted(order)), chunk=3, end=7)
-    assert turn(0) == []
-    assert asked == []  # it has begun anew
-    assert len(list(iter(partial(turn, 1), None))) == 3
-    assert asked == list(range(7))
-
-
 @pytest.mark.parametrize("name", ["pure Python", "NumPy", "torch", "customary", "autograd", "fused"])
 def test_contestants_train_as_float64_does(name, monkeypatch):
     """A rate that is 1% off is rejected. The remainder comes first where the order can be chosen."""
@@ -74,8 +56,8 @@ def test_contestants_train_as_float64_does(name, monkeypatch):
             "fused": benchmark.by_lesson(world, fused=True),
         }[name]
         turn = epoch_turn(epoch, lambda order: advance_by(train(epoch, order)), 7)
-        turn(0)
-        assert all(seconds > 0 for (seconds,) in iter(partial(turn, 1), None))
+        assert turn(0) == []
+        assert len(list(iter(partial(turn, 1), None))) == 3  # of 21 batches
         turn = epoch_turn(epoch, lambda order: advance_by(train(epoch, order)), 21)
         monkeypatch.setattr(benchmark, "LR", 1.01 * benchmark.LR)
         turn(0)
