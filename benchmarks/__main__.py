@@ -49,9 +49,7 @@ def run(arguments: Sequence[str]) -> int:
     if unknown := [name for name in names if name not in NAMES]:
         return usage_error(f"no benchmark {unknown[0]!r}, expected some of {', '.join(NAMES)}")
     if not names:
-        return usage_error(
-            "no benchmark is named in front of the flags; python -m benchmarks list shows them"
-        )
+        return usage_error("no benchmark is named before the flags; python -m benchmarks list shows them")
     commands = {name: [sys.executable, "-m", f"benchmarks.{name}", *flags] for name in names}
     if len(names) == 1:
         os.execv(sys.executable, commands[names[0]])

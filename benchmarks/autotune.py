@@ -13,7 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -86,17 +86,17 @@ def compile_launches(launch: Callable[[Wrap], object]) -> list[Compiled]:
     """Compile the kernels that ``launch(wrap)`` launches, inside `target`."""
     compiled: list[Compiled] = []
 
+    @dataclass
     class Compile:
-        def __init__(self, kernel: Any):
-            self.kernel = kernel
+        kernel: Any
 
         def __getitem__(self, grid: Any) -> Callable[..., None]:
-            def compile_it(*args: Any, **options: Any) -> None:
-                start = time.perf_counter()
-                kernel = self.kernel.warmup(*args, grid=grid, **options)
-                compiled.append(Compiled(kernel, grid, args, options, time.perf_counter() - start))
+            return partial(self.compile, grid)
 
-            return compile_it
+        def compile(self, grid: Any, *args: Any, **options: Any) -> None:
+            start = time.perf_counter()
+            kernel = self.kernel.warmup(*args, grid=grid, **options)
+            compiled.append(Compiled(kernel, grid, args, options, time.perf_counter() - start))
 
     launch(Compile)
     return compiled
@@ -145,10 +145,10 @@ def compile_tiles(launch: Callable[..., object], tiles: Tiles, capability: int) 
 def search(
     kernel: str, dtype: str, options: argparse.Namespace, capability: int, device: torch.device
 ) -> Iterator[list[Result]]:
-    """The rows of each size: every configuration, compiled and on a GPU timed, and there the library."""
+    """The results of each size: every configuration, compiled and on a GPU timed, and there the library."""
     from torchpar.kernels import candidates
 
-    kind, largest = candidates.KINDS[dtype], max(options.sizes)
+    kind, largest, on_gpu = candidates.KINDS[dtype], max(options.sizes), device.type == "cuda"
     configurations = candidates.configurations(kernel, kind.dtype, kind.precision, capability)
     configurations = [tiles for tiles in configurations if tiles.variant in options.variants]
     configurations = configurations[: QUICK if options.quick else None]
@@ -158,18 +158,18 @@ def search(
         for tiles in track(configurations, f"compile {kernel} {dtype}")
     }
     usable = [tiles for tiles in configurations if compiled[tiles][0]]
-    rows: list[Tiles | str] = [*([PRODUCT, LIBRARY] if device.type == "cuda" else []), *configurations]
+    tried: list[Tiles | str] = [*([PRODUCT, LIBRARY] if on_gpu else []), *configurations]
     for n in options.sizes:
-        problem, work = Problem(kernel, dtype, n, n, n), {"kernel": kernel, "dtype": dtype, "n": n}
-        measured, errors = measure(problem, usable, device) if device.type == "cuda" else ({}, {})
+        measured, errors = measure(Problem(kernel, dtype, n, n, n), usable, device) if on_gpu else ({}, {})
         times = {tiles: Times([[ms / 1e3 for ms in one] for one in own]) for tiles, own in measured.items()}
-        shown = []
-        for tiles in rows:
+        results = []
+        for tiles in tried:
             found, reason = compiled.get(tiles, ({}, ""))
-            row = times.get(tiles, Times()).row(work, describe(tiles), times.get(PRODUCT), **found)
             reason = reason or ("" if isinstance(tiles, str) else errors.get(tiles, ""))
-            shown.append(replace(row, ok=not reason, reason=reason))
-        yield shown
+            case = {"kernel": kernel, "dtype": dtype, "n": n}
+            result = times.get(tiles, Times()).row(case, describe(tiles), times.get(PRODUCT), **found)
+            results.append(replace(result, ok=not reason, reason=reason))
+        yield results
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -185,17 +185,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--sizes is {min(options.sizes)}, expected at least 1")
     timed = options.target is None and torch.cuda.is_available()
     device = torch.device("cuda" if timed else "cpu")
+    capability = int((options.target or "sm_90").removeprefix("sm_"))
     if timed:
         major, minor = torch.cuda.get_device_capability()
         capability = 10 * major + minor
-    else:
-        capability = int((options.target or "sm_90").removeprefix("sm_"))
     table = Table(command.csv(options), device, target=f"sm_{capability}")
     for kernel in options.kernels:
         for dtype in options.dtypes:
             sizes = search(kernel, dtype, options, capability, device)
-            rows = [row for own in sizes for row in table.add(own)]
-            print_results(f"{kernel} {dtype}, sm_{capability}", rows)
+            results = [result for own in sizes for result in table.add(own)]
+            print_results(f"{kernel} {dtype}, sm_{capability}", results)
     if not timed:
         print("the kernels were compiled; nothing was timed")
     return table.status

@@ -128,13 +128,10 @@ def compare(
         elif not (errors <= 2 * (allowed + inputs.error) + inputs.error).all():
             times[name].reason = f"errors {errors.tolist()}, {reference}'s are {allowed.tolist()}"
     done = max((len(one.rounds) for one in times.values()), default=0)
-    configuration = [
-        f"{done} rounds of {calls} calls",
-        f"{torch.get_num_threads()} threads",
-        f"float32 products {torch.backends.cuda.matmul.fp32_precision}",
-    ]
+    configuration = f"{done} rounds of {calls} calls, {torch.get_num_threads()} threads"
+    configuration += f", float32 products {torch.backends.cuda.matmul.fp32_precision}"
     if ceiling is not None:
-        configuration.append(ceiling.describe(case.dtype))
+        configuration += f", {ceiling.describe(case.dtype)}"
     columns = {
         "operator": case.operator,
         "mode": mode + ", warm" * (calls > 1),
@@ -151,7 +148,7 @@ def compare(
             found |= {"gb_per_s": work.bytes / p50 * 1e-6, "gflop_per_s": work.flops / p50 * 1e-6}
             found |= {"roofline": 1e3 * least / p50 if least else None}
         found |= {"max_error": one.errors.max().item() if len(one.errors) else None}
-        found |= {"peak_memory_mb": one.peak_memory_mb, "configuration": ", ".join(configuration)}
+        found |= {"peak_memory_mb": one.peak_memory_mb, "configuration": configuration}
         results.append(replace(result, found=found))
     return results
 

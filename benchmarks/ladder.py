@@ -136,10 +136,9 @@ def contestants(case: Case, shape: tuple[int, ...], ranks: Ranks, quick: bool) -
 
     operator, arrays = case.operator, case.arguments
 
-    def way(
-        name: str, function: Callable[..., Any], *arguments: Any, note: str = "", **other: Any
-    ) -> Contestant:
-        return Contestant(name, timed_turn(case, partial(function, *arguments)), note, **other)
+    def way(name: str, function: Callable[..., Any], *arguments: Any, **shown: Any) -> Contestant:
+        device = next((t.device for t in arguments if isinstance(t, Tensor)), CPU)
+        return Contestant(name, timed_turn(case, partial(function, *arguments), device=device), **shown)
 
     lists = [t.tolist() for t in arrays]
     if operator == "matmul_t":  # some rows take long enough
@@ -190,7 +189,9 @@ def contestants(case: Case, shape: tuple[int, ...], ranks: Ranks, quick: bool) -
     yield Contestant("2 ranks", partial(ranks_turn, case, shape, ranks), "a half each, left there")
 
 
-def timed_turn(case: Case, call: Callable[[], Any], rows: int | None = None) -> Turn:
+def timed_turn(
+    case: Case, call: Callable[[], Any], rows: int | None = None, device: torch.device = CPU
+) -> Turn:
     """Turns of a call that computes the first ``rows``.
 
     A cold turn is one call, after the caches were flushed; a warm one has as many as take `WARM_SECONDS`.
@@ -200,9 +201,6 @@ def timed_turn(case: Case, call: Callable[[], Any], rows: int | None = None) -> 
 
     def turn(index: int) -> list[float]:
         nonlocal calls
-        device = CPU
-        if isinstance(call, partial) and isinstance(call.args[0], Tensor):
-            device = call.args[0].device
         if case.cold:
             flush(device)
         timed = time_calls(call, device, calls)
@@ -242,10 +240,6 @@ def call_of_rank(operator: str, shape: tuple[int, ...]) -> tuple[bool, Callable[
     whole = arguments[:1] if operator == "linear_sigmoid" else []  # x
     own = [share.narrow(t, 0) for t in arguments[len(whole) :]]
     return case.cold, partial(getattr(torchpar, operator), *whole, *own)
-
-
-def forget_on_rank() -> None:
-    call_of_rank.cache_clear()
 
 
 def measure(case: Case, contestants: Sequence[Contestant], rounds: int = ROUNDS) -> list[Result]:
@@ -318,7 +312,7 @@ def draw(path: Path, results: Sequence[Result], roofs: Mapping[str, float], arit
             axes.annotate(label(one).replace(", parallel", ""), point, **place)
         axes.set(xscale="log", yscale="log", xlim=(left, right), title=results[0].case["workload"])
         axes.set(xlabel="needed operations per byte loaded", ylabel="GFLOP/s of needed operations")
-        axes.legend(fontsize=8, loc="lower right")
+        axes.legend(fontsize=8, loc="upper left")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -340,7 +334,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case = make_case(operator, shape)
             ways = list(contestants(case, shape, ranks, options.quick))
             measured[operator] = table.add(measure(case, ways, rounds))
-        ranks.run(forget_on_rank)
     for results in measured.values():
         print_results(results[0].case["workload"], results, COLUMNS)
     if options.output:

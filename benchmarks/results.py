@@ -56,16 +56,9 @@ class Result:
     reason: str = ""
 
     def columns(self) -> dict[str, Any]:
-        times = {name: getattr(self, name) for name in ("p20_ms", "p50_ms", "p80_ms", "mean_ms", "samples")}
-        end = {"ok": self.ok, "reason": self.reason}
-        return {
-            **self.case,
-            "contestant": self.contestant,
-            **times,
-            "speedup": self.speedup,
-            **self.found,
-            **end,
-        }
+        columns = vars(self).copy()
+        case, found, end = columns.pop("case"), columns.pop("found"), {"ok": self.ok, "reason": self.reason}
+        return {**case, **{name: value for name, value in columns.items() if name not in end}, **found, **end}
 
 
 class Table:
@@ -106,7 +99,8 @@ class Table:
 
 # Headers and formats of columns; other columns have their names, and numbers three digits.
 FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    **{f"{name}_ms": (name, lambda ms: duration(ms / 1e3)) for name in ("p20", "p50", "p80", "mean", "host")},
+    **{f"{name}_ms": (name, lambda ms: duration(ms / 1e3)) for name in ("p20", "p50", "p80", "host")},
+    **{f"to_{percent}_s": (f"to {percent}%", lambda seconds: duration(seconds)) for percent in (97, 98)},
     "first_s": ("first call", lambda seconds: duration(seconds)),
     "speedup": ("speed-up", "{:.2f}".format),
     "over_pure_python": ("× pure Python", lambda x: number(x)),
@@ -114,13 +108,8 @@ FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "gb_per_s": ("GB/s", lambda x: number(x)),
     "gflop_per_s": ("GFLOP/s", lambda x: number(x)),
     "samples_per_s": ("samples/s", "{:,.0f}".format),
-    "to_97_s": ("to 97%", lambda seconds: duration(seconds)),
-    "to_98_s": ("to 98%", lambda seconds: duration(seconds)),
-    "roofline": ("roofline", lambda x: percent(x)),
-    "of_ceiling": ("of ceiling", lambda x: percent(x)),
-    "max_error": ("max error", "{:.1e}".format),
-    "error": ("error", "{:.1e}".format),
-    "distance": ("distance", "{:.1e}".format),
+    "roofline": ("roofline", "{:.1%}".format),
+    **{name: (name.replace("_", " "), "{:.1e}".format) for name in ("max_error", "error", "distance")},
     "peak_memory_mb": ("MB", "{:,.1f}".format),
     "ok": ("ok", lambda ok: "yes" if ok else "NO"),
 }
@@ -134,9 +123,7 @@ def print_results(title: str, results: Sequence[Result], columns: Sequence[str] 
         columns: the ones to print; by default all that were measured, and those of the case that differ.
     """
     cases = [result.case for result in results]
-    shared = {
-        name for name in (cases[0] if cases else {}) if len({str(case.get(name)) for case in cases}) == 1
-    }
+    shared = {name for case in cases for name in case if len({str(one.get(name)) for one in cases}) == 1}
     lines = []
     for result in results:
         cells = result.columns()
@@ -193,10 +180,6 @@ def duration(seconds: float | None) -> str:
     return f"{number(seconds * scale)} {unit}"
 
 
-def percent(x: float) -> str:
-    return f"{x:.2%}" if x < 0.01 else f"{x:.0%}"
-
-
 def number(x: float | None) -> str:
     """With three digits, or whole; "" for None."""
     return "" if x is None else f"{x:,.0f}" if 999 <= abs(x) < 1e9 else f"{x:.3g}"
@@ -233,16 +216,14 @@ def environment(device: torch.device) -> dict[str, Any]:
     except PackageNotFoundError:
         triton = ""
     describe = "git describe --always --dirty --abbrev=40 --exclude=*"
-    on_gpu = device.type == "cuda"
     commit = os.environ.get("TORCHPAR_COMMIT") or _output(describe, cwd=Path(__file__).parent)
+    processor = cpuinfo("model name") or platform.machine()
     return {
         "torch": torch.__version__,
         "triton": triton,
         "numpy": np.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device)
-        if on_gpu
-        else cpuinfo("model name") or platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
         "instruction_sets": ",".join(instruction_sets()),
         "commit": commit.removesuffix("-dirty"),
         "dirty": commit.endswith("-dirty") if commit else None,
@@ -259,16 +240,13 @@ def machine(device: torch.device) -> str:
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """The `environment`, the clocks and the date at this moment."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    return {**environment(device), "clocks": clocks(device), "date": now}
-
-
-def clocks(device: torch.device) -> str:
-    """The clocks at this moment."""
-    if device.type != "cuda":
-        return f"{cpuinfo('cpu MHz') or '?'} MHz"
-    uuid = torch.cuda.get_device_properties(device).uuid
-    return _output(f"nvidia-smi -i GPU-{uuid} --query-gpu=clocks.sm,clocks.mem --format=csv,noheader")
+    clocks = f"{cpuinfo('cpu MHz') or '?'} MHz"
+    if device.type == "cuda":
+        uuid = torch.cuda.get_device_properties(device).uuid
+        query = f"nvidia-smi -i GPU-{uuid} --query-gpu=clocks.sm,clocks.mem --format=csv,noheader"
+        clocks = _output(query)
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return {**environment(device), "clocks": clocks, "date": date}
 
 
 def _output(command: str, cwd: Path | None = None) -> str:

@@ -59,23 +59,22 @@ class Times:
         return median(ratios) if ratios and not (self.reason or other.reason) else None
 
     def row(
-        self, work: Mapping[str, Any], contestant: str, reference: "Times | None" = None, **found: Any
+        self, case: Mapping[str, Any], contestant: str, reference: "Times | None" = None, **found: Any
     ) -> Result:
         """The row of this measurement; without times if there is a ``reason``.
 
         Args:
-            work: what was done, by column.
+            case: what was done, by column.
             reference: whose time the speed-up is relative to.
             found: further columns.
         """
         times: dict[str, Any] = {}
         if self.rounds and not self.reason:
-            p20, p50, p80 = quantiles(self.all)
-            times = {"p20_ms": 1e3 * p20, "p50_ms": 1e3 * p50, "p80_ms": 1e3 * p80}
+            times = {f"p{q}_ms": 1e3 * float(np.percentile(self.all, q)) for q in (20, 50, 80)}
             times |= {"mean_ms": 1e3 * mean(self.all), "samples": len(self.all)}
             times["speedup"] = self.speedup_over(reference) if reference else None
         reason = self.reason
-        return Result(case=work, contestant=contestant, found=found, ok=not reason, reason=reason, **times)
+        return Result(case=case, contestant=contestant, found=found, ok=not reason, reason=reason, **times)
 
 
 def take_turns(
@@ -106,7 +105,7 @@ def take_turns(
             try:
                 calls = turn(index)
             except Exception as error:
-                times[key].reason = one_line(error)
+                times[key].reason = f"{type(error).__name__}: {error}".partition("\n")[0]
                 del going[key]
                 continue
             turn_seconds = time.perf_counter() - start
@@ -122,16 +121,6 @@ def take_turns(
         if not found.rounds and not found.reason:
             found.reason = "there was nothing to measure"
     return times
-
-
-def one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
-
-
-def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
-    """The 20th, 50th and 80th percentile."""
-    p20, p50, p80 = np.quantile(samples, [0.2, 0.5, 0.8]).tolist()
-    return p20, p50, p80
 
 
 @dataclass

@@ -163,7 +163,7 @@ def test_an_end_is_one_line(monkeypatch, capsys, error, status, said):
     "arguments, message",
     [
         ("run none", "no benchmark 'none', expected some of operators, muon,"),
-        ("run --quick", "no benchmark is named in front of the flags; python -m benchmarks list shows them"),
+        ("run --quick", "no benchmark is named before the flags; python -m benchmarks list shows them"),
         ("", "no command given"),
         ("lists", "'lists', expected list, run or report"),
     ],

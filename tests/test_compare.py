@@ -4,7 +4,6 @@
 import csv
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -42,8 +41,8 @@ def by_hand(x: Tensor) -> Tensor:
     return (1 / (1 + torch.exp(-wide))).to(x.dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("mode", ["forward", "backward", "full"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["backward", "full"])
 def test_a_right_contestant_is_believed(device, mode, dtype):
     result = measured(device, by_hand, dtype, mode=mode)
     assert (result.ok, result.reason) == (True, "")
@@ -137,7 +136,6 @@ def failing(x: Tensor) -> Tensor:
 WRONG: dict[str, tuple[Contestant, str]] = {
     "stale": (Stale(), "eager's are"),
     "kept": (Kept(), "eager's are"),
-    "unwritten": (lambda x: torch.empty_like(x.detach()), "eager's are"),
     "unwritten in one row": (unwritten_in_one_row, "eager's are"),
     "inaccurate": (lambda x: torch.sigmoid(x) + 1e-6, "eager's are"),
     "in bfloat16": (in_bfloat16, "eager's are"),
@@ -157,29 +155,23 @@ def test_a_wrong_contestant_is_rejected(device, name):
     assert (result.p50_ms, result.speedup) == (None, None)
 
 
-@pytest.mark.parametrize("mode", ["backward", "full"])
-def test_a_stale_gradient_is_rejected(device, mode):
-    assert not measured(device, StaleGradient.apply, mode=mode).ok
+def test_a_stale_gradient_is_rejected(device):
+    assert not measured(device, StaleGradient.apply, mode="backward").ok
 
 
-@pytest.fixture
-def unfinished() -> Iterator[Contestant]:
-    """A contestant whose result is still being written when it returns."""
+def test_an_unfinished_result_is_rejected():
     threads: list[threading.Thread] = []
 
-    def contestant(x: Tensor) -> Tensor:
+    def unfinished(x: Tensor) -> Tensor:
+        """A result that is still being written."""
         result, value = torch.empty_like(x.detach()), torch.sigmoid(x.detach())
         threads.append(threading.Thread(target=lambda: time.sleep(0.01) or result.copy_(value)))
         threads[-1].start()
         return result
 
-    yield contestant
+    assert not measured("cpu", unfinished).ok
     for thread in threads:
         thread.join()
-
-
-def test_an_unfinished_result_is_rejected(unfinished):
-    assert not measured("cpu", unfinished).ok
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="streams belong to a GPU")
@@ -211,13 +203,6 @@ def test_a_library_must_only_be_near(device):
     assert measured(device, in_bfloat16, libraries=["other"]).ok
     for name in ("stale", "unwritten in one row"):
         assert not measured(device, WRONG[name][0], libraries=["other"]).ok
-
-
-def test_contestants_take_turns_of_so_many_calls(device):
-    order: list[str] = []
-    contestants = {name: lambda x, n=name: (order.append(n), torch.sigmoid(x))[1] for name in "abc"}
-    compare(sigmoid_case(device), contestants, reference="a", rounds=ROUNDS, calls=2)
-    assert "".join(order) == "aabbcc" * (1 + ROUNDS)
 
 
 def test_the_table_has_rates_and_says_why_results_are_wrong(tmp_path, monkeypatch, capsys):
