@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.command import Command, run
 from benchmarks.digits import DATA, Digits
-from benchmarks.results import Result, Table, environment, markdown, number, print_cells
+from benchmarks.results import CORES, Result, Table, environment, markdown, number, print_cells
 from benchmarks.timing import CPU, take_turns
 from torchpar import data, training
 from torchpar.data import Samples
@@ -393,7 +393,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = "-".join(["speedrun", *groups, *ways])
     device = torch.device("cuda") if torch.cuda.is_available() and options.ranks == 1 else CPU
     threads = THREADS // options.ranks
-    columns = {"ranks": options.ranks, "threads": threads, "validate": options.validate}
+    columns = {"cores": CORES, "ranks": options.ranks, "threads": threads, "validate": options.validate}
     table = Table(command.csv(options, name), device, **columns)
     results = table.add(measure(list(chosen.values()), seeds, options.ranks, options.validate, options.quick))
     scored = "images of the training set left out" if options.validate else "test images"
