@@ -234,7 +234,7 @@ def chart(bars: Mapping[str, Mapping[str, float]], spec: Mapping[str, str], colo
     names = list(dict.fromkeys(name for of in bars.values() for name in of))
     values = [value for of in bars.values() for value in of.values()]
     start = 1.0 if spec["over"] else min(values) / 2
-    y, lines = 0, len(names) + len(values)
+    y, lines = 0.0, 1.3 * len(names) + len(values)
     with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}):
         figure = Figure((4, 0.16 * lines + 0.1))
         axes = figure.add_axes((0, 0, 0.82, 1))
@@ -244,6 +244,7 @@ def chart(bars: Mapping[str, Mapping[str, float]], spec: Mapping[str, str], colo
         axes.axis("off")
         axes.axvline(start, color="black", lw=0.6, alpha=0.5)
         for name in names:
+            y += 0.3
             axes.text(0.01, y, name, transform=axes.get_yaxis_transform(), va="center")
             y += 1
             for machine in (machine for machine in bars if name in bars[machine]):
