@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Time what the host does in a launch, up to the driver: ``python -m benchmarks run host``.
+"""Time what the host does in a launch of X·Xᵀ, up to the driver: ``python -m benchmarks run host``.
 
 A small kernel ends before the host has issued the next one; then only the host's time counts. A launcher
 keeps what it decides for tensors of one layout, and "without a plan" it decides anew. A stand-in for the
@@ -18,9 +18,9 @@ import torch
 from benchmarks import autotune
 from benchmarks.command import Command, run
 from benchmarks.results import Table, print_results
-from benchmarks.timing import CPU, Turn, take_turns, time_calls
+from benchmarks.timing import CPU, take_turns, time_calls
 
-SIZES = (512, 4096)
+N = 4096
 ROUNDS = 30
 CALLS = 200
 
@@ -44,30 +44,22 @@ def idle_driver(launched: Callable[..., object] = lambda *args: None) -> Iterato
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    command = Command("host", "Time what the host does in a launch.", needs=["triton"])
+    command = Command("host", "Time what the host does in a launch of X·Xᵀ.", needs=["triton"])
     options = command.parse(arguments)
-    from torchpar.kernels import linear_sigmoid, matmul_t, maximum
+    from torchpar.kernels import matmul_t
 
-    def turn(launch: Callable[[], object], index: int) -> list[float]:
+    def turn(wrap: Callable[[Any], Any] | None, index: int) -> list[float]:
+        launch = partial(matmul_t.symmetric_product, x, x, "ieee", out=out, wrap=wrap)
         return [time_calls(launch, calls=CALLS if index else 1).seconds()]
 
-    table = Table(command.csv(options), CPU)
+    x = torch.empty(N, N, dtype=torch.bfloat16, device="meta")
+    out = torch.empty_like(x)
+    turns = {"launch": partial(turn, None), "without a plan": partial(turn, lambda kernel: kernel)}
     with idle_driver():
-        for n in SIZES[: 1 if options.quick else None]:
-            x = torch.empty(n, n, dtype=torch.bfloat16, device="meta")
-            launches: dict[str, Callable[..., object]] = {
-                "matmul_t": partial(matmul_t.symmetric_product, x, x, "ieee", out=x.clone()),
-                "linear_sigmoid": partial(linear_sigmoid.linear_sigmoid, x, x, x[0], "ieee", out=x.clone()),
-                "maximum": partial(maximum.maximum, x, x, x.clone()),
-            }
-            for operator, launch in launches.items():
-                turns: dict[str, Turn] = {
-                    "launch": partial(turn, partial(launch, wrap=None)),
-                    "without a plan": partial(turn, partial(launch, wrap=lambda kernel: kernel)),
-                }
-                times = take_turns(turns, 2 if options.quick else ROUNDS, label=f"{operator} {n}")
-                table.add(times[name].row({"operator": operator, "n": n}, name) for name in turns)
-    print_results("launches on the host", table.results)
+        times = take_turns(turns, 2 if options.quick else ROUNDS)
+    table = Table(command.csv(options), CPU)
+    table.add(times[name].row({"operator": "matmul_t", "n": N}, name) for name in turns)
+    print_results(f"a launch of matmul_t on the host, {N} rows", table.results)
     return table.status
 
 
