@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -399,12 +398,6 @@ def print_all(results: Sequence[Result]) -> None:
     print_cells(title, pivot(all_reduces, "bytes", lambda one: f"{one.case['nbytes']:,}", microseconds))
     if link := fit_link(results):
         print(f"fitted to gloo's medians: α {1e6 * link.alpha:.0f} µs, β {1e9 * link.beta:.2f} ns/B")
-    for name in ("dp 2", "tp 2"):
-        gains = {one.case["batch"]: one.speedup for one in by_batch if one.contestant == name and one.speedup}
-        if gains:
-            at = crossover(gains)
-            found = "at no batch measured" if at is None else f"from batch {at:.0f} on"
-            print(f"{name} is faster than one rank with one thread {found}")
     for result in results:
         if not result.ok:
             print("not ok:", result.contestant, *result.case.values(), result.reason)
@@ -433,21 +426,6 @@ def fit_link(results: Sequence[Result]) -> Link | None:
         if result.case["kind"] == "all_reduce" and result.case["way"] == "gloo" and result.p50_ms
     ]
     return Link.fit(points) if points else None
-
-
-def crossover(speedups: Mapping[int, float]) -> float | None:
-    """Return the batch from which on the speed-up is at least 1, interpolated on log-log axes.
-
-    Returns:
-        The least batch, if that is from the start; None, if the largest is not as fast.
-    """
-    points = sorted(speedups.items())
-    if points[-1][1] < 1:
-        return None
-    for (b0, s0), (b1, s1) in reversed(list(pairwise(points))):
-        if s0 < 1:
-            return math.exp(math.log(b0) + math.log(b1 / b0) * -math.log(s0) / math.log(s1 / s0))
-    return float(points[0][0])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -61,12 +61,6 @@ def test_a_wrong_gradient_and_a_wrong_loss_are_rejected():
             error(other, loss)
 
 
-def test_crossover():
-    assert scaling.crossover({8: 2.0, 16: 0.5, 64: 2.0}) == pytest.approx(32)  # from there on
-    assert scaling.crossover({8: 1.5, 16: 1.0}) == 8
-    assert scaling.crossover({8: 1.5, 16: 0.9}) is None
-
-
 def test_the_link_is_fitted_to_gloos_medians():
     link = Link(alpha=1e-4, beta=2e-9)
 
