@@ -29,6 +29,7 @@ def draw() -> Samples:
     return Samples(points, (points[:, 0] > points[:, 1]).long(), ("below", "above"))
 
 
+@pytest.mark.slow
 def test_training_that_differs_is_refused(monkeypatch):
     fork_context()
     monkeypatch.setattr(report, "ROUNDS", 1)

@@ -138,6 +138,7 @@ def test_files_enter_and_the_clock_runs_while_a_network_is_trained(tmp_path, wor
         score(wrong + "torch.full((2000, 10), torch.nan)")
 
 
+@pytest.mark.slow
 def test_on_two_ranks_a_recipe_by_autograd_fails_and_the_others_run(capsys):
     assert speedrun.main(["--quick", "--recipe=record-98.0", "--recipe=in-memory", "--ranks=2"]) == 1
     printed = capsys.readouterr().out
