@@ -3,8 +3,8 @@
 
 The first table is the time of a step of one weight, or of many small ones; all optimizers get the same
 gradients. After the steps the weights must agree, as far as orthogonalising in bfloat16 lets them; the status
-is 1 if some do not. The second table, and the picture, are the test accuracy and the training loss of a
-network 784-512-10 with sigmoid layers, in batches of 32, with SGD and with Muon, each at its best rate.
+is 1 if some do not. The second table has the test error and the training loss of a network 784-512-10 with
+sigmoid layers, in batches of 32, with SGD and with Muon, each at its best rate.
 """
 
 import importlib
@@ -12,14 +12,13 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from benchmarks.command import Command, run
 from benchmarks.digits import DATA
-from benchmarks.results import Result, Table, picture, print_results, track
+from benchmarks.results import Result, Table, print_results, track
 from benchmarks.timing import take_turns, time_calls
 from torchpar import data
 from torchpar.nn import MLP
@@ -93,18 +92,18 @@ def compare_steps(label: str, shapes: Shapes, rounds: int, device: torch.device)
     times = take_turns(turns, rounds, before=draw_gradients, label=label)
     ended = {name: torch.cat([w.detach().flatten() for w in weights[name]]) for name in OPTIMIZERS}
     way = (ended[REFERENCE] - torch.cat([w.flatten() for w in start])).norm()
-    rows = []
+    results = []
     for name, found in times.items():
         distance = float((ended[name] - ended[REFERENCE]).norm() / way)
         if not (found.reason or distance < DISTANCE):
             found.reason = f"the weights ended {distance:.2g} of the way from {REFERENCE}'s"
-        rows.append(found.row({"weight": label}, name, times[REFERENCE], distance=distance))
-    return rows
+        results.append(found.row({"weight": label}, name, times[REFERENCE], distance=distance))
+    return results
 
 
 def train(epochs: int, samples: int | None) -> list[Result]:
-    """Train a network on MNIST with SGD and with Muon: a row for each epoch."""
-    rows = []
+    """Train a network on MNIST with SGD and with Muon: a result for each epoch."""
+    results = []
     makers: dict[str, Callable[[MLP], torch.optim.Optimizer]] = {
         "sgd": partial(sgd, lr=SGD_LR, momentum=0.9, weight_decay=3e-5),
         "muon": partial(muon, lr=MUON_LR, momentum=0.95, weight_decay=0.01),
@@ -128,25 +127,12 @@ def train(epochs: int, samples: int | None) -> list[Result]:
                         schedule.step()
                         optimizer.zero_grad()
                         run.log(loss.detach())
-            work = {"weight": "-".join(map(str, SIZES))}
-            for result in run.results:
-                error = 100 * (1 - result.test_accuracy)
-                found = {"epoch": result.epoch, "train_loss": result.train_loss, "error_percent": error}
-                rows.append(Result(case=work, contestant=name, found=found))
-    return rows
-
-
-def draw(path: Path, rows: Sequence[Result]) -> None:
-    """Draw the test error and the training loss of both optimizers over the epochs."""
-    with picture(path, 11, 4) as figure:
-        labels = {"error_percent": "test error (%)", "train_loss": "training loss"}
-        for axes, (name, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
-            for contestant in dict.fromkeys(row.contestant for row in rows):
-                mine = [row.found for row in rows if row.contestant == contestant]
-                axes.plot([x["epoch"] for x in mine], [x[name] for x in mine], marker="o", label=contestant)
-            axes.set(xlabel="epoch", ylabel=label, ylim=(0, None))
-            axes.grid(alpha=0.3)
-            axes.legend()
+            case = {"weight": "-".join(map(str, SIZES))}
+            for score in run.results:
+                error = 100 * (1 - score.test_accuracy)
+                found = {"epoch": score.epoch, "train_loss": score.train_loss, "error_percent": error}
+                results.append(Result(case=case, contestant=name, found=found))
+    return results
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -157,8 +143,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = command.parse(arguments)
     rounds = command.at_least(1, "rounds", options, quick=2, full=15)
     epochs = command.at_least(0, "epochs", options, quick=1, full=8)
-    if options.output and epochs:
-        command.require("matplotlib")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     table = Table(command.csv(options), device, threads=torch.get_num_threads())
     weights = QUICK if options.quick else WEIGHTS
@@ -170,8 +154,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if epochs:
         curves = table.add(train(epochs, samples=320 if options.quick else None))
         print_results("an MLP on MNIST", curves, ("contestant", "epoch", "train_loss", "error_percent"))
-        if options.output:
-            draw(options.output / "muon.png", curves)
     return table.status
 
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 """One HTML page of all committed results: ``python -m benchmarks report [--output FILE]``.
 
-The page needs no network: tables, pictures and scripts are inside. A table shows the machines side by side.
-Where git has an earlier version of a CSV, each row is compared with it.
+The page needs no network: charts, tables and scripts are inside. It begins with a panel for each benchmark,
+its headline and its chart. Tables show the machines side by side. Where git has an earlier version of a CSV,
+each row is compared with it.
 """
 
 import argparse
-import base64
 import importlib.util
 import io
 import math
@@ -14,43 +14,35 @@ import os
 import shutil
 import subprocess
 import tempfile
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from benchmarks.__main__ import NAMES, first_line
+from benchmarks.results import duration, number
 from torchpar.errors import ConfigError
 
 RESULTS = Path(__file__).parent / "results"
 TEMPLATE = Path(__file__).parent / "report.html"
-WORK = ("epoch", "nbytes", "way", "validate")  # columns of the work, besides those left of p20_ms
+PANELS = tomllib.loads((Path(__file__).parent / "panels.toml").read_text("utf-8"))
+COLORS = ("#3f87c9", "#dd7733", "#46a36b", "#ad6cc2", "#b99316", "#7f8c8d")  # of machines, in light and dark
+CASE = ("note", "epoch", "nbytes", "way", "validate")  # columns of the case, besides those left of p20_ms
 TIMES = ("p20_ms", "p50_ms", "p80_ms", "speedup")
-SHOWN = {
-    **{"p50_ms": "ms", "speedup": "speed-up", "accuracy": "accuracy", "test_accuracy": "accuracy"},
-    "change": "change",
-}
+SHOWN = {"p50_ms": "ms", "speedup": "speed-up", "accuracy": "accuracy", "change": "change"}
 HIDDEN = ("mean_ms", "samples", "ok", "reason", "seed")
 ORIGIN = (
-    "device",
-    "instruction_sets",
-    "cores",
-    "gpu",
-    "torch",
-    "triton",
-    "numpy",
-    "python",
-    "clocks",
-    "commit",
-    "dirty",
-    "date",
+    *("device", "instruction_sets", "cores", "gpu", "torch", "triton", "numpy", "python"),
+    *("clocks", "commit", "dirty", "date"),
 )
 
 
 def read_csv(text: str) -> Any:
-    """Return the rows of a benchmark's CSV by their work, as a table of pandas.
+    """Return the rows of a benchmark's CSV by their case, as a table of pandas.
 
-    Rows that differ only by seed become one.
+    Rows that differ only by seed become one, whose speed-up is over the first contestant.
 
     Raises:
         ValueError: it is no CSV of a benchmark.
@@ -58,28 +50,30 @@ def read_csv(text: str) -> Any:
     import pandas
 
     frame = pandas.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
-    frame = frame.rename(columns={"provider": "contestant"})  # its name in earlier versions
+    # Earlier versions called a contestant a provider; the speedrun's named it twice.
+    frame = frame.rename(columns={"provider": "contestant"}).drop(columns="recipe", errors="ignore")
     columns = list(frame.columns)
     if "p20_ms" not in columns or "contestant" not in columns:
         raise ValueError("expected the columns contestant and p20_ms")
-    names = (*columns[: columns.index("p20_ms")], *(name for name in WORK if name in columns))
-    work = list(dict.fromkeys(names))
+    names = (*columns[: columns.index("p20_ms")], *(name for name in CASE if name in columns))
+    case = list(dict.fromkeys(names))
     for name in dict.fromkeys((*TIMES, *columns)):
-        if name not in (*work, *ORIGIN, "ok", "reason"):
+        if name not in (*case, *ORIGIN, "ok", "reason"):
             cells = frame[name] if name in columns else pandas.Series("", frame.index)
             numbers = pandas.to_numeric(cells, errors="coerce")
             frame[name] = numbers if name in TIMES or numbers.notna().any() else cells
-    groups = [frame[name] for name in work]
+    groups = [frame[name] for name in case]
     if "seconds" in columns:  # one row for each seed
-        times = frame["p50_ms"].fillna(1000 * frame["seconds"]).groupby(groups)
+        times = (1000 * frame["seconds"]).groupby(groups)
         for name, q in (("p20_ms", 0.2), ("p50_ms", 0.5), ("p80_ms", 0.8)):
             frame[name] = times.transform("quantile", q)
-        frame["speedup"] = frame["speedup"].groupby(groups).transform("median")
-        if "accuracy" in columns:
-            frame["accuracy"] = frame["accuracy"].groupby(groups).transform("mean")
+        means = times.transform("mean")
+        frame["speedup"] = means.head(1).sum() / means
+        for name in {"accuracy"} & set(columns):
+            frame[name] = frame[name].groupby(groups).transform("mean")
     wrong = frame["ok"] == "False" if "ok" in columns else pandas.Series(False, frame.index)
     frame["failed"] = wrong.groupby(groups).transform("any")
-    return frame.drop_duplicates(work).set_index(work)
+    return frame.drop_duplicates(case).set_index(case)
 
 
 def change(now: Any, before: Any) -> Any:
@@ -97,26 +91,32 @@ def change(now: Any, before: Any) -> Any:
     return pandas.Series("", now.index).mask(slower, "slower").mask(faster, "faster")
 
 
-def previous(path: Path) -> str | None:
-    """Return the last committed text of a CSV that differs from the file, or None."""
+def earlier(path: Path) -> Iterator[str]:
+    """Yield the committed texts of a CSV, the latest first, also from before its folder was renamed."""
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(path.parent), *arguments]
-        done = subprocess.run(command, capture_output=True, check=True)
-        return done.stdout.decode("utf-8")
+        command = ["git", "-C", str(path.parent), "-c", "core.quotepath=false", *arguments]
+        return subprocess.run(command, capture_output=True, check=True).stdout.decode("utf-8")
 
+    name = path.name
     try:
-        commits = git("log", "-n", "2", "--format=%H", "--", path.name).split()
-        texts = (git("show", f"{commit}:./{path.name}") for commit in commits)
-        return next(
-            (text for text in texts if text.splitlines() != path.read_text("utf-8").splitlines()), None
-        )
+        lines = git("log", "--follow", "-n", "9", "--format=", "--raw", "--no-abbrev", "--", name)
+        for line in lines.splitlines():
+            attributes, *names = line.split("\t")
+            if Path(names[-1]).name != name:  # it began as a copy of another CSV
+                return
+            yield git("show", attributes.split()[3])
+            if attributes.endswith("R100"):
+                name = Path(names[0]).name
     except (OSError, UnicodeDecodeError, subprocess.CalledProcessError):
-        return None
+        return
 
 
 def with_changes(path: Path) -> tuple[Any, str]:
-    """Return a CSV's rows with their changes, and with what they were compared."""
+    """Return a CSV's rows with their changes, and with what they were compared.
+
+    The previous version is the last one with other times.
+    """
     try:
         frame = read_csv(path.read_text("utf-8"))
     except (OSError, ValueError) as e:
@@ -124,14 +124,17 @@ def with_changes(path: Path) -> tuple[Any, str]:
         raise ConfigError(f"{path} is no CSV of a benchmark ({reason}); measure again, or remove it") from e
     frame["change"] = ""
     compared = "no earlier version to compare with"
-    if text := previous(path):
-        compared = "the previous version has other columns"
-        before = frame.iloc[:0]
+    for text in earlier(path):
+        before = frame.reset_index()
         with suppress(ValueError):  # an old version may lack columns that read_csv needs
             before = read_csv(text)
-        if len(before) and list(before.index.names) == list(frame.index.names):
+        if list(before.index.names) != list(frame.index.names):
+            compared = "the previous version has other columns"
+            break
+        if not before[list(TIMES)].equals(frame[list(TIMES)]):
             frame["change"] = change(frame, before)
             compared = "compared with the previous version"
+            break
     frame.loc[frame["failed"], "change"] = "NOT OK"
     return frame, compared
 
@@ -151,10 +154,10 @@ def origin(frame: Any) -> str:
 
 
 def side_by_side(frames: Mapping[str, Any]) -> Any:
-    """Return a table of the work and, for each machine, the shown columns; what all have done comes first."""
+    """Return a table of the cases with each machine's columns; what all have done comes first."""
     import pandas
 
-    work = list(dict.fromkeys(name for frame in frames.values() for name in frame.index.names))
+    case = list(dict.fromkeys(name for frame in frames.values() for name in frame.index.names))
     parts = []
     for machine, frame in frames.items():
         names = [name for name in SHOWN if name in frame and frame[name].replace("", None).notna().any()]
@@ -164,20 +167,18 @@ def side_by_side(frames: Mapping[str, Any]) -> Any:
                 name for name in frame if name not in hidden and frame[name].replace("", None).notna().any()
             ]
         part = frame[names].rename(columns={name: f"{machine}: {SHOWN.get(name, name)}" for name in names})
-        parts.append(part.reset_index().assign(**dict.fromkeys(set(work) - set(frame.index.names), "")))
-    table = pandas.concat([part[work] for part in parts]).drop_duplicates()
+        parts.append(part.reset_index().assign(**dict.fromkeys(set(case) - set(frame.index.names), "")))
+    table = pandas.concat([part[case] for part in parts]).drop_duplicates()
     for part in parts:
-        table = table.merge(part, how="left", on=work)
+        table = table.merge(part, how="left", on=case)
     table = table.iloc[table.isna().sum(axis=1).argsort(kind="stable")]
-    constant = [name for name in work if table[name].nunique() == 1 and len(table) > 1]
+    constant = [name for name in case if table[name].nunique() == 1 and len(table) > 1]
     return table.drop(columns=constant)
 
 
 def as_html(table: Any) -> str:
     """Return a table that a reader can sort and search; numbers have three digits."""
     from itables.javascript import to_html_datatable
-
-    from benchmarks.results import number
 
     def text(cell: object) -> str:
         if isinstance(cell, float):
@@ -190,45 +191,114 @@ def as_html(table: Any) -> str:
     )
 
 
-def sections(results: Path) -> Iterator[dict[str, Any]]:
-    """The parts of the page, one for each kind of CSV."""
+def panel(spec: Mapping[str, Any], frames: Mapping[str, Any], colors: Mapping[str, str]) -> dict[str, Any]:
+    """Return the headline, the chart and the machines of a panel; nothing without its best row."""
+    spec = {"over": "", "value": "speedup", **spec}
+    bars: dict[str, dict[str, float]] = {}
+    best = {}
+    for machine, frame in frames.items():
+        rows = frame.reset_index().to_dict("records")
+        references = {row["contestant"] for row in rows if row["speedup"] == 1}
+        for row in rows if spec.get("reference") in (None, *references) else ():
+            value = row.get(spec["value"], math.nan)
+            if value > 0 and spec["rows"].items() <= row.items():
+                row["n"] = row.get("n", row.get("shape", "").partition("x")[0])
+                bars.setdefault(machine, {})[spec["bar"].format(**row)] = value
+                if spec["best"].items() <= row.items():
+                    best[value] = spec["text"].format(**row)
+    if not best:
+        return {}
+    ends = dict.fromkeys(amount(value, spec) for value in (min(best), max(best)))
+    over = f" times {spec['over']}" if spec["over"] else ""
+    headline = f"{best[min(best)]}: {' to '.join(ends)}{over}"
+    return {"headline": headline, "machines": list(bars), "chart": chart(bars, spec, colors), **spec}
+
+
+def amount(value: float, spec: Mapping[str, str]) -> str:
+    if spec["value"] == "bytes":
+        return f"{number(value / 1e9)} GB"
+    if spec["value"] == "p50_ms":
+        return duration(value / 1e3)
+    return f"{value:.2f}" if value < 0.995 else f"{value:.1f}" if value < 9.95 else number(value)
+
+
+def chart(bars: Mapping[str, Mapping[str, float]], spec: Mapping[str, str], colors: Mapping[str, str]) -> str:
+    """Return an SVG of bars on a logarithmic axis, from 1 on if the values are relative.
+
+    Args:
+        bars: the values by machine and name.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for of in bars.values() for name in of))
+    values = [value for of in bars.values() for value in of.values()]
+    start = 1.0 if spec["over"] else min(values) / 2
+    y, lines = 0.0, 1.3 * len(names) + len(values)
+    with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}):
+        figure = Figure((4, 0.16 * lines + 0.1))
+        axes = figure.add_axes((0, 0, 0.82, 1))
+        axes.set(
+            xscale="log", ylim=(lines - 0.4, -0.9), xlim=(min(start, *values) / 1.01, max(start, *values))
+        )
+        axes.axis("off")
+        axes.axvline(start, color="black", lw=0.6, alpha=0.5)
+        for name in names:
+            y += 0.3
+            axes.text(0.01, y, name, transform=axes.get_yaxis_transform(), va="center")
+            y += 1
+            for machine in (machine for machine in bars if name in bars[machine]):
+                value = bars[machine][name]
+                axes.barh(y, value - start, left=start, height=0.7, color=colors[machine])
+                text = amount(value, spec) + "×" * bool(spec["over"])
+                axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), va="center")
+                y += 1
+        svg = io.StringIO()
+        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    return svg.getvalue()[svg.getvalue().index("<svg") :].replace("#000000", "currentColor")
+
+
+def content(results: Path) -> dict[str, Any]:
+    """Return the parts of the page, one for each kind of CSV, and the machines with their colors."""
+
+    def benchmark(stem: str) -> str:
+        """Return the benchmark that wrote a CSV, such as "train" of "train-2-threads", or ""."""
+        name = stem.partition("-")[0]
+        return name if name in NAMES else ""
+
     paths: dict[str, dict[str, Path]] = {}
     for path in sorted(results.glob("*/*.csv")):
         paths.setdefault(path.stem, {})[path.parent.name] = path
-    pictures = set(results.glob("*/*.png"))
-    for stem in sorted(paths, key=lambda stem: ((*NAMES, "").index(_benchmark(stem)), stem)):
-        frames, origins = {}, {}
-        for machine, path in paths[stem].items():
-            frames[machine], compared = with_changes(path)
-            origins[machine] = f"{origin(frames[machine])}; {compared}"
-        own = sorted(path for path in pictures if path.stem == stem)
-        pictures -= set(own)
-        yield {
-            "name": stem,
-            "title": first_line(_benchmark(stem)) if _benchmark(stem) else "",
-            "table": as_html(side_by_side(frames)),
-            "slower": sum(int((frame["change"] == "slower").sum()) for frame in frames.values()),
-            "failed": sum(int(frame["failed"].sum()) for frame in frames.values()),
-            "origins": origins,
-            "pictures": [_picture(path) for path in own],
-        }
-    if pictures:
-        yield {"name": "further pictures", "pictures": [_picture(path) for path in sorted(pictures)]}
-
-
-def _benchmark(stem: str) -> str:
-    """The benchmark that wrote a CSV, such as "train" of "train-2-threads", or ""."""
-    name = stem.partition("-")[0]
-    return name if name in NAMES else ""
-
-
-def _picture(path: Path) -> dict[str, str]:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return {"text": f"{path.parent.name}/{path.name}", "source": f"data:image/png;base64,{data}"}
+    colors = dict(zip(sorted({name for of in paths.values() for name in of}), cycle(COLORS), strict=False))
+    order = [*dict.fromkeys(map(benchmark, PANELS)), *NAMES, ""]
+    processors: dict[str, dict[str, None]] = {}
+    sections: list[dict[str, Any]] = []
+    for stem in sorted(paths, key=lambda stem: (order.index(benchmark(stem)), stem)):
+        found = {machine: with_changes(path) for machine, path in paths[stem].items()}
+        frames = {machine: frame for machine, (frame, _) in found.items()}
+        for machine, frame in frames.items():
+            for name in ("device", "instruction_sets"):
+                texts = frame[name].unique() if name in frame else ()
+                processors.setdefault(machine, {}).update(dict.fromkeys(filter(None, texts)))
+        sections.append(
+            {
+                "name": stem,
+                "title": first_line(benchmark(stem)) if benchmark(stem) else "",
+                "table": as_html(side_by_side(frames)),
+                "slower": sum(int((frame["change"] == "slower").sum()) for frame in frames.values()),
+                "failed": sum(int(frame["failed"].sum()) for frame in frames.values()),
+                "origins": {
+                    name: f"{origin(frame)}; {compared}" for name, (frame, compared) in found.items()
+                },
+                "panels": list(filter(None, (panel(spec, frames, colors) for spec in PANELS.get(stem, ())))),
+            }
+        )
+    machines = {name: ", ".join(",".join(texts).split(",")) for name, texts in processors.items()}
+    return {"sections": sections, "machines": machines, "colors": colors}
 
 
 def write(output: Path, results: Path = RESULTS) -> None:
-    """Write the page of all CSVs and pictures in the folders of ``results``.
+    """Write the page of all CSVs in the folders of ``results``.
 
     Raises:
         ConfigError: there are none, or one cannot be read.
@@ -237,12 +307,12 @@ def write(output: Path, results: Path = RESULTS) -> None:
     from itables.utils import find_package_file
     from jinja2 import Template
 
-    parts = list(sections(results))
-    if not parts:
+    parts = content(results)
+    if not parts["sections"]:
         raise ConfigError(f"{results} has no results, expected MACHINE/NAME.csv")
     scripts = generate_init_offline_itables_html(find_package_file("html/dt_bundle.js"))
     template = Template(TEMPLATE.read_text("utf-8"), autoescape=True)
-    output.write_text(template.render(sections=parts, scripts=scripts), "utf-8")
+    output.write_text(template.render(scripts=scripts, **parts), "utf-8")
 
 
 def screenshot(page: Path, picture: Path) -> None:
@@ -275,14 +345,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks report", description=__doc__.partition("\n")[0])
     default = Path(tempfile.gettempdir()) / "torchpar-report.html"
     parser.add_argument("--output", type=Path, metavar="FILE", default=default, help=f"by default {default}")
-    parser.add_argument(
-        "--results", type=Path, metavar="DIR", default=RESULTS, help="folders of CSVs and pictures"
-    )
+    parser.add_argument("--results", type=Path, metavar="DIR", default=RESULTS, help="folders of CSVs")
     parser.add_argument(
         "--screenshot", type=Path, metavar="PNG", help="also the page's beginning, by Chromium"
     )
     options = parser.parse_args(arguments)
-    needed = ("itables", "pandas", "jinja2", *(["playwright"] if options.screenshot else []))
+    needed = ("itables", "matplotlib", "pandas", "jinja2", *(["playwright"] if options.screenshot else []))
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"{' and '.join(missing)} not installed; pip install -e '.[report]'")
     try:

@@ -55,10 +55,6 @@ class MeshPlan(NamedTuple):
     def ranks(self) -> int:
         return self.dp * self.tp * self.pp
 
-    def rank(self, pp: int, dp: int = 0, tp: int = 0) -> int:
-        """The number of the rank at these coordinates; "tp" varies fastest."""
-        return (pp * self.dp + dp) * self.tp + tp
-
     def __str__(self) -> str:
         return f"{self.dp}×{self.tp}×{self.pp}"
 
@@ -74,9 +70,11 @@ def count(width: int, layers: int, batch: int, plan: MeshPlan) -> tuple[list[Cal
     largest: list[Call] = []
     differences = []
     for stage in sorted({0, min(1, plan.pp - 1), plan.pp - 1}):
-        # Not the first of its groups: with uneven shares others' differ.
-        with fake_world(plan, plan.rank(stage, plan.dp - 1, plan.tp // 2)) as world:
-            model = build(width, layers, world)
+        # Not the first of its groups: with uneven shares others' differ. "tp" varies fastest.
+        rank = (stage * plan.dp + plan.dp - 1) * plan.tp + plan.tp // 2
+        with fake_world(plan, rank) as world:
+            mlp = MLP([width] * (layers + 1), device="meta", dtype=DTYPE)
+            model = stage_mlp(parallel_mlp(mlp, world.mesh["tp"]), world.mesh["pp"])
             expected = cost.collectives(
                 model.sizes, batch, world.mesh, micro_batches=plan.micro_batches, itemsize=DTYPE.itemsize
             )
@@ -87,38 +85,26 @@ def count(width: int, layers: int, batch: int, plan: MeshPlan) -> tuple[list[Cal
 
 
 def difference(calls: Sequence[Call], expected: Sequence[Expected]) -> str:
-    """The differences of the sizes of calls from the prediction, by dimension and operation, or ""."""
+    """Return how calls differ from the prediction, by dimension, operation and bytes, or ""."""
     recorded = Counter((call.dimension, call.operation, call.bytes) for call in calls)
     predicted = Counter((e.dimension, e.operation, e.nbytes) for e in expected)
-    return "; ".join(
-        f"{kind[0]} {kind[1]} of {kind[2]:,} bytes: {recorded[kind]} recorded, {predicted[kind]} predicted"
-        for kind in sorted(recorded | predicted)
-        if recorded[kind] != predicted[kind]
-    )
+    if recorded == predicted:
+        return ""
+    return f"recorded alone {dict(recorded - predicted)}, predicted alone {dict(predicted - recorded)}"
 
 
 @contextmanager
 def fake_world(plan: MeshPlan, rank: int) -> Iterator[World]:
     """The world of ``rank``. Its collectives return at once and move nothing."""
-    capability, defaults = dist.Backend.backend_capability, dist.Backend.default_device_backend_map
-    before = capability["fake"], defaults.get("meta")
     # Messages between neighbours look for a backend of their tensors' device.
-    capability["fake"], defaults["meta"] = ["cpu", "meta"], "fake"
+    dist.Backend.backend_capability["fake"] = ["cpu", "meta"]
+    dist.Backend.default_device_backend_map["meta"] = "fake"
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=plan.ranks)
     try:
         mesh = init_device_mesh("meta", (plan.pp, plan.dp, plan.tp), mesh_dim_names=("pp", "dp", "tp"))
         yield World(rank, rank % 8, plan.ranks, torch.device("meta"), mesh)
     finally:
         dist.destroy_process_group()
-        capability["fake"] = before[0]
-        if before[1] is None:
-            del defaults["meta"]
-
-
-def build(width: int, layers: int, world: World) -> MLP:
-    """This rank's part of an MLP of ``layers`` layers, all ``width × width``, without memory."""
-    mlp = MLP([width] * (layers + 1), device="meta", dtype=DTYPE)
-    return stage_mlp(parallel_mlp(mlp, world.mesh["tp"]), world.mesh["pp"])
 
 
 def record(model: MLP, batch: int, world: World, plan: MeshPlan) -> list[Call]:
@@ -213,14 +199,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for plan, width in track(jobs, "count"):
         for batch in dict.fromkeys((WEAK_BATCH * plan.ranks, STRONG_BATCH)):
             calls, different = count(width, options.layers, batch, plan)
-            work = {"ranks": plan.ranks, "dp × tp × pp": str(plan), "micro_batches": plan.micro_batches}
-            work |= {"width": width, "batch": batch}
+            case = {"ranks": plan.ranks, "dp × tp × pp": str(plan), "micro_batches": plan.micro_batches}
+            case |= {"width": width, "batch": batch}
             found = {f"{d} calls": sum(call.dimension == d for call in calls) for d in ("tp", "pp", "dp")}
             found["bytes"] = sum(call.bytes for call in calls)
-            row = Result(case=work, contestant="counted", found=found, ok=not different, reason=different)
-            table.add([row])
+            result = Result(case=case, contestant="counted", found=found, ok=not different, reason=different)
+            table.add([result])
     print_results("calls of the rank that sends most in a step, and their bytes", table.results)
-    equal = sum(row.ok for row in table.results)
+    equal = sum(result.ok for result in table.results)
     print(f"counted and predicted collectives: equal in {equal} of {len(table.results)} rows")
     return table.status
 

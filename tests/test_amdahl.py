@@ -16,17 +16,12 @@ from torchpar.errors import ConfigError
 from torchpar.parallel.launch.local import current_world
 
 
-def build() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def build_another_on_each_rank() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = torch.nn.Linear(2, 2)
-    return model, torch.optim.SGD(model.parameters(), lr=0.1)
-
-
-def build_another_on_each_rank() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    model, optimizer = build()
     with torch.no_grad():
         model.weight[0] += current_world().world_size
-    return model, optimizer
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
 
 
 def draw() -> Samples:
@@ -34,22 +29,10 @@ def draw() -> Samples:
     return Samples(points, (points[:, 0] > points[:, 1]).long(), ("below", "above"))
 
 
-def fail() -> Samples:
-    raise RuntimeError("no memory\nfor this")
-
-
-cross_entropy_sum = partial(torch.nn.functional.cross_entropy, reduction="sum")
-
-
-@pytest.mark.parametrize(
-    "job, error",
-    [
-        (report.Job(build, fail, cross_entropy_sum), "on 1 processes failed: RuntimeError: no memory$"),
-        (report.Job(build_another_on_each_rank, draw, cross_entropy_sum), "differs from that on one"),
-    ],
-)
-def test_training_that_fails_or_differs_is_refused(monkeypatch, job, error):
+@pytest.mark.slow
+def test_training_that_differs_is_refused(monkeypatch):
     fork_context()
     monkeypatch.setattr(report, "ROUNDS", 1)
-    with pytest.raises(ConfigError, match=error):
-        report.report(job, (1, 2), (8,))
+    cross_entropy_sum = partial(torch.nn.functional.cross_entropy, reduction="sum")
+    with pytest.raises(ConfigError, match="differs from that on one"):
+        report.report(report.Job(build_another_on_each_rank, draw, cross_entropy_sum), (1, 2), (8,))

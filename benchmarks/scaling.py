@@ -1,0 +1,449 @@
+# SPDX-License-Identifier: MIT
+"""Measure the speed-up of a training step on more ranks: ``python -m benchmarks run scaling``.
+
+A step is forward, backward, exchange of gradients and SGD, on CPUs: data parallelism averages through shared
+memory, tensor parallelism by gloo. It is compared with one process of one thread and one of two. Before it is
+timed, its gradients and its loss are checked with a float64 oracle, and its messages with
+`torchpar.training.cost`. All ranks live throughout; steps take turns within a round, a few each. Medians are
+quoted, and means, in which alone gloo's stalls show.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.command import Command, run
+from benchmarks.results import CORES, Result, Table, duration, print_cells
+from benchmarks.timing import CPU, Rejected, Times, take_turns, time_calls
+from torchpar import ieee
+from torchpar.nn import MLP
+from torchpar.parallel.launch.local import Ranks, current_world, start_ranks
+from torchpar.parallel.launch.world import World
+from torchpar.parallel.split.exact_gradients import ExactGradients
+from torchpar.parallel.split.layers import Arithmetic, split_parameters
+from torchpar.parallel.split.mlp import parallel_mlp
+from torchpar.parallel.split.shared_memory import SUPPORTED, make_shared_sum, register_shared_memory_hook
+from torchpar.profile.collectives import Collectives
+from torchpar.training import cost, loss_sum, sgd
+from torchpar.training.cost import Link
+
+BLOCK_SECONDS = 0.15  # of one case's steps in a round, about
+ALL_REDUCES = 20  # of a size in a round
+cross_entropy_sum = partial(loss_sum, "cross-entropy")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training step: the model, the batch over all ranks, and how both are split over ranks."""
+
+    sizes: tuple[int, ...]
+    batch: int
+    dp: int = 1
+    tp: int = 1
+    threads: int = 1
+    arithmetic: Arithmetic = "fast"
+
+    @property
+    def ranks(self) -> int:
+        return self.dp * self.tp
+
+    @property
+    def tensor_split(self) -> bool:
+        """Whether the layers are those of `parallel_mlp`, also on one rank."""
+        return self.tp > 1 or self.arithmetic == "exact"
+
+    @property
+    def contestant(self) -> str:
+        if self.ranks == 1:
+            return f"1 rank × {self.threads} thread{'s' if self.threads > 1 else ''}"
+        return " × ".join(f"{name} {n}" for name, n in (("dp", self.dp), ("tp", self.tp)) if n > 1)
+
+
+class Plan(NamedTuple):
+    """The steps and all-reduces to measure. A width w stands for the model 784-w-w-10."""
+
+    hidden: int = 512
+    batches: Sequence[int] = (128, 256, 512, 1024, 2048, 4096, 8192)
+    widths: Sequence[int] = (512, 1024, 2048, 4096)
+    width_batch: int = 512
+    most: int = 4  # ranks
+    arithmetic_batch: int = 1024
+    all_reduces: Sequence[int] = (2**2, 2**6, 2**10, 2**12, 2**14, 2**16, 2**18, 2**20, 2**22, 2**24)  # bytes
+    rounds: int = 12
+
+    def cases(self) -> Iterator[tuple[str, Case]]:
+        """Yield each case under the tables that show it: "batch", "width" or "arithmetic"."""
+        sizes = (784, self.hidden, 10)
+        by_batch = [("batch", Case(sizes, batch)) for batch in self.batches]
+        by_width = [("width", Case((784, w, w, 10), self.width_batch)) for w in self.widths]
+        for table, alone in by_batch + by_width:
+            yield from ((table, one) for one in (alone, replace(alone, threads=2)))
+            for ranks in range(2, self.most + 1, 2):
+                yield from ((table, one) for one in (replace(alone, dp=ranks), replace(alone, tp=ranks)))
+        for dp, tp in ((1, 1), (2, 1), (1, 2), (2, 2)):
+            if dp * tp <= self.most:
+                fast = Case(sizes, self.arithmetic_batch, dp, tp)
+                yield from (("arithmetic", one) for one in (fast, replace(fast, arithmetic="exact")))
+
+
+FULL = Plan()
+QUICK = Plan(64, [32, 256], [64], 64, 2, 64, [4, 2**18], 1)
+
+
+# On each rank
+
+
+class Step:
+    """A case's model, its optimizer and this rank's share of the batch."""
+
+    def __init__(self, case: Case):
+        self.case, self.world = case, mesh(case.dp, case.tp)
+        model, x, labels = unsplit(case)
+        if case.tensor_split:
+            model = parallel_mlp(model, self.world.mesh["tp"], case.arithmetic)
+        self.model = model
+        self.wrapped: torch.nn.Module = model
+        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        if case.arithmetic == "exact":
+            self.exact_gradients = ExactGradients(model, self.world)
+            self.optimizer = sgd(model, lr=1e-3, momentum=0.0, weight_decay=0.0, arithmetic="exact")
+        elif case.dp > 1:
+            group = self.world.mesh["dp"].get_group()
+            replica = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
+            register_shared_memory_hook(replica, self.world)
+            self.wrapped = replica
+        share = self.world.share(case.batch)
+        self.x, self.labels = share.narrow(x, 0).clone(), share.narrow(labels, 0).clone()
+
+    def gradients(self) -> Tensor:
+        """Set the gradients; return this rank's part of the sum of the losses."""
+        batch = self.case.batch
+        loss: Tensor
+        if self.case.arithmetic == "exact":
+            loss = ieee.cross_entropy_sum(self.model(self.x), self.labels)
+            (loss / batch).backward()
+            self.exact_gradients()
+        else:
+            loss = cross_entropy_sum(self.wrapped(self.x), self.labels)
+            (loss * (self.case.dp / batch)).backward()  # DistributedDataParallel averages over dp
+        return loss.detach()
+
+    def run(self) -> None:
+        self.gradients()
+        self.optimizer.step()
+        self.model.zero_grad()
+
+
+@cache
+def mesh(dp: int, tp: int) -> World:
+    return current_world().with_mesh(dp=dp, tp=tp)
+
+
+@cache
+def step_of(case: Case) -> Step:
+    return Step(case)
+
+
+def unsplit(case: Case) -> tuple[MLP, Tensor, Tensor]:
+    """Return the whole model and the whole batch, the same on every rank."""
+    torch.manual_seed(0)
+    mlp = MLP(case.sizes)
+    x = torch.rand(case.batch, case.sizes[0])
+    return mlp, x, torch.randint(case.sizes[-1], (case.batch,))
+
+
+def check(case: Case) -> dict[str, Any]:
+    """Check a step on this rank, and return the columns of its result: error and messages.
+
+    Raises:
+        Rejected: its gradient, its loss or its messages are wrong.
+    """
+    step = step_of(case)
+    whole, x, labels = unsplit(case)
+    losses, grads = [], []
+    for dtype in (torch.float32, torch.float64):
+        single = whole.to(dtype)
+        loss = cross_entropy_sum(single(x.to(dtype)), labels) / case.batch
+        names, parameters = zip(*single.named_parameters(), strict=True)
+        own = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+        for name, axis, layer in split_parameters(step.model):
+            own[name] = layer.partition.narrow(own[name], axis)
+        losses.append(loss.item())
+        grads.append(flat(own))
+    part = step.gradients()
+    total = step.world.sum(part.double() * step.world.owns_outputs).item() / case.batch
+    grad = flat({name: p.grad for name, p in step.model.named_parameters() if p.grad is not None})
+    step.model.zero_grad()
+    step.run()  # in which DistributedDataParallel rebuilds its buckets
+    with Collectives(step.world) as recorded:
+        step.run()
+    # Only now may a rank be alone with an error.
+    error = compare_with_one_rank(grad, (grads[0], grads[1]), total, (losses[0], losses[1]), case.batch)
+    sent = [call.bytes for call in recorded.calls if call.operation != "recv"]
+    expected = cost.collectives(
+        *(case.sizes, case.batch, step.world.mesh),
+        tensor_split=case.tensor_split,
+        arithmetic=case.arithmetic,
+    )
+    predicted = [e.nbytes for e in expected if e.operation != "recv"]
+    if sorted(sent) != sorted(predicted):
+        raise Rejected(f"messages of {sent} bytes were sent, {predicted} are predicted")
+    return {"calls": len(sent), "call_bytes": sum(sent), "error": error}
+
+
+def flat(tensors: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
+
+
+def compare_with_one_rank(
+    grad: Tensor, grads: tuple[Tensor, Tensor], loss: float, losses: tuple[float, float], batch: int
+) -> float:
+    """Return a gradient's error, over the norm of the exact one.
+
+    The gradient may be off from float64's by twice what one rank's float32 one is, in the norm over all of
+    a rank's parameters, whose hundreds of roundings a parameter make it steady. The loss, a single number,
+    may be off by as much and by a rounding, of random sign, for each sample that is added.
+
+    Args:
+        grads, losses: those of one rank, in float32 and in float64.
+
+    Raises:
+        Rejected: the gradient or the loss is off by more.
+    """
+    (grad32, grad64), (loss32, loss64) = grads, losses
+    norm = grad64.norm().item()
+    error: float = (grad - grad64).norm().item() / norm
+    allowed = 2 * (grad32 - grad64).norm().item() / norm
+    if not error <= allowed:
+        raise Rejected(f"the gradient is off by {error:.1e} of its norm, {allowed:.1e} are allowed")
+    off = abs(loss - loss64)
+    may = 2 * abs(loss32 - loss64) + math.sqrt(batch) * torch.finfo(torch.float32).eps / 2 * abs(loss64)
+    if not off <= may:
+        raise Rejected(f"the loss is off by {off:.1e}, {may:.1e} are allowed")
+    return error
+
+
+def time_steps(case: Case, count: int) -> list[float]:
+    """Return the seconds of each of ``count`` steps, after one that warms up."""
+    step = step_of(case)
+    step.run()
+    return [time_calls(step.run).seconds() for _ in range(count)]
+
+
+def time_all_reduces(shared: bool, nbytes: int, count: int) -> list[float]:
+    """Return the seconds of each of ``count`` all-reduces, after one that is checked.
+
+    Args:
+        shared: through shared memory, else by gloo.
+    """
+    world, t = current_world(), torch.ones(nbytes // 4)
+    add: Callable[[], Tensor | None] = partial(world.sum, t)
+    if shared:
+        share = make_shared_sum(world.mesh.get_group("dp"), [t.shape], t.dtype, world.timeout)
+        if share is None:
+            raise RuntimeError("the ranks cannot share memory")
+        add = partial(share, [t])
+    add()
+    if not (t == world.world_size).all():
+        raise Rejected(f"an all-reduce of ones gave {t[0]}, expected {world.world_size}")
+    t.zero_()
+    add()
+    return [time_calls(add).seconds() for _ in range(count)]
+
+
+def use_default_polling() -> None:
+    """Schedule gloo's polling thread as gloo leaves it; `join_world` has put it under SCHED_BATCH."""
+    for task in Path("/proc/self/task").glob("*"):
+        with suppress(OSError):
+            if (task / "comm").read_text().strip() == "gloo_tcp_loop":
+                os.sched_setscheduler(int(task.name), os.SCHED_OTHER, os.sched_param(0))
+
+
+def forget() -> None:
+    """Drop models and groups, before the ranks leave."""
+    step_of.cache_clear()
+    mesh.cache_clear()
+
+
+# On the process that measures
+
+
+def slowest(times: Sequence[Sequence[float]]) -> list[float]:
+    """Return for each call the time of the rank that took longest."""
+    return [max(of_ranks) for of_ranks in zip(*times, strict=True)]
+
+
+class StepTurn:
+    """The turns of one case: check it, then time some steps in each round."""
+
+    def __init__(self, case: Case, ranks: Ranks):
+        self.case, self.ranks = case, ranks
+        self.checked: list[dict[str, Any]] = []
+
+    def __call__(self, index: int) -> list[float]:
+        if index == 0:
+            self.checked = self.ranks.run(check, self.case)
+            pilot = slowest(self.ranks.run(time_steps, self.case, 1))[0]
+            self.count = min(max(round(BLOCK_SECONDS / pilot), 1), 20)
+            return []
+        return slowest(self.ranks.run(time_steps, self.case, self.count))
+
+    def result(self, times: Times, alone: Times, tables: Sequence[str]) -> Result:
+        """Return the result of this case, with its speed-up over one rank with one thread."""
+        case: dict[str, Any] = {"kind": "step"} | asdict(self.case)
+        case["sizes"] = "-".join(map(str, self.case.sizes))
+        over = self.case.ranks * self.case.threads > CORES
+        found: dict[str, Any] = {"tables": " ".join(tables), "oversubscribed": over}
+        if self.checked:
+            found |= self.checked[0] | {"error": max(rank["error"] for rank in self.checked)}
+        return times.row(case, self.case.contestant, alone, **found)
+
+
+def measure(plan: Plan, rounds: int, default_polling: bool) -> list[Result]:
+    """Start the ranks, check every case, and time them in turn."""
+    tables: dict[Case, list[str]] = {}
+    for table, one in plan.cases():
+        tables.setdefault(one, []).append(table)
+    with ExitStack() as stack:
+        groups: dict[tuple[int, int], Ranks] = {}
+        for one in tables:
+            key = one.ranks, one.threads
+            if key not in groups:
+                groups[key] = stack.enter_context(start_ranks(*key))
+                stack.callback(groups[key].run, forget)
+        ways = {"gloo": (groups[2, 1], False)}
+        if SUPPORTED:
+            ways["shared memory"] = groups[2, 1], True
+        if default_polling:
+            ranks = stack.enter_context(start_ranks(2))
+            ranks.run(use_default_polling)
+            ways["gloo's default"] = ranks, False
+
+        def all_reduce(ranks: Ranks, shared: bool, nbytes: int, index: int) -> list[float]:
+            return slowest(ranks.run(time_all_reduces, shared, nbytes, ALL_REDUCES if index else 1))
+
+        turns = {one: StepTurn(one, groups[one.ranks, one.threads]) for one in tables}
+        all_reduces = {
+            (way, nbytes): partial(all_reduce, ranks, shared, nbytes)
+            for way, (ranks, shared) in ways.items()
+            for nbytes in plan.all_reduces
+        }
+        times = take_turns({**all_reduces, **turns}, rounds, label="scaling")
+    results = [
+        turns[one].result(times[one], times[Case(one.sizes, one.batch)], tables[one]) for one in tables
+    ]
+    for way, nbytes in all_reduces:
+        case = {"kind": "all_reduce", "nbytes": nbytes, "way": way}
+        results.append(times[way, nbytes].row(case, "2 ranks"))
+    return results
+
+
+# Tables
+
+
+def print_all(results: Sequence[Result]) -> None:
+    """Print steps by batch and by width, weak scaling, exact arithmetic, and all-reduces."""
+
+    def chosen(table: str) -> list[Result]:
+        return [result for result in results if table in str(result.found.get("tables", "")).split()]
+
+    def width(result: Result) -> str:
+        return str(result.case["sizes"].split("-")[1])
+
+    def speedup(result: Result) -> dict[str, str]:
+        if result.contestant == "1 rank × 1 thread":
+            return {result.contestant: duration(result.p50_ms and result.p50_ms / 1e3)}
+        text = f"{result.speedup:.2f}×{'*' * bool(result.found['oversubscribed'])}" if result.speedup else ""
+        return {result.contestant: text}
+
+    def weak(result: Result) -> dict[str, str]:
+        """Return the time of one rank over that of dp ranks that have as many samples each."""
+        alone = times.get(("1 rank × 1 thread", result.case["batch"] // result.case["dp"]))
+        kept = f"{alone / result.p50_ms:.0%}" if alone and result.p50_ms else ""
+        return {result.contestant: kept}
+
+    def arithmetic(result: Result) -> dict[str, str]:
+        ms, fast = result.p50_ms, fasts[result.contestant]
+        text = f"{ms:.2f} ms ({ms / fast:.2f}×)" if ms and fast else ""
+        return {result.case["arithmetic"]: text}
+
+    def microseconds(result: Result) -> dict[str, str]:
+        way, found = result.case["way"], {"median": result.p50_ms, "mean": result.mean_ms}
+        return {f"{name}, {way}": f"{1e3 * ms:,.0f} µs" for name, ms in found.items() if ms}
+
+    by_batch, by_width, exact = chosen("batch"), chosen("width"), chosen("arithmetic")
+    times = {(one.contestant, one.case["batch"]): one.p50_ms for one in by_batch}
+    fasts = {one.contestant: one.p50_ms for one in exact if one.case["arithmetic"] == "fast"}
+    by_data = [one for one in by_batch if one.case["dp"] > 1]
+    all_reduces = [one for one in results if one.case["kind"] == "all_reduce"]
+    model, batch = by_batch[0].case["sizes"], by_width[0].case["batch"]
+    title = f"a training step, {model}: the time of one rank with one thread, and speed-ups over it"
+    print_cells(title, pivot(by_batch, "batch", lambda one: f"{one.case['batch']:,}", speedup))
+    print_cells(f"784-w-w-10, batch {batch}: the same by width", pivot(by_width, "w", width, speedup))
+    title = "weak scaling: the speed that a rank keeps, with so many samples each"
+    each = pivot(by_data, "samples a rank", lambda one: f"{one.case['batch'] // one.case['dp']:,}", weak)
+    print_cells(title, each)
+    title = "the price of arithmetic='exact'"
+    print_cells(title, pivot(exact, "mesh", lambda one: one.contestant, arithmetic))
+    title = "an all-reduce between 2 ranks"
+    print_cells(title, pivot(all_reduces, "bytes", lambda one: f"{one.case['nbytes']:,}", microseconds))
+    if link := fit_link(results):
+        print(f"fitted to gloo's medians: α {1e6 * link.alpha:.0f} µs, β {1e9 * link.beta:.2f} ns/B")
+    for result in results:
+        if not result.ok:
+            print("not ok:", result.contestant, *result.case.values(), result.reason)
+    if any(result.found.get("oversubscribed") for result in results):
+        print("* more threads than cores: this shows that the step is right, not how fast it is")
+
+
+def pivot(
+    results: Sequence[Result],
+    head: str,
+    key: Callable[[Result], str],
+    cells: Callable[[Result], dict[str, str]],
+) -> list[dict[str, str]]:
+    """Return a line for each ``key``, with the cells of all its results."""
+    lines: dict[str, dict[str, str]] = {}
+    for result in results:
+        lines.setdefault(key(result), {head: key(result)}).update(cells(result))
+    return list(lines.values())
+
+
+def fit_link(results: Sequence[Result]) -> Link | None:
+    """Return the α–β model of gloo's all-reduces; None if they failed."""
+    points = [
+        (2, result.case["nbytes"], result.p50_ms / 1e3)
+        for result in results
+        if result.case["kind"] == "all_reduce" and result.case["way"] == "gloo" and result.p50_ms
+    ]
+    return Link.fit(points) if points else None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    command = Command("scaling", "Measure the speed-up of a training step on more ranks.")
+    command.parser.add_argument("--rounds", type=int, help="turns of each case")
+    polling = "also time all-reduces with gloo's default thread scheduling"
+    command.parser.add_argument("--default-polling", action="store_true", help=polling)
+    options = command.parse(arguments)
+    plan = QUICK if options.quick else FULL
+    rounds = command.at_least(1, "rounds", options, quick=QUICK.rounds, full=FULL.rounds)
+    results = measure(plan, rounds, options.default_polling)
+    link = fit_link(results)
+    fitted = {"alpha_s": link.alpha, "beta_s_per_byte": link.beta} if link else {}
+    table = Table(command.csv(options), CPU, cores=CORES, **fitted)
+    table.add(results)
+    print_all(results)
+    return table.status
+
+
+if __name__ == "__main__":
+    run(main)

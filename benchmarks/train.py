@@ -1,0 +1,598 @@
+# SPDX-License-Identifier: MIT
+"""Train MLPs on MNIST in many ways, side by side: ``python -m benchmarks run train``.
+
+Every contestant trains by plain SGD from the same first weights, and all but MPI's on the same batches. The
+loss of each batch is checked with float64; of MPI and Lightning, which train whole epochs, the mean loss. The
+others take turns, of a tenth of an epoch each. A time is the median over the turns, and a speed-up the median
+of the ratios. One thread, unless ``--threads`` says otherwise; two ranks have one each.
+"""
+
+import argparse
+import os
+
+from benchmarks.idle_threads import shorten_spins
+
+if __name__ == "__main__":  # libraries read the environment when they are imported
+    shorten_spins()
+    early = argparse.ArgumentParser(add_help=False)
+    early.add_argument("--threads", default="1")
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ[name] = early.parse_known_args()[0].threads
+
+import importlib.util
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache, cached_property, partial
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from benchmarks.command import Command, run
+from benchmarks.digits import DATA, Digits
+from benchmarks.results import CORES, Result, Table, markdown, number, print_results
+from benchmarks.timing import CPU, Rejected, Turn, take_turns, time_calls
+from torchpar import data
+from torchpar.baselines import numpy_mlp, pure_python
+from torchpar.baselines.bridge import copy_weights
+from torchpar.baselines.numpy_mlp import Array
+from torchpar.data import Batch
+from torchpar.nn import MLP
+from torchpar.optim import SGD
+from torchpar.parallel.launch.local import Ranks, current_world, start_ranks
+from torchpar.parallel.launch.world import World, join_world_of_one
+from torchpar.parallel.split.shared_memory import register_shared_memory_hook
+from torchpar.training import Run, sgd
+from torchpar.training.fused import FusedGradients
+
+LR = 0.1
+ROUNDS = 10  # turns of an epoch
+SECONDS = 20.0  # of a contestant's turns
+SLOW = {"pure Python": 200, "customary script": 2000}  # digits, of which an epoch is extrapolated
+# The error that is allowed, of the mean loss of any batch. Rounding moves it by less than 1e-5 within an
+# epoch; a learning rate that is 1% off, or another order of the samples, moves that of some batch by 1e-2.
+LOSS_ERROR = 1e-3
+PROGRAM_EPOCHS = 2  # samples of MPI and of Lightning
+# The same of the mean loss of an epoch. Rounding moves it by less than 1e-7; a learning rate that is 1% off
+# by 7e-4 and more, another order of the samples by 6e-5 and more.
+MEAN_LOSS_ERROR = 1e-5
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH')}")
+TIMEOUT = 120  # seconds of an epoch by MPI
+PLAIN, FUSED = "plain eager", "torchpar"
+COLUMNS = ("contestant", "note", "p50_ms", "samples_per_s", "speedup", "first_s", "ok")
+
+Order = Sequence[Array]  # the indices of each batch
+# Prepares, yields None, then trains on the batches and yields the mean loss of each.
+Train = Callable[["Inputs", Order], Iterator[Any]]
+Advance = Callable[[int], tuple[float, Array]]  # train on so many batches: the seconds, and their losses
+
+
+class Training(NamedTuple):
+    """An epoch of a network with a batch size, on the first samples of MNIST; 0 means all."""
+
+    sizes: tuple[int, ...]
+    batch_size: int
+    samples: int = 0
+
+
+FULL = [
+    Training((784, 30, 10), 10),
+    Training((784, 128, 10), 64),
+    Training((784, 128, 64, 10), 128),
+    Training((784, 512, 512, 10), 128),
+]
+QUICK = [Training((784, 30, 10), 10, samples=105)]
+
+
+class Inputs:
+    """An epoch of SGD at rate `LR` for all contestants: the same samples, batches and first weights."""
+
+    def __init__(self, training: Training):
+        train, self.test = data.load("mnist", DATA)
+        self.train = train[: training.samples or None]
+        self.training = training
+        self.x: Array = self.train.inputs(slice(None)).numpy()  # (n, 784) float32 in [0, 1]
+        self.labels: Array = self.train.labels.numpy()
+        numbered = data.Samples(self.train.features, torch.arange(len(self.train)), self.train.classes)
+        batches = data.batches(numbered, training.batch_size, seed=0, epoch=1)
+        self.order = [batch.labels.numpy() for batch in batches]  # as `torchpar.training.Run` has it
+        self.start = numpy_mlp.MLP(training.sizes, seed=0)
+
+    @cached_property
+    def losses(self) -> Array:
+        """The mean loss of each batch of ``order``, in float64."""
+        return self.losses_of(self.order)
+
+    def losses_of(self, order: Order) -> Array:
+        """Return the mean loss of each batch of ``order``, trained in this order in float64."""
+        model = numpy_mlp.MLP(self.training.sizes, dtype=np.float64)
+        model.parameters[:] = self.start.parameters
+        optimizer, losses = numpy_mlp.SGD(model, LR), []
+        for indices in order:
+            loss, gradient = model.gradients(self.x[indices].astype(np.float64), self.labels[indices])
+            optimizer.step(gradient / len(indices))
+            losses.append(loss / len(indices))
+        return np.array(losses)
+
+    def check(self, losses: Array, first: int, last: int) -> None:
+        """Raise if these are not the mean losses of the batches from ``first`` to ``last`` − 1."""
+        expected = self.losses[first:last]
+        if len(losses) != last - first:
+            raise Rejected(f"{len(losses)} losses of {last - first} batches")
+        off = np.abs(losses - expected).max() / expected.mean()
+        if not off <= LOSS_ERROR:
+            raise Rejected(f"a loss is off by {off:.0e} of their mean, {LOSS_ERROR:.0e} are allowed")
+
+
+# Ways to train
+
+
+def by_pure_python(inputs: Inputs, order: Order) -> Iterator[float | None]:
+    weights = [weight.tolist() for weight in inputs.start.weights]
+    biases = [bias.tolist() for bias in inputs.start.biases]
+    batches = [(inputs.x[indices].tolist(), inputs.labels[indices].tolist()) for indices in order]
+    yield None
+    for x, labels in batches:
+        loss, d_weights, d_biases = pure_python.gradients(weights, biases, x, labels)
+        pure_python.descend(weights, biases, d_weights, d_biases, LR / len(x))
+        yield loss / len(x)
+
+
+def by_numpy(
+    inputs: Inputs,
+    order: Order,
+    gradients: Callable[[numpy_mlp.MLP, Array, Array], tuple[float, Array]] = numpy_mlp.MLP.gradients,
+) -> Iterator[float | None]:
+    model = numpy_mlp.MLP(inputs.training.sizes)
+    model.parameters[:] = inputs.start.parameters
+    optimizer = numpy_mlp.SGD(model, LR)
+    yield None
+    for indices in order:
+        loss, gradient = gradients(model, inputs.x[indices], inputs.labels[indices])
+        optimizer.step(gradient / len(indices))
+        yield loss / len(indices)
+
+
+def by_njit(inputs: Inputs, order: Order, threads: int | None) -> Iterator[float | None]:
+    """Train the NumPy network, its gradients by compiled loops."""
+    from torchpar.baselines import numba_njit
+
+    def gradients(model: numpy_mlp.MLP, x: Array, labels: Array) -> tuple[float, Array]:
+        loops = numba_njit.PARALLEL if threads else numba_njit.SERIAL
+        with numba_njit.threads(threads or 1):
+            loss, *layers = numba_njit.gradients(loops, model.weights, model.biases, x, labels)
+        return loss, np.concatenate([t.ravel() for layer in zip(*layers, strict=True) for t in layer])
+
+    return by_numpy(inputs, order, gradients)
+
+
+def by_customary_script(inputs: Inputs, order: Order) -> Iterator[Tensor | None]:
+    model = native(inputs.training.sizes)
+    copy_weights(inputs.start, model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    loader = DataLoader(Digits(inputs.train), batch_sampler=[indices.tolist() for indices in order])
+    yield None
+    for images, labels in loader:
+        optimizer.zero_grad()
+        loss = cross_entropy(model(images.flatten(1)), labels)
+        loss.backward()
+        optimizer.step()
+        yield loss.detach()
+
+
+def native(sizes: tuple[int, ...]) -> torch.nn.Module:
+    """Return the network of PyTorch's own layers."""
+    layers: list[torch.nn.Module] = []
+    for m, n in pairwise(sizes):
+        layers += [torch.nn.Linear(m, n), torch.nn.Sigmoid()]
+    return torch.nn.Sequential(*layers[:-1])
+
+
+def by_torch(model: torch.nn.Module) -> Train:
+    """Train a network whose parameters are weight and bias of each layer in turn."""
+
+    def train(inputs: Inputs, order: Order) -> Iterator[Tensor | None]:
+        copy_weights(inputs.start, model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        x, labels = torch.from_numpy(inputs.x), torch.from_numpy(inputs.labels)
+        batches = list(map(torch.from_numpy, order))
+        yield None
+        for indices in batches:
+            loss = cross_entropy(model(x[indices]), labels[indices])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield loss.detach()
+
+    return train
+
+
+def by_lesson(world: World, fused: bool) -> Train:
+    """Train by the loop of the lessons. It has an order of its own, that of `Inputs.order`."""
+
+    def train(inputs: Inputs, order: Order) -> Iterator[Any]:
+        sizes, batch_size, _ = inputs.training
+        model = MLP(sizes)
+        copy_weights(inputs.start, model)
+        optimizer = sgd(model, LR, momentum=0, weight_decay=0)
+        gradients = FusedGradients(model)
+        yield None
+        parts = (model, optimizer, None, world, inputs.train, inputs.test[:10])
+        with Run(*parts, epochs=1, batch_size=batch_size) as run:
+            for epoch in run.epochs():
+                for x, labels, size in run.batches(epoch):
+                    if fused:
+                        loss = gradients(x, labels, size)
+                    else:
+                        loss = cross_entropy(model(x), labels, reduction="sum")
+                        (loss / size).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    run.log(loss.detach())
+                    yield loss.item() / size
+
+    return train
+
+
+# Two ranks
+
+WAYS = "DistributedDataParallel", "DistributedDataParallel, shared memory", "gradients by formulas"
+_training: dict[str, Advance] = {}  # the epochs that are under way on this rank
+
+
+def begin_on_rank(training: Training, way: str) -> None:
+    _training[way] = advance_by(data_parallel(training, way))
+
+
+def advance_on_rank(way: str, count: int) -> tuple[float, Array]:
+    """Train on so many batches more: the seconds, and this rank's parts of the mean losses."""
+    dist.barrier()
+    return _training[way](count)
+
+
+def forget() -> None:
+    """Drop the wrappers and their group, before the ranks leave."""
+    _training.clear()
+
+
+def data_parallel(training: Training, way: str) -> Iterator[Tensor | None]:
+    world, inputs = current_world(), Inputs(training)
+    model: torch.nn.Module = MLP(training.sizes)
+    copy_weights(inputs.start, model)
+    fused = FusedGradients(model, world) if way == WAYS[2] else None
+    wrapped = model
+    if fused is None:
+        wrapped = replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        if way == WAYS[1]:
+            register_shared_memory_hook(replica, world)
+    optimizer = SGD(model.parameters(), lr=LR)
+    yield None
+    for x, labels, size in data.batches(
+        inputs.train, training.batch_size, seed=0, epoch=1, share=world.share
+    ):
+        if fused is not None:
+            loss = fused(x, labels, size)
+        else:
+            loss = cross_entropy(wrapped(x), labels, reduction="sum")
+            # The wrapper averages over the ranks, whose shares may differ in size.
+            (loss * (world.world_size / size)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss.detach() / size
+
+
+# Whole programs, which train for an epoch in loops of their own: the seconds, and the mean loss
+
+
+def lightning_epoch(inputs: Inputs) -> tuple[float, float]:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import Timer
+
+    from torchpar.lightning import LitClassifier, MNISTDataModule
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # what hardware it has not found
+
+    class FirstDigits(MNISTDataModule):
+        """The first digits alone, where the inputs are fewer."""
+
+        def setup(self, stage: str) -> None:
+            super().setup(stage)
+            self.train = inputs.train
+
+    class Network(LitClassifier):
+        """The network of the other contestants."""
+
+        def __init__(self) -> None:
+            super().__init__(sizes[0], sizes[-1])
+            self.mlp = MLP(sizes)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mlp(x)  # type: ignore[no-any-return]
+
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+            loss = self.loss_sum(self(batch.x), batch.labels)
+            self.train_loss.update(loss.detach(), len(batch.labels))
+            return loss / batch.global_size
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=LR)
+
+    sizes, batch_size = inputs.training[:2]
+    extras = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    quiet: dict[str, Any] = dict.fromkeys(extras, False)
+    model = Network()
+    copy_weights(inputs.start, model.mlp)
+    timer = Timer()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of workers and loggers that are not wanted here
+        trainer = Trainer(accelerator="cpu", max_epochs=1, callbacks=[timer], **quiet)
+        trainer.fit(model, FirstDigits(DATA, batch_size=batch_size))
+    return timer.time_elapsed("train"), trainer.callback_metrics["train_loss"].item()
+
+
+def mpi_epoch(inputs: Inputs) -> tuple[float, float]:
+    """Run `mpi_process` on two processes."""
+    sizes, batch_size = inputs.training[:2]
+    program = f"from benchmarks.train import mpi_process as run; run({sizes}, {batch_size}, {len(inputs.x)})"
+    command = [str(MPIRUN), "-n", "2", sys.executable, "-c", program]
+    folder = Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, cwd=folder)
+    if done.returncode:
+        raise Rejected(f"mpirun ended with {done.returncode}: {done.stderr.strip()[-200:]}")
+    # Give torch's threads work for a second: after they slept while other processes had the cores, the next
+    # contestant's steps took ten times as long.
+    x, start = torch.ones(300, 300), time.perf_counter()
+    while time.perf_counter() - start < 1:
+        torch.mm(x, x)
+    found = json.loads(done.stdout)
+    return found["seconds"], found["loss"]
+
+
+def mpi_process(sizes: tuple[int, ...], batch_size: int, size: int) -> None:
+    """Train the NumPy network for an epoch; process 0 prints the seconds and the mean loss as JSON."""
+    from torchpar.baselines import mpi
+
+    def train() -> float:
+        optimizer, loss = numpy_mlp.SGD(model, LR), 0.0
+        own = np.empty(model.parameters.size + 1, model.parameters.dtype)  # gradient and loss
+        total = np.empty_like(own)
+        for x, labels, global_size in mpi.scatter_batches(
+            world, samples, size, batch_size, np.random.default_rng(0)
+        ):
+            own[-1], own[:-1] = model.gradients(mpi.scale_pixels(x), labels)
+            world.Allreduce(own, total)
+            optimizer.step(total[:-1] / global_size)
+            loss += float(total[-1])
+        return loss / size
+
+    with mpi.join() as world:
+        samples = None
+        if world.rank == 0:
+            inputs = Inputs(Training(sizes, batch_size, size))
+            samples = mpi.Samples(inputs.train.features.flatten(1).numpy(), inputs.labels)
+        model = numpy_mlp.MLP(sizes, seed=0)
+        world.Bcast(model.parameters)
+        timed = time_calls(train)
+        if world.rank == 0:
+            print(json.dumps({"seconds": timed.seconds(), "loss": timed.result}))
+
+
+def missing(program: str) -> list[str]:
+    """Return the needs of "MPI" or "Lightning" that are not installed."""
+    needs = {"MPI": ("mpirun", "mpi4py"), "Lightning": ("lightning",)}[program]
+    return [name for name in needs if not (MPIRUN if name == "mpirun" else importlib.util.find_spec(name))]
+
+
+# Contestants and their turns
+
+
+class Contestant(NamedTuple):
+    """One way to train."""
+
+    name: str
+    turn: Turn  # times a part of an epoch and checks its losses
+    note: str = ""
+    compiles: bool = False  # its result shows the time of the warm-up
+
+
+def contestants(inputs: Inputs, world: World, ranks: Ranks, compiled: bool = True) -> Iterator[Contestant]:
+    """Yield all ways to train; without ``compiled`` less torch.compile."""
+    sizes, batch_size, _ = inputs.training
+    threads = torch.get_num_threads()
+
+    def by(train: Train, name: str, note: str = "", **options: Any) -> Contestant:
+        digits = SLOW.get(name, len(inputs.x))
+        end = min(-(-digits // batch_size), len(inputs.order))
+        part = end < len(inputs.order)
+        note = f"from {end * batch_size:,} of {len(inputs.x):,} digits" if part else note
+        turn = epoch_turn(inputs, lambda order: advance_by(train(inputs, order), threads), part, end)
+        return Contestant(name, turn, note, **options)
+
+    if len(sizes) == 3:  # a step of the others takes a minute
+        yield by(by_pure_python, "pure Python")
+    yield by(by_customary_script, "customary script", "DataLoader, transforms")
+    yield by(partial(by_njit, threads=None), "njit", compiles=True)
+    if threads > 1:
+        yield by(partial(by_njit, threads=threads), "njit, parallel", f"{threads} threads")
+    yield by(by_numpy, "NumPy")
+    if not missing("MPI"):
+        order = list(numpy_mlp.batches(len(inputs.x), batch_size, np.random.default_rng(0)))
+        turn = program_turn(inputs, order, partial(mpi_epoch, inputs))
+        yield Contestant("NumPy, 2 processes", turn, "by MPI")
+    if not missing("Lightning"):
+        yield Contestant("Lightning", program_turn(inputs, inputs.order, partial(lightning_epoch, inputs)))
+    yield by(by_torch(native(sizes)), PLAIN, "nn.Sequential, SGD")
+    if compiled:
+        fast = native(sizes)
+        fast.compile()
+        yield by(by_torch(fast), "torch.compile", compiles=True)
+    yield by(by_lesson(world, fused=False), "torchpar, autograd")
+    yield by(by_lesson(world, fused=True), FUSED, "gradients by formulas")
+    for way_of_ranks in WAYS:
+        turn = epoch_turn(inputs, partial(on_ranks, ranks, inputs, way_of_ranks))
+        yield Contestant(f"{FUSED}, 2 ranks", turn, way_of_ranks)
+
+
+def epoch_turn(inputs: Inputs, begin: Callable[[Order], Advance], chunk: int = 0, end: int = 0) -> Turn:
+    """Return the turns that make up an epoch: ``chunk`` batches each, up to batch ``end``.
+
+    Each loss is checked. The seconds are those of a step of a whole batch. The warm-up trains on a batch of
+    either size, and begins anew.
+    """
+    chunk, end = chunk or -(-len(inputs.order) // ROUNDS), end or len(inputs.order)
+    done = 0
+    advance: Advance
+
+    def turn(index: int) -> list[float] | None:
+        nonlocal done, advance
+        if index == 0:
+            begin([inputs.order[0], inputs.order[-1]])(2)
+            advance = begin(inputs.order[:end])
+            return []
+        first, done = done, min(done + chunk, end)
+        if first == done:
+            return None
+        seconds, losses = advance(done - first)
+        inputs.check(losses, first, done)
+        return [seconds * inputs.training.batch_size / sum(map(len, inputs.order[first:done]))]
+
+    return turn
+
+
+def on_ranks(ranks: Ranks, inputs: Inputs, way: str, order: Order) -> Advance:
+    """Train by data parallelism, in the order of `torchpar.training.Run`; the ranks' losses add up."""
+    ranks.run(begin_on_rank, inputs.training, way)
+
+    def advance(batches: int) -> tuple[float, Array]:
+        seconds, losses = zip(*ranks.run(advance_on_rank, way, batches), strict=True)
+        return max(seconds), sum(losses)
+
+    return advance
+
+
+def advance_by(losses: Iterator[Any], threads: int = 1) -> Advance:
+    """Train by taking losses from ``losses``, after its preparation."""
+    next(losses)
+
+    def take(batches: int) -> Array:
+        taken = list(islice(losses, batches))
+        if taken and isinstance(taken[0], Tensor):
+            return np.array(torch.stack(taken).tolist())
+        return np.array(taken)
+
+    def advance(batches: int) -> tuple[float, Array]:
+        torch.set_num_threads(threads)  # Numba and Lightning set those of OpenMP
+        timed = time_calls(partial(take, batches))
+        return timed.seconds(), timed.result
+
+    return advance
+
+
+def program_turn(inputs: Inputs, order: Order, epoch: Callable[[], tuple[float, float]]) -> Turn:
+    """Return the turns of `PROGRAM_EPOCHS` epochs by ``epoch``, whose mean loss is checked.
+
+    Args:
+        order: of the batches of ``epoch``, on which the mean loss depends.
+    """
+
+    @cache
+    def expected() -> float:
+        return float(np.average(inputs.losses_of(order), weights=[len(indices) for indices in order]))
+
+    def turn(index: int) -> list[float] | None:
+        if index == 0:
+            return []
+        if index > PROGRAM_EPOCHS:
+            return None
+        seconds, loss = epoch()
+        if not abs(loss - expected()) <= MEAN_LOSS_ERROR * expected():
+            raise Rejected(f"the mean loss is {loss:.5f}, expected {expected():.5f}")
+        return [seconds * inputs.training.batch_size / len(inputs.x)]
+
+    return turn
+
+
+def measure(inputs: Inputs, ways: Sequence[Contestant]) -> list[Result]:
+    """Return a result for each way to train; speed-ups are over plain eager."""
+    sizes, batch_size = inputs.training[:2]
+    case = {"network": "-".join(map(str, sizes)), "batch": batch_size}
+    turns = {(way.name, way.note): way.turn for way in ways}
+    label = f"{case['network']}, batch {batch_size}"
+    times = take_turns(turns, ROUNDS, seconds=SECONDS, label=label)
+    plain = next(times[way.name, way.note] for way in ways if way.name == PLAIN)
+    results = []
+    for way in ways:
+        found = {"note": way.note, "first_s": times[way.name, way.note].first if way.compiles else None}
+        result = times[way.name, way.note].row(case, way.name, plain, **found)
+        if result.p50_ms:
+            found["samples_per_s"] = 1e3 * batch_size / result.p50_ms
+        results.append(replace(result, found=found))
+    return results
+
+
+def summary(tables: Sequence[Sequence[Result]], threads: int) -> str:
+    """Return milliseconds a step in Markdown, a column for each network, and speed-ups over plain eager."""
+
+    def name(result: Result) -> str:
+        """Without how much was extrapolated."""
+        return ", ".join(filter(None, (result.contestant, result.found["note"].partition("from ")[0])))
+
+    heads = [f"{results[0].case['network']}, batch {results[0].case['batch']}" for results in tables]
+    lines = [[f"ms a step, {threads} thread{'s' * (threads > 1)}", *heads]]
+    found = [{name(result): result for result in results} for results in tables]
+    for one in dict.fromkeys(one for by_name in found for one in by_name):
+        line = [one]
+        for by_name in found:
+            result = by_name.get(one)
+            gain = ""
+            if result and result.speedup and result.contestant != PLAIN:
+                gain = f" ({number(result.speedup)}×)"
+            line.append(f"{number(result.p50_ms)}{gain}" if result and result.p50_ms else "")
+        lines.append(line)
+    return markdown(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    needs = ["numba", "torchvision"]
+    command = Command("train", "Train MLPs on MNIST in many ways, side by side.", needs)
+    command.parser.add_argument("--threads", type=int, help="of each process but the two ranks; by default 1")
+    options = command.parse(arguments)
+    threads = command.at_least(1, "threads", options, quick=1, full=1)
+    before = torch.get_num_threads()
+    name = "train" if threads == 1 else f"train-{threads}-threads"
+    table = Table(command.csv(options, name), CPU, cores=CORES, threads=threads)
+    tables = []
+    with start_ranks(2) as ranks, join_world_of_one("cpu") as world:
+        for training in QUICK if options.quick else FULL:
+            torch.set_num_threads(threads)
+            inputs = Inputs(training)
+            ways = list(contestants(inputs, world, ranks, compiled=not options.quick))
+            tables.append(table.add(measure(inputs, ways)))
+            case = tables[-1][0].case
+            print_results(f"{case['network']}, batch {case['batch']}", tables[-1], COLUMNS)
+        ranks.run(forget)
+    torch.set_num_threads(before)
+    for program in ("MPI", "Lightning"):
+        if absent := missing(program):
+            print(f"not measured: {program}, without {', '.join(absent)}")
+    if options.output:
+        (options.output / f"{name}.md").write_text(summary(tables, threads))
+    return table.status
+
+
+if __name__ == "__main__":
+    run(main)

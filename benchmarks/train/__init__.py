@@ -1,2 +1,0 @@
-# SPDX-License-Identifier: MIT
-"""Epochs of training, from pure Python to two ranks: `python -m benchmarks run train`."""
