@@ -12,7 +12,6 @@ from operators import OPERATORS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
-from torch.testing._internal.common_methods_invocations import op_db
 
 # Hypothesis draws the same examples in each run, without a time limit.
 property_test = settings(
@@ -73,15 +72,6 @@ def widest_arguments(
 def differences(name: str) -> dict[str, float]:
     """Arguments of gradcheck. In float32 the differences of a quadratic function of `quarters` are exact."""
     return {} if OPERATORS[name].widest == torch.float64 else {"eps": 0.25, "atol": 1e-6, "rtol": 1e-6}
-
-
-def opinfo_samples(name: str, dtype: torch.dtype, device: str) -> list[tuple[Tensor, ...]]:
-    """The arguments of PyTorch's own samples for the operator that ours replaces."""
-    torch.manual_seed(0)
-    native, taken = OPERATORS[name].opinfo
-    (info,) = (info for info in op_db if info.name == native)
-    samples = [(sample.input, *sample.args) for sample in info.sample_inputs(device, dtype)]
-    return [args for sample in samples for args in taken(sample)]
 
 
 def _memory_order(t: Tensor, dims: list[int]) -> Tensor:
