@@ -41,10 +41,10 @@ def rows(t: Tensor) -> Tensor:
 
 
 def is_odd(t: Tensor, size: int) -> bool:
-    """Whether a CPU may go wrong in a product of 16-bit floats like ``t``, with sums of ``size`` terms.
+    """Whether a product of 16-bit floats like ``t`` on a CPU has sums of an odd number of terms, ``size``.
 
-    AMX multiplies pairs of 16-bit floats. At the end of a row of odd length, oneDNN pairs the next row's first
-    element with a 0 of the other operand: NaN, if that element is not finite.
+    oneDNN multiplies them in pairs, as AMX does. It completes a row of odd length with an element that lies
+    beside it, times 0: NaN, if that element is not finite.
     """
     return t.is_cpu and t.dtype.itemsize == 2 and size % 2 == 1
 
