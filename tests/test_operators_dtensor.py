@@ -77,7 +77,7 @@ def compare_placed(
 
 
 def compare(name: str, shapes: Shapes, mesh_shape: tuple[int, ...], drawn: int | None = None) -> list[str]:
-    """Run ``name`` with each combination of placements, or ``drawn`` ones; return those that took no communication."""
+    """Run ``name`` with each combination of placements, or ``drawn`` ones; return those that are local."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Partial, Replicate, Shard
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The operators under torch.func: every transform gives the same as with PyTorch's own operators."""
 
+import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from operators import BY_SMALL_CASE, FLOATS, OPERATORS
 from samples import assert_symmetric, normal, widest, widest_arguments
 from torch import Tensor
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.testing import assert_close
 
 import torchpar
@@ -66,22 +68,15 @@ TRANSFORMS: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
     "jacfwd": lambda op, args: jacfwd(op, everything(args))(*args),
     "hessian": lambda op, args: hessian(scalar(op), everything(args))(*args),
     "jacrev(jacfwd)": lambda op, args: jacrev(jacfwd(op, everything(args)), everything(args))(*args),
-    "jacfwd(jacrev)": lambda op, args: jacfwd(jacrev(op, everything(args)), everything(args))(*args),
-    "jacrev(jacrev)": lambda op, args: jacrev(jacrev(op, everything(args)), everything(args))(*args),
     "jvp": lambda op, args: jvp(op, args, tangents(args)),
     "jvp(jvp)": lambda op, args: jvp(lambda *a: jvp(op, a, tangents(args))[1], args, tangents(args)),
     "vjp": _vjp,
     "vmap(vjp)": _batch_of_cotangents,
     "vmap": lambda op, args: vmap(op)(*stacked(args)),
-    "vmap(vmap)": lambda op, args: vmap(vmap(op))(*stacked(stacked(args), 3)),
     "vmap(grad)": lambda op, args: vmap(grad(scalar(op), everything(args)))(*stacked(args)),
-    "grad(vmap)": lambda op, args: grad(scalar(vmap(op)), everything(args))(*stacked(args)),
     "vmap(jvp)": lambda op, args: vmap(lambda *a: jvp(op, a, a))(*stacked(args)),
-    "jvp(vmap)": lambda op, args: jvp(vmap(op), stacked(args), tangents(stacked(args))),
-    "vmap(jacrev)": lambda op, args: vmap(jacrev(op, everything(args)))(*stacked(args)),
     "jacrev(vmap)": lambda op, args: jacrev(vmap(op), everything(args))(*stacked(args)),
     "jacfwd(vmap)": lambda op, args: jacfwd(vmap(op), everything(args))(*stacked(args)),
-    "vmap(hessian)": lambda op, args: vmap(hessian(scalar(op)))(*stacked(args)),
     "hessian(vmap)": lambda op, args: hessian(scalar(vmap(op)))(*stacked(args)),
     "vmap(vmap(grad))": lambda op, args: vmap(vmap(grad(scalar(op))))(*stacked(stacked(args), 3)),
     "grad, in autograd": _grad_inside_autograd,
@@ -116,19 +111,16 @@ def test_vmap_over_any_dimension_of_any_operand(
 def test_vmap_keeps_the_product_symmetric(dtype: torch.dtype, device: str) -> None:
     for shape in ((3, 129, 70), (2, 2, 600, 9)):
         x = normal(*shape, dtype=dtype, device=device)
-        assert_symmetric(vmap(torchpar.matmul_t)(x))
         assert_symmetric(vmap(torchpar.matmul_t, in_dims=1)(x.movedim(0, 1)))
 
 
-@pytest.mark.parametrize("a_dtype", [torch.bool, torch.int64, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("b_dtype", [torch.bool, torch.int64, torch.bfloat16, torch.float64], ids=str)
-def test_vmap_of_maximum_promotes_as_each_sample_would(
-    a_dtype: torch.dtype, b_dtype: torch.dtype, device: str
-) -> None:
-    a, b = normal(5, 3, dtype=a_dtype, device=device), normal(5, dtype=b_dtype, device=device, seed=1)
-    for args in ((a, b), (b, a)):
-        samples = torch.stack([torch.maximum(*sample) for sample in zip(*args, strict=True)])
-        assert_close(vmap(torchpar.maximum)(*args), samples, rtol=0, atol=0)
+def test_vmap_of_maximum_promotes_as_each_sample_would(device: str) -> None:
+    dtypes = (torch.bool, torch.int64, torch.bfloat16, torch.float64)
+    for a_dtype, b_dtype in itertools.product(dtypes, dtypes):
+        a, b = normal(5, 3, dtype=a_dtype, device=device), normal(5, dtype=b_dtype, device=device, seed=1)
+        for args in ((a, b), (b, a)):
+            samples = torch.stack([torch.maximum(*sample) for sample in zip(*args, strict=True)])
+            assert_close(vmap(torchpar.maximum)(*args), samples, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("in_dims", [(0, None, None), (1, None, None), (0, 0, None), (None, None, 0)])
@@ -148,31 +140,15 @@ def test_vmap_of_the_backward_of_maximum(in_dims: tuple[int | None, ...], device
     assert_close(actual, vmap(gradients, in_dims)(*args), rtol=0, atol=0)
 
 
-def test_per_sample_gradients_of_a_module(device: str) -> None:
-    layer = torch.nn.Linear(4, 5, dtype=torch.float64, device=device)
-    parameters = dict(layer.named_parameters())
-    x = normal(7, 4, device=device)
-
-    def loss(op: Function, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-        return op(x, parameters["weight"], parameters["bias"]).square().sum()
-
-    actual = vmap(grad(loss, 1), (None, None, 0))(torchpar.linear_sigmoid, parameters, x)
-    expected = vmap(grad(lambda p, x: functional_call(layer, p, (x,)).sigmoid().square().sum()), (None, 0))(
-        parameters, x
-    )
-    assert_close(actual, expected)
-
-
-@pytest.mark.parametrize("strategy, vectorize", [("reverse-mode", True), ("forward-mode", True)])
+@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
 @pytest.mark.parametrize("name", OPERATORS)
-def test_autograd_functional(name: str, strategy: str, vectorize: bool, device: str) -> None:
+def test_autograd_functional(name: str, strategy: str, device: str) -> None:
     args = widest_arguments(name, OPERATORS[name].small[0], device)
-    jacobian = torch.autograd.functional.jacobian
-    actual = jacobian(OPERATORS[name].op, args, vectorize=vectorize, strategy=strategy)
-    assert_close(actual, jacobian(OPERATORS[name].plain, args, vectorize=vectorize, strategy=strategy))
-    total = scalar(OPERATORS[name].op)
-    expected = torch.autograd.functional.hessian(scalar(OPERATORS[name].plain), args)
-    assert_close(torch.autograd.functional.hessian(total, args, vectorize=vectorize), expected)
+    op, plain = OPERATORS[name].op, OPERATORS[name].plain
+    jacobian = partial(torch.autograd.functional.jacobian, vectorize=True, strategy=strategy)
+    assert_close(jacobian(op, args), jacobian(plain, args))
+    hessian = torch.autograd.functional.hessian
+    assert_close(hessian(scalar(op), args, vectorize=True), hessian(scalar(plain), args))
 
 
 @pytest.mark.parametrize("name", OPERATORS)
