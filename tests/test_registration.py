@@ -76,11 +76,16 @@ print(json.dumps([added, sorted(set(sys.modules) - before)]))
 """
 
 
-@pytest.fixture(scope="module")
-def imported() -> tuple[list[str], list[str]]:
-    """The modules that ``import torchpar`` adds to ``import torch``; and those after calls on the CPU."""
+def test_import_adds_only_what_is_ours_and_the_cpu_paths_need_no_triton() -> None:
+    # Modules are counted, not milliseconds: the import would be slow because of Triton and of PyTorch's own
+    # modules that are not loaded yet.
     result = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
-    return tuple(json.loads(result.stdout))
+    imported, called = json.loads(result.stdout)
+    assert "torchpar.ops.matmul_t" in imported
+    assert [module for module in imported if module.partition(".")[0] != "torchpar"] == []
+    assert [module for module in imported if module.startswith("torchpar.kernels")] == []
+    packages = {module.partition(".")[0] for module in called}
+    assert packages.isdisjoint({"triton", "torchvision", "lightning", "pytorch_lightning", "matplotlib"})
 
 
 def test_an_implementation_that_others_register_is_called():
@@ -92,19 +97,6 @@ def test_an_implementation_that_others_register_is_called():
     finally:
         mine._destroy()
     assert torch.equal(torchpar.maximum(x, x), x)
-
-
-def test_import_adds_only_what_is_ours(imported: tuple[list[str], list[str]]) -> None:
-    # Modules are counted, not milliseconds: the import would be slow because of Triton and of PyTorch's own
-    # modules that are not loaded yet.
-    assert "torchpar.ops.matmul_t" in imported[0]
-    assert [module for module in imported[0] if module.partition(".")[0] != "torchpar"] == []
-    assert [module for module in imported[0] if module.startswith("torchpar.kernels")] == []
-
-
-def test_the_cpu_paths_need_no_triton(imported: tuple[list[str], list[str]]) -> None:
-    packages = {module.partition(".")[0] for module in imported[1]}
-    assert packages.isdisjoint({"triton", "torchvision", "lightning", "pytorch_lightning", "matplotlib"})
 
 
 KERNELS = {name: operator.kernels for name, operator in OPERATORS.items()} | {
@@ -224,19 +216,18 @@ def test_compilers_take_operands_of_data_dependent_size(name: str) -> None:
 
     def function(x: Tensor) -> Tensor:
         x = x[x[:, 0] > 0]
-        if name == "maximum":
-            return operator.op(x, 1 - x).square().sum()
-        sizes = {"n": x.shape[0], "k": 3, "o": 4}  # a batch of one
         args = [
             x.reshape(shape) if "n" in letters and "k" in letters else x.new_ones(shape)
-            for letters, shape in zip(operator.shapes, operator.sized(sizes), strict=True)
+            for letters, shape in zip(
+                operator.shapes, operator.sized({"n": x.shape[0], "k": 3, "o": 4}), strict=True
+            )
         ]
         return operator.op(*args).square().sum()
 
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     x = torch.linspace(-1, 2, 900).view(300, 3).requires_grad_()
-    assert_close(compiled(x.detach()), function(x.detach()))
     assert_close(torch.autograd.grad(compiled(x), x), torch.autograd.grad(function(x), x))
+    assert_close(compiled(x.detach()), function(x.detach()))
 
 
 def test_compilers_look_through_an_operator_and_other_tracers_do_not() -> None:
@@ -273,14 +264,13 @@ def test_functionalize(name: str) -> None:
 
 
 def test_compute_elementwise_output_strides_is_atens() -> None:
-    layouts = ["contiguous", "transposed", "permuted", "rotated", "stepped", "expanded"]
-    for dims in (2, 3):
-        shapes = list(itertools.product((1, 2), repeat=dims))
-        for a_shape, b_shape, *names in itertools.product(shapes, shapes, layouts, layouts):
-            a, b = (LAYOUTS[n](torch.empty(s)) for s, n in zip((a_shape, b_shape), names, strict=True))
-            shape = torch.broadcast_shapes(a_shape, b_shape)
-            strides = compute_elementwise_output_strides(a.expand(shape), b.expand(shape))
-            assert strides == torch.maximum(a, b).stride()
+    shapes = list(itertools.product((1, 2), repeat=3))
+    layouts = ["contiguous", "transposed", "rotated", "stepped", "expanded"]
+    for a_shape, b_shape, *names in itertools.product(shapes, shapes, layouts, layouts):
+        a, b = (LAYOUTS[n](torch.empty(s)) for s, n in zip((a_shape, b_shape), names, strict=True))
+        shape = torch.broadcast_shapes(a_shape, b_shape)
+        strides = compute_elementwise_output_strides(a.expand(shape), b.expand(shape))
+        assert strides == torch.maximum(a, b).stride()
 
 
 def test_pytorch_says_whether_onednn_multiplies_bfloat16() -> None:

@@ -4,51 +4,28 @@
 import pytest
 import torch
 from operators import FLOATS
-from samples import assert_accurate, assert_symmetric, error, normal, oracle, to_numpy
+from samples import assert_accurate, error, normal, oracle, to_numpy
 from test_symmetric_matmul import contract, op, operands
-from torch import Tensor
 
 import torchpar
 from torchpar.ops import _cpu, _onednn
 
-# To first order |C - X·Xᵀ|ᵢⱼ ≤ (k·u + v)·|xᵢ|·|xⱼ|, where u is the unit roundoff of the sums, v that of
-# the result (Higham, Accuracy and Stability of Numerical Algorithms, section 3.5).
-
-
-def rounding(x: Tensor) -> float:
-    computed = torch.promote_types(x.dtype, torch.float32)
-    return (x.shape[1] * torch.finfo(computed).eps + torch.finfo(x.dtype).eps) / 2
-
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("n, k", [(40, 7), (129, 64), (300, 20)])
+@pytest.mark.parametrize("n, k", [(40, 7), (300, 20)])
 def test_matmul_t_is_positive_semidefinite_up_to_rounding(
     n: int, k: int, dtype: torch.dtype, device: str
 ) -> None:
-    # k < n, so that the least eigenvalue is 0. The error's norm moves it by at most (k·u + v)·|X|² (Weyl).
+    # k < n, so that the least eigenvalue is 0. The error's norm moves it by at most (k·u + v)·|X|² (Weyl), as
+    # |C - X·Xᵀ|ᵢⱼ ≤ (k·u + v)·|xᵢ|·|xⱼ| to first order, where u is the unit roundoff of the sums, v that of
+    # the result (Higham, Accuracy and Stability of Numerical Algorithms, section 3.5).
     x = normal(n, k, dtype=dtype, device=device)
-    c = torchpar.matmul_t(x)
-    assert_symmetric(c)
-    bound = (rounding(x) + n * torch.finfo(torch.float64).eps) * x.double().square().sum()
-    assert torch.linalg.eigvalsh(c.double())[0] >= -bound
-    assert torch.linalg.eigvalsh(c.double() - 2 * bound * torch.eye(n, device=device))[0] < -bound
-    sign_lost = c.double()
-    sign_lost[0, 1] = sign_lost[1, 0] = -sign_lost[0, 0] - sign_lost[1, 1]
-    assert torch.linalg.eigvalsh(sign_lost)[0] < -bound
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("n", [129, 600])
-def test_permuted_rows_permute_the_result(n: int, dtype: torch.dtype, device: str) -> None:
-    x = normal(n, 70, dtype=dtype, device=device)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(device)
-    c, permuted = torchpar.matmul_t(x), torchpar.matmul_t(x[order])
-    norms = x.double().norm(dim=1)
-    # A CPU's library sums the rows at a block's edge in another order; a kernel here, every row in one.
-    bound = 0 if device == "cuda" else 2 * rounding(x) * torch.outer(norms, norms)[order][:, order]
-    difference = (c[order][:, order].double() - permuted.double()).abs()
-    assert (difference <= bound).all()
-    assert not ((c.double() - permuted.double()).abs() <= bound).all()
+    c = torchpar.matmul_t(x).double()
+    computed = torch.promote_types(dtype, torch.float32)
+    rounding = (k * torch.finfo(computed).eps + torch.finfo(dtype).eps) / 2
+    bound = (rounding + n * torch.finfo(torch.float64).eps) * x.double().square().sum()
+    assert torch.linalg.eigvalsh(c)[0] >= -bound
+    assert torch.linalg.eigvalsh(c - 2 * bound * torch.eye(n, device=device))[0] < -bound
 
 
 @pytest.fixture
@@ -65,7 +42,7 @@ def onednn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 # PyTorch's own context manager warns of a flag that it does not change (2.15).
 @pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
-@pytest.mark.parametrize("shape", [(384, 300), (385, 1), (600, 256)], ids=str)
+@pytest.mark.parametrize("shape", [(385, 1), (600, 300)], ids=str)
 def test_either_library_of_the_cpu_is_right(shape: tuple[int, ...], onednn: list[int]) -> None:
     a, b, c = operands(*shape, make=normal, dtype=torch.float32)
     for enabled in (True, False):
@@ -90,11 +67,6 @@ def test_only_large_float32_matrices_go_to_onednn(onednn: list[int]) -> None:
     assert onednn != []
 
 
-def assert_all_accurate(xs: list[Tensor]) -> None:
-    for x in xs:
-        assert_accurate(op(x, x), x @ x.mT, oracle("matmul_t", (x,)))
-
-
 only_where_used = pytest.mark.skipif(
     not _onednn.has_onednn(),
     reason="float32 goes to oneDNN on AMD processors with AVX-512, for which chains were cut",
@@ -102,9 +74,11 @@ only_where_used = pytest.mark.skipif(
 
 
 @only_where_used
-@pytest.mark.parametrize("k", [64, 200, 256, 512, 1000])
+@pytest.mark.parametrize("k", [200, 1000])
 def test_sums_in_chains_keep_pytorchs_accuracy(k: int, onednn: list[int]) -> None:
-    assert_all_accurate([normal(384, k, dtype=torch.float32, seed=seed) for seed in range(5)])
+    for seed in range(5):
+        x = normal(384, k, dtype=torch.float32, seed=seed)
+        assert_accurate(op(x, x), x @ x.mT, oracle("matmul_t", (x,)))
     assert sum(onednn) == 5 * 2 * k  # two blocks of rows
 
 

@@ -40,18 +40,18 @@ def rows(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
-def is_odd(t: Tensor, size: int) -> bool:
-    """Whether a product of 16-bit floats like ``t`` on a CPU has sums of an odd number of terms, ``size``.
+def is_paired(t: Tensor) -> bool:
+    """Whether products of ``t`` may multiply pairs of its elements: 16-bit floats on a CPU, by AMX for example.
 
-    oneDNN multiplies them in pairs, as AMX does. It completes a row of odd length with an element that lies
-    beside it, times 0: NaN, if that element is not finite.
+    oneDNN completes a row of odd length with an element that lies beside it, and multiplies that by 0. The
+    result is NaN, if the element is not finite.
     """
-    return t.is_cpu and t.dtype.itemsize == 2 and size % 2 == 1
+    return t.is_cpu and t.dtype.itemsize == 2
 
 
 def even(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """``a (*, n, k)`` and ``b (*, m, k)``, with a column of zeros added to both where `is_odd`."""
-    if not is_odd(a, a.shape[-1]) or is_dtensor(a) or is_dtensor(b):
+    """``a (*, n, k)`` and ``b (*, m, k)``; if `is_paired` and k is odd, with a column of zeros added to both."""
+    if not is_paired(a) or a.shape[-1] % 2 == 0 or is_dtensor(a) or is_dtensor(b):
         return a, b
     padded = pad(a, (0, 1))
     return padded, padded if b is a else pad(b, (0, 1))

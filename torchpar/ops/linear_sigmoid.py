@@ -35,7 +35,7 @@ from torchpar.ops._library import (
     sample,
     supports_tma,
 )
-from torchpar.ops._matrix import check_dtype, check_like, even, fp32_precision, is_odd, rows
+from torchpar.ops._matrix import check_dtype, check_like, even, fp32_precision, is_paired, rows
 
 
 def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -95,7 +95,7 @@ def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         x.is_cpu
         and _onednn.is_eager(x, weight, bias)
         and not _onednn.gains(x, weight)
-        and not any(is_odd(x, size) for size in (*weight.shape, math.prod(x.shape[:-1])))
+        and not (is_paired(x) and any(size % 2 for size in (*weight.shape, math.prod(x.shape[:-1]))))
     )
 
 
