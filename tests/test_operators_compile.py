@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The operators under torch.compile, torch.export, autocast, the grad modes and CUDA graphs."""
+"""The operators under torch.compile, torch.export, autocast and the grad modes."""
 
 import io
 import logging
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from operators import BACKWARDS, BY_DTYPE, OPERATORS
+from operators import BACKWARDS, OPERATORS
 from samples import (
     LAYOUTS,
     arguments,
@@ -109,20 +109,6 @@ def test_sizes_on_both_sides_of_the_blocked_path_compile_once_each(name: str, de
     assert counter.frame_count <= 2 + bool(operator.factors(3))
 
 
-def test_a_compiled_model_of_several_operators_is_one_graph(device: str) -> None:
-    def model(maximum: Any, matmul_t: Any, linear_sigmoid: Any, x: Tensor, weight: Tensor) -> Tensor:
-        h = maximum(linear_sigmoid(x, weight), x[:, :1])
-        return matmul_t(h).sum() + matmul_t(weight).square().sum()
-
-    ops = [OPERATORS[name].op for name in ("maximum", "matmul_t", "linear_sigmoid")]
-    natives = [OPERATORS[name].plain for name in ("maximum", "matmul_t", "linear_sigmoid")]
-    args = arguments(((6, 4), (5, 4)), device=device, requires_grad=True)
-    compiled = torch.compile(model, fullgraph=True)
-    actual, expected = compiled(*ops, *args), model(*natives, *args)
-    assert_close(actual, expected)
-    assert_close(torch.autograd.grad(actual, args), torch.autograd.grad(expected, args))
-
-
 COMPILED_TRANSFORMS = {
     "vmap(grad)": lambda op: vmap(grad(lambda *args: op(*args).pow(3).sum())),
     "hessian": lambda op: hessian(lambda *args: op(*args).pow(3).sum()),
@@ -184,7 +170,7 @@ def test_autocast(name: str, dtype: torch.dtype, device: str) -> None:
     args = [t.requires_grad_() for t in args]
     op, native = (partial(f, **operator.factors(len(args))) for f in (operator.function, operator.native))
     wide = [arg.detach().double().requires_grad_() for arg in args]
-    exact = native(*wide)
+    exact = native(*wide).double()
     with torch.autocast(device, dtype):
         actual, theirs = op(*args), native(*args)
         assert actual.dtype == theirs.dtype
@@ -242,33 +228,3 @@ def test_grad_modes(name: str, mode: Callable[..., Any], device: str) -> None:
     assert y.grad_fn is None
     assert y.is_inference() == made_inside.is_inference() == (mode is torch.inference_mode)
     assert_close((y, made_inside), (expected, expected), rtol=0, atol=0)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU, and there is none")
-@pytest.mark.parametrize(
-    "name, dtype", [case for case in BY_DTYPE if case[1] in (torch.bfloat16, torch.float32)], ids=str
-)
-def test_cuda_graph(name: str, dtype: torch.dtype) -> None:
-    op = OPERATORS[name].op
-    args = arguments(sized(name, 129, 3, 65), dtype, "cuda", requires_grad=True)
-
-    def step() -> tuple[Tensor, ...]:
-        y = op(*args)
-        return y, *torch.autograd.grad(y, args, torch.ones_like(y))
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()  # kernels are compiled before the capture
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for seed in (1, 2):
-        with torch.no_grad():
-            for arg in args:
-                arg.copy_(normal(*arg.shape, dtype=dtype, device="cuda", seed=seed))
-        graph.replay()
-        eager = step()
-        assert_close(captured[0], eager[0], rtol=0, atol=0)
-        assert_close(captured, eager)  # cuBLAS, in the backward, may choose another algorithm

@@ -216,6 +216,8 @@ def test_compilers_take_operands_of_data_dependent_size(name: str) -> None:
 
     def function(x: Tensor) -> Tensor:
         x = x[x[:, 0] > 0]
+        if name == "maximum":
+            return operator.op(x, 1 - x).square().sum()
         args = [
             x.reshape(shape) if "n" in letters and "k" in letters else x.new_ones(shape)
             for letters, shape in zip(

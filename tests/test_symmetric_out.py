@@ -110,23 +110,14 @@ def test_no_matrix_of_the_results_size_is_made(dtype):
     assert sizes.largest == n * n
 
 
-def test_gradients_are_refused_in_torchs_words(device):
+def test_gradients_are_refused(device):
     x, h = operands((4, 3), torch.float32, torch.float32, device)
-    for arguments in ((x.clone().requires_grad_(), h), (x, h.clone().requires_grad_())):
-        a, out = arguments
-        messages = []
-        for call in (
-            lambda a=a, out=out: torch.addmm(out, a, a.mT, out=out),
-            lambda a=a, out=out: torchpar.symmetric_matmul(a, a, out, beta=1.0, out=out),
-        ):
-            with pytest.raises(RuntimeError) as caught:
-                call()
-            messages.append(str(caught.value).removeprefix("addmm").removeprefix("symmetric_matmul"))
-        assert messages[0] == messages[1]
+    for a, out in ((x.clone().requires_grad_(), h), (x, h.clone().requires_grad_())):
+        with pytest.raises(RuntimeError, match="don't support automatic differentiation, but one of the arg"):
+            torchpar.symmetric_matmul(a, a, out, beta=1.0, out=out)
         with torch.no_grad():
             torchpar.symmetric_matmul(a, a, out, beta=1.0, out=out)
-    saved = h.clone().requires_grad_()
-    square = (saved * h).sum()
+    square = (h.clone().requires_grad_() * h).sum()
     torchpar.symmetric_matmul(x, x, h, beta=1.0, out=h)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         square.backward()
@@ -155,18 +146,6 @@ def test_an_out_that_does_not_fit_is_refused():
     assert not out.any()
 
 
-def test_it_compiles_and_is_in_place(device):
-    def update(h: Tensor, x: Tensor) -> Tensor:
-        torchpar.symmetric_matmul(x, x, h, alpha=0.5, beta=0.9, out=h)
-        return h.diagonal().sum()
-
-    x, h = operands((300, 20), torch.bfloat16, torch.float32, device)
-    eager = h.clone()
-    expected = update(eager, x)
-    found = torch.compile(update, fullgraph=True, backend="aot_eager")(h, x)
-    torch.testing.assert_close((found, h), (expected, eager), rtol=0, atol=0)
-
-
 def test_the_documented_covariance_is_torchs():
     text = (Path(__file__).parents[1] / "docs" / "symmetric_matmul.md").read_text()
     (block,) = re.findall(r"```python\n(def covariance.*?)```", text, re.DOTALL)
@@ -178,8 +157,15 @@ def test_the_documented_covariance_is_torchs():
     assert (names["covariance"](batches).double() - expected).abs().max() <= 10 * theirs
 
 
-def test_the_operator_keeps_pytorchs_rules(device):
-    x, h = operands((5, 3), torch.bfloat16, torch.float32, device)
-    opcheck(torch.ops.torchpar.symmetric_addmm_.default, (h, x, x), {"alpha": 0.5, "beta": 2.0})
-    halved, whole = operands((300, 3), torch.float32, torch.float32, device)
-    opcheck(torch.ops.torchpar.symmetric_addmm_.default, (whole, halved, halved), {"alpha": 1.0, "beta": 0.0})
+def test_it_compiles_and_keeps_pytorchs_rules(device):
+    def update(h: Tensor, x: Tensor) -> Tensor:
+        torchpar.symmetric_matmul(x, x, h, alpha=0.5, beta=0.9, out=h)
+        return h.diagonal().sum()
+
+    for n in (5, 300):
+        x, h = operands((n, 3), torch.bfloat16, torch.float32, device)
+        opcheck(torch.ops.torchpar.symmetric_addmm_.default, (h, x, x), {"alpha": 0.5, "beta": 2.0})
+        eager = h.clone()
+        expected = update(eager, x)
+        found = torch.compile(update, fullgraph=True, backend="aot_eager")(h, x)
+        torch.testing.assert_close((found, h), (expected, eager), rtol=0, atol=0)

@@ -41,7 +41,7 @@ def rows(t: Tensor) -> Tensor:
 
 
 def is_paired(t: Tensor) -> bool:
-    """Whether products of ``t`` may multiply pairs of its elements: 16-bit floats on a CPU, by AMX for example.
+    """Whether a product may multiply pairs of elements of ``t``: of 16-bit floats on a CPU, as AMX does.
 
     oneDNN completes a row of odd length with an element that lies beside it, and multiplies that by 0. The
     result is NaN, if the element is not finite.
@@ -50,7 +50,7 @@ def is_paired(t: Tensor) -> bool:
 
 
 def even(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """``a (*, n, k)`` and ``b (*, m, k)``; if `is_paired` and k is odd, with a column of zeros added to both."""
+    """``a (*, n, k)`` and ``b (*, m, k)``, with a column of zeros added if k is odd and `is_paired`."""
     if not is_paired(a) or a.shape[-1] % 2 == 0 or is_dtensor(a) or is_dtensor(b):
         return a, b
     padded = pad(a, (0, 1))
