@@ -58,7 +58,6 @@ class Operator(NamedTuple):
         roundings: on the way to a result, once the sums are there; each factor adds one.
         exact: whether the result and its strides are PyTorch's.
         symmetric: whether the result equals its transpose, bit for bit.
-        casts: whether autocast casts the operands.
         backward: the operator of its backward pass, by name.
     """
 
@@ -78,7 +77,6 @@ class Operator(NamedTuple):
     roundings: int = 1
     exact: bool = False
     symmetric: bool = False
-    casts: bool = True
     backward: Mapping[str, Backward] = MappingProxyType({})
 
     @property
@@ -161,7 +159,6 @@ MAXIMUM = Operator(
     native=torch.maximum,
     formula=np.maximum,
     exact=True,
-    casts=False,
     dtypes=INTEGERS + FLOATS,
     shapes=("nk", "m1k"),
     cases=[
@@ -205,18 +202,14 @@ MATMUL_T = Operator(
     cases=[
         ((0, 3),),
         ((3, 0),),
-        ((128, 127),),
         ((129, 129),),
-        ((513, 1),),
         ((1030, 17),),
-        ((0, 5, 3),),
         ((2, 3, 65, 4),),
         ((2, 600, 9),),
         ((70000, 2, 3),),  # more than a second or third grid axis of CUDA holds
     ],
     small=[((4, 3),), ((2, 3, 5),)],
     in_dims=[
-        ((-1,), ((2, 3, 4),)),
         ((1,), ((2, 5, 3, 4),)),
         ((0,), ((0, 3, 4),)),
         ((1,), ((2, 2, 600, 3),)),
@@ -251,7 +244,6 @@ SYMMETRIC_MATMUL = Operator(
         ((0, 3), (0, 3), (0, 0)),
         ((3, 0), (3, 0), (3, 3)),
         ((1, 1000), (1, 1000), (1, 1)),
-        ((129, 257), (129, 257)),
         ((257, 255), (257, 255), (257, 257)),
         ((0, 5, 3), (0, 5, 3)),
         ((2, 3, 65, 4), (2, 3, 65, 4), (2, 3, 65, 65)),
@@ -259,7 +251,6 @@ SYMMETRIC_MATMUL = Operator(
     ],
     small=[((4, 3), (4, 3), (4, 4)), ((2, 3, 5), (2, 3, 5))],
     in_dims=[
-        ((0, 0), ((5, 4, 3), (5, 4, 3))),
         ((1, -1, 2), ((4, 5, 3), (4, 3, 5), (4, 4, 5))),
         ((None, 0, 1), ((2, 4, 3), (5, 2, 4, 3), (2, 5, 4, 4))),
         ((0, None, None), ((3, 260, 3), (260, 3), (260, 260))),
@@ -273,11 +264,7 @@ SYMMETRIC_MATMUL = Operator(
         Refused((ones(3, 2), ones(3, 2), ones(3, 2)), _unlike("c", (3, 2), (3, 3))),
         Refused((ones(3, 2), ones(3, 2), ones(3, 3).double()), _unlike("c", (3, 3), (3, 3), torch.float64)),
         Refused((ones(3, 2), ones(3, 2), ones(3, 3)), "c is given without beta, pass both"),
-        Refused(
-            (ones(3, 2), ones(3, 2)),
-            "beta is 1.0 and c is None, pass both or neither",
-            {"beta": 1.0},
-        ),
+        Refused((ones(3, 2),) * 2, "beta is 1.0 and c is None, pass both or neither", {"beta": 1.0}),
     ],
 )
 
@@ -293,7 +280,6 @@ LINEAR_SIGMOID = Operator(
         ((0, 3), (4, 3), (4,)),
         ((3, 0), (4, 0), (4,)),
         ((3, 4), (0, 4), (0,)),
-        ((1,), (1, 1), (1,)),
         ((129,), (1, 129), (1,)),
         ((129, 128), (127, 128), (127,)),
         ((2, 0, 3), (4, 3), (4,)),
@@ -302,12 +288,10 @@ LINEAR_SIGMOID = Operator(
     ],
     small=[((3, 4), (5, 4), (5,)), ((4,), (3, 4)), ((2, 3, 4), (5, 4), (5,))],
     in_dims=[
-        ((0, None, None), ((6, 3, 4), (5, 4), (5,))),
         ((-1, None, None), ((4, 6), (5, 4), (5,))),
         ((None, 1), ((3, 4), (5, 6, 4))),
         ((None, None, 1), ((2, 3, 4), (5, 4), (5, 6))),
         ((1, 2, 1), ((2, 6, 3, 4), (5, 4, 6), (5, 6))),
-        ((0, 0), ((6, 4), (6, 5, 4))),
         ((0, 0, 0), ((6, 0, 4), (6, 5, 4), (6, 5))),
     ],
     sharded=(((6, 5), (7, 5), (7,)), {"R R R -> R", "R S(0) S(0) -> S(1)", "S(0) R R -> S(0)"}),
@@ -317,13 +301,8 @@ LINEAR_SIGMOID = Operator(
         Refused((ones(2, 3), ones(3)), "weight has shape (3,), expected (out_features, 3)"),
         Refused((ones(2, 3), ones(1, 4, 3)), "weight has shape (1, 4, 3), expected (out_features, 3)"),
         Refused((ones(2, 3), ones(4, 3), ones(2, 4)), "bias has shape (2, 4), expected (4,)"),
-        Refused(
-            (ones(2, 3), ones(4, 3).double()), "weight has dtype torch.float64, expected x's torch.float32"
-        ),
-        Refused(
-            (ones(2, 3), ones(4, 3), ones(4).bfloat16()),
-            "bias has dtype torch.bfloat16, expected x's torch.float32",
-        ),
+        Refused((ones(2, 3), ones(4, 3).half()), "weight has dtype torch.float16, expected x's"),
+        Refused((ones(2, 3), ones(4, 3), ones(4).half()), "bias has dtype torch.float16, expected x's"),
     ],
     backward={
         "linear_sigmoid_backward": Backward(
@@ -339,21 +318,18 @@ EXACT_MATMUL = Operator(
     kernels={"exact_product_kernel"},
     native=lambda a, b: (a.double() @ b.double().mT).float(),
     formula=lambda a, b: a @ np.swapaxes(b, -1, -2),
-    casts=False,
     dtypes=(torch.float32,),
     shapes=("mnk", "mok"),
     cases=[
         ((0, 3), (4, 3)),
         ((3, 0), (4, 0)),
         ((129, 127), (128, 127)),
-        ((1030, 17), (5, 17)),
         ((2, 0, 3), (2, 4, 3)),
         ((2, 3, 65, 4), (2, 3, 7, 4)),
         ((70000, 2, 3), (70000, 1, 3)),
     ],
     small=[((4, 3), (5, 3)), ((2, 3, 2), (2, 4, 2))],
     in_dims=[
-        ((0, 0), ((6, 4, 3), (6, 5, 3))),
         ((None, -1), ((4, 3), (5, 3, 6))),
         ((1, 2), ((2, 6, 4, 3), (2, 5, 6, 3))),
         ((0, 0), ((0, 4, 3), (0, 5, 3))),
@@ -375,21 +351,17 @@ EXACT_MATMUL_T = Operator(
     native=lambda x: (x.double() @ x.double().mT).float(),
     formula=lambda x: x @ np.swapaxes(x, -1, -2),
     symmetric=True,
-    casts=False,
     dtypes=(torch.float32,),
     shapes=("mnk",),
     cases=[
         ((0, 3),),
         ((3, 0),),
-        ((129, 127),),
-        ((513, 1),),
         ((769, 3),),
         ((2, 3, 65, 4),),
         ((70000, 2, 3),),
     ],
     small=[((4, 3),), ((2, 3, 5),)],
     in_dims=[
-        ((-1,), ((2, 3, 4),)),
         ((1,), ((2, 5, 3, 4),)),
         ((0,), ((0, 3, 4),)),
         ((1,), ((2, 2, 600, 3),)),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from hypothesis import HealthCheck, settings
-from operators import OPERATORS
+from operators import OPERATORS, Shapes
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
@@ -38,7 +38,7 @@ def halves(*shape: int, dtype: torch.dtype = torch.float64, device: str = "cpu",
 
 
 def arguments(
-    shapes: tuple[tuple[int, ...], ...],
+    shapes: Shapes,
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
     *,
@@ -63,7 +63,7 @@ def widest(name: str, *shape: int, device: str = "cpu", seed: int = 0) -> Tensor
 
 
 def widest_arguments(
-    name: str, shapes: tuple[tuple[int, ...], ...], device: str = "cpu", *, requires_grad: bool = False
+    name: str, shapes: Shapes, device: str = "cpu", *, requires_grad: bool = False
 ) -> tuple[Tensor, ...]:
     args = (widest(name, *shape, device=device, seed=seed) for seed, shape in enumerate(shapes))
     return tuple(arg.requires_grad_(requires_grad) for arg in args)

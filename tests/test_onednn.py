@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""float32 layers by oneDNN: values and gradients, and the calls that stay with PyTorch."""
+"""float32 layers and symmetric products by oneDNN: values, gradients, and what stays with PyTorch."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 from operators import OPERATORS
-from samples import LAYOUTS, assert_accurate, bits, error, halves, normal, to_numpy
+from samples import LAYOUTS, assert_accurate, bits, error, halves, normal, oracle, to_numpy
 from test_operators_func import TRANSFORMS
+from test_symmetric_matmul import contract
+from test_symmetric_matmul import operands as symmetric
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 import torchpar
 from torchpar.nn import Linear, LinearSigmoid
-from torchpar.ops import _onednn
+from torchpar.ops import _cpu, _onednn
 
 LINEAR_SIGMOID = OPERATORS["linear_sigmoid"]
 
@@ -312,13 +314,59 @@ def test_one_chain_would_lose_accuracy(layer: str, onednn: list[int], monkeypatc
     assert onednn == [8, 1]
 
 
-def test_is_tracing_tells_whether_torch_jit_traces() -> None:
-    answers = [torch._C._is_tracing()]
+# Symmetric products.
 
-    def function(x: Tensor) -> Tensor:
-        answers.append(torch._C._is_tracing())
-        return x + 1
 
-    with pytest.warns(FutureWarning, match="`torch.jit.trace` is deprecated"):
-        torch.jit.trace(function, torch.ones(2), check_trace=False)
-    assert [*answers, torch._C._is_tracing()] == [False, True, False]
+@pytest.fixture
+def lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The lengths of the chains of symmetric products, on any processor."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("oneDNN is not in this build of PyTorch")
+    lengths: list[int] = []
+    chain = _cpu.onednn
+    monkeypatch.setattr(_onednn, "has_onednn", lambda: True)
+    monkeypatch.setattr(_cpu, "onednn", lambda a, *rest: lengths.append(a.shape[1]) or chain(a, *rest))
+    return lengths
+
+
+# PyTorch's own context manager warns of a flag that it does not change (2.15).
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
+@pytest.mark.parametrize("shape", [(385, 1), (600, 300)], ids=str)
+def test_either_library_of_the_cpu_is_right(shape: tuple[int, ...], lengths: list[int]) -> None:
+    a, b, c = symmetric(*shape, make=normal, dtype=torch.float32)
+    for enabled in (True, False):
+        with torch.backends.mkldnn.flags(enabled=enabled):
+            contract(a, b)
+            contract(a, a, c, alpha=-2.5, beta=1 / 3)
+            actual = torch.ops.torchpar.matmul_t_backward(c.tril(), a)
+        total = c.tril() + c.tril().mT
+        assert_accurate(actual, total @ a, to_numpy(total) @ to_numpy(a), roundings=3)
+        assert (max(lengths, default=0) > 0) == enabled
+        assert max(lengths, default=0) <= 256
+        lengths.clear()
+
+
+def test_only_large_float32_matrices_go_to_onednn(lengths: list[int]) -> None:
+    for n, dtype in ((383, torch.float32), (400, torch.float64), (400, torch.bfloat16)):
+        torchpar.symmetric_matmul(*symmetric(n, 3, dtype=dtype), beta=1)
+    assert lengths == []
+    torchpar.symmetric_matmul(*symmetric(400, 0, dtype=torch.float32), beta=1)
+    assert lengths == []
+    torchpar.symmetric_matmul(*symmetric(400, 3, dtype=torch.float32), beta=1)
+    assert lengths != []
+
+
+@pytest.mark.skipif(
+    not _onednn.has_onednn(),
+    reason="float32 goes to oneDNN on AMD processors with AVX-512, for which chains were cut",
+)
+def test_chains_keep_pytorchs_accuracy_and_one_chain_would_lose_it(lengths: list[int], monkeypatch) -> None:
+    for k in (200, 2000):
+        x = normal(384, k, dtype=torch.float32)
+        expected = oracle("matmul_t", (x,))
+        in_chains = error(torchpar.symmetric_matmul(x, x), expected)
+        assert_accurate(torchpar.symmetric_matmul(x, x), x @ x.mT, expected)
+    assert sum(lengths) == 2 * 2 * (200 + 2000)  # two calls, of two blocks of rows
+    # Beside chains, not beside PyTorch: how MKL sums depends on the processor.
+    monkeypatch.setattr(_cpu, "_CHAIN", 2000)
+    assert error(torchpar.symmetric_matmul(x, x), expected) > 1.5 * in_chains

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from operators import BACKWARDS, BY_BACKWARD_CASE, BY_CASE, BY_SMALL_CASE, FLOATS, INTEGERS, OPERATORS
+from operators import BACKWARDS, BY_BACKWARD_CASE, BY_CASE, BY_SMALL_CASE, FLOATS, INTEGERS, OPERATORS, Shapes
 from samples import (
     LAYOUTS,
     arguments,
@@ -43,7 +43,7 @@ def gradients(op: Any, args: tuple[Tensor, ...], incoming: Tensor) -> tuple[Tens
 
 
 @pytest.mark.parametrize("name, shapes", BY_SMALL_CASE, ids=str)
-def test_gradcheck(name: str, shapes: tuple[tuple[int, ...], ...], device: str) -> None:
+def test_gradcheck(name: str, shapes: Shapes, device: str) -> None:
     args = widest_arguments(name, shapes, device, requires_grad=True)
     op, how = OPERATORS[name].op, differences(name)
     assert gradcheck(op, args, check_batched_grad=True, check_forward_ad=True, **how)
@@ -80,7 +80,7 @@ def test_opcheck(name: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("name, shapes", BY_BACKWARD_CASE, ids=str)
-def test_the_backward_operators(name: str, shapes: tuple[tuple[int, ...], ...], device: str) -> None:
+def test_the_backward_operators(name: str, shapes: Shapes, device: str) -> None:
     overload = getattr(torch.ops.torchpar, name).default
     args = arguments(shapes, device=device, requires_grad=True)
     opcheck(overload, args)
@@ -89,9 +89,7 @@ def test_the_backward_operators(name: str, shapes: tuple[tuple[int, ...], ...], 
 
 
 @pytest.mark.parametrize("name, shapes", BY_CASE, ids=str)
-def test_gradients_are_as_accurate_as_pytorchs(
-    name: str, shapes: tuple[tuple[int, ...], ...], device: str
-) -> None:
+def test_gradients_are_as_accurate_as_pytorchs(name: str, shapes: Shapes, device: str) -> None:
     for dtype in {*FLOATS[:-1]} & {*OPERATORS[name].dtypes}:  # gradcheck judges fp64
         args = arguments(shapes, dtype, device, make=halves, requires_grad=True)
         wide = tuple(arg.detach().double().requires_grad_() for arg in args)
@@ -141,9 +139,7 @@ def test_gradient_of_matmul_t_does_not_overflow_where_the_sum_of_g_and_its_trans
 
 
 @pytest.mark.parametrize("name, shapes", BY_SMALL_CASE, ids=str)
-def test_any_subset_of_arguments_requires_grad(
-    name: str, shapes: tuple[tuple[int, ...], ...], device: str
-) -> None:
+def test_any_subset_of_arguments_requires_grad(name: str, shapes: Shapes, device: str) -> None:
     for required in itertools.product([False, True], repeat=len(shapes)):
         made = widest_arguments(name, shapes, device)
         args = [t.requires_grad_(r) for t, r in zip(made, required, strict=True)]
@@ -169,7 +165,7 @@ class Count(TorchDispatchMode):
 
 
 def test_only_the_gradients_that_are_needed_are_computed(device: str) -> None:
-    def calls(op: Any, shapes: tuple[tuple[int, ...], ...], required: tuple[bool, ...]) -> Counter[str]:
+    def calls(op: Any, shapes: Shapes, required: tuple[bool, ...]) -> Counter[str]:
         args = arguments(shapes, device=device)
         y = op(*(arg.requires_grad_(r) for arg, r in zip(args, required, strict=True)))
         with Count() as count:
@@ -275,12 +271,3 @@ def test_gradients_of_maximum_with_promotion(other_dtype: torch.dtype, device: s
             gradients(torchpar.maximum, (a, b), incoming), gradients(torch.maximum, (a, b), incoming)
         )
     assert not torchpar.maximum(b.detach().long(), b.detach().long()).requires_grad
-
-
-def test_gradient_of_a_cpu_scalar_goes_back_to_the_cpu(device: str) -> None:
-    t, scalar = normal(5, device=device).requires_grad_(), normal().requires_grad_()
-    for args in ((t, scalar), (scalar, t)):
-        incoming = torch.ones(5, dtype=t.dtype, device=device)
-        actual = gradients(torchpar.maximum, args, incoming)
-        assert [g.device for g in actual] == [arg.device for arg in args]
-        assert_close(actual, gradients(torch.maximum, args, incoming))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from operators import BACKWARDS, OPERATORS
+from operators import BACKWARDS, OPERATORS, Shapes
 from samples import (
     LAYOUTS,
     arguments,
@@ -46,7 +46,7 @@ def _fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def sized(name: str, n: int, m: int, k: int) -> tuple[tuple[int, ...], ...]:
+def sized(name: str, n: int, m: int, k: int) -> Shapes:
     return OPERATORS[name].sized({"n": n, "m": m, "k": k, "o": n + 1})
 
 

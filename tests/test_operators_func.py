@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from operators import BY_SMALL_CASE, FLOATS, OPERATORS
+from operators import BY_SMALL_CASE, FLOATS, OPERATORS, Shapes
 from samples import assert_symmetric, normal, widest, widest_arguments
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
@@ -86,7 +86,7 @@ TRANSFORMS: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name, shapes", BY_SMALL_CASE, ids=str)
-def test_transforms(name: str, shapes: tuple[tuple[int, ...], ...], transform: str, device: str) -> None:
+def test_transforms(name: str, shapes: Shapes, transform: str, device: str) -> None:
     args = widest_arguments(name, shapes, device)
     expected = TRANSFORMS[transform](OPERATORS[name].plain, args)
     assert_close(TRANSFORMS[transform](OPERATORS[name].op, args), expected)
@@ -97,7 +97,7 @@ BY_IN_DIMS = [(name, *case) for name, operator in OPERATORS.items() for case in 
 
 @pytest.mark.parametrize("name, in_dims, shapes", BY_IN_DIMS, ids=str)
 def test_vmap_over_any_dimension_of_any_operand(
-    name: str, in_dims: tuple[int | None, ...], shapes: tuple[tuple[int, ...], ...], device: str
+    name: str, in_dims: tuple[int | None, ...], shapes: Shapes, device: str
 ) -> None:
     args = widest_arguments(name, shapes, device, requires_grad=True)
     actual = vmap(OPERATORS[name].op, in_dims, out_dims=-1)(*args)

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from operators import BY_CASE, BY_DTYPE, BY_SMALL_CASE, FLOATS, INTEGERS, OPERATORS
+from operators import BY_CASE, BY_DTYPE, BY_SMALL_CASE, FLOATS, INTEGERS, OPERATORS, Shapes
 from samples import (
     LAYOUTS,
     arguments,
@@ -52,7 +52,7 @@ def test_matmul_t_beside_its_plain_reference(device: str) -> None:
 
 
 @pytest.mark.parametrize("name, shapes", BY_CASE, ids=str)
-def test_awkward_sizes(name: str, shapes: tuple[tuple[int, ...], ...], device: str) -> None:
+def test_awkward_sizes(name: str, shapes: Shapes, device: str) -> None:
     operator = OPERATORS[name]
     for dtype in operator.dtypes:
         args = operator.operands(*arguments(shapes, dtype, device, make=halves))
@@ -71,9 +71,7 @@ def test_awkward_sizes(name: str, shapes: tuple[tuple[int, ...], ...], device: s
     ],
     ids=str,
 )
-def test_rounding_errors(
-    name: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, device: str
-) -> None:
+def test_rounding_errors(name: str, shapes: Shapes, dtype: torch.dtype, device: str) -> None:
     x, *others = arguments(shapes, dtype, device)
     args = OPERATORS[name].operands(x / x.shape[-1] ** 0.5, *others)  # σ is saturated nowhere
     assert_contract(name, args, **OPERATORS[name].factors(len(args)))
@@ -171,7 +169,7 @@ def test_matmul_t_is_symmetric_whatever_its_rounding(dtype: torch.dtype, device:
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two GPUs")
 @pytest.mark.parametrize("name, shapes", BY_SMALL_CASE, ids=str)
-def test_another_gpu_than_the_current_one(name: str, shapes: tuple[tuple[int, ...], ...]) -> None:
+def test_another_gpu_than_the_current_one(name: str, shapes: Shapes) -> None:
     args = OPERATORS[name].operands(*arguments(shapes, torch.float32, "cuda:1", make=halves))
     assert_contract(name, args, **OPERATORS[name].factors(len(args)))
 
