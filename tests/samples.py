@@ -87,14 +87,6 @@ def _stepped(t: Tensor) -> Tensor:
     return buffer[every_second]
 
 
-def _offset(t: Tensor) -> Tensor:
-    return torch.cat([t.new_zeros(3), t.flatten()])[3:].view(t.shape)
-
-
-def _negated(t: Tensor) -> Tensor:
-    return torch._neg_view(-t) if t.is_floating_point() else t  # as z.conj().imag, whose sign is pending
-
-
 # Functions of a tensor to a tensor of the same shape, and (but for "expanded") of the same values.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": torch.Tensor.contiguous,
@@ -102,10 +94,11 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "permuted": lambda t: _memory_order(t, [*range(t.dim())][::-1]),
     "rotated": lambda t: _memory_order(t, [*range(t.dim())][1:] + [*range(t.dim())][:1]),
     "stepped": _stepped,
-    "offset": _offset,
+    "offset": lambda t: torch.cat([t.new_zeros(3), t.flatten()])[3:].view(t.shape),
     "expanded": lambda t: t[:1].expand_as(t) if t.dim() and t.numel() else t,
     "expanded last": lambda t: t[..., :1].expand_as(t) if t.dim() and t.numel() else t,
-    "negated": _negated,
+    # As z.conj().imag, whose sign is pending.
+    "negated": lambda t: torch._neg_view(-t) if t.is_floating_point() else t,
 }
 
 

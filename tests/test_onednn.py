@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
 """float32 layers and symmetric products by oneDNN: values, gradients, and what stays with PyTorch."""
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -133,20 +135,6 @@ def test_empty_operands(layer: str, onednn: list[int]) -> None:
         compare(layer, operands(*sizes), first)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_and_infinities_are_those_of_float64(layer: str, value: float, onednn: list[int]) -> None:
-    ours, native, _ = LAYERS[layer]
-    for wrong in range(3):
-        args = operands(*AWKWARD)
-        args[wrong].view(-1)[5] = value
-        expected = first(native, tuple(arg.double() for arg in args))
-        for a, b in zip(first(ours, args), expected, strict=True):
-            assert all(
-                torch.equal(kind(a), kind(b)) for kind in (torch.isnan, torch.isposinf, torch.isneginf)
-            )
-    assert onednn
-
-
 @pytest.mark.parametrize("subset", [1, 2, 4, 6])
 def test_any_subset_of_operands_needs_a_gradient(layer: str, subset: int, onednn: list[int]) -> None:
     def gradients(op: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -242,12 +230,6 @@ def test_other_operands_of_a_linear_layer_are_pytorchs(onednn: list[int]) -> Non
     assert onednn == []
 
 
-@pytest.fixture
-def on_amd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_onednn, "has_onednn", lambda: True)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-
-
 def names(x: Tensor, out: int) -> tuple[str, str]:
     """Names of the autograd nodes of a `Linear` and of a `LinearSigmoid`."""
     modules = (kind(x.shape[1], out, dtype=x.dtype) for kind in (Linear, LinearSigmoid))
@@ -260,7 +242,9 @@ NATIVE = ("AddmmBackward0", "SigmoidBackward0")
 
 # Of PyTorch's own flags (2.15).
 @pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
-def test_only_large_float32_layers_have_an_autograd_of_their_own(on_amd: None, monkeypatch: Any) -> None:
+def test_only_large_float32_layers_have_an_autograd_of_their_own(monkeypatch: Any) -> None:
+    monkeypatch.setattr(_onednn, "has_onednn", lambda: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     large = torch.ones(128, 784)
     ours = ("_LinearBackward", "DifferentiableBackward")
     assert names(large, 64) == ours  # 6.4 million multiplications
@@ -276,29 +260,16 @@ def test_only_large_float32_layers_have_an_autograd_of_their_own(on_amd: None, m
     assert names(large, 64) == ours
 
 
-@pytest.mark.parametrize(
-    "cpuinfo, capability, expected",
-    [
-        ("vendor_id : AuthenticAMD", "AVX512", True),
-        ("vendor_id : AuthenticAMD", "AVX2", False),
-        ("vendor_id : GenuineIntel", "AVX512", False),
-        (None, "AVX512", False),  # no Linux; the processor's name is not AMD's
-    ],
-)
-def test_onednn_is_for_amd_processors_with_avx512(
-    monkeypatch: pytest.MonkeyPatch, cpuinfo: str | None, capability: str, expected: bool
-) -> None:
-    def read(path: Path) -> str:
-        if cpuinfo is None:
-            raise FileNotFoundError(path)
-        return cpuinfo
-
+def test_onednn_is_for_amd_processors_with_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
     for library in (torch.backends.mkldnn, torch.backends.mkl):
         monkeypatch.setattr(library, "is_available", lambda: True)
-    monkeypatch.setattr(Path, "read_text", read)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    for vendor, capability in itertools.product(("AuthenticAMD", "GenuineIntel"), ("AVX512", "AVX2")):
+        monkeypatch.setattr(Path, "read_text", lambda path, vendor=vendor: f"vendor_id : {vendor}")
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda found=capability: found)
+        assert _onednn.has_onednn.__wrapped__() == ((vendor, capability) == ("AuthenticAMD", "AVX512"))
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=FileNotFoundError))  # no Linux
     monkeypatch.setattr(_onednn.platform, "processor", lambda: "arm")
-    assert _onednn.has_onednn.__wrapped__() == expected
+    assert not _onednn.has_onednn.__wrapped__()
 
 
 @pytest.mark.skipif(

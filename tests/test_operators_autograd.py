@@ -3,13 +3,12 @@
 
 import itertools
 import math
-import re
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
-from operators import BACKWARDS, BY_BACKWARD_CASE, BY_CASE, BY_SMALL_CASE, FLOATS, INTEGERS, OPERATORS, Shapes
+from operators import BY_BACKWARD_CASE, BY_CASE, BY_SMALL_CASE, FLOATS, INTEGERS, OPERATORS, Shapes
 from samples import (
     LAYOUTS,
     arguments,
@@ -107,19 +106,7 @@ def test_gradients_are_as_accurate_as_pytorchs(name: str, shapes: Shapes, device
                 assert_close(a.double(), e, rtol=few, atol=few * float(e.abs().max()) if e.numel() else few)
 
 
-@pytest.mark.parametrize("scale", [2**-14, 1, 40000])
-def test_gradient_of_matmul_t_under_loss_scaling(scale: float, device: str) -> None:
-    # With loss scaling, gradients come near the largest fp16, and G + Gᵀ exceeds it.
-    (x,) = args = ((normal(33, 17, dtype=torch.float16, device=device) / 1024).requires_grad_(),)
-    wide = (x.detach().double().requires_grad_(),)
-    incoming = torch.full((33, 33), scale, dtype=torch.float16, device=device)
-    (native,) = gradients(OPERATORS["matmul_t"].native, args, incoming)
-    (expected,) = gradients(OPERATORS["matmul_t"].native, wide, incoming.double())
-    assert native.isfinite().all()
-    assert_accurate(*gradients(torchpar.matmul_t, args, incoming), native, to_numpy(expected))
-
-
-@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", [(1, 3), (400, 3), (2, 300, 3), (1030, 2)], ids=str)
 def test_gradient_of_matmul_t_does_not_overflow_where_the_sum_of_g_and_its_transpose_does(
     shape: tuple[int, ...], dtype: torch.dtype, device: str
@@ -196,35 +183,15 @@ def test_the_backward_operator_of_maximum_equals_pytorchs_gradients(dtype: torch
     assert_close(torch.ops.torchpar.maximum_backward(g, a, b), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    "g, a, b, message",
-    [
-        (torch.ones(3), torch.ones(3), torch.ones(2, 1), "expected ((2, 3)"),
-        (torch.ones(3), torch.ones(3), torch.ones(3, device="meta"), "b is on meta"),
-        (torch.ones(3).int(), torch.ones(3).int(), torch.ones(3).int(), "g has dtype torch.int32"),
-    ],
-)
-def test_the_backward_operator_of_maximum_refuses(g: Tensor, a: Tensor, b: Tensor, message: str) -> None:
-    with pytest.raises(RuntimeError, match=re.escape(message)):
-        torch.ops.torchpar.maximum_backward(g, a, b)
-
-
-@pytest.mark.parametrize("name", BACKWARDS)
-def test_second_derivatives_compute_only_what_is_needed(name: str, device: str) -> None:
-    def calls(*required: bool) -> int:
-        args = arguments(BACKWARDS[name].cases[0], device=device)
-        for arg, needed in zip(args, required, strict=False):  # g, and the first of the others
-            arg.requires_grad_(needed)
-        outputs = getattr(torch.ops.torchpar, name)(*args)
-        total = sum(output.sum() for output in (outputs if isinstance(outputs, tuple) else (outputs,)))
-        with Count() as count:
-            total.backward()
-        return sum(count.calls[op] for op in ("mm", "mul", "add", "rsub", "matmul_t_backward", "where"))
-
-    both, alone = calls(True, True), (calls(True, False), calls(False, True))
-    assert min(alone) < both
-    # maximum_backward has no derivative by the others.
-    assert max(alone) < both or (name == "maximum_backward" and min(alone) == 0)
+def test_the_backward_operator_of_maximum_refuses(device: str) -> None:
+    x = torch.ones(3, device=device)
+    for g, a, b, message in (
+        (x, x, torch.ones(2, 1, device=device), r"expected \(\(2, 3\)"),
+        (x, x.to("meta"), x, "b is on "),
+        (x.int(), x.int(), x.int(), r"g has dtype torch\.int32"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.torchpar.maximum_backward(g, a, b)
 
 
 def test_linear_sigmoid_keeps_its_inputs_and_output_only(device: str) -> None:

@@ -38,8 +38,6 @@ def place(whole: torch.Tensor, mesh: Any, placements: Sequence[Any]) -> Any:
             size = mesh.size(dim)
             weights = normal(size, *whole.shape, dtype=whole.dtype, seed=dim)
             weights += (1 - weights.sum(0)) / size
-            if placement.reduce_op == "avg":
-                weights *= size
             value = value * weights[mesh.get_local_rank(dim)]
     held = [Replicate() if p.is_partial() else p for p in placements]
     local = distribute_tensor(value, mesh, held, src_data_rank=None).to_local()
@@ -115,6 +113,9 @@ def test_every_placement(ranks, name):
     assert local[0] == local[-1]
     # A replicated operand is split without communication, too.
     assert expected <= set(local[0]), local[0]
+    if name in OPERATORS:
+        of_a_batch = ranks(2, compare, name, OPERATORS[name].small[1], (2,))[0]
+        assert any(combination.endswith("-> S(0)") for combination in of_a_batch), of_a_batch
 
 
 @pytest.mark.slow
@@ -155,22 +156,6 @@ def test_compiled(tmp_path):
         ranks(2, compare_compiled)
 
 
-@pytest.mark.parametrize(
-    "name, shapes",
-    [
-        ("maximum", ((4, 3, 5), (3, 1))),
-        ("matmul_t", ((4, 3, 2),)),
-        ("symmetric_matmul", ((4, 3, 3), (4, 3, 3))),
-        ("linear_sigmoid", ((6, 5), (7, 5))),
-        ("exact_matmul", ((4, 3, 5), (4, 2, 5))),
-        ("exact_matmul_t", ((4, 3, 5),)),
-    ],
-)
-def test_batches_and_broadcasts(ranks, name, shapes):
-    local = ranks(2, compare, name, shapes, (2,))[0]
-    assert any(combination.endswith("-> S(0)") for combination in local), local
-
-
 def scaled_and_checked() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -197,35 +182,18 @@ def test_the_check_is_of_the_whole_and_not_of_its_parts(ranks):
     ranks(2, scaled_and_checked)
 
 
-def rows_of_a_product(shape: tuple[int, ...]) -> tuple[str, dict[str, int]]:
-    """matmul_t of a matrix split by rows: the placement of the result, and the collectives it took."""
-    import torch.distributed as dist
+def rows_of_a_product(shape: tuple[int, ...]) -> tuple[int, str]:
+    """matmul_t of a matrix split by rows: the number of collectives, and the placement of the result."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-    from torch.distributed.tensor.debug import CommDebugMode
+    from torch.distributed.tensor import Shard
 
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    rows = Shard(len(shape) - 2)
-    torch.manual_seed(0)
-    whole = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    expected = torchpar.matmul_t(whole)
-    incoming = torch.randn_like(expected)
-    x = distribute_tensor(whole.detach(), mesh, [rows]).requires_grad_()
-    with CommDebugMode() as communication:
-        result = torchpar.matmul_t(x)
-    torch.testing.assert_close(result.full_tensor(), expected.detach())
-    (found,) = torch.autograd.grad(result, x, distribute_tensor(incoming, mesh, [rows]))
-    (gradient,) = torch.autograd.grad(expected, whole, incoming)
-    torch.testing.assert_close(found.full_tensor(), gradient)
-    counts = communication.get_comm_counts().items()
-    return str(result.placements[0]), {str(collective): count for collective, count in counts}
+    mesh = init_device_mesh("cpu", (2,))
+    return compare_placed(torchpar.matmul_t, operands("matmul_t", (shape,)), mesh, [[Shard(len(shape) - 2)]])
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (300, 5), (2, 8, 5)], ids=str)
 def test_rows_of_a_product_take_one_gather(ranks, shape):
-    for placement, counts in ranks(2, rows_of_a_product, shape):
-        assert placement == f"S({len(shape) - 2})"
-        assert counts == {"c10d_functional.all_gather_into_tensor": 1}
+    assert ranks(2, rows_of_a_product, shape) == [(1, f"S({len(shape) - 2})")] * 2
 
 
 def test_rules_wait_for_dtensor() -> None:

@@ -3,7 +3,6 @@
 
 import itertools
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -40,20 +39,9 @@ def _grad_of_grad(op: Function, args: tuple[Tensor, ...]) -> Any:
     return grad(lambda *a: sum(g.square().sum() for g in grad(scalar(op), everything(a))(*a)))(*args)
 
 
-def _vjp(op: Function, args: tuple[Tensor, ...]) -> Any:
-    y, pullback = vjp(op, *args)
-    return y, pullback(torch.cos(y))
-
-
 def _batch_of_cotangents(op: Function, args: tuple[Tensor, ...]) -> Any:
     y, pullback = vjp(op, *args)
     return vmap(pullback)(torch.stack([y, y.cos()]))
-
-
-def _grad_inside_autograd(op: Function, args: tuple[Tensor, ...]) -> Any:
-    args = tuple(arg.clone().requires_grad_() for arg in args)
-    total = sum(g.square().sum() for g in grad(scalar(op), everything(args))(*args))
-    return torch.autograd.grad(total, args)
 
 
 def _vmap_inside_autograd(op: Function, args: tuple[Tensor, ...]) -> Any:
@@ -70,7 +58,6 @@ TRANSFORMS: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
     "jacrev(jacfwd)": lambda op, args: jacrev(jacfwd(op, everything(args)), everything(args))(*args),
     "jvp": lambda op, args: jvp(op, args, tangents(args)),
     "jvp(jvp)": lambda op, args: jvp(lambda *a: jvp(op, a, tangents(args))[1], args, tangents(args)),
-    "vjp": _vjp,
     "vmap(vjp)": _batch_of_cotangents,
     "vmap": lambda op, args: vmap(op)(*stacked(args)),
     "vmap(grad)": lambda op, args: vmap(grad(scalar(op), everything(args)))(*stacked(args)),
@@ -79,7 +66,6 @@ TRANSFORMS: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
     "jacfwd(vmap)": lambda op, args: jacfwd(vmap(op), everything(args))(*stacked(args)),
     "hessian(vmap)": lambda op, args: hessian(scalar(vmap(op)))(*stacked(args)),
     "vmap(vmap(grad))": lambda op, args: vmap(vmap(grad(scalar(op))))(*stacked(stacked(args), 3)),
-    "grad, in autograd": _grad_inside_autograd,
     "vmap, in autograd": _vmap_inside_autograd,
 }
 
@@ -136,14 +122,3 @@ def test_vmap_of_the_backward_of_maximum(in_dims: tuple[int | None, ...], device
 
     actual = vmap(torch.ops.torchpar.maximum_backward, in_dims)(*args)
     assert_close(actual, vmap(gradients, in_dims)(*args), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
-@pytest.mark.parametrize("name", OPERATORS)
-def test_autograd_functional(name: str, strategy: str, device: str) -> None:
-    args = widest_arguments(name, OPERATORS[name].small[0], device)
-    op, plain = OPERATORS[name].op, OPERATORS[name].plain
-    jacobian = partial(torch.autograd.functional.jacobian, vectorize=True, strategy=strategy)
-    assert_close(jacobian(op, args), jacobian(plain, args))
-    hessian = torch.autograd.functional.hessian
-    assert_close(hessian(scalar(op), args, vectorize=True), hessian(scalar(plain), args))

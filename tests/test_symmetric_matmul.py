@@ -105,14 +105,9 @@ def test_fp16_products_that_overflow_before_alpha(n: int, device: str) -> None:
     a = torch.full((n, 4), 300.0, dtype=torch.float16, device=device)
     assert op(a, a).isinf().all()
     expected = torch.full((n, n), 360000 / 64, dtype=torch.float16, device=device)
-    functions = {
-        "eager": lambda a: op(a, a, alpha=1 / 64),
-        "vmap": lambda a: vmap(lambda a: op(a, a, alpha=1 / 64))(a[None])[0],
-        "jvp": lambda a: torch.func.jvp(lambda a: op(a, a, alpha=1 / 64), (a,), (a,))[0],
-        "compiled": torch.compile(lambda a: op(a, a, alpha=1 / 64), backend="aot_eager"),
-    }
-    for name, function in functions.items():
-        assert_close(function(a), expected, msg=lambda text, name=name: f"{name}: {text}")
+    assert_close(op(a, a, alpha=1 / 64), expected)
+    assert_close(vmap(lambda a: op(a, a, alpha=1 / 64))(a[None])[0], expected)
+    assert_close(torch.func.jvp(lambda a: op(a, a, alpha=1 / 64), (a,), (a,))[0], expected)
 
 
 # Operands that are arguments of the derivative themselves; in the record, one function makes them all.
