@@ -8,7 +8,7 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -18,7 +18,6 @@ from functorch.compile import make_boxed_func
 from operators import BACKWARDS, OPERATORS
 from samples import LAYOUTS, widest_arguments
 from torch import Tensor
-from torch._C import _AutoDispatchBelowAutograd
 from torch._C._functorch import peek_interpreter_stack
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.compile_fx import compile_fx, compile_fx_aot
@@ -194,11 +193,10 @@ def test_compilers_take_operands_of_data_dependent_size(name: str) -> None:
         x = x[x[:, 0] > 0]
         if name == "maximum":
             return operator.op(x, 1 - x).square().sum()
+        sizes = operator.sized({"n": x.shape[0], "k": 3, "o": 4})
         args = [
             x.reshape(shape) if "n" in letters and "k" in letters else x.new_ones(shape)
-            for letters, shape in zip(
-                operator.shapes, operator.sized({"n": x.shape[0], "k": 3, "o": 4}), strict=True
-            )
+            for letters, shape in zip(operator.shapes, sizes, strict=True)
         ]
         return operator.op(*args).square().sum()
 
@@ -261,18 +259,10 @@ def backward(ctx: Any, g: Tensor) -> Tensor | None:
     return 3 * x**2 * g if ctx.needs_input_grad[0] else None
 
 
-@pytest.fixture
-def library() -> Iterator[torch.library.Library]:
-    with torch.library._scoped_library("torchpar_tests", "FRAGMENT") as library:
-        library.define("cube(Tensor x) -> Tensor")
-        library.impl("cube", lambda x: x**3, "CompositeExplicitAutograd")
-        yield library
-
-
-def test_register_autograd_of_pytorch_still_needs_our_workaround(library: torch.library.Library) -> None:
-    torch.library.register_autograd(
-        "torchpar_tests::cube", backward, setup_context=setup_context, lib=library
-    )
+def test_register_autograd_of_pytorch_still_needs_our_workaround() -> None:
+    name = "torchpar_tests::cube"
+    torch.library.custom_op(name, lambda x: x**3, mutates_args=(), schema="(Tensor x) -> Tensor")
+    torch.library.register_autograd(name, backward, setup_context=setup_context)
     cube = torch.ops.torchpar_tests.cube
     x = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     leaf = x.clone().requires_grad_()
@@ -295,23 +285,6 @@ def test_register_autograd_of_pytorch_still_needs_our_workaround(library: torch.
         "register_autograd call torch.library.register_autograd (if its calls have become as cheap) and drop "
         "`formula`, peek_interpreter_stack and forward_ad; then delete this test and those of these names."
     )
-
-
-def test_a_function_below_autograd_reaches_the_kernel(library: torch.library.Library) -> None:
-    cube = torch.ops.torchpar_tests.cube.default
-    calls = []
-
-    def autograd(x: Tensor) -> Tensor:
-        calls.append("Autograd")
-        with _AutoDispatchBelowAutograd():
-            y = cube(x)
-        assert not y.requires_grad
-        return y
-
-    library.impl("cube", autograd, "Autograd")
-    x = torch.tensor([2.0], requires_grad=True)
-    assert_close(cube(x), torch.tensor([8.0]))
-    assert calls == ["Autograd"]
 
 
 class Square(torch.autograd.Function):
