@@ -114,7 +114,7 @@ def test_every_placement(ranks, name):
     # A replicated operand is split without communication, too.
     assert expected <= set(local[0]), local[0]
     if name in OPERATORS:
-        of_a_batch = ranks(2, compare, name, OPERATORS[name].small[1], (2,))[0]
+        of_a_batch = ranks(2, compare, name, OPERATORS[name].small[-1], (2,))[0]
         assert any(combination.endswith("-> S(0)") for combination in of_a_batch), of_a_batch
 
 
