@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from operators import FLOATS
 from samples import assert_symmetric, normal
 from torch import Tensor
 from torch.library import opcheck
@@ -15,14 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import torchpar
 from torchpar.ops import _cpu
 
-PAIRS = [
-    (torch.bfloat16, torch.float32),
-    (torch.float16, torch.float32),
-    (torch.float32, torch.float32),
-    (torch.float64, torch.float64),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float16),
-]
+PAIRS = [(dtype, dtype) for dtype in FLOATS]
+PAIRS += [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
 
 
 def operands(shape: tuple[int, ...], dtype: torch.dtype, out: torch.dtype, device: str) -> list[Tensor]:
