@@ -39,51 +39,25 @@ class Backward(NamedTuple):
 
 
 class Operator(NamedTuple):
-    """An operator and its contract.
+    """An operator and its contract. Its arguments' shapes have a letter for each size."""
 
-    Attributes:
-        schema: as PyTorch prints it.
-        kernels: the Triton kernels that it launches.
-        native: the same by PyTorch's own operators.
-        formula: the same by NumPy's, for the oracle.
-        dtypes: the dtypes that it takes, of which the widest is the last.
-        aten: the name of ATen's operator that runs on a CPU, in a profile.
-        opinfo: the name of PyTorch's operator whose samples are taken, and how.
-        shapes: the arguments' shapes, with a letter for each size.
-        cases: shapes of arguments, at awkward sizes.
-        small: shapes at which every gradient has many terms, for tests that cost much per case.
-        in_dims: arguments of vmap, with shapes.
-        sharded: shapes, and the placements that take no communication.
-        refused: what it refuses.
-        operands: makes operands of tensors with any values.
-        factors: keyword arguments for a number of operands.
-        roundings: on the way to a result, once the sums are there; each factor adds one.
-        exact: whether the result and its strides are PyTorch's.
-        symmetric: whether the result equals its transpose, bit for bit.
-        casts: whether autocast casts the operands.
-        backward: the operator of its backward pass, by name.
-    """
-
-    schema: str
-    kernels: set[str]
-    native: Callable[..., Tensor]
-    formula: Callable[..., Any]
-    dtypes: tuple[torch.dtype, ...]
-    aten: str
-    opinfo: tuple[str, Callable[[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]]
+    schema: str  # as PyTorch prints it
+    kernels: set[str]  # the Triton kernels that it launches
+    native: Callable[..., Tensor]  # the same by PyTorch's own operators
+    formula: Callable[..., Any]  # the same by NumPy's, for the oracle
+    dtypes: tuple[torch.dtype, ...]  # those that it takes, of which the widest is the last
     shapes: tuple[str, ...]
-    cases: list[Shapes]
-    small: list[Shapes]
-    in_dims: list[tuple[tuple[int | None, ...], Shapes]]
-    sharded: tuple[Shapes, set[str]]
+    cases: list[Shapes]  # at awkward sizes
+    small: list[Shapes]  # where every gradient has many terms, for tests that cost much per case
+    in_dims: list[tuple[tuple[int | None, ...], Shapes]]  # arguments of vmap, with shapes
+    sharded: tuple[Shapes, set[str]]  # shapes, and the placements that take no communication
     refused: list[Refused]
-    operands: Callable[..., tuple[Tensor, ...]] = lambda *args: args
-    factors: Callable[[int], dict[str, float]] = lambda count: {}
-    roundings: int = 1
-    exact: bool = False
-    symmetric: bool = False
-    casts: bool = True
-    backward: Mapping[str, Backward] = MappingProxyType({})
+    operands: Callable[..., tuple[Tensor, ...]] = lambda *args: args  # of tensors with any values
+    factors: Callable[[int], dict[str, float]] = lambda count: {}  # for a number of operands
+    roundings: int = 1  # on the way to a result, once the sums are there; each factor adds one
+    exact: bool = False  # whether the result and its strides are PyTorch's
+    symmetric: bool = False  # whether the result equals its transpose, bit for bit
+    backward: Mapping[str, Backward] = MappingProxyType({})  # the operator of its backward pass, by name
 
     @property
     def name(self) -> str:
@@ -165,49 +139,34 @@ MAXIMUM = Operator(
     native=torch.maximum,
     formula=np.maximum,
     exact=True,
-    casts=False,
     dtypes=INTEGERS + FLOATS,
-    aten="aten::maximum",
-    opinfo=("maximum", lambda sample: [sample]),
     shapes=("nk", "m1k"),
     cases=[
-        ((), ()),
-        ((0,), (1,)),
-        ((0, 1), (1, 1)),
         ((0, 3), ()),
-        ((1,), (129,)),
         ((127,), (127,)),
         ((128, 129), (129,)),
         ((128, 1), (1, 127)),
-        ((2, 1, 3, 1, 2), (1, 4, 1, 5, 2)),
         ((1, 2, 1, 3, 1, 2), (3, 1, 2, 1, 2, 1)),
-        ((5000,), (5000,)),
     ],
-    small=[((3, 4), (3, 4)), ((3, 1), (2, 1, 4)), ((), (3,))],
+    small=[((3, 4), (3, 4)), ((), (3,)), ((3, 1), (2, 1, 4))],
     in_dims=[
-        *[(in_dims, ((2, 3, 4), (2, 3, 4))) for in_dims in [(0, 0), (1, 1), (2, -1), (0, -3)]],
+        ((2, -1), ((2, 3, 4), (2, 3, 4))),
         ((0, None), ((5, 3, 4), (3, 4))),
-        ((None, 1), ((3, 4), (3, 5, 4))),
-        ((0, None), ((5, 3, 4), ())),
         ((None, 0), ((3, 4), (5,))),
-        ((0, 0), ((5, 3, 4), (5, 4))),
         ((1, 0), ((3, 5, 1), (5, 2, 1, 4))),
-        ((0, 0), ((5,), (5,))),
         ((0, 1), ((0, 3), (3, 0))),
     ],
     sharded=(((6, 5), (6, 5)), {"R R -> R", "S(0) S(0) -> S(0)", "S(1) S(1) -> S(1)"}),
     refused=[
         Refused((ones(3) + 0j, ones(3)), "a has dtype torch.complex64, expected a real"),
         Refused((ones(3), ones(3) + 0j), "b has dtype torch.complex64, expected a real"),
-        Refused((ones(3).to(torch.uint16), ones(3)), "a has dtype torch.uint16, expected a real"),
-        Refused((ones(3), ones(4)), "b has shape (4,), which does not broadcast with a's (3,)"),
         Refused((ones(2, 3), ones(2, 0)), "b has shape (2, 0), which does not broadcast with a's (2, 3)"),
     ],
     backward={
         "maximum_backward": Backward(
             "(Tensor g, Tensor a, Tensor b) -> (Tensor, Tensor)",
             {"maximum_backward_flat_kernel", "maximum_backward_strided_kernel"},
-            [((3, 4), (3, 4), (3, 4)), ((2, 3, 4), (3, 1), (2, 1, 4)), ((3,), (), (3,)), ((), (), ())],
+            [((3, 4), (3, 4), (3, 4)), ((2, 3, 4), (3, 1), (2, 1, 4))],
         )
     },
 )
@@ -219,34 +178,18 @@ MATMUL_T = Operator(
     formula=lambda x: x @ np.swapaxes(x, -1, -2),
     symmetric=True,
     dtypes=FLOATS,
-    aten="aten::mm",
-    opinfo=("mm", lambda sample: [(operand,) for operand in sample]),
     shapes=("mnk",),
     cases=[
         ((0, 3),),
         ((3, 0),),
-        ((1, 1),),
-        ((1, 129),),
-        ((127, 128),),
-        ((128, 127),),
         ((129, 129),),
-        ((511, 33),),
-        ((512, 32),),
-        ((513, 1),),
         ((1030, 17),),
-        ((0, 1, 3),),
-        ((0, 5, 3),),
-        ((2, 0, 3),),
-        ((3, 129, 5),),
         ((2, 3, 65, 4),),
         ((2, 600, 9),),
-        ((0, 600, 9),),
-        ((2, 600, 0),),
         ((70000, 2, 3),),  # more than a second or third grid axis of CUDA holds
     ],
     small=[((4, 3),), ((2, 3, 5),)],
     in_dims=[
-        *[((dim,), ((2, 3, 4),)) for dim in (0, 1, 2, -1, -3)],
         ((1,), ((2, 5, 3, 4),)),
         ((0,), ((0, 3, 4),)),
         ((1,), ((2, 2, 600, 3),)),
@@ -254,10 +197,7 @@ MATMUL_T = Operator(
     sharded=(((7, 5),), {"R -> R", "S(1) -> P(sum)"}),
     refused=[
         Refused((ones(3, 3).long(),), f"x has dtype torch.int64, {FLOATING}"),
-        Refused((ones(3, 3).bool(),), f"x has dtype torch.bool, {FLOATING}"),
-        Refused((ones(3, 3) + 0j,), f"x has dtype torch.complex64, {FLOATING}"),
         Refused((ones(3),), "x has shape (3,), expected (*, n, k)"),
-        Refused((ones(()),), "x has shape (), expected (*, n, k)"),
     ],
     backward={
         "matmul_t_backward": Backward(
@@ -278,28 +218,18 @@ SYMMETRIC_MATMUL = Operator(
     operands=symmetric_operands,
     factors=lambda count: {"alpha": -2.5} | ({"beta": 1 / 3} if count == 3 else {}),
     dtypes=FLOATS,
-    aten="aten::addmm",
-    opinfo=("mm", lambda sample: [(t, t, t @ t.mT) for t in sample]),
     shapes=("mnk", "mnk", "mnn"),
     cases=[
         ((0, 3), (0, 3), (0, 0)),
         ((3, 0), (3, 0), (3, 3)),
-        ((1, 1), (1, 1)),
         ((1, 1000), (1, 1000), (1, 1)),
-        ((127, 256), (127, 256), (127, 127)),
-        ((129, 257), (129, 257)),
-        ((256, 0), (256, 0), (256, 256)),
         ((257, 255), (257, 255), (257, 257)),
-        ((600, 1), (600, 1), (600, 600)),
-        ((0, 1, 3), (0, 1, 3), (0, 1, 1)),
         ((0, 5, 3), (0, 5, 3)),
         ((2, 3, 65, 4), (2, 3, 65, 4), (2, 3, 65, 65)),
-        ((0, 256, 9), (0, 256, 9)),
         ((2, 1, 257, 3), (2, 1, 257, 3), (2, 1, 257, 257)),
     ],
     small=[((4, 3), (4, 3), (4, 4)), ((2, 3, 5), (2, 3, 5))],
     in_dims=[
-        ((0, 0), ((5, 4, 3), (5, 4, 3))),
         ((1, -1, 2), ((4, 5, 3), (4, 3, 5), (4, 4, 5))),
         ((None, 0, 1), ((2, 4, 3), (5, 2, 4, 3), (2, 5, 4, 4))),
         ((0, None, None), ((3, 260, 3), (260, 3), (260, 260))),
@@ -307,22 +237,13 @@ SYMMETRIC_MATMUL = Operator(
     sharded=(((6, 6), (6, 6), (6, 6)), {"R R R -> R", "S(1) S(1) R -> P(sum)"}),
     refused=[
         Refused((ones(3, 2).int(), ones(3, 2).int()), f"a has dtype torch.int32, {FLOATING}"),
-        Refused((ones(3, 2) + 0j, ones(3, 2) + 0j), f"a has dtype torch.complex64, {FLOATING}"),
         Refused((ones(3), ones(3)), "a has shape (3,), expected (*, n, k)"),
-        Refused((ones(()), ones(())), "a has shape (), expected (*, n, k)"),
         Refused((ones(3, 2), ones(2, 3)), _unlike("b", (2, 3), (3, 2))),
-        Refused((ones(4, 3, 2), ones(3, 2)), _unlike("b", (3, 2), (4, 3, 2))),
         Refused((ones(3, 2), ones(3, 2).half()), _unlike("b", (3, 2), (3, 2), torch.float16)),
         Refused((ones(3, 2), ones(3, 2), ones(3, 2)), _unlike("c", (3, 2), (3, 3))),
-        Refused((ones(3, 2), ones(3, 2), ones(())), _unlike("c", (), (3, 3))),
-        Refused((ones(4, 3, 2), ones(4, 3, 2), ones(3, 3)), _unlike("c", (3, 3), (4, 3, 3))),
         Refused((ones(3, 2), ones(3, 2), ones(3, 3).double()), _unlike("c", (3, 3), (3, 3), torch.float64)),
         Refused((ones(3, 2), ones(3, 2), ones(3, 3)), "c is given without beta, pass both"),
-        Refused(
-            (ones(3, 2), ones(3, 2)),
-            "beta is 1.0 and c is None, pass both or neither",
-            {"beta": 1.0},
-        ),
+        Refused((ones(3, 2),) * 2, "beta is 1.0 and c is None, pass both or neither", {"beta": 1.0}),
     ],
 )
 
@@ -333,67 +254,39 @@ LINEAR_SIGMOID = Operator(
     formula=_numpy_linear_sigmoid,
     roundings=4,  # z + b, e⁻ᶻ, 1 + and 1/
     dtypes=FLOATS,
-    aten="aten::sigmoid",
-    opinfo=("nn.functional.linear", lambda sample: [sample] if sample[1].dim() == 2 else []),
     shapes=("mnk", "ok", "o"),
     cases=[
         ((0, 3), (4, 3), (4,)),
-        ((3, 0), (4, 0)),
         ((3, 0), (4, 0), (4,)),
         ((3, 4), (0, 4), (0,)),
-        ((1,), (1, 1), (1,)),
-        ((127,), (128, 127)),
         ((129,), (1, 129), (1,)),
         ((129, 128), (127, 128), (127,)),
-        ((128, 127), (129, 127)),
-        ((1000, 5), (3, 5), (3,)),
         ((2, 0, 3), (4, 3), (4,)),
-        ((0, 2, 3), (4, 3)),
         ((2, 3, 5, 16), (10, 16), (10,)),
         ((70000, 3), (2, 3), (2,)),
     ],
     small=[((3, 4), (5, 4), (5,)), ((4,), (3, 4)), ((2, 3, 4), (5, 4), (5,))],
     in_dims=[
-        ((0, None, None), ((6, 3, 4), (5, 4), (5,))),
-        ((1, None), ((3, 6, 4), (5, 4))),
         ((-1, None, None), ((4, 6), (5, 4), (5,))),
-        ((None, 0, None), ((3, 4), (6, 5, 4), (5,))),
         ((None, 1), ((3, 4), (5, 6, 4))),
-        ((None, None, 0), ((3, 4), (5, 4), (6, 5))),
         ((None, None, 1), ((2, 3, 4), (5, 4), (5, 6))),
-        ((0, 0, None), ((6, 3, 4), (6, 5, 4), (5,))),
-        ((0, None, 0), ((6, 3, 4), (5, 4), (6, 5))),
-        ((None, 2, 1), ((2, 3, 4), (5, 4, 6), (5, 6))),
         ((1, 2, 1), ((2, 6, 3, 4), (5, 4, 6), (5, 6))),
-        ((0, 0, 0), ((6, 4), (6, 5, 4), (6, 5))),
-        ((0, 0), ((6, 4), (6, 5, 4))),
-        ((0, None, None), ((0, 3, 4), (5, 4), (5,))),
         ((0, 0, 0), ((6, 0, 4), (6, 5, 4), (6, 5))),
     ],
     sharded=(((6, 5), (7, 5), (7,)), {"R R R -> R", "R S(0) S(0) -> S(1)", "S(0) R R -> S(0)"}),
     refused=[
         Refused((ones(()), ones(4, 3)), "x has shape (), expected (*, in_features)"),
         Refused((ones(3).int(), ones(4, 3).int()), f"x has dtype torch.int32, {FLOATING}"),
-        Refused((ones(3) + 0j, ones(4, 3) + 0j), f"x has dtype torch.complex64, {FLOATING}"),
-        Refused((ones(2, 3), ones(3)), "weight has shape (3,), expected (out_features, 3)"),
-        Refused((ones(2, 3), ones(4, 1)), "weight has shape (4, 1), expected (out_features, 3)"),
         Refused((ones(2, 3), ones(1, 4, 3)), "weight has shape (1, 4, 3), expected (out_features, 3)"),
-        Refused((ones(2, 3), ones(4, 3), ones(1)), "bias has shape (1,), expected (4,)"),
-        Refused((ones(2, 3), ones(4, 3), ones(())), "bias has shape (), expected (4,)"),
         Refused((ones(2, 3), ones(4, 3), ones(2, 4)), "bias has shape (2, 4), expected (4,)"),
-        Refused(
-            (ones(2, 3), ones(4, 3).double()), "weight has dtype torch.float64, expected x's torch.float32"
-        ),
-        Refused(
-            (ones(2, 3), ones(4, 3), ones(4).bfloat16()),
-            "bias has dtype torch.bfloat16, expected x's torch.float32",
-        ),
+        Refused((ones(2, 3), ones(4, 3).half()), "weight has dtype torch.float16, expected x's"),
+        Refused((ones(2, 3), ones(4, 3), ones(4).half()), "bias has dtype torch.float16, expected x's"),
     ],
     backward={
         "linear_sigmoid_backward": Backward(
             "(Tensor g, Tensor y) -> (Tensor, Tensor)",
             {"sigmoid_backward_kernel"},
-            [((3, 4), (3, 4)), ((2, 3, 4), (2, 3, 4)), ((4,), (4,))],
+            [((2, 3, 4), (2, 3, 4)), ((4,), (4,))],
         )
     },
 )
@@ -403,30 +296,18 @@ EXACT_MATMUL = Operator(
     kernels={"exact_product_kernel"},
     native=lambda a, b: (a.double() @ b.double().mT).float(),
     formula=lambda a, b: a @ np.swapaxes(b, -1, -2),
-    casts=False,
     dtypes=(torch.float32,),
-    aten="aten::mm",
-    opinfo=("mm", lambda sample: [(sample[0], sample[1].mT), (sample[1].mT, sample[0])]),
     shapes=("mnk", "mok"),
     cases=[
         ((0, 3), (4, 3)),
-        ((3, 4), (0, 4)),
         ((3, 0), (4, 0)),
-        ((1, 1), (1, 1)),
-        ((1, 129), (127, 129)),
-        ((127, 128), (1, 128)),
         ((129, 127), (128, 127)),
-        ((1030, 17), (5, 17)),
-        ((0, 1, 3), (0, 2, 3)),
         ((2, 0, 3), (2, 4, 3)),
         ((2, 3, 65, 4), (2, 3, 7, 4)),
-        ((2, 130, 0), (2, 129, 0)),
         ((70000, 2, 3), (70000, 1, 3)),
     ],
     small=[((4, 3), (5, 3)), ((2, 3, 2), (2, 4, 2))],
     in_dims=[
-        ((0, 0), ((6, 4, 3), (6, 5, 3))),
-        ((1, None), ((4, 6, 3), (5, 3))),
         ((None, -1), ((4, 3), (5, 3, 6))),
         ((1, 2), ((2, 6, 4, 3), (2, 5, 6, 3))),
         ((0, 0), ((0, 4, 3), (0, 5, 3))),
@@ -435,9 +316,7 @@ EXACT_MATMUL = Operator(
     refused=[
         Refused((ones(3, 2).double(), ones(3, 2)), "a has dtype torch.float64, expected torch.float32"),
         Refused((ones(3, 2), ones(3, 2).bfloat16()), "b has dtype torch.bfloat16, expected torch.float32"),
-        Refused((ones(3, 2).int(), ones(3, 2).int()), "a has dtype torch.int32, expected torch.float32"),
         Refused((ones(3), ones(3)), "a has shape (3,), expected (*, m, k)"),
-        Refused((ones(2, 3), ones(())), "b has shape (), expected (*, n, k)"),
         Refused((ones(3, 2), ones(2, 3)), "b is (2, 3) on {where}, expected (n, 2) on {where}"),
         Refused((ones(4, 3, 2), ones(3, 2)), "b is (3, 2) on {where}, expected (4, n, 2) on {where}"),
     ],
@@ -449,30 +328,17 @@ EXACT_MATMUL_T = Operator(
     native=lambda x: (x.double() @ x.double().mT).float(),
     formula=lambda x: x @ np.swapaxes(x, -1, -2),
     symmetric=True,
-    casts=False,
     dtypes=(torch.float32,),
-    aten="aten::mm",
-    opinfo=("mm", lambda sample: [(operand,) for operand in sample]),
     shapes=("mnk",),
     cases=[
         ((0, 3),),
         ((3, 0),),
-        ((1, 1),),
-        ((127, 129),),
-        ((129, 127),),
-        ((511, 33),),
-        ((512, 32),),
-        ((513, 1),),
         ((769, 3),),
-        ((2, 0, 3),),
         ((2, 3, 65, 4),),
-        ((2, 600, 9),),
-        ((600, 0),),
         ((70000, 2, 3),),
     ],
     small=[((4, 3),), ((2, 3, 5),)],
     in_dims=[
-        *[((dim,), ((2, 3, 4),)) for dim in (0, 1, 2, -1)],
         ((1,), ((2, 5, 3, 4),)),
         ((0,), ((0, 3, 4),)),
         ((1,), ((2, 2, 600, 3),)),
@@ -480,9 +346,7 @@ EXACT_MATMUL_T = Operator(
     sharded=(((7, 5),), {"R -> R"}),
     refused=[
         Refused((ones(3, 2).double(),), "x has dtype torch.float64, expected torch.float32"),
-        Refused((ones(3, 2).long(),), "x has dtype torch.int64, expected torch.float32"),
         Refused((ones(3),), "x has shape (3,), expected (*, n, k)"),
-        Refused((ones(()),), "x has shape (), expected (*, n, k)"),
     ],
 )
 

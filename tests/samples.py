@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from hypothesis import HealthCheck, settings
-from operators import OPERATORS
+from operators import OPERATORS, Shapes
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
-from torch.testing._internal.common_methods_invocations import op_db
 
 # Hypothesis draws the same examples in each run, without a time limit.
 property_test = settings(
@@ -39,7 +38,7 @@ def halves(*shape: int, dtype: torch.dtype = torch.float64, device: str = "cpu",
 
 
 def arguments(
-    shapes: tuple[tuple[int, ...], ...],
+    shapes: Shapes,
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
     *,
@@ -64,7 +63,7 @@ def widest(name: str, *shape: int, device: str = "cpu", seed: int = 0) -> Tensor
 
 
 def widest_arguments(
-    name: str, shapes: tuple[tuple[int, ...], ...], device: str = "cpu", *, requires_grad: bool = False
+    name: str, shapes: Shapes, device: str = "cpu", *, requires_grad: bool = False
 ) -> tuple[Tensor, ...]:
     args = (widest(name, *shape, device=device, seed=seed) for seed, shape in enumerate(shapes))
     return tuple(arg.requires_grad_(requires_grad) for arg in args)
@@ -73,15 +72,6 @@ def widest_arguments(
 def differences(name: str) -> dict[str, float]:
     """Arguments of gradcheck. In float32 the differences of a quadratic function of `quarters` are exact."""
     return {} if OPERATORS[name].widest == torch.float64 else {"eps": 0.25, "atol": 1e-6, "rtol": 1e-6}
-
-
-def opinfo_samples(name: str, dtype: torch.dtype, device: str) -> list[tuple[Tensor, ...]]:
-    """The arguments of PyTorch's own samples for the operator that ours replaces."""
-    torch.manual_seed(0)
-    native, taken = OPERATORS[name].opinfo
-    (info,) = (info for info in op_db if info.name == native)
-    samples = [(sample.input, *sample.args) for sample in info.sample_inputs(device, dtype)]
-    return [args for sample in samples for args in taken(sample)]
 
 
 def _memory_order(t: Tensor, dims: list[int]) -> Tensor:
@@ -97,14 +87,6 @@ def _stepped(t: Tensor) -> Tensor:
     return buffer[every_second]
 
 
-def _offset(t: Tensor) -> Tensor:
-    return torch.cat([t.new_zeros(3), t.flatten()])[3:].view(t.shape)
-
-
-def _negated(t: Tensor) -> Tensor:
-    return torch._neg_view(-t) if t.is_floating_point() else t  # as z.conj().imag, whose sign is pending
-
-
 # Functions of a tensor to a tensor of the same shape, and (but for "expanded") of the same values.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": torch.Tensor.contiguous,
@@ -112,10 +94,11 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "permuted": lambda t: _memory_order(t, [*range(t.dim())][::-1]),
     "rotated": lambda t: _memory_order(t, [*range(t.dim())][1:] + [*range(t.dim())][:1]),
     "stepped": _stepped,
-    "offset": _offset,
+    "offset": lambda t: torch.cat([t.new_zeros(3), t.flatten()])[3:].view(t.shape),
     "expanded": lambda t: t[:1].expand_as(t) if t.dim() and t.numel() else t,
     "expanded last": lambda t: t[..., :1].expand_as(t) if t.dim() and t.numel() else t,
-    "negated": _negated,
+    # As z.conj().imag, whose sign is pending.
+    "negated": lambda t: torch._neg_view(-t) if t.is_floating_point() else t,
 }
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The operators under torch.compile, torch.export, autocast, the grad modes and CUDA graphs."""
+"""The operators under torch.compile, torch.export, autocast and the grad modes."""
 
 import io
 import logging
@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from operators import BACKWARDS, BY_DTYPE, BY_SMALL_CASE, OPERATORS
+from operators import BACKWARDS, OPERATORS, Shapes
 from samples import (
     LAYOUTS,
     arguments,
     assert_accurate,
     assert_symmetric,
+    halves,
     metadata,
     normal,
     oracle,
@@ -27,8 +28,6 @@ from torch.export import Dim
 from torch.func import grad, hessian, jvp, vmap
 from torch.testing import assert_close
 from torch.utils._pytree import tree_map
-
-import torchpar
 
 # Of PyTorch's own compiler, and of its own export (2.11).
 pytestmark = [
@@ -47,7 +46,7 @@ def _fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def sized(name: str, n: int, m: int, k: int) -> tuple[tuple[int, ...], ...]:
+def sized(name: str, n: int, m: int, k: int) -> Shapes:
     return OPERATORS[name].sized({"n": n, "m": m, "k": k, "o": n + 1})
 
 
@@ -77,9 +76,11 @@ def test_compiled_once_for_all_sizes(name: str, device: str) -> None:
     def op(*args: Tensor) -> Tensor:
         return compiled(*operator.operands(*args), **operator.factors(len(args)))
 
-    for n, m, k in ((5, 2, 7), (4, 3, 9), (17, 6, 2), (40, 4, 129)):
+    for n, m, k in ((5, 2, 7), (4, 3, 9), (17, 6, 2), (40, 4, 129), (300, 4, 3), (600, 5, 9)):
         check(name, op, widest_arguments(name, sized(name, n, m, k), device, requires_grad=True))
-    assert counter.frame_count <= 1 + bool(operator.factors(3))  # PyTorch compiles again for a float constant
+    # PyTorch compiles again for a float constant, and for symmetric products in blocks, from 256 rows on.
+    again = bool(operator.factors(3)) + (name in ("matmul_t", "symmetric_matmul"))
+    assert counter.frame_count <= 1 + again
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -95,31 +96,7 @@ def test_compiled_in_low_precision_without_gradient(name: str, device: str) -> N
         assert metadata(actual) == metadata(eager)
 
 
-def test_sizes_on_both_sides_of_the_blocked_path_compile_once_each(device: str) -> None:
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(torchpar.matmul_t, fullgraph=True, dynamic=True, backend=counter)
-    for n in (5, 255, 256, 600, 7):
-        check("matmul_t", compiled, arguments(((n, 9),), device=device, requires_grad=True))
-    assert counter.frame_count <= 2
-
-
-def test_a_compiled_model_of_several_operators_is_one_graph(device: str) -> None:
-    def model(maximum: Any, matmul_t: Any, linear_sigmoid: Any, x: Tensor, weight: Tensor) -> Tensor:
-        h = maximum(linear_sigmoid(x, weight), x[:, :1])
-        return matmul_t(h).sum() + matmul_t(weight).square().sum()
-
-    ops = [OPERATORS[name].op for name in ("maximum", "matmul_t", "linear_sigmoid")]
-    natives = [OPERATORS[name].plain for name in ("maximum", "matmul_t", "linear_sigmoid")]
-    args = arguments(((6, 4), (5, 4)), device=device, requires_grad=True)
-    compiled = torch.compile(model, fullgraph=True)
-    actual, expected = compiled(*ops, *args), model(*natives, *args)
-    assert_close(actual, expected)
-    assert_close(torch.autograd.grad(actual, args), torch.autograd.grad(expected, args))
-
-
 COMPILED_TRANSFORMS = {
-    "vmap": lambda op: vmap(op),
-    "grad": lambda op: grad(lambda *args: op(*args).pow(3).sum()),
     "vmap(grad)": lambda op: vmap(grad(lambda *args: op(*args).pow(3).sum())),
     "hessian": lambda op: hessian(lambda *args: op(*args).pow(3).sum()),
     "jvp": lambda op: lambda *args: jvp(op, args, args)[1],
@@ -131,14 +108,11 @@ COMPILED_TRANSFORMS = {
 def test_compiled_transforms(name: str, transform: str, device: str) -> None:
     if (name, transform) == ("symmetric_matmul", "hessian"):
         pytest.skip("PyTorch's own addmm crashes in a compiled hessian (2.15)")
-    shapes = OPERATORS[name].small[0]
-    if transform.startswith("vmap"):
-        shapes = tuple((2, *shape) for shape in shapes)
+    operator, transformed = OPERATORS[name], COMPILED_TRANSFORMS[transform]
+    shapes = tuple((2, *shape) if transform == "vmap(grad)" else shape for shape in operator.small[0])
     args = widest_arguments(name, shapes, device)
-    compiled = torch.compile(
-        COMPILED_TRANSFORMS[transform](OPERATORS[name].op), fullgraph=True, backend="aot_eager"
-    )
-    assert_close(compiled(*args), COMPILED_TRANSFORMS[transform](OPERATORS[name].plain)(*args))
+    compiled = torch.compile(transformed(operator.op), fullgraph=True, backend="aot_eager")
+    assert_close(compiled(*args), transformed(operator.plain)(*args))
 
 
 class Module(torch.nn.Module):
@@ -175,41 +149,34 @@ def test_export(name: str, dynamic: bool, device: str) -> None:
             assert_close(program.module()(*args), operator.native(*args, **operator.factors(len(dims))))
 
 
-def autocast_dtypes() -> list[tuple[str, torch.dtype]]:
-    return [("cpu", torch.bfloat16), ("cpu", torch.float16)] + [
-        ("cuda", torch.bfloat16),
-        ("cuda", torch.float16),
-    ] * torch.cuda.is_available()
-
-
-@pytest.mark.parametrize("device_type, dtype", autocast_dtypes(), ids=str)
-@pytest.mark.parametrize("name, shapes", BY_SMALL_CASE, ids=str)
-def test_autocast(
-    name: str, shapes: tuple[tuple[int, ...], ...], device_type: str, dtype: torch.dtype
-) -> None:
-    operator = OPERATORS[name]
-    args = [
-        t.detach().requires_grad_() for t in operator.operands(*arguments(shapes, torch.float32, device_type))
-    ]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_autocast(name: str, dtype: torch.dtype, device: str) -> None:
+    operator, shapes = OPERATORS[name], OPERATORS[name].small[0]
+    args = [t.detach() for t in operator.operands(*arguments(shapes, torch.float32, device, make=halves))]
+    args = [t.requires_grad_() for t in args]
     op, native = (partial(f, **operator.factors(len(args))) for f in (operator.function, operator.native))
-    wide = [arg.double() for arg in args]
-    with torch.autocast(device_type, dtype):
-        actual, expected = op(*args), native(*args)
-        assert actual.dtype == expected.dtype
+    wide = [arg.detach().double().requires_grad_() for arg in args]
+    exact = native(*wide).double()
+    with torch.autocast(device, dtype):
+        actual, theirs = op(*args), native(*args)
+        assert actual.dtype == theirs.dtype
         if operator.widest == torch.float64:
             assert op(*wide).dtype == torch.float64
         # Operands of different dtypes are cast to one.
         assert op(args[0].to(dtype), *args[1:]).dtype == native(args[0].to(dtype), *args[1:]).dtype
-        with torch.autocast(device_type, enabled=False):
+        with torch.autocast(device, enabled=False):
             assert op(*args).dtype == torch.float32
         batched = vmap(op)(*(arg.unsqueeze(0) for arg in args))
-        assert batched.dtype == actual.dtype
     assert op(*args).dtype == torch.float32
-    assert_close(actual, expected)
-    assert_close(batched[0], actual)
-    actual_gradients = torch.autograd.grad(actual.float().sum(), args)
-    assert [g.dtype for g in actual_gradients] == [torch.float32] * len(args)
-    assert_close(actual_gradients, torch.autograd.grad(expected.float().sum(), args), rtol=0.02, atol=0.02)
+    assert batched.dtype == actual.dtype
+    rounding = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
+    assert_close(actual.double(), exact, **rounding)
+    assert_close(batched[0].double(), exact, **rounding)
+    found = torch.autograd.grad(actual.float().sum(), args)
+    assert [g.dtype for g in found] == [torch.float32] * len(args)
+    expected = torch.autograd.grad(exact.sum(), wide)
+    assert_close([g.double() for g in found], list(expected), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("name", BACKWARDS)
@@ -223,24 +190,10 @@ def test_a_backward_operator_inside_autocast_equals_its_fake(name: str, device: 
     assert tree_map(metadata, actual) == tree_map(metadata, fake)
 
 
-@pytest.mark.parametrize("name", OPERATORS)
-def test_autocast_inside_a_compiled_function(name: str, device: str) -> None:
-    args = arguments(OPERATORS[name].small[0], torch.float32, device)
-
-    def function(*args: Tensor) -> Tensor:
-        with torch.autocast(device, torch.bfloat16):
-            return OPERATORS[name].op(*args)
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    assert_close(compiled(*args), function(*args), rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("name, shapes", BY_SMALL_CASE, ids=str)
-def test_grad_modes(
-    name: str, shapes: tuple[tuple[int, ...], ...], mode: Callable[..., Any], device: str
-) -> None:
-    op = OPERATORS[name].op
+@pytest.mark.parametrize("name", OPERATORS)
+def test_grad_modes(name: str, mode: Callable[..., Any], device: str) -> None:
+    op, shapes = OPERATORS[name].op, OPERATORS[name].small[0]
     args = widest_arguments(name, shapes, device, requires_grad=True)
     expected = op(*args)
     with mode():
@@ -250,33 +203,3 @@ def test_grad_modes(
     assert y.grad_fn is None
     assert y.is_inference() == made_inside.is_inference() == (mode is torch.inference_mode)
     assert_close((y, made_inside), (expected, expected), rtol=0, atol=0)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU, and there is none")
-@pytest.mark.parametrize(
-    "name, dtype", [case for case in BY_DTYPE if case[1] in (torch.bfloat16, torch.float32)], ids=str
-)
-def test_cuda_graph(name: str, dtype: torch.dtype) -> None:
-    op = OPERATORS[name].op
-    args = arguments(sized(name, 129, 3, 65), dtype, "cuda", requires_grad=True)
-
-    def step() -> tuple[Tensor, ...]:
-        y = op(*args)
-        return y, *torch.autograd.grad(y, args, torch.ones_like(y))
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()  # kernels are compiled before the capture
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for seed in (1, 2):
-        with torch.no_grad():
-            for arg in args:
-                arg.copy_(normal(*arg.shape, dtype=dtype, device="cuda", seed=seed))
-        graph.replay()
-        eager = step()
-        assert_close(captured[0], eager[0], rtol=0, atol=0)
-        assert_close(captured, eager)  # cuBLAS, in the backward, may choose another algorithm

@@ -11,7 +11,7 @@ import pytest
 import torch
 from operators import BACKWARDS, OPERATORS, Shapes
 from ranks import Ranks
-from samples import arguments, bits, normal, widest_arguments
+from samples import arguments, normal, widest_arguments
 
 import torchpar
 
@@ -20,7 +20,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 
 
 NAMES = [*OPERATORS, *BACKWARDS]
-DRAWN = 40  # combinations of placements that a test on a mesh of two dimensions takes
 
 
 def operands(name: str, shapes: Shapes) -> list[torch.Tensor]:
@@ -39,8 +38,6 @@ def place(whole: torch.Tensor, mesh: Any, placements: Sequence[Any]) -> Any:
             size = mesh.size(dim)
             weights = normal(size, *whole.shape, dtype=whole.dtype, seed=dim)
             weights += (1 - weights.sum(0)) / size
-            if placement.reduce_op == "avg":
-                weights *= size
             value = value * weights[mesh.get_local_rank(dim)]
     held = [Replicate() if p.is_partial() else p for p in placements]
     local = distribute_tensor(value, mesh, held, src_data_rank=None).to_local()
@@ -51,7 +48,11 @@ def place(whole: torch.Tensor, mesh: Any, placements: Sequence[Any]) -> Any:
 def compare_placed(
     operator: Callable[..., Any], whole: list[torch.Tensor], mesh: Any, placements: Sequence[Sequence[Any]]
 ) -> tuple[int, str]:
-    """Compare results and gradients with those of ``whole``: the collectives, and the result's placements."""
+    """Compare results and gradients with those of ``whole``: the collectives, and the result's placements.
+
+    Those of exact products are equal bit for bit, unless operands are parts of a sum: sums of rounded parts
+    would have other bits.
+    """
     from torch.distributed.tensor import Replicate, distribute_tensor
     from torch.distributed.tensor.debug import CommDebugMode
 
@@ -59,13 +60,15 @@ def compare_placed(
         found = operator(*args)
         return found if isinstance(found, tuple) else (found,)
 
+    is_exact = whole[0].dtype == torch.float32 and not any(p.is_partial() for own in placements for p in own)
+    how = {"rtol": 0, "atol": 0} if is_exact else {}
     expected = results(whole)
     incoming = [normal(*t.shape, dtype=t.dtype, seed=9) for t in expected]  # the same on every rank
     gradients = torch.autograd.grad(expected, whole, incoming, materialize_grads=True)
     args = [place(t, mesh, placement) for t, placement in zip(whole, placements, strict=True)]
     with CommDebugMode() as communication:
         actual = results(args)
-    torch.testing.assert_close([t.full_tensor() for t in actual], [t.detach() for t in expected])
+    torch.testing.assert_close([t.full_tensor() for t in actual], [t.detach() for t in expected], **how)
     replicated = [Replicate()] * mesh.ndim
     found = torch.autograd.grad(
         [t.redistribute(placements=replicated) for t in actual],
@@ -73,23 +76,12 @@ def compare_placed(
         [distribute_tensor(g, mesh, replicated) for g in incoming],
         materialize_grads=True,
     )
-    torch.testing.assert_close([g.full_tensor() for g in found], list(gradients))
+    torch.testing.assert_close([g.full_tensor() for g in found], list(gradients), **how)
     return communication.get_total_counts(), " ".join(map(str, actual[0].placements))
 
 
-def compare(
-    name: str,
-    shapes: Shapes,
-    mesh_shape: tuple[int, ...],
-    reductions: Sequence[str],
-    drawn: int | None = None,
-) -> list[str]:
-    """Run ``name`` with each combination of placements; return those that took no communication.
-
-    Args:
-        reductions: of the partial placements.
-        drawn: the number of combinations, if not all.
-    """
+def compare(name: str, shapes: Shapes, mesh_shape: tuple[int, ...], drawn: int | None = None) -> list[str]:
+    """Run ``name`` with each combination of placements, or ``drawn`` ones; return those that are local."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Partial, Replicate, Shard
 
@@ -99,7 +91,7 @@ def compare(
     whole = operands(name, shapes)
 
     def choices(t: torch.Tensor) -> list[tuple[Any, ...]]:
-        on_a_dimension = [Replicate(), *map(Shard, range(t.dim())), *map(Partial, reductions)]
+        on_a_dimension = [Replicate(), *map(Shard, range(t.dim())), Partial("sum")]
         return list(itertools.product(on_a_dimension, repeat=mesh.ndim))
 
     combinations = list(itertools.product(*map(choices, whole)))
@@ -115,60 +107,40 @@ def compare(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_placement(ranks, name):
-    """Partial sums and means too: a sigmoid of parts of a sum, say, would not be the sigmoid of the sum."""
+    """Partial sums too: a sigmoid of parts of a sum, say, would not be the sigmoid of the sum."""
     shapes, expected = OPERATORS[name].sharded if name in OPERATORS else (BACKWARDS[name].cases[0], set())
-    local = ranks(2, compare, name, shapes, (2,), ("sum", "avg"))
+    local = ranks(2, compare, name, shapes, (2,))
     assert local[0] == local[-1]
     # A replicated operand is split without communication, too.
     assert expected <= set(local[0]), local[0]
+    if name in OPERATORS:
+        of_a_batch = ranks(2, compare, name, OPERATORS[name].small[-1], (2,))[0]
+        assert any(combination.endswith("-> S(0)") for combination in of_a_batch), of_a_batch
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_placements_on_a_mesh(ranks, name):
     shapes = OPERATORS[name].sharded[0] if name in OPERATORS else BACKWARDS[name].cases[0]
-    ranks(4, compare, name, shapes, (2, 2), ("sum",), DRAWN)
+    ranks(4, compare, name, shapes, (2, 2), 40)
 
 
-def sum_of_sigmoids(x: Any, weight: Any, bias: Any) -> Any:
-    """Take the sigmoid on every rank, of its own part of the sum. This is wrong."""
-    from torch.distributed.tensor import DTensor, Partial
-
-    if not isinstance(x, DTensor):
-        return torchpar.linear_sigmoid(x, weight, bias)
-    parts = (t.to_local() for t in (x, weight, bias))
-    return DTensor.from_local(torchpar.linear_sigmoid(*parts), x.device_mesh, [Partial()])
-
-
-def compare_split_sums() -> None:
+def compare_compiled() -> None:
+    """The compiled operators beside the eager ones, with split operands."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Partial, Shard
+    from torch.distributed.tensor import Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    whole = operands("linear_sigmoid", OPERATORS["linear_sigmoid"].sharded[0])
-    placements = [[Shard(1)], [Shard(1)], [Partial()]]
-    compare_placed(torchpar.linear_sigmoid, whole, mesh, placements)
-    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
-        compare_placed(sum_of_sigmoids, whole, mesh, placements)
-
-
-def test_a_sum_of_sigmoids_is_rejected(ranks):
-    ranks(2, compare_split_sums)
-
-
-def compare_compiled(name: str) -> None:
-    """The compiled operator beside the eager one, with replicated and with split operands."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    shapes, _ = OPERATORS[name].sharded
-    whole = operands(name, shapes)
-    operator = partial(OPERATORS[name].function, **OPERATORS[name].factors(len(shapes)))
-    for placement in (lambda t: Replicate(), lambda t: Shard(0), lambda t: Shard(t.dim() - 1)):
-        args = [distribute_tensor(t.detach(), mesh, [placement(t)]).requires_grad_() for t in whole]
+    for name, along_rows in itertools.product(OPERATORS, (True, False)):
+        shapes, _ = OPERATORS[name].sharded
+        whole = operands(name, shapes)
+        operator = partial(OPERATORS[name].function, **OPERATORS[name].factors(len(shapes)))
+        placements = [Shard(0 if along_rows else t.dim() - 1) for t in whole]
+        args = [
+            distribute_tensor(t.detach(), mesh, [placement]).requires_grad_()
+            for t, placement in zip(whole, placements, strict=True)
+        ]
         torch._dynamo.reset()
         actual = torch.compile(operator, fullgraph=True, backend="aot_eager")(*args).full_tensor()
         expected = operator(*whole)
@@ -178,31 +150,10 @@ def compare_compiled(name: str) -> None:
         torch.testing.assert_close([g.full_tensor() for g in found], list(gradients))
 
 
-def compare_all_compiled() -> None:
-    for name in OPERATORS:
-        compare_compiled(name)
-
-
 def test_compiled(tmp_path):
     # In processes of its own: PyTorch's compiler (2.15) fails after other tests have used DTensors eagerly.
     with Ranks(tmp_path) as ranks:
-        ranks(2, compare_all_compiled)
-
-
-@pytest.mark.parametrize(
-    "name, shapes",
-    [
-        ("maximum", ((4, 3, 5), (3, 1))),
-        ("matmul_t", ((4, 3, 2),)),
-        ("symmetric_matmul", ((4, 3, 3), (4, 3, 3))),
-        ("linear_sigmoid", ((6, 5), (7, 5))),
-        ("exact_matmul", ((4, 3, 5), (4, 2, 5))),
-        ("exact_matmul_t", ((4, 3, 5),)),
-    ],
-)
-def test_batches_and_broadcasts(ranks, name, shapes):
-    local = ranks(2, compare, name, shapes, (2,), ())[0]
-    assert any(combination.endswith("-> S(0)") for combination in local), local
+        ranks(2, compare_compiled)
 
 
 def scaled_and_checked() -> None:
@@ -213,89 +164,36 @@ def scaled_and_checked() -> None:
     whole = operands("symmetric_matmul", ((6, 6), (6, 6), (6, 6)))
     for placement in (Replicate(), Shard(0), Shard(1)):
         a, b, c = (distribute_tensor(t.detach(), mesh, [placement]) for t in whole)
-        for check in (False, True):
-            for args, wholes in (((a, b), whole[:2]), ((a, b, c), whole)):
-                factors = OPERATORS["symmetric_matmul"].factors(len(args))
-                result = torchpar.symmetric_matmul(*args, **factors, check=check)
-                expected = torchpar.symmetric_matmul(*wholes, **factors)
-                torch.testing.assert_close(result.full_tensor(), expected.detach())
+        # DTensor caches the rule that it finds without the check.
+        for check, (args, wholes) in itertools.product(
+            (False, True), (((a, b), whole[:2]), ((a, b, c), whole))
+        ):
+            factors = OPERATORS["symmetric_matmul"].factors(len(args))
+            result = torchpar.symmetric_matmul(*args, **factors, check=check)
+            expected = torchpar.symmetric_matmul(*wholes, **factors)
+            torch.testing.assert_close(result.full_tensor(), expected.detach())
         shifted = distribute_tensor(whole[1].detach().roll(1, 0), mesh, [placement])
-        with pytest.raises(RuntimeError, match="is not symmetric"):
+        with pytest.raises(RuntimeError, match=r"a @ b\.mT is not symmetric"):
             torchpar.symmetric_matmul(a, shifted, check=True)
 
 
-def test_factors_and_the_check_of_shards(ranks):
+def test_the_check_is_of_the_whole_and_not_of_its_parts(ranks):
     # The product of two shards of k is not symmetric; their sum is.
     ranks(2, scaled_and_checked)
 
 
-def rows_of_a_product(shape: tuple[int, ...]) -> tuple[str, dict[str, int]]:
-    """matmul_t of a matrix split by rows: the placement of the result, and the collectives it took."""
-    import torch.distributed as dist
+def rows_of_a_product(shape: tuple[int, ...]) -> tuple[int, str]:
+    """matmul_t of a matrix split by rows: the number of collectives, and the placement of the result."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-    from torch.distributed.tensor.debug import CommDebugMode
-
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    rows = Shard(len(shape) - 2)
-    torch.manual_seed(0)
-    whole = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    expected = torchpar.matmul_t(whole)
-    incoming = torch.randn_like(expected)
-    x = distribute_tensor(whole.detach(), mesh, [rows]).requires_grad_()
-    with CommDebugMode() as communication:
-        result = torchpar.matmul_t(x)
-    torch.testing.assert_close(result.full_tensor(), expected.detach())
-    (found,) = torch.autograd.grad(result, x, distribute_tensor(incoming, mesh, [rows]))
-    (gradient,) = torch.autograd.grad(expected, whole, incoming)
-    torch.testing.assert_close(found.full_tensor(), gradient)
-    counts = communication.get_comm_counts().items()
-    return str(result.placements[0]), {str(collective): count for collective, count in counts}
-
-
-@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("shape", [(7, 5), (300, 5), (2, 8, 5)], ids=str)
-def test_rows_of_a_product_take_one_gather(ranks, shape, world_size):
-    for placement, counts in ranks(world_size, rows_of_a_product, shape):
-        assert placement == f"S({len(shape) - 2})"
-        assert counts == {"c10d_functional.all_gather_into_tensor": 1}
-
-
-def exact_products_of_shards(name: str) -> set[str]:
-    """The placements of the results; their bits and the gradients' are those of one process."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import Shard
 
     mesh = init_device_mesh("cpu", (2,))
-    shapes, _ = OPERATORS[name].sharded
-    op, found = OPERATORS[name].function, set()
-    whole = [t.requires_grad_() for t in arguments(shapes, torch.float32)]
-    expected = op(*whole)
-    incoming = normal(*expected.shape, dtype=torch.float32, seed=9)
-    gradients = torch.autograd.grad(expected, whole, incoming)
-    for placements in itertools.product([Replicate(), Shard(0), Shard(1)], repeat=len(whole)):
-        args = [
-            distribute_tensor(t.detach(), mesh, [placement]).requires_grad_()
-            for t, placement in zip(whole, placements, strict=True)
-        ]
-        result = op(*args)
-        assert torch.equal(bits(result.full_tensor()), bits(expected))
-        for g in (Replicate(), Shard(0), Shard(1)):
-            grads = torch.autograd.grad(
-                result, args, distribute_tensor(incoming, mesh, [g]), retain_graph=True
-            )
-            assert not any(isinstance(grad.placements[0], Partial) for grad in grads)
-            for grad, gradient in zip(grads, gradients, strict=True):
-                assert torch.equal(bits(grad.full_tensor()), bits(gradient))
-        found.add(str(result.placements[0]))
-    return found
+    return compare_placed(torchpar.matmul_t, operands("matmul_t", (shape,)), mesh, [[Shard(len(shape) - 2)]])
 
 
-@pytest.mark.parametrize("name", ["exact_matmul", "exact_matmul_t"])
-def test_exact_products_of_shards_have_the_bits_of_the_whole(ranks, name):
-    # Sums of rounded parts would have others: operands that are split along k are gathered.
-    for placements in ranks(2, exact_products_of_shards, name):
-        assert placements <= {"R", "S(0)", "S(1)"}
+@pytest.mark.parametrize("shape", [(7, 5), (300, 5), (2, 8, 5)], ids=str)
+def test_rows_of_a_product_take_one_gather(ranks, shape):
+    assert ranks(2, rows_of_a_product, shape) == [(1, f"S({len(shape) - 2})")] * 2
 
 
 def test_rules_wait_for_dtensor() -> None:
@@ -305,29 +203,3 @@ def test_rules_wait_for_dtensor() -> None:
 
     torchpar.maximum(torch.zeros(1), torch.zeros(1))
     assert not _library._sharding_rules
-
-
-def check_of_a_split_product() -> tuple[bool, str]:
-    """Whether a symmetric product passes, and the error of another; both operands are split by columns."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    torch.manual_seed(0)
-    s = torch.randn(8, 8, dtype=torch.float64)
-    s = s + s.mT
-    a, b, other = (distribute_tensor(t, mesh, [Shard(1)]) for t in (s @ s, s, torch.randn_like(s)))
-    torchpar.symmetric_matmul(a, b)  # DTensor caches the rule that it finds without the check
-    checked = torchpar.symmetric_matmul(a, b, check=True)
-    try:
-        torchpar.symmetric_matmul(a, other, check=True)
-    except RuntimeError as e:
-        return torch.allclose(checked.full_tensor(), s @ s @ s), str(e)
-    return False, ""
-
-
-def test_the_check_is_of_the_whole_and_not_of_its_parts(ranks):
-    for passes, said in ranks(2, check_of_a_split_product):
-        assert passes
-        assert "a @ b.mT is not symmetric" in said

@@ -4,13 +4,10 @@
 import itertools
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from operators import FLOATS, SYMMETRIC_MATMUL, symmetric_operands
 from samples import (
     LAYOUTS,
@@ -18,17 +15,12 @@ from samples import (
     assert_contract,
     assert_symmetric,
     halves,
-    lower_twice,
     normal,
-    property_test,
 )
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import vjp, vmap
 from torch.library import opcheck
 from torch.testing import assert_close
-
-import torchpar
 
 # Of PyTorch's own compiler.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -55,15 +47,7 @@ def polynomials(n: int, dtype: torch.dtype = torch.float64, device: str = "cpu")
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("n", [1, 127, 257])
-def test_polynomials_of_a_symmetric_matrix(n: int, dtype: torch.dtype, device: str) -> None:
-    a, b = polynomials(n, dtype, device)
-    contract(a, b, alpha=1 / 3)
-    contract(b, a, torch.eye(n).to(a), alpha=1 / 3, beta=1.0)
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("shape", [(5, 3), (129, 257), (2, 300, 9), (600, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(129, 257), (2, 300, 9)], ids=str)
 def test_a_broken_promise_gives_the_lower_triangle_twice(
     shape: tuple[int, ...], dtype: torch.dtype, device: str
 ) -> None:
@@ -80,60 +64,29 @@ def test_zeros_of_either_sign_are_symmetric_bit_for_bit(device: str) -> None:
         assert_symmetric(op(a, b))  # the product is symmetric, since 0 = -0
 
 
-values = [name for name in LAYOUTS if not name.startswith("expanded")]
-pairs = st.one_of(
-    st.tuples(*[st.sampled_from(values)] * 2), st.sampled_from([(name, name) for name in LAYOUTS])
-)
-
-
-@given(
-    st.lists(st.sampled_from([0, 1, 2, 3]), max_size=2),
-    *[st.sampled_from([0, 1, 2, 3, 7, 16, 17, 33])] * 2,
-    st.sampled_from(FLOATS),
-    pairs,
-    st.none() | st.sampled_from(values),
-    *[st.sampled_from([0, 1, -2.5, 1 / 3])] * 2,
-)
-@property_test
-def test_anything(device: str, batch, n, k, dtype, layouts, c_layout, alpha, beta) -> None:
-    a, b, c = operands(*batch, n, k, dtype=dtype, device=device)
-    a, b = LAYOUTS[layouts[0]](a), LAYOUTS[layouts[1]](b)
-    if c_layout is None:
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(3, 0, 2), (0, 3), (2, 7, 3), (2, 257, 5)], ids=str)
+def test_any_factors(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    a, b, c = operands(*shape, dtype=dtype, device=device)
+    for alpha, beta in itertools.product((0, 1, -2.5), (0, 1, 1 / 3)):
         contract(a, b, alpha=alpha)
-    else:
-        contract(a, b, LAYOUTS[c_layout](c), alpha=alpha, beta=beta)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
-def test_any_layout_in_blocks(dtype: torch.dtype, layout: str, device: str) -> None:
-    a, b, c = operands(2, 257, 5, dtype=dtype, device=device)
-    a, b = LAYOUTS[layout](a), LAYOUTS[layout](b)
-    c = LAYOUTS[layout](c) if layout in values else c[..., :1, :1].expand_as(c)
-    contract(a, b, c, **FACTORS)
+        contract(a, b, c, alpha=alpha, beta=beta)
+        contract(a, b, LAYOUTS["stepped"](c), alpha=alpha, beta=beta)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("n", [5, 300])
-def test_operands_that_are_not_finite(n: int, dtype: torch.dtype, device: str) -> None:
+def test_c_is_not_read_where_beta_is_0(n: int, dtype: torch.dtype, device: str) -> None:
     a, b, c = operands(n, 3, dtype=dtype, device=device)
-    expected = op(a, b)
     for k in (3, 0):
-        nan = torch.full_like(c, math.nan)  # not read, since beta is 0
-        assert_close(op(a[:, :k], b[:, :k], nan, beta=0), op(a[:, :k], b[:, :k]), rtol=0, atol=0)
-    c[0, 1] = c[1, 0] = math.nan
-    assert torch.equal(op(a, b, c, beta=1).isnan(), c.isnan())
-    a[0, 0], a[1, 1], a[n - 1, 2], a[2, 0] = math.inf, -math.inf, math.nan, math.inf
-    b = a * torch.tensor([1, 2, 0.5]).to(a)
-    actual = op(a, b)
-    assert_close(actual, a @ b.mT, equal_nan=True)
-    assert_close(actual, actual.mT, rtol=0, atol=0, equal_nan=True)
-    assert not torch.equal(actual, expected)
+        expected = op(a[:, :k], b[:, :k])
+        assert_close(op(a[:, :k], b[:, :k], c * math.nan, beta=0), expected, rtol=0, atol=0)
+        assert op(a[:, :k], b[:, :k], c * math.nan, beta=1).isnan().all()
 
 
 # PyTorch's own addmm gives NaN in bfloat16 for alpha = 0, and in float32, from 40 rows on, numbers for NaN.
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("shape", [(1, 3), (5, 3), (2, 40, 16), (257, 3), (400, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 3), (2, 40, 16), (400, 3)], ids=str)
 def test_factors_that_are_0_or_not_finite(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     x = torch.ones(shape, dtype=dtype, device=device)
     c = torch.eye(shape[-2], dtype=dtype, device=device).expand(*shape[:-1], -1)
@@ -152,46 +105,30 @@ def test_fp16_products_that_overflow_before_alpha(n: int, device: str) -> None:
     a = torch.full((n, 4), 300.0, dtype=torch.float16, device=device)
     assert op(a, a).isinf().all()
     expected = torch.full((n, n), 360000 / 64, dtype=torch.float16, device=device)
-    functions = {
-        "eager": lambda a: op(a, a, alpha=1 / 64),
-        "vmap": lambda a: vmap(lambda a: op(a, a, alpha=1 / 64))(a[None])[0],
-        "jvp": lambda a: torch.func.jvp(lambda a: op(a, a, alpha=1 / 64), (a,), (a,))[0],
-        "compiled": torch.compile(lambda a: op(a, a, alpha=1 / 64), backend="aot_eager"),
-    }
-    for name, function in functions.items():
-        assert_close(function(a), expected, msg=lambda text, name=name: f"{name}: {text}")
+    assert_close(op(a, a, alpha=1 / 64), expected)
+    assert_close(vmap(lambda a: op(a, a, alpha=1 / 64))(a[None])[0], expected)
+    assert_close(torch.func.jvp(lambda a: op(a, a, alpha=1 / 64), (a,), (a,))[0], expected)
 
 
 # Operands that are arguments of the derivative themselves; in the record, one function makes them all.
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(2, 4, 3), (300, 3)], ids=str)
-def test_gradients_of_each_operand(shape: tuple[int, ...], layout: str, device: str) -> None:
-    args = [t.detach().requires_grad_() for t in operands(*shape, make=normal, device=device)]
-    incoming = LAYOUTS[layout](normal(*shape[:-1], shape[-2], device=device, seed=9))
-    for factors in (FACTORS, {"beta": 0.0}):
-        actual = torch.autograd.grad(op(*args, **factors), args, incoming)
-        assert_close(actual, torch.autograd.grad(native(*args, **factors), args, incoming.clone()))
-
-
 @pytest.mark.parametrize("required", [*itertools.product([False, True], repeat=3)], ids=str)
-def test_any_subset_of_operands_requires_grad(required: tuple[bool, ...], device: str) -> None:
-    args = [
-        t.detach().requires_grad_(r)
-        for t, r in zip(operands(4, 3, make=normal, device=device), required, strict=True)
-    ]
-    for count, factors in ((2, {"alpha": -2.5}), (3, FACTORS)):
-        y = op(*args[:count], **factors)
-        assert y.requires_grad == any(required[:count])
-        needed = [t for t in args[:count] if t.requires_grad]
+def test_gradients_of_any_subset_of_operands(required: tuple[bool, ...], device: str) -> None:
+    cases = ((2, {"alpha": -2.5}), (3, FACTORS), (3, {"beta": 0.0}))
+    for shape, (count, factors) in itertools.product(((2, 4, 3), (300, 3)), cases):
+        made = operands(*shape, make=normal, device=device)
+        args = [t.detach().requires_grad_(r) for t, r in zip(made, required, strict=True)][:count]
+        y = op(*args, **factors)
+        needed = [t for t in args if t.requires_grad]
+        assert y.requires_grad == bool(needed)
         if needed:
-            incoming = normal(4, 4, device=device, seed=9)
-            expected = torch.autograd.grad(native(*args[:count], **factors), needed, incoming)
+            incoming = normal(*y.shape, device=device, seed=9)
+            expected = torch.autograd.grad(native(*args, **factors), needed, incoming)
             assert_close(torch.autograd.grad(y, needed, incoming), expected)
 
 
-@pytest.mark.parametrize("in_dims", [(0, None), (None, -1), (0, None, None), (None, 0, 1), (None, None, -3)])
+@pytest.mark.parametrize("in_dims", [(0, None), (None, 0, 1), (None, None, -3)], ids=str)
 @pytest.mark.parametrize("shape", [(2, 4, 3), (260, 3)], ids=str)
 def test_vmap_over_some_operands(
     shape: tuple[int, ...], in_dims: tuple[int | None, ...], device: str
@@ -217,40 +154,12 @@ def test_vmap_of_the_formula_reads_no_uninitialised_memory(device: str) -> None:
     assert_close(y, 2 * x @ x.mT)
 
 
-@pytest.mark.parametrize("with_c", [False, True])
-def test_compiled_once_on_each_side_of_the_blocked_path(with_c: bool, device: str) -> None:
-    counter = CompileCounterWithBackend("aot_eager")
-    factors = SYMMETRIC_MATMUL.factors(2 + with_c)
-    torch._dynamo.reset()
-
-    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
-    def compiled(*args: Tensor) -> Tensor:
-        return torchpar.symmetric_matmul(*args, **factors)
-
-    counts = []
-    for n in (7, 255, 256, 257, 5):
-        args = operands(n, 3, make=normal, device=device)[: 2 + with_c]
-        args = [t.detach().requires_grad_() for t in args]
-        actual, expected = compiled(*args), native(*args, **factors)
-        assert_close(actual, expected)
-        assert_symmetric(actual)
-        incoming = normal(n, n, device=device, seed=9)
-        assert_close(
-            torch.autograd.grad(actual, args, incoming), torch.autograd.grad(expected, args, incoming)
-        )
-        counts.append(counter.frame_count)
-    assert counts[-1] - counts[0] <= 1  # PyTorch compiles the first function again for a float constant
-
-
 # check=True: the operands are tested.
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("n", [1, 64, 300])
-def test_the_check_accepts_polynomials_after_several_roundings(
-    n: int, dtype: torch.dtype, device: str
-) -> None:
-    a, b = polynomials(n, dtype, device)
+def test_the_check_accepts_polynomials_after_several_roundings(dtype: torch.dtype, device: str) -> None:
+    a, b = polynomials(64, dtype, device)
     for _ in range(3):
         product = op(a, b, check=True)
         a, b = op(a, b, product, alpha=0.5, beta=-0.25, check=True), product.clone()
@@ -258,7 +167,7 @@ def test_the_check_accepts_polynomials_after_several_roundings(
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("k", [1, 64, 4096])
+@pytest.mark.parametrize("k", [1, 4096])
 def test_the_check_rejects_a_product_that_is_not_symmetric(k: int, dtype: torch.dtype, device: str) -> None:
     a, b = (normal(64, k, dtype=dtype, device=device, seed=seed) for seed in (0, 1))
     with pytest.raises(RuntimeError, match=r"symmetric_matmul: a @ b\.mT is not symmetric") as caught:
@@ -270,52 +179,16 @@ def test_the_check_rejects_a_product_that_is_not_symmetric(k: int, dtype: torch.
     c[3, 5] = 0.5
     with pytest.raises(RuntimeError, match="symmetric_matmul: c is not symmetric: it differs"):
         op(a, a, c, beta=1, check=True)
+    op(a, a, c, beta=0, check=True)  # c is not read
 
 
-def test_the_check_leaves_out_a_c_that_is_not_read(device: str) -> None:
-    a = normal(3, 2, device=device)
-    for c in (normal(3, 3, device=device), torch.full((3, 3), math.nan, dtype=a.dtype, device=device)):
-        assert_close(op(a, a, c, beta=0, check=True), a @ a.mT)
-
-
-@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 3, 2), (2, 0, 2)], ids=str)
-def test_the_check_of_empty_operands(shape: tuple[int, ...], device: str) -> None:
-    a, b, c = operands(*shape, device=device)
-    assert_close(op(a, b, c, beta=1, check=True), op(a, b, c, beta=1))
-
-
-@pytest.mark.parametrize("n", [5, 300])
-def test_the_check_of_a_compiled_call(n: int, device: str) -> None:
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0, 2), (5, 3), (300, 3)], ids=str)
+def test_the_check_of_a_compiled_call_and_of_empty_operands(shape: tuple[int, ...], device: str) -> None:
     compiled = torch.compile(lambda a, b: op(a, b, check=True), fullgraph=True, backend="aot_eager")
-    a, b, c = operands(n, 3, device=device)
+    a, b, c = operands(*shape, device=device)
     assert_close(compiled(a, b), a @ b.mT)
-    with pytest.raises(RuntimeError, match=r"torchpar::symmetric_matmul: a @ b\.mT is not symmetric"):
-        compiled(a, b.flip(0))
+    assert_close(op(a, b, c, beta=1, check=True), op(a, b, c, beta=1))
     opcheck(op, (a, b, c), {"beta": 1.0, "check": True}, test_utils="test_faketensor")
-
-
-# Negative controls: each clause of the contract rejects a wrong operator.
-
-
-def right(*args: Tensor, **factors: float) -> Tensor:
-    return lower_twice(native(*args, **factors))
-
-
-WRONG: dict[str, Callable[..., Tensor]] = {
-    "not symmetric": native,
-    "the upper triangle": lambda *args, **factors: lower_twice(native(*args, **factors).mT),
-    "no c": lambda a, b, c, alpha, beta: lower_twice(native(a, b, None, alpha=alpha)),
-    "no alpha": lambda a, b, c, alpha, beta: lower_twice(native(a, b, c, beta=beta)),
-    "in float16": lambda *args, **factors: lower_twice(native(*(t.half() for t in args), **factors)).float(),
-    "not contiguous": lambda *args, **factors: LAYOUTS["stepped"](right(*args, **factors)),
-    "in place": lambda a, b, c, **factors: c.copy_(right(a, b, c, **factors)),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-def test_the_contract_rejects(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    a, b, c = (normal(9, size, dtype=torch.float32, seed=seed) for seed, size in enumerate((5, 5, 9)))
-    for product, verdict in ((right, nullcontext()), (WRONG[wrong], pytest.raises(AssertionError))):
-        monkeypatch.setattr(torchpar, "symmetric_matmul", product)
-        with verdict:
-            contract(a, b, c, **FACTORS)
+    if a.numel():
+        with pytest.raises(RuntimeError, match=r"torchpar::symmetric_matmul: a @ b\.mT is not symmetric"):
+            compiled(a, b.flip(0))

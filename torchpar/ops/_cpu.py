@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from torchpar.ops._matrix import half_sum, lower_mask, mirrored, product
+from torchpar.ops._matrix import even, half_sum, lower_mask, mirrored, product
 from torchpar.ops._onednn import onednn, prefers_onednn
 
 _HALVED_FROM = 256  # rows
@@ -79,12 +79,12 @@ def symmetrized_product(g: Tensor, x: Tensor) -> Tensor:
             out[block] = _onednn_product(list(zip(_chains(half_sums), terms, strict=True)), alpha=2)
         return out
     if g.shape[-1] < _BLOCKED_SUM_FROM:
-        return (half_sum(g) @ x).mul_(2)
+        return product(half_sum(g), x.mT).mul_(2)
     total = torch.empty_like(g, memory_format=torch.contiguous_format)
     for index in itertools.product(*map(range, g.shape[:-2])):
         for block, half_sums in _half_sums(g[index]):
             total[index][block] = half_sums
-    return (total @ x).mul_(2)
+    return product(total, x.mT).mul_(2)
 
 
 def _half_sums(g: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -98,6 +98,7 @@ def _half_sums(g: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 def _halved(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, out: Tensor) -> None:
     n = len(a)
+    a, b = even(a, b)
     blocks = max(round(n / (_BLOCK_FLOAT64 if a.dtype == torch.float64 else _BLOCK)), 2)
     chains = None
     if n >= _ONEDNN_FROM and alpha != 0 and a.numel() and prefers_onednn(a):

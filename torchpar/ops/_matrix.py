@@ -6,6 +6,9 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from torchpar.ops._library import is_dtensor
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -37,8 +40,30 @@ def rows(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
+def is_paired(t: Tensor) -> bool:
+    """Whether a product may multiply pairs of elements of ``t``: of 16-bit floats on a CPU, as AMX does.
+
+    oneDNN completes a row of odd length with an element that lies beside it, and multiplies that by 0. The
+    result is NaN, if the element is not finite.
+    """
+    return t.is_cpu and t.dtype.itemsize == 2
+
+
+def even(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """``a (*, n, k)`` and ``b (*, m, k)``, with a column of zeros added if k is odd and `is_paired`."""
+    if not is_paired(a) or a.shape[-1] % 2 == 0 or is_dtensor(a) or is_dtensor(b):
+        return a, b
+    padded = pad(a, (0, 1))
+    return padded, padded if b is a else pad(b, (0, 1))
+
+
 def product(
-    a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, out: Tensor | None = None
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``alpha * a @ b.mT + beta * c`` by PyTorch's libraries, for ``a (*, n, k)``, ``b (*, m, k)``.
 
@@ -46,6 +71,7 @@ def product(
     """
     if c is not None and beta == 0:
         c = None
+    a, b = even(a, b)
     if alpha == 0 or not abs(alpha) < math.inf:
         # Of these, PyTorch's libraries make NaN and finite numbers respectively, at some sizes.
         result = alpha * (a @ b.mT) if alpha else a.new_zeros(*a.shape[:-1], b.shape[-2])

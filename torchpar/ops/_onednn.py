@@ -19,7 +19,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from torchpar.ops._matrix import rows
+from torchpar.ops._matrix import even, product, rows
 
 CHAIN = 264
 # The smallest product for oneDNN, in multiplications per chain and thread: its call costs more than MKL's.
@@ -105,7 +105,7 @@ def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, sigmoid: bool
     """``x @ weight.T + bias`` for ``x (*, in)``, ``weight (out, in)``, or its sigmoid; not differentiable."""
     count = _chains(x, weight)
     if count == 0:
-        y = F.linear(x, weight, bias)
+        y = F.linear(*even(x, weight), bias)
         return y.sigmoid_() if sigmoid else y
     if bias is not None:
         bias = bias.contiguous()  # oneDNN reads it as if it were
@@ -118,8 +118,8 @@ def linear_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dL/dx ``(*, in)`` and dL/dweight ``(out, in)`` of a linear layer, from dz = dL/dy ``(*, out)``."""
     if torch.is_grad_enabled() or not prefers_onednn(dz) or not is_eager(dz, x, weight):
-        dx = dz @ weight if need_x else None
-        return dx, rows(dz).mT @ rows(x) if need_weight else None
+        dx = product(dz, weight.mT) if need_x else None
+        return dx, product(rows(dz).mT, rows(x).mT) if need_weight else None
     dx = mm(rows(dz), weight).view(x.shape) if need_x else None
     return dx, mm(rows(dz).T, rows(x)) if need_weight else None
 

@@ -35,7 +35,7 @@ from torchpar.ops._library import (
     sample,
     supports_tma,
 )
-from torchpar.ops._matrix import check_dtype, check_like, fp32_precision, rows
+from torchpar.ops._matrix import check_dtype, check_like, even, fp32_precision, is_paired, rows
 
 
 def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -91,12 +91,17 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Return True if PyTorch's operators with their autograd are fastest: on CPUs, small or not float32."""
-    return x.is_cpu and _onednn.is_eager(x, weight, bias) and not _onednn.gains(x, weight)
+    return (
+        x.is_cpu
+        and _onednn.is_eager(x, weight, bias)
+        and not _onednn.gains(x, weight)
+        and not (is_paired(x) and any(size % 2 for size in (*weight.shape, math.prod(x.shape[:-1]))))
+    )
 
 
 def _formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     _check(x, weight, bias)
-    return linear(x, weight, bias).sigmoid()
+    return linear(*even(x, weight), bias).sigmoid()
 
 
 @operator("linear_sigmoid(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", kernels="linear_sigmoid")
@@ -105,7 +110,7 @@ def _linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wr
     if not x.is_cuda:
         if wrap is None:
             return _onednn.linear_forward(x, weight, bias, sigmoid=True)
-        return linear(x, weight, bias).sigmoid_()
+        return linear(*even(x, weight), bias).sigmoid_()
     from torchpar.kernels import linear_sigmoid as kernels
 
     out = None

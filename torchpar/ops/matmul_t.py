@@ -65,7 +65,7 @@ def _check(x: Tensor) -> None:
 
 def _formula(x: Tensor) -> Tensor:
     _check(x)
-    return x @ (_gathered(x) if _is_split_by_rows(x) else x).mT
+    return product(x, _gathered(x) if _is_split_by_rows(x) else x)
 
 
 def _is_split_by_rows(x: Tensor) -> bool:
@@ -132,8 +132,8 @@ def _(x: Any) -> list[Any]:
 def _backward_formula(g: Tensor, x: Tensor) -> Tensor:
     # G + Gᵀ can overflow where the result does not. Its half cannot, but would lose small float16 gradients.
     if x.dtype == torch.float16:
-        return g @ x + g.mT @ x
-    return half_sum(g) @ x * 2
+        return product(g, x.mT) + product(g.mT, x.mT)
+    return product(half_sum(g), x.mT) * 2
 
 
 @operator(
@@ -164,8 +164,8 @@ def _(g: Tensor, x: Tensor) -> Tensor:
 def _double_backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
     g, x = ctx.saved_tensors
     need_g, need_x, _ = ctx.needs_input_grad
-    product = h @ x.mT if need_g else None
-    return None if product is None else product + product.mT, _backward_op(g, h) if need_x else None
+    dg = product(h, x) if need_g else None
+    return None if dg is None else dg + dg.mT, _backward_op(g, h) if need_x else None
 
 
 register_autograd(

@@ -205,8 +205,8 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     a, b = ctx.saved_tensors
     need_a, need_b, *need_c, _ = ctx.needs_input_grad  # a c left at its default is not listed
     alpha, beta = ctx.kwargs.get("alpha", 1.0), ctx.kwargs.get("beta")
-    da = alpha * (g @ b) if need_a else None
-    db = alpha * (g.mT @ a) if need_b else None
+    da = alpha * product(g, b.mT) if need_a else None
+    db = alpha * product(g.mT, a.mT) if need_b else None
     return da, db, *(beta * g if need else None for need in need_c)
 
 
