@@ -14,27 +14,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from ranks import Ranks
 
-SPREAD = ("test_kernels_compiled.py", "test_kernels_interpreted.py")
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 THREADS = torch.get_num_threads()
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Run all tests of a file on one worker of pytest-xdist, because they share processes and models.
-
-    The tests of the files in `SPREAD` share little and take minutes, so all workers run them.
-    """
+    """Run all tests of a file on one worker of pytest-xdist, because they share processes and models."""
     if config.getvalue("dist") != "load":  # which -n alone chooses
         return None
-    from xdist.scheduler import LoadScopeScheduling
+    from xdist.scheduler import LoadFileScheduling
 
-    class ByFile(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return nodeid if file.endswith(SPREAD) else file
-
-    return ByFile(config, log)
+    return LoadFileScheduling(config, log)
 
 
 @pytest.fixture(autouse=True)
