@@ -172,15 +172,6 @@ def test_gradients_are_autograds(level, sizes, batch, loss, init):
             assert_as_accurate((found[0], 1.0001 * found[1]), model, x, labels, dtype)
 
 
-def test_pure_python_descends():
-    model, x, labels = problem((5, 4, 3))
-    weights, biases = ([t.tolist() for t in own] for own in (model.weights, model.biases))
-    loss, *gradient = pure_python.gradients(weights, biases, x.tolist(), labels.tolist())
-    pure_python.descend(weights, biases, *gradient, 0.25)
-    expected = model.parameters - 0.25 * joined(loss, *gradient)[1]
-    np.testing.assert_array_equal(joined(loss, weights, biases)[1], expected)
-
-
 # The network and how it descends
 
 

@@ -129,11 +129,6 @@ def test_small_batches_and_a_larger_rate_reach_a_lower_cost(tmp_path):
     assert ends["batch 64, learning rate 0.1"] < ends["batch 64, learning rate 0.01"]
 
 
-def test_the_windows_of_a_convolution_take_more_memory():
-    row = matmul_convolution.compare_with_conv2d(torch.device("cpu"))
-    assert row["duplication"] == pytest.approx(4 * 4 * 25 / 144)  # 4×4 windows of 5×5 elements, of 12×12
-
-
 def test_more_than_twice_pytorchs_error_is_refused():
     x = normal(1000).float()
     exact = x.double().sin()

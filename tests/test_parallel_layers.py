@@ -131,24 +131,20 @@ def test_the_comparison_rejects_a_missing_collective(ranks):
         ranks(2, compare_without_reduction)
 
 
-def errors_of_autocast(kind: Any, activation: Any) -> None:
-    """In bfloat16 at most twice those of the whole layer; both are compared with float64."""
-    layer, whole = pair_of_layers(kind, (129, 127), True, activation, torch.float32)
-    x, g = torch.randn(65, 129), torch.randn(65, 127)
-    truth, own_x, own_g = expected_results(kind, copy.deepcopy(whole).double(), x.double(), g.double())
-    for module in (layer, whole):  # autocast for the forward pass only
-        module.forward = torch.autocast("cpu", torch.bfloat16)(module.forward)
-    g = g.bfloat16()
-    expected, *_ = expected_results(kind, whole, x, g)
-    found = results(layer, own_x.float(), own_g.to(g.dtype))
-    for name, t in truth.items():
-        error, of_whole = ((one[name] - t).abs().max() for one in (found, expected))
-        assert 0 < error <= 2 * of_whole, name
-
-
-@pytest.mark.parametrize("kind, activation", [(COLUMN, "sigmoid"), (ROW, None)])
-def test_errors_under_autocast_are_those_of_the_whole_layer(ranks, kind, activation):
-    ranks(2, errors_of_autocast, kind, activation)
+def errors_under_autocast_are_those_of_the_whole_layer() -> None:
+    """In bfloat16 at most twice those; both are compared with float64."""
+    for kind, activation in ((COLUMN, "sigmoid"), (ROW, None)):
+        layer, whole = pair_of_layers(kind, (129, 127), True, activation, torch.float32)
+        x, g = torch.randn(65, 129), torch.randn(65, 127)
+        truth, own_x, own_g = expected_results(kind, copy.deepcopy(whole).double(), x.double(), g.double())
+        for module in (layer, whole):  # autocast for the forward pass only
+            module.forward = torch.autocast("cpu", torch.bfloat16)(module.forward)
+        g = g.bfloat16()
+        expected, *_ = expected_results(kind, whole, x, g)
+        found = results(layer, own_x.float(), own_g.to(g.dtype))
+        for name, t in truth.items():
+            error, of_whole = ((one[name] - t).abs().max() for one in (found, expected))
+            assert 0 < error <= 2 * of_whole, name
 
 
 def second_derivatives(kind: Any, activation: Any) -> None:
@@ -168,9 +164,9 @@ def second_derivatives(kind: Any, activation: Any) -> None:
     assert gradgradcheck(function, (x, *whole.parameters()), fast_mode=True)
 
 
-@pytest.mark.parametrize("kind, activation", [(COLUMN, "sigmoid"), (COLUMN, None), (ROW, "relu")])
-def test_second_derivatives(ranks, kind, activation):
-    ranks(2, second_derivatives, kind, activation)
+def second_derivatives_of_layers() -> None:
+    for kind, activation in ((COLUMN, "sigmoid"), (COLUMN, None), (ROW, "relu")):
+        second_derivatives(kind, activation)
 
 
 def regions_forward_and_backward() -> None:
@@ -356,12 +352,6 @@ def different_shapes_are_refused_before_they_are_sent() -> None:
 # Collectives
 
 
-def counts(function: Callable[[], Any]) -> dict[str, int]:
-    with CommDebugMode() as mode:
-        function()
-    return {str(op): n for op, n in mode.get_comm_counts().items()}
-
-
 def collectives_of_layers_and_pairs() -> None:
     mesh, reduced, gathered = tp_mesh(), "c10d.allreduce_", "c10d.allgather_"
     scattering = ROW(5, 7, mesh=mesh, input_is_parallel=False)
@@ -381,9 +371,12 @@ def collectives_of_layers_and_pairs() -> None:
         cases.append((model, needs_gradient, {reduced: 2}, backward))
     for model, needs_gradient, forward, backward in cases:
         x, head = torch.randn(3, 5, requires_grad=needs_gradient), torch.ones((), requires_grad=True)
-        outputs: list[Tensor] = []
-        assert counts(lambda: outputs.append(model(x).sum() * head)) == forward  # noqa: B023
-        assert counts(outputs[0].backward) == backward
+        with CommDebugMode() as mode:
+            loss = model(x).sum() * head
+        assert {str(op): n for op, n in mode.get_comm_counts().items()} == forward
+        with CommDebugMode() as mode:
+            loss.backward()
+        assert {str(op): n for op, n in mode.get_comm_counts().items()} == backward
 
 
 @pytest.mark.parametrize(
@@ -391,6 +384,8 @@ def collectives_of_layers_and_pairs() -> None:
     [
         (split_layers_equal_the_whole_ones, 1),
         (split_layers_equal_the_whole_ones, 3),
+        (errors_under_autocast_are_those_of_the_whole_layer, 2),
+        (second_derivatives_of_layers, 2),
         (regions_forward_and_backward, 1),
         (regions_forward_and_backward, 3),
         (pairs_and_replicas_equal_the_plain_references, 3),
