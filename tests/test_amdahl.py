@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Training that the report by Amdahl's law refuses; tests/test_quadrants.py runs the report."""
+"""Training that the report by Amdahl's law refuses; tests/test_examples.py runs the report."""
 
 from functools import partial
 

@@ -82,11 +82,6 @@ def test_all_levels_compute_the_same(name, level):
                 assert_right(name, wrong, *args)
 
 
-def test_pure_python_computes_the_first_rows():
-    x = normal(5, 7).tolist()
-    assert pure_python.matmul_t(x, rows=2) == pure_python.matmul_t(x)[:2]
-
-
 @pytest.mark.parametrize("level", levels("linear_sigmoid"))
 def test_sigmoid_of_large_numbers_is_0_or_1(level):
     """And no warning: pytest turns it into an error."""
@@ -96,13 +91,6 @@ def test_sigmoid_of_large_numbers_is_0_or_1(level):
     assert (result[:3] >= 0).all()
     assert (result[:3] <= 1e-30).all()
     assert result[3:].tolist() == [0.5, 1, 1]
-
-
-def test_loops_run_in_as_many_threads_as_are_asked_for():
-    before = numba_njit.get_num_threads()
-    with numba_njit.threads(1):
-        assert numba_njit.get_num_threads() == 1
-    assert numba_njit.get_num_threads() == before
 
 
 # Backpropagation by hand
@@ -184,15 +172,6 @@ def test_gradients_are_autograds(level, sizes, batch, loss, init):
             assert_as_accurate((found[0], 1.0001 * found[1]), model, x, labels, dtype)
 
 
-def test_pure_python_descends():
-    model, x, labels = problem((5, 4, 3))
-    weights, biases = ([t.tolist() for t in own] for own in (model.weights, model.biases))
-    loss, *gradient = pure_python.gradients(weights, biases, x.tolist(), labels.tolist())
-    pure_python.descend(weights, biases, *gradient, 0.25)
-    expected = model.parameters - 0.25 * joined(loss, *gradient)[1]
-    np.testing.assert_array_equal(joined(loss, weights, biases)[1], expected)
-
-
 # The network and how it descends
 
 
@@ -205,12 +184,6 @@ def test_xavier():
     assert not np.concatenate(model.biases).any()
     np.testing.assert_array_equal(MLP([300, 200, 100], seed=1).parameters, model.parameters)
     assert not np.array_equal(MLP([300, 200, 100], seed=2).parameters, model.parameters)
-
-
-@pytest.mark.parametrize("flag", ["loss", "init"])
-def test_unknown_names_are_refused(flag):
-    with pytest.raises(ValueError, match=f"{flag} is 'mse', expected"):
-        MLP((4, 3), **{flag: "mse"})
 
 
 @pytest.mark.parametrize("loss, expected", [("cross-entropy", np.log(3)), ("bce", 5 * np.log(2))])
@@ -268,16 +241,3 @@ def launch(name: str, note: str, *shape: int) -> None:
 def test_launch_shapes(interpreter, name, note):
     for shape in ((1, 1), (67, 3), (4, 70)):
         interpreter(launch, name, note, *shape)
-
-
-def test_a_single_program_has_1024_threads(monkeypatch):
-    launches = []
-
-    class Recorder:
-        def __getitem__(self, grid):
-            return lambda *args, num_warps, **blocks: launches.append((grid, 32 * num_warps))
-
-    monkeypatch.setattr(launch_shapes, "matmul_t_rows_kernel", Recorder())
-    launch_shapes.matmul_t_by_one(torch.empty(1000, 1000, device="meta"))
-    launch_shapes.matmul_t_by_rows(torch.empty(1000, 1000, device="meta"))
-    assert launches == [((1,), 1024), ((1000,), 1024)]

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -49,39 +50,28 @@ def test_json_has_the_findings_and_a_problem_makes_the_status_1():
     [
         ("extras", "baselines", "importlib.util.find_spec", hide("numba", "mpi4py"),
          ("note", "without numba, mpi4py", "pip install 'torchpar[baselines]'")),
-        ("kernels", "Triton", "importlib.util.find_spec", hide("triton"),
-         ("note", "missing; the operators run on CPUs only", "pip install triton")),
         ("versions", "numpy", "importlib.util.find_spec", hide("numpy"),
          ("problem", "missing; torchpar needs it", "pip install numpy")),
-        ("versions", "torch", "torch.__version__", "2.10.1",
-         ("note", "2.10.1, not tested", "if something fails, take a version from 2.11 to 2.15")),
         ("versions", "torch", "torch.__version__", "2.99.0+cu132",
          ("note", "2.99.0+cu132, not tested", "if something fails, take a version from 2.11 to 2.15")),
         ("processor", "threads", "torch.get_num_threads", lambda: 1000,
          ("problem", "1000, on ", "export OMP_NUM_THREADS=")),
-        ("processor", "C++ compiler", "shutil.which", lambda name: None,
-         ("note", "missing; torch.compile on CPUs needs one", "apt-get install g++")),
         ("communication", "MPI", "shutil.which", lambda name, path: None,
          ("note", "no mpirun", "pip install 'torchpar[baselines]'")),
         ("folders", "Triton's cache", "os.access", lambda *_: False,
          ("note", "/cache cannot be written", "export TRITON_CACHE_DIR=FOLDER")),
+        ("folders", "Triton's cache", "shutil.disk_usage", lambda _: SimpleNamespace(free=2**27),
+         ("note", "/cache, 0.1 GiB free", "export TRITON_CACHE_DIR=FOLDER")),
     ],
 )  # fmt: skip
 def test_situations(monkeypatch, area, name, replaced, by, finding):
     monkeypatch.setenv("TRITON_CACHE_DIR", "/cache")
-    monkeypatch.delenv("CXX", raising=False)
     with patch(replaced, by):
         (found,) = (one for one in getattr(doctor, area)() if one.name == name)
     state, value, remedy = finding
     assert found.state == state
     assert found.value.startswith(value)
     assert found.remedy.startswith(remedy)
-
-
-def test_a_full_disk_is_noted(tmp_path):
-    for needed, state, remedy in ((0, "ok", ""), (2**80, "note", "export IT")):
-        finding = doctor._folder("cache", tmp_path / "new", needed, "export IT")
-        assert (finding.state, finding.remedy) == (state, remedy)
 
 
 def test_wrong_operators_are_found(monkeypatch):

@@ -119,6 +119,18 @@ def test_a_relu_at_exactly_0_has_no_gradient() -> None:
     assert torch.equal(fused.layers[1].bias.grad, plain.layers[1].bias.grad)
 
 
+def test_layers_that_share_parameters_add_their_gradients() -> None:
+    sizes = (5, 4, 4, 4, 3)
+    fused, plain = make(sizes, torch.float64), make(sizes, torch.float64)
+    for model in (fused, plain):
+        model.layers[2].weight, model.layers[2].bias = model.layers[1].weight, model.layers[1].bias
+    x, labels = batch(6, sizes, torch.float64)
+    for _ in range(2):
+        FusedGradients(fused)(x, labels, 6)
+        by_autograd(plain, x, labels, 6)
+    torch.testing.assert_close(gradients(fused), gradients(plain))
+
+
 @pytest.mark.parametrize("hidden", ["sigmoid", "relu"])
 @pytest.mark.parametrize("stored, products", [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_products_of_another_dtype(stored: str, products: str, hidden: str) -> None:

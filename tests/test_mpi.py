@@ -14,8 +14,7 @@ from fake_data import fashion_mnist
 from test_examples import LAST_LINE
 
 from torchpar.baselines import mpi, numpy_mlp
-from torchpar.baselines.numpy_mlp import MLP, SGD
-from torchpar.data import load
+from torchpar.baselines.numpy_mlp import MLP
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.world import join_world
 
@@ -56,30 +55,6 @@ def by_one_process(data: Path, metrics: Path, **flags) -> list[dict]:
 # The lesson
 
 
-def test_one_process_trains_as_a_plain_loop(data, without_mpi, tmp_path):
-    rows = by_one_process(data, tmp_path / "metrics", epochs=3, hidden=(12,), seed=5)
-    train, test = map(train_mpi.as_arrays, load("fashion-mnist", data))
-    model = MLP((784, 12, 10), seed=5)
-    optimizer, order = SGD(model, 0.1, 0.5, 1e-5), np.random.default_rng(5)
-    for row in rows:
-        total = 0.0
-        for batch in numpy_mlp.batches(61, 10, order):
-            loss, gradient = model.gradients(train.x[batch] / np.float32(255), train.labels[batch])
-            optimizer.step(gradient / len(batch))
-            total += loss
-        loss, right = model.evaluate(test.x / np.float32(255), test.labels)
-        assert row["train_loss"] == pytest.approx(total / 61, rel=1e-6)  # the sum is in float32
-        assert (row["test_loss"], row["test_accuracy"]) == (loss / 11, right / 11)
-
-
-def test_from_zeros_little_is_learnt(data, without_mpi, tmp_path):
-    xavier, zeros = (
-        by_one_process(data, tmp_path / init, epochs=20, init=init)[-1]["test_accuracy"]
-        for init in ("xavier", "zeros")
-    )
-    assert zeros < 0.5 < xavier
-
-
 @needs_mpirun
 def test_two_processes_train_as_one(data, without_mpi, tmp_path):
     """The last batch is of one sample, which leaves process 1 none."""
@@ -98,27 +73,14 @@ def test_two_processes_train_as_one(data, without_mpi, tmp_path):
             assert row[name] == pytest.approx(other[name], rel=ROUNDING)
 
 
-DIE = """
-import numpy as np
-from torchpar.baselines import mpi
-
-with mpi.join() as world:
-    assert world.bcast(world.rank) == 0
-    if world.rank == 1:
-        raise RuntimeError("process 1 has met an error")
-    world.Allreduce(np.ones(1), np.empty(1))
-print("process 0 goes on")
-"""
-
-
-@pytest.mark.slow
-@needs_mpirun
-def test_a_process_that_dies_ends_all():
-    """Process 1 dies while process 0 waits for it."""
-    code, out, err = run(MPIRUN, "-n", "2", sys.executable, "-c", DIE)
-    assert code != 0
-    assert "RuntimeError: process 1 has met an error" in err
-    assert "goes on" not in out
+def test_an_error_ends_all_processes(monkeypatch):
+    ended = []
+    two = SimpleNamespace(COMM_WORLD=SimpleNamespace(size=2, Abort=ended.append))
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=two))
+    monkeypatch.setattr(mpi.atexit, "register", lambda function, *args: function(*args))
+    with pytest.raises(RuntimeError, match="an error"), mpi.join():
+        raise RuntimeError("an error")
+    assert ended == [2]
 
 
 def test_a_missing_mpi_is_one_line(monkeypatch):
@@ -140,14 +102,6 @@ def test_the_mpirun_of_another_mpi_is_refused(without_mpi, monkeypatch):
 
 # The pooled exercise
 
-SMALL = {"dataset": "fashion-mnist", "samples": 50, "iterations": 30}
-PLANS = [Plan(60, 0.1, 0.0, 0), Plan(SMALL["iterations"], 0.1, 0.9, 0)]
-
-
-@pytest.fixture
-def splits(data) -> list[mpi.Samples]:
-    return prepare(fashion_pooled.Flags(data=data, **SMALL))
-
 
 def in_numpy(splits, plan) -> Result:
     counts = [len(samples.labels) for samples in splits]
@@ -165,14 +119,15 @@ def same(run: Result, other: Result) -> bool:
     return np.allclose(*numbers, rtol=ROUNDING, atol=0)
 
 
-def test_all_ways_have_the_same_costs(splits, ranks):
+def test_all_ways_have_the_same_costs(data, ranks):
     """The first is −1/n · Σ_samples Σ_classes t·log p + (1 − t)·log(1 − p), at the first weights."""
+    splits = prepare(fashion_pooled.Flags(data=data, dataset="fashion-mnist", samples=50, iterations=30))
     x, labels = splits[0]
     assert (x.shape, x.dtype) == ((50, 400), np.float32)
     p = numpy_mlp.sigmoid(MLP(SIZES, loss="bce").forward(x)[1].astype(np.float64))
     t = np.eye(10)[labels]
     cost = -(t * np.log(p) + (1 - t) * np.log(1 - p)).sum() / len(labels)
-    for plan in PLANS:
+    for plan in (Plan(60, 0.1, 0.0, 0), Plan(30, 0.1, 0.9, 0)):
         expected = in_numpy(splits, plan)
         assert len(expected.costs) == plan.iterations
         assert expected.costs[0] == pytest.approx(cost, rel=ROUNDING)

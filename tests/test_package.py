@@ -106,10 +106,10 @@ def test_first_lines_have_the_licence_and_name_their_subject():
     assert not [name for name, text in FILES.items() if not re.match(FIRST_LINES, text)]
 
 
-@pytest.mark.parametrize("folder, modules", FORBIDDEN.items())
-def test_arrows_go_one_way(folder, modules):
-    forbidden = re.compile(rf"^\s*(from|import) ({modules})\b", re.MULTILINE)
-    assert not [name for name, text in FILES.items() if name.startswith(folder) and forbidden.search(text)]
+def test_arrows_go_one_way():
+    for name, text in FILES.items():
+        if modules := FORBIDDEN.get(name.partition("/")[0]):
+            assert not re.search(rf"^\s*(from|import) ({modules})\b", text, re.MULTILINE), name
 
 
 def test_only_tests_change_the_import_path():

@@ -90,34 +90,21 @@ def expected_calls(
 
 
 @pytest.mark.parametrize(
-    "axes, sizes, batch_size",
+    "axes, sizes, batch_size, all_to_alls",
     [
-        ({"dp": 3}, SIZES, 2),  # a rank without a sample
-        ({"tp": 2}, SIZES[:4], 13),  # the last layer is whole
-        ({"tp": 5}, SIZES[2:], 13),  # ranks without some features
-        ({"dp": 2, "tp": 2}, SIZES, 13),
-        ({"dp": 2, "pp": 2}, SIZES, 13),
-        ({"tp": 2, "pp": 2}, SIZES[:3], 13),  # a border within a pair
+        ({"dp": 3}, SIZES, 2, 1),  # a rank without a sample
+        ({"tp": 2}, SIZES[:4], 13, 2),  # the last layer is whole
+        ({"tp": 5}, SIZES[2:], 13, 2),  # ranks without some features
+        ({"dp": 2, "tp": 2}, SIZES, 13, 2),
+        ({"dp": 2, "pp": 2}, SIZES, 13, 1),
+        ({"tp": 2, "pp": 2}, SIZES[:3], 13, 2),  # a border within a pair
     ],
 )
-def test_collectives_of_exact_arithmetic(ranks, axes, sizes, batch_size):
-    ranks(math.prod(axes.values()), expected_calls, axes, "exact", sizes, batch_size)
-
-
-@pytest.mark.parametrize(
-    "axes, sizes, all_to_alls",
-    [
-        ({"dp": 3}, SIZES, 1),
-        ({"tp": 2}, SIZES[:4], 2),
-        ({"dp": 2, "tp": 2}, SIZES, 2),
-        ({"dp": 2, "pp": 2}, SIZES, 1),
-        ({"tp": 2, "pp": 2}, SIZES, 2),
-        ({"pp": 2}, SIZES, 0),
-    ],
-)
-def test_muon_takes_at_most_two_all_to_alls(ranks, axes, sizes, all_to_alls):
-    function = partial(expected_calls, axes, sizes=sizes, muon=True)
-    for calls in ranks(math.prod(axes.values()), function):
+def test_collectives_of_exact_arithmetic_and_of_muon(ranks, axes, sizes, batch_size, all_to_alls):
+    """Muon takes at most two all-to-alls a step."""
+    world_size = math.prod(axes.values())
+    ranks(world_size, expected_calls, axes, "exact", sizes, batch_size)
+    for calls in ranks(world_size, partial(expected_calls, axes, sizes=sizes, muon=True)):
         assert sum(n for call, n in calls.items() if call[1] == "all_to_all") == all_to_alls
 
 

@@ -83,14 +83,6 @@ def test_a_short_or_resumed_run_is_profiled_where_it_has_steps_enough(data, tmp_
         assert "of 9 steps" in out
 
 
-def test_a_trace_that_cannot_be_written_ends_no_training(data, tmp_path):
-    (tmp_path / "rank-0.json.gz").mkdir()
-    code, out, err = lesson("train_ddp", *data, "--profile", str(tmp_path))
-    assert code == 2
-    assert "epoch 2/2" in out
-    assert re.fullmatch(r"train_ddp\.py: error: \S+ cannot be written: .*\n", err)
-
-
 def test_rows_add_up_to_the_steps(tmp_path):
     """Their own times are PyTorch's; 4 of 9 steps are recorded."""
     a = torch.randn(64, 64)
@@ -137,10 +129,6 @@ BOTTLENECKS = [
         [event("aten::copy_", 0, 400), event("aten::add", 400, 700), event("aten::mm", 700, 990)],
     ),
     (
-        "memory — 55%.* CompiledFxGraph most",
-        [event("## Call CompiledFxGraph f0a1 ##", 0, 800), event("aten::mm", 100, 350)],
-    ),
-    (
         "communication — 71%.* no operator runs, 1 messages",
         [event("c10d::allreduce_", 90, 100), message(100, 800), event("aten::mm", 850, 990)],
     ),
@@ -162,10 +150,6 @@ BOTTLENECKS = [
             event("_k", 100, 700, device="CUDA"),
             event("ncclDevKernel_AllReduce", 600, 990, device="CUDA"),
         ],
-    ),
-    (
-        "memory — 99%.* vectorized most",
-        [launch("aten::sigmoid", 990, "vectorized"), event("vectorized", 0, 990, device="CUDA")],
     ),
 ]
 

@@ -1,18 +1,35 @@
 # SPDX-License-Identifier: MIT
-"""The quadrants, over-fitting and its cures, and Amdahl's law."""
+"""Exercises: their data, their choices, their formulas, and Amdahl's law.
+
+`test_examples` runs them by their command lines.
+"""
 
 import math
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from commands import rows_of
+from commands import lesson, rows_of
+from fake_data import fashion_mnist
+from samples import normal
 
+pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 pytest.importorskip("tyro", reason="tyro reads the flags")
 
+import digits_report
+import matmul_attention
+import matmul_convolution
+import matmul_regression
 import quadrants
+from matmul_convolution import windows
+from support.accuracy import compare
 
 from torchpar.errors import ConfigError
 from torchpar.profile import amdahl as law
+
+# The quadrants
 
 
 def test_labels_are_those_of_the_quadrants():
@@ -28,33 +45,6 @@ def test_labels_are_those_of_the_quadrants():
     noisy = quadrants.draw(4000, 0, 0.1)
     assert torch.equal(points.features, noisy.features)
     assert 324 < (points.labels != noisy.labels).sum() < 476  # 400 ± 4 standard deviations
-
-
-def test_a_step_descends_by_the_mean_binary_cross_entropy():
-    """One step of plain SGD with rate 0.2; the first step of Nesterov momentum 0.9 is 1.9 times as long."""
-    points = quadrants.draw(7, 0)
-    model, optimizer = quadrants.build([2, 3, 1], 0.0, 0)
-    parameters = [p.detach().clone() for p in model.parameters()]
-    p, t = model(points.features).squeeze(1).double(), points.labels.double()
-    loss = -(t * p.log() + (1 - t) * (1 - p).log()).mean()
-    found, accuracy = quadrants.evaluate(model, points)
-    assert found == pytest.approx(loss.item(), rel=1e-6)
-    assert accuracy == pytest.approx(((p > 0.5) == points.labels).double().mean().item())
-    gradients = torch.autograd.grad(loss, list(model.parameters()))
-    quadrants.train(model, optimizer, points, epochs=1, batch_size=7, seed=0)
-    expected = [p - 0.2 * 1.9 * g for p, g in zip(parameters, gradients, strict=True)]
-    torch.testing.assert_close([p.detach() for p in model.parameters()], expected)
-
-
-def test_a_line_does_not_separate_them():
-    """Nor does one ReLU."""
-    points = quadrants.draw(1000, 0)
-    for sizes in ([2, 1], [2, 1, 1]):
-        model, optimizer = quadrants.build(sizes, 0.0, 0)
-        quadrants.train(model, optimizer, points, epochs=10, batch_size=100, seed=0)
-        loss, accuracy = quadrants.evaluate(model, points)
-        assert loss > 0.5
-        assert accuracy < 0.8
 
 
 def test_noise_is_learnt_by_wide_networks_and_not_under_a_penalty(monkeypatch, tmp_path, capsys):
@@ -73,6 +63,98 @@ def test_noise_is_learnt_by_wide_networks_and_not_under_a_penalty(monkeypatch, t
     assert rows[-1]["validation_loss"] == min(row["validation_loss"] for row in rows)
     width, penalty = max(gap, key=gap.__getitem__)
     assert f"furthest above its training loss: width {width}, λ {penalty:g} (" in capsys.readouterr().out
+
+
+# Digits
+
+CHOICE = ("hidden", "batch_size", "lr")
+
+
+def study(root: Path) -> list[dict[str, Any]]:
+    """The metrics of a small study of the data in ``root``."""
+    flags = digits_report.Flags(
+        data=root,
+        metrics=root / "metrics",
+        dataset="fashion-mnist",
+        device="cpu",
+        sweep_epochs=1,
+        epochs=2,
+        hidden=(4, 8),
+        batch_size=(64, 16),
+        lr=(0.2, 0.002),
+        weight_decay=(0.0, 0.03),
+    )
+    digits_report.main(flags)
+    return rows_of(root / "metrics")
+
+
+def best(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return max(rows, key=lambda row: row["validation_accuracy"])
+
+
+def test_the_choice_is_the_best_on_the_validation_set_and_not_by_the_test_set(tmp_path):
+    """Other test labels change the test figures alone, and two runs give the same figures."""
+    raw = tmp_path / "FashionMNIST" / "raw"
+    fashion_mnist(raw, train=600, test=100)
+    rows = study(tmp_path)
+    swept, epochs, final = rows[:8], rows[8:-1], rows[-1]
+    assert len({tuple(row[name] for name in CHOICE) for row in swept}) == 8
+    assert {row["weight_decay"] for row in swept} == {0.0}
+    assert [(row["weight_decay"], row["epoch"]) for row in epochs] == [(0, 1), (0, 2), (0.03, 1), (0.03, 2)]
+    assert len({row["validation_accuracy"] for row in swept}) > 2  # there is something to choose
+    assert {row["steps"] for row in swept if row["batch_size"] == 64} == {8}  # 500 samples: 7 and a rest
+    assert all(row[name] == best(swept)[name] for name in CHOICE for row in epochs)
+    assert epochs[3]["train_loss"] > epochs[1]["train_loss"]  # under a penalty
+    chosen = best([row for row in epochs if row["epoch"] == 2])
+    assert {key: final[key] for key in chosen} == chosen
+
+    path = raw / "t10k-labels-idx1-ubyte"
+    content = path.read_bytes()
+    path.write_bytes(content[:8] + bytes((label + 1) % 10 for label in content[8:]))
+    changed = set()
+    for row, other in zip(rows, study(tmp_path), strict=True):
+        changed |= {name for name in row if row[name] != other[name]}
+    assert changed - {"ms_per_step", "s_per_epoch"} == {"test_accuracy", "test_loss"}
+
+
+# Matrix products
+
+
+def test_small_batches_and_a_larger_rate_reach_a_lower_cost(tmp_path):
+    matmul_regression.main(matmul_regression.Flags(device="cpu", seed=1, metrics=tmp_path / "metrics"))
+    (row,) = rows_of(tmp_path / "metrics")
+    assert 0 <= row["error"] <= 2 * row["pytorch_error"] < 1e-3
+    ends = {name: costs[-1] for name, costs in row["costs"].items()}
+    assert ends["batch 4, learning rate 0.01"] < 0.1 < ends["batch 64, learning rate 0.01"]
+    assert ends["batch 64, learning rate 0.1"] < ends["batch 64, learning rate 0.01"]
+
+
+def test_more_than_twice_pytorchs_error_is_refused():
+    x = normal(1000).float()
+    exact = x.double().sin()
+    native = (x.sin() - exact).abs().max().item()
+    row = {"part": "sine", "error": native, "pytorch_error": native}
+    assert compare("sine", x.sin(), torch.sin, x) == row
+    compare("within", exact + 1.9 * native, torch.sin, x)
+    for wrong in (exact + 2.1 * native, 1.001 * x.sin(), x.sin() * torch.nan):
+        with pytest.raises(ConfigError, match=r"^sine has an error of .*, expected .* at most"):
+            compare("sine", wrong, torch.sin, x)
+
+
+@pytest.mark.parametrize(
+    "module, part, name, wrong",
+    [
+        (matmul_regression, "gradient", "mse_gradient", lambda x, y, w: x.T @ (x @ w - y) / len(y)),
+        (matmul_convolution, "convolution", "windows", lambda x, **at: windows(x, **at).flip(-1)),
+        (matmul_attention, "attention", "matmul_t", lambda x: x @ x.mT * 1.01),
+    ],
+)
+def test_a_lesson_stops_at_a_wrong_formula(monkeypatch, module, part, name, wrong):
+    monkeypatch.setattr(module, name, wrong)
+    code, _, err = lesson(module.__name__, "--device", "cpu")
+    message = rf"{part} has an error of \S+, expected \S+ at most; mend its formula"
+    assert code == 2
+    assert re.fullmatch(rf"{module.__name__}\.py: error: {message}\n", err)
 
 
 # Amdahl's law
