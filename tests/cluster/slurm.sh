@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MIT
 # Start a SLURM cluster, train on it, and stop it. Its two nodes are two sets of namespaces of this machine
-# (network, host name, mounts), joined by a virtual cable. Needs root and SLURM. The status is 0 if all passed,
-# 1 if something failed, 77 if it could not be tried.
+# (network, host name, mounts), joined by a virtual cable alone: they share no memory. Needs root and SLURM. The
+# status is 0 if all passed, 1 if something failed, 77 if it could not be tried.
 #
 #   sudo env PYTHON=.venv/bin/python bash tests/cluster/slurm.sh [--install]
 #
@@ -40,7 +40,8 @@ printf '127.0.0.1 localhost\n10.77.0.1 node1\n10.77.0.2 node2\n' >"$dir/hosts"
 nodes=()
 for node in node1 node2; do
     unshare --net --uts --mount --pid --fork --mount-proc --kill-child sh -euc \
-        "hostname $node; mount --bind '$dir/hosts' /etc/hosts; touch '$dir/$node'; exec sleep infinity" &
+        "hostname $node; mount --bind '$dir/hosts' /etc/hosts; mount -t tmpfs none /dev/shm
+        touch '$dir/$node'; exec sleep infinity" &
     nodes+=($!)
     for _ in {1..100}; do [[ ! -e $dir/$node ]] || break; sleep 0.1; done
     [[ -e $dir/$node ]] # without the node its commands would change this machine
