@@ -16,36 +16,28 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._calls: list[tuple[Any, Sequence[Any], dict[str, Any], list[Tensor]]] = []
-        self._made: set[int] = set()  # storages
-        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+        self._made: set[int] = set()  # addresses of storages
+        self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("operation not permitted when stream is capturing")
         kwargs = kwargs or {}
-        values = [*args, *(kwargs.get(a.name) for a in func._schema.arguments[len(args) :])]
-        for value, argument in zip(values, func._schema.arguments, strict=True):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                for t in tensors(value):
-                    storage = t.untyped_storage().data_ptr()
-                    if storage not in self._made:
-                        self._before.setdefault(storage, (t, t.clone()))
+        given = {address(t): t.untyped_storage() for t in tensors((args, kwargs))}
+        for at in given.keys() - self._made - self._before.keys():
+            self._before[at] = given[at], given[at].clone()
         result = func(*args, **kwargs)
-        for t in tensors(result):
-            if not any(
-                t.untyped_storage().data_ptr() == a.untyped_storage().data_ptr() for a in tensors(values)
-            ):
-                self._made.add(t.untyped_storage().data_ptr())
+        self._made |= {address(t) for t in tensors(result)} - given.keys()
         self._calls.append((func, args, kwargs, tensors(result)))
         return result
 
     def forget(self) -> None:
         """Undo what the recorded calls did, and spoil their results."""
-        for t, value in self._before.values():
-            t.copy_(value)
+        for storage, content in self._before.values():
+            storage.copy_(content)
         for *_, results in self._calls:
             for t in results:
-                if t.untyped_storage().data_ptr() in self._made and t.is_floating_point():
+                if address(t) in self._made and t.is_floating_point():
                     t.fill_(torch.nan)
 
     def replay(self) -> None:
@@ -54,6 +46,10 @@ class Recorder(TorchDispatchMode):
                 for t, value in zip(results, tensors(func(*args, **kwargs)), strict=True):
                     if t.data_ptr() != value.data_ptr():
                         t.copy_(value)
+
+
+def address(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
 
 
 def tensors(tree: Any) -> list[Tensor]:

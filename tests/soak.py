@@ -15,43 +15,46 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from fake_data import fashion_mnist
-from faults import TRAIN, latest, losses, same, tensors, torchrun, workers
+from faults import TRAIN, latest, losses, same, tensors, torchrun, wait_for
 
 
 def choose_moment(folder: Path, generator: random.Random, ended: Callable[[], bool]) -> None:
     """Wait for the moment of the next kill."""
     where = generator.choice(["step", "save", "start"])
-    deadline = time.monotonic() + 60
-
-    def wait_for(condition: Callable[[], bool]) -> None:
-        while not condition() and time.monotonic() < deadline and not ended():
-            time.sleep(0.0005)
-
     for _ in range(0 if where == "start" else generator.randint(1, 6)):
         before = latest(folder)
-        wait_for(lambda before=before: latest(folder) != before)
+        wait_for(lambda before=before: ended() or latest(folder) != before)
     if where == "save":
-        wait_for(lambda: any(folder.glob("step-*.tmp")))
+        wait_for(lambda: ended() or any(folder.glob("step-*.tmp")))
     else:
         time.sleep(generator.uniform(0, 3.0 if where == "start" else 0.03))
 
 
+def workers(launcher: int) -> list[int]:
+    """Return the processes of the living ranks that a torchrun started."""
+
+    def is_rank(child: str) -> bool:
+        with suppress(OSError):  # it has ended
+            return "\0RANK=" in Path(f"/proc/{child}/environ").read_text()
+        return False
+
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text()
+    return [int(child) for child in children.split() if is_rank(child)]
+
+
 def disturbed(command: list[str], folder: Path, wanted: int, generator: random.Random) -> tuple[int, ...]:
     """Return the numbers of kills, of starts of the ranks, and of damaged checkpoints that were skipped."""
-    kills = starts = refused = 0
+    kills = starts = 0
     known: set[int] = set()
-    while True:
-        with tempfile.TemporaryFile("w+") as said:
-            process = torchrun(f"--max_restarts={wanted}", *command, stderr=said)
-            while process.poll() is None and kills < wanted:
-                choose_moment(folder, generator, lambda process=process: process.poll() is not None)
-                ranks = workers(process.pid)
-                if not ranks or process.poll() is not None:
-                    time.sleep(0.01)
-                    continue
+    with tempfile.TemporaryFile("w+") as said:
+        process = torchrun(f"--max_restarts={wanted}", *command, stderr=said)
+        while process.poll() is None and kills < wanted:
+            choose_moment(folder, generator, lambda: process.poll() is not None)
+            if process.poll() is None and (ranks := workers(process.pid)):
                 starts += not known & set(ranks)
                 known |= set(ranks)
                 victim = generator.choice(ranks)
@@ -59,17 +62,16 @@ def disturbed(command: list[str], folder: Path, wanted: int, generator: random.R
                 kills += 1
                 while victim in workers(process.pid):
                     time.sleep(0.005)
-            process.communicate()
-            said.seek(0)
-            refused += said.read().count(" is damaged")
-        if process.returncode == 0:
-            return kills, starts, refused
+        process.communicate()
+        said.seek(0)
+        err = said.read()
+    assert process.returncode == 0, err
+    return kills, starts, err.count(" is damaged")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and the victims")
     args = parser.parse_args(argv)
     began, root = time.monotonic(), Path(tempfile.mkdtemp(prefix="soak-"))
     fashion_mnist(root / "FashionMNIST" / "raw", train=600, test=100)
@@ -77,14 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = f"--dataset fashion-mnist --device cpu --hidden 33 7 --batch-size 50 --epochs {epochs}"
     train = [TRAIN, *flags.split(), "--timeout", "30", "--data", str(root), "--save-every", "1"]
     of = {}
-    for name in ("undisturbed", "disturbed"):
-        of[name] = [*train, "--checkpoint", str(root / name), "--metrics", f"{root / name}.jsonl"]
-    process = torchrun(*of["undisturbed"])
-    _, err = process.communicate()
-    assert process.returncode == 0, err
-    kills, starts, refused = disturbed(
-        [*of["disturbed"], "--async-save"], root / "disturbed", args.kills, random.Random(args.seed)
-    )
+    for name, wanted in (("undisturbed", 0), ("disturbed", args.kills)):
+        command = [*train, "--checkpoint", str(root / name), "--metrics", f"{root / name}.jsonl"]
+        of[name] = disturbed([*command, "--async-save"], root / name, wanted, random.Random(0))
+    kills, starts, refused = of["disturbed"]
     last = latest(root / "undisturbed")
     identical = latest(root / "disturbed") == last
     identical = identical and same(*(tensors(root / name / last) for name in of))

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Checkpoints: every bit back, kills during saves, damage, forgery, full disks, and other meshes."""
 
-import hashlib
 import json
 import os
 import pickle
@@ -9,7 +8,6 @@ import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,17 +15,15 @@ from typing import Any
 import pytest
 import torch
 from faults import latest, same, steps, tensors
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.optim import SGD
 from torchpar.parallel.launch.world import World, join_world
 from torchpar.parallel.save.checkpoint import Checkpoint, Checkpoints
-from torchpar.parallel.save.manifest import MANIFEST, UNSIGNED, verify
+from torchpar.parallel.save.manifest import MANIFEST, write
 from torchpar.parallel.split.mlp import parallel_mlp
 from torchpar.parallel.split.pipeline import stage_mlp
 from torchpar.training import lr_scheduler, muon, sgd
@@ -52,9 +48,8 @@ def content(step: int) -> dict[str, torch.Tensor]:
     }
 
 
-def holds(saved: Checkpoint | None, step: int) -> bool:
+def holds(saved: Checkpoint, step: int) -> bool:
     """Whether a checkpoint has every bit of a step's content."""
-    assert saved is not None
     expected = content(step)
     found = {name: torch.full_like(t, 77) for name, t in expected.items()}
     saved.read(found)
@@ -74,8 +69,7 @@ def test_gives_back_every_bit(world, tmp_path, asynchronous):
     checkpoints.save(3, saved, {"loss": 0.1, "nested": [{"é": None}]})
     saved["odd"][0] = 9.0  # training goes on while the save is written
     found = checkpoints.load()
-    assert found.path == tmp_path / "new" / "folder" / "step-3"
-    assert found.state == {"loss": 0.1, "nested": [{"é": None}]}
+    assert (found.path.name, found.state) == ("step-3", {"loss": 0.1, "nested": [{"é": None}]})
     assert found.shapes == {name: t.shape for name, t in saved.items()}
     assert holds(found, 3)
     assert not holds(found, 2)
@@ -120,20 +114,17 @@ def two(world, tmp_path) -> Checkpoints:
     return checkpoints
 
 
-def flip(file: Path, position: int = -1) -> None:
+def flip(file: Path) -> None:
+    """Flip a bit; in the manifest that of a float's digit beyond those that make its value."""
     flipped = bytearray(file.read_bytes())
-    flipped[position] ^= 1
+    flipped[flipped.rfind(b"4")] ^= 1
     file.write_bytes(flipped)
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "a flipped bit": flip,
     "missing": Path.unlink,
-    "empty": lambda file: os.truncate(file, 0),
     "one byte less": lambda file: os.truncate(file, file.stat().st_size - 1),
-    "longer": lambda file: file.write_bytes(file.read_bytes() + b"x"),
-    "of another step": lambda file: shutil.copy(file.parent.parent / "step-1" / file.name, file),
-    "a folder": lambda file: (file.unlink(), file.mkdir()),
 }
 
 
@@ -142,8 +133,6 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 def test_a_damaged_file_is_named_and_the_step_before_loaded(two, capsys, name, damage):
     file = two.folder / "step-2" / name
     DAMAGES[damage](file)
-    if damage == "of another step" and name == MANIFEST:  # which then has the SHA-256 of other files
-        file = file.with_name(".metadata")
     found = two.load()
     assert (found.path.name, found.state["step"]) == ("step-1", 1)
     assert holds(found, 1)
@@ -155,27 +144,11 @@ def test_a_damaged_file_is_named_and_the_step_before_loaded(two, capsys, name, d
     assert capsys.readouterr().err == ""
 
 
-def test_every_byte_of_a_manifest_counts(two):
-    """Even the digits of a float beyond those that make its value."""
-    file = two.folder / "step-2" / MANIFEST
-    for position in range(file.stat().st_size):
-        flip(file, position)
-        with pytest.raises(ConfigError, match=f"{file} is damaged"):
-            verify(file.parent)
-        flip(file, position)
-    assert verify(file.parent)["step"] == 2  # it was the bit
-
-
-@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_text("step-9\n")])
-def test_latest_is_for_people(two, damage):
-    damage(two.folder / "latest")
-    assert two.load().path.name == "step-2"
-
-
 def test_unfinished_and_damaged_later_checkpoints_replace_no_whole_one(two, capsys):
     shutil.copytree(two.folder / "step-2", two.folder / "step-3.tmp")
     shutil.copytree(two.folder / "step-2", two.folder / "step-9")
     (two.folder / "step-9" / MANIFEST).write_text("{")
+    (two.folder / "latest").write_text("step-9\n")  # for people: nothing reads it
     two.keep = 1
     assert two.load().path.name == "step-2"
     unfinished, damaged = capsys.readouterr().err.splitlines()
@@ -224,19 +197,6 @@ def test_killed_at_any_access_to_the_disk_a_save_is_whole_or_absent(world, tmp_p
     assert {saved.state["step"] for saved in found} == {1, 2}
 
 
-@pytest.mark.filterwarnings("ignore:Detected an existing checkpoint")
-def test_overwriting_in_place_does_not_survive_the_same(world, tmp_path):
-    folder = tmp_path / "saved"
-    save(content(1), storage_writer=FileSystemWriter(folder))
-    copies = killed(folder, lambda: save(content(2), storage_writer=FileSystemWriter(folder)))
-    whole = 0
-    for copy in copies:
-        with suppress(CheckpointException):
-            found = tensors(copy)
-            whole += same_bits(found, content(1)) or same_bits(found, content(2))
-    assert 0 < whole < len(copies)
-
-
 class Payload:
     """An object that makes a file when it is unpickled."""
 
@@ -249,41 +209,31 @@ class Payload:
 
 def sign(path: Path) -> None:
     """Make the manifest right for the present files, as someone who knows the format can."""
-    manifest = json.loads((path / MANIFEST).read_text())
-    manifest["sha256"] = UNSIGNED
-    for name in manifest["files"]:
-        manifest["files"][name] = hashlib.sha256((path / name).read_bytes()).hexdigest()
-    text = json.dumps(manifest)
-    (path / MANIFEST).write_text(text.replace(UNSIGNED, hashlib.sha256(text.encode()).hexdigest()))
+    contents = json.loads((path / MANIFEST).read_text())
+    del contents["sha256"]
+    write(path, list(contents.pop("files")), contents)
 
 
-def forge(path: Path, payload: Payload, how: str) -> None:
+def forge(path: Path, payload: Payload) -> None:
+    """Replace the tensors by objects, which PyTorch's planner unpickles without an allow-list."""
     metadata: Metadata = pickle.loads((path / ".metadata").read_bytes())
-    if how == "metadata":
-        metadata.planner_data = payload
-    else:
-        torch.save(payload, path / "__0_0.distcp")
-        info = _StorageInfo("__0_0.distcp", 0, (path / "__0_0.distcp").stat().st_size)
-        if how == "object":  # PyTorch's planner unpickles those without an allow-list
-            for name in metadata.state_dict_metadata:
-                metadata.state_dict_metadata[name] = BytesStorageMetadata()
-            metadata.storage_data = {MetadataIndex(name): info for name in metadata.state_dict_metadata}
-        metadata.storage_data = dict.fromkeys(metadata.storage_data, info)
+    torch.save(payload, path / "__0_0.distcp")
+    info = _StorageInfo("__0_0.distcp", 0, (path / "__0_0.distcp").stat().st_size)
+    metadata.state_dict_metadata = dict.fromkeys(metadata.state_dict_metadata, BytesStorageMetadata())
+    metadata.storage_data = {MetadataIndex(name): info for name in metadata.state_dict_metadata}
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
     sign(path)
 
 
-@pytest.mark.parametrize("how", ["metadata", "tensor", "object"])
-def test_a_payload_is_refused_and_not_executed(world, tmp_path, how):
+def test_a_payload_is_refused_and_not_executed(world, tmp_path):
     payload = Payload(tmp_path / "mark")
     checkpoints = Checkpoints(tmp_path / "saved", world)
     checkpoints.save(1, content(1), {})
     sign(tmp_path / "saved" / "step-1")
     assert holds(checkpoints.load(), 1)  # the signature is right
-    forge(tmp_path / "saved" / "step-1", payload, how)
-    with pytest.raises(ValueError, match=r"step-1|rank 0: ") as caught:
+    forge(tmp_path / "saved" / "step-1", payload)
+    with pytest.raises(ConfigError, match=r"step-1 cannot be read .*BytesStorageMetadata is not allowed"):
         holds(checkpoints.load(), 1)
-    assert "\n" not in str(caught.value)
     assert not payload.mark.exists()
     pickle.loads(pickle.dumps(payload))
     assert payload.mark.exists()
@@ -320,15 +270,14 @@ def test_every_rank_raises_the_error_of_a_save_once(ranks, tmp_path, asynchronou
     assert steps(tmp_path) == ["step-1", "step-3"]
 
 
-def save_to_two_folders(folder: Path) -> str:
-    with join_world("cpu") as world, pytest.raises(ConfigError) as caught:
+def save_to_two_folders(folder: Path) -> None:
+    error = r"rank 0 does not see \['__1_0.distcp'\], which other ranks wrote"
+    with join_world("cpu") as world, pytest.raises(ConfigError, match=error):
         Checkpoints(folder / str(world.rank), world).save(1, {f"rank{world.rank}": torch.zeros(9)}, {})
-    return str(caught.value)
 
 
 def test_ranks_that_see_different_folders_are_told_so(ranks, tmp_path):
-    for error in ranks(2, save_to_two_folders, tmp_path):
-        assert "rank 0 does not see ['__1_0.distcp'], which other ranks wrote" in error
+    ranks(2, save_to_two_folders, tmp_path)
     assert not steps(tmp_path / "0")  # nor a part
 
 
@@ -347,9 +296,7 @@ def pass_on(source: Path | None, target: Path, sizes: list[int], optimizer: str,
         if source:
             assert state.resume(Checkpoints(source, world))
             # A split model's steps must not be computed as the saved run's were.
-            assert optimizer == "muon" or made.param_groups[0]["fused"] == (
-                True if type(made) is SGD else None
-            )
+            assert optimizer == "muon" or made.param_groups[0]["fused"] == (type(made) is SGD or None)
         else:
             state.step = 5
             state.add_loss(torch.tensor(0.1 * (world.rank + 1), dtype=torch.float64))
@@ -382,15 +329,13 @@ def test_a_checkpoint_goes_from_mesh_to_mesh_with_every_bit(ranks, tmp_path, opt
 
 def save_once(folder: Path) -> None:
     with join_world("cpu") as world:
-        Checkpoints(folder, world).save(1, {"a": torch.ones(1)}, {})
+        Checkpoints(folder, world).save(3, content(3), {})
 
 
-def test_one_run_at_a_time_saves_to_a_folder(ranks, world, tmp_path):
-    """The process of the fixture's rank lives on, and has the folder."""
-    ranks(1, save_once, tmp_path)
+def test_one_run_at_a_time_saves_to_a_folder(ranks, two):
     with pytest.raises(ConfigError, match=r"another run saves to .*use another folder"):
-        Checkpoints(tmp_path, world).save(2, content(2), {})
-    assert steps(tmp_path) == ["step-1"]
+        ranks(1, save_once, two.folder)
+    assert steps(two.folder) == ["step-1", "step-2"]
 
 
 def test_a_state_that_cannot_be_split_is_refused(world, tmp_path):
@@ -400,9 +345,8 @@ def test_a_state_that_cannot_be_split_is_refused(world, tmp_path):
     train_state = TrainState(model, optimizer, lr_scheduler(optimizer, "constant", 1), {}, world)
     checkpoints = Checkpoints(tmp_path, world)
     weight = model.layers[0].weight
-    for state in (torch.zeros(3, 4), torch.zeros(())):
-        optimizer.state[weight] = {"row": state}
-        train_state.save(checkpoints, 1)
+    optimizer.state[weight] = {"row": torch.zeros(3, 4), "number": torch.zeros(())}
+    train_state.save(checkpoints, 1)
     optimizer.state[weight] = {"row": torch.zeros(3)}
     with pytest.raises(ConfigError, match=r"row of layers\.0\.weight has shape \(3,\), expected \(3, 4\)"):
         train_state.save(checkpoints, 2)

@@ -1,16 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Variables of each launcher, and connecting: again after a restart, and at a port that is taken.
-
-Processes that mpirun starts run this file.
-"""
+"""Variables of each launcher, and connecting: again after a restart, and at a port that is taken."""
 
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -18,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from commands import ROOT
+from commands import run
+from ranks import fork_context
 
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch import rendezvous
+from torchpar.parallel.launch.local import current_world, start_ranks
 from torchpar.parallel.launch.rendezvous import RankInfo, connect, find_rank_info, missing_ranks
 
 # The wheels of MPICH and Open MPI put theirs beside Python.
@@ -42,12 +39,9 @@ MASTER = {"MASTER_ADDR": "m", "MASTER_PORT": "1234"}
     "env, expected",
     [
         ({}, None),
-        (TORCHRUN, (3, 1, 4, 2, "a", 29400, "torchrun")),
         (TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "False"}, (3, 1, 4, 2, "a", 29400, "env")),
         (TORCHRUN | OPENMPI | SLURM, (3, 1, 4, 2, "a", 29400, "torchrun")),
-        ({"RANK": "0", "WORLD_SIZE": "2"} | MASTER, (0, 0, 2, 2, "m", 1234, "env")),
         ({"RANK": "0", "WORLD_SIZE": "1"} | MASTER, (0, 0, 1, 1, "m", 1234, "env")),
-        (OPENMPI, (1, 1, 2, 2, "127.0.0.1", None, "openmpi")),
         (OPENMPI | SLURM, (1, 1, 2, 2, "127.0.0.1", None, "openmpi")),  # SLURM's rank is the daemon's
         (MPICH | SLURM, (1, 1, 2, 2, "127.0.0.1", None, "mpich")),
         (MPICH | MASTER | {"PMI_SIZE": "4"}, (1, 1, 4, 2, "m", 1234, "mpich")),
@@ -55,10 +49,8 @@ MASTER = {"MASTER_ADDR": "m", "MASTER_PORT": "1234"}
         (SLURM | {"PMI_RANK": "4", "PMI_SIZE": "7"}, (4, 1, 7, 3, "node01", None, "slurm")),  # --mpi=pmi2
         (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "7"}, (4, 1, 7, 7, "127.0.0.1", None, "slurm")),
         (SLURM | {"SLURM_STEP_NODELIST": "r[0-1]n[3-4]-ib,y"}, (4, 1, 7, 3, "r0n3-ib", None, "slurm")),
-        (SLURM | {"SLURM_STEP_NODELIST": "x,node[01-02]"}, (4, 1, 7, 3, "x", None, "slurm")),
         ({k: v for k, v in SLURM.items() if k != "SLURM_STEP_ID"}, None),  # a shell in an allocation
         (SLURM | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),  # salloc
-        (MPICH | {"PMI_RANK": "0", "MPI_LOCALRANKID": "0", "PMI_SIZE": "1", "MPI_LOCALNRANKS": "1"}, None),
     ],
 )
 def test_rank_info_of_each_launcher(env, expected):
@@ -83,7 +75,6 @@ def test_rank_info_of_each_launcher(env, expected):
         ({"RANK": "0"}, "WORLD_SIZE is not set"),
         (OPENMPI | {"OMPI_COMM_WORLD_SIZE": "4"}, "-x MASTER_ADDR"),
         (MPICH | {"PMI_SIZE": "4", "MASTER_ADDR": "m"}, "-genv MASTER_ADDR"),
-        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "MPI_LOCALRANKID is not set"),
         (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "3(y2)"}, "SLURM_STEP_TASKS_PER_NODE is '3(y2)'"),
         (SLURM | {"SLURM_STEP_NODELIST": ""}, "SLURM_STEP_NODELIST is not set"),
     ],
@@ -158,26 +149,18 @@ def test_a_store_that_does_not_answer_is_that_of_rank_0(monkeypatch, rank, of_ag
     assert missing_ranks(StoppedStore(), rank, 2, 0.1) == missing
 
 
-@pytest.fixture(params=["mute", "another job's store"])
-def taken(request: pytest.FixtureRequest) -> Iterator[int]:
-    """A port that another program has."""
-    if request.param == "mute":
-        with socket.create_server(("", 0)) as server:
-            yield server.getsockname()[1]
-    else:
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True)
-        yield store.port
-
-
-def test_every_rank_notices_that_the_port_is_taken(monkeypatch, taken):
+def test_every_rank_notices_that_another_program_has_the_port(monkeypatch):
     """Soon: a launcher may let the other ranks live when rank 0 has failed."""
     assert rendezvous.ANSWER <= 10
     monkeypatch.setattr(rendezvous, "ANSWER", 0.3)
-    for rank, reason in ((0, "EADDRINUSE"), (1, "does not answer as rank 0's store")):
-        began = time.monotonic()
-        with pytest.raises(ConfigError, match=rf"rank {rank} did not meet the others at .*{reason}"):
-            connect(RankInfo(rank, rank, 2, 2, "127.0.0.1", taken, "mpich"), timedelta(seconds=60))
-        assert time.monotonic() - began < 10
+    store_of_another_job = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    with socket.create_server(("", 0)) as mute:
+        for port in (mute.getsockname()[1], store_of_another_job.port):
+            for rank, reason in ((0, "EADDRINUSE"), (1, "does not answer as rank 0's store")):
+                began = time.monotonic()
+                with pytest.raises(ConfigError, match=rf"rank {rank} did not meet the others at .*{reason}"):
+                    connect(RankInfo(rank, rank, 2, 2, "127.0.0.1", port, "mpich"), timedelta(seconds=60))
+                assert time.monotonic() - began < 10
 
 
 def test_a_rank_waits_for_a_rank_0_that_is_late(monkeypatch):
@@ -195,25 +178,37 @@ def test_a_rank_waits_for_a_rank_0_that_is_late(monkeypatch):
         assert other.result().get("address") == b"new"
 
 
-def add_up() -> None:
-    info = find_rank_info()
-    store = connect(info, timedelta(seconds=60))
-    dist.init_process_group("gloo", store=store, rank=info.rank, world_size=info.world_size)
-    total = torch.tensor([info.rank + 1.0])
-    dist.all_reduce(total)
-    os.write(1, f"{info.launcher} {int(total)}\n".encode())  # at once: lines of several ranks share a pipe
-    dist.destroy_process_group()
+ADD_UP = """
+import torch
+from torchpar.parallel.launch.rendezvous import find_rank_info
+from torchpar.parallel.launch.world import join_world
+with join_world("cpu") as world:
+    total = world.sum(torch.tensor(world.rank + 1.0))
+    print(find_rank_info().launcher, total.item(), flush=True)
+"""
 
 
 @pytest.mark.skipif(MPIRUN is None, reason="no mpirun; pip install mpich")
-def test_two_processes_started_by_mpirun():
-    env = {f"{name}_ALLOW_RUN_AS_ROOT{end}": "1" for name in ("OMPI", "PRTE") for end in ("", "_CONFIRM")}
-    env |= os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def test_two_processes_started_by_mpirun(monkeypatch):
+    for name in ("OMPI", "PRTE"):
+        monkeypatch.setenv(f"{name}_ALLOW_RUN_AS_ROOT", "1")
+        monkeypatch.setenv(f"{name}_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
     # A shell between mpirun and the ranks: their parents differ.
-    command = [MPIRUN, "-n", "2", "sh", "-c", f"{sys.executable} {__file__}; true"]
-    out = subprocess.run(command, env=env, cwd="/", check=True, stdout=subprocess.PIPE, timeout=90).stdout
-    assert out in (b"openmpi 3\n" * 2, b"mpich 3\n" * 2)
+    _, out, err = run(MPIRUN, "-n", "2", "sh", "-c", f'{sys.executable} -c "$0"; true', ADD_UP)
+    assert out in ("openmpi 3.0\n" * 2, "mpich 3.0\n" * 2), err
 
 
-if __name__ == "__main__":
-    add_up()
+def sum_of_ranks(factor: int) -> tuple[int, int, float]:
+    world = current_world()
+    return world.rank, torch.get_num_threads(), world.sum(torch.tensor(float(factor * world.rank))).item()
+
+
+def test_local_ranks_run_functions_and_outlive_an_error():
+    fork_context()
+    with start_ranks(2, threads=1) as ranks:
+        assert ranks.run(sum_of_ranks, 3) == [(0, 1, 3.0), (1, 1, 3.0)]
+        with pytest.raises(ValueError, match="could not convert string to float"):
+            ranks.run(sum_of_ranks, "rank")
+        assert ranks.run(sum_of_ranks, 5) == [(0, 1, 5.0), (1, 1, 5.0)]
+    with pytest.raises(RuntimeError, match="this process is no rank of start_ranks"):
+        current_world()

@@ -3,6 +3,7 @@
 
 import os
 import time
+from copy import deepcopy
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,14 @@ from torchpar.parallel import join_world
 from torchpar.parallel.launch.local import current_world, start_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split import shared_memory
-from torchpar.parallel.split.shared_memory import SharedSum, make_shared_sum, register_shared_memory_hook
 
 SHAPES = [(), (33, 15), (0, 2), (504,)]
 STEPS = 100
 pytestmark = pytest.mark.skipif(not shared_memory.SUPPORTED, reason="ranks share memory on x86 under Linux")
 
 
-def shared(world: World, dtype: torch.dtype = torch.float32) -> SharedSum | None:
-    return make_shared_sum(world.mesh.get_group("dp"), SHAPES, dtype, world.timeout)
+def shared(world: World, dtype: torch.dtype = torch.float32, combine: Any = torch.add) -> Any:
+    return shared_memory.make_shared_sum(world.mesh.get_group("dp"), SHAPES, dtype, world.timeout, combine)
 
 
 def terms(rank: int, step: int, dtype: torch.dtype) -> list[Tensor]:
@@ -36,12 +36,13 @@ def terms(rank: int, step: int, dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
 
 
-def sums(dtype: torch.dtype, combine: Any = torch.add) -> bool:
+def sums(dtype: torch.dtype, combine: Any = torch.add, wait: bool = True) -> bool:
     """Whether many sums, to which ranks come late, have the bits of adding in the order of the ranks."""
     equal = True
-    with join_world("cpu") as world:
-        add = make_shared_sum(world.mesh.get_group("dp"), SHAPES, dtype, world.timeout, combine)
-        assert add is not None
+    with join_world("cpu") as world, pytest.MonkeyPatch.context() as patch:
+        if not wait:
+            patch.setattr(shared_memory.SharedSum, "_wait", lambda self, rank: None)
+        add = shared(world, dtype, combine)
         for step in range(STEPS):
             if step % 10 == world.rank:
                 time.sleep(0.002)
@@ -67,23 +68,17 @@ def test_sums_have_the_bits_of_the_ranks_order(ranks, world_size, dtype, combine
     assert ranks(world_size, sums, dtype, combine) == [True] * world_size
 
 
-def without_waiting(dtype: torch.dtype) -> bool:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SharedSum, "_wait", lambda self, rank: None)
-        return sums(dtype)
-
-
 def test_the_comparison_rejects_sums_that_do_not_wait(ranks):
-    assert not all(ranks(2, without_waiting, torch.float32))
+    assert not all(ranks(2, sums, torch.float32, torch.add, False))
 
 
 def unable(how: str, folder: Path) -> bool:
     """Whether ranks are refused memory."""
     with join_world("cpu") as world, pytest.MonkeyPatch.context() as patch:
         last = world.rank == world.world_size - 1
-        patch.setattr(shared_memory, "FOLDER", Path("/missing") if how == "without a folder" else folder)
-        if how == "of another processor" and last:
-            patch.setattr(shared_memory, "SUPPORTED", False)
+        patch.setattr(shared_memory, "FOLDER", folder / "missing" if how == "without a folder" else folder)
+        if how == "of another processor":
+            patch.setattr(shared_memory, "SUPPORTED", not last)
         if how == "without memory":
             patch.setattr(os, "posix_fallocate", lambda *_: os.open("/missing", 0))
         if how == "on another machine" and last:  # it has a folder of its own
@@ -112,36 +107,27 @@ def test_ranks_that_cannot_share_memory(ranks, tmp_path, how, world_size, refuse
     assert not list(tmp_path.iterdir())
 
 
-def averages(supported: bool) -> list[list[Tensor]]:
-    """The gradients of three steps by DistributedDataParallel, of which the second forms other buckets."""
-    with join_world("cpu") as world, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shared_memory, "SUPPORTED", supported)
-        sums: list[Any] = []
-        made = shared_memory.make_shared_sum
-        patch.setattr(shared_memory, "make_shared_sum", lambda *a: sums.append(made(*a)) or sums[-1])
+def averages_are_gloos() -> bool:
+    """Whether DistributedDataParallel, whose second step forms other buckets, has gloo's bits."""
+    with join_world("cpu") as world:
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(600, 500), torch.nn.Linear(500, 600))
-        replica = DistributedDataParallel(model)
-        register_shared_memory_hook(replica, world)
-        steps = []
-        for step in range(3):
-            torch.manual_seed(10 * step + world.rank)
-            if step == 1:
-                with replica.no_sync():
-                    replica(torch.randn(4, 600)).sum().backward()
-            replica(torch.randn(4, 600)).sum().backward()
-            steps.append([p.grad.clone() for p in model.parameters()])
-            model.zero_grad()
-        assert [one is not None for one in sums] == [supported] * 3  # of one bucket at first, then of two
-        return steps
+        ours, gloos = (DistributedDataParallel(deepcopy(model)) for _ in range(2))
+        shared_memory.register_shared_memory_hook(ours, world)
+        equal = True
+        for _ in range(3):
+            x = torch.randn(4, 600) + world.rank
+            for replica in (ours, gloos):
+                replica.zero_grad()
+                replica(x).square().sum().backward()
+            pairs = zip(ours.parameters(), gloos.parameters(), strict=True)
+            equal &= all(torch.equal(p.grad, q.grad) for p, q in pairs)
+        return equal
 
 
 def test_averages_of_data_parallel_replicas_are_gloos(ranks):
     """On two ranks to the bit: both halve the gradients and add two terms."""
-    through_memory, through_gloo = ranks(2, averages, True), ranks(2, averages, False)
-    for ours, theirs in zip(through_memory, through_gloo, strict=True):
-        for a, b in zip(ours, theirs, strict=True):
-            assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+    assert ranks(2, averages_are_gloos) == [True, True]
 
 
 def begin_and_end(how: str) -> None:
