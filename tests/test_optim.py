@@ -364,7 +364,6 @@ def test_a_refused_group_is_not_added():
     fill_gradients(params)
     optimizer.step()
     assert len(optimizer.state_dict()["state"]) == 3  # also of the empty one
-    assert copy.deepcopy(Muon([{"params": []}])).step() is None
 
 
 def test_a_group_that_would_be_left_out_is_named():
@@ -444,7 +443,6 @@ def test_muon_gets_the_hidden_matrices_alone():
     own, others = chain.optimizers
     assert (own.defaults["lr"], type(others)) == (0.02, torch.optim.SGD)
     assert [group["weight_decay"] for group in others.param_groups] == [0.1, 0.0]
-    assert {p.dim() > 1 for p in others.param_groups[1]["params"]} == {False}
 
 
 def test_a_chain_of_optimizers_is_one():

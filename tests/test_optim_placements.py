@@ -238,7 +238,7 @@ def refusals() -> None:
         optimizer.load_state_dict(saved.state_dict())
         optimizer.step()
 
-    def split_layer(copied: Callable[[Any, Muon], Muon]) -> None:
+    def split_layer(copied: Callable[[Any, Muon], Any]) -> None:
         with join_world("cpu") as world:
             linear, mesh = Linear(4, 6, bias=False), world.with_mesh(tp=2).mesh["tp"]
             layer = ColumnParallelLinear.from_linear(linear, mesh=mesh)
@@ -288,6 +288,10 @@ def refusals() -> None:
             "weight was split by hand, which this copy of the optimizer does not know; copy the layers",
         ),
         (lambda: split_layer(lambda *both: copy.deepcopy(both)[1]), "taken"),
+        (
+            lambda: split_layer(lambda layer, _: Muon.for_model(fully_shard(layer, mesh=mesh))),
+            "Muon.for_model: weight is a DTensor of a layer that is split by hand; take one of both ways",
+        ),
     ]
     for case, expected in cases:
         found = message(case)
