@@ -324,7 +324,7 @@ def test_views_are_orthogonalised_one_by_one():
     So it is with strides of another memory format, with a state dict of other names, and in a copy.
     """
     torch.manual_seed(0)
-    model = torch.nn.ParameterDict({"joint": torch.randn(11, 6)})
+    model = torch.nn.ParameterDict({"joint": torch.randn(19, 6)})
     model.conv, model.head = torch.nn.Conv2d(3, 8, 3, bias=False), torch.nn.Linear(2, 2)
     model.conv.to(memory_format=torch.channels_last)
     model.attention = torch.nn.MultiheadAttention(12, 3, bias=False)
