@@ -19,13 +19,11 @@ PRODUCTS = {
 FUNCTIONS = {
     "exp": "2160ee5055ee8773",
     "sigmoid": "6f409e9c988753dd",
-    "tails": "1b50d9d6e2445f20",
     "strided": "989e1748033ecb63",
     "log": "bb1a064d41aa5fd5",
     "loss": "b7cd1f8c6f8e0cc7",
     "gradient of the loss": "0028ee16a124b438",
 }
-CONTROLS = ("torch.sigmoid", "fused")  # their bits differ between vector instructions and plain ones
 
 
 def made_of_integers(*shape: int, seed: int) -> Tensor:
@@ -39,14 +37,6 @@ def floats(least: float, largest: float, step: int) -> Tensor:
     ends = torch.tensor([-least, largest], dtype=torch.float32).view(torch.int32).tolist()
     below, above = (torch.arange(0, end + 1, step, dtype=torch.int32).view(torch.float32) for end in ends)
     return torch.cat([-below.flip(0), above])
-
-
-def fused(x: Tensor) -> Tensor:
-    """A sum of products, whose products are fused with their sums or not."""
-    y = torch.ones_like(x)
-    for j in range(6, 0, -1):
-        y = torch.add(1 + 0.1 / j * x, y, alpha=0.3)
-    return y
 
 
 def products(device: str = "cpu") -> dict[str, str]:
@@ -76,13 +66,10 @@ def functions(device: str = "cpu") -> dict[str, str]:
         {
             "exp": ieee.exp(x),
             "sigmoid": ieee.sigmoid(x),
-            "tails": torch.cat([f(x[i : 3 * i]) for f in (ieee.exp, ieee.sigmoid) for i in range(40)]),
             "strided": torch.cat([ieee.exp(x[1::3]), ieee.sigmoid(x[2::7])]),
             "log": ieee.log(positive),
             "loss": loss,
             "gradient of the loss": torch.autograd.grad(0.001 * loss, logits)[0],
-            "torch.sigmoid": x.sigmoid(),
-            "fused": fused(x),
         }
     )
 

@@ -11,10 +11,10 @@ import exact_bits
 import pytest
 import torch
 from commands import ROOT, run
-from exact_bits import CONTROLS, made_of_integers
-from samples import LAYOUTS, bits, normal
+from exact_bits import made_of_integers
+from samples import bits, normal
 from torch import Tensor
-from torch.func import grad, jvp, vjp
+from torch.func import jvp, vjp
 from torch.testing import assert_close
 
 from torchpar import exact_matmul, exact_matmul_t, reference
@@ -48,22 +48,16 @@ def cancelling(k: int) -> tuple[Tensor, Tensor]:
 
 
 HARD = {
-    "normal": (random(9, 64), random(8, 64, seed=1)),
     "wide": (wide(9, 64), wide(8, 64, seed=5000)),
-    "one large element": (torch.cat([torch.ones(4, 1), random(4, 63) * 2.0**-12], 1), random(4, 64)),
-    "powers of two": (2.0 ** -torch.arange(64).view(1, 64), 2.0 ** -torch.arange(64).flip(0).view(1, 64)),
     "cancelling": cancelling(64),
     "the smallest and the largest": (
         torch.tensor([[LEAST, -LARGEST, 0.0], [-LEAST, LEAST, -0.0], [1.0, -LEAST, 2.0**-31]]),
         torch.tensor([[LARGEST, LEAST, 1.0], [-LEAST, LARGEST * 2.0**-40, 3.0]]),
     ),
-    "results of 0": (random(5, 9) * 2.0**-80, random(4, 9, seed=1) * 2.0**-80),
-    "subnormal results": (random(9, 64) * 2.0**-70, random(8, 64, seed=1) * 2.0**-70),
     "subnormal": (random(9, 64) * 2.0**-140, random(8, 64, seed=1) * 2.0**100),
     "the least number": (torch.full((1, 1), LEAST), torch.full((1, 1), (0.5 + 2.0**-17) * 2.0**100)),
     # Half of the least number; rounded to float32 before, the sum would lose what lies above it.
     "a subnormal sum": (torch.tensor([[2.0**-75, 2.0**-105]]), torch.full((1, 2), 2.0**-75)),
-    "large results": (random(5, 9) * 2.0**62, random(4, 9, seed=1) * 2.0**62),
     "infinite results": (random(5, 9) * 2.0**65, random(4, 9, seed=1) * 2.0**65),
     "sums that overflow on the way": (
         torch.tensor([[LARGEST, LARGEST, -LARGEST, -LARGEST], [LARGEST] * 4, [-LARGEST] * 4]),
@@ -72,8 +66,7 @@ HARD = {
     # Of X, whose unit is 2⁻³⁰ in a row whose largest is 1; of the sum, whose last bit is worth 2⁻²³.
     "ties of X": (torch.tensor([[1.0, n * 2.0**-31] for n in range(-5, 6)]), torch.tensor([[0.0, 1.0]])),
     "ties of sums": (torch.tensor([[1.0, n * 2.0**-24] for n in range(6)]), torch.ones(1, 2)),
-    "zeros": (torch.zeros(40, 17), torch.cat([-torch.ones(2, 17), torch.zeros(1, 17)])),  # none is −0
-    "a column of zeros": (torch.zeros(40, 1), -torch.ones(3, 1)),
+    "zeros": (torch.zeros(40, 1), torch.tensor([[-1.0], [0.0]])),  # none is −0
 }
 
 
@@ -110,21 +103,16 @@ def test_exponents_of_rows(device: str) -> None:
 
 
 def test_bits_are_the_recorded_ones_under_plain_instructions_and_any_threads() -> None:
-    """Also those of `torchpar.ieee`, beside functions of PyTorch that the same comparison rejects."""
+    """Also those of `torchpar.ieee`."""
     with patch.dict(os.environ, ATEN_CPU_CAPABILITY="default"):
         status, out, err = run(sys.executable, str(ROOT / "tests" / "exact_bits.py"))
     assert status == 0, err
-    found, expected = [*map(json.loads, out.splitlines())], exact_bits.PRODUCTS | exact_bits.FUNCTIONS
-    assert len(found) == 2
-    for digest in found:
-        assert {name: digest[name] for name in expected} == expected
-    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
-        here = exact_bits.functions()
-        assert all(here[name] != found[0][name] for name in CONTROLS)
+    assert [*map(json.loads, out.splitlines())] == 2 * [exact_bits.PRODUCTS | exact_bits.FUNCTIONS]
 
 
 def test_bits_are_the_recorded_ones_on_this_device(device: str) -> None:
-    assert exact_bits.products(device) == exact_bits.PRODUCTS
+    found = exact_bits.products(device) | exact_bits.functions(device)
+    assert found == exact_bits.PRODUCTS | exact_bits.FUNCTIONS
 
 
 def by_int8(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -141,26 +129,12 @@ def by_int8(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_do_not_matter(layout: str, device: str) -> None:
-    for shape in ((67, 35), (2, 5, 7)):
-        a = LAYOUTS[layout](random(*shape, device=device))
-        for other in ("contiguous", layout, "transposed"):
-            b = LAYOUTS[other](random(*shape, device=device, seed=1))
-            expected = exact_matmul(*(t.clone(memory_format=torch.contiguous_format) for t in (a, b)))
-            assert_same_bits(exact_matmul(a, b), expected)
-        assert_same_bits(exact_matmul_t(a), exact_matmul(a, a.clone()))
-
-
 PAIRS = [(wide(23, 35), wide(7, 35, seed=9)), (wide(3, 5, 7), wide(3, 4, 7, seed=9))]
 CONSTANTS = [
     {"_BLOCK": 1},
     {"_BLOCK": 7},
-    {"CHAIN": 8},
     {"CHAIN": 1, "LONG_CHAIN": 64},
     {"CHAIN": 8, "LONG_CHAIN": 24},
-    {"CHAIN": 34, "LONG_CHAIN": 35},
-    {"_HALVED_BLOCK": 6},
     {"_HALVED_BLOCK": 11, "_BLOCK": 100},
 ]
 
@@ -217,25 +191,6 @@ def test_sums_that_int64_may_not_hold_are_refused(monkeypatch: pytest.MonkeyPatc
         operand.sums(operand)
 
 
-def test_results_are_float32_whatever_the_default_is() -> None:
-    a, b = random(3, 4), random(5, 4)
-    expected = exact_matmul(a, b)
-    torch.set_default_dtype(torch.float64)
-    try:
-        assert_same_bits(exact_matmul(a, b), expected)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def test_the_kernel_has_the_formulas_constants() -> None:
-    pytest.importorskip("triton", reason="Triton compiles the kernels")
-    from torchpar.kernels import exact_matmul as kernels
-
-    assert (kernels.CHAIN, kernels.LONGEST) == (_exact.CHAIN, _exact.LONG_CHAIN)
-    assert (kernels.LARGEST.value, kernels.WEIGHT.value) == (_exact.LARGEST, _exact.WEIGHT)
-    assert kernels.HALVES.value == _exact.CARRY
-
-
 def test_nan_and_infinities_are_those_of_a_product_in_float64(device: str) -> None:
     nan, inf = math.nan, math.inf
     a, b = random(8, 6, device=device), random(7, 6, device=device, seed=1)
@@ -261,10 +216,9 @@ def test_derivatives_are_exact_products(device: str) -> None:
         for seed, shape in enumerate([(6, 5), (4, 5), (6, 4), (7, 5), (7, 7), (6, 5), (4, 5), (7, 5)])
     )
     by_a, by_b = exact_matmul(g, b.mT), exact_matmul(g.mT, a.mT)
-    _, pullback = vjp(exact_matmul, a, b)
-    for found in (pullback(g), grad(lambda a, b: (g * exact_matmul(a, b)).sum(), (0, 1))(a, b)):
-        assert_same_bits(found[0], by_a)
-        assert_same_bits(found[1], by_b)
+    found = vjp(exact_matmul, a, b)[1](g)
+    assert_same_bits(found[0], by_a)
+    assert_same_bits(found[1], by_b)
     leaf = x.clone().requires_grad_()
     (by_x,) = torch.autograd.grad(exact_matmul_t(leaf), leaf, h)
     assert_same_bits(by_x, exact_matmul(half_sum(h), x.mT) * 2)

@@ -5,6 +5,7 @@ import copy
 import doctest
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -107,16 +108,10 @@ def test_orthogonality_is_no_worse_than_torchs(case):
         compare_orthogonality(*case)
 
 
-@both_iterations
-def test_the_comparison_rejects_a_wrong_coefficient_and_missing_restarts(ns):
+def test_the_comparison_rejects_a_wrong_coefficient():
     a, b, c = COEFFICIENTS
     with pytest.raises(AssertionError):
-        compare_orthogonality(matrices, 65, 300, 5, ns, (a, b, 1.03 * c))
-    with (
-        pytest.raises(AssertionError),
-        patch.object(newton_schulz, "_iterations_per_gram", lambda *_: [2, 3]),
-    ):
-        compare_orthogonality(matrices, 64, 64, 5, ns)
+        compare_orthogonality(matrices, 65, 300, 5, "standard", (a, b, 1.03 * c))
 
 
 @both_iterations
@@ -157,9 +152,6 @@ def test_auto_takes_the_faster():
     assert newton_schulz._iterations_per_gram(256, 512, 5, "auto") == [2, 3]
     assert newton_schulz._iterations_per_gram(256, 511, 5, "gram") == [2, 1, 1, 1]
     assert newton_schulz._iterations_per_gram(256, 512, 5, "standard") == [1] * 5
-    for steps in range(20):
-        for n, m in [(300, 300), (300, 600), (300, 1200)]:
-            assert sum(newton_schulz._iterations_per_gram(n, m, steps, "gram")) == steps
 
 
 def test_polar_express_ends_nearer_to_1():
@@ -197,12 +189,15 @@ def fill_gradients(params: list[Tensor]) -> None:
         p.grad = torch.randn_like(p)
 
 
-def run(
-    *kinds: Callable[..., TORCH],
-    dtype: torch.dtype = torch.float32,
-    carry: Callable[[dict[str, Any]], dict[str, Any]] = copy.deepcopy,
-    **arguments: Any,
-) -> list[Tensor]:
+class NoReading(TorchDispatchMode):
+    """Refuse to copy a value from a device to Python."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def run(*kinds: Callable[..., TORCH], dtype: torch.dtype = torch.float32, **arguments: Any) -> list[Tensor]:
     """The parameters after three steps of each kind of optimizer, which loads the state of the one before.
 
     The gradients do not depend on the parameters, so that every run orthogonalises the same matrices.
@@ -213,10 +208,11 @@ def run(
     for kind in kinds:
         optimizer = kind(params, **{"lr": 0.1, **arguments})
         if state is not None:
-            optimizer.load_state_dict(carry(state))
+            optimizer.load_state_dict(copy.deepcopy(state))
         for _ in range(3):
             fill_gradients(params)
-            optimizer.step()
+            with NoReading() if isinstance(optimizer, Muon) else nullcontext():
+                optimizer.step()
         state = optimizer.state_dict()
     return [p.detach().double() for p in params]
 
@@ -224,7 +220,6 @@ def run(
 def compare_runs(*kinds: Callable[..., TORCH], **arguments: Any) -> None:
     """Parameters are at most twice as far as torch's from those of an orthogonalisation in float64."""
     found = run(*kinds, **arguments)
-    arguments.pop("carry", None)
     expected = run(*[TORCH] * len(kinds), **arguments)
     with patch(ITERATION, lambda x, coefficients, steps, eps: exact(x, steps).to(x.dtype)):
         ideal = run(*[TORCH] * len(kinds), **arguments)
@@ -244,16 +239,12 @@ def gram(params: Any, **arguments: Any) -> Muon:
         {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw", "ns_steps": 4},
         {"adjust_lr_fn": "original", "dtype": torch.float64, "eps": 1e-3},
         {"dtype": torch.bfloat16},
-        {"lr": torch.tensor(0.1)},
+        {"lr": torch.tensor([0.1])},
         {"adjust_lr_fn": "spectral_unclamped"},
     ],
 )
 def test_steps_are_torchs(arguments):
-    if "spectral_unclamped" in arguments.values():
-        try:
-            TORCH([torch.zeros(2, 2)], **arguments)
-        except ValueError:
-            pytest.skip(f"torch.optim.Muon of PyTorch {torch.__version__} has no spectral_unclamped")
+    """They read nothing back from the device."""
     compare_runs(Muon, **arguments)
     compare_runs(gram, **arguments)
 
@@ -261,8 +252,8 @@ def test_steps_are_torchs(arguments):
 def test_checkpoints_interchange_with_torchs():
     compare_runs(TORCH, Muon)
     compare_runs(gram, TORCH)
-    with pytest.raises(AssertionError):  # a lost momentum
-        compare_runs(TORCH, Muon, carry=lambda state: {**state, "state": {}})
+    with pytest.raises(AssertionError):
+        compare_runs(partial(Muon, momentum=0.9))
     params = [torch.randn(shape).requires_grad_() for shape in SHAPES]
     fill_gradients(params)
     ours, theirs = Muon(params, ns="gram"), TORCH(params)
@@ -272,79 +263,51 @@ def test_checkpoints_interchange_with_torchs():
     assert copy.deepcopy(ours).ns == "gram"
 
 
-def shapes_of(orthogonalized: Any) -> list[tuple[int, ...]]:
-    return [(1, *call.args[0].shape)[-3:] for call in orthogonalized.call_args_list]
+SINGLE = [(1, 64, 64), (1, 33, 5), (1, 70, 10), (1, 200, 300), (1, 20, 30)]
 
 
-def test_matrices_of_one_shape_are_orthogonalised_together():
-    params = [torch.randn(s).requires_grad_() for s in [(20, 30), (30, 20), (33, 33), (20, 30), (20, 30)]]
-    params.append(torch.randn(33, 33, dtype=torch.float64).requires_grad_())
-    fill_gradients(params)
-    for work, expected in [
-        (batches._BATCH_MULTIPLICATIONS, [(3, 20, 30), (1, 30, 20), (1, 33, 33), (1, 33, 33)]),
-        (2 * 20 * 20 * 30, [(2, 20, 30), (1, 20, 30), (1, 30, 20), (1, 33, 33), (1, 33, 33)]),
-        (1, [(1, 20, 30)] * 3 + [(1, 30, 20), (1, 33, 33), (1, 33, 33)]),
-    ]:
-        with (
-            patch.object(batches, "orthogonalize", wraps=orthogonalize) as called,
-            patch.object(batches, "_BATCH_MULTIPLICATIONS", work),
-        ):
-            Muon(params).step()
-        assert shapes_of(called) == expected
-
-
-def test_padded_batches_hold_matrices_of_unequal_shapes():
-    """As on a GPU; each ends where it does alone, up to sums in another order."""
+@pytest.mark.parametrize(
+    "padding_device, work, batches_of",
+    [
+        ("cuda", 2**31, [(3, 20, 30), *SINGLE]),
+        ("cuda", 2 * 20 * 20 * 30, [(2, 20, 30), (1, 20, 30), *SINGLE]),
+        ("cpu", 2**31, [(5, 64, 64), (1, 128, 64), (1, 200, 300), (1, 64, 64)]),
+    ],
+)
+def test_matrices_share_batches(padding_device, work, batches_of):
+    """Those of equal shapes, on a GPU all small ones; each ends where it does alone, up to sums' order."""
     torch.manual_seed(0)
-    params = [torch.randn(s).requires_grad_() for s in [(20, 30), (64, 64), (33, 5), (70, 10), (200, 300)]]
+    shapes = [(20, 30), (20, 30), (64, 64), (33, 5), (70, 10), (20, 30), (200, 300)]
+    params = [torch.randn(shape).requires_grad_() for shape in shapes]
+    params.append(torch.randn(20, 30, dtype=torch.float64).requires_grad_())
     alone = [p.detach().clone().requires_grad_() for p in params]
     fill_gradients(params)
     for p, q in zip(params, alone, strict=True):
         q.grad = p.grad
-    Muon(alone, lr=1.0, ns="standard").step()
+        Muon([q], lr=1.0, ns="standard").step()
     with (
         patch.object(batches, "orthogonalize", wraps=orthogonalize) as called,
-        patch.object(batches, "_PADDING_DEVICE", "cpu"),
+        patch.object(batches, "_PADDING_DEVICE", padding_device),
+        patch.object(batches, "_BATCH_MULTIPLICATIONS", work),
     ):
         Muon(params, lr=1.0, ns="standard").step()
-    assert shapes_of(called) == [(3, 64, 64), (1, 128, 64), (1, 200, 300)]
+    assert [(1, *call.args[0].shape)[-3:] for call in called.call_args_list] == batches_of
     for p, q in zip(params, alone, strict=True):
         # Five iterations of three products round to bfloat16, each times the rate.
         assert_close(p, q, rtol=0, atol=max(1, p.shape[0] / p.shape[1]) ** 0.5 * 15 * 2**-8)
 
 
 def test_a_closure_is_called_with_gradients():
-    p, other = torch.randn(4, 6).requires_grad_(), torch.randn(4, 6).requires_grad_()
-    before = other.detach().clone()
-    optimizer = Muon([p, other], lr=0.1)
+    p = torch.randn(4, 6).requires_grad_()
+    optimizer = Muon([p], lr=0.1)
 
     def closure() -> Tensor:
-        p.grad = None
         loss = p.square().sum()
         loss.backward()
         return loss
 
-    loss = closure().item()
-    assert optimizer.step(closure).item() == loss > p.square().sum()
-    assert torch.equal(other, before)
+    assert optimizer.step(closure) > p.square().sum()
     assert optimizer.step() is None
-
-
-class NoReading(TorchDispatchMode):
-    """Refuse to copy a value from a device to Python."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func is not torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("lr", [0.1, torch.tensor([0.1])])
-def test_a_step_reads_nothing_back(lr):
-    params = [torch.randn(shape).requires_grad_() for shape in SHAPES]
-    optimizer = gram(params, lr=lr)
-    fill_gradients(params)
-    with NoReading():
-        optimizer.step()
 
 
 def test_the_parameters_are_torchs():
@@ -356,74 +319,51 @@ def test_the_parameters_are_torchs():
 
 
 def test_views_are_orthogonalised_one_by_one():
-    """Of a convolution, of attention, and of matrices of unequal shapes; each at its own rate."""
+    """Of a convolution, of attention, and of matrices of unequal shapes; each at its own rate.
+
+    So it is with strides of another memory format, with a state dict of other names, and in a copy.
+    """
     torch.manual_seed(0)
-    model = torch.nn.ParameterDict({"joint": torch.randn(11, 6)})
+    model = torch.nn.ParameterDict({"joint": torch.randn(19, 6)})
     model.conv, model.head = torch.nn.Conv2d(3, 8, 3, bias=False), torch.nn.Linear(2, 2)
+    model.conv.to(memory_format=torch.channels_last)
     model.attention = torch.nn.MultiheadAttention(12, 3, bias=False)
     arguments: Any = {"lr": 0.1, "weight_decay": 0.0, "ns": "standard"}
     views = {"joint": lambda p: (p[:8].view(2, 4, 6), p[8:])}
     optimizer = Muon.for_model(model, views=views, **arguments)
-    apart = []
-    for p, parts_of in [
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        group["param_names"] = [f"module.{name}" for name in group["param_names"]]
+    optimizer.load_state_dict(saved)
+    model, optimizer = copy.deepcopy((model, optimizer))
+    matrices_of = [
         (model.conv.weight, lambda p: [p.flatten(1)]),
         (model.attention.in_proj_weight, lambda p: p.chunk(3)),
         (model["joint"], lambda p: [p[:4], p[4:8], p[8:]]),
-    ]:
+    ]
+    alone = []
+    for p, parts_of in matrices_of:
         p.grad = torch.randn_like(p)
         for part, gradient in zip(parts_of(p.detach()), parts_of(p.grad), strict=True):
-            alone = part.clone().requires_grad_()
-            alone.grad = gradient.clone()
-            Muon([alone], **arguments).step()
-            apart.append((part, alone.detach()))
+            alone.append(part.clone().requires_grad_())
+            alone[-1].grad = gradient.clone()
+            Muon(alone[-1:], **arguments).step()
     optimizer.step()
-    for part, alone in apart:
+    found = [part for p, parts_of in matrices_of for part in parts_of(p)]
+    for part, expected in zip(found, alone, strict=True):
         # Rounded to bfloat16; a ratio of rates rounds once more, and a batch may add in another order.
-        assert_close(part, alone, rtol=0, atol=0.1 * 1.5 * 4 * 2**-8)
-
-
-def test_other_strides_change_no_update():
-    torch.manual_seed(0)
-    usual = torch.nn.Conv2d(8, 16, 3, bias=False)
-    strided = copy.deepcopy(usual).to(memory_format=torch.channels_last)
-    usual.weight.grad = 1000 * torch.randn(16, 8, 3, 3)
-    strided.weight.grad = usual.weight.grad.to(memory_format=torch.channels_last)
-    for conv in (usual, strided):
-        Muon([("kernels", conv.weight)], lr=0.1, views={"kernels": lambda p: p.flatten(1)}).step()
-    assert_close(strided.weight, usual.weight, rtol=0, atol=0)
-
-
-def weights(*shape: int, name: str = "weight") -> list[tuple[str, Tensor]]:
-    return [(name, torch.randn(shape).requires_grad_())]
+        assert_close(part, expected, rtol=0, atol=0.1 * 1.5 * 4 * 2**-8)
 
 
 def test_a_refused_group_is_not_added():
-    optimizer = Muon([{"params": weights(4, 5)}, {"params": weights(0, 5, name="empty")}])
-    optimizer.views = {"other": lambda p: p.view(2, 3, 4)}
+    params = [torch.randn(shape).requires_grad_() for shape in [(4, 5), (0, 5), (6, 4)]]
+    optimizer = Muon([{"params": [p]} for p in params[:2]])
     with pytest.raises(ValueError, match="expected 2D"):
-        optimizer.add_param_group({"params": weights(3, name="vector")})
-    with pytest.raises(TypeError):
-        optimizer.add_param_group({"params": weights(6, 4, name="other"), "ns_steps": "3"})
-    optimizer.add_param_group({"params": weights(6, 4, name="without a view")})
-    assert [item.view for item in optimizer._items()] == [None] * 3  # nothing is left of the refused ones
-    fill_gradients([p for group in optimizer.param_groups for p in group["params"]])
+        optimizer.add_param_group({"params": [torch.randn(3)]})
+    optimizer.add_param_group({"params": params[2:]})
+    fill_gradients(params)
     optimizer.step()
     assert len(optimizer.state_dict()["state"]) == 3  # also of the empty one
-    assert copy.deepcopy(Muon([{"params": []}])).step() is None
-
-
-def test_views_stay_where_a_state_dict_has_other_names():
-    steps = []
-    for name in ("qkv", "module.qkv"):
-        p = torch.arange(24.0).view(6, 4).sin().requires_grad_()
-        optimizer, saved = (Muon([(key, p)], views={key: lambda p: p.view(2, 3, 4)}) for key in ("qkv", name))
-        optimizer.load_state_dict(saved.state_dict())
-        for one in (optimizer, copy.deepcopy(optimizer)):
-            (p,) = one.param_groups[0]["params"]
-            p.grad = torch.arange(24.0).view(6, 4).cos()
-            one.step()
-            steps.append(p.detach())
-    assert all(torch.equal(p, steps[0]) for p in steps[1:])
 
 
 def test_a_group_that_would_be_left_out_is_named():
@@ -469,7 +409,7 @@ class Model(torch.nn.Module):
         super().__init__()
         self.tokens = torch.nn.Embedding(50, 16)
         self.position = torch.nn.Parameter(torch.randn(10, 16))
-        self.mixing = torch.nn.Parameter(torch.randn(16, 16))
+        self.composite = torch.nn.Parameter(torch.randn(16, 16))
         self.conv = torch.nn.Conv2d(3, 8, 3)
         self.column = torch.nn.Parameter(torch.randn(16, 1))
         self.norm = torch.nn.LayerNorm((4, 16))
@@ -488,59 +428,42 @@ def test_muon_gets_the_hidden_matrices_alone():
 
     model, tied = Model(), Model(tied=True)
     layers = ("self_attn.out_proj.weight", "linear1.weight", "linear2.weight", "self_attn.in_proj_weight")
-    hidden = sorted(["mixing", "conv.weight", *(f"blocks.{i}.{name}" for i in range(2) for name in layers)])
+    hidden = sorted(
+        ["composite", "conv.weight", *(f"blocks.{i}.{name}" for i in range(2) for name in layers)]
+    )
     assert by_muon(model) == by_muon(tied) == hidden
     overrides = {"blocks.*": "others", "blocks.1.linear1.weight": "muon", "tokens.weight": "muon"}
-    expected = ["blocks.1.linear1.weight", "conv.weight", "mixing", "tokens.weight"]
+    expected = ["blocks.1.linear1.weight", "composite", "conv.weight", "tokens.weight"]
     assert by_muon(model, overrides=overrides) == expected
     assert "stack" in by_muon(model, views={"stack": lambda p: p})
     assert "tokens.weight" in by_muon(tied, overrides={"head.weight": "muon"})
-    named = torch.nn.ParameterDict({"composite": torch.randn(3, 4), "pos_table": torch.randn(3, 4)})
-    assert by_muon(named) == ["composite"]
     del model.head
     assert by_muon(model) == hidden  # the last linear layer is of one of several blocks
-    linear, relu = partial(torch.nn.Linear, 8, 8), torch.nn.ReLU
-    unlike = [(linear(), relu()), (linear(), relu()), (relu(), linear())]
-    model = torch.nn.Sequential(*(torch.nn.Sequential(*one) for one in unlike))
-    assert by_muon(model) == ["0.0.weight", "1.0.weight"]
     chain = Muon.for_model(Model(), lr=0.02, others=partial(torch.optim.SGD, lr=0.5, weight_decay=0.1))
     own, others = chain.optimizers
     assert (own.defaults["lr"], type(others)) == (0.02, torch.optim.SGD)
     assert [group["weight_decay"] for group in others.param_groups] == [0.1, 0.0]
-    assert {p.dim() > 1 for p in others.param_groups[1]["params"]} == {False}
-
-
-# Several optimizers as one
 
 
 def test_a_chain_of_optimizers_is_one():
-    """It can be copied, takes a closure, and keeps its members' state; a group belongs to one of these."""
-    p, q, r = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+    """It takes a closure, and keeps its members' state."""
+    p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
     members = torch.optim.SGD([p], lr=0.1, momentum=0.9), torch.optim.SGD([q], lr=0.2, momentum=0.5)
     for t, member in zip((p, q), members, strict=True):
         t.grad = torch.ones(2)
         member.step()
     chain = ChainedOptimizer(*members)
-    for optimizer in (copy.deepcopy(chain), chain):
-        (a,), (b,) = (group["params"] for group in optimizer.param_groups)
 
-        def closure(optimizer: Any = optimizer, a: Tensor = a, b: Tensor = b) -> Tensor:
-            optimizer.zero_grad()
-            (a + 2 * b).sum().backward()
-            return torch.tensor(7)
+    def closure() -> Tensor:
+        chain.zero_grad()
+        (p + 2 * q).sum().backward()
+        return torch.tensor(7)
 
-        assert optimizer.step(closure) == 7
-        # Momenta of 1 and 1 after the first step; then of 1.9 and 2.5.
-        for t, momentum, value in ((a, 1.9, 0.9 - 0.19), (b, 2.5, 0.8 - 0.5)):
-            assert_close(optimizer.state[t]["momentum_buffer"], torch.full((2,), momentum))
-            assert_close(t.detach(), torch.full((2,), value))
-    with pytest.raises(NotImplementedError, match="add the group to one of its optimizers"):
-        chain.add_param_group({"params": [r]})
-    saved = chain.state_dict()
-    members[0].add_param_group({"params": [r]})
-    with pytest.raises(RuntimeError, match="a group was added to one of its optimizers; make a new chain"):
-        chain.load_state_dict(saved)
-    assert len(ChainedOptimizer(*members).state) == 2
+    assert chain.step(closure) == 7
+    # Momenta of 1 and 1 after the first step; then of 1.9 and 2.5.
+    for t, momentum, value in ((p, 1.9, 0.9 - 0.19), (q, 2.5, 0.8 - 0.5)):
+        assert_close(chain.state[t]["momentum_buffer"], torch.full((2,), momentum))
+        assert_close(t.detach(), torch.full((2,), value))
 
 
 X = torch.randn(6, 4)
@@ -561,7 +484,6 @@ def chosen(**arguments: Any) -> Any:
         (lambda: Muon([X], ns="gramm"), "ns is 'gramm', expected 'auto', 'standard' or 'gram'"),
         (lambda: orthogonalize(X[0]), r"x is \(4,\) torch.float32, expected floating \(\*, n, m\)"),
         (lambda: orthogonalize(X.long()), r"torch.int64, expected floating \(\*, n, m\)"),
-        (lambda: orthogonalize(X, (1.0, 2.0)), "2 coefficients, expected 3"),
         (lambda: orthogonalize(X, [COEFFICIENTS, (1.0, 2.0)]), "expected 3"),
         (lambda: orthogonalize(X, steps=-1), "steps is -1, expected 0 to 99"),
         (lambda: Muon([X], ns_steps=100), "steps is 100, expected 0 to 99"),
@@ -573,7 +495,6 @@ def chosen(**arguments: Any) -> Any:
         (lambda: Muon([{"params": [X], "ns": "gram"}]), "ns applies to the whole optimizer, not to a group"),
         (lambda: Muon([("w", X)], views={"v": lambda p: p}), "views has v, expected names of parameters"),
         (lambda: view(lambda p: p[:5]), r"the view of w returns \[\(5, 4\)\], expected views \(\*, n, m\)"),
-        (lambda: view(lambda p: p.clone()), "the view of w returns .* once"),
         (lambda: view(lambda p: [p, p[:1]]), "the view of w returns .* once"),
         (lambda: view(lambda p: p.flatten()), "the view of w returns .* once"),
         (lambda: view(lambda p: p.view(5, -1)), r"the view of w, of shape \(6, 4\), fails: shape"),
@@ -581,7 +502,6 @@ def chosen(**arguments: Any) -> Any:
         (lambda: chosen(views={"stak": lambda p: p}), "no parameter is named stak"),
         (lambda: chosen(overrides={"stack": "adam"}), "stack goes to 'adam', expected 'muon' or 'others'"),
         (lambda: chosen(overrides={"*": "others"}), "the model has no hidden matrix"),
-        (lambda: chosen(overrides={"stack": "muon"}), r"\(4, 16, 8\), expected 2D"),
     ],
 )
 def test_refusals(call, message):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """SGD in one call, and exact SGD: the steps, state, hooks and refusals of `torch.optim.SGD`."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,6 @@ ARGUMENTS: list[dict[str, Any]] = [
     {},
     {"momentum": 0.9},
     {"momentum": 0.9, "nesterov": True},
-    {"weight_decay": 0.1},
     {"momentum": 0.5, "weight_decay": 0.1, "nesterov": True},
 ]
 # Each step rounds an update at most thrice in either order of its three sums: 2·3·u of the largest term.
@@ -94,97 +92,46 @@ def test_exact_steps_of_parts_have_the_bits_of_the_whole(arguments: dict[str, An
     expected = stepped(lambda t: t)
     parts: list[Callable[[Tensor], Tensor]] = [
         lambda t: t[3:4, 5:6].clone(),
-        lambda t: t[:, 7:],
-        lambda t: t[1:36].contiguous(),
         lambda t: t.T,
         lambda t: t.flatten()[1:],
     ]
     for part in parts:
         assert torch.equal(stepped(part), part(expected))
-    assert not torch.equal(stepped(lambda t: t[1:]), expected[:-1])
 
 
-KINDS = [(SGD, TORCH), (TORCH, SGD), (SGD, SGD), (ExactSGD, TORCH), (TORCH, ExactSGD), (SGD, ExactSGD)]
+def test_a_closure_is_called_with_gradients() -> None:
+    for kind, rate in ((SGD, torch.tensor(0.1)), (ExactSGD, torch.tensor(0.1)), (SGD, 0.1)):
+        p = torch.ones(3, requires_grad=True)
+        optimizer = kind([p], lr=rate)
 
+        def closure(p: Tensor = p) -> Tensor:
+            loss = p.square().sum()
+            loss.backward()
+            return loss
 
-@pytest.mark.parametrize("kinds", KINDS)
-def test_state_dicts_are_torchs(kinds: tuple[Any, Any]) -> None:
-    results = []
-    for pair in (kinds, (TORCH, TORCH)):
-        params = parameters()
-        optimizer = pair[0](params, lr=0.1, momentum=0.9, nesterov=True)
-        for step in range(STEPS):
-            if step == 2:
-                saved = copy.deepcopy(optimizer.state_dict())
-                optimizer = pair[1](params, lr=0.3)
-                optimizer.load_state_dict(saved)
-            if step == 3:
-                optimizer = copy.deepcopy(optimizer)
-                params = optimizer.param_groups[0]["params"]
-            fill(params, step)
-            optimizer.step()
-        results.append(params)
-    assert_same(*results, EXACT_ROUNDING if ExactSGD in kinds else ROUNDING)
-
-
-@pytest.mark.parametrize("kind", [SGD, ExactSGD])
-@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
-def test_a_closure_is_called_with_gradients(rate: Any, kind: Any) -> None:
-    p = torch.ones(3, requires_grad=True)
-    optimizer = kind([p], lr=rate)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = p.square().sum()
-        loss.backward()
-        return loss
-
-    with torch.no_grad():
-        assert optimizer.step(closure).item() == 3
-    assert_close(p, torch.full((3,), 0.8, requires_grad=True))
-    optimizer.zero_grad(set_to_none=False)
-    assert torch.equal(p.grad, torch.zeros(3))
-    optimizer.zero_grad()
-    assert optimizer.step() is None
+        with torch.no_grad():
+            assert optimizer.step(closure).item() == 3
+        assert_close(p, torch.full((3,), 0.8, requires_grad=True))
+        optimizer.zero_grad(set_to_none=False)
+        assert torch.equal(p.grad, torch.zeros(3))
+        assert optimizer.step() is None
 
 
 # PyTorch does not step a parameter whose elements share memory, and its call takes no negated tensor.
-LAID_OUT = [
-    (layout, of)
-    for layout in LAYOUTS
-    for of in ("parameter", "gradient", "both")
-    if layout != "negated" and (of == "gradient" or "expanded" not in layout)
-]
-
-
-@pytest.mark.parametrize("layout, of", LAID_OUT)
-def test_any_layout(layout: str, of: str) -> None:
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "negated"])
+def test_any_layout(layout: str) -> None:
+    """Of a parameter, its gradients and a momentum that was loaded."""
     results = []
+    laid_out, plain = LAYOUTS[layout], LAYOUTS["contiguous"]
     for kind in (SGD, TORCH):
-        plain = LAYOUTS["contiguous"]
-        p = (plain if of == "gradient" else LAYOUTS[layout])(normal(20, 30, dtype=torch.float32)).detach()
-        gap = None if p._base is None else p._base
+        p = (plain if "expanded" in layout else laid_out)(normal(20, 30, dtype=torch.float32)).detach()
         optimizer = kind([p.requires_grad_()], lr=0.1, momentum=0.9)
-        for step in range(2):
-            p.grad = (plain if of == "parameter" else LAYOUTS[layout])(
-                normal(20, 30, dtype=torch.float32, seed=step + 1)
-            )
-            optimizer.step()
-        assert layout != "stepped" or gap is None or gap.isnan().sum() == gap.numel() - p.numel()
-        results.append([p, optimizer.state[p]["momentum_buffer"]])
-    assert_same(*results)
-
-
-def test_momenta_of_another_layout_are_loaded() -> None:
-    results = []
-    for kind in (SGD, TORCH):
-        (p,) = params = [normal(30, 20, dtype=torch.float32).mT.requires_grad_()]
-        optimizer = kind(params, lr=0.1, momentum=0.9)
-        momentum = normal(30, 20, dtype=torch.float32, seed=7).mT
+        momentum = (laid_out if kind is SGD else plain)(laid_out(normal(20, 30, dtype=torch.float32, seed=7)))
         optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: {"momentum_buffer": momentum}}})
-        fill(params, 0)
-        optimizer.step()
-        results.append([p])
+        for step in range(2):
+            p.grad = laid_out(normal(20, 30, dtype=torch.float32, seed=step))
+            optimizer.step()
+        results.append([p, optimizer.state[p]["momentum_buffer"]])
     assert_same(*results)
 
 
@@ -205,19 +152,15 @@ def test_scaled_gradients() -> None:
 
 
 P = torch.ones(3, requires_grad=True)
-DAMPENED, MAXIMIZED = TORCH([P], momentum=0.9, dampening=0.5), TORCH([P], maximize=True)
+DAMPENED = TORCH([P], momentum=0.9, dampening=0.5)
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
         (lambda: SGD([{"params": [P], "dampening": 0.5}]), r"dampening is 0\.5, expected 0; take torch"),
-        (lambda: SGD([P]).load_state_dict(DAMPENED.state_dict()), r"dampening is 0\.5, expected 0"),
         (lambda: ExactSGD([P]).load_state_dict(DAMPENED.state_dict()), r"dampening is 0\.5, expected 0"),
-        (lambda: ExactSGD([P]).load_state_dict(MAXIMIZED.state_dict()), "maximize is True, expected 0; take"),
         (lambda: ExactSGD([{"params": [P], "maximize": True}]), "maximize is True, expected 0"),
-        (lambda: SGD([P], nesterov=True), "Nesterov momentum requires a momentum"),
-        (lambda: SGD([P], lr=-1.0), "Invalid learning rate"),
     ],
 )
 def test_refusals(call: Callable[[], Any], message: str) -> None:
@@ -225,45 +168,24 @@ def test_refusals(call: Callable[[], Any], message: str) -> None:
         call()
 
 
-# Hooks and the profiler
-
-
-@pytest.mark.parametrize("of_all", [False, True])
-@pytest.mark.parametrize("after", [False, True])
-def test_hooks_are_called(of_all: bool, after: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hooks_and_the_profiler_see_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     params = [torch.ones(3, requires_grad=True)]
     calls: list[str] = []
     optimizer = SGD(params, lr=0.1)
     fill(params, 0)
     call = torch._fused_sgd_
     monkeypatch.setattr(torch, "_fused_sgd_", lambda *a, **k: calls.append("step") or call(*a, **k))
-    optimizer.step()
-    kind = "post" if after else "pre"
-    own = getattr(optimizer, f"register_step_{kind}_hook")
-    register = getattr(torch_optimizer, f"register_optimizer_step_{kind}_hook") if of_all else own
-    handle = register(lambda *_: calls.append("hook"))
-    optimizer.step()
-    handle.remove()
-    optimizer.step()
-    assert calls == ["step", *(["step", "hook"] if after else ["hook", "step"]), "step"]
-
-
-def test_a_hook_may_replace_the_closure() -> None:
-    p = torch.ones(3, requires_grad=True)
-    optimizer = SGD([p], lr=0.1)
-    optimizer.register_step_pre_hook(lambda opt, args, kwargs: ((opt, lambda: 7), {}))
-    assert optimizer.step() == 7
-
-
-def test_the_profiler_shows_a_step_as_torchs() -> None:
-    shown = []
-    for kind in (SGD, TORCH):
-        params = [torch.ones(3, requires_grad=True)]
-        optimizer = kind(params, lr=0.1)
-        fill(params, 0)
-        assert not torch.autograd._profiler_enabled()
-        with torch.profiler.profile() as profile:
-            assert torch.autograd._profiler_enabled()
-            optimizer.step()
-        shown.append([event.key for event in profile.key_averages() if event.key.startswith("Optimizer.")])
-    assert shown == [["Optimizer.step#SGD.step"]] * 2
+    for register, expected in (
+        (optimizer.register_step_pre_hook, ["hook", "step"]),
+        (optimizer.register_step_post_hook, ["step", "hook"]),
+        (torch_optimizer.register_optimizer_step_pre_hook, ["hook", "step"]),
+        (torch_optimizer.register_optimizer_step_post_hook, ["step", "hook"]),
+    ):
+        calls.clear()
+        handle = register(lambda *_: calls.append("hook"))
+        optimizer.step()
+        handle.remove()
+        assert calls == expected
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    assert "Optimizer.step#SGD.step" in [event.key for event in profile.key_averages()]

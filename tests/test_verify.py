@@ -14,7 +14,6 @@ from fake_data import fashion_mnist
 from ranks import fork_context
 
 pytest.importorskip("torchvision", reason="torchvision reads the data sets")
-from torchpar.parallel import join_world
 from torchpar.parallel.launch.local import current_world
 from torchpar.training import verify
 
@@ -25,18 +24,6 @@ def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data")
     fashion_mnist(root / "MNIST" / "raw", train=600)
     return root
-
-
-def hashes_of_bits() -> list[str]:
-    """The hashes of models, of which one differs in the sign of a zero."""
-    with join_world("cpu") as world:
-        weights = ([0.0, 0.0], [0.0, 0.0], [0.0, -0.0])
-        return [verify.digest(torch.nn.ParameterDict({"weight": torch.tensor(w)}), world) for w in weights]
-
-
-def test_the_hash_is_of_each_bit(ranks):
-    ((one, same, other),) = ranks(1, hashes_of_bits)
-    assert one == same != other
 
 
 def test_meshes_agree_and_the_status_says_if_the_hash_is_published(folder, monkeypatch, capsys):
@@ -52,15 +39,15 @@ def test_meshes_agree_and_the_status_says_if_the_hash_is_published(folder, monke
     assert capsys.readouterr().out.splitlines()[1:] == [second, "This is the published hash."]
 
 
-def one_line(capsys: Any, *arguments: str) -> str:
-    """The error of a command that ends with status 2."""
+def check_error(capsys: Any, message: str, *arguments: str) -> None:
+    """The command ends with status 2 and an error in one line."""
     fork_context()
     assert verify.main(arguments) == 2
     out, err = capsys.readouterr()
     (line,) = err.splitlines()
     assert out == ""
     assert line.startswith("python -m torchpar verify: error: ")
-    return line
+    assert message in line
 
 
 @pytest.mark.parametrize(
@@ -68,20 +55,13 @@ def one_line(capsys: Any, *arguments: str) -> str:
     [
         ("--ranks 3 --tp 2", "--ranks is 3, expected a multiple of --tp 2 times --pp 1"),
         ("--tp -2 --pp -2", "--tp is -2, expected at least 1"),
-        ("--ranks 0", "--ranks is 0, expected at least 1"),
-        ("--threads 0", "--threads is 0, expected at least 1"),
         ("--pp 4", "--pp is 4, expected at most 3, one stage for each layer"),
         ("--ranks 2 --data /missing", "/missing"),
-        pytest.param(
-            "--device cuda",
-            "no CUDA device",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
-        ),
     ],
 )
 def test_wrong_flags_are_an_error_in_one_line(folder, capsys, flags, message):
     data = [] if "--data" in flags else ["--data", str(folder)]
-    assert message in one_line(capsys, *flags.split(), *data)
+    check_error(capsys, message, *flags.split(), *data)
 
 
 def kill(*_: Any) -> str:
@@ -95,19 +75,8 @@ def kill(*_: Any) -> str:
 
 def test_a_killed_rank_is_an_error_in_one_line(folder, capsys, monkeypatch):
     monkeypatch.setattr(verify, "trained_weights", kill)
-    line = one_line(capsys, "--ranks", "2", "--data", str(folder))
-    assert "error: a rank was killed, or has ended in an error" in line
-
-
-def fail(*_: Any) -> str:
-    raise RuntimeError("a mistake")
-
-
-def test_a_mistake_is_no_lost_rank(folder, monkeypatch):
-    fork_context()
-    monkeypatch.setattr(verify, "trained_weights", fail)
-    with pytest.raises(RuntimeError, match="a mistake"):
-        verify.main(["--data", str(folder)])
+    message = "error: a rank was killed, or has ended in an error"
+    check_error(capsys, message, "--ranks", "2", "--data", str(folder))
 
 
 def interrupt(_dp: int, _tp: int, _pp: int, folder: Path) -> str:
