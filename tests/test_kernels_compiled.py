@@ -15,7 +15,7 @@ import triton
 from machine_code import MachineCode, machine_codes
 from torch import Tensor
 
-from benchmarks.autotune import compile_launches, target
+from benchmarks.autotune import target
 from torchpar.kernels import candidates, exact_matmul, matmul_t, maximum, sigmoid_backward, tuning
 from torchpar.kernels import linear_sigmoid as linear
 from torchpar.kernels.candidates import Tiles
@@ -110,8 +110,8 @@ def tensor_core(capability: int, kind: str) -> str:
 @pytest.mark.parametrize(
     "launcher, kind, n",
     [
-        *((symmetric_product, "bfloat16", n) for n in (4096, 512, ODD)),
-        pytest.param(symmetric_product, "bfloat16", 2048, marks=slow),
+        *((symmetric_product, "bfloat16", n) for n in (4096, ODD)),
+        *(pytest.param(symmetric_product, "bfloat16", n, marks=slow) for n in (2048, 512)),
         pytest.param(symmetric_product, "tf32", 4096, marks=slow),
         *((symmetric_product, kind, 4096) for kind in ("float32", "float64")),
         (linear_sigmoid, "bfloat16", ODD),
@@ -211,15 +211,6 @@ def test_linear_sigmoid_goes_by_tma(capability, tmp_path, sizes, loads, stores):
     for one in sums:
         assert_fits(one, capability)
         assert one.count(r"LDG\.E.*\.128.*") >= one.options["SPLIT_K"], "the parts take more loads"
-
-
-@slow
-def test_symmetric_product_compiles_for_amd():
-    with target("gfx942"):
-        launch = partial(with_a_matrix_to_add, torch.bfloat16, "ieee", "", None)
-        (compiled,) = compile_launches(launch)
-    assert "v_mfma" in compiled.kernel.asm["amdgcn"]
-    assert compiled.kernel.metadata.shared <= 65536
 
 
 # The exact product
