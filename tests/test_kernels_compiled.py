@@ -15,7 +15,7 @@ import triton
 from machine_code import MachineCode, machine_codes
 from torch import Tensor
 
-from benchmarks.autotune import compile_launches, target
+from benchmarks.autotune import target
 from torchpar.kernels import candidates, exact_matmul, matmul_t, maximum, sigmoid_backward, tuning
 from torchpar.kernels import linear_sigmoid as linear
 from torchpar.kernels.candidates import Tiles
@@ -110,8 +110,10 @@ def tensor_core(capability: int, kind: str) -> str:
 @pytest.mark.parametrize(
     "launcher, kind, n",
     [
-        *((symmetric_product, "bfloat16", n) for n in (4096, 2048, 512, ODD)),
-        *((symmetric_product, kind, 4096) for kind in ("tf32", "float32", "float64")),
+        *((symmetric_product, "bfloat16", n) for n in (4096, ODD)),
+        *(pytest.param(symmetric_product, "bfloat16", n, marks=slow) for n in (2048, 512)),
+        pytest.param(symmetric_product, "tf32", 4096, marks=slow),
+        *((symmetric_product, kind, 4096) for kind in ("float32", "float64")),
         (linear_sigmoid, "bfloat16", ODD),
         (linear_sigmoid, "float32", 4096),
     ],
@@ -168,18 +170,7 @@ def test_check_rejects_one_stage(compiled, capability):
         assert_pipelined(code)
 
 
-def test_a_product_added_to_float32(compiled, capability):
-    def launch(wrap) -> None:
-        x, h = meta(4096, 4096, dtype=torch.bfloat16), meta(4096, 4096, dtype=torch.float32)
-        matmul_t.symmetric_product(x, x, "ieee", wrap, h, 0.5, 0.9, out=h, tma=False)
-
-    code = compiled(launch)
-    assert_fits(code, capability)
-    assert_pipelined(code)
-    assert code.count(r"STG\.E.*\.128.*") > 0
-
-
-@pytest.mark.parametrize("kind, transposed", [("bfloat16", "ab"), ("tf32", "bc")])
+@pytest.mark.parametrize("kind, transposed", [("bfloat16", "ab"), pytest.param("tf32", "bc", marks=slow)])
 def test_large_tiles_go_by_tma_where_there_is_one(compiled, capability, kind, transposed):
     code = compiled(with_a_matrix_to_add, *candidates.KINDS[kind][:2], transposed, None)
     assert code.count(tensor_core(capability, kind))
@@ -203,8 +194,8 @@ def test_large_tiles_go_by_tma_where_there_is_one(compiled, capability, kind, tr
     "sizes, loads, stores",
     [
         ((8192, 4096, 784), True, True),
-        ((8192, 1001, 784), True, False),
-        ((1, 12288, 784), False, False),
+        pytest.param((8192, 1001, 784), True, False, marks=slow),
+        pytest.param((1, 12288, 784), False, False, marks=slow),
         ((64, 1024, 8192), False, False),
     ],
 )
@@ -220,15 +211,6 @@ def test_linear_sigmoid_goes_by_tma(capability, tmp_path, sizes, loads, stores):
     for one in sums:
         assert_fits(one, capability)
         assert one.count(r"LDG\.E.*\.128.*") >= one.options["SPLIT_K"], "the parts take more loads"
-
-
-@slow
-def test_symmetric_product_compiles_for_amd():
-    with target("gfx942"):
-        launch = partial(with_a_matrix_to_add, torch.bfloat16, "ieee", "", None)
-        (compiled,) = compile_launches(launch)
-    assert "v_mfma" in compiled.kernel.asm["amdgcn"]
-    assert compiled.kernel.metadata.shared <= 65536
 
 
 # The exact product
@@ -269,27 +251,20 @@ def assert_exact(code: MachineCode, capability: int, once: bool) -> None:
     assert others < block_m * block_n * 16 // threads, "a product of float32"
 
 
-SQUARE = (4096, 4096, 4096)
-exact = pytest.mark.skipif(TRITON == (3, 8), reason="Triton 3.8 spills, and keeps the digits of A twice")
+SQUARE, LONG = (4096, 4096, 4096), (ODD, ODD, 2**15 + 1)
 
 
-LONG = (ODD, ODD, 2**15 + 1)
-
-
-@exact
+@pytest.mark.skipif(TRITON == (3, 8), reason="Triton 3.8 spills, and keeps the digits of A twice")
 @pytest.mark.parametrize(
     "sizes, transposed, symmetric, dtype, capability",
     [
-        (SQUARE, False, False, torch.float32, 90),
         (SQUARE, False, True, torch.float32, 90),
-        ((4096, 1001, 784), False, False, torch.float32, 90),
         (LONG, True, True, torch.float32, 90),
-        pytest.param(SQUARE, True, False, torch.float32, 90, marks=slow),
         pytest.param(SQUARE, False, False, torch.int64, 90, marks=slow),
         *(
             pytest.param(*case, torch.float32, other, marks=(slow, newest))
             for case in ((SQUARE, False, False), (LONG, True, True))
-            for other in (80, 100)
+            for other in (80, 90, 100)
         ),
     ],
     indirect=["capability"],
@@ -309,11 +284,14 @@ def test_exact_product(compiled, capability, sizes, transposed, symmetric, dtype
 # The kernels that are bound by memory
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float64, marks=slow)], ids=str)
 def test_symmetric_sums_and_sigmoid_backward(compiled, capability, dtype):
     g = meta(4096, 4096, dtype=dtype)
-    for launcher in (matmul_t.half_sum, matmul_t.mirror, sigmoid_backward.sigmoid_backward):
-        args = (g,) if launcher is not sigmoid_backward.sigmoid_backward else (g, g, g)
+    for launcher, *args in (
+        (matmul_t.half_sum, g),
+        (matmul_t.mirror, g),
+        (sigmoid_backward.sigmoid_backward, g, g, g),
+    ):
         code = compiled(launcher, *args)
         assert_fits(code, capability)
         loads, stores = (code.count(rf"{name}\.E.*\.128.*") for name in ("LDG", "STG"))
@@ -322,24 +300,17 @@ def test_symmetric_sums_and_sigmoid_backward(compiled, capability, dtype):
         assert stores >= code.count("STG.*") - (len(args) == 3), "a store is not vectorised"
 
 
-def maximum_of(a: Tensor, b: Tensor, wrap) -> None:
-    maximum.maximum(a, b, torch.empty_like(a), wrap)
-
-
-def maximum_backward(g: Tensor, a: Tensor, b: Tensor, wrap) -> None:
-    maximum.maximum_backward(g, a, b, torch.empty_like(a), torch.empty_like(a), wrap)
-
-
-MAXIMUM_DTYPES = [torch.bool, torch.bfloat16, torch.float32, pytest.param(torch.float64, marks=slow)]
+MAXIMUM_DTYPES = [torch.bfloat16, *(pytest.param(t, marks=slow) for t in (torch.bool, torch.float32))]
 
 
 @pytest.mark.parametrize("dtype", MAXIMUM_DTYPES, ids=str)
 def test_flat_maximum_moves_16_bytes_at_once(compiled, capability, dtype):
     """Of an odd number of elements: whatever has a mask cannot be vectorised."""
     a = meta(2**24 + 1, dtype=dtype)
-    launches = [(maximum_of, (a, a), 2, 1)]
+    launches = [(maximum.maximum, (a, a, a), 2, 1)]
     if dtype.is_floating_point:
-        launches += [(maximum_backward, (g, a, a), 3 - (g is not a), 2) for g in (a, a[:1].expand_as(a))]
+        backward = maximum.maximum_backward
+        launches += [(backward, (a, a, a, a, a), 3, 2), (backward, (a[:1].expand_as(a), a, a, a, a), 2, 2)]
     for launcher, operands, loads, stores in launches:
         code = compiled(launcher, *operands)
         assert_fits(code, capability)
@@ -355,9 +326,9 @@ def test_flat_maximum_moves_16_bytes_at_once(compiled, capability, dtype):
 def test_broadcast_maximum_moves_16_bytes_at_once(compiled, capability, dtype, strides):
     a = meta(*(64, 64, 16384)[-len(strides) :], dtype=dtype)
     b = meta(64, 16384, dtype=dtype).as_strided(a.shape, strides)
-    launches = [(maximum_of, (a, b), 1)]
+    launches = [(maximum.maximum, (a, b, a), 1)]
     if dtype.is_floating_point:
-        launches.append((maximum_backward, (a, a, b), 2))
+        launches.append((maximum.maximum_backward, (a, a, b, a, a), 2))
     for launcher, operands, results in launches:
         code = compiled(launcher, *operands)
         assert_fits(code, capability)

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from samples import assert_accurate, assert_symmetric
+from samples import arguments, assert_accurate, assert_symmetric, normal
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -31,9 +31,17 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
     return t if layout == "N" else t.mT.contiguous().mT
 
 
+def choose(precision: str, tiles: Tiles) -> tuple[torch.dtype, str, Tiles]:
+    """The dtype, the precision of its products, and tiles that fit; skip if this GPU lacks their variant."""
+    if tiles.variant in ("tma", "specialized") and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("the GPU has no TMA")
+    if precision != "tf32":
+        return getattr(torch, precision), "ieee", tiles
+    return torch.float32, "tf32", tiles._replace(block_k=tiles.block_k // 2, num_stages=3)
+
+
 VARIANTS = {
     "pointers": Tiles(128, 128, 64, 8, 3),
-    "small pointers": Tiles(64, 64, 64, 4, 3),
     "TMA": Tiles(128, 128, 64, 8, 4, "tma"),
     "wide TMA": Tiles(128, 256, 64, 8, 4, "tma"),
     "small wide TMA": Tiles(64, 128, 64, 4, 4, "tma"),
@@ -45,23 +53,14 @@ VARIANTS = {
 @pytest.mark.parametrize("layouts", ["NNN", "TTN", "NTT"])
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "tf32"])
 def test_symmetric_product(precision: str, layouts: str, variant: str) -> None:
-    tiles, batch = VARIANTS[variant], BATCH
-    if tiles.variant != "pointers" and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("the GPU has no TMA")
-    if tiles.variant == "specialized":
-        if layouts != "NNN":
-            pytest.skip("this variant is for operands whose rows are contiguous")
-        batch = 1
-    kind = "tf32" if precision == "tf32" else "ieee"
-    dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, N, K, generator=generator, dtype=torch.float64) / math.sqrt(K)
-    c = torch.randn(batch, N, N, generator=generator, dtype=torch.float64)
+    dtype, kind, tiles = choose(precision, VARIANTS[variant])
+    batch = 1 if variant == "specialized" else BATCH
+    if variant == "specialized" and layouts != "NNN":
+        pytest.skip("this variant is for operands whose rows are contiguous")
+    x, c = normal(batch, N, K) / math.sqrt(K), normal(batch, N, N, seed=1)
     a, b, c = (
         laid_out(t.to("cuda", dtype), layout) for t, layout in zip((x, x / 4, c + c.mT), layouts, strict=True)
     )
-    if dtype == torch.float32:
-        tiles = tiles._replace(block_k=tiles.block_k // 2, num_stages=3)
     results = [a.new_full((batch, N, N), math.nan) for _ in range(3)]
     for out in results:  # the second and the third by the plan of the first
         kernels.symmetric_product(a, b, kind, None, c, 1 / 3, -0.5, out=out, tiles=tiles)
@@ -87,20 +86,10 @@ LINEAR_VARIANTS = {
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "tf32"])
 def test_linear_sigmoid(precision: str, m: int, n: int, k: int, layout: str, variant: str) -> None:
     """Partial tiles, and one that is split along k."""
-    tiles = LINEAR_VARIANTS[variant]
-    if tiles.variant == "tma" and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("the GPU has no TMA")
+    dtype, kind, tiles = choose(precision, LINEAR_VARIANTS[variant])
     if layout == "T" and n % 8:
         pytest.skip("no row of this weight, transposed, begins at 16 bytes")
-    kind = "tf32" if precision == "tf32" else "ieee"
-    dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
-    if dtype == torch.float32:
-        tiles = tiles._replace(block_k=tiles.block_k // 2, num_stages=3)
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((m, k), (n, k), (n,))
-    x, weight, bias = (
-        torch.randn(shape, generator=generator, dtype=torch.float64).to("cuda", dtype) for shape in shapes
-    )
+    x, weight, bias = arguments(((m, k), (n, k), (n,)), dtype, "cuda")
     x, weight = laid_out(x, layout), laid_out(weight / math.sqrt(k), layout)
     results = [x.new_full((m, n), math.nan) for _ in range(3)]
     for out in results:  # the second and the third by the plan of the first

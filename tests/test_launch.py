@@ -30,27 +30,25 @@ class Log(NamedTuple):
     launched: list[tuple[tuple[int, ...], tuple]]
 
 
-# Triton keeps a compiled kernel with the launcher that it had first, so that all tests share one.
-LOG = Log([], [])
+LOG = Log([], [])  # Triton keeps a compiled kernel with the launcher that it had first: all tests share one
 
 
 @pytest.fixture(autouse=True)
 def log() -> Iterator[Log]:
-    log = LOG
-    log.compiled.clear()
-    log.launched.clear()
     compile_kernel = Plan._compile
 
     def record(self: Plan, *args):
-        log.compiled.append(self)
+        LOG.compiled.append(self)
         return compile_kernel(self, *args)
 
+    LOG.compiled.clear()
+    LOG.launched.clear()
     launch.forget_plans()
     with (
-        idle_driver(lambda *args: log.launched.append((args[:3], args[FIRST:]))),
+        idle_driver(lambda *args: LOG.launched.append((args[:3], args[FIRST:]))),
         patch.object(Plan, "_compile", record),
     ):
-        yield log
+        yield LOG
     launch.forget_plans()
 
 
@@ -71,21 +69,12 @@ def test_a_kept_plan_passes_what_triton_passed(log, tiles):
         assert (grid, arguments[6:]) == (log.launched[0][0], log.launched[0][1][6:])
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        lambda: meta(N + 32, K),
-        lambda: meta(K, N).mT,
-        lambda: meta(N, K, dtype=torch.float16),
-        lambda: meta(1, N, K),
-        lambda: meta(N * K + 1)[1:].view(N, K),  # 2 bytes on, though nothing has an address here
-    ],
-    ids=["shape", "strides", "dtype", "dimensions", "offset"],
-)
-def test_another_layout_has_a_plan_of_its_own(log, other):
-    for x in (meta(N, K), other()):
+def test_another_layout_has_a_plan_of_its_own(log):
+    off_16_bytes = meta(N * K + 1)[1:].view(N, K)  # though nothing has an address here
+    others = meta(N + 32, K), meta(K, N).mT, meta(N, K, dtype=torch.float16), meta(1, N, K), off_16_bytes
+    for count, x in enumerate((meta(N, K), *others), 1):
         matmul_t.symmetric_product(x, x, "ieee", None)
-    assert len(log.compiled) == 2
+        assert len(log.compiled) == count
 
 
 def test_an_address_off_16_bytes_has_a_plan_of_its_own(log):
@@ -149,21 +138,18 @@ class Launch:
         return note
 
 
-@pytest.mark.parametrize(
-    "tiles, triangle, square",
-    [
+def test_programs_of_products():
+    """By TMA as many as run at a time; by pointers one for each tile."""
+    x, noted = meta(4096, 64), Launch()
+    for tiles, triangle, square in (
         (TMA, 264, 264),  # two of 4 warps on each of 132 multiprocessors
         (Tiles(128, 128, 64, 8, 3, "tma"), 132, 132),
         (Tiles(128, 128, 64, 8, 3), 528, 1024),
-    ],
-)
-def test_programs_of_products(tiles, triangle, square):
-    """By TMA as many as run at a time; by pointers one for each tile."""
-    x, noted = meta(4096, 64), Launch()
-    matmul_t.symmetric_product(x, x, "ieee", noted, tiles=tiles)
-    assert noted.programs == triangle
-    linear_sigmoid.linear_sigmoid(x, x, None, "ieee", noted, tiles=tiles)
-    assert noted.programs == square
+    ):
+        matmul_t.symmetric_product(x, x, "ieee", noted, tiles=tiles)
+        assert noted.programs == triangle
+        linear_sigmoid.linear_sigmoid(x, x, None, "ieee", noted, tiles=tiles)
+        assert noted.programs == square
 
 
 def test_programs_of_the_other_kernels():

@@ -11,29 +11,13 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from commands import ROOT, import_path
 
 SCRIPT = ROOT / "benchmarks" / "validate_gpu.sh"
-END = "the rehearsal ends at the GPU"
-
-
-class Stage(NamedTuple):
-    last: str  # of its lines
-    needs: str  # a module without which it fails
-    files: str = ""  # those it writes beside the log, which all write
-
-
-STAGES = {
-    "values": Stage("tests collected", "triton", "values.xml"),
-    "variants": Stage(END, "rich", "autotune.csv specialized/autotune.csv"),
-    "operators": Stage(END, "rich", "operators.csv"),
-    "tune": Stage(END, "triton", "cuda-90.json"),
-    "anything": Stage("tests collected", "xdist", "anything.xml"),
-    "huge": Stage("tests collected", "expecttest", "huge.xml"),
-}
+# Each stage, and how many tests it collects at least.
+STAGES = {"values": 500, "variants": 0, "operators": 0, "tune": 0, "anything": 4, "huge": 5}
 
 
 def validate(*arguments: str, cwd: Path, gpu: bool = True, **environment: str) -> tuple[int, str]:
@@ -56,25 +40,26 @@ def validate(*arguments: str, cwd: Path, gpu: bool = True, **environment: str) -
     return done.returncode, done.stdout
 
 
-def files(folder: Path) -> set[str]:
-    return {path.name for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize(
     "arguments", ["", "out no_stage", "out values tune", "out values\\ variants", "--wheels"]
 )
 def test_a_wrong_usage_is_refused(tmp_path, arguments):
     status, printed = validate(*shlex.split(arguments), cwd=tmp_path)
     assert status == 2
-    assert printed.startswith("usage: ")
-    assert all(stage in printed for stage in STAGES)
+    expected = f"OUTDIR [{'|'.join(STAGES)}] | --wheels DIR"
+    assert printed == f"usage: bash benchmarks/validate_gpu.sh {expected}\n"
 
 
 @pytest.mark.parametrize(
     "gpu, environment, reason",
     [
         (False, {"CUDA_VISIBLE_DEVICES": ""}, "PyTorch finds no CUDA GPU"),
-        (True, {"TORCHPAR_COMMIT": "", "GIT_DIR": "/none"}, "TORCHPAR_COMMIT must name the commit"),
+        pytest.param(
+            True,
+            {"TORCHPAR_COMMIT": "", "GIT_DIR": "/none"},
+            "TORCHPAR_COMMIT must name the commit",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_there_is_nothing_to_run_on(tmp_path, gpu, environment, reason):
@@ -82,34 +67,33 @@ def test_there_is_nothing_to_run_on(tmp_path, gpu, environment, reason):
     *_, why, last = printed.splitlines()
     assert (status, last) == (2, "validate_gpu.sh: there is nothing to run on")
     assert reason in why
-    assert files(tmp_path / "out") == set()
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_stage_that_fails_is_named(tmp_path):
-    status, printed = validate("out", "tune", cwd=tmp_path, REHEARSAL_STATUS="3")
-    assert (status, printed.splitlines()[-1]) == (1, "failed: tune (status 3)"), printed
+    """Without Triton most tests would be skipped."""
+    status, printed = validate("out", "values", cwd=tmp_path, REHEARSAL_BLOCKED="triton")
+    first, last = printed.splitlines()
+    assert "triton" in first
+    assert (status, last) == (1, "failed: values (status 1)")
     assert "commit abc123" in (tmp_path / "out" / "validate.log").read_text()
-    assert files(tmp_path / "out") == {"validate.log"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_needs_nothing_of_another(tmp_path, stage):
-    """In folders of odd names; without a module that it needs it fails, and says so."""
+    """In folders of odd names."""
     folder = tmp_path / "a|b & c"
     folder.mkdir()
     status, printed = validate("o u t", stage, cwd=folder)
     out = folder / "o u t"
     log = (out / "validate.log").read_text()
     assert status == 0, log
-    assert printed.splitlines()[-1] == f"passed: {stage}"
-    assert STAGES[stage].last in printed.splitlines()[0]
-    assert {"validate.log"} <= files(out) <= {"validate.log", *STAGES[stage].files.split()}
-    if STAGES[stage].files.endswith(".xml"):
+    first, last = printed.splitlines()
+    assert last == f"passed: {stage}"
+    if not STAGES[stage]:
+        assert "the rehearsal ends at the GPU" in first
+    else:
         assert "commit abc123" in (out / f"{stage}.xml").read_text()
         (collected,) = re.findall(r"^(\d+)(?:/\d+)? tests collected", log, re.MULTILINE)
-        assert int(collected) >= {"values": 500, "anything": 4, "huge": 7}[stage]
-    status, printed = validate("o u t", stage, cwd=folder, REHEARSAL_BLOCKED=STAGES[stage].needs)
-    assert status == 1
-    assert STAGES[stage].needs in printed.splitlines()[0]
-    assert printed.splitlines()[-1] == f"failed: {stage} (status 1)"
+        assert int(collected) >= STAGES[stage]

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """A GPU in name only, for rehearsals without one. Python imports this at its start if it is on PYTHONPATH.
 
-The process ends with status $REHEARSAL_STATUS where it first reaches for the GPU. The modules named in
-$REHEARSAL_BLOCKED cannot be imported.
+The process ends where it first reaches for the GPU. The module $REHEARSAL_BLOCKED cannot be imported.
 """
 
 import os
@@ -11,13 +10,12 @@ from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
-for name in os.environ.get("REHEARSAL_BLOCKED", "").split():
-    sys.modules[name] = None  # type: ignore[assignment]
+sys.modules[os.environ.get("REHEARSAL_BLOCKED", "nothing")] = None  # type: ignore[assignment]
 
 
 def end(*_: object) -> None:
     print("the rehearsal ends at the GPU", flush=True)
-    os._exit(int(os.environ.get("REHEARSAL_STATUS", "0")))
+    os._exit(0)
 
 
 def pretend_gpu() -> None:
