@@ -109,7 +109,10 @@ def test_ranks_that_cannot_share_memory(ranks, tmp_path, how, world_size, refuse
 
 def averages_are_gloos() -> bool:
     """Whether DistributedDataParallel, whose second step forms other buckets, has gloo's bits."""
-    with join_world("cpu") as world:
+    made: list[Any] = []
+    make = shared_memory.make_shared_sum
+    with join_world("cpu") as world, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_memory, "make_shared_sum", lambda *args: made.append(make(*args)) or made[-1])
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(600, 500), torch.nn.Linear(500, 600))
         ours, gloos = (DistributedDataParallel(deepcopy(model)) for _ in range(2))
@@ -122,7 +125,7 @@ def averages_are_gloos() -> bool:
                 replica(x).square().sum().backward()
             pairs = zip(ours.parameters(), gloos.parameters(), strict=True)
             equal &= all(torch.equal(p.grad, q.grad) for p, q in pairs)
-        return equal
+        return equal and len(made) == 3 and None not in made  # of one bucket at first, then of two
 
 
 def test_averages_of_data_parallel_replicas_are_gloos(ranks):

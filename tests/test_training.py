@@ -296,6 +296,21 @@ def test_ranks_that_do_not_learn_together_are_refused_on_every_rank(ranks, run, 
     assert "\n" not in first
 
 
+def evaluate(n: int) -> Any:
+    torch.manual_seed(0)
+    with join_world("cpu") as world:
+        loss, outputs = training.evaluate(MLP(SIZES), samples(n, 2), world, "cross-entropy")
+    return loss, outputs.detach().numpy()
+
+
+def test_ranks_evaluate_with_the_bits_of_one_process(ranks):
+    n = 2 * EVALUATION_BATCH + 1  # 3 chunks: a rank of four has none; the last one is small
+    loss, outputs = ranks(1, evaluate, n)[0]
+    for other_loss, others in ranks(4, evaluate, n):
+        assert other_loss == loss
+        assert (others == outputs).all()
+
+
 def run_with_dropout(epochs: int, folder: Path | None, seed: int) -> list[Any]:
     """Train on ranks that draw different masks and have different statistics; return the weights.
 
