@@ -84,7 +84,7 @@ run_stage() {
         values) # on the GPU: its own kernels first, then what runs on every device
             needs execnet xdist && run_tests values.xml -n 8 --dist worksteal -k "(cuda or another_stream) and not anything" \
                 tests/test_kernels_cuda.py tests/test_operators_{values,errors,autograd,func,compile}.py \
-                tests/test_symmetric_*.py tests/test_{readme,nn,training,compare,timing}.py
+                tests/test_symmetric_*.py tests/test_{nn,training,compare,timing}.py
             ;;
         anything) # drawn by Hypothesis: nearly every example compiles a kernel
             needs execnet xdist && run_tests anything.xml -n 4 --dist worksteal -k "cuda and anything" \
@@ -104,7 +104,8 @@ run_stage() {
             ;;
         operators)
             needs rich triton && limited 500 python3 -m benchmarks.operators --device cuda \
-                --operators linear_sigmoid linear_sigmoid_backward maximum --output "$outdir"
+                --operators linear_sigmoid linear_sigmoid_backward maximum \
+                --modes forward backward --output "$outdir"
             ;;
         tune)
             needs triton && TORCHPAR_CACHE=$outdir/tuned limited 500 python3 -m torchpar tune --minutes 6
