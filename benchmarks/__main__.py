@@ -47,7 +47,7 @@ def run(arguments: Sequence[str]) -> int:
     end = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
     names, flags = list(dict.fromkeys(arguments[:end])), arguments[end:]
     if not names or not set(names) <= set(NAMES):
-        return usage_error(f"run {' '.join(names)}, expected some of {', '.join(NAMES)}")
+        return usage_error(f"run {' '.join(arguments)}: expected first some of {', '.join(NAMES)}")
     commands = {name: [sys.executable, "-m", f"benchmarks.{name}", *flags] for name in names}
     if len(names) == 1:
         os.execv(sys.executable, commands[names[0]])

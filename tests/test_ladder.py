@@ -10,7 +10,7 @@ pytest.importorskip("rich", reason="rich prints the tables")
 pytest.importorskip("numba", reason="Numba compiles the loops")
 
 from benchmarks import ladder
-from benchmarks.ladder import Contestant, make_case, measure, ranks_turn, timed_turn
+from benchmarks.ladder import Contestant, make_case, measure, timed_turn
 from benchmarks.timing import Rejected
 from torchpar.baselines import numpy_mlp
 
@@ -34,27 +34,6 @@ def test_a_wrong_result_is_rejected(operator):
     for one in wrong:
         with pytest.raises(Rejected, match=r"more than rounding|has shape"):
             case.check(one)
-
-
-class TwoRanks:
-    """Two ranks in this process that take 2 and 3 s, and whose results are off by ``wrong``."""
-
-    def __init__(self, wrong: float = 0.0):
-        self.wrong = wrong
-
-    def run(self, function, operator, shape):
-        result = getattr(numpy_mlp, operator)(*make_case(operator, shape).arguments) + self.wrong
-        return list(
-            zip((2.0, 3.0), np.array_split(result, 2, axis=operator == "linear_sigmoid"), strict=True)
-        )
-
-
-@pytest.mark.parametrize("operator", SHAPES)
-def test_ranks_take_as_long_as_the_slower_one_and_are_checked(operator):
-    case = make_case(operator, SHAPES[operator])
-    assert ranks_turn(case, SHAPES[operator], TwoRanks(), 1) == [3.0]
-    with pytest.raises(Rejected):
-        ranks_turn(case, SHAPES[operator], TwoRanks(wrong=1.0), 1)
 
 
 def test_results_are_compared_with_the_first_and_the_previous(monkeypatch):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The scaling benchmarks: what their checks reject, the fit of α and β, and what many ranks send."""
+"""The scaling benchmarks: what their checks reject, and what many ranks send."""
 
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -11,10 +11,9 @@ from torch import Tensor
 
 pytest.importorskip("rich", reason="rich prints the tables")
 from benchmarks import scale_model, scaling
-from benchmarks.results import Result
 from benchmarks.timing import Rejected
 from torchpar.profile.collectives import Call
-from torchpar.training.cost import Expected, Link
+from torchpar.training.cost import Expected
 
 
 def test_a_rank_of_many_sends_what_is_predicted():
@@ -59,17 +58,3 @@ def test_a_wrong_gradient_and_a_wrong_loss_are_rejected():
     for loss in (2.3001, torch.nan):
         with pytest.raises(Rejected, match="loss"):
             error(other, loss)
-
-
-def test_the_link_is_fitted_to_gloos_medians():
-    link = Link(alpha=1e-4, beta=2e-9)
-
-    def all_reduce(nbytes: int, way: str, factor: float = 1.0) -> Result:
-        ms = 1e3 * factor * link.seconds("all_reduce", 2, nbytes)
-        case = {"kind": "all_reduce", "nbytes": nbytes, "way": way}
-        return Result(case=case, contestant="2 ranks", p50_ms=ms, mean_ms=2 * ms)
-
-    results = [all_reduce(n, "gloo") for n in (2**10, 2**16, 2**22)] + [all_reduce(2**10, "default", 5.0)]
-    fitted = scaling.fit_link(results)
-    assert (fitted.alpha, fitted.beta) == pytest.approx((1e-4, 2e-9), rel=1e-6)
-    assert scaling.fit_link([]) is None
