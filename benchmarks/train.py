@@ -51,7 +51,6 @@ from torchpar.baselines import numpy_mlp, pure_python
 from torchpar.baselines.bridge import copy_weights
 from torchpar.baselines.numpy_mlp import Array
 from torchpar.data import Batch
-from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.optim import SGD
 from torchpar.parallel.launch.local import Ranks, current_world, start_ranks
@@ -573,8 +572,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flag("--threads", type=int, default=1, help="of each process but the two ranks; by default 1")
     options = command.parse(arguments)
     threads = options.threads
-    if threads < 1:
-        raise ConfigError(f"--threads is {threads}, expected at least 1")
     before = torch.get_num_threads()
     name = "train" if threads == 1 else f"train-{threads}-threads"
     table = Table(command.csv(options, name), CPU, cores=CORES, threads=threads)

@@ -98,8 +98,6 @@ def test_a_csv_is_compared_with_the_last_other_times_also_from_before_it_was_ren
         path.write_text(text)
         frame, compared = report.with_changes(path)
         assert (frame["change"].iloc[-1], compared) == (mark, "compared with the previous version")
-    path.write_text(csv(8).replace("operator,", "kernel,"))
-    assert report.with_changes(path)[1] == "the previous version has other columns"
     other = results / "cpu-amx" / "muon.csv"
     other.write_text(csv(5))
     assert report.with_changes(other)[1] == "no earlier version to compare with"
@@ -113,9 +111,8 @@ def test_seeds_are_summarised_and_notes_and_epochs_are_not():
     rows = [f"a,,,,,{seed},{seed + 1},0.9{seed},," for seed in range(3)] + ["b,,,,,0,4,0.9,,"]
     slow, fast = report.read_csv("\n".join([head, *rows])).to_dict("records")
     assert (slow["p50_ms"], slow["accuracy"], fast["speedup"]) == pytest.approx((2000, 0.91, 0.5))
-    assert (
-        len(report.read_csv(f"{head.replace('seconds', 's')}\na,,,,,,,,x,1\na,,,,,,,,x,2\na,,,,,,,,y,1")) == 3
-    )
+    rows = ["a,,,,,,,,x,1", "a,,,,,,,,x,2", "a,,,,,,,,y,1"]
+    assert len(report.read_csv("\n".join([head.replace("seconds", "s"), *rows]))) == 3
 
 
 def test_the_committed_results_have_panels_benchmarks_and_instruction_sets():
