@@ -46,10 +46,8 @@ def run(arguments: Sequence[str]) -> int:
     """Run the benchmarks that come first in ``arguments``, each in a process, with the flags that follow."""
     end = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
     names, flags = list(dict.fromkeys(arguments[:end])), arguments[end:]
-    if unknown := [name for name in names if name not in NAMES]:
-        return usage_error(f"no benchmark {unknown[0]!r}, expected some of {', '.join(NAMES)}")
-    if not names:
-        return usage_error("no benchmark is named before the flags; python -m benchmarks list shows them")
+    if not names or not set(names) <= set(NAMES):
+        return usage_error(f"run {' '.join(arguments)}: expected first some of {', '.join(NAMES)}")
     commands = {name: [sys.executable, "-m", f"benchmarks.{name}", *flags] for name in names}
     if len(names) == 1:
         os.execv(sys.executable, commands[names[0]])
@@ -57,18 +55,15 @@ def run(arguments: Sequence[str]) -> int:
     failed = []
     for name, command in commands.items():
         print(f"== {name}", flush=True)
-        child = subprocess.Popen(command)
-        try:
-            status = child.wait()
-        except KeyboardInterrupt:  # the terminal sends it to the child, too
-            child.wait()
-            return 130
-        except SystemExit:
-            child.terminate()
-            child.wait()
-            raise
-        if status:
-            failed.append(f"{name} (status {status})")
+        with subprocess.Popen(command) as child:  # whose end is awaited
+            try:
+                if status := child.wait():
+                    failed.append(f"{name} (status {status})")
+            except KeyboardInterrupt:  # the terminal sends it to the child, too
+                return 130
+            except SystemExit:
+                child.terminate()
+                raise
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -3,7 +3,7 @@
 
 It shows what a configuration takes of a multiprocessor, and on a GPU its time at each size beside the
 library's, the result checked. `python -m torchpar tune` writes the tables that the launchers read. Without a
-GPU, or with ``--target``, the kernels are compiled, and nothing is timed.
+GPU the kernels are compiled for sm_90, and nothing is timed.
 """
 
 import argparse
@@ -31,7 +31,6 @@ from torchpar.tune.measure import LIBRARY, PRODUCT, Problem, Tiles, describe, er
 
 Wrap = Callable[[Any], Any]  # of a kernel, as the launchers take it
 
-TARGETS = ("sm_80", "sm_90", "sm_100")
 SIZES = (4096, 8192, 2048, 1024)
 QUICK = 2  # configurations of a kernel
 
@@ -167,7 +166,7 @@ def search(
             found, reason = compiled.get(tiles, ({}, ""))
             reason = reason or ("" if isinstance(tiles, str) else errors.get(tiles, ""))
             case = {"kernel": kernel, "dtype": dtype, "n": n}
-            result = times.get(tiles, Times()).row(case, describe(tiles), times.get(PRODUCT), **found)
+            result = times.get(tiles, Times()).result(case, describe(tiles), times.get(PRODUCT), **found)
             results.append(replace(result, ok=not reason, reason=reason))
         yield results
 
@@ -179,16 +178,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES[:1])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="of the kernels")
     parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, metavar="N", help="of N×N matrices")
-    parser.add_argument("--target", choices=TARGETS, help="compile for it alone; without a GPU: sm_90")
     options = command.parse(arguments)
     if min(options.sizes) < 1:
         raise ConfigError(f"--sizes is {min(options.sizes)}, expected at least 1")
-    timed = options.target is None and torch.cuda.is_available()
+    timed = torch.cuda.is_available()
     device = torch.device("cuda" if timed else "cpu")
-    capability = int((options.target or "sm_90").removeprefix("sm_"))
-    if timed:
-        major, minor = torch.cuda.get_device_capability()
-        capability = 10 * major + minor
+    major, minor = torch.cuda.get_device_capability() if timed else (9, 0)
+    capability = 10 * major + minor
     table = Table(command.csv(options), device, target=f"sm_{capability}")
     for kernel in options.kernels:
         for dtype in options.dtypes:

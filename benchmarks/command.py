@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command line of all benchmarks: ``python -m benchmarks run NAME [--quick] [--output DIR]``."""
+"""The flags of all benchmarks, and their ends: ``python -m benchmarks run NAME [--quick] [--output DIR]``."""
 
 import argparse
 import importlib.util
@@ -32,27 +32,14 @@ class Command:
             ConfigError: a package is not installed, or the folder cannot be made.
         """
         options = self.parser.parse_args(arguments)
-        self.require(*self.needs)
+        if missing := [name for name in self.needs if importlib.util.find_spec(name) is None]:
+            raise ConfigError(f"{' and '.join(missing)} not installed; pip install {' '.join(missing)}")
         if options.output:
             try:
                 options.output.mkdir(parents=True, exist_ok=True)
             except OSError as e:
                 raise ConfigError(f"--output {options.output} cannot be made a folder ({e})") from e
         return options
-
-    def require(self, *packages: str) -> None:
-        """Raise a `ConfigError` if one of the packages is not installed."""
-        if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-            raise ConfigError(f"{' and '.join(missing)} not installed; pip install {' '.join(missing)}")
-
-    def at_least(self, least: int, name: str, options: argparse.Namespace, *, quick: int, full: int) -> int:
-        """The value of flag ``name``, or a default. A value less than ``least`` raises a `ConfigError`."""
-        value: int | None = getattr(options, name)
-        if value is None:
-            return quick if options.quick else full
-        if value < least:
-            raise ConfigError(f"--{name} is {value}, expected at least {least}")
-        return value
 
     def csv(self, options: argparse.Namespace, name: str = "") -> Path | None:
         """The CSV in ``--output``, if that is given; by default it is called as the module."""

@@ -141,7 +141,7 @@ def compare(
     work = case.work(mode)
     results = []
     for name, one in checked.items():
-        result = times[name].row(columns, name, times[reference])
+        result = times[name].result(columns, name, times[reference])
         found: dict[str, Any] = {"host_ms": one.host_ms}
         if p50 := result.p50_ms:
             least = ceiling.seconds(work.bytes, work.flops, case.dtype) if ceiling else None

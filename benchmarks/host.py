@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with idle_driver():
         times = take_turns(turns, 2 if options.quick else ROUNDS)
     table = Table(command.csv(options), CPU)
-    table.add(times[name].row({"operator": "matmul_t", "n": N}, name) for name in turns)
+    table.add(times[name].result({"operator": "matmul_t", "n": N}, name) for name in turns)
     print_results(f"a launch of matmul_t on the host, {N} rows", table.results)
     return table.status
 

@@ -28,11 +28,10 @@ import torchpar
 from benchmarks.command import Command, run
 from benchmarks.compare import Work
 from benchmarks.operators import NATIVE, OURS
-from benchmarks.results import CORES, Result, Table, duration, markdown, number, picture, print_results
+from benchmarks.results import CORES, Result, Table, duration, markdown, number, print_results
 from benchmarks.timing import CPU, Rejected, Turn, flush, measure_ceiling, settle, take_turns, time_calls
 from torchpar.baselines import numpy_mlp, pure_python
 from torchpar.baselines.numpy_mlp import Array
-from torchpar.errors import ConfigError
 from torchpar.parallel.launch.local import Ranks, current_world, start_ranks
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -47,10 +46,8 @@ SECONDS = 2.5  # of a contestant's turns, after which it has no more
 WARM_SECONDS = 5e-3
 WARM_CALLS = 100  # of a rank
 PRODUCTS = 10_000_000  # about a second of pure Python
-COLUMNS = (
-    *("contestant", "note", "p50_ms", "over_pure_python", "over_previous", "gb_per_s", "gflop_per_s"),
-    *("first_s", "ok"),
-)
+SPEEDS = ("p50_ms", "over_pure_python", "over_previous", "gb_per_s", "gflop_per_s")
+COLUMNS = ("contestant", "note", *SPEEDS, "first_s", "ok")
 
 
 @dataclass(frozen=True)
@@ -244,14 +241,13 @@ def call_of_rank(operator: str, shape: tuple[int, ...]) -> tuple[bool, Callable[
 
 def measure(case: Case, contestants: Sequence[Contestant], rounds: int = ROUNDS) -> list[Result]:
     """Time the contestants in turn, and compare each with the first and with the one before."""
-    named = {(one.name, one.note): one for one in contestants}
-    turns = {key: one.turn for key, one in named.items()}
+    turns = {one: one.turn for one in contestants}
     times = take_turns(turns, rounds, seconds=SECONDS, label=case.label)
     results: list[Result] = []
-    for key, one in named.items():
-        result = times[key].row({"workload": case.label}, one.name)
+    for one in contestants:
+        result = times[one].result({"workload": case.label}, one.name)
         found: dict[str, Any] = {"note": one.note, "intensity": one.intensity}
-        found["first_s"] = times[key].first if one.compiles else None
+        found["first_s"] = times[one].first if one.compiles else None
         if result.p50_ms:
             others = {"over_pure_python": results[:1] or [result], "over_previous": results[-1:]}
             for name, other in others.items():
@@ -293,37 +289,34 @@ def draw(path: Path, results: Sequence[Result], roofs: Mapping[str, float], arit
         roofs: bytes/s that are loaded from the memory, or from a cache, by name.
         arithmetic: flop/s of a product.
     """
+    from matplotlib.figure import Figure
+
     known = [one for one in results if one.found["intensity"] and one.p50_ms]
     span = [one.found["intensity"] for one in known] or [1.0]
     left, right = min(span) / 3, max(span) * 8
-    with picture(path, 9, 5.5) as figure:
-        axes = figure.subplots()
-        for name, bandwidth in roofs.items():
-            reach = [left, arithmetic / bandwidth, right]
-            heights = [min(x * bandwidth, arithmetic) / 1e9 for x in reach]
-            text = f"{name}, {bandwidth / 1e9:.0f} GB/s; torch.mm, {arithmetic / 1e9:.0f} GFLOP/s"
-            axes.plot(reach, heights, lw=1, label=text)
-        for one in known:
-            point = one.found["intensity"], one.found["gflop_per_s"]
-            axes.plot(*point, "o", color="tab:orange")
-            threaded = "parallel" in one.contestant  # to the left of the point; one thread to the right
-            place: dict[str, Any] = {"xytext": (-7, 5) if threaded else (7, -9)}
-            place |= {"ha": "right" if threaded else "left", "textcoords": "offset points", "fontsize": 8}
-            axes.annotate(label(one).replace(", parallel", ""), point, **place)
-        axes.set(xscale="log", yscale="log", xlim=(left, right), title=results[0].case["workload"])
-        axes.set(xlabel="needed operations per byte loaded", ylabel="GFLOP/s of needed operations")
-        axes.legend(fontsize=8, loc="upper left")
+    figure = Figure((9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    for name, bandwidth in roofs.items():
+        reach = [left, arithmetic / bandwidth, right]
+        heights = [min(x * bandwidth, arithmetic) / 1e9 for x in reach]
+        text = f"{name}, {bandwidth / 1e9:.0f} GB/s; torch.mm, {arithmetic / 1e9:.0f} GFLOP/s"
+        axes.plot(reach, heights, lw=1, label=text)
+    for one in known:
+        point = one.found["intensity"], one.found["gflop_per_s"]
+        axes.plot(*point, "o", color="tab:orange")
+        threaded = "parallel" in one.contestant  # to the left of the point; one thread to the right
+        place: dict[str, Any] = {"xytext": (-7, 5) if threaded else (7, -9)}
+        place |= {"ha": "right" if threaded else "left", "textcoords": "offset points", "fontsize": 8}
+        axes.annotate(label(one).replace(", parallel", ""), point, **place)
+    axes.set(xscale="log", yscale="log", xlim=(left, right), title=results[0].case["workload"])
+    axes.set(xlabel="needed operations per byte loaded", ylabel="GFLOP/s of needed operations")
+    axes.legend(fontsize=8, loc="upper left")
+    figure.savefig(path, dpi=120)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    command = Command("ladder", "Compute the same in every way.", ["numba"])
+    command = Command("ladder", "Compute the same in every way.", ["numba", "matplotlib"])
     options = command.parse(arguments)
-    if options.output:
-        command.require("matplotlib")
-    try:
-        in_cache = cache_bandwidth(options.quick)
-    except ImportError as e:  # Numba raises it beside a NumPy that it does not know
-        raise ConfigError(f"{e}; pip install 'torchpar[baselines]'") from e
     ceiling = measure_ceiling(CPU, [torch.float32], options.quick)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     table = Table(command.csv(options), CPU, cores=CORES, gpu=gpu)
@@ -332,13 +325,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with start_ranks(2) as ranks:
         for operator, shape in shapes.items():
             case = make_case(operator, shape)
-            ways = list(contestants(case, shape, ranks, options.quick))
-            measured[operator] = table.add(measure(case, ways, rounds))
+            compared = list(contestants(case, shape, ranks, options.quick))
+            measured[operator] = table.add(measure(case, compared, rounds))
     for results in measured.values():
         print_results(results[0].case["workload"], results, COLUMNS)
     if options.output:
         (options.output / "ladder.md").write_text("\n".join(map(as_markdown, measured.values())))
-        roofs = {"memory": ceiling.bandwidth, "a core's cache": in_cache}
+        roofs = {"memory": ceiling.bandwidth, "a core's cache": cache_bandwidth(options.quick)}
         arithmetic = ceiling.matmul[torch.float32]
         draw(options.output / "intensity.png", measured["matmul_t"], roofs, arithmetic)
     return table.status

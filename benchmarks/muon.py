@@ -39,7 +39,9 @@ WEIGHTS: dict[str, Shapes] = {
 }
 QUICK: dict[str, Shapes] = {"24x64": [(24, 64)], "3 of 64x24": [(64, 24)] * 3}
 DISTANCE = 0.03  # of the way: bfloat16's roundings of directions, an order less for momenta that are noise
+ROUNDS = 15  # steps of each optimizer and weight that are timed
 SIZES = (784, 512, 10)
+EPOCHS = 8
 BATCH_SIZE = 32
 SGD_LR, MUON_LR = 0.1, 0.03  # the best of 0.05, 0.1, 0.2 and 0.3, and of 0.01, 0.02 and 0.03
 REFERENCE = "torch.optim.Muon"
@@ -97,11 +99,11 @@ def compare_steps(label: str, shapes: Shapes, rounds: int, device: torch.device)
         distance = float((ended[name] - ended[REFERENCE]).norm() / way)
         if not (found.reason or distance < DISTANCE):
             found.reason = f"the weights ended {distance:.2g} of the way from {REFERENCE}'s"
-        results.append(found.row({"weight": label}, name, times[REFERENCE], distance=distance))
+        results.append(found.result({"weight": label}, name, times[REFERENCE], distance=distance))
     return results
 
 
-def train(epochs: int, samples: int | None) -> list[Result]:
+def train(epochs: int, samples: int | None = None) -> list[Result]:
     """Train a network on MNIST with SGD and with Muon: a result for each epoch."""
     results = []
     makers: dict[str, Callable[[MLP], torch.optim.Optimizer]] = {
@@ -137,23 +139,14 @@ def train(epochs: int, samples: int | None) -> list[Result]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("muon", "Compare Muon with torch.optim.Muon and with SGD.")
-    command.parser.add_argument("--rounds", type=int, help="timed steps of each optimizer and weight")
-    command.parser.add_argument("--weights", nargs="+", choices=WEIGHTS, help="some of the weights")
-    command.parser.add_argument("--epochs", type=int, help="of training; 0 leaves it out")
     options = command.parse(arguments)
-    rounds = command.at_least(1, "rounds", options, quick=2, full=15)
-    epochs = command.at_least(0, "epochs", options, quick=1, full=8)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     table = Table(command.csv(options), device, threads=torch.get_num_threads())
-    weights = QUICK if options.quick else WEIGHTS
-    if options.weights:
-        weights = {label: WEIGHTS[label] for label in options.weights}
-    for label, shapes in weights.items():
-        table.add(compare_steps(label, shapes, rounds, device))
+    for label, shapes in (QUICK if options.quick else WEIGHTS).items():
+        table.add(compare_steps(label, shapes, 2 if options.quick else ROUNDS, device))
     print_results("a step of Muon", table.results)
-    if epochs:
-        curves = table.add(train(epochs, samples=320 if options.quick else None))
-        print_results("an MLP on MNIST", curves, ("contestant", "epoch", "train_loss", "error_percent"))
+    curves = train(1, samples=320) if options.quick else train(EPOCHS)
+    print_results("an MLP on MNIST", table.add(curves))
     return table.status
 
 

@@ -79,39 +79,39 @@ QUICK: Shapes = {
 }
 CPU: Shapes = {
     "maximum": [((2**21,), (2**21,)), ((1024, 2048), (2048,)), ((1024, 2048), (1024, 1))],
-    "matmul_t": [
-        *((n, n) for n in (64, 128, 256, 384, 512, 768, 1000, 1024, 1500, 2048, 4096)),
-        *((256, 4096), (1024, 4096), (2048, 256), (2048, 64), (64, 64, 256), (8, 512, 512)),
-    ],
+    "matmul_t": [(n, n) for n in (64, 128, 256, 384, 512, 768, 1000, 1024, 1500, 2048, 4096)]
+    + [(256, 4096), (1024, 4096), (2048, 256), (2048, 64), (64, 64, 256), (8, 512, 512)],
     "symmetric_matmul": [(256, 256), (1024, 1024)],
     "linear_sigmoid": [(64, 128, 10), (64, 784, 128), (256, 768, 1024)],
     "exact_matmul": [(n, n, n) for n in (256, 1024, 2048)],
     "exact_matmul_t": [(n, n) for n in (256, 1024, 2048)],
 }
 GPU: Shapes = {
-    "maximum": [
-        *(((n,), (n,)) for n in (2**20, 2**26, 2**28)),
-        *(((16384, 16384), (16384,)), ((16384, 16384), (16384, 1))),
-    ],
-    "matmul_t": [
-        *((n, n) for n in (64, 128, 256, 512, 1000, 1024, 2048, 4096, 8192, 16384)),
-        *((64, 16384), (1024, 4096), (4096, 1024), (16384, 64)),
-        *((64, 128, 128), (256, 256, 256), (32, 1024, 1024)),
-    ],
+    "maximum": [((n,), (n,)) for n in (2**20, 2**26, 2**28)]
+    + [((16384, 16384), (16384,)), ((16384, 16384), (16384, 1))],
+    "matmul_t": [(n, n) for n in (64, 128, 256, 512, 1000, 1024, 2048, 4096, 8192, 16384)]
+    + [(64, 16384), (1024, 4096), (4096, 1024), (16384, 64)]
+    + [(64, 128, 128), (256, 256, 256), (32, 1024, 1024)],
     "symmetric_matmul": [(n, n) for n in (256, 512, 1024, 2048, 4096, 8192)],
-    "linear_sigmoid": [
-        *((rows, 784, width) for rows in (64, 512) for width in (128, 512)),  # the first layer of an MLP
-        *((128, 784, 1000), (256, 784, 1001), (256, 784, 2056), (512, 784, 4096)),
-        *((64, 8192, 1024), (512, 3072, 12288), (8192, 4096, 4096)),
-    ],
+    "linear_sigmoid": [(m, 784, n) for m in (64, 512) for n in (128, 512)]  # the first layer of an MLP
+    + [(128, 784, 1000), (256, 784, 1001), (256, 784, 2056), (512, 784, 4096)]
+    + [(64, 8192, 1024), (512, 3072, 12288), (8192, 4096, 4096)],
     "linear_sigmoid_backward": [(64, 4096), (512, 12288), (8192, 4096)],
     "exact_matmul": [(n, n, n) for n in (1024, 2048, 4096, 8192)],
     "exact_matmul_t": [(n, n) for n in (1024, 2048, 4096, 8192)],
 }
 COMPILED = (  # which takes seconds
-    *("2097152 2097152", "1024x2048 2048", "1024x2048 1024x1", "268435456 268435456"),
-    *("256x256", "1024x1024", "4096x4096"),
-    *("64x784->128", "256x768->1024", "512x784->512", "8192x4096->4096"),
+    "2097152 2097152",
+    "1024x2048 2048",
+    "1024x2048 1024x1",
+    "268435456 268435456",
+    "256x256",
+    "1024x1024",
+    "4096x4096",
+    "64x784->128",
+    "256x768->1024",
+    "512x784->512",
+    "8192x4096->4096",
 )
 
 
@@ -214,14 +214,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command.parser
     parser.add_argument("--operators", nargs="+", choices=NATIVE, default=list(NATIVE))
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument(
-        "--modes", nargs="+", choices=(*MODES, "warm"), default=["forward", "backward", "warm"]
-    )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    modes = (*MODES, "warm")
+    parser.add_argument("--modes", nargs="+", choices=modes, default=modes)
     options = command.parse(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device is cuda, but PyTorch finds no GPU")
-    torch.set_num_threads(command.at_least(1, "threads", options, quick=1, full=1))
     on_gpu = options.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     listed = [case for case in cases(device, options.quick) if case.operator in options.operators]

@@ -10,8 +10,6 @@ import argparse
 import importlib.util
 import io
 import math
-import os
-import shutil
 import subprocess
 import tempfile
 import tomllib
@@ -33,10 +31,8 @@ CASE = ("note", "epoch", "nbytes", "way", "validate")  # columns of the case, be
 TIMES = ("p20_ms", "p50_ms", "p80_ms", "speedup")
 SHOWN = {"p50_ms": "ms", "speedup": "speed-up", "accuracy": "accuracy", "change": "change"}
 HIDDEN = ("mean_ms", "samples", "ok", "reason", "seed")
-ORIGIN = (
-    *("device", "instruction_sets", "cores", "gpu", "torch", "triton", "numpy", "python"),
-    *("clocks", "commit", "dirty", "date"),
-)
+VERSIONS = ("torch", "triton", "numpy", "python")
+ORIGIN = ("device", "instruction_sets", "cores", "gpu", *VERSIONS, "clocks", "commit", "dirty", "date")
 
 
 def read_csv(text: str) -> Any:
@@ -315,51 +311,14 @@ def write(output: Path, results: Path = RESULTS) -> None:
     output.write_text(template.render(scripts=scripts, **parts), "utf-8")
 
 
-def screenshot(page: Path, picture: Path) -> None:
-    """Save the beginning of a page as a picture.
-
-    Raises:
-        ConfigError: there is no Chromium, or the picture cannot be written.
-    """
-    from playwright.sync_api import Error, sync_playwright
-
-    try:
-        with sync_playwright() as playwright, playwright.chromium.launch(**browser_options()) as browser:
-            tab = browser.new_page(viewport={"width": 1440, "height": 900})
-            tab.goto(page.absolute().as_uri())
-            tab.wait_for_selector("tbody tr td")
-            tab.screenshot(path=picture)
-    except (Error, OSError) as e:
-        raise ConfigError(
-            f"no screenshot ({str(e).partition(chr(10))[0]}); it needs Chromium and a FILE.png"
-        ) from e
-
-
-def browser_options() -> dict[str, Any]:
-    """Return what playwright needs to launch the system's Chromium; without one it takes its own."""
-    root = hasattr(os, "getuid") and os.getuid() == 0  # Chromium's sandbox refuses root
-    return {"executable_path": shutil.which("chromium"), "args": ["--no-sandbox"] if root else []}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks report", description=__doc__.partition("\n")[0])
     default = Path(tempfile.gettempdir()) / "torchpar-report.html"
     parser.add_argument("--output", type=Path, metavar="FILE", default=default, help=f"by default {default}")
-    parser.add_argument("--results", type=Path, metavar="DIR", default=RESULTS, help="folders of CSVs")
-    parser.add_argument(
-        "--screenshot", type=Path, metavar="PNG", help="also the page's beginning, by Chromium"
-    )
     options = parser.parse_args(arguments)
-    needed = ("itables", "matplotlib", "pandas", "jinja2", *(["playwright"] if options.screenshot else []))
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+    needs = ("itables", "matplotlib", "pandas", "jinja2")
+    if missing := [name for name in needs if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"{' and '.join(missing)} not installed; pip install -e '.[report]'")
-    try:
-        write(options.output, options.results)
-    except OSError as e:
-        raise ConfigError(
-            f"the page cannot be written ({e}); give --output a file in a folder that exists"
-        ) from e
+    write(options.output)
     print(options.output)
-    if options.screenshot:
-        screenshot(options.output, options.screenshot)
     return 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Results of all benchmarks: their table, their CSV and their pictures."""
+"""Results of all benchmarks: their table, their CSV, and where they were measured."""
 
 import csv
 import importlib.util
@@ -8,8 +8,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -134,6 +133,11 @@ def print_results(title: str, results: Sequence[Result], columns: Sequence[str] 
             line[header] = "" if value is None else text(value)
         lines.append(line)
     print_cells(title, lines, groups=[tuple(case.values()) for case in cases])
+    print_failures(results)
+
+
+def print_failures(results: Sequence[Result]) -> None:
+    """Say why results are not ok."""
     for result in results:
         if not result.ok:
             print("not ok:", result.contestant, *result.case.values(), result.reason)
@@ -192,16 +196,6 @@ def track(items: Iterable[T], label: str, total: int | None = None) -> Iterable[
     from rich.progress import track as rich_track
 
     return rich_track(items, label, total, console=Console(stderr=True), transient=True)
-
-
-@contextmanager
-def picture(path: Path, width: float = 8, height: float = 5) -> Iterator[Any]:
-    """Yield a figure of so many inches, and save it at the end."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((width, height), layout="constrained")
-    yield figure
-    figure.savefig(path, dpi=120)
 
 
 @cache

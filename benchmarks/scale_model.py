@@ -25,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.command import Command, run
 from benchmarks.results import Result, Table, print_results, track
 from benchmarks.timing import CPU
-from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.mlp import parallel_mlp
@@ -187,18 +186,13 @@ def _reduce_bucket(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("scale_model", "Count what a rank of 64 to 4096 sends in a step.")
-    command.parser.add_argument("--layers", type=int, default=LAYERS)
-    command.parser.add_argument("--widths", type=int, nargs="+", help=f"by default {WIDTHS}")
     options = command.parse(arguments)
-    widths = options.widths or WIDTHS[: 1 if options.quick else None]
-    stages = max(plan.pp for plan in MESHES)
-    if options.layers < stages:
-        raise ConfigError(f"--layers is {options.layers}, expected at least {stages}, the number of stages")
+    widths = WIDTHS[:1] if options.quick else WIDTHS
     table = Table(command.csv(options), CPU)
     jobs = [(plan, width) for plan in MESHES for width in widths]
     for plan, width in track(jobs, "count"):
         for batch in dict.fromkeys((WEAK_BATCH * plan.ranks, STRONG_BATCH)):
-            calls, different = count(width, options.layers, batch, plan)
+            calls, different = count(width, LAYERS, batch, plan)
             case = {"ranks": plan.ranks, "dp × tp × pp": str(plan), "micro_batches": plan.micro_batches}
             case |= {"width": width, "batch": batch}
             found = {f"{d} calls": sum(call.dimension == d for call in calls) for d in ("tp", "pp", "dp")}

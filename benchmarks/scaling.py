@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.command import Command, run
-from benchmarks.results import CORES, Result, Table, duration, print_cells
+from benchmarks.results import CORES, Result, Table, duration, print_cells, print_failures
 from benchmarks.timing import CPU, Rejected, Times, take_turns, time_calls
 from torchpar import ieee
 from torchpar.nn import MLP
@@ -190,7 +190,9 @@ def check(case: Case) -> dict[str, Any]:
     error = compare_with_one_rank(grad, (grads[0], grads[1]), total, (losses[0], losses[1]), case.batch)
     sent = [call.bytes for call in recorded.calls if call.operation != "recv"]
     expected = cost.collectives(
-        *(case.sizes, case.batch, step.world.mesh),
+        case.sizes,
+        case.batch,
+        step.world.mesh,
         tensor_split=case.tensor_split,
         arithmetic=case.arithmetic,
     )
@@ -305,10 +307,10 @@ class StepTurn:
         found: dict[str, Any] = {"tables": " ".join(tables), "oversubscribed": over}
         if self.checked:
             found |= self.checked[0] | {"error": max(rank["error"] for rank in self.checked)}
-        return times.row(case, self.case.contestant, alone, **found)
+        return times.result(case, self.case.contestant, alone, **found)
 
 
-def measure(plan: Plan, rounds: int, default_polling: bool) -> list[Result]:
+def measure(plan: Plan, default_polling: bool) -> list[Result]:
     """Start the ranks, check every case, and time them in turn."""
     tables: dict[Case, list[str]] = {}
     for table, one in plan.cases():
@@ -337,13 +339,13 @@ def measure(plan: Plan, rounds: int, default_polling: bool) -> list[Result]:
             for way, (ranks, shared) in ways.items()
             for nbytes in plan.all_reduces
         }
-        times = take_turns({**all_reduces, **turns}, rounds, label="scaling")
+        times = take_turns({**all_reduces, **turns}, plan.rounds, label="scaling")
     results = [
         turns[one].result(times[one], times[Case(one.sizes, one.batch)], tables[one]) for one in tables
     ]
     for way, nbytes in all_reduces:
         case = {"kind": "all_reduce", "nbytes": nbytes, "way": way}
-        results.append(times[way, nbytes].row(case, "2 ranks"))
+        results.append(times[way, nbytes].result(case, "2 ranks"))
     return results
 
 
@@ -398,9 +400,7 @@ def print_all(results: Sequence[Result]) -> None:
     print_cells(title, pivot(all_reduces, "bytes", lambda one: f"{one.case['nbytes']:,}", microseconds))
     if link := fit_link(results):
         print(f"fitted to gloo's medians: α {1e6 * link.alpha:.0f} µs, β {1e9 * link.beta:.2f} ns/B")
-    for result in results:
-        if not result.ok:
-            print("not ok:", result.contestant, *result.case.values(), result.reason)
+    print_failures(results)
     if any(result.found.get("oversubscribed") for result in results):
         print("* more threads than cores: this shows that the step is right, not how fast it is")
 
@@ -430,13 +430,10 @@ def fit_link(results: Sequence[Result]) -> Link | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("scaling", "Measure the speed-up of a training step on more ranks.")
-    command.parser.add_argument("--rounds", type=int, help="turns of each case")
     polling = "also time all-reduces with gloo's default thread scheduling"
     command.parser.add_argument("--default-polling", action="store_true", help=polling)
     options = command.parse(arguments)
-    plan = QUICK if options.quick else FULL
-    rounds = command.at_least(1, "rounds", options, quick=QUICK.rounds, full=FULL.rounds)
-    results = measure(plan, rounds, options.default_polling)
+    results = measure(QUICK if options.quick else FULL, options.default_polling)
     link = fit_link(results)
     fitted = {"alpha_s": link.alpha, "beta_s_per_byte": link.beta} if link else {}
     table = Table(command.csv(options), CPU, cores=CORES, **fitted)

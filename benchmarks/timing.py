@@ -58,10 +58,10 @@ class Times:
         ratios = [median(theirs) / median(mine) for theirs, mine in pairs]
         return median(ratios) if ratios and not (self.reason or other.reason) else None
 
-    def row(
+    def result(
         self, case: Mapping[str, Any], contestant: str, reference: "Times | None" = None, **found: Any
     ) -> Result:
-        """The row of this measurement; without times if there is a ``reason``.
+        """The result of this measurement; without times if there is a ``reason``.
 
         Args:
             case: what was done, by column.

@@ -526,18 +526,17 @@ def program_turn(inputs: Inputs, order: Order, epoch: Callable[[], tuple[float, 
     return turn
 
 
-def measure(inputs: Inputs, ways: Sequence[Contestant]) -> list[Result]:
-    """Return a result for each way to train; speed-ups are over plain eager."""
+def measure(inputs: Inputs, contestants: Sequence[Contestant]) -> list[Result]:
+    """Return a result for each contestant; speed-ups are over plain eager."""
     sizes, batch_size = inputs.training[:2]
     case = {"network": "-".join(map(str, sizes)), "batch": batch_size}
-    turns = {(way.name, way.note): way.turn for way in ways}
     label = f"{case['network']}, batch {batch_size}"
-    times = take_turns(turns, ROUNDS, seconds=SECONDS, label=label)
-    plain = next(times[way.name, way.note] for way in ways if way.name == PLAIN)
+    times = take_turns({one: one.turn for one in contestants}, ROUNDS, seconds=SECONDS, label=label)
+    (plain,) = (times[one] for one in contestants if one.name == PLAIN)
     results = []
-    for way in ways:
-        found = {"note": way.note, "first_s": times[way.name, way.note].first if way.compiles else None}
-        result = times[way.name, way.note].row(case, way.name, plain, **found)
+    for one in contestants:
+        found = {"note": one.note, "first_s": times[one].first if one.compiles else None}
+        result = times[one].result(case, one.name, plain, **found)
         if result.p50_ms:
             found["samples_per_s"] = 1e3 * batch_size / result.p50_ms
         results.append(replace(result, found=found))
@@ -569,9 +568,10 @@ def summary(tables: Sequence[Sequence[Result]], threads: int) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     needs = ["numba", "torchvision"]
     command = Command("train", "Train MLPs on MNIST in many ways, side by side.", needs)
-    command.parser.add_argument("--threads", type=int, help="of each process but the two ranks; by default 1")
+    flag = command.parser.add_argument
+    flag("--threads", type=int, default=1, help="of each process but the two ranks; by default 1")
     options = command.parse(arguments)
-    threads = command.at_least(1, "threads", options, quick=1, full=1)
+    threads = options.threads
     before = torch.get_num_threads()
     name = "train" if threads == 1 else f"train-{threads}-threads"
     table = Table(command.csv(options, name), CPU, cores=CORES, threads=threads)
@@ -580,8 +580,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for training in QUICK if options.quick else FULL:
             torch.set_num_threads(threads)
             inputs = Inputs(training)
-            ways = list(contestants(inputs, world, ranks, compiled=not options.quick))
-            tables.append(table.add(measure(inputs, ways)))
+            compared = list(contestants(inputs, world, ranks, compiled=not options.quick))
+            tables.append(table.add(measure(inputs, compared)))
             case = tables[-1][0].case
             print_results(f"{case['network']}, batch {case['batch']}", tables[-1], COLUMNS)
         ranks.run(forget)

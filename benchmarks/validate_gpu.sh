@@ -104,7 +104,8 @@ run_stage() {
             ;;
         operators)
             needs rich triton && limited 500 python3 -m benchmarks.operators --device cuda \
-                --operators linear_sigmoid linear_sigmoid_backward maximum --output "$outdir"
+                --operators linear_sigmoid linear_sigmoid_backward maximum \
+                --modes forward backward --output "$outdir"
             ;;
         tune)
             needs triton && TORCHPAR_CACHE=$outdir/tuned limited 500 python3 -m torchpar tune --minutes 6

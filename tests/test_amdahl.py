@@ -17,10 +17,8 @@ from torchpar.parallel.launch.local import current_world
 
 
 def build_another_on_each_rank() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(0)
+    torch.manual_seed(current_world().world_size)
     model = torch.nn.Linear(2, 2)
-    with torch.no_grad():
-        model.weight[0] += current_world().world_size
     return model, torch.optim.SGD(model.parameters(), lr=0.1)
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The HTML page of the committed results: headlines, marks, and the page in Chromium without a network."""
 
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -28,7 +27,7 @@ def csv(milliseconds: float, right: str = "True", head: str = "contestant") -> s
 
 @pytest.fixture
 def results(tmp_path) -> Path:
-    """A repository of two machines. On one matmul_t took 5 ms, in a folder and a column of other names."""
+    """A repository of two machines. On one matmul_t took 5 ms, in a folder of another name."""
     folder = tmp_path / "results"
 
     def commit(message: str) -> None:
@@ -38,14 +37,10 @@ def results(tmp_path) -> Path:
 
     for name, ms in (("cpu", 5.0), ("cpu-avx2", 1250.5)):
         (folder / name).mkdir(parents=True)
-        stem = "old" if name == "cpu" else "operators"
-        (folder / name / f"{stem}.csv").write_text(csv(ms, head="provider"))
+        (folder / name / "operators.csv").write_text(csv(ms, head="provider"))
     commit("measured")
     (folder / "cpu").rename(folder / "cpu-amx")
-    (folder / "cpu-amx" / "old.csv").rename(folder / "cpu-amx" / "operators.csv")
     commit("renamed")
-    (folder / "cpu-amx" / "operators.csv").write_text(csv(5.0))
-    commit("other columns, the same times")
     (folder / "cpu-amx" / "operators.csv").write_text(csv(8.0))
     commit("measured anew")
     return folder
@@ -53,15 +48,16 @@ def results(tmp_path) -> Path:
 
 def test_the_page_in_a_browser(results, tmp_path):
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives Chromium")
-    if shutil.which("chromium") is None:
+    chromium = shutil.which("chromium")
+    if chromium is None:
         pytest.skip("there is no Chromium; apt-get install chromium")
     (results / "cpu-avx2" / "<i>.csv").write_text(csv(8))
     report.write(tmp_path / "page.html", results)
     with (
         sync_api.sync_playwright() as playwright,
-        playwright.chromium.launch(**report.browser_options()) as b,
+        playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"]) as browser,
     ):
-        tab = b.new_page(viewport={"width": 390, "height": 800}, color_scheme="dark")
+        tab = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme="dark")
         problems: list[str] = []
         tab.on("request", lambda request: problems.append(request.url))
         tab.on("console", lambda message: problems.append(message.text))
@@ -82,27 +78,18 @@ def test_the_page_in_a_browser(results, tmp_path):
         cells = tab.locator(".dataTable").first.locator("tbody td:nth-child(5)")
         sync_api.expect(cells).to_have_text(["1,250", "10"])
         assert tab.evaluate("document.documentElement.scrollWidth") == 390
-        colours = "[...document.querySelectorAll('h1, td, svg text')].map(e => getComputedStyle(e).fill)"
-        colours += ".concat([...document.querySelectorAll('h1, td')].map(e => getComputedStyle(e).color))"
-        seen = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in tab.evaluate(colours)]
-        assert {value > 382 for value in seen if value} == {True}
 
 
-SLOW_MACHINE = csv(8).replace(",1.25,", ",2.0,")  # the ratio is the same
-
-
-@pytest.mark.parametrize(
-    "before, now, mark",
-    [
+def test_a_row_has_changed_if_its_times_and_its_ratio_have():
+    slow_machine = csv(8).replace(",1.25,", ",2.0,")  # the ratio is the same
+    for before, now, mark in (
         (csv(5), csv(8), "slower"),
         (csv(8), csv(5), "faster"),
         (csv(5), csv(5.5), ""),  # the times overlap
-        (csv(5), SLOW_MACHINE, ""),
+        (csv(5), slow_machine, ""),
         (csv(5).replace("matmul_t,", "maximum,"), csv(8), ""),
-    ],
-)
-def test_changes(before, now, mark):
-    assert list(report.change(report.read_csv(now), report.read_csv(before))) == ["", mark]
+    ):
+        assert list(report.change(report.read_csv(now), report.read_csv(before))) == ["", mark]
 
 
 def test_a_csv_is_compared_with_the_last_other_times_also_from_before_it_was_renamed(results):
@@ -111,8 +98,6 @@ def test_a_csv_is_compared_with_the_last_other_times_also_from_before_it_was_ren
         path.write_text(text)
         frame, compared = report.with_changes(path)
         assert (frame["change"].iloc[-1], compared) == (mark, "compared with the previous version")
-    path.write_text(csv(8).replace("operator,", "kernel,"))
-    assert report.with_changes(path)[1] == "the previous version has other columns"
     other = results / "cpu-amx" / "muon.csv"
     other.write_text(csv(5))
     assert report.with_changes(other)[1] == "no earlier version to compare with"
@@ -126,9 +111,8 @@ def test_seeds_are_summarised_and_notes_and_epochs_are_not():
     rows = [f"a,,,,,{seed},{seed + 1},0.9{seed},," for seed in range(3)] + ["b,,,,,0,4,0.9,,"]
     slow, fast = report.read_csv("\n".join([head, *rows])).to_dict("records")
     assert (slow["p50_ms"], slow["accuracy"], fast["speedup"]) == pytest.approx((2000, 0.91, 0.5))
-    assert (
-        len(report.read_csv(f"{head.replace('seconds', 's')}\na,,,,,,,,x,1\na,,,,,,,,x,2\na,,,,,,,,y,1")) == 3
-    )
+    rows = ["a,,,,,,,,x,1", "a,,,,,,,,x,2", "a,,,,,,,,y,1"]
+    assert len(report.read_csv("\n".join([head.replace("seconds", "s"), *rows]))) == 3
 
 
 def test_the_committed_results_have_panels_benchmarks_and_instruction_sets():

@@ -10,10 +10,6 @@ from benchmarks.results import duration, number
 from benchmarks.timing import Rejected, Times, take_turns, time_calls
 
 
-def reject(index: int) -> list[float]:
-    raise Rejected("a number is off\nand more")
-
-
 def test_contestants_take_turns_after_a_warm_up():
     calls: list[str] = []
 
@@ -31,41 +27,42 @@ def test_contestants_take_turns_after_a_warm_up():
 @pytest.mark.parametrize("good", [0, 2])
 def test_a_contestant_that_fails_is_out_and_has_no_times(good):
     """At once, or after some samples."""
+
+    def reject(index: int) -> list[float]:
+        raise Rejected("a number is off\nand more")
+
     calls = iter([lambda index: [1.0]] * good + [reject] * 9)
     times = take_turns({"wrong": lambda index: next(calls)(index), "right": lambda index: [2.0]}, 5)
     assert len(list(calls)) == 9 - 1  # it is not called again
-    row = times["wrong"].row({"n": 1}, "wrong", times["right"])
-    assert (row.ok, row.reason) == (False, "Rejected: a number is off")
-    assert (row.p20_ms, row.p50_ms, row.p80_ms, row.mean_ms, row.speedup) == (None,) * 5
-    row = times["right"].row({"n": 1}, "right", times["wrong"])
-    assert (row.ok, row.p50_ms, row.samples, row.speedup) == (True, 2000.0, 5, None)
+    wrong = times["wrong"].result({"n": 1}, "wrong", times["right"])
+    assert (wrong.ok, wrong.reason) == (False, "Rejected: a number is off")
+    assert (wrong.p20_ms, wrong.p50_ms, wrong.p80_ms, wrong.mean_ms, wrong.speedup) == (None,) * 5
+    right = times["right"].result({"n": 1}, "right", times["wrong"])
+    assert (right.ok, right.p50_ms, right.samples, right.speedup) == (True, 2000.0, 5, None)
 
 
-def test_a_contestant_that_spent_its_seconds_has_no_further_turn():
+def test_a_contestant_that_spent_its_seconds_or_is_done_has_no_further_turn():
     turns = {"slow": lambda index: time.sleep(0.02 * (index > 0)) or [0.02], "fast": lambda index: [0.0]}
     times = take_turns(turns, 4, seconds=0.015)
     assert [len(found.rounds) for found in times.values()] == [1, 4]
     times = take_turns(turns, 4, seconds=0.015, least=3)
     assert [len(found.rounds) for found in times.values()] == [3, 4]
-
-
-def test_a_contestant_that_is_done_stops():
     parts = iter([[], [4.0], [2.0], None])
     turns = {"parts": lambda index: next(parts), "nothing": lambda index: None, "other": lambda index: [1.0]}
     times = take_turns(turns, 9)
     assert times["parts"].rounds == [[4.0], [2.0]]
     assert len(times["other"].rounds) == 9
-    assert times["nothing"].row({}, "nothing").reason == "there was nothing to measure"
+    assert times["nothing"].result({}, "nothing").reason == "there was nothing to measure"
 
 
 def test_results_quote_quantiles_and_the_median_ratio_of_rounds():
     mine, reference = Times([[1.0], [2.0], [4.0]]), Times([[2.0], [8.0], [8.0], [100.0]])
-    result = mine.row({"n": 3}, "mine", reference, color="red")
+    result = mine.result({"n": 3}, "mine", reference, color="red")
     assert (result.p50_ms, result.mean_ms, result.samples) == (2000, pytest.approx(7000 / 3), 3)
     assert result.speedup == 2.0  # the ratios are 2, 4 and 2
     columns = result.columns()
     assert (columns["n"], columns["contestant"], columns["color"], columns["ok"]) == (3, "mine", "red", True)
-    result = Times([[float(i)] for i in reversed(range(101))]).row({}, "many")
+    result = Times([[float(i)] for i in reversed(range(101))]).result({}, "many")
     assert (result.p20_ms, result.p50_ms, result.p80_ms) == (20_000, 50_000, 80_000)
 
 
