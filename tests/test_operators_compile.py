@@ -25,7 +25,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
-from torch.func import grad, hessian, jvp, vmap
+from torch.func import grad, jvp, vmap
 from torch.testing import assert_close
 from torch.utils._pytree import tree_map
 
@@ -98,7 +98,6 @@ def test_compiled_in_low_precision_without_gradient(name: str, device: str) -> N
 
 COMPILED_TRANSFORMS = {
     "vmap(grad)": lambda op: vmap(grad(lambda *args: op(*args).pow(3).sum())),
-    "hessian": lambda op: hessian(lambda *args: op(*args).pow(3).sum()),
     "jvp": lambda op: lambda *args: jvp(op, args, args)[1],
 }
 
@@ -106,8 +105,6 @@ COMPILED_TRANSFORMS = {
 @pytest.mark.parametrize("transform", COMPILED_TRANSFORMS)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_compiled_transforms(name: str, transform: str, device: str) -> None:
-    if (name, transform) == ("symmetric_matmul", "hessian"):
-        pytest.skip("PyTorch's own addmm crashes in a compiled hessian (2.15)")
     operator, transformed = OPERATORS[name], COMPILED_TRANSFORMS[transform]
     shapes = tuple((2, *shape) if transform == "vmap(grad)" else shape for shape in operator.small[0])
     args = widest_arguments(name, shapes, device)
@@ -124,9 +121,8 @@ class Module(torch.nn.Module):
         return self.operator.function(*args, **self.operator.factors(len(args)))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", OPERATORS)
-def test_export(name: str, dynamic: bool, device: str) -> None:
+def test_export(name: str, device: str) -> None:
     operator = OPERATORS[name]
     sizes = operator.sized({letter: Dim(letter, min=2) for letter in "nmko"})
     dims = tuple({i: size for i, size in enumerate(shape) if size != 1} for shape in sizes)
@@ -134,9 +130,7 @@ def test_export(name: str, dynamic: bool, device: str) -> None:
     def operands(n: int, m: int, k: int) -> tuple[Tensor, ...]:
         return operator.operands(*widest_arguments(name, sized(name, n, m, k), device))
 
-    exported = torch.export.export(
-        Module(name), operands(5, 3, 4), dynamic_shapes={"args": dims} if dynamic else None
-    )
+    exported = torch.export.export(Module(name), operands(5, 3, 4), dynamic_shapes={"args": dims})
     file = io.BytesIO()
     torch.export.save(exported, file)
     file.seek(0)
@@ -144,7 +138,7 @@ def test_export(name: str, dynamic: bool, device: str) -> None:
     for program in (exported, loaded, loaded.run_decompositions()):
         (node,) = [node for node in program.graph.nodes if node.op == "call_function"]
         assert (node.target, dict(node.kwargs)) == (operator.overload, operator.factors(len(dims)))
-        for sizes in [(5, 3, 4)] + [(600, 2, 3)] * dynamic:
+        for sizes in ((5, 3, 4), (600, 2, 3)):
             args = operands(*sizes)
             assert_close(program.module()(*args), operator.native(*args, **operator.factors(len(dims))))
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from operators import BACKWARDS, OPERATORS
-from samples import LAYOUTS, widest_arguments
+from samples import LAYOUTS
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch._dynamo.backends.common import aot_autograd
@@ -24,7 +24,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_aot
 from torch._library.triton import get_triton_kernels_for_op, triton_ops_to_kernels
 from torch._prims_common import compute_elementwise_output_strides
 from torch.autograd import forward_ad
-from torch.func import functionalize, grad, jvp, vmap
+from torch.func import grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
@@ -226,12 +226,6 @@ def test_compilers_look_through_an_operator_and_other_tracers_do_not() -> None:
     assert all(target.namespace == "aten" for target in targets(graph))
 
 
-@pytest.mark.parametrize("name", OPERATORS)
-def test_functionalize(name: str) -> None:
-    args = widest_arguments(name, OPERATORS[name].small[0])
-    assert_close(functionalize(OPERATORS[name].op)(*args), OPERATORS[name].plain(*args))
-
-
 def test_compute_elementwise_output_strides_is_atens() -> None:
     shapes = list(itertools.product((1, 2), repeat=3))
     layouts = ["contiguous", "transposed", "rotated", "stepped", "expanded"]
@@ -240,11 +234,6 @@ def test_compute_elementwise_output_strides_is_atens() -> None:
         shape = torch.broadcast_shapes(a_shape, b_shape)
         strides = compute_elementwise_output_strides(a.expand(shape), b.expand(shape))
         assert strides == torch.maximum(a, b).stride()
-
-
-def test_pytorch_says_whether_onednn_multiplies_bfloat16() -> None:
-    # Inductor asks by this name, too.
-    assert isinstance(torch.ops.mkldnn._is_mkldnn_bf16_supported(), bool)
 
 
 # What torch.library.register_autograd does with an operator of its own, without our workaround.
@@ -285,26 +274,3 @@ def test_register_autograd_of_pytorch_still_needs_our_workaround() -> None:
         "register_autograd call torch.library.register_autograd (if its calls have become as cheap) and drop "
         "`formula`, peek_interpreter_stack and forward_ad; then delete this test and those of these names."
     )
-
-
-class Square(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x * x
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def jvp(ctx: Any, dx: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0] * dx
-
-
-def test_jvp_of_a_function_still_needs_our_workaround() -> None:
-    """`with_derivatives` turns forward mode on in a function's jvp. When this fails, it need not any more."""
-    x = torch.ones(1)
-    functions = (torch.square, Square.apply)
-    second = [jvp(lambda x, f=f: jvp(f, (x,), (x.detach(),))[1], (x,), (x,))[1] for f in functions]
-    assert_close(second[0], 2 * x)
-    assert_close(second[1], 0 * x)
