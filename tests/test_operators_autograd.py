@@ -14,7 +14,6 @@ from samples import (
     LAYOUTS,
     arguments,
     assert_accurate,
-    differences,
     halves,
     normal,
     to_numpy,
@@ -26,6 +25,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import torchpar
 
@@ -45,7 +45,9 @@ def gradients(op: Any, args: tuple[Tensor, ...], incoming: Tensor) -> tuple[Tens
 @pytest.mark.parametrize("name, shapes", BY_SMALL_CASE, ids=str)
 def test_gradcheck(name: str, shapes: Shapes, device: str) -> None:
     args = widest_arguments(name, shapes, device, requires_grad=True)
-    op, how = OPERATORS[name].op, differences(name)
+    op = OPERATORS[name].op
+    # In float32 the differences of a quadratic function of `quarters` are exact.
+    how = {} if OPERATORS[name].widest == torch.float64 else {"eps": 0.25, "atol": 1e-6, "rtol": 1e-6}
     assert gradcheck(op, args, check_batched_grad=True, check_forward_ad=True, **how)
     if len(shapes[0]) != 1:  # PyTorch's own product of a vector fails this one
         assert gradcheck(op, args, check_forward_ad=True, check_batched_forward_grad=True, **how)
@@ -84,6 +86,9 @@ def test_the_backward_operators(name: str, shapes: Shapes, device: str) -> None:
     overload = getattr(torch.ops.torchpar, name).default
     args = arguments(shapes, device=device, requires_grad=True)
     opcheck(overload, args)
+    with torch.autocast(device, torch.bfloat16):
+        found = tree_leaves(overload(*(arg.detach().float() for arg in args)))
+    assert {t.dtype for t in found} == {torch.float32}
     assert gradcheck(overload, args, check_forward_ad=True, check_batched_grad=True)
     assert gradgradcheck(overload, args)
 
@@ -162,38 +167,17 @@ class Count(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def test_only_the_gradients_that_are_needed_are_computed(device: str) -> None:
-    def calls(op: Any, shapes: Shapes, required: tuple[bool, ...]) -> Counter[str]:
-        args = arguments(shapes, device=device)
-        y = op(*(arg.requires_grad_(r) for arg, r in zip(args, required, strict=True)))
+def test_a_layer_computes_only_the_gradients_that_are_needed(device: str) -> None:
+    for required in [*itertools.product([False, True], repeat=3)][1:]:
+        args = arguments(((3, 4), (5, 4), (5,)), device=device)
+        y = torchpar.linear_sigmoid(*(t.requires_grad_(r) for t, r in zip(args, required, strict=True)))
         with Count() as count:
             y.backward(torch.ones_like(y))
-        return count.calls
-
-    for required in [*itertools.product([False, True], repeat=3)][1:]:
-        found = calls(torchpar.linear_sigmoid, ((3, 4), (5, 4), (5,)), required)
+        found = count.calls
         assert found["mm"] + found["addmm"] == required[0] + required[1]
         assert found["sigmoid_backward"] + found["linear_sigmoid_backward"] == 1
         assert found["sum"] + found["linear_sigmoid_backward"] == required[2]
         assert not found.keys() & {"mul", "sigmoid", "linear", "linear_sigmoid"}
-    for required, shares in (((True, False), 1), ((False, True), 1), ((True, True), 2)):
-        found = calls(torchpar.maximum, ((9,), (9,)), required)
-        # On a GPU one launch makes both, with less traffic than ATen's take for one.
-        assert found["where"] == (shares if device == "cpu" else 0)
-    found = calls(torchpar.matmul_t, ((5, 3),), (True,))
-    assert found["matmul_t_backward"] == 1
-    assert not found.keys() & {"mm", "bmm", "matmul", "add", "matmul_t"}
-
-
-def test_the_backward_operator_of_maximum_refuses(device: str) -> None:
-    x = torch.ones(3, device=device)
-    for g, a, b, message in (
-        (x, x, torch.ones(2, 1, device=device), r"expected \(\(2, 3\)"),
-        (x, x.to("meta"), x, "b is on "),
-        (x.int(), x.int(), x.int(), r"g has dtype torch\.int32"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            torch.ops.torchpar.maximum_backward(g, a, b)
 
 
 def test_linear_sigmoid_keeps_its_inputs_and_output_only(device: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from operators import BACKWARDS, OPERATORS, Shapes
+from operators import OPERATORS, Shapes
 from samples import (
     LAYOUTS,
     arguments,
@@ -23,11 +23,9 @@ from samples import (
 )
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from torch.func import grad, jvp, vmap
 from torch.testing import assert_close
-from torch.utils._pytree import tree_map
 
 # Of PyTorch's own compiler, and of its own export (2.11).
 pytestmark = [
@@ -143,6 +141,17 @@ def test_export(name: str, device: str) -> None:
             assert_close(program.module()(*args), operator.native(*args, **operator.factors(len(dims))))
 
 
+def test_a_decomposed_program_takes_odd_and_even_sizes() -> None:
+    # On a CPU rows of 16-bit floats are completed to an even length.
+    program = torch.export.export(
+        Module("matmul_t"),
+        (torch.ones(6, 4, dtype=torch.bfloat16),),
+        dynamic_shapes={"args": ({1: Dim("k", min=2)},)},
+    ).run_decompositions(decompose_custom_triton_ops=True)
+    for k in (4, 5, 7):
+        assert program.module()(torch.ones(6, k, dtype=torch.bfloat16)).eq(k).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_autocast(name: str, dtype: torch.dtype, device: str) -> None:
@@ -173,17 +182,6 @@ def test_autocast(name: str, dtype: torch.dtype, device: str) -> None:
     assert_close([g.double() for g in found], list(expected), rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("name", BACKWARDS)
-def test_a_backward_operator_inside_autocast_equals_its_fake(name: str, device: str) -> None:
-    op = getattr(torch.ops.torchpar, name)
-    args = arguments(BACKWARDS[name].cases[0], torch.float32, device)
-    with torch.autocast(device, torch.bfloat16):
-        actual = op(*args)
-        with FakeTensorMode() as mode:
-            fake = op(*map(mode.from_tensor, args))
-    assert tree_map(metadata, actual) == tree_map(metadata, fake)
-
-
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_grad_modes(name: str, mode: Callable[..., Any], device: str) -> None:
@@ -194,6 +192,5 @@ def test_grad_modes(name: str, mode: Callable[..., Any], device: str) -> None:
         y = op(*args)
         made_inside = op(*widest_arguments(name, shapes, device))
     assert not y.requires_grad
-    assert y.grad_fn is None
     assert y.is_inference() == made_inside.is_inference() == (mode is torch.inference_mode)
     assert_close((y, made_inside), (expected, expected), rtol=0, atol=0)
