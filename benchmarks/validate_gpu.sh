@@ -32,7 +32,7 @@ fi
 if [[ $1 == --wheels ]]; then
     python3 -m pip download --quiet --dest "$2" --only-binary :all: --implementation cp \
         --python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
-        pytest pytest-xdist hypothesis expecttest rich tyro || exit 1
+        pytest pytest-xdist expecttest rich tyro || exit 1
     du -ch "$2"/*.whl | tail -n 1
     echo "python3 -m pip install --no-index --no-deps --target SITE '$2'/*.whl && export PYTHONPATH=SITE"
     exit
@@ -73,7 +73,7 @@ trap 'trap "" INT TERM; kill -s INT $(jobs -p) 2>/dev/null; wait; exit 130' INT 
 run_tests() { # FILE.xml, then arguments of pytest
     local report=$1
     shift
-    needs expecttest hypothesis iniconfig numpy packaging pluggy pygments pytest sortedcontainers triton &&
+    needs expecttest iniconfig numpy packaging pluggy pygments pytest triton &&
         TORCHINDUCTOR_COMPILE_THREADS=1 limited 500 python3 -m pytest -q -p no:cacheprovider --tb short \
             -o faulthandler_timeout=120 \
             --junitxml "$outdir/$report" -o junit_suite_name="$origin" "$@"

@@ -143,7 +143,6 @@ MAXIMUM = Operator(
     shapes=("nk", "m1k"),
     cases=[
         ((0, 3), ()),
-        ((127,), (127,)),
         ((128, 129), (129,)),
         ((128, 1), (1, 127)),
         ((1, 2, 1, 3, 1, 2), (3, 1, 2, 1, 2, 1)),
@@ -154,12 +153,10 @@ MAXIMUM = Operator(
         ((0, None), ((5, 3, 4), (3, 4))),
         ((None, 0), ((3, 4), (5,))),
         ((1, 0), ((3, 5, 1), (5, 2, 1, 4))),
-        ((0, 1), ((0, 3), (3, 0))),
     ],
     sharded=(((6, 5), (6, 5)), {"R R -> R", "S(0) S(0) -> S(0)", "S(1) S(1) -> S(1)"}),
     refused=[
         Refused((ones(3) + 0j, ones(3)), "a has dtype torch.complex64, expected a real"),
-        Refused((ones(3), ones(3) + 0j), "b has dtype torch.complex64, expected a real"),
         Refused((ones(2, 3), ones(2, 0)), "b has shape (2, 0), which does not broadcast with a's (2, 3)"),
     ],
     backward={
@@ -182,7 +179,6 @@ MATMUL_T = Operator(
     cases=[
         ((0, 3),),
         ((3, 0),),
-        ((129, 129),),
         ((1030, 17),),
         ((2, 3, 65, 4),),
         ((2, 600, 9),),
@@ -224,7 +220,6 @@ SYMMETRIC_MATMUL = Operator(
         ((3, 0), (3, 0), (3, 3)),
         ((1, 1000), (1, 1000), (1, 1)),
         ((257, 255), (257, 255), (257, 257)),
-        ((0, 5, 3), (0, 5, 3)),
         ((2, 3, 65, 4), (2, 3, 65, 4), (2, 3, 65, 65)),
         ((2, 1, 257, 3), (2, 1, 257, 3), (2, 1, 257, 257)),
     ],
@@ -241,7 +236,6 @@ SYMMETRIC_MATMUL = Operator(
         Refused((ones(3, 2), ones(2, 3)), _unlike("b", (2, 3), (3, 2))),
         Refused((ones(3, 2), ones(3, 2).half()), _unlike("b", (3, 2), (3, 2), torch.float16)),
         Refused((ones(3, 2), ones(3, 2), ones(3, 2)), _unlike("c", (3, 2), (3, 3))),
-        Refused((ones(3, 2), ones(3, 2), ones(3, 3).double()), _unlike("c", (3, 3), (3, 3), torch.float64)),
         Refused((ones(3, 2), ones(3, 2), ones(3, 3)), "c is given without beta, pass both"),
         Refused((ones(3, 2),) * 2, "beta is 1.0 and c is None, pass both or neither", {"beta": 1.0}),
     ],
@@ -261,7 +255,6 @@ LINEAR_SIGMOID = Operator(
         ((3, 4), (0, 4), (0,)),
         ((129,), (1, 129), (1,)),
         ((129, 128), (127, 128), (127,)),
-        ((2, 0, 3), (4, 3), (4,)),
         ((2, 3, 5, 16), (10, 16), (10,)),
         ((70000, 3), (2, 3), (2,)),
     ],
@@ -271,7 +264,6 @@ LINEAR_SIGMOID = Operator(
         ((None, 1), ((3, 4), (5, 6, 4))),
         ((None, None, 1), ((2, 3, 4), (5, 4), (5, 6))),
         ((1, 2, 1), ((2, 6, 3, 4), (5, 4, 6), (5, 6))),
-        ((0, 0, 0), ((6, 0, 4), (6, 5, 4), (6, 5))),
     ],
     sharded=(((6, 5), (7, 5), (7,)), {"R R R -> R", "R S(0) S(0) -> S(1)", "S(0) R R -> S(0)"}),
     refused=[
@@ -280,7 +272,6 @@ LINEAR_SIGMOID = Operator(
         Refused((ones(2, 3), ones(1, 4, 3)), "weight has shape (1, 4, 3), expected (out_features, 3)"),
         Refused((ones(2, 3), ones(4, 3), ones(2, 4)), "bias has shape (2, 4), expected (4,)"),
         Refused((ones(2, 3), ones(4, 3).half()), "weight has dtype torch.float16, expected x's"),
-        Refused((ones(2, 3), ones(4, 3), ones(4).half()), "bias has dtype torch.float16, expected x's"),
     ],
     backward={
         "linear_sigmoid_backward": Backward(
@@ -302,7 +293,6 @@ EXACT_MATMUL = Operator(
         ((0, 3), (4, 3)),
         ((3, 0), (4, 0)),
         ((129, 127), (128, 127)),
-        ((2, 0, 3), (2, 4, 3)),
         ((2, 3, 65, 4), (2, 3, 7, 4)),
         ((70000, 2, 3), (70000, 1, 3)),
     ],
@@ -310,12 +300,10 @@ EXACT_MATMUL = Operator(
     in_dims=[
         ((None, -1), ((4, 3), (5, 3, 6))),
         ((1, 2), ((2, 6, 4, 3), (2, 5, 6, 3))),
-        ((0, 0), ((0, 4, 3), (0, 5, 3))),
     ],
     sharded=(((6, 5), (7, 5)), {"R R -> R", "S(0) R -> S(0)", "R S(0) -> S(1)"}),
     refused=[
         Refused((ones(3, 2).double(), ones(3, 2)), "a has dtype torch.float64, expected torch.float32"),
-        Refused((ones(3, 2), ones(3, 2).bfloat16()), "b has dtype torch.bfloat16, expected torch.float32"),
         Refused((ones(3), ones(3)), "a has shape (3,), expected (*, m, k)"),
         Refused((ones(3, 2), ones(2, 3)), "b is (2, 3) on {where}, expected (n, 2) on {where}"),
         Refused((ones(4, 3, 2), ones(3, 2)), "b is (3, 2) on {where}, expected (4, n, 2) on {where}"),
@@ -331,18 +319,13 @@ EXACT_MATMUL_T = Operator(
     dtypes=(torch.float32,),
     shapes=("mnk",),
     cases=[
-        ((0, 3),),
         ((3, 0),),
         ((769, 3),),
         ((2, 3, 65, 4),),
         ((70000, 2, 3),),
     ],
     small=[((4, 3),), ((2, 3, 5),)],
-    in_dims=[
-        ((1,), ((2, 5, 3, 4),)),
-        ((0,), ((0, 3, 4),)),
-        ((1,), ((2, 2, 600, 3),)),
-    ],
+    in_dims=[((1,), ((2, 2, 600, 3),))],
     sharded=(((7, 5),), {"R -> R"}),
     refused=[
         Refused((ones(3, 2).double(),), "x has dtype torch.float64, expected torch.float32"),

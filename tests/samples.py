@@ -7,20 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from hypothesis import HealthCheck, settings
 from operators import OPERATORS, Shapes
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
-
-# Hypothesis draws the same examples in each run, without a time limit.
-property_test = settings(
-    max_examples=100,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64, device: str = "cpu", seed: int = 0) -> Tensor:
@@ -67,11 +57,6 @@ def widest_arguments(
 ) -> tuple[Tensor, ...]:
     args = (widest(name, *shape, device=device, seed=seed) for seed, shape in enumerate(shapes))
     return tuple(arg.requires_grad_(requires_grad) for arg in args)
-
-
-def differences(name: str) -> dict[str, float]:
-    """Arguments of gradcheck. In float32 the differences of a quadratic function of `quarters` are exact."""
-    return {} if OPERATORS[name].widest == torch.float64 else {"eps": 0.25, "atol": 1e-6, "rtol": 1e-6}
 
 
 def _memory_order(t: Tensor, dims: list[int]) -> Tensor:

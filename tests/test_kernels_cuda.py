@@ -8,7 +8,8 @@ import math
 
 import pytest
 import torch
-from samples import arguments, assert_accurate, assert_symmetric, normal
+from operators import OPERATORS
+from samples import arguments, assert_accurate, assert_symmetric, normal, widest_arguments
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -144,3 +145,21 @@ def test_a_product_by_tma_is_captured_and_compiled() -> None:
     compiled = torch.compile(torchpar.matmul_t, fullgraph=True, dynamic=True)
     assert_close(compiled(x), expected, rtol=0, atol=0)
     assert_close(compiled(x[:768]), expected[:768, :768], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_forward_and_a_backward_in_a_cuda_graph(name: str) -> None:
+    operator = OPERATORS[name]
+    made = operator.operands(*widest_arguments(name, operator.small[0], "cuda"))
+    args = [t.detach().requires_grad_() for t in made]
+
+    def step() -> tuple[Tensor, ...]:
+        y = operator.function(*args, **operator.factors(len(args)))
+        return y.detach(), *torch.autograd.grad(y, args, torch.ones_like(y))
+
+    expected = step()  # compiles the kernels before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert_close(captured, expected)

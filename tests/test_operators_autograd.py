@@ -4,6 +4,7 @@
 import itertools
 import math
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,6 @@ from samples import (
     LAYOUTS,
     arguments,
     assert_accurate,
-    differences,
     halves,
     normal,
     to_numpy,
@@ -25,6 +25,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import torchpar
 
@@ -44,7 +45,9 @@ def gradients(op: Any, args: tuple[Tensor, ...], incoming: Tensor) -> tuple[Tens
 @pytest.mark.parametrize("name, shapes", BY_SMALL_CASE, ids=str)
 def test_gradcheck(name: str, shapes: Shapes, device: str) -> None:
     args = widest_arguments(name, shapes, device, requires_grad=True)
-    op, how = OPERATORS[name].op, differences(name)
+    op = OPERATORS[name].op
+    # In float32 the differences of a quadratic function of `quarters` are exact.
+    how = {} if OPERATORS[name].widest == torch.float64 else {"eps": 0.25, "atol": 1e-6, "rtol": 1e-6}
     assert gradcheck(op, args, check_batched_grad=True, check_forward_ad=True, **how)
     if len(shapes[0]) != 1:  # PyTorch's own product of a vector fails this one
         assert gradcheck(op, args, check_forward_ad=True, check_batched_forward_grad=True, **how)
@@ -83,6 +86,9 @@ def test_the_backward_operators(name: str, shapes: Shapes, device: str) -> None:
     overload = getattr(torch.ops.torchpar, name).default
     args = arguments(shapes, device=device, requires_grad=True)
     opcheck(overload, args)
+    with torch.autocast(device, torch.bfloat16):
+        found = tree_leaves(overload(*(arg.detach().float() for arg in args)))
+    assert {t.dtype for t in found} == {torch.float32}
     assert gradcheck(overload, args, check_forward_ad=True, check_batched_grad=True)
     assert gradgradcheck(overload, args)
 
@@ -125,16 +131,26 @@ def test_gradient_of_matmul_t_does_not_overflow_where_the_sum_of_g_and_its_trans
         assert_close(torch.func.jvp(formula, (g[None], x[None]), (g[None] * 0, x[None]))[0][0], expected)
 
 
+@pytest.mark.parametrize("shape", [(5, 3), (300, 70)], ids=str)
+def test_float16_gradients_on_a_cpu_under_loss_scaling(shape: tuple[int, int]) -> None:
+    x = (normal(*shape) / 64).half().requires_grad_()
+    g = (normal(shape[0], shape[0], seed=1) * 2**14).clamp(-65504, 65504).half()
+    exact = (g.double() + g.double().mT) @ x.detach().double()
+    assert_accurate(*gradients(torchpar.matmul_t, (x,), g), exact.half(), to_numpy(exact))
+
+
 @pytest.mark.parametrize("name, shapes", BY_SMALL_CASE, ids=str)
 def test_any_subset_of_arguments_requires_grad(name: str, shapes: Shapes, device: str) -> None:
+    operator, factors = OPERATORS[name], OPERATORS[name].factors(len(shapes))
     for required in itertools.product([False, True], repeat=len(shapes)):
-        made = widest_arguments(name, shapes, device)
-        args = [t.requires_grad_(r) for t, r in zip(made, required, strict=True)]
-        y = OPERATORS[name].op(*args)
+        made = operator.operands(*widest_arguments(name, shapes, device))
+        args = [t.detach().requires_grad_(r) for t, r in zip(made, required, strict=True)]
+        y = operator.function(*args, **factors)
         assert y.requires_grad == any(required)
         if any(required):
-            expected = gradients(OPERATORS[name].plain, tuple(args), torch.ones_like(y))
-            y.sum().backward()
+            incoming = widest(name, *y.shape, device=device, seed=9)
+            expected = gradients(partial(operator.native, **factors), tuple(args), incoming)
+            y.backward(incoming)
             assert_close([arg.grad for arg in args if arg.requires_grad], list(expected))
         assert [arg.grad is not None for arg in args] == list(required)
 
@@ -151,47 +167,17 @@ class Count(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def test_only_the_gradients_that_are_needed_are_computed(device: str) -> None:
-    def calls(op: Any, shapes: Shapes, required: tuple[bool, ...]) -> Counter[str]:
-        args = arguments(shapes, device=device)
-        y = op(*(arg.requires_grad_(r) for arg, r in zip(args, required, strict=True)))
+def test_a_layer_computes_only_the_gradients_that_are_needed(device: str) -> None:
+    for required in [*itertools.product([False, True], repeat=3)][1:]:
+        args = arguments(((3, 4), (5, 4), (5,)), device=device)
+        y = torchpar.linear_sigmoid(*(t.requires_grad_(r) for t, r in zip(args, required, strict=True)))
         with Count() as count:
             y.backward(torch.ones_like(y))
-        return count.calls
-
-    for required in [*itertools.product([False, True], repeat=3)][1:]:
-        found = calls(torchpar.linear_sigmoid, ((3, 4), (5, 4), (5,)), required)
+        found = count.calls
         assert found["mm"] + found["addmm"] == required[0] + required[1]
         assert found["sigmoid_backward"] + found["linear_sigmoid_backward"] == 1
         assert found["sum"] + found["linear_sigmoid_backward"] == required[2]
         assert not found.keys() & {"mul", "sigmoid", "linear", "linear_sigmoid"}
-    for required, shares in (((True, False), 1), ((False, True), 1), ((True, True), 2)):
-        found = calls(torchpar.maximum, ((9,), (9,)), required)
-        # On a GPU one launch makes both, with less traffic than ATen's take for one.
-        assert found["where"] == (shares if device == "cpu" else 0)
-    found = calls(torchpar.matmul_t, ((5, 3),), (True,))
-    assert found["matmul_t_backward"] == 1
-    assert not found.keys() & {"mm", "bmm", "matmul", "add", "matmul_t"}
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_the_backward_operator_of_maximum_equals_pytorchs_gradients(dtype: torch.dtype, device: str) -> None:
-    g, a, b = arguments(((2, 5, 3), (5, 1), (2, 1, 3)), dtype, device, make=halves)  # many ties
-    a.view(-1)[0] = b.view(-1)[-1] = math.nan
-    wide = tuple(t.expand(g.shape).clone().requires_grad_() for t in (a, b))
-    expected = gradients(torch.maximum, wide, g)
-    assert_close(torch.ops.torchpar.maximum_backward(g, a, b), expected, rtol=0, atol=0)
-
-
-def test_the_backward_operator_of_maximum_refuses(device: str) -> None:
-    x = torch.ones(3, device=device)
-    for g, a, b, message in (
-        (x, x, torch.ones(2, 1, device=device), r"expected \(\(2, 3\)"),
-        (x, x.to("meta"), x, "b is on "),
-        (x.int(), x.int(), x.int(), r"g has dtype torch\.int32"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            torch.ops.torchpar.maximum_backward(g, a, b)
 
 
 def test_linear_sigmoid_keeps_its_inputs_and_output_only(device: str) -> None:
@@ -200,18 +186,6 @@ def test_linear_sigmoid_keeps_its_inputs_and_output_only(device: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = torchpar.linear_sigmoid(*args)
     assert [t.data_ptr() for t in saved] == [t.data_ptr() for t in (args[0], args[1], y)]
-
-
-@pytest.mark.parametrize("name", OPERATORS)
-def test_a_changed_argument_is_noticed(name: str, device: str) -> None:
-    operator = OPERATORS[name]
-    made = operator.operands(*widest_arguments(name, operator.small[0], device))
-    args = [t.detach().requires_grad_() for t in made]
-    y = operator.function(*args, **operator.factors(len(args)))
-    with torch.no_grad():
-        args[0].add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

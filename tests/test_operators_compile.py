@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from operators import BACKWARDS, OPERATORS, Shapes
+from operators import OPERATORS, Shapes
 from samples import (
     LAYOUTS,
     arguments,
@@ -23,11 +23,9 @@ from samples import (
 )
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
-from torch.func import grad, hessian, jvp, vmap
+from torch.func import grad, jvp, vmap
 from torch.testing import assert_close
-from torch.utils._pytree import tree_map
 
 # Of PyTorch's own compiler, and of its own export (2.11).
 pytestmark = [
@@ -98,7 +96,6 @@ def test_compiled_in_low_precision_without_gradient(name: str, device: str) -> N
 
 COMPILED_TRANSFORMS = {
     "vmap(grad)": lambda op: vmap(grad(lambda *args: op(*args).pow(3).sum())),
-    "hessian": lambda op: hessian(lambda *args: op(*args).pow(3).sum()),
     "jvp": lambda op: lambda *args: jvp(op, args, args)[1],
 }
 
@@ -106,8 +103,6 @@ COMPILED_TRANSFORMS = {
 @pytest.mark.parametrize("transform", COMPILED_TRANSFORMS)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_compiled_transforms(name: str, transform: str, device: str) -> None:
-    if (name, transform) == ("symmetric_matmul", "hessian"):
-        pytest.skip("PyTorch's own addmm crashes in a compiled hessian (2.15)")
     operator, transformed = OPERATORS[name], COMPILED_TRANSFORMS[transform]
     shapes = tuple((2, *shape) if transform == "vmap(grad)" else shape for shape in operator.small[0])
     args = widest_arguments(name, shapes, device)
@@ -124,9 +119,8 @@ class Module(torch.nn.Module):
         return self.operator.function(*args, **self.operator.factors(len(args)))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", OPERATORS)
-def test_export(name: str, dynamic: bool, device: str) -> None:
+def test_export(name: str, device: str) -> None:
     operator = OPERATORS[name]
     sizes = operator.sized({letter: Dim(letter, min=2) for letter in "nmko"})
     dims = tuple({i: size for i, size in enumerate(shape) if size != 1} for shape in sizes)
@@ -134,9 +128,7 @@ def test_export(name: str, dynamic: bool, device: str) -> None:
     def operands(n: int, m: int, k: int) -> tuple[Tensor, ...]:
         return operator.operands(*widest_arguments(name, sized(name, n, m, k), device))
 
-    exported = torch.export.export(
-        Module(name), operands(5, 3, 4), dynamic_shapes={"args": dims} if dynamic else None
-    )
+    exported = torch.export.export(Module(name), operands(5, 3, 4), dynamic_shapes={"args": dims})
     file = io.BytesIO()
     torch.export.save(exported, file)
     file.seek(0)
@@ -144,9 +136,20 @@ def test_export(name: str, dynamic: bool, device: str) -> None:
     for program in (exported, loaded, loaded.run_decompositions()):
         (node,) = [node for node in program.graph.nodes if node.op == "call_function"]
         assert (node.target, dict(node.kwargs)) == (operator.overload, operator.factors(len(dims)))
-        for sizes in [(5, 3, 4)] + [(600, 2, 3)] * dynamic:
+        for sizes in ((5, 3, 4), (600, 2, 3)):
             args = operands(*sizes)
             assert_close(program.module()(*args), operator.native(*args, **operator.factors(len(dims))))
+
+
+def test_a_decomposed_program_takes_odd_and_even_sizes() -> None:
+    # On a CPU rows of 16-bit floats are completed to an even length.
+    program = torch.export.export(
+        Module("matmul_t"),
+        (torch.ones(6, 4, dtype=torch.bfloat16),),
+        dynamic_shapes={"args": ({1: Dim("k", min=2)},)},
+    ).run_decompositions(decompose_custom_triton_ops=True)
+    for k in (4, 5, 7):
+        assert program.module()(torch.ones(6, k, dtype=torch.bfloat16)).eq(k).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -179,17 +182,6 @@ def test_autocast(name: str, dtype: torch.dtype, device: str) -> None:
     assert_close([g.double() for g in found], list(expected), rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("name", BACKWARDS)
-def test_a_backward_operator_inside_autocast_equals_its_fake(name: str, device: str) -> None:
-    op = getattr(torch.ops.torchpar, name)
-    args = arguments(BACKWARDS[name].cases[0], torch.float32, device)
-    with torch.autocast(device, torch.bfloat16):
-        actual = op(*args)
-        with FakeTensorMode() as mode:
-            fake = op(*map(mode.from_tensor, args))
-    assert tree_map(metadata, actual) == tree_map(metadata, fake)
-
-
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_grad_modes(name: str, mode: Callable[..., Any], device: str) -> None:
@@ -200,6 +192,5 @@ def test_grad_modes(name: str, mode: Callable[..., Any], device: str) -> None:
         y = op(*args)
         made_inside = op(*widest_arguments(name, shapes, device))
     assert not y.requires_grad
-    assert y.grad_fn is None
     assert y.is_inference() == made_inside.is_inference() == (mode is torch.inference_mode)
     assert_close((y, made_inside), (expected, expected), rtol=0, atol=0)

@@ -118,6 +118,10 @@ def test_every_placement(ranks, name):
         assert any(combination.endswith("-> S(0)") for combination in of_a_batch), of_a_batch
 
 
+def test_a_layer_of_a_vector(ranks):
+    ranks(2, compare, "linear_sigmoid", ((4,), (6, 4), (6,)), (2,))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_placements_on_a_mesh(ranks, name):
@@ -194,12 +198,3 @@ def rows_of_a_product(shape: tuple[int, ...]) -> tuple[int, str]:
 @pytest.mark.parametrize("shape", [(7, 5), (300, 5), (2, 8, 5)], ids=str)
 def test_rows_of_a_product_take_one_gather(ranks, shape):
     assert ranks(2, rows_of_a_product, shape) == [(1, f"S({len(shape) - 2})")] * 2
-
-
-def test_rules_wait_for_dtensor() -> None:
-    import torch.distributed.tensor
-
-    from torchpar.ops import _library
-
-    torchpar.maximum(torch.zeros(1), torch.zeros(1))
-    assert not _library._sharding_rules

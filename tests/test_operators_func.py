@@ -35,10 +35,6 @@ def tangents(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(normal(*arg.shape, seed=7).to(arg) for arg in args)
 
 
-def _grad_of_grad(op: Function, args: tuple[Tensor, ...]) -> Any:
-    return grad(lambda *a: sum(g.square().sum() for g in grad(scalar(op), everything(a))(*a)))(*args)
-
-
 def _batch_of_cotangents(op: Function, args: tuple[Tensor, ...]) -> Any:
     y, pullback = vjp(op, *args)
     return vmap(pullback)(torch.stack([y, y.cos()]))
@@ -51,7 +47,6 @@ def _vmap_inside_autograd(op: Function, args: tuple[Tensor, ...]) -> Any:
 
 TRANSFORMS: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
     "grad": lambda op, args: grad(scalar(op), everything(args))(*args),
-    "grad(grad)": _grad_of_grad,
     "jacrev": lambda op, args: jacrev(op, everything(args))(*args),
     "jacfwd": lambda op, args: jacfwd(op, everything(args))(*args),
     "hessian": lambda op, args: hessian(scalar(op), everything(args))(*args),
@@ -62,7 +57,6 @@ TRANSFORMS: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
     "vmap": lambda op, args: vmap(op)(*stacked(args)),
     "vmap(grad)": lambda op, args: vmap(grad(scalar(op), everything(args)))(*stacked(args)),
     "vmap(jvp)": lambda op, args: vmap(lambda *a: jvp(op, a, a))(*stacked(args)),
-    "jacrev(vmap)": lambda op, args: jacrev(vmap(op), everything(args))(*stacked(args)),
     "jacfwd(vmap)": lambda op, args: jacfwd(vmap(op), everything(args))(*stacked(args)),
     "hessian(vmap)": lambda op, args: hessian(scalar(vmap(op)))(*stacked(args)),
     "vmap(vmap(grad))": lambda op, args: vmap(vmap(grad(scalar(op))))(*stacked(stacked(args), 3)),

@@ -122,8 +122,8 @@ def test_an_out_that_does_not_fit_is_refused():
             torchpar.symmetric_matmul(x, x, out=wrong)
     with pytest.raises(RuntimeError, match="c is given without beta, pass both"):
         torchpar.symmetric_matmul(x, x, out, out=out)
-    for c in (torch.ones(()), torch.ones(4, 4, dtype=torch.int64), torch.ones(4, 4).requires_grad_()):
-        with pytest.raises(RuntimeError, match=r"expected|requires grad"):
+    for c in (torch.ones(()), torch.ones(4, 4, dtype=torch.int64)):
+        with pytest.raises(RuntimeError, match="expected"):
             torchpar.symmetric_matmul(x, x, c, beta=1.0, out=out)
     for transform in (torch.func.grad, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))):
         with pytest.raises(RuntimeError, match=r"neither torch\.func nor forward mode"):

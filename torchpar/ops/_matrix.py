@@ -50,11 +50,25 @@ def is_paired(t: Tensor) -> bool:
 
 
 def even(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """``a (*, n, k)`` and ``b (*, m, k)``, with a column of zeros added if k is odd and `is_paired`."""
-    if not is_paired(a) or a.shape[-1] % 2 == 0 or is_dtensor(a) or is_dtensor(b):
+    """``a (*, n, k)`` and ``b (*, m, k)``, where `is_paired` with columns of zeros that make k even.
+
+    DTensors are left as they are.
+    """
+    k = a.shape[-1]
+    if not is_paired(a) or is_dtensor(a) or is_dtensor(b):
+        return a, b
+    if isinstance(k, torch.SymInt):
+        # A question whether k is odd would bind the graph to such sizes; so would zeros that may be none.
+        padded = _with_zeros(a, 2 + k % 2)
+        return padded, padded if b is a else _with_zeros(b, 2 + k % 2)
+    if k % 2 == 0:
         return a, b
     padded = pad(a, (0, 1))
     return padded, padded if b is a else pad(b, (0, 1))
+
+
+def _with_zeros(t: Tensor, columns: int) -> Tensor:
+    return torch.cat((t, t.new_zeros(*t.shape[:-1], columns)), -1)
 
 
 def product(

@@ -118,7 +118,11 @@ def linear_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dL/dx ``(*, in)`` and dL/dweight ``(out, in)`` of a linear layer, from dz = dL/dy ``(*, out)``."""
     if torch.is_grad_enabled() or not prefers_onednn(dz) or not is_eager(dz, x, weight):
-        dx = product(dz, weight.mT) if need_x else None
+        dx = None
+        if need_x and dz.dim() == 1:  # of a DTensor PyTorch's product would have a wrong shape (2.15)
+            dx = product(rows(dz), weight.mT).view(x.shape)
+        elif need_x:
+            dx = product(dz, weight.mT)
         return dx, product(rows(dz).mT, rows(x).mT) if need_weight else None
     dx = mm(rows(dz), weight).view(x.shape) if need_x else None
     return dx, mm(rows(dz).T, rows(x)) if need_weight else None

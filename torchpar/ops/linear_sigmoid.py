@@ -168,11 +168,12 @@ def _(
         return linear_sigmoid(batch_first(x, x_dim, info.batch_size), weight, bias), 0
     # A weight or a bias per sample is a batched product, which the kernel does not compute.
     x, weight = batch_first(x, x_dim, info.batch_size), batch_first(weight, weight_dim, info.batch_size)
-    rows = x.reshape(info.batch_size, math.prod(x.shape[1:-1]), x.shape[-1])
+    x2 = x.reshape(info.batch_size, math.prod(x.shape[1:-1]), x.shape[-1])
+    x2, weight = even(x2, weight)
     if bias is None:
-        z = torch.bmm(rows, weight.mT)
+        z = torch.bmm(x2, weight.mT)
     else:
-        z = torch.baddbmm(batch_first(bias, bias_dim, info.batch_size).unsqueeze(1), rows, weight.mT)
+        z = torch.baddbmm(batch_first(bias, bias_dim, info.batch_size).unsqueeze(1), x2, weight.mT)
     return z.sigmoid().reshape(*x.shape[:-1], weight.shape[1]), 0
 
 
