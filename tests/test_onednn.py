@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from operators import OPERATORS
-from samples import LAYOUTS, assert_accurate, bits, halves, normal, to_numpy
+from samples import LAYOUTS, assert_accurate, bits, error, halves, normal, to_numpy
 from test_symmetric_matmul import contract
 from test_symmetric_matmul import operands as symmetric
 from torch import Tensor
@@ -266,3 +266,18 @@ def test_only_large_float32_matrices_go_to_onednn(lengths: list[int]) -> None:
     assert lengths == []
     torchpar.symmetric_matmul(*symmetric(400, 3, dtype=torch.float32), beta=1)
     assert lengths != []
+
+
+@pytest.mark.skipif(
+    not _onednn.has_onednn(),
+    reason="float32 goes to oneDNN on AMD processors with AVX-512, for which chains were cut",
+)
+def test_chains_keep_pytorchs_accuracy_and_one_chain_would_lose_it(lengths: list[int], monkeypatch) -> None:
+    x = normal(384, 2000, dtype=torch.float32)
+    expected = to_numpy(x) @ to_numpy(x).T
+    in_chains = error(torchpar.symmetric_matmul(x, x), expected)
+    assert_accurate(torchpar.symmetric_matmul(x, x), x @ x.mT, expected)
+    assert max(lengths) <= 256
+    # Beside chains, not beside PyTorch: how MKL sums depends on the processor.
+    monkeypatch.setattr(_cpu, "_CHAIN", 2000)
+    assert error(torchpar.symmetric_matmul(x, x), expected) > 1.5 * in_chains

@@ -231,3 +231,32 @@ def test_register_autograd_of_pytorch_still_needs_our_workaround() -> None:
         with suppress(RuntimeError):
             working.append(torch.allclose(transform(cube), transform(lambda x: x**3)))
     assert working != [True, True]
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * dx
+
+
+def test_jvp_of_a_function_still_needs_our_workaround() -> None:
+    """`with_derivatives` turns forward mode on in a function's jvp. When this fails, it need not any more."""
+    x = torch.ones(1)
+    second = [
+        jvp(lambda x, f=f: jvp(f, (x,), (x.detach(),))[1], (x,), (x,))[1]
+        for f in (torch.square, Square.apply)
+    ]
+    assert_close(second, [2 * x, 0 * x])
+
+
+def test_pytorch_says_whether_onednn_multiplies_bfloat16() -> None:
+    # Inductor asks by this name, too.
+    assert isinstance(torch.ops.mkldnn._is_mkldnn_bf16_supported(), bool)
