@@ -319,6 +319,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     needs = ("itables", "matplotlib", "pandas", "jinja2")
     if missing := [name for name in needs if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"{' and '.join(missing)} not installed; pip install -e '.[report]'")
-    write(options.output)
+    try:
+        write(options.output)
+    except OSError as e:
+        raise ConfigError(
+            f"the page cannot be written ({e}); give --output a file in a folder that exists"
+        ) from e
     print(options.output)
     return 0

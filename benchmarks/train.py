@@ -15,9 +15,11 @@ from benchmarks.idle_threads import shorten_spins
 if __name__ == "__main__":  # libraries read the environment when they are imported
     shorten_spins()
     early = argparse.ArgumentParser(add_help=False)
-    early.add_argument("--threads", default="1")
+    early.add_argument("--threads", type=int, default=1)
+    if (count := early.parse_known_args()[0].threads) < 1:
+        early.error(f"--threads is {count}, expected at least 1")
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
-        os.environ[name] = early.parse_known_args()[0].threads
+        os.environ[name] = str(count)
 
 import importlib.util
 import json
