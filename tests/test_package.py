@@ -19,10 +19,9 @@ from commands import ROOT
 import torchpar
 
 
-def run(*command: str, cwd: Path) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+def run(*command: str, cwd: Path, **environment: str) -> str:
     return subprocess.run(
-        command, cwd=cwd, env=environment, check=True, text=True, stdout=subprocess.PIPE
+        command, cwd=cwd, env=os.environ | environment, check=True, text=True, stdout=subprocess.PIPE
     ).stdout
 
 
@@ -34,7 +33,7 @@ import torchpar, torchpar.optim, torchpar.tune.command, torchpar.tune.measure
 
 
 def test_an_import_loads_no_triton(tmp_path: Path) -> None:
-    run(sys.executable, "-c", HIDDEN, cwd=tmp_path)
+    run(sys.executable, "-c", HIDDEN, cwd=tmp_path, PYTHONPATH=str(ROOT))
 
 
 @pytest.fixture(scope="module")
