@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: MIT
 # Tests and measures the operators on the GPU of this machine. Needs no network and installs nothing.
 #
-#   bash benchmarks/validate_gpu.sh OUTDIR [values|variants|operators|tune|anything|huge]
+#   bash benchmarks/validate_gpu.sh OUTDIR [values|variants|operators|tune|huge]
 #   bash benchmarks/validate_gpu.sh --wheels DIR
 #
 # Without a stage all run in turn, each for at most nine minutes; none needs the files of another. OUTDIR
-# gets validate.log, {values,anything,huge}.xml, {autotune,operators,specialized/autotune}.csv, and tuned/ with
+# gets validate.log, {values,huge}.xml, {autotune,operators,specialized/autotune}.csv, and tuned/ with
 # a table: at most 8 files. The log, the XML and the CSV name the commit, which is $TORCHPAR_COMMIT where the
 # checkout has no .git, the versions and the clocks. PYTHONPATH is kept. No setting of the GPU is touched.
 # The status is 0 if all stages passed, 1 if one failed, 2 if there is nothing to run on.
@@ -16,7 +16,7 @@
 set -uo pipefail
 unset -v CDPATH # with it `cd` prints
 
-stages=(values variants operators tune anything huge)
+stages=(values variants operators tune huge)
 known() { [[ $1 != *" "* && " ${stages[*]} " == *" $1 "* ]]; }
 if ! case $#,${1:-} in
     2,--wheels) true ;;
@@ -82,13 +82,9 @@ run_tests() { # FILE.xml, then arguments of pytest
 run_stage() {
     case $1 in
         values) # on the GPU: its own kernels first, then what runs on every device
-            needs execnet xdist && run_tests values.xml -n 8 --dist worksteal -k "(cuda or another_stream) and not anything" \
+            needs execnet xdist && run_tests values.xml -n 8 --dist worksteal -k "cuda or another_stream" \
                 tests/test_kernels_cuda.py tests/test_operators_{values,errors,autograd,func,compile}.py \
                 tests/test_symmetric_*.py tests/test_{nn,training,compare,timing}.py
-            ;;
-        anything) # drawn by Hypothesis: nearly every example compiles a kernel
-            needs execnet xdist && run_tests anything.xml -n 4 --dist worksteal -k "cuda and anything" \
-                tests/test_operators_values.py tests/test_symmetric_matmul.py
             ;;
         huge) # one after the other: a test takes up to 32 GiB
             run_tests huge.xml tests/test_operators_huge.py

@@ -14,7 +14,7 @@ from commands import ROOT, run
 from exact_bits import made_of_integers
 from samples import bits, normal
 from torch import Tensor
-from torch.func import jvp, vjp
+from torch.func import jvp, vjp, vmap
 from torch.testing import assert_close
 
 from torchpar import exact_matmul, exact_matmul_t, reference
@@ -210,11 +210,12 @@ def test_nan_and_infinities_are_those_of_a_product_in_float64(device: str) -> No
 # Derivatives are exact products.
 
 
-def test_derivatives_are_exact_products(device: str) -> None:
+def test_derivatives_and_batches_are_exact_products(device: str) -> None:
     a, b, g, x, h, da, db, dx = (
         wide(*shape, device=device, seed=seed)
         for seed, shape in enumerate([(6, 5), (4, 5), (6, 4), (7, 5), (7, 7), (6, 5), (4, 5), (7, 5)])
     )
+    assert_same_bits(vmap(exact_matmul)(a[None], b[None])[0], exact_matmul(a, b))
     by_a, by_b = exact_matmul(g, b.mT), exact_matmul(g.mT, a.mT)
     found = vjp(exact_matmul, a, b)[1](g)
     assert_same_bits(found[0], by_a)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from operators import BACKWARDS, OPERATORS, Shapes
 from ranks import Ranks
-from samples import arguments, normal, widest_arguments
+from samples import arguments, normal
 
 import torchpar
 
@@ -23,8 +23,10 @@ NAMES = [*OPERATORS, *BACKWARDS]
 
 
 def operands(name: str, shapes: Shapes) -> list[torch.Tensor]:
-    of_forward = name in OPERATORS
-    made = OPERATORS[name].operands(*widest_arguments(name, shapes)) if of_forward else arguments(shapes)
+    if name not in OPERATORS:
+        made = arguments(shapes)
+    else:  # exact products of operands whose sums are not exact in float32
+        made = OPERATORS[name].operands(*arguments(shapes, OPERATORS[name].widest))
     return [t.detach().requires_grad_() for t in made]
 
 

@@ -75,7 +75,8 @@ def test_awkward_sizes(name: str, shapes: Shapes, device: str) -> None:
 def test_rounding_errors(name: str, shapes: Shapes, dtype: torch.dtype, device: str) -> None:
     x, *others = arguments(shapes, dtype, device)
     args = OPERATORS[name].operands(x / x.shape[-1] ** 0.5, *others)  # σ is saturated nowhere
-    assert_contract(name, args, **OPERATORS[name].factors(len(args)))
+    for layout in ("contiguous", "transposed", "stepped"):
+        assert_contract(name, tuple(map(LAYOUTS[layout], args)), **OPERATORS[name].factors(len(args)))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -145,6 +146,7 @@ def test_maximum_promotes_as_pytorch(a_dtype: torch.dtype, device: str) -> None:
         actual, expected = torchpar.maximum(a, b), torch.maximum(a, b)
         assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
         assert metadata(actual) == metadata(expected)
+        assert_fakes_agree(torchpar.maximum, (a, b), actual)
 
 
 def test_maximum_takes_a_cpu_scalar_with_any_device(device: str) -> None:
