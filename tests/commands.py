@@ -33,7 +33,11 @@ def start(*command: str, cwd: Path | str = "/") -> subprocess.Popen[str]:
 def run(*command: str, cwd: Path | str = "/") -> tuple[int, str, str]:
     """The exit status of a command, and its two streams."""
     process = start(*command, cwd=cwd)
-    out, err = process.communicate(timeout=240)
+    try:
+        out, err = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
     return process.returncode, out, err
 
 

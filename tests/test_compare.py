@@ -123,6 +123,11 @@ def test_a_wrong_contestant_is_rejected(device, name):
     assert (result.p50_ms, result.speedup) == (None, None)
 
 
+@pytest.mark.parametrize("mode", ["backward", "full"])
+def test_a_wrong_gradient_is_rejected(device, mode):
+    assert not measured(device, lambda x: torch.sigmoid(x.detach()) + 0 * x, mode=mode).ok
+
+
 def test_an_unfinished_result_is_rejected():
     threads: list[threading.Thread] = []
 

@@ -28,7 +28,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "cpu-2-cores-avx512"
 SUITE = "".join(path.read_text() for path in sorted((ROOT / "tests").glob("*.py")))
 OTHERS_FLAGS = {  # of the launchers, pip, pytest and Lightning
     *("nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts", "ntasks"),
-    *("dist", "maxprocesses", "config", "help", "strict", "tyro_print_completion", "logdir"),
+    *("maxprocesses", "config", "help", "strict", "tyro_print_completion", "logdir"),
 }
 
 
@@ -105,7 +105,7 @@ def test_the_speedrun_shows_the_measured_recipes(name):
 FEATURES = {
     "cpu": "ATen",
     "cuda": "Triton",
-    # tests/test_operators_*.py try these with every operator.
+    # tests/test_operators_*.py try these with every operator, tests/test_kernels_cuda.py the graphs.
     "autograd, to second order, and forward mode": "yes",
     "torch.func: grad, jacrev, hessian, jvp, vmap": "yes",
     "torch.compile, fullgraph and dynamic": "yes",

@@ -2,7 +2,7 @@
 """Exact arithmetic: the recorded bits of weights on every mesh of ranks.
 
 torch.sigmoid in the place of `torchpar.ieee.sigmoid` would pass here: on one processor its bits do not depend
-on the mesh. tests/test_ieee.py compares those functions with bits of another processor.
+on the mesh. tests/test_exact_matmul.py compares them with recorded bits.
 """
 
 from collections.abc import Callable

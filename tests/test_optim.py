@@ -507,3 +507,11 @@ def chosen(**arguments: Any) -> Any:
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_step_takes_the_coefficients_given():
+    for coefficients in ((2.0, -1.5, 0.5), [COEFFICIENTS, (2.0, -1.5, 0.5)], "polar_express"):
+        p = torch.zeros(20, 30).requires_grad_()
+        p.grad = torch.randn(20, 30)
+        Muon([p], 1.0, 0.0, momentum=0.0, nesterov=False, ns_coefficients=coefficients).step()
+        assert_close(-p.detach(), orthogonalize(p.grad, coefficients).float(), rtol=0, atol=0)

@@ -18,11 +18,13 @@ from functorch.compile import make_boxed_func
 from operators import BACKWARDS, OPERATORS
 from samples import LAYOUTS
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.compile_fx import compile_fx, compile_fx_aot
 from torch._library.triton import get_triton_kernels_for_op, triton_ops_to_kernels
 from torch._prims_common import compute_elementwise_output_strides
-from torch.func import grad, jvp
+from torch.autograd import forward_ad
+from torch.func import grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
@@ -260,3 +262,18 @@ def test_jvp_of_a_function_still_needs_our_workaround() -> None:
 def test_pytorch_says_whether_onednn_multiplies_bfloat16() -> None:
     # Inductor asks by this name, too.
     assert isinstance(torch.ops.mkldnn._is_mkldnn_bf16_supported(), bool)
+
+
+def test_private_names_tell_of_transforms_and_forward_mode() -> None:
+    seen = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(peek_interpreter_stack() is not None)
+        return x.sum()
+
+    for transform in (lambda f: f, vmap, grad, lambda f: f):
+        transform(function)(torch.ones(3))
+    assert seen == [False, True, True, False]
+    assert forward_ad._current_level == -1
+    with forward_ad.dual_level():
+        assert forward_ad._current_level == 0
