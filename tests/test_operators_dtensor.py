@@ -115,9 +115,14 @@ def test_every_placement(ranks, name):
     assert local[0] == local[-1]
     # A replicated operand is split without communication, too.
     assert expected <= set(local[0]), local[0]
-    if name in OPERATORS:
-        of_a_batch = ranks(2, compare, name, OPERATORS[name].small[-1], (2,))[0]
-        assert any(combination.endswith("-> S(0)") for combination in of_a_batch), of_a_batch
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_placement_of_a_batch(ranks, name):
+    if name == "linear_sigmoid" and torch.__version__.startswith("2.11."):
+        pytest.skip("PyTorch 2.11 does not flatten a batch that is sharded along its second dimension")
+    local = ranks(2, compare, name, OPERATORS[name].small[-1], (2,))[0]
+    assert any(combination.endswith("-> S(0)") for combination in local), local
 
 
 def test_a_layer_of_a_vector(ranks):
