@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# ruff: noqa: E402  # libraries read the environment when they are imported
 """Compute the same in every way, from pure Python to several processes: ``python -m benchmarks run ladder``.
 
 Three cases: elementwise maximum, X·Xᵀ and linear+sigmoid; `benchmarks.train` trains whole networks. The
@@ -10,7 +9,8 @@ in them, as in training.
 
 from benchmarks.idle_threads import shorten_spins
 
-shorten_spins()
+if __name__ == "__main__":  # libraries read the environment when they are imported
+    shorten_spins()
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# ruff: noqa: E402  # libraries read the environment when they are imported
 """Compare the operators with PyTorch's own, eager and compiled: ``python -m benchmarks run operators``.
 
 The work of a case is what the operator needs, whoever computes it: a symmetric product is n(n + 1)k
@@ -8,7 +7,8 @@ operations, so that a contestant which computes all of it reaches half the roofl
 
 from benchmarks.idle_threads import shorten_spins
 
-shorten_spins()
+if __name__ == "__main__":  # libraries read the environment when they are imported
+    shorten_spins()
 
 import math
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ from torchpar.errors import ConfigError
 
 ROUNDS = 20
 SECONDS = {"cpu": 0.25, "cuda": 2.0}  # of a contestant's turns in one mode
-WARM = 2**21  # bytes of a case that is also called `WARM_CALLS` times in a row, on a CPU
+WARM = 2**22  # bytes of a case that is also called `WARM_CALLS` times in a row, on a CPU
 WARM_CALLS = 100
 MAXIMUM_BYTES = 160  # of device memory for each element of maximum in float64, oracle included
 ALPHA, BETA = 0.5, 2.0  # of symmetric_matmul
@@ -247,6 +247,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 ceiling=ceiling,
             )
             table.add(results)
+    if not table.results:
+        raise ConfigError("no case has these --operators and --modes on this device; name others")
     for operator in options.operators:
         print_results(operator, [result for result in table.results if result.case["operator"] == operator])
     return table.status

@@ -193,11 +193,11 @@ def panel(spec: Mapping[str, Any], frames: Mapping[str, Any], colors: Mapping[st
     bars: dict[str, dict[str, float]] = {}
     best = {}
     for machine, frame in frames.items():
-        rows = frame.reset_index().to_dict("records")
-        references = {row["contestant"] for row in rows if row["speedup"] == 1}
-        for row in rows if spec.get("reference") in (None, *references) else ():
+        for row in frame.reset_index().to_dict("records"):
             value = row.get(spec["value"], math.nan)
-            if value > 0 and spec["rows"].items() <= row.items():
+            if row["failed"] or isinstance(value, str) or not value > 0:
+                continue
+            if spec["rows"].items() <= row.items():
                 row["n"] = row.get("n", row.get("shape", "").partition("x")[0])
                 bars.setdefault(machine, {})[spec["bar"].format(**row)] = value
                 if spec["best"].items() <= row.items():

@@ -14,7 +14,7 @@ from benchmarks.idle_threads import shorten_spins
 
 if __name__ == "__main__":  # libraries read the environment when they are imported
     shorten_spins()
-    early = argparse.ArgumentParser(add_help=False)
+    early = argparse.ArgumentParser("python -m benchmarks run train", add_help=False)
     early.add_argument("--threads", type=int, default=1)
     if (count := early.parse_known_args()[0].threads) < 1:
         early.error(f"--threads is {count}, expected at least 1")

@@ -136,7 +136,7 @@ def test_default_tiles(compiled, capability, launcher, kind, n):
 @pytest.mark.parametrize(
     "kind, capability",
     [
-        *((kind, 90) for kind in candidates.KINDS),
+        *((kind, 90) for kind in candidates.KINDS if kind != "float16"),  # it has bfloat16's tiles
         *(pytest.param("bfloat16", other, marks=newest) for other in (80, 100)),
     ],
     indirect=["capability"],

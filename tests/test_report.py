@@ -119,7 +119,7 @@ def test_the_committed_results_have_panels_benchmarks_and_instruction_sets():
     content = report.content(report.RESULTS)
     panels = {part["name"]: len(part["panels"]) for part in content["sections"] if part.get("panels")}
     assert panels == {stem: len(specs) for stem, specs in report.PANELS.items()}
-    assert all(processor.startswith("AMD EPYC, AVX2") for processor in content["machines"].values())
+    assert all(", AVX2" in processor for processor in content["machines"].values())
     for path in report.RESULTS.glob("*/*.csv"):
         assert path.stem.partition("-")[0] in NAMES, path
         assert "instruction_sets" in path.read_text().partition("\n")[0]
