@@ -24,6 +24,7 @@ from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.optim import SGD, ExactSGD
 from torchpar.parallel.launch.world import World, join_world
+from torchpar.parallel.split import shared_memory
 from torchpar.parallel.split.mlp import parallel_mlp
 from torchpar.training import CheckpointConfig
 from torchpar.training.evaluation import EVALUATION_BATCH
@@ -55,12 +56,13 @@ class ToDouble(torch.nn.Module):
         return x.double()
 
 
-def train(fuse: bool = False) -> Any:
+def train(fuse: bool = False, through_memory: bool = True) -> Any:
     """Losses and weights of a short run in double precision on the ranks there are."""
     torch.manual_seed(0)
     mlp = MLP(SIZES, dtype=torch.float64)
     model = torch.nn.Sequential(ToDouble(), mlp)
-    with join_world("cpu") as world:
+    with join_world("cpu") as world, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_memory, "SUPPORTED", through_memory and shared_memory.SUPPORTED)
         fused = FusedGradients(mlp, world) if fuse else None
         run = plain_loop.train(
             *(model, OPTIMIZERS["sgd"](model), world, samples(203, seed=1), samples(101, seed=2)),
@@ -80,13 +82,16 @@ def distance(a: Any, b: Any) -> float:
 
 
 # A batch remainder of 3 leaves a rank of four without samples; batches of 50 split unevenly over three.
-@pytest.mark.parametrize("world_size, fuse", [(4, False), (1, True), (3, True), (4, True)])
-def test_ranks_learn_what_one_process_learns(ranks, world_size, fuse):
+@pytest.mark.parametrize(
+    "world_size, fuse, through_memory",
+    [(4, False, False), (1, True, False), (3, True, True), (4, True, True), (3, True, False)],
+)
+def test_ranks_learn_what_one_process_learns(ranks, world_size, fuse, through_memory):
     """Within float64's rounding: a rank sums its own samples' gradients first.
 
     Ten steps of sums of at most 784 terms err by less than 10⁴ roundings of 2⁻⁵³.
     """
-    (one,), several = ranks(1, train), ranks(world_size, train, fuse)
+    (one,), several = ranks(1, train), ranks(world_size, train, fuse, through_memory)
     assert all(distance(run, several[0]) == 0 for run in several)
     assert distance(several[0], one) < 1e4 * 2**-53
 
