@@ -16,7 +16,7 @@ USAGE = """usage: python -m benchmarks COMMAND
   list                  name the benchmarks
   run NAMES [FLAGS]     run them one after the other; run NAME --help shows its flags
       --quick           small sizes: does it run?
-      --output DIR      for the CSV and pictures; without it nothing is written
+      --output DIR      for the CSV and other files; without it nothing is written
   report [--help]       make an HTML page of all committed results
 """
 

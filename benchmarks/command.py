@@ -23,7 +23,7 @@ class Command:
         self.name, self.needs = name, ("rich", *needs)
         self.parser = argparse.ArgumentParser(f"python -m benchmarks run {name}", description=description)
         self.parser.add_argument("--quick", action="store_true", help="small sizes: does it run?")
-        self.parser.add_argument("--output", type=Path, metavar="DIR", help="for the CSV and pictures")
+        self.parser.add_argument("--output", type=Path, metavar="DIR", help="for the CSV and other files")
 
     def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
         """The flags; ``output``, if given, is a folder that exists.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Compute the same in every way, from pure Python to several processes: ``python -m benchmarks run ladder``.
+"""Compute three operators in many ways, from pure Python to processes: ``python -m benchmarks run ladder``.
 
 Three cases: elementwise maximum, X·Xᵀ and linear+sigmoid; `benchmarks.train` trains whole networks. The
 result of every call that is timed is checked against float64 (whole numbers: exactly). Contestants take

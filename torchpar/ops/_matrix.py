@@ -6,7 +6,6 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from torchpar.ops._library import is_dtensor
 
@@ -50,21 +49,21 @@ def is_paired(t: Tensor) -> bool:
 
 
 def even(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """``a (*, n, k)`` and ``b (*, m, k)``, where `is_paired` with columns of zeros that make k even.
+    """Append columns of zeros to ``a (*, n, k)`` and ``b (*, m, k)`` if they are `is_paired` and k is odd.
 
-    DTensors are left as they are.
+    A graph with a symbolic k appends two or three, also to an even k. DTensors are left as they are.
     """
     k = a.shape[-1]
     if not is_paired(a) or is_dtensor(a) or is_dtensor(b):
         return a, b
     if isinstance(k, torch.SymInt):
-        # A question whether k is odd would bind the graph to such sizes; so would zeros that may be none.
-        padded = _with_zeros(a, 2 + k % 2)
-        return padded, padded if b is a else _with_zeros(b, 2 + k % 2)
-    if k % 2 == 0:
+        columns = 2 + k % 2  # asking whether k is odd would specialize the graph, and so would no columns
+    elif k % 2:
+        columns = 1
+    else:
         return a, b
-    padded = pad(a, (0, 1))
-    return padded, padded if b is a else pad(b, (0, 1))
+    padded = _with_zeros(a, columns)
+    return padded, padded if b is a else _with_zeros(b, columns)
 
 
 def _with_zeros(t: Tensor, columns: int) -> Tensor:

@@ -119,7 +119,8 @@ def linear_gradients(
     """dL/dx ``(*, in)`` and dL/dweight ``(out, in)`` of a linear layer, from dz = dL/dy ``(*, out)``."""
     if torch.is_grad_enabled() or not prefers_onednn(dz) or not is_eager(dz, x, weight):
         dx = None
-        if need_x and dz.dim() == 1:  # of a DTensor PyTorch's product would have a wrong shape (2.15)
+        # PyTorch's product of a one-dimensional DTensor and a matrix has a wrong shape (2.15).
+        if need_x and dz.dim() == 1:
             dx = product(rows(dz), weight.mT).view(x.shape)
         elif need_x:
             dx = product(dz, weight.mT)

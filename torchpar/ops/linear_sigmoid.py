@@ -90,7 +90,10 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Return True if PyTorch's operators with their autograd are fastest: on CPUs, small or not float32."""
+    """Return True if PyTorch's operators with their autograd are fastest and right.
+
+    They are on CPUs, where a layer is small or not float32, and in 16 bits of even sizes.
+    """
     return (
         x.is_cpu
         and _onednn.is_eager(x, weight, bias)
