@@ -19,22 +19,27 @@ equal, bit for bit, those of one process that adds up the gradients of the micro
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
-from support import cli
-from support.session import Run, adjust_gradients, compile_model, make_optimizer, prepare
+import torch
+from support import cli, session
+from support.log import Log
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
 
+from torchpar import training
 from torchpar.nn import MLP
 from torchpar.parallel import join_world
 from torchpar.parallel.split.pipeline import Pipeline, PipelineSchedule, stage_mlp
-from torchpar.profile.phases import phase
+from torchpar.training import Run
 
 
 @dataclass(kw_only=True)
 class Flags(cli.TrainFlags):
     """Train a digit classifier by pipeline parallelism."""
 
+    optimizer: Literal["sgd", "muon"] = "sgd"
     pipeline: PipelineSchedule = "1f1b"
     """Order of the forward and backward passes."""
     micro_batches: int = 4
@@ -45,35 +50,37 @@ def loss_sum(outputs: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(outputs, labels, reduction="sum")
 
 
+def make_optimizer(flags: Flags, stage: MLP) -> Optimizer:
+    if flags.optimizer == "sgd":
+        return training.sgd(stage, **flags.optimizer_options(lr=0.5, momentum=0.9, weight_decay=3e-5))
+    return training.muon(stage, **flags.optimizer_options(lr=0.02, momentum=0.95, weight_decay=0.01))
+
+
 def main(flags: Flags) -> None:
     with join_world(flags.device, flags.timeout) as world:
         world = world.with_mesh(pp=world.world_size)
-        train, test, sizes = prepare(flags, world)
+        train, test = session.load(flags, world)
+        torch.manual_seed(flags.seed)
         # Every rank draws all weights, the same on all, and keeps the layers of its stage.
-        stage = stage_mlp(MLP(sizes).to(world.device), world.mesh["pp"])
+        stage = stage_mlp(MLP(flags.layer_sizes(train)).to(world.device), world.mesh["pp"])
         if flags.compile:
-            compile_model(stage, world)
+            stage.compile()
         pipeline = Pipeline(stage, world, flags.pipeline, flags.micro_batches)
-        optimizer, lr_scheduler = make_optimizer(flags, stage, len(train))
+        optimizer = make_optimizer(flags, stage)
+        lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
-        def train_step(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
-            # Forward and backward passes of all micro-batches. The first stage reads x, the last one labels.
-            loss = pipeline.step(x, labels, global_size, loss_sum)
-            with phase("optimizer"):
-                adjust_gradients(flags, stage, world)
-                optimizer.step()
-                lr_scheduler.step()
-                optimizer.zero_grad()
-            return loss
-
-        with Run(
-            *(flags, world, stage, optimizer, lr_scheduler, train, test),
-            predict=pipeline.predict,
-            micro_batches=flags.micro_batches,
-        ) as run:
+        parts = (stage, optimizer, lr_scheduler, world, train, test)
+        log = Log(flags, world, micro_batches=flags.micro_batches)
+        with Run(*parts, predict=pipeline.predict, log=log, **flags.run_options()) as run:
             for epoch in run.epochs():
-                for batch in run.batches(epoch):
-                    run.log(train_step(*batch))
+                for x, labels, global_size in run.batches(epoch):
+                    # The first stage reads x, the last one labels.
+                    loss = pipeline.step(x, labels, global_size, loss_sum)
+                    session.adjust_gradients(flags, stage, world)  # --clip and --orthogonality
+                    optimizer.step()
+                    lr_scheduler.step()
+                    optimizer.zero_grad()
+                    run.log(loss)
 
 
 if __name__ == "__main__":

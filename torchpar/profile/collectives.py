@@ -99,6 +99,8 @@ class Collectives(TorchDispatchMode):
         operation = func._opname.strip("_")
         tensors = args[1] if operation == "allgather" else args[0]
         group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
+        if group.size() == 1:  # DistributedDataParallel calls it on one rank, too
+            return func(*args, **(kwargs or {}))
         dimension = self._dimensions.get(group.group_name, "")
         nbytes = sum(t.nbytes for t in _flatten(tensors))
         with self.record(dimension, _OPERATIONS.get(operation, operation), group.size(), nbytes):

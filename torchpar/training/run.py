@@ -20,7 +20,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -39,7 +39,7 @@ from torchpar.parallel.launch.agreement import check_same_parameters
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import Checkpoints
 from torchpar.parallel.split.exact import arithmetic_of
-from torchpar.profile.phases import phase
+from torchpar.profile.phases import phase, step
 from torchpar.training.evaluation import evaluate
 from torchpar.training.losses import Loss
 from torchpar.training.state import EpochResult, TrainState
@@ -78,6 +78,30 @@ class Stopped(Exception):
         self.signal = number
 
 
+class RunLog:
+    """What a `Run` tells of its progress. Every method does nothing; override those that are wanted."""
+
+    def active(self, run: "Run") -> AbstractContextManager[Any]:
+        """Return a context that lasts as long as the run's."""
+        return nullcontext()
+
+    def on_resume(self, run: "Run") -> None:
+        """The run's state is that of a checkpoint."""
+
+    def steps(self, batches: Iterator[B]) -> Iterator[B]:
+        """Yield the batches of an epoch; a step lasts from one to the next."""
+        return batches
+
+    def on_step(self, run: "Run", epoch: int, samples: int) -> None:
+        """``samples`` of the epoch have been trained on."""
+
+    def on_epoch(self, run: "Run", result: EpochResult) -> None:
+        """An epoch has been evaluated, but not saved."""
+
+    def on_end(self, run: "Run") -> None:
+        """The run's context has ended without an error, on this rank."""
+
+
 class Run:
     """One training run on this rank. All ranks make it with the same arguments.
 
@@ -95,6 +119,7 @@ class Run:
         checkpoint: where and when to save, if at all. A run that was stopped at any step resumes there, with
             the same bits on the same ranks.
         config: values that identify the run, as JSON; a checkpoint with other values is refused.
+        log: is told what happens; by default nothing is shown.
 
     Attributes:
         results: of the complete epochs, those before a resumed one included.
@@ -122,6 +147,7 @@ class Run:
         seed: int = 0,
         checkpoint: CheckpointConfig | None = None,
         config: dict[str, Any] | None = None,
+        log: "RunLog | None" = None,
     ):
         if batch_size < world.dp_size:
             raise ConfigError(
@@ -133,6 +159,7 @@ class Run:
                 f"{len(train)} training and {len(test)} test samples, expected at least one of each"
             )
         self.model = model
+        self.optimizer = optimizer
         self.world = world
         self.train = train
         self.test = test
@@ -153,6 +180,7 @@ class Run:
         others = {"test": len(test), "saving": str(checkpoint)}
         world.check_same_on_all_ranks("the ranks' flags", {**config, **others})
         self.state = TrainState(model, optimizer, lr_scheduler, config, world)
+        self._log = log or RunLog()
         self._stack = ExitStack()
         self._checkpoints: Checkpoints | None = None
         self._stop: StopSignal | None = None
@@ -168,25 +196,32 @@ class Run:
         return len(self.results) * self.steps_per_epoch + self.state.step
 
     def __enter__(self) -> Self:
-        if self.checkpoint is not None:
-            config = self.checkpoint
-            self._checkpoints = Checkpoints(config.folder, self.world, config.keep, config.asynchronous)
-            if self.state.resume(self._checkpoints):
-                if len(self.results) > self.num_epochs:
-                    raise ConfigError(
-                        f"{config.folder} holds {len(self.results)} epochs, more than the {self.num_epochs} "
-                        "asked for"
-                    )
-                self.on_resume()
-            self._stop = self._stack.enter_context(StopSignal(self.world))
+        with ExitStack() as stack:
+            stack.enter_context(self._log.active(self))
+            if self.checkpoint is not None:
+                self._resume(self.checkpoint)
+                self._stop = stack.enter_context(StopSignal(self.world))
+            self._stack = stack.pop_all()
         return self
+
+    def _resume(self, config: CheckpointConfig) -> None:
+        self._checkpoints = Checkpoints(config.folder, self.world, config.keep, config.asynchronous)
+        if not self.state.resume(self._checkpoints):
+            return
+        if len(self.results) > self.num_epochs:
+            raise ConfigError(
+                f"{config.folder} holds {len(self.results)} epochs, more than the {self.num_epochs} asked for"
+            )
+        self._log.on_resume(self)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
-        if self._checkpoints is not None and error is None:
-            self._checkpoints.wait()
+        if error is None:
+            if self._checkpoints is not None:
+                self._checkpoints.wait()
+            self._log.on_end(self)
 
     def epochs(self) -> Iterator[int]:
         """Yield the number of each remaining epoch, from 1. After each, evaluate and save."""
@@ -205,11 +240,11 @@ class Run:
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """Yield this rank's share of each remaining batch of ``epoch``, the current one."""
-        return self._take(epoch, data.batches)
+        return self._log.steps(self._take(epoch, data.batches))
 
     def indices(self, epoch: int) -> Iterator[tuple[Tensor, int]]:
         """Yield this rank's sample indices ``(b)`` and the global size of each batch of `batches`."""
-        return self._take(epoch, data.indices)
+        return self._log.steps(self._take(epoch, data.indices))
 
     def _take(self, epoch: int, kind: Callable[..., Iterator[B]]) -> Iterator[B]:
         if epoch != len(self.results) + 1:
@@ -226,11 +261,12 @@ class Run:
                 self._stop.ask()
             with phase("data"):
                 batch = next(shares)
-            yield batch
+            with step():
+                yield batch
             if number == first + 1:
                 self._check_replicas()
             self.state.step = number
-            self.on_step(epoch, min(number * self.batch_size, samples))
+            self._log.on_step(self, epoch, min(number * self.batch_size, samples))
             if checkpointing and number < self.steps_per_epoch:  # the last step's comes after the evaluation
                 self._save_if_due()
 
@@ -257,15 +293,6 @@ class Run:
             for module, training in modes:
                 module.training = training
 
-    def on_step(self, epoch: int, samples: int) -> None:
-        """Override to show progress: ``samples`` of the epoch have been trained on."""
-
-    def on_epoch(self, result: EpochResult) -> None:
-        """Override to show an epoch's result."""
-
-    def on_resume(self) -> None:
-        """Override to show from where the run resumes."""
-
     def _end_epoch(self, start: float, first: int) -> None:
         total = torch.tensor(self.state.loss(), dtype=torch.float64, device=self.world.device)
         train_loss = self.world.sum(total).item() / len(self.train)
@@ -286,7 +313,7 @@ class Run:
             device=self.world.device.type,
         )
         self.state.end_epoch(result)
-        self.on_epoch(result)
+        self._log.on_epoch(self, result)
         self._save_if_due()
 
     def _save_if_due(self) -> None:
