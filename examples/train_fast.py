@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=2 examples/train_fast.py
 
 Most of a small network's step is not arithmetic. The script times these ways side by side, from the same
-first weights and on the same batches, checks that their losses agree, and trains by the last one:
+first weights and on the same batches, checks that their gradients agree, and trains by the last one:
 
 - "DistributedDataParallel", as in ``train_ddp.py``, but with gloo's messages.
 - "shared memory": ranks on the CPUs of one machine add their gradients there, instead of sending each other
@@ -44,7 +44,6 @@ from torchpar.training.fused import FusedGradients, why_not_fused
 from torchpar.training.graph import GraphedStep, why_not_graphed
 
 ROUNDS, STEPS = 5, 4  # how often each way is timed, and its steps each time
-LOSS_ERROR = 1e-3  # of the mean loss after these steps; float32's roundings grow in each of them
 
 
 @dataclass(kw_only=True)
@@ -67,10 +66,16 @@ class Way(NamedTuple):
 
 
 class Trainer(NamedTuple):
-    """A model and what trains it: ``step(index, global_size)`` → the sum of this rank's losses."""
+    """A model and what trains it. The last two return the sum of this rank's losses.
+
+    Attributes:
+        gradients: ``(x, labels, global_size)``, which leaves the gradients in ``p.grad``.
+        step: ``(index, global_size)``.
+    """
 
     model: MLP
     optimizer: Optimizer
+    gradients: Callable[[Tensor, Tensor, int], Tensor]
     step: Callable[[Tensor, int], Tensor]
 
 
@@ -132,12 +137,13 @@ def make_trainer(flags: Flags, world: World, train: Samples, way: Way, stack: Ex
         return loss
 
     if way.graph:
-        return Trainer(model, optimizer, stack.enter_context(GraphedStep(step, train, optimizer)))
+        graphed = stack.enter_context(GraphedStep(step, train, optimizer))
+        return Trainer(model, optimizer, gradients, graphed)
 
     def step_at(index: Tensor, global_size: int) -> Tensor:
         return step(train.inputs(index), train.labels.index_select(0, index), global_size)
 
-    return Trainer(model, optimizer, step_at)
+    return Trainer(model, optimizer, gradients, step_at)
 
 
 def compare(flags: Flags, world: World, train: Samples, ways: list[Way]) -> list[dict[str, Any]]:
@@ -147,7 +153,7 @@ def compare(flags: Flags, world: World, train: Samples, ways: list[Way]) -> list
         For each way, the median of a step's milliseconds, and its speed-up over the first way.
 
     Raises:
-        ConfigError: the losses of two ways differ by more than rounding.
+        ConfigError: the gradients of two ways differ by more than rounding.
     """
 
     def batches() -> Iterator[tuple[Tensor, int]]:
@@ -158,24 +164,33 @@ def compare(flags: Flags, world: World, train: Samples, ways: list[Way]) -> list
 
     with ExitStack() as stack:
         trainers = [make_trainer(flags, world, train, way, stack) for way in ways]
+        check_gradients(ways, trainers, train, *next(batches()))
         shares = [batches() for _ in ways]
-        losses = torch.zeros(len(ways), device=world.device)
         times: list[list[float]] = [[] for _ in ways]
         for number in range(ROUNDS + 1):  # in the first, kernels are compiled, and the wrapper sets itself up
             for at, trainer in enumerate(trainers):
                 start = now(world)
                 for index, size in islice(shares[at], STEPS):
-                    losses[at] += trainer.step(index, size) / size
+                    trainer.step(index, size)
                 if number:
                     times[at].append(1e3 * (now(world) - start) / STEPS)
-    means = (world.sum(losses) / (STEPS * (ROUNDS + 1))).tolist()
-    for way, mean in zip(ways, means, strict=True):
-        if not abs(mean / means[0] - 1) <= LOSS_ERROR:
-            raise ConfigError(
-                f"the mean loss by {way.name} is {mean}, and {means[0]} by {ways[0].name}; mend the step"
-            )
     ms = [median(of_way) for of_way in times]
     return [{"way": way.name, "ms": one, "speed_up": ms[0] / one} for way, one in zip(ways, ms, strict=True)]
+
+
+def check_gradients(
+    ways: list[Way], trainers: list[Trainer], train: Samples, index: Tensor, global_size: int
+) -> None:
+    """Compare the gradients of each way with those of the first. They add so many products and samples."""
+    first: Tensor | None = None
+    for way, trainer in zip(ways, trainers, strict=True):
+        trainer.gradients(train.inputs(index), train.labels.index_select(0, index), global_size)
+        mine = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+        trainer.optimizer.zero_grad()
+        first = mine if first is None else first
+        off = ((mine - first).norm() / first.norm()).item()
+        if not off <= (global_size + max(trainer.model.sizes)) * torch.finfo(mine.dtype).eps:
+            raise ConfigError(f"the gradient by {way.name} differs by {off:.1e} of its norm; mend the step")
 
 
 def now(world: World) -> float:
@@ -193,7 +208,7 @@ def main(flags: Flags) -> None:
         if world.rank == 0:
             console.print_rows(rows, ["way", "ms", "speed_up"])
             print(f"training by {ways[-1].name}")
-        model, optimizer, step = make_trainer(flags, world, train, ways[-1], stack)
+        model, optimizer, _, step = make_trainer(flags, world, train, ways[-1], stack)
         lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
         parts = (model, optimizer, lr_scheduler, world, train, test)

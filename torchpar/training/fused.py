@@ -29,6 +29,7 @@ from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.shared_memory import make_shared_sum
 from torchpar.profile.collectives import all_reduced
+from torchpar.profile.phases import phase
 
 MOST_CLASSES = 1000  # the table of targets has as many rows and columns
 MOST_IN_COLUMNS = 16  # classes; PyTorch adds over columns one after the other, which more would notice
@@ -150,9 +151,10 @@ class FusedGradients:
         was = torch.is_grad_enabled()
         torch.set_grad_enabled(False)  # half the time of a `with torch.no_grad()`
         try:
-            loss, gradients = self._gradients(x, labels, global_size)
-            if self._group is not None:
-                self._sum_over_ranks(gradients)
+            with phase("backward"):
+                loss, gradients = self._gradients(x, labels, global_size)
+                if self._group is not None:
+                    self._sum_over_ranks(gradients)
             for (weight, bias), (dw, db) in zip(self.layers, gradients, strict=True):
                 weight.grad = dw if weight.grad is None else weight.grad.add_(dw)
                 bias.grad = db if bias.grad is None else bias.grad.add_(db)
