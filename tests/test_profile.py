@@ -14,6 +14,7 @@ from commands import lesson, rows_of
 from fake_data import fashion_mnist
 
 from torchpar.profile.collectives import SHARED
+from torchpar.profile.phases import Phases, phase
 from torchpar.profile.trace import BETWEEN, SKIP, STEP, Row, StepProfile, Trace, bottleneck, summarize
 
 PRODUCT = r"aten::(add)?mm|mkldnn::_linear_pointwise"
@@ -82,6 +83,30 @@ def test_a_short_or_resumed_run_is_profiled_where_it_has_steps_enough(data, tmp_
         code, out, err = lesson("train_ddp", *flags, "--epochs", str(epochs))
         assert (code, err) == (0, "")
         assert "of 9 steps" in out
+
+
+def test_a_step_is_divided_at_its_backward_pass(monkeypatch):
+    now = 0.0
+
+    def spend(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr("torchpar.profile.phases.time.perf_counter", lambda: now)
+    x, backward = torch.ones(1, requires_grad=True), torch.Tensor.backward
+    with Phases(torch.device("cpu")) as phases:
+        for _ in phases.steps(map(spend, [5.0, 5.0])):
+            spend(1.0)
+            with phase("collectives"):
+                spend(0.5)
+            loss = x * 2
+            loss.register_hook(lambda g: spend(3.0))
+            loss.backward()
+            phases.timed("collectives", spend)(0.25)
+            spend(2.0)
+    expected = {"data": 10.0, "forward": 2.0, "backward": 6.0, "collectives": 1.5, "optimizer": 4.0}
+    assert phases.seconds == {"pipeline": 0.0, **expected}
+    assert torch.Tensor.backward is backward
 
 
 def test_rows_add_up_to_the_steps(tmp_path):
