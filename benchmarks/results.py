@@ -37,7 +37,7 @@ class Result:
         mean_ms: their mean.
         samples: how many there are.
         speedup: the reference's time over this one's, the median over the rounds.
-        found: further columns.
+        columns: further columns.
         ok: whether the results were right.
         reason: why they were not, or "".
     """
@@ -50,14 +50,16 @@ class Result:
     mean_ms: float | None = None
     samples: int | None = None
     speedup: float | None = None
-    found: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Any] = field(default_factory=dict)
     ok: bool = True
     reason: str = ""
 
-    def columns(self) -> dict[str, Any]:
-        columns = vars(self).copy()
-        case, found, end = columns.pop("case"), columns.pop("found"), {"ok": self.ok, "reason": self.reason}
-        return {**case, **{name: value for name, value in columns.items() if name not in end}, **found, **end}
+    def row(self) -> dict[str, Any]:
+        """The cells by column, in the order of the CSV."""
+        row: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            row |= value if name in ("case", "columns") else {name: value}
+        return row
 
 
 class Table:
@@ -81,7 +83,7 @@ class Table:
         added = list(results)
         self.results += added
         origin = self.common | provenance(self.device)
-        self._lines += [result.columns() | origin for result in added]
+        self._lines += [result.row() | origin for result in added]
         if self.path:
             names = dict.fromkeys(name for line in self._lines for name in line)
             with self.path.open("w", newline="") as file:
@@ -124,7 +126,7 @@ def print_results(title: str, results: Sequence[Result], columns: Sequence[str] 
     shared = {name for case in cases for name in case if len({str(one.get(name)) for one in cases}) == 1}
     lines = []
     for result in results:
-        cells = result.columns()
+        cells = result.row()
         names = columns or [name for name in cells if name not in UNPRINTED and name not in shared]
         line = {}
         for name in names:

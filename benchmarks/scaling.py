@@ -42,7 +42,7 @@ cross_entropy_sum = partial(loss_sum, "cross-entropy")
 
 
 @dataclass(frozen=True)
-class Case:
+class StepCase:
     """A training step: the model, the batch over all ranks, and how both are split over ranks."""
 
     sizes: tuple[int, ...]
@@ -80,18 +80,18 @@ class Plan(NamedTuple):
     all_reduces: Sequence[int] = (2**2, 2**6, 2**10, 2**12, 2**14, 2**16, 2**18, 2**20, 2**22, 2**24)  # bytes
     rounds: int = 12
 
-    def cases(self) -> Iterator[tuple[str, Case]]:
+    def cases(self) -> Iterator[tuple[str, StepCase]]:
         """Yield each case under the tables that show it: "batch", "width" or "arithmetic"."""
         sizes = (784, self.hidden, 10)
-        by_batch = [("batch", Case(sizes, batch)) for batch in self.batches]
-        by_width = [("width", Case((784, w, w, 10), self.width_batch)) for w in self.widths]
+        by_batch = [("batch", StepCase(sizes, batch)) for batch in self.batches]
+        by_width = [("width", StepCase((784, w, w, 10), self.width_batch)) for w in self.widths]
         for table, alone in by_batch + by_width:
             yield from ((table, one) for one in (alone, replace(alone, threads=2)))
             for ranks in range(2, self.most + 1, 2):
                 yield from ((table, one) for one in (replace(alone, dp=ranks), replace(alone, tp=ranks)))
         for dp, tp in ((1, 1), (2, 1), (1, 2), (2, 2)):
             if dp * tp <= self.most:
-                fast = Case(sizes, self.arithmetic_batch, dp, tp)
+                fast = StepCase(sizes, self.arithmetic_batch, dp, tp)
                 yield from (("arithmetic", one) for one in (fast, replace(fast, arithmetic="exact")))
 
 
@@ -105,7 +105,7 @@ QUICK = Plan(64, [32, 256], [64], 64, 2, 64, [4, 2**18], 1)
 class Step:
     """A case's model, its optimizer and this rank's share of the batch."""
 
-    def __init__(self, case: Case):
+    def __init__(self, case: StepCase):
         self.case, self.world = case, mesh(case.dp, case.tp)
         model, x, labels = unsplit(case)
         if case.tensor_split:
@@ -149,11 +149,11 @@ def mesh(dp: int, tp: int) -> World:
 
 
 @cache
-def step_of(case: Case) -> Step:
+def step_of(case: StepCase) -> Step:
     return Step(case)
 
 
-def unsplit(case: Case) -> tuple[MLP, Tensor, Tensor]:
+def unsplit(case: StepCase) -> tuple[MLP, Tensor, Tensor]:
     """Return the whole model and the whole batch, the same on every rank."""
     torch.manual_seed(0)
     mlp = MLP(case.sizes)
@@ -161,7 +161,7 @@ def unsplit(case: Case) -> tuple[MLP, Tensor, Tensor]:
     return mlp, x, torch.randint(case.sizes[-1], (case.batch,))
 
 
-def check(case: Case) -> dict[str, Any]:
+def check(case: StepCase) -> dict[str, Any]:
     """Check a step on this rank, and return the columns of its result: error and messages.
 
     Raises:
@@ -234,7 +234,7 @@ def compare_with_one_rank(
     return error
 
 
-def time_steps(case: Case, count: int) -> list[float]:
+def time_steps(case: StepCase, count: int) -> list[float]:
     """Return the seconds of each of ``count`` steps, after one that warms up."""
     step = step_of(case)
     step.run()
@@ -287,7 +287,7 @@ def slowest(times: Sequence[Sequence[float]]) -> list[float]:
 class StepTurn:
     """The turns of one case: check it, then time some steps in each round."""
 
-    def __init__(self, case: Case, ranks: Ranks):
+    def __init__(self, case: StepCase, ranks: Ranks):
         self.case, self.ranks = case, ranks
         self.checked: list[dict[str, Any]] = []
 
@@ -304,15 +304,15 @@ class StepTurn:
         case: dict[str, Any] = {"kind": "step"} | asdict(self.case)
         case["sizes"] = "-".join(map(str, self.case.sizes))
         over = self.case.ranks * self.case.threads > CORES
-        found: dict[str, Any] = {"tables": " ".join(tables), "oversubscribed": over}
+        columns: dict[str, Any] = {"tables": " ".join(tables), "oversubscribed": over}
         if self.checked:
-            found |= self.checked[0] | {"error": max(rank["error"] for rank in self.checked)}
-        return times.result(case, self.case.contestant, alone, **found)
+            columns |= self.checked[0] | {"error": max(rank["error"] for rank in self.checked)}
+        return times.result(case, self.case.contestant, alone, **columns)
 
 
 def measure(plan: Plan, default_polling: bool) -> list[Result]:
     """Start the ranks, check every case, and time them in turn."""
-    tables: dict[Case, list[str]] = {}
+    tables: dict[StepCase, list[str]] = {}
     for table, one in plan.cases():
         tables.setdefault(one, []).append(table)
     with ExitStack() as stack:
@@ -341,7 +341,7 @@ def measure(plan: Plan, default_polling: bool) -> list[Result]:
         }
         times = take_turns({**all_reduces, **turns}, plan.rounds, label="scaling")
     results = [
-        turns[one].result(times[one], times[Case(one.sizes, one.batch)], tables[one]) for one in tables
+        turns[one].result(times[one], times[StepCase(one.sizes, one.batch)], tables[one]) for one in tables
     ]
     for way, nbytes in all_reduces:
         case = {"kind": "all_reduce", "nbytes": nbytes, "way": way}
@@ -356,7 +356,7 @@ def print_all(results: Sequence[Result]) -> None:
     """Print steps by batch and by width, weak scaling, exact arithmetic, and all-reduces."""
 
     def chosen(table: str) -> list[Result]:
-        return [result for result in results if table in str(result.found.get("tables", "")).split()]
+        return [result for result in results if table in str(result.columns.get("tables", "")).split()]
 
     def width(result: Result) -> str:
         return str(result.case["sizes"].split("-")[1])
@@ -364,8 +364,8 @@ def print_all(results: Sequence[Result]) -> None:
     def speedup(result: Result) -> dict[str, str]:
         if result.contestant == "1 rank × 1 thread":
             return {result.contestant: duration(result.p50_ms and result.p50_ms / 1e3)}
-        text = f"{result.speedup:.2f}×{'*' * bool(result.found['oversubscribed'])}" if result.speedup else ""
-        return {result.contestant: text}
+        star = "*" * bool(result.columns["oversubscribed"])
+        return {result.contestant: f"{result.speedup:.2f}×{star}" if result.speedup else ""}
 
     def weak(result: Result) -> dict[str, str]:
         """Return the time of one rank over that of dp ranks that have as many samples each."""
@@ -379,8 +379,8 @@ def print_all(results: Sequence[Result]) -> None:
         return {result.case["arithmetic"]: text}
 
     def microseconds(result: Result) -> dict[str, str]:
-        way, found = result.case["way"], {"median": result.p50_ms, "mean": result.mean_ms}
-        return {f"{name}, {way}": f"{1e3 * ms:,.0f} µs" for name, ms in found.items() if ms}
+        way, times = result.case["way"], {"median": result.p50_ms, "mean": result.mean_ms}
+        return {f"{name}, {way}": f"{1e3 * ms:,.0f} µs" for name, ms in times.items() if ms}
 
     by_batch, by_width, exact = chosen("batch"), chosen("width"), chosen("arithmetic")
     times = {(one.contestant, one.case["batch"]): one.p50_ms for one in by_batch}
@@ -401,7 +401,7 @@ def print_all(results: Sequence[Result]) -> None:
     if link := fit_link(results):
         print(f"fitted to gloo's medians: α {1e6 * link.alpha:.0f} µs, β {1e9 * link.beta:.2f} ns/B")
     print_failures(results)
-    if any(result.found.get("oversubscribed") for result in results):
+    if any(result.columns.get("oversubscribed") for result in results):
         print("* more threads than cores: this shows that the step is right, not how fast it is")
 
 
