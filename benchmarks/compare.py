@@ -127,11 +127,14 @@ def compare(
         # The reference may be off by the oracle's error more than it seems to, and the contestant by less.
         elif not (errors <= 2 * (allowed + inputs.error) + inputs.error).all():
             times[name].reason = f"errors {errors.tolist()}, {reference}'s are {allowed.tolist()}"
-    done = max((len(one.rounds) for one in times.values()), default=0)
-    configuration = f"{done} rounds of {calls} calls, {torch.get_num_threads()} threads"
-    configuration += f", float32 products {torch.backends.cuda.matmul.fp32_precision}"
+    settings: dict[str, Any] = {
+        "rounds": max((len(one.rounds) for one in times.values()), default=0),
+        "calls": calls,
+        "threads": torch.get_num_threads(),
+        "float32_precision": torch.backends.cuda.matmul.fp32_precision,
+    }
     if ceiling is not None:
-        configuration += f", {ceiling.describe(case.dtype)}"
+        settings |= ceiling.columns(case.dtype)
     labels = {
         "operator": case.operator,
         "mode": mode + ", warm" * (calls > 1),
@@ -148,7 +151,7 @@ def compare(
             columns |= {"gb_per_s": work.bytes / p50 * 1e-6, "gflop_per_s": work.flops / p50 * 1e-6}
             columns |= {"roofline": 1e3 * least / p50 if least else None}
         columns |= {"max_error": one.errors.max().item() if len(one.errors) else None}
-        columns |= {"peak_memory_mb": one.peak_memory_mb, "configuration": configuration}
+        columns |= {"peak_memory_mb": one.peak_memory_mb, **settings}
         results.append(replace(result, columns=columns))
     return results
 

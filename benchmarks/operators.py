@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 import torchpar
 from benchmarks.command import Command, run
 from benchmarks.compare import MODES, Implementation, OperatorCase, Work, compare
-from benchmarks.results import Table, print_results
+from benchmarks.results import Table, number, print_results
 from benchmarks.timing import measure_ceiling
 from torchpar.errors import ConfigError
 
@@ -226,8 +226,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     listed = [case for case in cases(device, options.quick) if case.operator in options.operators]
     dtypes = sorted({case.dtype for case in listed}, key=str)
     ceiling = measure_ceiling(device, dtypes, options.quick)
-    for dtype in dtypes:
-        print(f"{dtype}: {ceiling.describe(dtype)}")
+    print(f"a copy: {number(ceiling.bandwidth / 1e9)} GB/s")
+    for dtype, rate in ceiling.matmul.items():
+        print(f"a product in {dtype}: {number(rate / 1e9)} GFLOP/s")
     table = Table(command.csv(options), device)
     for case in listed:
         compared = contestants(case, options.quick)

@@ -113,7 +113,8 @@ FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "peak_memory_mb": ("MB", "{:,.1f}".format),
     "ok": ("ok", lambda ok: "yes" if ok else "NO"),
 }
-UNPRINTED = ("mean_ms", "samples", "configuration", "reason")
+SETTINGS = ("rounds", "calls", "threads", "float32_precision", "ceiling_gb_per_s", "ceiling_gflop_per_s")
+UNPRINTED = ("mean_ms", "samples", *SETTINGS, "reason")
 
 
 def print_results(title: str, results: Sequence[Result], columns: Sequence[str] = ()) -> None:

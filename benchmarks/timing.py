@@ -206,9 +206,9 @@ class Ceiling(NamedTuple):
     bandwidth: float
     matmul: Mapping[torch.dtype, float]
 
-    def describe(self, dtype: torch.dtype) -> str:
-        copy = f"ceiling {self.bandwidth / 1e9:.1f} GB/s"
-        return f"{copy} {self.matmul[dtype] / 1e12:.3f} TFLOP/s" if dtype in self.matmul else copy
+    def columns(self, dtype: torch.dtype) -> dict[str, float | None]:
+        product = self.matmul[dtype] / 1e9 if dtype in self.matmul else None
+        return {"ceiling_gb_per_s": self.bandwidth / 1e9, "ceiling_gflop_per_s": product}
 
     def seconds(self, nbytes: int, flops: int, dtype: torch.dtype) -> float:
         """The least time in which so many bytes pass through memory and so many operations are done."""

@@ -22,7 +22,7 @@ from torchpar.errors import ConfigError
 # Columns that each CSV has, and some of its own.
 COLUMNS = "contestant p20_ms p50_ms p80_ms samples ok reason torch device instruction_sets commit clocks date"
 QUICK = {
-    "operators": "operator mode shape dtype speedup gb_per_s gflop_per_s roofline max_error",
+    "operators": "mode dtype speedup roofline rounds calls threads ceiling_gb_per_s ceiling_gflop_per_s",
     "muon": "weight distance epoch",
     "host": "operator n",
     "autotune": "kernel dtype n registers spills shared_memory target",
@@ -30,7 +30,7 @@ QUICK = {
 SLOW = {
     "train": "network batch samples_per_s",
     "speedrun": "seed seconds accuracy",
-    "scaling": "kind batch dp tp threads alpha_s",
+    "scaling": "kind batch dp tp threads nbytes alpha_s",
     "ladder": "workload note over_pure_python first_s intensity cores",
     "scale_model": "ranks width batch bytes",
 }
