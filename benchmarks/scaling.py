@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.command import Command, run
-from benchmarks.results import CORES, Result, Table, duration, print_cells, print_failures
+from benchmarks.results import CORES, Result, Table, duration, number, print_cells, print_failures
 from benchmarks.timing import CPU, Rejected, Times, take_turns, time_calls
 from torchpar import ieee
 from torchpar.nn import MLP
@@ -38,6 +38,7 @@ from torchpar.training.cost import Link
 
 BLOCK_SECONDS = 0.15  # of one case's steps in a round, about
 ALL_REDUCES = 20  # of a size in a round
+GLOO = "gloo"
 cross_entropy_sum = partial(loss_sum, "cross-entropy")
 
 
@@ -96,7 +97,7 @@ class Plan(NamedTuple):
 
 
 FULL = Plan()
-QUICK = Plan(64, [32, 256], [64], 64, 2, 64, [4, 2**18], 1)
+QUICK = Plan(64, [128, 256], [64], 64, 2, 64, [4, 2**18], 1)
 
 
 # On each rank
@@ -322,30 +323,30 @@ def measure(plan: Plan, default_polling: bool) -> list[Result]:
             if key not in groups:
                 groups[key] = stack.enter_context(start_ranks(*key))
                 stack.callback(groups[key].run, forget)
-        ways = {"gloo": (groups[2, 1], False)}
+        contestants = {GLOO: (groups[2, 1], False)}
         if SUPPORTED:
-            ways["shared memory"] = groups[2, 1], True
+            contestants["shared memory"] = groups[2, 1], True
         if default_polling:
             ranks = stack.enter_context(start_ranks(2))
             ranks.run(use_default_polling)
-            ways["gloo's default"] = ranks, False
+            contestants["gloo's default"] = ranks, False
 
         def all_reduce(ranks: Ranks, shared: bool, nbytes: int, index: int) -> list[float]:
             return slowest(ranks.run(time_all_reduces, shared, nbytes, ALL_REDUCES if index else 1))
 
         turns = {one: StepTurn(one, groups[one.ranks, one.threads]) for one in tables}
         all_reduces = {
-            (way, nbytes): partial(all_reduce, ranks, shared, nbytes)
-            for way, (ranks, shared) in ways.items()
+            (contestant, nbytes): partial(all_reduce, ranks, shared, nbytes)
+            for contestant, (ranks, shared) in contestants.items()
             for nbytes in plan.all_reduces
         }
         times = take_turns({**all_reduces, **turns}, plan.rounds, label="scaling")
     results = [
         turns[one].result(times[one], times[StepCase(one.sizes, one.batch)], tables[one]) for one in tables
     ]
-    for way, nbytes in all_reduces:
-        case = {"kind": "all_reduce", "nbytes": nbytes, "way": way}
-        results.append(times[way, nbytes].result(case, "2 ranks"))
+    for contestant, nbytes in all_reduces:
+        case = {"kind": "all_reduce", "dp": 2, "nbytes": nbytes}
+        results.append(times[contestant, nbytes].result(case, contestant, times[GLOO, nbytes]))
     return results
 
 
@@ -379,8 +380,12 @@ def print_all(results: Sequence[Result]) -> None:
         return {result.case["arithmetic"]: text}
 
     def microseconds(result: Result) -> dict[str, str]:
-        way, times = result.case["way"], {"median": result.p50_ms, "mean": result.mean_ms}
-        return {f"{name}, {way}": f"{1e3 * ms:,.0f} µs" for name, ms in times.items() if ms}
+        """Return median and mean, and the speed-up over gloo."""
+        name, times = result.contestant, {"median": result.p50_ms, "mean": result.mean_ms}
+        cells = {f"{name}, {of}": f"{1e3 * ms:,.0f} µs" for of, ms in times.items() if ms}
+        if name != GLOO and result.speedup:
+            cells[f"{name}, speed-up"] = f"{number(result.speedup)}×"
+        return cells
 
     by_batch, by_width, exact = chosen("batch"), chosen("width"), chosen("arithmetic")
     times = {(one.contestant, one.case["batch"]): one.p50_ms for one in by_batch}
@@ -423,7 +428,7 @@ def fit_link(results: Sequence[Result]) -> Link | None:
     points = [
         (2, result.case["nbytes"], result.p50_ms / 1e3)
         for result in results
-        if result.case["kind"] == "all_reduce" and result.case["way"] == "gloo" and result.p50_ms
+        if result.case["kind"] == "all_reduce" and result.contestant == GLOO and result.p50_ms
     ]
     return Link.fit(points) if points else None
 

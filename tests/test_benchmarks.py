@@ -69,6 +69,7 @@ def test_several_benchmarks_run_in_turn(tmp_path):
     environment = os.environ | {"PYTHONPATH": import_path(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "shared memory, speed-up" in done.stdout
     for name, own in SLOW.items():
         check(tmp_path / f"{name}.csv", own)
 
