@@ -203,7 +203,7 @@ def track(items: Iterable[T], label: str, total: int | None = None) -> Iterable[
 
 @cache
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, device, instruction sets of the processor, and commit.
+    """Versions, device, the processor with its instruction sets, and commit.
 
     ``TORCHPAR_COMMIT`` names the commit where there is no repository; ``-dirty`` at its end marks changes.
     """
@@ -220,6 +220,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "numpy": np.__version__,
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
+        "processor": processor,
         "instruction_sets": ",".join(instruction_sets()),
         "commit": commit.removesuffix("-dirty"),
         "dirty": commit.endswith("-dirty") if commit else None,

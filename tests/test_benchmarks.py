@@ -20,7 +20,7 @@ from benchmarks.command import run
 from torchpar.errors import ConfigError
 
 # Columns that each CSV has, and some of its own.
-COLUMNS = "contestant p20_ms p50_ms p80_ms samples ok reason torch device instruction_sets commit clocks date"
+COLUMNS = "contestant p20_ms p50_ms p80_ms samples ok reason torch device processor commit clocks date"
 QUICK = {
     "operators": "mode dtype speedup roofline rounds calls threads ceiling_gb_per_s ceiling_gflop_per_s",
     "muon": "weight distance epoch",

@@ -191,6 +191,13 @@ def test_the_table_has_rates_and_says_why_results_are_wrong(tmp_path, monkeypatc
     assert "not ok: other sigmoid forward 129x65 float32 ZeroDivisionError: integer division" in printed
 
 
+def test_a_gpu_stands_beside_its_processor(monkeypatch):
+    monkeypatch.setattr("benchmarks.results.cpuinfo", lambda key: "EPYC")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    columns = environment.__wrapped__(torch.device("cuda"))
+    assert (columns["device"], columns["processor"]) == ("H100", "EPYC")
+
+
 def test_a_machine_is_named_by_its_widest_instructions(monkeypatch):
     monkeypatch.setattr("benchmarks.results.CORES", 2)
     for sets, name in ((["AVX2"], "avx2"), (["AVX2", "AVX-512", "VNNI"], "avx512"), (["AVX2", "AMX"], "amx")):
