@@ -132,13 +132,13 @@ def compile_tiles(launch: Callable[..., object], tiles: Tiles, capability: int) 
     except Exception as e:
         return {}, error_line(e)
     spills, shared = used["STACK"] + used["LOCAL"], first.kernel.metadata.shared
-    found: dict[str, Any] = {"registers": used["REG"], "spills": spills}
-    found |= {"shared_memory": shared, "compile_s": first.seconds}
+    columns: dict[str, Any] = {"registers": used["REG"], "spills": spills}
+    columns |= {"shared_memory": shared, "compile_s": first.seconds}
     if spills:
-        return found, f"spills {spills} bytes of a thread"
+        return columns, f"spills {spills} bytes of a thread"
     if shared > (limit := candidates.SHARED_MEMORY.get(capability, shared)):
-        return found, f"{shared} bytes of shared memory, of {limit}"
-    return found, ""
+        return columns, f"{shared} bytes of shared memory, of {limit}"
+    return columns, ""
 
 
 def search(
@@ -163,10 +163,10 @@ def search(
         times = {tiles: Times([[ms / 1e3 for ms in one] for one in own]) for tiles, own in measured.items()}
         results = []
         for tiles in tried:
-            found, reason = compiled.get(tiles, ({}, ""))
+            columns, reason = compiled.get(tiles, ({}, ""))
             reason = reason or ("" if isinstance(tiles, str) else errors.get(tiles, ""))
             case = {"kernel": kernel, "dtype": dtype, "n": n}
-            result = times.get(tiles, Times()).result(case, describe(tiles), times.get(PRODUCT), **found)
+            result = times.get(tiles, Times()).result(case, describe(tiles), times.get(PRODUCT), **columns)
             results.append(replace(result, ok=not reason, reason=reason))
         yield results
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks.results import Result
 from benchmarks.timing import Ceiling, Rejected, flush, take_turns, time_calls
 
-Contestant = Callable[..., Tensor]
+Implementation = Callable[..., Tensor]
 Mode = Literal["forward", "backward", "full"]
 MODES: tuple[Mode, ...] = ("forward", "backward", "full")
 MIN_ROUNDS = 5
@@ -44,7 +44,7 @@ class Work(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Case:
+class OperatorCase:
     """An operator on inputs of one shape and dtype.
 
     Attributes:
@@ -63,7 +63,7 @@ class Case:
     dtype: torch.dtype
     device: torch.device
     inputs: Callable[[int], Sequence[Tensor]]
-    oracle: Contestant
+    oracle: Implementation
     forward: Work
     backward: Work
     modes: Sequence[Mode] = MODES
@@ -74,8 +74,8 @@ class Case:
 
 
 def compare(
-    case: Case,
-    contestants: Mapping[str, Contestant],
+    case: OperatorCase,
+    contestants: Mapping[str, Implementation],
     *,
     reference: str,
     libraries: Collection[str] = (),
@@ -127,12 +127,15 @@ def compare(
         # The reference may be off by the oracle's error more than it seems to, and the contestant by less.
         elif not (errors <= 2 * (allowed + inputs.error) + inputs.error).all():
             times[name].reason = f"errors {errors.tolist()}, {reference}'s are {allowed.tolist()}"
-    done = max((len(one.rounds) for one in times.values()), default=0)
-    configuration = f"{done} rounds of {calls} calls, {torch.get_num_threads()} threads"
-    configuration += f", float32 products {torch.backends.cuda.matmul.fp32_precision}"
+    settings: dict[str, Any] = {
+        "rounds": max((len(one.rounds) for one in times.values()), default=0),
+        "calls": calls,
+        "threads": torch.get_num_threads(),
+        "float32_precision": torch.backends.cuda.matmul.fp32_precision,
+    }
     if ceiling is not None:
-        configuration += f", {ceiling.describe(case.dtype)}"
-    columns = {
+        settings |= ceiling.columns(case.dtype)
+    labels = {
         "operator": case.operator,
         "mode": mode + ", warm" * (calls > 1),
         "shape": case.shape,
@@ -141,22 +144,22 @@ def compare(
     work = case.work(mode)
     results = []
     for name, one in checked.items():
-        result = times[name].result(columns, name, times[reference])
-        found: dict[str, Any] = {"host_ms": one.host_ms}
+        result = times[name].result(labels, name, times[reference])
+        columns: dict[str, Any] = {"host_ms": one.host_ms}
         if p50 := result.p50_ms:
             least = ceiling.seconds(work.bytes, work.flops, case.dtype) if ceiling else None
-            found |= {"gb_per_s": work.bytes / p50 * 1e-6, "gflop_per_s": work.flops / p50 * 1e-6}
-            found |= {"roofline": 1e3 * least / p50 if least else None}
-        found |= {"max_error": one.errors.max().item() if len(one.errors) else None}
-        found |= {"peak_memory_mb": one.peak_memory_mb, "configuration": configuration}
-        results.append(replace(result, found=found))
+            columns |= {"gb_per_s": work.bytes / p50 * 1e-6, "gflop_per_s": work.flops / p50 * 1e-6}
+            columns |= {"roofline": 1e3 * least / p50 if least else None}
+        columns |= {"max_error": one.errors.max().item() if len(one.errors) else None}
+        columns |= {"peak_memory_mb": one.peak_memory_mb, **settings}
+        results.append(replace(result, columns=columns))
     return results
 
 
 class _Inputs:
     """The inputs of the current round, and the results that the oracle computes of them."""
 
-    def __init__(self, case: Case, mode: Mode):
+    def __init__(self, case: OperatorCase, mode: Mode):
         self.case = case
         self.mode = mode
         poisoned = [torch.full_like(t, poison(t.dtype)) for t in case.inputs(0)]
@@ -180,8 +183,8 @@ class _Inputs:
 class _Checked:
     """A contestant, its errors, and on a GPU its memory and the host's times."""
 
-    case: Case
-    contestant: Contestant
+    case: OperatorCase
+    contestant: Implementation
     mode: Mode
     calls: int
     finish: Callable[[Tensor], Tensor] | None
@@ -238,7 +241,9 @@ def poison(dtype: torch.dtype) -> float:
     return math.nan if dtype.is_floating_point else torch.iinfo(dtype).max
 
 
-def prepare(contestant: Contestant, inputs: Sequence[Tensor], mode: Mode) -> Callable[[], Sequence[Tensor]]:
+def prepare(
+    contestant: Implementation, inputs: Sequence[Tensor], mode: Mode
+) -> Callable[[], Sequence[Tensor]]:
     """The call to time on ``inputs``: arguments, then a gradient. What comes before it is done here."""
     *arguments, gradient = inputs
     if mode == "forward":

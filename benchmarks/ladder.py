@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +29,17 @@ from benchmarks.command import Command, run
 from benchmarks.compare import Work
 from benchmarks.operators import NATIVE, OURS
 from benchmarks.results import CORES, Result, Table, duration, markdown, number, print_results
-from benchmarks.timing import CPU, Rejected, Turn, flush, measure_ceiling, settle, take_turns, time_calls
+from benchmarks.timing import (
+    CPU,
+    Contestant,
+    Rejected,
+    Turn,
+    flush,
+    measure_ceiling,
+    settle,
+    take_turns,
+    time_calls,
+)
 from torchpar.baselines import numpy_mlp, pure_python
 from torchpar.baselines.numpy_mlp import Array
 from torchpar.parallel.launch.local import Ranks, current_world, start_ranks
@@ -51,7 +61,7 @@ COLUMNS = ("contestant", "note", *SPEEDS, "first_s", "ok")
 
 
 @dataclass(frozen=True)
-class Case:
+class LadderCase:
     """An operator, its arguments, and its result in float64 (or whole numbers).
 
     Attributes:
@@ -78,24 +88,7 @@ class Case:
             raise Rejected(f"{wrong.sum()} numbers are off by more than rounding")
 
 
-class Contestant(NamedTuple):
-    """One way to compute a case.
-
-    Attributes:
-        turn: times it and checks the result. Its seconds are of the whole case.
-        note: printed beside the name.
-        compiles: whether the time of the first call is shown.
-        intensity: floating-point operations that the case needs, for each byte that this way loads.
-    """
-
-    name: str
-    turn: Turn
-    note: str = ""
-    compiles: bool = False
-    intensity: float | None = None
-
-
-def make_case(operator: str, shape: Sequence[int]) -> Case:
+def make_case(operator: str, shape: Sequence[int]) -> LadderCase:
     """The case of "maximum" or "matmul_t" ``(n, k)``, or of "linear_sigmoid" ``(m, in, out)``.
 
     A sum of k products in float32, in whatever order, is off by at most γ(k)·Σ|a·b| with γ(k) = ku/(1 − ku)
@@ -106,14 +99,14 @@ def make_case(operator: str, shape: Sequence[int]) -> Case:
     if operator == "maximum":
         a, b = random.integers(0, 256, (2, *shape), dtype=np.int32)
         label, expected = f"maximum of {shape[0]}×{shape[1]} int32", np.where(a > b, a, b)
-        return Case(operator, label, (a, b), expected, 0 * expected, Work(3 * a.nbytes, a.size))
+        return LadderCase(operator, label, (a, b), expected, 0 * expected, Work(3 * a.nbytes, a.size))
     if operator == "matmul_t":
         n, k = shape
         x = random.standard_normal((n, k), dtype=np.float32)
         exact = x.astype(np.float64)
         bound = k * u / (1 - k * u) * np.abs(exact) @ np.abs(exact).T
         work = Work(4 * (n * k + n * n), n * (n + 1) * k)
-        return Case(operator, f"X·Xᵀ of {n}×{k} float32", (x,), exact @ exact.T, bound, work)
+        return LadderCase(operator, f"X·Xᵀ of {n}×{k} float32", (x,), exact @ exact.T, bound, work)
     m, k, n = shape
     x = random.random((m, k), dtype=np.float32)
     weight = random.standard_normal((n, k), dtype=np.float32) / np.float32(np.sqrt(k))
@@ -124,16 +117,19 @@ def make_case(operator: str, shape: Sequence[int]) -> Case:
     expected = numpy_mlp.sigmoid(x64 @ weight64.T + bias64)
     label = f"linear+sigmoid of {m}×{k}→{n} float32"
     work = Work(4 * (m * k + n * k + n + m * n), 2 * m * n * k)
-    return Case(operator, label, (x, weight, bias), expected, bound, work, cold=False)
+    return LadderCase(operator, label, (x, weight, bias), expected, bound, work, cold=False)
 
 
-def contestants(case: Case, shape: tuple[int, ...], ranks: Ranks, quick: bool) -> Iterator[Contestant]:
-    """All ways, the first of which is pure Python; if ``quick``, without torch.compile and many threads."""
+def contestants(case: LadderCase, shape: tuple[int, ...], ranks: Ranks, quick: bool) -> Iterator[Contestant]:
+    """All contestants, first pure Python; if ``quick``, without torch.compile and many threads.
+
+    The seconds of a turn are those of the whole case, also if it computes a part.
+    """
     from torchpar.baselines import numba_njit
 
     operator, arrays = case.operator, case.arguments
 
-    def way(name: str, function: Callable[..., Any], *arguments: Any, **shown: Any) -> Contestant:
+    def by(name: str, function: Callable[..., Any], *arguments: Any, **shown: Any) -> Contestant:
         device = next((t.device for t in arguments if isinstance(t, Tensor)), CPU)
         return Contestant(name, timed_turn(case, partial(function, *arguments), device=device), **shown)
 
@@ -144,7 +140,7 @@ def contestants(case: Case, shape: tuple[int, ...], ranks: Ranks, quick: bool) -
         call = partial(pure_python.matmul_t, lists[0], rows)
         yield Contestant("pure Python", timed_turn(case, call, rows), note)
     else:
-        yield way("pure Python", getattr(pure_python, operator), *lists)
+        yield by("pure Python", getattr(pure_python, operator), *lists)
 
     loops: dict[str, tuple[str, float | None]] = {"njit": (operator, None)}
     if operator == "matmul_t":
@@ -156,7 +152,7 @@ def contestants(case: Case, shape: tuple[int, ...], ranks: Ranks, quick: bool) -
             "njit, triangular": ("matmul_t_triangular", numba_njit.TILE / 4),
         }
     for name, (loop, intensity) in loops.items():
-        yield way(name, getattr(numba_njit.SERIAL, loop), *arrays, compiles=True, intensity=intensity)
+        yield by(name, getattr(numba_njit.SERIAL, loop), *arrays, compiles=True, intensity=intensity)
 
     def in_threads(count: int, function: Callable[..., Array]) -> Array:
         with numba_njit.threads(count):
@@ -167,27 +163,27 @@ def contestants(case: Case, shape: tuple[int, ...], ranks: Ranks, quick: bool) -
             parallel = partial(in_threads, count, getattr(numba_njit.PARALLEL, loop))
             shown = {"compiles": True} if count == 1 else {"intensity": intensity}
             if count <= CORES:
-                yield way(f"{name}, parallel", parallel, note=f"{count} thread{'s' * (count > 1)}", **shown)
+                yield by(f"{name}, parallel", parallel, note=f"{count} thread{'s' * (count > 1)}", **shown)
 
     tensors = [torch.from_numpy(t) for t in arrays]
-    yield way("NumPy", getattr(numpy_mlp, operator), *arrays)
-    yield way("torch eager", NATIVE[operator], *tensors)
+    yield by("NumPy", getattr(numpy_mlp, operator), *arrays)
+    yield by("torch eager", NATIVE[operator], *tensors)
     if not quick:
-        yield way("torch.compile", torch.compile(NATIVE[operator], dynamic=False), *tensors, compiles=True)
-    yield way("torchpar CPU", OURS[operator], *tensors)
+        yield by("torch.compile", torch.compile(NATIVE[operator], dynamic=False), *tensors, compiles=True)
+    yield by("torchpar CPU", OURS[operator], *tensors)
     if torch.cuda.is_available():
         from torchpar.baselines import launch_shapes  # imports Triton
 
         tensors = [t.cuda() for t in tensors]
         for note, kernel in launch_shapes.SHAPES.get(operator, {}).items():
-            yield way("Triton", kernel, *tensors, note=note, compiles=True)
-        yield way("torch eager GPU", NATIVE[operator], *tensors, compiles=True)
-        yield way("torchpar GPU", OURS[operator], *tensors, compiles=True)
+            yield by("Triton", kernel, *tensors, note=note, compiles=True)
+        yield by("torch eager GPU", NATIVE[operator], *tensors, compiles=True)
+        yield by("torchpar GPU", OURS[operator], *tensors, compiles=True)
     yield Contestant("2 ranks", partial(ranks_turn, case, shape, ranks), "a half each, left there")
 
 
 def timed_turn(
-    case: Case, call: Callable[[], Any], rows: int | None = None, device: torch.device = CPU
+    case: LadderCase, call: Callable[[], Any], rows: int | None = None, device: torch.device = CPU
 ) -> Turn:
     """Turns of a call that computes the first ``rows``.
 
@@ -211,7 +207,7 @@ def timed_turn(
     return turn
 
 
-def ranks_turn(case: Case, shape: tuple[int, ...], ranks: Ranks, index: int) -> list[float]:
+def ranks_turn(case: LadderCase, shape: tuple[int, ...], ranks: Ranks, index: int) -> list[float]:
     seconds, parts = zip(*ranks.run(compute_on_rank, case.operator, shape), strict=True)
     case.check(np.concatenate(parts, axis=1 if case.operator == "linear_sigmoid" else 0))
     return [max(seconds)]
@@ -239,24 +235,24 @@ def call_of_rank(operator: str, shape: tuple[int, ...]) -> tuple[bool, Callable[
     return case.cold, partial(getattr(torchpar, operator), *whole, *own)
 
 
-def measure(case: Case, contestants: Sequence[Contestant], rounds: int = ROUNDS) -> list[Result]:
+def measure(case: LadderCase, contestants: Sequence[Contestant], rounds: int = ROUNDS) -> list[Result]:
     """Time the contestants in turn, and compare each with the first and with the one before."""
     turns = {one: one.turn for one in contestants}
     times = take_turns(turns, rounds, seconds=SECONDS, label=case.label)
     results: list[Result] = []
     for one in contestants:
         result = times[one].result({"workload": case.label}, one.name)
-        found: dict[str, Any] = {"note": one.note, "intensity": one.intensity}
-        found["first_s"] = times[one].first if one.compiles else None
+        columns: dict[str, Any] = {"note": one.note, "intensity": one.intensity}
+        columns["first_s"] = times[one].first if one.compiles else None
         if result.p50_ms:
             others = {"over_pure_python": results[:1] or [result], "over_previous": results[-1:]}
             for name, other in others.items():
-                found[name] = other[0].p50_ms / result.p50_ms if other and other[0].p50_ms else None
+                columns[name] = other[0].p50_ms / result.p50_ms if other and other[0].p50_ms else None
             if case.operator == "maximum":
-                found["gb_per_s"] = case.work.bytes / result.p50_ms / 1e6
+                columns["gb_per_s"] = case.work.bytes / result.p50_ms / 1e6
             else:
-                found["gflop_per_s"] = case.work.flops / result.p50_ms / 1e6
-        results.append(replace(result, found=found))
+                columns["gflop_per_s"] = case.work.flops / result.p50_ms / 1e6
+        results.append(replace(result, columns=columns))
     return results
 
 
@@ -270,14 +266,14 @@ def cache_bandwidth(quick: bool) -> float:
 
 
 def label(result: Result) -> str:
-    return ", ".join(filter(None, (result.contestant, result.found["note"])))
+    return ", ".join(filter(None, (result.contestant, result.columns["note"])))
 
 
 def as_markdown(results: Sequence[Result]) -> str:
     """The table of one case."""
     lines = [[results[0].case["workload"], "time", "× pure Python", "× previous"]]
     for result in results:
-        ratios = [number(result.found.get(name)) for name in ("over_pure_python", "over_previous")]
+        ratios = [number(result.columns.get(name)) for name in ("over_pure_python", "over_previous")]
         lines.append([label(result), duration(result.p50_ms and result.p50_ms / 1e3), *ratios])
     return markdown(lines)
 
@@ -291,8 +287,8 @@ def draw(path: Path, results: Sequence[Result], roofs: Mapping[str, float], arit
     """
     from matplotlib.figure import Figure
 
-    known = [one for one in results if one.found["intensity"] and one.p50_ms]
-    span = [one.found["intensity"] for one in known] or [1.0]
+    known = [one for one in results if one.columns["intensity"] and one.p50_ms]
+    span = [one.columns["intensity"] for one in known] or [1.0]
     left, right = min(span) / 3, max(span) * 8
     figure = Figure((9, 5.5), layout="constrained")
     axes = figure.subplots()
@@ -302,7 +298,7 @@ def draw(path: Path, results: Sequence[Result], roofs: Mapping[str, float], arit
         text = f"{name}, {bandwidth / 1e9:.0f} GB/s; torch.mm, {arithmetic / 1e9:.0f} GFLOP/s"
         axes.plot(reach, heights, lw=1, label=text)
     for one in known:
-        point = one.found["intensity"], one.found["gflop_per_s"]
+        point = one.columns["intensity"], one.columns["gflop_per_s"]
         axes.plot(*point, "o", color="tab:orange")
         threaded = "parallel" in one.contestant  # to the left of the point; one thread to the right
         place: dict[str, Any] = {"xytext": (-7, 5) if threaded else (7, -9)}

@@ -95,11 +95,11 @@ def compare_steps(label: str, shapes: Shapes, rounds: int, device: torch.device)
     ended = {name: torch.cat([w.detach().flatten() for w in weights[name]]) for name in OPTIMIZERS}
     way = (ended[REFERENCE] - torch.cat([w.flatten() for w in start])).norm()
     results = []
-    for name, found in times.items():
+    for name, one in times.items():
         distance = float((ended[name] - ended[REFERENCE]).norm() / way)
-        if not (found.reason or distance < DISTANCE):
-            found.reason = f"the weights ended {distance:.2g} of the way from {REFERENCE}'s"
-        results.append(found.result({"weight": label}, name, times[REFERENCE], distance=distance))
+        if not (one.reason or distance < DISTANCE):
+            one.reason = f"the weights ended {distance:.2g} of the way from {REFERENCE}'s"
+        results.append(one.result({"weight": label}, name, times[REFERENCE], distance=distance))
     return results
 
 
@@ -132,8 +132,8 @@ def train(epochs: int, samples: int | None = None) -> list[Result]:
             case = {"weight": "-".join(map(str, SIZES))}
             for score in run.results:
                 error = 100 * (1 - score.test_accuracy)
-                found = {"epoch": score.epoch, "train_loss": score.train_loss, "error_percent": error}
-                results.append(Result(case=case, contestant=name, found=found))
+                columns = {"epoch": score.epoch, "train_loss": score.train_loss, "error_percent": error}
+                results.append(Result(case=case, contestant=name, columns=columns))
     return results
 
 

@@ -21,8 +21,8 @@ from torch.nn.functional import linear
 
 import torchpar
 from benchmarks.command import Command, run
-from benchmarks.compare import MODES, Case, Contestant, Work, compare
-from benchmarks.results import Table, print_results
+from benchmarks.compare import MODES, Implementation, OperatorCase, Work, compare
+from benchmarks.results import Table, number, print_results
 from benchmarks.timing import measure_ceiling
 from torchpar.errors import ConfigError
 
@@ -41,7 +41,7 @@ def linear_sigmoid_backward(g: Tensor, y: Tensor) -> Tensor:
     return dz
 
 
-NATIVE: dict[str, Contestant] = {
+NATIVE: dict[str, Implementation] = {
     "maximum": torch.maximum,
     "matmul_t": lambda x: x @ x.mT,  # torch.mm, if x is a matrix
     "symmetric_matmul": lambda a, b, c: ALPHA * (a @ b.mT) + BETA * c,
@@ -50,7 +50,7 @@ NATIVE: dict[str, Contestant] = {
     "exact_matmul": lambda a, b: a @ b.mT,
     "exact_matmul_t": lambda x: x @ x.mT,
 }
-OURS: dict[str, Contestant] = {
+OURS: dict[str, Implementation] = {
     "maximum": torchpar.maximum,
     "matmul_t": torchpar.matmul_t,
     "symmetric_matmul": lambda a, b, c: torchpar.symmetric_matmul(a, b, c, alpha=ALPHA, beta=BETA),
@@ -123,7 +123,9 @@ def draw(seed: int, dtype: torch.dtype, device: torch.device, *shapes: Sequence[
     return [torch.randint(127, shape, dtype=dtype, device=device, generator=generator) for shape in shapes]
 
 
-def make_case(operator: str, shape: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Case:
+def make_case(
+    operator: str, shape: tuple[Any, ...], dtype: torch.dtype, device: torch.device
+) -> OperatorCase:
     """The case of an operator. ``forward`` and ``backward`` are numbers through memory, and operations."""
     text = "x".join(map(str, shape))
     if operator == "maximum":
@@ -165,7 +167,7 @@ def make_case(operator: str, shape: tuple[Any, ...], dtype: torch.dtype, device:
             drawn[1] /= math.sqrt(k)
         return drawn
 
-    return Case(
+    return OperatorCase(
         operator,
         text,
         dtype,
@@ -178,7 +180,7 @@ def make_case(operator: str, shape: tuple[Any, ...], dtype: torch.dtype, device:
     )
 
 
-def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+def cases(device: torch.device, quick: bool) -> Iterator[OperatorCase]:
     on_gpu = device.type == "cuda"
     memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else math.inf
     for operator, shapes in (QUICK if quick else GPU if on_gpu else CPU).items():
@@ -193,20 +195,20 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
                     yield make_case(operator, shape, dtype, device)
 
 
-def contestants(case: Case, quick: bool) -> dict[str, Contestant]:
+def contestants(case: OperatorCase, quick: bool) -> dict[str, Implementation]:
     """Eager and ours, of some shapes both compiled; NumPy's product, and the linear layer alone."""
     native, ours = NATIVE[case.operator], OURS[case.operator]
-    found: dict[str, Contestant] = {"eager": native, "torchpar": ours}
+    compared: dict[str, Implementation] = {"eager": native, "torchpar": ours}
     if not quick and case.shape in COMPILED:
         torch.compiler.reset()  # every shape is compiled anew, and recompilations are limited
-        found["torch.compile"] = torch.compile(native, dynamic=False)
-        found["torchpar + torch.compile"] = torch.compile(ours, dynamic=False)
+        compared["torch.compile"] = torch.compile(native, dynamic=False)
+        compared["torchpar + torch.compile"] = torch.compile(ours, dynamic=False)
     on_cpu, is_matrix = case.device.type == "cpu", case.shape.count("x") == 1
     if case.operator == "matmul_t" and on_cpu and is_matrix and case.dtype.itemsize >= 4:
-        found["numpy"] = lambda x: torch.from_numpy(np.dot(array := x.detach().numpy(), array.T))
+        compared["numpy"] = lambda x: torch.from_numpy(np.dot(array := x.detach().numpy(), array.T))
     if case.operator == "linear_sigmoid":
-        found["addmm"] = linear
-    return found
+        compared["addmm"] = linear
+    return compared
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -224,8 +226,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     listed = [case for case in cases(device, options.quick) if case.operator in options.operators]
     dtypes = sorted({case.dtype for case in listed}, key=str)
     ceiling = measure_ceiling(device, dtypes, options.quick)
-    for dtype in dtypes:
-        print(f"{dtype}: {ceiling.describe(dtype)}")
+    print(f"a copy: {number(ceiling.bandwidth / 1e9)} GB/s")
+    for dtype, rate in ceiling.matmul.items():
+        print(f"a product in {dtype}: {number(rate / 1e9)} GFLOP/s")
     table = Table(command.csv(options), device)
     for case in listed:
         compared = contestants(case, options.quick)

@@ -27,12 +27,12 @@ RESULTS = Path(__file__).parent / "results"
 TEMPLATE = Path(__file__).parent / "report.html"
 PANELS = tomllib.loads((Path(__file__).parent / "panels.toml").read_text("utf-8"))
 COLORS = ("#3f87c9", "#dd7733", "#46a36b", "#ad6cc2", "#b99316", "#7f8c8d")  # of machines, in light and dark
-CASE = ("note", "epoch", "nbytes", "way", "validate")  # columns of the case, besides those left of p20_ms
-TIMES = ("p20_ms", "p50_ms", "p80_ms", "speedup")
+CASE = ("note", "epoch", "nbytes", "validate")  # columns of the case, besides those left of p20_ms
+TIMES = ["p20_ms", "p50_ms", "p80_ms", "speedup"]
 SHOWN = {"p50_ms": "ms", "speedup": "speed-up", "accuracy": "accuracy", "change": "change"}
 HIDDEN = ("mean_ms", "samples", "ok", "reason", "seed")
-VERSIONS = ("torch", "triton", "numpy", "python")
-ORIGIN = ("device", "instruction_sets", "cores", "gpu", *VERSIONS, "clocks", "commit", "dirty", "date")
+VERSIONS = ("torch", "triton", "numpy", "python", "commit", "dirty")
+ORIGIN = ("device", "processor", "instruction_sets", "cores", "gpu", *VERSIONS, "clocks", "date")
 
 
 def read_csv(text: str) -> Any:
@@ -111,7 +111,7 @@ def earlier(path: Path) -> Iterator[str]:
 def with_changes(path: Path) -> tuple[Any, str]:
     """Return a CSV's rows with their changes, and with what they were compared.
 
-    The previous version is the last one with other times.
+    The previous version is the last one with other times of a row that both have.
     """
     try:
         frame = read_csv(path.read_text("utf-8"))
@@ -127,7 +127,8 @@ def with_changes(path: Path) -> tuple[Any, str]:
         if list(before.index.names) != list(frame.index.names):
             compared = "the previous version has other columns"
             break
-        if not before[list(TIMES)].equals(frame[list(TIMES)]):
+        both = frame.index.intersection(before.index)
+        if not before.loc[both, TIMES].equals(frame.loc[both, TIMES]):
             frame["change"] = change(frame, before)
             compared = "compared with the previous version"
             break
@@ -145,8 +146,8 @@ def origin(frame: Any) -> str:
         elif values:
             short = {"date": 10, "commit": 9}.get(name)
             text = ", ".join(dict.fromkeys(value[:short] for value in values))
-            parts.append(text if name in ("device", "clocks") else f"{name} {text}")
-    return "; ".join(parts)
+            parts.append(text if name in ("device", "processor", "clocks") else f"{name} {text}")
+    return "; ".join(dict.fromkeys(parts))  # on a CPU the device is the processor
 
 
 def side_by_side(frames: Mapping[str, Any]) -> Any:
@@ -270,10 +271,10 @@ def content(results: Path) -> dict[str, Any]:
     processors: dict[str, dict[str, None]] = {}
     sections: list[dict[str, Any]] = []
     for stem in sorted(paths, key=lambda stem: (order.index(benchmark(stem)), stem)):
-        found = {machine: with_changes(path) for machine, path in paths[stem].items()}
-        frames = {machine: frame for machine, (frame, _) in found.items()}
+        changes = {machine: with_changes(path) for machine, path in paths[stem].items()}
+        frames = {machine: frame for machine, (frame, _) in changes.items()}
         for machine, frame in frames.items():
-            for name in ("device", "instruction_sets"):
+            for name in ("device", "processor", "instruction_sets"):
                 texts = frame[name].unique() if name in frame else ()
                 processors.setdefault(machine, {}).update(dict.fromkeys(filter(None, texts)))
         sections.append(
@@ -284,7 +285,7 @@ def content(results: Path) -> dict[str, Any]:
                 "slower": sum(int((frame["change"] == "slower").sum()) for frame in frames.values()),
                 "failed": sum(int(frame["failed"].sum()) for frame in frames.values()),
                 "origins": {
-                    name: f"{origin(frame)}; {compared}" for name, (frame, compared) in found.items()
+                    name: f"{origin(frame)}; {compared}" for name, (frame, compared) in changes.items()
                 },
                 "panels": list(filter(None, (panel(spec, frames, colors) for spec in PANELS.get(stem, ())))),
             }

@@ -37,7 +37,7 @@ class Result:
         mean_ms: their mean.
         samples: how many there are.
         speedup: the reference's time over this one's, the median over the rounds.
-        found: further columns.
+        columns: further columns.
         ok: whether the results were right.
         reason: why they were not, or "".
     """
@@ -50,14 +50,16 @@ class Result:
     mean_ms: float | None = None
     samples: int | None = None
     speedup: float | None = None
-    found: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Any] = field(default_factory=dict)
     ok: bool = True
     reason: str = ""
 
-    def columns(self) -> dict[str, Any]:
-        columns = vars(self).copy()
-        case, found, end = columns.pop("case"), columns.pop("found"), {"ok": self.ok, "reason": self.reason}
-        return {**case, **{name: value for name, value in columns.items() if name not in end}, **found, **end}
+    def row(self) -> dict[str, Any]:
+        """The cells by column, in the order of the CSV."""
+        row: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            row |= value if name in ("case", "columns") else {name: value}
+        return row
 
 
 class Table:
@@ -81,7 +83,7 @@ class Table:
         added = list(results)
         self.results += added
         origin = self.common | provenance(self.device)
-        self._lines += [result.columns() | origin for result in added]
+        self._lines += [result.row() | origin for result in added]
         if self.path:
             names = dict.fromkeys(name for line in self._lines for name in line)
             with self.path.open("w", newline="") as file:
@@ -111,7 +113,8 @@ FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "peak_memory_mb": ("MB", "{:,.1f}".format),
     "ok": ("ok", lambda ok: "yes" if ok else "NO"),
 }
-UNPRINTED = ("mean_ms", "samples", "configuration", "reason")
+SETTINGS = ("rounds", "calls", "threads", "float32_precision", "ceiling_gb_per_s", "ceiling_gflop_per_s")
+UNPRINTED = ("mean_ms", "samples", *SETTINGS, "reason")
 
 
 def print_results(title: str, results: Sequence[Result], columns: Sequence[str] = ()) -> None:
@@ -124,7 +127,7 @@ def print_results(title: str, results: Sequence[Result], columns: Sequence[str] 
     shared = {name for case in cases for name in case if len({str(one.get(name)) for one in cases}) == 1}
     lines = []
     for result in results:
-        cells = result.columns()
+        cells = result.row()
         names = columns or [name for name in cells if name not in UNPRINTED and name not in shared]
         line = {}
         for name in names:
@@ -200,7 +203,7 @@ def track(items: Iterable[T], label: str, total: int | None = None) -> Iterable[
 
 @cache
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, device, instruction sets of the processor, and commit.
+    """Versions, device, the processor with its instruction sets, and commit.
 
     ``TORCHPAR_COMMIT`` names the commit where there is no repository; ``-dirty`` at its end marks changes.
     """
@@ -217,6 +220,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "numpy": np.__version__,
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
+        "processor": processor,
         "instruction_sets": ",".join(instruction_sets()),
         "commit": commit.removesuffix("-dirty"),
         "dirty": commit.endswith("-dirty") if commit else None,

@@ -195,10 +195,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             calls, different = count(width, LAYERS, batch, plan)
             case = {"ranks": plan.ranks, "dp × tp × pp": str(plan), "micro_batches": plan.micro_batches}
             case |= {"width": width, "batch": batch}
-            found = {f"{d} calls": sum(call.dimension == d for call in calls) for d in ("tp", "pp", "dp")}
-            found["bytes"] = sum(call.bytes for call in calls)
-            result = Result(case=case, contestant="counted", found=found, ok=not different, reason=different)
-            table.add([result])
+            columns = {f"{d} calls": sum(call.dimension == d for call in calls) for d in ("tp", "pp", "dp")}
+            columns["bytes"] = sum(call.bytes for call in calls)
+            ok = not different
+            table.add([Result(case=case, contestant="counted", columns=columns, ok=ok, reason=different)])
     print_results("calls of the rank that sends most in a step, and their bytes", table.results)
     equal = sum(result.ok for result in table.results)
     print(f"counted and predicted collectives: equal in {equal} of {len(table.results)} rows")

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.command import Command, run
-from benchmarks.results import CORES, Result, Table, duration, print_cells, print_failures
+from benchmarks.results import CORES, Result, Table, duration, number, print_cells, print_failures
 from benchmarks.timing import CPU, Rejected, Times, take_turns, time_calls
 from torchpar import ieee
 from torchpar.nn import MLP
@@ -38,11 +38,12 @@ from torchpar.training.cost import Link
 
 BLOCK_SECONDS = 0.15  # of one case's steps in a round, about
 ALL_REDUCES = 20  # of a size in a round
+GLOO = "gloo"
 cross_entropy_sum = partial(loss_sum, "cross-entropy")
 
 
 @dataclass(frozen=True)
-class Case:
+class StepCase:
     """A training step: the model, the batch over all ranks, and how both are split over ranks."""
 
     sizes: tuple[int, ...]
@@ -80,23 +81,23 @@ class Plan(NamedTuple):
     all_reduces: Sequence[int] = (2**2, 2**6, 2**10, 2**12, 2**14, 2**16, 2**18, 2**20, 2**22, 2**24)  # bytes
     rounds: int = 12
 
-    def cases(self) -> Iterator[tuple[str, Case]]:
+    def cases(self) -> Iterator[tuple[str, StepCase]]:
         """Yield each case under the tables that show it: "batch", "width" or "arithmetic"."""
         sizes = (784, self.hidden, 10)
-        by_batch = [("batch", Case(sizes, batch)) for batch in self.batches]
-        by_width = [("width", Case((784, w, w, 10), self.width_batch)) for w in self.widths]
+        by_batch = [("batch", StepCase(sizes, batch)) for batch in self.batches]
+        by_width = [("width", StepCase((784, w, w, 10), self.width_batch)) for w in self.widths]
         for table, alone in by_batch + by_width:
             yield from ((table, one) for one in (alone, replace(alone, threads=2)))
             for ranks in range(2, self.most + 1, 2):
                 yield from ((table, one) for one in (replace(alone, dp=ranks), replace(alone, tp=ranks)))
         for dp, tp in ((1, 1), (2, 1), (1, 2), (2, 2)):
             if dp * tp <= self.most:
-                fast = Case(sizes, self.arithmetic_batch, dp, tp)
+                fast = StepCase(sizes, self.arithmetic_batch, dp, tp)
                 yield from (("arithmetic", one) for one in (fast, replace(fast, arithmetic="exact")))
 
 
 FULL = Plan()
-QUICK = Plan(64, [32, 256], [64], 64, 2, 64, [4, 2**18], 1)
+QUICK = Plan(64, [128, 256], [64], 64, 2, 64, [4, 2**18], 1)
 
 
 # On each rank
@@ -105,7 +106,7 @@ QUICK = Plan(64, [32, 256], [64], 64, 2, 64, [4, 2**18], 1)
 class Step:
     """A case's model, its optimizer and this rank's share of the batch."""
 
-    def __init__(self, case: Case):
+    def __init__(self, case: StepCase):
         self.case, self.world = case, mesh(case.dp, case.tp)
         model, x, labels = unsplit(case)
         if case.tensor_split:
@@ -149,11 +150,11 @@ def mesh(dp: int, tp: int) -> World:
 
 
 @cache
-def step_of(case: Case) -> Step:
+def step_of(case: StepCase) -> Step:
     return Step(case)
 
 
-def unsplit(case: Case) -> tuple[MLP, Tensor, Tensor]:
+def unsplit(case: StepCase) -> tuple[MLP, Tensor, Tensor]:
     """Return the whole model and the whole batch, the same on every rank."""
     torch.manual_seed(0)
     mlp = MLP(case.sizes)
@@ -161,7 +162,7 @@ def unsplit(case: Case) -> tuple[MLP, Tensor, Tensor]:
     return mlp, x, torch.randint(case.sizes[-1], (case.batch,))
 
 
-def check(case: Case) -> dict[str, Any]:
+def check(case: StepCase) -> dict[str, Any]:
     """Check a step on this rank, and return the columns of its result: error and messages.
 
     Raises:
@@ -234,7 +235,7 @@ def compare_with_one_rank(
     return error
 
 
-def time_steps(case: Case, count: int) -> list[float]:
+def time_steps(case: StepCase, count: int) -> list[float]:
     """Return the seconds of each of ``count`` steps, after one that warms up."""
     step = step_of(case)
     step.run()
@@ -287,7 +288,7 @@ def slowest(times: Sequence[Sequence[float]]) -> list[float]:
 class StepTurn:
     """The turns of one case: check it, then time some steps in each round."""
 
-    def __init__(self, case: Case, ranks: Ranks):
+    def __init__(self, case: StepCase, ranks: Ranks):
         self.case, self.ranks = case, ranks
         self.checked: list[dict[str, Any]] = []
 
@@ -304,15 +305,15 @@ class StepTurn:
         case: dict[str, Any] = {"kind": "step"} | asdict(self.case)
         case["sizes"] = "-".join(map(str, self.case.sizes))
         over = self.case.ranks * self.case.threads > CORES
-        found: dict[str, Any] = {"tables": " ".join(tables), "oversubscribed": over}
+        columns: dict[str, Any] = {"tables": " ".join(tables), "oversubscribed": over}
         if self.checked:
-            found |= self.checked[0] | {"error": max(rank["error"] for rank in self.checked)}
-        return times.result(case, self.case.contestant, alone, **found)
+            columns |= self.checked[0] | {"error": max(rank["error"] for rank in self.checked)}
+        return times.result(case, self.case.contestant, alone, **columns)
 
 
 def measure(plan: Plan, default_polling: bool) -> list[Result]:
     """Start the ranks, check every case, and time them in turn."""
-    tables: dict[Case, list[str]] = {}
+    tables: dict[StepCase, list[str]] = {}
     for table, one in plan.cases():
         tables.setdefault(one, []).append(table)
     with ExitStack() as stack:
@@ -322,30 +323,30 @@ def measure(plan: Plan, default_polling: bool) -> list[Result]:
             if key not in groups:
                 groups[key] = stack.enter_context(start_ranks(*key))
                 stack.callback(groups[key].run, forget)
-        ways = {"gloo": (groups[2, 1], False)}
+        contestants = {GLOO: (groups[2, 1], False)}
         if SUPPORTED:
-            ways["shared memory"] = groups[2, 1], True
+            contestants["shared memory"] = groups[2, 1], True
         if default_polling:
             ranks = stack.enter_context(start_ranks(2))
             ranks.run(use_default_polling)
-            ways["gloo's default"] = ranks, False
+            contestants["gloo's default"] = ranks, False
 
         def all_reduce(ranks: Ranks, shared: bool, nbytes: int, index: int) -> list[float]:
             return slowest(ranks.run(time_all_reduces, shared, nbytes, ALL_REDUCES if index else 1))
 
         turns = {one: StepTurn(one, groups[one.ranks, one.threads]) for one in tables}
         all_reduces = {
-            (way, nbytes): partial(all_reduce, ranks, shared, nbytes)
-            for way, (ranks, shared) in ways.items()
+            (contestant, nbytes): partial(all_reduce, ranks, shared, nbytes)
+            for contestant, (ranks, shared) in contestants.items()
             for nbytes in plan.all_reduces
         }
         times = take_turns({**all_reduces, **turns}, plan.rounds, label="scaling")
     results = [
-        turns[one].result(times[one], times[Case(one.sizes, one.batch)], tables[one]) for one in tables
+        turns[one].result(times[one], times[StepCase(one.sizes, one.batch)], tables[one]) for one in tables
     ]
-    for way, nbytes in all_reduces:
-        case = {"kind": "all_reduce", "nbytes": nbytes, "way": way}
-        results.append(times[way, nbytes].result(case, "2 ranks"))
+    for contestant, nbytes in all_reduces:
+        case = {"kind": "all_reduce", "dp": 2, "nbytes": nbytes}
+        results.append(times[contestant, nbytes].result(case, contestant, times[GLOO, nbytes]))
     return results
 
 
@@ -356,7 +357,7 @@ def print_all(results: Sequence[Result]) -> None:
     """Print steps by batch and by width, weak scaling, exact arithmetic, and all-reduces."""
 
     def chosen(table: str) -> list[Result]:
-        return [result for result in results if table in str(result.found.get("tables", "")).split()]
+        return [result for result in results if table in str(result.columns.get("tables", "")).split()]
 
     def width(result: Result) -> str:
         return str(result.case["sizes"].split("-")[1])
@@ -364,8 +365,8 @@ def print_all(results: Sequence[Result]) -> None:
     def speedup(result: Result) -> dict[str, str]:
         if result.contestant == "1 rank × 1 thread":
             return {result.contestant: duration(result.p50_ms and result.p50_ms / 1e3)}
-        text = f"{result.speedup:.2f}×{'*' * bool(result.found['oversubscribed'])}" if result.speedup else ""
-        return {result.contestant: text}
+        star = "*" * bool(result.columns["oversubscribed"])
+        return {result.contestant: f"{result.speedup:.2f}×{star}" if result.speedup else ""}
 
     def weak(result: Result) -> dict[str, str]:
         """Return the time of one rank over that of dp ranks that have as many samples each."""
@@ -379,8 +380,12 @@ def print_all(results: Sequence[Result]) -> None:
         return {result.case["arithmetic"]: text}
 
     def microseconds(result: Result) -> dict[str, str]:
-        way, found = result.case["way"], {"median": result.p50_ms, "mean": result.mean_ms}
-        return {f"{name}, {way}": f"{1e3 * ms:,.0f} µs" for name, ms in found.items() if ms}
+        """Return median and mean, and the speed-up over gloo."""
+        name, times = result.contestant, {"median": result.p50_ms, "mean": result.mean_ms}
+        cells = {f"{name}, {of}": f"{1e3 * ms:,.0f} µs" for of, ms in times.items() if ms}
+        if name != GLOO and result.speedup:
+            cells[f"{name}, speed-up"] = f"{number(result.speedup)}×"
+        return cells
 
     by_batch, by_width, exact = chosen("batch"), chosen("width"), chosen("arithmetic")
     times = {(one.contestant, one.case["batch"]): one.p50_ms for one in by_batch}
@@ -401,7 +406,7 @@ def print_all(results: Sequence[Result]) -> None:
     if link := fit_link(results):
         print(f"fitted to gloo's medians: α {1e6 * link.alpha:.0f} µs, β {1e9 * link.beta:.2f} ns/B")
     print_failures(results)
-    if any(result.found.get("oversubscribed") for result in results):
+    if any(result.columns.get("oversubscribed") for result in results):
         print("* more threads than cores: this shows that the step is right, not how fast it is")
 
 
@@ -423,7 +428,7 @@ def fit_link(results: Sequence[Result]) -> Link | None:
     points = [
         (2, result.case["nbytes"], result.p50_ms / 1e3)
         for result in results
-        if result.case["kind"] == "all_reduce" and result.case["way"] == "gloo" and result.p50_ms
+        if result.case["kind"] == "all_reduce" and result.contestant == GLOO and result.p50_ms
     ]
     return Link.fit(points) if points else None
 

@@ -317,18 +317,18 @@ def measure(names: Sequence[str], seeds: int, ranks: int, validate: bool, quick:
             return [max(seconds for seconds, _ in scores)]  # the slowest rank's
 
         turns = {name: partial(turn, name) for name in names}
-        found = take_turns(turns, seeds, label="seeds")
+        times = take_turns(turns, seeds, label="seeds")
         with suppress(BrokenProcessPool):  # a rank was killed
             started.run(forget)
     results = []
-    for name, times in found.items():
+    for name, one in times.items():
         contestant = find(name).name
-        if times.reason:
-            results.append(Result(case={}, contestant=contestant, ok=False, reason=times.reason))
+        if one.reason:
+            results.append(Result(case={}, contestant=contestant, ok=False, reason=one.reason))
         else:  # the first accuracy is that of the warm-up
-            for seed, (seconds, accuracy) in enumerate(zip(times.all, accuracies[name][1:], strict=True), 1):
-                scores = {"seed": seed, "seconds": seconds, "accuracy": accuracy}
-                results.append(Result(case={}, contestant=contestant, found=scores))
+            for seed, (seconds, accuracy) in enumerate(zip(one.all, accuracies[name][1:], strict=True), 1):
+                columns = {"seed": seed, "seconds": seconds, "accuracy": accuracy}
+                results.append(Result(case={}, contestant=contestant, columns=columns))
     return results
 
 
@@ -339,13 +339,13 @@ def forget() -> None:
 
 def of_seeds(results: Sequence[Result]) -> dict[str, tuple[list[float], list[float]]]:
     """Return the seconds and the accuracies, in percent, of each recipe."""
-    found: dict[str, tuple[list[float], list[float]]] = {}
+    scores: dict[str, tuple[list[float], list[float]]] = {}
     for result in results:
         if result.ok:
-            seconds, percents = found.setdefault(result.contestant, ([], []))
-            seconds.append(result.found["seconds"])
-            percents.append(100 * result.found["accuracy"])
-    return found
+            seconds, percents = scores.setdefault(result.contestant, ([], []))
+            seconds.append(result.columns["seconds"])
+            percents.append(100 * result.columns["accuracy"])
+    return scores
 
 
 def summary(results: Sequence[Result], changes: dict[str, str]) -> list[dict[str, str]]:
@@ -389,8 +389,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if chosen.setdefault(find(name).name, name) != name:
                 raise ConfigError(f"two recipes are called {find(name).name}; give them other names")
     groups = [name for name in options.recipe or () if name in GROUPS]
-    ways = ["2-ranks"] * (options.ranks == 2) + ["validated"] * options.validate
-    name = "-".join(["speedrun", *groups, *ways])
+    suffixes = ["2-ranks"] * (options.ranks == 2) + ["validated"] * options.validate
+    name = "-".join(["speedrun", *groups, *suffixes])
     device = torch.device("cuda") if torch.cuda.is_available() and options.ranks == 1 else CPU
     threads = THREADS // options.ranks
     columns = {"cores": CORES, "ranks": options.ranks, "threads": threads, "validate": options.validate}

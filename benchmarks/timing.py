@@ -30,6 +30,23 @@ CPU = torch.device("cpu")
 Turn = Callable[[int], Sequence[float] | None]
 
 
+class Contestant(NamedTuple):
+    """A contestant of a case.
+
+    Attributes:
+        turn: times it and checks the result.
+        note: printed beside the name.
+        compiles: whether the time of the first call is shown.
+        intensity: floating-point operations that the case needs, for each byte that this contestant loads.
+    """
+
+    name: str
+    turn: Turn
+    note: str = ""
+    compiles: bool = False
+    intensity: float | None = None
+
+
 class Rejected(Exception):
     """The result of a timed call is wrong."""
 
@@ -59,14 +76,14 @@ class Times:
         return median(ratios) if ratios and not (self.reason or other.reason) else None
 
     def result(
-        self, case: Mapping[str, Any], contestant: str, reference: "Times | None" = None, **found: Any
+        self, case: Mapping[str, Any], contestant: str, reference: "Times | None" = None, **columns: Any
     ) -> Result:
         """The result of this measurement; without times if there is a ``reason``.
 
         Args:
             case: what was done, by column.
             reference: whose time the speed-up is relative to.
-            found: further columns.
+            columns: further columns.
         """
         times: dict[str, Any] = {}
         if self.rounds and not self.reason:
@@ -74,7 +91,9 @@ class Times:
             times |= {"mean_ms": 1e3 * mean(self.all), "samples": len(self.all)}
             times["speedup"] = self.speedup_over(reference) if reference else None
         reason = self.reason
-        return Result(case=case, contestant=contestant, found=found, ok=not reason, reason=reason, **times)
+        return Result(
+            case=case, contestant=contestant, columns=columns, ok=not reason, reason=reason, **times
+        )
 
 
 def take_turns(
@@ -117,9 +136,9 @@ def take_turns(
             spent[key] += turn_seconds
             if calls is None or (spent[key] > seconds and len(times[key].rounds) >= least):
                 del going[key]
-    for found in times.values():
-        if not found.rounds and not found.reason:
-            found.reason = "there was nothing to measure"
+    for one in times.values():
+        if not one.rounds and not one.reason:
+            one.reason = "there was nothing to measure"
     return times
 
 
@@ -187,9 +206,9 @@ class Ceiling(NamedTuple):
     bandwidth: float
     matmul: Mapping[torch.dtype, float]
 
-    def describe(self, dtype: torch.dtype) -> str:
-        copy = f"ceiling {self.bandwidth / 1e9:.1f} GB/s"
-        return f"{copy} {self.matmul[dtype] / 1e12:.3f} TFLOP/s" if dtype in self.matmul else copy
+    def columns(self, dtype: torch.dtype) -> dict[str, float | None]:
+        product = self.matmul[dtype] / 1e9 if dtype in self.matmul else None
+        return {"ceiling_gb_per_s": self.bandwidth / 1e9, "ceiling_gflop_per_s": product}
 
     def seconds(self, nbytes: int, flops: int, dtype: torch.dtype) -> float:
         """The least time in which so many bytes pass through memory and so many operations are done."""

@@ -47,7 +47,7 @@ from torch.utils.data import DataLoader
 from benchmarks.command import Command, run
 from benchmarks.digits import DATA, Digits
 from benchmarks.results import CORES, Result, Table, markdown, number, print_results
-from benchmarks.timing import CPU, Rejected, Turn, take_turns, time_calls
+from benchmarks.timing import CPU, Contestant, Rejected, Turn, take_turns, time_calls
 from torchpar import data
 from torchpar.baselines import numpy_mlp, pure_python
 from torchpar.baselines.bridge import copy_weights
@@ -140,7 +140,7 @@ class Inputs:
             raise Rejected(f"a loss is off by {off:.0e} of their mean, {LOSS_ERROR:.0e} are allowed")
 
 
-# Ways to train
+# Contestants on one rank
 
 
 def by_pure_python(inputs: Inputs, order: Order) -> Iterator[float | None]:
@@ -250,20 +250,20 @@ def by_lesson(world: World, fused: bool) -> Train:
     return train
 
 
-# Two ranks
+# Contestants on two ranks
 
-WAYS = "DistributedDataParallel", "DistributedDataParallel, shared memory", "gradients by formulas"
+ON_RANKS = "DistributedDataParallel", "DistributedDataParallel, shared memory", "gradients by formulas"
 _training: dict[str, Advance] = {}  # the epochs that are under way on this rank
 
 
-def begin_on_rank(training: Training, way: str) -> None:
-    _training[way] = advance_by(data_parallel(training, way))
+def begin_on_rank(training: Training, contestant: str) -> None:
+    _training[contestant] = advance_by(data_parallel(training, contestant))
 
 
-def advance_on_rank(way: str, count: int) -> tuple[float, Array]:
+def advance_on_rank(contestant: str, count: int) -> tuple[float, Array]:
     """Train on so many batches more: the seconds, and this rank's parts of the mean losses."""
     dist.barrier()
-    return _training[way](count)
+    return _training[contestant](count)
 
 
 def forget() -> None:
@@ -271,15 +271,15 @@ def forget() -> None:
     _training.clear()
 
 
-def data_parallel(training: Training, way: str) -> Iterator[Tensor | None]:
+def data_parallel(training: Training, contestant: str) -> Iterator[Tensor | None]:
     world, inputs = current_world(), Inputs(training)
     model: torch.nn.Module = MLP(training.sizes)
     copy_weights(inputs.start, model)
-    fused = FusedGradients(model, world) if way == WAYS[2] else None
+    fused = FusedGradients(model, world) if contestant == ON_RANKS[2] else None
     wrapped = model
     if fused is None:
         wrapped = replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        if way == WAYS[1]:
+        if contestant == ON_RANKS[1]:
             register_shared_memory_hook(replica, world)
     optimizer = SGD(model.parameters(), lr=LR)
     yield None
@@ -360,8 +360,8 @@ def mpi_epoch(inputs: Inputs) -> tuple[float, float]:
     x, start = torch.ones(300, 300), time.perf_counter()
     while time.perf_counter() - start < 1:
         torch.mm(x, x)
-    found = json.loads(done.stdout)
-    return found["seconds"], found["loss"]
+    printed = json.loads(done.stdout)
+    return printed["seconds"], printed["loss"]
 
 
 def mpi_process(sizes: tuple[int, ...], batch_size: int, size: int) -> None:
@@ -402,17 +402,8 @@ def missing(program: str) -> list[str]:
 # Contestants and their turns
 
 
-class Contestant(NamedTuple):
-    """One way to train."""
-
-    name: str
-    turn: Turn  # times a part of an epoch and checks its losses
-    note: str = ""
-    compiles: bool = False  # its result shows the time of the warm-up
-
-
 def contestants(inputs: Inputs, world: World, ranks: Ranks, compiled: bool = True) -> Iterator[Contestant]:
-    """Yield all ways to train; without ``compiled`` less torch.compile."""
+    """Yield all contestants; without ``compiled`` less torch.compile. A turn trains on a part of an epoch."""
     sizes, batch_size, _ = inputs.training
     threads = torch.get_num_threads()
 
@@ -444,9 +435,9 @@ def contestants(inputs: Inputs, world: World, ranks: Ranks, compiled: bool = Tru
         yield by(by_torch(fast), "torch.compile", compiles=True)
     yield by(by_lesson(world, fused=False), "torchpar, autograd")
     yield by(by_lesson(world, fused=True), FUSED, "gradients by formulas")
-    for way_of_ranks in WAYS:
-        turn = epoch_turn(inputs, partial(on_ranks, ranks, inputs, way_of_ranks))
-        yield Contestant(f"{FUSED}, 2 ranks", turn, way_of_ranks)
+    for note in ON_RANKS:
+        turn = epoch_turn(inputs, partial(on_ranks, ranks, inputs, note))
+        yield Contestant(f"{FUSED}, 2 ranks", turn, note)
 
 
 def epoch_turn(inputs: Inputs, begin: Callable[[Order], Advance], chunk: int = 0, end: int = 0) -> Turn:
@@ -475,12 +466,12 @@ def epoch_turn(inputs: Inputs, begin: Callable[[Order], Advance], chunk: int = 0
     return turn
 
 
-def on_ranks(ranks: Ranks, inputs: Inputs, way: str, order: Order) -> Advance:
+def on_ranks(ranks: Ranks, inputs: Inputs, contestant: str, order: Order) -> Advance:
     """Train by data parallelism, in the order of `torchpar.training.Run`; the ranks' losses add up."""
-    ranks.run(begin_on_rank, inputs.training, way)
+    ranks.run(begin_on_rank, inputs.training, contestant)
 
     def advance(batches: int) -> tuple[float, Array]:
-        seconds, losses = zip(*ranks.run(advance_on_rank, way, batches), strict=True)
+        seconds, losses = zip(*ranks.run(advance_on_rank, contestant, batches), strict=True)
         return max(seconds), sum(losses)
 
     return advance
@@ -537,11 +528,11 @@ def measure(inputs: Inputs, contestants: Sequence[Contestant]) -> list[Result]:
     (plain,) = (times[one] for one in contestants if one.name == PLAIN)
     results = []
     for one in contestants:
-        found = {"note": one.note, "first_s": times[one].first if one.compiles else None}
-        result = times[one].result(case, one.name, plain, **found)
+        columns = {"note": one.note, "first_s": times[one].first if one.compiles else None}
+        result = times[one].result(case, one.name, plain, **columns)
         if result.p50_ms:
-            found["samples_per_s"] = 1e3 * batch_size / result.p50_ms
-        results.append(replace(result, found=found))
+            columns["samples_per_s"] = 1e3 * batch_size / result.p50_ms
+        results.append(replace(result, columns=columns))
     return results
 
 
@@ -550,14 +541,14 @@ def summary(tables: Sequence[Sequence[Result]], threads: int) -> str:
 
     def name(result: Result) -> str:
         """Without how much was extrapolated."""
-        return ", ".join(filter(None, (result.contestant, result.found["note"].partition("from ")[0])))
+        return ", ".join(filter(None, (result.contestant, result.columns["note"].partition("from ")[0])))
 
     heads = [f"{results[0].case['network']}, batch {results[0].case['batch']}" for results in tables]
     lines = [[f"ms a step, {threads} thread{'s' * (threads > 1)}", *heads]]
-    found = [{name(result): result for result in results} for results in tables]
-    for one in dict.fromkeys(one for by_name in found for one in by_name):
+    columns = [{name(result): result for result in results} for results in tables]
+    for one in dict.fromkeys(one for by_name in columns for one in by_name):
         line = [one]
-        for by_name in found:
+        for by_name in columns:
             result = by_name.get(one)
             gain = ""
             if result and result.speedup and result.contestant != PLAIN:

@@ -52,11 +52,12 @@ def test_results_are_compared_with_the_first_and_the_previous(monkeypatch):
     seconds = {"pure Python": 8.0, "njit": 2.0, "NumPy": 0.5}
     ways = [Contestant(name, lambda index, s=s: [s], compiles=name == "njit") for name, s in seconds.items()]
     first, second, wrong, last = measure(case, [*ways[:2], Contestant("wrong", reject), ways[2]], 3)
-    ratios = [(one.found["over_pure_python"], one.found["over_previous"]) for one in (first, second, last)]
-    assert ratios == [(1.0, None), (4.0, 4.0), (16.0, None)]
-    assert second.found["gb_per_s"] == pytest.approx(0.006)
-    assert (first.found["first_s"] is None, second.found["first_s"] >= 0) == (True, True)
-    assert (wrong.ok, wrong.p50_ms, "over_pure_python" in wrong.found) == (False, None, False)
+    right = [one.columns for one in (first, second, last)]
+    assert [columns["over_pure_python"] for columns in right] == [1.0, 4.0, 16.0]
+    assert [columns["over_previous"] for columns in right] == [None, 4.0, None]
+    assert second.columns["gb_per_s"] == pytest.approx(0.006)
+    assert (first.columns["first_s"] is None, second.columns["first_s"] >= 0) == (True, True)
+    assert (wrong.ok, wrong.p50_ms, "over_pure_python" in wrong.columns) == (False, None, False)
     assert ladder.as_markdown([first, wrong]).splitlines() == [
         "| maximum of 1000×1000 int32 | time | × pure Python | × previous |",
         "|---|---|---|---|",
@@ -104,8 +105,8 @@ def test_the_committed_table_is_that_of_the_csv():
     tables: dict[str, list[Result]] = {}
     for row in csv.DictReader((folder / "train.csv").read_text().splitlines()):
         ms, speedup = float(row["p50_ms"]), float(row["speedup"])
-        found = {"case": row, "contestant": row["contestant"], "found": row}
-        tables.setdefault(row["network"], []).append(Result(p50_ms=ms, speedup=speedup, **found))
+        parts = {"case": row, "contestant": row["contestant"], "columns": row}
+        tables.setdefault(row["network"], []).append(Result(p50_ms=ms, speedup=speedup, **parts))
     assert train.summary(list(tables.values()), 1) == (folder / "train.md").read_text()
 
 

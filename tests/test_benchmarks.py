@@ -20,9 +20,9 @@ from benchmarks.command import run
 from torchpar.errors import ConfigError
 
 # Columns that each CSV has, and some of its own.
-COLUMNS = "contestant p20_ms p50_ms p80_ms samples ok reason torch device instruction_sets commit clocks date"
+COLUMNS = "contestant p20_ms p50_ms p80_ms samples ok reason torch device processor commit clocks date"
 QUICK = {
-    "operators": "operator mode shape dtype speedup gb_per_s gflop_per_s roofline max_error",
+    "operators": "mode dtype speedup roofline rounds calls threads ceiling_gb_per_s ceiling_gflop_per_s",
     "muon": "weight distance epoch",
     "host": "operator n",
     "autotune": "kernel dtype n registers spills shared_memory target",
@@ -30,7 +30,7 @@ QUICK = {
 SLOW = {
     "train": "network batch samples_per_s",
     "speedrun": "seed seconds accuracy",
-    "scaling": "kind batch dp tp threads alpha_s",
+    "scaling": "kind batch dp tp threads nbytes alpha_s",
     "ladder": "workload note over_pure_python first_s intensity cores",
     "scale_model": "ranks width batch bytes",
 }
@@ -69,6 +69,7 @@ def test_several_benchmarks_run_in_turn(tmp_path):
     environment = os.environ | {"PYTHONPATH": import_path(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "shared memory, speed-up" in done.stdout
     for name, own in SLOW.items():
         check(tmp_path / f"{name}.csv", own)
 

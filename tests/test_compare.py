@@ -10,24 +10,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.compare import Case, Contestant, Work, compare
+from benchmarks.compare import Implementation, OperatorCase, Work, compare
 from benchmarks.results import Result, Table, environment, machine, print_results
 from benchmarks.timing import Ceiling
 
 ROUNDS = 5
 
 
-def sigmoid_case(device: str, dtype: torch.dtype = torch.float32) -> Case:
+def sigmoid_case(device: str, dtype: torch.dtype = torch.float32) -> OperatorCase:
     def inputs(seed: int) -> list[Tensor]:
         generator = torch.Generator(device).manual_seed(seed)
         return [torch.randn(129, 65, device=device, dtype=dtype, generator=generator) for _ in range(2)]
 
     work = Work(2 * 129 * 65 * dtype.itemsize, 4 * 129 * 65)
-    return Case("sigmoid", "129x65", dtype, torch.device(device), inputs, torch.sigmoid, work, work)
+    return OperatorCase("sigmoid", "129x65", dtype, torch.device(device), inputs, torch.sigmoid, work, work)
 
 
 def measured(
-    device: str, contestant: Contestant, dtype: torch.dtype = torch.float32, **options: Any
+    device: str, contestant: Implementation, dtype: torch.dtype = torch.float32, **options: Any
 ) -> Result:
     contestants = {"eager": torch.sigmoid, "other": contestant}
     options = {"reference": "eager", "rounds": ROUNDS} | options
@@ -49,8 +49,8 @@ def test_a_right_contestant_is_believed(device, mode, dtype):
     assert result.p20_ms <= result.p50_ms <= result.p80_ms
     assert result.speedup > 0
     if device == "cuda":
-        assert result.found["host_ms"] > 0
-        assert result.found["peak_memory_mb"] > 0
+        assert result.columns["host_ms"] > 0
+        assert result.columns["peak_memory_mb"] > 0
 
 
 def test_integers_are_exact(device):
@@ -58,13 +58,14 @@ def test_integers_are_exact(device):
         generator = torch.Generator(device).manual_seed(seed)
         return [*torch.randint(-9, 9, (3, 129, 65), device=device, generator=generator).to(torch.int8)]
 
-    contestants: dict[str, Contestant] = {
+    contestants: dict[str, Implementation] = {
         "eager": torch.maximum,
         "one too much": lambda a, b: torch.maximum(a, b) + (torch.arange(65, device=device) == 64).to(a),
         "unwritten": lambda a, b: torch.empty_like(a),
     }
     work = Work(1, 1)
-    case = Case("maximum", "129x65", torch.int8, torch.device(device), inputs, torch.maximum, work, work)
+    place = torch.device(device)
+    case = OperatorCase("maximum", "129x65", torch.int8, place, inputs, torch.maximum, work, work)
     results = compare(case, contestants, reference="eager", rounds=ROUNDS)
     assert [result.contestant for result in results if result.ok] == ["eager"]
 
@@ -101,7 +102,7 @@ def in_bfloat16(x: Tensor) -> Tensor:
     return torch.sigmoid(x.bfloat16()).float()
 
 
-WRONG: dict[str, tuple[Contestant, str]] = {
+WRONG: dict[str, tuple[Implementation, str]] = {
     "stale": (Stale(), "eager's are"),
     "kept": (Kept(), "eager's are"),
     "unwritten in one row": (unwritten_in_one_row, "eager's are"),
@@ -173,9 +174,9 @@ def test_the_table_has_rates_and_says_why_results_are_wrong(tmp_path, monkeypatc
     ceiling = Ceiling(bandwidth=1e9, matmul={torch.float32: 1e12})
     (one,) = table.add([measured("cpu", torch.sigmoid, ceiling=ceiling, mode="full")])
     assert (table.status, len(path.read_text().splitlines())) == (0, 2)
-    assert one.found["gb_per_s"] == pytest.approx(2 * 2 * 129 * 65 * 4 / (one.p50_ms * 1e-3) / 1e9)
-    assert one.found["gflop_per_s"] == pytest.approx(2 * 4 * 129 * 65 / (one.p50_ms * 1e-3) / 1e9)
-    assert one.found["roofline"] == pytest.approx(one.found["gb_per_s"] / 1)
+    assert one.columns["gb_per_s"] == pytest.approx(2 * 2 * 129 * 65 * 4 / (one.p50_ms * 1e-3) / 1e9)
+    assert one.columns["gflop_per_s"] == pytest.approx(2 * 4 * 129 * 65 / (one.p50_ms * 1e-3) / 1e9)
+    assert one.columns["roofline"] == pytest.approx(one.columns["gb_per_s"] / 1)
     table.add([measured("cpu", WRONG["failing"][0])])
     environment.cache_clear()
     with path.open(newline="") as file:
@@ -188,6 +189,13 @@ def test_the_table_has_rates_and_says_why_results_are_wrong(tmp_path, monkeypatc
     printed = capsys.readouterr().out
     assert "host" not in printed  # what is empty is left out
     assert "not ok: other sigmoid forward 129x65 float32 ZeroDivisionError: integer division" in printed
+
+
+def test_a_gpu_stands_beside_its_processor(monkeypatch):
+    monkeypatch.setattr("benchmarks.results.cpuinfo", lambda key: "EPYC")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    columns = environment.__wrapped__(torch.device("cuda"))
+    assert (columns["device"], columns["processor"]) == ("H100", "EPYC")
 
 
 def test_a_machine_is_named_by_its_widest_instructions(monkeypatch):

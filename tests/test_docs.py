@@ -90,7 +90,7 @@ def test_the_speedrun_shows_the_measured_recipes(name):
             Result(
                 case={},
                 contestant=row["contestant"],
-                found={key: float(row[key]) for key in ("seconds", "accuracy")},
+                columns={key: float(row[key]) for key in ("seconds", "accuracy")},
             )
             for row in csv.DictReader(file)
         ]

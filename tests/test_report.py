@@ -4,6 +4,7 @@
 import shutil
 import subprocess
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -51,7 +52,7 @@ def test_the_page_in_a_browser(results, tmp_path):
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("there is no Chromium; apt-get install chromium")
-    (results / "cpu-avx2" / "<i>.csv").write_text(csv(8))
+    (results / "cpu-avx2" / "<i> b.csv").write_text(csv(8))
     report.write(tmp_path / "page.html", results)
     with (
         sync_api.sync_playwright() as playwright,
@@ -78,6 +79,9 @@ def test_the_page_in_a_browser(results, tmp_path):
         cells = tab.locator(".dataTable").first.locator("tbody td:nth-child(5)")
         sync_api.expect(cells).to_have_text(["1,250", "10"])
         assert tab.evaluate("document.documentElement.scrollWidth") == 390
+        anchors = [link.get_attribute("href")[1:] for link in tab.locator("a[href^='#']").all()]
+        assert [unquote(anchor) for anchor in anchors] == ["operators", "operators", "<i> b"]
+        assert all(tab.locator(f'[id="{unquote(anchor)}"]').count() == 1 for anchor in anchors)
 
 
 def test_a_row_has_changed_if_its_times_and_its_ratio_have():
@@ -94,7 +98,13 @@ def test_a_row_has_changed_if_its_times_and_its_ratio_have():
 
 def test_a_csv_is_compared_with_the_last_other_times_also_from_before_it_was_renamed(results):
     path = results / "cpu-amx" / "operators.csv"
-    for text, mark in ((csv(8), "slower"), (csv(6), "faster"), (csv(8, right="False"), "NOT OK")):
+    head, _, torchpar = csv(8.0).splitlines()
+    for text, mark in (
+        (csv(8), "slower"),
+        (f"{head}\n{torchpar}", "slower"),  # a row less is no other measurement
+        (csv(6), "faster"),
+        (csv(8, right="False"), "NOT OK"),
+    ):
         path.write_text(text)
         frame, compared = report.with_changes(path)
         assert (frame["change"].iloc[-1], compared) == (mark, "compared with the previous version")

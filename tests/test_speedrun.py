@@ -143,7 +143,7 @@ def test_on_two_ranks_a_recipe_by_autograd_fails_and_the_others_run(capsys):
 def test_the_fastest_of_those_that_reach_an_accuracy_is_named():
     scores = [("slow", 2.0, 0.981), ("slow", 4.0, 0.983), ("fast", 1.0, 0.979), ("fast", 1.0, 0.981)]
     results = [
-        Result(case={}, contestant=name, found={"seconds": seconds, "accuracy": accuracy})
+        Result(case={}, contestant=name, columns={"seconds": seconds, "accuracy": accuracy})
         for name, seconds, accuracy in scores
     ]
     assert speedrun.fastest(results, 0.979) == "97.9%: 1 s, by fast"

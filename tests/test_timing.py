@@ -60,8 +60,8 @@ def test_results_quote_quantiles_and_the_median_ratio_of_rounds():
     result = mine.result({"n": 3}, "mine", reference, color="red")
     assert (result.p50_ms, result.mean_ms, result.samples) == (2000, pytest.approx(7000 / 3), 3)
     assert result.speedup == 2.0  # the ratios are 2, 4 and 2
-    columns = result.columns()
-    assert (columns["n"], columns["contestant"], columns["color"], columns["ok"]) == (3, "mine", "red", True)
+    row = result.row()
+    assert (row["n"], row["contestant"], row["color"], row["ok"]) == (3, "mine", "red", True)
     result = Times([[float(i)] for i in reversed(range(101))]).result({}, "many")
     assert (result.p20_ms, result.p50_ms, result.p80_ms) == (20_000, 50_000, 80_000)
 
