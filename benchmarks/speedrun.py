@@ -31,7 +31,7 @@ from benchmarks.results import CORES, Result, Table, markdown, number, print_cel
 from benchmarks.timing import CPU, take_turns
 from torchpar import data, training
 from torchpar.data import Samples
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, DivergedError
 from torchpar.nn import MLP
 from torchpar.parallel.launch.local import current_world, start_ranks
 from torchpar.parallel.launch.world import World
@@ -301,7 +301,7 @@ def score(name: str, validate: bool, quick: bool, seed: int) -> tuple[float, flo
     if outputs.shape != (expected := (len(test), len(test.classes))):
         raise ConfigError(f"outputs are {tuple(outputs.shape)}, expected {expected}")
     if not outputs.isfinite().all():
-        raise ConfigError("an output is not finite; take a smaller rate")
+        raise DivergedError("an output is not finite; take a smaller learning rate")
     return seconds, (outputs.argmax(1) == test.labels.cpu()).double().mean().item()
 
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchpar import training
 from torchpar.data import Samples
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, DivergedError
 from torchpar.nn import MLP
 from torchpar.optim import SGD, ExactSGD
 from torchpar.parallel.launch.world import World, join_world
@@ -156,11 +156,12 @@ def test_runs_that_are_refused(alone, tmp_path):
         ({"n": 199}, "a run with train 200, this one has train 199"),
         ({"exact": True}, "a run with arithmetic fast, this one has arithmetic exact"),
         ({"n": 0}, "0 training and 50 test samples, expected at least one of each"),
-        ({"folder": None, "lr": math.inf}, "the training loss of epoch 1 is nan; take a smaller rate"),
     ]
     for changed, message in others:
         with pytest.raises(ConfigError, match=re.escape(message)):
             run_alone(**{"epochs": 3, "folder": tmp_path} | changed)
+    with pytest.raises(DivergedError, match="loss of epoch 1 is nan; take a smaller learning rate"):
+        run_alone(1, lr=math.inf)
     # What only one of two scripts names does not matter.
     _, results = run_alone(3, tmp_path, config={"hidden": (20,), "pipeline": "gpipe"})
     assert [result.epoch for result in results] == [1, 2, 3]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from torchpar.data import Dataset
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, TorchparError
 from torchpar.parallel.launch.rendezvous import find_rank_info
 from torchpar.training import LRSchedule, Stopped
 
@@ -180,7 +180,7 @@ class StepFlags(TrainFlags):
 def main(run: Callable[[F], None], flags: type[F]) -> None:
     """Parse ``flags`` from the command line and call ``run`` with them.
 
-    A `ConfigError`, or a file that cannot be read or written, ends every rank with status 2. Rank 0 prints
+    A `TorchparError`, or a file that cannot be read or written, ends every rank with status 2. Rank 0 prints
     it as one line. Another rank waits `GRACE` seconds before it prints: if rank 0 has failed too, the
     launcher has ended this rank by then. It does not wait for a rank 0 that does not answer. SIGINT ends
     with status 130.
@@ -193,7 +193,7 @@ def main(run: Callable[[F], None], flags: type[F]) -> None:
         info = find_rank_info()
         rank = info.rank if info else 0
         run(_parse(flags, rank))
-    except (ConfigError, OSError) as e:
+    except (TorchparError, OSError) as e:
         if rank and 0 not in getattr(e, "missing", ()):
             time.sleep(GRACE)
         print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from torchpar.baselines.numpy_mlp import MLP, Array, batches
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, TorchparError
 from torchpar.parallel.launch.rendezvous import find_rank_info
 
 T = TypeVar("T")
@@ -81,13 +81,13 @@ def on_rank_0(world: Any, function: Callable[[], T]) -> T | None:
     """Run ``function`` on process 0 and return its result there, None on the others.
 
     Raises:
-        ConfigError: the one that ``function`` raised, on every process.
+        TorchparError: the one that ``function`` raised, on every process.
     """
     result, error = None, None
     if world.rank == 0:
         try:
             result = function()
-        except ConfigError as e:
+        except TorchparError as e:
             error = e
     error = world.bcast(error)
     if error is not None:

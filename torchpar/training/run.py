@@ -34,7 +34,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from torchpar import data
 from torchpar.data import Batch, Samples
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, DivergedError
 from torchpar.parallel.launch.agreement import check_same_parameters
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import Checkpoints
@@ -100,9 +100,9 @@ class Run:
         results: of the complete epochs, those before a resumed one included.
 
     Raises:
-        ConfigError: fewer samples in a batch than ranks; a training loss that is not finite; ranks with
-            different models or flags; a checkpoint that is damaged, of another run or of more epochs. On
-            every rank.
+        ConfigError: fewer samples in a batch than ranks; ranks with different models or flags; a checkpoint
+            that is damaged, of another run or of more epochs. On every rank.
+        DivergedError: the training loss of an epoch is not finite. On every rank.
         Stopped: after SIGTERM or SIGINT, if there is a ``checkpoint``. On every rank.
     """
 
@@ -271,7 +271,9 @@ class Run:
         train_loss = self.world.sum(total).item() / len(self.train)
         epoch = len(self.results) + 1
         if not math.isfinite(train_loss):
-            raise ConfigError(f"the training loss of epoch {epoch} is {train_loss}; take a smaller rate")
+            raise DivergedError(
+                f"the training loss of epoch {epoch} is {train_loss}; take a smaller learning rate"
+            )
         self._check_replicas()
         trained = time.perf_counter() - start
         test_loss, outputs = self.evaluate()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, TorchparError
 from torchpar.tune.measure import LIBRARY, PRODUCT, Problem, check_gpu, describe, error_line, measure
 
 if TYPE_CHECKING:  # it imports Triton
@@ -131,7 +131,7 @@ def tune_problem(problem: Problem, variants: Sequence[str], present: "Device") -
     ]
     try:
         times, errors = measure(problem, configurations, torch.device("cuda"))
-    except ConfigError:
+    except TorchparError:
         raise
     except Exception as e:  # such as too little memory
         check_gpu(str(problem))
@@ -169,7 +169,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     try:
         return tune(options)
-    except (ConfigError, OSError) as e:
+    except (TorchparError, OSError) as e:
         print(f"python -m torchpar tune: error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -4,7 +4,7 @@
 import gc
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, RankLostError
 from torchpar.parallel.launch import rendezvous
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.partition import Partition
@@ -25,18 +25,6 @@ from torchpar.partition import Partition
 T = TypeVar("T")
 TIMEOUT = 1800.0
 PATIENCE = 1.5  # seconds in which each rank whose collective failed reports to the store
-
-
-class RankLostError(ConfigError):
-    """A rank has ended or hangs.
-
-    Attributes:
-        missing: the ranks that do not answer, as far as is known.
-    """
-
-    def __init__(self, message: str, missing: Sequence[int] = ()):
-        super().__init__(message)
-        self.missing = missing
 
 
 @dataclass(frozen=True)
