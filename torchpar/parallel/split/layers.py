@@ -153,11 +153,11 @@ class _ParallelLinear(torch.nn.Module):
         return self
 
     def _mark(self) -> None:
-        """Tell the parameters, whom optimizers meet alone, how they are split."""
+        """Record on each parameter how it is split: an optimizer gets the parameters without their layer."""
         for name, axis in self.split_axes.items():
             parameter: Any = self._parameters.get(name)
             if parameter is not None:
-                parameter.split_of_whole = Split(axis, self.partition, self.mesh)
+                parameter.tensor_parallel_split = Split(axis, self.partition, self.mesh)
 
     def full_weight(self) -> Tensor:
         """The whole layer's weight ``(out_features, in_features)``, on every rank, differentiable."""
