@@ -242,11 +242,11 @@ def test_signals_are_noted_until_the_process_leaves(alone):
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with StopSignal(alone) as stop:
-            stop.ask()
-            assert stop.answer() == 0
+            stop.start_all_reduce()
+            assert stop.wait() == 0
             os.kill(os.getpid(), signal.SIGTERM)
-            stop.ask()
-            assert stop.answer() == signal.SIGTERM
+            stop.start_all_reduce()
+            assert stop.wait() == signal.SIGTERM
             os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # a process that is leaving ignores another one
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN

@@ -213,8 +213,8 @@ class Muon(Optimizer):
             for info in self._param_infos():
                 if info.place in self._tensor_parallel_at and not is_tensor_parallel(info.p):
                     raise ConfigError(
-                        f"Muon: {info.name}, of a split layer, was copied with the optimizer alone, which loses "
-                        "how it is split; copy the layer, and make an optimizer for the copy"
+                        f"Muon: {info.name}, of a split layer, was copied with the optimizer alone, which "
+                        "loses how it is split; copy the layer, and make an optimizer for the copy"
                     )
                 by_ranks.setdefault(self.process_group or part_of(info.p)[1], []).append(info)
             self._plan = [(infos, self._exchange(ranks, infos)) for ranks, infos in by_ranks.items()]

@@ -24,7 +24,7 @@ from torchpar.parallel.split.layers import Arithmetic, check_arithmetic
 from torchpar.partition import Partition
 
 _EXPONENT, _SUM = 4, 8  # bytes of an exponent and of an exact sum
-DDP_BUCKETS = (2**20, 25 * 2**20)  # bytes at which DistributedDataParallel closes the first and later ones
+DDP_BUCKETS = (2**20, 25 * 2**20)  # bytes at which DistributedDataParallel closes its first bucket, others
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ class GraphedStep:
             yield
             if given != [(id(group["lr"]), group["lr"]._version) for group in groups]:
                 raise ConfigError(
-                    "the step changes the learning rate, which a graph repeats; step the scheduler after it"
+                    "the step changes the learning rate, which a graph cannot do; step the scheduler after it"
                 )
         finally:
             for group, value in zip(groups, before, strict=True):
@@ -170,8 +170,8 @@ class GraphedStep:
     def _capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Capture ``function``; returns the graph's replay, and where the result then is."""
         graph = torch.cuda.CUDAGraph()
-        # A capture that fails leaves its stream current in PyTorch 2.11. NCCL's watchdog asks for events
-        # meanwhile, from a thread of its own.
+        # In PyTorch 2.11 a failed capture leaves its stream current. The mode is thread_local because NCCL's
+        # watchdog thread queries events during the capture.
         with (
             torch.cuda.stream(torch.cuda.current_stream()),
             torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),

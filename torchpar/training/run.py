@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The run object: everything around a training loop that is not its subject.
+"""`Run`: what surrounds a training loop, such as batches, evaluation and checkpoints.
 
     with Run(model, optimizer, lr_scheduler, world, train, test, epochs=10, batch_size=128) as run:
         for epoch in run.epochs():
@@ -191,7 +191,7 @@ class Run:
     def epochs(self) -> Iterator[int]:
         """Yield the number of each remaining epoch, from 1. After each, evaluate and save."""
         if self.checkpoint is not None and self._checkpoints is None:
-            raise RuntimeError("the run is no active context, and would save nothing; use with Run(…) as run")
+            raise RuntimeError("the run was not entered, and would save nothing; use with Run(…) as run")
         while len(self.results) < self.num_epochs:
             start, first = time.perf_counter(), self.state.step
             self._logged = first
@@ -223,7 +223,7 @@ class Run:
         samples, checkpointing = len(self.train), self._stop is not None
         for number in range(first + 1, self.steps_per_epoch + 1):
             if self._stop:
-                self._stop.ask()
+                self._stop.start_all_reduce()
             with phase("data"):
                 batch = next(shares)
             yield batch
@@ -295,7 +295,7 @@ class Run:
         if self._checkpoints is None or self._stop is None or self.checkpoint is None:
             return
         every = self.checkpoint.every or self.steps_per_epoch
-        stopping, at_end = self._stop.answer(), len(self.results) == self.num_epochs
+        stopping, at_end = self._stop.wait(), len(self.results) == self.num_epochs
         if stopping or at_end or self.total_steps % every == 0:
             self.state.save(self._checkpoints, self.total_steps)
         if stopping and not at_end:
@@ -303,6 +303,6 @@ class Run:
             raise Stopped(stopping)
 
     def _check_replicas(self) -> None:
-        """Refuse replicas that differ after a step: nobody averaged their gradients."""
+        """Check that the replicas are equal after a step; they differ if their gradients are not averaged."""
         if self.world.dp_size > 1:
             check_same_parameters(self.model, self.world.mesh.get_group("dp"))

@@ -20,7 +20,7 @@ from torchpar.errors import ConfigError, TorchparError
 from torchpar.ieee import cross_entropy_sum
 from torchpar.nn import MLP
 from torchpar.parallel.launch.local import current_world, start_ranks
-from torchpar.parallel.launch.world import World, is_of_communication
+from torchpar.parallel.launch.world import World, is_communication_error
 from torchpar.parallel.split.exact_gradients import ExactGradients
 from torchpar.parallel.split.mlp import full_state_dict, parallel_mlp
 from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     except TorchparError as e:
         reason = str(e)
     except RuntimeError as e:
-        if not isinstance(e, BrokenProcessPool) and not is_of_communication(e):
+        if not isinstance(e, BrokenProcessPool) and not is_communication_error(e):
             raise
         reason = "a rank was killed, or has ended in an error; run it again"
     except KeyboardInterrupt:

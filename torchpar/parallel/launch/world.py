@@ -178,7 +178,7 @@ def join_world(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[World
         mesh = _make_mesh(own, (1, info.world_size, 1), timeout)
         yield World(info.rank, info.local_rank, info.world_size, own, mesh, timeout=timeout)
     except RuntimeError as e:
-        if not is_of_communication(e):
+        if not is_communication_error(e):
             raise
         missing = rendezvous.missing_ranks(store, info.rank, info.world_size, PATIENCE)
         reason = re.sub(r"^\[\S*\] ", "", str(e).partition("\n")[0])  # without gloo's own file and line
@@ -210,11 +210,11 @@ def _make_mesh(device: torch.device, shape: tuple[int, int, int], timeout: float
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp", "tp"))
     for group in mesh.get_all_groups():  # mesh["dp"] would import the compiler: a second, and 157 MB
         _set_timeout(group, timedelta(seconds=timeout))
-    _calm_gloo()
+    _schedule_gloo_as_batch()
     return mesh
 
 
-def _calm_gloo() -> None:
+def _schedule_gloo_as_batch() -> None:
     """Schedule the thread that polls gloo's sockets as SCHED_BATCH, so that it yields to senders.
 
     While a sender holds a pair's lock, the polling thread spins on it: gloo's `Pair::handleEvents` tries the
@@ -229,8 +229,8 @@ def _calm_gloo() -> None:
                 os.sched_setscheduler(int(task.name), os.SCHED_BATCH, os.sched_param(0))
 
 
-def is_of_communication(error: RuntimeError) -> bool:
-    """Whether ranks lost each other, by what PyTorch says."""
+def is_communication_error(error: RuntimeError) -> bool:
+    """Whether ranks lost each other, judged by the type and the message of PyTorch's error."""
     signs = r"gloo|NCCL|[Cc]onnection|[Ss]ocket|[Tt]imed out|[Tt]imeout|pair closure"
     return isinstance(error, dist.DistError) or re.search(signs, str(error)) is not None
 

@@ -95,7 +95,7 @@ class _ParallelLinear(torch.nn.Module):
         activation: Activation = None,
         **arguments: Any,
     ) -> Self:
-        """The split twin of ``linear``, whose parameters are the same on every rank; they are copied.
+        """Split ``linear``, whose parameters are the same on every rank; this rank's slices are copied.
 
         Args:
             linear: a `torch.nn.Linear`, or a `torchpar.nn.Linear`, `LinearSigmoid` or `LinearReLU`.
@@ -144,7 +144,7 @@ class _ParallelLinear(torch.nn.Module):
         self._mark()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # of a copy, whose parameters are new
+        super().__setstate__(state)  # called for a copy, whose parameters are new
         self._mark()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
@@ -288,7 +288,7 @@ class RowParallelLinear(_ParallelLinear):
 
 
 def check_arithmetic(arithmetic: str) -> None:
-    """Raise a ConfigError unless ``arithmetic`` is one."""
+    """Raise a ConfigError unless ``arithmetic`` is "fast" or "exact"."""
     if arithmetic not in ("fast", "exact"):
         raise ConfigError(f"arithmetic is {arithmetic!r}, expected 'fast' or 'exact'")
 
