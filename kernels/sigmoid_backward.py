@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Plan, Wrap, planned
+from .launch import Plan, Wrap, cached_plan
 
 PROGRAM_ROWS = 256  # of a program, which writes one row of partial sums of the bias gradient
 TILE = (32, 64)
@@ -60,7 +60,7 @@ def sigmoid_backward(g: Tensor, y: Tensor, dz: Tensor, wrap: Wrap) -> Tensor:
     acc_dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
     few = not isinstance(m, torch.SymInt) and m <= PROGRAM_ROWS  # AOTInductor checks no guards
     partial = y.new_empty((triton.cdiv(m, PROGRAM_ROWS), n), dtype=y.dtype if few else acc_dtype)
-    plan = planned(_plan, wrap, (g, y), out=dz)
+    plan = cached_plan(_plan, wrap, (g, y), out=dz)
     assert plan is not None
     plan.launch(wrap, g, y, dz, partial)
     return partial.view(n) if few else partial.sum(0).to(y.dtype)

@@ -18,10 +18,10 @@ SECOND_LAUNCH = 3.0  # µs on a GPU, an estimate
 BYTES_PER_US = 4.8e6  # of an H200's memory, by NVIDIA's data sheet
 
 
-def chosen(
+def choose_tiles(
     kernel: str, precision: str, sizes: Sequence[int], *operands: Tensor, tma: bool = True
 ) -> Tiles | None:
-    """Tiles for products of ``sizes`` (m, n, k and batch); None where PyTorch's library is faster.
+    """Tiles for products of ``sizes`` (m, n, k and batch); None if PyTorch's library is faster.
 
     They are those of the table's nearest problem, or the default ones if none is nearer than `FAR`. No guard
     is added for a symbolic size: a compiled graph keeps the tiles of the sizes that it was traced with.

@@ -35,7 +35,7 @@ from torchpar.ops._library import (
     sample,
     supports_tma,
 )
-from torchpar.ops._matrix import check_dtype, check_like, even, fp32_precision, is_paired, rows
+from torchpar.ops._matrix import check_dtype, check_like, fp32_precision, is_paired, pad_to_even, rows
 
 
 def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -97,14 +97,14 @@ def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     return (
         x.is_cpu
         and _onednn.is_eager(x, weight, bias)
-        and not _onednn.gains(x, weight)
+        and not _onednn.layer_prefers_onednn(x, weight)
         and not (is_paired(x) and any(size % 2 for size in (*weight.shape, math.prod(x.shape[:-1]))))
     )
 
 
 def _formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     _check(x, weight, bias)
-    return linear(*even(x, weight), bias).sigmoid()
+    return linear(*pad_to_even(x, weight), bias).sigmoid()
 
 
 @operator("linear_sigmoid(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", kernels="linear_sigmoid")
@@ -113,7 +113,7 @@ def _linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wr
     if not x.is_cuda:
         if wrap is None:
             return _onednn.linear_forward(x, weight, bias, sigmoid=True)
-        return linear(*even(x, weight), bias).sigmoid_()
+        return linear(*pad_to_even(x, weight), bias).sigmoid_()
     from torchpar.kernels import linear_sigmoid as kernels
 
     out = None
@@ -172,7 +172,7 @@ def _(
     # A weight or a bias per sample is a batched product, which the kernel does not compute.
     x, weight = batch_first(x, x_dim, info.batch_size), batch_first(weight, weight_dim, info.batch_size)
     x2 = x.reshape(info.batch_size, math.prod(x.shape[1:-1]), x.shape[-1])
-    x2, weight = even(x2, weight)
+    x2, weight = pad_to_even(x2, weight)
     if bias is None:
         z = torch.bmm(x2, weight.mT)
     else:

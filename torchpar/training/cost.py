@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchpar.ops._onednn import layer_gains
+from torchpar.ops._onednn import prefers_onednn_layer
 from torchpar.optim.exchange import assign_owners, messages
 from torchpar.optim.matrices import multiplications
 from torchpar.optim.parts import Part
@@ -161,7 +161,7 @@ def collectives(
         if tensor_split and not alone:
             weight_first = column
         elif mesh.device_type == "cpu":
-            weight_first = itemsize == 4 and layer_gains(rows[0] * inputs * outputs)
+            weight_first = itemsize == 4 and prefers_onednn_layer(rows[0] * inputs * outputs)
         else:
             weight_first = i < layers - 1
         of_layer = [inputs * outputs * itemsize, outputs * itemsize]

@@ -74,4 +74,4 @@ def _exact_square(gradients: list[Tensor], world: World, whole: bool) -> Tensor:
         world.sum(halves)
     total = halves[0].double() * 2.0**-_HALF + halves[1].double() * 2.0 ** (-2 * _HALF)
     finite = power_of_two(2 * exponent, torch.float64).squeeze()
-    return torch.where(exponent.squeeze() > _exact.LARGEST, torch.nan, total * finite)
+    return torch.where(exponent.squeeze() > _exact.MAX_EXPONENT, torch.nan, total * finite)

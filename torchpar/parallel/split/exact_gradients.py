@@ -128,6 +128,6 @@ def _terms(layer: ExactLayer, passes: int | None) -> list[_Term]:
         raise ConfigError(f"{found}; call backward() of the loss before")
     x = Operand.cat([one.x for one in kept])
     dz = torch.cat([one.dz for one in kept]) if len(kept) > 1 else kept[0].dz
-    left = torch.where(x.e > _exact.LARGEST, torch.nan, _exact.scaled(dz, x.e))
+    left = torch.where(x.e > _exact.MAX_EXPONENT, torch.nan, _exact.scaled(dz, x.e))
     terms = [_Term(layer.weight, left.T, x.columns())]
     return terms if layer.bias is None else [*terms, _Term(layer.bias, dz.T, None)]
