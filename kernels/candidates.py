@@ -37,7 +37,7 @@ class Tiles(NamedTuple):
 
 
 class Device(NamedTuple):
-    """A device as far as tiles depend on it; capability 90 is sm_90, and 0 is not NVIDIA's."""
+    """The properties of a device on which tiles depend; capability 90 is sm_90, and 0 is no NVIDIA GPU."""
 
     name: str
     capability: int

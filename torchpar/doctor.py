@@ -41,7 +41,7 @@ EXTRAS = {
     "baselines": ("numba", "mpi4py"),
     "lightning": ("lightning", "tensorboard"),
 }
-# Names and the flags of Linux for them.
+# The flags in /proc/cpuinfo that stand for each instruction set.
 INSTRUCTION_SETS = {
     "AVX2": {"avx2"},
     "AVX-512": {"avx512f"},
@@ -57,7 +57,7 @@ class Finding:
     """A fact about this machine.
 
     Attributes:
-        state: "ok"; "note", something is missing that is not needed by all; "problem", something fails.
+        state: "ok"; "note" if something optional is missing; "problem" if something fails.
         remedy: what to do about it, or "".
         area: such as "versions".
     """
@@ -119,7 +119,7 @@ def versions() -> Iterator[Finding]:
         if importlib.util.find_spec(name) is not None:  # also under another name of its distribution
             found[name] = importlib.import_module(name).__version__
             continue
-        without = "GPUs take no kernel" if name == "triton" else "torchpar needs it"
+        without = "the operators have no GPU kernels" if name == "triton" else "torchpar needs it"
         state: State = "problem" if name == "numpy" or torch.cuda.is_available() else "note"
         yield Finding(name, f"missing; {without}", state, f"pip install {name}")
     for name, text in found.items():
@@ -180,7 +180,7 @@ def gpus() -> Iterator[Finding]:
 
 
 def kernels() -> Iterator[Finding]:
-    """The path that each operator takes on each GPU, and a kernel compiled."""
+    """Whether each GPU has measured tiles for each kernel, and whether a kernel compiles."""
     if importlib.util.find_spec("triton") is None:
         yield Finding("Triton", "missing; the operators run on CPUs only", "note", "pip install triton")
         return
@@ -283,7 +283,7 @@ def folders() -> Iterator[Finding]:
 
 
 def _folder(name: str, folder: Path, needed: int, remedy: str) -> Finding:
-    """Whether a folder, which need not be there yet, can be written, and has ``needed`` bytes of space."""
+    """Whether a folder, which need not exist yet, can be written to and has ``needed`` bytes of space."""
     try:
         there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(there).free
@@ -313,7 +313,7 @@ def operators() -> Iterator[Finding]:
 
 
 def cpuinfo(key: str) -> str:
-    """What Linux says of the first processor, such as its "model name", or ""."""
+    """A field of /proc/cpuinfo for the first processor, such as "model name"; "" if there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -35,7 +35,7 @@ TESTS = {
 
 
 def run(test: SelfTest, device: str) -> tuple[Tensor, Tensor]:
-    """Return the error of each number of the result, beside float64, and the bound of that error."""
+    """Return the error of each number of the result, measured with float64, and its bound."""
     generator = torch.Generator().manual_seed(0)
     operands = [torch.randn(shape, generator=generator) for shape in test.shapes]
     found = test.operator(*(t.to(device) for t in operands)).cpu().double()
@@ -49,5 +49,5 @@ def run(test: SelfTest, device: str) -> tuple[Tensor, Tensor]:
 
 
 def _rounding(device: str) -> float:
-    """The relative error of a factor of a product, u."""
+    """The unit roundoff u of the factors of a product."""
     return 2.0**-24 if device == "cpu" or fp32_precision() == "ieee" else 2.0**-11

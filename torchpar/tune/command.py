@@ -98,7 +98,7 @@ def tune(options: argparse.Namespace) -> int:
 
 
 def environment(present: "Device") -> dict[str, str]:
-    """The device, the versions and the kernels' source; where one is new, all is measured anew."""
+    """The device, the versions and a hash of the kernels; if one has changed, all is measured again."""
     import triton
 
     from torchpar import kernels
