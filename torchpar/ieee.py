@@ -206,9 +206,9 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
 
         loss = log s − (z_label − m)        ∂loss/∂z = p / s − onehot(label)
 
-    s is a sum of integers that count p in units of 2⁻³², and the result a sum of losses in units of 2⁻²⁴. So its
-    bits depend neither on the order of the samples nor on that of the classes. Results of less than 2²⁹ in all
-    add up exactly to the loss of all their samples.
+    s is a sum of integers that count p in units of 2⁻³², and the result is one of losses in units of 2⁻²⁴. So
+    the bits depend neither on the order of the samples nor on that of the classes. Results of less than 2²⁹
+    in all add up exactly to the loss of all their samples.
 
     Args:
         logits: ``(b, classes)`` float32; b may be 0. Its gradient is float32, and the only derivative.

@@ -107,7 +107,7 @@ def measure(
 
 
 def check_result(prepared: PreparedProblem, call: Callable[[], object], problem: Problem) -> None:
-    """Raise a ValueError if the error is over twice the library's, or a symmetric product is not symmetric."""
+    """Raise a ValueError if the error is over twice the library's, or if a product is not symmetric."""
     prepared.out.fill_(math.nan)
     call()
     results = prepared.out, prepared.library()
