@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Symmetric matrix products on the CPU, at half the arithmetic.
 
-float32 goes to oneDNN (`torchpar.ops._onednn`), in chains of `_CHAIN` terms, with which the error is MKL's.
+float32 goes to oneDNN (`torchpar.ops._onednn`), in chains of `_CHAIN` terms: the error is then MKL's.
 """
 
 import itertools

@@ -90,9 +90,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Return True if PyTorch's operators with their autograd are fastest and right.
+    """Return True if PyTorch's operators and their autograd are right, and faster than this operator.
 
-    They are on CPUs, where a layer is small or not float32, and in 16 bits of even sizes.
+    They are on CPUs, if the layer is small or not float32, and for 16-bit floats if its sizes are even.
     """
     return (
         x.is_cpu

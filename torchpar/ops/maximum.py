@@ -169,7 +169,7 @@ def _(a: Any, b: Any) -> list[Any]:
 
 
 def _sharded_placements(a: Any, b: Any) -> Iterator[tuple[int, list[Any]]]:
-    """The dimensions of the result, and placements of the operands with which it is split by each."""
+    """Each dimension of the result, and the operands' placements that shard the result along it."""
     from torch.distributed.tensor import Replicate, Shard
 
     rank = max(a.ndim, b.ndim)

@@ -59,8 +59,8 @@ class GraphedStep:
     The first batch of a size runs without a graph: kernels are compiled, and the optimizer makes its state.
     The second is captured. If that fails, steps go on without graphs.
 
-    Graphs read and write the memory that was there at the capture. After it, change parameters and the
-    optimizer's state in place only, and of the optimizer's settings none but ``lr``. Leave the context, or
+    A graph reads and writes the memory addresses of its capture. After it, change parameters and the
+    optimizer's state in place only, and none of the optimizer's options but ``lr``. Leave the context, or
     call `close`, before the process group ends.
 
     Args:

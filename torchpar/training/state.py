@@ -103,7 +103,7 @@ class TrainState:
         tensors = self._model_tensors()
         for name, p in self.model.named_parameters():
             for key, value in self.optimizer.state[p].items():
-                # A value of its parameter's shape is split as the parameter is. Others must be counters.
+                # A value of its parameter's shape is split as the parameter is. Others must be scalars.
                 if name in self._splits and value.dim() and value.shape != p.shape:
                     raise ConfigError(
                         f"the optimizer's {key} of {name} has shape {tuple(value.shape)}, expected "
