@@ -58,7 +58,7 @@ class Kind(NamedTuple):
     tiles: tuple[Tiles, ...]
 
 
-# By pointers, symmetric_product takes the square tiles. Of tiles of one shape, the first is a default.
+# symmetric_product takes square tiles of "pointers". Without a table, the first tiles of a shape are taken.
 _16_BIT = (
     Tiles(128, 256, 64, 8, 4, "tma"),
     Tiles(64, 128, 64, 4, 4, "tma"),

@@ -2,8 +2,8 @@
 """Exact sums of products: float32 rows become integers, whose int8 digits the tensor cores multiply.
 
 A row is scaled by a power of two and rounded to integers X, |X| ≤ 2³¹ − 2²⁴, which are cut into four signed
-digits, X = d₀·2²⁴ + d₁·2¹⁶ + d₂·2⁸ + d₃. Of the rows i of A with the exponents e and the rows j of B with the
-digits c and the exponents f, the kernel sums the products of each order s = p + q ≤ 3 in int32:
+digits, X = d₀·2²⁴ + d₁·2¹⁶ + d₂·2⁸ + d₃. For rows i of A, with exponents e, and rows j of B, with digits c
+and exponents f, the kernel sums the products of each order s = p + q ≤ 3 in int32:
 
     S_s = Σ_k Σ_{p + q = s} d_p·c_q
     T_ij = ((S₀·2⁸ + S₁)·2⁸ + S₂)·2⁸ + S₃
@@ -258,7 +258,7 @@ def _plan(a: Tensor, b: Tensor | None, e: Tensor, f: Tensor) -> Plan:
 
 
 def _tiles(a: Tensor, b: Tensor, symmetric: bool) -> Tiles:
-    """The largest tiles whose loop keeps its four sums in registers, since each tile cuts its elements anew.
+    """The largest tiles whose loop keeps its four sums in registers, since each tile cuts all its elements.
 
     Small tiles have registers for an address per element, and for T beside the sums of a chain. They also
     fill more of the processor where there are few large ones.

@@ -289,7 +289,7 @@ def _plan(
             "X_LAYOUT": "N" if x.stride(1) == 1 else "T",
             "WEIGHT_LAYOUT": "N" if weight.stride(1) == 1 else "T",
             "STORE": stores,
-            # Of two programs of 4 warps, one multiplies while the other stores.
+            # Programs of 4 warps run in pairs on a multiprocessor: one multiplies while the other stores.
             "FLATTEN": stores and tiles.num_warps == 8,
             "PRECISION": precision,
             "GROUP": GROUP,

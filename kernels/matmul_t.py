@@ -143,7 +143,7 @@ def symmetric_product(
     if out.numel() > 0:
         factors = struct.unpack("<2q", struct.pack("<2d", alpha, beta))
         first, second, third = operands
-        # What is not read must be a tensor all the same.
+        # The kernel takes a tensor for each operand, even if it does not read it.
         plan.launch(
             wrap, first, first if second is None else second, first if third is None else third, out, *factors
         )
@@ -235,7 +235,7 @@ def _few_dims(t: Tensor) -> Tensor:
 
 
 def _strides(t: Tensor) -> tuple[int, ...]:
-    """Strides of batch, rows and columns. That of a batch of one suits TMA as its other strides do."""
+    """Strides of batch, rows and columns. A batch of one gets a stride that suits TMA if the others do."""
     *batch, row, col = t.stride()
     return (batch[0] if batch and t.shape[0] != 1 else t.shape[-2] * row), row, col
 

@@ -54,7 +54,7 @@ def default_tiles(
 def _least_estimate(
     kernel: str, kind: str, present: Device, sizes: tuple[int, ...], variants: tuple[str, ...], steps: bool
 ) -> Tiles:
-    """Of the ``variants``, the tiles with the least estimated time.
+    """The tiles with the least estimated time among the ``variants``.
 
     By pointers Triton loads 16 bytes at a time only where ``steps``, those of the operands, are multiples of
     16 elements.

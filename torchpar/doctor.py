@@ -212,7 +212,7 @@ def _architecture(index: int) -> str:
 
 
 def _compile(architecture: str) -> float:
-    """Compile a kernel anew, and return the seconds that it took."""
+    """Compile a kernel without the cache, and return the seconds that it took."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.compiler import compile as compile_kernel
@@ -322,7 +322,7 @@ def cpuinfo(key: str) -> str:
 
 
 def instruction_sets() -> list[str]:
-    """Those of AVX2, AVX-512, VNNI and AMX that the processor has."""
+    """The names in INSTRUCTION_SETS that the processor supports."""
     flags = set(cpuinfo("flags").split())
     return [name for name, either in INSTRUCTION_SETS.items() if flags & either]
 

@@ -4,8 +4,8 @@
 PyTorch gives float32 products to its BLAS library. Where that is MKL, it uses only AVX2 on AMD processors:
 two cores of an AMD EPYC reach 205 GFLOP/s with MKL and 440 with oneDNN. `torch.ops.mkldnn._linear_pointwise`,
 a private name that Inductor uses too, is oneDNN's product. It sums all terms in one chain, and the error
-grows with the chain's length. Therefore long sums are cut into chains of at most `CHAIN` terms: the error is then
-less than twice MKL's.
+grows with the chain's length. Therefore long sums are cut into chains of at most `CHAIN` terms: the error is
+then less than twice MKL's.
 """
 
 import platform

@@ -320,7 +320,7 @@ class Muon(Optimizer):
         by_group: dict[int, list[tuple[int, Tensor]]] = {}
         for i, t in whole.items():
             if infos[i].view is not None:
-                # Of a tensor with other strides than the parameter's, a view function could return copies.
+                # For a tensor with other strides than the parameter's, a view function could return copies.
                 results[i] = t = t.to(torch.bfloat16, copy=True, memory_format=torch.contiguous_format)
             by_group.setdefault(infos[i].group_index, []).extend(
                 (i, matrix) for matrix in infos[i].matrices(t)

@@ -118,7 +118,7 @@ def collectives(
         tensor_split: the layers are those of `parallel_mlp`, also on one rank of "tp".
         micro_batches: of each rank's share, if there is a pipeline.
         itemsize: bytes of a number.
-        arithmetic: "fast" or "exact", as of `parallel_mlp`.
+        arithmetic: "fast" or "exact", as in `parallel_mlp`.
         fused: the gradients are those of `torchpar.training.fused.FusedGradients`.
         muon: the mesh whose ranks share the work of `torchpar.optim.Muon` within a stage, or None.
     """

@@ -28,7 +28,7 @@ KERNELS = ("symmetric_product", "linear_sigmoid")
 VARIANTS = ("pointers", "split_k", "tma", "specialized")
 BY_DEFAULT = VARIANTS[:3]  # the specialized kernel may hang, which would end the run
 DTYPES = ("bfloat16", "float16", "tf32", "float32", "float64")
-# Of each dtype, the most important first: m, n, k and batch.
+# The problems of each dtype, the most important first: m, n, k and batch.
 PROBLEMS = (
     *(("symmetric_product", n, n, n, 1) for n in (4096, 8192, 2048, 1024)),
     ("linear_sigmoid", 8192, 4096, 4096, 1),

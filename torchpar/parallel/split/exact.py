@@ -11,8 +11,8 @@ on the exponents by a maximum, cut their parts into digits, and add integers:
 | dL/dweight, dL/dbias | samples | "dp", once per step, by `ExactGradients` |
 
 A backward pass keeps what the gradients of weights and biases need, and `ExactGradients` adds them over all
-micro-batches (`torchpar.parallel.split.exact_gradients`). What is computed element by element has the same
-bits anyway, if it is made of the operations of IEEE 754 (`torchpar.ieee`).
+micro-batches (`torchpar.parallel.split.exact_gradients`). Elementwise functions have the same bits
+anyway, if they are made of the operations of IEEE 754 (`torchpar.ieee`).
 """
 
 import copy
