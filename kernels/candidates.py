@@ -127,7 +127,7 @@ def kind_of(dtype: torch.dtype, precision: str) -> str:
 
 def configurations(kernel: str, dtype: torch.dtype, precision: str, capability: int) -> list[Tiles]:
     """The configurations of ``kernel`` that a device of ``capability`` can run."""
-    found = []
+    usable = []
     for tiles in KINDS[kind_of(dtype, precision)].tiles:
         m, n, k, _, stages, variant = tiles
         symmetric = kernel == "symmetric_product"
@@ -143,8 +143,8 @@ def configurations(kernel: str, dtype: torch.dtype, precision: str, capability: 
             elements += m * m if symmetric else m * n // 2
         programs = resident_programs(tiles)
         if exists and programs * elements * dtype.itemsize <= SHARED_MEMORY.get(capability, 101376):
-            found.append(tiles)
-    return found
+            usable.append(tiles)
+    return usable
 
 
 def split_k(tiles: Tiles, present: Device, m: int, n: int, k: int) -> tuple[int, int]:

@@ -110,11 +110,11 @@ def variants(kernel: str, n: int, *operands: Tensor, tma: bool = True) -> tuple[
     symmetric = kernel == "symmetric_product"
     if not _moves_16_bytes(n if symmetric else 0, *operands):
         return ()
-    found = ("pointers",) if symmetric else ("pointers", "split_k")
+    allowed = ("pointers",) if symmetric else ("pointers", "split_k")
     if not tma or operands[0].dtype == torch.float64 or not all(map(loads_by_tma, operands)):
-        return found
+        return allowed
     plain = symmetric and all(t.stride(-1) == 1 and (t.dim() == 2 or t.shape[0] == 1) for t in operands)
-    return (*found, "tma", "specialized") if plain else (*found, "tma")
+    return (*allowed, "tma", "specialized") if plain else (*allowed, "tma")
 
 
 def check_variant(tiles: Tiles, kernel: str, n: int, *operands: Tensor) -> None:

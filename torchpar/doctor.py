@@ -114,15 +114,15 @@ def examine() -> Iterator[Finding]:
 
 def versions() -> Iterator[Finding]:
     yield Finding("torchpar", torchpar.__version__)
-    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    installed = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for name in ("triton", "numpy"):
         if importlib.util.find_spec(name) is not None:  # also under another name of its distribution
-            found[name] = importlib.import_module(name).__version__
+            installed[name] = importlib.import_module(name).__version__
             continue
         without = "the operators have no GPU kernels" if name == "triton" else "torchpar needs it"
         state: State = "problem" if name == "numpy" or torch.cuda.is_available() else "note"
         yield Finding(name, f"missing; {without}", state, f"pip install {name}")
-    for name, text in found.items():
+    for name, text in installed.items():
         oldest, newest = TESTED[name]
         if _numbers(oldest) <= _numbers(text) <= _numbers(newest):
             yield Finding(name, text)
@@ -174,8 +174,8 @@ def gpus() -> Iterator[Finding]:
         yield Finding("CUDA or ROCm", "PyTorch finds no GPU; the operators run on the CPU", "note", remedy)
         return
     for index in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(index)
-        text = f"{found.name}, {_architecture(index)}, {found.total_memory / 2**30:.0f} GiB"
+        properties = torch.cuda.get_device_properties(index)
+        text = f"{properties.name}, {_architecture(index)}, {properties.total_memory / 2**30:.0f} GiB"
         yield Finding(f"cuda:{index}", text)
 
 
@@ -207,8 +207,10 @@ def kernels() -> Iterator[Finding]:
 
 def _architecture(index: int) -> str:
     """The architecture of a GPU, such as "sm_90" or "gfx942"."""
-    found = torch.cuda.get_device_properties(index)
-    return found.gcnArchName.partition(":")[0] if torch.version.hip else f"sm_{found.major}{found.minor}"
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return str(properties.gcnArchName.partition(":")[0])
+    return f"sm_{properties.major}{properties.minor}"
 
 
 def _compile(architecture: str) -> float:

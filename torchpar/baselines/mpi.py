@@ -152,12 +152,12 @@ def scatter_batches(
     """
     shares = [np.array_split(batch, world.size) for batch in batches(size, batch_size, generator)]
     own = scatter(world, samples, [np.concatenate(of_rank) for of_rank in zip(*shares, strict=True)])
-    found, start = [], 0
+    batches_of_rank, start = [], 0
     for share in shares:
         end = start + len(share[world.rank])
-        found.append(Batch(own.x[start:end], own.labels[start:end], sum(map(len, share))))
+        batches_of_rank.append(Batch(own.x[start:end], own.labels[start:end], sum(map(len, share))))
         start = end
-    return found
+    return batches_of_rank
 
 
 def evaluate(world: Any, model: MLP, share: Samples, size: int) -> tuple[float, float]:

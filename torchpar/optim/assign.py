@@ -72,26 +72,27 @@ def assign(model: nn.Module, overrides: Mapping[str, Choice], views: Mapping[str
         for name, p in module.named_parameters(recurse=False):
             owners.setdefault(p, []).append((f"{prefix}.{name}".lstrip("."), module))
     head = _head(model)
-    found = [_assign(used, p, head) for p, used in owners.items()]
+    assignments = [_assign(used, p, head) for p, used in owners.items()]
 
     def has(one: Assignment, pattern: str) -> bool:
         return any(fnmatchcase(name, pattern) for name, _ in owners[one.p])  # a shared one has several names
 
     for pattern in (*overrides, *views):
-        if not any(has(one, pattern) for one in found):
+        if not any(has(one, pattern) for one in assignments):
             raise ConfigError(f"Muon.for_model: no parameter is named {pattern}")
     for pattern, view in views.items():
-        found = [
+        assignments = [
             one._replace(choice="muon", reason="has a view", view=view) if has(one, pattern) else one
-            for one in found
+            for one in assignments
         ]
     for pattern, choice in overrides.items():
         if choice not in ("muon", "others"):
             raise ConfigError(f"Muon.for_model: {pattern} goes to {choice!r}, expected 'muon' or 'others'")
-        found = [
-            one._replace(choice=choice, reason="override") if has(one, pattern) else one for one in found
+        assignments = [
+            one._replace(choice=choice, reason="override") if has(one, pattern) else one
+            for one in assignments
         ]
-    return found
+    return assignments
 
 
 def _assign(used: list[tuple[str, nn.Module]], p: Tensor, head: nn.Module | None) -> Assignment:

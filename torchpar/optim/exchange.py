@@ -150,13 +150,12 @@ class Exchange:
             by_rank: list[Any] = [None] * dist.get_world_size(self.group)
             dist.all_gather_object(by_rank, (list(gradients), list(placements)), self.group)
             self._check_gradients([states for states, _ in by_rank])
-            for name, found in zip(
-                self.names, zip(*(found for _, found in by_rank), strict=True), strict=True
-            ):
-                if len(set(found)) > 1:
+            for i, name in enumerate(self.names):
+                different = sorted({of_rank[i] for _, of_rank in by_rank})
+                if len(different) > 1:
                     raise ConfigError(
-                        f"Muon: {name} has gradients of the placements {' and '.join(sorted(set(found)))}, "
-                        "expected the same on all ranks"
+                        f"Muon: {name} has gradients of the placements {' and '.join(different)}, expected "
+                        "the same on all ranks"
                     )
 
     def gather(self, parts: Sequence[Tensor | None], gradients: Sequence[GradientState]) -> dict[int, Tensor]:
@@ -203,9 +202,9 @@ class Exchange:
         incoming, flags = self._to_all.run(take, self._flags, self.device)
         if self._to_owners is None:
             self.present = self._check_gradients(torch.stack(flags).tolist())
-        found = {message.matrix: t for message, t in incoming}
-        found |= {i: self.parts[i].of(result) for i, result in results.items()}
-        return [found[i] if present else None for i, present in enumerate(self.present)]
+        parts = {message.matrix: t for message, t in incoming}
+        parts |= {i: self.parts[i].of(result) for i, result in results.items()}
+        return [parts[i] if present else None for i, present in enumerate(self.present)]
 
     def _check_gradients(self, by_rank: Sequence[Sequence[float]]) -> list[bool]:
         """Check the states of all ranks' gradients; return whether each matrix takes part in this step."""

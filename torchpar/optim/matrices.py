@@ -44,9 +44,9 @@ class ParamInfo:
 
     def matrices(self, t: Tensor) -> list[Tensor]:
         """The matrices of ``t``, which has the shape of the whole parameter; views of it."""
-        found = t if self.view is None else self.view(t)
-        found = [found] if isinstance(found, Tensor) else list(found)
-        return [matrix for one in found for matrix in _as_matrices(one)]
+        views = t if self.view is None else self.view(t)
+        views = [views] if isinstance(views, Tensor) else list(views)
+        return [matrix for one in views for matrix in _as_matrices(one)]
 
     @cached_property
     def shapes(self) -> list[torch.Size]:

@@ -325,10 +325,10 @@ class Muon(Optimizer):
             by_group.setdefault(infos[i].group_index, []).extend(
                 (i, matrix) for matrix in infos[i].matrices(t)
             )
-        for index, found in by_group.items():
+        for index, matrices in by_group.items():
             settings = [self.param_groups[index][name] for name in ("ns_coefficients", "ns_steps", "eps")]
-            updates = orthogonalize_batched([matrix for _, matrix in found], *settings, self.ns)
-            for (i, matrix), update in zip(found, updates, strict=True):
+            updates = orthogonalize_batched([matrix for _, matrix in matrices], *settings, self.ns)
+            for (i, matrix), update in zip(matrices, updates, strict=True):
                 if infos[i].view is None:
                     results[i] = update
                 else:

@@ -127,15 +127,15 @@ def coefficients_per_step(coefficients: Coefficients, steps: int) -> list[Triple
     """
     if not 0 <= steps < 100:
         raise ValueError(f"orthogonalize: steps is {steps}, expected 0 to 99")
-    found: Any = _POLAR_EXPRESS if coefficients == "polar_express" else coefficients
-    if not isinstance(found, str) and len(found) and not isinstance(found[0], Sequence):
-        found = [found]
-    if isinstance(found, str) or not found or any(len(triple) != 3 for triple in found):
-        wrong = f"{len(coefficients)} coefficients" if found is not coefficients else repr(coefficients)
+    triples: Any = _POLAR_EXPRESS if coefficients == "polar_express" else coefficients
+    if not isinstance(triples, str) and len(triples) and not isinstance(triples[0], Sequence):
+        triples = [triples]
+    if isinstance(triples, str) or not triples or any(len(triple) != 3 for triple in triples):
+        wrong = f"{len(coefficients)} coefficients" if triples is not coefficients else repr(coefficients)
         raise ValueError(
             f"orthogonalize: {wrong}, expected 3: (a, b, c), a list of such triples, or 'polar_express'"
         )
-    return list(islice(chain(found, repeat(found[-1])), steps))
+    return list(islice(chain(triples, repeat(triples[-1])), steps))
 
 
 def check_ns(ns: str) -> None:

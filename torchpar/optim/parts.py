@@ -71,10 +71,10 @@ def holders_of(name: str, parts: Sequence[Part]) -> dict[Part, list[int]]:
     for rank, part in enumerate(parts):
         if part.shape.numel():
             holders.setdefault(part, []).append(rank)
-    found = sum(part.shape.numel() for part in holders)
-    if found != torch.Size(parts[0].whole).numel():
+    elements = sum(part.shape.numel() for part in holders)
+    if elements != torch.Size(parts[0].whole).numel():
         raise ConfigError(
-            f"Muon: the ranks have {found} elements of {name}, which has shape {parts[0].whole}; expected a "
-            "process_group of all ranks that have parts of it"
+            f"Muon: the ranks have {elements} elements of {name}, which has shape {parts[0].whole}; expected "
+            "a process_group of all ranks that have parts of it"
         )
     return holders

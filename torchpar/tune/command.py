@@ -111,9 +111,9 @@ def environment(present: "Device") -> dict[str, str]:
 
 def entries(table: dict[str, Any], problem: Problem) -> tuple[list[Any], list[Any]]:
     """The table's entries for the kernel and kind of ``problem``: those of other sizes, and its own."""
-    found = table["tiles"].get(problem.kernel, {}).get(problem.kind, [])
-    own = [entry for entry in found if tuple(entry[:4]) == problem[2:]]
-    return [entry for entry in found if entry not in own], own
+    of_kind = table["tiles"].get(problem.kernel, {}).get(problem.kind, [])
+    own = [entry for entry in of_kind if tuple(entry[:4]) == problem[2:]]
+    return [entry for entry in of_kind if entry not in own], own
 
 
 def tune_problem(problem: Problem, variants: Sequence[str], present: "Device") -> list[Any] | None:

@@ -124,8 +124,8 @@ class _Term(NamedTuple):
 def _terms(layer: ExactLayer, passes: int | None) -> list[_Term]:
     kept, layer.passes = layer.passes[-(passes or 0) :], []
     if len(kept) < (passes or 1):
-        found = f"a layer saw {len(kept)} backward passes since the last call, expected {passes or 1}"
-        raise ConfigError(f"{found}; call backward() of the loss before")
+        actual = f"a layer saw {len(kept)} backward passes since the last call, expected {passes or 1}"
+        raise ConfigError(f"{actual}; call backward() of the loss before")
     x = Operand.cat([one.x for one in kept])
     dz = torch.cat([one.dz for one in kept]) if len(kept) > 1 else kept[0].dz
     left = torch.where(x.e > _exact.MAX_EXPONENT, torch.nan, _exact.scaled(dz, x.e))
