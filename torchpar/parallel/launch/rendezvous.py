@@ -96,7 +96,8 @@ def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo | None:
         raise ConfigError(f"{launcher} sets local rank {local_rank}, expected less than {local_world_size}")
     if local_world_size > world_size:
         raise ConfigError(
-            f"{launcher} sets local world size {local_world_size}, expected at most {world_size} in all"
+            f"{launcher} sets local world size {local_world_size}, expected at most {world_size}, "
+            "the world size"
         )
     if world_size == 1 and "RANK" not in env:
         return None
