@@ -125,7 +125,7 @@ def refusals() -> None:
                 lambda: (model.layers[1].requires_grad_(False), gradients()),
                 "layers.1 was frozen after ExactGradients was made; make another one",
             ),
-            (lambda: ExactGradients(norm, world), "1.weight is of no layer in exact arithmetic, expected"),
+            (lambda: ExactGradients(norm, world), "1.weight belongs to no layer in exact arithmetic, exp"),
             (lambda: torch.autograd.grad(loss, x, create_graph=True), "no second derivative; leave out"),
             (lambda: ExactLinear.from_linear(norm[1]), "cannot copy a LayerNorm, expected one of torch.nn."),
         ]

@@ -272,7 +272,7 @@ ERRORS = [
     ("quadrants", "--processes 1 2 4 --sizes 3 16", "expected at least 4, one sample a process"),
     ("digits_report", "--hidden", "take one value or more each"),
     ("digits_report", "--lr 0.1 nan", r"--lr is \(0\.1, nan\), expected at least 0"),
-    ("digits_report", "--lr 1e37 --hidden 8", "loss of epoch 1 is (nan|inf); take a smaller rate"),
+    ("digits_report", "--lr 1e37 --hidden 8", "loss of epoch 1 is (nan|inf); take a smaller learning rate"),
 ]
 if not torch.cuda.is_available():
     ERRORS.append(("train_ddp", "--device cuda", "no CUDA device is available here; use cpu"))

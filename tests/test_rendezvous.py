@@ -67,9 +67,9 @@ def test_rank_info_of_each_launcher(env, expected):
     "env, message",
     [
         (TORCHRUN | {"RANK": "-1"}, "RANK is '-1'"),
-        (TORCHRUN | {"RANK": "4"}, "rank 4 of 4"),
-        (TORCHRUN | {"LOCAL_RANK": "2"}, "local rank 2 of 2"),
-        (TORCHRUN | {"LOCAL_WORLD_SIZE": "5"}, "5 of 4 processes"),
+        (TORCHRUN | {"RANK": "4"}, "rank 4, expected less than world size 4"),
+        (TORCHRUN | {"LOCAL_RANK": "2"}, "local rank 2, expected less than 2"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "5"}, "local world size 5, expected at most 4"),
         (TORCHRUN | {"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
         (TORCHRUN | {"MASTER_PORT": "65536"}, "MASTER_PORT is 65536"),
         ({"RANK": "0"}, "WORLD_SIZE is not set"),
@@ -211,5 +211,5 @@ def test_local_ranks_run_functions_and_outlive_an_error():
         with pytest.raises(ValueError, match="could not convert string to float"):
             ranks.run(sum_of_ranks, "rank")
         assert ranks.run(sum_of_ranks, 5) == [(0, 1, 5.0), (1, 1, 5.0)]
-    with pytest.raises(RuntimeError, match="this process is no rank of start_ranks"):
+    with pytest.raises(RuntimeError, match="this process was not started by start_ranks"):
         current_world()

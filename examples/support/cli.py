@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, Self, TypeVar
 
 from torchpar.data import Dataset, Samples
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, TorchparError
 from torchpar.parallel.launch.rendezvous import find_rank_info
 from torchpar.training import CheckpointConfig, LRSchedule, Stopped
 
@@ -189,7 +189,7 @@ class TrainFlags(LogFlags):
 def main(run: Callable[[F], None], flags: type[F]) -> None:
     """Parse ``flags`` from the command line and call ``run`` with them.
 
-    A `ConfigError`, a file that cannot be read or written, or a model that cannot be compiled ends every rank
+    A `TorchparError`, a file that cannot be read or written, or a model that cannot be compiled ends every rank
     with status 2. Rank 0 prints it as one line. Another rank waits `GRACE` seconds before it prints: if
     rank 0 has failed too, the launcher has ended this rank by then. It does not wait for a rank 0 that does
     not answer. SIGINT ends with status 130.
@@ -203,7 +203,7 @@ def main(run: Callable[[F], None], flags: type[F]) -> None:
         rank = info.rank if info else 0
         given = _parse(flags, rank)
         run(given.for_dry_run() if isinstance(given, TrainFlags) and given.dry_run else given)
-    except (ConfigError, OSError) as e:
+    except (TorchparError, OSError) as e:
         _end(str(e), wait=rank > 0 and 0 not in getattr(e, "missing", ()))
     except RuntimeError as e:
         if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):

@@ -45,7 +45,7 @@ _OPERATIONS = {"allreduce": "all_reduce", "allgather": "all_gather", "alltoall_b
 class Collectives(TorchDispatchMode):
     """Record the collectives within the block, those of DistributedDataParallel included.
 
-    An all-reduce, all-gather or all-to-all is waited for at once. A send or receive is only started. Their
+    It waits for each all-reduce, all-gather and all-to-all at once, and not for a send or receive. Their
     seconds count as phase "collectives".
 
     Args:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchpar.ops._onednn import layer_gains
+from torchpar.ops._onednn import prefers_onednn_layer
 from torchpar.optim.exchange import assign_owners, messages
 from torchpar.optim.matrices import multiplications
 from torchpar.optim.parts import Part
@@ -24,7 +24,7 @@ from torchpar.parallel.split.layers import Arithmetic, check_arithmetic
 from torchpar.partition import Partition
 
 _EXPONENT, _SUM = 4, 8  # bytes of an exponent and of an exact sum
-DDP_BUCKETS = (2**20, 25 * 2**20)  # bytes at which DistributedDataParallel closes the first and later ones
+DDP_BUCKETS = (2**20, 25 * 2**20)  # bytes at which DistributedDataParallel closes its first bucket, others
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def collectives(
         tensor_split: the layers are those of `parallel_mlp`, also on one rank of "tp".
         micro_batches: of each rank's share, if there is a pipeline.
         itemsize: bytes of a number.
-        arithmetic: "fast" or "exact", as of `parallel_mlp`.
+        arithmetic: "fast" or "exact", as in `parallel_mlp`.
         fused: the gradients are those of `torchpar.training.fused.FusedGradients`.
         muon: the mesh whose ranks share the work of `torchpar.optim.Muon` within a stage, or None.
     """
@@ -161,7 +161,7 @@ def collectives(
         if tensor_split and not alone:
             weight_first = column
         elif mesh.device_type == "cpu":
-            weight_first = itemsize == 4 and layer_gains(rows[0] * inputs * outputs)
+            weight_first = itemsize == 4 and prefers_onednn_layer(rows[0] * inputs * outputs)
         else:
             weight_first = i < layers - 1
         of_layer = [inputs * outputs * itemsize, outputs * itemsize]

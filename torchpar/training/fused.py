@@ -8,7 +8,8 @@ With A₀ = X, hidden layers Aₗ = f(Aₗ₋₁·Wₗᵀ + bₗ), logits Z of t
     dL/dZₗ₋₁ = (dL/dZₗ·Wₗ) ⊙ f′    f′ = Aₗ₋₁ ⊙ (1 − Aₗ₋₁) for sigmoid layers, [Aₗ₋₁ > 0] for ReLU
 
 Autograd's own work takes as long as the arithmetic of a small network (`benchmarks.train`). The softmax of
-a few classes goes over columns of ``(classes, b)``: over rows of ten it takes 8 to 25 times as long on a CPU.
+a few classes is taken along dim 0 of ``(classes, b)``: along rows of ten numbers it takes 8 to 25 times as
+long on a CPU.
 """
 
 from collections.abc import Iterable
@@ -31,8 +32,10 @@ from torchpar.parallel.split.shared_memory import make_shared_sum
 from torchpar.profile.collectives import all_reduced
 from torchpar.profile.phases import phase
 
-MOST_CLASSES = 1000  # the table of targets has as many rows and columns
-MOST_IN_COLUMNS = 16  # classes; PyTorch adds over columns one after the other, which more would notice
+MAX_CLASSES = 1000  # the table of targets has a row and a column for each
+# Up to so many classes the softmax is taken along dim 0. There PyTorch adds one number after the other, so
+# that the rounding error grows with the number of classes.
+MAX_CLASSES_ALONG_DIM_0 = 16
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -50,8 +53,8 @@ def why_not_fused(model: torch.nn.Module) -> str:
         return "a layer of the model has another size"
     if not all(type(p) is torch.nn.Parameter for layer in model.layers for p in (layer.weight, layer.bias)):
         return "a weight or a bias is not an ordinary parameter"
-    if not 0 < model.sizes[-1] <= MOST_CLASSES:
-        return f"the model has {model.sizes[-1]} classes, not 1 to {MOST_CLASSES}"
+    if not 0 < model.sizes[-1] <= MAX_CLASSES:
+        return f"the model has {model.sizes[-1]} classes, not 1 to {MAX_CLASSES}"
     if not all(p.requires_grad for p in model.parameters()):
         return "a parameter needs no gradient"
     of_modules = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -71,12 +74,12 @@ class FusedGradients:
     """The gradients of an MLP with sigmoid or ReLU layers and cross-entropy.
 
     The model stays an ordinary module: its parameters, state dict and ``p.grad`` are as with autograd, and
-    any optimizer can step. Autocast changes nothing; ``dtype`` does what autocast would.
+    any optimizer can step. `torch.autocast` is ignored; ``dtype`` takes its place.
 
     The derivative of a ReLU at exactly 0 is 0, as that of `torch.relu`. Autograd through `LinearReLU` takes
     one half, the derivative of `torchpar.maximum`.
 
-    Make it after the model is on its device and has its hooks, if any. Ranks start with equal parameters.
+    Make it when the model is on its device and has its hooks, if any. All ranks must have equal parameters.
 
     Args:
         model: a `torchpar.nn.MLP` for which `why_not_fused` returns "".
@@ -112,7 +115,7 @@ class FusedGradients:
         self.relu = model.hidden == "relu"
         self.dtype = None if dtype == weight.dtype else dtype
         # The dimension of the classes, in which the softmax adds.
-        self._classes_dim = 0 if classes <= MOST_IN_COLUMNS else 1
+        self._classes_dim = 0 if classes <= MAX_CLASSES_ALONG_DIM_0 else 1
         # Losses of 16-bit logits are computed in float32, as under autocast.
         loss_dtype = torch.promote_types(weight.dtype, torch.float32)
         self.targets = torch.eye(classes, dtype=loss_dtype, device=weight.device)
@@ -131,7 +134,7 @@ class FusedGradients:
             self._shared = (
                 make_shared_sum(self._group, shapes, weight.dtype, world.timeout) if weight.is_cpu else None
             )
-        # dL/d(log p) for each label, for each size of a batch. They are kept: a CUDA graph reads its own.
+        # dL/d(log p) of each label, by global batch size; all are kept, since CUDA graphs read them.
         self._by_log_p: dict[int, Tensor] = {}
 
     def __call__(self, x: Tensor, labels: Tensor, global_size: int) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The run object: everything around a training loop that is not its subject.
+"""`Run`: what surrounds a training loop, such as batches, evaluation and checkpoints.
 
     with Run(model, optimizer, lr_scheduler, world, train, test, epochs=10, batch_size=128) as run:
         for epoch in run.epochs():
@@ -34,7 +34,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from torchpar import data
 from torchpar.data import Batch, Samples
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, DivergedError
 from torchpar.parallel.launch.agreement import check_same_parameters
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import Checkpoints
@@ -125,9 +125,9 @@ class Run:
         results: of the complete epochs, those before a resumed one included.
 
     Raises:
-        ConfigError: fewer samples in a batch than ranks; a training loss that is not finite; ranks with
-            different models or flags; a checkpoint that is damaged, of another run or of more epochs. On
-            every rank.
+        ConfigError: fewer samples in a batch than ranks; ranks with different models or flags; a checkpoint
+            that is damaged, of another run or of more epochs. On every rank.
+        DivergedError: the training loss of an epoch is not finite. On every rank.
         Stopped: after SIGTERM or SIGINT, if there is a ``checkpoint``. On every rank.
     """
 
@@ -226,7 +226,7 @@ class Run:
     def epochs(self) -> Iterator[int]:
         """Yield the number of each remaining epoch, from 1. After each, evaluate and save."""
         if self.checkpoint is not None and self._checkpoints is None:
-            raise RuntimeError("the run is no active context, and would save nothing; use with Run(…) as run")
+            raise RuntimeError("the run was not entered, and would save nothing; use with Run(…) as run")
         while len(self.results) < self.num_epochs:
             start, first = time.perf_counter(), self.state.step
             self._logged = first
@@ -258,7 +258,7 @@ class Run:
         samples, checkpointing = len(self.train), self._stop is not None
         for number in range(first + 1, self.steps_per_epoch + 1):
             if self._stop:
-                self._stop.ask()
+                self._stop.start_all_reduce()
             with phase("data"):
                 batch = next(shares)
             with step():
@@ -298,7 +298,9 @@ class Run:
         train_loss = self.world.sum(total).item() / len(self.train)
         epoch = len(self.results) + 1
         if not math.isfinite(train_loss):
-            raise ConfigError(f"the training loss of epoch {epoch} is {train_loss}; take a smaller rate")
+            raise DivergedError(
+                f"the training loss of epoch {epoch} is {train_loss}; take a smaller learning rate"
+            )
         self._check_replicas()
         trained = time.perf_counter() - start
         test_loss, outputs = self.evaluate()
@@ -320,7 +322,7 @@ class Run:
         if self._checkpoints is None or self._stop is None or self.checkpoint is None:
             return
         every = self.checkpoint.every or self.steps_per_epoch
-        stopping, at_end = self._stop.answer(), len(self.results) == self.num_epochs
+        stopping, at_end = self._stop.wait(), len(self.results) == self.num_epochs
         if stopping or at_end or self.total_steps % every == 0:
             self.state.save(self._checkpoints, self.total_steps)
         if stopping and not at_end:
@@ -328,6 +330,6 @@ class Run:
             raise Stopped(stopping)
 
     def _check_replicas(self) -> None:
-        """Refuse replicas that differ after a step: nobody averaged their gradients."""
+        """Check that the replicas are equal after a step; they differ if their gradients are not averaged."""
         if self.world.dp_size > 1:
             check_same_parameters(self.model, self.world.mesh.get_group("dp"))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Checks that all ranks are about to do the same.
+"""Check that all ranks agree before a collective.
 
-Without them a rank would wait for another until the timeout, or gloo would abort both.
+Without these checks a rank would wait for another until the timeout, or gloo would abort both.
 """
 
 from dataclasses import dataclass, field

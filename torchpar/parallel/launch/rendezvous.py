@@ -90,11 +90,15 @@ def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo | None:
         job = f"{env.get('SLURM_JOB_ID')}.{env['SLURM_STEP_ID']}"
     else:
         return None
-    for name, index, end in (("rank", rank, world_size), ("local rank", local_rank, local_world_size)):
-        if index >= end:
-            raise ConfigError(f"{launcher} says {name} {index} of {end}, expected less than {end}")
+    if rank >= world_size:
+        raise ConfigError(f"{launcher} sets rank {rank}, expected less than world size {world_size}")
+    if local_rank >= local_world_size:
+        raise ConfigError(f"{launcher} sets local rank {local_rank}, expected less than {local_world_size}")
     if local_world_size > world_size:
-        raise ConfigError(f"{launcher} says {local_world_size} of {world_size} processes are on this machine")
+        raise ConfigError(
+            f"{launcher} sets local world size {local_world_size}, expected at most {world_size}, "
+            "the world size"
+        )
     if world_size == 1 and "RANK" not in env:
         return None
 

@@ -95,7 +95,7 @@ class _ParallelLinear(torch.nn.Module):
         activation: Activation = None,
         **arguments: Any,
     ) -> Self:
-        """The split twin of ``linear``, whose parameters are the same on every rank; they are copied.
+        """Split ``linear``, whose parameters are the same on every rank; this rank's slices are copied.
 
         Args:
             linear: a `torch.nn.Linear`, or a `torchpar.nn.Linear`, `LinearSigmoid` or `LinearReLU`.
@@ -144,7 +144,7 @@ class _ParallelLinear(torch.nn.Module):
         self._mark()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # of a copy, whose parameters are new
+        super().__setstate__(state)  # called for a copy, whose parameters are new
         self._mark()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
@@ -153,11 +153,11 @@ class _ParallelLinear(torch.nn.Module):
         return self
 
     def _mark(self) -> None:
-        """Tell the parameters, whom optimizers meet alone, how they are split."""
+        """Record on each parameter how it is split: an optimizer gets the parameters without their layer."""
         for name, axis in self.split_axes.items():
             parameter: Any = self._parameters.get(name)
             if parameter is not None:
-                parameter.split_of_whole = Split(axis, self.partition, self.mesh)
+                parameter.tensor_parallel_split = Split(axis, self.partition, self.mesh)
 
     def full_weight(self) -> Tensor:
         """The whole layer's weight ``(out_features, in_features)``, on every rank, differentiable."""
@@ -288,7 +288,7 @@ class RowParallelLinear(_ParallelLinear):
 
 
 def check_arithmetic(arithmetic: str) -> None:
-    """Raise a ConfigError unless ``arithmetic`` is one."""
+    """Raise a ConfigError unless ``arithmetic`` is "fast" or "exact"."""
     if arithmetic not in ("fast", "exact"):
         raise ConfigError(f"arithmetic is {arithmetic!r}, expected 'fast' or 'exact'")
 
