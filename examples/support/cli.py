@@ -189,8 +189,8 @@ class TrainFlags(LogFlags):
 def main(run: Callable[[F], None], flags: type[F]) -> None:
     """Parse ``flags`` from the command line and call ``run`` with them.
 
-    A `TorchparError`, a file that cannot be read or written, or a model that cannot be compiled ends every rank
-    with status 2. Rank 0 prints it as one line. Another rank waits `GRACE` seconds before it prints: if
+    A `TorchparError`, a file that cannot be read or written, or a model that cannot be compiled ends every
+    rank with status 2. Rank 0 prints it as one line. Another rank waits `GRACE` seconds before it prints: if
     rank 0 has failed too, the launcher has ended this rank by then. It does not wait for a rank 0 that does
     not answer. SIGINT ends with status 130.
     """
