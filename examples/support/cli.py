@@ -143,7 +143,7 @@ class TrainFlags(LogFlags):
     timeout: float = 600.0
     """Seconds after which a rank that waits for another gives up."""
 
-    def optimizer_options(self, **defaults: float) -> dict[str, float]:
+    def optimizer_options(self, **defaults: float) -> dict[str, Any]:
         """Return an optimizer's arguments: the flags that are given, and ``defaults`` for the others."""
         given = {name: getattr(self, name) for name in defaults}
         return {name: defaults[name] if value is None else value for name, value in given.items()}
@@ -171,8 +171,8 @@ class TrainFlags(LogFlags):
 
     def for_dry_run(self) -> Self:
         """Return the flags of a run of ten batches that writes nothing."""
-        outputs = ("metrics", "log_dir", "plots", "profile", "checkpoint")
-        return replace(self, epochs=1, samples=10 * self.batch_size, **dict.fromkeys(outputs))
+        nothing: dict[str, Any] = dict.fromkeys(("metrics", "log_dir", "plots", "profile", "checkpoint"))
+        return replace(self, epochs=1, samples=10 * self.batch_size, **nothing)
 
     def same_on_all_ranks(self) -> dict[str, Any]:
         """Return the flags that every rank must share: all but the data folder and the device."""

@@ -182,7 +182,7 @@ def register_shared_memory_hook(replica: DistributedDataParallel, world: World) 
         replica.register_comm_hook(None, average)
 
 
-def _done(gradients: Tensor) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+def _done(gradients: Tensor) -> torch.futures.Future[Tensor]:
     future: torch.futures.Future[Tensor] = torch.futures.Future()
     future.set_result(gradients)
     return future
