@@ -112,6 +112,7 @@ def train(
             for batch in run.indices(epoch):
                 run.log(graphed(*batch))
                 schedule.step()
+    assert not graphed._graphs  # they would keep NCCL's communicators alive
     losses = [(result.train_loss, result.test_loss) for result in run.results]
     return losses + [p.tolist() for p in model.parameters()], made
 

@@ -437,6 +437,9 @@ def test_muon_gets_the_hidden_matrices_alone():
     assert by_muon(model, overrides=overrides) == expected
     assert "stack" in by_muon(model, views={"stack": lambda p: p})
     assert "tokens.weight" in by_muon(tied, overrides={"head.weight": "muon"})
+    apart = torch.nn.MultiheadAttention(16, 4, kdim=8)  # query, key and value have a weight each
+    assert by_muon(apart) == ["k_proj_weight", "q_proj_weight", "v_proj_weight"]
+    assert not any(one.view for one in Muon.for_model(apart).assignments)
     del model.head
     assert by_muon(model) == hidden  # the last linear layer is of one of several blocks
     chain = Muon.for_model(Model(), lr=0.02, others=partial(torch.optim.SGD, lr=0.5, weight_decay=0.1))

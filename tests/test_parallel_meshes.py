@@ -190,6 +190,7 @@ def refusals() -> None:
             ("pp 2 makes more stages than the model has layers, 1", partial(stage_mlp, one, pp.mesh["pp"])),
             ("1 micro-batches are fewer than the 2 stages", partial(Pipeline, one, pp, "1f1b", 1)),
             ("schedule is 'zigzag', expected one of ['1f1b', 'gpipe']", partial(Pipeline, one, pp, "zigzag")),
+            ("arithmetic is 'precise', expected", partial(clip_grad_norm_, one, 1.0, pp, "precise")),
         ):
             with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
                 build()
