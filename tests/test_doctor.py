@@ -24,7 +24,6 @@ def hide(*packages: str) -> Any:
 
 
 def test_this_machine_is_well(capsys):
-    """Also: these versions are among those that it calls tested."""
     assert doctor.main([]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     assert last.startswith("problems: 0, notes: ")

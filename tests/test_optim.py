@@ -319,10 +319,7 @@ def test_the_parameters_are_torchs():
 
 
 def test_views_are_orthogonalised_one_by_one():
-    """Of a convolution, of attention, and of matrices of unequal shapes; each at its own rate.
-
-    So it is with strides of another memory format, with a state dict of other names, and in a copy.
-    """
+    """A state dict of other names is loaded, and the model and its optimizer are copied before the step."""
     torch.manual_seed(0)
     model = torch.nn.ParameterDict({"joint": torch.randn(19, 6)})
     model.conv, model.head = torch.nn.Conv2d(3, 8, 3, bias=False), torch.nn.Linear(2, 2)
