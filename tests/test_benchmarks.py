@@ -91,13 +91,15 @@ def test_every_operator_is_measured():
     assert operators.GPU.keys() == operators.NATIVE.keys()
 
 
-def test_a_wrong_operator_has_no_speed(monkeypatch, capsys):
+def test_a_wrong_operator_has_no_speed(monkeypatch, capsys, tmp_path):
     """Addmm leaves the sigmoid out, which is done to its result before that is checked."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(operators.FINISH, "addmm", lambda z: torch.sigmoid(1.01 * z))
     flags = ["--quick", "--device=cpu", "--operators=linear_sigmoid", "--modes=forward"]
     assert operators.main(flags) == 1
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("not ok:"))
     assert line.startswith("not ok: addmm linear_sigmoid forward 8x33->5 float32 errors")
+    assert not list(tmp_path.iterdir())  # there was no --output
 
 
 def test_another_optimizer_goes_elsewhere(monkeypatch, capsys):
