@@ -8,6 +8,7 @@ and Triton specialises it as in a launch; the tensors are on the meta device.
 import re
 from collections.abc import Iterable, Iterator
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -289,6 +290,16 @@ def test_exact_product(compiled, capability, sizes, transposed, symmetric, dtype
         assert code.count(r"STG\.E.*\.128.*") == code.count(r"STG.*"), "a store is not coalesced"
     if dtype == torch.int64:
         assert not code.count("(DMUL|DADD|DFMA|HMMA|HGMMA|UTCHMMA).*"), "T is made of integers"
+
+
+@slow
+@pytest.mark.parametrize("capability", [90], indirect=True)
+def test_check_rejects_other_tiles_of_the_exact_product(compiled, capability):
+    for tiles, message in ((Tiles(128, 128, 32, 8, 3), "spill"), (Tiles(64, 64, 32, 4, 1), "asynchronously")):
+        with patch.object(exact_matmul, "_tiles", return_value=tiles):
+            code = compiled(exact_product, SQUARE, False, False, torch.float32)
+        with pytest.raises(AssertionError, match=message):
+            assert_exact(code, capability, once=True)
 
 
 # The kernels that are bound by memory
