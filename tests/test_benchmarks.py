@@ -38,7 +38,6 @@ slow = pytest.mark.slow
 
 
 def check(path: Path, own: str) -> None:
-    """All rows of a CSV are right, and nothing in its columns is missing."""
     with path.open(newline="") as lines:
         rows = list(csv.DictReader(lines))
     assert rows[0].keys() >= {*COLUMNS.split(), *own.split()}
@@ -82,7 +81,6 @@ def test_several_benchmarks_run_in_turn(tmp_path):
 
 
 def test_every_operator_is_measured():
-    """An operator that is registered and left out of the benchmark fails here."""
     from torchpar import ops
 
     registered = {name for name in ops.__all__ if hasattr(torch.ops.torchpar, name)}

@@ -21,7 +21,6 @@ STAGES = {"values": 500, "variants": 0, "operators": 0, "tune": 0, "huge": 5}
 
 
 def validate(*arguments: str, cwd: Path, gpu: bool = True, **environment: str) -> tuple[int, str]:
-    """The exit status of the script, and what it printed."""
     folders = [Path(os.path.relpath(ROOT / "tests" / "rehearsal", cwd))] if gpu else []
     path = {
         "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
