@@ -313,8 +313,11 @@ def test_an_error_ends_every_rank(ranks, name, flags, message):
 
 
 @pytest.mark.slow
-def test_under_torchrun_rank_0_alone_prints_an_error(data):
-    code, out, err = run(*TORCHRUN, TRAIN_DDP, *data, "--metrics", "/dev/null/m.jsonl")
+def test_under_torchrun_rank_0_alone_prints_an_error(tmp_path):
+    script = tmp_path / "script.py"
+    path = f"import runpy, sys; sys.path.insert(0, {str(ROOT / 'examples')!r}); from support import cli"
+    script.write_text(f"{path}; cli.GRACE = 60; runpy.run_path({TRAIN_DDP!r}, run_name='__main__')")
+    code, out, err = run(*TORCHRUN, str(script), "--data", "/nonexistent")
     assert (code, out, err.count("train_ddp.py: error: ")) == (1, "", 1)
 
 
