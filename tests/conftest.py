@@ -50,6 +50,15 @@ def interpreter() -> Iterator[Callable[..., Any]]:
         yield lambda function, *args: worker.submit(function, *args).result()
 
 
+@pytest.fixture(scope="module")
+def world() -> Iterator[Any]:
+    """A world of one rank, which every `join_world` of this process finds."""
+    from torchpar.parallel import join_world
+
+    with join_world("cpu") as world:
+        yield world
+
+
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """``ranks(world_size, function, *args)``: the results of a module-level function on each gloo rank."""

@@ -157,6 +157,7 @@ MAXIMUM = Operator(
     sharded=(((6, 5), (6, 5)), {"R R -> R", "S(0) S(0) -> S(0)", "S(1) S(1) -> S(1)"}),
     refused=[
         Refused((ones(3) + 0j, ones(3)), "a has dtype torch.complex64, expected a real"),
+        Refused((ones(3), ones(3).to(torch.uint16)), "b has dtype torch.uint16, expected a real"),
         Refused((ones(2, 3), ones(2, 0)), "b has shape (2, 0), which does not broadcast with a's (2, 3)"),
     ],
     backward={

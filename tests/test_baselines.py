@@ -84,7 +84,6 @@ def test_all_levels_compute_the_same(name, level):
 
 @pytest.mark.parametrize("level", levels("linear_sigmoid"))
 def test_sigmoid_of_large_numbers_is_0_or_1(level):
-    """And no warning: pytest turns it into an error."""
     x = np.array([[-3e38], [-1e4], [-110], [0], [1e4], [3e38]], np.float32)
     args = (x, np.ones((1, 1), np.float32), np.zeros(1, np.float32))
     result = levels("linear_sigmoid")[level](*args).ravel()
@@ -130,7 +129,6 @@ def assert_as_accurate(found: tuple, model: MLP, x, labels, dtype: torch.dtype) 
 
 
 def joined(loss, weights, biases) -> tuple:
-    """A loss, and one vector of all parameters."""
     return loss, np.concatenate([np.ravel(t) for layer in zip(weights, biases, strict=True) for t in layer])
 
 

@@ -3,18 +3,17 @@
 
 import csv
 import importlib
-import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT, import_path
+from commands import ROOT
+from commands import run as run_command
 
 pytest.importorskip("rich", reason="rich prints the tables")
-from benchmarks import muon, operators
+from benchmarks import muon, operators, scale_model, train
 from benchmarks.__main__ import NAMES, main
 from benchmarks.command import run
 from torchpar.errors import ConfigError, DivergedError
@@ -34,10 +33,11 @@ SLOW = {
     "ladder": "workload note over_pure_python first_s intensity cores",
     "scale_model": "ranks width batch bytes",
 }
+OTHERS = {"train": ["train.md"], "speedrun": ["speedrun.md"], "ladder": ["ladder.md", "intensity.png"]}
+slow = pytest.mark.slow
 
 
 def check(path: Path, own: str) -> None:
-    """All rows of a CSV are right, and nothing in its columns is missing."""
     with path.open(newline="") as lines:
         rows = list(csv.DictReader(lines))
     assert rows[0].keys() >= {*COLUMNS.split(), *own.split()}
@@ -55,27 +55,33 @@ def test_all_benchmarks_are_listed(capsys):
     assert "benchmarks/results/cpu-" in lines[-1] or torch.cuda.is_available()
 
 
-@pytest.mark.parametrize("name", QUICK)
-def test_a_benchmark_runs_and_its_csv_has_the_columns(tmp_path, name):
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=slow) for name in SLOW)])
+def test_a_benchmark_runs_and_its_csv_has_the_columns(tmp_path, monkeypatch, capsys, name):
+    # Enough to see that each contestant is right.
+    monkeypatch.setattr(train, "PROGRAM_EPOCHS", 1)
+    monkeypatch.setattr(train, "QUICK", [train.Training((784, 10, 10), 10, samples=35)])
+    monkeypatch.setattr(scale_model, "MESHES", scale_model.MESHES[:2])
+    monkeypatch.setattr(scale_model, "LAYERS", 4)
     flags = ["--quick", f"--output={tmp_path}"]
     flags += ["--kernels=symmetric_product", "--sizes=512"] * (name == "autotune")
     assert importlib.import_module(f"benchmarks.{name}").main(flags) == 0
-    check(tmp_path / f"{name}.csv", QUICK[name])
+    check(tmp_path / f"{name}.csv", (QUICK | SLOW)[name])
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.csv", *OTHERS.get(name, [])}
+    assert ("shared memory, speed-up" in capsys.readouterr().out) == (name == "scaling")
 
 
-@pytest.mark.slow
+@slow
 def test_several_benchmarks_run_in_turn(tmp_path):
-    command = [sys.executable, "-m", "benchmarks", "run", *SLOW, "--quick", f"--output={tmp_path}"]
-    environment = os.environ | {"PYTHONPATH": import_path(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "shared memory, speed-up" in done.stdout
-    for name, own in SLOW.items():
-        check(tmp_path / f"{name}.csv", own)
+    """As scripts of their own, which set the environment before they import libraries."""
+    status, out, err = run_command(
+        *(sys.executable, "-m", "benchmarks", "run", "train", "ladder", "--help"), cwd=tmp_path
+    )
+    assert (status, err) == (0, "")
+    order = [out.index(text) for name in ("train", "ladder") for text in (f"== {name}\n", f"run {name} [-h]")]
+    assert order == sorted(order)
 
 
 def test_every_operator_is_measured():
-    """An operator that is registered and left out of the benchmark fails here."""
     from torchpar import ops
 
     registered = {name for name in ops.__all__ if hasattr(torch.ops.torchpar, name)}
@@ -84,13 +90,15 @@ def test_every_operator_is_measured():
     assert operators.GPU.keys() == operators.NATIVE.keys()
 
 
-def test_a_wrong_operator_has_no_speed(monkeypatch, capsys):
+def test_a_wrong_operator_has_no_speed(monkeypatch, capsys, tmp_path):
     """Addmm leaves the sigmoid out, which is done to its result before that is checked."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(operators.FINISH, "addmm", lambda z: torch.sigmoid(1.01 * z))
     flags = ["--quick", "--device=cpu", "--operators=linear_sigmoid", "--modes=forward"]
     assert operators.main(flags) == 1
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("not ok:"))
     assert line.startswith("not ok: addmm linear_sigmoid forward 8x33->5 float32 errors")
+    assert not list(tmp_path.iterdir())  # there was no --output
 
 
 def test_another_optimizer_goes_elsewhere(monkeypatch, capsys):

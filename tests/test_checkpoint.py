@@ -7,7 +7,7 @@ import pickle
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.optim import SGD
-from torchpar.parallel.launch.world import World, join_world
+from torchpar.parallel.launch.world import join_world
 from torchpar.parallel.save.checkpoint import Checkpoint, Checkpoints
 from torchpar.parallel.save.manifest import MANIFEST, write
 from torchpar.parallel.split.mlp import parallel_mlp
@@ -30,13 +30,6 @@ from torchpar.training import lr_scheduler, muon, sgd
 from torchpar.training.state import TrainState
 
 FILES = [".metadata", "__0_0.distcp", MANIFEST]
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    """A world of one rank."""
-    with join_world("cpu") as world:
-        yield world
 
 
 def content(step: int) -> dict[str, torch.Tensor]:
@@ -49,7 +42,6 @@ def content(step: int) -> dict[str, torch.Tensor]:
 
 
 def holds(saved: Checkpoint, step: int) -> bool:
-    """Whether a checkpoint has every bit of a step's content."""
     expected = content(step)
     found = {name: torch.full_like(t, 77) for name, t in expected.items()}
     saved.read(found)
@@ -105,7 +97,6 @@ def test_keeps_the_newest(world, tmp_path, keep):
 
 @pytest.fixture
 def two(world, tmp_path) -> Checkpoints:
-    """Steps 1 and 2."""
     checkpoints = Checkpoints(tmp_path, world)
     for step in (1, 2):
         # Of one float in three, two texts of 17 digits have the same value.

@@ -141,8 +141,10 @@ def flipped(content: bytes, at: int) -> bytes:
 def test_damaged_archives_are_named_with_the_repair(raw, file, damaged, message):
     archive = raw / f"{file}.gz"
     archive.write_bytes(damaged(archive.read_bytes()))
+    before = {path: path.stat().st_mtime_ns for path in (raw, *raw.iterdir())}
     with pytest.raises(ConfigError, match=rf"^.*{file}\.gz is {message}.*$"):  # one line
         data.load("mnist", raw.parents[1])
+    assert {path: path.stat().st_mtime_ns for path in (raw, *raw.iterdir())} == before
 
 
 @pytest.mark.parametrize(

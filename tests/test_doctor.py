@@ -3,15 +3,13 @@
 
 import importlib.util
 import json
-import os
-import subprocess
+import runpy
 import sys
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
-from commands import ROOT
 from operators import OPERATORS
 
 import torchpar
@@ -26,7 +24,6 @@ def hide(*packages: str) -> Any:
 
 
 def test_this_machine_is_well(capsys):
-    """Also: these versions are among those that it calls tested."""
     assert doctor.main([]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     assert last.startswith("problems: 0, notes: ")
@@ -35,14 +32,23 @@ def test_this_machine_is_well(capsys):
         assert any(f" {name}, cpu " in line and "right, by ATen" in line for line in lines)
 
 
-def test_json_has_the_findings_and_a_problem_makes_the_status_1():
-    command = [sys.executable, "-m", "torchpar", "doctor", "--json"]
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "none"}
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    (gloo,) = (one for one in json.loads(process.stdout) if one["state"] == "problem")
-    assert process.returncode == 1
+def test_json_has_the_findings_and_a_problem_makes_the_status_1(monkeypatch, capsys):
+    """Printed for people, a problem is marked, and an arrow leads to its remedy."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none")
+    monkeypatch.setattr(sys, "argv", ["torchpar", "doctor", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("torchpar", run_name="__main__")
+    assert ended.value.code == 1
+    findings = json.loads(capsys.readouterr().out)
+    (gloo,) = (one for one in findings if one["state"] == "problem")
     assert (gloo["name"], gloo["area"]) == ("gloo", "communication")
     assert gloo["remedy"] == "unset GLOO_SOCKET_IFNAME, which names no interface"
+    monkeypatch.setattr(doctor, "examine", lambda: iter([Finding(**one) for one in findings]))
+    assert doctor.main([]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith(" ! gloo "))
+    assert lines[at + 1].strip() == f"→ {gloo['remedy']}"
+    assert [line for line in lines if line.startswith(" !")] == [lines[at]]
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,6 @@ ALL = [f"layers.{i}.{name}" for i in range(2) for name in ("weight", "bias")]
 
 
 def frozen() -> None:
-    """Frozen parameters get no gradient, and the others theirs."""
     whole: dict[str, Tensor] = {}
     with join_world("cpu") as world:
         world = world.with_mesh(dp=world.world_size)
@@ -135,7 +134,6 @@ def refusals() -> None:
 
 
 def peculiar_gradients() -> None:
-    """Those of ReLU at 0, and of samples that are not finite."""
     with join_world("cpu") as world:
         layer = ExactLinear(2, 3, activation="relu")
         layer.load_state_dict({"weight": torch.zeros(3, 2), "bias": torch.tensor([0.0, -1.0, 1.0])})

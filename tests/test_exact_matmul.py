@@ -103,7 +103,6 @@ def test_exponents_of_rows(device: str) -> None:
 
 
 def test_bits_are_the_recorded_ones_under_plain_instructions_and_any_threads() -> None:
-    """Also those of `torchpar.ieee`."""
     with patch.dict(os.environ, ATEN_CPU_CAPABILITY="default"):
         status, out, err = run(sys.executable, str(ROOT / "tests" / "exact_bits.py"))
     assert status == 0, err
@@ -141,7 +140,6 @@ CONSTANTS = [
 
 @pytest.mark.parametrize("constants", CONSTANTS, ids=str)
 def test_blocks_and_chains_do_not_matter(constants: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither do int8 and float64, nor whether half of a symmetric product is computed."""
     expected = [(exact_matmul(a, b), exact_matmul(a, a.clone())) for a, b in PAIRS]
     assert_same_bits(expected[0][0], reference.exact_matmul(*PAIRS[0]))
     for name, value in constants.items():
@@ -170,7 +168,6 @@ def test_the_longest_chains_of_the_least_digits(k: int, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("cuts", [[17, 18], [1, 30, 4], [0, 35]], ids=str)
 def test_sums_of_parts_are_those_of_the_whole(cuts: list[int], device: str) -> None:
-    """Of parts of the columns, which share exponents, and of parts of the rows, as ranks and passes do."""
     a, b = wide(7, 35, device=device), wide(5, 35, device=device, seed=9)
     expected = exact_matmul(a, b)
     e, f = _exact.row_exponents(a), _exact.row_exponents(b)

@@ -107,7 +107,6 @@ def trained(mesh: Mesh, rounded: bool = False) -> dict[str, tuple[str, list[floa
 
 @pytest.fixture(scope="module")
 def expected(ranks) -> dict[str, tuple[str, list[float], list[float]]]:
-    """The results of one rank."""
     (found,) = ranks(1, trained, Mesh())
     for _, losses, norms in found.values():
         assert min(norms) > 0.1  # each step's gradient is clipped

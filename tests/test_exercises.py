@@ -6,6 +6,7 @@
 
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from commands import lesson, rows_of
 from fake_data import fashion_mnist
+from ranks import fork_context
 from samples import normal
 
 pytest.importorskip("torchvision", reason="torchvision reads the data sets")
@@ -24,9 +26,12 @@ import matmul_convolution
 import matmul_regression
 import quadrants
 from matmul_convolution import windows
+from support import amdahl as report
 from support.accuracy import compare
 
+from torchpar.data import Samples
 from torchpar.errors import ConfigError
+from torchpar.parallel.launch.local import current_world
 from torchpar.profile import amdahl as law
 
 # The quadrants
@@ -212,3 +217,23 @@ def test_a_scaling_names_the_phase_that_limits():
     assert (one["processes"], one["speedup"], one["epoch_ms"]) == (1, 1, 100_000)
     assert (two["processes"], two["speedup"], two["collectives_ms"]) == (2, pytest.approx(100 / 61), 6000)
     assert (two["limiting_phase"], two["p"], two["loss"]) == ("collectives", s.p, 0.5)
+
+
+def build_another_on_each_rank() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(current_world().world_size)
+    model = torch.nn.Linear(2, 2)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def draw() -> Samples:
+    points = torch.rand(32, 2, generator=torch.Generator().manual_seed(0))
+    return Samples(points, (points[:, 0] > points[:, 1]).long(), ("below", "above"))
+
+
+@pytest.mark.slow
+def test_training_that_differs_is_refused(monkeypatch):
+    fork_context()
+    monkeypatch.setattr(report, "ROUNDS", 1)
+    cross_entropy_sum = partial(torch.nn.functional.cross_entropy, reduction="sum")
+    with pytest.raises(ConfigError, match="differs from that on one"):
+        report.report(report.Job(build_another_on_each_rank, draw, cross_entropy_sum), (1, 2), (8,))

@@ -7,8 +7,10 @@ full disks and damaged checkpoints.
 
 import math
 import os
+import random
 import re
 import signal
+import time
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -63,7 +65,6 @@ def is_undisturbed(folder: Path, undisturbed: Path) -> None:
 
 @pytest.fixture
 def processes() -> Iterator[list[ForkServerProcess]]:
-    """Ranks to end, whatever happens."""
     processes: list[ForkServerProcess] = []
     yield processes
     for process in processes:
@@ -84,11 +85,12 @@ FAULTS = [  # mesh, fault of one rank, exit status of the others, the line about
 def test_a_fault_is_named_and_another_mesh_goes_on(
     ranks, flags, undisturbed, tmp_path, processes, mesh, victim, fault, status, line
 ):
-    """With the same bits at the end. Rank 0 hosts the store."""
+    """Rank 0 hosts the store."""
     folder = tmp_path / "saved"
     command = [*flags, *saving(folder), *mesh.split()]
     processes += start(tmp_path, command, math.prod(map(int, re.findall(r"--[dtp]p (\d)", mesh))))
     wait_for(lambda: latest(folder) not in ("", "step-1"))
+    began = time.monotonic()
     os.kill(processes[victim].pid, fault)
     lost = fault in (signal.SIGKILL, signal.SIGSTOP)
     others = [process for rank, process in enumerate(processes) if not lost or rank != victim]
@@ -97,6 +99,7 @@ def test_a_fault_is_named_and_another_mesh_goes_on(
     out, err = (tmp_path / "out").read_text(), (tmp_path / "err").read_text()
     assert [process.exitcode for process in others] == [status] * len(others), err
     assert latest(folder) != f"step-{STEPS}"
+    assert fault != signal.SIGSTOP or time.monotonic() - began > 2  # --timeout is 3 seconds
     if lost:
         said = [said for said in err.splitlines() if said.startswith("train_parallel.py: error: ")]
         assert len(said) == len(others)
@@ -132,8 +135,12 @@ def test_torchrun_is_stopped_and_the_same_command_goes_on(ranks, flags, undistur
 
 
 @slow
-def test_torchrun_starts_killed_ranks_again_and_they_end_with_the_same_bits():
-    assert soak.main(["--kills", "2"]) == 0
+def test_torchrun_starts_killed_ranks_again_and_they_end_with_the_same_bits(flags, undisturbed, tmp_path):
+    folder = tmp_path / "saved"
+    command = [TRAIN, *flags, *saving(folder), "--async-save"]
+    kills, starts, _ = soak.disturbed(command, folder, 1, random.Random(0))
+    assert (kills, starts) == (1, 1)
+    is_undisturbed(folder, undisturbed)
 
 
 def train_differing(flags: list[str], each: list[list[str]]) -> str:
@@ -157,7 +164,6 @@ REFUSED = [  # the flags of both ranks, those of rank 0 and of rank 1, the error
 def test_wrong_flags_are_the_same_error_on_both_ranks(
     ranks, data, tmp_path, of_both, of_first, of_second, message
 ):
-    """Before a collective aborts the ranks, or makes one wait for the other."""
     flags, *each = (text.format(tmp_path / "saved").split() for text in (of_both, of_first, of_second))
     first, second = ranks(2, train_differing, [*data, "--epochs", "1", "--timeout", "5", *flags], each)
     assert first == second

@@ -4,7 +4,7 @@
 On a CPU `fake_graph` stands in for CUDA's graphs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,13 +31,7 @@ from torchpar.training.graph import GraphedStep, why_not_graphed
 
 SIZES = [12, 9, 4]
 BATCH = 10
-
-
-@pytest.fixture(autouse=True, scope="module")
-def world() -> Iterator[World]:
-    """A world of one rank, which every `join_world` of this process finds."""
-    with join_world("cpu") as world:
-        yield world
+pytestmark = pytest.mark.usefixtures("world")
 
 
 @pytest.fixture(autouse=True)
@@ -53,14 +47,17 @@ def samples(n: int, device: str) -> Samples:
     return Samples(features.to(device), labels.to(device), tuple("abcd"))
 
 
-def by_autograd(model: MLP) -> Callable[[Tensor, Tensor, int], Tensor]:
+def by_autograd(model: MLP, parts: int = 1) -> Callable[[Tensor, Tensor, int], Tensor]:
     def gradients(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16):
-            outputs = model(x)
-        loss = cross_entropy(outputs.float(), labels, reduction="sum", label_smoothing=0.1)
-        (loss / global_size).backward()
+        total = torch.zeros((), device=x.device)
+        for part, of_part in zip(x.chunk(parts), labels.chunk(parts), strict=True):
+            with torch.autocast(x.device.type, torch.bfloat16):
+                outputs = model(part)
+            loss = cross_entropy(outputs.float(), of_part, reduction="sum", label_smoothing=0.1)
+            (loss / global_size).backward()
+            total += loss.detach()
         training.add_orthogonality_gradient(model, 0.01)
-        return loss.detach()
+        return total
 
     return gradients
 
@@ -71,6 +68,7 @@ MODES: dict[str, tuple[Callable[..., Any], Any, float]] = {
     "formulas": (FusedGradients, sgd, 0.01),
     "formulas, by Muon": (FusedGradients, muon, 0.01),
     "autograd": (by_autograd, sgd, 10.0),
+    "accumulated": (partial(by_autograd, parts=3), sgd, 10.0),
 }
 
 
@@ -107,11 +105,17 @@ def train(
         GraphedStep(step, sets[0], optimizer) as graphed,
         Run(model, optimizer, schedule, world, *sets, **config) as run,
     ):
-        graphed._failed = not graph  # otherwise each step runs by itself
         for epoch in run.epochs():
-            for batch in run.indices(epoch):
-                run.log(graphed(*batch))
+            for batch in run.indices(epoch) if graph else run.batches(epoch):
+                rates = [group["lr"] for group in optimizer.param_groups]
+                for group in optimizer.param_groups if not graph else ():  # a graph holds them as tensors
+                    group["lr"] = torch.tensor(group["lr"], device=device)
+                loss = graphed(*batch) if graph else step(*batch)
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate
+                run.log(loss)
                 schedule.step()
+    assert not graphed._graphs  # they would keep NCCL's communicators alive
     losses = [(result.train_loss, result.test_loss) for result in run.results]
     return losses + [p.tolist() for p in model.parameters()], made
 

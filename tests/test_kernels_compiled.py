@@ -8,6 +8,7 @@ and Triton specialises it as in a launch; the tensors are on the meta device.
 import re
 from collections.abc import Iterable, Iterator
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -97,6 +98,12 @@ def assert_pipelined(code: MachineCode, specialized: bool = False) -> None:
         assert len(waits) <= 1, f"wgmmas are serialised: {len(waits)} waits for all of them"
 
 
+def sums_of_a_thread(tiles: Tiles) -> tuple[float, int]:
+    """Their number, and that of the operands' elements that a block holds meanwhile."""
+    loaded = (tiles.block_m + tiles.block_n) * tiles.block_k * tiles.num_stages
+    return tiles.block_m * tiles.block_n / tiles.num_warps, loaded
+
+
 def tensor_core(capability: int, kind: str) -> str:
     """The instruction that multiplies on the tensor cores, as a pattern."""
     if kind == "float64":
@@ -141,10 +148,14 @@ def test_default_tiles(compiled, capability, launcher, kind, n):
     ],
     indirect=["capability"],
 )
-def test_all_tiles_fit_and_are_pipelined(capability, tmp_path, launcher, kind):
+def test_tiles_of_the_most_registers_fit_and_are_pipelined(capability, tmp_path, launcher, kind):
+    """Of each variant those in which a thread holds most sums, for these spill first."""
     dtype, precision, _, unaligned, _ = candidates.KINDS[kind]
     launches = [(launcher, (ODD, ODD, ODD), unaligned)]
+    most: dict[str, Tiles] = {}
     for tiles in candidates.configurations(launcher.__name__, dtype, precision, capability):
+        most[tiles.variant] = max(tiles, most.get(tiles.variant, tiles), key=sums_of_a_thread)
+    for tiles in most.values():
         launches.append((launcher, (4096, 4096, 4096), tiles))
         if launcher is symmetric_product and tiles.variant != "pointers":
             launches.append((with_a_matrix_to_add, "", tiles))
@@ -279,6 +290,16 @@ def test_exact_product(compiled, capability, sizes, transposed, symmetric, dtype
         assert code.count(r"STG\.E.*\.128.*") == code.count(r"STG.*"), "a store is not coalesced"
     if dtype == torch.int64:
         assert not code.count("(DMUL|DADD|DFMA|HMMA|HGMMA|UTCHMMA).*"), "T is made of integers"
+
+
+@slow
+@pytest.mark.parametrize("capability", [90], indirect=True)
+def test_check_rejects_other_tiles_of_the_exact_product(compiled, capability):
+    for tiles, message in ((Tiles(128, 128, 32, 8, 3), "spill"), (Tiles(64, 64, 32, 4, 1), "asynchronously")):
+        with patch.object(exact_matmul, "_tiles", return_value=tiles):
+            code = compiled(exact_product, SQUARE, False, False, torch.float32)
+        with pytest.raises(AssertionError, match=message):
+            assert_exact(code, capability, once=True)
 
 
 # The kernels that are bound by memory

@@ -86,7 +86,6 @@ LINEAR_VARIANTS = {
 @pytest.mark.parametrize("m, n, k", [(1040, 1040, 272), (8, 1001, 2000), (64, 2056, 784)])
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "tf32"])
 def test_linear_sigmoid(precision: str, m: int, n: int, k: int, layout: str, variant: str) -> None:
-    """Partial tiles, and one that is split along k."""
     dtype, kind, tiles = choose(precision, LINEAR_VARIANTS[variant])
     if layout == "T" and n % 8:
         pytest.skip("no row of this weight, transposed, begins at 16 bytes")

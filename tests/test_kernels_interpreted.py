@@ -147,7 +147,6 @@ def test_symmetric_product(interpreter, path, dtype, shape, layouts):
 
 
 def check_products_added_in_place() -> None:
-    """To float32; of integers the sums are exact."""
     torch.manual_seed(0)
     x = torch.randint(-3, 4, (3, 37, 20)).half()
     h = lower_twice(torch.randint(-99, 100, (3, 37, 37)).float())
@@ -296,7 +295,6 @@ def special_rows(count: int) -> Tensor:
 
 
 def check_hard_and_special_rows() -> None:
-    """Of 80 rows, some tiles have none with a NaN or an infinity."""
     special, finite = special_rows(80), HARD["wide"][0]
     pairs = (special_rows(7), special), (special, special[20:]), (special, None), (finite, None)
     for a, b in (*HARD.values(), *pairs):

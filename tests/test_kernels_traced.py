@@ -149,7 +149,6 @@ def test_the_backward_of_symbolic_rows_sums_any_number():
 
 @pytest.mark.parametrize("shape, more", [((64, 48), []), ((48,), ["sum"])])
 def test_the_backward_of_maximum_is_one_launch(shape, more):
-    """And the sum over dimensions along which an operand was broadcast."""
     with FakeTensorMode():
         a, b = (torch.empty(s, dtype=torch.bfloat16, device="cuda") for s in ((64, 48), shape))
         for g in (a, a[0, 0].expand(64, 48)):

@@ -58,7 +58,6 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 @pytest.mark.parametrize("tiles", [None, TMA])
 def test_a_kept_plan_passes_what_triton_passed(log, tiles):
-    """And each call's own tensors and factors."""
     calls = [(meta(N, K), meta(N, N), alpha) for alpha in (1 / 3, 1 / 3, 2.0)]
     for x, c, alpha in calls:
         matmul_t.symmetric_product(x, x, "ieee", None, c, alpha, -2.0, out=c, tiles=tiles)

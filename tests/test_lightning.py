@@ -10,7 +10,7 @@ from typing import Any
 import plain_loop
 import pytest
 import torch
-from commands import ROOT, scalars
+from commands import LAST_LINE, ROOT, scalars
 from fake_data import fashion_mnist
 from torch.nn.parallel import DistributedDataParallel
 
@@ -35,7 +35,6 @@ pytestmark = [
 TRAIN, TEST, BATCH = 201, 101, 50  # the last of the 5 batches holds one sample, and rank 1 has none of it
 SIZES = [784, 20, 10]
 EXAMPLE = str(ROOT / "examples" / "train_lightning.py")
-LAST_LINE = r"(test accuracy [01]\.\d{4} \| loss \d+\.\d{4}) \| \d+\.\d s \| (\d) ranks? \| (cpu|cuda)"
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +89,10 @@ def by_the_plain_loop(data: Path, loss: Loss = "cross-entropy") -> Any:
     with join_world("cpu") as world:
         optimizer = training.sgd(model, lr=0.3, momentum=0.9, weight_decay=1e-4)
         run = plain_loop.train(
-            *(model, optimizer, world, *load("fashion-mnist", data)),
+            model,
+            optimizer,
+            world,
+            *load("fashion-mnist", data),
             replica=DistributedDataParallel(model) if world.world_size > 1 else model,
             loss=loss,
             epochs=2,
@@ -135,7 +137,6 @@ def test_two_ranks_learn_what_two_ranks_of_the_plain_loop_do(data, ranks):
     ids=["steps", "validations"],
 )
 def test_a_resumed_run_ends_as_the_whole_one_to_the_bit(data, tmp_path, when):
-    """From within an epoch of five steps, and from an epoch's end before and after its validation."""
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     def fit(model: Any, checkpoint: Path | None = None, **options: Any) -> list[Any]:
@@ -218,13 +219,13 @@ def example(monkeypatch, tmp_path, capsys):
 
 
 def test_the_example_with_its_configuration(data, example, tmp_path, tmp_path_factory):
-    """A log, checkpoints and early stopping outside of the working directory; a test of the best."""
     config, root = ROOT / "examples" / "lightning.yaml", tmp_path_factory.mktemp("root")
     (default,) = re.findall(r"default_root_dir: (\S+)", config.read_text())
     assert Path(default).is_absolute()
     where = (f"--config={config}", f"--trainer.default_root_dir={root}")
     out = example("fit", *where, *flags(data), "--data.validation=21", "--trainer.max_epochs=3")
-    fitted = re.fullmatch(LAST_LINE, out.splitlines()[-1]).group(1)
+    fitted = out.splitlines()[-1]
+    assert re.fullmatch(LAST_LINE, fitted)
     (version,) = (root / "lightning_logs").iterdir()
     losses = [loss.expected for _, loss in scalars(version, "val_loss")]
     assert len(losses) == 3
@@ -232,7 +233,7 @@ def test_the_example_with_its_configuration(data, example, tmp_path, tmp_path_fa
     assert best.name.startswith(f"epoch={losses.index(min(losses))}-")
     assert (version / "checkpoints" / "last.ckpt").exists()
     out = example("test", *flags(data), f"--ckpt_path={best}")
-    assert re.fullmatch(LAST_LINE, out.splitlines()[-1]).group(1) == fitted
+    assert out.splitlines()[-1].split(" | ")[:2] == fitted.split(" | ")[:2]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,16 +2,14 @@
 """Data parallelism over MPI, and the pooled exercise: the same losses as one process."""
 
 import re
-import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from commands import ROOT, lesson, rows_of, run
+from commands import LAST_LINE, MPIRUN, ROOT, lesson, needs_mpirun, rows_of, run, scalars
 from fake_data import fashion_mnist
-from test_examples import LAST_LINE
 
 from torchpar.baselines import mpi, numpy_mlp
 from torchpar.baselines.numpy_mlp import MLP
@@ -22,13 +20,9 @@ pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 pytest.importorskip("tyro", reason="tyro reads the flags")
 
 import fashion_pooled
-import train_mpi
 from support.pooled import SIZES, Plan, Result, prepare
 
-TRAIN_MPI = str(ROOT / "examples" / "train_mpi.py")
-MPIRUN = str(Path(sys.executable).with_name("mpirun"))
-MPIRUN = MPIRUN if Path(MPIRUN).exists() else shutil.which("mpirun")
-needs_mpirun = pytest.mark.skipif(MPIRUN is None, reason="no mpirun; pip install mpich")
+TRAIN_MPI, POOLED = (str(ROOT / "examples" / name) for name in ("train_mpi.py", "fashion_pooled.py"))
 ROUNDING = 1e-5  # of a loss: some hundred steps of some roundings of 6e-8 each
 
 
@@ -47,11 +41,6 @@ def without_mpi(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=mpich))
 
 
-def by_one_process(data: Path, metrics: Path, **flags) -> list[dict]:
-    train_mpi.main(train_mpi.Flags(data=data, dataset="fashion-mnist", metrics=metrics, **flags))
-    return rows_of(metrics)
-
-
 # The lesson
 
 
@@ -59,18 +48,36 @@ def by_one_process(data: Path, metrics: Path, **flags) -> list[dict]:
 def test_two_processes_train_as_one(data, without_mpi, tmp_path):
     """The last batch is of one sample, which leaves process 1 none."""
     metrics = tmp_path / "two"
-    flags = f"--dataset fashion-mnist --data {data} --epochs 2 --hidden 12 8 --lr 0.3 --metrics {metrics}"
-    code, out, err = run(MPIRUN, "-n", "2", sys.executable, TRAIN_MPI, *flags.split())
+    flags = f"--dataset fashion-mnist --data {data} --epochs 2 --hidden 12 8 --lr 0.3"
+    files = [f"--metrics={metrics}", f"--log-dir={tmp_path / 'log'}"]
+    code, out, err = run(MPIRUN, "-n", "2", sys.executable, TRAIN_MPI, *flags.split(), *files)
     assert code == 0, err
     lines = out.splitlines()
     assert re.fullmatch(LAST_LINE, lines[-1]).groups() == ("2", "cpu")
     assert sum("test accuracy" in line for line in lines) == 2 + 1  # process 0 alone prints
     for phase in ("data", "forward", "backward", "collectives", "optimizer"):
         assert len(re.findall(rf"│ {phase} +│ +\d+\.\d\d +│ +\d+\.\d% +│", out)) == 1
-    alone = by_one_process(data, tmp_path / "one", epochs=2, hidden=(12, 8), lr=0.3)
+    assert lesson("train_mpi", *flags.split(), f"--metrics={tmp_path / 'one'}")[0] == 0
+    alone = rows_of(tmp_path / "one")
     for row, other in zip(rows_of(metrics), alone, strict=True):
         for name in ("train_loss", "test_loss", "test_accuracy"):
             assert row[name] == pytest.approx(other[name], rel=ROUNDING)
+    logged = [(row["epoch"], row["test_loss"]) for row in rows_of(metrics)]
+    assert logged == scalars(tmp_path / "log", "test_loss")
+
+
+@pytest.mark.slow
+@needs_mpirun
+def test_two_processes_share_the_pooled_exercise(data, tmp_path):
+    flags = ["--dataset=fashion-mnist", f"--data={data}", "--samples=50", "--iterations=30"]
+    rows = []
+    for ranks in (1, 2):
+        metrics = tmp_path / str(ranks)
+        code, out, err = run(MPIRUN, "-n", f"{ranks}", sys.executable, POOLED, *flags, f"--metrics={metrics}")
+        assert code == 0, err
+        assert re.fullmatch(LAST_LINE, out.splitlines()[-1]).groups() == (f"{ranks}", "cpu")
+        rows += [[row["last_cost"] for row in rows_of(metrics)]]
+    assert rows[0] == pytest.approx(rows[1], rel=ROUNDING)
 
 
 def test_an_error_ends_all_processes(monkeypatch):

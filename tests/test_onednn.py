@@ -88,7 +88,6 @@ def first(op: Callable[..., Tensor], args: tuple[Tensor, ...], layout: str = "co
 
 
 def second(op: Callable[..., Tensor], args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Gradients of the gradients, and gradients for a batch of incoming ones."""
     leaves = [arg.clone().requires_grad_() for arg in args]
     y = op(*leaves)
     batch = normal(3, *y.shape, dtype=torch.float32, seed=9).to(y.dtype).requires_grad_()

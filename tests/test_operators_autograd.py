@@ -38,7 +38,6 @@ pytestmark = [
 
 
 def gradients(op: Any, args: tuple[Tensor, ...], incoming: Tensor) -> tuple[Tensor, ...]:
-    """Of the arguments that require one."""
     return torch.autograd.grad(op(*args), [arg for arg in args if arg.requires_grad], incoming)
 
 

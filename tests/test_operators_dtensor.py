@@ -137,28 +137,36 @@ def test_placements_on_a_mesh(ranks, name):
 
 
 def compare_compiled() -> None:
-    """The compiled operators beside the eager ones, with split operands."""
+    """The compiled operators beside the eager ones, with split operands, in one graph."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for name, along_rows in itertools.product(OPERATORS, (True, False)):
-        shapes, _ = OPERATORS[name].sharded
-        whole = operands(name, shapes)
-        operator = partial(OPERATORS[name].function, **OPERATORS[name].factors(len(shapes)))
-        placements = [Shard(0 if along_rows else t.dim() - 1) for t in whole]
-        args = [
-            distribute_tensor(t.detach(), mesh, [placement]).requires_grad_()
-            for t, placement in zip(whole, placements, strict=True)
+    cases = list(itertools.product(OPERATORS, (True, False)))
+
+    def compute(operands_of: list[list[Any]]) -> list[Any]:
+        return [
+            OPERATORS[name].function(*args, **OPERATORS[name].factors(len(args)))
+            for (name, _), args in zip(cases, operands_of, strict=True)
         ]
-        torch._dynamo.reset()
-        actual = torch.compile(operator, fullgraph=True, backend="aot_eager")(*args).full_tensor()
-        expected = operator(*whole)
-        torch.testing.assert_close(actual, expected)
-        found = torch.autograd.grad(actual.cos().sum(), args)
-        gradients = torch.autograd.grad(expected.cos().sum(), whole)
-        torch.testing.assert_close([g.full_tensor() for g in found], list(gradients))
+
+    whole = [operands(name, OPERATORS[name].sharded[0]) for name, _ in cases]
+    placed = [
+        [
+            distribute_tensor(t.detach(), mesh, [Shard(0 if along_rows else t.dim() - 1)]).requires_grad_()
+            for t in args
+        ]
+        for (_, along_rows), args in zip(cases, whole, strict=True)
+    ]
+    # The other partitioner would import Inductor, which takes longer than to compile.
+    compiled = torch.compile(compute, fullgraph=True, backend="aot_eager_default_partitioner")
+    actual = [t.full_tensor() for t in compiled(placed)]
+    expected = compute(whole)
+    torch.testing.assert_close(actual, [t.detach() for t in expected])
+    found = torch.autograd.grad(sum(t.cos().sum() for t in actual), list(itertools.chain(*placed)))
+    gradients = torch.autograd.grad(sum(t.cos().sum() for t in expected), list(itertools.chain(*whole)))
+    torch.testing.assert_close([g.full_tensor() for g in found], list(gradients))
 
 
 def test_compiled(tmp_path):

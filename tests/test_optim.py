@@ -319,10 +319,7 @@ def test_the_parameters_are_torchs():
 
 
 def test_views_are_orthogonalised_one_by_one():
-    """Of a convolution, of attention, and of matrices of unequal shapes; each at its own rate.
-
-    So it is with strides of another memory format, with a state dict of other names, and in a copy.
-    """
+    """A state dict of other names is loaded, and the model and its optimizer are copied before the step."""
     torch.manual_seed(0)
     model = torch.nn.ParameterDict({"joint": torch.randn(19, 6)})
     model.conv, model.head = torch.nn.Conv2d(3, 8, 3, bias=False), torch.nn.Linear(2, 2)
@@ -437,6 +434,9 @@ def test_muon_gets_the_hidden_matrices_alone():
     assert by_muon(model, overrides=overrides) == expected
     assert "stack" in by_muon(model, views={"stack": lambda p: p})
     assert "tokens.weight" in by_muon(tied, overrides={"head.weight": "muon"})
+    apart = torch.nn.MultiheadAttention(16, 4, kdim=8)  # query, key and value have a weight each
+    assert by_muon(apart) == ["k_proj_weight", "q_proj_weight", "v_proj_weight"]
+    assert not any(one.view for one in Muon.for_model(apart).assignments)
     del model.head
     assert by_muon(model) == hidden  # the last linear layer is of one of several blocks
     chain = Muon.for_model(Model(), lr=0.02, others=partial(torch.optim.SGD, lr=0.5, weight_decay=0.1))

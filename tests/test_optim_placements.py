@@ -210,7 +210,6 @@ def test_the_comparison_rejects_lost_messages(ranks):
 
 
 def refusals() -> None:
-    """Each of two ranks names what is wrong."""
     rank, mesh, group = dist.get_rank(), init_device_mesh("cpu", (2,)), dist.group.WORLD
     alone = [dist.new_group([rank]) for rank in range(2)][rank]
     ones = torch.ones(4, 6)

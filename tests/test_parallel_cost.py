@@ -78,7 +78,9 @@ def expected_calls(
                     optimizer.step()
             model.zero_grad()
         expected = cost.collectives(
-            *(sizes, batch_size, world.mesh),
+            sizes,
+            batch_size,
+            world.mesh,
             tensor_split=axes is not None,
             arithmetic=arithmetic,
             fused=fused,

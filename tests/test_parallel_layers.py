@@ -132,7 +132,6 @@ def test_the_comparison_rejects_a_missing_collective(ranks):
 
 
 def errors_under_autocast_are_those_of_the_whole_layer() -> None:
-    """In bfloat16 at most twice those; both are compared with float64."""
     for kind, activation in ((COLUMN, "sigmoid"), (ROW, None)):
         layer, whole = pair_of_layers(kind, (129, 127), True, activation, torch.float32)
         x, g = torch.randn(65, 129), torch.randn(65, 127)
@@ -337,7 +336,6 @@ def different_layers_are_refused() -> None:
 
 
 def different_shapes_are_refused_before_they_are_sent() -> None:
-    """Or else gloo would abort both processes."""
     mesh, rank = tp_mesh(), dist.get_rank()
     gathered = COLUMN(4, 6, mesh=mesh, gather_output=True)
     pair = torch.nn.Sequential(COLUMN(4, 6, mesh=mesh), ROW(6, 3, mesh=mesh))
@@ -417,8 +415,13 @@ def order_of_events() -> list[Any]:
         return lambda: (wait(), events.append("end"))
 
     y = COLUMN(5, 8, mesh=tp_mesh(), activation="sigmoid")(torch.randn(3, 5, requires_grad=True))
-    with patch.object(column, "start_all_reduce", start_all_reduce), Products():
+    with (
+        patch.object(column, "start_all_reduce", start_all_reduce),
+        patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce,
+        Products(),
+    ):
         y.sum().backward()
+    assert all_reduce.call_args.kwargs["async_op"]
     return events
 
 

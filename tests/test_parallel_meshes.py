@@ -94,8 +94,11 @@ TRAININGS = [
 ]
 
 
-def train_beside_one_process(training: Training) -> None:
-    """Compare losses, gradients and weights of each step with those of the whole model."""
+def train_beside_one_process(training: Training, wrong: str = "") -> None:
+    """Compare losses, gradients and weights of each step with those of the whole model.
+
+    Unless this goes ``wrong``: "a mean of means", of the ranks' unequal shares; "another norm", 1% larger.
+    """
     torch.manual_seed(0)
     whole = MLP(training.sizes, training.hidden, dtype=torch.float64)
     with join_world("cpu") as world:
@@ -116,14 +119,17 @@ def train_beside_one_process(training: Training) -> None:
             x = torch.randn(n, training.sizes[0], dtype=torch.float64)
             labels = torch.randint(training.sizes[-1], (n,))
             share = world.share(n)
+            mine = share.narrow(x, 0)
+            size = world.dp_size * len(mine) if wrong == "a mean of means" else n
             with recorder.step():
-                loss = step(share.narrow(x, 0), share.narrow(labels, 0), n, sum_of_losses)
-            outputs, expected_outputs = predict(share.narrow(x, 0)), whole(x)
+                loss = step(mine, share.narrow(labels, 0), size, sum_of_losses)
+            outputs, expected_outputs = predict(mine), whole(x)
             expected_loss = sum_of_losses(expected_outputs, labels)
             (expected_loss / n).backward()
             for m in (model, whole):
                 add_orthogonality_gradient(m, 1e-3)
-            norm = clip_grad_norm_(model, training.max_norm, world)
+            max_norm = 1.01 * training.max_norm if wrong == "another norm" else training.max_norm
+            norm = clip_grad_norm_(model, max_norm, world)
             expected_norm = torch.nn.utils.clip_grad_norm_(whole.parameters(), training.max_norm)
             found = {"loss": world.sum(loss * world.owns_outputs), "norm": norm}
             expected = {"loss": expected_loss.detach(), "norm": expected_norm}
@@ -158,6 +164,34 @@ def test_a_mesh_trains_as_one_process(ranks, training):
     ranks(training.ranks, train_beside_one_process, training)
 
 
+@pytest.mark.parametrize("wrong", ["a mean of means", "another norm"])
+def test_the_comparison_rejects(ranks, wrong):
+    with pytest.raises(AssertionError):
+        ranks(2, train_beside_one_process, Training(2, 1, 1), wrong)
+
+
+def pipelined(schedule: str) -> None:
+    """Gradients in float32 are those that one process adds of the same micro-batches, and not of others."""
+    torch.manual_seed(0)
+    whole, x, labels = MLP(SIZES, "relu"), torch.randn(24, SIZES[0]), torch.randint(SIZES[-1], (24,))
+    with join_world("cpu") as world:
+        world = world.with_mesh(pp=world.world_size)
+        stage = stage_mlp(whole, world.mesh["pp"])
+        Pipeline(stage, world, schedule).step(x, labels, 24, sum_of_losses)
+    found = {name: p.grad.clone() for name, p in stage.named_parameters()}
+    for rows in (6, 24):
+        whole.zero_grad()
+        for part, of_part in zip(x.split(rows), labels.split(rows), strict=True):
+            (sum_of_losses(whole(part), of_part) / 24).backward()
+        equal = [gradient.equal(whole.get_parameter(name).grad) for name, gradient in found.items()]
+        assert all(equal) == (rows == 6)
+
+
+@pytest.mark.parametrize("stages, schedule", [(2, "1f1b"), (4, "gpipe")])
+def test_a_pipeline_has_the_bits_of_accumulated_micro_batches(ranks, stages, schedule):
+    ranks(stages, pipelined, schedule)
+
+
 def clip(axes: dict[str, int]) -> tuple[float, int, list[tuple[str, int]]]:
     """The norm of gradients with a NaN on rank 1, how many finite ones clipping leaves, and its messages."""
     with join_world("cpu") as world:
@@ -190,6 +224,7 @@ def refusals() -> None:
             ("pp 2 makes more stages than the model has layers, 1", partial(stage_mlp, one, pp.mesh["pp"])),
             ("1 micro-batches are fewer than the 2 stages", partial(Pipeline, one, pp, "1f1b", 1)),
             ("schedule is 'zigzag', expected one of ['1f1b', 'gpipe']", partial(Pipeline, one, pp, "zigzag")),
+            ("arithmetic is 'precise', expected", partial(clip_grad_norm_, one, 1.0, pp, "precise")),
         ):
             with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
                 build()

@@ -39,6 +39,10 @@ SCHEMAS = {name: operator.schema for name, operator in OPERATORS.items()} | {
 }
 
 
+def test_the_record_has_all_operators() -> None:
+    assert set(torchpar.ops.__all__) == set(OPERATORS)
+
+
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_schemas_and_tags(name: str) -> None:
     overload = getattr(torch.ops.torchpar, name).default
@@ -57,7 +61,12 @@ x = torch.ones(3, 4, requires_grad=True)
 y = torchpar.linear_sigmoid(x, x, x[:, 0])
 torchpar.maximum(torchpar.matmul_t(y), y).sum().backward()
 torchpar.symmetric_matmul(torch.ones(300, 2), torch.ones(300, 2), check=True)
-print(json.dumps([added, sorted(set(sys.modules) - before)]))
+called = sorted(set(sys.modules) - before)
+import torch.distributed.tensor
+from torchpar.ops._library import _sharding_rules
+waiting = len(_sharding_rules)
+torchpar.maximum(y, y)
+print(json.dumps([added, called, waiting, len(_sharding_rules)]))
 """
 
 
@@ -65,7 +74,8 @@ def test_import_adds_only_what_is_ours_and_the_cpu_paths_need_no_triton() -> Non
     # Modules are counted, not milliseconds: the import would be slow because of Triton and of PyTorch's own
     # modules that are not loaded yet.
     result = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
-    imported, called = json.loads(result.stdout)
+    imported, called, waiting, left = json.loads(result.stdout)
+    assert waiting > left == 0, "sharding rules wait for DTensor"
     assert "torchpar.ops.matmul_t" in imported
     assert [module for module in imported if module.partition(".")[0] != "torchpar"] == []
     assert [module for module in imported if module.startswith("torchpar.kernels")] == []

@@ -1,28 +1,22 @@
 # SPDX-License-Identifier: MIT
 """Variables of each launcher, and connecting: again after a restart, and at a port that is taken."""
 
-import os
-import shutil
 import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from commands import run
+from commands import MPIRUN, needs_mpirun, run
 from ranks import fork_context
 
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch import rendezvous
 from torchpar.parallel.launch.local import current_world, start_ranks
 from torchpar.parallel.launch.rendezvous import RankInfo, connect, find_rank_info, missing_ranks
-
-# The wheels of MPICH and Open MPI put theirs beside Python.
-MPIRUN = shutil.which("mpirun", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 TORCHRUN |= {"MASTER_ADDR": "a", "MASTER_PORT": "29400", "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -151,7 +145,7 @@ def test_a_store_that_does_not_answer_is_that_of_rank_0(monkeypatch, rank, of_ag
 
 
 def test_every_rank_notices_that_another_program_has_the_port(monkeypatch):
-    """Soon: a launcher may let the other ranks live when rank 0 has failed."""
+    """A launcher may let the other ranks live when rank 0 has failed."""
     assert rendezvous.ANSWER <= 10
     monkeypatch.setattr(rendezvous, "ANSWER", 0.3)
     store_of_another_job = dist.TCPStore("127.0.0.1", 0, is_master=True)
@@ -165,7 +159,6 @@ def test_every_rank_notices_that_another_program_has_the_port(monkeypatch):
 
 
 def test_a_rank_waits_for_a_rank_0_that_is_late(monkeypatch):
-    """Longer than the time that rank 0's store has to answer."""
     monkeypatch.setattr(rendezvous, "ANSWER", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -189,7 +182,7 @@ with join_world("cpu") as world:
 """
 
 
-@pytest.mark.skipif(MPIRUN is None, reason="no mpirun; pip install mpich")
+@needs_mpirun
 def test_two_processes_started_by_mpirun(monkeypatch):
     for name in ("OMPI", "PRTE"):
         monkeypatch.setenv(f"{name}_ALLOW_RUN_AS_ROOT", "1")
@@ -204,12 +197,17 @@ def sum_of_ranks(factor: int) -> tuple[int, int, float]:
     return world.rank, torch.get_num_threads(), world.sum(torch.tensor(float(factor * world.rank))).item()
 
 
+def fail_on(rank: int) -> None:
+    if current_world().rank == rank:
+        raise ValueError(f"rank {rank} fails")
+
+
 def test_local_ranks_run_functions_and_outlive_an_error():
     fork_context()
     with start_ranks(2, threads=1) as ranks:
         assert ranks.run(sum_of_ranks, 3) == [(0, 1, 3.0), (1, 1, 3.0)]
-        with pytest.raises(ValueError, match="could not convert string to float"):
-            ranks.run(sum_of_ranks, "rank")
+        with pytest.raises(ValueError, match="rank 1 fails"):
+            ranks.run(fail_on, 1)
         assert ranks.run(sum_of_ranks, 5) == [(0, 1, 5.0), (1, 1, 5.0)]
     with pytest.raises(RuntimeError, match="this process was not started by start_ranks"):
         current_world()

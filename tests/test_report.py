@@ -3,6 +3,7 @@
 
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -47,13 +48,15 @@ def results(tmp_path) -> Path:
     return folder
 
 
-def test_the_page_in_a_browser(results, tmp_path):
+def test_the_page_in_a_browser(results, tmp_path, monkeypatch, capsys):
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives Chromium")
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("there is no Chromium; apt-get install chromium")
     (results / "cpu-avx2" / "<i> b.csv").write_text(csv(8))
-    report.write(tmp_path / "page.html", results)
+    monkeypatch.setattr(report, "write", partial(report.write, results=results))
+    assert report.main([f"--output={tmp_path / 'page.html'}"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'page.html'}\n"
     with (
         sync_api.sync_playwright() as playwright,
         playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"]) as browser,

@@ -78,7 +78,6 @@ def test_steps_are_torchs(arguments: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
 def test_exact_steps_of_parts_have_the_bits_of_the_whole(arguments: dict[str, Any]) -> None:
-    """Parts of any length and alignment, as ranks hold them, of any layout."""
     whole, gradients = normal(37, 41, dtype=torch.float32), normal(STEPS, 37, 41, dtype=torch.float32, seed=1)
 
     def stepped(part: Callable[[Tensor], Tensor]) -> Tensor:
@@ -120,7 +119,6 @@ def test_a_closure_is_called_with_gradients() -> None:
 # PyTorch does not step a parameter whose elements share memory, and its call takes no negated tensor.
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "negated"])
 def test_any_layout(layout: str) -> None:
-    """Of a parameter, its gradients and a momentum that was loaded."""
     results = []
     laid_out, plain = LAYOUTS[layout], LAYOUTS["contiguous"]
     for kind in (SGD, TORCH):

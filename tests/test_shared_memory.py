@@ -118,14 +118,18 @@ def averages_are_gloos() -> bool:
         ours, gloos = (DistributedDataParallel(deepcopy(model)) for _ in range(2))
         shared_memory.register_shared_memory_hook(ours, world)
         equal = True
-        for _ in range(3):
+        for step in range(3):
             x = torch.randn(4, 600) + world.rank
             for replica in (ours, gloos):
                 replica.zero_grad()
+                if step == 1:
+                    with replica.no_sync():
+                        replica(2 * x).sum().backward()
                 replica(x).square().sum().backward()
             pairs = zip(ours.parameters(), gloos.parameters(), strict=True)
             equal &= all(torch.equal(p.grad, q.grad) for p, q in pairs)
-        return equal and len(made) == 3 and None not in made  # of one bucket at first, then of two
+        # Of one bucket at first, then of two; none under no_sync.
+        return equal and [add._number for add in made] == [1, 2, 2]
 
 
 def test_averages_of_data_parallel_replicas_are_gloos(ranks):

@@ -18,7 +18,6 @@ from benchmarks.speedrun import RECORD_98_7, Recipe
 from torchpar import data
 from torchpar.data import Samples
 from torchpar.errors import ConfigError, DivergedError
-from torchpar.parallel.launch.world import World, join_world_of_one
 from torchpar.training.graph import GraphedStep, why_not_graphed
 
 SMALL = Recipe(name="small", change="", epochs=2, batch_size=64, hidden=(16,), lr=0.01, label_smoothing=0.1)
@@ -29,12 +28,6 @@ SMALL_MUON = replace(RECORD_98_7, name="small", epochs=3, batch_size=64, hidden=
 def images() -> tuple[Samples, Samples]:
     train, test = speedrun.images("cpu", False, True)
     return train[:200], test[:100]
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    with join_world_of_one("cpu") as world:
-        yield world
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -130,6 +123,13 @@ def test_files_enter_and_the_clock_runs_while_a_network_is_trained(tmp_path, wor
         score("torch.zeros(3, 10)")
     with pytest.raises(DivergedError, match="an output is not finite; take a smaller learning rate"):
         score("torch.full((2000, 10), torch.nan)")
+
+
+@pytest.mark.slow
+def test_every_recipe_runs(capsys):
+    assert speedrun.main(["--quick", "--recipe=ladder", "--recipe=tried", "--validate"]) == 0
+    printed = capsys.readouterr().out
+    assert all(recipe.name in printed for group in speedrun.GROUPS.values() for recipe in group)
 
 
 @pytest.mark.slow

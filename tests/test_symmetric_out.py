@@ -21,7 +21,6 @@ PAIRS += [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
 
 
 def operands(shape: tuple[int, ...], dtype: torch.dtype, out: torch.dtype, device: str) -> list[Tensor]:
-    """X and a symmetric H."""
     x = normal(*shape, dtype=dtype, device=device)
     h = normal(*shape[:-1], shape[-2], dtype=out, device=device, seed=1)
     return [x, h.tril() + h.tril(-1).mT]

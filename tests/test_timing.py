@@ -26,8 +26,6 @@ def test_contestants_take_turns_after_a_warm_up():
 
 @pytest.mark.parametrize("good", [0, 2])
 def test_a_contestant_that_fails_is_out_and_has_no_times(good):
-    """At once, or after some samples."""
-
     def reject(index: int) -> list[float]:
         raise Rejected("a number is off\nand more")
 

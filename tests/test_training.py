@@ -7,7 +7,6 @@ import math
 import os
 import re
 import signal
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torchpar.data import Samples
 from torchpar.errors import ConfigError, DivergedError
 from torchpar.nn import MLP
 from torchpar.optim import SGD, ExactSGD
-from torchpar.parallel.launch.world import World, join_world
+from torchpar.parallel.launch.world import join_world
 from torchpar.parallel.split import shared_memory
 from torchpar.parallel.split.mlp import parallel_mlp
 from torchpar.training import CheckpointConfig
@@ -33,13 +32,6 @@ from torchpar.training.state import EpochResult
 from torchpar.training.stop import StopSignal
 
 SIZES = [784, 20, 10]
-
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[World]:
-    """A world of one rank, which every `join_world` of this process finds."""
-    with join_world("cpu") as world:
-        yield world
 
 
 def samples(n: int, seed: int) -> Samples:
@@ -65,7 +57,11 @@ def train(fuse: bool = False, through_memory: bool = True) -> Any:
         patch.setattr(shared_memory, "SUPPORTED", through_memory and shared_memory.SUPPORTED)
         fused = FusedGradients(mlp, world) if fuse else None
         run = plain_loop.train(
-            *(model, OPTIMIZERS["sgd"](model), world, samples(203, seed=1), samples(101, seed=2)),
+            model,
+            OPTIMIZERS["sgd"](model),
+            world,
+            samples(203, seed=1),
+            samples(101, seed=2),
             replica=DistributedDataParallel(model) if world.world_size > 1 and not fuse else model,
             fused=fused,
             epochs=2,
@@ -116,7 +112,11 @@ def run_alone(
     with join_world("cpu") as world:
         model = parallel_mlp(model, world.mesh["tp"], "exact") if exact else model
         run = plain_loop.train(
-            *(model, OPTIMIZERS[optimizer](model, lr=lr), world, samples(n, 1), samples(50, 2)),
+            model,
+            OPTIMIZERS[optimizer](model, lr=lr),
+            world,
+            samples(n, 1),
+            samples(50, 2),
             epochs=epochs,
             checkpoint=CheckpointConfig(folder) if folder else None,
             **{"batch_size": 32, "schedule": "constant"} | options,
@@ -127,7 +127,7 @@ def run_alone(
 @pytest.mark.parametrize(
     "optimizer, lr, schedule", [("sgd", 0.3, "constant"), ("muon", 0.1, "constant"), ("sgd", 0.3, None)]
 )
-def test_learns_and_resumes_bit_for_bit(alone, tmp_path, optimizer, lr, schedule):
+def test_learns_and_resumes_bit_for_bit(world, tmp_path, optimizer, lr, schedule):
     run = partial(run_alone, optimizer=optimizer, lr=lr, schedule=schedule)
     handler = signal.getsignal(signal.SIGTERM)
     model, results = run(4)
@@ -146,7 +146,7 @@ def test_learns_and_resumes_bit_for_bit(alone, tmp_path, optimizer, lr, schedule
     assert signal.getsignal(signal.SIGTERM) == handler
 
 
-def test_runs_that_are_refused(alone, tmp_path):
+def test_runs_that_are_refused(world, tmp_path):
     run_alone(2, tmp_path, config={"hidden": (20,), "clip": 1})
     others = [
         ({"config": {"hidden": (30,)}}, f"{tmp_path} holds a run with hidden [20], this one has hidden [30]"),
@@ -238,10 +238,10 @@ def test_schedules():
         course("steps")  # type: ignore[arg-type]
 
 
-def test_signals_are_noted_until_the_process_leaves(alone):
+def test_signals_are_noted_until_the_process_leaves(world):
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with StopSignal(alone) as stop:
+        with StopSignal(world) as stop:
             stop.start_all_reduce()
             assert stop.wait() == 0
             os.kill(os.getpid(), signal.SIGTERM)
@@ -250,7 +250,7 @@ def test_signals_are_noted_until_the_process_leaves(alone):
             os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # a process that is leaving ignores another one
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-        with StopSignal(alone) as stop:
+        with StopSignal(world) as stop:
             os.kill(os.getpid(), signal.SIGINT)
             with pytest.raises(KeyboardInterrupt):  # a second one ends at once
                 os.kill(os.getpid(), signal.SIGINT)
@@ -329,7 +329,11 @@ def run_with_dropout(epochs: int, folder: Path | None, seed: int) -> list[Any]:
     with join_world("cpu") as world:
         torch.manual_seed(seed + world.rank)
         run = plain_loop.train(
-            *(model, OPTIMIZERS["sgd"](model), world, samples(204, 1), test),
+            model,
+            OPTIMIZERS["sgd"](model),
+            world,
+            samples(204, 1),
+            test,
             replica=DistributedDataParallel(model),
             epochs=epochs,
             batch_size=50,
@@ -357,12 +361,17 @@ def test_a_resumed_run_draws_each_ranks_random_numbers_as_the_whole_one(ranks, t
         assert not all((a == b).all() for a, b in zip(resumed[rank], other[rank], strict=True))
 
 
-def test_runs_that_are_used_wrongly(alone, tmp_path):
+def test_runs_that_are_used_wrongly(world, tmp_path):
     model = MLP(SIZES)
     optimizer = OPTIMIZERS["sgd"](model)
     make = partial(
-        *(training.Run, model, optimizer, training.lr_scheduler(optimizer, "constant", 3), alone),
-        *(samples(150, 1), samples(50, 2)),
+        training.Run,
+        model,
+        optimizer,
+        training.lr_scheduler(optimizer, "constant", 3),
+        world,
+        samples(150, 1),
+        samples(50, 2),
         epochs=1,
         batch_size=50,
     )

@@ -122,7 +122,6 @@ def tune(*arguments: str, sizes: tuple[int, ...] = (1024, 256)) -> int:
 
 
 def measured(path) -> dict[int, list]:
-    """The fastest tiles by size."""
     table = json.loads(path.read_text())
     return {m: tiles for m, *_, tiles in table["tiles"]["symmetric_product"]["bfloat16"]}
 
@@ -145,7 +144,6 @@ def test_tune_writes_a_table_that_the_launchers_read(gpu, capsys):
 
 
 def test_a_problem_is_measured_once_unless_again(gpu, monkeypatch):
-    """And of the variants that were asked for."""
     tried = []
 
     def others(problem, configurations, device):

@@ -21,7 +21,6 @@ STAGES = {"values": 500, "variants": 0, "operators": 0, "tune": 0, "huge": 5}
 
 
 def validate(*arguments: str, cwd: Path, gpu: bool = True, **environment: str) -> tuple[int, str]:
-    """The exit status of the script, and what it printed."""
     folders = [Path(os.path.relpath(ROOT / "tests" / "rehearsal", cwd))] if gpu else []
     path = {
         "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
@@ -82,7 +81,6 @@ def test_a_stage_that_fails_is_named(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_needs_nothing_of_another(tmp_path, stage):
-    """In folders of odd names."""
     folder = tmp_path / "a|b & c"
     folder.mkdir()
     status, printed = validate("o u t", stage, cwd=folder)

@@ -19,7 +19,6 @@ clean_up() {
 } 2>/dev/null
 trap clean_up EXIT
 trap 'exit 1' HUP INT TERM
-
 # A node is a sleeping process in namespaces of its own. Its end (--kill-child) ends all processes in them.
 printf '127.0.0.1 localhost\n10.77.0.1 node1\n10.77.0.2 node2\n' >"$dir/hosts"
 nodes=()

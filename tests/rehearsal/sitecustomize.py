@@ -51,5 +51,6 @@ def pretend_driver() -> None:
 
 
 with suppress(ImportError):  # of what is blocked
-    pretend_gpu()
-    pretend_driver()
+    if "import importlib" not in " ".join(sys.orig_argv):  # importing packages by name needs no GPU
+        pretend_gpu()
+        pretend_driver()

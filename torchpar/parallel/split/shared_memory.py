@@ -150,7 +150,7 @@ def make_shared_sum(
         made = [False] * group.size()
         dist.all_gather_object(made, shared is not None, group)
     finally:
-        if group.rank() == 0 and path is not None:
+        if path is not None:
             path.unlink(missing_ok=True)  # the memory stays until the last rank ends
     return shared if all(made) else None
 
