@@ -55,6 +55,7 @@ def one_process(monkeypatch) -> None:
 RUNS = {  # lesson: flags, pictures
     "train_mpi": ("--epochs 3", "curves"),
     "fashion_pooled": ("--samples 50 --iterations 400", "costs neurons"),
+    "fashion_pooled_torch": ("--samples 50 --iterations 400", "costs neurons"),
     "quadrants": ("--seed 1 --processes 1 2 --sizes 16384", "boundaries amdahl"),
     "digits_report": ("--hidden 8 --batch-size 16 --lr 0.2 --epochs 3", "digits"),
     "matmul_regression": ("", "regression"),
@@ -266,7 +267,7 @@ ERRORS = [
     ("train_ddp", "--metrics /dev/null/m.jsonl", "cannot be written.*/dev/null"),
     ("train_ddp", "--graph on", "--graph is on, but a step cannot be a CUDA graph: it needs a GPU"),
     ("train_mpi", "--device cuda", "--device cuda: NumPy computes on the CPU"),
-    ("fashion_pooled", "--engine numpy --device cuda", "take --engine torch"),
+    ("fashion_pooled", "--device cuda", "--device cuda: NumPy computes on the CPU"),
     ("quadrants", "--processes 2 4", "expected 1 and then multiples of the last"),
     ("quadrants", "--processes 1 2 4 --sizes 3 16", "expected at least 4, one sample a process"),
     ("digits_report", "--hidden", "take one value or more each"),
