@@ -7,6 +7,7 @@ The Lightning lesson, and what is peculiar to an exercise, have files of their o
 import re
 import sys
 from functools import partialmethod
+from hashlib import md5
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,9 +21,11 @@ pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 pytest.importorskip("tyro", reason="tyro reads the flags")
 pytest.importorskip("matplotlib", reason="--plots draws with it")
 
+import train_transformer
 from support import amdahl
 
 from torchpar.baselines.mpi import OneProcess
+from torchpar.parallel import join_world
 
 TRAIN_DDP = str(ROOT / "examples" / "train_ddp.py")
 TWO_EPOCHS = ["--epochs", "2", "--batch-size", "50"]
@@ -53,6 +56,7 @@ def one_process(monkeypatch) -> None:
 RUNS = {  # lesson: flags, pictures
     "train_mpi": ("--epochs 3", "curves"),
     "fashion_pooled": ("--samples 50 --iterations 400", "costs neurons"),
+    "fashion_pooled_torch": ("--samples 50 --iterations 400", "costs neurons"),
     "quadrants": ("--seed 1 --processes 1 2 --sizes 16384", "boundaries amdahl"),
     "digits_report": ("--hidden 8 --batch-size 16 --lr 0.2 --epochs 3", "digits"),
     "matmul_regression": ("", "regression"),
@@ -248,19 +252,46 @@ def test_two_ranks_train_a_transformer_as_one_does(ranks, tmp_path):
             world_size, lesson, "train_transformer", "--steps=12", "--device=cpu", *files
         )
         assert code == 0, err
-        assert re.fullmatch(r"adamw: loss \d\.\d{3} after 12 steps, \d+\.\d s", out.splitlines()[-1])
+        last = r"adamw: training loss \d\.\d{3}, validation loss (\d\.\d{3}) after 12 steps, \d+\.\d s"
+        printed = re.fullmatch(last, out.splitlines()[-1]).group(1)
         picture = tmp_path / f"plots-{world_size}" / "transformer.png"
         assert picture.read_bytes().startswith(b"\x89PNG")
         assert re.search(r"\nblocks\.0\.linear1\.weight +512×128 +Muon +hidden matrix", out)
         found.append(rows_of(tmp_path / f"metrics-{world_size}"))
+        assert printed == f"{found[-1][-1]['validation_loss']:.3f}"
     alone, together = found
-    assert alone[0]["loss"] == alone[12]["loss"]  # the same weights and windows
+    assert alone[0]["train_loss"] == alone[12]["train_loss"]  # the same weights and windows
     for name, rows in (("muon", alone[:12]), ("adamw", alone[12:])):
-        assert rows[-1]["loss"] < rows[0]["loss"] - 1
-        assert [(row["step"], row["loss"]) for row in rows] == scalars(tmp_path / "log-dir-1" / name, "loss")
+        for loss in ("train_loss", "validation_loss"):
+            assert rows[-1][loss] < rows[0][loss] - 0.5
+            assert [(row["step"], row[loss]) for row in rows] == scalars(tmp_path / "log-dir-1" / name, loss)
     for one, two in zip(alone, together, strict=True):
         # Roundings of other sums, which Muon takes to bfloat16.
-        assert two["loss"] == pytest.approx(one["loss"], rel=2**-8)
+        for loss in ("train_loss", "validation_loss"):
+            assert two[loss] == pytest.approx(one[loss], rel=2**-8)
+
+
+def test_the_validation_text_is_the_last_tenth_of_the_book():
+    """The documentation's figures are of this book."""
+    content = train_transformer.BOOK.read_bytes()
+    assert f"`{md5(content).hexdigest()}`" in (ROOT / "examples" / "data" / "README.md").read_text()
+    book = train_transformer.load_book(torch.device("cpu"))
+    assert len(book.validation) == -(-len(content) // 10)
+    text = torch.cat([book.train, book.validation])
+    assert len(text.unique()) == book.characters
+    alphabet = bytes(sorted(set(content)))
+    assert bytes(alphabet[i] for i in text) == content
+
+
+def test_the_validation_loss_is_that_of_each_character():
+    """Against float64: windows of 64 characters, after which too few are left for another one."""
+    text = torch.randint(70, (3 * 64 + 9,), generator=torch.Generator().manual_seed(0))
+    model = train_transformer.Transformer(70)
+    with join_world("cpu") as world:
+        loss = train_transformer.evaluate(model, text, world)
+    log_p = model.double()(text[: 3 * 64].view(3, 64)).detach().log_softmax(-1).flatten(0, 1)
+    expected = -sum(float(row[i]) for row, i in zip(log_p, text[1 : 3 * 64 + 1], strict=True)) / (3 * 64)
+    assert loss == pytest.approx(expected, rel=1e-6)
 
 
 # Errors
@@ -274,7 +305,7 @@ ERRORS = [
     ("train_ddp", "--metrics /dev/null/m.jsonl", "cannot be written.*/dev/null"),
     ("train_fast", "--graph on", "--graph is on, but a step cannot be a CUDA graph: it needs a GPU"),
     ("train_mpi", "--device cuda", "--device cuda: NumPy computes on the CPU"),
-    ("fashion_pooled", "--engine numpy --device cuda", "take --engine torch"),
+    ("fashion_pooled", "--device cuda", "--device cuda: NumPy computes on the CPU"),
     ("quadrants", "--processes 2 4", "expected 1 and then multiples of the last"),
     ("quadrants", "--processes 1 2 4 --sizes 3 16", "expected at least 4, one sample a process"),
     ("digits_report", "--hidden", "take one value or more each"),
@@ -295,7 +326,7 @@ def test_errors(small, name, flags, message):
     """tyro frames what it finds; what a script finds is one line."""
     given = [] if name == "quadrants" else small
     code, out, err = lesson(name, *given, "--device", "cpu", *flags.split())
-    assert (code, out) == (2, f"{FORMULAS}\n" if "--graph" in flags else "")
+    assert (code, out) == (2, "")
     assert re.search(message, line_of(err))
     assert "Traceback" not in err
     assert ("full helptext" in err) != bool(re.fullmatch(rf"{name}\.py: error: .*\n", err))
