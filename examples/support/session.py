@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Everything in a training example that is not its subject: data, optimizer, progress, checkpoints, plots."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import TracebackType
@@ -155,7 +155,7 @@ class Run(training.Run):
     """A `torchpar.training.Run` configured by flags, with progress, metrics, plots and the last line.
 
     Args:
-        micro_batches: of each rank's share of a batch in a pipeline, for the prediction of its messages.
+        micro_batches: of a pipeline, as `torchpar.training.cost.collectives` takes them.
         fused: whether `FusedGradients` computes the gradients, for the same.
         arithmetic: of the layers, for the same.
     """
@@ -170,7 +170,7 @@ class Run(training.Run):
         train: Samples,
         test: Samples,
         predict: Callable[[Tensor], Tensor | None] | None = None,
-        micro_batches: int = 1,
+        micro_batches: int | Sequence[int] = 1,
         fused: bool = False,
         arithmetic: Arithmetic = "fast",
     ):
