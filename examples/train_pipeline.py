@@ -20,11 +20,11 @@ neighbours communicate, twice for each micro-batch i:
     after B_i   rank r sends the gradient of its inputs to rank r − 1, which needs it for B_i
 
 Both messages have the shape (rows of the micro-batch, width of the layer between the stages). The schedules
-are `torchpar.reference.gpipe` and `one_forward_one_backward`: some twenty lines of these passes and messages
-each. The gradients equal, bit for bit, those of one process that adds up the gradients of the micro-batches.
+are `torchpar.reference.gpipe` and `one_forward_one_backward`, loops over these passes and messages. The
+gradients equal, bit for bit, those of one process that adds up the gradients of the micro-batches.
 
 ``--draw`` prints the timeline as it was measured. With ``--library`` the same training is run by
-torch.distributed.pipelining, which wants micro-batches of one size and gets them by padding.
+torch.distributed.pipelining, which takes micro-batches of one size; the last ones are padded.
 """
 
 from collections.abc import Callable
@@ -113,7 +113,7 @@ def by_hand(flags: Flags, world: World, stage: MLP, timeline: Timeline | None) -
 
 
 def by_library(flags: Flags, world: World, stage: MLP) -> tuple[Gradients, Predict]:
-    """Return what `by_hand` returns."""
+    """Return the same functions, by `torch.distributed.pipelining`."""
     pipeline = Pipeline(stage, world, flags.pipeline, flags.micro_batches)
     loss_sum = partial(cross_entropy, reduction="sum")
     return partial(pipeline.step, loss_sum=loss_sum), pipeline.predict
@@ -121,11 +121,11 @@ def by_library(flags: Flags, world: World, stage: MLP) -> tuple[Gradients, Predi
 
 def main(flags: Flags) -> None:
     with join_world(flags.device, flags.timeout) as world:
+        world = world.with_mesh(pp=world.world_size)
+        train, test, sizes = prepare(flags, world)
         if flags.draw and flags.library:
             raise ConfigError("--draw records the schedules by hand; leave out --library")
-        world = world.with_mesh(pp=world.world_size)
         timeline = Timeline(world) if flags.draw else None
-        train, test, sizes = prepare(flags, world)
         # Every rank draws all weights, the same on all, and keeps the layers of its stage.
         stage = stage_mlp(MLP(sizes).to(world.device), world.mesh["pp"])
         if flags.compile:

@@ -127,20 +127,20 @@ def test_a_schedule_trains_as_one_process_and_as_the_library(ranks, training, sc
 
 
 def order(schedule: str, micro_batches: int) -> tuple[str, Tensor | None]:
-    """The passes of this rank, and the gradient of its only weight, by which a stage multiplies."""
+    """The passes of this rank, and the gradient of its only weight. Activations are not contiguous."""
     weight = torch.ones((), requires_grad=True)
     p2p, passes = P2PCommunicator(), []
 
     def forward(i: int, activations: Tensor | None) -> Tensor:
         passes.append(f"F{i}")
-        x = torch.full((2,), float(i)) if activations is None else activations
-        return (x * weight).sum() if p2p.is_last else x * weight
+        x = torch.full((2, 2), float(i)) if activations is None else activations
+        return (x * weight).sum() if p2p.is_last else (x * weight).mT
 
     def backward(y: Tensor, gradient: Tensor | None) -> None:
         passes.append("B")
         y.backward(gradient)
 
-    SCHEDULES[schedule](forward, backward, [(2,)] * micro_batches, p2p)
+    SCHEDULES[schedule](forward, backward, [(2, 2)] * micro_batches, p2p)
     return " ".join(passes), weight.grad
 
 
@@ -157,7 +157,7 @@ def test_the_order_of_the_passes(ranks, schedule, micro_batches, expected):
     """1F1B keeps the activations of at most p − s micro-batches on stage s."""
     found = ranks(len(expected), order, schedule, micro_batches)
     assert [passes for passes, _ in found] == expected
-    assert [weight.item() for _, weight in found] == [2 * sum(range(micro_batches))] * len(expected)
+    assert [weight.item() for _, weight in found] == [4 * sum(range(micro_batches))] * len(expected)
 
 
 def large(schedule: str) -> None:
@@ -237,9 +237,9 @@ def test_a_timeline_draws_each_pass_from_its_median_start_to_its_median_end():
     second = [step(1, 2, 2, 3, 3, 4, 4, 6, zero=10 * k) for k in range(2)]
     second.append(step(1, 9, 9, 9.5, 9.5, 9.6, 9.6, 9.9, zero=20))
     assert draw([first, second]) == [
-        "a step of 8000.00 ms, 100.000 ms a column, medians of 3 steps",
-        "rank 0  F0--------F1--------....................B0------------------B1------------------  25% idle",
-        "rank 1  ..........F0--------F1--------B0--------B1------------------....................  38% idle",
+        "a step of 8000.00 ms, 133.333 ms a column, medians of 3 steps",
+        "rank 0  F0-----F1------...............B0-------------B1-------------  25% idle",
+        "rank 1  .......F0------F1-----B0------B1-------------...............  38% idle",
     ]
 
 

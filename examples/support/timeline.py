@@ -16,7 +16,7 @@ from torchpar.parallel.launch.world import World
 from torchpar.reference import Backward, Forward
 
 STEPS = 100  # the last ones, which are kept
-COLUMNS = 80  # of a step at least
+COLUMNS = 60  # of a step, at least: a line fits a terminal of 80
 
 
 @dataclass(frozen=True)
