@@ -232,7 +232,7 @@ def step(*times: float, zero: float = 0.0) -> list[Pass]:
 
 
 def test_a_timeline_draws_each_pass_from_its_median_start_to_its_median_end():
-    """Times count from the first pass of their step. One of three steps was disturbed on one rank."""
+    """Times count from rank 0's first pass. One of three steps was disturbed on one rank."""
     first = [step(0, 1, 1, 2, 4, 6, 6, 8, zero=10 * k) for k in range(3)]
     second = [step(1, 2, 2, 3, 3, 4, 4, 6, zero=10 * k) for k in range(2)]
     second.append(step(1, 9, 9, 9.5, 9.5, 9.6, 9.6, 9.9, zero=20))

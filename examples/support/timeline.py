@@ -107,10 +107,10 @@ def draw(ranks: Sequence[Sequence[Sequence[Pass]]]) -> list[str]:
 def _medians(ranks: Sequence[Sequence[Sequence[Pass]]]) -> list[list[Pass]]:
     """The passes of each rank in one step, each from its median start to its median end.
 
-    Times count from the first pass of their step. Medians keep every order that all steps have: passes of a
-    rank do not overlap, and none begins before its activations were computed.
+    Times count from the first pass of rank 0, which begins a step. Medians keep every order that all steps
+    have: passes of a rank do not overlap, and none begins before its activations were computed.
     """
-    zeros = [min(one.start for passes in step for one in passes) for step in zip(*ranks, strict=True)]
+    zeros = [passes[0].start for passes in ranks[0]]
 
     def median_pass(recorded: Sequence[Pass]) -> Pass:
         times = list(zip(recorded, zeros, strict=True))
