@@ -97,7 +97,7 @@ def by_hand(flags: Flags, world: World, stage: MLP, timeline: Timeline | None) -
                 outputs.backward(gradient)
 
         passes: tuple[Forward, Backward] = (forward, backward)
-        if timeline is not None and global_size == flags.batch_size:
+        if timeline is not None:
             passes = timeline.step(forward, backward)
         with phase("pipeline"):  # the messages, and the time in which this rank waits for them
             run_schedule(*passes, [(len(part), width) for part in parts], p2p)

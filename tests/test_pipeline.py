@@ -248,7 +248,7 @@ def test_a_timeline_is_as_wide_as_its_shortest_pass_needs():
     assert lines[0].startswith("a step of 1000.00 ms, 0.333 ms a column")
     assert lines[1].startswith("rank 0  F0-F1---")
     assert all(name in lines[1] for name in names)
-    assert "no step had a full batch" in draw([[], []])[0]
+    assert "no step was trained" in draw([[], []])[0]
 
 
 def two_machines() -> None:

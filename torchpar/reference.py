@@ -149,7 +149,7 @@ class P2PCommunicator:
 
     A stage sends its activations y to the next stage. It sends the gradient of x, the activations that it
     received, to the previous stage. A gradient has the shape of the activations. The first stage has no
-    previous one, and the last stage no next one: a message there is not sent, or received as None.
+    previous one, and the last stage no next one: there nothing is sent, and None is received.
 
     A method returns when its messages have been sent and received. One that sends and receives starts both
     and then waits: neighbours that send to each other, and receive only then, would wait for each other.
@@ -223,7 +223,7 @@ def gpipe(forward: Forward, backward: Backward, shapes: Sequence[Shape], p2p: P2
 
     Args:
         forward: the number of a micro-batch, and the activations from the previous stage, None on the first
-            → the activations for the next stage; on the last one the loss, of which the step takes the sum.
+            → the activations for the next stage; on the last one the micro-batch's part of the loss.
         backward: what ``forward`` returned, and its gradient, None on the last stage.
         shapes: of the activations that this stage receives for each micro-batch. On the first stage only
             their number counts.

@@ -86,7 +86,7 @@ def draw(ranks: Sequence[Sequence[Sequence[Pass]]]) -> list[str]:
     """
     steps = len(ranks[0])
     if not steps:
-        return ["timeline: nothing was recorded, no step had a full batch"]
+        return ["timeline: nothing was recorded, no step was trained"]
     medians = _medians(ranks)
     passes = [one for passes in medians for one in passes]
     span = max(one.end for one in passes)
