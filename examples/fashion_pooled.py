@@ -35,7 +35,7 @@ from torchpar.baselines import mpi
 from torchpar.baselines.numpy_mlp import MLP, SGD
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.rendezvous import find_rank_info
-from torchpar.profile.phases import Phases
+from torchpar.profile.phases import Phases, timed
 
 
 @dataclass(kw_only=True)
@@ -57,9 +57,9 @@ def train(world: Any, splits: Sequence[Any], counts: Sequence[int], plan: Plan) 
     total = np.empty_like(own)
     costs = []
     with Phases(torch.device("cpu")) as phases:
-        scatter = phases.timed("data", mpi.scatter)
-        backward = phases.timed("backward", model.backward)
-        allreduce = phases.timed("collectives", world.Allreduce)
+        scatter = timed("data")(mpi.scatter)
+        backward = timed("backward")(model.backward)
+        allreduce = timed("collectives")(world.Allreduce)
         shares = [scatter(world, *pair) for pair in zip(splits, orders, strict=True)]
         (x, labels), count = shares[0], counts[0]
         start = time.perf_counter()

@@ -29,7 +29,7 @@ from torchpar.baselines import mpi
 from torchpar.baselines.numpy_mlp import MLP, SGD, Init
 from torchpar.data import Dataset, Samples, load
 from torchpar.errors import ConfigError
-from torchpar.profile.phases import Phases
+from torchpar.profile.phases import Phases, timed
 from torchpar.training import EpochResult
 
 
@@ -67,9 +67,9 @@ def main(flags: Flags) -> None:
         results: list[EpochResult] = []
         progress = console.EpochProgress(world, flags.epochs, n_train, flags.metrics, flags.log_dir)
         with progress, Phases(torch.device("cpu")) as phases:
-            scatter = phases.timed("data", mpi.scatter_batches)
-            backward = phases.timed("backward", model.backward)
-            allreduce = phases.timed("collectives", world.Allreduce)
+            scatter = timed("data")(mpi.scatter_batches)
+            backward = timed("backward")(model.backward)
+            allreduce = timed("collectives")(world.Allreduce)
             for epoch in range(1, flags.epochs + 1):
                 start, train_loss, trained = time.perf_counter(), 0.0, 0
                 batches = scatter(world, train, n_train, flags.batch_size, order)

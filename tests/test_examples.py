@@ -132,6 +132,18 @@ def check_collectives(out: str, world_size: int) -> None:
         assert (count, nbytes) == (counted, counted_bytes), out
 
 
+def check_timeline(out: str, schedule: str, micro_batches: int) -> None:
+    """Two lines must show the passes in their order, each after the one whose result it needs."""
+    lines = re.findall(r"^rank \d  (\S+)  +\d+% idle$", out, re.MULTILINE)
+    columns = [{one[0]: one.span() for one in re.finditer(r"[FB]\d", line)} for line in lines]
+    orders = {"gpipe": ["F0 F1 B0 B1"] * 2, "1f1b": ["F0 F1 B0 F2 B1 F3 B2 B3", "F0 B0 F1 B1 F2 B2 F3 B3"]}
+    assert [" ".join(line) for line in columns] == orders[schedule]
+    for i in range(micro_batches):
+        assert columns[0][f"F{i}"][1] <= columns[1][f"F{i}"][0]
+        assert columns[1][f"B{i}"][1] <= columns[0][f"B{i}"][0]
+    assert "medians of 24 steps" in out
+
+
 MUON = "--optimizer muon --epochs 2 --lr 0.01 --batch-size 100 --collectives"
 
 
@@ -159,7 +171,9 @@ SPLITS = [
     ("train_fast", 2, THEIRS),
     ("train_fast", 2, f"{THEIRS} --fused off"),
     ("train_tensor_parallel", 2, ""),
-    ("train_pipeline", 2, "--pipeline gpipe"),
+    ("train_pipeline", 2, "--draw"),
+    ("train_pipeline", 2, "--pipeline gpipe --micro-batches 2 --draw"),
+    ("train_pipeline", 2, "--library"),
     ("train_parallel", 4, "--dp 2 --tp 2"),
     ("train_parallel", 4, "--tp 2 --pp 2 --micro-batches 3"),
 ]
@@ -195,6 +209,8 @@ def test_every_split_learns_the_same(ranks, data, alone, tmp_path, name, world_s
             rf"│ DistributedDataParallel +│ [\d.]+ +│ 1 +│\n.*│ {way} +│ [\d.]+ +│ [\d.]+", out, re.S
         )
     check_collectives(out, world_size)
+    if "--draw" in flags:
+        check_timeline(out, *(("1f1b", 4) if flags == "--draw" else ("gpipe", 2)))
     assert re.search(r"│ optimizer +│ +\d", out)
 
 
@@ -304,6 +320,7 @@ ERRORS = [
     ("train_ddp", "--data /nonexistent", "/FashionMNIST/raw/train-images-idx3-ubyte.gz is missing"),
     ("train_ddp", "--metrics /dev/null/m.jsonl", "cannot be written.*/dev/null"),
     ("train_fast", "--graph on", "--graph is on, but a step cannot be a CUDA graph: it needs a GPU"),
+    ("train_pipeline", "--draw --library", "--draw records the schedules by hand; leave out --library"),
     ("train_mpi", "--device cuda", "--device cuda: NumPy computes on the CPU"),
     ("fashion_pooled", "--device cuda", "--device cuda: NumPy computes on the CPU"),
     ("quadrants", "--processes 2 4", "expected 1 and then multiples of the last"),

@@ -14,7 +14,7 @@ from commands import lesson, rows_of
 from fake_data import fashion_mnist
 
 from torchpar.profile.collectives import SHARED
-from torchpar.profile.phases import Phases, phase
+from torchpar.profile.phases import Phases, phase, timed
 from torchpar.profile.trace import BETWEEN, SKIP, STEP, Row, StepProfile, Trace, bottleneck, summarize
 
 PRODUCT = r"aten::(add)?mm|mkldnn::_linear_pointwise"
@@ -102,7 +102,7 @@ def test_a_step_is_divided_at_its_backward_pass(monkeypatch):
             loss = x * 2
             loss.register_hook(lambda g: spend(3.0))
             loss.backward()
-            phases.timed("collectives", spend)(0.25)
+            timed("collectives")(spend)(0.25)
             spend(2.0)
     expected = {"data": 10.0, "forward": 2.0, "backward": 6.0, "collectives": 1.5, "optimizer": 4.0}
     assert phases.seconds == {"pipeline": 0.0, **expected}

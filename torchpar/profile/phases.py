@@ -14,6 +14,7 @@ A step is divided at its backward pass: what comes before it is "forward", what 
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
 from types import TracebackType
 from typing import ClassVar, ParamSpec, TypeVar
 
@@ -29,6 +30,20 @@ PHASES = ("data", "forward", "backward", "pipeline", "collectives", "optimizer")
 def phase(name: str) -> AbstractContextManager[None]:
     """Count the seconds of the block as phase ``name``, one of `PHASES`, if a `Phases` is active."""
     return _NOTHING if Phases.active is None else Phases.active.measure(name)
+
+
+def timed(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator of functions whose calls are counted as phase ``name``, if a `Phases` is active."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            with phase(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 def step() -> AbstractContextManager[None]:
@@ -60,7 +75,7 @@ class Phases:
         Phases.active = self
         # PyTorch has hooks around a forward pass and an optimizer's step, but none around a backward pass.
         self._backward = torch.Tensor.backward
-        torch.Tensor.backward = self.timed("backward", self._backward)  # type: ignore[method-assign]
+        torch.Tensor.backward = timed("backward")(self._backward)  # type: ignore[method-assign]
         return self
 
     def __exit__(
@@ -98,15 +113,6 @@ class Phases:
         start, inner = self._now(), self._total()
         yield
         self.seconds[name] += self._now() - start - (self._total() - inner)
-
-    def timed(self, name: str, function: Callable[P, R]) -> Callable[P, R]:
-        """Return ``function``, whose calls are counted as phase ``name``."""
-
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            with self.measure(name):
-                return function(*args, **kwargs)
-
-        return call
 
     def _count(self) -> None:
         start, inner = self._marked

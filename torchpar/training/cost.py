@@ -104,7 +104,7 @@ def collectives(
     *,
     tensor_split: bool = True,
     arithmetic: Arithmetic = "fast",
-    micro_batches: int = 4,
+    micro_batches: int | Sequence[int] = 4,
     itemsize: int = 4,
     fused: bool = False,
     muon: DeviceMesh | None = None,
@@ -116,7 +116,8 @@ def collectives(
         batch_size: of all ranks.
         mesh: of dimensions "pp", "dp" and "tp".
         tensor_split: the layers are those of `parallel_mlp`, also on one rank of "tp".
-        micro_batches: of each rank's share, if there is a pipeline.
+        micro_batches: of each rank's share, if there is a pipeline: their number, if they are padded to one
+            size, or the samples of each.
         itemsize: bytes of a number.
         arithmetic: "fast" or "exact", as in `parallel_mlp`.
         fused: the gradients are those of `torchpar.training.fused.FusedGradients`.
@@ -126,7 +127,7 @@ def collectives(
     at = {name: mesh[name].get_local_rank() for name in dims}
     layers = len(sizes) - 1
     stage = torch.arange(layers).tensor_split(dims["pp"])[at["pp"]].tolist()
-    passes, rows = _passes(batch_size, dims, at, micro_batches)
+    rows = _rows(batch_size, dims, at, micro_batches)
 
     expected: list[Expected] = []
     check_arithmetic(arithmetic)
@@ -170,7 +171,7 @@ def collectives(
         if there:
             # Activations one way, gradients the other.
             for op in ("send", "recv"):
-                expected += [Expected("pp", op, 2, rows[0] * widths(border) * itemsize)] * passes
+                expected += [Expected("pp", op, 2, n * widths(border) * itemsize) for n in rows]
     if dims["dp"] > 1:
         buckets = [sum(parameters)] if fused or dims["pp"] > 1 else _buckets(parameters)
         if exact:
@@ -211,14 +212,16 @@ def _muon_collectives(
     return expected
 
 
-def _passes(
-    batch_size: int, dims: dict[str, int], at: dict[str, int], micro_batches: int
-) -> tuple[int, list[int]]:
-    """Return the number of a rank's forward passes in a step, and the samples of each."""
-    if dims["pp"] > 1:
-        share = -(-batch_size // dims["dp"])
-        return micro_batches, [-(-share // micro_batches)] * micro_batches
-    return 1, [Partition(batch_size, dims["dp"], at["dp"]).widths()[at["dp"]]]
+def _rows(
+    batch_size: int, dims: dict[str, int], at: dict[str, int], micro_batches: int | Sequence[int]
+) -> list[int]:
+    """Return the samples of each of a rank's forward passes in a step."""
+    if dims["pp"] == 1:
+        return [Partition(batch_size, dims["dp"], at["dp"]).widths()[at["dp"]]]
+    if not isinstance(micro_batches, int):
+        return [*micro_batches]
+    share = -(-batch_size // dims["dp"])
+    return [-(-share // micro_batches)] * micro_batches
 
 
 def _buckets(gradients: Sequence[int]) -> list[int]:
