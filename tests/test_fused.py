@@ -82,12 +82,14 @@ def test_gradients_are_as_accurate_as_autograds(
         assert_accurate(a, n, to_numpy(e), roundings)
 
 
-def test_a_relu_at_exactly_0_has_no_gradient() -> None:
-    """As torch.relu; autograd through torchpar.maximum takes one half."""
-    model = MLP((3, 4, 2), "relu")
-    FusedGradients(model)(torch.zeros(2, 3), torch.tensor([1, 1]), 3)  # the biases are 0, and so is each sum
-    assert not model.layers[0].bias.grad.any()
-    assert model.layers[1].bias.grad.any()
+def test_a_relu_at_exactly_0_has_no_gradient_by_formulas_and_by_autograd() -> None:
+    fused, plain = MLP((3, 4, 2), "relu"), MLP((3, 4, 2), "relu")
+    x, labels = torch.zeros(2, 3), torch.tensor([1, 1])  # the biases are 0, and so is each sum
+    FusedGradients(fused)(x, labels, 3)
+    by_autograd(plain, x, labels, 3)
+    for model in (fused, plain):
+        assert not model.layers[0].bias.grad.any()
+        assert model.layers[1].bias.grad.any()
 
 
 def test_layers_that_share_parameters_add_their_gradients() -> None:

@@ -72,9 +72,6 @@ class FusedGradients:
     The model stays an ordinary module: its parameters, state dict and ``p.grad`` are as with autograd, and
     any optimizer can step. Autocast changes nothing; ``dtype`` does what autocast would.
 
-    The derivative of a ReLU at exactly 0 is 0, as that of `torch.relu`. Autograd through `LinearReLU` takes
-    one half, the derivative of `torchpar.maximum`.
-
     Make it after the model is on its device and has its hooks, if any. Ranks start with equal parameters.
 
     Args:
