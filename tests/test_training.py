@@ -23,6 +23,7 @@ from torchpar.data import Samples
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.optim import SGD, ExactSGD
+from torchpar.parallel.launch import agreement
 from torchpar.parallel.launch.world import World, join_world
 from torchpar.parallel.split import shared_memory
 from torchpar.parallel.split.mlp import parallel_mlp
@@ -259,21 +260,46 @@ def test_signals_are_noted_until_the_process_leaves(alone):
             signal.signal(number, handler)
 
 
-def error_of_training(averaged: bool, changed_in: int, batch_size: int) -> str:
-    """The error of a run of three steps on two ranks, if any; a bit changes on rank 1 in one of them."""
+def weighted_sum(t: torch.Tensor) -> torch.Tensor:
+    """The checksum of a GPU."""
+    return agreement._weighted_sum(t.contiguous().view(-1))
+
+
+@pytest.mark.parametrize("checksum", [agreement.checksum, weighted_sum])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32, torch.float64])
+def test_a_checksum_is_of_each_bit_and_of_the_order(device, monkeypatch, checksum, dtype):
+    monkeypatch.setattr(agreement, "_CHUNK", 32)
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    values = torch.arange(100, device=device).to(dtype)
+    changed = [values, values.flip(0), values.roll(64), values[:99], values[:0]]
+    for bit in (1, torch.iinfo(integers).min):  # the lowest and the highest
+        changed.append(values.clone())
+        changed[-1].view(integers)[50] ^= bit
+    assert len({checksum(t).item() for t in changed}) == len(changed)
+    strided = torch.stack([values, values + 1], 1)[:, 0]
+    assert checksum(strided) == checksum(values)
+
+
+def error_of_training(averaged: bool, changed_in: int, batch_size: int, optimizer: str = "sgd") -> str:
+    """The error of a run of three steps on two ranks, if any.
+
+    In one of the steps rank 1 exchanges two elements of a parameter, which leaves their sum as it was.
+    """
     torch.manual_seed(0)
     passes = itertools.count(1)
     with join_world("cpu") as world:
         model = MLP(SIZES)
-        model.frozen = torch.nn.Parameter(torch.ones(()), requires_grad=False)
+        model.frozen = torch.nn.Parameter(torch.arange(2.0), requires_grad=False)
 
         def change(*_: Any) -> None:
             if next(passes) == changed_in and world.rank == 1:
-                model.frozen.view(torch.int32).bitwise_xor_(1)
+                model.frozen.copy_(model.frozen.flip(0))
 
         model.register_forward_hook(change)
         replica = DistributedDataParallel(model) if averaged else model
-        args = model, OPTIMIZERS["sgd"](model), world, samples(101, seed=1), samples(50, seed=2)
+        mesh = {"mesh": world.mesh["dp"]} if optimizer == "muon" else {}
+        made = OPTIMIZERS[optimizer](model, **mesh)
+        args = model, made, world, samples(101, seed=1), samples(50, seed=2)
         try:
             plain_loop.train(*args, batch_size=batch_size, replica=replica, epochs=1)
         except ConfigError as e:
@@ -281,14 +307,17 @@ def error_of_training(averaged: bool, changed_in: int, batch_size: int) -> str:
     return ""
 
 
-DIFFERS = r"{} differs between the ranks that share a batch; .* average .* by Distributed"
+DIFFERS = r"{} differs between the ranks that share a batch; .*average .* by Distributed"
 
 
 @pytest.mark.parametrize(
     "run, error",
     [
         ((True, 0, 50), "$"),
-        ((False, 0, 50), DIFFERS.format("layers.0.weight")),
+        ((True, 0, 50, "muon"), "$"),
+        ((False, 0, 50), DIFFERS.format("the gradient of layers.0.weight")),
+        # All ranks apply the same updates, each made from the gradient of one rank.
+        ((False, 0, 50, "muon"), DIFFERS.format("the gradient of layers.0.weight")),
         ((True, 1, 50), DIFFERS.format("frozen")),
         ((True, 3, 50), DIFFERS.format("frozen")),  # at the end of the epoch
         ((True, 0, 1), "batch size 1 is smaller than the number of ranks that share it, 2;"),

@@ -35,7 +35,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchpar import data
 from torchpar.data import Batch, Samples
 from torchpar.errors import ConfigError
-from torchpar.parallel.launch.agreement import check_same_parameters
+from torchpar.parallel.launch.agreement import check_same_gradients, check_same_parameters
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import Checkpoints
 from torchpar.parallel.split.exact import arithmetic_of
@@ -101,7 +101,8 @@ class Run:
 
     Raises:
         ConfigError: fewer samples in a batch than ranks; a training loss that is not finite; ranks with
-            different models or flags; a checkpoint that is damaged, of another run or of more epochs. On
+            different models or flags; gradients that differ between the ranks that share a batch, in the
+            optimizer's first step; a checkpoint that is damaged, of another run or of more epochs. On
             every rank.
         Stopped: after SIGTERM or SIGINT, if there is a ``checkpoint``. On every rank.
     """
@@ -157,6 +158,9 @@ class Run:
         self._checkpoints: Checkpoints | None = None
         self._stop: StopSignal | None = None
         self._logged = 0
+        if world.dp_size > 1:
+            self._first_step = optimizer.register_step_pre_hook(self._check_gradients)
+            self._stack.callback(self._first_step.remove)  # of a run without any step
 
     @property
     def results(self) -> list[EpochResult]:
@@ -299,6 +303,14 @@ class Run:
         if stopping and not at_end:
             self._checkpoints.wait()
             raise Stopped(stopping)
+
+    def _check_gradients(self, *_: Any) -> None:
+        """Refuse gradients that nobody averaged, once, before the optimizer's first step.
+
+        The parameters would not show it if the ranks share Muon's work: each gets the updates of all.
+        """
+        self._first_step.remove()
+        check_same_gradients(self.model, self.world.mesh.get_group("dp"))
 
     def _check_replicas(self) -> None:
         """Refuse replicas that differ after a step: nobody averaged their gradients."""
