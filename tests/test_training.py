@@ -345,6 +345,47 @@ def test_ranks_evaluate_with_the_bits_of_one_process(ranks):
         assert (others == outputs).all()
 
 
+def run_with_batch_norm(folder: Path | None, stop_in: int) -> str | list[Any]:
+    """Train on ranks that add gradients in their order; rank 0 receives SIGTERM in a step.
+
+    Returns:
+        The weights and the running statistics, or the error of the run that was stopped.
+    """
+    torch.manual_seed(0)
+    linears = torch.nn.Linear(784, 20), torch.nn.Linear(20, 10)
+    model = torch.nn.Sequential(linears[0], torch.nn.BatchNorm1d(20), torch.nn.Dropout(0.3), linears[1])
+    passes = itertools.count(1)
+    with join_world("cpu") as world:
+        torch.manual_seed(world.rank)
+
+        def stop(*_: Any) -> None:
+            if next(passes) == stop_in and world.rank == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        model.register_forward_hook(stop)
+        replica = DistributedDataParallel(model)
+        shared_memory.register_shared_memory_hook(replica, world)
+        try:
+            plain_loop.train(
+                *(model, OPTIMIZERS["sgd"](model), world, samples(206, 1), samples(50, 2)),
+                replica=replica,
+                epochs=2,
+                batch_size=50,
+                checkpoint=CheckpointConfig(folder) if folder else None,
+            )
+        except training.Stopped as e:
+            return str(e)
+    return [t.detach().numpy() for t in model.state_dict().values()]
+
+
+def test_a_run_of_three_ranks_that_was_stopped_ends_with_the_same_weights_and_statistics(ranks, tmp_path):
+    """Each rank has the statistics of its own last batch, and rank 0's are those of the model."""
+    whole = ranks(3, run_with_batch_norm, None, 0)
+    assert ranks(3, run_with_batch_norm, tmp_path, 3) == ["stopped by SIGTERM"] * 3
+    for resumed in ranks(3, run_with_batch_norm, tmp_path, 0):
+        assert all((a == b).all() for a, b in zip(resumed, whole[0], strict=True))
+
+
 def run_with_dropout(epochs: int, folder: Path | None, seed: int) -> list[Any]:
     """Train on ranks that draw different masks and have different statistics; return the weights.
 

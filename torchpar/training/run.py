@@ -93,7 +93,8 @@ class Run:
         loss: for evaluation, see `torchpar.training.losses.loss_sum`.
         seed: of the samples' order.
         checkpoint: where and when to save, if at all. A run that was stopped at any step resumes there, with
-            the same bits on the same ranks.
+            the same bits on the same ranks. On three ranks or more, DistributedDataParallel needs
+            `register_shared_memory_hook` for this (docs/checkpoints.md).
         config: values that identify the run, as JSON; a checkpoint with other values is refused.
 
     Attributes:
@@ -248,11 +249,10 @@ class Run:
         """Return the mean test loss and the outputs ``(n, classes)``, on every rank, in evaluation mode.
 
         Buffers, such as BatchNorm's statistics, are first copied from the first rank of "dp" to the others,
-        as DistributedDataParallel copies them before each forward pass: the ranks evaluate one model.
+        as DistributedDataParallel copies them before each forward pass: the ranks evaluate, and save, one
+        model.
         """
-        if self.world.dp_size > 1:
-            for buffer in self.model.buffers():
-                dist.broadcast(buffer, group=self.world.mesh.get_group("dp"), group_src=0)
+        self._share_buffers()
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
@@ -299,10 +299,17 @@ class Run:
         every = self.checkpoint.every or self.steps_per_epoch
         stopping, at_end = self._stop.answer(), len(self.results) == self.num_epochs
         if stopping or at_end or self.total_steps % every == 0:
+            self._share_buffers()
             self.state.save(self._checkpoints, self.total_steps)
         if stopping and not at_end:
             self._checkpoints.wait()
             raise Stopped(stopping)
+
+    def _share_buffers(self) -> None:
+        """Copy the buffers of the first rank of "dp" to the others."""
+        if self.world.dp_size > 1:
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, group=self.world.mesh.get_group("dp"), group_src=0)
 
     def _check_gradients(self, *_: Any) -> None:
         """Refuse gradients that nobody averaged, once, before the optimizer's first step.
