@@ -132,8 +132,9 @@ def test_torchrun_is_stopped_and_the_same_command_goes_on(ranks, flags, undistur
 
 
 @slow
-def test_torchrun_starts_killed_ranks_again_and_they_end_with_the_same_bits():
-    assert soak.main(["--kills", "2"]) == 0
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_torchrun_starts_killed_ranks_again_and_they_end_with_the_same_bits(world_size):
+    assert soak.main(["--kills", "2", "--ranks", str(world_size)]) == 0
 
 
 def train_differing(flags: list[str], each: list[list[str]]) -> str:
