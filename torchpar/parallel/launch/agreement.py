@@ -21,6 +21,10 @@ from torchpar.ops._library import is_dtensor
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32, 16: torch.int32}
 _CHUNK = 2**20  # words that `checksum` adds at once
 _FACTOR = -7046029254386353131  # odd: 2⁶⁴ divided by the golden ratio, as int64
+_AVERAGE = (
+    "average the gradients before optimizer.step(), for example by DistributedDataParallel (with "
+    "find_unused_parameters=True if a parameter gets no gradient)"
+)
 
 
 def group_of(mesh: DeviceMesh) -> dist.ProcessGroup:
@@ -79,12 +83,6 @@ def check_same_gradients(model: torch.nn.Module, group: dist.ProcessGroup) -> No
     """
     if name := _first_difference(model, group, lambda p: p.grad):
         raise ConfigError(f"the gradient of {name} differs between the ranks that share a batch; {_AVERAGE}")
-
-
-_AVERAGE = (
-    "average the gradients before optimizer.step(), for example by DistributedDataParallel (with "
-    "find_unused_parameters=True if a parameter gets no gradient)"
-)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from torchpar.errors import ConfigError
 T = TypeVar("T")
 POLL = 0.02  # seconds between two requests to the store
 ANSWER = 10.0  # seconds in which rank 0's store must answer once something listens at its port
-LATER = 1.0  # seconds by which rank 0, which says who is missing, may be later than the others
+LATER = 1.0  # seconds that the others wait longer than rank 0, which tells them who is missing
 
 
 @dataclass(frozen=True)
