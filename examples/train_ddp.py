@@ -24,8 +24,7 @@ from torch.optim import Optimizer
 
 from torchpar import training
 from torchpar.nn import MLP
-from torchpar.parallel import join_world
-from torchpar.parallel.split.shared_memory import register_shared_memory_hook
+from torchpar.parallel import join_world, register_shared_memory_hook
 from torchpar.training import Run
 
 

@@ -36,9 +36,8 @@ from torchpar import data, training
 from torchpar.data import Samples
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
-from torchpar.parallel import join_world
+from torchpar.parallel import join_world, register_shared_memory_hook
 from torchpar.parallel.launch.world import World
-from torchpar.parallel.split.shared_memory import register_shared_memory_hook
 from torchpar.training import Run
 from torchpar.training.fused import FusedGradients, why_not_fused
 from torchpar.training.graph import GraphedStep, why_not_graphed

@@ -28,11 +28,10 @@ from torchpar import training
 from torchpar.errors import ConfigError
 from torchpar.ieee import cross_entropy_sum
 from torchpar.nn import MLP
-from torchpar.parallel import join_world, parallel_mlp
+from torchpar.parallel import join_world, parallel_mlp, register_shared_memory_hook
 from torchpar.parallel.split.exact_gradients import ExactGradients
 from torchpar.parallel.split.layers import Arithmetic
 from torchpar.parallel.split.pipeline import Pipeline, PipelineSchedule, stage_mlp
-from torchpar.parallel.split.shared_memory import register_shared_memory_hook
 from torchpar.training import Run
 
 

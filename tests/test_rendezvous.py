@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Variables of each launcher, and connecting: again after a restart, and at a port that is taken."""
 
+import os
+import re
 import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from torchpar.errors import ConfigError
 from torchpar.parallel.launch import rendezvous
 from torchpar.parallel.launch.local import current_world, start_ranks
 from torchpar.parallel.launch.rendezvous import RankInfo, connect, find_rank_info, missing_ranks
+from torchpar.parallel.launch.world import join_world
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 TORCHRUN |= {"MASTER_ADDR": "a", "MASTER_PORT": "29400", "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -112,13 +117,61 @@ def test_each_start_meets_at_an_empty_store(agent):
     assert [store.get("address") for store in second] == [b"new"] * 3
 
 
-@pytest.mark.parametrize("joined", [(0,), (0, 2), (1,), (1, 2)])
-def test_a_start_that_not_all_reached_does_not_disturb_the_next(agent, joined):
-    with pytest.raises(ConfigError, match=r"rank 1(, 2)? did not join" if 0 in joined else "did not meet"):
-        meet(agent, *joined, timeout=0.3)
+def error_of_meeting(agent: dist.TCPStore, rank: int) -> str:
+    try:
+        meet(agent, rank, timeout=0.3)
+    except ConfigError as e:
+        return str(e)
+    return ""
+
+
+@pytest.mark.parametrize(
+    "joined, missing", [((0,), "1, 2"), ((0, 2), "1"), ((0, 1), "2"), ((1,), "0"), ((1, 2), "0")]
+)
+def test_a_start_that_not_all_reached_names_the_others_and_does_not_disturb_the_next(agent, joined, missing):
+    with ThreadPoolExecutor(len(joined)) as pool:
+        errors = list(pool.map(partial(error_of_meeting, agent), joined))
+    assert errors == [f"rank {missing} did not join the others within 0.3 s"] * len(joined)
     stores = meet(agent, 0, 1, 2)
     stores[1].set("address", "new")
     assert [store.get("address") for store in stores] == [b"new"] * 3
+
+
+def join_and_report(rank: int, port: int, folder: Path) -> None:
+    """Join two other ranks, of which rank 2 hangs once it has joined; write the error to a file."""
+    env = {"RANK": str(rank), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(env)
+    if rank == 2:
+        dist.init_process_group = lambda *_, **__: time.sleep(60)
+    try:
+        with join_world("cpu", timeout=2.0):
+            pass
+    except ConfigError as e:
+        (folder / str(rank)).write_text(str(e))
+
+
+@pytest.mark.parametrize(
+    "started, message",
+    [
+        (2, r"rank 2 did not join the others within 2 s"),
+        (3, r"rank 2 does not answer \(.*\)"),
+    ],
+)
+def test_all_ranks_name_one_that_hangs_while_they_join(tmp_path, started, message):
+    """Rank 0 hosts the store, and may end first."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    args = ((rank, port, tmp_path) for rank in range(started))
+    processes = [fork_context().Process(target=join_and_report, args=each) for each in args]
+    for process in processes:
+        process.start()
+    for process in processes[:2]:
+        process.join(60)
+    for process in processes[2:]:
+        process.kill()
+        process.join()
+    for rank in range(2):
+        assert re.fullmatch(message, (tmp_path / str(rank)).read_text())
 
 
 @pytest.mark.parametrize("asking", [(0, 1, 2), (0, 2), (1,)])

@@ -65,6 +65,8 @@ class ExampleFlags:
             if value is None:
                 continue
             values = value if isinstance(value, tuple) else (value,)
+            if name == "clip" and not value > 0:  # gradients of norm 0 teach nothing
+                raise ConfigError(f"{flag} is {value}, expected more than 0")
             if not all(one >= least for one in values):
                 raise ConfigError(f"{flag} is {value}, expected at least {least}")
             if not all(one < end for one in values):

@@ -35,7 +35,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchpar import data
 from torchpar.data import Batch, Samples
 from torchpar.errors import ConfigError, DivergedError
-from torchpar.parallel.launch.agreement import check_same_parameters
+from torchpar.parallel.launch.agreement import check_same_gradients, check_same_parameters
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import Checkpoints
 from torchpar.parallel.split.exact import arithmetic_of
@@ -117,7 +117,8 @@ class Run:
         loss: for evaluation, see `torchpar.training.losses.loss_sum`.
         seed: of the samples' order.
         checkpoint: where and when to save, if at all. A run that was stopped at any step resumes there, with
-            the same bits on the same ranks.
+            the same bits on the same ranks. On three ranks or more, DistributedDataParallel needs
+            `register_shared_memory_hook` for this (docs/checkpoints.md).
         config: values that identify the run, as JSON; a checkpoint with other values is refused.
         log: is told what happens; by default nothing is shown.
 
@@ -125,8 +126,9 @@ class Run:
         results: of the complete epochs, those before a resumed one included.
 
     Raises:
-        ConfigError: fewer samples in a batch than ranks; ranks with different models or flags; a checkpoint
-            that is damaged, of another run or of more epochs. On every rank.
+        ConfigError: fewer samples in a batch than ranks; ranks with different models or flags; gradients
+            that differ between the ranks that share a batch, in the optimizer's first step; a checkpoint that
+            is damaged, of another run or of more epochs. On every rank.
         DivergedError: the training loss of an epoch is not finite. On every rank.
         Stopped: after SIGTERM or SIGINT, if there is a ``checkpoint``. On every rank.
     """
@@ -185,6 +187,9 @@ class Run:
         self._checkpoints: Checkpoints | None = None
         self._stop: StopSignal | None = None
         self._logged = 0
+        if world.dp_size > 1:
+            self._first_step = optimizer.register_step_pre_hook(self._check_gradients)
+            self._stack.callback(self._first_step.remove)  # of a run without any step
 
     @property
     def results(self) -> list[EpochResult]:
@@ -280,11 +285,10 @@ class Run:
         """Return the mean test loss and the outputs ``(n, classes)``, on every rank, in evaluation mode.
 
         Buffers, such as BatchNorm's statistics, are first copied from the first rank of "dp" to the others,
-        as DistributedDataParallel copies them before each forward pass: the ranks evaluate one model.
+        as DistributedDataParallel copies them before each forward pass: the ranks evaluate, and save, one
+        model.
         """
-        if self.world.dp_size > 1:
-            for buffer in self.model.buffers():
-                dist.broadcast(buffer, group=self.world.mesh.get_group("dp"), group_src=0)
+        self._share_buffers()
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
@@ -324,10 +328,25 @@ class Run:
         every = self.checkpoint.every or self.steps_per_epoch
         stopping, at_end = self._stop.wait(), len(self.results) == self.num_epochs
         if stopping or at_end or self.total_steps % every == 0:
+            self._share_buffers()
             self.state.save(self._checkpoints, self.total_steps)
         if stopping and not at_end:
             self._checkpoints.wait()
             raise Stopped(stopping)
+
+    def _share_buffers(self) -> None:
+        """Copy the buffers of the first rank of "dp" to the others."""
+        if self.world.dp_size > 1:
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, group=self.world.mesh.get_group("dp"), group_src=0)
+
+    def _check_gradients(self, *_: Any) -> None:
+        """Refuse gradients that nobody averaged, once, before the optimizer's first step.
+
+        The parameters would not show it if the ranks share Muon's work: each gets the updates of all.
+        """
+        self._first_step.remove()
+        check_same_gradients(self.model, self.world.mesh.get_group("dp"))
 
     def _check_replicas(self) -> None:
         """Check that the replicas are equal after a step; they differ if their gradients are not averaged."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
-from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, DistStoreError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from torchpar.errors import ConfigError
@@ -23,6 +23,7 @@ from torchpar.errors import ConfigError
 T = TypeVar("T")
 POLL = 0.02  # seconds between two requests to the store
 ANSWER = 10.0  # seconds in which rank 0's store must answer once something listens at its port
+LATER = 1.0  # seconds that the others wait longer than rank 0, which tells them who is missing
 
 
 @dataclass(frozen=True)
@@ -137,19 +138,25 @@ def connect(info: RankInfo, timeout: timedelta) -> Store:
     # rank 0 that lives beside that process can have written it: agents end all workers before new ones start.
     hosts = info.rank == 0 and info.launcher != "torchrun"
 
-    def join() -> Store:
+    def join() -> tuple[Store, int]:
         tcp = TCPStore(info.address, info.port, None, hosts, timeout, wait_for_workers=False)
         store = PrefixStore("torchpar", tcp)
-        start = _welcome(store, info.world_size, timeout) if info.rank == 0 else _join(store, info.rank)
-        return PrefixStore(f"start{start}", store)
+        if info.rank == 0:
+            return store, _welcome(store, info.world_size, timeout)
+        return store, _join(store, info.rank, timeout)
 
     try:
         if hosts or info.launcher == "torchrun":
-            return join()
-        # Where another program has the port, rank 0 fails at once, and its launcher may let the other ranks
-        # live. The program may be another job's store, or never answer: then TCPStore blocks for ever.
-        _wait_for_listener(info, timeout)
-        return run_in_daemon(join).result(ANSWER)
+            store, start = join()
+        else:
+            # Where another program has the port, rank 0 fails at once, and its launcher may let the other
+            # ranks live. The program may be another job's store, or never answer: then TCPStore blocks for
+            # ever.
+            _wait_for_listener(info, timeout)
+            store, start = run_in_daemon(join).result(ANSWER)
+        if info.rank:
+            _wait_for_all(store, start, timeout)
+        return PrefixStore(f"start{start}", store)
     except (DistError, OSError) as e:  # TimeoutError is an OSError
         reason = str(e).partition("\n")[0] or "the program at that port does not answer as rank 0's store"
         raise ConfigError(
@@ -232,15 +239,45 @@ def _welcome(store: Store, world_size: int, timeout: timedelta) -> int:
         missing = [rank for rank in missing if not store.check([f"joined/{rank}/{start}"])]
         if missing and time.monotonic() > deadline:
             ranks = ", ".join(map(str, missing))
-            raise ConfigError(f"rank {ranks} did not join rank 0 within {timeout}")
+            store.set(f"missing/{start}", ranks)
+            time.sleep(LATER)  # the others read it before this process, which may host the store, ends
+            raise _did_not_join(ranks, timeout)
+    store.set(f"missing/{start}", "")
     return start
 
 
-def _join(store: Store, rank: int) -> int:
+def _join(store: Store, rank: int, timeout: timedelta) -> int:
     process = store.add(f"processes/{rank}", 1)
-    start = int(store.get(f"welcome/{rank}/{process}"))
+    try:
+        start = int(store.get(f"welcome/{rank}/{process}"))
+    except DistStoreError as e:
+        raise _did_not_join("0", timeout) from e
     store.set(f"joined/{rank}/{start}", "")
     return start
+
+
+def _wait_for_all(store: Store, start: int, timeout: timedelta) -> None:
+    """Wait until rank 0 says that all ranks have joined.
+
+    Raises:
+        ConfigError: it says that some have not, or says nothing.
+    """
+    key, patience = f"missing/{start}", timeout + timedelta(seconds=LATER)
+
+    def ask() -> str:
+        store.wait([key], patience)
+        return store.get(key).decode()
+
+    try:  # requests to a host that was stopped block whatever the timeout is
+        missing = run_in_daemon(ask).result(patience.total_seconds() + LATER)
+    except (DistError, TimeoutError) as e:
+        raise _did_not_join("0", timeout) from e
+    if missing:
+        raise _did_not_join(missing, timeout)
+
+
+def _did_not_join(ranks: str, timeout: timedelta) -> ConfigError:
+    return ConfigError(f"rank {ranks} did not join the others within {timeout.total_seconds():g} s")
 
 
 def _number(env: Mapping[str, str], name: str, *, default: int | None = None, least: int = 0) -> int:

@@ -166,15 +166,15 @@ def join_world(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[World
         return
     limit = timedelta(seconds=timeout)
     store = rendezvous.connect(info, limit) if launched else dist.HashStore()  # type: ignore[attr-defined]
-    dist.init_process_group(
-        backend,
-        store=store,
-        rank=info.rank,
-        world_size=info.world_size,
-        timeout=limit,
-        device_id=own if backend == "nccl" else None,
-    )
     try:
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=info.rank,
+            world_size=info.world_size,
+            timeout=limit,
+            device_id=own if backend == "nccl" else None,
+        )
         mesh = _make_mesh(own, (1, info.world_size, 1), timeout)
         yield World(info.rank, info.local_rank, info.world_size, own, mesh, timeout=timeout)
     except RuntimeError as e:
@@ -188,7 +188,8 @@ def join_world(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[World
         # The threads of a process group end with its last reference. If that is after the interpreter has
         # begun to exit, they abort the process. DistributedDataParallel keeps one in a reference cycle.
         gc.collect()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @contextmanager

@@ -166,12 +166,14 @@ class _Layer(torch.autograd.Function):
         z = _product(operand, Operand(weight, f), layer.output_mesh)
         if bias is not None:
             z += bias
-        y = ieee.sigmoid(z) if layer.activation == "sigmoid" else z
+        y = z
+        if layer.activation == "sigmoid":
+            y = ieee.sigmoid(z)
+        elif layer.activation == "relu":
+            y = z.relu_()
         ctx.layer, ctx.x, ctx.shape, ctx.latest = layer, operand, x.shape, latest
         # Without an activation, the backward pass does not need y.
         ctx.save_for_backward(weight, None if layer.activation is None else y)
-        if layer.activation == "relu":
-            y = z.clamp(min=0)
         result: Tensor = y.view(*x.shape[:-1], y.shape[-1])
         return result
 
@@ -185,7 +187,7 @@ class _Layer(torch.autograd.Function):
         if layer.activation == "sigmoid":
             dz = dz * (y * (1 - y))
         elif layer.activation == "relu":
-            dz = dz * y.heaviside(y.new_tensor(0.5))  # as `torchpar.maximum`; y is before the ReLU
+            dz = torch.ops.aten.threshold_backward(dz, y, 0)
         ctx.latest[:] = [BackwardPass(ctx.x, dz)]
         recorder_gradient = g.new_zeros(())
         if not ctx.needs_input_grad[0]:

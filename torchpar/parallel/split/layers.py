@@ -29,7 +29,6 @@ from torch.nn.functional import linear
 
 from torchpar import nn
 from torchpar.errors import ConfigError
-from torchpar.ops import maximum
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks, group_of
 from torchpar.parallel.split.column import ColumnProduct
 from torchpar.parallel.split.regions import (
@@ -191,8 +190,7 @@ class ColumnParallelLinear(_ParallelLinear):
     Args:
         in_features, out_features, bias: of the whole layer.
         mesh: a mesh of one dimension, such as ``mesh["tp"]``.
-        activation: None, "sigmoid" (fused, by `torchpar.linear_sigmoid`) or "relu" (by `torchpar.maximum`,
-            whose gradient at exactly 0 is one half).
+        activation: None, "sigmoid" (fused, by `torchpar.linear_sigmoid`) or "relu" (by `torch.relu`).
         gather_output: all-gather the outputs, so that every rank has all of them.
         options: ``init``, ``device`` and ``dtype``, as in `torchpar.nn.Linear`.
 
@@ -226,7 +224,7 @@ class ColumnParallelLinear(_ParallelLinear):
             _cast(x), _cast(self.weight), None if self.bias is None else _cast(self.bias), self
         )
         if self.activation == "relu":
-            y = maximum(y, y.new_zeros(()))
+            y = torch.relu(y)
         return self._gathered(y)
 
     def _gathered(self, y: Tensor) -> Tensor:
@@ -278,7 +276,7 @@ class RowParallelLinear(_ParallelLinear):
             z = z + self.bias.to(z.dtype)  # the dtypes differ under autocast
         if self.activation == "sigmoid":
             return z.sigmoid()
-        return maximum(z, z.new_zeros(())) if self.activation == "relu" else z
+        return torch.relu(z) if self.activation == "relu" else z
 
     def _scattered(self, x: Tensor) -> Tensor:
         """This rank's part of ``x``, which is that part already unless ``input_is_parallel`` is false."""
