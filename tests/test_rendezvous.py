@@ -17,7 +17,7 @@ import torch.distributed as dist
 from commands import MPIRUN, needs_mpirun, run
 from ranks import fork_context
 
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, TorchparError
 from torchpar.parallel.launch import rendezvous
 from torchpar.parallel.launch.local import current_world, start_ranks
 from torchpar.parallel.launch.rendezvous import RankInfo, connect, find_rank_info, missing_ranks
@@ -146,7 +146,7 @@ def join_and_report(rank: int, port: int, folder: Path) -> None:
     try:
         with join_world("cpu", timeout=2.0):
             pass
-    except ConfigError as e:
+    except TorchparError as e:
         (folder / str(rank)).write_text(str(e))
 
 
@@ -231,7 +231,7 @@ from torchpar.parallel.launch.rendezvous import find_rank_info
 from torchpar.parallel.launch.world import join_world
 with join_world("cpu") as world:
     total = world.sum(torch.tensor(world.rank + 1.0))
-    print(find_rank_info().launcher, total.item(), flush=True)
+    print(f"{find_rank_info().launcher} {total.item()}\n", end="", flush=True)
 """
 
 
