@@ -231,7 +231,7 @@ from torchpar.parallel.launch.rendezvous import find_rank_info
 from torchpar.parallel.launch.world import join_world
 with join_world("cpu") as world:
     total = world.sum(torch.tensor(world.rank + 1.0))
-    print(f"{find_rank_info().launcher} {total.item()}\n", end="", flush=True)
+    print(f"{find_rank_info().launcher} {total.item()}\\n", end="", flush=True)
 """
 
 
