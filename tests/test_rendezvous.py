@@ -40,6 +40,7 @@ MASTER = {"MASTER_ADDR": "m", "MASTER_PORT": "1234"}
         (MPICH | SLURM, (1, 1, 2, 2, "127.0.0.1", None, "mpich")),
         (MPICH | MASTER | {"PMI_SIZE": "4"}, (1, 1, 4, 2, "m", 1234, "mpich")),
         (SLURM, (4, 1, 7, 3, "node01", None, "slurm")),
+        (SLURM | {"SLURM_NODEID": "2", "SLURM_LOCALID": "0"}, (4, 0, 7, 1, "node01", None, "slurm")),
         (SLURM | {"PMI_RANK": "4", "PMI_SIZE": "7"}, (4, 1, 7, 3, "node01", None, "slurm")),  # --mpi=pmi2
         (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "7"}, (4, 1, 7, 7, "127.0.0.1", None, "slurm")),
         (SLURM | {"SLURM_STEP_NODELIST": "r[0-1]n[3-4]-ib,y"}, (4, 1, 7, 3, "r0n3-ib", None, "slurm")),
@@ -62,7 +63,7 @@ def test_rank_info_of_each_launcher(env, expected):
     [
         (TORCHRUN | {"RANK": "-1"}, "RANK is '-1'"),
         (TORCHRUN | {"RANK": "4"}, "rank 4 of 4"),
-        (TORCHRUN | {"LOCAL_RANK": "2"}, "local rank 2 of 2"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "1"}, "local rank 1 of 1"),
         (TORCHRUN | {"LOCAL_WORLD_SIZE": "5"}, "5 of 4 processes"),
         (TORCHRUN | {"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
         (TORCHRUN | {"MASTER_PORT": "65536"}, "MASTER_PORT is 65536"),
