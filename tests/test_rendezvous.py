@@ -45,6 +45,7 @@ MASTER = {"MASTER_ADDR": "m", "MASTER_PORT": "1234"}
         (MPICH | SLURM, (1, 1, 2, 2, "127.0.0.1", None, "mpich")),
         (MPICH | MASTER | {"PMI_SIZE": "4"}, (1, 1, 4, 2, "m", 1234, "mpich")),
         (SLURM, (4, 1, 7, 3, "node01", None, "slurm")),
+        (SLURM | {"SLURM_NODEID": "2", "SLURM_LOCALID": "0"}, (4, 0, 7, 1, "node01", None, "slurm")),
         (SLURM | {"PMI_RANK": "4", "PMI_SIZE": "7"}, (4, 1, 7, 3, "node01", None, "slurm")),  # --mpi=pmi2
         (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "7"}, (4, 1, 7, 7, "127.0.0.1", None, "slurm")),
         (SLURM | {"SLURM_STEP_NODELIST": "r[0-1]n[3-4]-ib,y"}, (4, 1, 7, 3, "r0n3-ib", None, "slurm")),

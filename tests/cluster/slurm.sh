@@ -40,7 +40,6 @@ for node in 1 2; do
     on $node ip link set cable up
     on $node ip link set lo up
 done
-
 export SLURM_CONF=$dir/slurm.conf
 sed "s|@DIR@|$dir|" tests/cluster/slurm.conf.in >"$SLURM_CONF"
 head -c 128 /dev/urandom >"$dir/munge.key"
