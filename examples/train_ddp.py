@@ -4,10 +4,10 @@
     torchrun --nproc_per_node=2 examples/train_ddp.py
 
 All ranks draw the same weights, because they start from the same seed. In every step a rank computes the
-gradient of its own samples. DistributedDataParallel averages the gradients over the ranks during the backward
-pass, so all ranks take the same step. `torchpar.reference.average_gradients` shows the average in a few
-lines. Two ranks compute the same as one, up to rounding, and in about half the time once the work of a step
-outweighs the exchange of gradients. `train_fast.py` makes the same steps faster.
+gradient of its own samples. The ranks exchange their gradients, and DistributedDataParallel averages them
+during the backward pass, so all ranks take the same step. `torchpar.reference.average_gradients` shows the
+average in a few lines. Two ranks compute the same as one, up to rounding, and in about half the time once the
+work of a step outweighs the exchange of gradients. `train_fast.py` makes the same steps faster.
 
 Without torchrun, ``python examples/train_ddp.py`` is one process.
 """
@@ -47,7 +47,9 @@ class Flags(cli.TrainFlags):
 
 
 def make_optimizer(flags: Flags, model: MLP) -> Optimizer:
-    if flags.optimizer == "muon":  # for the weight matrices; SGD for the biases
+    # Muon for the weight matrices and SGD for the biases, both at 0.3 unless --lr is given. The rate falls
+    # linearly to 0, unless --schedule says otherwise.
+    if flags.optimizer == "muon":
         return training.muon(model, **flags.optimizer_options(lr=0.3, momentum=0.8, weight_decay=0.0))
     return training.sgd(model, **flags.optimizer_options(lr=0.5, momentum=0.9, weight_decay=3e-5))
 

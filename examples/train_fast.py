@@ -34,10 +34,11 @@ from torch.optim import Optimizer
 
 from torchpar import data, training
 from torchpar.data import Samples
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, TorchparError
 from torchpar.nn import MLP
 from torchpar.parallel import join_world, register_shared_memory_hook
 from torchpar.parallel.launch.world import World
+from torchpar.parallel.split.shared_memory import can_share_memory
 from torchpar.training import Run
 from torchpar.training.fused import FusedGradients, why_not_fused
 from torchpar.training.graph import GraphedStep, why_not_graphed
@@ -65,7 +66,7 @@ class Way(NamedTuple):
 
 
 class Trainer(NamedTuple):
-    """A model and what trains it. The last two return the sum of this rank's losses.
+    """A model and what trains it. ``gradients`` and ``step`` return the sum of this rank's losses.
 
     Attributes:
         gradients: ``(x, labels, global_size)``, which leaves the gradients in ``p.grad``.
@@ -79,11 +80,11 @@ class Trainer(NamedTuple):
 
 
 def find_ways(flags: Flags, world: World, train: Samples) -> list[Way]:
-    """Return the ways that are possible here. Rank 0 prints why another is not."""
+    """Return the ways that are possible here. Rank 0 prints why formulas or a graph on a GPU are not."""
     on_gpu = world.device.type == "cuda"
     model = MLP(flags.layer_sizes(train), flags.activation, device=world.device)
     ways = [Way("DistributedDataParallel")]
-    if world.world_size > 1 and not on_gpu:
+    if can_share_memory(world):
         ways.append(Way("shared memory", shared_memory=True))
     reason = "--fused is off" if flags.fused == "off" else why_not_fused(model)
     if flags.compile:
@@ -111,7 +112,7 @@ def make_trainer(flags: Flags, world: World, train: Samples, way: Way, stack: Ex
     """Return what trains in the given way; ``stack`` closes it."""
     torch.manual_seed(flags.seed)  # the same weights on every rank, and in every way
     model = MLP(flags.layer_sizes(train), flags.activation).to(world.device)
-    optimizer = train_ddp.make_optimizer(flags, model)
+    optimizer = train_ddp.make_optimizer(flags, model)  # Muon at 0.3 for the weights, SGD for the biases
     fused = FusedGradients(model, world, flags.label_smoothing) if way.formulas else None
     replica: torch.nn.Module = model
     if not (way.formulas or way.graph):
@@ -152,7 +153,7 @@ def compare(flags: Flags, world: World, train: Samples, ways: list[Way]) -> list
         For each way, the median of a step's milliseconds, and its speed-up over the first way.
 
     Raises:
-        ConfigError: the gradients of two ways differ by more than rounding.
+        TorchparError: the gradients of two ways differ by more than rounding.
     """
 
     def batches() -> Iterator[tuple[Tensor, int]]:
@@ -180,7 +181,10 @@ def compare(flags: Flags, world: World, train: Samples, ways: list[Way]) -> list
 def check_gradients(
     ways: list[Way], trainers: list[Trainer], train: Samples, index: Tensor, global_size: int
 ) -> None:
-    """Compare the gradients of each way with those of the first. They add so many products and samples."""
+    """Compare the gradients of each way with those of the first.
+
+    The limit is the rounding of sums over the batch and over a layer's inputs.
+    """
     first: Tensor | None = None
     for way, trainer in zip(ways, trainers, strict=True):
         trainer.gradients(train.inputs(index), train.labels.index_select(0, index), global_size)
@@ -189,7 +193,7 @@ def check_gradients(
         first = mine if first is None else first
         off = ((mine - first).norm() / first.norm()).item()
         if not off <= (global_size + max(trainer.model.sizes)) * torch.finfo(mine.dtype).eps:
-            raise ConfigError(f"the gradient by {way.name} differs by {off:.1e} of its norm; mend the step")
+            raise TorchparError(f"the gradient by {way.name} is off by {off:.1e} of its norm; report this")
 
 
 def now(world: World) -> float:

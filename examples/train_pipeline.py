@@ -24,7 +24,7 @@ are `torchpar.reference.gpipe` and `one_forward_one_backward`, loops over these 
 gradients equal, bit for bit, those of one process that adds up the gradients of the micro-batches.
 
 ``--draw`` prints the timeline as it was measured. With ``--library`` the same training is run by
-torch.distributed.pipelining, which takes micro-batches of one size; the last ones are padded.
+torch.distributed.pipelining, which takes micro-batches of equal size: it pads the last ones.
 """
 
 from collections.abc import Callable
@@ -104,6 +104,9 @@ def by_hand(flags: Flags, world: World, stage: MLP, timeline: Timeline | None) -
         passes: tuple[Forward, Backward] = (forward, backward)
         if timeline is not None:
             passes = timeline.step(forward, backward)
+        # For each micro-batch: receive the input, forward, send the output; receive the gradient of the
+        # output, backward, send the gradient of the input. No two ranks have the same layer, so that there
+        # is nothing to average.
         run_schedule(*passes, [(len(part), width) for part in parts], p2p)
         return torch.stack(losses).sum() if losses else x.new_zeros(())
 

@@ -88,6 +88,8 @@ def main(flags: Flags) -> None:
         with Run(*parts, log=Log(flags, world), **flags.run_options()) as run:
             for epoch in run.epochs():
                 for x, labels, global_size in run.batches(epoch):
+                    # Every rank has the whole batch, so it has the whole gradient of its own slices: there is
+                    # nothing to average.
                     loss = cross_entropy(model(x), labels, reduction="sum")
                     (loss / global_size).backward()
                     session.adjust_gradients(flags, model, world)  # --clip and --orthogonality

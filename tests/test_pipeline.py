@@ -244,10 +244,13 @@ def test_a_timeline_draws_each_pass_from_its_median_start_to_its_median_end():
 
 
 def test_a_timeline_is_as_wide_as_its_shortest_pass_needs():
-    names, lines = ["F0", "F1", "B0", "B1"], draw([[step(0, 0.001, 0.001, 0.5, 0.5, 0.501, 0.501, 1)]])
-    assert lines[0].startswith("a step of 1000.00 ms, 0.333 ms a column")
-    assert lines[1].startswith("rank 0  F0-F1---")
-    assert all(name in lines[1] for name in names)
+    """But not wider than 140 columns."""
+    for shortest, columns, begin in ((0.025, 120, "F0-F1---"), (0.001, 140, "F0F1---")):
+        times = (0, shortest, shortest, 0.5, 0.5, 0.5 + shortest, 0.5 + shortest, 1)
+        title, line = draw([[step(*times)]])
+        assert title.startswith(f"a step of 1000.00 ms, {1000 / columns:.3f} ms a column")
+        assert line.startswith(f"rank 0  {begin}")
+        assert all(name in line for name in ("F0", "F1", "B0", "B1"))
     assert "no step was trained" in draw([[], []])[0]
 
 

@@ -86,7 +86,7 @@ def test_a_short_or_resumed_run_is_profiled_where_it_has_steps_enough(data, tmp_
 
 
 def test_a_step_is_divided_at_its_backward_pass(monkeypatch):
-    now = 0.0
+    now = 1000.0
 
     def spend(seconds: float) -> None:
         nonlocal now
@@ -95,6 +95,7 @@ def test_a_step_is_divided_at_its_backward_pass(monkeypatch):
     monkeypatch.setattr("torchpar.profile.phases.time.perf_counter", lambda: now)
     x, backward = torch.ones(1, requires_grad=True), torch.Tensor.backward
     with Phases(torch.device("cpu")) as phases:
+        (x * 2).backward()  # outside of a step
         for _ in phases.steps(map(spend, [5.0, 5.0])):
             spend(1.0)
             with phase("collectives"):

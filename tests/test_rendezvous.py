@@ -17,7 +17,7 @@ import torch.distributed as dist
 from commands import MPIRUN, needs_mpirun, run
 from ranks import fork_context
 
-from torchpar.errors import ConfigError, TorchparError
+from torchpar.errors import ConfigError, RankLostError
 from torchpar.parallel.launch import rendezvous
 from torchpar.parallel.launch.local import current_world, start_ranks
 from torchpar.parallel.launch.rendezvous import RankInfo, connect, find_rank_info, missing_ranks
@@ -121,7 +121,7 @@ def test_each_start_meets_at_an_empty_store(agent):
 def error_of_meeting(agent: dist.TCPStore, rank: int) -> str:
     try:
         meet(agent, rank, timeout=0.3)
-    except ConfigError as e:
+    except RankLostError as e:
         return str(e)
     return ""
 
@@ -147,7 +147,7 @@ def join_and_report(rank: int, port: int, folder: Path) -> None:
     try:
         with join_world("cpu", timeout=2.0):
             pass
-    except TorchparError as e:
+    except RankLostError as e:
         (folder / str(rank)).write_text(str(e))
 
 

@@ -186,7 +186,7 @@ class P2PCommunicator:
         return self._exchange(self.stage + 1, y, earlier.shape)
 
     def send_backward_recv_forward(self, x: Tensor | None, shape: Shape | None) -> Tensor | None:
-        """Send the gradient of ``x``, and receive the activations of a later micro-batch."""
+        """Send the gradient of ``x``, and receive the activations of the next micro-batch."""
         received = self._exchange(self.stage - 1, None if x is None else x.grad, shape)
         return None if received is None else received.requires_grad_()
 
@@ -247,7 +247,7 @@ def one_forward_one_backward(
 ) -> None:
     """Run the backward pass of each micro-batch as early as possible (1F1B).
 
-    Stage s of p runs p − 1 − s forward passes, as the stages behind it wait for work. Then it runs a forward
+    Stage s of p runs p − 1 − s forward passes, so that the later stages have work. Then it runs a forward
     and a backward pass in turn, and at the end the backward passes that are left. It keeps the activations of
     at most p − s micro-batches. All else is as in `gpipe`.
 

@@ -8,9 +8,9 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Self, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 from torchpar.data import Dataset, Samples
 from torchpar.errors import ConfigError, TorchparError
@@ -153,10 +153,10 @@ class TrainFlags(LogFlags):
     def run_options(self) -> dict[str, Any]:
         """Return the keyword arguments of `torchpar.training.Run` that flags give."""
         checkpoint = None
-        if self.checkpoint:
+        if self.checkpoint and not self.dry_run:
             checkpoint = CheckpointConfig(self.checkpoint, self.save_every, self.keep, self.async_save)
         return {
-            "epochs": self.epochs,
+            "epochs": 1 if self.dry_run else self.epochs,
             "batch_size": self.batch_size,
             "seed": self.seed,
             "checkpoint": checkpoint,
@@ -169,12 +169,11 @@ class TrainFlags(LogFlags):
 
     def total_steps(self, train: Samples) -> int:
         """Return the number of steps of the run."""
-        return self.epochs * math.ceil(len(train) / self.batch_size)
+        return (1 if self.dry_run else self.epochs) * math.ceil(len(train) / self.batch_size)
 
-    def for_dry_run(self) -> Self:
-        """Return the flags of a run of ten batches that writes nothing."""
-        nothing: dict[str, Any] = dict.fromkeys(("metrics", "log_dir", "plots", "profile", "checkpoint"))
-        return replace(self, epochs=1, samples=10 * self.batch_size, **nothing)
+    def outputs(self) -> list[Path | None]:
+        """Return ``metrics``, ``log_dir``, ``plots`` and ``profile``; None for each in a dry run."""
+        return [None] * 4 if self.dry_run else [self.metrics, self.log_dir, self.plots, self.profile]
 
     def same_on_all_ranks(self) -> dict[str, Any]:
         """Return the flags that every rank must share: all but the data folder and the device."""
@@ -203,8 +202,7 @@ def main(run: Callable[[F], None], flags: type[F]) -> None:
     try:
         info = find_rank_info()
         rank = info.rank if info else 0
-        given = _parse(flags, rank)
-        run(given.for_dry_run() if isinstance(given, TrainFlags) and given.dry_run else given)
+        run(_parse(flags, rank))
     except (TorchparError, OSError) as e:
         _end(str(e), wait=rank > 0 and 0 not in getattr(e, "missing", ()))
     except RuntimeError as e:

@@ -14,6 +14,7 @@ from torchpar.optim import ChainedOptimizer, Muon
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.exact import arithmetic_of
 from torchpar.parallel.split.layers import split_parameters
+from torchpar.parallel.split.shared_memory import can_share_memory
 from torchpar.profile.collectives import StepRecorder
 from torchpar.profile.phases import Phases
 from torchpar.profile.trace import Trace
@@ -35,13 +36,13 @@ class Log(training.RunLog):
         self.expected = expected
         self.phases = Phases(world.device) if flags.phases else None
         self.recorder = StepRecorder(world) if flags.phases or flags.collectives else None
-        self.trace = Trace(flags.profile, world.rank, world.device) if flags.profile else None
+        self.metrics, self.log_dir, self.plots, profile = flags.outputs()
+        self.trace = Trace(profile, world.rank, world.device) if profile else None
 
     @contextmanager
     def active(self, run: Run) -> Iterator[None]:
-        flags = self.flags
         self.progress = console.EpochProgress(
-            self.world, run.num_epochs, len(run.train), flags.metrics, flags.log_dir
+            self.world, run.num_epochs, len(run.train), self.metrics, self.log_dir
         )
         profiler = self.trace.profiler if self.trace else nullcontext()
         with self.progress, self.phases or nullcontext(), profiler:
@@ -49,6 +50,8 @@ class Log(training.RunLog):
 
     def on_resume(self, run: Run) -> None:
         self.progress.print_resumed(run.results, run.total_steps, len(run.results) == run.num_epochs)
+        if self.world.dp_size > 2 and not can_share_memory(self.world) and self.world.rank == 0:
+            print("the weights may differ in the last bits from those of a run that was not stopped")
 
     def steps(self, batches: Iterator[B]) -> Iterator[B]:
         if self.trace:
@@ -68,12 +71,12 @@ class Log(training.RunLog):
 
     def on_end(self, run: Run) -> None:
         flags, speaks = self.flags, self.world.rank == 0
-        if flags.plots:
+        if self.plots:
             _, outputs = run.evaluate()
             if speaks:
                 from support import plots
 
-                plots.save(flags.plots, run.results, outputs, run.test)
+                plots.save(self.plots, run.results, outputs, run.test)
         profiles = self.world.gather_results(lambda: self.trace and self.trace.result())
         if not speaks:
             return

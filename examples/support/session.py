@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the training lessons do before and between their steps, in a page of functions."""
+"""Load the data of the training lessons, and adjust their gradients."""
 
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ from torchpar.parallel.split.layers import Arithmetic
 def load(flags: TrainFlags, world: World) -> tuple[Samples, Samples]:
     """Return the training and test samples on the device of this rank.
 
-    Before, compare the flags of all ranks, and check that the outputs can be written.
+    First compare the flags of all ranks, and check that the outputs can be written.
 
     Raises:
         ConfigError: different flags, no data, or an output that cannot be written; on every rank.
@@ -25,13 +25,14 @@ def load(flags: TrainFlags, world: World) -> tuple[Samples, Samples]:
     world.check_same_on_all_ranks("the ranks' flags", flags.same_on_all_ranks())
     loaded: list[Samples] = []
     world.gather_results(lambda: loaded.extend(_load(flags, world)))
-    console.check_outputs(
-        world, folders=[flags.plots, flags.checkpoint, flags.log_dir], files=[flags.metrics]
-    )
+    metrics, log_dir, plots, profile = flags.outputs()
+    checkpoint = None if flags.dry_run else flags.checkpoint
+    console.check_outputs(world, folders=[plots, checkpoint, log_dir], files=[metrics])
     # Each rank writes its own trace, perhaps to a disk of its machine.
-    world.gather_results(lambda: console.create_outputs(folders=[flags.profile], files=[]))
+    world.gather_results(lambda: console.create_outputs(folders=[profile], files=[]))
     train, test = loaded
-    return train[: flags.samples], test
+    train = train[: flags.samples]
+    return train[: 10 * flags.batch_size] if flags.dry_run else train, test
 
 
 def _load(flags: TrainFlags, world: World) -> Iterator[Samples]:

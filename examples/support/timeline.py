@@ -15,8 +15,9 @@ from torchpar.errors import ConfigError
 from torchpar.parallel.launch.world import World
 from torchpar.reference import Backward, Forward
 
-STEPS = 100  # the last ones, which are kept
+STEPS = 100  # number of the latest steps to keep
 COLUMNS = 60  # of a step, at least: a line fits a terminal of 80
+MOST_COLUMNS = 140
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ class Timeline:
 def draw(ranks: Sequence[Sequence[Sequence[Pass]]]) -> list[str]:
     """Return a line per rank, with dots where it is idle, from the passes of each rank's steps.
 
-    A step has as many columns as its shortest pass needs to show its name.
+    A step has as many columns as its shortest pass needs to show its name, up to `MOST_COLUMNS`. A pass that
+    is too short for its name there moves the next ones to the right.
     """
     steps = len(ranks[0])
     if not steps:
@@ -90,7 +92,8 @@ def draw(ranks: Sequence[Sequence[Sequence[Pass]]]) -> list[str]:
     medians = _medians(ranks)
     passes = [one for passes in medians for one in passes]
     span = max(one.end for one in passes)
-    columns = max(COLUMNS, *(ceil((len(one.name) + 1) * span / (one.end - one.start)) for one in passes))
+    needed = max(ceil((len(one.name) + 1) * span / (one.end - one.start)) for one in passes)
+    columns = min(max(COLUMNS, needed), MOST_COLUMNS)
     lines = [
         f"a step of {1000 * span:.2f} ms, {1000 * span / columns:.3f} ms a column, medians of {steps} steps"
     ]

@@ -55,7 +55,8 @@ class Phases:
     """Seconds of each phase on this rank, counted while the context is active.
 
     The device is synchronised at both ends of a phase, so the phases add up but no longer overlap. A phase
-    inside another one (a collective in the backward pass) is counted once, as the inner phase.
+    inside another one (a collective in the backward pass) is counted once, as the inner phase. The backward
+    pass is a call of `torch.Tensor.backward`; one by `torch.autograd.backward` is not noticed.
 
     Attributes:
         seconds: of each of `PHASES`.
@@ -66,7 +67,7 @@ class Phases:
     def __init__(self, device: torch.device):
         self.device = device
         self.seconds = dict.fromkeys(PHASES, 0.0)
-        self._current = "forward"  # the phase of what no inner phase counts
+        self._current = ""  # within a step, the phase of the time outside inner phases
         self._marked = 0.0, 0.0  # when it began, and the seconds of all phases then
 
     def __enter__(self) -> "Phases":
@@ -103,6 +104,7 @@ class Phases:
         self._mark()
         yield
         self._count()
+        self._current = ""
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:

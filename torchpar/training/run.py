@@ -79,7 +79,7 @@ class Stopped(Exception):
 
 
 class RunLog:
-    """What a `Run` tells of its progress. Every method does nothing; override those that are wanted."""
+    """Callbacks of a `Run`. Each does nothing unless it is overridden."""
 
     def active(self, run: "Run") -> AbstractContextManager[Any]:
         """Return a context that lasts as long as the run's."""
@@ -201,7 +201,7 @@ class Run:
         return len(self.results) * self.steps_per_epoch + self.state.step
 
     def __enter__(self) -> Self:
-        with ExitStack() as stack:
+        with self._stack.pop_all() as stack:
             stack.enter_context(self._log.active(self))
             if self.checkpoint is not None:
                 self._resume(self.checkpoint)

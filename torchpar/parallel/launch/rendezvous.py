@@ -18,7 +18,7 @@ from typing import TypeVar
 from torch.distributed import DistError, DistStoreError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, RankLostError
 
 T = TypeVar("T")
 POLL = 0.02  # seconds between two requests to the store
@@ -128,7 +128,8 @@ def connect(info: RankInfo, timeout: timedelta) -> Store:
         timeout: how long to wait for the others; also the store's timeout.
 
     Raises:
-        ConfigError: no store at the address, another program at the port, or a rank that did not join.
+        ConfigError: no store at the address, or another program at the port.
+        RankLostError: a rank did not join.
     """
     # torchrun's agent keeps its server over restarts (torch.distributed.elastic's DynamicRendezvousHandler
     # and StaticTCPRendezvous make it once), so a new rank can read the address that a dead one left under
@@ -260,7 +261,7 @@ def _wait_for_all(store: Store, start: int, timeout: timedelta) -> None:
     """Wait until rank 0 says that all ranks have joined.
 
     Raises:
-        ConfigError: it says that some have not, or says nothing.
+        RankLostError: it says that some have not, or says nothing.
     """
     key, patience = f"missing/{start}", timeout + timedelta(seconds=LATER)
 
@@ -276,8 +277,8 @@ def _wait_for_all(store: Store, start: int, timeout: timedelta) -> None:
         raise _did_not_join(missing, timeout)
 
 
-def _did_not_join(ranks: str, timeout: timedelta) -> ConfigError:
-    return ConfigError(f"rank {ranks} did not join the others within {timeout.total_seconds():g} s")
+def _did_not_join(ranks: str, timeout: timedelta) -> RankLostError:
+    return RankLostError(f"rank {ranks} did not join the others within {timeout.total_seconds():g} s")
 
 
 def _number(env: Mapping[str, str], name: str, *, default: int | None = None, least: int = 0) -> int:

@@ -160,6 +160,11 @@ def make_shared_sum(
     return shared if _on_all_ranks(shared is not None, group) else None
 
 
+def can_share_memory(world: World) -> bool:
+    """Return whether the ranks of ``world`` may add through shared memory, if there is enough of it."""
+    return SUPPORTED and world.device.type == "cpu" and 1 < world.world_size <= MAX_RANKS
+
+
 def register_shared_memory_hook(replica: DistributedDataParallel, world: World) -> None:
     """Let ``replica`` average its gradients through shared memory where its ranks can, and else by gloo.
 
