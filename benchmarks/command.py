@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, TorchparError
 
 
 class Command:
@@ -47,7 +47,7 @@ class Command:
 
 
 def run(main: Callable[[], int], command: str = "") -> None:
-    """Call ``main`` and end with its status. A `ConfigError` and Ctrl-C are one line, statuses 2 and 130.
+    """Call ``main`` and end with its status. A `TorchparError` and Ctrl-C are one line, statuses 2 and 130.
 
     SIGTERM ends it with 143, as an exception does, so that the ranks that it has started end too.
 
@@ -58,7 +58,7 @@ def run(main: Callable[[], int], command: str = "") -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         sys.exit(main())
-    except ConfigError as e:
+    except TorchparError as e:
         print(f"python -m benchmarks {command}: error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

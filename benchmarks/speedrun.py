@@ -31,7 +31,7 @@ from benchmarks.results import CORES, Result, Table, markdown, number, print_cel
 from benchmarks.timing import CPU, take_turns
 from torchpar import data, training
 from torchpar.data import Samples
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, DivergedError
 from torchpar.nn import MLP
 from torchpar.parallel.launch.local import current_world, start_ranks
 from torchpar.parallel.launch.world import World
@@ -161,14 +161,14 @@ def _fail(reason: str) -> None:
     raise ConfigError(f"a step cannot be a CUDA graph: {reason}")
 
 
-class Customary:
+class Tutorial:
     """The script that most tutorials teach: a DataLoader with transforms, layers of torch.nn, and Adam."""
 
-    name, change = "customary", "DataLoader, ToTensor, torch.nn, Adam"
+    name, change = "tutorial", "DataLoader, ToTensor, torch.nn, Adam"
 
     def prepare(self, samples: Samples, world: World) -> None:
         if world.world_size > 1:
-            raise ConfigError("the customary script is one process; take --ranks 1")
+            raise ConfigError("the tutorial script is one process; take --ranks 1")
         self.digits = Digits(samples.to("cpu"))
 
     def train(self, seed: int) -> None:
@@ -191,7 +191,7 @@ class Customary:
 # They were chosen by the last 10,000 training images, on which none of them was trained (``--validate``).
 change = "one tensor of images, `torchpar.nn.MLP`; 8 epochs, not 10"
 recipe = Recipe(name="in-memory", change=change, epochs=8)
-LADDER: list[Any] = [Customary(), recipe]
+LADDER: list[Any] = [Tutorial(), recipe]
 for name, change, settings in (
     ("formulas", "gradients by formulas, not autograd", {"fused": True}),
     ("falling-rate", "a rate of 0.002 that falls to 0; 5 epochs", {"decay": True, "lr": 0.002, "epochs": 5}),
@@ -301,7 +301,7 @@ def score(name: str, validate: bool, quick: bool, seed: int) -> tuple[float, flo
     if outputs.shape != (expected := (len(test), len(test.classes))):
         raise ConfigError(f"outputs are {tuple(outputs.shape)}, expected {expected}")
     if not outputs.isfinite().all():
-        raise ConfigError("an output is not finite; take a smaller rate")
+        raise DivergedError("an output is not finite; take a smaller learning rate")
     return seconds, (outputs.argmax(1) == test.labels.cpu()).double().mean().item()
 
 

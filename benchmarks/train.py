@@ -64,7 +64,7 @@ from torchpar.training.fused import FusedGradients
 LR = 0.1
 ROUNDS = 10  # turns of an epoch
 SECONDS = 20.0  # of a contestant's turns
-SLOW = {"pure Python": 200, "customary script": 2000}  # digits, of which an epoch is extrapolated
+SLOW = {"pure Python": 200, "tutorial script": 2000}  # digits, of which an epoch is extrapolated
 # The error that is allowed, of the mean loss of any batch. Rounding moves it by less than 1e-5 within an
 # epoch; a learning rate that is 1% off, or another order of the samples, moves that of some batch by 1e-2.
 LOSS_ERROR = 1e-3
@@ -182,7 +182,7 @@ def by_njit(inputs: Inputs, order: Order, threads: int | None) -> Iterator[float
     return by_numpy(inputs, order, gradients)
 
 
-def by_customary_script(inputs: Inputs, order: Order) -> Iterator[Tensor | None]:
+def by_tutorial_script(inputs: Inputs, order: Order) -> Iterator[Tensor | None]:
     model = native(inputs.training.sizes)
     copy_weights(inputs.start, model)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
@@ -417,7 +417,7 @@ def contestants(inputs: Inputs, world: World, ranks: Ranks, compiled: bool = Tru
 
     if len(sizes) == 3:  # a step of the others takes a minute
         yield by(by_pure_python, "pure Python")
-    yield by(by_customary_script, "customary script", "DataLoader, transforms")
+    yield by(by_tutorial_script, "tutorial script", "DataLoader, transforms")
     yield by(partial(by_njit, threads=None), "njit", compiles=True)
     if threads > 1:
         yield by(partial(by_njit, threads=threads), "njit, parallel", f"{threads} threads")

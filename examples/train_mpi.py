@@ -29,7 +29,7 @@ from torchpar.baselines import mpi
 from torchpar.baselines.numpy_mlp import MLP, SGD, Init
 from torchpar.data import Dataset, Samples, load
 from torchpar.errors import ConfigError
-from torchpar.profile.phases import Phases, phase
+from torchpar.profile.phases import Phases, timed
 from torchpar.training import EpochResult
 
 
@@ -67,20 +67,18 @@ def main(flags: Flags) -> None:
         results: list[EpochResult] = []
         progress = console.EpochProgress(world, flags.epochs, n_train, flags.metrics, flags.log_dir)
         with progress, Phases(torch.device("cpu")) as phases:
+            scatter = timed("data")(mpi.scatter_batches)
+            backward = timed("backward")(model.backward)
+            allreduce = timed("collectives")(world.Allreduce)
             for epoch in range(1, flags.epochs + 1):
                 start, train_loss, trained = time.perf_counter(), 0.0, 0
-                with phase("data"):
-                    batches = mpi.scatter_batches(world, train, n_train, flags.batch_size, order)
-                for x, labels, global_size in batches:
-                    with phase("forward"):
-                        inputs, outputs = model.forward(mpi.scale_pixels(x))
-                        message[-1], delta = model.loss_sum(outputs, labels)
-                    with phase("backward"):
-                        message[:-1] = model.backward(inputs, delta)
-                    with phase("collectives"):
-                        world.Allreduce(message, total)
-                    with phase("optimizer"):
-                        optimizer.step(total[:-1] / global_size)
+                batches = scatter(world, train, n_train, flags.batch_size, order)
+                for x, labels, global_size in phases.steps(batches):
+                    inputs, outputs = model.forward(mpi.scale_pixels(x))
+                    message[-1], delta = model.loss_sum(outputs, labels)
+                    message[:-1] = backward(inputs, delta)
+                    allreduce(message, total)
+                    optimizer.step(total[:-1] / global_size)
                     train_loss += float(total[-1])
                     trained += global_size
                     progress.update(epoch, trained, partial(truediv, train_loss, trained))

@@ -13,29 +13,33 @@ With ``--arithmetic exact`` a run has the same bits on every mesh and processor.
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
-from support import cli
-from support.session import Run, adjust_gradients, compile_model, make_optimizer, prepare
+from support import cli, session
+from support.log import Log
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
+from torchpar import training
 from torchpar.errors import ConfigError
 from torchpar.ieee import cross_entropy_sum
 from torchpar.nn import MLP
-from torchpar.parallel import join_world, parallel_mlp
+from torchpar.parallel import join_world, parallel_mlp, register_shared_memory_hook
 from torchpar.parallel.split.exact_gradients import ExactGradients
 from torchpar.parallel.split.layers import Arithmetic
 from torchpar.parallel.split.pipeline import Pipeline, PipelineSchedule, stage_mlp
-from torchpar.parallel.split.shared_memory import register_shared_memory_hook
-from torchpar.profile.phases import phase
+from torchpar.training import Run
 
 
 @dataclass(kw_only=True)
 class Flags(cli.TrainFlags):
     """Train a digit classifier on a mesh of ranks."""
 
+    optimizer: Literal["sgd", "muon"] = "sgd"
     dp: int | None = None
     """Ranks that share each batch; by default all that --tp and --pp leave."""
     tp: int = 1
@@ -50,23 +54,44 @@ class Flags(cli.TrainFlags):
     """Arithmetic: fast, or exact sums, which have the same bits on every mesh and processor."""
 
 
+def make_optimizer(flags: Flags, model: MLP, mesh: DeviceMesh) -> Optimizer:
+    if flags.optimizer == "sgd":
+        options = flags.optimizer_options(lr=0.5, momentum=0.9, weight_decay=3e-5)
+        return training.sgd(model, **options, arithmetic=flags.arithmetic)
+    # Ranks of one stage share the work of Muon.
+    options = flags.optimizer_options(lr=0.02, momentum=0.95, weight_decay=0.01)
+    return training.muon(model, **options, mesh=mesh)
+
+
+def check_exact(flags: Flags) -> None:
+    if flags.optimizer == "muon":
+        raise ConfigError(
+            "Muon has no exact arithmetic, which would take several times a step; take --optimizer sgd"
+        )
+    if flags.schedule == "cosine":
+        raise ConfigError("a cosine differs between processors; take --schedule linear, or --arithmetic fast")
+    if flags.compile:
+        raise ConfigError(
+            "a compiler may fuse products and sums, which exact arithmetic forbids; drop --compile"
+        )
+
+
 def main(flags: Flags) -> None:
     with join_world(flags.device, flags.timeout) as world:
         dp = flags.dp or max(world.world_size // (flags.tp * flags.pp), 1)
         world = world.with_mesh(dp=dp, tp=flags.tp, pp=flags.pp)
-        train, test, sizes = prepare(flags, world)
+        if flags.arithmetic == "exact":
+            check_exact(flags)
+        train, test = session.load(flags, world)
+        torch.manual_seed(flags.seed)
         # This rank's slice of its stage: the tp dimension splits each layer, the pp dimension the layers.
-        whole = MLP(sizes).to(world.device)
+        whole = MLP(flags.layer_sizes(train)).to(world.device)
         model = stage_mlp(parallel_mlp(whole, world.mesh["tp"], flags.arithmetic), world.mesh["pp"])
         # Exact arithmetic adds integers over ranks, whose sums depend on no order.
         exact = ExactGradients(model, world) if flags.arithmetic == "exact" else None
         loss_sum = cross_entropy_sum if exact else partial(cross_entropy, reduction="sum")
         if flags.compile:
-            if exact:
-                raise ConfigError(
-                    "a compiler may fuse products and sums, which exact arithmetic forbids; drop --compile"
-                )
-            compile_model(model, world)
+            model.compile()
         replica: torch.nn.Module = model
         pipeline = None
         if flags.pp > 1:
@@ -75,41 +100,33 @@ def main(flags: Flags) -> None:
             group = world.mesh["dp"].get_group()
             replica = ddp = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
             register_shared_memory_hook(ddp, world)  # on CPUs
-        # Ranks of one stage share the work of Muon.
-        mesh = world.mesh["dp", "tp"]
-        optimizer, lr_scheduler = make_optimizer(flags, model, len(train), flags.arithmetic, mesh)
+        optimizer = make_optimizer(flags, model, world.mesh["dp", "tp"])
+        lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
         def gradients(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
             if pipeline is not None:
+                # Forward and backward passes of all micro-batches, and the average over the replicas.
                 return pipeline.step(x, labels, global_size, loss_sum)
-            with phase("forward"):
-                loss = loss_sum(replica(x), labels)
-            with phase("backward"):
-                if exact:
-                    (loss / global_size).backward()
-                    exact()
-                else:
-                    (loss * (world.dp_size / global_size)).backward()
+            loss = loss_sum(replica(x), labels)
+            if exact:
+                (loss / global_size).backward()
+                exact()  # the sum over the replicas
+            else:
+                (loss * (world.dp_size / global_size)).backward()
             return loss.detach()
 
-        def train_step(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
-            loss = gradients(x, labels, global_size)
-            with phase("optimizer"):
-                adjust_gradients(flags, model, world, flags.arithmetic)
-                optimizer.step()
-                lr_scheduler.step()
-                optimizer.zero_grad()
-            return loss
-
-        with Run(
-            *(flags, world, model, optimizer, lr_scheduler, train, test),
-            predict=pipeline.predict if pipeline else model,
-            micro_batches=flags.micro_batches if pipeline else 1,
-            arithmetic=flags.arithmetic,
-        ) as run:
+        parts = (model, optimizer, lr_scheduler, world, train, test)
+        log = Log(flags, world, micro_batches=flags.micro_batches if pipeline else 1)
+        predict = pipeline.predict if pipeline else model
+        with Run(*parts, predict=predict, log=log, **flags.run_options()) as run:
             for epoch in run.epochs():
-                for batch in run.batches(epoch):
-                    run.log(train_step(*batch))
+                for x, labels, global_size in run.batches(epoch):
+                    loss = gradients(x, labels, global_size)
+                    session.adjust_gradients(flags, model, world, flags.arithmetic)  # --clip, --orthogonality
+                    optimizer.step()
+                    lr_scheduler.step()
+                    optimizer.zero_grad()
+                    run.log(loss)
 
 
 if __name__ == "__main__":

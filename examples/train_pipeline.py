@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Pipeline parallelism: every rank holds consecutive layers.
 
-    torchrun --nproc_per_node=2 examples/train_pipeline.py
+    torchrun --nproc_per_node=2 examples/train_pipeline.py --draw
 
 The batch is cut into micro-batches. While the second stage works on the first micro-batch, the first stage
 works on the second one. Backward passes flow the other way. With p stages and m micro-batches each rank is
@@ -14,66 +14,157 @@ idle for a share (p − 1)/(m + p − 1) of a step, shown as dots:
     rank 1   ·  F0 B0 F1 B1 F2 B2 F3 B3 ·        1f1b: each backward pass as soon as possible
 
 Both take the same time. 1f1b keeps the activations of at most p micro-batches, gpipe those of m. Only
-neighbours communicate: the activations of a micro-batch forward, their gradients backward. The gradients
-equal, bit for bit, those of one process that adds up the gradients of the micro-batches.
+neighbours communicate, twice for each micro-batch i:
+
+    after F_i   rank r sends its outputs to rank r + 1, which needs them for F_i
+    after B_i   rank r sends the gradient of its inputs to rank r − 1, which needs it for B_i
+
+Both messages have the shape (rows of the micro-batch, width of the layer between the stages). The schedules
+are `torchpar.reference.gpipe` and `one_forward_one_backward`, loops over these passes and messages. The
+gradients equal, bit for bit, those of one process that adds up the gradients of the micro-batches.
+
+``--draw`` prints the timeline as it was measured. With ``--library`` the same training is run by
+torch.distributed.pipelining, which takes micro-batches of equal size: it pads the last ones.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
-from support import cli
-from support.session import Run, adjust_gradients, compile_model, make_optimizer, prepare
+import torch
+from support import cli, session
+from support.log import Log
+from support.timeline import Timeline
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
 
+from torchpar import training
+from torchpar.errors import ConfigError
 from torchpar.nn import MLP
-from torchpar.parallel import join_world
-from torchpar.parallel.split.pipeline import Pipeline, PipelineSchedule, stage_mlp
-from torchpar.profile.phases import phase
+from torchpar.parallel import World, join_world
+from torchpar.parallel.split.pipeline import (
+    Pipeline,
+    PipelineSchedule,
+    check_one_rank_per_gpu,
+    stage_mlp,
+)
+from torchpar.partition import Partition
+from torchpar.profile.phases import timed
+from torchpar.reference import Backward, Forward, P2PCommunicator, gpipe, one_forward_one_backward
+from torchpar.training import Run
+
+Gradients = Callable[[Tensor, Tensor, int], Tensor]
+Predict = Callable[[Tensor], Tensor | None]
 
 
 @dataclass(kw_only=True)
 class Flags(cli.TrainFlags):
     """Train a digit classifier by pipeline parallelism."""
 
+    optimizer: Literal["sgd", "muon"] = "sgd"
     pipeline: PipelineSchedule = "1f1b"
     """Order of the forward and backward passes."""
     micro_batches: int = 4
     """Parts into which a batch is cut."""
+    draw: bool = False
+    """Print the measured timeline of a step, a line per rank; for ranks of one machine."""
+    library: bool = False
+    """Run the schedule of torch.distributed.pipelining."""
 
 
-def loss_sum(outputs: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropy(outputs, labels, reduction="sum")
+def by_hand(flags: Flags, world: World, stage: MLP, timeline: Timeline | None) -> tuple[Gradients, Predict]:
+    """Return the functions that compute the gradients of a batch, and the outputs of a batch."""
+    check_one_rank_per_gpu(world)
+    schedule = gpipe if flags.pipeline == "gpipe" else one_forward_one_backward
+    run_schedule = timed("pipeline")(schedule)  # messages, and the time in which this rank waits for them
+    p2p = P2PCommunicator(world.mesh.get_group("pp"), world.device)
+    width = next(stage.parameters()).shape[1]  # of the activations that the previous stage sends
+
+    def gradients(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
+        # Every rank has the batch. Only the first stage reads x, and only the last one labels.
+        parts, targets = x.tensor_split(flags.micro_batches), labels.tensor_split(flags.micro_batches)
+        losses = []
+
+        @timed("forward")
+        def forward(i: int, activations: Tensor | None) -> Tensor:
+            outputs: Tensor = stage(parts[i] if activations is None else activations)
+            if not p2p.is_last:
+                return outputs  # which the schedule sends to the next stage
+            loss = cross_entropy(outputs, targets[i], reduction="sum")
+            losses.append(loss.detach())
+            return loss / global_size
+
+        def backward(outputs: Tensor, gradient: Tensor | None) -> None:
+            # Adds this micro-batch's part to the gradients of the parameters. The schedule sends the gradient
+            # of the activations to the previous stage.
+            outputs.backward(gradient)
+
+        passes: tuple[Forward, Backward] = (forward, backward)
+        if timeline is not None:
+            passes = timeline.step(forward, backward)
+        # For each micro-batch: receive the input, forward, send the output; receive the gradient of the
+        # output, backward, send the gradient of the input. No two ranks have the same layer, so that there
+        # is nothing to average.
+        run_schedule(*passes, [(len(part), width) for part in parts], p2p)
+        return torch.stack(losses).sum() if losses else x.new_zeros(())
+
+    def predict(x: Tensor) -> Tensor | None:
+        activations = p2p.recv_forward((len(x), width))
+        outputs: Tensor = stage(x if activations is None else activations)
+        p2p.send_forward(outputs)
+        return outputs if p2p.is_last else None
+
+    return gradients, predict
+
+
+def by_library(flags: Flags, world: World, stage: MLP) -> tuple[Gradients, Predict]:
+    """Return the same functions, by `torch.distributed.pipelining`."""
+    pipeline = Pipeline(stage, world, flags.pipeline, flags.micro_batches)
+    loss_sum = partial(cross_entropy, reduction="sum")
+    return partial(pipeline.step, loss_sum=loss_sum), pipeline.predict
+
+
+def make_optimizer(flags: Flags, stage: MLP) -> Optimizer:
+    if flags.optimizer == "sgd":
+        return training.sgd(stage, **flags.optimizer_options(lr=0.5, momentum=0.9, weight_decay=3e-5))
+    return training.muon(stage, **flags.optimizer_options(lr=0.02, momentum=0.95, weight_decay=0.01))
 
 
 def main(flags: Flags) -> None:
     with join_world(flags.device, flags.timeout) as world:
         world = world.with_mesh(pp=world.world_size)
-        train, test, sizes = prepare(flags, world)
+        if flags.draw and flags.library:
+            raise ConfigError("--draw records the schedules by hand; leave out --library")
+        train, test = session.load(flags, world)
+        timeline = Timeline(world) if flags.draw else None
+        torch.manual_seed(flags.seed)
         # Every rank draws all weights, the same on all, and keeps the layers of its stage.
-        stage = stage_mlp(MLP(sizes).to(world.device), world.mesh["pp"])
+        stage = stage_mlp(MLP(flags.layer_sizes(train)).to(world.device), world.mesh["pp"])
         if flags.compile:
-            compile_model(stage, world)
-        pipeline = Pipeline(stage, world, flags.pipeline, flags.micro_batches)
-        optimizer, lr_scheduler = make_optimizer(flags, stage, len(train))
+            stage.compile()
+        if flags.library:
+            gradients, predict = by_library(flags, world, stage)
+        else:
+            gradients, predict = by_hand(flags, world, stage, timeline)
+        optimizer = make_optimizer(flags, stage)
+        lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
-        def train_step(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
-            # Forward and backward passes of all micro-batches. The first stage reads x, the last one labels.
-            loss = pipeline.step(x, labels, global_size, loss_sum)
-            with phase("optimizer"):
-                adjust_gradients(flags, stage, world)
-                optimizer.step()
-                lr_scheduler.step()
-                optimizer.zero_grad()
-            return loss
-
-        with Run(
-            *(flags, world, stage, optimizer, lr_scheduler, train, test),
-            predict=pipeline.predict,
-            micro_batches=flags.micro_batches,
-        ) as run:
+        parts = (stage, optimizer, lr_scheduler, world, train, test)
+        rows = Partition(min(flags.batch_size, len(train)), flags.micro_batches, rank=0).widths()
+        log = Log(flags, world, micro_batches=flags.micro_batches if flags.library else rows)
+        with Run(*parts, predict=predict, log=log, **flags.run_options()) as run:
             for epoch in run.epochs():
-                for batch in run.batches(epoch):
-                    run.log(train_step(*batch))
+                for x, labels, global_size in run.batches(epoch):
+                    loss = gradients(x, labels, global_size)  # of all micro-batches
+                    session.adjust_gradients(flags, stage, world)  # --clip and --orthogonality
+                    optimizer.step()
+                    lr_scheduler.step()
+                    optimizer.zero_grad()
+                    run.log(loss)
+            if timeline is not None:
+                timeline.print()
 
 
 if __name__ == "__main__":

@@ -22,23 +22,27 @@ The model has one hidden layer: a pair is two layers.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from support import cli
-from support.session import Run, adjust_gradients, compile_model, make_optimizer, prepare
+from support import cli, session
+from support.log import Log
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
 
+from torchpar import training
 from torchpar.errors import ConfigError
 from torchpar.parallel import ColumnParallelLinear, RowParallelLinear, join_world
-from torchpar.profile.phases import phase
+from torchpar.training import Run
 
 
 @dataclass(kw_only=True)
 class Flags(cli.TrainFlags):
     """Train a digit classifier by tensor parallelism."""
 
+    optimizer: Literal["sgd", "muon"] = "sgd"
     hidden: tuple[int, ...] = (128,)
     """Width of the hidden layer."""
 
@@ -58,34 +62,41 @@ class SplitMLP(torch.nn.Module):
         return self.row(self.column(x))  # type: ignore[no-any-return]
 
 
+def make_optimizer(flags: Flags, model: SplitMLP, mesh: DeviceMesh) -> Optimizer:
+    if flags.optimizer == "sgd":
+        return training.sgd(model, **flags.optimizer_options(lr=0.5, momentum=0.9, weight_decay=3e-5))
+    # The ranks share the work of Muon's iterations on a split matrix.
+    options = flags.optimizer_options(lr=0.02, momentum=0.95, weight_decay=0.01)
+    return training.muon(model, **options, mesh=mesh)
+
+
 def main(flags: Flags) -> None:
     if len(flags.hidden) != 1:
         raise ConfigError(f"--hidden is {flags.hidden}, expected one width; train_parallel.py splits any MLP")
     with join_world(flags.device, flags.timeout) as world:
         world = world.with_mesh(tp=world.world_size)
-        train, test, sizes = prepare(flags, world)
+        train, test = session.load(flags, world)
+        torch.manual_seed(flags.seed)
         # Every rank draws the whole weights, the same on all, and keeps its slice.
-        model = SplitMLP(sizes, world.mesh["tp"]).to(world.device)
+        model = SplitMLP(flags.layer_sizes(train), world.mesh["tp"]).to(world.device)
         if flags.compile:
-            compile_model(model, world)
-        optimizer, lr_scheduler = make_optimizer(flags, model, len(train), mesh=world.mesh["tp"])
+            model.compile()
+        optimizer = make_optimizer(flags, model, world.mesh["tp"])
+        lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
-        def train_step(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
-            with phase("forward"):
-                loss = cross_entropy(model(x), labels, reduction="sum")
-            with phase("backward"):
-                (loss / global_size).backward()
-            with phase("optimizer"):
-                adjust_gradients(flags, model, world)
-                optimizer.step()
-                lr_scheduler.step()
-                optimizer.zero_grad()
-            return loss.detach()
-
-        with Run(flags, world, model, optimizer, lr_scheduler, train, test) as run:
+        parts = (model, optimizer, lr_scheduler, world, train, test)
+        with Run(*parts, log=Log(flags, world), **flags.run_options()) as run:
             for epoch in run.epochs():
-                for batch in run.batches(epoch):
-                    run.log(train_step(*batch))
+                for x, labels, global_size in run.batches(epoch):
+                    # Every rank has the whole batch, so it has the whole gradient of its own slices: there is
+                    # nothing to average.
+                    loss = cross_entropy(model(x), labels, reduction="sum")
+                    (loss / global_size).backward()
+                    session.adjust_gradients(flags, model, world)  # --clip and --orthogonality
+                    optimizer.step()
+                    lr_scheduler.step()
+                    optimizer.zero_grad()
+                    run.log(loss.detach())
 
 
 if __name__ == "__main__":

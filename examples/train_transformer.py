@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""A small transformer that learns to write like this project's documentation, by Muon and by AdamW.
+"""A small transformer that learns to write like Lewis Carroll, by Muon and by AdamW.
 
     python examples/train_transformer.py --plots pictures
     torchrun --nproc_per_node=2 examples/train_transformer.py
 
-It reads characters and predicts the next one. Both optimizers start from the same weights and see the same
-windows of the text. `Muon.for_model` gives the hidden matrices to Muon and the other parameters to AdamW, and
-prints a table of them. On several ranks each one takes a share of the windows and of Muon's matrices.
+It reads characters of "Alice's Adventures in Wonderland" and predicts the next one. The last tenth of the
+book is the validation text, which it is not trained on. Both optimizers start from the same weights and see
+the same windows of the training text. `Muon.for_model` gives the hidden matrices to Muon and the other
+parameters to AdamW, and prints a table of them. On several ranks each one takes a share of the windows and of
+Muon's matrices.
 """
 
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from support import cli, console
@@ -27,7 +29,7 @@ from torchpar.parallel import join_world
 from torchpar.parallel.launch.world import World
 from torchpar.training import lr_scheduler
 
-DOCS = Path(__file__).parents[1] / "docs"
+BOOK = Path(__file__).parent / "data" / "alice.txt"
 CONTEXT, WIDTH, HEADS, BLOCKS = 64, 128, 4, 2  # characters of a window, their features; of the model
 
 
@@ -39,6 +41,22 @@ class Flags(cli.LogFlags):
     batch_size: int = 32  # Windows of a step, of all ranks together.
     lr: float = 0.02  # Learning rate of Muon at the start; it falls to 0.
     adamw_lr: float = 6e-3  # Learning rate of AdamW, likewise.
+
+
+class Book(NamedTuple):
+    """Two texts as the numbers of their characters, and how many different characters there are."""
+
+    train: Tensor
+    validation: Tensor
+    characters: int
+
+
+def load_book(device: torch.device) -> Book:
+    written = BOOK.read_text(encoding="ascii")
+    alphabet = sorted(set(written))
+    text = torch.tensor([alphabet.index(character) for character in written], device=device)
+    train, validation = text.tensor_split([len(text) * 9 // 10])
+    return Book(train, validation, len(alphabet))
 
 
 class Transformer(nn.Module):
@@ -62,9 +80,28 @@ class Transformer(nn.Module):
         return self.head(self.norm(x))  # type: ignore[no-any-return]
 
 
-def train(name: str, flags: Flags, text: Tensor, characters: int, world: World) -> list[dict[str, Any]]:
+def loss_of(model: nn.Module, text: Tensor, starts: Tensor, reduction: str = "mean") -> Tensor:
+    """Return the cross-entropy of each next character in the windows of ``text`` that begin at ``starts``."""
+    window = text[(starts[:, None] + torch.arange(CONTEXT + 1)).to(text.device)]
+    logits = model(window[:, :-1])
+    return cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten(), reduction=reduction)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, text: Tensor, world: World) -> float:
+    """Return the mean loss of a character of ``text``, over windows that do not overlap."""
+    starts = torch.arange(0, len(text) - CONTEXT, CONTEXT)
+    mine = starts[world.rank :: world.world_size]
+    return float(world.sum(loss_of(model, text, mine, "sum"))) / (len(starts) * CONTEXT)
+
+
+def train(name: str, flags: Flags, book: Book, world: World) -> list[dict[str, Any]]:
+    """Train by Muon or by AdamW; return the losses and seconds, about ten times.
+
+    ``train_loss`` is the mean over the steps since the last row. ``seconds`` are without evaluation.
+    """
     torch.manual_seed(flags.seed)
-    model = Transformer(characters).to(world.device)
+    model = Transformer(book.characters).to(world.device)
     adamw = partial(torch.optim.AdamW, lr=flags.adamw_lr)
     optimizer: torch.optim.Optimizer = adamw(model.parameters())
     if name == "muon":
@@ -75,21 +112,26 @@ def train(name: str, flags: Flags, text: Tensor, characters: int, world: World) 
     replica = DistributedDataParallel(model) if world.world_size > 1 else model
     windows = torch.Generator().manual_seed(flags.seed)
     mine = slice(world.rank, None, world.world_size)
-    losses, seconds, begin = [], [], time.perf_counter()
-    for _ in range(flags.steps):
-        starts = torch.randint(len(text) - CONTEXT, (flags.batch_size, 1), generator=windows)[mine]
-        window = text[(starts + torch.arange(CONTEXT + 1)).to(world.device)]
-        logits = replica(window[:, :-1])
-        loss = cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
+    rows: list[dict[str, Any]] = []
+    losses: list[Tensor] = []
+    seconds, begin = 0.0, time.perf_counter()
+    for step in range(1, flags.steps + 1):
+        starts = torch.randint(len(book.train) - CONTEXT, (flags.batch_size,), generator=windows)[mine]
+        loss = loss_of(replica, book.train, starts)
         loss.backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
-        seconds.append(time.perf_counter() - begin)
-    mean = (world.sum(torch.stack(losses)) / world.world_size).tolist()
-    pairs = zip(mean, seconds, strict=True)
-    return [{"optimizer": name, "step": i, "loss": x, "seconds": s} for i, (x, s) in enumerate(pairs, 1)]
+        if step % max(flags.steps // 10, 1) == 0 or step == flags.steps:
+            train_loss = float(world.sum(torch.stack(losses).mean())) / world.world_size
+            seconds += time.perf_counter() - begin
+            validation_loss = evaluate(model, book.validation, world)
+            numbers = {"train_loss": train_loss, "validation_loss": validation_loss, "seconds": seconds}
+            rows.append({"optimizer": name, "step": step} | numbers)
+            losses.clear()
+            begin = time.perf_counter()
+    return rows
 
 
 def main(flags: Flags) -> None:
@@ -97,22 +139,23 @@ def main(flags: Flags) -> None:
         if flags.batch_size % world.world_size:
             raise ConfigError(f"--batch-size is {flags.batch_size}, expected a multiple of the ranks")
         console.check_outputs(world, folders=[flags.plots, flags.log_dir], files=[flags.metrics])
-        written = "".join(path.read_text() for path in sorted(DOCS.glob("*.md")))
-        alphabet = sorted(set(written))
-        text = torch.tensor([alphabet.index(character) for character in written], device=world.device)
-        runs = [train(name, flags, text, len(alphabet), world) for name in ("muon", "adamw")]
+        book = load_book(world.device)
+        runs = [train(name, flags, book, world) for name in ("muon", "adamw")]
         if world.rank > 0:
             return
-        rows = [*runs[0], *runs[1]]
         for run in runs:
-            print("{optimizer}: loss {loss:.3f} after {step} steps, {seconds:.1f} s".format(**run[-1]))
+            print(
+                "{optimizer}: training loss {train_loss:.3f}, validation loss {validation_loss:.3f} "
+                "after {step} steps, {seconds:.1f} s".format(**run[-1])
+            )
             console.write_log(flags.log_dir, run[0]["optimizer"], run)
+        rows = [*runs[0], *runs[1]]
         console.write_metrics(flags.metrics, rows)
         if flags.plots:
             from support import plots
 
-            few = [row for row in rows if row["step"] % max(flags.steps // 30, 1) == 0]
-            panels = [plots.Panel(few, x, ["loss"], ["optimizer"]) for x in ("step", "seconds")]
+            losses = ("train_loss", "validation_loss")
+            panels = [plots.Panel(rows, "step", [loss], ["optimizer"]) for loss in losses]
             plots.save_panels(flags.plots / "transformer.png", panels)
 
 

@@ -37,7 +37,7 @@ class Tiles(NamedTuple):
 
 
 class Device(NamedTuple):
-    """A device as far as tiles depend on it; capability 90 is sm_90, and 0 is not NVIDIA's."""
+    """The properties of a device on which tiles depend; capability 90 is sm_90, and 0 is no NVIDIA GPU."""
 
     name: str
     capability: int
@@ -58,7 +58,7 @@ class Kind(NamedTuple):
     tiles: tuple[Tiles, ...]
 
 
-# By pointers, symmetric_product takes the square tiles. Of tiles of one shape, the first is a default.
+# symmetric_product takes square tiles of "pointers". Without a table, the first tiles of a shape are taken.
 _16_BIT = (
     Tiles(128, 256, 64, 8, 4, "tma"),
     Tiles(64, 128, 64, 4, 4, "tma"),
@@ -127,7 +127,7 @@ def kind_of(dtype: torch.dtype, precision: str) -> str:
 
 def configurations(kernel: str, dtype: torch.dtype, precision: str, capability: int) -> list[Tiles]:
     """The configurations of ``kernel`` that a device of ``capability`` can run."""
-    found = []
+    usable = []
     for tiles in KINDS[kind_of(dtype, precision)].tiles:
         m, n, k, _, stages, variant = tiles
         symmetric = kernel == "symmetric_product"
@@ -143,8 +143,8 @@ def configurations(kernel: str, dtype: torch.dtype, precision: str, capability: 
             elements += m * m if symmetric else m * n // 2
         programs = resident_programs(tiles)
         if exists and programs * elements * dtype.itemsize <= SHARED_MEMORY.get(capability, 101376):
-            found.append(tiles)
-    return found
+            usable.append(tiles)
+    return usable
 
 
 def split_k(tiles: Tiles, present: Device, m: int, n: int, k: int) -> tuple[int, int]:

@@ -2,8 +2,8 @@
 """Exact sums of products: float32 rows become integers, whose int8 digits the tensor cores multiply.
 
 A row is scaled by a power of two and rounded to integers X, |X| ≤ 2³¹ − 2²⁴, which are cut into four signed
-digits, X = d₀·2²⁴ + d₁·2¹⁶ + d₂·2⁸ + d₃. Of the rows i of A with the exponents e and the rows j of B with the
-digits c and the exponents f, the kernel sums the products of each order s = p + q ≤ 3 in int32:
+digits, X = d₀·2²⁴ + d₁·2¹⁶ + d₂·2⁸ + d₃. For rows i of A, with exponents e, and rows j of B, with digits c
+and exponents f, the kernel sums the products of each order s = p + q ≤ 3 in int32:
 
     S_s = Σ_k Σ_{p + q = s} d_p·c_q
     T_ij = ((S₀·2⁸ + S₁)·2⁸ + S₂)·2⁸ + S₃
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from .candidates import Tiles, device
 from .gemm import GROUP, grouped_tile, triangle_tile
-from .launch import Plan, Wrap, planned
+from .launch import Plan, Wrap, cached_plan
 
-CHAIN = 2**14  # terms: in int32, the four products of order 3, of at most 2¹⁴ each, have no more of them
-LONGEST = 2**23  # terms that int64 holds
+CHAIN = 2**14  # terms: with more, the four products of order 3, of up to 2¹⁴ each, could overflow int32
+LONGEST = 2**23  # terms, for which T fits in an int64
 
-LIMIT_K = tl.constexpr(16)  # columns of signs at a time, the fewest that tensor cores take
-LARGEST = tl.constexpr(129)  # A greater exponent marks a row that has a NaN or an infinity.
+LIMIT_K = tl.constexpr(16)  # columns of signs at a time; tensor cores need at least 16
+MAX_EXPONENT = tl.constexpr(129)  # A greater exponent marks a row that has a NaN or an infinity.
 WEIGHT = tl.constexpr(38)  # T counts units of 2^(e + f − WEIGHT).
 # Added to |x| < 2²², it leaves no bits for a fraction: the sum is rounded to an integer, ties to even, whose
 # bits are ROUND_BITS plus the rounded x.
@@ -70,7 +70,7 @@ def digits(x, first, second):
 def chain(
     a_tile, b_tile, a_inside, b_inside, e, f, k, a_col, b_col, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr
 ):
-    """T of at most CHAIN terms, int64; ``a_inside`` and ``b_inside`` say which rows are not taken as 0."""
+    """T of at most CHAIN terms, int64; rows where ``a_inside`` or ``b_inside`` is false count as 0."""
     a_first, a_second = powers(22 - e)
     b_first, b_second = powers(22 - f)
     cols = tl.arange(0, BLOCK_K)
@@ -115,7 +115,7 @@ def sign(x):
 
 @triton.jit
 def products_of_signs(a_ptr, b_ptr, i, j, m, n, k, a_row, a_col, b_row, b_col, BLOCK_K: tl.constexpr):
-    """The product as far as it is NaN or infinite. Of a finite value only its sign matters to that."""
+    """The entries of the product that are NaN or infinite. Of finite values only the signs matter to them."""
     cols = tl.arange(0, BLOCK_K)
     wide = cols.to(tl.int64)
     step = tl.full((), BLOCK_K, tl.int64)
@@ -173,8 +173,8 @@ def exact_product_kernel(
     j = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     e = tl.load(e_ptr + (batch * m + i), mask=i < m, other=0)
     f = tl.load(f_ptr + (batch * n + j), mask=j < n, other=0)
-    e_finite, f_finite = e <= LARGEST, f <= LARGEST
-    e, f = tl.minimum(e, LARGEST), tl.minimum(f, LARGEST)
+    e_finite, f_finite = e <= MAX_EXPONENT, f <= MAX_EXPONENT
+    e, f = tl.minimum(e, MAX_EXPONENT), tl.minimum(f, MAX_EXPONENT)
     cols = tl.arange(0, BLOCK_K).to(tl.int64)
     a_ptr += batch * a_batch
     b_ptr += batch * b_batch
@@ -230,7 +230,7 @@ def exact_product(a: Tensor, b: Tensor, e: Tensor, f: Tensor, wrap: Wrap, *, out
     if out.numel() > 0:
         first = _three_dims(a)
         second = None if b is a else _three_dims(b)
-        plan = planned(_plan, wrap, (first, second, e, f), out=out)
+        plan = cached_plan(_plan, wrap, (first, second, e, f), out=out)
         assert plan is not None
         plan.launch(wrap, first, first if second is None else second, e, f, out)
     return out
@@ -258,7 +258,7 @@ def _plan(a: Tensor, b: Tensor | None, e: Tensor, f: Tensor) -> Plan:
 
 
 def _tiles(a: Tensor, b: Tensor, symmetric: bool) -> Tiles:
-    """The largest tiles whose loop keeps its four sums in registers, since each tile cuts its elements anew.
+    """The largest tiles whose loop keeps its four sums in registers, since each tile cuts all its elements.
 
     Small tiles have registers for an address per element, and for T beside the sums of a chain. They also
     fill more of the processor where there are few large ones.
@@ -266,7 +266,7 @@ def _tiles(a: Tensor, b: Tensor, symmetric: bool) -> Tiles:
     (batch, m, k), n = a.shape, b.shape[1]
     present = device(a)
     by_rows = a.stride(-1) == b.stride(-1) == 1
-    # Elsewhere the tensor cores take int8 from registers, and several warps cut the same elements.
+    # On other devices tensor cores read int8 from registers, and several warps cut the same elements.
     shared = present.capability in (90, 100)
     if symmetric:
         large, small = Tiles(64, 64, 32, 4 if by_rows and shared else 8, 3), Tiles(32, 32, 32, 4, 3)

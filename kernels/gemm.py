@@ -93,8 +93,8 @@ def dot_rows(
 
 
 @triton.jit
-def describe(t, batches, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr, LAYOUT: tl.constexpr):
-    """The descriptor of matrices whose rows (LAYOUT "N") or columns ("T") are contiguous.
+def make_descriptor(t, batches, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr, LAYOUT: tl.constexpr):
+    """A TMA descriptor of matrices whose rows (LAYOUT "N") or columns ("T") are contiguous.
 
     Its tiles are ROWS × COLS. ``t`` holds a pointer and the strides of batch, rows and columns.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Launch plans: the decisions of a launcher for tensors of one layout, kept for the next call.
+"""Launch plans: the kernel, grid and constants for tensors of one layout, cached for the next call.
 
 Choosing tiles, and letting Triton specialise a kernel, takes longer than launching it. Both depend on the
 layouts of the tensors alone: shapes, strides, dtype, device, and where their memory begins within 16 bytes.
@@ -17,16 +17,16 @@ from torch import Tensor
 Wrap = Callable[[Any], Any] | None
 """A tracer applies it to a Triton kernel before it is launched; None for a real launch."""
 
-_MOST = 4096  # plans that are kept
+_MAX_PLANS = 4096
 _plans: dict[Any, "Plan | None"] = {}
 
 
 class Plan:
-    """A kernel, its grid, and those arguments of its launch that follow tensors and factors.
+    """A kernel, its grid, and the arguments of its launch that come after tensors and factors.
 
     Args:
-        programs: their number. All are on the first grid axis, since the others end at 65535.
-        arguments: the integers that follow tensors and factors.
+        programs: number of programs. All are on the first grid axis: the others are limited to 65535.
+        arguments: the integers that come after tensors and factors.
         constants: the constants, in the order of the kernel's signature.
         options: ``num_warps`` and ``num_stages``.
         descriptors: whether the kernel makes TMA descriptors, for which the host allocates memory.
@@ -59,7 +59,7 @@ class Plan:
         if wrap is not None or launch is None:
             launch = partial(self._compile, wrap)
         if self.descriptors:
-            # Triton's allocator is a context variable, the user's: a copy of the context has ours.
+            # Triton's allocator is a context variable: set in a copy, it does not replace the user's.
             copy_context().run(_launch_with_scratch, launch, varying + self._rest)
         else:
             launch(*varying, *self._rest)
@@ -72,14 +72,14 @@ class Plan:
             self._launch_compiled = compiled[self.grid]
 
 
-def planned(
+def cached_plan(
     make: Callable[..., Plan | None],
     wrap: Wrap,
     tensors: tuple[Tensor | None, ...],
     *options: Any,
     out: Tensor | None = None,
 ) -> Plan | None:
-    """``make(*tensors, *options)``; for a real launch the plan of the last call with such layouts.
+    """``make(*tensors, *options)``, cached by the layouts of the tensors, except under a tracer.
 
     ``out`` is the tensor to write, if the caller gave it.
     """
@@ -93,13 +93,13 @@ def planned(
     try:
         return _plans[key]
     except KeyError:
-        if len(_plans) >= _MOST:
+        if len(_plans) >= _MAX_PLANS:
             _plans.clear()
         return _plans.setdefault(key, make(*tensors, *options))
 
 
 def forget_plans() -> None:
-    """Make plans anew, since the tables of tiles have changed."""
+    """Discard the plans, since the tables of tiles have changed."""
     _plans.clear()
 
 

@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .candidates import Tiles, device, resident_programs, split_k
-from .gemm import GROUP, describe, dot_rows, dot_tiles, grouped_tile
-from .launch import Plan, Wrap, planned
-from .tuning import check_variant, chosen
+from .gemm import GROUP, dot_rows, dot_tiles, grouped_tile, make_descriptor
+from .launch import Plan, Wrap, cached_plan
+from .tuning import check_variant, choose_tiles
 
 REDUCE_TILE = (8, 128)  # of the parts of a split product, for each program
 
@@ -173,7 +173,7 @@ def linear_sigmoid_tma_kernel(
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """As `linear_sigmoid_kernel`, by persistent programs; the layouts are those of `describe`.
+    """As `linear_sigmoid_kernel`, by persistent programs; the layouts are those of `make_descriptor`.
 
     STORE: rows of the result begin at multiples of 16 bytes, so that TMA can store them. A tile is stored in
     two halves, which take fewer registers and less shared memory. FLATTEN merges the loops over tiles and
@@ -183,8 +183,8 @@ def linear_sigmoid_tma_kernel(
     HALF: tl.constexpr = BLOCK_N // 2
     x = x_ptr, m.to(tl.int64) * x_row, x_row, x_col
     weight = weight_ptr, n.to(tl.int64) * weight_row, weight_row, weight_col
-    x_tiles = describe(x, 1, m, k, BLOCK_M, BLOCK_K, X_LAYOUT)
-    weight_tiles = describe(weight, 1, n, k, BLOCK_N, BLOCK_K, WEIGHT_LAYOUT)
+    x_tiles = make_descriptor(x, 1, m, k, BLOCK_M, BLOCK_K, X_LAYOUT)
+    weight_tiles = make_descriptor(weight, 1, n, k, BLOCK_N, BLOCK_K, WEIGHT_LAYOUT)
     if STORE:
         out_tiles = tl.make_tensor_descriptor(out_ptr, [m, n], [n, 1], [BLOCK_M, HALF])
     tiles_m, tiles_n = (m - 1) // BLOCK_M + 1, (n - 1) // BLOCK_N + 1
@@ -245,7 +245,7 @@ def linear_sigmoid(
     Raises:
         ValueError: ``tiles`` of a variant that cannot take these operands.
     """
-    plan = planned(_plan, wrap, (x, weight, bias), precision, tiles, tma, out=out)
+    plan = cached_plan(_plan, wrap, (x, weight, bias), precision, tiles, tma, out=out)
     if plan is None:
         return None
     if out is None:
@@ -260,7 +260,7 @@ def linear_sigmoid(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     parts = x.new_empty((count, *out.shape), dtype=dtype)
     plan.launch(wrap, x, weight, given, parts)
-    reduce = planned(_plan_reduce, wrap, (parts, bias), out=out)
+    reduce = cached_plan(_plan_reduce, wrap, (parts, bias), out=out)
     assert reduce is not None
     reduce.launch(wrap, parts, given, out)
     return out
@@ -270,7 +270,7 @@ def _plan(
     x: Tensor, weight: Tensor, bias: Tensor | None, precision: str, tiles: Tiles | None, tma: bool
 ) -> Plan | None:
     (m, k), n = x.shape, weight.shape[0]
-    tiles = tiles or chosen("linear_sigmoid", precision, (m, n, k, 1), x, weight, tma=tma)
+    tiles = tiles or choose_tiles("linear_sigmoid", precision, (m, n, k, 1), x, weight, tma=tma)
     if tiles is None:
         return None
     check_variant(tiles, "linear_sigmoid", n, x, weight)
@@ -289,7 +289,7 @@ def _plan(
             "X_LAYOUT": "N" if x.stride(1) == 1 else "T",
             "WEIGHT_LAYOUT": "N" if weight.stride(1) == 1 else "T",
             "STORE": stores,
-            # Of two programs of 4 warps, one multiplies while the other stores.
+            # Programs of 4 warps run in pairs on a multiprocessor: one multiplies while the other stores.
             "FLATTEN": stores and tiles.num_warps == 8,
             "PRECISION": precision,
             "GROUP": GROUP,

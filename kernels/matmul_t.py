@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .candidates import Tiles, device, resident_programs
 from .gemm import GROUP, dot_rows, triangle_tile
-from .launch import Plan, Wrap, planned
+from .launch import Plan, Wrap, cached_plan
 from .matmul_t_tma import symmetric_product_specialized_kernel, symmetric_product_tma_kernel
-from .tuning import check_variant, chosen
+from .tuning import check_variant, choose_tiles
 
 SUM_BLOCK = 64  # with 128, float32 and float64 spill
 
@@ -135,7 +135,7 @@ def symmetric_product(
         None if b is a else _few_dims(b),
         None if c is None or beta == 0 else _few_dims(c),
     )
-    plan = planned(_plan_product, wrap, operands, precision, tiles, tma, out=out)
+    plan = cached_plan(_plan_product, wrap, operands, precision, tiles, tma, out=out)
     if plan is None:
         return None
     if out is None:
@@ -143,7 +143,7 @@ def symmetric_product(
     if out.numel() > 0:
         factors = struct.unpack("<2q", struct.pack("<2d", alpha, beta))
         first, second, third = operands
-        # What is not read must be a tensor all the same.
+        # The kernel takes a tensor for each operand, even if it does not read it.
         plan.launch(
             wrap, first, first if second is None else second, first if third is None else third, out, *factors
         )
@@ -158,7 +158,7 @@ def _plan_product(
     operands = (a, b) if c is None else (a, b, c)
     *_, n, k = a.shape
     batch = a.shape[0] if a.dim() == 3 else 1
-    tiles = tiles or chosen("symmetric_product", precision, (n, n, k, batch), *operands, tma=tma)
+    tiles = tiles or choose_tiles("symmetric_product", precision, (n, n, k, batch), *operands, tma=tma)
     if tiles is None:
         return None
     check_variant(tiles, "symmetric_product", n, *operands)
@@ -215,7 +215,7 @@ def mirror(c: Tensor, wrap: Wrap) -> Tensor:
 def _symmetric_sum(g: Tensor, out: Tensor, in_place: bool, wrap: Wrap) -> Tensor:
     if out.numel() > 0:
         g = _few_dims(g)
-        plan = planned(_plan_sum, wrap, (g,), in_place, out=out)
+        plan = cached_plan(_plan_sum, wrap, (g,), in_place, out=out)
         assert plan is not None
         plan.launch(wrap, g, out)
     return out
@@ -235,7 +235,7 @@ def _few_dims(t: Tensor) -> Tensor:
 
 
 def _strides(t: Tensor) -> tuple[int, ...]:
-    """Strides of batch, rows and columns. That of a batch of one suits TMA as its other strides do."""
+    """Strides of batch, rows and columns. A batch of one gets a stride that suits TMA if the others do."""
     *batch, row, col = t.stride()
     return (batch[0] if batch and t.shape[0] != 1 else t.shape[-2] * row), row, col
 

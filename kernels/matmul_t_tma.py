@@ -9,7 +9,7 @@ are computed two at a time. Wide tiles read less for each product.
 import triton
 import triton.language as tl
 
-from .gemm import describe, dot_tiles, load_tile, triangle_tile
+from .gemm import dot_tiles, load_tile, make_descriptor, triangle_tile
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def symmetric_product_tma_kernel(
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """``alpha·A·Bᵀ + beta·C``; the layouts are those of `describe`, and C_LAYOUT is empty without a C.
+    """``alpha·A·Bᵀ + beta·C``; the layouts are those of `make_descriptor`, and C_LAYOUT is empty without a C.
 
     SAME says that A is B, so that a tile on the diagonal is loaded once.
     """
@@ -77,12 +77,12 @@ def symmetric_product_tma_kernel(
     alpha = tl.full((), alpha_bits, tl.int64).to(tl.float64, bitcast=True).to(tl.float32)
     beta = tl.full((), beta_bits, tl.int64).to(tl.float64, bitcast=True).to(tl.float32)
     b = b_ptr, b_batch, b_row, b_col
-    a_tiles = describe((a_ptr, a_batch, a_row, a_col), batches, n, k, BLOCK, BLOCK_K, A_LAYOUT)
-    b_tiles = a_tiles if SAME else describe(b, batches, n, k, BLOCK, BLOCK_K, B_LAYOUT)
-    wide_tiles = b_tiles if WIDE == BLOCK else describe(b, batches, n, k, WIDE, BLOCK_K, B_LAYOUT)
+    a_tiles = make_descriptor((a_ptr, a_batch, a_row, a_col), batches, n, k, BLOCK, BLOCK_K, A_LAYOUT)
+    b_tiles = a_tiles if SAME else make_descriptor(b, batches, n, k, BLOCK, BLOCK_K, B_LAYOUT)
+    wide_tiles = b_tiles if WIDE == BLOCK else make_descriptor(b, batches, n, k, WIDE, BLOCK_K, B_LAYOUT)
     c_tiles = a_tiles
     if C_LAYOUT != "":
-        c_tiles = describe((c_ptr, c_batch, c_row, c_col), batches, n, n, BLOCK, BLOCK, C_LAYOUT)
+        c_tiles = make_descriptor((c_ptr, c_batch, c_row, c_col), batches, n, n, BLOCK, BLOCK, C_LAYOUT)
     out_tiles = tl.make_tensor_descriptor(
         out_ptr, [batches, n, n], [n.to(tl.int64) * n, n, 1], [1, BLOCK, BLOCK]
     )

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Plan, Wrap, planned
+from .launch import Plan, Wrap, cached_plan
 
 FLAT_BYTES = 4096  # of a result per program: 2 accesses of 16 bytes for each of 128 threads
 STRIDED_BYTES = 8192  # of a result per program, at most: 4 rows, which share what repeats along them
@@ -173,7 +173,7 @@ def _launch(make: Any, wrap: Wrap, *tensors: Tensor) -> None:
     out = tensors[-1]
     if out.numel() == 0:
         return
-    plan = planned(make, wrap, tensors)
+    plan = cached_plan(make, wrap, tensors)
     if plan is not None:
         plan.launch(wrap, *tensors)
         return

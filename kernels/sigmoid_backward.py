@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Plan, Wrap, planned
+from .launch import Plan, Wrap, cached_plan
 
 PROGRAM_ROWS = 256  # of a program, which writes one row of partial sums of the bias gradient
 TILE = (32, 64)
@@ -50,9 +50,9 @@ def sigmoid_backward_kernel(
 def sigmoid_backward(g: Tensor, y: Tensor, dz: Tensor, wrap: Wrap) -> Tensor:
     """Write ``g·y·(1 - y)`` for ``g, y (m, n)`` to the contiguous ``dz``; return its sum over rows, ``(n)``.
 
-    The sum has a fixed order, so that its bits are the same on every run. One program sums up to
-    `PROGRAM_ROWS` rows and writes the result. Of more rows, each program sums so many, and PyTorch adds the
-    sums.
+    The sum has a fixed order, so that its bits are the same on every run. Up to
+    `PROGRAM_ROWS` rows are summed by one program, which writes the result. Of more rows, each program sums
+    `PROGRAM_ROWS`, and PyTorch adds the sums.
     """
     m, n = y.shape
     if dz.numel() == 0:
@@ -60,7 +60,7 @@ def sigmoid_backward(g: Tensor, y: Tensor, dz: Tensor, wrap: Wrap) -> Tensor:
     acc_dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
     few = not isinstance(m, torch.SymInt) and m <= PROGRAM_ROWS  # AOTInductor checks no guards
     partial = y.new_empty((triton.cdiv(m, PROGRAM_ROWS), n), dtype=y.dtype if few else acc_dtype)
-    plan = planned(_plan, wrap, (g, y), out=dz)
+    plan = cached_plan(_plan, wrap, (g, y), out=dz)
     assert plan is not None
     plan.launch(wrap, g, y, dz, partial)
     return partial.view(n) if few else partial.sum(0).to(y.dtype)

@@ -33,8 +33,8 @@ def nearest(present: Device, kernel: str, kind: str, sizes: tuple[int, ...]) -> 
     def distance(entry: _Entry) -> float:
         return sum(abs(log2(max(a, 1) / b)) for a, b in zip(sizes, entry[0], strict=True))
 
-    found = min(_table(present).get((kernel, kind), ()), key=distance, default=None)
-    return found if found and distance(found) <= FAR else None
+    entry = min(_table(present).get((kernel, kind), ()), key=distance, default=None)
+    return entry if entry and distance(entry) <= FAR else None
 
 
 def user_folder() -> Path:
@@ -103,7 +103,7 @@ def _table(present: Device) -> dict[tuple[str, str], list[_Entry]]:
 
 def _parse(table: Any, present: Device) -> dict[tuple[str, str], list[_Entry]]:
     """The entries of a table; a ValueError says what is wrong with it."""
-    found: dict[tuple[str, str], list[_Entry]] = {}
+    parsed: dict[tuple[str, str], list[_Entry]] = {}
     try:
         if table["device"] != present.name:
             raise ValueError(f"the table is of {table['device']!r}, expected {present.name!r}")
@@ -119,7 +119,7 @@ def _parse(table: Any, present: Device) -> dict[tuple[str, str], list[_Entry]]:
                         expected = "four sizes above 0 and a configuration of this device"
                         raise ValueError(f"{kernel}, {kind}: {entry}, expected {expected}")
                     tiles = possible[possible.index(tiles)]  # 64, where the file has 64.0
-                    found.setdefault((kernel, kind), []).append((sizes, tiles))
+                    parsed.setdefault((kernel, kind), []).append((sizes, tiles))
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"not the layout of a table ({type(error).__name__}: {error})") from error
-    return found
+    return parsed

@@ -18,10 +18,10 @@ SECOND_LAUNCH = 3.0  # µs on a GPU, an estimate
 BYTES_PER_US = 4.8e6  # of an H200's memory, by NVIDIA's data sheet
 
 
-def chosen(
+def choose_tiles(
     kernel: str, precision: str, sizes: Sequence[int], *operands: Tensor, tma: bool = True
 ) -> Tiles | None:
-    """Tiles for products of ``sizes`` (m, n, k and batch); None where PyTorch's library is faster.
+    """Tiles for products of ``sizes`` (m, n, k and batch); None if PyTorch's library is faster.
 
     They are those of the table's nearest problem, or the default ones if none is nearer than `FAR`. No guard
     is added for a symbolic size: a compiled graph keeps the tiles of the sizes that it was traced with.
@@ -54,7 +54,7 @@ def default_tiles(
 def _least_estimate(
     kernel: str, kind: str, present: Device, sizes: tuple[int, ...], variants: tuple[str, ...], steps: bool
 ) -> Tiles:
-    """Of the ``variants``, the tiles with the least estimated time.
+    """The tiles with the least estimated time among the ``variants``.
 
     By pointers Triton loads 16 bytes at a time only where ``steps``, those of the operands, are multiples of
     16 elements.
@@ -110,11 +110,11 @@ def variants(kernel: str, n: int, *operands: Tensor, tma: bool = True) -> tuple[
     symmetric = kernel == "symmetric_product"
     if not _moves_16_bytes(n if symmetric else 0, *operands):
         return ()
-    found = ("pointers",) if symmetric else ("pointers", "split_k")
+    allowed = ("pointers",) if symmetric else ("pointers", "split_k")
     if not tma or operands[0].dtype == torch.float64 or not all(map(loads_by_tma, operands)):
-        return found
+        return allowed
     plain = symmetric and all(t.stride(-1) == 1 and (t.dim() == 2 or t.shape[0] == 1) for t in operands)
-    return (*found, "tma", "specialized") if plain else (*found, "tma")
+    return (*allowed, "tma", "specialized") if plain else (*allowed, "tma")
 
 
 def check_variant(tiles: Tiles, kernel: str, n: int, *operands: Tensor) -> None:

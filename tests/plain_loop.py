@@ -8,7 +8,6 @@ from torch.optim import Optimizer
 
 from torchpar.data import Samples
 from torchpar.parallel.launch.world import World
-from torchpar.profile.phases import phase
 from torchpar.training import LRSchedule, Run, loss_sum, lr_scheduler
 from torchpar.training.fused import FusedGradients
 from torchpar.training.losses import Loss
@@ -45,14 +44,11 @@ def train(
                 if fused is not None:
                     total = fused(x, labels, global_size)
                 else:
-                    with phase("forward"):
-                        total = loss_sum(loss, (replica or model)(x), labels)
-                    with phase("backward"):
-                        (total * (world.dp_size / global_size)).backward()
-                with phase("optimizer"):
-                    optimizer.step()
-                    if scheduler:
-                        scheduler.step()
-                    optimizer.zero_grad()
+                    total = loss_sum(loss, (replica or model)(x), labels)
+                    (total * (world.dp_size / global_size)).backward()
+                optimizer.step()
+                if scheduler:
+                    scheduler.step()
+                optimizer.zero_grad()
                 run.log(total.detach())
     return run

@@ -27,7 +27,7 @@ PRELOAD = [
     *("torchpar.parallel.split.pipeline", "torchpar.training", "torchvision.datasets"),
 ]
 if find_spec("rich") and find_spec("tyro"):
-    PRELOAD += ["rich.progress", "tyro", "support.session"]
+    PRELOAD += ["rich.progress", "tyro", "support.log", "support.session"]
 TIMEOUT = 120.0  # seconds for a call
 GRACE = 10.0  # seconds for the other ranks, once one has failed
 LATER = (BrokenProcessPool, RuntimeError)  # the errors of ranks that others left alone

@@ -46,12 +46,16 @@ def workers(launcher: int) -> list[int]:
     return [int(child) for child in children.split() if is_rank(child)]
 
 
-def disturbed(command: list[str], folder: Path, wanted: int, generator: random.Random) -> tuple[int, ...]:
+def disturbed(
+    command: list[str], world_size: int, folder: Path, wanted: int, generator: random.Random
+) -> tuple[int, ...]:
     """Return the numbers of kills, of starts of the ranks, and of damaged checkpoints that were skipped."""
     kills = starts = 0
     known: set[int] = set()
     with tempfile.TemporaryFile("w+") as said:
-        process = torchrun(f"--max_restarts={wanted}", *command, stderr=said)
+        process = torchrun(
+            f"--nproc_per_node={world_size}", f"--max_restarts={wanted}", *command, stderr=said
+        )
         while process.poll() is None and kills < wanted:
             choose_moment(folder, generator, lambda: process.poll() is not None)
             if process.poll() is None and (ranks := workers(process.pid)):
@@ -72,6 +76,7 @@ def disturbed(command: list[str], folder: Path, wanted: int, generator: random.R
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--ranks", type=int, default=2)
     args = parser.parse_args(argv)
     began, root = time.monotonic(), Path(tempfile.mkdtemp(prefix="soak-"))
     fashion_mnist(root / "FashionMNIST" / "raw", train=600, test=100)
@@ -81,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     of = {}
     for name, wanted in (("undisturbed", 0), ("disturbed", args.kills)):
         command = [*train, "--checkpoint", str(root / name), "--metrics", f"{root / name}.jsonl"]
-        of[name] = disturbed([*command, "--async-save"], root / name, wanted, random.Random(0))
+        of[name] = disturbed([*command, "--async-save"], args.ranks, root / name, wanted, random.Random(0))
     kills, starts, refused = of["disturbed"]
     last = latest(root / "undisturbed")
     identical = latest(root / "disturbed") == last

@@ -16,7 +16,7 @@ pytest.importorskip("rich", reason="rich prints the tables")
 from benchmarks import muon, operators, scale_model, train
 from benchmarks.__main__ import NAMES, main
 from benchmarks.command import run
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, DivergedError
 
 # Columns that each CSV has, and some of its own.
 COLUMNS = "contestant p20_ms p50_ms p80_ms samples ok reason torch device processor commit clocks date"
@@ -122,7 +122,11 @@ def test_what_is_missing_is_named(monkeypatch):
 
 @pytest.mark.parametrize(
     "error, status, said",
-    [(ConfigError("--rounds is 0"), 2, "error: --rounds is 0"), (KeyboardInterrupt(), 130, "interrupted")],
+    [
+        (ConfigError("--rounds is 0"), 2, "error: --rounds is 0"),
+        (DivergedError("an output is not finite"), 2, "error: an output is not finite"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
 )
 def test_an_end_is_one_line(monkeypatch, capsys, error, status, said):
     monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks/ladder.py")])

@@ -129,7 +129,7 @@ def flipped(content: bytes, at: int) -> bytes:
 @pytest.mark.parametrize(
     "file, damaged, message",
     [
-        (LABELS, lambda old: flipped(old, 100), r"damaged \(.*\); .* fetch it: python -c .*download=True"),
+        (LABELS, lambda old: flipped(old, 100), r"damaged \(.*\); .* download it: python -c .*download=True"),
         # An archive that is whole: its CRC is that of the changed content.
         (
             IMAGES,

@@ -96,7 +96,7 @@ def test_exponents_of_rows(device: str) -> None:
     assert (x.double() < limit).all()
     assert ((x.double() >= limit / 2) | (e == -149)).all()
     special = torch.tensor([[math.nan, 1.0], [1.0, -math.inf]], device=device)
-    assert (_exact.row_exponents(special) > _exact.LARGEST).all()
+    assert (_exact.row_exponents(special) > _exact.MAX_EXPONENT).all()
 
 
 # The same bits, whatever computes them.
@@ -123,7 +123,7 @@ def by_int8(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return (a.long() @ b.long()).int()
 
     monkeypatch.setattr(_exact, "has_int8", lambda: True)
-    monkeypatch.setattr(_exact, "_INT8_WORTH", 0)
+    monkeypatch.setattr(_exact, "_MIN_INT8_PRODUCT", 0)
     monkeypatch.setattr(torch, "_int_mm", int_mm)
     return calls
 

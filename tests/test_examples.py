@@ -7,6 +7,7 @@ The Lightning lesson, and what is peculiar to an exercise, have files of their o
 import re
 import sys
 from functools import partialmethod
+from hashlib import md5
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,12 +21,13 @@ pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 pytest.importorskip("tyro", reason="tyro reads the flags")
 pytest.importorskip("matplotlib", reason="--plots draws with it")
 
+import train_transformer
 from support import amdahl
 
 from torchpar.baselines.mpi import OneProcess
+from torchpar.parallel import join_world
 
 TRAIN_DDP = str(ROOT / "examples" / "train_ddp.py")
-FORMULAS = "gradients by formulas, without autograd"
 TWO_EPOCHS = ["--epochs", "2", "--batch-size", "50"]
 
 
@@ -54,6 +56,7 @@ def one_process(monkeypatch) -> None:
 RUNS = {  # lesson: flags, pictures
     "train_mpi": ("--epochs 3", "curves"),
     "fashion_pooled": ("--samples 50 --iterations 400", "costs neurons"),
+    "fashion_pooled_torch": ("--samples 50 --iterations 400", "costs neurons"),
     "quadrants": ("--seed 1 --processes 1 2 --sizes 16384", "boundaries amdahl"),
     "digits_report": ("--hidden 8 --batch-size 16 --lr 0.2 --epochs 3", "digits"),
     "matmul_regression": ("", "regression"),
@@ -94,9 +97,8 @@ def test_two_ranks_train_and_report(data, tmp_path):
     code, out, err = run(*TORCHRUN, TRAIN_DDP, *data, "--epochs", "3", "--metrics", str(metrics))
     assert code == 0, err
     lines = out.splitlines()
-    # Rank 0 alone speaks: how gradients are computed, three epochs and the last line, none of them wrapped.
-    assert len(lines) == 5, lines
-    assert lines[0] == FORMULAS
+    # Rank 0 alone speaks: three epochs and the last line, none of them wrapped.
+    assert len(lines) == 4, lines
     assert re.fullmatch(LAST_LINE, lines[-1]).groups() == ("2", "cpu")
     rows = rows_of(metrics)
     assert [row["epoch"] for row in rows] == [1, 2, 3]
@@ -112,9 +114,8 @@ def test_one_process_with_every_other_flag(data, tmp_path):
     assert code == 0, err
     assert re.fullmatch(LAST_LINE, out.splitlines()[-1]).groups() == ("1", "cpu")
     shares = dict(re.findall(r"│ (\w+) +│ +\d+\.\d\d +│ +(\d+\.\d)% +│", out))
-    assert {"data", "backward", "optimizer"} <= shares.keys()
+    assert {"data", "forward", "backward", "optimizer"} <= shares.keys()
     assert sum(map(float, shares.values())) == pytest.approx(100, abs=0.05 * len(shares))
-    assert "forward" not in out  # formulas compute both at once
     for name in ("curves", "confusion", "worst"):
         assert (tmp_path / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     rows = rows_of(tmp_path / "metrics")
@@ -129,6 +130,18 @@ def check_collectives(out: str, world_size: int) -> None:
     assert rows or world_size == 1, out
     for _, _, count, counted, nbytes, counted_bytes in rows:
         assert (count, nbytes) == (counted, counted_bytes), out
+
+
+def check_timeline(out: str, schedule: str, micro_batches: int) -> None:
+    """Two lines must show the passes in their order, each after the one whose result it needs."""
+    lines = re.findall(r"^rank \d  (\S+)  +\d+% idle$", out, re.MULTILINE)
+    columns = [{one[0]: one.span() for one in re.finditer(r"[FB]\d", line)} for line in lines]
+    orders = {"gpipe": ["F0 F1 B0 B1"] * 2, "1f1b": ["F0 F1 B0 F2 B1 F3 B2 B3", "F0 B0 F1 B1 F2 B2 F3 B3"]}
+    assert [" ".join(line) for line in columns] == orders[schedule]
+    for i in range(micro_batches):
+        assert columns[0][f"F{i}"][1] <= columns[1][f"F{i}"][0]
+        assert columns[1][f"B{i}"][1] <= columns[0][f"B{i}"][0]
+    assert "medians of 24 steps" in out
 
 
 MUON = "--optimizer muon --epochs 2 --lr 0.01 --batch-size 100 --collectives"
@@ -155,9 +168,12 @@ THEIRS = "--optimizer sgd --lr 0.5 --momentum 0.9 --weight-decay 3e-5"
 THEIRS += " --activation sigmoid --label-smoothing 0 --crop 0 --pool 1"
 SPLITS = [
     ("train_ddp", 3, THEIRS),
-    ("train_ddp", 2, f"{THEIRS} --fused off"),
+    ("train_fast", 2, THEIRS),
+    ("train_fast", 2, f"{THEIRS} --fused off"),
     ("train_tensor_parallel", 2, ""),
-    ("train_pipeline", 2, "--pipeline gpipe"),
+    ("train_pipeline", 2, "--draw"),
+    ("train_pipeline", 2, "--pipeline gpipe --micro-batches 2 --draw"),
+    ("train_pipeline", 2, "--library"),
     ("train_parallel", 4, "--dp 2 --tp 2"),
     ("train_parallel", 4, "--tp 2 --pp 2 --micro-batches 3"),
 ]
@@ -185,9 +201,16 @@ def test_every_split_learns_the_same(ranks, data, alone, tmp_path, name, world_s
         assert a.keys() == b.keys()
         assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-5)
         assert b["test_accuracy"] == a["test_accuracy"]
-    assert ("gradients by" in out) == (name == "train_ddp")
-    assert ("gradients by autograd: --fused is off" in out) == ("--fused off" in flags)
+    if name == "train_fast":
+        way = "shared memory" if "--fused off" in flags else "formulas"
+        assert f"\ntraining by {way}\n" in out
+        assert ("no formulas: --fused is off\n" in out) == ("--fused off" in flags)
+        assert re.search(
+            rf"│ DistributedDataParallel +│ [\d.]+ +│ 1 +│\n.*│ {way} +│ [\d.]+ +│ [\d.]+", out, re.S
+        )
     check_collectives(out, world_size)
+    if "--draw" in flags:
+        check_timeline(out, *(("1f1b", 4) if flags == "--draw" else ("gpipe", 2)))
     assert re.search(r"│ optimizer +│ +\d", out)
 
 
@@ -201,7 +224,7 @@ def test_a_flag_reaches_the_training(data, alone, tmp_path, flag):
 
 @pytest.mark.parametrize("name", ["train_ddp", "train_tensor_parallel", "train_pipeline", "train_parallel"])
 def test_compiling_reaches_what_runs(data, monkeypatch, name):
-    """A model that the backend cannot compile runs uncompiled."""
+    """The backend is asked for graphs when the first batch comes, and runs them as they are."""
     graphs, errors = [], []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
@@ -214,16 +237,17 @@ def test_compiling_reaches_what_runs(data, monkeypatch, name):
     flags = [*data, *(THEIRS.split() if name == "train_ddp" else []), "--dry-run"]
     code, out, err = lesson(name, *flags)
     assert (code, graphs) == (0, []), err
-    for said in ("", "not compiled: .*there is no compiler"):
-        code, compiled, err = lesson(name, *flags, "--compile")
-        assert code == 0, err
-        assert graphs
-        assert compiled.split(" | ")[1:4] == out.split(" | ")[1:4]  # losses and accuracy
-        assert compiled.startswith("gradients by autograd: --compile") == (name == "train_ddp")
-        assert re.search(said, compiled)
-        assert said or "not compiled" not in compiled
-        errors.append(RuntimeError("there is no compiler"))
-        torch.compiler.reset()
+    code, compiled, err = lesson(name, *flags, "--compile")
+    assert code == 0, err
+    assert graphs
+    assert compiled.split(" | ")[1:4] == out.split(" | ")[1:4]  # losses and accuracy
+    errors.append(RuntimeError("there is no compiler"))
+    torch.compiler.reset()
+    code, out, err = lesson(name, *flags, "--compile")
+    assert (code, out) == (2, "")
+    assert re.fullmatch(
+        r"\S+: error: the model cannot be compiled: .*there is no compiler.*; drop --compile\n", err
+    )
 
 
 def test_dry_run_writes_nothing(data, tmp_path):
@@ -244,19 +268,46 @@ def test_two_ranks_train_a_transformer_as_one_does(ranks, tmp_path):
             world_size, lesson, "train_transformer", "--steps=12", "--device=cpu", *files
         )
         assert code == 0, err
-        assert re.fullmatch(r"adamw: loss \d\.\d{3} after 12 steps, \d+\.\d s", out.splitlines()[-1])
+        last = r"adamw: training loss \d\.\d{3}, validation loss (\d\.\d{3}) after 12 steps, \d+\.\d s"
+        printed = re.fullmatch(last, out.splitlines()[-1]).group(1)
         picture = tmp_path / f"plots-{world_size}" / "transformer.png"
         assert picture.read_bytes().startswith(b"\x89PNG")
         assert re.search(r"\nblocks\.0\.linear1\.weight +512×128 +Muon +hidden matrix", out)
         found.append(rows_of(tmp_path / f"metrics-{world_size}"))
+        assert printed == f"{found[-1][-1]['validation_loss']:.3f}"
     alone, together = found
-    assert alone[0]["loss"] == alone[12]["loss"]  # the same weights and windows
+    assert alone[0]["train_loss"] == alone[12]["train_loss"]  # the same weights and windows
     for name, rows in (("muon", alone[:12]), ("adamw", alone[12:])):
-        assert rows[-1]["loss"] < rows[0]["loss"] - 1
-        assert [(row["step"], row["loss"]) for row in rows] == scalars(tmp_path / "log-dir-1" / name, "loss")
+        for loss in ("train_loss", "validation_loss"):
+            assert rows[-1][loss] < rows[0][loss] - 0.5
+            assert [(row["step"], row[loss]) for row in rows] == scalars(tmp_path / "log-dir-1" / name, loss)
     for one, two in zip(alone, together, strict=True):
         # Roundings of other sums, which Muon takes to bfloat16.
-        assert two["loss"] == pytest.approx(one["loss"], rel=2**-8)
+        for loss in ("train_loss", "validation_loss"):
+            assert two[loss] == pytest.approx(one[loss], rel=2**-8)
+
+
+def test_the_validation_text_is_the_last_tenth_of_the_book():
+    """The documentation's figures are of this book."""
+    content = train_transformer.BOOK.read_bytes()
+    assert f"`{md5(content).hexdigest()}`" in (ROOT / "examples" / "data" / "README.md").read_text()
+    book = train_transformer.load_book(torch.device("cpu"))
+    assert len(book.validation) == -(-len(content) // 10)
+    text = torch.cat([book.train, book.validation])
+    assert len(text.unique()) == book.characters
+    alphabet = bytes(sorted(set(content)))
+    assert bytes(alphabet[i] for i in text) == content
+
+
+def test_the_validation_loss_is_that_of_each_character():
+    """Against float64: windows of 64 characters, after which too few are left for another one."""
+    text = torch.randint(70, (3 * 64 + 9,), generator=torch.Generator().manual_seed(0))
+    model = train_transformer.Transformer(70)
+    with join_world("cpu") as world:
+        loss = train_transformer.evaluate(model, text, world)
+    log_p = model.double()(text[: 3 * 64].view(3, 64)).detach().log_softmax(-1).flatten(0, 1)
+    expected = -sum(float(row[i]) for row, i in zip(log_p, text[1 : 3 * 64 + 1], strict=True)) / (3 * 64)
+    assert loss == pytest.approx(expected, rel=1e-6)
 
 
 # Errors
@@ -264,18 +315,20 @@ def test_two_ranks_train_a_transformer_as_one_does(ranks, tmp_path):
 ERRORS = [
     ("train_ddp", "--epoch 3", "Unrecognized options: --epoch"),
     ("train_ddp", "--epochs 0", "--epochs is 0, expected at least 1"),
+    ("train_ddp", "--clip 0", "--clip is 0.0, expected more than 0"),
     ("train_ddp", "--label-smoothing 1", r"--label-smoothing is 1\.0, expected less than 1"),
     ("train_ddp", "--crop 14", "crop 14 and pool 2 leave nothing of images of 28 × 28"),
     ("train_ddp", "--data /nonexistent", "/FashionMNIST/raw/train-images-idx3-ubyte.gz is missing"),
     ("train_ddp", "--metrics /dev/null/m.jsonl", "cannot be written.*/dev/null"),
-    ("train_ddp", "--graph on", "--graph is on, but a step cannot be a CUDA graph: it needs a GPU"),
+    ("train_fast", "--graph on", "--graph is on, but a step cannot be a CUDA graph: it needs a GPU"),
+    ("train_pipeline", "--draw --library", "--draw records the schedules by hand; leave out --library"),
     ("train_mpi", "--device cuda", "--device cuda: NumPy computes on the CPU"),
-    ("fashion_pooled", "--engine numpy --device cuda", "take --engine torch"),
+    ("fashion_pooled", "--device cuda", "--device cuda: NumPy computes on the CPU"),
     ("quadrants", "--processes 2 4", "expected 1 and then multiples of the last"),
     ("quadrants", "--processes 1 2 4 --sizes 3 16", "expected at least 4, one sample a process"),
     ("digits_report", "--hidden", "take one value or more each"),
     ("digits_report", "--lr 0.1 nan", r"--lr is \(0\.1, nan\), expected at least 0"),
-    ("digits_report", "--lr 1e37 --hidden 8", "loss of epoch 1 is (nan|inf); take a smaller rate"),
+    ("digits_report", "--lr 1e37 --hidden 8", "loss of epoch 1 is (nan|inf); take a smaller learning rate"),
 ]
 if not torch.cuda.is_available():
     ERRORS.append(("train_ddp", "--device cuda", "no CUDA device is available here; use cpu"))
@@ -291,7 +344,7 @@ def test_errors(small, name, flags, message):
     """tyro frames what it finds; what a script finds is one line."""
     given = [] if name == "quadrants" else small
     code, out, err = lesson(name, *given, "--device", "cpu", *flags.split())
-    assert (code, out) == (2, f"{FORMULAS}\n" if "--graph" in flags else "")
+    assert (code, out) == (2, "")
     assert re.search(message, line_of(err))
     assert "Traceback" not in err
     assert ("full helptext" in err) != bool(re.fullmatch(rf"{name}\.py: error: .*\n", err))
@@ -337,9 +390,9 @@ def test_a_run_says_where_it_resumes_and_that_it_is_complete(data, tmp_path):
         assert [row["epoch"] for row in rows_of(metrics)] == [*range(1, epochs + 1)]
     first, resumed, again = found
     assert re.findall(r"^epoch \d", first, re.MULTILINE) == ["epoch 1"]
-    assert resumed.startswith(f"{FORMULAS}\nresumed from step 12\nepoch 2/3 |")
+    assert resumed.startswith("resumed from step 12\nepoch 2/3 |")
     assert re.findall(r"^epoch \d", resumed, re.MULTILINE) == ["epoch 2", "epoch 3"]
-    assert re.fullmatch(rf"{FORMULAS}\ncomplete already, at step 36\n{LAST_LINE}\n", again)
+    assert re.fullmatch(rf"complete already, at step 36\n{LAST_LINE}\n", again)
     assert again.splitlines()[-1] == resumed.splitlines()[-1]
     code, _, err = lesson("train_ddp", *flags, "--schedule", "constant", "--epochs", "2")
     assert code == 2

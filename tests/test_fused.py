@@ -82,12 +82,14 @@ def test_gradients_are_as_accurate_as_autograds(
         assert_accurate(a, n, to_numpy(e), roundings)
 
 
-def test_a_relu_at_exactly_0_has_no_gradient() -> None:
-    """As torch.relu; autograd through torchpar.maximum takes one half."""
-    model = MLP((3, 4, 2), "relu")
-    FusedGradients(model)(torch.zeros(2, 3), torch.tensor([1, 1]), 3)  # the biases are 0, and so is each sum
-    assert not model.layers[0].bias.grad.any()
-    assert model.layers[1].bias.grad.any()
+def test_a_relu_at_exactly_0_has_no_gradient_by_formulas_and_by_autograd() -> None:
+    fused, plain = MLP((3, 4, 2), "relu"), MLP((3, 4, 2), "relu")
+    x, labels = torch.zeros(2, 3), torch.tensor([1, 1])  # the biases are 0, and so is each sum
+    FusedGradients(fused)(x, labels, 3)
+    by_autograd(plain, x, labels, 3)
+    for model in (fused, plain):
+        assert not model.layers[0].bias.grad.any()
+        assert model.layers[1].bias.grad.any()
 
 
 def test_layers_that_share_parameters_add_their_gradients() -> None:
@@ -130,9 +132,9 @@ def test_logits_that_are_not_finite_or_huge(value: float, smoothing: float) -> N
 
 
 CHANGES = [
-    (lambda model: model.layers[0].register_forward_hook(print), "hooks"),
-    (lambda model: model.register_full_backward_hook(print), "hooks"),
-    (lambda model: model.layers[0].bias.register_post_accumulate_grad_hook(print), "hooks"),
+    (lambda model: model.layers[0].register_forward_hook(print), "the model has hooks"),
+    (lambda model: model.register_full_backward_hook(print), "the model has hooks"),
+    (lambda model: model.layers[0].bias.register_post_accumulate_grad_hook(print), "the model has hooks"),
     (lambda model: model.layers[1].bias.requires_grad_(False), "a parameter needs no gradient"),
     (lambda model: setattr(model.layers[0], "bias", None), "a weight or a bias is not an ordinary parameter"),
     (lambda model: setattr(model, "forward", print), "the model's forward has been replaced"),
@@ -156,6 +158,32 @@ def test_other_models_are_refused(change: Any, reason: str) -> None:
     assert reason in why_not_fused(model)
     with pytest.raises(ConfigError, match=rf"gradients cannot be fused: .*{reason}.*; take autograd"):
         FusedGradients(model)
+
+
+def assign_state(model: MLP) -> None:
+    model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+
+
+EDITS = [
+    *CHANGES[:8],
+    (assign_state, "a layer or a parameter has been replaced"),
+    (lambda model: model.layers.__setitem__(1, Linear(3, 2)), "a layer or a parameter has been replaced"),
+    (lambda model: setattr(model, "layers", MLP((4, 3, 2)).layers), "a layer or a parameter has been repl"),
+    (lambda model: model.layers.append(Linear(2, 2)), "a layer of the model has been replaced"),
+    (lambda model: setattr(model.layers[0], "forward", print), "the model's forward has been replaced"),
+    (lambda model: model.double(), "a layer or a parameter has been replaced"),
+]
+
+
+@pytest.mark.parametrize("edit, reason", EDITS)
+def test_a_model_that_was_edited_afterwards_is_refused(edit: Any, reason: str) -> None:
+    model = MLP((4, 3, 2))
+    compute = FusedGradients(model)
+    arguments = torch.ones(2, 4), torch.tensor([0, 1]), 2
+    compute(*arguments)
+    edit(model)
+    with pytest.raises(ConfigError, match=f"after FusedGradients was made, {reason}.*; make another one"):
+        compute(*arguments)
 
 
 @pytest.mark.parametrize(

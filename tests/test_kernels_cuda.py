@@ -124,10 +124,10 @@ def test_exact_product(m: int, n: int, k: int, layouts: str) -> None:
             assert torch.equal(out.cpu(), result)
         a = a.clone()
         a[1, 0], a[-1, -1] = math.inf, math.nan
-        e[[1, -1]] = exact_kernels.LARGEST.value + 1
+        e[[1, -1]] = exact_kernels.MAX_EXPONENT.value + 1
         b, f = (a, e) if second is x else (b, f)
         exact_kernels.exact_product(a, b, e, f, None, out=out)
-        finite = (e <= exact_kernels.LARGEST.value) & (f <= exact_kernels.LARGEST.value).mT
+        finite = (e <= exact_kernels.MAX_EXPONENT.value) & (f <= exact_kernels.MAX_EXPONENT.value).mT
         assert torch.equal(out[finite].cpu(), expected[finite.cpu()])
         native = a @ b.mT
         assert_close(out[~finite], native[~finite], rtol=0, atol=0, equal_nan=True)

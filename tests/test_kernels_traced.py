@@ -110,7 +110,7 @@ def test_the_library_multiplies_where_the_table_says_so_and_without_columns(op, 
     mirrored = {"symmetric_sum_kernel": ["out_ptr"]} if op is ops.matmul_t else {}
     without_columns, _ = trace(op, tuple(shape.replace("k", "z") for shape in shapes))
     for module in (matmul_t, linear_sigmoid):
-        monkeypatch.setattr(module, "chosen", lambda *args, **kwargs: None)
+        monkeypatch.setattr(module, "choose_tiles", lambda *args, **kwargs: None)
     by_table, _ = trace(op, shapes)
     assert launches(by_table) == mirrored
     assert set(launches(without_columns)) <= set(mirrored)

@@ -118,7 +118,7 @@ def test_all_launchers_keep_plans_until_they_are_forgotten(log):
 
 
 def test_plans_are_bounded(log):
-    with patch.object(launch, "_MOST", 3):
+    with patch.object(launch, "_MAX_PLANS", 3):
         for n in range(16, 16 * 6, 16):
             matmul_t.half_sum(meta(n, n), None)
             assert len(launch._plans) <= 3

@@ -50,8 +50,8 @@ def force(patch: pytest.MonkeyPatch) -> list[int]:
         return chains(a, b)
 
     patch.setattr(_onednn, "has_onednn", lambda: True)
-    patch.setattr(_onednn, "_WORTH", 1)
-    patch.setattr(_onednn, "_LAYER_WORTH", 1)
+    patch.setattr(_onednn, "_MIN_PRODUCT", 1)
+    patch.setattr(_onednn, "_MIN_LAYER", 1)
     patch.setattr(_onednn, "_chains", count)
     return counts
 
@@ -201,7 +201,7 @@ def test_only_large_float32_layers_have_an_autograd_of_their_own(monkeypatch: An
     large = torch.ones(128, 784)
     ours = ("_LinearBackward", "DifferentiableBackward")
     assert names(large, 64) == ours  # 6.4 million multiplications
-    assert names(large, 48) == NATIVE  # 4.8 million, less than `_LAYER_WORTH`
+    assert names(large, 48) == NATIVE  # 4.8 million, less than `_MIN_LAYER`
     assert names(large.double(), 64) == NATIVE
     assert names(large.bfloat16(), 64) == NATIVE
     with torch.backends.mkldnn.flags(enabled=False):

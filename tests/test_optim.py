@@ -466,6 +466,24 @@ def test_a_chain_of_optimizers_is_one():
         assert_close(t.detach(), torch.full((2,), value))
 
 
+def test_a_scheduler_cycles_the_momentum_of_a_chain():
+    """Of Muon and SGD; that of AdamW in a chain of nothing else."""
+    p, q = torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(2))
+    adamw, sgd = (partial(kind, lr=0.1) for kind in (torch.optim.AdamW, torch.optim.SGD))
+    default = (0.9, 0.999)
+    for members, expected in (
+        ((Muon, adamw), [(0.95, None), (0.95, default)]),
+        ((adamw, sgd), [(0.95, default), (0.95, None)]),
+        ((adamw, adamw), [(None, (0.95, 0.999))] * 2),
+    ):
+        chain = ChainedOptimizer(*(make([t]) for make, t in zip(members, (p, q), strict=True)))
+        torch.optim.lr_scheduler.OneCycleLR(chain, max_lr=0.1, total_steps=5)
+        assert [(group.get("momentum"), group.get("betas")) for group in chain.param_groups] == expected
+    chain = Muon.for_model(Model())
+    torch.optim.lr_scheduler.OneCycleLR(chain, max_lr=0.1, total_steps=5)
+    assert chain.optimizers[0].param_groups[0]["momentum"] == 0.95
+
+
 X = torch.randn(6, 4)
 
 

@@ -169,8 +169,8 @@ def sums_of_gradients() -> None:
     of_rows = distribute_tensor(whole, mesh, [Shard(0)])
     rows.grad = of_rows if rank else sums  # not on all ranks as in the steps before
     assert message(ours.step) == (
-        "Muon: rows has a gradient of other placements than its own on rank 0, expected so on all "
-        "ranks and in all steps, or never"
+        "Muon: the gradient of rows on rank 0 has other placements than rows, expected that either on "
+        "all ranks from the first step on, or on none"
     )
 
 
@@ -227,12 +227,12 @@ def refusals() -> None:
         optimizer.step()
         return optimizer
 
-    def later_misplaced() -> None:
+    def later_placements() -> None:
         optimizer = step([("rows", rows)])
         optimizer.param_groups[0]["params"][0].grad = sums
         optimizer.step()
 
-    def misplaced_momentum() -> None:
+    def momentum_of_other_placements() -> None:
         saved, optimizer = (step([("weight", t)]) for t in (columns, rows))
         optimizer.load_state_dict(saved.state_dict())
         optimizer.step()
@@ -246,7 +246,7 @@ def refusals() -> None:
             optimizer.step()
 
     lacking = "has a gradient on rank 0 and none on rank 1, expected the same on all; let every rank's loss"
-    others = "the ranks that share its work have other parameters: "
+    others = "the ranks of its process group have different parameters: "
     cases: list[tuple[Callable[[], object], str]] = [
         (lambda: step(two, ones, None if rank else ones, **shared), f"second {lacking}"),
         (lambda: step([("split", rows)], None if rank else rows), f"split {lacking}"),
@@ -271,25 +271,25 @@ def refusals() -> None:
             lambda: Muon([("partial", sums)]),
             r"partial: its placements are \(Partial\(sum\),\), expected Shard or Replicate",
         ),
-        (later_misplaced, "rows has a gradient of other placements than its own on rank 0, expected so on"),
+        (later_placements, "the gradient of rows on rank 0 has other placements than rows, expected that"),
         (lambda: step([("copies", copies)], None if rank else sums), f"copies {lacking}"),
         (
             lambda: step([("rows", rows)], copies if rank else sums),
             r"rows has gradients of the placements \(Partial\(sum\),\) and \(Replicate\(\),\), expected the",
         ),
         (
-            misplaced_momentum,
+            momentum_of_other_placements,
             r"weight is \(4, 6\) \(Shard\(dim=0\),\), and its momentum \(4, 6\) \(Shard\(dim=1\),\); "
-            "torch.distributed.checkpoint loads a state dict of other placements",
+            "load a state dict of other placements by torch.distributed.checkpoint",
         ),
         (
             lambda: split_layer(lambda layer, optimizer: copy.deepcopy(optimizer)),
-            "weight was split by hand, which this copy of the optimizer does not know; copy the layers",
+            "weight, of a split layer, was copied with the optimizer alone, which loses how it is split",
         ),
         (lambda: split_layer(lambda *both: copy.deepcopy(both)[1]), "taken"),
         (
             lambda: split_layer(lambda layer, _: Muon.for_model(fully_shard(layer, mesh=mesh))),
-            "Muon.for_model: weight is a DTensor of a layer that is split by hand; take one of both ways",
+            "Muon.for_model: weight is a DTensor of a ColumnParallelLinear or RowParallelLinear; under",
         ),
     ]
     for case, expected in cases:

@@ -96,6 +96,7 @@ def compare(kind: Any, sizes: tuple[int, int], bias: bool, activation: Any, opti
     narrow = torch.randn(6, 2 * sizes[0], dtype=torch.float64)
     xs = [narrow[:0, : sizes[0]], narrow[0, : sizes[0]], narrow[:, ::2], narrow.view(2, 3, -1)[..., ::2]]
     xs.append(torch.randn(sizes[0], 5, dtype=torch.float64).mT)
+    xs.append(torch.zeros(2, sizes[0], dtype=torch.float64))  # a ReLU's derivative at 0
     for x in xs:
         for g in (None, torch.randn(*x.shape[:-1], sizes[1], dtype=torch.float64)):
             expected, own_x, own_g = expected_results(kind, whole, x, g, **options)
@@ -111,7 +112,7 @@ CASES = [
     (COLUMN, (3, 1), False, "sigmoid", {}),
     (ROW, (32, 12), True, "relu", {}),
     (ROW, (7, 5), True, "sigmoid", {"input_is_parallel": False}),
-    (ROW, (1, 3), False, None, {}),
+    (ROW, (1, 3), False, "relu", {}),
     (ROW, (1, 3), True, None, {"input_is_parallel": False}),
 ]
 
@@ -225,10 +226,7 @@ def pairs_and_replicas_equal_the_plain_references() -> None:
 
 
 def sequential() -> torch.nn.Sequential:
-    """PyTorch's own layers with one ReLU in two places, and units whose sum is exactly 0.
-
-    There the gradient of `torch.nn.ReLU` is 0, and that of `torchpar.nn.LinearReLU` is one half.
-    """
+    """PyTorch's own layers with one ReLU in two places, and units whose sum is exactly 0."""
     relu, narrow = torch.nn.ReLU(inplace=True), torch.nn.Linear(7, 1, bias=False)
     layers = {"in": torch.nn.Linear(9, 7), "act": relu, "mid": narrow, "again": relu}
     model = torch.nn.Sequential(OrderedDict(layers))

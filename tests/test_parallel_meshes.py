@@ -7,6 +7,7 @@ The collectives of a step are counted on the same runs, and are those that `torc
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel import World, clip_grad_norm_, join_world, parallel_mlp
 from torchpar.parallel.split.layers import split_parameters
-from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
+from torchpar.parallel.split.pipeline import Pipeline, check_one_rank_per_gpu, stage_mlp
 from torchpar.profile.collectives import Collectives, StepRecorder
 from torchpar.training import cost
 from torchpar.training.losses import add_orthogonality_gradient
@@ -218,11 +219,13 @@ def test_clipping_sends_one_number_and_a_nan_makes_every_ranks_gradients_nan(ran
 def refusals() -> None:
     with join_world("cpu") as world:
         one, pp = MLP([3, 2]), world.with_mesh(pp=2)
+        shared = replace(pp, device=torch.device("cuda"))  # gloo connects ranks that share a GPU
         advice = "2 were started; start as many, or choose other factors"
         for message, build in (
             (f"dp 2 × tp 0 × pp 1 is 0 ranks, but {advice}", partial(world.with_mesh, dp=2, tp=0)),
             ("pp 2 makes more stages than the model has layers, 1", partial(stage_mlp, one, pp.mesh["pp"])),
             ("1 micro-batches are fewer than the 2 stages", partial(Pipeline, one, pp, "1f1b", 1)),
+            ("a pipeline on GPUs needs one rank per GPU", partial(check_one_rank_per_gpu, shared)),
             ("schedule is 'zigzag', expected one of ['1f1b', 'gpipe']", partial(Pipeline, one, pp, "zigzag")),
             ("arithmetic is 'precise', expected", partial(clip_grad_norm_, one, 1.0, pp, "precise")),
         ):

@@ -14,6 +14,7 @@ from commands import lesson, rows_of
 from fake_data import fashion_mnist
 
 from torchpar.profile.collectives import SHARED
+from torchpar.profile.phases import Phases, phase, timed
 from torchpar.profile.trace import BETWEEN, SKIP, STEP, Row, StepProfile, Trace, bottleneck, summarize
 
 PRODUCT = r"aten::(add)?mm|mkldnn::_linear_pointwise"
@@ -40,7 +41,8 @@ def names_in(path: Path) -> list[str]:
 
 LESSONS = [
     ("train_ddp", 1, "", set()),
-    ("train_ddp", 2, "--fused off --phases --collectives", {SHARED}),
+    ("train_ddp", 2, "--phases --collectives", {SHARED}),
+    ("train_fast", 2, "", {SHARED}),
     ("train_pipeline", 2, "", {"gloo:send", "gloo:recv"}),
 ]
 
@@ -81,6 +83,31 @@ def test_a_short_or_resumed_run_is_profiled_where_it_has_steps_enough(data, tmp_
         code, out, err = lesson("train_ddp", *flags, "--epochs", str(epochs))
         assert (code, err) == (0, "")
         assert "of 9 steps" in out
+
+
+def test_a_step_is_divided_at_its_backward_pass(monkeypatch):
+    now = 1000.0
+
+    def spend(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr("torchpar.profile.phases.time.perf_counter", lambda: now)
+    x, backward = torch.ones(1, requires_grad=True), torch.Tensor.backward
+    with Phases(torch.device("cpu")) as phases:
+        (x * 2).backward()  # outside of a step
+        for _ in phases.steps(map(spend, [5.0, 5.0])):
+            spend(1.0)
+            with phase("collectives"):
+                spend(0.5)
+            loss = x * 2
+            loss.register_hook(lambda g: spend(3.0))
+            loss.backward()
+            timed("collectives")(spend)(0.25)
+            spend(2.0)
+    expected = {"data": 10.0, "forward": 2.0, "backward": 6.0, "collectives": 1.5, "optimizer": 4.0}
+    assert phases.seconds == {"pipeline": 0.0, **expected}
+    assert torch.Tensor.backward is backward
 
 
 def test_rows_add_up_to_the_steps(tmp_path):

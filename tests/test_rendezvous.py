@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Variables of each launcher, and connecting: again after a restart, and at a port that is taken."""
 
+import os
+import re
 import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +17,11 @@ import torch.distributed as dist
 from commands import MPIRUN, needs_mpirun, run
 from ranks import fork_context
 
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, RankLostError
 from torchpar.parallel.launch import rendezvous
 from torchpar.parallel.launch.local import current_world, start_ranks
 from torchpar.parallel.launch.rendezvous import RankInfo, connect, find_rank_info, missing_ranks
+from torchpar.parallel.launch.world import join_world
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 TORCHRUN |= {"MASTER_ADDR": "a", "MASTER_PORT": "29400", "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -62,9 +67,9 @@ def test_rank_info_of_each_launcher(env, expected):
     "env, message",
     [
         (TORCHRUN | {"RANK": "-1"}, "RANK is '-1'"),
-        (TORCHRUN | {"RANK": "4"}, "rank 4 of 4"),
-        (TORCHRUN | {"LOCAL_WORLD_SIZE": "1"}, "local rank 1 of 1"),
-        (TORCHRUN | {"LOCAL_WORLD_SIZE": "5"}, "5 of 4 processes"),
+        (TORCHRUN | {"RANK": "4"}, "rank 4, expected less than world size 4"),
+        (TORCHRUN | {"LOCAL_RANK": "2"}, "local rank 2, expected less than 2"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "5"}, "local world size 5, expected at most 4"),
         (TORCHRUN | {"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
         (TORCHRUN | {"MASTER_PORT": "65536"}, "MASTER_PORT is 65536"),
         ({"RANK": "0"}, "WORLD_SIZE is not set"),
@@ -113,13 +118,61 @@ def test_each_start_meets_at_an_empty_store(agent):
     assert [store.get("address") for store in second] == [b"new"] * 3
 
 
-@pytest.mark.parametrize("joined", [(0,), (0, 2), (1,), (1, 2)])
-def test_a_start_that_not_all_reached_does_not_disturb_the_next(agent, joined):
-    with pytest.raises(ConfigError, match=r"rank 1(, 2)? did not join" if 0 in joined else "did not meet"):
-        meet(agent, *joined, timeout=0.3)
+def error_of_meeting(agent: dist.TCPStore, rank: int) -> str:
+    try:
+        meet(agent, rank, timeout=0.3)
+    except RankLostError as e:
+        return str(e)
+    return ""
+
+
+@pytest.mark.parametrize(
+    "joined, missing", [((0,), "1, 2"), ((0, 2), "1"), ((0, 1), "2"), ((1,), "0"), ((1, 2), "0")]
+)
+def test_a_start_that_not_all_reached_names_the_others_and_does_not_disturb_the_next(agent, joined, missing):
+    with ThreadPoolExecutor(len(joined)) as pool:
+        errors = list(pool.map(partial(error_of_meeting, agent), joined))
+    assert errors == [f"rank {missing} did not join the others within 0.3 s"] * len(joined)
     stores = meet(agent, 0, 1, 2)
     stores[1].set("address", "new")
     assert [store.get("address") for store in stores] == [b"new"] * 3
+
+
+def join_and_report(rank: int, port: int, folder: Path) -> None:
+    """Join two other ranks, of which rank 2 hangs once it has joined; write the error to a file."""
+    env = {"RANK": str(rank), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(env)
+    if rank == 2:
+        dist.init_process_group = lambda *_, **__: time.sleep(60)
+    try:
+        with join_world("cpu", timeout=2.0):
+            pass
+    except RankLostError as e:
+        (folder / str(rank)).write_text(str(e))
+
+
+@pytest.mark.parametrize(
+    "started, message",
+    [
+        (2, r"rank 2 did not join the others within 2 s"),
+        (3, r"rank 2 does not answer \(.*\)"),
+    ],
+)
+def test_all_ranks_name_one_that_hangs_while_they_join(tmp_path, started, message):
+    """Rank 0 hosts the store, and may end first."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    args = ((rank, port, tmp_path) for rank in range(started))
+    processes = [fork_context().Process(target=join_and_report, args=each) for each in args]
+    for process in processes:
+        process.start()
+    for process in processes[:2]:
+        process.join(60)
+    for process in processes[2:]:
+        process.kill()
+        process.join()
+    for rank in range(2):
+        assert re.fullmatch(message, (tmp_path / str(rank)).read_text())
 
 
 @pytest.mark.parametrize("asking", [(0, 1, 2), (0, 2), (1,)])
@@ -179,7 +232,7 @@ from torchpar.parallel.launch.rendezvous import find_rank_info
 from torchpar.parallel.launch.world import join_world
 with join_world("cpu") as world:
     total = world.sum(torch.tensor(world.rank + 1.0))
-    print(find_rank_info().launcher, total.item(), flush=True)
+    print(f"{find_rank_info().launcher} {total.item()}\\n", end="", flush=True)
 """
 
 
@@ -210,5 +263,5 @@ def test_local_ranks_run_functions_and_outlive_an_error():
         with pytest.raises(ValueError, match="rank 1 fails"):
             ranks.run(fail_on, 1)
         assert ranks.run(sum_of_ranks, 5) == [(0, 1, 5.0), (1, 1, 5.0)]
-    with pytest.raises(RuntimeError, match="this process is no rank of start_ranks"):
+    with pytest.raises(RuntimeError, match="this process was not started by start_ranks"):
         current_world()

@@ -2,7 +2,9 @@
 """Sums through shared memory: every bit, on ranks that come late, end or hang, and without such memory."""
 
 import os
+import signal
 import time
+from concurrent.futures.process import BrokenProcessPool
 from copy import deepcopy
 from functools import reduce
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -105,6 +108,30 @@ def unable(how: str, folder: Path) -> bool:
 def test_ranks_that_cannot_share_memory(ranks, tmp_path, how, world_size, refused):
     assert ranks(world_size, unable, how, tmp_path) == [refused] * world_size
     assert not list(tmp_path.iterdir())
+
+
+def be_killed(moment: str, folder: Path) -> None:
+    """Make a sum of 8 MB, during which rank 0 is killed."""
+
+    def kill(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    world = current_world()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_memory, "FOLDER", folder)
+        if world.rank == 0 and moment == "before the others know its name":
+            patch.setattr(dist, "broadcast_object_list", kill)
+        if world.rank == 0 and moment == "with all of its memory":
+            reserve = os.posix_fallocate
+            patch.setattr(os, "posix_fallocate", lambda *args: (reserve(*args), kill()))
+        shared_memory.make_shared_sum(world.mesh.get_group("dp"), [(500_000,)], torch.float32, 5.0)
+
+
+@pytest.mark.parametrize("moment", ["before the others know its name", "with all of its memory"])
+def test_a_killed_rank_leaves_no_memory(moment, tmp_path):
+    with pytest.raises((RuntimeError, BrokenProcessPool)), start_ranks(2, timeout=5.0) as ranks:
+        ranks.run(be_killed, moment, tmp_path)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) == 0
 
 
 def averages_are_gloos() -> bool:

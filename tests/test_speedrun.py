@@ -17,7 +17,7 @@ from benchmarks.results import Result
 from benchmarks.speedrun import RECORD_98_7, Recipe
 from torchpar import data
 from torchpar.data import Samples
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, DivergedError
 from torchpar.training.graph import GraphedStep, why_not_graphed
 
 SMALL = Recipe(name="small", change="", epochs=2, batch_size=64, hidden=(16,), lr=0.01, label_smoothing=0.1)
@@ -121,7 +121,7 @@ def test_files_enter_and_the_clock_runs_while_a_network_is_trained(tmp_path, wor
     assert score("torch.eye(10)[7].expand(len(samples), 10)") == (2.0, sevens)
     with pytest.raises(ConfigError, match=r"outputs are \(3, 10\), expected \(2000, 10\)"):
         score("torch.zeros(3, 10)")
-    with pytest.raises(ConfigError, match="an output is not finite; take a smaller rate"):
+    with pytest.raises(DivergedError, match="an output is not finite; take a smaller learning rate"):
         score("torch.full((2000, 10), torch.nan)")
 
 

@@ -19,9 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchpar import training
 from torchpar.data import Samples
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, DivergedError
 from torchpar.nn import MLP
 from torchpar.optim import SGD, ExactSGD
+from torchpar.parallel.launch import agreement
 from torchpar.parallel.launch.world import join_world
 from torchpar.parallel.split import shared_memory
 from torchpar.parallel.split.mlp import parallel_mlp
@@ -156,11 +157,12 @@ def test_runs_that_are_refused(world, tmp_path):
         ({"n": 199}, "a run with train 200, this one has train 199"),
         ({"exact": True}, "a run with arithmetic fast, this one has arithmetic exact"),
         ({"n": 0}, "0 training and 50 test samples, expected at least one of each"),
-        ({"folder": None, "lr": math.inf}, "the training loss of epoch 1 is nan; take a smaller rate"),
     ]
     for changed, message in others:
         with pytest.raises(ConfigError, match=re.escape(message)):
             run_alone(**{"epochs": 3, "folder": tmp_path} | changed)
+    with pytest.raises(DivergedError, match="loss of epoch 1 is nan; take a smaller learning rate"):
+        run_alone(1, lr=math.inf)
     # What only one of two scripts names does not matter.
     _, results = run_alone(3, tmp_path, config={"hidden": (20,), "pipeline": "gpipe"})
     assert [result.epoch for result in results] == [1, 2, 3]
@@ -241,11 +243,11 @@ def test_signals_are_noted_until_the_process_leaves(world):
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with StopSignal(world) as stop:
-            stop.ask()
-            assert stop.answer() == 0
+            stop.start_all_reduce()
+            assert stop.wait() == 0
             os.kill(os.getpid(), signal.SIGTERM)
-            stop.ask()
-            assert stop.answer() == signal.SIGTERM
+            stop.start_all_reduce()
+            assert stop.wait() == signal.SIGTERM
             os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # a process that is leaving ignores another one
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
@@ -259,21 +261,46 @@ def test_signals_are_noted_until_the_process_leaves(world):
             signal.signal(number, handler)
 
 
-def error_of_training(averaged: bool, changed_in: int, batch_size: int) -> str:
-    """The error of a run of three steps on two ranks, if any; a bit changes on rank 1 in one of them."""
+def weighted_sum(t: torch.Tensor) -> torch.Tensor:
+    """The checksum of a GPU."""
+    return agreement._weighted_sum(t.contiguous().view(-1))
+
+
+@pytest.mark.parametrize("checksum", [agreement.checksum, weighted_sum])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32, torch.float64])
+def test_a_checksum_is_of_each_bit_and_of_the_order(device, monkeypatch, checksum, dtype):
+    monkeypatch.setattr(agreement, "_CHUNK", 32)
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    values = torch.arange(100, device=device).to(dtype)
+    changed = [values, values.flip(0), values.roll(64), values[:99], values[:0]]
+    for bit in (1, torch.iinfo(integers).min):  # the lowest and the highest
+        changed.append(values.clone())
+        changed[-1].view(integers)[50] ^= bit
+    assert len({checksum(t).item() for t in changed}) == len(changed)
+    strided = torch.stack([values, values + 1], 1)[:, 0]
+    assert checksum(strided) == checksum(values)
+
+
+def error_of_training(averaged: bool, changed_in: int, batch_size: int, optimizer: str = "sgd") -> str:
+    """The error of a run of three steps on two ranks, if any.
+
+    In one of the steps rank 1 exchanges two elements of a parameter, which leaves their sum as it was.
+    """
     torch.manual_seed(0)
     passes = itertools.count(1)
     with join_world("cpu") as world:
         model = MLP(SIZES)
-        model.frozen = torch.nn.Parameter(torch.ones(()), requires_grad=False)
+        model.frozen = torch.nn.Parameter(torch.arange(2.0), requires_grad=False)
 
         def change(*_: Any) -> None:
             if next(passes) == changed_in and world.rank == 1:
-                model.frozen.view(torch.int32).bitwise_xor_(1)
+                model.frozen.copy_(model.frozen.flip(0))
 
         model.register_forward_hook(change)
         replica = DistributedDataParallel(model) if averaged else model
-        args = model, OPTIMIZERS["sgd"](model), world, samples(101, seed=1), samples(50, seed=2)
+        mesh = {"mesh": world.mesh["dp"]} if optimizer == "muon" else {}
+        made = OPTIMIZERS[optimizer](model, **mesh)
+        args = model, made, world, samples(101, seed=1), samples(50, seed=2)
         try:
             plain_loop.train(*args, batch_size=batch_size, replica=replica, epochs=1)
         except ConfigError as e:
@@ -281,14 +308,17 @@ def error_of_training(averaged: bool, changed_in: int, batch_size: int) -> str:
     return ""
 
 
-DIFFERS = r"{} differs between the ranks that share a batch; .* average .* by Distributed"
+DIFFERS = r"{} differs between the ranks that share a batch; .*average .* by Distributed"
 
 
 @pytest.mark.parametrize(
     "run, error",
     [
         ((True, 0, 50), "$"),
-        ((False, 0, 50), DIFFERS.format("layers.0.weight")),
+        ((True, 0, 50, "muon"), "$"),
+        ((False, 0, 50), DIFFERS.format("the gradient of layers.0.weight")),
+        # All ranks apply the same updates, each made from the gradient of one rank.
+        ((False, 0, 50, "muon"), DIFFERS.format("the gradient of layers.0.weight")),
         ((True, 1, 50), DIFFERS.format("frozen")),
         ((True, 3, 50), DIFFERS.format("frozen")),  # at the end of the epoch
         ((True, 0, 1), "batch size 1 is smaller than the number of ranks that share it, 2;"),
@@ -314,6 +344,47 @@ def test_ranks_evaluate_with_the_bits_of_one_process(ranks):
     for other_loss, others in ranks(4, evaluate, n):
         assert other_loss == loss
         assert (others == outputs).all()
+
+
+def run_with_batch_norm(folder: Path | None, stop_in: int) -> str | list[Any]:
+    """Train on ranks that add gradients in their order; rank 0 receives SIGTERM in a step.
+
+    Returns:
+        The weights and the running statistics, or the error of the run that was stopped.
+    """
+    torch.manual_seed(0)
+    linears = torch.nn.Linear(784, 20), torch.nn.Linear(20, 10)
+    model = torch.nn.Sequential(linears[0], torch.nn.BatchNorm1d(20), torch.nn.Dropout(0.3), linears[1])
+    passes = itertools.count(1)
+    with join_world("cpu") as world:
+        torch.manual_seed(world.rank)
+
+        def stop(*_: Any) -> None:
+            if next(passes) == stop_in and world.rank == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        model.register_forward_hook(stop)
+        replica = DistributedDataParallel(model)
+        shared_memory.register_shared_memory_hook(replica, world)
+        try:
+            plain_loop.train(
+                *(model, OPTIMIZERS["sgd"](model), world, samples(206, 1), samples(50, 2)),
+                replica=replica,
+                epochs=2,
+                batch_size=50,
+                checkpoint=CheckpointConfig(folder) if folder else None,
+            )
+        except training.Stopped as e:
+            return str(e)
+    return [t.detach().numpy() for t in model.state_dict().values()]
+
+
+def test_a_run_of_three_ranks_that_was_stopped_ends_with_the_same_weights_and_statistics(ranks, tmp_path):
+    """Each rank has the statistics of its own last batch, and rank 0's are those of the model."""
+    whole = ranks(3, run_with_batch_norm, None, 0)
+    assert ranks(3, run_with_batch_norm, tmp_path, 3) == ["stopped by SIGTERM"] * 3
+    for resumed in ranks(3, run_with_batch_norm, tmp_path, 0):
+        assert all((a == b).all() for a, b in zip(resumed, whole[0], strict=True))
 
 
 def run_with_dropout(epochs: int, folder: Path | None, seed: int) -> list[Any]:

@@ -130,8 +130,8 @@ def test_tune_writes_a_table_that_the_launchers_read(gpu, capsys):
     assert tune() == 0
     assert measured(gpu) == {1024: list(FAST), 256: None}
     x = torch.empty(64, 64, dtype=torch.bfloat16, device="meta")
-    assert tuning.chosen("symmetric_product", "ieee", (1000, 1000, 1000, 1), x) == FAST
-    assert tuning.chosen("symmetric_product", "ieee", (64, 64, 64, 1), x) is None
+    assert tuning.choose_tiles("symmetric_product", "ieee", (1000, 1000, 1000, 1), x) == FAST
+    assert tuning.choose_tiles("symmetric_product", "ieee", (64, 64, 64, 1), x) is None
     table = json.loads(gpu.read_text())
     assert (table["device"], table["torch"]) == ("NVIDIA Test", torch.__version__)
     assert {"triton", "kernels", "date"} < table.keys()

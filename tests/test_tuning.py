@@ -40,7 +40,7 @@ def operand(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def chosen(n: int, k: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> Tiles | None:
-    return tuning.chosen("symmetric_product", "ieee", (n, n, k, batch), operand(n, k, dtype))
+    return tuning.choose_tiles("symmetric_product", "ieee", (n, n, k, batch), operand(n, k, dtype))
 
 
 def default(m: int, n: int, batch: int = 1, kernel: str = "symmetric_product") -> Tiles:
@@ -106,9 +106,9 @@ def test_tiles_are_those_that_the_operands_allow(n, stride, expected):
     sizes = (n, n, 1024, 1)
     assert tuning.default_tiles("symmetric_product", "ieee", sizes, x) == expected
     tables.save(DEVICE, table([[*sizes, WIDE]]))
-    assert tuning.chosen("symmetric_product", "ieee", sizes, x) == expected
+    assert tuning.choose_tiles("symmetric_product", "ieee", sizes, x) == expected
     by_pointers = UNALIGNED if expected == UNALIGNED else SQUARE
-    assert tuning.chosen("symmetric_product", "ieee", sizes, x, tma=False) == by_pointers
+    assert tuning.choose_tiles("symmetric_product", "ieee", sizes, x, tma=False) == by_pointers
 
 
 @pytest.mark.parametrize(
@@ -126,14 +126,14 @@ def test_default_of_linear_sigmoid(m, n, k, expected):
     found = tuning.default_tiles("linear_sigmoid", "ieee", (m, n, k, 1), operand(m, k), operand(n, k))
     assert found == expected
     tables.save(DEVICE, table([[m, 1024, k, 1, WIDE]], kernel="linear_sigmoid"))
-    found = tuning.chosen("linear_sigmoid", "ieee", (m, n, k, 1), operand(m, k), operand(n, k))
+    found = tuning.choose_tiles("linear_sigmoid", "ieee", (m, n, k, 1), operand(m, k), operand(n, k))
     assert found == (expected if n % 8 else WIDE)
 
 
 def test_sizes_that_no_descriptor_has_go_by_pointers():
     for m, n, k in ((0, 64, 64), (1, 12288, 4096), (8, 2**31, 16)):
         tables.save(DEVICE, table([[max(m, 1), n, k, 1, WIDE]], kernel="linear_sigmoid"))
-        for choose in (tuning.default_tiles, tuning.chosen):
+        for choose in (tuning.default_tiles, tuning.choose_tiles):
             found = choose("linear_sigmoid", "ieee", (m, n, k, 1), operand(m, k), operand(n, k))
             assert found.variant == "pointers"
 
@@ -177,7 +177,7 @@ def test_choice_by_a_symbolic_size_adds_no_guard():
     symbol = env.create_unspecified_symbol(1032, source=torch._dynamo.source.ConstantSource("n"))
     n = env.create_symintnode(symbol, hint=1032)
     x = operand(1024, 1024)
-    assert tuning.chosen("symmetric_product", "ieee", (n, n, n, 1), x) == SMALL
+    assert tuning.choose_tiles("symmetric_product", "ieee", (n, n, n, 1), x) == SMALL
     sizes = tuning._hint(n), 8, 8, 1
     assert tuning._least_estimate("symmetric_product", "bfloat16", DEVICE, sizes, ("tma",), True)
     assert candidates.split_k(SPLIT, DEVICE, 64, 64, n) == (1, n), "the number of programs would be a guard"

@@ -19,11 +19,11 @@ from torchpar.errors import ConfigError
 from torchpar.partition import Partition
 
 Dataset = Literal["mnist", "fashion-mnist", "kmnist"]
-_READ_AT_ONCE = 256  # samples; as float32 they fit in a core's cache
-_POOLED_AT_ONCE = 1000  # images; the next ones take the same memory, which saves page faults
+_READ_CHUNK = 256  # samples; as float32 they fit in a core's cache
+_POOL_CHUNK = 1000  # images; each chunk reuses the memory of the one before, which saves page faults
 _CLASSES = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
-# MD5 of the unpacked files. torchvision knows the archives' alone, which differ where data are packed anew.
-_CONTENTS = {
+# MD5 of the unpacked files. torchvision has those of the archives only, which change if files are repacked.
+_MD5 = {
     "MNIST": {
         "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
         "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
@@ -81,7 +81,7 @@ class Samples:
         shift: tuple[int, int] = (0, 0),
         dtype: torch.dtype = torch.float32,
     ) -> "Samples":
-        """Return images that are cropped, and whose squares of ``pool`` × ``pool`` pixels are averaged.
+        """Return the images cropped, with each square of ``pool`` × ``pool`` pixels replaced by its average.
 
         Images ``(n, h, w)`` of uint8 become ``(n, (h − 2·crop) // pool, (w − 2·crop) // pool)`` in [0, 1].
         Pixels at the bottom and at the right that fill no square are left out.
@@ -112,9 +112,9 @@ class Samples:
             raise ConfigError(f"shift is {shift}, expected at most {crop}, as crop is")
         kept = images[:, crop + down :, crop + right :][:, : height * pool, : width * pool]
         pooled = torch.empty(len(self), height, width, dtype=dtype, device=images.device)
-        at_once = max(len(self), 1) if images.is_cuda else _POOLED_AT_ONCE
+        at_once = max(len(self), 1) if images.is_cuda else _POOL_CHUNK
         for chunk, out in zip(kept.split(at_once), pooled.split(at_once), strict=True):
-            x = chunk.float()  # sums of strided parts take a third of the time of `avg_pool2d`
+            x = chunk.float()  # adding strided slices takes a third of the time of `avg_pool2d`
             x = sum((x[:, i::pool] for i in range(1, pool)), x[:, ::pool])
             x = sum((x[:, :, i::pool] for i in range(1, pool)), x[:, :, ::pool])
             out.copy_(x.div_(_divisor(255 * pool * pool, x)))
@@ -122,7 +122,7 @@ class Samples:
 
 
 def _divisor(value: int, t: Tensor) -> int | Tensor:
-    """``value``, on a GPU as a tensor: by a number it would multiply by the reciprocal."""
+    """``value``; on a GPU as a tensor, since PyTorch divides by a number by multiplying by its reciprocal."""
     return t.new_full((), value, dtype=torch.float32) if t.is_cuda else value
 
 
@@ -159,8 +159,8 @@ def batches(
         start: number of the first batch, to continue within an epoch.
     """
     order, share = _order(samples, seed, epoch)[start * batch_size :], cache(share)
-    # Some small batches are read at once, which takes fewer calls.
-    at_once = max(_READ_AT_ONCE // batch_size, 1) * batch_size
+    # Several small batches are read together, which takes fewer calls.
+    at_once = max(_READ_CHUNK // batch_size, 1) * batch_size
     for chunk in order.split(at_once):
         index, own, sizes = _shares(chunk, batch_size, share)
         x, labels = samples.inputs(index), samples.labels.index_select(0, index)
@@ -192,7 +192,7 @@ def _order(samples: Samples, seed: int, epoch: int) -> Tensor:
 def _shares(
     order: Tensor, batch_size: int, share: Callable[[int], Partition]
 ) -> tuple[Tensor, list[int], list[int]]:
-    """Cut ``order`` into batches: this rank's indices of all, its number of each, and the size of each."""
+    """Cut ``order`` into batches: this rank's indices, how many each batch has, and its global size."""
     sizes = [min(batch_size, len(order) - first) for first in range(0, len(order), batch_size)]
     if share(batch_size).ranks == 1:
         return order, sizes, sizes
@@ -236,8 +236,8 @@ def load(dataset: Dataset, root: Path, device: torch.device | str = "cpu") -> tu
     except (OSError, ValueError) as e:
         fetch = f"from torchvision.datasets import {kind.__name__} as D; D({str(root)!r}, download=True)"
         raise ConfigError(
-            f"{e}; name the folder that holds {kind.__name__}/raw, or remove what is damaged there and fetch "
-            f'it: python -c "{fetch}"'
+            f"{e}; name the folder that holds {kind.__name__}/raw, or remove what is damaged there and "
+            f'download it: python -c "{fetch}"'
         ) from e
     return samples[0], samples[1]
 
@@ -250,7 +250,7 @@ def _read(kind: Any, file: Path) -> Tensor:
     """
     archive = file.with_name(f"{file.name}.gz")
     if file.exists() and not archive.exists():
-        return _parse(file)  # unchecked, as by torchvision: other data of this format can be put there
+        return _parse(file)  # not checked, as in torchvision: users may put other data of this format there
     if not archive.exists():
         raise ValueError(f"{archive} is missing")
     packed = archive.read_bytes()
@@ -259,7 +259,7 @@ def _read(kind: Any, file: Path) -> Tensor:
     except (OSError, EOFError, zlib.error) as e:
         raise ValueError(f"{archive} is damaged ({e})") from e
     md5 = hashlib.md5(content).hexdigest()
-    expected = _CONTENTS.get(kind.__name__, {}).get(file.name)
+    expected = _MD5.get(kind.__name__, {}).get(file.name)
     if md5 != expected and (archive.name, hashlib.md5(packed).hexdigest()) not in kind.resources:
         raise ValueError(f"{archive} is damaged: its content has MD5 {md5}, expected {expected}")
     with tempfile.TemporaryDirectory() as folder:

@@ -41,7 +41,7 @@ EXTRAS = {
     "baselines": ("numba", "mpi4py"),
     "lightning": ("lightning", "tensorboard"),
 }
-# Names and the flags of Linux for them.
+# The flags in /proc/cpuinfo that stand for each instruction set.
 INSTRUCTION_SETS = {
     "AVX2": {"avx2"},
     "AVX-512": {"avx512f"},
@@ -57,7 +57,7 @@ class Finding:
     """A fact about this machine.
 
     Attributes:
-        state: "ok"; "note", something is missing that is not needed by all; "problem", something fails.
+        state: "ok"; "note" if something optional is missing; "problem" if something fails.
         remedy: what to do about it, or "".
         area: such as "versions".
     """
@@ -114,15 +114,15 @@ def examine() -> Iterator[Finding]:
 
 def versions() -> Iterator[Finding]:
     yield Finding("torchpar", torchpar.__version__)
-    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    installed = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for name in ("triton", "numpy"):
         if importlib.util.find_spec(name) is not None:  # also under another name of its distribution
-            found[name] = importlib.import_module(name).__version__
+            installed[name] = importlib.import_module(name).__version__
             continue
-        without = "GPUs take no kernel" if name == "triton" else "torchpar needs it"
+        without = "the operators have no GPU kernels" if name == "triton" else "torchpar needs it"
         state: State = "problem" if name == "numpy" or torch.cuda.is_available() else "note"
         yield Finding(name, f"missing; {without}", state, f"pip install {name}")
-    for name, text in found.items():
+    for name, text in installed.items():
         oldest, newest = TESTED[name]
         if _numbers(oldest) <= _numbers(text) <= _numbers(newest):
             yield Finding(name, text)
@@ -174,13 +174,13 @@ def gpus() -> Iterator[Finding]:
         yield Finding("CUDA or ROCm", "PyTorch finds no GPU; the operators run on the CPU", "note", remedy)
         return
     for index in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(index)
-        text = f"{found.name}, {_architecture(index)}, {found.total_memory / 2**30:.0f} GiB"
+        properties = torch.cuda.get_device_properties(index)
+        text = f"{properties.name}, {_architecture(index)}, {properties.total_memory / 2**30:.0f} GiB"
         yield Finding(f"cuda:{index}", text)
 
 
 def kernels() -> Iterator[Finding]:
-    """The path that each operator takes on each GPU, and a kernel compiled."""
+    """Whether each GPU has measured tiles for each kernel, and whether a kernel compiles."""
     if importlib.util.find_spec("triton") is None:
         yield Finding("Triton", "missing; the operators run on CPUs only", "note", "pip install triton")
         return
@@ -207,12 +207,14 @@ def kernels() -> Iterator[Finding]:
 
 def _architecture(index: int) -> str:
     """The architecture of a GPU, such as "sm_90" or "gfx942"."""
-    found = torch.cuda.get_device_properties(index)
-    return found.gcnArchName.partition(":")[0] if torch.version.hip else f"sm_{found.major}{found.minor}"
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return str(properties.gcnArchName.partition(":")[0])
+    return f"sm_{properties.major}{properties.minor}"
 
 
 def _compile(architecture: str) -> float:
-    """Compile a kernel anew, and return the seconds that it took."""
+    """Compile a kernel without the cache, and return the seconds that it took."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.compiler import compile as compile_kernel
@@ -283,7 +285,7 @@ def folders() -> Iterator[Finding]:
 
 
 def _folder(name: str, folder: Path, needed: int, remedy: str) -> Finding:
-    """Whether a folder, which need not be there yet, can be written, and has ``needed`` bytes of space."""
+    """Whether a folder, which need not exist yet, can be written to and has ``needed`` bytes of space."""
     try:
         there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(there).free
@@ -313,7 +315,7 @@ def operators() -> Iterator[Finding]:
 
 
 def cpuinfo(key: str) -> str:
-    """What Linux says of the first processor, such as its "model name", or ""."""
+    """A field of /proc/cpuinfo for the first processor, such as "model name"; "" if there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -322,7 +324,7 @@ def cpuinfo(key: str) -> str:
 
 
 def instruction_sets() -> list[str]:
-    """Those of AVX2, AVX-512, VNNI and AMX that the processor has."""
+    """The names in INSTRUCTION_SETS that the processor supports."""
     flags = set(cpuinfo("flags").split())
     return [name for name, either in INSTRUCTION_SETS.items() if flags & either]
 

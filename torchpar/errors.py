@@ -1,6 +1,28 @@
 # SPDX-License-Identifier: MIT
-"""The error for requests that cannot be met."""
+"""The errors of torchpar. A message is one line: what was wrong, what was expected, what to do."""
+
+from collections.abc import Sequence
 
 
-class ConfigError(ValueError):
-    """A request that cannot be met. One line: what was wrong, what was expected, what to do."""
+class TorchparError(Exception):
+    """Base class of torchpar's errors, whose message a program can print without a traceback."""
+
+
+class ConfigError(TorchparError, ValueError):
+    """An argument, a file or this machine does not fit what was asked for."""
+
+
+class DivergedError(TorchparError, FloatingPointError):
+    """Training has diverged: a loss or an output is not finite."""
+
+
+class RankLostError(TorchparError, RuntimeError):
+    """A rank has ended or hangs.
+
+    Attributes:
+        missing: the ranks that do not answer, as far as is known.
+    """
+
+    def __init__(self, message: str, missing: Sequence[int] = ()):
+        super().__init__(message)
+        self.missing = missing

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Functions whose bits are the same on every processor: exp, sigmoid, log, and the cross-entropy of logits.
 
-`torch.exp` and its like differ in their last bits between processors, and so does what may use a fused
-multiply-add. This module calls only what IEEE 754 defines exactly: one rounding to a call, bit casts, and
-integers. Where a call adds a product (``alpha``, ``addcmul``), the product is exact: a factor is a power of
-two, or both have few bits. So it does not matter whether the two are fused.
+`torch.exp` and similar functions differ in their last bits between processors, and so do calls that may use a
+fused multiply-add. This module calls only what IEEE 754 defines exactly: operations with one rounding, bit
+casts, and integers. Where a call adds a product (``alpha``, ``addcmul``), the product is exact: a factor is a
+power of two, or both have few bits. So it does not matter whether the call is fused.
 
 With the integer n nearest to x / ln 2, with r = x − n·ln 2, |r| < 0.3466, and with Padé's quotient of order 3
 by 3, which is (Q + P) / (Q − P),
@@ -162,7 +162,7 @@ def log(x: Tensor) -> Tensor:
     return torch.where(normal, result, torch.where(x == torch.inf, x, torch.nan))
 
 
-# The integers that are added count these: of a softmax's terms, and of a sample's loss, finite up to a limit.
+# The units of the integers that are added: of a softmax's terms, and of a sample's loss, up to LARGEST_LOSS.
 TERM, LOSS, LARGEST_LOSS = 2.0**-32, 2.0**-24, 2.0**38
 
 
@@ -182,7 +182,7 @@ class _CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        # `once_differentiable` lets create_graph pass where g needs no gradient, as if this were constant.
+        # `once_differentiable` would allow create_graph where g needs no gradient, as if this were constant.
         if torch.is_grad_enabled():
             raise ConfigError(
                 "cross_entropy_sum has no second derivative, which create_graph=True asks for; leave it out"
@@ -206,9 +206,9 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
 
         loss = log s − (z_label − m)        ∂loss/∂z = p / s − onehot(label)
 
-    s is the sum of integers, p in units of 2⁻³², and the result that of losses in units of 2⁻²⁴. So its bits
-    depend neither on the order of the samples nor on the order of the classes. The sum of several results is
-    that of all their samples while it is less than 2²⁹.
+    s is a sum of integers that count p in units of 2⁻³², and the result is one of losses in units of 2⁻²⁴. So
+    the bits depend neither on the order of the samples nor on that of the classes. Results of less than 2²⁹
+    in all add up exactly to the loss of all their samples.
 
     Args:
         logits: ``(b, classes)`` float32; b may be 0. Its gradient is float32, and the only derivative.

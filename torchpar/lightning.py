@@ -45,8 +45,8 @@ except ImportError as error:
 class SampleMean(Metric):
     """Mean of a loss over the samples of all ranks, in double precision.
 
-    torchmetrics' MeanMetric looks for NaN in every update, for which a GPU's queue must run empty. Without
-    that search its version 1.9 ignores the weights.
+    torchmetrics' MeanMetric checks every update for NaN, which synchronises with the GPU. Without that check
+    its version 1.9 ignores the weights.
     """
 
     full_state_update = False
@@ -204,7 +204,7 @@ class MNISTDataModule(LightningDataModule):
 
     Raises:
         ConfigError: from `setup`, files that are missing or damaged, a batch smaller than the number of
-            ranks, no sample left to train on; from `load_state_dict`, a run with other batches.
+            ranks, no sample left to train on; from `load_state_dict`, a checkpoint with other batches.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torchpar.ops import linear_sigmoid, maximum
+from torchpar.ops import linear_sigmoid
 from torchpar.ops._onednn import linear
 
 Init = Literal["xavier_uniform", "xavier_normal"]
@@ -75,15 +75,13 @@ class LinearSigmoid(Linear):
 
 
 class LinearReLU(Linear):
-    """A linear layer and a ReLU, ``y = max(x @ weight.T + bias, 0)``.
+    """A linear layer followed by `torch.relu`, ``y = max(x @ weight.T + bias, 0)``.
 
-    It calls `torchpar.maximum`, whose gradient at exactly 0 is one half; `torch.relu`'s is 0. Arguments,
-    shapes and state dict are those of `Linear`.
+    Arguments, shapes and state dict are those of `Linear`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        z = super().forward(x)
-        return maximum(z, z.new_zeros(()))
+        return torch.relu(super().forward(x))
 
 
 class MLP(torch.nn.Module):

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 @dataclass(frozen=True)
 class Partition:
-    """The parts of an axis that ranks share, cut as `torch.tensor_split` cuts it: any size will do.
+    """The parts of an axis that ranks share, cut as `torch.tensor_split` does; any size is allowed.
 
     Attributes:
         size: length of the whole axis.

@@ -2,12 +2,18 @@
 """Plain versions of the algorithms: read them first, the fast versions are tested against them."""
 
 import math
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import linear
+
+Shape = Sequence[int]
+Forward = Callable[[int, Tensor | None], Tensor]
+Backward = Callable[[Tensor, Tensor | None], None]
 
 
 def matmul_t(x: Tensor, block: int = 64) -> Tensor:
@@ -136,6 +142,136 @@ def average_gradients(model: torch.nn.Module) -> None:
         if p.grad is not None:
             dist.all_reduce(p.grad)
             p.grad /= dist.get_world_size()
+
+
+class P2PCommunicator:
+    """Messages between neighbouring stages of a pipeline; the ranks of ``group`` are the stages, in order.
+
+    A stage sends its activations y to the next stage. It sends the gradient of x, the activations that it
+    received, to the previous stage. A gradient has the shape of the activations. The first stage has no
+    previous one, and the last stage no next one: there nothing is sent, and None is received.
+
+    A method returns when its messages have been sent and received. One that sends and receives starts both
+    and then waits: neighbours that send to each other, and receive only then, would wait for each other.
+
+    Args:
+        group: with NCCL, a group that has run a collective, as `torch.distributed.batch_isend_irecv` asks.
+        device, dtype: of the activations.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        self.group, self.device, self.dtype = group, device, dtype
+        self.stage, self.stages = dist.get_rank(group), dist.get_world_size(group)
+        self.is_last = self.stage == self.stages - 1
+
+    def recv_forward(self, shape: Shape) -> Tensor | None:
+        return self.send_backward_recv_forward(None, shape)
+
+    def send_forward(self, y: Tensor) -> None:
+        self._exchange(self.stage + 1, y, None)
+
+    def recv_backward(self, y: Tensor) -> Tensor | None:
+        return self._exchange(self.stage + 1, None, y.shape)
+
+    def send_backward(self, x: Tensor | None) -> None:
+        self.send_backward_recv_forward(x, None)
+
+    def send_forward_recv_backward(self, y: Tensor, earlier: Tensor) -> Tensor | None:
+        """Send ``y``, and receive the gradient of the activations that were sent ``earlier``."""
+        return self._exchange(self.stage + 1, y, earlier.shape)
+
+    def send_backward_recv_forward(self, x: Tensor | None, shape: Shape | None) -> Tensor | None:
+        """Send the gradient of ``x``, and receive the activations of the next micro-batch."""
+        received = self._exchange(self.stage - 1, None if x is None else x.grad, shape)
+        return None if received is None else received.requires_grad_()
+
+    def _exchange(self, stage: int, sent: Tensor | None, shape: Shape | None) -> Tensor | None:
+        if not 0 <= stage < self.stages:
+            return None
+        received, messages = None, []
+        if sent is not None:
+            sent = sent.detach().contiguous()
+            messages.append(dist.P2POp(dist.isend, sent, group=self.group, group_peer=stage))
+        if shape is not None:
+            received = torch.empty(shape, dtype=self.dtype, device=self.device)
+            messages.append(dist.P2POp(dist.irecv, received, group=self.group, group_peer=stage))
+        for work in dist.batch_isend_irecv(messages):
+            work.wait()
+        return received
+
+
+def gpipe(forward: Forward, backward: Backward, shapes: Sequence[Shape], p2p: P2PCommunicator) -> None:
+    """Run the forward passes of all micro-batches, then their backward passes.
+
+        p2p = P2PCommunicator()
+        parts, targets = x.tensor_split(m), labels.tensor_split(m)
+
+        def forward(i, activations):
+            y = stage(parts[i] if activations is None else activations)
+            return loss_sum(y, targets[i]) / len(x) if p2p.is_last else y
+
+        gpipe(forward, torch.Tensor.backward, [(len(part), in_features) for part in parts], p2p)
+
+    With p stages of equal work and m micro-batches, a stage is idle for ``(p − 1) / (m + p − 1)`` of a step.
+    It keeps the activations of m micro-batches. The gradients of the parameters are added up in the order of
+    the micro-batches. The library's version is `torchpar.parallel.split.pipeline.Pipeline`.
+
+    Args:
+        forward: the number of a micro-batch, and the activations from the previous stage, None on the first
+            → the activations for the next stage; on the last one the micro-batch's part of the loss.
+        backward: what ``forward`` returned, and its gradient, None on the last stage.
+        shapes: of the activations that this stage receives for each micro-batch. On the first stage only
+            their number counts.
+
+    Source: Huang et al., GPipe, 2019, https://arxiv.org/abs/1811.06965.
+    """
+    kept: deque[tuple[Tensor | None, Tensor]] = deque()
+    for i, shape in enumerate(shapes):
+        x = p2p.recv_forward(shape)
+        y = forward(i, x)
+        p2p.send_forward(y)
+        kept.append((x, y))
+    while kept:
+        x, y = kept.popleft()
+        backward(y, p2p.recv_backward(y))
+        p2p.send_backward(x)
+
+
+def one_forward_one_backward(
+    forward: Forward, backward: Backward, shapes: Sequence[Shape], p2p: P2PCommunicator
+) -> None:
+    """Run the backward pass of each micro-batch as early as possible (1F1B).
+
+    Stage s of p runs p − 1 − s forward passes, so that the later stages have work. Then it runs a forward
+    and a backward pass in turn, and at the end the backward passes that are left. It keeps the activations of
+    at most p − s micro-batches. All else is as in `gpipe`.
+
+    Source: Narayanan et al., PipeDream, 2019, https://doi.org/10.1145/3341301.3359646.
+    """
+    kept: deque[tuple[Tensor | None, Tensor]] = deque()
+    m = len(shapes)
+    ahead = min(p2p.stages - 1 - p2p.stage, m)
+    for i in range(ahead):
+        x = p2p.recv_forward(shapes[i])
+        y = forward(i, x)
+        p2p.send_forward(y)
+        kept.append((x, y))
+    received = p2p.recv_forward(shapes[ahead]) if ahead < m else None
+    for i in range(ahead, m):
+        y = forward(i, received)
+        kept.append((received, y))
+        x, earlier = kept.popleft()
+        backward(earlier, p2p.send_forward_recv_backward(y, earlier))
+        received = p2p.send_backward_recv_forward(x, shapes[i + 1] if i + 1 < m else None)
+    while kept:
+        x, y = kept.popleft()
+        backward(y, p2p.recv_backward(y))
+        p2p.send_backward(x)
 
 
 def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:

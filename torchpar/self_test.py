@@ -35,19 +35,19 @@ TESTS = {
 
 
 def run(test: SelfTest, device: str) -> tuple[Tensor, Tensor]:
-    """Return the error of each number of the result, beside float64, and the bound of that error."""
+    """Return the error of each number of the result, measured with float64, and its bound."""
     generator = torch.Generator().manual_seed(0)
     operands = [torch.randn(shape, generator=generator) for shape in test.shapes]
-    found = test.operator(*(t.to(device) for t in operands)).cpu().double()
+    actual = test.operator(*(t.to(device) for t in operands)).cpu().double()
     expected = test.formula(*(t.double() for t in operands))
     bound = torch.zeros_like(expected)
     if test.formula is not torch.maximum:
         # |x̂·ŷ − x·y| ≤ (k + 2)·u·|x|·|y| (Higham, "Accuracy and Stability", 3.1), where |σ'| ≤ 1/4.
         magnitudes = operands[0].abs().double() @ operands[-1].abs().double().T
         bound = (A[1] + 2) * _rounding(device) * magnitudes + 2.0**-22
-    return (found - expected).abs(), bound
+    return (actual - expected).abs(), bound
 
 
 def _rounding(device: str) -> float:
-    """The relative error of a factor of a product, u."""
+    """The unit roundoff u of the factors of a product."""
     return 2.0**-24 if device == "cpu" or fp32_precision() == "ieee" else 2.0**-11

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The device from which a process group sends a tensor."""
+"""Choice of the device from which a process group sends a tensor."""
 
 import torch
 import torch.distributed as dist

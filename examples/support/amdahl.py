@@ -25,7 +25,7 @@ from torchpar.errors import ConfigError
 from torchpar.parallel.launch.local import current_world, start_ranks
 from torchpar.profile.amdahl import PHASES, Scaling, speedup
 from torchpar.profile.collectives import Collectives
-from torchpar.profile.phases import Phases, phase
+from torchpar.profile.phases import Phases
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 PROCESSES = tuple(2**i for i in range(max(CORES, 2).bit_length()))  # 1, 2, 4 … to the cores
@@ -114,16 +114,10 @@ def _train_epoch(job: Job, size: int, seed: int) -> tuple[dict[str, float], floa
     model, wrapped, optimizer, samples = _build(job, size)
     shares = batches(samples, size, seed=seed, epoch=1, share=world.share)
     with Phases(world.device) as phases, Collectives(world):
-        for _ in range(math.ceil(len(samples) / size)):
-            with phase("data"):
-                x, labels, global_size = next(shares)
-            with phase("forward"):
-                loss = job.loss_sum(wrapped(x), labels) * (world.world_size / global_size)
-            with phase("backward"):
-                loss.backward()
-            with phase("optimizer"):
-                optimizer.step()
-                optimizer.zero_grad()
+        for x, labels, global_size in phases.steps(shares):
+            (job.loss_sum(wrapped(x), labels) * (world.world_size / global_size)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
     with torch.no_grad():
         everything = slice(None)
         mean = job.loss_sum(model(samples.inputs(everything)), samples.labels).item() / len(samples)

@@ -3,18 +3,19 @@
 
 import importlib.util
 import io
+import math
 import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
-from torchpar.data import Dataset
-from torchpar.errors import ConfigError
+from torchpar.data import Dataset, Samples
+from torchpar.errors import ConfigError, TorchparError
 from torchpar.parallel.launch.rendezvous import find_rank_info
-from torchpar.training import LRSchedule, Stopped
+from torchpar.training import CheckpointConfig, LRSchedule, Stopped
 
 try:
     import rich  # noqa: F401
@@ -28,12 +29,7 @@ MAY_DIFFER_ON_RESUME = {
     *("data", "epochs", "device", "compile", "fused", "graph", "dry_run"),
     *("phases", "collectives", "metrics", "log_dir", "plots", "profile"),
     *("checkpoint", "save_every", "keep", "async_save", "timeout"),
-    *("dp", "tp", "pp", "pipeline", "micro_batches"),
-}
-
-OPTIMIZER_DEFAULTS: dict[str, dict[str, float]] = {
-    "sgd": {"lr": 0.5, "momentum": 0.9, "weight_decay": 3e-5},
-    "muon": {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.01},
+    *("dp", "tp", "pp", "pipeline", "micro_batches", "library", "draw"),
 }
 
 BOUNDS: dict[str, tuple[float, float]] = {  # flag: least value, first value that is too large
@@ -69,6 +65,8 @@ class ExampleFlags:
             if value is None:
                 continue
             values = value if isinstance(value, tuple) else (value,)
+            if name == "clip" and not value > 0:  # gradients of norm 0 teach nothing
+                raise ConfigError(f"{flag} is {value}, expected more than 0")
             if not all(one >= least for one in values):
                 raise ConfigError(f"{flag} is {value}, expected at least {least}")
             if not all(one < end for one in values):
@@ -100,16 +98,18 @@ class TrainFlags(LogFlags):
     """Passes over the training samples."""
     batch_size: int = 128
     """Samples per step, over all ranks."""
+    samples: int | None = None
+    """Train on the first ones only."""
     optimizer: Literal["sgd", "muon"] = "sgd"
     """Optimizer; muon updates the weight matrices, and SGD updates the biases."""
     lr: float | None = None
-    """Learning rate at the start; by default 0.5, for Muon 0.02."""
+    """Learning rate at the start; the default depends on the optimizer."""
     momentum: float | None = None
-    """Nesterov momentum; by default 0.9, for Muon 0.95."""
+    """Nesterov momentum; the default depends on the optimizer."""
     schedule: LRSchedule = "linear"
     """Learning-rate schedule over the run; linear and cosine end at 0."""
     weight_decay: float | None = None
-    """L2 penalty λ of the weights, λ/2·‖W‖² in the loss, by default 3e-5; for Muon decoupled decay, 0.01."""
+    """λ of the weights: for muon decoupled decay, for sgd an L2 penalty λ/2·‖W‖² in the loss."""
     orthogonality: float = 0.0
     """Factor of the penalty Σ‖W·Wᵀ − I‖² in the loss."""
     hidden: tuple[int, ...] = (128, 64)
@@ -123,7 +123,7 @@ class TrainFlags(LogFlags):
     compile: bool = False
     """Compile the model by torch.compile."""
     dry_run: bool = False
-    """Train on ten batches and evaluate; write no metrics, plots, profile or checkpoint."""
+    """Train on ten batches and evaluate; write no metrics, logs, plots, profile or checkpoint."""
     phases: bool = False
     """Measure the time of each phase of a step (data, forward, backward, collectives, optimizer)."""
     collectives: bool = False
@@ -145,11 +145,35 @@ class TrainFlags(LogFlags):
     timeout: float = 600.0
     """Seconds after which a rank that waits for another gives up."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, value in OPTIMIZER_DEFAULTS[self.optimizer].items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+    def optimizer_options(self, **defaults: float) -> dict[str, Any]:
+        """Return an optimizer's arguments: the flags that are given, and ``defaults`` for the others."""
+        given = {name: getattr(self, name) for name in defaults}
+        return {name: defaults[name] if value is None else value for name, value in given.items()}
+
+    def run_options(self) -> dict[str, Any]:
+        """Return the keyword arguments of `torchpar.training.Run` that flags give."""
+        checkpoint = None
+        if self.checkpoint and not self.dry_run:
+            checkpoint = CheckpointConfig(self.checkpoint, self.save_every, self.keep, self.async_save)
+        return {
+            "epochs": 1 if self.dry_run else self.epochs,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "checkpoint": checkpoint,
+            "config": self.run_config(),
+        }
+
+    def layer_sizes(self, train: Samples) -> list[int]:
+        """Return the widths of the MLP: of its input, its hidden layers and its output."""
+        return [train.inputs(slice(0, 1)).shape[1], *self.hidden, len(train.classes)]
+
+    def total_steps(self, train: Samples) -> int:
+        """Return the number of steps of the run."""
+        return (1 if self.dry_run else self.epochs) * math.ceil(len(train) / self.batch_size)
+
+    def outputs(self) -> list[Path | None]:
+        """Return ``metrics``, ``log_dir``, ``plots`` and ``profile``; None for each in a dry run."""
+        return [None] * 4 if self.dry_run else [self.metrics, self.log_dir, self.plots, self.profile]
 
     def same_on_all_ranks(self) -> dict[str, Any]:
         """Return the flags that every rank must share: all but the data folder and the device."""
@@ -163,27 +187,13 @@ class TrainFlags(LogFlags):
         return config
 
 
-@dataclass(kw_only=True)
-class StepFlags(TrainFlags):
-    """Flags of an example that chooses how to compute a step."""
-
-    activation: Literal["sigmoid", "relu"] = "sigmoid"
-    """Activation between the layers."""
-    label_smoothing: float = 0.0
-    """Part of a target that is spread evenly over all classes; the test loss is without it."""
-    fused: Literal["auto", "off"] = "auto"
-    """Gradients by formulas where the model allows it, or always by autograd."""
-    graph: Literal["auto", "on", "off"] = "auto"
-    """A step as one CUDA graph where that is possible; on: an error where it is not."""
-
-
 def main(run: Callable[[F], None], flags: type[F]) -> None:
     """Parse ``flags`` from the command line and call ``run`` with them.
 
-    A `ConfigError`, or a file that cannot be read or written, ends every rank with status 2. Rank 0 prints
-    it as one line. Another rank waits `GRACE` seconds before it prints: if rank 0 has failed too, the
-    launcher has ended this rank by then. It does not wait for a rank 0 that does not answer. SIGINT ends
-    with status 130.
+    A `TorchparError`, a file that cannot be read or written, or a model that cannot be compiled ends every
+    rank with status 2. Rank 0 prints it as one line. Another rank waits `GRACE` seconds before it prints: if
+    rank 0 has failed too, the launcher has ended this rank by then. It does not wait for a rank 0 that does
+    not answer. SIGINT ends with status 130.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -193,17 +203,26 @@ def main(run: Callable[[F], None], flags: type[F]) -> None:
         info = find_rank_info()
         rank = info.rank if info else 0
         run(_parse(flags, rank))
-    except (ConfigError, OSError) as e:
-        if rank and 0 not in getattr(e, "missing", ()):
-            time.sleep(GRACE)
-        print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    except (TorchparError, OSError) as e:
+        _end(str(e), wait=rank > 0 and 0 not in getattr(e, "missing", ()))
+    except RuntimeError as e:
+        if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = " ".join(str(e).partition("\n\n")[0].split())
+        _end(f"the model cannot be compiled: {reason}; drop --compile", wait=rank > 0)
     except Stopped as e:
         if rank == 0:
             print(f"{e}; the state is saved, the same command resumes from it", flush=True)
         sys.exit(130 if e.signal == 2 else 0)
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports SIGINT
+
+
+def _end(error: str, wait: bool) -> NoReturn:
+    if wait:
+        time.sleep(GRACE)
+    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 def _parse(flags: type[F], rank: int) -> F:

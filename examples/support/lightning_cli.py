@@ -13,7 +13,7 @@ from typing import Any
 from torch import distributed as dist
 
 from support import console
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, TorchparError
 
 try:
     from jsonargparse import ArgumentError
@@ -83,7 +83,7 @@ def main(model: type[LightningModule], data_module: type[LightningDataModule]) -
             trainer_defaults=trainer,
             save_config_callback=None,  # the logger keeps the hyperparameters
         )
-    except (ConfigError, MisconfigurationException, ArgumentError, OSError, UnpicklingError) as e:
+    except (TorchparError, MisconfigurationException, ArgumentError, OSError, UnpicklingError) as e:
         if getattr(rank_zero_only, "rank", 0) == 0:  # every rank meets it
             print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)

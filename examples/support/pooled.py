@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Data, printed lines and plots of ``fashion_pooled.py``."""
+"""Flags, data, printed lines and plots of ``fashion_pooled.py`` and ``fashion_pooled_torch.py``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,11 +54,20 @@ class Result(NamedTuple):
 
 @dataclass(kw_only=True)
 class PooledFlags(ExampleFlags):
-    """Flags of the data."""
+    """Flags of both exercises."""
 
     data: Path = Path(__file__).parent.parent / "data"  # Folder of the data sets, as torchvision's root.
     dataset: Dataset = "mnist"  # Data set; the published figures are of fashion-mnist.
     samples: int = 5000  # Number of training images, the first ones.
+    iterations: int = 800  # Iterations of the second run.
+    lr: float = 0.1  # Learning rate of the second run.
+    momentum: float = 0.9  # Momentum of the second run.
+
+
+def make_plans(flags: PooledFlags) -> list[Plan]:
+    """Return the settings of the university project's run, and of the second run."""
+    published = Plan(iterations=60, lr=0.1, momentum=0.0, seed=flags.seed)
+    return [published, Plan(flags.iterations, flags.lr, flags.momentum, flags.seed)]
 
 
 def prepare(flags: PooledFlags) -> list[Samples]:
@@ -68,12 +77,12 @@ def prepare(flags: PooledFlags) -> list[Samples]:
         Rows of 400 numbers in [0, 1], and their labels.
     """
     console.create_outputs(folders=[flags.plots], files=[flags.metrics])
-    found = []
     train, test = load(flags.dataset, flags.data)
+    splits = []
     for samples in (train[: flags.samples], test):
         images = adaptive_avg_pool2d(samples.features / 255, 20).flatten(1)
-        found.append(Samples(images.numpy(), samples.labels.numpy()))
-    return found
+        splits.append(Samples(images.numpy(), samples.labels.numpy()))
+    return splits
 
 
 def report(flags: PooledFlags, library: str, device: str, ranks: int, results: list[Result]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from torchpar.baselines.numpy_mlp import MLP, Array, batches
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, TorchparError
 from torchpar.parallel.launch.rendezvous import find_rank_info
 
 T = TypeVar("T")
@@ -81,13 +81,13 @@ def on_rank_0(world: Any, function: Callable[[], T]) -> T | None:
     """Run ``function`` on process 0 and return its result there, None on the others.
 
     Raises:
-        ConfigError: the one that ``function`` raised, on every process.
+        TorchparError: the one that ``function`` raised, on every process.
     """
     result, error = None, None
     if world.rank == 0:
         try:
             result = function()
-        except ConfigError as e:
+        except TorchparError as e:
             error = e
     error = world.bcast(error)
     if error is not None:
@@ -152,12 +152,12 @@ def scatter_batches(
     """
     shares = [np.array_split(batch, world.size) for batch in batches(size, batch_size, generator)]
     own = scatter(world, samples, [np.concatenate(of_rank) for of_rank in zip(*shares, strict=True)])
-    found, start = [], 0
+    batches_of_rank, start = [], 0
     for share in shares:
         end = start + len(share[world.rank])
-        found.append(Batch(own.x[start:end], own.labels[start:end], sum(map(len, share))))
+        batches_of_rank.append(Batch(own.x[start:end], own.labels[start:end], sum(map(len, share))))
         start = end
-    return found
+    return batches_of_rank
 
 
 def evaluate(world: Any, model: MLP, share: Samples, size: int) -> tuple[float, float]:

@@ -219,12 +219,12 @@ def gradients(
         loops.apply_sigmoid(inputs[-1])
     delta = loops.linear(inputs[-1], weights[-1], biases[-1])
     loss = cross_entropy(delta, labels)
-    found = []
+    layer_gradients = []
     for layer in reversed(range(len(weights))):
-        found.append(loops.parameter_gradients(inputs[layer], delta))
+        layer_gradients.append(loops.parameter_gradients(inputs[layer], delta))
         if layer > 0:
             delta = loops.sigmoid_input_gradient(delta, weights[layer], inputs[layer])
-    d_weights, d_biases = zip(*reversed(found), strict=True)
+    d_weights, d_biases = zip(*reversed(layer_gradients), strict=True)
     return loss, list(d_weights), list(d_biases)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Symmetric matrix products on the CPU, at half the arithmetic.
 
-float32 goes to oneDNN (`torchpar.ops._onednn`), in chains of `_CHAIN` terms, with which the error is MKL's.
+float32 goes to oneDNN (`torchpar.ops._onednn`), in chains of `_CHAIN` terms: the error is then MKL's.
 """
 
 import itertools
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from torchpar.ops._matrix import even, half_sum, lower_mask, mirrored, product
+from torchpar.ops._matrix import half_sum, lower_mask, mirrored, pad_to_even, product
 from torchpar.ops._onednn import onednn, prefers_onednn
 
 _HALVED_FROM = 256  # rows
@@ -98,7 +98,7 @@ def _half_sums(g: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 def _halved(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, out: Tensor) -> None:
     n = len(a)
-    a, b = even(a, b)
+    a, b = pad_to_even(a, b)
     blocks = max(round(n / (_BLOCK_FLOAT64 if a.dtype == torch.float64 else _BLOCK)), 2)
     chains = None
     if n >= _ONEDNN_FROM and alpha != 0 and a.numel() and prefers_onednn(a):

@@ -32,14 +32,14 @@ from torchpar.ops._library import Wrap
 DIGITS, BITS = 4, 8
 SCALE = DIGITS * BITS - 1  # |X| < 2^SCALE
 WEIGHT = 2 * SCALE - BITS * (DIGITS - 1)  # T counts units of 2^(e + f − WEIGHT)
-LEAST, LARGEST = -149, 129  # exponents of rows of finite numbers
-# Half of each digit but the first: added before the cut, it makes digits from −128 on of those from 0 on.
+MIN_EXPONENT, MAX_EXPONENT = -149, 129  # of rows of finite numbers
+# Half of the range of each digit but the first. Added before the cut, it makes the digits signed.
 CARRY = sum(2 ** (BITS * p + BITS - 1) for p in range(DIGITS - 1))
-CHAIN = 2**14  # terms, of which each order fits in an int32, and T in the 53 bits of a float64
-LONG_CHAIN = 2**23  # terms, of which T fits in an int64
+CHAIN = 2**14  # terms, for which each order fits in an int32, and T in the 53 bits of a float64
+LONG_CHAIN = 2**23  # terms, for which T fits in an int64
 _BLOCK = 2**17  # elements that are cut, or put together, at a time: they fit in the processor's cache
 _HALVED_BLOCK = 256  # rows of a block on the diagonal, of which all is computed
-_INT8_WORTH = 2**20  # multiplications; a larger product is faster in int8 than in float64
+_MIN_INT8_PRODUCT = 2**20  # multiplications from which int8 is faster than float64
 
 
 @cache
@@ -60,20 +60,20 @@ def has_int8() -> bool:
 
 
 def row_exponents(x: Tensor) -> Tensor:
-    """The exponents e ``(*, m, 1)`` int32 of the rows of ``x (*, m, k)``, from `LEAST` to `LARGEST`.
+    """The exponents e ``(*, m, 1)`` int32 of the rows of ``x``, from `MIN_EXPONENT` to `MAX_EXPONENT`.
 
     The largest |x| of a row is less than (1 − 2⁻⁷)·2^e, and at least (½ − 2⁻⁸)·2^e unless it is 0. A row
-    with a NaN or an infinity has an exponent above `LARGEST`.
+    with a NaN or an infinity has an exponent above `MAX_EXPONENT`.
     """
     if x.shape[-1] == 0:
-        return x.new_full((*x.shape[:-1], 1), LEAST, dtype=torch.int32)
+        return x.new_full((*x.shape[:-1], 1), MIN_EXPONENT, dtype=torch.int32)
     largest = x.abs().amax(-1, keepdim=True)
     # A small number is scaled, since it may be subnormal.
     scale = 32 * (largest < 1).int()
     bits = (largest * power_of_two(scale)).view(torch.int32)
     # The bits of a positive float grow with it, and the upper ones are its exponent.
-    exponents = (((bits + 2**17) >> 23) - 126 - scale).clamp(min=LEAST)
-    return torch.where(largest < torch.inf, exponents, LARGEST + 1)
+    exponents = (((bits + 2**17) >> 23) - 126 - scale).clamp(min=MIN_EXPONENT)
+    return torch.where(largest < torch.inf, exponents, MAX_EXPONENT + 1)
 
 
 def digits(x: Tensor, e: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def digits(x: Tensor, e: Tensor) -> Tensor:
     for block in _blocks(len(source), source[:1].numel()):
         integers = scaled(source[block], SCALE - exponents[block]).round_().to(torch.int32).add_(CARRY)
         for p in range(DIGITS):
-            planes[p, block].copy_(integers >> BITS * (DIGITS - 1 - p))  # of which it takes the lowest 8 bits
+            planes[p, block].copy_(integers >> BITS * (DIGITS - 1 - p))  # int8 keeps the lowest 8 bits
     planes[1:].bitwise_xor_(-(2 ** (BITS - 1)))
     return out
 
@@ -104,9 +104,9 @@ def _blocks(rows: int, columns: int) -> Iterator[slice]:
 
 def scaled(x: Tensor, exponents: Tensor) -> Tensor:
     """``2^exponents · x`` in float32, a new tensor; exact where the result is a normal number."""
-    normal = exponents.clamp(-126, 127)  # the others' powers of two are no float32
+    normal = exponents.clamp(-126, 127)  # other powers of two are not normal float32 numbers
     result = x * power_of_two(normal)
-    if x.is_cuda or not torch.equal(normal, exponents):  # a GPU would have to wait for the answer
+    if x.is_cuda or not torch.equal(normal, exponents):  # on a GPU the comparison would synchronise
         result *= power_of_two(exponents - normal)
     return result
 
@@ -125,18 +125,18 @@ def product(a: Tensor, b: Tensor, wrap: Wrap) -> Tensor:
         for x, y in zip(a.split(LONG_CHAIN, -1), b.split(LONG_CHAIN, -1), strict=True):
             total += exact_product(x, y, e, f, wrap, out=a.new_empty(shape, dtype=torch.int64))
         return _with_limits(rounded(total, e, f), a, b, e, f)
-    if (e > LARGEST).any() or (f > LARGEST).any():
+    if (e > MAX_EXPONENT).any() or (f > MAX_EXPONENT).any():
         finite = [torch.where(t.isfinite(), t, 0) for t in (a, b)]
-        out = _product(finite[0], finite[1], e.clamp(max=LARGEST), f.clamp(max=LARGEST))
+        out = _product(finite[0], finite[1], e.clamp(max=MAX_EXPONENT), f.clamp(max=MAX_EXPONENT))
         return _with_limits(out, a, b, e, f)
     return _halved(a, e) if b is a else _product(a, b, e, f)
 
 
 def _with_limits(out: Tensor, a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
     """``out``, but NaN and infinities where rows of ``a`` or ``b`` have them."""
-    # Of an infinity only its sign matters, and of finite factors their signs.
+    # Whether the result is NaN, and which infinity, depends on the signs of the factors alone.
     signs = [torch.where(t.isfinite(), t.sign(), t) for t in (a, b)]
-    return torch.where((e > LARGEST) | (f > LARGEST).mT, signs[0] @ signs[1].mT, out)
+    return torch.where((e > MAX_EXPONENT) | (f > MAX_EXPONENT).mT, signs[0] @ signs[1].mT, out)
 
 
 def _product(a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class Sums:
         if a.shape[-1] <= CHAIN:
             self._orders = _orders(a, b)
             return
-        # Of long chains float64 adds in their order, and rounds.
+        # The T of a chain of more than LONG_CHAIN terms is added in float64, in order and with rounding.
         length, dtype = (LONG_CHAIN, torch.float64) if a.shape[-1] > LONG_CHAIN else (CHAIN, torch.int64)
         self._total = a.new_zeros(self.shape, dtype=dtype)
         for chain in zip(a.split(length, -1), b.split(length, -1), strict=True):
@@ -206,7 +206,7 @@ def _orders(a: Tensor, b: Tensor) -> list[Tensor]:
     if (
         a.dim() == 3
         and k
-        and a.shape[0] * b.shape[0] * k >= _INT8_WORTH
+        and a.shape[0] * b.shape[0] * k >= _MIN_INT8_PRODUCT
         and has_int8()
         and torch.backends.mkldnn.enabled
     ):
@@ -219,7 +219,7 @@ def _orders(a: Tensor, b: Tensor) -> list[Tensor]:
     for q in range(1, DIGITS):
         leading.mul_(2**BITS).add_(b.select(-2, q))
         total += a.select(-2, DIGITS - 1 - q).double() @ leading.mT
-    return [total.add_(0.0)]  # a product of 0 and a negative number is −0, which is no integer
+    return [total.add_(0.0)]  # makes 0 of −0, the product of 0 and a negative number
 
 
 def _concatenated(digits: Tensor, reverse: bool = False) -> Tensor:
@@ -231,7 +231,7 @@ def _concatenated(digits: Tensor, reverse: bool = False) -> Tensor:
 
 
 def rounded(total: Tensor, e: Tensor, f: Tensor) -> Tensor:
-    """float32 ``(*, m, n)`` of T and the exponents ``e (*, m, 1)`` and ``f (*, n, 1)``.
+    """The product in float32 ``(*, m, n)``, from T and the exponents ``e (*, m, 1)`` and ``f (*, n, 1)``.
 
     T is rounded once; above 2⁵³, to float64 before. Rows that are not finite make results NaN.
     """
@@ -240,4 +240,4 @@ def rounded(total: Tensor, e: Tensor, f: Tensor) -> Tensor:
 
 def finite_power(e: Tensor, more: int = 0) -> Tensor:
     """2^(e + more) in float64; NaN for rows that are not finite."""
-    return torch.where(e > LARGEST, torch.nan, power_of_two(e + more, torch.float64))
+    return torch.where(e > MAX_EXPONENT, torch.nan, power_of_two(e + more, torch.float64))

@@ -42,8 +42,8 @@ Rule = Callable[[Callable[..., Any]], Callable[..., Any]]
 def supports_tma(wrap: Wrap) -> bool:
     """Whether a kernel that ``wrap`` launches may make TMA descriptors, which need memory at the launch.
 
-    Inductor's Python wrapper allocates it. Its C++ wrapper, and so AOTInductor, allocates that of one program
-    in torch 2.11, and of all in 2.15. Other compilers, and graphs that are run as they are, allocate nothing.
+    Inductor's Python wrapper allocates that memory. Its C++ wrapper, and so AOTInductor, allocates enough for
+    one program in torch 2.11, and for all in 2.15. Other compilers, and uncompiled graphs, allocate nothing.
     """
     if wrap is None:
         return True
@@ -226,7 +226,7 @@ def with_derivatives(
     """
     overload = getattr(ops, name).default
 
-    # `torch.autograd.Function` would call the transforms, which have called the operator.
+    # `torch.autograd.Function` would dispatch to the transforms again, which have called the operator.
     class Formula(_SingleLevelFunction):
         @staticmethod
         def forward(*args: Any) -> Any:
@@ -284,7 +284,7 @@ def register_autocast(name: str, *, cast: bool = True, dtype: torch.dtype | None
 
 
 def is_dtensor(t: Tensor) -> bool:
-    """Whether ``t`` is a DTensor; its module is not imported for the answer."""
+    """Whether ``t`` is a DTensor; this does not import DTensor's module."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
 

@@ -40,15 +40,15 @@ def rows(t: Tensor) -> Tensor:
 
 
 def is_paired(t: Tensor) -> bool:
-    """Whether a product may multiply pairs of elements of ``t``: of 16-bit floats on a CPU, as AMX does.
+    """Whether a product may read the elements of ``t`` in pairs, as AMX reads 16-bit floats.
 
-    oneDNN completes a row of odd length with an element that lies beside it, and multiplies that by 0. The
-    result is NaN, if the element is not finite.
+    Where rows have an odd length, oneDNN pairs the last element with one that lies beside it in memory, and
+    multiplies that one by 0. If it is not finite, the result is NaN.
     """
     return t.is_cpu and t.dtype.itemsize == 2
 
 
-def even(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def pad_to_even(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Append columns of zeros to ``a (*, n, k)`` and ``b (*, m, k)`` if they are `is_paired` and k is odd.
 
     A graph with a symbolic k appends two or three, also to an even k. DTensors are left as they are.
@@ -57,7 +57,7 @@ def even(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if not is_paired(a) or is_dtensor(a) or is_dtensor(b):
         return a, b
     if isinstance(k, torch.SymInt):
-        columns = 2 + k % 2  # asking whether k is odd would specialize the graph, and so would no columns
+        columns = 2 + k % 2  # `if k % 2` would specialize the graph on k, and so would 0 columns
     elif k % 2:
         columns = 1
     else:
@@ -84,9 +84,9 @@ def product(
     """
     if c is not None and beta == 0:
         c = None
-    a, b = even(a, b)
+    a, b = pad_to_even(a, b)
     if alpha == 0 or not abs(alpha) < math.inf:
-        # Of these, PyTorch's libraries make NaN and finite numbers respectively, at some sizes.
+        # At some sizes PyTorch's libraries return NaN for alpha 0, and finite numbers for an infinite alpha.
         result = alpha * (a @ b.mT) if alpha else a.new_zeros(*a.shape[:-1], b.shape[-2])
         result = result if c is None else result + beta * c
         return result.contiguous() if out is None else out.copy_(result)
@@ -109,9 +109,9 @@ def half_sum(g: Tensor) -> Tensor:
 
 def mirrored(c: Tensor) -> Tensor:
     """A symmetric matrix from the lower triangle of ``c``, for ``c (*, n, n)``."""
-    if c.numel() == 0:  # of an empty batch, `torch.where` makes other strides than of a full one
+    if c.numel() == 0:  # for an empty batch `torch.where` returns other strides
         return c.new_empty(c.shape)
-    # A tracer's mask must not be kept, nor one on a GPU: another stream could read it before it is written.
+    # A tracer's mask is not cached, nor a GPU's: another stream could read it before it is written.
     make_mask = lower_mask if type(c) is Tensor and c.is_cpu else _make_lower_mask
     return torch.where(make_mask(c.shape[-1], c.device), c, c.mT)
 
@@ -121,4 +121,4 @@ def _make_lower_mask(n: int, device: torch.device) -> Tensor:
 
 
 lower_mask = lru_cache(maxsize=8)(_make_lower_mask)
-"""``lower_mask(n, device)``: True on and below the diagonal, kept for the next call."""
+"""``lower_mask(n, device)``: True on and below the diagonal, cached."""

@@ -4,8 +4,8 @@
 PyTorch gives float32 products to its BLAS library. Where that is MKL, it uses only AVX2 on AMD processors:
 two cores of an AMD EPYC reach 205 GFLOP/s with MKL and 440 with oneDNN. `torch.ops.mkldnn._linear_pointwise`,
 a private name that Inductor uses too, is oneDNN's product. It sums all terms in one chain, and the error
-grows with the chain's length. So long sums are cut into chains of at most `CHAIN` terms, with which the error
-stays below twice MKL's.
+grows with the chain's length. Therefore long sums are cut into chains of at most `CHAIN` terms: the error is
+then less than twice MKL's.
 """
 
 import platform
@@ -19,13 +19,13 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from torchpar.ops._matrix import even, product, rows
+from torchpar.ops._matrix import pad_to_even, product, rows
 
 CHAIN = 264
-# The smallest product for oneDNN, in multiplications per chain and thread: its call costs more than MKL's.
-_WORTH = 2_500_000
-# The smallest layer: its autograd function is in Python, and costs more than PyTorch's own.
-_LAYER_WORTH = 5_000_000
+# Multiplications per chain and thread from which oneDNN is faster, although its call takes longer than MKL's.
+_MIN_PRODUCT = 2_500_000
+# The same per thread for a layer, whose autograd function is in Python, and slower than PyTorch's.
+_MIN_LAYER = 5_000_000
 
 
 @cache
@@ -54,9 +54,9 @@ def prefers_onednn(t: Tensor) -> bool:
     return t.is_cpu and t.dtype == torch.float32 and _is_enabled()
 
 
-def layer_gains(multiplications: int) -> bool:
+def prefers_onednn_layer(multiplications: int) -> bool:
     """Return True if a float32 linear layer on the CPU, forward and backward, is faster by oneDNN."""
-    return multiplications >= _LAYER_WORTH * torch.get_num_threads() and _is_enabled()
+    return multiplications >= _MIN_LAYER * torch.get_num_threads() and _is_enabled()
 
 
 def _is_enabled() -> bool:
@@ -78,21 +78,21 @@ def onednn(
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`torch.nn.functional.linear`, differentiable."""
-    by_onednn = is_eager(x, weight, bias) and gains(x, weight) and _fits(x, weight, bias)
+    by_onednn = is_eager(x, weight, bias) and layer_prefers_onednn(x, weight) and _fits(x, weight, bias)
     return _Linear.apply(x, weight, bias) if by_onednn else F.linear(x, weight, bias)
 
 
-def gains(x: Tensor, weight: Tensor) -> bool:
+def layer_prefers_onednn(x: Tensor, weight: Tensor) -> bool:
     """Return True if ``x @ weight.T`` belongs to a layer that is faster by oneDNN."""
     return (
-        layer_gains(x.numel() * weight.shape[:1].numel())
+        prefers_onednn_layer(x.numel() * weight.shape[:1].numel())
         and x.is_cpu
         and x.dtype == weight.dtype == torch.float32
     )
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Return True if oneDNN takes the operands. PyTorch takes more layouts and biases, and names errors."""
+    """Return True if oneDNN takes the operands. PyTorch takes more layouts and biases, or raises an error."""
     operands = (x, weight) if bias is None else (x, weight, bias)
     return (
         all(t.is_cpu and t.dtype == x.dtype and t.layout == torch.strided for t in operands)
@@ -105,7 +105,7 @@ def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, sigmoid: bool
     """``x @ weight.T + bias`` for ``x (*, in)``, ``weight (out, in)``, or its sigmoid; not differentiable."""
     count = _chains(x, weight)
     if count == 0:
-        y = F.linear(*even(x, weight), bias)
+        y = F.linear(*pad_to_even(x, weight), bias)
         return y.sigmoid_() if sigmoid else y
     if bias is not None:
         bias = bias.contiguous()  # oneDNN reads it as if it were
@@ -131,7 +131,7 @@ def linear_gradients(
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` for matrices; no gradient."""
-    if a.numel() * b.shape[1] < _WORTH:
+    if a.numel() * b.shape[1] < _MIN_PRODUCT:
         return a.mm(b)
     count = _chains(a, b.T)
     return _in_chains(a, b.T, count) if count else a.mm(b)
@@ -155,14 +155,19 @@ def _dense(t: Tensor) -> Tensor:
 def _chains(a: Tensor, b: Tensor) -> int:
     """Number of oneDNN's chains for the product of the rows of ``a`` and ``b``; 0 where BLAS is as fast."""
     multiplications = a.numel() * b.shape[0]
-    if multiplications < _WORTH or not prefers_onednn(a) or b.dtype != a.dtype or a.shape[-1:] != b.shape[1:]:
+    if (
+        multiplications < _MIN_PRODUCT
+        or not prefers_onednn(a)
+        or b.dtype != a.dtype
+        or a.shape[-1:] != b.shape[1:]
+    ):
         return 0
     count = -(-b.shape[1] // CHAIN)
-    return count if multiplications >= _WORTH * count * torch.get_num_threads() else 0
+    return count if multiplications >= _MIN_PRODUCT * count * torch.get_num_threads() else 0
 
 
 def is_eager(*tensors: Tensor | None) -> bool:
-    """Return True if no compiler, transform, subclass or autocast has to see the calls."""
+    """Return True if no compiler, transform, tensor subclass or autocast must intercept the calls."""
     return (
         not torch.compiler.is_compiling()
         and not torch._C._is_tracing()

@@ -7,7 +7,7 @@ With G = dL/dC, the gradient is an exact product too:
 
     dL/dX = (G + Gᵀ)·X
 
-of G/2, lest the sum overflow: the bits that G/2 loses are those of subnormal numbers.
+computed from G/2, so that the sum does not overflow. G/2 loses bits of subnormal numbers only.
 """
 
 from typing import Any

@@ -35,7 +35,7 @@ from torchpar.ops._library import (
     sample,
     supports_tma,
 )
-from torchpar.ops._matrix import check_dtype, check_like, even, fp32_precision, is_paired, rows
+from torchpar.ops._matrix import check_dtype, check_like, fp32_precision, is_paired, pad_to_even, rows
 
 
 def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -90,21 +90,21 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Return True if PyTorch's operators with their autograd are fastest and right.
+    """Return True if PyTorch's operators and their autograd are right, and faster than this operator.
 
-    They are on CPUs, where a layer is small or not float32, and in 16 bits of even sizes.
+    They are on CPUs, if the layer is small or not float32, and for 16-bit floats if its sizes are even.
     """
     return (
         x.is_cpu
         and _onednn.is_eager(x, weight, bias)
-        and not _onednn.gains(x, weight)
+        and not _onednn.layer_prefers_onednn(x, weight)
         and not (is_paired(x) and any(size % 2 for size in (*weight.shape, math.prod(x.shape[:-1]))))
     )
 
 
 def _formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     _check(x, weight, bias)
-    return linear(*even(x, weight), bias).sigmoid()
+    return linear(*pad_to_even(x, weight), bias).sigmoid()
 
 
 @operator("linear_sigmoid(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", kernels="linear_sigmoid")
@@ -113,7 +113,7 @@ def _linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wr
     if not x.is_cuda:
         if wrap is None:
             return _onednn.linear_forward(x, weight, bias, sigmoid=True)
-        return linear(*even(x, weight), bias).sigmoid_()
+        return linear(*pad_to_even(x, weight), bias).sigmoid_()
     from torchpar.kernels import linear_sigmoid as kernels
 
     out = None
@@ -172,7 +172,7 @@ def _(
     # A weight or a bias per sample is a batched product, which the kernel does not compute.
     x, weight = batch_first(x, x_dim, info.batch_size), batch_first(weight, weight_dim, info.batch_size)
     x2 = x.reshape(info.batch_size, math.prod(x.shape[1:-1]), x.shape[-1])
-    x2, weight = even(x2, weight)
+    x2, weight = pad_to_even(x2, weight)
     if bias is None:
         z = torch.bmm(x2, weight.mT)
     else:

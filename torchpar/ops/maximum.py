@@ -88,7 +88,7 @@ def _maximum(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
     device = _device(a, b)
     if device.type != "cuda":
         out = torch.maximum(a, b)
-        return out if out.numel() else _empty(a, b, device)  # ATen may give an empty result other strides
+        return out if out.numel() else _empty(a, b, device)  # an empty result of ATen may have other strides
     from torchpar.kernels import maximum as kernels
 
     out = empty_elementwise((a, b), torch.result_type(a, b), device)
@@ -169,7 +169,7 @@ def _(a: Any, b: Any) -> list[Any]:
 
 
 def _sharded_placements(a: Any, b: Any) -> Iterator[tuple[int, list[Any]]]:
-    """The dimensions of the result, and placements of the operands with which it is split by each."""
+    """Each dimension of the result, and the operands' placements that shard the result along it."""
     from torch.distributed.tensor import Replicate, Shard
 
     rank = max(a.ndim, b.ndim)

@@ -62,36 +62,37 @@ def assign(model: nn.Module, overrides: Mapping[str, Choice], views: Mapping[str
     """Choose an optimizer for each parameter of ``model``.
 
     Args:
-        overrides, views: by names, or by patterns as of `fnmatch`; of several the last counts.
+        overrides, views: keyed by names, or by patterns of `fnmatch`; of several that match, the last counts.
 
     Raises:
-        ConfigError: a pattern that no parameter has; a choice that is none.
+        ConfigError: a pattern that matches no parameter; an unknown choice.
     """
     owners: dict[Tensor, list[tuple[str, nn.Module]]] = {}
     for prefix, module in model.named_modules():
         for name, p in module.named_parameters(recurse=False):
             owners.setdefault(p, []).append((f"{prefix}.{name}".lstrip("."), module))
     head = _head(model)
-    found = [_assign(used, p, head) for p, used in owners.items()]
+    assignments = [_assign(used, p, head) for p, used in owners.items()]
 
     def has(one: Assignment, pattern: str) -> bool:
         return any(fnmatchcase(name, pattern) for name, _ in owners[one.p])  # a shared one has several names
 
     for pattern in (*overrides, *views):
-        if not any(has(one, pattern) for one in found):
+        if not any(has(one, pattern) for one in assignments):
             raise ConfigError(f"Muon.for_model: no parameter is named {pattern}")
     for pattern, view in views.items():
-        found = [
+        assignments = [
             one._replace(choice="muon", reason="has a view", view=view) if has(one, pattern) else one
-            for one in found
+            for one in assignments
         ]
     for pattern, choice in overrides.items():
         if choice not in ("muon", "others"):
             raise ConfigError(f"Muon.for_model: {pattern} goes to {choice!r}, expected 'muon' or 'others'")
-        found = [
-            one._replace(choice=choice, reason="override") if has(one, pattern) else one for one in found
+        assignments = [
+            one._replace(choice=choice, reason="override") if has(one, pattern) else one
+            for one in assignments
         ]
-    return found
+    return assignments
 
 
 def _assign(used: list[tuple[str, nn.Module]], p: Tensor, head: nn.Module | None) -> Assignment:
@@ -99,8 +100,8 @@ def _assign(used: list[tuple[str, nn.Module]], p: Tensor, head: nn.Module | None
     modules = [module for _, module in used]
     if is_dtensor(p) and hasattr(module, "split_axes"):
         raise ConfigError(
-            f"Muon.for_model: {name} is a DTensor of a layer that is split by hand; take one of both ways, "
-            "such as parallelize_module with fully_shard"
+            f"Muon.for_model: {name} is a DTensor of a ColumnParallelLinear or RowParallelLinear; under "
+            "fully_shard, split the layer by parallelize_module instead"
         )
 
     def others(reason: str) -> Assignment:
@@ -171,7 +172,7 @@ def chain(
     overrides: Mapping[str, Choice],
     views: Mapping[str, View],
 ) -> ModelOptimizer:
-    """Make both optimizers of `Muon.for_model`, which has the arguments."""
+    """Make both optimizers of `Muon.for_model`, which documents the arguments."""
     assignments = assign(model, overrides, views)
     by_choice: dict[Choice, list[tuple[str, Tensor]]] = {"muon": [], "others": []}
     for one in assignments:
@@ -183,8 +184,8 @@ def chain(
     chosen = {one.name: one.view for one in assignments if one.view and one.choice == "muon"}
     optimizers = [make_muon(by_choice["muon"], views=chosen)]
     # Only matrices decay: a norm's scale that shrank would be scaled up again by the next layer.
-    tables = {"params": [(name, p) for name, p in by_choice["others"] if p.dim() > 1]}
+    matrices = {"params": [(name, p) for name, p in by_choice["others"] if p.dim() > 1]}
     vectors = {"params": [(name, p) for name, p in by_choice["others"] if p.dim() <= 1], "weight_decay": 0.0}
-    if groups := [group for group in (tables, vectors) if group["params"]]:
+    if groups := [group for group in (matrices, vectors) if group["params"]]:
         optimizers.append(others(groups))
     return ModelOptimizer(assignments, *optimizers)

@@ -23,6 +23,12 @@ class ChainedOptimizer(Optimizer):
 
     def __init__(self, *optimizers: Optimizer):
         super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
+        # Schedulers that cycle the momentum look here for "betas" or "momentum", and set it in all groups.
+        shared = set.intersection(*(set(optimizer.defaults) for optimizer in optimizers))
+        cycled = "betas" if "betas" in shared else "momentum"
+        for optimizer in optimizers:
+            if cycled in optimizer.defaults:
+                self.defaults[cycled] = optimizer.defaults[cycled]
         for optimizer in optimizers:
             self.state.update(optimizer.state)
         self.optimizers = optimizers

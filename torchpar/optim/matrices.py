@@ -14,9 +14,9 @@ from torchpar.optim.newton_schulz import orthogonalize
 from torchpar.optim.parts import Part
 
 View = Callable[[Tensor], Tensor | Sequence[Tensor]]
-"""A function from a parameter to its matrices: views ``(*, n, m)`` of it that have each element once."""
+"""A function from a parameter to its matrices: views ``(*, n, m)`` that together hold each element once."""
 
-_BATCH_MULTIPLICATIONS = 2**31  # in X·Xᵀ; they take a GPU about as long as a launch
+_BATCH_MULTIPLICATIONS = 2**31  # in X·Xᵀ of a batch: a GPU takes about as long for them as for a launch
 # On a GPU the launches of a small matrix take longer than its products. With zeros around it, which change no
 # singular value, it shares the launches of other small ones. On a CPU the zeros cost more than they save.
 _PADDING_DEVICE = "cuda"
@@ -25,11 +25,11 @@ _SMALL = 2**24  # multiplications in X·Xᵀ
 
 
 @dataclass(frozen=True)
-class Item:
-    """A parameter, and what this rank has of it.
+class ParamInfo:
+    """A parameter, and the part of it that this rank holds.
 
     Attributes:
-        place: the index of its group, and its index in it.
+        place: the index of its parameter group, and its index within the group.
     """
 
     name: str
@@ -39,14 +39,14 @@ class Item:
     view: View | None
 
     @property
-    def group(self) -> int:
+    def group_index(self) -> int:
         return self.place[0]
 
     def matrices(self, t: Tensor) -> list[Tensor]:
         """The matrices of ``t``, which has the shape of the whole parameter; views of it."""
-        found = t if self.view is None else self.view(t)
-        found = [found] if isinstance(found, Tensor) else list(found)
-        return [matrix for one in found for matrix in _as_matrices(one)]
+        views = t if self.view is None else self.view(t)
+        views = [views] if isinstance(views, Tensor) else list(views)
+        return [matrix for one in views for matrix in _as_matrices(one)]
 
     @cached_property
     def shapes(self) -> list[torch.Size]:
@@ -78,11 +78,11 @@ class Item:
         if not counted.eq(1).all() or any(matrix.dim() != 2 for matrix in matrices):
             raise ConfigError(
                 f"Muon: the view of {self.name} returns {[tuple(m.shape) for m in matrices]}, expected views "
-                f"(*, n, m) that have each element of {shape} once"
+                f"(*, n, m) that together hold each element of {shape} once"
             )
 
 
-def orthogonalize_together(matrices: Sequence[Tensor], *settings: Any) -> list[Tensor]:
+def orthogonalize_batched(matrices: Sequence[Tensor], *settings: Any) -> list[Tensor]:
     """Orthogonalise each matrix, in batches of equal shapes that keep a device busy; bfloat16.
 
     Args:

@@ -18,10 +18,16 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from torchpar.errors import ConfigError
 from torchpar.ops._library import is_dtensor
 from torchpar.optim.assign import Choice, ModelOptimizer, chain
-from torchpar.optim.exchange import MISPLACED, PRESENT, SPARSE, Exchange, GradientState
-from torchpar.optim.matrices import Item, View, orthogonalize_together
-from torchpar.optim.newton_schulz import COEFFICIENTS, Coefficients, NewtonSchulz, check_ns, per_step
-from torchpar.optim.parts import holders_of, is_split_by_hand, local, part_of
+from torchpar.optim.exchange import NEEDS_REDISTRIBUTE, PRESENT, SPARSE, Exchange, GradientState
+from torchpar.optim.matrices import ParamInfo, View, orthogonalize_batched
+from torchpar.optim.newton_schulz import (
+    COEFFICIENTS,
+    Coefficients,
+    NewtonSchulz,
+    check_ns,
+    coefficients_per_step,
+)
+from torchpar.optim.parts import holders_of, is_tensor_parallel, local, part_of
 
 # The factor of the learning rate of a matrix (n, m), by the names of `torch.optim.Muon`.
 _RATIOS: dict[str | None, Callable[[int, int], float]] = {
@@ -47,8 +53,8 @@ class Muon(Optimizer):
     of one of torchpar's split layers. Each matrix is orthogonalised by one of the ranks that have it, and the
     work is shared about evenly. A step makes two all-to-alls in bfloat16 for each mesh, and holds no more
     than its share of the whole matrices (`torchpar.optim.exchange`). With ``ns="standard"`` parameters of
-    float32 have the bits of unsplit ones, on a CPU. State is saved and loaded as of any optimizer: a momentum
-    lies where its parameter does.
+    float32 have the bits of unsplit ones, on a CPU. Save and load the state as any optimizer's: a momentum
+    is sharded as its parameter is.
 
     Give Muon the hidden weight matrices only. `for_model` finds them, and gives another optimizer the
     embeddings, the output head, biases and norms.
@@ -73,8 +79,8 @@ class Muon(Optimizer):
     ns: NewtonSchulz = "auto"
     views: Mapping[str, View]
     process_group: dist.ProcessGroup | DeviceMesh | None = None  # not copied
-    _plan: list[tuple[list[Item], Exchange | None]] | None = None
-    _split_at: Collection[tuple[int, int]] = ()  # in a copy: the parameters that were split by hand
+    _plan: list[tuple[list[ParamInfo], Exchange | None]] | None = None
+    _tensor_parallel_at: Collection[tuple[int, int]] = ()  # the places of slices, in a copy
 
     def __init__(
         self,
@@ -108,7 +114,7 @@ class Muon(Optimizer):
             "adjust_lr_fn": adjust_lr_fn,
         }
         super().__init__(params, defaults)
-        names = {item.name for item in self._items()}
+        names = {info.name for info in self._param_infos()}
         if unknown := set(self.views) - names:
             raise ConfigError(f"Muon: views has {sorted(unknown)[0]}, expected names of parameters")
 
@@ -158,13 +164,13 @@ class Muon(Optimizer):
         return chain(make, model, others, overrides or {}, views or {})
 
     def __getstate__(self) -> dict[str, Any]:
-        split = {item.place for item in self._items() if is_split_by_hand(item.p)}
-        own = {"ns": self.ns, "views": self.views, "_view_at": self._view_at, "_split_at": split}
+        split = {info.place for info in self._param_infos() if is_tensor_parallel(info.p)}
+        own = {"ns": self.ns, "views": self.views, "_view_at": self._view_at, "_tensor_parallel_at": split}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # called for a copy, and by load_state_dict, which keeps the parameters
-        planned = {id(item.p) for items, _ in self._plan or () for item in items}
+        planned = {id(info.p) for infos, _ in self._plan or () for info in infos}
         if planned != {id(p) for group in self.param_groups for p in group["params"]}:
             self._plan = None
 
@@ -180,15 +186,15 @@ class Muon(Optimizer):
         self._view_at.update(views)
         try:
             _check_group(group)
-            for item in self._items(index):
-                item.check()
+            for info in self._param_infos(index):
+                info.check()
         except Exception:
             self.param_groups.pop()
             for place in views:
                 del self._view_at[place]
             raise
 
-    def _items(self, first: int = 0) -> Iterator[Item]:
+    def _param_infos(self, first: int = 0) -> Iterator[ParamInfo]:
         """The parameters of the groups from ``first`` on."""
         for index, group in enumerate(self.param_groups[first:], first):
             names = group.get("param_names")
@@ -198,39 +204,39 @@ class Muon(Optimizer):
                     part, _ = part_of(p)
                 except ConfigError as e:
                     raise ConfigError(f"Muon: {name}: {e}") from e
-                yield Item(name, (index, i), p, part, self._view_at.get((index, i)))
+                yield ParamInfo(name, (index, i), p, part, self._view_at.get((index, i)))
 
-    def _plans(self) -> list[tuple[list[Item], Exchange | None]]:
+    def _plans(self) -> list[tuple[list[ParamInfo], Exchange | None]]:
         """The parameters that are exchanged together, with their exchange; None for those that need none."""
         if self._plan is None:
-            by_ranks: dict[Any, list[Item]] = {}
-            for item in self._items():
-                if item.place in self._split_at and not is_split_by_hand(item.p):
+            by_ranks: dict[Any, list[ParamInfo]] = {}
+            for info in self._param_infos():
+                if info.place in self._tensor_parallel_at and not is_tensor_parallel(info.p):
                     raise ConfigError(
-                        f"Muon: {item.name} was split by hand, which this copy of the optimizer does not "
-                        "know; copy the layers, and make an optimizer for the copy"
+                        f"Muon: {info.name}, of a split layer, was copied with the optimizer alone, which "
+                        "loses how it is split; copy the layer, and make an optimizer for the copy"
                     )
-                by_ranks.setdefault(self.process_group or part_of(item.p)[1], []).append(item)
-            self._plan = [(items, self._exchange(ranks, items)) for ranks, items in by_ranks.items()]
+                by_ranks.setdefault(self.process_group or part_of(info.p)[1], []).append(info)
+            self._plan = [(infos, self._exchange(ranks, infos)) for ranks, infos in by_ranks.items()]
         return self._plan
 
-    def _exchange(self, ranks: Any, items: list[Item]) -> Exchange | None:
+    def _exchange(self, ranks: Any, infos: list[ParamInfo]) -> Exchange | None:
         if ranks is None or ranks.size() == 1:
-            for item in items:
-                holders_of(item.name, [item.part])
+            for info in infos:
+                holders_of(info.name, [info.part])
             return None
         group = ranks if isinstance(ranks, dist.ProcessGroup) else _group_of(ranks)
-        names, parts, costs = zip(*((item.name, item.part, item.cost) for item in items), strict=True)
-        settings = [self._settings(item) for item in items]
-        misplaced = GradientState.MISPLACED in map(_state_of_gradient, items)
-        return Exchange(group, names, parts, settings, costs, misplaced, items[0].p.device)
+        names, parts, costs = zip(*((info.name, info.part, info.cost) for info in infos), strict=True)
+        settings = [self._settings(info) for info in infos]
+        needs_redistribute = GradientState.NEEDS_REDISTRIBUTE in map(_gradient_state, infos)
+        return Exchange(group, names, parts, settings, costs, needs_redistribute, infos[0].p.device)
 
-    def _settings(self, item: Item) -> str:
+    def _settings(self, info: ParamInfo) -> str:
         """The matrices of a parameter, and how they are orthogonalised: the same on all ranks."""
-        group = self.param_groups[item.group]
+        group = self.param_groups[info.group_index]
         iteration = ", ".join(f"{name} {group[name]}" for name in ("ns_steps", "eps", "ns_coefficients"))
-        shapes = [tuple(shape) for shape in item.shapes]
-        return f"matrices {shapes}, group {item.group}, {self.ns}, {iteration}"
+        shapes = [tuple(shape) for shape in info.shapes]
+        return f"matrices {shapes}, group {info.group_index}, {self.ns}, {iteration}"
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -245,113 +251,115 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        updates: list[tuple[Item, Tensor]] = []
-        sparse: list[Item] = []
-        for items, exchange in self._plans():
-            gradients = [_state_of_gradient(item) for item in items]
+        updates: list[tuple[ParamInfo, Tensor]] = []
+        sparse: list[ParamInfo] = []
+        for infos, exchange in self._plans():
+            gradients = [_gradient_state(info) for info in infos]
             if exchange is None:
-                sparse += [item for item, state in zip(items, gradients, strict=True) if state == SPARSE]
-                directions = self._directions(items, gradients)
+                sparse += [info for info, state in zip(infos, gradients, strict=True) if state == SPARSE]
+                directions = self._directions(infos, gradients)
                 results = self._orthogonalized(
-                    items, {i: t for i, t in enumerate(directions) if t is not None}
+                    infos, {i: t for i, t in enumerate(directions) if t is not None}
                 )
-                updates += [(items[i], t) for i, t in results.items()]
+                updates += [(infos[i], t) for i, t in results.items()]
             else:
-                exchange.agree(gradients, [_placements(item.p.grad) for item in items])
-                directions = self._directions(items, gradients, exchange.redistributes)
-                results = self._orthogonalized(items, exchange.gather(directions, gradients))
+                exchange.check_placements(gradients, [_placements(info.p.grad) for info in infos])
+                directions = self._directions(infos, gradients, exchange.redistributes)
+                results = self._orthogonalized(infos, exchange.gather(directions, gradients))
                 parts = exchange.scatter(results)
-                updates += [(item, t) for item, t in zip(items, parts, strict=True) if t is not None]
-            updates += [(item, item.p) for item in items if 0 in item.part.whole and item.p.grad is not None]
+                updates += [(info, t) for info, t in zip(infos, parts, strict=True) if t is not None]
+            updates += [(info, info.p) for info in infos if 0 in info.part.whole and info.p.grad is not None]
         if sparse:  # after the messages, for which other ranks wait
             raise ConfigError(f"Muon: {sparse[0].name} has a sparse gradient, expected a dense one")
-        self._check_no_group_is_left_out(updates)
+        self._check_groups_have_gradients(updates)
         self._apply(updates)
         return loss
 
     def _directions(
-        self, items: list[Item], gradients: list[GradientState], redistribute: bool = True
+        self, infos: list[ParamInfo], gradients: list[GradientState], redistribute: bool = True
     ) -> list[Tensor | None]:
-        """The momentum of each parameter, after its update, and with Nesterov's correction; on this rank."""
+        """Update the momenta on this rank, and return them, with Nesterov's correction if it is on."""
         # All ranks redistribute gradients in the same order.
         grads = {
-            i: _gradient(item)
-            for i, (item, state) in enumerate(zip(items, gradients, strict=True))
-            if state == PRESENT or (state == MISPLACED and redistribute)
+            i: _gradient(info)
+            for i, (info, state) in enumerate(zip(infos, gradients, strict=True))
+            if state == PRESENT or (state == NEEDS_REDISTRIBUTE and redistribute)
         }
-        directions: list[Tensor | None] = [None] * len(items)
+        directions: list[Tensor | None] = [None] * len(infos)
         by_group: dict[int, list[int]] = {}
         for i, grad in grads.items():
             if grad.numel():
-                by_group.setdefault(items[i].group, []).append(i)
+                by_group.setdefault(infos[i].group_index, []).append(i)
         for index, chosen in by_group.items():
             group = self.param_groups[index]
-            of_group = [grads[i] for i in chosen]
-            momenta = [self._momentum(items[i]) for i in chosen]
-            torch._foreach_lerp_(momenta, of_group, 1 - group["momentum"])
+            group_grads = [grads[i] for i in chosen]
+            momenta = [self._momentum(infos[i]) for i in chosen]
+            torch._foreach_lerp_(momenta, group_grads, 1 - group["momentum"])
             if group["nesterov"]:
-                momenta = torch._foreach_lerp(of_group, momenta, group["momentum"])  # type: ignore[assignment]
+                momenta = torch._foreach_lerp(group_grads, momenta, group["momentum"])  # type: ignore[assignment]
             for i, t in zip(chosen, momenta, strict=True):
                 directions[i] = t
         return directions
 
-    def _momentum(self, item: Item) -> Tensor:
-        p, state = item.p, self.state[item.p]
+    def _momentum(self, info: ParamInfo) -> Tensor:
+        p, state = info.p, self.state[info.p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         momentum = state["momentum_buffer"]
         if momentum.shape != p.shape or _placements(momentum) != _placements(p):
             raise ConfigError(
-                f"Muon: {item.name} is {tuple(p.shape)} {_placements(p) or 'whole'}, and its momentum "
+                f"Muon: {info.name} is {tuple(p.shape)} {_placements(p) or 'whole'}, and its momentum "
                 f"{tuple(momentum.shape)} {_placements(momentum) or 'whole'}; "
-                "torch.distributed.checkpoint loads a state dict of other placements"
+                "load a state dict of other placements by torch.distributed.checkpoint"
             )
         return local(momentum)
 
-    def _orthogonalized(self, items: list[Item], whole: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Orthogonalise the ``whole`` momenta, keyed by their indices in ``items``; bfloat16."""
+    def _orthogonalized(self, infos: list[ParamInfo], whole: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Orthogonalise the ``whole`` momenta, keyed by their indices in ``infos``; bfloat16."""
         results: dict[int, Tensor] = {}
         by_group: dict[int, list[tuple[int, Tensor]]] = {}
         for i, t in whole.items():
-            if items[i].view is not None:
-                # A view of other strides than the parameter's usual ones could be a copy.
+            if infos[i].view is not None:
+                # For a tensor with other strides than the parameter's, a view function could return copies.
                 results[i] = t = t.to(torch.bfloat16, copy=True, memory_format=torch.contiguous_format)
-            by_group.setdefault(items[i].group, []).extend((i, matrix) for matrix in items[i].matrices(t))
-        for index, found in by_group.items():
+            by_group.setdefault(infos[i].group_index, []).extend(
+                (i, matrix) for matrix in infos[i].matrices(t)
+            )
+        for index, matrices in by_group.items():
             settings = [self.param_groups[index][name] for name in ("ns_coefficients", "ns_steps", "eps")]
-            updates = orthogonalize_together([matrix for _, matrix in found], *settings, self.ns)
-            for (i, matrix), update in zip(found, updates, strict=True):
-                if items[i].view is None:
+            updates = orthogonalize_batched([matrix for _, matrix in matrices], *settings, self.ns)
+            for (i, matrix), update in zip(matrices, updates, strict=True):
+                if infos[i].view is None:
                     results[i] = update
                 else:
-                    ratio = self._ratio(items[i], matrix.shape) / self._ratio(items[i])
+                    ratio = self._ratio(infos[i], matrix.shape) / self._ratio(infos[i])
                     matrix.copy_(update if ratio == 1 else update * ratio)
         return results
 
-    def _ratio(self, item: Item, shape: torch.Size | None = None) -> float:
+    def _ratio(self, info: ParamInfo, shape: torch.Size | None = None) -> float:
         """The ratio of a matrix's learning rate to the group's, by default for the first of its parameter."""
-        n, m = item.shapes[0] if shape is None else shape
-        return _RATIOS[self.param_groups[item.group]["adjust_lr_fn"]](max(n, 1), max(m, 1))
+        n, m = info.shapes[0] if shape is None else shape
+        return _RATIOS[self.param_groups[info.group_index]["adjust_lr_fn"]](max(n, 1), max(m, 1))
 
-    def _check_no_group_is_left_out(self, updates: list[tuple[Item, Tensor]]) -> None:
-        updated = {item.group for item, _ in updates}
+    def _check_groups_have_gradients(self, updates: list[tuple[ParamInfo, Tensor]]) -> None:
+        updated = {info.group_index for info, _ in updates}
         for index, group in enumerate(self.param_groups):
             if updated and index not in updated and any(p.requires_grad for p in group["params"]):
-                name = next(item.name for item in self._items(index))
+                name = next(info.name for info in self._param_infos(index))
                 raise ConfigError(
                     f"Muon: no parameter of group {index} has a gradient ({name}, …), while other groups "
                     "have; let the loss depend on it, or freeze it by requires_grad_(False)"
                 )
 
-    def _apply(self, updates: list[tuple[Item, Tensor]]) -> None:
-        """Decay the parameters and move them against their updates."""
+    def _apply(self, updates: list[tuple[ParamInfo, Tensor]]) -> None:
+        """Apply the weight decay, and subtract the updates."""
         by_rate: dict[tuple[int, float], list[tuple[Tensor, Tensor]]] = {}
-        for item, update in updates:
+        for info, update in updates:
             if update.numel():
-                pair = local(item.p), update
-                by_rate.setdefault((item.group, self._ratio(item)), []).append(pair)
-            else:  # a checkpoint saves the momentum on every rank
-                self._momentum(item)
+                pair = local(info.p), update
+                by_rate.setdefault((info.group_index, self._ratio(info)), []).append(pair)
+            else:  # make the momentum all the same: a checkpoint saves it on every rank
+                self._momentum(info)
         for (index, ratio), pairs in by_rate.items():
             lr, decay = self.param_groups[index]["lr"], self.param_groups[index]["weight_decay"]
             params, moves = [list(column) for column in zip(*pairs, strict=True)]
@@ -366,7 +374,7 @@ class Muon(Optimizer):
 
 
 def _check_group(group: dict[str, Any]) -> None:
-    """Raise a ConfigError for an argument that Muon cannot have."""
+    """Raise a ConfigError if an argument of a parameter group is invalid."""
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ConfigError(f"Muon: lr is a tensor of {lr.numel()} elements, expected 1")
@@ -376,16 +384,16 @@ def _check_group(group: dict[str, Any]) -> None:
     if group["adjust_lr_fn"] not in _RATIOS:
         expected = ", ".join(map(repr, filter(None, _RATIOS)))
         raise ConfigError(f"Muon: adjust_lr_fn is {group['adjust_lr_fn']!r}, expected None, {expected}")
-    per_step(group["ns_coefficients"], group["ns_steps"])
+    coefficients_per_step(group["ns_coefficients"], group["ns_steps"])
 
 
-def _state_of_gradient(item: Item) -> GradientState:
-    p, grad = item.p, item.p.grad
+def _gradient_state(info: ParamInfo) -> GradientState:
+    p, grad = info.p, info.p.grad
     if grad is not None and grad.layout != torch.strided:
         return SPARSE
     if grad is not None and _placements(grad) != _placements(p):
-        return MISPLACED
-    if not item.part.shape.numel():
+        return NEEDS_REDISTRIBUTE
+    if not info.part.shape.numel():
         return GradientState.EMPTY
     return GradientState.ABSENT if grad is None else PRESENT
 
@@ -395,12 +403,12 @@ def _placements(t: Tensor | None) -> str:
     return str(t.placements) if t is not None and is_dtensor(t) else ""  # type: ignore[attr-defined]
 
 
-def _gradient(item: Item) -> Tensor:
+def _gradient(info: ParamInfo) -> Tensor:
     """This rank's part of the gradient."""
-    grad: Any = item.p.grad
-    if _placements(grad) != _placements(item.p):  # such as partial sums
-        grad = grad.redistribute(placements=item.p.placements)  # type: ignore[attr-defined]
-    return local(grad).to(item.p.dtype)
+    grad: Any = info.p.grad
+    if _placements(grad) != _placements(info.p):  # such as partial sums
+        grad = grad.redistribute(placements=info.p.placements)  # type: ignore[attr-defined]
+    return local(grad).to(info.p.dtype)
 
 
 def _group_of(mesh: Any) -> dist.ProcessGroup:

@@ -103,7 +103,7 @@ def orthogonalize(
     """
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(f"orthogonalize: x is {tuple(x.shape)} {x.dtype}, expected floating (*, n, m)")
-    triples = per_step(coefficients, steps)
+    triples = coefficients_per_step(coefficients, steps)
     check_ns(ns)
     if x.dim() > 3:
         return orthogonalize(x.flatten(0, -3), coefficients, steps, eps, ns).view(x.shape)
@@ -119,23 +119,23 @@ def orthogonalize(
     return x.to(torch.bfloat16)
 
 
-def per_step(coefficients: Coefficients, steps: int) -> list[Triple]:
+def coefficients_per_step(coefficients: Coefficients, steps: int) -> list[Triple]:
     """The triple of each of ``steps`` iterations.
 
     Raises:
-        ValueError: they are no coefficients, or ``steps`` is no number of iterations.
+        ValueError: invalid coefficients, or ``steps`` outside 0 to 99.
     """
     if not 0 <= steps < 100:
         raise ValueError(f"orthogonalize: steps is {steps}, expected 0 to 99")
-    found: Any = _POLAR_EXPRESS if coefficients == "polar_express" else coefficients
-    if not isinstance(found, str) and len(found) and not isinstance(found[0], Sequence):
-        found = [found]
-    if isinstance(found, str) or not found or any(len(triple) != 3 for triple in found):
-        wrong = f"{len(coefficients)} coefficients" if found is not coefficients else repr(coefficients)
+    triples: Any = _POLAR_EXPRESS if coefficients == "polar_express" else coefficients
+    if not isinstance(triples, str) and len(triples) and not isinstance(triples[0], Sequence):
+        triples = [triples]
+    if isinstance(triples, str) or not triples or any(len(triple) != 3 for triple in triples):
+        wrong = f"{len(coefficients)} coefficients" if triples is not coefficients else repr(coefficients)
         raise ValueError(
             f"orthogonalize: {wrong}, expected 3: (a, b, c), a list of such triples, or 'polar_express'"
         )
-    return list(islice(chain(found, repeat(found[-1])), steps))
+    return list(islice(chain(triples, repeat(triples[-1])), steps))
 
 
 def check_ns(ns: str) -> None:
@@ -159,9 +159,9 @@ def _iterations_per_gram(n: int, m: int, steps: int, ns: NewtonSchulz) -> list[i
 def _iterate(x: Tensor, triples: list[Triple], shifted: bool) -> Tensor:
     """``Q·x`` after an iteration for each triple on one Gram matrix, with ``Q = shift·I + p``.
 
-    While singular values are small, Q is near Π a·I. That shift then keeps the bits of p (``shifted``). Later
-    Q is of order 1, where shift and p would cancel, and the shift is 0. One shifted iteration is the standard
-    one.
+    While singular values are small, shift is much larger than p: in their sum the last bits of p would be
+    rounded away, so the two are kept apart (``shifted``). Later they are about as large, with opposite signs,
+    and apart they would cancel: then the shift is 0, and p is Q. One shifted iteration is the standard one.
     """
     r = _replicate(matmul_t(x) if _use_symmetric_products(x) else x @ x.mT)
     p, shift = r, 0.0

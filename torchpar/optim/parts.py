@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The part of a parameter that a rank has: all of it, a DTensor's shard, or a part of a split layer."""
+"""The part of a parameter that a rank holds: all of it, a DTensor's shard, or a split layer's slice."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from torchpar.ops._library import is_dtensor
 
 
 class Part(NamedTuple):
-    """The part of a tensor of shape ``whole`` that a rank has: its first index and its size on each axis."""
+    """A rank's part of a tensor of shape ``whole``: its first index and its size along each axis."""
 
     whole: tuple[int, ...]
     start: tuple[int, ...]
@@ -30,12 +30,12 @@ class Part(NamedTuple):
 
 
 def part_of(p: Tensor) -> tuple[Part, Any]:
-    """The part of ``p`` on this rank, and the mesh whose ranks have all of it, or None if this one has.
+    """The part of ``p`` on this rank, and the mesh whose ranks share ``p``; None if this rank has all of it.
 
     Raises:
         ConfigError: a DTensor of partial sums.
     """
-    split = getattr(p, "split_of_whole", None)
+    split = getattr(p, "tensor_parallel_split", None)
     if split is not None:
         whole, begin, axis = list(p.shape), [0] * p.dim(), split.axis
         whole[axis], begin[axis] = split.partition.size, split.partition.offset()
@@ -51,8 +51,9 @@ def part_of(p: Tensor) -> tuple[Part, Any]:
     return Part(tuple(p.shape), tuple(start), tuple(size)), mesh
 
 
-def is_split_by_hand(p: Tensor) -> bool:
-    return hasattr(p, "split_of_whole")
+def is_tensor_parallel(p: Tensor) -> bool:
+    """Whether ``p`` is a slice that a `ColumnParallelLinear` or a `RowParallelLinear` holds; no DTensor."""
+    return hasattr(p, "tensor_parallel_split")
 
 
 def local(t: Tensor) -> Tensor:
@@ -70,10 +71,10 @@ def holders_of(name: str, parts: Sequence[Part]) -> dict[Part, list[int]]:
     for rank, part in enumerate(parts):
         if part.shape.numel():
             holders.setdefault(part, []).append(rank)
-    found = sum(part.shape.numel() for part in holders)
-    if found != torch.Size(parts[0].whole).numel():
+    elements = sum(part.shape.numel() for part in holders)
+    if elements != torch.Size(parts[0].whole).numel():
         raise ConfigError(
-            f"Muon: the ranks have {found} elements of {name}, which has shape {parts[0].whole}; expected a "
-            "process_group of all ranks that have parts of it"
+            f"Muon: the ranks have {elements} elements of {name}, which has shape {parts[0].whole}; expected "
+            "a process_group of all ranks that have parts of it"
         )
     return holders

@@ -49,7 +49,7 @@ class SGD(torch.optim.SGD):
                     raise ValueError(f"{name} is {group[name]}, expected 0; take torch.optim.SGD")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, which asks for nothing that is not supported."""
+        """Add a group. An option that is not supported raises a ValueError."""
         super().add_param_group(param_group)
         self._refuse_unsupported()
 
@@ -130,8 +130,9 @@ class SGD(torch.optim.SGD):
 class ExactSGD(SGD):
     """`torch.optim.SGD` with the same bits on any processor: each product and each sum is rounded once.
 
-    `torch.optim.SGD` may round a product and its sum once or twice. Which of both depends on the processor
-    and on an element's place in the tensor. The formulas and the state dict are those of `SGD`.
+    `torch.optim.SGD` may fuse a product and a sum, which rounds once, or round each of them. Which it does
+    depends on the processor and on an element's place in the tensor. The formulas and the state dict are
+    those of `SGD`.
 
     Args:
         params: parameters or parameter groups.

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from torchpar.parallel.split.exact_gradients import ExactGradients
     from torchpar.parallel.split.layers import ColumnParallelLinear, RowParallelLinear
     from torchpar.parallel.split.mlp import full_state_dict, load_full_state_dict, parallel_mlp
+    from torchpar.parallel.split.pipeline import Pipeline
     from torchpar.parallel.split.regions import (
         copy_to_tensor_model_parallel_region,
         gather_from_tensor_model_parallel_region,
         reduce_from_tensor_model_parallel_region,
         scatter_to_tensor_model_parallel_region,
     )
+    from torchpar.parallel.split.shared_memory import register_shared_memory_hook
 
 _MODULES = {
     "World": "launch.world",
@@ -30,15 +32,18 @@ _MODULES = {
     "full_state_dict": "split.mlp",
     "load_full_state_dict": "split.mlp",
     "parallel_mlp": "split.mlp",
+    "Pipeline": "split.pipeline",
     "copy_to_tensor_model_parallel_region": "split.regions",
     "gather_from_tensor_model_parallel_region": "split.regions",
     "reduce_from_tensor_model_parallel_region": "split.regions",
     "scatter_to_tensor_model_parallel_region": "split.regions",
+    "register_shared_memory_hook": "split.shared_memory",
 }
 
 __all__ = [
     "ColumnParallelLinear",
     "ExactGradients",
+    "Pipeline",
     "RowParallelLinear",
     "World",
     "clip_grad_norm_",
@@ -49,6 +54,7 @@ __all__ = [
     "load_full_state_dict",
     "parallel_mlp",
     "reduce_from_tensor_model_parallel_region",
+    "register_shared_memory_hook",
     "scatter_to_tensor_model_parallel_region",
 ]
 

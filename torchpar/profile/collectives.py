@@ -45,7 +45,7 @@ _OPERATIONS = {"allreduce": "all_reduce", "allgather": "all_gather", "alltoall_b
 class Collectives(TorchDispatchMode):
     """Record the collectives within the block, those of DistributedDataParallel included.
 
-    An all-reduce, all-gather or all-to-all is waited for at once. A send or receive is only started. Their
+    It waits for each all-reduce, all-gather and all-to-all at once, and not for a send or receive. Their
     seconds count as phase "collectives".
 
     Args:
@@ -99,6 +99,8 @@ class Collectives(TorchDispatchMode):
         operation = func._opname.strip("_")
         tensors = args[1] if operation == "allgather" else args[0]
         group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
+        if group.size() == 1:  # DistributedDataParallel calls it on one rank, too
+            return func(*args, **(kwargs or {}))
         dimension = self._dimensions.get(group.group_name, "")
         nbytes = sum(t.nbytes for t in _flatten(tensors))
         with self.record(dimension, _OPERATIONS.get(operation, operation), group.size(), nbytes):

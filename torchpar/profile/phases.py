@@ -2,22 +2,27 @@
 """Seconds of a training step by phase: data, forward, backward, pipeline, collectives, optimizer.
 
     with Phases(device) as phases:
-        with phase("forward"):
-            loss = model(x)
+        for x, labels in phases.steps(batches):
+            cross_entropy(model(x), labels).backward()
+            optimizer.step()
     print(phases.seconds)
 
-Outside of `Phases`, `phase` does nothing, so that it can stay in the code, as
-`torch.profiler.record_function` can.
+A step is divided at its backward pass: what comes before it is "forward", what comes after it "optimizer".
+`torchpar.training.Run` divides its steps so, if a `Phases` is active.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
 from types import TracebackType
-from typing import ClassVar
+from typing import ClassVar, ParamSpec, TypeVar
 
 import torch
 
+B = TypeVar("B")
+P = ParamSpec("P")
+R = TypeVar("R")
 _NOTHING = nullcontext()
 PHASES = ("data", "forward", "backward", "pipeline", "collectives", "optimizer")
 
@@ -27,11 +32,31 @@ def phase(name: str) -> AbstractContextManager[None]:
     return _NOTHING if Phases.active is None else Phases.active.measure(name)
 
 
+def timed(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator of functions whose calls are counted as phase ``name``, if a `Phases` is active."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            with phase(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def step() -> AbstractContextManager[None]:
+    """Count the seconds of the block, which is a step without its data, if a `Phases` is active."""
+    return _NOTHING if Phases.active is None else Phases.active.step()
+
+
 class Phases:
     """Seconds of each phase on this rank, counted while the context is active.
 
     The device is synchronised at both ends of a phase, so the phases add up but no longer overlap. A phase
-    inside another one (a collective in the backward pass) is counted once, as the inner phase.
+    inside another one (a collective in the backward pass) is counted once, as the inner phase. The backward
+    pass is a call of `torch.Tensor.backward`; one by `torch.autograd.backward` is not noticed.
 
     Attributes:
         seconds: of each of `PHASES`.
@@ -42,24 +67,65 @@ class Phases:
     def __init__(self, device: torch.device):
         self.device = device
         self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._current = ""  # within a step, the phase of the time outside inner phases
+        self._marked = 0.0, 0.0  # when it began, and the seconds of all phases then
 
     def __enter__(self) -> "Phases":
         if Phases.active is not None:
             raise RuntimeError("another Phases is active; leave it first")
         Phases.active = self
+        # PyTorch has hooks around a forward pass and an optimizer's step, but none around a backward pass.
+        self._backward = torch.Tensor.backward
+        torch.Tensor.backward = timed("backward")(self._backward)  # type: ignore[method-assign]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        torch.Tensor.backward = self._backward  # type: ignore[method-assign]
         Phases.active = None
+
+    def steps(self, batches: Iterable[B]) -> Iterator[B]:
+        """Yield ``batches``. Making one is "data"; what the loop does with it is a `step`."""
+        remaining = iter(batches)
+        while True:
+            with self.measure("data"):
+                try:
+                    batch = next(remaining)
+                except StopIteration:
+                    return
+            with self.step():
+                yield batch
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Count the block as "forward" until its backward pass or pipeline, and from there as "optimizer"."""
+        self._current = "forward"
+        self._mark()
+        yield
+        self._count()
+        self._current = ""
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
         """Add the seconds of the block to phase ``name``."""
-        start, inner = self._now(), sum(self.seconds.values())
+        if name in ("backward", "pipeline") and self._current == "forward":
+            self._count()
+            self._current = "optimizer"
+        start, inner = self._now(), self._total()
         yield
-        self.seconds[name] += self._now() - start - (sum(self.seconds.values()) - inner)
+        self.seconds[name] += self._now() - start - (self._total() - inner)
+
+    def _count(self) -> None:
+        start, inner = self._marked
+        self.seconds[self._current] += self._now() - start - (self._total() - inner)
+        self._mark()
+
+    def _mark(self) -> None:
+        self._marked = self._now(), self._total()
+
+    def _total(self) -> float:
+        return sum(self.seconds.values())
 
     def _now(self) -> float:
         if self.device.type == "cuda":

@@ -51,7 +51,7 @@ Span = tuple[float, float, int, str, Kind]  # start, end, priority, name, kind
 
 @dataclass(frozen=True)
 class Row:
-    """An operator, kernel or message of a step: its calls, and the seconds that are not another row's."""
+    """An operator, kernel or message of a step: its calls, and the seconds attributed to it alone."""
 
     name: str
     kind: Kind
@@ -90,7 +90,7 @@ class Trace:
     """
 
     def __init__(self, folder: Path, rank: int, device: torch.device, steps: int = 10):
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it reports each start and end on stderr
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it logs each start and end to stderr
         self._path, self._rank, self._ended = folder / f"rank-{rank}.json.gz", rank, 0
         self._result: StepProfile | None = None
         self._error: ConfigError | None = None
@@ -145,7 +145,7 @@ def summarize(rank: int, steps: int, events: Iterable[Any]) -> StepProfile:
         if e.name != STEP and any(start <= e.time_range.start < end for start, end in windows)
     ]
     host = [e for e in events if e.device_type.name == "CPU"]
-    # The profiler repeats on the device the ranges that a program names, a step for example.
+    # The profiler repeats `record_function` ranges, such as a step, on the device.
     kernels = [e for e in events if e.device_type.name != "CPU" and not e.is_user_annotation]
     operators = [e for e in host if not e.is_async and _OPERATOR.fullmatch(e.name)]
     launched = {kernel.name: _kind(e.name) for e in operators for kernel in e.kernels}
@@ -157,7 +157,7 @@ def summarize(rank: int, steps: int, events: Iterable[Any]) -> StepProfile:
         if _MESSAGE.match(e.name)
     ]
     for e in kernels or operators:
-        # On the CPU this package's operators are Python that calls others.
+        # On the CPU this package's operators only call other operators, which are counted.
         if not _MESSAGE.match(e.name) and not e.name.startswith("torchpar::"):
             name, kind = _COMPILED.sub(r"\1", e.name), launched.get(e.name, _kind(e.name))
             spans.append((e.time_range.start, e.time_range.end, 2, name, kind))
@@ -195,7 +195,7 @@ def bottleneck(profiles: Sequence[StepProfile]) -> str:
 
 
 def _attribute(spans: Iterable[Span]) -> dict[tuple[str, Kind], float]:
-    """Time by name: each moment goes to the open span of highest priority, the latest opened of equals."""
+    """Time by name: each moment belongs to the open span of highest priority; of equals, to the latest."""
     ahead = sorted(spans, reverse=True)
     times: dict[tuple[str, Kind], float] = defaultdict(float)
     opened: list[tuple[int, float, float, str, Kind]] = []

@@ -4,7 +4,7 @@
 from torchpar.training.evaluation import evaluate
 from torchpar.training.losses import add_orthogonality_gradient, loss_sum, orthogonality_penalty
 from torchpar.training.optimizers import LRSchedule, lr_scheduler, muon, sgd
-from torchpar.training.run import CheckpointConfig, Run, Stopped
+from torchpar.training.run import CheckpointConfig, Run, RunLog, Stopped
 from torchpar.training.state import EpochResult
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "EpochResult",
     "LRSchedule",
     "Run",
+    "RunLog",
     "Stopped",
     "add_orthogonality_gradient",
     "evaluate",

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchpar.ops._onednn import layer_gains
+from torchpar.ops._onednn import prefers_onednn_layer
 from torchpar.optim.exchange import assign_owners, messages
 from torchpar.optim.matrices import multiplications
 from torchpar.optim.parts import Part
@@ -24,7 +24,7 @@ from torchpar.parallel.split.layers import Arithmetic, check_arithmetic
 from torchpar.partition import Partition
 
 _EXPONENT, _SUM = 4, 8  # bytes of an exponent and of an exact sum
-DDP_BUCKETS = (2**20, 25 * 2**20)  # bytes at which DistributedDataParallel closes the first and later ones
+DDP_BUCKETS = (2**20, 25 * 2**20)  # bytes at which DistributedDataParallel closes its first bucket, others
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def collectives(
     *,
     tensor_split: bool = True,
     arithmetic: Arithmetic = "fast",
-    micro_batches: int = 4,
+    micro_batches: int | Sequence[int] = 4,
     itemsize: int = 4,
     fused: bool = False,
     muon: DeviceMesh | None = None,
@@ -116,9 +116,10 @@ def collectives(
         batch_size: of all ranks.
         mesh: of dimensions "pp", "dp" and "tp".
         tensor_split: the layers are those of `parallel_mlp`, also on one rank of "tp".
-        micro_batches: of each rank's share, if there is a pipeline.
+        micro_batches: of each rank's share, if there is a pipeline: their number, if they are padded to one
+            size, or the samples of each.
         itemsize: bytes of a number.
-        arithmetic: "fast" or "exact", as of `parallel_mlp`.
+        arithmetic: "fast" or "exact", as in `parallel_mlp`.
         fused: the gradients are those of `torchpar.training.fused.FusedGradients`.
         muon: the mesh whose ranks share the work of `torchpar.optim.Muon` within a stage, or None.
     """
@@ -126,7 +127,7 @@ def collectives(
     at = {name: mesh[name].get_local_rank() for name in dims}
     layers = len(sizes) - 1
     stage = torch.arange(layers).tensor_split(dims["pp"])[at["pp"]].tolist()
-    passes, rows = _passes(batch_size, dims, at, micro_batches)
+    rows = _rows(batch_size, dims, at, micro_batches)
 
     expected: list[Expected] = []
     check_arithmetic(arithmetic)
@@ -161,7 +162,7 @@ def collectives(
         if tensor_split and not alone:
             weight_first = column
         elif mesh.device_type == "cpu":
-            weight_first = itemsize == 4 and layer_gains(rows[0] * inputs * outputs)
+            weight_first = itemsize == 4 and prefers_onednn_layer(rows[0] * inputs * outputs)
         else:
             weight_first = i < layers - 1
         of_layer = [inputs * outputs * itemsize, outputs * itemsize]
@@ -170,7 +171,7 @@ def collectives(
         if there:
             # Activations one way, gradients the other.
             for op in ("send", "recv"):
-                expected += [Expected("pp", op, 2, rows[0] * widths(border) * itemsize)] * passes
+                expected += [Expected("pp", op, 2, n * widths(border) * itemsize) for n in rows]
     if dims["dp"] > 1:
         buckets = [sum(parameters)] if fused or dims["pp"] > 1 else _buckets(parameters)
         if exact:
@@ -211,14 +212,16 @@ def _muon_collectives(
     return expected
 
 
-def _passes(
-    batch_size: int, dims: dict[str, int], at: dict[str, int], micro_batches: int
-) -> tuple[int, list[int]]:
-    """Return the number of a rank's forward passes in a step, and the samples of each."""
-    if dims["pp"] > 1:
-        share = -(-batch_size // dims["dp"])
-        return micro_batches, [-(-share // micro_batches)] * micro_batches
-    return 1, [Partition(batch_size, dims["dp"], at["dp"]).widths()[at["dp"]]]
+def _rows(
+    batch_size: int, dims: dict[str, int], at: dict[str, int], micro_batches: int | Sequence[int]
+) -> list[int]:
+    """Return the samples of each of a rank's forward passes in a step."""
+    if dims["pp"] == 1:
+        return [Partition(batch_size, dims["dp"], at["dp"]).widths()[at["dp"]]]
+    if not isinstance(micro_batches, int):
+        return [*micro_batches]
+    share = -(-batch_size // dims["dp"])
+    return [-(-share // micro_batches)] * micro_batches
 
 
 def _buckets(gradients: Sequence[int]) -> list[int]:

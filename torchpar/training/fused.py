@@ -8,7 +8,8 @@ With A₀ = X, hidden layers Aₗ = f(Aₗ₋₁·Wₗᵀ + bₗ), logits Z of t
     dL/dZₗ₋₁ = (dL/dZₗ·Wₗ) ⊙ f′    f′ = Aₗ₋₁ ⊙ (1 − Aₗ₋₁) for sigmoid layers, [Aₗ₋₁ > 0] for ReLU
 
 Autograd's own work takes as long as the arithmetic of a small network (`benchmarks.train`). The softmax of
-a few classes goes over columns of ``(classes, b)``: over rows of ten it takes 8 to 25 times as long on a CPU.
+a few classes is taken along dim 0 of ``(classes, b)``: along rows of ten numbers it takes 8 to 25 times as
+long on a CPU.
 """
 
 from collections.abc import Iterable
@@ -29,10 +30,16 @@ from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.shared_memory import make_shared_sum
 from torchpar.profile.collectives import all_reduced
+from torchpar.profile.phases import phase
 
-MOST_CLASSES = 1000  # the table of targets has as many rows and columns
-MOST_IN_COLUMNS = 16  # classes; PyTorch adds over columns one after the other, which more would notice
+MAX_CLASSES = 1000  # the table of targets has a row and a column for each
+# Up to so many classes the softmax is taken along dim 0. There PyTorch adds one number after the other, so
+# that the rounding error grows with the number of classes.
+MAX_CLASSES_ALONG_DIM_0 = 16
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_HOOKS_OF_MODULES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS_OF_PARAMETERS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_REPLACED = ("forward", "_compiled_call_impl")  # attributes of a class, unless a module has its own
 
 
 def why_not_fused(model: torch.nn.Module) -> str:
@@ -49,33 +56,55 @@ def why_not_fused(model: torch.nn.Module) -> str:
         return "a layer of the model has another size"
     if not all(type(p) is torch.nn.Parameter for layer in model.layers for p in (layer.weight, layer.bias)):
         return "a weight or a bias is not an ordinary parameter"
-    if not 0 < model.sizes[-1] <= MOST_CLASSES:
-        return f"the model has {model.sizes[-1]} classes, not 1 to {MOST_CLASSES}"
+    if not 0 < model.sizes[-1] <= MAX_CLASSES:
+        return f"the model has {model.sizes[-1]} classes, not 1 to {MAX_CLASSES}"
     if not all(p.requires_grad for p in model.parameters()):
         return "a parameter needs no gradient"
-    of_modules = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    of_parameters = ("_backward_hooks", "_post_accumulate_grad_hooks")
-    if any(getattr(module, hooks) for module in model.modules() for hooks in of_modules) or any(
-        getattr(p, hooks) for p in model.parameters() for hooks in of_parameters
+    if any(getattr(module, hooks) for module in model.modules() for hooks in _HOOKS_OF_MODULES) or any(
+        getattr(p, hooks) for p in model.parameters() for hooks in _HOOKS_OF_PARAMETERS
     ):
         return "the model has hooks, which autograd would call"
-    if "forward" in vars(model):
+    if any("forward" in vars(module) for module in model.modules()):
         return "the model's forward has been replaced"
     if any(module._compiled_call_impl is not None for module in model.modules()):
         return "the model is compiled"
     return ""
 
 
+class _Watch:
+    """Notice edits of a model for which `why_not_fused` returned "", in a few microseconds."""
+
+    def __init__(self, model: MLP):
+        modules, linears = [*model.modules()], [*model.layers]
+        self._linears = model.layers._modules
+        self._number = len(linears)
+        # What each dictionary has at a key; None also where it has no such key.
+        self._held: list[tuple[dict[str, Any], str, object]] = [(model._modules, "layers", model.layers)]
+        self._held += [(self._linears, name, linear) for name, linear in self._linears.items()]
+        self._held += [(one._parameters, name, p) for one in linears for name, p in one._parameters.items()]
+        self._held += [(vars(module), name, None) for module in modules for name in _REPLACED]
+        self._hooks = [getattr(module, hooks) for module in modules for hooks in _HOOKS_OF_MODULES]
+        self._parameters = [(p, p.dtype) for p in model.parameters()]
+
+    def saw_an_edit(self) -> bool:
+        for holder, name, value in self._held:
+            if holder.get(name) is not value:
+                return True
+        for p, dtype in self._parameters:
+            if not p.requires_grad or p.dtype != dtype:
+                return True
+            if p._backward_hooks or p._post_accumulate_grad_hooks:
+                return True
+        return any(self._hooks) or len(self._linears) != self._number
+
+
 class FusedGradients:
     """The gradients of an MLP with sigmoid or ReLU layers and cross-entropy.
 
     The model stays an ordinary module: its parameters, state dict and ``p.grad`` are as with autograd, and
-    any optimizer can step. Autocast changes nothing; ``dtype`` does what autocast would.
+    any optimizer can step. `torch.autocast` is ignored; ``dtype`` takes its place.
 
-    The derivative of a ReLU at exactly 0 is 0, as that of `torch.relu`. Autograd through `LinearReLU` takes
-    one half, the derivative of `torchpar.maximum`.
-
-    Make it after the model is on its device and has its hooks, if any. Ranks start with equal parameters.
+    Make it after the model is on its device. All ranks must have equal parameters.
 
     Args:
         model: a `torchpar.nn.MLP` for which `why_not_fused` returns "".
@@ -87,7 +116,8 @@ class FusedGradients:
 
     Raises:
         ConfigError: the reason of `why_not_fused`; ``label_smoothing`` or ``dtype`` out of range; ranks that
-            differ in them or in the model's sizes.
+            differ in them or in the model's sizes. In a call: the model's layers, parameters, hooks or
+            ``forward`` are not those of the construction.
     """
 
     def __init__(
@@ -104,6 +134,7 @@ class FusedGradients:
         if dtype not in (None, *DTYPES):
             raise ConfigError(f"dtype is {dtype}, expected one of {', '.join(map(str, DTYPES))}")
         assert isinstance(model, MLP)
+        self._model, self._watch = model, _Watch(model)
         linears: Iterable[Any] = model.layers
         self.layers: list[tuple[Tensor, Tensor]] = [(layer.weight, layer.bias) for layer in linears]
         weight, classes = self.layers[-1][0], model.sizes[-1]
@@ -111,7 +142,7 @@ class FusedGradients:
         self.relu = model.hidden == "relu"
         self.dtype = None if dtype == weight.dtype else dtype
         # The dimension of the classes, in which the softmax adds.
-        self._classes_dim = 0 if classes <= MOST_IN_COLUMNS else 1
+        self._classes_dim = 0 if classes <= MAX_CLASSES_ALONG_DIM_0 else 1
         # Losses of 16-bit logits are computed in float32, as under autocast.
         loss_dtype = torch.promote_types(weight.dtype, torch.float32)
         self.targets = torch.eye(classes, dtype=loss_dtype, device=weight.device)
@@ -130,7 +161,7 @@ class FusedGradients:
             self._shared = (
                 make_shared_sum(self._group, shapes, weight.dtype, world.timeout) if weight.is_cpu else None
             )
-        # dL/d(log p) for each label, for each size of a batch. They are kept: a CUDA graph reads its own.
+        # dL/d(log p) of each label, by global batch size; all are kept, since CUDA graphs read them.
         self._by_log_p: dict[int, Tensor] = {}
 
     def __call__(self, x: Tensor, labels: Tensor, global_size: int) -> Tensor:
@@ -147,12 +178,16 @@ class FusedGradients:
         if torch.is_autocast_enabled(self.targets.device.type):
             with torch.autocast(self.targets.device.type, enabled=False):
                 return self(x, labels, global_size)
+        if self._watch.saw_an_edit():
+            reason = why_not_fused(self._model) or "a layer or a parameter has been replaced or converted"
+            raise ConfigError(f"after FusedGradients was made, {reason}; make another one, or take autograd")
         was = torch.is_grad_enabled()
         torch.set_grad_enabled(False)  # half the time of a `with torch.no_grad()`
         try:
-            loss, gradients = self._gradients(x, labels, global_size)
-            if self._group is not None:
-                self._sum_over_ranks(gradients)
+            with phase("backward"):
+                loss, gradients = self._gradients(x, labels, global_size)
+                if self._group is not None:
+                    self._sum_over_ranks(gradients)
             for (weight, bias), (dw, db) in zip(self.layers, gradients, strict=True):
                 weight.grad = dw if weight.grad is None else weight.grad.add_(dw)
                 bias.grad = db if bias.grad is None else bias.grad.add_(db)

@@ -59,8 +59,8 @@ class GraphedStep:
     The first batch of a size runs without a graph: kernels are compiled, and the optimizer makes its state.
     The second is captured. If that fails, steps go on without graphs.
 
-    Graphs read and write the memory that was there at the capture. After it, change parameters and the
-    optimizer's state in place only, and of the optimizer's settings none but ``lr``. Leave the context, or
+    A graph reads and writes the memory addresses of its capture. After it, change parameters and the
+    optimizer's state in place only, and none of the optimizer's options but ``lr``. Leave the context, or
     call `close`, before the process group ends.
 
     Args:
@@ -161,7 +161,7 @@ class GraphedStep:
             yield
             if given != [(id(group["lr"]), group["lr"]._version) for group in groups]:
                 raise ConfigError(
-                    "the step changes the learning rate, which a graph repeats; step the scheduler after it"
+                    "the step changes the learning rate, which a graph cannot do; step the scheduler after it"
                 )
         finally:
             for group, value in zip(groups, before, strict=True):
@@ -170,8 +170,8 @@ class GraphedStep:
     def _capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Capture ``function``; returns the graph's replay, and where the result then is."""
         graph = torch.cuda.CUDAGraph()
-        # A capture that fails leaves its stream current in PyTorch 2.11. NCCL's watchdog asks for events
-        # meanwhile, from a thread of its own.
+        # In PyTorch 2.11 a failed capture leaves its stream current. The mode is thread_local because NCCL's
+        # watchdog thread queries events during the capture.
         with (
             torch.cuda.stream(torch.cuda.current_stream()),
             torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),

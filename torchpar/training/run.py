@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The run object: everything around a training loop that is not its subject.
+"""`Run`: what surrounds a training loop, such as batches, evaluation and checkpoints.
 
     with Run(model, optimizer, lr_scheduler, world, train, test, epochs=10, batch_size=128) as run:
         for epoch in run.epochs():
@@ -20,7 +20,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -34,12 +34,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from torchpar import data
 from torchpar.data import Batch, Samples
-from torchpar.errors import ConfigError
-from torchpar.parallel.launch.agreement import check_same_parameters
+from torchpar.errors import ConfigError, DivergedError
+from torchpar.parallel.launch.agreement import check_same_gradients, check_same_parameters
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import Checkpoints
 from torchpar.parallel.split.exact import arithmetic_of
-from torchpar.profile.phases import phase
+from torchpar.profile.phases import phase, step
 from torchpar.training.evaluation import evaluate
 from torchpar.training.losses import Loss
 from torchpar.training.state import EpochResult, TrainState
@@ -78,6 +78,30 @@ class Stopped(Exception):
         self.signal = number
 
 
+class RunLog:
+    """Callbacks of a `Run`. Each does nothing unless it is overridden."""
+
+    def active(self, run: "Run") -> AbstractContextManager[Any]:
+        """Return a context that lasts as long as the run's."""
+        return nullcontext()
+
+    def on_resume(self, run: "Run") -> None:
+        """The run's state is that of a checkpoint."""
+
+    def steps(self, batches: Iterator[B]) -> Iterator[B]:
+        """Yield the batches of an epoch; a step lasts from one to the next."""
+        return batches
+
+    def on_step(self, run: "Run", epoch: int, samples: int) -> None:
+        """``samples`` of the epoch have been trained on."""
+
+    def on_epoch(self, run: "Run", result: EpochResult) -> None:
+        """An epoch has been evaluated, but not saved."""
+
+    def on_end(self, run: "Run") -> None:
+        """The run's context has ended without an error, on this rank."""
+
+
 class Run:
     """One training run on this rank. All ranks make it with the same arguments.
 
@@ -93,16 +117,19 @@ class Run:
         loss: for evaluation, see `torchpar.training.losses.loss_sum`.
         seed: of the samples' order.
         checkpoint: where and when to save, if at all. A run that was stopped at any step resumes there, with
-            the same bits on the same ranks.
+            the same bits on the same ranks. On three ranks or more, DistributedDataParallel needs
+            `register_shared_memory_hook` for this (docs/checkpoints.md).
         config: values that identify the run, as JSON; a checkpoint with other values is refused.
+        log: is told what happens; by default nothing is shown.
 
     Attributes:
         results: of the complete epochs, those before a resumed one included.
 
     Raises:
-        ConfigError: fewer samples in a batch than ranks; a training loss that is not finite; ranks with
-            different models or flags; a checkpoint that is damaged, of another run or of more epochs. On
-            every rank.
+        ConfigError: fewer samples in a batch than ranks; ranks with different models or flags; gradients
+            that differ between the ranks that share a batch, in the optimizer's first step; a checkpoint that
+            is damaged, of another run or of more epochs. On every rank.
+        DivergedError: the training loss of an epoch is not finite. On every rank.
         Stopped: after SIGTERM or SIGINT, if there is a ``checkpoint``. On every rank.
     """
 
@@ -122,6 +149,7 @@ class Run:
         seed: int = 0,
         checkpoint: CheckpointConfig | None = None,
         config: dict[str, Any] | None = None,
+        log: "RunLog | None" = None,
     ):
         if batch_size < world.dp_size:
             raise ConfigError(
@@ -133,6 +161,7 @@ class Run:
                 f"{len(train)} training and {len(test)} test samples, expected at least one of each"
             )
         self.model = model
+        self.optimizer = optimizer
         self.world = world
         self.train = train
         self.test = test
@@ -153,10 +182,14 @@ class Run:
         others = {"test": len(test), "saving": str(checkpoint)}
         world.check_same_on_all_ranks("the ranks' flags", {**config, **others})
         self.state = TrainState(model, optimizer, lr_scheduler, config, world)
+        self._log = log or RunLog()
         self._stack = ExitStack()
         self._checkpoints: Checkpoints | None = None
         self._stop: StopSignal | None = None
         self._logged = 0
+        if world.dp_size > 1:
+            self._first_step = optimizer.register_step_pre_hook(self._check_gradients)
+            self._stack.callback(self._first_step.remove)  # of a run without any step
 
     @property
     def results(self) -> list[EpochResult]:
@@ -168,30 +201,37 @@ class Run:
         return len(self.results) * self.steps_per_epoch + self.state.step
 
     def __enter__(self) -> Self:
-        if self.checkpoint is not None:
-            config = self.checkpoint
-            self._checkpoints = Checkpoints(config.folder, self.world, config.keep, config.asynchronous)
-            if self.state.resume(self._checkpoints):
-                if len(self.results) > self.num_epochs:
-                    raise ConfigError(
-                        f"{config.folder} holds {len(self.results)} epochs, more than the {self.num_epochs} "
-                        "asked for"
-                    )
-                self.on_resume()
-            self._stop = self._stack.enter_context(StopSignal(self.world))
+        with self._stack.pop_all() as stack:
+            stack.enter_context(self._log.active(self))
+            if self.checkpoint is not None:
+                self._resume(self.checkpoint)
+                self._stop = stack.enter_context(StopSignal(self.world))
+            self._stack = stack.pop_all()
         return self
+
+    def _resume(self, config: CheckpointConfig) -> None:
+        self._checkpoints = Checkpoints(config.folder, self.world, config.keep, config.asynchronous)
+        if not self.state.resume(self._checkpoints):
+            return
+        if len(self.results) > self.num_epochs:
+            raise ConfigError(
+                f"{config.folder} holds {len(self.results)} epochs, more than the {self.num_epochs} asked for"
+            )
+        self._log.on_resume(self)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
-        if self._checkpoints is not None and error is None:
-            self._checkpoints.wait()
+        if error is None:
+            if self._checkpoints is not None:
+                self._checkpoints.wait()
+            self._log.on_end(self)
 
     def epochs(self) -> Iterator[int]:
         """Yield the number of each remaining epoch, from 1. After each, evaluate and save."""
         if self.checkpoint is not None and self._checkpoints is None:
-            raise RuntimeError("the run is no active context, and would save nothing; use with Run(…) as run")
+            raise RuntimeError("the run was not entered, and would save nothing; use with Run(…) as run")
         while len(self.results) < self.num_epochs:
             start, first = time.perf_counter(), self.state.step
             self._logged = first
@@ -205,11 +245,11 @@ class Run:
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """Yield this rank's share of each remaining batch of ``epoch``, the current one."""
-        return self._take(epoch, data.batches)
+        return self._log.steps(self._take(epoch, data.batches))
 
     def indices(self, epoch: int) -> Iterator[tuple[Tensor, int]]:
         """Yield this rank's sample indices ``(b)`` and the global size of each batch of `batches`."""
-        return self._take(epoch, data.indices)
+        return self._log.steps(self._take(epoch, data.indices))
 
     def _take(self, epoch: int, kind: Callable[..., Iterator[B]]) -> Iterator[B]:
         if epoch != len(self.results) + 1:
@@ -223,14 +263,15 @@ class Run:
         samples, checkpointing = len(self.train), self._stop is not None
         for number in range(first + 1, self.steps_per_epoch + 1):
             if self._stop:
-                self._stop.ask()
+                self._stop.start_all_reduce()
             with phase("data"):
                 batch = next(shares)
-            yield batch
+            with step():
+                yield batch
             if number == first + 1:
                 self._check_replicas()
             self.state.step = number
-            self.on_step(epoch, min(number * self.batch_size, samples))
+            self._log.on_step(self, epoch, min(number * self.batch_size, samples))
             if checkpointing and number < self.steps_per_epoch:  # the last step's comes after the evaluation
                 self._save_if_due()
 
@@ -244,11 +285,10 @@ class Run:
         """Return the mean test loss and the outputs ``(n, classes)``, on every rank, in evaluation mode.
 
         Buffers, such as BatchNorm's statistics, are first copied from the first rank of "dp" to the others,
-        as DistributedDataParallel copies them before each forward pass: the ranks evaluate one model.
+        as DistributedDataParallel copies them before each forward pass: the ranks evaluate, and save, one
+        model.
         """
-        if self.world.dp_size > 1:
-            for buffer in self.model.buffers():
-                dist.broadcast(buffer, group=self.world.mesh.get_group("dp"), group_src=0)
+        self._share_buffers()
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
@@ -257,21 +297,14 @@ class Run:
             for module, training in modes:
                 module.training = training
 
-    def on_step(self, epoch: int, samples: int) -> None:
-        """Override to show progress: ``samples`` of the epoch have been trained on."""
-
-    def on_epoch(self, result: EpochResult) -> None:
-        """Override to show an epoch's result."""
-
-    def on_resume(self) -> None:
-        """Override to show from where the run resumes."""
-
     def _end_epoch(self, start: float, first: int) -> None:
         total = torch.tensor(self.state.loss(), dtype=torch.float64, device=self.world.device)
         train_loss = self.world.sum(total).item() / len(self.train)
         epoch = len(self.results) + 1
         if not math.isfinite(train_loss):
-            raise ConfigError(f"the training loss of epoch {epoch} is {train_loss}; take a smaller rate")
+            raise DivergedError(
+                f"the training loss of epoch {epoch} is {train_loss}; take a smaller learning rate"
+            )
         self._check_replicas()
         trained = time.perf_counter() - start
         test_loss, outputs = self.evaluate()
@@ -286,21 +319,36 @@ class Run:
             device=self.world.device.type,
         )
         self.state.end_epoch(result)
-        self.on_epoch(result)
+        self._log.on_epoch(self, result)
         self._save_if_due()
 
     def _save_if_due(self) -> None:
         if self._checkpoints is None or self._stop is None or self.checkpoint is None:
             return
         every = self.checkpoint.every or self.steps_per_epoch
-        stopping, at_end = self._stop.answer(), len(self.results) == self.num_epochs
+        stopping, at_end = self._stop.wait(), len(self.results) == self.num_epochs
         if stopping or at_end or self.total_steps % every == 0:
+            self._share_buffers()
             self.state.save(self._checkpoints, self.total_steps)
         if stopping and not at_end:
             self._checkpoints.wait()
             raise Stopped(stopping)
 
+    def _share_buffers(self) -> None:
+        """Copy the buffers of the first rank of "dp" to the others."""
+        if self.world.dp_size > 1:
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, group=self.world.mesh.get_group("dp"), group_src=0)
+
+    def _check_gradients(self, *_: Any) -> None:
+        """Refuse gradients that nobody averaged, once, before the optimizer's first step.
+
+        The parameters would not show it if the ranks share Muon's work: each gets the updates of all.
+        """
+        self._first_step.remove()
+        check_same_gradients(self.model, self.world.mesh.get_group("dp"))
+
     def _check_replicas(self) -> None:
-        """Refuse replicas that differ after a step: nobody averaged their gradients."""
+        """Check that the replicas are equal after a step; they differ if their gradients are not averaged."""
         if self.world.dp_size > 1:
             check_same_parameters(self.model, self.world.mesh.get_group("dp"))

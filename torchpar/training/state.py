@@ -15,7 +15,8 @@ from torchpar.parallel.save.checkpoint import Checkpoints
 from torchpar.parallel.save.storage import LocalShard
 from torchpar.parallel.split.layers import split_parameters
 
-IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")  # an optimizer's flags
+# Options of an optimizer that choose how a step is computed. A resumed run keeps its own.
+IMPLEMENTATION_OPTIONS = ("fused", "foreach", "capturable", "differentiable")
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class TrainState:
         tensors = self._model_tensors()
         for name, p in self.model.named_parameters():
             for key, value in self.optimizer.state[p].items():
-                # A value of its parameter's shape is split as the parameter is. Others must be counters.
+                # A value of its parameter's shape is split as the parameter is. Others must be scalars.
                 if name in self._splits and value.dim() and value.shape != p.shape:
                     raise ConfigError(
                         f"the optimizer's {key} of {name} has shape {tuple(value.shape)}, expected "
@@ -123,12 +124,12 @@ class TrainState:
         checkpoints.save(total_steps, tensors, state)
 
     def resume(self, checkpoints: Checkpoints) -> bool:
-        """Continue from the newest whole checkpoint. Return False where there is none.
+        """Continue from the newest whole checkpoint. Return False if there is none.
 
         Each rank restores its own random state. A rank that the saved run did not have keeps its current one.
 
         Raises:
-            ConfigError: the checkpoint is of another run or another program; on every rank.
+            ConfigError: the checkpoint was saved by another run or another program; on every rank.
         """
         saved = checkpoints.load()
         if saved is None:
@@ -155,8 +156,7 @@ class TrainState:
             random = {key: value for key, value in self._random_states().items() if key in saved.shapes}
             saved.read({**tensors, **random})
             for group, values in zip(self.optimizer.param_groups, state["groups"], strict=True):
-                # How a step is computed is this optimizer's affair.
-                group.update({name: value for name, value in values.items() if name not in IMPLEMENTATION})
+                group.update({k: v for k, v in values.items() if k not in IMPLEMENTATION_OPTIONS})
             if self.lr_scheduler:
                 self.lr_scheduler.load_state_dict(state["rate"])
             self.results = [EpochResult(**result) for result in state["results"]]

@@ -12,24 +12,24 @@ from torchpar.parallel.launch.world import World
 
 
 class StopSignal:
-    """Handlers of SIGTERM and SIGINT, and the largest signal that any rank has received.
+    """Handlers of SIGTERM and SIGINT, and an all-reduce by which all ranks learn of a signal.
 
-    A handler only notes the signal, because it may interrupt anything, even a collective or a save. In every
-    step the ranks take the maximum of their notes, while the step computes. A second SIGINT interrupts at
-    once.
+    A handler only stores the signal's number, because it may interrupt anything, even a collective or a save.
+    In every step an all-reduce takes the maximum of the ranks' numbers, while the step computes. A second
+    SIGINT interrupts at once.
     """
 
     def __init__(self, world: World):
-        self._several = world.world_size > 1
-        self._noted = self._stopping = 0
-        self._asked = torch.zeros(1, dtype=torch.int32, device=world.device)
+        self._distributed = world.world_size > 1
+        self._received = self._largest = 0
+        self._buffer = torch.zeros(1, dtype=torch.int32, device=world.device)
         self._work: dist.Work | None = None
 
     def __enter__(self) -> "StopSignal":
         self._before = {}
         if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
+                self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -37,22 +37,22 @@ class StopSignal:
     ) -> None:
         for number, handler in self._before.items():
             # While this process shuts down, ignore another signal.
-            signal.signal(number, signal.SIG_IGN if self._stopping else handler)
+            signal.signal(number, signal.SIG_IGN if self._largest else handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == self._noted == signal.SIGINT:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == self._received == signal.SIGINT:
             raise KeyboardInterrupt
-        self._noted = number
+        self._received = number
 
-    def ask(self) -> None:
-        """Start to take the maximum over all ranks."""
-        self._asked.fill_(self._noted)
-        if self._several:
-            self._work = dist.all_reduce(self._asked, dist.ReduceOp.MAX, async_op=True)
+    def start_all_reduce(self) -> None:
+        """Start the maximum over all ranks of the signals received so far."""
+        self._buffer.fill_(self._received)
+        if self._distributed:
+            self._work = dist.all_reduce(self._buffer, dist.ReduceOp.MAX, async_op=True)
 
-    def answer(self) -> int:
-        """Return the largest signal number that any rank had noted at `ask`, 0 if none."""
+    def wait(self) -> int:
+        """Wait for the all-reduce; return the largest signal number, or 0 if no rank has received one."""
         if self._work is not None:
             self._work.wait()
-        self._stopping = int(self._asked.item())
-        return self._stopping
+        self._largest = int(self._buffer.item())
+        return self._largest

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 from torchpar.data import Samples, batches, load
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, TorchparError
 from torchpar.ieee import cross_entropy_sum
 from torchpar.nn import MLP
 from torchpar.parallel.launch.local import current_world, start_ranks
-from torchpar.parallel.launch.world import World, is_of_communication
+from torchpar.parallel.launch.world import World, is_communication_error
 from torchpar.parallel.split.exact_gradients import ExactGradients
 from torchpar.parallel.split.mlp import full_state_dict, parallel_mlp
 from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
@@ -44,18 +44,17 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         return verify(**vars(options))
-    except (ConfigError, RuntimeError) as e:
-        if isinstance(e, ConfigError):
-            reason = str(e)
-        elif isinstance(e, BrokenProcessPool) or is_of_communication(e):
-            reason = "a rank was killed, or has ended in an error; run it again"
-        else:
+    except TorchparError as e:
+        reason = str(e)
+    except RuntimeError as e:
+        if not isinstance(e, BrokenProcessPool) and not is_communication_error(e):
             raise
-        print(f"python -m torchpar verify: error: {reason}", file=sys.stderr)
-        return 2
+        reason = "a rank was killed, or has ended in an error; run it again"
     except KeyboardInterrupt:
         print("python -m torchpar verify: interrupted", file=sys.stderr)
         return 130
+    print(f"python -m torchpar verify: error: {reason}", file=sys.stderr)
+    return 2
 
 
 def verify(ranks: int | None, tp: int, pp: int, threads: int, device: str, data: Path) -> int:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, TorchparError
 from torchpar.tune.measure import LIBRARY, PRODUCT, Problem, check_gpu, describe, error_line, measure
 
 if TYPE_CHECKING:  # it imports Triton
@@ -28,7 +28,7 @@ KERNELS = ("symmetric_product", "linear_sigmoid")
 VARIANTS = ("pointers", "split_k", "tma", "specialized")
 BY_DEFAULT = VARIANTS[:3]  # the specialized kernel may hang, which would end the run
 DTYPES = ("bfloat16", "float16", "tf32", "float32", "float64")
-# Of each dtype, the most important first: m, n, k and batch.
+# The problems of each dtype, the most important first: m, n, k and batch.
 PROBLEMS = (
     *(("symmetric_product", n, n, n, 1) for n in (4096, 8192, 2048, 1024)),
     ("linear_sigmoid", 8192, 4096, 4096, 1),
@@ -98,7 +98,7 @@ def tune(options: argparse.Namespace) -> int:
 
 
 def environment(present: "Device") -> dict[str, str]:
-    """The device, the versions and the kernels' source; where one is new, all is measured anew."""
+    """The device, the versions and a hash of the kernels; if one has changed, all is measured again."""
     import triton
 
     from torchpar import kernels
@@ -111,9 +111,9 @@ def environment(present: "Device") -> dict[str, str]:
 
 def entries(table: dict[str, Any], problem: Problem) -> tuple[list[Any], list[Any]]:
     """The table's entries for the kernel and kind of ``problem``: those of other sizes, and its own."""
-    found = table["tiles"].get(problem.kernel, {}).get(problem.kind, [])
-    own = [entry for entry in found if tuple(entry[:4]) == problem[2:]]
-    return [entry for entry in found if entry not in own], own
+    of_kind = table["tiles"].get(problem.kernel, {}).get(problem.kind, [])
+    own = [entry for entry in of_kind if tuple(entry[:4]) == problem[2:]]
+    return [entry for entry in of_kind if entry not in own], own
 
 
 def tune_problem(problem: Problem, variants: Sequence[str], present: "Device") -> list[Any] | None:
@@ -131,7 +131,7 @@ def tune_problem(problem: Problem, variants: Sequence[str], present: "Device") -
     ]
     try:
         times, errors = measure(problem, configurations, torch.device("cuda"))
-    except ConfigError:
+    except TorchparError:
         raise
     except Exception as e:  # such as too little memory
         check_gpu(str(problem))
@@ -169,7 +169,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     try:
         return tune(options)
-    except (ConfigError, OSError) as e:
+    except (TorchparError, OSError) as e:
         print(f"python -m torchpar tune: error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -107,7 +107,7 @@ def measure(
 
 
 def check_result(prepared: PreparedProblem, call: Callable[[], object], problem: Problem) -> None:
-    """Raise a ValueError if ``call`` writes over twice the library's error, or no symmetric product."""
+    """Raise a ValueError if the error is over twice the library's, or if a product is not symmetric."""
     prepared.out.fill_(math.nan)
     call()
     results = prepared.out, prepared.library()
@@ -122,7 +122,7 @@ def check_result(prepared: PreparedProblem, call: Callable[[], object], problem:
 
 
 def check_gpu(last: str) -> None:
-    """Raise a ConfigError if the GPU fails after ``last``."""
+    """Raise a ConfigError if the GPU has failed after ``last``."""
     try:
         if torch.cuda.is_available():
             torch.cuda.synchronize()

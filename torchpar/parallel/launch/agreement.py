@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Checks that all ranks are about to do the same.
+"""Check that all ranks agree before a collective.
 
-Without them a rank would wait for another until the timeout, or gloo would abort both.
+Without these checks a rank would wait for another until the timeout, or gloo would abort both.
 """
 
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,6 +16,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar.errors import ConfigError
+from torchpar.ops._library import is_dtensor
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32, 16: torch.int32}
+_CHUNK = 2**20  # words that `checksum` adds at once
+_FACTOR = -7046029254386353131  # odd: 2⁶⁴ divided by the golden ratio, as int64
+_AVERAGE = (
+    "average the gradients before optimizer.step(), for example by DistributedDataParallel (with "
+    "find_unused_parameters=True if a parameter gets no gradient)"
+)
 
 
 def group_of(mesh: DeviceMesh) -> dist.ProcessGroup:
@@ -51,26 +62,72 @@ def check_same_on_all_ranks(group: dist.ProcessGroup | None, what: str, values: 
                 )
 
 
-@torch.no_grad()
 def check_same_parameters(model: torch.nn.Module, group: dist.ProcessGroup) -> None:
-    """Compare the bits of ``model``'s parameters between the ranks of ``group``, by a sum of their bytes.
+    """Compare the bits of ``model``'s parameters, except DTensors, between the ranks of ``group``.
 
     Raises:
         ConfigError: a parameter differs; on every rank.
     """
-    names = [name for name, _ in model.named_parameters()]
-    if not names:
-        return
-    bits = [p.flatten().view(torch.uint8).sum(dtype=torch.int64) for p in model.parameters()]
-    sums = torch.stack(bits)
-    extremes = torch.stack([sums, -sums])
-    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
-    if differing := (extremes[0] != -extremes[1]).nonzero().flatten().tolist():
+    if name := _first_difference(model, group, lambda p: p):
         raise ConfigError(
-            f"{names[differing[0]]} differs between the ranks that share a batch; start with the same "
-            "weights on all, and average their gradients before optimizer.step(), for example by "
-            "DistributedDataParallel (with find_unused_parameters=True if a parameter gets no gradient)"
+            f"{name} differs between the ranks that share a batch; start with the same weights on all, "
+            f"and {_AVERAGE}"
         )
+
+
+def check_same_gradients(model: torch.nn.Module, group: dist.ProcessGroup) -> None:
+    """Compare the bits of ``model``'s dense gradients, except DTensors, between the ranks of ``group``.
+
+    Raises:
+        ConfigError: a gradient differs, or only some ranks have it; on every rank.
+    """
+    if name := _first_difference(model, group, lambda p: p.grad):
+        raise ConfigError(f"the gradient of {name} differs between the ranks that share a batch; {_AVERAGE}")
+
+
+@torch.no_grad()
+def _first_difference(
+    model: torch.nn.Module, group: dist.ProcessGroup, of: Callable[[Tensor], Tensor | None]
+) -> str:
+    """Return the name of the first parameter p whose ``of(p)`` differs between ranks, "" if there is none."""
+    # Each rank may have a part of its own of a DTensor.
+    parameters = {name: p for name, p in model.named_parameters() if not is_dtensor(p)}
+    sums = []
+    for p in parameters.values():
+        t = of(p)
+        if t is None or t.layout != torch.strided:
+            sums.append(torch.full((), -1 if t is None else 0, dtype=torch.int64, device=p.device))
+        else:
+            sums.append(checksum(t))
+    if not sums:
+        return ""
+    own = torch.stack(sums)
+    extremes = torch.stack([own, ~own])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+    differing = (extremes[0] != ~extremes[1]).nonzero().flatten().tolist()
+    return [*parameters][differing[0]] if differing else ""
+
+
+def checksum(t: Tensor) -> Tensor:
+    """Return a checksum ``()`` int64 of the bits of ``t`` in their order, computed on its device.
+
+    On a CPU it is CRC-32. Elsewhere it is Σ wᵢ·bᵢ mod 2⁶⁴ of the bits bᵢ, as integers of at most 32 bits,
+    with odd pseudo-random weights wᵢ.
+    """
+    flat = t.detach().contiguous().view(-1)
+    if flat.is_cpu:
+        return torch.tensor(zlib.crc32(flat.view(torch.uint8).numpy().data))
+    return _weighted_sum(flat)
+
+
+def _weighted_sum(flat: Tensor) -> Tensor:
+    words = flat.view(_WORDS[flat.itemsize])
+    weights = torch.arange(min(len(words), _CHUNK), device=words.device) * _FACTOR
+    weights = (weights ^ (weights >> 32)) | 1
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for chunk in words.split(_CHUNK):
+        total = total * _FACTOR + (chunk * weights[: len(chunk)]).sum()
+    return total
 
 
 def check_shape(t: Tensor, group: dist.ProcessGroup) -> None:

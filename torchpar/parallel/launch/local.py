@@ -43,7 +43,7 @@ class Ranks(NamedTuple):
 def current_world() -> World:
     """Return the world of the rank that this process is."""
     if _world is None:
-        raise RuntimeError("this process is no rank of start_ranks")
+        raise RuntimeError("this process was not started by start_ranks")
     return _world
 
 
@@ -79,7 +79,7 @@ def start_ranks(ranks: int, threads: int = 1, timeout: float = 300.0, device: st
 
 
 def _join(rank: int, ranks: int, threads: int, port: int, timeout: float, device: str) -> int:
-    """Become a rank; returns this process's number."""
+    """Become a rank; returns this process's id."""
     global _world
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C `start_ranks` ends the ranks
     torch.set_num_threads(threads)

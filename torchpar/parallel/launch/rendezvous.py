@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
-from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, DistStoreError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, RankLostError
 
 T = TypeVar("T")
 POLL = 0.02  # seconds between two requests to the store
 ANSWER = 10.0  # seconds in which rank 0's store must answer once something listens at its port
+LATER = 1.0  # seconds that the others wait longer than rank 0, which tells them who is missing
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,15 @@ def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo | None:
         job = f"{env.get('SLURM_JOB_ID')}.{env['SLURM_STEP_ID']}"
     else:
         return None
-    for name, index, end in (("rank", rank, world_size), ("local rank", local_rank, local_world_size)):
-        if index >= end:
-            raise ConfigError(f"{launcher} says {name} {index} of {end}, expected less than {end}")
+    if rank >= world_size:
+        raise ConfigError(f"{launcher} sets rank {rank}, expected less than world size {world_size}")
+    if local_rank >= local_world_size:
+        raise ConfigError(f"{launcher} sets local rank {local_rank}, expected less than {local_world_size}")
     if local_world_size > world_size:
-        raise ConfigError(f"{launcher} says {local_world_size} of {world_size} processes are on this machine")
+        raise ConfigError(
+            f"{launcher} sets local world size {local_world_size}, expected at most {world_size}, "
+            "the world size"
+        )
     if world_size == 1 and "RANK" not in env:
         return None
 
@@ -123,7 +128,8 @@ def connect(info: RankInfo, timeout: timedelta) -> Store:
         timeout: how long to wait for the others; also the store's timeout.
 
     Raises:
-        ConfigError: no store at the address, another program at the port, or a rank that did not join.
+        ConfigError: no store at the address, or another program at the port.
+        RankLostError: a rank did not join.
     """
     # torchrun's agent keeps its server over restarts (torch.distributed.elastic's DynamicRendezvousHandler
     # and StaticTCPRendezvous make it once), so a new rank can read the address that a dead one left under
@@ -133,19 +139,25 @@ def connect(info: RankInfo, timeout: timedelta) -> Store:
     # rank 0 that lives beside that process can have written it: agents end all workers before new ones start.
     hosts = info.rank == 0 and info.launcher != "torchrun"
 
-    def join() -> Store:
+    def join() -> tuple[Store, int]:
         tcp = TCPStore(info.address, info.port, None, hosts, timeout, wait_for_workers=False)
         store = PrefixStore("torchpar", tcp)
-        start = _welcome(store, info.world_size, timeout) if info.rank == 0 else _join(store, info.rank)
-        return PrefixStore(f"start{start}", store)
+        if info.rank == 0:
+            return store, _welcome(store, info.world_size, timeout)
+        return store, _join(store, info.rank, timeout)
 
     try:
         if hosts or info.launcher == "torchrun":
-            return join()
-        # Where another program has the port, rank 0 fails at once, and its launcher may let the other ranks
-        # live. The program may be another job's store, or never answer: then TCPStore blocks for ever.
-        _wait_for_listener(info, timeout)
-        return run_in_daemon(join).result(ANSWER)
+            store, start = join()
+        else:
+            # Where another program has the port, rank 0 fails at once, and its launcher may let the other
+            # ranks live. The program may be another job's store, or never answer: then TCPStore blocks for
+            # ever.
+            _wait_for_listener(info, timeout)
+            store, start = run_in_daemon(join).result(ANSWER)
+        if info.rank:
+            _wait_for_all(store, start, timeout)
+        return PrefixStore(f"start{start}", store)
     except (DistError, OSError) as e:  # TimeoutError is an OSError
         reason = str(e).partition("\n")[0] or "the program at that port does not answer as rank 0's store"
         raise ConfigError(
@@ -228,15 +240,45 @@ def _welcome(store: Store, world_size: int, timeout: timedelta) -> int:
         missing = [rank for rank in missing if not store.check([f"joined/{rank}/{start}"])]
         if missing and time.monotonic() > deadline:
             ranks = ", ".join(map(str, missing))
-            raise ConfigError(f"rank {ranks} did not join rank 0 within {timeout}")
+            store.set(f"missing/{start}", ranks)
+            time.sleep(LATER)  # the others read it before this process, which may host the store, ends
+            raise _did_not_join(ranks, timeout)
+    store.set(f"missing/{start}", "")
     return start
 
 
-def _join(store: Store, rank: int) -> int:
+def _join(store: Store, rank: int, timeout: timedelta) -> int:
     process = store.add(f"processes/{rank}", 1)
-    start = int(store.get(f"welcome/{rank}/{process}"))
+    try:
+        start = int(store.get(f"welcome/{rank}/{process}"))
+    except DistStoreError as e:
+        raise _did_not_join("0", timeout) from e
     store.set(f"joined/{rank}/{start}", "")
     return start
+
+
+def _wait_for_all(store: Store, start: int, timeout: timedelta) -> None:
+    """Wait until rank 0 says that all ranks have joined.
+
+    Raises:
+        RankLostError: it says that some have not, or says nothing.
+    """
+    key, patience = f"missing/{start}", timeout + timedelta(seconds=LATER)
+
+    def ask() -> str:
+        store.wait([key], patience)
+        return store.get(key).decode()
+
+    try:  # requests to a host that was stopped block whatever the timeout is
+        missing = run_in_daemon(ask).result(patience.total_seconds() + LATER)
+    except (DistError, TimeoutError) as e:
+        raise _did_not_join("0", timeout) from e
+    if missing:
+        raise _did_not_join(missing, timeout)
+
+
+def _did_not_join(ranks: str, timeout: timedelta) -> RankLostError:
+    return RankLostError(f"rank {ranks} did not join the others within {timeout.total_seconds():g} s")
 
 
 def _number(env: Mapping[str, str], name: str, *, default: int | None = None, least: int = 0) -> int:

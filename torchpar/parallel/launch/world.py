@@ -4,7 +4,7 @@
 import gc
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, RankLostError
 from torchpar.parallel.launch import rendezvous
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.partition import Partition
@@ -25,18 +25,6 @@ from torchpar.partition import Partition
 T = TypeVar("T")
 TIMEOUT = 1800.0
 PATIENCE = 1.5  # seconds in which each rank whose collective failed reports to the store
-
-
-class RankLostError(ConfigError):
-    """A rank has ended or hangs.
-
-    Attributes:
-        missing: the ranks that do not answer, as far as is known.
-    """
-
-    def __init__(self, message: str, missing: Sequence[int] = ()):
-        super().__init__(message)
-        self.missing = missing
 
 
 @dataclass(frozen=True)
@@ -178,19 +166,19 @@ def join_world(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[World
         return
     limit = timedelta(seconds=timeout)
     store = rendezvous.connect(info, limit) if launched else dist.HashStore()  # type: ignore[attr-defined]
-    dist.init_process_group(
-        backend,
-        store=store,
-        rank=info.rank,
-        world_size=info.world_size,
-        timeout=limit,
-        device_id=own if backend == "nccl" else None,
-    )
     try:
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=info.rank,
+            world_size=info.world_size,
+            timeout=limit,
+            device_id=own if backend == "nccl" else None,
+        )
         mesh = _make_mesh(own, (1, info.world_size, 1), timeout)
         yield World(info.rank, info.local_rank, info.world_size, own, mesh, timeout=timeout)
     except RuntimeError as e:
-        if not is_of_communication(e):
+        if not is_communication_error(e):
             raise
         missing = rendezvous.missing_ranks(store, info.rank, info.world_size, PATIENCE)
         reason = re.sub(r"^\[\S*\] ", "", str(e).partition("\n")[0])  # without gloo's own file and line
@@ -200,7 +188,8 @@ def join_world(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[World
         # The threads of a process group end with its last reference. If that is after the interpreter has
         # begun to exit, they abort the process. DistributedDataParallel keeps one in a reference cycle.
         gc.collect()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @contextmanager
@@ -222,11 +211,11 @@ def _make_mesh(device: torch.device, shape: tuple[int, int, int], timeout: float
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp", "tp"))
     for group in mesh.get_all_groups():  # mesh["dp"] would import the compiler: a second, and 157 MB
         _set_timeout(group, timedelta(seconds=timeout))
-    _calm_gloo()
+    _schedule_gloo_as_batch()
     return mesh
 
 
-def _calm_gloo() -> None:
+def _schedule_gloo_as_batch() -> None:
     """Schedule the thread that polls gloo's sockets as SCHED_BATCH, so that it yields to senders.
 
     While a sender holds a pair's lock, the polling thread spins on it: gloo's `Pair::handleEvents` tries the
@@ -241,8 +230,8 @@ def _calm_gloo() -> None:
                 os.sched_setscheduler(int(task.name), os.SCHED_BATCH, os.sched_param(0))
 
 
-def is_of_communication(error: RuntimeError) -> bool:
-    """Whether ranks lost each other, by what PyTorch says."""
+def is_communication_error(error: RuntimeError) -> bool:
+    """Whether ranks lost each other, judged by the type and the message of PyTorch's error."""
     signs = r"gloo|NCCL|[Cc]onnection|[Ss]ocket|[Tt]imed out|[Tt]imeout|pair closure"
     return isinstance(error, dist.DistError) or re.search(signs, str(error)) is not None
 

@@ -79,7 +79,7 @@ class Checkpoints:
         self.world = world
         self.keep = keep
         self.asynchronous = asynchronous
-        # A save's messages must not mix with training's: a group of its own. gloo takes CPU tensors.
+        # A group of its own, so that a save's messages do not mix with training's; gloo, for CPU tensors.
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=world.timeout))
         assert isinstance(group, dist.ProcessGroup)
         self._group = group
@@ -101,7 +101,7 @@ class Checkpoints:
             self._save(step, tensors, state)
             return
         copies, state = {name: copy_to_cpu(t) for name, t in tensors.items()}, json.loads(json.dumps(state))
-        # A daemon, because a process whose peers are lost must not wait for it at its end.
+        # A daemon thread, so that a process whose peers are lost can end without waiting for it.
         self._pending = run_in_daemon(lambda: self._save(step, copies, state))
 
     def wait(self) -> None:
@@ -216,7 +216,7 @@ class Checkpoints:
         manifest.write_text(self.folder / "latest.tmp", path.name + "\n")
         os.replace(self.folder / "latest.tmp", self.folder / "latest")
         manifest.sync(self.folder)
-        # Later checkpoints do not count: they were damaged when this run began.
+        # Checkpoints of later steps were damaged when this run began: they do not count as kept.
         until_now = [p for p in self._paths() if _step(p) <= _step(path)]
         for old in until_now[: -self.keep]:
             os.replace(old, old.with_suffix(".tmp"))  # a half-removed checkpoint must not look damaged

@@ -32,7 +32,7 @@ def verify(path: Path) -> dict[str, Any]:
         text = (path / MANIFEST).read_bytes().decode()
         manifest = json.loads(text)
         if manifest["sha256"] != _digest(text.replace(manifest["sha256"], UNSIGNED)):
-            raise ValueError("its SHA-256 is not the one it says")
+            raise ValueError("its SHA-256 differs from the one it records")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
         raise ConfigError(f"{path / MANIFEST} is damaged ({first_line(e)})") from e
     for name, digest in manifest["files"].items():

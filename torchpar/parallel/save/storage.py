@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Parts for torch.distributed.checkpoint: shards of tensors, a writer with clear errors, a safe reader.
+"""Extensions of torch.distributed.checkpoint: shards of tensors, a writer with clear errors, a safe reader.
 
 Unpickling uses allow-lists only: `torch.load` with ``weights_only`` for tensors, and `_Unpickler` for the
 checkpoint's metadata.
@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 # The classes in torch.distributed.checkpoint's metadata of tensors. BytesStorageMetadata, for other objects,
-# is not among them, because PyTorch would unpickle those objects without an allow-list.
+# is left out, because PyTorch would unpickle those objects without an allow-list.
 _CLASSES = {
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath", "WindowsPath"},
@@ -48,8 +48,8 @@ _CLASSES = {
 class LocalShard(torch.Tensor):
     """A rank's slice of a tensor that is split over ranks, for torch.distributed.checkpoint.
 
-    A `torch.distributed.tensor.DTensor` would cut the tensor at other places than our layers do if the number
-    of ranks does not divide its size. torch 2.15 reads the attributes
+    If the number of ranks does not divide an axis, a `torch.distributed.tensor.DTensor` would cut it at other
+    places than our layers do. torch 2.15 reads the attributes
     (`torch.distributed.checkpoint.CheckpointableTensor`), and torch 2.11 calls the methods.
     """
 

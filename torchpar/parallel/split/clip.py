@@ -10,7 +10,7 @@ from torchpar.ops import _exact
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.layers import Arithmetic, check_arithmetic, split_parameters
 
-_HALF = 30  # bits: squares below 1 are integers of two halves, of which 2³³ can be added
+_HALF = 30  # bits of each half of a square below 1, cut to 60 bits; an int64 holds the sum of 2³³ halves
 
 
 @torch.no_grad()
@@ -74,4 +74,4 @@ def _exact_square(gradients: list[Tensor], world: World, whole: bool) -> Tensor:
         world.sum(halves)
     total = halves[0].double() * 2.0**-_HALF + halves[1].double() * 2.0 ** (-2 * _HALF)
     finite = power_of_two(2 * exponent, torch.float64).squeeze()
-    return torch.where(exponent.squeeze() > _exact.LARGEST, torch.nan, total * finite)
+    return torch.where(exponent.squeeze() > _exact.MAX_EXPONENT, torch.nan, total * finite)

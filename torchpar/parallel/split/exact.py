@@ -11,8 +11,8 @@ on the exponents by a maximum, cut their parts into digits, and add integers:
 | dL/dweight, dL/dbias | samples | "dp", once per step, by `ExactGradients` |
 
 A backward pass keeps what the gradients of weights and biases need, and `ExactGradients` adds them over all
-micro-batches (`torchpar.parallel.split.exact_gradients`). What is computed element by element has the same
-bits anyway, if it is made of the operations of IEEE 754 (`torchpar.ieee`).
+micro-batches (`torchpar.parallel.split.exact_gradients`). Elementwise functions have the same bits
+anyway, if they are made of the operations of IEEE 754 (`torchpar.ieee`).
 """
 
 import copy
@@ -40,7 +40,7 @@ from torchpar.parallel.split.reduction import all_reduce
 
 
 class BackwardPass(NamedTuple):
-    """A backward pass, as its gradients need it: the layer's input, and dL/dz ``(b, out)``."""
+    """What the gradients need of a backward pass: the layer's input, and dL/dz ``(b, out)``."""
 
     x: Operand
     dz: Tensor
@@ -51,14 +51,14 @@ class ExactLayer(torch.nn.Module):
 
     Attributes:
         passes: the backward passes that `ExactGradients` has not added yet.
-        adds_outputs, adds_inputs: the mesh whose ranks add y, and dL/dx; None for no ranks.
+        output_mesh, input_gradient_mesh: the mesh over which y, and dL/dx, are all-reduced, or None.
     """
 
-    weight: Any  # a parameter; the bases differ in what they call it
+    weight: Any  # a parameter; the base classes annotate it differently
     bias: Any  # a parameter, or None
     activation: Activation
-    adds_outputs: DeviceMesh | None = None
-    adds_inputs: DeviceMesh | None = None
+    output_mesh: DeviceMesh | None = None
+    input_gradient_mesh: DeviceMesh | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -66,7 +66,7 @@ class ExactLayer(torch.nn.Module):
         if self.weight.dtype != torch.float32:
             raise ConfigError(f"exact arithmetic takes float32, the layer has {self.weight.dtype}")
 
-    def learns(self) -> bool:
+    def is_trainable(self) -> bool:
         """Whether a parameter needs a gradient."""
         return any(p.requires_grad for p in self.parameters())
 
@@ -76,8 +76,8 @@ class ExactLayer(torch.nn.Module):
             if t.dtype != torch.float32:
                 raise ConfigError(f"exact arithmetic takes float32, {name} is {t.dtype}; convert it")
         latest: list[BackwardPass] = []
-        anchor = _Anchor.apply(self.weight, self.bias, self, latest)
-        return _Layer.apply(x, self.weight, self.bias, anchor, self, latest)  # type: ignore[no-any-return]
+        recorder = _RecordPass.apply(self.weight, self.bias, self, latest)
+        return _Layer.apply(x, self.weight, self.bias, recorder, self, latest)  # type: ignore[no-any-return]
 
 
 class ExactLinear(ExactLayer, nn.Linear):
@@ -89,7 +89,7 @@ class ExactLinear(ExactLayer, nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: Any) -> "ExactLinear":
-        """The twin of a linear layer among `LINEAR_LAYERS`, with copies of its parameters.
+        """A copy in exact arithmetic of a linear layer that is among `LINEAR_LAYERS`.
 
         Raises:
             ConfigError: another kind of layer.
@@ -98,10 +98,10 @@ class ExactLinear(ExactLayer, nn.Linear):
             expected = ", ".join(f"{kind.__module__}.{kind.__name__}" for kind in LINEAR_LAYERS)
             raise ConfigError(f"cannot copy a {type(linear).__name__}, expected one of {expected}")
         own, shape = LINEAR_LAYERS[type(linear)], (linear.in_features, linear.out_features)
-        twin = cls(*shape, linear.bias is not None, activation=own, device="meta", dtype=linear.weight.dtype)
+        layer = cls(*shape, linear.bias is not None, activation=own, device="meta", dtype=linear.weight.dtype)
         for name, parameter in linear.named_parameters():
-            setattr(twin, name, copy.deepcopy(parameter))
-        return twin
+            setattr(layer, name, copy.deepcopy(parameter))
+        return layer
 
     def forward(self, x: Tensor) -> Tensor:
         return self.affine(x)
@@ -112,7 +112,7 @@ class ExactColumnParallelLinear(ExactLayer, ColumnParallelLinear):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.adds_inputs = self.mesh
+        self.input_gradient_mesh = self.mesh
 
     def forward(self, x: Tensor) -> Tensor:
         return self._gathered(self.affine(x))
@@ -123,16 +123,17 @@ class ExactRowParallelLinear(ExactLayer, RowParallelLinear):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.adds_outputs = self.mesh
+        self.output_mesh = self.mesh
 
     def forward(self, x: Tensor) -> Tensor:
         return self.affine(self._scattered(x))
 
 
-class _Anchor(torch.autograd.Function):
-    """Stands for the parameters in the graph of a layer.
+class _RecordPass(torch.autograd.Function):
+    """Append a backward pass to ``layer.passes`` if it computes gradients of the parameters.
 
-    Autograd runs its backward only in a backward pass for a parameter. `_Layer`'s runs for an input, too.
+    Autograd calls ``backward`` only in such a pass, because its inputs are the parameters. `_Layer.backward`
+    also runs for the gradient of the layer's input alone.
     """
 
     @staticmethod
@@ -155,22 +156,24 @@ class _Layer(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        anchor: Tensor,
+        recorder: Tensor,
         layer: ExactLayer,
         latest: list[BackwardPass],
     ) -> Tensor:
-        matrix = rows(x.detach())  # which the operand keeps after the backward pass
-        e, f = _shared_exponents([matrix, weight], layer.adds_outputs)
+        matrix = rows(x.detach())  # the operand keeps it after the backward pass
+        e, f = _shared_exponents([matrix, weight], layer.output_mesh)
         operand = Operand(matrix, e)
-        z = _product(operand, Operand(weight, f), layer.adds_outputs)
+        z = _product(operand, Operand(weight, f), layer.output_mesh)
         if bias is not None:
             z += bias
-        y = ieee.sigmoid(z) if layer.activation == "sigmoid" else z
+        y = z
+        if layer.activation == "sigmoid":
+            y = ieee.sigmoid(z)
+        elif layer.activation == "relu":
+            y = z.relu_()
         ctx.layer, ctx.x, ctx.shape, ctx.latest = layer, operand, x.shape, latest
         # Without an activation, the backward pass does not need y.
         ctx.save_for_backward(weight, None if layer.activation is None else y)
-        if layer.activation == "relu":
-            y = z.clamp(min=0)
         result: Tensor = y.view(*x.shape[:-1], y.shape[-1])
         return result
 
@@ -184,14 +187,14 @@ class _Layer(torch.autograd.Function):
         if layer.activation == "sigmoid":
             dz = dz * (y * (1 - y))
         elif layer.activation == "relu":
-            dz = dz * y.heaviside(y.new_tensor(0.5))  # as `torchpar.maximum`; y is before the ReLU
+            dz = torch.ops.aten.threshold_backward(dz, y, 0)
         ctx.latest[:] = [BackwardPass(ctx.x, dz)]
-        anchor = g.new_zeros(())
+        recorder_gradient = g.new_zeros(())
         if not ctx.needs_input_grad[0]:
-            return None, None, None, anchor, None, None
-        e, f = _shared_exponents([dz, weight.T], layer.adds_inputs)
-        dx = _product(Operand(dz, e), Operand(weight.T, f), layer.adds_inputs)
-        return dx.view(ctx.shape), None, None, anchor, None, None
+            return None, None, None, recorder_gradient, None, None
+        e, f = _shared_exponents([dz, weight.T], layer.input_gradient_mesh)
+        dx = _product(Operand(dz, e), Operand(weight.T, f), layer.input_gradient_mesh)
+        return dx.view(ctx.shape), None, None, recorder_gradient, None, None
 
 
 def _shared_exponents(matrices: list[Tensor], mesh: DeviceMesh | None) -> list[Tensor]:

@@ -37,8 +37,8 @@ class ExactGradients:
             its layers must not be changed between the passes and the call.
         world: its "dp" ranks share each batch. Every rank must make and call this object.
 
-    Every backward pass of the parameters counts until the call; ``zero_grad()`` forgets none. So a step that
-    is given up must call this object too. A sample that is not finite makes all of a weight's gradient NaN.
+    A call sums all backward passes since the last call. ``zero_grad()`` discards none of them, so call this
+    object in a step that is skipped, too. A sample that is not finite makes a weight's whole gradient NaN.
 
     Raises:
         ConfigError: a parameter of the model belongs to no layer in exact arithmetic.
@@ -50,9 +50,9 @@ class ExactGradients:
         for name, p in model.named_parameters():
             if p not in own:
                 raise ConfigError(
-                    f"{name} is of no layer in exact arithmetic, expected those of parallel_mlp"
+                    f"{name} belongs to no layer in exact arithmetic, expected those of parallel_mlp"
                 )
-        self.layers = [layer for layer in self._all.values() if layer.learns()]
+        self.layers = [layer for layer in self._all.values() if layer.is_trainable()]
         self.mesh = world.mesh["dp"]
         self._maximum: SharedSum | None = None
         self._sum: SharedSum | None = None
@@ -64,11 +64,11 @@ class ExactGradients:
             self._sum = make_shared_sum(group, sums, torch.int64, timeout)
 
     def __call__(self, passes: int | None = None) -> None:
-        """Add the gradients to each ``p.grad``, and forget what the layers kept.
+        """Add the gradients to each ``p.grad``, and discard the backward passes.
 
         Args:
-            passes: the number of the last backward passes that count, by default all since the last call. A
-                pipeline first runs a pass of arbitrary numbers, to learn their shapes.
+            passes: number of the last backward passes to sum, by default all since the last call. A pipeline
+                first runs one on arbitrary numbers, to learn the shapes.
 
         Raises:
             ConfigError: there were fewer backward passes, or none; or a layer was frozen or unfrozen after
@@ -77,8 +77,8 @@ class ExactGradients:
         if passes is not None and passes < 1:
             raise ConfigError(f"passes is {passes}, expected at least 1")
         for name, layer in self._all.items():
-            if layer.learns() != (layer in self.layers):
-                change = "unfrozen" if layer.learns() else "frozen"
+            if layer.is_trainable() != (layer in self.layers):
+                change = "unfrozen" if layer.is_trainable() else "frozen"
                 raise ConfigError(f"{name} was {change} after ExactGradients was made; make another one")
         with phase("backward"):
             terms = [term for layer in self.layers for term in _terms(layer, passes)]
@@ -124,10 +124,10 @@ class _Term(NamedTuple):
 def _terms(layer: ExactLayer, passes: int | None) -> list[_Term]:
     kept, layer.passes = layer.passes[-(passes or 0) :], []
     if len(kept) < (passes or 1):
-        found = f"a layer saw {len(kept)} backward passes since the last call, expected {passes or 1}"
-        raise ConfigError(f"{found}; call backward() of the loss before")
+        actual = f"a layer saw {len(kept)} backward passes since the last call, expected {passes or 1}"
+        raise ConfigError(f"{actual}; call backward() of the loss before")
     x = Operand.cat([one.x for one in kept])
     dz = torch.cat([one.dz for one in kept]) if len(kept) > 1 else kept[0].dz
-    left = torch.where(x.e > _exact.LARGEST, torch.nan, _exact.scaled(dz, x.e))
+    left = torch.where(x.e > _exact.MAX_EXPONENT, torch.nan, _exact.scaled(dz, x.e))
     terms = [_Term(layer.weight, left.T, x.columns())]
     return terms if layer.bias is None else [*terms, _Term(layer.bias, dz.T, None)]

@@ -29,7 +29,6 @@ from torch.nn.functional import linear
 
 from torchpar import nn
 from torchpar.errors import ConfigError
-from torchpar.ops import maximum
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks, group_of
 from torchpar.parallel.split.column import ColumnProduct
 from torchpar.parallel.split.regions import (
@@ -95,7 +94,7 @@ class _ParallelLinear(torch.nn.Module):
         activation: Activation = None,
         **arguments: Any,
     ) -> Self:
-        """The split twin of ``linear``, whose parameters are the same on every rank; they are copied.
+        """Split ``linear``, whose parameters are the same on every rank; this rank's slices are copied.
 
         Args:
             linear: a `torch.nn.Linear`, or a `torchpar.nn.Linear`, `LinearSigmoid` or `LinearReLU`.
@@ -144,7 +143,7 @@ class _ParallelLinear(torch.nn.Module):
         self._mark()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # of a copy, whose parameters are new
+        super().__setstate__(state)  # called for a copy, whose parameters are new
         self._mark()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
@@ -153,11 +152,11 @@ class _ParallelLinear(torch.nn.Module):
         return self
 
     def _mark(self) -> None:
-        """Tell the parameters, whom optimizers meet alone, how they are split."""
+        """Record on each parameter how it is split: an optimizer gets the parameters without their layer."""
         for name, axis in self.split_axes.items():
             parameter: Any = self._parameters.get(name)
             if parameter is not None:
-                parameter.split_of_whole = Split(axis, self.partition, self.mesh)
+                parameter.tensor_parallel_split = Split(axis, self.partition, self.mesh)
 
     def full_weight(self) -> Tensor:
         """The whole layer's weight ``(out_features, in_features)``, on every rank, differentiable."""
@@ -191,8 +190,7 @@ class ColumnParallelLinear(_ParallelLinear):
     Args:
         in_features, out_features, bias: of the whole layer.
         mesh: a mesh of one dimension, such as ``mesh["tp"]``.
-        activation: None, "sigmoid" (fused, by `torchpar.linear_sigmoid`) or "relu" (by `torchpar.maximum`,
-            whose gradient at exactly 0 is one half).
+        activation: None, "sigmoid" (fused, by `torchpar.linear_sigmoid`) or "relu" (by `torch.relu`).
         gather_output: all-gather the outputs, so that every rank has all of them.
         options: ``init``, ``device`` and ``dtype``, as in `torchpar.nn.Linear`.
 
@@ -226,7 +224,7 @@ class ColumnParallelLinear(_ParallelLinear):
             _cast(x), _cast(self.weight), None if self.bias is None else _cast(self.bias), self
         )
         if self.activation == "relu":
-            y = maximum(y, y.new_zeros(()))
+            y = torch.relu(y)
         return self._gathered(y)
 
     def _gathered(self, y: Tensor) -> Tensor:
@@ -278,7 +276,7 @@ class RowParallelLinear(_ParallelLinear):
             z = z + self.bias.to(z.dtype)  # the dtypes differ under autocast
         if self.activation == "sigmoid":
             return z.sigmoid()
-        return maximum(z, z.new_zeros(())) if self.activation == "relu" else z
+        return torch.relu(z) if self.activation == "relu" else z
 
     def _scattered(self, x: Tensor) -> Tensor:
         """This rank's part of ``x``, which is that part already unless ``input_is_parallel`` is false."""
@@ -288,7 +286,7 @@ class RowParallelLinear(_ParallelLinear):
 
 
 def check_arithmetic(arithmetic: str) -> None:
-    """Raise a ConfigError unless ``arithmetic`` is one."""
+    """Raise a ConfigError unless ``arithmetic`` is "fast" or "exact"."""
     if arithmetic not in ("fast", "exact"):
         raise ConfigError(f"arithmetic is {arithmetic!r}, expected 'fast' or 'exact'")
 

@@ -38,7 +38,7 @@ _PAIRS = {
 
 
 def parallel_mlp(mlp: M, mesh: DeviceMesh, arithmetic: Arithmetic = "fast") -> M:
-    """The tensor-parallel twin of ``mlp``: the same function, with each weight split over the ranks.
+    """Return a tensor-parallel copy of ``mlp``: the same function, with each weight split over the ranks.
 
     Linear layers 0 and 1, 2 and 3, … become pairs of `ColumnParallelLinear` and `RowParallelLinear`. The last
     of an odd number stays whole on every rank. A forward pass makes one all-reduce per pair, and so does a
@@ -82,20 +82,20 @@ def parallel_mlp(mlp: M, mesh: DeviceMesh, arithmetic: Arithmetic = "fast") -> M
     linears = [name for name, layer in named if type(layer) in LINEAR_LAYERS]
     pairs = linears[: len(linears) // 2 * 2]
     kinds = dict(zip(pairs, cycle(_PAIRS[arithmetic]), strict=False))
-    twins: OrderedDict[str, torch.nn.Module] = OrderedDict()
+    new_layers: OrderedDict[str, torch.nn.Module] = OrderedDict()
     for name, layer in named:
         if name in kinds:
-            twins[name] = kinds[name].from_linear(layer, mesh=mesh)
+            new_layers[name] = kinds[name].from_linear(layer, mesh=mesh)
         elif exact:
-            twins[name] = ExactLinear.from_linear(layer)
+            new_layers[name] = ExactLinear.from_linear(layer)
         else:
-            twins[name] = copy.deepcopy(layer)
-    split = torch.nn.Sequential(twins)
+            new_layers[name] = copy.deepcopy(layer)
+    split = torch.nn.Sequential(new_layers)
     if not isinstance(mlp, nn.MLP):
         return split.train(mlp.training)
-    twin = nn.MLP(mlp.sizes, mlp.hidden, mlp.output, device="meta")
-    twin.layers = split
-    return twin.train(mlp.training)  # type: ignore[return-value]
+    result = nn.MLP(mlp.sizes, mlp.hidden, mlp.output, device="meta")
+    result.layers = split
+    return result.train(mlp.training)  # type: ignore[return-value]
 
 
 def full_state_dict(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Operands of exact sums that ranks, or passes of a step, share (`torchpar.ops._exact` has the formula)."""
+"""Operands of exact sums over several ranks or backward passes (`torchpar.ops._exact` has the formula)."""
 
 import torch
 from torch import Tensor

@@ -54,6 +54,12 @@ def stage_mlp(mlp: MLP, mesh: DeviceMesh) -> MLP:
     return stage
 
 
+def check_one_rank_per_gpu(world: World) -> None:
+    """Raise ConfigError if ranks share a GPU: gloo, which connects such ranks, sends tensors of CPUs only."""
+    if world.device.type == "cuda" and dist.get_backend(world.mesh.get_group("pp")) == "gloo":
+        raise ConfigError("a pipeline on GPUs needs one rank per GPU; start fewer ranks or take cpu")
+
+
 class Pipeline:
     """Forward and backward passes of a model whose layers are split over the mesh's "pp" dimension.
 
@@ -90,8 +96,7 @@ class Pipeline:
                 f"{micro_batches} micro-batches are fewer than the {self.mesh.size()} stages, some of which "
                 "would always idle; take more micro-batches"
             )
-        if world.device.type == "cuda" and dist.get_backend(self.mesh.get_group()) == "gloo":
-            raise ConfigError("a pipeline on GPUs needs one rank per GPU; start fewer ranks or take cpu")
+        check_one_rank_per_gpu(world)
         self._kind = _SCHEDULES[schedule]
         self._schedule = cache(self._build)  # a schedule's receive buffers have one size
         self._loss_sum: LossSum | None = None

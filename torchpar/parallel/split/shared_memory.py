@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -54,7 +54,7 @@ class SharedSum:
         group: dist.ProcessGroup,
         shapes: Sequence[Sequence[int]],
         dtype: torch.dtype,
-        path: Path,
+        file: IO[bytes],
         timeout: float,
         combine: Combine = torch.add,
     ):
@@ -62,7 +62,7 @@ class SharedSum:
         self.group, self.rank, self.ranks, self.timeout = group, group.rank(), group.size(), timeout
         sizes = [prod(shape) for shape in shapes]
         self.nbytes = sum(sizes) * dtype.itemsize
-        self._file = path.open("r+b")  # on another machine there is no such file
+        self._file = file
         memory = torch.frombuffer(mmap.mmap(self._file.fileno(), 0), dtype=torch.uint8)
         head = self.ranks * _CACHE_LINE
         numbers = memory[:head].view(torch.int64).numpy()
@@ -139,20 +139,30 @@ def make_shared_sum(
     """
     nbytes = group.size() * (_CACHE_LINE + 2 * sum(map(prod, shapes)) * dtype.itemsize)
     able = SUPPORTED and 1 < group.size() <= MAX_RANKS and nbytes <= MAX_BYTES
-    path = _reserve(nbytes) if able and group.rank() == 0 else None
+    own = _new_path() if able and group.rank() == 0 else None
+    shared = file = None
     try:
-        offered: list[Path | None] = [path]
+        offered = [own]
         dist.broadcast_object_list(offered, group=group, group_src=0)
-        shared, path = None, offered[0]
-        if able and path is not None:
-            with suppress(OSError):
-                shared = SharedSum(group, shapes, dtype, path, timeout, combine)
-        made = [False] * group.size()
-        dist.all_gather_object(made, shared is not None, group)
+        if able and offered[0] is not None:
+            with suppress(OSError):  # on another machine there is no such file
+                file = offered[0].open("r+b")
+        opened = _on_all_ranks(file is not None, group)
     finally:
-        if path is not None:
-            path.unlink(missing_ok=True)  # the memory stays until the last rank ends
-    return shared if all(made) else None
+        if own is not None:
+            own.unlink(missing_ok=True)
+    # The file grows only now that it has no name: its memory is freed with the last rank, even a killed one.
+    if file is not None and opened:
+        reserved = group.rank() > 0 or _reserve(file, nbytes)
+        if _on_all_ranks(reserved, group):
+            with suppress(OSError):
+                shared = SharedSum(group, shapes, dtype, file, timeout, combine)
+    return shared if _on_all_ranks(shared is not None, group) else None
+
+
+def can_share_memory(world: World) -> bool:
+    """Return whether the ranks of ``world`` may add through shared memory, if there is enough of it."""
+    return SUPPORTED and world.device.type == "cpu" and 1 < world.world_size <= MAX_RANKS
 
 
 def register_shared_memory_hook(replica: DistributedDataParallel, world: World) -> None:
@@ -166,6 +176,8 @@ def register_shared_memory_hook(replica: DistributedDataParallel, world: World) 
     def average(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         index, gradients = bucket.index(), bucket.buffer()
         kind = gradients.numel(), gradients.dtype
+        if group.size() == 1:
+            return _done(gradients)
         if index not in sums or sums[index][0] != kind:  # in its second step the replica forms other buckets
             sums[index] = kind, make_shared_sum(group, [gradients.shape], gradients.dtype, world.timeout)
         add = sums[index][1]
@@ -174,20 +186,35 @@ def register_shared_memory_hook(replica: DistributedDataParallel, world: World) 
         gradients.div_(group.size())
         with all_reduced("dp", group.size(), gradients.nbytes):
             add([gradients])
-        future: torch.futures.Future[Tensor] = torch.futures.Future()
-        future.set_result(gradients)
-        return future
+        return _done(gradients)
 
     if world.device.type == "cpu":
         replica.register_comm_hook(None, average)
 
 
-def _reserve(nbytes: int) -> Path | None:
-    """A new file of zeros, or None if there is not so much memory: writing to it would kill the process."""
+def _done(gradients: Tensor) -> torch.futures.Future[Tensor]:
+    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    future.set_result(gradients)
+    return future
+
+
+def _new_path() -> Path | None:
+    """The path of a new, empty file, or None."""
     with suppress(OSError), tempfile.NamedTemporaryFile(dir=FOLDER, prefix="torchpar-", delete=False) as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, nbytes)
-            return Path(file.name)
-        except OSError:
-            os.unlink(file.name)
+        return Path(file.name)
     return None
+
+
+def _reserve(file: IO[bytes], nbytes: int) -> bool:
+    """Fill ``file`` with zeros, unless there is not so much memory: writing to it would kill the process."""
+    with suppress(OSError):
+        os.posix_fallocate(file.fileno(), 0, nbytes)
+        return True
+    return False
+
+
+def _on_all_ranks(value: bool, group: dist.ProcessGroup) -> bool:
+    """Return whether ``value`` is true on every rank of ``group``, which all have then come here."""
+    values = [False] * group.size()
+    dist.all_gather_object(values, value, group)
+    return all(values)

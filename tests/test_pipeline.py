@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: MIT
+"""The pipeline schedules by hand, compared with the library's and with one process, and their timelines."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.timeline import Pass, Timeline, draw
+from test_parallel_meshes import TOLERANCE, sum_of_losses
+from torch import Tensor
+from torch.testing import assert_close
+
+from torchpar.errors import ConfigError
+from torchpar.nn import MLP
+from torchpar.parallel import join_world
+from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
+from torchpar.reference import P2PCommunicator, gpipe, one_forward_one_backward
+
+SCHEDULES = {"gpipe": gpipe, "1f1b": one_forward_one_backward}
+SIZES = (25, 33, 7, 5, 10)
+EQUAL = {"rtol": 0.0, "atol": 0.0}
+
+
+def step_by_hand(
+    schedule: str, stage: Callable[[Tensor], Tensor], shapes: list[Any], p2p: P2PCommunicator, batch: Any
+) -> Tensor:
+    """The passes of a batch: parts of x and of the labels; the sum of the losses on the last stage."""
+    (parts, targets), losses = batch, [torch.zeros((), dtype=p2p.dtype)]
+
+    def forward(i: int, activations: Tensor | None) -> Tensor:
+        y = stage(parts[i] if activations is None else activations)
+        if not p2p.is_last:
+            return y
+        losses.append(sum_of_losses(y, targets[i]))
+        return losses[-1] / sum(map(len, parts))
+
+    SCHEDULES[schedule](forward, Tensor.backward, shapes, p2p)
+    return torch.stack(losses[1:] or losses).sum().detach()
+
+
+class Training(NamedTuple):
+    """Some steps on ``pp`` stages.
+
+    Attributes:
+        batches: their sizes.
+        library: "equal" if the library's pipeline has the same micro-batches, so that its sums have the same
+            order; "close" if it pads them; "refuses" if it takes no fewer micro-batches than stages.
+    """
+
+    pp: int
+    micro_batches: int
+    batches: tuple[int, ...]
+    library: str = "equal"
+    dp: int = 1
+
+    def __str__(self) -> str:
+        return f"pp {self.pp} micro {self.micro_batches} batches {self.batches}"
+
+
+TRAININGS = [
+    Training(1, 3, (6, 6)),
+    Training(2, 4, (12, 12, 12)),
+    Training(2, 2, (8, 8)),  # as many micro-batches as stages
+    Training(3, 3, (9, 9)),
+    Training(3, 5, (15, 15)),
+    Training(3, 2, (5, 6), "refuses"),
+    Training(2, 4, (13, 7, 3), "close"),  # the last one has an empty micro-batch
+    Training(3, 4, (13, 2), "close"),
+    Training(2, 4, (13, 13), "close", dp=2),  # the stages are the ranks 0, 2 and 1, 3
+]
+
+
+def train(training: Training, schedule: str, dtype: torch.dtype) -> None:
+    """Compare the losses and the weights of each step."""
+    torch.manual_seed(0)
+    whole = MLP(SIZES, "relu", dtype=dtype)
+    with join_world("cpu") as world:
+        world = world.with_mesh(dp=training.dp, pp=training.pp)
+        stage, twin = (stage_mlp(copy.deepcopy(whole), world.mesh["pp"]) for _ in range(2))
+        p2p = P2PCommunicator(world.mesh.get_group("pp"), dtype=dtype)
+        with_library = training.library != "refuses"
+        if with_library:
+            pipeline = Pipeline(twin, world, schedule, training.micro_batches)
+        optimizers = [
+            torch.optim.SGD(m.parameters(), lr=0.3, momentum=0.9, foreach=False) for m in (whole, stage, twin)
+        ]
+        for n in training.batches:
+            x, labels = torch.randn(n, SIZES[0], dtype=dtype), torch.randint(SIZES[-1], (n,))
+            batch = parts, targets = [t.tensor_split(training.micro_batches) for t in (x, labels)]
+            shapes = [(len(part), next(stage.parameters()).shape[1]) for part in parts]
+            loss = step_by_hand(schedule, stage, shapes, p2p, batch)
+            losses = [sum_of_losses(whole(p), t) for p, t in zip(parts, targets, strict=True)]
+            for one in losses:
+                (one / n).backward()
+            expected_loss = torch.stack(losses).sum().detach()
+            if with_library:
+                share = world.share(n)
+                sum_of_library = pipeline.step(share.narrow(x, 0), share.narrow(labels, 0), n, sum_of_losses)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            weights, parameters = stage.state_dict(), whole.state_dict()
+            assert_close(weights, {name: parameters[name] for name in weights}, **EQUAL)
+            assert_close(loss, expected_loss * p2p.is_last, **EQUAL)
+            if with_library:
+                tolerance = EQUAL if training.library == "equal" else TOLERANCE
+                assert_close(twin.state_dict(), weights, **tolerance)
+                if training.dp == 1:
+                    assert_close(sum_of_library, loss, **tolerance)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("training", TRAININGS, ids=str)
+def test_a_schedule_trains_as_one_process_and_as_the_library(ranks, training, schedule):
+    """With the bits of one process that adds up the gradients of the same micro-batches.
+
+    The library has these bits where the micro-batches are equal. Else it pads the last ones to the size of
+    the others, so that its sums have other terms.
+    """
+    dtype = torch.float64 if training.library == "close" else torch.float32
+    ranks(training.dp * training.pp, train, training, schedule, dtype)
+
+
+def order(schedule: str, micro_batches: int) -> tuple[str, Tensor | None]:
+    """The passes of this rank, and the gradient of its only weight. Activations are not contiguous."""
+    weight = torch.ones((), requires_grad=True)
+    p2p, passes = P2PCommunicator(), []
+
+    def forward(i: int, activations: Tensor | None) -> Tensor:
+        passes.append(f"F{i}")
+        x = torch.full((2, 2), float(i)) if activations is None else activations
+        return (x * weight).sum() if p2p.is_last else (x * weight).mT
+
+    def backward(y: Tensor, gradient: Tensor | None) -> None:
+        passes.append("B")
+        y.backward(gradient)
+
+    SCHEDULES[schedule](forward, backward, [(2, 2)] * micro_batches, p2p)
+    return " ".join(passes), weight.grad
+
+
+ORDERS = [
+    ("gpipe", 4, ["F0 F1 F2 F3 B B B B"] * 2),
+    ("1f1b", 4, ["F0 F1 B F2 B F3 B B", "F0 B F1 B F2 B F3 B"]),
+    ("1f1b", 4, ["F0 F1 F2 B F3 B B B", "F0 F1 B F2 B F3 B B", "F0 B F1 B F2 B F3 B"]),
+    ("1f1b", 1, ["F0 B"] * 3),
+]
+
+
+@pytest.mark.parametrize("schedule, micro_batches, expected", ORDERS)
+def test_the_order_of_the_passes(ranks, schedule, micro_batches, expected):
+    """1F1B keeps the activations of at most p − s micro-batches on stage s."""
+    found = ranks(len(expected), order, schedule, micro_batches)
+    assert [passes for passes, _ in found] == expected
+    assert [weight.item() for _, weight in found] == [4 * sum(range(micro_batches))] * len(expected)
+
+
+def large(schedule: str) -> None:
+    p2p, shape = P2PCommunicator(), (4, 2**20)  # 16 MiB
+    weight = torch.full((), 3.0, requires_grad=True)
+
+    def stage(x: Tensor) -> Tensor:
+        return x * weight if not p2p.is_last else (x * weight)[:, :10]
+
+    parts, targets = [torch.ones(shape)] * 3, [torch.zeros(4, dtype=torch.int64)] * 3
+    loss = step_by_hand(schedule, stage, [shape] * 3, p2p, (parts, targets))
+    if p2p.is_last:  # ten equal outputs
+        assert_close(loss, 12 * torch.tensor(10.0).log())
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_large_messages_do_not_block_each_other(ranks, schedule):
+    ranks(2, large, schedule)
+
+
+# Timelines
+
+# A pass of rank 0 and one of rank 1 that a schedule runs at the same time.
+OVERLAPS = {"gpipe": [("F1", "F0"), ("B0", "B1")], "1f1b": [("F1", "F0"), ("B0", "F1")]}
+
+
+def record(schedule: str, path: str) -> list[list[list[Pass]]]:
+    """The passes of a step on all ranks. None of a pair of `OVERLAPS` ends before the other has begun."""
+    with join_world("cpu") as world:
+        timeline, p2p, store = Timeline(world), P2PCommunicator(), dist.FileStore(path, 2)
+        weight = torch.ones((), requires_grad=True)
+        finished = []
+
+        def synchronize(name: str) -> None:
+            for pair in OVERLAPS[schedule]:
+                if pair[world.rank] == name:
+                    store.set(f"{pair} on rank {world.rank}", "")
+                    store.wait([f"{pair} on rank {1 - world.rank}"], timedelta(seconds=60))
+
+        def forward(i: int, activations: Tensor | None) -> Tensor:
+            synchronize(f"F{i}")
+            x = torch.ones(2) if activations is None else activations
+            return (x * weight).sum() if p2p.is_last else x * weight
+
+        def backward(y: Tensor, gradient: Tensor | None) -> None:
+            synchronize(f"B{len(finished)}")
+            finished.append(y)
+            y.backward(gradient)
+
+        SCHEDULES[schedule](*timeline.step(forward, backward), [(2,)] * 3, p2p)
+        return world.gather_results(lambda: list(timeline.steps))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_recorded_times_overlap_where_the_stages_work_at_once(ranks, tmp_path, schedule):
+    found, _ = ranks(2, record, schedule, str(tmp_path / "store"))
+    (first,), (second,) = ([{one.name: one for one in step} for step in steps] for steps in found)
+    assert set(first) == set(second) == {"F0", "F1", "F2", "B0", "B1", "B2"}
+    for name in first:
+        earlier, later = (first, second) if name[0] == "F" else (second, first)
+        assert earlier[name].start < earlier[name].end <= later[name].start
+    for one, other in OVERLAPS[schedule]:
+        assert first[one].start < second[other].end
+        assert second[other].start < first[one].end
+
+
+def step(*times: float, zero: float = 0.0) -> list[Pass]:
+    """F0, F1, B0 and B1 at these starts and ends."""
+    pairs = zip(times[::2], times[1::2], strict=True)
+    names = ["F0", "F1", "B0", "B1"]
+    return [Pass(n, zero + a, zero + b) for n, (a, b) in zip(names, pairs, strict=True)]
+
+
+def test_a_timeline_draws_each_pass_from_its_median_start_to_its_median_end():
+    """Times count from rank 0's first pass. One of three steps was disturbed on one rank."""
+    first = [step(0, 1, 1, 2, 4, 6, 6, 8, zero=10 * k) for k in range(3)]
+    second = [step(1, 2, 2, 3, 3, 4, 4, 6, zero=10 * k) for k in range(2)]
+    second.append(step(1, 9, 9, 9.5, 9.5, 9.6, 9.6, 9.9, zero=20))
+    assert draw([first, second]) == [
+        "a step of 8000.00 ms, 133.333 ms a column, medians of 3 steps",
+        "rank 0  F0-----F1------...............B0-------------B1-------------  25% idle",
+        "rank 1  .......F0------F1-----B0------B1-------------...............  38% idle",
+    ]
+
+
+def test_a_timeline_is_as_wide_as_its_shortest_pass_needs():
+    """But not wider than 140 columns."""
+    for shortest, columns, begin in ((0.025, 120, "F0-F1---"), (0.001, 140, "F0F1---")):
+        times = (0, shortest, shortest, 0.5, 0.5, 0.5 + shortest, 0.5 + shortest, 1)
+        title, line = draw([[step(*times)]])
+        assert title.startswith(f"a step of 1000.00 ms, {1000 / columns:.3f} ms a column")
+        assert line.startswith(f"rank 0  {begin}")
+        assert all(name in line for name in ("F0", "F1", "B0", "B1"))
+    assert "no step was trained" in draw([[], []])[0]
+
+
+def two_machines() -> None:
+    with join_world("cpu") as world, pytest.raises(ConfigError, match="start all ranks on one"):
+        Timeline(replace(world, local_rank=0))
+
+
+def test_ranks_of_two_machines_have_no_timeline(ranks):
+    ranks(2, two_machines)
