@@ -66,11 +66,9 @@ TRAININGS = [
     Training(1, 3, (6, 6)),
     Training(2, 4, (12, 12, 12)),
     Training(2, 2, (8, 8)),  # as many micro-batches as stages
-    Training(3, 3, (9, 9)),
     Training(3, 5, (15, 15)),
     Training(3, 2, (5, 6), "refuses"),
     Training(2, 4, (13, 7, 3), "close"),  # the last one has an empty micro-batch
-    Training(3, 4, (13, 2), "close"),
     Training(2, 4, (13, 13), "close", dp=2),  # the stages are the ranks 0, 2 and 1, 3
 ]
 
