@@ -20,7 +20,9 @@ KERNEL = "symmetric_product"
 @pytest.mark.parametrize(
     "tiles, rejected",
     [
-        (Tiles(128, 128, 16, 2, 2), r"spills \d+ bytes of a thread"),
+        pytest.param(
+            Tiles(128, 128, 16, 2, 2), r"spills \d+ bytes of a thread", marks=pytest.mark.slow, id="spills"
+        ),
         (Tiles(128, 128, 128, 8, 4), r"\d+ bytes of shared memory, of 232448"),
         (Tiles(64, 64, 24, 8, 2), r".*power of 2"),
         (Tiles(64, 64, 32, 8, 2), ""),

@@ -10,6 +10,7 @@ from functools import partialmethod
 from hashlib import md5
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -260,12 +261,19 @@ def test_dry_run_writes_nothing(data, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def lesson_of_a_short_validation_text(*flags: str) -> tuple[int, str, str]:
+    book = train_transformer.load_book(torch.device("cpu"))
+    short = book._replace(validation=book.validation[:1000])
+    with patch.object(train_transformer, "load_book", lambda device: short):
+        return lesson("train_transformer", *flags)
+
+
 def test_two_ranks_train_a_transformer_as_one_does(ranks, tmp_path):
     found = []
     for world_size in (1, 2):
         files = [f"--{name}={tmp_path / name}-{world_size}" for name in ("metrics", "log-dir", "plots")]
         (code, out, err), *_ = ranks(
-            world_size, lesson, "train_transformer", "--steps=12", "--device=cpu", *files
+            world_size, lesson_of_a_short_validation_text, "--steps=12", "--device=cpu", *files
         )
         assert code == 0, err
         last = r"adamw: training loss \d\.\d{3}, validation loss (\d\.\d{3}) after 12 steps, \d+\.\d s"

@@ -50,20 +50,21 @@ def test_two_processes_train_as_one(data, without_mpi, tmp_path):
     """The last batch is of one sample, which leaves process 1 none."""
     metrics = tmp_path / "two"
     flags = f"--dataset fashion-mnist --data {data} --epochs 2 --hidden 12 8 --lr 0.3"
-    files = [f"--metrics={metrics}", f"--log-dir={tmp_path / 'log'}"]
-    code, out, err = run(MPIRUN, "-n", "2", sys.executable, TRAIN_MPI, *flags.split(), *files)
+    command = [MPIRUN, "-n", "2", sys.executable, TRAIN_MPI, *flags.split()]
+    code, out, err = run(*command, f"--metrics={metrics}")
     assert code == 0, err
     lines = out.splitlines()
     assert re.fullmatch(LAST_LINE, lines[-1]).groups() == ("2", "cpu")
     assert sum("test accuracy" in line for line in lines) == 2 + 1  # process 0 alone prints
     for phase in ("data", "forward", "backward", "collectives", "optimizer"):
         assert len(re.findall(rf"│ {phase} +│ +\d+\.\d\d +│ +\d+\.\d% +│", out)) == 1
-    assert lesson("train_mpi", *flags.split(), f"--metrics={tmp_path / 'one'}")[0] == 0
+    files = [f"--metrics={tmp_path / 'one'}", f"--log-dir={tmp_path / 'log'}"]
+    assert lesson("train_mpi", *flags.split(), *files)[0] == 0
     alone = rows_of(tmp_path / "one")
     for row, other in zip(rows_of(metrics), alone, strict=True):
         for name in ("train_loss", "test_loss", "test_accuracy"):
             assert row[name] == pytest.approx(other[name], rel=ROUNDING)
-    logged = [(row["epoch"], row["test_loss"]) for row in rows_of(metrics)]
+    logged = [(row["epoch"], row["test_loss"]) for row in alone]
     assert logged == scalars(tmp_path / "log", "test_loss")
 
 

@@ -169,6 +169,7 @@ def compare_compiled() -> None:
     torch.testing.assert_close([g.full_tensor() for g in found], list(gradients))
 
 
+@pytest.mark.slow
 def test_compiled(tmp_path):
     # In processes of its own: PyTorch's compiler (2.15) fails after other tests have used DTensors eagerly.
     with Ranks(tmp_path) as ranks:

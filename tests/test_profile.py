@@ -42,7 +42,6 @@ def names_in(path: Path) -> list[str]:
 LESSONS = [
     ("train_ddp", 1, "", set()),
     ("train_ddp", 2, "--phases --collectives", {SHARED}),
-    ("train_fast", 2, "", {SHARED}),
     ("train_pipeline", 2, "", {"gloo:send", "gloo:recv"}),
 ]
 
