@@ -84,7 +84,7 @@ def find_ways(flags: Flags, world: World, train: Samples) -> list[Way]:
     on_gpu = world.device.type == "cuda"
     model = MLP(flags.layer_sizes(train), flags.activation, device=world.device)
     ways = [Way("DistributedDataParallel")]
-    if can_share_memory(world):
+    if not on_gpu and can_share_memory(world.dp_size):
         ways.append(Way("shared memory", shared_memory=True))
     reason = "--fused is off" if flags.fused == "off" else why_not_fused(model)
     if flags.compile:

@@ -50,7 +50,7 @@ class Log(training.RunLog):
 
     def on_resume(self, run: Run) -> None:
         self.progress.print_resumed(run.results, run.total_steps, len(run.results) == run.num_epochs)
-        if self.world.dp_size > 2 and not can_share_memory(self.world) and self.world.rank == 0:
+        if self.world.dp_size > 2 and not can_share_memory(self.world.dp_size) and self.world.rank == 0:
             print("the weights may differ in the last bits from those of a run that was not stopped")
 
     def steps(self, batches: Iterator[B]) -> Iterator[B]:

@@ -328,7 +328,8 @@ class Run:
         every = self.checkpoint.every or self.steps_per_epoch
         stopping, at_end = self._stop.wait(), len(self.results) == self.num_epochs
         if stopping or at_end or self.total_steps % every == 0:
-            self._share_buffers()
+            if self.state.step:  # at an epoch's end the evaluation has done so
+                self._share_buffers()
             self.state.save(self._checkpoints, self.total_steps)
         if stopping and not at_end:
             self._checkpoints.wait()

@@ -18,9 +18,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchpar.errors import ConfigError
 from torchpar.ops._library import is_dtensor
 
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32, 16: torch.int32}
-_CHUNK = 2**20  # words that `checksum` adds at once
-_FACTOR = -7046029254386353131  # odd: 2⁶⁴ divided by the golden ratio, as int64
 _AVERAGE = (
     "average the gradients before optimizer.step(), for example by DistributedDataParallel (with "
     "find_unused_parameters=True if a parameter gets no gradient)"
@@ -96,38 +93,21 @@ def _first_difference(
     for p in parameters.values():
         t = of(p)
         if t is None or t.layout != torch.strided:
-            sums.append(torch.full((), -1 if t is None else 0, dtype=torch.int64, device=p.device))
+            sums.append(-1 if t is None else 0)
         else:
             sums.append(checksum(t))
     if not sums:
         return ""
-    own = torch.stack(sums)
+    own = torch.tensor(sums, device=next(model.parameters()).device)
     extremes = torch.stack([own, ~own])
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
     differing = (extremes[0] != ~extremes[1]).nonzero().flatten().tolist()
     return [*parameters][differing[0]] if differing else ""
 
 
-def checksum(t: Tensor) -> Tensor:
-    """Return a checksum ``()`` int64 of the bits of ``t`` in their order, computed on its device.
-
-    On a CPU it is CRC-32. Elsewhere it is Σ wᵢ·bᵢ mod 2⁶⁴ of the bits bᵢ, as integers of at most 32 bits,
-    with odd pseudo-random weights wᵢ.
-    """
-    flat = t.detach().contiguous().view(-1)
-    if flat.is_cpu:
-        return torch.tensor(zlib.crc32(flat.view(torch.uint8).numpy().data))
-    return _weighted_sum(flat)
-
-
-def _weighted_sum(flat: Tensor) -> Tensor:
-    words = flat.view(_WORDS[flat.itemsize])
-    weights = torch.arange(min(len(words), _CHUNK), device=words.device) * _FACTOR
-    weights = (weights ^ (weights >> 32)) | 1
-    total = torch.zeros((), dtype=torch.int64, device=words.device)
-    for chunk in words.split(_CHUNK):
-        total = total * _FACTOR + (chunk * weights[: len(chunk)]).sum()
-    return total
+def checksum(t: Tensor) -> int:
+    """Return the CRC-32 of the bits of ``t`` in their order. A GPU's tensor is copied to the host."""
+    return zlib.crc32(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def check_shape(t: Tensor, group: dist.ProcessGroup) -> None:

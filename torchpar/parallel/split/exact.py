@@ -40,7 +40,7 @@ from torchpar.parallel.split.reduction import all_reduce
 
 
 class BackwardPass(NamedTuple):
-    """What the gradients need of a backward pass: the layer's input, and dL/dz ``(b, out)``."""
+    """The input of a layer in one forward pass, and dL/dz ``(b, out)`` of its backward pass."""
 
     x: Operand
     dz: Tensor

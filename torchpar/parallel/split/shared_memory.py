@@ -138,7 +138,7 @@ def make_shared_sum(
         combine: `torch.maximum` for maxima instead of sums.
     """
     nbytes = group.size() * (_CACHE_LINE + 2 * sum(map(prod, shapes)) * dtype.itemsize)
-    able = SUPPORTED and 1 < group.size() <= MAX_RANKS and nbytes <= MAX_BYTES
+    able = can_share_memory(group.size()) and nbytes <= MAX_BYTES
     own = _new_path() if able and group.rank() == 0 else None
     shared = file = None
     try:
@@ -160,9 +160,9 @@ def make_shared_sum(
     return shared if _on_all_ranks(shared is not None, group) else None
 
 
-def can_share_memory(world: World) -> bool:
-    """Return whether the ranks of ``world`` may add through shared memory, if there is enough of it."""
-    return SUPPORTED and world.device.type == "cpu" and 1 < world.world_size <= MAX_RANKS
+def can_share_memory(ranks: int) -> bool:
+    """Return whether so many ranks of one machine can add through shared memory, if there is enough of it."""
+    return SUPPORTED and 1 < ranks <= MAX_RANKS
 
 
 def register_shared_memory_hook(replica: DistributedDataParallel, world: World) -> None:
