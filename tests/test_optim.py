@@ -263,21 +263,17 @@ def test_checkpoints_interchange_with_torchs():
     assert copy.deepcopy(ours).ns == "gram"
 
 
-SINGLE = [(1, 64, 64), (1, 33, 5), (1, 70, 10), (1, 200, 300), (1, 20, 30)]
-
-
 @pytest.mark.parametrize(
-    "padding_device, work, batches_of",
+    "work, batches_of",
     [
-        ("cuda", 2**31, [(3, 20, 30), *SINGLE]),
-        ("cuda", 2 * 20 * 20 * 30, [(2, 20, 30), (1, 20, 30), *SINGLE]),
-        ("cpu", 2**31, [(5, 64, 64), (1, 128, 64), (1, 200, 300), (1, 64, 64)]),
+        (2**31, [(3, 20, 30), (1, 64, 64), (1, 5, 33), (1, 20, 30)]),
+        (2 * 20 * 20 * 30, [(2, 20, 30), (1, 20, 30), (1, 64, 64), (1, 5, 33), (1, 20, 30)]),
     ],
 )
-def test_matrices_share_batches(padding_device, work, batches_of):
-    """Those of equal shapes, on a GPU all small ones; each ends where it does alone, up to sums' order."""
+def test_matrices_share_batches(work, batches_of):
+    """Those of equal shapes and dtypes do; each ends where it does alone, up to the order of sums."""
     torch.manual_seed(0)
-    shapes = [(20, 30), (20, 30), (64, 64), (33, 5), (70, 10), (20, 30), (200, 300)]
+    shapes = [(20, 30), (20, 30), (64, 64), (33, 5), (20, 30)]
     params = [torch.randn(shape).requires_grad_() for shape in shapes]
     params.append(torch.randn(20, 30, dtype=torch.float64).requires_grad_())
     alone = [p.detach().clone().requires_grad_() for p in params]
@@ -287,11 +283,10 @@ def test_matrices_share_batches(padding_device, work, batches_of):
         Muon([q], lr=1.0, ns="standard").step()
     with (
         patch.object(batches, "orthogonalize", wraps=orthogonalize) as called,
-        patch.object(batches, "_PADDING_DEVICE", padding_device),
         patch.object(batches, "_BATCH_MULTIPLICATIONS", work),
     ):
         Muon(params, lr=1.0, ns="standard").step()
-    assert [(1, *call.args[0].shape)[-3:] for call in called.call_args_list] == batches_of
+    assert [(1, *sorted(call.args[0].shape))[-3:] for call in called.call_args_list] == batches_of
     for p, q in zip(params, alone, strict=True):
         # Five iterations of three products round to bfloat16, each times the rate.
         assert_close(p, q, rtol=0, atol=max(1, p.shape[0] / p.shape[1]) ** 0.5 * 15 * 2**-8)
@@ -366,12 +361,15 @@ def test_a_refused_group_is_not_added():
 def test_a_group_that_would_be_left_out_is_named():
     p, q = torch.randn(3, 4).requires_grad_(), torch.randn(3, 4).requires_grad_()
     optimizer = Muon([{"params": [("first", p)]}, {"params": [("second", q)]}])
-    optimizer.step()  # nothing has a gradient: nothing is left out
+    with pytest.raises(ValueError, match=r"no parameter has a gradient in the first step \(first, …\)"):
+        optimizer.step()
     p.grad = torch.ones_like(p)
     with pytest.raises(ValueError, match=r"no parameter of group 1 has a gradient \(second, …\)"):
         optimizer.step()
     q.requires_grad_(False)
     optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()  # a later step may have nothing to do
 
 
 def test_momentum_without_nesterov_stays_as_it_is_in_bfloat16():

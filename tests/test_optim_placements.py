@@ -20,6 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from torchpar.nn import Linear
 from torchpar.optim import Muon
+from torchpar.optim.exchange import Exchange
 from torchpar.parallel import join_world
 from torchpar.parallel.split.layers import ColumnParallelLinear, RowParallelLinear
 
@@ -149,31 +150,6 @@ def message(function: Callable[[], object]) -> str:
     return "taken"
 
 
-def sums_of_gradients() -> None:
-    """Gradients that are partial sums, which ranks add before a step, also rank 2, which has no row."""
-    rank, mesh = dist.get_rank(), init_device_mesh("cpu", (3,))
-    whole, gradient = torch.arange(14.0).view(2, 7).sin(), torch.arange(14.0).view(2, 7).cos()
-    sums = DTensor.from_local((rank + 1) * gradient, mesh, [Partial()])
-    rows, copies = (distribute_tensor(whole, mesh, [to]).requires_grad_() for to in (Shard(0), Replicate()))
-    # The order of the groups differs from that of the parameters.
-    ours = Muon([{"params": [("rows", rows)]}, {"params": [("copies", copies)]}], lr=0.1, ns="standard")
-    reference = whole.clone().requires_grad_()
-    of_whole = Muon([reference], lr=0.1, ns="standard")
-    for _ in range(2):
-        rows.grad = copies.grad = sums
-        ours.step()
-        reference.grad = 6 * gradient
-        of_whole.step()
-    for p in (rows, copies):
-        torch.testing.assert_close(p.full_tensor(), reference, rtol=0, atol=0)
-    of_rows = distribute_tensor(whole, mesh, [Shard(0)])
-    rows.grad = of_rows if rank else sums  # not on all ranks as in the steps before
-    assert message(ours.step) == (
-        "Muon: the gradient of rows on rank 0 has other placements than rows, expected that either on "
-        "all ranks from the first step on, or on none"
-    )
-
-
 PLACEMENTS: dict[str, Any] = {
     "rows": (3, dtensors, (3,), Shard(0)),
     "columns": (3, dtensors, (3,), Shard(1)),
@@ -184,7 +160,6 @@ PLACEMENTS: dict[str, Any] = {
     "layers split by columns": (3, layers, ColumnParallelLinear, 1, 3),
     "split layers and replicas": (4, layers, RowParallelLinear, 2, 2),
     "replicas": (3, replicas),
-    "partial sums of gradients": (3, sums_of_gradients),
     "fully_shard": (4, fully_sharded, 4, 1),
     "fully_shard and parallelize_module": (4, fully_sharded, 2, 2),
 }
@@ -197,10 +172,11 @@ def test_every_placement_has_the_bits_of_one_process(ranks, placement):
 
 
 def without_messages() -> None:
-    def of_ones(output: Tensor, *_: Any, **__: Any) -> None:
-        output.fill_(1)  # which say, too, that gradients are there
+    def lost(exchange: Exchange, *arguments: Any) -> dict[int, Tensor]:
+        return {i: torch.zeros_like(whole) for i, whole in gather(exchange, *arguments).items()}
 
-    with patch.object(dist, "all_to_all_single", of_ones):
+    gather = Exchange.gather
+    with patch.object(Exchange, "gather", lost):
         dtensors((2,), Shard(0))
 
 
@@ -227,10 +203,13 @@ def refusals() -> None:
         optimizer.step()
         return optimizer
 
-    def later_placements() -> None:
+    def later_rate() -> None:
         optimizer = step([("rows", rows)])
-        optimizer.param_groups[0]["params"][0].grad = sums
+        optimizer.param_groups[0]["lr"] = 0.3 if rank else 0.001
         optimizer.step()
+
+    def late_group() -> None:
+        step([("rows", rows)]).add_param_group({"params": [("late", columns)]})
 
     def momentum_of_other_placements() -> None:
         saved, optimizer = (step([("weight", t)]) for t in (columns, rows))
@@ -246,6 +225,8 @@ def refusals() -> None:
             optimizer.step()
 
     lacking = "has a gradient on rank 0 and none on rank 1, expected the same on all; let every rank's loss"
+    misplaced = "has a gradient of other placements than its own on rank"
+    differ = "the ranks of its process group have different arguments: .*"
     others = "the ranks of its process group have different parameters: "
     cases: list[tuple[Callable[[], object], str]] = [
         (lambda: step(two, ones, None if rank else ones, **shared), f"second {lacking}"),
@@ -254,10 +235,13 @@ def refusals() -> None:
             lambda: step([("table", ones)], ones.to_sparse() if rank else ones, **shared),
             "table has a sparse gradient on rank 1, expected a dense one",
         ),
-        (lambda: step([("own", ones)], ones.to_sparse()), "own has a sparse gradient, expected a dense one"),
+        (
+            lambda: step([("own", ones)], ones.to_sparse()),
+            "own has a sparse gradient on rank [01], expected a dense one",
+        ),
         (
             lambda: step([("p", torch.ones(2 + rank, 3))], **shared),
-            rf"{others}p \(2, 3\) \(matrices \[\(2, 3\)\], group 0, auto, .* and p \(3, 3\)",
+            rf"{others}p \(2, 3\) \(torch.float32, matrices \[\(2, 3\)\], group 0\).* and p \(3, 3\)",
         ),
         (
             lambda: step(two, views={} if rank else {"first": lambda t: t.view(2, 2, 6)}, **shared),
@@ -271,22 +255,36 @@ def refusals() -> None:
             lambda: Muon([("partial", sums)]),
             r"partial: its placements are \(Partial\(sum\),\), expected Shard or Replicate",
         ),
-        (later_placements, "the gradient of rows on rank 0 has other placements than rows, expected that"),
-        (lambda: step([("copies", copies)], None if rank else sums), f"copies {lacking}"),
-        (
-            lambda: step([("rows", rows)], copies if rank else sums),
-            r"rows has gradients of the placements \(Partial\(sum\),\) and \(Replicate\(\),\), expected the",
+        (lambda: step([("copies", copies)], sums), f"copies {misplaced} 0; before the step, redistribute"),
+        (lambda: step([("rows", rows)], sums if rank else None), f"rows {misplaced} 1; before the step"),
+        *(
+            (lambda name=name, value=value: step([("rows", rows)], **{name: value[rank]}), differ + name)
+            for name, value in {
+                "lr": (0.1, 0.2),
+                "weight_decay": (0.1, 0.2),
+                "momentum": (0.9, 0.8),
+                "nesterov": (True, False),
+                "adjust_lr_fn": (None, "match_rms_adamw"),
+                "ns": ("standard", "gram"),
+                "ns_steps": (5, 4),
+            }.items()
         ),
+        (later_rate, f"{differ}lr 0.001.*lr 0.3"),
+        (
+            lambda: step([("p", ones.to([torch.float32, torch.float64][rank]))], **shared),
+            rf"{others}p .*torch.float32.*torch.float64",
+        ),
+        (late_group, r"a group \(late, …\) is added after the first step of several ranks; make a new Muon"),
+        (lambda: step(two, None, None), r"no parameter has a gradient in the first step \(first, …\)"),
         (
             momentum_of_other_placements,
             r"weight is \(4, 6\) \(Shard\(dim=0\),\), and its momentum \(4, 6\) \(Shard\(dim=1\),\); "
             "load a state dict of other placements by torch.distributed.checkpoint",
         ),
         (
-            lambda: split_layer(lambda layer, optimizer: copy.deepcopy(optimizer)),
-            "weight, of a split layer, was copied with the optimizer alone, which loses how it is split",
+            lambda: split_layer(lambda *both: copy.deepcopy(both)[1]),
+            "weight is of a split layer, and a copy of the optimizer would not know how it is split",
         ),
-        (lambda: split_layer(lambda *both: copy.deepcopy(both)[1]), "taken"),
         (
             lambda: split_layer(lambda layer, _: Muon.for_model(fully_shard(layer, mesh=mesh))),
             "Muon.for_model: weight is a DTensor of a ColumnParallelLinear or RowParallelLinear; under",

@@ -2,10 +2,8 @@
 """Partition of an axis (samples, features) among the ranks of a mesh dimension."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -33,11 +31,3 @@ class Partition:
     def narrow(self, t: Tensor, dim: int) -> Tensor:
         """This rank's part of ``t`` along ``dim``, where ``t`` is whole; a view."""
         return t.narrow(dim, self.offset(), self.widths()[self.rank])
-
-
-class Split(NamedTuple):
-    """How a parameter is split over the ranks of ``mesh``: along ``axis``."""
-
-    axis: int
-    partition: Partition
-    mesh: DeviceMesh

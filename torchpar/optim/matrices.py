@@ -11,17 +11,12 @@ from torch import Tensor
 
 from torchpar.errors import ConfigError
 from torchpar.optim.newton_schulz import orthogonalize
-from torchpar.optim.parts import Part
+from torchpar.parts import Part
 
 View = Callable[[Tensor], Tensor | Sequence[Tensor]]
 """A function from a parameter to its matrices: views ``(*, n, m)`` that together hold each element once."""
 
 _BATCH_MULTIPLICATIONS = 2**31  # in X·Xᵀ of a batch: a GPU takes about as long for them as for a launch
-# On a GPU the launches of a small matrix take longer than its products. With zeros around it, which change no
-# singular value, it shares the launches of other small ones. On a CPU the zeros cost more than they save.
-_PADDING_DEVICE = "cuda"
-_PADDING = 64  # rows and columns: padded to a multiple
-_SMALL = 2**24  # multiplications in X·Xᵀ
 
 
 @dataclass(frozen=True)
@@ -29,18 +24,14 @@ class ParamInfo:
     """A parameter, and the part of it that this rank holds.
 
     Attributes:
-        place: the index of its parameter group, and its index within the group.
+        group_index: the index of its parameter group.
     """
 
     name: str
-    place: tuple[int, int]
+    group_index: int
     p: Tensor
     part: Part
     view: View | None
-
-    @property
-    def group_index(self) -> int:
-        return self.place[0]
 
     def matrices(self, t: Tensor) -> list[Tensor]:
         """The matrices of ``t``, which has the shape of the whole parameter; views of it."""
@@ -51,6 +42,12 @@ class ParamInfo:
     @cached_property
     def shapes(self) -> list[torch.Size]:
         return [t.shape for t in self.matrices(torch.empty(self.part.whole, device="meta"))]
+
+    @property
+    def description(self) -> str:
+        """What all ranks that share the parameter must agree on."""
+        shapes = [tuple(shape) for shape in self.shapes]
+        return f"{self.p.dtype}, matrices {shapes}, group {self.group_index}"
 
     @property
     def cost(self) -> int:
@@ -90,34 +87,18 @@ def orthogonalize_batched(matrices: Sequence[Tensor], *settings: Any) -> list[Te
     """
     by_kind: dict[Any, list[int]] = {}
     for i, matrix in enumerate(matrices):
-        by_kind.setdefault((_batch_shape(matrix), matrix.dtype, matrix.device), []).append(i)
+        by_kind.setdefault((matrix.shape, matrix.dtype, matrix.device), []).append(i)
     results = list(matrices)
     for (shape, *_), indices in by_kind.items():
         size = max(_BATCH_MULTIPLICATIONS // max(multiplications(shape), 1), 1)
         for first in range(0, len(indices), size):
             batch = indices[first : first + size]
-            x = orthogonalize(_stack([matrices[i] for i in batch], shape), *settings)
-            for i, padded in zip(batch, x.view(len(batch), *shape), strict=True):
-                n, m = matrices[i].shape
-                results[i] = padded[:n, :m]
+            # On a CPU a product of a batch of one takes up to twice the time of a product of matrices.
+            x = torch.stack([matrices[i] for i in batch]) if len(batch) > 1 else matrices[batch[0]]
+            updates = orthogonalize(x, *settings).view(len(batch), *shape)
+            for i, update in zip(batch, updates, strict=True):
+                results[i] = update
     return results
-
-
-def _batch_shape(matrix: Tensor) -> torch.Size:
-    """The shape to which a matrix is padded to share a batch."""
-    padded = torch.Size(-(-size // _PADDING) * _PADDING for size in matrix.shape)
-    pads = matrix.device.type == _PADDING_DEVICE and multiplications(padded) <= _SMALL
-    return padded if pads else matrix.shape
-
-
-def _stack(matrices: list[Tensor], shape: torch.Size) -> Tensor:
-    if any(matrix.shape != shape for matrix in matrices):
-        x = matrices[0].new_zeros(len(matrices), *shape)
-        for padded, matrix in zip(x, matrices, strict=True):
-            padded[: matrix.shape[0], : matrix.shape[1]] = matrix
-        return x
-    # On a CPU a product of a batch of one takes up to twice the time of a product of matrices.
-    return torch.stack(matrices) if len(matrices) > 1 else matrices[0]
 
 
 def _as_matrices(t: Tensor) -> Sequence[Tensor]:

@@ -5,7 +5,7 @@ Muon replaces the momentum M = U·Σ·Vᵀ of a weight by a matrix near U·Vᵀ,
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from torchpar.errors import ConfigError
 from torchpar.ops._library import is_dtensor
 from torchpar.optim.assign import Choice, ModelOptimizer, chain
-from torchpar.optim.exchange import NEEDS_REDISTRIBUTE, PRESENT, SPARSE, Exchange, GradientState
+from torchpar.optim.exchange import Exchange, GradientState, check_gradients, holders_of
 from torchpar.optim.matrices import ParamInfo, View, orthogonalize_batched
 from torchpar.optim.newton_schulz import (
     COEFFICIENTS,
@@ -27,7 +27,7 @@ from torchpar.optim.newton_schulz import (
     check_ns,
     coefficients_per_step,
 )
-from torchpar.optim.parts import holders_of, is_tensor_parallel, local, part_of
+from torchpar.parts import is_marked, local, part_of
 
 # The factor of the learning rate of a matrix (n, m), by the names of `torch.optim.Muon`.
 _RATIOS: dict[str | None, Callable[[int, int], float]] = {
@@ -79,8 +79,8 @@ class Muon(Optimizer):
     ns: NewtonSchulz = "auto"
     views: Mapping[str, View]
     process_group: dist.ProcessGroup | DeviceMesh | None = None  # not copied
-    _plan: list[tuple[list[ParamInfo], Exchange | None]] | None = None
-    _tensor_parallel_at: Collection[tuple[int, int]] = ()  # the places of slices, in a copy
+    _plan: list[tuple[list[ParamInfo], Exchange | None]] | None = None  # from the first step on
+    _has_updated = False
 
     def __init__(
         self,
@@ -164,35 +164,41 @@ class Muon(Optimizer):
         return chain(make, model, others, overrides or {}, views or {})
 
     def __getstate__(self) -> dict[str, Any]:
-        split = {info.place for info in self._param_infos() if is_tensor_parallel(info.p)}
-        own = {"ns": self.ns, "views": self.views, "_view_at": self._view_at, "_tensor_parallel_at": split}
+        for info in self._param_infos():
+            if is_marked(info.p):
+                raise ConfigError(
+                    f"Muon: {info.name} is of a split layer, and a copy of the optimizer would not know how "
+                    "it is split; copy the model, and make an optimizer for the copy"
+                )
+        own = {"ns": self.ns, "views": self.views, "_view_at": self._view_at}
         return {**super().__getstate__(), **own}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # called for a copy, and by load_state_dict, which keeps the parameters
-        planned = {id(info.p) for infos, _ in self._plan or () for info in infos}
-        if planned != {id(p) for group in self.param_groups for p in group["params"]}:
-            self._plan = None
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters. Every rank must do so."""
+        """Add a group of parameters. On several ranks that share parameters, do so before the first step."""
         if own := {"ns", "views", "process_group"} & param_group.keys():
             raise ConfigError(f"Muon: {sorted(own)[0]} applies to the whole optimizer, not to a group")
         super().add_param_group(param_group)
-        self._plan = None
         index, group = len(self.param_groups) - 1, self.param_groups[-1]
         # By place, because a state dict that is loaded may bring other names.
         views = {(index, i): self.views.get(name) for i, name in enumerate(group.get("param_names", ()))}
         self._view_at.update(views)
         try:
             _check_group(group)
-            for info in self._param_infos(index):
+            infos = list(self._param_infos(index))
+            for info in infos:
                 info.check()
+            if any(exchange for _, exchange in self._plan or ()):
+                # A rank that added it alone would wait for the others in the next step.
+                raise ConfigError(
+                    f"Muon: a group ({infos[0].name}, …) is added after the first step of several ranks; "
+                    "make a new Muon of all groups on every rank"
+                )
         except Exception:
             self.param_groups.pop()
             for place in views:
                 del self._view_at[place]
             raise
+        self._plan = None
 
     def _param_infos(self, first: int = 0) -> Iterator[ParamInfo]:
         """The parameters of the groups from ``first`` on."""
@@ -201,23 +207,19 @@ class Muon(Optimizer):
             for i, p in enumerate(group["params"]):
                 name = names[i] if names else f"parameter {i} of group {index}"
                 try:
-                    part, _ = part_of(p)
+                    part = part_of(p)
                 except ConfigError as e:
                     raise ConfigError(f"Muon: {name}: {e}") from e
-                yield ParamInfo(name, (index, i), p, part, self._view_at.get((index, i)))
+                yield ParamInfo(name, index, p, part, self._view_at.get((index, i)))
 
     def _plans(self) -> list[tuple[list[ParamInfo], Exchange | None]]:
-        """The parameters that are exchanged together, with their exchange; None for those that need none."""
+        """The parameters that are exchanged together, with their exchange; last those that need none."""
         if self._plan is None:
             by_ranks: dict[Any, list[ParamInfo]] = {}
             for info in self._param_infos():
-                if info.place in self._tensor_parallel_at and not is_tensor_parallel(info.p):
-                    raise ConfigError(
-                        f"Muon: {info.name}, of a split layer, was copied with the optimizer alone, which "
-                        "loses how it is split; copy the layer, and make an optimizer for the copy"
-                    )
-                by_ranks.setdefault(self.process_group or part_of(info.p)[1], []).append(info)
-            self._plan = [(infos, self._exchange(ranks, infos)) for ranks, infos in by_ranks.items()]
+                by_ranks.setdefault(self.process_group or info.part.mesh, []).append(info)
+            plan = [(infos, self._exchange(ranks, infos)) for ranks, infos in by_ranks.items()]
+            self._plan = sorted(plan, key=lambda one: one[1] is None)
         return self._plan
 
     def _exchange(self, ranks: Any, infos: list[ParamInfo]) -> Exchange | None:
@@ -226,77 +228,76 @@ class Muon(Optimizer):
                 holders_of(info.name, [info.part])
             return None
         group = ranks if isinstance(ranks, dist.ProcessGroup) else _group_of(ranks)
-        names, parts, costs = zip(*((info.name, info.part, info.cost) for info in infos), strict=True)
-        settings = [self._settings(info) for info in infos]
-        needs_redistribute = GradientState.NEEDS_REDISTRIBUTE in map(_gradient_state, infos)
-        return Exchange(group, names, parts, settings, costs, needs_redistribute, infos[0].p.device)
+        return Exchange(
+            group,
+            [info.name for info in infos],
+            [info.part for info in infos],
+            [info.description for info in infos],
+            [info.cost for info in infos],
+            infos[0].p.device,
+        )
 
-    def _settings(self, info: ParamInfo) -> str:
-        """The matrices of a parameter, and how they are orthogonalised: the same on all ranks."""
-        group = self.param_groups[info.group_index]
-        iteration = ", ".join(f"{name} {group[name]}" for name in ("ns_steps", "eps", "ns_coefficients"))
-        shapes = [tuple(shape) for shape in info.shapes]
-        return f"matrices {shapes}, group {info.group_index}, {self.ns}, {iteration}"
+    def _arguments(self) -> str:
+        """The arguments of all groups, which must be the same on all ranks."""
+        texts = [f"ns {self.ns}"]
+        for index, group in enumerate(self.param_groups):
+            texts.append(f"group {index}")
+            for name in self.defaults:
+                value = group[name]
+                if isinstance(value, Tensor):  # one on a GPU is not read back
+                    value = "on a GPU" if value.is_cuda else value.item()
+                texts.append(f"{name} {value}")
+        return ", ".join(texts)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; returns the loss of ``closure``, which computes the gradients, or None.
 
         Raises:
-            ConfigError: a gradient that is sparse, or that only some ranks have, on every rank that shares
-                the work; a group without any gradient while another has some; a momentum that was loaded
-                from other placements.
+            ConfigError: a gradient that is sparse, that only some ranks have, or that has other placements
+                than its parameter, and arguments that differ, on every rank that shares the work; a group
+                without any gradient while another has some; a first step without any gradient; a momentum
+                that was loaded from other placements.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         updates: list[tuple[ParamInfo, Tensor]] = []
-        sparse: list[ParamInfo] = []
         for infos, exchange in self._plans():
             gradients = [_gradient_state(info) for info in infos]
+            parts = self._directions(infos, gradients)
             if exchange is None:
-                sparse += [info for info, state in zip(infos, gradients, strict=True) if state == SPARSE]
-                directions = self._directions(infos, gradients)
-                results = self._orthogonalized(
-                    infos, {i: t for i, t in enumerate(directions) if t is not None}
+                check_gradients(
+                    [info.name for info in infos],
+                    [gradients],
+                    [dist.get_rank() if dist.is_initialized() else 0],
                 )
-                updates += [(infos[i], t) for i, t in results.items()]
+                whole = {i: t for i, t in enumerate(parts) if t is not None}
+                updates += [(infos[i], t) for i, t in self._orthogonalized(infos, whole).items()]
             else:
-                exchange.check_placements(gradients, [_placements(info.p.grad) for info in infos])
-                directions = self._directions(infos, gradients, exchange.redistributes)
-                results = self._orthogonalized(infos, exchange.gather(directions, gradients))
-                parts = exchange.scatter(results)
+                whole = exchange.gather(parts, gradients, self._arguments())
+                parts = exchange.scatter(self._orthogonalized(infos, whole))
                 updates += [(info, t) for info, t in zip(infos, parts, strict=True) if t is not None]
             updates += [(info, info.p) for info in infos if 0 in info.part.whole and info.p.grad is not None]
-        if sparse:  # after the messages, for which other ranks wait
-            raise ConfigError(f"Muon: {sparse[0].name} has a sparse gradient, expected a dense one")
-        self._check_groups_have_gradients(updates)
+        self._check_gradients({info.group_index for info, _ in updates})
         self._apply(updates)
         return loss
 
-    def _directions(
-        self, infos: list[ParamInfo], gradients: list[GradientState], redistribute: bool = True
-    ) -> list[Tensor | None]:
+    def _directions(self, infos: list[ParamInfo], gradients: list[GradientState]) -> list[Tensor | None]:
         """Update the momenta on this rank, and return them, with Nesterov's correction if it is on."""
-        # All ranks redistribute gradients in the same order.
-        grads = {
-            i: _gradient(info)
-            for i, (info, state) in enumerate(zip(infos, gradients, strict=True))
-            if state == PRESENT or (state == NEEDS_REDISTRIBUTE and redistribute)
-        }
         directions: list[Tensor | None] = [None] * len(infos)
         by_group: dict[int, list[int]] = {}
-        for i, grad in grads.items():
-            if grad.numel():
-                by_group.setdefault(infos[i].group_index, []).append(i)
+        for i, (info, state) in enumerate(zip(infos, gradients, strict=True)):
+            if state == GradientState.PRESENT:
+                by_group.setdefault(info.group_index, []).append(i)
         for index, chosen in by_group.items():
             group = self.param_groups[index]
-            group_grads = [grads[i] for i in chosen]
+            grads = [local(infos[i].p.grad).to(infos[i].p.dtype) for i in chosen]
             momenta = [self._momentum(infos[i]) for i in chosen]
-            torch._foreach_lerp_(momenta, group_grads, 1 - group["momentum"])
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
             if group["nesterov"]:
-                momenta = torch._foreach_lerp(group_grads, momenta, group["momentum"])  # type: ignore[assignment]
+                momenta = torch._foreach_lerp(grads, momenta, group["momentum"])  # type: ignore[assignment]
             for i, t in zip(chosen, momenta, strict=True):
                 directions[i] = t
         return directions
@@ -341,15 +342,23 @@ class Muon(Optimizer):
         n, m = info.shapes[0] if shape is None else shape
         return _RATIOS[self.param_groups[info.group_index]["adjust_lr_fn"]](max(n, 1), max(m, 1))
 
-    def _check_groups_have_gradients(self, updates: list[tuple[ParamInfo, Tensor]]) -> None:
-        updated = {info.group_index for info, _ in updates}
+    def _check_gradients(self, updated: set[int]) -> None:
+        """Raise a ConfigError if a group has no gradient while another has, or if none ever had one."""
         for index, group in enumerate(self.param_groups):
-            if updated and index not in updated and any(p.requires_grad for p in group["params"]):
-                name = next(info.name for info in self._param_infos(index))
+            if index in updated or not any(p.requires_grad for p in group["params"]):
+                continue
+            name = next(info.name for info in self._param_infos(index))
+            if updated:
                 raise ConfigError(
                     f"Muon: no parameter of group {index} has a gradient ({name}, …), while other groups "
                     "have; let the loss depend on it, or freeze it by requires_grad_(False)"
                 )
+            if not self._has_updated:
+                raise ConfigError(
+                    f"Muon: no parameter has a gradient in the first step ({name}, …); call backward before "
+                    "it, and make the optimizer after fully_shard, which replaces the parameters"
+                )
+        self._has_updated |= bool(updated)
 
     def _apply(self, updates: list[tuple[ParamInfo, Tensor]]) -> None:
         """Apply the weight decay, and subtract the updates."""
@@ -388,27 +397,19 @@ def _check_group(group: dict[str, Any]) -> None:
 
 
 def _gradient_state(info: ParamInfo) -> GradientState:
-    p, grad = info.p, info.p.grad
+    grad = info.p.grad
     if grad is not None and grad.layout != torch.strided:
-        return SPARSE
-    if grad is not None and _placements(grad) != _placements(p):
-        return NEEDS_REDISTRIBUTE
-    if not info.part.shape.numel():
+        return GradientState.SPARSE
+    if grad is not None and _placements(grad) != _placements(info.p):
+        return GradientState.MISPLACED
+    if not info.part.numel:
         return GradientState.EMPTY
-    return GradientState.ABSENT if grad is None else PRESENT
+    return GradientState.ABSENT if grad is None else GradientState.PRESENT
 
 
-def _placements(t: Tensor | None) -> str:
+def _placements(t: Tensor) -> str:
     """The placements of a DTensor, "" of another tensor."""
-    return str(t.placements) if t is not None and is_dtensor(t) else ""  # type: ignore[attr-defined]
-
-
-def _gradient(info: ParamInfo) -> Tensor:
-    """This rank's part of the gradient."""
-    grad: Any = info.p.grad
-    if _placements(grad) != _placements(info.p):  # such as partial sums
-        grad = grad.redistribute(placements=info.p.placements)  # type: ignore[attr-defined]
-    return local(grad).to(info.p.dtype)
+    return str(t.placements) if is_dtensor(t) else ""  # type: ignore[attr-defined]
 
 
 def _group_of(mesh: Any) -> dist.ProcessGroup:

@@ -16,12 +16,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar.ops._onednn import prefers_onednn_layer
-from torchpar.optim.exchange import assign_owners, messages
+from torchpar.optim.exchange import CHECKSUM_BYTES, assign_owners, messages
 from torchpar.optim.matrices import multiplications
-from torchpar.optim.parts import Part
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.layers import Arithmetic, check_arithmetic
 from torchpar.partition import Partition
+from torchpar.parts import slice_of
 
 _EXPONENT, _SUM = 4, 8  # bytes of an exponent and of an exact sum
 DDP_BUCKETS = (2**20, 25 * 2**20)  # bytes at which DistributedDataParallel closes its first bucket, others
@@ -191,11 +191,12 @@ def _muon_collectives(
         axis, whole = i % 2, (sizes[i + 1], sizes[i])
         # A last column layer is not split.
         shares = 1 if axis == 0 and i == len(sizes) - 2 else tp
+        partitions = [Partition(whole[axis], shares, rank) for rank in range(shares)]
         of_ranks = []
-        for rank in range(shares):
-            partition, start, size = Partition(whole[axis], shares, rank), [0, 0], list(whole)
-            start[axis], size[axis] = partition.offset(), partition.widths()[rank]
-            of_ranks.append(Part(whole, tuple(start), tuple(size)))
+        for rank, partition in enumerate(partitions):
+            shape = [*whole]
+            shape[axis] = partition.widths()[rank]
+            of_ranks.append(slice_of(torch.Size(shape), axis, partition))
         parts.append(of_ranks * (mesh.size() // len(of_ranks)))
     dims = [name for name in mesh.mesh_dim_names or () if mesh[name].size() > 1]
     dimension = dims[0] if len(dims) == 1 else ""
@@ -203,10 +204,10 @@ def _muon_collectives(
         [multiplications(torch.Size(of_ranks[0].whole)) for of_ranks in parts], mesh.size()
     )
     me = mesh.mesh.flatten().tolist().index(dist.get_rank())
-    flags = len(parts) * (mesh.size() - 1)  # in the first message
+    flags = (len(parts) + CHECKSUM_BYTES) * (mesh.size() - 1)  # in the first message
     expected = []
     for route in filter(None, messages([""] * len(parts), parts, owners)):
-        received = flags + sum(m.part.shape.numel() for m in route if m.target == me)
+        received = flags + sum(m.part.numel for m in route if m.target == me)
         expected.append(Expected(dimension, "all_to_all", mesh.size(), 2 * received))
         flags = 0
     return expected

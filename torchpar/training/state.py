@@ -13,7 +13,7 @@ from torchpar.errors import ConfigError
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import Checkpoints
 from torchpar.parallel.save.storage import LocalShard
-from torchpar.parallel.split.layers import split_parameters
+from torchpar.parts import is_marked, part_of
 
 # Options of an optimizer that choose how a step is computed. A resumed run keeps its own.
 IMPLEMENTATION_OPTIONS = ("fused", "foreach", "capturable", "differentiable")
@@ -69,10 +69,6 @@ class TrainState:
         self.results: list[EpochResult] = []
         self.step = 0
         self._loss: float | Tensor = 0.0
-        self._splits = {
-            name: (axis, layer.partition.offset(), layer.partition.size)
-            for name, axis, layer in split_parameters(model)
-        }
 
     def add_loss(self, loss: Tensor) -> None:
         """Add this rank's part of the sum of a step's losses."""
@@ -104,12 +100,12 @@ class TrainState:
         for name, p in self.model.named_parameters():
             for key, value in self.optimizer.state[p].items():
                 # A value of its parameter's shape is split as the parameter is. Others must be scalars.
-                if name in self._splits and value.dim() and value.shape != p.shape:
+                if is_marked(p) and value.dim() and value.shape != p.shape:
                     raise ConfigError(
                         f"the optimizer's {key} of {name} has shape {tuple(value.shape)}, expected "
                         f"{tuple(p.shape)} or a number, as {name} is split over ranks; take another optimizer"
                     )
-                tensors[f"optimizer.{name}.{key}"] = self._shard(name, value)
+                tensors[f"optimizer.{name}.{key}"] = _shard(p, value)
         tensors |= self._random_states()
         own = ("params", "param_names")  # of this rank
         groups = [{k: v for k, v in g.items() if k not in own} for g in self.optimizer.param_groups]
@@ -149,10 +145,10 @@ class TrainState:
                 prefix = f"optimizer.{name}."
                 for key in (key for key in saved.shapes if key.startswith(prefix)):
                     shape = saved.shapes[key]
-                    like = p if shape == self._full_shape(name, p) else torch.zeros(shape)
+                    like = p if shape == part_of(p).whole else torch.zeros(shape)
                     value = torch.zeros_like(like, requires_grad=False)
                     self.optimizer.state[p][key.removeprefix(prefix)] = value
-                    tensors[key] = self._shard(name, value)
+                    tensors[key] = _shard(p, value)
             random = {key: value for key, value in self._random_states().items() if key in saved.shapes}
             saved.read({**tensors, **random})
             for group, values in zip(self.optimizer.param_groups, state["groups"], strict=True):
@@ -178,7 +174,7 @@ class TrainState:
         return True
 
     def _model_tensors(self) -> dict[str, Tensor]:
-        tensors = {f"model.{name}": self._shard(name, p) for name, p in self.model.named_parameters()}
+        tensors = {f"model.{name}": _shard(p, p) for name, p in self.model.named_parameters()}
         return tensors | {f"model.{name}": buffer for name, buffer in self.model.named_buffers()}
 
     def _random_states(self) -> dict[str, Tensor]:
@@ -189,13 +185,7 @@ class TrainState:
             states[f"random.cuda{suffix}"] = torch.cuda.get_rng_state()
         return states
 
-    def _shard(self, name: str, t: Tensor) -> Tensor:
-        """Return ``t``, of the shape of parameter ``name``, as a shard if that parameter is split."""
-        if name not in self._splits or t.dim() == 0:
-            return t.detach()
-        axis, offset, size = self._splits[name]
-        return LocalShard.of(t, axis, offset, size)
 
-    def _full_shape(self, name: str, p: Tensor) -> torch.Size:
-        t = self._shard(name, p)
-        return torch.Size(t.global_shape) if isinstance(t, LocalShard) else t.shape
+def _shard(p: Tensor, t: Tensor) -> Tensor:
+    """Return ``t``, of the shape of parameter ``p`` or a number, as a shard if ``p`` is a slice."""
+    return LocalShard.of(t, part_of(p)) if is_marked(p) and t.dim() else t.detach()

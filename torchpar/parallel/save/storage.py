@@ -24,6 +24,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from torchpar.parts import Part
+
 # The classes in torch.distributed.checkpoint's metadata of tensors. BytesStorageMetadata, for other objects,
 # is left out, because PyTorch would unpickle those objects without an allow-list.
 _CLASSES = {
@@ -59,16 +61,11 @@ class LocalShard(torch.Tensor):
     local_sizes: tuple[tuple[int, ...], ...]
 
     @staticmethod
-    def of(t: Tensor, axis: int, offset: int, size: int) -> "LocalShard":
-        """Return ``t`` as the part from ``offset`` of a tensor whose axis ``axis`` has ``size`` elements."""
-        shape = tuple(size if i == axis else n for i, n in enumerate(t.shape))
-        return LocalShard._of(t, shape, tuple(offset if i == axis else 0 for i in range(t.dim())))
-
-    @staticmethod
-    def _of(t: Tensor, shape: tuple[int, ...], offsets: tuple[int, ...]) -> "LocalShard":
+    def of(t: Tensor, part: Part) -> "LocalShard":
+        """Return ``t``, which is ``part`` of a tensor."""
         piece = t.detach().as_subclass(LocalShard)
-        piece.global_shape, piece.global_offsets = shape, (offsets,)
-        piece.local_offsets, piece.local_sizes = ((0,) * t.dim(),), (tuple(t.shape),)
+        piece.global_shape, piece.global_offsets = part.whole, (part.start,)
+        piece.local_offsets, piece.local_sizes = ((0,) * t.dim(),), (part.size,)
         return piece
 
     def _plain(self) -> Tensor:
@@ -91,7 +88,8 @@ class LocalShard(torch.Tensor):
 def copy_to_cpu(t: Tensor) -> Tensor:
     """Return a copy of ``t`` on the CPU, a `LocalShard` of a `LocalShard`."""
     if isinstance(t, LocalShard):
-        return LocalShard._of(copy_to_cpu(t._plain()), t.global_shape, t.global_offsets[0])
+        part = Part(t.global_shape, t.global_offsets[0], t.local_sizes[0])
+        return LocalShard.of(copy_to_cpu(t._plain()), part)
     return t.detach().to("cpu", copy=True)
 
 

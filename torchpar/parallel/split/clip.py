@@ -8,7 +8,8 @@ from torch import Tensor
 from torchpar.ieee import power_of_two
 from torchpar.ops import _exact
 from torchpar.parallel.launch.world import World
-from torchpar.parallel.split.layers import Arithmetic, check_arithmetic, split_parameters
+from torchpar.parallel.split.layers import Arithmetic, check_arithmetic
+from torchpar.parts import is_marked
 
 _HALF = 30  # bits of each half of a square below 1, cut to 60 bits; an int64 holds the sum of 2³³ halves
 
@@ -35,14 +36,13 @@ def clip_grad_norm_(
         every gradient so, as with `torch.nn.utils.clip_grad_norm_`.
     """
     check_arithmetic(arithmetic)
-    split = {name for name, _, _ in split_parameters(model)}
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {p: p.grad for p in model.parameters() if p.grad is not None}
     whole = world.dp_size == world.world_size
     # Data-parallel rank 0 counts for the others, which have the same gradients.
     mine = [
         gradient
-        for name, gradient in gradients.items()
-        if whole or (world.dp_rank == 0 and (name in split or world.tp_rank == 0))
+        for p, gradient in gradients.items()
+        if whole or (world.dp_rank == 0 and (is_marked(p) or world.tp_rank == 0))
     ]
     square = (_exact_square if arithmetic == "exact" else _square)(mine, world, whole)
     norm = square.sqrt()

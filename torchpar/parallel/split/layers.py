@@ -36,7 +36,8 @@ from torchpar.parallel.split.regions import (
     reduce_from_tensor_model_parallel_region,
     scatter_to_tensor_model_parallel_region,
 )
-from torchpar.partition import Partition, Split
+from torchpar.partition import Partition
+from torchpar.parts import mark_part, slice_of
 
 Activation = Literal["sigmoid", "relu"] | None
 Arithmetic = Literal["fast", "exact"]
@@ -152,11 +153,11 @@ class _ParallelLinear(torch.nn.Module):
         return self
 
     def _mark(self) -> None:
-        """Record on each parameter how it is split: an optimizer gets the parameters without their layer."""
+        """Mark each slice as one: an optimizer gets the parameters without their layer."""
         for name, axis in self.split_axes.items():
-            parameter: Any = self._parameters.get(name)
+            parameter = self._parameters.get(name)
             if parameter is not None:
-                parameter.tensor_parallel_split = Split(axis, self.partition, self.mesh)
+                mark_part(parameter, slice_of(parameter.shape, axis, self.partition, self.mesh))
 
     def full_weight(self) -> Tensor:
         """The whole layer's weight ``(out_features, in_features)``, on every rank, differentiable."""

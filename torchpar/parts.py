@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: MIT
+"""This rank's part of a parameter: all of it, a DTensor's shard, or a slice that a split layer holds.
+
+Optimizer, clipping and checkpoints all read `part_of`.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from torchpar.errors import ConfigError
+from torchpar.ops._library import is_dtensor
+from torchpar.partition import Partition
+
+
+class Part(NamedTuple):
+    """A rank's part of a tensor.
+
+    Attributes:
+        whole: the shape of the tensor.
+        start: the first index of the part along each axis.
+        size: the size of the part along each axis.
+        mesh: the ranks that together have the tensor; None if each rank has all of it.
+    """
+
+    whole: tuple[int, ...]
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+    mesh: DeviceMesh | None = None
+
+    @property
+    def numel(self) -> int:
+        """The number of this part's elements."""
+        return torch.Size(self.size).numel()
+
+    def narrow(self, t: Tensor) -> Tensor:
+        """This part of ``t``, which is whole; a view."""
+        for dim, (start, size) in enumerate(zip(self.start, self.size, strict=True)):
+            t = t.narrow(dim, start, size)
+        return t
+
+
+def slice_of(shape: torch.Size, axis: int, partition: Partition, mesh: DeviceMesh | None = None) -> Part:
+    """This rank's slice, of the given ``shape``, of a tensor that is cut along ``axis``."""
+    whole, start = list(shape), [0] * len(shape)
+    whole[axis], start[axis] = partition.size, partition.offset()
+    return Part(tuple(whole), tuple(start), tuple(shape), mesh)
+
+
+def mark_part(p: Tensor, part: Part) -> None:
+    """Record that the plain tensor ``p`` is ``part`` of a parameter."""
+    p.tensor_parallel_part = part  # type: ignore[attr-defined]
+
+
+def is_marked(p: Tensor) -> bool:
+    """Whether ``p`` is a slice of a `ColumnParallelLinear` or a `RowParallelLinear`; no DTensor."""
+    return hasattr(p, "tensor_parallel_part")
+
+
+def part_of(p: Tensor) -> Part:
+    """The part of ``p`` on this rank.
+
+    Raises:
+        ConfigError: a DTensor of partial sums.
+    """
+    if is_marked(p):
+        return p.tensor_parallel_part  # type: ignore[attr-defined, no-any-return]
+    if not is_dtensor(p):
+        return Part(tuple(p.shape), (0,) * p.dim(), tuple(p.shape))
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
+    if any(placement.is_partial() for placement in placements):
+        raise ConfigError(f"its placements are {placements}, expected Shard or Replicate")
+    size, start = compute_local_shape_and_global_offset(p.shape, mesh, placements)
+    return Part(tuple(p.shape), tuple(start), tuple(size), mesh)
+
+
+def local(t: Any) -> Tensor:
+    """This rank's elements of ``t``."""
+    return t.to_local() if is_dtensor(t) else t  # type: ignore[no-any-return]
