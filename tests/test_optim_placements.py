@@ -105,7 +105,7 @@ def replicas() -> None:
     whole = random_matrices()
     parts = [p.detach().clone().requires_grad_() for p in whole]
     ours = compare(whole, parts, lambda g, i: g.clone(), lambda p: p, 1, process_group=dist.group.WORLD)
-    ((items, exchange),) = ours._plans()
+    ((_, items, exchange),) = ours._plans()
     work = [None] * dist.get_world_size()
     dist.all_gather_object(work, sum(items[i].cost for i in exchange.owned))
     costs = [item.cost for item in items]

@@ -44,6 +44,14 @@ _REFUSED = {
 }
 
 
+class Matrix(NamedTuple):
+    """A matrix, this rank's part of it, and a text that must be the same on all ranks."""
+
+    name: str
+    part: Part
+    description: str
+
+
 class Message(NamedTuple):
     """A part of ``matrix``, an index, on its way between two ranks of a group."""
 
@@ -103,8 +111,7 @@ class Exchange:
     All ranks of the group make it, and call its methods in the same order.
 
     Args:
-        names, parts, descriptions, costs: of each matrix its name, this rank's part of it, a text that must
-            be the same on all ranks, and the work of its update.
+        costs: of each matrix the work of its update.
         device: of the matrices.
 
     Attributes:
@@ -115,35 +122,28 @@ class Exchange:
     """
 
     def __init__(
-        self,
-        group: dist.ProcessGroup,
-        names: Sequence[str],
-        parts: Sequence[Part],
-        descriptions: Sequence[str],
-        costs: Sequence[int],
-        device: torch.device,
+        self, group: dist.ProcessGroup, matrices: list[Matrix], costs: Sequence[int], device: torch.device
     ):
-        self.group, self.names, self.device = group, names, device
-        self.parts = [part._replace(mesh=None) for part in parts]  # a mesh is not sent
-        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        by_rank = self._gather_objects(list(zip(names, self.parts, descriptions, strict=True)))
+        self.group, self.device = group, device
+        self.names, self.parts, _ = zip(*matrices, strict=True)
+        by_rank = self._gather_objects(matrices)
         _check_same(by_rank)
-        owners = assign_owners(costs, ranks)
-        self.owned = [i for i, owner in enumerate(owners) if owner == rank]
-        parts_of_all = [[matrices[i][1] for matrices in by_rank] for i in range(len(names))]
-        to_owners, to_all = messages(names, parts_of_all, owners)
+        owners = assign_owners(costs, len(by_rank))
+        self.owned = [i for i, owner in enumerate(owners) if owner == dist.get_rank(group)]
+        parts_of_all = [[one.part for one in of_ranks] for of_ranks in zip(*by_rank, strict=True)]
+        to_owners, to_all = messages(self.names, parts_of_all, owners)
         # The first all-to-all of a step carries the flags.
-        flags = len(names) + CHECKSUM_BYTES
+        flags = len(matrices) + CHECKSUM_BYTES
         self._to_owners = _Route(to_owners, group, flags) if to_owners else None
         self._to_all = _Route(to_all, group, 0 if to_owners else flags)
 
     def gather(
-        self, parts: Sequence[Tensor | None], gradients: Sequence[GradientState], arguments: str
+        self, parts: dict[int, Tensor], gradients: Sequence[GradientState], arguments: str
     ) -> dict[int, Tensor]:
         """Return the matrices that this rank owns, by index.
 
         Args:
-            parts: this rank's part of each matrix; None for one that takes no part in this step.
+            parts: this rank's parts of the matrices that it has a gradient of, by index.
             gradients: the state of each gradient on this rank.
             arguments: the optimizer's in this step, which must be the same on all ranks.
 
@@ -157,22 +157,21 @@ class Exchange:
         self._present = [gradient == GradientState.PRESENT for gradient in gradients]
         incoming: list[tuple[Message, Tensor]] = []
         if self._to_owners is not None:
-            incoming, flags = self._to_owners.run(lambda m: parts[m.matrix], self._flags, self.device)
+            incoming, flags = self._to_owners.run(lambda m: parts.get(m.matrix), self._flags, self.device)
             self._check(flags)
         whole = {}
         for i in self.owned:
-            own = parts[i]
             if self._present[i]:
                 whole[i] = torch.empty(self.parts[i].whole, dtype=torch.bfloat16, device=self.device)
-                if own is not None:
-                    self.parts[i].narrow(whole[i]).copy_(own)
+                if i in parts:
+                    self.parts[i].narrow(whole[i]).copy_(parts[i])
         for message, t in incoming:
             if message.matrix in whole:
                 message.part.narrow(whole[message.matrix]).copy_(t)
         return whole
 
-    def scatter(self, results: dict[int, Tensor]) -> list[Tensor | None]:
-        """Return this rank's part of each matrix's result; None for a matrix that took no part.
+    def scatter(self, results: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Return this rank's part of the result of each matrix that takes part, by index.
 
         Args:
             results: of the matrices that this rank owns, by index.
@@ -187,9 +186,8 @@ class Exchange:
         incoming, flags = self._to_all.run(take, self._flags, self.device)
         if self._to_owners is None:
             self._check(flags)
-        parts = {message.matrix: t for message, t in incoming}
-        parts |= {i: self.parts[i].narrow(result) for i, result in results.items()}
-        return [parts[i] if present else None for i, present in enumerate(self._present)]
+        parts = {message.matrix: t for message, t in incoming if self._present[message.matrix]}
+        return parts | {i: self.parts[i].narrow(result) for i, result in results.items()}
 
     def _check(self, flags: list[Tensor]) -> None:
         """Check what all ranks sent, and find the matrices that take part in this step."""
@@ -283,12 +281,13 @@ def holders_of(name: str, parts: Sequence[Part]) -> dict[Part, list[int]]:
     return holders
 
 
-def _check_same(by_rank: list[list[tuple[str, Part, str]]]) -> None:
+def _check_same(by_rank: list[list[Matrix]]) -> None:
     for rank, own in enumerate(by_rank):
-        matrices = [[(name, part.whole, text) for name, part, text in one] for one in (by_rank[0], own)]
-        if matrices[0] != matrices[1]:
-            differing = next(pair for pair in zip_longest(*matrices) if pair[0] != pair[1])
-            first, other = (f"{one[0]} {one[1]} ({one[2]})" if one else "none" for one in differing)
+        texts = [
+            [f"{one.name} {one.part.whole} ({one.description})" for one in of] for of in (by_rank[0], own)
+        ]
+        if texts[0] != texts[1]:
+            first, other = next(pair for pair in zip_longest(*texts, fillvalue="none") if pair[0] != pair[1])
             raise ConfigError(
                 f"Muon: the ranks of its process group have different parameters: {first} on its rank 0, and "
                 f"{other} on its rank {rank}, expected the same in the same order"

@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from torchpar.errors import ConfigError
 from torchpar.ops._library import is_dtensor
 from torchpar.optim.assign import Choice, ModelOptimizer, chain
-from torchpar.optim.exchange import Exchange, GradientState, check_gradients, holders_of
+from torchpar.optim.exchange import Exchange, GradientState, Matrix, check_gradients, holders_of
 from torchpar.optim.matrices import ParamInfo, View, orthogonalize_batched
 from torchpar.optim.newton_schulz import (
     COEFFICIENTS,
@@ -36,6 +36,8 @@ _RATIOS: dict[str | None, Callable[[int, int], float]] = {
     "match_rms_adamw": lambda n, m: 0.2 * math.sqrt(max(n, m)),
     "spectral_unclamped": lambda n, m: math.sqrt(n / m),
 }
+
+_Plan = tuple[int, list[ParamInfo], Exchange | None]  # the parameters of a group, and their messages
 
 
 class Muon(Optimizer):
@@ -79,7 +81,7 @@ class Muon(Optimizer):
     ns: NewtonSchulz = "auto"
     views: Mapping[str, View]
     process_group: dist.ProcessGroup | DeviceMesh | None = None  # not copied
-    _plan: list[tuple[list[ParamInfo], Exchange | None]] | None = None  # from the first step on
+    _plan: list[_Plan] | None = None  # from the first step on
     _has_updated = False
 
     def __init__(
@@ -187,7 +189,7 @@ class Muon(Optimizer):
             infos = list(self._param_infos(index))
             for info in infos:
                 info.check()
-            if any(exchange for _, exchange in self._plan or ()):
+            if any(exchange for *_, exchange in self._plan or ()):
                 # A rank that added it alone would wait for the others in the next step.
                 raise ConfigError(
                     f"Muon: a group ({infos[0].name}, …) is added after the first step of several ranks; "
@@ -212,42 +214,15 @@ class Muon(Optimizer):
                     raise ConfigError(f"Muon: {name}: {e}") from e
                 yield ParamInfo(name, index, p, part, self._view_at.get((index, i)))
 
-    def _plans(self) -> list[tuple[list[ParamInfo], Exchange | None]]:
-        """The parameters that are exchanged together, with their exchange; last those that need none."""
+    def _plans(self) -> list[_Plan]:
+        """The parameters that are computed together; last those that need no messages."""
         if self._plan is None:
-            by_ranks: dict[Any, list[ParamInfo]] = {}
+            together: dict[Any, list[ParamInfo]] = {}
             for info in self._param_infos():
-                by_ranks.setdefault(self.process_group or info.part.mesh, []).append(info)
-            plan = [(infos, self._exchange(ranks, infos)) for ranks, infos in by_ranks.items()]
-            self._plan = sorted(plan, key=lambda one: one[1] is None)
+                together.setdefault((info.group_index, self.process_group or info.part.mesh), []).append(info)
+            plan = [(index, infos, _exchange(ranks, infos)) for (index, ranks), infos in together.items()]
+            self._plan = sorted(plan, key=lambda one: one[2] is None)
         return self._plan
-
-    def _exchange(self, ranks: Any, infos: list[ParamInfo]) -> Exchange | None:
-        if ranks is None or ranks.size() == 1:
-            for info in infos:
-                holders_of(info.name, [info.part])
-            return None
-        group = ranks if isinstance(ranks, dist.ProcessGroup) else _group_of(ranks)
-        return Exchange(
-            group,
-            [info.name for info in infos],
-            [info.part for info in infos],
-            [info.description for info in infos],
-            [info.cost for info in infos],
-            infos[0].p.device,
-        )
-
-    def _arguments(self) -> str:
-        """The arguments of all groups, which must be the same on all ranks."""
-        texts = [f"ns {self.ns}"]
-        for index, group in enumerate(self.param_groups):
-            texts.append(f"group {index}")
-            for name in self.defaults:
-                value = group[name]
-                if isinstance(value, Tensor):  # one on a GPU is not read back
-                    value = "on a GPU" if value.is_cuda else value.item()
-                texts.append(f"{name} {value}")
-        return ", ".join(texts)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -263,44 +238,50 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        updates: list[tuple[ParamInfo, Tensor]] = []
-        for infos, exchange in self._plans():
-            gradients = [_gradient_state(info) for info in infos]
-            parts = self._directions(infos, gradients)
-            if exchange is None:
-                check_gradients(
-                    [info.name for info in infos],
-                    [gradients],
-                    [dist.get_rank() if dist.is_initialized() else 0],
-                )
-                whole = {i: t for i, t in enumerate(parts) if t is not None}
-                updates += [(infos[i], t) for i, t in self._orthogonalized(infos, whole).items()]
-            else:
-                whole = exchange.gather(parts, gradients, self._arguments())
-                parts = exchange.scatter(self._orthogonalized(infos, whole))
-                updates += [(info, t) for info, t in zip(infos, parts, strict=True) if t is not None]
-            updates += [(info, info.p) for info in infos if 0 in info.part.whole and info.p.grad is not None]
-        self._check_gradients({info.group_index for info, _ in updates})
-        self._apply(updates)
+        updates = [(index, self._updates(index, infos, exchange)) for index, infos, exchange in self._plans()]
+        self._check_gradients({index for index, of_group in updates if of_group})
+        for index, of_group in updates:
+            self._apply(self.param_groups[index], of_group)
         return loss
 
-    def _directions(self, infos: list[ParamInfo], gradients: list[GradientState]) -> list[Tensor | None]:
+    def _updates(
+        self, index: int, infos: list[ParamInfo], exchange: Exchange | None
+    ) -> list[tuple[ParamInfo, Tensor]]:
+        """Update the momenta, and return this rank's parts of the orthogonalised ones; bfloat16."""
+        group = self.param_groups[index]
+        gradients = [_gradient_state(info) for info in infos]
+        chosen = [i for i, state in enumerate(gradients) if state == GradientState.PRESENT]
+        parts = dict(zip(chosen, self._directions(group, [infos[i] for i in chosen]), strict=True))
+        if exchange is None:
+            rank = dist.get_rank() if dist.is_initialized() else 0
+            check_gradients([info.name for info in infos], [gradients], [rank])
+            results = self._orthogonalized(group, infos, parts)
+        else:
+            whole = exchange.gather(parts, gradients, self._arguments(group))
+            results = exchange.scatter(self._orthogonalized(group, infos, whole))
+        empty = [(info, info.p) for info in infos if 0 in info.part.whole and info.p.grad is not None]
+        return [*((infos[i], t) for i, t in results.items()), *empty]
+
+    def _arguments(self, group: dict[str, Any]) -> str:
+        """The arguments of a group, which must be the same on all ranks."""
+        texts = [f"ns {self.ns}"]
+        for name in self.defaults:
+            value = group[name]
+            if isinstance(value, Tensor):  # one on a GPU is not read back
+                value = "on a GPU" if value.is_cuda else value.item()
+            texts.append(f"{name} {value}")
+        return ", ".join(texts)
+
+    def _directions(self, group: dict[str, Any], infos: list[ParamInfo]) -> list[Tensor]:
         """Update the momenta on this rank, and return them, with Nesterov's correction if it is on."""
-        directions: list[Tensor | None] = [None] * len(infos)
-        by_group: dict[int, list[int]] = {}
-        for i, (info, state) in enumerate(zip(infos, gradients, strict=True)):
-            if state == GradientState.PRESENT:
-                by_group.setdefault(info.group_index, []).append(i)
-        for index, chosen in by_group.items():
-            group = self.param_groups[index]
-            grads = [local(infos[i].p.grad).to(infos[i].p.dtype) for i in chosen]
-            momenta = [self._momentum(infos[i]) for i in chosen]
-            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-            if group["nesterov"]:
-                momenta = torch._foreach_lerp(grads, momenta, group["momentum"])  # type: ignore[assignment]
-            for i, t in zip(chosen, momenta, strict=True):
-                directions[i] = t
-        return directions
+        if not infos:
+            return []
+        grads = [local(info.p.grad).to(info.p.dtype) for info in infos]
+        momenta = [self._momentum(info) for info in infos]
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        if group["nesterov"]:
+            return torch._foreach_lerp(grads, momenta, group["momentum"])  # type: ignore[return-value]
+        return momenta
 
     def _momentum(self, info: ParamInfo) -> Tensor:
         p, state = info.p, self.state[info.p]
@@ -315,32 +296,26 @@ class Muon(Optimizer):
             )
         return local(momentum)
 
-    def _orthogonalized(self, infos: list[ParamInfo], whole: dict[int, Tensor]) -> dict[int, Tensor]:
+    def _orthogonalized(
+        self, group: dict[str, Any], infos: list[ParamInfo], whole: dict[int, Tensor]
+    ) -> dict[int, Tensor]:
         """Orthogonalise the ``whole`` momenta, keyed by their indices in ``infos``; bfloat16."""
         results: dict[int, Tensor] = {}
-        by_group: dict[int, list[tuple[int, Tensor]]] = {}
+        matrices: list[tuple[int, Tensor]] = []
         for i, t in whole.items():
             if infos[i].view is not None:
                 # For a tensor with other strides than the parameter's, a view function could return copies.
                 results[i] = t = t.to(torch.bfloat16, copy=True, memory_format=torch.contiguous_format)
-            by_group.setdefault(infos[i].group_index, []).extend(
-                (i, matrix) for matrix in infos[i].matrices(t)
-            )
-        for index, matrices in by_group.items():
-            settings = [self.param_groups[index][name] for name in ("ns_coefficients", "ns_steps", "eps")]
-            updates = orthogonalize_batched([matrix for _, matrix in matrices], *settings, self.ns)
-            for (i, matrix), update in zip(matrices, updates, strict=True):
-                if infos[i].view is None:
-                    results[i] = update
-                else:
-                    ratio = self._ratio(infos[i], matrix.shape) / self._ratio(infos[i])
-                    matrix.copy_(update if ratio == 1 else update * ratio)
+            matrices += [(i, matrix) for matrix in infos[i].matrices(t)]
+        settings = [group[name] for name in ("ns_coefficients", "ns_steps", "eps")]
+        updates = orthogonalize_batched([matrix for _, matrix in matrices], *settings, self.ns)
+        for (i, matrix), update in zip(matrices, updates, strict=True):
+            if infos[i].view is None:
+                results[i] = update
+            else:
+                ratio = _ratio(group, matrix.shape) / _ratio(group, infos[i].shapes[0])
+                matrix.copy_(update if ratio == 1 else update * ratio)
         return results
-
-    def _ratio(self, info: ParamInfo, shape: torch.Size | None = None) -> float:
-        """The ratio of a matrix's learning rate to the group's, by default for the first of its parameter."""
-        n, m = info.shapes[0] if shape is None else shape
-        return _RATIOS[self.param_groups[info.group_index]["adjust_lr_fn"]](max(n, 1), max(m, 1))
 
     def _check_gradients(self, updated: set[int]) -> None:
         """Raise a ConfigError if a group has no gradient while another has, or if none ever had one."""
@@ -360,17 +335,16 @@ class Muon(Optimizer):
                 )
         self._has_updated |= bool(updated)
 
-    def _apply(self, updates: list[tuple[ParamInfo, Tensor]]) -> None:
+    def _apply(self, group: dict[str, Any], updates: list[tuple[ParamInfo, Tensor]]) -> None:
         """Apply the weight decay, and subtract the updates."""
-        by_rate: dict[tuple[int, float], list[tuple[Tensor, Tensor]]] = {}
+        lr, decay = group["lr"], group["weight_decay"]
+        by_ratio: dict[float, list[tuple[Tensor, Tensor]]] = {}
         for info, update in updates:
             if update.numel():
-                pair = local(info.p), update
-                by_rate.setdefault((info.group_index, self._ratio(info)), []).append(pair)
+                by_ratio.setdefault(_ratio(group, info.shapes[0]), []).append((local(info.p), update))
             else:  # make the momentum all the same: a checkpoint saves it on every rank
                 self._momentum(info)
-        for (index, ratio), pairs in by_rate.items():
-            lr, decay = self.param_groups[index]["lr"], self.param_groups[index]["weight_decay"]
+        for ratio, pairs in by_ratio.items():
             params, moves = [list(column) for column in zip(*pairs, strict=True)]
             if isinstance(lr, Tensor):  # as `alpha` it would be read back from the device
                 lr = lr.reshape(()).to(params[0].device)
@@ -380,6 +354,23 @@ class Muon(Optimizer):
                 torch._foreach_add_(params, params, alpha=-lr * decay)
                 moves = [move.to(p.dtype) for p, move in pairs]
                 torch._foreach_add_(params, moves, alpha=-lr * ratio)
+
+
+def _ratio(group: dict[str, Any], shape: torch.Size) -> float:
+    """The ratio of the learning rate of a matrix of this shape to the group's."""
+    n, m = shape
+    return _RATIOS[group["adjust_lr_fn"]](max(n, 1), max(m, 1))
+
+
+def _exchange(ranks: Any, infos: list[ParamInfo]) -> Exchange | None:
+    """The messages among ``ranks``, a group or a mesh; None if there are none."""
+    if ranks is None or ranks.size() == 1:
+        for info in infos:
+            holders_of(info.name, [info.part])
+        return None
+    group = ranks if isinstance(ranks, dist.ProcessGroup) else _group_of(ranks)
+    matrices = [Matrix(info.name, info.part._replace(mesh=None), info.description) for info in infos]
+    return Exchange(group, matrices, [info.cost for info in infos], infos[0].p.device)
 
 
 def _check_group(group: dict[str, Any]) -> None:
