@@ -30,6 +30,7 @@ both_iterations = pytest.mark.parametrize("ns", ["standard", "gram"])
 def bfloat16(monkeypatch):
     """Products of bfloat16, as torch's, also on a CPU where those of float32 are faster."""
     monkeypatch.setattr(newton_schulz, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(newton_schulz, "has_amx", lambda: False)
 
 
 def torchs(x: Tensor, steps: int = 5) -> Tensor:
@@ -106,6 +107,13 @@ def compare_orthogonality(make: Any, n: int, m: int, steps: int, ns: Any, triple
 def test_orthogonality_is_no_worse_than_torchs(case):
     with patch.object(newton_schulz, "_SYMMETRIC_ROWS", 257):  # of which half a product is computed
         compare_orthogonality(*case)
+
+
+def test_a_cpu_with_amx_multiplies_whole_matrices(monkeypatch):
+    """As `torch.optim.Muon` does: in tiles a whole product takes about as long as half of one in blocks."""
+    monkeypatch.setattr(newton_schulz, "has_amx", lambda: True)
+    with patch.object(newton_schulz, "_SYMMETRIC_ROWS", 64), patch.object(newton_schulz, "matmul_t", None):
+        compare_orthogonality(matrices, 65, 300, 5, "standard")
 
 
 def test_the_comparison_rejects_a_wrong_coefficient():

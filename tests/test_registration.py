@@ -272,6 +272,7 @@ def test_jvp_of_a_function_still_needs_our_workaround() -> None:
 def test_pytorch_says_whether_onednn_multiplies_bfloat16() -> None:
     # Inductor asks by this name, too.
     assert isinstance(torch.ops.mkldnn._is_mkldnn_bf16_supported(), bool)
+    assert isinstance(torch.cpu._is_amx_tile_supported(), bool)
 
 
 def test_private_names_tell_of_transforms_and_forward_mode() -> None:

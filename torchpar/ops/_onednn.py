@@ -49,6 +49,12 @@ def has_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+@cache
+def has_amx() -> bool:
+    """Return True if this CPU multiplies bfloat16 in tiles, so fast that half a product takes as long."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
 def prefers_onednn(t: Tensor) -> bool:
     """Return True if products of ``t`` go to oneDNN where they are large enough."""
     return t.is_cpu and t.dtype == torch.float32 and _is_enabled()

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from torchpar.ops import matmul_t, symmetric_matmul
 from torchpar.ops._library import is_dtensor
-from torchpar.ops._onednn import has_bfloat16
+from torchpar.ops._onednn import has_amx, has_bfloat16
 
 NewtonSchulz = Literal["auto", "standard", "gram"]
 Triple = tuple[float, float, float]
@@ -196,7 +196,7 @@ def _replicate(r: Any) -> Any:
 
 def _use_symmetric_products(x: Tensor) -> bool:
     # On a GPU the operators choose by size themselves.
-    return x.is_cuda or x.shape[-2] >= _SYMMETRIC_ROWS
+    return x.is_cuda or (x.shape[-2] >= _SYMMETRIC_ROWS and not has_amx())
 
 
 def _symmetric_addmm(a: Tensor, b: Tensor, c: Tensor, *, alpha: float = 1.0, beta: float) -> Tensor:
