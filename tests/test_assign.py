@@ -250,6 +250,14 @@ class Conv1D(nn.Module):
         self.weight = nn.Parameter(torch.randn(nx, nf))
 
 
+class CausalSelfAttention(nn.Module):
+    """The attention of nanoGPT, as far as its query, key and value."""
+
+    def __init__(self):
+        super().__init__()
+        self.c_attn = nn.Linear(4, 12)
+
+
 class Experts(nn.Module):
     """Experts stored as GPT-OSS does: ``(experts, in, out)``, and gate and up interleaved."""
 
@@ -306,6 +314,9 @@ LSTM = {"4×6 4×6 4×6 4×6": "weight_ih_l0", "4×3 4×3 4×3 4×3": "weight_hh
         (lambda: parametrizations.orthogonal(nn.Conv1d(2, 5, 2)), {"others": "original"}),
         (lambda: nn.utils.weight_norm(nn.Linear(4, 5)), {"others": "weight_g", "5×4": "weight_v"}),
         (lambda: nn.ModuleDict({"qkv": nn.Linear(4, 12)}), {"4×4 4×4 4×4": "qkv"}),
+        (lambda: nn.ModuleDict({"qkv": nn.Linear(6, 9)}), {"9×6": "qkv"}),  # of unknown sizes
+        (lambda: nn.ModuleDict({"c_attn": Conv1D(8, 4)}), {"4×4 4×4": "c_attn"}),
+        (lambda: CausalSelfAttention(), {"4×4 4×4 4×4": "c_attn"}),
         (lambda: nn.ModuleDict({"gate_up_proj": nn.Linear(4, 7)}), {"7×4": "gate_up_proj"}),
     ],
 )

@@ -142,9 +142,9 @@ def _matrix(use: Use) -> Decision | None:
     transposed = hasattr(layer, "nf")  # transformers' Conv1D, whose weight is (in, out)
     if not transposed and not _is_linear(layer):
         return None
-    rows = layer.nf if transposed else layer.out_features
+    rows, columns = (layer.nf, layer.nx) if transposed else (layer.out_features, layer.in_features)
     for pattern, (contents, sizes_of) in _FUSED.items():
-        if fnmatchcase(use.place, pattern) and sum(sizes := sizes_of(use.parent, rows)) == rows:
+        if fnmatchcase(use.place, pattern) and sum(sizes := sizes_of(use.parent, rows, columns)) == rows:
             return _fused(contents, sizes, transposed)
     return _fused("", [], transposed)
 
@@ -158,34 +158,38 @@ def _fused(contents: str, sizes: list[int], transposed: bool = False) -> Decisio
     return Decision("muon", reason, view if transposed or len(sizes) > 1 else None)
 
 
-def _query_key_value(parent: Any, rows: int) -> list[int]:
-    grouped = hasattr(parent, "num_key_value_heads") and hasattr(parent, "head_dim")
-    size = parent.num_key_value_heads * parent.head_dim if grouped else rows // 3
-    return [rows - 2 * size, size, size]
+# The rows of the matrices in a weight; rows that do not add up are those of another layout.
 
 
-def _gpt2(parent: Any, rows: int) -> list[int]:
-    return [parent.split_size] * (rows // parent.split_size)  # in cross-attention only key and value
+def _query_key_value(parent: Any, rows: int, columns: int) -> list[int]:
+    if hasattr(parent, "num_key_value_heads") and hasattr(parent, "head_dim"):
+        size = parent.num_key_value_heads * parent.head_dim
+        return [rows - 2 * size, size, size]
+    return [columns] * 3
 
 
-def _mamba(parent: Any, _: int) -> list[int]:
-    return [parent.time_step_rank, parent.ssm_state_size, parent.ssm_state_size]
+def _multiples(parent: Any, rows: int, columns: int) -> list[int]:
+    return [columns] * (rows // columns)  # in GPT-2's cross-attention only key and value
 
 
-def _latent(parent: Any, _: int) -> list[int]:
-    return [parent.kv_lora_rank, parent.qk_rope_head_dim]
-
-
-def _halves(_: Any, rows: int) -> list[int]:
+def _halves(parent: Any, rows: int, columns: int) -> list[int]:
     return [rows // 2] * 2
 
 
-# By a layer's place: the matrices in its weight, and the rows of each.
-_FUSED: dict[str, tuple[str, Callable[[Any, int], list[int]]]] = {
+def _mamba(parent: Any, rows: int, columns: int) -> list[int]:
+    return [parent.time_step_rank, parent.ssm_state_size, parent.ssm_state_size]
+
+
+def _latent(parent: Any, rows: int, columns: int) -> list[int]:
+    return [parent.kv_lora_rank, parent.qk_rope_head_dim]
+
+
+_FUSED: dict[str, tuple[str, Callable[[Any, int, int], list[int]]]] = {  # by the layer's place
     "Phi*Attention.*.qkv_proj": ("query, key and value", _query_key_value),
     "*.qkv": ("query, key and value", _query_key_value),
     "*.Wqkv": ("query, key and value", _query_key_value),
-    "*Attention.*Conv1D.c_attn": ("query, key and value", _gpt2),
+    "*Conv1D.c_attn": ("query, key and value", _multiples),
+    "CausalSelfAttention.*.c_attn": ("query, key and value", _query_key_value),  # nanoGPT
     "*.gate_up_proj": ("gate and up", _halves),
     "*ModernBertMLP.*.Wi": ("input and gate", _halves),
     "*MambaMixer.*.in_proj": ("hidden states and gate", _halves),
