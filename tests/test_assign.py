@@ -250,8 +250,8 @@ class Conv1D(nn.Module):
         self.weight = nn.Parameter(torch.randn(nx, nf))
 
 
-class CausalSelfAttention(nn.Module):
-    """The attention of nanoGPT, as far as its query, key and value."""
+class FSDPCausalSelfAttention(nn.Module):
+    """The attention of nanoGPT, as far as its query, key and value, named as `fully_shard` does."""
 
     def __init__(self):
         super().__init__()
@@ -316,7 +316,7 @@ LSTM = {"4×6 4×6 4×6 4×6": "weight_ih_l0", "4×3 4×3 4×3 4×3": "weight_hh
         (lambda: nn.ModuleDict({"qkv": nn.Linear(4, 12)}), {"4×4 4×4 4×4": "qkv"}),
         (lambda: nn.ModuleDict({"qkv": nn.Linear(6, 9)}), {"9×6": "qkv"}),  # of unknown sizes
         (lambda: nn.ModuleDict({"c_attn": Conv1D(8, 4)}), {"4×4 4×4": "c_attn"}),
-        (lambda: CausalSelfAttention(), {"4×4 4×4 4×4": "c_attn"}),
+        (FSDPCausalSelfAttention, {"4×4 4×4 4×4": "c_attn"}),
         (lambda: nn.ModuleDict({"gate_up_proj": nn.Linear(4, 7)}), {"7×4": "gate_up_proj"}),
     ],
 )

@@ -4,6 +4,7 @@
 docs/muon.md names their sources. Layers of other libraries are known by their names and attributes.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
@@ -105,7 +106,7 @@ def _convolution(use: Use) -> Decision | None:
         return None
     if layer.groups > 1 and p.shape[1] == 1:
         return Decision("others", "depthwise convolution, one filter for each channel")
-    sizes = [p.shape[0] // layer.groups, p[0].numel()]
+    sizes = [p.shape[0] // layer.groups, math.prod(p.shape[1:])]
     if layer.groups > 1:
         sizes.insert(0, layer.groups)
     reason = f"convolution, seen as {'×'.join(map(str, sizes))}"
@@ -184,12 +185,14 @@ def _latent(parent: Any, rows: int, columns: int) -> list[int]:
     return [parent.kv_lora_rank, parent.qk_rope_head_dim]
 
 
-_FUSED: dict[str, tuple[str, Callable[[Any, int, int], list[int]]]] = {  # by the layer's place
-    "Phi*Attention.*.qkv_proj": ("query, key and value", _query_key_value),
+_FUSED: dict[
+    str, tuple[str, Callable[[Any, int, int], list[int]]]
+] = {  # by place; `fully_shard` prefixes the classes
+    "*Phi*Attention.*.qkv_proj": ("query, key and value", _query_key_value),
     "*.qkv": ("query, key and value", _query_key_value),
     "*.Wqkv": ("query, key and value", _query_key_value),
     "*Conv1D.c_attn": ("query, key and value", _multiples),
-    "CausalSelfAttention.*.c_attn": ("query, key and value", _query_key_value),  # nanoGPT
+    "*CausalSelfAttention.*.c_attn": ("query, key and value", _query_key_value),  # nanoGPT
     "*.gate_up_proj": ("gate and up", _halves),
     "*ModernBertMLP.*.Wi": ("input and gate", _halves),
     "*MambaMixer.*.in_proj": ("hidden states and gate", _halves),
