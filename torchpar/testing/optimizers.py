@@ -25,7 +25,7 @@ Verdict = Literal[
 ]
 FAULTS = ("wrong", "hangs", "crashes")
 GRACE = 5.0  # seconds for the other ranks, once one has failed
-DRAWS = 4  # of perturbed gradients
+DRAWS = 8  # of perturbed gradients
 # Products of an iteration that ranks sum in bfloat16 are rounded, too, where the yardstick rounds the gradient alone.
 FACTOR = 4.0
 BFLOAT16 = float(torch.finfo(torch.bfloat16).eps)

@@ -192,7 +192,7 @@ situation("fully_shard on 3 ranks", 3)(train_sharded)
 @situation("fully_shard, padded rows", 4)
 def padded(trial: Trial) -> None:
     """9 rows are padded to 12 and 5 to 8, which changes the ratio of rows and columns."""
-    trial.shapes = {"nine": (9, 4), "five": (5, 2)}
+    trial.shapes = {"nine": (9, 6), "five": (5, 4)}
     train_sharded(trial)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-SHAPES = {"square": (32, 32), "tall": (64, 24), "wide": (24, 64), "uneven": (13, 10), "flat": (2, 7)}
+SHAPES = {"square": (32, 32), "tall": (64, 24), "wide": (24, 64), "uneven": (13, 10), "flat": (4, 20)}
 STEPS = range(3)
 # Muon's iterations amplify rounding where a gradient is singular, as that of a small batch is.
 FAMILIES = ("full rank", "low rank")
