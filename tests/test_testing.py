@@ -12,18 +12,12 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import fork_context
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from torchpar.errors import ConfigError
 from torchpar.optim import Muon, orthogonalize
 from torchpar.testing import SITUATIONS, Conformance, Row, check_optimizer, optimizers
-
-
-@pytest.fixture(autouse=True, scope="module")
-def server() -> None:
-    fork_context()
 
 
 def make_muon(
@@ -52,9 +46,11 @@ OPEN = ["fully_shard after the optimizer", "Shard(0), two learning rates", "Shar
 
 
 @pytest.fixture(scope="module")
-def conformance() -> dict[str, Row]:
+def conformance(ranks) -> dict[str, Row]:
     names = [name for name in SITUATIONS if name not in OPEN]
-    return {row.situation: row for row in check_optimizer(partial(make_muon, ns="standard"), names)}
+    return {
+        row.situation: row for row in check_optimizer(partial(make_muon, ns="standard"), names, ranks=ranks)
+    }
 
 
 @pytest.mark.parametrize("name", [name for name in SITUATIONS if name not in OPEN])
@@ -63,9 +59,9 @@ def test_muon_conforms(conformance, name):
     assert row.verdict == EXPECTED[name], Conformance([row])
 
 
-def test_muon_conforms_on_gram_matrices():
+def test_muon_conforms_on_gram_matrices(ranks):
     names = ["polar factor", "scale of gradients", "fully_shard on 3 ranks"]
-    rows = check_optimizer(partial(make_muon, ns="gram"), names)
+    rows = check_optimizer(partial(make_muon, ns="gram"), names, ranks=ranks)
     assert [row.verdict for row in rows] == ["equal up to rounding", "same bits", "same bits"], rows
 
 
@@ -208,9 +204,9 @@ ROWS = "fully_shard on 2 ranks"
         (Gathering, "fully_shard, heads", "not applicable", "make has no argument views"),
     ],
 )
-def test_faults_are_found(monkeypatch, make, situation, verdict, detail):
+def test_faults_are_found(ranks, monkeypatch, make, situation, verdict, detail):
     monkeypatch.setattr(optimizers, "GRACE", 0.5)
-    (row,) = check_optimizer(make, [situation], timeout=5)
+    (row,) = check_optimizer(make, [situation], timeout=3, ranks=ranks)
     assert row.verdict == verdict, row
     assert detail in row.detail
 
@@ -243,6 +239,6 @@ def test_what_cannot_be_run_is_refused():
         check_optimizer(lambda model: Gathering(model), ["whole"])
 
 
-def test_the_general_part_leaves_out_what_is_about_orthogonal_updates():
-    rows = check_optimizer(Normalised, ["whole", "polar factor"], orthogonal=False)
+def test_the_general_part_leaves_out_what_is_about_orthogonal_updates(ranks):
+    rows = check_optimizer(Normalised, ["whole", "polar factor"], orthogonal=False, ranks=ranks)
     assert [(row.situation, row.verdict) for row in rows] == [("whole", "same bits")]

@@ -342,6 +342,7 @@ SITUATIONS = {
     "Shard(0) on 3 ranks": Situation(distributed, 3),
     "Shard(1)": Situation(partial(distributed, placements=[Shard(1)]), 2),
     "Replicate": Situation(partial(distributed, placements=[Replicate()]), 2),
+    "Shard(0), Shard(0)": Situation(partial(distributed, placements=[Shard(0), Shard(0)]), 4),
     "Shard(0), Shard(1)": Situation(partial(distributed, placements=[Shard(0), Shard(1)]), 4),
     "Replicate, Shard(1)": Situation(partial(distributed, placements=[Replicate(), Shard(1)]), 4),
     "Shard(0), partial gradients": Situation(partial(distributed, partial_sums=True), 2),
