@@ -3,6 +3,8 @@
 
 import math
 import os
+import re
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from commands import ROOT, run
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -172,8 +175,8 @@ class Failing(Gathering):
             dist.barrier()
 
 
-def refuse(model: nn.Module) -> Any:
-    raise NotImplementedError("nothing is supported")
+def refuse(model: nn.Module, kind: type[Exception] = RuntimeError) -> Any:
+    raise kind("nothing is supported")
 
 
 ROWS = "fully_shard on 2 ranks"
@@ -200,13 +203,14 @@ ROWS = "fully_shard on 2 ranks"
             "refuses on rank 1, others hang: ValueError: r",
         ),
         (partial(Failing, what="fails"), "Replicate", "crashes", "rank 1: RuntimeError: "),
-        (refuse, "whole", "refuses", "NotImplementedError: nothing is supported"),
+        (refuse, "whole", "refuses", "RuntimeError: nothing is supported"),
+        (partial(refuse, kind=AssertionError), "whole", "crashes", "AssertionError: nothing is supported"),
         (Gathering, "fully_shard, heads", "not applicable", "make has no argument views"),
     ],
 )
 def test_faults_are_found(ranks, monkeypatch, make, situation, verdict, detail):
     monkeypatch.setattr(optimizers, "GRACE", 0.5)
-    (row,) = check_optimizer(make, [situation], timeout=3, ranks=ranks)
+    (row,) = check_optimizer(make, [situation], timeout=3 if "no answer" in detail else 60, ranks=ranks)
     assert row.verdict == verdict, row
     assert detail in row.detail
 
@@ -237,6 +241,22 @@ def test_what_cannot_be_run_is_refused():
         check_optimizer(Gathering, ["none"])
     with pytest.raises(ConfigError, match="cannot import make; expected a module-level function or class"):
         check_optimizer(lambda model: Gathering(model), ["whole"])
+
+
+@pytest.mark.slow
+def test_the_script_of_the_page_prints_its_table(tmp_path):
+    page = (ROOT / "docs" / "conformance.md").read_text()
+    (script,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "script.py").write_text(script)
+    status, out, err = run(sys.executable, str(tmp_path / "script.py"), cwd=tmp_path)
+    assert status == 1
+    assert "1 of 3 situations are faulty" in err
+    verdicts = [
+        re.findall(r"^ *(.+?)  +(same bits|equal up to rounding|wrong) ", t, re.MULTILINE)
+        for t in (out, page)
+    ]
+    assert verdicts[0] == verdicts[1]
+    assert len(verdicts[0]) == 3
 
 
 def test_the_general_part_leaves_out_what_is_about_orthogonal_updates(ranks):

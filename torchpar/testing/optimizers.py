@@ -229,12 +229,14 @@ def _weights(make: Make, record: Record, draw: int) -> Weights:
     torch.manual_seed(0)
     for gradients in zip(*record.gradients.values(), strict=True):
         optimizer.zero_grad()
-        tensors = [torch.from_numpy(g) for g in gradients]
-        if draw:  # an error of at most one rounding to bfloat16, also of gradients that are bfloat16
-            tensors = [g * (1 + BFLOAT16 * (torch.rand(g.shape, generator=generator) - 0.5)) for g in tensors]
         params = dict(named_weights(model))
-        # A backward pass, because an optimizer may have hooks in it.
-        torch.autograd.backward(list(params.values()), [g.to(record.dtype) for g in tensors])
+        for p, gradient in zip(params.values(), gradients, strict=True):
+            if gradient is not None:
+                g = torch.from_numpy(gradient)
+                if draw:  # an error of at most one rounding to bfloat16, also where the dtype is bfloat16
+                    g = g * (1 + BFLOAT16 * (torch.rand(g.shape, generator=generator) - 0.5))
+                # A backward pass, because an optimizer may have hooks in it.
+                torch.autograd.backward(p, g.to(record.dtype))
         optimizer.step()
         for name, p in params.items():
             weights[name].append(p.detach().double().numpy().copy())
