@@ -259,6 +259,12 @@ def test_the_script_of_the_page_prints_its_table(tmp_path):
     assert len(verdicts[0]) == 3
 
 
-def test_the_general_part_leaves_out_what_is_about_orthogonal_updates(ranks):
-    rows = check_optimizer(Normalised, ["whole", "polar factor"], orthogonal=False, ranks=ranks)
-    assert [(row.situation, row.verdict) for row in rows] == [("whole", "same bits")]
+def make_adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+def test_an_elementwise_optimizer_conforms_in_the_general_part(ranks):
+    names = ["polar factor", "fully_shard on 3 ranks", "Shard(0), two learning rates"]
+    (row,) = rows = check_optimizer(make_adamw, names, orthogonal=False, ranks=ranks)
+    assert (row.situation, row.verdict) == ("fully_shard on 3 ranks", "same bits")
+    rows.assert_conforms(allow_refusals=False)
