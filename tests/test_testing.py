@@ -210,7 +210,7 @@ ROWS = "fully_shard on 2 ranks"
 )
 def test_faults_are_found(ranks, monkeypatch, make, situation, verdict, detail):
     monkeypatch.setattr(optimizers, "GRACE", 0.5)
-    (row,) = check_optimizer(make, [situation], timeout=3 if "no answer" in detail else 60, ranks=ranks)
+    (row,) = check_optimizer(make, [situation], timeout=1 if "no answer" in detail else 60, ranks=ranks)
     assert row.verdict == verdict, row
     assert detail in row.detail
 
