@@ -54,13 +54,11 @@ NAMES = [name for name in SITUATIONS if name not in OPEN]
 
 @pytest.fixture(scope="module")
 def conformance(ranks) -> dict[str, Row]:
-    names = [name for name in SITUATIONS if name not in OPEN]
-    return {
-        row.situation: row for row in check_optimizer(partial(make_muon, ns="standard"), names, ranks=ranks)
-    }
+    rows = check_optimizer(partial(make_muon, ns="standard"), NAMES, ranks=ranks)
+    return {row.situation: row for row in rows}
 
 
-@pytest.mark.parametrize("name", [name for name in SITUATIONS if name not in OPEN])
+@pytest.mark.parametrize("name", NAMES)
 def test_muon_conforms(conformance, name):
     row = conformance[name]
     assert row.verdict == EXPECTED[name], Conformance([row])
