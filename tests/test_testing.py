@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from torchpar.errors import ConfigError
 from torchpar.optim import Muon, orthogonalize
+from torchpar.optim.exchange import Exchange
 from torchpar.testing import SITUATIONS, Conformance, Row, check_optimizer, optimizers
 
 
