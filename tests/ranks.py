@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The server that all processes of the tests are forked from, which has imported the examples' modules, too."""
+"""The server that all processes of the tests are forked from: it has imported the examples' modules, too."""
 
 import os
 from importlib.util import find_spec

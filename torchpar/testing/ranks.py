@@ -44,13 +44,15 @@ def fork_context(preload: Iterable[str] = ()) -> ForkServerContext:
 class Ranks(ExitStack):
     """``ranks(world_size, function, *args)``: the results of a module-level function on each gloo rank.
 
-    The processes live as long as the pool, or until one of them dies or hangs. Then new ones replace all. Each
-    call makes a new process group among them.
+    Each call makes a new process group. The processes live as long as the pool; if one of them dies or hangs,
+    new ones replace all.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._stores = Path(self.enter_context(TemporaryDirectory()))  # files by which the ranks of a call meet
+        self._stores = Path(
+            self.enter_context(TemporaryDirectory())
+        )  # files by which the ranks of a call meet
         self._calls = itertools.count()
         self._workers: list[ProcessPoolExecutor] = []
 
@@ -90,7 +92,7 @@ class Ranks(ExitStack):
         outcomes = [TimeoutError("the rank hangs") if f in hanging else _outcome(f) for f in futures]
         if any(isinstance(outcome, TimeoutError | BrokenProcessPool) for outcome in outcomes):
             for pid in pids:
-                with suppress(ProcessLookupError):  # it is dead already
+                with suppress(ProcessLookupError, BrokenProcessPool):  # it is dead already
                     os.kill(pid.result(), signal.SIGKILL)
             self._workers.clear()
         return outcomes

@@ -19,6 +19,7 @@ STEPS = range(3)
 # Muon's iterations amplify rounding where a gradient is singular, as that of a small batch is.
 FAMILIES = ("full rank", "low rank")
 
+Array = np.ndarray[Any, Any]
 Batch = dict[str, tuple[Tensor, Tensor]]
 Make = Callable[..., torch.optim.Optimizer]
 
@@ -30,8 +31,8 @@ class NotApplicable(Exception):
 class Layers(nn.Module):
     """Linear layers, and convolutions for weights of four axes, side by side.
 
-    The loss of a batch ``{name: (x, y)}`` is Σ (layer(x)·y), so the batch alone determines the gradients. That
-    of a linear layer is yᵀ·x.
+    The loss of a batch ``{name: (x, y)}`` is Σ (layer(x)·y), so the batch alone determines the gradients:
+    that of a linear layer is yᵀ·x.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]):
@@ -52,8 +53,8 @@ class Record:
 
     dtype: torch.dtype
     options: dict[str, Any]
-    weights: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    gradients: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    weights: dict[str, list[Array]] = field(default_factory=dict)
+    gradients: dict[str, list[Array]] = field(default_factory=dict)
 
 
 @dataclass
@@ -66,13 +67,14 @@ class Trial:
         phase: the index of the part of a situation that starts its ranks anew.
         decades: over which the singular values of a gradient are spread.
         views: the views that the optimizer gets, by the name of a parameter.
+        options: further arguments of the optimizer, which the reference gets, too.
     """
 
     make: Make
     family: str
     seed: int
     folder: Path
-    phase: int = 0
+    phase: int
     dtype: torch.dtype = torch.float32
     shapes: dict[str, tuple[int, ...]] = field(default_factory=lambda: dict(SHAPES))
     decades: float = 1.0
@@ -82,25 +84,17 @@ class Trial:
     def __post_init__(self) -> None:
         self.record = Record(self.dtype, self.options)
 
-    def use(self, dtype: torch.dtype = torch.float32, **options: Any) -> None:
-        """Take parameters of ``dtype``, and give ``options`` to the optimizer and to the reference."""
-        self.dtype = self.record.dtype = dtype
-        self.options.update(options)
-
     def model(self) -> Layers:
         """The layers of `shapes`, the same on every rank."""
-        return Layers(
-            {
-                name: 0.05 * torch.randn(shape, generator=self._generator(name)).to(self.dtype)
-                for name, shape in self.shapes.items()
-            }
-        )
+        weights = {
+            name: 0.05 * torch.randn(shape, generator=self._generator(name))
+            for name, shape in self.shapes.items()
+        }
+        return Layers({name: weight.to(self.dtype) for name, weight in weights.items()})
 
     def optimizer(self, model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-        """Make the optimizer, which a situation that passes unknown options is not about."""
-        options |= self.options
-        if self.views:
-            options["views"] = self.views
+        """Make the optimizer; its function may lack an argument that the situation is about."""
+        options |= self.options | ({"views": self.views} if self.views else {})
         if unknown := options.keys() - inspect.signature(self.make).parameters:
             raise NotApplicable(f"make has no argument {min(unknown)}")
         return self.make(model, **options)
@@ -111,51 +105,50 @@ class Trial:
         return {name: (x[part::parts], y[part::parts]) for name, (x, y) in samples.items()}
 
     def gradients(self, step: int, part: int = 0, parts: int = 1) -> dict[str, Tensor]:
-        """The gradients of `batch`, without a model."""
-        batch = self.batch(step, part, parts)
-        return {
-            name: (y.flatten(1).T @ x.flatten(1)).view(self.shapes[name]) for name, (x, y) in batch.items()
-        }
+        """The gradients of `batch` for linear layers."""
+        return {name: y.T @ x for name, (x, y) in self.batch(step, part, parts).items()}
 
     def train(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        backward: Callable[[int], None] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        backward: Callable[[int], Any] | None = None,
         *,
         take_step: Callable[[int], Any] | None = None,
-        whole: Callable[[str, Tensor], Tensor] | None = None,
+        gather: Callable[[Tensor], Tensor] | None = None,
         steps: Iterable[int] = STEPS,
     ) -> None:
         """Record ``steps``.
 
         Args:
-            backward: computes the gradients of a step.
+            backward: computes the gradients of a step, by default those of the whole batch.
             take_step: the default calls ``optimizer.step()``.
-            whole: the whole matrix of a rank's part of it. The default takes DTensors and whole parameters.
+            gather: makes a rank's part whole. The default takes DTensors and whole parameters.
         """
-        whole = whole or (lambda name, t: t.full_tensor() if isinstance(t, DTensor) else t)
+        optimizer = optimizer or self.optimizer(model)
         for step in steps:
             optimizer.zero_grad()
-            (backward or (lambda step: model(self.batch(step)).backward()))(step)
-            before, gradients = {}, {}
-            for name, p in named_weights(model):
-                assert p.grad is not None, f"{name} has no gradient"
-                before |= self._matrices(name, whole(name, p.detach()))
-                gradients |= self._matrices(name, whole(name, p.grad))
-            (take_step or (lambda step: optimizer.step()))(step)
-            for name, p in named_weights(model):
-                for part, weight in self._matrices(name, whole(name, p.detach())).items():
-                    self.record.weights.setdefault(part, [before[part]]).append(weight)
-                    self.record.gradients.setdefault(part, []).append(gradients[part])
+            backward(step) if backward else model(self.batch(step)).backward()
+            before = self._matrices({name: p.detach() for name, p in named_weights(model)}, gather)
+            gradients = self._matrices({name: p.grad for name, p in named_weights(model)}, gather)
+            take_step(step) if take_step else optimizer.step()
+            after = self._matrices({name: p.detach() for name, p in named_weights(model)}, gather)
+            for name in before:
+                self.record.weights.setdefault(name, [before[name]]).append(after[name])
+                self.record.gradients.setdefault(name, []).append(gradients[name])
 
-    def _matrices(self, name: str, whole: Tensor) -> dict[str, np.ndarray]:
-        view = self.views.get(f"{name}.weight")
-        if view is None:
-            return {name: _array(whole)}
-        matrices = view(whole.contiguous())
-        matrices = matrices.flatten(0, -3) if isinstance(matrices, Tensor) else matrices
-        return {f"{name}_{i}": _array(matrix) for i, matrix in enumerate(matrices)}
+    def _matrices(self, parts: dict[str, Any], gather: Callable[[Tensor], Tensor] | None) -> dict[str, Array]:
+        """The whole matrices, by the names of parameters, and by numbers within one that has a view."""
+        gather = gather or (lambda t: t.full_tensor() if isinstance(t, DTensor) else t)
+        matrices: dict[str, Array] = {}
+        for name, t in parts.items():
+            assert t is not None, f"{name} has no gradient"
+            view = self.views.get(f"{name}.weight")
+            if view is None:
+                matrices[name] = _array(gather(t))
+            else:
+                matrices |= {f"{name}_{i}": _array(m) for i, m in enumerate(view(gather(t).contiguous()))}
+        return matrices
 
     def _samples(self, name: str, shape: tuple[int, ...], step: int) -> tuple[Tensor, Tensor]:
         """Inputs x and weights y with yᵀ·x = U·Σ·Vᵀ, where Σ is spread over `decades`."""
@@ -179,6 +172,6 @@ def named_weights(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name.split(".")[-2], p) for name, p in model.named_parameters()]
 
 
-def _array(t: Tensor) -> np.ndarray:
+def _array(t: Tensor) -> Array:
     # A tensor would travel between processes by shared memory.
-    return t.detach().double().numpy().copy()
+    return t.double().numpy().copy()
