@@ -27,7 +27,7 @@ from torchpar.testing import SITUATIONS, check_optimizer
 
 LR, WEIGHT_DECAY = 0.02, 0.0
 TIMEOUT = 60.0  # seconds for a situation
-QUICK = ("whole", "DTensor, Shard(0)")
+QUICK = ("whole", "Shard(0)")
 FAULTS = ("wrong", "hangs", "crashes")
 # Their weights are plain tensors, of which an optimizer other than ours cannot know that they are slices.
 OUR_LAYERS = ("ColumnParallelLinear", "RowParallelLinear")

@@ -121,7 +121,8 @@ class LooksAtTheShard(PlainMuon):
 
     def __init__(self, params: Any, **own: Any):
         super().__init__(params, **own)
-        self.matrices = {p for group in self.param_groups for p in group["params"] if len(local(p)) > 1}
+        params = [p for group in self.param_groups for p in group["params"]]
+        self.matrices = {p for p in params if min(local(p).shape) >= 4}
 
     def direction(self, name: str, p: Tensor, ahead: Tensor) -> Tensor:
         update = super().direction(name, p, ahead)  # its messages, which every rank must send

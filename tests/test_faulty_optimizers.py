@@ -10,15 +10,15 @@ from torchpar.testing import check_optimizer
 
 FAULTS = {
     "slices": (faulty.OrthogonalisesSlices, "ColumnParallelLinear"),
-    "shards": (faulty.OrthogonalisesShards, "DTensor, Shard(0)"),
+    "shards": (faulty.OrthogonalisesShards, "Shard(0)"),
     "no iteration": (faulty.AppliesMomentum, "polar factor"),
     "shape of a shard": (faulty.LooksAtTheShard, "fully_shard on 2 ranks"),
     "micro-batches": (faulty.MomentumOfMicroBatches, "accumulation"),
     "flattened": (faulty.FlattensShards, "fully_shard, CPU offload"),
-    "stale heads": (faulty.ViewsShards, "heads after fully_shard"),
+    "stale heads": (faulty.ViewsShards, "fully_shard, heads"),
     "padding": (faulty.ScalesByPaddedShape, "fully_shard, padded rows"),
     "momentum": (faulty.NormalisesMomentum, "scale of gradients, bfloat16 without Nesterov"),
-    "arguments": (faulty.AcceptsAnyArguments, "another learning rate on one rank"),
+    "arguments": (faulty.AcceptsAnyArguments, "Shard(0), two learning rates"),
     "empty shard": (faulty.AveragesOverShards, "fully_shard on 3 ranks"),
 }
 
