@@ -9,18 +9,18 @@ defaults, except for the learning rate and the weight decay.
 import importlib
 import os
 import signal
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+import torchpar
 from benchmarks.command import Command, run
 from benchmarks.results import Result, Table, print_results, track
 from torchpar.testing import SITUATIONS, check_optimizer
@@ -40,69 +40,68 @@ class Library(NamedTuple):
         package: as pip calls it.
         path: module and class.
         promises: about parameters that several ranks share, and where this is said.
-        options: arguments beside the learning rate and the weight decay.
-        nesterov: whether it has this argument.
+        only: "one process" or "replicas", if it says that it is for no more; other situations are left out.
         in_group: whether the arguments go into the parameter group, with ``use_muon``.
+        orthogonal: whether its updates are meant to be orthogonal; others adapt them afterwards.
+        nesterov: whether it has this argument.
         decay: the name of the argument for the weight decay.
-        orthogonal: whether its updates are meant to be orthogonal; otherwise they are adapted afterwards.
-        one_process: whether it says that it is for one process; the others' situations are then left out.
+        options: other arguments.
     """
 
     package: str
     path: str
     promises: str
-    options: dict[str, Any] = {}  # noqa: RUF012, nobody changes it
-    nesterov: bool = True
+    only: str = ""
     in_group: bool = False
-    decay: str = "weight_decay"
     orthogonal: bool = True
-    one_process: bool = False
+    nesterov: bool = True
+    decay: str = "weight_decay"
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
-FSDP2 = "FSDP2 (docstring)"
-DTENSOR = "FSDP and tensor-parallel meshes (readme)"
+OURS = Library("torchpar", "torchpar.optim:Muon", "every placement (docs/muon.md)")
+PYTORCH_OPTIMIZER = Library("pytorch-optimizer", "pytorch_optimizer:Muon", "FSDP2 (docstring)", in_group=True)
+MUONIUM = Library("muonium", "muonium:Muon", "FSDP, tensor parallelism (readme)", decay="wd")
 LIBRARIES = {
-    "torchpar": Library("torchpar", "torchpar.optim:Muon", "every placement (docs/muon.md)"),
-    "torchpar, standard": Library(
-        "torchpar", "torchpar.optim:Muon", "every placement (docs/muon.md)", {"ns": "standard"}
-    ),
+    "torchpar": OURS,
+    "torchpar, standard": OURS._replace(options={"ns": "standard"}),
     "torch": Library("torch", "torch.optim:Muon", "nothing"),
-    "pytorch_optimizer Muon": Library("pytorch-optimizer", "pytorch_optimizer:Muon", FSDP2, in_group=True),
-    "pytorch_optimizer AdaMuon": Library(
-        "pytorch-optimizer", "pytorch_optimizer:AdaMuon", FSDP2, {}, False, True, orthogonal=False
+    "pytorch_optimizer Muon": PYTORCH_OPTIMIZER,
+    "pytorch_optimizer AdaMuon": PYTORCH_OPTIMIZER._replace(
+        path="pytorch_optimizer:AdaMuon", orthogonal=False, nesterov=False
     ),
-    "pytorch_optimizer NorMuon": Library(
-        "pytorch-optimizer", "pytorch_optimizer:NorMuon", "nothing", in_group=True, orthogonal=False
+    "pytorch_optimizer NorMuon": PYTORCH_OPTIMIZER._replace(
+        path="pytorch_optimizer:NorMuon", promises="nothing", orthogonal=False
     ),
-    "pytorch_optimizer DistributedMuon": Library(
-        "pytorch-optimizer", "pytorch_optimizer:DistributedMuon", "replicas (docstring)", in_group=True
+    "pytorch_optimizer DistributedMuon": PYTORCH_OPTIMIZER._replace(
+        path="pytorch_optimizer:DistributedMuon", promises="replicas (source)", only="replicas"
     ),
-    "timm": Library("timm", "timm.optim:Muon", "DTensors, FSDP2 (readme, changes)", in_group=True),
+    "timm": Library("timm", "timm.optim:Muon", "DTensors, FSDP2 (readme)", in_group=True),
     "heavyball": Library("heavyball", "heavyball:Muon", "DDP, FSDP (readme)"),
-    "muon-fsdp2": Library("muon-fsdp2", "muon_fsdp2:Muon", "FSDP2, 1-D meshes (source)", in_group=True),
-    "muon-optimizer": Library("muon-optimizer", "muon:Muon", "replicas (source)", nesterov=False),
-    "dtensor-muon": Library("dtensor-muon", "dtensor_muon:Muon", DTENSOR, decay="wd"),
-    "muonium": Library("muonium", "muonium:Muon", DTENSOR, decay="wd"),
+    "muon-fsdp2": Library("muon-fsdp2", "muon_fsdp2:Muon", "FSDP2, one device (docstring)", in_group=True),
+    "muon-optimizer": Library("muon-optimizer", "muon:Muon", "replicas (source)", "replicas", nesterov=False),
+    "dtensor-muon": MUONIUM._replace(package="dtensor-muon", path="dtensor_muon:Muon"),
+    "muonium": MUONIUM,
     "optimuon": Library("optimuon", "optimuon:Muon", "replicas (readme)", orthogonal=False),
-    "optimuon, distributed": Library(
-        "optimuon", "optimuon:Muon", "replicas (readme)", {"distributed": True}, orthogonal=False
-    ),
-    "omnimuon": Library(
-        "omnimuon", "omnimuon:Muon", "DDP, FSDP, without communication (readme)", {"matrix_lr": LR}
-    ),
+    "omnimuon": Library("omnimuon", "omnimuon:Muon", "DDP, FSDP (readme)", options={"matrix_lr": LR}),
     "emerging-optimizers": Library(
         "emerging-optimizers", "emerging_optimizers.orthogonalized_optimizers:Muon", "nothing"
     ),
     "gram-newton-schulz": Library(
-        *("gram-newton-schulz", "gram_newton_schulz:Muon", "one GPU only (docstring)"),
-        {"ns_use_kernels": torch.cuda.is_available()},
-        one_process=True,
+        package="gram-newton-schulz",
+        path="gram_newton_schulz:Muon",
+        promises="one GPU (docstring)",
+        only="one process",
+        options={"ns_use_kernels": False},
     ),
-    "automuon": Library("automuon", "automuon:get_muon_and_adam", "nothing, it returns torch.optim.Muon"),
+    "automuon": Library("automuon", "automuon:get_muon_and_adam", "nothing"),
     "deepspeed": Library(
-        *("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer:MuonWithAuxAdam"),
-        *("in its engine only (readme)", {}, False, True),
-        one_process=True,
+        package="deepspeed",
+        path="deepspeed.runtime.zero.muon.muon_optimizer:MuonWithAuxAdam",
+        promises="in its engine (source)",
+        only="one process",
+        in_group=True,
+        nesterov=False,
     ),
 }
 
@@ -111,8 +110,8 @@ def make(model: nn.Module, name: str, **options: Any) -> torch.optim.Optimizer:
     library = LIBRARIES[name]
     module, _, kind = library.path.partition(":")
     maker = getattr(importlib.import_module(module), kind)
-    options |= {"lr": LR, library.decay: WEIGHT_DECAY} | library.options
-    if name == "automuon":
+    options |= {"lr": LR, library.decay: WEIGHT_DECAY, **library.options}
+    if name == "automuon":  # which makes torch.optim.Muon, and AdamW for other parameters
         return maker(model.parameters(), options)[0]  # type: ignore[no-any-return]
     params: Any = list(model.named_parameters() if library.package == "torchpar" else model.parameters())
     if library.in_group:
@@ -143,20 +142,22 @@ def check(name: str, situations: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def applies(library: Library, situation: str) -> bool:
+    """Whether the library says nothing against the situation."""
     if library.package != "torchpar" and situation in OUR_LAYERS:
         return False
-    return not library.one_process or max(SITUATIONS[situation].ranks) == 1
+    shared = library.only == "replicas" and situation == "DDP"
+    return not library.only or SITUATIONS[situation].ranks == 1 or shared
 
 
 def work(connection: Any, name: str, situations: Sequence[str]) -> None:
     os.setpgrp()
-    sys.stdout = Path(os.devnull).open("w")  # where libraries print
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries print
     connection.send(check(name, situations))
 
 
 def check_in_own_group(name: str, situations: Sequence[str]) -> list[Result]:
     """The results of a library, in a process group that ends with all that the library has started."""
-    library, context = LIBRARIES[name], get_context("spawn")
+    context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(sender, name, situations))
     process.start()
@@ -164,37 +165,38 @@ def check_in_own_group(name: str, situations: Sequence[str]) -> list[Result]:
     try:
         rows = receiver.recv()
     finally:
+        assert process.pid is not None
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.join()
-    about = {"version": version(library.package), "promises": library.promises}
-    return [
-        Result(
-            case={"library": name, "situation": row.pop("situation")},
-            contestant=library.path.replace(":", "."),
-            columns=about | row,
-            ok=library.package != "torchpar" or row["verdict"] not in FAULTS,
-            reason=row["detail"] if library.package == "torchpar" and row["verdict"] in FAULTS else "",
+    library, results = LIBRARIES[name], []
+    about = {"version": version_of(library), "promises": library.promises}
+    for row in rows:
+        case = {"library": name, "situation": row.pop("situation")}
+        reason = row["detail"] if library.package == "torchpar" and row["verdict"] in FAULTS else ""
+        columns = about | row
+        results.append(
+            Result(case=case, contestant=library.path, columns=columns, ok=not reason, reason=reason)
         )
-        for row in rows
-    ]
+    return results
 
 
-def installed(library: Library) -> bool:
+def version_of(library: Library) -> str:
+    """The version of an installed library, or ""."""
     try:
-        return bool(version(library.package))
+        return version(library.package)
     except PackageNotFoundError:
-        return library.package == "torchpar"
+        return torchpar.__version__ if library.package == "torchpar" else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("optimizers", "Run the conformance kit on every installed Muon.")
     command.parser.add_argument("--only", nargs="+", metavar="NAME", choices=LIBRARIES)
     options = command.parse(arguments)
-    names = [name for name in options.only or LIBRARIES if installed(LIBRARIES[name])]
-    missing = {LIBRARIES[name].package for name in options.only or LIBRARIES if name not in names}
-    if missing:
-        print("not installed:", *sorted(missing))
+    asked = options.only or list(LIBRARIES)
+    names = [name for name in asked if version_of(LIBRARIES[name])]
+    if missing := [name for name in asked if name not in names]:
+        print("not installed:", ", ".join(missing))
     table = Table(command.csv(options), torch.device("cpu"))
     for name in track(names, "libraries"):
         table.add(check_in_own_group(name, QUICK if options.quick else list(SITUATIONS)))
