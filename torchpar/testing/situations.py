@@ -86,7 +86,7 @@ def tied(trial: Trial) -> None:
 
 
 def compiled(trial: Trial) -> None:
-    trial.train(torch.compile(trial.model(), backend="aot_eager"))  # type: ignore[arg-type]
+    trial.train(torch.compile(trial.model(), backend="eager"))  # type: ignore[arg-type]
 
 
 def resumed(trial: Trial) -> None:
@@ -156,7 +156,7 @@ def distribute(trial: Trial, placements: Sequence[Any] = (Shard(0),)) -> Any:
     )
     for layer in model.children():
         weight: Any = layer.weight
-        layer.weight = nn.Parameter(distribute_tensor(weight.detach(), mesh, placements))
+        layer.weight = nn.Parameter(distribute_tensor(weight.detach(), mesh, placements, src_data_rank=None))
     return model
 
 
@@ -168,7 +168,7 @@ def give_gradients(trial: Trial, model: nn.Module, step: int, partial_sums: bool
         grads = [DTensor.from_local(g, params[name].device_mesh, [Partial()]) for name, g in of_rank.items()]
     else:
         grads = [
-            distribute_tensor(g, params[name].device_mesh, params[name].placements)
+            distribute_tensor(g, params[name].device_mesh, params[name].placements, src_data_rank=None)
             for name, g in trial.gradients(step).items()
         ]
     torch.autograd.backward(list(params.values()), grads)
@@ -235,7 +235,8 @@ def split_layers(trial: Trial, kind: Any, axis: int, **arguments: Any) -> None:
         dist.all_gather_object(slices, t)
         return torch.cat(slices, axis)
 
-    trial.train(model, gather=gather)
+    trial.gather = gather
+    trial.train(model)
 
 
 def parallelize(trial: Trial, mesh: Any) -> nn.Module:

@@ -5,6 +5,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -68,6 +69,7 @@ class Trial:
         decades: over which the singular values of a gradient are spread.
         views: the views that the optimizer gets, by the name of a parameter.
         options: further arguments of the optimizer, which the reference gets, too.
+        gather: makes a rank's part of a weight or a gradient whole.
     """
 
     make: Make
@@ -80,6 +82,7 @@ class Trial:
     decades: float = 1.0
     views: dict[str, Callable[[Tensor], Any]] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    gather: Callable[[Tensor], Tensor] = lambda t: t.full_tensor() if isinstance(t, DTensor) else t
 
     def __post_init__(self) -> None:
         self.record = Record(self.dtype, self.options)
@@ -115,7 +118,6 @@ class Trial:
         backward: Callable[[int], Any] | None = None,
         *,
         take_step: Callable[[int], Any] | None = None,
-        gather: Callable[[Tensor], Tensor] | None = None,
         steps: Iterable[int] = STEPS,
     ) -> None:
         """Record ``steps``.
@@ -123,32 +125,31 @@ class Trial:
         Args:
             backward: computes the gradients of a step, by default those of the whole batch.
             take_step: the default calls ``optimizer.step()``.
-            gather: makes a rank's part whole. The default takes DTensors and whole parameters.
         """
         optimizer = optimizer or self.optimizer(model)
         for step in steps:
             optimizer.zero_grad()
             backward(step) if backward else model(self.batch(step)).backward()
-            before = self._matrices({name: p.detach() for name, p in named_weights(model)}, gather)
-            gradients = self._matrices({name: p.grad for name, p in named_weights(model)}, gather)
+            if not self.record.weights:
+                self._append(self.record.weights, model, Tensor.detach)
+            self._append(self.record.gradients, model, attrgetter("grad"))
             take_step(step) if take_step else optimizer.step()
-            after = self._matrices({name: p.detach() for name, p in named_weights(model)}, gather)
-            for name in before:
-                self.record.weights.setdefault(name, [before[name]]).append(after[name])
-                self.record.gradients.setdefault(name, []).append(gradients[name])
+            self._append(self.record.weights, model, Tensor.detach)
 
-    def _matrices(self, parts: dict[str, Any], gather: Callable[[Tensor], Tensor] | None) -> dict[str, Array]:
-        """The whole matrices, by the names of parameters, and by numbers within one that has a view."""
-        gather = gather or (lambda t: t.full_tensor() if isinstance(t, DTensor) else t)
-        matrices: dict[str, Array] = {}
-        for name, t in parts.items():
+    def _append(
+        self, record: dict[str, list[Array]], model: nn.Module, part: Callable[[Tensor], Tensor | None]
+    ) -> None:
+        """Append the whole matrices by the names of parameters, with numbers within one that has a view."""
+        for name, p in named_weights(model):
+            t = part(p)
             assert t is not None, f"{name} has no gradient"
-            view = self.views.get(f"{name}.weight")
-            if view is None:
-                matrices[name] = _array(gather(t))
-            else:
-                matrices |= {f"{name}_{i}": _array(m) for i, m in enumerate(view(gather(t).contiguous()))}
-        return matrices
+            view, whole = self.views.get(f"{name}.weight"), self.gather(t).contiguous()
+            matrices = {name: whole}
+            if view is not None:
+                matrices = {f"{name}_{i}": matrix for i, matrix in enumerate(view(whole))}
+            for key, matrix in matrices.items():
+                # A tensor would travel between processes by shared memory.
+                record.setdefault(key, []).append(matrix.double().numpy().copy())
 
     def _samples(self, name: str, shape: tuple[int, ...], step: int) -> tuple[Tensor, Tensor]:
         """Inputs x and weights y with yᵀ·x = U·Σ·Vᵀ, where Σ is spread over `decades`."""
@@ -170,8 +171,3 @@ class Trial:
 def named_weights(model: nn.Module) -> list[tuple[str, Tensor]]:
     """The parameters by the names of their layers, also within a wrapper such as DistributedDataParallel."""
     return [(name.split(".")[-2], p) for name, p in model.named_parameters()]
-
-
-def _array(t: Tensor) -> Array:
-    # A tensor would travel between processes by shared memory.
-    return t.double().numpy().copy()
