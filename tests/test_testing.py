@@ -3,6 +3,8 @@
 
 import math
 import os
+import re
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -12,18 +14,13 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import fork_context
+from commands import ROOT, run
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from torchpar.errors import ConfigError
 from torchpar.optim import Muon, orthogonalize
 from torchpar.testing import SITUATIONS, Conformance, Row, check_optimizer, optimizers
-
-
-@pytest.fixture(autouse=True, scope="module")
-def server() -> None:
-    fork_context()
 
 
 def make_muon(
@@ -52,9 +49,11 @@ OPEN = ["fully_shard after the optimizer", "Shard(0), two learning rates", "Shar
 
 
 @pytest.fixture(scope="module")
-def conformance() -> dict[str, Row]:
+def conformance(ranks) -> dict[str, Row]:
     names = [name for name in SITUATIONS if name not in OPEN]
-    return {row.situation: row for row in check_optimizer(partial(make_muon, ns="standard"), names)}
+    return {
+        row.situation: row for row in check_optimizer(partial(make_muon, ns="standard"), names, ranks=ranks)
+    }
 
 
 @pytest.mark.parametrize("name", [name for name in SITUATIONS if name not in OPEN])
@@ -63,9 +62,9 @@ def test_muon_conforms(conformance, name):
     assert row.verdict == EXPECTED[name], Conformance([row])
 
 
-def test_muon_conforms_on_gram_matrices():
+def test_muon_conforms_on_gram_matrices(ranks):
     names = ["polar factor", "scale of gradients", "fully_shard on 3 ranks"]
-    rows = check_optimizer(partial(make_muon, ns="gram"), names)
+    rows = check_optimizer(partial(make_muon, ns="gram"), names, ranks=ranks)
     assert [row.verdict for row in rows] == ["equal up to rounding", "same bits", "same bits"], rows
 
 
@@ -176,8 +175,8 @@ class Failing(Gathering):
             dist.barrier()
 
 
-def refuse(model: nn.Module) -> Any:
-    raise NotImplementedError("nothing is supported")
+def refuse(model: nn.Module, kind: type[Exception] = RuntimeError) -> Any:
+    raise kind("nothing is supported")
 
 
 ROWS = "fully_shard on 2 ranks"
@@ -204,13 +203,14 @@ ROWS = "fully_shard on 2 ranks"
             "refuses on rank 1, others hang: ValueError: r",
         ),
         (partial(Failing, what="fails"), "Replicate", "crashes", "rank 1: RuntimeError: "),
-        (refuse, "whole", "refuses", "NotImplementedError: nothing is supported"),
+        (refuse, "whole", "refuses", "RuntimeError: nothing is supported"),
+        (partial(refuse, kind=AssertionError), "whole", "crashes", "AssertionError: nothing is supported"),
         (Gathering, "fully_shard, heads", "not applicable", "make has no argument views"),
     ],
 )
-def test_faults_are_found(monkeypatch, make, situation, verdict, detail):
+def test_faults_are_found(ranks, monkeypatch, make, situation, verdict, detail):
     monkeypatch.setattr(optimizers, "GRACE", 0.5)
-    (row,) = check_optimizer(make, [situation], timeout=5)
+    (row,) = check_optimizer(make, [situation], timeout=3 if "no answer" in detail else 60, ranks=ranks)
     assert row.verdict == verdict, row
     assert detail in row.detail
 
@@ -243,6 +243,22 @@ def test_what_cannot_be_run_is_refused():
         check_optimizer(lambda model: Gathering(model), ["whole"])
 
 
-def test_the_general_part_leaves_out_what_is_about_orthogonal_updates():
-    rows = check_optimizer(Normalised, ["whole", "polar factor"], orthogonal=False)
+@pytest.mark.slow
+def test_the_script_of_the_page_prints_its_table(tmp_path):
+    page = (ROOT / "docs" / "conformance.md").read_text()
+    (script,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "script.py").write_text(script)
+    status, out, err = run(sys.executable, str(tmp_path / "script.py"), cwd=tmp_path)
+    assert status == 1
+    assert "1 of 3 situations are faulty" in err
+    verdicts = [
+        re.findall(r"^ *(.+?)  +(same bits|equal up to rounding|wrong) ", t, re.MULTILINE)
+        for t in (out, page)
+    ]
+    assert verdicts[0] == verdicts[1]
+    assert len(verdicts[0]) == 3
+
+
+def test_the_general_part_leaves_out_what_is_about_orthogonal_updates(ranks):
+    rows = check_optimizer(Normalised, ["whole", "polar factor"], orthogonal=False, ranks=ranks)
     assert [(row.situation, row.verdict) for row in rows] == [("whole", "same bits")]

@@ -8,7 +8,7 @@ import math
 import pickle
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -97,6 +97,7 @@ def check_optimizer(
     timeout: float = 60.0,
     seed: int = 0,
     orthogonal: bool = True,
+    ranks: Ranks | None = None,
 ) -> Conformance:
     """Try an optimizer in many situations, on gloo ranks on this machine's CPU.
 
@@ -112,6 +113,7 @@ def check_optimizer(
         timeout: seconds for each situation, after which its ranks hang.
         seed: of weights and gradients.
         orthogonal: whether to try what holds only for optimizers that orthogonalise.
+        ranks: an open pool, which other calls use, too. Otherwise the processes end with the call.
 
     Raises:
         ConfigError: an unknown situation; a ``make`` that the ranks cannot import.
@@ -119,17 +121,17 @@ def check_optimizer(
     names = list(SITUATIONS if situations is None else situations)
     if unknown := [name for name in names if name not in SITUATIONS]:
         raise ConfigError(f"situation {unknown[0]!r}, expected one of {', '.join(SITUATIONS)}")
-    with Ranks() as ranks:
+    with Ranks() if ranks is None else nullcontext(ranks) as pool:
         try:
             made = pickle.dumps(make)
-            ranks(1, _load, made)
+            pool(1, pickle.loads, made)
         except Exception as e:
             raise ConfigError(
                 "the ranks, which are processes, cannot import make; expected a module-level function or "
                 f"class, or a functools.partial of one ({e})"
             ) from e
         return Conformance(
-            _row(ranks, name, made, timeout, seed)
+            _row(pool, name, made, timeout, seed)
             for name in names
             if orthogonal or not SITUATIONS[name].orthogonal
         )
@@ -163,14 +165,19 @@ class Failure(Exception):
 
 @contextmanager
 def _failures() -> Iterator[None]:
+    """Turn errors into failures, and leave out warnings, which every rank would print."""
+    logging.disable()
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
     except NotApplicable as e:
         raise Failure("not applicable", str(e)) from None
     except Exception as e:
         message = " ".join(f"{type(e).__name__}: {e}".split())[:300]
         lost = "gloo/transport" in message  # because another rank has failed
         raise Failure("hangs" if lost else "refuses" if _refuses(e) else "crashes", message) from None
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _refuses(error: Exception) -> bool:
@@ -185,15 +192,9 @@ def _refuses(error: Exception) -> bool:
     return isinstance(error, kinds) and code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
-def _load(made: bytes) -> None:
-    pickle.loads(made)
-
-
 def _try(name: str, made: bytes, seed: int, folder: str, phase: int) -> dict[str, Record]:
     """Train in a situation on this rank, with each family of gradients."""
     situation, records = SITUATIONS[name], {}
-    warnings.simplefilter("ignore")  # in a process that does nothing else
-    logging.disable()
     with _failures():
         for family in FAMILIES:
             torch.manual_seed(0)
@@ -228,12 +229,14 @@ def _weights(make: Make, record: Record, draw: int) -> Weights:
     torch.manual_seed(0)
     for gradients in zip(*record.gradients.values(), strict=True):
         optimizer.zero_grad()
-        tensors = [torch.from_numpy(g) for g in gradients]
-        if draw:  # an error of at most one rounding to bfloat16, also of gradients that are bfloat16
-            tensors = [g * (1 + BFLOAT16 * (torch.rand(g.shape, generator=generator) - 0.5)) for g in tensors]
         params = dict(named_weights(model))
-        # A backward pass, because an optimizer may have hooks in it.
-        torch.autograd.backward(list(params.values()), [g.to(record.dtype) for g in tensors])
+        for p, gradient in zip(params.values(), gradients, strict=True):
+            if gradient is not None:
+                g = torch.from_numpy(gradient)
+                if draw:  # an error of at most one rounding to bfloat16, also where the dtype is bfloat16
+                    g = g * (1 + BFLOAT16 * (torch.rand(g.shape, generator=generator) - 0.5))
+                # A backward pass, because an optimizer may have hooks in it.
+                torch.autograd.backward(p, g.to(record.dtype))
         optimizer.step()
         for name, p in params.items():
             weights[name].append(p.detach().double().numpy().copy())

@@ -179,6 +179,18 @@ def distributed(trial: Trial, partial_sums: bool = False, **options: Any) -> Non
     trial.train(model, backward=lambda step: give_gradients(trial, model, step, partial_sums))
 
 
+def without_gradient(trial: Trial) -> None:
+    """In the second step no rank has a gradient of one matrix, which keeps its value."""
+    model = distribute(trial)
+
+    def backward(step: int) -> None:
+        give_gradients(trial, model, step)
+        if step == 1:
+            model.square.weight.grad = None
+
+    trial.train(model, backward=backward)
+
+
 def lacking_gradient(trial: Trial, **options: Any) -> None:
     """Rank 1 has no gradient of one matrix. The reference has the whole gradient."""
     model = distribute(trial, **options)
@@ -305,6 +317,8 @@ NO_NESTEROV: dict[str, Any] = {"options": {"nesterov": False}}
 MIXED = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
 # fully_shard pads 9 rows to 12 and 5 to 8, and an update's norm may depend on the ratio of rows and columns.
 PADDED = {"shapes": {"nine": (9, 6), "five": (5, 4)}}
+# Two singular values that differ could make rounding look larger than its yardstick.
+FEW_ROWS: dict[str, Any] = {"shapes": {"two": (2, 32), "one": (1, 20)}, "decades": 0.0}
 CONVOLUTIONS = {"shapes": {"square": (16, 3, 2, 2), "uneven": (5, 4, 3, 1)}}
 FUSED = {"shapes": {"qkv": (64, 32)}, "views": {"qkv.weight": lambda w: w.split([32, 16, 16])}}
 HEADS = {"shapes": {"qkv": (60, 20)}, "views": {"qkv.weight": lambda w: w.view(12, 5, 20)}}
@@ -328,6 +342,7 @@ SITUATIONS = {
     "DDP, sharing the work": Situation(partial(replicated, shares_work=True), 2),
     "fully_shard on 2 ranks": Situation(sharded, 2),
     "fully_shard on 3 ranks": Situation(sharded, 3),
+    "fully_shard, fewer rows than ranks": Situation(sharded, 3, FEW_ROWS),
     "fully_shard, padded rows": Situation(sharded, 4, PADDED),
     "fully_shard, mixed precision": Situation(partial(sharded, mp_policy=MIXED), 2),
     "fully_shard, CPU offload": Situation(partial(sharded, offload_policy=CPUOffloadPolicy(False)), 2),
@@ -342,9 +357,11 @@ SITUATIONS = {
     "Shard(0) on 3 ranks": Situation(distributed, 3),
     "Shard(1)": Situation(partial(distributed, placements=[Shard(1)]), 2),
     "Replicate": Situation(partial(distributed, placements=[Replicate()]), 2),
+    "Shard(0), Shard(0)": Situation(partial(distributed, placements=[Shard(0), Shard(0)]), 4),
     "Shard(0), Shard(1)": Situation(partial(distributed, placements=[Shard(0), Shard(1)]), 4),
     "Replicate, Shard(1)": Situation(partial(distributed, placements=[Replicate(), Shard(1)]), 4),
     "Shard(0), partial gradients": Situation(partial(distributed, partial_sums=True), 2),
+    "Shard(0), no gradient in a step": Situation(without_gradient, 2),
     "Shard(0), no gradient on one rank": Situation(lacking_gradient, 2),
     "Replicate, no gradient on one rank": Situation(partial(lacking_gradient, placements=[Replicate()]), 2),
     "Shard(0), two learning rates": Situation(other_rate, 2),

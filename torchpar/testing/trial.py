@@ -50,12 +50,12 @@ class Layers(nn.Module):
 
 @dataclass
 class Record:
-    """The weights before and after each step, and the gradients: whole matrices by name, in float64."""
+    """The weights before and after each step, and the gradients or None: whole matrices, in float64."""
 
     dtype: torch.dtype
     options: dict[str, Any]
     weights: dict[str, list[Array]] = field(default_factory=dict)
-    gradients: dict[str, list[Array]] = field(default_factory=dict)
+    gradients: dict[str, list[Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -136,20 +136,17 @@ class Trial:
             take_step(step) if take_step else optimizer.step()
             self._append(self.record.weights, model, Tensor.detach)
 
-    def _append(
-        self, record: dict[str, list[Array]], model: nn.Module, part: Callable[[Tensor], Tensor | None]
-    ) -> None:
+    def _append(self, record: dict[str, list[Any]], model: nn.Module, part: Callable[[Tensor], Any]) -> None:
         """Append the whole matrices by the names of parameters, with numbers within one that has a view."""
         for name, p in named_weights(model):
-            t = part(p)
-            assert t is not None, f"{name} has no gradient"
-            view, whole = self.views.get(f"{name}.weight"), self.gather(t).contiguous()
+            t, view = part(p), self.views.get(f"{name}.weight")
+            whole = None if t is None else self.gather(t).contiguous()
             matrices = {name: whole}
-            if view is not None:
+            if view is not None and whole is not None:
                 matrices = {f"{name}_{i}": matrix for i, matrix in enumerate(view(whole))}
             for key, matrix in matrices.items():
                 # A tensor would travel between processes by shared memory.
-                record.setdefault(key, []).append(matrix.double().numpy().copy())
+                record.setdefault(key, []).append(None if matrix is None else matrix.double().numpy().copy())
 
     def _samples(self, name: str, shape: tuple[int, ...], step: int) -> tuple[Tensor, Tensor]:
         """Inputs x and weights y with yᵀ·x = U·Σ·Vᵀ, where Σ is spread over `decades`."""
