@@ -110,6 +110,8 @@ def make(model: nn.Module, name: str, **options: Any) -> torch.optim.Optimizer:
     library = LIBRARIES[name]
     module, _, kind = library.path.partition(":")
     maker = getattr(importlib.import_module(module), kind)
+    if name == "heavyball":  # it would compile for longer than a situation may take
+        importlib.import_module("heavyball.utils").compile_mode = None  # type: ignore[attr-defined]
     options |= {"lr": LR, library.decay: WEIGHT_DECAY, **library.options}
     if name == "automuon":  # which makes torch.optim.Muon, and AdamW for other parameters
         return maker(model.parameters(), options)[0]  # type: ignore[no-any-return]
