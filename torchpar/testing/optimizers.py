@@ -337,7 +337,7 @@ def _judge_polar(name: str, merged: dict[Key, Record]) -> Row:
     Five Newton–Schulz iterations with Jordan's coefficients bring all singular values of the normalised
     gradient into an interval [a, b]. Then the cosine of the angle to U·Vᵀ is at least 2·√(ab) / (a + b). The
     interval is widened by the rounding to bfloat16 of each iteration's three products, and begins at half of
-    the smallest singular value.
+    the smallest singular value. No singular value is further from the median than a from b.
     """
     rows = []
     record = next(record for (family, *_), record in merged.items() if family == FAMILIES[0])
@@ -353,7 +353,7 @@ def _judge_polar(name: str, merged: dict[Key, Record]) -> Row:
             a, b = x.min(), x.max()
         bound = 2 * math.sqrt(a * b) / (a + b)
         median = max(float(np.median(values)), 1e-300)
-        is_right = cosine >= bound and values[-1] >= a / b * values[0]
+        is_right = cosine >= bound and values[-1] >= a / b * median and values[0] <= b / a * median
         sine, largest = (math.sqrt(max(1 - cos**2, 0.0)) for cos in (cosine, bound))
         detail = f"{matrix}: cosine {cosine:.3f}, expected at least {bound:.3f}; singular values "
         detail += f"{values[-1] / median:.2f} to {values[0] / median:.2f} of their median"
