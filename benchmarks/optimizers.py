@@ -82,7 +82,7 @@ LIBRARIES = {
     "muon-optimizer": Library("muon-optimizer", "muon:Muon", "replicas (source)", "replicas", nesterov=False),
     "dtensor-muon": MUONIUM._replace(package="dtensor-muon", path="dtensor_muon:Muon"),
     "muonium": MUONIUM,
-    "optimuon": Library("optimuon", "optimuon:Muon", "replicas (readme)", orthogonal=False),
+    "optimuon": Library("optimuon", "optimuon:Muon", "replicas (readme)", "replicas", orthogonal=False),
     "omnimuon": Library("omnimuon", "omnimuon:Muon", "DDP, FSDP (readme)", options={"matrix_lr": LR}),
     "emerging-optimizers": Library(
         "emerging-optimizers", "emerging_optimizers.orthogonalized_optimizers:Muon", "nothing"
@@ -128,6 +128,8 @@ def make_with_nesterov(model: nn.Module, name: str, nesterov: bool = True) -> to
 def make_ours(
     model: nn.Module, name: str, nesterov: bool = True, views: Any = None, process_group: Any = None
 ) -> torch.optim.Optimizer:
+    convolutions = [key for key, p in model.named_parameters() if p.dim() == 4]
+    views = views or dict.fromkeys(convolutions, partial(torch.flatten, start_dim=1))  # as for_model has it
     return make(model, name, nesterov=nesterov, views=views, process_group=process_group)
 
 
@@ -147,6 +149,8 @@ def applies(library: Library, situation: str) -> bool:
     """Whether the library says nothing against the situation."""
     if library.package != "torchpar" and situation in OUR_LAYERS:
         return False
+    if library.package == "automuon" and situation == "fully_shard, convolutions":
+        return False  # nothing is left to its Muon
     shared = library.only == "replicas" and situation == "DDP"
     return not library.only or SITUATIONS[situation].ranks == 1 or shared
 
