@@ -112,7 +112,7 @@ def check_optimizer(
         situations: names from `SITUATIONS`; by default all.
         timeout: seconds for each situation, after which its ranks hang.
         seed: of weights and gradients.
-        orthogonal: whether to try what holds only for optimizers that orthogonalise.
+        orthogonal: whether to try what can be asked only of optimizers that orthogonalise.
         ranks: an open pool, which other calls use, too. Otherwise the processes end with the call.
 
     Raises:

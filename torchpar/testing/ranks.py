@@ -108,6 +108,7 @@ def _on_rank(rank: int, world_size: int, store: str, function: Callable[..., Any
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
     try:
+        dist.barrier()  # a rank that ends at once would close its connections while others still open theirs
         return function(*args)
     finally:
         dist.destroy_process_group()

@@ -305,7 +305,8 @@ class Situation(NamedTuple):
     Attributes:
         ranks: their number; a tuple of two has two phases, of which the second starts anew.
         setup: arguments of `Trial`.
-        orthogonal: whether it is about optimizers that orthogonalise, and no others.
+        orthogonal: whether it is about optimizers that orthogonalise, and no others. Of a mistake, others
+            cannot know: they send no messages.
         one_may_refuse: whether an error on one rank is right, which leaves the others waiting.
         timeout: seconds after which its ranks hang, where that is a usual fault.
     """
@@ -358,7 +359,7 @@ SITUATIONS = {
     "fully_shard, heads": Situation(sharded, 2, HEADS),
     "fully_shard, accumulation": Situation(partial(sharded_accumulated, synchronize_last=False), 2),
     "fully_shard, accumulation, one sync": Situation(partial(sharded_accumulated, synchronize_last=True), 2),
-    "fully_shard after the optimizer": Situation(made_before, 2),
+    "fully_shard after the optimizer": Situation(made_before, 2, orthogonal=True),
     "Shard(0)": Situation(distributed, 2),
     "Shard(0) on 3 ranks": Situation(distributed, 3),
     "Shard(1)": Situation(partial(distributed, placements=[Shard(1)]), 2),
@@ -368,10 +369,14 @@ SITUATIONS = {
     "Replicate, Shard(1)": Situation(partial(distributed, placements=[Replicate(), Shard(1)]), 4),
     "Shard(0), partial gradients": Situation(partial(distributed, partial_sums=True), 2),
     "Shard(0), no gradient in a step": Situation(without_gradient, 2),
-    "Shard(0), no gradient on one rank": Situation(lacking_gradient, 2, timeout=20.0),
-    "Replicate, no gradient on one rank": Situation(partial(lacking_gradient, placements=[Replicate()]), 2),
-    "Shard(0), two learning rates": Situation(other_rate, 2),
-    "Shard(0), a group on one rank": Situation(late_group, 2, one_may_refuse=True, timeout=10.0),
+    "Shard(0), no gradient on one rank": Situation(lacking_gradient, 2, orthogonal=True, timeout=20.0),
+    "Replicate, no gradient on one rank": Situation(
+        partial(lacking_gradient, placements=[Replicate()]), 2, orthogonal=True
+    ),
+    "Shard(0), two learning rates": Situation(other_rate, 2, orthogonal=True),
+    "Shard(0), a group on one rank": Situation(
+        late_group, 2, orthogonal=True, one_may_refuse=True, timeout=10.0
+    ),
     "ColumnParallelLinear": Situation(partial(split_layers, **COLUMNS), 2),
     "RowParallelLinear": Situation(partial(split_layers, **ROWS), 2),
     "parallelize_module": Situation(tensor_parallel, 2),
