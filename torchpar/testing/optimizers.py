@@ -255,7 +255,8 @@ def _failure(outcomes: list[Any], situation: Situation) -> tuple[str, str] | Non
             ranks.setdefault(verdict, {})[rank] = message
         elif isinstance(outcome, BaseException):
             hangs = isinstance(outcome, TimeoutError)
-            message = "no answer in time" if hangs else f"{type(outcome).__name__}: {outcome}"
+            last = str(outcome).strip().rpartition("\n")[2]  # of a traceback
+            message = "no answer in time" if hangs else f"{type(outcome).__name__}: {last}"
             ranks.setdefault("hangs" if hangs else "crashes", {})[rank] = message
     for verdict in ("not applicable", "crashes", "refuses", "hangs"):
         if verdict in ranks:
