@@ -60,7 +60,7 @@ def make_model(name: str) -> nn.Module:
     """Make a tiny model of one of the `ARCHITECTURES`.
 
     Raises:
-        ConfigError: transformers, or the architecture in it, is not there.
+        ConfigError: transformers is not installed, or lacks the architecture.
     """
     kind, sizes = ARCHITECTURES[name]
     try:

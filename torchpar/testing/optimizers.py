@@ -113,7 +113,7 @@ def check_optimizer(
             or class, or a `functools.partial` of one. A situation that is about ``views``, ``nesterov`` or
             ``process_group`` passes it, if ``make`` has such an argument.
         situations: a name or names from `SITUATIONS`; by default all.
-        timeout: seconds for each situation, after which its ranks hang.
+        timeout: seconds for each situation, after which its ranks count as hanging.
         seed: of weights and gradients.
         orthogonal: whether to try what can be asked only of optimizers that orthogonalise.
         ranks: an open pool, which other calls use, too. Otherwise the processes end with the call.
