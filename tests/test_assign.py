@@ -414,8 +414,10 @@ def test_the_command_prints_the_table_of_an_architecture(capsys):
     assert re.search(r"layers\.0\.mixer\.A_log +64×4 +AdamW +no known layer", capsys.readouterr().out)
 
 
-def test_the_command_prints_the_table_of_ones_own_model(capsys):
-    assert main(["test_assign:Model"]) == 0
+@pytest.mark.parametrize("name", ["Model", "model"])
+def test_the_command_prints_the_table_of_ones_own_model(capsys, monkeypatch, name):
+    monkeypatch.setattr(sys.modules[__name__], "model", Model(), raising=False)
+    assert main([f"test_assign:{name}"]) == 0
     assert re.search(r"conv\.weight +8×3×3×3 +Muon +convolution, seen as 8×27", capsys.readouterr().out)
 
 
@@ -425,7 +427,7 @@ def test_the_command_prints_the_table_of_ones_own_model(capsys):
         ("lama", "no architecture 'lama', expected MODULE:FUNCTION or one of llama, "),
         ("no_such_module:f", "no_such_module:f: No module named 'no_such_module'; expected MODULE:FUNCTION"),
         ("math:no_such_function", "module 'math' has no attribute 'no_such_function'; expected"),
-        ("math:pi", "math:pi gives a float, expected MODULE:FUNCTION"),
+        ("math:pi", "math:pi gives an object of type float, expected MODULE:FUNCTION"),
         (":f", ":f: Empty module name; expected MODULE:FUNCTION"),
         ("torch.nn:Identity", "the model has no hidden matrix"),
     ],

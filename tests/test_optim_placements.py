@@ -111,6 +111,13 @@ def refusals() -> None:
         optimizer.param_groups[0]["lr"] = 0.3 if rank else 0.001
         optimizer.step()
 
+    def further_group() -> None:
+        params = [[(name, t.clone().requires_grad_())] for name, t in (("rows", rows), ("columns", rows))]
+        optimizer = Muon([{"params": group} for group in params[: 2 - rank]])
+        for (_, p), *_ in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+
     def late_group() -> None:
         step([("rows", rows)]).add_param_group({"params": [("late", columns)]})
 
@@ -129,7 +136,6 @@ def refusals() -> None:
 
     lacking = "has a gradient on rank 0 and none on rank 1, expected the same on all; let every rank's loss"
     misplaced = "has a gradient of other placements than its own on rank"
-    differ = "the ranks of its process group have different arguments: .*"
     others = "the ranks of its process group have different parameters: "
     cases: list[tuple[Callable[[], object], str]] = [
         (lambda: step(two, ones, None if rank else ones, **shared), f"second {lacking}"),
@@ -144,7 +150,7 @@ def refusals() -> None:
         ),
         (
             lambda: step([("p", torch.ones(2 + rank, 3))], **shared),
-            rf"{others}p \(2, 3\) \(torch.float32, matrices \[\(2, 3\)\], group 0\).* and p \(3, 3\)",
+            rf"{others}p \(2, 3\) \(torch.float32, matrices \[\(2, 3\)\], group 0 of 1\).* and p \(3, 3\)",
         ),
         (
             lambda: step(two, views={} if rank else {"first": lambda t: t.view(2, 2, 6)}, **shared),
@@ -161,7 +167,10 @@ def refusals() -> None:
         (lambda: step([("copies", copies)], sums), f"copies {misplaced} 0; before the step, redistribute"),
         (lambda: step([("rows", rows)], sums if rank else None), f"rows {misplaced} 1; before the step"),
         *(
-            (lambda name=name, value=value: step([("rows", rows)], **{name: value[rank]}), differ + name)
+            (
+                lambda name=name, value=value: step([("rows", rows)], **{name: value[rank]}),
+                f"the {name} of rows is {value[0]} on rank 0 and {value[1]} on rank 1, expected the same",
+            )
             for name, value in {
                 "lr": (0.1, 0.2),
                 "weight_decay": (0.1, 0.2),
@@ -172,7 +181,15 @@ def refusals() -> None:
                 "ns_steps": (5, 4),
             }.items()
         ),
-        (later_rate, f"{differ}lr 0.001.*lr 0.3"),
+        (later_rate, "the lr of rows is 0.001 on rank 0 and 0.3 on rank 1, expected the same"),
+        (
+            further_group,
+            rf"{others}rows .*group 0 of 2\) on its rank 0, and rows .*group 0 of 1\) on its rank 1",
+        ),
+        (
+            lambda: Muon(two, process_group=dist.GroupMember.NON_GROUP_MEMBER),
+            "process_group is -100, expected a group or mesh of this rank",
+        ),
         (
             lambda: step([("p", ones.to([torch.float32, torch.float64][rank]))], **shared),
             rf"{others}p .*torch.float32.*torch.float64",

@@ -235,11 +235,15 @@ def test_the_table():
     table.assert_conforms()
     with pytest.raises(AssertionError, match="DDP"):
         table.assert_conforms(allow_refusals=False)
+    with pytest.raises(
+        AssertionError, match=r"none of 1 situations was compared\nsituation .*\nDDP +refuses"
+    ):
+        Conformance(table[1:]).assert_conforms()
 
 
 def test_what_cannot_be_run_is_refused():
-    with pytest.raises(ConfigError, match="situation 'none', expected one of whole, polar factor, "):
-        check_optimizer(Gathering, ["none"])
+    with pytest.raises(ConfigError, match="situation 'none', expected one of 'whole', 'polar factor', "):
+        check_optimizer(Gathering, "none")
     with pytest.raises(ConfigError, match="cannot import make; expected a module-level function or class"):
         check_optimizer(lambda model: Gathering(model), ["whole"])
 

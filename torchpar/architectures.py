@@ -60,7 +60,7 @@ def make_model(name: str) -> nn.Module:
     """Make a tiny model of one of the `ARCHITECTURES`.
 
     Raises:
-        ConfigError: transformers, or the architecture in it, is not there.
+        ConfigError: transformers is not installed, or lacks the architecture.
     """
     kind, sizes = ARCHITECTURES[name]
     try:
@@ -79,15 +79,18 @@ def _call(name: str) -> nn.Module:
         make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as e:
         raise ConfigError(f"{name}: {e}; {expected}") from e
-    made = make() if callable(make) else make
+    made = make() if callable(make) and not isinstance(make, nn.Module) else make
     if not isinstance(made, nn.Module):
-        raise ConfigError(f"{name} gives a {type(made).__name__}, {expected}")
+        raise ConfigError(f"{name} gives an object of type {type(made).__name__}, {expected}")
     return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table of a model; returns the exit status."""
-    parser = argparse.ArgumentParser("python -m torchpar muon", description=main.__doc__)
+    parser = argparse.ArgumentParser(
+        "python -m torchpar muon",
+        description="Print the optimizer that Muon.for_model chooses for each parameter.",
+    )
     known = ", ".join(ARCHITECTURES)
     parser.add_argument("model", help=f"MODULE:FUNCTION, which returns a model, or one of {known}")
     name = parser.parse_args(arguments).model

@@ -138,7 +138,7 @@ class Exchange:
         self._to_all = _Route(to_all, group, 0 if to_owners else flags)
 
     def gather(
-        self, parts: dict[int, Tensor], gradients: Sequence[GradientState], arguments: str
+        self, parts: dict[int, Tensor], gradients: Sequence[GradientState], arguments: dict[str, Any]
     ) -> dict[int, Tensor]:
         """Return the matrices that this rank owns, by index.
 
@@ -152,7 +152,7 @@ class Exchange:
                 that differ; on every rank.
         """
         self._arguments = arguments
-        checksum = zlib.crc32(arguments.encode()).to_bytes(CHECKSUM_BYTES, "little")
+        checksum = zlib.crc32(repr(arguments).encode()).to_bytes(CHECKSUM_BYTES, "little")
         self._flags = torch.tensor([*gradients, *checksum], dtype=torch.bfloat16, device=self.device)
         self._present = [gradient == GradientState.PRESENT for gradient in gradients]
         incoming: list[tuple[Message, Tensor]] = []
@@ -192,13 +192,11 @@ class Exchange:
     def _check(self, flags: list[Tensor]) -> None:
         """Check what all ranks sent, and find the matrices that take part in this step."""
         by_rank = torch.stack(flags).tolist()
+        ranks = dist.get_process_group_ranks(self.group)
         checksums = [values[len(self.names) :] for values in by_rank]
         if any(checksum != checksums[0] for checksum in checksums):
-            texts = dict.fromkeys(self._gather_objects(self._arguments))
-            raise ConfigError(
-                f"Muon: the ranks of its process group have different arguments: {'; and '.join(texts)}"
-            )
-        self._present = check_gradients(self.names, by_rank, dist.get_process_group_ranks(self.group))
+            _check_arguments(self.names, self._gather_objects(self._arguments), ranks)
+        self._present = check_gradients(self.names, by_rank, ranks)
 
     def _gather_objects(self, own: Any) -> list[Any]:
         by_rank: list[Any] = [None] * dist.get_world_size(self.group)
@@ -290,3 +288,14 @@ def _check_same(by_rank: list[list[Matrix]]) -> None:
                 f"Muon: the ranks of its process group have different parameters: {first} on its rank 0, and "
                 f"{other} on its rank {rank}, expected the same in the same order"
             )
+
+
+def _check_arguments(names: Sequence[str], by_rank: list[dict[str, Any]], ranks: Sequence[int]) -> None:
+    for rank, own in zip(ranks, by_rank, strict=True):
+        for argument in sorted({*by_rank[0], *own}):
+            first, other = by_rank[0].get(argument), own.get(argument)
+            if repr(first) != repr(other):
+                raise ConfigError(
+                    f"Muon: the {argument} of {names[0]} is {first} on rank {ranks[0]} and {other} on rank "
+                    f"{rank}, expected the same on all ranks that share it"
+                )

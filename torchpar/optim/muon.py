@@ -5,6 +5,7 @@ Muon replaces the momentum M = U·Σ·Vᵀ of a weight by a matrix near U·Vᵀ,
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -101,6 +102,10 @@ class Muon(Optimizer):
         process_group: dist.ProcessGroup | DeviceMesh | None = None,
     ):
         check_ns(ns)
+        if not isinstance(process_group, dist.ProcessGroup | DeviceMesh | None):
+            raise ConfigError(
+                f"Muon: process_group is {process_group!r}, expected a group or mesh of this rank"
+            )
         self.ns = ns
         self.views = views or {}
         self.process_group = process_group
@@ -220,7 +225,11 @@ class Muon(Optimizer):
             together: dict[Any, list[ParamInfo]] = {}
             for info in self._param_infos():
                 together.setdefault((info.group_index, self.process_group or info.part.mesh), []).append(info)
-            plan = [(index, infos, _exchange(ranks, infos)) for (index, ranks), infos in together.items()]
+            counts = Counter(ranks for _, ranks in together)
+            plan = [
+                (index, infos, _exchange(ranks, infos, counts[ranks]))
+                for (index, ranks), infos in together.items()
+            ]
             self._plan = sorted(plan, key=lambda one: one[2] is None)
         return self._plan
 
@@ -262,15 +271,15 @@ class Muon(Optimizer):
         empty = [(info, info.p) for info in infos if 0 in info.part.whole and info.p.grad is not None]
         return [*((infos[i], t) for i, t in results.items()), *empty]
 
-    def _arguments(self, group: dict[str, Any]) -> str:
+    def _arguments(self, group: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a group, which must be the same on all ranks."""
-        texts = [f"ns {self.ns}"]
+        arguments = {"ns": self.ns}
         for name in sorted(self.defaults.keys() & group.keys()):
             value = group[name]
             if isinstance(value, Tensor):  # one on a GPU is not read back
                 value = "on a GPU" if value.is_cuda else value.item()
-            texts.append(f"{name} {value}")
-        return ", ".join(texts)
+            arguments[name] = value
+        return arguments
 
     def _directions(self, group: dict[str, Any], infos: list[ParamInfo]) -> list[Tensor]:
         """Update the momenta on this rank, and return them, with Nesterov's correction if it is on."""
@@ -362,14 +371,21 @@ def _ratio(group: dict[str, Any], shape: torch.Size) -> float:
     return _RATIOS[group["adjust_lr_fn"]](max(n, 1), max(m, 1))
 
 
-def _exchange(ranks: Any, infos: list[ParamInfo]) -> Exchange | None:
-    """The messages among ``ranks``, a group or a mesh; None if there are none."""
+def _exchange(ranks: Any, infos: list[ParamInfo], groups: int) -> Exchange | None:
+    """The messages among ``ranks``, a group or a mesh; None if there are none.
+
+    Args:
+        groups: the number of parameter groups that ``ranks`` share. A rank with more groups than the others
+            would wait for them, so the ranks compare it.
+    """
     if ranks is None or ranks.size() == 1:
         for info in infos:
             holders_of(info.name, [info.part])
         return None
     group = ranks if isinstance(ranks, dist.ProcessGroup) else _group_of(ranks)
-    matrices = [Matrix(info.name, info.part._replace(mesh=None), info.description) for info in infos]
+    matrices = [
+        Matrix(info.name, info.part._replace(mesh=None), f"{info.description} of {groups}") for info in infos
+    ]
     return Exchange(group, matrices, [info.cost for info in infos], infos[0].p.device)
 
 

@@ -22,6 +22,7 @@ from torchpar.testing.ranks import Ranks
 from torchpar.testing.situations import SITUATIONS, Situation, polar
 from torchpar.testing.trial import FAMILIES, Array, Layers, Make, NotApplicable, Record, Trial, named_weights
 
+RIGHT = ("same bits", "equal up to rounding")
 FAULTS = ("wrong", "hangs", "crashes")
 GRACE = 5.0  # seconds for the other ranks, once one has failed
 DRAWS = 8  # of rounded gradients
@@ -69,7 +70,7 @@ class Conformance(list[Row]):
         return [asdict(row) for row in self]
 
     def assert_conforms(self, allow_refusals: bool = True) -> None:
-        """Raise an AssertionError that shows the faulty rows: wrong, hangs or crashes.
+        """Raise an AssertionError that shows the faulty rows: wrong, hangs or crashes; or if none is right.
 
         Args:
             allow_refusals: whether an optimizer may refuse a situation.
@@ -77,6 +78,8 @@ class Conformance(list[Row]):
         faults = FAULTS if allow_refusals else (*FAULTS, "refuses")
         if faulty := Conformance(row for row in self if row.verdict in faults):
             raise AssertionError(f"{len(faulty)} of {len(self)} situations are faulty\n{faulty}")
+        if not any(row.verdict in RIGHT for row in self):
+            raise AssertionError(f"none of {len(self)} situations was compared\n{self}")
 
     def __str__(self) -> str:
         table = [["situation", "verdict", "update error", "rounding", "scale error", "detail"]]
@@ -109,8 +112,8 @@ def check_optimizer(
         make: returns the optimizer of a model whose parameters are hidden matrices: a module-level function
             or class, or a `functools.partial` of one. A situation that is about ``views``, ``nesterov`` or
             ``process_group`` passes it, if ``make`` has such an argument.
-        situations: names from `SITUATIONS`; by default all.
-        timeout: seconds for each situation, after which its ranks hang.
+        situations: a name or names from `SITUATIONS`; by default all.
+        timeout: seconds for each situation, after which its ranks count as hanging.
         seed: of weights and gradients.
         orthogonal: whether to try what can be asked only of optimizers that orthogonalise.
         ranks: an open pool, which other calls use, too. Otherwise the processes end with the call.
@@ -118,9 +121,13 @@ def check_optimizer(
     Raises:
         ConfigError: an unknown situation; a ``make`` that the ranks cannot import.
     """
-    names = list(SITUATIONS if situations is None else situations)
+    names = (
+        [situations]
+        if isinstance(situations, str)
+        else list(SITUATIONS if situations is None else situations)
+    )
     if unknown := [name for name in names if name not in SITUATIONS]:
-        raise ConfigError(f"situation {unknown[0]!r}, expected one of {', '.join(SITUATIONS)}")
+        raise ConfigError(f"situation {unknown[0]!r}, expected one of {', '.join(map(repr, SITUATIONS))}")
     with Ranks() if ranks is None else nullcontext(ranks) as pool:
         try:
             made = pickle.dumps(make)
@@ -128,7 +135,8 @@ def check_optimizer(
         except Exception as e:
             raise ConfigError(
                 "the ranks, which are processes, cannot import make; expected a module-level function or "
-                f"class, or a functools.partial of one ({e})"
+                "class, or a functools.partial of one, and in a script "
+                f"`if __name__ == '__main__':` around the call ({e})"
             ) from e
         return Conformance(
             _row(pool, name, made, timeout, seed)

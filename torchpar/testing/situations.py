@@ -305,10 +305,10 @@ class Situation(NamedTuple):
     Attributes:
         ranks: their number; a tuple of two has two phases, of which the second starts anew.
         setup: arguments of `Trial`.
-        orthogonal: whether it is about optimizers that orthogonalise, and no others. Of a mistake, others
-            cannot know: they send no messages.
+        orthogonal: whether it is about optimizers that orthogonalise, and no others. Others send no
+            messages, and so cannot notice the mistake of another rank.
         one_may_refuse: whether an error on one rank is right, which leaves the others waiting.
-        timeout: seconds after which its ranks hang, where that is a usual fault.
+        timeout: seconds, fewer where ranks that hang are a usual fault.
     """
 
     run: Callable[[Trial], None]
