@@ -307,6 +307,8 @@ LSTM = {"4×6 4×6 4×6 4×6": "weight_ih_l0", "4×3 4×3 4×3 4×3": "weight_hh
         (lambda: nn.LSTM(6, 4, proj_size=3), LSTM),
         (lambda: nn.GRUCell(6, 4), {"4×6 4×6 4×6": "weight_ih", "4×4 4×4 4×4": "weight_hh"}),
         (lambda: nn.Bilinear(3, 4, 5), {"others": "layer"}),
+        (lambda: nn.ConvTranspose1d(4, 6, 3), {"others": "layer"}),
+        (lambda: nn.utils.spectral_norm(nn.Linear(4, 5)), {"5×4": "weight_orig"}),
         (lambda: parametrizations.weight_norm(nn.Linear(4, 5)), WEIGHT_NORM),
         (lambda: parametrizations.weight_norm(nn.Conv1d(2, 5, 2)), WEIGHT_NORM),
         (lambda: parametrizations.spectral_norm(nn.Linear(4, 5)), {"5×4": "original"}),
@@ -402,6 +404,19 @@ def test_muon_gets_the_hidden_matrices_alone():
 def test_refusals(arguments, message):
     with pytest.raises(ValueError, match=message):
         Muon.for_model(Model(), **arguments)
+
+
+def test_a_state_dict_of_other_parameters_is_refused():
+    """Groups of equal sizes and shapes would take each other's momenta."""
+    layers = {name: nn.Linear(4, 4, bias=False) for name in ("first", "second", "head")}
+    make = partial(Muon.for_model, nn.ModuleDict(layers))
+    saved = make(overrides={"first.weight": "others"}).state_dict()
+    with pytest.raises(ValueError, match=r"has second\.weight where this optimizer has first\.weight; give"):
+        make(overrides={"second.weight": "others"}).load_state_dict(saved)
+    same = make(overrides={"first.weight": "others"})
+    for group in saved["param_groups"]:
+        group["param_names"] = [f"module._orig_mod.{name}" for name in group["param_names"]]
+    same.load_state_dict(saved)
 
 
 # The command

@@ -29,9 +29,9 @@ def make_muon(
 ):
     shapes = {name: p.dim() for name, p in model.named_parameters()}
     convolutions = {name: lambda w: w.flatten(1) for name, dims in shapes.items() if dims == 4}
+    own.setdefault("lr", 0.05)
     return Muon(
         model.named_parameters(),
-        lr=0.05,
         nesterov=nesterov,
         views=views or convolutions,
         process_group=process_group,
@@ -195,6 +195,7 @@ ROWS = "fully_shard on 2 ranks"
         (NotANumber, "DDP", "wrong", "update off by inf"),
         (Normalised, "polar factor", "wrong", "cosine 0.687"),
         (Deaf, "Shard(0)", "wrong", "update off by"),
+        (partial(make_muon, lr=0.0), "whole", "wrong", "no weight moves"),
         (partial(Failing, what="hangs"), "Replicate", "hangs", "no answer in time"),
         (partial(Failing, what="dies"), "Replicate", "crashes", "rank 1: BrokenProcessPool"),
         (
@@ -219,8 +220,8 @@ def test_faults_are_found(ranks, monkeypatch, make, situation, verdict, detail):
 def test_the_pool_is_replaced_after_a_hang(monkeypatch):
     monkeypatch.setattr(optimizers, "GRACE", 0.5)
     rows = check_optimizer(partial(Failing, what="dies"), ["DDP", "whole"], timeout=5)
-    assert [row.verdict for row in rows] == ["crashes", "same bits"]
-    with pytest.raises(AssertionError, match=r"1 of 2 situations are faulty\nsituation .*\nDDP +crashes"):
+    assert [(row.verdict, row.detail) for row in rows][1] == ("wrong", "no weight moves")
+    with pytest.raises(AssertionError, match=r"2 of 2 situations are faulty\nsituation .*\nDDP +crashes"):
         rows.assert_conforms()
 
 

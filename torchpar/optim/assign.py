@@ -15,6 +15,8 @@ from torchpar.optim.matrices import View
 from torchpar.optim.rules import Choice as Choice  # Muon's docstring and arguments name it
 from torchpar.optim.rules import decide, uses_of
 
+_WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module"}
+
 
 class Assignment(NamedTuple):
     """The optimizer that takes a parameter, and why; without the parameter, which sharding may replace."""
@@ -40,6 +42,22 @@ class ModelOptimizer(ChainedOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "assignments": self.assignments}
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of the same parameters in the same order.
+
+        Raises:
+            ConfigError: it has other names, as that of other rules or overrides has; wrappers do not matter.
+        """
+        for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            pairs = zip(own["param_names"], saved.get("param_names", ()), strict=False)
+            for name, loaded in pairs:
+                if _unwrapped(name) != _unwrapped(loaded):
+                    raise ConfigError(
+                        f"Muon.for_model: the state dict has {loaded} where this optimizer has {name}; give "
+                        "overrides with which both have the same parameters"
+                    )
+        super().load_state_dict(state_dict)
+
     def __repr__(self) -> str:
         names = {"muon": type(self.optimizers[0]).__name__, "others": type(self.optimizers[-1]).__name__}
         rows = [("parameter", "shape", "optimizer", "reason")]
@@ -51,6 +69,11 @@ class ModelOptimizer(ChainedOptimizer):
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
         ]
         return "\n".join(lines)
+
+
+def _unwrapped(name: str) -> str:
+    """The name of a parameter without those of wrappers, such as DistributedDataParallel's."""
+    return ".".join(word for word in name.split(".") if word not in _WRAPPERS)
 
 
 def assign(

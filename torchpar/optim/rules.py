@@ -59,7 +59,8 @@ def uses_of(model: nn.Module) -> dict[Tensor, list[Use]]:
     uses: dict[Tensor, list[Use]] = {}
     for prefix, module in model.named_modules():
         for name, p in module.named_parameters(recurse=False):
-            path, role = prefix, name.removesuffix("_v")  # weight_v is of the former weight_norm
+            # weight_v is of the former weight_norm, weight_orig of the former spectral_norm and of pruning.
+            path, role = prefix, name.removesuffix("_v").removesuffix("_orig")
             if isinstance(module, ParametrizationList):  # the parameter belongs to the parametrized layer
                 path, _, role = f".{prefix}".rpartition(".parametrizations.")
                 path = path.removeprefix(".")
@@ -104,6 +105,8 @@ def _convolution(use: Use) -> Decision | None:
     p, layer = use.p, use.layer
     if not isinstance(layer, nn.modules.conv._ConvNd) or use.role != "weight":
         return None
+    if layer.transposed:
+        return Decision("others", "transposed convolution, stored by inputs; give a view")
     if layer.groups > 1 and p.shape[1] == 1:
         return Decision("others", "depthwise convolution, one filter for each channel")
     sizes = [p.shape[0] // layer.groups, math.prod(p.shape[1:])]
