@@ -11,18 +11,21 @@ one pass over the whole sequence. With dO = dL/dO, and dropout D (0 or 1/(1 − 
     dQ = scale·dS·K         dK = scale·dSᵀ·Q
 """
 
+import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from torchpar.errors import ConfigError
 from torchpar.exact.random import bernoulli
 from torchpar.exact.softmax import softmax
 from torchpar.exact.sums import exact_sum
 from torchpar.ops import exact_matmul
-from torchpar.ops._exact import MAX_EXPONENT, MIN_EXPONENT, row_exponents, scaled
+from torchpar.ops._exact import MAX_EXPONENT, product_of_exponents, row_exponents, scaled
 
 
 def product_by_keys(p: Tensor, v: Tensor) -> Tensor:
@@ -30,15 +33,35 @@ def product_by_keys(p: Tensor, v: Tensor) -> Tensor:
 
     A row of the result depends on the rows of ``v`` that it gives a weight other than 0, and on no others.
     """
-    e = row_exponents(v).clamp(MIN_EXPONENT, MAX_EXPONENT)
+    e = row_exponents(v)
+    unusual = e > MAX_EXPONENT
+    e = torch.where(unusual, 0, e)
     half = e >> 1  # two factors, since 2^e may be no normal number
-    small = scaled(v, -e)
     weights = scaled(scaled(p, half.mT), (e - half).mT)
-    return exact_matmul(weights, small.mT)
+    # A key that is not finite makes the rows that attend to it NaN, and no others.
+    weights = torch.where(unusual.mT & (p != 0), math.nan, weights)
+    small = torch.where(unusual, 0.0, scaled(v, -e))
+    f = torch.zeros_like(small.mT[..., :1], dtype=torch.int32)  # whatever the other keys are
+    return product_of_exponents(weights, small.mT, row_exponents(weights), f)
+
+
+T = TypeVar("T")
+
+
+def ordinary(function: Callable[..., T]) -> Callable[..., T]:
+    """``function`` outside of `torchpar.exact.mode`, whose rules are for others' calls."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> T:
+        with _disable_current_modes():
+            return function(*args)
+
+    return call
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
+    @ordinary
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: Tensor | None
     ) -> Tensor:
@@ -51,6 +74,7 @@ class _Attention(torch.autograd.Function):
         return product_by_keys(p if dropout is None else p * dropout, v)
 
     @staticmethod
+    @ordinary
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         q, k, v, p, dropout = ctx.saved_tensors
         dropped = p if dropout is None else p * dropout

@@ -132,6 +132,19 @@ def product(a: Tensor, b: Tensor, wrap: Wrap) -> Tensor:
     return _halved(a, e) if b is a else _product(a, b, e, f)
 
 
+def product_of_exponents(a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
+    """``a @ b.mT`` of rows with the exponents ``e (*, m, 1)`` and ``f (*, n, 1)``; NaN where ``e`` is too large.
+
+    ``b`` is finite.
+    """
+    if a.is_cuda:
+        from torchpar.kernels.exact_matmul import exact_product
+
+        return exact_product(a, b, e, f, None, out=a.new_empty(*a.shape[:-1], b.shape[-2]))
+    finite = torch.where(e > MAX_EXPONENT, 0.0, a)
+    return Sums(digits(finite, e.clamp(max=MAX_EXPONENT)), digits(b, f)).rounded(e, f)
+
+
 def _with_limits(out: Tensor, a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
     """``out``, but NaN and infinities where rows of ``a`` or ``b`` have them."""
     # Whether the result is NaN, and which infinity, depends on the signs of the factors alone.
