@@ -11,16 +11,14 @@ one pass over the whole sequence. With dO = dL/dO, and dropout D (0 or 1/(1 − 
     dQ = scale·dS·K         dK = scale·dSᵀ·Q
 """
 
-import functools
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from torchpar.errors import ConfigError
+from torchpar.exact.ordinary import ordinary
 from torchpar.exact.random import bernoulli
 from torchpar.exact.softmax import softmax
 from torchpar.exact.sums import exact_sum
@@ -43,20 +41,6 @@ def product_by_keys(p: Tensor, v: Tensor) -> Tensor:
     small = torch.where(unusual, 0.0, scaled(v, -e))
     f = torch.zeros_like(small.mT[..., :1], dtype=torch.int32)  # whatever the other keys are
     return product_of_exponents(weights, small.mT, row_exponents(weights), f)
-
-
-T = TypeVar("T")
-
-
-def ordinary(function: Callable[..., T]) -> Callable[..., T]:
-    """``function`` outside of `torchpar.exact.mode`, whose rules are for others' calls."""
-
-    @functools.wraps(function)
-    def call(*args: Any) -> T:
-        with _disable_current_modes():
-            return function(*args)
-
-    return call
 
 
 class _Attention(torch.autograd.Function):

@@ -35,7 +35,7 @@ from torchpar.parallel.split.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
 )
-from torchpar.parallel.split.operands import Operand
+from torchpar.exact.operands import Operand
 from torchpar.parallel.split.reduction import all_reduce
 
 
