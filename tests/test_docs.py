@@ -17,7 +17,7 @@ from operators import OPERATORS, Operator
 
 from benchmarks import speedrun
 from benchmarks.results import Result, markdown
-from torchpar.training.verify import EXPECTED
+from torchpar.exact.verify import EXPECTED
 
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text()

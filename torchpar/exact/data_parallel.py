@@ -62,7 +62,8 @@ class BinnedSum:
         if self.top >= _UNUSUAL:
             return torch.full_like(self.bins[0], torch.nan, dtype=torch.float32)
         upper, lower = self.bins.double()
-        return ((upper * 2.0**_WIDTH + lower) * 2.0 ** (_WIDTH * (self.top - 1))).float()
+        total: Tensor = upper * 2.0**_WIDTH + lower
+        return (total * 2.0 ** (_WIDTH * (self.top - 1))).float()
 
 
 class DataParallel:
@@ -96,7 +97,7 @@ class DataParallel:
         """
         if any(p.grad is not None for p in self.parameters):
             raise ConfigError("a parameter has a gradient before the backward pass; call zero_grad() before")
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self._add(loss)
 
     @ordinary

@@ -13,9 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchpar import ieee
 from torchpar.errors import ConfigError
-from torchpar.ieee import LN2_32, LN2_REST, LOG2_E, power_of_two
+from torchpar.exact import ieee
+from torchpar.exact.ieee import LN2_32, LN2_REST, LOG2_E
+from torchpar.ops._exact import power_of_two
 
 _EXP_TERMS = 12  # of Taylor's series for |r| < 0.3466: the rest is below 3·10⁻¹⁶
 # erf(x)/x as a polynomial in u = x²/8 − 1, for |x| ≤ 4: interpolated at Chebyshev's points, error 4·10⁻¹⁰.
@@ -32,6 +33,7 @@ _ERF = [
 # π/2 in two parts: products of the first, of 33 bits, with integers below 2²⁰ are exact.
 _HALF_PI_HIGH, _HALF_PI_LOW = float.fromhex("0x1.921fb5440p+0"), float.fromhex("0x1.0b4611a626331p-34")
 _LARGEST_ANGLE = 2.0**20
+_TANH = [1.0, -1 / 3, 2 / 15, -17 / 315, 62 / 2835, -1382 / 155925, 21844 / 6081075]  # Taylor's
 _PIECE = 2**14  # elements to a thread at a time, whose float64 scratch stays in a core's cache
 
 
@@ -82,7 +84,9 @@ def sigmoid64(x: Tensor) -> Tensor:
 def tanh64(x: Tensor) -> Tensor:
     """(e^2x − 1) / (e^2x + 1), and for |x| < 2⁻³ an odd polynomial, since the difference would cancel."""
     square = x * x
-    series = x * _polynomial(square, [1.0, -1 / 3, 2 / 15, -17 / 315, 62 / 2835, -1382 / 155925, 21844 / 6081075])
+    series = x * _polynomial(
+        square, [1.0, -1 / 3, 2 / 15, -17 / 315, 62 / 2835, -1382 / 155925, 21844 / 6081075]
+    )
     power = exp64(2 * x.clamp(-20.0, 20.0))
     return torch.where(x.abs() < 0.125, series, (power - 1) / (power + 1))
 

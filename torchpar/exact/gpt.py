@@ -48,11 +48,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normal = self.norms[0](x)
-        heads = (
+        query, key, value = (
             layer(normal).unflatten(-1, (-1, WIDTH // HEADS)).transpose(-2, -3)
             for layer in (self.query, self.key, self.value)
         )
-        attended = F.scaled_dot_product_attention(*heads, is_causal=True)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.out(attended.transpose(-2, -3).flatten(-2))
         return x + self.down(F.gelu(self.up(self.norms[1](x))))  # type: ignore[no-any-return]
 
@@ -84,13 +84,10 @@ def read_text(path: Path) -> tuple[Tensor, int]:
     return torch.tensor([alphabet[character] for character in written]), len(alphabet)
 
 
-def train(path: Path, world: World, cut: int = 1) -> Iterator[tuple[float, GPT]]:
+def train(path: Path, world: World) -> Iterator[tuple[float, GPT]]:
     """Train on the text at ``path``; yields the loss of each step, and the model.
 
     Each text of a step is a unit of work. The ranks of "dp" share them.
-
-    Args:
-        cut: the number of texts that are computed together, whose units are the same.
     """
     text, characters = read_text(path)
     with mode():

@@ -43,7 +43,9 @@ def _product(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
 
 def uniform(shape: Sequence[int], generator: torch.Generator | None, device: torch.device) -> Tensor:
     """Numbers (i + ½)·2⁻³² in (0, 1), float64, of the given shape."""
-    words = torch.randint(0, 2**32, (2,), generator=generator, device="cpu" if generator is None else generator.device)
+    words = torch.randint(
+        0, 2**32, (2,), generator=generator, device="cpu" if generator is None else generator.device
+    )
     n = math.prod(shape)
     drawn = philox(torch.arange(-(-n // 4), device=device), (int(words[0]), int(words[1])))
     return ((drawn.flatten()[:n].double() + 0.5) * 2.0**-32).view(*shape)
@@ -55,6 +57,8 @@ def normal(shape: Sequence[int], generator: torch.Generator | None, device: torc
     return (log64(radius) * -2).sqrt() * cos64(angle * (2 * math.pi))
 
 
-def bernoulli(shape: Sequence[int], p: float, generator: torch.Generator | None, device: torch.device) -> Tensor:
+def bernoulli(
+    shape: Sequence[int], p: float | Tensor, generator: torch.Generator | None, device: torch.device
+) -> Tensor:
     """True with probability ``p``, independently."""
     return uniform(shape, generator, device) < p

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+# mypy: disable-error-code="no-any-return"
 """ATen operators in exact arithmetic: those that are the same everywhere, and a rule for each other one.
 
 An operator *passes* if it moves data, compares, or rounds once for each element, as IEEE 754 defines it. A
@@ -15,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchpar import ieee
 from torchpar.errors import ConfigError
-from torchpar.exact import random
+from torchpar.exact import ieee, random
 from torchpar.exact.functions import (
     cos64,
     erf64,
@@ -34,7 +34,6 @@ from torchpar.exact.softmax import log_softmax, softmax
 from torchpar.exact.sums import exact_index_sum, exact_sum
 from torchpar.ops import exact_matmul
 
-aten = torch.ops.aten
 Rule = Callable[..., Any]
 
 # In-place and out= variants count as their operators.
@@ -43,16 +42,15 @@ _PASSING = """
     gather im2col index index_select lift_fresh masked_select narrow new_empty new_full new_ones new_zeros
     permute pixel_shuffle repeat reshape roll select select_backward select_scatter set_ slice slice_backward
     slice_scatter split split_with_sizes squeeze stack t take_along_dim transpose tril triu unbind unfold
-    unsafe_split unsqueeze view view_as_complex _unsafe_view _reshape_alias _to_copy _conj
+    unsafe_split unsqueeze view view_as_complex _unsafe_view _reshape_alias _to_copy _pin_memory resize_
     empty empty_like empty_strided full full_like ones ones_like scalar_tensor zeros zeros_like fill zero eye
     masked_fill masked_scatter scatter index_fill index_copy where nan_to_num clamp clamp_min clamp_max
     abs neg sign sqrt floor ceil round trunc relu threshold threshold_backward hardtanh hardtanh_backward
-    eq ne lt le gt ge isnan isinf isfinite logical_and logical_or logical_not logical_xor all any equal
-    maximum minimum max min amax amin argmax argmin sort topk
-    mul div reciprocal _local_scalar_dense item is_same_size embedding uniform random
-    bitwise_and bitwise_or bitwise_not is_pinned _pin_memory resize_ isneginf isposinf rand rand_like
-""".split()
-PASSING = frozenset(_PASSING)
+    eq ne lt le gt ge isnan isinf isneginf isposinf logical_and logical_or logical_not logical_xor all any
+    equal maximum minimum max min amax amin argmax argmin sort topk mul div reciprocal
+    _local_scalar_dense item is_same_size is_pinned embedding uniform random rand rand_like
+"""
+PASSING = frozenset(_PASSING.split())
 
 RULES: dict[str, Rule] = {}
 
@@ -103,7 +101,7 @@ def _pair(value: Sequence[int]) -> list[int]:
 
 def _columns(x: Tensor, size: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
     """The windows of ``x (b, c, h, w)`` as rows ``(groups, b·positions, c/groups·kh·kw)``."""
-    windows = F.unfold(x, size, dilation, padding, stride).mT  # (b, positions, c·kh·kw)
+    windows = F.unfold(x, tuple(size), dilation, padding, stride).mT  # (b, positions, c·kh·kw)
     b, positions, n = windows.shape
     return windows.reshape(b * positions, groups, n // groups).transpose(0, 1)
 
@@ -116,7 +114,9 @@ def _convolution(
     _float32(x, weight, bias)
     if x.dim() == 3 and not transposed:  # one dimension
         x, weight = x.unsqueeze(2), weight.unsqueeze(2)
-        stride, padding, dilation = ([value, *given] for value, given in ((1, stride), (0, padding), (1, dilation)))
+        stride, padding, dilation = (
+            [value, *given] for value, given in ((1, stride), (0, padding), (1, dilation))
+        )
         return _convolution(
             x, weight, bias, stride, padding, dilation, False, [0, 0], groups
         ).squeeze(2)  # fmt: skip
@@ -140,7 +140,9 @@ def _convolution_backward(
     transposed: bool, output_padding: Any, groups: int, output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     if x.dim() == 3:
-        stride, padding, dilation = ([value, *given] for value, given in ((1, stride), (0, padding), (1, dilation)))
+        stride, padding, dilation = (
+            [value, *given] for value, given in ((1, stride), (0, padding), (1, dilation))
+        )
         dx, dw, db = _convolution_backward(
             g.unsqueeze(2), x.unsqueeze(2), weight.unsqueeze(2), bias_sizes, stride, padding, dilation,
             transposed, [0, 0], groups, output_mask,
@@ -158,7 +160,7 @@ def _convolution_backward(
         b, _, h, w = g.shape
         spread = g.new_zeros(b, out, (h - 1) * stride[0] + 1, (w - 1) * stride[1] + 1)
         spread[:, :, :: stride[0], :: stride[1]] = g
-        pads = []
+        pads: list[int] = []
         for n, width, p, d, k in zip(x.shape[2:], spread.shape[2:], padding, dilation, size, strict=True):
             before = d * (k - 1) - p
             pads = [before, n - width - before + d * (k - 1), *pads]
@@ -299,7 +301,9 @@ def _nll_loss_backward(
 def _loss_weights(x: Tensor, target: Tensor, weight: Tensor | None, ignore: int) -> Tensor:
     """The weight of each sample's loss."""
     kept = target != ignore
-    of_class = torch.ones_like(target, dtype=x.dtype) if weight is None else weight[torch.where(kept, target, 0)]
+    of_class = (
+        torch.ones_like(target, dtype=x.dtype) if weight is None else weight[torch.where(kept, target, 0)]
+    )
     return torch.where(kept, of_class, 0.0)
 
 
@@ -338,7 +342,9 @@ def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: Any
 def _scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
     if not x.is_floating_point():
         return torch.scatter_add(x, dim, index, source)
-    places = torch.arange(x.numel(), device=x.device).view(x.shape)[tuple(slice(n) if i != dim % x.dim() else slice(None) for i, n in enumerate(index.shape))]
+    # The index of each target in the flat tensor.
+    places = torch.arange(x.numel(), device=x.device).view(x.shape)
+    places = places[tuple(slice(None if i == dim % x.dim() else n) for i, n in enumerate(index.shape))]
     flat = places.gather(dim, index).flatten()
     values = source[tuple(map(slice, index.shape))].reshape(-1, 1)
     return x + exact_index_sum(values, flat, x.numel()).view(x.shape)
@@ -348,7 +354,8 @@ def _scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
 def _index_put(x: Tensor, indices: Any, values: Tensor, accumulate: bool = False, *_: Any) -> Tensor:
     if not (accumulate and x.is_floating_point()):
         return torch.index_put(x, indices, values)
-    places = torch.arange(x.numel(), device=x.device).view(x.shape)[tuple(slice(None) if i is None else i for i in indices)]
+    places = torch.arange(x.numel(), device=x.device).view(x.shape)
+    places = places[tuple(slice(None) if i is None else i for i in indices)]
     total = exact_index_sum(values.expand(places.shape).reshape(-1, 1), places.flatten(), x.numel())
     return x + total.view(x.shape)
 
@@ -458,10 +465,6 @@ def _pow(x: Any, exponent: Any) -> Tensor:
 # Random numbers
 
 
-def _draw(x: Tensor, drawn: Tensor) -> Tensor:
-    return drawn.to(x.dtype)
-
-
 @rule("normal")
 def _normal(x: Tensor, mean: float = 0.0, std: float = 1.0, *, generator: Any = None) -> Tensor:
     return (random.normal(x.shape, generator, x.device) * std + mean).to(x.dtype)
@@ -479,7 +482,7 @@ def _randn_like(x: Tensor, *_: Any, **__: Any) -> Tensor:
 
 @rule("bernoulli")
 def _bernoulli(x: Tensor, p: Any = None, *, generator: Any = None) -> Tensor:
-    return random.bernoulli(x.shape, x if p is None else p, generator, x.device).to(x.dtype)
+    return random.bernoulli(x.shape, x.double() if p is None else p, generator, x.device).to(x.dtype)
 
 
 @rule("native_dropout")

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from torchpar import ieee
+from torchpar.exact import ieee
 from torchpar.exact.functions import log64
 
 _TERM = 2.0**-32
@@ -23,7 +23,9 @@ def _parts(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     empty = largest == -math.inf
     shifted = x - torch.where(empty, 0.0, largest)
     p = ieee.exp(shifted)
-    total = (p.double() * (1 / _TERM)).round().nan_to_num_(0, 0, 0).long().sum(dim, keepdim=True).double() * _TERM
+    total = (p.double() * (1 / _TERM)).round().nan_to_num_(0, 0, 0).long().sum(
+        dim, keepdim=True
+    ).double() * _TERM
     return shifted, p, torch.where(largest < math.inf, total, math.nan), empty
 
 

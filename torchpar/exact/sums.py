@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.ieee import power_of_two
+from torchpar.ops._exact import power_of_two
 
 BITS = 40
 _LONGEST = 2**22  # terms
@@ -22,7 +22,7 @@ def exact_sum(x: Tensor, dims: list[int] | None = None, keepdim: bool = False) -
 
     A sum with a NaN or an infinity is NaN or infinite as `torch.sum`'s. Other rows do not matter.
     """
-    dims = [dim % max(x.dim(), 1) for dim in (range(x.dim()) if not dims else dims)]
+    dims = [dim % max(x.dim(), 1) for dim in (dims or range(x.dim()))]
     if x.dim() == 0:
         return x.double()
     kept = [dim for dim in range(x.dim()) if dim not in dims]

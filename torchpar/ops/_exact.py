@@ -26,7 +26,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchpar.ieee import power_of_two
 from torchpar.ops._library import Wrap
 
 DIGITS, BITS = 4, 8
@@ -57,6 +56,13 @@ def has_int8() -> bool:
     least, largest = (torch.full((32, 64), value, dtype=torch.int8) for value in (-128, 127))
     pairs = ((least, least), (least, largest), (largest, largest))
     return all(torch.equal(torch._int_mm(a, b.T), a.long() @ b.T.long()) for a, b in pairs)
+
+
+def power_of_two(exponents: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return 2^exponents, float32 or float64, for int32 exponents of normal numbers."""
+    if dtype == torch.float32:
+        return ((exponents + 127) << 23).view(dtype)
+    return ((exponents.long() + 1023) << 52).view(dtype)
 
 
 def row_exponents(x: Tensor) -> Tensor:
@@ -133,9 +139,9 @@ def product(a: Tensor, b: Tensor, wrap: Wrap) -> Tensor:
 
 
 def product_of_exponents(a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
-    """``a @ b.mT`` of rows with the exponents ``e (*, m, 1)`` and ``f (*, n, 1)``; NaN where ``e`` is too large.
+    """``a @ b.mT`` of rows with the exponents ``e (*, m, 1)`` and ``f (*, n, 1)``.
 
-    ``b`` is finite.
+    ``b`` is finite. A row of ``a`` that is not gives NaN.
     """
     if a.is_cuda:
         from torchpar.kernels.exact_matmul import exact_product

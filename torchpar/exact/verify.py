@@ -17,12 +17,14 @@ import torch
 
 from torchpar.data import Samples, batches, load
 from torchpar.errors import ConfigError, TorchparError
-from torchpar.ieee import cross_entropy_sum
+from torchpar.exact.gradients import ExactGradients
+from torchpar.exact.layers import parallel_mlp
+from torchpar.exact.loss import cross_entropy_sum
+from torchpar.exact.sgd import ExactSGD
 from torchpar.nn import MLP
 from torchpar.parallel.launch.local import current_world, start_ranks
 from torchpar.parallel.launch.world import World, is_communication_error
-from torchpar.parallel.split.exact_gradients import ExactGradients
-from torchpar.parallel.split.mlp import full_state_dict, parallel_mlp
+from torchpar.parallel.split.mlp import full_state_dict
 from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
 from torchpar.training.optimizers import lr_scheduler, sgd
 
@@ -86,11 +88,11 @@ def trained_weights(dp: int, tp: int, pp: int, folder: Path) -> str:
     world.gather_results(lambda: loaded.extend(load("mnist", folder, world.device)))
     train = loaded[0]
     torch.manual_seed(0)
-    whole = parallel_mlp(MLP(SIZES).to(world.device), world.mesh["tp"], "exact")
+    whole = parallel_mlp(MLP(SIZES).to(world.device), world.mesh["tp"])
     model = stage_mlp(whole, world.mesh["pp"])
     exact_gradients = ExactGradients(model, world)
     pipeline = Pipeline(model, world, "1f1b", MICRO_BATCHES, exact_gradients) if pp > 1 else None
-    optimizer = sgd(model, lr=0.5, momentum=0.9, weight_decay=3e-5, arithmetic="exact")
+    optimizer = sgd(model, lr=0.5, momentum=0.9, weight_decay=3e-5, kind=ExactSGD)
     scheduler = lr_scheduler(optimizer, "linear", -(-len(train) // BATCH_SIZE))
     for x, labels, global_size in batches(train, BATCH_SIZE, seed=0, epoch=1, share=world.share):
         if pipeline is not None:
