@@ -18,7 +18,7 @@ from torchpar.exact.attention import scaled_dot_product_attention
 from torchpar.exact.rules import PASSING, RULES
 
 _NAMESPACES = ("prims", "profiler", "debugprims")
-_OWN = ("exact_matmul", "exact_matmul_t", "maximum")
+_OWN = ("exact_matmul", "maximum")
 
 
 @contextmanager
