@@ -143,6 +143,8 @@ def test_the_published_hash_is_the_one_that_is_checked():
 
 # Code
 
+ELSEWHERE = ("docs/own_model.md", "docs/trainers.md")  # below, and in tests/test_trainers.py
+
 
 def blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL)
@@ -156,7 +158,7 @@ def execute(code: list[str], page: str) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # in opcheck
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page) and page != "docs/own_model.md"])
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page) and page not in ELSEWHERE])
 def test_code_of_pages_runs(page, monkeypatch):
     # With Inductor the operators are compiled in tests/test_operators_compile.py.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))

@@ -1,0 +1,444 @@
+# SPDX-License-Identifier: MIT
+"""Muon.for_model on real architectures: which parameters are hidden matrices, and how they are seen."""
+
+import copy
+import doctest
+import re
+import sys
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.testing import assert_close
+
+from torchpar.__main__ import COMMANDS
+from torchpar.architectures import ARCHITECTURES, main, make_model
+from torchpar.optim import Muon, muon
+from torchpar.optim.assign import Assignment
+
+needs_transformers = pytest.mark.skipif(
+    not find_spec("transformers"), reason="transformers is not installed, which has the architectures"
+)
+
+
+def test_the_example_prints_its_table_and_trains_every_parameter():
+    (example,) = doctest.DocTestFinder(recurse=False).find(Muon.for_model, "for_model", module=muon)
+    names: dict[str, Any] = {"Muon": Muon, "torch": torch}
+    example.globs = names
+    assert doctest.DocTestRunner().run(example, clear_globs=False) == (0, len(example.examples))
+    model, chain = names["model"], names["optimizer"]
+    model(torch.arange(10)).square().mean().backward()
+    before = copy.deepcopy(model.state_dict())
+    chain.step()
+    assert all(not torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert str(copy.deepcopy(chain)) == str(chain)
+
+
+# Architectures of transformers
+
+DENSE = {
+    "32×32": "q_proj o_proj",
+    "16×32": "k_proj v_proj",
+    "40×32": "gate_proj up_proj",
+    "32×40": "down_proj",
+    "others": "embed_tokens lm_head",
+}
+ENCODER = {"32×32": "q_proj k_proj v_proj out_proj", "40×32": "fc1", "32×40": "fc2"}
+# The parameters with two axes and more, by the shapes of their matrices. The others have one.
+EXPECTED = {
+    "llama": DENSE,
+    "qwen3": DENSE,
+    "gemma2": {**DENSE, "others": "embed_tokens"},
+    "phi3": {
+        "32×32": "o_proj",
+        "32×32 16×32 16×32": "qkv_proj",
+        "40×32 40×32": "gate_up_proj",
+        "32×40": "down_proj",
+        "others": "embed_tokens lm_head",
+    },
+    "mixtral": {
+        "32×32": "q_proj o_proj",
+        "16×32": "k_proj v_proj",
+        "3×40×32 3×40×32": "gate_up_proj",
+        "3×32×40": "down_proj",
+        "3×32": "gate",
+        "others": "embed_tokens lm_head",
+    },
+    "deepseek_v3": {
+        "12×32": "q_a_proj",
+        "48×12": "q_b_proj",
+        "10×32 4×32": "kv_a_proj_with_mqa",
+        "56×10": "kv_b_proj",
+        "32×24": "o_proj down_proj",
+        "40×32": "gate_proj up_proj",  # of the dense layer
+        "32×40": "down_proj",
+        "24×32": "gate_proj up_proj",  # of the shared expert
+        "3×24×32 3×24×32": "gate_up_proj",
+        "3×32×24": "down_proj",
+        "3×32": "gate",
+        "others": "embed_tokens lm_head",
+    },
+    "gpt2": {
+        "32×32 32×32 32×32": "c_attn",
+        "32×32": "c_proj",
+        "40×32": "c_fc",
+        "32×40": "c_proj",
+        "others": "wte wpe",
+    },
+    "mamba": {
+        "64×32 64×32": "in_proj",
+        "2×64 4×64 4×64": "x_proj",
+        "64×2": "dt_proj",
+        "32×64": "out_proj",
+        "others": "embeddings A_log conv1d",
+    },
+    "t5": {
+        "24×32": "q k v",
+        "32×24": "o",
+        "40×32": "wi",
+        "32×40": "wo",
+        "others": "shared relative_attention_bias",
+    },
+    "bert": {
+        "32×32": "query key value dense",
+        "40×32": "dense",
+        "32×40": "dense",
+        "others": "word_embeddings position_embeddings token_type_embeddings",
+    },
+    "modernbert": {
+        "32×32 32×32 32×32": "Wqkv",
+        "32×32": "Wo dense",
+        "40×32 40×32": "Wi",
+        "32×40": "Wo",
+        "others": "tok_embeddings",
+    },
+    "vit": {
+        "32×32": "q_proj k_proj v_proj o_proj",
+        "40×32": "fc1",
+        "32×40": "fc2",
+        "32×48": "projection",
+        "others": "cls_token position_embeddings classifier",
+    },
+    "clip": {
+        **ENCODER,
+        "32×48": "patch_embedding",
+        "others": "token_embedding position_embedding visual_projection text_projection",
+    },
+    "whisper": {**ENCODER, "32×30": "conv1", "32×96": "conv2", "others": "embed_positions embed_tokens"},
+}
+INPUTS = {
+    "t5": {"decoder_input_ids": (2, 8)},
+    "clip": {"pixel_values": (2, 3, 8, 8)},
+    "vit": {"pixel_values": (2, 3, 8, 8)},
+    "whisper": {"input_features": (2, 10, 16), "decoder_input_ids": (2, 8)},
+}
+
+
+def table(model: nn.Module, **arguments: Any) -> dict[str, str]:
+    """The last words of the parameters' names, by the shapes of their matrices, or "others"."""
+    names: dict[str, dict[str, None]] = {}
+    for one in Muon.for_model(model, **arguments).assignments:
+        if one.choice == "muon" or len(one.shape) > 1:
+            word = one.name.removesuffix(".weight").rpartition(".")[2]
+            names.setdefault(shapes(one) if one.choice == "muon" else "others", {})[word] = None
+    return {key: " ".join(words) for key, words in names.items()}
+
+
+def shapes(one: Assignment) -> str:
+    t = torch.empty(one.shape, device="meta")
+    views = t if one.view is None else one.view(t)
+    views = [views] if isinstance(views, Tensor) else views
+    return " ".join("×".join(map(str, view.shape)) for view in views)
+
+
+def compute_gradients(model: Any, name: str) -> None:
+    sizes = {"input_ids": (2, 8)} if model.main_input_name == "input_ids" else {}
+    sizes |= INPUTS.get(name, {})
+    inputs = {
+        key: torch.randint(3, 96, size) if key.endswith("ids") else torch.randn(size)
+        for key, size in sizes.items()
+    }
+    outputs = model(**inputs)
+    scores = outputs.logits_per_text if name == "clip" else outputs.logits
+    scores.logsumexp(-1).sum().backward()
+
+
+@needs_transformers
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures(name):
+    """The table is as expected, and a step after a backward pass changes each parameter with a gradient."""
+    torch.manual_seed(0)
+    model = make_model(name)
+    words = {key: set(names.split()) for key, names in table(model).items()}
+    assert words == {key: set(names.split()) for key, names in EXPECTED[name].items()}
+    optimizer = Muon.for_model(model, 0.1)
+    compute_gradients(model, name)
+    before = copy.deepcopy(model.state_dict())
+    optimizer.step()
+    changed = {key for key, p in model.state_dict().items() if not torch.equal(p, before[key])}
+    given = {key for key, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert given <= changed
+    assert {one.name for one in optimizer.assignments if one.choice == "muon"} <= given
+
+
+@needs_transformers
+@pytest.mark.parametrize(
+    "name, parameter, reason",
+    [
+        ("mamba", "A_log", "no known layer multiplies by it; give a view"),
+        ("mamba", "conv1d.weight", "depthwise convolution, one filter for each channel"),
+        ("gpt2", "c_fc.weight", "hidden matrix, stored transposed"),
+        ("gpt2", "c_attn.weight", "query, key and value, seen as 3 matrices, stored transposed"),
+        ("phi3", "gate_up_proj.weight", "gate and up, seen as 2 matrices"),
+        ("mixtral", "gate_up_proj", "gate and up of experts, seen as 6 matrices"),
+        ("mixtral", "gate.weight", "router of experts"),
+        ("clip", "text_projection.weight", "output head, the last linear layer"),
+        ("clip", "visual_projection.weight", "output head, as text_projection is"),
+    ],
+)
+def test_reasons(name, parameter, reason):
+    found = Muon.for_model(make_model(name)).assignments
+    assert {one.reason for one in found if one.name.endswith(parameter)} == {reason}
+
+
+class LoRA(nn.Module):
+    """A frozen linear layer, and an adapter as the package peft names it."""
+
+    def __init__(self, base_layer: nn.Linear, rank: int = 4):
+        super().__init__()
+        self.base_layer = base_layer.requires_grad_(False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base_layer.in_features, rank, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, base_layer.out_features, bias=False)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+
+@needs_transformers
+def test_lora():
+    """Both factors go to Muon, also those of the head; the head is not the last factor."""
+    model = make_model("llama").requires_grad_(False)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = LoRA(layer.self_attn.q_proj)
+    model.lm_head = LoRA(model.lm_head)
+    optimizer = Muon.for_model(model)
+    found = {one.name: one for one in optimizer.assignments}
+    assert found["lm_head.base_layer.weight"].reason == "output head, the last linear layer"
+    factors = {name for name in found if "lora_" in name}
+    assert len(factors) == 6
+    assert {(found[name].choice, found[name].reason) for name in factors} == {("muon", "LoRA factor")}
+    compute_gradients(model, "llama")
+    before = copy.deepcopy(model.state_dict())
+    optimizer.step()
+    # The first gradients of A are 0 where B is 0; here B is random.
+    assert factors == {name for name, p in model.state_dict().items() if not torch.equal(p, before[name])}
+
+
+# Layers of PyTorch, and others that are known by their names and attributes
+
+
+class Conv1D(nn.Module):
+    """A linear layer whose weight is ``(in, out)``, as in GPT-2."""
+
+    def __init__(self, nf: int, nx: int):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(torch.randn(nx, nf))
+
+
+class FSDPCausalSelfAttention(nn.Module):
+    """The attention of nanoGPT, as far as its query, key and value, named as `fully_shard` does."""
+
+    def __init__(self):
+        super().__init__()
+        self.c_attn = nn.Linear(4, 12)
+
+
+class Experts(nn.Module):
+    """Experts stored as GPT-OSS does: ``(experts, in, out)``, and gate and up interleaved."""
+
+    is_transposed, is_concatenated = True, False
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(3, 8, 10))
+        self.gate_up_proj_bias = nn.Parameter(torch.randn(3, 10))
+        self.down_proj = nn.Parameter(torch.randn(3, 5, 8))
+
+
+def test_a_matrix_stored_transposed_is_updated_like_its_transpose():
+    """The learning rate's factor is that of ``(out, in)``: 2 for 4 times as many outputs as inputs."""
+    torch.manual_seed(0)
+    layer, linear = Conv1D(24, 6), nn.Linear(6, 24, bias=False)
+    linear.weight.data.copy_(layer.weight.mT)
+    linear.weight.grad = torch.randn(24, 6)
+    layer.weight.grad = linear.weight.grad.mT.contiguous()
+    Muon.for_model(nn.ModuleList([layer]), 0.1, ns="standard").step()
+    Muon([linear.weight], 0.1, ns="standard").step()
+    # Products of the transposed layout may add in another order: an update of 2·1.2 times 0.1, in bfloat16.
+    assert_close(layer.weight.mT, linear.weight, rtol=0, atol=0.1 * 2 * 1.2 * 2**-7)
+
+
+def test_interleaved_experts_are_seen_apart():
+    one, *_ = Muon.for_model(experts := Experts()).assignments
+    gate, up = one.view(experts.gate_up_proj)
+    assert torch.equal(gate, experts.gate_up_proj[:, :, 0::2].mT)
+    assert torch.equal(up, experts.gate_up_proj[:, :, 1::2].mT)
+    assert table(experts) == {
+        "3×5×8 3×5×8": "gate_up_proj",
+        "others": "gate_up_proj_bias",
+        "3×8×5": "down_proj",
+    }
+
+
+WEIGHT_NORM = {"others": "original0", "5×4": "original1"}
+LSTM = {"4×6 4×6 4×6 4×6": "weight_ih_l0", "4×3 4×3 4×3 4×3": "weight_hh_l0", "3×4": "weight_hr_l0"}
+
+
+@pytest.mark.parametrize(
+    "make, expected",
+    [
+        (lambda: nn.Conv1d(8, 12, 3, groups=4), {"4×3×6": "layer"}),
+        (lambda: nn.Conv1d(4, 8, 3, groups=4), {"others": "layer"}),  # two filters for each channel
+        (lambda: nn.LSTM(6, 4, proj_size=3), LSTM),
+        (lambda: nn.GRUCell(6, 4), {"4×6 4×6 4×6": "weight_ih", "4×4 4×4 4×4": "weight_hh"}),
+        (lambda: nn.Bilinear(3, 4, 5), {"others": "layer"}),
+        (lambda: parametrizations.weight_norm(nn.Linear(4, 5)), WEIGHT_NORM),
+        (lambda: parametrizations.weight_norm(nn.Conv1d(2, 5, 2)), WEIGHT_NORM),
+        (lambda: parametrizations.spectral_norm(nn.Linear(4, 5)), {"5×4": "original"}),
+        (lambda: parametrizations.orthogonal(nn.Linear(4, 5)), {"others": "original"}),
+        (lambda: parametrizations.orthogonal(nn.Conv1d(2, 5, 2)), {"others": "original"}),
+        (lambda: nn.utils.weight_norm(nn.Linear(4, 5)), {"others": "weight_g", "5×4": "weight_v"}),
+        (lambda: nn.ModuleDict({"qkv": nn.Linear(4, 12)}), {"4×4 4×4 4×4": "qkv"}),
+        (lambda: nn.ModuleDict({"qkv": nn.Linear(6, 9)}), {"9×6": "qkv"}),  # of unknown sizes
+        (lambda: nn.ModuleDict({"c_attn": Conv1D(8, 4)}), {"4×4 4×4": "c_attn"}),
+        (FSDPCausalSelfAttention, {"4×4 4×4 4×4": "c_attn"}),
+        (lambda: nn.ModuleDict({"gate_up_proj": nn.Linear(4, 7)}), {"7×4": "gate_up_proj"}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_layers(make, expected):
+    model = nn.ModuleDict({"layer": make(), "hidden": nn.Linear(7, 9), "head": nn.Linear(9, 2)})
+    found = table(model)
+    assert found.pop("9×7") == "hidden"
+    *rest, head = found.pop("others").split()
+    assert head == "head"
+    assert found | ({"others": " ".join(rest)} if rest else {}) == expected
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "orthogonal", "spectral_norm"])
+def test_a_parametrized_head_is_a_head(name):
+    model = nn.Sequential(nn.Linear(4, 5), getattr(parametrizations, name)(nn.Linear(5, 6)))
+    assert [one.name for one in Muon.for_model(model).assignments if one.choice == "muon"] == ["0.weight"]
+
+
+def test_heads_are_siblings_of_one_name():
+    layers = dict(
+        policy_head=nn.Linear(4, 3),
+        body=nn.Linear(4, 4),
+        value_head=nn.Linear(4, 1),
+        action_head=nn.Linear(4, 2),
+    )
+    assert table(nn.ModuleDict(layers)) == {"others": "policy_head value_head action_head", "4×4": "body"}
+    layers = dict(first_layer=nn.Linear(4, 3), last_layer=nn.Linear(3, 2))
+    assert table(nn.ModuleDict(layers)) == {"3×4": "first_layer", "others": "last_layer"}
+
+
+class Model(nn.Module):
+    """A bit of everything: tables, convolutions, blocks with attention, norms, and a head that is shared."""
+
+    def __init__(self, tied: bool = False):
+        super().__init__()
+        self.tokens = nn.Embedding(50, 16)
+        self.position = nn.Parameter(torch.randn(10, 16))
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.column = nn.Parameter(torch.randn(16, 1))
+        self.norm = nn.LayerNorm((4, 16))
+        self.stack = nn.Parameter(torch.randn(4, 16, 8))
+        layer = partial(nn.TransformerEncoderLayer, 16, nhead=4, dim_feedforward=32)
+        self.blocks = nn.ModuleList([layer() for _ in range(2)])
+        self.head = nn.Linear(16, 50)
+        if tied:
+            self.head.weight = self.tokens.weight
+
+
+def test_muon_gets_the_hidden_matrices_alone():
+    def by_muon(model: nn.Module, **arguments: Any) -> list[str]:
+        assignments = Muon.for_model(model, **arguments).assignments
+        return sorted(one.name for one in assignments if one.choice == "muon")
+
+    model, tied = Model(), Model(tied=True)
+    layers = ("self_attn.out_proj.weight", "linear1.weight", "linear2.weight", "self_attn.in_proj_weight")
+    hidden = sorted(["conv.weight", *(f"blocks.{i}.{name}" for i in range(2) for name in layers)])
+    assert by_muon(model) == by_muon(tied) == hidden
+    overrides = {"blocks.*": "others", "blocks.1.linear1.weight": "muon", "position": "muon"}
+    assert by_muon(model, overrides=overrides) == ["blocks.1.linear1.weight", "conv.weight", "position"]
+    assert "stack" in by_muon(model, views={"stack": lambda p: p})
+    assert "tokens.weight" in by_muon(tied, overrides={"head.weight": "muon"})
+    apart = nn.MultiheadAttention(16, 4, kdim=8)  # query, key and value have a weight each
+    assert by_muon(apart) == ["k_proj_weight", "q_proj_weight", "v_proj_weight"]
+    assert not any(one.view for one in Muon.for_model(apart).assignments)
+    del model.head
+    assert by_muon(model) == hidden  # the last linear layer is of one of several blocks
+    chain = Muon.for_model(Model(), lr=0.02, others=partial(torch.optim.SGD, lr=0.5, weight_decay=0.1))
+    own, others = chain.optimizers
+    assert (own.defaults["lr"], type(others)) == (0.02, torch.optim.SGD)
+    assert [group["weight_decay"] for group in others.param_groups] == [0.1, 0.0]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"overrides": {"block.*": "muon"}}, "no parameter is named block"),
+        ({"views": {"stak": lambda p: p}}, "no parameter is named stak"),
+        ({"overrides": {"stack": "adam"}}, "stack goes to 'adam', expected 'muon' or 'others'"),
+        ({"overrides": {"*": "others"}}, "the model has no hidden matrix"),
+    ],
+)
+def test_refusals(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Muon.for_model(Model(), **arguments)
+
+
+# The command
+
+
+@needs_transformers
+def test_the_command_prints_the_table_of_an_architecture(capsys):
+    assert COMMANDS["muon"][0] == main.__module__
+    assert main(["mamba"]) == 0
+    assert re.search(r"layers\.0\.mixer\.A_log +64×4 +AdamW +no known layer", capsys.readouterr().out)
+
+
+def test_the_command_prints_the_table_of_ones_own_model(capsys):
+    assert main(["test_assign:Model"]) == 0
+    assert re.search(r"conv\.weight +8×3×3×3 +Muon +convolution, seen as 8×27", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("lama", "no architecture 'lama', expected MODULE:FUNCTION or one of llama, "),
+        ("no_such_module:f", "no_such_module:f: No module named 'no_such_module'; expected MODULE:FUNCTION"),
+        ("math:no_such_function", "module 'math' has no attribute 'no_such_function'; expected"),
+        ("math:pi", "math:pi gives a float, expected MODULE:FUNCTION"),
+        (":f", ":f: Empty module name; expected MODULE:FUNCTION"),
+        ("torch.nn:Identity", "the model has no hidden matrix"),
+    ],
+)
+def test_errors_of_the_command_are_one_line(capsys, name, message):
+    with pytest.raises(SystemExit) as error:
+        main([name])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_command_names_a_missing_package(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(SystemExit):
+        main(["llama"])
+    assert "llama needs transformers" in capsys.readouterr().err
