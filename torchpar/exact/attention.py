@@ -43,16 +43,33 @@ def product_by_keys(p: Tensor, v: Tensor) -> Tensor:
     return product_of_exponents(weights, small.mT, row_exponents(weights), f)
 
 
+def weights_of(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """P, for ``q (*, m, d)``, ``k (*, n, d)``, and a ``mask`` of booleans or of numbers that are added."""
+    scores = exact_matmul(q, k) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    return softmax(scores, -1, zero_if_masked=True)
+
+
+def gradients(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Tensor, scale: float, dropout: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK and dV."""
+    dropped = p if dropout is None else p * dropout
+    dp = exact_matmul(g, v)
+    if dropout is not None:
+        dp = dp * dropout
+    ds = p * (dp - exact_sum(dp.double() * p.double(), [-1], keepdim=True).float()) * scale
+    return exact_matmul(ds, k.mT), exact_matmul(ds.mT, q.mT), exact_matmul(dropped.mT, g.mT)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     @ordinary
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: Tensor | None
     ) -> Tensor:
-        scores = exact_matmul(q, k) * scale
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-        p = softmax(scores, -1, zero_if_masked=True)
+        p = weights_of(q, k, mask, scale)
         ctx.save_for_backward(q, k, v, p, dropout)
         ctx.scale = scale
         return product_by_keys(p if dropout is None else p * dropout, v)
@@ -61,14 +78,12 @@ class _Attention(torch.autograd.Function):
     @ordinary
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         q, k, v, p, dropout = ctx.saved_tensors
-        dropped = p if dropout is None else p * dropout
-        dv = exact_matmul(dropped.mT, g.mT)
-        dp = exact_matmul(g, v)
-        if dropout is not None:
-            dp = dp * dropout
-        ds = p * (dp - exact_sum(dp.double() * p.double(), [-1], keepdim=True).float())
-        ds = ds * ctx.scale
-        return exact_matmul(ds, k.mT), exact_matmul(ds.mT, q.mT), dv, None, None, None
+        return *gradients(g, q, k, v, p, ctx.scale, dropout), None, None, None
+
+
+def causal_mask(q: Tensor, k: Tensor) -> Tensor:
+    """True where a query attends to a key: to its own position, and those before."""
+    return torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
 
 
 def scaled_dot_product_attention(
@@ -94,7 +109,7 @@ def scaled_dot_product_attention(
         times = query.shape[-3] // key.shape[-3]
         key, value = (t.repeat_interleave(times, -3) for t in (key, value))
     if is_causal:
-        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        attn_mask = causal_mask(query, key)
     batch = torch.broadcast_shapes(*(t.shape[:-2] for t in (query, key, value)))
     query, key, value = (t.expand(*batch, *t.shape[-2:]) for t in (query, key, value))
     dropout = None

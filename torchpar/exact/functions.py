@@ -94,7 +94,7 @@ def tanh64(x: Tensor) -> Tensor:
 def erf64(x: Tensor) -> Tensor:
     """2/√π · ∫₀ˣ e^(−t²) dt; the relative error is below 4·10⁻¹⁰."""
     z = x.clamp(-4.0, 4.0)
-    return torch.where(x.abs() < 4, z * _polynomial(z * z * 0.125 - 1, _ERF), x.sign())
+    return torch.where(x.abs() >= 4, x.sign(), z * _polynomial(z * z * 0.125 - 1, _ERF))
 
 
 def erfinv64(x: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def _sine(x: Tensor, quarters: int) -> Tensor:
     if (x.abs() >= _LARGEST_ANGLE).logical_and_(finite).any():
         raise ConfigError(f"sin and cos in exact arithmetic take angles below 2²⁰, one is {x.abs().max():g}")
     n = torch.where(finite, x * (2 / math.pi), 0.0).round()
-    r = x - n * _HALF_PI_HIGH - n * _HALF_PI_LOW
+    r = torch.where(finite, x, math.nan) - n * _HALF_PI_HIGH - n * _HALF_PI_LOW
     square = r * r
     sine = r * _polynomial(square, [(-1) ** i / math.factorial(2 * i + 1) for i in range(8)])
     cosine = _polynomial(square, [(-1) ** i / math.factorial(2 * i) for i in range(9)])

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchpar.errors import ConfigError
-from torchpar.exact import ieee, random
+from torchpar.exact import attention, ieee, random
+from torchpar.exact.attention import causal_mask, product_by_keys, weights_of
 from torchpar.exact.functions import (
     cos64,
     erf64,
@@ -169,6 +170,30 @@ def _convolution_backward(
         kernels = kernels.reshape(groups * inner, out // groups, *size)
         dx = _convolution(spread, kernels, None, [1, 1], [0, 0], dilation, False, [0, 0], groups)
     return dx, dw, exact_sum(g, [0, 2, 3]).float() if output_mask[2] else None
+
+
+@rule("_scaled_dot_product_flash_attention_for_cpu")
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *,
+    attn_mask: Tensor | None = None, scale: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    p = _attention_weights(q, k, causal, attn_mask, scale)
+    return product_by_keys(p, v), q.new_zeros(q.shape[:-1])  # a sum that the backward pass does not need
+
+
+@rule("_scaled_dot_product_flash_attention_for_cpu_backward")
+def _attention_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, dropout: float, causal: bool, *,
+    attn_mask: Tensor | None = None, scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    p = _attention_weights(q, k, causal, attn_mask, scale)
+    return attention.gradients(g, q, k, v, p, scale or q.shape[-1] ** -0.5)
+
+
+def _attention_weights(
+    q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    return weights_of(q, k, causal_mask(q, k) if causal else mask, scale or q.shape[-1] ** -0.5)
 
 
 # Sums
