@@ -10,7 +10,18 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-NAMES = ("operators", "muon", "train", "speedrun", "scaling", "ladder", "host", "autotune", "scale_model")
+NAMES = (
+    "operators",
+    "muon",
+    "optimizers",
+    "train",
+    "speedrun",
+    "scaling",
+    "ladder",
+    "host",
+    "autotune",
+    "scale_model",
+)
 USAGE = """usage: python -m benchmarks COMMAND
 
   list                  name the benchmarks

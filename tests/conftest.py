@@ -12,7 +12,9 @@ import pytest
 # Before torch is imported: workers with two OpenMP threads each take several times as long on two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
-from ranks import Ranks
+from ranks import fork_context
+
+from torchpar.testing.ranks import Ranks
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 THREADS = torch.get_num_threads()
@@ -60,9 +62,10 @@ def world() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+def ranks() -> Iterator[Ranks]:
     """``ranks(world_size, function, *args)``: the results of a module-level function on each gloo rank."""
-    with Ranks(tmp_path_factory.mktemp("stores")) as started:
+    fork_context()
+    with Ranks() as started:
         yield started
 
 

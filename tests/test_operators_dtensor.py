@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from operators import BACKWARDS, OPERATORS, Shapes
-from ranks import Ranks
+from ranks import fork_context
 from samples import arguments, normal
 
 import torchpar
+from torchpar.testing.ranks import Ranks
 
 # Of PyTorch's own compiler.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -170,9 +171,10 @@ def compare_compiled() -> None:
 
 
 @pytest.mark.slow
-def test_compiled(tmp_path):
+def test_compiled():
     # In processes of its own: PyTorch's compiler (2.15) fails after other tests have used DTensors eagerly.
-    with Ranks(tmp_path) as ranks:
+    fork_context()
+    with Ranks() as ranks:
         ranks(2, compare_compiled)
 
 

@@ -194,11 +194,9 @@ class Exchange:
         by_rank = torch.stack(flags).tolist()
         checksums = [values[len(self.names) :] for values in by_rank]
         if any(checksum != checksums[0] for checksum in checksums):
-            texts = self._gather_objects(self._arguments)
-            rank = next(rank for rank, text in enumerate(texts) if text != texts[0])
+            texts = dict.fromkeys(self._gather_objects(self._arguments))
             raise ConfigError(
-                f"Muon: the ranks of its process group have different arguments: {texts[0]} on its rank 0, "
-                f"and {texts[rank]} on its rank {rank}, expected the same"
+                f"Muon: the ranks of its process group have different arguments: {'; and '.join(texts)}"
             )
         self._present = check_gradients(self.names, by_rank, dist.get_process_group_ranks(self.group))
 

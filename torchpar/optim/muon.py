@@ -265,7 +265,7 @@ class Muon(Optimizer):
     def _arguments(self, group: dict[str, Any]) -> str:
         """The arguments of a group, which must be the same on all ranks."""
         texts = [f"ns {self.ns}"]
-        for name in self.defaults:
+        for name in sorted(self.defaults.keys() & group.keys()):
             value = group[name]
             if isinstance(value, Tensor):  # one on a GPU is not read back
                 value = "on a GPU" if value.is_cuda else value.item()

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: MIT
+"""Run the conformance kit on every installed Muon: ``python -m benchmarks run optimizers``.
+
+Each optimizer is compared with its own step on whole matrices, in all situations of `torchpar.testing`. What
+others get wrong is a finding; the status is 1 only if torchpar's own Muon has a fault. All have their own
+defaults, except for the learning rate and the weight decay.
+"""
+
+import importlib
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+import torchpar
+from benchmarks.command import Command, run
+from benchmarks.results import Result, Table, print_results, track
+from torchpar.testing import SITUATIONS, check_optimizer
+
+LR, WEIGHT_DECAY = 0.02, 0.0
+TIMEOUT = 60.0  # seconds for a situation
+QUICK = ("whole", "Shard(0)")
+FAULTS = ("wrong", "hangs", "crashes")
+# Their weights are plain tensors, of which an optimizer other than ours cannot know that they are slices.
+OUR_LAYERS = ("ColumnParallelLinear", "RowParallelLinear")
+
+
+class Library(NamedTuple):
+    """A published optimizer.
+
+    Attributes:
+        package: as pip calls it.
+        path: module and class.
+        promises: about parameters that several ranks share, and where this is said.
+        only: "one process" or "replicas", if it says that it is for no more; other situations are left out.
+        in_group: whether the arguments go into the parameter group, with ``use_muon``.
+        orthogonal: whether its updates are meant to be orthogonal; others adapt them afterwards.
+        nesterov: whether it has this argument.
+        decay: the name of the argument for the weight decay.
+        options: other arguments.
+    """
+
+    package: str
+    path: str
+    promises: str
+    only: str = ""
+    in_group: bool = False
+    orthogonal: bool = True
+    nesterov: bool = True
+    decay: str = "weight_decay"
+    options: Mapping[str, Any] = MappingProxyType({})
+
+
+OURS = Library("torchpar", "torchpar.optim:Muon", "every placement (docs/muon.md)")
+PYTORCH_OPTIMIZER = Library("pytorch-optimizer", "pytorch_optimizer:Muon", "FSDP2 (docstring)", in_group=True)
+MUONIUM = Library("muonium", "muonium:Muon", "FSDP, tensor parallelism (readme)", decay="wd")
+LIBRARIES = {
+    "torchpar": OURS,
+    "torchpar, standard": OURS._replace(options={"ns": "standard"}),
+    "torch": Library("torch", "torch.optim:Muon", "nothing"),
+    "pytorch_optimizer Muon": PYTORCH_OPTIMIZER,
+    "pytorch_optimizer AdaMuon": PYTORCH_OPTIMIZER._replace(
+        path="pytorch_optimizer:AdaMuon", orthogonal=False, nesterov=False
+    ),
+    "pytorch_optimizer NorMuon": PYTORCH_OPTIMIZER._replace(
+        path="pytorch_optimizer:NorMuon", promises="nothing", orthogonal=False
+    ),
+    "pytorch_optimizer DistributedMuon": PYTORCH_OPTIMIZER._replace(
+        path="pytorch_optimizer:DistributedMuon", promises="replicas (source)", only="replicas"
+    ),
+    "timm": Library("timm", "timm.optim:Muon", "DTensors, FSDP2 (readme)", in_group=True),
+    "heavyball": Library("heavyball", "heavyball:Muon", "DDP, FSDP (readme)"),
+    "muon-fsdp2": Library("muon-fsdp2", "muon_fsdp2:Muon", "FSDP2, one device (docstring)", in_group=True),
+    "muon-optimizer": Library("muon-optimizer", "muon:Muon", "replicas (source)", "replicas", nesterov=False),
+    "dtensor-muon": MUONIUM._replace(package="dtensor-muon", path="dtensor_muon:Muon"),
+    "muonium": MUONIUM,
+    "optimuon": Library("optimuon", "optimuon:Muon", "replicas (readme)", "replicas", orthogonal=False),
+    "omnimuon": Library("omnimuon", "omnimuon:Muon", "DDP, FSDP (readme)", options={"matrix_lr": LR}),
+    "emerging-optimizers": Library(
+        "emerging-optimizers", "emerging_optimizers.orthogonalized_optimizers:Muon", "nothing"
+    ),
+    "gram-newton-schulz": Library(
+        package="gram-newton-schulz",
+        path="gram_newton_schulz:Muon",
+        promises="one GPU (docstring)",
+        only="one process",
+        options={"ns_use_kernels": False},
+    ),
+    "automuon": Library("automuon", "automuon:get_muon_and_adam", "nothing"),
+    "deepspeed": Library(
+        package="deepspeed",
+        path="deepspeed.runtime.zero.muon.muon_optimizer:MuonWithAuxAdam",
+        promises="in its engine (source)",
+        only="one process",
+        in_group=True,
+        nesterov=False,
+    ),
+}
+
+
+def make(model: nn.Module, name: str, **options: Any) -> torch.optim.Optimizer:
+    library = LIBRARIES[name]
+    module, _, kind = library.path.partition(":")
+    maker = getattr(importlib.import_module(module), kind)
+    if name == "heavyball":  # it would compile for longer than a situation may take
+        importlib.import_module("heavyball.utils").compile_mode = None  # type: ignore[attr-defined]
+    options |= {"lr": LR, library.decay: WEIGHT_DECAY, **library.options}
+    if name == "automuon":  # which makes torch.optim.Muon, and AdamW for other parameters
+        return maker(model.parameters(), options)[0]  # type: ignore[no-any-return]
+    params: Any = list(model.named_parameters() if library.package == "torchpar" else model.parameters())
+    if library.in_group:
+        params, options = [{"params": params, "use_muon": True, **options}], {}
+    return maker(params, **options)  # type: ignore[no-any-return]
+
+
+def make_with_nesterov(model: nn.Module, name: str, nesterov: bool = True) -> torch.optim.Optimizer:
+    return make(model, name, nesterov=nesterov)
+
+
+def make_ours(
+    model: nn.Module, name: str, nesterov: bool = True, views: Any = None, process_group: Any = None
+) -> torch.optim.Optimizer:
+    convolutions = [key for key, p in model.named_parameters() if p.dim() == 4]
+    views = views or dict.fromkeys(convolutions, partial(torch.flatten, start_dim=1))  # as for_model has it
+    return make(model, name, nesterov=nesterov, views=views, process_group=process_group)
+
+
+def check(name: str, situations: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a library; only the first one, if already its step on whole matrices fails."""
+    library = LIBRARIES[name]
+    maker = make_with_nesterov if library.nesterov else make
+    tried = partial(make_ours if library.package == "torchpar" else maker, name=name)
+    others = [one for one in situations if one != "whole" and applies(library, one)]
+    rows = check_optimizer(tried, ["whole"], timeout=TIMEOUT).rows
+    if rows[0]["verdict"] not in FAULTS:
+        rows += check_optimizer(tried, others, timeout=TIMEOUT, orthogonal=library.orthogonal).rows
+    return rows
+
+
+def applies(library: Library, situation: str) -> bool:
+    """Whether the library says nothing against the situation."""
+    if library.package != "torchpar" and situation in OUR_LAYERS:
+        return False
+    if library.package == "automuon" and situation == "fully_shard, convolutions":
+        return False  # nothing is left to its Muon
+    shared = library.only == "replicas" and situation == "DDP"
+    return not library.only or SITUATIONS[situation].ranks == 1 or shared
+
+
+def work(connection: Any, name: str, situations: Sequence[str]) -> None:
+    os.setpgrp()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries print
+    connection.send(check(name, situations))
+
+
+def check_in_own_group(name: str, situations: Sequence[str]) -> list[Result]:
+    """The results of a library, in a process group that ends with all that the library has started."""
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=work, args=(sender, name, situations))
+    process.start()
+    sender.close()
+    try:
+        rows = receiver.recv()
+    finally:
+        assert process.pid is not None
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+    library, results = LIBRARIES[name], []
+    about = {"version": version_of(library), "promises": library.promises}
+    for row in rows:
+        case = {"library": name, "situation": row.pop("situation")}
+        reason = row["detail"] if library.package == "torchpar" and row["verdict"] in FAULTS else ""
+        columns = about | row
+        results.append(
+            Result(case=case, contestant=library.path, columns=columns, ok=not reason, reason=reason)
+        )
+    return results
+
+
+def version_of(library: Library) -> str:
+    """The version of an installed library, or ""."""
+    try:
+        return version(library.package)
+    except PackageNotFoundError:
+        return torchpar.__version__ if library.package == "torchpar" else ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    command = Command("optimizers", "Run the conformance kit on every installed Muon.")
+    command.parser.add_argument("--only", nargs="+", metavar="NAME", choices=LIBRARIES)
+    options = command.parse(arguments)
+    asked = options.only or list(LIBRARIES)
+    names = [name for name in asked if version_of(LIBRARIES[name])]
+    if missing := [name for name in asked if name not in names]:
+        print("not installed:", ", ".join(missing))
+    table = Table(command.csv(options), torch.device("cpu"))
+    for name in track(names, "libraries"):
+        table.add(check_in_own_group(name, QUICK if options.quick else list(SITUATIONS)))
+    print_results("who is right where", table.results, ["library", "situation", "verdict", "update_error"])
+    return table.status
+
+
+if __name__ == "__main__":
+    run(main)

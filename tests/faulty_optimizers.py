@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: MIT
+"""A plain Muon that is right on every placement, and known faults of published libraries rebuilt on it.
+
+Each faulty class changes one or two methods of `PlainMuon`, and its docstring names the public report. `make`
+is what `torchpar.testing.check_optimizer` calls, with one of the classes.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from torchpar.reference import orthogonalize
+
+View = Callable[[Tensor], Any]
+
+
+def local(t: Tensor) -> Tensor:
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def whole(t: Tensor) -> Tensor:
+    return t.full_tensor().clone() if isinstance(t, DTensor) else t.clone()
+
+
+def placed_as(p: Tensor, t: Tensor) -> Tensor:
+    """The part of ``t`` that belongs to ``p``; ``t`` is whole on every rank."""
+    if not isinstance(p, DTensor):
+        return t
+    copies = DTensor.from_local(t, p.device_mesh, [Replicate()] * p.device_mesh.ndim, run_check=False)
+    return copies.redistribute(placements=p.placements)
+
+
+class PlainMuon(torch.optim.Optimizer):
+    """Gathers each momentum on every rank, and refuses what it cannot gather."""
+
+    def __init__(self, params: Any, views: Mapping[str, View] | None = None, **own: Any):
+        self.views = views or {}
+        super().__init__(params, {"lr": 0.02, "momentum": 0.95, "nesterov": True, "weight_decay": 0.0} | own)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        self.check()
+        for group in self.param_groups:
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                if p.grad is not None:
+                    self.update(name, p, group)
+        return loss
+
+    def check(self) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        if any(name.startswith("tensor_parallel") for p in params for name in vars(p)):
+            raise ValueError("PlainMuon: a slice of a matrix, expected a whole matrix or a DTensor")
+        if all(p.grad is None for p in params):
+            raise ValueError("PlainMuon: no gradient; if the model was sharded, make the optimizer again")
+        mine = [{key: str(x) for key, x in group.items() if key != "params"} for group in self.param_groups]
+        facts = (mine, [p.grad is None for p in params])
+        for mesh in {p.device_mesh: None for p in params if isinstance(p, DTensor)}:
+            for ranks in mesh.get_all_groups():
+                everyone: list[Any] = [None] * dist.get_world_size(ranks)
+                dist.all_gather_object(everyone, facts, ranks)
+                if any(other != facts for other in everyone):
+                    raise ValueError("PlainMuon: the ranks differ in parameters, arguments or gradients")
+
+    def update(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
+        gradient = p.grad.redistribute(placements=p.placements) if isinstance(p, DTensor) else p.grad
+        momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+        momentum.lerp_(gradient, 1 - group["momentum"])
+        ahead = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.sub_(group["lr"] * self.direction(name, p, ahead))
+
+    def direction(self, name: str, p: Tensor, ahead: Tensor) -> Tensor:
+        return placed_as(p, self.orthogonal(name, p, whole(ahead)))
+
+    def orthogonal(self, name: str, p: Tensor, t: Tensor) -> Tensor:
+        """Each matrix of ``t``, which is overwritten."""
+        for matrix in self.views.get(name, lambda t: [t.flatten(1)])(t):
+            matrix.copy_(self.scale(matrix, p) * orthogonalize(matrix.float()))
+        return t
+
+    def scale(self, matrix: Tensor, p: Tensor) -> float:
+        return max(matrix.shape[-2:]) ** 0.5
+
+
+def make(model: nn.Module, kind: Any = PlainMuon, nesterov: bool = True, views: Any = None) -> PlainMuon:
+    return kind(model.named_parameters(), nesterov=nesterov, views=views)
+
+
+class OrthogonalisesSlices(PlainMuon):
+    """The slice that a tensor-parallel rank holds is taken for a matrix (DeepSpeed#8437)."""
+
+    def check(self) -> None:
+        """Refuse nothing: a slice is a plain tensor."""
+
+
+class OrthogonalisesShards(PlainMuon):
+    """Each rank orthogonalises its rows, so updates depend on the number of ranks (Megatron-LM#6380)."""
+
+    def direction(self, name: str, p: Tensor, ahead: Tensor) -> Tensor:
+        update = self.orthogonal(name, p, local(ahead).clone())
+        if not isinstance(p, DTensor):
+            return update
+        layout = {"shape": p.shape, "stride": p.stride()}
+        return DTensor.from_local(update, p.device_mesh, p.placements, run_check=False, **layout)
+
+
+class AppliesMomentum(PlainMuon):
+    """Nothing orthogonalises: the default configuration was SGD with momentum (DeepSpeed#8441)."""
+
+    def direction(self, name: str, p: Tensor, ahead: Tensor) -> Tensor:
+        return ahead
+
+
+class LooksAtTheShard(PlainMuon):
+    """What is a matrix is decided by the shape that a rank holds, not by the layer's (DeepSpeed#8438)."""
+
+    def __init__(self, params: Any, **own: Any):
+        super().__init__(params, **own)
+        params = [p for group in self.param_groups for p in group["params"]]
+        self.matrices = {p for p in params if min(local(p).shape) >= 4}
+
+    def direction(self, name: str, p: Tensor, ahead: Tensor) -> Tensor:
+        update = super().direction(name, p, ahead)  # its messages, which every rank must send
+        return update if p in self.matrices else ahead.sign()
+
+
+class MomentumOfMicroBatches(PlainMuon):
+    """Each micro-batch updates the momentum and is orthogonalised by itself (DeepSpeed#8443)."""
+
+    def __init__(self, params: Any, **own: Any):
+        super().__init__(params, **own)
+        for group in self.param_groups:
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                p.register_post_accumulate_grad_hook(lambda p, name=name: self.accumulate(name, p))
+
+    @torch.no_grad()
+    def accumulate(self, name: str, p: Tensor) -> None:
+        state, total = self.state[p], p.grad.clone()
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        state["momentum_buffer"].lerp_(total - state.get("seen", 0), 0.05)
+        state["sum"] = state.get("sum", 0) + super().direction(name, p, state["momentum_buffer"])
+        state["seen"] = total
+
+    def update(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
+        if "sum" not in self.state[p]:  # nothing of fully_shard's parameters reaches the hook
+            return super().update(name, p, group)
+        p.sub_(group["lr"] * self.state[p].pop("sum"))
+        self.state[p].pop("seen")
+
+
+class FlattensShards(PlainMuon):
+    """Shards are flattened into one vector, in which nothing is a matrix any more (DeepSpeed#8463)."""
+
+    def direction(self, name: str, p: Tensor, ahead: Tensor) -> Tensor:
+        if not isinstance(p, DTensor):
+            return super().direction(name, p, ahead)
+        vector = whole(ahead).flatten()
+        return placed_as(p, self.scale(p, p) * (vector / vector.norm()).view(p.shape))
+
+
+class ViewsShards(PlainMuon):
+    """The number of heads of the whole matrix is applied to the rows of a rank (DeepSpeed#8384)."""
+
+    def orthogonal(self, name: str, p: Tensor, t: Tensor) -> Tensor:
+        if name not in self.views or not isinstance(p, DTensor):
+            return super().orthogonal(name, p, t)
+        heads = len(self.views[name](t))
+        for rows in t.chunk(p.device_mesh.size()):
+            for head in rows.chunk(heads):
+                head.copy_(self.scale(head, p) * orthogonalize(head))
+        return t
+
+
+class ScalesByPaddedShape(PlainMuon):
+    """The rows that pad a matrix to equal shards count for its learning rate (Megatron-LM#6683)."""
+
+    def scale(self, matrix: Tensor, p: Tensor) -> float:
+        ranks = p.device_mesh.size() if isinstance(p, DTensor) else 1
+        rows, columns = matrix.shape[-2:]
+        return max(-(-rows // ranks) * ranks, columns) ** 0.5
+
+
+class NormalisesMomentum(PlainMuon):
+    """Without Nesterov, a bfloat16 momentum is divided by its norm in place (pytorch#190597)."""
+
+    def direction(self, name: str, p: Tensor, ahead: Tensor) -> Tensor:
+        aliased = ahead.bfloat16()  # which is ``ahead`` itself, if that is bfloat16
+        aliased.div_(whole(aliased).norm())
+        return super().direction(name, p, ahead)
+
+
+class AcceptsAnyArguments(PlainMuon):
+    """Ranks that share a matrix may have different learning rates, and end with different matrices."""
+
+    def check(self) -> None:
+        """Compare nothing."""
+
+
+class AveragesOverShards(PlainMuon):
+    """Updates are divided by their root mean square: 0 / 0 on a rank without rows spreads to all ranks."""
+
+    def direction(self, name: str, p: Tensor, ahead: Tensor) -> Tensor:
+        update = super().direction(name, p, ahead)
+        count = local(update).numel()
+        sums = torch.stack([local(update).float().square().mean() * count, torch.tensor(float(count))])
+        for ranks in p.device_mesh.get_all_groups() if isinstance(p, DTensor) else ():
+            dist.all_reduce(sums, group=ranks)
+        return update * (sums[1] / sums[0]).sqrt().to(update.dtype)
+
+
+class UpdatesTiedTwice(PlainMuon):
+    """A parameter of two layers is updated once for each of them."""
+
+    def update(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
+        for _ in range(self.uses[name]):
+            super().update(name, p, group)
+
+
+def make_by_layer(model: nn.Module) -> UpdatesTiedTwice:
+    optimizer = UpdatesTiedTwice(model.named_parameters())
+    layers = [p for module in model.modules() for p in module.parameters(recurse=False)]
+    optimizer.uses = {name: sum(p is q for q in layers) for name, p in model.named_parameters()}
+    return optimizer

@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: MIT
+"""Compare an optimizer in many situations with its own step on whole matrices, and judge the differences."""
+
+import copy
+import dis
+import logging
+import math
+import pickle
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from torchpar.errors import ConfigError
+from torchpar.testing.ranks import Ranks
+from torchpar.testing.situations import SITUATIONS, Situation, polar
+from torchpar.testing.trial import FAMILIES, Array, Layers, Make, NotApplicable, Record, Trial, named_weights
+
+FAULTS = ("wrong", "hangs", "crashes")
+GRACE = 5.0  # seconds for the other ranks, once one has failed
+DRAWS = 8  # of rounded gradients
+# An update rounds about 16 times in sequence: its input, and three products in each of five iterations.
+# Random errors add as the square root. The errors of torch.optim.Muon, whose DTensors sum parts of products
+# in bfloat16, were at most 1.7 times the yardstick, in seven situations with six seeds.
+FACTOR = 4.0
+# An update may itself be rounded to bfloat16, by any optimizer.
+BFLOAT16 = float(torch.finfo(torch.bfloat16).eps)
+JORDAN = (3.4445, -4.7750, 2.0315)
+
+Key = tuple[str, ...]  # the family of gradients, and the names of matrices
+Weights = dict[str, list[Array]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The verdict on an optimizer in one situation.
+
+    Attributes:
+        verdict: "same bits", "equal up to rounding", "refuses", "wrong", "hangs", "crashes" or "not
+            applicable".
+        update_error: ‖Δ − Δ_ref‖ / ‖Δ_ref‖ of the worst matrix, with gradients of full rank. For the polar
+            factor, the sine of the angle.
+        rounding: the change of Δ_ref that rounding the gradients makes. For the polar factor, the largest
+            sine that is right.
+        scale_error: |‖Δ‖ / ‖Δ_ref‖ − 1| of the same matrix.
+        detail: a message, or what was found.
+    """
+
+    situation: str
+    verdict: str
+    update_error: float | None = None
+    rounding: float | None = None
+    scale_error: float | None = None
+    detail: str = ""
+
+
+class Conformance(list[Row]):
+    """The rows of a table, which `str` prints."""
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows as dictionaries, for a CSV."""
+        return [asdict(row) for row in self]
+
+    def assert_conforms(self, allow_refusals: bool = True) -> None:
+        """Raise an AssertionError that shows the faulty rows: wrong, hangs or crashes.
+
+        Args:
+            allow_refusals: whether an optimizer may refuse a situation.
+        """
+        faults = FAULTS if allow_refusals else (*FAULTS, "refuses")
+        if faulty := Conformance(row for row in self if row.verdict in faults):
+            raise AssertionError(f"{len(faulty)} of {len(self)} situations are faulty\n{faulty}")
+
+    def __str__(self) -> str:
+        table = [["situation", "verdict", "update error", "rounding", "scale error", "detail"]]
+        table += [[_cell(value) for value in row.values()] for row in self.rows]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in table)
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(value: str | float | None) -> str:
+    return value if isinstance(value, str) else "" if value is None else f"{value:.1e}" if value else "0"
+
+
+def check_optimizer(
+    make: Make,
+    situations: Iterable[str] | None = None,
+    *,
+    timeout: float = 60.0,
+    seed: int = 0,
+    orthogonal: bool = True,
+    ranks: Ranks | None = None,
+) -> Conformance:
+    """Try an optimizer in many situations, on gloo ranks on this machine's CPU.
+
+    An update Δ of each situation is compared with Δ_ref, that of the same optimizer's step on whole matrices
+    on one process, with the same gradients. It may differ by four times what rounding the gradients changes.
+    Ranks are processes that import the caller's main module: a script needs ``if __name__ == "__main__":``.
+
+    Args:
+        make: returns the optimizer of a model whose parameters are hidden matrices: a module-level function
+            or class, or a `functools.partial` of one. A situation that is about ``views``, ``nesterov`` or
+            ``process_group`` passes it, if ``make`` has such an argument.
+        situations: names from `SITUATIONS`; by default all.
+        timeout: seconds for each situation, after which its ranks hang.
+        seed: of weights and gradients.
+        orthogonal: whether to try what can be asked only of optimizers that orthogonalise.
+        ranks: an open pool, which other calls use, too. Otherwise the processes end with the call.
+
+    Raises:
+        ConfigError: an unknown situation; a ``make`` that the ranks cannot import.
+    """
+    names = list(SITUATIONS if situations is None else situations)
+    if unknown := [name for name in names if name not in SITUATIONS]:
+        raise ConfigError(f"situation {unknown[0]!r}, expected one of {', '.join(SITUATIONS)}")
+    with Ranks() if ranks is None else nullcontext(ranks) as pool:
+        try:
+            made = pickle.dumps(make)
+            pool(1, pickle.loads, made)
+        except Exception as e:
+            raise ConfigError(
+                "the ranks, which are processes, cannot import make; expected a module-level function or "
+                f"class, or a functools.partial of one ({e})"
+            ) from e
+        return Conformance(
+            _row(pool, name, made, timeout, seed)
+            for name in names
+            if orthogonal or not SITUATIONS[name].orthogonal
+        )
+
+
+def _row(ranks: Ranks, name: str, made: bytes, timeout: float, seed: int) -> Row:
+    situation, merged = SITUATIONS[name], dict[Key, Record]()
+    limits = {"timeout": min(timeout, situation.timeout), "grace": GRACE}
+    phases = [situation.ranks] if isinstance(situation.ranks, int) else situation.ranks
+    with TemporaryDirectory() as folder:
+        for phase, world_size in enumerate(phases):
+            outcomes = ranks.outcomes(world_size, _try, name, made, seed, folder, phase, **limits)
+            if failed := _failure(outcomes, situation):
+                return Row(name, failed[0], detail=failed[1])
+            if apart := _merge(merged, outcomes):
+                return Row(name, "wrong", apart, detail="the ranks differ in the same matrix")
+    if situation.run is polar:
+        return _judge_polar(name, merged)
+    outcomes = ranks.outcomes(1, _follow, made, list(merged.values()), **limits)
+    if failed := _failure(outcomes, situation):
+        return Row(name, failed[0], detail=f"on whole matrices: {failed[1]}")
+    return _judge(name, merged, outcomes[0])
+
+
+# On the ranks
+
+
+class Failure(Exception):
+    """A verdict on an error, and its message, which other processes can load."""
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    """Turn errors into failures, and leave out warnings, which every rank would print."""
+    logging.disable()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    except NotApplicable as e:
+        raise Failure("not applicable", str(e)) from None
+    except Exception as e:
+        message = " ".join(f"{type(e).__name__}: {e}".split())[:300]
+        lost = "gloo/transport" in message  # because another rank has failed
+        raise Failure("hangs" if lost else "refuses" if _refuses(e) else "crashes", message) from None
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _refuses(error: Exception) -> bool:
+    """Whether an error is a refusal: raised on purpose, and not within PyTorch if it is a RuntimeError."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    assert last is not None
+    module, code = last.tb_frame.f_globals.get("__name__", ""), last.tb_frame.f_code.co_code
+    own = not module.startswith("torch.") or module.startswith("torch.optim.")
+    kinds = (ValueError, TypeError, NotImplementedError, *[RuntimeError] * own)
+    return isinstance(error, kinds) and code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+def _try(name: str, made: bytes, seed: int, folder: str, phase: int) -> dict[str, Record]:
+    """Train in a situation on this rank, with each family of gradients."""
+    situation, records = SITUATIONS[name], {}
+    with _failures():
+        for family in FAMILIES:
+            torch.manual_seed(0)
+            setup = copy.deepcopy(dict(situation.setup))
+            trial = Trial(pickle.loads(made), family, seed, Path(folder) / family, phase, **setup)
+            situation.run(trial)
+            records[family] = trial.record
+    return records
+
+
+def _follow(made: bytes, records: list[Record]) -> list[list[Weights]]:
+    """The weights of the same steps on whole matrices: with the same gradients, then with rounded ones."""
+    with _failures():
+        exact = [_weights(pickle.loads(made), record, 0) for record in records]
+        if all(_same_bits(record.weights, weights) for record, weights in zip(records, exact, strict=True)):
+            return [[weights] for weights in exact]  # their rounding does not matter
+        return [
+            [weights, *(_weights(pickle.loads(made), record, 1 + draw) for draw in range(DRAWS))]
+            for record, weights in zip(records, exact, strict=True)
+        ]
+
+
+def _same_bits(weights: Weights, reference: Weights) -> bool:
+    return all(np.array_equal(weights[name], reference[name]) for name in reference)
+
+
+def _weights(make: Make, record: Record, draw: int) -> Weights:
+    model = Layers({name: torch.from_numpy(of[0]).to(record.dtype) for name, of in record.weights.items()})
+    optimizer = make(model, **record.options)
+    weights = {name: of[:1] for name, of in record.weights.items()}
+    generator = torch.Generator().manual_seed(draw)
+    torch.manual_seed(0)
+    for gradients in zip(*record.gradients.values(), strict=True):
+        optimizer.zero_grad()
+        params = dict(named_weights(model))
+        for p, gradient in zip(params.values(), gradients, strict=True):
+            if gradient is not None:
+                g = torch.from_numpy(gradient)
+                if draw:  # an error of at most one rounding to bfloat16, also where the dtype is bfloat16
+                    g = g * (1 + BFLOAT16 * (torch.rand(g.shape, generator=generator) - 0.5))
+                # A backward pass, because an optimizer may have hooks in it.
+                torch.autograd.backward(p, g.to(record.dtype))
+        optimizer.step()
+        for name, p in params.items():
+            weights[name].append(p.detach().double().numpy().copy())
+    return weights
+
+
+# On the process that asks
+
+
+def _failure(outcomes: list[Any], situation: Situation) -> tuple[str, str] | None:
+    """The verdict on errors and hanging ranks, and a message; None if no rank has failed."""
+    ranks: dict[str, dict[int, str]] = {}  # by verdict
+    for rank, outcome in enumerate(outcomes):
+        if isinstance(outcome, Failure):
+            verdict, message = outcome.args
+            ranks.setdefault(verdict, {})[rank] = message
+        elif isinstance(outcome, BaseException):
+            hangs = isinstance(outcome, TimeoutError)
+            last = str(outcome).strip().rpartition("\n")[2]  # of a traceback
+            message = "no answer in time" if hangs else f"{type(outcome).__name__}: {last}"
+            ranks.setdefault("hangs" if hangs else "crashes", {})[rank] = message
+    for verdict in ("not applicable", "crashes", "refuses", "hangs"):
+        if verdict in ranks:
+            (rank, message), *others = ranks[verdict].items()
+            if len(others) + 1 == len(outcomes):
+                return verdict, message
+            if verdict != "refuses" or situation.one_may_refuse:
+                return verdict, f"rank {rank}: {message}"
+            if "hangs" in ranks:
+                return "hangs", f"refuses on rank {rank}, others hang: {message}"
+            return "wrong", f"refuses on rank {rank}, and not on all: {message}"
+    return None
+
+
+def _merge(merged: dict[Key, Record], outcomes: list[dict[str, Record]]) -> float:
+    """Add the records of a phase; returns by how much ranks differ that have the same matrices."""
+    of_phase: dict[Key, Record] = {}
+    apart = 0.0
+    for of_rank in outcomes:
+        for family, record in of_rank.items():
+            first = of_phase.setdefault((family, *record.weights), record)
+            for name, weights in record.weights.items():
+                if not np.array_equal(weights, first.weights[name], equal_nan=True):
+                    apart = max(apart, _distance(weights, first.weights[name]).error)
+    for key, record in of_phase.items():
+        first = merged.setdefault(key, record)
+        if first is not record:
+            for name, weights in record.weights.items():
+                first.weights[name] += weights[1:]
+                first.gradients[name] += record.gradients[name]
+    return apart
+
+
+class Distance(NamedTuple):
+    """How far updates are from others: the relative error, and that of their norm."""
+
+    error: float
+    scale: float
+
+
+def _distance(weights: list[Array], reference: list[Array]) -> Distance:
+    """The largest errors of the updates of all steps; those of NaN are infinite."""
+    found = [Distance(0.0, 0.0)]
+    for update, right in zip(np.diff(weights, axis=0), np.diff(reference, axis=0), strict=True):
+        if not np.array_equal(update, right):
+            norms = [float(np.linalg.norm(x)) for x in (update - right, update, right)]
+            if norms[2] > 0 and math.isfinite(sum(norms)):
+                found.append(Distance(norms[0] / norms[2], abs(norms[1] / norms[2] - 1)))
+            else:
+                found.append(Distance(math.inf, math.inf))
+    return Distance(*map(max, zip(*found, strict=True)))
+
+
+def _judge(name: str, merged: dict[Key, Record], references: list[list[Weights]]) -> Row:
+    """Judge each matrix by its own rounding; the row shows the worst one of full rank."""
+    found = []
+    for ((family, *_), record), (exact, *rounded) in zip(merged.items(), references, strict=True):
+        if not rounded:
+            return Row(name, "same bits", 0.0, None, 0.0)
+        for matrix, weights in record.weights.items():
+            distance = _distance(weights, exact[matrix])
+            draws = [_distance(draw[matrix], exact[matrix]) for draw in rounded]
+            error, scale = map(max, zip(*draws, strict=True))
+            allowed = Distance(FACTOR * error + BFLOAT16, FACTOR * scale + BFLOAT16)
+            excess = max(distance.error / allowed.error, distance.scale / allowed.scale)
+            found.append((excess, family, matrix, distance, error))
+    full, low = (max(one for one in found if one[1] == family) for family in FAMILIES)
+    excess, family, matrix, distance, rounding = max(found)
+    numbers = full[3].error, full[4], full[3].scale
+    if excess <= 1:
+        return Row(name, "equal up to rounding", *numbers, f"low rank: {low[3].error:.1e} of {low[4]:.1e}")
+    detail = f"{matrix}, {family}: update off by {distance.error:.1e} (rounding {rounding:.1e})"
+    return Row(name, "wrong", *numbers, f"{detail}, its norm by {distance.scale:.1e}")
+
+
+def _judge_polar(name: str, merged: dict[Key, Record]) -> Row:
+    """Compare the first update with the polar factor U·Vᵀ of the gradient U·Σ·Vᵀ, in float64.
+
+    Five Newton–Schulz iterations with Jordan's coefficients bring all singular values of the normalised
+    gradient into an interval [a, b]. Then the cosine of the angle to U·Vᵀ is at least 2·√(ab) / (a + b). The
+    interval is widened by the rounding to bfloat16 of each iteration's three products, and begins at half of
+    the smallest singular value. No singular value is further from the median than a from b.
+    """
+    rows = []
+    record = next(record for (family, *_), record in merged.items() if family == FAMILIES[0])
+    for matrix, weights in record.weights.items():
+        u, sigma, vt = np.linalg.svd(record.gradients[matrix][0], full_matrices=False)
+        update = weights[1] - weights[0]
+        values = np.linalg.svd(update, compute_uv=False)
+        cosine = -(update * (u @ vt)).sum() / max(np.linalg.norm(values) * math.sqrt(len(sigma)), 1e-300)
+        a, b = np.array([sigma[-1] / 2, sigma[0]]) / np.linalg.norm(sigma)
+        for _ in range(5):
+            x = np.geomspace(a * (1 - 1.5 * BFLOAT16), b * (1 + 1.5 * BFLOAT16), 1000)
+            x = JORDAN[0] * x + JORDAN[1] * x**3 + JORDAN[2] * x**5
+            a, b = x.min(), x.max()
+        bound = 2 * math.sqrt(a * b) / (a + b)
+        median = max(float(np.median(values)), 1e-300)
+        is_right = cosine >= bound and values[-1] >= a / b * median and values[0] <= b / a * median
+        sine, largest = (math.sqrt(max(1 - cos**2, 0.0)) for cos in (cosine, bound))
+        detail = f"{matrix}: cosine {cosine:.3f}, expected at least {bound:.3f}; singular values "
+        detail += f"{values[-1] / median:.2f} to {values[0] / median:.2f} of their median"
+        verdict = "equal up to rounding" if is_right else "wrong"
+        rows.append(Row(name, verdict, sine, largest, detail=detail))
+    return max(rows, key=lambda row: (row.verdict == "wrong", row.update_error))

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: MIT
+"""One optimizer in one situation on this rank: a model, its gradients, and a record of the steps."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+SHAPES = {"square": (32, 32), "tall": (64, 24), "wide": (24, 64), "uneven": (13, 10), "flat": (4, 20)}
+STEPS = range(3)
+# Muon's iterations amplify rounding where a gradient is singular, as that of a small batch is.
+FAMILIES = ("full rank", "low rank")
+
+Array = np.ndarray[Any, Any]
+Batch = dict[str, tuple[Tensor, Tensor]]
+Make = Callable[..., torch.optim.Optimizer]
+
+
+class NotApplicable(Exception):
+    """The optimizer has no argument for what the situation is about."""
+
+
+class Layers(nn.Module):
+    """Linear layers, and convolutions for weights of four axes, side by side.
+
+    The loss of a batch ``{name: (x, y)}`` is Σ (layer(x)·y), so the batch alone determines the gradients:
+    that of a linear layer is yᵀ·x.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]):
+        super().__init__()
+        for name, weight in weights.items():
+            n, m, *kernel = weight.shape
+            layer = nn.Conv2d(m, n, kernel, bias=False) if kernel else nn.Linear(m, n, bias=False)  # type: ignore[arg-type]
+            layer.weight = nn.Parameter(weight.clone())
+            self.add_module(name, layer)
+
+    def forward(self, batch: Batch) -> Any:
+        return sum((self.get_submodule(name)(x) * y).sum() for name, (x, y) in batch.items())
+
+
+@dataclass
+class Record:
+    """The weights before and after each step, and the gradients or None: whole matrices, in float64."""
+
+    dtype: torch.dtype
+    options: dict[str, Any]
+    weights: dict[str, list[Array]] = field(default_factory=dict)
+    gradients: dict[str, list[Any]] = field(default_factory=dict)
+
+
+@dataclass
+class Trial:
+    """What a situation needs on a rank.
+
+    Attributes:
+        family: "full rank" or "low rank", the kind of gradients.
+        folder: a folder of all ranks, which is empty at first.
+        phase: the index of the part of a situation that starts its ranks anew.
+        decades: over which the singular values of a gradient are spread.
+        views: the views that the optimizer gets, by the name of a parameter.
+        options: further arguments of the optimizer, which the reference gets, too.
+        gather: makes a rank's part of a weight or a gradient whole.
+    """
+
+    make: Make
+    family: str
+    seed: int
+    folder: Path
+    phase: int
+    dtype: torch.dtype = torch.float32
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=lambda: dict(SHAPES))
+    decades: float = 1.0
+    views: dict[str, Callable[[Tensor], Any]] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    gather: Callable[[Tensor], Tensor] = lambda t: t.full_tensor() if isinstance(t, DTensor) else t
+
+    def __post_init__(self) -> None:
+        self.record = Record(self.dtype, self.options)
+
+    def model(self) -> Layers:
+        """The layers of `shapes`, the same on every rank."""
+        weights = {
+            name: 0.05 * torch.randn(shape, generator=self._generator(name))
+            for name, shape in self.shapes.items()
+        }
+        return Layers({name: weight.to(self.dtype) for name, weight in weights.items()})
+
+    def optimizer(self, model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+        """Make the optimizer; its function may lack an argument that the situation is about."""
+        options |= self.options | ({"views": self.views} if self.views else {})
+        if unknown := options.keys() - inspect.signature(self.make).parameters:
+            raise NotApplicable(f"make has no argument {min(unknown)}")
+        return self.make(model, **options)
+
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> Batch:
+        """Inputs and their weights in the loss: those of one of several ``parts`` of the samples."""
+        samples = {name: self._samples(name, shape, step) for name, shape in self.shapes.items()}
+        return {name: (x[part::parts], y[part::parts]) for name, (x, y) in samples.items()}
+
+    def gradients(self, step: int, part: int = 0, parts: int = 1) -> dict[str, Tensor]:
+        """The gradients of `batch` for linear layers."""
+        return {name: y.T @ x for name, (x, y) in self.batch(step, part, parts).items()}
+
+    def train(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        backward: Callable[[int], Any] | None = None,
+        *,
+        take_step: Callable[[int], Any] | None = None,
+        steps: Iterable[int] = STEPS,
+    ) -> None:
+        """Record ``steps``.
+
+        Args:
+            backward: computes the gradients of a step, by default those of the whole batch.
+            take_step: the default calls ``optimizer.step()``.
+        """
+        optimizer = optimizer or self.optimizer(model)
+        for step in steps:
+            optimizer.zero_grad()
+            backward(step) if backward else model(self.batch(step)).backward()
+            if not self.record.weights:
+                self._append(self.record.weights, model, Tensor.detach)
+            self._append(self.record.gradients, model, attrgetter("grad"))
+            take_step(step) if take_step else optimizer.step()
+            self._append(self.record.weights, model, Tensor.detach)
+
+    def _append(self, record: dict[str, list[Any]], model: nn.Module, part: Callable[[Tensor], Any]) -> None:
+        """Append the whole matrices by the names of parameters, with numbers within one that has a view."""
+        for name, p in named_weights(model):
+            t, view = part(p), self.views.get(f"{name}.weight")
+            whole = None if t is None else self.gather(t).contiguous()
+            matrices = {name: whole}
+            if view is not None and whole is not None:
+                matrices = {f"{name}_{i}": matrix for i, matrix in enumerate(view(whole))}
+            for key, matrix in matrices.items():
+                # A tensor would travel between processes by shared memory.
+                record.setdefault(key, []).append(None if matrix is None else matrix.double().numpy().copy())
+
+    def _samples(self, name: str, shape: tuple[int, ...], step: int) -> tuple[Tensor, Tensor]:
+        """Inputs x and weights y with yᵀ·x = U·Σ·Vᵀ, where Σ is spread over `decades`."""
+        n, m = shape[0], math.prod(shape[1:])
+        generator = self._generator(name, step)
+        rank = min(n, m) if self.family == "full rank" else min(16, max(min(n, m) // 2, 1))
+        u, v, mixed = (
+            torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64)).Q
+            for size in (n, m, max(rank, 16))
+        )
+        mixed = mixed * torch.logspace(0, -self.decades / 2, rank, dtype=torch.float64)
+        x, y = (mixed @ v.T).to(self.dtype), (mixed @ u.T).to(self.dtype)
+        return x.view(-1, *shape[1:]), y.view(*y.shape, *[1] * (len(shape) - 2))
+
+    def _generator(self, *of: Any) -> torch.Generator:
+        return torch.Generator().manual_seed(crc32(repr((self.seed, self.family, *of)).encode()))
+
+
+def named_weights(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """The parameters by the names of their layers, also within a wrapper such as DistributedDataParallel."""
+    return [(name.split(".")[-2], p) for name, p in model.named_parameters()]
