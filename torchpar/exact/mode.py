@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -52,7 +53,8 @@ class _Functions(TorchFunctionMode):
 
 class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return version_of(func, args)(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunction():  # rules do not call attention, and their calls are many
+            return version_of(func, args)(*args, **(kwargs or {}))
 
 
 def version_of(func: Any, args: Any) -> Callable[..., Any]:

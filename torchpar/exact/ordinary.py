@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 T = TypeVar("T")
@@ -16,7 +17,7 @@ def ordinary(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> T:
-        with _disable_current_modes():
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
             return function(*args, **kwargs)
 
     return call

@@ -19,6 +19,7 @@ routines of matrix multiplication and its applications", 2012; Ootomo, Ozaki and
 matrix multiplication unit", 2024.
 """
 
+import math
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -199,7 +200,7 @@ class Sums:
         elif len(self._orders) == 1:
             yield slice(None), self._orders[0]
         else:
-            for block in _blocks(*self.shape):
+            for block in _blocks(self.shape[0], math.prod(self.shape[1:])):
                 total = self._orders[0][block].double()
                 for order in self._orders[1:]:
                     torch.add(order[block], total, alpha=2**BITS, out=total)
@@ -222,13 +223,12 @@ class Sums:
 
 def _orders(a: Tensor, b: Tensor) -> list[Tensor]:
     k = a.shape[-1]
-    if (
-        a.dim() == 3
-        and k
-        and a.shape[0] * b.shape[0] * k >= _MIN_INT8_PRODUCT
-        and has_int8()
-        and torch.backends.mkldnn.enabled
-    ):
+    is_large = k > 0 and a.shape[-3] * b.shape[-3] * k >= _MIN_INT8_PRODUCT
+    if is_large and has_int8() and torch.backends.mkldnn.enabled:
+        if a.dim() > 3:
+            pairs = zip(a.flatten(0, -4), b.flatten(0, -4), strict=True)
+            by_order = zip(*(_orders(x, y) for x, y in pairs), strict=True)
+            return [torch.stack(order).view(*a.shape[:-2], b.shape[-3]) for order in by_order]
         # Order s: Σ_p d_p·c_(s − p) is one product over the leading digits of A and those of B, reversed.
         left, right = _concatenated(a), _concatenated(b, reverse=True)
         return [torch._int_mm(left[:, : n * k], right[:, -n * k :].T) for n in range(1, DIGITS + 1)]
