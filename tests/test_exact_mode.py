@@ -49,6 +49,8 @@ FUNCTIONS: dict[str, tuple[Any, Tensor, float]] = {
     "silu": (F.silu, X, 0.51),
     "softplus": (F.softplus, X, 0.51),
     "pow": (lambda x: x**1.7, X.abs().clamp(min=2.0**-40), 0.51),
+    "logsumexp": (lambda x: x.view(-1, 1999).logsumexp(1), X[: 11 * 1999], 0.51),
+    "softplus_backward": (lambda x: torch.func.grad(lambda x: F.softplus(x).sum())(x), X, 0.51),
     "power": (lambda x: x**3, X.abs().clamp(min=2.0**-40), 0.51),
 }
 

@@ -44,7 +44,7 @@ _PASSING = """
     permute pixel_shuffle repeat reshape roll select select_backward select_scatter set_ slice slice_backward
     slice_scatter split split_with_sizes squeeze stack t take_along_dim transpose tril triu unbind unfold
     unsafe_split unsqueeze view view_as_complex _unsafe_view _reshape_alias _to_copy _pin_memory resize_
-    empty empty_like empty_strided full full_like ones ones_like scalar_tensor zeros zeros_like fill zero eye
+    empty empty_like empty_strided new_empty_strided full full_like ones ones_like scalar_tensor zeros zeros_like fill zero eye
     masked_fill masked_scatter scatter index_fill index_copy where nan_to_num clamp clamp_min clamp_max
     abs neg sign sqrt floor ceil round trunc relu threshold threshold_backward hardtanh hardtanh_backward
     eq ne lt le gt ge isnan isinf isneginf isposinf logical_and logical_or logical_not logical_xor all any
@@ -287,6 +287,15 @@ def _softmax_backward(g: Tensor, y: Tensor, dim: int, _: Any) -> Tensor:
     return ((g.double() - total) * y.double()).float()
 
 
+@rule("logsumexp")
+def _logsumexp(x: Tensor, dims: list[int], keepdim: bool = False) -> Tensor:
+    _float32(x)
+    largest = x.amax(dims, True)
+    shift = torch.where(largest.isfinite(), largest, 0.0)
+    total = log64(exact_sum(ieee.exp(x - shift), dims, True)) + shift.double()
+    return (total if keepdim else total.squeeze(tuple(dims))).float()
+
+
 @rule("_log_softmax")
 def _log_softmax(x: Tensor, dim: int, _: bool) -> Tensor:
     _float32(x)
@@ -437,10 +446,26 @@ _function("erf", erf64)
 _function("erfinv", erfinv64)
 _function("rsqrt", lambda x: 1 / x.sqrt())
 _function("silu", lambda x: x * sigmoid64(x))
-_function("softplus", lambda x: x.clamp(min=0) + log64(exp64(-x.abs()) + 1))
 
 RULES["sigmoid_backward"] = partial(in_pieces, lambda g, y: g * (y * (1 - y)))
 RULES["tanh_backward"] = partial(in_pieces, lambda g, y: g * (1 - y * y))
+
+
+@rule("softplus")
+def _softplus(x: Tensor, beta: float = 1, _: float = 20) -> Tensor:
+    _check_beta(beta)
+    return in_pieces(lambda x: x.clamp(min=0) + log64(exp64(-x.abs()) + 1), x)
+
+
+@rule("softplus_backward")
+def _softplus_backward(g: Tensor, x: Tensor, beta: float, _: float) -> Tensor:
+    _check_beta(beta)
+    return in_pieces(lambda g, x: g * sigmoid64(x), g, x)
+
+
+def _check_beta(beta: float) -> None:
+    if beta != 1:
+        raise ConfigError(f"softplus in exact arithmetic has beta 1, not {beta}; scale its input and output")
 
 
 @rule("silu_backward")
