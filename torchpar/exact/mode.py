@@ -15,8 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torchpar.errors import ConfigError
+from torchpar.exact import elementwise as elementwise
+from torchpar.exact import products as products  # which register rules
+from torchpar.exact import reductions as reductions
 from torchpar.exact.attention import scaled_dot_product_attention
-from torchpar.exact.rules import PASSING, RULES
+from torchpar.exact.registry import PASSING, RULES
 
 _NAMESPACES = ("prims", "profiler", "debugprims")
 _OWN = ("exact_matmul", "maximum")
