@@ -24,12 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.command import Command, run
 from benchmarks.results import CORES, Result, Table, duration, number, print_cells, print_failures
 from benchmarks.timing import CPU, Rejected, Times, take_turns, time_calls
-from torchpar import ieee
+from torchpar import exact
 from torchpar.nn import MLP
 from torchpar.parallel.launch.local import Ranks, current_world, start_ranks
 from torchpar.parallel.launch.world import World
-from torchpar.parallel.split.exact_gradients import ExactGradients
-from torchpar.parallel.split.layers import Arithmetic, split_parameters
+from torchpar.parallel.split.layers import split_parameters
 from torchpar.parallel.split.mlp import parallel_mlp
 from torchpar.parallel.split.shared_memory import SUPPORTED, make_shared_sum, register_shared_memory_hook
 from torchpar.profile.collectives import Collectives
@@ -51,7 +50,7 @@ class StepCase:
     dp: int = 1
     tp: int = 1
     threads: int = 1
-    arithmetic: Arithmetic = "fast"
+    arithmetic: str = "fast"
 
     @property
     def ranks(self) -> int:
@@ -110,13 +109,14 @@ class Step:
         self.case, self.world = case, mesh(case.dp, case.tp)
         model, x, labels = unsplit(case)
         if case.tensor_split:
-            model = parallel_mlp(model, self.world.mesh["tp"], case.arithmetic)
+            split = exact.parallel_mlp if case.arithmetic == "exact" else parallel_mlp
+            model = split(model, self.world.mesh["tp"])
         self.model = model
         self.wrapped: torch.nn.Module = model
         self.optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
         if case.arithmetic == "exact":
-            self.exact_gradients = ExactGradients(model, self.world)
-            self.optimizer = sgd(model, lr=1e-3, momentum=0.0, weight_decay=0.0, arithmetic="exact")
+            self.exact_gradients = exact.ExactGradients(model, self.world)
+            self.optimizer = sgd(model, lr=1e-3, momentum=0.0, weight_decay=0.0, kind=exact.ExactSGD)
         elif case.dp > 1:
             group = self.world.mesh["dp"].get_group()
             replica = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
@@ -130,7 +130,7 @@ class Step:
         batch = self.case.batch
         loss: Tensor
         if self.case.arithmetic == "exact":
-            loss = ieee.cross_entropy_sum(self.model(self.x), self.labels)
+            loss = exact.cross_entropy_sum(self.model(self.x), self.labels)
             (loss / batch).backward()
             self.exact_gradients()
         else:
@@ -190,12 +190,13 @@ def check(case: StepCase) -> dict[str, Any]:
     # Only now may a rank be alone with an error.
     error = compare_with_one_rank(grad, (grads[0], grads[1]), total, (losses[0], losses[1]), case.batch)
     sent = [call.bytes for call in recorded.calls if call.operation != "recv"]
+    messages: dict[str, Any] = exact.MESSAGES if case.arithmetic == "exact" else {}
     expected = cost.collectives(
         case.sizes,
         case.batch,
         step.world.mesh,
         tensor_split=case.tensor_split,
-        arithmetic=case.arithmetic,
+        **messages,
     )
     predicted = [e.nbytes for e in expected if e.operation != "recv"]
     if sorted(sent) != sorted(predicted):
@@ -387,9 +388,9 @@ def print_all(results: Sequence[Result]) -> None:
             cells[f"{name}, speed-up"] = f"{number(result.speedup)}×"
         return cells
 
-    by_batch, by_width, exact = chosen("batch"), chosen("width"), chosen("arithmetic")
+    by_batch, by_width, by_arithmetic = chosen("batch"), chosen("width"), chosen("arithmetic")
     times = {(one.contestant, one.case["batch"]): one.p50_ms for one in by_batch}
-    fasts = {one.contestant: one.p50_ms for one in exact if one.case["arithmetic"] == "fast"}
+    fasts = {one.contestant: one.p50_ms for one in by_arithmetic if one.case["arithmetic"] == "fast"}
     by_data = [one for one in by_batch if one.case["dp"] > 1]
     all_reduces = [one for one in results if one.case["kind"] == "all_reduce"]
     model, batch = by_batch[0].case["sizes"], by_width[0].case["batch"]
@@ -399,8 +400,8 @@ def print_all(results: Sequence[Result]) -> None:
     title = "weak scaling: the speed that a rank keeps, with so many samples each"
     each = pivot(by_data, "samples a rank", lambda one: f"{one.case['batch'] // one.case['dp']:,}", weak)
     print_cells(title, each)
-    title = "the price of arithmetic='exact'"
-    print_cells(title, pivot(exact, "mesh", lambda one: one.contestant, arithmetic))
+    title = "the price of exact arithmetic"
+    print_cells(title, pivot(by_arithmetic, "mesh", lambda one: one.contestant, arithmetic))
     title = "an all-reduce between 2 ranks"
     print_cells(title, pivot(all_reduces, "bytes", lambda one: f"{one.case['nbytes']:,}", microseconds))
     if link := fit_link(results):

@@ -3,19 +3,21 @@
 
     python examples/train_transformer.py --plots pictures
     torchrun --nproc_per_node=2 examples/train_transformer.py
+    torchrun --nproc_per_node=2 examples/train_transformer.py --arithmetic exact --steps 20
 
 It reads characters of "Alice's Adventures in Wonderland" and predicts the next one. The last tenth of the
 book is the validation text, which it is not trained on. Both optimizers start from the same weights and see
 the same windows of the training text. `Muon.for_model` gives the hidden matrices to Muon and the other
 parameters to AdamW, and prints a table of them. On several ranks each one takes a share of the windows and of
-Muon's matrices.
+Muon's matrices. With ``--arithmetic exact`` AdamW alone trains, and ends with the same bits on any processor
+and any number of ranks: each window is computed by itself, and gradients are added as integers.
 """
 
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from support import cli, console
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+from torchpar import exact
 from torchpar.errors import ConfigError
 from torchpar.optim import Muon
 from torchpar.parallel import join_world
@@ -41,6 +44,7 @@ class Flags(cli.LogFlags):
     batch_size: int = 32  # Windows of a step, of all ranks together.
     lr: float = 0.02  # Learning rate of Muon at the start; it falls to 0.
     adamw_lr: float = 6e-3  # Learning rate of AdamW, likewise.
+    arithmetic: Literal["fast", "exact"] = "fast"  # Exact: the same bits everywhere, many times slower.
 
 
 class Book(NamedTuple):
@@ -103,13 +107,15 @@ def train(name: str, flags: Flags, book: Book, world: World) -> list[dict[str, A
     torch.manual_seed(flags.seed)
     model = Transformer(book.characters).to(world.device)
     adamw = partial(torch.optim.AdamW, lr=flags.adamw_lr)
-    optimizer: torch.optim.Optimizer = adamw(model.parameters())
+    optimizer: torch.optim.Optimizer = adamw(model.parameters(), foreach=False)
     if name == "muon":
         optimizer = Muon.for_model(model, flags.lr, others=adamw, process_group=world.mesh["dp"])
         if world.rank == 0:
             print(optimizer)
     schedule = lr_scheduler(optimizer, "linear", flags.steps)
-    replica = DistributedDataParallel(model) if world.world_size > 1 else model
+    is_exact = flags.arithmetic == "exact"
+    replica = DistributedDataParallel(model) if world.world_size > 1 and not is_exact else model
+    parallel = exact.DataParallel(model, world.mesh["dp"].get_group())
     windows = torch.Generator().manual_seed(flags.seed)
     mine = slice(world.rank, None, world.world_size)
     rows: list[dict[str, Any]] = []
@@ -117,8 +123,13 @@ def train(name: str, flags: Flags, book: Book, world: World) -> list[dict[str, A
     seconds, begin = 0.0, time.perf_counter()
     for step in range(1, flags.steps + 1):
         starts = torch.randint(len(book.train) - CONTEXT, (flags.batch_size,), generator=windows)[mine]
-        loss = loss_of(replica, book.train, starts)
-        loss.backward()
+        if is_exact:
+            for start in starts:
+                parallel.backward(loss_of(model, book.train, start[None]) / flags.batch_size)
+            loss = parallel.all_reduce()  # sets the gradients
+        else:
+            loss = loss_of(replica, book.train, starts)
+            loss.backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -140,7 +151,11 @@ def main(flags: Flags) -> None:
             raise ConfigError(f"--batch-size is {flags.batch_size}, expected a multiple of the ranks")
         console.check_outputs(world, folders=[flags.plots, flags.log_dir], files=[flags.metrics])
         book = load_book(world.device)
-        runs = [train(name, flags, book, world) for name in ("muon", "adamw")]
+        if flags.arithmetic == "exact":
+            with exact.mode():
+                runs = [train("adamw", flags, book, world)]
+        else:
+            runs = [train(name, flags, book, world) for name in ("muon", "adamw")]
         if world.rank > 0:
             return
         for run in runs:
@@ -149,7 +164,7 @@ def main(flags: Flags) -> None:
                 "after {step} steps, {seconds:.1f} s".format(**run[-1])
             )
             console.write_log(flags.log_dir, run[0]["optimizer"], run)
-        rows = [*runs[0], *runs[1]]
+        rows = [row for run in runs for row in run]
         console.write_metrics(flags.metrics, rows)
         if flags.plots:
             from support import plots

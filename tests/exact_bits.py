@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Recorded hashes of exact products and of `torchpar.ieee`. As a script: those by 1 and 2 threads."""
+"""Recorded hashes of exact products and of `torchpar.exact.ieee`. As a script: those by 1 and 2 threads."""
 
 import hashlib
 import json
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import torchpar
-from torchpar import ieee
+from torchpar.exact import ieee
+from torchpar.exact.loss import cross_entropy_sum
 
 PRODUCTS = {
     "exact_matmul": "283031e2a5cd363d",
@@ -60,7 +61,7 @@ def functions(device: str = "cpu") -> dict[str, str]:
     size = len(x) // 10 * 10
     logits = (torch.arange(size) * 7919 % 65521 / 2048 - 16).float().view(-1, 10).to(device).requires_grad_()
     labels = torch.arange(len(logits), device=device) * 31 % 10
-    loss = ieee.cross_entropy_sum(logits, labels)
+    loss = cross_entropy_sum(logits, labels)
     positive = (torch.arange(2**16) * 140000000000001 + 2**52).view(torch.float64).to(device)
     return hashes(
         {

@@ -311,32 +311,7 @@ EXACT_MATMUL = Operator(
     ],
 )
 
-EXACT_MATMUL_T = Operator(
-    schema="exact_matmul_t(Tensor x) -> Tensor",
-    kernels={"exact_product_kernel"},
-    native=lambda x: (x.double() @ x.double().mT).float(),
-    formula=lambda x: x @ np.swapaxes(x, -1, -2),
-    symmetric=True,
-    dtypes=(torch.float32,),
-    shapes=("mnk",),
-    cases=[
-        ((3, 0),),
-        ((769, 3),),
-        ((2, 3, 65, 4),),
-        ((70000, 2, 3),),
-    ],
-    small=[((4, 3),), ((2, 3, 5),)],
-    in_dims=[((1,), ((2, 2, 600, 3),))],
-    sharded=(((7, 5),), {"R -> R"}),
-    refused=[
-        Refused((ones(3, 2).double(),), "x has dtype torch.float64, expected torch.float32"),
-        Refused((ones(3),), "x has shape (3,), expected (*, n, k)"),
-    ],
-)
-
-OPERATORS = {
-    op.name: op for op in (MAXIMUM, MATMUL_T, SYMMETRIC_MATMUL, LINEAR_SIGMOID, EXACT_MATMUL, EXACT_MATMUL_T)
-}
+OPERATORS = {op.name: op for op in (MAXIMUM, MATMUL_T, SYMMETRIC_MATMUL, LINEAR_SIGMOID, EXACT_MATMUL)}
 BACKWARDS = {name: backward for op in OPERATORS.values() for name, backward in op.backward.items()}
 
 BY_DTYPE = [(name, dtype) for name, op in OPERATORS.items() for dtype in op.dtypes]

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
+from torchpar.exact import clip_grad_norm_, parallel_mlp
+from torchpar.exact.gradients import ExactGradients
+from torchpar.exact.layers import ExactColumnParallelLinear, ExactLinear, ExactRowParallelLinear
 from torchpar.nn import MLP, Linear, LinearReLU, LinearSigmoid
-from torchpar.parallel import clip_grad_norm_, join_world, parallel_mlp
-from torchpar.parallel.split.exact import ExactColumnParallelLinear, ExactLinear, ExactRowParallelLinear
-from torchpar.parallel.split.exact_gradients import ExactGradients
+from torchpar.parallel import join_world
 
 WHOLE = {None: Linear, "sigmoid": LinearSigmoid, "relu": LinearReLU}
 COLUMN, ROW = ExactColumnParallelLinear, ExactRowParallelLinear
@@ -92,7 +93,7 @@ def frozen() -> None:
         world = world.with_mesh(dp=world.world_size)
         for names in ([], ALL[1:3], ALL[:2], ALL[3:], ALL):
             torch.manual_seed(0)
-            model = parallel_mlp(MLP([5, 7, 3]), world.mesh["tp"], "exact")
+            model = parallel_mlp(MLP([5, 7, 3]), world.mesh["tp"])
             for name, p in model.named_parameters():
                 p.requires_grad_(name not in names)
             gradients = ExactGradients(model, world)
@@ -110,7 +111,7 @@ def frozen() -> None:
 def refusals() -> None:
     with join_world("cpu") as world:
         world = world.with_mesh(dp=world.world_size)
-        model = parallel_mlp(MLP([5, 7, 3, 2]), world.mesh["tp"], "exact")
+        model = parallel_mlp(MLP([5, 7, 3, 2]), world.mesh["tp"])
         gradients = ExactGradients(model, world)
         x = torch.ones(2, 5, requires_grad=True)
         norm = torch.nn.Sequential(ExactLinear(5, 7), torch.nn.LayerNorm(7))
@@ -166,12 +167,12 @@ def clipped() -> None:
     with join_world("cpu") as world:
         for name, change in GRADIENTS.items():
             torch.manual_seed(0)
-            model = parallel_mlp(MLP((25, 33, 7, 5)), world.mesh["tp"], "exact")
+            model = parallel_mlp(MLP((25, 33, 7, 5)), world.mesh["tp"])
             for p in model.parameters():
                 p.grad = change(torch.randn(p.shape))
             true = torch.cat([p.grad.flatten().double() for p in model.parameters()]).norm().item()
             before = [p.grad.clone() for p in model.parameters()]
-            norm = clip_grad_norm_(model, 0.5, world, "exact").item()
+            norm = clip_grad_norm_(model, 0.5, world).item()
             for p, gradient in zip(model.parameters(), before, strict=True):
                 if name == "inf":
                     assert norm != norm

@@ -19,10 +19,10 @@ from torch.testing import assert_close
 
 from torchpar import exact_matmul, exact_matmul_t, reference
 from torchpar.errors import ConfigError
+from torchpar.exact import operands
+from torchpar.exact.operands import Operand
 from torchpar.ops import _exact
 from torchpar.ops._matrix import half_sum
-from torchpar.parallel.split import operands
-from torchpar.parallel.split.operands import Operand
 
 LARGEST = torch.finfo(torch.float32).max
 LEAST = 2.0**-149  # subnormal

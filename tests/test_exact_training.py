@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Exact arithmetic: the recorded bits of weights on every mesh of ranks.
 
-torch.sigmoid in the place of `torchpar.ieee.sigmoid` would pass here: on one processor its bits do not depend
-on the mesh. tests/test_exact_matmul.py compares them with recorded bits.
+torch.sigmoid in the place of `torchpar.exact.ieee.sigmoid` would pass here: on one processor its bits do
+not depend on the mesh. tests/test_exact_matmul.py compares them with recorded bits.
 """
 
 from collections.abc import Callable
@@ -16,14 +16,15 @@ from exact_bits import made_of_integers
 from torch import Tensor
 
 from torchpar import training
-from torchpar.ieee import cross_entropy_sum
+from torchpar.exact import ExactGradients, ExactSGD, clip_grad_norm_, parallel_mlp, tensor_parallel
+from torchpar.exact.loss import cross_entropy_sum
+from torchpar.exact.verify import digest
 from torchpar.nn import MLP
-from torchpar.parallel import World, clip_grad_norm_, join_world, parallel_mlp
-from torchpar.parallel.split import exact, shared_memory
-from torchpar.parallel.split.exact_gradients import ExactGradients
+from torchpar.ops import exact_matmul_t
+from torchpar.parallel import World, join_world
+from torchpar.parallel.split import shared_memory
 from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
 from torchpar.training.losses import add_orthogonality_gradient
-from torchpar.training.verify import digest
 
 
 class Mesh(NamedTuple):
@@ -53,7 +54,7 @@ RECORDED = "93f4d05df8f2e59fffb059043aef0fa4b0cd2a2016260823b5caafa6466b1d91"  #
 
 def split(whole: MLP, world: World, mesh: Mesh) -> tuple[MLP, Callable[..., Tensor]]:
     """This rank's part of ``whole``, and a function that sets its gradients and returns the loss."""
-    model = stage_mlp(parallel_mlp(whole, world.mesh["tp"], "exact"), world.mesh["pp"])
+    model = stage_mlp(parallel_mlp(whole, world.mesh["tp"]), world.mesh["pp"])
     with patch.object(shared_memory, "MAX_RANKS", mesh.sharing):
         gradients = ExactGradients(model, world)
     if mesh.pp > 1:
@@ -77,19 +78,22 @@ def trained(mesh: Mesh, rounded: bool = False) -> dict[str, tuple[str, list[floa
 
     If ``rounded``, ranks add float32 instead of integers.
     """
-    add, found = exact.all_reduce, {}
+    add, found = tensor_parallel.all_reduce, {}
 
     def add_rounded(t: Tensor, *args: Any) -> Tensor:
         return add(t.float() if t.dtype == torch.int64 else t, *args)
 
     torch.set_num_threads(mesh.threads)
-    with join_world("cpu") as world, patch.object(exact, "all_reduce", add_rounded if rounded else add):
+    with (
+        join_world("cpu") as world,
+        patch.object(tensor_parallel, "all_reduce", add_rounded if rounded else add),
+    ):
         world = world.with_mesh(**{axis: getattr(mesh, axis) for axis in ("dp", "tp", "pp")})
         for name, (sizes, batches, scale) in MODELS.items():
             torch.manual_seed(0)
             model, step = split(MLP(sizes, name), world, mesh)
             decays = name == "sigmoid"
-            optimizer = training.sgd(model, 0.5, 0.9, 1e-2, decay_biases=decays, arithmetic="exact")
+            optimizer = training.sgd(model, 0.5, 0.9, 1e-2, decay_biases=decays, kind=ExactSGD)
             losses, norms = [], []
             for i, n in enumerate(batches):
                 x, labels = made_of_integers(n, sizes[0], seed=i) * scale, torch.arange(n) % sizes[-1]
@@ -97,8 +101,8 @@ def trained(mesh: Mesh, rounded: bool = False) -> dict[str, tuple[str, list[floa
                 loss = step(share.narrow(x, 0), share.narrow(labels, 0), n)
                 losses.append(world.sum(loss.double() * world.owns_outputs).item())
                 if name == "relu":
-                    add_orthogonality_gradient(model, 1e-3, "exact")
-                norms.append(clip_grad_norm_(model, 0.1, world, "exact").item())
+                    add_orthogonality_gradient(model, 1e-3, exact_matmul_t)
+                norms.append(clip_grad_norm_(model, 0.1, world).item())
                 optimizer.step()
                 optimizer.zero_grad()
             found[name] = digest(model, world), losses, norms

@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import torchpar
+from torchpar.exact.operands import Operand
 from torchpar.kernels import exact_matmul, linear_sigmoid, matmul_t, maximum, sigmoid_backward
 from torchpar.kernels.candidates import Device, Tiles
 from torchpar.kernels.gemm import triangle_tile
 from torchpar.ops import _exact
-from torchpar.parallel.split.operands import Operand
 
 OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 pytestmark = pytest.mark.skipif(

@@ -16,11 +16,10 @@ import torch
 from test_parallel_meshes import kind
 from torch.nn.parallel import DistributedDataParallel
 
-from torchpar import training
+from torchpar import exact, training
 from torchpar.nn import MLP
 from torchpar.parallel import join_world, parallel_mlp
 from torchpar.parallel.split import shared_memory
-from torchpar.parallel.split.exact_gradients import ExactGradients
 from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
 from torchpar.parallel.split.shared_memory import register_shared_memory_hook
 from torchpar.profile.collectives import StepRecorder
@@ -33,7 +32,7 @@ PARAMETERS, ROWS = sum(n * m + m for n, m in pairwise(SIZES)), sum(SIZES[1:])
 
 def expected_calls(
     axes: dict[str, int] | None,
-    arithmetic: Any = "fast",
+    is_exact: bool = False,
     sizes: tuple[int, ...] = SIZES,
     batch_size: int = 13,
     *,
@@ -48,13 +47,15 @@ def expected_calls(
         model = replica = MLP(sizes)
         if axes is not None:
             world = world.with_mesh(**axes)
-            model = replica = stage_mlp(parallel_mlp(model, world.mesh["tp"], arithmetic), world.mesh["pp"])
+            model = replica = stage_mlp(
+                (exact.parallel_mlp if is_exact else parallel_mlp)(model, world.mesh["tp"]), world.mesh["pp"]
+            )
         with patch.object(shared_memory, "SUPPORTED", shared_memory.SUPPORTED and shared):
-            exact = ExactGradients(model, world) if arithmetic == "exact" else None
+            add_gradients = exact.ExactGradients(model, world) if is_exact else None
             gradients = FusedGradients(model, world) if fused else None
         if world.mesh["pp"].size() > 1:
-            gradients = partial(Pipeline(model, world, exact_gradients=exact).step, loss_sum=loss)
-        elif world.dp_size > 1 and arithmetic == "fast" and not fused:
+            gradients = partial(Pipeline(model, world, add_gradients=add_gradients).step, loss_sum=loss)
+        elif world.dp_size > 1 and not is_exact and not fused:
             replica = ddp = DistributedDataParallel(model, process_group=world.mesh["dp"].get_group())
             if shared:
                 register_shared_memory_hook(ddp, world)
@@ -64,8 +65,8 @@ def expected_calls(
                 gradients(x, labels, batch_size)
                 return
             loss(replica(x), labels).backward()
-            if exact is not None:
-                exact()
+            if add_gradients is not None:
+                add_gradients()
 
         mesh = world.mesh["dp", "tp"] if muon else None
         optimizer = training.muon(model, 0.1, 0.9, 0.0, mesh=mesh) if muon else None
@@ -82,7 +83,7 @@ def expected_calls(
             batch_size,
             world.mesh,
             tensor_split=axes is not None,
-            arithmetic=arithmetic,
+            **(exact.MESSAGES if is_exact else {}),
             fused=fused,
             muon=mesh,
         )
@@ -105,7 +106,7 @@ def expected_calls(
 def test_collectives_of_exact_arithmetic_and_of_muon(ranks, axes, sizes, batch_size, all_to_alls):
     """Muon takes at most two all-to-alls a step."""
     world_size = math.prod(axes.values())
-    ranks(world_size, expected_calls, axes, "exact", sizes, batch_size)
+    ranks(world_size, expected_calls, axes, True, sizes, batch_size)
     for calls in ranks(world_size, partial(expected_calls, axes, sizes=sizes, muon=True)):
         assert sum(n for call, n in calls.items() if call[1] == "all_to_all") == all_to_alls
 

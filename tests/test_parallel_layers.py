@@ -24,7 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchpar import reference
+from torchpar import exact, reference
+from torchpar.exact.layers import ExactColumnParallelLinear, ExactRowParallelLinear
 from torchpar.nn import MLP, Linear, LinearReLU, LinearSigmoid
 from torchpar.parallel import (
     ColumnParallelLinear,
@@ -38,7 +39,6 @@ from torchpar.parallel import (
     scatter_to_tensor_model_parallel_region,
 )
 from torchpar.parallel.split import column
-from torchpar.parallel.split.exact import ExactColumnParallelLinear, ExactRowParallelLinear
 
 COLUMN, ROW = ColumnParallelLinear, RowParallelLinear
 WHOLE = {None: Linear, "sigmoid": LinearSigmoid, "relu": LinearReLU}
@@ -291,21 +291,24 @@ def bad_arguments_are_named() -> None:
     twice = "activation is 'relu', but LinearSigmoid has 'sigmoid' already"
     refused(twice, convert, LinearSigmoid(3, 4), mesh=mesh, activation="relu")
 
-    def split(*layers: torch.nn.Module, arithmetic: Any = "fast") -> None:
-        parallel_mlp(torch.nn.Sequential(linear, *layers), mesh, arithmetic)
+    def split(*layers: torch.nn.Module, convert: Any = parallel_mlp) -> None:
+        convert(torch.nn.Sequential(linear, *layers), mesh)
 
     refused("cannot split a Linear, expected torchpar.nn.MLP or", parallel_mlp, linear, mesh)
-    refused("cannot split layer 1, a Dropout; expected linear layers", split, torch.nn.Dropout())
-    refused("cannot split layer 1, a Sigmoid; exact arithmetic", split, sigmoid, arithmetic="exact")
+    refused(
+        "cannot split layer 1, a Dropout; expected Linear, Linear, LinearSigmoid, LinearReLU, Sigmoid",
+        split,
+        torch.nn.Dropout(),
+    )
+    refused("cannot split layer 1, a Sigmoid; expected Linear", split, sigmoid, convert=exact.parallel_mlp)
     refused("cannot split layers that share parameters", split, sigmoid, linear)
-    refused("arithmetic is 'slow', expected 'fast' or 'exact'", split, arithmetic="slow")
 
-    exact, x = "exact arithmetic takes float32", torch.ones(5, 3)
+    float32, x = "exact arithmetic takes float32", torch.ones(5, 3)
     exact_column = ExactColumnParallelLinear(3, 4, mesh=mesh)
     half = partial(ExactRowParallelLinear, dtype=torch.bfloat16)
-    refused(f"{exact}, the layer has torch.bfloat16", half, 3, 4, mesh=mesh)
-    refused(f"{exact}, the input is torch.float64; convert it", exact_column, x.double())
-    refused(f"{exact}, the layer's weight is torch.float64; convert it", exact_column.double(), x)
+    refused(f"{float32}, the layer has torch.bfloat16", half, 3, 4, mesh=mesh)
+    refused(f"{float32}, the input is torch.float64; convert it", exact_column, x.double())
+    refused(f"{float32}, the layer's weight is torch.float64; convert it", exact_column.double(), x)
 
     load = partial(load_full_state_dict, parallel_mlp(MLP([5, 33, 2]), mesh))
     shape = "layers.0.weight has shape (30, 5), expected 33 on axis 0"
@@ -328,9 +331,8 @@ def different_layers_are_refused() -> None:
     refused("a layer's ranks: layer is ColumnParallelLinear on rank 0", (COLUMN, ROW)[rank], **layer)
     COLUMN(**layer)
     refused("the ranks' models: layers is ", parallel_mlp, MLP([5, 7 + rank, 5]), mesh)
-    refused(
-        "the ranks' models: arithmetic is fast on", parallel_mlp, MLP([5, 3]), mesh, ("fast", "exact")[rank]
-    )
+    kinds = "the ranks' models: kinds is ['ColumnParallelLinear', 'RowParallelLinear'] on"
+    refused(kinds, (parallel_mlp, exact.parallel_mlp)[rank], MLP([5, 3]), mesh)
 
 
 def different_shapes_are_refused_before_they_are_sent() -> None:

@@ -227,7 +227,6 @@ def refusals() -> None:
             ("1 micro-batches are fewer than the 2 stages", partial(Pipeline, one, pp, "1f1b", 1)),
             ("a pipeline on GPUs needs one rank per GPU", partial(check_one_rank_per_gpu, shared)),
             ("schedule is 'zigzag', expected one of ['1f1b', 'gpipe']", partial(Pipeline, one, pp, "zigzag")),
-            ("arithmetic is 'precise', expected", partial(clip_grad_norm_, one, 1.0, pp, "precise")),
         ):
             with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
                 build()

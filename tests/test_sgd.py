@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 from torch.testing import assert_close
 
-from torchpar.optim import SGD, ExactSGD
+from torchpar.exact import ExactSGD
+from torchpar.optim import SGD
 
 TORCH = torch.optim.SGD
 SHAPES = [(20, 30), (30,), (), (0, 3), (129, 1)]

@@ -20,12 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torchpar import training
 from torchpar.data import Samples
 from torchpar.errors import ConfigError, DivergedError
+from torchpar.exact import ExactSGD
 from torchpar.nn import MLP
-from torchpar.optim import SGD, ExactSGD
+from torchpar.optim import SGD
 from torchpar.parallel.launch import agreement
 from torchpar.parallel.launch.world import join_world
 from torchpar.parallel.split import shared_memory
-from torchpar.parallel.split.mlp import parallel_mlp
 from torchpar.training import CheckpointConfig
 from torchpar.training.evaluation import EVALUATION_BATCH
 from torchpar.training.fused import FusedGradients
@@ -104,14 +104,12 @@ def run_alone(
     folder: Path | None = None,
     optimizer: str = "sgd",
     lr: float = 0.3,
-    exact: bool = False,
     n: int = 200,
     **options: Any,
 ) -> tuple[MLP, list[EpochResult]]:
     torch.manual_seed(0)
     model = MLP(SIZES)
     with join_world("cpu") as world:
-        model = parallel_mlp(model, world.mesh["tp"], "exact") if exact else model
         run = plain_loop.train(
             model,
             OPTIMIZERS[optimizer](model, lr=lr),
@@ -155,7 +153,6 @@ def test_runs_that_are_refused(world, tmp_path):
         ({"batch_size": 8}, "a run with batch_size 32, this one has batch_size 8"),
         ({"seed": 5}, "a run with seed 0, this one has seed 5"),
         ({"n": 199}, "a run with train 200, this one has train 199"),
-        ({"exact": True}, "a run with arithmetic fast, this one has arithmetic exact"),
         ({"n": 0}, "0 training and 50 test samples, expected at least one of each"),
     ]
     for changed, message in others:
@@ -185,7 +182,7 @@ def test_optimizers_get_their_parameters():
     muon, others = training.muon(model, 0.02, 0.8, 0.01, ns_steps=4).optimizers
     check(muon, (weights, {"weight_decay": 0.01, "ns_steps": 4}))
     check(others, (biases, {"weight_decay": 0.0}))
-    kinds = [type(sgd(0.1)), type(sgd(0.1, arithmetic="exact"))]
+    kinds = [type(sgd(0.1)), type(sgd(0.1, kind=ExactSGD))]
     assert kinds == [SGD, ExactSGD]
     assert not training.sgd(model, 0.02, 0.0, 0.0).param_groups[0]["nesterov"]
 

@@ -14,8 +14,8 @@ from fake_data import fashion_mnist
 from ranks import fork_context
 
 pytest.importorskip("torchvision", reason="torchvision reads the data sets")
+from torchpar.exact import verify
 from torchpar.parallel.launch.local import current_world
-from torchpar.training import verify
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_meshes_agree_and_the_status_says_if_the_hash_is_published(folder, monke
     found = second.removeprefix("SHA-256 of the weights: ")
     assert re.fullmatch("[0-9a-f]{64}", found)
     assert third.startswith("The published hash is ")
-    monkeypatch.setattr(verify, "EXPECTED", found)
+    monkeypatch.setitem(verify.EXPECTED, "mlp", found)
     assert verify.main(["--ranks", "4", "--tp", "2", "--data", str(folder)]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == [second, "This is the published hash."]
 
@@ -56,6 +56,9 @@ def check_error(capsys: Any, message: str, *arguments: str) -> None:
         ("--ranks 3 --tp 2", "--ranks is 3, expected a multiple of --tp 2 times --pp 1"),
         ("--tp -2 --pp -2", "--tp is -2, expected at least 1"),
         ("--pp 4", "--pp is 4, expected at most 3, one stage for each layer"),
+        ("--model gpt --pp 2", "--pp is 2, expected 1 for the GPT, which has no pipeline"),
+        ("--model gpt --tp 3", "--tp is 3, expected a divisor of the GPT's 4 heads"),
+        ("--model gpt --data /missing", "/missing/alice.txt does not exist, expected the book"),
         ("--ranks 2 --data /missing", "/missing"),
     ],
 )

@@ -10,7 +10,7 @@ import sys
 COMMANDS = {
     "tune": ("torchpar.tune.command", "measure the fastest configurations of the kernels on this GPU"),
     "verify": (
-        "torchpar.training.verify",
+        "torchpar.exact.verify",
         "train on any mesh of ranks, and compare the weights' hash",
     ),
     "muon": ("torchpar.architectures", "print the optimizer that Muon.for_model chooses for each parameter"),

@@ -12,7 +12,6 @@ from support.cli import TrainFlags
 from torchpar import training
 from torchpar.optim import ChainedOptimizer, Muon
 from torchpar.parallel.launch.world import World
-from torchpar.parallel.split.exact import arithmetic_of
 from torchpar.parallel.split.layers import split_parameters
 from torchpar.parallel.split.shared_memory import can_share_memory
 from torchpar.profile.collectives import StepRecorder
@@ -96,7 +95,6 @@ class Log(training.RunLog):
             self.flags.layer_sizes(run.train),
             min(run.batch_size, len(run.train)),
             self.world.mesh,
-            arithmetic=arithmetic_of(run.model),
             tensor_split=any(split_parameters(run.model)),
             muon=next((group for group in groups if isinstance(group, DeviceMesh)), None),
             **self.expected,

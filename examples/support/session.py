@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: MIT
 """Load the data of the training lessons, and adjust their gradients."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from support import console
 from support.cli import TrainFlags
 from torchpar import data, training
 from torchpar.data import Samples
+from torchpar.ops import matmul_t
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.clip import clip_grad_norm_
-from torchpar.parallel.split.layers import Arithmetic
 
 
 def load(flags: TrainFlags, world: World) -> tuple[Samples, Samples]:
@@ -42,10 +43,14 @@ def _load(flags: TrainFlags, world: World) -> Iterator[Samples]:
 
 
 def adjust_gradients(
-    flags: TrainFlags, model: torch.nn.Module, world: World, arithmetic: Arithmetic = "fast"
+    flags: TrainFlags,
+    model: torch.nn.Module,
+    world: World,
+    clip: Callable[[torch.nn.Module, float, World], Tensor] = clip_grad_norm_,
+    gram: Callable[[Tensor], Tensor] = matmul_t,
 ) -> None:
     """Add the orthogonality penalty's gradient and clip the gradient's norm, if ``flags`` ask for it."""
     if flags.orthogonality:
-        training.add_orthogonality_gradient(model, flags.orthogonality, arithmetic)
+        training.add_orthogonality_gradient(model, flags.orthogonality, gram)
     if flags.clip is not None:
-        clip_grad_norm_(model, flags.clip, world, arithmetic)
+        clip(model, flags.clip, world)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The operators: one file for each, with everything that PyTorch needs to know. Importing it registers it."""
 
-from torchpar.ops.exact_matmul import exact_matmul
-from torchpar.ops.exact_matmul_t import exact_matmul_t
+from torchpar.ops.exact_matmul import exact_matmul, exact_matmul_t
 from torchpar.ops.linear_sigmoid import linear_sigmoid
 from torchpar.ops.matmul_t import matmul_t
 from torchpar.ops.maximum import maximum

@@ -19,6 +19,7 @@ routines of matrix multiplication and its applications", 2012; Ootomo, Ozaki and
 matrix multiplication unit", 2024.
 """
 
+import math
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -26,7 +27,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchpar.ieee import power_of_two
 from torchpar.ops._library import Wrap
 
 DIGITS, BITS = 4, 8
@@ -57,6 +57,13 @@ def has_int8() -> bool:
     least, largest = (torch.full((32, 64), value, dtype=torch.int8) for value in (-128, 127))
     pairs = ((least, least), (least, largest), (largest, largest))
     return all(torch.equal(torch._int_mm(a, b.T), a.long() @ b.T.long()) for a, b in pairs)
+
+
+def power_of_two(exponents: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return 2^exponents, float32 or float64, for int32 exponents of normal numbers."""
+    if dtype == torch.float32:
+        return ((exponents + 127) << 23).view(dtype)
+    return ((exponents.long() + 1023) << 52).view(dtype)
 
 
 def row_exponents(x: Tensor) -> Tensor:
@@ -132,6 +139,19 @@ def product(a: Tensor, b: Tensor, wrap: Wrap) -> Tensor:
     return _halved(a, e) if b is a else _product(a, b, e, f)
 
 
+def product_of_exponents(a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
+    """``a @ b.mT`` of rows with the exponents ``e (*, m, 1)`` and ``f (*, n, 1)``.
+
+    ``b`` is finite. A row of ``a`` that is not gives NaN.
+    """
+    if a.is_cuda:
+        from torchpar.kernels.exact_matmul import exact_product
+
+        return exact_product(a, b, e, f, None, out=a.new_empty(*a.shape[:-1], b.shape[-2]))
+    finite = torch.where(e > MAX_EXPONENT, 0.0, a)
+    return Sums(digits(finite, e.clamp(max=MAX_EXPONENT)), digits(b, f)).rounded(e, f)
+
+
 def _with_limits(out: Tensor, a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
     """``out``, but NaN and infinities where rows of ``a`` or ``b`` have them."""
     # Whether the result is NaN, and which infinity, depends on the signs of the factors alone.
@@ -180,7 +200,7 @@ class Sums:
         elif len(self._orders) == 1:
             yield slice(None), self._orders[0]
         else:
-            for block in _blocks(*self.shape):
+            for block in _blocks(self.shape[0], math.prod(self.shape[1:])):
                 total = self._orders[0][block].double()
                 for order in self._orders[1:]:
                     torch.add(order[block], total, alpha=2**BITS, out=total)
@@ -203,13 +223,12 @@ class Sums:
 
 def _orders(a: Tensor, b: Tensor) -> list[Tensor]:
     k = a.shape[-1]
-    if (
-        a.dim() == 3
-        and k
-        and a.shape[0] * b.shape[0] * k >= _MIN_INT8_PRODUCT
-        and has_int8()
-        and torch.backends.mkldnn.enabled
-    ):
+    is_large = k > 0 and a.shape[-3] * b.shape[-3] * k >= _MIN_INT8_PRODUCT
+    if is_large and has_int8() and torch.backends.mkldnn.enabled:
+        if a.dim() > 3:
+            pairs = zip(a.flatten(0, -4), b.flatten(0, -4), strict=True)
+            by_order = zip(*(_orders(x, y) for x, y in pairs), strict=True)
+            return [torch.stack(order).view(*a.shape[:-2], b.shape[-3]) for order in by_order]
         # Order s: Σ_p d_p·c_(s − p) is one product over the leading digits of A and those of B, reversed.
         left, right = _concatenated(a), _concatenated(b, reverse=True)
         return [torch._int_mm(left[:, : n * k], right[:, -n * k :].T) for n in range(1, DIGITS + 1)]

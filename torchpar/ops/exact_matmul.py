@@ -6,6 +6,12 @@
 With G = dL/dC, the gradients are exact products too:
 
     dL/dA = G·B        dL/dB = Gᵀ·A
+
+If both operands are one tensor X, half of the product is computed, and the gradient is one exact product,
+
+    dL/dX = (G + Gᵀ)·X
+
+computed from G/2, so that the sum does not overflow. G/2 loses bits of subnormal numbers only.
 """
 
 from typing import Any
@@ -27,6 +33,7 @@ from torchpar.ops._library import (
     sample,
     with_derivatives,
 )
+from torchpar.ops._matrix import half_sum
 
 
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -54,21 +61,38 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
     return _op(a, b)  # type: ignore[no-any-return]
 
 
+def exact_matmul_t(x: Tensor) -> Tensor:
+    """The product ``x @ x.mT`` in float32, ``exact_matmul(x, x)``, of which half is computed.
+
+    It equals its transpose bit for bit.
+
+    Args:
+        x: ``(*, n, k)`` float32.
+
+    Returns:
+        ``(*, n, n)``, contiguous.
+
+    Raises:
+        RuntimeError: another dtype, or fewer than two dimensions.
+    """
+    return exact_matmul(x, x)
+
+
 def _check(a: Tensor, b: Tensor) -> None:
-    check_operand("exact_matmul", "a", a, "(*, m, k)")
-    check_operand("exact_matmul", "b", b, "(*, n, k)")
+    _check_operand("a", a, "(*, m, k)")
+    _check_operand("b", b, "(*, n, k)")
     if b.shape[:-2] != a.shape[:-2] or b.shape[-1] != a.shape[-1] or b.device != a.device:
         expected = ", ".join([*map(str, a.shape[:-2]), "n", str(a.shape[-1])])
         actual = f"b is {tuple(b.shape)} on {b.device}"
         raise RuntimeError(f"torchpar::exact_matmul: {actual}, expected ({expected}) on {a.device}")
 
 
-def check_operand(name: str, argument: str, t: Tensor, shape: str) -> None:
+def _check_operand(argument: str, t: Tensor, shape: str) -> None:
     """Raise a RuntimeError unless ``t`` is a float32 matrix, or a batch of them."""
     if t.dtype != torch.float32:
-        raise RuntimeError(f"torchpar::{name}: {argument} has dtype {t.dtype}, expected torch.float32")
+        raise RuntimeError(f"torchpar::exact_matmul: {argument} has dtype {t.dtype}, expected torch.float32")
     if t.dim() < 2:
-        raise RuntimeError(f"torchpar::{name}: {argument} has shape {tuple(t.shape)}, expected {shape}")
+        raise RuntimeError(f"torchpar::exact_matmul: {argument} has shape {tuple(t.shape)}, expected {shape}")
 
 
 # The CPU path looks at the values; compilers keep it whole.
@@ -91,11 +115,14 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
+    ctx.is_square = inputs[0] is inputs[1]
 
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     a, b = ctx.saved_tensors
     need_a, need_b, *_ = ctx.needs_input_grad
+    if ctx.is_square:  # G + Gᵀ could overflow
+        return exact_matmul(half_sum(g), a.mT) * 2, None
     return exact_matmul(g, b.mT) if need_a else None, exact_matmul(g.mT, a.mT) if need_b else None
 
 
@@ -113,8 +140,8 @@ register_autograd("exact_matmul", _backward, setup_context=_setup_context, formu
 @register_vmap("exact_matmul")
 def _(info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor) -> tuple[Tensor, int]:
     _check(sample(a, in_dims[0]), sample(b, in_dims[1]))
-    a, b = (batch_first(t, dim, info.batch_size) for t, dim in zip((a, b), in_dims, strict=True))
-    return exact_matmul(a, b), 0
+    first = batch_first(a, in_dims[0], info.batch_size)
+    return exact_matmul(first, first if b is a else batch_first(b, in_dims[1], info.batch_size)), 0
 
 
 register_autocast("exact_matmul", dtype=torch.float32)

@@ -4,6 +4,6 @@
 from torchpar.optim.chained import ChainedOptimizer
 from torchpar.optim.muon import Muon
 from torchpar.optim.newton_schulz import orthogonalize
-from torchpar.optim.sgd import SGD, ExactSGD
+from torchpar.optim.sgd import SGD
 
-__all__ = ["SGD", "ChainedOptimizer", "ExactSGD", "Muon", "orthogonalize"]
+__all__ = ["SGD", "ChainedOptimizer", "Muon", "orthogonalize"]

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchpar.parallel.launch.world import World, join_world
     from torchpar.parallel.split.clip import clip_grad_norm_
-    from torchpar.parallel.split.exact_gradients import ExactGradients
     from torchpar.parallel.split.layers import ColumnParallelLinear, RowParallelLinear
     from torchpar.parallel.split.mlp import full_state_dict, load_full_state_dict, parallel_mlp
     from torchpar.parallel.split.pipeline import Pipeline
@@ -26,7 +25,6 @@ _MODULES = {
     "World": "launch.world",
     "join_world": "launch.world",
     "clip_grad_norm_": "split.clip",
-    "ExactGradients": "split.exact_gradients",
     "ColumnParallelLinear": "split.layers",
     "RowParallelLinear": "split.layers",
     "full_state_dict": "split.mlp",
@@ -42,7 +40,6 @@ _MODULES = {
 
 __all__ = [
     "ColumnParallelLinear",
-    "ExactGradients",
     "Pipeline",
     "RowParallelLinear",
     "World",

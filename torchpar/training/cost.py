@@ -19,11 +19,9 @@ from torchpar.ops._onednn import prefers_onednn_layer
 from torchpar.optim.exchange import CHECKSUM_BYTES, assign_owners, messages
 from torchpar.optim.matrices import multiplications
 from torchpar.parallel.launch.world import World
-from torchpar.parallel.split.layers import Arithmetic, check_arithmetic
 from torchpar.partition import Partition
 from torchpar.parts import slice_of
 
-_EXPONENT, _SUM = 4, 8  # bytes of an exponent and of an exact sum
 DDP_BUCKETS = (2**20, 25 * 2**20)  # bytes at which DistributedDataParallel closes its first bucket, others
 
 
@@ -103,9 +101,10 @@ def collectives(
     mesh: DeviceMesh,
     *,
     tensor_split: bool = True,
-    arithmetic: Arithmetic = "fast",
     micro_batches: int | Sequence[int] = 4,
     itemsize: int = 4,
+    exponent_bytes: int = 0,
+    sum_bytes: int | None = None,
     fused: bool = False,
     muon: DeviceMesh | None = None,
 ) -> list[Expected]:
@@ -119,7 +118,8 @@ def collectives(
         micro_batches: of each rank's share, if there is a pipeline: their number, if they are padded to one
             size, or the samples of each.
         itemsize: bytes of a number.
-        arithmetic: "fast" or "exact", as in `parallel_mlp`.
+        exponent_bytes: bytes of an exponent, if the ranks agree on exponents before they add.
+        sum_bytes: bytes of a number of a sum; by default ``itemsize``.
         fused: the gradients are those of `torchpar.training.fused.FusedGradients`.
         muon: the mesh whose ranks share the work of `torchpar.optim.Muon` within a stage, or None.
     """
@@ -130,17 +130,15 @@ def collectives(
     rows = _rows(batch_size, dims, at, micro_batches)
 
     expected: list[Expected] = []
-    check_arithmetic(arithmetic)
-    exact = arithmetic == "exact"
+    sum_bytes = sum_bytes or itemsize
 
     def tensor_sum(width: int) -> None:
         if dims["tp"] == 1:
             return
         for n in rows:
-            sums = [n * width * itemsize]
-            if exact:  # the exponents of the samples and of the weight's rows, and integers
-                sums = [_EXPONENT * (n + width), _SUM * n * width]
-            expected.extend(Expected("tp", "all_reduce", dims["tp"], nbytes) for nbytes in sums)
+            # The exponents are those of the samples and of the weight's rows.
+            for nbytes in filter(None, [exponent_bytes * (n + width), sum_bytes * n * width]):
+                expected.append(Expected("tp", "all_reduce", dims["tp"], nbytes))
 
     def widths(i: int) -> int:
         """Width of this rank's share of the activations between layers i − 1 and i."""
@@ -174,8 +172,8 @@ def collectives(
                 expected += [Expected("pp", op, 2, n * widths(border) * itemsize) for n in rows]
     if dims["dp"] > 1:
         buckets = [sum(parameters)] if fused or dims["pp"] > 1 else _buckets(parameters)
-        if exact:
-            buckets = [_EXPONENT * exponents, _SUM * sum(parameters) // itemsize]
+        if exponent_bytes:
+            buckets = [exponent_bytes * exponents, sum_bytes * sum(parameters) // itemsize]
         expected += [Expected("dp", "all_reduce", dims["dp"], n) for n in buckets]
     if muon is not None and muon.size() > 1:
         expected += _muon_collectives(sizes, stage, dims["tp"], muon)

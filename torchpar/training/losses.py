@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Losses as sums over samples, and the orthogonality penalty."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -8,10 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchpar.errors import ConfigError
-from torchpar.ops import exact_matmul_t, matmul_t
-from torchpar.parallel.split.layers import Arithmetic, check_arithmetic, split_parameters
+from torchpar.ops import matmul_t
+from torchpar.parallel.split.layers import split_parameters
 
 Loss = Literal["cross-entropy", "bce", "mse"]
+Gram = Callable[[Tensor], Tensor]
 
 
 def loss_sum(loss: Loss, outputs: Tensor, labels: Tensor) -> Tensor:
@@ -36,35 +38,32 @@ def loss_sum(loss: Loss, outputs: Tensor, labels: Tensor) -> Tensor:
     raise ConfigError(f"loss is {loss!r}, expected 'cross-entropy', 'bce' or 'mse'")
 
 
-def orthogonality_penalty(model: torch.nn.Module, arithmetic: Arithmetic = "fast") -> Tensor:
+def orthogonality_penalty(model: torch.nn.Module, gram: Gram = matmul_t) -> Tensor:
     """Return ``Σ ‖W·Wᵀ − I‖²`` over the model's weight matrices (Frobenius norm).
 
-    The products are those of `torchpar.matmul_t`; in exact arithmetic `torchpar.exact_matmul_t`'s, with which
-    the gradient has the same bits on any mesh.
+    Args:
+        gram: the product W·Wᵀ of a matrix.
 
     Raises:
         ConfigError: the model has no weight matrix.
     """
-    check_arithmetic(arithmetic)
     split = {layer.weight: layer.full_weight for _, _, layer in split_parameters(model)}
     weights = [split[p]() if p in split else p for p in model.parameters() if p.dim() == 2]
     if not weights:
         raise ConfigError("the model has no weight matrix, and an orthogonality penalty needs one; drop it")
-    grams = [(exact_matmul_t if arithmetic == "exact" else matmul_t)(weight) for weight in weights]
-    identities = [torch.eye(len(gram), dtype=gram.dtype, device=gram.device) for gram in grams]
-    return torch.stack([(a - b).square().sum() for a, b in zip(grams, identities, strict=True)]).sum()
+    products = [gram(weight) for weight in weights]
+    identities = [torch.eye(len(one), dtype=one.dtype, device=one.device) for one in products]
+    return torch.stack([(a - b).square().sum() for a, b in zip(products, identities, strict=True)]).sum()
 
 
-def add_orthogonality_gradient(
-    model: torch.nn.Module, factor: float, arithmetic: Arithmetic = "fast"
-) -> None:
+def add_orthogonality_gradient(model: torch.nn.Module, factor: float, gram: Gram = matmul_t) -> None:
     """Add the gradient of ``factor · orthogonality_penalty(model)`` to each ``p.grad`` that is not None.
 
     The penalty is the same on every rank, so its gradient is not averaged over ranks as the loss's is.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(
-        factor * orthogonality_penalty(model, arithmetic), parameters, allow_unused=True
+        factor * orthogonality_penalty(model, gram), parameters, allow_unused=True
     )
     for p, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None and p.grad is not None:

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from torchpar.errors import ConfigError
-from torchpar.optim import SGD, ChainedOptimizer, ExactSGD, Muon
-from torchpar.parallel.split.layers import Arithmetic, check_arithmetic, split_parameters
+from torchpar.optim import SGD, ChainedOptimizer, Muon
+from torchpar.parallel.split.layers import split_parameters
 
 LRSchedule = Literal["linear", "cosine", "constant"]
 
@@ -24,25 +24,23 @@ def sgd(
     momentum: float,
     weight_decay: float,
     decay_biases: bool = False,
-    arithmetic: Arithmetic = "fast",
+    kind: type[torch.optim.SGD] | None = None,
 ) -> torch.optim.SGD:
     """Return SGD with Nesterov momentum and an L2 penalty ``λ/2·‖p‖²`` of the weights.
 
     Args:
         weight_decay: λ.
         decay_biases: apply the penalty to the biases as well.
-        arithmetic: "exact" for `torchpar.optim.ExactSGD`.
+        kind: of SGD; by default the fastest one that suits the model.
     """
     groups = [{"params": list(model.parameters()), "weight_decay": weight_decay}]
     if weight_decay and not decay_biases:  # otherwise one group, which is one call of `SGD`
         weights = [p for p in model.parameters() if p.dim() > 1]
         others = [p for p in model.parameters() if p.dim() <= 1]
         groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    # SGD's one call rounds the last elements of a tensor differently, so that bits depend on how it is split.
-    kind: type[torch.optim.SGD] = torch.optim.SGD if any(split_parameters(model)) else SGD
-    check_arithmetic(arithmetic)
-    if arithmetic == "exact":
-        kind = ExactSGD
+    if kind is None:
+        # SGD's one call rounds a tensor's last elements differently, so bits depend on how it is split.
+        kind = torch.optim.SGD if any(split_parameters(model)) else SGD
     return kind(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
 
 

@@ -38,7 +38,6 @@ from torchpar.errors import ConfigError, DivergedError
 from torchpar.parallel.launch.agreement import check_same_gradients, check_same_parameters
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import Checkpoints
-from torchpar.parallel.split.exact import arithmetic_of
 from torchpar.profile.phases import phase, step
 from torchpar.training.evaluation import evaluate
 from torchpar.training.losses import Loss
@@ -172,12 +171,7 @@ class Run:
         self.loss: Loss = loss
         self.seed = seed
         self.checkpoint = checkpoint
-        own = {
-            "arithmetic": arithmetic_of(model),
-            "batch_size": batch_size,
-            "seed": seed,
-            "train": len(train),
-        }
+        own = {"batch_size": batch_size, "seed": seed, "train": len(train)}
         config = json.loads(json.dumps({**(config or {}), **own}))
         others = {"test": len(test), "saving": str(checkpoint)}
         world.check_same_on_all_ranks("the ranks' flags", {**config, **others})

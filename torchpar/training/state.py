@@ -133,7 +133,7 @@ class TrainState:
         folder = checkpoints.folder
         try:
             state = saved.state
-            was, now = {"arithmetic": "fast", **state["run"]}, self.config
+            was, now = state["run"], self.config
             differing = sorted(key for key in now.keys() & was.keys() if was[key] != now[key])
             if differing:
                 of = [", ".join(f"{key} {config[key]}" for key in differing) for config in (was, now)]

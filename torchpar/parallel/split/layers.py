@@ -40,7 +40,6 @@ from torchpar.partition import Partition
 from torchpar.parts import mark_part, slice_of
 
 Activation = Literal["sigmoid", "relu"] | None
-Arithmetic = Literal["fast", "exact"]
 # Subclasses may compute something else, so a layer's type must be one of these.
 LINEAR_LAYERS: dict[type[torch.nn.Module], Activation] = {
     torch.nn.Linear: None,
@@ -284,12 +283,6 @@ class RowParallelLinear(_ParallelLinear):
         if self.input_is_parallel:
             return x
         return scatter_to_tensor_model_parallel_region(x, self.mesh, self.partition.widths())
-
-
-def check_arithmetic(arithmetic: str) -> None:
-    """Raise a ConfigError unless ``arithmetic`` is "fast" or "exact"."""
-    if arithmetic not in ("fast", "exact"):
-        raise ConfigError(f"arithmetic is {arithmetic!r}, expected 'fast' or 'exact'")
 
 
 def _cast(t: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from typing import TypeVar
 
@@ -14,30 +14,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchpar import nn
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks, group_of
-from torchpar.parallel.split.exact import (
-    ExactColumnParallelLinear,
-    ExactLinear,
-    ExactRowParallelLinear,
-)
 from torchpar.parallel.split.layers import (
     LINEAR_LAYERS,
-    Arithmetic,
     ColumnParallelLinear,
     RowParallelLinear,
-    check_arithmetic,
+    _ParallelLinear,
     split_parameters,
 )
 from torchpar.parallel.split.regions import gather
 
 M = TypeVar("M", nn.MLP, torch.nn.Sequential)
 _ACTIVATIONS = (torch.nn.Sigmoid, torch.nn.ReLU)
-_PAIRS = {
-    "fast": (ColumnParallelLinear, RowParallelLinear),
-    "exact": (ExactColumnParallelLinear, ExactRowParallelLinear),
-}
 
 
-def parallel_mlp(mlp: M, mesh: DeviceMesh, arithmetic: Arithmetic = "fast") -> M:
+def parallel_mlp(mlp: M, mesh: DeviceMesh) -> M:
     """Return a tensor-parallel copy of ``mlp``: the same function, with each weight split over the ranks.
 
     Linear layers 0 and 1, 2 and 3, … become pairs of `ColumnParallelLinear` and `RowParallelLinear`. The last
@@ -49,47 +39,48 @@ def parallel_mlp(mlp: M, mesh: DeviceMesh, arithmetic: Arithmetic = "fast") -> M
             `torchpar.nn`'s), `torch.nn.Sigmoid` and `torch.nn.ReLU`. It is the same on every rank, and is not
             changed.
         mesh: a mesh of one dimension, such as ``mesh["tp"]``.
-        arithmetic: "fast", or "exact" for the same bits on any mesh (`torchpar.parallel.split.exact`), whose
-            layers are float32, with their own activations.
 
     Returns:
         A model of the same type, whose parameters have the same names.
 
     Raises:
-        ValueError: another kind of model or layer, layers that share parameters, an unknown arithmetic, a
+        ValueError: another kind of model or layer, layers that share parameters, a
             mesh of several dimensions, or different models on different ranks.
     """
+    return split_mlp(mlp, mesh, (ColumnParallelLinear, RowParallelLinear), copy.deepcopy, _ACTIVATIONS)
+
+
+def split_mlp(
+    mlp: M,
+    mesh: DeviceMesh,
+    pair: tuple[type[_ParallelLinear], type[_ParallelLinear]],
+    copied: Callable[[torch.nn.Module], torch.nn.Module],
+    activations: Sequence[type[torch.nn.Module]],
+) -> M:
+    """`parallel_mlp` with the layers of a ``pair``, copies of layers that stay whole, and ``activations``."""
     layers = mlp.layers if isinstance(mlp, nn.MLP) else mlp
     if type(layers) is not torch.nn.Sequential:
         raise ConfigError(
             f"cannot split a {type(mlp).__name__}, expected torchpar.nn.MLP or torch.nn.Sequential"
         )
-    check_arithmetic(arithmetic)
-    exact = arithmetic == "exact"
     # An activation may occur twice; named_children would skip the second.
     named = [(name, layer) for name, layer in layers.named_modules(remove_duplicate=False) if name]
     for name, layer in named:
-        if type(layer) not in LINEAR_LAYERS and (exact or type(layer) not in _ACTIVATIONS):
-            expected = "expected linear layers, torch.nn.Sigmoid and torch.nn.ReLU"
-            if exact:
-                expected = "exact arithmetic expects linear layers, such as torchpar.nn.LinearSigmoid"
-            raise ConfigError(f"cannot split layer {name}, a {type(layer).__name__}; {expected}")
+        if type(layer) not in (*LINEAR_LAYERS, *activations):
+            expected = ", ".join(kind.__name__ for kind in (*LINEAR_LAYERS, *activations))
+            raise ConfigError(f"cannot split layer {name}, a {type(layer).__name__}; expected {expected}")
     parameters = [p for _, layer in named for p in layer.parameters()]
     if len(set(parameters)) < len(parameters):
         raise ConfigError("cannot split layers that share parameters, expected each layer to have its own")
-    settings = {"layers": [str(layer) for _, layer in named], "arithmetic": arithmetic}
+    settings = {"layers": [str(layer) for _, layer in named], "kinds": [kind.__name__ for kind in pair]}
     check_same_on_all_ranks(group_of(mesh), "the ranks' models", settings)
     linears = [name for name, layer in named if type(layer) in LINEAR_LAYERS]
     pairs = linears[: len(linears) // 2 * 2]
-    kinds = dict(zip(pairs, cycle(_PAIRS[arithmetic]), strict=False))
+    kinds = dict(zip(pairs, cycle(pair), strict=False))
     new_layers: OrderedDict[str, torch.nn.Module] = OrderedDict()
     for name, layer in named:
-        if name in kinds:
-            new_layers[name] = kinds[name].from_linear(layer, mesh=mesh)
-        elif exact:
-            new_layers[name] = ExactLinear.from_linear(layer)
-        else:
-            new_layers[name] = copy.deepcopy(layer)
+        split_layer = kinds.get(name)
+        new_layers[name] = split_layer.from_linear(layer, mesh=mesh) if split_layer else copied(layer)
     split = torch.nn.Sequential(new_layers)
     if not isinstance(mlp, nn.MLP):
         return split.train(mlp.training)

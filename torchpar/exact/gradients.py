@@ -8,11 +8,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchpar.errors import ConfigError
+from torchpar.exact.layers import ExactLayer
+from torchpar.exact.operands import Operand, rounded_sums, row_sums
 from torchpar.ops import _exact
 from torchpar.ops._exact import row_exponents
 from torchpar.parallel.launch.world import World
-from torchpar.parallel.split.exact import ExactLayer
-from torchpar.parallel.split.operands import Operand, rounded_sums, row_sums
 from torchpar.parallel.split.reduction import all_reduce
 from torchpar.parallel.split.shared_memory import SharedSum, make_shared_sum
 from torchpar.profile.collectives import all_reduced

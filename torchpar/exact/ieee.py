@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Functions whose bits are the same on every processor: exp, sigmoid, log, and the cross-entropy of logits.
+"""Functions whose bits are the same on every processor: exp, sigmoid and log.
 
 `torch.exp` and similar functions differ in their last bits between processors, and so do calls that may use a
 fused multiply-add. This module calls only what IEEE 754 defines exactly: operations with one rounding, bit
@@ -20,12 +20,12 @@ Sources: Cody and Waite, "Software manual for the elementary functions", 1980; S
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
+from torchpar.ops._exact import power_of_two
 
 PIECE = 2**16  # elements to a thread at a time: few calls, whose scratch stays in a core's cache
 # ln 2 in two parts of 15 and 16 bits, whose products with |n| < 2⁸ are exact. They leave out 1.3·10⁻¹¹.
@@ -71,7 +71,7 @@ def sigmoid(x: Tensor) -> Tensor:
 
 
 def _in_pieces(function: Callable[..., object], x: Tensor) -> Tensor:
-    _check("the input", x, torch.float32)
+    check_dtype("the input", x, torch.float32)
     flat = x.detach().reshape(-1)
     out = torch.empty_like(flat)
     size = PIECE * torch.get_num_threads() if flat.is_cpu else max(len(flat), 1)
@@ -121,13 +121,6 @@ def _numerator_parts(r: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     return p, q.mul_(_12).add_(_120)
 
 
-def power_of_two(exponents: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return 2^exponents, float32 or float64, for int32 exponents of normal numbers."""
-    if dtype == torch.float32:
-        return ((exponents + 127) << 23).view(dtype)
-    return ((exponents.long() + 1023) << 52).view(dtype)
-
-
 # ln 2 for float64: a part of 32 bits, whose products with exponents are exact, and the rest.
 LN2_32, LN2_REST = float.fromhex("0x1.62e42feep-1"), float.fromhex("0x1.a39ef35793c76p-33")
 SQRT_HALF_BITS = 0x3FE6A09E667F3BCD  # from which to √2 the exponent k is 0
@@ -147,7 +140,7 @@ def log(x: Tensor) -> Tensor:
     Raises:
         ConfigError: another dtype.
     """
-    _check("the input", x, torch.float64)
+    check_dtype("the input", x, torch.float64)
     x = x.detach()
     normal = (x >= 2.0**-1022) & (x < torch.inf)
     bits = torch.where(normal, x, 1.0).view(torch.int64)
@@ -162,73 +155,6 @@ def log(x: Tensor) -> Tensor:
     return torch.where(normal, result, torch.where(x == torch.inf, x, torch.nan))
 
 
-# The units of the integers that are added: of a softmax's terms, and of a sample's loss, up to LARGEST_LOSS.
-TERM, LOSS, LARGEST_LOSS = 2.0**-32, 2.0**-24, 2.0**38
-
-
-class _CrossEntropySum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        largest = logits.amax(1, keepdim=True)
-        shifted = logits - largest
-        p = exp(shifted)
-        terms = (p.double() * (1 / TERM)).round().long().sum(1, keepdim=True)
-        # A NaN or +inf among the logits, or nothing but −inf, leaves integers that mean nothing.
-        total = torch.where(largest.abs() < torch.inf, terms.double() * TERM, torch.nan)
-        losses = (log(total) - shifted.gather(1, labels[:, None])).squeeze(1)
-        one_hot = labels[:, None] == torch.arange(logits.shape[1], device=labels.device)
-        ctx.save_for_backward(p.div_(total.float()).sub_(one_hot.float()))
-        return _sum(losses)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        # `once_differentiable` would allow create_graph where g needs no gradient, as if this were constant.
-        if torch.is_grad_enabled():
-            raise ConfigError(
-                "cross_entropy_sum has no second derivative, which create_graph=True asks for; leave it out"
-            )
-        (gradient,) = ctx.saved_tensors
-        return gradient * g.float(), None
-
-
-def _sum(losses: Tensor) -> Tensor:
-    """The sum of ``losses (b)`` float64 ≥ 0 in units of `LOSS`: in two halves, whose sums cannot overflow."""
-    units = (torch.where(losses <= LARGEST_LOSS, losses, 0.0) * (1 / LOSS)).round().long()
-    total = (units >> 32).sum().double() * (2**32 * LOSS) + (units & (2**32 - 1)).sum().double() * LOSS
-    total = torch.where((losses > LARGEST_LOSS).any(), torch.inf, total)
-    return torch.where(losses.isnan().any(), torch.nan, total)
-
-
-def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return −log softmax(logits)[label] summed over samples, as a float64 scalar.
-
-    With m the largest logit of a sample, p = exp(z − m), and s the sum of p over classes,
-
-        loss = log s − (z_label − m)        ∂loss/∂z = p / s − onehot(label)
-
-    s is a sum of integers that count p in units of 2⁻³², and the result is one of losses in units of 2⁻²⁴. So
-    the bits depend neither on the order of the samples nor on that of the classes. Results of less than 2²⁹
-    in all add up exactly to the loss of all their samples.
-
-    Args:
-        logits: ``(b, classes)`` float32; b may be 0. Its gradient is float32, and the only derivative.
-        labels: ``(b)`` int64, from 0 to classes − 1.
-
-    Returns:
-        A float64 scalar. It is NaN if a loss is: a sample's logits include NaN or +inf, or all are −inf. It
-        is infinite if a loss is more than 2³⁸.
-
-    Raises:
-        ConfigError: other dtypes or shapes; in the backward pass, ``create_graph=True``.
-    """
-    _check("the logits' dtype", logits, torch.float32)
-    _check("the labels' dtype", labels, torch.int64)
-    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
-        shapes = f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}"
-        raise ConfigError(f"{shapes} differ in samples, expected (b, classes) and (b); reshape them")
-    return _CrossEntropySum.apply(logits, labels)  # type: ignore[no-any-return]
-
-
-def _check(name: str, x: Tensor, dtype: torch.dtype) -> None:
+def check_dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:
     if x.dtype != dtype:
         raise ConfigError(f"{name} is {x.dtype}, expected {dtype}; convert it")

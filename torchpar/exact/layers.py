@@ -11,32 +11,32 @@ on the exponents by a maximum, cut their parts into digits, and add integers:
 | dL/dweight, dL/dbias | samples | "dp", once per step, by `ExactGradients` |
 
 A backward pass keeps what the gradients of weights and biases need, and `ExactGradients` adds them over all
-micro-batches (`torchpar.parallel.split.exact_gradients`). Elementwise functions have the same bits
-anyway, if they are made of the operations of IEEE 754 (`torchpar.ieee`).
+micro-batches (`torchpar.exact.gradients`). Elementwise functions have the same bits
+anyway, if they are made of the operations of IEEE 754 (`torchpar.exact.ieee`).
 """
 
 import copy
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchpar import ieee, nn
+from torchpar import nn
 from torchpar.errors import ConfigError
-from torchpar.ops import _exact
-from torchpar.ops._exact import row_exponents
+from torchpar.exact import ieee
+from torchpar.exact.operands import Operand
+from torchpar.exact.tensor_parallel import shared_exponents, shared_product
 from torchpar.ops._matrix import rows
 from torchpar.parallel.split.layers import (
     LINEAR_LAYERS,
     Activation,
-    Arithmetic,
     ColumnParallelLinear,
     RowParallelLinear,
 )
-from torchpar.parallel.split.operands import Operand
-from torchpar.parallel.split.reduction import all_reduce
+from torchpar.parallel.split.mlp import split_mlp
+
+M = TypeVar("M", nn.MLP, torch.nn.Sequential)
 
 
 class BackwardPass(NamedTuple):
@@ -161,9 +161,9 @@ class _Layer(torch.autograd.Function):
         latest: list[BackwardPass],
     ) -> Tensor:
         matrix = rows(x.detach())  # the operand keeps it after the backward pass
-        e, f = _shared_exponents([matrix, weight], layer.output_mesh)
+        e, f = shared_exponents([matrix, weight], layer.output_mesh)
         operand = Operand(matrix, e)
-        z = _product(operand, Operand(weight, f), layer.output_mesh)
+        z = shared_product(operand, Operand(weight, f), layer.output_mesh)
         if bias is not None:
             z += bias
         y = z
@@ -192,26 +192,15 @@ class _Layer(torch.autograd.Function):
         recorder_gradient = g.new_zeros(())
         if not ctx.needs_input_grad[0]:
             return None, None, None, recorder_gradient, None, None
-        e, f = _shared_exponents([dz, weight.T], layer.input_gradient_mesh)
-        dx = _product(Operand(dz, e), Operand(weight.T, f), layer.input_gradient_mesh)
+        e, f = shared_exponents([dz, weight.T], layer.input_gradient_mesh)
+        dx = shared_product(Operand(dz, e), Operand(weight.T, f), layer.input_gradient_mesh)
         return dx.view(ctx.shape), None, None, recorder_gradient, None, None
 
 
-def _shared_exponents(matrices: list[Tensor], mesh: DeviceMesh | None) -> list[Tensor]:
-    """The exponents of the rows of ``matrices``, whose columns the ranks of ``mesh`` share."""
-    exponents = [row_exponents(t) for t in matrices]
-    if mesh is None or mesh.size() == 1:
-        return exponents
-    largest = all_reduce(torch.cat(exponents), mesh, dist.ReduceOp.MAX)
-    return list(largest.split([len(e) for e in exponents]))
+def parallel_mlp(mlp: M, mesh: DeviceMesh) -> M:
+    """`torchpar.parallel.parallel_mlp` in exact arithmetic: the same bits on any mesh.
 
-
-def _product(a: Operand, b: Operand, mesh: DeviceMesh | None) -> Tensor:
-    if mesh is None or mesh.size() == 1:
-        return a.product(b)
-    return _exact.rounded(all_reduce(a.sums(b), mesh), a.e, b.e)
-
-
-def arithmetic_of(model: torch.nn.Module) -> Arithmetic:
-    """Return "exact" if a layer of ``model`` is in exact arithmetic, else "fast"."""
-    return "exact" if any(isinstance(module, ExactLayer) for module in model.modules()) else "fast"
+    Its layers are float32, and have their own activations.
+    """
+    pair = ExactColumnParallelLinear, ExactRowParallelLinear
+    return split_mlp(mlp, mesh, pair, ExactLinear.from_linear, ())

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: MIT
+"""torchpar.exact.mode: values against float64, bits on every processor, decoding, and refusals."""
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from commands import ROOT, import_path
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchpar import exact
+from torchpar.errors import ConfigError
+from torchpar.exact.random import philox
+
+needs_transformers = pytest.mark.skipif(
+    not find_spec("transformers"), reason="transformers is not installed, which has the architectures"
+)
+
+# Values
+
+
+def ulps(found: Tensor, expected: Tensor) -> float:
+    """The largest distance in units of float32's last place, where the result is a normal number."""
+    unit = torch.exp2(expected.abs().clamp(min=2.0**-126).log2().floor() - 23)
+    return ((found.double() - expected).abs() / unit).max().item()
+
+
+X = torch.cat([torch.linspace(-9, 9, 20001), torch.logspace(-30, 1, 999), -torch.logspace(-30, 1, 999)])
+UNIT = torch.linspace(-0.999, 0.999, 4001)
+# Rounding once is half a unit; GELU's tail multiplies by a number with an absolute error.
+FUNCTIONS: dict[str, tuple[Any, Tensor, float]] = {
+    "exp": (torch.exp, X, 0.51),
+    "log": (torch.log, X.abs(), 0.51),
+    "sigmoid": (torch.sigmoid, X, 0.51),
+    "tanh": (torch.tanh, X, 0.51),
+    "sin": (torch.sin, 1000 * X, 0.51),
+    "cos": (torch.cos, 1000 * X, 0.51),
+    "erf": (torch.erf, X, 0.51),
+    "rsqrt": (torch.rsqrt, X.abs(), 0.51),
+    "silu": (F.silu, X, 0.51),
+    "softplus": (F.softplus, X, 0.51),
+    "pow": (lambda x: x**1.7, X.abs().clamp(min=2.0**-40), 0.51),
+    "log1p": (torch.log1p, torch.cat([X[X > -1], UNIT]), 0.51),
+    # At ±0.999 the slope √π/2·e^(2.33²) multiplies erf's error of 4·10⁻¹⁰: 0.35 units.
+    "erfinv": (torch.erfinv, UNIT, 0.86),
+    "logsumexp": (lambda x: x.view(-1, 1999).logsumexp(1), X[: 11 * 1999], 0.51),
+    "softplus_backward": (lambda x: torch.func.grad(lambda x: F.softplus(x).sum())(x), X, 0.51),
+    "power": (lambda x: x**3, X.abs().clamp(min=2.0**-40), 0.51),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_round_once(name):
+    function, x, bound = FUNCTIONS[name]
+    with exact.mode():
+        found = function(x)
+    assert ulps(found, function(x.double())) <= bound
+
+
+def test_functions_of_unusual_numbers():
+    x = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45])
+    for name in ("exp", "log", "sigmoid", "tanh", "sin", "erf", "rsqrt"):
+        with exact.mode():
+            found = getattr(torch, name)(x)
+        expected = getattr(torch, name)(x)
+        torch.testing.assert_close(found, expected, equal_nan=True, rtol=1e-6, atol=0, msg=f"{name}: {found}")
+    with exact.mode(), pytest.raises(ConfigError, match="take angles below"):
+        torch.sin(torch.tensor([2.0**21]))
+
+
+def gelu_pair(x: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
+    x = x.clone().requires_grad_()
+    y = F.gelu(x, approximate=approximate)
+    y.sum().backward()
+    return y.detach(), x.grad
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_is_as_near_as_torchs(approximate):
+    with exact.mode():
+        found = gelu_pair(X, approximate)
+    torchs = gelu_pair(X, approximate)
+    for one, other, ideal in zip(found, torchs, gelu_pair(X.double(), approximate), strict=True):
+        assert (one - ideal).abs().max() <= 2 * (other - ideal).abs().max()
+
+
+class Layers(nn.Module):
+    """Layers whose operators have rules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 12, padding_idx=0)
+        self.conv = nn.Conv2d(3, 4, (2, 3), stride=(2, 1), padding=(0, 1), dilation=(1, 2), groups=1)
+        self.grouped = nn.Conv1d(4, 6, 3, padding=1, groups=2)
+        self.norm = nn.LayerNorm(12)
+        self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, text: Tensor, image: Tensor) -> Tensor:
+        pictures = self.grouped(self.conv(image).flatten(2)).mean((1, 2))
+        x = self.norm(self.embedding(text))
+        x = x + self.attention(x, x, x, need_weights=False)[0] * pictures[:, None, None]
+        x = x * x.var(-1, keepdim=True) + x.square().mean(-1, keepdim=True).rsqrt() + torch.tanh(x)
+        return F.log_softmax(self.head(x), -1)
+
+
+TEXT, IMAGE = torch.randint(7, (4, 6)), torch.randn(4, 3, 8, 5)  # random numbers differ in the mode
+
+
+def gradients(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    image = IMAGE.to(dtype, copy=True).requires_grad_()
+    model.zero_grad()
+    output = model(TEXT, image)
+    loss = F.nll_loss(output.flatten(0, 1), torch.arange(24) % 5, ignore_index=3) + output.exp().std()
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    return found | {"output": output.detach(), "loss": loss.detach(), "image": image.grad}
+
+
+def test_layers_are_as_near_as_torchs():
+    """The largest relative error, measured against float64, is at most twice PyTorch's."""
+    torch.manual_seed(0)
+    model = Layers()
+    with exact.mode():
+        found = gradients(model, torch.float32)
+    torchs, ideal = gradients(model, torch.float32), gradients(model.double(), torch.float64)
+    errors = [
+        max(((one[name].double() - t).norm() / t.norm()).item() for name, t in ideal.items())
+        for one in (found, torchs)
+    ]
+    assert errors[0] <= 2 * errors[1]
+
+
+def test_random_numbers():
+    """Philox has the words of its authors' known answers; draws have their distributions' moments."""
+    words = philox(torch.tensor([0]), (0, 0))[:, 0].tolist()
+    assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    with exact.mode():
+        torch.manual_seed(0)
+        x, mask = torch.randn(10**5), F.dropout(torch.ones(10**5), 0.3)
+        torch.manual_seed(0)
+        assert torch.equal(torch.randn(10**5), x)
+    # Five standard deviations of the mean, of the variance and of the number of ones.
+    assert x.mean().abs() < 5 / math.sqrt(1e5)
+    assert abs(x.var() - 1) < 5 * math.sqrt(2 / 1e5)
+    assert abs((mask > 0).double().mean() - 0.7) < 5 * math.sqrt(0.21 / 1e5)
+    assert mask.max() == 1 / torch.tensor(0.7)
+
+
+# Bits
+
+
+def trained(name: str) -> str:
+    """The SHA-256 of an architecture's weights after five steps, made and trained in the mode."""
+    from torchpar.architectures import make_model
+
+    with exact.mode():
+        torch.manual_seed(0)
+        model: Any = make_model(name)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)
+        for _ in range(5):
+            if name == "vit":
+                inputs = {"pixel_values": torch.rand(3, 3, 8, 8), "labels": torch.tensor([0, 1, 1])}
+            else:
+                text = torch.randint(3, 96, (3, 8))
+                inputs = {"input_ids": text, "labels": text}
+            model(**inputs).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=False)
+            optimizer.step()
+            optimizer.zero_grad()
+    digest = hashlib.sha256()
+    for p in model.parameters():
+        digest.update(p.detach().numpy().tobytes())
+    return digest.hexdigest()
+
+
+NAMES = ("llama", "gpt2", "bert", "vit")
+KINDS = [
+    {"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+    {"ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+]
+
+
+@needs_transformers
+def test_training_has_the_same_bits_on_other_kinds_of_processors():
+    expected = {name: trained(name) for name in NAMES}
+    assert len(set(expected.values())) == len(NAMES)
+    code = "import json, test_exact_mode as t; print(json.dumps({n: t.trained(n) for n in t.NAMES}))"
+    for kind in KINDS:
+        environment = os.environ | kind | {"PYTHONPATH": import_path(ROOT, ROOT / "tests")}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout.splitlines()[-1]) == expected
+
+
+@needs_transformers
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_decoding_equals_one_pass(name):
+    """Token by token with a cache, in a batch, and beside padding; ordinary arithmetic differs."""
+    from torchpar.architectures import make_model
+
+    torch.manual_seed(0)
+    with exact.mode(), torch.no_grad():
+        model: Any = make_model(name).eval()
+        for p in model.parameters():
+            p.mul_(3)
+        text = torch.randint(3, 96, (1, 8))
+        whole = model(input_ids=text).logits
+        cache, tokens = None, []
+        for i in range(8):
+            output = model(input_ids=text[:, i : i + 1], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            tokens.append(output.logits)
+        assert torch.equal(torch.cat(tokens, 1), whole)
+        others = torch.randint(3, 96, (63, 8))
+        assert torch.equal(model(input_ids=torch.cat([text, others])).logits[:1], whole)
+        padded, mask = F.pad(text, (0, 4), value=3), torch.ones(1, 12, dtype=torch.long)
+        mask[:, 8:] = 0
+        assert torch.equal(model(input_ids=padded, attention_mask=mask).logits[:, :8], whole)
+
+
+# What is refused
+
+
+def test_an_operator_without_a_rule_is_named():
+    x = torch.ones(3)
+    with exact.mode():
+        with pytest.raises(ConfigError, match=r"no exact version of aten\.cumsum\.default; compute"):
+            x.cumsum(0)
+        assert x.long().cumsum(0).tolist() == [1, 2, 3]
+        with pytest.raises(ConfigError, match="no exact version of aten"):
+            torch.hann_window(4)
+        with pytest.raises(ConfigError, match=r"takes float32, an operand is torch\.bfloat16"):
+            torch.ones(2, 2).bfloat16() @ torch.ones(2, 2).bfloat16()
+        with pytest.raises(ConfigError, match="foreach"):
+            step_foreach(x)
+    torch.hann_window(4)
+
+
+def step_foreach(x: Tensor) -> None:
+    p = nn.Parameter(x)
+    p.grad = torch.ones(3)
+    torch.optim.AdamW([p], foreach=True).step()
+
+
+def test_coverage_lists_what_is_missing():
+    def function(x: Tensor) -> Tensor:
+        return (F.scaled_dot_product_attention(x, x, x) @ x.mT).cumsum(0).exp() + 1
+
+    found = exact.coverage(function, torch.randn(2, 3, 3))
+    assert set(found.missing) == {"aten.cumsum.default"}
+    assert {"aten.exp.default", "aten.bmm.default", "scaled_dot_product_attention"} <= set(found.rules)
+    assert "missing: aten.cumsum.default (1)" in str(found)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: MIT
+"""Data parallelism whose bits depend neither on the ranks nor on how a batch is cut.
+
+A *unit* of work, such as a sequence, is computed by itself, and its gradient is rounded once. Gradients of
+units are added as integers. A number x is cut into bins of 30 bits:
+
+    d_b = trunc(x / 2^(30·b)) − 2³⁰·trunc(x / 2^(30·(b + 1)))
+
+A sum keeps two bins: that of its largest term so far, and the one below. The sums of the bins that are left
+at the end do not depend on the order of the terms. All ranks agree on the upper bin by a maximum, and add the
+integers. The cut leaves out less than 2⁻³⁰ of the largest term for each term.
+
+Source: Demmel and Nguyen, "Parallel reproducible summation", 2015, whose bins are of floating-point numbers.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from torchpar.errors import ConfigError
+from torchpar.exact.ordinary import ordinary
+from torchpar.exact.sums import exponents_of
+from torchpar.wire import wire_device
+
+_WIDTH = 30
+_NONE, _LOWEST, _UNUSUAL = -7, -6, 6  # bins: of no term, of the smallest number, and of what is not finite
+
+
+class BinnedSum:
+    """The sum of tensors of one shape, as integers of two bins."""
+
+    def __init__(self, like: Tensor):
+        self.top = _NONE
+        self.bins = torch.zeros(2, *like.shape, dtype=torch.int64, device=like.device)
+
+    def add(self, x: Tensor) -> None:
+        x = x.double()
+        largest = x.abs().amax() if x.numel() else x.new_zeros(())
+        exponent, unusual = exponents_of(largest)
+        top = _UNUSUAL if unusual else max(_LOWEST, (int(exponent) - 1) // _WIDTH)
+        self.raise_to(top)
+        if self.top < _UNUSUAL:
+            upper = (x * 2.0 ** (-_WIDTH * self.top)).trunc_()
+            rest = x - upper * 2.0 ** (_WIDTH * self.top)
+            self.bins[0] += upper.long()
+            self.bins[1] += (rest * 2.0 ** (-_WIDTH * (self.top - 1))).trunc_().long()
+
+    def raise_to(self, top: int) -> None:
+        """Drop the bins below those that a sum with the upper bin ``top`` keeps."""
+        if top > self.top:
+            self.bins = torch.stack([torch.zeros_like(self.bins[0]), self.bins[0]])
+            if top > self.top + 1:
+                self.bins.zero_()
+            self.top = top
+
+    def total(self) -> Tensor | None:
+        """The sum in float32; NaN if a term was not finite, None if there is no term."""
+        if self.top == _NONE:
+            return None
+        if self.top >= _UNUSUAL:
+            return torch.full_like(self.bins[0], torch.nan, dtype=torch.float32)
+        upper, lower = self.bins.double()
+        total: Tensor = upper * 2.0**_WIDTH + lower
+        return (total * 2.0 ** (_WIDTH * (self.top - 1))).float()
+
+
+class DataParallel:
+    """Adds the gradients of units of work, over micro-batches and ranks.
+
+        parallel = torchpar.exact.DataParallel(model, world.mesh["dp"].get_group())
+        for text in mine:  # this rank's units, in any order
+            parallel.backward(loss_of(model, text) / number_of_all_units)
+        loss = parallel.all_reduce()  # sets each p.grad
+        optimizer.step()
+
+    Args:
+        model: its parameters are the same on every rank, and float32.
+        group: the ranks that share the units; by default this rank alone.
+    """
+
+    def __init__(self, model: torch.nn.Module, group: dist.ProcessGroup | None = None):
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.group = group
+        self._restart()
+
+    def _restart(self) -> None:
+        self._sums = [BinnedSum(p) for p in self.parameters]
+        self._loss = BinnedSum(torch.zeros(()))
+
+    def backward(self, loss: Tensor) -> None:
+        """Compute the gradients of one unit's ``loss``, and add them and the loss.
+
+        Raises:
+            ConfigError: a parameter has a gradient already.
+        """
+        if any(p.grad is not None for p in self.parameters):
+            raise ConfigError("a parameter has a gradient before the backward pass; call zero_grad() before")
+        loss.backward()
+        self._add(loss)
+
+    @ordinary
+    def _add(self, loss: Tensor) -> None:
+        self._loss.add(loss.detach().cpu())
+        for p, one in zip(self.parameters, self._sums, strict=True):
+            if p.grad is not None:
+                one.add(p.grad)
+                p.grad = None
+
+    @ordinary
+    def all_reduce(self) -> Tensor:
+        """Set each ``p.grad`` to the sum over all units, and return that of the losses, float32."""
+        sums = [self._loss, *self._sums]
+        if self.group is not None and dist.get_world_size(self.group) > 1:
+            _add_over_ranks(sums, self.group)
+        for p, one in zip(self.parameters, self._sums, strict=True):
+            p.grad = one.total()
+        loss = self._loss.total()
+        self._restart()
+        if loss is None:
+            raise ConfigError("no rank has called backward since the last all_reduce")
+        return loss
+
+
+def _add_over_ranks(sums: Sequence[BinnedSum], group: dist.ProcessGroup) -> None:
+    device = wire_device(sums[-1].bins, group)
+    tops = torch.tensor([one.top for one in sums], device=device)
+    dist.all_reduce(tops, dist.ReduceOp.MAX, group=group)
+    for one, top in zip(sums, tops.tolist(), strict=True):
+        one.raise_to(top)
+    flat = torch.cat([one.bins.flatten().to(device) for one in sums])
+    dist.all_reduce(flat, group=group)
+    for one, part in zip(sums, flat.split([one.bins.numel() for one in sums]), strict=True):
+        one.bins.copy_(part.view_as(one.bins))

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: MIT
+"""A small GPT that predicts characters, and a training of it whose bits are the same everywhere."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional as F
+
+from torchpar.exact.data_parallel import DataParallel
+from torchpar.exact.mode import mode
+from torchpar.exact.tensor_parallel import linear
+from torchpar.parallel.launch.world import World
+from torchpar.partition import Partition
+from torchpar.parts import mark_part, slice_of
+
+CONTEXT, WIDTH, HEADS, BLOCKS = 64, 64, 4, 2  # characters of a text, their features; of the model
+SEQUENCES, STEPS, LR = 8, 20, 3e-3  # texts of a step; of the training
+
+
+class Linear(nn.Module):
+    """A linear layer without bias, whose weight ``(out, in)`` the ranks of ``mesh`` share along ``axis``."""
+
+    def __init__(self, in_features: int, out_features: int, mesh: DeviceMesh, axis: int):
+        super().__init__()
+        self.mesh, self.axis = mesh, axis
+        self.partition = Partition((out_features, in_features)[axis], mesh.size(), mesh.get_local_rank())
+        whole = torch.randn(out_features, in_features) * in_features**-0.5
+        self.weight = nn.Parameter(self.partition.narrow(whole, axis).clone())
+        mark_part(self.weight, slice_of(self.weight.shape, axis, self.partition, mesh))
+
+    def forward(self, x: Tensor) -> Tensor:
+        meshes = {"inputs" if self.axis == 0 else "outputs": self.mesh}
+        return linear(x, self.weight, **meshes)
+
+
+class Block(nn.Module):
+    """Causal attention and a hidden layer, each after a normalisation and with a residual connection."""
+
+    def __init__(self, mesh: DeviceMesh):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
+        self.query, self.key, self.value = (Linear(WIDTH, WIDTH, mesh, 0) for _ in range(3))
+        self.out = Linear(WIDTH, WIDTH, mesh, 1)
+        self.up, self.down = Linear(WIDTH, 4 * WIDTH, mesh, 0), Linear(4 * WIDTH, WIDTH, mesh, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normal = self.norms[0](x)
+        query, key, value = (
+            layer(normal).unflatten(-1, (-1, WIDTH // HEADS)).transpose(-2, -3)
+            for layer in (self.query, self.key, self.value)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.out(attended.transpose(-2, -3).flatten(-2))
+        return x + self.down(F.gelu(self.up(self.norms[1](x))))  # type: ignore[no-any-return]
+
+
+class GPT(nn.Module):
+    """The logits ``(*, n, characters)`` of the next characters of texts ``(*, n)``.
+
+    Args:
+        mesh: the ranks that share the heads and the linear layers; a divisor of `HEADS`.
+    """
+
+    def __init__(self, characters: int, mesh: DeviceMesh):
+        super().__init__()
+        self.tokens = nn.Embedding(characters, WIDTH)
+        self.positions = nn.Parameter(torch.randn(CONTEXT, WIDTH) * 0.02)
+        self.blocks = nn.Sequential(*(Block(mesh) for _ in range(BLOCKS)))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, characters, bias=False)
+
+    def forward(self, text: Tensor) -> Tensor:
+        x = self.tokens(text) + self.positions[: text.shape[-1]]
+        return self.head(self.norm(self.blocks(x)))  # type: ignore[no-any-return]
+
+
+def read_text(path: Path) -> tuple[Tensor, int]:
+    """The characters of a text as numbers, and how many different ones there are."""
+    written = path.read_text(encoding="ascii")
+    alphabet = {character: i for i, character in enumerate(sorted(set(written)))}
+    return torch.tensor([alphabet[character] for character in written]), len(alphabet)
+
+
+def train(path: Path, world: World) -> Iterator[tuple[float, GPT]]:
+    """Train on the text at ``path``; yields the loss of each step, and the model.
+
+    Each text of a step is a unit of work. The ranks of "dp" share them.
+    """
+    text, characters = read_text(path)
+    with mode():
+        torch.manual_seed(0)
+        model = GPT(characters, world.mesh["tp"])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LR, foreach=False)
+        parallel = DataParallel(model, world.mesh["dp"].get_group())
+        for _ in range(STEPS):
+            starts = torch.randint(len(text) - CONTEXT, (SEQUENCES,))
+            for start in starts.tolist()[world.dp_rank :: world.dp_size]:
+                window = text[start : start + CONTEXT + 1]
+                loss = F.cross_entropy(model(window[:-1]), window[1:])
+                parallel.backward(loss / SEQUENCES)
+            total = parallel.all_reduce()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield float(total), model

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: MIT
+"""A mode in which models and optimizers compute in exact arithmetic: the same bits on every processor."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from torchpar.errors import ConfigError
+from torchpar.exact import elementwise as elementwise
+from torchpar.exact import products as products  # which register rules
+from torchpar.exact import reductions as reductions
+from torchpar.exact.attention import scaled_dot_product_attention
+from torchpar.exact.registry import PASSING, RULES
+
+_NAMESPACES = ("prims", "profiler", "debugprims")
+_OWN = ("exact_matmul", "maximum")
+
+
+@contextmanager
+def mode() -> Iterator[None]:
+    """Compute in exact arithmetic: the same bits for any number of threads and any processor.
+
+        with torchpar.exact.mode():
+            model = Model()
+            loss = model(x)
+            loss.backward()
+            optimizer.step()
+
+    Make the model in the mode, too, so that its first weights are the same everywhere. Each row of a result
+    depends on its own row of the input alone, and not on the batch around it.
+
+    Raises:
+        ConfigError: an operator that has no exact version, or a dtype other than float32.
+    """
+    with _Functions(), _Operators():
+        yield
+
+
+class _Functions(TorchFunctionMode):
+    """Replace attention as a whole: its parts do not tell which sums must not depend on other keys."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            func = scaled_dot_product_attention
+        return func(*args, **(kwargs or {}))
+
+
+class _Operators(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunction():  # rules do not call attention, and their calls are many
+            return version_of(func, args)(*args, **(kwargs or {}))
+
+
+def version_of(func: Any, args: Any) -> Callable[..., Any]:
+    """The exact version of an operator.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    namespace, _, name = func._schema.name.partition("::")
+    if namespace in _NAMESPACES or (namespace == "torchpar" and name in _OWN):
+        return func  # type: ignore[no-any-return]
+    base = name.removesuffix("_") if name not in PASSING else name
+    own_rule = RULES.get(base) if namespace == "aten" else None
+    if own_rule is not None:
+        return _as_variant(func, own_rule)
+    if namespace == "aten" and base in PASSING:
+        return func  # type: ignore[no-any-return]
+    if not _has_float(args):
+        return _checked(func)
+    raise ConfigError(
+        f"no exact version of {func}; compute it outside of torchpar.exact.mode(), or by other operators"
+    )
+
+
+def _has_float(tree: Any) -> bool:
+    return any(isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex()) for t in tree_leaves(tree))
+
+
+def _checked(func: Any) -> Callable[..., Any]:
+    """``func`` of integers, whose results must be integers, too."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = func(*args, **kwargs)
+        if _has_float(result):
+            raise ConfigError(f"no exact version of {func}, which makes floating-point numbers of integers")
+        return result
+
+    return call
+
+
+def _as_variant(func: Any, own_rule: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule for ``func``, which may write to its first operand, or to ``out``."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        into = kwargs.pop("out", None)
+        if func._schema.name.endswith("_"):
+            into = args[0]
+        result = own_rule(*args, **kwargs)
+        return result if into is None else into.copy_(result)
+
+    return call
+
+
+@dataclass
+class Coverage:
+    """The operators that a function calls, with the number of calls.
+
+    Attributes:
+        passing: those that are the same everywhere.
+        rules: those with an exact version.
+        missing: the others; `mode` refuses them.
+    """
+
+    passing: Counter[str] = field(default_factory=Counter)
+    rules: Counter[str] = field(default_factory=Counter)
+    missing: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        lines = []
+        for title, calls in vars(self).items():
+            names = ", ".join(f"{name} ({n})" for name, n in sorted(calls.items())) or "none"
+            lines.append(f"{title}: {names}")
+        return "\n".join(lines)
+
+
+def coverage(function: Callable[..., Any], *inputs: Any, **options: Any) -> Coverage:
+    """Call ``function`` in ordinary arithmetic, and say which of its operators `mode` has.
+
+    Include the backward pass and the optimizer's step in the function.
+    """
+    found = Coverage()
+
+    class _Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            try:
+                kind = found.passing if version_of(func, args) is func else found.rules
+            except ConfigError:
+                kind = found.missing
+            kind[str(func)] += 1
+            return func(*args, **(kwargs or {}))
+
+    with _Attention(found), _Recorder():
+        function(*inputs, **options)
+    return found
+
+
+class _Attention(TorchFunctionMode):
+    def __init__(self, found: Coverage):
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            self.found.rules["scaled_dot_product_attention"] += 1
+        return func(*args, **(kwargs or {}))

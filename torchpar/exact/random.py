@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: MIT
+"""Random numbers by a counter-based generator in integers, the same on every processor.
+
+`torch.rand` has the same bits everywhere, too, but draws of normal numbers and of dropout masks use a
+processor's vectors. Philox with ten rounds makes four words of 32 bits from a counter and a key. The key is
+drawn from PyTorch's generator, so that `torch.manual_seed` and saved random states hold for it.
+
+Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", 2011.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchpar.exact.functions import cos64, log64
+
+_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+_WEYL = 0x9E3779B9, 0xBB67AE85
+_ROUNDS, _WORD = 10, 0xFFFFFFFF
+
+
+def philox(counters: Tensor, key: tuple[int, int]) -> Tensor:
+    """Four words ``(4, n)`` of 32 bits, int64, for int64 ``counters (n)``."""
+    zero = torch.zeros_like(counters)
+    c0, c1, c2, c3 = counters & _WORD, counters >> 32, zero, zero
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        high0, low0 = _product(c0, _MULTIPLIERS[0])
+        high1, low1 = _product(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
+    return torch.stack([c0, c1, c2, c3])
+
+
+def _product(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """The upper and the lower 32 bits of ``x·m``, of words in int64, which would overflow."""
+    low, high = x * (m & 0xFFFF), x * (m >> 16)
+    middle = low + ((high & 0xFFFF) << 16)
+    return (high >> 16) + (middle >> 32), middle & _WORD
+
+
+def uniform(shape: Sequence[int], generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Numbers (i + ½)·2⁻³² in (0, 1), float64, of the given shape."""
+    words = torch.randint(
+        0, 2**32, (2,), generator=generator, device="cpu" if generator is None else generator.device
+    )
+    n = math.prod(shape)
+    drawn = philox(torch.arange(-(-n // 4), device=device), (int(words[0]), int(words[1])))
+    return ((drawn.flatten()[:n].double() + 0.5) * 2.0**-32).view(*shape)
+
+
+def normal(shape: Sequence[int], generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Normal numbers of mean 0 and variance 1, float64, by Box and Muller's formula."""
+    radius, angle = uniform((2, *shape), generator, device)
+    return (log64(radius) * -2).sqrt() * cos64(angle * (2 * math.pi))
+
+
+def bernoulli(
+    shape: Sequence[int], p: float | Tensor, generator: torch.Generator | None, device: torch.device
+) -> Tensor:
+    """True with probability ``p``, independently."""
+    return uniform(shape, generator, device) < p

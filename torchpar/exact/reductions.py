@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: MIT
+# mypy: disable-error-code="no-any-return"
+"""Rules for sums, means, norms, softmax, losses, and gradients of indexing: exact sums."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchpar.errors import ConfigError
+from torchpar.exact import ieee
+from torchpar.exact.functions import log64
+from torchpar.exact.registry import check_float32, rule, times
+from torchpar.exact.softmax import log_softmax, softmax
+from torchpar.exact.sums import exact_index_sum, exact_sum
+
+
+@rule("sum")
+def _sum(x: Tensor, dims: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
+    if not x.is_floating_point():
+        return torch.sum(x, dims, keepdim, dtype=dtype) if dims is not None else torch.sum(x, dtype=dtype)
+    return exact_sum(x, dims, keepdim).to(dtype or x.dtype)
+
+
+@rule("mean")
+def _mean(x: Tensor, dims: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
+    total = exact_sum(x, dims, keepdim)
+    return (total / (x.numel() / max(total.numel(), 1))).to(dtype or x.dtype)
+
+
+def _variance(x: Tensor, dims: Any, correction: Any, keepdim: bool) -> tuple[Tensor, Tensor]:
+    total = exact_sum(x, dims, True)
+    n = x.numel() / max(total.numel(), 1)
+    mean, by = total / n, n - (1 if correction is None else correction)
+    variance = exact_sum((x.double() - mean).square(), dims, keepdim) / by
+    return variance, mean
+
+
+@rule("var")
+def _var(x: Tensor, dims: Any = None, *, correction: Any = None, keepdim: bool = False) -> Tensor:
+    return _variance(x, dims, correction, keepdim)[0].to(x.dtype)
+
+
+@rule("std")
+def _std(x: Tensor, dims: Any = None, *, correction: Any = None, keepdim: bool = False) -> Tensor:
+    return _variance(x, dims, correction, keepdim)[0].sqrt().to(x.dtype)
+
+
+@rule("linalg_vector_norm", "norm")
+def _norm(x: Tensor, order: Any = 2, dims: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
+    if order == math.inf:
+        return torch.linalg.vector_norm(x, order, dims, keepdim, dtype=dtype)
+    if order not in (1, 2):
+        raise ConfigError(f"exact arithmetic has norms of the orders 1, 2 and infinity, not {order}")
+    terms = x.double().square() if order == 2 else x.double().abs()
+    total = exact_sum(terms, dims, keepdim)
+    return (total.sqrt() if order == 2 else total).to(dtype or x.dtype)
+
+
+@rule("native_layer_norm")
+def _layer_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_float32(x, weight, bias)
+    dims = [*range(-len(shape), 0)]
+    mean = exact_sum(x, dims, True) / math.prod(shape)
+    centred = x.double() - mean
+    rstd = 1 / (exact_sum(centred.square(), dims, True) / math.prod(shape) + eps).sqrt()
+    y = (centred * rstd).float()
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias, mean.float(), rstd.float()
+
+
+@rule("native_layer_norm_backward")
+def _layer_norm_backward(
+    g: Tensor, x: Tensor, shape: Sequence[int], mean: Tensor, rstd: Tensor, weight: Tensor | None,
+    bias: Tensor | None, output_mask: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    dims, batch = [*range(-len(shape), 0)], [*range(x.dim() - len(shape))]
+    n = math.prod(shape)
+    normal = (x.double() - mean.double()) * rstd.double()
+    scaled = g.double() if weight is None else g.double() * weight.double()
+    dx = dw = db = None
+    if output_mask[0]:
+        along = exact_sum(scaled * normal, dims, True) / n
+        dx = (rstd.double() * (scaled - exact_sum(scaled, dims, True) / n - normal * along)).float()
+    if output_mask[1]:
+        dw = exact_sum(g.double() * normal, batch).float() if batch else (g.double() * normal).float()
+    if output_mask[2]:
+        db = exact_sum(g, batch).float() if batch else g.clone()
+    return dx, dw, db
+
+
+@rule("_softmax", "_safe_softmax")
+def _softmax(x: Tensor, dim: int, *_: Any, dtype: Any = None) -> Tensor:
+    check_float32(x)
+    return softmax(x, dim)
+
+
+@rule("_softmax_backward_data")
+def _softmax_backward(g: Tensor, y: Tensor, dim: int, _: Any) -> Tensor:
+    total = exact_sum(g.double() * y.double(), [dim], True)
+    return ((g.double() - total) * y.double()).float()
+
+
+@rule("logsumexp")
+def _logsumexp(x: Tensor, dims: list[int], keepdim: bool = False) -> Tensor:
+    check_float32(x)
+    largest = x.amax(dims, True)
+    shift = torch.where(largest.isfinite(), largest, 0.0)
+    total = log64(exact_sum(ieee.exp(x - shift), dims, True)) + shift.double()
+    return (total if keepdim else total.squeeze(tuple(dims))).float()
+
+
+@rule("_log_softmax")
+def _log_softmax(x: Tensor, dim: int, _: bool) -> Tensor:
+    check_float32(x)
+    return log_softmax(x, dim)
+
+
+@rule("_log_softmax_backward_data")
+def _log_softmax_backward(g: Tensor, y: Tensor, dim: int, _: Any) -> Tensor:
+    return (g.double() - ieee.exp(y).double() * exact_sum(g, [dim], True)).float()
+
+
+@rule("nll_loss_forward")
+def _nll_loss(
+    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore: int
+) -> tuple[Tensor, Tensor]:
+    factors = _loss_weights(x, target, weight, ignore)
+    index = torch.where(target == ignore, 0, target).unsqueeze(-1)
+    losses = -x.gather(-1, index).squeeze(-1) * factors
+    losses = torch.where(factors == 0, 0.0, losses)
+    total = exact_sum(factors) if reduction == 1 else torch.zeros((), dtype=torch.float64, device=x.device)
+    if reduction == 0:
+        return losses, total.float()
+    loss = exact_sum(losses)
+    return (loss / total if reduction == 1 else loss).float(), total.float()
+
+
+@rule("nll_loss_backward")
+def _nll_loss_backward(
+    g: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore: int, total: Tensor
+) -> Tensor:
+    factors = _loss_weights(x, target, weight, ignore)
+    each = -factors * g / total if reduction == 1 else -factors * g
+    index = torch.where(target == ignore, 0, target).unsqueeze(-1)
+    return torch.zeros_like(x).scatter_(-1, index, torch.where(factors == 0, 0.0, each).unsqueeze(-1))
+
+
+def _loss_weights(x: Tensor, target: Tensor, weight: Tensor | None, ignore: int) -> Tensor:
+    """The weight of each sample's loss."""
+    kept = target != ignore
+    of_class = (
+        torch.ones_like(target, dtype=x.dtype) if weight is None else weight[torch.where(kept, target, 0)]
+    )
+    return torch.where(kept, of_class, 0.0)
+
+
+@rule("mse_loss")
+def _mse_loss(x: Tensor, y: Tensor, reduction: int = 1) -> Tensor:
+    squares = (x - y).square()
+    return squares if reduction == 0 else _mean(squares) if reduction == 1 else _sum(squares)
+
+
+@rule("mse_loss_backward")
+def _mse_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int) -> Tensor:
+    gradient = (x - y) * 2 * g
+    return gradient / x.numel() if reduction == 1 else gradient
+
+
+@rule("embedding_dense_backward")
+def _embedding_backward(g: Tensor, indices: Tensor, rows: int, padding: int, by_frequency: bool) -> Tensor:
+    if by_frequency:
+        raise ConfigError("exact arithmetic has no scale_grad_by_freq of an embedding; leave it out")
+    gradient = exact_index_sum(g.reshape(-1, g.shape[-1]), indices.flatten(), rows)
+    if padding >= 0:
+        gradient[padding] = 0
+    return gradient
+
+
+@rule("index_add")
+def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: Any = 1) -> Tensor:
+    if not x.is_floating_point():
+        return torch.index_add(x, dim, index, source, alpha=alpha)
+    moved = source.movedim(dim, 0)
+    total = exact_index_sum(moved.reshape(len(index), -1), index, x.shape[dim])
+    return x + times(total.view(x.shape[dim], *moved.shape[1:]).movedim(0, dim), alpha)
+
+
+@rule("scatter_add")
+def _scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    if not x.is_floating_point():
+        return torch.scatter_add(x, dim, index, source)
+    # The index of each target in the flat tensor.
+    places = torch.arange(x.numel(), device=x.device).view(x.shape)
+    places = places[tuple(slice(None if i == dim % x.dim() else n) for i, n in enumerate(index.shape))]
+    flat = places.gather(dim, index).flatten()
+    values = source[tuple(map(slice, index.shape))].reshape(-1, 1)
+    return x + exact_index_sum(values, flat, x.numel()).view(x.shape)
+
+
+@rule("index_put", "_index_put_impl", "_unsafe_index_put")
+def _index_put(x: Tensor, indices: Any, values: Tensor, accumulate: bool = False, *_: Any) -> Tensor:
+    if not (accumulate and x.is_floating_point()):
+        return torch.index_put(x, indices, values)
+    places = torch.arange(x.numel(), device=x.device).view(x.shape)
+    places = places[tuple(slice(None) if i is None else i for i in indices)]
+    total = exact_index_sum(values.expand(places.shape).reshape(-1, 1), places.flatten(), x.numel())
+    return x + total.view(x.shape)

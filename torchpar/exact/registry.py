@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: MIT
+"""Registry of ATen operators in exact arithmetic: those that are the same everywhere, and rules for others.
+
+An operator *passes* if it moves data, compares, or rounds once for each element, as IEEE 754 defines it. A
+*rule* computes it by exact products, exact sums and functions. `torchpar.exact.mode` refuses others.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchpar.errors import ConfigError
+
+Rule = Callable[..., Any]
+
+# In-place and out= variants count as their operators.
+_PASSING = """
+    alias as_strided broadcast_tensors cat clone constant_pad_nd contiguous copy detach diagonal expand flip
+    gather im2col index index_select lift_fresh masked_select narrow new_empty new_full new_ones new_zeros
+    permute pixel_shuffle repeat reshape roll select select_backward select_scatter set_ slice slice_backward
+    slice_scatter split split_with_sizes squeeze stack t take_along_dim transpose tril triu unbind unfold
+    unsafe_split unsqueeze view view_as_complex _unsafe_view _reshape_alias _to_copy _pin_memory resize_
+    empty empty_like empty_strided full full_like ones ones_like scalar_tensor zeros zeros_like fill zero eye
+    masked_fill masked_scatter scatter index_fill index_copy where nan_to_num clamp clamp_min clamp_max
+    abs neg sign sqrt floor ceil round trunc relu threshold threshold_backward hardtanh hardtanh_backward
+    eq ne lt le gt ge isnan isinf isneginf isposinf logical_and logical_or logical_not logical_xor all any
+    equal maximum minimum max min amax amin argmax argmin sort topk mul div reciprocal
+    new_empty_strided _local_scalar_dense item is_same_size is_pinned embedding uniform random rand rand_like
+"""
+PASSING = frozenset(_PASSING.split())
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for the ATen operators of these names."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+def check_float32(*operands: Tensor | None) -> None:
+    for t in operands:
+        if t is not None and t.dtype != torch.float32:
+            raise ConfigError(f"exact arithmetic takes float32, an operand is {t.dtype}; convert it")
+
+
+def times(t: Tensor, factor: Any) -> Tensor:
+    return t if isinstance(factor, int | float) and factor == 1 else t * factor

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: MIT
+"""Sums whose bits do not depend on the order of their terms: numbers as integers in units of a power of two.
+
+For a row with the largest |x| below 2^e, each term becomes the integer round(x·2^(40 − e)). Integers of 64
+bits hold the sum of 2²² of them, whatever the order. The rounding of a term is at most 2⁻⁴¹ of the largest.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from torchpar.errors import ConfigError
+from torchpar.ops._exact import power_of_two
+
+BITS = 40
+_LONGEST = 2**22  # terms
+
+
+def exact_sum(x: Tensor, dims: list[int] | None = None, keepdim: bool = False) -> Tensor:
+    """The sum of ``x``, float32 or float64, over ``dims`` (all by default), as float64.
+
+    A sum with a NaN or an infinity is NaN or infinite as `torch.sum`'s. Other rows do not matter.
+    """
+    dims = [dim % max(x.dim(), 1) for dim in (dims or range(x.dim()))]
+    if x.dim() == 0:
+        return x.double()
+    kept = [dim for dim in range(x.dim()) if dim not in dims]
+    shape = [1 if dim in dims else n for dim, n in enumerate(x.shape)]
+    rows = x.permute(*kept, *dims).reshape(math.prod(x.shape[dim] for dim in kept), -1).double()
+    total = _row_sums(rows).view(shape)
+    return total if keepdim else total.squeeze(dims)
+
+
+def _row_sums(x: Tensor) -> Tensor:
+    if x.shape[1] == 0:
+        return x.new_zeros(len(x))
+    if x.shape[1] > _LONGEST:
+        raise ConfigError(f"a sum in exact arithmetic has {x.shape[1]} terms, expected at most {_LONGEST}")
+    exponents, unusual = exponents_of(x.abs().amax(1))
+    units = (x * power_of_two(BITS - exponents, torch.float64)[:, None]).round_()
+    total = units.nan_to_num_(0, 0, 0).long().sum(1).double() * power_of_two(exponents - BITS, torch.float64)
+    if unusual.any():  # of signs alone, in any order
+        total = torch.where(unusual, torch.where(x.isfinite(), 0.0, x).sum(1), total)
+    return total
+
+
+def exponents_of(largest: Tensor) -> tuple[Tensor, Tensor]:
+    """The exponents e of ``largest`` ≥ 0, float64, such that largest < 2^e; and where it is not finite."""
+    unusual = ~(largest < math.inf)
+    bits = torch.where(unusual, 1.0, largest).view(torch.int64)
+    return ((bits >> 52) - 1022).clamp(min=-900).to(torch.int32), unusual
+
+
+def exact_index_sum(values: Tensor, indices: Tensor, size: int) -> Tensor:
+    """The sums of the rows of ``values (n, k)`` that have the same index, float32 ``(size, k)``.
+
+    All terms have the unit of the largest, so that every sum is exact.
+    """
+    x = values.double()
+    finite = x.nan_to_num(0, 0, 0)
+    exponent, _ = exponents_of(finite.abs().amax() if x.numel() else x.new_zeros(()))
+    units = (finite * power_of_two(BITS - exponent, torch.float64)).round_().long()
+    total = units.new_zeros(size, values.shape[1]).index_add_(0, indices, units)
+    result = (total.double() * power_of_two(exponent - BITS, torch.float64)).float()
+    unusual = ~x.isfinite()
+    if unusual.any():
+        rows, columns = unusual.nonzero(as_tuple=True)
+        result[indices[rows], columns] = math.nan
+    return result
