@@ -189,6 +189,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.slow
 @needs_transformers
 def test_training_has_the_same_bits_on_other_kinds_of_processors():
     expected = {name: trained(name) for name in NAMES}
