@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
-from torchpar.__main__ import COMMANDS
 from torchpar.architectures import ARCHITECTURES, main, make_model
 from torchpar.optim import Muon, muon
 from torchpar.optim.assign import Assignment
@@ -424,7 +423,6 @@ def test_a_state_dict_of_other_parameters_is_refused():
 
 @needs_transformers
 def test_the_command_prints_the_table_of_an_architecture(capsys):
-    assert COMMANDS["muon"][0] == main.__module__
     assert main(["mamba"]) == 0
     assert re.search(r"layers\.0\.mixer\.A_log +64×4 +AdamW +no known layer", capsys.readouterr().out)
 
