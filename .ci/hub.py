@@ -157,8 +157,8 @@ def package() -> tuple[str, dict[str, str]]:
         },
     }
     # The function exact_matmul_t stands beside the operator that it calls.
-    sources = {name: files.get(f"ops/{name}.py", files["ops/exact_matmul.py"]) for name in names}
-    rows = [f"| `{name}` | {summary(source, name)} |" for name, source in sources.items()]
+    texts = {name: files.get(f"ops/{name}.py", files["ops/exact_matmul.py"]) for name in names}
+    rows = [f"| `{name}` | {summary(text, name)} |" for name, text in texts.items()]
     card = CARD.format(rows="\n".join(rows), major=major)
     return identifier, {
         "README.md": card,
