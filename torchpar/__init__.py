@@ -2,7 +2,7 @@
 """Triton operators that are full citizens of PyTorch, and parallel training on them.
 
 Importing this package registers ``torch.ops.torchpar.*``. Triton is imported on the first call that
-needs a kernel, `torchpar.optim` and `torchpar.parallel` on first use: so ``import torchpar`` is cheap, and
+needs a kernel, `torchpar.optim`, `torchpar.parallel` and others on first use: so ``import torchpar`` is cheap, and
 works where Triton is not installed.
 """
 
@@ -13,14 +13,14 @@ from torchpar import nn
 from torchpar.ops import exact_matmul, exact_matmul_t, linear_sigmoid, matmul_t, maximum, symmetric_matmul
 
 if TYPE_CHECKING:
-    from torchpar import optim, parallel
+    from torchpar import exact, optim, parallel, testing
 
 __version__ = "0.2.0"
 __all__ = ["exact_matmul", "exact_matmul_t", "linear_sigmoid", "matmul_t", "maximum"]
-__all__ += ["nn", "optim", "parallel", "symmetric_matmul"]
+__all__ += ["exact", "nn", "optim", "parallel", "symmetric_matmul", "testing"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("optim", "parallel"):
+    if name in ("exact", "optim", "parallel", "testing"):
         return importlib.import_module(f"torchpar.{name}")
     raise AttributeError(f"module 'torchpar' has no attribute {name!r}")
