@@ -2,8 +2,8 @@
 """Triton operators that are full citizens of PyTorch, and parallel training on them.
 
 Importing this package registers ``torch.ops.torchpar.*``. Triton is imported on the first call that
-needs a kernel, `torchpar.optim`, `torchpar.parallel` and others on first use: so ``import torchpar`` is cheap, and
-works where Triton is not installed.
+needs a kernel, and `torchpar.optim`, `torchpar.parallel` and others on first use: so ``import torchpar`` is
+cheap, and works where Triton is not installed.
 """
 
 import importlib
