@@ -241,6 +241,8 @@ def test_an_operator_without_a_rule_is_named():
             torch.hann_window(4)
         with pytest.raises(ConfigError, match=r"takes float32, an operand is torch\.bfloat16"):
             torch.ones(2, 2).bfloat16() @ torch.ones(2, 2).bfloat16()
+        with pytest.raises(ConfigError, match=r"takes float32, an operand is torch\.float64"):
+            torch.ones(3).double().sum()
         with pytest.raises(ConfigError, match="foreach"):
             step_foreach(x)
     torch.hann_window(4)

@@ -21,16 +21,19 @@ from torchpar.exact.sums import exact_index_sum, exact_sum
 def _sum(x: Tensor, dims: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
     if not x.is_floating_point():
         return torch.sum(x, dims, keepdim, dtype=dtype) if dims is not None else torch.sum(x, dtype=dtype)
+    check_float32(x)
     return exact_sum(x, dims, keepdim).to(dtype or x.dtype)
 
 
 @rule("mean")
 def _mean(x: Tensor, dims: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
+    check_float32(x)
     total = exact_sum(x, dims, keepdim)
     return (total / (x.numel() / max(total.numel(), 1))).to(dtype or x.dtype)
 
 
 def _variance(x: Tensor, dims: Any, correction: Any, keepdim: bool) -> tuple[Tensor, Tensor]:
+    check_float32(x)
     total = exact_sum(x, dims, True)
     n = x.numel() / max(total.numel(), 1)
     mean, by = total / n, n - (1 if correction is None else correction)
@@ -52,6 +55,7 @@ def _std(x: Tensor, dims: Any = None, *, correction: Any = None, keepdim: bool =
 def _norm(x: Tensor, order: Any = 2, dims: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
     if order == math.inf:
         return torch.linalg.vector_norm(x, order, dims, keepdim, dtype=dtype)
+    check_float32(x)
     if order not in (1, 2):
         raise ConfigError(f"exact arithmetic has norms of the orders 1, 2 and infinity, not {order}")
     terms = x.double().square() if order == 2 else x.double().abs()
