@@ -60,7 +60,7 @@ def _polynomial(x: Tensor, coefficients: list[float]) -> Tensor:
 
 
 def exp64(x: Tensor) -> Tensor:
-    """e^x in float64, for −708 ≤ x ≤ 709; outside of them that of the bound, which is 0 or infinity in float32.
+    """e^x in float64, for −708 ≤ x ≤ 709; outside that of the bound, which is 0 or infinity in float32.
 
     With the integer n nearest to x / ln 2 and r = x − n·ln 2, it is 2ⁿ·Σ rⁱ/i!.
     """
