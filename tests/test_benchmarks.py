@@ -23,11 +23,11 @@ COLUMNS = "contestant p20_ms p50_ms p80_ms samples ok reason torch device proces
 QUICK = {
     "operators": "mode dtype speedup roofline rounds calls threads ceiling_gb_per_s ceiling_gflop_per_s",
     "muon": "weight distance epoch",
-    "optimizers": "library version promises situation verdict rounding",
     "host": "operator n",
     "autotune": "kernel dtype n registers spills shared_memory target",
 }
 SLOW = {
+    "optimizers": "library version promises situation verdict rounding",
     "train": "network batch samples_per_s",
     "speedrun": "seed seconds accuracy",
     "scaling": "kind batch dp tp threads nbytes alpha_s",
