@@ -106,16 +106,17 @@ def train(name: str, flags: Flags, book: Book, world: World) -> list[dict[str, A
     """
     torch.manual_seed(flags.seed)
     model = Transformer(book.characters).to(world.device)
-    adamw = partial(torch.optim.AdamW, lr=flags.adamw_lr)
-    optimizer: torch.optim.Optimizer = adamw(model.parameters(), foreach=False)
+    is_exact = flags.arithmetic == "exact"
+    # On a GPU AdamW would take operators of several tensors, which have no exact version.
+    adamw = partial(torch.optim.AdamW, lr=flags.adamw_lr, foreach=False if is_exact else None)
+    optimizer: torch.optim.Optimizer = adamw(model.parameters())
     if name == "muon":
         optimizer = Muon.for_model(model, flags.lr, others=adamw, process_group=world.mesh["dp"])
         if world.rank == 0:
             print(optimizer)
     schedule = lr_scheduler(optimizer, "linear", flags.steps)
-    is_exact = flags.arithmetic == "exact"
     replica = DistributedDataParallel(model) if world.world_size > 1 and not is_exact else model
-    parallel = exact.DataParallel(model, world.mesh["dp"].get_group())
+    parallel = exact.DataParallel(model, world.mesh["dp"].get_group()) if is_exact else None
     windows = torch.Generator().manual_seed(flags.seed)
     mine = slice(world.rank, None, world.world_size)
     rows: list[dict[str, Any]] = []
@@ -123,7 +124,7 @@ def train(name: str, flags: Flags, book: Book, world: World) -> list[dict[str, A
     seconds, begin = 0.0, time.perf_counter()
     for step in range(1, flags.steps + 1):
         starts = torch.randint(len(book.train) - CONTEXT, (flags.batch_size,), generator=windows)[mine]
-        if is_exact:
+        if parallel:
             for start in starts:
                 parallel.backward(loss_of(model, book.train, start[None]) / flags.batch_size)
             loss = parallel.all_reduce()  # sets the gradients

@@ -6,11 +6,11 @@ import doctest
 import re
 import sys
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
+from commands import needs_transformers
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.testing import assert_close
@@ -18,10 +18,6 @@ from torch.testing import assert_close
 from torchpar.architectures import ARCHITECTURES, main, make_model
 from torchpar.optim import Muon, muon
 from torchpar.optim.assign import Assignment
-
-needs_transformers = pytest.mark.skipif(
-    not find_spec("transformers"), reason="transformers is not installed, which has the architectures"
-)
 
 
 def test_the_example_prints_its_table_and_trains_every_parameter():

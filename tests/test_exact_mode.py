@@ -7,22 +7,17 @@ import math
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
-from commands import ROOT, import_path
+from commands import ROOT, import_path, needs_transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchpar import exact
 from torchpar.errors import ConfigError
 from torchpar.exact.random import philox
-
-needs_transformers = pytest.mark.skipif(
-    not find_spec("transformers"), reason="transformers is not installed, which has the architectures"
-)
 
 # Values
 
@@ -254,6 +249,25 @@ def step_foreach(x: Tensor) -> None:
     torch.optim.AdamW([p], foreach=True).step()
 
 
+def test_forms_of_operators_that_a_rule_does_not_mean_are_refused():
+    """They would have given other results, silently."""
+    x = torch.arange(4.0)
+    with exact.mode():
+        for call in (
+            lambda: torch.normal(x, 1.0),
+            lambda: torch.normal(0.0, 1.0, (4,)),
+            lambda: torch.linspace(0, 8, 5),
+            lambda: x.scatter(0, torch.zeros(4, dtype=torch.long), x, reduce="add"),
+            lambda: (x - 2) ** x,
+        ):
+            with pytest.raises(ConfigError):
+                call()
+        masked = torch.ops.aten._safe_softmax(torch.full((2, 3), -math.inf), -1)
+        powers = (x - 2) ** 101
+    assert masked.tolist() == [[0.0] * 3] * 2
+    assert powers.tolist() == [-(2.0**101), -1.0, 0.0, 1.0]
+
+
 def test_coverage_lists_what_is_missing():
     def function(x: Tensor) -> Tensor:
         return (F.scaled_dot_product_attention(x, x, x) @ x.mT).cumsum(0).exp() + 1
@@ -262,3 +276,4 @@ def test_coverage_lists_what_is_missing():
     assert set(found.missing) == {"aten.cumsum.default"}
     assert {"aten.exp.default", "aten.bmm.default", "scaled_dot_product_attention"} <= set(found.rules)
     assert "missing: aten.cumsum.default (1)" in str(found)
+    assert not exact.coverage(lambda x: x.bitwise_and(1).cumsum(0), torch.arange(3)).rules

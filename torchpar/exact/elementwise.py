@@ -146,16 +146,21 @@ def _gelu_backward(g: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor
 @rule("pow")
 def _pow(x: Any, exponent: Any) -> Tensor:
     if not isinstance(exponent, Tensor):
-        return in_pieces(lambda t: pow64(t, float(exponent)), x) if x.is_floating_point() else x**exponent
-    base = torch.tensor(float(x), dtype=torch.float64) if not isinstance(x, Tensor) else x.double()
+        if not x.is_floating_point() and isinstance(exponent, int):
+            return x**exponent
+        return in_pieces(lambda t: pow64(t, float(exponent)), x.to(torch.result_type(x, exponent)))
+    dtype = torch.result_type(x, exponent)
+    base = x.double() if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float64)
+    if (base < 0).any():
+        raise ConfigError("exact arithmetic has powers of negative numbers to one number, not to a tensor")
     power = exp64(log64(base) * exponent.double())
-    return torch.where(exponent == 0, 1.0, power).to(exponent.dtype)
+    return torch.where(exponent == 0, 1.0, power).to(dtype)
 
 
 # Random numbers
 
 
-@rule("normal")
+@rule("normal_", "normal_functional")  # torch.normal has the mean first, and is refused
 def _normal(x: Tensor, mean: float = 0.0, std: float = 1.0, *, generator: Any = None) -> Tensor:
     return (random.normal(x.shape, generator, x.device) * std + mean).to(x.dtype)
 
@@ -165,9 +170,9 @@ def _randn(size: Any, *, generator: Any = None, dtype: Any = None, device: Any =
     return random.normal(size, generator, torch.device(device or "cpu")).to(dtype or torch.float32)
 
 
-@rule("randn_like", "normal_functional")
-def _randn_like(x: Tensor, *_: Any, **__: Any) -> Tensor:
-    return random.normal(x.shape, None, x.device).to(x.dtype)
+@rule("randn_like")
+def _randn_like(x: Tensor, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
+    return random.normal(x.shape, None, torch.device(device or x.device)).to(dtype or x.dtype)
 
 
 @rule("bernoulli")
@@ -183,7 +188,7 @@ def _native_dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Te
     return x * kept / (1 - p), kept
 
 
-@rule("arange", "linspace")
+@rule("arange")
 def _arange(*bounds: Any, **options: Any) -> Tensor:
     numbers = [*bounds, 0]
     if any(float(number) != int(number) for number in numbers if not isinstance(number, torch.dtype)):

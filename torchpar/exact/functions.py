@@ -16,6 +16,7 @@ from torch import Tensor
 from torchpar.errors import ConfigError
 from torchpar.exact import ieee
 from torchpar.exact.ieee import LN2_32, LN2_REST, LOG2_E
+from torchpar.exact.registry import check_float32
 from torchpar.ops._exact import power_of_two
 
 _EXP_TERMS = 12  # of Taylor's series for |r| < 0.3466: the rest is below 3·10⁻¹⁶
@@ -39,9 +40,7 @@ _PIECE = 2**14  # elements to a thread at a time, whose float64 scratch stays in
 
 def in_pieces(function: Callable[..., Tensor], *operands: Tensor) -> Tensor:
     """``function`` of the elements of float32 tensors, which are broadcast, computed in float64."""
-    for x in operands:
-        if x.dtype != torch.float32:
-            raise ConfigError(f"exact arithmetic takes float32, a tensor is {x.dtype}; convert it")
+    check_float32(*operands)
     shape = torch.broadcast_shapes(*(x.shape for x in operands))
     flat = [x.expand(shape).reshape(-1) for x in operands]
     out = torch.empty(shape, device=flat[0].device).view(-1)
@@ -135,13 +134,13 @@ def _sine(x: Tensor, quarters: int) -> Tensor:
 
 
 def pow64(x: Tensor, exponent: float) -> Tensor:
-    """x to a number: whole exponents up to 64 by products, halves by a root, others as e^(exponent·ln x).
+    """x to a number: whole exponents by products, ½ by a root, others as e^(exponent·ln x).
 
     The relative error of the last is below 10⁻⁹ where |exponent·ln x| < 88.
     """
     if exponent < 0:
         return 1 / pow64(x, -exponent)
-    if exponent == int(exponent) and exponent <= 64:
+    if exponent == int(exponent):
         result, square, rest = torch.ones_like(x), x, int(exponent)
         while rest:
             result = result * square if rest & 1 else result

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torchpar.exact.registry import PASSING, RULES
 
 _NAMESPACES = ("prims", "profiler", "debugprims")
 _OWN = ("exact_matmul", "maximum")
+Kind = Literal["passing", "rules", "missing"]
 
 
 @contextmanager
@@ -57,26 +58,39 @@ class _Functions(TorchFunctionMode):
 class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunction():  # rules do not call attention, and their calls are many
-            return version_of(func, args)(*args, **(kwargs or {}))
+            return _call(func, args, kwargs or {})
 
 
-def version_of(func: Any, args: Any) -> Callable[..., Any]:
-    """The exact version of an operator.
+def kind_of(func: Any, args: Any) -> Kind:
+    """Whether an operator has a rule, passes, as one of integers does, or is missing."""
+    if _rule_for(func) is not None:
+        return "rules"
+    return "passing" if _passes(func) or not _has_float(args) else "missing"
 
-    Raises:
-        ConfigError: it has none.
-    """
+
+def _rule_for(func: Any) -> Callable[..., Any] | None:
     namespace, _, name = func._schema.name.partition("::")
-    if namespace in _NAMESPACES or (namespace == "torchpar" and name in _OWN):
-        return func  # type: ignore[no-any-return]
-    base = name.removesuffix("_") if name not in PASSING else name
-    own_rule = RULES.get(base) if namespace == "aten" else None
+    return RULES.get(name) or RULES.get(name.removesuffix("_")) if namespace == "aten" else None
+
+
+def _passes(func: Any) -> bool:
+    namespace, _, name = func._schema.name.partition("::")
+    if namespace == "aten":  # scatters with a reduction add in an order of their own
+        return {name, name.removesuffix("_")} & PASSING != set() and "reduce" not in func._overloadname
+    return namespace in _NAMESPACES or (namespace == "torchpar" and name in _OWN)
+
+
+def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Call the exact version of an operator, which may write to its first operand, or to ``out``."""
+    own_rule = _rule_for(func)
     if own_rule is not None:
-        return _as_variant(func, own_rule)
-    if namespace == "aten" and base in PASSING:
-        return func  # type: ignore[no-any-return]
-    if not _has_float(args):
-        return _checked(func)
+        into = args[0] if func._schema.name.endswith("_") else kwargs.pop("out", None)
+        result = own_rule(*args, **kwargs)
+        return result if into is None else into.copy_(result)
+    if kind_of(func, args) == "passing":
+        result = func(*args, **kwargs)
+        if _passes(func) or not _has_float(result):
+            return result
     raise ConfigError(
         f"no exact version of {func}; compute it outside of torchpar.exact.mode(), or by other operators"
     )
@@ -84,31 +98,6 @@ def version_of(func: Any, args: Any) -> Callable[..., Any]:
 
 def _has_float(tree: Any) -> bool:
     return any(isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex()) for t in tree_leaves(tree))
-
-
-def _checked(func: Any) -> Callable[..., Any]:
-    """``func`` of integers, whose results must be integers, too."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        result = func(*args, **kwargs)
-        if _has_float(result):
-            raise ConfigError(f"no exact version of {func}, which makes floating-point numbers of integers")
-        return result
-
-    return call
-
-
-def _as_variant(func: Any, own_rule: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule for ``func``, which may write to its first operand, or to ``out``."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        into = kwargs.pop("out", None)
-        if func._schema.name.endswith("_"):
-            into = args[0]
-        result = own_rule(*args, **kwargs)
-        return result if into is None else into.copy_(result)
-
-    return call
 
 
 @dataclass
@@ -142,11 +131,7 @@ def coverage(function: Callable[..., Any], *inputs: Any, **options: Any) -> Cove
 
     class _Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            try:
-                kind = found.passing if version_of(func, args) is func else found.rules
-            except ConfigError:
-                kind = found.missing
-            kind[str(func)] += 1
+            getattr(found, kind_of(func, args))[str(func)] += 1
             return func(*args, **(kwargs or {}))
 
     with _Attention(found), _Recorder():

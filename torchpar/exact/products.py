@@ -2,6 +2,7 @@
 # mypy: disable-error-code="no-any-return"
 """Rules for matrix products, convolutions and attention: exact products."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ def _addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1
 
 @rule("mv", "dot")
 def _mv(a: Tensor, b: Tensor) -> Tensor:
-    return _mm(a.view(-1, a.shape[-1]), b[:, None]).view(a.shape[:-1])
+    return _mm(a.reshape(-1, a.shape[-1]), b[:, None]).view(a.shape[:-1])
 
 
 def _pair(value: Sequence[int]) -> list[int]:
@@ -114,6 +115,10 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *,
     attn_mask: Tensor | None = None, scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if dropout:
+        raise ConfigError(
+            "this form of attention has no dropout in exact arithmetic; call F.dropout after it"
+        )
     p = _attention_weights(q, k, causal, attn_mask, scale)
     return product_by_keys(p, v), q.new_zeros(q.shape[:-1])  # a sum that the backward pass does not need
 
@@ -124,10 +129,14 @@ def _attention_backward(
     attn_mask: Tensor | None = None, scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     p = _attention_weights(q, k, causal, attn_mask, scale)
-    return attention.gradients(g, q, k, v, p, scale or q.shape[-1] ** -0.5)
+    return attention.gradients(g, q, k, v, p, _scale(q, scale))
 
 
 def _attention_weights(
     q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, scale: float | None
 ) -> Tensor:
-    return weights_of(q, k, causal_mask(q, k) if causal else mask, scale or q.shape[-1] ** -0.5)
+    return weights_of(q, k, causal_mask(q, k) if causal else mask, _scale(q, scale))
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return 1 / math.sqrt(q.shape[-1]) if scale is None else scale

@@ -97,10 +97,16 @@ def _layer_norm_backward(
     return dx, dw, db
 
 
-@rule("_softmax", "_safe_softmax")
-def _softmax(x: Tensor, dim: int, *_: Any, dtype: Any = None) -> Tensor:
+@rule("_softmax")
+def _softmax(x: Tensor, dim: int, _: bool) -> Tensor:
     check_float32(x)
     return softmax(x, dim)
+
+
+@rule("_safe_softmax")
+def _safe_softmax(x: Tensor, dim: int, _: Any = None) -> Tensor:
+    check_float32(x)
+    return softmax(x, dim, zero_if_masked=True)
 
 
 @rule("_softmax_backward_data")

@@ -55,7 +55,7 @@ def exponents_of(largest: Tensor) -> tuple[Tensor, Tensor]:
 def exact_index_sum(values: Tensor, indices: Tensor, size: int) -> Tensor:
     """The sums of the rows of ``values (n, k)`` that have the same index, float32 ``(size, k)``.
 
-    All terms have the unit of the largest, so that every sum is exact.
+    All terms have the unit of the largest, so that every sum is exact. A sum with an infinity is NaN.
     """
     x = values.double()
     finite = x.nan_to_num(0, 0, 0)

@@ -45,7 +45,7 @@ class ParamInfo:
 
     @property
     def description(self) -> str:
-        """What all ranks that share the parameter must agree on."""
+        """The text that must be the same on all ranks that share the parameter."""
         shapes = [tuple(shape) for shape in self.shapes]
         return f"{self.p.dtype}, matrices {shapes}, group {self.group_index}"
 
