@@ -80,6 +80,17 @@ def test_a_step_sends_few_messages(ranks, placement):
     ranks(*PLACEMENTS[placement])
 
 
+def groups_of_one_matrix() -> list[list[int]]:
+    """The matrices of each group that this rank owns."""
+    params = [torch.ones(4, 6).requires_grad_() for _ in range(2)]
+    ours = Muon([{"params": [p]} for p in params], process_group=dist.group.WORLD)
+    return [exchange.owned for *_, exchange in ours._plans()]
+
+
+def test_groups_of_one_matrix_have_different_owners(ranks):
+    assert ranks(2, groups_of_one_matrix) == [[[0], []], [[], [0]]]
+
+
 def message(function: Callable[[], object]) -> str:
     try:
         function()

@@ -113,6 +113,7 @@ class Exchange:
     Args:
         costs: of each matrix the work of its update.
         device: of the matrices.
+        first_owner: the rank that gets the most costly matrix. Groups of one matrix each differ in it.
 
     Attributes:
         owned: the indices of the matrices that this rank owns.
@@ -122,13 +123,18 @@ class Exchange:
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, matrices: list[Matrix], costs: Sequence[int], device: torch.device
+        self,
+        group: dist.ProcessGroup,
+        matrices: list[Matrix],
+        costs: Sequence[int],
+        device: torch.device,
+        first_owner: int = 0,
     ):
         self.group, self.device = group, device
         self.names, self.parts, _ = zip(*matrices, strict=True)
         by_rank = self._gather_objects(matrices)
         _check_same(by_rank)
-        owners = assign_owners(costs, len(by_rank))
+        owners = [(owner + first_owner) % len(by_rank) for owner in assign_owners(costs, len(by_rank))]
         self.owned = [i for i, owner in enumerate(owners) if owner == dist.get_rank(group)]
         parts_of_all = [[one.part for one in of_ranks] for of_ranks in zip(*by_rank, strict=True)]
         to_owners, to_all = messages(self.names, parts_of_all, owners)

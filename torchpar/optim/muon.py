@@ -54,10 +54,10 @@ class Muon(Optimizer):
 
     **Several ranks.** A parameter may be whole, a DTensor of any placement, such as one of `fully_shard`, or
     of one of torchpar's split layers. Each matrix is orthogonalised by one of the ranks that have it, and the
-    work is shared about evenly. A step makes two all-to-alls in bfloat16 for each mesh, and holds no more
-    than its share of the whole matrices (`torchpar.optim.exchange`). With ``ns="standard"`` parameters of
-    float32 have the bits of unsplit ones, on a CPU. Save and load the state as any optimizer's: a momentum
-    is sharded as its parameter is.
+    work is shared about evenly. A step makes two all-to-alls in bfloat16 for each parameter group and mesh,
+    and holds no more than its share of the whole matrices (`torchpar.optim.exchange`). With ``ns="standard"``
+    parameters of float32 have the bits of unsplit ones, on a CPU. Save and load the state as any optimizer's:
+    a momentum is sharded as its parameter is.
 
     Give Muon the hidden weight matrices only. `for_model` finds them, and gives another optimizer the
     embeddings, the output head, biases and norms.
@@ -247,29 +247,38 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        updates = [(index, self._updates(index, infos, exchange)) for index, infos, exchange in self._plans()]
-        self._check_gradients({index for index, of_group in updates if of_group})
-        for index, of_group in updates:
+        plans = self._plans()
+        # All groups in turn, so that ranks which own matrices of different groups work at the same time.
+        wholes = [self._gathered(*plan) for plan in plans]
+        results = [
+            self._orthogonalized(self.param_groups[index], infos, whole)
+            for (index, infos, _), whole in zip(plans, wholes, strict=True)
+        ]
+        updates = [self._scattered(*plan, of) for plan, of in zip(plans, results, strict=True)]
+        self._check_gradients({index for (index, *_), of in zip(plans, updates, strict=True) if of})
+        for (index, *_), of_group in zip(plans, updates, strict=True):
             self._apply(self.param_groups[index], of_group)
         return loss
 
-    def _updates(
-        self, index: int, infos: list[ParamInfo], exchange: Exchange | None
-    ) -> list[tuple[ParamInfo, Tensor]]:
-        """Update the momenta, and return this rank's parts of the orthogonalised ones; bfloat16."""
+    def _gathered(self, index: int, infos: list[ParamInfo], exchange: Exchange | None) -> dict[int, Tensor]:
+        """Update the momenta; return the whole ones that this rank orthogonalises, by index in ``infos``."""
         group = self.param_groups[index]
         gradients = [_gradient_state(info) for info in infos]
         chosen = [i for i, state in enumerate(gradients) if state == GradientState.PRESENT]
         parts = dict(zip(chosen, self._directions(group, [infos[i] for i in chosen]), strict=True))
-        if exchange is None:
-            rank = dist.get_rank() if dist.is_initialized() else 0
-            check_gradients([info.name for info in infos], [gradients], [rank])
-            results = self._orthogonalized(group, infos, parts)
-        else:
-            whole = exchange.gather(parts, gradients, self._arguments(group))
-            results = exchange.scatter(self._orthogonalized(group, infos, whole))
+        if exchange is not None:
+            return exchange.gather(parts, gradients, self._arguments(group))
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        check_gradients([info.name for info in infos], [gradients], [rank])
+        return parts
+
+    def _scattered(
+        self, index: int, infos: list[ParamInfo], exchange: Exchange | None, results: dict[int, Tensor]
+    ) -> list[tuple[ParamInfo, Tensor]]:
+        """This rank's parts of the orthogonalised momenta; bfloat16."""
+        parts = results if exchange is None else exchange.scatter(results)
         empty = [(info, info.p) for info in infos if 0 in info.part.whole and info.p.grad is not None]
-        return [*((infos[i], t) for i, t in results.items()), *empty]
+        return [*((infos[i], t) for i, t in parts.items()), *empty]
 
     def _arguments(self, group: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a group, which must be the same on all ranks."""
@@ -386,7 +395,8 @@ def _exchange(ranks: Any, infos: list[ParamInfo], groups: int) -> Exchange | Non
     matrices = [
         Matrix(info.name, info.part._replace(mesh=None), f"{info.description} of {groups}") for info in infos
     ]
-    return Exchange(group, matrices, [info.cost for info in infos], infos[0].p.device)
+    costs, index = [info.cost for info in infos], infos[0].group_index
+    return Exchange(group, matrices, costs, infos[0].p.device, first_owner=index)
 
 
 def _check_group(group: dict[str, Any]) -> None:
