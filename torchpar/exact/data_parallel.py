@@ -22,6 +22,7 @@ from torch import Tensor
 from torchpar.errors import ConfigError
 from torchpar.exact.ordinary import ordinary
 from torchpar.exact.sums import exponents_of
+from torchpar.ops._exact import KeptDigits
 from torchpar.wire import wire_device
 
 _WIDTH = 30
@@ -33,7 +34,8 @@ class BinnedSum:
 
     def __init__(self, like: Tensor):
         self.top = _NONE
-        self.bins = torch.zeros(2, *like.shape, dtype=torch.int64, device=like.device)
+        # Integers in float64, which holds those below 2⁵³ exactly: as many terms as a step has units.
+        self.bins = torch.zeros(2, *like.shape, dtype=torch.float64, device=like.device)
 
     def add(self, x: Tensor) -> None:
         x = x.double()
@@ -43,9 +45,9 @@ class BinnedSum:
         self.raise_to(top)
         if self.top < _UNUSUAL:
             upper = (x * 2.0 ** (-_WIDTH * self.top)).trunc_()
-            rest = x - upper * 2.0 ** (_WIDTH * self.top)
-            self.bins[0] += upper.long()
-            self.bins[1] += (rest * 2.0 ** (-_WIDTH * (self.top - 1))).trunc_().long()
+            rest = x.sub(upper * 2.0 ** (_WIDTH * self.top))
+            self.bins[0] += upper
+            self.bins[1] += rest.mul_(2.0 ** (-_WIDTH * (self.top - 1))).trunc_()
 
     def raise_to(self, top: int) -> None:
         """Drop the bins below those that a sum with the upper bin ``top`` keeps."""
@@ -61,7 +63,7 @@ class BinnedSum:
             return None
         if self.top >= _UNUSUAL:
             return torch.full_like(self.bins[0], torch.nan, dtype=torch.float32)
-        upper, lower = self.bins.double()
+        upper, lower = self.bins
         total: Tensor = upper * 2.0**_WIDTH + lower
         return (total * 2.0 ** (_WIDTH * (self.top - 1))).float()
 
@@ -83,6 +85,7 @@ class DataParallel:
     def __init__(self, model: torch.nn.Module, group: dist.ProcessGroup | None = None):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.group = group
+        self._kept = KeptDigits(self.parameters)  # of weights, which all units of a step multiply by
         self._restart()
 
     def _restart(self) -> None:

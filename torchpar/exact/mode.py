@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -68,11 +69,13 @@ def kind_of(func: Any, args: Any) -> Kind:
     return "passing" if _passes(func) or not _has_float(args) else "missing"
 
 
+@cache
 def _rule_for(func: Any) -> Callable[..., Any] | None:
     namespace, _, name = func._schema.name.partition("::")
     return RULES.get(name) or RULES.get(name.removesuffix("_")) if namespace == "aten" else None
 
 
+@cache
 def _passes(func: Any) -> bool:
     namespace, _, name = func._schema.name.partition("::")
     if namespace == "aten":  # scatters with a reduction add in an order of their own

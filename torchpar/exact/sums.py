@@ -15,6 +15,7 @@ from torchpar.ops._exact import power_of_two
 
 BITS = 40
 _LONGEST = 2**22  # terms
+_LONGEST_FLOAT = 2**12  # terms, whose sum is below 2⁵³: float64 adds them exactly
 
 
 def exact_sum(x: Tensor, dims: list[int] | None = None, keepdim: bool = False) -> Tensor:
@@ -22,27 +23,25 @@ def exact_sum(x: Tensor, dims: list[int] | None = None, keepdim: bool = False) -
 
     A sum with a NaN or an infinity is NaN or infinite as `torch.sum`'s. Other rows do not matter.
     """
-    dims = [dim % max(x.dim(), 1) for dim in (dims or range(x.dim()))]
     if x.dim() == 0:
         return x.double()
-    kept = [dim for dim in range(x.dim()) if dim not in dims]
-    shape = [1 if dim in dims else n for dim, n in enumerate(x.shape)]
-    rows = x.permute(*kept, *dims).reshape(math.prod(x.shape[dim] for dim in kept), -1).double()
-    total = _row_sums(rows).view(shape)
+    dims = sorted({dim % x.dim() for dim in (dims or range(x.dim()))})
+    terms = math.prod(x.shape[dim] for dim in dims)
+    if terms > _LONGEST:
+        raise ConfigError(f"a sum in exact arithmetic has {terms} terms, expected at most {_LONGEST}")
+    if x.numel() == 0:
+        return x.double().sum(dims, keepdim)
+    exponents, unusual = exponents_of(x.abs().amax(dims, True).double())
+    units = (x.double() * power_of_two(BITS - exponents, torch.float64)).round_()
+    special = bool(unusual.any())
+    if special:
+        units.nan_to_num_(0, 0, 0)
+    if terms > _LONGEST_FLOAT:
+        units = units.long()
+    total = units.sum(dims, True).double() * power_of_two(exponents - BITS, torch.float64)
+    if special:  # of signs alone, in any order
+        total = torch.where(unusual, torch.where(x.isfinite(), 0.0, x).double().sum(dims, True), total)
     return total if keepdim else total.squeeze(dims)
-
-
-def _row_sums(x: Tensor) -> Tensor:
-    if x.shape[1] == 0:
-        return x.new_zeros(len(x))
-    if x.shape[1] > _LONGEST:
-        raise ConfigError(f"a sum in exact arithmetic has {x.shape[1]} terms, expected at most {_LONGEST}")
-    exponents, unusual = exponents_of(x.abs().amax(1))
-    units = (x * power_of_two(BITS - exponents, torch.float64)[:, None]).round_()
-    total = units.nan_to_num_(0, 0, 0).long().sum(1).double() * power_of_two(exponents - BITS, torch.float64)
-    if unusual.any():  # of signs alone, in any order
-        total = torch.where(unusual, torch.where(x.isfinite(), 0.0, x).sum(1), total)
-    return total
 
 
 def exponents_of(largest: Tensor) -> tuple[Tensor, Tensor]:

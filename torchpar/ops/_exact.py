@@ -19,10 +19,11 @@ routines of matrix multiplication and its applications", 2012; Ootomo, Ozaki and
 matrix multiplication unit", 2024.
 """
 
-import math
-from collections.abc import Iterator
-from functools import cache
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,14 +36,15 @@ WEIGHT = 2 * SCALE - BITS * (DIGITS - 1)  # T counts units of 2^(e + f − WEIGH
 MIN_EXPONENT, MAX_EXPONENT = -149, 129  # of rows of finite numbers
 # Half of the range of each digit but the first. Added before the cut, it makes the digits signed.
 CARRY = sum(2 ** (BITS * p + BITS - 1) for p in range(DIGITS - 1))
+_SHIFTS = torch.arange(BITS * (DIGITS - 1), -1, -BITS, dtype=torch.int32, device="cpu")
 CHAIN = 2**14  # terms, for which each order fits in an int32, and T in the 53 bits of a float64
 LONG_CHAIN = 2**23  # terms, for which T fits in an int64
-_BLOCK = 2**17  # elements that are cut, or put together, at a time: they fit in the processor's cache
-_HALVED_BLOCK = 256  # rows of a block on the diagonal, of which all is computed
+_BLOCK = 2**15  # elements to a thread that are cut, or put together, at a time: they fit in a core's cache
+_LEAST_ROWS = 128  # of a product of int8, since each one rearranges its other operand
 _MIN_INT8_PRODUCT = 2**20  # multiplications from which int8 is faster than float64
 
 
-@cache
+@functools.cache
 def has_int8() -> bool:
     """Return True if PyTorch multiplies int8 matrices on this CPU by instructions that add to int32 exactly.
 
@@ -74,13 +76,9 @@ def row_exponents(x: Tensor) -> Tensor:
     """
     if x.shape[-1] == 0:
         return x.new_full((*x.shape[:-1], 1), MIN_EXPONENT, dtype=torch.int32)
-    largest = x.abs().amax(-1, keepdim=True)
-    # A small number is scaled, since it may be subnormal.
-    scale = 32 * (largest < 1).int()
-    bits = (largest * power_of_two(scale)).view(torch.int32)
-    # The bits of a positive float grow with it, and the upper ones are its exponent.
-    exponents = (((bits + 2**17) >> 23) - 126 - scale).clamp(min=MIN_EXPONENT)
-    return torch.where(largest < torch.inf, exponents, MAX_EXPONENT + 1)
+    # In float64 no such number is subnormal, and the upper bits of a positive one are its exponent.
+    bits = x.abs().amax(-1, keepdim=True).double().view(torch.int64)
+    return ((bits + 2**46) >> 52).sub_(1022).clamp_(MIN_EXPONENT, MAX_EXPONENT + 1).to(torch.int32)
 
 
 def digits(x: Tensor, e: Tensor) -> Tensor:
@@ -91,21 +89,23 @@ def digits(x: Tensor, e: Tensor) -> Tensor:
     *batch, m, k = x.shape
     if x.dim() == 2 and x.stride(0) == 1 != x.stride(1):  # columns are contiguous, also those of the digits
         planes = x.new_empty(DIGITS, k, m, dtype=torch.int8)
-        out, source, exponents = planes.permute(2, 0, 1), x.T, e.T.expand(k, m)
+        out, into = planes.permute(2, 0, 1), planes.movedim(0, 1)
+        source, exponents = x.T, e.T.expand(k, m)
     else:
-        out = x.new_empty(*batch, m, DIGITS, k, dtype=torch.int8)
-        planes, source, exponents = out.movedim(-2, 0), x, e
+        out = into = x.new_empty(*batch, m, DIGITS, k, dtype=torch.int8)
+        source, exponents = x, e
+    shifts = _SHIFTS.to(x.device)[:, None]
     for block in _blocks(len(source), source[:1].numel()):
-        integers = scaled(source[block], SCALE - exponents[block]).round_().to(torch.int32).add_(CARRY)
-        for p in range(DIGITS):
-            planes[p, block].copy_(integers >> BITS * (DIGITS - 1 - p))  # int8 keeps the lowest 8 bits
-    planes[1:].bitwise_xor_(-(2 ** (BITS - 1)))
+        integers = scaled(source[block], SCALE - exponents[block]).round_().to(torch.int32)
+        # Flipping the sign bit of each byte but the first makes digits of them; int8 keeps the lowest 8 bits.
+        integers.add_(CARRY).bitwise_xor_(CARRY)
+        torch.bitwise_right_shift(integers.unsqueeze(-2), shifts, out=into[block])
     return out
 
 
-def _blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Blocks of rows of about `_BLOCK` elements."""
-    step = max(_BLOCK // max(columns, 1), 1)
+def _blocks(rows: int, columns: int, least: int = 1) -> Iterator[slice]:
+    """Blocks of rows of about `_BLOCK` elements for each thread, and of at least ``least`` rows."""
+    step = max(_BLOCK * torch.get_num_threads() // max(columns, 1), least)
     return (slice(first, first + step) for first in range(0, rows, step))
 
 
@@ -120,23 +120,65 @@ def scaled(x: Tensor, exponents: Tensor) -> Tensor:
 
 def product(a: Tensor, b: Tensor, wrap: Wrap) -> Tensor:
     """``a @ b.mT`` for ``a (*, m, k)`` and ``b (*, n, k)``; if ``b is a``, half of it is computed."""
+    if a.is_cuda or wrap is not None:
+        return _product_by_kernel(a, b, wrap)
+    e, cut = _cut(a)
+    f, other = (e, cut) if b is a else _cut(b)
+    if cut is not None and other is not None:
+        return Sums(cut, other).rounded(e, f)
+    finite = [torch.where(t.isfinite(), t, 0) for t in (a, b)]
+    return _with_limits(product(finite[0], finite[1], None), a, b, e, f)
+
+
+def _product_by_kernel(a: Tensor, b: Tensor, wrap: Wrap) -> Tensor:
+    from torchpar.kernels.exact_matmul import exact_product
+
     e = row_exponents(a)
     f = e if b is a else row_exponents(b)
-    if a.is_cuda or wrap is not None:
-        from torchpar.kernels.exact_matmul import exact_product
+    shape, k = (*a.shape[:-1], b.shape[-2]), a.shape[-1]
+    if isinstance(k, torch.SymInt) or k <= LONG_CHAIN:
+        return exact_product(a, b, e, f, wrap, out=a.new_empty(shape))
+    total = a.new_zeros(shape, dtype=torch.float64)
+    for x, y in zip(a.split(LONG_CHAIN, -1), b.split(LONG_CHAIN, -1), strict=True):
+        total += exact_product(x, y, e, f, wrap, out=a.new_empty(shape, dtype=torch.int64))
+    return _with_limits(rounded(total, e, f), a, b, e, f)
 
-        shape, k = (*a.shape[:-1], b.shape[-2]), a.shape[-1]
-        if isinstance(k, torch.SymInt) or k <= LONG_CHAIN:
-            return exact_product(a, b, e, f, wrap, out=a.new_empty(shape))
-        total = a.new_zeros(shape, dtype=torch.float64)
-        for x, y in zip(a.split(LONG_CHAIN, -1), b.split(LONG_CHAIN, -1), strict=True):
-            total += exact_product(x, y, e, f, wrap, out=a.new_empty(shape, dtype=torch.int64))
-        return _with_limits(rounded(total, e, f), a, b, e, f)
-    if (e > MAX_EXPONENT).any() or (f > MAX_EXPONENT).any():
-        finite = [torch.where(t.isfinite(), t, 0) for t in (a, b)]
-        out = _product(finite[0], finite[1], e.clamp(max=MAX_EXPONENT), f.clamp(max=MAX_EXPONENT))
-        return _with_limits(out, a, b, e, f)
-    return _halved(a, e) if b is a else _product(a, b, e, f)
+
+class KeptDigits:
+    """Keeps the digits of ``parameters`` on a CPU for the next products with the same values.
+
+    They take 12 bytes for a number in each layout that products take.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]):
+        self._own = {p.data_ptr(): {} for p in parameters if p.is_cpu}
+        _kept.update(self._own)
+        weakref.finalize(self, _forget, [*self._own])
+
+
+_kept: dict[int, dict[Any, tuple[Tensor, Tensor, Tensor]]] = {}  # by address: values, exponents, digits
+
+
+def _forget(addresses: list[int]) -> None:
+    for address in addresses:
+        _kept.pop(address, None)
+
+
+def _cut(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The exponents of the rows of ``x``, and the digits, or None if ``x`` is not finite."""
+    layouts = _kept.get(x.data_ptr()) if _kept else None
+    layout = (x.shape, x.stride())
+    if layouts and layout in layouts:
+        values, e, cut = layouts[layout]
+        if torch.equal(values, x):
+            return e, cut
+    e = row_exponents(x)
+    if (e > MAX_EXPONENT).any():
+        return e, None
+    cut = digits(x, e)
+    if layouts is not None:
+        layouts[layout] = x.clone(), e, cut
+    return e, cut
 
 
 def product_of_exponents(a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
@@ -159,86 +201,93 @@ def _with_limits(out: Tensor, a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Ten
     return torch.where((e > MAX_EXPONENT) | (f > MAX_EXPONENT).mT, signs[0] @ signs[1].mT, out)
 
 
-def _product(a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
-    return Sums(digits(a, e), digits(b, f)).rounded(e, f)
-
-
-def _halved(x: Tensor, e: Tensor) -> Tensor:
-    n, cut = x.shape[-2], digits(x, e)
-    if x.dim() > 2 or n < 2 * _HALVED_BLOCK:
-        return Sums(cut, cut).rounded(e, e)
-    out = x.new_empty(n, n)
-    for lo in range(0, n, _HALVED_BLOCK):
-        hi = min(lo + _HALVED_BLOCK, n)
-        out[lo:hi, :hi] = Sums(cut[lo:hi], cut[:hi]).rounded(e[lo:hi], e[:hi])
-        out[:lo, lo:hi] = out[lo:hi, :lo].T
-    return out
-
-
 class Sums:
-    """T ``(*, m, n)`` of the digits ``a (*, m, 4, k)`` and ``b (*, n, 4, k)``."""
+    """T ``(*, m, n)`` of the digits ``a (*, m, 4, k)`` and ``b (*, n, 4, k)``; half of it if ``b is a``."""
 
     def __init__(self, a: Tensor, b: Tensor):
         self.shape = (*a.shape[:-2], b.shape[-3])
-        self._like = a
-        self._total: Tensor | None = None  # T, of several chains
-        self._orders: list[Tensor] = []  # of one chain: the sums of each order, or T
-        if a.shape[-1] <= CHAIN:
-            self._orders = _orders(a, b)
-            return
-        # The T of a chain of more than LONG_CHAIN terms is added in float64, in order and with rounding.
-        length, dtype = (LONG_CHAIN, torch.float64) if a.shape[-1] > LONG_CHAIN else (CHAIN, torch.int64)
-        self._total = a.new_zeros(self.shape, dtype=dtype)
-        for chain in zip(a.split(length, -1), b.split(length, -1), strict=True):
-            for block, part in Sums(*chain).blocks():
-                self._total[block] += part.to(dtype)
+        self.a = a.flatten(0, -4) if a.dim() > 3 else a[None]
+        self.b = self.a if b is a else b.flatten(0, -4) if b.dim() > 3 else b[None]
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks of T along its first dimension, as float64 or int64."""
-        if self._total is not None:
-            yield slice(None), self._total
-        elif len(self._orders) == 1:
-            yield slice(None), self._orders[0]
-        else:
-            for block in _blocks(self.shape[0], math.prod(self.shape[1:])):
-                total = self._orders[0][block].double()
-                for order in self._orders[1:]:
-                    torch.add(order[block], total, alpha=2**BITS, out=total)
-                yield block, total
+    def blocks(self) -> Iterator[tuple[tuple[slice | int, ...], Tensor]]:
+        """The parts of T, float64 or int64, with their indices; the next one overwrites each.
+
+        If ``b is a``, parts may end at the diagonal; `_write` mirrors them.
+        """
+        (batch, m, _, _), n = self.a.shape, self.b.shape[1]
+        if not (self._is_large() and has_int8() and torch.backends.mkldnn.enabled):
+            for block in _blocks(batch, m * n):
+                yield (block,), _chained(_float64_sums, self.a[block], self.b[block])
+            return
+        for i in range(batch):
+            for rows in _blocks(m, n, _LEAST_ROWS):
+                columns = slice(min(rows.stop, m) if self.a is self.b else n)
+                yield (i, rows, columns), _chained(_int8_sums, self.a[i, rows], self.b[i, columns])
+
+    def _is_large(self) -> bool:
+        return self.a.shape[1] * self.b.shape[1] * self.a.shape[-1] >= max(_MIN_INT8_PRODUCT, 1)
+
+    def _write(self, out: Tensor, index: Any, part: Tensor) -> None:
+        out[index] = part
+        if self.b is self.a and len(index) > 1:
+            i, rows, _ = index
+            left = slice(rows.start)
+            out[i, left, rows] = out[i, rows, left].T
 
     def long(self) -> Tensor:
         """T as int64."""
-        total = self._like.new_empty(self.shape, dtype=torch.int64)
-        for block, part in self.blocks():
-            total[block] = part
-        return total
+        total = self.a.new_empty(len(self.a), *self.shape[-2:], dtype=torch.int64)
+        for index, part in self.blocks():
+            self._write(total, index, part)
+        return total.view(self.shape)
 
     def rounded(self, e: Tensor, f: Tensor) -> Tensor:
         """`rounded` of T."""
-        out = self._like.new_empty(self.shape, dtype=torch.float32)
-        for block, part in self.blocks():
-            out[block] = rounded(part, e[block], f if f.dim() == 2 else f[block])
-        return out
+        out = self.a.new_empty(len(self.a), *self.shape[-2:], dtype=torch.float32)
+        rows, columns = (
+            t.expand(self.shape).view_as(out) if t.dim() == 2 else t.flatten(0, -3).expand_as(out)
+            for t in (finite_power(e), finite_power(f.mT, -WEIGHT))
+        )
+        for index, part in self.blocks():
+            self._write(out, index, part.double().mul_(rows[index]).mul_(columns[index]))
+        return out.view(self.shape)
 
 
-def _orders(a: Tensor, b: Tensor) -> list[Tensor]:
+def _chained(sums: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+    """``sums(a, b)``, which is for at most `CHAIN` terms, of any number of terms."""
     k = a.shape[-1]
-    is_large = k > 0 and a.shape[-3] * b.shape[-3] * k >= _MIN_INT8_PRODUCT
-    if is_large and has_int8() and torch.backends.mkldnn.enabled:
-        if a.dim() > 3:
-            pairs = zip(a.flatten(0, -4), b.flatten(0, -4), strict=True)
-            by_order = zip(*(_orders(x, y) for x, y in pairs), strict=True)
-            return [torch.stack(order).view(*a.shape[:-2], b.shape[-3]) for order in by_order]
-        # Order s: Σ_p d_p·c_(s − p) is one product over the leading digits of A and those of B, reversed.
-        left, right = _concatenated(a), _concatenated(b, reverse=True)
-        return [torch._int_mm(left[:, : n * k], right[:, -n * k :].T) for n in range(1, DIGITS + 1)]
-    # Products of float64, whose terms add up to less than 2⁵³: Σ_p d_p · (the first 4 − p digits of B).
+    if k <= CHAIN:
+        return sums(a, b)
+    # Chains of LONG_CHAIN terms are added in float64, in order and with rounding.
+    length, dtype = (LONG_CHAIN, torch.float64) if k > LONG_CHAIN else (CHAIN, torch.int64)
+    pairs = zip(a.split(length, -1), b.split(length, -1), strict=True)
+    return functools.reduce(Tensor.add_, (_chained(sums, x, y).to(dtype) for x, y in pairs))
+
+
+def _int8_sums(a: Tensor, b: Tensor) -> Tensor:
+    """T ``(m, n)`` in float64, by products of int8."""
+    (m, _, k), n = a.shape, len(b)
+    # Order s: Σ_p d_(s − p)·c_p is one product over the leading digits of A, reversed, and those of B.
+    left, right = _concatenated(a, reverse=True), _concatenated(b)
+    order = a.new_empty(m, n, dtype=torch.int32)
+    total, converted = a.new_empty(2, m, n, dtype=torch.float64)
+    for s in range(1, DIGITS + 1):
+        torch._int_mm(left[:, -s * k :], right[:, : s * k].T, out=order)
+        if s == 1:
+            total.copy_(order)
+        else:
+            torch.add(converted.copy_(order), total, alpha=2**BITS, out=total)
+    return total
+
+
+def _float64_sums(a: Tensor, b: Tensor) -> Tensor:
+    """T by products of float64, whose terms add up to less than 2⁵³: Σ_p d_p · (the first 4 − p digits of B)."""
     leading = b.select(-2, 0).double()
     total = a.select(-2, DIGITS - 1).double() @ leading.mT
     for q in range(1, DIGITS):
         leading.mul_(2**BITS).add_(b.select(-2, q))
         total += a.select(-2, DIGITS - 1 - q).double() @ leading.mT
-    return [total.add_(0.0)]  # makes 0 of −0, the product of 0 and a negative number
+    return total.add_(0.0)  # makes 0 of −0, the product of 0 and a negative number
 
 
 def _concatenated(digits: Tensor, reverse: bool = False) -> Tensor:
