@@ -10,10 +10,11 @@ book is the validation text, which it is not trained on. Both optimizers start f
 the same windows of the training text. `Muon.for_model` gives the hidden matrices to Muon and the other
 parameters to AdamW, and prints a table of them. On several ranks each one takes a share of the windows and of
 Muon's matrices. With ``--arithmetic exact`` AdamW alone trains, and ends with the same bits on any processor
-and any number of ranks: each window is computed by itself, and gradients are added as integers.
+and any number of ranks: each four windows are computed by themselves, and gradients are added as integers.
 """
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from torchpar.training import lr_scheduler
 
 BOOK = Path(__file__).parent / "data" / "alice.txt"
 CONTEXT, WIDTH, HEADS, BLOCKS = 64, 128, 4, 2  # characters of a window, their features; of the model
+UNIT = 4  # windows whose gradient is rounded once in exact arithmetic, whatever ranks there are
 
 
 @dataclass(kw_only=True)
@@ -104,9 +106,11 @@ def train(name: str, flags: Flags, book: Book, world: World) -> list[dict[str, A
 
     ``train_loss`` is the mean over the steps since the last row. ``seconds`` are without evaluation.
     """
-    torch.manual_seed(flags.seed)
-    model = Transformer(book.characters).to(world.device)
     is_exact = flags.arithmetic == "exact"
+    arithmetic = exact.mode if is_exact else nullcontext
+    torch.manual_seed(flags.seed)
+    with arithmetic():
+        model = Transformer(book.characters).to(world.device)
     # On a GPU AdamW would take operators of several tensors, which have no exact version.
     adamw = partial(torch.optim.AdamW, lr=flags.adamw_lr, foreach=False if is_exact else None)
     optimizer: torch.optim.Optimizer = adamw(model.parameters())
@@ -123,15 +127,17 @@ def train(name: str, flags: Flags, book: Book, world: World) -> list[dict[str, A
     losses: list[Tensor] = []
     seconds, begin = 0.0, time.perf_counter()
     for step in range(1, flags.steps + 1):
-        starts = torch.randint(len(book.train) - CONTEXT, (flags.batch_size,), generator=windows)[mine]
-        if parallel:
-            for start in starts:
-                parallel.backward(loss_of(model, book.train, start[None]) / flags.batch_size)
-            loss = parallel.all_reduce()  # sets the gradients
-        else:
-            loss = loss_of(replica, book.train, starts)
-            loss.backward()
-        optimizer.step()
+        starts = torch.randint(len(book.train) - CONTEXT, (flags.batch_size,), generator=windows)
+        with arithmetic():
+            if parallel:
+                for unit in starts.split(UNIT)[mine]:
+                    loss = loss_of(model, book.train, unit)
+                    parallel.backward(loss * len(unit) / flags.batch_size)
+                loss = parallel.all_reduce()  # sets the gradients
+            else:
+                loss = loss_of(replica, book.train, starts[mine])
+                loss.backward()
+            optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
@@ -152,11 +158,8 @@ def main(flags: Flags) -> None:
             raise ConfigError(f"--batch-size is {flags.batch_size}, expected a multiple of the ranks")
         console.check_outputs(world, folders=[flags.plots, flags.log_dir], files=[flags.metrics])
         book = load_book(world.device)
-        if flags.arithmetic == "exact":
-            with exact.mode():
-                runs = [train("adamw", flags, book, world)]
-        else:
-            runs = [train(name, flags, book, world) for name in ("muon", "adamw")]
+        names = ["adamw"] if flags.arithmetic == "exact" else ["muon", "adamw"]
+        runs = [train(name, flags, book, world) for name in names]
         if world.rank > 0:
             return
         for run in runs:

@@ -14,6 +14,7 @@ from torchpar.errors import ConfigError
 from torchpar.exact import gpt, verify
 from torchpar.exact.data_parallel import BinnedSum
 from torchpar.nn import MLP
+from torchpar.ops import _exact
 from torchpar.parallel import join_world
 
 
@@ -90,6 +91,35 @@ def test_ranks_change_no_bit(ranks):
     for world_size in (2, 3):
         for found in ranks(world_size, gradients):
             assert all(torch.equal(found[name], t) for name, t in expected.items())
+
+
+def test_digits_of_changed_weights_are_cut_again():
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(6, 5, bias=False), torch.randn(2, 6)
+    parallel = exact.DataParallel(layer)
+    kept = _exact._kept[layer.weight.data_ptr()]
+    with exact.mode():
+        for factor in (1.0, 1.0, 3.0):
+            layer.weight.data.mul_(factor)  # which no counter of changes sees
+            copy = layer.weight.detach().clone()  # whose digits nobody keeps
+            assert torch.equal(layer(x), torch.nn.functional.linear(x, copy))
+            assert len(kept) == 1
+    del parallel
+    assert layer.weight.data_ptr() not in _exact._kept
+
+
+def messages() -> None:
+    with join_world("cpu") as world, exact.mode():
+        x = torch.full((2,), float(world.rank))
+        torch.distributed.broadcast(x, src=1)
+        assert x.tolist() == [1, 1]
+        torch.distributed.all_reduce(x.long())
+        with pytest.raises(ConfigError, match=r"no exact version of c10d\.allreduce_"):
+            torch.distributed.all_reduce(x)
+
+
+def test_messages_pass_unless_they_add(ranks):
+    ranks(2, messages)
 
 
 def short_gpt(dp: int, tp: int) -> str:

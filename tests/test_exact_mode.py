@@ -15,9 +15,11 @@ from commands import ROOT, import_path, needs_transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import torchpar
 from torchpar import exact
 from torchpar.errors import ConfigError
 from torchpar.exact.random import philox
+from torchpar.ops import _exact
 
 # Values
 
@@ -224,6 +226,23 @@ def test_decoding_equals_one_pass(name):
 
 
 # What is refused
+
+
+@pytest.mark.slow
+def test_a_compiler_changes_no_bit(monkeypatch):
+    """Products of several layouts and batches, with and without a compiler."""
+    torch.manual_seed(0)
+    query, key, x = torch.randn(3, 2, 7, 9), torch.randn(3, 2, 5, 9), torch.randn(130, 120)
+    pairs = [(query, key), (query.mT, query.mT), (x, x), (x.T, x.T), (x * 1e-30, x[:3] * 1e-30)]
+    expected = [torchpar.exact_matmul(*pair) for pair in pairs]
+    made = []
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: made.append(f) or compiler(f, **options))
+    with exact.mode(compiled=True):
+        for pair, product in zip(pairs, expected, strict=True):
+            assert torch.equal(torchpar.exact_matmul(*pair), product)
+    assert len(made) >= 2
+    assert not _exact._compiles
 
 
 def test_an_operator_without_a_rule_is_named():

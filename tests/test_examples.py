@@ -295,6 +295,25 @@ def test_two_ranks_train_a_transformer_as_one_does(ranks, tmp_path):
             assert two[loss] == pytest.approx(one[loss], rel=2**-8)
 
 
+def test_ranks_change_no_loss_of_a_transformer_in_exact_arithmetic(ranks, tmp_path):
+    flags = (
+        "--arithmetic=exact",
+        "--steps=2",
+        "--batch-size=10",
+        "--device=cpu",
+    )  # units of 4, 4 and 2 windows
+    found = []
+    for world_size in (1, 2):
+        metrics = tmp_path / f"metrics-{world_size}"
+        (code, _, err), *_ = ranks(
+            world_size, lesson_of_a_short_validation_text, *flags, f"--metrics={metrics}"
+        )
+        assert code == 0, err
+        found.append([row["train_loss"] for row in rows_of(metrics)])
+    assert found[0] == found[1]
+    assert found[0][1] < found[0][0]
+
+
 def test_the_validation_text_is_the_last_tenth_of_the_book():
     """The documentation's figures are of this book."""
     content = train_transformer.BOOK.read_bytes()

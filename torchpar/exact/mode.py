@@ -3,7 +3,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from torchpar.exact import products as products  # which register rules
 from torchpar.exact import reductions as reductions
 from torchpar.exact.attention import scaled_dot_product_attention
 from torchpar.exact.registry import PASSING, RULES
+from torchpar.ops import _exact
 
 _NAMESPACES = ("prims", "profiler", "debugprims")
 _OWN = ("exact_matmul", "maximum")
@@ -28,7 +29,7 @@ Kind = Literal["passing", "rules", "missing"]
 
 
 @contextmanager
-def mode() -> Iterator[None]:
+def mode(*, compiled: bool = False) -> Iterator[None]:
     """Compute in exact arithmetic: the same bits for any number of threads and any processor.
 
         with torchpar.exact.mode():
@@ -40,10 +41,14 @@ def mode() -> Iterator[None]:
     Make the model in the mode, too, so that its first weights are the same everywhere. Each row of a result
     depends on its own row of the input alone, and not on the batch around it.
 
+    Args:
+        compiled: let `torch.compile` make one pass over memory of the steps of a product, with the same bits.
+            It takes a C++ compiler, some seconds at first, and less time for each product.
+
     Raises:
         ConfigError: an operator that has no exact version, or a dtype other than float32.
     """
-    with _Functions(), _Operators():
+    with _exact.compiled() if compiled else nullcontext(), _Functions(), _Operators():
         yield
 
 
@@ -80,6 +85,8 @@ def _passes(func: Any) -> bool:
     namespace, _, name = func._schema.name.partition("::")
     if namespace == "aten":  # scatters with a reduction add in an order of their own
         return {name, name.removesuffix("_")} & PASSING != set() and "reduce" not in func._overloadname
+    if namespace == "c10d":  # ranks send and receive, or add in an order of their own
+        return "reduce" not in name
     return namespace in _NAMESPACES or (namespace == "torchpar" and name in _OWN)
 
 

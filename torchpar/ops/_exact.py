@@ -22,8 +22,9 @@ matrix multiplication unit", 2024.
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,8 +41,40 @@ _SHIFTS = torch.arange(BITS * (DIGITS - 1), -1, -BITS, dtype=torch.int32, device
 CHAIN = 2**14  # terms, for which each order fits in an int32, and T in the 53 bits of a float64
 LONG_CHAIN = 2**23  # terms, for which T fits in an int64
 _BLOCK = 2**15  # elements to a thread that are cut, or put together, at a time: they fit in a core's cache
+_COMPILED_BLOCK = 2**19  # likewise, of functions that pass over them once
 _LEAST_ROWS = 128  # of a product of int8, since each one rearranges its other operand
 _MIN_INT8_PRODUCT = 2**20  # multiplications from which int8 is faster than float64
+
+
+_compiles = False
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+@contextmanager
+def compiled() -> Iterator[None]:
+    """Let a compiler make one pass over memory of each function below that `_in_one_pass` decorates."""
+    global _compiles
+    before, _compiles = _compiles, True
+    try:
+        yield
+    finally:
+        _compiles = before
+
+
+def _in_one_pass(function: Callable[P, T]) -> Callable[P, T]:
+    """Compile a function of exact operations when `compiled` asks for it: fusing them changes no bit."""
+    made: list[Callable[P, T]] = []
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not _compiles:
+            return function(*args, **kwargs)
+        if not made:
+            made.append(torch.compile(function, dynamic=True))
+        return made[0](*args, **kwargs)
+
+    return call
 
 
 @functools.cache
@@ -94,17 +127,25 @@ def digits(x: Tensor, e: Tensor) -> Tensor:
     else:
         out = into = x.new_empty(*batch, m, DIGITS, k, dtype=torch.int8)
         source, exponents = x, e
-    shifts = _SHIFTS.to(x.device)[:, None]
+        if _compiles and batch:  # with few layouts, since each one is compiled
+            into, source, exponents = out.view(-1, DIGITS, k), x.reshape(-1, k), e.reshape(-1, 1)
     for block in _blocks(len(source), source[:1].numel()):
-        integers = scaled(source[block], SCALE - exponents[block]).round_().to(torch.int32)
-        # Flipping the sign bit of each byte but the first makes digits of them; int8 keeps the lowest 8 bits.
-        integers.add_(CARRY).bitwise_xor_(CARRY)
-        torch.bitwise_right_shift(integers.unsqueeze(-2), shifts, out=into[block])
+        _write_digits(into[block], source[block], exponents[block])
     return out
+
+
+@_in_one_pass
+def _write_digits(into: Tensor, x: Tensor, e: Tensor) -> None:
+    integers = scaled(x, SCALE - e).round_().to(torch.int32)
+    # Flipping the sign bit of each byte but the first makes digits of them; int8 keeps the lowest 8 bits.
+    integers.add_(CARRY).bitwise_xor_(CARRY)
+    into.copy_(integers.unsqueeze(-2) >> _SHIFTS.to(x.device)[:, None])
 
 
 def _blocks(rows: int, columns: int, least: int = 1) -> Iterator[slice]:
     """Blocks of rows of about `_BLOCK` elements for each thread, and of at least ``least`` rows."""
+    if _compiles:
+        least = max(least, _COMPILED_BLOCK // max(columns, 1))
     step = max(_BLOCK * torch.get_num_threads() // max(columns, 1), least)
     return (slice(first, first + step) for first in range(0, rows, step))
 
@@ -113,7 +154,8 @@ def scaled(x: Tensor, exponents: Tensor) -> Tensor:
     """``2^exponents · x`` in float32, a new tensor; exact where the result is a normal number."""
     normal = exponents.clamp(-126, 127)  # other powers of two are not normal float32 numbers
     result = x * power_of_two(normal)
-    if x.is_cuda or not torch.equal(normal, exponents):  # on a GPU the comparison would synchronise
+    # On a GPU the comparison would synchronise, and a compiler needs no branch.
+    if x.is_cuda or torch.compiler.is_compiling() or not torch.equal(normal, exponents):
         result *= power_of_two(exponents - normal)
     return result
 
@@ -151,9 +193,9 @@ class KeptDigits:
     """
 
     def __init__(self, parameters: Iterable[Tensor]):
-        self._own = {p.data_ptr(): {} for p in parameters if p.is_cpu}
-        _kept.update(self._own)
-        weakref.finalize(self, _forget, [*self._own])
+        addresses = [p.data_ptr() for p in parameters if p.is_cpu]
+        _kept.update({address: {} for address in addresses})
+        weakref.finalize(self, _forget, addresses)
 
 
 _kept: dict[int, dict[Any, tuple[Tensor, Tensor, Tensor]]] = {}  # by address: values, exponents, digits
@@ -212,7 +254,7 @@ class Sums:
     def blocks(self) -> Iterator[tuple[tuple[slice | int, ...], Tensor]]:
         """The parts of T, float64 or int64, with their indices; the next one overwrites each.
 
-        If ``b is a``, parts may end at the diagonal; `_write` mirrors them.
+        If ``b is a``, parts may end at the diagonal; `_mirror` completes the result.
         """
         (batch, m, _, _), n = self.a.shape, self.b.shape[1]
         if not (self._is_large() and has_int8() and torch.backends.mkldnn.enabled):
@@ -227,8 +269,7 @@ class Sums:
     def _is_large(self) -> bool:
         return self.a.shape[1] * self.b.shape[1] * self.a.shape[-1] >= max(_MIN_INT8_PRODUCT, 1)
 
-    def _write(self, out: Tensor, index: Any, part: Tensor) -> None:
-        out[index] = part
+    def _mirror(self, out: Tensor, index: Any) -> None:
         if self.b is self.a and len(index) > 1:
             i, rows, _ = index
             left = slice(rows.start)
@@ -238,7 +279,8 @@ class Sums:
         """T as int64."""
         total = self.a.new_empty(len(self.a), *self.shape[-2:], dtype=torch.int64)
         for index, part in self.blocks():
-            self._write(total, index, part)
+            total[index] = part
+            self._mirror(total, index)
         return total.view(self.shape)
 
     def rounded(self, e: Tensor, f: Tensor) -> Tensor:
@@ -249,7 +291,8 @@ class Sums:
             for t in (finite_power(e), finite_power(f.mT, -WEIGHT))
         )
         for index, part in self.blocks():
-            self._write(out, index, part.double().mul_(rows[index]).mul_(columns[index]))
+            _write_rounded(out[index], part, rows[index], columns[index])
+            self._mirror(out, index)
         return out.view(self.shape)
 
 
@@ -269,19 +312,28 @@ def _int8_sums(a: Tensor, b: Tensor) -> Tensor:
     (m, _, k), n = a.shape, len(b)
     # Order s: Σ_p d_(s − p)·c_p is one product over the leading digits of A, reversed, and those of B.
     left, right = _concatenated(a, reverse=True), _concatenated(b)
-    order = a.new_empty(m, n, dtype=torch.int32)
-    total, converted = a.new_empty(2, m, n, dtype=torch.float64)
-    for s in range(1, DIGITS + 1):
+    orders = a.new_empty(DIGITS, m, n, dtype=torch.int32)
+    for s, order in enumerate(orders, 1):
         torch._int_mm(left[:, -s * k :], right[:, : s * k].T, out=order)
-        if s == 1:
-            total.copy_(order)
-        else:
-            torch.add(converted.copy_(order), total, alpha=2**BITS, out=total)
+    return _total(orders)
+
+
+@_in_one_pass
+def _total(orders: Tensor) -> Tensor:
+    """T in float64, from the sums of each order ``(4, m, n)`` int32."""
+    total = orders[0].double()
+    for order in orders[1:]:
+        total = torch.add(order.double(), total, alpha=2**BITS)
     return total
 
 
+@_in_one_pass
+def _write_rounded(into: Tensor, total: Tensor, rows: Tensor, columns: Tensor) -> None:
+    into.copy_((total.double() * rows).mul_(columns))
+
+
 def _float64_sums(a: Tensor, b: Tensor) -> Tensor:
-    """T by products of float64, whose terms add up to less than 2⁵³: Σ_p d_p · (the first 4 − p digits of B)."""
+    """T by products of float64, whose terms add up to less than 2⁵³: Σ_p d_p · (first 4 − p digits of B)."""
     leading = b.select(-2, 0).double()
     total = a.select(-2, DIGITS - 1).double() @ leading.mT
     for q in range(1, DIGITS):
