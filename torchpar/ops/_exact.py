@@ -40,9 +40,9 @@ CARRY = sum(2 ** (BITS * p + BITS - 1) for p in range(DIGITS - 1))
 _SHIFTS = torch.arange(BITS * (DIGITS - 1), -1, -BITS, dtype=torch.int32, device="cpu")
 CHAIN = 2**14  # terms, for which each order fits in an int32, and T in the 53 bits of a float64
 LONG_CHAIN = 2**23  # terms, for which T fits in an int64
-_BLOCK = 2**15  # elements to a thread that are cut, or put together, at a time: they fit in a core's cache
+_BLOCK = 2**16  # elements to a thread that are cut, or put together, at a time: they fit in a core's cache
 _COMPILED_BLOCK = 2**19  # likewise, of functions that pass over them once
-_LEAST_ROWS = 128  # of a product of int8, since each one rearranges its other operand
+_LEAST_ROWS = 256  # of a product of int8, since each one rearranges its other operand
 _MIN_INT8_PRODUCT = 2**20  # multiplications from which int8 is faster than float64
 
 
