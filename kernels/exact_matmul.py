@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Exact sums of products: float32 rows become integers, whose int8 digits the tensor cores multiply.
+"""Exact sums of products: float32 rows become integers, whose 8-bit digits the tensor cores multiply.
 
 A row is scaled by a power of two and rounded to integers X, |X| ≤ 2³¹ − 2²⁴, which are cut into four signed
 digits, X = d₀·2²⁴ + d₁·2¹⁶ + d₂·2⁸ + d₃. For rows i of A, with exponents e, and rows j of B, with digits c
@@ -9,7 +9,8 @@ and exponents f, the kernel sums the products of each order s = p + q ≤ 3 in i
     T_ij = ((S₀·2⁸ + S₁)·2⁸ + S₂)·2⁸ + S₃
     (A·Bᵀ)_ij ≈ T_ij · 2^(e_i + f_j − 38)
 
-T is an integer, so that neither the tiles nor the order of the sums change its bits.
+T is an integer, so that neither the tiles nor the order of the sums change its bits. Where int8 is slow,
+digits are float16, which has all of them, and S_s is float32, of so few terms that it is not rounded.
 """
 
 import triton
@@ -21,6 +22,10 @@ from .gemm import GROUP, grouped_tile, triangle_tile
 from .launch import Plan, Wrap, cached_plan
 
 CHAIN = 2**14  # terms: with more, the four products of order 3, of up to 2¹⁴ each, could overflow int32
+FLOAT_CHAIN = 2**8  # terms: with more, they could exceed 2²⁴, above which float32 rounds integers
+# The capability of a B300. It multiplies int8 at 0.15 POPS, dense, and a B200 at 4.5 (NVIDIA's data sheets);
+# float16 is as fast on both.
+SLOW_INT8 = 103
 LONGEST = 2**23  # terms, for which T fits in an int64
 
 LIMIT_K = tl.constexpr(16)  # columns of signs at a time; tensor cores need at least 16
@@ -50,8 +55,8 @@ def power(exponents):
 
 
 @triton.jit
-def digits(x, first, second):
-    """The four digits of ``X = round(x·first·second·2⁹)``, int8, for ``|x·first·second| < 2²²``.
+def digits(x, first, second, FLOAT: tl.constexpr):
+    """The four digits of ``X = round(x·first·second·2⁹)`` for ``|x·first·second| < 2²²``.
 
     X = 2⁹·h + l, where h is the integer next to the scaled x and l rounds what is left, which is exact.
     A compiler may fuse these products and sums: all products are exact, or so small that X is 0.
@@ -63,22 +68,31 @@ def digits(x, first, second):
     offset: tl.constexpr = (HALVES - ROUND_BITS - (ROUND_BITS << 9)) % 2**32
     x = (h.to(tl.int32, bitcast=True) << 9) + l.to(tl.int32, bitcast=True)
     x = (x + offset) ^ HALVES
-    return (x >> 24).to(tl.int8), (x >> 16).to(tl.int8), (x >> 8).to(tl.int8), x.to(tl.int8)
+    return digit(x >> 24, FLOAT), digit(x >> 16, FLOAT), digit(x >> 8, FLOAT), digit(x, FLOAT)
+
+
+@triton.jit
+def digit(x, FLOAT: tl.constexpr):
+    """The lowest byte of x as a signed number, float16 or int8."""
+    if FLOAT:  # The bits of 1024 + u are 0x6400 + u; u is the number + 128. A conversion takes longer.
+        return ((x & 0xFF) ^ 0x6480).to(tl.int16).to(tl.float16, bitcast=True) - 1152.0
+    else:
+        return x.to(tl.int8)
 
 
 @triton.jit
 def chain(
-    a_tile, b_tile, a_inside, b_inside, e, f, k, a_col, b_col, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr
+    a_tile, b_tile, a_inside, b_inside, e, f, k, a_col, b_col, EVEN_K: tl.constexpr, FLOAT: tl.constexpr
 ):
     """T of at most CHAIN terms, int64; rows where ``a_inside`` or ``b_inside`` is false count as 0."""
     a_first, a_second = powers(22 - e)
     b_first, b_second = powers(22 - f)
+    BLOCK_K: tl.constexpr = a_tile.shape[1]
     cols = tl.arange(0, BLOCK_K)
     step = tl.full((), BLOCK_K, tl.int64)
-    s0 = tl.zeros((e.shape[0], f.shape[0]), dtype=tl.int32)
-    s1 = tl.zeros((e.shape[0], f.shape[0]), dtype=tl.int32)
-    s2 = tl.zeros((e.shape[0], f.shape[0]), dtype=tl.int32)
-    s3 = tl.zeros((e.shape[0], f.shape[0]), dtype=tl.int32)
+    SUM: tl.constexpr = tl.float32 if FLOAT else tl.int32
+    zeros = tl.zeros((e.shape[0], f.shape[0]), dtype=SUM)
+    s0, s1, s2, s3 = zeros, zeros, zeros, zeros
     tl.assume(k > 0)  # without it Triton 3.6 waits for each product before it begins the next
     for start in range(0, k, BLOCK_K):
         if EVEN_K:
@@ -89,20 +103,21 @@ def chain(
             b_mask = b_inside[None, :] & (cols < k - start)[:, None]
         a = tl.load(a_tile, mask=a_mask, other=0.0)
         b = tl.load(b_tile, mask=b_mask, other=0.0)
-        a0, a1, a2, a3 = digits(a, a_first[:, None], a_second[:, None])
-        b0, b1, b2, b3 = digits(b, b_first[None, :], b_second[None, :])
-        s0 = tl.dot(a0, b0, s0, out_dtype=tl.int32)
-        s1 = tl.dot(a0, b1, s1, out_dtype=tl.int32)
-        s1 = tl.dot(a1, b0, s1, out_dtype=tl.int32)
-        s2 = tl.dot(a0, b2, s2, out_dtype=tl.int32)
-        s2 = tl.dot(a1, b1, s2, out_dtype=tl.int32)
-        s2 = tl.dot(a2, b0, s2, out_dtype=tl.int32)
-        s3 = tl.dot(a0, b3, s3, out_dtype=tl.int32)
-        s3 = tl.dot(a1, b2, s3, out_dtype=tl.int32)
-        s3 = tl.dot(a2, b1, s3, out_dtype=tl.int32)
-        s3 = tl.dot(a3, b0, s3, out_dtype=tl.int32)
+        a0, a1, a2, a3 = digits(a, a_first[:, None], a_second[:, None], FLOAT)
+        b0, b1, b2, b3 = digits(b, b_first[None, :], b_second[None, :], FLOAT)
+        s0 = tl.dot(a0, b0, s0, out_dtype=SUM)
+        s1 = tl.dot(a0, b1, s1, out_dtype=SUM)
+        s1 = tl.dot(a1, b0, s1, out_dtype=SUM)
+        s2 = tl.dot(a0, b2, s2, out_dtype=SUM)
+        s2 = tl.dot(a1, b1, s2, out_dtype=SUM)
+        s2 = tl.dot(a2, b0, s2, out_dtype=SUM)
+        s3 = tl.dot(a0, b3, s3, out_dtype=SUM)
+        s3 = tl.dot(a1, b2, s3, out_dtype=SUM)
+        s3 = tl.dot(a2, b1, s3, out_dtype=SUM)
+        s3 = tl.dot(a3, b0, s3, out_dtype=SUM)
         a_tile += step * a_col
         b_tile += step * b_col
+    s0, s1, s2, s3 = s0.to(tl.int32), s1.to(tl.int32), s2.to(tl.int32), s3.to(tl.int32)
     return (((s0.to(tl.int64) << 8) + s1 << 8) + s2 << 8) + s3
 
 
@@ -154,6 +169,7 @@ def exact_product_kernel(
     EVEN_K: tl.constexpr,
     CHAIN: tl.constexpr,
     ONE_CHAIN: tl.constexpr,
+    FLOAT: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """A tile of T, int64, or of the product rounded to float32.
@@ -182,13 +198,13 @@ def exact_product_kernel(
     b_tile = b_ptr + ((j * b_row)[None, :] + (cols * b_col)[:, None])
     a_inside, b_inside = (i < m) & e_finite, (j < n) & f_finite
     if ONE_CHAIN:
-        total = chain(a_tile, b_tile, a_inside, b_inside, e, f, k, a_col, b_col, BLOCK_K, EVEN_K)
+        total = chain(a_tile, b_tile, a_inside, b_inside, e, f, k, a_col, b_col, EVEN_K, FLOAT)
     else:
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int64)
         step = tl.full((), CHAIN, tl.int64)
         for start in range(0, k, CHAIN):
             terms = tl.minimum(k - start, CHAIN)
-            total += chain(a_tile, b_tile, a_inside, b_inside, e, f, terms, a_col, b_col, BLOCK_K, EVEN_K)
+            total += chain(a_tile, b_tile, a_inside, b_inside, e, f, terms, a_col, b_col, EVEN_K, FLOAT)
             a_tile += step * a_col
             b_tile += step * b_col
     if out_ptr.dtype.element_ty == tl.int64:
@@ -241,6 +257,8 @@ def _plan(a: Tensor, b: Tensor | None, e: Tensor, f: Tensor) -> Plan:
     b = a if b is None else b
     (batch, m, k), n = a.shape, b.shape[1]
     tiles = _tiles(a, b, symmetric)
+    floats = device(a).capability == SLOW_INT8
+    terms = FLOAT_CHAIN if floats else CHAIN
     tiles_m, tiles_n = triton.cdiv(m, tiles.block_m), triton.cdiv(n, tiles.block_n)
     constants = {
         "SYMMETRIC": symmetric,
@@ -248,8 +266,9 @@ def _plan(a: Tensor, b: Tensor | None, e: Tensor, f: Tensor) -> Plan:
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
         "EVEN_K": bool(k % tiles.block_k == 0),
-        "CHAIN": CHAIN,
-        "ONE_CHAIN": bool(k <= CHAIN),
+        "CHAIN": terms,
+        "ONE_CHAIN": bool(k <= terms),
+        "FLOAT": floats,
         "GROUP": GROUP,
     }
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
@@ -265,6 +284,8 @@ def _tiles(a: Tensor, b: Tensor, symmetric: bool) -> Tiles:
     """
     (batch, m, k), n = a.shape, b.shape[1]
     present = device(a)
+    if present.capability == SLOW_INT8:
+        return Tiles(64, 64, 32, 8, 3)  # larger ones spill, since T stands beside the four sums
     by_rows = a.stride(-1) == b.stride(-1) == 1
     # On other devices tensor cores read int8 from registers, and several warps cut the same elements.
     shared = present.capability in (90, 100)

@@ -22,7 +22,12 @@ from torchpar.kernels import linear_sigmoid as linear
 from torchpar.kernels.candidates import Tiles
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
-LIMITS = {80: 166912, 90: 232448, 100: 232448}  # bytes of shared memory of a block, by NVIDIA's documents
+LIMITS = {
+    80: 166912,
+    90: 232448,
+    100: 232448,
+    103: 232448,
+}  # bytes of shared memory of a block, by NVIDIA's documents
 ODD = 509  # no stride is divisible by 16
 
 slow = pytest.mark.slow
@@ -243,14 +248,19 @@ def products_of_float32(opcodes: Iterable[str]) -> int:
 
 
 def assert_exact(code: MachineCode, capability: int, once: bool) -> None:
-    """One loop multiplies int8 on the tensor cores. What it multiplies is loaded and cut in registers.
+    """One loop multiplies digits on the tensor cores. What it multiplies is loaded and cut in registers.
 
     ``once``: each element is cut by one thread, by three fused products and sums.
     """
-    assert_fits(code, capability, aside=32)
-    (loop,) = code.innermost_loops(r"(IMMA|IGMMA|UTCIMMA)\b.*")
+    floats, of_int8 = code.options["FLOAT"], r"(IMMA|IGMMA|UTCIMMA)\b.*"
+    assert_fits(code, capability, aside=0 if floats else 32)
+    assert bool(code.count(of_int8)) != floats, "other digits"
+    loop, *of_signs = code.innermost_loops("UTCHMMA" if floats else of_int8)
+    assert len(of_signs) <= floats, "more loops multiply"
     opcodes = [one.opcode for one in loop]
-    assert not [opcode for opcode in opcodes if re.match("LDL|STL|F2I|FRND", opcode)], "spills, conversions"
+    assert not [opcode for opcode in opcodes if re.match("LDL|STL|F2I|I2F|FRND", opcode)], (
+        "spills, conversions"
+    )
     assert any(opcode.startswith("LDGSTS") for opcode in opcodes), "nothing is loaded asynchronously"
     block_m, block_n, block_k = (code.options[f"BLOCK_{axis}"] for axis in "MNK")
     threads = 32 * code.options["num_warps"]
@@ -290,6 +300,26 @@ def test_exact_product(compiled, capability, sizes, transposed, symmetric, dtype
         assert code.count(r"STG\.E.*\.128.*") == code.count(r"STG.*"), "a store is not coalesced"
     if dtype == torch.int64:
         assert not code.count("(DMUL|DADD|DFMA|HMMA|HGMMA|UTCHMMA).*"), "T is made of integers"
+
+
+@newest
+@pytest.mark.parametrize("capability", [103, pytest.param(100, marks=slow)], indirect=True)
+@pytest.mark.parametrize(
+    "sizes, transposed, symmetric, dtype",
+    [
+        (SQUARE, False, True, torch.float32),
+        pytest.param(SQUARE, False, False, torch.int64, marks=slow),
+        pytest.param(LONG, True, False, torch.float32, marks=slow),
+    ],
+)
+def test_exact_product_of_float_digits(
+    compiled, capability, monkeypatch, sizes, transposed, symmetric, dtype
+):
+    if capability == 100:
+        monkeypatch.setattr(exact_matmul, "SLOW_INT8", 100)
+    code = compiled(exact_product, sizes, transposed, symmetric, dtype)
+    assert_exact(code, capability, once=sizes == SQUARE)
+    assert code.count("UTCHMMA") >= 10
 
 
 @slow

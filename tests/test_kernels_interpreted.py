@@ -259,6 +259,12 @@ def check_exact_product(a: Tensor, b: Tensor | None, wrap) -> None:
         assert torch.equal(total, exact_sums(a, second)), "T differs"
 
 
+def on_gpu(capability: int, check, *args) -> None:
+    """Run ``check`` with the digits and tiles for a GPU of ``capability``."""
+    with patch.object(exact_matmul, "device", return_value=Device("", capability, 1)):
+        check(*args)
+
+
 def check_exact_product_of_shape(m, n, k, batch, layouts, wrap) -> None:
     a, b = operands(layouts, torch.float32, (*batch, m, k), (*batch, n, k))
     check_exact_product(a, b, wrap)
@@ -266,6 +272,7 @@ def check_exact_product_of_shape(m, n, k, batch, layouts, wrap) -> None:
         check_exact_product(a, None, wrap)
 
 
+@pytest.mark.parametrize("capability", [80, 103])  # digits of int8 and of float16
 @pytest.mark.parametrize(
     "m, n, k, batch, layouts",
     [
@@ -280,8 +287,8 @@ def check_exact_product_of_shape(m, n, k, batch, layouts, wrap) -> None:
         (5, 3, 35, (2,), ("expanded last", "expanded")),
     ],
 )
-def test_exact_product(interpreter, m, n, k, batch, layouts):
-    interpreter(check_exact_product_of_shape, m, n, k, batch, layouts, directly)
+def test_exact_product(interpreter, capability, m, n, k, batch, layouts):
+    interpreter(on_gpu, capability, check_exact_product_of_shape, m, n, k, batch, layouts, directly)
 
 
 def special_rows(count: int) -> Tensor:
@@ -303,21 +310,44 @@ def check_hard_and_special_rows() -> None:
 
 def check_exact_product_of_large_tiles_and_of_chains() -> None:
     """Chains of 64 terms; the formula, whose chain is longer, has the same T."""
-    with patch.object(exact_matmul, "device", return_value=Device("", 90, 1)):
-        check_exact_product_of_shape(144, 144, 48, (), ("transposed", "contiguous"), directly)
-    with patch.object(exact_matmul, "CHAIN", 64):
+    check_exact_product_of_shape(144, 144, 48, (), ("transposed", "contiguous"), directly)
+    with patch.multiple(exact_matmul, CHAIN=64, FLOAT_CHAIN=64):
         check_exact_product_of_shape(3, 33, 129, (2,), ("contiguous", "transposed"), directly)
         check_exact_product_of_shape(33, 33, 65, (), ("stepped", "contiguous"), directly)
 
 
-def check_longest_chain_fits() -> None:
-    """One term more than a chain of terms whose digits are the least there are, −127 and −128."""
-    k = exact_matmul.CHAIN + 1
-    x = torch.full((1, k), -(127 * 2.0**24 + 128 * 2.0**16 + 128 * 2.0**8) / 2.0**31)
-    e, total = _exact.row_exponents(x)[0], torch.zeros(1, 1, dtype=torch.int64)
-    with patch.object(exact_matmul, "_tiles", return_value=Tiles(16, 16, 1024, 4, 3)):  # few steps
-        exact_matmul.exact_product(x, x.clone(), e, e, directly, out=total)
-    assert torch.equal(total, exact_sums(x, x))
+def rows_of_extreme_digits(k: int, odd: int) -> Tensor:
+    """Rows of the digits with the largest sums. In the first column only digit ``odd`` is not 0."""
+    extreme = torch.tensor([[-126, -128, -128, -128], [126, 127, 127, 0], [127, -128, -128, -128]])
+    digits = extreme[:, :, None].repeat(1, 1, k)
+    digits[:, :, 0] = 127 * (torch.arange(4) == odd)
+    x = (digits * 256.0 ** -torch.arange(4)[:, None]).sum(1) / 128
+    assert torch.equal(_exact.digits(x, _exact.row_exponents(x)), digits)
+    return x
+
+
+def check_sums_of_extreme_digits(k: int, float_chain: int) -> None:
+    """S₃ of the first chain is odd: above 2²⁴ a float32 would lose its last bit."""
+    tiles = Tiles(16, 16, 256, 4, 3)  # few steps
+    with patch.multiple(exact_matmul, FLOAT_CHAIN=float_chain, _tiles=lambda *_: tiles):
+        check_exact_product(rows_of_extreme_digits(k, 1), rows_of_extreme_digits(k, 2), directly)
+
+
+def test_longest_chain_fits(interpreter):
+    chain = exact_matmul.FLOAT_CHAIN
+    check = partial(interpreter, on_gpu)
+    check(90, check_sums_of_extreme_digits, exact_matmul.CHAIN + 1, chain)
+    check(103, check_sums_of_extreme_digits, 2 * chain + 1, chain)
+    with pytest.raises(AssertionError, match="T differs"):
+        check(103, check_sums_of_extreme_digits, 2 * chain + 1, 2 * chain)
+
+
+@pytest.mark.parametrize("capability", [90, 103])
+@pytest.mark.parametrize(
+    "check", [check_hard_and_special_rows, check_exact_product_of_large_tiles_and_of_chains]
+)
+def test_exact_product_of_hard_rows_and_of_chains(interpreter, capability, check):
+    interpreter(on_gpu, capability, check)
 
 
 def test_exact_product_refuses_what_int64_does_not_hold():
@@ -602,9 +632,6 @@ def check_ends_of_rows() -> None:
         check_factors_are_exact,
         check_tma_refuses_other_strides,
         check_operands_on_a_gpu,
-        check_exact_product_of_large_tiles_and_of_chains,
-        check_longest_chain_fits,
-        check_hard_and_special_rows,
         check_sigmoid,
         check_far_apart,
         check_ends_of_rows,
