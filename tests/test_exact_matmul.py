@@ -123,7 +123,7 @@ def by_int8(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         out.copy_(a.long() @ b.long())
 
     monkeypatch.setattr(_exact, "has_int8", lambda: True)
-    monkeypatch.setattr(_exact, "_MIN_INT8_PRODUCT", 0)
+    monkeypatch.setattr(_exact, "_MIN_LARGE_PRODUCT", 0)
     monkeypatch.setattr(torch, "_int_mm", int_mm)
     return calls
 
@@ -164,6 +164,21 @@ def test_the_longest_chains_of_the_least_digits(k: int, monkeypatch: pytest.Monk
     assert_same_bits(exact_matmul(a, b), expected)
     by_int8(monkeypatch)
     assert_same_bits(exact_matmul(a, b), expected)
+
+
+def test_sums_of_large_digits_fit_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    digits = [torch.full((2, 600), low) for low in (-126, -128, -128, -128)]
+    for d in digits[1:3]:
+        d += torch.randint(9, (2, 600))  # so that sums are odd
+    x = (sum(d * 2 ** (24 - 8 * p) for p, d in enumerate(digits)) / 2.0**31).float()
+    assert torch.equal(_exact.digits(x, _exact.row_exponents(x)).movedim(1, 0), torch.stack(digits))
+    monkeypatch.setattr(_exact, "has_int8", lambda: False)
+    expected = reference.exact_matmul(x, x.clone())
+    assert_same_bits(exact_matmul(x, x.clone()), expected)
+    total = _exact.Sums(*[_exact.digits(x, _exact.row_exponents(x))] * 2).long()
+    monkeypatch.setattr(_exact, "_FLOAT_CHAIN", 2 * _exact._FLOAT_CHAIN)
+    assert not torch.equal(_exact.Sums(*[_exact.digits(x, _exact.row_exponents(x))] * 2).long(), total)
 
 
 @pytest.mark.parametrize("cuts", [[17, 18], [1, 30, 4], [0, 35]], ids=str)

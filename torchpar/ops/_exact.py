@@ -40,10 +40,12 @@ CARRY = sum(2 ** (BITS * p + BITS - 1) for p in range(DIGITS - 1))
 _SHIFTS = torch.arange(BITS * (DIGITS - 1), -1, -BITS, dtype=torch.int32, device="cpu")
 CHAIN = 2**14  # terms, for which each order fits in an int32, and T in the 53 bits of a float64
 LONG_CHAIN = 2**23  # terms, for which T fits in an int64
+_FLOAT_CHAIN = 2**10  # products of two digits, whose sum float32 holds
 _BLOCK = 2**16  # elements to a thread that are cut, or put together, at a time: they fit in a core's cache
 _COMPILED_BLOCK = 2**19  # likewise, of functions that pass over them once
-_LEAST_ROWS = 256  # of a product of int8, since each one rearranges its other operand
-_MIN_INT8_PRODUCT = 2**20  # multiplications from which int8 is faster than float64
+# Rows of a large product, since each one rearranges, or converts, its other operand.
+_LEAST_ROWS, _LEAST_FLOAT_ROWS = 128, 512
+_MIN_LARGE_PRODUCT = 2**20  # multiplications from which int8 is faster than floats, and half than all
 
 
 _compiles = False
@@ -252,22 +254,27 @@ class Sums:
         self.b = self.a if b is a else b.flatten(0, -4) if b.dim() > 3 else b[None]
 
     def blocks(self) -> Iterator[tuple[tuple[slice | int, ...], Tensor]]:
-        """The parts of T, float64 or int64, with their indices; the next one overwrites each.
+        """The parts of T, float64 or int64, with their indices.
 
-        If ``b is a``, parts may end at the diagonal; `_mirror` completes the result.
+        If ``b is a``, they may end at the diagonal; `_mirror` completes the result.
         """
         (batch, m, _, _), n = self.a.shape, self.b.shape[1]
-        if not (self._is_large() and has_int8() and torch.backends.mkldnn.enabled):
+        if not self._is_large():
             for block in _blocks(batch, m * n):
-                yield (block,), _chained(_float64_sums, self.a[block], self.b[block])
+                yield (block,), _chained(_float_sums, self.a[block], self.b[block])
             return
+        is_square = self.a is self.b
+        if has_int8() and torch.backends.mkldnn.enabled:
+            sums, least = _int8_sums, _LEAST_ROWS
+        else:
+            sums, least = _float_sums, _LEAST_FLOAT_ROWS if is_square else m
         for i in range(batch):
-            for rows in _blocks(m, n, _LEAST_ROWS):
-                columns = slice(min(rows.stop, m) if self.a is self.b else n)
-                yield (i, rows, columns), _chained(_int8_sums, self.a[i, rows], self.b[i, columns])
+            for rows in _blocks(m, n, least):
+                columns = slice(min(rows.stop, m) if is_square else n)
+                yield (i, rows, columns), _chained(sums, self.a[i, rows], self.b[i, columns])
 
     def _is_large(self) -> bool:
-        return self.a.shape[1] * self.b.shape[1] * self.a.shape[-1] >= max(_MIN_INT8_PRODUCT, 1)
+        return self.a.shape[1] * self.b.shape[1] * self.a.shape[-1] >= max(_MIN_LARGE_PRODUCT, 1)
 
     def _mirror(self, out: Tensor, index: Any) -> None:
         if self.b is self.a and len(index) > 1:
@@ -332,13 +339,19 @@ def _write_rounded(into: Tensor, total: Tensor, rows: Tensor, columns: Tensor) -
     into.copy_((total.double() * rows).mul_(columns))
 
 
-def _float64_sums(a: Tensor, b: Tensor) -> Tensor:
-    """T by products of float64, whose terms add up to less than 2⁵³: Σ_p d_p · (first 4 − p digits of B)."""
-    leading = b.select(-2, 0).double()
-    total = a.select(-2, DIGITS - 1).double() @ leading.mT
-    for q in range(1, DIGITS):
-        leading.mul_(2**BITS).add_(b.select(-2, q))
-        total += a.select(-2, DIGITS - 1 - q).double() @ leading.mT
+def _float_sums(a: Tensor, b: Tensor) -> Tensor:
+    """T ``(*, m, n)`` in float64, by products of floats whose sums are exact.
+
+    T = Σ_k (d₀·2⁸ + d₁)·(c₀·2¹⁶ + c₁·2⁸ + c₂) + (d₂·2⁸ + d₃)·c₀ in float64, plus d₀·c₃ + d₂·c₁ in float32.
+    """
+    even, odd = slice(0, None, 2), slice(1, None, 2)
+    left = a[..., even, :].double().mul_(2**BITS).add_(a[..., odd, :])
+    first = b[..., 0, :].double()
+    leading = torch.add(b[..., 1, :], first, alpha=2**BITS).mul_(2**BITS).add_(b[..., 2, :])
+    total = left.flatten(-2) @ torch.stack([leading, first], -2).flatten(-2).mT
+    x, y = a[..., even, :].float().flatten(-2), b[..., odd, :].flip(-2).float().flatten(-2)
+    for x_part, y_part in zip(x.split(_FLOAT_CHAIN, -1), y.split(_FLOAT_CHAIN, -1), strict=True):
+        total += x_part @ y_part.mT
     return total.add_(0.0)  # makes 0 of −0, the product of 0 and a negative number
 
 
