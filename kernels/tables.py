@@ -7,21 +7,20 @@
 
 A problem is ``[m, n, k, batch, tiles]``. `KINDS` names its operands. ``null`` means that PyTorch's library
 was faster. Tables lie in ``tuned/`` beside this file, named after the device. A table in the user's cache
-(`user_folder`) has priority.
+(`folders.user_folder`) has priority.
 """
 
 import json
-import os
 import warnings
 from functools import cache, lru_cache
 from math import log2
 from pathlib import Path
 from typing import Any
 
+from . import folders
 from .candidates import KERNELS, KINDS, Device, Tiles, configurations
 from .launch import forget_plans
 
-SHIPPED = Path(__file__).parent.resolve() / "tuned"
 FAR = 6.0  # octaves from a measured problem, over all sizes; such as a fourth of m, n and k
 _Entry = tuple[tuple[int, ...], Tiles | None]  # m, n, k and batch, and their tiles
 
@@ -37,14 +36,6 @@ def nearest(present: Device, kernel: str, kind: str, sizes: tuple[int, ...]) -> 
     return entry if entry and distance(entry) <= FAR else None
 
 
-def user_folder() -> Path:
-    """The folder of the user's own tables: $TORCHPAR_CACHE, or torchpar's folder in the user's cache."""
-    if folder := os.environ.get("TORCHPAR_CACHE"):
-        return Path(folder)
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # there may be no home
-    return Path(cache) / "torchpar" / "tuned"
-
-
 def file_name(device_name: str) -> str:
     """The name of a device's table: lower case, with "-" for spaces and slashes."""
     return device_name.lower().replace(" ", "-").replace("/", "-") + ".json"
@@ -52,7 +43,7 @@ def file_name(device_name: str) -> str:
 
 def load(present: Device) -> dict[str, Any] | None:
     """The table of a device as it was saved, or None; a damaged one gives a warning, and None."""
-    for folder in (user_folder(), SHIPPED):
+    for folder in (folders.user_folder(), folders.SHIPPED):
         path = folder / file_name(present.name)
         try:
             table: dict[str, Any] = json.loads(path.read_text())
@@ -68,22 +59,12 @@ def load(present: Device) -> dict[str, Any] | None:
 
 
 def save(present: Device, table: dict[str, Any]) -> Path:
-    """Write the table of a device, atomically, and use it from now on; return its path.
+    """Write the table of a device as `folders.write` does, and use it from now on; return its path.
 
-    Its folder is beside the kernels in a checkout, and otherwise `user_folder`. It is also `user_folder` if
-    that has a table of the device already, which has priority. A wrong ``table`` raises a ValueError.
+    A wrong ``table`` raises a ValueError.
     """
     _parse(table, present)
-    checkout = (SHIPPED.parent.parent / "pyproject.toml").exists() and os.access(SHIPPED.parent, os.W_OK)
-    own = os.environ.get("TORCHPAR_CACHE") or (user_folder() / file_name(present.name)).exists()
-    path = (SHIPPED if checkout and not own else user_folder()) / file_name(present.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(table, indent=1) + "\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    path = folders.write(file_name(present.name), json.dumps(table, indent=1) + "\n")
     forget_tables()
     return path
 

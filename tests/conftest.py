@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from ranks import fork_context
 
+from torchpar.ops import _cpu_table
 from torchpar.testing.ranks import Ranks
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -35,6 +36,14 @@ def threads() -> Iterator[None]:
     """Restore PyTorch's number of threads after each test, because Numba's first parallel loop changes it."""
     yield
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(autouse=True)
+def no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choose products as on a processor without a table, so that tests are the same everywhere."""
+    monkeypatch.setattr(_cpu_table, "_entries", lambda: {"symmetric": [], "layers": []})
+    _cpu_table._choice.cache_clear()
+    _cpu_table._layer_multiplications.cache_clear()
 
 
 @pytest.fixture(params=DEVICES)

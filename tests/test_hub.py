@@ -112,8 +112,8 @@ def main() -> None:
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     assert gradcheck(package.matmul_t, x)
     assert package.matmul_t(x.to("meta")).shape == (4, 4)
-    tables = importlib.import_module(f"{package.__name__}.kernels.tables")
-    assert Path(str(tables.__file__)).parent / "tuned" == tables.SHIPPED  # not in the folder of the blobs
+    folders = importlib.import_module(f"{package.__name__}.kernels.folders")
+    assert Path(str(folders.__file__)).parent / "tuned" == folders.SHIPPED  # not in the folder of the blobs
 
     del sys.modules["torchpar"]
     sys.path.insert(0, str(ROOT))

@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchpar import reference
+from torchpar.ops._cpu_table import Choice
 from torchpar.optim import ChainedOptimizer, Muon, newton_schulz, orthogonalize
 from torchpar.optim import matrices as batches
 from torchpar.optim.newton_schulz import COEFFICIENTS
@@ -29,7 +30,6 @@ both_iterations = pytest.mark.parametrize("ns", ["standard", "gram"])
 def bfloat16(monkeypatch):
     """Products of bfloat16, as torch's, also on a CPU where those of float32 are faster."""
     monkeypatch.setattr(newton_schulz, "has_bfloat16", lambda: True)
-    monkeypatch.setattr(newton_schulz, "has_amx", lambda: False)
 
 
 def torchs(x: Tensor, steps: int = 5) -> Tensor:
@@ -104,14 +104,18 @@ def compare_orthogonality(make: Any, n: int, m: int, steps: int, ns: Any, triple
     ],
 )
 def test_orthogonality_is_no_worse_than_torchs(case):
-    with patch.object(newton_schulz, "_SYMMETRIC_ROWS", 257):  # of which half a product is computed
+    with halves_gain_from(257):
         compare_orthogonality(*case)
 
 
-def test_a_cpu_with_amx_multiplies_whole_matrices(monkeypatch):
-    """As `torch.optim.Muon` does: in tiles a whole product takes about as long as half of one in blocks."""
-    monkeypatch.setattr(newton_schulz, "has_amx", lambda: True)
-    with patch.object(newton_schulz, "_SYMMETRIC_ROWS", 64), patch.object(newton_schulz, "matmul_t", None):
+def halves_gain_from(rows: int) -> Any:
+    return patch.object(newton_schulz, "choice", lambda _, n, k: Choice("blas", 0, float(n >= rows)))
+
+
+def test_whole_matrices_are_multiplied_where_that_is_faster():
+    with halves_gain_from(66), patch.object(newton_schulz, "matmul_t", None):
+        compare_orthogonality(matrices, 65, 300, 5, "standard")
+    with halves_gain_from(65), patch.object(newton_schulz, "matmul_t", None), pytest.raises(TypeError):
         compare_orthogonality(matrices, 65, 300, 5, "standard")
 
 

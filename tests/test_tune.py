@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton", reason="Triton compiles the configurations")
 
 from torchpar.errors import ConfigError
-from torchpar.kernels import candidates, tables, tuning
+from torchpar.kernels import candidates, folders, tables, tuning
 from torchpar.ops._matrix import mirrored
 from torchpar.tune import command, measure
 from torchpar.tune.measure import Problem
@@ -105,7 +105,7 @@ def test_configurations_and_the_library_are_timed_in_turn_and_checked_first(monk
 def gpu(tmp_path, monkeypatch):
     """The tables of a GPU that is present in name only; `made_up` has its times."""
     monkeypatch.setenv("TORCHPAR_CACHE", str(tmp_path))
-    monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(folders, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     for module in (candidates, tuning):

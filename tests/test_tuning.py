@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchpar.kernels import candidates, tables, tuning
+from torchpar.kernels import candidates, folders, tables, tuning
 from torchpar.kernels.candidates import Tiles
 
 DEVICE = candidates.Device("NVIDIA Test/9 GPU", 90, 132)
@@ -24,7 +24,7 @@ KINDS = [pytest.param(*kind[:2], id=name) for name, kind in candidates.KINDS.ite
 def folder(tmp_path, monkeypatch):
     """The user's folder, of a user with the device of the test and no shipped tables."""
     monkeypatch.setenv("TORCHPAR_CACHE", str(tmp_path / "user"))
-    monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped" / "tuned")
+    monkeypatch.setattr(folders, "SHIPPED", tmp_path / "shipped" / "tuned")
     monkeypatch.setattr(tuning, "device", lambda t: DEVICE)
     tables.forget_tables()
     yield tmp_path

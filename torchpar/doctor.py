@@ -142,7 +142,7 @@ def extras() -> Iterator[Finding]:
 
 
 def processor() -> Iterator[Finding]:
-    from torchpar.ops import _onednn
+    from torchpar.ops import _cpu_table
 
     model = cpuinfo("model name") or platform.processor() or platform.machine()
     sets = ", ".join(instruction_sets()) or "no AVX2"
@@ -154,15 +154,27 @@ def processor() -> Iterator[Finding]:
         yield Finding("threads", text, "problem", f"export OMP_NUM_THREADS={cores}")
     else:
         yield Finding("threads", text)
-    library = "oneDNN, if they are large" if _onednn.has_onednn() else "PyTorch's BLAS library"
+    library = "oneDNN, if they are large" if _processor.has_onednn() else "PyTorch's BLAS library"
     yield Finding("float32 products", f"by {library}")
+    loaded = _cpu_table.load()
+    if loaded:
+        gains = ", ".join(
+            f"{dtype} {_cpu_table.choice(getattr(torch, dtype), 1024, 1024).gain:.2f}"
+            for dtype in ("float32", "float64", "bfloat16")
+        )
+        text = f"{loaded[0].name}; X·Xᵀ of 1024 × 1024 is as many times as fast as torch.mm: {gains}"
+        yield Finding("measured products", text)
+    else:
+        kind = _cpu_table.processor_kind()
+        remedy = "python -m torchpar tune --device cpu"
+        yield Finding("measured products", f"none for {kind}; careful choices are used", "note", remedy)
     compiler = shutil.which(os.environ.get("CXX") or "g++")
     if compiler:
         yield Finding("C++ compiler", compiler)
     else:
         remedy = "apt-get install g++, or set CXX"
         yield Finding("C++ compiler", "missing; torch.compile on CPUs needs one", "note", remedy)
-    fast = _onednn.has_bfloat16()
+    fast = _processor.has_bfloat16()
     yield Finding("bfloat16 products", "fast" if fast else "slow; Muon multiplies float32")
 
 
@@ -279,9 +291,9 @@ def folders() -> Iterator[Finding]:
         home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")  # there may be no home
         cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path(home) / ".triton" / "cache")
         yield _folder("Triton's cache", cache, 2**28, "export TRITON_CACHE_DIR=FOLDER")
-        from torchpar.kernels import tables
+    from torchpar.kernels import folders
 
-        yield _folder("tables of tiles", tables.user_folder(), 2**20, "export TORCHPAR_CACHE=FOLDER")
+    yield _folder("measured tables", folders.user_folder(), 2**20, "export TORCHPAR_CACHE=FOLDER")
 
 
 def _folder(name: str, folder: Path, needed: int, remedy: str) -> Finding:

@@ -10,22 +10,37 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from torchpar.ops._matrix import half_sum, lower_mask, mirrored, pad_to_even, product
-from torchpar.ops._onednn import onednn, prefers_onednn
+from torchpar.ops._cpu_table import CHOSEN_FROM, Choice, choice
+from torchpar.ops._matrix import half_sum, mirrored, pad_to_even, product
+from torchpar.ops._onednn import is_eager, onednn, prefers_onednn
+from torchpar.ops._processor import has_bfloat16
 
-_HALVED_FROM = 256  # rows
-# Rows per block. Larger blocks compute more above the diagonal; in smaller ones the library is slower.
-_BLOCK = 256
-_BLOCK_FLOAT64 = 128
 _CHAIN = 128
-_ONEDNN_FROM = 384  # rows; below, the calls for many chains take longer than oneDNN gains
+_BLOCK = 256  # rows of G and its transpose that are added at a time
 _BLOCKED_SUM_FROM = 1024  # rows; above, G and its transpose do not fit in the cache
 _CACHE_LINE = 64  # bytes
+_STRIPED_FROM, _STRIPED_BY_THREADS_FROM = 256, 512  # rows; smaller matrices are mirrored at once
+_STRIPE, _WIDE_STRIPE, _WIDE_FROM = 64, 128, 1024  # rows that are mirrored at a time; 128 from 1024 rows on
 
 
-def is_halved(t: Tensor) -> bool:
-    """Whether the products of ``t``'s rows are computed in blocks, the lower half only."""
-    return not t.is_cuda and t.shape[-2] >= _HALVED_FROM
+def is_opaque(t: Tensor) -> bool:
+    """Whether products of ``t``'s rows may be computed in blocks, which compilers should leave alone."""
+    return not t.is_cuda and t.shape[-2] >= CHOSEN_FROM
+
+
+def is_direct(*operands: Tensor | None) -> bool:
+    """Whether the dispatcher can be passed over, which takes longer than a small product."""
+    differentiates = torch.is_grad_enabled()
+    for t in operands:
+        if t is not None and not (t.is_cpu and not (differentiates and t.requires_grad)):
+            return False
+    return is_eager(*operands)
+
+
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of products: float32 where PyTorch's 16-bit ones take ten times as long, or more."""
+    slow = dtype == torch.float16 or (dtype == torch.bfloat16 and not has_bfloat16())
+    return torch.float32 if slow else dtype
 
 
 def symmetric_product(
@@ -35,17 +50,25 @@ def symmetric_product(
 
     The result equals its transpose bit for bit.
     """
-    if a.dtype == torch.float16:  # PyTorch's float16 products take ten times as long as float32 ones
+    if computed_in(a.dtype) != a.dtype:
         wide = a.float()
         c = None if c is None or beta == 0 else c.float()
-        return symmetric_product(wide, wide if b is a else b.float(), c, alpha, beta).half()
-    if not is_halved(a):
+        return symmetric_product(wide, wide if b is a else b.float(), c, alpha, beta).to(a.dtype)
+    n, k = a.shape[-2:]
+    if not is_opaque(a):
         return mirrored(product(a, b, c, alpha, beta))
-    n = a.shape[-2]
+    chosen = choice(a.dtype, n, k)
+    if not chosen.rows:
+        out = product(a, b, c, alpha, beta)
+        if not _is_striped(out):
+            return mirrored(out)
+        mirror_(out)
+        return out
     out = a.new_empty(*a.shape[:-1], n)
     for index in itertools.product(*map(range, a.shape[:-2])):
         a2 = a[index]
-        _halved(a2, a2 if b is a else b[index], None if c is None else c[index], alpha, beta, out[index])
+        c2 = None if c is None else c[index]
+        _halved(a2, a2 if b is a else b[index], c2, alpha, beta, out[index], chosen)
     return out
 
 
@@ -54,25 +77,57 @@ def symmetric_addmm_(h: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float)
     if h.dtype != a.dtype:
         wide = a.to(h.dtype)
         a, b = wide, wide if b is a else b.to(h.dtype)
-    if a.dtype == torch.float16 or not is_halved(a):
+    if computed_in(a.dtype) != a.dtype or not is_opaque(a):
         h.copy_(symmetric_product(a, b, h, alpha, beta))
         return
+    chosen = choice(a.dtype, *a.shape[-2:])
     for index in itertools.product(*map(range, a.shape[:-2])):
-        # Each block reads rows of H that those before it have not written.
-        a2 = a[index]
-        _halved(a2, a2 if b is a else b[index], h[index], alpha, beta, h[index])
+        a2, own = a[index], h[index]
+        b2 = a2 if b is a else b[index]
+        if chosen.rows:
+            _halved(a2, b2, own, alpha, beta, own, chosen)
+        else:
+            product(a2, b2, own, alpha, beta, out=own)
+            mirror_(own)
 
 
 def mirror_(h: Tensor) -> None:
-    """Copy the lower triangle of ``h`` to the upper one."""
-    h.copy_(mirrored(h))
+    """Copy the lower triangle of ``h (*, n, n)`` to the upper one."""
+    if _is_striped(h):
+        for index in itertools.product(*map(range, h.shape[:-2])):
+            _mirror_stripes(h[index])
+    else:
+        h.copy_(mirrored(h))
+
+
+def _is_striped(h: Tensor) -> bool:
+    least = _STRIPED_FROM if torch.get_num_threads() == 1 else _STRIPED_BY_THREADS_FROM
+    return h.is_cpu and h.shape[-1] >= least and h.stride(-1) == 1
+
+
+def _mirror_stripes(h: Tensor) -> None:
+    """Mirror a matrix stripe by stripe, so that what is transposed fits in the cache."""
+    n, step = len(h), h.stride(0)
+    width = _STRIPE if n < _WIDE_FROM else _WIDE_STRIPE
+    count = n // width
+    shape, strides = (count, width, width), (width * (step + 1), step, 1)
+    squares = h.as_strided(shape, strides, h.storage_offset())  # on the diagonal
+    squares.copy_(mirrored(squares))
+    if count * width < n:
+        last = h[count * width :, count * width :]
+        last.copy_(mirrored(last))
+    space = _spread_rows(width, n, h)
+    for lo in range(width, n, width):
+        stripe = slice(lo, lo + width)
+        before = space[: n - lo, :lo].copy_(h[stripe, :lo])
+        h[:lo, stripe] = before.T
 
 
 def symmetrized_product(g: Tensor, x: Tensor) -> Tensor:
     """``(g + g.mT) @ x`` for ``g (*, n, n)`` and ``x (*, n, k)``."""
-    if x.dtype == torch.float16:  # as above; with loss scaling, G + Gᵀ would also overflow float16
-        return symmetrized_product(g.float(), x.float()).half()
-    if is_halved(x) and g.dim() == 2 and x.numel() and prefers_onednn(x):
+    if computed_in(x.dtype) != x.dtype:  # with loss scaling, G + Gᵀ would also overflow float16
+        return symmetrized_product(g.float(), x.float()).to(x.dtype)
+    if x.shape[-2] >= _STRIPED_FROM and g.dim() == 2 and x.numel() and prefers_onednn(x):
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         terms = [_transposed(part) for part in x.split(_CHAIN)]
         for block, half_sums in _half_sums(g):
@@ -96,28 +151,24 @@ def _half_sums(g: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield block, _transposed(columns).add_(g[block], alpha=0.5)
 
 
-def _halved(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, out: Tensor) -> None:
+def _halved(
+    a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, out: Tensor, chosen: Choice
+) -> None:
     n = len(a)
     a, b = pad_to_even(a, b)
-    blocks = max(round(n / (_BLOCK_FLOAT64 if a.dtype == torch.float64 else _BLOCK)), 2)
+    blocks = max(round(n / chosen.rows), 2)
     chains = None
-    if n >= _ONEDNN_FROM and alpha != 0 and a.numel() and prefers_onednn(a):
+    if chosen.library == "onednn" and alpha != 0 and a.numel() and prefers_onednn(a):
         parts = _chains(a)
         chains = list(zip(parts, parts if b is a else _chains(b), strict=True))
-    space = _spread_rows(-(-n // blocks), n, a)
     for block in range(blocks):
         lo, hi = n * block // blocks, n * (block + 1) // blocks
-        rows, c_rows = space[: hi - lo, :hi], None if c is None else c[lo:hi, :hi]
+        rows, c_rows = out[lo:hi, :hi], None if c is None else c[lo:hi, :hi]
         if chains:
             rows.copy_(_onednn_product([(s[lo:hi], t[:hi]) for s, t in chains], c_rows, alpha, beta))
         else:
             product(a[lo:hi], b[:hi], c_rows, alpha, beta, out=rows)
-        if block:
-            before = rows[:, :lo]
-            out[lo:hi, :lo] = before
-            out[:lo, lo:hi] = before.mT
-        diagonal = rows[:, lo:]
-        torch.where(lower_mask(hi - lo, out.device), diagonal, diagonal.mT, out=out[lo:hi, lo:hi])
+    mirror_(out)
 
 
 def _spread_rows(n: int, columns: int, like: Tensor) -> Tensor:

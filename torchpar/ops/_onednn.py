@@ -8,9 +8,6 @@ grows with the chain's length. Therefore long sums are cut into chains of at mos
 then less than twice MKL's.
 """
 
-import platform
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +16,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from torchpar.ops import _cpu_table, _processor
 from torchpar.ops._matrix import pad_to_even, product, rows
 
 CHAIN = 264
@@ -28,33 +26,6 @@ _MIN_PRODUCT = 2_500_000
 _MIN_LAYER = 5_000_000
 
 
-@cache
-def has_onednn() -> bool:
-    """Return True if oneDNN has wider vectors than PyTorch's BLAS library: MKL on an AMD with AVX-512."""
-    try:
-        vendor = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        vendor = platform.processor()
-    return (
-        torch.backends.mkldnn.is_available()
-        and torch.backends.mkl.is_available()
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and "AuthenticAMD" in vendor
-    )
-
-
-@cache
-def has_bfloat16() -> bool:
-    """Return True if oneDNN multiplies bfloat16 on this CPU; elsewhere float32 is ten times as fast."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-@cache
-def has_amx() -> bool:
-    """Return True if this CPU multiplies bfloat16 in tiles, so fast that half a product takes as long."""
-    return bool(torch.cpu._is_amx_tile_supported())
-
-
 def prefers_onednn(t: Tensor) -> bool:
     """Return True if products of ``t`` go to oneDNN where they are large enough."""
     return t.is_cpu and t.dtype == torch.float32 and _is_enabled()
@@ -62,11 +33,12 @@ def prefers_onednn(t: Tensor) -> bool:
 
 def prefers_onednn_layer(multiplications: int) -> bool:
     """Return True if a float32 linear layer on the CPU, forward and backward, is faster by oneDNN."""
-    return multiplications >= _MIN_LAYER * torch.get_num_threads() and _is_enabled()
+    least = _cpu_table.layer_multiplications() or _MIN_LAYER
+    return multiplications >= least * torch.get_num_threads() and _is_enabled()
 
 
 def _is_enabled() -> bool:
-    return has_onednn() and bool(torch.backends.mkldnn.enabled)
+    return _processor.has_onednn() and bool(torch.backends.mkldnn.enabled)
 
 
 def onednn(

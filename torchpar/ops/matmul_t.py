@@ -54,6 +54,9 @@ def matmul_t(x: Tensor) -> Tensor:
     Raises:
         RuntimeError: an unsupported dtype, or fewer than two dimensions.
     """
+    if _cpu.is_direct(x):
+        _check(x)
+        return _cpu.symmetric_product(x, x)
     return _op(x)  # type: ignore[no-any-return]
 
 
@@ -80,7 +83,7 @@ def _gathered(x: Any) -> Any:
 
 
 # Inductor would fuse the blocks of the CPU path into one slower kernel, and compile it for half a minute.
-@operator("matmul_t(Tensor x) -> Tensor", kernels="matmul_t", opaque=_cpu.is_halved)
+@operator("matmul_t(Tensor x) -> Tensor", kernels="matmul_t", opaque=_cpu.is_opaque)
 def _matmul_t(x: Tensor, *, wrap: Wrap) -> Tensor:
     _check(x)
     return symmetric_product(x, x, None, 1.0, 0.0, wrap)
@@ -139,7 +142,7 @@ def _backward_formula(g: Tensor, x: Tensor) -> Tensor:
 @operator(
     "matmul_t_backward(Tensor g, Tensor x) -> Tensor",
     kernels="matmul_t",
-    opaque=lambda g, x: _cpu.is_halved(x),
+    opaque=lambda g, x: _cpu.is_opaque(x),
 )
 def _matmul_t_backward(g: Tensor, x: Tensor, *, wrap: Wrap) -> Tensor:
     check_like("matmul_t_backward", "g", g, (*x.shape[:-1], x.shape[-2]), x)

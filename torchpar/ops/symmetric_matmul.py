@@ -74,6 +74,9 @@ def symmetric_matmul(
             ``beta`` or a ``beta`` other than 0 without ``c``; with ``check``, a product or a ``c`` that is
             not symmetric; with ``out``, an argument that requires a gradient.
     """
+    if out is None and not check and _cpu.is_direct(a, b, c):
+        _check(a, b, c, beta)
+        return _cpu.symmetric_product(a, b, c, alpha, beta or 0.0)
     if out is None:
         return _op(a, b, c, alpha=alpha, beta=beta, check=check)  # type: ignore[no-any-return]
     _check_factor(c, beta)
@@ -149,7 +152,7 @@ def _is_checked_dtensor(a: Tensor, *_: Any, check: bool = False, **factors: Any)
 
 
 def _is_opaque(a: Tensor, *_: Any, check: bool = False, **factors: Any) -> bool:
-    return check or _cpu.is_halved(a)
+    return check or _cpu.is_opaque(a)
 
 
 @operator(

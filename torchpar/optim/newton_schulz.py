@@ -40,8 +40,9 @@ import torch
 from torch import Tensor
 
 from torchpar.ops import matmul_t, symmetric_matmul
+from torchpar.ops._cpu_table import choice
 from torchpar.ops._library import is_dtensor
-from torchpar.ops._onednn import has_amx, has_bfloat16
+from torchpar.ops._processor import has_bfloat16
 
 NewtonSchulz = Literal["auto", "standard", "gram"]
 Triple = tuple[float, float, float]
@@ -65,7 +66,6 @@ _POLAR_EXPRESS = (
     (1.875, -1.25, 0.375),
 )
 
-_SYMMETRIC_ROWS = 768  # below, a CPU computes a whole product faster than half of one
 _GRAM_ROWS, _GRAM_ASPECT = 256, 2  # below, the standard iteration is as fast
 
 
@@ -195,8 +195,8 @@ def _replicate(r: Any) -> Any:
 
 
 def _use_symmetric_products(x: Tensor) -> bool:
-    # On a GPU the operators choose by size themselves.
-    return x.is_cuda or (x.shape[-2] >= _SYMMETRIC_ROWS and not has_amx())
+    # On a GPU the operators choose by size themselves. A whole product need not be symmetric here.
+    return x.is_cuda or choice(x.dtype, x.shape[-2], x.shape[-1]).gain >= 1
 
 
 def _symmetric_addmm(a: Tensor, b: Tensor, c: Tensor, *, alpha: float = 1.0, beta: float) -> Tensor:

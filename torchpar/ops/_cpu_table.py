@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: MIT
+"""The fastest way to each product on this kind of processor, from a table that ``torchpar tune`` measures:
+
+    {"processor": "amd-avx512-vnni-bf16", "torch": "2.15.0", "date": "2026-11-23",
+     "symmetric": [["float32", 1, 1024, 1024, "onednn", 256, 2.26], …],
+     "layers": [[1, 4000000], [2, 5000000]]}
+
+An entry of "symmetric" is a dtype, a number of threads, the rows n and columns k of X, and the `Choice` for
+X·Xᵀ. One of "layers" is a number of threads, and the multiplications per thread from which oneDNN is faster
+for a linear layer. Tables lie beside those of GPUs (`torchpar.kernels.folders`), named after the kind of
+processor.
+"""
+
+import json
+import math
+import warnings
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from torchpar.kernels import folders
+from torchpar.ops import _processor
+from torchpar.ops._processor import processor_kind
+
+LIBRARIES = ("blas", "onednn")
+CHOSEN_FROM = 128  # rows; whole products of fewer are the fastest everywhere
+_WHOLE_BELOW = 512  # rows; without a table: halves of larger products gain on all measured processors
+_GAIN_FROM = 768  # rows; likewise, compared with a whole product that is not made symmetric
+_FAR = 6.0  # octaves from a measured problem, over n and k
+
+
+class Choice(NamedTuple):
+    """A way to X·Xᵀ.
+
+    Attributes:
+        library: which computes it, "blas" for PyTorch's, or "onednn".
+        rows: of a block, each of which ends at the diagonal; 0 if the whole product is computed.
+        gain: how many times as fast it is as ``torch.mm(x, x.t())``.
+    """
+
+    library: str
+    rows: int
+    gain: float
+
+
+def choice(dtype: torch.dtype, n: int, k: int) -> Choice:
+    """The way to X·Xᵀ for X ``(n, k)`` on this processor, with the present number of threads."""
+    return _choice(dtype, n, k, torch.get_num_threads(), bool(torch.backends.mkldnn.enabled))
+
+
+@lru_cache(4096)
+def _choice(dtype: torch.dtype, n: int, k: int, threads: int, enabled: bool) -> Choice:
+    def distance(entry: list[Any]) -> float:
+        sizes = zip(entry[1:4], (threads, n, max(k, 1)), strict=True)
+        of_threads, *others = (abs(math.log2(measured / present)) for measured, present in sizes)
+        return 100 * of_threads + sum(others)  # threads first
+
+    own = [entry for entry in _entries()["symmetric"] if entry[0] == str(dtype).removeprefix("torch.")]
+    nearest = min(own, key=distance, default=None)
+    if nearest and distance(nearest) % 100 <= _FAR and (enabled or nearest[4] == "blas"):
+        return Choice(*nearest[4:])
+    if n < _WHOLE_BELOW:
+        return Choice("blas", 0, 0.0)
+    library = "onednn" if enabled and dtype == torch.float32 and _processor.has_onednn() else "blas"
+    gain = float(n >= _GAIN_FROM and not _processor.has_amx())
+    return Choice(library, 128 if dtype == torch.float64 else 256, gain)
+
+
+def layer_multiplications() -> float | None:
+    """The multiplications per thread from which oneDNN is faster for a layer; None if that is not known."""
+    return _layer_multiplications(torch.get_num_threads())
+
+
+@cache
+def _layer_multiplications(threads: int) -> float | None:
+    own = _entries()["layers"]
+    nearest = min(own, key=lambda entry: abs(math.log2(entry[0] / threads)), default=None)
+    return nearest and nearest[1]
+
+
+def file_name() -> str:
+    return f"cpu-{processor_kind()}.json"
+
+
+def load() -> tuple[Path, dict[str, Any]] | None:
+    """This processor's table as it was saved, and its path; a damaged one gives a warning, and None."""
+    for folder in (folders.user_folder(), folders.SHIPPED):
+        path = folder / file_name()
+        try:
+            table = json.loads(path.read_text())
+            check(table)
+            return path, table
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            continue
+        except (OSError, ValueError, RecursionError) as error:
+            hint = "careful choices are used; `python -m torchpar tune --device cpu` writes a new table"
+            warnings.warn(f"{path}: {error}; {hint}", stacklevel=2)
+            break
+    return None
+
+
+def save(table: dict[str, Any]) -> Path:
+    """Write this processor's table, and use it from now on; return its path."""
+    check(table)
+    path = folders.write(file_name(), json.dumps(table) + "\n")
+    forget()
+    return path
+
+
+def forget() -> None:
+    """Read the table again when a product is chosen next."""
+    _entries.cache_clear()
+    _choice.cache_clear()
+    _layer_multiplications.cache_clear()
+
+
+@cache
+def _entries() -> dict[str, list[Any]]:
+    loaded = load()
+    return loaded[1] if loaded else {"symmetric": [], "layers": []}
+
+
+def check(table: Any) -> None:
+    """Raise a ValueError that says what is wrong with a table."""
+    try:
+        if table["processor"] != processor_kind():
+            raise ValueError(f"the table is of {table['processor']!r}, expected {processor_kind()!r}")
+        for dtype, threads, n, k, library, rows, gain in table["symmetric"]:
+            known = isinstance(getattr(torch, dtype), torch.dtype) and library in LIBRARIES
+            sizes = all(type(size) is int and size > 0 for size in (threads, n, k))
+            if not (known and sizes and type(rows) is int and rows >= 0 and 0 < gain < math.inf):
+                entry = [dtype, threads, n, k, library, rows, gain]
+                raise ValueError(f"{entry}, expected a dtype, threads, n, k, a library, rows and a gain")
+        if not all(threads > 0 and multiplications > 0 for threads, multiplications in table["layers"]):
+            raise ValueError(f"layers is {table['layers']}, expected numbers above 0")
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"not the layout of a table ({type(error).__name__}: {error})") from error

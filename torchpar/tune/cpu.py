@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: MIT
+"""Measure the products of this processor, for the table in `torchpar.ops._cpu_table`, in about a minute."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from torchpar.ops import _cpu, _cpu_table, _onednn
+from torchpar.ops._cpu_table import Choice
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_SQUARE = (128, 192, 256, 384, 512, 768, 1024, 2048)
+SIZES = (*((n, n) for n in _SQUARE), (128, 2048), (256, 4096), (512, 4096), (512, 64), (2048, 128))
+_MOST = {torch.float32: 2**33, torch.float64: 2**30, torch.bfloat16: 2**33}  # multiplications of a problem
+_ROUND_SECONDS, _ROUNDS = 0.01, 5
+_LAYERS = ((64, 784, 128), (128, 512, 512), (256, 512, 512), (256, 1024, 512), (512, 1024, 1024))
+_MARGIN = 1.03  # by how much a choice must be faster than the one before
+
+
+def candidates(dtype: torch.dtype, n: int) -> list[Choice]:
+    """The ways to a product of n rows."""
+    found = [Choice("blas", rows, 1.0) for rows in (0, 128, 256, 512) if 2 * rows <= n or not rows]
+    if dtype == torch.float32 and _onednn.prefers_onednn(torch.empty(0)):
+        found += [Choice("onednn", rows, 1.0) for rows in (128, 256, 512) if rows <= n]
+    return found
+
+
+def seconds(calls: Sequence[Callable[[], object]]) -> list[float]:
+    """The lower quartile of the seconds of each call. They take turns, so that a disturbance slows all."""
+    begin = time.perf_counter()
+    for call in calls:
+        call()
+    count = max(int(_ROUND_SECONDS * len(calls) / (time.perf_counter() - begin)), 1)
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(_ROUNDS):
+        for call, own in zip(calls, times, strict=True):
+            begin = time.perf_counter()
+            for _ in range(count):
+                call()
+            own.append((time.perf_counter() - begin) / count)
+    return [sorted(own)[_ROUNDS // 4] for own in times]
+
+
+def by(chosen: Choice, x: Tensor) -> Tensor:
+    """X·Xᵀ by a choice."""
+    with patch.object(_cpu, "choice", lambda *_: chosen):
+        return _cpu.symmetric_product(x, x)
+
+
+def check(found: Tensor, x: Tensor, chosen: Choice) -> None:
+    """Raise a ValueError if the error is over twice PyTorch's, or if the product is not symmetric."""
+    exact = x.double() @ x.double().T
+    error, allowed = ((t.double() - exact).abs().max().item() for t in (found, x @ x.T))
+    # The reference in float64 has an error too: a rounding of random sign for each of k terms.
+    reference = exact.abs().max().item() * math.sqrt(x.shape[1]) * torch.finfo(torch.float64).eps
+    if error > 2 * allowed + 3 * reference or not torch.equal(found, found.T):
+        raise ValueError(
+            f"{chosen} of {tuple(x.shape)} has an error of {error:.1e}, the library {allowed:.1e}"
+        )
+
+
+def measure_symmetric(dtype: torch.dtype, n: int, k: int) -> Choice:
+    """The fastest way to X·Xᵀ for X ``(n, k)``, checked against float64."""
+    x = torch.randn(n, k, generator=torch.Generator().manual_seed(n)).to(dtype)
+    ways = candidates(dtype, n)
+    for way in ways:
+        check(by(way, x), x, way)
+    plain, *times = seconds([lambda: torch.mm(x, x.t()), *(partial(by, way, x) for way in ways)])
+    best = 0
+    for i, taken in enumerate(times):
+        if taken * _MARGIN < times[best]:
+            best = i
+    return ways[best]._replace(gain=round(plain / times[best], 3))
+
+
+def measure_layers() -> float | None:
+    """The multiplications per thread from which oneDNN is faster for a layer; None if it never is."""
+    found: float | None = None
+    for b, inner, outer in reversed(_LAYERS):
+        x, weight = torch.randn(b, inner), torch.randn(outer, inner, requires_grad=True)
+        bias, g = torch.randn(outer, requires_grad=True), torch.randn(b, outer)
+
+        def step(layer: Callable[..., Tensor]) -> None:
+            layer(x, weight, bias).backward(g)  # noqa: B023
+
+        ours, plain = seconds([partial(step, _onednn._Linear.apply), partial(step, linear)])
+        if ours * _MARGIN >= plain:
+            break
+        found = b * inner * outer / torch.get_num_threads()
+    return found
+
+
+def tune() -> str:
+    """Measure this processor with one and with all threads, save the table, and return what is printed."""
+    all_threads = torch.get_num_threads()
+    symmetric: list[list[Any]] = []
+    layers: list[list[float]] = []
+    begin = time.perf_counter()
+    try:
+        for threads in sorted({1, all_threads}):
+            torch.set_num_threads(threads)
+            for dtype in DTYPES:
+                for n, k in SIZES:
+                    if n * n * k <= _MOST[dtype] and _cpu.computed_in(dtype) == dtype:
+                        chosen = measure_symmetric(dtype, n, k)
+                        symmetric.append([str(dtype).removeprefix("torch."), threads, n, k, *chosen])
+                        way = f"{chosen.library}, {chosen.rows or 'all'} rows at a time"
+                        print(f"{dtype}, {threads} threads, {n}x{k}: {way}, {chosen.gain:.2f}")
+            if _onednn.prefers_onednn(torch.empty(0)) and (multiplications := measure_layers()):
+                layers.append([threads, multiplications])
+                print(f"linear layers, {threads} threads: oneDNN from {multiplications:.3g} multiplications")
+    finally:
+        torch.set_num_threads(all_threads)
+    date = datetime.now(UTC).date().isoformat()
+    header = {"processor": _cpu_table.processor_kind(), "torch": torch.__version__, "date": date}
+    path = _cpu_table.save(header | {"symmetric": symmetric, "layers": layers})
+    return f"{path}, measured in {time.perf_counter() - begin:.0f} s"
