@@ -10,7 +10,8 @@ book is the validation text, which it is not trained on. Both optimizers start f
 the same windows of the training text. `Muon.for_model` gives the hidden matrices to Muon and the other
 parameters to AdamW, and prints a table of them. On several ranks each one takes a share of the windows and of
 Muon's matrices. With ``--arithmetic exact`` AdamW alone trains, and ends with the same bits on any processor
-and any number of ranks: each four windows are computed by themselves, and gradients are added as integers.
+and any number of ranks: four windows are a unit, which is computed by itself, and the gradients of units are
+added as integers.
 """
 
 import time
@@ -142,7 +143,9 @@ def train(name: str, flags: Flags, book: Book, world: World) -> list[dict[str, A
         optimizer.zero_grad()
         losses.append(loss.detach())
         if step % max(flags.steps // 10, 1) == 0 or step == flags.steps:
-            train_loss = float(world.sum(torch.stack(losses).mean())) / world.world_size
+            train_loss = float(torch.stack(losses).mean())
+            if not parallel:  # whose losses are those of all ranks
+                train_loss = float(world.sum(torch.tensor(train_loss))) / world.world_size
             seconds += time.perf_counter() - begin
             validation_loss = evaluate(model, book.validation, world)
             numbers = {"train_loss": train_loss, "validation_loss": validation_loss, "seconds": seconds}
@@ -154,7 +157,7 @@ def train(name: str, flags: Flags, book: Book, world: World) -> list[dict[str, A
 
 def main(flags: Flags) -> None:
     with join_world(flags.device) as world:
-        if flags.batch_size % world.world_size:
+        if flags.arithmetic == "fast" and flags.batch_size % world.world_size:
             raise ConfigError(f"--batch-size is {flags.batch_size}, expected a multiple of the ranks")
         console.check_outputs(world, folders=[flags.plots, flags.log_dir], files=[flags.metrics])
         book = load_book(world.device)

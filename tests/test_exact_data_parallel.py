@@ -97,15 +97,20 @@ def test_digits_of_changed_weights_are_cut_again():
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(6, 5, bias=False), torch.randn(2, 6)
     parallel = exact.DataParallel(layer)
-    kept = _exact._kept[layer.weight.data_ptr()]
+    kept = parallel._kept.of[layer.weight.data_ptr()]
     with exact.mode():
         for factor in (1.0, 1.0, 3.0):
             layer.weight.data.mul_(factor)  # which no counter of changes sees
             copy = layer.weight.detach().clone()  # whose digits nobody keeps
             assert torch.equal(layer(x), torch.nn.functional.linear(x, copy))
             assert len(kept) == 1
+        for n in range(1, 5):
+            layer.weight[:n] @ x.T
+            x @ layer.weight[:n].T
+    assert 1 < len(kept) <= 2
+    assert parallel._kept in _exact._keepers
     del parallel
-    assert layer.weight.data_ptr() not in _exact._kept
+    assert not _exact._keepers
 
 
 def messages() -> None:
@@ -120,6 +125,22 @@ def messages() -> None:
 
 def test_messages_pass_unless_they_add(ranks):
     ranks(2, messages)
+
+
+def test_what_cannot_be_added_is_refused():
+    model, x = torch.nn.Linear(3, 2), torch.ones(4, 3)
+    parallel = exact.DataParallel(model)
+    with exact.mode():
+        with pytest.raises(ConfigError, match=r"the loss has shape \(4, 2\), expected one number"):
+            parallel.backward(model(x))
+        parallel.backward(model(x).sum().view(1))
+        parallel.all_reduce()
+        model.zero_grad()
+        model.bias.requires_grad_(False)
+        with pytest.raises(ConfigError, match="frozen or unfrozen after DataParallel was made"):
+            parallel.backward(model(x).sum())
+        with pytest.raises(ConfigError, match=r"weight is torch\.bfloat16, expected a parameter of float32"):
+            exact.DataParallel(torch.nn.Linear(3, 2, dtype=torch.bfloat16))
 
 
 def short_gpt(dp: int, tp: int) -> str:

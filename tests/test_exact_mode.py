@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -228,21 +229,58 @@ def test_decoding_equals_one_pass(name):
 # What is refused
 
 
+def test_first_weights_and_masks_are_rounded_step_by_step():
+    """As a kernel that fuses x·(b − a) + a would not."""
+    with exact.mode():
+        torch.manual_seed(0)
+        found = torch.empty(999).uniform_(-0.3, 0.7)
+        torch.manual_seed(0)
+        assert torch.equal(found, torch.rand(999) * (0.7 - -0.3) + -0.3)
+        kept = nn.Dropout()(torch.ones(4096)).ne(0).float().mean()  # whose p of 0.5 the dispatcher leaves out
+        assert abs(kept - 0.5) < 5 * 0.5 / 64  # standard deviations
+        assert not nn.Dropout(1.0)(torch.ones(9)).any()
+
+
+def test_modes_inside_modes():
+    x = torch.randn(3, 4)
+    layer = nn.Sequential(nn.Linear(4, 5), nn.Softmax(-1))
+    with exact.mode():
+        expected = layer(x)
+        with exact.mode():
+            assert torch.equal(layer(x), expected)
+        with torch.inference_mode():
+            assert torch.equal(layer(x), expected)
+        assert not torch.equal(torch.randn(999).exp(), torch.randn(999).exp())
+
+
 @pytest.mark.slow
-def test_a_compiler_changes_no_bit(monkeypatch):
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setenv("CXX", "/nonexistent")
+    script = """
+import torch
+from torchpar import exact
+with exact.mode(compiled=True):
+    torch.ones(3, 4) @ torch.ones(4, 5)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ)
+    assert re.search(r"ConfigError: torch\.compile fails: .*; leave out compiled=True", done.stderr)
+
+
+@pytest.mark.slow
+def test_a_compiler_changes_no_bit():
     """Products of several layouts and batches, with and without a compiler."""
     torch.manual_seed(0)
     query, key, x = torch.randn(3, 2, 7, 9), torch.randn(3, 2, 5, 9), torch.randn(130, 120)
     pairs = [(query, key), (query.mT, query.mT), (x, x), (x.T, x.T), (x * 1e-30, x[:3] * 1e-30)]
+    pairs += [(query[..., :0], key[..., :0])]
     expected = [torchpar.exact_matmul(*pair) for pair in pairs]
-    made = []
-    compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **options: made.append(f) or compiler(f, **options))
+    torch.compiler.reset()
+    before = torch._dynamo.utils.counters["frames"]["ok"]
     with exact.mode(compiled=True):
         for pair, product in zip(pairs, expected, strict=True):
             assert torch.equal(torchpar.exact_matmul(*pair), product)
-    assert len(made) >= 2
-    assert not _exact._compiles
+    assert torch._dynamo.utils.counters["frames"]["ok"] >= before + 2
+    assert not _exact._compiles.get()
 
 
 def test_an_operator_without_a_rule_is_named():

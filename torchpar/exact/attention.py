@@ -25,6 +25,8 @@ from torchpar.exact.sums import exact_sum
 from torchpar.ops import exact_matmul
 from torchpar.ops._exact import MAX_EXPONENT, product_of_exponents, row_exponents, scaled
 
+_SPARE = 4  # octaves that weights with dropout may take above 2¹²⁵, the largest power of two that they get
+
 
 def product_by_keys(p: Tensor, v: Tensor) -> Tensor:
     """``p @ v`` for ``p (*, m, k)`` and ``v (*, k, n)``, whose rows are scaled one by one.
@@ -33,13 +35,13 @@ def product_by_keys(p: Tensor, v: Tensor) -> Tensor:
     """
     e = row_exponents(v)
     unusual = e > MAX_EXPONENT
-    e = torch.where(unusual, 0, e)
+    e = torch.where(unusual, 0, e) - _SPARE
     half = e >> 1  # two factors, since 2^e may be no normal number
     weights = scaled(scaled(p, half.mT), (e - half).mT)
     # A key that is not finite makes the rows that attend to it NaN, and no others.
     weights = torch.where(unusual.mT & (p != 0), math.nan, weights)
     small = torch.where(unusual, 0.0, scaled(v, -e))
-    f = torch.zeros_like(small.mT[..., :1], dtype=torch.int32)  # whatever the other keys are
+    f = torch.full_like(small.mT[..., :1], _SPARE, dtype=torch.int32)  # whatever the other keys are
     return product_of_exponents(weights, small.mT, row_exponents(weights), f)
 
 

@@ -23,6 +23,7 @@ from torchpar.errors import ConfigError
 from torchpar.exact.ordinary import ordinary
 from torchpar.exact.sums import exponents_of
 from torchpar.ops._exact import KeptDigits
+from torchpar.ops._library import is_dtensor
 from torchpar.wire import wire_device
 
 _WIDTH = 30
@@ -34,7 +35,7 @@ class BinnedSum:
 
     def __init__(self, like: Tensor):
         self.top = _NONE
-        # Integers in float64, which holds those below 2⁵³ exactly: as many terms as a step has units.
+        # Integers in float64, which holds those below 2⁵³ exactly, so that 2²³ units fit.
         self.bins = torch.zeros(2, *like.shape, dtype=torch.float64, device=like.device)
 
     def add(self, x: Tensor) -> None:
@@ -68,6 +69,10 @@ class BinnedSum:
         return (total * 2.0 ** (_WIDTH * (self.top - 1))).float()
 
 
+def trainable(model: torch.nn.Module) -> list[Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 class DataParallel:
     """Adds the gradients of units of work, over micro-batches and ranks.
 
@@ -80,12 +85,20 @@ class DataParallel:
     Args:
         model: its parameters are the same on every rank, and float32.
         group: the ranks that share the units; by default this rank alone.
+
+    Raises:
+        ConfigError: a parameter of another dtype, or a DTensor.
     """
 
     def __init__(self, model: torch.nn.Module, group: dist.ProcessGroup | None = None):
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.model = model
+        self.parameters = trainable(model)
+        for name, p in model.named_parameters():
+            if p.requires_grad and (is_dtensor(p) or p.dtype != torch.float32):
+                kind = "a DTensor" if is_dtensor(p) else str(p.dtype)
+                raise ConfigError(f"{name} is {kind}, expected a parameter of float32 that no rank shares")
         self.group = group
-        self._kept = KeptDigits(self.parameters)  # of weights, which all units of a step multiply by
+        self._kept = KeptDigits(self.parameters)  # all units of a step multiply by the same weights
         self._restart()
 
     def _restart(self) -> None:
@@ -96,8 +109,15 @@ class DataParallel:
         """Compute the gradients of one unit's ``loss``, and add them and the loss.
 
         Raises:
-            ConfigError: a parameter has a gradient already.
+            ConfigError: a parameter has a gradient already, or was frozen or unfrozen after
+                this object was made; or there are several losses.
         """
+        if loss.numel() != 1:
+            raise ConfigError(f"the loss has shape {tuple(loss.shape)}, expected one number; take its mean")
+        if [*map(id, trainable(self.model))] != [*map(id, self.parameters)]:
+            raise ConfigError(
+                "parameters were frozen or unfrozen after DataParallel was made; make another one"
+            )
         if any(p.grad is not None for p in self.parameters):
             raise ConfigError("a parameter has a gradient before the backward pass; call zero_grad() before")
         loss.backward()
@@ -105,7 +125,7 @@ class DataParallel:
 
     @ordinary
     def _add(self, loss: Tensor) -> None:
-        self._loss.add(loss.detach().cpu())
+        self._loss.add(loss.detach().cpu().view(()))
         for p, one in zip(self.parameters, self._sums, strict=True):
             if p.grad is not None:
                 one.add(p.grad)

@@ -40,7 +40,7 @@ def _sub(x: Any, y: Any, *, alpha: Any = 1) -> Tensor:
 
 
 @rule("rsub")
-def _rsub(x: Any, y: Any, *, alpha: Any = 1) -> Tensor:
+def _rsub(x: Any, y: Any, alpha: Any = 1) -> Tensor:
     return y - times(x, alpha)
 
 
@@ -175,9 +175,20 @@ def _randn_like(x: Tensor, *, dtype: Any = None, device: Any = None, **_: Any) -
     return random.normal(x.shape, None, torch.device(device or x.device)).to(dtype or x.dtype)
 
 
+@rule("uniform_", "uniform")  # whose kernel fuses this product and sum on some processors
+def _uniform(x: Tensor, low: float = 0.0, high: float = 1.0, *, generator: Any = None) -> Tensor:
+    drawn = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    return drawn * (high - low) + low
+
+
 @rule("bernoulli")
 def _bernoulli(x: Tensor, p: Any = None, *, generator: Any = None) -> Tensor:
     return random.bernoulli(x.shape, x.double() if p is None else p, generator, x.device).to(x.dtype)
+
+
+@rule("bernoulli_")
+def _bernoulli_in_place(x: Tensor, p: Any = 0.5, *, generator: Any = None) -> Tensor:
+    return _bernoulli(x, p, generator=generator)
 
 
 @rule("native_dropout")
@@ -185,7 +196,7 @@ def _native_dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Te
     if not train:
         return x.clone(), torch.ones_like(x, dtype=torch.bool)
     kept = random.bernoulli(x.shape, 1 - p, None, x.device)
-    return x * kept / (1 - p), kept
+    return x * kept / (1 - p) if p < 1 else torch.zeros_like(x), kept
 
 
 @rule("arange")

@@ -83,9 +83,7 @@ def sigmoid64(x: Tensor) -> Tensor:
 def tanh64(x: Tensor) -> Tensor:
     """(e^2x − 1) / (e^2x + 1), and for |x| < 2⁻³ an odd polynomial, since the difference would cancel."""
     square = x * x
-    series = x * _polynomial(
-        square, [1.0, -1 / 3, 2 / 15, -17 / 315, 62 / 2835, -1382 / 155925, 21844 / 6081075]
-    )
+    series = x * _polynomial(square, _TANH)
     power = exp64(2 * x.clamp(-20.0, 20.0))
     return torch.where(x.abs() < 0.125, series, (power - 1) / (power + 1))
 

@@ -32,7 +32,7 @@ class ExactGradients:
     so that the digits of the forward pass serve here too.
 
     Args:
-        model: its linear layers are in exact arithmetic, as those of `parallel_mlp(…, arithmetic="exact")`.
+        model: its linear layers are in exact arithmetic, as those of `torchpar.exact.parallel_mlp`.
             It passes over a layer whose parameters are all frozen. The inputs and the incoming gradients of
             its layers must not be changed between the passes and the call.
         world: its "dp" ranks share each batch. Every rank must make and call this object.

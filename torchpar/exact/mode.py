@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
 from torchpar.errors import ConfigError
@@ -42,14 +42,19 @@ def mode(*, compiled: bool = False) -> Iterator[None]:
     depends on its own row of the input alone, and not on the batch around it.
 
     Args:
-        compiled: let `torch.compile` make one pass over memory of the steps of a product, with the same bits.
-            It takes a C++ compiler, some seconds at first, and less time for each product.
+        compiled: let `torch.compile` fuse the steps of a product, so that each passes over memory once. The
+            bits are the same. It needs a C++ compiler. The first products take some seconds; later large
+            ones are faster.
 
     Raises:
         ConfigError: an operator that has no exact version, or a dtype other than float32.
     """
-    with _exact.compiled() if compiled else nullcontext(), _Functions(), _Operators():
-        yield
+    with _exact.compiled() if compiled else nullcontext():
+        if any(isinstance(active, _Operators) for active in _get_current_dispatch_mode_stack()):
+            yield
+            return
+        with _Functions(), _Operators():
+            yield
 
 
 class _Functions(TorchFunctionMode):
@@ -63,14 +68,23 @@ class _Functions(TorchFunctionMode):
 
 class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, kind = kwargs or {}, kind_of(func, args)
+        if kind == "missing":
+            with self:  # without autograd, operators that are made of others come whole
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         with torch._C.DisableTorchFunction():  # rules do not call attention, and their calls are many
-            return _call(func, args, kwargs or {})
+            return _call(func, args, kwargs, kind)
 
 
 def kind_of(func: Any, args: Any) -> Kind:
     """Whether an operator has a rule, passes, as one of integers does, or is missing."""
     if _rule_for(func) is not None:
         return "rules"
+    for t in args:
+        if isinstance(t, Tensor) and t.is_complex():  # its products are fused on some processors
+            return "missing"
     return "passing" if _passes(func) or not _has_float(args) else "missing"
 
 
@@ -90,14 +104,18 @@ def _passes(func: Any) -> bool:
     return namespace in _NAMESPACES or (namespace == "torchpar" and name in _OWN)
 
 
-def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def _call(func: Any, args: Any, kwargs: dict[str, Any], kind: Kind) -> Any:
     """Call the exact version of an operator, which may write to its first operand, or to ``out``."""
     own_rule = _rule_for(func)
     if own_rule is not None:
         into = args[0] if func._schema.name.endswith("_") else kwargs.pop("out", None)
         result = own_rule(*args, **kwargs)
-        return result if into is None else into.copy_(result)
-    if kind_of(func, args) == "passing":
+        if into is None:
+            return result
+        if "out" in func._overloadname and into.shape != result.shape:
+            into.resize_(result.shape)
+        return into.copy_(result)
+    if kind == "passing":
         result = func(*args, **kwargs)
         if _passes(func) or not _has_float(result):
             return result

@@ -31,7 +31,7 @@ def _addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1
 
 @rule("mv", "dot")
 def _mv(a: Tensor, b: Tensor) -> Tensor:
-    return _mm(a.reshape(-1, a.shape[-1]), b[:, None]).view(a.shape[:-1])
+    return _mm(a[None] if a.dim() == 1 else a, b[:, None]).view(a.shape[:-1])
 
 
 def _pair(value: Sequence[int]) -> list[int]:

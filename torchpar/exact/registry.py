@@ -21,13 +21,13 @@ _PASSING = """
     gather im2col index index_select lift_fresh masked_select narrow new_empty new_full new_ones new_zeros
     permute pixel_shuffle repeat reshape roll select select_backward select_scatter set_ slice slice_backward
     slice_scatter split split_with_sizes squeeze stack t take_along_dim transpose tril triu unbind unfold
-    unsafe_split unsqueeze view view_as_complex _unsafe_view _reshape_alias _to_copy _pin_memory resize_
+    unsafe_split unsqueeze view _unsafe_view _reshape_alias _to_copy _pin_memory resize_
     empty empty_like empty_strided full full_like ones ones_like scalar_tensor zeros zeros_like fill zero eye
     masked_fill masked_scatter scatter index_fill index_copy where nan_to_num clamp clamp_min clamp_max
     abs neg sign sqrt floor ceil round trunc relu threshold threshold_backward hardtanh hardtanh_backward
     eq ne lt le gt ge isnan isinf isneginf isposinf logical_and logical_or logical_not logical_xor all any
     equal maximum minimum max min amax amin argmax argmin sort topk mul div reciprocal
-    new_empty_strided _local_scalar_dense item is_same_size is_pinned embedding uniform random rand rand_like
+    new_empty_strided _local_scalar_dense item is_same_size is_pinned embedding random rand rand_like
 """
 PASSING = frozenset(_PASSING.split())
 

@@ -21,7 +21,7 @@ _LONGEST_FLOAT = 2**12  # terms, whose sum is below 2⁵³: float64 adds them ex
 def exact_sum(x: Tensor, dims: list[int] | None = None, keepdim: bool = False) -> Tensor:
     """The sum of ``x``, float32 or float64, over ``dims`` (all by default), as float64.
 
-    A sum with a NaN or an infinity is NaN or infinite as `torch.sum`'s. Other rows do not matter.
+    A sum with a NaN or an infinity is NaN or infinite, as that of `torch.sum` is. It changes no other row.
     """
     if x.dim() == 0:
         return x.double()

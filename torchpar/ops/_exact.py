@@ -23,12 +23,14 @@ import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from torchpar.errors import ConfigError
 from torchpar.ops._library import Wrap
 
 DIGITS, BITS = 4, 8
@@ -43,12 +45,13 @@ LONG_CHAIN = 2**23  # terms, for which T fits in an int64
 _FLOAT_CHAIN = 2**10  # products of two digits, whose sum float32 holds
 _BLOCK = 2**16  # elements to a thread that are cut, or put together, at a time: they fit in a core's cache
 _COMPILED_BLOCK = 2**19  # likewise, of functions that pass over them once
-# Rows of a large product, since each one rearranges, or converts, its other operand.
+# The least rows of a block: each block rearranges or converts the whole other operand.
 _LEAST_ROWS, _LEAST_FLOAT_ROWS = 128, 512
-_MIN_LARGE_PRODUCT = 2**20  # multiplications from which int8 is faster than floats, and half than all
+# Multiplications from which int8 is faster than floats, and half of X·Xᵀ faster than all of it.
+_MIN_LARGE_PRODUCT = 2**20
 
 
-_compiles = False
+_compiles = ContextVar("compiles", default=False)
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -56,12 +59,11 @@ P = ParamSpec("P")
 @contextmanager
 def compiled() -> Iterator[None]:
     """Let a compiler make one pass over memory of each function below that `_in_one_pass` decorates."""
-    global _compiles
-    before, _compiles = _compiles, True
+    before = _compiles.set(True)
     try:
         yield
     finally:
-        _compiles = before
+        _compiles.reset(before)
 
 
 def _in_one_pass(function: Callable[P, T]) -> Callable[P, T]:
@@ -70,11 +72,15 @@ def _in_one_pass(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if not _compiles:
+        if not _compiles.get():
             return function(*args, **kwargs)
         if not made:
             made.append(torch.compile(function, dynamic=True))
-        return made[0](*args, **kwargs)
+        try:
+            return made[0](*args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as e:
+            reason = str(e).partition("\n")[0]
+            raise ConfigError(f"torch.compile fails: {reason}; leave out compiled=True") from e
 
     return call
 
@@ -129,8 +135,8 @@ def digits(x: Tensor, e: Tensor) -> Tensor:
     else:
         out = into = x.new_empty(*batch, m, DIGITS, k, dtype=torch.int8)
         source, exponents = x, e
-        if _compiles and batch:  # with few layouts, since each one is compiled
-            into, source, exponents = out.view(-1, DIGITS, k), x.reshape(-1, k), e.reshape(-1, 1)
+        if _compiles.get() and batch:  # with few layouts, since each one is compiled
+            into, source, exponents = out.flatten(0, -3), x.flatten(0, -2), e.flatten(0, -2)
     for block in _blocks(len(source), source[:1].numel()):
         _write_digits(into[block], source[block], exponents[block])
     return out
@@ -146,7 +152,7 @@ def _write_digits(into: Tensor, x: Tensor, e: Tensor) -> None:
 
 def _blocks(rows: int, columns: int, least: int = 1) -> Iterator[slice]:
     """Blocks of rows of about `_BLOCK` elements for each thread, and of at least ``least`` rows."""
-    if _compiles:
+    if _compiles.get():
         least = max(least, _COMPILED_BLOCK // max(columns, 1))
     step = max(_BLOCK * torch.get_num_threads() // max(columns, 1), least)
     return (slice(first, first + step) for first in range(0, rows, step))
@@ -188,39 +194,42 @@ def _product_by_kernel(a: Tensor, b: Tensor, wrap: Wrap) -> Tensor:
     return _with_limits(rounded(total, e, f), a, b, e, f)
 
 
+_LAYOUTS = 2  # of a parameter whose digits are kept: of the products of the forward and the backward pass
+
+
 class KeptDigits:
     """Keeps the digits of ``parameters`` on a CPU for the next products with the same values.
 
-    They take 12 bytes for a number in each layout that products take.
+    They take 8 bytes for a number in each of two layouts.
     """
 
     def __init__(self, parameters: Iterable[Tensor]):
-        addresses = [p.data_ptr() for p in parameters if p.is_cpu]
-        _kept.update({address: {} for address in addresses})
-        weakref.finalize(self, _forget, addresses)
+        # By address and layout: the values, exponents and digits.
+        self.of: dict[int, dict[Any, tuple[Tensor, Tensor, Tensor]]] = {
+            p.data_ptr(): {} for p in parameters if p.is_cpu
+        }
+        _keepers.add(self)
 
 
-_kept: dict[int, dict[Any, tuple[Tensor, Tensor, Tensor]]] = {}  # by address: values, exponents, digits
-
-
-def _forget(addresses: list[int]) -> None:
-    for address in addresses:
-        _kept.pop(address, None)
+_keepers: "weakref.WeakSet[KeptDigits]" = weakref.WeakSet()
 
 
 def _cut(x: Tensor) -> tuple[Tensor, Tensor | None]:
     """The exponents of the rows of ``x``, and the digits, or None if ``x`` is not finite."""
-    layouts = _kept.get(x.data_ptr()) if _kept else None
+    layouts = next((k.of[x.data_ptr()] for k in list(_keepers) if x.data_ptr() in k.of), None)
     layout = (x.shape, x.stride())
     if layouts and layout in layouts:
         values, e, cut = layouts[layout]
         if torch.equal(values, x):
             return e, cut
+        del layouts[layout]
     e = row_exponents(x)
     if (e > MAX_EXPONENT).any():
         return e, None
     cut = digits(x, e)
     if layouts is not None:
+        if len(layouts) >= _LAYOUTS:
+            del layouts[next(iter(layouts))]  # the oldest
         layouts[layout] = x.clone(), e, cut
     return e, cut
 
