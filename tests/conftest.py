@@ -41,9 +41,9 @@ def threads() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def no_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """Choose products as on a processor without a table, so that tests are the same everywhere."""
-    monkeypatch.setattr(_cpu_table, "_entries", lambda: {"symmetric": [], "layers": []})
-    _cpu_table._choice.cache_clear()
-    _cpu_table._layer_multiplications.cache_clear()
+    monkeypatch.setattr(_cpu_table, "load", lambda: None)
+    if _cpu_table._entries()["symmetric"]:
+        _cpu_table.forget()
 
 
 @pytest.fixture(params=DEVICES)

@@ -228,7 +228,7 @@ def test_flags_out_of_bounds_are_refused(flag, value):
     "arguments, status, text",
     [
         pytest.param(
-            ["tune"],
+            ["tune", "--device=cuda"],
             2,
             "python -m torchpar tune: error: PyTorch finds no GPU, expected one to tune the kernels on",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),

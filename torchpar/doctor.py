@@ -142,7 +142,7 @@ def extras() -> Iterator[Finding]:
 
 
 def processor() -> Iterator[Finding]:
-    from torchpar.ops import _cpu_table
+    from torchpar.ops import _cpu_table, _processor
 
     model = cpuinfo("model name") or platform.processor() or platform.machine()
     sets = ", ".join(instruction_sets()) or "no AVX2"
@@ -165,7 +165,7 @@ def processor() -> Iterator[Finding]:
         text = f"{loaded[0].name}; X·Xᵀ of 1024 × 1024 is as many times as fast as torch.mm: {gains}"
         yield Finding("measured products", text)
     else:
-        kind = _cpu_table.processor_kind()
+        kind = _processor.processor_kind()
         remedy = "python -m torchpar tune --device cpu"
         yield Finding("measured products", f"none for {kind}; careful choices are used", "note", remedy)
     compiler = shutil.which(os.environ.get("CXX") or "g++")

@@ -6,16 +6,19 @@ float32 goes to oneDNN (`torchpar.ops._onednn`), in chains of `_CHAIN` terms: th
 
 import itertools
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from torchpar.ops import _cpu_table
 from torchpar.ops._cpu_table import CHOSEN_FROM, Choice, choice
-from torchpar.ops._matrix import half_sum, mirrored, pad_to_even, product
+from torchpar.ops._matrix import half_sum, lower_mask, mirrored, pad_to_even, product
 from torchpar.ops._onednn import is_eager, onednn, prefers_onednn
 from torchpar.ops._processor import has_bfloat16
 
 _CHAIN = 128
+_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 _BLOCK = 256  # rows of G and its transpose that are added at a time
 _BLOCKED_SUM_FROM = 1024  # rows; above, G and its transpose do not fit in the cache
 _CACHE_LINE = 64  # bytes
@@ -30,11 +33,33 @@ def is_opaque(t: Tensor) -> bool:
 
 def is_direct(*operands: Tensor | None) -> bool:
     """Whether the dispatcher can be passed over, which takes longer than a small product."""
+    if torch._C._len_torch_dispatch_stack():  # a mode, such as a tracer, must see the operator
+        return False
     differentiates = torch.is_grad_enabled()
     for t in operands:
         if t is not None and not (t.is_cpu and not (differentiates and t.requires_grad)):
             return False
     return is_eager(*operands)
+
+
+def own_product(x: Tensor) -> Tensor:
+    """X·Xᵀ; of a small matrix in few calls, each of which takes a part of the time."""
+    mask = _mask_of_whole(x.dtype, x.shape, torch.get_num_threads(), _cpu_table.version)
+    if mask is None:
+        return symmetric_product(x, x)
+    c = torch.mm(x, x.t())
+    return torch.where(mask, c, c.t())
+
+
+@lru_cache(32)
+def _mask_of_whole(dtype: torch.dtype, shape: torch.Size, threads: int, version: int) -> Tensor | None:
+    """The mask that mirrors a whole product, without padding or a wider dtype; None if that is not taken."""
+    if len(shape) != 2 or computed_in(dtype) != dtype or 0 in shape or (dtype.itemsize == 2 and shape[1] % 2):
+        return None
+    n, k = shape
+    striped = n >= (_STRIPED_FROM if threads == 1 else _STRIPED_BY_THREADS_FROM)
+    whole = n < CHOSEN_FROM or not choice(dtype, n, k).rows
+    return lower_mask(n, torch.device("cpu")) if whole and not striped else None
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
@@ -50,7 +75,7 @@ def symmetric_product(
 
     The result equals its transpose bit for bit.
     """
-    if computed_in(a.dtype) != a.dtype:
+    if a.dtype in _SIXTEEN_BITS and computed_in(a.dtype) != a.dtype:
         wide = a.float()
         c = None if c is None or beta == 0 else c.float()
         return symmetric_product(wide, wide if b is a else b.float(), c, alpha, beta).to(a.dtype)

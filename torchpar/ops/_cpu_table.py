@@ -20,15 +20,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torchpar.kernels import folders
 from torchpar.ops import _processor
-from torchpar.ops._processor import processor_kind
 
 LIBRARIES = ("blas", "onednn")
 CHOSEN_FROM = 128  # rows; whole products of fewer are the fastest everywhere
 _WHOLE_BELOW = 512  # rows; without a table: halves of larger products gain on all measured processors
 _GAIN_FROM = 768  # rows; likewise, compared with a whole product that is not made symmetric
 _FAR = 6.0  # octaves from a measured problem, over n and k
+
+
+version = 0  # of the table in use; others keep what they derive from it with this number
 
 
 class Choice(NamedTuple):
@@ -81,11 +82,13 @@ def _layer_multiplications(threads: int) -> float | None:
 
 
 def file_name() -> str:
-    return f"cpu-{processor_kind()}.json"
+    return f"cpu-{_processor.processor_kind()}.json"
 
 
 def load() -> tuple[Path, dict[str, Any]] | None:
     """This processor's table as it was saved, and its path; a damaged one gives a warning, and None."""
+    from torchpar.kernels import folders
+
     for folder in (folders.user_folder(), folders.SHIPPED):
         path = folder / file_name()
         try:
@@ -103,6 +106,8 @@ def load() -> tuple[Path, dict[str, Any]] | None:
 
 def save(table: dict[str, Any]) -> Path:
     """Write this processor's table, and use it from now on; return its path."""
+    from torchpar.kernels import folders
+
     check(table)
     path = folders.write(file_name(), json.dumps(table) + "\n")
     forget()
@@ -111,6 +116,8 @@ def save(table: dict[str, Any]) -> Path:
 
 def forget() -> None:
     """Read the table again when a product is chosen next."""
+    global version
+    version += 1
     _entries.cache_clear()
     _choice.cache_clear()
     _layer_multiplications.cache_clear()
@@ -125,8 +132,10 @@ def _entries() -> dict[str, list[Any]]:
 def check(table: Any) -> None:
     """Raise a ValueError that says what is wrong with a table."""
     try:
-        if table["processor"] != processor_kind():
-            raise ValueError(f"the table is of {table['processor']!r}, expected {processor_kind()!r}")
+        if table["processor"] != _processor.processor_kind():
+            raise ValueError(
+                f"the table is of {table['processor']!r}, expected {_processor.processor_kind()!r}"
+            )
         for dtype, threads, n, k, library, rows, gain in table["symmetric"]:
             known = isinstance(getattr(torch, dtype), torch.dtype) and library in LIBRARIES
             sizes = all(type(size) is int and size > 0 for size in (threads, n, k))

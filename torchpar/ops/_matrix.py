@@ -91,7 +91,8 @@ def product(
         result = result if c is None else result + beta * c
         return result.contiguous() if out is None else out.copy_(result)
     if c is None and alpha == 1:
-        return torch.matmul(a, b.mT, out=out)
+        # `matmul` takes a microsecond longer.
+        return torch.mm(a, b.mT, out=out) if a.dim() == b.dim() == 2 else torch.matmul(a, b.mT, out=out)
     beta = 0.0 if c is None else beta
     if a.dim() == 2:
         c = a.new_zeros(()) if c is None else c  # vmap reads it: 0·NaN is NaN

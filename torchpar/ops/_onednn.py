@@ -18,8 +18,10 @@ from torch.nn import functional as F
 
 from torchpar.ops import _cpu_table, _processor
 from torchpar.ops._matrix import pad_to_even, product, rows
+from torchpar.ops._processor import has_bfloat16
 
 CHAIN = 264
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 # Multiplications per chain and thread from which oneDNN is faster, although its call takes longer than MKL's.
 _MIN_PRODUCT = 2_500_000
 # The same per thread for a layer, whose autograd function is in Python, and slower than PyTorch's.
@@ -95,6 +97,10 @@ def linear_gradients(
     dz: Tensor, x: Tensor, weight: Tensor, need_x: bool = True, need_weight: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
     """dL/dx ``(*, in)`` and dL/dweight ``(out, in)`` of a linear layer, from dz = dL/dy ``(*, out)``."""
+    if dz.dtype == torch.bfloat16 and dz.is_cpu and not has_bfloat16():
+        wide = linear_gradients(dz.float(), x.float(), weight.float(), need_x, need_weight)
+        dx, dw = (None if t is None else t.bfloat16() for t in wide)
+        return dx, dw
     if torch.is_grad_enabled() or not prefers_onednn(dz) or not is_eager(dz, x, weight):
         dx = None
         # PyTorch's product of a one-dimensional DTensor and a matrix has a wrong shape (2.15).
@@ -149,7 +155,7 @@ def is_eager(*tensors: Tensor | None) -> bool:
     return (
         not torch.compiler.is_compiling()
         and not torch._C._is_tracing()
-        and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+        and _PLAIN.issuperset(map(type, tensors))
         and peek_interpreter_stack() is None
         and forward_ad._current_level < 0
         and not torch.is_autocast_enabled("cpu")

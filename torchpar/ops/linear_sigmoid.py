@@ -36,6 +36,7 @@ from torchpar.ops._library import (
     supports_tma,
 )
 from torchpar.ops._matrix import check_dtype, check_like, fp32_precision, is_paired, pad_to_even, rows
+from torchpar.ops._processor import has_bfloat16
 
 
 def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -56,11 +57,12 @@ def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
         RuntimeError: an unsupported dtype, shapes that do not fit, or mixed dtypes or devices.
     """
     # On a CPU the dispatcher and an operator's autograd take longer than a small product.
-    if _is_native(x, weight, bias):
-        return _formula(x, weight, bias)
-    if x.is_cpu and not torch.is_grad_enabled() and _onednn.is_eager(x, weight, bias):
+    if x.is_cpu and _onednn.is_eager(x, weight, bias):
         _check(x, weight, bias)
-        return _onednn.linear_forward(x, weight, bias, sigmoid=True)
+        if _is_native_on_cpu(x, weight):
+            return linear(x, weight, bias).sigmoid()
+        if not torch.is_grad_enabled():
+            return _onednn.linear_forward(x, weight, bias, sigmoid=True)
     return _op(x, weight, bias)  # type: ignore[no-any-return]
 
 
@@ -94,12 +96,16 @@ def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
     They are on CPUs, if the layer is small or not float32, and for 16-bit floats if its sizes are even.
     """
-    return (
-        x.is_cpu
-        and _onednn.is_eager(x, weight, bias)
-        and not _onednn.layer_prefers_onednn(x, weight)
-        and not (is_paired(x) and any(size % 2 for size in (*weight.shape, math.prod(x.shape[:-1]))))
-    )
+    return x.is_cpu and _onednn.is_eager(x, weight, bias) and _is_native_on_cpu(x, weight)
+
+
+def _is_native_on_cpu(x: Tensor, weight: Tensor) -> bool:
+    if x.dtype == torch.float32:
+        return not _onednn.layer_prefers_onednn(x, weight)
+    if is_paired(x):
+        slow = x.dtype == torch.bfloat16 and not has_bfloat16()
+        return not slow and not any(size % 2 for size in (*weight.shape, math.prod(x.shape[:-1])))
+    return True
 
 
 def _formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -111,6 +117,10 @@ def _formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wrap: Wrap) -> Tensor:
     _check(x, weight, bias)
     if not x.is_cuda:
+        if wrap is None and x.dtype == torch.bfloat16 and not has_bfloat16():
+            # Products of bfloat16 would take 50 times as long.
+            bias = None if bias is None else bias.float()
+            return _onednn.linear_forward(x.float(), weight.float(), bias, sigmoid=True).bfloat16()
         if wrap is None:
             return _onednn.linear_forward(x, weight, bias, sigmoid=True)
         return linear(*pad_to_even(x, weight), bias).sigmoid_()

@@ -56,7 +56,7 @@ def matmul_t(x: Tensor) -> Tensor:
     """
     if _cpu.is_direct(x):
         _check(x)
-        return _cpu.symmetric_product(x, x)
+        return _cpu.own_product(x)
     return _op(x)  # type: ignore[no-any-return]
 
 

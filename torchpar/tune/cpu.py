@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from torchpar.ops import _cpu, _cpu_table, _onednn
+from torchpar.ops import _cpu, _cpu_table, _onednn, _processor
 from torchpar.ops._cpu_table import Choice
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -21,7 +21,14 @@ _SQUARE = (128, 192, 256, 384, 512, 768, 1024, 2048)
 SIZES = (*((n, n) for n in _SQUARE), (128, 2048), (256, 4096), (512, 4096), (512, 64), (2048, 128))
 _MOST = {torch.float32: 2**33, torch.float64: 2**30, torch.bfloat16: 2**33}  # multiplications of a problem
 _ROUND_SECONDS, _ROUNDS = 0.01, 5
-_LAYERS = ((64, 784, 128), (128, 512, 512), (256, 512, 512), (256, 1024, 512), (512, 1024, 1024))
+_LAYERS = (
+    (64, 784, 128),
+    (128, 784, 128),
+    (128, 512, 256),
+    (128, 512, 512),
+    (256, 1024, 512),
+    (512, 1024, 1024),
+)
 _MARGIN = 1.03  # by how much a choice must be faster than the one before
 
 
@@ -113,13 +120,13 @@ def tune() -> str:
                         chosen = measure_symmetric(dtype, n, k)
                         symmetric.append([str(dtype).removeprefix("torch."), threads, n, k, *chosen])
                         way = f"{chosen.library}, {chosen.rows or 'all'} rows at a time"
-                        print(f"{dtype}, {threads} threads, {n}x{k}: {way}, {chosen.gain:.2f}")
+                        print(f"{symmetric[-1][0]}, threads: {threads}, {n}x{k}: {way}, {chosen.gain:.2f}×")
             if _onednn.prefers_onednn(torch.empty(0)) and (multiplications := measure_layers()):
                 layers.append([threads, multiplications])
-                print(f"linear layers, {threads} threads: oneDNN from {multiplications:.3g} multiplications")
+                print(f"linear layers, threads: {threads}, oneDNN from {multiplications:.3g} multiplications")
     finally:
         torch.set_num_threads(all_threads)
     date = datetime.now(UTC).date().isoformat()
-    header = {"processor": _cpu_table.processor_kind(), "torch": torch.__version__, "date": date}
+    header = {"processor": _processor.processor_kind(), "torch": torch.__version__, "date": date}
     path = _cpu_table.save(header | {"symmetric": symmetric, "layers": layers})
     return f"{path}, measured in {time.perf_counter() - begin:.0f} s"

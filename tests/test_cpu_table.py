@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: MIT
+"""Products of CPUs: each way to them, the table that chooses one, and its measurement."""
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import torchpar
+from torchpar import doctor
+from torchpar.kernels import folders
+from torchpar.ops import _cpu, _cpu_table, _processor
+from torchpar.ops._cpu_table import Choice
+from torchpar.tune import command, cpu
+
+LOAD = _cpu_table.load
+WAYS = [Choice(library, rows, 1.0) for library in ("blas", "onednn") for rows in (0, 64, 128, 500)]
+
+
+def take(monkeypatch: pytest.MonkeyPatch, way: Choice) -> None:
+    monkeypatch.setattr(_cpu, "choice", lambda *_: way)
+    _cpu_table.forget()  # what was derived from another choice
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_each_way_is_right(way: Choice, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    take(monkeypatch, way)
+    monkeypatch.setattr(_processor, "has_onednn", torch.backends.mkldnn.is_available)
+    for shape in ((128, 1), (129, 7), (257, 300), (515, 64), (1100, 3), (2, 130, 9)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        found = torchpar.matmul_t(x)
+        for one, own in zip(found.view(-1, *found.shape[-2:]), x.view(-1, *shape[-2:]), strict=True):
+            cpu.check(one, own, way)
+        h = found.clone()
+        expected = h.double() + 2 * x.double() @ x.double().mT
+        torchpar.symmetric_matmul(x, x, h, alpha=2.0, beta=1.0, out=h)
+        # Each sum of float32 and float64 rounds at most once for a term; those of bfloat16 are of float32.
+        roundings = shape[-1] + 2 if dtype != torch.bfloat16 else 4
+        assert (h.double() - expected).abs().max() <= roundings * torch.finfo(
+            dtype
+        ).eps * expected.abs().max()
+        assert torch.equal(h, h.mT)
+
+
+def test_the_check_rejects_wrong_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, way = torch.randn(300, 20), WAYS[1]
+    with pytest.raises(ValueError, match=r"an error of .*, the library"):
+        cpu.check(x @ x.T * 1.001, x, way)
+    take(monkeypatch, way)
+    monkeypatch.setattr(_cpu, "mirror_", Tensor.tril_)
+    with pytest.raises(ValueError, match=r"an error of .*, the library"):
+        cpu.check(torchpar.matmul_t(x), x, way)
+
+
+def table(**changes: Any) -> dict[str, Any]:
+    entries = [["float32", 1, 1024, 1024, "blas", 128, 1.5], ["float32", 1, 256, 256, "blas", 0, 0.8]]
+    header = {"processor": _processor.processor_kind(), "torch": "2.15.0", "date": "2026-11-23"}
+    return header | {"symmetric": entries, "layers": [[1, 7e6], [16, 3e6]]} | changes
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("TORCHPAR_CACHE", str(tmp_path))
+    monkeypatch.setattr(folders, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(_cpu_table, "load", LOAD)
+    _cpu_table.forget()
+    yield tmp_path / _cpu_table.file_name()
+    _cpu_table.forget()
+
+
+def test_the_nearest_entry_chooses(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _cpu_table.choice(torch.float32, 300, 300).rows == 0  # without a table
+    assert _cpu_table.save(table()) == file
+    for sizes, rows in (((300, 300), 0), ((600, 2000), 128), ((4000, 100), 128), ((130, 130), 0)):
+        assert _cpu_table.choice(torch.float32, *sizes).rows == rows
+    assert _cpu_table.choice(torch.float32, 1000, 1000).gain == 1.5
+    assert _cpu_table.choice(torch.float64, 300, 300).rows == 0  # not in the table
+    assert _cpu_table.choice(torch.float32, 2**16, 2**16).rows == 256  # too far from what was measured
+    for threads, multiplications in ((1, 7e6), (3, 7e6), (5, 3e6), (64, 3e6)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert _cpu_table.layer_multiplications() == multiplications
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"processor": "other-avx512-amx"}, "the table is of 'other-avx512-amx', expected"),
+        ({"symmetric": [["float32", 1, 0, 1, "blas", 0, 1.0]]}, "expected a dtype, threads, n, k"),
+        ({"symmetric": [["float32", 1, 1, 1, "mkl", 0, 1.0]]}, "expected a dtype, threads, n, k"),
+        ({"symmetric": [["float32", 1, 1, 1, "blas", 0, math.nan]]}, "expected a dtype, threads, n, k"),
+        ({"symmetric": [["nothing", 1, 1, 1, "blas", 0, 1.0]]}, "not the layout of a table"),
+        ({"layers": [[0, 1]]}, "layers is .*, expected numbers above 0"),
+        ({"layers": 3}, "not the layout of a table"),
+    ],
+)
+def test_other_tables_are_refused(file: Path, changes: dict[str, Any], message: str) -> None:
+    file.write_text(json.dumps(table(**changes)))
+    with pytest.warns(UserWarning, match=message):
+        assert _cpu_table.choice(torch.float32, 1024, 1024).gain != 1.5
+    with pytest.raises(ValueError, match=message):
+        _cpu_table.save(table(**changes))
+    with pytest.warns(UserWarning, match=message):
+        (finding,) = [one for one in doctor.processor() if one.name == "measured products"]
+    assert finding.state == "note"
+    assert finding.remedy == "python -m torchpar tune --device cpu"
+
+
+def test_tuning_takes_the_fastest_way(file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    ways = [Choice("blas", rows, 1.0) for rows in (0, 64, 128)]
+    monkeypatch.setattr(cpu, "SIZES", ((256, 8),))
+    monkeypatch.setattr(cpu, "candidates", lambda dtype, n: ways)
+    monkeypatch.setattr(cpu, "seconds", lambda calls: [6.0, 4.0, 2.0, 1.99][: len(calls)])
+    assert command.main(["--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "float32, threads: 1, 256x8: blas, 64 rows at a time, 3.00×" in out.splitlines()
+    assert str(file) in out
+    assert _cpu_table.choice(torch.float32, 256, 8) == Choice("blas", 64, 3.0)  # 1.99 is no gain
+    (finding,) = [one for one in doctor.processor() if one.name == "measured products"]
+    assert finding.state == "ok"
+    assert file.name in finding.value
+
+
+def test_products_of_bfloat16_are_of_float32_where_those_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(130, 40).bfloat16(), torch.randn(30, 40).bfloat16().requires_grad_()
+    bias = torch.randn(30).bfloat16()
+    monkeypatch.setattr("torchpar.ops._cpu.has_bfloat16", lambda: False)
+    for name in ("linear_sigmoid", "_onednn"):
+        monkeypatch.setattr(sys.modules[f"torchpar.ops.{name}"], "has_bfloat16", lambda: False)
+    _cpu_table.forget()
+    wide = x.float()
+    assert torch.equal(torchpar.matmul_t(x), _cpu.symmetric_product(wide, wide).bfloat16())
+    _cpu_table.forget()
+    y = torchpar.linear_sigmoid(x, weight, bias)
+    assert torch.equal(y, torch.nn.functional.linear(wide, weight.float(), bias.float()).sigmoid().bfloat16())
+    (gradient,) = torch.autograd.grad(y.sum(), weight)
+    dz = torch.ops.aten.sigmoid_backward(torch.ones_like(y), y.detach())
+    assert torch.equal(gradient, (dz.float().T @ wide).bfloat16())
+
+
+def test_no_way_shares_memory_with_its_operand() -> None:
+    x: Tensor = torch.eye(130)
+    product = torchpar.matmul_t(x)
+    product.zero_()
+    assert x.sum() == 130
