@@ -33,7 +33,8 @@ def is_opaque(t: Tensor) -> bool:
 
 def is_direct(*operands: Tensor | None) -> bool:
     """Whether the dispatcher can be passed over, which takes longer than a small product."""
-    if torch._C._len_torch_dispatch_stack():  # a mode, such as a tracer, must see the operator
+    # A compiler, or a mode such as a tracer, must see the operator.
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     differentiates = torch.is_grad_enabled()
     for t in operands:
