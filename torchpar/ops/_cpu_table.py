@@ -65,7 +65,7 @@ def _choice(dtype: torch.dtype, n: int, k: int, threads: int, enabled: bool) -> 
     if n < _WHOLE_BELOW:
         return Choice("blas", 0, 0.0)
     library = "onednn" if enabled and dtype == torch.float32 and _processor.has_onednn() else "blas"
-    gain = float(n >= _GAIN_FROM and not _processor.has_amx())
+    gain = 1.5 * (n >= _GAIN_FROM and not _processor.has_amx())
     return Choice(library, 128 if dtype == torch.float64 else 256, gain)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.optim.newton_schulz import orthogonalize
+from torchpar.optim.newton_schulz import Coefficients, NewtonSchulz, coefficients_per_step, iterate
 from torchpar.parts import Part
 
 View = Callable[[Tensor], Tensor | Sequence[Tensor]]
@@ -79,12 +79,11 @@ class ParamInfo:
             )
 
 
-def orthogonalize_batched(matrices: Sequence[Tensor], *settings: Any) -> list[Tensor]:
-    """Orthogonalise each matrix, in batches of equal shapes that keep a device busy; bfloat16.
-
-    Args:
-        settings: the other arguments of `orthogonalize`.
-    """
+def orthogonalize_batched(
+    matrices: Sequence[Tensor], coefficients: Coefficients, steps: int, eps: float, ns: NewtonSchulz
+) -> list[Tensor]:
+    """`orthogonalize` each matrix, in batches of equal shapes that keep a device busy; bfloat16."""
+    triples = coefficients_per_step(coefficients, steps)
     by_kind: dict[Any, list[int]] = {}
     for i, matrix in enumerate(matrices):
         by_kind.setdefault((matrix.shape, matrix.dtype, matrix.device), []).append(i)
@@ -95,7 +94,7 @@ def orthogonalize_batched(matrices: Sequence[Tensor], *settings: Any) -> list[Te
             batch = indices[first : first + size]
             # On a CPU a product of a batch of one takes up to twice the time of a product of matrices.
             x = torch.stack([matrices[i] for i in batch]) if len(batch) > 1 else matrices[batch[0]]
-            updates = orthogonalize(x, *settings).view(len(batch), *shape)
+            updates = iterate(x, triples, eps, ns).view(len(batch), *shape)
             for i, update in zip(batch, updates, strict=True):
                 results[i] = update
     return results

@@ -66,10 +66,10 @@ _POLAR_EXPRESS = (
     (1.875, -1.25, 0.375),
 )
 
+_GAIN = 1.1  # from which half products are taken: below, their calls cost more than they gain
 _GRAM_ROWS, _GRAM_ASPECT = 256, 2  # below, the standard iteration is as fast
 
 
-@torch.no_grad()
 def orthogonalize(
     x: Tensor,
     coefficients: Coefficients = COEFFICIENTS,
@@ -103,18 +103,33 @@ def orthogonalize(
     """
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(f"orthogonalize: x is {tuple(x.shape)} {x.dtype}, expected floating (*, n, m)")
-    triples = coefficients_per_step(coefficients, steps)
     check_ns(ns)
+    triples = coefficients_per_step(coefficients, steps)
     if x.dim() > 3:
-        return orthogonalize(x.flatten(0, -3), coefficients, steps, eps, ns).view(x.shape)
+        return iterate(x.flatten(0, -3), triples, eps, ns).view(x.shape)
+    return iterate(x, triples, eps, ns)
+
+
+@torch.no_grad()
+def iterate(x: Tensor, triples: list[Triple], eps: float, ns: NewtonSchulz) -> Tensor:
+    """`orthogonalize` with the coefficients of each iteration, for ``x (n, m)`` or ``(b, n, m)``."""
     if x.shape[-2] > x.shape[-1]:
-        return orthogonalize(x.mT, coefficients, steps, eps, ns).mT
+        return iterate(x.mT, triples, eps, ns).mT
     x = x.to(torch.bfloat16, copy=True)
     if x.device.type == "cpu" and not has_bfloat16():
         x = x.float()  # whose products take a tenth of the time
-    x.div_(x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps))
+    x.div_(torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps))
+    per_gram = _iterations_per_gram(x.shape[-2], x.shape[-1], len(triples), ns)
+    if max(per_gram, default=1) == 1 and not is_dtensor(x) and not _use_symmetric_products(x):
+        addmm, is_wide = torch.addmm if x.dim() == 2 else torch.baddbmm, x.is_contiguous()
+        x = x.contiguous()
+        for a, b, c in triples:
+            r = x @ x.mT
+            x = addmm(x, addmm(r, r, r, alpha=c, beta=b), x, beta=a)
+        x = x.to(torch.bfloat16)
+        return x if is_wide else x.mT.contiguous().mT  # the result keeps the layout of a tall gradient
     rest = iter(triples)
-    for i, k in enumerate(_iterations_per_gram(x.shape[-2], x.shape[-1], steps, ns)):
+    for i, k in enumerate(per_gram):
         x = _iterate(x, list(islice(rest, k)), shifted=i == 0 or k == 1)
     return x.to(torch.bfloat16)
 
@@ -196,7 +211,7 @@ def _replicate(r: Any) -> Any:
 
 def _use_symmetric_products(x: Tensor) -> bool:
     # On a GPU the operators choose by size themselves. A whole product need not be symmetric here.
-    return x.is_cuda or choice(x.dtype, x.shape[-2], x.shape[-1]).gain >= 1
+    return x.is_cuda or choice(x.dtype, x.shape[-2], x.shape[-1]).gain >= _GAIN
 
 
 def _symmetric_addmm(a: Tensor, b: Tensor, c: Tensor, *, alpha: float = 1.0, beta: float) -> Tensor:

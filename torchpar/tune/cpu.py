@@ -18,7 +18,11 @@ from torchpar.ops._cpu_table import Choice
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _SQUARE = (128, 192, 256, 384, 512, 768, 1024, 2048)
-SIZES = (*((n, n) for n in _SQUARE), (128, 2048), (256, 4096), (512, 4096), (512, 64), (2048, 128))
+SIZES = (
+    *((n, n) for n in _SQUARE),
+    *((128, 2048), (256, 4096), (512, 1024), (512, 4096), (1024, 4096)),
+    *((512, 64), (2048, 128)),
+)
 _MOST = {torch.float32: 2**33, torch.float64: 2**30, torch.bfloat16: 2**33}  # multiplications of a problem
 _ROUND_SECONDS, _ROUNDS = 0.01, 5
 _LAYERS = (
