@@ -60,7 +60,7 @@ def test_the_check_rejects_wrong_products(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def table(**changes: Any) -> dict[str, Any]:
-    entries = [["float32", 1, 1024, 1024, "blas", 128, 1.5], ["float32", 1, 256, 256, "blas", 0, 0.8]]
+    entries = [["float32", 1, 1024, 1024, "blas", 128, 1.7], ["float32", 1, 256, 256, "blas", 0, 0.8]]
     header = {"processor": _processor.processor_kind(), "torch": "2.15.0", "date": "2026-11-23"}
     return header | {"symmetric": entries, "layers": [[1, 7e6], [16, 3e6]]} | changes
 
@@ -80,7 +80,7 @@ def test_the_nearest_entry_chooses(file: Path, monkeypatch: pytest.MonkeyPatch) 
     assert _cpu_table.save(table()) == file
     for sizes, rows in (((300, 300), 0), ((600, 2000), 128), ((4000, 100), 128), ((130, 130), 0)):
         assert _cpu_table.choice(torch.float32, *sizes).rows == rows
-    assert _cpu_table.choice(torch.float32, 1000, 1000).gain == 1.5
+    assert _cpu_table.choice(torch.float32, 1000, 1000).gain == 1.7
     assert _cpu_table.choice(torch.float64, 300, 300).rows == 0  # not in the table
     assert _cpu_table.choice(torch.float32, 2**16, 2**16).rows == 256  # too far from what was measured
     for threads, multiplications in ((1, 7e6), (3, 7e6), (5, 3e6), (64, 3e6)):
@@ -103,7 +103,7 @@ def test_the_nearest_entry_chooses(file: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_other_tables_are_refused(file: Path, changes: dict[str, Any], message: str) -> None:
     file.write_text(json.dumps(table(**changes)))
     with pytest.warns(UserWarning, match=message):
-        assert _cpu_table.choice(torch.float32, 1024, 1024).gain != 1.5
+        assert _cpu_table.choice(torch.float32, 1024, 1024).gain != 1.7
     with pytest.raises(ValueError, match=message):
         _cpu_table.save(table(**changes))
     with pytest.warns(UserWarning, match=message):

@@ -325,8 +325,8 @@ class Muon(Optimizer):
                 # For a tensor with other strides than the parameter's, a view function could return copies.
                 results[i] = t = t.to(torch.bfloat16, copy=True, memory_format=torch.contiguous_format)
             matrices += [(i, matrix) for matrix in infos[i].matrices(t)]
-        settings = [group[name] for name in ("ns_coefficients", "ns_steps", "eps")]
-        updates = orthogonalize_batched([matrix for _, matrix in matrices], *settings, self.ns)
+        coefficients, steps, eps = (group[name] for name in ("ns_coefficients", "ns_steps", "eps"))
+        updates = orthogonalize_batched([matrix for _, matrix in matrices], coefficients, steps, eps, self.ns)
         for (i, matrix), update in zip(matrices, updates, strict=True):
             if infos[i].view is None:
                 results[i] = update
