@@ -32,15 +32,11 @@ def is_opaque(t: Tensor) -> bool:
 
 
 def is_direct(*operands: Tensor | None) -> bool:
-    """Whether the dispatcher can be passed over, which takes longer than a small product."""
+    """Whether the dispatcher may be passed over, which takes longer than a small product."""
     # A compiler, or a mode such as a tracer, must see the operator.
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    differentiates = torch.is_grad_enabled()
-    for t in operands:
-        if t is not None and not (t.is_cpu and not (differentiates and t.requires_grad)):
-            return False
-    return is_eager(*operands)
+    return all(t is None or t.is_cpu for t in operands) and is_eager(*operands)
 
 
 def own_product(x: Tensor) -> Tensor:

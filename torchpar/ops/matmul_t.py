@@ -56,8 +56,22 @@ def matmul_t(x: Tensor) -> Tensor:
     """
     if _cpu.is_direct(x):
         _check(x)
-        return _cpu.own_product(x)
+        needs_gradient = x.requires_grad and torch.is_grad_enabled()
+        return _Direct.apply(x) if needs_gradient else _cpu.own_product(x)
     return _op(x)  # type: ignore[no-any-return]
+
+
+class _Direct(torch.autograd.Function):
+    """The operator on a CPU without the dispatcher, which takes longer than a small product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return _cpu.own_product(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return _backward(ctx, g)
 
 
 def _check(x: Tensor) -> None:

@@ -74,7 +74,9 @@ def symmetric_matmul(
             ``beta`` or a ``beta`` other than 0 without ``c``; with ``check``, a product or a ``c`` that is
             not symmetric; with ``out``, an argument that requires a gradient.
     """
-    if out is None and not check and _cpu.is_direct(a, b, c):
+    operands = (a, b) if c is None else (a, b, c)
+    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+    if out is None and not check and not needs_gradient and _cpu.is_direct(a, b, c):
         _check(a, b, c, beta)
         return _cpu.symmetric_product(a, b, c, alpha, beta or 0.0)
     if out is None:
