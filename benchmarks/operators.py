@@ -240,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--threads is {options.threads}, expected at least 1")
     torch.set_num_threads(options.threads or torch.get_num_threads())
     if (load := os.getloadavg()[0]) > 0.5:
-        print(f"something else was running: a load of {load:.1f} processes in the last minute")
+        print(f"The load average is {load:.1f}: other programs may disturb the timings.")
     on_gpu = options.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     listed = [case for case in cases(device, options.quick) if case.operator in options.operators]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Folders of measured tables, and a way to write a file at once. It needs no Triton."""
+"""Folders of measured tables; write a table atomically. It needs no Triton."""
 
 import os
 from pathlib import Path

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import torchpar
 from torchpar import doctor
 from torchpar.kernels import folders
 from torchpar.ops import _cpu, _cpu_table, _processor
 from torchpar.ops._cpu_table import Choice
+from torchpar.optim import orthogonalize
 from torchpar.tune import command, cpu
 
 LOAD = _cpu_table.load
@@ -83,9 +85,32 @@ def test_the_nearest_entry_chooses(file: Path, monkeypatch: pytest.MonkeyPatch) 
     assert _cpu_table.choice(torch.float32, 1000, 1000).gain == 1.7
     assert _cpu_table.choice(torch.float64, 300, 300).rows == 0  # not in the table
     assert _cpu_table.choice(torch.float32, 2**16, 2**16).rows == 256  # too far from what was measured
-    for threads, multiplications in ((1, 7e6), (3, 7e6), (5, 3e6), (64, 3e6)):
+    for threads, multiplications in ((1, 7e6), (2, 7e6), (3, None), (12, 3e6), (64, None)):  # an octave away
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert _cpu_table.layer_multiplications() == multiplications
+        assert (_cpu_table.choice(torch.float32, 1000, 1000).gain == 1.7) == (threads < 3)
+
+
+def test_sizes_that_no_table_has(file: Path) -> None:
+    _cpu_table.save(table())
+    for shape in ((0, 5), (5, 0), (3, 0, 4), (2, 130, 0)):
+        x = torch.zeros(shape)
+        assert torchpar.matmul_t(x).shape == (*shape[:-1], shape[-2])
+        assert orthogonalize(x).shape == shape
+    graph = make_fx(lambda x: orthogonalize(x), tracing_mode="symbolic")(torch.ones(130, 140))
+    assert graph(torch.ones(131, 150)).shape == (131, 150)
+
+
+# Of PyTorch's own flags (2.15).
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
+def test_onednn_does_not_matter_to_later_calls(file: Path) -> None:
+    """Which is off in one of them."""
+    _cpu_table.save(table(symmetric=[["float32", n, 256, 256, "onednn", 128, 1.5] for n in (1, 2)]))
+    x = torch.randn(250, 300)
+    expected = torchpar.matmul_t(x)
+    with torch.backends.mkldnn.flags(enabled=False):
+        torchpar.matmul_t(x)
+    assert torch.equal(torchpar.matmul_t(x), expected)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +146,16 @@ def test_tuning_takes_the_fastest_way(file: Path, monkeypatch: pytest.MonkeyPatc
     out = capsys.readouterr().out
     assert "float32, threads: 1, 256x8: blas, 64 rows at a time, 3.00×" in out.splitlines()
     assert str(file) in out
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    before = json.loads(file.read_text())["symmetric"]
+    assert command.main(["--device", "cpu"]) == 0
+    both = json.loads(file.read_text())["symmetric"]
+    assert [entry for entry in both if entry[1] == 1] == before  # kept, and measured again
+    assert {entry[1] for entry in both} == {1, 2}
+    monkeypatch.undo()
+    monkeypatch.setenv("TORCHPAR_CACHE", str(file.parent))
+    _cpu_table.forget()
     assert _cpu_table.choice(torch.float32, 256, 8) == Choice("blas", 64, 3.0)  # 1.99 is no gain
     (finding,) = [one for one in doctor.processor() if one.name == "measured products"]
     assert finding.state == "ok"

@@ -158,16 +158,16 @@ def processor() -> Iterator[Finding]:
     yield Finding("float32 products", f"by {library}")
     loaded = _cpu_table.load()
     if loaded:
-        gains = ", ".join(
-            f"{dtype} {_cpu_table.choice(getattr(torch, dtype), 1024, 1024).gain:.2f}"
-            for dtype in ("float32", "float64", "bfloat16")
-        )
-        text = f"{loaded[0].name}; X·Xᵀ of 1024 × 1024 is as many times as fast as torch.mm: {gains}"
+        path, table = loaded
+        dtypes = dict.fromkeys(entry[0] for entry in table["symmetric"])
+        gains = (f"{one} {_cpu_table.choice(getattr(torch, one), 1024, 1024).gain:.2f}" for one in dtypes)
+        text = f"{path.name}, of torch {table['torch']}; X·Xᵀ of 1024 × 1024, speed-up over torch.mm with "
+        text += f"{torch.get_num_threads()} threads: {', '.join(gains)}"
         yield Finding("measured products", text)
     else:
         kind = _processor.processor_kind()
         remedy = "python -m torchpar tune --device cpu"
-        yield Finding("measured products", f"none for {kind}; careful choices are used", "note", remedy)
+        yield Finding("measured products", f"none for {kind}; the defaults are used", "note", remedy)
     compiler = shutil.which(os.environ.get("CXX") or "g++")
     if compiler:
         yield Finding("C++ compiler", compiler)

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: MIT
 """Symmetric matrix products on the CPU, at half the arithmetic.
 
-float32 goes to oneDNN (`torchpar.ops._onednn`), in chains of `_CHAIN` terms: the error is then MKL's.
+Where a table says so, float32 goes to oneDNN (`torchpar.ops._onednn`), in chains of `_CHAIN` terms: the error
+is then MKL's.
 """
 
 import itertools
 from collections.abc import Iterator
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from torchpar.ops import _cpu_table
 from torchpar.ops._cpu_table import CHOSEN_FROM, Choice, choice
 from torchpar.ops._matrix import half_sum, lower_mask, mirrored, pad_to_even, product
 from torchpar.ops._onednn import is_eager, onednn, prefers_onednn
 from torchpar.ops._processor import has_bfloat16
 
 _CHAIN = 128
-_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+_CPU = torch.device("cpu")
+_ONEDNN_BACKWARD_FROM = 256  # rows
 _BLOCK = 256  # rows of G and its transpose that are added at a time
 _BLOCKED_SUM_FROM = 1024  # rows; above, G and its transpose do not fit in the cache
 _CACHE_LINE = 64  # bytes
@@ -40,23 +40,13 @@ def is_direct(*operands: Tensor | None) -> bool:
 
 
 def own_product(x: Tensor) -> Tensor:
-    """X·Xᵀ; of a small matrix in few calls, each of which takes a part of the time."""
-    mask = _mask_of_whole(x.dtype, x.shape, torch.get_num_threads(), _cpu_table.version)
-    if mask is None:
-        return symmetric_product(x, x)
-    c = torch.mm(x, x.t())
-    return torch.where(mask, c, c.t())
-
-
-@lru_cache(32)
-def _mask_of_whole(dtype: torch.dtype, shape: torch.Size, threads: int, version: int) -> Tensor | None:
-    """The mask that mirrors a whole product, without padding or a wider dtype; None if that is not taken."""
-    if len(shape) != 2 or computed_in(dtype) != dtype or 0 in shape or (dtype.itemsize == 2 and shape[1] % 2):
-        return None
-    n, k = shape
-    striped = n >= (_STRIPED_FROM if threads == 1 else _STRIPED_BY_THREADS_FROM)
-    whole = n < CHOSEN_FROM or not choice(dtype, n, k).rows
-    return lower_mask(n, torch.device("cpu")) if whole and not striped else None
+    """X·Xᵀ. A small matrix takes two calls of PyTorch only: each costs about as much as the product."""
+    if x.dim() == 2 and x.numel() and computed_in(x.dtype) == x.dtype:
+        n, k = x.shape
+        if not (_is_striped_from(n) or (x.dtype.itemsize == 2 and k % 2) or choice(x.dtype, n, k).rows):
+            c = torch.mm(x, x.t())
+            return torch.where(lower_mask(n, _CPU), c, c.t())
+    return symmetric_product(x, x)
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
@@ -72,7 +62,7 @@ def symmetric_product(
 
     The result equals its transpose bit for bit.
     """
-    if a.dtype in _SIXTEEN_BITS and computed_in(a.dtype) != a.dtype:
+    if computed_in(a.dtype) != a.dtype:
         wide = a.float()
         c = None if c is None or beta == 0 else c.float()
         return symmetric_product(wide, wide if b is a else b.float(), c, alpha, beta).to(a.dtype)
@@ -123,8 +113,11 @@ def mirror_(h: Tensor) -> None:
 
 
 def _is_striped(h: Tensor) -> bool:
-    least = _STRIPED_FROM if torch.get_num_threads() == 1 else _STRIPED_BY_THREADS_FROM
-    return h.is_cpu and h.shape[-1] >= least and h.stride(-1) == 1
+    return h.is_cpu and _is_striped_from(h.shape[-1]) and h.stride(-1) == 1
+
+
+def _is_striped_from(n: int) -> bool:
+    return n >= (_STRIPED_FROM if torch.get_num_threads() == 1 else _STRIPED_BY_THREADS_FROM)
 
 
 def _mirror_stripes(h: Tensor) -> None:
@@ -149,7 +142,7 @@ def symmetrized_product(g: Tensor, x: Tensor) -> Tensor:
     """``(g + g.mT) @ x`` for ``g (*, n, n)`` and ``x (*, n, k)``."""
     if computed_in(x.dtype) != x.dtype:  # with loss scaling, G + Gᵀ would also overflow float16
         return symmetrized_product(g.float(), x.float()).to(x.dtype)
-    if x.shape[-2] >= _STRIPED_FROM and g.dim() == 2 and x.numel() and prefers_onednn(x):
+    if x.shape[-2] >= _ONEDNN_BACKWARD_FROM and g.dim() == 2 and x.numel() and prefers_onednn(x):
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         terms = [_transposed(part) for part in x.split(_CHAIN)]
         for block, half_sums in _half_sums(g):

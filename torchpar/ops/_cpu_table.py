@@ -26,10 +26,7 @@ LIBRARIES = ("blas", "onednn")
 CHOSEN_FROM = 128  # rows; whole products of fewer are the fastest everywhere
 _WHOLE_BELOW = 512  # rows; without a table: halves of larger products gain on all measured processors
 _GAIN_FROM = 768  # rows; likewise, compared with a whole product that is not made symmetric
-_FAR = 6.0  # octaves from a measured problem, over n and k
-
-
-version = 0  # of the table in use; others keep what they derive from it with this number
+_FAR = 9.0  # octaves from a measured problem: twice those of n, and those of k
 
 
 class Choice(NamedTuple):
@@ -46,27 +43,52 @@ class Choice(NamedTuple):
     gain: float
 
 
+WHOLE = Choice("blas", 0, 0.0)
+
+
 def choice(dtype: torch.dtype, n: int, k: int) -> Choice:
     """The way to X·Xᵀ for X ``(n, k)`` on this processor, with the present number of threads."""
-    return _choice(dtype, n, k, torch.get_num_threads(), bool(torch.backends.mkldnn.enabled))
+    if type(n) is not int or type(k) is not int or n < CHOSEN_FROM:  # a symbolic size is nobody's to look up
+        return WHOLE
+    return _choice(dtype, n, max(k, 1), torch.get_num_threads(), _has_onednn())
 
 
 @lru_cache(4096)
-def _choice(dtype: torch.dtype, n: int, k: int, threads: int, enabled: bool) -> Choice:
+def _choice(dtype: torch.dtype, n: int, k: int, threads: int, has_onednn: bool) -> Choice:
     def distance(entry: list[Any]) -> float:
-        sizes = zip(entry[1:4], (threads, n, max(k, 1)), strict=True)
-        of_threads, *others = (abs(math.log2(measured / present)) for measured, present in sizes)
-        return 100 * of_threads + sum(others)  # threads first
+        return 2 * _octaves(entry[2], n) + _octaves(entry[3], k)  # rows matter more
 
-    own = [entry for entry in _entries()["symmetric"] if entry[0] == str(dtype).removeprefix("torch.")]
+    name = str(dtype).removeprefix("torch.")
+    own = [entry for entry in _of_threads("symmetric", 1, threads) if entry[0] == name]
     nearest = min(own, key=distance, default=None)
-    if nearest and distance(nearest) % 100 <= _FAR and (enabled or nearest[4] == "blas"):
+    if nearest and distance(nearest) <= _FAR and (has_onednn or nearest[4] == "blas"):
         return Choice(*nearest[4:])
+    return default(dtype, n, has_onednn)
+
+
+def default(dtype: torch.dtype, n: int, has_onednn: bool = False) -> Choice:
+    """The choice without a table, which loses nowhere much."""
     if n < _WHOLE_BELOW:
-        return Choice("blas", 0, 0.0)
-    library = "onednn" if enabled and dtype == torch.float32 and _processor.has_onednn() else "blas"
+        return WHOLE
+    library = "onednn" if has_onednn and dtype == torch.float32 else "blas"
     gain = 1.5 * (n >= _GAIN_FROM and not _processor.has_amx())
     return Choice(library, 128 if dtype == torch.float64 else 256, gain)
+
+
+def _has_onednn() -> bool:
+    return _processor.has_onednn() and bool(torch.backends.mkldnn.enabled)
+
+
+def _octaves(a: float, b: float) -> float:
+    return abs(math.log2(a / b))
+
+
+def _of_threads(name: str, position: int, threads: int) -> list[Any]:
+    """The table's entries of the nearest number of threads, if that is at most an octave away."""
+    entries = _entries()[name]
+    nearest = min({entry[position] for entry in entries}, key=lambda n: _octaves(n, threads), default=None)
+    near = nearest is not None and _octaves(nearest, threads) <= 1
+    return [entry for entry in entries if near and entry[position] == nearest]
 
 
 def layer_multiplications() -> float | None:
@@ -76,9 +98,7 @@ def layer_multiplications() -> float | None:
 
 @cache
 def _layer_multiplications(threads: int) -> float | None:
-    own = _entries()["layers"]
-    nearest = min(own, key=lambda entry: abs(math.log2(entry[0] / threads)), default=None)
-    return nearest and nearest[1]
+    return next((multiplications for _, multiplications in _of_threads("layers", 0, threads)), None)
 
 
 def file_name() -> str:
@@ -98,7 +118,7 @@ def load() -> tuple[Path, dict[str, Any]] | None:
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             continue
         except (OSError, ValueError, RecursionError) as error:
-            hint = "careful choices are used; `python -m torchpar tune --device cpu` writes a new table"
+            hint = "the defaults are used; `python -m torchpar tune --device cpu` writes a new table"
             warnings.warn(f"{path}: {error}; {hint}", stacklevel=2)
             break
     return None
@@ -109,15 +129,13 @@ def save(table: dict[str, Any]) -> Path:
     from torchpar.kernels import folders
 
     check(table)
-    path = folders.write(file_name(), json.dumps(table) + "\n")
+    path = folders.write(file_name(), json.dumps(table).replace("], [", "],\n[") + "\n")
     forget()
     return path
 
 
 def forget() -> None:
     """Read the table again when a product is chosen next."""
-    global version
-    version += 1
     _entries.cache_clear()
     _choice.cache_clear()
     _layer_multiplications.cache_clear()

@@ -63,7 +63,7 @@ def symmetric_matmul(
             the rounding of ``a``, ``b`` and ``c``. For debugging: it takes several times as long, and waits
             for the device. Ignored under torch.func transforms.
         out: where to put the result: ``(*, n, n)``, of ``a``'s dtype, or float32 for an ``a`` of float16 or
-            bfloat16. It may be ``c``, to which the product is then added in place: from 256 rows on no other
+            bfloat16. It may be ``c``, to which the product is then added in place: from 512 rows on no other
             matrix of this size is made. Without gradients, torch.func and DTensors.
 
     Returns:

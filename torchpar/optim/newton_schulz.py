@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from torchpar.ops import matmul_t, symmetric_matmul
-from torchpar.ops._cpu_table import choice
+from torchpar.ops._cpu_table import choice, default
 from torchpar.ops._library import is_dtensor
 from torchpar.ops._processor import has_bfloat16
 
@@ -211,7 +211,10 @@ def _replicate(r: Any) -> Any:
 
 def _use_symmetric_products(x: Tensor) -> bool:
     # On a GPU the operators choose by size themselves. A whole product need not be symmetric here.
-    return x.is_cuda or choice(x.dtype, x.shape[-2], x.shape[-1]).gain >= _GAIN
+    n, m = x.shape[-2:]
+    # Ranks that share a DTensor must choose alike, whatever their tables and threads are.
+    chosen = default(x.dtype, n) if is_dtensor(x) else choice(x.dtype, n, m)
+    return x.is_cuda or chosen.gain >= _GAIN
 
 
 def _symmetric_addmm(a: Tensor, b: Tensor, c: Tensor, *, alpha: float = 1.0, beta: float) -> Tensor:

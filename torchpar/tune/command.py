@@ -154,8 +154,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m torchpar tune",
         description="Measure the fastest configurations of the kernels on this GPU. The same command "
-        "continues an interrupted run. The dtype tf32 is float32 with operands rounded for tensor cores. "
-        "On a CPU measure its products, in about a minute; the other options are for GPUs.",
+        "continues a run that was interrupted. The dtype tf32 is float32 with operands rounded for tensor "
+        "cores. On a CPU measure its products, in about a minute; the other options are for GPUs.",
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="by default a GPU")
     parser.add_argument("--minutes", type=float, default=10.0, help="begin no problem later than this")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from torchpar.errors import ConfigError
 from torchpar.ops import _cpu, _cpu_table, _onednn, _processor
 from torchpar.ops._cpu_table import Choice
 
@@ -25,7 +27,10 @@ SIZES = (
 )
 _MOST = {torch.float32: 2**33, torch.float64: 2**30, torch.bfloat16: 2**33}  # multiplications of a problem
 _ROUND_SECONDS, _ROUNDS = 0.01, 5
+NEVER = 2.0**62  # multiplications: oneDNN is faster for no layer
 _LAYERS = (
+    (16, 784, 128),
+    (32, 784, 128),
     (64, 784, 128),
     (128, 784, 128),
     (128, 512, 256),
@@ -79,11 +84,17 @@ def check(found: Tensor, x: Tensor, chosen: Choice) -> None:
 
 
 def measure_symmetric(dtype: torch.dtype, n: int, k: int) -> Choice:
-    """The fastest way to X·Xᵀ for X ``(n, k)``, checked against float64."""
+    """The fastest way to X·Xᵀ for X ``(n, k)``, of those that are right beside float64."""
     x = torch.randn(n, k, generator=torch.Generator().manual_seed(n)).to(dtype)
-    ways = candidates(dtype, n)
-    for way in ways:
-        check(by(way, x), x, way)
+    ways = []
+    for way in candidates(dtype, n):
+        try:
+            check(by(way, x), x, way)
+            ways.append(way)
+        except ValueError as error:
+            print(f"left out: {error}")
+    if not ways:
+        raise ConfigError(f"no product of {n}x{k} in {dtype} is right on this processor")
     plain, *times = seconds([lambda: torch.mm(x, x.t()), *(partial(by, way, x) for way in ways)])
     best = 0
     for i, taken in enumerate(times):
@@ -92,9 +103,9 @@ def measure_symmetric(dtype: torch.dtype, n: int, k: int) -> Choice:
     return ways[best]._replace(gain=round(plain / times[best], 3))
 
 
-def measure_layers() -> float | None:
-    """The multiplications per thread from which oneDNN is faster for a layer; None if it never is."""
-    found: float | None = None
+def measure_layers() -> float:
+    """The multiplications per thread from which oneDNN is faster for a layer."""
+    found = NEVER
     for b, inner, outer in reversed(_LAYERS):
         x, weight = torch.randn(b, inner), torch.randn(outer, inner, requires_grad=True)
         bias, g = torch.randn(outer, requires_grad=True), torch.randn(b, outer)
@@ -110,27 +121,43 @@ def measure_layers() -> float | None:
 
 
 def tune() -> str:
-    """Measure this processor with one and with all threads, save the table, and return what is printed."""
+    """Measure this processor with one and with all threads, and return what is printed.
+
+    The table is saved after each number of threads, and keeps its entries of other ones.
+    """
     all_threads = torch.get_num_threads()
-    symmetric: list[list[Any]] = []
-    layers: list[list[float]] = []
     begin = time.perf_counter()
     try:
         for threads in sorted({1, all_threads}):
             torch.set_num_threads(threads)
-            for dtype in DTYPES:
-                for n, k in SIZES:
-                    if n * n * k <= _MOST[dtype] and _cpu.computed_in(dtype) == dtype:
-                        chosen = measure_symmetric(dtype, n, k)
-                        symmetric.append([str(dtype).removeprefix("torch."), threads, n, k, *chosen])
-                        way = f"{chosen.library}, {chosen.rows or 'all'} rows at a time"
-                        print(f"{symmetric[-1][0]}, threads: {threads}, {n}x{k}: {way}, {chosen.gain:.2f}×")
-            if _onednn.prefers_onednn(torch.empty(0)) and (multiplications := measure_layers()):
-                layers.append([threads, multiplications])
-                print(f"linear layers, threads: {threads}, oneDNN from {multiplications:.3g} multiplications")
+            path = _save(threads, *_measure(threads))
     finally:
         torch.set_num_threads(all_threads)
+    return f"{path}, measured in {time.perf_counter() - begin:.0f} s"
+
+
+def _measure(threads: int) -> tuple[list[list[Any]], list[list[float]]]:
+    """The entries of a number of threads."""
+    symmetric: list[list[Any]] = []
+    layers: list[list[float]] = []
+    for dtype in DTYPES:
+        for n, k in SIZES:
+            if n * n * k <= _MOST[dtype] and _cpu.computed_in(dtype) == dtype:
+                chosen = measure_symmetric(dtype, n, k)
+                symmetric.append([str(dtype).removeprefix("torch."), threads, n, k, *chosen])
+                way = f"{chosen.library}, {chosen.rows or 'all'} rows at a time"
+                print(f"{symmetric[-1][0]}, threads: {threads}, {n}x{k}: {way}, {chosen.gain:.2f}×")
+    if _onednn.prefers_onednn(torch.empty(0)):
+        layers.append([threads, measure_layers()])
+        print(f"linear layers, threads: {threads}, oneDNN from {layers[0][1]:.3g} multiplications per thread")
+    return symmetric, layers
+
+
+def _save(threads: int, symmetric: list[list[Any]], layers: list[list[float]]) -> Path:
+    loaded = _cpu_table.load()
+    before = loaded[1] if loaded else {"symmetric": [], "layers": []}
+    symmetric = [entry for entry in before["symmetric"] if entry[1] != threads] + symmetric
+    layers = [entry for entry in before["layers"] if entry[0] != threads] + layers
     date = datetime.now(UTC).date().isoformat()
     header = {"processor": _processor.processor_kind(), "torch": torch.__version__, "date": date}
-    path = _cpu_table.save(header | {"symmetric": symmetric, "layers": layers})
-    return f"{path}, measured in {time.perf_counter() - begin:.0f} s"
+    return _cpu_table.save(header | {"symmetric": symmetric, "layers": layers})
