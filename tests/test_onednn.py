@@ -2,6 +2,7 @@
 """float32 layers and symmetric products by oneDNN: values, gradients, and what stays with PyTorch."""
 
 import itertools
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,12 @@ SECOND = 12
 AWKWARD = (129, 265, 127)  # two chains, of 133 and of 132 terms
 
 
+def patch_bfloat16(patch: pytest.MonkeyPatch) -> None:
+    """Leave bfloat16 to PyTorch, also on a CPU where it is multiplied as float32."""
+    for name in ("linear_sigmoid", "_onednn"):
+        patch.setattr(sys.modules[f"torchpar.ops.{name}"], "has_bfloat16", lambda: True)
+
+
 def force(patch: pytest.MonkeyPatch) -> list[int]:
     """Let every float32 product on the CPU go to oneDNN; the list will hold each one's number of chains."""
     counts: list[int] = []
@@ -50,6 +57,7 @@ def force(patch: pytest.MonkeyPatch) -> list[int]:
         return chains(a, b)
 
     patch.setattr(_processor, "has_onednn", lambda: True)
+    patch_bfloat16(patch)
     patch.setattr(_onednn, "_MIN_PRODUCT", 1)
     patch.setattr(_onednn, "_MIN_LAYER", 1)
     patch.setattr(_onednn, "_chains", count)
@@ -196,6 +204,7 @@ NATIVE = ("AddmmBackward0", "SigmoidBackward0")
 # Of PyTorch's own flags (2.15).
 @pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
 def test_only_large_float32_layers_have_an_autograd_of_their_own(monkeypatch: Any) -> None:
+    patch_bfloat16(monkeypatch)
     monkeypatch.setattr(_processor, "has_onednn", lambda: True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     large = torch.ones(128, 784)
