@@ -303,7 +303,8 @@ def test_exact_product(compiled, capability, sizes, transposed, symmetric, dtype
 
 
 @newest
-@pytest.mark.parametrize("capability", [103, pytest.param(100, marks=slow)], indirect=True)
+@slow
+@pytest.mark.parametrize("capability", [103, 100], indirect=True)
 @pytest.mark.parametrize(
     "sizes, transposed, symmetric, dtype",
     [

@@ -272,7 +272,7 @@ def check_exact_product_of_shape(m, n, k, batch, layouts, wrap) -> None:
         check_exact_product(a, None, wrap)
 
 
-@pytest.mark.parametrize("capability", [80, 103])  # digits of int8 and of float16
+@pytest.mark.parametrize("capability", [80, pytest.param(103, marks=pytest.mark.slow)])  # int8, float16
 @pytest.mark.parametrize(
     "m, n, k, batch, layouts",
     [
