@@ -13,7 +13,6 @@ if __name__ == "__main__":  # libraries read the environment when they are impor
 import math
 import os
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from benchmarks.compare import MODES, Implementation, OperatorCase, Work, compar
 from benchmarks.results import Table, number, print_results
 from benchmarks.timing import measure_ceiling
 from torchpar.errors import ConfigError
+from torchpar.ops._matrix import mirrored  # by `torch.where`
 
 ROUNDS = 20
 SECONDS = {"cpu": 0.25, "cuda": 2.0}  # of a contestant's turns in one mode
@@ -41,16 +41,6 @@ def linear_sigmoid_backward(g: Tensor, y: Tensor) -> Tensor:
     dz: Tensor = torch.ops.aten.sigmoid_backward(g, y)
     dz.sum(0)
     return dz
-
-
-@lru_cache(8)
-def lower_mask(n: int) -> Tensor:
-    return torch.ones(n, n, dtype=torch.bool).tril()
-
-
-def mirrored(c: Tensor) -> Tensor:
-    """The lower triangle of ``c`` twice: what makes a product of PyTorch's exactly symmetric."""
-    return torch.where(lower_mask(len(c)), c, c.mT)
 
 
 NATIVE: dict[str, Implementation] = {

@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from torchpar.doctor import cpuinfo, instruction_sets
+from torchpar.doctor import instruction_sets
+from torchpar.ops._processor import cpuinfo
 
 T = TypeVar("T")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -144,7 +144,7 @@ def train(name: str, flags: Flags, book: Book, world: World) -> list[dict[str, A
         losses.append(loss.detach())
         if step % max(flags.steps // 10, 1) == 0 or step == flags.steps:
             train_loss = float(torch.stack(losses).mean())
-            if not parallel:  # whose losses are those of all ranks
+            if not parallel:  # the exact losses are already those of all ranks
                 train_loss = float(world.sum(torch.tensor(train_loss))) / world.world_size
             seconds += time.perf_counter() - begin
             validation_loss = evaluate(model, book.validation, world)

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Folders of measured tables; write a table atomically. It needs no Triton."""
+"""Folders of measured tables, which are read from there and written atomically. It needs no Triton."""
 
+import json
 import os
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 SHIPPED = Path(__file__).parent.resolve() / "tuned"
 
@@ -13,6 +17,27 @@ def user_folder() -> Path:
         return Path(folder)
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # there may be no home
     return Path(cache) / "torchpar" / "tuned"
+
+
+def read(name: str, check: Callable[[Any], object], hint: str) -> tuple[Path, dict[str, Any]] | None:
+    """The path of the table ``name`` and its content, or None; a damaged one gives a warning, and None.
+
+    Args:
+        check: raises a ValueError that says what is wrong with a table.
+        hint: what the warning says beside the reason.
+    """
+    for folder in (user_folder(), SHIPPED):
+        path = folder / name
+        try:
+            table: dict[str, Any] = json.loads(path.read_text())
+            check(table)
+            return path, table
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            continue
+        except (OSError, ValueError, RecursionError) as error:
+            warnings.warn(f"{path}: {error}; {hint}", stacklevel=3)
+            break
+    return None
 
 
 def write(name: str, text: str) -> Path:

@@ -11,7 +11,6 @@ was faster. Tables lie in ``tuned/`` beside this file, named after the device. A
 """
 
 import json
-import warnings
 from functools import cache, lru_cache
 from math import log2
 from pathlib import Path
@@ -43,19 +42,9 @@ def file_name(device_name: str) -> str:
 
 def load(present: Device) -> dict[str, Any] | None:
     """The table of a device as it was saved, or None; a damaged one gives a warning, and None."""
-    for folder in (folders.user_folder(), folders.SHIPPED):
-        path = folder / file_name(present.name)
-        try:
-            table: dict[str, Any] = json.loads(path.read_text())
-            _parse(table, present)
-            return table
-        except (FileNotFoundError, NotADirectoryError, PermissionError):
-            continue
-        except (OSError, ValueError, RecursionError) as error:
-            hint = "default tiles are used; `python -m torchpar tune` writes a new table"
-            warnings.warn(f"{path}: {error}; {hint}", stacklevel=2)
-            break
-    return None
+    hint = "default tiles are used; `python -m torchpar tune` writes a new table"
+    found = folders.read(file_name(present.name), lambda table: _parse(table, present), hint)
+    return found and found[1]
 
 
 def save(present: Device, table: dict[str, Any]) -> Path:

@@ -152,7 +152,8 @@ def short_gpt(dp: int, tp: int) -> str:
         return verify.trained_gpt(dp, tp, 1, verify.DATA)
 
 
-def test_a_gpt_has_the_same_bits_on_any_mesh(ranks):
+@pytest.mark.parametrize("meshes", [((2, 1), (1, 2)), pytest.param(((2, 2),), marks=pytest.mark.slow)])
+def test_a_gpt_has_the_same_bits_on_any_mesh(ranks, meshes):
     (expected,) = ranks(1, short_gpt, 1, 1)
-    for dp, tp in ((2, 1), (1, 2)):
+    for dp, tp in meshes:
         assert set(ranks(dp * tp, short_gpt, dp, tp)) == {expected}

@@ -28,6 +28,8 @@ import torch.distributed as dist
 
 import torchpar
 from torchpar import self_test
+from torchpar.ops import _cpu_table, _processor
+from torchpar.ops._processor import cpuinfo
 
 # The oldest and the newest versions that the tests have run with.
 TESTED = {
@@ -142,8 +144,6 @@ def extras() -> Iterator[Finding]:
 
 
 def processor() -> Iterator[Finding]:
-    from torchpar.ops import _cpu_table, _processor
-
     model = cpuinfo("model name") or platform.processor() or platform.machine()
     sets = ", ".join(instruction_sets()) or "no AVX2"
     yield Finding("model", f"{model}, {sets}; ATen uses {torch.backends.cpu.get_cpu_capability()}")
@@ -324,15 +324,6 @@ def operators() -> Iterator[Finding]:
             else:
                 text = f"WRONG by {error.max():.0e}, expected at most {bound.max():.0e}"
                 yield Finding(f"{name}, {device}", text, "problem", "please report it, with this output")
-
-
-def cpuinfo(key: str) -> str:
-    """A field of /proc/cpuinfo for the first processor, such as "model name"; "" if there is none."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(": ")[2] for line in lines if line.partition(":")[0].strip() == key), "")
 
 
 def instruction_sets() -> list[str]:

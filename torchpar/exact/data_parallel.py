@@ -46,7 +46,7 @@ class BinnedSum:
         self.raise_to(top)
         if self.top < _UNUSUAL:
             upper = (x * 2.0 ** (-_WIDTH * self.top)).trunc_()
-            rest = x.sub(upper * 2.0 ** (_WIDTH * self.top))
+            rest = x - upper * 2.0 ** (_WIDTH * self.top)
             self.bins[0] += upper
             self.bins[1] += rest.mul_(2.0 ** (-_WIDTH * (self.top - 1))).trunc_()
 

@@ -56,11 +56,16 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
 
 
 def symmetric_product(
-    a: Tensor, b: Tensor, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    chosen: Choice | None = None,
 ) -> Tensor:
     """``alpha * a @ b.mT + beta * c``, known to be symmetric, for ``a, b (*, n, k)`` and ``c (*, n, n)``.
 
-    The result equals its transpose bit for bit.
+    The result equals its transpose bit for bit. ``chosen`` is the way to it, by default the table's.
     """
     if computed_in(a.dtype) != a.dtype:
         wide = a.float()
@@ -69,7 +74,7 @@ def symmetric_product(
     n, k = a.shape[-2:]
     if not is_opaque(a):
         return mirrored(product(a, b, c, alpha, beta))
-    chosen = choice(a.dtype, n, k)
+    chosen = chosen or choice(a.dtype, n, k)
     if not chosen.rows:
         out = product(a, b, c, alpha, beta)
         if not _is_striped(out):

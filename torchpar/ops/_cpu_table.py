@@ -13,7 +13,6 @@ processor.
 
 import json
 import math
-import warnings
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,9 +47,9 @@ WHOLE = Choice("blas", 0, 0.0)
 
 def choice(dtype: torch.dtype, n: int, k: int) -> Choice:
     """The way to X·Xᵀ for X ``(n, k)`` on this processor, with the present number of threads."""
-    if type(n) is not int or type(k) is not int or n < CHOSEN_FROM:  # a symbolic size is nobody's to look up
+    if type(n) is not int or type(k) is not int or n < CHOSEN_FROM:  # a symbolic size is in no table
         return WHOLE
-    return _choice(dtype, n, max(k, 1), torch.get_num_threads(), _has_onednn())
+    return _choice(dtype, n, max(k, 1), torch.get_num_threads(), _processor.uses_onednn())
 
 
 @lru_cache(4096)
@@ -67,16 +66,12 @@ def _choice(dtype: torch.dtype, n: int, k: int, threads: int, has_onednn: bool) 
 
 
 def default(dtype: torch.dtype, n: int, has_onednn: bool = False) -> Choice:
-    """The choice without a table, which loses nowhere much."""
+    """The choice without a table."""
     if n < _WHOLE_BELOW:
         return WHOLE
     library = "onednn" if has_onednn and dtype == torch.float32 else "blas"
     gain = 1.5 * (n >= _GAIN_FROM and not _processor.has_amx())
     return Choice(library, 128 if dtype == torch.float64 else 256, gain)
-
-
-def _has_onednn() -> bool:
-    return _processor.has_onednn() and bool(torch.backends.mkldnn.enabled)
 
 
 def _octaves(a: float, b: float) -> float:
@@ -109,19 +104,8 @@ def load() -> tuple[Path, dict[str, Any]] | None:
     """This processor's table as it was saved, and its path; a damaged one gives a warning, and None."""
     from torchpar.kernels import folders
 
-    for folder in (folders.user_folder(), folders.SHIPPED):
-        path = folder / file_name()
-        try:
-            table = json.loads(path.read_text())
-            check(table)
-            return path, table
-        except (FileNotFoundError, NotADirectoryError, PermissionError):
-            continue
-        except (OSError, ValueError, RecursionError) as error:
-            hint = "the defaults are used; `python -m torchpar tune --device cpu` writes a new table"
-            warnings.warn(f"{path}: {error}; {hint}", stacklevel=2)
-            break
-    return None
+    hint = "the defaults are used; `python -m torchpar tune --device cpu` writes a new table"
+    return folders.read(file_name(), check, hint)
 
 
 def save(table: dict[str, Any]) -> Path:

@@ -24,7 +24,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from torchpar.errors import ConfigError
 from torchpar.ops._library import Wrap
+from torchpar.ops._processor import cpuinfo
 
 DIGITS, BITS = 4, 8
 SCALE = DIGITS * BITS - 1  # |X| < 2^SCALE
@@ -91,11 +91,7 @@ def has_int8() -> bool:
 
     Elsewhere `torch._int_mm` is a plain loop, or instructions of oneDNN may saturate at 16 bits.
     """
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    if "avx512_vnni" not in flags or not torch.backends.mkldnn.is_available():
+    if "avx512_vnni" not in cpuinfo("flags") or not torch.backends.mkldnn.is_available():
         return False
     least, largest = (torch.full((32, 64), value, dtype=torch.int8) for value in (-128, 127))
     pairs = ((least, least), (least, largest), (largest, largest))

@@ -30,17 +30,13 @@ _MIN_LAYER = 5_000_000
 
 def prefers_onednn(t: Tensor) -> bool:
     """Return True if products of ``t`` go to oneDNN where they are large enough."""
-    return t.is_cpu and t.dtype == torch.float32 and _is_enabled()
+    return t.is_cpu and t.dtype == torch.float32 and _processor.uses_onednn()
 
 
 def prefers_onednn_layer(multiplications: int) -> bool:
     """Return True if a float32 linear layer on the CPU, forward and backward, is faster by oneDNN."""
     least = _cpu_table.layer_multiplications() or _MIN_LAYER
-    return multiplications >= least * torch.get_num_threads() and _is_enabled()
-
-
-def _is_enabled() -> bool:
-    return _processor.has_onednn() and bool(torch.backends.mkldnn.enabled)
+    return multiplications >= least * torch.get_num_threads() and _processor.uses_onednn()
 
 
 def onednn(

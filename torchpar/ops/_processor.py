@@ -10,19 +10,29 @@ import torch
 _VENDORS = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}
 
 
+def cpuinfo(key: str) -> str:
+    """A field of /proc/cpuinfo for the first processor, such as "model name"; "" if there is none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(": ")[2] for line in lines if line.partition(":")[0].strip() == key), "")
+
+
 @cache
 def has_onednn() -> bool:
     """Return True if oneDNN has wider vectors than PyTorch's BLAS library: MKL on an AMD with AVX-512."""
-    try:
-        vendor = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        vendor = platform.processor()
     return (
         torch.backends.mkldnn.is_available()
         and torch.backends.mkl.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and "AuthenticAMD" in vendor
+        and "AuthenticAMD" in (cpuinfo("vendor_id") or platform.processor())
     )
+
+
+def uses_onednn() -> bool:
+    """Return True if float32 products may go to oneDNN now."""
+    return has_onednn() and bool(torch.backends.mkldnn.enabled)
 
 
 @cache
@@ -40,19 +50,9 @@ def has_amx() -> bool:
 @cache
 def processor_kind() -> str:
     """The vendor, and the instruction sets that PyTorch uses, such as "intel-avx512-amx"."""
-    vendor = platform.machine().lower()
-    flags: set[str] = set()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() == "vendor_id":
-            vendor = _VENDORS.get(value.strip(), value.strip().lower())
-        elif key.strip() == "flags":
-            flags = set(value.split())
+    vendor = cpuinfo("vendor_id") or platform.machine()
     capability = torch.backends.cpu.get_cpu_capability().lower()
-    vnni = capability == "avx512" and "avx512_vnni" in flags
+    vnni = capability == "avx512" and "avx512_vnni" in cpuinfo("flags").split()
     names = {"vnni": vnni, "bf16": has_bfloat16(), "amx": has_amx()}
-    return "-".join([vendor, capability.replace(" ", ""), *(name for name, has in names.items() if has)])
+    sets = (name for name, has in names.items() if has)
+    return "-".join([_VENDORS.get(vendor, vendor.lower()), capability.replace(" ", ""), *sets])

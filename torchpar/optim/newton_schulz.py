@@ -210,11 +210,12 @@ def _replicate(r: Any) -> Any:
 
 
 def _use_symmetric_products(x: Tensor) -> bool:
-    # On a GPU the operators choose by size themselves. A whole product need not be symmetric here.
+    if x.is_cuda:  # where the operators choose by size themselves
+        return True
     n, m = x.shape[-2:]
     # Ranks that share a DTensor must choose alike, whatever their tables and threads are.
     chosen = default(x.dtype, n) if is_dtensor(x) else choice(x.dtype, n, m)
-    return x.is_cuda or chosen.gain >= _GAIN
+    return chosen.gain >= _GAIN  # over a whole product, which need not be symmetric here
 
 
 def _symmetric_addmm(a: Tensor, b: Tensor, c: Tensor, *, alpha: float = 1.0, beta: float) -> Tensor:

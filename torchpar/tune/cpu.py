@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +43,7 @@ _MARGIN = 1.03  # by how much a choice must be faster than the one before
 def candidates(dtype: torch.dtype, n: int) -> list[Choice]:
     """The ways to a product of n rows."""
     found = [Choice("blas", rows, 1.0) for rows in (0, 128, 256, 512) if 2 * rows <= n or not rows]
-    if dtype == torch.float32 and _onednn.prefers_onednn(torch.empty(0)):
+    if dtype == torch.float32 and _processor.uses_onednn():
         found += [Choice("onednn", rows, 1.0) for rows in (128, 256, 512) if rows <= n]
     return found
 
@@ -65,37 +64,44 @@ def seconds(calls: Sequence[Callable[[], object]]) -> list[float]:
     return [sorted(own)[_ROUNDS // 4] for own in times]
 
 
-def by(chosen: Choice, x: Tensor) -> Tensor:
-    """X·Xᵀ by a choice."""
-    with patch.object(_cpu, "choice", lambda *_: chosen):
-        return _cpu.symmetric_product(x, x)
+class Reference(NamedTuple):
+    """X·Xᵀ in float64, and the largest error that a way to it may have."""
+
+    product: Tensor
+    bound: float
 
 
-def check(found: Tensor, x: Tensor, chosen: Choice) -> None:
-    """Raise a ValueError if the error is over twice PyTorch's, or if the product is not symmetric."""
+def reference(x: Tensor) -> Reference:
     exact = x.double() @ x.double().T
-    error, allowed = ((t.double() - exact).abs().max().item() for t in (found, x @ x.T))
-    # The reference in float64 has an error too: a rounding of random sign for each of k terms.
-    reference = exact.abs().max().item() * math.sqrt(x.shape[1]) * torch.finfo(torch.float64).eps
-    if error > 2 * allowed + 3 * reference or not torch.equal(found, found.T):
-        raise ValueError(
-            f"{chosen} of {tuple(x.shape)} has an error of {error:.1e}, the library {allowed:.1e}"
-        )
+    error = ((x @ x.T).double() - exact).abs().max().item()
+    # The reference has an error too: a rounding of random sign for each of k terms.
+    own = exact.abs().max().item() * math.sqrt(x.shape[1]) * torch.finfo(torch.float64).eps
+    return Reference(exact, 2 * error + 3 * own)
+
+
+def check(found: Tensor, expected: Reference, way: Choice) -> None:
+    """Raise a ValueError if the error is over twice PyTorch's, or if the product is not symmetric."""
+    error = (found.double() - expected.product).abs().max().item()
+    if error > expected.bound:
+        raise ValueError(f"{way} of {len(found)} rows has an error of {error:.1e}, over {expected.bound:.1e}")
+    if not torch.equal(found, found.T):
+        raise ValueError(f"{way} of {len(found)} rows is not symmetric")
 
 
 def measure_symmetric(dtype: torch.dtype, n: int, k: int) -> Choice:
     """The fastest way to X·Xᵀ for X ``(n, k)``, of those that are right beside float64."""
     x = torch.randn(n, k, generator=torch.Generator().manual_seed(n)).to(dtype)
-    ways = []
+    ways, expected = [], reference(x)
     for way in candidates(dtype, n):
         try:
-            check(by(way, x), x, way)
+            check(_cpu.symmetric_product(x, x, chosen=way), expected, way)
             ways.append(way)
         except ValueError as error:
             print(f"left out: {error}")
     if not ways:
         raise ConfigError(f"no product of {n}x{k} in {dtype} is right on this processor")
-    plain, *times = seconds([lambda: torch.mm(x, x.t()), *(partial(by, way, x) for way in ways)])
+    calls = (partial(_cpu.symmetric_product, x, x, chosen=way) for way in ways)
+    plain, *times = seconds([lambda: torch.mm(x, x.t()), *calls])
     best = 0
     for i, taken in enumerate(times):
         if taken * _MARGIN < times[best]:
@@ -147,7 +153,7 @@ def _measure(threads: int) -> tuple[list[list[Any]], list[list[float]]]:
                 symmetric.append([str(dtype).removeprefix("torch."), threads, n, k, *chosen])
                 way = f"{chosen.library}, {chosen.rows or 'all'} rows at a time"
                 print(f"{symmetric[-1][0]}, threads: {threads}, {n}x{k}: {way}, {chosen.gain:.2f}×")
-    if _onednn.prefers_onednn(torch.empty(0)):
+    if _processor.uses_onednn():
         layers.append([threads, measure_layers()])
         print(f"linear layers, threads: {threads}, oneDNN from {layers[0][1]:.3g} multiplications per thread")
     return symmetric, layers
