@@ -94,8 +94,8 @@ def compare(
             reference must.
         finish: for contestants that do a part of the operator, the rest of it, done before the result is
             checked and outside of the time.
-        mode: "forward" (graph recorded, as in training), "backward" (gradients of all arguments), or
-            "full" (both). Of integers, "forward".
+        mode: "forward" (without a graph), "backward" (gradients of all arguments), or "full" (both). Of
+            integers, "forward".
         rounds: samples of each contestant; one more comes first, checked and not timed.
         seconds: a contestant whose turns took so long has no further one, once it had `MIN_ROUNDS`.
         calls: calls of a sample; more than one is for the cost of small calls. Not for "backward".
@@ -130,7 +130,6 @@ def compare(
     settings: dict[str, Any] = {
         "rounds": max((len(one.rounds) for one in times.values()), default=0),
         "calls": calls,
-        "threads": torch.get_num_threads(),
         "float32_precision": torch.backends.cuda.matmul.fp32_precision,
     }
     if ceiling is not None:
@@ -140,6 +139,7 @@ def compare(
         "mode": mode + ", warm" * (calls > 1),
         "shape": case.shape,
         "dtype": str(case.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
     }
     work = case.work(mode)
     results = []
@@ -247,6 +247,7 @@ def prepare(
     """The call to time on ``inputs``: arguments, then a gradient. What comes before it is done here."""
     *arguments, gradient = inputs
     if mode == "forward":
+        arguments = [t.detach() for t in arguments]
         return lambda: [contestant(*arguments)]
     if mode == "full":
         return lambda: torch.autograd.grad(contestant(*arguments), arguments, gradient)

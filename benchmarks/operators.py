@@ -10,9 +10,11 @@ from benchmarks.idle_threads import shorten_spins
 if __name__ == "__main__":  # libraries read the environment when they are imported
     shorten_spins()
 
+import argparse
 import math
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from torch.nn.functional import linear
 import torchpar
 from benchmarks.command import Command, run
 from benchmarks.compare import MODES, Implementation, OperatorCase, Work, compare
-from benchmarks.results import Table, number, print_results
+from benchmarks.results import Result, Table, number, print_results
 from benchmarks.timing import measure_ceiling
 from torchpar.errors import ConfigError
 from torchpar.ops._matrix import mirrored  # by `torch.where`
@@ -65,7 +67,9 @@ OURS: dict[str, Implementation] = {
 # columns on a CPU with eight times eager's error.
 LIBRARIES = ("torch.compile", "torchpar + torch.compile", "numpy")
 FINISH = {"addmm": torch.sigmoid}  # of linear_sigmoid, the product and the bias alone
-FORWARD_ONLY = ("numpy", "addmm", "eager, mirrored")
+MIRRORED = "eager, mirrored"
+FORWARD_ONLY = ("numpy", "addmm", MIRRORED)
+TICKS = (64, 128, 256, 512, 1024, 2048, 4096)  # of the picture
 
 # Of maximum both shapes; of products (*, n, k); of linear_sigmoid rows, in_features and out_features, and of
 # its backward rows and out_features; of exact_matmul m, k and n.
@@ -81,8 +85,8 @@ QUICK: Shapes = {
 }
 CPU: Shapes = {
     "maximum": [((2**21,), (2**21,)), ((1024, 2048), (2048,)), ((1024, 2048), (1024, 1))],
-    "matmul_t": [(n, n) for n in (64, 128, 256, 384, 512, 768, 1000, 1024, 1500, 2048, 4096)]
-    + [(256, 4096), (1024, 4096), (2048, 256), (2048, 64), (64, 64, 256), (8, 512, 512)],
+    "matmul_t": [(n, n) for n in (64, 128, 192, 256, 384, 512, 768, 1000, 1024, 1500, 2048, 4096)]
+    + [(256, 4096), (300, 5000), (1024, 4096), (2048, 256), (2048, 64), (64, 64, 256), (8, 512, 512)],
     "symmetric_matmul": [(256, 256), (1024, 1024)],
     "linear_sigmoid": [(64, 128, 10), (64, 784, 128), (256, 768, 1024)],
     "exact_matmul": [(n, n, n) for n in (256, 1024, 2048)],
@@ -209,7 +213,7 @@ def contestants(case: OperatorCase, quick: bool) -> dict[str, Implementation]:
     if case.operator == "matmul_t" and on_cpu and is_matrix and case.dtype.itemsize >= 4:
         compared["numpy"] = lambda x: torch.from_numpy(np.dot(array := x.detach().numpy(), array.T))
     if case.operator == "matmul_t" and on_cpu and is_matrix:
-        compared["eager, mirrored"] = lambda x: mirrored(x @ x.mT)
+        compared[MIRRORED] = lambda x: mirrored(x @ x.mT)
     if case.operator == "linear_sigmoid":
         compared["addmm"] = linear
     return compared
@@ -222,24 +226,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     modes = (*MODES, "warm")
     parser.add_argument("--modes", nargs="+", choices=modes, default=modes)
-    parser.add_argument("--threads", type=int, help="of a CPU; by default all")
+    parser.add_argument("--threads", type=int, nargs="+", help="of a CPU; by default one, and all")
     options = command.parse(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device is cuda, but PyTorch finds no GPU")
-    if options.threads is not None and options.threads < 1:
-        raise ConfigError(f"--threads is {options.threads}, expected at least 1")
-    torch.set_num_threads(options.threads or torch.get_num_threads())
+    if options.threads and min(options.threads) < 1:
+        raise ConfigError(f"--threads is {min(options.threads)}, expected at least 1")
     if (load := os.getloadavg()[0]) > 0.5:
         print(f"The load average is {load:.1f}: other programs may disturb the timings.")
     on_gpu = options.device != "cpu" and torch.cuda.is_available()
+    every = torch.get_num_threads()
+    threads = options.threads or ([every] if on_gpu or options.quick else sorted({1, every}))
     device = torch.device("cuda" if on_gpu else "cpu")
     listed = [case for case in cases(device, options.quick) if case.operator in options.operators]
+    if not listed:
+        raise ConfigError("no case has these --operators on this device; name others")
+    table = Table(command.csv(options), device)
+    for count in threads:
+        torch.set_num_threads(count)
+        measure(listed, table, options)
+    if not table.results:
+        raise ConfigError("no case has these --operators and --modes on this device; name others")
+    for operator in options.operators:
+        print_results(operator, [result for result in table.results if result.case["operator"] == operator])
+    if options.output and not on_gpu and "matmul_t" in options.operators:
+        draw_crossover(options.output / "crossover.png", table.results)
+    return table.status
+
+
+def measure(listed: Sequence[OperatorCase], table: Table, options: argparse.Namespace) -> None:
+    """Add the results of all cases, with the present number of threads."""
+    device, on_gpu = table.device, table.device.type == "cuda"
     dtypes = sorted({case.dtype for case in listed}, key=str)
     ceiling = measure_ceiling(device, dtypes, options.quick)
-    print(f"a copy: {number(ceiling.bandwidth / 1e9)} GB/s")
+    print(f"a copy: {number(ceiling.bandwidth / 1e9)} GB/s, threads: {torch.get_num_threads()}")
     for dtype, rate in ceiling.matmul.items():
         print(f"a product in {dtype}: {number(rate / 1e9)} GFLOP/s")
-    table = Table(command.csv(options), device)
     for case in listed:
         compared = contestants(case, options.quick)
         chosen = [(mode, 1) for mode in case.modes if mode in options.modes]
@@ -260,11 +282,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 ceiling=ceiling,
             )
             table.add(results)
-    if not table.results:
-        raise ConfigError("no case has these --operators and --modes on this device; name others")
-    for operator in options.operators:
-        print_results(operator, [result for result in table.results if result.case["operator"] == operator])
-    return table.status
+
+
+def draw_crossover(path: Path, results: Sequence[Result]) -> None:
+    """Draw the speed-up of matmul_t of square matrices over torch.mm with a mirror, and alone, by rows."""
+    from matplotlib.figure import Figure
+
+    curves: dict[tuple[int, str], dict[int, tuple[float, float]]] = {}
+    times = {(*one.case.values(), one.contestant): one.p50_ms for one in results}
+    for one in results:
+        n, *rest = map(int, one.case["shape"].split("x")) if one.case["operator"] == "matmul_t" else [0, 0]
+        mirrored = times.get((*one.case.values(), MIRRORED))
+        if one.contestant == "torchpar" and one.case["mode"] == "forward" and rest == [n] and mirrored:
+            key = one.case["threads"], one.case["dtype"]
+            if one.p50_ms and one.speedup:
+                curves.setdefault(key, {})[n] = mirrored / one.p50_ms, one.speedup
+    counts = sorted({threads for threads, _ in curves})
+    figure = Figure(figsize=(4.2 * max(len(counts), 1), 3.8), layout="constrained")
+    for place, count in enumerate(counts, 1):
+        axes = figure.add_subplot(1, len(counts), place, title=f"threads: {count}")
+        for color, dtype in enumerate(sorted(dtype for threads, dtype in curves if threads == count)):
+            rows = sorted(curves[count, dtype].items())
+            ns = [n for n, _ in rows]
+            axes.plot(ns, [by for _, (by, _) in rows], f"C{color}-", label=dtype)
+            axes.plot(ns, [by for _, (_, by) in rows], f"C{color}:")
+        axes.axhline(1, color="gray", lw=1)
+        axes.set(xscale="log", yscale="log", xlabel="rows and columns", ylabel="speed-up")
+        axes.set_xticks(TICKS, map(str, TICKS), minor=False)
+        axes.set_yticks((0.5, 1, 2, 4), ("0.5", "1", "2", "4"))
+        axes.minorticks_off()
+        axes.legend()
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

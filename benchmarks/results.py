@@ -114,7 +114,7 @@ FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "peak_memory_mb": ("MB", "{:,.1f}".format),
     "ok": ("ok", lambda ok: "yes" if ok else "NO"),
 }
-SETTINGS = ("rounds", "calls", "threads", "float32_precision", "ceiling_gb_per_s", "ceiling_gflop_per_s")
+SETTINGS = ("rounds", "calls", "float32_precision", "ceiling_gb_per_s", "ceiling_gflop_per_s")
 UNPRINTED = ("mean_ms", "samples", *SETTINGS, "reason")
 
 

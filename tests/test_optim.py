@@ -277,14 +277,14 @@ def test_checkpoints_interchange_with_torchs():
 @pytest.mark.parametrize(
     "work, batches_of",
     [
-        (2**31, [(3, 20, 30), (1, 64, 64), (1, 5, 33), (1, 20, 30)]),
-        (2 * 20 * 20 * 30, [(2, 20, 30), (1, 20, 30), (1, 64, 64), (1, 5, 33), (1, 20, 30)]),
+        (2**31, [(4, 32, 32), (1, 300, 300), (1, 32, 64), (1, 32, 32)]),
+        (2 * 32**3, [(2, 32, 32), (2, 32, 32), (1, 300, 300), (1, 32, 64), (1, 32, 32)]),
     ],
 )
 def test_matrices_share_batches(work, batches_of):
-    """Those of equal shapes and dtypes do; each ends where it does alone, up to the order of sums."""
+    """Small ones of nearly equal shapes do, of one dtype; each ends where it does alone, but for rounding."""
     torch.manual_seed(0)
-    shapes = [(20, 30), (20, 30), (64, 64), (33, 5), (20, 30)]
+    shapes = [(20, 30), (32, 32), (300, 300), (33, 5), (25, 32), (20, 30)]
     params = [torch.randn(shape).requires_grad_() for shape in shapes]
     params.append(torch.randn(20, 30, dtype=torch.float64).requires_grad_())
     alone = [p.detach().clone().requires_grad_() for p in params]

@@ -156,18 +156,20 @@ def processor() -> Iterator[Finding]:
         yield Finding("threads", text)
     library = "oneDNN, if they are large" if _processor.has_onednn() else "PyTorch's BLAS library"
     yield Finding("float32 products", f"by {library}")
-    loaded = _cpu_table.load()
+    loaded, tune = _cpu_table.load(), "python -m torchpar tune --device cpu"
     if loaded:
         path, table = loaded
         dtypes = dict.fromkeys(entry[0] for entry in table["symmetric"])
         gains = (f"{one} {_cpu_table.choice(getattr(torch, one), 1024, 1024).gain:.2f}" for one in dtypes)
         text = f"{path.name}, of torch {table['torch']}; X·Xᵀ of 1024 × 1024, speed-up over torch.mm with "
         text += f"{torch.get_num_threads()} threads: {', '.join(gains)}"
-        yield Finding("measured products", text)
+        if table["torch"].partition("+")[0] == torch.__version__.partition("+")[0]:
+            yield Finding("measured products", text)
+        else:
+            yield Finding("measured products", f"{text}; this torch is {torch.__version__}", "note", tune)
     else:
         kind = _processor.processor_kind()
-        remedy = "python -m torchpar tune --device cpu"
-        yield Finding("measured products", f"none for {kind}; the defaults are used", "note", remedy)
+        yield Finding("measured products", f"none for {kind}; the defaults are used", "note", tune)
     compiler = shutil.which(os.environ.get("CXX") or "g++")
     if compiler:
         yield Finding("C++ compiler", compiler)

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from torchpar.ops._cpu_table import CHOSEN_FROM, Choice, choice
-from torchpar.ops._matrix import half_sum, lower_mask, mirrored, pad_to_even, product
-from torchpar.ops._onednn import is_eager, onednn, prefers_onednn
+from torchpar.ops._cpu_table import CHOSEN_FROM, Choice, choice, remembered
+from torchpar.ops._matrix import DTYPES, half_sum, lower_mask, mirrored, pad_to_even, product
+from torchpar.ops._onednn import onednn, prefers_onednn
 from torchpar.ops._processor import has_bfloat16
 
 _CHAIN = 128
@@ -22,7 +22,7 @@ _ONEDNN_BACKWARD_FROM = 256  # rows
 _BLOCK = 256  # rows of G and its transpose that are added at a time
 _BLOCKED_SUM_FROM = 1024  # rows; above, G and its transpose do not fit in the cache
 _CACHE_LINE = 64  # bytes
-_STRIPED_FROM, _STRIPED_BY_THREADS_FROM = 256, 512  # rows; smaller matrices are mirrored at once
+_STRIPED_FROM = 256  # rows; smaller matrices are mirrored at once
 _STRIPE, _WIDE_STRIPE, _WIDE_FROM = 64, 128, 1024  # rows that are mirrored at a time; 128 from 1024 rows on
 
 
@@ -31,22 +31,23 @@ def is_opaque(t: Tensor) -> bool:
     return not t.is_cuda and t.shape[-2] >= CHOSEN_FROM
 
 
-def is_direct(*operands: Tensor | None) -> bool:
-    """Whether the dispatcher may be passed over, which takes longer than a small product."""
-    # A compiler, or a mode such as a tracer, must see the operator.
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    return all(t is None or t.is_cpu for t in operands) and is_eager(*operands)
+def small_product(x: Tensor) -> Tensor | None:
+    """X·Xᵀ if it takes two calls of PyTorch only: each costs about as much as the product; else None."""
+    mask = _mask_of_whole(x.dtype, x.shape, torch.get_num_threads())
+    if mask is None:
+        return None
+    c = torch.mm(x, x.t())
+    return torch.where(mask, c, c.t())
 
 
-def own_product(x: Tensor) -> Tensor:
-    """X·Xᵀ. A small matrix takes two calls of PyTorch only: each costs about as much as the product."""
-    if x.dim() == 2 and x.numel() and computed_in(x.dtype) == x.dtype:
-        n, k = x.shape
-        if not (_is_striped_from(n) or (x.dtype.itemsize == 2 and k % 2) or choice(x.dtype, n, k).rows):
-            c = torch.mm(x, x.t())
-            return torch.where(lower_mask(n, _CPU), c, c.t())
-    return symmetric_product(x, x)
+@remembered
+def _mask_of_whole(dtype: torch.dtype, shape: torch.Size, threads: int) -> Tensor | None:
+    """The mask of the lower triangle, if X·Xᵀ for X of this shape is computed whole, and mirrored at once."""
+    if dtype not in DTYPES or computed_in(dtype) != dtype or len(shape) != 2 or 0 in shape:
+        return None
+    if dtype.itemsize == 2 and shape[1] % 2:
+        return None
+    return None if choice(dtype, *shape).rows else lower_mask(shape[0], _CPU)
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
@@ -76,11 +77,7 @@ def symmetric_product(
         return mirrored(product(a, b, c, alpha, beta))
     chosen = chosen or choice(a.dtype, n, k)
     if not chosen.rows:
-        out = product(a, b, c, alpha, beta)
-        if not _is_striped(out):
-            return mirrored(out)
-        mirror_(out)
-        return out
+        return mirrored(product(a, b, c, alpha, beta))
     out = a.new_empty(*a.shape[:-1], n)
     for index in itertools.product(*map(range, a.shape[:-2])):
         a2 = a[index]
@@ -110,19 +107,11 @@ def symmetric_addmm_(h: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float)
 
 def mirror_(h: Tensor) -> None:
     """Copy the lower triangle of ``h (*, n, n)`` to the upper one."""
-    if _is_striped(h):
+    if h.is_cpu and h.shape[-1] >= _STRIPED_FROM and h.stride(-1) == 1:
         for index in itertools.product(*map(range, h.shape[:-2])):
             _mirror_stripes(h[index])
     else:
         h.copy_(mirrored(h))
-
-
-def _is_striped(h: Tensor) -> bool:
-    return h.is_cpu and _is_striped_from(h.shape[-1]) and h.stride(-1) == 1
-
-
-def _is_striped_from(n: int) -> bool:
-    return n >= (_STRIPED_FROM if torch.get_num_threads() == 1 else _STRIPED_BY_THREADS_FROM)
 
 
 def _mirror_stripes(h: Tensor) -> None:
@@ -176,7 +165,7 @@ def _halved(
 ) -> None:
     n = len(a)
     a, b = pad_to_even(a, b)
-    blocks = max(round(n / chosen.rows), 2)
+    blocks = max(round(n / chosen.rows), 1)
     chains = None
     if chosen.library == "onednn" and alpha != 0 and a.numel() and prefers_onednn(a):
         parts = _chains(a)

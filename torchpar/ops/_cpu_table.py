@@ -3,24 +3,30 @@
 
     {"processor": "amd-avx512-vnni-bf16", "torch": "2.15.0", "date": "2026-11-23",
      "symmetric": [["float32", 1, 1024, 1024, "onednn", 256, 2.26], …],
-     "layers": [[1, 4000000], [2, 5000000]]}
+     "layers": [[1, 4000000], [2, 5000000]],
+     "bfloat16": [[1, 1.7], [2, 1.8]]}
 
 An entry of "symmetric" is a dtype, a number of threads, the rows n and columns k of X, and the `Choice` for
 X·Xᵀ. One of "layers" is a number of threads, and the multiplications per thread from which oneDNN is faster
-for a linear layer. Tables lie beside those of GPUs (`torchpar.kernels.folders`), named after the kind of
-processor.
+for a linear layer. One of "bfloat16" is a number of threads, and how many times as fast a layer's products
+are in bfloat16 as in float32. Tables lie beside those of GPUs (`torchpar.kernels.folders`), named after the
+kind of processor.
 """
 
 import json
 import math
-from functools import cache, lru_cache
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
 from torchpar.ops import _processor
 
+P = ParamSpec("P")
+R = TypeVar("R")
+THREADS_AT = {"symmetric": 1, "layers": 0, "bfloat16": 0}  # the place of the threads in an entry
 LIBRARIES = ("blas", "onednn")
 CHOSEN_FROM = 128  # rows; whole products of fewer are the fastest everywhere
 _WHOLE_BELOW = 512  # rows; without a table: halves of larger products gain on all measured processors
@@ -33,7 +39,8 @@ class Choice(NamedTuple):
 
     Attributes:
         library: which computes it, "blas" for PyTorch's, or "onednn".
-        rows: of a block, each of which ends at the diagonal; 0 if the whole product is computed.
+        rows: of a block, each of which ends at the diagonal, and which are mirrored stripe by stripe; 0 if
+            the whole product is computed, and mirrored at once.
         gain: how many times as fast it is as ``torch.mm(x, x.t())``.
     """
 
@@ -45,6 +52,16 @@ class Choice(NamedTuple):
 WHOLE = Choice("blas", 0, 0.0)
 
 
+_remembered: list[Any] = []
+
+
+def remembered(function: Callable[P, R]) -> Callable[P, R]:
+    """Cache the results of a function that depends on the table, until `forget`."""
+    cached = lru_cache(256)(function)
+    _remembered.append(cached)
+    return cached  # type: ignore[return-value]
+
+
 def choice(dtype: torch.dtype, n: int, k: int) -> Choice:
     """The way to X·Xᵀ for X ``(n, k)`` on this processor, with the present number of threads."""
     if type(n) is not int or type(k) is not int or n < CHOSEN_FROM:  # a symbolic size is in no table
@@ -52,13 +69,13 @@ def choice(dtype: torch.dtype, n: int, k: int) -> Choice:
     return _choice(dtype, n, max(k, 1), torch.get_num_threads(), _processor.uses_onednn())
 
 
-@lru_cache(4096)
+@remembered
 def _choice(dtype: torch.dtype, n: int, k: int, threads: int, has_onednn: bool) -> Choice:
     def distance(entry: list[Any]) -> float:
         return 2 * _octaves(entry[2], n) + _octaves(entry[3], k)  # rows matter more
 
     name = str(dtype).removeprefix("torch.")
-    own = [entry for entry in _of_threads("symmetric", 1, threads) if entry[0] == name]
+    own = [entry for entry in _of_threads("symmetric", threads) if entry[0] == name]
     nearest = min(own, key=distance, default=None)
     if nearest and distance(nearest) <= _FAR and (has_onednn or nearest[4] == "blas"):
         return Choice(*nearest[4:])
@@ -78,9 +95,9 @@ def _octaves(a: float, b: float) -> float:
     return abs(math.log2(a / b))
 
 
-def _of_threads(name: str, position: int, threads: int) -> list[Any]:
+def _of_threads(name: str, threads: int) -> list[Any]:
     """The table's entries of the nearest number of threads, if that is at most an octave away."""
-    entries = _entries()[name]
+    entries, position = _entries()[name], THREADS_AT[name]
     nearest = min({entry[position] for entry in entries}, key=lambda n: _octaves(n, threads), default=None)
     near = nearest is not None and _octaves(nearest, threads) <= 1
     return [entry for entry in entries if near and entry[position] == nearest]
@@ -91,9 +108,15 @@ def layer_multiplications() -> float | None:
     return _layer_multiplications(torch.get_num_threads())
 
 
-@cache
+@remembered
 def _layer_multiplications(threads: int) -> float | None:
-    return next((multiplications for _, multiplications in _of_threads("layers", 0, threads)), None)
+    return next((multiplications for _, multiplications in _of_threads("layers", threads)), None)
+
+
+def bfloat16_gain() -> float:
+    """How many times as fast a layer's products are in bfloat16 as in float32; 0 or 1 if unknown."""
+    unknown = float(_processor.has_bfloat16())
+    return next((gain for _, gain in _of_threads("bfloat16", torch.get_num_threads())), unknown)
 
 
 def file_name() -> str:
@@ -120,15 +143,14 @@ def save(table: dict[str, Any]) -> Path:
 
 def forget() -> None:
     """Read the table again when a product is chosen next."""
-    _entries.cache_clear()
-    _choice.cache_clear()
-    _layer_multiplications.cache_clear()
+    for function in _remembered:
+        function.cache_clear()
 
 
-@cache
+@remembered
 def _entries() -> dict[str, list[Any]]:
     loaded = load()
-    return loaded[1] if loaded else {"symmetric": [], "layers": []}
+    return loaded[1] if loaded else {"symmetric": [], "layers": [], "bfloat16": []}
 
 
 def check(table: Any) -> None:
@@ -144,7 +166,8 @@ def check(table: Any) -> None:
             if not (known and sizes and type(rows) is int and rows >= 0 and 0 < gain < math.inf):
                 entry = [dtype, threads, n, k, library, rows, gain]
                 raise ValueError(f"{entry}, expected a dtype, threads, n, k, a library, rows and a gain")
-        if not all(threads > 0 and multiplications > 0 for threads, multiplications in table["layers"]):
-            raise ValueError(f"layers is {table['layers']}, expected numbers above 0")
+        for name in ("layers", "bfloat16"):
+            if not all(threads > 0 and number > 0 for threads, number in table[name]):
+                raise ValueError(f"{name} is {table[name]}, expected numbers above 0")
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"not the layout of a table ({type(error).__name__}: {error})") from error

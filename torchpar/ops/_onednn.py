@@ -21,6 +21,7 @@ from torchpar.ops._matrix import pad_to_even, product, rows
 from torchpar.ops._processor import has_bfloat16
 
 CHAIN = 264
+_is_tracing = torch._C._is_tracing
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 # Multiplications per chain and thread from which oneDNN is faster, although its call takes longer than MKL's.
 _MIN_PRODUCT = 2_500_000
@@ -148,13 +149,15 @@ def _chains(a: Tensor, b: Tensor) -> int:
 
 def is_eager(*tensors: Tensor | None) -> bool:
     """Return True if no compiler, transform, tensor subclass or autocast must intercept the calls."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._is_tracing()
-        and _PLAIN.issuperset(map(type, tensors))
-        and peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-        and not torch.is_autocast_enabled("cpu")
+    for t in tensors:
+        if type(t) not in _PLAIN:
+            return False
+    return not (
+        torch.compiler.is_compiling()
+        or _is_tracing()
+        or peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch.is_autocast_enabled("cpu")
     )
 
 

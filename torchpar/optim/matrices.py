@@ -16,6 +16,7 @@ from torchpar.parts import Part
 View = Callable[[Tensor], Tensor | Sequence[Tensor]]
 """A function from a parameter to its matrices: views ``(*, n, m)`` that together hold each element once."""
 
+_PADDED_UP_TO, _PADDING = 256, 32  # columns or rows
 _BATCH_MULTIPLICATIONS = 2**31  # in X·Xᵀ of a batch: a GPU takes about as long for them as for a launch
 
 
@@ -82,22 +83,39 @@ class ParamInfo:
 def orthogonalize_batched(
     matrices: Sequence[Tensor], coefficients: Coefficients, steps: int, eps: float, ns: NewtonSchulz
 ) -> list[Tensor]:
-    """`orthogonalize` each matrix, in batches of equal shapes that keep a device busy; bfloat16."""
+    """`orthogonalize` each matrix, in batches of nearly equal shapes, which keep a device busy; bfloat16."""
     triples = coefficients_per_step(coefficients, steps)
     by_kind: dict[Any, list[int]] = {}
     for i, matrix in enumerate(matrices):
-        by_kind.setdefault((matrix.shape, matrix.dtype, matrix.device), []).append(i)
+        by_kind.setdefault((_padded(matrix.shape), matrix.dtype, matrix.device), []).append(i)
     results = list(matrices)
     for (shape, *_), indices in by_kind.items():
         size = max(_BATCH_MULTIPLICATIONS // max(multiplications(shape), 1), 1)
         for first in range(0, len(indices), size):
             batch = indices[first : first + size]
-            # On a CPU a product of a batch of one takes up to twice the time of a product of matrices.
-            x = torch.stack([matrices[i] for i in batch]) if len(batch) > 1 else matrices[batch[0]]
+            x = _stacked([matrices[i] for i in batch], shape)
             updates = iterate(x, triples, eps, ns).view(len(batch), *shape)
             for i, update in zip(batch, updates, strict=True):
-                results[i] = update
+                results[i] = update[tuple(map(slice, matrices[i].shape))]
     return results
+
+
+def _padded(shape: torch.Size) -> torch.Size:
+    """The shape of a batch for matrices of this one. Small ones are padded, for few and larger batches."""
+    if max(shape) > _PADDED_UP_TO:
+        return shape
+    return torch.Size(-(-size // _PADDING) * _PADDING for size in shape)
+
+
+def _stacked(matrices: list[Tensor], shape: torch.Size) -> Tensor:
+    """A batch of ``shape``; zeros are appended to smaller matrices, which change nothing and stay zeros."""
+    if all(matrix.shape == shape for matrix in matrices):
+        # On a CPU a product of a batch of one takes up to twice the time of a product of matrices.
+        return torch.stack(matrices) if len(matrices) > 1 else matrices[0]
+    x = matrices[0].new_zeros(len(matrices), *shape)
+    for padded, matrix in zip(x, matrices, strict=True):
+        padded[tuple(map(slice, matrix.shape))] = matrix
+    return x if len(matrices) > 1 else x[0]
 
 
 def _as_matrices(t: Tensor) -> Sequence[Tensor]:

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from torchpar.errors import ConfigError
-from torchpar.ops._library import is_dtensor
+from torchpar.library import is_dtensor
 from torchpar.optim.assign import Choice, ModelOptimizer, chain
 from torchpar.optim.exchange import Exchange, GradientState, Matrix, check_gradients, holders_of
 from torchpar.optim.matrices import ParamInfo, View, orthogonalize_batched
@@ -296,9 +296,16 @@ class Muon(Optimizer):
             return []
         grads = [local(info.p.grad).to(info.p.dtype) for info in infos]
         momenta = [self._momentum(info) for info in infos]
-        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        factor = group["momentum"]
+        if not momenta[0].is_cuda:  # where these functions take twice the time
+            for momentum, grad in zip(momenta, grads, strict=True):
+                momentum.lerp_(grad, 1 - factor)
+            if group["nesterov"]:
+                return [grad.lerp(momentum, factor) for momentum, grad in zip(momenta, grads, strict=True)]
+            return momenta
+        torch._foreach_lerp_(momenta, grads, 1 - factor)
         if group["nesterov"]:
-            return torch._foreach_lerp(grads, momenta, group["momentum"])  # type: ignore[return-value]
+            return torch._foreach_lerp(grads, momenta, factor)  # type: ignore[return-value]
         return momenta
 
     def _momentum(self, info: ParamInfo) -> Tensor:
@@ -368,10 +375,13 @@ class Muon(Optimizer):
                 lr = lr.reshape(()).to(params[0].device)
                 torch._foreach_mul_(params, 1 - lr * decay)
                 torch._foreach_sub_(params, [move.float() * (lr * ratio) for move in moves])
-            else:  # on a CPU `_foreach_mul_` would first round a number to the parameters' dtype
+            elif params[0].is_cuda:
                 torch._foreach_add_(params, params, alpha=-lr * decay)
                 moves = [move.to(p.dtype) for p, move in pairs]
                 torch._foreach_add_(params, moves, alpha=-lr * ratio)
+            else:
+                for p, move in pairs:
+                    p.mul_(1 - lr * decay).add_(move, alpha=-lr * ratio)
 
 
 def _ratio(group: dict[str, Any], shape: torch.Size) -> float:

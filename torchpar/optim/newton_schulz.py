@@ -39,9 +39,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from torchpar.library import is_dtensor
 from torchpar.ops import matmul_t, symmetric_matmul
 from torchpar.ops._cpu_table import choice, default
-from torchpar.ops._library import is_dtensor
 from torchpar.ops._processor import has_bfloat16
 
 NewtonSchulz = Literal["auto", "standard", "gram"]
@@ -123,9 +123,13 @@ def iterate(x: Tensor, triples: list[Triple], eps: float, ns: NewtonSchulz) -> T
     if max(per_gram, default=1) == 1 and not is_dtensor(x) and not _use_symmetric_products(x):
         addmm, is_wide = torch.addmm if x.dim() == 2 else torch.baddbmm, x.is_contiguous()
         x = x.contiguous()
-        for a, b, c in triples:
-            r = x @ x.mT
-            x = addmm(x, addmm(r, r, r, alpha=c, beta=b), x, beta=a)
+        r, z = (x.new_empty(*x.shape[:-1], x.shape[-2]) for _ in range(2))
+        y = torch.empty_like(x)
+        for a, b, c in triples:  # into the same memory: new memory costs a few per cent
+            torch.matmul(x, x.mT, out=r)
+            addmm(r, r, r, alpha=c, beta=b, out=z)
+            addmm(x, z, x, beta=a, out=y)
+            x, y = y, x
         x = x.to(torch.bfloat16)
         return x if is_wide else x.mT.contiguous().mT  # the result keeps the layout of a tall gradient
     rest = iter(triples)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from torchpar.errors import ConfigError
-from torchpar.ops._library import is_dtensor
+from torchpar.library import is_dtensor
 from torchpar.optim.matrices import View
 
 Choice = Literal["muon", "others"]

@@ -5,7 +5,8 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from torchpar.ops import _cpu, _cpu_table, _onednn, _processor
 from torchpar.ops._cpu_table import Choice
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_LAYER_DTYPES = (torch.float32, torch.bfloat16)
 _SQUARE = (128, 192, 256, 384, 512, 768, 1024, 2048)
 SIZES = (
     *((n, n) for n in _SQUARE),
@@ -25,7 +27,9 @@ SIZES = (
     *((512, 64), (2048, 128)),
 )
 _MOST = {torch.float32: 2**33, torch.float64: 2**30, torch.bfloat16: 2**33}  # multiplications of a problem
-_ROUND_SECONDS, _ROUNDS = 0.01, 5
+_ROUND_SECONDS, _ROUNDS = 0.007, 5
+_CACHES = 2**26  # bytes, more than the caches of a core hold
+_COLD_BELOW = 1024  # rows; larger products take as long with emptied caches
 NEVER = 2.0**62  # multiplications: oneDNN is faster for no layer
 _LAYERS = (
     (16, 784, 128),
@@ -38,18 +42,26 @@ _LAYERS = (
     (512, 1024, 1024),
 )
 _MARGIN = 1.03  # by how much a choice must be faster than the one before
+_LAYER_MARGIN = 1.1  # the same of a layer, around which operators do more
+_PRODUCTS = (768, 128, 384)  # rows, in_features, out_features
 
 
 def candidates(dtype: torch.dtype, n: int) -> list[Choice]:
     """The ways to a product of n rows."""
-    found = [Choice("blas", rows, 1.0) for rows in (0, 128, 256, 512) if 2 * rows <= n or not rows]
+    found = [
+        Choice("blas", rows, 1.0) for rows in sorted({0, 128, 256, 512, n}) if 2 * rows <= n or rows == n
+    ]
     if dtype == torch.float32 and _processor.uses_onednn():
         found += [Choice("onednn", rows, 1.0) for rows in (128, 256, 512) if rows <= n]
     return found
 
 
-def seconds(calls: Sequence[Callable[[], object]]) -> list[float]:
-    """The lower quartile of the seconds of each call. They take turns, so that a disturbance slows all."""
+def seconds(calls: Sequence[Callable[[], object]], cold: bool = False) -> list[float]:
+    """The lower quartile of the seconds of each call. They take turns, so that a disturbance slows all.
+
+    Args:
+        cold: empty the caches before each call.
+    """
     begin = time.perf_counter()
     for call in calls:
         call()
@@ -57,11 +69,19 @@ def seconds(calls: Sequence[Callable[[], object]]) -> list[float]:
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(_ROUNDS):
         for call, own in zip(calls, times, strict=True):
+            if cold:
+                _evicting().zero_()
+                count = 1
             begin = time.perf_counter()
             for _ in range(count):
                 call()
             own.append((time.perf_counter() - begin) / count)
-    return [sorted(own)[_ROUNDS // 4] for own in times]
+    return [sorted(own)[len(own) // 4] for own in times]
+
+
+@cache
+def _evicting() -> Tensor:
+    return torch.empty(_CACHES, dtype=torch.uint8)
 
 
 class Reference(NamedTuple):
@@ -89,7 +109,11 @@ def check(found: Tensor, expected: Reference, way: Choice) -> None:
 
 
 def measure_symmetric(dtype: torch.dtype, n: int, k: int) -> Choice:
-    """The fastest way to X·Xᵀ for X ``(n, k)``, of those that are right beside float64."""
+    """The fastest way to X·Xᵀ for X ``(n, k)``, of those that are right beside float64.
+
+    With emptied caches it is no slower than the first one, the whole product: a call of many small steps
+    gains in a loop, and loses between other work.
+    """
     x = torch.randn(n, k, generator=torch.Generator().manual_seed(n)).to(dtype)
     ways, expected = [], reference(x)
     for way in candidates(dtype, n):
@@ -100,7 +124,11 @@ def measure_symmetric(dtype: torch.dtype, n: int, k: int) -> Choice:
             print(f"left out: {error}")
     if not ways:
         raise ConfigError(f"no product of {n}x{k} in {dtype} is right on this processor")
-    calls = (partial(_cpu.symmetric_product, x, x, chosen=way) for way in ways)
+    calls = [partial(_cpu.symmetric_product, x, x, chosen=way) for way in ways]
+    if n < _COLD_BELOW and len(ways) > 1:
+        first, *others = seconds(calls, cold=True)
+        kept = [True, *(taken <= _MARGIN * first for taken in others)]
+        ways, calls = list(compress(ways, kept)), list(compress(calls, kept))
     plain, *times = seconds([lambda: torch.mm(x, x.t()), *calls])
     best = 0
     for i, taken in enumerate(times):
@@ -120,10 +148,23 @@ def measure_layers() -> float:
             layer(x, weight, bias).backward(g)  # noqa: B023
 
         ours, plain = seconds([partial(step, _onednn._Linear.apply), partial(step, linear)])
-        if ours * _MARGIN >= plain:
+        if ours * _LAYER_MARGIN >= plain:
             break
         found = b * inner * outer / torch.get_num_threads()
     return found
+
+
+def measure_bfloat16() -> float:
+    """How many times as fast the three products of a layer are in bfloat16 as in float32."""
+    b, inner, outer = _PRODUCTS
+    wide = [torch.randn(shape) for shape in ((b, inner), (outer, inner), (b, outer))]
+
+    def products(x: Tensor, weight: Tensor, g: Tensor) -> None:
+        _onednn.linear_forward(x, weight, None)
+        _onednn.linear_gradients(g, x, weight)
+
+    float32, bfloat16 = seconds([partial(products, *(t.to(dtype) for t in wide)) for dtype in _LAYER_DTYPES])
+    return round(float32 / bfloat16, 3)
 
 
 def tune() -> str:
@@ -136,16 +177,18 @@ def tune() -> str:
     try:
         for threads in sorted({1, all_threads}):
             torch.set_num_threads(threads)
-            path = _save(threads, *_measure(threads))
+            path = _save(threads, _measure(threads))
     finally:
         torch.set_num_threads(all_threads)
     return f"{path}, measured in {time.perf_counter() - begin:.0f} s"
 
 
-def _measure(threads: int) -> tuple[list[list[Any]], list[list[float]]]:
+def _measure(threads: int) -> dict[str, list[Any]]:
     """The entries of a number of threads."""
     symmetric: list[list[Any]] = []
     layers: list[list[float]] = []
+    bfloat16 = [[threads, measure_bfloat16()]]
+    print(f"layers in bfloat16, threads: {threads}, {bfloat16[0][1]:.2f}× float32")
     for dtype in DTYPES:
         for n, k in SIZES:
             if n * n * k <= _MOST[dtype] and _cpu.computed_in(dtype) == dtype:
@@ -156,14 +199,15 @@ def _measure(threads: int) -> tuple[list[list[Any]], list[list[float]]]:
     if _processor.uses_onednn():
         layers.append([threads, measure_layers()])
         print(f"linear layers, threads: {threads}, oneDNN from {layers[0][1]:.3g} multiplications per thread")
-    return symmetric, layers
+    return {"symmetric": symmetric, "layers": layers, "bfloat16": bfloat16}
 
 
-def _save(threads: int, symmetric: list[list[Any]], layers: list[list[float]]) -> Path:
+def _save(threads: int, measured: dict[str, list[Any]]) -> Path:
     loaded = _cpu_table.load()
-    before = loaded[1] if loaded else {"symmetric": [], "layers": []}
-    symmetric = [entry for entry in before["symmetric"] if entry[1] != threads] + symmetric
-    layers = [entry for entry in before["layers"] if entry[0] != threads] + layers
+    before = loaded[1] if loaded else {}
+    for name, position in _cpu_table.THREADS_AT.items():
+        kept = [entry for entry in before.get(name, []) if entry[position] != threads]
+        measured[name] = kept + measured[name]
     date = datetime.now(UTC).date().isoformat()
     header = {"processor": _processor.processor_kind(), "torch": torch.__version__, "date": date}
-    return _cpu_table.save(header | {"symmetric": symmetric, "layers": layers})
+    return _cpu_table.save(header | measured)
