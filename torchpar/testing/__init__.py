@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A conformance kit for optimizers: many situations, each compared with whole matrices on one process.
+"""Checks for optimizers and operators: many situations, each compared with what is right.
 
 The public names load their modules, which import much of PyTorch, on first use.
 """
@@ -8,14 +8,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchpar.testing.case import Sample
+    from torchpar.testing.operators import OperatorTable, check_operator
     from torchpar.testing.optimizers import Conformance, Row, check_optimizer
     from torchpar.testing.situations import SITUATIONS
 
-__all__ = ["SITUATIONS", "Conformance", "Row", "check_optimizer"]
+_MODULES = {
+    "SITUATIONS": "situations",
+    "Conformance": "optimizers",
+    "OperatorTable": "operators",
+    "Row": "optimizers",
+    "Sample": "case",
+    "check_operator": "operators",
+    "check_optimizer": "optimizers",
+}
+__all__ = ["SITUATIONS", "Conformance", "OperatorTable", "Row", "Sample", "check_operator", "check_optimizer"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'torchpar.testing' has no attribute {name!r}")
-    module = "situations" if name == "SITUATIONS" else "optimizers"
-    return getattr(importlib.import_module(f"torchpar.testing.{module}"), name)
+    return getattr(importlib.import_module(f"torchpar.testing.{_MODULES[name]}"), name)

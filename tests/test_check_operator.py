@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: MIT
+"""The table of an operator finds each fault of `faulty_operators`, and none in a right operator."""
+
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import faulty_operators as faulty
+import pytest
+import torch
+from samples import normal
+from torch import Tensor
+
+from torchpar.errors import ConfigError
+from torchpar.testing import OperatorTable, Sample, check_operator
+from torchpar.testing.command import main
+from torchpar.testing.operators import RULES
+
+# PyTorch's compiler reads it.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+SAMPLES = [(normal(5, 4), normal(6, 4, seed=1))]
+COMPILED = {name for name in RULES if "compile" in name or "export" in name or name == "AOTInductor"}
+
+
+def outcomes(table: OperatorTable) -> dict[str, str]:
+    return {row.rule: row.outcome for row in table.rows}
+
+
+@pytest.fixture(scope="module")
+def right() -> Any:
+    return faulty.make("right")
+
+
+@pytest.mark.parametrize("reference", [None, faulty.kernel], ids=["alone", "reference"])
+@pytest.mark.parametrize("name", faulty.FAULTS)
+def test_a_fault_is_found(name: str, reference: Callable[..., Tensor] | None) -> None:
+    parts, rule, outcome, detail = faulty.FAULTS[name]
+    op = faulty.make(f"{name}{'_beside_a_reference' if reference else ''}", **parts)
+    row = check_operator(op, SAMPLES, reference=reference, rules=rule)[rule]
+    assert (row.outcome, detail in row.detail) == (outcome, True), row
+
+
+EVERYWHERE = {  # the rules that one fault concerns
+    "missing_gradient": [
+        *("any of the gradients", "changes after the call", "batched gradients", "checkpoint"),
+        *("tensor subclass", "torch.compile", "torch.compile, dynamic", "torch.compile by Inductor"),
+    ],
+    "formula": [
+        "forward mode",
+        "vmap and gradients",
+        *(name for name in RULES if name.startswith("torch.func")),
+    ],
+    "doubling_vmap": ["vmap over all operands", "vmap of vmap", "autocast"],
+}
+
+
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_a_fault_is_found_by_every_rule_that_it_concerns(name: str) -> None:
+    op = faulty.make(f"{name}_everywhere", **faulty.FAULTS[name][0])
+    table = check_operator(op, SAMPLES, reference=faulty.kernel, rules=EVERYWHERE[name])
+    assert set(outcomes(table).values()) == {"wrong"}, str(table)
+
+
+def test_a_function_that_forgets_the_subclass_or_the_mode_is_wrong() -> None:
+    def add(a: Tensor, b: Tensor) -> Tensor:
+        return torch.add(*(getattr(t, "inside", t) for t in (a, b))).requires_grad_()
+
+    table = check_operator(add, [(normal(3), normal(3))], rules=["tensor subclass", "grad modes"])
+    assert set(outcomes(table).values()) == {"wrong"}, str(table)
+
+
+def test_nothing_is_found_in_a_right_operator(right: Any) -> None:
+    expected = dict.fromkeys(RULES, "works") | dict.fromkeys(
+        [
+            *("forward mode", "vmap and gradients"),
+            *(name for name in RULES if name.startswith("torch.func")),
+        ],
+        "falls back to the formula",
+    )
+    del expected["AOTInductor"]
+    if not torch.cuda.is_available():
+        expected["CUDA graph"] = "not run"
+    for reference in (None, faulty.kernel):
+        table = check_operator(right, SAMPLES, reference=reference)
+        assert outcomes(table) == expected, str(table)
+        assert table.ok
+        assert "5 of 16 placements" in table["DTensor"].detail
+        assert table["torch.export, save and load"].detail == "the graph holds the operator"
+
+
+@torch.library.custom_op("torchpar_tests::shifted", mutates_args=())
+def shifted(xs: Sequence[Tensor], by: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """An operator with a list, an integer operand and two results, by PyTorch's own decorators."""
+    total = torch.stack([*xs]).sum(0)
+    return scale * total + by, total * total
+
+
+@shifted.register_fake
+def _(xs: Sequence[Tensor], by: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return xs[0].new_empty(xs[0].shape), xs[0].new_empty(xs[0].shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[0])
+    ctx.scale = inputs[2]
+
+
+def _backward(ctx: Any, g: Tensor, h: Tensor) -> Any:
+    gradient = ctx.scale * g + 2 * torch.stack(ctx.saved_tensors).sum(0) * h
+    return [gradient for _ in ctx.saved_tensors], None, None
+
+
+shifted.register_autograd(_backward, setup_context=_setup)
+
+
+@pytest.mark.parametrize(
+    "op", [shifted, lambda xs, by, scale: shifted(xs, by, scale)], ids=["op", "function"]
+)
+def test_lists_and_several_results_and_what_pytorchs_decorators_lack(op: Any) -> None:
+    sample = Sample([[normal(3, 4), normal(3, 4, seed=1)], torch.arange(4)], {"scale": 0.5})
+    table = check_operator(op, [sample], rules=set(RULES) - COMPILED)
+    assert table.name == "torchpar_tests.shifted.default"
+    found = outcomes(table)
+    for rule in ("values", "schema", "fake tensors", "gradcheck", "gradgradcheck", "batched gradients"):
+        assert found[rule] == "works", str(table)
+    for rule in (
+        "forward mode",
+        "torch.func: jvp",
+        "torch.func: jacfwd",
+    ):  # derivatives are 0, without an error
+        assert found[rule] == "wrong", str(table)
+        assert "0, of" in table[rule].detail
+    for rule in ("torch.func: vjp", "torch.func: hessian", "DTensor"):
+        assert found[rule] == "refuses", str(table)
+    assert "of result 1" not in table["any of the gradients"].detail
+    assert not table.ok
+
+
+def test_reasons_for_which_a_rule_is_not_run(right: Any) -> None:
+    def reason(op: Any, sample: tuple[Tensor, ...], rule: str) -> str:
+        (row,) = check_operator(op, [sample], rules=[rule]).rows
+        assert row.outcome == "not run"
+        return row.detail
+
+    integers = (torch.ones(3, 2).long(), torch.ones(3, 2).long())
+    assert reason(right, integers, "gradcheck") == "no floating operand"
+    single, large = (normal(3, 2).float(), normal(3, 2).float()), (normal(30, 40), normal(3, 40))
+    assert reason(right, single, "torch.func: jvp") == "no reference, and operands that are not float64"
+    assert reason(right, large, "torch.func: hessian") == "no reference, and more than 128 floating elements"
+    assert reason(torch.add, (normal(3), normal(3)), "schema") == "no operator was called"
+
+
+def test_the_worst_sample_is_shown(right: Any) -> None:
+    samples = [*SAMPLES, (normal(5, 4), normal(6, 3)), (normal(5, 4), None)]
+    table = check_operator(right, samples, rules="values")
+    assert (table["values"].outcome, table["values"].sample) == ("crashes", 1)
+    assert not table.ok  # a sample is what the operator takes
+    assert "mat1 and mat2 shapes cannot be multiplied" in str(table)
+    assert table.markdown().splitlines()[2].startswith("| values | crashes | RuntimeError: ")
+
+
+@torch.library.custom_op("torchpar_tests::increment", mutates_args=("x",))
+def increment(x: Tensor) -> None:
+    x.add_(1)
+
+
+@pytest.mark.parametrize(
+    "op, samples, rules, message",
+    [
+        (torch.add, SAMPLES, ["value"], "rule 'value', expected one of 'values', "),
+        (torch.add, lambda: None, None, "the samples cannot be made: TypeError"),
+        (torch.add, [normal(3)], None, "expected samples"),
+        (increment, [(normal(3),)], None, "torchpar_tests.increment.default writes to its operands"),
+        ("add", SAMPLES, None, "the operator is an object of type str"),
+    ],
+)
+def test_errors(op: Any, samples: Any, rules: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_operator(op, samples, rules=rules)
+
+
+def test_the_command(right: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    module = ModuleType("mylib")
+    wrong = faulty.make("wrong_for_the_command", kernel=faulty.kernel_that_writes)
+    vars(module).update(right=right, wrong=wrong, samples=lambda: SAMPLES, reference=faulty.kernel)
+    monkeypatch.setitem(sys.modules, "mylib", module)
+    how = ["--samples", "mylib:samples", "--reference", "mylib:reference", "--rules"]
+    assert main(["mylib:right", *how, "values", "schema"]) == 0
+    assert capsys.readouterr().out.startswith("torchpar_faulty.right.default\nrule ")
+    assert main(["mylib:wrong", *how, "operands and results"]) == 1
+    for arguments, message in (
+        (
+            ["mylib:left", *how, "values"],
+            "mylib:left: AttributeError: module 'mylib' has no attribute 'left'",
+        ),
+        (
+            ["nolib:right", *how, "values"],
+            "nolib:right: ModuleNotFoundError: No module named 'nolib'; expected MODULE",
+        ),
+        (["mylib:right", *how, "value"], "rule 'value', expected one of"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+        assert message in capsys.readouterr().err.splitlines()[-1]

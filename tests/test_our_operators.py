@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: MIT
+"""The tables of our operators: nothing is wrong, crashes, or is refused without a known reason."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from operators import BACKWARDS, OPERATORS
+from samples import arguments, widest_arguments
+from torch import Tensor
+
+from torchpar.testing import check_operator
+from torchpar.testing.operators import RULES, OperatorTable
+
+# PyTorch's compiler reads it.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+# test_operators_compile.py compiles them by Inductor.
+CHOSEN = [name for name, rule in RULES.items() if not rule.slow and name != "torch.compile by Inductor"]
+NOT_RUN = {"gradcheck", "gradgradcheck"}  # in float32
+if not torch.cuda.is_available():
+    NOT_RUN.add("CUDA graph")
+# Its result is a view, which may not be changed in place.
+REFUSED = {("exact_matmul", "changes after the call")}
+
+
+def of_symmetric(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of any A and C, because `symmetric_matmul` is one of operands with a symmetric product."""
+
+    def product(a: Tensor, c: Tensor) -> Any:
+        return function(a, a * 2, c + c.mT, alpha=-2.5, beta=1 / 3)
+
+    return product
+
+
+# The first sample of each, and all of them among the slow tests.
+SAMPLES = [slice(1), pytest.param(slice(None), marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("chosen", SAMPLES, ids=["one", "all"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_nothing_is_wrong(name: str, chosen: slice, device: str) -> None:
+    operator = OPERATORS[name]
+    op, reference = operator.overload, operator.native
+    samples = [widest_arguments(name, shapes, device) for shapes in operator.small]
+    if name == "symmetric_matmul":
+        op, reference = of_symmetric(op), of_symmetric(reference)
+        samples = [
+            widest_arguments(name, shapes, device) for shapes in (((4, 3), (4, 4)), ((2, 3, 5), (2, 3, 3)))
+        ]
+    table = check_operator(op, samples[chosen], reference=reference, rules=rules_on(device))
+    check(name, table)
+    for rule, cell in readme(name).items() if device == "cpu" else ():
+        assert cell == {"falls back to the formula": "by its formula"}.get(
+            table[rule].outcome, table[rule].outcome
+        )
+
+
+def readme(name: str) -> dict[str, str]:
+    """The outcomes of the rules in an operator's column of the README's table."""
+    (table,) = re.findall(r"^\| \| `maximum`.*\n(?:\|.*\n)+", README, re.MULTILINE)
+    rows = [[cell.strip(" `") for cell in line.split("|")] for line in table.splitlines()]
+    column = rows[0].index(name)
+    return {row[1]: row[column] for row in rows if row[1] in CHOSEN}
+
+
+@pytest.mark.parametrize("chosen", SAMPLES, ids=["one", "all"])
+@pytest.mark.parametrize("name", BACKWARDS)
+def test_nothing_is_wrong_in_a_backward(name: str, chosen: slice, device: str) -> None:
+    """Without a reference: derivatives are compared with numerical ones."""
+    overload = getattr(torch.ops.torchpar, name).default
+    samples = [arguments(shapes, device=device) for shapes in BACKWARDS[name].cases]
+    table = check_operator(overload, samples[chosen], rules=rules_on(device))
+    check(name, table)
+    assert table["autocast"].detail == "it keeps float32"
+
+
+def rules_on(device: str) -> list[str]:
+    return [rule for rule in CHOSEN if device == "cpu" or rule != "DTensor"]  # its ranks are on CPUs
+
+
+def check(name: str, table: OperatorTable) -> None:
+    print(table)
+    assert table.ok, str(table)
+    refused = {(name, row.rule) for row in table.rows if row.outcome == "refuses"}
+    assert refused <= REFUSED, str(table)
+    assert {row.rule for row in table.rows if row.outcome == "not run"} <= NOT_RUN, str(table)

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: MIT
+"""Check an operator by the rules of each part of PyTorch, and print the table of outcomes."""
+
+import logging
+import warnings
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from torchpar.errors import ConfigError
+from torchpar.testing import calls, derivatives, integration
+from torchpar.testing.case import (
+    REFUSALS,
+    Attempts,
+    Calls,
+    Case,
+    Failed,
+    Fallback,
+    NotRun,
+    Rule,
+    Sample,
+    Wrong,
+)
+
+FALLS_BACK = "falls back to the formula"
+OUTCOMES = ("not run", "works", FALLS_BACK, "refuses", "crashes", "wrong")  # from the best to the worst
+RULES: dict[str, Rule] = {**calls.RULES, **derivatives.RULES, **integration.RULES}
+LONGEST = 110  # characters of a message
+BUILT_IN = ("aten", "prim", "prims", "profiler")  # namespaces of PyTorch's own operators
+
+Samples = Iterable[Sample | tuple[Any, ...]] | Callable[[], Iterable[Sample | tuple[Any, ...]]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The outcome of a rule.
+
+    Attributes:
+        outcome: of several samples the worst. "works"; "falls back to the formula", if the result is right,
+            but was computed without the operator; "refuses", by an error with a message; "wrong";
+            "crashes", by any other error; or "not run".
+        detail: a message, or a remark.
+        sample: the index of the first sample with this outcome.
+    """
+
+    rule: str
+    outcome: str
+    detail: str = ""
+    sample: int = 0
+
+
+@dataclass(frozen=True)
+class OperatorTable:
+    """The rows of an operator's table, which `str` prints."""
+
+    name: str
+    rows: list[Row]
+
+    @property
+    def ok(self) -> bool:
+        """Whether no row is wrong or crashes."""
+        return not any(row.outcome in ("wrong", "crashes") for row in self.rows)
+
+    def __getitem__(self, rule: str) -> Row:
+        return next(row for row in self.rows if row.rule == rule)
+
+    def __str__(self) -> str:
+        table = [["rule", "outcome", "sample", "detail"]]
+        table += [[row.rule, row.outcome, str(row.sample), row.detail] for row in self.rows]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in table)
+        return "\n".join([self.name, *(line.rstrip() for line in lines)])
+
+    def markdown(self) -> str:
+        """The table in Markdown, without the samples."""
+        lines = [f"| {self.name} | outcome | detail |", "|---|---|---|"]
+        lines += [f"| {r.rule} | {r.outcome} | {r.detail.replace('|', chr(92) + '|')} |" for r in self.rows]
+        return "\n".join(lines)
+
+
+def check_operator(
+    op: Callable[..., Any],
+    samples: Samples,
+    *,
+    reference: Callable[..., Any] | None = None,
+    rules: Iterable[str] | None = None,
+    ranks: int = 2,
+) -> OperatorTable:
+    """Try an operator with every part of PyTorch, and compare the results with a reference.
+
+    Without a reference, values are compared with the operator's own on contiguous operands, and derivatives
+    with numerical ones. The operator must not call a random generator.
+
+    Args:
+        op: an operator of `torch.ops`, what `torch.library.custom_op` returns, or a function that calls one
+            operator that is not PyTorch's own. It must not write to its operands.
+        samples: samples, or tuples of arguments, or a function that returns them. Derivatives are taken with
+            respect to all floating operands. Without a reference these have to be float64.
+        reference: a differentiable function of the same arguments, of PyTorch's own operators.
+        rules: a name or names from `RULES`, or "all"; by default all but the slow ones.
+        ranks: the number of simulated ranks for DTensors.
+
+    Returns:
+        A table with one row for each rule, of its worst outcome.
+
+    Raises:
+        ConfigError: an unknown rule; no sample, or one that is no tuple; an operator that writes to operands.
+    """
+    if rules is None:
+        names = [name for name, rule in RULES.items() if not rule.slow]
+    elif isinstance(rules, str):
+        names = list(RULES) if rules == "all" else [rules]
+    else:
+        names = list(rules)
+    if unknown := [name for name in names if name not in RULES]:
+        raise ConfigError(f"rule {unknown[0]!r}, expected one of {', '.join(map(repr, RULES))}")
+    if reference is not None and not callable(reference):
+        raise ConfigError(f"the reference is of type {type(reference).__name__}, expected a callable")
+    try:
+        given = list(samples() if callable(samples) else samples)
+    except Exception as e:
+        raise ConfigError(f"the samples cannot be made: {type(e).__name__}: {e}") from e
+    chosen = [one if isinstance(one, Sample) else Sample(one) for one in given]
+    if not chosen or any(not isinstance(one.args, tuple | list) for one in chosen):
+        raise ConfigError("expected samples: objects of torchpar.testing.Sample, or tuples of arguments")
+    if not isinstance(op, torch._ops.OpOverload | torch._ops.OpOverloadPacket) and not callable(op):
+        raise ConfigError(f"the operator is an object of type {type(op).__name__}, expected a callable")
+    overload = find_overload(op, chosen[0])
+    if overload is not None and overload._schema.is_mutable:
+        raise ConfigError(f"{overload} writes to its operands, expected an operator that does not")
+    name = str(overload) if overload is not None else getattr(op, "__name__", type(op).__name__)
+    cases = [Case(op, overload, reference, one, ranks) for one in chosen]
+    disabled = logging.root.manager.disable
+    logging.disable()  # the compiler's logs of errors, which are in the table
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return OperatorTable(name, [_row(rule, cases) for rule in names])
+    finally:
+        logging.disable(disabled)
+
+
+def find_overload(op: Any, sample: Sample) -> Any:
+    """The operator in PyTorch's registry; None if none but PyTorch's own is called."""
+    for attribute in ("overload", "_opoverload"):
+        op = getattr(op, attribute, op)
+    if isinstance(op, torch._ops.OpOverload):
+        return op
+    with Calls() as calls:
+        try:
+            op(*sample.args, **sample.kwargs)
+        except Exception:  # which the rules find again
+            return None
+    return next((func for func in calls.seen if func.namespace not in BUILT_IN), None)
+
+
+def _row(name: str, cases: list[Case]) -> Row:
+    rows = []
+    for i, case in enumerate(cases[:1] if RULES[name].once else cases):
+        rows.append(Row(name, *_outcome(partial(RULES[name].function, case)), i))
+    return max(rows, key=lambda row: (OUTCOMES.index(row.outcome), -row.sample))
+
+
+def _outcome(attempt: Callable[[], Any]) -> tuple[str, str]:
+    """The outcome of a rule or of one of its attempts, and what happened."""
+    try:
+        returned = attempt()
+        return _worst(returned) if isinstance(returned, Generator) else ("works", returned or "")
+    except Wrong as e:
+        return "wrong", _shortened(e)
+    except NotRun as e:
+        return "not run", _shortened(e)
+    except Fallback:
+        return FALLS_BACK, ""
+    except REFUSALS as e:
+        return "refuses", _shortened(getattr(e, "inner_exception", e))
+    except Failed as e:
+        return "crashes", _shortened(e)
+    except Exception as e:
+        return "crashes", f"{type(e).__name__}: {_shortened(e)}"
+
+
+def _worst(attempts: Attempts) -> tuple[str, str]:
+    """The worst outcome of attempts, the first attempt that has it, and how many do."""
+    found = []
+    while True:
+        try:
+            label, attempt = next(attempts)
+        except StopIteration as end:
+            remark = end.value or ""
+            break
+        found.append((label, *_outcome(attempt)))
+    if not found:
+        return "not run", "nothing to try"
+    label, outcome, detail = max(found, key=lambda one: OUTCOMES.index(one[1]))
+    if outcome == "works":
+        return outcome, remark
+    alike = sum(one[1] == outcome for one in found)
+    return outcome, f"{label}{': ' * bool(detail)}{detail} ({alike} of {len(found)})"
+
+
+def _shortened(error: BaseException) -> str:
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [""]
+    return lines[0] if len(lines[0]) <= LONGEST else lines[0][: LONGEST - 1] + "…"

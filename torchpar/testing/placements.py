@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: MIT
+"""The rule for DTensors: an operator with every placement of every operand, on simulated ranks.
+
+All ranks live in this process, in PyTorch's LocalTensor mode, so that nothing has to be imported elsewhere.
+"""
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from torchpar.testing.case import Attempts, Case, NotRun, Wrong, close, gradients, normal_like
+
+MOST_COMBINATIONS = 48  # drawn from all, if there are more
+
+
+def every_placement(case: Case) -> Attempts:
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    choices = []
+    for t in case.operands:
+        partial_sum = [Partial("sum")] if t.is_floating_point() else []
+        choices.append([Replicate(), *map(Shard, range(t.dim())), *partial_sum])
+    combinations = list(itertools.product(*choices))
+    if len(combinations) > MOST_COMBINATIONS:
+        combinations = random.Random(0).sample(combinations, MOST_COMBINATIONS)
+    expected = case.op(*case.operands), *_gradients_of_the_whole(case)
+    local: list[Any] = []
+    with _simulated(case.ranks) as mesh:
+        for placements in combinations:
+            label = ", ".join(map(str, placements))
+            yield label, partial(_compare, case, mesh, placements, expected, local)
+    return f"{len(local)} of {len(combinations)} placements take no communication"
+
+
+def _gradients_of_the_whole(case: Case) -> tuple[list[Tensor], Sequence[Tensor]]:
+    """Incoming gradients, and those of the operands; none, if the operator has no derivative."""
+    leaves = case.leaves()
+    results = case.smooth(case.plain)(*leaves)
+    incoming = list(map(normal_like, results))
+    try:
+        return incoming, gradients(results, leaves, incoming)
+    except RuntimeError:  # another rule's matter
+        return incoming, ()
+
+
+@contextmanager
+def _simulated(ranks: int) -> Iterator[Any]:
+    """A mesh of ranks in this process."""
+    if dist.is_initialized():
+        raise NotRun("this process belongs to a process group")
+    try:
+        from torch.distributed._local_tensor import LocalTensorMode
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+    except ImportError as e:
+        raise NotRun(f"this PyTorch has no LocalTensor mode: {e}") from e
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        with LocalTensorMode(ranks):
+            yield init_device_mesh("cpu", (ranks,))
+    finally:
+        dist.destroy_process_group()
+
+
+def _place(whole: Tensor, mesh: Any, placement: Any) -> Any:
+    """A DTensor of ``whole``; the parts of a sum differ in every element."""
+    from torch.distributed._local_tensor import LocalTensor
+    from torch.distributed.tensor import DTensor
+
+    ranks = mesh.size()
+    if placement.is_partial():
+        weights = [normal_like(whole, seed) for seed in range(ranks - 1)]
+        weights.append(1 - torch.stack(weights).sum(0))
+        parts = [whole * w for w in weights]
+    elif placement.is_shard():
+        parts = list(whole.chunk(ranks, placement.dim))  # DTensor's shards
+        parts += [whole.narrow(placement.dim, 0, 0)] * (ranks - len(parts))
+    else:
+        parts = [whole] * ranks
+    local = LocalTensor({rank: part.clone() for rank, part in enumerate(parts)})
+    return DTensor.from_local(
+        local, mesh, [placement], run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+
+
+def _compare(
+    case: Case, mesh: Any, placements: Sequence[Any], expected: tuple[Any, Any, Any], local: list[Any]
+) -> None:
+    """Compare results and gradients on all ranks with those of the whole operands."""
+    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    results, incoming, of_operands = expected
+    placed = [_place(t, mesh, p) for t, p in zip(case.operands, placements, strict=True)]
+    xs = [t.requires_grad_() for t in placed if t.is_floating_point()]
+    with CommDebugMode() as communication:
+        ys: Sequence[Any] = case.op(*placed)
+    if not all(isinstance(y, DTensor) for y in ys):
+        raise Wrong("the result is not a DTensor")
+    whole: list[Any] = [y.redistribute(placements=[Replicate()]) for y in ys]
+    _same_on_all_ranks(whole, results)
+    if communication.get_total_counts() == 0:
+        local.append(placements)
+    if of_operands:
+        smooth = [y for y, smooth in zip(whole, case.is_smooth, strict=True) if smooth]
+        found: Sequence[Any] = gradients(smooth, xs, [_place(g, mesh, Replicate()) for g in incoming])
+        _same_on_all_ranks([g.redistribute(placements=[Replicate()]) for g in found], of_operands)
+
+
+def _same_on_all_ranks(actual: Sequence[Any], expected: Sequence[Tensor]) -> None:
+    from torch.distributed._local_tensor import maybe_disable_local_tensor_mode
+
+    with maybe_disable_local_tensor_mode(), torch.no_grad():
+        for a, e in zip(actual, expected, strict=True):
+            for part in a.to_local()._local_tensors.values():
+                close(part.detach(), e.detach())
