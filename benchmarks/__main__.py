@@ -12,6 +12,7 @@ from pathlib import Path
 
 NAMES = (
     "operators",
+    "calls",
     "muon",
     "optimizers",
     "train",

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: MIT
+"""Check the operators of this folder, and write docs/gallery.md: ``python examples/operators/gallery.py``."""
+
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from torchpar.testing import OperatorTable, check_operator
+
+TRITON = ("softmax", "rms_norm")
+OPERATORS = (*TRITON, "bessel", "numba_kernel", "roi_align", "several_outputs", "list_of_tensors")
+SKIPPED = ("torch.compile by Inductor", "AOTInductor", "CUDA graph", "cost of a call")
+PAGE = Path(__file__).parents[2] / "docs" / "gallery.md"
+REFUSALS = {  # of the operators by torchpar.library
+    ("roi_align", "DTensor"): "no rule is registered. Its backward, an operator too, would need another.",
+}
+TEXT = """# A gallery of operators
+
+Each file of [examples/operators](../examples/operators) takes a function, in Triton, SciPy, Numba or
+torchvision. The same lines make two operators of it: one by `torch.library`, and one by `torchpar.library`.
+[A page](citizen.md) explains each rule. `torchpar.testing.check_operator` finds, before → after:
+
+{table}
+
+All other rules that were tried work before and after; Inductor, CUDA graphs and the cost of a call are left
+out. Before, a derivative in forward mode is 0 or missing, without an error. On a CPU `softmax` and `rms_norm`
+compute by PyTorch; the tests also run their kernels in Triton's interpreter.
+
+{refusals}
+- An operator that writes to an argument has no gradient, by `torch.library` and by `torchpar.library`.
+
+`python examples/operators/gallery.py` writes this page. It needs `pip install -e '.[examples,test]'`.
+"""
+
+
+def check(name: str) -> tuple[OperatorTable, OperatorTable]:
+    """The tables of an operator by `torch.library`, and by `torchpar.library`."""
+    from torchpar.testing.operators import RULES
+
+    torch.manual_seed(0)
+    module = import_module(name)
+    rules = [rule for rule in RULES if rule not in SKIPPED]
+    before, after = (
+        check_operator(op, module.samples, reference=module.reference, rules=rules)
+        for op in (module.before, module.after)
+    )
+    return before, after
+
+
+def page(tables: dict[str, tuple[OperatorTable, OperatorTable]]) -> str:
+    """The text of the page: for each rule and operator the two outcomes, if they differ."""
+    links = [f"[{name}](../examples/operators/{name}.py)" for name in tables]
+    lines = [f"| | {' | '.join(links)} |", "|---" * (1 + len(tables)) + "|"]
+    for rule in (row.rule for row in next(iter(tables.values()))[0].rows):
+        pairs = [(before[rule].outcome, after[rule].outcome) for before, after in tables.values()]
+        if any(before != after for before, after in pairs):
+            cells = [was if was == now else f"{was} → {now}" for was, now in pairs]
+            lines.append(f"| {rule} | {' | '.join(cells)} |")
+    refusals = [f"- {rule} refuses `{name}`: {why}" for (name, rule), why in REFUSALS.items()]
+    return TEXT.format(table="\n".join(lines), refusals="\n".join(refusals))
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page({name: check(name) for name in OPERATORS}))

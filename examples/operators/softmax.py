@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: MIT
+"""Softmax over the last dimension by a Triton kernel: y = exp(x − max x) / Σ exp(x − max x)."""
+
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from shared import batch_of_rows, check_rows, runs_kernel, shard_rows
+from torch import Tensor
+from torch.library import wrap_triton
+
+import torchpar
+
+
+@triton.jit
+def softmax_kernel(x_ptr, y_ptr, columns, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * columns + column, mask=column < columns, other=-float("inf"))
+    e = tl.exp((x - tl.max(x, 0)).to(WIDE))
+    tl.store(y_ptr + row * columns + column, e / tl.sum(e, 0), mask=column < columns)
+
+
+def softmax(x: Tensor) -> Tensor:
+    check_rows(x)
+    if not runs_kernel(x):
+        return torch.softmax(x, -1).contiguous()
+    x, columns = x.contiguous(), x.shape[-1]
+    y = torch.empty_like(x)
+    if x.numel():
+        wide = tl.float64 if x.dtype == torch.float64 else tl.float32
+        grid = (x.numel() // columns,)
+        wrap_triton(softmax_kernel)[grid](x, y, columns, wide, triton.next_power_of_2(columns))
+    return y
+
+
+def register(library: Any, name: str) -> Any:
+    op = library.triton_op(name, softmax, mutates_args=())
+
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return y * (g - (g * y).sum(-1, keepdim=True))  # type: ignore[no-any-return]
+
+    op.register_autograd(backward, setup_context=setup_context)
+    op.register_vmap(lambda info, in_dims, x: (op(batch_of_rows(x, in_dims[0])), 0))
+    return op
+
+
+before = register(torch.library, "gallery_before::softmax")
+after = register(torchpar.library, "gallery::softmax")
+after.register_sharding(shard_rows)
+
+reference = partial(torch.softmax, dim=-1)
+
+
+def samples() -> list[tuple[Any, ...]]:
+    return [(torch.randn(*shape, dtype=torch.float64),) for shape in ((4, 5), (2, 3, 6))]

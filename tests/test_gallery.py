@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: MIT
+"""The operators of examples/operators: right where PyTorch's own decorators leave a gap."""
+
+from functools import cache
+
+import pytest
+
+pytest.importorskip("scipy", reason="an operator of the gallery calls SciPy")
+from gallery import OPERATORS, PAGE, REFUSALS, TRITON, check, page
+
+from torchpar.testing import OperatorTable, Row, check_operator
+
+# PyTorch's own: a fake tensor's .item() in make_fx, and the export of 2.11.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+RIGHT = ("works", "not run", "falls back to the formula")
+GAPS = ("forward mode", "torch.func: vjp", "torch.func: jvp", "torch.func: hessian", "vmap and gradients")
+
+
+@cache
+def tables(name: str) -> tuple[OperatorTable, OperatorTable]:
+    """Before and after; each process that runs tests makes only those that it needs."""
+    return check(name)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_rule_holds_or_has_an_explained_refusal(name):
+    before, after = tables(name)
+    refused = {(name, row.rule) for row in after.rows if row.outcome not in RIGHT}
+    assert refused == {key for key in REFUSALS if key[0] == name}, str(after)
+    assert all(after[rule].outcome == "refuses" for _, rule in refused)
+    for rule in GAPS:
+        assert (before[rule].outcome in ("wrong", "refuses"), after[rule].outcome) == (True, "works")
+
+
+@pytest.mark.slow
+def test_the_page_is_current():
+    assert PAGE.read_text() == page({name: tables(name) for name in OPERATORS})
+
+
+def check_interpreted(name: str) -> list[Row]:
+    from importlib import import_module
+
+    from triton.runtime.interpreter import InterpretedFunction
+
+    module = import_module(name)
+    assert isinstance(getattr(module, f"{name}_kernel"), InterpretedFunction)
+    rules = ["values", "same bits twice", "layouts and sizes", "gradcheck", "torch.func: jvp"]
+    return check_operator(module.after, module.samples, reference=module.reference, rules=rules).rows
+
+
+@pytest.mark.parametrize("name", TRITON)
+def test_the_kernels_compute_the_same(interpreter, name):
+    assert {row.outcome for row in interpreter(check_interpreted, name)} == {"works"}
