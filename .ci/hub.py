@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 VARIANT = "build/torch-universal"
 ALLOWED = {"torch", "triton", *sys.stdlib_module_names}  # the Hub's kernels import nothing else
 HEADER = "# SPDX-License-Identifier: MIT\n"
-NAMESPACE = 'NAMESPACE = "torchpar"\n'  # a line of ops/_library.py
+NAMESPACE = 'NAMESPACE = "torchpar"\n'  # a line of ops/_operator.py
 INIT = '''"""Triton operators that are full citizens of PyTorch."""
 
 from . import _ops
@@ -136,10 +136,10 @@ def package() -> tuple[str, dict[str, str]]:
 
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     identifier = f"_torchpar_{digest[:12]}"
-    library = files["ops/_library.py"]
+    library = files["ops/_operator.py"]
     if library.count(NAMESPACE) != 1:
-        raise ValueError(f"torchpar/ops/_library.py: expected one line {NAMESPACE.strip()}")
-    files["ops/_library.py"] = library.replace(NAMESPACE, f'NAMESPACE = "{identifier}"\n')
+        raise ValueError(f"torchpar/ops/_operator.py: expected one line {NAMESPACE.strip()}")
+    files["ops/_operator.py"] = library.replace(NAMESPACE, f'NAMESPACE = "{identifier}"\n')
     files["_ops.py"] = HEADER + OPS.format(id=identifier)
 
     major = int(version.partition(".")[0])  # the Hub's 0 too means that the interface may change

@@ -59,7 +59,7 @@ def test_the_package_loads_and_its_operators_give_the_values(package: Path) -> N
     [
         ("ops/maximum.py", "from torchpar import nn", "torchpar"),
         ("ops/maximum.py", "f(torch.ops.torchpar.maximum)", "torchpar"),
-        ("ops/_library.py", 'import_module(f"torchpar.{name}")', "torchpar."),
+        ("ops/_operator.py", 'import_module(f"torchpar.{name}")', "torchpar."),
         ("partition.py", "import numpy", "numpy"),
     ],
 )

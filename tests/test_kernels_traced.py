@@ -123,7 +123,7 @@ def backward(op: str, gradient: Tensor, saved: tuple[Tensor, ...]) -> tuple[list
     module = import_module(f"torchpar.ops.{op}")
 
     def run(g: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
-        needed = (*(True for _ in inspect.signature(module._formula).parameters), False)
+        needed = tuple(True for _ in inspect.signature(module._formula).parameters)
         return module._backward(SimpleNamespace(saved_tensors=saved, needs_input_grad=needed), g)
 
     graph = aot_export_joint_simple(run, [gradient, *saved], trace_joint=False)

@@ -5,7 +5,6 @@ import io
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -182,17 +181,3 @@ def test_autocast(name: str, dtype: torch.dtype, device: str) -> None:
     # The sigmoid, its slope and the sum of at most four products of a factor of at most 1 are rounded.
     rounding = {"rtol": 1.5 * torch.finfo(dtype).eps, "atol": 1.5 * torch.finfo(dtype).eps}
     assert_close([g.double() for g in found], list(expected), **rounding)
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("name", OPERATORS)
-def test_grad_modes(name: str, mode: Callable[..., Any], device: str) -> None:
-    op, shapes = OPERATORS[name].op, OPERATORS[name].small[0]
-    args = widest_arguments(name, shapes, device, requires_grad=True)
-    expected = op(*args)
-    with mode():
-        y = op(*args)
-        made_inside = op(*widest_arguments(name, shapes, device))
-    assert not y.requires_grad
-    assert y.is_inference() == made_inside.is_inference() == (mode is torch.inference_mode)
-    assert_close((y, made_inside), (expected, expected), rtol=0, atol=0)

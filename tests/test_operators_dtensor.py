@@ -118,14 +118,6 @@ def test_every_placement(ranks, name):
     assert expected <= set(local[0]), local[0]
 
 
-@pytest.mark.parametrize("name", OPERATORS)
-def test_every_placement_of_a_batch(ranks, name):
-    if name == "linear_sigmoid" and torch.__version__.startswith("2.11."):
-        pytest.skip("PyTorch 2.11 does not flatten a batch that is sharded along its second dimension")
-    local = ranks(2, compare, name, OPERATORS[name].small[-1], (2,))[0]
-    assert any(combination.endswith("-> S(0)") for combination in local), local
-
-
 def test_a_layer_of_a_vector(ranks):
     ranks(2, compare, "linear_sigmoid", ((4,), (6, 4), (6,)), (2,))
 

@@ -7,69 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from operators import BY_SMALL_CASE, FLOATS, OPERATORS, Shapes
+from operators import FLOATS, OPERATORS, Shapes
 from samples import assert_symmetric, normal, widest, widest_arguments
-from torch import Tensor
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import vmap
 from torch.testing import assert_close
 
 import torchpar
 
 Function = Callable[..., Any]
-
-
-def everything(args: tuple[Tensor, ...]) -> tuple[int, ...]:
-    return tuple(range(len(args)))
-
-
-def scalar(op: Function) -> Function:
-    return lambda *args: op(*args).pow(3).sum()
-
-
-def stacked(args: tuple[Tensor, ...], n: int = 2) -> tuple[Tensor, ...]:
-    """A batch of n for every argument."""
-    return tuple(torch.stack([arg + i / 4 for i in range(n)]) for arg in args)
-
-
-def tangents(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(normal(*arg.shape, seed=7).to(arg) for arg in args)
-
-
-def _batch_of_cotangents(op: Function, args: tuple[Tensor, ...]) -> Any:
-    y, pullback = vjp(op, *args)
-    return vmap(pullback)(torch.stack([y, y.cos()]))
-
-
-def _vmap_inside_autograd(op: Function, args: tuple[Tensor, ...]) -> Any:
-    batch = tuple(arg.requires_grad_() for arg in stacked(args))
-    return torch.autograd.grad(vmap(op)(*batch).pow(3).sum(), batch)
-
-
-TRANSFORMS: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
-    "grad": lambda op, args: grad(scalar(op), everything(args))(*args),
-    "jacrev": lambda op, args: jacrev(op, everything(args))(*args),
-    "jacfwd": lambda op, args: jacfwd(op, everything(args))(*args),
-    "hessian": lambda op, args: hessian(scalar(op), everything(args))(*args),
-    "jacrev(jacfwd)": lambda op, args: jacrev(jacfwd(op, everything(args)), everything(args))(*args),
-    "jvp": lambda op, args: jvp(op, args, tangents(args)),
-    "jvp(jvp)": lambda op, args: jvp(lambda *a: jvp(op, a, tangents(args))[1], args, tangents(args)),
-    "vmap(vjp)": _batch_of_cotangents,
-    "vmap": lambda op, args: vmap(op)(*stacked(args)),
-    "vmap(grad)": lambda op, args: vmap(grad(scalar(op), everything(args)))(*stacked(args)),
-    "vmap(jvp)": lambda op, args: vmap(lambda *a: jvp(op, a, a))(*stacked(args)),
-    "jacfwd(vmap)": lambda op, args: jacfwd(vmap(op), everything(args))(*stacked(args)),
-    "hessian(vmap)": lambda op, args: hessian(scalar(vmap(op)))(*stacked(args)),
-    "vmap(vmap(grad))": lambda op, args: vmap(vmap(grad(scalar(op))))(*stacked(stacked(args), 3)),
-    "vmap, in autograd": _vmap_inside_autograd,
-}
-
-
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("name, shapes", BY_SMALL_CASE, ids=str)
-def test_transforms(name: str, shapes: Shapes, transform: str, device: str) -> None:
-    args = widest_arguments(name, shapes, device)
-    expected = TRANSFORMS[transform](OPERATORS[name].plain, args)
-    assert_close(TRANSFORMS[transform](OPERATORS[name].op, args), expected)
 
 
 BY_IN_DIMS = [(name, *case) for name, operator in OPERATORS.items() for case in operator.in_dims]
@@ -101,18 +46,3 @@ def test_vmap_of_maximum_promotes_as_each_sample_would(device: str) -> None:
         for args in ((a, b), (b, a)):
             samples = torch.stack([torch.maximum(*sample) for sample in zip(*args, strict=True)])
             assert_close(vmap(torchpar.maximum)(*args), samples, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("in_dims", [(1, None, None), (0, 0, None), (None, None, 0)], ids=str)
-def test_vmap_of_the_backward_of_maximum(in_dims: tuple[int | None, ...], device: str) -> None:
-    args = [
-        normal(*(shape if dim is None else (*shape[:dim], 5, *shape[dim:])), device=device)
-        for dim, shape in zip(in_dims, ((3, 4), (3, 4), (4,)), strict=True)
-    ]
-
-    def gradients(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        share = torch.where(a == b, g / 2, g)
-        return share.masked_fill(a < b, 0), share.masked_fill(b < a, 0)
-
-    actual = vmap(torch.ops.torchpar.maximum_backward, in_dims)(*args)
-    assert_close(actual, vmap(gradients, in_dims)(*args), rtol=0, atol=0)

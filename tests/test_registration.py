@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Registration of the operators, the cost of importing them, and each private name of PyTorch that they use.
 
-A failure here after an upgrade of PyTorch says which assumption of torchpar/ops/_library.py no longer holds.
+A failure here after an upgrade of PyTorch says which assumption of torchpar/library.py no longer holds.
 """
 
 import itertools
@@ -29,7 +29,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 import torchpar
-from torchpar.ops._library import supports_tma
+from torchpar.library import supports_tma
 
 # Of PyTorch's own export (2.11).
 pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec")
@@ -63,9 +63,9 @@ torchpar.maximum(torchpar.matmul_t(y), y).sum().backward()
 torchpar.symmetric_matmul(torch.ones(300, 2), torch.ones(300, 2), check=True)
 called = sorted(set(sys.modules) - before)
 import torch.distributed.tensor
-from torchpar.ops._library import _sharding_rules
+from torchpar.library import _sharding_rules
 waiting = len(_sharding_rules)
-torchpar.maximum(y, y)
+torch.ops.torchpar.maximum(y, y)
 print(json.dumps([added, called, waiting, len(_sharding_rules)]))
 """
 
@@ -228,7 +228,7 @@ def backward(ctx: Any, g: Tensor) -> Tensor:
 def test_register_autograd_of_pytorch_still_needs_our_workaround() -> None:
     """It supports neither grad nor jvp: pytorch#168393, #170834, #179652.
 
-    Once the oldest torch that pyproject.toml allows does, let `register_autograd` in torchpar/ops/_library.py
+    Once the oldest torch that pyproject.toml allows does, let `register_autograd` in torchpar/library.py
     call it (if its calls have become as cheap), and drop `formula`, peek_interpreter_stack and forward_ad.
     """
     name = "torchpar_tests::cube"

@@ -9,7 +9,7 @@ cheap, and works where Triton is not installed.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from torchpar import nn
+from torchpar import library, nn
 from torchpar.ops import exact_matmul, exact_matmul_t, linear_sigmoid, matmul_t, maximum, symmetric_matmul
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = ["exact_matmul", "exact_matmul_t", "linear_sigmoid", "matmul_t", "maximum"]
-__all__ += ["exact", "nn", "optim", "parallel", "symmetric_matmul", "testing"]
+__all__ += ["exact", "library", "nn", "optim", "parallel", "symmetric_matmul", "testing"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar.errors import ConfigError
-from torchpar.ops._library import is_dtensor
+from torchpar.library import is_dtensor
 from torchpar.partition import Partition
 
 

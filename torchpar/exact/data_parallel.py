@@ -22,8 +22,8 @@ from torch import Tensor
 from torchpar.errors import ConfigError
 from torchpar.exact.ordinary import ordinary
 from torchpar.exact.sums import exponents_of
+from torchpar.library import is_dtensor
 from torchpar.ops._exact import KeptDigits
-from torchpar.ops._library import is_dtensor
 from torchpar.wire import wire_device
 
 _WIDTH = 30

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.ops._library import Wrap
+from torchpar.library import Wrap
 from torchpar.ops._processor import cpuinfo
 
 DIGITS, BITS = 4, 8

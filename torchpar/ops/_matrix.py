@@ -7,14 +7,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from torchpar.ops._library import is_dtensor
+from torchpar.library import is_dtensor
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_dtype(operator: str, name: str, x: Tensor) -> None:
     """Raise a RuntimeError unless the argument ``x``, called ``name``, has a dtype of the kernels."""
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         raise RuntimeError(
             f"torchpar::{operator}: {name} has dtype {x.dtype}, expected float16, bfloat16, float32 or "
             "float64"

@@ -19,21 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchpar.library import Wrap, batch_first, sample
 from torchpar.ops import _exact
-from torchpar.ops._library import (
-    Wrap,
-    batch_first,
-    operator,
-    ops,
-    register_autocast,
-    register_autograd,
-    register_fake,
-    register_sharding,
-    register_vmap,
-    sample,
-    with_derivatives,
-)
 from torchpar.ops._matrix import half_sum
+from torchpar.ops._operator import operator
 
 
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -99,15 +88,12 @@ def _check_operand(argument: str, t: Tensor, shape: str) -> None:
 @operator(
     "exact_matmul(Tensor a, Tensor b) -> Tensor", kernels="exact_matmul", opaque=lambda a, b: not a.is_cuda
 )
-def _exact_matmul(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
+def _op(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
     _check(a, b)
     return _exact.product(a, b, wrap)
 
 
-_op = ops.exact_matmul.default
-
-
-@register_fake("exact_matmul")
+@_op.register_fake
 def _(a: Tensor, b: Tensor) -> Tensor:
     _check(a, b)
     return a.new_empty(*a.shape[:-1], b.shape[-2])
@@ -120,7 +106,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     a, b = ctx.saved_tensors
-    need_a, need_b, *_ = ctx.needs_input_grad
+    need_a, need_b = ctx.needs_input_grad
     if ctx.is_square:  # G + Gᵀ could overflow
         return exact_matmul(half_sum(g), a.mT) * 2, None
     return exact_matmul(g, b.mT) if need_a else None, exact_matmul(g.mT, a.mT) if need_b else None
@@ -133,21 +119,21 @@ def _jvp(ctx: Any, da: Tensor | None, db: Tensor | None) -> Tensor:
     return exact_matmul(da, b) + exact_matmul(a, db)
 
 
-_formula = with_derivatives("exact_matmul", _backward, setup_context=_setup_context, jvp=_jvp)
-register_autograd("exact_matmul", _backward, setup_context=_setup_context, formula=_formula)
+_op.register_autograd(_backward, setup_context=_setup_context, jvp=_jvp)
 
 
-@register_vmap("exact_matmul")
+@_op.register_vmap
 def _(info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor) -> tuple[Tensor, int]:
     _check(sample(a, in_dims[0]), sample(b, in_dims[1]))
     first = batch_first(a, in_dims[0], info.batch_size)
     return exact_matmul(first, first if b is a else batch_first(b, in_dims[1], info.batch_size)), 0
 
 
-register_autocast("exact_matmul", dtype=torch.float32)
+for _device in ("cpu", "cuda"):
+    _op.register_autocast(_device, torch.float32)
 
 
-@register_sharding("exact_matmul")
+@_op.register_sharding
 def _(a: Any, b: Any) -> list[Any]:
     from torch.distributed.tensor import Replicate, Shard
 

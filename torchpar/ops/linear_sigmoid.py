@@ -21,21 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from torchpar.library import Wrap, batch_first, sample, supports_tma
 from torchpar.ops import _onednn
-from torchpar.ops._library import (
-    Wrap,
-    batch_first,
-    operator,
-    ops,
-    register_autocast,
-    register_autograd,
-    register_fake,
-    register_sharding,
-    register_vmap,
-    sample,
-    supports_tma,
-)
 from torchpar.ops._matrix import check_dtype, check_like, fp32_precision, is_paired, pad_to_even, rows
+from torchpar.ops._operator import operator
 from torchpar.ops._processor import has_bfloat16
 
 
@@ -56,13 +45,6 @@ def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     Raises:
         RuntimeError: an unsupported dtype, shapes that do not fit, or mixed dtypes or devices.
     """
-    # On a CPU the dispatcher and an operator's autograd take longer than a small product.
-    if x.is_cpu and _onednn.is_eager(x, weight, bias):
-        _check(x, weight, bias)
-        if _is_native_on_cpu(x, weight):
-            return linear(x, weight, bias).sigmoid()
-        if not torch.is_grad_enabled():
-            return _onednn.linear_forward(x, weight, bias, sigmoid=True)
     return _op(x, weight, bias)  # type: ignore[no-any-return]
 
 
@@ -96,7 +78,7 @@ def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
     They are on CPUs, if the layer is small or not float32, and for 16-bit floats if its sizes are even.
     """
-    return x.is_cpu and _onednn.is_eager(x, weight, bias) and _is_native_on_cpu(x, weight)
+    return x.is_cpu and _is_native_on_cpu(x, weight) and _onednn.is_eager(x, weight, bias)
 
 
 def _is_native_on_cpu(x: Tensor, weight: Tensor) -> bool:
@@ -114,7 +96,7 @@ def _formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 @operator("linear_sigmoid(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", kernels="linear_sigmoid")
-def _linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wrap: Wrap) -> Tensor:
+def _op(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wrap: Wrap) -> Tensor:
     _check(x, weight, bias)
     if not x.is_cuda:
         if wrap is None and x.dtype == torch.bfloat16 and not has_bfloat16():
@@ -135,11 +117,10 @@ def _linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wr
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 
-_op = ops.linear_sigmoid.default
 _sigmoid_gradient = torch.ops.aten.sigmoid_backward.default
 
 
-@register_fake("linear_sigmoid")
+@_op.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     _check(x, weight, bias)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
@@ -160,18 +141,16 @@ def sigmoid_backward(g: Tensor, y: Tensor, need_bias: bool = True) -> tuple[Tens
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, y = ctx.saved_tensors
-    need_x, need_weight, *need_bias, _ = ctx.needs_input_grad  # a bias left at its default is not listed
-    dz, db = sigmoid_backward(g, y, any(need_bias))
+    need_x, need_weight, need_bias = ctx.needs_input_grad
+    dz, db = sigmoid_backward(g, y, need_bias)
     dx, dw = _onednn.linear_gradients(dz, x, weight, need_x, need_weight)
-    return dx, dw, *([db] * len(need_bias))
+    return dx, dw, db
 
 
-register_autograd(
-    "linear_sigmoid", _backward, setup_context=_setup_context, formula=_formula, decompose=_is_native
-)
+_op.register_autograd(_backward, setup_context=_setup_context, formula=_formula, decompose=_is_native)
 
 
-@register_vmap("linear_sigmoid")
+@_op.register_vmap
 def _(
     info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, int]:
@@ -190,10 +169,10 @@ def _(
     return z.sigmoid().reshape(*x.shape[:-1], weight.shape[1]), 0
 
 
-register_autocast("linear_sigmoid")
+_op.register_autocast()
 
 
-@register_sharding("linear_sigmoid")
+@_op.register_sharding
 def _(x: Any, weight: Any, bias: Any = None) -> list[Any]:
     from torch.distributed.tensor import Replicate, Shard
 
@@ -208,14 +187,20 @@ def _(x: Any, weight: Any, bias: Any = None) -> list[Any]:
 # The backward's first pass: dL/dZ (*, out) and dL/db (out) from g and y (*, out).
 
 
+def _check_backward(g: Tensor, y: Tensor) -> None:
+    if y.dim() < 1:
+        raise RuntimeError("torchpar::linear_sigmoid_backward: y has shape (), expected (*, out_features)")
+    check_like("linear_sigmoid_backward", "g", g, y.shape, y)
+
+
 def _backward_formula(g: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     dz = _sigmoid_gradient(g, y)
     return dz, rows(dz).sum(0)
 
 
 @operator("linear_sigmoid_backward(Tensor g, Tensor y) -> (Tensor, Tensor)", kernels="sigmoid_backward")
-def _linear_sigmoid_backward(g: Tensor, y: Tensor, *, wrap: Wrap) -> tuple[Tensor, Tensor]:
-    check_like("linear_sigmoid_backward", "g", g, y.shape, y)
+def _backward_op(g: Tensor, y: Tensor, *, wrap: Wrap) -> tuple[Tensor, Tensor]:
+    _check_backward(g, y)
     if not y.is_cuda:
         dz, db = _backward_formula(g, y)
         return dz.contiguous(), db
@@ -226,31 +211,27 @@ def _linear_sigmoid_backward(g: Tensor, y: Tensor, *, wrap: Wrap) -> tuple[Tenso
     return dz, db
 
 
-_backward_op = ops.linear_sigmoid_backward.default
-
-
-@register_fake("linear_sigmoid_backward")
+@_backward_op.register_fake
 def _(g: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    check_like("linear_sigmoid_backward", "g", g, y.shape, y)
+    _check_backward(g, y)
     return y.new_empty(y.shape), y.new_empty(y.shape[-1])
 
 
 def _double_backward(ctx: Any, h_dz: Tensor, h_db: Tensor) -> tuple[Tensor | None, Tensor | None]:
     g, y = ctx.saved_tensors
-    need_g, need_y, _ = ctx.needs_input_grad
+    need_g, need_y = ctx.needs_input_grad
     k = h_dz + h_db
     return k * y * (1 - y) if need_g else None, k * g * (1 - 2 * y) if need_y else None
 
 
-register_autograd(
-    "linear_sigmoid_backward",
+_backward_op.register_autograd(
     _double_backward,
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
     formula=_backward_formula,
 )
 
 
-@register_vmap("linear_sigmoid_backward")
+@_backward_op.register_vmap
 def _(
     info: Any, in_dims: tuple[int | None, int | None], g: Tensor, y: Tensor
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
@@ -260,10 +241,10 @@ def _(
     return (dz, db), (0, 0)
 
 
-register_autocast("linear_sigmoid_backward", cast=False)
+_backward_op.register_autocast(cast=False)
 
 
-@register_sharding("linear_sigmoid_backward")
+@_backward_op.register_sharding
 def _(g: Any, y: Any) -> list[Any]:
     from torch.distributed.tensor import Partial, Replicate, Shard
 

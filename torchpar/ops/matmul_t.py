@@ -18,21 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchpar.library import Wrap, batch_first, is_split, sample
 from torchpar.ops import _cpu
-from torchpar.ops._library import (
-    Wrap,
-    batch_first,
-    is_split,
-    operator,
-    ops,
-    register_autocast,
-    register_autograd,
-    register_fake,
-    register_sharding,
-    register_vmap,
-    sample,
-)
 from torchpar.ops._matrix import check_dtype, check_like, half_sum, product
+from torchpar.ops._operator import operator
 from torchpar.ops.symmetric_matmul import symmetric_product
 
 
@@ -54,24 +43,7 @@ def matmul_t(x: Tensor) -> Tensor:
     Raises:
         RuntimeError: an unsupported dtype, or fewer than two dimensions.
     """
-    if _cpu.is_direct(x):
-        _check(x)
-        needs_gradient = x.requires_grad and torch.is_grad_enabled()
-        return _Direct.apply(x) if needs_gradient else _cpu.own_product(x)
     return _op(x)  # type: ignore[no-any-return]
-
-
-class _Direct(torch.autograd.Function):
-    """The operator on a CPU without the dispatcher, which takes longer than a small product."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return _cpu.own_product(x)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return _backward(ctx, g)
 
 
 def _check(x: Tensor) -> None:
@@ -86,7 +58,7 @@ def _formula(x: Tensor) -> Tensor:
 
 
 def _is_split_by_rows(x: Tensor) -> bool:
-    return is_split(x, -2)
+    return type(x) is not Tensor and is_split(x, -2)
 
 
 def _gathered(x: Any) -> Any:
@@ -98,15 +70,14 @@ def _gathered(x: Any) -> Any:
 
 # Inductor would fuse the blocks of the CPU path into one slower kernel, and compile it for half a minute.
 @operator("matmul_t(Tensor x) -> Tensor", kernels="matmul_t", opaque=_cpu.is_opaque)
-def _matmul_t(x: Tensor, *, wrap: Wrap) -> Tensor:
+def _op(x: Tensor, *, wrap: Wrap) -> Tensor:
+    if x.is_cpu and wrap is None and (small := _cpu.small_product(x)) is not None:
+        return small
     _check(x)
     return symmetric_product(x, x, None, 1.0, 0.0, wrap)
 
 
-_op = ops.matmul_t.default
-
-
-@register_fake("matmul_t")
+@_op.register_fake
 def _(x: Tensor) -> Tensor:
     _check(x)
     return x.new_empty(*x.shape[:-1], x.shape[-2])
@@ -121,21 +92,19 @@ def _backward(ctx: Any, g: Tensor) -> Tensor:
     return _backward_op(g, x)  # type: ignore[no-any-return]
 
 
-register_autograd(
-    "matmul_t", _backward, setup_context=_setup_context, formula=_formula, decompose=_is_split_by_rows
-)
+_op.register_autograd(_backward, setup_context=_setup_context, formula=_formula, decompose=_is_split_by_rows)
 
 
-@register_vmap("matmul_t")
+@_op.register_vmap
 def _(info: Any, in_dims: tuple[int], x: Tensor) -> tuple[Tensor, int]:
     _check(sample(x, in_dims[0]))
     return matmul_t(x.movedim(in_dims[0], 0)), 0
 
 
-register_autocast("matmul_t")
+_op.register_autocast()
 
 
-@register_sharding("matmul_t")
+@_op.register_sharding
 def _(x: Any) -> list[Any]:
     from torch.distributed.tensor import Partial, Replicate, Shard
 
@@ -146,7 +115,13 @@ def _(x: Any) -> list[Any]:
 # The backward: dX = (G + Gᵀ)·X, with G (*, n, n) and X (*, n, k).
 
 
+def _check_backward(g: Tensor, x: Tensor) -> None:
+    _check(x)
+    check_like("matmul_t_backward", "g", g, (*x.shape[:-1], x.shape[-2]), x)
+
+
 def _backward_formula(g: Tensor, x: Tensor) -> Tensor:
+    _check_backward(g, x)
     # G + Gᵀ can overflow where the result does not. Its half cannot, but would lose small float16 gradients.
     if x.dtype == torch.float16:
         return product(g, x.mT) + product(g.mT, x.mT)
@@ -158,8 +133,8 @@ def _backward_formula(g: Tensor, x: Tensor) -> Tensor:
     kernels="matmul_t",
     opaque=lambda g, x: _cpu.is_opaque(x),
 )
-def _matmul_t_backward(g: Tensor, x: Tensor, *, wrap: Wrap) -> Tensor:
-    check_like("matmul_t_backward", "g", g, (*x.shape[:-1], x.shape[-2]), x)
+def _backward_op(g: Tensor, x: Tensor, *, wrap: Wrap) -> Tensor:
+    _check_backward(g, x)
     if not x.is_cuda:
         return _cpu.symmetrized_product(g, x).contiguous()
     if x.dtype == torch.float16:
@@ -169,40 +144,36 @@ def _matmul_t_backward(g: Tensor, x: Tensor, *, wrap: Wrap) -> Tensor:
     return product(kernels.half_sum(g, wrap), x.mT, None, 2.0, 0.0)
 
 
-_backward_op = ops.matmul_t_backward.default
-
-
-@register_fake("matmul_t_backward")
+@_backward_op.register_fake
 def _(g: Tensor, x: Tensor) -> Tensor:
-    check_like("matmul_t_backward", "g", g, (*x.shape[:-1], x.shape[-2]), x)
+    _check_backward(g, x)
     return x.new_empty(x.shape)
 
 
 def _double_backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
     g, x = ctx.saved_tensors
-    need_g, need_x, _ = ctx.needs_input_grad
+    need_g, need_x = ctx.needs_input_grad
     dg = product(h, x) if need_g else None
     return None if dg is None else dg + dg.mT, _backward_op(g, h) if need_x else None
 
 
-register_autograd(
-    "matmul_t_backward",
+_backward_op.register_autograd(
     _double_backward,
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
     formula=_backward_formula,
 )
 
 
-@register_vmap("matmul_t_backward")
+@_backward_op.register_vmap
 def _(info: Any, in_dims: tuple[int | None, int | None], g: Tensor, x: Tensor) -> tuple[Tensor, int]:
     g, x = (batch_first(t, dim, info.batch_size) for t, dim in zip((g, x), in_dims, strict=True))
     return _backward_op(g, x), 0
 
 
-register_autocast("matmul_t_backward", cast=False)
+_backward_op.register_autocast(cast=False)
 
 
-@register_sharding("matmul_t_backward")
+@_backward_op.register_sharding
 def _(g: Any, x: Any) -> list[Any]:
     from torch.distributed.tensor import Partial, Replicate, Shard
 

@@ -22,19 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchpar.ops._library import (
-    Wrap,
-    batch_first,
-    empty_elementwise,
-    operator,
-    ops,
-    register_autograd,
-    register_fake,
-    register_sharding,
-    register_vmap,
-    sample,
-)
+from torchpar.library import Wrap, batch_first, empty_elementwise, sample
 from torchpar.ops._matrix import check_dtype
+from torchpar.ops._operator import operator
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 _DTYPES = (*_INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -84,7 +74,7 @@ def _device(a: Tensor, b: Tensor) -> torch.device:
 
 
 @operator("maximum(Tensor a, Tensor b) -> Tensor", kernels="maximum")
-def _maximum(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
+def _op(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
     device = _device(a, b)
     if device.type != "cuda":
         out = torch.maximum(a, b)
@@ -96,10 +86,7 @@ def _maximum(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
     return out
 
 
-_op = ops.maximum.default
-
-
-@register_fake("maximum")
+@_op.register_fake
 def _(a: Tensor, b: Tensor) -> Tensor:
     return _empty(a, b, _device(a, b))
 
@@ -123,7 +110,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     a, b = ctx.saved_tensors
-    need_a, need_b, _ = ctx.needs_input_grad
+    need_a, need_b = ctx.needs_input_grad
     if g.is_cuda:  # one launch for both costs less than ATen's for one
         da, db = _backward_op(g, a.detach(), b.detach())  # the gradients depend on g alone
     else:
@@ -139,10 +126,10 @@ def _reduced(share: Tensor, t: Tensor) -> Tensor:
     return share.sum_to_size(t.shape).to(t)
 
 
-register_autograd("maximum", _backward, setup_context=_setup_context, formula=_formula)
+_op.register_autograd(_backward, setup_context=_setup_context, formula=_formula)
 
 
-@register_vmap("maximum")
+@_op.register_vmap
 def _(info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor) -> tuple[Tensor, int]:
     samples = [sample(t, dim) for t, dim in zip((a, b), in_dims, strict=True)]
     _device(*samples)
@@ -160,7 +147,7 @@ def _aligned(t: Tensor, dim: int | None, dims: int) -> Tensor:
     return t.reshape(t.shape[0], *(1,) * (dims + 1 - t.dim()), *t.shape[1:])
 
 
-@register_sharding("maximum")
+@_op.register_sharding
 def _(a: Any, b: Any) -> list[Any]:
     from torch.distributed.tensor import Replicate, Shard
 
@@ -197,7 +184,7 @@ def _backward_formula(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @operator("maximum_backward(Tensor g, Tensor a, Tensor b) -> (Tensor, Tensor)", kernels="maximum")
-def _maximum_backward(g: Tensor, a: Tensor, b: Tensor, *, wrap: Wrap) -> tuple[Tensor, Tensor]:
+def _backward_op(g: Tensor, a: Tensor, b: Tensor, *, wrap: Wrap) -> tuple[Tensor, Tensor]:
     da, db = _empty_backward(g, a, b)
     if not g.is_cuda:
         for out, share in zip((da, db), _backward_formula(g, a, b), strict=True):
@@ -209,10 +196,7 @@ def _maximum_backward(g: Tensor, a: Tensor, b: Tensor, *, wrap: Wrap) -> tuple[T
     return da, db
 
 
-_backward_op = ops.maximum_backward.default
-
-
-@register_fake("maximum_backward")
+@_backward_op.register_fake
 def _empty_backward(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     _check_backward(g, a, b)
     out = empty_elementwise((g, a, b), g.dtype, g.device)
@@ -225,15 +209,14 @@ def _double_backward(ctx: Any, h_a: Tensor, h_b: Tensor) -> tuple[Tensor | None,
     return _share(h_a, a, b) + _share(h_b, b, a) if need_g else None, None, None
 
 
-register_autograd(
-    "maximum_backward",
+_backward_op.register_autograd(
     _double_backward,
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]),
     formula=_backward_formula,
 )
 
 
-@register_vmap("maximum_backward")
+@_backward_op.register_vmap
 def _(
     info: Any, in_dims: tuple[int | None, ...], g: Tensor, a: Tensor, b: Tensor
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
@@ -244,7 +227,7 @@ def _(
     return _backward_op(g, a, b), (0, 0)
 
 
-@register_sharding("maximum_backward")
+@_backward_op.register_sharding
 def _(g: Any, a: Any, b: Any) -> list[Any]:
     from torch.distributed.tensor import Partial, Replicate, Shard
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _AutoDispatchBelowAutograd
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
+from torchpar.library import Wrap
 from torchpar.ops import _cpu
-from torchpar.ops._library import Wrap, library, operator, ops, register_autocast, register_fake
 from torchpar.ops._matrix import check_dtype, check_like, fp32_precision, product
+from torchpar.ops._operator import operator
 
 _NO_GRADIENT = (
     "symmetric_matmul(): functions with out=... arguments don't support automatic differentiation, but one "
@@ -67,7 +67,7 @@ def _check(h: Tensor, a: Tensor, b: Tensor) -> None:
     kernels="matmul_t",
     opaque=lambda *args, **kwargs: True,
 )
-def _symmetric_addmm_(h: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float, wrap: Wrap) -> None:
+def _op(h: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float, wrap: Wrap) -> None:
     _check(h, a, b)
     if any(t.untyped_storage().data_ptr() == h.untyped_storage().data_ptr() for t in (a, b)) and h.numel():
         raise RuntimeError("torchpar::symmetric_matmul: out shares its storage with a or b, expected its own")
@@ -83,7 +83,6 @@ def _symmetric_addmm_(h: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: fl
     elif not h.is_contiguous():
         h.copy_(_by_kernel(h.contiguous(), a, b, alpha, beta))
     else:
-        torch.autograd.graph.increment_version(h)
         _by_kernel(h, a, b, alpha, beta)
 
 
@@ -98,19 +97,9 @@ def _by_kernel(h: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> Te
     return out
 
 
-_op = ops.symmetric_addmm_.default
-
-
-@register_fake("symmetric_addmm_")
+@_op.register_fake
 def _(h: Tensor, a: Tensor, b: Tensor, **_: Any) -> None:
     _check(h, a, b)
 
 
-def _autograd(h: Tensor, a: Tensor, b: Tensor, **factors: float) -> None:
-    _check_no_gradient(h, a, b)
-    with _AutoDispatchBelowAutograd():
-        _op(h, a, b, **factors)
-
-
-library.impl("symmetric_addmm_", _autograd, "Autograd")
-register_autocast("symmetric_addmm_", cast=False)
+_op.register_autocast(cast=False)

@@ -17,22 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchpar.library import Wrap, batch_first, is_dtensor, sample, supports_tma
 from torchpar.ops import _cpu
-from torchpar.ops._library import (
-    Wrap,
-    batch_first,
-    is_dtensor,
-    operator,
-    ops,
-    register_autocast,
-    register_autograd,
-    register_fake,
-    register_sharding,
-    register_vmap,
-    sample,
-    supports_tma,
-)
 from torchpar.ops._matrix import check_dtype, check_like, fp32_precision, product
+from torchpar.ops._operator import operator
 from torchpar.ops.symmetric_addmm_ import check_out, symmetric_addmm_
 
 
@@ -74,11 +62,6 @@ def symmetric_matmul(
             ``beta`` or a ``beta`` other than 0 without ``c``; with ``check``, a product or a ``c`` that is
             not symmetric; with ``out``, an argument that requires a gradient.
     """
-    operands = (a, b) if c is None else (a, b, c)
-    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
-    if out is None and not check and not needs_gradient and _cpu.is_direct(a, b, c):
-        _check(a, b, c, beta)
-        return _cpu.symmetric_product(a, b, c, alpha, beta or 0.0)
     if out is None:
         return _op(a, b, c, alpha=alpha, beta=beta, check=check)  # type: ignore[no-any-return]
     _check_factor(c, beta)
@@ -163,7 +146,7 @@ def _is_opaque(a: Tensor, *_: Any, check: bool = False, **factors: Any) -> bool:
     kernels="matmul_t",
     opaque=_is_opaque,
 )
-def _symmetric_matmul(
+def _op(
     a: Tensor,
     b: Tensor,
     c: Tensor | None = None,
@@ -193,30 +176,28 @@ def symmetric_product(
     return kernels.mirror(product(a, b, c, alpha, beta), wrap) if out is None else out
 
 
-_op = ops.symmetric_matmul.default
-
-
-@register_fake("symmetric_matmul")
+@_op.register_fake
 def _(a: Tensor, b: Tensor, c: Tensor | None = None, *, beta: float | None = None, **_: Any) -> Tensor:
     _check(a, b, c, beta)
     return a.new_empty(*a.shape[:-1], a.shape[-2])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
+) -> None:
     ctx.save_for_backward(*inputs[:2])
+    ctx.alpha, ctx.beta = keyword_only_inputs["alpha"], keyword_only_inputs["beta"]
 
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     a, b = ctx.saved_tensors
-    need_a, need_b, *need_c, _ = ctx.needs_input_grad  # a c left at its default is not listed
-    alpha, beta = ctx.kwargs.get("alpha", 1.0), ctx.kwargs.get("beta")
-    da = alpha * product(g, b.mT) if need_a else None
-    db = alpha * product(g.mT, a.mT) if need_b else None
-    return da, db, *(beta * g if need else None for need in need_c)
+    need_a, need_b, need_c = ctx.needs_input_grad
+    da = ctx.alpha * product(g, b.mT) if need_a else None
+    db = ctx.alpha * product(g.mT, a.mT) if need_b else None
+    return da, db, ctx.beta * g if need_c else None
 
 
-register_autograd(
-    "symmetric_matmul",
+_op.register_autograd(
     _backward,
     setup_context=_setup_context,
     formula=_formula,
@@ -224,7 +205,7 @@ register_autograd(
 )
 
 
-@register_vmap("symmetric_matmul")
+@_op.register_vmap
 def _(
     info: Any, in_dims: tuple[int | None, ...], a: Tensor, b: Tensor, c: Tensor | None = None, **kwargs: Any
 ) -> tuple[Tensor, int]:
@@ -235,10 +216,10 @@ def _(
     return _op(*batched, **kwargs), 0
 
 
-register_autocast("symmetric_matmul")
+_op.register_autocast()
 
 
-@register_sharding("symmetric_matmul")
+@_op.register_sharding
 def _(a: Any, b: Any, c: Any = None, **_: Any) -> list[Any]:
     from torch.distributed.tensor import Partial, Replicate, Shard
 

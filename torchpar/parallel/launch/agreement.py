@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar.errors import ConfigError
-from torchpar.ops._library import is_dtensor
+from torchpar.library import is_dtensor
 
 _AVERAGE = (
     "average the gradients before optimizer.step(), for example by DistributedDataParallel (with "

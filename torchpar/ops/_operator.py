@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: MIT
+"""The namespace of the operators, and their registration by `torchpar.library`."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+from torchpar.library import CustomOpDef, triton_op
+
+NAMESPACE = "torchpar"
+
+
+def operator(
+    schema: str, *, kernels: str, opaque: Callable[..., bool] = lambda *args, **kwargs: False
+) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """`torchpar.library.triton_op` in this namespace.
+
+    Args:
+        schema: as in `torch.library.define`, without the namespace.
+        kernels: the module in `torchpar.kernels` that has the operator's kernels.
+        opaque: a function of the arguments; where it is true, compilers do not look into the operator.
+    """
+    name, bracket, rest = schema.partition("(")
+    return triton_op(  # type: ignore[no-any-return]
+        f"{NAMESPACE}::{name}",
+        mutates_args=(),
+        schema=bracket + rest,
+        kernels=partial(_kernels, kernels),
+        opaque=opaque,
+    )
+
+
+def _kernels(module: str) -> Iterator[Any]:
+    from triton import JITFunction
+
+    found = vars(import_module(f"..kernels.{module}", __package__)).values()
+    return (value for value in found if isinstance(value, JITFunction))
