@@ -215,8 +215,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._is_direct(args, kwargs):
             return self._apply(self._cpu, args, kwargs)
-        if _sharding_rules:  # in inference mode the Autograd key is passed over
-            _register_sharding_rules()
+        _register_sharding_rules()  # in inference mode the Autograd key is passed over
         return self._opoverload(*args, **kwargs)
 
     def register_kernel(
@@ -381,8 +380,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
         return self._required <= len(args) <= len(self._types) and all(type(arg) in of for arg, of in pairs)
 
     def _autograd(self, *args: Any, **kwargs: Any) -> Any:
-        if _sharding_rules:
-            _register_sharding_rules()
+        _register_sharding_rules()
         transformed = peek_interpreter_stack() is not None or forward_ad._current_level >= 0
         if transformed and not self._mutated:
             return self._formula(*args, **kwargs)
@@ -709,13 +707,18 @@ _sharding_rules: dict[Any, Callable[..., Any]] = {}  # by overload
 
 
 def _register_sharding_rules() -> None:
-    if "torch.distributed.tensor" not in sys.modules:
+    if not _sharding_rules or "torch.distributed.tensor" not in sys.modules:
         return
     from torch.distributed.tensor.experimental import register_sharding
 
     for overload, rule in list(_sharding_rules.items()):
         register_sharding(overload)(rule)
         _sharding_rules.pop(overload, None)  # another thread may have registered it, too
+
+
+# `torch.compile` calls it while it traces. It would trace PyTorch's registration, and fail.
+# `torch.compiler.assume_constant_result` sets this mark and imports the compiler, which takes a second.
+_register_sharding_rules._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def empty_elementwise(operands: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
