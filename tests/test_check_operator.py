@@ -150,6 +150,9 @@ def test_reasons_for_which_a_rule_is_not_run(right: Any) -> None:
     assert reason(right, single, "torch.func: jvp") == "no reference, and operands that are not float64"
     assert reason(right, large, "torch.func: hessian") == "no reference, and more than 128 floating elements"
     assert reason(torch.add, (normal(3), normal(3)), "schema") == "no operator was called"
+    for rule in ("gradgradcheck", "torch.func: jvp"):
+        assert reason(torch.argmax, (normal(3),), rule) == "no differentiable result"
+    assert reason(torch.argmax, (normal(3),), "vmap and gradients") == "vmap of jvp: no reference (7 of 7)"
 
 
 def test_the_worst_sample_is_shown(right: Any) -> None:

@@ -140,6 +140,8 @@ class Case:
     def smooth(self, function: Function) -> Function:
         """A function of the floating operands to its differentiable results; other operands are constant."""
         is_smooth = self.is_smooth
+        if not any(is_smooth):
+            raise NotRun("no differentiable result")
 
         def of_floating(*floating: Tensor) -> Tensors:
             given = iter(floating)
