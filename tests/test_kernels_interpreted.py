@@ -28,9 +28,10 @@ from torchpar.kernels.candidates import Device, Tiles
 from torchpar.kernels.gemm import triangle_tile
 from torchpar.ops import _exact
 
-OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+ROUNDS_TWICE = TRITON < (3, 9)  # the interpreter's fma
 pytestmark = pytest.mark.skipif(
-    OLD_TRITON and np.lib.NumpyVersion(np.__version__) >= "2.4.0",
+    TRITON < (3, 7) and np.lib.NumpyVersion(np.__version__) >= "2.4.0",
     reason="run-time loops fail in the interpreter of Triton < 3.7 beside NumPy >= 2.4",
 )
 
@@ -419,8 +420,10 @@ def check_sigmoid() -> None:
         y, limits = (linear_sigmoid.linear_sigmoid(t, one, None, "ieee", directly) for t in (x, special))
         assert_close(limits, special.sigmoid(), rtol=0, atol=0, equal_nan=True)
         oracle = x.double().sigmoid()
-        # Of 16 bits, −z·log2(e) is rounded to float32 and not corrected: an error of 80·2⁻²³ at most.
-        assert_within(y, oracle, oracle, 80 if dtype == torch.float16 else 3)
+        # Of 16 bits, −z·log2(e) is rounded to float32 and not corrected: an error of 80·2⁻²³ at most. Nor can
+        # it be corrected in float32 where the interpreter's fma rounds twice, as before Triton 3.9.
+        is_corrected = dtype == torch.float64 or (dtype == torch.float32 and not ROUNDS_TWICE)
+        assert_within(y, oracle, oracle, 3 if is_corrected else 80)
 
 
 # dZ = G·Y·(1 - Y) and its sum over the rows
