@@ -33,7 +33,11 @@ def right() -> Any:
     return faulty.make("right")
 
 
-@pytest.mark.parametrize("reference", [None, faulty.kernel], ids=["alone", "reference"])
+@pytest.mark.parametrize(
+    "reference",
+    [pytest.param(None, marks=pytest.mark.slow), faulty.kernel],
+    ids=["alone", "reference"],
+)
 @pytest.mark.parametrize("name", faulty.FAULTS)
 def test_a_fault_is_found(name: str, reference: Callable[..., Tensor] | None) -> None:
     parts, rule, outcome, detail = faulty.FAULTS[name]
@@ -56,6 +60,7 @@ EVERYWHERE = {  # the rules that one fault concerns
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERYWHERE)
 def test_a_fault_is_found_by_every_rule_that_it_concerns(name: str) -> None:
     op = faulty.make(f"{name}_everywhere", **faulty.FAULTS[name][0])

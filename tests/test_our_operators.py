@@ -2,7 +2,7 @@
 """The tables of our operators: nothing is wrong, crashes, or is refused without a known reason."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,19 @@ def of_symmetric(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return product
 
 
-# The first sample of each, and all of them among the slow tests.
-SAMPLES = [slice(1), pytest.param(slice(None), marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("chosen", SAMPLES, ids=["one", "all"])
 @pytest.mark.parametrize("name", OPERATORS)
-def test_nothing_is_wrong(name: str, chosen: slice, device: str) -> None:
+def test_nothing_is_wrong_in_one_sample(name: str, device: str) -> None:
+    """Without DTensors, which test_operators_dtensor.py tries on ranks."""
+    check_forward(name, device, slice(1), set(rules_on(device)) - {"DTensor"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPERATORS)
+def test_nothing_is_wrong(name: str, device: str) -> None:
+    check_forward(name, device, slice(None), rules_on(device))
+
+
+def check_forward(name: str, device: str, chosen: slice, rules: Iterable[str]) -> None:
     operator = OPERATORS[name]
     op, reference = operator.overload, operator.native
     samples = [widest_arguments(name, shapes, device) for shapes in operator.small]
@@ -52,12 +58,13 @@ def test_nothing_is_wrong(name: str, chosen: slice, device: str) -> None:
         samples = [
             widest_arguments(name, shapes, device) for shapes in (((4, 3), (4, 4)), ((2, 3, 5), (2, 3, 3)))
         ]
-    table = check_operator(op, samples[chosen], reference=reference, rules=rules_on(device))
+    table = check_operator(op, samples[chosen], reference=reference, rules=rules)
     check(name, table)
-    for rule, cell in readme(name).items() if device == "cpu" else ():
-        assert cell == {"falls back to the formula": "by its formula"}.get(
-            table[rule].outcome, table[rule].outcome
-        )
+    printed = readme(name) if device == "cpu" else {}
+    for row in table.rows:
+        if row.rule in printed:
+            found = "by its formula" if row.outcome == "falls back to the formula" else row.outcome
+            assert printed[row.rule] == found
 
 
 def readme(name: str) -> dict[str, str]:
@@ -68,13 +75,13 @@ def readme(name: str) -> dict[str, str]:
     return {row[1]: row[column] for row in rows if row[1] in CHOSEN}
 
 
-@pytest.mark.parametrize("chosen", SAMPLES, ids=["one", "all"])
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BACKWARDS)
-def test_nothing_is_wrong_in_a_backward(name: str, chosen: slice, device: str) -> None:
+def test_nothing_is_wrong_in_a_backward(name: str, device: str) -> None:
     """Without a reference: derivatives are compared with numerical ones."""
     overload = getattr(torch.ops.torchpar, name).default
     samples = [arguments(shapes, device=device) for shapes in BACKWARDS[name].cases]
-    table = check_operator(overload, samples[chosen], rules=rules_on(device))
+    table = check_operator(overload, samples, rules=rules_on(device))
     check(name, table)
     assert table["autocast"].detail == "it keeps float32"
 

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: MIT
 """Check the operators of this folder, and write docs/gallery.md: ``python examples/operators/gallery.py``."""
 
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 
 import torch
 
-from torchpar.testing import OperatorTable, check_operator
+from torchpar.testing import OperatorTable, check_operator, operators
 
 TRITON = ("softmax", "rms_norm")
 OPERATORS = (*TRITON, "bessel", "numba_kernel", "roi_align", "several_outputs", "list_of_tensors")
 SKIPPED = ("torch.compile by Inductor", "AOTInductor", "CUDA graph", "cost of a call")
+RULES = [rule for rule in operators.RULES if rule not in SKIPPED]
 PAGE = Path(__file__).parents[2] / "docs" / "gallery.md"
 REFUSALS = {  # of the operators by torchpar.library
     ("roi_align", "DTensor"): "no rule is registered. Its backward, an operator too, would need another.",
@@ -34,13 +36,10 @@ compute by PyTorch; the tests also run their kernels in Triton's interpreter.
 """
 
 
-def check(name: str) -> tuple[OperatorTable, OperatorTable]:
+def check(name: str, rules: Iterable[str] = RULES) -> tuple[OperatorTable, OperatorTable]:
     """The tables of an operator by `torch.library`, and by `torchpar.library`."""
-    from torchpar.testing.operators import RULES
-
     torch.manual_seed(0)
     module = import_module(name)
-    rules = [rule for rule in RULES if rule not in SKIPPED]
     before, after = (
         check_operator(op, module.samples, reference=module.reference, rules=rules)
         for op in (module.before, module.after)
