@@ -49,7 +49,6 @@ class Operator(NamedTuple):
     shapes: tuple[str, ...]
     cases: list[Shapes]  # at awkward sizes
     small: list[Shapes]  # where every gradient has many terms, for tests that cost much per case
-    in_dims: list[tuple[tuple[int | None, ...], Shapes]]  # arguments of vmap, with shapes
     sharded: tuple[Shapes, set[str]]  # shapes, and the placements that take no communication
     refused: list[Refused]
     operands: Callable[..., tuple[Tensor, ...]] = lambda *args: args  # of tensors with any values
@@ -148,12 +147,6 @@ MAXIMUM = Operator(
         ((1, 2, 1, 3, 1, 2), (3, 1, 2, 1, 2, 1)),
     ],
     small=[((3, 4), (3, 4)), ((), (3,)), ((3, 1), (2, 1, 4))],
-    in_dims=[
-        ((2, -1), ((2, 3, 4), (2, 3, 4))),
-        ((0, None), ((5, 3, 4), (3, 4))),
-        ((None, 0), ((3, 4), (5,))),
-        ((1, 0), ((3, 5, 1), (5, 2, 1, 4))),
-    ],
     sharded=(((6, 5), (6, 5)), {"R R -> R", "S(0) S(0) -> S(0)", "S(1) S(1) -> S(1)"}),
     refused=[
         Refused((ones(3) + 0j, ones(3)), "a has dtype torch.complex64, expected a real"),
@@ -186,11 +179,6 @@ MATMUL_T = Operator(
         ((70000, 2, 3),),  # more than a second or third grid axis of CUDA holds
     ],
     small=[((4, 3),), ((2, 3, 5),)],
-    in_dims=[
-        ((1,), ((2, 5, 3, 4),)),
-        ((0,), ((0, 3, 4),)),
-        ((1,), ((2, 2, 600, 3),)),
-    ],
     sharded=(((7, 5),), {"R -> R", "S(1) -> P(sum)"}),
     refused=[
         Refused((ones(3, 3).long(),), f"x has dtype torch.int64, {FLOATING}"),
@@ -225,11 +213,6 @@ SYMMETRIC_MATMUL = Operator(
         ((2, 1, 257, 3), (2, 1, 257, 3), (2, 1, 257, 257)),
     ],
     small=[((4, 3), (4, 3), (4, 4)), ((2, 3, 5), (2, 3, 5))],
-    in_dims=[
-        ((1, -1, 2), ((4, 5, 3), (4, 3, 5), (4, 4, 5))),
-        ((None, 0, 1), ((2, 4, 3), (5, 2, 4, 3), (2, 5, 4, 4))),
-        ((0, None, None), ((3, 260, 3), (260, 3), (260, 260))),
-    ],
     sharded=(((6, 6), (6, 6), (6, 6)), {"R R R -> R", "S(1) S(1) R -> P(sum)"}),
     refused=[
         Refused((ones(3, 2).int(), ones(3, 2).int()), f"a has dtype torch.int32, {FLOATING}"),
@@ -260,12 +243,6 @@ LINEAR_SIGMOID = Operator(
         ((70000, 3), (2, 3), (2,)),
     ],
     small=[((3, 4), (5, 4), (5,)), ((4,), (3, 4)), ((2, 3, 4), (5, 4), (5,))],
-    in_dims=[
-        ((-1, None, None), ((4, 6), (5, 4), (5,))),
-        ((None, 1), ((3, 4), (5, 6, 4))),
-        ((None, None, 1), ((2, 3, 4), (5, 4), (5, 6))),
-        ((1, 2, 1), ((2, 6, 3, 4), (5, 4, 6), (5, 6))),
-    ],
     sharded=(((6, 5), (7, 5), (7,)), {"R R R -> R", "R S(0) S(0) -> S(1)", "S(0) R R -> S(0)"}),
     refused=[
         Refused((ones(()), ones(4, 3)), "x has shape (), expected (*, in_features)"),
@@ -298,10 +275,6 @@ EXACT_MATMUL = Operator(
         ((70000, 2, 3), (70000, 1, 3)),
     ],
     small=[((4, 3), (5, 3)), ((2, 3, 2), (2, 4, 2))],
-    in_dims=[
-        ((None, -1), ((4, 3), (5, 3, 6))),
-        ((1, 2), ((2, 6, 4, 3), (2, 5, 6, 3))),
-    ],
     sharded=(((6, 5), (7, 5)), {"R R -> R", "S(0) R -> S(0)", "R S(0) -> S(1)"}),
     refused=[
         Refused((ones(3, 2).double(), ones(3, 2)), "a has dtype torch.float64, expected torch.float32"),

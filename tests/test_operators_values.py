@@ -171,6 +171,22 @@ def test_any_layout(name: str, layout: str, device: str) -> None:
             assert_contract(name, (*args, laid_out(last)), **factors)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_vmap_keeps_the_product_symmetric(dtype: torch.dtype, device: str) -> None:
+    for shape in ((3, 129, 70), (2, 2, 600, 9)):
+        x = normal(*shape, dtype=dtype, device=device)
+        assert_symmetric(vmap(torchpar.matmul_t, in_dims=1)(x.movedim(0, 1)))
+
+
+def test_vmap_of_maximum_promotes_as_each_sample_would(device: str) -> None:
+    dtypes = (torch.bool, torch.int64, torch.bfloat16, torch.float64)
+    for a_dtype, b_dtype in itertools.product(dtypes, dtypes):
+        a, b = normal(5, 3, dtype=a_dtype, device=device), normal(5, dtype=b_dtype, device=device, seed=1)
+        for args in ((a, b), (b, a)):
+            samples = torch.stack([torch.maximum(*sample) for sample in zip(*args, strict=True)])
+            assert_close(vmap(torchpar.maximum)(*args), samples, rtol=0, atol=0)
+
+
 def test_each_judge_rejects_a_wrong_result() -> None:
     (x,) = args = (normal(129, 128, dtype=torch.float32),)
     c, expected = torchpar.matmul_t(x), oracle("matmul_t", args)
