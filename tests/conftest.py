@@ -19,6 +19,13 @@ from torchpar.testing.ranks import Ranks
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 THREADS = torch.get_num_threads()
+LONGEST = {
+    f"test_{name}"
+    for name in (
+        *("check_operator", "examples", "kernels_compiled", "kernels_interpreted", "operators_compile"),
+        *("our_operators", "ptx", "testing"),
+    )
+}
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -28,7 +35,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         return None
     from xdist.scheduler import LoadFileScheduling
 
+    config.option.loadscopereorder = False  # by the number of tests
     return LoadFileScheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that no worker is left with one at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture(autouse=True)
