@@ -47,8 +47,9 @@ def triangle_of_batch(n, BLOCK: tl.constexpr):
     """This program's matrix of a batch, int64, and row and column of its tile of the lower triangle."""
     tile_rows = tl.cdiv(n, BLOCK)
     tiles = tile_rows * (tile_rows + 1) // 2
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
     tile_row, tile_col = triangle_tile(tl.program_id(0) % tiles, tile_rows, GROUP)
-    return (tl.program_id(0) // tiles).to(tl.int64), tile_row, tile_col
+    return batch, tile_row, tile_col
 
 
 @triton.jit
