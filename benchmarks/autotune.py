@@ -33,6 +33,10 @@ Wrap = Callable[[Any], Any]  # of a kernel, as the launchers take it
 
 SIZES = (4096, 8192, 2048, 1024)
 QUICK = 2  # configurations of a kernel
+# Bytes of shared memory per block, by capability (CUDA C++ Programming Guide, "Technical Specifications per
+# Compute Capability"); sm_86, sm_89 and sm_120 have LEAST_SHARED_MEMORY.
+SHARED_MEMORY = {80: 166912, 87: 166912, 90: 232448, 100: 232448, 103: 232448}
+LEAST_SHARED_MEMORY = 101376
 
 
 class Driver:
@@ -120,8 +124,6 @@ def compile_tiles(launch: Callable[..., object], tiles: Tiles, capability: int) 
 
     ``registers`` and ``spills`` (bytes) are of a thread, ``shared_memory`` (bytes) of a block.
     """
-    from torchpar.kernels import candidates
-
     try:
         with target(capability):
             first, *_second_of_split_k = compile_launches(partial(launch, tiles=tiles))
@@ -136,7 +138,7 @@ def compile_tiles(launch: Callable[..., object], tiles: Tiles, capability: int) 
     columns |= {"shared_memory": shared, "compile_s": first.seconds}
     if spills:
         return columns, f"spills {spills} bytes of a thread"
-    if shared > (limit := candidates.SHARED_MEMORY.get(capability, shared)):
+    if shared > (limit := SHARED_MEMORY.get(capability, LEAST_SHARED_MEMORY)):
         return columns, f"{shared} bytes of shared memory, of {limit}"
     return columns, ""
 
@@ -145,19 +147,19 @@ def search(
     kernel: str, dtype: str, options: argparse.Namespace, capability: int, device: torch.device
 ) -> Iterator[list[Result]]:
     """The results of each size: every configuration, compiled and on a GPU timed, and there the library."""
-    from torchpar.kernels import candidates
+    from torchpar.kernels.tiles import KINDS, configurations
 
-    kind, largest, on_gpu = candidates.KINDS[dtype], max(options.sizes), device.type == "cuda"
-    configurations = candidates.configurations(kernel, kind.dtype, kind.precision, capability)
-    configurations = [tiles for tiles in configurations if tiles.variant in options.variants]
-    configurations = configurations[: QUICK if options.quick else None]
+    kind, largest, on_gpu = KINDS[dtype], max(options.sizes), device.type == "cuda"
+    possible = configurations(kernel, kind.dtype, kind.precision, capability)
+    possible = [tiles for tiles in possible if tiles.variant in options.variants]
+    possible = possible[: QUICK if options.quick else None]
     launch = prepare(Problem(kernel, dtype, largest, largest, largest), torch.device("meta")).launch
     compiled: dict[Tiles | str, tuple[dict[str, Any], str]] = {
         tiles: compile_tiles(launch, tiles, capability)
-        for tiles in track(configurations, f"compile {kernel} {dtype}")
+        for tiles in track(possible, f"compile {kernel} {dtype}")
     }
-    usable = [tiles for tiles in configurations if compiled[tiles][0]]
-    tried: list[Tiles | str] = [*([PRODUCT, LIBRARY] if on_gpu else []), *configurations]
+    usable = [tiles for tiles in possible if compiled[tiles][0]]
+    tried: list[Tiles | str] = [*([PRODUCT, LIBRARY] if on_gpu else []), *possible]
     for n in options.sizes:
         measured, errors = measure(Problem(kernel, dtype, n, n, n), usable, device) if on_gpu else ({}, {})
         times = {tiles: Times([[ms / 1e3 for ms in one] for one in own]) for tiles, own in measured.items()}

@@ -6,9 +6,9 @@
 #   bash benchmarks/validate_gpu.sh --wheels DIR
 #
 # Without a stage all run in turn, each for at most nine minutes; none needs the files of another. OUTDIR
-# gets validate.log, {values,huge}.xml, {autotune,operators,specialized/autotune}.csv, and tuned/ with
-# a table: at most 8 files. The log, the XML and the CSV name the commit, which is $TORCHPAR_COMMIT where the
-# checkout has no .git, the versions and the clocks. PYTHONPATH is kept. No setting of the GPU is touched.
+# gets validate.log, {values,huge}.xml, {autotune,operators}.csv, and tuned/ with a table: at most 7 files.
+# The log, the XML and the CSV name the commit, which is $TORCHPAR_COMMIT where the checkout has no .git, the
+# versions and the clocks. PYTHONPATH is kept. No setting of the GPU is touched.
 # The status is 0 if all stages passed, 1 if one failed, 2 if there is nothing to run on.
 #
 # With --wheels it collects what a machine with torch lacks (CPython 3.12, Linux x86-64) and prints how to
@@ -90,13 +90,8 @@ run_stage() {
             run_tests huge.xml tests/test_operators_huge.py
             ;;
         variants)
-            # The specialized kernel, which may hang, comes last, in a process of its own.
-            local command=(python3 -m benchmarks.autotune --kernels symmetric_product)
-            command+=(--sizes 4096 8192 2048 1024 --variants tma)
-            needs rich triton || return
-            limited 350 "${command[@]}" pointers --dtypes bfloat16 tf32 float32 float64 --output "$outdir"
-            local status=$?
-            limited 150 "${command[@]}" specialized --output "$outdir/specialized" && return $status
+            needs rich triton && limited 500 python3 -m benchmarks.autotune --kernels symmetric_product \
+                --sizes 4096 8192 2048 1024 --dtypes bfloat16 tf32 float32 float64 --output "$outdir"
             ;;
         operators)
             needs rich triton && limited 500 python3 -m benchmarks.operators --device cuda \

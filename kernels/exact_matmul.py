@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .candidates import Tiles, device
 from .gemm import GROUP, grouped_tile, triangle_tile
 from .launch import Plan, Wrap, cached_plan
+from .tiles import Tiles, aligned, count_tiles, device
 
 CHAIN = 2**14  # terms: with more, the four products of order 3, of up to 2¹⁴ each, could overflow int32
 FLOAT_CHAIN = 2**8  # terms: with more, they could exceed 2²⁴, above which float32 rounds integers
@@ -170,7 +170,6 @@ def exact_product_kernel(
     CHAIN: tl.constexpr,
     ONE_CHAIN: tl.constexpr,
     FLOAT: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
     """A tile of T, int64, or of the product rounded to float32.
 
@@ -259,7 +258,6 @@ def _plan(a: Tensor, b: Tensor | None, e: Tensor, f: Tensor) -> Plan:
     tiles = _tiles(a, b, symmetric)
     floats = device(a).capability == SLOW_INT8
     terms = FLOAT_CHAIN if floats else CHAIN
-    tiles_m, tiles_n = triton.cdiv(m, tiles.block_m), triton.cdiv(n, tiles.block_n)
     constants = {
         "SYMMETRIC": symmetric,
         "BLOCK_M": tiles.block_m,
@@ -269,10 +267,9 @@ def _plan(a: Tensor, b: Tensor | None, e: Tensor, f: Tensor) -> Plan:
         "CHAIN": terms,
         "ONE_CHAIN": bool(k <= terms),
         "FLOAT": floats,
-        "GROUP": GROUP,
     }
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    programs = batch * (tiles_m * (tiles_m + 1) // 2 if symmetric else tiles_m * tiles_n)
+    programs = batch * count_tiles(tiles, m, n, symmetric)
     return Plan(exact_product_kernel, programs, (m, n, k, *a.stride(), *b.stride()), constants, options)
 
 
@@ -292,20 +289,13 @@ def _tiles(a: Tensor, b: Tensor, symmetric: bool) -> Tiles:
     if symmetric:
         large, small = Tiles(64, 64, 32, 4 if by_rows and shared else 8, 3), Tiles(32, 32, 32, 4, 3)
     else:
-        # Triton 3.8 keeps all ten products in tensor memory, which is too small for them at 128 × 64.
-        narrow = present.capability == 100 and triton.__version__.startswith("3.8.")
-        large, small = Tiles(64 if narrow else 128, 64, 32, 8, 3), Tiles(64, 32, 32, 8, 3)
-    fits = k <= CHAIN and _moves_16_bytes(a) and _moves_16_bytes(b)
+        # The products of 128 × 64 would take all of an sm_100's tensor memory, and with some compilers more.
+        rows = 64 if present.capability == 100 else 128
+        large, small = Tiles(rows, 64, 32, 8, 3), Tiles(64, 32, 32, 8, 3)
+    fits = k <= CHAIN and aligned(a, 16) and aligned(b, 16)
     fits = fits and (shared or (by_rows and n % 16 == 0))
-    count = batch * triton.cdiv(m, large.block_m) * triton.cdiv(n, large.block_n)
-    return large if fits and count // (1 + symmetric) >= present.multiprocessors else small
-
-
-def _moves_16_bytes(t: Tensor) -> bool:
-    """Whether Triton loads 16 bytes at a time: it knows which sizes and strides are multiples of 16."""
-    sizes = [size for size, stride in zip(t.shape, t.stride(), strict=True) if stride == 1]
-    steps = [stride for stride in t.stride() if stride != 1]
-    return len(sizes) == 1 and all(size % 16 == 0 for size in (*sizes, *steps, 4 * t.storage_offset()))
+    count = batch * count_tiles(large, m, n, symmetric=False) // (1 + symmetric)
+    return large if fits and count >= present.multiprocessors else small
 
 
 def _three_dims(t: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-GROUP = 8  # tile rows that are computed together, so that their operands stay in the L2 cache
+GROUP = tl.constexpr(8)  # tile rows that are computed together, so that their operands stay in the L2 cache
 
 
 @triton.jit
@@ -43,27 +43,26 @@ def triangle_tile(tile, tile_rows, GROUP: tl.constexpr):
 
 
 @triton.jit
+def triangle_of_batch(n, BLOCK: tl.constexpr):
+    """This program's matrix of a batch, int64, and row and column of its tile of the lower triangle."""
+    tile_rows = tl.cdiv(n, BLOCK)
+    tiles = tile_rows * (tile_rows + 1) // 2
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
+    tile_row, tile_col = triangle_tile(tl.program_id(0) % tiles, tile_rows, GROUP)
+    return batch, tile_row, tile_col
+
+
+@triton.jit
 def dot_rows(
-    a_ptr,
-    b_ptr,
-    a_rows,
-    b_rows,
-    m,
-    n,
-    k,
-    a_row,
-    a_col,
-    b_row,
-    b_col,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    a, b, a_rows, b_rows, m, n, k, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr
 ):
     """The tile ``A[a_rows] · B[b_rows]ᵀ`` of ``A (m, k)`` and ``B (n, k)``; rows past the end are 0.
 
-    Strides are named after the dimension they step along. Offsets are int64 before strides multiply:
-    operands may exceed 2³¹ elements.
+    ``a`` and ``b`` hold a pointer and the strides of rows and columns. Offsets are int64 before strides
+    multiply: operands may exceed 2³¹ elements.
     """
+    a_ptr, a_row, a_col = a
+    b_ptr, b_row, b_col = b
     dtype: tl.constexpr = a_ptr.dtype.element_ty
     acc_dtype: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
     a_rows = a_rows.to(tl.int64)
@@ -84,9 +83,9 @@ def dot_rows(
         else:
             a_mask = a_inside & (cols < k - start)[None, :]
             b_mask = b_inside & (cols < k - start)[:, None]
-        a = tl.load(a_tile, mask=a_mask, other=0.0)
-        b = tl.load(b_tile, mask=b_mask, other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc_dtype)
+        a_values = tl.load(a_tile, mask=a_mask, other=0.0)
+        b_values = tl.load(b_tile, mask=b_mask, other=0.0)
+        acc = tl.dot(a_values, b_values, acc, input_precision=PRECISION, out_dtype=acc_dtype)
         a_tile += step * a_col
         b_tile += step * b_col
     return acc
@@ -111,11 +110,13 @@ def make_descriptor(t, batches, rows, cols, ROWS: tl.constexpr, COLS: tl.constex
 
 
 @triton.jit
-def load_tile(tiles, batch, row, col, ROWS: tl.constexpr, COLS: tl.constexpr, LAYOUT: tl.constexpr):
+def load_tile(tiles, batch, row, col, LAYOUT: tl.constexpr):
     if LAYOUT == "T":
-        tile = tiles.load([batch, col, row]).reshape(COLS, ROWS).T
+        tile = tiles.load([batch, col, row])
+        tile = tile.reshape(tile.shape[1], tile.shape[2]).T
     else:
-        tile = tiles.load([batch, row, col]).reshape(ROWS, COLS)
+        tile = tiles.load([batch, row, col])
+        tile = tile.reshape(tile.shape[1], tile.shape[2])
     return tile
 
 
@@ -127,18 +128,18 @@ def dot_tiles(
     row,
     col,
     k,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     SAME: tl.constexpr,
     A_LAYOUT: tl.constexpr,
     B_LAYOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The tile ``A[row:] · B[col:]ᵀ``; TMA loads 0 past the ends. SAME if both operands are the same tile."""
+    ROWS: tl.constexpr = a_tiles.block_shape[2 if A_LAYOUT == "T" else 1]
+    COLS: tl.constexpr = b_tiles.block_shape[2 if B_LAYOUT == "T" else 1]
+    BLOCK_K: tl.constexpr = a_tiles.block_shape[1 if A_LAYOUT == "T" else 2]
     acc = tl.zeros((ROWS, COLS), dtype=tl.float32)
     for start in range(0, k, BLOCK_K):
-        a = load_tile(a_tiles, batch, row, start, ROWS, BLOCK_K, A_LAYOUT)
-        b = a if SAME else load_tile(b_tiles, batch, col, start, COLS, BLOCK_K, B_LAYOUT)
+        a = load_tile(a_tiles, batch, row, start, A_LAYOUT)
+        b = a if SAME else load_tile(b_tiles, batch, col, start, B_LAYOUT)
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
     return acc

@@ -35,7 +35,7 @@ class Plan:
     def __init__(
         self,
         kernel: Any,
-        programs: int,
+        programs: int | torch.SymInt,
         arguments: tuple[int, ...],
         constants: Mapping[str, Any],
         options: Mapping[str, int],

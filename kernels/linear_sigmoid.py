@@ -13,10 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .candidates import Tiles, device, resident_programs, split_k
 from .gemm import GROUP, dot_rows, dot_tiles, grouped_tile, make_descriptor
 from .launch import Plan, Wrap, cached_plan
-from .tuning import check_variant, choose_tiles
+from .tiles import Tiles, check_variant, choose_tiles, count_tiles, device, resident_programs, split_k
 
 REDUCE_TILE = (8, 128)  # of the parts of a split product, for each program
 
@@ -82,7 +81,6 @@ def linear_sigmoid_kernel(
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    GROUP: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):
     """A tile of the result.
@@ -101,22 +99,8 @@ def linear_sigmoid_kernel(
     tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP)
     i = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    z = dot_rows(
-        x_ptr,
-        weight_ptr,
-        i,
-        j,
-        m,
-        n,
-        k,
-        x_row,
-        x_col,
-        weight_row,
-        weight_col,
-        BLOCK_K,
-        EVEN_K,
-        PRECISION,
-    )
+    x, weight = (x_ptr, x_row, x_col), (weight_ptr, weight_row, weight_col)
+    z = dot_rows(x, weight, i, j, m, n, k, BLOCK_K, EVEN_K, PRECISION)
     if SPLIT_K == 1:
         z = sigmoid(add_bias(z, bias_ptr, bias_stride, j, n, HAS_BIAS), out_ptr.dtype.element_ty)
     store_tile(out_ptr, z, i, j, m, n)
@@ -171,7 +155,6 @@ def linear_sigmoid_tma_kernel(
     STORE: tl.constexpr,
     FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
     """As `linear_sigmoid_kernel`, by persistent programs; the layouts are those of `make_descriptor`.
 
@@ -191,21 +174,7 @@ def linear_sigmoid_tma_kernel(
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP)
         row, col = tile_m * BLOCK_M, tile_n * BLOCK_N
-        z = dot_tiles(
-            x_tiles,
-            weight_tiles,
-            0,
-            row,
-            col,
-            k,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            False,
-            X_LAYOUT,
-            WEIGHT_LAYOUT,
-            PRECISION,
-        )
+        z = dot_tiles(x_tiles, weight_tiles, 0, row, col, k, False, X_LAYOUT, WEIGHT_LAYOUT, PRECISION)
         if STORE:
             left, right = tl.split(tl.permute(tl.reshape(z, (BLOCK_M, 2, HALF)), (0, 2, 1)))
             j = col + tl.arange(0, HALF)
@@ -274,7 +243,7 @@ def _plan(
     if tiles is None:
         return None
     check_variant(tiles, "linear_sigmoid", n, x, weight)
-    programs = triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n)
+    programs = count_tiles(tiles, m, n, symmetric=False)
     strides = *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0)
     blocks: dict[str, Any] = {
         "HAS_BIAS": bias is not None,
@@ -292,16 +261,14 @@ def _plan(
             # Programs of 4 warps run in pairs on a multiprocessor: one multiplies while the other stores.
             "FLATTEN": stores and tiles.num_warps == 8,
             "PRECISION": precision,
-            "GROUP": GROUP,
         }
         kernel, arguments = linear_sigmoid_tma_kernel, (m, n, k, *strides)
-        programs = torch.sym_min(programs, device(x).multiprocessors * resident_programs(tiles))
-        return Plan(kernel, programs, arguments, constants, options, descriptors=True)
-    count, k_per_split = split_k(tiles, device(x), m, n, k) if tiles.variant == "split_k" else (1, k)
+        resident = torch.sym_min(programs, device(x).multiprocessors * resident_programs(tiles))
+        return Plan(kernel, resident, arguments, constants, options, descriptors=True)
+    count, k_per_split = split_k(tiles, device(x), m, n, k)
     constants = blocks | {
         "EVEN_K": bool(k % tiles.block_k == 0),
         "PRECISION": precision,
-        "GROUP": GROUP,
         "SPLIT_K": count,
     }
     return Plan(linear_sigmoid_kernel, count * programs, (m, n, k, k_per_split, *strides), constants, options)

@@ -11,11 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .candidates import Tiles, device, resident_programs
-from .gemm import GROUP, dot_rows, triangle_tile
+from .gemm import dot_rows, triangle_of_batch
 from .launch import Plan, Wrap, cached_plan
-from .matmul_t_tma import symmetric_product_specialized_kernel, symmetric_product_tma_kernel
-from .tuning import check_variant, choose_tiles
+from .matmul_t_tma import symmetric_product_tma_kernel
+from .tiles import Tiles, check_variant, choose_tiles, count_tiles, device, resident_programs
 
 SUM_BLOCK = 64  # with 128, float32 and float64 spill
 
@@ -44,17 +43,14 @@ def symmetric_product_kernel(
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
     """Compute a tile of the lower triangle of ``alpha·A·Bᵀ + beta·C``; store it and its transpose."""
-    tile_rows = tl.cdiv(n, BLOCK)
-    triangle = tile_rows * (tile_rows + 1) // 2
-    batch = (tl.program_id(0) // triangle).to(tl.int64)
-    tile_row, tile_col = triangle_tile(tl.program_id(0) % triangle, tile_rows, GROUP)
+    batch, tile_row, tile_col = triangle_of_batch(n, BLOCK)
     i, j = tile_row * BLOCK + tl.arange(0, BLOCK), tile_col * BLOCK + tl.arange(0, BLOCK)
     a_ptr += batch * a_batch
     b_ptr += batch * b_batch
-    acc = dot_rows(a_ptr, b_ptr, i, j, n, n, k, a_row, a_col, b_row, b_col, BLOCK_K, EVEN_K, PRECISION)
+    a, b = (a_ptr, a_row, a_col), (b_ptr, b_row, b_col)
+    acc = dot_rows(a, b, i, j, n, n, k, BLOCK_K, EVEN_K, PRECISION)
     i, j = i.to(tl.int64), j.to(tl.int64)
     mask = (i < n)[:, None] & (j < n)[None, :]
     acc *= tl.full((), alpha_bits, tl.int64).to(tl.float64, bitcast=True).to(acc.dtype)
@@ -75,14 +71,9 @@ def symmetric_product_kernel(
 
 
 @triton.jit
-def symmetric_sum_kernel(
-    g_ptr, out_ptr, n, g_batch, g_row, g_col, MIRROR: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr
-):
+def symmetric_sum_kernel(g_ptr, out_ptr, n, g_batch, g_row, g_col, MIRROR: tl.constexpr, BLOCK: tl.constexpr):
     """``(G + Gᵀ)/2``; with MIRROR write the lower triangle of G, transposed, to the upper one of ``out``."""
-    tile_rows = tl.cdiv(n, BLOCK)
-    triangle = tile_rows * (tile_rows + 1) // 2
-    batch = (tl.program_id(0) // triangle).to(tl.int64)
-    tile_row, tile_col = triangle_tile(tl.program_id(0) % triangle, tile_rows, GROUP)
+    batch, tile_row, tile_col = triangle_of_batch(n, BLOCK)
     i = tile_row.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     j = tile_col.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     g_ptr += batch * g_batch
@@ -164,23 +155,16 @@ def _plan_product(
     check_variant(tiles, "symmetric_product", n, *operands)
     strides = [stride for t in (a, b, a if c is None else c) for stride in _strides(t)]
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    if tiles.variant == "pointers":
-        tile_rows = triton.cdiv(n, tiles.block_m)
+    programs = batch * count_tiles(tiles, n, n, symmetric=True)
+    if tiles.variant != "tma":
         constants = {
             "HAS_C": c is not None,
             "BLOCK": tiles.block_m,
             "BLOCK_K": tiles.block_k,
             "EVEN_K": bool(k % tiles.block_k == 0),
             "PRECISION": precision,
-            "GROUP": GROUP,
         }
-        programs = batch * (tile_rows * (tile_rows + 1) // 2)
         return Plan(symmetric_product_kernel, programs, (n, k, *strides), constants, options)
-    specialized = tiles.variant == "specialized"
-    pairs = triton.cdiv(n, tiles.block_n)
-    units = pairs * (pairs + 1) // 2
-    if tiles.block_n > tiles.block_m:
-        units = pairs * pairs + triton.cdiv(pairs, 2)
     constants = {
         "BLOCK": tiles.block_m,
         "WIDE": tiles.block_n,
@@ -190,16 +174,10 @@ def _plan_product(
         "B_LAYOUT": _layout(b),
         "C_LAYOUT": "" if c is None else _layout(c),
         "PRECISION": precision,
-        "GROUP": GROUP,
     }
-    return Plan(
-        symmetric_product_specialized_kernel if specialized else symmetric_product_tma_kernel,
-        torch.sym_min(batch * units, device(a).multiprocessors * resident_programs(tiles)),
-        (batch, n, k, *strides),
-        constants,
-        options,
-        descriptors=True,
-    )
+    resident = torch.sym_min(programs, device(a).multiprocessors * resident_programs(tiles))
+    arguments = batch, n, k, *strides
+    return Plan(symmetric_product_tma_kernel, resident, arguments, constants, options, descriptors=True)
 
 
 def half_sum(g: Tensor, wrap: Wrap, *, out: Tensor | None = None) -> Tensor:
@@ -225,7 +203,7 @@ def _plan_sum(g: Tensor, in_place: bool) -> Plan:
     n = g.shape[-1]
     tile_rows = triton.cdiv(n, SUM_BLOCK)
     programs = (g.shape[0] if g.dim() == 3 else 1) * (tile_rows * (tile_rows + 1) // 2)
-    constants = {"MIRROR": in_place, "BLOCK": SUM_BLOCK, "GROUP": GROUP}
+    constants = {"MIRROR": in_place, "BLOCK": SUM_BLOCK}
     return Plan(symmetric_sum_kernel, programs, (n, *_strides(g)), constants, {})
 
 

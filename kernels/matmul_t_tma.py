@@ -9,26 +9,17 @@ are computed two at a time. Wide tiles read less for each product.
 import triton
 import triton.language as tl
 
-from .gemm import dot_tiles, load_tile, make_descriptor, triangle_tile
+from .gemm import GROUP, dot_tiles, load_tile, make_descriptor, triangle_tile
 
 
 @triton.jit
 def store_twice(
-    acc,
-    c_tiles,
-    out_tiles,
-    batch,
-    row,
-    col,
-    n,
-    beta,
-    C_LAYOUT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BELOW: tl.constexpr = False,
+    acc, c_tiles, out_tiles, batch, row, col, n, beta, C_LAYOUT: tl.constexpr, BELOW: tl.constexpr = False
 ):
-    """Add ``beta·C`` to a BLOCK × BLOCK tile; store it and its transpose. BELOW if it is off the diagonal."""
+    """Add ``beta·C`` to a square tile; store it and its transpose. BELOW if it is off the diagonal."""
+    BLOCK: tl.constexpr = out_tiles.block_shape[1]
     if C_LAYOUT != "":
-        acc += beta * load_tile(c_tiles, batch, row, col, BLOCK, BLOCK, C_LAYOUT).to(acc.dtype)
+        acc += beta * load_tile(c_tiles, batch, row, col, C_LAYOUT).to(acc.dtype)
     out = acc.to(out_tiles.dtype)
     if not BELOW:  # noqa: SIM102  # a constant, and a value known at run time
         if row == col:  # the upper half from the lower one
@@ -67,7 +58,6 @@ def symmetric_product_tma_kernel(
     B_LAYOUT: tl.constexpr,
     C_LAYOUT: tl.constexpr,
     PRECISION: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
     """``alpha·A·Bᵀ + beta·C``; the layouts are those of `make_descriptor`, and C_LAYOUT is empty without a C.
 
@@ -99,22 +89,8 @@ def symmetric_product_tma_kernel(
         if WIDE == BLOCK:
             tile_row, tile_col = triangle_tile(unit, pairs, GROUP)
             row, col = tile_row * BLOCK, tile_col * BLOCK
-            acc = dot_tiles(
-                a_tiles,
-                b_tiles,
-                batch,
-                row,
-                col,
-                k,
-                BLOCK,
-                BLOCK,
-                BLOCK_K,
-                False,
-                A_LAYOUT,
-                B_LAYOUT,
-                PRECISION,
-            )
-            store_twice(acc * alpha, c_tiles, out_tiles, batch, row, col, n, beta, C_LAYOUT, BLOCK)
+            acc = dot_tiles(a_tiles, b_tiles, batch, row, col, k, False, A_LAYOUT, B_LAYOUT, PRECISION)
+            store_twice(acc * alpha, c_tiles, out_tiles, batch, row, col, n, beta, C_LAYOUT)
         elif unit < full:
             # First two tiles for each place below the diagonal of pairs, then one for each place on it.
             below = unit < full - pairs
@@ -124,105 +100,15 @@ def symmetric_product_tma_kernel(
             pair_col = tl.where(below, pair_col, pair_row)
             row = (2 * pair_row + tl.where(below, unit % 2, 1)) * BLOCK
             col = pair_col * WIDE
-            acc = dot_tiles(
-                a_tiles,
-                wide_tiles,
-                batch,
-                row,
-                col,
-                k,
-                BLOCK,
-                WIDE,
-                BLOCK_K,
-                False,
-                A_LAYOUT,
-                B_LAYOUT,
-                PRECISION,
-            )
+            acc = dot_tiles(a_tiles, wide_tiles, batch, row, col, k, False, A_LAYOUT, B_LAYOUT, PRECISION)
             acc *= alpha
             if C_LAYOUT == "":
                 acc = acc.to(out_tiles.dtype)  # half the registers
             left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK, 2, BLOCK)), (0, 2, 1)))
-            store_twice(left, c_tiles, out_tiles, batch, row, col, n, beta, C_LAYOUT, BLOCK, BELOW=True)
-            store_twice(right, c_tiles, out_tiles, batch, row, col + BLOCK, n, beta, C_LAYOUT, BLOCK)
+            store_twice(left, c_tiles, out_tiles, batch, row, col, n, beta, C_LAYOUT, BELOW=True)
+            store_twice(right, c_tiles, out_tiles, batch, row, col + BLOCK, n, beta, C_LAYOUT)
         else:
             for half in range(2):
                 row = ((unit - full) * 2 + half) * WIDE
-                acc = dot_tiles(
-                    a_tiles,
-                    b_tiles,
-                    batch,
-                    row,
-                    row,
-                    k,
-                    BLOCK,
-                    BLOCK,
-                    BLOCK_K,
-                    SAME,
-                    A_LAYOUT,
-                    B_LAYOUT,
-                    PRECISION,
-                )
-                store_twice(acc * alpha, c_tiles, out_tiles, batch, row, row, n, beta, C_LAYOUT, BLOCK)
-
-
-@triton.jit(do_not_specialize=["alpha_bits", "beta_bits"])
-def symmetric_product_specialized_kernel(
-    a_ptr,
-    b_ptr,
-    c_ptr,
-    out_ptr,
-    alpha_bits: tl.int64,
-    beta_bits: tl.int64,
-    batches,
-    n,
-    k,
-    a_batch,
-    a_row,
-    a_col,
-    b_batch,
-    b_row,
-    b_col,
-    c_batch,
-    c_row,
-    c_col,
-    BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SAME: tl.constexpr,
-    A_LAYOUT: tl.constexpr,
-    B_LAYOUT: tl.constexpr,
-    C_LAYOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """As `symmetric_product_tma_kernel`, with warps that load and warps that multiply.
-
-    For one matrix, rows contiguous, WIDE = BLOCK. Triton divides the warps only of this form: 4 warps, no
-    `tl.assume`, descriptors of two dimensions, and no transposed tile.
-    """
-    alpha = tl.full((), alpha_bits, tl.int64).to(tl.float64, bitcast=True).to(tl.float32)
-    beta = tl.full((), beta_bits, tl.int64).to(tl.float64, bitcast=True).to(tl.float32)
-    a_tiles = tl.make_tensor_descriptor(a_ptr, [n, k], [a_row, 1], [BLOCK, BLOCK_K])
-    b_tiles = a_tiles
-    if not SAME:
-        b_tiles = tl.make_tensor_descriptor(b_ptr, [n, k], [b_row, 1], [BLOCK, BLOCK_K])
-    tile_rows = tl.cdiv(n, BLOCK)
-    units = tile_rows * (tile_rows + 1) // 2
-    for unit in tl.range(tl.program_id(0), units, tl.num_programs(0), warp_specialize=True):
-        tile_row, tile_col = triangle_tile(unit, tile_rows, GROUP)
-        row, col = tile_row * BLOCK, tile_col * BLOCK
-        acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-        for step in range(0, tl.cdiv(k, BLOCK_K)):
-            a = a_tiles.load([row, step * BLOCK_K])
-            b = b_tiles.load([col, step * BLOCK_K])
-            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-        acc *= alpha
-        i, j = (row + tl.arange(0, BLOCK))[:, None], (col + tl.arange(0, BLOCK))[None, :]
-        lower = (i >= j) & (i < n)
-        i, j = i.to(tl.int64), j.to(tl.int64)
-        if C_LAYOUT != "":
-            acc += beta * tl.load(c_ptr + (i * c_row + j * c_col), mask=lower, other=0.0).to(acc.dtype)
-        out = acc.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + (i * n + j), out, mask=lower)
-        tl.store(out_ptr + (j * n + i), out, mask=lower)
+                acc = dot_tiles(a_tiles, b_tiles, batch, row, row, k, SAME, A_LAYOUT, B_LAYOUT, PRECISION)
+                store_twice(acc * alpha, c_tiles, out_tiles, batch, row, row, n, beta, C_LAYOUT)

@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="the kernels are written in Triton")
 from torchpar.kernels import exact_matmul as exact_kernels
 from torchpar.kernels import linear_sigmoid as linear_kernels
 from torchpar.kernels import matmul_t as kernels
-from torchpar.kernels.candidates import Tiles
+from torchpar.kernels.tiles import Tiles
 from torchpar.ops import _exact
 from torchpar.tune.measure import use_fp32_precision
 
@@ -34,7 +34,7 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
 
 def choose(precision: str, tiles: Tiles) -> tuple[torch.dtype, str, Tiles]:
     """The dtype, the precision of its products, and tiles that fit; skip if this GPU lacks their variant."""
-    if tiles.variant in ("tma", "specialized") and torch.cuda.get_device_capability() < (9, 0):
+    if tiles.variant == "tma" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("the GPU has no TMA")
     if precision != "tf32":
         return getattr(torch, precision), "ieee", tiles
@@ -46,7 +46,6 @@ VARIANTS = {
     "TMA": Tiles(128, 128, 64, 8, 4, "tma"),
     "wide TMA": Tiles(128, 256, 64, 8, 4, "tma"),
     "small wide TMA": Tiles(64, 128, 64, 4, 4, "tma"),
-    "specialized": Tiles(128, 128, 64, 4, 3, "specialized"),
 }
 
 
@@ -55,14 +54,11 @@ VARIANTS = {
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "tf32"])
 def test_symmetric_product(precision: str, layouts: str, variant: str) -> None:
     dtype, kind, tiles = choose(precision, VARIANTS[variant])
-    batch = 1 if variant == "specialized" else BATCH
-    if variant == "specialized" and layouts != "NNN":
-        pytest.skip("this variant is for operands whose rows are contiguous")
-    x, c = normal(batch, N, K) / math.sqrt(K), normal(batch, N, N, seed=1)
+    x, c = normal(BATCH, N, K) / math.sqrt(K), normal(BATCH, N, N, seed=1)
     a, b, c = (
         laid_out(t.to("cuda", dtype), layout) for t, layout in zip((x, x / 4, c + c.mT), layouts, strict=True)
     )
-    results = [a.new_full((batch, N, N), math.nan) for _ in range(3)]
+    results = [a.new_full((BATCH, N, N), math.nan) for _ in range(3)]
     for out in results:  # the second and the third by the plan of the first
         kernels.symmetric_product(a, b, kind, None, c, 1 / 3, -0.5, out=out, tiles=tiles)
         assert torch.equal(out, results[0]), "two runs differ"

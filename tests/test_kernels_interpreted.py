@@ -24,8 +24,8 @@ from torch.testing import assert_close
 import torchpar
 from torchpar.exact.operands import Operand
 from torchpar.kernels import exact_matmul, linear_sigmoid, matmul_t, maximum, sigmoid_backward
-from torchpar.kernels.candidates import Device, Tiles
 from torchpar.kernels.gemm import triangle_tile
+from torchpar.kernels.tiles import Device, Tiles
 from torchpar.ops import _exact
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
@@ -90,7 +90,6 @@ PATHS = {
     "pointers": Tiles(16, 16, 16, 4, 2),
     "TMA": Tiles(16, 16, 16, 4, 2, "tma"),
     "wide TMA": Tiles(16, 32, 16, 4, 2, "tma"),
-    "specialized": Tiles(16, 16, 16, 4, 2, "specialized"),
 }
 
 
@@ -139,8 +138,6 @@ def check_symmetric_product(path, dtype, shape, layouts, wrap) -> None:
             )
         ),
         ("TMA", torch.float16, (2, 40, 24), CONTIGUOUS),
-        ("specialized", torch.float32, (16, 4), CONTIGUOUS),
-        ("specialized", torch.float32, (1, 68, 36), CONTIGUOUS),
     ],
 )
 def test_symmetric_product(interpreter, path, dtype, shape, layouts):

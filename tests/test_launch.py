@@ -14,8 +14,8 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 from benchmarks.host import idle_driver
 from torchpar.kernels import exact_matmul, launch, linear_sigmoid, matmul_t, maximum, sigmoid_backward
-from torchpar.kernels.candidates import Tiles
 from torchpar.kernels.launch import Plan
+from torchpar.kernels.tiles import Tiles
 
 N, K = 96, 64
 TMA = Tiles(64, 128, 64, 4, 4, "tma")

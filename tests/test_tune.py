@@ -13,13 +13,13 @@ import torch
 pytest.importorskip("triton", reason="Triton compiles the configurations")
 
 from torchpar.errors import ConfigError
-from torchpar.kernels import candidates, folders, tables, tuning
+from torchpar.kernels import folders, tiles
 from torchpar.ops._matrix import mirrored
 from torchpar.tune import command, measure
 from torchpar.tune.measure import Problem
 
-DEVICE = candidates.Device("NVIDIA Test", 90, 132)
-FAST, SLOW, BROKEN = candidates.configurations("symmetric_product", torch.bfloat16, "ieee", 90)[:3]
+DEVICE = tiles.Device("NVIDIA Test", 90, 132)
+FAST, SLOW, BROKEN = tiles.configurations("symmetric_product", torch.bfloat16, "ieee", 90)[:3]
 LARGE = Problem("symmetric_product", "bfloat16", 1024, 1024, 1024)
 SMALL = Problem("symmetric_product", "bfloat16", 256, 256, 256)
 CONTINUES = "left to measure: 1; the same command continues"
@@ -108,12 +108,11 @@ def gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    for module in (candidates, tuning):
-        monkeypatch.setattr(module, "device", lambda t: DEVICE)
+    monkeypatch.setattr(tiles, "device", lambda t: DEVICE)
     monkeypatch.setattr(command, "measure", made_up)
-    tables.forget_tables()
+    tiles.forget_tables()
     yield tmp_path / "nvidia-test.json"
-    tables.forget_tables()
+    tiles.forget_tables()
 
 
 def tune(*arguments: str, sizes: tuple[int, ...] = (1024, 256)) -> int:
@@ -130,8 +129,8 @@ def test_tune_writes_a_table_that_the_launchers_read(gpu, capsys):
     assert tune() == 0
     assert measured(gpu) == {1024: list(FAST), 256: None}
     x = torch.empty(64, 64, dtype=torch.bfloat16, device="meta")
-    assert tuning.choose_tiles("symmetric_product", "ieee", (1000, 1000, 1000, 1), x) == FAST
-    assert tuning.choose_tiles("symmetric_product", "ieee", (64, 64, 64, 1), x) is None
+    assert tiles.choose_tiles("symmetric_product", "ieee", (1000, 1000, 1000, 1), x) == FAST
+    assert tiles.choose_tiles("symmetric_product", "ieee", (64, 64, 64, 1), x) is None
     table = json.loads(gpu.read_text())
     assert (table["device"], table["torch"]) == ("NVIDIA Test", torch.__version__)
     assert {"triton", "kernels", "date"} < table.keys()
@@ -154,9 +153,9 @@ def test_a_problem_is_measured_once_unless_again(gpu, monkeypatch):
     monkeypatch.setattr(command, "measure", others)
     tune()
     assert measured(gpu) == {1024: list(FAST), 256: None}
-    tune("--again", "--variants", "specialized", sizes=(1024,))
+    tune("--again", "--variants", "pointers", sizes=(1024,))
     assert measured(gpu) == {256: None, 1024: None}
-    assert tried == [(256, {"pointers", "tma"}), (1024, {"specialized"})]
+    assert tried == [(256, {"pointers", "tma"}), (1024, {"pointers"})]
 
 
 def test_a_table_of_other_versions_is_not_continued(gpu):
@@ -215,7 +214,7 @@ def test_a_problem_that_cannot_be_measured_is_left_out_unless_the_gpu_fails(gpu,
 def test_the_most_important_problems_come_first():
     problems = command.list_problems(command.parse([]))
     assert problems[0] == Problem("symmetric_product", "bfloat16", 4096, 4096, 4096)
-    assert list(dict.fromkeys(p.kind for p in problems)) == list(candidates.KINDS)
+    assert list(dict.fromkeys(p.kind for p in problems)) == list(tiles.KINDS)
 
 
 @pytest.mark.parametrize("flag, value", [("minutes", "0"), ("minutes", "nan"), ("sizes", "512 0")])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The choice of tiles: configurations, defaults, tables and damaged tables."""
+"""The choice of tiles: configurations, defaults, tables and damaged tiles."""
 
 import json
 import re
@@ -9,26 +9,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchpar.kernels import candidates, folders, tables, tuning
-from torchpar.kernels.candidates import Tiles
+from torchpar.kernels import folders, tiles
+from torchpar.kernels.tiles import Tiles
 
-DEVICE = candidates.Device("NVIDIA Test/9 GPU", 90, 132)
+DEVICE = tiles.Device("NVIDIA Test/9 GPU", 90, 132)
 WIDE, LARGE = Tiles(128, 256, 64, 8, 4, "tma"), Tiles(128, 128, 64, 8, 4, "tma")
 SQUARE, SMALL = Tiles(128, 128, 64, 8, 3), Tiles(64, 64, 64, 4, 3)
 UNALIGNED, SPLIT = Tiles(64, 64, 32, 8, 3), Tiles(64, 64, 64, 4, 4, "split_k")
 ENTRIES = [[512, 512, 512, 1, None], [2048, 2048, 2048, 1, SMALL], [4096, 4096, 4096, 1, WIDE]]
-KINDS = [pytest.param(*kind[:2], id=name) for name, kind in candidates.KINDS.items()]
+KINDS = [pytest.param(*kind[:2], id=name) for name, kind in tiles.KINDS.items()]
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """The user's folder, of a user with the device of the test and no shipped tables."""
+    """The user's folder, of a user with the device of the test and no shipped tiles."""
     monkeypatch.setenv("TORCHPAR_CACHE", str(tmp_path / "user"))
     monkeypatch.setattr(folders, "SHIPPED", tmp_path / "shipped" / "tuned")
-    monkeypatch.setattr(tuning, "device", lambda t: DEVICE)
-    tables.forget_tables()
+    monkeypatch.setattr(tiles, "device", lambda t: DEVICE)
+    tiles.forget_tables()
     yield tmp_path
-    tables.forget_tables()
+    tiles.forget_tables()
 
 
 def table(entries=ENTRIES, kind: str = "bfloat16", kernel: str = "symmetric_product") -> dict:
@@ -40,35 +40,34 @@ def operand(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def chosen(n: int, k: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> Tiles | None:
-    return tuning.choose_tiles("symmetric_product", "ieee", (n, n, k, batch), operand(n, k, dtype))
+    return tiles.choose_tiles("symmetric_product", "ieee", (n, n, k, batch), operand(n, k, dtype))
 
 
 def default(m: int, n: int, batch: int = 1, kernel: str = "symmetric_product") -> Tiles:
-    return tuning.default_tiles(kernel, "ieee", (m, n, n, batch), operand(m, n), operand(n, m))
+    return tiles.default_tiles(kernel, "ieee", (m, n, n, batch), operand(m, n), operand(n, m))
 
 
 @pytest.mark.parametrize("capability", [0, 80, 90, 100, 120])
 @pytest.mark.parametrize("dtype, precision", KINDS)
-@pytest.mark.parametrize("kernel", candidates.KERNELS)
+@pytest.mark.parametrize("kernel", tiles.KERNELS)
 def test_configurations_are_those_that_a_device_can_run(kernel, dtype, precision, capability):
-    found = candidates.configurations(kernel, dtype, precision, capability)
-    assert 3 <= len(set(found)) == len(found) <= 13
-    for tiles in found:
-        assert all(size.bit_count() == 1 for size in tiles[:4]), "a power of 2, as Triton takes them"
-        buffers = tiles.num_stages - (capability == 0)
-        shared = buffers * (tiles.block_m + tiles.block_n) * tiles.block_k * dtype.itemsize
-        assert shared <= {0: 65536, 80: 166912, 120: 101376}.get(capability, 232448)
-        assert kernel == "linear_sigmoid" or tiles.block_n == tiles.block_m or tiles.variant == "tma"
-        spills = (256, 128) if capability >= 90 else (128, 256)
-        assert tiles[:2] != spills or tiles.variant == "tma"
+    found = tiles.configurations(kernel, dtype, precision, capability)
+    assert 2 <= len(set(found)) == len(found) <= 8
+    for one in found:
+        assert all(size.bit_count() == 1 for size in one[:4]), "a power of 2, as Triton takes them"
+        elements = (one.num_stages - (capability == 0)) * (one.block_m + one.block_n) * one.block_k
+        if one.variant == "tma":  # which stores from shared memory
+            elements += one.block_m**2 if kernel == "symmetric_product" else one.block_m * one.block_n // 2
+        shared = tiles.resident_programs(one) * elements if one.variant == "tma" else elements
+        limit = {0: 65536, 80: 166912, 120: 101376}.get(capability, 232448)  # by the makers' documents
+        assert shared * dtype.itemsize <= limit
+        assert kernel == "linear_sigmoid" or one.block_n == one.block_m or one.variant == "tma"
     similar = {80: 87, 100: 103}.get(capability, capability)
-    assert candidates.configurations(kernel, dtype, precision, similar) == found
+    assert tiles.configurations(kernel, dtype, precision, similar) == found
     variants = {"pointers"} if kernel == "symmetric_product" else {"pointers", "split_k"}
     if capability in (90, 100) and (dtype.itemsize == 2 or precision == "tf32"):
         variants.add("tma")
-        if capability == 90 and kernel == "symmetric_product":
-            variants.add("specialized")
-    assert {tiles.variant for tiles in found} == variants
+    assert {one.variant for one in found} == variants
 
 
 @pytest.mark.parametrize(
@@ -85,30 +84,29 @@ def test_configurations_are_those_that_a_device_can_run(kernel, dtype, precision
 )
 def test_default_has_the_least_estimate(monkeypatch, kernel, m, n, batch, expected):
     assert default(m, n, batch, kernel) == expected
-    monkeypatch.setattr(tuning, "device", lambda t: DEVICE._replace(capability=80))
+    monkeypatch.setattr(tiles, "device", lambda t: DEVICE._replace(capability=80))
     assert default(m, n, batch, kernel).variant == "pointers"
 
 
 @pytest.mark.parametrize(
-    "n, stride, expected",
+    "n, stride, expected, by_pointers",
     [
-        (4096, (1024, 1), WIDE),
-        (4096, (1, 4096), WIDE),
-        (4096, (1032, 1), WIDE),
-        (4096, (1028, 1), UNALIGNED),  # rows begin on 8 bytes
-        (4095, (1024, 1), UNALIGNED),  # the result's rows begin 14 bytes off
-        (4096, (8 * 1024, 8), SQUARE),  # neither rows nor columns are contiguous
-        (4096, (0, 1), SQUARE),  # one row, expanded
+        (4096, (1024, 1), WIDE, SQUARE),
+        (4096, (1, 4096), WIDE, SQUARE),
+        (4096, (1032, 1), WIDE, UNALIGNED),  # Triton asks for multiples of 16 elements
+        (4096, (1028, 1), UNALIGNED, UNALIGNED),  # rows begin on 8 bytes
+        (4095, (1024, 1), UNALIGNED, UNALIGNED),  # the result's rows begin 14 bytes off
+        (4096, (8 * 1024, 8), UNALIGNED, UNALIGNED),  # neither rows nor columns are contiguous
+        (4096, (0, 1), SQUARE, SQUARE),  # one row, expanded
     ],
 )
-def test_tiles_are_those_that_the_operands_allow(n, stride, expected):
+def test_tiles_are_those_that_the_operands_allow(n, stride, expected, by_pointers):
     x = torch.empty(2**25, dtype=torch.bfloat16, device="meta").as_strided((n, 1024), stride)
     sizes = (n, n, 1024, 1)
-    assert tuning.default_tiles("symmetric_product", "ieee", sizes, x) == expected
-    tables.save(DEVICE, table([[*sizes, WIDE]]))
-    assert tuning.choose_tiles("symmetric_product", "ieee", sizes, x) == expected
-    by_pointers = UNALIGNED if expected == UNALIGNED else SQUARE
-    assert tuning.choose_tiles("symmetric_product", "ieee", sizes, x, tma=False) == by_pointers
+    assert tiles.default_tiles("symmetric_product", "ieee", sizes, x) == expected
+    tiles.save_table(DEVICE, table([[*sizes, WIDE]]))
+    assert tiles.choose_tiles("symmetric_product", "ieee", sizes, x) == expected
+    assert tiles.choose_tiles("symmetric_product", "ieee", sizes, x, tma=False) == by_pointers
 
 
 @pytest.mark.parametrize(
@@ -123,17 +121,24 @@ def test_tiles_are_those_that_the_operands_allow(n, stride, expected):
 )
 def test_default_of_linear_sigmoid(m, n, k, expected):
     """Neither few rows nor a result whose rows begin at no 16 bytes take the tiles for unaligned operands."""
-    found = tuning.default_tiles("linear_sigmoid", "ieee", (m, n, k, 1), operand(m, k), operand(n, k))
+    found = tiles.default_tiles("linear_sigmoid", "ieee", (m, n, k, 1), operand(m, k), operand(n, k))
     assert found == expected
-    tables.save(DEVICE, table([[m, 1024, k, 1, WIDE]], kernel="linear_sigmoid"))
-    found = tuning.choose_tiles("linear_sigmoid", "ieee", (m, n, k, 1), operand(m, k), operand(n, k))
+    tiles.save_table(DEVICE, table([[m, 1024, k, 1, WIDE]], kernel="linear_sigmoid"))
+    found = tiles.choose_tiles("linear_sigmoid", "ieee", (m, n, k, 1), operand(m, k), operand(n, k))
     assert found == (expected if n % 8 else WIDE)
+
+
+@pytest.mark.parametrize("k, expected", [(1024, 128), (1004, 128), (1002, 64)])
+def test_large_tiles_of_float32_take_rows_that_begin_on_16_bytes(k, expected):
+    """Single elements of 4 bytes are loaded asynchronously, those of 2 bytes are not."""
+    x = operand(4096, k, torch.float32)
+    assert tiles.default_tiles("symmetric_product", "ieee", (4096, 4096, k, 1), x).block_m == expected
 
 
 def test_sizes_that_no_descriptor_has_go_by_pointers():
     for m, n, k in ((0, 64, 64), (1, 12288, 4096), (8, 2**31, 16)):
-        tables.save(DEVICE, table([[max(m, 1), n, k, 1, WIDE]], kernel="linear_sigmoid"))
-        for choose in (tuning.default_tiles, tuning.choose_tiles):
+        tiles.save_table(DEVICE, table([[max(m, 1), n, k, 1, WIDE]], kernel="linear_sigmoid"))
+        for choose in (tiles.default_tiles, tiles.choose_tiles):
             found = choose("linear_sigmoid", "ieee", (m, n, k, 1), operand(m, k), operand(n, k))
             assert found.variant == "pointers"
 
@@ -147,15 +152,14 @@ def test_parts_of_a_split_sum():
         ((200, 1001, 8191), (2, 4096)),  # 64 tiles, 132 multiprocessors
         ((8192, 8192, 8192), (1, 8192)),
     ):
-        assert candidates.split_k(SPLIT, DEVICE, *sizes) == expected, sizes
+        assert tiles.split_k(SPLIT, DEVICE, *sizes) == expected, sizes
 
 
 def test_saved_table_is_what_is_chosen(folder):
-    path = tables.save(DEVICE, table([*ENTRIES[:2], [4096, 4096, 4096, 1, WIDE._replace(block_m=128.0)]]))
+    path = tiles.save_table(DEVICE, table())
     assert path == folder / "user" / "nvidia-test-9-gpu.json"
-    assert tables.load(DEVICE) == json.loads(json.dumps(table()))
-    assert type(chosen(4096, 4096).block_m) is int, "a kernel's constants must be integers"
-    found = [chosen(n, n) for n in (128, 512, 1024, 1032, 2048, 4096, 16384)]
+    assert tiles.load_table(DEVICE) == json.loads(json.dumps(table()))
+    found = [chosen(n, n) for n in (128, 512, 1024, 1040, 2048, 4096, 16384)]
     assert found == [None] * 3 + [SMALL] * 2 + [WIDE] * 2
     assert chosen(1024, 2048) == SMALL, "1 octave of k nearer to 2048"
     assert chosen(64, 64) == default(64, 64), "too far from what was measured"
@@ -164,7 +168,7 @@ def test_saved_table_is_what_is_chosen(folder):
 
 def test_problems_nearest_to_those_of_the_table():
     """A batch is a size like others; what the table lacks takes the defaults."""
-    tables.save(DEVICE, table([ENTRIES[0], [512, 512, 512, 64, SQUARE]]))
+    tiles.save_table(DEVICE, table([ENTRIES[0], [512, 512, 512, 64, SQUARE]]))
     assert [chosen(512, 512, batch) for batch in (1, 8, 9, 64)] == [None, None, SQUARE, SQUARE]
     assert chosen(512, 512, dtype=torch.float16) == SMALL
 
@@ -172,16 +176,14 @@ def test_problems_nearest_to_those_of_the_table():
 def test_choice_by_a_symbolic_size_adds_no_guard():
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    tables.save(DEVICE, table())
+    tiles.save_table(DEVICE, table())
     env = ShapeEnv()
-    symbol = env.create_unspecified_symbol(1032, source=torch._dynamo.source.ConstantSource("n"))
-    n = env.create_symintnode(symbol, hint=1032)
+    symbol = env.create_unspecified_symbol(1040, source=torch._dynamo.source.ConstantSource("n"))
+    n = env.create_symintnode(symbol, hint=1040)
     x = operand(1024, 1024)
-    assert tuning.choose_tiles("symmetric_product", "ieee", (n, n, n, 1), x) == SMALL
-    sizes = tuning._hint(n), 8, 8, 1
-    assert tuning._least_estimate("symmetric_product", "bfloat16", DEVICE, sizes, ("tma",), True)
-    assert candidates.split_k(SPLIT, DEVICE, 64, 64, n) == (1, n), "the number of programs would be a guard"
-    assert tuning._hint(env.create_unbacked_symint()) == 1024
+    assert tiles.choose_tiles("symmetric_product", "ieee", (n, n, n, 1), x) == SMALL
+    assert tiles.split_k(SPLIT, DEVICE, 64, 64, n) == (1, n), "the number of programs would be a guard"
+    assert tiles._hint(env.create_unbacked_symint()) == 1024
     assert all("Mod" in str(guard.expr) for guard in env.guards), "not of alignment"
     assert n > 1000
     assert not all("Mod" in str(guard.expr) for guard in env.guards), "a guard would have been seen"
@@ -192,16 +194,16 @@ def test_folders_of_tables(folder, monkeypatch):
     monkeypatch.delenv("TORCHPAR_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     (folder / "shipped").mkdir()
-    name = tables.file_name(DEVICE.name)
+    name = tiles.file_name(DEVICE.name)
     own, shipped = (folder / path / "tuned" / name for path in ("cache/torchpar", "shipped"))
-    assert tables.save(DEVICE, table()) == own
+    assert tiles.save_table(DEVICE, table()) == own
     (folder / "pyproject.toml").touch()
-    assert tables.save(DEVICE, table()) == own, "the user's, which comes first, would hide it"
+    assert tiles.save_table(DEVICE, table()) == own, "the user's, which comes first, would hide it"
     own.unlink()
-    assert tables.save(DEVICE, table([ENTRIES[1]])) == shipped
+    assert tiles.save_table(DEVICE, table([ENTRIES[1]])) == shipped
     assert chosen(4096, 4096) == SMALL
     own.write_text(json.dumps(table()))
-    tables.forget_tables()
+    tiles.forget_tables()
     assert chosen(4096, 4096) == WIDE
 
 
@@ -211,14 +213,16 @@ def test_folders_of_tables(folder, monkeypatch):
         ("{", "Expecting"),
         (json.dumps(table() | {"device": "Other"}), "the table is of 'Other', expected 'NVIDIA Test/9 GPU'"),
         (json.dumps(table(kernel="sort")), "sort of bfloat16 is not among symmetric_product"),
-        (json.dumps(table([[8, 8, 8, SMALL]])), "not the layout of a table"),
+        (json.dumps(table([8])), "not the layout of a table"),
+        (json.dumps(table([[8, 8, 8, SMALL]])), "expected four sizes"),
         (json.dumps(table([[8, 8, 0, 1, SMALL]])), "'pointers']], expected four sizes above 0"),
         (json.dumps(table([[8, 8, 2**63, 1, SMALL]])), "expected four sizes"),
         (json.dumps(table([[8, 8, 8, 1, SPLIT]])), "a configuration of this device"),
+        (json.dumps(table([[8, 8, 8, 1, SMALL._replace(block_m=64.0)]])), "a configuration of this device"),
     ],
 )
 def test_wrong_file_is_named_and_not_used(folder, text, wrong):
-    path = folder / "user" / tables.file_name(DEVICE.name)
+    path = folder / "user" / tiles.file_name(DEVICE.name)
     path.parent.mkdir()
     path.write_text(text)
     with pytest.warns(UserWarning, match=re.escape(wrong)) as caught:
@@ -232,5 +236,5 @@ def test_wrong_file_is_named_and_not_used(folder, text, wrong):
 
 def test_save_refuses_what_load_would(folder):
     with pytest.raises(ValueError, match="a configuration of this device"):
-        tables.save(DEVICE._replace(capability=80), table())
+        tiles.save_table(DEVICE._replace(capability=80), table())
     assert not (folder / "user").exists()

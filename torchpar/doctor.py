@@ -198,13 +198,13 @@ def kernels() -> Iterator[Finding]:
     if importlib.util.find_spec("triton") is None:
         yield Finding("Triton", "missing; the operators run on CPUs only", "note", "pip install triton")
         return
-    from torchpar.kernels import candidates, tables
+    from torchpar.kernels import tiles
 
     for index in range(torch.cuda.device_count()):
         with torch.cuda.device(index):
-            present = candidates.device(torch.empty(0, device="cuda"))
-        table = tables.load(present)
-        for kernel in candidates.KERNELS:
+            present = tiles.device(torch.empty(0, device="cuda"))
+        table = tiles.load_table(present)
+        for kernel in tiles.KERNELS:
             kinds = sorted(table["tiles"].get(kernel, ())) if table else []
             if kinds:
                 yield Finding(f"{kernel}, cuda:{index}", f"measured tiles for {', '.join(kinds)}")

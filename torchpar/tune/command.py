@@ -23,11 +23,10 @@ from torchpar.tune import cpu
 from torchpar.tune.measure import LIBRARY, PRODUCT, Problem, check_gpu, describe, error_line, measure
 
 if TYPE_CHECKING:  # it imports Triton
-    from torchpar.kernels.candidates import Device
+    from torchpar.kernels.tiles import Device
 
 KERNELS = ("symmetric_product", "linear_sigmoid")
-VARIANTS = ("pointers", "split_k", "tma", "specialized")
-BY_DEFAULT = VARIANTS[:3]  # the specialized kernel may hang, which would end the run
+VARIANTS = ("pointers", "split_k", "tma")
 DTYPES = ("bfloat16", "float16", "tf32", "float32", "float64")
 # The problems of each dtype, the most important first: m, n, k and batch.
 PROBLEMS = (
@@ -63,12 +62,12 @@ def tune(options: argparse.Namespace) -> int:
         raise ConfigError(f"--sizes is {options.sizes}, expected positive multiples of 16")
     if not torch.cuda.is_available():
         raise ConfigError("PyTorch finds no GPU, expected one to tune the kernels on")
-    from torchpar.kernels import candidates, tables
+    from torchpar.kernels import tiles
 
     end = time.monotonic() + 60 * options.minutes
-    present = candidates.device(torch.empty(0, device="meta"))
+    present = tiles.device(torch.empty(0, device="meta"))
     header = environment(present)
-    table = tables.load(present) or {}
+    table = tiles.load_table(present) or {}
     if table | header != table:
         if table:
             print("the table is of other versions or kernels; a new one is begun")
@@ -86,7 +85,7 @@ def tune(options: argparse.Namespace) -> int:
                 others, _ = entries(table, problem)
                 table["tiles"].setdefault(problem.kernel, {})[problem.kind] = [*others, entry]
                 date = datetime.now(UTC).date().isoformat()
-                path = tables.save(present, table | {"date": date})
+                path = tiles.save_table(present, table | {"date": date})
             left_out += entry is None
             del missing[0]
     finally:  # after Ctrl-C too
@@ -119,19 +118,17 @@ def entries(table: dict[str, Any], problem: Problem) -> tuple[list[Any], list[An
 
 def tune_problem(problem: Problem, variants: Sequence[str], present: "Device") -> list[Any] | None:
     """Measure a problem and print the result; return its entry, or None if it cannot be measured."""
-    from torchpar.kernels import candidates
+    from torchpar.kernels.tiles import KINDS, configurations, split_k
 
-    kind = candidates.KINDS[problem.kind][:2]
-    configurations = candidates.configurations(problem.kernel, *kind, present.capability)
-    configurations = [tiles for tiles in configurations if tiles.variant in variants]
-    # Where split-K splits nothing, it is the kernel by pointers.
-    configurations = [
+    possible = [
         tiles
-        for tiles in configurations
-        if tiles.variant != "split_k" or candidates.split_k(tiles, present, *problem[2:5])[0] > 1
+        for tiles in configurations(problem.kernel, *KINDS[problem.kind][:2], present.capability)
+        if tiles.variant in variants
+        # Where split-K splits nothing, it is the kernel by pointers.
+        and (tiles.variant != "split_k" or split_k(tiles, present, *problem[2:5])[0] > 1)
     ]
     try:
-        times, errors = measure(problem, configurations, torch.device("cuda"))
+        times, errors = measure(problem, possible, torch.device("cuda"))
     except TorchparError:
         raise
     except Exception as e:  # such as too little memory
@@ -161,7 +158,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=10.0, help="begin no problem later than this")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=BY_DEFAULT, help="of the kernels")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="of the kernels")
     parser.add_argument("--sizes", nargs="+", type=int, default=(), help="square problems alone")
     parser.add_argument("--again", action="store_true", help="measure problems that are in the table already")
     return parser.parse_args(arguments)

@@ -18,11 +18,11 @@ PRODUCT = "product alone"  # of the library, without the mirror or the sigmoid
 ROUNDS = 5
 ROUND_MS = 10  # of each configuration
 
-Tiles = tuple[int | str, ...]  # `torchpar.kernels.candidates.Tiles`, which needs Triton, is such a tuple
+Tiles = tuple[int | str, ...]  # `torchpar.kernels.tiles.Tiles`, which needs Triton, is such a tuple
 
 
 class Problem(NamedTuple):
-    """Products ``(m, k)·(k, n)`` by a kernel. `torchpar.kernels.candidates.KINDS` has the kinds."""
+    """Products ``(m, k)·(k, n)`` by a kernel. `torchpar.kernels.tiles.KINDS` has the kinds."""
 
     kernel: str
     kind: str
@@ -48,10 +48,11 @@ class PreparedProblem(NamedTuple):
 
 def prepare(problem: Problem, device: torch.device) -> PreparedProblem:
     """Random operands on ``device``; on the meta device the kernels can be compiled, but not run."""
-    from torchpar.kernels import candidates, linear_sigmoid, matmul_t
+    from torchpar.kernels import linear_sigmoid, matmul_t
+    from torchpar.kernels.tiles import KINDS
 
     kernel, kind, m, n, k, batch = problem
-    dtype, precision = candidates.KINDS[kind][:2]
+    dtype, precision = KINDS[kind][:2]
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(n)
     random = partial(torch.randn, device=device, generator=generator)
     prefix = (batch,) * (batch > 1)
@@ -81,10 +82,10 @@ def measure(
     """
     from triton.testing import do_bench
 
-    from torchpar.kernels import candidates
+    from torchpar.kernels.tiles import KINDS
 
     errors: dict[Tiles, str] = {}
-    with use_fp32_precision(candidates.KINDS[problem.kind].precision):
+    with use_fp32_precision(KINDS[problem.kind].precision):
         prepared = prepare(problem, device)
         calls: dict[Tiles | str, Callable[[], object]] = {
             tiles: partial(prepared.launch, None, tiles=tiles) for tiles in configurations

@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: MIT
+"""Tiles of the matrix kernels: those that a device can run, those that were measured, and the choice.
+
+`choose_tiles` takes the tiles that `python -m torchpar tune` measured for the nearest problem. Where nothing
+near was measured, it takes those with the least estimated time. Nothing is searched for at run time.
+
+The table of a device is a JSON file in ``tuned/`` beside this file, named after the device. A table in the
+user's cache (`folders.user_folder`) has priority.
+
+    {"device": "NVIDIA H200", "triton": "3.9.0", "torch": "2.15.0", "kernels": "9f2c…", "date": "2026-11-20",
+     "tiles": {"symmetric_product": {"bfloat16": [
+         [4096, 4096, 4096, 1, [128, 256, 64, 8, 4, "tma"]], [256, 256, 256, 1, null]]}}}
+
+An entry is ``[m, n, k, batch, tiles]``, and `KINDS` names its operands. ``null`` means that PyTorch's library
+was faster.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from math import ceil, log2
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import folders
+from .launch import forget_plans
+
+FAR = 6.0  # octaves from a measured problem, over all sizes; such as a fourth of m, n and k
+_WITH_TMA = (90, 100, 103)  # sm_120 has too little shared memory for tiles that gain by it
+
+
+class Tiles(NamedTuple):
+    """Tile sizes and launch options of a matrix kernel.
+
+    The variants:
+
+    - "pointers": an address for each element, or for each 16 bytes. Any GPU.
+    - "tma": persistent programs that load by TMA, for `_WITH_TMA`. If block_n is 2·block_m,
+      `symmetric_product` has such tiles below the diagonal and square ones on it.
+    - "split_k": as "pointers", with several programs for a tile (`split_k`). `linear_sigmoid`.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    variant: str = "pointers"
+
+
+class Device(NamedTuple):
+    """The properties of a device on which tiles depend; capability 90 is sm_90, and 0 is no NVIDIA GPU."""
+
+    name: str
+    capability: int
+    multiprocessors: int
+
+
+class Kind(NamedTuple):
+    """A kind of operands, and the tiles for it.
+
+    ``second_launch``: columns of a 64 × 64 tile that take as long as the launch which adds the parts of a
+    split sum: 4 µs, an estimate, at the speed of an H200 by NVIDIA's data sheet.
+    """
+
+    dtype: torch.dtype
+    precision: str
+    second_launch: int
+    unaligned: Tiles  # an address per element takes registers: larger tiles would spill
+    tiles: tuple[Tiles, ...]
+
+
+# Of tiles with the same estimate the first are taken.
+_16_BIT = (
+    Tiles(128, 256, 64, 8, 4, "tma"),
+    Tiles(64, 128, 64, 4, 4, "tma"),
+    Tiles(128, 128, 64, 8, 4, "tma"),
+    Tiles(128, 128, 64, 8, 3),
+    Tiles(64, 128, 64, 4, 3),
+    Tiles(64, 64, 64, 4, 3),  # small products do not repay the making of descriptors
+    Tiles(64, 64, 128, 4, 3, "tma"),
+    Tiles(64, 64, 64, 4, 4, "split_k"),
+)
+# With a fourth stage, transposed operands and a matrix C would not fit into sm_100's shared memory.
+_TF32 = tuple(tiles._replace(block_k=tiles.block_k // 2, num_stages=3) for tiles in _16_BIT)
+_FLOAT32 = (
+    Tiles(128, 128, 16, 8, 3),
+    Tiles(64, 128, 16, 8, 2),
+    Tiles(64, 64, 16, 8, 2),
+    Tiles(64, 64, 16, 8, 2, "split_k"),
+)
+_FLOAT64 = (
+    Tiles(64, 128, 16, 8, 2),
+    Tiles(64, 64, 16, 4, 2),
+    Tiles(64, 64, 32, 8, 2),
+    Tiles(64, 64, 32, 8, 2, "split_k"),
+)
+KERNELS = ("symmetric_product", "linear_sigmoid")
+KINDS = {
+    "bfloat16": Kind(torch.bfloat16, "ieee", 1200, Tiles(64, 64, 32, 8, 3), _16_BIT),
+    "float16": Kind(torch.float16, "ieee", 1200, Tiles(64, 64, 32, 8, 3), _16_BIT),
+    "tf32": Kind(torch.float32, "tf32", 600, Tiles(64, 64, 16, 4, 3), _TF32),
+    "float32": Kind(torch.float32, "ieee", 80, Tiles(64, 64, 16, 8, 3), _FLOAT32),
+    "float64": Kind(torch.float64, "ieee", 80, Tiles(64, 64, 16, 4, 3), _FLOAT64),
+}
+
+
+def kind_of(dtype: torch.dtype, precision: str) -> str:
+    return "tf32" if (dtype, precision) == (torch.float32, "tf32") else str(dtype).removeprefix("torch.")
+
+
+def device(t: Tensor) -> Device:
+    """The current device, or Triton's interpreter where ``t`` is on a CPU."""
+    if t.device.type == "cpu":
+        return Device("interpreter", 0, 3)
+    driver = triton.runtime.driver.active
+    index, target = driver.get_current_device(), driver.get_current_target()
+    capability = target.arch if target.backend == "cuda" else 0
+    if index >= torch.cuda.device_count():  # a kernel is compiled for a device that is not here
+        return Device(f"{target.backend} {target.arch}", capability, 132)
+    present = torch.cuda.get_device_properties(index)
+    return Device(present.name, capability, present.multi_processor_count)
+
+
+def configurations(kernel: str, dtype: torch.dtype, precision: str, capability: int) -> list[Tiles]:
+    """The configurations of ``kernel`` that a device of ``capability`` can run."""
+
+    def exists(tiles: Tiles) -> bool:
+        if tiles.variant == "tma":  # outside sm_90 the others spill
+            return capability == 90 or (capability in _WITH_TMA and tiles.block_n == 128)
+        square = tiles.block_m == tiles.block_n and tiles.variant == "pointers"
+        return square or kernel == "linear_sigmoid"
+
+    return [tiles for tiles in KINDS[kind_of(dtype, precision)].tiles if exists(tiles)]
+
+
+def count_tiles(tiles: Tiles, m: int, n: int, symmetric: bool) -> int:
+    """The number of tiles of a result; of a symmetric one those on and below the diagonal."""
+    rows: int = triton.cdiv(m, tiles.block_m)
+    columns: int = triton.cdiv(n, tiles.block_n)
+    if not symmetric:
+        return rows * columns
+    if tiles.block_m == tiles.block_n:
+        return rows * (rows + 1) // 2
+    return columns * columns + (columns + 1) // 2  # wide tiles, and pairs of square ones on the diagonal
+
+
+def resident_programs(tiles: Tiles) -> int:
+    """The number of persistent programs that a multiprocessor runs at a time."""
+    return 2 if tiles.num_warps == 4 else 1
+
+
+def split_k(tiles: Tiles, present: Device, m: int, n: int, k: int) -> tuple[int, int]:
+    """The number of programs that share a tile, and the columns of x that each takes.
+
+    The number is 1 for other variants, and for symbolic sizes, where another number would be a guard.
+    """
+    if tiles.variant != "split_k" or any(isinstance(size, torch.SymInt) for size in (m, n, k)):
+        return 1, k
+    units = max(1, count_tiles(tiles, m, n, symmetric=False))
+    steps = ceil(k / tiles.block_k)
+    count = max(1, min(present.multiprocessors // units, steps // 4, 16))
+    steps_each = ceil(steps / count)
+    return ceil(steps / steps_each), steps_each * tiles.block_k
+
+
+def aligned(t: Tensor, unit: int) -> bool:
+    """Whether ``t`` begins on 16 bytes, and its contiguous rows or columns on multiples of ``unit`` elements.
+
+    By pointers Triton loads 16 bytes at a time where that is 16 elements.
+    """
+    steps = [size if stride == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)]
+    return 1 in t.stride() and all(step % unit == 0 for step in steps) and _begins_on_16_bytes(t)
+
+
+def loads_by_tma(t: Tensor) -> bool:
+    """Whether a TMA descriptor can describe the matrices of ``t (*, rows, cols)`` or their transposes."""
+    *batch, row, col = t.stride()
+    if any(isinstance(size, int) and not 1 < size < 2**31 for size in t.shape[-2:]):
+        return False  # Triton makes a size of 1 a constant, and takes no larger ones in a descriptor
+    unit = 16 // t.element_size()
+    steps = (row if col == 1 else col, *(s for s, n in zip(batch, t.shape, strict=False) if n != 1))
+    return 1 in (row, col) and all(s > 0 and s % unit == 0 for s in steps) and _begins_on_16_bytes(t)
+
+
+def _begins_on_16_bytes(t: Tensor) -> bool:
+    try:
+        return t.data_ptr() % 16 == 0
+    except RuntimeError:  # a tracer's tensor has no address; the compiler will allocate it aligned
+        return bool(t.storage_offset() * t.element_size() % 16 == 0)
+
+
+def allows_tma(kernel: str, n: int, *operands: Tensor) -> bool:
+    """Whether a kernel by TMA takes the operands; a symmetric product also stores ``n`` columns by TMA."""
+    stores = kernel == "linear_sigmoid" or n * operands[0].element_size() % 16 == 0
+    return stores and operands[0].dtype != torch.float64 and all(map(loads_by_tma, operands))
+
+
+def suits(tiles: Tiles, kernel: str, n: int, *operands: Tensor, tma: bool = True) -> bool:
+    """Whether ``tiles`` load the operands, and store ``n`` columns, without spills.
+
+    A small tile of a linear layer may store single elements: their addresses are few.
+    """
+    unit = 16 // operands[0].element_size()
+    if tiles.variant == "tma":
+        loads = tma and allows_tma(kernel, n, *operands)
+    else:
+        unit = 16 if unit == 8 else unit  # single elements of 2 bytes are not loaded asynchronously
+        loads = all(aligned(t, unit) for t in operands)
+    small = kernel == "linear_sigmoid" and tiles.block_m * tiles.block_n <= 64 * 128
+    return loads and bool(small or n % unit == 0)
+
+
+def check_variant(tiles: Tiles, kernel: str, n: int, *operands: Tensor) -> None:
+    """Raise a ValueError if ``tiles`` are of a variant that cannot take the operands."""
+    if tiles.variant == "tma" and not allows_tma(kernel, n, *operands):
+        raise ValueError(f"{kernel} cannot take these operands by {tiles}, expected the variant pointers")
+
+
+def file_name(device_name: str) -> str:
+    """The name of a device's table: lower case, with "-" for spaces and slashes."""
+    return device_name.lower().replace(" ", "-").replace("/", "-") + ".json"
+
+
+def load_table(present: Device) -> dict[str, Any] | None:
+    """The table of a device as it was saved, or None; a damaged one gives a warning, and None."""
+    hint = "default tiles are used; `python -m torchpar tune` writes a new table"
+    found = folders.read(file_name(present.name), lambda table: _check(table, present), hint)
+    return found and found[1]
+
+
+_known_table = cache(load_table)
+
+
+def save_table(present: Device, table: dict[str, Any]) -> Path:
+    """Write the table of a device as `folders.write` does, and use it from now on; return its path.
+
+    A wrong ``table`` raises a ValueError.
+    """
+    _check(table, present)
+    path = folders.write(file_name(present.name), json.dumps(table, indent=1) + "\n")
+    forget_tables()
+    return path
+
+
+def forget_tables() -> None:
+    """Read the tables again when tiles are chosen next."""
+    _known_table.cache_clear()
+    forget_plans()
+
+
+def _check(table: Any, present: Device) -> None:
+    """Raise a ValueError that says what is wrong with a table."""
+    try:
+        if table["device"] != present.name:
+            raise ValueError(f"the table is of {table['device']!r}, expected {present.name!r}")
+        for kernel, kinds in table["tiles"].items():
+            for kind, entries in kinds.items():
+                if kernel not in KERNELS or kind not in KINDS:
+                    raise ValueError(f"{kernel} of {kind} is not among {', '.join((*KERNELS, *KINDS))}")
+                possible = configurations(kernel, *KINDS[kind][:2], present.capability)
+                written = [json.dumps(tiles) for tiles in (None, *possible)]  # 64.0 is not 64
+                for *sizes, tiles in entries:
+                    known = all(type(size) is int and 0 < size < 2**63 for size in sizes)
+                    if len(sizes) != 4 or not known or json.dumps(tiles) not in written:
+                        expected = "four sizes above 0 and a configuration of this device"
+                        raise ValueError(f"{kernel}, {kind}: {[*sizes, tiles]}, expected {expected}")
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"not the layout of a table ({type(error).__name__}: {error})") from error
+
+
+def nearest(present: Device, kernel: str, kind: str, sizes: Sequence[int]) -> list[Any] | None:
+    """The entry of the device's table that is nearest to ``sizes``, if it is no farther than `FAR`."""
+
+    def distance(entry: list[Any]) -> float:
+        return sum(abs(log2(max(a, 1) / b)) for a, b in zip(sizes, entry[:4], strict=True))
+
+    table = _known_table(present)
+    entries = table["tiles"].get(kernel, {}).get(kind, ()) if table else ()
+    near = [entry for entry in entries if distance(entry) <= FAR]
+    return min(near, key=distance, default=None)
+
+
+def choose_tiles(
+    kernel: str, precision: str, sizes: Sequence[int], *operands: Tensor, tma: bool = True
+) -> Tiles | None:
+    """Tiles for products of ``sizes`` (m, n, k and batch); None if PyTorch's library is faster.
+
+    A compiled graph keeps the tiles of the sizes that it was traced with; only their alignment is guarded.
+    """
+    kind = kind_of(operands[0].dtype, precision)
+    entry = nearest(device(operands[0]), kernel, kind, tuple(map(_hint, sizes)))
+    if entry:
+        tiles = entry[4] and Tiles(*entry[4])
+        if tiles is None or suits(tiles, kernel, sizes[1], *operands, tma=tma):
+            return tiles
+    return default_tiles(kernel, precision, sizes, *operands, tma=tma)
+
+
+def default_tiles(
+    kernel: str, precision: str, sizes: Sequence[int], *operands: Tensor, tma: bool = True
+) -> Tiles:
+    """Without a table: the tiles with the least estimated time for ``sizes`` (m, n, k and batch)."""
+    present, kind = device(operands[0]), KINDS[kind_of(operands[0].dtype, precision)]
+    m, n, _, batch = map(_hint, sizes)
+
+    def estimate(tiles: Tiles) -> int:
+        """The waves of tiles over the multiprocessors, times a tile's products; a row loaded counts as 64."""
+        count, columns = split_k(tiles, present, *sizes[:3])
+        units = count_tiles(tiles, m, n, kernel == "symmetric_product") * batch * count
+        products = tiles.block_m * tiles.block_n + 64 * (tiles.block_m + tiles.block_n)
+        waves = ceil(units / present.multiprocessors)
+        return (waves * _hint(columns) + kind.second_launch * (count > 1)) * products
+
+    possible = configurations(kernel, kind.dtype, precision, present.capability)
+    possible = [tiles for tiles in possible if suits(tiles, kernel, sizes[1], *operands, tma=tma)]
+    return min(possible, key=estimate, default=kind.unaligned)
+
+
+def _hint(size: int) -> int:
+    """The value that a symbolic size was traced with, without a guard; 1024 where there is none."""
+    return size.node.hint or 1024 if isinstance(size, torch.SymInt) else size
