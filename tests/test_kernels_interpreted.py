@@ -85,12 +85,7 @@ def assert_within(result: Tensor, oracle: Tensor, magnitude: Tensor, roundings: 
 
 # X·Xᵀ
 
-PATHS = {
-    "default": None,
-    "pointers": Tiles(16, 16, 16, 4, 2),
-    "TMA": Tiles(16, 16, 16, 4, 2, "tma"),
-    "wide TMA": Tiles(16, 32, 16, 4, 2, "tma"),
-}
+PATHS = {"default": None, "pointers": Tiles(16, 16, 16, 4, 2)}  # test_ptx.py executes those by TMA
 
 
 def check_symmetric_product(path, dtype, shape, layouts, wrap) -> None:
@@ -127,17 +122,6 @@ def check_symmetric_product(path, dtype, shape, layouts, wrap) -> None:
         ("default", torch.float32, (2, 65, 33), ("stepped", "offset", "transposed")),
         ("default", torch.float32, (3, 37, 9), ("expanded last", "expanded", "expanded")),
         ("pointers", torch.float32, (3, 36, 20), ("expanded", "transposed", "stepped")),
-        # Rows and columns of whole 16 bytes, as TMA takes them; few of these are whole tiles.
-        *(
-            (path, torch.float32, *case)
-            for path in ("TMA", "wide TMA")
-            for case in (
-                ((16, 4), CONTIGUOUS),
-                ((3, 36, 20), ("contiguous", "transposed", "transposed")),
-                ((132, 20), ("transposed", "contiguous", "contiguous")),
-            )
-        ),
-        ("TMA", torch.float16, (2, 40, 24), CONTIGUOUS),
     ],
 )
 def test_symmetric_product(interpreter, path, dtype, shape, layouts):
@@ -175,7 +159,7 @@ def check_tma_refuses_other_strides() -> None:
         partial(linear_sigmoid.linear_sigmoid, x, x, None, "ieee"),
     ):
         with pytest.raises(ValueError, match="expected the variant pointers"):
-            launcher(directly, tiles=PATHS["TMA"])
+            launcher(directly, tiles=Tiles(16, 16, 16, 4, 2, "tma"))
 
 
 # (G + Gᵀ)/2 and the mirror
@@ -360,7 +344,6 @@ LINEAR_PATHS = {
     "default": None,
     "pointers": Tiles(16, 32, 16, 4, 2),
     "split-K": Tiles(16, 16, 16, 4, 2, "split_k"),
-    "TMA": Tiles(16, 32, 16, 4, 2, "tma"),
 }
 
 
@@ -389,19 +372,9 @@ def check_linear_sigmoid(path, dtype, sizes, layouts, wrap) -> None:
         *(("default", dtype, (127, 129, 65), PLAIN) for dtype in FLOATS),
         ("default", torch.float32, (129, 65, 33), ("stepped", "offset")),
         ("default", torch.float32, (65, 129, 33), ("expanded last", "expanded")),
-        # Operands of whole 16 bytes, as TMA takes them; the rows of 17 elements of a result are not.
-        *(
-            (path, torch.float32, *case)
-            for path in ("pointers", "split-K", "TMA")
-            for case in (
-                ((2, 4, 4), PLAIN),
-                ((33, 17, 260), PLAIN),
-                ((12, 36, 132), ("contiguous", "transposed")),
-            )
-        ),
         ("pointers", torch.float32, (132, 36, 20), PLAIN),  # more tile rows than a group has
         ("split-K", torch.float16, (13, 16, 264), PLAIN),
-        ("TMA", torch.float16, (40, 72, 40), ("transposed", "contiguous")),
+        ("split-K", torch.float32, (12, 36, 132), ("contiguous", "transposed")),
     ],
 )
 def test_linear_sigmoid(interpreter, path, dtype, sizes, layouts):
