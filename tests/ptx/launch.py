@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: MIT
+"""A stand-in for a GPU: it compiles what the launchers launch, and executes its PTX.
+
+The launchers are given tensors on the meta device, so that they choose as for a GPU. For each of them there is
+memory with the content of a CPU tensor. What launchers allocate has not been written yet.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.autotune import compile_launches, target
+
+from . import arithmetic, copies, tensor_cores  # noqa: F401  # they register instructions
+from .machine import Launch, Schedule, decode
+from .memory import GIVEN, Allocation, Space
+from .parse import Kernel, parse
+
+FIRST_ADDRESS, GAP = 0x7F0000000000, 2**20
+
+
+@cache
+def _decoded(text: str) -> tuple[Kernel, Any]:
+    kernel = parse(text)
+    return kernel, decode(kernel)
+
+
+class Gpu:
+    """Global memory, and the launches on it.
+
+    Args:
+        change: of the PTX of each kernel, before it is executed.
+    """
+
+    def __init__(self, schedule: Schedule, checks: bool = True, change: Callable[[str], str] | None = None):
+        self.schedule, self.checks, self.change = schedule, checks, change
+        self.space = Space("global memory", checks)
+        self.next = FIRST_ADDRESS
+        self.places: dict[int, Allocation] = {}  # by the storage of the meta tensor
+        self.kept: list[Tensor] = []
+        self.trace: list[Any] | None = None
+        self.kernels: list[Kernel] = []
+
+    def allocate(self, name: str, size: int) -> Allocation:
+        allocation = self.space.add(Allocation(name, self.next, size))
+        self.next += -(-size // GAP) * GAP + GAP
+        return allocation
+
+    def tensor(self, t: Tensor) -> Tensor:
+        """A tensor on the meta device with the strides and offset of ``t``, and its content in memory."""
+        storage = t.untyped_storage()
+        meta = torch.empty(storage.nbytes() // t.element_size(), dtype=t.dtype, device="meta")
+        meta = meta.as_strided(t.shape, t.stride(), t.storage_offset())
+        place = self.place(meta)
+        raw = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+        used = torch.zeros(storage.nbytes() // t.element_size(), dtype=torch.bool)
+        used.as_strided(t.shape, t.stride(), t.storage_offset()).fill_(True)
+        written = np.repeat(used.numpy(), t.element_size())
+        place.data[: len(raw)][written] = raw[written]
+        place.writes[: len(raw)][written] = GIVEN
+        return meta
+
+    def place(self, meta: Tensor) -> Allocation:
+        storage = meta.untyped_storage()
+        if storage._cdata not in self.places:
+            self.kept.append(meta)  # so that no other storage takes its identity
+            self.places[storage._cdata] = self.allocate(f"{meta.dtype} {tuple(meta.shape)}", storage.nbytes())
+        return self.places[storage._cdata]
+
+    def read(self, meta: Tensor) -> Tensor:
+        """The content of a tensor on the meta device."""
+        place = self.place(meta)
+        content = torch.from_numpy(place.data[: place.size].copy()).view(meta.dtype)
+        return content.as_strided(meta.shape, meta.stride(), meta.storage_offset())
+
+    def run(self, launch: Callable[[Any], Any], capability: int = 90) -> Any:
+        """What ``launch(wrap)`` returns, having executed the kernels that it launches."""
+        result = None
+
+        def keep(wrap: Any) -> None:
+            nonlocal result
+            result = launch(wrap)
+
+        with target(capability):
+            compiled = compile_launches(keep)
+        for one in compiled:
+            self.execute(one)
+        return result
+
+    def execute(self, compiled: Any) -> None:
+        text = compiled.kernel.asm["ptx"]
+        if self.change is not None:
+            text = self.change(text)
+        kernel, steps = _decoded(text)
+        self.kernels.append(kernel)
+        metadata, source = compiled.kernel.metadata, compiled.kernel.src
+        names = source.fn.arg_names
+        given = dict(zip(names, compiled.arguments, strict=False)) | compiled.options
+        values = [self.value(given[name]) for name in names if source.signature[name] != "constexpr"]
+        programs = int(np.prod(compiled.grid))
+        scratch = [self.allocate("scratch", size * programs).base if size else 0 for size in (metadata.global_scratch_size, 0)]
+        values += scratch
+        assert len(values) == len(kernel.parameters), (source.signature, kernel.parameters)
+        parameters = {name: value for (name, _), value in zip(kernel.parameters, values, strict=True)}
+        Launch(
+            kernel, steps, tuple(compiled.grid), parameters, self.space, metadata.shared, self.schedule, self.checks, self.trace
+        ).run()
+
+    def value(self, argument: Any) -> int:
+        if isinstance(argument, Tensor):
+            return self.place(argument).base + argument.storage_offset() * argument.element_size()
+        return int(argument) % 2**64
