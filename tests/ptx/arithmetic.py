@@ -78,7 +78,9 @@ def operation(i: Instruction, kind: str, function: Callable[..., Values]) -> Run
 
         def run_pair(warp: Warp) -> None:
             words = [read(warp) for read in reads]
-            halves = [[decode(half, (word >> n).astype(np.uint16)).astype(float) for word in words] for n in (0, 16)]
+            halves = [
+                [decode(half, (word >> n).astype(np.uint16)).astype(float) for word in words] for n in (0, 16)
+            ]
             low, high = (encode(half, function(*one)) for one in halves)
             put(warp, low | high.astype(np.uint32) << 16)
 
@@ -111,6 +113,9 @@ def fused(a: Values, b: Values, c: Values) -> Values:
         return wide.astype(np.float64)
     product, addend = a.astype(np.float64) * b, c.astype(np.float64)
     total = product + addend
+    rounded = total.astype(np.float32)
+    if (rounded == total).all():  # then the exact sum is so near to it that it is rounded to it, too
+        return rounded
     part = total - product
     error = (product - (total - part)) + (addend - part)
     bits = total.view(np.int64)
@@ -130,7 +135,7 @@ def smaller(a: Values, b: Values) -> Values:
 
 
 def flush(x: Values) -> Values:
-    """".ftz": subnormal float32 become zeros of the same sign."""
+    """ ".ftz": subnormal float32 become zeros of the same sign."""
     return np.where(np.abs(x) < np.float32(2**-126), np.copysign(np.float32(0), x), x)
 
 
@@ -264,11 +269,24 @@ def _extract_bits(i: Instruction) -> Run:
     return lambda warp: put(warp, read(warp) << left >> right)
 
 
+def joined(*parts: Values) -> Values:
+    """``(32, len(parts))``, so that a view of a row has the bits of all parts, the first one lowest."""
+    result = np.empty((32, len(parts)), parts[0].dtype)
+    for n, part in enumerate(parts):
+        result[:, n] = part
+    return result
+
+
 @instruction("prmt.b32")
 def _permute_bytes(i: Instruction) -> Run:
     """Each nibble of the selector takes a byte of b:a; its top bit replicates that byte's sign."""
     put = write(i.operands[0])
     a, b, selector = (reader(one, np.uint32) for one in i.operands[1:])
+    if isinstance(i.operands[3], Constant) and not i.operands[3].bits & 0x8888:
+        take = [i.operands[3].bits >> 4 * position & 15 for position in range(4)]
+        return lambda warp: put(
+            warp, joined(a(warp), b(warp)).view(np.uint8).take(take, 1).view(np.uint32)[:, 0]
+        )
 
     def run(warp: Warp) -> None:
         both = a(warp).astype(np.uint64) | b(warp).astype(np.uint64) << 32
@@ -326,7 +344,15 @@ def _compare(i: Instruction) -> Run:
     return lambda warp: put(warp, combine(compare(a(warp), b(warp)), other(warp)))
 
 
-@instruction("setp.eq.bf16x2", "setp.lt.bf16x2", "setp.gt.bf16x2", "setp.eq.f16x2", "setp.lt.f16x2", "setp.gt.f16x2", results=2)
+@instruction(
+    "setp.eq.bf16x2",
+    "setp.lt.bf16x2",
+    "setp.gt.bf16x2",
+    "setp.eq.f16x2",
+    "setp.lt.f16x2",
+    "setp.gt.f16x2",
+    results=2,
+)
 def _compare_two(i: Instruction) -> Run:
     return _compare_pair(i, i.parts[1], PAIRS[i.parts[2]])
 
@@ -361,7 +387,7 @@ def _move(i: Instruction) -> Run:
     if isinstance(source, tuple):  # the first one becomes the lowest bits
         whole, part = np.dtype(kind), UNSIGNED[np.dtype(kind).itemsize // len(source)]
         put, reads = write(to), [reader(one, part) for one in source]
-        return lambda warp: put(warp, np.stack([read(warp) for read in reads], 1).view(whole)[:, 0])
+        return lambda warp: put(warp, joined(*(read(warp) for read in reads)).view(whole)[:, 0])
     if isinstance(to, tuple):
         part = UNSIGNED[np.dtype(kind).itemsize // len(to)]
         puts, read = [write(one) for one in to], reader(source, kind)
@@ -373,7 +399,10 @@ def _move(i: Instruction) -> Run:
 
         return split
     if isinstance(source, Register) and source.dtype == to.dtype:
-        return lambda warp: warp.registers.__setitem__(to.index, +warp.registers[source.index] if source.dtype != np.bool_ else warp.registers[source.index])
+        return lambda warp: warp.registers.__setitem__(
+            to.index,
+            +warp.registers[source.index] if source.dtype != np.bool_ else warp.registers[source.index],
+        )
     put, read = write(to), reader(source, kind)
     return lambda warp: put(warp, read(warp))
 

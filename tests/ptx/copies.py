@@ -11,12 +11,35 @@ from typing import Any
 import numpy as np
 
 from .machine import (
-    SHARED_BASE, WAIT, YIELD, InFlight, Operation, Run, Warp, dtype_of, instruction, reader, unknown, write,
+    SHARED_BASE,
+    WAIT,
+    YIELD,
+    InFlight,
+    Operation,
+    Run,
+    Warp,
+    dtype_of,
+    instruction,
+    reader,
+    unknown,
+    write,
 )
 from .memory import Event
 from .parse import Address, Constant, Instruction, PtxError, Symbol
 
-CACHE_HINTS = {"relaxed", "L1::evict_last", "L1::evict_first", "nc", "b8", "b16", "b32", "b64", "v2", "v4", "v8"}
+CACHE_HINTS = {
+    "relaxed",
+    "L1::evict_last",
+    "L1::evict_first",
+    "nc",
+    "b8",
+    "b16",
+    "b32",
+    "b64",
+    "v2",
+    "v4",
+    "v8",
+}
 
 
 def address_reader(address: Address) -> Callable[[Warp], Any]:
@@ -87,7 +110,7 @@ def _store(i: Instruction) -> Run:
 def _copy(i: Instruction) -> Run:
     """Of ``size`` bytes the first ones come from global memory, and the others are zero."""
     to, source, size, *given = i.operands
-    assert i.parts[4:] in ([], ["L2::128B"])
+    assert i.parts[5:] in ([], ["L2::128B"])
     to, source, size = address_reader(to), address_reader(source), size.bits
     given = reader(given[0], np.uint32) if given else None
 
@@ -269,13 +292,27 @@ FIELDS = {
     "swizzle_mode": (112, "b32"),
     "fill_mode": (116, "b32"),
 }
-ELEMENT_BYTES = {0: 1, 1: 2, 2: 4, 3: 4, 4: 8, 5: 8, 6: 2, 7: 4, 8: 4, 9: 8, 10: 2, 11: 4, 12: 4}  # by elemtype
+ELEMENT_BYTES = {
+    0: 1,
+    1: 2,
+    2: 4,
+    3: 4,
+    4: 8,
+    5: 8,
+    6: 2,
+    7: 4,
+    8: 4,
+    9: 8,
+    10: 2,
+    11: 4,
+    12: 4,
+}  # by elemtype
 SWIZZLE_BYTES = {0: 16, 1: 32, 2: 64, 3: 128}  # by swizzle_mode
 
 
 def swizzle(addresses: Any, size: int) -> Any:
     """5.5.6: bits 4, 5 and 6 of an address are changed by bits 7, 8 and 9, as many as ``size`` has."""
-    return addresses ^ (addresses >> 3 & (size - 16))
+    return addresses ^ (addresses >> 3 & (size - 16)) if size > 16 else addresses
 
 
 @instruction("tensormap.replace.tile", results=0)
@@ -304,7 +341,11 @@ def _replace(i: Instruction) -> Run:
     return run
 
 
-@instruction("tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned", results=0, whole=True)
+@instruction(
+    "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned",
+    results=0,
+    whole=True,
+)
 def _publish(i: Instruction) -> Run:
     """Copy a tensormap to global memory, for the tensormap proxy to acquire."""
     to, source = (address_reader(one) for one in i.operands[:2])
@@ -372,7 +413,9 @@ class Tensor:
         self.swizzle = SWIZZLE_BYTES[field("swizzle_mode")[0]]
         # 5.5, and the restrictions of cuTensorMapEncodeTiled
         row = self.box[0] * self.bytes
-        if field("element_stride", self.rank) != [1] * self.rank or field("interleave_layout") + field("fill_mode") != [0, 0]:
+        if field("element_stride", self.rank) != [1] * self.rank or field("interleave_layout") + field(
+            "fill_mode"
+        ) != [0, 0]:
             raise PtxError(line, "element strides, interleaved layouts and NaN for a fill are not modelled")
         if self.base % 16 or any(stride % 16 for stride in self.strides[1:]):
             raise PtxError(line, "the address or a stride of the tensor is not a multiple of 16 bytes")
@@ -380,19 +423,21 @@ class Tensor:
             raise PtxError(line, f"a box {self.box} cannot have a swizzle of {self.swizzle} bytes")
 
     def addresses(self, corner: list[int], shared: int, line: int) -> tuple[Any, Any, Any]:
-        """Of each element of the box at ``corner``: its address, whether it is inside, and the one in shared memory."""
+        """Of each element of the box at ``corner`` its address and whether it is inside; where its units of 16 bytes lie."""
         align = max(128, 8 * self.swizzle if self.swizzle > 16 else 128)
         if shared % align:
             raise PtxError(line, f"a box in shared memory is not aligned to {align} bytes")
         shape = self.box[::-1]
-        index = [np.arange(n).reshape([-1 if d == e else 1 for e in range(self.rank)]) for d, n in enumerate(shape)]
+        index = [
+            np.arange(n).reshape([-1 if d == e else 1 for e in range(self.rank)]) for d, n in enumerate(shape)
+        ]
         at, inside = np.full(shape, self.base), np.ones(shape, np.bool_)
         for d in range(self.rank):
             position = index[self.rank - 1 - d] + corner[d]
             at = at + position * self.strides[d]
             inside &= (position >= 0) & (position < self.sizes[d])
-        place = shared + self.bytes * np.arange(at.size)
-        return at.reshape(-1), inside.reshape(-1), swizzle(place, self.swizzle) if self.swizzle > 16 else place
+        place = shared + np.arange(0, self.bytes * at.size, 16)
+        return at.reshape(-1), inside.reshape(-1), swizzle(place, self.swizzle)
 
 
 def _tensor_copy(i: Instruction, tensor: Address, shared: Address) -> Callable[[Warp], tuple[Any, ...]]:
@@ -416,7 +461,11 @@ def _tensor_copy(i: Instruction, tensor: Address, shared: Address) -> Callable[[
 
 
 TILES = ("cp.async.bulk.tensor.2d", "cp.async.bulk.tensor.3d")
-LOADS = tuple(f"{one}.shared::{scope}.global.mbarrier::complete_tx::bytes" for one in TILES for scope in ("cta", "cluster"))
+LOADS = tuple(
+    f"{one}.shared::{scope}.global.mbarrier::complete_tx::bytes"
+    for one in TILES
+    for scope in ("cta", "cluster")
+)
 STORES = tuple(f"{one}.global.shared::cta.bulk_group" for one in TILES)
 
 
@@ -433,17 +482,17 @@ def _load_box(i: Instruction) -> Run:
         sources, inside, targets = described.addresses(corner, place, i.line)
         width = described.bytes
         event = block.events.add(Event(i.line, f"a bulk load of warp {warp.index}", generic=False))
-        block.shared.begin_write(warp, targets, width, event)
+        block.shared.begin_write(warp, targets, 16, event)
         if inside.any():
             block.space.begin_read(warp, sources[inside], width, event)
-        block.trace(warp, i.line, "load", corner=corner, bytes=targets.size * width, event=event.number)
+        block.trace(warp, i.line, "load", corner=corner, bytes=inside.size * width, event=event.number)
 
         def complete() -> None:
-            values = np.zeros((targets.size, width), np.uint8)
+            values = np.zeros((inside.size, width), np.uint8)
             if inside.any():
                 values[inside] = block.space.peek(sources[inside], width, i.line)
-            block.shared.poke(targets, values, i.line)
-            barrier.update(transactions=-targets.size * width)
+            block.shared.poke(targets, values.reshape(-1, 16), i.line)
+            barrier.update(transactions=-values.size)
 
         operation = Operation(event, [complete])
         barrier.copies.append(operation)
@@ -465,14 +514,14 @@ def _store_box(i: Instruction) -> Run:
         width = described.bytes
         read = block.events.add(Event(i.line, f"a bulk store of warp {warp.index}", generic=False))
         event = block.events.add(Event(i.line, f"a bulk store of warp {warp.index}", generic=False))
-        block.shared.begin_read(warp, sources, width, read, fence=True)
+        block.shared.begin_read(warp, sources, 16, read, fence=True)
         if inside.any():
             block.space.begin_write(warp, targets[inside], width, event)
         block.trace(warp, i.line, "store", corner=corner, event=event.number)
         values: list[Any] = []
 
         def fetch() -> None:
-            values.append(block.shared.peek(sources, width, i.line))
+            values.append(block.shared.peek(sources, 16, i.line).reshape(-1, width))
 
         def complete() -> None:
             if inside.any():

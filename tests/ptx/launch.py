@@ -5,9 +5,12 @@ The launchers are given tensors on the meta device, so that they choose as for a
 memory with the content of a CPU tensor. What launchers allocate has not been written yet.
 """
 
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -15,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.autotune import compile_launches, target
+from triton.backends.nvidia.compiler import CUDABackend
+
+from benchmarks.autotune import Driver, compile_launches, target
 
 from . import arithmetic, copies, tensor_cores  # noqa: F401  # they register instructions
 from .machine import Launch, Schedule, decode
@@ -31,6 +36,19 @@ def _decoded(text: str) -> tuple[Kernel, Any]:
     return kernel, decode(kernel)
 
 
+@contextmanager
+def to_ptx(capability: int) -> Iterator[None]:
+    """Compile the kernels of the block to PTX and no further, in caches of their own."""
+    folder = Path(tempfile.gettempdir()) / f"torchpar-ptx-{os.getuid()}"
+    with (
+        target(capability),
+        patch.dict(os.environ, TRITON_CACHE_DIR=os.environ.get("TORCHPAR_PTX_CACHE", str(folder))),
+        patch.object(Driver, "get_current_device", lambda driver: 1000 + driver.architecture),
+        patch.object(CUDABackend, "make_cubin", lambda *args: b""),
+    ):
+        yield
+
+
 class Gpu:
     """Global memory, and the launches on it.
 
@@ -38,14 +56,20 @@ class Gpu:
         change: of the PTX of each kernel, before it is executed.
     """
 
-    def __init__(self, schedule: Schedule, checks: bool = True, change: Callable[[str], str] | None = None):
+    def __init__(
+        self,
+        schedule: Schedule,
+        checks: bool = True,
+        change: Callable[[str], str] | None = None,
+        trace: list[Any] | None = None,
+    ):
+        self.trace = trace
         self.schedule, self.checks, self.change = schedule, checks, change
         self.space = Space("global memory", checks)
         self.next = FIRST_ADDRESS
         self.places: dict[int, Allocation] = {}  # by the storage of the meta tensor
         self.kept: list[Tensor] = []
-        self.trace: list[Any] | None = None
-        self.kernels: list[Kernel] = []
+        self.kernels: list[Kernel] = []  # that were executed
 
     def allocate(self, name: str, size: int) -> Allocation:
         allocation = self.space.add(Allocation(name, self.next, size))
@@ -87,7 +111,7 @@ class Gpu:
             nonlocal result
             result = launch(wrap)
 
-        with target(capability):
+        with to_ptx(capability):
             compiled = compile_launches(keep)
         for one in compiled:
             self.execute(one)
@@ -104,12 +128,23 @@ class Gpu:
         given = dict(zip(names, compiled.arguments, strict=False)) | compiled.options
         values = [self.value(given[name]) for name in names if source.signature[name] != "constexpr"]
         programs = int(np.prod(compiled.grid))
-        scratch = [self.allocate("scratch", size * programs).base if size else 0 for size in (metadata.global_scratch_size, 0)]
+        scratch = [
+            self.allocate("scratch", size * programs).base if size else 0
+            for size in (metadata.global_scratch_size, 0)
+        ]
         values += scratch
         assert len(values) == len(kernel.parameters), (source.signature, kernel.parameters)
         parameters = {name: value for (name, _), value in zip(kernel.parameters, values, strict=True)}
         Launch(
-            kernel, steps, tuple(compiled.grid), parameters, self.space, metadata.shared, self.schedule, self.checks, self.trace
+            kernel,
+            steps,
+            tuple(compiled.grid),
+            parameters,
+            self.space,
+            metadata.shared,
+            self.schedule,
+            self.checks,
+            self.trace,
         ).run()
 
     def value(self, argument: Any) -> int:

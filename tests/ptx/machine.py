@@ -81,7 +81,11 @@ def reader(operand: Any, dtype: Any) -> Callable[["Warp"], Any]:
         return lambda warp: warp.registers[index].astype(narrow).view(dtype)
     if isinstance(operand, Constant):
         bits = operand.bits % 2 ** (8 * dtype.itemsize)
-        value = np.full(32, bits, UNSIGNED[dtype.itemsize]).view(dtype) if dtype != bool else np.full(32, bits != 0)
+        value = (
+            np.full(32, bits, UNSIGNED[dtype.itemsize]).view(dtype)
+            if dtype != bool
+            else np.full(32, bits != 0)
+        )
         return lambda warp: value
     assert isinstance(operand, Symbol), operand
     if operand.name == "global_smem":
@@ -189,7 +193,9 @@ class Launch:
     def run(self) -> None:
         """Execute all blocks, one after the other."""
         self.random.seed(self.schedule.seed)
-        blocks = [(x, y, z) for z in range(self.grid[2]) for y in range(self.grid[1]) for x in range(self.grid[0])]
+        blocks = [
+            (x, y, z) for z in range(self.grid[2]) for y in range(self.grid[1]) for x in range(self.grid[0])
+        ]
         if self.schedule.order == "reverse":
             blocks.reverse()
         elif self.schedule.order == "random":
@@ -279,12 +285,17 @@ class Warp:
                         break
                 else:
                     if step.whole:
-                        raise PtxError(step.instruction.line, f"a part of warp {self.index} executes {step.instruction.opcode}")
+                        raise PtxError(
+                            step.instruction.line,
+                            f"a part of warp {self.index} executes {step.instruction.opcode}",
+                        )
                     old = [registers[i] for i in step.writes]
                     result = step.run(self)
                     for i, before in zip(step.writes, old, strict=True):
                         if before is None:
-                            before = np.frombuffer(self.block.launch.random.randbytes(256), registers[i].dtype)[:32]
+                            before = np.frombuffer(
+                                self.block.launch.random.randbytes(256), registers[i].dtype
+                            )[:32]
                         registers[i] = np.where(mask, registers[i], before)
                     if result is WAIT:
                         break
@@ -360,16 +371,22 @@ class Block:
                 self.flying = [one for one in self.flying if one.steps]
                 for one in rng.sample(self.flying, rng.randint(0, len(self.flying))):
                     one.advance(rng.randrange(2))
-            ready = [warp for warp in self.warps if not warp.done and (warp.waiting is None or warp.waiting())]
+            ready = [
+                warp for warp in self.warps if not warp.done and (warp.waiting is None or warp.waiting())
+            ]
             if ready:
                 random_budget = rng.randint(1, 400) if schedule.order == "random" else LIMIT + 1
-                warp = {"forward": ready[0], "reverse": ready[-1], "random": rng.choice(ready)}[schedule.order]
+                warp = {"forward": ready[0], "reverse": ready[-1], "random": rng.choice(ready)}[
+                    schedule.order
+                ]
                 warp.waiting = None
                 warp.advance(random_budget)
             else:
                 self.flying = [one for one in self.flying if one.steps]
                 if not self.flying:
-                    lines = {w.index: self.launch.steps[w.pc].instruction.line for w in self.warps if not w.done}
+                    lines = {
+                        w.index: self.launch.steps[w.pc].instruction.line for w in self.warps if not w.done
+                    }
                     raise PtxError(min(lines.values()), f"deadlock: the warps wait at lines {lines}")
                 self.flying.pop().advance()
         self.end()

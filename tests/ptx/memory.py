@@ -40,6 +40,7 @@ class Events:
     def __init__(self) -> None:
         self.all = [Event(0, "the host"), Event(0, "another block"), Event(0, "nobody")]
         self.warps: list[Knowledge] = []
+        self.floor = 0  # what the warps themselves did before this number, all know
 
     def add(self, event: Event) -> Event:
         event.number = len(self.all)
@@ -47,6 +48,9 @@ class Events:
         if event.number == len(self.warps[0].seen):
             for warp in self.warps:
                 warp.seen, warp.fenced = (np.append(a, np.zeros_like(a)) for a in (warp.seen, warp.fenced))
+        if not event.generic:
+            for warp in self.warps:
+                warp.fenced[event.number] = True
         return event
 
     def share(self) -> None:
@@ -55,6 +59,7 @@ class Events:
         fenced = np.logical_or.reduce([warp.fenced for warp in self.warps])
         for warp in self.warps:
             warp.seen[:], warp.fenced[:] = seen, fenced
+        self.floor = len(self.all)
 
 
 class Knowledge:
@@ -92,8 +97,11 @@ class Allocation:
         self.data = np.full(padded, POISON, np.uint8)
         self.writes = np.full(padded, UNWRITTEN, np.int32)
         self.reads: dict[Any, NDArray[np.int32]] = {}
+        self.last_read: dict[Any, int] = {}
         self.barriers: dict[int, Any] = {}  # the mbarriers in it, by their offsets
-        self.published: dict[int, int] = {}  # the tensormaps in it, by their places, and the lines that wrote them
+        self.published: dict[
+            int, int
+        ] = {}  # the tensormaps in it, by their places, and the lines that wrote them
         self.acquired: dict[int, Event] = {}  # the last fence for each of these
 
     def end_block(self) -> None:
@@ -101,10 +109,12 @@ class Allocation:
         self.writes[self.writes > UNWRITTEN] = FOREIGN
         for read in self.reads.values():
             read[read > UNWRITTEN] = FOREIGN
+        self.last_read = dict.fromkeys(self.last_read, 2**31)
 
     def end_launch(self) -> None:
         self.writes[self.writes != UNWRITTEN] = GIVEN
         self.reads.clear()
+        self.last_read.clear()
 
 
 class Space:
@@ -122,17 +132,17 @@ class Space:
 
     def locate(self, addresses: Any, width: int, line: int) -> tuple[Allocation, Any]:
         """The allocation of the addresses, and their positions in it in units of ``width``."""
-        low, high = int(addresses.min()), int(addresses.max()) + width
-        found = self.last
-        if found is None or not found.base <= low <= high <= found.base + found.size:
-            inside = [one for one in self.allocations if one.base <= low <= high <= one.base + one.size]
-            if not inside:
-                raise PtxError(line, f"bytes {low:#x} to {high:#x} are outside each allocation of {self.name}")
-            self.last = found = inside[0]
-        offsets = addresses - found.base
-        if width > 1 and (offsets % width).any():
-            raise PtxError(line, f"an address in {found.name} is not a multiple of {width}")
-        return found, offsets // width
+        first = int(addresses.flat[0])
+        if self.last is None or not self.last.base <= first < self.last.base + self.last.size:
+            self.last = next((a for a in self.allocations if a.base <= first < a.base + a.size), None)
+        if self.last is None:
+            raise PtxError(line, f"address {first:#x} is outside each allocation of {self.name}")
+        offsets = (addresses - self.last.base).view(np.uint64)
+        if (offsets > np.uint64(max(0, self.last.size - width))).any():
+            raise PtxError(line, f"an access that begins in {self.last.name} ends outside of it")
+        if width > 1 and (offsets & np.uint64(width - 1)).any():
+            raise PtxError(line, f"an address in {self.last.name} is not a multiple of {width}")
+        return self.last, (offsets // np.uint64(width)).view(np.int64)
 
     # Accesses
 
@@ -149,7 +159,7 @@ class Space:
         width = values.shape[1]
         place, rows = self.locate(addresses, width, line)
         if self.checks:
-            self.check_write(warp, place, rows, width, line)
+            self.check_write(warp, place, rows, width, line, values)
             event = warp.knowledge.add(Event(line, f"a store of warp {warp.index}"))
             place.writes.reshape(-1, width)[rows] = event.number
         data = place.data.reshape(-1, width)
@@ -186,6 +196,7 @@ class Space:
         if reader not in place.reads:
             place.reads[reader] = np.zeros(len(place.data), np.int32)
         place.reads[reader].reshape(-1, width)[rows] = event.number
+        place.last_read[reader] = event.number
 
     def check_read(
         self, warp: Any, place: Allocation, rows: Any, width: int, line: int, fence: bool = False
@@ -195,23 +206,27 @@ class Space:
         if not warp.knowledge.seen[writers].all():
             raise self.conflict(warp, place, rows, writers, line, "read")
         if fence and not warp.knowledge.fenced[writers].all():
-            unfenced = writers[~warp.knowledge.fenced[writers]]
-            events = [warp.knowledge.events.all[i] for i in np.unique(unfenced)]
-            generic = [one for one in events if one.generic]
-            if generic:
-                one = generic[0]
-                raise PtxError(
-                    line, f"reads what {one.what} wrote on line {one.line}, without a proxy fence between"
-                )
+            one = warp.knowledge.events.all[int(writers[~warp.knowledge.fenced[writers]][0])]
+            what = f"reads what {one.what} wrote (line {one.line})"
+            raise PtxError(line, f"{what}, which needs a fence between the proxies")
 
-    def check_write(self, warp: Any, place: Allocation, rows: Any, width: int, line: int) -> None:
+    def check_write(
+        self, warp: Any, place: Allocation, rows: Any, width: int, line: int, values: Any = None
+    ) -> None:
+        """Warps may store the same ``values`` unordered: Triton's layouts have copies in several warps."""
         seen = warp.knowledge.seen
         writers = place.writes.reshape(-1, width)[rows]
         if not seen[writers].all():
-            writers = np.where(writers == UNWRITTEN, GIVEN, writers)
+            allowed = writers == UNWRITTEN
+            if values is not None:
+                allowed |= (writers > UNWRITTEN) & (place.data.reshape(-1, width)[rows] == values)
+            writers = np.where(allowed, GIVEN, writers)
             if not seen[writers].all():
                 raise self.conflict(warp, place, rows, writers, line, "overwritten")
-        for read in place.reads.values():
+        for reader, read in place.reads.items():
+            loads = not isinstance(reader, tuple)  # which all warps know after a barrier
+            if loads and place.last_read[reader] < warp.knowledge.events.floor:
+                continue
             readers = read.reshape(-1, width)[rows]
             if not seen[readers].all():
                 raise self.conflict(warp, place, rows, readers, line, "overwritten", "read")
@@ -220,7 +235,14 @@ class Space:
                 raise PtxError(line, f"overwrites the mbarrier of line {barrier.line}")
 
     def conflict(
-        self, warp: Any, place: Allocation, rows: Any, events: Any, line: int, what: str, other: str = "written"
+        self,
+        warp: Any,
+        place: Allocation,
+        rows: Any,
+        events: Any,
+        line: int,
+        what: str,
+        other: str = "written",
     ) -> PtxError:
         """The error of an access that does not know one of the ``events``."""
         unknown = ~warp.knowledge.seen[events]

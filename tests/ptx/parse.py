@@ -101,7 +101,9 @@ class _Parser:
         position = 0
         while True:
             match = _STATEMENT.match(self.body, position)
-            assert match is not None, f"line {self.line}: cannot parse {self.body[position : position + 60]!r}"
+            assert match is not None, (
+                f"line {self.line}: cannot parse {self.body[position : position + 60]!r}"
+            )
             brace, label, statement = match.groups()
             first = match.start(match.lastindex or 0)
             self.line += self.body.count("\n", position, first)

@@ -18,7 +18,14 @@ from .memory import Event
 from .parse import Instruction, PtxError, Register
 
 # The type of an operand as it lies in memory or in registers, its bytes, and that of sums.
-OPERANDS = {"bf16": np.uint16, "f16": np.uint16, "tf32": np.uint32, "s8": np.int8, "u8": np.uint8, "f64": np.float64}
+OPERANDS = {
+    "bf16": np.uint16,
+    "f16": np.uint16,
+    "tf32": np.uint32,
+    "s8": np.int8,
+    "u8": np.uint8,
+    "f64": np.float64,
+}
 SUMS = {"f32": np.float32, "s32": np.int32, "f64": np.float64}
 
 
@@ -103,7 +110,12 @@ def _multiply(i: Instruction) -> Run:
         right = values(b_kind, np.concatenate(gather([read(warp) for read in b], b_kind), 1))
         assert left.shape[1] == right.shape[1] == k
         # Each pair of sums is of a row of 8: C is (m / 8) blocks of (8, 8).
-        added = np.stack([read(warp) for read in c], 1).reshape(8, 4, m // 8, 2).transpose(2, 0, 1, 3).reshape(m, 8)
+        added = (
+            np.stack([read(warp) for read in c], 1)
+            .reshape(8, 4, m // 8, 2)
+            .transpose(2, 0, 1, 3)
+            .reshape(m, 8)
+        )
         total = add(left @ right.T, added, "satfinite" in layout)
         fragments = total.reshape(m // 8, 32, 2)
         for position, put in enumerate(puts):
@@ -123,29 +135,46 @@ def add(product: Any, sums: Any, saturate: bool = False) -> Any:
 # wgmma: each of the four warps of a warpgroup has 16 of the 64 rows
 
 
-def matrix_addresses(descriptor: int, rows: int, row_bytes: int, by_rows: bool, element: int) -> Any:
-    """Addresses in shared memory of the elements ``(rows, k)`` of an operand: 9.7.15.5.1.
+class Matrix:
+    """An operand of wgmma in shared memory, ``(rows, 32 bytes)``, as its descriptor says: 9.7.15.5.1.
 
     Swizzled "K-major" operands lie in groups of 8 rows of as many bytes as the swizzle has; the stride is that of
     groups. "MN-major" ones lie in 8 columns of so many bytes: the stride is that of 8 columns, and the leading
     one that of further rows. Without a swizzle, matrices of 8 rows of 16 bytes have these strides.
+
+    ``chunks`` are the addresses of its units of 16 bytes: of a row if ``by_rows``, or of a column.
     """
-    start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
-    size = {0: 16, 1: 128, 2: 64, 3: 32}[descriptor >> 62 & 3]
-    row = np.arange(rows)[:, None]
-    column = np.arange(row_bytes // element)[None, :]
-    if by_rows:
-        offset = row // 8 * stride + row % 8 * size
-        if size == 16:
-            byte = column * element
-            return start + offset + byte // 16 * leading + byte % 16
-        addresses = start + offset + column * element
-    else:
-        byte = row * element
-        across = leading if size > 16 else stride
-        down = stride if size > 16 else leading
-        addresses = start + byte // size * across + byte % size + column // 8 * down + column % 8 * size
-    return swizzle(addresses, size) if size > 16 else addresses
+
+    def __init__(self, descriptor: int, rows: int, by_rows: bool, kind: str):
+        start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
+        size = {0: 16, 1: 128, 2: 64, 3: 32}[descriptor >> 62 & 3]
+        self.by_rows, self.kind = by_rows, kind
+        if by_rows:
+            row, chunk = np.arange(rows)[:, None], np.arange(2)[None, :]
+            chunks = start + row // 8 * stride + row % 8 * size + chunk * (leading if size == 16 else 16)
+        else:
+            assert np.dtype(OPERANDS[kind]).itemsize == 2
+            byte, column = 16 * np.arange(rows // 8)[:, None], np.arange(16)[None, :]
+            across, down = (stride, leading) if size == 16 else (leading, stride)
+            chunks = start + byte // size * across + byte % size + column // 8 * down + column % 8 * size
+        self.chunks = swizzle(chunks, size)
+
+    def part(self, first: int, rows: int) -> "Matrix":
+        """Some of its rows."""
+        self.chunks = (
+            self.chunks[first : first + rows]
+            if self.by_rows
+            else self.chunks[first // 8 : (first + rows) // 8]
+        )
+        return self
+
+    def read(self, space: Any, line: int) -> Any:
+        """Its values ``(rows, k)``."""
+        raw = space.peek(self.chunks, 16, line).view(OPERANDS[self.kind])
+        matrix = (
+            raw.reshape(len(raw), -1) if self.by_rows else raw.transpose(0, 2, 1).reshape(8 * len(raw), -1)
+        )
+        return values(self.kind, np.ascontiguousarray(matrix))
 
 
 @instruction("wgmma.fence.sync.aligned", results=0, whole=True)
@@ -174,7 +203,9 @@ def _wait(i: Instruction) -> Run:
         finish(warp, warp.product_groups, min(left, len(warp.product_groups)))
         for one in (one for group in done for one in group):
             one.deliver()
-        warp.block.trace(warp, i.line, "multiplied", events=[one.event.number for group in done for one in group])
+        warp.block.trace(
+            warp, i.line, "multiplied", events=[one.event.number for group in done for one in group]
+        )
 
     return run
 
@@ -198,7 +229,7 @@ def _multiply_async(i: Instruction) -> Run:
     transposes = [one.bits for one in signs[2:]]
     if [one.bits for one in signs[:2]] not in ([1, 1], []) or len(transposes) not in (0, 1, 2):
         raise unknown(i)
-    kind, element, dtype = OPERANDS[a_kind], np.dtype(OPERANDS[a_kind]).itemsize, np.dtype(SUMS[sums])
+    dtype = np.dtype(SUMS[sums])
     from_registers = isinstance(a, tuple)
     b_by_rows = not (transposes and transposes[-1])
     a_by_rows = not (len(transposes) == 2 and transposes[0])
@@ -207,24 +238,22 @@ def _multiply_async(i: Instruction) -> Run:
     descriptors = [reader(one, np.uint64) for one in ([] if from_registers else [a]) + [b]]
     keep = reader(accumulate, np.bool_)
     assert len(to) == n // 2
-    assert k * element == 32
+    assert k * np.dtype(OPERANDS[a_kind]).itemsize == 32
 
     def run(warp: Warp) -> None:
         block, registers = warp.block, warp.registers
         checks = block.launch.checks
-        place = 16 * (warp.index % 4)
         where = []
         for read, rows, by_rows in zip(descriptors[::-1], (n, 64), (b_by_rows, a_by_rows), strict=False):
             described = read(warp)
             if (described != described[0]).any():
                 raise PtxError(i.line, "the threads of a warp give different descriptors")
-            where.append(matrix_addresses(int(described[0]), rows, 32, by_rows, element))
+            where.append(Matrix(int(described[0]), rows, by_rows, a_kind))
         right = where[0]
-        left = None if from_registers else where[1][place : place + 16]
+        left = None if from_registers else where[1].part(16 * (warp.index % 4), 16)
         event = block.events.add(Event(i.line, f"a product of warp {warp.index}", generic=False))
-        for addresses in (right, left):
-            if addresses is not None:
-                block.shared.begin_read(warp, addresses.reshape(-1), element, event, fence=True)
+        for matrix in where:
+            block.shared.begin_read(warp, matrix.chunks, 16, event, fence=True)
         if checks:
             if warp.fenced is None:
                 raise PtxError(i.line, "no wgmma.fence before")
@@ -239,12 +268,14 @@ def _multiply_async(i: Instruction) -> Run:
 
         def complete() -> None:
             if from_registers:
-                if checks and any(registers[index] is not one for index, one in zip(a_indices, taken, strict=True)):
+                if checks and any(
+                    registers[index] is not one for index, one in zip(a_indices, taken, strict=True)
+                ):
                     raise PtxError(i.line, "a register of A changes while it is multiplied")
                 first = values(a_kind, quadrants(gather([registers[index] for index in a_indices], a_kind)))
             else:
-                first = values(a_kind, block.shared.peek(left, element, i.line).view(kind)[..., 0])
-            second = values(b_kind, block.shared.peek(right, element, i.line).view(kind)[..., 0])
+                first = left.read(block.shared, i.line)
+            second = right.read(block.shared, i.line)
             product = first @ second.T
             old = np.zeros((16, n), dtype)
             if adds:
@@ -258,7 +289,9 @@ def _multiply_async(i: Instruction) -> Run:
         token = InFlight(operation)
 
         def deliver() -> None:
-            fragments = operation.sums.reshape(2, 8, n // 8, 4, 2).transpose(1, 3, 2, 0, 4).reshape(32, n // 2)
+            fragments = (
+                operation.sums.reshape(2, 8, n // 8, 4, 2).transpose(1, 3, 2, 0, 4).reshape(32, n // 2)
+            )
             for position, index in enumerate(indices):
                 if registers[index] is token:
                     registers[index] = np.ascontiguousarray(fragments[:, position]).view(np.uint32)
