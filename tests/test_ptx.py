@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: MIT
 """The kernels' own PTX, executed on a CPU under three schedules, and faults that the executor must notice."""
 
+import re
+
 import pytest
 import torch
-from ptx import cases
-from ptx.cases import BF16, F16, F32, F64, Case
+from ptx import cases, machine
+from ptx.cases import F16, F32, F64, Case
+from ptx.launch import Gpu
 from ptx.machine import SCHEDULES
+from ptx.parse import PtxError
 
 from torchpar.kernels.candidates import Tiles
 
@@ -63,3 +67,160 @@ def check(case: Case) -> None:
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_default_tiles(name):
     check(DEFAULTS[name])
+
+
+# What the executor must notice, in small programs of 64 threads, which have 4096 bytes of shared memory
+
+PROGRAM = """
+.version 8.7
+.target sm_90a
+.address_size 64
+.visible .entry program(
+    .param .u64 .ptr .global .align 1 from,
+    .param .u64 .ptr .global .align 1 to
+)
+.reqntid 64
+{
+    .reg .pred %p<9>;
+    .reg .b32 %r<99>;
+    .reg .b64 %rd<9>;
+    ld.param.b64 %rd0, [from];
+    ld.param.b64 %rd1, [to];
+    mov.u32 %r0, %tid.x;
+    mul.wide.s32 %rd2, %r0, 4;
+    add.s64 %rd3, %rd0, %rd2;
+    add.s64 %rd4, %rd1, %rd2;
+    mov.b32 %r90, global_smem;
+    shl.b32 %r91, %r0, 2;
+    add.s32 %r1, %r90, %r91;         // the thread's own word of shared memory
+    xor.b32 %r92, %r91, 128;
+    add.s32 %r2, %r90, %r92;         // that of a thread of the other warp
+    setp.lt.u32 %p0, %r0, 32;        // the first warp
+    setp.lt.u32 %p1, %r0, 16;        // a half of it
+    BODY
+    ret;
+}
+"""
+COPY = "cp.async.ca.shared.global [%r1], [%rd3], 4; cp.async.commit_group;"
+EXCHANGE = """
+    ld.global.b32 %r3, [%rd3];
+    st.shared.b32 [%r1], %r3;
+    bar.sync 0;
+    ld.shared.b32 %r4, [%r2];
+    st.global.b32 [%rd4], %r4;
+"""
+FAULTS = {
+    "an unknown instruction": ("vadd4.u32 %r3, %r0, %r0, %r0;", "line 27: unknown instruction vadd4.u32"),
+    "an unknown form": ("add.rm.f32 %r3, %r0, %r0;", "unknown instruction add.rm.f32"),
+    "an unwritten register": ("add.s32 %r3, %r4, 1;", "a register that was not written"),
+    "unwritten shared memory": (
+        "ld.shared.b32 %r3, [%r1];",
+        "of shared memory, read by .* was not written",
+    ),
+    "unwritten global memory": ("ld.global.b32 %r3, [%rd4];", "was not written before"),
+    "past the end": ("ld.global.b32 %r3, [%rd3+256];", "ends outside|outside each allocation"),
+    "past the end of shared memory": ("st.shared.b32 [%r1+4096], %r0;", "outside"),
+    "an unaligned address": ("ld.global.b64 %rd5, [%rd3];", "not a multiple of 8"),
+    "no barrier before a read": (
+        EXCHANGE.replace("bar.sync 0;", ""),
+        "race: .* read by warp . is written by a store|was not written",
+    ),
+    "no barrier before a write": (
+        EXCHANGE + "st.shared.b32 [%r1], %r4;",
+        "race: ",
+    ),
+    "a barrier of half a warp": (
+        "@%p1 bra skip; bar.sync 0; skip: ret;",
+        "a part of warp 0 executes bar.sync",
+    ),
+    "a barrier of one warp": ("@%p0 bar.sync 0;", "deadlock"),
+    "an endless loop": ("again: bra again;", "does not end"),
+    "two values at one place": ("st.shared.b32 [%r90], %r0;", "different values"),
+    "a copy that was not waited for": (COPY + "ld.shared.b32 %r3, [%r1];", "read by .* written by a copy"),
+    "a wait for too few copies": (COPY * 2 + "cp.async.wait_group 1; ld.shared.b32 %r3, [%r1];", "by a copy"),
+    "a copy that another warp waited for": (
+        COPY + "bar.sync 0; cp.async.wait_group 0; ld.shared.b32 %r3, [%r2];",
+        "by a copy",
+    ),
+    "no mbarrier": (
+        "mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 16;",
+        "was not written|there is no mbarrier",
+    ),
+}
+
+
+def execute(body: str, schedule=SCHEDULES[0], grid=(1, 1, 1)) -> torch.Tensor:
+    gpu = Gpu(schedule)
+    given, result = (
+        gpu.tensor(torch.arange(64, dtype=torch.int32)),
+        torch.empty(64, dtype=torch.int32, device="meta"),
+    )
+    gpu.launch(PROGRAM.replace("BODY", body), [given, result], grid, shared=4096)
+    return gpu.read(result)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda one: one.order)
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_of_a_program_is_noticed(name, schedule, monkeypatch):
+    monkeypatch.setattr(machine, "LIMIT", 1000)
+    body, message = FAULTS[name]
+    with pytest.raises(PtxError, match=message):
+        execute(body, schedule)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda one: one.order)
+def test_program_without_faults(schedule):
+    assert execute(EXCHANGE, schedule).tolist() == [*range(32, 64), *range(32)]
+    body = COPY + "cp.async.wait_group 0; bar.sync 0; ld.shared.b32 %r3, [%r2]; st.global.b32 [%rd4], %r3;"
+    assert execute(body, schedule).tolist() == [*range(32, 64), *range(32)]
+    # Threads that diverge meet again: the loop runs lane times.
+    body = """mov.b32 %r3, 0; again: setp.ge.s32 %p2, %r3, %r0; @%p2 bra done; add.s32 %r3, %r3, 1; bra again;
+        done: bar.sync 0; st.global.b32 [%rd4], %r3;"""
+    assert execute(body, schedule).tolist() == [*range(64)]
+
+
+def test_blocks_race():
+    with pytest.raises(PtxError, match=r"race: .* overwritten .* written by another block"):
+        execute("st.global.b32 [%rd4], %r0;", grid=(2, 1, 1))
+    with pytest.raises(PtxError, match=r"race: .* read .* written by another block"):
+        execute(
+            """mov.u32 %r3, %ctaid.x;
+            setp.eq.b32 %p3, %r3, 0;
+            @%p3 st.global.b32 [%rd4], %r0;
+            @!%p3 ld.global.b32 %r3, [%rd4];""",
+            grid=(2, 1, 1),
+        )
+
+
+# The same for what only whole kernels have: a pattern, its replacement, and the message
+
+TMA = cases.symmetric(64, 136, tiles=Tiles(64, 64, 64, 4, 3, "tma"), multiprocessors=1)
+BROKEN = {
+    "no fence before a bulk store": (
+        r"fence\.proxy\.async\.shared::cta;",
+        "",
+        "needs a fence between the proxies",
+    ),
+    "no wait before the next bulk store": (
+        r"cp\.async\.bulk\.wait_group\.read\s+0;\n\tbar",
+        "bar",
+        "overwritten by .* read by a bulk store",
+    ),
+    "no acquired tensormap": (r"@%p\d+ fence\.proxy\.tensormap.*", "", "not acquired by the tensormap proxy"),
+    "no wait for a bulk load": (r"@!complete bra.uni waitLoop;", "", "read by .* written by a bulk load"),
+    "too few bytes expected": (r"(expect_tx.*, )\d+;", r"\g<1>16;", "deadlock"),
+    "no wait for products": (
+        r"wgmma\.wait_group\.sync\.aligned 0;",
+        "",
+        "a register of an asynchronous product",
+    ),
+    "no wgmma.fence": (r"wgmma\.fence\.sync\.aligned;", "", r"wgmma\.fence"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_fault_of_a_kernel_is_noticed(name):
+    pattern, replacement, message = BROKEN[name]
+    for schedule in SCHEDULES[1:]:  # the first one completes all copies before the wait
+        with pytest.raises(PtxError, match=message):
+            TMA.execute(schedule, change=lambda text: re.sub(pattern, replacement, text))

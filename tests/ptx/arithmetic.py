@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Arithmetic, comparisons, conversions, moves, and what the threads of a warp exchange.
 
-Section 9.7.1 to 9.7.7 (arithmetic, comparison, logic, shifts), 9.7.9 (moves, conversions, shuffles). Results of
-approximate instructions differ from the exact ones by almost as much as their sections allow, so that nothing
-relies on their bits; the deviation depends on the operands alone, so that all schedules give the same bits.
+Sections 9.7.1 to 9.7.8 (arithmetic, comparison, logic, shifts) and 9.7.9 (moves, conversions, shuffles).
+Results of approximate instructions differ from the exact ones by almost as much as their sections allow, so
+that nothing relies on their bits. The deviation depends on the operands alone: all schedules give the same.
 """
 
 from collections.abc import Callable
@@ -107,7 +107,7 @@ def quotient(a: Values, b: Values) -> Values:
 
 
 def fused(a: Values, b: Values, c: Values) -> Values:
-    """a·b + c, rounded once: the float32 product is exact in float64, and its sum with c is rounded to odd."""
+    """a·b + c, rounded once. Products of float32 are exact in float64, and the sum is rounded to odd."""
     if a.dtype == np.float64:
         wide = a.astype(np.longdouble) * b + c  # 64 bits: not always the nearest
         return wide.astype(np.float64)
@@ -488,6 +488,6 @@ def _elect(i: Instruction) -> Run:
     def run(warp: Warp) -> None:
         chosen = {"early": 0, "late": 31}.get(warp.block.launch.schedule.completion, 7 * warp.index % 32)
         put_lane(warp, np.full(32, chosen, np.uint32))
-        put(warp, LANES == chosen)
+        put(warp, chosen == LANES)
 
     return run

@@ -20,8 +20,8 @@ from .launch import Gpu
 from .machine import Schedule
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-# The relative error of a sigmoid, of terms up to |z| = 32: of the result's rounding, and of what precedes it in
-# float32, which is the error of ex2 and div (each 2⁻²²) and for 16 bits that of the product z·log2(e).
+# The relative error of a sigmoid for |z| up to 32: of the result's rounding, and in float32 of ex2 and div,
+# each 2⁻²², and for 16 bits of the product z·log2(e).
 SIGMOID = {BF16: 2**-8 + 2**-17, F16: 2**-11 + 2**-17, F32: 9 * 2**-24, F64: 8 * 2**-53}
 
 
@@ -104,7 +104,7 @@ def symmetric(
     c: bool = False,
     **options: Any,
 ) -> Case:
-    """``A·Aᵀ``, or with ``other`` ``A·Bᵀ`` for a B of which it is symmetric, and with ``c`` ``2·A·Aᵀ − C/2``."""
+    """``A·Aᵀ``; with ``other`` ``A·Bᵀ`` for a B of which it is symmetric; with ``c`` ``2·A·Aᵀ − C/2``."""
 
     def operands() -> list[Tensor]:
         a = integers(*batch, n, k, dtype=dtype, transposed="a" in transposed)
@@ -184,7 +184,7 @@ def sigmoid(
 
 
 def sigmoid_gradient(m: int, n: int, dtype: torch.dtype = BF16, **options: Any) -> Case:
-    """y is a multiple of 1/16, so that dz and its sums are exact; of more than 256 rows there are partial sums."""
+    """y is a multiple of 1/16, so that sums are exact. Of more than 256 rows there are partial sums."""
 
     def run(wrap: Any, g: Tensor, y: Tensor) -> Any:
         dz = torch.empty(m, n, dtype=dtype, device="meta")
@@ -258,7 +258,7 @@ def exact(
     tiles: Tiles | None = None,
     **options: Any,
 ) -> Case:
-    """The exact product of integers; ``terms`` of a chain, and ``special`` for a row with NaN and one with ∞."""
+    """The exact product of integers, in chains of ``terms``; ``special``: with a row of NaN and one of ∞."""
     exponent = 10
 
     def operands() -> list[Tensor]:

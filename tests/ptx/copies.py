@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Loads and stores, and the two kinds of asynchronous copies: `cp.async`, and the bulk copies of tensors (TMA).
+"""Loads and stores, and the asynchronous copies: `cp.async`, and the bulk copies of tensors (TMA).
 
-Sections 9.7.9.8 to 9.7.9.12 (ld, st), 9.7.9.25 (asynchronous copies), 9.7.9.26 and 9.7.9.28 (tensormap.replace,
-cp_fenceproxy), 9.7.13.15 (mbarrier), 5.5 (tensors, their boxes and swizzling).
+Sections 9.7.9 (ld, st, cp.async, cp.async.bulk.tensor, tensormap.replace), 9.7.13 (mbarrier, fences,
+tensormap.cp_fenceproxy) and 5.5 (tensors, their boxes and swizzling).
 """
 
 from collections.abc import Callable
@@ -14,7 +14,6 @@ from .machine import (
     SHARED_BASE,
     WAIT,
     YIELD,
-    InFlight,
     Operation,
     Run,
     Warp,
@@ -423,7 +422,10 @@ class Tensor:
             raise PtxError(line, f"a box {self.box} cannot have a swizzle of {self.swizzle} bytes")
 
     def addresses(self, corner: list[int], shared: int, line: int) -> tuple[Any, Any, Any]:
-        """Of each element of the box at ``corner`` its address and whether it is inside; where its units of 16 bytes lie."""
+        """Of the box at ``corner`` the address of each element, and whether it is inside of the tensor.
+
+        Third, the addresses in shared memory of its units of 16 bytes.
+        """
         align = max(128, 8 * self.swizzle if self.swizzle > 16 else 128)
         if shared % align:
             raise PtxError(line, f"a box in shared memory is not aligned to {align} bytes")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """A stand-in for a GPU: it compiles what the launchers launch, and executes its PTX.
 
-The launchers are given tensors on the meta device, so that they choose as for a GPU. For each of them there is
-memory with the content of a CPU tensor. What launchers allocate has not been written yet.
+The launchers are given tensors on the meta device, so that they choose as for a GPU. For each of them there
+is memory with the content of a CPU tensor. What launchers allocate has not been written yet.
 """
 
 import os
@@ -17,7 +17,6 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import Tensor
-
 from triton.backends.nvidia.compiler import CUDABackend
 
 from benchmarks.autotune import Driver, compile_launches, target
@@ -69,7 +68,6 @@ class Gpu:
         self.next = FIRST_ADDRESS
         self.places: dict[int, Allocation] = {}  # by the storage of the meta tensor
         self.kept: list[Tensor] = []
-        self.kernels: list[Kernel] = []  # that were executed
 
     def allocate(self, name: str, size: int) -> Allocation:
         allocation = self.space.add(Allocation(name, self.next, size))
@@ -118,33 +116,25 @@ class Gpu:
         return result
 
     def execute(self, compiled: Any) -> None:
-        text = compiled.kernel.asm["ptx"]
-        if self.change is not None:
-            text = self.change(text)
-        kernel, steps = _decoded(text)
-        self.kernels.append(kernel)
+        """Execute a compiled kernel with the arguments of its launch."""
         metadata, source = compiled.kernel.metadata, compiled.kernel.src
         names = source.fn.arg_names
         given = dict(zip(names, compiled.arguments, strict=False)) | compiled.options
-        values = [self.value(given[name]) for name in names if source.signature[name] != "constexpr"]
-        programs = int(np.prod(compiled.grid))
-        scratch = [
-            self.allocate("scratch", size * programs).base if size else 0
-            for size in (metadata.global_scratch_size, 0)
-        ]
-        values += scratch
-        assert len(values) == len(kernel.parameters), (source.signature, kernel.parameters)
-        parameters = {name: value for (name, _), value in zip(kernel.parameters, values, strict=True)}
+        values = [given[name] for name in names if source.signature[name] != "constexpr"]
+        # Two hidden parameters: memory in which each program makes its tensormaps, and one for profiles.
+        size = metadata.global_scratch_size * int(np.prod(compiled.grid))
+        scratch = self.allocate("scratch memory", size).base if size else 0
+        self.launch(compiled.kernel.asm["ptx"], [*values, scratch, 0], compiled.grid, metadata.shared)
+
+    def launch(
+        self, text: str, values: list[Any], grid: tuple[int, int, int] = (1, 1, 1), shared: int = 0
+    ) -> None:
+        """Execute the kernel of ``text`` with a value, or a tensor on the meta device, for each parameter."""
+        kernel, steps = _decoded(self.change(text) if self.change else text)
+        names = (name for name, _ in kernel.parameters)
+        parameters = dict(zip(names, map(self.value, values), strict=True))
         Launch(
-            kernel,
-            steps,
-            tuple(compiled.grid),
-            parameters,
-            self.space,
-            metadata.shared,
-            self.schedule,
-            self.checks,
-            self.trace,
+            kernel, steps, grid, parameters, self.space, shared, self.schedule, self.checks, self.trace
         ).run()
 
     def value(self, argument: Any) -> int:

@@ -5,9 +5,9 @@ The 32 threads of a warp are one NumPy vector. Where they diverge, those with th
 first, so that they meet again behind the branch.
 """
 
-from random import Random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -81,11 +81,10 @@ def reader(operand: Any, dtype: Any) -> Callable[["Warp"], Any]:
         return lambda warp: warp.registers[index].astype(narrow).view(dtype)
     if isinstance(operand, Constant):
         bits = operand.bits % 2 ** (8 * dtype.itemsize)
-        value = (
-            np.full(32, bits, UNSIGNED[dtype.itemsize]).view(dtype)
-            if dtype != bool
-            else np.full(32, bits != 0)
-        )
+        if dtype.kind == "b":
+            value = np.full(32, bits != 0)
+        else:
+            value = np.full(32, bits, UNSIGNED[dtype.itemsize]).view(dtype)
         return lambda warp: value
     assert isinstance(operand, Symbol), operand
     if operand.name == "global_smem":

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Memory that knows, for each byte, who wrote it and who has read it, and that reports races.
 
-Each access of a warp or of an asynchronous operation is an event with a number. A warp knows its own events. It
-learns those of other warps at a barrier, and those of asynchronous operations when it waits for them. There are
-two rules for each byte:
+Each access of a warp or of an asynchronous operation is an event with a number. A warp knows its own events.
+It learns those of other warps at a barrier, and those of asynchronous operations when it waits for them.
+There are two rules for each byte:
 
 - Who reads or writes it must know its last write.
 - Who writes it must know all reads since.
 
-So a missing barrier or wait is noticed in whatever order the warps run. This is how race detectors for threads
-work (Flanagan and Freund, "FastTrack", PLDI 2009), with sets in the place of vector clocks.
+So a missing barrier or wait is noticed in whatever order the warps run. Race detectors for threads work in
+this way, with clocks in the place of sets (Flanagan and Freund, "FastTrack", PLDI 2009).
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ POISON = 0xFF  # NaN in each format, and −1
 
 @dataclass
 class Event:
-    """An access, and the line of its instruction. ``generic``: not by the proxy of asynchronous operations."""
+    """An access, and the line of its instruction. ``generic``: not by the asynchronous proxy."""
 
     line: int
     what: str
@@ -138,10 +138,10 @@ class Space:
         if self.last is None:
             raise PtxError(line, f"address {first:#x} is outside each allocation of {self.name}")
         offsets = (addresses - self.last.base).view(np.uint64)
-        if (offsets > np.uint64(max(0, self.last.size - width))).any():
-            raise PtxError(line, f"an access that begins in {self.last.name} ends outside of it")
         if width > 1 and (offsets & np.uint64(width - 1)).any():
             raise PtxError(line, f"an address in {self.last.name} is not a multiple of {width}")
+        if (offsets > np.uint64(max(0, self.last.size - width))).any():
+            raise PtxError(line, f"an access that begins in {self.last.name} ends outside of it")
         return self.last, (offsets // np.uint64(width)).view(np.int64)
 
     # Accesses
@@ -245,6 +245,7 @@ class Space:
         other: str = "written",
     ) -> PtxError:
         """The error of an access that does not know one of the ``events``."""
+        events = events.reshape(-1, events.shape[-1])
         unknown = ~warp.knowledge.seen[events]
         row, byte = (int(i[0]) for i in np.nonzero(unknown))
         address = place.base + int(rows.reshape(-1)[row]) * events.shape[-1] + byte

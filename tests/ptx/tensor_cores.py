@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Products on tensor cores: `mma.sync` of a warp, `wgmma` of four warps, and the fragments that they take.
 
-A fragment is the part of a matrix that a thread holds in registers. With g = lane // 4 and t = lane % 4, all
-fragments are made of 8 rows, of which each thread of row g holds 4 consecutive bytes (8 of float64), the t-th of
-the row. 9.7.14 shows those of mma, ldmatrix and stmatrix, and 9.7.15.5 those of wgmma.
+A fragment is the part of a matrix that a thread holds in registers. All of them are made of 8 rows, of which
+each thread holds 4 consecutive bytes (8 of float64): the (lane % 4)-th ones of row lane // 4. Section 9.7.14
+shows those of mma, ldmatrix and stmatrix, and 9.7.15.5 those of wgmma.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,9 @@ import numpy as np
 
 from .arithmetic import decode as decode_float
 from .copies import address_reader, finish, swizzle
-from .machine import LANES, InFlight, Operation, Run, Warp, instruction, reader, unknown, write
+from .machine import InFlight, Operation, Run, Warp, instruction, reader, unknown, write
 from .memory import Event
-from .parse import Instruction, PtxError, Register
+from .parse import Instruction, PtxError
 
 # The type of an operand as it lies in memory or in registers, its bytes, and that of sums.
 OPERANDS = {
@@ -51,7 +51,7 @@ def quadrants(parts: list[Any]) -> Any:
 
 
 def _matrices(i: Instruction) -> tuple[int, bool]:
-    name, *modifiers = (part.removesuffix("::cta") for part in i.parts)
+    _, *modifiers = (part.removesuffix("::cta") for part in i.parts)
     count = next(int(one[1]) for one in modifiers if one in ("x1", "x2", "x4"))
     if not set(modifiers) <= {"sync", "aligned", "m8n8", f"x{count}", "trans", "shared", "b16"}:
         raise unknown(i)
@@ -138,9 +138,9 @@ def add(product: Any, sums: Any, saturate: bool = False) -> Any:
 class Matrix:
     """An operand of wgmma in shared memory, ``(rows, 32 bytes)``, as its descriptor says: 9.7.15.5.1.
 
-    Swizzled "K-major" operands lie in groups of 8 rows of as many bytes as the swizzle has; the stride is that of
-    groups. "MN-major" ones lie in 8 columns of so many bytes: the stride is that of 8 columns, and the leading
-    one that of further rows. Without a swizzle, matrices of 8 rows of 16 bytes have these strides.
+    Swizzled "K-major" operands lie in groups of 8 rows of as many bytes as the swizzle has; the stride is
+    that of groups. "MN-major" ones lie in 8 columns of so many bytes: the stride is that of 8 columns, and the
+    leading one that of further rows. Without a swizzle, matrices of 8 rows of 16 bytes have these strides.
 
     ``chunks`` are the addresses of its units of 16 bytes: of a row if ``by_rows``, or of a column.
     """
@@ -219,7 +219,7 @@ class Product(Operation):
 
 @instruction("wgmma.mma_async.sync.aligned", whole=True)
 def _multiply_async(i: Instruction) -> Run:
-    """D = A·B + D, or A·B; A in registers or, like B, in shared memory. The operands may be read until the wait."""
+    """D = A·B + D, or A·B; A is in registers or, as B, in shared memory. Both may be read until the wait."""
     shape, *rest = i.parts[4:]
     *saturate, sums, a_kind, b_kind = rest
     n, k = (int(one) for one in shape.removeprefix("m64n").split("k"))
