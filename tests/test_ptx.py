@@ -18,7 +18,7 @@ LARGE, LARGE_TF32 = Tiles(128, 256, 64, 8, 4, "tma"), Tiles(128, 256, 32, 8, 3, 
 SPLIT = Tiles(64, 64, 64, 4, 4, "split_k")
 
 DEFAULTS = {
-    "matmul_t, large": cases.symmetric(264, 200, tiles=LARGE, multiprocessors=2),
+    "matmul_t, large": cases.symmetric(264, 72, tiles=LARGE, multiprocessors=2),
     "matmul_t, transposed, with C": cases.symmetric(
         136, 72, tiles=LARGE, transposed="ac", other=True, c=True
     ),
@@ -26,13 +26,13 @@ DEFAULTS = {
     "matmul_t, unaligned": cases.symmetric(71, 35),
     "matmul_t, by pointers, with C": cases.symmetric(72, 104, tiles=Tiles(64, 64, 64, 4, 3), c=True),
     "matmul_t, batches": cases.symmetric(40, 72, F16, batch=(2,)),
-    "matmul_t, TF32": cases.symmetric(136, 72, F32, "tf32", LARGE_TF32),
+    "matmul_t, TF32": cases.symmetric(72, 136, F32, "tf32", LARGE_TF32),
     "matmul_t, TF32, small": cases.symmetric(40, 40, F32, "tf32"),
-    "matmul_t, float32": cases.symmetric(68, 20, F32),
-    "matmul_t, float64": cases.symmetric(66, 20, F64, c=True),
+    "matmul_t, float32": cases.symmetric(40, 20, F32),
+    "matmul_t, float64": cases.symmetric(40, 20, F64, c=True),
     "half_sum": cases.half_sum(65),
     "mirror": cases.mirror(70),
-    "linear_sigmoid, large": cases.sigmoid(136, 264, 136, tiles=LARGE, multiprocessors=2),
+    "linear_sigmoid, large": cases.sigmoid(72, 264, 264, tiles=LARGE, multiprocessors=1),
     "linear_sigmoid, large, unaligned rows": cases.sigmoid(72, 71, 40, tiles=Tiles(64, 128, 64, 4, 4, "tma")),
     "linear_sigmoid, small": cases.sigmoid(40, 72, 72, bias=False, transposed="w"),
     "linear_sigmoid, split": cases.sigmoid(24, 40, 584, tiles=SPLIT, multiprocessors=2),
@@ -221,6 +221,5 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_fault_of_a_kernel_is_noticed(name):
     pattern, replacement, message = BROKEN[name]
-    for schedule in SCHEDULES[1:]:  # the first one completes all copies before the wait
-        with pytest.raises(PtxError, match=message):
-            TMA.execute(schedule, change=lambda text: re.sub(pattern, replacement, text))
+    with pytest.raises(PtxError, match=message):
+        TMA.execute(SCHEDULES[1], change=lambda text: re.sub(pattern, replacement, text))

@@ -416,9 +416,7 @@ def _convert(i: Instruction) -> Run:
         assert source == "f32"
         high, low = (reader(one, np.float32) for one in i.operands[1:])
         half = PAIRS[to]
-        return lambda warp: put(
-            warp, encode(half, low(warp)) | encode(half, high(warp)).astype(np.uint32) << np.uint32(16)
-        )
+        return lambda warp: put(warp, encode(half, joined(low(warp), high(warp))).view(np.uint32)[:, 0])
     if to == "tf32":  # rounds away from zero at ties
         assert modifiers == ["rna"]
         read = reader(i.operands[1], np.uint32)

@@ -139,8 +139,8 @@ class Matrix:
     """An operand of wgmma in shared memory, ``(rows, 32 bytes)``, as its descriptor says: 9.7.15.5.1.
 
     Swizzled "K-major" operands lie in groups of 8 rows of as many bytes as the swizzle has; the stride is
-    that of groups. "MN-major" ones lie in 8 columns of so many bytes: the stride is that of 8 columns, and the
-    leading one that of further rows. Without a swizzle, matrices of 8 rows of 16 bytes have these strides.
+    that of groups. "MN-major" ones lie in 8 columns of so many bytes: the stride is that of 8 columns, and
+    the leading one that of further rows. Without a swizzle, matrices of 8 rows of 16 bytes have these strides.
 
     ``chunks`` are the addresses of its units of 16 bytes: of a row if ``by_rows``, or of a column.
     """
@@ -292,9 +292,10 @@ def _multiply_async(i: Instruction) -> Run:
             fragments = (
                 operation.sums.reshape(2, 8, n // 8, 4, 2).transpose(1, 3, 2, 0, 4).reshape(32, n // 2)
             )
+            fragments = np.ascontiguousarray(fragments.T).view(np.uint32)
             for position, index in enumerate(indices):
                 if registers[index] is token:
-                    registers[index] = np.ascontiguousarray(fragments[:, position]).view(np.uint32)
+                    registers[index] = fragments[position]
                 elif checks and not isinstance(registers[index], InFlight):
                     raise PtxError(i.line, "a register of the sum was written before the wait")
 
