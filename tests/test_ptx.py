@@ -5,12 +5,13 @@ import re
 
 import pytest
 import torch
-from ptx import cases, machine
+from ptx import cases, machine, mutants
 from ptx.cases import F16, F32, F64, Case
 from ptx.launch import Gpu
 from ptx.machine import SCHEDULES
 from ptx.parse import PtxError
 
+from torchpar.kernels import candidates
 from torchpar.kernels.candidates import Tiles
 
 slow = pytest.mark.slow
@@ -52,6 +53,66 @@ DEFAULTS = {
 }
 
 
+def candidates_of(kernel: str, capability: int = 90) -> dict[str, Case]:
+    """Each configuration of a matrix kernel: of more than one tile, with edges, and more steps than stages."""
+    found = {}
+    for name, kind in candidates.KINDS.items():
+        for tiles in dict.fromkeys(
+            [kind.unaligned, *candidates.configurations(kernel, kind.dtype, kind.precision, capability)]
+        ):
+            m, n, k = tiles.block_m + 8, tiles.block_n + 8, (tiles.num_stages + 1) * tiles.block_k + 8
+            options = {"tiles": tiles, "capability": capability, "multiprocessors": 2}
+            if tiles.variant == "split_k":
+                m, n, k = 8, 8, 2 * k
+            if kernel == "linear_sigmoid":
+                case = cases.sigmoid(m, n, k, kind.dtype, kind.precision, **options)
+            else:
+                case = cases.symmetric(m, k, kind.dtype, kind.precision, other=True, c=True, **options)
+            if tiles.variant != "specialized":
+                found[
+                    f"{kernel}, {name}, {tiles.variant} {'x'.join(map(str, tiles[:5]))}, sm_{capability}"
+                ] = case
+    return found
+
+
+OTHERS = {
+    "matmul_t, transposed, unaligned": cases.symmetric(71, 35, transposed="a", c=True),
+    "matmul_t, batches by TMA": cases.symmetric(
+        72, 72, tiles=Tiles(64, 64, 128, 4, 3, "tma"), batch=(2, 2), multiprocessors=1
+    ),
+    "matmul_t, batches of float64": cases.symmetric(40, 24, F64, batch=(3,), transposed="a"),
+    "matmul_t, both transposed": cases.symmetric(264, 72, F16, tiles=LARGE, transposed="ab", other=True),
+    "matmul_t, one tile of four": cases.symmetric(520, 40, tiles=LARGE, multiprocessors=3),
+    "half_sum of float64": cases.half_sum(65, F64),
+    "half_sum of float16": cases.half_sum(128, F16),
+    "mirror of float32": cases.mirror(129, F32),
+    "linear_sigmoid, x transposed, by TMA": cases.sigmoid(136, 264, 136, tiles=LARGE, transposed="xw"),
+    "linear_sigmoid, unaligned float32": cases.sigmoid(33, 35, 37, F32, transposed="x"),
+    "linear_sigmoid, split float64": cases.sigmoid(
+        24, 40, 296, F64, tiles=Tiles(64, 64, 32, 8, 2, "split_k"), multiprocessors=4
+    ),
+    "sigmoid_backward of float64": cases.sigmoid_gradient(600, 70, F64),
+    "sigmoid_backward of float16": cases.sigmoid_gradient(256, 64, F16),
+    "maximum of int64": cases.larger((33, 35), (33, 1), torch.int64),
+    "maximum of float16": cases.larger((2, 3, 4, 35), (3, 1, 35), F16),
+    "maximum of float64": cases.larger((2500,), (1,), F64),
+    "maximum, gradient, a column": cases.larger_gradient((33, 35), (33, 1), F64),
+    "maximum, gradient of a scalar": cases.larger_gradient((2500,), (1,), F16),
+    "exact_matmul, large tiles": cases.exact(136, 72, 160, tiles=Tiles(128, 64, 32, 8, 3)),
+    "exact_matmul, symmetric, large tiles": cases.exact(
+        72, 72, 160, same=True, tiles=Tiles(64, 64, 32, 4, 3)
+    ),
+    "exact_matmul, int64, chains": cases.exact(40, 24, 200, dtype=torch.int64, terms=64),
+    "exact_matmul, transposed, odd": cases.exact(33, 35, 37, transposed=True, special=True),
+    "exact_matmul, sm_80": cases.exact(72, 40, 72, capability=80),
+    "sigmoid_backward, sm_80": cases.sigmoid_gradient(300, 70, capability=80),
+    "half_sum, sm_80": cases.half_sum(65, capability=80),
+    "maximum, sm_80": cases.larger((40, 35), (40, 35), capability=80),
+}
+for kernel in candidates.KERNELS:
+    OTHERS |= candidates_of(kernel) | candidates_of(kernel, 80)
+
+
 def check(case: Case) -> None:
     """All schedules give the expected results, and the same bits."""
     expected, first = case.expected(), None
@@ -67,6 +128,18 @@ def check(case: Case) -> None:
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_default_tiles(name):
     check(DEFAULTS[name])
+
+
+@slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_all_tiles(name):
+    check(OTHERS[name])
+
+
+def test_nothing_is_launched_without_terms():
+    gpu = Gpu(SCHEDULES[0])
+    assert cases.exact(8, 8, 0).execute_on(gpu)
+    assert not gpu.launches
 
 
 # What the executor must notice, in small programs of 64 threads, which have 4096 bytes of shared memory
@@ -223,3 +296,11 @@ def test_fault_of_a_kernel_is_noticed(name):
     pattern, replacement, message = BROKEN[name]
     with pytest.raises(PtxError, match=message):
         TMA.execute(SCHEDULES[1], change=lambda text: re.sub(pattern, replacement, text))
+
+
+@slow
+def test_most_mutants_are_noticed():
+    drawn = mutants.draw()
+    unnoticed = [one.describe() for one in drawn if not one.noticed()]
+    assert len(drawn) >= 60
+    assert len(unnoticed) <= len(drawn) // 10, "\n".join(unnoticed)

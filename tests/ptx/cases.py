@@ -50,7 +50,9 @@ class Case:
         trace: Any = None,
     ) -> list[Tensor]:
         """The results on the executor."""
-        gpu = Gpu(schedule, checks, change, trace)
+        return self.execute_on(Gpu(schedule, checks, change, trace))
+
+    def execute_on(self, gpu: Gpu) -> list[Tensor]:
         torch.manual_seed(0)
         operands = [gpu.tensor(t) for t in self.operands()]
         device = Device("executor", self.capability, self.multiprocessors)
@@ -104,15 +106,16 @@ def symmetric(
     c: bool = False,
     **options: Any,
 ) -> Case:
-    """``A·Aᵀ``; with ``other`` ``A·Bᵀ`` for a B of which it is symmetric; with ``c`` ``2·A·Aᵀ − C/2``."""
+    """``A·Aᵀ``, with ``other`` ``A·Bᵀ``, and with ``c`` ``2·A·Aᵀ − C/2``.
+
+    ``A·Bᵀ`` should be symmetric. Here it is not: the result must be its lower triangle, mirrored.
+    """
 
     def operands() -> list[Tensor]:
         a = integers(*batch, n, k, dtype=dtype, transposed="a" in transposed)
         given = [a]
         if other:
-            given.append(
-                torch.empty_like(a).copy_(a * torch.where(torch.arange(k) % 3 == 0, -1, 1).to(dtype))
-            )
+            given.append(integers(*batch, n, k, dtype=dtype, transposed="b" in transposed))
         if c:
             added = integers(*batch, n, n, dtype=dtype, transposed="c" in transposed)
             upper = torch.ones(n, n, dtype=torch.bool).triu(1)
@@ -128,9 +131,8 @@ def symmetric(
         b = others[0] if other else a
         product = a.double() @ b.double().mT
         if c:
-            lower = others[-1].double().tril()
-            product = 2 * product - 0.5 * (lower + lower.tril(-1).mT)
-        return product.to(dtype)
+            product = 2 * product - 0.5 * others[-1].double()
+        return (product.tril() + product.tril(-1).mT).to(dtype)
 
     return Case(operands, run, results, **options)
 
@@ -245,6 +247,16 @@ def larger_gradient(
     return Case(operands, run, results, **options)
 
 
+def digits(x: Tensor, exponents: Tensor) -> list[Tensor]:
+    """The four signed digits, int64, of the rows of ``x`` as integers: the formulas in `exact_matmul`."""
+    whole = (x.double() * torch.exp2(31.0 - exponents.double())[:, None]).round().long()
+    found: list[Tensor] = []
+    for _ in range(3):
+        found.insert(0, (whole + 128) % 256 - 128)
+        whole = (whole - found[0]) // 256
+    return [whole, *found]
+
+
 def exact(
     m: int,
     n: int,
@@ -258,28 +270,37 @@ def exact(
     tiles: Tiles | None = None,
     **options: Any,
 ) -> Case:
-    """The exact product of integers, in chains of ``terms``; ``special``: with a row of NaN and one of ∞."""
-    exponent = 10
+    """The exact product, in chains of ``terms``; ``special``: with a row of NaN and one of ∞."""
 
     def operands() -> list[Tensor]:
-        a, b = (integers(rows, k, dtype=F32, largest=999, transposed=transposed) for rows in (m, n))
-        e, f = (torch.full((rows,), exponent, dtype=torch.int32) for rows in (m, n))
+        shapes = [(rows, k) for rows in (m, n)]
+        a, b = (torch.randn(*s[::-1]).mT if transposed else torch.randn(s) for s in shapes)
+        given = []
+        for t in (a,) if same else (a, b):
+            t *= torch.exp2(torch.randint(-3, 4, (len(t), 1)))
+            given += [t, torch.frexp(t.abs().amax(1) / (1 - 2**-7))[1].int()]
         if special:
-            a[1, 0], a[2, 1], e[1:3] = torch.nan, torch.inf, 130
-        return [a, e] if same else [a, e, b, f]
+            a[1, 0], a[2, 1], given[1][1:3] = torch.nan, torch.inf, 130
+        return given
 
     def run(wrap: Any, a: Tensor, e: Tensor, b: Tensor | None = None, f: Tensor | None = None) -> Tensor:
         out = torch.empty(m, n, dtype=dtype, device="meta")
         choose = exact_matmul._tiles if tiles is None else lambda *of_operands: tiles
+        b, f = (a, e) if b is None or f is None else (b, f)
         with patch.object(exact_matmul, "CHAIN", terms), patch.object(exact_matmul, "_tiles", choose):
-            return exact_matmul.exact_product(
-                a, a if b is None else b, e, e if f is None else f, wrap, out=out
-            )
+            return exact_matmul.exact_product(a, b, e, f, wrap, out=out)
 
     def results(a: Tensor, e: Tensor, b: Tensor | None = None, f: Tensor | None = None) -> Tensor:
-        product = a.double() @ (a if b is None else b).double().mT
-        if dtype == torch.int64:  # units of 2^(e + f − 38)
-            return (product * 2.0 ** (38 - 2 * exponent)).to(dtype)
-        return product.to(dtype)
+        b, f = (a, e) if b is None or f is None else (b, f)
+        total = torch.zeros(m, n, dtype=torch.int64)
+        a_digits, b_digits = digits(a.nan_to_num(0, 0, 0), e), digits(b.nan_to_num(0, 0, 0), f)
+        for p in range(4):
+            for q in range(4 - p):
+                total += (a_digits[p] @ b_digits[q].mT) << 8 * (3 - p - q)
+        if dtype == torch.int64:
+            return total
+        product = (total.double() * torch.exp2(e[:, None] + f[None, :] - 38.0)).to(dtype)
+        signs = [torch.where(t.isfinite(), t.sign(), t) for t in (a, b)]
+        return torch.where((e > 129)[:, None] | (f > 129)[None, :], signs[0] @ signs[1].mT, product)
 
     return Case(operands, run, results, **options)

@@ -68,6 +68,7 @@ class Gpu:
         self.next = FIRST_ADDRESS
         self.places: dict[int, Allocation] = {}  # by the storage of the meta tensor
         self.kept: list[Tensor] = []
+        self.launches: list[Launch] = []
 
     def allocate(self, name: str, size: int) -> Allocation:
         allocation = self.space.add(Allocation(name, self.next, size))
@@ -133,9 +134,9 @@ class Gpu:
         kernel, steps = _decoded(self.change(text) if self.change else text)
         names = (name for name, _ in kernel.parameters)
         parameters = dict(zip(names, map(self.value, values), strict=True))
-        Launch(
-            kernel, steps, grid, parameters, self.space, shared, self.schedule, self.checks, self.trace
-        ).run()
+        common = self.space, shared, self.schedule, self.checks, self.trace
+        self.launches.append(Launch(kernel, steps, grid, parameters, *common))
+        self.launches[-1].run()
 
     def value(self, argument: Any) -> int:
         if isinstance(argument, Tensor):

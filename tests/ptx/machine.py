@@ -188,6 +188,7 @@ class Launch:
     checks: bool = True
     trace: list[Any] | None = None
     random: Random = field(default_factory=Random)
+    executed: set[int] = field(default_factory=set)  # the positions of instructions
 
     def run(self) -> None:
         """Execute all blocks, one after the other."""
@@ -249,6 +250,7 @@ class Warp:
         """Run until the warp waits, ends, or has executed ``budget`` instructions."""
         steps, registers = self.block.launch.steps, self.registers
         pc, active, parked = self.pc, self.active, self.parked
+        executed = self.block.launch.executed
         step = steps[pc]
         try:
             while budget:
@@ -267,6 +269,7 @@ class Warp:
                     if bits == ALL:
                         mask = None
                 self.mask = mask
+                executed.add(pc)
                 if step.target >= 0:
                     if mask is None or (active is not None and not (active & ~mask).any()):
                         pc = step.target

@@ -140,7 +140,8 @@ class Matrix:
 
     Swizzled "K-major" operands lie in groups of 8 rows of as many bytes as the swizzle has; the stride is
     that of groups. "MN-major" ones lie in 8 columns of so many bytes: the stride is that of 8 columns, and
-    the leading one that of further rows. Without a swizzle, matrices of 8 rows of 16 bytes have these strides.
+    the leading one that of further rows. Without a swizzle, these are strides of matrices of 8 rows of 16
+    bytes.
 
     ``chunks`` are the addresses of its units of 16 bytes: of a row if ``by_rows``, or of a column.
     """
