@@ -11,7 +11,7 @@ from ptx.launch import Gpu
 from ptx.machine import SCHEDULES
 from ptx.parse import PtxError
 
-from torchpar.kernels import candidates
+from torchpar.kernels import candidates, exact_matmul
 from torchpar.kernels.candidates import Tiles
 
 slow = pytest.mark.slow
@@ -26,6 +26,7 @@ DEFAULTS = {
     "matmul_t, small": cases.symmetric(72, 40),
     "matmul_t, unaligned": cases.symmetric(71, 35),
     "matmul_t, by pointers, with C": cases.symmetric(72, 104, tiles=Tiles(64, 64, 64, 4, 3), c=True),
+    "matmul_t, by pointers, full tiles": cases.symmetric(64, 128, tiles=Tiles(64, 64, 64, 4, 3)),
     "matmul_t, batches": cases.symmetric(40, 72, F16, batch=(2,)),
     "matmul_t, TF32": cases.symmetric(72, 136, F32, "tf32", LARGE_TF32),
     "matmul_t, TF32, small": cases.symmetric(40, 40, F32, "tf32"),
@@ -53,25 +54,24 @@ DEFAULTS = {
 }
 
 
-def candidates_of(kernel: str, capability: int = 90) -> dict[str, Case]:
-    """Each configuration of a matrix kernel: of more than one tile, with edges, and more steps than stages."""
+def candidates_of(kernel: str, capability: int) -> dict[str, Case]:
+    """Each configuration of a matrix kernel, with edges, and with more steps than stages."""
     found = {}
     for name, kind in candidates.KINDS.items():
-        for tiles in dict.fromkeys(
-            [kind.unaligned, *candidates.configurations(kernel, kind.dtype, kind.precision, capability)]
-        ):
-            m, n, k = tiles.block_m + 8, tiles.block_n + 8, (tiles.num_stages + 1) * tiles.block_k + 8
-            options = {"tiles": tiles, "capability": capability, "multiprocessors": 2}
+        configurations = candidates.configurations(kernel, kind.dtype, kind.precision, capability)
+        for tiles in dict.fromkeys([kind.unaligned, *configurations]):
+            if tiles.variant == "specialized":
+                continue
+            m, n, k = tiles.block_m + 8, tiles.block_n - 8, (tiles.num_stages + 1) * tiles.block_k + 8
+            options = {"tiles": tiles, "capability": capability, "multiprocessors": 1}
             if tiles.variant == "split_k":
-                m, n, k = 8, 8, 2 * k
+                m, n, k, options["multiprocessors"] = 8, 8, 2 * k, 2
             if kernel == "linear_sigmoid":
                 case = cases.sigmoid(m, n, k, kind.dtype, kind.precision, **options)
             else:
-                case = cases.symmetric(m, k, kind.dtype, kind.precision, other=True, c=True, **options)
-            if tiles.variant != "specialized":
-                found[
-                    f"{kernel}, {name}, {tiles.variant} {'x'.join(map(str, tiles[:5]))}, sm_{capability}"
-                ] = case
+                n = m if tiles.variant == "tma" else tiles.block_m - 8
+                case = cases.symmetric(n, k, kind.dtype, kind.precision, other=True, c=True, **options)
+            found[f"{kernel}, {name}, {tiles.variant}, {tiles[:5]}, sm_{capability}"] = case
     return found
 
 
@@ -110,7 +110,7 @@ OTHERS = {
     "maximum, sm_80": cases.larger((40, 35), (40, 35), capability=80),
 }
 for kernel in candidates.KERNELS:
-    OTHERS |= candidates_of(kernel) | candidates_of(kernel, 80)
+    OTHERS |= candidates_of(kernel, 90) | candidates_of(kernel, 80)
 
 
 def check(case: Case) -> None:
@@ -137,8 +137,10 @@ def test_all_tiles(name):
 
 
 def test_nothing_is_launched_without_terms():
-    gpu = Gpu(SCHEDULES[0])
-    assert cases.exact(8, 8, 0).execute_on(gpu)
+    """The operators answer k = 0 themselves, and the launcher of exact products does."""
+    gpu, empty = Gpu(SCHEDULES[0]), torch.empty(8, 0, device="meta")
+    exponents, out = torch.empty(8, dtype=torch.int32, device="meta"), torch.empty(8, 8, device="meta")
+    gpu.run(lambda wrap: exact_matmul.exact_product(empty, empty, exponents, exponents, wrap, out=out))
     assert not gpu.launches
 
 

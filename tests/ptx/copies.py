@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import triton
 
 from .machine import (
     SHARED_BASE,
@@ -26,6 +27,9 @@ from .machine import (
 from .memory import Event
 from .parse import Address, Constant, Instruction, PtxError, Symbol
 
+# Between cp.async and a wgmma that reads what was copied, Triton 3.6 makes no proxy fence where the tile has no
+# mask. 9.7.15.4 demands it, and Triton 3.8 makes it (triton-lang/triton#9610, #10537). It is not checked before.
+COPIES_NEED_FENCE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 CACHE_HINTS = {
     "relaxed",
     "L1::evict_last",
@@ -120,7 +124,8 @@ def _copy(i: Instruction) -> Run:
         if not set(counts.tolist()) <= {0, size}:
             raise PtxError(i.line, "a copy of a part is not modelled")
         some = counts > 0 if given is not None else np.ones(len(lanes), np.bool_)
-        event = block.events.add(Event(i.line, f"a copy of warp {warp.index}"))
+        event = Event(i.line, f"a copy of warp {warp.index}", generic=COPIES_NEED_FENCE)
+        block.events.add(event)
         block.shared.begin_write(warp, targets, size, event)
         if some.any():
             block.space.begin_read(warp, sources[some], size, event)
@@ -241,7 +246,6 @@ def _expect(i: Instruction) -> Run:
     def run(warp: Warp) -> None:
         at = _single(warp, address(warp))
         barrier = barrier_at(warp, at, i.line)
-        warp.block.trace(warp, i.line, "expect")
         barrier.update(transactions=int(_single(warp, count(warp))[0]) * len(at))
         barrier.update(arrivals=len(at))
 
@@ -263,7 +267,7 @@ def _try_wait(i: Instruction) -> Run:
         if ended():
             for copy in barrier.ended:
                 warp.knowledge.learn(copy.event)
-            warp.block.trace(warp, i.line, "waited", phase=barrier.phase)
+            warp.block.trace(warp, "loaded", [copy.event for copy in barrier.ended])
             put(warp, np.ones(32, np.bool_))
             return None
         warp.failed_waits += 1
@@ -487,7 +491,7 @@ def _load_box(i: Instruction) -> Run:
         block.shared.begin_write(warp, targets, 16, event)
         if inside.any():
             block.space.begin_read(warp, sources[inside], width, event)
-        block.trace(warp, i.line, "load", corner=corner, bytes=inside.size * width, event=event.number)
+        block.trace(warp, "load", [event])
 
         def complete() -> None:
             values = np.zeros((inside.size, width), np.uint8)
@@ -519,7 +523,7 @@ def _store_box(i: Instruction) -> Run:
         block.shared.begin_read(warp, sources, 16, read, fence=True)
         if inside.any():
             block.space.begin_write(warp, targets[inside], width, event)
-        block.trace(warp, i.line, "store", corner=corner, event=event.number)
+        block.trace(warp, "store", [read])
         values: list[Any] = []
 
         def fetch() -> None:
@@ -553,7 +557,8 @@ def _wait_bulk(i: Instruction) -> Run:
     def run(warp: Warp) -> None:
         for lane in warp.lanes():
             groups = warp.bulk_groups.get(int(lane), [])
+            done = groups[: max(0, len(groups) - left)]
             finish(warp, groups, min(left, len(groups)), steps)
-        warp.block.trace(warp, i.line, "stored", read=bool(steps))
+            warp.block.trace(warp, "stored", [one.read for group in done for one in group])
 
     return run

@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -29,7 +29,7 @@ from .parse import Kernel, parse
 FIRST_ADDRESS, GAP = 0x7F0000000000, 2**20
 
 
-@cache
+@lru_cache(8)
 def _decoded(text: str) -> tuple[Kernel, Any]:
     kernel = parse(text)
     return kernel, decode(kernel)

@@ -221,7 +221,7 @@ class Warp:
         self.done = False
         self.waiting: Callable[[], bool] | None = None
         self.count = 0  # instructions executed
-        self.clock = 0  # as `count`, set forward where it waited for others
+        self.waited = 0  # the instructions that others executed while it waited at barriers
         self.copies: list[Operation] = []  # of cp.async, before they are committed to a group
         self.copy_groups: list[list[Operation]] = []
         self.bulk: dict[int, list[Operation]] = {}  # as these two, of each thread
@@ -241,6 +241,14 @@ class Warp:
             return LANES
         single = {"ctaid": self.block.position, "nctaid": launch.grid, "ntid": (launch.kernel.threads, 1, 1)}
         return np.full(32, single[what][i])
+
+    def garbage(self, register: int) -> Any:
+        """The content of a register that has not been written in threads that do not write it."""
+        raw = self.block.launch.random.randbytes(256)
+        dtype = self.block.launch.kernel.dtypes[register]
+        return (
+            np.frombuffer(raw, np.uint8)[:32] > 127 if dtype == np.bool_ else np.frombuffer(raw, dtype)[:32]
+        )
 
     def lanes(self) -> Any:
         """The threads that execute the instruction."""
@@ -264,6 +272,9 @@ class Warp:
                         mask = mask & active
                     bits = mask.tobytes()
                     if bits == NONE:
+                        for i in step.writes:
+                            if registers[i] is None:
+                                registers[i] = self.garbage(i)
                         pc += 1
                         continue
                     if bits == ALL:
@@ -295,9 +306,7 @@ class Warp:
                     result = step.run(self)
                     for i, before in zip(step.writes, old, strict=True):
                         if before is None:
-                            before = np.frombuffer(
-                                self.block.launch.random.randbytes(256), registers[i].dtype
-                            )[:32]
+                            before = self.garbage(i)
                         registers[i] = np.where(mask, registers[i], before)
                     if result is WAIT:
                         break
@@ -352,9 +361,11 @@ class Block:
         else:
             self.flying.append(operation)
 
-    def trace(self, warp: Warp, line: int, what: str, **details: Any) -> None:
+    def trace(self, warp: Warp, what: str, events: list[Any]) -> None:
+        """Note what happened, for `timeline`."""
         if self.launch.trace is not None:
-            self.launch.trace.append((warp.clock, warp.index, line, what, details))
+            time = warp.count + warp.waited
+            self.launch.trace += [(self.position, warp.index, what, one.number, time) for one in events]
 
     def arrive(self, warp: Warp, line: int) -> None:
         """``bar.sync``: the warp waits for all others."""
@@ -362,6 +373,9 @@ class Block:
         warp.waiting = lambda: False
         if len(self.at_barrier) == len(self.warps):
             self.at_barrier.clear()
+            latest = max(one.count + one.waited for one in self.warps)
+            for one in self.warps:
+                one.waited = latest - one.count
             self.events.share()
             for one in self.warps:
                 one.waiting = None

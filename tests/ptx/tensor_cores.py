@@ -204,9 +204,7 @@ def _wait(i: Instruction) -> Run:
         finish(warp, warp.product_groups, min(left, len(warp.product_groups)))
         for one in (one for group in done for one in group):
             one.deliver()
-        warp.block.trace(
-            warp, i.line, "multiplied", events=[one.event.number for group in done for one in group]
-        )
+        warp.block.trace(warp, "multiplied", [one.event for group in done for one in group])
 
     return run
 
@@ -265,7 +263,7 @@ def _multiply_async(i: Instruction) -> Run:
         taken = [registers[index] for index in a_indices]
         adds = bool(keep(warp)[0])
         operation = Product(event, [], event, after=warp.last_product)
-        block.trace(warp, i.line, "multiply", event=event.number)
+        block.trace(warp, "multiply", [event])
 
         def complete() -> None:
             if from_registers:
