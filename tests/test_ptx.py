@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from ptx import cases, machine, mutants
+from ptx import cases, copies, machine, mutants
 from ptx.cases import F16, F32, F64, Case
 from ptx.launch import Gpu
 from ptx.machine import SCHEDULES
@@ -306,3 +306,14 @@ def test_most_mutants_are_noticed():
     unnoticed = [one.describe() for one in drawn if not one.noticed()]
     assert len(drawn) >= 60
     assert len(unnoticed) <= len(drawn) // 10, "\n".join(unnoticed)
+
+
+def test_wgmma_needs_a_fence_after_cp_async(monkeypatch):
+    """Triton 3.6 makes none, so that its kernels are executed without this rule."""
+    monkeypatch.setattr(copies, "COPIES_NEED_FENCE", True)
+    with pytest.raises(
+        PtxError, match=r"reads what a copy of warp . wrote .*needs a fence between the proxies"
+    ):
+        DEFAULTS["matmul_t, by pointers, full tiles"].execute(
+            SCHEDULES[0], change=lambda text: text.replace("fence.proxy.async.shared::cta;", "")
+        )

@@ -21,7 +21,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 
 from benchmarks.autotune import Driver, compile_launches, target
 
-from . import arithmetic, copies, tensor_cores  # noqa: F401  # they register instructions
+from . import arithmetic, copies, tensor_cores, tensors  # noqa: F401  # they register instructions
 from .machine import Launch, Schedule, decode
 from .memory import GIVEN, Allocation, Space
 from .parse import Kernel, parse

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from .arithmetic import decode as decode_float
-from .copies import address_reader, finish, swizzle
+from .copies import address_reader, finish
 from .machine import InFlight, Operation, Run, Warp, instruction, reader, unknown, write
 from .memory import Event
 from .parse import Instruction, PtxError
+from .tensors import swizzle
 
 # The type of an operand as it lies in memory or in registers, its bytes, and that of sums.
 OPERANDS = {
