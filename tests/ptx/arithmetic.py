@@ -327,12 +327,9 @@ def comparison(name: str, kind: str) -> Callable[[Values, Values], Values]:
     return COMPARE[name]
 
 
-@instruction("setp", results=1)
+@instruction("setp")
 def _compare(i: Instruction) -> Run:
     _, name, *boolean, kind = i.parts
-    if kind in PAIRS:
-        assert not boolean
-        return _compare_pair(i, name, PAIRS[kind])
     compare, put = comparison(name, kind), write(i.operands[0])
     read = float_reader if kind in FLOATS else lambda operand, kind: reader(operand, dtype_of(kind))
     a, b = (read(one, kind) for one in i.operands[1:3])
@@ -344,27 +341,16 @@ def _compare(i: Instruction) -> Run:
     return lambda warp: put(warp, combine(compare(a(warp), b(warp)), other(warp)))
 
 
-@instruction(
-    "setp.eq.bf16x2",
-    "setp.lt.bf16x2",
-    "setp.gt.bf16x2",
-    "setp.eq.f16x2",
-    "setp.lt.f16x2",
-    "setp.gt.f16x2",
-    results=2,
-)
-def _compare_two(i: Instruction) -> Run:
-    return _compare_pair(i, i.parts[1], PAIRS[i.parts[2]])
-
-
-def _compare_pair(i: Instruction, name: str, kind: str) -> Run:
-    compare, puts = comparison(name, kind), [write(one) for one in i.operands[:2]]
+@instruction(*(f"setp.{name}.{pair}" for name in COMPARE for pair in PAIRS), results=2)
+def _compare_pairs(i: Instruction) -> Run:
+    _, name, pair = i.parts
+    compare, puts = comparison(name, PAIRS[pair]), [write(one) for one in i.operands[:2]]
     a, b = (reader(one, np.uint32) for one in i.operands[2:])
 
     def run(warp: Warp) -> None:
         for put, shift in zip(puts, (0, 16), strict=True):
-            first, second = (decode(kind, (read(warp) >> shift).astype(np.uint16)) for read in (a, b))
-            put(warp, compare(first, second))
+            halves = [(read(warp) >> shift).astype(np.uint16) for read in (a, b)]
+            put(warp, compare(*(decode(PAIRS[pair], half) for half in halves)))
 
     return run
 

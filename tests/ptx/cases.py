@@ -186,7 +186,7 @@ def sigmoid(
 
 
 def sigmoid_gradient(m: int, n: int, dtype: torch.dtype = BF16, **options: Any) -> Case:
-    """y is a multiple of 1/16, so that sums are exact. Of more than 256 rows there are partial sums."""
+    """y is a multiple of 1/16, so that sums are exact. More than 256 rows, in float32, have partial sums."""
 
     def run(wrap: Any, g: Tensor, y: Tensor) -> Any:
         dz = torch.empty(m, n, dtype=dtype, device="meta")

@@ -41,7 +41,7 @@ def to_ptx(capability: int) -> Iterator[None]:
     folder = Path(tempfile.gettempdir()) / f"torchpar-ptx-{os.getuid()}"
     with (
         target(capability),
-        patch.dict(os.environ, TRITON_CACHE_DIR=os.environ.get("TORCHPAR_PTX_CACHE", str(folder))),
+        patch.dict(os.environ, TRITON_CACHE_DIR=str(folder)),
         patch.object(Driver, "get_current_device", lambda driver: 1000 + driver.architecture),
         patch.object(CUDABackend, "make_cubin", lambda *args: b""),
     ):

@@ -162,7 +162,6 @@ class Operation:
     event: Event
     steps: list[Callable[[], None]]
     read: Event | None = None
-    lane: int = 0
     after: "Operation | None" = None  # which completes first
 
     def advance(self, left: int = 0) -> None:
