@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: MIT
+"""A stand-in for a GPU: it compiles what the launchers launch, and executes its PTX.
+
+The launchers are given tensors on the meta device, so that they choose as for a GPU. For each of them there
+is memory with the content of a CPU tensor. What launchers allocate has not been written yet.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor
+from triton.backends.nvidia.compiler import CUDABackend
+
+from benchmarks.autotune import Driver, compile_launches, target
+
+from . import arithmetic, copies, tensor_cores, tensors  # noqa: F401  # they register instructions
+from .machine import Launch, Schedule, decode
+from .memory import GIVEN, Allocation, Space
+from .parse import Kernel, parse
+
+FIRST_ADDRESS, GAP = 0x7F0000000000, 2**20
+
+
+@lru_cache(8)
+def _decoded(text: str) -> tuple[Kernel, Any]:
+    kernel = parse(text)
+    return kernel, decode(kernel)
+
+
+@contextmanager
+def to_ptx(capability: int) -> Iterator[None]:
+    """Compile the kernels of the block to PTX and no further, in caches of their own."""
+    folder = Path(tempfile.gettempdir()) / f"torchpar-ptx-{os.getuid()}"
+    with (
+        target(capability),
+        patch.dict(os.environ, TRITON_CACHE_DIR=str(folder)),
+        patch.object(Driver, "get_current_device", lambda driver: 1000 + driver.architecture),
+        patch.object(CUDABackend, "make_cubin", lambda *args: b""),
+    ):
+        yield
+
+
+class Gpu:
+    """Global memory, and the launches on it.
+
+    Args:
+        change: of the PTX of each kernel, before it is executed.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        checks: bool = True,
+        change: Callable[[str], str] | None = None,
+        trace: list[Any] | None = None,
+    ):
+        self.trace = trace
+        self.schedule, self.checks, self.change = schedule, checks, change
+        self.space = Space("global memory", checks)
+        self.next = FIRST_ADDRESS
+        self.places: dict[int, Allocation] = {}  # by the storage of the meta tensor
+        self.kept: list[Tensor] = []
+        self.launches: list[Launch] = []
+
+    def allocate(self, name: str, size: int) -> Allocation:
+        allocation = self.space.add(Allocation(name, self.next, size))
+        self.next += -(-size // GAP) * GAP + GAP
+        return allocation
+
+    def tensor(self, t: Tensor) -> Tensor:
+        """A tensor on the meta device with the strides and offset of ``t``, and its content in memory."""
+        storage = t.untyped_storage()
+        meta = torch.empty(storage.nbytes() // t.element_size(), dtype=t.dtype, device="meta")
+        meta = meta.as_strided(t.shape, t.stride(), t.storage_offset())
+        place = self.place(meta)
+        raw = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+        used = torch.zeros(storage.nbytes() // t.element_size(), dtype=torch.bool)
+        used.as_strided(t.shape, t.stride(), t.storage_offset()).fill_(True)
+        written = np.repeat(used.numpy(), t.element_size())
+        place.data[: len(raw)][written] = raw[written]
+        place.writes[: len(raw)][written] = GIVEN
+        return meta
+
+    def place(self, meta: Tensor) -> Allocation:
+        storage = meta.untyped_storage()
+        if storage._cdata not in self.places:
+            self.kept.append(meta)  # so that no other storage takes its identity
+            self.places[storage._cdata] = self.allocate(f"{meta.dtype} {tuple(meta.shape)}", storage.nbytes())
+        return self.places[storage._cdata]
+
+    def read(self, meta: Tensor) -> Tensor:
+        """The content of a tensor on the meta device."""
+        place = self.place(meta)
+        content = torch.from_numpy(place.data[: place.size].copy()).view(meta.dtype)
+        return content.as_strided(meta.shape, meta.stride(), meta.storage_offset())
+
+    def run(self, launch: Callable[[Any], Any], capability: int = 90) -> Any:
+        """What ``launch(wrap)`` returns, having executed the kernels that it launches."""
+        result = None
+
+        def keep(wrap: Any) -> None:
+            nonlocal result
+            result = launch(wrap)
+
+        with to_ptx(capability):
+            compiled = compile_launches(keep)
+        for one in compiled:
+            self.execute(one)
+        return result
+
+    def execute(self, compiled: Any) -> None:
+        """Execute a compiled kernel with the arguments of its launch."""
+        metadata, source = compiled.kernel.metadata, compiled.kernel.src
+        names = source.fn.arg_names
+        given = dict(zip(names, compiled.arguments, strict=False)) | compiled.options
+        values = [given[name] for name in names if source.signature[name] != "constexpr"]
+        # Two hidden parameters: memory in which each program makes its tensormaps, and one for profiles.
+        size = metadata.global_scratch_size * int(np.prod(compiled.grid))
+        scratch = self.allocate("scratch memory", size).base if size else 0
+        self.launch(compiled.kernel.asm["ptx"], [*values, scratch, 0], compiled.grid, metadata.shared)
+
+    def launch(
+        self, text: str, values: list[Any], grid: tuple[int, int, int] = (1, 1, 1), shared: int = 0
+    ) -> None:
+        """Execute the kernel of ``text`` with a value, or a tensor on the meta device, for each parameter."""
+        kernel, steps = _decoded(self.change(text) if self.change else text)
+        names = (name for name, _ in kernel.parameters)
+        parameters = dict(zip(names, map(self.value, values), strict=True))
+        common = self.space, shared, self.schedule, self.checks, self.trace
+        self.launches.append(Launch(kernel, steps, grid, parameters, *common))
+        self.launches[-1].run()
+
+    def value(self, argument: Any) -> int:
+        if isinstance(argument, Tensor):
+            return self.place(argument).base + argument.storage_offset() * argument.element_size()
+        return int(argument) % 2**64

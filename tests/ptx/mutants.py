@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: MIT
+"""Mutants: copies of a kernel's PTX with one fault each, and how many of them are noticed.
+
+Run ``python -m ptx.mutants`` in ``tests`` for a table of all mutants.
+"""
+
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torchpar.kernels.candidates import Tiles
+
+from . import cases
+from .launch import Gpu
+from .machine import SCHEDULES, Schedule
+from .parse import PtxError
+
+SEED = 1
+OF_A_KIND = 7  # mutants of each kind, over all kernels
+
+CASES = {
+    "matmul_t by TMA": cases.symmetric(
+        72, 328, tiles=Tiles(64, 64, 64, 4, 3, "tma"), other=True, multiprocessors=1
+    ),
+    "matmul_t by pointers": cases.symmetric(72, 328, tiles=Tiles(64, 64, 64, 4, 3), other=True, c=True),
+    "linear_sigmoid by TMA": cases.sigmoid(
+        72, 136, 328, tiles=Tiles(64, 128, 64, 4, 4, "tma"), multiprocessors=1
+    ),
+    "linear_sigmoid, split": cases.sigmoid(
+        40, 40, 584, tiles=Tiles(64, 64, 64, 4, 4, "split_k"), multiprocessors=2
+    ),
+    "exact_matmul": cases.exact(72, 72, 160, same=True, tiles=Tiles(64, 64, 32, 4, 3)),
+    "sigmoid_backward": cases.sigmoid_gradient(70, 72),
+    "half_sum": cases.half_sum(70),
+}
+
+Lines = list[str]
+# A mutation changes one place of a kernel: it yields the copies that it can make.
+Mutation = Callable[[Lines], Iterator[tuple[int, Lines]]]
+MEMORY = re.compile(r"\b(ld|st)\.shared|cp\.async\.c|matrix|wgmma|tensormap")  # of more than one thread
+
+
+def replaced(lines: Lines, n: int, line: str) -> tuple[int, Lines]:
+    return n, [*lines[:n], line, *lines[n + 1 :]]
+
+
+def substitution(pattern: str, change: str | Callable[[re.Match[str]], str]) -> Mutation:
+    """Change what matches ``pattern`` in a line."""
+
+    def mutate(lines: Lines) -> Iterator[tuple[int, Lines]]:
+        for n, line in enumerate(lines):
+            changed = re.sub(pattern, change, line)
+            if changed != line:
+                yield replaced(lines, n, changed)
+
+    return mutate
+
+
+def removal(pattern: str) -> Mutation:
+    return substitution(rf"^.*(?:{pattern}).*$", "")
+
+
+def without_barrier(lines: Lines) -> Iterator[tuple[int, Lines]]:
+    """Remove a barrier, and those near it: if no warps access shared memory between, one does for all."""
+    at = [n for n, line in enumerate(lines) if "bar.sync" in line]
+    groups: list[list[int]] = []
+    for n in at:
+        between = lines[groups[-1][-1] + 1 : n] if groups else []
+        if groups and not any(MEMORY.search(line) or line.startswith("$L__BB") for line in between):
+            groups[-1].append(n)
+        else:
+            groups.append([n])
+    for group in groups:
+        yield group[0], ["" if n in group else line for n, line in enumerate(lines)]
+
+
+def more(by: int, of: str = r"\d+") -> Callable[[re.Match[str]], str]:
+    return lambda match: match[1] + str(int(match[2]) + by) + match[3]
+
+
+def doubled(match: re.Match[str]) -> str:
+    return match[1] + str(2 * int(match[2])) + match[3]
+
+
+def off_by_one(lines: Lines) -> Iterator[tuple[int, Lines]]:
+    """Let an access begin one access later."""
+    pattern = re.compile(
+        r"((?:ld|st)\.(?:shared|global)\S*?(?:\.v(\d))?\.b(\d+)\s[^\[]*\[\s*%r\w+)(?:\s*\+\s*(\d+))?"
+    )
+    for n, line in enumerate(lines):
+        match = pattern.search(line)
+        if match:
+            size = int(match[2] or 1) * int(match[3]) // 8
+            yield replaced(lines, n, line.replace(match[0], f"{match[1]}+{int(match[4] or 0) + size}"))
+
+
+def other_phase(lines: Lines) -> Iterator[tuple[int, Lines]]:
+    """Wait for the other phase of an mbarrier: its parity no longer changes, or changes at another time."""
+    parities = {
+        m[1] for line in lines if (m := re.search(r"try_wait\.parity\S*\s+\w+, \[\S+\], (%\w+);", line))
+    }
+    for n, line in enumerate(lines):
+        match = re.match(r"\s*(xor|mov)\.b32\s+(%\w+),", line)
+        if match and match[2] in parities:
+            changed = "" if match[1] == "xor" else re.sub(r", \S+;", ", 1;", line)
+            yield replaced(lines, n, changed)
+
+
+KINDS: dict[str, Mutation] = {
+    "a barrier removed": without_barrier,
+    "a wait removed": removal(r"(cp\.async|bulk|wgmma)\.wait_group|waitLoop;"),
+    "a wait too lax": substitution(r"(wait_group\S*\s+)(\d+)(;| )", more(1)),
+    "another count of bytes": substitution(r"(expect_tx\S* _, \S+ )(\d+)(;)", more(-16)),
+    "another swizzle of a tensormap": substitution(r"(swizzle_mode.*0x)([23])(;)", more(-1)),
+    "another descriptor of a matrix": substitution(r"(\.b64.*, )(4\d{18})(;)", more(2**62)),
+    "a fence removed": removal(r"fence\.proxy\.async|wgmma\.fence|fence\.proxy\.tensormap"),
+    "a group not committed": removal(r"commit_group"),
+    "a predicate inverted": substitution(r"@(%p\d+)", r"@!\1"),
+    "a comparison inverted": substitution(r"\bsetp\.lt\b", "setp.ge"),
+    "an access off by one": off_by_one,
+    "a product left out": removal(r"wgmma\.mma_async|mma\.sync"),
+    "another step": substitution(r"(add\.s(?:32|64)\s+(?:%\w+), %\w+, )(16|32|64|128)(;)", doubled),
+    "another number of stages": substitution(r"(setp\.gt\.s32\s+%\w+, %\w+, )([1-4])(;)", more(1)),
+    "another phase": other_phase,
+}
+
+
+# Kinds that change the order of accesses. One warp alone makes the tensormaps, so that waits, groups and
+# barriers before the last one is published order nothing: none of these is drawn.
+ORDER = ("a barrier removed", "a wait removed", "a wait too lax", "a group not committed")
+
+
+def end_of_tensormaps(text: str) -> int:
+    """The line of the barrier after the last tensormap was published."""
+    at = text.rfind("cp_fenceproxy")
+    return text.count("\n", 0, text.index("bar.sync", at)) if at >= 0 else 0
+
+
+@dataclass
+class Mutant:
+    kernel: str
+    kind: str
+    line: int
+    original: str
+    text: str
+
+    def change(self, text: str) -> str:
+        return self.text if text == self.original else text
+
+    def describe(self) -> str:
+        before = self.original.splitlines()[self.line].strip()
+        after = self.text.splitlines()[self.line].strip()
+        return f"{self.kernel}, line {self.line + 1}: {self.kind}: {before[:70]} → {after[:70] or 'nothing'}"
+
+    def noticed(self, schedules: tuple[Schedule, ...] = SCHEDULES, checks: bool = True) -> str:
+        """What is wrong with it, or ""."""
+        case = CASES[self.kernel]
+        for schedule in schedules:
+            try:
+                found = case.execute(schedule, checks, self.change)
+            except PtxError as e:
+                return str(e)
+            if not case.agrees(found, case.expected()):
+                return "wrong values"
+        return ""
+
+    def noticed_by_values(self) -> str:
+        """The same, if only values are compared, of a run in which all is done in its order."""
+        return self.noticed(SCHEDULES[:1], checks=False)
+
+
+def draw() -> list[Mutant]:
+    """`OF_A_KIND` mutants of each kind, or as many as there are, at lines that some thread executes."""
+    originals: dict[str, list[tuple[str, set[int]]]] = {}  # texts, and the lines that are executed
+    for name, case in CASES.items():
+        texts: list[str] = []
+        gpu = Gpu(SCHEDULES[0], change=lambda text, seen=texts: seen.append(text) or text)  # type: ignore[misc]
+        case.execute_on(gpu)
+        lines = [{one.kernel.instructions[i].line - 1 for i in one.executed} for one in gpu.launches]
+        originals[name] = list(zip(texts, lines, strict=True))
+    rng, drawn = random.Random(SEED), []
+    for kind, mutation in KINDS.items():
+        possible = [
+            Mutant(name, kind, line, text, "\n".join(lines))
+            for name, texts in originals.items()
+            for text, executed in texts
+            for line, lines in mutation(text.splitlines())
+            if line in executed and not (kind in ORDER and line < end_of_tensormaps(text))
+        ]
+        by_kernel = [[one for one in possible if one.kernel == name] for name in CASES]
+        chosen: list[Mutant] = []
+        while len(chosen) < OF_A_KIND and any(by_kernel):
+            own = rng.choice([one for one in by_kernel if one])
+            chosen.append(own.pop(rng.randrange(len(own))))
+        drawn += chosen
+    return drawn
+
+
+def main() -> None:
+    mutants = draw()
+    noticed, by_values = 0, 0
+    for one in mutants:
+        reason, values = one.noticed(), one.noticed_by_values()
+        noticed, by_values = noticed + bool(reason), by_values + bool(values)
+        print(
+            f"{one.describe()}\n    {reason or 'NOT NOTICED'}\n    by values: {values or 'not noticed'}",
+            flush=True,
+        )
+    print(f"{noticed} of {len(mutants)} are noticed, {by_values} by values alone")
+
+
+if __name__ == "__main__":
+    main()

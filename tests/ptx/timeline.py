@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: MIT
+"""Draw one tile of `matmul_t` as a timeline: ``PYTHONPATH=.:tests python -m ptx.timeline``.
+
+Time is the number of instructions that a warp has executed. An asynchronous operation lasts from its issue
+until a warp has waited for it; on a GPU it may be complete earlier.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from torchpar.kernels.candidates import Tiles
+
+from . import cases
+from .machine import SCHEDULES
+
+PICTURE = Path(__file__).parents[2] / "docs" / "operators" / "timeline-matmul_t.png"
+TILES = Tiles(128, 256, 64, 8, 4, "tma")
+STEPS = 6
+ENDS = {"load": "loaded", "multiply": "multiplied", "store": "stored"}
+
+
+def spans() -> dict[str, list[tuple[int, int, int]]]:
+    """For each kind of operations of the first block: warp, begin and end."""
+    trace: list[Any] = []
+    case = cases.symmetric(2 * TILES.block_m, STEPS * TILES.block_k, tiles=TILES, multiprocessors=2)
+    case.execute(SCHEDULES[0], trace=trace)
+    ends: dict[Any, int] = {}
+    for block, _warp, what, event, time in trace:
+        if block == (0, 0, 0) and what in ENDS.values():
+            ends[what, event] = min(time, ends.get((what, event), time))
+    found: dict[str, list[tuple[int, int, int]]] = {what: [] for what in ENDS}
+    for block, warp, what, event, time in trace:
+        if block == (0, 0, 0) and what in ENDS:
+            found[what].append((warp, time, ends[ENDS[what], event]))
+    return found
+
+
+def draw(path: Path) -> None:
+    found = spans()
+    with plt.rc_context({"font.size": 9}):
+        figure, axes = plt.subplots(figsize=(4.6, 3.0), layout="constrained")
+        rows: list[str] = []
+
+        def bar(row: str, begin: int, end: int, color: str, text: str) -> None:
+            if row not in rows:
+                rows.append(row)
+            y = rows.index(row)
+            axes.barh(y, end - begin, left=begin, height=0.8, color=color, edgecolor="white")
+            axes.text((begin + end) / 2, y, text, ha="center", va="center", fontsize=8)
+
+        # Two loads, of A and of B, make a step.
+        for step, (_, begin, end) in enumerate(found["load"][::2]):
+            bar(f"load, stage {step % TILES.num_stages}", begin, end, "tab:blue", str(step))
+        # All warps multiply at the same time. The next products begin before the last ones have ended.
+        products = [(begin, end) for warp, begin, end in found["multiply"] if warp == 0]
+        of_a_step = len(products) // STEPS
+        for step in range(STEPS):
+            (begin, _), (_, end) = products[step * of_a_step], products[(step + 1) * of_a_step - 1]
+            bar("wgmma, odd steps" if step % 2 else "wgmma, even steps", begin, end, "tab:orange", str(step))
+        # Two halves of the tile, and their transposes. Some are waited for at once.
+        for number, (begin, end) in enumerate(sorted({span[1:] for span in found["store"]})):
+            row = "store, mirror" if number % 2 else "store"
+            bar(row, begin, max(end, begin + 25), "tab:green", str(number // 2))
+        axes.set_yticks(range(len(rows)), rows)
+        axes.invert_yaxis()
+        axes.set_xlabel("instructions executed by a warp")
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path, dpi=200)
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    draw(PICTURE)

@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: MIT
+"""The kernels' own PTX, executed on a CPU under three schedules, and faults that the executor must notice."""
+
+import re
+
+import pytest
+import torch
+from ptx import cases, copies, machine, mutants
+from ptx.cases import F16, F32, F64, Case
+from ptx.launch import Gpu
+from ptx.machine import SCHEDULES
+from ptx.parse import PtxError
+
+from torchpar.kernels import candidates, exact_matmul
+from torchpar.kernels.candidates import Tiles
+
+slow = pytest.mark.slow
+LARGE, LARGE_TF32 = Tiles(128, 256, 64, 8, 4, "tma"), Tiles(128, 256, 32, 8, 3, "tma")
+SPLIT = Tiles(64, 64, 64, 4, 4, "split_k")
+
+DEFAULTS = {
+    "matmul_t, large": cases.symmetric(264, 72, tiles=LARGE, multiprocessors=2),
+    "matmul_t, transposed, with C": cases.symmetric(
+        136, 72, tiles=LARGE, transposed="ac", other=True, c=True
+    ),
+    "matmul_t, small": cases.symmetric(72, 40),
+    "matmul_t, unaligned": cases.symmetric(71, 35),
+    "matmul_t, by pointers, with C": cases.symmetric(72, 104, tiles=Tiles(64, 64, 64, 4, 3), c=True),
+    "matmul_t, by pointers, full tiles": cases.symmetric(64, 128, tiles=Tiles(64, 64, 64, 4, 3)),
+    "matmul_t, batches": cases.symmetric(40, 72, F16, batch=(2,)),
+    "matmul_t, TF32": cases.symmetric(72, 136, F32, "tf32", LARGE_TF32),
+    "matmul_t, TF32, small": cases.symmetric(40, 40, F32, "tf32"),
+    "matmul_t, float32": cases.symmetric(40, 20, F32),
+    "matmul_t, float64": cases.symmetric(40, 20, F64, c=True),
+    "half_sum": cases.half_sum(65),
+    "mirror": cases.mirror(70),
+    "linear_sigmoid, large": cases.sigmoid(72, 264, 264, tiles=LARGE, multiprocessors=1),
+    "linear_sigmoid, large, unaligned rows": cases.sigmoid(72, 71, 40, tiles=Tiles(64, 128, 64, 4, 4, "tma")),
+    "linear_sigmoid, small": cases.sigmoid(40, 72, 72, bias=False, transposed="w"),
+    "linear_sigmoid, split": cases.sigmoid(24, 40, 584, tiles=SPLIT, multiprocessors=2),
+    "linear_sigmoid, float32": cases.sigmoid(30, 40, 20, F32),
+    "linear_sigmoid, float64": cases.sigmoid(30, 40, 20, F64),
+    "sigmoid_backward": cases.sigmoid_gradient(70, 72),
+    "sigmoid_backward, many rows": cases.sigmoid_gradient(300, 10, F32),
+    "maximum": cases.larger((40, 35), (40, 35)),
+    "maximum of bool": cases.larger((1111,), (1111,), torch.bool),
+    "maximum, a row": cases.larger((5, 70), (1, 70)),
+    "maximum, a column": cases.larger((5, 70), (5, 1), F32),
+    "maximum, gradient": cases.larger_gradient((40, 35), (40, 35)),
+    "maximum, gradient, a row": cases.larger_gradient((5, 70), (1, 70), F32),
+    "exact_matmul": cases.exact(40, 24, 64),
+    "exact_matmul, symmetric": cases.exact(40, 40, 33, same=True),
+    "exact_matmul, special values": cases.exact(20, 20, 40, special=True),
+}
+
+
+def candidates_of(kernel: str, capability: int) -> dict[str, Case]:
+    """Each configuration of a matrix kernel, with edges, and with more steps than stages."""
+    found = {}
+    for name, kind in candidates.KINDS.items():
+        configurations = candidates.configurations(kernel, kind.dtype, kind.precision, capability)
+        for tiles in dict.fromkeys([kind.unaligned, *configurations]):
+            if tiles.variant == "specialized":
+                continue
+            m, n, k = tiles.block_m + 8, tiles.block_n - 8, (tiles.num_stages + 1) * tiles.block_k + 8
+            options = {"tiles": tiles, "capability": capability, "multiprocessors": 1}
+            if tiles.variant == "split_k":
+                m, n, k, options["multiprocessors"] = 8, 8, 2 * k, 2
+            if kernel == "linear_sigmoid":
+                case = cases.sigmoid(m, n, k, kind.dtype, kind.precision, **options)
+            else:
+                n = m if tiles.variant == "tma" else tiles.block_m - 8
+                case = cases.symmetric(n, k, kind.dtype, kind.precision, other=True, c=True, **options)
+            found[f"{kernel}, {name}, {tiles.variant}, {tiles[:5]}, sm_{capability}"] = case
+    return found
+
+
+OTHERS = {
+    "matmul_t, transposed, unaligned": cases.symmetric(71, 35, transposed="a", c=True),
+    "matmul_t, batches by TMA": cases.symmetric(
+        72, 72, tiles=Tiles(64, 64, 128, 4, 3, "tma"), batch=(2, 2), multiprocessors=1
+    ),
+    "matmul_t, batches of float64": cases.symmetric(40, 24, F64, batch=(3,), transposed="a"),
+    "matmul_t, both transposed": cases.symmetric(264, 72, F16, tiles=LARGE, transposed="ab", other=True),
+    "matmul_t, one tile of four": cases.symmetric(520, 40, tiles=LARGE, multiprocessors=3),
+    "half_sum of float64": cases.half_sum(65, F64),
+    "half_sum of float16": cases.half_sum(128, F16),
+    "mirror of float32": cases.mirror(129, F32),
+    "linear_sigmoid, x transposed, by TMA": cases.sigmoid(136, 264, 136, tiles=LARGE, transposed="xw"),
+    "linear_sigmoid, unaligned float32": cases.sigmoid(33, 35, 37, F32, transposed="x"),
+    "linear_sigmoid, split float64": cases.sigmoid(
+        24, 40, 296, F64, tiles=Tiles(64, 64, 32, 8, 2, "split_k"), multiprocessors=4
+    ),
+    "sigmoid_backward of float64": cases.sigmoid_gradient(600, 70, F64),
+    "sigmoid_backward of float16": cases.sigmoid_gradient(256, 64, F16),
+    "maximum of int64": cases.larger((33, 35), (33, 1), torch.int64),
+    "maximum of float16": cases.larger((2, 3, 4, 35), (3, 1, 35), F16),
+    "maximum of float64": cases.larger((2500,), (1,), F64),
+    "maximum, gradient, a column": cases.larger_gradient((33, 35), (33, 1), F64),
+    "maximum, gradient of a scalar": cases.larger_gradient((2500,), (1,), F16),
+    "exact_matmul, large tiles": cases.exact(136, 72, 160, tiles=Tiles(128, 64, 32, 8, 3)),
+    "exact_matmul, symmetric, large tiles": cases.exact(
+        72, 72, 160, same=True, tiles=Tiles(64, 64, 32, 4, 3)
+    ),
+    "exact_matmul, int64, chains": cases.exact(40, 24, 200, dtype=torch.int64, terms=64),
+    "exact_matmul, transposed, odd": cases.exact(33, 35, 37, transposed=True, special=True),
+    "exact_matmul, sm_80": cases.exact(72, 40, 72, capability=80),
+    "sigmoid_backward, sm_80": cases.sigmoid_gradient(300, 70, F32, capability=80),
+    "half_sum, sm_80": cases.half_sum(65, capability=80),
+    "maximum, sm_80": cases.larger((40, 35), (40, 35), capability=80),
+}
+for kernel in candidates.KERNELS:
+    OTHERS |= candidates_of(kernel, 90) | candidates_of(kernel, 80)
+
+
+def check(case: Case) -> None:
+    """All schedules give the expected results, and the same bits."""
+    expected, first = case.expected(), None
+    for schedule in SCHEDULES:
+        found = case.execute(schedule)
+        assert case.agrees(found, expected), schedule
+        first = first or found
+        assert all(torch.equal(cases._bits(a), cases._bits(b)) for a, b in zip(found, first, strict=True)), (
+            schedule
+        )
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_default_tiles(name):
+    check(DEFAULTS[name])
+
+
+@slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_all_tiles(name):
+    check(OTHERS[name])
+
+
+def test_nothing_is_launched_without_terms():
+    """The operators answer k = 0 themselves, and the launcher of exact products does."""
+    gpu, empty = Gpu(SCHEDULES[0]), torch.empty(8, 0, device="meta")
+    exponents, out = torch.empty(8, dtype=torch.int32, device="meta"), torch.empty(8, 8, device="meta")
+    gpu.run(lambda wrap: exact_matmul.exact_product(empty, empty, exponents, exponents, wrap, out=out))
+    assert not gpu.launches
+
+
+# What the executor must notice, in small programs of 64 threads, which have 4096 bytes of shared memory
+
+PROGRAM = """
+.version 8.7
+.target sm_90a
+.address_size 64
+.visible .entry program(
+    .param .u64 .ptr .global .align 1 from,
+    .param .u64 .ptr .global .align 1 to
+)
+.reqntid 64
+{
+    .reg .pred %p<9>;
+    .reg .b32 %r<99>;
+    .reg .b64 %rd<9>;
+    ld.param.b64 %rd0, [from];
+    ld.param.b64 %rd1, [to];
+    mov.u32 %r0, %tid.x;
+    mul.wide.s32 %rd2, %r0, 4;
+    add.s64 %rd3, %rd0, %rd2;
+    add.s64 %rd4, %rd1, %rd2;
+    mov.b32 %r90, global_smem;
+    shl.b32 %r91, %r0, 2;
+    add.s32 %r1, %r90, %r91;         // the thread's own word of shared memory
+    xor.b32 %r92, %r91, 128;
+    add.s32 %r2, %r90, %r92;         // that of a thread of the other warp
+    setp.lt.u32 %p0, %r0, 32;        // the first warp
+    setp.lt.u32 %p1, %r0, 16;        // a half of it
+    BODY
+    ret;
+}
+"""
+COPY = "cp.async.ca.shared.global [%r1], [%rd3], 4; cp.async.commit_group;"
+EXCHANGE = """
+    ld.global.b32 %r3, [%rd3];
+    st.shared.b32 [%r1], %r3;
+    bar.sync 0;
+    ld.shared.b32 %r4, [%r2];
+    st.global.b32 [%rd4], %r4;
+"""
+FAULTS = {
+    "an unknown instruction": ("vadd4.u32 %r3, %r0, %r0, %r0;", "line 27: unknown instruction vadd4.u32"),
+    "an unknown form": ("add.rm.f32 %r3, %r0, %r0;", "unknown instruction add.rm.f32"),
+    "an unwritten register": ("add.s32 %r3, %r4, 1;", "a register that was not written"),
+    "unwritten shared memory": (
+        "ld.shared.b32 %r3, [%r1];",
+        "of shared memory, read by .* was not written",
+    ),
+    "unwritten global memory": ("ld.global.b32 %r3, [%rd4];", "was not written before"),
+    "past the end": ("ld.global.b32 %r3, [%rd3+256];", "ends outside|outside each allocation"),
+    "past the end of shared memory": ("st.shared.b32 [%r1+4096], %r0;", "outside"),
+    "an unaligned address": ("ld.global.b64 %rd5, [%rd3];", "not a multiple of 8"),
+    "no barrier before a read": (
+        EXCHANGE.replace("bar.sync 0;", ""),
+        "race: .* read by warp . is written by a store|was not written",
+    ),
+    "no barrier before a write": (
+        EXCHANGE + "st.shared.b32 [%r1], %r4;",
+        "race: ",
+    ),
+    "a barrier of half a warp": (
+        "@%p1 bra skip; bar.sync 0; skip: ret;",
+        "a part of warp 0 executes bar.sync",
+    ),
+    "a barrier of one warp": ("@%p0 bar.sync 0;", "deadlock"),
+    "an endless loop": ("again: bra again;", "does not end"),
+    "two values at one place": ("st.shared.b32 [%r90], %r0;", "different values"),
+    "a copy that was not waited for": (COPY + "ld.shared.b32 %r3, [%r1];", "read by .* written by a copy"),
+    "a wait for too few copies": (COPY * 2 + "cp.async.wait_group 1; ld.shared.b32 %r3, [%r1];", "by a copy"),
+    "a copy that another warp waited for": (
+        COPY + "bar.sync 0; cp.async.wait_group 0; ld.shared.b32 %r3, [%r2];",
+        "by a copy",
+    ),
+    "no mbarrier": (
+        "mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 16;",
+        "was not written|there is no mbarrier",
+    ),
+}
+
+
+def execute(body: str, schedule=SCHEDULES[0], grid=(1, 1, 1)) -> torch.Tensor:
+    gpu = Gpu(schedule)
+    given, result = (
+        gpu.tensor(torch.arange(64, dtype=torch.int32)),
+        torch.empty(64, dtype=torch.int32, device="meta"),
+    )
+    gpu.launch(PROGRAM.replace("BODY", body), [given, result], grid, shared=4096)
+    return gpu.read(result)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda one: one.order)
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_of_a_program_is_noticed(name, schedule, monkeypatch):
+    monkeypatch.setattr(machine, "LIMIT", 1000)
+    body, message = FAULTS[name]
+    with pytest.raises(PtxError, match=message):
+        execute(body, schedule)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda one: one.order)
+def test_program_without_faults(schedule):
+    assert execute(EXCHANGE, schedule).tolist() == [*range(32, 64), *range(32)]
+    body = COPY + "cp.async.wait_group 0; bar.sync 0; ld.shared.b32 %r3, [%r2]; st.global.b32 [%rd4], %r3;"
+    assert execute(body, schedule).tolist() == [*range(32, 64), *range(32)]
+    # Threads that diverge meet again: the loop runs lane times.
+    body = """mov.b32 %r3, 0; again: setp.ge.s32 %p2, %r3, %r0; @%p2 bra done; add.s32 %r3, %r3, 1; bra again;
+        done: bar.sync 0; st.global.b32 [%rd4], %r3;"""
+    assert execute(body, schedule).tolist() == [*range(64)]
+
+
+def test_blocks_race():
+    with pytest.raises(PtxError, match=r"race: .* overwritten .* written by another block"):
+        execute("st.global.b32 [%rd4], %r0;", grid=(2, 1, 1))
+    with pytest.raises(PtxError, match=r"race: .* read .* written by another block"):
+        execute(
+            """mov.u32 %r3, %ctaid.x;
+            setp.eq.b32 %p3, %r3, 0;
+            @%p3 st.global.b32 [%rd4], %r0;
+            @!%p3 ld.global.b32 %r3, [%rd4];""",
+            grid=(2, 1, 1),
+        )
+
+
+# The same for what only whole kernels have: a pattern, its replacement, and the message
+
+TMA = cases.symmetric(64, 136, tiles=Tiles(64, 64, 64, 4, 3, "tma"), multiprocessors=1)
+BROKEN = {
+    "no fence before a bulk store": (
+        r"fence\.proxy\.async\.shared::cta;",
+        "",
+        "needs a fence between the proxies",
+    ),
+    "no wait before the next bulk store": (
+        r"cp\.async\.bulk\.wait_group\.read\s+0;\n\tbar",
+        "bar",
+        "overwritten by .* read by a bulk store",
+    ),
+    "no acquired tensormap": (r"@%p\d+ fence\.proxy\.tensormap.*", "", "not acquired by the tensormap proxy"),
+    "no wait for a bulk load": (r"@!complete bra.uni waitLoop;", "", "read by .* written by a bulk load"),
+    "too few bytes expected": (r"(expect_tx.*, )\d+;", r"\g<1>16;", "deadlock"),
+    "no wait for products": (
+        r"wgmma\.wait_group\.sync\.aligned 0;",
+        "",
+        "a register of an asynchronous product",
+    ),
+    "no wgmma.fence": (r"wgmma\.fence\.sync\.aligned;", "", r"wgmma\.fence"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_fault_of_a_kernel_is_noticed(name):
+    pattern, replacement, message = BROKEN[name]
+    with pytest.raises(PtxError, match=message):
+        TMA.execute(SCHEDULES[1], change=lambda text: re.sub(pattern, replacement, text))
+
+
+@slow
+def test_most_mutants_are_noticed():
+    drawn = mutants.draw()
+    unnoticed = [one.describe() for one in drawn if not one.noticed()]
+    assert len(drawn) >= 60
+    assert len(unnoticed) <= len(drawn) // 10, "\n".join(unnoticed)
+
+
+def test_wgmma_needs_a_fence_after_cp_async(monkeypatch):
+    """Triton 3.6 makes none, so that its kernels are executed without this rule."""
+    monkeypatch.setattr(copies, "COPIES_NEED_FENCE", True)
+    with pytest.raises(
+        PtxError, match=r"reads what a copy of warp . wrote .*needs a fence between the proxies"
+    ):
+        DEFAULTS["matmul_t, by pointers, full tiles"].execute(
+            SCHEDULES[0], change=lambda text: text.replace("fence.proxy.async.shared::cta;", "")
+        )
