@@ -11,8 +11,8 @@ from ptx.launch import Gpu
 from ptx.machine import SCHEDULES
 from ptx.parse import PtxError
 
-from torchpar.kernels import candidates, exact_matmul
-from torchpar.kernels.candidates import Tiles
+from torchpar.kernels import exact_matmul
+from torchpar.kernels.tiles import KERNELS, KINDS, Tiles, configurations
 
 slow = pytest.mark.slow
 LARGE, LARGE_TF32 = Tiles(128, 256, 64, 8, 4, "tma"), Tiles(128, 256, 32, 8, 3, "tma")
@@ -57,11 +57,9 @@ DEFAULTS = {
 def candidates_of(kernel: str, capability: int) -> dict[str, Case]:
     """Each configuration of a matrix kernel, with edges, and with more steps than stages."""
     found = {}
-    for name, kind in candidates.KINDS.items():
-        configurations = candidates.configurations(kernel, kind.dtype, kind.precision, capability)
-        for tiles in dict.fromkeys([kind.unaligned, *configurations]):
-            if tiles.variant == "specialized":
-                continue
+    for name, kind in KINDS.items():
+        possible = configurations(kernel, kind.dtype, kind.precision, capability)
+        for tiles in dict.fromkeys([kind.unaligned, *possible]):
             m, n, k = tiles.block_m + 8, tiles.block_n - 8, (tiles.num_stages + 1) * tiles.block_k + 8
             options = {"tiles": tiles, "capability": capability, "multiprocessors": 1}
             if tiles.variant == "split_k":
@@ -109,7 +107,7 @@ OTHERS = {
     "half_sum, sm_80": cases.half_sum(65, capability=80),
     "maximum, sm_80": cases.larger((40, 35), (40, 35), capability=80),
 }
-for kernel in candidates.KERNELS:
+for kernel in KERNELS:
     OTHERS |= candidates_of(kernel, 90) | candidates_of(kernel, 80)
 
 

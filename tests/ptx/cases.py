@@ -5,6 +5,7 @@ Operands are small integers, so that all sums are exact in any order. Sigmoids a
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -12,9 +13,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from torchpar.kernels import candidates, exact_matmul, matmul_t, maximum, sigmoid_backward
+from torchpar.kernels import exact_matmul, matmul_t, maximum, sigmoid_backward
 from torchpar.kernels import linear_sigmoid as linear
-from torchpar.kernels.candidates import Device, Tiles
+from torchpar.kernels.tiles import Device, Tiles
 
 from .launch import Gpu
 from .machine import Schedule
@@ -56,7 +57,9 @@ class Case:
         torch.manual_seed(0)
         operands = [gpu.tensor(t) for t in self.operands()]
         device = Device("executor", self.capability, self.multiprocessors)
-        with patch.object(candidates, "_device", lambda index: device):
+        with ExitStack() as stack:
+            for module in ("exact_matmul", "linear_sigmoid", "matmul_t", "tiles"):
+                stack.enter_context(patch(f"torchpar.kernels.{module}.device", lambda t: device))
             found = gpu.run(lambda wrap: self.run(wrap, *operands), self.capability)
         if self.written >= 0:
             found = operands[self.written]

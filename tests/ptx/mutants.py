@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from torchpar.kernels.candidates import Tiles
+from torchpar.kernels.tiles import Tiles
 
 from . import cases
 from .launch import Gpu

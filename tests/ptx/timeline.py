@@ -10,7 +10,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from torchpar.kernels.candidates import Tiles
+from torchpar.kernels.tiles import Tiles
 
 from . import cases
 from .machine import SCHEDULES
