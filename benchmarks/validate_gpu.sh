@@ -83,7 +83,7 @@ run_stage() {
     case $1 in
         values) # on the GPU: its own kernels first, then what runs on every device
             needs execnet xdist && run_tests values.xml -n 8 --dist worksteal -k "cuda or another_stream" \
-                tests/test_kernels_cuda.py tests/test_operators_{values,errors,autograd,func,compile}.py \
+                tests/test_kernels_cuda.py tests/test_operators_{values,errors,autograd,compile}.py tests/test_our_operators.py \
                 tests/test_symmetric_*.py tests/test_{nn,training,compare,timing}.py
             ;;
         huge) # one after the other: a test takes up to 32 GiB
