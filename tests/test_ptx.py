@@ -102,7 +102,7 @@ OTHERS = {
     ),
     "exact_matmul, int64, chains": cases.exact(40, 24, 200, dtype=torch.int64, terms=64),
     "exact_matmul, transposed, odd": cases.exact(33, 35, 37, transposed=True, special=True),
-    "exact_matmul, sm_80": cases.exact(72, 40, 72, capability=80),
+    "exact_matmul, sm_80": cases.exact(40, 24, 72, capability=80),
     "sigmoid_backward, sm_80": cases.sigmoid_gradient(300, 70, F32, capability=80),
     "half_sum, sm_80": cases.half_sum(65, capability=80),
     "maximum, sm_80": cases.larger((40, 35), (40, 35), capability=80),
