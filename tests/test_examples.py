@@ -268,6 +268,7 @@ def lesson_of_a_short_validation_text(*flags: str) -> tuple[int, str, str]:
         return lesson("train_transformer", *flags)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_a_transformer_as_one_does(ranks, tmp_path):
     found = []
     for world_size in (1, 2):

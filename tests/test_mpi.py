@@ -45,6 +45,7 @@ def without_mpi(monkeypatch):
 # The lesson
 
 
+@pytest.mark.slow
 @needs_mpirun
 def test_two_processes_train_as_one(data, without_mpi, tmp_path):
     """The last batch is of one sample, which leaves process 1 none."""
