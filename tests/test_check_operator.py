@@ -38,7 +38,15 @@ def right() -> Any:
     [pytest.param(None, marks=pytest.mark.slow), faulty.kernel],
     ids=["alone", "reference"],
 )
-@pytest.mark.parametrize("name", faulty.FAULTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow)
+        if name in ("wrong_shards", "gradients_of_shards")
+        else name
+        for name in faulty.FAULTS
+    ],
+)
 def test_a_fault_is_found(name: str, reference: Callable[..., Tensor] | None) -> None:
     parts, rule, outcome, detail = faulty.FAULTS[name]
     op = faulty.make(f"{name}{'_beside_a_reference' if reference else ''}", **parts)

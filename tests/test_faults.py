@@ -74,7 +74,11 @@ def processes() -> Iterator[list[ForkServerProcess]]:
 FAULTS = [  # mesh, fault of one rank, exit status of the others, the line about it
     ("--dp 2 --async-save", 1, signal.SIGKILL, 2, "rank 1 does not answer"),
     pytest.param("--dp 2 --tp 2 --timeout 3", 0, signal.SIGSTOP, 2, "rank 0 does not answer", marks=slow),
-    ("--pp 3 --micro-batches 5 --async-save", 2, signal.SIGTERM, 0, "stopped by SIGTERM; the state is saved"),
+    pytest.param(
+        "--pp 3 --micro-batches 5 --async-save",
+        *(2, signal.SIGTERM, 0, "stopped by SIGTERM; the state is saved"),
+        marks=slow,
+    ),
     pytest.param("--tp 3", 0, signal.SIGINT, 130, "stopped by SIGINT; the state is saved", marks=slow),
     pytest.param("--dp 2", 0, signal.SIGKILL, 2, "rank 0 does not answer", marks=slow),
 ]

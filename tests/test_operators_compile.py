@@ -64,7 +64,13 @@ def check(name: str, compiled: Callable[..., Tensor], args: tuple[Tensor, ...]) 
             )
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("matmul_t", "linear_sigmoid") else pytest.param(name, marks=pytest.mark.slow)
+        for name in OPERATORS
+    ],
+)
 def test_compiled_once_for_all_sizes(name: str, device: str) -> None:
     counter = CompileCounterWithBackend("inductor")
     operator = OPERATORS[name]

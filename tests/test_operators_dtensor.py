@@ -108,7 +108,7 @@ def compare(name: str, shapes: Shapes, mesh_shape: tuple[int, ...], drawn: int |
     return local
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*OPERATORS, *(pytest.param(b, marks=pytest.mark.slow) for b in BACKWARDS)])
 def test_every_placement(ranks, name):
     """Partial sums too: a sigmoid of parts of a sum, say, would not be the sigmoid of the sum."""
     shapes, expected = OPERATORS[name].sharded if name in OPERATORS else (BACKWARDS[name].cases[0], set())

@@ -42,7 +42,7 @@ def names_in(path: Path) -> list[str]:
 LESSONS = [
     pytest.param("train_ddp", 1, "", set(), marks=pytest.mark.slow),
     ("train_ddp", 2, "--phases --collectives", {SHARED}),
-    ("train_pipeline", 2, "", {"gloo:send", "gloo:recv"}),
+    pytest.param("train_pipeline", 2, "", {"gloo:send", "gloo:recv"}, marks=pytest.mark.slow),
 ]
 
 

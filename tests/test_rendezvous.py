@@ -156,7 +156,7 @@ def join_and_report(rank: int, port: int, folder: Path) -> None:
     "started, message",
     [
         (2, r"rank 2 did not join the others within 2 s"),
-        (3, r"rank 2 does not answer \(.*\)"),
+        pytest.param(3, r"rank 2 does not answer \(.*\)", marks=pytest.mark.slow),
     ],
 )
 def test_all_ranks_name_one_that_hangs_while_they_join(tmp_path, started, message):
@@ -237,6 +237,7 @@ with join_world("cpu") as world:
 """
 
 
+@pytest.mark.slow
 @needs_mpirun
 def test_two_processes_started_by_mpirun(monkeypatch):
     for name in ("OMPI", "PRTE"):
