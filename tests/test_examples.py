@@ -148,6 +148,7 @@ def check_timeline(out: str, schedule: str, micro_batches: int) -> None:
 MUON = "--optimizer muon --epochs 2 --lr 0.01 --batch-size 100 --collectives"
 
 
+@pytest.mark.slow
 def test_every_mesh_learns_the_same_by_muon(ranks, data, tmp_path):
     """Up to roundings of other shares' sums, which Muon takes to bfloat16."""
     found = []
@@ -296,6 +297,7 @@ def test_two_ranks_train_a_transformer_as_one_does(ranks, tmp_path):
             assert two[loss] == pytest.approx(one[loss], rel=2**-8)
 
 
+@pytest.mark.slow
 def test_ranks_change_no_loss_of_a_transformer_in_exact_arithmetic(ranks, tmp_path):
     flags = (
         "--arithmetic=exact",

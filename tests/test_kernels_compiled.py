@@ -192,7 +192,7 @@ def test_check_rejects_one_stage(compiled, capability):
         pytest.param((8192, 4096, 784), True, True, marks=slow),
         pytest.param((8192, 1001, 784), True, False, marks=slow),
         pytest.param((1, 12288, 784), False, False, marks=slow),
-        ((64, 1024, 8192), False, False),
+        pytest.param((64, 1024, 8192), False, False, marks=slow),
     ],
 )
 def test_linear_sigmoid_goes_by_tma(capability, tmp_path, sizes, loads, stores):
@@ -316,7 +316,8 @@ def test_check_rejects_other_tiles_of_the_exact_product(compiled, capability):
 # The kernels that are bound by memory
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float64, marks=slow)], ids=str)
+@slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_symmetric_sums_and_sigmoid_backward(compiled, capability, dtype):
     g = meta(4096, 4096, dtype=dtype)
     for launcher, *args in (

@@ -320,7 +320,8 @@ def test_longest_chain_fits(interpreter):
         check(103, check_sums_of_extreme_digits, 2 * chain + 1, 2 * chain)
 
 
-@pytest.mark.parametrize("capability", [90, pytest.param(103, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [90, 103])
 @pytest.mark.parametrize(
     "check", [check_hard_and_special_rows, check_exact_product_of_large_tiles_and_of_chains]
 )

@@ -69,6 +69,7 @@ def test_a_profiled_run_has_the_same_bits(ranks, data, tmp_path, name, world_siz
     assert ("which waits least" in line) == (world_size > 1)
 
 
+@pytest.mark.slow
 def test_a_short_or_resumed_run_is_profiled_where_it_has_steps_enough(data, tmp_path):
     profiles = tmp_path / "profiles"
     flags = [*data, "--checkpoint", str(tmp_path / "checkpoints"), "--profile", str(profiles)]

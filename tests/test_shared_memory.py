@@ -179,7 +179,11 @@ def begin_and_end(how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "how, message", [("ends", "Connection closed by rank 1"), ("hangs", "Timed out waiting 3 s for rank 1")]
+    "how, message",
+    [
+        ("ends", "Connection closed by rank 1"),
+        pytest.param("hangs", "Timed out waiting 3 s for rank 1", marks=pytest.mark.slow),
+    ],
 )
 def test_a_rank_that_is_lost(how, message):
     with pytest.raises(RuntimeError, match=message), start_ranks(2, timeout=3.0) as ranks:
