@@ -135,7 +135,7 @@ def test_all_tiles(name):
 
 
 def test_nothing_is_launched_without_terms():
-    """The operators answer k = 0 themselves, and the launcher of exact products does."""
+    """With k = 0 the launcher of exact products launches nothing. The other operators do not call theirs."""
     gpu, empty = Gpu(SCHEDULES[0]), torch.empty(8, 0, device="meta")
     exponents, out = torch.empty(8, dtype=torch.int32, device="meta"), torch.empty(8, 8, device="meta")
     gpu.run(lambda wrap: exact_matmul.exact_product(empty, empty, exponents, exponents, wrap, out=out))
@@ -246,7 +246,11 @@ def test_program_without_faults(schedule):
     assert execute(EXCHANGE, schedule).tolist() == [*range(32, 64), *range(32)]
     body = COPY + "cp.async.wait_group 0; bar.sync 0; ld.shared.b32 %r3, [%r2]; st.global.b32 [%rd4], %r3;"
     assert execute(body, schedule).tolist() == [*range(32, 64), *range(32)]
-    # Threads that diverge meet again: the loop runs lane times.
+    # Threads that diverge meet again, also where none of them executes the last instruction before.
+    body = """@%p1 bra join; mov.b32 %r3, 1; setp.ge.u32 %p2, %r0, 64; @%p2 mov.b32 %r3, 2;
+        join: bar.sync 0; st.global.b32 [%rd4], %r0;"""
+    assert execute(body, schedule).tolist() == [*range(64)]
+    # Threads that diverge meet again: the loop runs as many times as the number of the thread.
     body = """mov.b32 %r3, 0; again: setp.ge.s32 %p2, %r3, %r0; @%p2 bra done; add.s32 %r3, %r3, 1; bra again;
         done: bar.sync 0; st.global.b32 [%rd4], %r3;"""
     assert execute(body, schedule).tolist() == [*range(64)]

@@ -2,8 +2,8 @@
 """Arithmetic, comparisons, conversions, moves, and what the threads of a warp exchange.
 
 Sections 9.7.1 to 9.7.8 (arithmetic, comparison, logic, shifts) and 9.7.9 (moves, conversions, shuffles).
-Results of approximate instructions differ from the exact ones by almost as much as their sections allow, so
-that nothing relies on their bits. The deviation depends on the operands alone: all schedules give the same.
+Results of approximate instructions differ from the exact ones by most of what their sections allow, so that
+nothing relies on their bits. The deviation depends on the operands alone: all schedules give the same.
 """
 
 from collections.abc import Callable
@@ -145,12 +145,15 @@ def deviation(x: Values) -> Values:
 
 
 def approximate(function: Callable[..., Values], bound: float) -> Callable[..., Values]:
-    """``function`` with a relative error of nearly ``bound``; exact where the result is a power of two."""
+    """``function`` with most of the relative error ``bound``; the rounding to float32 takes a part of it.
+
+    Powers of two are exact.
+    """
 
     def run(x: Values, *others: Values) -> Values:
         exact = function(*(one.astype(np.float64) for one in (x, *others)))
         mantissa = np.frexp(exact)[0]
-        error = np.where(mantissa == 0.5, 0, bound * 0.9 * deviation(x))
+        error = np.where(mantissa == 0.5, 0, 0.9 * (bound - 2**-24) * deviation(x))
         return (exact * (1 + error)).astype(np.float32)
 
     return run
@@ -163,17 +166,19 @@ APPROXIMATE = {
     "sqrt.approx.ftz.f32": (np.sqrt, 2**-23),
     "sqrt.approx.f32": (np.sqrt, 2**-23),
     "rcp.approx.ftz.f32": (np.reciprocal, 2**-23),
-    "rcp.approx.ftz.f64": (np.reciprocal, 2**-20),
     "div.full.f32": (np.divide, 2**-22),  # 2 ulp
 }
 
 
+@instruction("rcp.approx.ftz.f64")
+def _reciprocal(i: Instruction) -> Run:
+    """A float64 of 20 bits: the lower 32 bits of memory are zero."""
+    return operation(i, "f64", lambda x: (1 / x).view(np.uint64) & np.uint64(0xFFFFFFFF00000000))
+
+
 @instruction(*APPROXIMATE)
 def _approximate(i: Instruction) -> Run:
-    function, bound = APPROXIMATE[i.opcode]
-    if i.opcode.endswith("f64"):  # its lower 32 bits are zero
-        return operation(i, "f64", lambda x: (1 / x).view(np.uint64) & np.uint64(0xFFFFFFFF00000000))
-    function = approximate(function, bound)
+    function = approximate(*APPROXIMATE[i.opcode])
     if "ftz" in i.parts:
         return operation(i, "f32", lambda *x: flush(function(*map(flush, x))))
     return operation(i, "f32", function)

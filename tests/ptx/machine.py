@@ -18,7 +18,7 @@ from .parse import Constant, Instruction, Kernel, PtxError, Register, Symbol
 LANES = np.arange(32)
 ALL = np.ones(32, np.bool_).tobytes()
 NONE = np.zeros(32, np.bool_).tobytes()
-SHARED_BASE = 1024  # of the address space; so that offsets and addresses differ
+SHARED_BASE = 1024  # not 0, so that an offset that is taken for an address is noticed
 LIMIT = 3_000_000  # instructions of a warp
 SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -261,6 +261,14 @@ class Warp:
         step = steps[pc]
         try:
             while budget:
+                while parked and pc >= parked[0][0]:
+                    if pc == parked[0][0]:
+                        active = parked.pop(0)[1] | active
+                        active = None if active.all() else active
+                    else:
+                        parked.append((pc, active))
+                        parked.sort(key=lambda group: group[0])
+                        pc, active = parked.pop(0)
                 budget -= 1
                 self.count += 1
                 step = steps[pc]
@@ -312,14 +320,6 @@ class Warp:
                     pc += 1
                     if result is not None:
                         break
-                while parked and pc >= parked[0][0]:
-                    if pc == parked[0][0]:
-                        active = parked.pop(0)[1] | active
-                        active = None if active.all() else active
-                    else:
-                        parked.append((pc, active))
-                        parked.sort(key=lambda group: group[0])
-                        pc, active = parked.pop(0)
         except (TypeError, AttributeError) as e:
             i = step.instruction
             values = [registers[r.index] for r in _registers(i)]
@@ -408,15 +408,15 @@ class Block:
 
     def end(self) -> None:
         """Complete the asynchronous stores to global memory, and forget the events."""
+        for address, barrier in self.memory.barriers.items():
+            if self.launch.checks and barrier.transactions:
+                raise PtxError(barrier.line, f"the mbarrier at {address} still expects bytes")
         for operation in self.flying:
             if operation.steps and self.launch.checks and operation.read is not None:
                 seen = any(warp.knowledge.seen[operation.read.number] for warp in self.warps)
                 if not seen:
                     raise PtxError(operation.event.line, "its block ends before it has read shared memory")
             operation.advance()
-        for address, barrier in self.memory.barriers.items():
-            if self.launch.checks and barrier.transactions:
-                raise PtxError(barrier.line, f"the mbarrier at {address} still expects bytes")
         for allocation in self.space.allocations:
             allocation.end_block()
 
@@ -452,4 +452,5 @@ def _bar_sync(i: Instruction) -> Run:
 
 @instruction("bar.warp.sync", results=0, whole=True)
 def _bar_warp_sync(i: Instruction) -> Run:
+    """Nothing: what one thread of a warp knows of memory, all know."""
     return lambda warp: None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Mutants: copies of a kernel's PTX with one fault each, and how many of them are noticed.
 
-Run ``python -m ptx.mutants`` in ``tests`` for a table of all mutants.
+``PYTHONPATH=.:tests python -m ptx.mutants`` prints a table of all mutants.
 """
 
 import random
@@ -38,7 +38,7 @@ CASES = {
 Lines = list[str]
 # A mutation changes one place of a kernel: it yields the copies that it can make.
 Mutation = Callable[[Lines], Iterator[tuple[int, Lines]]]
-MEMORY = re.compile(r"\b(ld|st)\.shared|cp\.async\.c|matrix|wgmma|tensormap")  # of more than one thread
+MEMORY = re.compile(r"\b(ld|st)\.shared|cp\.async\.c|matrix|wgmma|tensormap")  # accesses to shared memory
 
 
 def replaced(lines: Lines, n: int, line: str) -> tuple[int, Lines]:
@@ -75,7 +75,7 @@ def without_barrier(lines: Lines) -> Iterator[tuple[int, Lines]]:
         yield group[0], ["" if n in group else line for n, line in enumerate(lines)]
 
 
-def more(by: int, of: str = r"\d+") -> Callable[[re.Match[str]], str]:
+def more(by: int) -> Callable[[re.Match[str]], str]:
     return lambda match: match[1] + str(int(match[2]) + by) + match[3]
 
 

@@ -12,7 +12,6 @@ _IGNORED = re.compile(r"^\s*\.(loc|file|pragma|section)\b.*$", re.MULTILINE)
 _COMMENT = re.compile(r"//.*$", re.MULTILINE)
 _STATEMENT = re.compile(r"\s*(?:([{}])|([\w$]+):(?!:)|([^;{}]*(?:\{[^}]*\}[^;{}]*)*);)")
 _TOKEN = re.compile(r"\[[^\]]*\]|\{[^}]*\}|[^,\s|]+(?:\s*\+\s*\d+)?")
-_FLOAT = {"0f": (np.uint32, 8), "0d": (np.uint64, 16)}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from .memory import Event
 from .parse import Instruction, PtxError
 from .tensors import swizzle
 
-# The type of an operand as it lies in memory or in registers, its bytes, and that of sums.
+# The type of an operand as it lies in memory or in registers.
 OPERANDS = {
     "bf16": np.uint16,
     "f16": np.uint16,
@@ -37,8 +37,8 @@ def values(kind: str, raw: Any) -> Any:
     return (decode_float(kind, raw) if kind in ("bf16", "f16") else raw).astype(np.float64)
 
 
-def gather(registers: list[Any], kind: str, tiles: int = 1) -> Any:
-    """The matrix ``(8, …)`` side by side of which each register is a fragment of 8 rows."""
+def gather(registers: list[Any], kind: str) -> list[Any]:
+    """For each register the 8 rows of which its threads hold parts, ``(8, columns)``."""
     dtype = np.dtype(OPERANDS[kind])
     return [np.ascontiguousarray(one).view(dtype).reshape(8, -1) for one in registers]
 
@@ -147,7 +147,9 @@ class Matrix:
     ``chunks`` are the addresses of its units of 16 bytes: of a row if ``by_rows``, or of a column.
     """
 
-    def __init__(self, descriptor: int, rows: int, by_rows: bool, kind: str):
+    def __init__(self, descriptor: int, rows: int, by_rows: bool, kind: str, line: int):
+        if descriptor & (3 << 14 | 3 << 30 | 0xFFFF << 46):
+            raise PtxError(line, f"the descriptor {descriptor:#x} has bits that are unknown here")
         start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
         size = {0: 16, 1: 128, 2: 64, 3: 32}[descriptor >> 62 & 3]
         self.by_rows, self.kind = by_rows, kind
@@ -248,7 +250,7 @@ def _multiply_async(i: Instruction) -> Run:
             described = read(warp)
             if (described != described[0]).any():
                 raise PtxError(i.line, "the threads of a warp give different descriptors")
-            where.append(Matrix(int(described[0]), rows, by_rows, a_kind))
+            where.append(Matrix(int(described[0]), rows, by_rows, a_kind, i.line))
         right = where[0]
         left = None if from_registers else where[1].part(16 * (warp.index % 4), 16)
         event = block.events.add(Event(i.line, f"a product of warp {warp.index}", generic=False))
