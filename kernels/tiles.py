@@ -171,7 +171,7 @@ def split_k(tiles: Tiles, present: Device, m: int, n: int, k: int) -> tuple[int,
 def aligned(t: Tensor, unit: int) -> bool:
     """Whether ``t`` begins on 16 bytes, and its contiguous rows or columns on multiples of ``unit`` elements.
 
-    By pointers Triton loads 16 bytes at a time where ``unit`` is 16: it asks for no other divisor of a stride.
+    By pointers Triton loads 16 bytes at a time where ``unit`` is 16, for it asks for no other divisor.
     """
     steps = [size if stride == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)]
     return 1 in t.stride() and all(step % unit == 0 for step in steps) and _begins_on_16_bytes(t)

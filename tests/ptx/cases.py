@@ -22,8 +22,8 @@ from .machine import Schedule
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 # The relative error of a sigmoid for |z| up to 32. Float32: of ex2 and of div 2⁻²² each, and of one rounding;
-# the kernel corrects the product z·log2(e). 16 bits: of the result's rounding, and of that product. Float64: of
-# exp and of div one ulp each, of a sum, and as much again for the executor's fma, which rounds twice.
+# the kernel corrects the product z·log2(e). 16 bits: of the result's rounding, and of that product. Float64:
+# of exp and of div one ulp each, of a sum, and as much again for the executor's fma, which rounds twice.
 SIGMOID = {BF16: 2**-8 + 2**-17, F16: 2**-11 + 2**-17, F32: 9 * 2**-24, F64: 8 * 2**-53}
 
 
