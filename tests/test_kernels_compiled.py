@@ -72,13 +72,10 @@ def symmetric_product(dtype, precision, sizes, tiles, wrap) -> None:
     matmul_t.symmetric_product(x, x, precision, wrap, tiles=tiles)
 
 
-def with_a_matrix_to_add(dtype, precision, transposed, tiles, wrap) -> None:
-    """``a @ b.mT / 3 + c``, a, b and c each as it is or transposed."""
-    sides = {"a": (4096, 1024), "b": (4096, 1024), "c": (4096, 4096)}
-    a, b, c = (
-        meta(*shape[::-1], dtype=dtype).mT if name in transposed else meta(*shape, dtype=dtype)
-        for name, shape in sides.items()
-    )
+def with_a_matrix_to_add(dtype, precision, sizes, tiles, wrap) -> None:
+    """``a @ b.mT / 3 + c``."""
+    m, n, k = sizes
+    a, b, c = (meta(*shape, dtype=dtype) for shape in ((m, k), (n, k), (m, n)))
     matmul_t.symmetric_product(a, b, precision, wrap, c, 1 / 3, 1.0, tiles=tiles)
 
 
@@ -162,7 +159,7 @@ def test_tiles_of_the_most_registers_fit_and_are_pipelined(capability, tmp_path,
     for tiles in most.values():
         launches.append((launcher, (4096, 4096, 4096), tiles))
         if launcher is symmetric_product and tiles.variant != "pointers":
-            launches.append((with_a_matrix_to_add, "", tiles))
+            launches.append((with_a_matrix_to_add, (4096, 4096, 1024), tiles))
         elif tiles.variant == "split_k":
             launches.append((launcher, (64, 1024, 8192), tiles))
         elif launcher is linear_sigmoid and tiles.block_m * tiles.block_n <= 64 * 128:

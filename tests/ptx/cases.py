@@ -73,7 +73,7 @@ class Case:
 
     def agrees(self, found: list[Tensor], expected: list[Tensor]) -> bool:
         if not self.bound:
-            return all(torch.equal(_bits(a), _bits(b)) for a, b in zip(found, expected, strict=True))
+            return same_bits(found, expected)
         for a, b in zip(found, expected, strict=True):
             smallest = torch.finfo(a.dtype).smallest_normal * torch.finfo(a.dtype).eps  # a subnormal number
             if not ((a.double() - b).abs() <= self.bound * b.abs() + smallest / 2).all():
@@ -81,11 +81,15 @@ class Case:
         return True
 
 
-def _bits(t: Tensor) -> Tensor:
-    """Its bits, where all NaN are alike."""
-    if t.is_floating_point():
-        t = torch.where(t.isnan(), torch.full_like(t, torch.nan), t)
-    return t.contiguous().view(torch.uint8)
+def same_bits(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """Whether two lists of tensors have the same bits; all NaN are alike."""
+
+    def bits(t: Tensor) -> Tensor:
+        if t.is_floating_point():
+            t = torch.where(t.isnan(), torch.full_like(t, torch.nan), t)
+        return t.contiguous().view(torch.uint8)
+
+    return all(torch.equal(bits(a), bits(b)) for a, b in zip(found, expected, strict=True))
 
 
 def integers(*shape: int, dtype: torch.dtype = BF16, largest: int = 3, transposed: bool = False) -> Tensor:
