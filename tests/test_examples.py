@@ -350,7 +350,6 @@ ERRORS = [
     ("train_ddp", "--crop 14", "crop 14 and pool 2 leave nothing of images of 28 × 28"),
     ("train_ddp", "--data /nonexistent", "/FashionMNIST/raw/train-images-idx3-ubyte.gz is missing"),
     ("train_ddp", "--metrics /dev/null/m.jsonl", "cannot be written.*/dev/null"),
-    ("train_fast", "--graph on", "--graph is on, but a step cannot be a CUDA graph: it needs a GPU"),
     ("train_pipeline", "--draw --library", "--draw records the schedules by hand; leave out --library"),
     ("train_mpi", "--device cuda", "--device cuda: NumPy computes on the CPU"),
     ("fashion_pooled", "--device cuda", "--device cuda: NumPy computes on the CPU"),

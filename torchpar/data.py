@@ -158,35 +158,17 @@ def batches(
         share: partition of a batch of a given size, such as `World.share`; one rank by default.
         start: number of the first batch, to continue within an epoch.
     """
-    order, share = _order(samples, seed, epoch)[start * batch_size :], cache(share)
+    # The order is drawn on the CPU, so that it is the same on every device.
+    (state,) = np.random.SeedSequence((seed, epoch)).generate_state(1)
+    generator = torch.Generator().manual_seed(int(state))
+    order = torch.randperm(len(samples), generator=generator).to(samples.labels.device)
+    share = cache(share)
     # Several small batches are read together, which takes fewer calls.
     at_once = max(_READ_CHUNK // batch_size, 1) * batch_size
-    for chunk in order.split(at_once):
+    for chunk in order[start * batch_size :].split(at_once):
         index, own, sizes = _shares(chunk, batch_size, share)
         x, labels = samples.inputs(index), samples.labels.index_select(0, index)
         yield from map(Batch, x.split(own), labels.split(own), sizes)
-
-
-def indices(
-    samples: Samples,
-    batch_size: int,
-    *,
-    seed: int,
-    epoch: int,
-    share: Callable[[int], Partition] = _one_rank,
-    start: int = 0,
-) -> Iterator[tuple[Tensor, int]]:
-    """Yield this rank's sample indices ``(b)`` and the global size of each batch of `batches`."""
-    order = _order(samples, seed, epoch)[start * batch_size :]
-    index, own, sizes = _shares(order, batch_size, cache(share))
-    yield from zip(index.split(own), sizes, strict=True)
-
-
-def _order(samples: Samples, seed: int, epoch: int) -> Tensor:
-    # Drawn on the CPU, so that the order is the same on every device.
-    (state,) = np.random.SeedSequence((seed, epoch)).generate_state(1)
-    generator = torch.Generator().manual_seed(int(state))
-    return torch.randperm(len(samples), generator=generator).to(samples.labels.device)
 
 
 def _shares(

@@ -26,7 +26,7 @@ except ImportError as error:
 F = TypeVar("F")
 GRACE = 2.0  # seconds in which a launcher ends the other ranks after rank 0 has failed
 MAY_DIFFER_ON_RESUME = {
-    *("data", "epochs", "device", "compile", "fused", "graph", "dry_run"),
+    *("data", "epochs", "device", "compile", "fused", "dry_run"),
     *("phases", "collectives", "metrics", "log_dir", "plots", "profile"),
     *("checkpoint", "save_every", "keep", "async_save", "timeout"),
     *("dp", "tp", "pp", "pipeline", "micro_batches", "library", "draw"),

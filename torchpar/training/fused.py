@@ -161,7 +161,7 @@ class FusedGradients:
             self._shared = (
                 make_shared_sum(self._group, shapes, weight.dtype, world.timeout) if weight.is_cpu else None
             )
-        # dL/d(log p) of each label, by global batch size; all are kept, since CUDA graphs read them.
+        # dL/d(log p) of each label, by global batch size.
         self._by_log_p: dict[int, Tensor] = {}
 
     def __call__(self, x: Tensor, labels: Tensor, global_size: int) -> Tensor:

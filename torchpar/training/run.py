@@ -24,7 +24,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -32,8 +32,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from torchpar import data
-from torchpar.data import Batch, Samples
+from torchpar.data import Batch, Samples, batches
 from torchpar.errors import ConfigError, DivergedError
 from torchpar.parallel.launch.agreement import check_same_gradients, check_same_parameters
 from torchpar.parallel.launch.world import World
@@ -43,8 +42,6 @@ from torchpar.training.evaluation import evaluate
 from torchpar.training.losses import Loss
 from torchpar.training.state import EpochResult, TrainState
 from torchpar.training.stop import StopSignal
-
-B = TypeVar("B")
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ class RunLog:
     def on_resume(self, run: "Run") -> None:
         """The run's state is that of a checkpoint."""
 
-    def steps(self, batches: Iterator[B]) -> Iterator[B]:
+    def steps(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield the batches of an epoch; a step lasts from one to the next."""
         return batches
 
@@ -239,19 +236,15 @@ class Run:
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """Yield this rank's share of each remaining batch of ``epoch``, the current one."""
-        return self._log.steps(self._take(epoch, data.batches))
+        return self._log.steps(self._take(epoch))
 
-    def indices(self, epoch: int) -> Iterator[tuple[Tensor, int]]:
-        """Yield this rank's sample indices ``(b)`` and the global size of each batch of `batches`."""
-        return self._log.steps(self._take(epoch, data.indices))
-
-    def _take(self, epoch: int, kind: Callable[..., Iterator[B]]) -> Iterator[B]:
+    def _take(self, epoch: int) -> Iterator[Batch]:
         if epoch != len(self.results) + 1:
             raise RuntimeError(
                 f"epoch is {epoch}, expected {len(self.results) + 1}, which run.epochs() yields"
             )
         first = self.state.step
-        shares = kind(
+        shares = batches(
             self.train, self.batch_size, seed=self.seed, epoch=epoch, share=self.world.share, start=first
         )
         samples, checkpointing = len(self.train), self._stop is not None
