@@ -183,7 +183,7 @@ def main(flags: Flags) -> None:
         lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
         parts = (model, optimizer, lr_scheduler, world, train, test)
-        with Run(*parts, log=Log(flags, world, fused=ways[-1].formulas), **flags.run_options()) as run:
+        with Run(*parts, log=Log(flags, world), **flags.run_options()) as run:
             for epoch in run.epochs():
                 for batch in run.batches(epoch):
                     loss = step(*batch)

@@ -127,7 +127,7 @@ class TrainFlags(LogFlags):
     phases: bool = False
     """Measure the time of each phase of a step (data, forward, backward, collectives, optimizer)."""
     collectives: bool = False
-    """Count and time the collectives of a step, beside the predicted ones."""
+    """Count and time the collectives of a step."""
     profile: Path | None = None
     """Folder for torch.profiler's trace of some steps, one file per rank."""
     plots: Path | None = None
