@@ -20,7 +20,7 @@ from torchpar.parallel import join_world, parallel_mlp
 from torchpar.parallel.split import shared_memory
 from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
 from torchpar.parallel.split.shared_memory import register_shared_memory_hook
-from torchpar.profile.collectives import StepRecorder
+from torchpar.profile.collectives import Collectives
 from torchpar.training import loss_sum
 from torchpar.training.fused import FusedGradients
 
@@ -62,11 +62,12 @@ def count(
                 register_shared_memory_hook(replica, world)
         mesh = world.mesh["dp", "tp"]
         optimizer = training.muon(model, 0.1, 0.9, 0.0, mesh=mesh) if way == "muon" else None
-        recorder, share = StepRecorder(world, steps=2), world.share(batch)
+        share = world.share(batch)
         x, labels = torch.randn(batch, sizes[0]), torch.arange(batch) % sizes[-1]
         mine = share.narrow(x, 0), share.narrow(labels, 0)
-        for _ in range(4):
-            with recorder.step():
+        counted = []
+        for _ in range(4):  # DistributedDataParallel sets itself up in two steps
+            with Collectives(world) as collectives:
                 if gradients is not None:
                     gradients(*mine, batch)
                 else:
@@ -76,9 +77,9 @@ def count(
                 if optimizer is not None:
                     optimizer.step()
             model.zero_grad()
-    first, second = (Counter((c.dimension, c.operation, c.bytes) for c in calls) for calls in recorder.calls)
-    assert first == second
-    return first
+            counted.append(Counter((c.dimension, c.operation, c.bytes) for c in collectives.calls))
+    assert counted[2] == counted[3]
+    return counted[3]
 
 
 def sums(dimension: str, *nbytes: int) -> Counter[tuple[str, str, int]]:

@@ -169,7 +169,7 @@ def print_phases(phases: Phases) -> None:
 def print_collectives(calls: Sequence[Sequence[Call]]) -> None:
     """Print a table of rank 0's collectives in a step, the median of the recorded steps."""
     console = Console()
-    if not calls:  # complete already, or fewer steps than `StepRecorder` skips
+    if not calls:  # complete already, or a short run
         console.print("collectives per step: none was recorded, no more than two steps were trained")
         return
     kinds = dict.fromkeys((c.dimension, c.operation) for step in calls for c in step)

@@ -10,7 +10,7 @@ from support.cli import TrainFlags
 from torchpar import training
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.shared_memory import can_share_memory
-from torchpar.profile.collectives import StepRecorder
+from torchpar.profile.collectives import Call, Collectives
 from torchpar.profile.phases import Phases
 from torchpar.profile.trace import Trace
 from torchpar.training import EpochResult, Run
@@ -25,7 +25,7 @@ class Log(training.RunLog):
         self.flags = flags
         self.world = world
         self.phases = Phases(world.device) if flags.phases else None
-        self.recorder = StepRecorder(world) if flags.phases or flags.collectives else None
+        self.calls: list[list[Call]] = []  # of each step
         self.metrics, self.log_dir, self.plots, profile = flags.outputs()
         self.trace = Trace(profile, world.rank, world.device) if profile else None
 
@@ -46,9 +46,12 @@ class Log(training.RunLog):
     def steps(self, batches: Iterator[B]) -> Iterator[B]:
         if self.trace:
             batches = self.trace.steps(batches)
+        if not (self.flags.phases or self.flags.collectives):
+            yield from batches
         for batch in batches:
-            with self.recorder.step() if self.recorder else nullcontext():
+            with Collectives(self.world) as collectives:
                 yield batch
+            self.calls.append(collectives.calls)
 
     def on_step(self, run: Run, epoch: int, samples: int) -> None:
         def loss() -> float:  # of rank 0's samples
@@ -70,8 +73,8 @@ class Log(training.RunLog):
         profiles = self.world.gather_results(lambda: self.trace and self.trace.result())
         if not speaks:
             return
-        if self.recorder and flags.collectives:
-            console.print_collectives(self.recorder.calls)
+        if flags.collectives:
+            console.print_collectives(self.calls[2:])  # DistributedDataParallel sets itself up in two steps
         if self.phases:
             console.print_phases(self.phases)
         if self.trace:
