@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 from operators import OPERATORS
 
 import torchpar
@@ -48,8 +49,8 @@ def test_a_problem_is_marked_and_makes_the_status_1(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "area, name, replaced, by, finding",
     [
-        ("versions", "numpy", "importlib.util.find_spec", hide("numpy"),
-         ("problem", "missing; torchpar needs it", "pip install numpy")),
+        ("versions", "triton", "importlib.util.find_spec", hide("triton"),
+         ("problem" if torch.cuda.is_available() else "note", "missing; the operators have no GPU kernels", "pip install triton")),
         ("versions", "torch", "torch.__version__", "2.99.0+cu132",
          ("note", "2.99.0+cu132, not tested", "if something fails, take a version from 2.11 to 2.15")),
         ("processor", "threads", "torch.get_num_threads", lambda: 1000,

@@ -28,8 +28,8 @@ from torchpar.ops._processor import cpuinfo
 TESTED = {
     "python": ("3.11", "3.12"),
     "torch": ("2.11", "2.15"),
-    "triton": ("3.6", "3.9"),
     "numpy": ("2.3", "2.5"),
+    "triton": ("3.6", "3.9"),
 }
 # The flags in /proc/cpuinfo that stand for each instruction set.
 INSTRUCTION_SETS = {
@@ -85,16 +85,15 @@ def examine(area: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
 
 def versions() -> Iterator[Finding]:
     yield Finding("torchpar", torchpar.__version__)
-    installed = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for name in ("triton", "numpy"):
-        if importlib.util.find_spec(name) is not None:  # also under another name of its distribution
-            installed[name] = importlib.import_module(name).__version__
+    for name, (oldest, newest) in TESTED.items():
+        if name == "python":
+            text = platform.python_version()
+        elif importlib.util.find_spec(name) is not None:  # also under another name of its distribution
+            text = str(importlib.import_module(name).__version__)
+        else:
+            state: State = "problem" if torch.cuda.is_available() else "note"
+            yield Finding(name, "missing; the operators have no GPU kernels", state, f"pip install {name}")
             continue
-        without = "the operators have no GPU kernels" if name == "triton" else "torchpar needs it"
-        state: State = "problem" if name == "numpy" or torch.cuda.is_available() else "note"
-        yield Finding(name, f"missing; {without}", state, f"pip install {name}")
-    for name, text in installed.items():
-        oldest, newest = TESTED[name]
         if _numbers(oldest) <= _numbers(text) <= _numbers(newest):
             yield Finding(name, text)
         else:
@@ -157,9 +156,6 @@ def gpus() -> Iterator[Finding]:
 
 
 def communication() -> Iterator[Finding]:
-    if not dist.is_available():
-        yield Finding("torch.distributed", "missing", "problem", "install another build of torch")
-        return
     try:
         group: Any = dist.ProcessGroupGloo(dist.HashStore(), 0, 1)  # type: ignore[attr-defined]
         group.allreduce([torch.ones(1)]).wait()

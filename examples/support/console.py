@@ -18,7 +18,7 @@ from torchpar.errors import ConfigError
 from torchpar.parallel.launch.world import World
 from torchpar.profile.collectives import Call
 from torchpar.profile.phases import Phases
-from torchpar.profile.trace import SKIP, StepProfile, bottleneck
+from torchpar.profile.trace import SKIP, Trace, bottleneck
 from torchpar.training.state import EpochResult
 
 REFRESH = 0.1  # seconds between two updates of a bar; one takes as long as a small step
@@ -196,13 +196,12 @@ def print_collectives(calls: Sequence[Sequence[Call]]) -> None:
     console.print(table)
 
 
-def print_profiles(profiles: Sequence[StepProfile]) -> None:
+def print_profile(trace: Trace, ranks: Sequence[dict[str, float]]) -> None:
     """Print a table of rank 0's costliest operators, and the bottleneck of all ranks."""
-    if not all(profiles):  # complete already, or a short run
+    if all(ranks):
+        print(trace, bottleneck(ranks), sep="\n")
+    else:  # complete already, or a short run
         print(f"profile: nothing was recorded, no more than {SKIP} steps were trained")
-        return
-    print(f"costliest operators of {profiles[0].steps} steps, rank 0\n{profiles[0].table}")
-    print(bottleneck(profiles))
 
 
 def check_outputs(world: World, *, folders: Iterable[Path | None], files: Iterable[Path | None]) -> None:

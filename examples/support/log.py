@@ -70,7 +70,7 @@ class Log(training.RunLog):
                 from support import plots
 
                 plots.save(self.plots, run.results, outputs, run.test)
-        profiles = self.world.gather_results(lambda: self.trace and self.trace.result())
+        profiles = self.world.gather_results(self.trace.save) if self.trace else []
         if not speaks:
             return
         if flags.collectives:
@@ -78,5 +78,5 @@ class Log(training.RunLog):
         if self.phases:
             console.print_phases(self.phases)
         if self.trace:
-            console.print_profiles(profiles)
+            console.print_profile(self.trace, profiles)
         print(console.summary(run.results))

@@ -14,7 +14,6 @@ On the CPU the operators are those that PyTorch calls, on CUDA the kernels that 
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,23 +46,6 @@ _MESSAGE = re.compile(r"c10d::|shared_memory:|gloo:(?!send)|nccl")
 Span = tuple[float, float, int, str]  # start, end, priority, kind
 
 
-@dataclass(frozen=True)
-class StepProfile:
-    """A rank's traced steps.
-
-    Attributes:
-        rank: of the process.
-        steps: how many were traced.
-        seconds: of each kind of work in a step; they add up to it.
-        table: of the costliest operators, by `torch.profiler`.
-    """
-
-    rank: int
-    steps: int
-    seconds: dict[str, float]
-    table: str
-
-
 class Trace:
     """Trace of ``steps`` steps after the first `SKIP`, or of fewer in a short run.
 
@@ -77,7 +59,7 @@ class Trace:
     def __init__(self, folder: Path, rank: int, device: torch.device, steps: int = 10):
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it logs each start and end to stderr
         self._path = folder / f"rank-{rank}.json.gz"
-        self._rank, self._on_gpu, self._steps, self._ended = rank, device.type == "cuda", steps, 0
+        self._on_gpu, self._steps, self._ended = device.type == "cuda", steps, 0
         self.profiler = torch.profiler.profile(
             activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._on_gpu,
             schedule=schedule(wait=SKIP - 1, warmup=1, active=steps, repeat=1),
@@ -96,23 +78,33 @@ class Trace:
             self._ended += 1
             self.profiler.step()
 
-    def result(self) -> StepProfile | None:
-        """Return the mean of the traced steps, once the profiler's context has ended; None if there are none.
+    def save(self) -> dict[str, float]:
+        """Write the trace, once the profiler's context has ended, unless the run was short.
+
+        Returns:
+            The seconds of each kind of work in a step; they add up to it. {} if no step was traced.
 
         Raises:
             ConfigError: the file could not be written.
         """
         if self._ended <= SKIP:
-            return None
+            return {}
         try:
             self.profiler.export_chrome_trace(str(self._path))
         except OSError as e:
             raise ConfigError(f"{self._path} cannot be written: {e}") from e
-        steps = min(self._ended - SKIP, self._steps)
-        seconds = {kind: total / steps for kind, total in seconds_by_kind(self.profiler.events()).items()}
+        seconds = seconds_by_kind(self.profiler.events())
+        return {kind: total / self._traced for kind, total in seconds.items()}
+
+    def __str__(self) -> str:
+        """A table of the costliest operators, by `torch.profiler`."""
         by = "self_device_time_total" if self._on_gpu else "self_cpu_time_total"
         table = self.profiler.key_averages().table(by, row_limit=10, max_name_column_width=40)
-        return StepProfile(self._rank, steps, seconds, table)
+        return f"costliest operators of {self._traced} steps\n{table}"
+
+    @property
+    def _traced(self) -> int:
+        return min(self._ended - SKIP, self._steps)
 
 
 def seconds_by_kind(events: Iterable[Any]) -> dict[str, float]:
@@ -157,15 +149,18 @@ def seconds_by_kind(events: Iterable[Any]) -> dict[str, float]:
     return seconds
 
 
-def bottleneck(profiles: Sequence[StepProfile]) -> str:
+def bottleneck(ranks: Sequence[dict[str, float]]) -> str:
     """Return a sentence on the kind of work that takes most of a step of the slowest rank.
 
     Ranks take a step together, and the slowest is the one that waits least for messages.
+
+    Args:
+        ranks: for each rank, the seconds of each kind in a step.
     """
-    slowest = min(profiles, key=lambda p: p.seconds["communication"])
-    total, kind = sum(slowest.seconds.values()), max(slowest.seconds, key=slowest.seconds.__getitem__)
-    rank = f" on rank {slowest.rank}, which waits least" if len(profiles) > 1 else ""
-    share = f"{slowest.seconds[kind] / total:.0%} of a profiled step of {1000 * total:.2f} ms{rank}"
+    slowest, seconds = min(enumerate(ranks), key=lambda item: item[1]["communication"])
+    total, kind = sum(seconds.values()), max(seconds, key=seconds.__getitem__)
+    rank = f" on rank {slowest}, which waits least" if len(ranks) > 1 else ""
+    share = f"{seconds[kind] / total:.0%} of a profiled step of {1000 * total:.2f} ms{rank}"
     return f"bottleneck: {kind} — {share}; {ADVICE[kind]}"
 
 
