@@ -17,6 +17,7 @@ from torchpar import doctor
 from torchpar.doctor import Finding
 
 find_spec = importlib.util.find_spec
+WITHOUT_TRITON = "problem" if torch.cuda.is_available() else "note"
 
 
 def hide(package: str) -> Any:
@@ -50,7 +51,7 @@ def test_a_problem_is_marked_and_makes_the_status_1(monkeypatch, capsys):
     "area, name, replaced, by, finding",
     [
         ("versions", "triton", "importlib.util.find_spec", hide("triton"),
-         ("problem" if torch.cuda.is_available() else "note", "missing; the operators have no GPU kernels", "pip install triton")),
+         (WITHOUT_TRITON, "missing; the operators have no GPU kernels", "pip install triton")),
         ("versions", "torch", "torch.__version__", "2.99.0+cu132",
          ("note", "2.99.0+cu132, not tested", "if something fails, take a version from 2.11 to 2.15")),
         ("processor", "threads", "torch.get_num_threads", lambda: 1000,

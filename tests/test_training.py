@@ -27,8 +27,8 @@ from torchpar.parallel.launch import agreement
 from torchpar.parallel.launch.world import join_world
 from torchpar.parallel.split import shared_memory
 from torchpar.training import CheckpointConfig
-from torchpar.training.evaluation import EVALUATION_BATCH
 from torchpar.training.fused import FusedGradients
+from torchpar.training.losses import EVALUATION_BATCH
 from torchpar.training.state import EpochResult
 from torchpar.training.stop import StopSignal
 

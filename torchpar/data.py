@@ -163,20 +163,12 @@ def batches(
     # Several small batches are read together, which takes fewer calls.
     at_once = max(_READ_CHUNK // batch_size, 1) * batch_size
     for chunk in order[start * batch_size :].split(at_once):
-        index, own, sizes = _shares(chunk, batch_size, share)
-        x, labels = samples.inputs(index), samples.labels.index_select(0, index)
+        sizes = own = [min(batch_size, len(chunk) - first) for first in range(0, len(chunk), batch_size)]
+        if share(0).ranks > 1:
+            mine = [share(len(batch)).narrow(batch, 0) for batch in chunk.split(batch_size)]
+            chunk, own = torch.cat(mine), [len(part) for part in mine]
+        x, labels = samples.inputs(chunk), samples.labels.index_select(0, chunk)
         yield from map(Batch, x.split(own), labels.split(own), sizes)
-
-
-def _shares(
-    order: Tensor, batch_size: int, share: Callable[[int], Partition]
-) -> tuple[Tensor, list[int], list[int]]:
-    """Cut ``order`` into batches: this rank's indices, how many each batch has, and its global size."""
-    sizes = [min(batch_size, len(order) - first) for first in range(0, len(order), batch_size)]
-    if share(batch_size).ranks == 1:
-        return order, sizes, sizes
-    mine = [share(len(batch)).narrow(batch, 0) for batch in order.split(batch_size)]
-    return torch.cat(mine), [len(part) for part in mine], sizes
 
 
 def load(dataset: Dataset, root: Path, device: torch.device | str = "cpu") -> tuple[Samples, Samples]:

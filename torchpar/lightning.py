@@ -26,8 +26,7 @@ from torchpar.data import Batch, Dataset, Samples, batches, load
 from torchpar.errors import ConfigError
 from torchpar.partition import Partition
 from torchpar.training import loss_sum
-from torchpar.training.evaluation import EVALUATION_BATCH
-from torchpar.training.losses import Loss
+from torchpar.training.losses import EVALUATION_BATCH, Loss
 
 try:
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer

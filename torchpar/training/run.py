@@ -37,8 +37,7 @@ from torchpar.parallel.launch.agreement import check_same_gradients, check_same_
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import Checkpoints
 from torchpar.profile.phases import phase, step
-from torchpar.training.evaluation import evaluate
-from torchpar.training.losses import Loss
+from torchpar.training.losses import Loss, evaluate
 from torchpar.training.state import EpochResult, TrainState
 from torchpar.training.stop import StopSignal
 
