@@ -3,9 +3,8 @@
 
 A step is forward, backward, exchange of gradients and SGD, on CPUs: data parallelism averages through shared
 memory, tensor parallelism by gloo. It is compared with one process of one thread and one of two. Before it is
-timed, its gradients and its loss are checked with a float64 oracle, and its messages with
-`torchpar.training.cost`. All ranks live throughout; steps take turns within a round, a few each. Medians are
-quoted, and means, in which alone gloo's stalls show.
+timed, its gradients and its loss are checked with a float64 oracle. All ranks live throughout; steps take
+turns within a round, a few each. Medians are quoted, and means, in which alone gloo's stalls show.
 """
 
 import math
@@ -32,8 +31,7 @@ from torchpar.parallel.split.layers import split_parameters
 from torchpar.parallel.split.mlp import parallel_mlp
 from torchpar.parallel.split.shared_memory import SUPPORTED, make_shared_sum, register_shared_memory_hook
 from torchpar.profile.collectives import Collectives
-from torchpar.training import cost, loss_sum, sgd
-from torchpar.training.cost import Link
+from torchpar.training import loss_sum, sgd
 
 BLOCK_SECONDS = 0.15  # of one case's steps in a round, about
 ALL_REDUCES = 20  # of a size in a round
@@ -190,17 +188,6 @@ def check(case: StepCase) -> dict[str, Any]:
     # Only now may a rank be alone with an error.
     error = compare_with_one_rank(grad, (grads[0], grads[1]), total, (losses[0], losses[1]), case.batch)
     sent = [call.bytes for call in recorded.calls if call.operation != "recv"]
-    messages: dict[str, Any] = exact.MESSAGES if case.arithmetic == "exact" else {}
-    expected = cost.collectives(
-        case.sizes,
-        case.batch,
-        step.world.mesh,
-        tensor_split=case.tensor_split,
-        **messages,
-    )
-    predicted = [e.nbytes for e in expected if e.operation != "recv"]
-    if sorted(sent) != sorted(predicted):
-        raise Rejected(f"messages of {sent} bytes were sent, {predicted} are predicted")
     return {"calls": len(sent), "call_bytes": sum(sent), "error": error}
 
 
@@ -404,8 +391,9 @@ def print_all(results: Sequence[Result]) -> None:
     print_cells(title, pivot(by_arithmetic, "mesh", lambda one: one.contestant, arithmetic))
     title = "an all-reduce between 2 ranks"
     print_cells(title, pivot(all_reduces, "bytes", lambda one: f"{one.case['nbytes']:,}", microseconds))
-    if link := fit_link(results):
-        print(f"fitted to gloo's medians: α {1e6 * link.alpha:.0f} µs, β {1e9 * link.beta:.2f} ns/B")
+    if fitted := fit_link(results):
+        alpha, beta = fitted.values()
+        print(f"fitted to gloo's medians: α {1e6 * alpha:.0f} µs, β {1e9 * beta:.2f} ns/B")
     print_failures(results)
     if any(result.columns.get("oversubscribed") for result in results):
         print("* more threads than cores: this shows that the step is right, not how fast it is")
@@ -424,14 +412,24 @@ def pivot(
     return list(lines.values())
 
 
-def fit_link(results: Sequence[Result]) -> Link | None:
-    """Return the α–β model of gloo's all-reduces; None if they failed."""
-    points = [
-        (2, result.case["nbytes"], result.p50_ms / 1e3)
+def fit_link(results: Sequence[Result]) -> dict[str, float]:
+    """Return α (s) and β (s per byte) of gloo's all-reduces between 2 ranks, or {} if they failed.
+
+    A ring all-reduce of n bytes passes two messages of n/2, which take α + nβ/2 each (Thakur, Rabenseifner
+    and Gropp, "Optimization of Collective Communication Operations in MPICH", 2005). The relative errors of
+    2α + nβ are fitted by least squares.
+    """
+    rows = [
+        [2 / seconds, result.case["nbytes"] / seconds]
         for result in results
-        if result.case["kind"] == "all_reduce" and result.contestant == GLOO and result.p50_ms
+        if result.case["kind"] == "all_reduce" and result.contestant == GLOO
+        if (seconds := (result.p50_ms or 0) / 1e3)
     ]
-    return Link.fit(points) if points else None
+    if not rows:
+        return {}
+    ones = torch.ones(len(rows), 1, dtype=torch.float64)
+    alpha, beta = torch.linalg.lstsq(torch.tensor(rows, dtype=torch.float64), ones).solution
+    return {"alpha_s": max(alpha.item(), 0.0), "beta_s_per_byte": max(beta.item(), 0.0)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -440,9 +438,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.parser.add_argument("--default-polling", action="store_true", help=polling)
     options = command.parse(arguments)
     results = measure(QUICK if options.quick else FULL, options.default_polling)
-    link = fit_link(results)
-    fitted = {"alpha_s": link.alpha, "beta_s_per_byte": link.beta} if link else {}
-    table = Table(command.csv(options), CPU, cores=CORES, **fitted)
+    table = Table(command.csv(options), CPU, cores=CORES, **fit_link(results))
     table.add(results)
     print_all(results)
     return table.status

@@ -122,10 +122,8 @@ def main(flags: Flags) -> None:
                 session.adjust_gradients, clip=exact.clip_grad_norm_, gram=exact_matmul_t
             )
         parts = (model, optimizer, lr_scheduler, world, train, test)
-        messages = exact.MESSAGES if is_exact else {}
-        log = Log(flags, world, micro_batches=flags.micro_batches if pipeline else 1, **messages)
         predict = pipeline.predict if pipeline else model
-        with Run(*parts, predict=predict, log=log, **flags.run_options()) as run:
+        with Run(*parts, predict=predict, log=Log(flags, world), **flags.run_options()) as run:
             for epoch in run.epochs():
                 for x, labels, global_size in run.batches(epoch):
                     loss = gradients(x, labels, global_size)

@@ -10,7 +10,6 @@ from torchpar.exact.mode import Coverage, coverage, mode
 from torchpar.exact.sgd import ExactSGD
 
 __all__ = [
-    "MESSAGES",
     "Coverage",
     "DataParallel",
     "ExactGradients",
@@ -21,5 +20,3 @@ __all__ = [
     "mode",
     "parallel_mlp",
 ]
-
-MESSAGES = {"exponent_bytes": 4, "sum_bytes": 8}  # of `torchpar.training.cost.collectives`
