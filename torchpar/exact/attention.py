@@ -20,7 +20,7 @@ from torch import Tensor
 from torchpar.errors import ConfigError
 from torchpar.exact.ordinary import ordinary
 from torchpar.exact.random import bernoulli
-from torchpar.exact.softmax import softmax
+from torchpar.exact.softmax import safe_softmax
 from torchpar.exact.sums import exact_sum
 from torchpar.ops import exact_matmul
 from torchpar.ops._exact import MAX_EXPONENT, product_of_exponents, row_exponents, scaled
@@ -50,7 +50,7 @@ def weights_of(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tenso
     scores = exact_matmul(q, k) * scale
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    return softmax(scores, -1, zero_if_masked=True)
+    return safe_softmax(scores, -1)
 
 
 def gradients(

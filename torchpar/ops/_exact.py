@@ -243,6 +243,23 @@ def product_of_exponents(a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
     return Sums(digits(finite, e.clamp(max=MAX_EXPONENT)), digits(b, f)).rounded(e, f)
 
 
+def sums(a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
+    """T ``(m, n)`` int64 of matrices, whose rows have the exponents ``e (m, 1)`` and ``f (n, 1)``.
+
+    Those of rows that are not finite mean nothing.
+
+    Raises:
+        ConfigError: more than `LONG_CHAIN` terms, which int64 may not hold.
+    """
+    if a.shape[-1] > LONG_CHAIN:
+        raise ConfigError(f"a sum has {a.shape[-1]} terms, expected at most {LONG_CHAIN}; take smaller layers")
+    if a.is_cuda:
+        from torchpar.kernels.exact_matmul import exact_product
+
+        return exact_product(a, b, e, f, None, out=a.new_empty(len(a), len(b), dtype=torch.int64))
+    return Sums(digits(a, e), digits(b, f)).long()
+
+
 def _with_limits(out: Tensor, a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
     """``out``, but NaN and infinities where rows of ``a`` or ``b`` have them."""
     # Whether the result is NaN, and which infinity, depends on the signs of the factors alone.
