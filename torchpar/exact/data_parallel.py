@@ -23,7 +23,6 @@ from torchpar.errors import ConfigError
 from torchpar.exact.ordinary import ordinary
 from torchpar.exact.sums import exponents_of
 from torchpar.library import is_dtensor
-from torchpar.ops._exact import KeptDigits
 from torchpar.wire import wire_device
 
 _WIDTH = 30
@@ -98,7 +97,6 @@ class DataParallel:
                 kind = "a DTensor" if is_dtensor(p) else str(p.dtype)
                 raise ConfigError(f"{name} is {kind}, expected a parameter of float32 that no rank shares")
         self.group = group
-        self._kept = KeptDigits(self.parameters)  # all units of a step multiply by the same weights
         self._restart()
 
     def _restart(self) -> None:
