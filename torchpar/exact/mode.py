@@ -156,17 +156,6 @@ def coverage(function: Callable[..., Any], *inputs: Any, **options: Any) -> Cove
             getattr(found, kind_of(func, args))[str(func)] += 1
             return func(*args, **(kwargs or {}))
 
-    with _Attention(found), _Recorder():
+    with _Recorder():
         function(*inputs, **options)
     return found
-
-
-class _Attention(TorchFunctionMode):
-    def __init__(self, found: Coverage):
-        super().__init__()
-        self.found = found
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            self.found.rules["scaled_dot_product_attention"] += 1
-        return func(*args, **(kwargs or {}))
