@@ -17,7 +17,12 @@ PRODUCTS = {
     "batch": "a4fb80472d5f5f08",
     "gradient": "d17dfb93ddf54808",
 }
-RULES = {"functions": "6e02f041ce44698a", "rows": "172c91a66e348114", "gradients": "7d2027305601b5c8", "random": "e9018cda185fd7f2"}
+RULES = {
+    "functions": "6e02f041ce44698a",
+    "rows": "172c91a66e348114",
+    "gradients": "7d2027305601b5c8",
+    "random": "e9018cda185fd7f2",
+}
 
 
 def made_of_integers(*shape: int, seed: int) -> Tensor:

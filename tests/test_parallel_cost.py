@@ -16,7 +16,7 @@ import torch
 from test_parallel_meshes import kind
 from torch.nn.parallel import DistributedDataParallel
 
-from torchpar import exact, training
+from torchpar import training
 from torchpar.nn import MLP
 from torchpar.parallel import join_world, parallel_mlp
 from torchpar.parallel.split import shared_memory
@@ -27,12 +27,11 @@ from torchpar.training import cost, loss_sum
 from torchpar.training.fused import FusedGradients
 
 SIZES = (11, 33, 7, 5, 3)
-PARAMETERS, ROWS = sum(n * m + m for n, m in pairwise(SIZES)), sum(SIZES[1:])
+PARAMETERS = sum(n * m + m for n, m in pairwise(SIZES))
 
 
 def expected_calls(
     axes: dict[str, int] | None,
-    is_exact: bool = False,
     sizes: tuple[int, ...] = SIZES,
     batch_size: int = 13,
     *,
@@ -47,15 +46,12 @@ def expected_calls(
         model = replica = MLP(sizes)
         if axes is not None:
             world = world.with_mesh(**axes)
-            model = replica = stage_mlp(
-                (exact.parallel_mlp if is_exact else parallel_mlp)(model, world.mesh["tp"]), world.mesh["pp"]
-            )
+            model = replica = stage_mlp(parallel_mlp(model, world.mesh["tp"]), world.mesh["pp"])
         with patch.object(shared_memory, "SUPPORTED", shared_memory.SUPPORTED and shared):
-            add_gradients = exact.ExactGradients(model, world) if is_exact else None
             gradients = FusedGradients(model, world) if fused else None
         if world.mesh["pp"].size() > 1:
-            gradients = partial(Pipeline(model, world, add_gradients=add_gradients).step, loss_sum=loss)
-        elif world.dp_size > 1 and not is_exact and not fused:
+            gradients = partial(Pipeline(model, world).step, loss_sum=loss)
+        elif world.dp_size > 1 and not fused:
             replica = ddp = DistributedDataParallel(model, process_group=world.mesh["dp"].get_group())
             if shared:
                 register_shared_memory_hook(ddp, world)
@@ -65,8 +61,6 @@ def expected_calls(
                 gradients(x, labels, batch_size)
                 return
             loss(replica(x), labels).backward()
-            if add_gradients is not None:
-                add_gradients()
 
         mesh = world.mesh["dp", "tp"] if muon else None
         optimizer = training.muon(model, 0.1, 0.9, 0.0, mesh=mesh) if muon else None
@@ -83,7 +77,6 @@ def expected_calls(
             batch_size,
             world.mesh,
             tensor_split=axes is not None,
-            **(exact.MESSAGES if is_exact else {}),
             fused=fused,
             muon=mesh,
         )
@@ -103,19 +96,17 @@ def expected_calls(
         ({"tp": 2, "pp": 2}, SIZES[:3], 13, 2),  # a border within a pair
     ],
 )
-def test_collectives_of_exact_arithmetic_and_of_muon(ranks, axes, sizes, batch_size, all_to_alls):
+def test_collectives_of_muon(ranks, axes, sizes, batch_size, all_to_alls):
     """Muon takes at most two all-to-alls a step."""
     world_size = math.prod(axes.values())
-    ranks(world_size, expected_calls, axes, True, sizes, batch_size)
-    for calls in ranks(world_size, partial(expected_calls, axes, sizes=sizes, muon=True)):
+    of_muon = partial(expected_calls, axes, sizes, batch_size, muon=True)
+    for calls in ranks(world_size, of_muon):
         assert sum(n for call, n in calls.items() if call[1] == "all_to_all") == all_to_alls
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_messages_of_data_parallel_ranks(ranks, shared):
-    """Exact gradients take two, the exponents of the rows and the sums; fused ones take one, of all."""
-    for calls in ranks(3, partial(expected_calls, {"dp": 3}, "exact", shared=shared)):
-        assert calls == Counter(("dp", "all_reduce", 3, n) for n in (4 * 2 * ROWS, 8 * PARAMETERS))
+    """Fused gradients take one, of all."""
     for batch_size in (13, 2):  # a rank without a sample
         function = partial(expected_calls, None, batch_size=batch_size, fused=True, shared=shared)
         for calls in ranks(3, function):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """A small MLP that learns digits, and a training of it whose bits are the same on any mesh."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,7 +27,7 @@ class MLP(nn.Module):
     def __init__(self, world: World):
         super().__init__()
         tp, pp = world.mesh["tp"], world.mesh["pp"]
-        first, second, third = zip(SIZES, SIZES[1:], strict=False)
+        first, second, third = pairwise(SIZES)
         layers = [Linear(*first, tp, 0), Linear(*second, tp, 1), nn.Linear(*third)]
         mine = Partition(len(layers), pp.size(), pp.get_local_rank()).narrow(torch.arange(len(layers)), 0)
         self.layers = nn.ModuleDict({str(i): layers[i] for i in mine.tolist()})

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Check that training has the published bits: ``python -m torchpar verify``.
 
-It trains a small MLP on MNIST for 100 steps, or a small GPT on a book, on any mesh of ranks, in
-`torchpar.exact.mode`. It compares the SHA-256 of the weights with the one in `EXPECTED`, which README and docs print.
+It trains a small MLP on MNIST, or a small GPT on a book, in `torchpar.exact.mode` on any mesh of ranks. It
+compares the SHA-256 of the weights with the one in `EXPECTED`, which README and docs print.
 """
 
 import argparse
