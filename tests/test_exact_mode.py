@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -154,6 +155,53 @@ def test_random_numbers():
 
 
 # Bits
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_steps_of_parts_have_the_bits_of_the_whole(kind):
+    """A product and a sum are nowhere fused, which would depend on an element's place in the tensor."""
+    options = {"momentum": 0.9, "nesterov": True} if kind is torch.optim.SGD else {}
+    whole, gradients = torch.randn(37, 41), torch.randn(4, 37, 41)
+
+    def stepped(part: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        p = nn.Parameter(part(whole).to(dtype, copy=True))
+        optimizer = kind([p], lr=0.1, weight_decay=0.1, foreach=False, **options)
+        for gradient in gradients:
+            p.grad = part(gradient).to(dtype)
+            optimizer.step()
+        return p.detach()
+
+    with exact.mode():
+        expected = stepped(lambda t: t)
+        for part in (lambda t: t[3:4, 5:6], lambda t: t.T, lambda t: t.flatten()[1:]):
+            assert torch.equal(stepped(part), part(expected))
+    rounding = 4 * 10 * 2.0**-23  # of ten numbers below 4 in each step
+    torch.testing.assert_close(expected.double(), stepped(lambda t: t, torch.float64), rtol=0, atol=rounding)
+
+
+NORMS: dict[str, Any] = {
+    "subnormal": lambda g: g * 1e-42,
+    "of many magnitudes": lambda g: g * 10.0 ** torch.randint(-30, 30, g.shape),
+    "0": torch.zeros_like,
+    "inf": lambda g: torch.where(g == g.max(), torch.inf, g),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_clipping(name):
+    torch.manual_seed(0)
+    gradients = [NORMS[name](torch.randn(size)) for size in ((25, 33), (7,), (5, 1))]
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        parameters = [nn.Parameter(torch.ones(g.shape, dtype=dtype)) for g in gradients]
+        for p, g in zip(parameters, gradients, strict=True):
+            p.grad = g.to(dtype, copy=True)
+        with exact.mode() if dtype == torch.float32 else nullcontext():
+            norm = nn.utils.clip_grad_norm_(parameters, 0.5, foreach=False)
+        results.append([norm, *(p.grad for p in parameters)])
+    for found, expected in zip(*results, strict=True):
+        # The norm of norms and the quotient round a few times.
+        torch.testing.assert_close(found.double(), expected, rtol=2**-21, atol=2**-149, equal_nan=True)
 
 
 def trained(name: str) -> str:
