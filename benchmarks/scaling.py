@@ -23,7 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.command import Command, run
 from benchmarks.results import CORES, Result, Table, duration, number, print_cells, print_failures
 from benchmarks.timing import CPU, Rejected, Times, take_turns, time_calls
-from torchpar import exact
 from torchpar.nn import MLP
 from torchpar.parallel.launch.local import Ranks, current_world, start_ranks
 from torchpar.parallel.launch.world import World
@@ -31,7 +30,7 @@ from torchpar.parallel.split.layers import split_parameters
 from torchpar.parallel.split.mlp import parallel_mlp
 from torchpar.parallel.split.shared_memory import SUPPORTED, make_shared_sum, register_shared_memory_hook
 from torchpar.profile.collectives import Collectives
-from torchpar.training import loss_sum, sgd
+from torchpar.training import loss_sum
 
 BLOCK_SECONDS = 0.15  # of one case's steps in a round, about
 ALL_REDUCES = 20  # of a size in a round
@@ -48,16 +47,10 @@ class StepCase:
     dp: int = 1
     tp: int = 1
     threads: int = 1
-    arithmetic: str = "fast"
 
     @property
     def ranks(self) -> int:
         return self.dp * self.tp
-
-    @property
-    def tensor_split(self) -> bool:
-        """Whether the layers are those of `parallel_mlp`, also on one rank."""
-        return self.tp > 1 or self.arithmetic == "exact"
 
     @property
     def contestant(self) -> str:
@@ -74,12 +67,11 @@ class Plan(NamedTuple):
     widths: Sequence[int] = (512, 1024, 2048, 4096)
     width_batch: int = 512
     most: int = 4  # ranks
-    arithmetic_batch: int = 1024
     all_reduces: Sequence[int] = (2**2, 2**6, 2**10, 2**12, 2**14, 2**16, 2**18, 2**20, 2**22, 2**24)  # bytes
     rounds: int = 12
 
     def cases(self) -> Iterator[tuple[str, StepCase]]:
-        """Yield each case under the tables that show it: "batch", "width" or "arithmetic"."""
+        """Yield each case under the table that shows it: "batch" or "width"."""
         sizes = (784, self.hidden, 10)
         by_batch = [("batch", StepCase(sizes, batch)) for batch in self.batches]
         by_width = [("width", StepCase((784, w, w, 10), self.width_batch)) for w in self.widths]
@@ -87,14 +79,10 @@ class Plan(NamedTuple):
             yield from ((table, one) for one in (alone, replace(alone, threads=2)))
             for ranks in range(2, self.most + 1, 2):
                 yield from ((table, one) for one in (replace(alone, dp=ranks), replace(alone, tp=ranks)))
-        for dp, tp in ((1, 1), (2, 1), (1, 2), (2, 2)):
-            if dp * tp <= self.most:
-                fast = StepCase(sizes, self.arithmetic_batch, dp, tp)
-                yield from (("arithmetic", one) for one in (fast, replace(fast, arithmetic="exact")))
 
 
 FULL = Plan()
-QUICK = Plan(64, [128, 256], [64], 64, 2, 64, [4, 2**18], 1)
+QUICK = Plan(64, [128, 256], [64], 64, 2, [4, 2**18], 1)
 
 
 # On each rank
@@ -106,16 +94,12 @@ class Step:
     def __init__(self, case: StepCase):
         self.case, self.world = case, mesh(case.dp, case.tp)
         model, x, labels = unsplit(case)
-        if case.tensor_split:
-            split = exact.parallel_mlp if case.arithmetic == "exact" else parallel_mlp
-            model = split(model, self.world.mesh["tp"])
+        if case.tp > 1:
+            model = parallel_mlp(model, self.world.mesh["tp"])
         self.model = model
         self.wrapped: torch.nn.Module = model
         self.optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-        if case.arithmetic == "exact":
-            self.exact_gradients = exact.ExactGradients(model, self.world)
-            self.optimizer = sgd(model, lr=1e-3, momentum=0.0, weight_decay=0.0, kind=exact.ExactSGD)
-        elif case.dp > 1:
+        if case.dp > 1:
             group = self.world.mesh["dp"].get_group()
             replica = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
             register_shared_memory_hook(replica, self.world)
@@ -125,15 +109,8 @@ class Step:
 
     def gradients(self) -> Tensor:
         """Set the gradients; return this rank's part of the sum of the losses."""
-        batch = self.case.batch
-        loss: Tensor
-        if self.case.arithmetic == "exact":
-            loss = exact.cross_entropy_sum(self.model(self.x), self.labels)
-            (loss / batch).backward()
-            self.exact_gradients()
-        else:
-            loss = cross_entropy_sum(self.wrapped(self.x), self.labels)
-            (loss * (self.case.dp / batch)).backward()  # DistributedDataParallel averages over dp
+        loss = cross_entropy_sum(self.wrapped(self.x), self.labels)
+        (loss * (self.case.dp / self.case.batch)).backward()  # DistributedDataParallel averages over dp
         return loss.detach()
 
     def run(self) -> None:
@@ -342,7 +319,7 @@ def measure(plan: Plan, default_polling: bool) -> list[Result]:
 
 
 def print_all(results: Sequence[Result]) -> None:
-    """Print steps by batch and by width, weak scaling, exact arithmetic, and all-reduces."""
+    """Print steps by batch and by width, weak scaling, and all-reduces."""
 
     def chosen(table: str) -> list[Result]:
         return [result for result in results if table in str(result.columns.get("tables", "")).split()]
@@ -362,11 +339,6 @@ def print_all(results: Sequence[Result]) -> None:
         kept = f"{alone / result.p50_ms:.0%}" if alone and result.p50_ms else ""
         return {result.contestant: kept}
 
-    def arithmetic(result: Result) -> dict[str, str]:
-        ms, fast = result.p50_ms, fasts[result.contestant]
-        text = f"{ms:.2f} ms ({ms / fast:.2f}×)" if ms and fast else ""
-        return {result.case["arithmetic"]: text}
-
     def microseconds(result: Result) -> dict[str, str]:
         """Return median and mean, and the speed-up over gloo."""
         name, times = result.contestant, {"median": result.p50_ms, "mean": result.mean_ms}
@@ -375,9 +347,8 @@ def print_all(results: Sequence[Result]) -> None:
             cells[f"{name}, speed-up"] = f"{number(result.speedup)}×"
         return cells
 
-    by_batch, by_width, by_arithmetic = chosen("batch"), chosen("width"), chosen("arithmetic")
+    by_batch, by_width = chosen("batch"), chosen("width")
     times = {(one.contestant, one.case["batch"]): one.p50_ms for one in by_batch}
-    fasts = {one.contestant: one.p50_ms for one in by_arithmetic if one.case["arithmetic"] == "fast"}
     by_data = [one for one in by_batch if one.case["dp"] > 1]
     all_reduces = [one for one in results if one.case["kind"] == "all_reduce"]
     model, batch = by_batch[0].case["sizes"], by_width[0].case["batch"]
@@ -387,8 +358,6 @@ def print_all(results: Sequence[Result]) -> None:
     title = "weak scaling: the speed that a rank keeps, with so many samples each"
     each = pivot(by_data, "samples a rank", lambda one: f"{one.case['batch'] // one.case['dp']:,}", weak)
     print_cells(title, each)
-    title = "the price of exact arithmetic"
-    print_cells(title, pivot(by_arithmetic, "mesh", lambda one: one.contestant, arithmetic))
     title = "an all-reduce between 2 ranks"
     print_cells(title, pivot(all_reduces, "bytes", lambda one: f"{one.case['nbytes']:,}", microseconds))
     if fitted := fit_link(results):

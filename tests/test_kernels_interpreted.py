@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import torchpar
-from torchpar.exact.operands import Operand
 from torchpar.kernels import exact_matmul, linear_sigmoid, matmul_t, maximum, sigmoid_backward
 from torchpar.kernels.gemm import triangle_tile
 from torchpar.kernels.tiles import Device, Tiles
@@ -204,24 +203,7 @@ def test_symmetric_sums(interpreter, check, dtype, shape, layout):
 def exact_sums(a: Tensor, b: Tensor) -> Tensor:
     """T of finite matrices by the CPU's formula, int64."""
     e, f = _exact.row_exponents(a), _exact.row_exponents(b)
-    return _exact.Sums(_exact.digits(a, e), _exact.digits(b, f)).long()
-
-
-def check_operands_on_a_gpu() -> None:
-    """Without digits, as on a GPU, operands give the bits that digits give."""
-    torch.manual_seed(0)
-    x = torch.ldexp(draw(33, 20, dtype=torch.float32), torch.randint(-130, 60, (33, 1)))
-    y, z = (draw(*shape, dtype=torch.float32) for shape in ((17, 20), (33, 5)))
-    results = []
-    for on_gpu in (False, True):
-        a, b, c = (Operand(t, _exact.row_exponents(t)) for t in (x, y, z.T))
-        if on_gpu:
-            a.digits = b.digits = c.digits = None
-        columns = a.columns()
-        results.append([a.sums(b), a.product(b), c.sums(columns), c.product(columns)])
-    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
-    assert results[0][1].any()
-    assert results[0][3].any()
+    return _exact.sums(a, b, e, f)
 
 
 def check_exact_product(a: Tensor, b: Tensor | None, wrap) -> None:
@@ -601,7 +583,6 @@ def check_ends_of_rows() -> None:
         check_products_added_in_place,
         check_factors_are_exact,
         check_tma_refuses_other_strides,
-        check_operands_on_a_gpu,
         check_sigmoid,
         check_far_apart,
         check_ends_of_rows,

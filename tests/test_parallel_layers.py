@@ -24,8 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchpar import exact, reference
-from torchpar.exact.layers import ExactColumnParallelLinear, ExactRowParallelLinear
+from torchpar import reference
 from torchpar.nn import MLP, Linear, LinearReLU, LinearSigmoid
 from torchpar.parallel import (
     ColumnParallelLinear,
@@ -291,8 +290,8 @@ def bad_arguments_are_named() -> None:
     twice = "activation is 'relu', but LinearSigmoid has 'sigmoid' already"
     refused(twice, convert, LinearSigmoid(3, 4), mesh=mesh, activation="relu")
 
-    def split(*layers: torch.nn.Module, convert: Any = parallel_mlp) -> None:
-        convert(torch.nn.Sequential(linear, *layers), mesh)
+    def split(*layers: torch.nn.Module) -> None:
+        parallel_mlp(torch.nn.Sequential(linear, *layers), mesh)
 
     refused("cannot split a Linear, expected torchpar.nn.MLP or", parallel_mlp, linear, mesh)
     refused(
@@ -300,15 +299,7 @@ def bad_arguments_are_named() -> None:
         split,
         torch.nn.Dropout(),
     )
-    refused("cannot split layer 1, a Sigmoid; expected Linear", split, sigmoid, convert=exact.parallel_mlp)
     refused("cannot split layers that share parameters", split, sigmoid, linear)
-
-    float32, x = "exact arithmetic takes float32", torch.ones(5, 3)
-    exact_column = ExactColumnParallelLinear(3, 4, mesh=mesh)
-    half = partial(ExactRowParallelLinear, dtype=torch.bfloat16)
-    refused(f"{float32}, the layer has torch.bfloat16", half, 3, 4, mesh=mesh)
-    refused(f"{float32}, the input is torch.float64; convert it", exact_column, x.double())
-    refused(f"{float32}, the layer's weight is torch.float64; convert it", exact_column.double(), x)
 
     load = partial(load_full_state_dict, parallel_mlp(MLP([5, 33, 2]), mesh))
     shape = "layers.0.weight has shape (30, 5), expected 33 on axis 0"
@@ -331,8 +322,6 @@ def different_layers_are_refused() -> None:
     refused("a layer's ranks: layer is ColumnParallelLinear on rank 0", (COLUMN, ROW)[rank], **layer)
     COLUMN(**layer)
     refused("the ranks' models: layers is ", parallel_mlp, MLP([5, 7 + rank, 5]), mesh)
-    kinds = "the ranks' models: kinds is ['ColumnParallelLinear', 'RowParallelLinear'] on"
-    refused(kinds, (parallel_mlp, exact.parallel_mlp)[rank], MLP([5, 3]), mesh)
 
 
 def different_shapes_are_refused_before_they_are_sent() -> None:

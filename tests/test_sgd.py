@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""SGD in one call, and exact SGD: the steps, state, hooks and refusals of `torch.optim.SGD`."""
+"""SGD in one call: the steps, state, hooks and refusals of `torch.optim.SGD`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 from torch.testing import assert_close
 
-from torchpar.exact import ExactSGD
 from torchpar.optim import SGD
 
 TORCH = torch.optim.SGD
@@ -25,8 +24,6 @@ ARGUMENTS: list[dict[str, Any]] = [
 # Each step rounds an update at most thrice in either order of its three sums: 2·3·u of the largest term.
 STEPS = 4
 ROUNDING = STEPS * 6 / 2
-# ExactSGD also rounds each of its four products, of which it multiplies none again by more than 1.
-EXACT_ROUNDING = STEPS * (6 + 4) / 2
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -69,38 +66,12 @@ def test_steps_are_torchs(arguments: dict[str, Any]) -> None:
         found = run(SGD, dtype, **arguments)
         assert_same(found, run(TORCH, dtype, **arguments))
         assert all(torch.equal(a, b) for a, b in zip(found, run(SGD, dtype, **arguments), strict=True))
-    # Exact ones are torch's in float64, from the same numbers with the same gradients, rounded at the end.
-    expected = [t.float() for t in run(TORCH, torch.float64, **arguments)]
-    assert_same(run(ExactSGD, **arguments), expected, EXACT_ROUNDING + 0.5)
-    for kind in (SGD, ExactSGD):
         with pytest.raises(AssertionError):
-            assert_same(run(kind, **{**arguments, "weight_decay": 0.11}), expected, EXACT_ROUNDING + 0.5)
-
-
-@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
-def test_exact_steps_of_parts_have_the_bits_of_the_whole(arguments: dict[str, Any]) -> None:
-    whole, gradients = normal(37, 41, dtype=torch.float32), normal(STEPS, 37, 41, dtype=torch.float32, seed=1)
-
-    def stepped(part: Callable[[Tensor], Tensor]) -> Tensor:
-        p = part(whole.clone()).detach().requires_grad_()
-        optimizer = ExactSGD([p], lr=0.1, **arguments)
-        for gradient in gradients:
-            p.grad = part(gradient)
-            optimizer.step()
-        return p.detach()
-
-    expected = stepped(lambda t: t)
-    parts: list[Callable[[Tensor], Tensor]] = [
-        lambda t: t[3:4, 5:6].clone(),
-        lambda t: t.T,
-        lambda t: t.flatten()[1:],
-    ]
-    for part in parts:
-        assert torch.equal(stepped(part), part(expected))
+            assert_same(run(SGD, dtype, **{**arguments, "weight_decay": 0.11}), found)
 
 
 def test_a_closure_is_called_with_gradients() -> None:
-    for kind, rate in ((SGD, torch.tensor(0.1)), (ExactSGD, torch.tensor(0.1)), (SGD, 0.1)):
+    for kind, rate in ((SGD, torch.tensor(0.1)), (SGD, 0.1)):
         p = torch.ones(3, requires_grad=True)
         optimizer = kind([p], lr=rate)
 
@@ -135,9 +106,9 @@ def test_any_layout(layout: str) -> None:
 
 
 def test_scaled_gradients() -> None:
-    """GradScaler leaves it to SGD to divide by the scale and to skip a step, and not to ExactSGD."""
+    """GradScaler leaves it to SGD to divide by the scale and to skip a step."""
     results = []
-    for kind in (TORCH, SGD, ExactSGD):
+    for kind in (TORCH, SGD):
         p = torch.zeros(3, requires_grad=True)
         optimizer, scaler = kind([p], lr=0.1, momentum=0.9), torch.amp.GradScaler("cpu", init_scale=4.0)
         for factor in (1.0, float("inf"), 2.0):
@@ -146,8 +117,7 @@ def test_scaled_gradients() -> None:
             scaler.update()
             optimizer.zero_grad()
         results.append([p])
-    for result in results[1:]:
-        assert_same(result, results[0])
+    assert_same(*results)
 
 
 P = torch.ones(3, requires_grad=True)
@@ -158,8 +128,7 @@ DAMPENED = TORCH([P], momentum=0.9, dampening=0.5)
     "call, message",
     [
         (lambda: SGD([{"params": [P], "dampening": 0.5}]), r"dampening is 0\.5, expected 0; take torch"),
-        (lambda: ExactSGD([P]).load_state_dict(DAMPENED.state_dict()), r"dampening is 0\.5, expected 0"),
-        (lambda: ExactSGD([{"params": [P], "maximize": True}]), "maximize is True, expected 0"),
+        (lambda: SGD([P]).load_state_dict(DAMPENED.state_dict()), r"dampening is 0\.5, expected 0"),
     ],
 )
 def test_refusals(call: Callable[[], Any], message: str) -> None:
