@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from torchpar import exact, training
+from torchpar import training
 from torchpar.nn import MLP
 from torchpar.parallel import join_world, parallel_mlp
 from torchpar.parallel.split import shared_memory
@@ -39,24 +39,22 @@ def count(
     """Dimension, operation and bytes of this rank's messages in a step.
 
     Args:
-        way: "exact", "fused", "muon", or by autograd and without an optimizer.
+        way: "fused", "muon", or by autograd and without an optimizer.
         shared: whether gradients may be added through shared memory.
     """
     torch.manual_seed(0)
-    loss, is_exact = partial(loss_sum, "cross-entropy"), way == "exact"
+    loss = partial(loss_sum, "cross-entropy")
     with join_world("cpu") as world:
         world = world.with_mesh(**axes)
         model = MLP(sizes)
         if way != "fused":
-            split = exact.parallel_mlp if is_exact else parallel_mlp
-            model = stage_mlp(split(model, world.mesh["tp"]), world.mesh["pp"])
+            model = stage_mlp(parallel_mlp(model, world.mesh["tp"]), world.mesh["pp"])
         with patch.object(shared_memory, "SUPPORTED", shared_memory.SUPPORTED and shared):
-            add_gradients = exact.ExactGradients(model, world) if is_exact else None
             gradients = FusedGradients(model, world) if way == "fused" else None
         replica: Any = model
         if world.mesh["pp"].size() > 1:
-            gradients = partial(Pipeline(model, world, add_gradients=add_gradients).step, loss_sum=loss)
-        elif world.dp_size > 1 and not is_exact and gradients is None:
+            gradients = partial(Pipeline(model, world).step, loss_sum=loss)
+        elif world.dp_size > 1 and gradients is None:
             replica = DistributedDataParallel(model, process_group=world.mesh["dp"].get_group())
             if shared:
                 register_shared_memory_hook(replica, world)
@@ -72,8 +70,6 @@ def count(
                     gradients(*mine, batch)
                 else:
                     loss(replica(mine[0]), mine[1]).backward()
-                if add_gradients is not None and world.mesh["pp"].size() == 1:
-                    add_gradients()
                 if optimizer is not None:
                     optimizer.step()
             model.zero_grad()
@@ -112,15 +108,6 @@ def test_messages_of_a_mesh(ranks, axes, sizes, expected):
     world_size = math.prod(axes.values())
     for rank, calls in enumerate(ranks(world_size, count, axes, sizes)):
         assert calls == expected[rank * len(expected) // world_size]  # the ranks of a stage are neighbours
-
-
-def test_messages_of_exact_arithmetic(ranks):
-    """Before each sum, 8 bytes a number, the ranks agree on the exponents of its rows, 4 bytes each."""
-    for calls in ranks(3, count, {"dp": 3}, SIZES, "exact", 2):  # a rank without a sample
-        assert calls == sums("dp", 4 * 2 * sum(SIZES[1:]), 8 * 164)
-    of_samples_and_features = [4 * (12 + 4), 4 * (12 + 2), 4 * (12 + 4)]
-    for calls in ranks(2, count, {"tp": 2}, SIZES, "exact"):
-        assert calls == sums("tp", *of_samples_and_features, 8 * 48, 8 * 24, 8 * 48)
 
 
 @pytest.mark.parametrize("shared", [True, False])
