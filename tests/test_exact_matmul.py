@@ -22,7 +22,7 @@ from torchpar.errors import ConfigError
 from torchpar.exact import operands
 from torchpar.exact.operands import Operand
 from torchpar.ops import _exact
-from torchpar.ops._matrix import half_sum
+from torchpar.ops.matrix import half_sum
 
 LARGEST = torch.finfo(torch.float32).max
 LEAST = 2.0**-149  # subnormal

@@ -14,7 +14,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchpar
-from torchpar.ops import _cpu
+from torchpar.ops import symmetric_cpu
 
 PAIRS = [(dtype, dtype) for dtype in FLOATS]
 PAIRS += [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
@@ -89,7 +89,7 @@ def test_no_matrix_of_the_results_size_is_made(dtype):
     n = 2048
     x, h = operands((n, 8), dtype, torch.float32, "cpu")
     with Sizes() as sizes:
-        _cpu.symmetric_addmm_(h, x, x, 1.0, 1.0)
+        symmetric_cpu.symmetric_addmm_(h, x, x, 1.0, 1.0)
     assert 0 < sizes.largest <= n * n / 4
     with Sizes() as sizes:
         h.copy_(h + x.float() @ x.float().mT)

@@ -28,8 +28,8 @@ import torch.distributed as dist
 
 import torchpar
 from torchpar import self_test
-from torchpar.ops import _cpu_table, _processor
-from torchpar.ops._processor import cpuinfo
+from torchpar.ops import cpu_table
+from torchpar.ops.processor import cpuinfo, has_bfloat16, has_onednn, processor_kind
 
 # The oldest and the newest versions that the tests have run with.
 TESTED = {
@@ -154,13 +154,13 @@ def processor() -> Iterator[Finding]:
         yield Finding("threads", text, "problem", f"export OMP_NUM_THREADS={cores}")
     else:
         yield Finding("threads", text)
-    library = "oneDNN, if they are large" if _processor.has_onednn() else "PyTorch's BLAS library"
+    library = "oneDNN, if they are large" if has_onednn() else "PyTorch's BLAS library"
     yield Finding("float32 products", f"by {library}")
-    loaded, tune = _cpu_table.load(), "python -m torchpar tune --device cpu"
+    loaded, tune = cpu_table.load(), "python -m torchpar tune --device cpu"
     if loaded:
         path, table = loaded
         dtypes = dict.fromkeys(entry[0] for entry in table["symmetric"])
-        gains = (f"{one} {_cpu_table.choice(getattr(torch, one), 1024, 1024).gain:.2f}" for one in dtypes)
+        gains = (f"{one} {cpu_table.choice(getattr(torch, one), 1024, 1024).gain:.2f}" for one in dtypes)
         text = f"{path.name}, of torch {table['torch']}; X·Xᵀ of 1024 × 1024, speed-up over torch.mm with "
         text += f"{torch.get_num_threads()} threads: {', '.join(gains)}"
         if table["torch"].partition("+")[0] == torch.__version__.partition("+")[0]:
@@ -168,7 +168,7 @@ def processor() -> Iterator[Finding]:
         else:
             yield Finding("measured products", f"{text}; this torch is {torch.__version__}", "note", tune)
     else:
-        kind = _processor.processor_kind()
+        kind = processor_kind()
         yield Finding("measured products", f"none for {kind}; the defaults are used", "note", tune)
     compiler = shutil.which(os.environ.get("CXX") or "g++")
     if compiler:
@@ -176,7 +176,7 @@ def processor() -> Iterator[Finding]:
     else:
         remedy = "apt-get install g++, or set CXX"
         yield Finding("C++ compiler", "missing; torch.compile on CPUs needs one", "note", remedy)
-    fast = _processor.has_bfloat16()
+    fast = has_bfloat16()
     yield Finding("bfloat16 products", "fast" if fast else "slow; Muon multiplies float32")
 
 

@@ -27,7 +27,7 @@ from torchpar.errors import ConfigError
 from torchpar.exact import ieee
 from torchpar.exact.operands import Operand
 from torchpar.exact.tensor_parallel import shared_exponents, shared_product
-from torchpar.ops._matrix import rows
+from torchpar.ops.matrix import rows
 from torchpar.parallel.split.layers import (
     LINEAR_LAYERS,
     Activation,

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from torchpar.library import Wrap, batch_first, sample, supports_tma
-from torchpar.ops import _onednn
-from torchpar.ops._matrix import check_dtype, check_like, fp32_precision, is_paired, pad_to_even, rows
+from torchpar.ops import linear_cpu
 from torchpar.ops._operator import operator
-from torchpar.ops._processor import has_bfloat16
+from torchpar.ops.matrix import check_dtype, check_like, fp32_precision, is_paired, pad_to_even, rows
+from torchpar.ops.processor import has_bfloat16
 
 
 def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -78,12 +78,12 @@ def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
     They are on CPUs, if the layer is small or not float32, and for 16-bit floats if its sizes are even.
     """
-    return x.is_cpu and _is_native_on_cpu(x, weight) and _onednn.is_eager(x, weight, bias)
+    return x.is_cpu and _is_native_on_cpu(x, weight) and linear_cpu.is_eager(x, weight, bias)
 
 
 def _is_native_on_cpu(x: Tensor, weight: Tensor) -> bool:
     if x.dtype == torch.float32:
-        return not _onednn.layer_prefers_onednn(x, weight)
+        return not linear_cpu.layer_prefers_onednn(x, weight)
     if is_paired(x):
         slow = x.dtype == torch.bfloat16 and not has_bfloat16()
         return not slow and not any(size % 2 for size in (*weight.shape, math.prod(x.shape[:-1])))
@@ -102,9 +102,9 @@ def _op(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wrap: Wrap) ->
         if wrap is None and x.dtype == torch.bfloat16 and not has_bfloat16():
             # Products of bfloat16 would take 50 times as long.
             bias = None if bias is None else bias.float()
-            return _onednn.linear_forward(x.float(), weight.float(), bias, sigmoid=True).bfloat16()
+            return linear_cpu.linear_forward(x.float(), weight.float(), bias, sigmoid=True).bfloat16()
         if wrap is None:
-            return _onednn.linear_forward(x, weight, bias, sigmoid=True)
+            return linear_cpu.linear_forward(x, weight, bias, sigmoid=True)
         return linear(*pad_to_even(x, weight), bias).sigmoid_()
     from torchpar.kernels import linear_sigmoid as kernels
 
@@ -143,7 +143,7 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, y = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad
     dz, db = sigmoid_backward(g, y, need_bias)
-    dx, dw = _onednn.linear_gradients(dz, x, weight, need_x, need_weight)
+    dx, dw = linear_cpu.linear_gradients(dz, x, weight, need_x, need_weight)
     return dx, dw, db
 
 

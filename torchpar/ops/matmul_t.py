@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from torchpar.library import Wrap, batch_first, is_split, sample
-from torchpar.ops import _cpu
-from torchpar.ops._matrix import check_dtype, check_like, half_sum, product
+from torchpar.ops import symmetric_cpu
 from torchpar.ops._operator import operator
+from torchpar.ops.matrix import check_dtype, check_like, half_sum, product
 from torchpar.ops.symmetric_matmul import symmetric_product
 
 
@@ -69,9 +69,9 @@ def _gathered(x: Any) -> Any:
 
 
 # Inductor would fuse the blocks of the CPU path into one slower kernel, and compile it for half a minute.
-@operator("matmul_t(Tensor x) -> Tensor", kernels="matmul_t", opaque=_cpu.is_opaque)
+@operator("matmul_t(Tensor x) -> Tensor", kernels="matmul_t", opaque=symmetric_cpu.is_opaque)
 def _op(x: Tensor, *, wrap: Wrap) -> Tensor:
-    if x.is_cpu and wrap is None and (small := _cpu.small_product(x)) is not None:
+    if x.is_cpu and wrap is None and (small := symmetric_cpu.small_product(x)) is not None:
         return small
     _check(x)
     return symmetric_product(x, x, None, 1.0, 0.0, wrap)
@@ -131,12 +131,12 @@ def _backward_formula(g: Tensor, x: Tensor) -> Tensor:
 @operator(
     "matmul_t_backward(Tensor g, Tensor x) -> Tensor",
     kernels="matmul_t",
-    opaque=lambda g, x: _cpu.is_opaque(x),
+    opaque=lambda g, x: symmetric_cpu.is_opaque(x),
 )
 def _backward_op(g: Tensor, x: Tensor, *, wrap: Wrap) -> Tensor:
     _check_backward(g, x)
     if not x.is_cuda:
-        return _cpu.symmetrized_product(g, x).contiguous()
+        return symmetric_cpu.symmetrized_product(g, x).contiguous()
     if x.dtype == torch.float16:
         return _backward_formula(g, x).contiguous()
     from torchpar.kernels import matmul_t as kernels

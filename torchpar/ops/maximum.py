@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from torchpar.library import Wrap, batch_first, empty_elementwise, sample
-from torchpar.ops._matrix import check_dtype
 from torchpar.ops._operator import operator
+from torchpar.ops.matrix import check_dtype
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 _DTYPES = (*_INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float64)

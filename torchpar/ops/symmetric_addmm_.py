@@ -14,9 +14,9 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from torchpar.library import Wrap
-from torchpar.ops import _cpu
-from torchpar.ops._matrix import check_dtype, check_like, fp32_precision, product
+from torchpar.ops import symmetric_cpu
 from torchpar.ops._operator import operator
+from torchpar.ops.matrix import check_dtype, check_like, fp32_precision, product
 
 _NO_GRADIENT = (
     "symmetric_matmul(): functions with out=... arguments don't support automatic differentiation, but one "
@@ -77,9 +77,9 @@ def _op(h: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float, wrap: Wra
         if beta == 0:
             h.zero_()
         else:
-            _cpu.mirror_(h.mul_(beta))
+            symmetric_cpu.mirror_(h.mul_(beta))
     elif not h.is_cuda:
-        _cpu.symmetric_addmm_(h, a, b, alpha, beta)
+        symmetric_cpu.symmetric_addmm_(h, a, b, alpha, beta)
     elif not h.is_contiguous():
         h.copy_(_by_kernel(h.contiguous(), a, b, alpha, beta))
     else:

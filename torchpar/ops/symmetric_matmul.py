@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from torchpar.library import Wrap, batch_first, is_dtensor, sample, supports_tma
-from torchpar.ops import _cpu
-from torchpar.ops._matrix import check_dtype, check_like, fp32_precision, product
+from torchpar.ops import symmetric_cpu
 from torchpar.ops._operator import operator
+from torchpar.ops.matrix import check_dtype, check_like, fp32_precision, product
 from torchpar.ops.symmetric_addmm_ import check_out, symmetric_addmm_
 
 
@@ -137,7 +137,7 @@ def _is_checked_dtensor(a: Tensor, *_: Any, check: bool = False, **factors: Any)
 
 
 def _is_opaque(a: Tensor, *_: Any, check: bool = False, **factors: Any) -> bool:
-    return check or _cpu.is_opaque(a)
+    return check or symmetric_cpu.is_opaque(a)
 
 
 @operator(
@@ -167,7 +167,7 @@ def symmetric_product(
 ) -> Tensor:
     """The result of the operator, and of `torchpar.matmul_t`, for arguments that have been checked."""
     if not a.is_cuda:
-        return _cpu.symmetric_product(a, b, c, alpha, beta)
+        return symmetric_cpu.symmetric_product(a, b, c, alpha, beta)
     from torchpar.kernels import matmul_t as kernels
 
     out = None

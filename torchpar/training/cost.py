@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchpar.ops._onednn import prefers_onednn_layer
+from torchpar.ops.linear_cpu import prefers_onednn_layer
 from torchpar.optim.exchange import CHECKSUM_BYTES, assign_owners, messages
 from torchpar.optim.matrices import multiplications
 from torchpar.parallel.launch.world import World

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Measure the products of this processor, for the table in `torchpar.ops._cpu_table`, in about a minute."""
+"""Measure the products of this processor, for the table in `torchpar.ops.cpu_table`, in about a minute."""
 
 import math
 import time
@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from torchpar.errors import ConfigError
-from torchpar.ops import _cpu, _cpu_table, _onednn, _processor
-from torchpar.ops._cpu_table import Choice
+from torchpar.ops import cpu_table, linear_cpu, processor, symmetric_cpu
+from torchpar.ops.cpu_table import Choice
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _LAYER_DTYPES = (torch.float32, torch.bfloat16)
@@ -51,7 +51,7 @@ def candidates(dtype: torch.dtype, n: int) -> list[Choice]:
     found = [
         Choice("blas", rows, 1.0) for rows in sorted({0, 128, 256, 512, n}) if 2 * rows <= n or rows == n
     ]
-    if dtype == torch.float32 and _processor.uses_onednn():
+    if dtype == torch.float32 and processor.uses_onednn():
         found += [Choice("onednn", rows, 1.0) for rows in (128, 256, 512) if rows <= n]
     return found
 
@@ -118,13 +118,13 @@ def measure_symmetric(dtype: torch.dtype, n: int, k: int) -> Choice:
     ways, expected = [], reference(x)
     for way in candidates(dtype, n):
         try:
-            check(_cpu.symmetric_product(x, x, chosen=way), expected, way)
+            check(symmetric_cpu.symmetric_product(x, x, chosen=way), expected, way)
             ways.append(way)
         except ValueError as error:
             print(f"left out: {error}")
     if not ways:
         raise ConfigError(f"no product of {n}x{k} in {dtype} is right on this processor")
-    calls = [partial(_cpu.symmetric_product, x, x, chosen=way) for way in ways]
+    calls = [partial(symmetric_cpu.symmetric_product, x, x, chosen=way) for way in ways]
     if n < _COLD_BELOW and len(ways) > 1:
         first, *others = seconds(calls, cold=True)
         kept = [True, *(taken <= _MARGIN * first for taken in others)]
@@ -147,7 +147,7 @@ def measure_layers() -> float:
         def step(layer: Callable[..., Tensor]) -> None:
             layer(x, weight, bias).backward(g)  # noqa: B023
 
-        ours, plain = seconds([partial(step, _onednn._Linear.apply), partial(step, linear)])
+        ours, plain = seconds([partial(step, linear_cpu.LinearFunction.apply), partial(step, linear)])
         if ours * _LAYER_MARGIN >= plain:
             break
         found = b * inner * outer / torch.get_num_threads()
@@ -160,8 +160,8 @@ def measure_bfloat16() -> float:
     wide = [torch.randn(shape) for shape in ((b, inner), (outer, inner), (b, outer))]
 
     def products(x: Tensor, weight: Tensor, g: Tensor) -> None:
-        _onednn.linear_forward(x, weight, None)
-        _onednn.linear_gradients(g, x, weight)
+        linear_cpu.linear_forward(x, weight, None)
+        linear_cpu.linear_gradients(g, x, weight)
 
     float32, bfloat16 = seconds([partial(products, *(t.to(dtype) for t in wide)) for dtype in _LAYER_DTYPES])
     return round(float32 / bfloat16, 3)
@@ -191,23 +191,23 @@ def _measure(threads: int) -> dict[str, list[Any]]:
     print(f"layers in bfloat16, threads: {threads}, {bfloat16[0][1]:.2f}× float32")
     for dtype in DTYPES:
         for n, k in SIZES:
-            if n * n * k <= _MOST[dtype] and _cpu.computed_in(dtype) == dtype:
+            if n * n * k <= _MOST[dtype] and symmetric_cpu.computed_in(dtype) == dtype:
                 chosen = measure_symmetric(dtype, n, k)
                 symmetric.append([str(dtype).removeprefix("torch."), threads, n, k, *chosen])
                 way = f"{chosen.library}, {chosen.rows or 'all'} rows at a time"
                 print(f"{symmetric[-1][0]}, threads: {threads}, {n}x{k}: {way}, {chosen.gain:.2f}×")
-    if _processor.uses_onednn():
+    if processor.uses_onednn():
         layers.append([threads, measure_layers()])
         print(f"linear layers, threads: {threads}, oneDNN from {layers[0][1]:.3g} multiplications per thread")
     return {"symmetric": symmetric, "layers": layers, "bfloat16": bfloat16}
 
 
 def _save(threads: int, measured: dict[str, list[Any]]) -> Path:
-    loaded = _cpu_table.load()
+    loaded = cpu_table.load()
     before = loaded[1] if loaded else {}
-    for name, position in _cpu_table.THREADS_AT.items():
+    for name, position in cpu_table.THREADS_AT.items():
         kept = [entry for entry in before.get(name, []) if entry[position] != threads]
         measured[name] = kept + measured[name]
     date = datetime.now(UTC).date().isoformat()
-    header = {"processor": _processor.processor_kind(), "torch": torch.__version__, "date": date}
-    return _cpu_table.save(header | measured)
+    header = {"processor": processor.processor_kind(), "torch": torch.__version__, "date": date}
+    return cpu_table.save(header | measured)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Symmetric matrix products on the CPU, at half the arithmetic.
 
-Where a table says so, float32 goes to oneDNN (`torchpar.ops._onednn`), in chains of `_CHAIN` terms: the error
-is then MKL's.
+Where a table says so, float32 goes to oneDNN (`torchpar.ops.linear_cpu`), in chains of `_CHAIN` terms: the
+error is then MKL's.
 """
 
 import itertools
@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from torchpar.ops._cpu_table import CHOSEN_FROM, Choice, choice, remembered
-from torchpar.ops._matrix import DTYPES, half_sum, lower_mask, mirrored, pad_to_even, product
-from torchpar.ops._onednn import onednn, prefers_onednn
-from torchpar.ops._processor import has_bfloat16
+from torchpar.ops.cpu_table import CHOSEN_FROM, Choice, choice, remembered
+from torchpar.ops.linear_cpu import onednn, prefers_onednn
+from torchpar.ops.matrix import DTYPES, half_sum, lower_mask, mirrored, pad_to_even, product
+from torchpar.ops.processor import has_bfloat16
 
 _CHAIN = 128
 _CPU = torch.device("cpu")

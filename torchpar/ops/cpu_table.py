@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
-from torchpar.ops import _processor
+from torchpar.ops import processor
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -66,7 +66,7 @@ def choice(dtype: torch.dtype, n: int, k: int) -> Choice:
     """The way to X·Xᵀ for X ``(n, k)`` on this processor, with the present number of threads."""
     if type(n) is not int or type(k) is not int or n < CHOSEN_FROM:  # a symbolic size is in no table
         return WHOLE
-    return _choice(dtype, n, max(k, 1), torch.get_num_threads(), _processor.uses_onednn())
+    return _choice(dtype, n, max(k, 1), torch.get_num_threads(), processor.uses_onednn())
 
 
 @remembered
@@ -87,7 +87,7 @@ def default(dtype: torch.dtype, n: int, has_onednn: bool = False) -> Choice:
     if n < _WHOLE_BELOW:
         return WHOLE
     library = "onednn" if has_onednn and dtype == torch.float32 else "blas"
-    gain = 1.5 * (n >= _GAIN_FROM and not _processor.has_amx())
+    gain = 1.5 * (n >= _GAIN_FROM and not processor.has_amx())
     return Choice(library, 128 if dtype == torch.float64 else 256, gain)
 
 
@@ -115,12 +115,12 @@ def _layer_multiplications(threads: int) -> float | None:
 
 def bfloat16_gain() -> float:
     """How many times as fast a layer's products are in bfloat16 as in float32; 0 or 1 if unknown."""
-    unknown = float(_processor.has_bfloat16())
+    unknown = float(processor.has_bfloat16())
     return next((gain for _, gain in _of_threads("bfloat16", torch.get_num_threads())), unknown)
 
 
 def file_name() -> str:
-    return f"cpu-{_processor.processor_kind()}.json"
+    return f"cpu-{processor.processor_kind()}.json"
 
 
 def load() -> tuple[Path, dict[str, Any]] | None:
@@ -156,9 +156,9 @@ def _entries() -> dict[str, list[Any]]:
 def check(table: Any) -> None:
     """Raise a ValueError that says what is wrong with a table."""
     try:
-        if table["processor"] != _processor.processor_kind():
+        if table["processor"] != processor.processor_kind():
             raise ValueError(
-                f"the table is of {table['processor']!r}, expected {_processor.processor_kind()!r}"
+                f"the table is of {table['processor']!r}, expected {processor.processor_kind()!r}"
             )
         for dtype, threads, n, k, library, rows, gain in table["symmetric"]:
             known = isinstance(getattr(torch, dtype), torch.dtype) and library in LIBRARIES

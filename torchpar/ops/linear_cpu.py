@@ -16,9 +16,9 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from torchpar.ops import _cpu_table, _processor
-from torchpar.ops._matrix import pad_to_even, product, rows
-from torchpar.ops._processor import has_bfloat16
+from torchpar.ops import cpu_table, processor
+from torchpar.ops.matrix import pad_to_even, product, rows
+from torchpar.ops.processor import has_bfloat16
 
 CHAIN = 264
 _is_tracing = torch._C._is_tracing
@@ -31,13 +31,13 @@ _MIN_LAYER = 5_000_000
 
 def prefers_onednn(t: Tensor) -> bool:
     """Return True if products of ``t`` go to oneDNN where they are large enough."""
-    return t.is_cpu and t.dtype == torch.float32 and _processor.uses_onednn()
+    return t.is_cpu and t.dtype == torch.float32 and processor.uses_onednn()
 
 
 def prefers_onednn_layer(multiplications: int) -> bool:
     """Return True if a float32 linear layer on the CPU, forward and backward, is faster by oneDNN."""
-    least = _cpu_table.layer_multiplications() or _MIN_LAYER
-    return multiplications >= least * torch.get_num_threads() and _processor.uses_onednn()
+    least = cpu_table.layer_multiplications() or _MIN_LAYER
+    return multiplications >= least * torch.get_num_threads() and processor.uses_onednn()
 
 
 def onednn(
@@ -56,7 +56,7 @@ def onednn(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`torch.nn.functional.linear`, differentiable."""
     by_onednn = is_eager(x, weight, bias) and layer_prefers_onednn(x, weight) and _fits(x, weight, bias)
-    return _Linear.apply(x, weight, bias) if by_onednn else F.linear(x, weight, bias)
+    return LinearFunction.apply(x, weight, bias) if by_onednn else F.linear(x, weight, bias)
 
 
 def layer_prefers_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -161,7 +161,7 @@ def is_eager(*tensors: Tensor | None) -> bool:
     )
 
 
-class _Linear(torch.autograd.Function):
+class LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
