@@ -197,7 +197,7 @@ def test_compilers_look_through_an_operator_and_other_tracers_do_not() -> None:
 
 def test_compute_elementwise_output_strides_is_atens() -> None:
     shapes = list(itertools.product((1, 2), repeat=3))
-    layouts = ["contiguous", "transposed", "rotated", "stepped", "expanded"]
+    layouts = ["contiguous", "transposed", "permuted", "stepped", "expanded"]
     for a_shape, b_shape, *names in itertools.product(shapes, shapes, layouts, layouts):
         a, b = (LAYOUTS[n](torch.empty(s)) for s, n in zip((a_shape, b_shape), names, strict=True))
         shape = torch.broadcast_shapes(a_shape, b_shape)
