@@ -50,17 +50,17 @@ def patch_bfloat16(patch: pytest.MonkeyPatch) -> None:
 def force(patch: pytest.MonkeyPatch) -> list[int]:
     """Let every float32 product on the CPU go to oneDNN; the list will hold each one's number of chains."""
     counts: list[int] = []
-    chains = linear_cpu._chains
+    in_chains = linear_cpu.in_chains
 
-    def count(a: Tensor, b: Tensor) -> int:
-        counts.extend(filter(None, [chains(a, b)]))
-        return chains(a, b)
+    def count(terms: list[Any], *rest: Any) -> Tensor:
+        counts.append(len(terms))
+        return in_chains(terms, *rest)
 
     patch.setattr(processor, "has_onednn", lambda: True)
     patch_bfloat16(patch)
     patch.setattr(linear_cpu, "_MIN_PRODUCT", 1)
     patch.setattr(linear_cpu, "_MIN_LAYER", 1)
-    patch.setattr(linear_cpu, "_chains", count)
+    patch.setattr(linear_cpu, "in_chains", count)
     return counts
 
 
@@ -243,11 +243,14 @@ def lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     if not torch.backends.mkldnn.is_available():
         pytest.skip("oneDNN is not in this build of PyTorch")
     lengths: list[int] = []
-    chain = symmetric_cpu.onednn
+    chain = linear_cpu.onednn
     monkeypatch.setattr(processor, "has_onednn", lambda: True)
-    monkeypatch.setattr(
-        symmetric_cpu, "onednn", lambda a, *rest: lengths.append(a.shape[1]) or chain(a, *rest)
-    )
+
+    def recorded(a: Tensor, *rest: Any, **how: Any) -> Tensor:
+        lengths.append(a.shape[1])
+        return chain(a, *rest, **how)
+
+    monkeypatch.setattr(linear_cpu, "onednn", recorded)
     return lengths
 
 

@@ -89,7 +89,7 @@ def test_no_matrix_of_the_results_size_is_made(dtype):
     n = 2048
     x, h = operands((n, 8), dtype, torch.float32, "cpu")
     with Sizes() as sizes:
-        symmetric_cpu.symmetric_addmm_(h, x, x, 1.0, 1.0)
+        symmetric_cpu.symmetric_product(x, x, h, 1.0, 1.0, h)
     assert 0 < sizes.largest <= n * n / 4
     with Sizes() as sizes:
         h.copy_(h + x.float() @ x.float().mT)

@@ -80,13 +80,13 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, sigmoid: bool = False) -> Tensor:
     """``x @ weight.T + bias`` for ``x (*, in)``, ``weight (out, in)``, or its sigmoid; not differentiable."""
-    count = _chains(x, weight)
-    if count == 0:
+    length = _chain_length(x, weight)
+    if length == 0:
         y = F.linear(*pad_to_even(x, weight), bias)
         return y.sigmoid_() if sigmoid else y
     if bias is not None:
         bias = bias.contiguous()  # oneDNN reads it as if it were
-    y = _in_chains(rows(x), weight, count, bias, sigmoid)
+    y = in_chains(cut(rows(x), weight, length), bias, sigmoid)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], len(weight))
 
 
@@ -112,29 +112,29 @@ def linear_gradients(
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` for matrices; no gradient."""
-    if a.numel() * b.shape[1] < _MIN_PRODUCT:
-        return a.mm(b)
-    count = _chains(a, b.T)
-    return _in_chains(a, b.T, count) if count else a.mm(b)
+    length = _chain_length(a, b.T)
+    return in_chains(cut(a, b.T, length)) if length else a.mm(b)
 
 
-def _in_chains(a: Tensor, b: Tensor, count: int, bias: Tensor | None = None, sigmoid: bool = False) -> Tensor:
-    if count == 1:
-        return onednn(a, _dense(b), bias=bias, sigmoid=sigmoid)
-    length = -(-a.shape[1] // count)
-    terms = list(zip(a.split(length, 1), map(_dense, b.split(length, 1)), strict=True))
-    out = onednn(*terms[0], bias=bias)
+def cut(a: Tensor, b: Tensor, length: int) -> list[tuple[Tensor, Tensor]]:
+    """Matrices ``a`` and ``b`` cut into ``length`` columns each, as `in_chains` takes them."""
+    parts = [t if t.is_contiguous() or t.mT.is_contiguous() else t.contiguous() for t in b.split(length, 1)]
+    return list(zip(parts if a is b else a.split(length, 1), parts, strict=True))
+
+
+def in_chains(
+    terms: list[tuple[Tensor, Tensor]], bias: Tensor | None = None, sigmoid: bool = False
+) -> Tensor:
+    """``a @ b.T + bias``, or its sigmoid, for matrices that were `cut`."""
+    is_one = len(terms) == 1
+    out = onednn(*terms[0], bias=bias, sigmoid=sigmoid and is_one)
     for term in terms[1:]:
         out = onednn(*term, out)
-    return out.sigmoid_() if sigmoid else out
+    return out.sigmoid_() if sigmoid and not is_one else out
 
 
-def _dense(t: Tensor) -> Tensor:
-    return t if t.is_contiguous() or t.mT.is_contiguous() else t.contiguous()
-
-
-def _chains(a: Tensor, b: Tensor) -> int:
-    """Number of oneDNN's chains for the product of the rows of ``a`` and ``b``; 0 where BLAS is as fast."""
+def _chain_length(a: Tensor, b: Tensor) -> int:
+    """The terms of a chain for the product of the rows of ``a`` and ``b``; 0 where BLAS is as fast."""
     multiplications = a.numel() * b.shape[0]
     if (
         multiplications < _MIN_PRODUCT
@@ -144,7 +144,8 @@ def _chains(a: Tensor, b: Tensor) -> int:
     ):
         return 0
     count = -(-b.shape[1] // CHAIN)
-    return count if multiplications >= _MIN_PRODUCT * count * torch.get_num_threads() else 0
+    is_large = multiplications >= _MIN_PRODUCT * count * torch.get_num_threads()
+    return -(-b.shape[1] // count) if is_large else 0
 
 
 def is_eager(*tensors: Tensor | None) -> bool:

@@ -71,8 +71,6 @@ def _gathered(x: Any) -> Any:
 # Inductor would fuse the blocks of the CPU path into one slower kernel, and compile it for half a minute.
 @operator("matmul_t(Tensor x) -> Tensor", kernels="matmul_t", opaque=symmetric_cpu.is_opaque)
 def _op(x: Tensor, *, wrap: Wrap) -> Tensor:
-    if x.is_cpu and wrap is None and (small := symmetric_cpu.small_product(x)) is not None:
-        return small
     _check(x)
     return symmetric_product(x, x, None, 1.0, 0.0, wrap)
 

@@ -79,7 +79,7 @@ def _op(h: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float, wrap: Wra
         else:
             symmetric_cpu.mirror_(h.mul_(beta))
     elif not h.is_cuda:
-        symmetric_cpu.symmetric_addmm_(h, a, b, alpha, beta)
+        symmetric_cpu.symmetric_product(a, b, h, alpha, beta, h)
     elif not h.is_contiguous():
         h.copy_(_by_kernel(h.contiguous(), a, b, alpha, beta))
     else:
