@@ -60,9 +60,6 @@ def test_gradient_of_matmul_t_does_not_overflow_where_the_sum_of_g_and_its_trans
     (tracked,) = torch.func.vjp(torchpar.matmul_t, x.detach())[1](g)
     assert_close(tracked, expected)
     assert_close(torch.ops.torchpar.matmul_t_backward(g, x.detach()), expected)
-    if len(shape) == 2:
-        formula = torch.func.vmap(torch.ops.torchpar.matmul_t_backward)
-        assert_close(torch.func.jvp(formula, (g[None], x[None]), (g[None] * 0, x[None]))[0][0], expected)
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (300, 70)], ids=str)

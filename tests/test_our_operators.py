@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from operators import BACKWARDS, OPERATORS, Shapes
-from samples import arguments, widest_arguments
+from operators import OPERATORS, Shapes
+from samples import widest_arguments
 from torch import Tensor
 
 from torchpar.testing import check_operator
@@ -66,28 +66,22 @@ def test_nothing_is_wrong(name: str, chosen: slice, device: str) -> None:
             assert printed[row.rule] == found
 
 
-CASES = {name: operator.small for name, operator in OPERATORS.items()}
-CASES |= {name: backward.cases for name, backward in BACKWARDS.items()}
-
-
 @pytest.mark.parametrize(
     "name, shapes",
     [
-        pytest.param(name, shapes, marks=[pytest.mark.slow] * (shapes != cases[0]))
-        for name, cases in CASES.items()
-        for shapes in cases
+        pytest.param(name, shapes, marks=[pytest.mark.slow] * (shapes != operator.small[0]))
+        for name, operator in OPERATORS.items()
+        for shapes in operator.small
     ],
     ids=str,
 )
 def test_every_placement(name: str, shapes: Shapes) -> None:
-    op, operands = getattr(torch.ops.torchpar, name).default, arguments(shapes)
-    if operator := OPERATORS.get(name):
-        assert readme(name)["DTensor"] == "works"
-        op = partial(op, **operator.factors(len(shapes)))
-        operands = operator.operands(*widest_arguments(name, shapes))
+    operator = OPERATORS[name]
+    op = partial(operator.overload, **operator.factors(len(shapes)))
+    operands = operator.operands(*widest_arguments(name, shapes))
     (row,) = check_operator(op, [operands], rules="DTensor").rows
-    assert row.outcome == "works", row
-    if operator and shapes == operator.small[0]:
+    assert row.outcome == readme(name)["DTensor"] == "works", row
+    if shapes == operator.small[0]:
         assert row.detail.startswith(f"{operator.local} of ")
 
 
@@ -97,17 +91,6 @@ def readme(name: str) -> dict[str, str]:
     rows = [[cell.strip(" `") for cell in line.split("|")] for line in table.splitlines()]
     column = rows[0].index(name)
     return {row[1]: row[column] for row in rows if row[1] in CHOSEN}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", BACKWARDS)
-def test_nothing_is_wrong_in_a_backward(name: str, device: str) -> None:
-    """Without a reference: derivatives are compared with numerical ones."""
-    overload = getattr(torch.ops.torchpar, name).default
-    samples = [arguments(shapes, device=device) for shapes in CASES[name]]
-    table = check_operator(overload, samples, rules=WITHOUT_RANKS)
-    check(name, table)
-    assert table["autocast"].detail == "it keeps float32"
 
 
 def check(name: str, table: OperatorTable) -> None:

@@ -323,10 +323,9 @@ class CustomOpDef(custom_ops.CustomOpDef):
 
     def _autograd(self, *args: Any, **kwargs: Any) -> Any:
         _register_sharding_rules()
-        transformed = peek_interpreter_stack() is not None or forward_ad._current_level >= 0
         if self._mutated:
-            return self._write(transformed, args, kwargs)
-        if transformed or (self._decompose and self._decompose(*args, **kwargs)):
+            return self._write(args, kwargs)
+        if is_transformed() or (self._decompose and self._decompose(*args, **kwargs)):
             return self._formula(*args, **kwargs)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return self._function(args, kwargs)
@@ -336,9 +335,9 @@ class CustomOpDef(custom_ops.CustomOpDef):
         with _AutoDispatchBelowAutograd():
             return self._opoverload(*args, **kwargs)
 
-    def _write(self, transformed: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call an operator that writes to arguments."""
-        if transformed:
+        if is_transformed():
             raise RuntimeError(f"{self._qualname} writes to an argument: no torch.func, no forward mode")
         given = dict(zip((one.name for one in self._positional), args, strict=False)) | kwargs
         written = [t for t in tree_flatten([given.get(name) for name in self._mutated])[0] if t is not None]
@@ -620,13 +619,14 @@ def is_dtensor(t: Tensor) -> bool:
     return module is not None and isinstance(t, module.DTensor)
 
 
-def is_split(t: Any, dim: int) -> bool:
-    """Whether ``t`` is a DTensor whose dimension ``dim`` (negative) is split over ranks."""
-    return (
-        is_dtensor(t)
-        and t.dim() >= -dim
-        and any(placement.is_shard(dim % t.dim()) for placement in t.placements)
-    )
+def is_transformed() -> bool:
+    """Whether torch.func transforms or forward mode act on a call."""
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def needs_formula(g: Tensor) -> bool:
+    """Whether the backward pass of ``g`` must consist of operators with derivatives and sharding rules."""
+    return torch.is_grad_enabled() or is_transformed() or is_dtensor(g)
 
 
 _sharding_rules: dict[Any, Callable[..., Any]] = {}  # by overload

@@ -8,9 +8,7 @@ With G = dL/dC:
     dL/dX = (G + Gᵀ)·X
 
 computed by a second operator: on a GPU one kernel makes (G + Gᵀ)/2, and PyTorch's library multiplies
-(float16 takes two products). With H = dL/d(dX), the derivatives of the second operator are
-
-    dL/dG = H·Xᵀ + X·Hᵀ        dL/dX = (G + Gᵀ)·H
+(float16 takes two products). It has no gradient: second derivatives are those of the formula.
 """
 
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchpar.library import Wrap, batch_first, is_split, sample
+from torchpar.library import Wrap, is_dtensor, needs_formula, sample
 from torchpar.ops import symmetric_cpu
 from torchpar.ops._operator import operator
 from torchpar.ops.matrix import check_dtype, check_like, half_sum, product
@@ -58,7 +56,7 @@ def _formula(x: Tensor) -> Tensor:
 
 
 def _is_split_by_rows(x: Tensor) -> bool:
-    return type(x) is not Tensor and is_split(x, -2)
+    return is_dtensor(x) and x.dim() >= 2 and any(p.is_shard(x.dim() - 2) for p in x.placements)  # type: ignore[attr-defined]
 
 
 def _gathered(x: Any) -> Any:
@@ -87,7 +85,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 def _backward(ctx: Any, g: Tensor) -> Tensor:
     (x,) = ctx.saved_tensors
-    return _backward_op(g, x)  # type: ignore[no-any-return]
+    return _backward_formula(g, x) if needs_formula(g) else _backward_op(g, x)
 
 
 _op.register_autograd(_backward, setup_context=_setup_context, formula=_formula, decompose=_is_split_by_rows)
@@ -119,7 +117,6 @@ def _check_backward(g: Tensor, x: Tensor) -> None:
 
 
 def _backward_formula(g: Tensor, x: Tensor) -> Tensor:
-    _check_backward(g, x)
     # G + Gᵀ can overflow where the result does not. Its half cannot, but would lose small float16 gradients.
     if x.dtype == torch.float16:
         return product(g, x.mT) + product(g.mT, x.mT)
@@ -148,38 +145,4 @@ def _(g: Tensor, x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _double_backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    g, x = ctx.saved_tensors
-    need_g, need_x = ctx.needs_input_grad
-    dg = product(h, x) if need_g else None
-    return None if dg is None else dg + dg.mT, _backward_op(g, h) if need_x else None
-
-
-_backward_op.register_autograd(
-    _double_backward,
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-    formula=_backward_formula,
-)
-
-
-@_backward_op.register_vmap
-def _(info: Any, in_dims: tuple[int | None, int | None], g: Tensor, x: Tensor) -> tuple[Tensor, int]:
-    g, x = (batch_first(t, dim, info.batch_size) for t, dim in zip((g, x), in_dims, strict=True))
-    return _backward_op(g, x), 0
-
-
 _backward_op.register_autocast(cast=False)
-
-
-@_backward_op.register_sharding
-def _(g: Any, x: Any) -> list[Any]:
-    from torch.distributed.tensor import Partial, Replicate, Shard
-
-    columns = Shard(x.ndim - 1)
-    batch = [([Shard(dim)], [Shard(dim), Shard(dim)]) for dim in range(x.ndim - 2)]
-    return [
-        ([Replicate()], [Replicate(), Replicate()]),
-        ([columns], [Replicate(), columns]),
-        ([Partial()], [Partial(), Replicate()]),
-        *batch,
-    ]
