@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from torchpar.library import is_transformed
 from torchpar.ops import cpu_table, processor
 from torchpar.ops.matrix import pad_to_even, product, rows
 from torchpar.ops.processor import has_bfloat16
@@ -47,7 +46,7 @@ def onednn(
 
     ``b`` or its transpose is contiguous. With another ``b`` oneDNN takes a thousand times as long.
     """
-    linear = torch.ops.mkldnn._linear_pointwise
+    linear: Any = torch.ops.mkldnn._linear_pointwise
     if onto is None:
         return linear(a, b, bias, "sigmoid" if sigmoid else "none", [], "")  # type: ignore[no-any-return]
     return linear.binary(a, onto, b, bias, "add")  # type: ignore[no-any-return]
@@ -55,24 +54,19 @@ def onednn(
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`torch.nn.functional.linear`, differentiable."""
-    by_onednn = is_eager(x, weight, bias) and layer_prefers_onednn(x, weight) and _fits(x, weight, bias)
+    by_onednn = is_eager(x, weight, bias) and takes_onednn(x, weight, bias)
     return LinearFunction.apply(x, weight, bias) if by_onednn else F.linear(x, weight, bias)
 
 
-def layer_prefers_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Return True if ``x @ weight.T`` belongs to a layer that is faster by oneDNN."""
-    return (
-        prefers_onednn_layer(x.numel() * weight.shape[:1].numel())
-        and x.is_cpu
-        and x.dtype == weight.dtype == torch.float32
-    )
+def takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return True if oneDNN takes a layer's operands, and is faster.
 
-
-def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Return True if oneDNN takes the operands. PyTorch takes more layouts and biases, or raises an error."""
+    PyTorch takes more layouts and biases, or raises an error.
+    """
     operands = (x, weight) if bias is None else (x, weight, bias)
     return (
-        all(t.is_cpu and t.dtype == x.dtype and t.layout == torch.strided for t in operands)
+        prefers_onednn_layer(x.numel() * weight.shape[:1].numel())
+        and all(t.is_cpu and t.dtype == torch.float32 and t.layout == torch.strided for t in operands)
         and weight.dim() == 2
         and (bias is None or bias.shape == weight.shape[:1])
     )
@@ -99,15 +93,14 @@ def linear_gradients(
         dx, dw = (None if t is None else t.bfloat16() for t in wide)
         return dx, dw
     if torch.is_grad_enabled() or not prefers_onednn(dz) or not is_eager(dz, x, weight):
-        dx = None
         # PyTorch's product of a one-dimensional DTensor and a matrix has a wrong shape (2.15).
-        if need_x and dz.dim() == 1:
-            dx = product(rows(dz), weight.mT).view(x.shape)
-        elif need_x:
-            dx = product(dz, weight.mT)
-        return dx, product(rows(dz).mT, rows(x).mT) if need_weight else None
-    dx = mm(rows(dz), weight).view(x.shape) if need_x else None
-    return dx, mm(rows(dz).T, rows(x)) if need_weight else None
+        flat = rows(dz) if dz.dim() == 1 else dz
+        dx = product(flat, weight.mT) if need_x else None
+        dw = product(rows(dz).mT, rows(x).mT) if need_weight else None
+    else:
+        dx = mm(rows(dz), weight) if need_x else None
+        dw = mm(rows(dz).T, rows(x)) if need_weight else None
+    return None if dx is None else dx.view(x.shape), dw
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
@@ -135,30 +128,20 @@ def in_chains(
 
 def _chain_length(a: Tensor, b: Tensor) -> int:
     """The terms of a chain for the product of the rows of ``a`` and ``b``; 0 where BLAS is as fast."""
-    multiplications = a.numel() * b.shape[0]
-    if (
-        multiplications < _MIN_PRODUCT
-        or not prefers_onednn(a)
-        or b.dtype != a.dtype
-        or a.shape[-1:] != b.shape[1:]
-    ):
-        return 0
     count = -(-b.shape[1] // CHAIN)
-    is_large = multiplications >= _MIN_PRODUCT * count * torch.get_num_threads()
-    return -(-b.shape[1] // count) if is_large else 0
+    by_onednn = (
+        a.numel() * b.shape[0] >= _MIN_PRODUCT * max(count * torch.get_num_threads(), 1)
+        and prefers_onednn(a)
+        and b.dtype == a.dtype
+        and a.shape[-1:] == b.shape[1:]
+    )
+    return -(-b.shape[1] // count) if by_onednn else 0
 
 
 def is_eager(*tensors: Tensor | None) -> bool:
     """Return True if no compiler, transform, tensor subclass or autocast must intercept the calls."""
-    for t in tensors:
-        if type(t) not in _PLAIN:
-            return False
-    return not (
-        torch.compiler.is_compiling()
-        or _is_tracing()
-        or peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or torch.is_autocast_enabled("cpu")
+    return all(type(t) in _PLAIN for t in tensors) and not (
+        torch.compiler.is_compiling() or _is_tracing() or is_transformed() or torch.is_autocast_enabled("cpu")
     )
 
 

@@ -65,12 +65,10 @@ def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
     They are on CPUs, if the layer is small or not float32, and for 16-bit floats if its sizes are even.
     """
-    return x.is_cpu and _is_native_on_cpu(x, weight) and linear_cpu.is_eager(x, weight, bias)
-
-
-def _is_native_on_cpu(x: Tensor, weight: Tensor) -> bool:
+    if not (x.is_cpu and linear_cpu.is_eager(x, weight, bias)):
+        return False
     if x.dtype == torch.float32:
-        return not linear_cpu.layer_prefers_onednn(x, weight)
+        return not linear_cpu.takes_onednn(x, weight, bias)
     if is_paired(x):
         slow = x.dtype == torch.bfloat16 and not has_bfloat16()
         return not slow and not any(size % 2 for size in (*weight.shape, math.prod(x.shape[:-1])))
@@ -86,13 +84,12 @@ def _formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _op(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wrap: Wrap) -> Tensor:
     _check(x, weight, bias)
     if not x.is_cuda:
-        if wrap is None and x.dtype == torch.bfloat16 and not has_bfloat16():
-            # Products of bfloat16 would take 50 times as long.
+        if wrap is not None:
+            return linear(*pad_to_even(x, weight), bias).sigmoid_()
+        if x.dtype == torch.bfloat16 and not has_bfloat16():  # products would take 50 times as long
             bias = None if bias is None else bias.float()
             return linear_cpu.linear_forward(x.float(), weight.float(), bias, sigmoid=True).bfloat16()
-        if wrap is None:
-            return linear_cpu.linear_forward(x, weight, bias, sigmoid=True)
-        return linear(*pad_to_even(x, weight), bias).sigmoid_()
+        return linear_cpu.linear_forward(x, weight, bias, sigmoid=True)
     from torchpar.kernels import linear_sigmoid as kernels
 
     out = None
