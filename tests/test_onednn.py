@@ -209,17 +209,17 @@ def test_only_large_float32_layers_have_an_autograd_of_their_own(monkeypatch: An
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     large = torch.ones(128, 784)
     ours = ("LinearFunctionBackward", "DifferentiableBackward")
-    assert names(large, 64) == ours  # 6.4 million multiplications
-    assert names(large, 48) == NATIVE  # 4.8 million, less than `_MIN_LAYER`
-    assert names(large.double(), 64) == NATIVE
-    assert names(large.bfloat16(), 64) == NATIVE
+    assert names(large, 128) == ours  # 12.8 million multiplications
+    assert names(large, 112) == NATIVE  # 11.2 million, less than `_MIN_LAYER`
+    assert names(large.double(), 128) == NATIVE
+    assert names(large.bfloat16(), 128) == NATIVE
     with torch.backends.mkldnn.flags(enabled=False):
-        assert names(large, 64) == NATIVE
+        assert names(large, 128) == NATIVE
     for module, reason, value in ((processor, "has_onednn", False), (torch, "get_num_threads", 2)):
         with monkeypatch.context() as patch:
             patch.setattr(module, reason, lambda value=value: value)
-            assert names(large, 64) == NATIVE
-    assert names(large, 64) == ours
+            assert names(large, 128) == NATIVE
+    assert names(large, 128) == ours
 
 
 def test_onednn_is_for_amd_processors_with_avx512(monkeypatch: pytest.MonkeyPatch) -> None:

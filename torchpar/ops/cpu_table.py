@@ -3,14 +3,12 @@
 
     {"processor": "amd-avx512-vnni-bf16", "torch": "2.15.0", "date": "2026-11-23",
      "symmetric": [["float32", 1, 1024, 1024, "onednn", 256, 2.26], …],
-     "layers": [[1, 4000000], [2, 5000000]],
      "bfloat16": [[1, 1.7], [2, 1.8]]}
 
 An entry of "symmetric" is a dtype, a number of threads, the rows n and columns k of X, and the `Choice` for
-X·Xᵀ. One of "layers" is a number of threads, and the multiplications per thread from which oneDNN is faster
-for a linear layer. One of "bfloat16" is a number of threads, and how many times as fast a layer's products
-are in bfloat16 as in float32. Tables lie beside those of GPUs (`torchpar.kernels.folders`), named after the
-kind of processor.
+X·Xᵀ. One of "bfloat16" is a number of threads, and how many times as fast a layer's products are in bfloat16
+as in float32. Tables lie beside those of GPUs (`torchpar.kernels.folders`), named after the kind of
+processor.
 """
 
 import json
@@ -26,7 +24,7 @@ from torchpar.ops import processor
 
 P = ParamSpec("P")
 R = TypeVar("R")
-THREADS_AT = {"symmetric": 1, "layers": 0, "bfloat16": 0}  # the place of the threads in an entry
+THREADS_AT = {"symmetric": 1, "bfloat16": 0}  # the place of the threads in an entry
 LIBRARIES = ("blas", "onednn")
 CHOSEN_FROM = 128  # rows; whole products of fewer are the fastest everywhere
 _WHOLE_BELOW = 512  # rows; without a table: halves of larger products gain on all measured processors
@@ -103,16 +101,6 @@ def _of_threads(name: str, threads: int) -> list[Any]:
     return [entry for entry in entries if near and entry[position] == nearest]
 
 
-def layer_multiplications() -> float | None:
-    """The multiplications per thread from which oneDNN is faster for a layer; None if that is not known."""
-    return _layer_multiplications(torch.get_num_threads())
-
-
-@remembered
-def _layer_multiplications(threads: int) -> float | None:
-    return next((multiplications for _, multiplications in _of_threads("layers", threads)), None)
-
-
 def bfloat16_gain() -> float:
     """How many times as fast a layer's products are in bfloat16 as in float32; 0 or 1 if unknown."""
     unknown = float(processor.has_bfloat16())
@@ -150,7 +138,7 @@ def forget() -> None:
 @remembered
 def _entries() -> dict[str, list[Any]]:
     loaded = load()
-    return loaded[1] if loaded else {"symmetric": [], "layers": [], "bfloat16": []}
+    return loaded[1] if loaded else {"symmetric": [], "bfloat16": []}
 
 
 def check(table: Any) -> None:
@@ -166,8 +154,7 @@ def check(table: Any) -> None:
             if not (known and sizes and type(rows) is int and rows >= 0 and 0 < gain < math.inf):
                 entry = [dtype, threads, n, k, library, rows, gain]
                 raise ValueError(f"{entry}, expected a dtype, threads, n, k, a library, rows and a gain")
-        for name in ("layers", "bfloat16"):
-            if not all(threads > 0 and number > 0 for threads, number in table[name]):
-                raise ValueError(f"{name} is {table[name]}, expected numbers above 0")
+        if not all(threads > 0 and gain > 0 for threads, gain in table["bfloat16"]):
+            raise ValueError(f"bfloat16 is {table['bfloat16']}, expected numbers above 0")
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"not the layout of a table ({type(error).__name__}: {error})") from error

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from torchpar.errors import ConfigError
 from torchpar.ops import cpu_table, linear_cpu, processor, symmetric_cpu
@@ -30,19 +29,7 @@ _MOST = {torch.float32: 2**33, torch.float64: 2**30, torch.bfloat16: 2**33}  # m
 _ROUND_SECONDS, _ROUNDS = 0.007, 5
 _CACHES = 2**26  # bytes, more than the caches of a core hold
 _COLD_BELOW = 1024  # rows; larger products take as long with emptied caches
-NEVER = 2.0**62  # multiplications: oneDNN is faster for no layer
-_LAYERS = (
-    (16, 784, 128),
-    (32, 784, 128),
-    (64, 784, 128),
-    (128, 784, 128),
-    (128, 512, 256),
-    (128, 512, 512),
-    (256, 1024, 512),
-    (512, 1024, 1024),
-)
 _MARGIN = 1.03  # by how much a choice must be faster than the one before
-_LAYER_MARGIN = 1.1  # the same of a layer, around which operators do more
 _PRODUCTS = (768, 128, 384)  # rows, in_features, out_features
 
 
@@ -137,23 +124,6 @@ def measure_symmetric(dtype: torch.dtype, n: int, k: int) -> Choice:
     return ways[best]._replace(gain=round(plain / times[best], 3))
 
 
-def measure_layers() -> float:
-    """The multiplications per thread from which oneDNN is faster for a layer."""
-    found = NEVER
-    for b, inner, outer in reversed(_LAYERS):
-        x, weight = torch.randn(b, inner), torch.randn(outer, inner, requires_grad=True)
-        bias, g = torch.randn(outer, requires_grad=True), torch.randn(b, outer)
-
-        def step(layer: Callable[..., Tensor]) -> None:
-            layer(x, weight, bias).backward(g)  # noqa: B023
-
-        ours, plain = seconds([partial(step, linear_cpu.LinearFunction.apply), partial(step, linear)])
-        if ours * _LAYER_MARGIN >= plain:
-            break
-        found = b * inner * outer / torch.get_num_threads()
-    return found
-
-
 def measure_bfloat16() -> float:
     """How many times as fast the three products of a layer are in bfloat16 as in float32."""
     b, inner, outer = _PRODUCTS
@@ -186,7 +156,6 @@ def tune() -> str:
 def _measure(threads: int) -> dict[str, list[Any]]:
     """The entries of a number of threads."""
     symmetric: list[list[Any]] = []
-    layers: list[list[float]] = []
     bfloat16 = [[threads, measure_bfloat16()]]
     print(f"layers in bfloat16, threads: {threads}, {bfloat16[0][1]:.2f}× float32")
     for dtype in DTYPES:
@@ -196,10 +165,7 @@ def _measure(threads: int) -> dict[str, list[Any]]:
                 symmetric.append([str(dtype).removeprefix("torch."), threads, n, k, *chosen])
                 way = f"{chosen.library}, {chosen.rows or 'all'} rows at a time"
                 print(f"{symmetric[-1][0]}, threads: {threads}, {n}x{k}: {way}, {chosen.gain:.2f}×")
-    if processor.uses_onednn():
-        layers.append([threads, measure_layers()])
-        print(f"linear layers, threads: {threads}, oneDNN from {layers[0][1]:.3g} multiplications per thread")
-    return {"symmetric": symmetric, "layers": layers, "bfloat16": bfloat16}
+    return {"symmetric": symmetric, "bfloat16": bfloat16}
 
 
 def _save(threads: int, measured: dict[str, list[Any]]) -> Path:
