@@ -33,7 +33,7 @@ from torchpar import data, training
 from torchpar.data import Samples
 from torchpar.errors import ConfigError, DivergedError
 from torchpar.nn import MLP
-from torchpar.ops._cpu_table import bfloat16_gain
+from torchpar.ops.cpu_table import bfloat16_gain
 from torchpar.parallel.launch.local import current_world, start_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.training.fused import FusedGradients

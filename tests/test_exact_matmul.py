@@ -20,7 +20,7 @@ from torch.testing import assert_close
 from torchpar import exact_matmul, exact_matmul_t, reference
 from torchpar.errors import ConfigError
 from torchpar.ops import _exact
-from torchpar.ops._matrix import half_sum
+from torchpar.ops.matrix import half_sum
 
 LARGEST = torch.finfo(torch.float32).max
 LEAST = 2.0**-149  # subnormal

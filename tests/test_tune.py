@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton compiles the configurations")
 
 from torchpar.errors import ConfigError
 from torchpar.kernels import folders, tiles
-from torchpar.ops._matrix import mirrored
+from torchpar.ops.matrix import mirrored
 from torchpar.tune import command, measure
 from torchpar.tune.measure import Problem
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchpar.ops import linear_sigmoid
-from torchpar.ops._onednn import linear
+from torchpar.ops.linear_cpu import linear
 
 
 class Linear(torch.nn.Linear):

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar.exact.ordinary import ordinary
 from torchpar.ops import _exact, exact_matmul
-from torchpar.ops._matrix import rows
+from torchpar.ops.matrix import rows
 from torchpar.parallel.split.reduction import all_reduce
 from torchpar.partition import Partition
 from torchpar.parts import mark_part, slice_of

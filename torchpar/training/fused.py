@@ -23,7 +23,7 @@ from torch.nn.functional import nll_loss
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP, Linear, LinearReLU, LinearSigmoid
 from torchpar.ops import linear_sigmoid
-from torchpar.ops._onednn import linear_forward, mm
+from torchpar.ops.linear_cpu import linear_forward, mm
 from torchpar.ops.linear_sigmoid import sigmoid_backward
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.parallel.launch.world import World

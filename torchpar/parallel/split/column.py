@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from torchpar.ops import linear_sigmoid
-from torchpar.ops._matrix import rows
 from torchpar.ops.linear_sigmoid import sigmoid_backward
+from torchpar.ops.matrix import rows
 from torchpar.parallel.split.reduction import start_all_reduce
 from torchpar.parallel.split.regions import copy_to_tensor_model_parallel_region
 
