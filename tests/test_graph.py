@@ -20,7 +20,6 @@ from torchpar import training
 from torchpar.data import Samples, batches, indices
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
-from torchpar.optim import SGD
 from torchpar.parallel import join_world
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.clip import clip_grad_norm_
@@ -151,7 +150,7 @@ def test_recording_that_fails_leaves_steps_one_by_one(device: str) -> None:
 
 
 def test_a_schedule_within_the_step_is_refused(device: str) -> None:
-    optimizer = SGD(MLP(SIZES).to(device).parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(MLP(SIZES).to(device).parameters(), lr=0.1, fused=True)
     schedule = training.lr_scheduler(optimizer, "linear", 10)
     optimizer.step()  # PyTorch warns of a schedule that is stepped before
 
@@ -170,6 +169,7 @@ def test_why_a_step_cannot_be_a_graph(world: World) -> None:
     gpu = replace(world, device=torch.device("cuda"))
     assert why_not_graphed(sgd(model), gpu, False) == ""
     assert why_not_graphed(muon(model), gpu, True) == ""
+    assert "SGD" in why_not_graphed(torch.optim.SGD(model.parameters()), gpu, True)
     assert "Adam" in why_not_graphed(torch.optim.Adam(model.parameters()), gpu, True)
     assert "gloo" in why_not_graphed(sgd(model), replace(gpu, world_size=2), True)
 

@@ -22,7 +22,6 @@ from torchpar.data import Samples
 from torchpar.errors import ConfigError, DivergedError
 from torchpar.exact import ExactSGD
 from torchpar.nn import MLP
-from torchpar.optim import SGD
 from torchpar.parallel.launch import agreement
 from torchpar.parallel.launch.world import join_world
 from torchpar.parallel.split import shared_memory
@@ -183,7 +182,7 @@ def test_optimizers_get_their_parameters():
     check(muon, (weights, {"weight_decay": 0.01, "ns_steps": 4}))
     check(others, (biases, {"weight_decay": 0.0}))
     kinds = [type(sgd(0.1)), type(sgd(0.1, kind=ExactSGD))]
-    assert kinds == [SGD, ExactSGD]
+    assert kinds == [torch.optim.SGD, ExactSGD]
     assert not training.sgd(model, 0.02, 0.0, 0.0).param_groups[0]["nesterov"]
 
 

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from torchpar.data import Samples
 from torchpar.errors import ConfigError
-from torchpar.optim import SGD, ChainedOptimizer, Muon
+from torchpar.optim import ChainedOptimizer, Muon
 from torchpar.parallel.launch.world import World
 
 Step = Callable[[Tensor, Tensor, int], Tensor]  # inputs, labels, samples of the global batch → loss
@@ -40,9 +40,9 @@ def why_not_graphed(optimizer: Optimizer, world: World, fused: bool) -> str:
     if world.world_size > 1 and not fused:
         return "DistributedDataParallel needs 11 steps before it can be captured"
     for one in optimizer.optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
-        if type(one) not in (SGD, Muon):
+        if type(one) is not Muon and not (type(one) is torch.optim.SGD and one.defaults["fused"]):
             name = type(one).__name__
-            return f"{name} would keep the learning rate of the capture; take torchpar.optim's SGD or Muon"
+            return f"{name} would keep the learning rate of the capture; take SGD with fused=True, or Muon"
     return ""
 
 
