@@ -245,16 +245,8 @@ class Conv1D(nn.Module):
         self.weight = nn.Parameter(torch.randn(nx, nf))
 
 
-class FSDPCausalSelfAttention(nn.Module):
-    """The attention of nanoGPT, as far as its query, key and value, named as `fully_shard` does."""
-
-    def __init__(self):
-        super().__init__()
-        self.c_attn = nn.Linear(4, 12)
-
-
 class Experts(nn.Module):
-    """Experts stored as GPT-OSS does: ``(experts, in, out)``, and gate and up interleaved."""
+    """Experts stored as GPT-OSS does: ``(experts, in, out)``; gate and up are interleaved and need a view."""
 
     is_transposed, is_concatenated = True, False
 
@@ -276,18 +268,6 @@ def test_a_matrix_stored_transposed_is_updated_like_its_transpose():
     Muon([linear.weight], 0.1, ns="standard").step()
     # Products of the transposed layout may add in another order: an update of 2·1.2 times 0.1, in bfloat16.
     assert_close(layer.weight.mT, linear.weight, rtol=0, atol=0.1 * 2 * 1.2 * 2**-7)
-
-
-def test_interleaved_experts_are_seen_apart():
-    one, *_ = Muon.for_model(experts := Experts()).assignments
-    gate, up = one.view(experts.gate_up_proj)
-    assert torch.equal(gate, experts.gate_up_proj[:, :, 0::2].mT)
-    assert torch.equal(up, experts.gate_up_proj[:, :, 1::2].mT)
-    assert table(experts) == {
-        "3×5×8 3×5×8": "gate_up_proj",
-        "others": "gate_up_proj_bias",
-        "3×8×5": "down_proj",
-    }
 
 
 WEIGHT_NORM = {"others": "original0", "5×4": "original1"}
@@ -313,7 +293,8 @@ LSTM = {"4×6 4×6 4×6 4×6": "weight_ih_l0", "4×3 4×3 4×3 4×3": "weight_hh
         (lambda: nn.ModuleDict({"qkv": nn.Linear(4, 12)}), {"4×4 4×4 4×4": "qkv"}),
         (lambda: nn.ModuleDict({"qkv": nn.Linear(6, 9)}), {"9×6": "qkv"}),  # of unknown sizes
         (lambda: nn.ModuleDict({"c_attn": Conv1D(8, 4)}), {"4×4 4×4": "c_attn"}),
-        (FSDPCausalSelfAttention, {"4×4 4×4 4×4": "c_attn"}),
+        (lambda: nn.ModuleDict({"c_attn": nn.Linear(4, 12)}), {"4×4 4×4 4×4": "c_attn"}),  # nanoGPT
+        (Experts, {"others": "gate_up_proj gate_up_proj_bias", "3×8×5": "down_proj"}),
         (lambda: nn.ModuleDict({"gate_up_proj": nn.Linear(4, 7)}), {"7×4": "gate_up_proj"}),
     ],
 )

@@ -187,8 +187,8 @@ class Muon(Optimizer):
         super().add_param_group(param_group)
         index, group = len(self.param_groups) - 1, self.param_groups[-1]
         # By place, because a state dict that is loaded may bring other names.
-        views = {(index, i): self.views.get(name) for i, name in enumerate(group.get("param_names", ()))}
-        self._view_at.update(views)
+        for i, name in enumerate(group.get("param_names", ())):
+            self._view_at[index, i] = self.views.get(name)
         try:
             _check_group(group)
             infos = list(self._param_infos(index))
@@ -202,8 +202,6 @@ class Muon(Optimizer):
                 )
         except Exception:
             self.param_groups.pop()
-            for place in views:
-                del self._view_at[place]
             raise
         self._plan = None
 
@@ -297,12 +295,6 @@ class Muon(Optimizer):
         grads = [local(info.p.grad).to(info.p.dtype) for info in infos]
         momenta = [self._momentum(info) for info in infos]
         factor = group["momentum"]
-        if not momenta[0].is_cuda:  # where these functions take twice the time
-            for momentum, grad in zip(momenta, grads, strict=True):
-                momentum.lerp_(grad, 1 - factor)
-            if group["nesterov"]:
-                return [grad.lerp(momentum, factor) for momentum, grad in zip(momenta, grads, strict=True)]
-            return momenta
         torch._foreach_lerp_(momenta, grads, 1 - factor)
         if group["nesterov"]:
             return torch._foreach_lerp(grads, momenta, factor)  # type: ignore[return-value]
@@ -363,25 +355,19 @@ class Muon(Optimizer):
     def _apply(self, group: dict[str, Any], updates: list[tuple[ParamInfo, Tensor]]) -> None:
         """Apply the weight decay, and subtract the updates."""
         lr, decay = group["lr"], group["weight_decay"]
-        by_ratio: dict[float, list[tuple[Tensor, Tensor]]] = {}
+        params, moves = [], []
         for info, update in updates:
             if update.numel():
-                by_ratio.setdefault(_ratio(group, info.shapes[0]), []).append((local(info.p), update))
+                if isinstance(lr, Tensor):  # which is not read back from the device
+                    lr = lr.reshape(()).to(update.device)
+                params.append(local(info.p))
+                moves.append(update.float() * (lr * _ratio(group, info.shapes[0])))
             else:  # make the momentum all the same: a checkpoint saves it on every rank
                 self._momentum(info)
-        for ratio, pairs in by_ratio.items():
-            params, moves = [list(column) for column in zip(*pairs, strict=True)]
-            if isinstance(lr, Tensor):  # as `alpha` it would be read back from the device
-                lr = lr.reshape(()).to(params[0].device)
-                torch._foreach_mul_(params, 1 - lr * decay)
-                torch._foreach_sub_(params, [move.float() * (lr * ratio) for move in moves])
-            elif params[0].is_cuda:
-                torch._foreach_add_(params, params, alpha=-lr * decay)
-                moves = [move.to(p.dtype) for p, move in pairs]
-                torch._foreach_add_(params, moves, alpha=-lr * ratio)
-            else:
-                for p, move in pairs:
-                    p.mul_(1 - lr * decay).add_(move, alpha=-lr * ratio)
+        if params:
+            # Two roundings, as torch's. A factor of 1 − γ·λ would be rounded to a parameter's bfloat16.
+            torch._foreach_sub_(params, torch._foreach_mul(params, lr * decay))
+            torch._foreach_sub_(params, moves)
 
 
 def _ratio(group: dict[str, Any], shape: torch.Size) -> float:
