@@ -41,7 +41,6 @@ def make_muon(
 
 EXPECTED = dict.fromkeys(SITUATIONS, "same bits") | {
     "polar factor": "equal up to rounding",
-    "fully_shard, bfloat16": "equal up to rounding",
     "fully_shard after the optimizer": "refuses",
     "Shard(0), no gradient on one rank": "refuses",
     "Replicate, no gradient on one rank": "refuses",

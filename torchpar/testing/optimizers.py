@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from torchpar.errors import ConfigError
+from torchpar.optim.assign import aligned
 from torchpar.testing.ranks import Ranks
-from torchpar.testing.situations import SITUATIONS, Situation, polar
+from torchpar.testing.situations import SITUATIONS, Situation
 from torchpar.testing.trial import FAMILIES, Array, Layers, Make, NotApplicable, Record, Trial, named_weights
 
 RIGHT = ("same bits", "equal up to rounding")
@@ -84,9 +85,7 @@ class Conformance(list[Row]):
     def __str__(self) -> str:
         table = [["situation", "verdict", "update error", "rounding", "scale error", "detail"]]
         table += [[_cell(value) for value in row.values()] for row in self.rows]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in table)
-        return "\n".join(line.rstrip() for line in lines)
+        return aligned(table)
 
 
 def _cell(value: str | float | None) -> str:
@@ -156,7 +155,7 @@ def _row(ranks: Ranks, name: str, made: bytes, timeout: float, seed: int) -> Row
                 return Row(name, failed[0], detail=failed[1])
             if apart := _merge(merged, outcomes):
                 return Row(name, "wrong", apart, detail="the ranks differ in the same matrix")
-    if situation.run is polar:
+    if name == "polar factor":
         return _judge_polar(name, merged)
     outcomes = ranks.outcomes(1, _follow, made, list(merged.values()), **limits)
     if failed := _failure(outcomes, situation):
