@@ -296,7 +296,7 @@ def test_matrices_share_batches(work, batches_of):
         q.grad = p.grad
         Muon([q], lr=1.0, ns="standard").step()
     with (
-        patch.object(batches, "iterate", wraps=newton_schulz.iterate) as called,
+        patch.object(batches, "orthogonalize", wraps=orthogonalize) as called,
         patch.object(batches, "_BATCH_MULTIPLICATIONS", work),
     ):
         Muon(params, lr=1.0, ns="standard").step()

@@ -44,12 +44,7 @@ _REFUSED = {
 }
 
 
-class Matrix(NamedTuple):
-    """A matrix, this rank's part of it, and a text that must be the same on all ranks."""
-
-    name: str
-    part: Part
-    description: str
+Matrix = tuple[str, Part, str]  # the name, this rank's part, and a text that must be the same on all ranks
 
 
 class Message(NamedTuple):
@@ -79,7 +74,6 @@ class Exchange:
     Args:
         costs: of each matrix the work of its update.
         device: of the matrices.
-        first_owner: the rank that gets the most costly matrix. Groups of one matrix each differ in it.
 
     Attributes:
         owned: the indices of the matrices that this rank owns.
@@ -89,20 +83,15 @@ class Exchange:
     """
 
     def __init__(
-        self,
-        group: dist.ProcessGroup,
-        matrices: list[Matrix],
-        costs: Sequence[int],
-        device: torch.device,
-        first_owner: int = 0,
+        self, group: dist.ProcessGroup, matrices: list[Matrix], costs: Sequence[int], device: torch.device
     ):
         self.group, self.device = group, device
         self.names, self.parts, _ = zip(*matrices, strict=True)
         by_rank = self._gather_objects(matrices)
         _check_same(by_rank)
-        owners = [(owner + first_owner) % len(by_rank) for owner in assign_owners(costs, len(by_rank))]
+        owners = assign_owners(costs, len(by_rank))
         self.owned = [i for i, owner in enumerate(owners) if owner == dist.get_rank(group)]
-        parts_of_all = [[one.part for one in of_ranks] for of_ranks in zip(*by_rank, strict=True)]
+        parts_of_all = [[part for _, part, _ in of_ranks] for of_ranks in zip(*by_rank, strict=True)]
         to_owners, to_all = messages(self.names, parts_of_all, owners)
         self._to_owners = _route(to_owners, group) if to_owners else None
         self._to_all = _route(to_all, group)
@@ -247,34 +236,25 @@ def messages(
     """
     to_owners, to_all = [], []
     for i, (name, of_ranks, owner) in enumerate(zip(names, parts, owners, strict=True)):
-        for part, holders in holders_of(name, of_ranks).items():
-            if owner not in holders:
-                to_owners.append(Message(holders[i % len(holders)], owner, i, part))
+        holders: dict[Part, list[int]] = {}  # the ranks that have each part
+        for rank, part in enumerate(of_ranks):
+            if part.numel:
+                holders.setdefault(part, []).append(rank)
+        elements = sum(part.numel for part in holders)
+        if elements != torch.Size(of_ranks[0].whole).numel():
+            raise ConfigError(
+                f"Muon: the ranks have {elements} elements of {name}, which has shape {of_ranks[0].whole}; "
+                "expected a process_group of all ranks that have parts of it"
+            )
+        for part, ranks in holders.items():
+            if owner not in ranks:
+                to_owners.append(Message(ranks[i % len(ranks)], owner, i, part))
         to_all += [Message(owner, r, i, part) for r, part in enumerate(of_ranks) if r != owner]
     return to_owners, to_all
 
 
-def holders_of(name: str, parts: Sequence[Part]) -> dict[Part, list[int]]:
-    """The ranks that have each part of a matrix, for the ``parts`` of all ranks.
-
-    Raises:
-        ConfigError: the parts do not make a whole.
-    """
-    holders: dict[Part, list[int]] = {}
-    for rank, part in enumerate(parts):
-        if part.numel:
-            holders.setdefault(part, []).append(rank)
-    elements = sum(part.numel for part in holders)
-    if elements != torch.Size(parts[0].whole).numel():
-        raise ConfigError(
-            f"Muon: the ranks have {elements} elements of {name}, which has shape {parts[0].whole}; expected "
-            "a process_group of all ranks that have parts of it"
-        )
-    return holders
-
-
 def _check_same(by_rank: list[list[Matrix]]) -> None:
-    texts = [[f"{one.name} {one.part.whole} ({one.description})" for one in own] for own in by_rank]
+    texts = [[f"{name} {part.whole} ({text})" for name, part, text in own] for own in by_rank]
     for rank, own in enumerate(texts):
         for first, other in zip_longest(texts[0], own, fillvalue="none"):
             if first != other:

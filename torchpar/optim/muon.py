@@ -19,7 +19,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from torchpar.errors import ConfigError
 from torchpar.library import is_dtensor
 from torchpar.optim.assign import Choice, ModelOptimizer, chain
-from torchpar.optim.exchange import Exchange, GradientState, Matrix, check_gradients, holders_of
+from torchpar.optim.exchange import Exchange, GradientState, check_gradients, messages
 from torchpar.optim.matrices import ParamInfo, View, orthogonalize_batched
 from torchpar.optim.newton_schulz import (
     COEFFICIENTS,
@@ -263,7 +263,13 @@ class Muon(Optimizer):
         group = self.param_groups[index]
         gradients = [_gradient_state(info) for info in infos]
         chosen = [i for i, state in enumerate(gradients) if state == GradientState.PRESENT]
-        parts = dict(zip(chosen, self._directions(group, [infos[i] for i in chosen]), strict=True))
+        grads = [local(infos[i].p.grad).to(infos[i].p.dtype) for i in chosen]
+        directions = momenta = [self._momentum(infos[i]) for i in chosen]
+        if chosen:
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+            if group["nesterov"]:
+                directions = torch._foreach_lerp(grads, momenta, group["momentum"])  # type: ignore[assignment]
+        parts = dict(zip(chosen, directions, strict=True))
         if exchange is not None:
             return exchange.gather(parts, gradients, self._arguments(group))
         rank = dist.get_rank() if dist.is_initialized() else 0
@@ -287,18 +293,6 @@ class Muon(Optimizer):
                 value = "on a GPU" if value.is_cuda else value.item()
             arguments[name] = value
         return arguments
-
-    def _directions(self, group: dict[str, Any], infos: list[ParamInfo]) -> list[Tensor]:
-        """Update the momenta on this rank, and return them, with Nesterov's correction if it is on."""
-        if not infos:
-            return []
-        grads = [local(info.p.grad).to(info.p.dtype) for info in infos]
-        momenta = [self._momentum(info) for info in infos]
-        factor = group["momentum"]
-        torch._foreach_lerp_(momenta, grads, 1 - factor)
-        if group["nesterov"]:
-            return torch._foreach_lerp(grads, momenta, factor)  # type: ignore[return-value]
-        return momenta
 
     def _momentum(self, info: ParamInfo) -> Tensor:
         p, state = info.p, self.state[info.p]
@@ -384,15 +378,13 @@ def _exchange(ranks: Any, infos: list[ParamInfo], groups: int) -> Exchange | Non
             would wait for them, so the ranks compare it.
     """
     if ranks is None or ranks.size() == 1:
-        for info in infos:
-            holders_of(info.name, [info.part])
+        messages([info.name for info in infos], [[info.part] for info in infos], [0] * len(infos))  # checks
         return None
     group = ranks if isinstance(ranks, dist.ProcessGroup) else _group_of(ranks)
     matrices = [
-        Matrix(info.name, info.part._replace(mesh=None), f"{info.description} of {groups}") for info in infos
+        (info.name, info.part._replace(mesh=None), f"{info.description} of {groups}") for info in infos
     ]
-    costs, index = [info.cost for info in infos], infos[0].group_index
-    return Exchange(group, matrices, costs, infos[0].p.device, first_owner=index)
+    return Exchange(group, matrices, [info.cost for info in infos], infos[0].p.device)
 
 
 def _check_group(group: dict[str, Any]) -> None:

@@ -69,6 +69,7 @@ _GAIN = 1.1  # from which half products are taken: below, their calls cost more 
 _GRAM_ROWS, _GRAM_ASPECT = 256, 2  # below, the standard iteration is as fast
 
 
+@torch.no_grad()
 def orthogonalize(
     x: Tensor,
     coefficients: Coefficients = COEFFICIENTS,
@@ -105,15 +106,9 @@ def orthogonalize(
     check_ns(ns)
     triples = coefficients_per_step(coefficients, steps)
     if x.dim() > 3:
-        return iterate(x.flatten(0, -3), triples, eps, ns).view(x.shape)
-    return iterate(x, triples, eps, ns)
-
-
-@torch.no_grad()
-def iterate(x: Tensor, triples: list[Triple], eps: float, ns: NewtonSchulz) -> Tensor:
-    """`orthogonalize` with the coefficients of each iteration, for ``x (n, m)`` or ``(b, n, m)``."""
+        return orthogonalize(x.flatten(0, -3), coefficients, steps, eps, ns).view(x.shape)
     if x.shape[-2] > x.shape[-1]:
-        return iterate(x.mT, triples, eps, ns).mT
+        return orthogonalize(x.mT, coefficients, steps, eps, ns).mT
     x = x.to(torch.bfloat16, copy=True)
     if x.device.type == "cpu" and not has_bfloat16():
         x = x.float()  # whose products take a tenth of the time
