@@ -386,15 +386,6 @@ def test_a_group_that_would_be_left_out_is_named():
     optimizer.step()  # a later step may have nothing to do
 
 
-def test_momentum_without_nesterov_stays_as_it_is_in_bfloat16():
-    """`torch.optim.Muon` of PyTorch 2.11 divides it by its norm, in place (pytorch#190597)."""
-    p = torch.zeros(8, 16, dtype=torch.bfloat16).requires_grad_()
-    p.grad = torch.full_like(p, 3.0)
-    optimizer = Muon([p], momentum=0.5, nesterov=False)
-    optimizer.step()
-    assert torch.equal(optimizer.state[p]["momentum_buffer"], torch.full_like(p, 1.5))
-
-
 # Chains of optimizers
 
 
