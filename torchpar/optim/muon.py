@@ -349,19 +349,19 @@ class Muon(Optimizer):
     def _apply(self, group: dict[str, Any], updates: list[tuple[ParamInfo, Tensor]]) -> None:
         """Apply the weight decay, and subtract the updates."""
         lr, decay = group["lr"], group["weight_decay"]
-        params, moves = [], []
+        params, rated = [], []
         for info, update in updates:
             if update.numel():
                 if isinstance(lr, Tensor):  # which is not read back from the device
                     lr = lr.reshape(()).to(update.device)
                 params.append(local(info.p))
-                moves.append(update.float() * (lr * _ratio(group, info.shapes[0])))
+                rated.append((update, lr * _ratio(group, info.shapes[0])))
             else:  # make the momentum all the same: a checkpoint saves it on every rank
                 self._momentum(info)
         if params:
             # Two roundings, as torch's. A factor of 1 − γ·λ would be rounded to a parameter's bfloat16.
             torch._foreach_sub_(params, torch._foreach_mul(params, lr * decay))
-            torch._foreach_sub_(params, moves)
+            torch._foreach_sub_(params, [update.float() * rate for update, rate in rated])
 
 
 def _ratio(group: dict[str, Any], shape: torch.Size) -> float:
