@@ -144,7 +144,7 @@ class Exchange:
     def _send(
         self, route: _Route, tensors: dict[int, Tensor], flags: Tensor, narrow: bool = False
     ) -> list[tuple[Message, Tensor]]:
-        """Send this rank's messages and ``flags`` to every rank by one all-to-all; return what arrives.
+        """Send this rank's messages, and ``flags`` to all others, by one all-to-all; return what arrives.
 
         Args:
             tensors: the parts, by matrix; of a matrix that is not there zeros are sent.
@@ -160,14 +160,16 @@ class Exchange:
             return (message.part.narrow(t) if narrow else t).to(wire, torch.bfloat16).flatten()
 
         sends, receives = route
-        blocks = [torch.cat([own_flags, *map(flat, of_rank)]) for of_rank in sends]
-        lengths = [len(flags) + sum(m.part.numel for m in of_rank) for of_rank in receives]
+        counts = [len(flags)] * len(sends)
+        counts[dist.get_rank(self.group)] = 0
+        blocks = [torch.cat([own_flags[:n], *map(flat, of)]) for n, of in zip(counts, sends, strict=True)]
+        lengths = [n + sum(m.part.numel for m in of) for n, of in zip(counts, receives, strict=True)]
         received = own_flags.new_empty(sum(lengths))
         dist.all_to_all_single(received, torch.cat(blocks), lengths, list(map(len, blocks)), group=self.group)
         flags_by_rank, incoming = [], []
-        for block, of_rank in zip(received.split(lengths), receives, strict=True):
-            first, *parts = block.split([len(flags), *(m.part.numel for m in of_rank)])
-            flags_by_rank.append(first)
+        for n, block, of_rank in zip(counts, received.split(lengths), receives, strict=True):
+            first, *parts = block.split([n, *(m.part.numel for m in of_rank)])
+            flags_by_rank.append(first if n else own_flags)
             incoming += [
                 (m, t.view(m.part.size).to(self.device)) for m, t in zip(of_rank, parts, strict=True)
             ]

@@ -69,8 +69,19 @@ def pipeline(trial: Trial) -> None:
     trained(trial, replica=2)
 
 
-def split_layers(trial: Trial, kind: Any, axis: int, **arguments: Any) -> None:
+def split_layers(trial: Trial, kind: Any, axis: int) -> None:
     """Layers of torchpar whose weights are slices; the record has the whole layers."""
+    mesh, model = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), trial.model()
+    for name, layer in list(model.named_children()):
+        setattr(model, name, kind.from_linear(layer, mesh=mesh))
+
+    def backward(step: int) -> None:
+        """A column layer has a part of the outputs, and a row layer takes a part of the inputs."""
+
+        def part(t: Tensor, of: int) -> Tensor:
+            return t.tensor_split(2, -1)[dist.get_rank()] if axis == of else t
+
+        model({name: (part(x, 1), part(y, 0)) for name, (x, y) in trial.batch(step).items()}).backward()
 
     def gather(t: Tensor) -> Tensor:
         if isinstance(t, DTensor):
@@ -79,14 +90,8 @@ def split_layers(trial: Trial, kind: Any, axis: int, **arguments: Any) -> None:
         dist.all_gather_object(slices, t)
         return torch.cat(slices, axis)
 
-    def split(model: nn.Module) -> nn.Module:
-        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-        for name, layer in list(model.named_children()):
-            setattr(model, name, kind.from_linear(layer, mesh=mesh, **arguments))
-        return model
-
     trial.gather = gather
-    trained(trial, split, replica=2)
+    trial.train(model, trial.optimizer(model), backward)
 
 
 # Changes of a model
@@ -273,8 +278,6 @@ FEW_ROWS: dict[str, Any] = {"shapes": {"two": (2, 32), "one": (1, 20)}, "decades
 CONVOLUTIONS = {"shapes": {"square": (16, 3, 2, 2), "uneven": (5, 4, 3, 1)}}
 FUSED = {"shapes": {"qkv": (64, 32)}, "views": {"qkv.weight": lambda w: w.split([32, 16, 16])}}
 HEADS = {"shapes": {"qkv": (60, 20)}, "views": {"qkv.weight": lambda w: w.view(12, 5, 20)}}
-COLUMNS: dict[str, Any] = {"kind": ColumnParallelLinear, "axis": 0, "gather_output": True}
-ROWS: dict[str, Any] = {"kind": RowParallelLinear, "axis": 1, "input_is_parallel": False}
 
 
 SITUATIONS = {
@@ -328,8 +331,8 @@ SITUATIONS = {
     "Shard(0), a group on one rank": Situation(
         partial(distributed, change_alone=add_group), 2, orthogonal=True, one_may_refuse=True, timeout=10.0
     ),
-    "ColumnParallelLinear": Situation(partial(split_layers, **COLUMNS), 2),
-    "RowParallelLinear": Situation(partial(split_layers, **ROWS), 2),
+    "ColumnParallelLinear": Situation(partial(split_layers, kind=ColumnParallelLinear, axis=0), 2),
+    "RowParallelLinear": Situation(partial(split_layers, kind=RowParallelLinear, axis=1), 2),
     "parallelize_module": Situation(partial(trained, wrap=parallelize, replica=2), 2),
     "fully_shard over parallelize_module": Situation(partial(trained, wrap=shard_parallelized, replica=2), 4),
     "pipeline stages": Situation(pipeline, 2),

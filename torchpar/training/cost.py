@@ -202,7 +202,7 @@ def _muon_collectives(
         [multiplications(torch.Size(of_ranks[0].whole)) for of_ranks in parts], mesh.size()
     )
     me = mesh.mesh.flatten().tolist().index(dist.get_rank())
-    flags = (len(parts) + CHECKSUM_BYTES) * mesh.size()  # in the first message
+    flags = (len(parts) + CHECKSUM_BYTES) * (mesh.size() - 1)  # in the first message
     expected = []
     for route in filter(None, messages([""] * len(parts), parts, owners)):
         received = flags + sum(m.part.numel for m in route if m.target == me)
