@@ -54,7 +54,6 @@ from torchpar.baselines.bridge import copy_weights
 from torchpar.baselines.numpy_mlp import Array
 from torchpar.data import Batch
 from torchpar.nn import MLP
-from torchpar.optim import SGD
 from torchpar.parallel.launch.local import Ranks, current_world, start_ranks
 from torchpar.parallel.launch.world import World, join_world_of_one
 from torchpar.parallel.split.shared_memory import register_shared_memory_hook
@@ -281,7 +280,7 @@ def data_parallel(training: Training, contestant: str) -> Iterator[Tensor | None
         wrapped = replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
         if contestant == ON_RANKS[1]:
             register_shared_memory_hook(replica, world)
-    optimizer = SGD(model.parameters(), lr=LR)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, fused=True)
     yield None
     for x, labels, size in data.batches(
         inputs.train, training.batch_size, seed=0, epoch=1, share=world.share

@@ -20,10 +20,10 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
-from torchpar.optim import SGD
 from torchpar.parallel.launch.world import join_world
 from torchpar.parallel.save.checkpoint import Checkpoint, Checkpoints
 from torchpar.parallel.save.manifest import MANIFEST, write
+from torchpar.parallel.split.layers import split_parameters
 from torchpar.parallel.split.mlp import parallel_mlp
 from torchpar.parallel.split.pipeline import stage_mlp
 from torchpar.training import lr_scheduler, muon, sgd
@@ -301,11 +301,12 @@ def pass_on(source: Path | None, target: Path, sizes: list[int], optimizer: str,
         for p in model.parameters():
             p.grad = torch.randn(p.shape)
         made.step()
+        is_split = any(split_parameters(model))
         state = TrainState(model, made, lr_scheduler(made, "linear", 9), {}, world)
         if source:
             assert state.resume(Checkpoints(source, world))
             # A split model's steps must not be computed as the saved run's were.
-            assert optimizer == "muon" or made.param_groups[0]["fused"] == (type(made) is SGD or None)
+            assert optimizer == "muon" or made.param_groups[0]["fused"] == (not is_split or None)
         else:
             state.step = 5
             state.add_loss(torch.tensor(0.1 * (world.rank + 1), dtype=torch.float64))

@@ -21,7 +21,6 @@ from torchpar import training
 from torchpar.data import Samples
 from torchpar.errors import ConfigError, DivergedError
 from torchpar.nn import MLP
-from torchpar.optim import SGD
 from torchpar.parallel.launch import agreement
 from torchpar.parallel.launch.world import join_world
 from torchpar.parallel.split import shared_memory
@@ -181,7 +180,7 @@ def test_optimizers_get_their_parameters():
     muon, others = training.muon(model, 0.02, 0.8, 0.01, ns_steps=4).optimizers
     check(muon, (weights, {"weight_decay": 0.01, "ns_steps": 4}))
     check(others, (biases, {"weight_decay": 0.0}))
-    assert type(sgd(0.1)) is SGD
+    assert type(sgd(0.1)) is torch.optim.SGD
     assert not training.sgd(model, 0.02, 0.0, 0.0).param_groups[0]["nesterov"]
 
 
