@@ -240,11 +240,19 @@ def late_group(trial: Trial) -> None:
 # Tensor parallelism, and pipelines
 
 
-def split_layers(trial: Trial, kind: Any, axis: int, **arguments: Any) -> None:
+def split_layers(trial: Trial, kind: Any, axis: int) -> None:
     """Layers of torchpar whose weights are slices; the record has the whole layers."""
     mesh, model = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), trial.model()
     for name, layer in list(model.named_children()):
-        setattr(model, name, kind.from_linear(layer, mesh=mesh, **arguments))
+        setattr(model, name, kind.from_linear(layer, mesh=mesh))
+
+    def backward(step: int) -> None:
+        """A column layer has a part of the outputs, and a row layer takes a part of the inputs."""
+
+        def part(t: Tensor, of: int) -> Tensor:
+            return t.tensor_split(2, -1)[dist.get_rank()] if axis == of else t
+
+        model({name: (part(x, 1), part(y, 0)) for name, (x, y) in trial.batch(step).items()}).backward()
 
     def gather(t: Tensor) -> Tensor:
         if isinstance(t, DTensor):
@@ -254,7 +262,7 @@ def split_layers(trial: Trial, kind: Any, axis: int, **arguments: Any) -> None:
         return torch.cat(slices, axis)
 
     trial.gather = gather
-    trial.train(model)
+    trial.train(model, backward=backward)
 
 
 def parallelize(trial: Trial, mesh: Any) -> nn.Module:
@@ -329,8 +337,6 @@ FEW_ROWS: dict[str, Any] = {"shapes": {"two": (2, 32), "one": (1, 20)}, "decades
 CONVOLUTIONS = {"shapes": {"square": (16, 3, 2, 2), "uneven": (5, 4, 3, 1)}}
 FUSED = {"shapes": {"qkv": (64, 32)}, "views": {"qkv.weight": lambda w: w.split([32, 16, 16])}}
 HEADS = {"shapes": {"qkv": (60, 20)}, "views": {"qkv.weight": lambda w: w.view(12, 5, 20)}}
-COLUMNS: dict[str, Any] = {"kind": ColumnParallelLinear, "axis": 0, "gather_output": True}
-ROWS: dict[str, Any] = {"kind": RowParallelLinear, "axis": 1, "input_is_parallel": False}
 
 SITUATIONS = {
     "whole": Situation(whole),
@@ -377,8 +383,8 @@ SITUATIONS = {
     "Shard(0), a group on one rank": Situation(
         late_group, 2, orthogonal=True, one_may_refuse=True, timeout=10.0
     ),
-    "ColumnParallelLinear": Situation(partial(split_layers, **COLUMNS), 2),
-    "RowParallelLinear": Situation(partial(split_layers, **ROWS), 2),
+    "ColumnParallelLinear": Situation(partial(split_layers, kind=ColumnParallelLinear, axis=0), 2),
+    "RowParallelLinear": Situation(partial(split_layers, kind=RowParallelLinear, axis=1), 2),
     "parallelize_module": Situation(tensor_parallel, 2),
     "fully_shard over parallelize_module": Situation(sharded_tensor_parallel, 4),
     "pipeline stages": Situation(pipeline, 2),
