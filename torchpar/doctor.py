@@ -283,12 +283,6 @@ def communication() -> Iterator[Finding]:
 
 
 def folders() -> Iterator[Finding]:
-    if dist.is_available():
-        from torchpar.parallel.split import shared_memory
-
-        if shared_memory.SUPPORTED:
-            remedy = "docker run --shm-size=1g; large models add gradients by gloo, which is slower"
-            yield _folder("shared memory", shared_memory.FOLDER, 2**28, remedy)
     if importlib.util.find_spec("triton"):
         home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")  # there may be no home
         cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path(home) / ".triton" / "cache")
