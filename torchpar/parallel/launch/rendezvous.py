@@ -152,10 +152,9 @@ def connect(info: RankInfo, timeout: timedelta) -> Store:
 def missing_ranks(store: Store, rank: int, world_size: int, patience: float) -> list[int]:
     """Return the ranks that do not call this within ``patience`` seconds: they hang, or have ended.
 
-    Every rank whose collective failed calls it once. The ranks wait for the hanging one in different
-    collectives, and their waits end as far apart as they began. So ``patience`` must be longer than the
-    longest time between two collectives of a rank; otherwise healthy ranks are named too. If rank 0 hosts
-    the store, it must be the last to end.
+    Every rank whose collective failed calls it once. Their waits end as far apart as they began. So
+    ``patience`` must be longer than the longest time between two collectives of a rank; otherwise healthy
+    ranks are named too. If rank 0 hosts the store, it must be the last to end.
 
     Args:
         store: returned by `connect`.

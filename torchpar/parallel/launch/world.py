@@ -218,11 +218,9 @@ def _make_mesh(device: torch.device, shape: tuple[int, int, int], timeout: float
 def _schedule_gloo_as_batch() -> None:
     """Schedule the thread that polls gloo's sockets as SCHED_BATCH, so that it yields to senders.
 
-    While a sender holds a pair's lock, the polling thread spins on it: gloo's `Pair::handleEvents` tries the
-    lock and returns to a poll that is ready at once (gloo #246). A thread that has slept preempts the
-    sender, which then waits for the scheduler's next tick. On two busy cores 10 to 30% of the all-reduces of
-    16 B to 256 KB took 4 ms instead of 0.3 ms. A SCHED_BATCH thread preempts nobody: the mean fell two- to
-    fourfold (docs/parallel.md). It works on Linux only, and finds the thread by the name that gloo gives it.
+    It spins on a sender's lock, and otherwise preempts the sender until the scheduler's next tick (gloo #246):
+    on few cores the mean time of a small all-reduce is two to four times as long (docs/gloo.md). The thread is
+    found by the name that gloo gives it, on Linux only.
     """
     for task in Path("/proc/self/task").glob("*"):
         with suppress(OSError):
