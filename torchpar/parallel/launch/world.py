@@ -218,9 +218,9 @@ def _make_mesh(device: torch.device, shape: tuple[int, int, int], timeout: float
 def _schedule_gloo_as_batch() -> None:
     """Schedule the thread that polls gloo's sockets as SCHED_BATCH, so that it yields to senders.
 
-    It spins on a sender's lock, and otherwise preempts the sender until the scheduler's next tick (gloo #246):
-    on few cores the mean time of a small all-reduce is two to four times as long (docs/gloo.md). The thread is
-    found by the name that gloo gives it, on Linux only.
+    It spins on a sender's lock, and otherwise preempts the sender until the scheduler's next tick (gloo
+    #246): on few cores the mean time of a small all-reduce is two to four times as long (docs/gloo.md). The
+    thread is found by the name that gloo gives it, on Linux only.
     """
     for task in Path("/proc/self/task").glob("*"):
         with suppress(OSError):
