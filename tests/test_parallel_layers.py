@@ -23,7 +23,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchpar import reference
-from torchpar.nn import MLP, Linear, LinearReLU, LinearSigmoid
+from torchpar.nn import MLP, Linear, LinearSigmoid
 from torchpar.parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -34,7 +34,6 @@ from torchpar.parallel import (
 from torchpar.parallel.split import layers
 
 COLUMN, ROW = ColumnParallelLinear, RowParallelLinear
-WHOLE = {None: Linear, "sigmoid": LinearSigmoid, "relu": LinearReLU}
 AXES = {COLUMN: {"weight": 0, "bias": 0}, ROW: {"weight": 1}}
 # Two orders of summing at most 40 float64 terms below 10 each: 2·40·eps·400 < 1e-11.
 TIGHT = {"rtol": 0.0, "atol": 1e-11}
@@ -50,70 +49,105 @@ def mine(t: Tensor, axis: int | None) -> Tensor:
     return t if axis is None else t.tensor_split(dist.get_world_size(), axis)[dist.get_rank()]
 
 
-def pair_of_layers(
-    kind: Any, sizes: tuple[int, int], bias: bool, activation: Any, dtype: torch.dtype
-) -> tuple[Any, Linear]:
-    """A split layer and the whole one from the same seed, with biases other than 0."""
-    torch.manual_seed(0)
-    layer = kind(*sizes, bias, mesh=tp_mesh(), activation=activation, dtype=dtype)
-    torch.manual_seed(0)
-    whole = WHOLE[activation](*sizes, bias, dtype=dtype)
-    for name, p in whole.named_parameters():
-        assert torch.equal(getattr(layer, name), mine(p, AXES[kind].get(name))), name
-    if whole.bias is not None:
-        with torch.no_grad():
-            layer.bias.copy_(mine(whole.bias.normal_(), AXES[kind].get("bias")))
-    return layer, whole
-
-
-def results(layer: Any, x: Tensor, g: Tensor | None, *of: str) -> dict[str, Tensor]:
+def results(model: Any, x: Tensor, g: Tensor | None, *of: str) -> dict[str, Tensor]:
     """The output, and the gradients ``of`` some tensors, by default all; without ``g`` those of the sum."""
-    leaves = {"x": x.detach().requires_grad_(), **dict(layer.named_parameters())}
+    leaves = {"x": x.detach().requires_grad_(), **dict(model.named_parameters())}
     leaves = {name: t for name, t in leaves.items() if not of or name in of}
-    y = layer(leaves.get("x", x.detach()))
+    y = model(leaves.get("x", x.detach()))
     grads = torch.autograd.grad(y.sum() if g is None else y, [*leaves.values()], g)
     return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-def expected_results(kind: Any, whole: Linear, x: Tensor, g: Tensor | None) -> Any:
-    """The right `results` on this rank, and this rank's parts of x and g."""
-    axes = AXES[kind] | ({"y": -1} if kind is COLUMN else {"x": -1})
-    expected = {name: mine(t, axes.get(name)) for name, t in results(whole, x, g).items()}
-    return expected, mine(x, axes.get("x")), None if g is None else mine(g, axes.get("y"))
+def second_derivatives(model: Any, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """The gradients of the squared norm of the loss's gradient of x."""
+    x = x.detach().requires_grad_()
+    (dx,) = torch.autograd.grad((model(x).square() * g).sum(), x, create_graph=True)
+    leaves = {"x": x, **dict(model.named_parameters())}
+    return dict(zip(leaves, torch.autograd.grad(dx.square().sum(), [*leaves.values()]), strict=True))
 
 
-def compare(kind: Any, sizes: tuple[int, int], bias: bool, activation: Any) -> None:
-    layer, whole = pair_of_layers(kind, sizes, bias, activation, torch.float64)
-    narrow = torch.randn(6, 2 * sizes[0], dtype=torch.float64)
-    xs = [narrow[:0, : sizes[0]], narrow[0, : sizes[0]], narrow[:, ::2], narrow.view(2, 3, -1)[..., ::2]]
-    xs.append(torch.randn(sizes[0], 5, dtype=torch.float64).mT)
-    xs.append(torch.zeros(2, sizes[0], dtype=torch.float64))  # a ReLU's derivative at 0
-    for x in xs:
-        for g in (None, torch.randn(*x.shape[:-1], sizes[1], dtype=torch.float64)):
-            expected, own_x, own_g = expected_results(kind, whole, x, g)
-            assert_close(results(layer, own_x, own_g), expected, **TIGHT)
-    for name in {*expected} - {"y"}:  # nothing else needs a gradient
-        assert_close(results(layer, own_x, own_g, name), {k: expected[k] for k in ("y", name)}, **TIGHT)
+def parts_of(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of the results of the whole model those that this rank should have found."""
+    parts = {}
+    for name, t in expected.items():
+        axis = next((a for a in range(t.dim()) if found[name].shape[a] != t.shape[a]), None)
+        parts[name] = mine(t, axis)
+    return parts
 
 
-CASES = [
-    (COLUMN, (12, 32), True, "sigmoid"),
-    (COLUMN, (5, 7), False, "relu"),
-    (COLUMN, (3, 1), True, None),  # some ranks have no features
-    (ROW, (32, 12), True, "relu"),
-    (ROW, (7, 5), True, "sigmoid"),
-    (ROW, (1, 3), False, None),
+def compare(
+    twin: Any, whole: Any, x: Tensor, g: Any, *of: str, of_what: Callable[..., Any] = results
+) -> None:
+    found, expected = (of_what(model, x, g, *of) for model in (twin, whole))
+    assert_close(found, parts_of(expected, found), **TIGHT)
+
+
+def sequential() -> torch.nn.Sequential:
+    """PyTorch's own layers with one ReLU in two places, and units whose sum is exactly 0."""
+    relu, narrow = torch.nn.ReLU(inplace=True), torch.nn.Linear(7, 1, bias=False)
+    layers = {"in": torch.nn.Linear(9, 7), "act": relu, "mid": narrow, "again": relu}
+    model = torch.nn.Sequential(OrderedDict(layers))
+    model.extend([LinearSigmoid(1, 6), torch.nn.Linear(6, 4), torch.nn.Sigmoid()])
+    with torch.no_grad():
+        model[0].weight[::2], model[0].bias[::2] = 0, 0
+    return model.eval().double()
+
+
+MODELS: list[Callable[[], Any]] = [
+    partial(MLP, (9, 5, 3), "sigmoid", "sigmoid", dtype=torch.float64),
+    partial(MLP, (9, 1, 6, 32, 2, 3), "relu", dtype=torch.float64),  # the last layer stays whole
+    sequential,
 ]
 
 
-def split_layers_equal_the_whole_ones() -> None:
-    for case in CASES:
-        compare(*case)
+def split_models_equal_the_whole_ones(device: str) -> None:
+    mesh = tp_mesh(device)
+    for make in MODELS:
+        torch.manual_seed(0)
+        whole = make().to(device)
+        for p in whole.parameters():
+            if p.dim() == 1:
+                torch.nn.init.normal_(p)
+        twin = parallel_mlp(whole, mesh)
+        narrow = torch.randn(6, 18, dtype=torch.float64, device=device)
+        xs = [narrow[:0, :9], narrow[0, :9], narrow[:, ::2], narrow.view(2, 3, -1)[..., ::2]]
+        xs += [narrow.view(9, 12).mT, torch.zeros_like(narrow[:, :9])]  # a ReLU's derivative at 0
+        for x in xs:
+            for g in (None, torch.randn_like(whole(x))):
+                compare(twin, whole, x, g)
+        for name in ("x", *dict(whole.named_parameters())):  # nothing else needs a gradient
+            compare(twin, whole, x, g, name)
+        compare(twin, whole, xs[2], torch.randn_like(whole(xs[2])), of_what=second_derivatives)
+
+
+def state_dicts_are_whole(device: str) -> None:
+    mesh = tp_mesh(device)
+    for make in MODELS:
+        torch.manual_seed(0)
+        whole = make().to(device)
+        before = copy.deepcopy(whole.state_dict())
+        twin = parallel_mlp(whole, mesh)
+        assert (type(twin), twin.training) == (type(whole), whole.training)
+        assert_close(full_state_dict(twin), before, **EQUAL)
+        with torch.no_grad():
+            for p in twin.parameters():
+                p.add_(1)
+        assert_close(whole.state_dict(), before, **EQUAL)
+        assert_close(full_state_dict(twin), {name: t + 1 for name, t in before.items()}, **EQUAL)
+        load_full_state_dict(twin, before)
+        assert_close(full_state_dict(twin), before, **EQUAL)
+
+
+@pytest.mark.parametrize("function", [split_models_equal_the_whole_ones, state_dicts_are_whole])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_parallel_mlp_equals_the_whole_mlp_and_does_not_change_it(ranks, device, world_size, function):
+    """On a GPU the ranks share it, and gloo sends some messages through the CPU."""
+    ranks(world_size, function, device)
 
 
 def compare_without_reduction() -> None:
     with patch.object(layers, "start_all_reduce", lambda *_: lambda: None):
-        compare(*CASES[0])
+        split_models_equal_the_whole_ones("cpu")
 
 
 def test_the_comparison_rejects_a_missing_collective(ranks):
@@ -121,19 +155,27 @@ def test_the_comparison_rejects_a_missing_collective(ranks):
         ranks(2, compare_without_reduction)
 
 
-def errors_under_autocast_are_those_of_the_whole_layer() -> None:
-    for kind, activation in ((COLUMN, "sigmoid"), (ROW, None)):
-        layer, whole = pair_of_layers(kind, (129, 127), True, activation, torch.float32)
-        x, g = torch.randn(65, 129), torch.randn(65, 127)
-        truth, own_x, own_g = expected_results(kind, copy.deepcopy(whole).double(), x.double(), g.double())
-        for module in (layer, whole):  # autocast for the forward pass only
-            module.forward = torch.autocast("cpu", torch.bfloat16)(module.forward)
-        g = g.bfloat16()
-        expected, *_ = expected_results(kind, whole, x, g)
-        found = results(layer, own_x.float(), own_g.to(g.dtype))
-        for name, t in truth.items():
-            error, of_whole = ((one[name] - t).abs().max() for one in (found, expected))
-            assert 0 < error <= 2 * of_whole, name
+def layers_keep_their_slices_of_the_weight_that_all_draw() -> None:
+    for kind in (COLUMN, ROW):
+        torch.manual_seed(0)
+        layer = kind(7, 5, mesh=tp_mesh(), init="xavier_normal")
+        torch.manual_seed(0)
+        for name, p in Linear(7, 5, init="xavier_normal").named_parameters():
+            assert torch.equal(getattr(layer, name), mine(p, AXES[kind].get(name)))
+
+
+def errors_under_autocast_are_those_of_the_whole_model() -> None:
+    torch.manual_seed(0)
+    whole = MLP((129, 127, 65))
+    x, g, twin = torch.randn(65, 129), torch.randn(65, 65), parallel_mlp(whole, tp_mesh())
+    truth = results(copy.deepcopy(whole).double(), x.double(), g.double())
+    for module in (twin, whole):  # autocast for the forward pass only
+        module.forward = torch.autocast("cpu", torch.bfloat16)(module.forward)
+    found, expected = (results(module, x, g.bfloat16()) for module in (twin, whole))
+    truth, expected = parts_of(truth, found), parts_of(expected, found)
+    for name, t in truth.items():
+        error, of_whole = ((one[name] - t).abs().max() for one in (found, expected))
+        assert 0 < error <= 2 * of_whole, name
 
 
 def the_plain_references_are_right() -> None:
@@ -157,57 +199,6 @@ def the_plain_references_are_right() -> None:
     reference.average_gradients(plain)
     for p, q in zip(replica.parameters(), plain.parameters(), strict=True):
         assert_close(p.grad, q.grad, **TIGHT)
-
-
-def sequential() -> torch.nn.Sequential:
-    """PyTorch's own layers with one ReLU in two places, and units whose sum is exactly 0."""
-    relu, narrow = torch.nn.ReLU(inplace=True), torch.nn.Linear(7, 1, bias=False)
-    layers = {"in": torch.nn.Linear(9, 7), "act": relu, "mid": narrow, "again": relu}
-    model = torch.nn.Sequential(OrderedDict(layers))
-    model.extend([LinearSigmoid(1, 6), torch.nn.Linear(6, 4), torch.nn.Sigmoid()])
-    with torch.no_grad():
-        model[0].weight[::2], model[0].bias[::2] = 0, 0
-    return model.double()
-
-
-def second_derivatives(model: Any, x: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """The gradients of the squared norm of the loss's gradient of x."""
-    x = x.detach().requires_grad_()
-    (dx,) = torch.autograd.grad((model(x).square() * g).sum(), x, create_graph=True)
-    leaves = {"x": x, **dict(model.named_parameters())}
-    grads = torch.autograd.grad(dx.square().sum(), [*leaves.values()])
-    return {f"second {name}": t for name, t in zip(leaves, grads, strict=True)}
-
-
-def mlp_equals(device: str) -> None:
-    x = torch.randn(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(device)
-    mesh = tp_mesh(device)
-    torch.manual_seed(0)
-    mlps = (((9, 3), "sigmoid", "sigmoid"), ((9, 1, 6, 32, 2), "relu", "logits"))
-    for whole in (*(MLP(*case, dtype=torch.float64) for case in mlps), sequential().eval()):
-        before = copy.deepcopy(whole.to(device).state_dict())
-        twin = parallel_mlp(whole, mesh)
-        assert (type(twin), twin.training) == (type(whole), whole.training)
-        g = torch.randn_like(whole(x))
-        found, expected = (results(m, x, g) | second_derivatives(m, x, g) for m in (twin, whole))
-        assert list(found) == list(expected)
-        for name, t in expected.items():
-            axis = next((a for a in range(t.dim()) if found[name].shape[a] != t.shape[a]), None)
-            assert_close(found[name], mine(t, axis), **TIGHT)
-        assert_close(full_state_dict(twin), before, **EQUAL)
-        with torch.no_grad():
-            for p in twin.parameters():
-                p.add_(1)
-        assert_close(whole.state_dict(), before, **EQUAL)
-        assert_close(full_state_dict(twin), {name: t + 1 for name, t in before.items()}, **EQUAL)
-        load_full_state_dict(twin, before)
-        assert_close(full_state_dict(twin), before, **EQUAL)
-
-
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_parallel_mlp_equals_the_whole_mlp_and_does_not_change_it(ranks, device, world_size):
-    """On a GPU the ranks share it, and gloo sends some messages through the CPU."""
-    ranks(world_size, mlp_equals, device)
 
 
 # Refusals
@@ -301,9 +292,8 @@ def collectives_of_layers_and_pairs() -> None:
 @pytest.mark.parametrize(
     "function, world_size",
     [
-        (split_layers_equal_the_whole_ones, 1),
-        (split_layers_equal_the_whole_ones, 3),
-        (errors_under_autocast_are_those_of_the_whole_layer, 2),
+        (layers_keep_their_slices_of_the_weight_that_all_draw, 3),
+        (errors_under_autocast_are_those_of_the_whole_model, 2),
         (the_plain_references_are_right, 3),
         (bad_arguments_are_named, 2),
         (different_layers_are_refused, 2),

@@ -1,20 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Linear layers whose weight is split over the ranks of a mesh dimension.
 
-Shapes on rank r of p; ``out_r`` and ``in_r`` are its part of an axis, which p need not divide:
-
-| | weight | bias | input → output | communication |
-|---|---|---|---|---|
-| `ColumnParallelLinear` | (out_r, in) | (out_r) | (*, in) → (*, out_r) | backward: all-reduce of dx |
-| `RowParallelLinear` | (out, in_r) | (out) | (*, in_r) → (*, out) | forward: all-reduce |
-
-A backward pass communicates only if the input needs a gradient. `torchpar.reference` holds both layers in
-their plainest form; read it first.
+`torchpar.reference` holds both layers in their plainest form; read it first.
 
 A column layer and the row layer after it are a pair. An elementwise activation between them acts on each
-rank's columns alone, so the pair costs one all-reduce forward and one backward. With dY = dL/dY and
-Y = X·Wᵀ + b split by columns, dX = Σ_r dY_r·W_r and dW_r = dY_rᵀ·X. The all-reduce of dX overlaps with the
-computation of dW_r.
+rank's columns alone. So the pair costs one all-reduce forward, of y, and one backward, of dx, unless its
+input needs no gradient. With dY = dL/dY and Y = X·Wᵀ + b split by columns, dX = Σ_r dY_r·W_r and
+dW_r = dY_rᵀ·X. The all-reduce of dX overlaps with the computation of dW_r.
 """
 
 from collections.abc import Iterator
@@ -172,9 +164,10 @@ class ColumnParallelLinear(_ParallelLinear):
     | bias | (out_r) |
     | y | (*, out_r) |
 
-    Σ_r out_r = out_features, cut as `torch.tensor_split` cuts. Every rank draws the whole weight from
-    PyTorch's random generator and keeps its slice, so the generator must be in the same state on all ranks.
-    `from_linear` copies the slices of an existing layer. `torch.func`'s transforms are not supported.
+    Σ_r out_r = out_features, cut as `torch.tensor_split` cuts; p need not divide it. Every rank draws the
+    whole weight from PyTorch's random generator and keeps its slice, so the generator must be in the same
+    state on all ranks. `from_linear` copies the slices of an existing layer. `torch.func`'s transforms are
+    not supported.
 
     Args:
         in_features, out_features, bias: of the whole layer.
@@ -232,7 +225,10 @@ class _ColumnProduct(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: ColumnParallelLinear
     ) -> Tensor:
         ctx.mesh, ctx.affine = layer.mesh, linear_sigmoid if layer.activation == "sigmoid" else linear
-        y: Tensor = ctx.affine(x, weight, bias)
+        # No view of the product: an activation in place may follow.
+        y: Tensor = torch.ops.aten._unsafe_view(
+            ctx.affine(rows(x), weight, bias), (*x.shape[:-1], len(weight))
+        )
         ctx.save_for_backward(x, weight, bias, y if layer.activation == "sigmoid" else None)
         return y
 
