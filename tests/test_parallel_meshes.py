@@ -152,28 +152,6 @@ def test_the_comparison_rejects(ranks, wrong):
         ranks(2, train_beside_one_process, Training(2, 1, 1), wrong)
 
 
-def pipelined(schedule: str) -> None:
-    """Gradients in float32 are those that one process adds of the same micro-batches, and not of others."""
-    torch.manual_seed(0)
-    whole, x, labels = MLP(SIZES, "relu"), torch.randn(24, SIZES[0]), torch.randint(SIZES[-1], (24,))
-    with join_world("cpu") as world:
-        world = world.with_mesh(pp=world.world_size)
-        stage = stage_mlp(whole, world.mesh["pp"])
-        Pipeline(stage, world, schedule).step(x, labels, 24, sum_of_losses)
-    found = {name: p.grad.clone() for name, p in stage.named_parameters()}
-    for rows in (6, 24):
-        whole.zero_grad()
-        for part, of_part in zip(x.split(rows), labels.split(rows), strict=True):
-            (sum_of_losses(whole(part), of_part) / 24).backward()
-        equal = [gradient.equal(whole.get_parameter(name).grad) for name, gradient in found.items()]
-        assert all(equal) == (rows == 6)
-
-
-@pytest.mark.parametrize("stages, schedule", [(2, "1f1b"), (4, "gpipe")])
-def test_a_pipeline_has_the_bits_of_accumulated_micro_batches(ranks, stages, schedule):
-    ranks(stages, pipelined, schedule)
-
-
 def clip(axes: dict[str, int]) -> tuple[float, int, list[tuple[str, int]]]:
     """The norm of gradients with a NaN on rank 1, how many finite ones clipping leaves, and its messages."""
     with join_world("cpu") as world:

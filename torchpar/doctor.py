@@ -165,14 +165,6 @@ def communication() -> Iterator[Finding]:
         if "GLOO_SOCKET_IFNAME" in os.environ:
             remedy = "unset GLOO_SOCKET_IFNAME, which names no interface"
         yield Finding("gloo", _line(e), "problem", remedy)
-    from torchpar.parallel.split import shared_memory
-
-    if shared_memory.SUPPORTED:
-        free = shutil.disk_usage(shared_memory.FOLDER).free
-        remedy = "docker run --shm-size=1g; large models add gradients by gloo, which is slower"
-        few = free < 2**28
-        text = f"{shared_memory.FOLDER}, {free / 2**30:.1f} GiB free"
-        yield Finding("shared memory", text, "note" if few else "ok", remedy if few else "")
     if torch.cuda.device_count() > 1 and not dist.is_nccl_available():
         yield Finding("NCCL", "missing", "note", "install a build of torch with NCCL")
 
