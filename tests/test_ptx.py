@@ -172,7 +172,7 @@ PROGRAM = """
     ret;
 }
 """
-COPY = "cp.async.ca.shared.global [%r1], [%rd3], 4; cp.async.commit_group;"
+COPY = "cp.async.ca.shared.global [%r1], [%rd3], 4, 4; cp.async.commit_group;"
 EXCHANGE = """
     ld.global.b32 %r3, [%rd3];
     st.shared.b32 [%r1], %r3;
@@ -214,7 +214,7 @@ FAULTS = {
         "by a copy",
     ),
     "no mbarrier": (
-        "mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 16;",
+        "setp.eq.b32 %p2, %r0, 0; @%p2 mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 16;",
         "was not written|there is no mbarrier",
     ),
 }

@@ -22,7 +22,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from benchmarks.autotune import Driver, compile_launches, target
 
 from . import arithmetic, copies, tensor_cores, tensors  # noqa: F401  # they register instructions
-from .machine import Launch, Schedule, decode
+from .machine import Launch, Schedule, Step, decode
 from .memory import GIVEN, Allocation, Space
 from .parse import Kernel, parse
 
@@ -30,7 +30,7 @@ FIRST_ADDRESS, GAP = 0x7F0000000000, 2**20
 
 
 @lru_cache(8)
-def _decoded(text: str) -> tuple[Kernel, Any]:
+def _decoded(text: str) -> tuple[Kernel, list[Step]]:
     kernel = parse(text)
     return kernel, decode(kernel)
 
@@ -63,7 +63,7 @@ class Gpu:
         trace: list[Any] | None = None,
     ):
         self.trace = trace
-        self.schedule, self.checks, self.change = schedule, checks, change
+        self.schedule, self.change = schedule, change
         self.space = Space("global memory", checks)
         self.next = FIRST_ADDRESS
         self.places: dict[int, Allocation] = {}  # by the storage of the meta tensor
@@ -132,9 +132,8 @@ class Gpu:
     ) -> None:
         """Execute the kernel of ``text`` with a value, or a tensor on the meta device, for each parameter."""
         kernel, steps = _decoded(self.change(text) if self.change else text)
-        names = (name for name, _ in kernel.parameters)
-        parameters = dict(zip(names, map(self.value, values), strict=True))
-        common = self.space, shared, self.schedule, self.checks, self.trace
+        parameters = dict(zip(kernel.parameters, map(self.value, values), strict=True))
+        common = self.space, shared, self.schedule, self.trace
         self.launches.append(Launch(kernel, steps, grid, parameters, *common))
         self.launches[-1].run()
 
