@@ -3,7 +3,7 @@
 
 Read in this order: `parse` (text to instructions), `registers` (kinds of numbers), `machine` (warps, masks
 and schedules), `arithmetic`, `memory` (who may read and write which byte), `asynchronous` (operations and
-their groups), `copies` (loads, stores and asynchronous copies), `tensors` (TMA), `tensor_cores`, and `launch`,
+their groups), `copies` (loads, stores and copies), `tensors` (TMA), `tensor_cores`, and `launch`,
 which stands in for a GPU. `cases` are launches of all kernels. `mutants` breaks the kernels, to see whether
 it is noticed. `timeline` draws a tile of `matmul_t`.
 

@@ -99,6 +99,8 @@ class Gpu:
     def read(self, meta: Tensor) -> Tensor:
         """The content of a tensor on the meta device."""
         place = self.place(meta)
+        if not meta.numel():
+            return torch.empty(meta.shape, dtype=meta.dtype)
         content = torch.from_numpy(place.data[: place.size].copy()).view(meta.dtype)
         return content.as_strided(meta.shape, meta.stride(), meta.storage_offset())
 
