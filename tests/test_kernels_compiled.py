@@ -16,7 +16,7 @@ import triton
 from machine_code import MachineCode, machine_codes
 from torch import Tensor
 
-from benchmarks.autotune import target
+from benchmarks.driver import target
 from torchpar.kernels import exact_matmul, matmul_t, maximum, sigmoid_backward
 from torchpar.kernels import linear_sigmoid as linear
 from torchpar.kernels.tiles import KINDS, Tiles, configurations

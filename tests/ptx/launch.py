@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from triton.backends.nvidia.compiler import CUDABackend
 
-from benchmarks.autotune import Driver, compile_launches, target
+from benchmarks.driver import Driver, compile_launches, target
 
 from . import arithmetic, copies, tensor_cores, tensors  # noqa: F401  # they register instructions
 from .machine import Launch, Schedule, Step, decode

@@ -47,14 +47,13 @@ class PreparedProblem(NamedTuple):
 
 
 def prepare(problem: Problem, device: torch.device) -> PreparedProblem:
-    """Random operands on ``device``; on the meta device the kernels can be compiled, but not run."""
+    """Random operands on ``device``."""
     from torchpar.kernels import linear_sigmoid, matmul_t
     from torchpar.kernels.tiles import KINDS
 
     kernel, kind, m, n, k, batch = problem
     dtype, precision = KINDS[kind][:2]
-    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(n)
-    random = partial(torch.randn, device=device, generator=generator)
+    random = partial(torch.randn, device=device, generator=torch.Generator(device).manual_seed(n))
     prefix = (batch,) * (batch > 1)
     x = random(*prefix, m, k).to(dtype)
     out, wide = x.new_empty(*prefix, m, n), x.double()
