@@ -2,7 +2,7 @@
 """Loads, stores, asynchronous copies, and the groups of asynchronous operations: 9.7.9 of the PTX ISA."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import triton
@@ -68,41 +68,35 @@ def _store(i: Instruction) -> Run:
     return run
 
 
-class Copy(Operation):
-    """An asynchronous copy between elements of global memory and units of shared memory.
+class Places(NamedTuple):
+    """What a copy connects: elements of global memory and units of shared memory, both of so many bytes.
 
     Elements that are not ``inside`` become zeros in shared memory, and are not stored in global memory.
-
-    Args:
-        elements, width: their addresses and bytes; ``units`` and ``unit`` are those of the units.
-        barrier: counts the bytes that have been copied.
     """
 
+    elements: Any
+    inside: Any
+    width: int
+    units: Any
+    unit: int
+
+
+class Copy(Operation):
+    """An asynchronous copy. A ``barrier`` counts the bytes that have been copied."""
+
     def __init__(
-        self,
-        warp: Warp,
-        line: int,
-        what: str,
-        *,
-        elements: Any,
-        inside: Any,
-        width: int,
-        units: Any,
-        unit: int,
-        to_shared: bool,
-        generic: bool = False,
-        barrier: Any = None,
+        self, warp: Warp, line: int, what: str, places: Places, to_shared: bool = True, barrier: Any = None
     ):
-        super().__init__(warp, line, what, generic)
+        super().__init__(warp, line, what, what == "a copy" and COPIES_NEED_FENCE)
         self.block, self.line, self.to_shared, self.barrier = warp.block, line, to_shared, barrier
-        self.elements, self.inside, self.width = elements[inside], inside, width
-        self.units, self.unit = units, unit
+        elements, self.inside, self.width, self.units, self.unit = places
+        self.elements = elements[self.inside]
         if to_shared:
-            self.block.shared.write(warp, units, unit, self.written)
-            self.block.space.read(warp, self.elements, width, self.read)
+            self.block.shared.write(warp, self.units, self.unit, self.written)
+            self.block.space.read(warp, self.elements, self.width, self.read)
         else:
-            self.block.shared.read(warp, units, unit, self.read, fence=True)
-            self.block.space.write(warp, self.elements, width, self.written)
+            self.block.shared.read(warp, self.units, self.unit, self.read, fence=True)
+            self.block.space.write(warp, self.elements, self.width, self.written)
 
     def fetch(self) -> None:
         if self.to_shared:
@@ -132,9 +126,8 @@ def _copy(i: Instruction) -> Run:
         counts = given(warp)[lanes]
         if not set(counts.tolist()) <= {0, size}:
             raise PtxError(i.line, "a copy of a part is not modelled")
-        copied = {"elements": source(warp)[lanes], "inside": counts > 0, "width": size}
-        copied |= {"units": to(warp)[lanes], "unit": size, "to_shared": True}
-        operation = Copy(warp, i.line, "a copy", generic=COPIES_NEED_FENCE, **copied)
+        places = Places(source(warp)[lanes], counts > 0, size, to(warp)[lanes], size)
+        operation = Copy(warp, i.line, "a copy", places)
         warp.groups["cp.async"].issued.append(operation)
         operation.start(warp.block)
 

@@ -22,7 +22,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from benchmarks.driver import Driver, compile_launches, target
 
 from . import arithmetic, copies, tensor_cores, tensors  # noqa: F401  # they register instructions
-from .machine import Launch, Schedule, Step, decode
+from .machine import Launch, Schedule, decode
 from .memory import GIVEN, Allocation, Space
 from .parse import Kernel, parse
 
@@ -30,9 +30,8 @@ FIRST_ADDRESS, GAP = 0x7F0000000000, 2**20
 
 
 @lru_cache(8)
-def _decoded(text: str) -> tuple[Kernel, list[Step]]:
-    kernel = parse(text)
-    return kernel, decode(kernel)
+def _decoded(text: str) -> Kernel:
+    return decode(parse(text))
 
 
 @contextmanager
@@ -133,10 +132,10 @@ class Gpu:
         self, text: str, values: list[Any], grid: tuple[int, int, int] = (1, 1, 1), shared: int = 0
     ) -> None:
         """Execute the kernel of ``text`` with a value, or a tensor on the meta device, for each parameter."""
-        kernel, steps = _decoded(self.change(text) if self.change else text)
+        kernel = _decoded(self.change(text) if self.change else text)
         parameters = dict(zip(kernel.parameters, map(self.value, values), strict=True))
         common = self.space, shared, self.schedule, self.trace
-        self.launches.append(Launch(kernel, steps, grid, parameters, *common))
+        self.launches.append(Launch(kernel, grid, parameters, *common))
         self.launches[-1].run()
 
     def value(self, argument: Any) -> int:

@@ -62,33 +62,18 @@ def elementwise(i: Instruction, function: Callable[..., Any], result: str, *sour
     return lambda warp: put(warp, function(*[read(warp) for read in reads]))
 
 
-@dataclass(slots=True)
-class Step:
-    """An executable instruction."""
-
-    run: Run
-    guard: int | None
-    negated: bool
-    writes: list[int]
-    whole: bool
-    target: int
-    instruction: Instruction
-
-
-def decode(kernel: Kernel) -> list[Step]:
-    steps = []
+def decode(kernel: Kernel) -> Kernel:
+    """Make the instructions of a kernel executable."""
     for i in kernel.instructions:
         prefixes = (".".join(i.parts[:n]) for n in range(len(i.parts), 0, -1))
         try:
-            build, results, whole = next(BUILDERS[prefix] for prefix in prefixes if prefix in BUILDERS)
-            run = build(i)
+            build, results, i.whole = next(BUILDERS[prefix] for prefix in prefixes if prefix in BUILDERS)
+            i.run = build(i)
         except (LookupError, ValueError, AssertionError, StopIteration) as e:
             raise PtxError(i.line, f"unknown instruction {i.opcode}") from e
         written = [one for operand in i.operands[:results] for one in flat(operand)]
-        writes = [one.index for one in written if isinstance(one, Register)]
-        guard = None if i.guard is None else i.guard.index
-        steps.append(Step(run, guard, i.negated, writes, whole, i.target, i))
-    return steps
+        i.writes = [one.index for one in written if isinstance(one, Register)]
+    return kernel
 
 
 @dataclass
@@ -96,7 +81,6 @@ class Launch:
     """What the blocks of a launch share."""
 
     kernel: Kernel
-    steps: list[Step]
     grid: tuple[int, int, int]
     parameters: dict[str, int]
     space: Space
@@ -169,41 +153,38 @@ class Warp:
 
     def advance(self, budget: int) -> None:
         """Run until the warp waits, ends, or has executed ``budget`` instructions."""
-        steps, registers, executed = self.block.launch.steps, self.registers, self.block.launch.executed
+        launch, registers = self.block.launch, self.registers
+        instructions, executed = launch.kernel.instructions, launch.executed
         for _ in range(budget):
             if self.parked:
                 self.park(self.pc, self.active)
                 self.pc = min(self.parked)
                 self.active = self.parked.pop(self.pc)
-            step = steps[self.pc]
+            i = instructions[self.pc]
             self.count += 1
             try:
                 mask = self.active
-                if step.guard is not None:
-                    mask = ~registers[step.guard] if step.negated else registers[step.guard]
+                if i.guard is not None:
+                    mask = ~registers[i.guard.index] if i.negated else registers[i.guard.index]
                     mask = mask if self.active is ALL else mask & self.active
                     bits = mask.tobytes()
                     mask = ALL if bits == ALL_BYTES else mask
-                    if mask is not ALL:
-                        self.fill(step.writes)
                     if bits == NO_BYTES:
+                        self.fill(i.writes)
                         self.pc += 1
                         continue
-                elif mask is not ALL:
-                    self.fill(step.writes)
-                if step.whole and mask is not ALL:
-                    message = f"a part of warp {self.index} executes {step.instruction.opcode}"
-                    raise PtxError(step.instruction.line, message)
+                if mask is not ALL:
+                    self.fill(i.writes)
+                    if i.whole:
+                        raise PtxError(i.line, f"a part of warp {self.index} executes {i.opcode}")
                 self.mask = mask
                 executed.add(self.pc)
-                if step.target >= 0:
-                    self.branch(step.target)
-                else:
-                    self.pc += 1
-                    if step.run(self):
-                        break
+                self.pc += 1
+                if i.target >= 0:
+                    self.branch(i.target)
+                elif i.run(self):
+                    break
             except (TypeError, AttributeError) as e:
-                i = step.instruction
                 unready = [v for r in i.registers if isinstance(v := registers[r.index], Unready)]
                 if not unready:
                     raise
@@ -211,12 +192,12 @@ class Warp:
                 what = "of an asynchronous product" if flying else "that was not written"
                 raise PtxError(i.line, f"{i.opcode} takes a register {what}") from e
         if self.count > LIMIT:
-            raise PtxError(steps[self.pc].instruction.line, "does not end")
+            raise PtxError(instructions[self.pc].line, "does not end")
 
     def branch(self, target: int) -> None:
         others = self.active & ~self.mask
         if others.any():
-            self.park(self.pc + 1, others)
+            self.park(self.pc, others)
         self.pc, self.active = target, self.mask
 
     def park(self, pc: int, mask: Any) -> None:
@@ -265,7 +246,7 @@ class Block:
             elif self.flying:
                 self.flying.pop().advance()
             else:
-                lines = {warp.index: self.launch.steps[warp.pc - 1].instruction.line for warp in running}
+                lines = {warp.index: self.launch.kernel.instructions[warp.pc - 1].line for warp in running}
                 raise PtxError(min(lines.values()), f"deadlock: the warps wait at lines {lines}")
         self.end()
 
@@ -291,11 +272,6 @@ def _return(i: Instruction) -> Run:
     return run
 
 
-@instruction("bra", results=0)
-def _branch(i: Instruction) -> Run:
-    return lambda warp: None  # `Warp.branch` follows its target
-
-
 @instruction("bar.sync", results=0, whole=True)
 def _synchronize(i: Instruction) -> Run:
     assert i.operands == [Constant(0)]
@@ -307,6 +283,8 @@ def _synchronize(i: Instruction) -> Run:
     return run
 
 
+@instruction("bra", results=0)
 @instruction("bar.warp.sync", results=0, whole=True)
-def _synchronize_warp(i: Instruction) -> Run:
-    return lambda warp: None  # what one thread of a warp knows of memory, all know
+def _pass(i: Instruction) -> Run:
+    """`Warp.branch` follows a branch. What one thread of a warp knows of memory, all know."""
+    return lambda warp: None

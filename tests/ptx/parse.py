@@ -56,6 +56,10 @@ class Instruction:
     guard: Any
     negated: bool
     target: int = -1  # of a branch
+    # What `machine.decode` adds: how a warp executes it, whether only as a whole, and the registers written
+    run: Any = None
+    whole: bool = False
+    writes: list[int] = field(default_factory=list)
 
     @property
     def parts(self) -> list[str]:

@@ -5,14 +5,15 @@ Sections 9.7.9 of the PTX ISA (cp.async.bulk.tensor, tensormap.replace), 9.7.13 
 tensormap.cp_fenceproxy) and 5.5 (tensors, boxes and swizzling).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from .asynchronous import Operation
-from .copies import Copy, address_reader
+from .copies import Copy, Places, address_reader
 from .machine import Run, Warp, instruction
-from .parse import Constant, Instruction, PtxError, Symbol
+from .parse import Address, Constant, Instruction, PtxError, Symbol
 from .registers import DTYPES, SHARED_BASE, reader, writer
 
 # mbarrier: counts arrivals, and bytes of bulk copies
@@ -48,52 +49,54 @@ def barrier_at(warp: Warp, address: Any, line: int) -> Barrier:
     return barrier
 
 
-def single(warp: Warp, i: Instruction, *values: Any) -> list[Any]:
-    """The values in the one thread that executes the instruction."""
-    lanes = warp.lanes()
-    if len(lanes) != 1:
-        raise PtxError(i.line, f"{len(lanes)} threads of warp {warp.index} execute {i.opcode}")
-    return [value[lanes] for value in values]
+def of_one_thread(*opcodes: str) -> Callable[[Any], Any]:
+    """Register a function of a warp, an instruction, and its operands' values in the thread that executes it.
+
+    An address is followed by its coordinates.
+    """
+
+    def register(function: Any) -> Any:
+        @instruction(*opcodes, results=0)
+        def build(i: Instruction) -> Run:
+            reads: list[Any] = []
+            for operand in i.operands:
+                if isinstance(operand, Address):
+                    reads += [address_reader(operand), *(reader(one, "s32") for one in operand.coordinates)]
+                elif operand != Symbol("_"):
+                    reads.append(reader(operand, "u32"))
+
+            def run(warp: Warp) -> None:
+                lanes = warp.lanes()
+                if len(lanes) != 1:
+                    raise PtxError(i.line, f"{len(lanes)} threads of warp {warp.index} execute {i.opcode}")
+                function(warp, i, *(read(warp)[lanes] for read in reads))
+
+            return run
+
+        return function
+
+    return register
 
 
-@instruction("mbarrier.init.shared::cta.b64", results=0)
-def _init(i: Instruction) -> Run:
-    address, count = address_reader(i.operands[0]), reader(i.operands[1], "u32")
-
-    def run(warp: Warp) -> None:
-        at, arrivals = single(warp, i, address(warp), count(warp))
-        warp.block.shared.store(warp, at, np.zeros((1, 8), np.uint8), i.line)
-        warp.block.memory.barriers[int(at[0]) - SHARED_BASE] = Barrier(i.line, int(arrivals[0]))
-
-    return run
+@of_one_thread("mbarrier.init.shared::cta.b64")
+def _init(warp: Warp, i: Instruction, address: Any, count: Any) -> None:
+    warp.block.shared.store(warp, address, np.zeros((1, 8), np.uint8), i.line)
+    warp.block.memory.barriers[int(address[0]) - SHARED_BASE] = Barrier(i.line, int(count[0]))
 
 
-@instruction("mbarrier.inval.shared::cta.b64", results=0)
-def _invalidate(i: Instruction) -> Run:
-    address = address_reader(i.operands[0])
-
-    def run(warp: Warp) -> None:
-        (at,) = single(warp, i, address(warp))
-        barrier = barrier_at(warp, at, i.line)
-        used = barrier.copies or barrier.pending != barrier.count
-        warp.block.space.check(not used, i.line, f"the mbarrier of line {barrier.line} is in use")
-        del warp.block.memory.barriers[int(at[0]) - SHARED_BASE]
-
-    return run
+@of_one_thread("mbarrier.inval.shared::cta.b64")
+def _invalidate(warp: Warp, i: Instruction, address: Any) -> None:
+    barrier = barrier_at(warp, address, i.line)
+    used = barrier.copies or barrier.pending != barrier.count
+    warp.block.space.check(not used, i.line, f"the mbarrier of line {barrier.line} is in use")
+    del warp.block.memory.barriers[int(address[0]) - SHARED_BASE]
 
 
-@instruction("mbarrier.arrive.expect_tx.shared::cta.b64", "mbarrier.arrive.expect_tx.shared.b64", results=0)
-def _expect(i: Instruction) -> Run:
-    address, count = address_reader(i.operands[1]), reader(i.operands[2], "u32")
-    assert i.operands[0] == Symbol("_")
-
-    def run(warp: Warp) -> None:
-        at, expected = single(warp, i, address(warp), count(warp))
-        barrier = barrier_at(warp, at, i.line)
-        barrier.update(transactions=int(expected[0]))
-        barrier.update(arrivals=1)
-
-    return run
+@of_one_thread("mbarrier.arrive.expect_tx.shared::cta.b64", "mbarrier.arrive.expect_tx.shared.b64")
+def _expect(warp: Warp, i: Instruction, address: Any, count: Any) -> None:
+    barrier = barrier_at(warp, address, i.line)
+    barrier.update(transactions=int(count[0]))
+    barrier.update(arrivals=1)
 
 
 @instruction("mbarrier.try_wait.parity.shared::cta.b64", "mbarrier.try_wait.parity.shared.b64", whole=True)
@@ -232,8 +235,8 @@ class Tensor:
         if row % 16 or not all(0 < n <= 256 for n in self.box) or (self.swizzle > 16 and row > self.swizzle):
             raise PtxError(line, f"a box {self.box} cannot have a swizzle of {self.swizzle} bytes")
 
-    def copied(self, corner: list[int], shared: int, line: int) -> dict[str, Any]:
-        """The arguments of a `Copy` of the box at ``corner``, whose place is at ``shared``."""
+    def places(self, corner: list[int], shared: int, line: int) -> Places:
+        """The elements of the box at ``corner``, and its units at ``shared``."""
         align = max(128, 8 * self.swizzle if self.swizzle > 16 else 128)
         if shared % align:
             raise PtxError(line, f"a box in shared memory is not aligned to {align} bytes")
@@ -243,42 +246,35 @@ class Tensor:
             at = at + position * self.strides[d]
             inside &= (position >= 0) & (position < self.sizes[d])
         units = swizzle(shared + np.arange(0, self.bytes * at.size, 16), self.swizzle)
-        return {
-            "elements": at.reshape(-1),
-            "inside": inside.reshape(-1),
-            "width": self.bytes,
-            "units": units,
-            "unit": 16,
-        }
+        return Places(at.reshape(-1), inside.reshape(-1), self.bytes, units, 16)
 
 
-@instruction("cp.async.bulk.tensor", results=0)
-def _copy_box(i: Instruction) -> Run:
-    """What is outside of the tensor becomes zero, or is not stored.
+def places_of(warp: Warp, i: Instruction, address: Any, corner: tuple[Any, ...], shared: Any) -> Places:
+    tensor = Tensor(warp, address, i.line)
+    if i.parts[4] != f"{len(corner)}d" or tensor.rank != len(corner):
+        raise PtxError(i.line, f"the tensor has {tensor.rank} dimensions")
+    return tensor.places([int(one[0]) for one in corner], int(shared[0]), i.line)
 
-    Of a load an mbarrier counts the bytes of the whole box. Stores are in groups of a thread.
-    """
-    stores = i.parts[5:] == ["global", "shared::cta", "bulk_group"]
-    assert stores or ".".join(i.parts[6:]) == "global.mbarrier::complete_tx::bytes"
-    tensor, shared = i.operands[:2] if stores else i.operands[1::-1]
-    places = [address_reader(one) for one in (tensor, shared, *i.operands[2:])]
-    coordinates = [reader(one, "s32") for one in tensor.coordinates]
-    assert i.parts[4] == f"{len(coordinates)}d"
 
-    def run(warp: Warp) -> None:
-        at, place, *barriers = single(warp, i, *(read(warp) for read in places))
-        corner = [int(one[0]) for one in single(warp, i, *(read(warp) for read in coordinates))]
-        described = Tensor(warp, at, i.line)
-        if described.rank != len(corner):
-            raise PtxError(i.line, f"the tensor has {described.rank} dimensions")
-        copied = described.copied(corner, int(place[0]), i.line)
-        if stores:
-            operation = Copy(warp, i.line, "a bulk store", to_shared=False, **copied)
-            warp.groups["cp.async.bulk", int(warp.lanes()[0])].issued.append(operation)
-        else:
-            barrier = barrier_at(warp, barriers[0], i.line)
-            operation = Copy(warp, i.line, "a bulk load", to_shared=True, barrier=barrier, **copied)
-            barrier.copies.append(operation)
-        operation.start(warp.block)
+TILES = [f"cp.async.bulk.tensor.{dimensions}d" for dimensions in (2, 3)]
+LOADED = "global.mbarrier::complete_tx::bytes"
 
-    return run
+
+@of_one_thread(*(f"{tile}.shared::{scope}.{LOADED}" for tile in TILES for scope in ("cta", "cluster")))
+def _load_box(warp: Warp, i: Instruction, shared: Any, address: Any, *others: Any) -> None:
+    """What is outside of the tensor becomes zero. The mbarrier counts the bytes of the whole box."""
+    *corner, counting = others
+    barrier = barrier_at(warp, counting, i.line)
+    places = places_of(warp, i, address, tuple(corner), shared)
+    barrier.copies.append(Copy(warp, i.line, "a bulk load", places, barrier=barrier))
+    barrier.copies[-1].start(warp.block)
+
+
+@of_one_thread(*(f"{tile}.global.shared::cta.bulk_group" for tile in TILES))
+def _store_box(warp: Warp, i: Instruction, address: Any, *others: Any) -> None:
+    """What is outside of the tensor is not stored."""
+    *corner, shared = others
+    places = places_of(warp, i, address, tuple(corner), shared)
+    operation = Copy(warp, i.line, "a bulk store", places, to_shared=False)
+    warp.groups["cp.async.bulk", int(warp.lanes()[0])].issued.append(operation)
+    operation.start(warp.block)

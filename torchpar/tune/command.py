@@ -65,7 +65,7 @@ def tune(options: argparse.Namespace) -> int:
     end = time.monotonic() + 60 * options.minutes
     present = tiles.device(torch.empty(0, device="meta"))
     header = environment(present)
-    table = tiles.load_table(present) or header | {"tiles": {}}
+    table: dict[str, Any] = tiles.load_table(present) or header | {"tiles": {}}
     if table | header != table:
         print("the table is of other versions or kernels; a new one is begun")
         table = header | {"tiles": {}}
