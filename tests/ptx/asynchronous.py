@@ -54,9 +54,9 @@ class Operation:
     def wait(self, warp: Any, left: int = 0) -> None:
         """From now on the warp knows that the operation has read, or, with no step ``left``, is done."""
         self.advance(left)
-        warp.knowledge.seen[self.read.number] = True
+        warp.seen[self.read.number] = True
         if left == 0:
-            warp.knowledge.seen[self.written.number] = True
+            warp.seen[self.written.number] = True
         warp.trace(self)
 
 

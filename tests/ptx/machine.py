@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .asynchronous import Groups, Operation
-from .memory import Allocation, Events, Knowledge, Space
+from .memory import Allocation, Event, Events, Space
 from .parse import Constant, Instruction, Kernel, PtxError, Register, flat
 from .registers import ALL, DTYPES, LANES, SHARED_BASE, UNWRITTEN, Unready, reader, writer
 
@@ -110,7 +110,6 @@ class Warp:
 
     def __init__(self, index: int, block: "Block"):
         self.index, self.block = index, block
-        self.knowledge = Knowledge(block.events)
         self.registers: list[Any] = [UNWRITTEN] * len(block.launch.kernel.registers)
         self.pc = 0
         self.active = ALL  # the threads at `pc`
@@ -122,7 +121,21 @@ class Warp:
         self.waited = 0  # the instructions that others executed while it waited at barriers
         self.groups: defaultdict[Any, Groups] = defaultdict(Groups)
         self.last_product: Operation | None = None
-        self.fenced: list[Any] = []  # the registers at the last wgmma.fence
+        self.fence: list[Any] = []  # the registers at the last wgmma.fence
+
+    @property
+    def seen(self) -> Any:
+        return self.block.events.seen[self.index]
+
+    @property
+    def fenced(self) -> Any:
+        return self.block.events.fenced[self.index]
+
+    def event(self, line: int, what: str) -> Event:
+        """A new event of this warp, which it knows."""
+        event = self.block.events.add(Event(line, f"{what} of warp {self.index}"))
+        self.seen[event.number] = True
+        return event
 
     def special(self, name: str) -> Any:
         if name in self.block.launch.parameters:
@@ -210,7 +223,7 @@ class Block:
 
     def __init__(self, launch: Launch, position: tuple[int, ...]):
         self.launch, self.position = launch, position
-        self.events = Events()
+        self.events = Events(launch.kernel.threads // 32)
         self.space = launch.space
         self.shared = Space("shared memory", launch.space.checks)
         self.memory = self.shared.add(Allocation("shared memory", SHARED_BASE, launch.shared_bytes))
@@ -256,7 +269,7 @@ class Block:
             message = f"the mbarrier at {address} still expects bytes"
             self.space.check(not barrier.transactions, barrier.line, message)
         for one in self.flying:
-            seen = not one.steps or any(warp.knowledge.seen[one.read.number] for warp in self.warps)
+            seen = not one.steps or self.events.seen[:, one.read.number].any()
             self.space.check(seen, one.read.line, "its block ends before it has read shared memory")
             one.advance()
         for allocation in self.space.allocations:

@@ -46,47 +46,31 @@ class Event:
 
 
 class Events:
-    """The events of a block of threads, and what its warps know of them."""
+    """The events of a block of threads, and what its warps know of them.
 
-    def __init__(self) -> None:
+    ``seen`` has the events that each warp knows, and ``fenced`` those of them before its last proxy fence;
+    by their numbers.
+    """
+
+    def __init__(self, warps: int) -> None:
         self.all = [Event(0, "the host"), Event(0, "another block"), Event(0, "nobody")]
-        self.warps: list[Knowledge] = []
+        self.seen = np.zeros((warps, 2**12), np.bool_)
+        self.seen[:, GIVEN] = True
+        self.fenced = self.seen.copy()
         self.floor = 0  # what the warps themselves did before this number, all know
 
     def add(self, event: Event) -> Event:
         event.number = len(self.all)
         self.all.append(event)
-        for warp in self.warps:
-            if event.number == len(warp.seen):
-                warp.seen, warp.fenced = (np.append(a, np.zeros_like(a)) for a in (warp.seen, warp.fenced))
-            if not event.generic:
-                warp.fenced[event.number] = True
+        if event.number == self.seen.shape[1]:
+            self.seen, self.fenced = (np.hstack([a, np.zeros_like(a)]) for a in (self.seen, self.fenced))
+        self.fenced[:, event.number] = not event.generic
         return event
 
     def share(self) -> None:
         """At a barrier, each warp learns what one of them knows."""
-        seen = np.logical_or.reduce([warp.seen for warp in self.warps])
-        fenced = np.logical_or.reduce([warp.fenced for warp in self.warps])
-        for warp in self.warps:
-            warp.seen[:], warp.fenced[:] = seen, fenced
+        self.seen[:], self.fenced[:] = self.seen.any(0), self.fenced.any(0)
         self.floor = len(self.all)
-
-
-class Knowledge:
-    """Which events a warp knows, and those of them before its last proxy fence; by their numbers."""
-
-    def __init__(self, events: Events):
-        self.events = events
-        self.seen = np.zeros(2**12, np.bool_)
-        self.seen[GIVEN] = True
-        self.fenced = self.seen.copy()
-        events.warps.append(self)
-
-    def add(self, line: int, what: str) -> Event:
-        """A new event of this warp."""
-        event = self.events.add(Event(line, what))
-        self.seen[event.number] = True
-        return event
 
 
 class Allocation:
@@ -157,11 +141,11 @@ class Space:
 
     def load(self, warp: Any, addresses: Any, width: int, line: int) -> Any:
         """The bytes ``(len(addresses), width)`` that a warp loads."""
-        self.read(warp, addresses, width, warp.knowledge.add(line, f"a load of warp {warp.index}"))
+        self.read(warp, addresses, width, warp.event(line, "a load"))
         return self.peek(addresses, width, line)
 
     def store(self, warp: Any, addresses: Any, values: Any, line: int) -> None:
-        event = warp.knowledge.add(line, f"a store of warp {warp.index}")
+        event = warp.event(line, "a store")
         self.write(warp, addresses, values.shape[1], event, values)
         self.poke(addresses, values, line)
         stored = all_true(self.peek(addresses, values.shape[1], line) == values)
@@ -194,10 +178,10 @@ class Space:
         place, rows = self.locate(addresses, width, line)
         if self.checks:
             writers = place.writes.reshape(-1, width)[rows]
-            if not all_true(warp.knowledge.seen[writers]):
+            if not all_true(warp.seen[writers]):
                 raise self.conflict(warp, place, rows, writers, line, "read", "written")
-            if fence and not all_true(warp.knowledge.fenced[writers]):
-                one = warp.knowledge.events.all[int(writers[~warp.knowledge.fenced[writers]][0])]
+            if fence and not all_true(warp.fenced[writers]):
+                one = warp.block.events.all[int(writers[~warp.fenced[writers]][0])]
                 what = f"reads what {one.what} wrote (line {one.line})"
                 raise PtxError(line, f"{what}, which needs a fence between the proxies")
         return place, rows
@@ -209,7 +193,7 @@ class Space:
         """
         place, rows = self.locate(addresses, width, event.line)
         if self.checks:
-            seen, line = warp.knowledge.seen, event.line
+            seen, line = warp.seen, event.line
             writers = place.writes.reshape(-1, width)[rows]
             if not all_true(seen[writers]):
                 allowed = writers == UNWRITTEN
@@ -219,7 +203,7 @@ class Space:
                 if not all_true(seen[writers]):
                     raise self.conflict(warp, place, rows, writers, line, "overwritten", "written")
             for (reader, own), read in place.reads.items():
-                if own and place.last_read[reader, own] < warp.knowledge.events.floor:
+                if own and place.last_read[reader, own] < warp.block.events.floor:
                     continue  # all warps know after a barrier
                 readers = read.reshape(-1, width)[rows]
                 if not all_true(seen[readers]):
@@ -236,9 +220,9 @@ class Space:
     ) -> PtxError:
         """The error of an access that does not know one of the ``events``."""
         events = events.reshape(-1, events.shape[-1])
-        row, byte = (int(i[0]) for i in np.nonzero(~warp.knowledge.seen[events]))
+        row, byte = (int(i[0]) for i in np.nonzero(~warp.seen[events]))
         address = int(rows.reshape(-1)[row]) * events.shape[-1] + byte
-        event = warp.knowledge.events.all[int(events[row, byte])]
+        event = warp.block.events.all[int(events[row, byte])]
         where = f"byte {address} of {place.name}, {what} by warp {warp.index},"
         if event.what == "nobody":
             return PtxError(line, f"{where} was not written before")

@@ -131,7 +131,7 @@ class Matrix:
     ``chunks`` are the addresses of its units of 16 bytes: of a row if ``by_rows``, or of a column.
     """
 
-    def __init__(self, descriptor: Any, rows: int, by_rows: bool, kind: str, line: int):
+    def __init__(self, descriptor: Any, rows: range, by_rows: bool, kind: str, line: int):
         if (descriptor != descriptor[0]).any():
             raise PtxError(line, "the threads of a warp give different descriptors")
         bits = int(descriptor[0])
@@ -142,19 +142,13 @@ class Matrix:
         size = 256 >> mode
         self.by_rows, self.kind = by_rows, kind
         if by_rows:
-            row, chunk = np.arange(rows)[:, None], np.arange(2)[None, :]
+            row, chunk = np.array(rows)[:, None], np.arange(2)
             chunks = start + row // 8 * stride + row % 8 * size + 16 * chunk
         else:
             assert OPERANDS[kind] == "u2"
-            byte, column = 16 * np.arange(rows // 8)[:, None], np.arange(16)[None, :]
+            byte, column = 2 * np.array(rows[::8])[:, None], np.arange(16)
             chunks = start + byte // size * leading + byte % size + column // 8 * stride + column % 8 * size
         self.chunks = swizzle(chunks, size)
-
-    def part(self, first: int, rows: int) -> "Matrix":
-        """Some of its rows."""
-        unit = 1 if self.by_rows else 8
-        self.chunks = self.chunks[first // unit : (first + rows) // unit]
-        return self
 
     def read(self, space: Any, line: int) -> Values:
         """Its numbers ``(rows, k)``."""
@@ -166,7 +160,7 @@ class Matrix:
 @instruction("wgmma.fence.sync.aligned", results=0, whole=True)
 def _fence(i: Instruction) -> Run:
     def run(warp: Warp) -> None:
-        warp.fenced = list(warp.registers)
+        warp.fence = list(warp.registers)
 
     return run
 
@@ -190,7 +184,7 @@ class Product(Operation):
         for matrix in (right, *([] if self.taken else [left])):
             warp.block.shared.read(warp, matrix.chunks, 16, self.read, fence=True)
         for index in [*self.taken, *(self.to if adds else [])]:
-            fenced = bool(warp.fenced) and registers[index] is warp.fenced[index]
+            fenced = bool(warp.fence) and registers[index] is warp.fence[index]
             message = "takes a register that was written after the last wgmma.fence"
             warp.block.space.check(fenced or isinstance(registers[index], Unready), i.line, message)
         if any(isinstance(one, Unready) for one in self.taken.values()) or UNWRITTEN in (self.sums or []):
@@ -244,11 +238,12 @@ def _multiply_async(i: Instruction) -> Run:
     keep = reader(accumulate, "pred")
 
     def run(warp: Warp) -> None:
-        matrix = Matrix(right(warp), n, by_rows[-1], kind, i.line)
+        matrix = Matrix(right(warp), range(n), by_rows[-1], kind, i.line)
         if from_registers:
             first = [one.index for one in a]
         else:
-            first = Matrix(left(warp), 64, by_rows[0], kind, i.line).part(16 * (warp.index % 4), 16)
+            rows = range(64)[16 * (warp.index % 4) :][:16]
+            first = Matrix(left(warp), rows, by_rows[0], kind, i.line)
         adds = bool(keep(warp)[0])
         warp.last_product = Product(warp, i, kind, SUMS[sums], first, matrix, adds)
         warp.groups["wgmma"].issued.append(warp.last_product)

@@ -192,7 +192,7 @@ def _acquire(i: Instruction) -> Run:
         place, rows = warp.block.space.check_read(warp, at, 128, i.line)
         published = int(rows[0]) in place.published
         warp.block.space.check(published, i.line, "acquires a tensormap that was not published")
-        place.acquired[int(rows[0])] = warp.knowledge.add(i.line, f"the fence of warp {warp.index}")
+        place.acquired[int(rows[0])] = warp.event(i.line, "the fence")
 
     return run
 
@@ -200,7 +200,7 @@ def _acquire(i: Instruction) -> Run:
 @instruction("fence.proxy.async.shared::cta", results=0)
 def _fence_async(i: Instruction) -> Run:
     def run(warp: Warp) -> None:
-        warp.knowledge.fenced |= warp.knowledge.seen
+        warp.fenced[:] |= warp.seen
 
     return run
 
@@ -212,7 +212,7 @@ class Tensor:
         space = warp.block.space
         place, rows = space.check_read(warp, address, 128, line)
         fence = place.acquired.get(int(rows[0]))
-        known = fence is not None and warp.knowledge.seen[fence.number]
+        known = fence is not None and warp.seen[fence.number]
         space.check(known, line, "uses a tensormap that was not acquired by the tensormap proxy")
         raw = space.peek(address, 128, line).tobytes()
 
