@@ -12,14 +12,13 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from torchpar.errors import ConfigError, TorchparError
 from torchpar.tune import cpu
-from torchpar.tune.measure import LIBRARY, PRODUCT, Problem, check_gpu, describe, error_line, measure
+from torchpar.tune.measure import LIBRARY, Problem, check_gpu, describe, error_line, measure
 
 if TYPE_CHECKING:  # it imports Triton
     from torchpar.kernels.tiles import Device
@@ -119,21 +118,18 @@ def tune_problem(problem: Problem, variants: Sequence[str], present: "Device") -
         and (tiles.variant != "split_k" or split_k(tiles, present, *problem[2:5])[0] > 1)
     ]
     try:
-        times, errors = measure(problem, possible, torch.device("cuda"))
+        ms = measure(problem, possible, torch.device("cuda"))
     except TorchparError:
         raise
     except Exception as e:  # such as too little memory
         check_gpu(str(problem))
         print(f"{problem}: left out, {error_line(e)}")
         return None
-    for tiles, error in errors.items():
-        print(f"{problem}, {describe(tiles)}: {error}")
-    ms = {tiles: median(map(median, rounds)) for tiles, rounds in times.items()}
-    ranked = sorted((name for name in ms if name != PRODUCT), key=ms.__getitem__)
+    ranked = sorted(ms, key=ms.__getitem__)
     if ranked == [LIBRARY]:
         print(f"{problem}: left out, no configuration could be used")
         return None
-    print(f"{problem}: {', '.join(f'{describe(name)} {ms[name]:.4g} ms' for name in (*ranked, PRODUCT))}")
+    print(f"{problem}: {', '.join(f'{describe(name)} {ms[name]:.4g} ms' for name in ranked)}")
     return [*problem[2:], None if ranked[0] == LIBRARY else ranked[0]]
 
 

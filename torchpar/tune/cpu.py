@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import compress
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -177,37 +176,35 @@ def tune() -> str:
     try:
         for threads in sorted({1, all_threads}):
             torch.set_num_threads(threads)
-            path = _save(threads, _measure(threads))
+            measured = _measure(threads)
+            loaded = _cpu_table.load()
+            for name, position in _cpu_table.THREADS_AT.items():
+                entries = loaded[1].get(name, []) if loaded else []
+                kept = [entry for entry in entries if entry[position] != threads]
+                measured[name] = kept + measured[name]
+            date = datetime.now(UTC).date().isoformat()
+            header = {"processor": _processor.processor_kind(), "torch": torch.__version__, "date": date}
+            path = _cpu_table.save(header | measured)
     finally:
         torch.set_num_threads(all_threads)
     return f"{path}, measured in {time.perf_counter() - begin:.0f} s"
 
 
-def _measure(threads: int) -> dict[str, list[Any]]:
+def _measure(threads: int) -> dict[str, list[list[Any]]]:
     """The entries of a number of threads."""
-    symmetric: list[list[Any]] = []
-    layers: list[list[float]] = []
-    bfloat16 = [[threads, measure_bfloat16()]]
-    print(f"layers in bfloat16, threads: {threads}, {bfloat16[0][1]:.2f}× float32")
+    measured: dict[str, list[list[Any]]] = {"symmetric": [], "layers": []}
+    measured["bfloat16"] = [[threads, measure_bfloat16()]]
+    print(f"layers in bfloat16, threads: {threads}, {measured['bfloat16'][0][1]:.2f}× float32")
     for dtype in DTYPES:
+        name = str(dtype).removeprefix("torch.")
         for n, k in SIZES:
             if n * n * k <= _MOST[dtype] and _cpu.computed_in(dtype) == dtype:
                 chosen = measure_symmetric(dtype, n, k)
-                symmetric.append([str(dtype).removeprefix("torch."), threads, n, k, *chosen])
+                measured["symmetric"].append([name, threads, n, k, *chosen])
                 way = f"{chosen.library}, {chosen.rows or 'all'} rows at a time"
-                print(f"{symmetric[-1][0]}, threads: {threads}, {n}x{k}: {way}, {chosen.gain:.2f}×")
+                print(f"{name}, threads: {threads}, {n}x{k}: {way}, {chosen.gain:.2f}×")
     if _processor.uses_onednn():
-        layers.append([threads, measure_layers()])
-        print(f"linear layers, threads: {threads}, oneDNN from {layers[0][1]:.3g} multiplications per thread")
-    return {"symmetric": symmetric, "layers": layers, "bfloat16": bfloat16}
-
-
-def _save(threads: int, measured: dict[str, list[Any]]) -> Path:
-    loaded = _cpu_table.load()
-    before = loaded[1] if loaded else {}
-    for name, position in _cpu_table.THREADS_AT.items():
-        kept = [entry for entry in before.get(name, []) if entry[position] != threads]
-        measured[name] = kept + measured[name]
-    date = datetime.now(UTC).date().isoformat()
-    header = {"processor": _processor.processor_kind(), "torch": torch.__version__, "date": date}
-    return _cpu_table.save(header | measured)
+        layers = measure_layers()
+        measured["layers"].append([threads, layers])
+        print(f"linear layers, threads: {threads}, oneDNN from {layers:.3g} multiplications per thread")
+    return measured
