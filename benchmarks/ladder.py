@@ -172,11 +172,7 @@ def contestants(case: LadderCase, shape: tuple[int, ...], ranks: Ranks, quick: b
         yield by("torch.compile", torch.compile(NATIVE[operator], dynamic=False), *tensors, compiles=True)
     yield by("torchpar CPU", OURS[operator], *tensors)
     if torch.cuda.is_available():
-        from torchpar.baselines import launch_shapes  # imports Triton
-
         tensors = [t.cuda() for t in tensors]
-        for note, kernel in launch_shapes.SHAPES.get(operator, {}).items():
-            yield by("Triton", kernel, *tensors, note=note, compiles=True)
         yield by("torch eager GPU", NATIVE[operator], *tensors, compiles=True)
         yield by("torchpar GPU", OURS[operator], *tensors, compiles=True)
     yield Contestant("2 ranks", partial(ranks_turn, case, shape, ranks), "a half each, left there")

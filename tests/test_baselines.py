@@ -3,7 +3,6 @@
 
 import numpy as np
 import pytest
-import test_kernels_interpreted
 import torch
 from operators import OPERATORS
 from samples import assert_accurate, oracle
@@ -11,7 +10,7 @@ from samples import assert_accurate, oracle
 import torchpar.nn
 
 pytest.importorskip("numba", reason="Numba compiles the loops")
-from torchpar.baselines import launch_shapes, numba_njit, numpy_mlp, pure_python
+from torchpar.baselines import numba_njit, numpy_mlp, pure_python
 from torchpar.baselines.bridge import copy_weights
 from torchpar.baselines.numpy_mlp import MLP, SGD
 from torchpar.training import loss_sum
@@ -214,28 +213,3 @@ def test_batches_cover_each_sample_once_in_a_new_order():
     orders = [tuple(np.concatenate(epoch)) for epoch in (first, second)]
     assert sorted(orders[0]) == list(range(10))
     assert len({*orders, tuple(range(10))}) == 3
-
-
-# Kernels launched as in a first course
-
-
-def launch(name: str, note: str, *shape: int) -> None:
-    """Compare a launch with PyTorch. Memory that it leaves unwritten holds NaN or the largest integer."""
-    args = (normal(*shape),)
-    if name == "maximum":
-        args = tuple(np.random.default_rng(0).integers(-9, 9, (2, *shape), dtype=np.int32))
-    torch.use_deterministic_algorithms(True)
-    try:
-        result = launch_shapes.SHAPES[name][note](*map(torch.from_numpy, args))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert_right(name, result.numpy(), *args)
-
-
-@test_kernels_interpreted.pytestmark
-@pytest.mark.parametrize(
-    "name, note", [(n, note) for n, ways in launch_shapes.SHAPES.items() for note in ways]
-)
-def test_launch_shapes(interpreter, name, note):
-    for shape in ((1, 1), (67, 3), (4, 70)):
-        interpreter(launch, name, note, *shape)
