@@ -125,6 +125,8 @@ def contestants(case: LadderCase, shape: tuple[int, ...], ranks: Ranks, quick: b
 
     The seconds of a turn are those of the whole case, also if it computes a part.
     """
+    import numba
+
     from torchpar.baselines import numba_njit
 
     operator, arrays = case.operator, case.arguments
@@ -142,25 +144,25 @@ def contestants(case: LadderCase, shape: tuple[int, ...], ranks: Ranks, quick: b
     else:
         yield by("pure Python", getattr(pure_python, operator), *lists)
 
-    loops: dict[str, tuple[str, float | None]] = {"njit": (operator, None)}
+    loops: dict[str, tuple[str, float | None, tuple[bool, ...]]] = {"njit": (operator, None, ())}
     if operator == "matmul_t":
         # Needed operations of each byte loaded. A product is two operations, of which the symmetric result
         # needs one; its numbers are 8 bytes, which serve as many products as a tile has rows.
         loops = {
-            "njit": ("matmul_t", 1 / 8),
-            "njit, blocked": ("matmul_t_blocked", numba_njit.TILE / 8),
-            "njit, triangular": ("matmul_t_triangular", numba_njit.TILE / 4),
+            "njit": ("matmul_t", 1 / 8, ()),
+            "njit, blocked": ("matmul_t_tiled", numba_njit.TILE / 8, (False,)),
+            "njit, triangular": ("matmul_t_tiled", numba_njit.TILE / 4, (True,)),
         }
-    for name, (loop, intensity) in loops.items():
-        yield by(name, getattr(numba_njit.SERIAL, loop), *arrays, compiles=True, intensity=intensity)
+    for name, (loop, intensity, flags) in loops.items():
+        yield by(name, getattr(numba_njit.SERIAL, loop), *arrays, *flags, compiles=True, intensity=intensity)
 
-    def in_threads(count: int, function: Callable[..., Array]) -> Array:
-        with numba_njit.threads(count):
-            return function(*arrays)
+    def in_threads(count: int, function: Callable[..., Array], *flags: bool) -> Array:
+        numba.set_num_threads(count)
+        return function(*arrays, *flags)
 
-    for name, (loop, intensity) in loops.items():
+    for name, (loop, intensity, flags) in loops.items():
         for count in THREADS[: 1 if quick else None]:
-            parallel = partial(in_threads, count, getattr(numba_njit.PARALLEL, loop))
+            parallel = partial(in_threads, count, getattr(numba_njit.PARALLEL, loop), *flags)
             shown = {"compiles": True} if count == 1 else {"intensity": intensity}
             if count <= CORES:
                 yield by(f"{name}, parallel", parallel, note=f"{count} thread{'s' * (count > 1)}", **shown)

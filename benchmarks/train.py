@@ -50,7 +50,6 @@ from benchmarks.results import CORES, Result, Table, markdown, number, print_res
 from benchmarks.timing import CPU, Contestant, Rejected, Turn, take_turns, time_calls
 from torchpar import data
 from torchpar.baselines import numpy_mlp, pure_python
-from torchpar.baselines.bridge import copy_weights
 from torchpar.baselines.numpy_mlp import Array
 from torchpar.data import Batch
 from torchpar.nn import MLP
@@ -171,12 +170,14 @@ def by_numpy(
 
 def by_njit(inputs: Inputs, order: Order, threads: int | None) -> Iterator[float | None]:
     """Train the NumPy network, its gradients by compiled loops."""
+    import numba
+
     from torchpar.baselines import numba_njit
 
     def gradients(model: numpy_mlp.MLP, x: Array, labels: Array) -> tuple[float, Array]:
         loops = numba_njit.PARALLEL if threads else numba_njit.SERIAL
-        with numba_njit.threads(threads or 1):
-            loss, *layers = numba_njit.gradients(loops, model.weights, model.biases, x, labels)
+        numba.set_num_threads(threads or 1)
+        loss, *layers = numba_njit.gradients(loops, model.weights, model.biases, x, labels)
         return loss, np.concatenate([t.ravel() for layer in zip(*layers, strict=True) for t in layer])
 
     return by_numpy(inputs, order, gradients)
@@ -184,7 +185,7 @@ def by_njit(inputs: Inputs, order: Order, threads: int | None) -> Iterator[float
 
 def by_tutorial_script(inputs: Inputs, order: Order) -> Iterator[Tensor | None]:
     model = native(inputs.training.sizes)
-    copy_weights(inputs.start, model)
+    inputs.start.copy_to(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     loader = DataLoader(Digits(inputs.train), batch_sampler=[indices.tolist() for indices in order])
     yield None
@@ -208,7 +209,7 @@ def by_torch(model: torch.nn.Module) -> Train:
     """Train a network whose parameters are weight and bias of each layer in turn."""
 
     def train(inputs: Inputs, order: Order) -> Iterator[Tensor | None]:
-        copy_weights(inputs.start, model)
+        inputs.start.copy_to(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=LR)
         x, labels = torch.from_numpy(inputs.x), torch.from_numpy(inputs.labels)
         batches = list(map(torch.from_numpy, order))
@@ -229,7 +230,7 @@ def by_lesson(world: World, fused: bool) -> Train:
     def train(inputs: Inputs, order: Order) -> Iterator[Any]:
         sizes, batch_size, _ = inputs.training
         model = MLP(sizes)
-        copy_weights(inputs.start, model)
+        inputs.start.copy_to(model)
         optimizer = sgd(model, LR, momentum=0, weight_decay=0)
         gradients = FusedGradients(model)
         yield None
@@ -274,7 +275,7 @@ def forget() -> None:
 def data_parallel(training: Training, contestant: str) -> Iterator[Tensor | None]:
     world, inputs = current_world(), Inputs(training)
     model: torch.nn.Module = MLP(training.sizes)
-    copy_weights(inputs.start, model)
+    inputs.start.copy_to(model)
     fused = FusedGradients(model, world) if contestant == ON_RANKS[2] else None
     wrapped = model
     if fused is None:
@@ -337,7 +338,7 @@ def lightning_epoch(inputs: Inputs) -> tuple[float, float]:
     extras = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     quiet: dict[str, Any] = dict.fromkeys(extras, False)
     model = Network()
-    copy_weights(inputs.start, model.mlp)
+    inputs.start.copy_to(model.mlp)
     timer = Timer()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of workers and loggers that are not wanted here

@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from torchpar.baselines import numpy_mlp
-from torchpar.baselines.bridge import copy_weights
 from torchpar.baselines.mpi import Samples
 from torchpar.nn import MLP
 from torchpar.parallel import World, join_world
@@ -41,7 +40,7 @@ class Flags(PooledFlags):
 def train(world: World, splits: Sequence[Samples], plan: Plan) -> Result:
     """Train on all ranks; ``splits`` are all training and test samples."""
     model = MLP(SIZES, output="sigmoid").to(world.device)
-    copy_weights(numpy_mlp.MLP(SIZES, seed=plan.seed), model)
+    numpy_mlp.MLP(SIZES, seed=plan.seed).copy_to(model)
     replica = DistributedDataParallel(model) if world.world_size > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), plan.lr, plan.momentum)
     costs = torch.zeros(plan.iterations, device=world.device)

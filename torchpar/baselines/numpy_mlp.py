@@ -16,10 +16,10 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-Init = Literal["xavier", "zeros"]
 Loss = Literal["cross-entropy", "bce"]
 
 
@@ -63,12 +63,11 @@ class MLP:
         sizes: such as [784, 30, 10].
         loss: "cross-entropy" takes the softmax of the outputs; "bce", binary cross-entropy per class, takes
             their sigmoids.
-        init: "xavier" draws the weights from a normal distribution of variance 2/(size_i + size_i+1)
-            (Glorot and Bengio, 2010). From "zeros" all neurons of a layer stay alike. Biases are 0.
-        seed: of the weights.
+        seed: of the weights, which are drawn from a normal distribution of variance 2/(size_i + size_i+1)
+            (Glorot and Bengio, 2010). Biases are 0.
 
     Raises:
-        ValueError: an unknown loss or initialisation.
+        ValueError: an unknown loss.
     """
 
     def __init__(
@@ -76,22 +75,18 @@ class MLP:
         sizes: Sequence[int],
         *,
         loss: Loss = "cross-entropy",
-        init: Init = "xavier",
         seed: int = 0,
         dtype: type[np.floating[Any]] = np.float32,
     ):
         if loss not in ("cross-entropy", "bce"):
             raise ValueError(f"loss is {loss!r}, expected 'cross-entropy' or 'bce'")
-        if init not in ("xavier", "zeros"):
-            raise ValueError(f"init is {init!r}, expected 'xavier' or 'zeros'")
         self.sizes = tuple(sizes)
         self.loss = loss
         self.parameters = np.zeros(sum((m + 1) * n for m, n in pairwise(sizes)), dtype)
         self.weights, self.biases = self.views(self.parameters)
-        if init == "xavier":
-            generator = np.random.default_rng(seed)
-            for weight in self.weights:
-                weight[:] = generator.normal(scale=(2 / sum(weight.shape)) ** 0.5, size=weight.shape)
+        generator = np.random.default_rng(seed)
+        for weight in self.weights:
+            weight[:] = generator.normal(scale=(2 / sum(weight.shape)) ** 0.5, size=weight.shape)
 
     def views(self, vector: Array) -> tuple[list[Array], list[Array]]:
         """Return views of ``vector``, laid out as `parameters`: the weights and the biases."""
@@ -148,6 +143,13 @@ class MLP:
         """Return the loss summed over samples, and the number of samples that are classified right."""
         z = self.forward(x)[1]
         return self.loss_sum(z, labels)[0], int((z.argmax(axis=1) == labels).sum())
+
+    @torch.no_grad()
+    def copy_to(self, model: torch.nn.Module) -> None:
+        """Copy the weights and biases to ``model``, PyTorch's linear layers of the same sizes."""
+        layers = zip(self.weights, self.biases, strict=True)
+        for p, value in zip(model.parameters(), (t for layer in layers for t in layer), strict=True):
+            p.copy_(torch.from_numpy(value.T))
 
 
 class SGD:
