@@ -128,7 +128,6 @@ def draw(path: Path, swept: list[Row], epochs: list[Row]) -> None:
 def main(flags: Flags) -> None:
     start = time.perf_counter()
     with join_world_of_one(flags.device) as world:
-        console.check_outputs(world, folders=[flags.plots], files=[flags.metrics])
         file, test_set = load(flags.dataset, flags.data, world.device)
         rest = len(file) - len(file) // 6
         study = partial(train, flags=flags, sets=(file[:rest][: flags.samples], file[rest:]), world=world)

@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from support import cli
-from support.pooled import SIZES, Plan, PooledFlags, Result, make_plans, prepare, report
+from support.pooled import SIZES, Plan, PooledFlags, Result, pooled, report
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -82,8 +82,8 @@ def evaluate(world: World, model: MLP, own: Sequence[Tensor], split: Samples) ->
 
 def main(flags: Flags) -> None:
     with join_world(flags.device) as world:
-        splits = prepare(flags)
-        results = [train(world, splits, plan) for plan in make_plans(flags)]
+        splits = pooled(flags)
+        results = [train(world, splits, plan) for plan in flags.plans()]
         if world.rank == 0:
             report(flags, "PyTorch", world.device.type, world.world_size, results)
 

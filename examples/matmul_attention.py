@@ -44,7 +44,6 @@ def attention(x: Tensor) -> Tensor:
 
 def main(flags: Flags) -> None:
     with join_world_of_one(flags.device) as world:
-        console.check_outputs(world, folders=[flags.plots], files=[flags.metrics])
         _, test = load(flags.dataset, flags.data, world.device)
         order = test.labels[: flags.samples].argsort()
         labels = test.labels[order]

@@ -75,7 +75,6 @@ class ConvNet(torch.nn.Module):
 
 def main(flags: Flags) -> None:
     with join_world_of_one(flags.device) as world:
-        console.check_outputs(world, folders=[flags.plots], files=[flags.metrics])
         train, test = load(flags.dataset, flags.data, world.device)
         train = train[: flags.samples]
         torch.manual_seed(flags.seed)

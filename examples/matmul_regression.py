@@ -62,7 +62,6 @@ def make_samples(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def main(flags: Flags) -> None:
     with join_world_of_one(flags.device) as world:
-        console.check_outputs(world, folders=[flags.plots], files=[flags.metrics])
         torch.manual_seed(flags.seed)
         x, y = make_samples(1024, world.device)
         w = torch.randn(8).to(world.device)

@@ -97,8 +97,7 @@ def main(flags: Flags) -> None:
 
 
 def read(flags: Flags) -> tuple[Samples, Samples]:
-    """Return the training and test samples, after a check that the outputs can be written."""
-    console.create_outputs(folders=[flags.plots, flags.log_dir], files=[flags.metrics])
+    """Return the training and test samples."""
     train, test = load(flags.dataset, flags.data)
     return train[: flags.samples], test
 

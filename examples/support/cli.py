@@ -5,6 +5,7 @@ import importlib.util
 import io
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -73,6 +74,21 @@ class ExampleFlags:
                 raise ConfigError(f"{flag} is {value}, expected less than {end}")
         if self.plots is not None and importlib.util.find_spec("matplotlib") is None:
             raise ConfigError("--plots needs matplotlib; pip install 'torchpar[examples]'")
+        if not getattr(self, "dry_run", False):
+            self._create_outputs()
+
+    def _create_outputs(self) -> None:
+        """Create the folders of the outputs, and check that they can be written to."""
+        try:
+            for name in ("plots", "log_dir", "profile", "checkpoint"):
+                if folder := getattr(self, name, None):
+                    folder.mkdir(parents=True, exist_ok=True)
+                    tempfile.TemporaryFile(dir=folder).close()
+            if self.metrics:
+                self.metrics.parent.mkdir(parents=True, exist_ok=True)
+                self.metrics.open("a").close()
+        except OSError as e:
+            raise ConfigError(f"a run's outputs cannot be written: {e}") from e
 
 
 @dataclass(kw_only=True)

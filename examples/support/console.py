@@ -2,7 +2,6 @@
 """Console output of the examples: progress, tables and the last line, by rich; and metrics files."""
 
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -14,7 +13,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from torchpar.errors import ConfigError
 from torchpar.parallel.launch.world import World
 from torchpar.profile.collectives import Call
 from torchpar.profile.phases import Phases
@@ -102,18 +100,9 @@ class EpochProgress:
 
 
 def write_metrics(path: Path | None, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Write a JSON object per line, unless ``path`` is None; overwrite the file.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    if path is None:
-        return
-    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-    try:
-        path.write_text(text)
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be written: {e}") from e
+    """Write a JSON object per line, unless ``path`` is None; overwrite the file."""
+    if path is not None:
+        path.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
 
 
 def write_log(log_dir: Path | None, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -223,29 +212,3 @@ def print_profiles(profiles: Sequence[StepProfile]) -> None:
         table.add_row(row.name[:40], row.kind, *cells)
     console.print(table)
     console.print(bottleneck(profiles), soft_wrap=True, highlight=False)
-
-
-def check_outputs(world: World, *, folders: Iterable[Path | None], files: Iterable[Path | None]) -> None:
-    """Call `create_outputs` on rank 0 before a run starts.
-
-    Raises:
-        ConfigError: the one of `create_outputs`, on every rank.
-    """
-    world.on_rank_0(lambda: create_outputs(folders=folders, files=files))
-
-
-def create_outputs(*, folders: Iterable[Path | None], files: Iterable[Path | None]) -> None:
-    """Create the folders of a run's outputs and check that they can be written to.
-
-    Raises:
-        ConfigError: naming the folder or file that cannot.
-    """
-    try:
-        for folder in filter(None, folders):
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        for file in filter(None, files):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.open("a").close()
-    except OSError as e:
-        raise ConfigError(f"a run's outputs cannot be written: {e}") from e
