@@ -7,11 +7,6 @@ turns, and medians are quoted. Caches are flushed before maximum and X·Xᵀ; wh
 in them, as in training.
 """
 
-from benchmarks.idle_threads import shorten_spins
-
-if __name__ == "__main__":  # libraries read the environment when they are imported
-    shorten_spins()
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -5,11 +5,6 @@ The work of a case is what the operator needs, whoever computes it: a symmetric 
 operations, so that a contestant which computes all of it reaches half the roofline at most.
 """
 
-from benchmarks.idle_threads import shorten_spins
-
-if __name__ == "__main__":  # libraries read the environment when they are imported
-    shorten_spins()
-
 import argparse
 import math
 import os

@@ -2,19 +2,16 @@
 """One HTML page of all committed results: ``python -m benchmarks report [--output FILE]``.
 
 The page needs no network: charts, tables and scripts are inside. It begins with a panel for each benchmark,
-its headline and its chart. Tables show the machines side by side. Where git has an earlier version of a CSV,
-each row is compared with it.
+its headline and its chart. Tables show the machines side by side.
 """
 
 import argparse
 import importlib.util
 import io
 import math
-import subprocess
 import tempfile
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -29,7 +26,7 @@ PANELS = tomllib.loads((Path(__file__).parent / "panels.toml").read_text("utf-8"
 COLORS = ("#3f87c9", "#dd7733", "#46a36b", "#ad6cc2", "#b99316", "#7f8c8d")  # of machines, in light and dark
 CASE = ("note", "epoch", "nbytes", "validate")  # columns of the case, besides those left of p20_ms
 TIMES = ["p20_ms", "p50_ms", "p80_ms", "speedup"]
-SHOWN = {"p50_ms": "ms", "speedup": "speed-up", "accuracy": "accuracy", "change": "change"}
+SHOWN = {"p50_ms": "ms", "speedup": "speed-up", "accuracy": "accuracy", "wrong": "result"}
 HIDDEN = ("mean_ms", "samples", "ok", "reason", "seed")
 VERSIONS = ("torch", "triton", "numpy", "python", "commit", "dirty")
 ORIGIN = ("device", "processor", "instruction_sets", "cores", "gpu", *VERSIONS, "clocks", "date")
@@ -46,8 +43,6 @@ def read_csv(text: str) -> Any:
     import pandas
 
     frame = pandas.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
-    # Earlier versions called a contestant a provider; the speedrun's named it twice.
-    frame = frame.rename(columns={"provider": "contestant"}).drop(columns="recipe", errors="ignore")
     columns = list(frame.columns)
     if "p20_ms" not in columns or "contestant" not in columns:
         raise ValueError("expected the columns contestant and p20_ms")
@@ -69,71 +64,21 @@ def read_csv(text: str) -> Any:
             frame[name] = frame[name].groupby(groups).transform("mean")
     wrong = frame["ok"] == "False" if "ok" in columns else pandas.Series(False, frame.index)
     frame["failed"] = wrong.groupby(groups).transform("any")
+    frame["wrong"] = frame["failed"].map({True: "NOT OK", False: ""})
     return frame.drop_duplicates(case).set_index(case)
 
 
-def change(now: Any, before: Any) -> Any:
-    """Return "slower", "faster" or "" for each row of ``now``.
+def load(path: Path) -> Any:
+    """Return `read_csv` of a file.
 
-    A row is slower if its 20% quantile is above the previous 80% quantile, so that noise does not mark it,
-    and its speed-up over the reference of the same run has fallen, so that a slower machine does not.
-    References, and rows without a speed-up, are not marked.
-    """
-    import pandas
-
-    before = before.reindex(now.index)
-    slower = (now["p20_ms"] > before["p80_ms"]) & (now["speedup"] < before["speedup"])
-    faster = (now["p80_ms"] < before["p20_ms"]) & (now["speedup"] > before["speedup"])
-    return pandas.Series("", now.index).mask(slower, "slower").mask(faster, "faster")
-
-
-def earlier(path: Path) -> Iterator[str]:
-    """Yield the committed texts of a CSV, the latest first, also from before its folder was renamed."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(path.parent), "-c", "core.quotepath=false", *arguments]
-        return subprocess.run(command, capture_output=True, check=True).stdout.decode("utf-8")
-
-    name = path.name
-    try:
-        lines = git("log", "--follow", "-n", "9", "--format=", "--raw", "--no-abbrev", "--", name)
-        for line in lines.splitlines():
-            attributes, *names = line.split("\t")
-            if Path(names[-1]).name != name:  # it began as a copy of another CSV
-                return
-            yield git("show", attributes.split()[3])
-            if attributes.endswith("R100"):
-                name = Path(names[0]).name
-    except (OSError, UnicodeDecodeError, subprocess.CalledProcessError):
-        return
-
-
-def with_changes(path: Path) -> tuple[Any, str]:
-    """Return a CSV's rows with their changes, and with what they were compared.
-
-    The previous version is the last one with other times of a row that both have.
+    Raises:
+        ConfigError: it is no CSV of a benchmark.
     """
     try:
-        frame = read_csv(path.read_text("utf-8"))
+        return read_csv(path.read_text("utf-8"))
     except (OSError, ValueError) as e:
         reason = str(e).partition("\n")[0]
         raise ConfigError(f"{path} is no CSV of a benchmark ({reason}); measure again, or remove it") from e
-    frame["change"] = ""
-    compared = "no earlier version to compare with"
-    for text in earlier(path):
-        before = frame.reset_index()
-        with suppress(ValueError):  # an old version may lack columns that read_csv needs
-            before = read_csv(text)
-        if list(before.index.names) != list(frame.index.names):
-            compared = "the previous version has other columns"
-            break
-        both = frame.index.intersection(before.index)
-        if not before.loc[both, TIMES].equals(frame.loc[both, TIMES]):
-            frame["change"] = change(frame, before)
-            compared = "compared with the previous version"
-            break
-    frame.loc[frame["failed"], "change"] = "NOT OK"
-    return frame, compared
 
 
 def origin(frame: Any) -> str:
@@ -271,8 +216,7 @@ def content(results: Path) -> dict[str, Any]:
     processors: dict[str, dict[str, None]] = {}
     sections: list[dict[str, Any]] = []
     for stem in sorted(paths, key=lambda stem: (order.index(benchmark(stem)), stem)):
-        changes = {machine: with_changes(path) for machine, path in paths[stem].items()}
-        frames = {machine: frame for machine, (frame, _) in changes.items()}
+        frames = {machine: load(path) for machine, path in paths[stem].items()}
         for machine, frame in frames.items():
             for name in ("device", "processor", "instruction_sets"):
                 texts = frame[name].unique() if name in frame else ()
@@ -282,11 +226,8 @@ def content(results: Path) -> dict[str, Any]:
                 "name": stem,
                 "title": first_line(benchmark(stem)) if benchmark(stem) else "",
                 "table": as_html(side_by_side(frames)),
-                "slower": sum(int((frame["change"] == "slower").sum()) for frame in frames.values()),
                 "failed": sum(int(frame["failed"].sum()) for frame in frames.values()),
-                "origins": {
-                    name: f"{origin(frame)}; {compared}" for name, (frame, compared) in changes.items()
-                },
+                "origins": {name: origin(frame) for name, frame in frames.items()},
                 "panels": list(filter(None, (panel(spec, frames, colors) for spec in PANELS.get(stem, ())))),
             }
         )

@@ -10,10 +10,7 @@ of the ratios. One thread, unless ``--threads`` says otherwise; two ranks have o
 import argparse
 import os
 
-from benchmarks.idle_threads import shorten_spins
-
 if __name__ == "__main__":  # libraries read the environment when they are imported
-    shorten_spins()
     early = argparse.ArgumentParser("python -m benchmarks run train", add_help=False)
     early.add_argument("--threads", type=int, default=1)
     if (count := early.parse_known_args()[0].threads) < 1:
