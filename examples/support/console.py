@@ -122,9 +122,9 @@ def _add_scalars(writer: Any, row: Mapping[str, Any], step: int) -> None:
             writer.add_scalar(name, value, step)
 
 
-def print_rows(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
+def print_rows(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], title: str = "") -> None:
     """Print a table of these columns; floating-point numbers with four digits."""
-    table = Table(*(column.replace("_", " ") for column in columns))
+    table = Table(*(column.replace("_", " ") for column in columns), title=title or None)
     for row in rows:
         values = (row[column] for column in columns)
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
@@ -149,11 +149,9 @@ def print_phases(phases: Phases) -> None:
     total = sum(phases.seconds.values())
     if not total:  # the run was complete already
         return
-    table = Table("phase", "seconds", "share", title="time by phase, rank 0")
-    for phase, seconds in phases.seconds.items():
-        if seconds:
-            table.add_row(phase, f"{seconds:.2f}", f"{seconds / total:.1%}")
-    Console().print(table)
+    seconds = {phase: s for phase, s in phases.seconds.items() if s}
+    rows = [{"phase": p, "seconds": f"{s:.2f}", "share": f"{s / total:.1%}"} for p, s in seconds.items()]
+    print_rows(rows, ("phase", "seconds", "share"), "time by phase, rank 0")
 
 
 def print_collectives(calls: Sequence[Sequence[Call]], expected: Sequence[Expected]) -> None:
@@ -195,20 +193,19 @@ def print_collectives(calls: Sequence[Sequence[Call]], expected: Sequence[Expect
 
 def print_profiles(profiles: Sequence[StepProfile]) -> None:
     """Print a table of rank 0's costliest operators in a step, and the bottleneck of all ranks."""
-    console = Console()
     if not all(profiles):  # complete already, or a short run
-        console.print(f"profile: nothing was recorded, no more than {SKIP} steps were trained")
+        print(f"profile: nothing was recorded, no more than {SKIP} steps were trained")
         return
     total = profiles[0].seconds(*KINDS)
-    table = Table("operator", "kind", title=f"costliest operators of {profiles[0].steps} steps, rank 0")
-    for column in ("calls", "ms", "share"):
-        table.add_column(column, justify="right")
-    for row in profiles[0].rows[:10]:
-        cells = (
-            f"{row.calls:.3g}" if row.calls else "",
-            f"{1000 * row.seconds:.3f}",
-            f"{row.seconds / total:.1%}",
-        )
-        table.add_row(row.name[:40], row.kind, *cells)
-    console.print(table)
-    console.print(bottleneck(profiles), soft_wrap=True, highlight=False)
+    rows = [
+        {
+            "operator": row.name[:40],
+            "kind": row.kind,
+            "calls": f"{row.calls:.3g}" if row.calls else "",
+            "ms": f"{1000 * row.seconds:.3f}",
+            "share": f"{row.seconds / total:.1%}",
+        }
+        for row in profiles[0].rows[:10]
+    ]
+    print_rows(rows, tuple(rows[0]), f"costliest operators of {profiles[0].steps} steps, rank 0")
+    print(bottleneck(profiles))
