@@ -26,7 +26,7 @@ import torch
 from support import cli, console
 
 from torchpar.baselines import mpi
-from torchpar.baselines.numpy_mlp import MLP, SGD
+from torchpar.baselines.numpy_mlp import MLP, SGD, Init
 from torchpar.data import Dataset, Samples, load
 from torchpar.errors import ConfigError
 from torchpar.profile.phases import Phases, timed
@@ -45,6 +45,7 @@ class Flags(cli.LogFlags):
     momentum: float = 0.5  # Momentum.
     weight_decay: float = 1e-5  # L2 penalty λ of the weights: λ/2·‖W‖² in the loss.
     hidden: tuple[int, ...] = (30,)  # Widths of the hidden layers.
+    init: Init = "xavier"  # Initial weights; from zeros, all neurons of a layer stay alike.
     samples: int | None = None  # Train on the first ones only.
 
 
@@ -57,7 +58,7 @@ def main(flags: Flags) -> None:
         train, test = map(as_arrays, loaded) if loaded else (None, None)
         own_test = mpi.scatter(world, test, np.array_split(np.arange(n_test), world.size))
 
-        model = MLP(sizes, seed=flags.seed)
+        model = MLP(sizes, init=flags.init, seed=flags.seed)
         world.Bcast(model.parameters)
         optimizer = SGD(model, flags.lr, flags.momentum, flags.weight_decay)
         order = np.random.default_rng(flags.seed)

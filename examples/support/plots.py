@@ -108,9 +108,8 @@ def save_boundaries(path: Path, models: Mapping[str, torch.nn.Module], points: S
         p = models[title](plane).detach().view(201, 201).T.cpu()
         shades = axes.contourf(axis, axis, p, levels=torch.linspace(0, 1, 11), cmap="coolwarm")
         axes.contour(axis, axis, p, levels=[0.5], colors="black", linewidths=1)
-        axes.scatter(
-            *points.features.T.cpu(), c=points.labels.cpu(), cmap="coolwarm", edgecolors="white", s=25
-        )
+        x, y = points.features.T.cpu()
+        axes.scatter(x, y, c=points.labels.cpu(), cmap="coolwarm", edgecolors="white", s=25)
         axes.set(title=title, xlabel="x", ylabel="y", aspect="equal")
     figure.colorbar(shades, ax=grid, label="probability of label 1")
     figure.savefig(path, dpi=100)
