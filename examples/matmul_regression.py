@@ -16,7 +16,7 @@ more steps, and the cost falls further.
 from dataclasses import dataclass
 
 import torch
-from support import accuracy, cli, console
+from support import cli, console
 from torch import Tensor
 from torch.nn.functional import mse_loss, pad
 
@@ -66,7 +66,7 @@ def main(flags: Flags) -> None:
         x, y = make_samples(1024, world.device)
         w = torch.randn(8).to(world.device)
         autograd = torch.func.grad(lambda x, y, w: mse_loss(x @ w, y), argnums=2)
-        row = accuracy.compare("gradient", mse_gradient(x, y, w), autograd, x, y, w)
+        row = console.compare("gradient", mse_gradient(x, y, w), autograd, x, y, w)
         curves = {
             f"batch {size}, learning rate {lr:g}": descend(x, y, size, lr)
             for size in flags.batch_size

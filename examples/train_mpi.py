@@ -16,7 +16,6 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from operator import truediv
-from pathlib import Path
 
 # NumPy reads it when it is imported. With a process per core each process needs one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,18 +26,16 @@ from support import cli, console
 
 from torchpar.baselines import mpi
 from torchpar.baselines.numpy_mlp import MLP, SGD, Init
-from torchpar.data import Dataset, Samples, load
+from torchpar.data import Samples, load
 from torchpar.errors import ConfigError
 from torchpar.profile.phases import Phases, timed
 from torchpar.training import EpochResult
 
 
 @dataclass(kw_only=True)
-class Flags(cli.LogFlags):
+class Flags(cli.LogFlags, cli.DataFlags):
     """Train a digit classifier in NumPy, by data parallelism over MPI."""
 
-    data: Path = Path(__file__).parent / "data"  # Folder of the data sets, as torchvision's root.
-    dataset: Dataset = "mnist"  # Data set.
     epochs: int = 5  # Passes over the training samples.
     batch_size: int = 10  # Samples per step, over all processes.
     lr: float = 0.1  # Learning rate.

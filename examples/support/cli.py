@@ -105,11 +105,19 @@ class LogFlags(ExampleFlags):
 
 
 @dataclass(kw_only=True)
-class TrainFlags(LogFlags):
-    """Flags of every training example."""
+class DataFlags(ExampleFlags):
+    """Flags of every example that reads images."""
 
     data: Path = Path(__file__).parent.parent / "data"
     """Folder of the data sets, as torchvision's root."""
+    dataset: Dataset = "mnist"
+    """Data set."""
+
+
+@dataclass(kw_only=True)
+class TrainFlags(LogFlags, DataFlags):
+    """Flags of every training example."""
+
     epochs: int = 10
     """Passes over the training samples."""
     batch_size: int = 128
@@ -130,8 +138,6 @@ class TrainFlags(LogFlags):
     """Factor of the penalty Σ‖W·Wᵀ − I‖² in the loss."""
     hidden: tuple[int, ...] = (128, 64)
     """Widths of the hidden layers."""
-    dataset: Dataset = "mnist"
-    """Data set."""
     crop: int = 0
     """Pixels to leave out on each side of an image."""
     pool: int = 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Console output of the examples: progress, tables and the last line, by rich; and metrics files."""
+"""Console output of the examples: progress, tables, errors and the last line; and metrics files."""
 
 import json
 import time
@@ -9,10 +9,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Self
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import Tensor
 
+from torchpar.errors import ConfigError
 from torchpar.parallel.launch.world import World
 from torchpar.profile.collectives import Call
 from torchpar.profile.phases import Phases
@@ -129,6 +132,25 @@ def print_rows(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], title:
         values = (row[column] for column in columns)
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
     Console().print(table)
+
+
+def compare(part: str, result: Tensor, reference: Callable[..., Tensor], *inputs: Tensor) -> dict[str, Any]:
+    """Print the errors of ``result`` and of PyTorch's ``reference(*inputs)``, and return them.
+
+    An error is the largest distance from ``reference`` in float64.
+
+    Raises:
+        ConfigError: the error is more than twice PyTorch's plus a rounding of the largest number.
+    """
+    exact = reference(*(t.double() for t in inputs))
+    error, native = ((t - exact).abs().max().item() for t in (result, reference(*inputs)))
+    most = 2 * native + torch.finfo(result.dtype).eps * exact.abs().max().item()
+    print(f"{part}: error {error:.1e}, PyTorch's {native:.1e}")
+    if not error <= most:
+        raise ConfigError(
+            f"{part} has an error of {error:.1e}, expected {most:.1e} at most; mend its formula"
+        )
+    return {"part": part, "error": error, "pytorch_error": native}
 
 
 def summary(results: list[EpochResult]) -> str:

@@ -3,17 +3,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
 from support import console
-from support.cli import ExampleFlags
+from support.cli import DataFlags
 from torchpar.baselines.mpi import Samples
 from torchpar.baselines.numpy_mlp import Array
-from torchpar.data import Dataset, load
+from torchpar.data import load
 
 SIZES = (400, 25, 10)
 
@@ -47,11 +46,9 @@ class Result(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class PooledFlags(ExampleFlags):
+class PooledFlags(DataFlags):
     """Flags of both exercises."""
 
-    data: Path = Path(__file__).parent.parent / "data"  # Folder of the data sets, as torchvision's root.
-    dataset: Dataset = "mnist"  # Data set.
     samples: int = 5000  # Number of training images, the first ones.
     iterations: int = 800  # Iterations of the second run.
     lr: float = 0.1  # Learning rate of the second run.
