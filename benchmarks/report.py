@@ -164,40 +164,25 @@ def amount(value: float, spec: Mapping[str, str]) -> str:
     return f"{value:.2f}" if value < 0.995 else f"{value:.1f}" if value < 9.95 else number(value)
 
 
-def chart(bars: Mapping[str, Mapping[str, float]], spec: Mapping[str, str], colors: Mapping[str, str]) -> str:
-    """Return an SVG of bars on a logarithmic axis, from 1 on if the values are relative.
+def chart(
+    bars: Mapping[str, Mapping[str, float]], spec: Mapping[str, str], colors: Mapping[str, str]
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return the bars of each name on a logarithmic axis, from 1 on if the values are relative, in percent.
 
     Args:
         bars: the values by machine and name.
     """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    names = list(dict.fromkeys(name for of in bars.values() for name in of))
+    names = dict.fromkeys(name for of in bars.values() for name in of)
     values = [value for of in bars.values() for value in of.values()]
     start = 1.0 if spec["over"] else min(values) / 2
-    y, lines = 0.0, 1.3 * len(names) + len(values)
-    with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}):
-        figure = Figure((4, 0.16 * lines + 0.1))
-        axes = figure.add_axes((0, 0, 0.82, 1))
-        axes.set(
-            xscale="log", ylim=(lines - 0.4, -0.9), xlim=(min(start, *values) / 1.01, max(start, *values))
-        )
-        axes.axis("off")
-        axes.axvline(start, color="black", lw=0.6, alpha=0.5)
-        for name in names:
-            y += 0.3
-            axes.text(0.01, y, name, transform=axes.get_yaxis_transform(), va="center")
-            y += 1
-            for machine in (machine for machine in bars if name in bars[machine]):
-                value = bars[machine][name]
-                axes.barh(y, value - start, left=start, height=0.7, color=colors[machine])
-                text = amount(value, spec) + "×" * bool(spec["over"])
-                axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), va="center")
-                y += 1
-        svg = io.StringIO()
-        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
-    return svg.getvalue()[svg.getvalue().index("<svg") :].replace("#000000", "currentColor")
+    low, high = min(start, *values), max(start, *values)
+
+    def bar(machine: str, value: float) -> dict[str, Any]:
+        left, right = (100 * math.log(x / low, high / low) for x in sorted((start, value)))
+        text = amount(value, spec) + "×" * bool(spec["over"])
+        return {"left": left, "width": right - left, "color": colors[machine], "text": text}
+
+    return [(name, [bar(m, of[name]) for m, of in bars.items() if name in of]) for name in names]
 
 
 def content(results: Path) -> dict[str, Any]:
@@ -258,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     default = Path(tempfile.gettempdir()) / "torchpar-report.html"
     parser.add_argument("--output", type=Path, metavar="FILE", default=default, help=f"by default {default}")
     options = parser.parse_args(arguments)
-    needs = ("itables", "matplotlib", "pandas", "jinja2")
+    needs = ("itables", "pandas", "jinja2")
     if missing := [name for name in needs if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"{' and '.join(missing)} not installed; pip install -e '.[report]'")
     try:
