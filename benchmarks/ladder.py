@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,6 @@ from benchmarks.timing import (
     Rejected,
     Turn,
     flush,
-    measure_ceiling,
-    settle,
     take_turns,
     time_calls,
 )
@@ -249,13 +248,26 @@ def measure(case: LadderCase, contestants: Sequence[Contestant], rounds: int = R
     return results
 
 
-def cache_bandwidth(quick: bool) -> float:
-    """Bytes/s that one core loads from its first-level cache: in the naive loop on 8 rows of 4 KB."""
+def limits(quick: bool) -> tuple[dict[str, float], float]:
+    """Bytes/s of a large copy and of a core's first-level cache, and flop/s of a large product.
+
+    The cache's are those of the naive loop on 8 rows of 4 KB.
+    """
     from torchpar.baselines import numba_njit
 
-    x = np.ones((8, 1024), np.float32)
-    seconds = settle(partial(numba_njit.SERIAL.matmul_t, x), CPU, 0.01 if quick else 0.2)
-    return 2 * len(x) * x.nbytes / seconds
+    def settled(call: Callable[[], object]) -> float:
+        """Seconds of a call in a row of calls, the median of 9 such rows."""
+        call()
+        calls = 1 + int((0.001 if quick else 0.03) / time_calls(call).seconds())
+        return median(time_calls(call, calls=calls).seconds() for _ in range(9))
+
+    size, n = (2**20, 64) if quick else (2**27, 1024)
+    source, target = (torch.ones(size, dtype=torch.int8) for _ in range(2))
+    square, rows = torch.randn(n, n), np.ones((8, 1024), np.float32)
+    copied = 2 * size / settled(partial(target.copy_, source))
+    loaded = 2 * len(rows) * rows.nbytes / settled(partial(numba_njit.SERIAL.matmul_t, rows))
+    roofs = {"memory": copied, "a core's cache": loaded}
+    return roofs, 2 * n**3 / settled(partial(torch.mm, square, square))
 
 
 def label(result: Result) -> str:
@@ -306,7 +318,6 @@ def draw(path: Path, results: Sequence[Result], roofs: Mapping[str, float], arit
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("ladder", "Compute the same in every way.", ["numba", "matplotlib"])
     options = command.parse(arguments)
-    ceiling = measure_ceiling(CPU, [torch.float32], options.quick)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     table = Table(command.csv(options), CPU, cores=CORES, gpu=gpu)
     shapes, rounds = (QUICK_SHAPES, 2) if options.quick else (SHAPES, ROUNDS)
@@ -320,9 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_results(results[0].case["workload"], results, COLUMNS)
     if options.output:
         (options.output / "ladder.md").write_text("\n".join(map(as_markdown, measured.values())))
-        roofs = {"memory": ceiling.bandwidth, "a core's cache": cache_bandwidth(options.quick)}
-        arithmetic = ceiling.matmul[torch.float32]
-        draw(options.output / "intensity.png", measured["matmul_t"], roofs, arithmetic)
+        draw(options.output / "intensity.png", measured["matmul_t"], *limits(options.quick))
     return table.status
 
 
