@@ -14,8 +14,6 @@ compute more for each message: ``--batch-size 128 --hidden 128 --lr 0.5``.
 import os
 import time
 from dataclasses import dataclass
-from functools import partial
-from operator import truediv
 
 # NumPy reads it when it is imported. With a process per core each process needs one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -78,7 +76,7 @@ def main(flags: Flags) -> None:
                     optimizer.step(total[:-1] / global_size)
                     train_loss += float(total[-1])
                     trained += global_size
-                    progress.update(epoch, trained, partial(truediv, train_loss, trained))
+                    progress.update(epoch, trained)
                 speed = n_train / (time.perf_counter() - start)
                 test_loss, accuracy = mpi.evaluate(world, model, own_test, n_test)
                 figures = (epoch, train_loss / n_train, test_loss, accuracy, speed)

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
@@ -47,13 +47,10 @@ class EpochProgress:
 
             # purge_step: a resumed run writes its earlier epochs again.
             self.writer = SummaryWriter(log_dir, purge_step=1)
-        percentage = TextColumn("{task.percentage:.0f}%")
-        columns = (BarColumn(), percentage, TimeRemainingColumn(), TextColumn("{task.description}"))
         console = Console()
-        self.bar = Progress(
-            *columns, console=console, transient=True, disable=not (self.speaks and console.is_terminal)
-        )
-        self.task = self.bar.add_task("", total=epochs * samples)
+        hidden = not (self.speaks and console.is_terminal)
+        self.bar = Progress(console=console, transient=True, disable=hidden)
+        self.task = self.bar.add_task("samples", total=epochs * samples)
         self.updated = 0.0
 
     def __enter__(self) -> Self:
@@ -65,16 +62,11 @@ class EpochProgress:
         if self.writer is not None:
             self.writer.close()
 
-    def update(self, epoch: int, samples: int, loss: Callable[[], float] | None = None) -> None:
-        """Show ``samples`` of this epoch as done, and ``loss()``, which is called only if it is shown."""
-        if self.bar.disable or (now := time.monotonic()) <= self.updated + REFRESH:
-            return
-        self.updated = now
-        speed = self.bar.tasks[0].speed
-        shown = [f"{speed:,.0f} samples/s"] if speed else []
-        shown += [f"loss {loss():.4f}"] if loss else []
-        done = (epoch - 1) * self.samples + samples
-        self.bar.update(self.task, completed=done, description=" | ".join(shown))
+    def update(self, epoch: int, samples: int) -> None:
+        """Show ``samples`` of this epoch as done."""
+        if not self.bar.disable and (now := time.monotonic()) > self.updated + REFRESH:
+            self.updated = now
+            self.bar.update(self.task, completed=(epoch - 1) * self.samples + samples)
 
     def print_epoch(self, result: EpochResult) -> None:
         self._print(
