@@ -109,13 +109,11 @@ FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "gb_per_s": ("GB/s", lambda x: number(x)),
     "gflop_per_s": ("GFLOP/s", lambda x: number(x)),
     "samples_per_s": ("samples/s", "{:,.0f}".format),
-    "roofline": ("roofline", "{:.1%}".format),
     **{name: (name.replace("_", " "), "{:.1e}".format) for name in ("max_error", "error", "distance")},
     "peak_memory_mb": ("MB", "{:,.1f}".format),
     "ok": ("ok", lambda ok: "yes" if ok else "NO"),
 }
-SETTINGS = ("rounds", "calls", "float32_precision", "ceiling_gb_per_s", "ceiling_gflop_per_s")
-UNPRINTED = ("mean_ms", "samples", *SETTINGS, "reason")
+UNPRINTED = ("mean_ms", "samples", "rounds", "calls", "float32_precision", "reason")
 
 
 def print_results(title: str, results: Sequence[Result], columns: Sequence[str] = ()) -> None:

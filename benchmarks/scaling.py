@@ -70,15 +70,13 @@ class Plan(NamedTuple):
     all_reduces: Sequence[int] = (2**2, 2**6, 2**10, 2**12, 2**14, 2**16, 2**18, 2**20, 2**22, 2**24)  # bytes
     rounds: int = 12
 
-    def cases(self) -> Iterator[tuple[str, StepCase]]:
-        """Yield each case under the table that shows it: "batch" or "width"."""
-        sizes = (784, self.hidden, 10)
-        by_batch = [("batch", StepCase(sizes, batch)) for batch in self.batches]
-        by_width = [("width", StepCase((784, w, w, 10), self.width_batch)) for w in self.widths]
-        for table, alone in by_batch + by_width:
-            yield from ((table, one) for one in (alone, replace(alone, threads=2)))
+    def cases(self) -> Iterator[StepCase]:
+        by_batch = [StepCase((784, self.hidden, 10), batch) for batch in self.batches]
+        by_width = [StepCase((784, w, w, 10), self.width_batch) for w in self.widths]
+        for alone in by_batch + by_width:
+            yield from (alone, replace(alone, threads=2))
             for ranks in range(2, self.most + 1, 2):
-                yield from ((table, one) for one in (replace(alone, dp=ranks), replace(alone, tp=ranks)))
+                yield from (replace(alone, dp=ranks), replace(alone, tp=ranks))
 
 
 FULL = Plan()
@@ -94,14 +92,12 @@ class Step:
     def __init__(self, case: StepCase):
         self.case, self.world = case, mesh(case.dp, case.tp)
         model, x, labels = unsplit(case)
-        if case.tp > 1:
-            model = parallel_mlp(model, self.world.mesh["tp"])
-        self.model = model
-        self.wrapped: torch.nn.Module = model
-        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        self.model = parallel_mlp(model, self.world.mesh["tp"]) if case.tp > 1 else model
+        self.wrapped: torch.nn.Module = self.model
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)
         if case.dp > 1:
             group = self.world.mesh["dp"].get_group()
-            replica = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
+            replica = DistributedDataParallel(self.model, process_group=group, gradient_as_bucket_view=True)
             register_shared_memory_hook(replica, self.world)
             self.wrapped = replica
         share = self.world.share(case.batch)
@@ -141,7 +137,7 @@ def check(case: StepCase) -> dict[str, Any]:
     """Check a step on this rank, and return the columns of its result: error and messages.
 
     Raises:
-        Rejected: its gradient, its loss or its messages are wrong.
+        Rejected: its gradient or its loss is wrong.
     """
     step = step_of(case)
     whole, x, labels = unsplit(case)
@@ -265,12 +261,12 @@ class StepTurn:
             return []
         return slowest(self.ranks.run(time_steps, self.case, self.count))
 
-    def result(self, times: Times, alone: Times, tables: Sequence[str]) -> Result:
+    def result(self, times: Times, alone: Times) -> Result:
         """Return the result of this case, with its speed-up over one rank with one thread."""
         case: dict[str, Any] = {"kind": "step"} | asdict(self.case)
         case["sizes"] = "-".join(map(str, self.case.sizes))
         over = self.case.ranks * self.case.threads > CORES
-        columns: dict[str, Any] = {"tables": " ".join(tables), "oversubscribed": over}
+        columns: dict[str, Any] = {"oversubscribed": over}
         if self.checked:
             columns |= self.checked[0] | {"error": max(rank["error"] for rank in self.checked)}
         return times.result(case, self.case.contestant, alone, **columns)
@@ -278,12 +274,10 @@ class StepTurn:
 
 def measure(plan: Plan, default_polling: bool) -> list[Result]:
     """Start the ranks, check every case, and time them in turn."""
-    tables: dict[StepCase, list[str]] = {}
-    for table, one in plan.cases():
-        tables.setdefault(one, []).append(table)
+    cases = list(plan.cases())
     with ExitStack() as stack:
         groups: dict[tuple[int, int], Ranks] = {}
-        for one in tables:
+        for one in cases:
             key = one.ranks, one.threads
             if key not in groups:
                 groups[key] = stack.enter_context(start_ranks(*key))
@@ -299,16 +293,14 @@ def measure(plan: Plan, default_polling: bool) -> list[Result]:
         def all_reduce(ranks: Ranks, shared: bool, nbytes: int, index: int) -> list[float]:
             return slowest(ranks.run(time_all_reduces, shared, nbytes, ALL_REDUCES if index else 1))
 
-        turns = {one: StepTurn(one, groups[one.ranks, one.threads]) for one in tables}
+        turns = {one: StepTurn(one, groups[one.ranks, one.threads]) for one in cases}
         all_reduces = {
             (contestant, nbytes): partial(all_reduce, ranks, shared, nbytes)
             for contestant, (ranks, shared) in contestants.items()
             for nbytes in plan.all_reduces
         }
         times = take_turns({**all_reduces, **turns}, plan.rounds, label="scaling")
-    results = [
-        turns[one].result(times[one], times[StepCase(one.sizes, one.batch)], tables[one]) for one in tables
-    ]
+    results = [turns[one].result(times[one], times[StepCase(one.sizes, one.batch)]) for one in cases]
     for contestant, nbytes in all_reduces:
         case = {"kind": "all_reduce", "dp": 2, "nbytes": nbytes}
         results.append(times[contestant, nbytes].result(case, contestant, times[GLOO, nbytes]))
@@ -320,9 +312,6 @@ def measure(plan: Plan, default_polling: bool) -> list[Result]:
 
 def print_all(results: Sequence[Result]) -> None:
     """Print steps by batch and by width, weak scaling, and all-reduces."""
-
-    def chosen(table: str) -> list[Result]:
-        return [result for result in results if table in str(result.columns.get("tables", "")).split()]
 
     def width(result: Result) -> str:
         return str(result.case["sizes"].split("-")[1])
@@ -347,7 +336,8 @@ def print_all(results: Sequence[Result]) -> None:
             cells[f"{name}, speed-up"] = f"{number(result.speedup)}×"
         return cells
 
-    by_batch, by_width = chosen("batch"), chosen("width")
+    steps = [one for one in results if one.case["kind"] == "step"]
+    by_batch, by_width = ([s for s in steps if s.case["sizes"].count("-") == n] for n in (2, 3))
     times = {(one.contestant, one.case["batch"]): one.p50_ms for one in by_batch}
     by_data = [one for one in by_batch if one.case["dp"] > 1]
     all_reduces = [one for one in results if one.case["kind"] == "all_reduce"]

@@ -40,7 +40,6 @@ from torchpar.training.fused import FusedGradients
 
 THREADS = 2  # of all ranks
 SEEDS = 20
-AIMS = (0.98, 0.987)  # mean accuracies
 VALIDATION = 50_000  # the training images from here on score what is being chosen
 QUICK = 2_000  # images
 # Pixels by which the part that is kept moves: not at all in the last epoch, to the right in the one before.
@@ -355,18 +354,6 @@ def summary(results: Sequence[Result], changes: dict[str, str]) -> list[dict[str
     ]
 
 
-def fastest(results: Sequence[Result], accuracy: float) -> str:
-    """Return the fastest recipe with this mean accuracy, as a line."""
-    reached = [
-        (mean(seconds), name)
-        for name, (seconds, percents) in of_seeds(results).items()
-        if mean(percents) >= 100 * accuracy
-    ]
-    if not reached:
-        return f"{accuracy:.1%}: reached by none of these recipes"
-    return f"{accuracy:.1%}: {number(min(reached)[0])} s, by {min(reached)[1]}"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("speedrun", "Train an MLP on MNIST in as few seconds as possible.", ["torchvision"])
     flag = command.parser.add_argument
@@ -394,8 +381,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines = summary(results, {name: find(file).change for name, file in chosen.items()})
     print_cells(f"{processes}, {scored}; mean ± standard deviation", lines)
     print_failures(results)
-    for accuracy in AIMS:
-        print(fastest(results, accuracy))
     if options.output and lines:
         text = markdown([list(lines[0]), *(list(line.values()) for line in lines)])
         (options.output / f"{name}.md").write_text(text)

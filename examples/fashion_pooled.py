@@ -29,7 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 from support import cli
-from support.pooled import SIZES, Plan, PooledFlags, Result, make_plans, prepare, report
+from support.pooled import SIZES, Plan, PooledFlags, Result, pooled, report
 
 from torchpar.baselines import mpi
 from torchpar.baselines.numpy_mlp import MLP, SGD
@@ -81,9 +81,9 @@ def main(flags: Flags) -> None:
         raise ConfigError("--device cuda: NumPy computes on the CPU; fashion_pooled_torch.py takes a GPU")
     # One process needs no MPI.
     with mpi.join() if find_rank_info() else nullcontext(mpi.OneProcess()) as world:
-        splits = mpi.on_rank_0(world, lambda: prepare(flags))  # None except on process 0
+        splits = mpi.on_rank_0(world, lambda: pooled(flags))  # None except on process 0
         counts = world.bcast([len(samples.labels) for samples in splits or ()])
-        results = [train(world, splits or (None, None), counts, plan) for plan in make_plans(flags)]
+        results = [train(world, splits or (None, None), counts, plan) for plan in flags.plans()]
         if world.rank == 0:
             report(flags, "NumPy", "cpu", world.size, results)
 

@@ -19,12 +19,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from support import cli
-from support.pooled import SIZES, Plan, PooledFlags, Result, make_plans, prepare, report
+from support.pooled import SIZES, Plan, PooledFlags, Result, pooled, report
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from torchpar.baselines import numpy_mlp
-from torchpar.baselines.bridge import copy_weights
 from torchpar.baselines.mpi import Samples
 from torchpar.nn import MLP
 from torchpar.parallel import World, join_world
@@ -41,7 +40,7 @@ class Flags(PooledFlags):
 def train(world: World, splits: Sequence[Samples], plan: Plan) -> Result:
     """Train on all ranks; ``splits`` are all training and test samples."""
     model = MLP(SIZES, output="sigmoid").to(world.device)
-    copy_weights(numpy_mlp.MLP(SIZES, seed=plan.seed), model)
+    numpy_mlp.MLP(SIZES, seed=plan.seed).copy_to(model)
     replica = DistributedDataParallel(model) if world.world_size > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), plan.lr, plan.momentum)
     costs = torch.zeros(plan.iterations, device=world.device)
@@ -83,8 +82,8 @@ def evaluate(world: World, model: MLP, own: Sequence[Tensor], split: Samples) ->
 
 def main(flags: Flags) -> None:
     with join_world(flags.device) as world:
-        splits = prepare(flags)
-        results = [train(world, splits, plan) for plan in make_plans(flags)]
+        splits = pooled(flags)
+        results = [train(world, splits, plan) for plan in flags.plans()]
         if world.rank == 0:
             report(flags, "PyTorch", world.device.type, world.world_size, results)
 

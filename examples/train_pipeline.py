@@ -30,7 +30,6 @@ torch.distributed.pipelining, which takes micro-batches of equal size: it pads t
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from support import cli, session
@@ -62,7 +61,6 @@ Predict = Callable[[Tensor], Tensor | None]
 class Flags(cli.TrainFlags):
     """Train a digit classifier by pipeline parallelism."""
 
-    optimizer: Literal["sgd", "muon"] = "sgd"
     pipeline: PipelineSchedule = "1f1b"
     """Order of the forward and backward passes."""
     micro_batches: int = 4

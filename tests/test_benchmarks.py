@@ -21,7 +21,7 @@ from torchpar.errors import ConfigError, DivergedError
 # Columns that each CSV has, and some of its own.
 COLUMNS = "contestant p20_ms p50_ms p80_ms samples ok reason torch device processor commit clocks date"
 QUICK = {
-    "operators": "mode dtype speedup roofline rounds calls threads ceiling_gb_per_s ceiling_gflop_per_s",
+    "operators": "mode dtype speedup rounds calls threads gb_per_s gflop_per_s",
     "calls": "mode speedup",
     "muon": "weight distance epoch",
     "host": "operator n",
@@ -98,18 +98,6 @@ def test_every_operator_is_measured():
     )
     assert operators.CPU.keys() >= registered
     assert operators.GPU.keys() == operators.NATIVE.keys()
-
-
-def test_a_wrong_operator_has_no_speed(monkeypatch, capsys, tmp_path):
-    """Addmm leaves the sigmoid out, which is done to its result before that is checked."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(operators.FINISH, "addmm", lambda z: torch.sigmoid(1.01 * z))
-    flags = ["--quick", "--device=cpu", "--operators=linear_sigmoid", "--modes=forward"]
-    assert operators.main(flags) == 1
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("not ok:"))
-    threads = torch.get_num_threads()
-    assert line.startswith(f"not ok: addmm linear_sigmoid forward 8x33->5 float32 {threads} errors")
-    assert not list(tmp_path.iterdir())  # there was no --output
 
 
 def test_another_optimizer_goes_elsewhere(monkeypatch, capsys):

@@ -27,7 +27,7 @@ import matmul_regression
 import quadrants
 from matmul_convolution import windows
 from support import amdahl as report
-from support.accuracy import compare
+from support.console import compare
 
 from torchpar.data import Samples
 from torchpar.errors import ConfigError

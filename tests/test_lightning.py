@@ -192,11 +192,10 @@ def example(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 on jsonargparse 4.53
     import train_lightning
-    from support import lightning_cli
 
     def call(*flags: str) -> str:
         monkeypatch.setattr(sys, "argv", [EXAMPLE, *flags])
-        lightning_cli.main(train_lightning.LitMLP, train_lightning.MNISTDataModule)
+        train_lightning.main()
         return capsys.readouterr().out
 
     return call

@@ -12,7 +12,6 @@ pytest.importorskip("rich", reason="rich prints the tables")
 pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 
 from benchmarks import speedrun
-from benchmarks.results import Result
 from benchmarks.speedrun import RECORD_98_7, Recipe
 from torchpar import data
 from torchpar.data import Samples
@@ -131,17 +130,6 @@ def test_on_two_ranks_a_recipe_by_autograd_fails_and_the_others_run(capsys):
     printed = capsys.readouterr().out
     assert "not ok: in-memory ConfigError: in-memory computes gradients by autograd" in printed
     assert "record-98.0" in printed
-
-
-def test_the_fastest_of_those_that_reach_an_accuracy_is_named():
-    scores = [("slow", 2.0, 0.981), ("slow", 4.0, 0.983), ("fast", 1.0, 0.979), ("fast", 1.0, 0.981)]
-    results = [
-        Result(case={}, contestant=name, columns={"seconds": seconds, "accuracy": accuracy})
-        for name, seconds, accuracy in scores
-    ]
-    assert speedrun.fastest(results, 0.979) == "97.9%: 1 s, by fast"
-    assert speedrun.fastest(results, 0.981) == "98.1%: 3 s, by slow"
-    assert speedrun.fastest(results, 0.987) == "98.7%: reached by none of these recipes"
 
 
 @pytest.mark.parametrize(

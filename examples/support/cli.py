@@ -5,6 +5,7 @@ import importlib.util
 import io
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -73,6 +74,21 @@ class ExampleFlags:
                 raise ConfigError(f"{flag} is {value}, expected less than {end}")
         if self.plots is not None and importlib.util.find_spec("matplotlib") is None:
             raise ConfigError("--plots needs matplotlib; pip install 'torchpar[examples]'")
+        if not getattr(self, "dry_run", False):
+            self._create_outputs()
+
+    def _create_outputs(self) -> None:
+        """Create the folders of the outputs, and check that they can be written to."""
+        try:
+            for name in ("plots", "log_dir", "profile", "checkpoint"):
+                if folder := getattr(self, name, None):
+                    folder.mkdir(parents=True, exist_ok=True)
+                    tempfile.TemporaryFile(dir=folder).close()
+            if self.metrics:
+                self.metrics.parent.mkdir(parents=True, exist_ok=True)
+                self.metrics.open("a").close()
+        except OSError as e:
+            raise ConfigError(f"a run's outputs cannot be written: {e}") from e
 
 
 @dataclass(kw_only=True)
@@ -89,11 +105,19 @@ class LogFlags(ExampleFlags):
 
 
 @dataclass(kw_only=True)
-class TrainFlags(LogFlags):
-    """Flags of every training example."""
+class DataFlags(ExampleFlags):
+    """Flags of every example that reads images."""
 
     data: Path = Path(__file__).parent.parent / "data"
     """Folder of the data sets, as torchvision's root."""
+    dataset: Dataset = "mnist"
+    """Data set."""
+
+
+@dataclass(kw_only=True)
+class TrainFlags(LogFlags, DataFlags):
+    """Flags of every training example."""
+
     epochs: int = 10
     """Passes over the training samples."""
     batch_size: int = 128
@@ -114,8 +138,6 @@ class TrainFlags(LogFlags):
     """Factor of the penalty Σ‖W·Wᵀ − I‖² in the loss."""
     hidden: tuple[int, ...] = (128, 64)
     """Widths of the hidden layers."""
-    dataset: Dataset = "mnist"
-    """Data set."""
     crop: int = 0
     """Pixels to leave out on each side of an image."""
     pool: int = 1

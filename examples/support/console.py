@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Console output of the examples: progress, tables and the last line, by rich; and metrics files."""
+"""Console output of the examples: progress, tables, errors and the last line; and metrics files."""
 
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -10,9 +9,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Self
 
+import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
+from torch import Tensor
 
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.world import World
@@ -45,13 +46,10 @@ class EpochProgress:
 
             # purge_step: a resumed run writes its earlier epochs again.
             self.writer = SummaryWriter(log_dir, purge_step=1)
-        percentage = TextColumn("{task.percentage:.0f}%")
-        columns = (BarColumn(), percentage, TimeRemainingColumn(), TextColumn("{task.description}"))
         console = Console()
-        self.bar = Progress(
-            *columns, console=console, transient=True, disable=not (self.speaks and console.is_terminal)
-        )
-        self.task = self.bar.add_task("", total=epochs * samples)
+        hidden = not (self.speaks and console.is_terminal)
+        self.bar = Progress(console=console, transient=True, disable=hidden)
+        self.task = self.bar.add_task("samples", total=epochs * samples)
         self.updated = 0.0
 
     def __enter__(self) -> Self:
@@ -63,16 +61,11 @@ class EpochProgress:
         if self.writer is not None:
             self.writer.close()
 
-    def update(self, epoch: int, samples: int, loss: Callable[[], float] | None = None) -> None:
-        """Show ``samples`` of this epoch as done, and ``loss()``, which is called only if it is shown."""
-        if self.bar.disable or (now := time.monotonic()) <= self.updated + REFRESH:
-            return
-        self.updated = now
-        speed = self.bar.tasks[0].speed
-        shown = [f"{speed:,.0f} samples/s"] if speed else []
-        shown += [f"loss {loss():.4f}"] if loss else []
-        done = (epoch - 1) * self.samples + samples
-        self.bar.update(self.task, completed=done, description=" | ".join(shown))
+    def update(self, epoch: int, samples: int) -> None:
+        """Show ``samples`` of this epoch as done."""
+        if not self.bar.disable and (now := time.monotonic()) > self.updated + REFRESH:
+            self.updated = now
+            self.bar.update(self.task, completed=(epoch - 1) * self.samples + samples)
 
     def print_epoch(self, result: EpochResult) -> None:
         self._print(
@@ -101,18 +94,9 @@ class EpochProgress:
 
 
 def write_metrics(path: Path | None, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Write a JSON object per line, unless ``path`` is None; overwrite the file.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    if path is None:
-        return
-    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-    try:
-        path.write_text(text)
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be written: {e}") from e
+    """Write a JSON object per line, unless ``path`` is None; overwrite the file."""
+    if path is not None:
+        path.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
 
 
 def write_log(log_dir: Path | None, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -132,13 +116,32 @@ def _add_scalars(writer: Any, row: Mapping[str, Any], step: int) -> None:
             writer.add_scalar(name, value, step)
 
 
-def print_rows(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
+def print_rows(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], title: str = "") -> None:
     """Print a table of these columns; floating-point numbers with four digits."""
-    table = Table(*(column.replace("_", " ") for column in columns))
+    table = Table(*(column.replace("_", " ") for column in columns), title=title or None)
     for row in rows:
         values = (row[column] for column in columns)
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
     Console().print(table)
+
+
+def compare(part: str, result: Tensor, reference: Callable[..., Tensor], *inputs: Tensor) -> dict[str, Any]:
+    """Print the errors of ``result`` and of PyTorch's ``reference(*inputs)``, and return them.
+
+    An error is the largest distance from ``reference`` in float64.
+
+    Raises:
+        ConfigError: the error is more than twice PyTorch's plus a rounding of the largest number.
+    """
+    exact = reference(*(t.double() for t in inputs))
+    error, native = ((t - exact).abs().max().item() for t in (result, reference(*inputs)))
+    most = 2 * native + torch.finfo(result.dtype).eps * exact.abs().max().item()
+    print(f"{part}: error {error:.1e}, PyTorch's {native:.1e}")
+    if not error <= most:
+        raise ConfigError(
+            f"{part} has an error of {error:.1e}, expected {most:.1e} at most; mend its formula"
+        )
+    return {"part": part, "error": error, "pytorch_error": native}
 
 
 def summary(results: list[EpochResult]) -> str:
@@ -159,11 +162,9 @@ def print_phases(phases: Phases) -> None:
     total = sum(phases.seconds.values())
     if not total:  # the run was complete already
         return
-    table = Table("phase", "seconds", "share", title="time by phase, rank 0")
-    for phase, seconds in phases.seconds.items():
-        if seconds:
-            table.add_row(phase, f"{seconds:.2f}", f"{seconds / total:.1%}")
-    Console().print(table)
+    seconds = {phase: s for phase, s in phases.seconds.items() if s}
+    rows = [{"phase": p, "seconds": f"{s:.2f}", "share": f"{s / total:.1%}"} for p, s in seconds.items()]
+    print_rows(rows, ("phase", "seconds", "share"), "time by phase, rank 0")
 
 
 def print_collectives(calls: Sequence[Sequence[Call]]) -> None:
@@ -202,29 +203,3 @@ def print_profile(trace: Trace, ranks: Sequence[dict[str, float]]) -> None:
         print(trace, bottleneck(ranks), sep="\n")
     else:  # complete already, or a short run
         print(f"profile: nothing was recorded, no more than {SKIP} steps were trained")
-
-
-def check_outputs(world: World, *, folders: Iterable[Path | None], files: Iterable[Path | None]) -> None:
-    """Call `create_outputs` on rank 0 before a run starts.
-
-    Raises:
-        ConfigError: the one of `create_outputs`, on every rank.
-    """
-    world.on_rank_0(lambda: create_outputs(folders=folders, files=files))
-
-
-def create_outputs(*, folders: Iterable[Path | None], files: Iterable[Path | None]) -> None:
-    """Create the folders of a run's outputs and check that they can be written to.
-
-    Raises:
-        ConfigError: naming the folder or file that cannot.
-    """
-    try:
-        for folder in filter(None, folders):
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        for file in filter(None, files):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.open("a").close()
-    except OSError as e:
-        raise ConfigError(f"a run's outputs cannot be written: {e}") from e

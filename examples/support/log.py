@@ -54,10 +54,7 @@ class Log(training.RunLog):
             self.calls.append(collectives.calls)
 
     def on_step(self, run: Run, epoch: int, samples: int) -> None:
-        def loss() -> float:  # of rank 0's samples
-            return run.state.loss() * self.world.dp_size / samples
-
-        self.progress.update(epoch, samples, loss if self.world.owns_outputs else None)
+        self.progress.update(epoch, samples)
 
     def on_epoch(self, run: Run, result: EpochResult) -> None:
         self.progress.print_epoch(result)
