@@ -20,7 +20,6 @@ NAMES = (
     "scaling",
     "ladder",
     "host",
-    "autotune",
     "scale_model",
 )
 USAGE = """usage: python -m benchmarks COMMAND

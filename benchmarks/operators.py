@@ -28,7 +28,7 @@ from benchmarks.compare import MODES, Implementation, OperatorCase, Work, compar
 from benchmarks.results import Result, Table, number, print_results
 from benchmarks.timing import measure_ceiling
 from torchpar.errors import ConfigError
-from torchpar.ops._matrix import mirrored  # by `torch.where`
+from torchpar.ops.matrix import mirrored  # by `torch.where`
 
 ROUNDS = 20
 SECONDS = {"cpu": 0.25, "cuda": 2.0}  # of a contestant's turns in one mode

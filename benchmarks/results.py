@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from torchpar.doctor import instruction_sets
-from torchpar.ops._processor import cpuinfo
+from torchpar.ops.processor import cpuinfo
 
 T = TypeVar("T")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -33,11 +33,10 @@ from torchpar import data, training
 from torchpar.data import Samples
 from torchpar.errors import ConfigError, DivergedError
 from torchpar.nn import MLP
-from torchpar.ops._cpu_table import bfloat16_gain
+from torchpar.ops.cpu_table import bfloat16_gain
 from torchpar.parallel.launch.local import current_world, start_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.training.fused import FusedGradients
-from torchpar.training.graph import GraphedStep, why_not_graphed
 
 THREADS = 2  # of all ranks
 SEEDS = 20
@@ -106,9 +105,6 @@ class Recipe:
             steps = self.ns_steps
             self.update = training.muon(self.model, self.lr, self.momentum, weight_decay=0, ns_steps=steps)
         self.lrs = [group["lr"] for group in self.update.param_groups]
-        self.graph: GraphedStep | None = None
-        if not why_not_graphed(self.update, world, self.fused):
-            self.graph = GraphedStep(self.step, self.samples, self.update, _fail)
 
     def train(self, seed: int) -> None:
         """Train a new network. The clock runs."""
@@ -126,12 +122,11 @@ class Recipe:
                 shift = SHIFTS[(self.epochs - epoch) % len(SHIFTS)] if self.shift else (0, 0)
                 self.samples.features.copy_(self.pooled(self.raw, shift).features)
             order: dict[str, Any] = {"seed": seed, "epoch": epoch, "share": self.share}
-            read, train = (data.indices, self.graph) if self.graph else (data.batches, self.step)
-            for batch in read(self.samples, self.batch_size, **order):
+            for batch in data.batches(self.samples, self.batch_size, **order):
                 factor = self.lr_factor(next(step), steps)
                 for group, lr in zip(self.update.param_groups, self.lrs, strict=True):
                     group["lr"] = lr * factor
-                train(*batch)
+                self.step(*batch)
                 if self.average:
                     average.update_parameters(self.model)
 
@@ -150,20 +145,15 @@ class Recipe:
             return min((step + 1) / rising, 1.0)
         return (steps - step) / (steps - rising) if self.decay else 1.0
 
-    def step(self, x: Tensor, labels: Tensor, global_size: int) -> Tensor:
+    def step(self, x: Tensor, labels: Tensor, global_size: int) -> None:
         if self.fused:
-            loss = self.gradients(x, labels, global_size)
+            self.gradients(x, labels, global_size)
         else:
             smoothing = self.label_smoothing
             loss = cross_entropy(self.model(x), labels, reduction="sum", label_smoothing=smoothing)
             (loss / global_size).backward()
         self.update.step()
         self.update.zero_grad()
-        return loss.detach()
-
-
-def _fail(reason: str) -> None:
-    raise ConfigError(f"a step cannot be a CUDA graph: {reason}")
 
 
 class Tutorial:
@@ -284,8 +274,6 @@ def images(device: str, validate: bool, quick: bool) -> tuple[Samples, Samples]:
 def prepared(name: str, validate: bool, quick: bool) -> Any:
     recipe, world = find(name), current_world()
     recipe.prepare(images(str(world.device), validate, quick)[0], world)
-    if world.device.type == "cuda":
-        recipe.train(0)  # a graph is captured at the second batch of its size, maybe in the second training
     return recipe
 
 

@@ -318,7 +318,7 @@ def lightning_epoch(inputs: Inputs) -> tuple[float, float]:
         """The network of the other contestants."""
 
         def __init__(self) -> None:
-            super().__init__(sizes[0], sizes[-1])
+            super().__init__(sizes[-1])
             self.mlp = MLP(sizes)
 
         def forward(self, x: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Draw the pictures of the operators, docs/parallel.md and docs/exact.md: ``python docs/pictures.py``."""
+"""Draw the pictures of the pages: ``python docs/pictures.py``."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def box(axes: Axes, x: float, y: float, width: float, height: float, color: str,
 
 
 def label(axes: Axes, x: float, y: float, text: str, align: str = "center") -> None:
-    axes.text(x, y, text, ha=align, va="center", fontsize=9)
+    axes.text(x, y, text, ha=align, va="center", fontsize=11)
 
 
 def arrow(axes: Axes, start: Point, end: Point, style: str = "-|>", color: str = "0.2") -> None:
@@ -285,9 +285,31 @@ def linear_sigmoid() -> Figure:
     return figure
 
 
+def start() -> Figure:
+    """The three subjects of the project: an operator, ranks, and the same bits."""
+    figure, axes = canvas(15.2, 4.6)
+    computed = {(i, j): COLORS[0] for i in range(4) for j in range(i + 1)}
+    tiles(axes, 0.4, 0.8, 4, 4, computed)
+    arrow(axes, (1.2, 1.6), (3.2, 3.6))
+    label(axes, 2.2, 0.35, "half of X·Xᵀ")
+    for rank in range(2):
+        box(axes, 5.4, 2.8 - 2 * rank, 1.6, 1.6, COLORS[rank], f"rank {rank}")
+        box(axes, 8, 2.8 - 2 * rank, 1.6, 1.6, WHOLE, "step")
+        arrow(axes, (7, 3.6 - 2 * rank), (8, 3.6 - 2 * rank))
+    arrow(axes, (7.5, 3.4), (7.5, 1.8), "<|-|>")
+    label(axes, 7.5, 0.35, "one mean of gradients")
+    for row, order in enumerate(("a + b + c", "c + a + b", "b + c + a")):
+        box(axes, 11, 3.4 - 1.3 * row, 1.9, 1, COLORS[2], order)
+        box(axes, 13.5, 3.4 - 1.3 * row, 1.3, 1, WHOLE, "1011")
+        label(axes, 13.2, 3.9 - 1.3 * row, "=")
+    label(axes, 12.9, 0.35, "the same bits in any order")
+    return figure
+
+
 def main() -> None:
     matplotlib.use("Agg")
     for page, pictures in (
+        ("", (start,)),
         ("operators", (maximum, matmul_t, linear_sigmoid)),
         ("parallel", (data, tensor, pipeline, mesh)),
         ("exact", (digits, orders, ranks)),

@@ -58,7 +58,7 @@ class LitMLP(LitClassifier):
         schedule: LRSchedule = "linear",
         compile: bool = False,
     ):
-        super().__init__(sizes[0], sizes[-1], loss)
+        super().__init__(sizes[-1], loss)
         self.save_hyperparameters()  # as self.hparams, which a checkpoint holds
         self.mlp = MLP(sizes, hidden, "logits" if loss == "cross-entropy" else "sigmoid")
         if compile:

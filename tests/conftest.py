@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from ranks import fork_context
 
-from torchpar.ops import _cpu_table
+from torchpar.ops import cpu_table
 from torchpar.testing.ranks import Ranks
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -54,9 +54,9 @@ def threads() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def no_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """Choose products as on a processor without a table, so that tests are the same everywhere."""
-    monkeypatch.setattr(_cpu_table, "load", lambda: None)
-    if _cpu_table._entries()["symmetric"]:
-        _cpu_table.forget()
+    monkeypatch.setattr(cpu_table, "load", lambda: None)
+    if cpu_table._entries()["symmetric"]:
+        cpu_table.forget()
 
 
 @pytest.fixture(params=DEVICES)

@@ -35,7 +35,6 @@ class Backward(NamedTuple):
 
     schema: str
     kernels: set[str]
-    cases: list[Shapes]
 
 
 class Operator(NamedTuple):
@@ -49,7 +48,7 @@ class Operator(NamedTuple):
     shapes: tuple[str, ...]
     cases: list[Shapes]  # at awkward sizes
     small: list[Shapes]  # where every gradient has many terms, for tests that cost much per case
-    sharded: tuple[Shapes, set[str]]  # shapes, and the placements that take no communication
+    local: int  # combinations of placements, of the first small case, that take no communication
     refused: list[Refused]
     operands: Callable[..., tuple[Tensor, ...]] = lambda *args: args  # of tensors with any values
     factors: Callable[[int], dict[str, float]] = lambda count: {}  # for a number of operands
@@ -66,11 +65,6 @@ class Operator(NamedTuple):
     def widest(self) -> torch.dtype:
         """The dtype in which most tests judge values."""
         return self.dtypes[-1]
-
-    @property
-    def low(self) -> torch.dtype:
-        """bfloat16, or else the widest dtype."""
-        return torch.bfloat16 if torch.bfloat16 in self.dtypes else self.widest
 
     @property
     def overload(self) -> Any:
@@ -147,7 +141,7 @@ MAXIMUM = Operator(
         ((1, 2, 1, 3, 1, 2), (3, 1, 2, 1, 2, 1)),
     ],
     small=[((3, 4), (3, 4)), ((), (3,)), ((3, 1), (2, 1, 4))],
-    sharded=(((6, 5), (6, 5)), {"R R -> R", "S(0) S(0) -> S(0)", "S(1) S(1) -> S(1)"}),
+    local=7,
     refused=[
         Refused((ones(3) + 0j, ones(3)), "a has dtype torch.complex64, expected a real"),
         Refused((ones(3), ones(3).to(torch.uint16)), "b has dtype torch.uint16, expected a real"),
@@ -157,7 +151,6 @@ MAXIMUM = Operator(
         "maximum_backward": Backward(
             "(Tensor g, Tensor a, Tensor b) -> (Tensor, Tensor)",
             {"maximum_backward_flat_kernel", "maximum_backward_strided_kernel"},
-            [((3, 4), (3, 4), (3, 4)), ((2, 3, 4), (3, 1), (2, 1, 4))],
         )
     },
 )
@@ -179,7 +172,7 @@ MATMUL_T = Operator(
         ((70000, 2, 3),),  # more than a second or third grid axis of CUDA holds
     ],
     small=[((4, 3),), ((2, 3, 5),)],
-    sharded=(((7, 5),), {"R -> R", "S(1) -> P(sum)"}),
+    local=2,
     refused=[
         Refused((ones(3, 3).long(),), f"x has dtype torch.int64, {FLOATING}"),
         Refused((ones(3),), "x has shape (3,), expected (*, n, k)"),
@@ -188,7 +181,6 @@ MATMUL_T = Operator(
         "matmul_t_backward": Backward(
             "(Tensor g, Tensor x) -> Tensor",
             {"symmetric_sum_kernel"},
-            [((4, 4), (4, 3)), ((2, 4, 4), (2, 4, 3))],
         )
     },
 )
@@ -213,7 +205,7 @@ SYMMETRIC_MATMUL = Operator(
         ((2, 1, 257, 3), (2, 1, 257, 3), (2, 1, 257, 257)),
     ],
     small=[((4, 3), (4, 3), (4, 4)), ((2, 3, 5), (2, 3, 5))],
-    sharded=(((6, 6), (6, 6), (6, 6)), {"R R R -> R", "S(1) S(1) R -> P(sum)"}),
+    local=4,
     refused=[
         Refused((ones(3, 2).int(), ones(3, 2).int()), f"a has dtype torch.int32, {FLOATING}"),
         Refused((ones(3), ones(3)), "a has shape (3,), expected (*, n, k)"),
@@ -243,19 +235,18 @@ LINEAR_SIGMOID = Operator(
         ((70000, 3), (2, 3), (2,)),
     ],
     small=[((3, 4), (5, 4), (5,)), ((4,), (3, 4)), ((2, 3, 4), (5, 4), (5,))],
-    sharded=(((6, 5), (7, 5), (7,)), {"R R R -> R", "R S(0) S(0) -> S(1)", "S(0) R R -> S(0)"}),
+    local=5,
     refused=[
         Refused((ones(()), ones(4, 3)), "x has shape (), expected (*, in_features)"),
         Refused((ones(3).int(), ones(4, 3).int()), f"x has dtype torch.int32, {FLOATING}"),
         Refused((ones(2, 3), ones(1, 4, 3)), "weight has shape (1, 4, 3), expected (out_features, 3)"),
-        Refused((ones(2, 3), ones(4, 3), ones(2, 4)), "bias has shape (2, 4), expected (4,)"),
-        Refused((ones(2, 3), ones(4, 3).half()), "weight has dtype torch.float16, expected x's"),
+        Refused((ones(2, 3), ones(4, 3), ones(2, 4)), _unlike("bias", (2, 4), (4,))),
+        Refused((ones(2, 3), ones(4, 3).half()), _unlike("weight", (4, 3), (4, 3), torch.float16)),
     ],
     backward={
         "linear_sigmoid_backward": Backward(
             "(Tensor g, Tensor y) -> (Tensor, Tensor)",
             {"sigmoid_backward_kernel"},
-            [((2, 3, 4), (2, 3, 4)), ((4,), (4,))],
         )
     },
 )
@@ -275,7 +266,7 @@ EXACT_MATMUL = Operator(
         ((70000, 2, 3), (70000, 1, 3)),
     ],
     small=[((4, 3), (5, 3)), ((2, 3, 2), (2, 4, 2))],
-    sharded=(((6, 5), (7, 5)), {"R R -> R", "S(0) R -> S(0)", "R S(0) -> S(1)"}),
+    local=3,
     refused=[
         Refused((ones(3, 2).double(), ones(3, 2)), "a has dtype torch.float64, expected torch.float32"),
         Refused((ones(3), ones(3)), "a has shape (3,), expected (*, m, k)"),
@@ -289,5 +280,3 @@ BACKWARDS = {name: backward for op in OPERATORS.values() for name, backward in o
 
 BY_DTYPE = [(name, dtype) for name, op in OPERATORS.items() for dtype in op.dtypes]
 BY_CASE = [(name, shapes) for name, op in OPERATORS.items() for shapes in op.cases]
-BY_SMALL_CASE = [(name, shapes) for name, op in OPERATORS.items() for shapes in op.small]
-BY_BACKWARD_CASE = [(name, shapes) for name, backward in BACKWARDS.items() for shapes in backward.cases]

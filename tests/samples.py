@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Inputs of the operator tests, and the judges of a result."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,8 @@ from operators import OPERATORS, Shapes
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
+
+from torchpar.testing import case
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64, device: str = "cpu", seed: int = 0) -> Tensor:
@@ -59,32 +60,7 @@ def widest_arguments(
     return tuple(arg.requires_grad_(requires_grad) for arg in args)
 
 
-def _memory_order(t: Tensor, dims: list[int]) -> Tensor:
-    inverse = [dims.index(dim) for dim in range(t.dim())]
-    return t.permute(dims).contiguous().permute(inverse)
-
-
-def _stepped(t: Tensor) -> Tensor:
-    poison = math.nan if t.is_floating_point() else 1
-    every_second = (slice(None, None, 2),) * t.dim()
-    buffer = t.new_full([2 * size for size in t.shape], poison)
-    buffer[every_second] = t
-    return buffer[every_second]
-
-
-# Functions of a tensor to a tensor of the same shape, and (but for "expanded") of the same values.
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": torch.Tensor.contiguous,
-    "transposed": lambda t: _memory_order(t, [*range(t.dim())][:-2] + [*range(t.dim())][:-3:-1]),
-    "permuted": lambda t: _memory_order(t, [*range(t.dim())][::-1]),
-    "rotated": lambda t: _memory_order(t, [*range(t.dim())][1:] + [*range(t.dim())][:1]),
-    "stepped": _stepped,
-    "offset": lambda t: torch.cat([t.new_zeros(3), t.flatten()])[3:].view(t.shape),
-    "expanded": lambda t: t[:1].expand_as(t) if t.dim() and t.numel() else t,
-    "expanded last": lambda t: t[..., :1].expand_as(t) if t.dim() and t.numel() else t,
-    # As z.conj().imag, whose sign is pending.
-    "negated": lambda t: torch._neg_view(-t) if t.is_floating_point() else t,
-}
+LAYOUTS = {"contiguous": torch.Tensor.contiguous, **case.LAYOUTS}
 
 
 def to_numpy(t: Tensor) -> Any:

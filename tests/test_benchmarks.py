@@ -25,7 +25,6 @@ QUICK = {
     "calls": "mode speedup",
     "muon": "weight distance epoch",
     "host": "operator n",
-    "autotune": "kernel dtype n registers spills shared_memory target",
 }
 SLOW = {
     "optimizers": "library version promises situation verdict rounding",
@@ -70,7 +69,6 @@ def test_a_benchmark_runs_and_its_csv_has_the_columns(tmp_path, monkeypatch, cap
     monkeypatch.setattr(scale_model, "MESHES", scale_model.MESHES[:2])
     monkeypatch.setattr(scale_model, "LAYERS", 4)
     flags = ["--quick", f"--output={tmp_path}"]
-    flags += ["--kernels=symmetric_product", "--sizes=512"] * (name == "autotune")
     flags += ["--only=torch"] * (name == "optimizers")
     assert importlib.import_module(f"benchmarks.{name}").main(flags) == 0
     check(tmp_path / f"{name}.csv", (QUICK | SLOW)[name])

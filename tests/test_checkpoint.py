@@ -21,8 +21,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel.launch.world import join_world
-from torchpar.parallel.save.checkpoint import Checkpoint, Checkpoints
-from torchpar.parallel.save.manifest import MANIFEST, write
+from torchpar.parallel.save.checkpoint import MANIFEST, Checkpoint, Checkpoints, write_manifest
 from torchpar.parallel.split.layers import split_parameters
 from torchpar.parallel.split.mlp import parallel_mlp
 from torchpar.parallel.split.pipeline import stage_mlp
@@ -202,7 +201,7 @@ def sign(path: Path) -> None:
     """Make the manifest right for the present files, as someone who knows the format can."""
     contents = json.loads((path / MANIFEST).read_text())
     del contents["sha256"]
-    write(path, list(contents.pop("files")), contents)
+    write_manifest(path, list(contents.pop("files")), contents)
 
 
 def forge(path: Path, payload: Payload, how: str) -> None:

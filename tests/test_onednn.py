@@ -22,13 +22,13 @@ from torch.utils._pytree import tree_leaves
 
 import torchpar
 from torchpar.nn import Linear, LinearSigmoid
-from torchpar.ops import _cpu, _onednn, _processor
+from torchpar.ops import linear_cpu, processor, symmetric_cpu
 
 LINEAR_SIGMOID = OPERATORS["linear_sigmoid"]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return _onednn.linear(x, weight, bias)
+    return linear_cpu.linear(x, weight, bias)
 
 
 LAYERS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], int]] = {
@@ -43,24 +43,24 @@ AWKWARD = (129, 265, 127)  # two chains, of 133 and of 132 terms
 
 def patch_bfloat16(patch: pytest.MonkeyPatch) -> None:
     """Leave bfloat16 to PyTorch, also on a CPU where it is multiplied as float32."""
-    for name in ("linear_sigmoid", "_onednn"):
+    for name in ("linear_sigmoid", "linear_cpu"):
         patch.setattr(sys.modules[f"torchpar.ops.{name}"], "has_bfloat16", lambda: True)
 
 
 def force(patch: pytest.MonkeyPatch) -> list[int]:
     """Let every float32 product on the CPU go to oneDNN; the list will hold each one's number of chains."""
     counts: list[int] = []
-    chains = _onednn._chains
+    in_chains = linear_cpu.in_chains
 
-    def count(a: Tensor, b: Tensor) -> int:
-        counts.extend(filter(None, [chains(a, b)]))
-        return chains(a, b)
+    def count(terms: list[Any], *rest: Any) -> Tensor:
+        counts.append(len(terms))
+        return in_chains(terms, *rest)
 
-    patch.setattr(_processor, "has_onednn", lambda: True)
+    patch.setattr(processor, "has_onednn", lambda: True)
     patch_bfloat16(patch)
-    patch.setattr(_onednn, "_MIN_PRODUCT", 1)
-    patch.setattr(_onednn, "_MIN_LAYER", 1)
-    patch.setattr(_onednn, "_chains", count)
+    patch.setattr(linear_cpu, "_MIN_PRODUCT", 1)
+    patch.setattr(linear_cpu, "_MIN_LAYER", 1)
+    patch.setattr(linear_cpu, "in_chains", count)
     return counts
 
 
@@ -123,7 +123,7 @@ def test_a_layer_is_as_accurate_as_pytorchs(layer: str, sizes: Any, bias: bool, 
     args = operands(*sizes, bias=bias)
     compare(layer, args, first)
     terms = (sizes[1], sizes[2], torch.Size(args[0].shape[:-1]).numel())  # of y, dL/dx and dL/dW
-    assert onednn == [-(-k // _onednn.CHAIN) for k in terms]
+    assert onednn == [-(-k // linear_cpu.CHAIN) for k in terms]
     ours = LAYERS[layer][0]
     results = first(ours, args)
     assert all(torch.equal(bits(a), bits(b)) for a, b in zip(first(ours, args), results, strict=True))
@@ -205,21 +205,21 @@ NATIVE = ("AddmmBackward0", "SigmoidBackward0")
 @pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
 def test_only_large_float32_layers_have_an_autograd_of_their_own(monkeypatch: Any) -> None:
     patch_bfloat16(monkeypatch)
-    monkeypatch.setattr(_processor, "has_onednn", lambda: True)
+    monkeypatch.setattr(processor, "has_onednn", lambda: True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     large = torch.ones(128, 784)
-    ours = ("_LinearBackward", "DifferentiableBackward")
-    assert names(large, 64) == ours  # 6.4 million multiplications
-    assert names(large, 48) == NATIVE  # 4.8 million, less than `_MIN_LAYER`
-    assert names(large.double(), 64) == NATIVE
-    assert names(large.bfloat16(), 64) == NATIVE
+    ours = ("LinearFunctionBackward", "DifferentiableBackward")
+    assert names(large, 128) == ours  # 12.8 million multiplications
+    assert names(large, 112) == NATIVE  # 11.2 million, less than `_MIN_LAYER`
+    assert names(large.double(), 128) == NATIVE
+    assert names(large.bfloat16(), 128) == NATIVE
     with torch.backends.mkldnn.flags(enabled=False):
-        assert names(large, 64) == NATIVE
-    for module, reason, value in ((_processor, "has_onednn", False), (torch, "get_num_threads", 2)):
+        assert names(large, 128) == NATIVE
+    for module, reason, value in ((processor, "has_onednn", False), (torch, "get_num_threads", 2)):
         with monkeypatch.context() as patch:
             patch.setattr(module, reason, lambda value=value: value)
-            assert names(large, 64) == NATIVE
-    assert names(large, 64) == ours
+            assert names(large, 128) == NATIVE
+    assert names(large, 128) == ours
 
 
 def test_onednn_is_for_amd_processors_with_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,10 +228,10 @@ def test_onednn_is_for_amd_processors_with_avx512(monkeypatch: pytest.MonkeyPatc
     for vendor, capability in itertools.product(("AuthenticAMD", "GenuineIntel"), ("AVX512", "AVX2")):
         monkeypatch.setattr(Path, "read_text", lambda path, vendor=vendor: f"vendor_id : {vendor}")
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda found=capability: found)
-        assert _processor.has_onednn.__wrapped__() == ((vendor, capability) == ("AuthenticAMD", "AVX512"))
+        assert processor.has_onednn.__wrapped__() == ((vendor, capability) == ("AuthenticAMD", "AVX512"))
     monkeypatch.setattr(Path, "read_text", Mock(side_effect=FileNotFoundError))  # no Linux
-    monkeypatch.setattr(_processor.platform, "processor", lambda: "arm")
-    assert not _processor.has_onednn.__wrapped__()
+    monkeypatch.setattr(processor.platform, "processor", lambda: "arm")
+    assert not processor.has_onednn.__wrapped__()
 
 
 # Symmetric products.
@@ -243,9 +243,14 @@ def lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     if not torch.backends.mkldnn.is_available():
         pytest.skip("oneDNN is not in this build of PyTorch")
     lengths: list[int] = []
-    chain = _cpu.onednn
-    monkeypatch.setattr(_processor, "has_onednn", lambda: True)
-    monkeypatch.setattr(_cpu, "onednn", lambda a, *rest: lengths.append(a.shape[1]) or chain(a, *rest))
+    chain = linear_cpu.onednn
+    monkeypatch.setattr(processor, "has_onednn", lambda: True)
+
+    def recorded(a: Tensor, *rest: Any, **how: Any) -> Tensor:
+        lengths.append(a.shape[1])
+        return chain(a, *rest, **how)
+
+    monkeypatch.setattr(linear_cpu, "onednn", recorded)
     return lengths
 
 
@@ -277,7 +282,7 @@ def test_only_large_float32_matrices_go_to_onednn(lengths: list[int]) -> None:
 
 
 @pytest.mark.skipif(
-    not _processor.has_onednn(),
+    not processor.has_onednn(),
     reason="float32 goes to oneDNN on AMD processors with AVX-512, for which chains were cut",
 )
 def test_chains_keep_pytorchs_accuracy_and_one_chain_would_lose_it(lengths: list[int], monkeypatch) -> None:
@@ -287,5 +292,5 @@ def test_chains_keep_pytorchs_accuracy_and_one_chain_would_lose_it(lengths: list
     assert_accurate(torchpar.symmetric_matmul(x, x), x @ x.mT, expected)
     assert max(lengths) <= 256
     # Beside chains, not beside PyTorch: how MKL sums depends on the processor.
-    monkeypatch.setattr(_cpu, "_CHAIN", 2000)
+    monkeypatch.setattr(symmetric_cpu, "_CHAIN", 2000)
     assert error(torchpar.symmetric_matmul(x, x), expected) > 1.5 * in_chains

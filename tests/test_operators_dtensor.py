@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""The operators on DTensors: every placement gives the results and gradients of the full tensors."""
+"""The operators on DTensors of several processes; `test_our_operators.py` tries every placement in one."""
 
 import itertools
-import random
-from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from operators import BACKWARDS, OPERATORS, Shapes
+from operators import OPERATORS, Shapes
 from ranks import fork_context
-from samples import arguments, normal
+from samples import widest_arguments
 
 import torchpar
 from torchpar.testing.ranks import Ranks
@@ -20,113 +17,9 @@ from torchpar.testing.ranks import Ranks
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
-NAMES = [*OPERATORS, *BACKWARDS]
-
-
 def operands(name: str, shapes: Shapes) -> list[torch.Tensor]:
-    if name not in OPERATORS:
-        made = arguments(shapes)
-    else:  # exact products of operands whose sums are not exact in float32
-        made = OPERATORS[name].operands(*arguments(shapes, OPERATORS[name].widest))
+    made = OPERATORS[name].operands(*widest_arguments(name, shapes))
     return [t.detach().requires_grad_() for t in made]
-
-
-def place(whole: torch.Tensor, mesh: Any, placements: Sequence[Any]) -> Any:
-    """A DTensor of ``whole``. Where it is partial, the ranks' parts differ in every element."""
-    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
-
-    value = whole.detach()
-    for dim, placement in enumerate(placements):
-        if placement.is_partial():
-            size = mesh.size(dim)
-            weights = normal(size, *whole.shape, dtype=whole.dtype, seed=dim)
-            weights += (1 - weights.sum(0)) / size
-            value = value * weights[mesh.get_local_rank(dim)]
-    held = [Replicate() if p.is_partial() else p for p in placements]
-    local = distribute_tensor(value, mesh, held, src_data_rank=None).to_local()
-    placed = DTensor.from_local(local, mesh, placements, shape=whole.shape, stride=whole.stride())
-    return placed.requires_grad_()
-
-
-def compare_placed(
-    operator: Callable[..., Any], whole: list[torch.Tensor], mesh: Any, placements: Sequence[Sequence[Any]]
-) -> tuple[int, str]:
-    """Compare results and gradients with those of ``whole``: the collectives, and the result's placements.
-
-    Those of exact products are equal bit for bit, unless operands are parts of a sum: sums of rounded parts
-    would have other bits.
-    """
-    from torch.distributed.tensor import Replicate, distribute_tensor
-    from torch.distributed.tensor.debug import CommDebugMode
-
-    def results(args: Sequence[Any]) -> tuple[Any, ...]:
-        found = operator(*args)
-        return found if isinstance(found, tuple) else (found,)
-
-    is_exact = whole[0].dtype == torch.float32 and not any(p.is_partial() for own in placements for p in own)
-    how = {"rtol": 0, "atol": 0} if is_exact else {}
-    expected = results(whole)
-    incoming = [normal(*t.shape, dtype=t.dtype, seed=9) for t in expected]  # the same on every rank
-    gradients = torch.autograd.grad(expected, whole, incoming, materialize_grads=True)
-    args = [place(t, mesh, placement) for t, placement in zip(whole, placements, strict=True)]
-    with CommDebugMode() as communication:
-        actual = results(args)
-    torch.testing.assert_close([t.full_tensor() for t in actual], [t.detach() for t in expected], **how)
-    replicated = [Replicate()] * mesh.ndim
-    found = torch.autograd.grad(
-        [t.redistribute(placements=replicated) for t in actual],
-        args,
-        [distribute_tensor(g, mesh, replicated) for g in incoming],
-        materialize_grads=True,
-    )
-    torch.testing.assert_close([g.full_tensor() for g in found], list(gradients), **how)
-    return communication.get_total_counts(), " ".join(map(str, actual[0].placements))
-
-
-def compare(name: str, shapes: Shapes, mesh_shape: tuple[int, ...], drawn: int | None = None) -> list[str]:
-    """Run ``name`` with each combination of placements, or ``drawn`` ones; return those that are local."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Partial, Replicate, Shard
-
-    mesh = init_device_mesh("cpu", mesh_shape)
-    factors = OPERATORS[name].factors(len(shapes)) if name in OPERATORS else {}
-    operator = partial(getattr(torch.ops.torchpar, name).default, **factors)
-    whole = operands(name, shapes)
-
-    def choices(t: torch.Tensor) -> list[tuple[Any, ...]]:
-        on_a_dimension = [Replicate(), *map(Shard, range(t.dim())), Partial("sum")]
-        return list(itertools.product(on_a_dimension, repeat=mesh.ndim))
-
-    combinations = list(itertools.product(*map(choices, whole)))
-    if drawn is not None:
-        combinations = random.Random(0).sample(combinations, min(drawn, len(combinations)))
-    local = []
-    for placements in combinations:
-        collectives, result = compare_placed(operator, whole, mesh, placements)
-        if collectives == 0:
-            local.append(" ".join(str(p) for placement in placements for p in placement) + " -> " + result)
-    return local
-
-
-@pytest.mark.parametrize("name", [*OPERATORS, *(pytest.param(b, marks=pytest.mark.slow) for b in BACKWARDS)])
-def test_every_placement(ranks, name):
-    """Partial sums too: a sigmoid of parts of a sum, say, would not be the sigmoid of the sum."""
-    shapes, expected = OPERATORS[name].sharded if name in OPERATORS else (BACKWARDS[name].cases[0], set())
-    local = ranks(2, compare, name, shapes, (2,))
-    assert local[0] == local[-1]
-    # A replicated operand is split without communication, too.
-    assert expected <= set(local[0]), local[0]
-
-
-def test_a_layer_of_a_vector(ranks):
-    ranks(2, compare, "linear_sigmoid", ((4,), (6, 4), (6,)), (2,))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_placements_on_a_mesh(ranks, name):
-    shapes = OPERATORS[name].sharded[0] if name in OPERATORS else BACKWARDS[name].cases[0]
-    ranks(4, compare, name, shapes, (2, 2), 40)
 
 
 def compare_compiled() -> None:
@@ -144,7 +37,7 @@ def compare_compiled() -> None:
             for (name, _), args in zip(cases, operands_of, strict=True)
         ]
 
-    whole = [operands(name, OPERATORS[name].sharded[0]) for name, _ in cases]
+    whole = [operands(name, OPERATORS[name].small[0]) for name, _ in cases]
     placed = [
         [
             distribute_tensor(t.detach(), mesh, [Shard(0 if along_rows else t.dim() - 1)]).requires_grad_()
@@ -199,10 +92,19 @@ def test_the_check_is_of_the_whole_and_not_of_its_parts(ranks):
 def rows_of_a_product(shape: tuple[int, ...]) -> tuple[int, str]:
     """matmul_t of a matrix split by rows: the number of collectives, and the placement of the result."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor.debug import CommDebugMode
 
+    (whole,) = operands("matmul_t", (shape,))
     mesh = init_device_mesh("cpu", (2,))
-    return compare_placed(torchpar.matmul_t, operands("matmul_t", (shape,)), mesh, [[Shard(len(shape) - 2)]])
+    x = distribute_tensor(whole.detach(), mesh, [Shard(len(shape) - 2)]).requires_grad_()
+    with CommDebugMode() as communication:
+        y = torchpar.matmul_t(x)
+    expected = torchpar.matmul_t(whole)
+    torch.testing.assert_close(y.full_tensor(), expected.detach())
+    gradients = [torch.autograd.grad(one.cos().sum(), t)[0] for one, t in ((y, x), (expected, whole))]
+    torch.testing.assert_close(gradients[0].full_tensor(), gradients[1])
+    return communication.get_total_counts(), str(*y.placements)
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (300, 5), (2, 8, 5)], ids=str)

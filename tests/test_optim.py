@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchpar import reference
-from torchpar.ops._cpu_table import Choice
+from torchpar.ops.cpu_table import Choice
 from torchpar.optim import ChainedOptimizer, Muon, newton_schulz, orthogonalize
 from torchpar.optim import matrices as batches
 from torchpar.optim.newton_schulz import COEFFICIENTS

@@ -3,13 +3,14 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from operators import BACKWARDS, OPERATORS
-from samples import arguments, widest_arguments
+from operators import OPERATORS, Shapes
+from samples import widest_arguments
 from torch import Tensor
 
 from torchpar.testing import check_operator
@@ -37,20 +38,16 @@ def of_symmetric(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return product
 
 
-# DTensors, whose rule takes most of the time, are tried with the first sample.
 WITHOUT_RANKS = [rule for rule in CHOSEN if rule != "DTensor"]
 RUNS = [
-    pytest.param(slice(1), WITHOUT_RANKS, id="a sample"),
-    pytest.param(slice(1, None), WITHOUT_RANKS, id="other samples", marks=pytest.mark.slow),
-    pytest.param(slice(1), ["DTensor"], id="DTensor", marks=pytest.mark.slow),
+    pytest.param(slice(1), id="a sample"),
+    pytest.param(slice(1, None), id="other samples", marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize("chosen, rules", RUNS)
+@pytest.mark.parametrize("chosen", RUNS)
 @pytest.mark.parametrize("name", OPERATORS)
-def test_nothing_is_wrong(name: str, chosen: slice, rules: list[str], device: str) -> None:
-    if rules == ["DTensor"] and device != "cpu":
-        pytest.skip("the rule's ranks are on CPUs")
+def test_nothing_is_wrong(name: str, chosen: slice, device: str) -> None:
     operator = OPERATORS[name]
     op, reference = operator.overload, operator.native
     samples = [widest_arguments(name, shapes, device) for shapes in operator.small]
@@ -59,13 +56,33 @@ def test_nothing_is_wrong(name: str, chosen: slice, rules: list[str], device: st
         samples = [
             widest_arguments(name, shapes, device) for shapes in (((4, 3), (4, 4)), ((2, 3, 5), (2, 3, 3)))
         ]
-    table = check_operator(op, samples[chosen], reference=reference, rules=rules)
+    table = check_operator(op, samples[chosen], reference=reference, rules=WITHOUT_RANKS)
     check(name, table)
+    assert table["torch.export, save and load"].detail == "the graph holds the operator"
     printed = readme(name) if device == "cpu" else {}
     for row in table.rows:
         if row.rule in printed:
             found = "by its formula" if row.outcome == "falls back to the formula" else row.outcome
             assert printed[row.rule] == found
+
+
+@pytest.mark.parametrize(
+    "name, shapes",
+    [
+        pytest.param(name, shapes, marks=[pytest.mark.slow] * (shapes != operator.small[0]))
+        for name, operator in OPERATORS.items()
+        for shapes in operator.small
+    ],
+    ids=str,
+)
+def test_every_placement(name: str, shapes: Shapes) -> None:
+    operator = OPERATORS[name]
+    op = partial(operator.overload, **operator.factors(len(shapes)))
+    operands = operator.operands(*widest_arguments(name, shapes))
+    (row,) = check_operator(op, [operands], rules="DTensor").rows
+    assert row.outcome == readme(name)["DTensor"] == "works", row
+    if shapes == operator.small[0]:
+        assert row.detail.startswith(f"{operator.local} of ")
 
 
 def readme(name: str) -> dict[str, str]:
@@ -74,19 +91,6 @@ def readme(name: str) -> dict[str, str]:
     rows = [[cell.strip(" `") for cell in line.split("|")] for line in table.splitlines()]
     column = rows[0].index(name)
     return {row[1]: row[column] for row in rows if row[1] in CHOSEN}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", BACKWARDS)
-def test_nothing_is_wrong_in_a_backward(name: str, device: str) -> None:
-    """Without a reference: derivatives are compared with numerical ones."""
-    overload = getattr(torch.ops.torchpar, name).default
-    samples = [arguments(shapes, device=device) for shapes in BACKWARDS[name].cases]
-    table = check_operator(overload, samples, rules=WITHOUT_RANKS)
-    check(name, table)
-    assert table["autocast"].detail == "it keeps float32"
-    if device == "cpu":
-        check(name, check_operator(overload, samples[:1], rules="DTensor"))
 
 
 def check(name: str, table: OperatorTable) -> None:

@@ -4,6 +4,7 @@
 `import-linter` checks the imports within torchpar.
 """
 
+import ast
 import os
 import re
 import shutil
@@ -116,6 +117,33 @@ def test_arrows_go_one_way():
     for name, text in FILES.items():
         if modules := FORBIDDEN.get(name.partition("/")[0]):
             assert not re.search(rf"^\s*(from|import) ({modules})\b", text, re.MULTILINE), name
+
+
+def private_names(text: str, own: list[str]) -> list[str]:
+    """Private names of torchpar's other packages than ``own`` that a file imports, or takes from a module."""
+    found = {}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {first: first for first in (alias.name.partition(".")[0] for alias in node.names)}
+    taken = re.findall(r"(?<![.\w])(\w+)((?:\.\w+)+)", text)
+    names = [*found.values(), *(found[first] + rest for first, rest in taken if first in found)]
+    foreign = [name for name in names if re.match(r"torchpar\.", name) and name.split(".")[:2] != own]
+    return [name for name in foreign if re.search(r"\._[a-z]", name)]
+
+
+def test_no_package_takes_a_private_name_of_another():
+    for name, text in FILES.items():
+        if name.startswith(("torchpar", "examples", "benchmarks")):
+            own = name.removesuffix(".py").split("/")[:2]
+            private = [one for one in private_names(text, own) if "torchpar.ops._exact" not in one]
+            assert not private, (name, private)
+    wrong = "import torchpar.a\nfrom torchpar import b\nfrom torchpar.c import _d\nfrom torchpar.e import f\n"
+    wrong += "b._g, f.h._i, torchpar.a._j"
+    expected = ["torchpar.c._d", "torchpar.b._g", "torchpar.e.f.h._i", "torchpar.a._j"]
+    assert private_names(wrong, ["torchpar", "b"]) == [expected[0], *expected[2:]]
+    assert private_names(wrong, []) == expected
 
 
 def test_only_tests_change_the_import_path():

@@ -9,7 +9,7 @@
 
 The decorators and the methods take what PyTorch's take, so that a changed import moves an operator. It then
 also has derivatives under torch.func and in forward mode (pytorch#168393, #170834, #179652), and sharding
-rules that wait for DTensor; a call costs less. docs/citizen.md shows each rule.
+rules that wait for DTensor. docs/citizen.md shows each rule.
 
 All private names of PyTorch that operators need are used here. tests/test_registration.py guards each.
 """
@@ -39,27 +39,12 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
-from torch.library import _impls
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 __all__ = ["CustomOpDef", "batch_first", "custom_op", "is_dtensor", "sample", "triton_op"]
 
 Wrap = Callable[[Any], Any] | None
 """A function that a launcher applies to a Triton kernel before launching it; None for a real launch."""
-
-_TENSORS: set[Any] = {Tensor, torch.nn.Parameter}
-_TYPES: dict[str, set[type]] = {
-    "Tensor": _TENSORS,
-    "float": {float},
-    "int": {int},
-    "bool": {bool},
-    "str": {str},
-}
-_count_function_modes = torch._C._len_torch_function_stack
-_local_keys = torch._C._dispatch_tls_local_include_set
-# The thread's dispatch keys without modes, tracers and transforms; in inference mode the first alone.
-_INFERENCE = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
-_ORDINARY = {keys.raw_repr() for keys in (_INFERENCE, _INFERENCE.add(torch._C.DispatchKey.ADInplaceOrView))}
 
 
 def custom_op(
@@ -133,11 +118,13 @@ def triton_op(
         traced = partial(fn, wrap=torch.library.wrap_triton) if takes_wrap else fn
 
         def launch(*args: Any, **kwargs: Any) -> Any:
-            with set_wrap_triton_enabled(False):
-                return fn(*args, **kwargs)
+            with _device_of(args):
+                if takes_wrap:
+                    return fn(*args, **kwargs, wrap=None)
+                with set_wrap_triton_enabled(False):
+                    return fn(*args, **kwargs)
 
-        real = partial(fn, wrap=None) if takes_wrap else launch
-        op = CustomOpDef(name, real, schema or _infer(fn, mutates_args))
+        op = CustomOpDef(name, launch, schema or _infer(fn, mutates_args))
         op.__doc__ = fn.__doc__
         _show_to_compilers(op, traced, kernels or partial(get_inner_triton_kernels, fn), opaque)
         if not takes_wrap:
@@ -165,8 +152,7 @@ def _new_library(name: str) -> torch.library.Library:
 class CustomOpDef(custom_ops.CustomOpDef):
     """An operator, ``torch.ops.<namespace>.<name>``, and its rules; `custom_op` and `triton_op` make it.
 
-    A call with plain tensors on a CPU bypasses the dispatcher. The base class lets `opcheck` and the
-    functions of `torch.library` take it; each method is replaced.
+    The base class lets `opcheck` and the functions of `torch.library` take it; each method is replaced.
     """
 
     def __init__(
@@ -191,16 +177,10 @@ class CustomOpDef(custom_ops.CustomOpDef):
         self._lib.define(own + schema, tags={torch.Tag.pt2_compliant_tag, *tags})
         self._opoverload = getattr(getattr(torch.ops, namespace), own).default
         self._positional = [one for one in arguments if not one.kwarg_only]
-        self._keywords = {one.name: _types(one) for one in arguments if one.kwarg_only}
-        self._types = [_types(one) for one in self._positional]
+        self._keywords = [one for one in arguments if one.kwarg_only]
         self._mutated = [one.name for one in arguments if one.alias_info and one.alias_info.is_write]
-        self._required = sum(not one.has_default_value() for one in self._positional)
         self._is_nested = "Tensor[]" in schema or "Tensor?[]" in schema
-        self._others = f"{namespace}/{own}/CPU"  # of an implementation that others register
-        self._plain: dict[Any, bool] = {}  # by the types of the arguments
         self._kernels: dict[str | None, Callable[..., Any]] = {}  # by device; None for all others
-        self._cpu: Callable[..., Any] | None = None
-        self._is_checked = False  # whether a result was seen to be new memory
         self._backward: Callable[..., Any] | None = None
         self._setup_context: Callable[..., Any] | None = None
         self._formula = _with_derivatives(self, None)  # which asks for a backward
@@ -213,8 +193,6 @@ class CustomOpDef(custom_ops.CustomOpDef):
         return f"<CustomOpDef({self._qualname})>"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._is_direct(args, kwargs):
-            return self._apply(self._cpu, args, kwargs)
         _register_sharding_rules()  # in inference mode the Autograd key is passed over
         return self._opoverload(*args, **kwargs)
 
@@ -230,22 +208,18 @@ class CustomOpDef(custom_ops.CustomOpDef):
                     key = torch._C._dispatch_key_for_device(device) if device else "CompositeExplicitAutograd"
                     self._lib.impl(self.__name__, partial(self._run, device), key)
                 self._kernels[device] = fn
-            self._cpu = self._kernels.get("cpu", self._kernels.get(None))
-            if "cpu" in self._kernels:
-                self._others = ""
             return fn
 
         return register if fn is None else register(fn)
 
     def _run(self, device: str | None, /, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), _device_of(args):
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():  # which takes a microsecond
             result = self._kernels[device](*args, **kwargs)
         _c_check_aliasing_constraint(self._qualname, args, kwargs, result)
-        self._is_checked = True
         return result
 
     def set_kernel_enabled(self, device_type: str, enabled: bool = True) -> Any:
-        """Refuse to switch kernels, which a call that passes over the dispatcher would not notice."""
+        """Refuse to switch kernels; `register_kernel` replaces one."""
         raise NotImplementedError(f"{self._qualname}: kernels cannot be switched, register another instead")
 
     def register_fake(self, fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -347,61 +321,23 @@ class CustomOpDef(custom_ops.CustomOpDef):
         _sharding_rules[self._opoverload] = rule
         return rule
 
-    def _is_direct(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the dispatcher, which takes longer than a small operator, would do no more than call."""
-        # Compilers trace the first condition, and no other.
-        if (
-            torch.compiler.is_compiling()
-            or self._cpu is None
-            or not self._is_checked
-            or _local_keys().raw_repr() not in _ORDINARY
-            or forward_ad._current_level >= 0
-            or torch.is_autocast_enabled("cpu")
-            or self._others in _impls
-            or _count_function_modes()
-        ):
-            return False
-        key = (*map(type, args), *kwargs, *map(type, kwargs.values()))
-        plain = self._plain.get(key)
-        if plain is None:
-            plain = self._plain[key] = self._are_plain(args, kwargs)
-        if not plain:
-            return False
-        for arg in (*args, *kwargs.values()) if kwargs else args:
-            # The dispatcher computes a pending sign or conjugation before a kernel reads the memory.
-            if isinstance(arg, Tensor) and (not arg.is_cpu or arg.is_neg() or arg.is_conj()):
-                return False
-        return True
-
-    def _are_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the dispatcher would neither convert an argument nor leave the call to a subclass."""
-        pairs = [*zip(args, self._types, strict=False)]
-        pairs += [(arg, self._keywords.get(name, set())) for name, arg in kwargs.items()]
-        return self._required <= len(args) <= len(self._types) and all(type(arg) in of for arg, of in pairs)
-
     def _autograd(self, *args: Any, **kwargs: Any) -> Any:
         _register_sharding_rules()
-        transformed = peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-        if transformed and not self._mutated:
+        if self._mutated:
+            return self._write(args, kwargs)
+        if is_transformed() or (self._decompose and self._decompose(*args, **kwargs)):
             return self._formula(*args, **kwargs)
-        return self._apply(self._cpu if self._is_direct(args, kwargs) else self._below, args, kwargs)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return self._function(args, kwargs)
+        return self._below(*args, **kwargs)
 
     def _below(self, *args: Any, **kwargs: Any) -> Any:
         with _AutoDispatchBelowAutograd():
             return self._opoverload(*args, **kwargs)
 
-    def _apply(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._mutated:
-            return self._write(args, kwargs)
-        if self._decompose and self._decompose(*args, **kwargs):
-            return self._formula(*args, **kwargs)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return self._function(call, args, kwargs)
-        return call(*args, **kwargs)
-
-    def _write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call an operator that writes to arguments."""
-        if peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        if is_transformed():
             raise RuntimeError(f"{self._qualname} writes to an argument: no torch.func, no forward mode")
         given = dict(zip((one.name for one in self._positional), args, strict=False)) | kwargs
         written = [t for t in tree_flatten([given.get(name) for name in self._mutated])[0] if t is not None]
@@ -411,15 +347,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
                 "it, or call the operator under torch.no_grad()"
             )
         torch.autograd.graph.increment_version(written)
-        return self._below(*args, **kwargs)  # type: ignore[no-any-return]
-
-
-def _types(argument: Any) -> set[type]:
-    """The Python types that an argument may have where the dispatcher is passed over."""
-    name = str(argument.type)
-    optional = name.startswith("Optional[")
-    types: set[type] = _TYPES.get(name[len("Optional[") : -1] if optional else name, set())
-    return types | {type(None)} if optional and types else types
+        return self._below(*args, **kwargs)
 
 
 class _Call:
@@ -428,14 +356,15 @@ class _Call:
     It lives as long as the graph, and keeps none of the arguments.
     """
 
-    def __init__(self, op: CustomOpDef, call: Callable[..., Any], kwargs: dict[str, Any]):
-        self.op, self.call, self.kwargs = op, call, kwargs
+    def __init__(self, op: CustomOpDef, kwargs: dict[str, Any]):
+        self.op, self.kwargs = op, kwargs
         self.is_nested = op._is_nested
 
     def flat(self, args: tuple[Any, ...]) -> Sequence[Any]:
         """The leaves of all positional arguments."""
         self.given = len(args)
-        args = (*args, *(one.default_value for one in self.op._positional[len(args) :]))
+        if len(args) < len(self.op._positional):
+            args = (*args, *(one.default_value for one in self.op._positional[len(args) :]))
         if not self.is_nested:
             return args
         self.sizes = [len(tree_flatten(arg)[0]) for arg in args]
@@ -444,8 +373,8 @@ class _Call:
 
     def compute(self, flat: Sequence[Any]) -> Any:
         if not self.is_nested:
-            return self.call(*flat, **self.kwargs)
-        output = self.call(*tree_unflatten(list(flat), self.spec), **self.kwargs)
+            return self.op._below(*flat, **self.kwargs)
+        output = self.op._below(*tree_unflatten(list(flat), self.spec), **self.kwargs)
         leaves, self.output_spec = tree_flatten(output)
         return tuple(leaves)
 
@@ -455,15 +384,14 @@ class _Call:
     def set_up(self, ctx: Any, flat: Sequence[Any], output: Any) -> None:
         ctx.call = self
         if self.op._setup_context:
-            keywords = {"keyword_only_inputs": self._all_keywords()} if self.op._keywords else {}
+            keywords = {}
+            if self.op._keywords:
+                given = {one.name: self.kwargs.get(one.name, one.default_value) for one in self.op._keywords}
+                keywords = {"keyword_only_inputs": given}
             if self.is_nested:
                 flat, output = tree_unflatten(list(flat), self.spec), self.result(output)
             self.op._setup_context(ctx=ctx, inputs=tuple(flat), output=output, **keywords)
         self.kwargs = {}
-
-    def _all_keywords(self) -> dict[str, Any]:
-        arguments = self.op._opoverload._schema.arguments
-        return {one.name: self.kwargs.get(one.name, one.default_value) for one in arguments if one.kwarg_only}
 
     def backward(self, ctx: Any, grads: Sequence[Any], needs: Sequence[bool]) -> tuple[Any, ...]:
         """The gradients of the leaves."""
@@ -512,12 +440,9 @@ def _make_function(op: CustomOpDef) -> Callable[..., Any]:
 
     Differentiable.__name__ = Differentiable.__qualname__ = f"{op.__name__}Function"
 
-    def record(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        one = _Call(op, call, kwargs)
-        if one.is_nested or len(args) < len(op._positional):
-            return one.result(Differentiable.apply(one, *one.flat(args)))
-        one.given = len(args)
-        return Differentiable.apply(one, *args)
+    def record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = _Call(op, kwargs)
+        return call.result(Differentiable.apply(call, *call.flat(args)))
 
     return record
 
@@ -576,7 +501,7 @@ def _with_derivatives(op: CustomOpDef, jvp: Callable[..., Any] | None) -> Callab
                 return _transposed_backward(own, flat)
 
     def formula(*args: Any, **kwargs: Any) -> Any:
-        call = _Call(op, op._below, kwargs)
+        call = _Call(op, kwargs)
         with enable_single_level_autograd_function():
             return call.result(Formula.apply(*call.flat(args), call))  # type: ignore[attr-defined]
 
@@ -694,13 +619,14 @@ def is_dtensor(t: Tensor) -> bool:
     return module is not None and isinstance(t, module.DTensor)
 
 
-def is_split(t: Any, dim: int) -> bool:
-    """Whether ``t`` is a DTensor whose dimension ``dim`` (negative) is split over ranks."""
-    return (
-        is_dtensor(t)
-        and t.dim() >= -dim
-        and any(placement.is_shard(dim % t.dim()) for placement in t.placements)
-    )
+def is_transformed() -> bool:
+    """Whether torch.func transforms or forward mode act on a call."""
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def needs_formula(g: Tensor) -> bool:
+    """Whether the backward pass of ``g`` must consist of operators with derivatives and sharding rules."""
+    return torch.is_grad_enabled() or is_transformed() or is_dtensor(g)
 
 
 _sharding_rules: dict[Any, Callable[..., Any]] = {}  # by overload

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import torchpar
-from torchpar.ops._matrix import fp32_precision
+from torchpar.ops.matrix import fp32_precision
 
 A, B, WEIGHT = (400, 80), (400, 80), (72, 80)  # several blocks on a CPU
 

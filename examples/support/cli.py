@@ -26,7 +26,7 @@ except ImportError as error:
 F = TypeVar("F")
 GRACE = 2.0  # seconds in which a launcher ends the other ranks after rank 0 has failed
 MAY_DIFFER_ON_RESUME = {
-    *("data", "epochs", "device", "compile", "fused", "graph", "dry_run"),
+    *("data", "epochs", "device", "compile", "fused", "dry_run"),
     *("phases", "collectives", "metrics", "log_dir", "plots", "profile"),
     *("checkpoint", "save_every", "keep", "async_save", "timeout"),
     *("dp", "tp", "pp", "pipeline", "micro_batches", "library", "draw"),
@@ -127,7 +127,7 @@ class TrainFlags(LogFlags):
     phases: bool = False
     """Measure the time of each phase of a step (data, forward, backward, collectives, optimizer)."""
     collectives: bool = False
-    """Count and time the collectives of a step, beside the predicted ones."""
+    """Count and time the collectives of a step."""
     profile: Path | None = None
     """Folder for torch.profiler's trace of some steps, one file per rank."""
     plots: Path | None = None

@@ -18,8 +18,7 @@ from torchpar.errors import ConfigError
 from torchpar.parallel.launch.world import World
 from torchpar.profile.collectives import Call
 from torchpar.profile.phases import Phases
-from torchpar.profile.trace import KINDS, SKIP, StepProfile, bottleneck
-from torchpar.training.cost import Expected
+from torchpar.profile.trace import SKIP, Trace, bottleneck
 from torchpar.training.state import EpochResult
 
 REFRESH = 0.1  # seconds between two updates of a bar; one takes as long as a small step
@@ -167,35 +166,28 @@ def print_phases(phases: Phases) -> None:
     Console().print(table)
 
 
-def print_collectives(calls: Sequence[Sequence[Call]], expected: Sequence[Expected]) -> None:
-    """Print a table of rank 0's collectives in a step: expected, and the median of the recorded steps."""
+def print_collectives(calls: Sequence[Sequence[Call]]) -> None:
+    """Print a table of rank 0's collectives in a step, the median of the recorded steps."""
     console = Console()
-    if not calls:  # complete already, or fewer steps than `StepRecorder` skips
+    if not calls:  # complete already, or a short run
         console.print("collectives per step: none was recorded, no more than two steps were trained")
         return
-    kinds = dict.fromkeys((e.dimension, e.operation) for e in expected)
-    kinds |= dict.fromkeys((c.dimension, c.operation) for step in calls for c in step)
+    kinds = dict.fromkeys((c.dimension, c.operation) for step in calls for c in step)
     if not kinds:
         console.print("collectives per step: none, one rank has the whole model and the whole batch")
         return
-    table = Table(title="collectives of a step, rank 0: expected | counted")
-    table.add_column("dimension")
-    table.add_column("operation")
+    table = Table("dimension", "operation", title="collectives of a step, rank 0")
     for column in ("count", "bytes", "ms"):
         table.add_column(column, justify="right")
     for dimension, operation in kinds:
-        predicted = [e for e in expected if (e.dimension, e.operation) == (dimension, operation)]
         counted = [
             [c for c in step if (c.dimension, c.operation) == (dimension, operation)] for step in calls
         ]
-        count = median(len(step) for step in counted)
-        if not predicted and not count:
-            continue  # in the first steps only
         table.add_row(
             dimension or "several",
             operation,
-            f"{len(predicted)} | {count:g}",
-            f"{sum(e.nbytes for e in predicted):,} | {median(sum(c.bytes for c in s) for s in counted):,.0f}",
+            f"{median(len(step) for step in counted):g}",
+            f"{median(sum(c.bytes for c in step) for step in counted):,.0f}",
             # A receiver waits for its neighbour's work more than for the message.
             "-"
             if operation == "recv"
@@ -204,25 +196,12 @@ def print_collectives(calls: Sequence[Sequence[Call]], expected: Sequence[Expect
     console.print(table)
 
 
-def print_profiles(profiles: Sequence[StepProfile]) -> None:
-    """Print a table of rank 0's costliest operators in a step, and the bottleneck of all ranks."""
-    console = Console()
-    if not all(profiles):  # complete already, or a short run
-        console.print(f"profile: nothing was recorded, no more than {SKIP} steps were trained")
-        return
-    total = profiles[0].seconds(*KINDS)
-    table = Table("operator", "kind", title=f"costliest operators of {profiles[0].steps} steps, rank 0")
-    for column in ("calls", "ms", "share"):
-        table.add_column(column, justify="right")
-    for row in profiles[0].rows[:10]:
-        cells = (
-            f"{row.calls:.3g}" if row.calls else "",
-            f"{1000 * row.seconds:.3f}",
-            f"{row.seconds / total:.1%}",
-        )
-        table.add_row(row.name[:40], row.kind, *cells)
-    console.print(table)
-    console.print(bottleneck(profiles), soft_wrap=True, highlight=False)
+def print_profile(trace: Trace, ranks: Sequence[dict[str, float]]) -> None:
+    """Print a table of rank 0's costliest operators, and the bottleneck of all ranks."""
+    if all(ranks):
+        print(trace, bottleneck(ranks), sep="\n")
+    else:  # complete already, or a short run
+        print(f"profile: nothing was recorded, no more than {SKIP} steps were trained")
 
 
 def check_outputs(world: World, *, folders: Iterable[Path | None], files: Iterable[Path | None]) -> None:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.exact import ieee
-from torchpar.exact.ieee import LN2_32, LN2_REST, LOG2_E
 from torchpar.exact.registry import check_float32
 from torchpar.ops._exact import power_of_two
 
+# ln 2 in a part of 32 bits, whose products with exponents are exact, and the rest.
+_LN2_HIGH, _LN2_LOW = float.fromhex("0x1.62e42feep-1"), float.fromhex("0x1.a39ef35793c76p-33")
+_SQRT_HALF_BITS = 0x3FE6A09E667F3BCD  # from which to √2 the exponent is 0
 _EXP_TERMS = 12  # of Taylor's series for |r| < 0.3466: the rest is below 3·10⁻¹⁶
 # erf(x)/x as a polynomial in u = x²/8 − 1, for |x| ≤ 4: interpolated at Chebyshev's points, error 4·10⁻¹⁰.
 _ERF = [
@@ -64,15 +65,32 @@ def exp64(x: Tensor) -> Tensor:
     With the integer n nearest to x / ln 2 and r = x − n·ln 2, it is 2ⁿ·Σ rⁱ/i!.
     """
     x = x.clamp(-708.0, 709.0)
-    n = (x * LOG2_E).round()
-    r = x - n * LN2_32 - n * LN2_REST
+    n = (x * (1 / math.log(2))).round()
+    r = x - n * _LN2_HIGH - n * _LN2_LOW
     result = _polynomial(r, [1 / math.factorial(i) for i in range(_EXP_TERMS + 1)])
     return result * power_of_two(n.nan_to_num().to(torch.int32), torch.float64)
 
 
 def log64(x: Tensor) -> Tensor:
-    """ln x in float64; −∞ for 0, and NaN for what is negative."""
-    return torch.where(x == 0, -math.inf, ieee.log(x))
+    """ln x in float64; −∞ for 0, and NaN for what is negative or subnormal.
+
+    With x = 2ᵏ·(1 + f), √½ ≤ 1 + f < √2, and s = f / (2 + f), it is k·ln 2 + 2·artanh s, where
+
+        2·artanh s = f − s·(f − 2·(s²/3 + s⁴/5 + … + s²⁰/21))
+
+    The error is less than 1 unit in float64's last place. Source: Sun's fdlibm, ``e_log.c``.
+    """
+    normal = (x >= 2.0**-1022) & (x < math.inf)
+    bits = torch.where(normal, x, 1.0).view(torch.int64)
+    k = (bits - _SQRT_HALF_BITS) >> 52
+    f = (bits - (k << 52)).view(torch.float64) - 1
+    s = f / (f + 2)
+    square = s * s
+    series = square * _polynomial(square, [2 / (2 * j + 1) for j in range(1, 11)])
+    k = k.double()
+    result = k * _LN2_HIGH - ((s * (f - series) - k * _LN2_LOW) - f)
+    special = torch.where(x == 0, -math.inf, torch.where(x == math.inf, x, math.nan))
+    return torch.where(normal, result, special)
 
 
 def sigmoid64(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # mypy: disable-error-code="no-any-return"
-"""Rules for sums, means, norms, softmax, losses, and gradients of indexing: exact sums."""
+"""Rules for sums, means, norms, losses, and gradients of indexing: exact sums."""
 
 import math
 from collections.abc import Sequence
@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.exact import ieee
-from torchpar.exact.functions import log64
 from torchpar.exact.registry import check_float32, rule, times
-from torchpar.exact.softmax import log_softmax, softmax
 from torchpar.exact.sums import exact_index_sum, exact_sum
 
 
@@ -95,44 +92,6 @@ def _layer_norm_backward(
     if output_mask[2]:
         db = exact_sum(g, batch).float() if batch else g.clone()
     return dx, dw, db
-
-
-@rule("_softmax")
-def _softmax(x: Tensor, dim: int, _: bool) -> Tensor:
-    check_float32(x)
-    return softmax(x, dim)
-
-
-@rule("_safe_softmax")
-def _safe_softmax(x: Tensor, dim: int, _: Any = None) -> Tensor:
-    check_float32(x)
-    return softmax(x, dim, zero_if_masked=True)
-
-
-@rule("_softmax_backward_data")
-def _softmax_backward(g: Tensor, y: Tensor, dim: int, _: Any) -> Tensor:
-    total = exact_sum(g.double() * y.double(), [dim], True)
-    return ((g.double() - total) * y.double()).float()
-
-
-@rule("logsumexp")
-def _logsumexp(x: Tensor, dims: list[int], keepdim: bool = False) -> Tensor:
-    check_float32(x)
-    largest = x.amax(dims, True)
-    shift = torch.where(largest.isfinite(), largest, 0.0)
-    total = log64(exact_sum(ieee.exp(x - shift), dims, True)) + shift.double()
-    return (total if keepdim else total.squeeze(tuple(dims))).float()
-
-
-@rule("_log_softmax")
-def _log_softmax(x: Tensor, dim: int, _: bool) -> Tensor:
-    check_float32(x)
-    return log_softmax(x, dim)
-
-
-@rule("_log_softmax_backward_data")
-def _log_softmax_backward(g: Tensor, y: Tensor, dim: int, _: Any) -> Tensor:
-    return (g.double() - ieee.exp(y).double() * exact_sum(g, [dim], True)).float()
 
 
 @rule("nll_loss_forward")

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from torchpar.library import Wrap, batch_first, sample
 from torchpar.ops import _exact
-from torchpar.ops._matrix import half_sum
 from torchpar.ops._operator import operator
+from torchpar.ops.matrix import half_sum
 
 
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:

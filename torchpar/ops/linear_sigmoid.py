@@ -8,10 +8,8 @@ With G = dL/dY, and since σ' = σ·(1 − σ) depends on the output alone:
     dL/dZ = G·Y·(1 − Y)        dL/db = Σ dL/dZ over the rows
     dL/dX = dL/dZ · W          dL/dW = (dL/dZ)ᵀ · X
 
-A second operator computes dL/dZ and dL/db in one pass over G and Y. With incoming gradients H for dL/dZ and
-h for dL/db, and K = H + h (h added to every row), the derivatives of the second operator are
-
-    dL/dG = K·Y·(1 − Y)        dL/dY = K·G·(1 − 2Y)
+A second operator computes dL/dZ and dL/db in one pass over G and Y on a GPU. It has no gradient: second
+derivatives are those of the formula.
 """
 
 import math
@@ -21,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from torchpar.library import Wrap, batch_first, sample, supports_tma
-from torchpar.ops import _onednn
-from torchpar.ops._matrix import check_dtype, check_like, fp32_precision, is_paired, pad_to_even, rows
+from torchpar.library import Wrap, batch_first, needs_formula, sample, supports_tma
+from torchpar.ops import linear_cpu
 from torchpar.ops._operator import operator
-from torchpar.ops._processor import has_bfloat16
+from torchpar.ops.matrix import check_dtype, check_like, fp32_precision, is_paired, pad_to_even, rows
+from torchpar.ops.processor import has_bfloat16
 
 
 def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -57,20 +55,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"torchpar::linear_sigmoid: weight has shape {tuple(weight.shape)}, expected (out_features, "
             f"{x.shape[-1]}) for x of shape {tuple(x.shape)}"
         )
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
-        raise RuntimeError(
-            f"torchpar::linear_sigmoid: bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},) "
-            f"for weight of shape {tuple(weight.shape)}"
-        )
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is None:
-            continue
-        if t.dtype != x.dtype:
-            raise RuntimeError(
-                f"torchpar::linear_sigmoid: {name} has dtype {t.dtype}, expected x's {x.dtype}"
-            )
-        if t.device != x.device:
-            raise RuntimeError(f"torchpar::linear_sigmoid: {name} is on {t.device}, expected x's {x.device}")
+    check_like("linear_sigmoid", "weight", weight, weight.shape, x)
+    if bias is not None:
+        check_like("linear_sigmoid", "bias", bias, weight.shape[:1], x)
 
 
 def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -78,12 +65,10 @@ def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
     They are on CPUs, if the layer is small or not float32, and for 16-bit floats if its sizes are even.
     """
-    return x.is_cpu and _is_native_on_cpu(x, weight) and _onednn.is_eager(x, weight, bias)
-
-
-def _is_native_on_cpu(x: Tensor, weight: Tensor) -> bool:
+    if not (x.is_cpu and linear_cpu.is_eager(x, weight, bias)):
+        return False
     if x.dtype == torch.float32:
-        return not _onednn.layer_prefers_onednn(x, weight)
+        return not linear_cpu.takes_onednn(x, weight, bias)
     if is_paired(x):
         slow = x.dtype == torch.bfloat16 and not has_bfloat16()
         return not slow and not any(size % 2 for size in (*weight.shape, math.prod(x.shape[:-1])))
@@ -99,13 +84,12 @@ def _formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _op(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wrap: Wrap) -> Tensor:
     _check(x, weight, bias)
     if not x.is_cuda:
-        if wrap is None and x.dtype == torch.bfloat16 and not has_bfloat16():
-            # Products of bfloat16 would take 50 times as long.
+        if wrap is not None:
+            return linear(*pad_to_even(x, weight), bias).sigmoid_()
+        if x.dtype == torch.bfloat16 and not has_bfloat16():  # products would take 50 times as long
             bias = None if bias is None else bias.float()
-            return _onednn.linear_forward(x.float(), weight.float(), bias, sigmoid=True).bfloat16()
-        if wrap is None:
-            return _onednn.linear_forward(x, weight, bias, sigmoid=True)
-        return linear(*pad_to_even(x, weight), bias).sigmoid_()
+            return linear_cpu.linear_forward(x.float(), weight.float(), bias, sigmoid=True).bfloat16()
+        return linear_cpu.linear_forward(x, weight, bias, sigmoid=True)
     from torchpar.kernels import linear_sigmoid as kernels
 
     out = None
@@ -136,14 +120,14 @@ def sigmoid_backward(g: Tensor, y: Tensor, need_bias: bool = True) -> tuple[Tens
     if not need_bias:
         return _sigmoid_gradient(g, y), None
     # On a CPU nothing is fused, and two calls of ATen cost less than dispatching one operator.
-    return _backward_op(g, y) if y.is_cuda else _backward_formula(g, y)
+    return _backward_op(g, y) if y.is_cuda and not needs_formula(g) else _backward_formula(g, y)
 
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, y = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad
     dz, db = sigmoid_backward(g, y, need_bias)
-    dx, dw = _onednn.linear_gradients(dz, x, weight, need_x, need_weight)
+    dx, dw = linear_cpu.linear_gradients(dz, x, weight, need_x, need_weight)
     return dx, dw, db
 
 
@@ -156,17 +140,17 @@ def _(
 ) -> tuple[Tensor, int]:
     x_dim, weight_dim, bias_dim = (*in_dims, None)[:3]
     _check(sample(x, x_dim), sample(weight, weight_dim), None if bias is None else sample(bias, bias_dim))
+    x = batch_first(x, x_dim, info.batch_size)
     if weight_dim is None and bias_dim is None:
-        return linear_sigmoid(batch_first(x, x_dim, info.batch_size), weight, bias), 0
+        return linear_sigmoid(x, weight, bias), 0
     # A weight or a bias per sample is a batched product, which the kernel does not compute.
-    x, weight = batch_first(x, x_dim, info.batch_size), batch_first(weight, weight_dim, info.batch_size)
-    x2 = x.reshape(info.batch_size, math.prod(x.shape[1:-1]), x.shape[-1])
-    x2, weight = pad_to_even(x2, weight)
+    weight = batch_first(weight, weight_dim, info.batch_size)
+    x2, weight = pad_to_even(x.reshape(info.batch_size, math.prod(x.shape[1:-1]), x.shape[-1]), weight)
     if bias is None:
         z = torch.bmm(x2, weight.mT)
     else:
         z = torch.baddbmm(batch_first(bias, bias_dim, info.batch_size).unsqueeze(1), x2, weight.mT)
-    return z.sigmoid().reshape(*x.shape[:-1], weight.shape[1]), 0
+    return z.sigmoid_().reshape(*x.shape[:-1], weight.shape[1]), 0
 
 
 _op.register_autocast()
@@ -217,41 +201,4 @@ def _(g: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return y.new_empty(y.shape), y.new_empty(y.shape[-1])
 
 
-def _double_backward(ctx: Any, h_dz: Tensor, h_db: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    g, y = ctx.saved_tensors
-    need_g, need_y = ctx.needs_input_grad
-    k = h_dz + h_db
-    return k * y * (1 - y) if need_g else None, k * g * (1 - 2 * y) if need_y else None
-
-
-_backward_op.register_autograd(
-    _double_backward,
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-    formula=_backward_formula,
-)
-
-
-@_backward_op.register_vmap
-def _(
-    info: Any, in_dims: tuple[int | None, int | None], g: Tensor, y: Tensor
-) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    g, y = (batch_first(t, dim, info.batch_size) for t, dim in zip((g, y), in_dims, strict=True))
-    dz = _sigmoid_gradient(g, y)
-    db = dz.reshape(info.batch_size, math.prod(dz.shape[1:-1]), dz.shape[-1]).sum(1)
-    return (dz, db), (0, 0)
-
-
 _backward_op.register_autocast(cast=False)
-
-
-@_backward_op.register_sharding
-def _(g: Any, y: Any) -> list[Any]:
-    from torch.distributed.tensor import Partial, Replicate, Shard
-
-    columns = Shard(y.ndim - 1)
-    rows = [([Shard(dim), Partial()], [Shard(dim), Shard(dim)]) for dim in range(y.ndim - 1)]
-    return [
-        ([Replicate(), Replicate()], [Replicate(), Replicate()]),
-        ([columns, Shard(0)], [columns, columns]),
-        *rows,
-    ]

@@ -8,9 +8,7 @@ With G = dL/dC:
     dL/dX = (G + Gᵀ)·X
 
 computed by a second operator: on a GPU one kernel makes (G + Gᵀ)/2, and PyTorch's library multiplies
-(float16 takes two products). With H = dL/d(dX), the derivatives of the second operator are
-
-    dL/dG = H·Xᵀ + X·Hᵀ        dL/dX = (G + Gᵀ)·H
+(float16 takes two products). It has no gradient: second derivatives are those of the formula.
 """
 
 from typing import Any
@@ -18,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchpar.library import Wrap, batch_first, is_split, sample
-from torchpar.ops import _cpu
-from torchpar.ops._matrix import check_dtype, check_like, half_sum, product
+from torchpar.library import Wrap, is_dtensor, needs_formula, sample
+from torchpar.ops import symmetric_cpu
 from torchpar.ops._operator import operator
+from torchpar.ops.matrix import check_dtype, check_like, half_sum, product
 from torchpar.ops.symmetric_matmul import symmetric_product
 
 
@@ -58,7 +56,7 @@ def _formula(x: Tensor) -> Tensor:
 
 
 def _is_split_by_rows(x: Tensor) -> bool:
-    return type(x) is not Tensor and is_split(x, -2)
+    return is_dtensor(x) and x.dim() >= 2 and any(p.is_shard(x.dim() - 2) for p in x.placements)  # type: ignore[attr-defined]
 
 
 def _gathered(x: Any) -> Any:
@@ -69,10 +67,8 @@ def _gathered(x: Any) -> Any:
 
 
 # Inductor would fuse the blocks of the CPU path into one slower kernel, and compile it for half a minute.
-@operator("matmul_t(Tensor x) -> Tensor", kernels="matmul_t", opaque=_cpu.is_opaque)
+@operator("matmul_t(Tensor x) -> Tensor", kernels="matmul_t", opaque=symmetric_cpu.is_opaque)
 def _op(x: Tensor, *, wrap: Wrap) -> Tensor:
-    if x.is_cpu and wrap is None and (small := _cpu.small_product(x)) is not None:
-        return small
     _check(x)
     return symmetric_product(x, x, None, 1.0, 0.0, wrap)
 
@@ -89,7 +85,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 def _backward(ctx: Any, g: Tensor) -> Tensor:
     (x,) = ctx.saved_tensors
-    return _backward_op(g, x)  # type: ignore[no-any-return]
+    return _backward_formula(g, x) if needs_formula(g) else _backward_op(g, x)
 
 
 _op.register_autograd(_backward, setup_context=_setup_context, formula=_formula, decompose=_is_split_by_rows)
@@ -121,7 +117,6 @@ def _check_backward(g: Tensor, x: Tensor) -> None:
 
 
 def _backward_formula(g: Tensor, x: Tensor) -> Tensor:
-    _check_backward(g, x)
     # G + Gᵀ can overflow where the result does not. Its half cannot, but would lose small float16 gradients.
     if x.dtype == torch.float16:
         return product(g, x.mT) + product(g.mT, x.mT)
@@ -131,12 +126,12 @@ def _backward_formula(g: Tensor, x: Tensor) -> Tensor:
 @operator(
     "matmul_t_backward(Tensor g, Tensor x) -> Tensor",
     kernels="matmul_t",
-    opaque=lambda g, x: _cpu.is_opaque(x),
+    opaque=lambda g, x: symmetric_cpu.is_opaque(x),
 )
 def _backward_op(g: Tensor, x: Tensor, *, wrap: Wrap) -> Tensor:
     _check_backward(g, x)
     if not x.is_cuda:
-        return _cpu.symmetrized_product(g, x).contiguous()
+        return symmetric_cpu.symmetrized_product(g, x).contiguous()
     if x.dtype == torch.float16:
         return _backward_formula(g, x).contiguous()
     from torchpar.kernels import matmul_t as kernels
@@ -150,38 +145,4 @@ def _(g: Tensor, x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _double_backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    g, x = ctx.saved_tensors
-    need_g, need_x = ctx.needs_input_grad
-    dg = product(h, x) if need_g else None
-    return None if dg is None else dg + dg.mT, _backward_op(g, h) if need_x else None
-
-
-_backward_op.register_autograd(
-    _double_backward,
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-    formula=_backward_formula,
-)
-
-
-@_backward_op.register_vmap
-def _(info: Any, in_dims: tuple[int | None, int | None], g: Tensor, x: Tensor) -> tuple[Tensor, int]:
-    g, x = (batch_first(t, dim, info.batch_size) for t, dim in zip((g, x), in_dims, strict=True))
-    return _backward_op(g, x), 0
-
-
 _backward_op.register_autocast(cast=False)
-
-
-@_backward_op.register_sharding
-def _(g: Any, x: Any) -> list[Any]:
-    from torch.distributed.tensor import Partial, Replicate, Shard
-
-    columns = Shard(x.ndim - 1)
-    batch = [([Shard(dim)], [Shard(dim), Shard(dim)]) for dim in range(x.ndim - 2)]
-    return [
-        ([Replicate()], [Replicate(), Replicate()]),
-        ([columns], [Replicate(), columns]),
-        ([Partial()], [Partial(), Replicate()]),
-        *batch,
-    ]

@@ -10,21 +10,18 @@ With g = dL/dy:
 Where a or b is NaN, both gradients are g, as in `torch.maximum`. Gradients are summed over broadcast
 dimensions.
 
-A second operator, used on GPUs, computes both gradients in the shape of g. With incoming gradients h_a and
-h_b for its results, and s_a and s_b for the factors 1, ½ or 0 above, its derivative is
-
-    dL/dg = s_a·h_a + s_b·h_b
+A second operator, used on GPUs, computes both gradients in the shape of g. It has no gradient: second
+derivatives are those of the formula.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchpar.library import Wrap, batch_first, empty_elementwise, sample
-from torchpar.ops._matrix import check_dtype
+from torchpar.library import Wrap, empty_elementwise, needs_formula, sample
 from torchpar.ops._operator import operator
+from torchpar.ops.matrix import check_dtype
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 _DTYPES = (*_INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -111,7 +108,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     a, b = ctx.saved_tensors
     need_a, need_b = ctx.needs_input_grad
-    if g.is_cuda:  # one launch for both costs less than ATen's for one
+    if g.is_cuda and not needs_formula(g):  # one launch for both costs less than ATen's for one
         da, db = _backward_op(g, a.detach(), b.detach())  # the gradients depend on g alone
     else:
         da, db = _share(g, a, b) if need_a else None, _share(g, b, a) if need_b else None
@@ -151,18 +148,13 @@ def _aligned(t: Tensor, dim: int | None, dims: int) -> Tensor:
 def _(a: Any, b: Any) -> list[Any]:
     from torch.distributed.tensor import Replicate, Shard
 
-    split = [([Shard(dim)], placements) for dim, placements in _sharded_placements(a, b)]
-    return [([Replicate()], [Replicate(), Replicate()]), *split]
-
-
-def _sharded_placements(a: Any, b: Any) -> Iterator[tuple[int, list[Any]]]:
-    """Each dimension of the result, and the operands' placements that shard the result along it."""
-    from torch.distributed.tensor import Replicate, Shard
-
-    rank = max(a.ndim, b.ndim)
-    for dim in range(rank):
-        own = [(t, dim - (rank - t.ndim)) for t in (a, b)]
-        yield dim, [Shard(d) if d >= 0 and t.shape[d] > 1 else Replicate() for t, d in own]
+    rules: list[Any] = [([Replicate()], [Replicate(), Replicate()])]
+    dims = max(a.ndim, b.ndim)
+    for dim in range(dims):
+        own = [(t, dim - (dims - t.ndim)) for t in (a, b)]
+        operands = [Shard(d) if d >= 0 and t.shape[d] > 1 else Replicate() for t, d in own]
+        rules.append(([Shard(dim)], operands))
+    return rules
 
 
 # The backward: both gradients of the result's shape, from g = dL/dy.
@@ -201,36 +193,3 @@ def _empty_backward(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     _check_backward(g, a, b)
     out = empty_elementwise((g, a, b), g.dtype, g.device)
     return out, torch.empty_like(out)
-
-
-def _double_backward(ctx: Any, h_a: Tensor, h_b: Tensor) -> tuple[Tensor | None, None, None]:
-    a, b = ctx.saved_tensors
-    need_g = ctx.needs_input_grad[0]
-    return _share(h_a, a, b) + _share(h_b, b, a) if need_g else None, None, None
-
-
-_backward_op.register_autograd(
-    _double_backward,
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]),
-    formula=_backward_formula,
-)
-
-
-@_backward_op.register_vmap
-def _(
-    info: Any, in_dims: tuple[int | None, ...], g: Tensor, a: Tensor, b: Tensor
-) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    g_dim, *dims = in_dims
-    _check_backward(*map(sample, (g, a, b), in_dims))
-    g = batch_first(g, g_dim, info.batch_size)
-    a, b = (_aligned(t, dim, g.dim() - 1).to(g).expand_as(g) for t, dim in zip((a, b), dims, strict=True))
-    return _backward_op(g, a, b), (0, 0)
-
-
-@_backward_op.register_sharding
-def _(g: Any, a: Any, b: Any) -> list[Any]:
-    from torch.distributed.tensor import Partial, Replicate, Shard
-
-    whole = [Replicate(), Replicate()]
-    split = [([Shard(dim)] * 2, [Shard(dim), *placements]) for dim, placements in _sharded_placements(a, b)]
-    return [(whole, [Replicate(), *whole]), ([Partial(), Partial()], [Partial(), *whole]), *split]

@@ -10,6 +10,8 @@ With G = dL/dY:
     dL/dA = α·G·B        dL/dB = α·Gᵀ·A        dL/dC = β·G
 
 These are the derivatives of the plain formula. They are right in every direction in which Y stays symmetric.
+
+A second operator, without a gradient, adds the product to a matrix in place: H ← β·H + α·A·Bᵀ.
 """
 
 from typing import Any
@@ -18,10 +20,9 @@ import torch
 from torch import Tensor
 
 from torchpar.library import Wrap, batch_first, is_dtensor, sample, supports_tma
-from torchpar.ops import _cpu
-from torchpar.ops._matrix import check_dtype, check_like, fp32_precision, product
+from torchpar.ops import symmetric_cpu
 from torchpar.ops._operator import operator
-from torchpar.ops.symmetric_addmm_ import check_out, symmetric_addmm_
+from torchpar.ops.matrix import check_dtype, check_like, fp32_precision, product
 
 
 def symmetric_matmul(
@@ -64,30 +65,37 @@ def symmetric_matmul(
     """
     if out is None:
         return _op(a, b, c, alpha=alpha, beta=beta, check=check)  # type: ignore[no-any-return]
-    _check_factor(c, beta)
-    check_out(out, a, b, c)
+    _check(a, b, c, beta, out)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (out, a, b, c)):
+        raise RuntimeError(
+            "symmetric_matmul(): functions with out=... arguments don't support automatic differentiation, "
+            "but one of the arguments requires grad."
+        )
     if check:
         _check_symmetry(a, b, c if beta else None)
     if c is not None and c is not out and beta:
         out.copy_(c)
-    symmetric_addmm_(out, a, b, alpha=alpha, beta=beta or 0.0)
+    _addmm_op(out, a, b, alpha=alpha, beta=beta or 0.0)
     return out
 
 
-def _check(a: Tensor, b: Tensor, c: Tensor | None, beta: float | None) -> None:
+def _check(a: Tensor, b: Tensor, c: Tensor | None, beta: float | None, out: Tensor | None = None) -> None:
     check_dtype("symmetric_matmul", "a", a)
     if a.dim() < 2:
         raise RuntimeError(f"torchpar::symmetric_matmul: a has shape {tuple(a.shape)}, expected (*, n, k)")
     check_like("symmetric_matmul", "b", b, a.shape, a)
+    shape = (*a.shape[:-1], a.shape[-2])
+    if out is not None:
+        dtypes = [a.dtype, torch.float32] if a.dtype.itemsize == 2 else [a.dtype]
+        if tuple(out.shape) != shape or out.dtype not in dtypes or out.device != a.device:
+            actual = f"out is {tuple(out.shape)}, {out.dtype} on {out.device}"
+            expected = f"{shape}, {' or '.join(map(str, dtypes))} on {a.device}"
+            raise RuntimeError(f"torchpar::symmetric_matmul: {actual}, expected {expected}")
     if c is not None:
-        check_like("symmetric_matmul", "c", c, (*a.shape[:-1], a.shape[-2]), a)
-    _check_factor(c, beta)
-
-
-def _check_factor(c: Tensor | None, beta: float | None) -> None:
-    if c is not None and beta is None:
-        raise RuntimeError("torchpar::symmetric_matmul: c is given without beta, pass both")
-    if c is None and beta:
+        check_like("symmetric_matmul", "c", c, shape, a if out is None else out)
+        if beta is None:
+            raise RuntimeError("torchpar::symmetric_matmul: c is given without beta, pass both")
+    elif beta:
         raise RuntimeError(f"torchpar::symmetric_matmul: beta is {beta} and c is None, pass both or neither")
 
 
@@ -137,7 +145,7 @@ def _is_checked_dtensor(a: Tensor, *_: Any, check: bool = False, **factors: Any)
 
 
 def _is_opaque(a: Tensor, *_: Any, check: bool = False, **factors: Any) -> bool:
-    return check or _cpu.is_opaque(a)
+    return check or symmetric_cpu.is_opaque(a)
 
 
 @operator(
@@ -167,7 +175,7 @@ def symmetric_product(
 ) -> Tensor:
     """The result of the operator, and of `torchpar.matmul_t`, for arguments that have been checked."""
     if not a.is_cuda:
-        return _cpu.symmetric_product(a, b, c, alpha, beta)
+        return symmetric_cpu.symmetric_product(a, b, c, alpha, beta)
     from torchpar.kernels import matmul_t as kernels
 
     out = None
@@ -228,3 +236,49 @@ def _(a: Any, b: Any, c: Any = None, **_: Any) -> list[Any]:
 
     batch = [rule(Shard(dim), Shard(dim)) for dim in range(a.ndim - 2)]
     return [rule(Replicate(), Replicate()), rule(Partial(), Shard(a.ndim - 1)), *batch]
+
+
+# In place. Compilers keep the operator whole: it writes to an operand.
+
+
+@operator(
+    "symmetric_addmm_(Tensor(a!) h, Tensor a, Tensor b, *, float alpha, float beta) -> ()",
+    kernels="matmul_t",
+    opaque=lambda *args, **kwargs: True,
+)
+def _addmm_op(h: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float, wrap: Wrap) -> None:
+    _check(a, b, None, None, h)
+    if any(t.untyped_storage().data_ptr() == h.untyped_storage().data_ptr() for t in (a, b)) and h.numel():
+        raise RuntimeError("torchpar::symmetric_matmul: out shares its storage with a or b, expected its own")
+    if torch._debug_has_internal_overlap(h) == 1:
+        raise RuntimeError("torchpar::symmetric_matmul: elements of out share memory, expected each its own")
+    if alpha == 0 or a.shape[-1] == 0 or h.numel() == 0:
+        if beta == 0:
+            h.zero_()
+        else:
+            symmetric_cpu.mirror_(h.mul_(beta))
+    elif not h.is_cuda:
+        symmetric_cpu.symmetric_product(a, b, h, alpha, beta, h)
+    elif not h.is_contiguous():
+        h.copy_(_addmm_by_kernel(h.contiguous(), a, b, alpha, beta))
+    else:
+        _addmm_by_kernel(h, a, b, alpha, beta)
+
+
+def _addmm_by_kernel(h: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> Tensor:
+    from torchpar.kernels import matmul_t as kernels
+
+    # A kernel by TMA stores tiles of the operands' dtype, and may load tiles of H that others have stored.
+    out = kernels.symmetric_product(a, b, fp32_precision(), None, h, alpha, beta, out=h, tma=False)
+    if out is None:  # PyTorch's library is faster by the device's table
+        h.copy_(product(a.to(h.dtype), b.to(h.dtype), h, alpha, beta))
+        out = kernels.mirror(h, None)
+    return out
+
+
+@_addmm_op.register_fake
+def _(h: Tensor, a: Tensor, b: Tensor, **_: Any) -> None:
+    _check(a, b, None, None, h)
+
+
+_addmm_op.register_autocast(cast=False)

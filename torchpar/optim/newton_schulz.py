@@ -40,8 +40,8 @@ import torch
 from torch import Tensor
 
 from torchpar.ops import matmul_t, symmetric_matmul
-from torchpar.ops._cpu_table import choice
-from torchpar.ops._processor import has_bfloat16
+from torchpar.ops.cpu_table import choice
+from torchpar.ops.processor import has_bfloat16
 
 NewtonSchulz = Literal["auto", "standard", "gram"]
 Triple = tuple[float, float, float]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Measure the products of this processor, for the table in `torchpar.ops._cpu_table`, in about a minute."""
+"""Measure the products of this processor, for the table in `torchpar.ops.cpu_table`, in about a minute."""
 
 import math
 import time
@@ -7,16 +7,14 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import compress
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from torchpar.errors import ConfigError
-from torchpar.ops import _cpu, _cpu_table, _onednn, _processor
-from torchpar.ops._cpu_table import Choice
+from torchpar.ops import cpu_table, linear_cpu, processor, symmetric_cpu
+from torchpar.ops.cpu_table import Choice
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _LAYER_DTYPES = (torch.float32, torch.bfloat16)
@@ -30,19 +28,7 @@ _MOST = {torch.float32: 2**33, torch.float64: 2**30, torch.bfloat16: 2**33}  # m
 _ROUND_SECONDS, _ROUNDS = 0.007, 5
 _CACHES = 2**26  # bytes, more than the caches of a core hold
 _COLD_BELOW = 1024  # rows; larger products take as long with emptied caches
-NEVER = 2.0**62  # multiplications: oneDNN is faster for no layer
-_LAYERS = (
-    (16, 784, 128),
-    (32, 784, 128),
-    (64, 784, 128),
-    (128, 784, 128),
-    (128, 512, 256),
-    (128, 512, 512),
-    (256, 1024, 512),
-    (512, 1024, 1024),
-)
 _MARGIN = 1.03  # by how much a choice must be faster than the one before
-_LAYER_MARGIN = 1.1  # the same of a layer, around which operators do more
 _PRODUCTS = (768, 128, 384)  # rows, in_features, out_features
 
 
@@ -51,7 +37,7 @@ def candidates(dtype: torch.dtype, n: int) -> list[Choice]:
     found = [
         Choice("blas", rows, 1.0) for rows in sorted({0, 128, 256, 512, n}) if 2 * rows <= n or rows == n
     ]
-    if dtype == torch.float32 and _processor.uses_onednn():
+    if dtype == torch.float32 and processor.uses_onednn():
         found += [Choice("onednn", rows, 1.0) for rows in (128, 256, 512) if rows <= n]
     return found
 
@@ -118,13 +104,13 @@ def measure_symmetric(dtype: torch.dtype, n: int, k: int) -> Choice:
     ways, expected = [], reference(x)
     for way in candidates(dtype, n):
         try:
-            check(_cpu.symmetric_product(x, x, chosen=way), expected, way)
+            check(symmetric_cpu.symmetric_product(x, x, chosen=way), expected, way)
             ways.append(way)
         except ValueError as error:
             print(f"left out: {error}")
     if not ways:
         raise ConfigError(f"no product of {n}x{k} in {dtype} is right on this processor")
-    calls = [partial(_cpu.symmetric_product, x, x, chosen=way) for way in ways]
+    calls = [partial(symmetric_cpu.symmetric_product, x, x, chosen=way) for way in ways]
     if n < _COLD_BELOW and len(ways) > 1:
         first, *others = seconds(calls, cold=True)
         kept = [True, *(taken <= _MARGIN * first for taken in others)]
@@ -137,31 +123,14 @@ def measure_symmetric(dtype: torch.dtype, n: int, k: int) -> Choice:
     return ways[best]._replace(gain=round(plain / times[best], 3))
 
 
-def measure_layers() -> float:
-    """The multiplications per thread from which oneDNN is faster for a layer."""
-    found = NEVER
-    for b, inner, outer in reversed(_LAYERS):
-        x, weight = torch.randn(b, inner), torch.randn(outer, inner, requires_grad=True)
-        bias, g = torch.randn(outer, requires_grad=True), torch.randn(b, outer)
-
-        def step(layer: Callable[..., Tensor]) -> None:
-            layer(x, weight, bias).backward(g)  # noqa: B023
-
-        ours, plain = seconds([partial(step, _onednn._Linear.apply), partial(step, linear)])
-        if ours * _LAYER_MARGIN >= plain:
-            break
-        found = b * inner * outer / torch.get_num_threads()
-    return found
-
-
 def measure_bfloat16() -> float:
     """How many times as fast the three products of a layer are in bfloat16 as in float32."""
     b, inner, outer = _PRODUCTS
     wide = [torch.randn(shape) for shape in ((b, inner), (outer, inner), (b, outer))]
 
     def products(x: Tensor, weight: Tensor, g: Tensor) -> None:
-        _onednn.linear_forward(x, weight, None)
-        _onednn.linear_gradients(g, x, weight)
+        linear_cpu.linear_forward(x, weight, None)
+        linear_cpu.linear_gradients(g, x, weight)
 
     float32, bfloat16 = seconds([partial(products, *(t.to(dtype) for t in wide)) for dtype in _LAYER_DTYPES])
     return round(float32 / bfloat16, 3)
@@ -177,37 +146,30 @@ def tune() -> str:
     try:
         for threads in sorted({1, all_threads}):
             torch.set_num_threads(threads)
-            path = _save(threads, _measure(threads))
+            measured = _measure(threads)
+            loaded = cpu_table.load()
+            for name, position in cpu_table.THREADS_AT.items():
+                entries = loaded[1].get(name, []) if loaded else []
+                kept = [entry for entry in entries if entry[position] != threads]
+                measured[name] = kept + measured[name]
+            date = datetime.now(UTC).date().isoformat()
+            header = {"processor": processor.processor_kind(), "torch": torch.__version__, "date": date}
+            path = cpu_table.save(header | measured)
     finally:
         torch.set_num_threads(all_threads)
     return f"{path}, measured in {time.perf_counter() - begin:.0f} s"
 
 
-def _measure(threads: int) -> dict[str, list[Any]]:
+def _measure(threads: int) -> dict[str, list[list[Any]]]:
     """The entries of a number of threads."""
-    symmetric: list[list[Any]] = []
-    layers: list[list[float]] = []
-    bfloat16 = [[threads, measure_bfloat16()]]
-    print(f"layers in bfloat16, threads: {threads}, {bfloat16[0][1]:.2f}× float32")
+    measured: dict[str, list[list[Any]]] = {"symmetric": [], "bfloat16": [[threads, measure_bfloat16()]]}
+    print(f"layers in bfloat16, threads: {threads}, {measured['bfloat16'][0][1]:.2f}× float32")
     for dtype in DTYPES:
+        name = str(dtype).removeprefix("torch.")
         for n, k in SIZES:
-            if n * n * k <= _MOST[dtype] and _cpu.computed_in(dtype) == dtype:
+            if n * n * k <= _MOST[dtype] and symmetric_cpu.computed_in(dtype) == dtype:
                 chosen = measure_symmetric(dtype, n, k)
-                symmetric.append([str(dtype).removeprefix("torch."), threads, n, k, *chosen])
+                measured["symmetric"].append([name, threads, n, k, *chosen])
                 way = f"{chosen.library}, {chosen.rows or 'all'} rows at a time"
-                print(f"{symmetric[-1][0]}, threads: {threads}, {n}x{k}: {way}, {chosen.gain:.2f}×")
-    if _processor.uses_onednn():
-        layers.append([threads, measure_layers()])
-        print(f"linear layers, threads: {threads}, oneDNN from {layers[0][1]:.3g} multiplications per thread")
-    return {"symmetric": symmetric, "layers": layers, "bfloat16": bfloat16}
-
-
-def _save(threads: int, measured: dict[str, list[Any]]) -> Path:
-    loaded = _cpu_table.load()
-    before = loaded[1] if loaded else {}
-    for name, position in _cpu_table.THREADS_AT.items():
-        kept = [entry for entry in before.get(name, []) if entry[position] != threads]
-        measured[name] = kept + measured[name]
-    date = datetime.now(UTC).date().isoformat()
-    header = {"processor": _processor.processor_kind(), "torch": torch.__version__, "date": date}
-    return _cpu_table.save(header | measured)
+                print(f"{name}, threads: {threads}, {n}x{k}: {way}, {chosen.gain:.2f}×")
+    return measured

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.nn.functional import pad
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
@@ -146,10 +147,8 @@ class Pipeline:
         if self.replicas.size() == 1:
             return
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in gradients]).div_(self.replicas.size())
-        all_reduce(flat, self.replicas)
-        for g, average in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            g.copy_(average.view_as(g))
+        flat = parameters_to_vector(gradients).div_(self.replicas.size())
+        vector_to_parameters(all_reduce(flat, self.replicas), gradients)
 
     @property
     def _is_last(self) -> bool:

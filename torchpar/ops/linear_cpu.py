@@ -12,32 +12,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from torchpar.ops import _cpu_table, _processor
-from torchpar.ops._matrix import pad_to_even, product, rows
-from torchpar.ops._processor import has_bfloat16
+from torchpar.library import is_transformed
+from torchpar.ops import processor
+from torchpar.ops.matrix import pad_to_even, product, rows
+from torchpar.ops.processor import has_bfloat16
 
 CHAIN = 264
 _is_tracing = torch._C._is_tracing
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 # Multiplications per chain and thread from which oneDNN is faster, although its call takes longer than MKL's.
 _MIN_PRODUCT = 2_500_000
-# The same per thread for a layer, whose autograd function is in Python, and slower than PyTorch's.
-_MIN_LAYER = 5_000_000
+# The same per thread for a layer, whose autograd function is in Python, and slower than PyTorch's: from here
+# on it gains a tenth on an AMD EPYC.
+_MIN_LAYER = 12_000_000
 
 
 def prefers_onednn(t: Tensor) -> bool:
     """Return True if products of ``t`` go to oneDNN where they are large enough."""
-    return t.is_cpu and t.dtype == torch.float32 and _processor.uses_onednn()
+    return t.is_cpu and t.dtype == torch.float32 and processor.uses_onednn()
 
 
 def prefers_onednn_layer(multiplications: int) -> bool:
     """Return True if a float32 linear layer on the CPU, forward and backward, is faster by oneDNN."""
-    least = _cpu_table.layer_multiplications() or _MIN_LAYER
-    return multiplications >= least * torch.get_num_threads() and _processor.uses_onednn()
+    return multiplications >= _MIN_LAYER * torch.get_num_threads() and processor.uses_onednn()
 
 
 def onednn(
@@ -47,7 +46,7 @@ def onednn(
 
     ``b`` or its transpose is contiguous. With another ``b`` oneDNN takes a thousand times as long.
     """
-    linear = torch.ops.mkldnn._linear_pointwise
+    linear: Any = torch.ops.mkldnn._linear_pointwise
     if onto is None:
         return linear(a, b, bias, "sigmoid" if sigmoid else "none", [], "")  # type: ignore[no-any-return]
     return linear.binary(a, onto, b, bias, "add")  # type: ignore[no-any-return]
@@ -55,24 +54,19 @@ def onednn(
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`torch.nn.functional.linear`, differentiable."""
-    by_onednn = is_eager(x, weight, bias) and layer_prefers_onednn(x, weight) and _fits(x, weight, bias)
-    return _Linear.apply(x, weight, bias) if by_onednn else F.linear(x, weight, bias)
+    by_onednn = is_eager(x, weight, bias) and takes_onednn(x, weight, bias)
+    return LinearFunction.apply(x, weight, bias) if by_onednn else F.linear(x, weight, bias)
 
 
-def layer_prefers_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Return True if ``x @ weight.T`` belongs to a layer that is faster by oneDNN."""
-    return (
-        prefers_onednn_layer(x.numel() * weight.shape[:1].numel())
-        and x.is_cpu
-        and x.dtype == weight.dtype == torch.float32
-    )
+def takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return True if oneDNN takes a layer's operands, and is faster.
 
-
-def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Return True if oneDNN takes the operands. PyTorch takes more layouts and biases, or raises an error."""
+    PyTorch takes more layouts and biases, or raises an error.
+    """
     operands = (x, weight) if bias is None else (x, weight, bias)
     return (
-        all(t.is_cpu and t.dtype == x.dtype and t.layout == torch.strided for t in operands)
+        prefers_onednn_layer(x.numel() * weight.shape[:1].numel())
+        and all(t.is_cpu and t.dtype == torch.float32 and t.layout == torch.strided for t in operands)
         and weight.dim() == 2
         and (bias is None or bias.shape == weight.shape[:1])
     )
@@ -80,13 +74,13 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, sigmoid: bool = False) -> Tensor:
     """``x @ weight.T + bias`` for ``x (*, in)``, ``weight (out, in)``, or its sigmoid; not differentiable."""
-    count = _chains(x, weight)
-    if count == 0:
+    length = _chain_length(x, weight)
+    if length == 0:
         y = F.linear(*pad_to_even(x, weight), bias)
         return y.sigmoid_() if sigmoid else y
     if bias is not None:
         bias = bias.contiguous()  # oneDNN reads it as if it were
-    y = _in_chains(rows(x), weight, count, bias, sigmoid)
+    y = in_chains(cut(rows(x), weight, length), bias, sigmoid)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], len(weight))
 
 
@@ -99,69 +93,59 @@ def linear_gradients(
         dx, dw = (None if t is None else t.bfloat16() for t in wide)
         return dx, dw
     if torch.is_grad_enabled() or not prefers_onednn(dz) or not is_eager(dz, x, weight):
-        dx = None
         # PyTorch's product of a one-dimensional DTensor and a matrix has a wrong shape (2.15).
-        if need_x and dz.dim() == 1:
-            dx = product(rows(dz), weight.mT).view(x.shape)
-        elif need_x:
-            dx = product(dz, weight.mT)
-        return dx, product(rows(dz).mT, rows(x).mT) if need_weight else None
-    dx = mm(rows(dz), weight).view(x.shape) if need_x else None
-    return dx, mm(rows(dz).T, rows(x)) if need_weight else None
+        flat = rows(dz) if dz.dim() == 1 else dz
+        dx = product(flat, weight.mT) if need_x else None
+        dw = product(rows(dz).mT, rows(x).mT) if need_weight else None
+    else:
+        dx = mm(rows(dz), weight) if need_x else None
+        dw = mm(rows(dz).T, rows(x)) if need_weight else None
+    return None if dx is None else dx.view(x.shape), dw
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` for matrices; no gradient."""
-    if a.numel() * b.shape[1] < _MIN_PRODUCT:
-        return a.mm(b)
-    count = _chains(a, b.T)
-    return _in_chains(a, b.T, count) if count else a.mm(b)
+    length = _chain_length(a, b.T)
+    return in_chains(cut(a, b.T, length)) if length else a.mm(b)
 
 
-def _in_chains(a: Tensor, b: Tensor, count: int, bias: Tensor | None = None, sigmoid: bool = False) -> Tensor:
-    if count == 1:
-        return onednn(a, _dense(b), bias=bias, sigmoid=sigmoid)
-    length = -(-a.shape[1] // count)
-    terms = list(zip(a.split(length, 1), map(_dense, b.split(length, 1)), strict=True))
-    out = onednn(*terms[0], bias=bias)
+def cut(a: Tensor, b: Tensor, length: int) -> list[tuple[Tensor, Tensor]]:
+    """Matrices ``a`` and ``b`` cut into ``length`` columns each, as `in_chains` takes them."""
+    parts = [t if t.is_contiguous() or t.mT.is_contiguous() else t.contiguous() for t in b.split(length, 1)]
+    return list(zip(parts if a is b else a.split(length, 1), parts, strict=True))
+
+
+def in_chains(
+    terms: list[tuple[Tensor, Tensor]], bias: Tensor | None = None, sigmoid: bool = False
+) -> Tensor:
+    """``a @ b.T + bias``, or its sigmoid, for matrices that were `cut`."""
+    is_one = len(terms) == 1
+    out = onednn(*terms[0], bias=bias, sigmoid=sigmoid and is_one)
     for term in terms[1:]:
         out = onednn(*term, out)
-    return out.sigmoid_() if sigmoid else out
+    return out.sigmoid_() if sigmoid and not is_one else out
 
 
-def _dense(t: Tensor) -> Tensor:
-    return t if t.is_contiguous() or t.mT.is_contiguous() else t.contiguous()
-
-
-def _chains(a: Tensor, b: Tensor) -> int:
-    """Number of oneDNN's chains for the product of the rows of ``a`` and ``b``; 0 where BLAS is as fast."""
-    multiplications = a.numel() * b.shape[0]
-    if (
-        multiplications < _MIN_PRODUCT
-        or not prefers_onednn(a)
-        or b.dtype != a.dtype
-        or a.shape[-1:] != b.shape[1:]
-    ):
-        return 0
+def _chain_length(a: Tensor, b: Tensor) -> int:
+    """The terms of a chain for the product of the rows of ``a`` and ``b``; 0 where BLAS is as fast."""
     count = -(-b.shape[1] // CHAIN)
-    return count if multiplications >= _MIN_PRODUCT * count * torch.get_num_threads() else 0
+    by_onednn = (
+        a.numel() * b.shape[0] >= _MIN_PRODUCT * max(count * torch.get_num_threads(), 1)
+        and prefers_onednn(a)
+        and b.dtype == a.dtype
+        and a.shape[-1:] == b.shape[1:]
+    )
+    return -(-b.shape[1] // count) if by_onednn else 0
 
 
 def is_eager(*tensors: Tensor | None) -> bool:
     """Return True if no compiler, transform, tensor subclass or autocast must intercept the calls."""
-    for t in tensors:
-        if type(t) not in _PLAIN:
-            return False
-    return not (
-        torch.compiler.is_compiling()
-        or _is_tracing()
-        or peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or torch.is_autocast_enabled("cpu")
+    return all(type(t) in _PLAIN for t in tensors) and not (
+        torch.compiler.is_compiling() or _is_tracing() or is_transformed() or torch.is_autocast_enabled("cpu")
     )
 
 
-class _Linear(torch.autograd.Function):
+class LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)

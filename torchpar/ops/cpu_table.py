@@ -3,14 +3,12 @@
 
     {"processor": "amd-avx512-vnni-bf16", "torch": "2.15.0", "date": "2026-11-23",
      "symmetric": [["float32", 1, 1024, 1024, "onednn", 256, 2.26], …],
-     "layers": [[1, 4000000], [2, 5000000]],
      "bfloat16": [[1, 1.7], [2, 1.8]]}
 
 An entry of "symmetric" is a dtype, a number of threads, the rows n and columns k of X, and the `Choice` for
-X·Xᵀ. One of "layers" is a number of threads, and the multiplications per thread from which oneDNN is faster
-for a linear layer. One of "bfloat16" is a number of threads, and how many times as fast a layer's products
-are in bfloat16 as in float32. Tables lie beside those of GPUs (`torchpar.kernels.folders`), named after the
-kind of processor.
+X·Xᵀ. One of "bfloat16" is a number of threads, and how many times as fast a layer's products are in bfloat16
+as in float32. Tables lie beside those of GPUs (`torchpar.kernels.folders`), named after the kind of
+processor.
 """
 
 import json
@@ -22,11 +20,11 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
-from torchpar.ops import _processor
+from torchpar.ops import processor
 
 P = ParamSpec("P")
 R = TypeVar("R")
-THREADS_AT = {"symmetric": 1, "layers": 0, "bfloat16": 0}  # the place of the threads in an entry
+THREADS_AT = {"symmetric": 1, "bfloat16": 0}  # the place of the threads in an entry
 LIBRARIES = ("blas", "onednn")
 CHOSEN_FROM = 128  # rows; whole products of fewer are the fastest everywhere
 _WHOLE_BELOW = 512  # rows; without a table: halves of larger products gain on all measured processors
@@ -66,7 +64,7 @@ def choice(dtype: torch.dtype, n: int, k: int) -> Choice:
     """The way to X·Xᵀ for X ``(n, k)`` on this processor, with the present number of threads."""
     if type(n) is not int or type(k) is not int or n < CHOSEN_FROM:  # a symbolic size is in no table
         return WHOLE
-    return _choice(dtype, n, max(k, 1), torch.get_num_threads(), _processor.uses_onednn())
+    return _choice(dtype, n, max(k, 1), torch.get_num_threads(), processor.uses_onednn())
 
 
 @remembered
@@ -87,7 +85,7 @@ def default(dtype: torch.dtype, n: int, has_onednn: bool = False) -> Choice:
     if n < _WHOLE_BELOW:
         return WHOLE
     library = "onednn" if has_onednn and dtype == torch.float32 else "blas"
-    gain = 1.5 * (n >= _GAIN_FROM and not _processor.has_amx())
+    gain = 1.5 * (n >= _GAIN_FROM and not processor.has_amx())
     return Choice(library, 128 if dtype == torch.float64 else 256, gain)
 
 
@@ -103,24 +101,14 @@ def _of_threads(name: str, threads: int) -> list[Any]:
     return [entry for entry in entries if near and entry[position] == nearest]
 
 
-def layer_multiplications() -> float | None:
-    """The multiplications per thread from which oneDNN is faster for a layer; None if that is not known."""
-    return _layer_multiplications(torch.get_num_threads())
-
-
-@remembered
-def _layer_multiplications(threads: int) -> float | None:
-    return next((multiplications for _, multiplications in _of_threads("layers", threads)), None)
-
-
 def bfloat16_gain() -> float:
     """How many times as fast a layer's products are in bfloat16 as in float32; 0 or 1 if unknown."""
-    unknown = float(_processor.has_bfloat16())
+    unknown = float(processor.has_bfloat16())
     return next((gain for _, gain in _of_threads("bfloat16", torch.get_num_threads())), unknown)
 
 
 def file_name() -> str:
-    return f"cpu-{_processor.processor_kind()}.json"
+    return f"cpu-{processor.processor_kind()}.json"
 
 
 def load() -> tuple[Path, dict[str, Any]] | None:
@@ -150,15 +138,15 @@ def forget() -> None:
 @remembered
 def _entries() -> dict[str, list[Any]]:
     loaded = load()
-    return loaded[1] if loaded else {"symmetric": [], "layers": [], "bfloat16": []}
+    return loaded[1] if loaded else {"symmetric": [], "bfloat16": []}
 
 
 def check(table: Any) -> None:
     """Raise a ValueError that says what is wrong with a table."""
     try:
-        if table["processor"] != _processor.processor_kind():
+        if table["processor"] != processor.processor_kind():
             raise ValueError(
-                f"the table is of {table['processor']!r}, expected {_processor.processor_kind()!r}"
+                f"the table is of {table['processor']!r}, expected {processor.processor_kind()!r}"
             )
         for dtype, threads, n, k, library, rows, gain in table["symmetric"]:
             known = isinstance(getattr(torch, dtype), torch.dtype) and library in LIBRARIES
@@ -166,8 +154,7 @@ def check(table: Any) -> None:
             if not (known and sizes and type(rows) is int and rows >= 0 and 0 < gain < math.inf):
                 entry = [dtype, threads, n, k, library, rows, gain]
                 raise ValueError(f"{entry}, expected a dtype, threads, n, k, a library, rows and a gain")
-        for name in ("layers", "bfloat16"):
-            if not all(threads > 0 and number > 0 for threads, number in table[name]):
-                raise ValueError(f"{name} is {table[name]}, expected numbers above 0")
+        if not all(threads > 0 and gain > 0 for threads, gain in table["bfloat16"]):
+            raise ValueError(f"bfloat16 is {table['bfloat16']}, expected numbers above 0")
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"not the layout of a table ({type(error).__name__}: {error})") from error

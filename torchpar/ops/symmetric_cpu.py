@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: MIT
+"""Symmetric matrix products on the CPU, at half the arithmetic.
+
+Where a table says so, float32 goes to oneDNN (`torchpar.ops.linear_cpu`), in chains of `_CHAIN` terms: the
+error is then MKL's.
+"""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from torchpar.ops.cpu_table import CHOSEN_FROM, Choice, choice
+from torchpar.ops.linear_cpu import cut, in_chains, mm, prefers_onednn
+from torchpar.ops.matrix import half_sum, mirrored, pad_to_even, product
+from torchpar.ops.processor import has_bfloat16
+
+_CHAIN = 128
+_BLOCK = 256  # rows of G and its transpose that are added at a time
+_BLOCKED_SUM_FROM = 1024  # rows; above, G and its transpose do not fit in the cache
+_CACHE_LINE = 64  # bytes
+_STRIPED_FROM, _STRIPE = 256, 128  # rows from which, and of which, stripes are mirrored; others all at once
+
+
+def is_opaque(t: Tensor) -> bool:
+    """Whether products of ``t``'s rows may be computed in blocks, which compilers should leave alone."""
+    return not t.is_cuda and t.shape[-2] >= CHOSEN_FROM
+
+
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of products: float32 where PyTorch's 16-bit ones take ten times as long, or more."""
+    slow = dtype == torch.float16 or (dtype == torch.bfloat16 and not has_bfloat16())
+    return torch.float32 if slow else dtype
+
+
+def symmetric_product(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    out: Tensor | None = None,
+    chosen: Choice | None = None,
+) -> Tensor:
+    """``alpha * a @ b.mT + beta * c``, known to be symmetric, for ``a, b (*, n, k)`` and ``c (*, n, n)``.
+
+    The result equals its transpose bit for bit. ``chosen`` is the way to it, by default the table's. ``out``
+    may be ``c``. Its dtype is that of ``a``, or float32.
+    """
+    c = None if beta == 0 else c
+    dtype = computed_in(a.dtype if out is None else out.dtype)
+    if dtype != a.dtype:
+        wide = a.to(dtype)
+        b = wide if b is a else b.to(dtype)
+        if out is not None and out.dtype == dtype:
+            return symmetric_product(wide, b, c, alpha, beta, out)
+        found = symmetric_product(wide, b, None if c is None else c.to(dtype), alpha, beta)
+        return found.to(a.dtype) if out is None else out.copy_(found)
+    chosen = chosen or choice(dtype, *a.shape[-2:])
+    if not chosen.rows and (out is None or not is_opaque(a)):
+        found = mirrored(product(a, b, c, alpha, beta))
+        return found if out is None else out.copy_(found)
+    out = a.new_empty(*a.shape[:-1], a.shape[-2]) if out is None else out
+    for index in itertools.product(*map(range, a.shape[:-2])):
+        a2 = a[index]
+        c2 = None if c is None else c[index]
+        _halved(a2, a2 if b is a else b[index], c2, alpha, beta, out[index], chosen)
+    return out
+
+
+def _halved(
+    a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, out: Tensor, chosen: Choice
+) -> None:
+    """Compute blocks of rows up to the diagonal, and mirror them."""
+    n = len(a)
+    a, b = pad_to_even(a, b)
+    chains = None
+    if chosen.library == "onednn" and alpha != 0 and a.numel() and prefers_onednn(a):
+        rows = a.contiguous()  # of what oneDNN takes, blocks of rows are to be dense
+        chains = cut(rows, rows if b is a else b.contiguous(), _CHAIN)
+    blocks = max(round(n / (chosen.rows or n)), 1)
+    for block in range(blocks):
+        lo, hi = n * block // blocks, n * (block + 1) // blocks
+        own, c_own = out[lo:hi, :hi], None if c is None else c[lo:hi, :hi]
+        if not chains:
+            product(a[lo:hi], b[:hi], c_own, alpha, beta, out=own)
+            continue
+        found = in_chains([(s[lo:hi], t[:hi]) for s, t in chains])
+        if c_own is None:
+            torch.mul(found, alpha, out=own)
+        else:
+            torch.add(found.mul_(alpha), c_own, alpha=beta, out=own)
+    mirror_(out)
+
+
+def mirror_(h: Tensor) -> None:
+    """Copy the lower triangle of ``h (*, n, n)`` to the upper one."""
+    if h.is_cpu and h.shape[-1] >= _STRIPED_FROM and h.stride(-1) == 1:
+        for index in itertools.product(*map(range, h.shape[:-2])):
+            _mirror_stripes(h[index])
+    else:
+        h.copy_(mirrored(h))
+
+
+def _mirror_stripes(h: Tensor) -> None:
+    """Mirror a matrix stripe by stripe, so that what is transposed fits in the cache."""
+    n = len(h)
+    space = _spread_rows(_STRIPE, n, h)
+    for lo in range(0, n, _STRIPE):
+        stripe = slice(lo, lo + _STRIPE)
+        square = h[stripe, stripe]
+        square.copy_(mirrored(square))
+        before = space[: n - lo, :lo].copy_(h[stripe, :lo])
+        h[:lo, stripe] = before.T
+
+
+def symmetrized_product(g: Tensor, x: Tensor) -> Tensor:
+    """``(g + g.mT) @ x`` for ``g (*, n, n)`` and ``x (*, n, k)``."""
+    if computed_in(x.dtype) != x.dtype:  # with loss scaling, G + Gᵀ would also overflow float16
+        return symmetrized_product(g.float(), x.float()).to(x.dtype)
+    if g.shape[-1] < _BLOCKED_SUM_FROM:
+        half = half_sum(g)
+    else:
+        half = torch.empty_like(g, memory_format=torch.contiguous_format)
+        for index in itertools.product(*map(range, g.shape[:-2])):
+            _half_sum_in_blocks(g[index], half[index])
+    if is_opaque(x) and x.dim() == 2 and prefers_onednn(x):
+        return mm(half, x).mul_(2)
+    return product(half, x.mT).mul_(2)
+
+
+def _half_sum_in_blocks(g: Tensor, out: Tensor) -> None:
+    """``(g + g.T) / 2``, of which each block of rows is computed in the cache."""
+    space = _spread_rows(len(g), _BLOCK, g)
+    for lo in range(0, len(g), _BLOCK):
+        block = slice(lo, lo + _BLOCK)
+        columns = torch.mul(g[:, block], 0.5, out=space[:, : len(g[block])])
+        out[block].copy_(columns.T).add_(g[block], alpha=0.5)
+
+
+def _spread_rows(n: int, columns: int, like: Tensor) -> Tensor:
+    """An uninitialised ``(n, columns)`` tensor, whose rows are an odd number of cache lines apart.
+
+    With a large power of two between rows, the elements of a column share one cache set, and a transposed
+    copy takes up to four times as long.
+    """
+    lines = -(-columns * like.itemsize // _CACHE_LINE) | 1
+    return like.new_empty(n, lines * _CACHE_LINE // like.itemsize)[:, :columns]
