@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from torchpar.parallel.split.layers import ColumnParallelLinear, RowParallelLinear
-from torchpar.testing.trial import STEPS, NotApplicable, Trial, named_weights
+from torchpar.testing.trial import STEPS, NotApplicable, Trial
 
 
 def trained(
@@ -208,12 +208,10 @@ def distributed(
     optimizer: Any = trial.optimizer(model)
 
     def backward(step: int) -> None:
-        if partial_sums:
-            of_rank = trial.gradients(step, rank, ranks).values()
-            grads = [DTensor.from_local(g, mesh, [Partial()]) for g in of_rank]
-        else:
-            grads = [place(g) for g in trial.gradients(step).values()]
-        torch.autograd.backward([p for _, p in named_weights(model)], grads)
+        batch = trial.batch(step, rank, ranks) if partial_sums else trial.batch(step)
+        grads = [y.T @ x for x, y in batch.values()]
+        placed = [DTensor.from_local(g, mesh, [Partial()]) if partial_sums else place(g) for g in grads]
+        torch.autograd.backward(list(model.parameters()), placed)
         change(model, optimizer, step)
 
     def take_step(step: int) -> None:

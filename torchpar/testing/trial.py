@@ -111,10 +111,6 @@ class Trial:
         samples = {name: self._samples(name, shape, step) for name, shape in self.shapes.items()}
         return {name: (x[part::parts], y[part::parts]) for name, (x, y) in samples.items()}
 
-    def gradients(self, step: int, part: int = 0, parts: int = 1) -> dict[str, Tensor]:
-        """The gradients of `batch` for linear layers."""
-        return {name: y.T @ x for name, (x, y) in self.batch(step, part, parts).items()}
-
     def train(
         self,
         model: nn.Module,

@@ -24,25 +24,24 @@ def sgd(
     momentum: float,
     weight_decay: float,
     decay_biases: bool = False,
-    kind: Callable[..., torch.optim.SGD] | None = None,
 ) -> torch.optim.SGD:
     """Return SGD with Nesterov momentum and an L2 penalty ``λ/2·‖p‖²`` of the weights.
+
+    It is fused, unless the model's layers are split, and needs gradients of the parameters' strides, as
+    autograd's are.
 
     Args:
         weight_decay: λ.
         decay_biases: apply the penalty to the biases as well.
-        kind: of SGD; by default `torch.optim.SGD`, with ``fused=True`` if the model's layers are not split.
-            That one needs gradients of the parameters' strides, as autograd's are.
     """
     groups = [{"params": list(model.parameters()), "weight_decay": weight_decay}]
     if weight_decay and not decay_biases:  # otherwise one group, which is one fused call
         weights = [p for p in model.parameters() if p.dim() > 1]
         others = [p for p in model.parameters() if p.dim() <= 1]
         groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    if kind is None:
-        # A fused call rounds a tensor's last elements differently, so bits depend on how it is split.
-        kind = partial(torch.optim.SGD, fused=None if any(split_parameters(model)) else True)
-    return kind(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+    # A fused call rounds a tensor's last elements differently, so bits would depend on how it is split.
+    fused = None if any(split_parameters(model)) else True
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
 
 
 def muon(
