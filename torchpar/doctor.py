@@ -41,6 +41,7 @@ INSTRUCTION_SETS = {
 
 State = Literal["ok", "note", "problem"]
 MARKS: dict[State, str] = {"ok": " ", "note": "-", "problem": "!"}
+REPORT = "please report it, with this output"
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def examine(area: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     try:
         yield from area()
     except Exception as e:
-        yield Finding("examination", _line(e), "problem", "please report it, with this output")
+        yield Finding("examination", _line(e), "problem", REPORT)
 
 
 def versions() -> Iterator[Finding]:
@@ -175,15 +176,14 @@ def operators() -> Iterator[Finding]:
             try:
                 error, bound = self_test.run(test, device)
             except Exception as e:
-                remedy = "see the findings above, or report it"
-                yield Finding(f"{name}, {device}", _line(e), "problem", remedy)
+                yield Finding(f"{name}, {device}", _line(e), "problem", REPORT)
                 continue
             if bool((error <= bound).all()):
                 by = ", by ATen" if device == "cpu" else ""
                 yield Finding(f"{name}, {device}", f"right{by}, error {error.max():.0e}")
             else:
                 text = f"WRONG by {error.max():.0e}, expected at most {bound.max():.0e}"
-                yield Finding(f"{name}, {device}", text, "problem", "please report it, with this output")
+                yield Finding(f"{name}, {device}", text, "problem", REPORT)
 
 
 def instruction_sets() -> list[str]:

@@ -43,7 +43,6 @@ _VIEW = re.compile(
 )
 # A send counts as under way until its sender waits for it, which may be long after its arrival.
 _MESSAGE = re.compile(r"c10d::|shared_memory:|gloo:(?!send)|nccl")
-Span = tuple[float, float, int, str]  # start, end, priority, kind
 
 
 class Trace:
@@ -123,22 +122,20 @@ def seconds_by_kind(events: Iterable[Any]) -> dict[str, float]:
     operators = [e for e in host if not e.is_async and _OPERATOR.fullmatch(e.name)]
     launched = {kernel.name: _kind(e.name) for e in operators for kernel in e.kernels}
 
-    steps: list[Span] = [(e.time_range.start, e.time_range.end, 0, "calls") for e in host if e.name == STEP]
-    spans = list(steps)
-    spans += [
-        (e.time_range.start, e.time_range.end, 1, "communication")
-        for e in host + kernels
-        if _MESSAGE.match(e.name)
-    ]
-    for e in kernels or operators:
-        # On the CPU this package's operators only call other operators, which are counted.
-        if not _MESSAGE.match(e.name) and not e.name.startswith("torchpar::"):
-            kind = launched.get(e.name, _kind(e.name))
-            spans.append((e.time_range.start, e.time_range.end, 2, kind))
+    def span(e: Any, priority: int, kind: str) -> tuple[float, float, int, str]:
+        return e.time_range.start, e.time_range.end, priority, kind
 
+    spans = [span(e, 0, "calls") for e in host if e.name == STEP]
+    spans += [span(e, 1, "communication") for e in host + kernels if _MESSAGE.match(e.name)]
+    spans += [
+        span(e, 2, launched.get(e.name, _kind(e.name)))
+        for e in kernels or operators
+        # On the CPU this package's operators only call other operators, which are counted.
+        if not _MESSAGE.match(e.name) and not e.name.startswith("torchpar::")
+    ]
     seconds = dict.fromkeys(ADVICE, 0.0)
     ahead = sorted(spans, reverse=True)
-    running: list[Span] = []
+    running: list[tuple[float, float, int, str]] = []
     for now, then in pairwise(sorted({t for span in spans for t in span[:2]})):
         while ahead and ahead[-1][0] <= now:
             running.append(ahead.pop())
