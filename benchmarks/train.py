@@ -279,7 +279,7 @@ def data_parallel(training: Training, contestant: str) -> Iterator[Tensor | None
         wrapped = replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
         if contestant == ON_RANKS[1]:
             register_shared_memory_hook(replica, world)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR, fused=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     yield None
     for x, labels, size in data.batches(
         inputs.train, training.batch_size, seed=0, epoch=1, share=world.share

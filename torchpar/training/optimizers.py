@@ -13,7 +13,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from torchpar.errors import ConfigError
 from torchpar.optim import ChainedOptimizer, Muon
-from torchpar.parallel.split.layers import split_parameters
 
 LRSchedule = Literal["linear", "cosine", "constant"]
 
@@ -27,21 +26,16 @@ def sgd(
 ) -> torch.optim.SGD:
     """Return SGD with Nesterov momentum and an L2 penalty ``λ/2·‖p‖²`` of the weights.
 
-    It is fused, unless the model's layers are split, and needs gradients of the parameters' strides, as
-    autograd's are.
-
     Args:
         weight_decay: λ.
         decay_biases: apply the penalty to the biases as well.
     """
     groups = [{"params": list(model.parameters()), "weight_decay": weight_decay}]
-    if weight_decay and not decay_biases:  # otherwise one group, which is one fused call
+    if weight_decay and not decay_biases:
         weights = [p for p in model.parameters() if p.dim() > 1]
         others = [p for p in model.parameters() if p.dim() <= 1]
         groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    # A fused call rounds a tensor's last elements differently, so bits would depend on how it is split.
-    fused = None if any(split_parameters(model)) else True
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
 
 
 def muon(
@@ -68,7 +62,7 @@ def muon(
         weight_decay=weight_decay,
         ns_steps=ns_steps,
         process_group=mesh,
-        others=partial(torch.optim.SGD, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=True),
+        others=partial(torch.optim.SGD, lr=lr, momentum=momentum, nesterov=momentum > 0),
         overrides={name: "muon" for name, p in model.named_parameters() if p.dim() == 2},
     )
 
