@@ -29,7 +29,7 @@ from torchpar.training import loss_sum
 from torchpar.training.losses import EVALUATION_BATCH, Loss
 
 try:
-    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+    from lightning.pytorch import LightningDataModule, LightningModule
     from torchmetrics import Metric
     from torchmetrics.classification import MulticlassAccuracy
 except ImportError as error:
@@ -111,23 +111,18 @@ class LitClassifier(LightningModule):
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch.labels))
 
 
-class TrainBatches:
-    """Training batches from the trainer's epoch and batch on, so that a resumed run continues."""
+class Batches:
+    """The ``length`` batches of each epoch, which ``make`` yields."""
 
-    def __init__(self, module: "MNISTDataModule", trainer: Trainer):
-        self.module = module
-        self.trainer = trainer
+    def __init__(self, length: int, make: Callable[[], Iterator[Batch]]):
+        self.length = length
+        self.make = make
 
     def __len__(self) -> int:
-        return -(-len(self.module.train) // self.module.batch_size)
+        return self.length
 
     def __iter__(self) -> Iterator[Batch]:
-        # A generator reads the trainer's position at the first batch. The trainer has restored it by then,
-        # which it has not when it makes the iterator.
-        data, start = self.module, self.trainer.fit_loop.batch_idx + 1
-        order: dict[str, Any] = {"seed": data.seed, "epoch": self.trainer.current_epoch + 1, "start": start}
-        if start < len(self):
-            yield from batches(data.train, data.batch_size, share=data.share, **order)
+        return self.make()
 
     # Lightning resumes within an epoch only with a loader that has these two.
     def state_dict(self) -> dict[str, Any]:
@@ -135,24 +130,6 @@ class TrainBatches:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
-
-
-class EvaluationBatches:
-    """Samples in order, each on one rank. Every rank has as many batches, some of which may be empty."""
-
-    def __init__(self, samples: Samples, share: Callable[[int], Partition]):
-        order = torch.arange(len(samples), device=samples.labels.device)
-        self.samples = samples
-        self.share = share
-        self.chunks = order.split(EVALUATION_BATCH * share(0).ranks)
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for chunk in self.chunks:
-            mine = self.share(len(chunk)).narrow(chunk, 0)
-            yield Batch(self.samples.inputs(mine), self.samples.labels[mine], len(chunk))
 
 
 class MNISTDataModule(LightningDataModule):
@@ -205,12 +182,31 @@ class MNISTDataModule(LightningDataModule):
         split = len(train) - kept
         self.train, self.val = train[:split], self.test if self.validation == "test" else train[split:]
 
-    def train_dataloader(self) -> TrainBatches:
+    def train_dataloader(self) -> Batches:
+        return Batches(-(-len(self.train) // self.batch_size), self._train_batches)
+
+    def val_dataloader(self) -> Batches | list[Any]:
+        return self._in_order(self.val) if len(self.val) else []
+
+    def test_dataloader(self) -> Batches:
+        return self._in_order(self.test)
+
+    def _train_batches(self) -> Iterator[Batch]:
+        # A generator reads the trainer's position at the first batch. The trainer has restored it by then,
+        # which it has not when it makes the iterator.
         assert self.trainer is not None
-        return TrainBatches(self, self.trainer)
+        start = self.trainer.fit_loop.batch_idx + 1
+        order: dict[str, Any] = {"seed": self.seed, "epoch": self.trainer.current_epoch + 1, "start": start}
+        yield from batches(self.train, self.batch_size, share=self.share, **order)
 
-    def val_dataloader(self) -> EvaluationBatches | list[Any]:
-        return EvaluationBatches(self.val, self.share) if len(self.val) else []
+    def _in_order(self, samples: Samples) -> Batches:
+        """Each sample on one rank; every rank has as many batches, some of which may be empty."""
+        order = torch.arange(len(samples), device=samples.labels.device)
+        chunks = order.split(EVALUATION_BATCH * self.share(0).ranks)
 
-    def test_dataloader(self) -> EvaluationBatches:
-        return EvaluationBatches(self.test, self.share)
+        def make() -> Iterator[Batch]:
+            for chunk in chunks:
+                mine = self.share(len(chunk)).narrow(chunk, 0)
+                yield Batch(samples.inputs(mine), samples.labels[mine], len(chunk))
+
+        return Batches(len(chunks), make)
