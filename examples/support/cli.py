@@ -178,17 +178,18 @@ class TrainFlags(LogFlags, DataFlags):
         return {name: defaults[name] if value is None else value for name, value in given.items()}
 
     def run_options(self) -> dict[str, Any]:
-        """Return the keyword arguments of `torchpar.training.Run` that flags give."""
+        """Return the keyword arguments of `torchpar.training.Run` that flags give.
+
+        ``config`` holds the flags that a resumed run must share with the saved one.
+        """
         checkpoint = None
         if self.checkpoint:
             checkpoint = CheckpointConfig(self.checkpoint, self.save_every, self.keep, self.async_save)
-        return {
-            "epochs": self.epochs,
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "checkpoint": checkpoint,
-            "config": self.run_config(),
-        }
+        config = {name: value for name, value in asdict(self).items() if name not in MAY_DIFFER_ON_RESUME}
+        if self.schedule != "constant":
+            config["epochs"] = self.epochs  # the schedule depends on them
+        sizes = {"epochs": self.epochs, "batch_size": self.batch_size, "seed": self.seed}
+        return {**sizes, "checkpoint": checkpoint, "config": config}
 
     def layer_sizes(self, train: Samples) -> list[int]:
         """Return the widths of the MLP: of its input, its hidden layers and its output."""
@@ -197,17 +198,6 @@ class TrainFlags(LogFlags, DataFlags):
     def total_steps(self, train: Samples) -> int:
         """Return the number of steps of the run."""
         return self.epochs * math.ceil(len(train) / self.batch_size)
-
-    def same_on_all_ranks(self) -> dict[str, Any]:
-        """Return the flags that every rank must share: all but the data folder and the device."""
-        return {name: value for name, value in asdict(self).items() if name not in ("data", "device")}
-
-    def run_config(self) -> dict[str, Any]:
-        """Return the flags that a resumed run must share with the saved one."""
-        config = {name: value for name, value in asdict(self).items() if name not in MAY_DIFFER_ON_RESUME}
-        if self.schedule != "constant":
-            config["epochs"] = self.epochs  # the schedule depends on them
-        return config
 
 
 def main(run: Callable[[F], None], flags: type[F]) -> None:
