@@ -22,7 +22,11 @@ NAMES = (
     "host",
     "scale_model",
 )
-SHORT_SPINS = {"operators", "train", "ladder"}  # which take turns between libraries with threads of their own
+# In these benchmarks libraries with threads of their own take turns, and idle threads of OpenMP and OpenBLAS
+# sleep soon. By default they spin for milliseconds on the core that the next call needs; after a product in
+# NumPy, PyTorch's took three times as long. Without any spinning a step of PyTorch takes four times as long.
+MIXED = {"operators", "train", "ladder"}
+SHORT_SPINS = {"GOMP_SPINCOUNT": "10000", "OPENBLAS_THREAD_TIMEOUT": "16"}  # 2¹⁶ cycles
 USAGE = """usage: python -m benchmarks COMMAND
 
   list                  name the benchmarks
@@ -61,15 +65,14 @@ def run(arguments: Sequence[str]) -> int:
     if not names or not set(names) <= set(NAMES):
         return usage_error(f"run {' '.join(arguments)}: expected first some of {', '.join(NAMES)}")
     commands = {name: [sys.executable, "-m", f"benchmarks.{name}", *flags] for name in names}
-    if set(names) & SHORT_SPINS:
-        shorten_spins()
+    environments = {name: {**(SHORT_SPINS if name in MIXED else {}), **os.environ} for name in names}
     if len(names) == 1:
-        os.execv(sys.executable, commands[names[0]])
+        os.execve(sys.executable, commands[names[0]], environments[names[0]])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failed = []
     for name, command in commands.items():
         print(f"== {name}", flush=True)
-        with subprocess.Popen(command) as child:  # whose end is awaited
+        with subprocess.Popen(command, env=environments[name]) as child:  # whose end is awaited
             try:
                 if status := child.wait():
                     failed.append(f"{name} (status {status})")
@@ -79,17 +82,6 @@ def run(arguments: Sequence[str]) -> int:
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
-
-
-def shorten_spins() -> None:
-    """Let idle threads of OpenMP and OpenBLAS sleep soon, unless the environment sets their times.
-
-    Libraries read the environment when they are imported. By default idle threads spin for milliseconds on
-    the core that the next call needs; after a product in NumPy, PyTorch's took three times as long. Without
-    any spinning a step of PyTorch takes four times as long.
-    """
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")  # 2¹⁶ cycles
 
 
 def usage_error(message: str) -> int:

@@ -220,17 +220,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     modes = (*MODES, "warm")
     parser.add_argument("--modes", nargs="+", choices=modes, default=modes)
-    parser.add_argument("--threads", type=int, nargs="+", help="of a CPU; by default one, and all")
     options = command.parse(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device is cuda, but PyTorch finds no GPU")
-    if options.threads and min(options.threads) < 1:
-        raise ConfigError(f"--threads is {min(options.threads)}, expected at least 1")
     if (load := os.getloadavg()[0]) > 0.5:
         print(f"The load average is {load:.1f}: other programs may disturb the timings.")
     on_gpu = options.device != "cpu" and torch.cuda.is_available()
     every = torch.get_num_threads()
-    threads = options.threads or ([every] if on_gpu or options.quick else sorted({1, every}))
+    threads = [every] if on_gpu or options.quick else sorted({1, every})
     device = torch.device("cuda" if on_gpu else "cpu")
     listed = [case for case in cases(device, options.quick) if case.operator in options.operators]
     if not listed:

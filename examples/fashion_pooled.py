@@ -20,7 +20,6 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 # NumPy reads it when it is imported. With a process per core each process needs one thread.
@@ -29,18 +28,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 from support import cli
-from support.pooled import SIZES, Plan, PooledFlags, Result, pooled, report
+from support.pooled import SIZES, Flags, Plan, Result, pooled, report
 
 from torchpar.baselines import mpi
 from torchpar.baselines.numpy_mlp import MLP, SGD
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.rendezvous import find_rank_info
 from torchpar.profile.phases import Phases, timed
-
-
-@dataclass(kw_only=True)
-class Flags(PooledFlags):
-    """Train a small network on pooled images by full-batch descent, in NumPy."""
 
 
 def train(world: Any, splits: Sequence[Any], counts: Sequence[int], plan: Plan) -> Result:

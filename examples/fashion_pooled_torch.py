@@ -12,14 +12,13 @@ samples. In the backward pass the wrapper averages the gradients over the ranks.
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 # Read when NumPy and PyTorch are imported. With a process per core each process needs one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from support import cli
-from support.pooled import SIZES, Plan, PooledFlags, Result, pooled, report
+from support.pooled import SIZES, Flags, Plan, Result, pooled, report
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,11 +29,6 @@ from torchpar.parallel import World, join_world
 from torchpar.profile.collectives import Collectives
 from torchpar.profile.phases import Phases
 from torchpar.training import loss_sum
-
-
-@dataclass(kw_only=True)
-class Flags(PooledFlags):
-    """Train a small network on pooled images by full-batch descent, in PyTorch."""
 
 
 def train(world: World, splits: Sequence[Samples], plan: Plan) -> Result:

@@ -53,7 +53,8 @@ def main(flags: Flags) -> None:
     if flags.plots:
         from support import plots
 
-        plots.save_attention(flags.plots / "attention.png", to_others, labels, test.classes)
+        title = "Weights of images, sorted by class, for each other"
+        plots.save_matrices(flags.plots / "attention.png", to_others[None].sqrt(), title)
 
 
 if __name__ == "__main__":

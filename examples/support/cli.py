@@ -74,8 +74,7 @@ class ExampleFlags:
                 raise ConfigError(f"{flag} is {value}, expected less than {end}")
         if self.plots is not None and importlib.util.find_spec("matplotlib") is None:
             raise ConfigError("--plots needs matplotlib; pip install 'torchpar[examples]'")
-        if not getattr(self, "dry_run", False):
-            self._create_outputs()
+        self._create_outputs()
 
     def _create_outputs(self) -> None:
         """Create the folders of the outputs, and check that they can be written to."""
@@ -167,23 +166,30 @@ class TrainFlags(LogFlags, DataFlags):
     timeout: float = 600.0
     """Seconds after which a rank that waits for another gives up."""
 
+    def __post_init__(self) -> None:
+        if self.dry_run:
+            self.epochs = 1
+            self.metrics = self.log_dir = self.plots = self.profile = self.checkpoint = None
+        super().__post_init__()
+
     def optimizer_options(self, **defaults: float) -> dict[str, Any]:
         """Return an optimizer's arguments: the flags that are given, and ``defaults`` for the others."""
         given = {name: getattr(self, name) for name in defaults}
         return {name: defaults[name] if value is None else value for name, value in given.items()}
 
     def run_options(self) -> dict[str, Any]:
-        """Return the keyword arguments of `torchpar.training.Run` that flags give."""
+        """Return the keyword arguments of `torchpar.training.Run` that flags give.
+
+        ``config`` holds the flags that a resumed run must share with the saved one.
+        """
         checkpoint = None
-        if self.checkpoint and not self.dry_run:
+        if self.checkpoint:
             checkpoint = CheckpointConfig(self.checkpoint, self.save_every, self.keep, self.async_save)
-        return {
-            "epochs": 1 if self.dry_run else self.epochs,
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "checkpoint": checkpoint,
-            "config": self.run_config(),
-        }
+        config = {name: value for name, value in asdict(self).items() if name not in MAY_DIFFER_ON_RESUME}
+        if self.schedule != "constant":
+            config["epochs"] = self.epochs  # the schedule depends on them
+        sizes = {"epochs": self.epochs, "batch_size": self.batch_size, "seed": self.seed}
+        return {**sizes, "checkpoint": checkpoint, "config": config}
 
     def layer_sizes(self, train: Samples) -> list[int]:
         """Return the widths of the MLP: of its input, its hidden layers and its output."""
@@ -191,22 +197,7 @@ class TrainFlags(LogFlags, DataFlags):
 
     def total_steps(self, train: Samples) -> int:
         """Return the number of steps of the run."""
-        return (1 if self.dry_run else self.epochs) * math.ceil(len(train) / self.batch_size)
-
-    def outputs(self) -> list[Path | None]:
-        """Return ``metrics``, ``log_dir``, ``plots`` and ``profile``; None for each in a dry run."""
-        return [None] * 4 if self.dry_run else [self.metrics, self.log_dir, self.plots, self.profile]
-
-    def same_on_all_ranks(self) -> dict[str, Any]:
-        """Return the flags that every rank must share: all but the data folder and the device."""
-        return {name: value for name, value in asdict(self).items() if name not in ("data", "device")}
-
-    def run_config(self) -> dict[str, Any]:
-        """Return the flags that a resumed run must share with the saved one."""
-        config = {name: value for name, value in asdict(self).items() if name not in MAY_DIFFER_ON_RESUME}
-        if self.schedule != "constant":
-            config["epochs"] = self.epochs  # the schedule depends on them
-        return config
+        return self.epochs * math.ceil(len(train) / self.batch_size)
 
 
 def main(run: Callable[[F], None], flags: type[F]) -> None:

@@ -26,14 +26,12 @@ class Log(training.RunLog):
         self.world = world
         self.phases = Phases(world.device) if flags.phases else None
         self.calls: list[list[Call]] = []  # of each step
-        self.metrics, self.log_dir, self.plots, profile = flags.outputs()
-        self.trace = Trace(profile, world.rank, world.device) if profile else None
+        self.trace = Trace(flags.profile, world.rank, world.device) if flags.profile else None
 
     @contextmanager
     def active(self, run: Run) -> Iterator[None]:
-        self.progress = console.EpochProgress(
-            self.world, run.num_epochs, len(run.train), self.metrics, self.log_dir
-        )
+        outputs = self.flags.metrics, self.flags.log_dir
+        self.progress = console.EpochProgress(self.world, run.num_epochs, len(run.train), *outputs)
         profiler = self.trace.profiler if self.trace else nullcontext()
         with self.progress, self.phases or nullcontext(), profiler:
             yield
@@ -61,12 +59,12 @@ class Log(training.RunLog):
 
     def on_end(self, run: Run) -> None:
         flags, speaks = self.flags, self.world.rank == 0
-        if self.plots:
+        if flags.plots:
             _, outputs = run.evaluate()
             if speaks:
                 from support import plots
 
-                plots.save(self.plots, run.results, outputs, run.test)
+                plots.save(flags.plots, run.results, outputs, run.test)
         profiles = self.world.gather_results(self.trace.save) if self.trace else []
         if not speaks:
             return

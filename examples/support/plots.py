@@ -128,30 +128,6 @@ def save_matrices(path: Path, matrices: Tensor, title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def save_attention(path: Path, weights: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
-    """Draw how samples, sorted by label, attend to each other: a row attends to the columns.
-
-    Args:
-        weights: ``(n, n)``; the picture shows their square roots, so that small ones can be seen.
-        labels: ``(n)``, ascending. Lines separate the classes.
-    """
-    figure, (axes,) = _subplots(1, 1, (7, 6))
-    picture = axes.imshow(weights.detach().sqrt().cpu().numpy(), cmap="gray_r")
-    figure.colorbar(picture, ax=axes, label="square root of the weight")
-    found, counts = labels.cpu().unique_consecutive(return_counts=True)
-    ends = counts.cumsum(0)
-    middles = (ends - (counts + 1) / 2).tolist()
-    names = [classes[label] for label in found.tolist()]
-    axes.set_xticks(middles, names, rotation=90 if max(map(len, names)) > 2 else 0)
-    axes.set_yticks(middles, names)
-    for end in ends[:-1].tolist():
-        axes.axhline(end - 0.5, color="tab:blue", linewidth=0.5)
-        axes.axvline(end - 0.5, color="tab:blue", linewidth=0.5)
-    axes.set(xlabel="class of the sample attended to", ylabel="class of the sample", title="Attention")
-    axes.tick_params(length=0)
-    figure.savefig(path, dpi=120)
-
-
 def _curves(results: list[EpochResult]) -> Figure:
     figure, (left, right) = _subplots(1, 2, (10, 4))
     epochs = [r.epoch for r in results]

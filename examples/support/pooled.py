@@ -46,8 +46,8 @@ class Result(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class PooledFlags(DataFlags):
-    """Flags of both exercises."""
+class Flags(DataFlags):
+    """Train a small network on pooled images by full-batch descent."""
 
     samples: int = 5000  # Number of training images, the first ones.
     iterations: int = 800  # Iterations of the second run.
@@ -60,7 +60,7 @@ class PooledFlags(DataFlags):
         return [project, Plan(self.iterations, self.lr, self.momentum, self.seed)]
 
 
-def pooled(flags: PooledFlags) -> list[Samples]:
+def pooled(flags: Flags) -> list[Samples]:
     """Return the training and test images: rows of 400 numbers in [0, 1], and their labels."""
     train, test = load(flags.dataset, flags.data)
     splits = []
@@ -70,7 +70,7 @@ def pooled(flags: PooledFlags) -> list[Samples]:
     return splits
 
 
-def report(flags: PooledFlags, library: str, device: str, ranks: int, results: list[Result]) -> None:
+def report(flags: Flags, library: str, device: str, ranks: int, results: list[Result]) -> None:
     """Print the figures of the runs, and write the metrics and plots that the flags ask for."""
     rows: list[dict[str, Any]] = []
     for plan, costs, (train, test), seconds, phases, _ in results:

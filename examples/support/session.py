@@ -2,6 +2,7 @@
 """Load the data of the training lessons, and adjust their gradients."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -17,12 +18,13 @@ from torchpar.parallel.split.clip import clip_grad_norm_
 def load(flags: TrainFlags, world: World) -> tuple[Samples, Samples]:
     """Return the training and test samples on the device of this rank.
 
-    First compare the flags of all ranks.
+    First compare the flags of all ranks: all but the data folder and the device.
 
     Raises:
         ConfigError: different flags, or no data; on every rank.
     """
-    world.check_same_on_all_ranks("the ranks' flags", flags.same_on_all_ranks())
+    shared = {name: value for name, value in asdict(flags).items() if name not in ("data", "device")}
+    world.check_same_on_all_ranks("the ranks' flags", shared)
     loaded: list[Samples] = []
     world.gather_results(lambda: loaded.extend(_load(flags, world)))
     train, test = loaded
