@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from torchpar.testing import OperatorTable, check_operator, operators
+from torchpar.testing import OperatorTable, check_operator
+from torchpar.testing.rules import RULES as ALL_RULES
 
 TRITON = ("softmax", "rms_norm")
 OPERATORS = (*TRITON, "bessel", "numba_kernel", "roi_align", "several_outputs", "list_of_tensors")
-SKIPPED = ("torch.compile by Inductor", "AOTInductor", "CUDA graph", "cost of a call")
-RULES = [rule for rule in operators.RULES if rule not in SKIPPED]
+SKIPPED = ("torch.compile by Inductor", "AOTInductor", "CUDA graph")
+RULES = [rule for rule in ALL_RULES if rule not in SKIPPED]
 PAGE = Path(__file__).parents[2] / "docs" / "gallery.md"
 REFUSALS = {  # of the operators by torchpar.library
     ("roi_align", "DTensor"): "no rule is registered. Its backward, an operator too, would need another.",
@@ -25,9 +26,9 @@ torchvision. The same lines make two operators of it: one by `torch.library`, an
 
 {table}
 
-All other rules that were tried work before and after; Inductor, CUDA graphs and the cost of a call are left
-out. Before, a derivative in forward mode is 0 or missing, without an error. On a CPU `softmax` and `rms_norm`
-compute by PyTorch; the tests also run their kernels in Triton's interpreter.
+All other rules that were tried work before and after; Inductor and CUDA graphs are left out. Before, a
+derivative in forward mode is 0 or missing, without an error. On a CPU `softmax` and `rms_norm` compute by
+PyTorch; the tests also run their kernels in Triton's interpreter.
 
 {refusals}
 - An operator that writes to an argument has no gradient, by `torch.library` and by `torchpar.library`.
