@@ -183,11 +183,11 @@ class Case:
         if self.reference is None:
             raise NotRun("no reference")
 
-    def transformed(self, transform: Callable[[Function], Any]) -> None:
-        """Compare a transform of the operator with that of the reference."""
-        expected = transform(self.oracle)
-        close(transform(self.smooth(self.op)), expected)
-        self.expect_call(lambda: transform(self.smooth(self.op)))
+    def transformed(self, transform: Callable[..., Any], **how: Any) -> None:
+        """Compare ``transform(f, case, **how)`` of the operator with that of the reference."""
+        expected = transform(self.oracle, self, **how)
+        close(transform(self.smooth(self.op), self, **how), expected)
+        self.expect_call(lambda: transform(self.smooth(self.op), self, **how))
 
     def expect_call(self, compute: Callable[[], Any]) -> None:
         """Raise `Fallback` if a computation that was right does not call the operator."""

@@ -212,12 +212,12 @@ def _pulled_back_twice(f: Function, case: Case, layout: Layout) -> Tensors:
 @RULES.add("incoming gradients of any layout")
 def _(case: Case) -> Attempts:
     for name, layout in LAYOUTS.items():
-        yield name, partial(case.transformed, partial(pulled_back, case=case, layout=layout))
+        yield name, partial(case.transformed, pulled_back, layout=layout)
         if "expanded" not in name:
-            both = partial(pulled_back, case=case, layout=layout, of_operands=layout)
-            yield f"{name}, and operands", partial(case.transformed, both)
-            twice = partial(_pulled_back_twice, case=case, layout=layout)
-            yield f"{name}, second derivatives", partial(case.transformed, twice)
+            both = partial(case.transformed, pulled_back, layout=layout, of_operands=layout)
+            yield f"{name}, and operands", both
+            twice = partial(case.transformed, _pulled_back_twice, layout=layout)
+            yield f"{name}, second derivatives", twice
 
 
 @RULES.add("any of the gradients")
@@ -226,11 +226,9 @@ def _(case: Case) -> Attempts:
     operands, results = range(len(case.floating)), len(case.oracle(*case.floating))
     for i in operands:
         for required in dict.fromkeys([(i,), tuple(j for j in operands if j != i) or (i,)]):
-            transform = partial(pulled_back, case=case, required=required)
-            yield f"of operands {required}", partial(case.transformed, transform)
+            yield f"of operands {required}", partial(case.transformed, pulled_back, required=required)
     for i in range(results) if results > 1 else ():
-        transform = partial(pulled_back, case=case, used=slice(i, i + 1))
-        yield f"of result {i}", partial(case.transformed, transform)
+        yield f"of result {i}", partial(case.transformed, pulled_back, used=slice(i, i + 1))
 
 
 @RULES.add("changes after the call")
@@ -258,7 +256,7 @@ def _(case: Case) -> Attempts:
 
 @RULES.add("forward mode")
 def _(case: Case) -> Attempts:
-    def pushed(f: Function, chosen: Sequence[int]) -> list[Tensor]:
+    def pushed(f: Function, case: Case, chosen: Sequence[int]) -> list[Tensor]:
         with forward_ad.dual_level():
             xs = [x.clone() for x in case.floating]
             for i in chosen:
@@ -268,7 +266,7 @@ def _(case: Case) -> Attempts:
 
     everything = tuple(range(len(case.floating)))
     for chosen in dict.fromkeys([everything, *((i,) for i in everything)]):
-        yield f"of operands {chosen}", partial(case.transformed, partial(pushed, chosen=chosen))
+        yield f"of operands {chosen}", partial(case.transformed, pushed, chosen=chosen)
 
 
 def _scalar(f: Function) -> Callable[..., Tensor]:
@@ -316,12 +314,8 @@ TRANSFORMS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _transformed(transform: Callable[..., Any], case: Case) -> None:
-    case.transformed(partial(transform, case=case))
-
-
 for _name, _transform in TRANSFORMS.items():
-    RULES.add(_name)(partial(_transformed, _transform))
+    RULES.add(_name)(partial(Case.transformed, transform=_transform))
 
 
 # vmap
