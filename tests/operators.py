@@ -186,8 +186,8 @@ MATMUL_T = Operator(
 )
 
 SYMMETRIC_MATMUL = Operator(
-    schema="symmetric_matmul(Tensor a, Tensor b, Tensor? c=None, *, float alpha=1., float? beta=None, "
-    "bool check=False) -> Tensor",
+    schema="symmetric_matmul(Tensor a, Tensor b, Tensor? c=None, *, "
+    "float alpha=1., float? beta=None) -> Tensor",
     kernels={"symmetric_product_kernel"},
     native=_symmetric_matmul,
     formula=_numpy_symmetric_matmul,

@@ -14,7 +14,8 @@ from samples import widest_arguments
 from torch import Tensor
 
 from torchpar.testing import check_operator
-from torchpar.testing.operators import RULES, OperatorTable
+from torchpar.testing.operators import OperatorTable
+from torchpar.testing.rules import RULES
 
 # PyTorch's compiler reads it.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -77,9 +78,9 @@ def test_nothing_is_wrong(name: str, chosen: slice, device: str) -> None:
 )
 def test_every_placement(name: str, shapes: Shapes) -> None:
     operator = OPERATORS[name]
-    op = partial(operator.overload, **operator.factors(len(shapes)))
+    op, native = (partial(f, **operator.factors(len(shapes))) for f in (operator.overload, operator.native))
     operands = operator.operands(*widest_arguments(name, shapes))
-    (row,) = check_operator(op, [operands], rules="DTensor").rows
+    (row,) = check_operator(op, [operands], reference=native, rules="DTensor").rows
     assert row.outcome == readme(name)["DTensor"] == "works", row
     if shapes == operator.small[0]:
         assert row.detail.startswith(f"{operator.local} of ")

@@ -19,8 +19,9 @@ from samples import (
 )
 from torch import Tensor
 from torch.func import vjp, vmap
-from torch.library import opcheck
 from torch.testing import assert_close
+
+from torchpar import symmetric_matmul
 
 # Of PyTorch's own compiler.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -110,8 +111,8 @@ def test_vmap_of_the_formula_reads_no_uninitialised_memory(device: str) -> None:
 def test_the_check_accepts_polynomials_after_several_roundings(dtype: torch.dtype, device: str) -> None:
     a, b = polynomials(64, dtype, device)
     for _ in range(3):
-        product = op(a, b, check=True)
-        a, b = op(a, b, product, alpha=0.5, beta=-0.25, check=True), product.clone()
+        product = symmetric_matmul(a, b, check=True)
+        a, b = symmetric_matmul(a, b, product, alpha=0.5, beta=-0.25, check=True), product.clone()
     assert a.isfinite().all()
 
 
@@ -120,24 +121,25 @@ def test_the_check_accepts_polynomials_after_several_roundings(dtype: torch.dtyp
 def test_the_check_rejects_a_product_that_is_not_symmetric(k: int, dtype: torch.dtype, device: str) -> None:
     a, b = (normal(64, k, dtype=dtype, device=device, seed=seed) for seed in (0, 1))
     with pytest.raises(RuntimeError, match=r"symmetric_matmul: a @ b\.mT is not symmetric") as caught:
-        op(a, b, check=True)
+        symmetric_matmul(a, b, check=True)
     assert "\n" not in str(caught.value)
     assert_symmetric(op(a, b))  # without the check, the caller is trusted
     c = torch.eye(64).to(a)
-    op(a, a, c, beta=1, check=True)
+    symmetric_matmul(a, a, c, beta=1, check=True)
     c[3, 5] = 0.5
     with pytest.raises(RuntimeError, match="symmetric_matmul: c is not symmetric: it differs"):
-        op(a, a, c, beta=1, check=True)
-    op(a, a, c, beta=0, check=True)  # c is not read
+        symmetric_matmul(a, a, c, beta=1, check=True)
+    symmetric_matmul(a, a, c, beta=0, check=True)  # c is not read
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0, 2), (5, 3), (300, 3)], ids=str)
 def test_the_check_of_a_compiled_call_and_of_empty_operands(shape: tuple[int, ...], device: str) -> None:
-    compiled = torch.compile(lambda a, b: op(a, b, check=True), fullgraph=True, backend="aot_eager")
+    def checked(a: Tensor, b: Tensor) -> Tensor:
+        return symmetric_matmul(a, b, check=True)
+
     a, b, c = operands(*shape, device=device)
-    assert_close(compiled(a, b), a @ b.mT)
-    assert_close(op(a, b, c, beta=1, check=True), op(a, b, c, beta=1))
-    opcheck(op, (a, b, c), {"beta": 1.0, "check": True}, test_utils="test_faketensor")
-    if a.numel():
-        with pytest.raises(RuntimeError, match=r"torchpar::symmetric_matmul: a @ b\.mT is not symmetric"):
-            compiled(a, b.flip(0))
+    assert_close(symmetric_matmul(a, b, c, beta=1, check=True), op(a, b, c, beta=1))
+    compiled = torch.compile(checked, fullgraph=True, backend="aot_eager")
+    for function in (compiled, lambda *args: vmap(checked)(*(t[None] for t in args))[0]):
+        assert_close(function(a, b), a @ b.mT)
+        function(a, b.flip(0))  # is not checked

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from torchpar.testing import OperatorTable, check_operator, operators
+from torchpar.testing import OperatorTable, check_operator
+from torchpar.testing.rules import RULES as ALL_RULES
 
 OPERATORS = ("softmax", "bessel", "numba_kernel", "roi_align", "list_of_tensors")
-SKIPPED = ("torch.compile by Inductor", "AOTInductor", "CUDA graph", "cost of a call")
-RULES = [rule for rule in operators.RULES if rule not in SKIPPED]
+SKIPPED = ("torch.compile by Inductor", "AOTInductor", "CUDA graph")
+RULES = [rule for rule in ALL_RULES if rule not in SKIPPED]
 PAGE = Path(__file__).parents[2] / "docs" / "gallery.md"
 REFUSALS = {("roi_align", "DTensor")}  # of the operators by torchpar.library
 TEXT = """# A gallery of operators
@@ -22,9 +23,9 @@ torchvision. The same lines make two operators of it: one by `torch.library`, an
 
 {table}
 
-All other rules that were tried work before and after; Inductor, CUDA graphs and the cost of a call are left
-out. Before, a derivative in forward mode is 0 or missing, without an error. On a CPU `softmax` computes
-by PyTorch; the tests also run its kernel in Triton's interpreter.
+All other rules that were tried work before and after; Inductor and CUDA graphs are left out. Before, a
+derivative in forward mode is 0 or missing, without an error. On a CPU `softmax` computes by PyTorch; the
+tests also run its kernel in Triton's interpreter.
 
 - DTensor refuses `roi_align`: no rule is registered. Its backward, an operator too, would need another.
 - An operator that writes to an argument has no gradient, by `torch.library` and by `torchpar.library`.

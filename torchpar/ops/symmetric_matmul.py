@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchpar.library import Wrap, batch_first, is_dtensor, sample, supports_tma
+from torchpar.library import Wrap, batch_first, is_dtensor, is_transformed, sample, supports_tma
 from torchpar.ops import symmetric_cpu
 from torchpar.ops._operator import operator
 from torchpar.ops.matrix import check_dtype, check_like, fp32_precision, product
@@ -50,7 +50,7 @@ def symmetric_matmul(
             ``c`` needs ``beta``, and a ``beta`` other than 0 needs ``c``.
         check: compute the whole product in float64, and raise if the product or ``c`` is not symmetric up to
             the rounding of ``a``, ``b`` and ``c``. For debugging: it takes several times as long, and waits
-            for the device. Ignored under torch.func transforms.
+            for the device. Ignored in compiled graphs and under torch.func transforms.
         out: where to put the result: ``(*, n, n)``, of ``a``'s dtype, or float32 for an ``a`` of float16 or
             bfloat16. It may be ``c``, to which the product is then added in place: from 512 rows on no other
             matrix of this size is made. Without gradients, torch.func and DTensors.
@@ -63,16 +63,19 @@ def symmetric_matmul(
             ``beta`` or a ``beta`` other than 0 without ``c``; with ``check``, a product or a ``c`` that is
             not symmetric; with ``out``, an argument that requires a gradient.
     """
+    if check and not (torch.compiler.is_compiling() or is_transformed()):
+        _check(a, b, c, beta, out)
+        # The shards of a DTensor need not be symmetric.
+        whole: list[Any] = [a, b, c if beta else None]
+        _check_symmetry(*(t if t is None or not is_dtensor(t) else t.full_tensor() for t in whole))
     if out is None:
-        return _op(a, b, c, alpha=alpha, beta=beta, check=check)  # type: ignore[no-any-return]
+        return _op(a, b, c, alpha=alpha, beta=beta)  # type: ignore[no-any-return]
     _check(a, b, c, beta, out)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (out, a, b, c)):
         raise RuntimeError(
             "symmetric_matmul(): functions with out=... arguments don't support automatic differentiation, "
             "but one of the arguments requires grad."
         )
-    if check:
-        _check_symmetry(a, b, c if beta else None)
     if c is not None and c is not out and beta:
         out.copy_(c)
     _addmm_op(out, a, b, alpha=alpha, beta=beta or 0.0)
@@ -124,35 +127,16 @@ def _check_symmetry(a: Tensor, b: Tensor, c: Tensor | None) -> None:
 
 
 def _formula(
-    a: Tensor,
-    b: Tensor,
-    c: Tensor | None = None,
-    *,
-    alpha: float = 1.0,
-    beta: float | None = None,
-    check: bool = False,
+    a: Tensor, b: Tensor, c: Tensor | None = None, *, alpha: float = 1.0, beta: float | None = None
 ) -> Tensor:
     _check(a, b, c, beta)
-    if _is_checked_dtensor(a, b, c, check=check):
-        _check_symmetry(*(t if t is None else t.full_tensor() for t in (a, b, c if beta else None)))  # type: ignore[attr-defined, arg-type]
-        return _op(a, b, c, alpha=alpha, beta=beta)  # type: ignore[no-any-return]
     return product(a, b, c, alpha, beta or 0.0)
 
 
-def _is_checked_dtensor(a: Tensor, *_: Any, check: bool = False, **factors: Any) -> bool:
-    """Whether the check needs the whole product, since its shards need not be symmetric."""
-    return check and is_dtensor(a)
-
-
-def _is_opaque(a: Tensor, *_: Any, check: bool = False, **factors: Any) -> bool:
-    return check or symmetric_cpu.is_opaque(a)
-
-
 @operator(
-    "symmetric_matmul(Tensor a, Tensor b, Tensor? c=None, *, "
-    "float alpha=1.0, float? beta=None, bool check=False) -> Tensor",
+    "symmetric_matmul(Tensor a, Tensor b, Tensor? c=None, *, float alpha=1.0, float? beta=None) -> Tensor",
     kernels="matmul_t",
-    opaque=_is_opaque,
+    opaque=lambda a, *args, **kwargs: symmetric_cpu.is_opaque(a),
 )
 def _op(
     a: Tensor,
@@ -161,12 +145,9 @@ def _op(
     *,
     alpha: float = 1.0,
     beta: float | None = None,
-    check: bool = False,
     wrap: Wrap,
 ) -> Tensor:
     _check(a, b, c, beta)
-    if check:
-        _check_symmetry(a, b, c if beta else None)
     return symmetric_product(a, b, c, alpha, beta or 0.0, wrap)
 
 
@@ -205,12 +186,7 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     return da, db, ctx.beta * g if need_c else None
 
 
-_op.register_autograd(
-    _backward,
-    setup_context=_setup_context,
-    formula=_formula,
-    decompose=_is_checked_dtensor,
-)
+_op.register_autograd(_backward, setup_context=_setup_context, formula=_formula)
 
 
 @_op.register_vmap

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from torchpar.errors import ConfigError
-from torchpar.testing import calls, derivatives, integration
 from torchpar.testing.case import (
     REFUSALS,
     Attempts,
@@ -20,14 +19,13 @@ from torchpar.testing.case import (
     Failed,
     Fallback,
     NotRun,
-    Rule,
     Sample,
     Wrong,
 )
+from torchpar.testing.rules import RULES
 
 FALLS_BACK = "falls back to the formula"
 OUTCOMES = ("not run", "works", FALLS_BACK, "refuses", "crashes", "wrong")  # from the best to the worst
-RULES: dict[str, Rule] = {**calls.RULES, **derivatives.RULES, **integration.RULES}
 LONGEST = 110  # characters of a message
 BUILT_IN = ("aten", "prim", "prims", "profiler")  # namespaces of PyTorch's own operators
 
@@ -74,12 +72,6 @@ class OperatorTable:
         lines = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in table)
         return "\n".join([self.name, *(line.rstrip() for line in lines)])
 
-    def markdown(self) -> str:
-        """The table in Markdown, without the samples."""
-        lines = [f"| {self.name} | outcome | detail |", "|---|---|---|"]
-        lines += [f"| {r.rule} | {r.outcome} | {r.detail.replace('|', chr(92) + '|')} |" for r in self.rows]
-        return "\n".join(lines)
-
 
 def check_operator(
     op: Callable[..., Any],
@@ -91,14 +83,15 @@ def check_operator(
 ) -> OperatorTable:
     """Try an operator with every part of PyTorch, and compare the results with a reference.
 
-    Without a reference, values are compared with the operator's own on contiguous operands, and derivatives
-    with numerical ones. The operator must not call a random generator.
+    Without a reference, values are compared with the operator's own on contiguous operands, and "gradcheck"
+    and "gradgradcheck" with numerical derivatives; the other rules for derivatives are not run. The operator
+    must not call a random generator.
 
     Args:
         op: an operator of `torch.ops`, what `torch.library.custom_op` returns, or a function that calls one
             operator that is not PyTorch's own. It must not write to its operands.
         samples: samples, or tuples of arguments, or a function that returns them. Derivatives are taken with
-            respect to all floating operands. Without a reference these have to be float64.
+            respect to all floating operands. For the numerical ones these have to be float64.
         reference: a differentiable function of the same arguments, of PyTorch's own operators.
         rules: a name or names from `RULES`, or "all"; by default all but the slow ones.
         ranks: the number of simulated ranks for DTensors.

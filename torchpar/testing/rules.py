@@ -1,0 +1,580 @@
+# SPDX-License-Identifier: MIT
+"""The rules of an operator's table, in its order: each tries an operator with one part of PyTorch."""
+
+import copy
+import io
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.autograd.gradcheck import GradcheckError
+from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
+
+from torchpar.testing.case import (
+    LAYOUTS,
+    LOW,
+    Attempts,
+    Calls,
+    Case,
+    Failed,
+    Function,
+    Layout,
+    NotRun,
+    Rules,
+    Tensors,
+    Wrong,
+    accurate,
+    cast,
+    close,
+    gradients,
+    normal_like,
+    rolled,
+    same_bits,
+    same_metadata,
+)
+from torchpar.testing.placements import every_placement
+
+RULES = Rules()
+
+
+# Plain calls: values, the schema, and the shapes that it promises
+
+
+@RULES.add("values")
+def _(case: Case) -> None:
+    operands = case.operands if case.reference is not None else [t.contiguous() for t in case.operands]
+    try:
+        actual, expected = case.op(*case.operands), case.plain(*operands)
+    except Exception as e:  # samples are what the operator takes
+        raise Failed(f"{type(e).__name__}: {e}") from e
+    close(actual, expected)
+
+
+@RULES.add("same bits twice")
+def _(case: Case) -> None:
+    first = case.op(*case.operands)
+    for _ in range(3):  # chance may agree once
+        same_bits(case.op(*case.operands), first)
+
+
+@RULES.add("operands and results")
+def _(case: Case) -> None:
+    is_alias = torch._C._is_alias_of  # type: ignore[attr-defined]
+    operands = [t.clone() for t in case.operands]
+    results = case.op(*operands)
+    for i, (t, before) in enumerate(zip(operands, case.operands, strict=True)):
+        if t._version or not torch.equal(t.nan_to_num(), before.nan_to_num()):
+            raise Wrong(f"operand {i} is written to")
+        if any(is_alias(y, t) for y in results):
+            raise Wrong(f"a result shares the memory of operand {i}")
+    if any(is_alias(a, b) for a, b in itertools.combinations(results, 2)):
+        raise Wrong("two results share memory")
+
+
+@RULES.add("schema")
+def _(case: Case) -> Attempts:
+    if case.overload is None:
+        raise NotRun("no operator was called")
+    with Calls() as calls:
+        case.op(*case.operands)
+    if case.overload not in calls.seen and case.callable is not case.overload:
+        raise NotRun("the operator decomposes before it is dispatched")
+    arguments = calls.seen.get(case.overload, case.arguments(case.operands))
+
+    def check(test: str, requires_grad: bool) -> None:
+        def prepared(t: Tensor) -> Tensor:
+            return t.detach().requires_grad_(requires_grad and t.is_floating_point())
+
+        args, kwargs = tree_map_only(Tensor, prepared, arguments)
+        found = torch.library.opcheck(case.overload, args, kwargs, test_utils=test, raise_exception=False)
+        if found[test] != "SUCCESS":
+            raise Wrong(f"opcheck: {found[test]}")
+
+    for test in ("test_schema", "test_autograd_registration"):
+        for requires_grad in (False, True):
+            yield test, partial(check, test, requires_grad)
+
+
+def _other_operands(case: Case) -> Iterator[tuple[str, Tensors]]:
+    yield "as given", case.operands
+    for name, layout in LAYOUTS.items():
+        yield f"{name} operands", tuple(map(layout, case.operands))
+        for i, t in enumerate(case.operands if len(case.operands) > 1 else ()):
+            yield f"{name} operand {i}", (*case.operands[:i], layout(t), *case.operands[i + 1 :])
+    yield from case.resized(lambda t, dim: t.narrow(dim, 0, 0))
+    yield from case.resized(lambda t, dim: t.narrow(dim, 0, min(t.shape[dim], 1)))
+    yield "operands without dimensions", tuple(t.flatten()[0] if t.numel() else t for t in case.operands)
+
+
+def _layouts(check: Callable[[Case, Tensors], None], case: Case) -> Attempts:
+    for name, operands in _other_operands(case):
+        yield name, partial(check, case, operands)
+
+
+def _same_values(case: Case, operands: Tensors) -> None:
+    actual = case.takes(operands)
+    copies = [t.clone(memory_format=torch.contiguous_format) for t in operands]
+    close(actual, case.takes(copies, case.plain))
+
+
+def _right_fakes(case: Case, operands: Tensors) -> None:
+    actual = case.takes(operands)
+    with FakeTensorMode() as mode:
+        fakes = case.op(*map(mode.from_tensor, operands))
+    same_metadata(fakes, actual)
+
+
+RULES.add("layouts and sizes")(partial(_layouts, _same_values))
+RULES.add("fake tensors")(partial(_layouts, _right_fakes))
+
+
+@RULES.add("low precision")
+def _(case: Case) -> Attempts:
+    case.expect_reference()
+
+    def values(operands: Tensors) -> None:
+        actual = case.takes(operands)
+        accurate(actual, case.plain(*operands), case.plain(*cast(operands, torch.float64)))
+
+    def pulled(operands: Tensors, dtype: torch.dtype) -> None:
+        case.takes(operands)
+
+        def computed(function: Function, chosen: Tensors) -> Tensors:
+            xs = case.leaves(chosen)
+            ys = case.smooth(function)(*xs)
+            return gradients(ys, xs, [normal_like(y).to(dtype).to(y.dtype) for y in ys])
+
+        exact = computed(case.plain, cast(operands, torch.float64))
+        accurate(computed(case.op, operands), computed(case.plain, operands), exact)
+
+    for dtype in (torch.float32, *LOW):
+        operands = cast(case.operands, dtype)
+        yield str(dtype), partial(values, operands)
+        yield f"{dtype}, gradients", partial(pulled, operands, dtype)
+
+
+# Derivatives
+
+
+def _numerically(check: Callable[..., Any], case: Case) -> None:
+    if {t.dtype for t in case.floating} != {torch.float64}:
+        raise NotRun("no floating operand, or operands that are not float64")
+    try:
+        check(case.smooth(case.op), case.leaves())
+    except GradcheckError as e:
+        raise Wrong(str(e)) from e
+
+
+RULES.add("gradcheck")(partial(_numerically, torch.autograd.gradcheck))
+RULES.add("gradgradcheck")(partial(_numerically, torch.autograd.gradgradcheck))
+
+
+def pulled_back(
+    f: Function,
+    case: Case,
+    layout: Layout = lambda t: t,
+    of_operands: Layout = lambda t: t,
+    required: Sequence[int] | None = None,
+    used: slice = slice(None),
+) -> Tensors:
+    """Gradients of ``f`` for normally distributed incoming ones, of any layout."""
+    xs = case.leaves()
+    chosen = xs if required is None else [xs[i] for i in required]
+    for x in xs:
+        x.requires_grad_(any(x is one for one in chosen))
+    ys = f(*map(of_operands, xs))[used]
+    return gradients(ys, chosen, [layout(normal_like(y)) for y in ys])
+
+
+def _pulled_back_twice(f: Function, case: Case, layout: Layout) -> Tensors:
+    xs = case.leaves()
+    ys = f(*map(layout, xs))
+    incoming = [normal_like(y).requires_grad_() for y in ys]
+    first = torch.autograd.grad(
+        ys, xs, list(map(layout, incoming)), create_graph=True, materialize_grads=True
+    )
+    total = sum((g.square().sum() for g in first), torch.zeros(()))
+    return torch.autograd.grad(total, (*xs, *incoming), materialize_grads=True)
+
+
+@RULES.add("incoming gradients of any layout")
+def _(case: Case) -> Attempts:
+    for name, layout in LAYOUTS.items():
+        yield name, partial(case.transformed, pulled_back, layout=layout)
+        if "expanded" not in name:
+            both = partial(case.transformed, pulled_back, layout=layout, of_operands=layout)
+            yield f"{name}, and operands", both
+            twice = partial(case.transformed, _pulled_back_twice, layout=layout)
+            yield f"{name}, second derivatives", twice
+
+
+@RULES.add("any of the gradients")
+def _(case: Case) -> Attempts:
+    """Some operands do not require a gradient, and some results have none."""
+    operands, results = range(len(case.floating)), len(case.oracle(*case.floating))
+    for i in operands:
+        for required in dict.fromkeys([(i,), tuple(j for j in operands if j != i) or (i,)]):
+            yield f"of operands {required}", partial(case.transformed, pulled_back, required=required)
+    for i in range(results) if results > 1 else ():
+        yield f"of result {i}", partial(case.transformed, pulled_back, used=slice(i, i + 1))
+
+
+@RULES.add("changes after the call")
+def _(case: Case) -> Attempts:
+    """A tensor that the backward needs is changed in place: right gradients, or autograd's error."""
+
+    def check(of_results: bool) -> None:
+        expected, leaves = pulled_back(case.oracle, case), case.leaves()
+        xs = [x.clone() for x in leaves]
+        ys = case.smooth(case.op)(*xs)
+        try:
+            with torch.no_grad():
+                for t in ys if of_results else xs:
+                    t.add_(1)
+            actual = gradients(ys, leaves, list(map(normal_like, ys)))
+        except RuntimeError as e:
+            if "modified by an inplace operation" not in str(e):
+                raise
+        else:
+            close(actual, expected)
+
+    for what in ("operands", "results"):
+        yield f"of {what}", partial(check, what == "results")
+
+
+@RULES.add("forward mode")
+def _(case: Case) -> Attempts:
+    def pushed(f: Function, case: Case, chosen: Sequence[int]) -> list[Tensor]:
+        with forward_ad.dual_level():
+            xs = [x.clone() for x in case.floating]
+            for i in chosen:
+                xs[i] = forward_ad.make_dual(xs[i], normal_like(xs[i]))
+            ys = [forward_ad.unpack_dual(y) for y in f(*xs)]
+            return [(torch.zeros_like(y.primal) if y.tangent is None else y.tangent).clone() for y in ys]
+
+    everything = tuple(range(len(case.floating)))
+    for chosen in dict.fromkeys([everything, *((i,) for i in everything)]):
+        yield f"of operands {chosen}", partial(case.transformed, pushed, chosen=chosen)
+
+
+def _scalar(f: Function) -> Callable[..., Tensor]:
+    """A scalar whose gradient differs from element to element."""
+    return lambda *xs: sum((y + y.square()).sum() for y in f(*xs))  # type: ignore[return-value]
+
+
+def _every(case: Case) -> tuple[int, ...]:
+    return tuple(range(len(case.floating)))
+
+
+def _vjp(f: Function, case: Case) -> Any:
+    ys, pull, *_ = vjp(f, *case.floating)
+    return pull(tuple(map(normal_like, ys)))
+
+
+def _jvp(f: Function, xs: Tensors) -> Any:
+    return jvp(f, xs, tuple(map(normal_like, xs)))
+
+
+def _batched(f: Function, case: Case) -> Tensors:
+    xs = case.leaves()
+    ys = f(*xs)
+    batches = [torch.stack([normal_like(y, seed) for seed in range(3)]) for y in ys]
+    found = torch.autograd.grad(ys, xs, batches, allow_unused=True, is_grads_batched=True)
+    return tuple(x.new_zeros(3, *x.shape) if g is None else g for x, g in zip(xs, found, strict=True))
+
+
+def _checkpointed(f: Function, case: Case) -> Tensors:
+    return pulled_back(lambda *xs: checkpoint(f, *xs, use_reentrant=False), case)
+
+
+TRANSFORMS: dict[str, Callable[..., Any]] = {
+    "batched gradients": _batched,
+    "checkpoint": _checkpointed,
+    "torch.func: vjp": _vjp,
+    "torch.func: jvp": lambda f, case: _jvp(f, case.floating),
+    "torch.func: jacrev": lambda f, case: jacrev(f, _every(case))(*case.floating),
+    "torch.func: jacfwd": lambda f, case: jacfwd(f, _every(case))(*case.floating),
+    "torch.func: hessian": lambda f, case: hessian(_scalar(f), _every(case))(*case.floating),
+    "torch.func: jacrev of jacfwd": lambda f, case: jacrev(jacfwd(f, _every(case)), _every(case))(
+        *case.floating
+    ),
+    "torch.func: jvp of jvp": lambda f, case: _jvp(lambda *xs: _jvp(f, xs)[1], case.floating),
+}
+
+
+for _name, _transform in TRANSFORMS.items():
+    RULES.add(_name)(partial(Case.transformed, transform=_transform))
+
+
+# vmap
+
+
+def _stacked(results: Sequence[Tensors]) -> Tensors:
+    return tuple(map(torch.stack, zip(*results, strict=True)))
+
+
+def _vmap(case: Case, in_dims: tuple[int | None, ...]) -> None:
+    samples = [
+        tuple(t if dim is None else rolled(t, k) for t, dim in zip(case.operands, in_dims, strict=True))
+        for k in range(3)
+    ]
+    batches = [
+        t if dim is None else batch.movedim(0, dim)
+        for t, dim, batch in zip(case.operands, in_dims, _stacked(samples), strict=True)
+    ]
+    expected = _stacked([case.plain(*one) for one in samples])
+    close(vmap(case.op, in_dims)(*batches), expected)
+    close(vmap(case.op, in_dims, out_dims=-1)(*batches), [y.movedim(0, -1) for y in expected])
+    case.expect_call(lambda: vmap(case.op, in_dims)(*batches))
+
+
+@RULES.add("vmap over one operand")
+def _(case: Case) -> Attempts:
+    for i, t in enumerate(case.operands):
+        for dim in range(t.dim() + 1):
+            in_dims = tuple(dim if i == j else None for j in range(len(case.operands)))
+            yield f"in_dims {in_dims}", partial(_vmap, case, in_dims)
+
+
+@RULES.add("vmap over all operands")
+def _(case: Case) -> Attempts:
+    count = len(case.operands)
+    for in_dims in ((0,) * count, (-1,) * count, tuple(-(i % 2) for i in range(count))):
+        yield f"in_dims {in_dims}", partial(_vmap, case, in_dims)
+
+
+@RULES.add("vmap of vmap")
+def _(case: Case) -> None:
+    rows = [[tuple(rolled(t, 2 * i + j) for t in case.operands) for j in range(2)] for i in range(3)]
+    batches = _stacked([_stacked(row) for row in rows])
+    close(
+        vmap(vmap(case.op))(*batches), _stacked([_stacked([case.plain(*one) for one in row]) for row in rows])
+    )
+    case.expect_call(lambda: vmap(vmap(case.op))(*batches))
+
+
+OF_BATCHES: dict[str, Callable[[Function, Tensors], Any]] = {
+    "vmap of jvp": lambda f, xs: vmap(lambda *x: jvp(f, x, tuple(t.cos() for t in x)))(*xs),
+    "vmap of vjp": lambda f, xs: vmap(lambda *x: vjp(f, *x)[1](f(*x)))(*xs),
+    "jacfwd of vmap": lambda f, xs: jacfwd(vmap(f), tuple(range(len(xs))))(*xs),
+    "hessian of vmap": lambda f, xs: hessian(_scalar(vmap(f)))(*xs),
+    "vmap of vmap of grad": lambda f, xs: vmap(vmap(grad(_scalar(f))))(*(torch.stack([x, x]) for x in xs)),
+    "vmap of grad": lambda f, xs: vmap(grad(_scalar(f), tuple(range(len(xs)))))(*xs),
+    "gradients of vmap": lambda f, xs: torch.autograd.grad(_scalar(vmap(f))(*xs), xs, materialize_grads=True),
+}
+
+
+@RULES.add("vmap and gradients")
+def _(case: Case) -> Attempts:
+    samples = [tuple(rolled(t, k) for t in case.floating) for k in range(3)]
+    oracle = case.oracle
+
+    def check(transform: Callable[[Function, Tensors], Any]) -> None:
+        batches = tuple(t.requires_grad_() for t in _stacked(samples))
+        close(transform(case.smooth(case.op), batches), transform(oracle, batches))
+        case.expect_call(lambda: transform(case.smooth(case.op), batches))
+
+    for name, transform in OF_BATCHES.items():
+        yield name, partial(check, transform)
+
+
+# Modes, and other kinds of tensors
+
+
+@RULES.add("autocast")
+def _(case: Case) -> Attempts:
+    case.expect_reference()
+
+    def check(dtype: torch.dtype, given: torch.dtype, batch: bool = False) -> None:
+        operands = cast(case.operands, given)
+        native, device = case.takes(operands), operands[0].device.type
+        with torch.autocast(device, dtype):
+            actual = case.op(*operands)
+            if batch:
+                actual = tuple(y[0] for y in vmap(case.op)(*(t[None] for t in operands)))
+            theirs = case.plain(*operands)
+            with torch.autocast(device, enabled=False):
+                same_bits(case.op(*operands), native)
+        accurate(actual, theirs, case.plain(*cast(operands, torch.float64)))
+        if actual[0].dtype == torch.float32:
+            keeps.append(dtype)
+
+    keeps: list[torch.dtype] = []
+    for dtype in LOW:
+        yield f"to {dtype}", partial(check, dtype, torch.float32)
+        yield f"to {dtype}, in vmap", partial(check, dtype, torch.float32, True)
+    yield "of float64", partial(check, torch.bfloat16, torch.float64)
+    return "it keeps float32" if keeps else "it casts to autocast's dtype"
+
+
+@RULES.add("grad modes")
+def _(case: Case) -> Attempts:
+    def check(mode: Any) -> None:
+        expected = case.op(*case.operands)
+        xs = [t.clone().requires_grad_(t.is_floating_point()) for t in case.operands]
+        with mode():
+            ys = case.op(*xs)
+            close(case.op(*(t.clone() for t in case.operands)), expected)
+        close(ys, expected)
+        if any(y.requires_grad or y.is_inference() != (mode is torch.inference_mode) for y in ys):
+            raise Wrong("the result requires a gradient, or is no inference tensor")
+
+    for mode in (torch.no_grad, torch.inference_mode):
+        yield mode.__name__, partial(check, mode)
+
+
+@RULES.add("functionalize, and a copied graph")
+def _(case: Case) -> None:
+    expected = case.op(*case.operands)
+    close(functionalize(case.op)(*case.operands), expected)
+    graph = make_fx(functionalize(case.op))(*case.operands)
+    close(copy.deepcopy(graph)(*case.operands), expected)
+
+
+class _Wrapped(Tensor):
+    """A tensor subclass that computes with the tensor inside."""
+
+    @staticmethod
+    def __new__(cls, inside: Tensor) -> Any:
+        how: Any = {"strides": inside.stride(), "dtype": inside.dtype, "device": inside.device}
+        wrapped = Tensor._make_wrapper_subclass(cls, inside.shape, **how)
+        wrapped.inside = inside  # type: ignore[attr-defined]
+        return wrapped
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        args, kwargs = tree_map_only(_Wrapped, lambda t: t.inside, (args, kwargs or {}))
+        return tree_map_only(Tensor, cls, func(*args, **kwargs))
+
+
+def _inner(tensors: Tensors) -> Tensors:
+    if any(not isinstance(t, _Wrapped) for t in tensors):
+        raise Wrong("the result is no tensor of the subclass")
+    return tuple(t.inside for t in tensors)  # type: ignore[attr-defined]
+
+
+@RULES.add("tensor subclass")
+def _(case: Case) -> Attempts:
+    def pulled() -> None:
+        xs = tuple(_Wrapped(t).requires_grad_() for t in case.floating)
+        ys = case.smooth(case.op)(*xs)
+        incoming = [_Wrapped(normal_like(y)) for y in case.oracle(*case.floating)]
+        close(_inner(gradients(ys, xs, incoming)), pulled_back(case.oracle, case))
+
+    yield "values", lambda: close(_inner(case.op(*map(_Wrapped, case.operands))), case.op(*case.operands))
+    if case.floating:
+        yield "gradients", pulled
+
+
+# Compilers
+
+
+def _compiled(case: Case, **how: Any) -> Attempts:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return case.callable(*args, **kwargs)
+
+    def values(operands: Tensors) -> None:
+        expected, actual = case.takes(operands), compiled(*operands)
+        close(actual, expected)
+        same_metadata(actual, expected)
+
+    def pulled() -> None:
+        transform = partial(pulled_back, case=case, layout=LAYOUTS["permuted"])
+        close(transform(case.smooth(compiled)), transform(case.oracle))
+
+    torch._dynamo.reset()
+    compiled = case.bind(torch.compile(call, fullgraph=True, **how))
+    yield "values", partial(values, case.operands)
+    if case.floating:
+        yield "gradients", pulled
+    for name, operands in case.resized(lambda t, dim: torch.cat([t, t], dim)) if "dynamic" in how else ():
+        yield f"twice {name}", partial(values, operands)
+    torch._dynamo.reset()
+
+
+def _expect_compiler() -> None:
+    if not any(map(shutil.which, filter(None, [os.environ.get("CXX"), "g++", "clang++"]))):
+        raise NotRun("no C++ compiler")
+
+
+def _by_inductor(case: Case) -> Attempts:
+    _expect_compiler()
+    from torch._inductor import config
+
+    with config.patch(compile_threads=1):  # processes would take longer to start
+        yield from _compiled(case, backend="inductor")
+
+
+RULES.add("torch.compile")(partial(_compiled, backend="aot_eager"))
+RULES.add("torch.compile, dynamic")(partial(_compiled, backend="aot_eager", dynamic=True))
+RULES.add("torch.compile by Inductor", once=True)(_by_inductor)
+
+
+def _export(case: Case) -> Any:
+    class Module(torch.nn.Module):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return case.callable(*args, **kwargs)
+
+    return torch.export.export(Module(), *case.arguments(case.operands))
+
+
+@RULES.add("torch.export, save and load", once=True)
+def _(case: Case) -> Attempts:
+    def reloaded() -> Any:
+        file = io.BytesIO()
+        torch.export.save(program, file)
+        file.seek(0)
+        return torch.export.load(file)
+
+    def check(stage: Callable[[], Any]) -> None:
+        close(case.bind(stage().module())(*case.operands), case.op(*case.operands))
+
+    program = _export(case)
+    yield "exported", partial(check, lambda: program)
+    yield "loaded", partial(check, reloaded)
+    yield "decomposed", partial(check, program.run_decompositions)
+    whole = any(node.target is case.overload for node in program.graph.nodes)
+    return "the graph holds the operator" if whole else "the graph holds other operators"
+
+
+@RULES.add("AOTInductor", once=True, slow=True)
+def _(case: Case) -> None:
+    _expect_compiler()
+    with TemporaryDirectory() as folder:
+        package = str(Path(folder) / "operator.pt2")
+        torch._inductor.aoti_compile_and_package(_export(case), package_path=package)
+        close(case.bind(torch._inductor.aoti_load_package(package))(*case.operands), case.op(*case.operands))
+
+
+# Ranks, a GPU, and speed
+
+RULES.add("DTensor")(every_placement)
+
+
+@RULES.add("CUDA graph")
+def _(case: Case) -> None:
+    """Captured on another stream, and replayed with other operands in the same memory."""
+    if not torch.cuda.is_available():
+        raise NotRun("no GPU")
+    operands = [t.cuda() for t in case.operands]
+    others = [rolled(t, 1).cuda() for t in case.operands]
+    case.takes(operands)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = case.op(*operands)
+    for t, changed in zip(operands, others, strict=True):
+        t.copy_(changed)
+    graph.replay()
+    close(actual, case.op(*others))
