@@ -21,6 +21,7 @@ COPIES_NEED_FENCE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 @instruction("ld.param")
 def _load_parameter(i: Instruction) -> Run:
     to, source = i.operands
+    assert len(i.parts) == 3
     put, read = writer(to, i.parts[-1]), reader(source.base, i.parts[-1])
     return lambda warp: put(warp, read(warp))
 
