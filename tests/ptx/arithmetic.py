@@ -12,7 +12,7 @@ import numpy as np
 
 from .machine import Run, Warp, elementwise, instruction
 from .parse import Constant, Instruction
-from .registers import DTYPES, FLOATS, LANES, PAIRS, Values, writer
+from .registers import DTYPES, FLOATS, HALVES, LANES, PAIRS, Values, writer
 
 
 def quotient(a: Values, b: Values) -> Values:
@@ -72,21 +72,21 @@ FUNCTIONS = {
     "xor": np.bitwise_xor,
     "not": np.invert,
 }
-OF_FLOATS = {  # and their bounds by 9.7.3
-    "div": np.divide,
-    "max": larger,
-    "max.NaN": larger_or_nan,
+OF_FLOATS = {"div": np.divide, "max": larger, "max.NaN": larger_or_nan}
+OF_FLOAT32 = {  # with their bounds by 9.7.3
     "ex2.approx": approximate(np.exp2, 2**-22),
     "sqrt.approx": approximate(np.sqrt, 2**-23),
     "div.full": approximate(np.divide, 2**-22),
 }
+OF_HALVES = {"mul": np.multiply, "max.NaN": larger_or_nan}  # exact in float32, which is rounded once
 
 
-@instruction(*FUNCTIONS, *OF_FLOATS)
+@instruction(*FUNCTIONS, *OF_FLOATS, *OF_FLOAT32)
 def _arithmetic(i: Instruction) -> Run:
     *parts, kind = i.parts
     name = ".".join(part for part in parts if part not in ("rn", "ftz"))
-    function = (FUNCTIONS | OF_FLOATS if kind in FLOATS else FUNCTIONS)[name]
+    of_kind = {"f32": OF_FLOAT32 | OF_FLOATS, "f64": OF_FLOATS}.get(kind, {})
+    function = OF_HALVES[name] if kind in HALVES else (FUNCTIONS | of_kind)[name]
     kinds = [kind] * len(i.operands)
     if "ftz" in parts:
         return elementwise(i, lambda *x: flush(function(*map(flush, x))), *kinds)
@@ -156,14 +156,17 @@ COMPARE = {
 def _compare(i: Instruction) -> Run:
     """Of floats the comparisons ending in "u" hold for NaN, and the others do not, "ne" included."""
     _, name, kind = i.parts
-    compare, unordered = COMPARE.get(name[:2]), len(name) == 3
-    if name == "nan":
-        return elementwise(i, lambda a, b: np.isnan(a) | np.isnan(b), "pred", kind, kind)
     if kind not in FLOATS:
         return elementwise(i, COMPARE[name], "pred", kind, kind)
-    assert compare is not None
-    nan_aware = lambda a, b: np.where(np.isnan(a) | np.isnan(b), unordered, compare(a, b))  # noqa: E731
-    return elementwise(i, nan_aware, "pred", kind, kind)
+    if name == "nan":
+        return elementwise(i, lambda a, b: np.isnan(a) | np.isnan(b), "pred", kind, kind)
+    compare, for_nan = COMPARE[name[:2]], name[2:] == "u"
+
+    def run(a: Values, b: Values) -> Values:
+        return np.where(np.isnan(a) | np.isnan(b), for_nan, compare(a, b))
+
+    assert name[2:] in ("", "u")
+    return elementwise(i, run, "pred", kind, kind)
 
 
 @instruction("selp")
@@ -181,10 +184,12 @@ def _move(i: Instruction) -> Run:
 @instruction("cvt")
 def _convert(i: Instruction) -> Run:
     _, *modifiers, to, source = i.parts
+    to_integer = source in FLOATS and to not in FLOATS
+    assert modifiers == ["rzi"] if to_integer else modifiers in ([], ["rn"])
+    assert to not in HALVES or source == "f32"
     if to in PAIRS:  # the first source becomes the upper half
         return elementwise(i, lambda high, low: np.stack([low, high]), to, source, source)
-    if source in FLOATS and to not in FLOATS:
-        assert modifiers == ["rzi"]
+    if to_integer:
         limits = np.iinfo(DTYPES[to])
 
         def truncate(x: Values) -> Values:
@@ -192,7 +197,6 @@ def _convert(i: Instruction) -> Run:
             return np.clip(whole, limits.min, limits.max).astype(DTYPES[to])
 
         return elementwise(i, truncate, to, source)
-    assert modifiers in ([], ["rn"])
     if to == "f32" and source[0] in "su":  # from 64 bits through a wider format, so that it is rounded once
         return elementwise(i, lambda x: x.astype(np.longdouble), to, source)
     return elementwise(i, lambda x: x, to, source)

@@ -8,9 +8,9 @@ import numpy as np
 import triton
 
 from .asynchronous import Groups, Operation
-from .machine import Run, Warp, instruction
+from .machine import Run, Warp, action, instruction
 from .memory import Space
-from .parse import Address, Instruction, PtxError, flat
+from .parse import Instruction, PtxError, flat
 from .registers import DTYPES, reader, writer
 
 # Triton 3.6 makes no proxy fence between cp.async and a wgmma that reads what was copied, where a tile has no
@@ -18,14 +18,10 @@ from .registers import DTYPES, reader, writer
 COPIES_NEED_FENCE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 
 
-def address_reader(address: Address) -> Callable[[Warp], Any]:
-    read = reader(address.base, getattr(address.base, "kind", "u32"))
-    return lambda warp: read(warp).astype(np.int64) + address.offset
-
-
 @instruction("ld.param")
 def _load_parameter(i: Instruction) -> Run:
     to, source = i.operands
+    assert len(i.parts) == 3
     put, read = writer(to, i.parts[-1]), reader(source.base, i.parts[-1])
     return lambda warp: put(warp, read(warp))
 
@@ -42,7 +38,7 @@ def _access(i: Instruction, count: int) -> tuple[Callable[[Warp], Space], str]:
 def _load(i: Instruction) -> Run:
     to, source = flat(i.operands[0]), i.operands[1]
     space, kind = _access(i, len(to))
-    puts, addresses, dtype = [writer(one, kind) for one in to], address_reader(source), DTYPES[kind]
+    puts, addresses, dtype = [writer(one, kind) for one in to], reader(source), DTYPES[kind]
 
     def run(warp: Warp) -> None:
         lanes, loaded = warp.lanes(), np.zeros((32, len(puts)), dtype)
@@ -58,7 +54,7 @@ def _load(i: Instruction) -> Run:
 def _store(i: Instruction) -> Run:
     to, source = i.operands[0], flat(i.operands[1])
     space, kind = _access(i, len(source))
-    reads, addresses = [reader(one, kind) for one in source], address_reader(to)
+    reads, addresses = [reader(one, kind) for one in source], reader(to)
 
     def run(warp: Warp) -> None:
         lanes = warp.lanes()
@@ -118,7 +114,7 @@ class Copy(Operation):
 def _copy(i: Instruction) -> Run:
     """Each thread copies ``size`` bytes: from global memory, or zeros."""
     to, source, size, given = i.operands
-    to, source, size, given = address_reader(to), address_reader(source), size.bits, reader(given, "u32")
+    to, source, size, given = reader(to), reader(source), size.bits, reader(given, "u32")
     assert len(i.parts) == 5
 
     def run(warp: Warp) -> None:
@@ -143,24 +139,16 @@ def groups_of(warp: Warp, i: Instruction) -> list[Groups]:
     return [warp.groups[family, lane] for lane in warp.lanes().tolist()] if bulk else [warp.groups[family]]
 
 
-@instruction("cp.async.bulk.commit_group", results=0)
-@instruction("cp.async.commit_group", "wgmma.commit_group.sync.aligned", results=0, whole=True)
-def _commit(i: Instruction) -> Run:
-    def run(warp: Warp) -> None:
-        for groups in groups_of(warp, i):
-            groups.commit()
-
-    return run
+@action("cp.async.bulk.commit_group")
+@action("cp.async.commit_group", "wgmma.commit_group.sync.aligned", whole=True)
+def _commit(warp: Warp, i: Instruction) -> None:
+    for groups in groups_of(warp, i):
+        groups.commit()
 
 
-@instruction("cp.async.bulk.wait_group", results=0)
-@instruction("cp.async.wait_group", "wgmma.wait_group.sync.aligned", results=0, whole=True)
-def _wait(i: Instruction) -> Run:
+@action("cp.async.bulk.wait_group")
+@action("cp.async.wait_group", "wgmma.wait_group.sync.aligned", whole=True)
+def _wait(warp: Warp, i: Instruction, count: Any) -> None:
     """``read``: until shared memory has been read; otherwise, until all is done."""
-    count, left = i.operands[0].bits, int("read" in i.parts)
-
-    def run(warp: Warp) -> None:
-        for groups in groups_of(warp, i):
-            groups.wait(warp, count, left)
-
-    return run
+    for groups in groups_of(warp, i):
+        groups.wait(warp, int(count[0]), int("read" in i.parts))

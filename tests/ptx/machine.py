@@ -15,7 +15,7 @@ import numpy as np
 
 from .asynchronous import Groups, Operation
 from .memory import Allocation, Event, Events, Space
-from .parse import Constant, Instruction, Kernel, PtxError, Register, flat
+from .parse import Instruction, Kernel, PtxError, Register, Symbol, flat
 from .registers import ALL, DTYPES, LANES, SHARED_BASE, UNWRITTEN, Unready, reader, writer
 
 LIMIT = 3_000_000  # instructions of a warp
@@ -60,6 +60,33 @@ def elementwise(i: Instruction, function: Callable[..., Any], result: str, *sour
     put = writer(i.operands[0], result)
     reads = [reader(operand, kind) for operand, kind in zip(i.operands[1:], sources, strict=True)]
     return lambda warp: put(warp, function(*[read(warp) for read in reads]))
+
+
+def action(*opcodes: str, whole: bool = False, single: bool = False) -> Callable[[Any], Any]:
+    """Register a function of a warp, an instruction, and its operands' values in the threads that execute it.
+
+    An address is followed by its coordinates. ``single``: one thread alone may execute the instruction.
+    """
+
+    def register(function: Any) -> Any:
+        @instruction(*opcodes, results=0, whole=whole)
+        def build(i: Instruction) -> Run:
+            reads = []
+            for operand in i.operands:
+                if operand != Symbol("_"):
+                    reads += [reader(operand), *(reader(one) for one in getattr(operand, "coordinates", []))]
+
+            def run(warp: Warp) -> Any:
+                lanes = warp.lanes()
+                if single and len(lanes) != 1:
+                    raise PtxError(i.line, f"{len(lanes)} threads of warp {warp.index} execute {i.opcode}")
+                return function(warp, i, *[read(warp)[lanes] for read in reads])
+
+            return run
+
+        return function
+
+    return register
 
 
 def decode(kernel: Kernel) -> Kernel:
@@ -276,24 +303,18 @@ class Block:
             allocation.end_block()
 
 
-@instruction("ret", results=0, whole=True)
-def _return(i: Instruction) -> Run:
-    def run(warp: Warp) -> bool:
-        warp.done = True
-        return True
-
-    return run
+@action("ret", whole=True)
+def _return(warp: Warp, i: Instruction) -> bool:
+    warp.done = True
+    return True
 
 
-@instruction("bar.sync", results=0, whole=True)
-def _synchronize(i: Instruction) -> Run:
-    assert i.operands == [Constant(0)]
-
-    def run(warp: Warp) -> bool:
-        warp.block.arrive(warp)
-        return True
-
-    return run
+@action("bar.sync", whole=True)
+def _synchronize(warp: Warp, i: Instruction, number: Any) -> bool:
+    if number[0]:
+        raise PtxError(i.line, f"barrier {number[0]} is not modelled")
+    warp.block.arrive(warp)
+    return True
 
 
 @instruction("bra", results=0)

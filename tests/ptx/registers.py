@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .parse import Constant, Register, Symbol
+from .parse import Address, Constant, Register, Symbol
 
 LANES = np.arange(32)
 ALL = np.ones(32, np.bool_)  # the mask of a warp whose threads all execute an instruction
@@ -62,8 +62,11 @@ def encode(kind: str, values: Values) -> Values:
     return values.astype(np.float16).view(np.uint16) if kind == "f16" else values.astype(DTYPES[kind])
 
 
-def reader(operand: Any, kind: str) -> Read:
-    """A function that gives the operand's value in each thread of a warp."""
+def reader(operand: Any, kind: str = "u32") -> Read:
+    """A function that gives the operand's value in each thread of a warp; of an address that, int64."""
+    if isinstance(operand, Address):
+        base = reader(operand.base, getattr(operand.base, "kind", "u32"))
+        return lambda warp: base(warp).astype(np.int64) + operand.offset
     if kind in HALVES:
         bits = reader(operand, HALVES[kind])
         return lambda warp: decode(kind, bits(warp))

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from .asynchronous import Operation
-from .copies import address_reader
-from .machine import Run, Warp, instruction
+from .machine import Run, Warp, action, instruction
 from .parse import Instruction, PtxError
 from .registers import UNWRITTEN, Unready, Values, reader, writer
 from .registers import decode as decode_float
@@ -66,7 +65,7 @@ def _transposed(i: Instruction, count: int) -> bool:
 
 @instruction("ldmatrix", whole=True)
 def _load_matrices(i: Instruction) -> Run:
-    puts, addresses = [writer(one, "u32") for one in i.operands[0]], address_reader(i.operands[1])
+    puts, addresses = [writer(one, "u32") for one in i.operands[0]], reader(i.operands[1])
     transposed = _transposed(i, len(puts))
 
     def run(warp: Warp) -> None:
@@ -81,7 +80,7 @@ def _load_matrices(i: Instruction) -> Run:
 
 @instruction("stmatrix", results=0, whole=True)
 def _store_matrices(i: Instruction) -> Run:
-    addresses, reads = address_reader(i.operands[0]), [reader(one, "u32") for one in i.operands[1]]
+    addresses, reads = reader(i.operands[0]), [reader(one, "u32") for one in i.operands[1]]
     transposed = _transposed(i, len(reads))
 
     def run(warp: Warp) -> None:
@@ -157,12 +156,9 @@ class Matrix:
         return numbers(self.kind, raw.reshape(len(raw) * (1 if self.by_rows else 8), -1))
 
 
-@instruction("wgmma.fence.sync.aligned", results=0, whole=True)
-def _fence(i: Instruction) -> Run:
-    def run(warp: Warp) -> None:
-        warp.fence = list(warp.registers)
-
-    return run
+@action("wgmma.fence.sync.aligned", whole=True)
+def _fence(warp: Warp, i: Instruction) -> None:
+    warp.fence = list(warp.registers)
 
 
 class Product(Operation):

@@ -5,15 +5,14 @@ Sections 9.7.9 of the PTX ISA (cp.async.bulk.tensor, tensormap.replace), 9.7.13 
 tensormap.cp_fenceproxy) and 5.5 (tensors, boxes and swizzling).
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from .asynchronous import Operation
-from .copies import Copy, Places, address_reader
-from .machine import Run, Warp, instruction
-from .parse import Address, Constant, Instruction, PtxError, Symbol
+from .copies import Copy, Places
+from .machine import Run, Warp, action, instruction
+from .parse import Instruction, PtxError
 from .registers import DTYPES, SHARED_BASE, reader, writer
 
 # mbarrier: counts arrivals, and bytes of bulk copies
@@ -49,42 +48,13 @@ def barrier_at(warp: Warp, address: Any, line: int) -> Barrier:
     return barrier
 
 
-def of_one_thread(*opcodes: str) -> Callable[[Any], Any]:
-    """Register a function of a warp, an instruction, and its operands' values in the thread that executes it.
-
-    An address is followed by its coordinates.
-    """
-
-    def register(function: Any) -> Any:
-        @instruction(*opcodes, results=0)
-        def build(i: Instruction) -> Run:
-            reads: list[Any] = []
-            for operand in i.operands:
-                if isinstance(operand, Address):
-                    reads += [address_reader(operand), *(reader(one, "s32") for one in operand.coordinates)]
-                elif operand != Symbol("_"):
-                    reads.append(reader(operand, "u32"))
-
-            def run(warp: Warp) -> None:
-                lanes = warp.lanes()
-                if len(lanes) != 1:
-                    raise PtxError(i.line, f"{len(lanes)} threads of warp {warp.index} execute {i.opcode}")
-                function(warp, i, *(read(warp)[lanes] for read in reads))
-
-            return run
-
-        return function
-
-    return register
-
-
-@of_one_thread("mbarrier.init.shared::cta.b64")
+@action("mbarrier.init.shared::cta.b64", single=True)
 def _init(warp: Warp, i: Instruction, address: Any, count: Any) -> None:
     warp.block.shared.store(warp, address, np.zeros((1, 8), np.uint8), i.line)
     warp.block.memory.barriers[int(address[0]) - SHARED_BASE] = Barrier(i.line, int(count[0]))
 
 
-@of_one_thread("mbarrier.inval.shared::cta.b64")
+@action("mbarrier.inval.shared::cta.b64", single=True)
 def _invalidate(warp: Warp, i: Instruction, address: Any) -> None:
     barrier = barrier_at(warp, address, i.line)
     used = barrier.copies or barrier.pending != barrier.count
@@ -92,7 +62,7 @@ def _invalidate(warp: Warp, i: Instruction, address: Any) -> None:
     del warp.block.memory.barriers[int(address[0]) - SHARED_BASE]
 
 
-@of_one_thread("mbarrier.arrive.expect_tx.shared::cta.b64", "mbarrier.arrive.expect_tx.shared.b64")
+@action("mbarrier.arrive.expect_tx.shared::cta.b64", "mbarrier.arrive.expect_tx.shared.b64", single=True)
 def _expect(warp: Warp, i: Instruction, address: Any, count: Any) -> None:
     barrier = barrier_at(warp, address, i.line)
     barrier.update(transactions=int(count[0]))
@@ -102,7 +72,7 @@ def _expect(warp: Warp, i: Instruction, address: Any, count: Any) -> None:
 @instruction("mbarrier.try_wait.parity.shared::cta.b64", "mbarrier.try_wait.parity.shared.b64", whole=True)
 def _try_wait(i: Instruction) -> Run:
     """It may give up before the phase has ended. Here it does, and the warp goes on when it has ended."""
-    put, address = writer(i.operands[0], "pred"), address_reader(i.operands[1])
+    put, address = writer(i.operands[0], "pred"), reader(i.operands[1])
     parity = reader(i.operands[2], "u32")
 
     def run(warp: Warp) -> bool:
@@ -151,7 +121,7 @@ def _replace(i: Instruction) -> Run:
     assert i.parts[4:] == ["shared::cta", "b1024", kind]
     *ordinal, source = i.operands[1:]
     start += ordinal[0].bits * DTYPES[kind].itemsize if ordinal else 0
-    address, value = address_reader(i.operands[0]), reader(source, kind)
+    address, value = reader(i.operands[0]), reader(source, kind)
 
     def run(warp: Warp) -> None:
         space, lanes = warp.block.shared, warp.lanes()
@@ -162,47 +132,27 @@ def _replace(i: Instruction) -> Run:
     return run
 
 
-@instruction(
-    "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned",
-    results=0,
-    whole=True,
-)
-def _publish(i: Instruction) -> Run:
+@action("tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned", whole=True)
+def _publish(warp: Warp, i: Instruction, to: Any, source: Any, size: Any) -> None:
     """Copy a tensormap to global memory, for the tensormap proxy to acquire."""
-    to, source = (address_reader(one) for one in i.operands[:2])
-    assert i.operands[2] == Constant(128)
-
-    def run(warp: Warp) -> None:
-        at, space = to(warp)[:1], warp.block.space
-        space.store(warp, at, warp.block.shared.load(warp, source(warp)[:1], 128, i.line), i.line)
-        place, rows = space.locate(at, 128, i.line)
-        place.published.add(int(rows[0]))
-        place.acquired.pop(int(rows[0]), None)
-
-    return run
+    space = warp.block.space
+    space.store(warp, to[:1], warp.block.shared.load(warp, source[:1], int(size[0]), i.line), i.line)
+    place, rows = space.locate(to[:1], 128, i.line)
+    place.published.add(int(rows[0]))
+    place.acquired.pop(int(rows[0]), None)
 
 
-@instruction("fence.proxy.tensormap::generic.acquire.gpu", results=0)
-def _acquire(i: Instruction) -> Run:
-    address = address_reader(i.operands[0])
-    assert i.operands[1] == Constant(128)
-
-    def run(warp: Warp) -> None:
-        at = address(warp)[warp.lanes()][:1]
-        place, rows = warp.block.space.check_read(warp, at, 128, i.line)
-        published = int(rows[0]) in place.published
-        warp.block.space.check(published, i.line, "acquires a tensormap that was not published")
-        place.acquired[int(rows[0])] = warp.event(i.line, "the fence")
-
-    return run
+@action("fence.proxy.tensormap::generic.acquire.gpu")
+def _acquire(warp: Warp, i: Instruction, address: Any, size: Any) -> None:
+    place, rows = warp.block.space.check_read(warp, address[:1], int(size[0]), i.line)
+    published = int(rows[0]) in place.published
+    warp.block.space.check(published, i.line, "acquires a tensormap that was not published")
+    place.acquired[int(rows[0])] = warp.event(i.line, "the fence")
 
 
-@instruction("fence.proxy.async.shared::cta", results=0)
-def _fence_async(i: Instruction) -> Run:
-    def run(warp: Warp) -> None:
-        warp.fenced[:] |= warp.seen
-
-    return run
+@action("fence.proxy.async.shared::cta")
+def _fence_async(warp: Warp, i: Instruction) -> None:
+    warp.fenced[:] |= warp.seen
 
 
 class Tensor:
@@ -253,14 +203,14 @@ def places_of(warp: Warp, i: Instruction, address: Any, corner: tuple[Any, ...],
     tensor = Tensor(warp, address, i.line)
     if i.parts[4] != f"{len(corner)}d" or tensor.rank != len(corner):
         raise PtxError(i.line, f"the tensor has {tensor.rank} dimensions")
-    return tensor.places([int(one[0]) for one in corner], int(shared[0]), i.line)
+    return tensor.places([int(one.view(np.int32)[0]) for one in corner], int(shared[0]), i.line)
 
 
 TILES = [f"cp.async.bulk.tensor.{dimensions}d" for dimensions in (2, 3)]
 LOADED = "global.mbarrier::complete_tx::bytes"
 
 
-@of_one_thread(*(f"{tile}.shared::{scope}.{LOADED}" for tile in TILES for scope in ("cta", "cluster")))
+@action(*(f"{tile}.shared::{scope}.{LOADED}" for tile in TILES for scope in ("cta", "cluster")), single=True)
 def _load_box(warp: Warp, i: Instruction, shared: Any, address: Any, *others: Any) -> None:
     """What is outside of the tensor becomes zero. The mbarrier counts the bytes of the whole box."""
     *corner, counting = others
@@ -270,7 +220,7 @@ def _load_box(warp: Warp, i: Instruction, shared: Any, address: Any, *others: An
     barrier.copies[-1].start(warp.block)
 
 
-@of_one_thread(*(f"{tile}.global.shared::cta.bulk_group" for tile in TILES))
+@action(*(f"{tile}.global.shared::cta.bulk_group" for tile in TILES), single=True)
 def _store_box(warp: Warp, i: Instruction, address: Any, *others: Any) -> None:
     """What is outside of the tensor is not stored."""
     *corner, shared = others
