@@ -42,7 +42,8 @@ FUNCTIONS: dict[str, tuple[Any, Tensor, float]] = {
     "erf": (torch.erf, X, 0.51),
     "rsqrt": (torch.rsqrt, X.abs(), 0.51),
     "silu": (F.silu, X, 0.51),
-    "softplus": (F.softplus, X, 0.51),
+    "softplus": (F.softplus, 2 * X, 0.51),
+    "softplus of beta 2.5": (lambda x: F.softplus(x, 2.5), X, 0.51),
     "pow": (lambda x: x**1.7, X.abs().clamp(min=2.0**-40), 0.51),
     "log1p": (torch.log1p, torch.cat([X[X > -1], UNIT]), 0.51),
     # At ±0.999 the slope √π/2·e^(2.33²) multiplies erf's error of 4·10⁻¹⁰: 0.35 units.

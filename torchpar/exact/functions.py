@@ -9,12 +9,13 @@ calls them below autograd.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.exact.registry import check_float32
+from torchpar.exact.registry import RULES, check_float32
 from torchpar.ops._exact import power_of_two
 
 # ln 2 in a part of 32 bits, whose products with exponents are exact, and the rest.
@@ -51,6 +52,16 @@ def in_pieces(function: Callable[..., Tensor], *operands: Tensor) -> Tensor:
     return out.view(shape)
 
 
+def function(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Register a function of float64 elements for the operator ``name`` of float32."""
+
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        RULES[name] = partial(in_pieces, function)
+        return function
+
+    return register
+
+
 def _polynomial(x: Tensor, coefficients: list[float]) -> Tensor:
     """Σ c_i·xⁱ by Horner's rule."""
     result = torch.full_like(x, coefficients[-1])
@@ -59,6 +70,7 @@ def _polynomial(x: Tensor, coefficients: list[float]) -> Tensor:
     return result
 
 
+@function("exp")
 def exp64(x: Tensor) -> Tensor:
     """e^x in float64, for −708 ≤ x ≤ 709; outside that of the bound, which is 0 or infinity in float32.
 
@@ -71,6 +83,7 @@ def exp64(x: Tensor) -> Tensor:
     return result * power_of_two(n.nan_to_num().to(torch.int32), torch.float64)
 
 
+@function("log")
 def log64(x: Tensor) -> Tensor:
     """ln x in float64; −∞ for 0, and NaN for what is negative or subnormal.
 
@@ -93,11 +106,13 @@ def log64(x: Tensor) -> Tensor:
     return torch.where(normal, result, special)
 
 
+@function("sigmoid")
 def sigmoid64(x: Tensor) -> Tensor:
     """1 / (1 + e^−x)."""
     return 1 / (exp64(-x) + 1)
 
 
+@function("tanh")
 def tanh64(x: Tensor) -> Tensor:
     """(e^2x − 1) / (e^2x + 1), and for |x| < 2⁻³ an odd polynomial, since the difference would cancel."""
     square = x * x
@@ -106,12 +121,14 @@ def tanh64(x: Tensor) -> Tensor:
     return torch.where(x.abs() < 0.125, series, (power - 1) / (power + 1))
 
 
+@function("erf")
 def erf64(x: Tensor) -> Tensor:
     """2/√π · ∫₀ˣ e^(−t²) dt; the relative error is below 4·10⁻¹⁰."""
     z = x.clamp(-4.0, 4.0)
     return torch.where(x.abs() >= 4, x.sign(), z * _polynomial(z * z * 0.125 - 1, _ERF))
 
 
+@function("erfinv")
 def erfinv64(x: Tensor) -> Tensor:
     """The inverse of erf, by Newton's iterations from Winitzki's approximation (2008)."""
     a = 0.147
@@ -124,11 +141,13 @@ def erfinv64(x: Tensor) -> Tensor:
     return torch.where(x.abs() > 1, math.nan, y)
 
 
+@function("sin")
 def sin64(x: Tensor) -> Tensor:
     """sin x for |x| < 2²⁰."""
     return _sine(x, 0)
 
 
+@function("cos")
 def cos64(x: Tensor) -> Tensor:
     """cos x for |x| < 2²⁰."""
     return _sine(x, 1)

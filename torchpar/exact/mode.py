@@ -5,14 +5,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any, Literal
+from functools import cache, wraps
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 from torch.utils._pytree import tree_leaves
 
 from torchpar.errors import ConfigError
@@ -26,6 +30,8 @@ from torchpar.exact.registry import PASSING, RULES
 _NAMESPACES = ("prims", "profiler", "debugprims")
 _OWN = ("exact_matmul", "maximum")
 Kind = Literal["passing", "rules", "missing"]
+T = TypeVar("T")
+P = ParamSpec("P")
 
 
 @contextmanager
@@ -49,6 +55,17 @@ def mode() -> Iterator[None]:
         return
     with _Functions(), _Operators():
         yield
+
+
+def ordinary(function: Callable[P, T]) -> Callable[P, T]:
+    """Call ``function``, which is exact by itself, outside of the mode."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            return function(*args, **kwargs)
+
+    return call
 
 
 class _Functions(TorchFunctionMode):

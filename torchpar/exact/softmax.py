@@ -7,7 +7,6 @@ The largest p is 1, so that the unit of `exact_sum` is the same with and without
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,13 +17,13 @@ from torchpar.exact.registry import rule
 from torchpar.exact.sums import exact_sum
 
 
-def _parts(x: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _parts(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """m, x − m and p, float32, and Σp, float64. Where m is −∞, x is in the place of x − m."""
     empty = any(x.shape[dim] == 0 for dim in dims)
     largest = x.sum(dims, True) if empty else x.amax(dims, True)
     shifted = x - torch.where(largest == -math.inf, 0.0, largest)
     p = in_pieces(exp64, shifted)
-    return largest, shifted, p, exact_sum(p, [*dims], True)
+    return largest, shifted, p, exact_sum(p, dims, True)
 
 
 @rule("_softmax")
@@ -48,7 +47,7 @@ def _softmax_backward(g: Tensor, y: Tensor, dim: int, _: Any) -> Tensor:
 
 
 @rule("_log_softmax")
-def _log_softmax(x: Tensor, dim: int, _: bool) -> Tensor:
+def _log_softmax(x: Tensor, dim: int, half: bool) -> Tensor:
     _, shifted, _, total = _parts(x, [dim])
     return (shifted.double() - log64(total)).float()
 

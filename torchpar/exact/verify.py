@@ -87,12 +87,13 @@ def verify(model: str, ranks: int | None, tp: int, pp: int, threads: int, device
 def trained(model: str, dp: int, tp: int, pp: int, folder: Path) -> str:
     """Train on this rank of the mesh; return the SHA-256 of the whole model's parameters by name."""
     world = current_world().with_mesh(dp=dp, tp=tp, pp=pp)
+    read: Callable[[], Any] = partial(gpt.read_text, folder / "alice.txt")
+    if model == "mlp":
+        read = partial(load, "mnist", folder, world.device)
     loaded: list[Any] = []
-    read: Callable[[], Any] = partial(load, "mnist", folder, world.device)
-    if model == "gpt":
-        read = partial(gpt.read_text, folder / "alice.txt")
-    world.gather_results(lambda: loaded.append(read()))  # an error of a rank is one of all
-    network = gpt.train(*loaded[0], world) if model == "gpt" else mlp.train(loaded[0][0], world)
+    world.gather_results(lambda: loaded.extend(read()))  # an error of one rank is one of all
+    network: torch.nn.Module
+    network = mlp.train(loaded[0], world) if model == "mlp" else gpt.train(loaded[0], loaded[1], world)
     own = {name: (part_of(p)._replace(mesh=None), p.detach().cpu()) for name, p in network.named_parameters()}
     whole: dict[str, Tensor] = {}
     for of_rank in world.gather_results(lambda: own):

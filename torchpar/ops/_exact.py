@@ -227,7 +227,7 @@ class Sums:
             for t in (finite_power(e), finite_power(f.mT, -WEIGHT))
         )
         for index, part in self.blocks():
-            _write_rounded(out[index], part, rows[index], columns[index])
+            out[index] = (part.double() * rows[index]).mul_(columns[index])
             self._mirror(out, index)
         return out.view(self.shape)
 
@@ -248,19 +248,10 @@ def _int8_sums(a: Tensor, b: Tensor) -> Tensor:
     orders = a.new_empty(DIGITS, m, n, dtype=torch.int32)
     for s, order in enumerate(orders, 1):
         torch._int_mm(left[:, -s * k :], right[:, : s * k].T, out=order)
-    return _total(orders)
-
-
-def _total(orders: Tensor) -> Tensor:
-    """T in float64, from the sums of each order ``(4, m, n)`` int32."""
     total = orders[0].double()
     for order in orders[1:]:
         total = torch.add(order.double(), total, alpha=2**BITS)
     return total
-
-
-def _write_rounded(into: Tensor, total: Tensor, rows: Tensor, columns: Tensor) -> None:
-    into.copy_((total.double() * rows).mul_(columns))
 
 
 def _float_sums(a: Tensor, b: Tensor) -> Tensor:
