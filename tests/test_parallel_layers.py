@@ -158,9 +158,9 @@ def test_the_comparison_rejects_a_missing_collective(ranks):
 def layers_keep_their_slices_of_the_weight_that_all_draw() -> None:
     for kind in (COLUMN, ROW):
         torch.manual_seed(0)
-        layer = kind(7, 5, mesh=tp_mesh(), init="xavier_normal")
+        layer = kind(7, 5, mesh=tp_mesh())
         torch.manual_seed(0)
-        for name, p in Linear(7, 5, init="xavier_normal").named_parameters():
+        for name, p in Linear(7, 5).named_parameters():
             assert torch.equal(getattr(layer, name), mine(p, AXES[kind].get(name)))
 
 

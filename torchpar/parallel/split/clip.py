@@ -37,7 +37,3 @@ def clip_grad_norm_(model: torch.nn.Module, max_norm: float, world: World) -> Te
     for gradient in gradients.values():
         gradient.mul_(scale.to(gradient.dtype))
     return norm
-
-
-# torchpar.exact.clip, which goes, imports it.
-clip_by = clip_grad_norm_

@@ -173,11 +173,11 @@ class ColumnParallelLinear(_ParallelLinear):
         in_features, out_features, bias: of the whole layer.
         mesh: a mesh of one dimension, such as ``mesh["tp"]``.
         activation: None, "sigmoid" (fused, by `torchpar.linear_sigmoid`) or "relu" (by `torch.relu`).
-        options: ``init``, ``device`` and ``dtype``, as in `torchpar.nn.Linear`.
+        options: ``device`` and ``dtype``, as in `torchpar.nn.Linear`.
 
     Raises:
-        ValueError: an unknown activation or initialisation, a mesh of several dimensions, or
-            different arguments on different ranks; on every rank.
+        ValueError: an unknown activation, a mesh of several dimensions, or different arguments on different
+            ranks; on every rank.
     """
 
     split_axes: ClassVar[dict[str, int]] = {"weight": 0, "bias": 0}

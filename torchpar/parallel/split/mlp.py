@@ -102,7 +102,3 @@ def load_full_state_dict(model: torch.nn.Module, state: Mapping[str, Tensor]) ->
                 raise ValueError(f"{name} has shape {shape}, expected {size} on axis {axis}")
             state[name] = layer.partition.narrow(state[name], axis)
     model.load_state_dict(state)
-
-
-# torchpar.exact.layers, which goes, imports it.
-split_mlp = parallel_mlp
