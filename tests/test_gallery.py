@@ -53,7 +53,7 @@ def check_interpreted(name: str) -> list[Row]:
     module = import_module(name)
     assert isinstance(getattr(module, f"{name}_kernel"), InterpretedFunction)
     rules = ["values", "same bits twice", "layouts and sizes", "gradcheck", "torch.func: jvp"]
-    return check_operator(module.after, module.samples, reference=module.reference, rules=rules).rows
+    return check_operator(module.after, module.samples(), reference=module.reference, rules=rules).rows
 
 
 @pytest.mark.parametrize("name", TRITON)
