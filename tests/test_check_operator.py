@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The table of an operator finds each fault of `faulty_operators`, and none in a right operator."""
 
-import sys
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import faulty_operators as faulty
@@ -14,7 +12,6 @@ from torch import Tensor
 
 from torchpar.errors import ConfigError
 from torchpar.testing import OperatorTable, Sample, check_operator
-from torchpar.testing.command import main
 from torchpar.testing.rules import RULES
 
 # PyTorch's compiler reads it.
@@ -183,7 +180,6 @@ def increment(x: Tensor) -> None:
     "op, samples, rules, message",
     [
         (torch.add, SAMPLES, ["value"], "rule 'value', expected one of 'values', "),
-        (torch.add, lambda: None, None, "the samples cannot be made: TypeError"),
         (torch.add, [normal(3)], None, "expected samples"),
         (increment, [(normal(3),)], None, "torchpar_tests.increment.default writes to its operands"),
         ("add", SAMPLES, None, "the operator is an object of type str"),
@@ -192,28 +188,3 @@ def increment(x: Tensor) -> None:
 def test_errors(op: Any, samples: Any, rules: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_operator(op, samples, rules=rules)
-
-
-def test_the_command(right: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    module = ModuleType("mylib")
-    wrong = faulty.make("wrong_for_the_command", kernel=faulty.kernel_that_writes)
-    vars(module).update(right=right, wrong=wrong, samples=lambda: SAMPLES, reference=faulty.kernel)
-    monkeypatch.setitem(sys.modules, "mylib", module)
-    how = ["--samples", "mylib:samples", "--reference", "mylib:reference", "--rules"]
-    assert main(["mylib:right", *how, "values", "schema"]) == 0
-    assert capsys.readouterr().out.startswith("torchpar_faulty.right.default\nrule ")
-    assert main(["mylib:wrong", *how, "operands and results"]) == 1
-    for arguments, message in (
-        (
-            ["mylib:left", *how, "values"],
-            "mylib:left: AttributeError: module 'mylib' has no attribute 'left'",
-        ),
-        (
-            ["nolib:right", *how, "values"],
-            "nolib:right: ModuleNotFoundError: No module named 'nolib'; expected MODULE",
-        ),
-        (["mylib:right", *how, "value"], "rule 'value', expected one of"),
-    ):
-        with pytest.raises(SystemExit, match="2"):
-            main(arguments)
-        assert message in capsys.readouterr().err.splitlines()[-1]

@@ -51,7 +51,7 @@ def check_interpreted() -> list[Row]:
 
     assert isinstance(softmax.softmax_kernel, InterpretedFunction)
     rules = ["values", "same bits twice", "layouts and sizes", "gradcheck", "torch.func: jvp"]
-    return check_operator(softmax.after, softmax.samples, reference=softmax.reference, rules=rules).rows
+    return check_operator(softmax.after, softmax.samples(), reference=softmax.reference, rules=rules).rows
 
 
 def test_the_kernel_computes_the_same(interpreter):

@@ -124,9 +124,26 @@ def triton_op(
                 with set_wrap_triton_enabled(False):
                     return fn(*args, **kwargs)
 
+        def trace(mode: Any, overload: Any, types: Any, args: Any, kwargs: Any) -> Any:
+            from torch.export._trace import custom_triton_ops_decomposition_disabled
+            from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+            tensors = [arg for arg in args if isinstance(arg, Tensor)]
+            if (
+                any(map(is_dtensor, tensors))
+                or free_unbacked_symbols(tensors)
+                or custom_triton_ops_decomposition_disabled()
+                or opaque(*args, **kwargs)
+            ):
+                return mode.__torch_dispatch__(overload, types, args, kwargs)
+            with mode, _device_of(args):
+                return traced(*args, **kwargs)
+
         op = CustomOpDef(name, launch, schema or _infer(fn, mutates_args))
         op.__doc__ = fn.__doc__
-        _show_to_compilers(op, traced, kernels or partial(get_inner_triton_kernels, fn), opaque)
+        op.register_torch_dispatch(FunctionalTensorMode, trace)
+        found = _Kernels(kernels or partial(get_inner_triton_kernels, fn))
+        triton_ops_to_kernels[op._qualname] = found  # type: ignore[assignment]
         if not takes_wrap:
             op.register_fake(fn)
         return op
@@ -139,14 +156,6 @@ def _infer(fn: Callable[..., Any], mutates_args: str | Iterable[str]) -> str:
 
 
 _libraries: dict[str, torch.library.Library] = {}  # by the operator's name
-
-
-def _new_library(name: str) -> torch.library.Library:
-    """A library for one operator. It replaces that of an earlier one, which a notebook defines again."""
-    if name in _libraries:
-        _libraries.pop(name)._destroy()
-    _libraries[name] = torch.library.Library(name.partition("::")[0], "FRAGMENT")
-    return _libraries[name]
 
 
 class CustomOpDef(custom_ops.CustomOpDef):
@@ -172,7 +181,9 @@ class CustomOpDef(custom_ops.CustomOpDef):
             raise ValueError(f"{name}: {tensors[0]} is a keyword-only tensor; make it positional")
         self._namespace, self._name = namespace, own
         self.__name__, self.__doc__ = own, function.__doc__
-        self._lib = _new_library(name)
+        if name in _libraries:  # a notebook defines the operator again
+            _libraries.pop(name)._destroy()
+        self._lib = _libraries[name] = torch.library.Library(namespace, "FRAGMENT")
         tags = [tags] if isinstance(tags, torch.Tag) else tags or ()
         self._lib.define(own + schema, tags={torch.Tag.pt2_compliant_tag, *tags})
         self._opoverload = getattr(getattr(torch.ops, namespace), own).default
@@ -185,7 +196,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
         self._setup_context: Callable[..., Any] | None = None
         self._formula = _with_derivatives(self, None)  # which asks for a backward
         self._decompose: Callable[..., bool] | None = None
-        self._function = _make_function(self)
+        self._function = _make_function(own)
         self.register_kernel(device_types, function)
         self._lib.impl(own, self._autograd, "Autograd")
 
@@ -328,7 +339,8 @@ class CustomOpDef(custom_ops.CustomOpDef):
         if is_transformed() or (self._decompose and self._decompose(*args, **kwargs)):
             return self._formula(*args, **kwargs)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return self._function(args, kwargs)
+            call = _Call(self, kwargs)
+            return call.result(self._function.apply(call, *call.flat(args)))
         return self._below(*args, **kwargs)
 
     def _below(self, *args: Any, **kwargs: Any) -> Any:
@@ -424,8 +436,8 @@ class _Call:
         return tuple(flat)
 
 
-def _make_function(op: CustomOpDef) -> Callable[..., Any]:
-    """The operator recorded by autograd."""
+def _make_function(name: str) -> type[torch.autograd.Function]:
+    """An operator recorded by autograd."""
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
@@ -438,13 +450,8 @@ def _make_function(op: CustomOpDef) -> Callable[..., Any]:
         def backward(ctx: Any, *grads: Any) -> Any:
             return None, *ctx.call.backward(ctx, grads, ctx.needs_input_grad[1:])
 
-    Differentiable.__name__ = Differentiable.__qualname__ = f"{op.__name__}Function"
-
-    def record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = _Call(op, kwargs)
-        return call.result(Differentiable.apply(call, *call.flat(args)))
-
-    return record
+    Differentiable.__name__ = Differentiable.__qualname__ = f"{name}Function"
+    return Differentiable
 
 
 class _Context:
@@ -538,31 +545,6 @@ def _transposed_backward(ctx: _Context, tangents: list[Tensor | None]) -> Any:
     rest = iter(found)
     of_results = tuple(next(rest) if t.requires_grad else None for t in zeros)
     return of_results if len(of_results) > 1 else of_results[0]
-
-
-def _show_to_compilers(
-    op: CustomOpDef,
-    function: Callable[..., Any],
-    kernels: Callable[[], Iterable[Any]],
-    opaque: Callable[..., bool],
-) -> None:
-    def traced(mode: Any, overload: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        from torch.export._trace import custom_triton_ops_decomposition_disabled
-        from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        if (
-            any(map(is_dtensor, tensors))
-            or free_unbacked_symbols(tensors)
-            or custom_triton_ops_decomposition_disabled()
-            or opaque(*args, **kwargs)
-        ):
-            return mode.__torch_dispatch__(overload, types, args, kwargs)
-        with mode, _device_of(args):
-            return function(*args, **kwargs)
-
-    op.register_torch_dispatch(FunctionalTensorMode, traced)
-    triton_ops_to_kernels[op._qualname] = _Kernels(kernels)  # type: ignore[assignment]
 
 
 class _Kernels:

@@ -39,7 +39,7 @@ def check(name: str, rules: Iterable[str] = RULES) -> tuple[OperatorTable, Opera
     torch.manual_seed(0)
     module = import_module(name)
     before, after = (
-        check_operator(op, module.samples, reference=module.reference, rules=rules)
+        check_operator(op, module.samples(), reference=module.reference, rules=rules)
         for op in (module.before, module.after)
     )
     return before, after

@@ -98,14 +98,11 @@ class Case:
         floating: those of a floating-point dtype.
         op: the operator, as a function of ``operands`` to its tensors.
         plain: the same of the reference; without one, of the operator.
-        ranks: the number of ranks for DTensors.
     """
 
-    def __init__(
-        self, op: Callable[..., Any], overload: Any, reference: Any, sample: Sample, ranks: int
-    ) -> None:
+    def __init__(self, op: Callable[..., Any], overload: Any, reference: Any, sample: Sample) -> None:
         self._leaves, self._spec = tree_flatten((tuple(sample.args), dict(sample.kwargs)))
-        self.callable, self.overload, self.reference, self.ranks = op, overload, reference, ranks
+        self.callable, self.overload, self.reference = op, overload, reference
         self.operands: Tensors = tuple(t.detach() for t in self._leaves if isinstance(t, Tensor))
         self.floating: Tensors = tuple(t for t in self.operands if t.is_floating_point())
         self.op = self.bind(op)

@@ -29,8 +29,6 @@ OUTCOMES = ("not run", "works", FALLS_BACK, "refuses", "crashes", "wrong")  # fr
 LONGEST = 110  # characters of a message
 BUILT_IN = ("aten", "prim", "prims", "profiler")  # namespaces of PyTorch's own operators
 
-Samples = Iterable[Sample | tuple[Any, ...]] | Callable[[], Iterable[Sample | tuple[Any, ...]]]
-
 
 @dataclass(frozen=True)
 class Row:
@@ -75,11 +73,10 @@ class OperatorTable:
 
 def check_operator(
     op: Callable[..., Any],
-    samples: Samples,
+    samples: Iterable[Sample | tuple[Any, ...]],
     *,
     reference: Callable[..., Any] | None = None,
     rules: Iterable[str] | None = None,
-    ranks: int = 2,
 ) -> OperatorTable:
     """Try an operator with every part of PyTorch, and compare the results with a reference.
 
@@ -90,11 +87,10 @@ def check_operator(
     Args:
         op: an operator of `torch.ops`, what `torch.library.custom_op` returns, or a function that calls one
             operator that is not PyTorch's own. It must not write to its operands.
-        samples: samples, or tuples of arguments, or a function that returns them. Derivatives are taken with
-            respect to all floating operands. For the numerical ones these have to be float64.
+        samples: samples, or tuples of arguments. Derivatives are taken with respect to all floating operands.
+            For the numerical ones these have to be float64.
         reference: a differentiable function of the same arguments, of PyTorch's own operators.
         rules: a name or names from `RULES`, or "all"; by default all but the slow ones.
-        ranks: the number of simulated ranks for DTensors.
 
     Returns:
         A table with one row for each rule, of its worst outcome.
@@ -110,22 +106,16 @@ def check_operator(
         names = list(rules)
     if unknown := [name for name in names if name not in RULES]:
         raise ConfigError(f"rule {unknown[0]!r}, expected one of {', '.join(map(repr, RULES))}")
-    if reference is not None and not callable(reference):
-        raise ConfigError(f"the reference is of type {type(reference).__name__}, expected a callable")
-    try:
-        given = list(samples() if callable(samples) else samples)
-    except Exception as e:
-        raise ConfigError(f"the samples cannot be made: {type(e).__name__}: {e}") from e
-    chosen = [one if isinstance(one, Sample) else Sample(one) for one in given]
+    chosen = [one if isinstance(one, Sample) else Sample(one) for one in samples]
     if not chosen or any(not isinstance(one.args, tuple | list) for one in chosen):
         raise ConfigError("expected samples: objects of torchpar.testing.Sample, or tuples of arguments")
-    if not isinstance(op, torch._ops.OpOverload | torch._ops.OpOverloadPacket) and not callable(op):
+    if not callable(op):
         raise ConfigError(f"the operator is an object of type {type(op).__name__}, expected a callable")
     overload = find_overload(op, chosen[0])
     if overload is not None and overload._schema.is_mutable:
         raise ConfigError(f"{overload} writes to its operands, expected an operator that does not")
     name = str(overload) if overload is not None else getattr(op, "__name__", type(op).__name__)
-    cases = [Case(op, overload, reference, one, ranks) for one in chosen]
+    cases = [Case(op, overload, reference, one) for one in chosen]
     disabled = logging.root.manager.disable
     logging.disable()  # the compiler's logs of errors, which are in the table
     try:

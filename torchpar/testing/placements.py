@@ -17,6 +17,7 @@ from torch import Tensor
 
 from torchpar.testing.case import Attempts, Case, NotRun, Wrong, close, gradients, normal_like
 
+RANKS = 2
 MOST_COMBINATIONS = 48  # drawn from all, if there are more
 
 
@@ -32,7 +33,7 @@ def every_placement(case: Case) -> Attempts:
         combinations = random.Random(0).sample(combinations, MOST_COMBINATIONS)
     expected = case.op(*case.operands), *_gradients_of_the_whole(case)
     local: list[Any] = []
-    with _simulated(case.ranks) as mesh:
+    with _simulated_ranks() as mesh:
         for placements in combinations:
             label = ", ".join(map(str, placements))
             yield label, partial(_compare, case, mesh, placements, expected, local)
@@ -51,7 +52,7 @@ def _gradients_of_the_whole(case: Case) -> tuple[list[Tensor], Sequence[Tensor]]
 
 
 @contextmanager
-def _simulated(ranks: int) -> Iterator[Any]:
+def _simulated_ranks() -> Iterator[Any]:
     """A mesh of ranks in this process."""
     if dist.is_initialized():
         raise NotRun("this process belongs to a process group")
@@ -62,10 +63,10 @@ def _simulated(ranks: int) -> Iterator[Any]:
         raise NotRun(f"this PyTorch has no LocalTensor mode: {e}") from e
     from torch.distributed.device_mesh import init_device_mesh
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     try:
-        with LocalTensorMode(ranks):
-            yield init_device_mesh("cpu", (ranks,))
+        with LocalTensorMode(RANKS):
+            yield init_device_mesh("cpu", (RANKS,))
     finally:
         dist.destroy_process_group()
 
@@ -75,16 +76,15 @@ def _place(whole: Tensor, mesh: Any, placement: Any) -> Any:
     from torch.distributed._local_tensor import LocalTensor
     from torch.distributed.tensor import DTensor
 
-    ranks = mesh.size()
     if placement.is_partial():
-        weights = [normal_like(whole, seed) for seed in range(ranks - 1)]
+        weights = [normal_like(whole, seed) for seed in range(RANKS - 1)]
         weights.append(1 - torch.stack(weights).sum(0))
         parts = [whole * w for w in weights]
     elif placement.is_shard():
-        parts = list(whole.chunk(ranks, placement.dim))  # DTensor's shards
-        parts += [whole.narrow(placement.dim, 0, 0)] * (ranks - len(parts))
+        parts = list(whole.chunk(RANKS, placement.dim))  # DTensor's shards
+        parts += [whole.narrow(placement.dim, 0, 0)] * (RANKS - len(parts))
     else:
-        parts = [whole] * ranks
+        parts = [whole] * RANKS
     local = LocalTensor({rank: part.clone() for rank, part in enumerate(parts)})
     return DTensor.from_local(
         local, mesh, [placement], run_check=False, shape=whole.shape, stride=whole.stride()
