@@ -18,7 +18,6 @@ if __name__ == "__main__":  # libraries read the environment when they are impor
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ[name] = str(count)
 
-import importlib.util
 import json
 import logging
 import shutil
@@ -29,6 +28,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, cached_property, partial
+from importlib.util import find_spec
 from itertools import islice, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -69,6 +69,7 @@ PROGRAM_EPOCHS = 2  # samples of MPI and of Lightning
 # by 7e-4 and more, another order of the samples by 6e-5 and more.
 MEAN_LOSS_ERROR = 1e-5
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH')}")
+INSTALLED = {"MPI": MPIRUN and find_spec("mpi4py"), "Lightning": find_spec("lightning")}
 TIMEOUT = 120  # seconds of an epoch by MPI
 PLAIN, FUSED = "plain eager", "torchpar"
 COLUMNS = ("contestant", "note", "p50_ms", "samples_per_s", "speedup", "first_s", "ok")
@@ -360,12 +361,6 @@ def mpi_epoch(inputs: Inputs) -> tuple[float, float]:
     return len(inputs.x) / epoch["samples_per_s"], epoch["train_loss"]
 
 
-def missing(program: str) -> list[str]:
-    """Return the needs of "MPI" or "Lightning" that are not installed."""
-    needs = {"MPI": ("mpirun", "mpi4py"), "Lightning": ("lightning",)}[program]
-    return [name for name in needs if not (MPIRUN if name == "mpirun" else importlib.util.find_spec(name))]
-
-
 # Contestants and their turns
 
 
@@ -389,11 +384,11 @@ def contestants(inputs: Inputs, world: World, ranks: Ranks, compiled: bool = Tru
     if threads > 1:
         yield by(partial(by_njit, threads=threads), "njit, parallel", f"{threads} threads")
     yield by(by_numpy, "NumPy")
-    if not missing("MPI"):
+    if INSTALLED["MPI"]:
         order = list(numpy_mlp.batches(len(inputs.x), batch_size, np.random.default_rng(0)))
         turn = program_turn(inputs, order, partial(mpi_epoch, inputs))
         yield Contestant("NumPy, 2 processes", turn, "by MPI")
-    if not missing("Lightning"):
+    if INSTALLED["Lightning"]:
         yield Contestant("Lightning", program_turn(inputs, inputs.order, partial(lightning_epoch, inputs)))
     yield by(by_torch(native(sizes)), PLAIN, "nn.Sequential, SGD")
     if compiled:
@@ -546,9 +541,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_results(f"{case['network']}, batch {case['batch']}", tables[-1], COLUMNS)
         ranks.run(forget)
     torch.set_num_threads(before)
-    for program in ("MPI", "Lightning"):
-        if absent := missing(program):
-            print(f"not measured: {program}, without {', '.join(absent)}")
+    for program, found in INSTALLED.items():
+        if not found:
+            print(f"not measured: {program}; pip install -e '.[baselines,lightning]'")
     if options.output:
         (options.output / f"{name}.md").write_text(summary(tables, threads))
     return table.status
