@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import torchpar
 from torchpar import exact
+from torchpar.exact.functions import erf64, exp64, log64, sin64, tanh64
 
 PRODUCTS = {
     "exact_matmul": "283031e2a5cd363d",
@@ -18,6 +19,7 @@ PRODUCTS = {
     "gradient": "d17dfb93ddf54808",
 }
 RULES = {
+    "wide": "59289fbf2ea11ddb",  # the functions before they are rounded to float32
     "functions": "6e02f041ce44698a",
     "rows": "172c91a66e348114",
     "gradients": "7d2027305601b5c8",
@@ -62,8 +64,16 @@ def rules(device: str = "cpu") -> dict[str, str]:
             loss = loss + y.square().mean()
         loss.backward()
     of_rows = torch.cat([y.flatten() for y in rows])
+    positive = x.detach().abs().double() + 2.0**-20
+    wide = torch.stack([function(positive) for function in (exp64, log64, tanh64, erf64, sin64)])
     return hashes(
-        {"functions": of_elements, "rows": of_rows, "gradients": x.grad, "random": torch.stack(drawn)}
+        {
+            "functions": of_elements,
+            "rows": of_rows,
+            "gradients": x.grad,
+            "random": torch.stack(drawn),
+            "wide": wide,
+        }
     )
 
 

@@ -37,12 +37,6 @@ class MLP(nn.Module):
             x = layer(x if i == "0" else x.sigmoid())
         return x
 
-    @property
-    def in_features(self) -> int:
-        """The number of features that this rank receives from the previous stage."""
-        weight: Tensor = next(self.parameters())
-        return weight.shape[1]
-
 
 def train(samples: Samples, world: World) -> MLP:
     """Train on the first samples by SGD.
@@ -53,6 +47,7 @@ def train(samples: Samples, world: World) -> MLP:
     with mode():
         torch.manual_seed(0)
         model = MLP(world).to(world.device)
+        features = next(model.parameters()).shape[1]  # of the activations that this stage receives
         optimizer = torch.optim.SGD(
             model.parameters(), lr=0.5, momentum=0.9, weight_decay=3e-5, foreach=False
         )
@@ -68,7 +63,7 @@ def train(samples: Samples, world: World) -> MLP:
                 y: Tensor = model(x if activations is None else activations)
                 return F.cross_entropy(y, labels, reduction="sum") / size if p2p.is_last else y  # noqa: B023
 
-            gpipe(forward, parallel.backward, [(len(x), model.in_features) for x, _ in mine], p2p)
+            gpipe(forward, parallel.backward, [(len(x), features) for x, _ in mine], p2p)
             parallel.all_reduce()
             optimizer.step()
             scheduler.step()
