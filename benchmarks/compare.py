@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.results import Result
-from benchmarks.timing import Ceiling, Rejected, flush, take_turns, time_calls
+from benchmarks.timing import Rejected, flush, take_turns, time_calls
 
 Implementation = Callable[..., Tensor]
 Mode = Literal["forward", "backward", "full"]
@@ -84,7 +84,6 @@ def compare(
     rounds: int = 20,
     seconds: float = math.inf,
     calls: int = 1,
-    ceiling: Ceiling | None = None,
 ) -> list[Result]:
     """Check and time each of ``contestants``: a result for each. One that is not ok has a reason, no times.
 
@@ -132,8 +131,6 @@ def compare(
         "calls": calls,
         "float32_precision": torch.backends.cuda.matmul.fp32_precision,
     }
-    if ceiling is not None:
-        settings |= ceiling.columns(case.dtype)
     labels = {
         "operator": case.operator,
         "mode": mode + ", warm" * (calls > 1),
@@ -147,9 +144,7 @@ def compare(
         result = times[name].result(labels, name, times[reference])
         columns: dict[str, Any] = {"host_ms": one.host_ms}
         if p50 := result.p50_ms:
-            least = ceiling.seconds(work.bytes, work.flops, case.dtype) if ceiling else None
             columns |= {"gb_per_s": work.bytes / p50 * 1e-6, "gflop_per_s": work.flops / p50 * 1e-6}
-            columns |= {"roofline": 1e3 * least / p50 if least else None}
         columns |= {"max_error": one.errors.max().item() if len(one.errors) else None}
         columns |= {"peak_memory_mb": one.peak_memory_mb, **settings}
         results.append(replace(result, columns=columns))

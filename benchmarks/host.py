@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks import autotune
+from benchmarks import driver
 from benchmarks.command import Command, run
 from benchmarks.results import Table, print_results
 from benchmarks.timing import CPU, take_turns, time_calls
@@ -29,7 +29,7 @@ CALLS = 200
 def idle_driver(launched: Callable[..., object] = lambda *args: None) -> Iterator[None]:
     """Compile kernels for sm_90; ``launched`` takes what a launch passes to the driver."""
 
-    class Idle(autotune.Driver):
+    class Idle(driver.Driver):
         utils = SimpleNamespace(
             load_binary=lambda *args: (1, 1, 0, 0, 1024),  # module, function, registers, spills, threads
             get_device_properties=lambda device: {"max_shared_mem": 232448},
@@ -39,7 +39,7 @@ def idle_driver(launched: Callable[..., object] = lambda *args: None) -> Iterato
         def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., object]:
             return launched
 
-    with patch.object(autotune, "Driver", Idle), autotune.target(90):
+    with patch.object(driver, "Driver", Idle), driver.target(90):
         yield
 
 

@@ -7,16 +7,12 @@ turns, and medians are quoted. Caches are flushed before maximum and X·Xᵀ; wh
 in them, as in training.
 """
 
-from benchmarks.idle_threads import shorten_spins
-
-if __name__ == "__main__":  # libraries read the environment when they are imported
-    shorten_spins()
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -35,8 +31,6 @@ from benchmarks.timing import (
     Rejected,
     Turn,
     flush,
-    measure_ceiling,
-    settle,
     take_turns,
     time_calls,
 )
@@ -125,6 +119,8 @@ def contestants(case: LadderCase, shape: tuple[int, ...], ranks: Ranks, quick: b
 
     The seconds of a turn are those of the whole case, also if it computes a part.
     """
+    import numba
+
     from torchpar.baselines import numba_njit
 
     operator, arrays = case.operator, case.arguments
@@ -142,25 +138,25 @@ def contestants(case: LadderCase, shape: tuple[int, ...], ranks: Ranks, quick: b
     else:
         yield by("pure Python", getattr(pure_python, operator), *lists)
 
-    loops: dict[str, tuple[str, float | None]] = {"njit": (operator, None)}
+    loops: dict[str, tuple[str, float | None, tuple[bool, ...]]] = {"njit": (operator, None, ())}
     if operator == "matmul_t":
         # Needed operations of each byte loaded. A product is two operations, of which the symmetric result
         # needs one; its numbers are 8 bytes, which serve as many products as a tile has rows.
         loops = {
-            "njit": ("matmul_t", 1 / 8),
-            "njit, blocked": ("matmul_t_blocked", numba_njit.TILE / 8),
-            "njit, triangular": ("matmul_t_triangular", numba_njit.TILE / 4),
+            "njit": ("matmul_t", 1 / 8, ()),
+            "njit, blocked": ("matmul_t_tiled", numba_njit.TILE / 8, (False,)),
+            "njit, triangular": ("matmul_t_tiled", numba_njit.TILE / 4, (True,)),
         }
-    for name, (loop, intensity) in loops.items():
-        yield by(name, getattr(numba_njit.SERIAL, loop), *arrays, compiles=True, intensity=intensity)
+    for name, (loop, intensity, flags) in loops.items():
+        yield by(name, getattr(numba_njit.SERIAL, loop), *arrays, *flags, compiles=True, intensity=intensity)
 
-    def in_threads(count: int, function: Callable[..., Array]) -> Array:
-        with numba_njit.threads(count):
-            return function(*arrays)
+    def in_threads(count: int, function: Callable[..., Array], *flags: bool) -> Array:
+        numba.set_num_threads(count)
+        return function(*arrays, *flags)
 
-    for name, (loop, intensity) in loops.items():
+    for name, (loop, intensity, flags) in loops.items():
         for count in THREADS[: 1 if quick else None]:
-            parallel = partial(in_threads, count, getattr(numba_njit.PARALLEL, loop))
+            parallel = partial(in_threads, count, getattr(numba_njit.PARALLEL, loop), *flags)
             shown = {"compiles": True} if count == 1 else {"intensity": intensity}
             if count <= CORES:
                 yield by(f"{name}, parallel", parallel, note=f"{count} thread{'s' * (count > 1)}", **shown)
@@ -172,11 +168,7 @@ def contestants(case: LadderCase, shape: tuple[int, ...], ranks: Ranks, quick: b
         yield by("torch.compile", torch.compile(NATIVE[operator], dynamic=False), *tensors, compiles=True)
     yield by("torchpar CPU", OURS[operator], *tensors)
     if torch.cuda.is_available():
-        from torchpar.baselines import launch_shapes  # imports Triton
-
         tensors = [t.cuda() for t in tensors]
-        for note, kernel in launch_shapes.SHAPES.get(operator, {}).items():
-            yield by("Triton", kernel, *tensors, note=note, compiles=True)
         yield by("torch eager GPU", NATIVE[operator], *tensors, compiles=True)
         yield by("torchpar GPU", OURS[operator], *tensors, compiles=True)
     yield Contestant("2 ranks", partial(ranks_turn, case, shape, ranks), "a half each, left there")
@@ -256,13 +248,26 @@ def measure(case: LadderCase, contestants: Sequence[Contestant], rounds: int = R
     return results
 
 
-def cache_bandwidth(quick: bool) -> float:
-    """Bytes/s that one core loads from its first-level cache: in the naive loop on 8 rows of 4 KB."""
+def limits(quick: bool) -> tuple[dict[str, float], float]:
+    """Bytes/s of a large copy and of a core's first-level cache, and flop/s of a large product.
+
+    The cache's are those of the naive loop on 8 rows of 4 KB.
+    """
     from torchpar.baselines import numba_njit
 
-    x = np.ones((8, 1024), np.float32)
-    seconds = settle(partial(numba_njit.SERIAL.matmul_t, x), CPU, 0.01 if quick else 0.2)
-    return 2 * len(x) * x.nbytes / seconds
+    def settled(call: Callable[[], object]) -> float:
+        """Seconds of a call in a row of calls, the median of 9 such rows."""
+        call()
+        calls = 1 + int((0.001 if quick else 0.03) / time_calls(call).seconds())
+        return median(time_calls(call, calls=calls).seconds() for _ in range(9))
+
+    size, n = (2**20, 64) if quick else (2**27, 1024)
+    source, target = (torch.ones(size, dtype=torch.int8) for _ in range(2))
+    square, rows = torch.randn(n, n), np.ones((8, 1024), np.float32)
+    copied = 2 * size / settled(partial(target.copy_, source))
+    loaded = 2 * len(rows) * rows.nbytes / settled(partial(numba_njit.SERIAL.matmul_t, rows))
+    roofs = {"memory": copied, "a core's cache": loaded}
+    return roofs, 2 * n**3 / settled(partial(torch.mm, square, square))
 
 
 def label(result: Result) -> str:
@@ -313,7 +318,6 @@ def draw(path: Path, results: Sequence[Result], roofs: Mapping[str, float], arit
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("ladder", "Compute the same in every way.", ["numba", "matplotlib"])
     options = command.parse(arguments)
-    ceiling = measure_ceiling(CPU, [torch.float32], options.quick)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     table = Table(command.csv(options), CPU, cores=CORES, gpu=gpu)
     shapes, rounds = (QUICK_SHAPES, 2) if options.quick else (SHAPES, ROUNDS)
@@ -327,9 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_results(results[0].case["workload"], results, COLUMNS)
     if options.output:
         (options.output / "ladder.md").write_text("\n".join(map(as_markdown, measured.values())))
-        roofs = {"memory": ceiling.bandwidth, "a core's cache": cache_bandwidth(options.quick)}
-        arithmetic = ceiling.matmul[torch.float32]
-        draw(options.output / "intensity.png", measured["matmul_t"], roofs, arithmetic)
+        draw(options.output / "intensity.png", measured["matmul_t"], *limits(options.quick))
     return table.status
 
 

@@ -2,13 +2,8 @@
 """Compare the operators with PyTorch's own, eager and compiled: ``python -m benchmarks run operators``.
 
 The work of a case is what the operator needs, whoever computes it: a symmetric product is n(n + 1)k
-operations, so that a contestant which computes all of it reaches half the roofline at most.
+operations, so that a contestant which computes all of it reaches half of a processor's GFLOP/s at most.
 """
-
-from benchmarks.idle_threads import shorten_spins
-
-if __name__ == "__main__":  # libraries read the environment when they are imported
-    shorten_spins()
 
 import argparse
 import math
@@ -25,8 +20,7 @@ from torch.nn.functional import linear
 import torchpar
 from benchmarks.command import Command, run
 from benchmarks.compare import MODES, Implementation, OperatorCase, Work, compare
-from benchmarks.results import Result, Table, number, print_results
-from benchmarks.timing import measure_ceiling
+from benchmarks.results import Result, Table, print_results
 from torchpar.errors import ConfigError
 from torchpar.ops.matrix import mirrored  # by `torch.where`
 
@@ -226,17 +220,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     modes = (*MODES, "warm")
     parser.add_argument("--modes", nargs="+", choices=modes, default=modes)
-    parser.add_argument("--threads", type=int, nargs="+", help="of a CPU; by default one, and all")
     options = command.parse(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device is cuda, but PyTorch finds no GPU")
-    if options.threads and min(options.threads) < 1:
-        raise ConfigError(f"--threads is {min(options.threads)}, expected at least 1")
     if (load := os.getloadavg()[0]) > 0.5:
         print(f"The load average is {load:.1f}: other programs may disturb the timings.")
     on_gpu = options.device != "cpu" and torch.cuda.is_available()
     every = torch.get_num_threads()
-    threads = options.threads or ([every] if on_gpu or options.quick else sorted({1, every}))
+    threads = [every] if on_gpu or options.quick else sorted({1, every})
     device = torch.device("cuda" if on_gpu else "cpu")
     listed = [case for case in cases(device, options.quick) if case.operator in options.operators]
     if not listed:
@@ -257,11 +248,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(listed: Sequence[OperatorCase], table: Table, options: argparse.Namespace) -> None:
     """Add the results of all cases, with the present number of threads."""
     device, on_gpu = table.device, table.device.type == "cuda"
-    dtypes = sorted({case.dtype for case in listed}, key=str)
-    ceiling = measure_ceiling(device, dtypes, options.quick)
-    print(f"a copy: {number(ceiling.bandwidth / 1e9)} GB/s, threads: {torch.get_num_threads()}")
-    for dtype, rate in ceiling.matmul.items():
-        print(f"a product in {dtype}: {number(rate / 1e9)} GFLOP/s")
     for case in listed:
         compared = contestants(case, options.quick)
         chosen = [(mode, 1) for mode in case.modes if mode in options.modes]
@@ -279,7 +265,6 @@ def measure(listed: Sequence[OperatorCase], table: Table, options: argparse.Name
                 rounds=2 if options.quick else ROUNDS,
                 seconds=SECONDS[device.type],
                 calls=calls,
-                ceiling=ceiling,
             )
             table.add(results)
 

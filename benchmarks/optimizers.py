@@ -9,11 +9,13 @@ defaults, except for the learning rate and the weight decay.
 import importlib
 import os
 import signal
+import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -34,19 +36,7 @@ OUR_LAYERS = ("ColumnParallelLinear", "RowParallelLinear")
 
 
 class Library(NamedTuple):
-    """A published optimizer.
-
-    Attributes:
-        package: as pip calls it.
-        path: module and class.
-        promises: about parameters that several ranks share, and where this is said.
-        only: "one process" or "replicas", if it says that it is for no more; other situations are left out.
-        in_group: whether the arguments go into the parameter group, with ``use_muon``.
-        orthogonal: whether its updates are meant to be orthogonal; others adapt them afterwards.
-        nesterov: whether it has this argument.
-        decay: the name of the argument for the weight decay.
-        options: other arguments.
-    """
+    """A published optimizer; ``optimizers.toml`` explains the attributes."""
 
     package: str
     path: str
@@ -59,51 +49,8 @@ class Library(NamedTuple):
     options: Mapping[str, Any] = MappingProxyType({})
 
 
-OURS = Library("torchpar", "torchpar.optim:Muon", "every placement (docs/muon.md)")
-PYTORCH_OPTIMIZER = Library("pytorch-optimizer", "pytorch_optimizer:Muon", "FSDP2 (docstring)", in_group=True)
-MUONIUM = Library("muonium", "muonium:Muon", "FSDP, tensor parallelism (readme)", decay="wd")
-LIBRARIES = {
-    "torchpar": OURS,
-    "torchpar, standard": OURS._replace(options={"ns": "standard"}),
-    "torch": Library("torch", "torch.optim:Muon", "nothing"),
-    "pytorch_optimizer Muon": PYTORCH_OPTIMIZER,
-    "pytorch_optimizer AdaMuon": PYTORCH_OPTIMIZER._replace(
-        path="pytorch_optimizer:AdaMuon", orthogonal=False, nesterov=False
-    ),
-    "pytorch_optimizer NorMuon": PYTORCH_OPTIMIZER._replace(
-        path="pytorch_optimizer:NorMuon", promises="nothing", orthogonal=False
-    ),
-    "pytorch_optimizer DistributedMuon": PYTORCH_OPTIMIZER._replace(
-        path="pytorch_optimizer:DistributedMuon", promises="replicas (source)", only="replicas"
-    ),
-    "timm": Library("timm", "timm.optim:Muon", "DTensors, FSDP2 (readme)", in_group=True),
-    "heavyball": Library("heavyball", "heavyball:Muon", "DDP, FSDP (readme)"),
-    "muon-fsdp2": Library("muon-fsdp2", "muon_fsdp2:Muon", "FSDP2, one device (docstring)", in_group=True),
-    "muon-optimizer": Library("muon-optimizer", "muon:Muon", "replicas (source)", "replicas", nesterov=False),
-    "dtensor-muon": MUONIUM._replace(package="dtensor-muon", path="dtensor_muon:Muon"),
-    "muonium": MUONIUM,
-    "optimuon": Library("optimuon", "optimuon:Muon", "replicas (readme)", "replicas", orthogonal=False),
-    "omnimuon": Library("omnimuon", "omnimuon:Muon", "DDP, FSDP (readme)", options={"matrix_lr": LR}),
-    "emerging-optimizers": Library(
-        "emerging-optimizers", "emerging_optimizers.orthogonalized_optimizers:Muon", "nothing"
-    ),
-    "gram-newton-schulz": Library(
-        package="gram-newton-schulz",
-        path="gram_newton_schulz:Muon",
-        promises="one GPU (docstring)",
-        only="one process",
-        options={"ns_use_kernels": False},
-    ),
-    "automuon": Library("automuon", "automuon:get_muon_and_adam", "nothing"),
-    "deepspeed": Library(
-        package="deepspeed",
-        path="deepspeed.runtime.zero.muon.muon_optimizer:MuonWithAuxAdam",
-        promises="in its engine (source)",
-        only="one process",
-        in_group=True,
-        nesterov=False,
-    ),
-}
+ENTRIES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+LIBRARIES = {name: Library(**entry) for name, entry in ENTRIES.items()}
 
 
 def make(model: nn.Module, name: str, **options: Any) -> torch.optim.Optimizer:

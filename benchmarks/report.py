@@ -2,19 +2,16 @@
 """One HTML page of all committed results: ``python -m benchmarks report [--output FILE]``.
 
 The page needs no network: charts, tables and scripts are inside. It begins with a panel for each benchmark,
-its headline and its chart. Tables show the machines side by side. Where git has an earlier version of a CSV,
-each row is compared with it.
+its headline and its chart. Tables show the machines side by side.
 """
 
 import argparse
 import importlib.util
 import io
 import math
-import subprocess
 import tempfile
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -29,7 +26,7 @@ PANELS = tomllib.loads((Path(__file__).parent / "panels.toml").read_text("utf-8"
 COLORS = ("#3f87c9", "#dd7733", "#46a36b", "#ad6cc2", "#b99316", "#7f8c8d")  # of machines, in light and dark
 CASE = ("note", "epoch", "nbytes", "validate")  # columns of the case, besides those left of p20_ms
 TIMES = ["p20_ms", "p50_ms", "p80_ms", "speedup"]
-SHOWN = {"p50_ms": "ms", "speedup": "speed-up", "accuracy": "accuracy", "change": "change"}
+SHOWN = {"p50_ms": "ms", "speedup": "speed-up", "accuracy": "accuracy", "wrong": "result"}
 HIDDEN = ("mean_ms", "samples", "ok", "reason", "seed")
 VERSIONS = ("torch", "triton", "numpy", "python", "commit", "dirty")
 ORIGIN = ("device", "processor", "instruction_sets", "cores", "gpu", *VERSIONS, "clocks", "date")
@@ -46,8 +43,6 @@ def read_csv(text: str) -> Any:
     import pandas
 
     frame = pandas.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
-    # Earlier versions called a contestant a provider; the speedrun's named it twice.
-    frame = frame.rename(columns={"provider": "contestant"}).drop(columns="recipe", errors="ignore")
     columns = list(frame.columns)
     if "p20_ms" not in columns or "contestant" not in columns:
         raise ValueError("expected the columns contestant and p20_ms")
@@ -69,71 +64,21 @@ def read_csv(text: str) -> Any:
             frame[name] = frame[name].groupby(groups).transform("mean")
     wrong = frame["ok"] == "False" if "ok" in columns else pandas.Series(False, frame.index)
     frame["failed"] = wrong.groupby(groups).transform("any")
+    frame["wrong"] = frame["failed"].map({True: "NOT OK", False: ""})
     return frame.drop_duplicates(case).set_index(case)
 
 
-def change(now: Any, before: Any) -> Any:
-    """Return "slower", "faster" or "" for each row of ``now``.
+def load(path: Path) -> Any:
+    """Return `read_csv` of a file.
 
-    A row is slower if its 20% quantile is above the previous 80% quantile, so that noise does not mark it,
-    and its speed-up over the reference of the same run has fallen, so that a slower machine does not.
-    References, and rows without a speed-up, are not marked.
-    """
-    import pandas
-
-    before = before.reindex(now.index)
-    slower = (now["p20_ms"] > before["p80_ms"]) & (now["speedup"] < before["speedup"])
-    faster = (now["p80_ms"] < before["p20_ms"]) & (now["speedup"] > before["speedup"])
-    return pandas.Series("", now.index).mask(slower, "slower").mask(faster, "faster")
-
-
-def earlier(path: Path) -> Iterator[str]:
-    """Yield the committed texts of a CSV, the latest first, also from before its folder was renamed."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(path.parent), "-c", "core.quotepath=false", *arguments]
-        return subprocess.run(command, capture_output=True, check=True).stdout.decode("utf-8")
-
-    name = path.name
-    try:
-        lines = git("log", "--follow", "-n", "9", "--format=", "--raw", "--no-abbrev", "--", name)
-        for line in lines.splitlines():
-            attributes, *names = line.split("\t")
-            if Path(names[-1]).name != name:  # it began as a copy of another CSV
-                return
-            yield git("show", attributes.split()[3])
-            if attributes.endswith("R100"):
-                name = Path(names[0]).name
-    except (OSError, UnicodeDecodeError, subprocess.CalledProcessError):
-        return
-
-
-def with_changes(path: Path) -> tuple[Any, str]:
-    """Return a CSV's rows with their changes, and with what they were compared.
-
-    The previous version is the last one with other times of a row that both have.
+    Raises:
+        ConfigError: it is no CSV of a benchmark.
     """
     try:
-        frame = read_csv(path.read_text("utf-8"))
+        return read_csv(path.read_text("utf-8"))
     except (OSError, ValueError) as e:
         reason = str(e).partition("\n")[0]
         raise ConfigError(f"{path} is no CSV of a benchmark ({reason}); measure again, or remove it") from e
-    frame["change"] = ""
-    compared = "no earlier version to compare with"
-    for text in earlier(path):
-        before = frame.reset_index()
-        with suppress(ValueError):  # an old version may lack columns that read_csv needs
-            before = read_csv(text)
-        if list(before.index.names) != list(frame.index.names):
-            compared = "the previous version has other columns"
-            break
-        both = frame.index.intersection(before.index)
-        if not before.loc[both, TIMES].equals(frame.loc[both, TIMES]):
-            frame["change"] = change(frame, before)
-            compared = "compared with the previous version"
-            break
-    frame.loc[frame["failed"], "change"] = "NOT OK"
-    return frame, compared
 
 
 def origin(frame: Any) -> str:
@@ -219,40 +164,25 @@ def amount(value: float, spec: Mapping[str, str]) -> str:
     return f"{value:.2f}" if value < 0.995 else f"{value:.1f}" if value < 9.95 else number(value)
 
 
-def chart(bars: Mapping[str, Mapping[str, float]], spec: Mapping[str, str], colors: Mapping[str, str]) -> str:
-    """Return an SVG of bars on a logarithmic axis, from 1 on if the values are relative.
+def chart(
+    bars: Mapping[str, Mapping[str, float]], spec: Mapping[str, str], colors: Mapping[str, str]
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return the bars of each name on a logarithmic axis, from 1 on if the values are relative, in percent.
 
     Args:
         bars: the values by machine and name.
     """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    names = list(dict.fromkeys(name for of in bars.values() for name in of))
+    names = dict.fromkeys(name for of in bars.values() for name in of)
     values = [value for of in bars.values() for value in of.values()]
     start = 1.0 if spec["over"] else min(values) / 2
-    y, lines = 0.0, 1.3 * len(names) + len(values)
-    with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}):
-        figure = Figure((4, 0.16 * lines + 0.1))
-        axes = figure.add_axes((0, 0, 0.82, 1))
-        axes.set(
-            xscale="log", ylim=(lines - 0.4, -0.9), xlim=(min(start, *values) / 1.01, max(start, *values))
-        )
-        axes.axis("off")
-        axes.axvline(start, color="black", lw=0.6, alpha=0.5)
-        for name in names:
-            y += 0.3
-            axes.text(0.01, y, name, transform=axes.get_yaxis_transform(), va="center")
-            y += 1
-            for machine in (machine for machine in bars if name in bars[machine]):
-                value = bars[machine][name]
-                axes.barh(y, value - start, left=start, height=0.7, color=colors[machine])
-                text = amount(value, spec) + "×" * bool(spec["over"])
-                axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), va="center")
-                y += 1
-        svg = io.StringIO()
-        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
-    return svg.getvalue()[svg.getvalue().index("<svg") :].replace("#000000", "currentColor")
+    low, high = min(start, *values), max(start, *values)
+
+    def bar(machine: str, value: float) -> dict[str, Any]:
+        left, right = (100 * math.log(x / low, high / low) for x in sorted((start, value)))
+        text = amount(value, spec) + "×" * bool(spec["over"])
+        return {"left": left, "width": right - left, "color": colors[machine], "text": text}
+
+    return [(name, [bar(m, of[name]) for m, of in bars.items() if name in of]) for name in names]
 
 
 def content(results: Path) -> dict[str, Any]:
@@ -271,8 +201,7 @@ def content(results: Path) -> dict[str, Any]:
     processors: dict[str, dict[str, None]] = {}
     sections: list[dict[str, Any]] = []
     for stem in sorted(paths, key=lambda stem: (order.index(benchmark(stem)), stem)):
-        changes = {machine: with_changes(path) for machine, path in paths[stem].items()}
-        frames = {machine: frame for machine, (frame, _) in changes.items()}
+        frames = {machine: load(path) for machine, path in paths[stem].items()}
         for machine, frame in frames.items():
             for name in ("device", "processor", "instruction_sets"):
                 texts = frame[name].unique() if name in frame else ()
@@ -282,11 +211,8 @@ def content(results: Path) -> dict[str, Any]:
                 "name": stem,
                 "title": first_line(benchmark(stem)) if benchmark(stem) else "",
                 "table": as_html(side_by_side(frames)),
-                "slower": sum(int((frame["change"] == "slower").sum()) for frame in frames.values()),
                 "failed": sum(int(frame["failed"].sum()) for frame in frames.values()),
-                "origins": {
-                    name: f"{origin(frame)}; {compared}" for name, (frame, compared) in changes.items()
-                },
+                "origins": {name: origin(frame) for name, frame in frames.items()},
                 "panels": list(filter(None, (panel(spec, frames, colors) for spec in PANELS.get(stem, ())))),
             }
         )
@@ -317,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     default = Path(tempfile.gettempdir()) / "torchpar-report.html"
     parser.add_argument("--output", type=Path, metavar="FILE", default=default, help=f"by default {default}")
     options = parser.parse_args(arguments)
-    needs = ("itables", "matplotlib", "pandas", "jinja2")
+    needs = ("itables", "pandas", "jinja2")
     if missing := [name for name in needs if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"{' and '.join(missing)} not installed; pip install -e '.[report]'")
     try:

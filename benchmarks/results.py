@@ -109,13 +109,11 @@ FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "gb_per_s": ("GB/s", lambda x: number(x)),
     "gflop_per_s": ("GFLOP/s", lambda x: number(x)),
     "samples_per_s": ("samples/s", "{:,.0f}".format),
-    "roofline": ("roofline", "{:.1%}".format),
     **{name: (name.replace("_", " "), "{:.1e}".format) for name in ("max_error", "error", "distance")},
     "peak_memory_mb": ("MB", "{:,.1f}".format),
     "ok": ("ok", lambda ok: "yes" if ok else "NO"),
 }
-SETTINGS = ("rounds", "calls", "float32_precision", "ceiling_gb_per_s", "ceiling_gflop_per_s")
-UNPRINTED = ("mean_ms", "samples", *SETTINGS, "reason")
+UNPRINTED = ("mean_ms", "samples", "rounds", "calls", "float32_precision", "reason")
 
 
 def print_results(title: str, results: Sequence[Result], columns: Sequence[str] = ()) -> None:
@@ -136,7 +134,7 @@ def print_results(title: str, results: Sequence[Result], columns: Sequence[str] 
             value = cells.get(name)
             line[header] = "" if value is None else text(value)
         lines.append(line)
-    print_cells(title, lines, groups=[tuple(case.values()) for case in cases])
+    print_cells(title, lines)
     print_failures(results)
 
 
@@ -147,11 +145,8 @@ def print_failures(results: Sequence[Result]) -> None:
             print("not ok:", result.contestant, *result.case.values(), result.reason)
 
 
-def print_cells(title: str, lines: Sequence[Mapping[str, str]], groups: Sequence[object] = ()) -> None:
-    """Print lines of cells by header. Empty columns are left out; a rule ends each group of lines.
-
-    Without lines nothing is printed.
-    """
+def print_cells(title: str, lines: Sequence[Mapping[str, str]]) -> None:
+    """Print lines of cells by header, without empty columns; nothing if there are no lines."""
     if not lines:
         return
     import rich.table
@@ -163,10 +158,8 @@ def print_cells(title: str, lines: Sequence[Mapping[str, str]], groups: Sequence
         cells = [line[header] for line in lines if line.get(header)]
         numbers = all(cell.lstrip("-")[:1].isdigit() for cell in cells)
         table.add_column(header, justify="right" if numbers else "left", no_wrap=True)
-    grouped = len(set(groups)) < len(lines)
-    for i, line in enumerate(lines):
-        ends = grouped and groups[i : i + 1] != groups[i + 1 : i + 2]
-        table.add_row(*(line.get(header, "") for header in headers), end_section=bool(groups) and ends)
+    for line in lines:
+        table.add_row(*(line.get(header, "") for header in headers))
     console = Console(width=None if sys.stdout.isatty() else WIDTH, markup=False)
     console.print(title, style="italic", soft_wrap=True, highlight=False)
     console.print(table)

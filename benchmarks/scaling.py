@@ -3,9 +3,8 @@
 
 A step is forward, backward, exchange of gradients and SGD, on CPUs: data parallelism averages through shared
 memory, tensor parallelism by gloo. It is compared with one process of one thread and one of two. Before it is
-timed, its gradients and its loss are checked with a float64 oracle, and its messages with
-`torchpar.training.cost`. All ranks live throughout; steps take turns within a round, a few each. Medians are
-quoted, and means, in which alone gloo's stalls show.
+timed, its gradients and its loss are checked with a float64 oracle. All ranks live throughout; steps take
+turns within a round, a few each. Medians are quoted, and means, in which alone gloo's stalls show.
 """
 
 import math
@@ -24,7 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.command import Command, run
 from benchmarks.results import CORES, Result, Table, duration, number, print_cells, print_failures
 from benchmarks.timing import CPU, Rejected, Times, take_turns, time_calls
-from torchpar import exact
 from torchpar.nn import MLP
 from torchpar.parallel.launch.local import Ranks, current_world, start_ranks
 from torchpar.parallel.launch.world import World
@@ -32,8 +30,7 @@ from torchpar.parallel.split.layers import split_parameters
 from torchpar.parallel.split.mlp import parallel_mlp
 from torchpar.parallel.split.shared_memory import SUPPORTED, make_shared_sum, register_shared_memory_hook
 from torchpar.profile.collectives import Collectives
-from torchpar.training import cost, loss_sum, sgd
-from torchpar.training.cost import Link
+from torchpar.training import loss_sum
 
 BLOCK_SECONDS = 0.15  # of one case's steps in a round, about
 ALL_REDUCES = 20  # of a size in a round
@@ -50,16 +47,10 @@ class StepCase:
     dp: int = 1
     tp: int = 1
     threads: int = 1
-    arithmetic: str = "fast"
 
     @property
     def ranks(self) -> int:
         return self.dp * self.tp
-
-    @property
-    def tensor_split(self) -> bool:
-        """Whether the layers are those of `parallel_mlp`, also on one rank."""
-        return self.tp > 1 or self.arithmetic == "exact"
 
     @property
     def contestant(self) -> str:
@@ -76,27 +67,20 @@ class Plan(NamedTuple):
     widths: Sequence[int] = (512, 1024, 2048, 4096)
     width_batch: int = 512
     most: int = 4  # ranks
-    arithmetic_batch: int = 1024
     all_reduces: Sequence[int] = (2**2, 2**6, 2**10, 2**12, 2**14, 2**16, 2**18, 2**20, 2**22, 2**24)  # bytes
     rounds: int = 12
 
-    def cases(self) -> Iterator[tuple[str, StepCase]]:
-        """Yield each case under the tables that show it: "batch", "width" or "arithmetic"."""
-        sizes = (784, self.hidden, 10)
-        by_batch = [("batch", StepCase(sizes, batch)) for batch in self.batches]
-        by_width = [("width", StepCase((784, w, w, 10), self.width_batch)) for w in self.widths]
-        for table, alone in by_batch + by_width:
-            yield from ((table, one) for one in (alone, replace(alone, threads=2)))
+    def cases(self) -> Iterator[StepCase]:
+        by_batch = [StepCase((784, self.hidden, 10), batch) for batch in self.batches]
+        by_width = [StepCase((784, w, w, 10), self.width_batch) for w in self.widths]
+        for alone in by_batch + by_width:
+            yield from (alone, replace(alone, threads=2))
             for ranks in range(2, self.most + 1, 2):
-                yield from ((table, one) for one in (replace(alone, dp=ranks), replace(alone, tp=ranks)))
-        for dp, tp in ((1, 1), (2, 1), (1, 2), (2, 2)):
-            if dp * tp <= self.most:
-                fast = StepCase(sizes, self.arithmetic_batch, dp, tp)
-                yield from (("arithmetic", one) for one in (fast, replace(fast, arithmetic="exact")))
+                yield from (replace(alone, dp=ranks), replace(alone, tp=ranks))
 
 
 FULL = Plan()
-QUICK = Plan(64, [128, 256], [64], 64, 2, 64, [4, 2**18], 1)
+QUICK = Plan(64, [128, 256], [64], 64, 2, [4, 2**18], 1)
 
 
 # On each rank
@@ -108,18 +92,12 @@ class Step:
     def __init__(self, case: StepCase):
         self.case, self.world = case, mesh(case.dp, case.tp)
         model, x, labels = unsplit(case)
-        if case.tensor_split:
-            split = exact.parallel_mlp if case.arithmetic == "exact" else parallel_mlp
-            model = split(model, self.world.mesh["tp"])
-        self.model = model
-        self.wrapped: torch.nn.Module = model
-        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-        if case.arithmetic == "exact":
-            self.exact_gradients = exact.ExactGradients(model, self.world)
-            self.optimizer = sgd(model, lr=1e-3, momentum=0.0, weight_decay=0.0, kind=exact.ExactSGD)
-        elif case.dp > 1:
+        self.model = parallel_mlp(model, self.world.mesh["tp"]) if case.tp > 1 else model
+        self.wrapped: torch.nn.Module = self.model
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)
+        if case.dp > 1:
             group = self.world.mesh["dp"].get_group()
-            replica = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
+            replica = DistributedDataParallel(self.model, process_group=group, gradient_as_bucket_view=True)
             register_shared_memory_hook(replica, self.world)
             self.wrapped = replica
         share = self.world.share(case.batch)
@@ -127,15 +105,8 @@ class Step:
 
     def gradients(self) -> Tensor:
         """Set the gradients; return this rank's part of the sum of the losses."""
-        batch = self.case.batch
-        loss: Tensor
-        if self.case.arithmetic == "exact":
-            loss = exact.cross_entropy_sum(self.model(self.x), self.labels)
-            (loss / batch).backward()
-            self.exact_gradients()
-        else:
-            loss = cross_entropy_sum(self.wrapped(self.x), self.labels)
-            (loss * (self.case.dp / batch)).backward()  # DistributedDataParallel averages over dp
+        loss = cross_entropy_sum(self.wrapped(self.x), self.labels)
+        (loss * (self.case.dp / self.case.batch)).backward()  # DistributedDataParallel averages over dp
         return loss.detach()
 
     def run(self) -> None:
@@ -166,7 +137,7 @@ def check(case: StepCase) -> dict[str, Any]:
     """Check a step on this rank, and return the columns of its result: error and messages.
 
     Raises:
-        Rejected: its gradient, its loss or its messages are wrong.
+        Rejected: its gradient or its loss is wrong.
     """
     step = step_of(case)
     whole, x, labels = unsplit(case)
@@ -190,17 +161,6 @@ def check(case: StepCase) -> dict[str, Any]:
     # Only now may a rank be alone with an error.
     error = compare_with_one_rank(grad, (grads[0], grads[1]), total, (losses[0], losses[1]), case.batch)
     sent = [call.bytes for call in recorded.calls if call.operation != "recv"]
-    messages: dict[str, Any] = exact.MESSAGES if case.arithmetic == "exact" else {}
-    expected = cost.collectives(
-        case.sizes,
-        case.batch,
-        step.world.mesh,
-        tensor_split=case.tensor_split,
-        **messages,
-    )
-    predicted = [e.nbytes for e in expected if e.operation != "recv"]
-    if sorted(sent) != sorted(predicted):
-        raise Rejected(f"messages of {sent} bytes were sent, {predicted} are predicted")
     return {"calls": len(sent), "call_bytes": sum(sent), "error": error}
 
 
@@ -301,12 +261,12 @@ class StepTurn:
             return []
         return slowest(self.ranks.run(time_steps, self.case, self.count))
 
-    def result(self, times: Times, alone: Times, tables: Sequence[str]) -> Result:
+    def result(self, times: Times, alone: Times) -> Result:
         """Return the result of this case, with its speed-up over one rank with one thread."""
         case: dict[str, Any] = {"kind": "step"} | asdict(self.case)
         case["sizes"] = "-".join(map(str, self.case.sizes))
         over = self.case.ranks * self.case.threads > CORES
-        columns: dict[str, Any] = {"tables": " ".join(tables), "oversubscribed": over}
+        columns: dict[str, Any] = {"oversubscribed": over}
         if self.checked:
             columns |= self.checked[0] | {"error": max(rank["error"] for rank in self.checked)}
         return times.result(case, self.case.contestant, alone, **columns)
@@ -314,12 +274,10 @@ class StepTurn:
 
 def measure(plan: Plan, default_polling: bool) -> list[Result]:
     """Start the ranks, check every case, and time them in turn."""
-    tables: dict[StepCase, list[str]] = {}
-    for table, one in plan.cases():
-        tables.setdefault(one, []).append(table)
+    cases = list(plan.cases())
     with ExitStack() as stack:
         groups: dict[tuple[int, int], Ranks] = {}
-        for one in tables:
+        for one in cases:
             key = one.ranks, one.threads
             if key not in groups:
                 groups[key] = stack.enter_context(start_ranks(*key))
@@ -335,16 +293,14 @@ def measure(plan: Plan, default_polling: bool) -> list[Result]:
         def all_reduce(ranks: Ranks, shared: bool, nbytes: int, index: int) -> list[float]:
             return slowest(ranks.run(time_all_reduces, shared, nbytes, ALL_REDUCES if index else 1))
 
-        turns = {one: StepTurn(one, groups[one.ranks, one.threads]) for one in tables}
+        turns = {one: StepTurn(one, groups[one.ranks, one.threads]) for one in cases}
         all_reduces = {
             (contestant, nbytes): partial(all_reduce, ranks, shared, nbytes)
             for contestant, (ranks, shared) in contestants.items()
             for nbytes in plan.all_reduces
         }
         times = take_turns({**all_reduces, **turns}, plan.rounds, label="scaling")
-    results = [
-        turns[one].result(times[one], times[StepCase(one.sizes, one.batch)], tables[one]) for one in tables
-    ]
+    results = [turns[one].result(times[one], times[StepCase(one.sizes, one.batch)]) for one in cases]
     for contestant, nbytes in all_reduces:
         case = {"kind": "all_reduce", "dp": 2, "nbytes": nbytes}
         results.append(times[contestant, nbytes].result(case, contestant, times[GLOO, nbytes]))
@@ -355,10 +311,7 @@ def measure(plan: Plan, default_polling: bool) -> list[Result]:
 
 
 def print_all(results: Sequence[Result]) -> None:
-    """Print steps by batch and by width, weak scaling, exact arithmetic, and all-reduces."""
-
-    def chosen(table: str) -> list[Result]:
-        return [result for result in results if table in str(result.columns.get("tables", "")).split()]
+    """Print steps by batch and by width, weak scaling, and all-reduces."""
 
     def width(result: Result) -> str:
         return str(result.case["sizes"].split("-")[1])
@@ -375,11 +328,6 @@ def print_all(results: Sequence[Result]) -> None:
         kept = f"{alone / result.p50_ms:.0%}" if alone and result.p50_ms else ""
         return {result.contestant: kept}
 
-    def arithmetic(result: Result) -> dict[str, str]:
-        ms, fast = result.p50_ms, fasts[result.contestant]
-        text = f"{ms:.2f} ms ({ms / fast:.2f}×)" if ms and fast else ""
-        return {result.case["arithmetic"]: text}
-
     def microseconds(result: Result) -> dict[str, str]:
         """Return median and mean, and the speed-up over gloo."""
         name, times = result.contestant, {"median": result.p50_ms, "mean": result.mean_ms}
@@ -388,9 +336,9 @@ def print_all(results: Sequence[Result]) -> None:
             cells[f"{name}, speed-up"] = f"{number(result.speedup)}×"
         return cells
 
-    by_batch, by_width, by_arithmetic = chosen("batch"), chosen("width"), chosen("arithmetic")
+    steps = [one for one in results if one.case["kind"] == "step"]
+    by_batch, by_width = ([s for s in steps if s.case["sizes"].count("-") == n] for n in (2, 3))
     times = {(one.contestant, one.case["batch"]): one.p50_ms for one in by_batch}
-    fasts = {one.contestant: one.p50_ms for one in by_arithmetic if one.case["arithmetic"] == "fast"}
     by_data = [one for one in by_batch if one.case["dp"] > 1]
     all_reduces = [one for one in results if one.case["kind"] == "all_reduce"]
     model, batch = by_batch[0].case["sizes"], by_width[0].case["batch"]
@@ -400,12 +348,11 @@ def print_all(results: Sequence[Result]) -> None:
     title = "weak scaling: the speed that a rank keeps, with so many samples each"
     each = pivot(by_data, "samples a rank", lambda one: f"{one.case['batch'] // one.case['dp']:,}", weak)
     print_cells(title, each)
-    title = "the price of exact arithmetic"
-    print_cells(title, pivot(by_arithmetic, "mesh", lambda one: one.contestant, arithmetic))
     title = "an all-reduce between 2 ranks"
     print_cells(title, pivot(all_reduces, "bytes", lambda one: f"{one.case['nbytes']:,}", microseconds))
-    if link := fit_link(results):
-        print(f"fitted to gloo's medians: α {1e6 * link.alpha:.0f} µs, β {1e9 * link.beta:.2f} ns/B")
+    if fitted := fit_link(results):
+        alpha, beta = fitted.values()
+        print(f"fitted to gloo's medians: α {1e6 * alpha:.0f} µs, β {1e9 * beta:.2f} ns/B")
     print_failures(results)
     if any(result.columns.get("oversubscribed") for result in results):
         print("* more threads than cores: this shows that the step is right, not how fast it is")
@@ -424,14 +371,24 @@ def pivot(
     return list(lines.values())
 
 
-def fit_link(results: Sequence[Result]) -> Link | None:
-    """Return the α–β model of gloo's all-reduces; None if they failed."""
-    points = [
-        (2, result.case["nbytes"], result.p50_ms / 1e3)
+def fit_link(results: Sequence[Result]) -> dict[str, float]:
+    """Return α (s) and β (s per byte) of gloo's all-reduces between 2 ranks, or {} if they failed.
+
+    A ring all-reduce of n bytes passes two messages of n/2, which take α + nβ/2 each (Thakur, Rabenseifner
+    and Gropp, "Optimization of Collective Communication Operations in MPICH", 2005). The relative errors of
+    2α + nβ are fitted by least squares.
+    """
+    rows = [
+        [2 / seconds, result.case["nbytes"] / seconds]
         for result in results
-        if result.case["kind"] == "all_reduce" and result.contestant == GLOO and result.p50_ms
+        if result.case["kind"] == "all_reduce" and result.contestant == GLOO
+        if (seconds := (result.p50_ms or 0) / 1e3)
     ]
-    return Link.fit(points) if points else None
+    if not rows:
+        return {}
+    ones = torch.ones(len(rows), 1, dtype=torch.float64)
+    alpha, beta = torch.linalg.lstsq(torch.tensor(rows, dtype=torch.float64), ones).solution
+    return {"alpha_s": max(alpha.item(), 0.0), "beta_s_per_byte": max(beta.item(), 0.0)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -440,9 +397,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.parser.add_argument("--default-polling", action="store_true", help=polling)
     options = command.parse(arguments)
     results = measure(QUICK if options.quick else FULL, options.default_polling)
-    link = fit_link(results)
-    fitted = {"alpha_s": link.alpha, "beta_s_per_byte": link.beta} if link else {}
-    table = Table(command.csv(options), CPU, cores=CORES, **fitted)
+    table = Table(command.csv(options), CPU, cores=CORES, **fit_link(results))
     table.add(results)
     print_all(results)
     return table.status

@@ -37,11 +37,9 @@ from torchpar.ops.cpu_table import bfloat16_gain
 from torchpar.parallel.launch.local import current_world, start_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.training.fused import FusedGradients
-from torchpar.training.graph import GraphedStep, why_not_graphed
 
 THREADS = 2  # of all ranks
 SEEDS = 20
-AIMS = (0.98, 0.987)  # mean accuracies
 VALIDATION = 50_000  # the training images from here on score what is being chosen
 QUICK = 2_000  # images
 # Pixels by which the part that is kept moves: not at all in the last epoch, to the right in the one before.
@@ -106,9 +104,6 @@ class Recipe:
             steps = self.ns_steps
             self.update = training.muon(self.model, self.lr, self.momentum, weight_decay=0, ns_steps=steps)
         self.lrs = [group["lr"] for group in self.update.param_groups]
-        self.graph: GraphedStep | None = None
-        if not why_not_graphed(self.update, world, self.fused):
-            self.graph = GraphedStep(self.step, self.samples, self.update, _fail)
 
     def train(self, seed: int) -> None:
         """Train a new network. The clock runs."""
@@ -126,12 +121,11 @@ class Recipe:
                 shift = SHIFTS[(self.epochs - epoch) % len(SHIFTS)] if self.shift else (0, 0)
                 self.samples.features.copy_(self.pooled(self.raw, shift).features)
             order: dict[str, Any] = {"seed": seed, "epoch": epoch, "share": self.share}
-            read, train = (data.indices, self.graph) if self.graph else (data.batches, self.step)
-            for batch in read(self.samples, self.batch_size, **order):
+            for batch in data.batches(self.samples, self.batch_size, **order):
                 factor = self.lr_factor(next(step), steps)
                 for group, lr in zip(self.update.param_groups, self.lrs, strict=True):
                     group["lr"] = lr * factor
-                train(*batch)
+                self.step(*batch)
                 if self.average:
                     average.update_parameters(self.model)
 
@@ -150,20 +144,15 @@ class Recipe:
             return min((step + 1) / rising, 1.0)
         return (steps - step) / (steps - rising) if self.decay else 1.0
 
-    def step(self, x: Tensor, labels: Tensor, global_size: int) -> Tensor:
+    def step(self, x: Tensor, labels: Tensor, global_size: int) -> None:
         if self.fused:
-            loss = self.gradients(x, labels, global_size)
+            self.gradients(x, labels, global_size)
         else:
             smoothing = self.label_smoothing
             loss = cross_entropy(self.model(x), labels, reduction="sum", label_smoothing=smoothing)
             (loss / global_size).backward()
         self.update.step()
         self.update.zero_grad()
-        return loss.detach()
-
-
-def _fail(reason: str) -> None:
-    raise ConfigError(f"a step cannot be a CUDA graph: {reason}")
 
 
 class Tutorial:
@@ -284,8 +273,6 @@ def images(device: str, validate: bool, quick: bool) -> tuple[Samples, Samples]:
 def prepared(name: str, validate: bool, quick: bool) -> Any:
     recipe, world = find(name), current_world()
     recipe.prepare(images(str(world.device), validate, quick)[0], world)
-    if world.device.type == "cuda":
-        recipe.train(0)  # a graph is captured at the second batch of its size, maybe in the second training
     return recipe
 
 
@@ -367,18 +354,6 @@ def summary(results: Sequence[Result], changes: dict[str, str]) -> list[dict[str
     ]
 
 
-def fastest(results: Sequence[Result], accuracy: float) -> str:
-    """Return the fastest recipe with this mean accuracy, as a line."""
-    reached = [
-        (mean(seconds), name)
-        for name, (seconds, percents) in of_seeds(results).items()
-        if mean(percents) >= 100 * accuracy
-    ]
-    if not reached:
-        return f"{accuracy:.1%}: reached by none of these recipes"
-    return f"{accuracy:.1%}: {number(min(reached)[0])} s, by {min(reached)[1]}"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("speedrun", "Train an MLP on MNIST in as few seconds as possible.", ["torchvision"])
     flag = command.parser.add_argument
@@ -406,8 +381,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines = summary(results, {name: find(file).change for name, file in chosen.items()})
     print_cells(f"{processes}, {scored}; mean ± standard deviation", lines)
     print_failures(results)
-    for accuracy in AIMS:
-        print(fastest(results, accuracy))
     if options.output and lines:
         text = markdown([list(lines[0]), *(list(line.values()) for line in lines)])
         (options.output / f"{name}.md").write_text(text)

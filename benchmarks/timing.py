@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from statistics import mean, median
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -180,13 +180,6 @@ def time_calls(call: Callable[[], R], device: torch.device = CPU, calls: int = 1
     return Timed(result, host, events, calls)
 
 
-def settle(call: Callable[[], object], device: torch.device, seconds: float = 0.3) -> float:
-    """Seconds of a call in a row of calls, the median of 9 such rows that take about ``seconds`` in all."""
-    call()
-    calls = 1 + int(seconds / 9 / time_calls(call, device).seconds())
-    return median(time_calls(call, device, calls).seconds() for _ in range(9))
-
-
 @cache
 def _scratch(device: torch.device) -> Tensor:
     on_gpu = device.type == "cuda"
@@ -198,34 +191,3 @@ def flush(device: torch.device) -> None:
     """Evict the caches. On a GPU this also gives the host about a millisecond to fill the queue."""
     for _ in range(16 if device.type == "cuda" else 1):
         _scratch(device).zero_()
-
-
-class Ceiling(NamedTuple):
-    """The rates that the machine reaches: bytes/s of a copy, flop/s of a product in each floating dtype."""
-
-    bandwidth: float
-    matmul: Mapping[torch.dtype, float]
-
-    def columns(self, dtype: torch.dtype) -> dict[str, float | None]:
-        product = self.matmul[dtype] / 1e9 if dtype in self.matmul else None
-        return {"ceiling_gb_per_s": self.bandwidth / 1e9, "ceiling_gflop_per_s": product}
-
-    def seconds(self, nbytes: int, flops: int, dtype: torch.dtype) -> float:
-        """The least time in which so many bytes pass through memory and so many operations are done."""
-        return max(nbytes / self.bandwidth, flops / self.matmul.get(dtype, math.inf))
-
-
-def measure_ceiling(device: torch.device, dtypes: Sequence[torch.dtype], quick: bool = False) -> Ceiling:
-    """Measure a large copy (bytes read and bytes written), and a large product in each floating dtype.
-
-    Args:
-        quick: of smaller sizes, which do not reach the ceiling.
-    """
-    size, n = (2**20, 64) if quick else (2**30, 8192) if device.type == "cuda" else (2**27, 1024)
-    seconds = 0.01 if quick else 0.3
-    source, target = (torch.ones(size, dtype=torch.int8, device=device) for _ in range(2))
-    matmul = {}
-    for dtype in (dtype for dtype in dtypes if dtype.is_floating_point):
-        x = torch.randn(n, n, device=device).to(dtype)
-        matmul[dtype] = 2 * n**3 / settle(partial(torch.mm, x, x), device, seconds)
-    return Ceiling(2 * size / settle(partial(target.copy_, source), device, seconds), matmul)

@@ -10,10 +10,7 @@ of the ratios. One thread, unless ``--threads`` says otherwise; two ranks have o
 import argparse
 import os
 
-from benchmarks.idle_threads import shorten_spins
-
 if __name__ == "__main__":  # libraries read the environment when they are imported
-    shorten_spins()
     early = argparse.ArgumentParser("python -m benchmarks run train", add_help=False)
     early.add_argument("--threads", type=int, default=1)
     if (count := early.parse_known_args()[0].threads) < 1:
@@ -21,7 +18,6 @@ if __name__ == "__main__":  # libraries read the environment when they are impor
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ[name] = str(count)
 
-import importlib.util
 import json
 import logging
 import shutil
@@ -32,8 +28,10 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, cached_property, partial
+from importlib.util import find_spec
 from itertools import islice, pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,11 +48,9 @@ from benchmarks.results import CORES, Result, Table, markdown, number, print_res
 from benchmarks.timing import CPU, Contestant, Rejected, Turn, take_turns, time_calls
 from torchpar import data
 from torchpar.baselines import numpy_mlp, pure_python
-from torchpar.baselines.bridge import copy_weights
 from torchpar.baselines.numpy_mlp import Array
 from torchpar.data import Batch
 from torchpar.nn import MLP
-from torchpar.optim import SGD
 from torchpar.parallel.launch.local import Ranks, current_world, start_ranks
 from torchpar.parallel.launch.world import World, join_world_of_one
 from torchpar.parallel.split.shared_memory import register_shared_memory_hook
@@ -73,6 +69,7 @@ PROGRAM_EPOCHS = 2  # samples of MPI and of Lightning
 # by 7e-4 and more, another order of the samples by 6e-5 and more.
 MEAN_LOSS_ERROR = 1e-5
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH')}")
+INSTALLED = {"MPI": MPIRUN and find_spec("mpi4py"), "Lightning": find_spec("lightning")}
 TIMEOUT = 120  # seconds of an epoch by MPI
 PLAIN, FUSED = "plain eager", "torchpar"
 COLUMNS = ("contestant", "note", "p50_ms", "samples_per_s", "speedup", "first_s", "ok")
@@ -171,12 +168,14 @@ def by_numpy(
 
 def by_njit(inputs: Inputs, order: Order, threads: int | None) -> Iterator[float | None]:
     """Train the NumPy network, its gradients by compiled loops."""
+    import numba
+
     from torchpar.baselines import numba_njit
 
     def gradients(model: numpy_mlp.MLP, x: Array, labels: Array) -> tuple[float, Array]:
         loops = numba_njit.PARALLEL if threads else numba_njit.SERIAL
-        with numba_njit.threads(threads or 1):
-            loss, *layers = numba_njit.gradients(loops, model.weights, model.biases, x, labels)
+        numba.set_num_threads(threads or 1)
+        loss, *layers = numba_njit.gradients(loops, model.weights, model.biases, x, labels)
         return loss, np.concatenate([t.ravel() for layer in zip(*layers, strict=True) for t in layer])
 
     return by_numpy(inputs, order, gradients)
@@ -184,7 +183,7 @@ def by_njit(inputs: Inputs, order: Order, threads: int | None) -> Iterator[float
 
 def by_tutorial_script(inputs: Inputs, order: Order) -> Iterator[Tensor | None]:
     model = native(inputs.training.sizes)
-    copy_weights(inputs.start, model)
+    inputs.start.copy_to(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     loader = DataLoader(Digits(inputs.train), batch_sampler=[indices.tolist() for indices in order])
     yield None
@@ -208,7 +207,7 @@ def by_torch(model: torch.nn.Module) -> Train:
     """Train a network whose parameters are weight and bias of each layer in turn."""
 
     def train(inputs: Inputs, order: Order) -> Iterator[Tensor | None]:
-        copy_weights(inputs.start, model)
+        inputs.start.copy_to(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=LR)
         x, labels = torch.from_numpy(inputs.x), torch.from_numpy(inputs.labels)
         batches = list(map(torch.from_numpy, order))
@@ -229,7 +228,7 @@ def by_lesson(world: World, fused: bool) -> Train:
     def train(inputs: Inputs, order: Order) -> Iterator[Any]:
         sizes, batch_size, _ = inputs.training
         model = MLP(sizes)
-        copy_weights(inputs.start, model)
+        inputs.start.copy_to(model)
         optimizer = sgd(model, LR, momentum=0, weight_decay=0)
         gradients = FusedGradients(model)
         yield None
@@ -274,14 +273,14 @@ def forget() -> None:
 def data_parallel(training: Training, contestant: str) -> Iterator[Tensor | None]:
     world, inputs = current_world(), Inputs(training)
     model: torch.nn.Module = MLP(training.sizes)
-    copy_weights(inputs.start, model)
+    inputs.start.copy_to(model)
     fused = FusedGradients(model, world) if contestant == ON_RANKS[2] else None
     wrapped = model
     if fused is None:
         wrapped = replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
         if contestant == ON_RANKS[1]:
             register_shared_memory_hook(replica, world)
-    optimizer = SGD(model.parameters(), lr=LR)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     yield None
     for x, labels, size in data.batches(
         inputs.train, training.batch_size, seed=0, epoch=1, share=world.share
@@ -308,18 +307,11 @@ def lightning_epoch(inputs: Inputs) -> tuple[float, float]:
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # what hardware it has not found
 
-    class FirstDigits(MNISTDataModule):
-        """The first digits alone, where the inputs are fewer."""
-
-        def setup(self, stage: str) -> None:
-            super().setup(stage)
-            self.train = inputs.train
-
     class Network(LitClassifier):
         """The network of the other contestants."""
 
         def __init__(self) -> None:
-            super().__init__(sizes[0], sizes[-1])
+            super().__init__(sizes[-1])
             self.mlp = MLP(sizes)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -337,66 +329,36 @@ def lightning_epoch(inputs: Inputs) -> tuple[float, float]:
     extras = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     quiet: dict[str, Any] = dict.fromkeys(extras, False)
     model = Network()
-    copy_weights(inputs.start, model.mlp)
+    inputs.start.copy_to(model.mlp)
     timer = Timer()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of workers and loggers that are not wanted here
-        trainer = Trainer(accelerator="cpu", max_epochs=1, callbacks=[timer], **quiet)
-        trainer.fit(model, FirstDigits(DATA, batch_size=batch_size))
+        trainer = Trainer(accelerator="cpu", max_epochs=1, callbacks=[timer], limit_val_batches=0, **quiet)
+        rest = 60_000 - len(inputs.x)  # digits that are not trained on, if the inputs are fewer
+        trainer.fit(model, MNISTDataModule(DATA, batch_size=batch_size, validation=rest))
     return timer.time_elapsed("train"), trainer.callback_metrics["train_loss"].item()
 
 
 def mpi_epoch(inputs: Inputs) -> tuple[float, float]:
-    """Run `mpi_process` on two processes."""
+    """Run the lesson ``examples/train_mpi.py`` on two processes."""
     sizes, batch_size = inputs.training[:2]
-    program = f"from benchmarks.train import mpi_process as run; run({sizes}, {batch_size}, {len(inputs.x)})"
-    command = [str(MPIRUN), "-n", "2", sys.executable, "-c", program]
-    folder = Path(__file__).parents[1]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, cwd=folder)
-    if done.returncode:
-        raise Rejected(f"mpirun ended with {done.returncode}: {done.stderr.strip()[-200:]}")
+    flags = f"--epochs 1 --batch-size {batch_size} --lr {LR} --momentum 0 --weight-decay 0"
+    flags += f" --samples {len(inputs.x)} --hidden {' '.join(map(str, sizes[1:-1]))}"
+    with TemporaryDirectory() as folder:
+        metrics = Path(folder, "metrics")
+        command = [str(MPIRUN), "-n", "2", sys.executable, str(DATA.parent / "train_mpi.py"), *flags.split()]
+        done = subprocess.run(
+            [*command, f"--metrics={metrics}"], capture_output=True, text=True, timeout=TIMEOUT
+        )
+        if done.returncode:
+            raise Rejected(f"mpirun ended with {done.returncode}: {done.stderr.strip()[-200:]}")
+        epoch = json.loads(metrics.read_text())
     # Give torch's threads work for a second: after they slept while other processes had the cores, the next
     # contestant's steps took ten times as long.
     x, start = torch.ones(300, 300), time.perf_counter()
     while time.perf_counter() - start < 1:
         torch.mm(x, x)
-    printed = json.loads(done.stdout)
-    return printed["seconds"], printed["loss"]
-
-
-def mpi_process(sizes: tuple[int, ...], batch_size: int, size: int) -> None:
-    """Train the NumPy network for an epoch; process 0 prints the seconds and the mean loss as JSON."""
-    from torchpar.baselines import mpi
-
-    def train() -> float:
-        optimizer, loss = numpy_mlp.SGD(model, LR), 0.0
-        own = np.empty(model.parameters.size + 1, model.parameters.dtype)  # gradient and loss
-        total = np.empty_like(own)
-        for x, labels, global_size in mpi.scatter_batches(
-            world, samples, size, batch_size, np.random.default_rng(0)
-        ):
-            own[-1], own[:-1] = model.gradients(mpi.scale_pixels(x), labels)
-            world.Allreduce(own, total)
-            optimizer.step(total[:-1] / global_size)
-            loss += float(total[-1])
-        return loss / size
-
-    with mpi.join() as world:
-        samples = None
-        if world.rank == 0:
-            inputs = Inputs(Training(sizes, batch_size, size))
-            samples = mpi.Samples(inputs.train.features.flatten(1).numpy(), inputs.labels)
-        model = numpy_mlp.MLP(sizes, seed=0)
-        world.Bcast(model.parameters)
-        timed = time_calls(train)
-        if world.rank == 0:
-            print(json.dumps({"seconds": timed.seconds(), "loss": timed.result}))
-
-
-def missing(program: str) -> list[str]:
-    """Return the needs of "MPI" or "Lightning" that are not installed."""
-    needs = {"MPI": ("mpirun", "mpi4py"), "Lightning": ("lightning",)}[program]
-    return [name for name in needs if not (MPIRUN if name == "mpirun" else importlib.util.find_spec(name))]
+    return len(inputs.x) / epoch["samples_per_s"], epoch["train_loss"]
 
 
 # Contestants and their turns
@@ -422,11 +384,11 @@ def contestants(inputs: Inputs, world: World, ranks: Ranks, compiled: bool = Tru
     if threads > 1:
         yield by(partial(by_njit, threads=threads), "njit, parallel", f"{threads} threads")
     yield by(by_numpy, "NumPy")
-    if not missing("MPI"):
+    if INSTALLED["MPI"]:
         order = list(numpy_mlp.batches(len(inputs.x), batch_size, np.random.default_rng(0)))
         turn = program_turn(inputs, order, partial(mpi_epoch, inputs))
         yield Contestant("NumPy, 2 processes", turn, "by MPI")
-    if not missing("Lightning"):
+    if INSTALLED["Lightning"]:
         yield Contestant("Lightning", program_turn(inputs, inputs.order, partial(lightning_epoch, inputs)))
     yield by(by_torch(native(sizes)), PLAIN, "nn.Sequential, SGD")
     if compiled:
@@ -579,9 +541,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_results(f"{case['network']}, batch {case['batch']}", tables[-1], COLUMNS)
         ranks.run(forget)
     torch.set_num_threads(before)
-    for program in ("MPI", "Lightning"):
-        if absent := missing(program):
-            print(f"not measured: {program}, without {', '.join(absent)}")
+    for program, found in INSTALLED.items():
+        if not found:
+            print(f"not measured: {program}; pip install -e '.[baselines,lightning]'")
     if options.output:
         (options.output / f"{name}.md").write_text(summary(tables, threads))
     return table.status

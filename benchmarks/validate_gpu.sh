@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: MIT
 # Tests and measures the operators on the GPU of this machine. Needs no network and installs nothing.
 #
-#   bash benchmarks/validate_gpu.sh OUTDIR [values|variants|operators|tune|huge]
+#   bash benchmarks/validate_gpu.sh OUTDIR [values|operators|tune|huge]
 #   bash benchmarks/validate_gpu.sh --wheels DIR
 #
 # Without a stage all run in turn, each for at most nine minutes; none needs the files of another. OUTDIR
-# gets validate.log, {values,huge}.xml, {autotune,operators}.csv, and tuned/ with a table: at most 7 files.
+# gets validate.log, {values,huge}.xml, operators.csv, and tuned/ with a table: at most 6 files.
 # The log, the XML and the CSV name the commit, which is $TORCHPAR_COMMIT where the checkout has no .git, the
 # versions and the clocks. PYTHONPATH is kept. No setting of the GPU is touched.
 # The status is 0 if all stages passed, 1 if one failed, 2 if there is nothing to run on.
@@ -16,7 +16,7 @@
 set -uo pipefail
 unset -v CDPATH # with it `cd` prints
 
-stages=(values variants operators tune huge)
+stages=(values operators tune huge)
 known() { [[ $1 != *" "* && " ${stages[*]} " == *" $1 "* ]]; }
 if ! case $#,${1:-} in
     2,--wheels) true ;;
@@ -88,10 +88,6 @@ run_stage() {
             ;;
         huge) # one after the other: a test takes up to 32 GiB
             run_tests huge.xml tests/test_operators_huge.py
-            ;;
-        variants)
-            needs rich triton && limited 500 python3 -m benchmarks.autotune --kernels symmetric_product \
-                --sizes 4096 8192 2048 1024 --dtypes bfloat16 tf32 float32 float64 --output "$outdir"
             ;;
         operators)
             needs rich triton && limited 500 python3 -m benchmarks.operators --device cuda \

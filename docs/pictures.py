@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Draw the pictures of the operators, docs/parallel.md and docs/exact.md: ``python docs/pictures.py``."""
+"""Draw the pictures of the pages: ``python docs/pictures.py``."""
 
 from pathlib import Path
 
@@ -24,13 +24,15 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def box(axes: Axes, x: float, y: float, width: float, height: float, color: str, text: str) -> None:
-    axes.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor="black", alpha=0.75))
+def box(
+    axes: Axes, x: float, y: float, width: float, height: float, color: str, text: str, alpha: float = 0.75
+) -> None:
+    axes.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor="black", alpha=alpha))
     label(axes, x + width / 2, y + height / 2, text)
 
 
 def label(axes: Axes, x: float, y: float, text: str, align: str = "center") -> None:
-    axes.text(x, y, text, ha=align, va="center", fontsize=9)
+    axes.text(x, y, text, ha=align, va="center", fontsize=11)
 
 
 def arrow(axes: Axes, start: Point, end: Point, style: str = "-|>", color: str = "0.2") -> None:
@@ -76,64 +78,25 @@ def tensor() -> Figure:
     return figure
 
 
-def schedule(stages: int, micro_batches: int, late: bool) -> list[tuple[int, int, str, int]]:
-    """Return start, stage, "F" or "B", and micro-batch of each pass of a pipeline; a pass takes one unit.
-
-    Args:
-        late: start the backward passes after all forward passes.
-    """
-    queues = []
-    for stage in range(stages):
-        ahead = micro_batches if late else min(micro_batches, stages - stage)
-        queue = [("F", m) for m in range(ahead)]
-        for m in range(micro_batches):
-            queue.append(("B", m))
-            if m + ahead < micro_batches:
-                queue.append(("F", m + ahead))
-        queues.append(queue)
-    passes: list[tuple[int, int, str, int]] = []
-    ends: dict[tuple[str, int, int], int] = {}
-    free = [0] * stages
-    while any(queues):
-        for stage, queue in enumerate(queues):
-            if not queue:
-                continue
-            kind, m = queue[0]
-            needed = (kind, stage - 1 if kind == "F" else stage + 1, m)
-            if 0 <= needed[1] < stages and needed not in ends:
-                continue
-            start = max(free[stage], ends.get(needed, 0))
-            free[stage] = ends[kind, stage, m] = start + 1
-            passes.append((start, stage, *queue.pop(0)))
-    return passes
-
-
 def pipeline() -> Figure:
-    """Both schedules of a pipeline of two stages and four micro-batches."""
+    """Both schedules of a pipeline of two stages and four micro-batches; a pass takes one unit."""
     figure, axes = canvas(12.2, 7.4)
-    kinds = (
-        ("gpipe: all forward passes, then all backward passes", True),
-        ("1f1b: backward passes early", False),
-    )
-    for (title, late), top in zip(kinds, (7, 3.8), strict=True):
+    gpipe = "F0 F1 F2 F3 -  -  B0 B1 B2 B3", "-  F0 F1 F2 F3 B0 B1 B2 B3 -"
+    one_f_one_b = "F0 F1 -  B0 F2 B1 F3 B2 -  B3", "-  F0 B0 F1 B1 F2 B2 F3 B3 -"
+    for title, stages, top in (
+        ("gpipe: all forward passes, then all backward passes", gpipe, 7),
+        ("1f1b: backward passes early", one_f_one_b, 3.8),
+    ):
         label(axes, 1.8, top, title, "left")
-        for stage in range(2):
+        for stage, passes in enumerate(stages):
             y = top - 1.3 - stage
             label(axes, 1.6, y + 0.45, f"rank {stage}", "right")
             axes.add_patch(Rectangle((1.8, y), 10, 0.9, facecolor="none", edgecolor="0.8", hatch="//"))
-        for start, stage, kind, m in schedule(2, 4, late):
-            y = top - 1.3 - stage
-            axes.add_patch(Rectangle((1.8 + start, y), 1, 0.9, facecolor="white"))
-            axes.add_patch(
-                Rectangle(
-                    (1.8 + start, y),
-                    *(1, 0.9),
-                    facecolor=COLORS[m],
-                    edgecolor="black",
-                    alpha=0.85 if kind == "F" else 0.4,
-                )
-            )
-            label(axes, 2.3 + start, y + 0.45, f"{kind}{m}")
+            for start, name in enumerate(passes.split()):
+                if name != "-":
+                    color, alpha = COLORS[int(name[1])], 0.85 if name[0] == "F" else 0.4
+                    axes.add_patch(Rectangle((1.8 + start, y), 1, 0.9, facecolor="white"))
+                    box(axes, 1.8 + start, y, 1, 0.9, color, name, alpha)
     arrow(axes, (1.8, 1.2), (11.8, 1.2))
     label(axes, 6.8, 0.9, "time")
     label(
@@ -285,9 +248,31 @@ def linear_sigmoid() -> Figure:
     return figure
 
 
+def start() -> Figure:
+    """The three subjects of the project: an operator, ranks, and the same bits."""
+    figure, axes = canvas(15.2, 4.6)
+    computed = {(i, j): COLORS[0] for i in range(4) for j in range(i + 1)}
+    tiles(axes, 0.4, 0.8, 4, 4, computed)
+    arrow(axes, (1.2, 1.6), (3.2, 3.6))
+    label(axes, 2.2, 0.35, "half of X·Xᵀ")
+    for rank in range(2):
+        box(axes, 5.4, 2.8 - 2 * rank, 1.6, 1.6, COLORS[rank], f"rank {rank}")
+        box(axes, 8, 2.8 - 2 * rank, 1.6, 1.6, WHOLE, "step")
+        arrow(axes, (7, 3.6 - 2 * rank), (8, 3.6 - 2 * rank))
+    arrow(axes, (7.5, 3.4), (7.5, 1.8), "<|-|>")
+    label(axes, 7.5, 0.35, "one mean of gradients")
+    for row, order in enumerate(("a + b + c", "c + a + b", "b + c + a")):
+        box(axes, 11, 3.4 - 1.3 * row, 1.9, 1, COLORS[2], order)
+        box(axes, 13.5, 3.4 - 1.3 * row, 1.3, 1, WHOLE, "1011")
+        label(axes, 13.2, 3.9 - 1.3 * row, "=")
+    label(axes, 12.9, 0.35, "the same bits in any order")
+    return figure
+
+
 def main() -> None:
     matplotlib.use("Agg")
     for page, pictures in (
+        ("", (start,)),
         ("operators", (maximum, matmul_t, linear_sigmoid)),
         ("parallel", (data, tensor, pipeline, mesh)),
         ("exact", (digits, orders, ranks)),

@@ -28,7 +28,7 @@ from rich.progress import track
 from support import cli, console
 from torch.nn.functional import cross_entropy
 
-from torchpar.data import Dataset, Samples, load
+from torchpar.data import Samples, load
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel import World
@@ -43,7 +43,7 @@ watched = partial(track, transient=True, disable=not Console().is_terminal)
 
 
 @dataclass(kw_only=True)
-class Flags(cli.ExampleFlags):
+class Flags(cli.DataFlags):
     """Choose and train a digit classifier."""
 
     hidden: tuple[int, ...] = (32, 128)  # Widths to choose from.
@@ -54,8 +54,6 @@ class Flags(cli.ExampleFlags):
     sweep_epochs: int = 2  # Epochs to choose width, batch size and rate by.
     epochs: int = 10  # Epochs to choose λ by.
     samples: int | None = None  # Training samples to use at most.
-    dataset: Dataset = "mnist"  # Data set.
-    data: Path = Path(__file__).parent / "data"  # Folder of the data sets, as torchvision's root.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,7 +126,6 @@ def draw(path: Path, swept: list[Row], epochs: list[Row]) -> None:
 def main(flags: Flags) -> None:
     start = time.perf_counter()
     with join_world_of_one(flags.device) as world:
-        console.check_outputs(world, folders=[flags.plots], files=[flags.metrics])
         file, test_set = load(flags.dataset, flags.data, world.device)
         rest = len(file) - len(file) // 6
         study = partial(train, flags=flags, sets=(file[:rest][: flags.samples], file[rest:]), world=world)

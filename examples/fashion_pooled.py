@@ -20,7 +20,6 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 # NumPy reads it when it is imported. With a process per core each process needs one thread.
@@ -29,18 +28,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 from support import cli
-from support.pooled import SIZES, Plan, PooledFlags, Result, make_plans, prepare, report
+from support.pooled import SIZES, Flags, Plan, Result, pooled, report
 
 from torchpar.baselines import mpi
 from torchpar.baselines.numpy_mlp import MLP, SGD
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.rendezvous import find_rank_info
 from torchpar.profile.phases import Phases, timed
-
-
-@dataclass(kw_only=True)
-class Flags(PooledFlags):
-    """Train a small network on pooled images by full-batch descent, in NumPy."""
 
 
 def train(world: Any, splits: Sequence[Any], counts: Sequence[int], plan: Plan) -> Result:
@@ -81,9 +75,9 @@ def main(flags: Flags) -> None:
         raise ConfigError("--device cuda: NumPy computes on the CPU; fashion_pooled_torch.py takes a GPU")
     # One process needs no MPI.
     with mpi.join() if find_rank_info() else nullcontext(mpi.OneProcess()) as world:
-        splits = mpi.on_rank_0(world, lambda: prepare(flags))  # None except on process 0
+        splits = mpi.on_rank_0(world, lambda: pooled(flags))  # None except on process 0
         counts = world.bcast([len(samples.labels) for samples in splits or ()])
-        results = [train(world, splits or (None, None), counts, plan) for plan in make_plans(flags)]
+        results = [train(world, splits or (None, None), counts, plan) for plan in flags.plans()]
         if world.rank == 0:
             report(flags, "NumPy", "cpu", world.size, results)
 

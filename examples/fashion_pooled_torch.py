@@ -12,19 +12,17 @@ samples. In the backward pass the wrapper averages the gradients over the ranks.
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 # Read when NumPy and PyTorch are imported. With a process per core each process needs one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from support import cli
-from support.pooled import SIZES, Plan, PooledFlags, Result, make_plans, prepare, report
+from support.pooled import SIZES, Flags, Plan, Result, pooled, report
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from torchpar.baselines import numpy_mlp
-from torchpar.baselines.bridge import copy_weights
 from torchpar.baselines.mpi import Samples
 from torchpar.nn import MLP
 from torchpar.parallel import World, join_world
@@ -33,15 +31,10 @@ from torchpar.profile.phases import Phases
 from torchpar.training import loss_sum
 
 
-@dataclass(kw_only=True)
-class Flags(PooledFlags):
-    """Train a small network on pooled images by full-batch descent, in PyTorch."""
-
-
 def train(world: World, splits: Sequence[Samples], plan: Plan) -> Result:
     """Train on all ranks; ``splits`` are all training and test samples."""
     model = MLP(SIZES, output="sigmoid").to(world.device)
-    copy_weights(numpy_mlp.MLP(SIZES, seed=plan.seed), model)
+    numpy_mlp.MLP(SIZES, seed=plan.seed).copy_to(model)
     replica = DistributedDataParallel(model) if world.world_size > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), plan.lr, plan.momentum)
     costs = torch.zeros(plan.iterations, device=world.device)
@@ -83,8 +76,8 @@ def evaluate(world: World, model: MLP, own: Sequence[Tensor], split: Samples) ->
 
 def main(flags: Flags) -> None:
     with join_world(flags.device) as world:
-        splits = prepare(flags)
-        results = [train(world, splits, plan) for plan in make_plans(flags)]
+        splits = pooled(flags)
+        results = [train(world, splits, plan) for plan in flags.plans()]
         if world.rank == 0:
             report(flags, "PyTorch", world.device.type, world.world_size, results)
 

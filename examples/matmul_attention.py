@@ -12,23 +12,20 @@ Nothing is trained, and yet most of the weight that a digit gives to other digit
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from support import accuracy, cli, console
+from support import cli, console
 from torch import Tensor
 from torch.nn.functional import layer_norm, normalize, scaled_dot_product_attention
 
 from torchpar import matmul_t
-from torchpar.data import Dataset, load
+from torchpar.data import load
 from torchpar.parallel.launch.world import join_world_of_one
 
 
 @dataclass(kw_only=True)
-class Flags(cli.ExampleFlags):
+class Flags(cli.DataFlags):
     """Compute the attention of images to each other."""
 
-    data: Path = Path(__file__).parent / "data"  # Folder of the data sets, as torchvision's root.
-    dataset: Dataset = "mnist"  # Data set.
     samples: int = 100  # Number of test images, the first ones.
 
 
@@ -44,12 +41,11 @@ def attention(x: Tensor) -> Tensor:
 
 def main(flags: Flags) -> None:
     with join_world_of_one(flags.device) as world:
-        console.check_outputs(world, folders=[flags.plots], files=[flags.metrics])
         _, test = load(flags.dataset, flags.data, world.device)
         order = test.labels[: flags.samples].argsort()
         labels = test.labels[order]
         x = layer_norm(test.inputs(order), (784,))
-        row = accuracy.compare("attention", attention(x), lambda x: scaled_dot_product_attention(x, x, x), x)
+        row = console.compare("attention", attention(x), lambda x: scaled_dot_product_attention(x, x, x), x)
         to_others = normalize(attention_weights(x).fill_diagonal_(0), p=1)
         to_class = to_others[labels == labels[:, None]].sum().item() / len(labels)
     print(f"{to_class:.0%} of the weight that an image gives to others goes to its class")
@@ -57,7 +53,8 @@ def main(flags: Flags) -> None:
     if flags.plots:
         from support import plots
 
-        plots.save_attention(flags.plots / "attention.png", to_others, labels, test.classes)
+        title = "Weights of images, sorted by class, for each other"
+        plots.save_matrices(flags.plots / "attention.png", to_others[None].sqrt(), title)
 
 
 if __name__ == "__main__":

@@ -9,28 +9,25 @@ element of the input is written once for every window that contains it.
 """
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from support import accuracy, cli, console
+from support import cli, console
 from torch import Tensor
 from torch.nn.functional import conv2d, cross_entropy, layer_norm
 
-from torchpar.data import Dataset, load
+from torchpar.data import load
 from torchpar.nn import Linear, LinearSigmoid
 from torchpar.parallel.launch.world import join_world_of_one
 from torchpar.training import Run, lr_scheduler, sgd
 
 
 @dataclass(kw_only=True)
-class Flags(cli.ExampleFlags):
+class Flags(cli.DataFlags):
     """Train a convolutional network that consists of linear layers."""
 
-    data: Path = Path(__file__).parent / "data"  # Folder of the data sets, as torchvision's root.
-    dataset: Dataset = "mnist"  # Data set.
     samples: int | None = None  # Number of training samples, the first ones; by default all.
     epochs: int = 5  # Passes over the training samples.
     batch_size: int = 64  # Samples per step.
@@ -49,7 +46,7 @@ def compare_with_conv2d(device: torch.device) -> dict[str, Any]:
     rows = windows(x.movedim(1, 3), size=5, stride=2)
     y = layer(rows).movedim(3, 1)
     kernels = layer.weight.detach().unflatten(1, (16, 5, 5))
-    row = accuracy.compare("convolution", y, lambda x: conv2d(x, kernels.to(x), stride=2).sigmoid(), x)
+    row = console.compare("convolution", y, lambda x: conv2d(x, kernels.to(x), stride=2).sigmoid(), x)
     print(f"the rows take {rows.nbytes / x.nbytes:.1f} times the {x.nbytes:,} bytes of the input")
     return row | {"duplication": rows.nbytes / x.nbytes}
 
@@ -75,7 +72,6 @@ class ConvNet(torch.nn.Module):
 
 def main(flags: Flags) -> None:
     with join_world_of_one(flags.device) as world:
-        console.check_outputs(world, folders=[flags.plots], files=[flags.metrics])
         train, test = load(flags.dataset, flags.data, world.device)
         train = train[: flags.samples]
         torch.manual_seed(flags.seed)
@@ -87,15 +83,9 @@ def main(flags: Flags) -> None:
         scheduler = lr_scheduler(optimizer, "linear", flags.epochs * steps)
         parts = (model, optimizer, scheduler, world, train, test)
         with Run(*parts, epochs=flags.epochs, batch_size=flags.batch_size, seed=flags.seed) as run:
-            for epoch in run.epochs():
-                batches = track(
-                    run.batches(epoch),
-                    f"epoch {epoch}",
-                    steps,
-                    transient=True,
-                    disable=not Console().is_terminal,
-                )
-                for x, labels, batch_size in batches:
+            hidden = not Console().is_terminal
+            for epoch in track(run.epochs(), "epochs", flags.epochs, transient=True, disable=hidden):
+                for x, labels, batch_size in run.batches(epoch):
                     loss = cross_entropy(model(x), labels, reduction="sum")
                     (loss / batch_size).backward()
                     optimizer.step()

@@ -16,7 +16,7 @@ more steps, and the cost falls further.
 from dataclasses import dataclass
 
 import torch
-from support import accuracy, cli, console
+from support import cli, console
 from torch import Tensor
 from torch.nn.functional import mse_loss, pad
 
@@ -62,12 +62,11 @@ def make_samples(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def main(flags: Flags) -> None:
     with join_world_of_one(flags.device) as world:
-        console.check_outputs(world, folders=[flags.plots], files=[flags.metrics])
         torch.manual_seed(flags.seed)
         x, y = make_samples(1024, world.device)
         w = torch.randn(8).to(world.device)
         autograd = torch.func.grad(lambda x, y, w: mse_loss(x @ w, y), argnums=2)
-        row = accuracy.compare("gradient", mse_gradient(x, y, w), autograd, x, y, w)
+        row = console.compare("gradient", mse_gradient(x, y, w), autograd, x, y, w)
         curves = {
             f"batch {size}, learning rate {lr:g}": descend(x, y, size, lr)
             for size in flags.batch_size

@@ -119,7 +119,6 @@ def compare(flags: Flags, device: torch.device) -> list[dict[str, float]]:
 def main(flags: Flags) -> None:
     start = time.perf_counter()
     with join_world_of_one(flags.device) as world:
-        console.check_outputs(world, folders=[flags.plots], files=[flags.metrics])
         rows = compare(flags, world.device)
     best = rows[-1]
     if flags.noise:

@@ -11,15 +11,12 @@ first weights and on the same batches, checks that their gradients agree, and tr
   messages (`torchpar.parallel.split.shared_memory`).
 - "formulas": the gradients of an MLP follow from its activations by a few products. Without autograd nothing
   is recorded, and all gradients are added over the ranks at once (`torchpar.training.fused`).
-- "CUDA graph", on a GPU: the kernels of a whole step are recorded once and launched by one call
-  (`torchpar.training.graph`). The step reads its batch by indices, so that this is part of the graph.
 """
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from statistics import median
 from typing import Any, Literal, NamedTuple
 
@@ -33,15 +30,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from torchpar import data, training
-from torchpar.data import Samples
-from torchpar.errors import ConfigError, TorchparError
+from torchpar.data import Batch, Samples
+from torchpar.errors import TorchparError
 from torchpar.nn import MLP
 from torchpar.parallel import join_world, register_shared_memory_hook
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.shared_memory import can_share_memory
 from torchpar.training import Run
 from torchpar.training.fused import FusedGradients, why_not_fused
-from torchpar.training.graph import GraphedStep, why_not_graphed
 
 ROUNDS, STEPS = 5, 4  # how often each way is timed, and its steps each time
 
@@ -52,8 +48,6 @@ class Flags(train_ddp.Flags):
 
     fused: Literal["auto", "off"] = "auto"
     """Gradients by formulas where the model allows it, or always by autograd."""
-    graph: Literal["auto", "on", "off"] = "auto"
-    """A step as one CUDA graph where that is possible; on: an error where it is not."""
 
 
 class Way(NamedTuple):
@@ -62,29 +56,27 @@ class Way(NamedTuple):
     name: str
     shared_memory: bool = False
     formulas: bool = False
-    graph: bool = False
 
 
 class Trainer(NamedTuple):
-    """A model and what trains it. ``gradients`` and ``step`` return the sum of this rank's losses.
+    """A model and what trains it.
 
     Attributes:
-        gradients: ``(x, labels, global_size)``, which leaves the gradients in ``p.grad``.
-        step: ``(index, global_size)``.
+        gradients: leaves the gradients of a batch in ``p.grad``, and returns the sum of this rank's losses.
+        step: the same, and updates the parameters.
     """
 
     model: MLP
     optimizer: Optimizer
     gradients: Callable[[Tensor, Tensor, int], Tensor]
-    step: Callable[[Tensor, int], Tensor]
+    step: Callable[[Tensor, Tensor, int], Tensor]
 
 
 def find_ways(flags: Flags, world: World, train: Samples) -> list[Way]:
-    """Return the ways that are possible here. Rank 0 prints why formulas or a graph on a GPU are not."""
-    on_gpu = world.device.type == "cuda"
+    """Return the ways that are possible here. Rank 0 prints why formulas are not."""
     model = MLP(flags.layer_sizes(train), flags.activation, device=world.device)
     ways = [Way("DistributedDataParallel")]
-    if not on_gpu and can_share_memory(world.dp_size):
+    if world.device.type == "cpu" and can_share_memory(world.dp_size):
         ways.append(Way("shared memory", shared_memory=True))
     reason = "--fused is off" if flags.fused == "off" else why_not_fused(model)
     if flags.compile:
@@ -93,29 +85,17 @@ def find_ways(flags: Flags, world: World, train: Samples) -> list[Way]:
         ways.append(Way("formulas", formulas=True))
     elif world.rank == 0:
         print(f"no formulas: {reason}")
-
-    reason = why_not_graphed(train_ddp.make_optimizer(flags, model), world, ways[-1].formulas)
-    if flags.phases or flags.collectives or flags.profile:
-        reason = "--phases, --collectives and --profile look into a step"
-    if flags.graph == "off":
-        reason = "--graph is off"
-    if not reason:
-        ways.append(ways[-1]._replace(name="CUDA graph", graph=True))
-    elif flags.graph == "on":
-        raise ConfigError(f"--graph is on, but a step cannot be a CUDA graph: {reason}")
-    elif world.rank == 0 and on_gpu:  # nobody expects a graph on a CPU
-        print(f"no CUDA graph: {reason}")
     return ways
 
 
-def make_trainer(flags: Flags, world: World, train: Samples, way: Way, stack: ExitStack) -> Trainer:
-    """Return what trains in the given way; ``stack`` closes it."""
+def make_trainer(flags: Flags, world: World, train: Samples, way: Way) -> Trainer:
+    """Return what trains in the given way."""
     torch.manual_seed(flags.seed)  # the same weights on every rank, and in every way
     model = MLP(flags.layer_sizes(train), flags.activation).to(world.device)
     optimizer = train_ddp.make_optimizer(flags, model)  # Muon at 0.3 for the weights, SGD for the biases
     fused = FusedGradients(model, world, flags.label_smoothing) if way.formulas else None
     replica: torch.nn.Module = model
-    if not (way.formulas or way.graph):
+    if not way.formulas:
         replica = ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
         if way.shared_memory:
             register_shared_memory_hook(ddp, world)
@@ -136,14 +116,7 @@ def make_trainer(flags: Flags, world: World, train: Samples, way: Way, stack: Ex
         optimizer.zero_grad()
         return loss
 
-    if way.graph:
-        graphed = stack.enter_context(GraphedStep(step, train, optimizer))
-        return Trainer(model, optimizer, gradients, graphed)
-
-    def step_at(index: Tensor, global_size: int) -> Tensor:
-        return step(train.inputs(index), train.labels.index_select(0, index), global_size)
-
-    return Trainer(model, optimizer, gradients, step_at)
+    return Trainer(model, optimizer, gradients, step)
 
 
 def compare(flags: Flags, world: World, train: Samples, ways: list[Way]) -> list[dict[str, Any]]:
@@ -156,43 +129,38 @@ def compare(flags: Flags, world: World, train: Samples, ways: list[Way]) -> list
         TorchparError: the gradients of two ways differ by more than rounding.
     """
 
-    def batches() -> Iterator[tuple[Tensor, int]]:
-        epoch = 0
-        while True:
-            epoch += 1
-            yield from data.indices(train, flags.batch_size, seed=flags.seed, epoch=epoch, share=world.share)
+    def batches() -> Iterator[Batch]:
+        for epoch in count(1):
+            yield from data.batches(train, flags.batch_size, seed=flags.seed, epoch=epoch, share=world.share)
 
-    with ExitStack() as stack:
-        trainers = [make_trainer(flags, world, train, way, stack) for way in ways]
-        check_gradients(ways, trainers, train, *next(batches()))
-        shares = [batches() for _ in ways]
-        times: list[list[float]] = [[] for _ in ways]
-        for number in range(ROUNDS + 1):  # in the first, kernels are compiled, and the wrapper sets itself up
-            for at, trainer in enumerate(trainers):
-                start = now(world)
-                for index, size in islice(shares[at], STEPS):
-                    trainer.step(index, size)
-                if number:
-                    times[at].append(1e3 * (now(world) - start) / STEPS)
+    trainers = [make_trainer(flags, world, train, way) for way in ways]
+    check_gradients(ways, trainers, next(batches()))
+    shares = [batches() for _ in ways]
+    times: list[list[float]] = [[] for _ in ways]
+    for number in range(ROUNDS + 1):  # in the first, kernels are compiled, and the wrapper sets itself up
+        for at, trainer in enumerate(trainers):
+            start = now(world)
+            for batch in islice(shares[at], STEPS):
+                trainer.step(*batch)
+            if number:
+                times[at].append(1e3 * (now(world) - start) / STEPS)
     ms = [median(of_way) for of_way in times]
     return [{"way": way.name, "ms": one, "speed_up": ms[0] / one} for way, one in zip(ways, ms, strict=True)]
 
 
-def check_gradients(
-    ways: list[Way], trainers: list[Trainer], train: Samples, index: Tensor, global_size: int
-) -> None:
+def check_gradients(ways: list[Way], trainers: list[Trainer], batch: Batch) -> None:
     """Compare the gradients of each way with those of the first.
 
     The limit is the rounding of sums over the batch and over a layer's inputs.
     """
     first: Tensor | None = None
     for way, trainer in zip(ways, trainers, strict=True):
-        trainer.gradients(train.inputs(index), train.labels.index_select(0, index), global_size)
+        trainer.gradients(*batch)
         mine = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
         trainer.optimizer.zero_grad()
         first = mine if first is None else first
         off = ((mine - first).norm() / first.norm()).item()
-        if not off <= (global_size + max(trainer.model.sizes)) * torch.finfo(mine.dtype).eps:
+        if not off <= (batch.global_size + max(trainer.model.sizes)) * torch.finfo(mine.dtype).eps:
             raise TorchparError(f"the gradient by {way.name} is off by {off:.1e} of its norm; report this")
 
 
@@ -204,22 +172,22 @@ def now(world: World) -> float:
 
 
 def main(flags: Flags) -> None:
-    with join_world(flags.device, flags.timeout) as world, ExitStack() as stack:
+    with join_world(flags.device, flags.timeout) as world:
         train, test = session.load(flags, world)
         ways = find_ways(flags, world, train)
         rows = compare(flags, world, train, ways)
         if world.rank == 0:
             console.print_rows(rows, ["way", "ms", "speed_up"])
             print(f"training by {ways[-1].name}")
-        model, optimizer, _, step = make_trainer(flags, world, train, ways[-1], stack)
+        model, optimizer, _, step = make_trainer(flags, world, train, ways[-1])
         lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
         parts = (model, optimizer, lr_scheduler, world, train, test)
-        with Run(*parts, log=Log(flags, world, fused=ways[-1].formulas), **flags.run_options()) as run:
+        with Run(*parts, log=Log(flags, world), **flags.run_options()) as run:
             for epoch in run.epochs():
-                for index, global_size in run.indices(epoch):
-                    loss = step(index, global_size)
-                    lr_scheduler.step()  # not in the step: a graph would repeat the first rate
+                for batch in run.batches(epoch):
+                    loss = step(*batch)
+                    lr_scheduler.step()
                     run.log(loss)
 
 

@@ -14,9 +14,6 @@ compute more for each message: ``--batch-size 128 --hidden 128 --lr 0.5``.
 import os
 import time
 from dataclasses import dataclass
-from functools import partial
-from operator import truediv
-from pathlib import Path
 
 # NumPy reads it when it is imported. With a process per core each process needs one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,18 +24,16 @@ from support import cli, console
 
 from torchpar.baselines import mpi
 from torchpar.baselines.numpy_mlp import MLP, SGD, Init
-from torchpar.data import Dataset, Samples, load
+from torchpar.data import Samples, load
 from torchpar.errors import ConfigError
 from torchpar.profile.phases import Phases, timed
 from torchpar.training import EpochResult
 
 
 @dataclass(kw_only=True)
-class Flags(cli.LogFlags):
+class Flags(cli.LogFlags, cli.DataFlags):
     """Train a digit classifier in NumPy, by data parallelism over MPI."""
 
-    data: Path = Path(__file__).parent / "data"  # Folder of the data sets, as torchvision's root.
-    dataset: Dataset = "mnist"  # Data set.
     epochs: int = 5  # Passes over the training samples.
     batch_size: int = 10  # Samples per step, over all processes.
     lr: float = 0.1  # Learning rate.
@@ -81,7 +76,7 @@ def main(flags: Flags) -> None:
                     optimizer.step(total[:-1] / global_size)
                     train_loss += float(total[-1])
                     trained += global_size
-                    progress.update(epoch, trained, partial(truediv, train_loss, trained))
+                    progress.update(epoch, trained)
                 speed = n_train / (time.perf_counter() - start)
                 test_loss, accuracy = mpi.evaluate(world, model, own_test, n_test)
                 figures = (epoch, train_loss / n_train, test_loss, accuracy, speed)
@@ -98,8 +93,7 @@ def main(flags: Flags) -> None:
 
 
 def read(flags: Flags) -> tuple[Samples, Samples]:
-    """Return the training and test samples, after a check that the outputs can be written."""
-    console.create_outputs(folders=[flags.plots, flags.log_dir], files=[flags.metrics])
+    """Return the training and test samples."""
     train, test = load(flags.dataset, flags.data)
     return train[: flags.samples], test
 

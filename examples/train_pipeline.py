@@ -30,7 +30,6 @@ torch.distributed.pipelining, which takes micro-batches of equal size: it pads t
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from support import cli, session
@@ -50,7 +49,6 @@ from torchpar.parallel.split.pipeline import (
     check_one_rank_per_gpu,
     stage_mlp,
 )
-from torchpar.partition import Partition
 from torchpar.profile.phases import timed
 from torchpar.reference import Backward, Forward, P2PCommunicator, gpipe, one_forward_one_backward
 from torchpar.training import Run
@@ -63,7 +61,6 @@ Predict = Callable[[Tensor], Tensor | None]
 class Flags(cli.TrainFlags):
     """Train a digit classifier by pipeline parallelism."""
 
-    optimizer: Literal["sgd", "muon"] = "sgd"
     pipeline: PipelineSchedule = "1f1b"
     """Order of the forward and backward passes."""
     micro_batches: int = 4
@@ -152,9 +149,7 @@ def main(flags: Flags) -> None:
         lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
         parts = (stage, optimizer, lr_scheduler, world, train, test)
-        rows = Partition(min(flags.batch_size, len(train)), flags.micro_batches, rank=0).widths()
-        log = Log(flags, world, micro_batches=flags.micro_batches if flags.library else rows)
-        with Run(*parts, predict=predict, log=log, **flags.run_options()) as run:
+        with Run(*parts, predict=predict, log=Log(flags, world), **flags.run_options()) as run:
             for epoch in run.epochs():
                 for x, labels, global_size in run.batches(epoch):
                     loss = gradients(x, labels, global_size)  # of all micro-batches

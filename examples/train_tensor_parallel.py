@@ -22,7 +22,6 @@ The model has one hidden layer: a pair is two layers.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from support import cli, session
@@ -42,7 +41,6 @@ from torchpar.training import Run
 class Flags(cli.TrainFlags):
     """Train a digit classifier by tensor parallelism."""
 
-    optimizer: Literal["sgd", "muon"] = "sgd"
     hidden: tuple[int, ...] = (128,)
     """Width of the hidden layer."""
 

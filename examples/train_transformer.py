@@ -159,7 +159,6 @@ def main(flags: Flags) -> None:
     with join_world(flags.device) as world:
         if flags.arithmetic == "fast" and flags.batch_size % world.world_size:
             raise ConfigError(f"--batch-size is {flags.batch_size}, expected a multiple of the ranks")
-        console.check_outputs(world, folders=[flags.plots, flags.log_dir], files=[flags.metrics])
         book = load_book(world.device)
         names = ["adamw"] if flags.arithmetic == "exact" else ["muon", "adamw"]
         runs = [train(name, flags, book, world) for name in names]

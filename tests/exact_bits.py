@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Recorded hashes of exact products and of `torchpar.exact.ieee`. As a script: those by 1 and 2 threads."""
+"""Recorded hashes of exact products, and of the mode. As a script: those by 1 and 2 threads."""
 
 import hashlib
 import json
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import torchpar
-from torchpar.exact import ieee
-from torchpar.exact.loss import cross_entropy_sum
+from torchpar import exact
 
 PRODUCTS = {
     "exact_matmul": "283031e2a5cd363d",
@@ -17,13 +17,11 @@ PRODUCTS = {
     "batch": "a4fb80472d5f5f08",
     "gradient": "d17dfb93ddf54808",
 }
-FUNCTIONS = {
-    "exp": "2160ee5055ee8773",
-    "sigmoid": "6f409e9c988753dd",
-    "strided": "989e1748033ecb63",
-    "log": "bb1a064d41aa5fd5",
-    "loss": "b7cd1f8c6f8e0cc7",
-    "gradient of the loss": "0028ee16a124b438",
+RULES = {
+    "functions": "6e02f041ce44698a",
+    "rows": "172c91a66e348114",
+    "gradients": "7d2027305601b5c8",
+    "random": "e9018cda185fd7f2",
 }
 
 
@@ -31,13 +29,6 @@ def made_of_integers(*shape: int, seed: int) -> Tensor:
     """Floats of 24 random bits and of magnitudes that differ by up to 2⁴⁰, the same everywhere."""
     i = torch.arange(seed, seed + torch.Size(shape).numel())
     return torch.ldexp((i * 2654435761 % 2**24 - 2**23).float(), -(i * 40503 % 65521 % 40)).view(shape)
-
-
-def floats(least: float, largest: float, step: int) -> Tensor:
-    """Every ``step``-th float32 by its bit pattern, from ``least`` < 0 to ``largest`` > 0."""
-    ends = torch.tensor([-least, largest], dtype=torch.float32).view(torch.int32).tolist()
-    below, above = (torch.arange(0, end + 1, step, dtype=torch.int32).view(torch.float32) for end in ends)
-    return torch.cat([-below.flip(0), above])
 
 
 def products(device: str = "cpu") -> dict[str, str]:
@@ -56,22 +47,23 @@ def products(device: str = "cpu") -> dict[str, str]:
     )
 
 
-def functions(device: str = "cpu") -> dict[str, str]:
-    x = floats(-104, 89, 10007).to(device)
-    size = len(x) // 10 * 10
-    logits = (torch.arange(size) * 7919 % 65521 / 2048 - 16).float().view(-1, 10).to(device).requires_grad_()
-    labels = torch.arange(len(logits), device=device) * 31 % 10
-    loss = cross_entropy_sum(logits, labels)
-    positive = (torch.arange(2**16) * 140000000000001 + 2**52).view(torch.float64).to(device)
+def rules(device: str = "cpu") -> dict[str, str]:
+    """Of what the mode computes by its own functions and sums."""
+    x = (made_of_integers(40, 1009, seed=3) * 2.0**-20).to(device).requires_grad_()
+    functions = (torch.exp, torch.log1p, torch.sigmoid, torch.tanh, torch.sin, torch.erf, F.gelu, F.softplus)
+    with exact.mode():
+        torch.manual_seed(0)
+        drawn = torch.randn(10**4), F.dropout(torch.ones(10**4), 0.3), torch.empty(10**4).uniform_(-0.3, 0.7)
+        of_elements = torch.stack([function(x.abs() - 0.5) for function in functions])
+        rows = [x.softmax(1), x.log_softmax(1), F.layer_norm(x, (1009,)), x.logsumexp(1, True), x.norm(dim=1)]
+        rows += [F.scaled_dot_product_attention(x[:, :8], x[:, 8:16], x[:, 16:24], is_causal=True)]
+        loss = F.cross_entropy(x, torch.arange(40, device=device)) + of_elements[2:].sum()
+        for y in rows[:3]:
+            loss = loss + y.square().mean()
+        loss.backward()
+    of_rows = torch.cat([y.flatten() for y in rows])
     return hashes(
-        {
-            "exp": ieee.exp(x),
-            "sigmoid": ieee.sigmoid(x),
-            "strided": torch.cat([ieee.exp(x[1::3]), ieee.sigmoid(x[2::7])]),
-            "log": ieee.log(positive),
-            "loss": loss,
-            "gradient of the loss": torch.autograd.grad(0.001 * loss, logits)[0],
-        }
+        {"functions": of_elements, "rows": of_rows, "gradients": x.grad, "random": torch.stack(drawn)}
     )
 
 
@@ -83,4 +75,4 @@ def hashes(outputs: dict[str, Tensor]) -> dict[str, str]:
 if __name__ == "__main__":
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        print(json.dumps(products() | functions()))
+        print(json.dumps(products() | rules()))

@@ -2,13 +2,16 @@
 """Machine code of kernels that are compiled for a GPU that is not there: instructions and loops."""
 
 import re
+import subprocess
 from collections import Counter
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.autotune import Compiled, Wrap, compile_launches, cuda_tool, resources
+import triton
+
+from benchmarks.driver import Compiled, Wrap, compile_launches
 
 _LINE = re.compile(r"\s*(?:(\.L_\w+):|/\*[0-9a-f]{4,}\*/\s+(?:@(!?\w+)\s+)?(\w[\w.]*)\s*([^;]*?)\s*;)")
 
@@ -39,6 +42,18 @@ def read(text: str) -> list[Instruction]:
         return labels[match[1]] if match else None
 
     return [Instruction(*fields, target(*fields[1:])) for fields in found]
+
+
+def cuda_tool(name: str, flag: str, cubin: Path) -> str:
+    """What a tool that Triton brings, such as cuobjdump, prints of a compiled kernel."""
+    tool = Path(str(triton.__file__)).parent / "backends/nvidia/bin" / name
+    return subprocess.run([str(tool), flag, str(cubin)], check=True, capture_output=True, text=True).stdout
+
+
+def resources(cubin: Path) -> dict[str, int]:
+    """What a thread takes: REG, its registers; STACK and LOCAL, bytes that did not fit into them."""
+    usage = re.findall(r"(REG|STACK|LOCAL):(\d+)", cuda_tool("cuobjdump", "-res-usage", cubin))
+    return {name: int(count) for name, count in usage}
 
 
 def machine_codes(launch: Callable[[Wrap], object], folder: Path) -> list["MachineCode"]:

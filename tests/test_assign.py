@@ -125,6 +125,18 @@ EXPECTED = {
     },
     "whisper": {**ENCODER, "32×30": "conv1", "32×96": "conv2", "others": "embed_positions embed_tokens"},
 }
+REASONS = {
+    "mamba": {"conv1d.weight": "depthwise convolution, one filter for each channel"},
+    "gpt2": {
+        "c_fc.weight": "hidden matrix, stored transposed",
+        "c_attn.weight": "query, key and value, seen as 3 matrices, stored transposed",
+    },
+    "mixtral": {
+        "gate_up_proj": "gate and up of experts, seen as 6 matrices",
+        "mlp.gate.weight": "router of experts",
+    },
+    "clip": {"visual_projection.weight": "output head, as text_projection is"},
+}
 INPUTS = {
     "t5": {"decoder_input_ids": (2, 8)},
     "clip": {"pixel_values": (2, 3, 8, 8)},
@@ -171,6 +183,8 @@ def test_architectures(name):
     words = {key: set(names.split()) for key, names in table(model).items()}
     assert words == {key: set(names.split()) for key, names in EXPECTED[name].items()}
     optimizer = Muon.for_model(model, 0.1)
+    for parameter, reason in REASONS.get(name, {}).items():
+        assert {one.reason for one in optimizer.assignments if one.name.endswith(parameter)} == {reason}
     compute_gradients(model, name)
     before = copy.deepcopy(model.state_dict())
     optimizer.step()
@@ -180,57 +194,23 @@ def test_architectures(name):
     assert {one.name for one in optimizer.assignments if one.choice == "muon"} <= given
 
 
-@needs_transformers
-@pytest.mark.parametrize(
-    "name, parameter, reason",
-    [
-        ("mamba", "A_log", "no known layer multiplies by it; give a view"),
-        ("mamba", "conv1d.weight", "depthwise convolution, one filter for each channel"),
-        ("gpt2", "c_fc.weight", "hidden matrix, stored transposed"),
-        ("gpt2", "c_attn.weight", "query, key and value, seen as 3 matrices, stored transposed"),
-        ("phi3", "gate_up_proj.weight", "gate and up, seen as 2 matrices"),
-        ("mixtral", "gate_up_proj", "gate and up of experts, seen as 6 matrices"),
-        ("mixtral", "gate.weight", "router of experts"),
-        ("clip", "text_projection.weight", "output head, the last linear layer"),
-        ("clip", "visual_projection.weight", "output head, as text_projection is"),
-    ],
-)
-def test_reasons(name, parameter, reason):
-    found = Muon.for_model(make_model(name)).assignments
-    assert {one.reason for one in found if one.name.endswith(parameter)} == {reason}
-
-
 class LoRA(nn.Module):
-    """A frozen linear layer, and an adapter as the package peft names it."""
+    """A linear layer and an adapter, as the package peft names it."""
 
-    def __init__(self, base_layer: nn.Linear, rank: int = 4):
+    def __init__(self, *sizes: int):
         super().__init__()
-        self.base_layer = base_layer.requires_grad_(False)
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(base_layer.in_features, rank, bias=False)})
-        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, base_layer.out_features, bias=False)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+        self.base_layer = nn.Linear(*sizes, bias=False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(sizes[0], 3, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(3, sizes[1], bias=False)})
 
 
-@needs_transformers
-def test_lora():
-    """Both factors go to Muon, also those of the head; the head is not the last factor."""
-    model = make_model("llama").requires_grad_(False)
-    for layer in model.model.layers:
-        layer.self_attn.q_proj = LoRA(layer.self_attn.q_proj)
-    model.lm_head = LoRA(model.lm_head)
-    optimizer = Muon.for_model(model)
-    found = {one.name: one for one in optimizer.assignments}
-    assert found["lm_head.base_layer.weight"].reason == "output head, the last linear layer"
-    factors = {name for name in found if "lora_" in name}
-    assert len(factors) == 6
-    assert {(found[name].choice, found[name].reason) for name in factors} == {("muon", "LoRA factor")}
-    compute_gradients(model, "llama")
-    before = copy.deepcopy(model.state_dict())
-    optimizer.step()
-    # The first gradients of A are 0 where B is 0; here B is random.
-    assert factors == {name for name, p in model.state_dict().items() if not torch.equal(p, before[name])}
+def test_both_factors_of_lora_go_to_muon():
+    """Also those of the head; the head is not the last factor."""
+    found = Muon.for_model(nn.Sequential(nn.Sequential(LoRA(4, 5)), LoRA(5, 6))).assignments
+    factors = ["LoRA factor"] * 2
+    expected = ["hidden matrix", *factors, "output head, the last linear layer", *factors]
+    assert [one.reason for one in found] == expected
+    assert [one.name for one in found if one.choice == "others"] == ["1.base_layer.weight"]
 
 
 # Layers of PyTorch, and others that are known by their names and attributes
@@ -245,16 +225,8 @@ class Conv1D(nn.Module):
         self.weight = nn.Parameter(torch.randn(nx, nf))
 
 
-class FSDPCausalSelfAttention(nn.Module):
-    """The attention of nanoGPT, as far as its query, key and value, named as `fully_shard` does."""
-
-    def __init__(self):
-        super().__init__()
-        self.c_attn = nn.Linear(4, 12)
-
-
 class Experts(nn.Module):
-    """Experts stored as GPT-OSS does: ``(experts, in, out)``, and gate and up interleaved."""
+    """Experts stored as GPT-OSS does: ``(experts, in, out)``; gate and up are interleaved and need a view."""
 
     is_transposed, is_concatenated = True, False
 
@@ -276,18 +248,6 @@ def test_a_matrix_stored_transposed_is_updated_like_its_transpose():
     Muon([linear.weight], 0.1, ns="standard").step()
     # Products of the transposed layout may add in another order: an update of 2·1.2 times 0.1, in bfloat16.
     assert_close(layer.weight.mT, linear.weight, rtol=0, atol=0.1 * 2 * 1.2 * 2**-7)
-
-
-def test_interleaved_experts_are_seen_apart():
-    one, *_ = Muon.for_model(experts := Experts()).assignments
-    gate, up = one.view(experts.gate_up_proj)
-    assert torch.equal(gate, experts.gate_up_proj[:, :, 0::2].mT)
-    assert torch.equal(up, experts.gate_up_proj[:, :, 1::2].mT)
-    assert table(experts) == {
-        "3×5×8 3×5×8": "gate_up_proj",
-        "others": "gate_up_proj_bias",
-        "3×8×5": "down_proj",
-    }
 
 
 WEIGHT_NORM = {"others": "original0", "5×4": "original1"}
@@ -313,7 +273,8 @@ LSTM = {"4×6 4×6 4×6 4×6": "weight_ih_l0", "4×3 4×3 4×3 4×3": "weight_hh
         (lambda: nn.ModuleDict({"qkv": nn.Linear(4, 12)}), {"4×4 4×4 4×4": "qkv"}),
         (lambda: nn.ModuleDict({"qkv": nn.Linear(6, 9)}), {"9×6": "qkv"}),  # of unknown sizes
         (lambda: nn.ModuleDict({"c_attn": Conv1D(8, 4)}), {"4×4 4×4": "c_attn"}),
-        (FSDPCausalSelfAttention, {"4×4 4×4 4×4": "c_attn"}),
+        (lambda: nn.ModuleDict({"c_attn": nn.Linear(4, 12)}), {"4×4 4×4 4×4": "c_attn"}),  # nanoGPT
+        (Experts, {"others": "gate_up_proj gate_up_proj_bias", "3×8×5": "down_proj"}),
         (lambda: nn.ModuleDict({"gate_up_proj": nn.Linear(4, 7)}), {"7×4": "gate_up_proj"}),
     ],
 )
@@ -417,17 +378,17 @@ def test_a_state_dict_of_other_parameters_is_refused():
 # The command
 
 
+@pytest.mark.parametrize("name", ["test_assign:Model", "test_assign:model"])
+def test_the_command_prints_the_table_of_ones_own_model(capsys, monkeypatch, name):
+    monkeypatch.setattr(sys.modules[__name__], "model", Model(), raising=False)
+    assert main([name]) == 0
+    assert re.search(r"conv\.weight +8×3×3×3 +Muon +convolution, seen as 8×27", capsys.readouterr().out)
+
+
 @needs_transformers
 def test_the_command_prints_the_table_of_an_architecture(capsys):
     assert main(["mamba"]) == 0
     assert re.search(r"layers\.0\.mixer\.A_log +64×4 +AdamW +no known layer", capsys.readouterr().out)
-
-
-@pytest.mark.parametrize("name", ["Model", "model"])
-def test_the_command_prints_the_table_of_ones_own_model(capsys, monkeypatch, name):
-    monkeypatch.setattr(sys.modules[__name__], "model", Model(), raising=False)
-    assert main([f"test_assign:{name}"]) == 0
-    assert re.search(r"conv\.weight +8×3×3×3 +Muon +convolution, seen as 8×27", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
@@ -439,17 +400,12 @@ def test_the_command_prints_the_table_of_ones_own_model(capsys, monkeypatch, nam
         ("math:pi", "math:pi gives an object of type float, expected MODULE:FUNCTION"),
         (":f", ":f: Empty module name; expected MODULE:FUNCTION"),
         ("torch.nn:Identity", "the model has no hidden matrix"),
+        ("llama", "llama needs transformers"),
     ],
 )
-def test_errors_of_the_command_are_one_line(capsys, name, message):
+def test_errors_of_the_command_are_one_line(capsys, monkeypatch, name, message):
+    monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(SystemExit) as error:
         main([name])
     assert error.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_the_command_names_a_missing_package(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(SystemExit):
-        main(["llama"])
-    assert "llama needs transformers" in capsys.readouterr().err

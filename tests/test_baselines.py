@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Tests that all baselines compute the same: integers exactly, other numbers as accurately as PyTorch."""
 
+from functools import partial
+
 import numpy as np
 import pytest
-import test_kernels_interpreted
 import torch
 from operators import OPERATORS
 from samples import assert_accurate, oracle
@@ -11,8 +12,7 @@ from samples import assert_accurate, oracle
 import torchpar.nn
 
 pytest.importorskip("numba", reason="Numba compiles the loops")
-from torchpar.baselines import launch_shapes, numba_njit, numpy_mlp, pure_python
-from torchpar.baselines.bridge import copy_weights
+from torchpar.baselines import numba_njit, numpy_mlp, pure_python
 from torchpar.baselines.numpy_mlp import MLP, SGD
 from torchpar.training import loss_sum
 
@@ -29,10 +29,12 @@ def in_torch(function):
 
 def levels(name: str) -> dict:
     """Return all ways to compute an operator on the CPU, arrays in and out."""
-    loops = [loop.__name__ for loop in numba_njit.LOOPS if loop.__name__.startswith(name)]
     found = {"pure Python": in_lists(getattr(pure_python, name)), "NumPy": getattr(numpy_mlp, name)}
-    found |= {f"{loop}, serial": getattr(numba_njit.SERIAL, loop) for loop in loops}
-    found |= {f"{loop}, parallel": getattr(numba_njit.PARALLEL, loop) for loop in loops}
+    for kind, loops in (("serial", numba_njit.SERIAL), ("parallel", numba_njit.PARALLEL)):
+        found[f"njit, {kind}"] = getattr(loops, name)
+        if name == "matmul_t":
+            found[f"blocked, {kind}"] = partial(loops.matmul_t_tiled, triangular=False)
+            found[f"triangular, {kind}"] = partial(loops.matmul_t_tiled, triangular=True)
     return found | {"torchpar": in_torch(getattr(torchpar, name))}
 
 
@@ -95,12 +97,12 @@ def test_sigmoid_of_large_numbers_is_0_or_1(level):
 # Backpropagation by hand
 
 
-def problem(sizes=(33, 9, 6, 10), batch=7, loss="cross-entropy", init="xavier") -> tuple:
+def problem(sizes=(33, 9, 6, 10), batch=7, loss="cross-entropy") -> tuple:
     """A network in float64 with biases too, and a batch; all of them numbers that float32 has."""
     random = np.random.default_rng(1)
-    model = MLP(sizes, loss=loss, init=init, dtype=np.float64)
+    model = MLP(sizes, loss=loss, dtype=np.float64)
     model.parameters[:] = model.parameters.astype(np.float32)
-    for bias in model.biases if init == "xavier" else ():
+    for bias in model.biases:
         bias[:] = random.standard_normal(len(bias), dtype=np.float32)
     x = random.random((batch, sizes[0]), dtype=np.float32).astype(np.float64)
     return model, x, random.integers(0, sizes[-1], batch)
@@ -110,7 +112,7 @@ def by_autograd(model: MLP, x: np.ndarray, labels: np.ndarray, dtype: torch.dtyp
     """Loss and gradient of `torchpar.nn.MLP`, summed over samples."""
     output = "logits" if model.loss == "cross-entropy" else "sigmoid"
     network = torchpar.nn.MLP(model.sizes, output=output, dtype=dtype)
-    copy_weights(model, network)
+    model.copy_to(network)
     loss = loss_sum(model.loss, network(torch.from_numpy(x).to(dtype)), torch.from_numpy(labels))
     gradients = torch.autograd.grad(loss, list(network.parameters()))
     # PyTorch's weights are (out, in).
@@ -150,17 +152,16 @@ def by_numba(model: MLP, x, labels) -> tuple:
 
 
 @pytest.mark.parametrize(
-    "level, sizes, batch, loss, init",
+    "level, sizes, batch, loss",
     [
-        *[(level, (33, 9, 6, 10), 7, "cross-entropy", "xavier") for level in (in_numpy, in_python, by_numba)],
-        (MLP.gradients, (20, 8, 6, 10), 7, "cross-entropy", "zeros"),
-        (MLP.gradients, (20, 8, 6, 10), 7, "bce", "xavier"),
-        (MLP.gradients, (5, 3), 1, "bce", "zeros"),
-        (MLP.gradients, (5, 4, 3), 0, "cross-entropy", "xavier"),
+        *[(level, (33, 9, 6, 10), 7, "cross-entropy") for level in (in_numpy, in_python, by_numba)],
+        (MLP.gradients, (20, 8, 6, 10), 7, "bce"),
+        (MLP.gradients, (5, 3), 1, "bce"),
+        (MLP.gradients, (5, 4, 3), 0, "cross-entropy"),
     ],
 )
-def test_gradients_are_autograds(level, sizes, batch, loss, init):
-    model, x, labels = problem(sizes, batch, loss, init)
+def test_gradients_are_autograds(level, sizes, batch, loss):
+    model, x, labels = problem(sizes, batch, loss)
     found = level(model, x, labels)
     dtype = torch.float32 if level in (in_numpy, by_numba) else torch.float64
     assert level is in_python or torch.from_numpy(found[1]).dtype == dtype
@@ -181,6 +182,7 @@ def test_xavier():
         assert abs(weight.var() / variance - 1) < 5 * (2 / weight.size) ** 0.5
     assert not np.concatenate(model.biases).any()
     np.testing.assert_array_equal(MLP([300, 200, 100], seed=1).parameters, model.parameters)
+    assert not MLP([300, 200, 100], init="zeros", seed=1).parameters.any()
     assert not np.array_equal(MLP([300, 200, 100], seed=2).parameters, model.parameters)
 
 
@@ -214,28 +216,3 @@ def test_batches_cover_each_sample_once_in_a_new_order():
     orders = [tuple(np.concatenate(epoch)) for epoch in (first, second)]
     assert sorted(orders[0]) == list(range(10))
     assert len({*orders, tuple(range(10))}) == 3
-
-
-# Kernels launched as in a first course
-
-
-def launch(name: str, note: str, *shape: int) -> None:
-    """Compare a launch with PyTorch. Memory that it leaves unwritten holds NaN or the largest integer."""
-    args = (normal(*shape),)
-    if name == "maximum":
-        args = tuple(np.random.default_rng(0).integers(-9, 9, (2, *shape), dtype=np.int32))
-    torch.use_deterministic_algorithms(True)
-    try:
-        result = launch_shapes.SHAPES[name][note](*map(torch.from_numpy, args))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert_right(name, result.numpy(), *args)
-
-
-@test_kernels_interpreted.pytestmark
-@pytest.mark.parametrize(
-    "name, note", [(n, note) for n, ways in launch_shapes.SHAPES.items() for note in ways]
-)
-def test_launch_shapes(interpreter, name, note):
-    for shape in ((1, 1), (67, 3), (4, 70)):
-        interpreter(launch, name, note, *shape)

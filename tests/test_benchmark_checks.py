@@ -20,7 +20,6 @@ from benchmarks.timing import Rejected, Timed
 from benchmarks.train import Inputs, Training
 from torchpar.baselines import numpy_mlp
 from torchpar.profile.collectives import Call
-from torchpar.training.cost import Expected
 
 SHAPES = {"maximum": (3, 5), "matmul_t": (5, 7), "linear_sigmoid": (3, 7, 5)}
 
@@ -110,12 +109,27 @@ def test_the_committed_table_is_that_of_the_csv():
     assert train.summary(list(tables.values()), 1) == (folder / "train.md").read_text()
 
 
-def test_other_sizes_or_another_number_of_calls_are_a_difference():
-    calls, right = [Call("tp", "all_reduce", 8, 100, 0.0)] * 2, Expected("tp", "all_reduce", 8, 100)
-    assert scale_model.difference(calls, [right] * 2) == ""
-    other = [Expected("tp", "all_reduce", 8, 96), Expected("tp", "all_reduce", 8, 104)]  # as much in all
-    for wrong in ([right], other, [Expected("dp", "all_reduce", 8, 100)] * 2):
+def test_other_bytes_or_another_dimension_are_a_difference():
+    calls = [Call("tp", "all_reduce", 8, 100, 0.0)] * 2
+    assert scale_model.difference(calls, {"tp": 200, "dp": 0}) == ""
+    for wrong in ({"tp": 100, "dp": 0}, {"tp": 0, "dp": 200}):
         assert scale_model.difference(calls, wrong)
+
+
+def test_the_link_that_made_the_times_is_fitted_and_a_short_message_counts_as_much_as_a_long_one():
+    def result(nbytes: int, seconds: float) -> Result:
+        return Result(case={"kind": "all_reduce", "nbytes": nbytes}, contestant="gloo", p50_ms=1e3 * seconds)
+
+    sizes = (4, 2**10, 2**14, 2**22)
+    times = [2e-4 + 2e-9 * n for n in sizes]
+    right = {"alpha_s": 1e-4, "beta_s_per_byte": 2e-9}
+    assert scaling.fit_link(list(map(result, sizes, times))) == pytest.approx(right, rel=1e-9)
+    # 1% of a long message's time is hundreds of times a short one's, which must stay close all the same.
+    times[-1] *= 1.01
+    alpha, beta = scaling.fit_link(list(map(result, sizes, times))).values()
+    for n, seconds in zip(sizes, times, strict=True):
+        assert 2 * alpha + n * beta == pytest.approx(seconds, rel=0.02)
+    assert scaling.fit_link([]) == {}
 
 
 def test_a_wrong_gradient_and_a_wrong_loss_are_rejected():

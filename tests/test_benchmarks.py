@@ -21,11 +21,10 @@ from torchpar.errors import ConfigError, DivergedError
 # Columns that each CSV has, and some of its own.
 COLUMNS = "contestant p20_ms p50_ms p80_ms samples ok reason torch device processor commit clocks date"
 QUICK = {
-    "operators": "mode dtype speedup roofline rounds calls threads ceiling_gb_per_s ceiling_gflop_per_s",
+    "operators": "mode dtype speedup rounds calls threads gb_per_s gflop_per_s",
     "calls": "mode speedup",
     "muon": "weight distance epoch",
     "host": "operator n",
-    "autotune": "kernel dtype n registers spills shared_memory target",
 }
 SLOW = {
     "optimizers": "library version promises situation verdict rounding",
@@ -70,7 +69,6 @@ def test_a_benchmark_runs_and_its_csv_has_the_columns(tmp_path, monkeypatch, cap
     monkeypatch.setattr(scale_model, "MESHES", scale_model.MESHES[:2])
     monkeypatch.setattr(scale_model, "LAYERS", 4)
     flags = ["--quick", f"--output={tmp_path}"]
-    flags += ["--kernels=symmetric_product", "--sizes=512"] * (name == "autotune")
     flags += ["--only=torch"] * (name == "optimizers")
     assert importlib.import_module(f"benchmarks.{name}").main(flags) == 0
     check(tmp_path / f"{name}.csv", (QUICK | SLOW)[name])
@@ -100,18 +98,6 @@ def test_every_operator_is_measured():
     )
     assert operators.CPU.keys() >= registered
     assert operators.GPU.keys() == operators.NATIVE.keys()
-
-
-def test_a_wrong_operator_has_no_speed(monkeypatch, capsys, tmp_path):
-    """Addmm leaves the sigmoid out, which is done to its result before that is checked."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(operators.FINISH, "addmm", lambda z: torch.sigmoid(1.01 * z))
-    flags = ["--quick", "--device=cpu", "--operators=linear_sigmoid", "--modes=forward"]
-    assert operators.main(flags) == 1
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("not ok:"))
-    threads = torch.get_num_threads()
-    assert line.startswith(f"not ok: addmm linear_sigmoid forward 8x33->5 float32 {threads} errors")
-    assert not list(tmp_path.iterdir())  # there was no --output
 
 
 def test_another_optimizer_goes_elsewhere(monkeypatch, capsys):

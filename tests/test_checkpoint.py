@@ -20,10 +20,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
-from torchpar.optim import SGD
 from torchpar.parallel.launch.world import join_world
-from torchpar.parallel.save.checkpoint import Checkpoint, Checkpoints
-from torchpar.parallel.save.manifest import MANIFEST, write
+from torchpar.parallel.save.checkpoint import MANIFEST, Checkpoint, Checkpoints, write_manifest
 from torchpar.parallel.split.mlp import parallel_mlp
 from torchpar.parallel.split.pipeline import stage_mlp
 from torchpar.training import lr_scheduler, muon, sgd
@@ -202,7 +200,7 @@ def sign(path: Path) -> None:
     """Make the manifest right for the present files, as someone who knows the format can."""
     contents = json.loads((path / MANIFEST).read_text())
     del contents["sha256"]
-    write(path, list(contents.pop("files")), contents)
+    write_manifest(path, list(contents.pop("files")), contents)
 
 
 def forge(path: Path, payload: Payload, how: str) -> None:
@@ -303,9 +301,9 @@ def pass_on(source: Path | None, target: Path, sizes: list[int], optimizer: str,
         made.step()
         state = TrainState(model, made, lr_scheduler(made, "linear", 9), {}, world)
         if source:
+            made.param_groups[-1]["foreach"] = False  # this is not taken from the checkpoint
             assert state.resume(Checkpoints(source, world))
-            # A split model's steps must not be computed as the saved run's were.
-            assert optimizer == "muon" or made.param_groups[0]["fused"] == (type(made) is SGD or None)
+            assert made.param_groups[-1]["foreach"] is False
         else:
             state.step = 5
             state.add_loss(torch.tensor(0.1 * (world.rank + 1), dtype=torch.float64))

@@ -79,8 +79,8 @@ def test_the_readmes_commands_parse_and_install_what_there_is():
         subprocess.run(["bash", "-nc", command], check=True)
 
 
-def test_the_readme_shows_the_measured_trainings():
-    (table,) = re.findall(r"^\| ms a step.*\n(?:\|.*\n)+", README, re.MULTILINE)
+def test_the_page_shows_the_measured_trainings():
+    (table,) = re.findall(r"^\| ms a step.*\n(?:\|.*\n)+", PAGES["docs/training.md"], re.MULTILINE)
     assert table == (RESULTS / "train.md").read_text()
 
 

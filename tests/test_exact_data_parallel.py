@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Gradients of units that are added as integers: any order, any ranks, and a GPT that is split over ranks."""
+"""Gradients of units that are added as integers, in any order, and models that are split over ranks."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from itertools import permutations
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -10,12 +13,12 @@ import torch
 from torch import Tensor
 
 from torchpar import exact
+from torchpar.data import Samples
 from torchpar.errors import ConfigError
-from torchpar.exact import gpt, verify
+from torchpar.exact import gpt, mlp, tensor_parallel, verify
 from torchpar.exact.data_parallel import BinnedSum
-from torchpar.nn import MLP
-from torchpar.ops import _exact
 from torchpar.parallel import join_world
+from torchpar.partition import Partition
 
 
 def terms() -> list[Tensor]:
@@ -67,52 +70,6 @@ def test_sums_of_unusual_numbers():
     assert one.total().isnan().all()
 
 
-def gradients() -> dict[str, Tensor]:
-    """Of 12 samples, which the ranks share and take in an order of their own."""
-    with join_world("cpu") as world, exact.mode():
-        torch.manual_seed(0)
-        model = MLP([5, 7, 3], hidden="relu")
-        x, labels = torch.rand(12, 5), torch.arange(12) % 3
-        parallel = exact.DataParallel(model, world.mesh["dp"].get_group())
-        for i in list(range(12))[world.rank :: world.world_size][:: -1 if world.rank else 1]:
-            loss = torch.nn.functional.cross_entropy(model(x[i : i + 1]), labels[i : i + 1])
-            parallel.backward(loss / 12)
-        loss = parallel.all_reduce()
-        found = {name: p.grad for name, p in model.named_parameters()} | {"loss": loss}
-        with pytest.raises(ConfigError, match=r"a parameter has a gradient before the backward pass; call"):
-            parallel.backward(model(x).sum())
-        with pytest.raises(ConfigError, match="no rank has called backward since the last all_reduce"):
-            parallel.all_reduce()
-        return found
-
-
-def test_ranks_change_no_bit(ranks):
-    (expected,) = ranks(1, gradients)
-    for world_size in (2, 3):
-        for found in ranks(world_size, gradients):
-            assert all(torch.equal(found[name], t) for name, t in expected.items())
-
-
-def test_digits_of_changed_weights_are_cut_again():
-    torch.manual_seed(0)
-    layer, x = torch.nn.Linear(6, 5, bias=False), torch.randn(2, 6)
-    parallel = exact.DataParallel(layer)
-    kept = parallel._kept.of[layer.weight.data_ptr()]
-    with exact.mode():
-        for factor in (1.0, 1.0, 3.0):
-            layer.weight.data.mul_(factor)  # which no counter of changes sees
-            copy = layer.weight.detach().clone()  # whose digits nobody keeps
-            assert torch.equal(layer(x), torch.nn.functional.linear(x, copy))
-            assert len(kept) == 1
-        for n in range(1, 5):
-            layer.weight[:n] @ x.T
-            x @ layer.weight[:n].T
-    assert 1 < len(kept) <= 2
-    assert parallel._kept in _exact._keepers
-    del parallel
-    assert not _exact._keepers
-
-
 def messages() -> None:
     with join_world("cpu") as world, exact.mode():
         x = torch.full((2,), float(world.rank))
@@ -134,7 +91,12 @@ def test_what_cannot_be_added_is_refused():
         with pytest.raises(ConfigError, match=r"the loss has shape \(4, 2\), expected one number"):
             parallel.backward(model(x))
         parallel.backward(model(x).sum().view(1))
-        parallel.all_reduce()
+        assert parallel.all_reduce() == model(x).sum()
+        with pytest.raises(ConfigError, match="no rank has called backward since the last all_reduce"):
+            parallel.all_reduce()
+        model.bias.grad = torch.ones(2)
+        with pytest.raises(ConfigError, match=r"a parameter has a gradient before the backward pass; call"):
+            parallel.backward(model(x).sum())
         model.zero_grad()
         model.bias.requires_grad_(False)
         with pytest.raises(ConfigError, match="frozen or unfrozen after DataParallel was made"):
@@ -143,17 +105,89 @@ def test_what_cannot_be_added_is_refused():
             exact.DataParallel(torch.nn.Linear(3, 2, dtype=torch.bfloat16))
 
 
-def short_gpt(dp: int, tp: int) -> str:
+# Split models
+
+
+def results(function: Callable[..., Tensor], x: Tensor, weight: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+    x, weight = (t.detach().clone().requires_grad_() for t in (x, weight))
+    y = function(x, weight)
+    return y.detach(), *torch.autograd.grad(y, (x, weight), g)
+
+
+def slices_have_the_bits_of_the_whole() -> None:
+    with join_world("cpu") as world:
+        mesh = world.with_mesh(tp=world.world_size).mesh["tp"]
+        for shape in ((33, 12), (5, 7), (1, 3), (3, 1)):  # some ranks have no features
+            torch.manual_seed(0)
+            weight, x, g = (torch.randn(*size) for size in (shape, (2, 9, shape[1]), (2, 9, shape[0])))
+            x[..., :1] *= 1000  # exponents of other ranks' columns are smaller
+            with exact.mode():
+                y, dx, dw = results(torch.nn.functional.linear, x, weight, g)
+            for axis, shared in enumerate(("inputs", "outputs")):
+                cut = Partition(shape[axis], mesh.size(), mesh.get_local_rank()).narrow
+                layer = partial(tensor_parallel.linear, **{shared: mesh})
+                if axis == 0:
+                    found, expected = (
+                        results(layer, x, cut(weight, 0), cut(g, -1)),
+                        (cut(y, -1), dx, cut(dw, 0)),
+                    )
+                else:
+                    found, expected = (
+                        results(layer, cut(x, -1), cut(weight, 1), g),
+                        (y, cut(dx, -1), cut(dw, 1)),
+                    )
+                assert all(map(torch.equal, found, expected))
+            x[0, 1, 0] = math.inf
+            found = layer(cut(x, -1), cut(weight, 1))
+            assert found[0, 1].isnan().all()
+            assert torch.equal(found[1], y[1])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_split_layer_has_the_bits_of_the_whole(ranks, world_size):
+    ranks(world_size, slices_have_the_bits_of_the_whole)
+
+
+Mesh = tuple[int, int, int]  # dp, tp and pp
+
+
+def short(model: str, mesh: Mesh, threads: int = 1, rounded: bool = False) -> str:
+    """The hash after few steps. If ``rounded``, the ranks of "tp" add float32 instead of integers."""
+    add = tensor_parallel.all_reduce
+
+    def add_rounded(t: Tensor, *args: Any) -> Tensor:
+        return add(t.float() if t.dtype == torch.int64 else t, *args)
+
+    pixels = (torch.arange(300 * 784) * 2654435761 % 256).to(torch.uint8).view(300, 784)
+    samples = Samples(pixels, torch.arange(300) % 10, tuple("0123456789"))
+    torch.set_num_threads(threads)
     with (
         join_world("cpu") as world,
         patch.object(verify, "current_world", lambda: world),
+        patch.object(verify, "load", lambda *_: (samples, samples)),
         patch.multiple(gpt, STEPS=2, SEQUENCES=3),
+        patch.multiple(mlp, STEPS=3, BATCH_SIZE=72),  # units of 32, 32 and 8 samples
+        patch.object(tensor_parallel, "all_reduce", add_rounded if rounded else add),
     ):
-        return verify.trained_gpt(dp, tp, 1, verify.DATA)
+        return verify.trained(model, *mesh, verify.DATA)
 
 
-@pytest.mark.parametrize("meshes", [((2, 1), (1, 2)), pytest.param(((2, 2),), marks=pytest.mark.slow)])
-def test_a_gpt_has_the_same_bits_on_any_mesh(ranks, meshes):
-    (expected,) = ranks(1, short_gpt, 1, 1)
-    for dp, tp in meshes:
-        assert set(ranks(dp * tp, short_gpt, dp, tp)) == {expected}
+RECORDED = "ae0e5ac1396ff91bc277b5dfa140a52c4d2a34c383828657cbf9ee05d93621d0"  # of the MLP
+
+
+@pytest.mark.parametrize(
+    "model, meshes",
+    [
+        ("mlp", [(2, 1, 1), (1, 3, 1), (1, 1, 3), (2, 1, 2), (1, 2, 2)]),
+        ("gpt", [(2, 1, 1), (1, 2, 1)]),
+        pytest.param("mlp", [(2, 2, 2), (4, 1, 1)], marks=pytest.mark.slow),  # a rank without a unit
+        pytest.param("gpt", [(2, 2, 1)], marks=pytest.mark.slow),
+    ],
+)
+def test_a_training_has_the_same_bits_on_any_mesh(ranks, model, meshes):
+    (expected,) = ranks(1, short, model, (1, 1, 1))
+    assert ranks(1, short, model, (1, 1, 1), 2) == [expected]
+    assert model == "gpt" or expected == RECORDED
+    for mesh in meshes:
+        assert set(ranks(math.prod(mesh), short, model, mesh)) == {expected}
+    assert expected not in ranks(2, short, model, (1, 2, 1), 1, True)

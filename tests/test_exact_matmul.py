@@ -19,8 +19,6 @@ from torch.testing import assert_close
 
 from torchpar import exact_matmul, exact_matmul_t, reference
 from torchpar.errors import ConfigError
-from torchpar.exact import operands
-from torchpar.exact.operands import Operand
 from torchpar.ops import _exact
 from torchpar.ops.matrix import half_sum
 
@@ -106,12 +104,12 @@ def test_bits_are_the_recorded_ones_under_plain_instructions_and_any_threads() -
     with patch.dict(os.environ, ATEN_CPU_CAPABILITY="default"):
         status, out, err = run(sys.executable, str(ROOT / "tests" / "exact_bits.py"))
     assert status == 0, err
-    assert [*map(json.loads, out.splitlines())] == 2 * [exact_bits.PRODUCTS | exact_bits.FUNCTIONS]
+    assert [*map(json.loads, out.splitlines())] == 2 * [exact_bits.PRODUCTS | exact_bits.RULES]
 
 
 def test_bits_are_the_recorded_ones_on_this_device(device: str) -> None:
-    found = exact_bits.products(device) | exact_bits.functions(device)
-    assert found == exact_bits.PRODUCTS | exact_bits.FUNCTIONS
+    found = exact_bits.products(device) | exact_bits.rules(device)
+    assert found == exact_bits.PRODUCTS | exact_bits.RULES
 
 
 def by_int8(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -132,8 +130,8 @@ PAIRS = [(wide(23, 35), wide(7, 35, seed=9)), (wide(3, 5, 7), wide(3, 4, 7, seed
 CONSTANTS = [
     {"_BLOCK": 1, "_LEAST_ROWS": 1},
     {"_BLOCK": 7},
-    {"CHAIN": 1, "LONG_CHAIN": 64},
-    {"CHAIN": 8, "LONG_CHAIN": 24, "_LEAST_ROWS": 2},
+    {"CHAIN": 1},
+    {"CHAIN": 8, "_LEAST_ROWS": 2},
     {"_BLOCK": 100},
 ]
 
@@ -187,20 +185,16 @@ def test_sums_of_parts_are_those_of_the_whole(cuts: list[int], device: str) -> N
     expected = exact_matmul(a, b)
     e, f = _exact.row_exponents(a), _exact.row_exponents(b)
     split = zip(a.split(cuts, 1), b.split(cuts, 1), strict=True)
-    parts = [Operand(x, e).sums(Operand(y, f)) for x, y in split]
+    parts = [_exact.sums(x, y, e, f) for x, y in split]
     assert all(part.dtype == torch.int64 for part in parts)
     assert_same_bits(_exact.rounded(sum(parts), e, f), expected)
-    pieces = [Operand(t, _exact.row_exponents(t)) for t in a.split([3, 4])]
-    assert_same_bits(Operand.cat(pieces).product(Operand(b, f)), expected)
 
 
 def test_sums_that_int64_may_not_hold_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    a = random(2, 9)
-    operand = Operand(a, _exact.row_exponents(a))
-    assert operand.sums(operand).shape == (2, 2)
-    monkeypatch.setattr(operands, "LONG_CHAIN", 8)
-    with pytest.raises(ConfigError, match="a sum has 9 terms, expected at most 8; take smaller"):
-        operand.sums(operand)
+    monkeypatch.setattr(_exact, "LONGEST", 8)
+    exact_matmul(random(2, 8), random(3, 8))
+    with pytest.raises(ConfigError, match="an exact sum has 9 terms, expected at most 8; split it"):
+        exact_matmul(random(2, 9), random(3, 9))
 
 
 def test_nan_and_infinities_are_those_of_a_product_in_float64(device: str) -> None:

@@ -5,9 +5,9 @@ import hashlib
 import json
 import math
 import os
-import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,11 +16,9 @@ from commands import ROOT, import_path, needs_transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import torchpar
 from torchpar import exact
 from torchpar.errors import ConfigError
 from torchpar.exact.random import philox
-from torchpar.ops import _exact
 
 # Values
 
@@ -44,7 +42,8 @@ FUNCTIONS: dict[str, tuple[Any, Tensor, float]] = {
     "erf": (torch.erf, X, 0.51),
     "rsqrt": (torch.rsqrt, X.abs(), 0.51),
     "silu": (F.silu, X, 0.51),
-    "softplus": (F.softplus, X, 0.51),
+    "softplus": (F.softplus, 2 * X, 0.51),
+    "softplus of beta 2.5": (lambda x: F.softplus(x, 2.5), X, 0.51),
     "pow": (lambda x: x**1.7, X.abs().clamp(min=2.0**-40), 0.51),
     "log1p": (torch.log1p, torch.cat([X[X > -1], UNIT]), 0.51),
     # At ±0.999 the slope √π/2·e^(2.33²) multiplies erf's error of 4·10⁻¹⁰: 0.35 units.
@@ -159,6 +158,53 @@ def test_random_numbers():
 # Bits
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_steps_of_parts_have_the_bits_of_the_whole(kind):
+    """A product and a sum are nowhere fused, which would depend on an element's place in the tensor."""
+    options = {"momentum": 0.9, "nesterov": True} if kind is torch.optim.SGD else {}
+    whole, gradients = torch.randn(37, 41), torch.randn(4, 37, 41)
+
+    def stepped(part: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        p = nn.Parameter(part(whole).to(dtype, copy=True))
+        optimizer = kind([p], lr=0.1, weight_decay=0.1, foreach=False, **options)
+        for gradient in gradients:
+            p.grad = part(gradient).to(dtype)
+            optimizer.step()
+        return p.detach()
+
+    with exact.mode():
+        expected = stepped(lambda t: t)
+        for part in (lambda t: t[3:4, 5:6], lambda t: t.T, lambda t: t.flatten()[1:]):
+            assert torch.equal(stepped(part), part(expected))
+    rounding = 4 * 10 * 2.0**-23  # of ten numbers below 4 in each step
+    torch.testing.assert_close(expected.double(), stepped(lambda t: t, torch.float64), rtol=0, atol=rounding)
+
+
+NORMS: dict[str, Any] = {
+    "subnormal": lambda g: g * 1e-42,
+    "of many magnitudes": lambda g: g * 10.0 ** torch.randint(-30, 30, g.shape),
+    "0": torch.zeros_like,
+    "inf": lambda g: torch.where(g == g.max(), torch.inf, g),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_clipping(name):
+    torch.manual_seed(0)
+    gradients = [NORMS[name](torch.randn(size)) for size in ((25, 33), (7,), (5, 1))]
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        parameters = [nn.Parameter(torch.ones(g.shape, dtype=dtype)) for g in gradients]
+        for p, g in zip(parameters, gradients, strict=True):
+            p.grad = g.to(dtype, copy=True)
+        with exact.mode() if dtype == torch.float32 else nullcontext():
+            norm = nn.utils.clip_grad_norm_(parameters, 0.5, foreach=False)
+        results.append([norm, *(p.grad for p in parameters)])
+    for found, expected in zip(*results, strict=True):
+        # The norm of norms and the quotient round a few times.
+        torch.testing.assert_close(found.double(), expected, rtol=2**-21, atol=2**-149, equal_nan=True)
+
+
 def trained(name: str) -> str:
     """The SHA-256 of an architecture's weights after five steps, made and trained in the mode."""
     from torchpar.architectures import make_model
@@ -256,36 +302,6 @@ def test_modes_inside_modes():
         assert not torch.equal(torch.randn(999).exp(), torch.randn(999).exp())
 
 
-@pytest.mark.slow
-def test_a_missing_compiler_is_named(monkeypatch):
-    monkeypatch.setenv("CXX", "/nonexistent")
-    script = """
-import torch
-from torchpar import exact
-with exact.mode(compiled=True):
-    torch.ones(3, 4) @ torch.ones(4, 5)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ)
-    assert re.search(r"ConfigError: torch\.compile fails: .*; leave out compiled=True", done.stderr)
-
-
-@pytest.mark.slow
-def test_a_compiler_changes_no_bit():
-    """Products of several layouts and batches, with and without a compiler."""
-    torch.manual_seed(0)
-    query, key, x = torch.randn(3, 2, 7, 9), torch.randn(3, 2, 5, 9), torch.randn(130, 120)
-    pairs = [(query, key), (query.mT, query.mT), (x, x), (x.T, x.T), (x * 1e-30, x[:3] * 1e-30)]
-    pairs += [(query[..., :0], key[..., :0])]
-    expected = [torchpar.exact_matmul(*pair) for pair in pairs]
-    torch.compiler.reset()
-    before = torch._dynamo.utils.counters["frames"]["ok"]
-    with exact.mode(compiled=True):
-        for pair, product in zip(pairs, expected, strict=True):
-            assert torch.equal(torchpar.exact_matmul(*pair), product)
-    assert torch._dynamo.utils.counters["frames"]["ok"] >= before + 2
-    assert not _exact._compiles.get()
-
-
 def test_an_operator_without_a_rule_is_named():
     x = torch.ones(3)
     with exact.mode():
@@ -334,6 +350,6 @@ def test_coverage_lists_what_is_missing():
 
     found = exact.coverage(function, torch.randn(2, 3, 3))
     assert set(found.missing) == {"aten.cumsum.default"}
-    assert {"aten.exp.default", "aten.bmm.default", "scaled_dot_product_attention"} <= set(found.rules)
+    assert {"aten.exp.default", "aten.bmm.default"} <= set(found.rules)
     assert "missing: aten.cumsum.default (1)" in str(found)
     assert not exact.coverage(lambda x: x.bitwise_and(1).cumsum(0), torch.arange(3)).rules

@@ -27,7 +27,7 @@ import matmul_regression
 import quadrants
 from matmul_convolution import windows
 from support import amdahl as report
-from support.accuracy import compare
+from support.console import compare
 
 from torchpar.data import Samples
 from torchpar.errors import ConfigError
@@ -206,13 +206,12 @@ def test_a_scaling_names_the_phase_that_limits():
     assert s.p_of_profile == pytest.approx(0.8)
     assert s.speedups == {1: 1.0, 2: pytest.approx(100 / 61)}
     assert s.p == pytest.approx(0.78)  # 0.39 / 0.5
-    excess = {"data": 0.0, "forward": 0.0, "backward": 0.0, "collectives": 6.0, "optimizer": 5.0}
-    assert s.excess(2) == pytest.approx(excess)
+    assert s.limiting == ("collectives", pytest.approx(6.0))
     assert "limit 4.55×, achieved 1.64× on 2; collectives limits, 6000.0 ms" in str(s)
     slower = scaling(**ideal | {"collectives": 4.0, "optimizer": 90.0})
-    assert "limit 1.00×, achieved 0.72× on 2, slower than one; optimizer limits" in str(slower)
+    assert "limit 1.00×, achieved 0.72× on 2; optimizer limits" in str(slower)
     faster = scaling(**ideal | {"forward": 1.0})
-    assert "p 1.000 (0.800 by the profile), limit none, achieved 2.44× on 2, more than" in str(faster)
+    assert "p 1.000 (0.800 by the profile), limit inf×, achieved 2.44× on 2; " in str(faster)
     one, two = s.rows()
     assert (one["processes"], one["speedup"], one["epoch_ms"]) == (1, 1, 100_000)
     assert (two["processes"], two["speedup"], two["collectives_ms"]) == (2, pytest.approx(100 / 61), 6000)

@@ -10,7 +10,8 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -35,22 +36,27 @@ def data(tmp_path_factory) -> list[str]:
     return [*flags.split(), "--data", str(root)]
 
 
-@pytest.fixture(scope="module")
-def flags(data) -> list[str]:
-    return [*data, "--arithmetic", "exact"]
-
-
 def saving(folder: Path, every: int = 1) -> list[str]:
     return ["--checkpoint", str(folder), "--save-every", str(every), "--metrics", f"{folder}.jsonl"]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ranks, flags, tmp_path_factory) -> Path:
-    """The checkpoints of one process; with ``--arithmetic exact`` those of every mesh are the same."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "saved"
-    assert ranks(1, train, *flags, *saving(folder, every=7), "--keep", "3", "--async-save") == [""]
-    assert steps(folder) == ["step-35", "step-42", "step-48"]
-    return folder
+def undisturbed(ranks, data, tmp_path_factory) -> Callable[[str], Path]:
+    """The checkpoints of a run on a mesh, on which its bits depend."""
+
+    @cache
+    def run(mesh: str) -> Path:
+        folder = tmp_path_factory.mktemp("undisturbed") / "saved"
+        command = [*data, *saving(folder, every=7), "--keep", "3", "--async-save", *mesh.split()]
+        assert set(ranks(ranks_of(mesh), train, *command)) == {""}
+        assert steps(folder) == ["step-35", "step-42", "step-48"]
+        return folder
+
+    return run
+
+
+def ranks_of(mesh: str) -> int:
+    return math.prod(map(int, re.findall(r"--[dtp]p (\d)", mesh)))
 
 
 def is_undisturbed(folder: Path, undisturbed: Path) -> None:
@@ -71,7 +77,7 @@ def processes() -> Iterator[list[ForkServerProcess]]:
         process.join()
 
 
-FAULTS = [  # mesh, fault of one rank, exit status of the others, the line about it
+FAULTS = [  # flags, fault of one rank, exit status of the others, the line about it
     ("--dp 2 --async-save", 1, signal.SIGKILL, 2, "rank 1 does not answer"),
     pytest.param("--dp 2 --tp 2 --timeout 3", 0, signal.SIGSTOP, 2, "rank 0 does not answer", marks=slow),
     pytest.param(
@@ -84,14 +90,14 @@ FAULTS = [  # mesh, fault of one rank, exit status of the others, the line about
 ]
 
 
-@pytest.mark.parametrize("mesh, victim, fault, status, line", FAULTS)
-def test_a_fault_is_named_and_another_mesh_goes_on(
-    ranks, flags, undisturbed, tmp_path, processes, mesh, victim, fault, status, line
+@pytest.mark.parametrize("flags, victim, fault, status, line", FAULTS)
+def test_a_fault_is_named_and_a_later_run_goes_on(
+    ranks, data, undisturbed, tmp_path, processes, flags, victim, fault, status, line
 ):
     """Rank 0 hosts the store."""
     folder = tmp_path / "saved"
-    command = [*flags, *saving(folder), *mesh.split()]
-    processes += start(tmp_path, command, math.prod(map(int, re.findall(r"--[dtp]p (\d)", mesh))))
+    mesh = " ".join(re.findall(r"--(?:[dtp]p|micro-batches) \d", flags))
+    processes += start(tmp_path, [*data, *saving(folder), *flags.split()], ranks_of(mesh))
     wait_for(lambda: latest(folder) not in ("", "step-1"))
     began = time.monotonic()
     os.kill(processes[victim].pid, fault)
@@ -115,16 +121,16 @@ def test_a_fault_is_named_and_another_mesh_goes_on(
         assert out.count(line) == 1
         assert "test accuracy" not in out.splitlines()[-1]
         assert latest(folder) == steps(folder)[-1]  # all have ended by themselves: nothing is unfinished
-    assert ranks(2, train, *flags, *saving(folder, every=7), "--tp", "2") == ["", ""]
-    is_undisturbed(folder, undisturbed)
+    assert set(ranks(ranks_of(mesh), train, *data, *saving(folder, every=7), *mesh.split())) == {""}
+    is_undisturbed(folder, undisturbed(mesh))
 
 
 @slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_torchrun_is_stopped_and_the_same_command_goes_on(ranks, flags, undisturbed, tmp_path, number):
+def test_torchrun_is_stopped_and_the_same_command_goes_on(ranks, data, undisturbed, tmp_path, number):
     """A terminal sends Ctrl-C to the launcher's process group."""
     folder = tmp_path / "saved"
-    command = [*flags, *saving(folder, every=5)]
+    command = [*data, *saving(folder, every=5)]
     process = torchrun(TRAIN, *command)
     wait_for(lambda: latest(folder))
     os.killpg(process.pid, number)
@@ -134,7 +140,7 @@ def test_torchrun_is_stopped_and_the_same_command_goes_on(ranks, flags, undistur
     assert "exitcode" not in err  # and torchrun reports no failed rank
     assert latest(folder) == steps(folder)[-1] != f"step-{STEPS}"
     assert ranks(2, train, *command) == ["", ""]
-    is_undisturbed(folder, undisturbed)
+    is_undisturbed(folder, undisturbed("--dp 2"))
 
 
 @slow
@@ -149,13 +155,11 @@ def train_differing(flags: list[str], each: list[list[str]]) -> str:
 DIFFER = " on rank 0 and .* on rank 1"
 REFUSED = [  # the flags of both ranks, those of rank 0 and of rank 1, the error of each rank
     ("", "--hidden 33 7", "--hidden 33 8", DIFFER),
-    ("--arithmetic exact --pp 2", "--hidden 33 7", "--hidden 33 8", DIFFER),
+    ("--pp 2", "--hidden 33 7", "--hidden 33 8", DIFFER),
     ("", "--batch-size 51", "--batch-size 50", DIFFER),
     ("", "--tp 2", "--dp 2", DIFFER),
     ("", "--checkpoint {}", "", DIFFER),
     ("--schedule constant", "--epochs 1", "--epochs 2", DIFFER),
-    ("--arithmetic exact --optimizer muon", "", "", "take --optimizer sgd"),
-    ("--tp 2 --arithmetic exact --compile", "", "", "exact arithmetic forbids; drop --compile"),
 ]
 
 

@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 
 pytest.importorskip("scipy", reason="an operator of the gallery calls SciPy")
-from gallery import OPERATORS, PAGE, REFUSALS, TRITON, check, page
+from gallery import OPERATORS, PAGE, REFUSALS, check, page
 
 from torchpar.testing import OperatorTable, Row, check_operator
 
@@ -45,17 +45,14 @@ def test_the_page_is_current():
     assert PAGE.read_text() == page({name: tables(name) for name in OPERATORS})
 
 
-def check_interpreted(name: str) -> list[Row]:
-    from importlib import import_module
-
+def check_interpreted() -> list[Row]:
+    import softmax
     from triton.runtime.interpreter import InterpretedFunction
 
-    module = import_module(name)
-    assert isinstance(getattr(module, f"{name}_kernel"), InterpretedFunction)
+    assert isinstance(softmax.softmax_kernel, InterpretedFunction)
     rules = ["values", "same bits twice", "layouts and sizes", "gradcheck", "torch.func: jvp"]
-    return check_operator(module.after, module.samples(), reference=module.reference, rules=rules).rows
+    return check_operator(softmax.after, softmax.samples(), reference=softmax.reference, rules=rules).rows
 
 
-@pytest.mark.parametrize("name", TRITON)
-def test_the_kernels_compute_the_same(interpreter, name):
-    assert {row.outcome for row in interpreter(check_interpreted, name)} == {"works"}
+def test_the_kernel_computes_the_same(interpreter):
+    assert {row.outcome for row in interpreter(check_interpreted)} == {"works"}

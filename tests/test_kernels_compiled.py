@@ -16,18 +16,14 @@ import triton
 from machine_code import MachineCode, machine_codes
 from torch import Tensor
 
-from benchmarks.autotune import target
+from benchmarks.driver import target
 from torchpar.kernels import exact_matmul, matmul_t, maximum, sigmoid_backward
 from torchpar.kernels import linear_sigmoid as linear
 from torchpar.kernels.tiles import KINDS, Tiles, configurations
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
-LIMITS = {
-    80: 166912,
-    90: 232448,
-    100: 232448,
-    103: 232448,
-}  # bytes of shared memory of a block, by NVIDIA's documents
+# Bytes of shared memory of a block, by NVIDIA's documents
+LIMITS = {80: 166912, 90: 232448, 100: 232448, 103: 232448}
 ODD = 509  # no stride is divisible by 16
 
 slow = pytest.mark.slow
@@ -180,30 +176,6 @@ def test_check_rejects_one_stage(compiled, capability):
     code = compiled(symmetric_product, torch.bfloat16, "ieee", sizes, Tiles(64, 64, 64, 4, 1))
     with pytest.raises(AssertionError, match="loads nothing asynchronously"):
         assert_pipelined(code)
-
-
-@pytest.mark.parametrize("capability", [90], indirect=True)
-@pytest.mark.parametrize(
-    "sizes, loads, stores",
-    [
-        pytest.param((8192, 4096, 784), True, True, marks=slow),
-        pytest.param((8192, 1001, 784), True, False, marks=slow),
-        pytest.param((1, 12288, 784), False, False, marks=slow),
-        pytest.param((64, 1024, 8192), False, False, marks=slow),
-    ],
-)
-def test_linear_sigmoid_goes_by_tma(capability, tmp_path, sizes, loads, stores):
-    """Unless it is small, whatever the columns of its result; and is stored so if its rows allow."""
-    code, *sums = machine_codes(partial(linear_sigmoid, torch.bfloat16, "ieee", sizes, None), tmp_path)
-    assert_fits(code, capability)
-    assert_pipelined(code)
-    assert code.count(tensor_core(capability, "bfloat16"))
-    assert bool(code.count(r"UTMALDG\..*")) == loads
-    assert bool(code.count(r"UTMASTG\..*")) == stores
-    assert len(sums) == (sizes[2] == 8192), "few tiles of long sums are split"
-    for one in sums:
-        assert_fits(one, capability)
-        assert one.count(r"LDG\.E.*\.128.*") >= one.options["SPLIT_K"], "the parts take more loads"
 
 
 # The exact product

@@ -20,7 +20,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from benchmarks.autotune import target
+from benchmarks.driver import target
 from torchpar.kernels import linear_sigmoid, matmul_t
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))

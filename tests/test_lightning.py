@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchpar import training
 from torchpar.data import load
-from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel.launch.world import join_world
 from torchpar.training.losses import Loss
@@ -140,30 +139,15 @@ def test_a_resumed_run_ends_as_the_whole_one_to_the_bit(data, tmp_path, when):
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     def fit(model: Any, checkpoint: Path | None = None, **options: Any) -> list[Any]:
-        trainer(**{"max_epochs": 3} | options).fit(
-            model, module(data, validation="test"), ckpt_path=checkpoint
-        )
+        trainer(max_epochs=3, **options).fit(model, module(data, validation="test"), ckpt_path=checkpoint)
         return weights(model)
 
     saver = ModelCheckpoint(tmp_path, "{step:02d}", save_top_k=-1, **when)
     whole = fit(lit(), enable_checkpointing=True, callbacks=[saver])
     for step in (4, 10) if "every_n_train_steps" in when else (10,):
-        for limit in ({}, {"max_epochs": None, "max_steps": 15}):
-            model = lit()
-            torch.nn.init.zeros_(model.mlp.layers[0].weight)  # what is not restored would show
-            assert same(fit(model, tmp_path / f"step={step:02d}.ckpt", **limit), whole)
-
-
-def test_a_run_with_other_batches_is_not_resumed(data, tmp_path):
-    its, model, path = trainer(max_epochs=1), lit(), tmp_path / "c.ckpt"
-    its.fit(model, module(data))
-    its.save_checkpoint(path)
-    other = module(data, seed=1, batch_size=40)
-    message = "run has batch_size 50, seed 0, this one has batch_size 40, seed 1"
-    with pytest.raises(ConfigError, match=message):
-        trainer().fit(lit(), other, ckpt_path=path)
-    (tested,) = trainer().test(lit(lr=0.1), other, ckpt_path=path, verbose=False)
-    assert (tested,) == tuple(its.test(model, module(data), verbose=False))
+        model = lit()
+        torch.nn.init.zeros_(model.mlp.layers[0].weight)  # what is not restored would show
+        assert same(fit(model, tmp_path / f"step={step:02d}.ckpt"), whole)
 
 
 def test_validation_samples_are_the_last_ones_and_no_others_are_trained_on(data):
@@ -172,14 +156,11 @@ def test_validation_samples_are_the_last_ones_and_no_others_are_trained_on(data)
     its.fit(model, fed)
     train, _ = load("fashion-mnist", data)
     assert torch.equal(fed.train.features, train.features[:180])
-    assert "'validation': 21" in str(fed)
     outputs = model(train[180:].inputs(slice(None)))
     mean = torch.nn.functional.cross_entropy(outputs.double(), train.labels[180:])
     assert its.callback_metrics["val_loss"].item() == pytest.approx(mean.item(), rel=1e-7)
     right = (outputs.argmax(1) == train.labels[180:]).double().mean()
     assert its.callback_metrics["val_accuracy"].item() == pytest.approx(right.item(), rel=1e-7)
-    (classes,) = its.predict(model, fed)
-    assert torch.equal(classes, model(fed.test.inputs(slice(None))).argmax(1))
 
 
 def test_bfloat16_is_mixed_with_every_loss(data):
@@ -208,11 +189,10 @@ def example(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 on jsonargparse 4.53
     import train_lightning
-    from support import lightning_cli
 
     def call(*flags: str) -> str:
         monkeypatch.setattr(sys, "argv", [EXAMPLE, *flags])
-        lightning_cli.main(train_lightning.LitMLP, train_lightning.MNISTDataModule)
+        train_lightning.main()
         return capsys.readouterr().out
 
     return call
@@ -244,7 +224,6 @@ def test_the_example_with_its_configuration(data, example, tmp_path, tmp_path_fa
         ("--data.validation=201", "validation is 201, expected 'test' or 0 to 200 samples"),
         ("--data.batch_size=0", "batch_size is 0, expected at least the number of ranks that share it, 1"),
         ("--data.bach_size=1", "unrecognized arguments: --data.bach_size=1"),
-        ("--model.sizes=[784,5]", "784 inputs and 5 outputs, expected the data.s 784 features"),
         ("--model.lr=nan", "nan does not conform to restriction v>=0"),
     ],
 )

@@ -21,7 +21,7 @@ pytest.importorskip("tyro", reason="tyro reads the flags")
 
 import fashion_pooled
 import fashion_pooled_torch
-from support.pooled import SIZES, Plan, Result, prepare
+from support.pooled import SIZES, Plan, Result, pooled
 
 TRAIN_MPI, POOLED = (str(ROOT / "examples" / name) for name in ("train_mpi.py", "fashion_pooled.py"))
 ROUNDING = 1e-5  # of a loss: some hundred steps of some roundings of 6e-8 each
@@ -131,7 +131,7 @@ def same(run: Result, other: Result) -> bool:
 
 def test_all_ways_have_the_same_costs(data, ranks):
     """The first is −1/n · Σ_samples Σ_classes t·log p + (1 − t)·log(1 − p), at the first weights."""
-    splits = prepare(fashion_pooled.Flags(data=data, dataset="fashion-mnist", samples=50, iterations=30))
+    splits = pooled(fashion_pooled.Flags(data=data, dataset="fashion-mnist", samples=50, iterations=30))
     x, labels = splits[0]
     assert (x.shape, x.dtype) == ((50, 400), np.float32)
     p = numpy_mlp.sigmoid(MLP(SIZES, loss="bce").forward(x)[1].astype(np.float64))

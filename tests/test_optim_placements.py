@@ -80,17 +80,6 @@ def test_a_step_sends_few_messages(ranks, placement):
     ranks(*PLACEMENTS[placement])
 
 
-def groups_of_one_matrix() -> list[list[int]]:
-    """The matrices of each group that this rank owns."""
-    params = [torch.ones(4, 6).requires_grad_() for _ in range(2)]
-    ours = Muon([{"params": [p]} for p in params], process_group=dist.group.WORLD)
-    return [exchange.owned for *_, exchange in ours._plans()]
-
-
-def test_groups_of_one_matrix_have_different_owners(ranks):
-    assert ranks(2, groups_of_one_matrix) == [[[0], []], [[], [0]]]
-
-
 def message(function: Callable[[], object]) -> str:
     try:
         function()
@@ -155,10 +144,7 @@ def refusals() -> None:
             lambda: step([("table", ones)], ones.to_sparse() if rank else ones, **shared),
             "table has a sparse gradient on rank 1, expected a dense one",
         ),
-        (
-            lambda: step([("own", ones)], ones.to_sparse()),
-            "own has a sparse gradient on rank [01], expected a dense one",
-        ),
+        (lambda: step([("own", ones)], ones.to_sparse()), "own has a sparse gradient on rank [01], expect"),
         (
             lambda: step([("p", torch.ones(2 + rank, 3))], **shared),
             rf"{others}p \(2, 3\) \(torch.float32, matrices \[\(2, 3\)\], group 0 of 1\).* and p \(3, 3\)",

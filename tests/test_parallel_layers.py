@@ -16,32 +16,24 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import gradgradcheck
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchpar import exact, reference
-from torchpar.exact.layers import ExactColumnParallelLinear, ExactRowParallelLinear
-from torchpar.nn import MLP, Linear, LinearReLU, LinearSigmoid
+from torchpar import reference
+from torchpar.nn import MLP, Linear, LinearSigmoid
 from torchpar.parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
-    copy_to_tensor_model_parallel_region,
     full_state_dict,
-    gather_from_tensor_model_parallel_region,
     load_full_state_dict,
     parallel_mlp,
-    reduce_from_tensor_model_parallel_region,
-    scatter_to_tensor_model_parallel_region,
 )
-from torchpar.parallel.split import column
+from torchpar.parallel.split import layers
 
 COLUMN, ROW = ColumnParallelLinear, RowParallelLinear
-WHOLE = {None: Linear, "sigmoid": LinearSigmoid, "relu": LinearReLU}
 AXES = {COLUMN: {"weight": 0, "bias": 0}, ROW: {"weight": 1}}
 # Two orders of summing at most 40 float64 terms below 10 each: 2·40·eps·400 < 1e-11.
 TIGHT = {"rtol": 0.0, "atol": 1e-11}
@@ -57,172 +49,37 @@ def mine(t: Tensor, axis: int | None) -> Tensor:
     return t if axis is None else t.tensor_split(dist.get_world_size(), axis)[dist.get_rank()]
 
 
-def pair_of_layers(
-    kind: Any, sizes: tuple[int, int], bias: bool, activation: Any, dtype: torch.dtype, **options: Any
-) -> tuple[Any, Linear]:
-    """A split layer and the whole one from the same seed, with biases other than 0."""
-    torch.manual_seed(0)
-    layer = kind(*sizes, bias, mesh=tp_mesh(), activation=activation, dtype=dtype, **options)
-    torch.manual_seed(0)
-    whole = WHOLE[activation](*sizes, bias, dtype=dtype)
-    for name, p in whole.named_parameters():
-        assert torch.equal(getattr(layer, name), mine(p, AXES[kind].get(name))), name
-    if whole.bias is not None:
-        with torch.no_grad():
-            layer.bias.copy_(mine(whole.bias.normal_(), AXES[kind].get("bias")))
-    return layer, whole
-
-
-def results(layer: Any, x: Tensor, g: Tensor | None, *of: str) -> dict[str, Tensor]:
+def results(model: Any, x: Tensor, g: Tensor | None, *of: str) -> dict[str, Tensor]:
     """The output, and the gradients ``of`` some tensors, by default all; without ``g`` those of the sum."""
-    leaves = {"x": x.detach().requires_grad_(), **dict(layer.named_parameters())}
+    leaves = {"x": x.detach().requires_grad_(), **dict(model.named_parameters())}
     leaves = {name: t for name, t in leaves.items() if not of or name in of}
-    y = layer(leaves.get("x", x.detach()))
+    y = model(leaves.get("x", x.detach()))
     grads = torch.autograd.grad(y.sum() if g is None else y, [*leaves.values()], g)
     return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-def expected_results(kind: Any, whole: Linear, x: Tensor, g: Tensor | None, **options: Any) -> Any:
-    """The right `results` on this rank, and this rank's parts of x and g."""
-    axes: dict[str, int | None] = dict(AXES[kind])
-    axes["y"] = -1 if kind is COLUMN and not options.get("gather_output") else None
-    axes["x"] = -1 if kind is ROW and options.get("input_is_parallel", True) else None
-    expected = {name: mine(t, axes.get(name)) for name, t in results(whole, x, g).items()}
-    return expected, mine(x, axes["x"]), None if g is None else mine(g, axes["y"])
+def second_derivatives(model: Any, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """The gradients of the squared norm of the loss's gradient of x."""
+    x = x.detach().requires_grad_()
+    (dx,) = torch.autograd.grad((model(x).square() * g).sum(), x, create_graph=True)
+    leaves = {"x": x, **dict(model.named_parameters())}
+    return dict(zip(leaves, torch.autograd.grad(dx.square().sum(), [*leaves.values()]), strict=True))
 
 
-def compare(kind: Any, sizes: tuple[int, int], bias: bool, activation: Any, options: dict[str, Any]) -> None:
-    layer, whole = pair_of_layers(kind, sizes, bias, activation, torch.float64, **options)
-    narrow = torch.randn(6, 2 * sizes[0], dtype=torch.float64)
-    xs = [narrow[:0, : sizes[0]], narrow[0, : sizes[0]], narrow[:, ::2], narrow.view(2, 3, -1)[..., ::2]]
-    xs.append(torch.randn(sizes[0], 5, dtype=torch.float64).mT)
-    xs.append(torch.zeros(2, sizes[0], dtype=torch.float64))  # a ReLU's derivative at 0
-    for x in xs:
-        for g in (None, torch.randn(*x.shape[:-1], sizes[1], dtype=torch.float64)):
-            expected, own_x, own_g = expected_results(kind, whole, x, g, **options)
-            assert_close(results(layer, own_x, own_g), expected, **TIGHT)
-    for name in {*expected} - {"y"}:  # nothing else needs a gradient
-        assert_close(results(layer, own_x, own_g, name), {k: expected[k] for k in ("y", name)}, **TIGHT)
+def parts_of(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of the results of the whole model those that this rank should have found."""
+    parts = {}
+    for name, t in expected.items():
+        axis = next((a for a in range(t.dim()) if found[name].shape[a] != t.shape[a]), None)
+        parts[name] = mine(t, axis)
+    return parts
 
 
-CASES = [
-    (COLUMN, (12, 32), True, "sigmoid", {}),
-    (COLUMN, (5, 7), False, "relu", {"gather_output": True}),
-    (COLUMN, (3, 1), True, None, {"gather_output": True}),  # some ranks have no features
-    (COLUMN, (3, 1), False, "sigmoid", {}),
-    (ROW, (32, 12), True, "relu", {}),
-    (ROW, (7, 5), True, "sigmoid", {"input_is_parallel": False}),
-    (ROW, (1, 3), False, "relu", {}),
-    (ROW, (1, 3), True, None, {"input_is_parallel": False}),
-]
-
-
-def split_layers_equal_the_whole_ones() -> None:
-    for case in CASES:
-        compare(*case)
-
-
-def compare_without_reduction() -> None:
-    with patch.object(column, "start_all_reduce", lambda *_: lambda: None):
-        compare(*CASES[0])
-
-
-def test_the_comparison_rejects_a_missing_collective(ranks):
-    with pytest.raises(AssertionError, match=r"item \['x'\]"):
-        ranks(2, compare_without_reduction)
-
-
-def errors_under_autocast_are_those_of_the_whole_layer() -> None:
-    for kind, activation in ((COLUMN, "sigmoid"), (ROW, None)):
-        layer, whole = pair_of_layers(kind, (129, 127), True, activation, torch.float32)
-        x, g = torch.randn(65, 129), torch.randn(65, 127)
-        truth, own_x, own_g = expected_results(kind, copy.deepcopy(whole).double(), x.double(), g.double())
-        for module in (layer, whole):  # autocast for the forward pass only
-            module.forward = torch.autocast("cpu", torch.bfloat16)(module.forward)
-        g = g.bfloat16()
-        expected, *_ = expected_results(kind, whole, x, g)
-        found = results(layer, own_x.float(), own_g.to(g.dtype))
-        for name, t in truth.items():
-            error, of_whole = ((one[name] - t).abs().max() for one in (found, expected))
-            assert 0 < error <= 2 * of_whole, name
-
-
-def second_derivatives(kind: Any, activation: Any) -> None:
-    """Check the layer as a function of whole tensors, which gradgradcheck perturbs alike on all ranks."""
-    options: dict[str, Any] = {"gather_output": True} if kind is COLUMN else {"input_is_parallel": False}
-    layer, whole = pair_of_layers(kind, (3, 3), True, activation, torch.float64, **options)
-
-    def function(x: Tensor, *parameters: Tensor) -> Tensor:
-        own = dict(zip(("weight", "bias"), parameters, strict=True))
-        for name, axis in AXES[kind].items():
-            part = scatter_to_tensor_model_parallel_region(own[name].movedim(axis, -1), layer.mesh)
-            own[name] = part.movedim(-1, axis)
-        return functional_call(layer, own, (x,))
-
-    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    torch.manual_seed(1)  # for the incoming gradients that gradgradcheck draws
-    assert gradgradcheck(function, (x, *whole.parameters()), fast_mode=True)
-
-
-def second_derivatives_of_layers() -> None:
-    for kind, activation in ((COLUMN, "sigmoid"), (COLUMN, None), (ROW, "relu")):
-        second_derivatives(kind, activation)
-
-
-def regions_forward_and_backward() -> None:
-    """The table in regions.py, with different numbers on each rank."""
-    mesh, p, rank = tp_mesh(), dist.get_world_size(), dist.get_rank()
-    for width in (7, 1):
-        torch.manual_seed(0)
-        wholes, grads = torch.randn(2, p, 2, width).unbind()
-        whole, own, shared = wholes[0], mine(wholes[0], -1), grads[0]
-        widths = [t.shape[-1] for t in whole.tensor_split(p, -1)]
-        gather = partial(gather_from_tensor_model_parallel_region, widths=widths)
-        for region, x, g, y, dx in (
-            (copy_to_tensor_model_parallel_region, whole, grads[rank], whole, grads.sum(0)),
-            (reduce_from_tensor_model_parallel_region, wholes[rank], shared, wholes.sum(0), shared),
-            (scatter_to_tensor_model_parallel_region, whole, mine(shared, -1), own, shared),
-            (gather, own, shared, whole, mine(shared, -1)),
-        ):
-            leaf = x.clone().requires_grad_()
-            out = region(leaf, mesh)
-            out.backward(g)
-            assert_close((out, leaf.grad), (y, dx))
-            assert torch.equal(leaf, x)
-    thirds = gather_from_tensor_model_parallel_region(torch.full((2, 3), float(rank)), mesh)
-    assert torch.equal(thirds, torch.arange(float(p)).repeat_interleave(3).expand(2, -1))
-
-
-def pairs_and_replicas_equal_the_plain_references() -> None:
-    """column → sigmoid → row, from PyTorch's own layers: the plain split, and the library's two ways."""
-    torch.manual_seed(0)
-    x, g = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
-    first, second = torch.nn.Linear(6, 7).double(), torch.nn.Linear(7, 3).double()
-    sigmoid, identity, mesh = torch.nn.Sigmoid(), torch.nn.Identity(), tp_mesh()
-    whole = torch.nn.Sequential(first, sigmoid, second)
-    twins = [
-        [reference.ColumnParallelLinear(first), sigmoid, reference.RowParallelLinear(second)],
-        [COLUMN.from_linear(first, mesh=mesh), sigmoid, ROW.from_linear(second, mesh=mesh)],
-        [
-            COLUMN.from_linear(first, mesh=mesh, activation="sigmoid", gather_output=True),
-            identity,
-            ROW.from_linear(second, mesh=mesh, input_is_parallel=False),
-        ],
-    ]
-    axes = {"0.weight": 0, "0.bias": 0, "2.weight": 1}
-    expected = {name: mine(t, axes.get(name)) for name, t in results(whole, x, g).items()}
-    for twin in twins:
-        assert_close(results(torch.nn.Sequential(*twin), x, g), expected, **TIGHT)
-
-    plain = MLP([5, 7, 3], dtype=torch.float64)
-    replica = DistributedDataParallel(copy.deepcopy(plain))
-    torch.manual_seed(dist.get_rank())
-    x = torch.randn(4, 5, dtype=torch.float64)
-    for model in (replica, plain):
-        model(x).square().sum().backward()
-    reference.average_gradients(plain)
-    for p, q in zip(replica.parameters(), plain.parameters(), strict=True):
-        assert_close(p.grad, q.grad, **TIGHT)
+def compare(
+    twin: Any, whole: Any, x: Tensor, g: Any, *of: str, of_what: Callable[..., Any] = results
+) -> None:
+    found, expected = (of_what(model, x, g, *of) for model in (twin, whole))
+    assert_close(found, parts_of(expected, found), **TIGHT)
 
 
 def sequential() -> torch.nn.Sequential:
@@ -233,24 +90,44 @@ def sequential() -> torch.nn.Sequential:
     model.extend([LinearSigmoid(1, 6), torch.nn.Linear(6, 4), torch.nn.Sigmoid()])
     with torch.no_grad():
         model[0].weight[::2], model[0].bias[::2] = 0, 0
-    return model.double()
+    return model.eval().double()
 
 
-def mlp_equals(device: str) -> None:
-    x = torch.randn(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(device)
+MODELS: list[Callable[[], Any]] = [
+    partial(MLP, (9, 5, 3), "sigmoid", "sigmoid", dtype=torch.float64),
+    partial(MLP, (9, 1, 6, 32, 2, 3), "relu", dtype=torch.float64),  # the last layer stays whole
+    sequential,
+]
+
+
+def split_models_equal_the_whole_ones(device: str) -> None:
     mesh = tp_mesh(device)
-    torch.manual_seed(0)
-    mlps = (((9, 3), "sigmoid", "sigmoid"), ((9, 1, 6, 32, 2), "relu", "logits"))
-    for whole in (*(MLP(*case, dtype=torch.float64) for case in mlps), sequential().eval()):
-        before = copy.deepcopy(whole.to(device).state_dict())
+    for make in MODELS:
+        torch.manual_seed(0)
+        whole = make().to(device)
+        for p in whole.parameters():
+            if p.dim() == 1:
+                torch.nn.init.normal_(p)
+        twin = parallel_mlp(whole, mesh)
+        narrow = torch.randn(6, 18, dtype=torch.float64, device=device)
+        xs = [narrow[:0, :9], narrow[0, :9], narrow[:, ::2], narrow.view(2, 3, -1)[..., ::2]]
+        xs += [narrow.view(9, 12).mT, torch.zeros_like(narrow[:, :9])]  # a ReLU's derivative at 0
+        for x in xs:
+            for g in (None, torch.randn_like(whole(x))):
+                compare(twin, whole, x, g)
+        for name in ("x", *dict(whole.named_parameters())):  # nothing else needs a gradient
+            compare(twin, whole, x, g, name)
+        compare(twin, whole, xs[2], torch.randn_like(whole(xs[2])), of_what=second_derivatives)
+
+
+def state_dicts_are_whole(device: str) -> None:
+    mesh = tp_mesh(device)
+    for make in MODELS:
+        torch.manual_seed(0)
+        whole = make().to(device)
+        before = copy.deepcopy(whole.state_dict())
         twin = parallel_mlp(whole, mesh)
         assert (type(twin), twin.training) == (type(whole), whole.training)
-        g = torch.randn_like(whole(x))
-        found, expected = results(twin, x, g), results(whole, x, g)
-        assert list(found) == list(expected)
-        for name, t in expected.items():
-            axis = next((a for a in range(t.dim()) if found[name].shape[a] != t.shape[a]), None)
-            assert_close(found[name], mine(t, axis), **TIGHT)
         assert_close(full_state_dict(twin), before, **EQUAL)
         with torch.no_grad():
             for p in twin.parameters():
@@ -261,10 +138,67 @@ def mlp_equals(device: str) -> None:
         assert_close(full_state_dict(twin), before, **EQUAL)
 
 
+@pytest.mark.parametrize("function", [split_models_equal_the_whole_ones, state_dicts_are_whole])
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_parallel_mlp_equals_the_whole_mlp_and_does_not_change_it(ranks, device, world_size):
+def test_parallel_mlp_equals_the_whole_mlp_and_does_not_change_it(ranks, device, world_size, function):
     """On a GPU the ranks share it, and gloo sends some messages through the CPU."""
-    ranks(world_size, mlp_equals, device)
+    ranks(world_size, function, device)
+
+
+def compare_without_reduction() -> None:
+    with patch.object(layers, "start_all_reduce", lambda *_: lambda: None):
+        split_models_equal_the_whole_ones("cpu")
+
+
+def test_the_comparison_rejects_a_missing_collective(ranks):
+    with pytest.raises(AssertionError, match=r"item \['x'\]"):
+        ranks(2, compare_without_reduction)
+
+
+def layers_keep_their_slices_of_the_weight_that_all_draw() -> None:
+    for kind in (COLUMN, ROW):
+        torch.manual_seed(0)
+        layer = kind(7, 5, mesh=tp_mesh())
+        torch.manual_seed(0)
+        for name, p in Linear(7, 5).named_parameters():
+            assert torch.equal(getattr(layer, name), mine(p, AXES[kind].get(name)))
+
+
+def errors_under_autocast_are_those_of_the_whole_model() -> None:
+    torch.manual_seed(0)
+    whole = MLP((129, 127, 65))
+    x, g, twin = torch.randn(65, 129), torch.randn(65, 65), parallel_mlp(whole, tp_mesh())
+    truth = results(copy.deepcopy(whole).double(), x.double(), g.double())
+    for module in (twin, whole):  # autocast for the forward pass only
+        module.forward = torch.autocast("cpu", torch.bfloat16)(module.forward)
+    found, expected = (results(module, x, g.bfloat16()) for module in (twin, whole))
+    truth, expected = parts_of(truth, found), parts_of(expected, found)
+    for name, t in truth.items():
+        error, of_whole = ((one[name] - t).abs().max() for one in (found, expected))
+        assert 0 < error <= 2 * of_whole, name
+
+
+def the_plain_references_are_right() -> None:
+    """column → sigmoid → row, and the average that DistributedDataParallel computes."""
+    torch.manual_seed(0)
+    x, g = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    first, second = torch.nn.Linear(6, 7).double(), torch.nn.Linear(7, 3).double()
+    sigmoid = torch.nn.Sigmoid()
+    twin = [reference.ColumnParallelLinear(first), sigmoid, reference.RowParallelLinear(second)]
+    axes = {"0.weight": 0, "0.bias": 0, "2.weight": 1}
+    whole = results(torch.nn.Sequential(first, sigmoid, second), x, g)
+    expected = {name: mine(t, axes.get(name)) for name, t in whole.items()}
+    assert_close(results(torch.nn.Sequential(*twin), x, g), expected, **TIGHT)
+
+    plain = MLP([5, 7, 3], dtype=torch.float64)
+    replica = DistributedDataParallel(copy.deepcopy(plain))
+    torch.manual_seed(dist.get_rank())
+    x = torch.randn(4, 5, dtype=torch.float64)
+    for model in (replica, plain):
+        model(x).square().sum().backward()
+    reference.average_gradients(plain)
+    for p, q in zip(replica.parameters(), plain.parameters(), strict=True):
+        assert_close(p.grad, q.grad, **TIGHT)
 
 
 # Refusals
@@ -285,14 +219,14 @@ def bad_arguments_are_named() -> None:
     class OwnLinear(Linear):
         """A layer that may compute something else."""
 
-    convert, linear, sigmoid = COLUMN.from_linear, torch.nn.Linear(3, 3), torch.nn.Sigmoid()
+    convert, linear = COLUMN.from_linear, torch.nn.Linear(3, 3)
     known = "expected torch.nn.Linear or torchpar.nn.Linear, LinearSigmoid or LinearReLU"
     refused(f"cannot split a OwnLinear, {known}", convert, OwnLinear(3, 4), mesh=mesh)
     twice = "activation is 'relu', but LinearSigmoid has 'sigmoid' already"
     refused(twice, convert, LinearSigmoid(3, 4), mesh=mesh, activation="relu")
 
-    def split(*layers: torch.nn.Module, convert: Any = parallel_mlp) -> None:
-        convert(torch.nn.Sequential(linear, *layers), mesh)
+    def split(*layers: torch.nn.Module) -> None:
+        parallel_mlp(torch.nn.Sequential(linear, *layers), mesh)
 
     refused("cannot split a Linear, expected torchpar.nn.MLP or", parallel_mlp, linear, mesh)
     refused(
@@ -300,15 +234,7 @@ def bad_arguments_are_named() -> None:
         split,
         torch.nn.Dropout(),
     )
-    refused("cannot split layer 1, a Sigmoid; expected Linear", split, sigmoid, convert=exact.parallel_mlp)
-    refused("cannot split layers that share parameters", split, sigmoid, linear)
-
-    float32, x = "exact arithmetic takes float32", torch.ones(5, 3)
-    exact_column = ExactColumnParallelLinear(3, 4, mesh=mesh)
-    half = partial(ExactRowParallelLinear, dtype=torch.bfloat16)
-    refused(f"{float32}, the layer has torch.bfloat16", half, 3, 4, mesh=mesh)
-    refused(f"{float32}, the input is torch.float64; convert it", exact_column, x.double())
-    refused(f"{float32}, the layer's weight is torch.float64; convert it", exact_column.double(), x)
+    refused("cannot split layers that share parameters", split, torch.nn.Sigmoid(), linear)
 
     load = partial(load_full_state_dict, parallel_mlp(MLP([5, 33, 2]), mesh))
     shape = "layers.0.weight has shape (30, 5), expected 33 on axis 0"
@@ -321,8 +247,6 @@ def different_layers_are_refused() -> None:
     for kind, name, *values in (
         (COLUMN, "in_features", 5, 6),
         (ROW, "bias", True, False),
-        (COLUMN, "gather_output", True, False),
-        (ROW, "input_is_parallel", False, True),
         (COLUMN, "activation", "tanh", None),
         (COLUMN, "dtype", torch.float64, torch.float32),
     ):
@@ -331,34 +255,22 @@ def different_layers_are_refused() -> None:
     refused("a layer's ranks: layer is ColumnParallelLinear on rank 0", (COLUMN, ROW)[rank], **layer)
     COLUMN(**layer)
     refused("the ranks' models: layers is ", parallel_mlp, MLP([5, 7 + rank, 5]), mesh)
-    kinds = "the ranks' models: kinds is ['ColumnParallelLinear', 'RowParallelLinear'] on"
-    refused(kinds, (parallel_mlp, exact.parallel_mlp)[rank], MLP([5, 3]), mesh)
 
 
 def different_shapes_are_refused_before_they_are_sent() -> None:
     mesh, rank = tp_mesh(), dist.get_rank()
-    gathered = COLUMN(4, 6, mesh=mesh, gather_output=True)
     pair = torch.nn.Sequential(COLUMN(4, 6, mesh=mesh), ROW(6, 3, mesh=mesh))
-    for layers, shape in ((pair, "({n}, 3)"), (gathered, "(3, {n})")):
-        for rows in ((1, 2), (7, 8)):
-            own, other = (shape.format(n=rows[r]) for r in (rank, 1 - rank))
-            message = f"{own} torch.float32 on rank {rank}, {other} torch.float32 on rank {1 - rank}"
-            refused(f"ranks of a group send different shapes: {message}", layers, torch.ones(rows[rank], 4))
-            assert len(layers(torch.ones(5, 4))) == 5
+    for rows in ((1, 2), (7, 8), (1, 2)):  # what was refused is refused again
+        message = f"({rows[rank]}, 3) torch.float32 on rank {rank}, ({rows[1 - rank]}, 3) torch.float32 on"
+        refused(f"ranks of a group send different shapes: {message}", pair, torch.ones(rows[rank], 4))
+        assert len(pair(torch.ones(5, 4))) == 5
 
 
 # Collectives
 
 
 def collectives_of_layers_and_pairs() -> None:
-    mesh, reduced, gathered = tp_mesh(), "c10d.allreduce_", "c10d.allgather_"
-    scattering = ROW(5, 7, mesh=mesh, input_is_parallel=False)
-    cases = [
-        (COLUMN(5, 7, mesh=mesh, gather_output=True), False, {gathered: 1}, {}),
-        (COLUMN(5, 7, mesh=mesh, gather_output=True), True, {gathered: 1}, {reduced: 1}),
-        (scattering, False, {reduced: 1}, {}),
-        (scattering, True, {reduced: 1}, {gathered: 1}),
-    ]
+    mesh, reduced, cases = tp_mesh(), "c10d.allreduce_", []
     for frozen, needs_gradient, backward in (
         (0, False, {reduced: 1}),
         (1, False, {}),
@@ -380,13 +292,9 @@ def collectives_of_layers_and_pairs() -> None:
 @pytest.mark.parametrize(
     "function, world_size",
     [
-        (split_layers_equal_the_whole_ones, 1),
-        (split_layers_equal_the_whole_ones, 3),
-        (errors_under_autocast_are_those_of_the_whole_layer, 2),
-        (second_derivatives_of_layers, 2),
-        (regions_forward_and_backward, 1),
-        (regions_forward_and_backward, 3),
-        (pairs_and_replicas_equal_the_plain_references, 3),
+        (layers_keep_their_slices_of_the_weight_that_all_draw, 3),
+        (errors_under_autocast_are_those_of_the_whole_model, 2),
+        (the_plain_references_are_right, 3),
         (bad_arguments_are_named, 2),
         (different_layers_are_refused, 2),
         (different_shapes_are_refused_before_they_are_sent, 2),
@@ -400,7 +308,7 @@ def test_on_every_rank(ranks, function, world_size):
 def order_of_events() -> list[Any]:
     """The products of a column layer's backward pass by their shape, and the two ends of its all-reduce."""
     events: list[Any] = []
-    start = column.start_all_reduce
+    start = layers.start_all_reduce
 
     class Products(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -416,7 +324,7 @@ def order_of_events() -> list[Any]:
 
     y = COLUMN(5, 8, mesh=tp_mesh(), activation="sigmoid")(torch.randn(3, 5, requires_grad=True))
     with (
-        patch.object(column, "start_all_reduce", start_all_reduce),
+        patch.object(layers, "start_all_reduce", start_all_reduce),
         patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce,
         Products(),
     ):

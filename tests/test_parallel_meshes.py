@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Training on meshes of data, tensor and pipeline parallelism, compared with one process.
-
-The collectives of a step are counted on the same runs, and are those that `torchpar.training.cost` expects.
-"""
+"""Training on meshes of data, tensor and pipeline parallelism, compared with one process."""
 
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -23,8 +19,7 @@ from torchpar.nn import MLP
 from torchpar.parallel import World, clip_grad_norm_, join_world, parallel_mlp
 from torchpar.parallel.split.layers import split_parameters
 from torchpar.parallel.split.pipeline import Pipeline, check_one_rank_per_gpu, stage_mlp
-from torchpar.profile.collectives import Collectives, StepRecorder
-from torchpar.training import cost
+from torchpar.profile.collectives import Collectives
 from torchpar.training.losses import add_orthogonality_gradient
 
 SIZES = (25, 33, 7, 5, 10)
@@ -115,15 +110,13 @@ def train_beside_one_process(training: Training, wrong: str = "") -> None:
 
         *batches, last = training.batches
         batches += [last] * 3  # a pipeline is set up for each size, DistributedDataParallel in two steps
-        recorder = StepRecorder(world, skip=len(batches) - 1, steps=1)
         for n in batches:
             x = torch.randn(n, training.sizes[0], dtype=torch.float64)
             labels = torch.randint(training.sizes[-1], (n,))
             share = world.share(n)
             mine = share.narrow(x, 0)
             size = world.dp_size * len(mine) if wrong == "a mean of means" else n
-            with recorder.step():
-                loss = step(mine, share.narrow(labels, 0), size, sum_of_losses)
+            loss = step(mine, share.narrow(labels, 0), size, sum_of_losses)
             outputs, expected_outputs = predict(mine), whole(x)
             expected_loss = sum_of_losses(expected_outputs, labels)
             (expected_loss / n).backward()
@@ -147,18 +140,6 @@ def train_beside_one_process(training: Training, wrong: str = "") -> None:
             for optimizer in optimizers:
                 optimizer.zero_grad()
 
-        expected_calls = cost.collectives(
-            training.sizes, last, world.mesh, micro_batches=training.micro_batches, itemsize=8
-        )
-        (calls,) = recorder.calls
-        assert Counter(map(kind, calls)) == Counter(map(kind, expected_calls))
-
-
-def kind(call: Any) -> tuple[str, str, int, int]:
-    """The part of a call that is compared; a message has two ends, however many ranks the group has."""
-    nbytes = call.nbytes if isinstance(call, cost.Expected) else call.bytes
-    return call.dimension, call.operation, 2 if call.operation in ("send", "recv") else call.ranks, nbytes
-
 
 @pytest.mark.parametrize("training", TRAININGS, ids=str)
 def test_a_mesh_trains_as_one_process(ranks, training):
@@ -169,28 +150,6 @@ def test_a_mesh_trains_as_one_process(ranks, training):
 def test_the_comparison_rejects(ranks, wrong):
     with pytest.raises(AssertionError):
         ranks(2, train_beside_one_process, Training(2, 1, 1), wrong)
-
-
-def pipelined(schedule: str) -> None:
-    """Gradients in float32 are those that one process adds of the same micro-batches, and not of others."""
-    torch.manual_seed(0)
-    whole, x, labels = MLP(SIZES, "relu"), torch.randn(24, SIZES[0]), torch.randint(SIZES[-1], (24,))
-    with join_world("cpu") as world:
-        world = world.with_mesh(pp=world.world_size)
-        stage = stage_mlp(whole, world.mesh["pp"])
-        Pipeline(stage, world, schedule).step(x, labels, 24, sum_of_losses)
-    found = {name: p.grad.clone() for name, p in stage.named_parameters()}
-    for rows in (6, 24):
-        whole.zero_grad()
-        for part, of_part in zip(x.split(rows), labels.split(rows), strict=True):
-            (sum_of_losses(whole(part), of_part) / 24).backward()
-        equal = [gradient.equal(whole.get_parameter(name).grad) for name, gradient in found.items()]
-        assert all(equal) == (rows == 6)
-
-
-@pytest.mark.parametrize("stages, schedule", [(2, "1f1b"), (4, "gpipe")])
-def test_a_pipeline_has_the_bits_of_accumulated_micro_batches(ranks, stages, schedule):
-    ranks(stages, pipelined, schedule)
 
 
 def clip(axes: dict[str, int]) -> tuple[float, int, list[tuple[str, int]]]:

@@ -4,12 +4,11 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 from support.timeline import Pass, Timeline, draw
 from test_parallel_meshes import TOLERANCE, sum_of_losses
 from torch import Tensor
@@ -22,6 +21,7 @@ from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
 from torchpar.reference import P2PCommunicator, gpipe, one_forward_one_backward
 
 SCHEDULES = {"gpipe": gpipe, "1f1b": one_forward_one_backward}
+LARGE = (2048, 2048)  # 16 MiB
 SIZES = (25, 33, 7, 5, 10)
 EQUAL = {"rtol": 0.0, "atol": 0.0}
 
@@ -127,102 +127,46 @@ def test_a_schedule_trains_as_one_process_and_as_the_library(ranks, training, sc
     ranks(training.dp * training.pp, train, training, schedule, dtype)
 
 
-def order(schedule: str, micro_batches: int) -> tuple[str, Tensor | None]:
-    """The passes of this rank, and the gradient of its only weight. Activations are not contiguous."""
+def order(schedule: str, micro_batches: int) -> tuple[list[Pass], Tensor | None]:
+    """The passes of this rank, and the gradient of its only weight.
+
+    Activations are not contiguous, and so large that a send does not end before they are received.
+    """
     weight = torch.ones((), requires_grad=True)
-    p2p, passes = P2PCommunicator(), []
+    with join_world("cpu") as world:
+        timeline, p2p = Timeline(world), P2PCommunicator()
 
     def forward(i: int, activations: Tensor | None) -> Tensor:
-        passes.append(f"F{i}")
-        x = torch.full((2, 2), float(i)) if activations is None else activations
+        x = torch.full(LARGE, float(i)) if activations is None else activations
         return (x * weight).sum() if p2p.is_last else (x * weight).mT
 
-    def backward(y: Tensor, gradient: Tensor | None) -> None:
-        passes.append("B")
-        y.backward(gradient)
-
-    SCHEDULES[schedule](forward, backward, [(2, 2)] * micro_batches, p2p)
-    return " ".join(passes), weight.grad
+    passes = timeline.step(forward, Tensor.backward)
+    SCHEDULES[schedule](*passes, [LARGE] * micro_batches, p2p)
+    return timeline.steps[0], weight.grad
 
 
 ORDERS = [
-    ("gpipe", 4, ["F0 F1 F2 F3 B B B B"] * 2),
-    ("1f1b", 4, ["F0 F1 B F2 B F3 B B", "F0 B F1 B F2 B F3 B"]),
-    ("1f1b", 4, ["F0 F1 F2 B F3 B B B", "F0 F1 B F2 B F3 B B", "F0 B F1 B F2 B F3 B"]),
-    ("1f1b", 1, ["F0 B"] * 3),
+    ("gpipe", 4, ["F0 F1 F2 F3 B0 B1 B2 B3"] * 2),
+    ("1f1b", 4, ["F0 F1 B0 F2 B1 F3 B2 B3", "F0 B0 F1 B1 F2 B2 F3 B3"]),
+    ("1f1b", 4, ["F0 F1 F2 B0 F3 B1 B2 B3", "F0 F1 B0 F2 B1 F3 B2 B3", "F0 B0 F1 B1 F2 B2 F3 B3"]),
+    ("1f1b", 1, ["F0 B0"] * 3),
 ]
 
 
 @pytest.mark.parametrize("schedule, micro_batches, expected", ORDERS)
-def test_the_order_of_the_passes(ranks, schedule, micro_batches, expected):
+def test_the_order_and_the_times_of_the_passes(ranks, schedule, micro_batches, expected):
     """1F1B keeps the activations of at most p − s micro-batches on stage s."""
     found = ranks(len(expected), order, schedule, micro_batches)
-    assert [passes for passes, _ in found] == expected
-    assert [weight.item() for _, weight in found] == [4 * sum(range(micro_batches))] * len(expected)
-
-
-def large(schedule: str) -> None:
-    p2p, shape = P2PCommunicator(), (4, 2**20)  # 16 MiB
-    weight = torch.full((), 3.0, requires_grad=True)
-
-    def stage(x: Tensor) -> Tensor:
-        return x * weight if not p2p.is_last else (x * weight)[:, :10]
-
-    parts, targets = [torch.ones(shape)] * 3, [torch.zeros(4, dtype=torch.int64)] * 3
-    loss = step_by_hand(schedule, stage, [shape] * 3, p2p, (parts, targets))
-    if p2p.is_last:  # ten equal outputs
-        assert_close(loss, 12 * torch.tensor(10.0).log())
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_large_messages_do_not_block_each_other(ranks, schedule):
-    ranks(2, large, schedule)
+    assert [" ".join(one.name for one in passes) for passes, _ in found] == expected
+    assert [weight.item() for _, weight in found] == [2**22 * sum(range(micro_batches))] * len(expected)
+    stages = [{one.name: one for one in passes} for passes, _ in found]
+    for first, second in pairwise(stages):  # activations go to the next stage, and gradients back
+        for name in first:
+            earlier, later = (first, second) if name[0] == "F" else (second, first)
+            assert earlier[name].start < earlier[name].end <= later[name].start
 
 
 # Timelines
-
-# A pass of rank 0 and one of rank 1 that a schedule runs at the same time.
-OVERLAPS = {"gpipe": [("F1", "F0"), ("B0", "B1")], "1f1b": [("F1", "F0"), ("B0", "F1")]}
-
-
-def record(schedule: str, path: str) -> list[list[list[Pass]]]:
-    """The passes of a step on all ranks. None of a pair of `OVERLAPS` ends before the other has begun."""
-    with join_world("cpu") as world:
-        timeline, p2p, store = Timeline(world), P2PCommunicator(), dist.FileStore(path, 2)
-        weight = torch.ones((), requires_grad=True)
-        finished = []
-
-        def synchronize(name: str) -> None:
-            for pair in OVERLAPS[schedule]:
-                if pair[world.rank] == name:
-                    store.set(f"{pair} on rank {world.rank}", "")
-                    store.wait([f"{pair} on rank {1 - world.rank}"], timedelta(seconds=60))
-
-        def forward(i: int, activations: Tensor | None) -> Tensor:
-            synchronize(f"F{i}")
-            x = torch.ones(2) if activations is None else activations
-            return (x * weight).sum() if p2p.is_last else x * weight
-
-        def backward(y: Tensor, gradient: Tensor | None) -> None:
-            synchronize(f"B{len(finished)}")
-            finished.append(y)
-            y.backward(gradient)
-
-        SCHEDULES[schedule](*timeline.step(forward, backward), [(2,)] * 3, p2p)
-        return world.gather_results(lambda: list(timeline.steps))
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_recorded_times_overlap_where_the_stages_work_at_once(ranks, tmp_path, schedule):
-    found, _ = ranks(2, record, schedule, str(tmp_path / "store"))
-    (first,), (second,) = ([{one.name: one for one in step} for step in steps] for steps in found)
-    assert set(first) == set(second) == {"F0", "F1", "F2", "B0", "B1", "B2"}
-    for name in first:
-        earlier, later = (first, second) if name[0] == "F" else (second, first)
-        assert earlier[name].start < earlier[name].end <= later[name].start
-    for one, other in OVERLAPS[schedule]:
-        assert first[one].start < second[other].end
-        assert second[other].start < first[one].end
 
 
 def step(*times: float, zero: float = 0.0) -> list[Pass]:

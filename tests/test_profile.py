@@ -15,7 +15,7 @@ from fake_data import fashion_mnist
 
 from torchpar.profile.collectives import SHARED
 from torchpar.profile.phases import Phases, phase, timed
-from torchpar.profile.trace import BETWEEN, SKIP, STEP, Row, StepProfile, Trace, bottleneck, summarize
+from torchpar.profile.trace import ADVICE, SKIP, STEP, Trace, bottleneck, seconds_by_kind
 
 PRODUCT = r"aten::(add)?mm|mkldnn::_linear_pointwise"
 
@@ -39,50 +39,34 @@ def names_in(path: Path) -> list[str]:
         return [event["name"] for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
 
 
-LESSONS = [
-    pytest.param("train_ddp", 1, "", set(), marks=pytest.mark.slow),
-    ("train_ddp", 2, "--phases --collectives", {SHARED}),
-    pytest.param("train_pipeline", 2, "", {"gloo:send", "gloo:recv"}, marks=pytest.mark.slow),
-]
-
-
-@pytest.mark.parametrize("name, world_size, flags, messages", LESSONS)
-def test_a_profiled_run_has_the_same_bits(ranks, data, tmp_path, name, world_size, flags, messages):
+def test_a_profiled_run_has_the_same_bits(ranks, data, tmp_path):
     losses, profiles = [], tmp_path / "profiles"
     for added in ([], ["--profile", str(profiles)]):
-        metrics = ["--metrics", str(tmp_path / "metrics")]
-        (code, out, err), *_ = ranks(world_size, lesson, name, *data, *flags.split(), *metrics, *added)
+        flags = [*data, "--phases", "--collectives", "--metrics", str(tmp_path / "metrics"), *added]
+        (code, out, err), _ = ranks(2, lesson, "train_ddp", *flags)
         assert code == 0, err
         assert ("bottleneck" in out) == bool(added)
         losses.append([(row["train_loss"], row["test_loss"]) for row in rows_of(tmp_path / "metrics")])
     assert losses[0] == losses[1]
-    for rank in range(world_size):
+    for rank in range(2):
         names = names_in(profiles / f"rank-{rank}.json.gz")
-        assert messages <= set(names)
-        assert any(re.match(f"gloo:|{SHARED}", one) for one in names) == bool(messages)
+        assert SHARED in names
         assert any(re.fullmatch(PRODUCT, one) for one in names)
         assert names.count(STEP) == 10 + 1  # the end of an epoch is noticed when there is no other batch
-    assert "costliest operators of 10 steps, rank 0" in out
-    assert re.search(rf"│ ({PRODUCT}) +│ arithmetic +│ +\d+ │ +\d+\.\d{{3}} │", out)
+    assert "costliest operators of 10 steps\n" in out
+    assert re.search(rf"^ +({PRODUCT}) ", out, re.MULTILINE)
     (line,) = re.findall(r"^bottleneck: (.*)$", out, re.MULTILINE)
-    assert re.match(r"\w+ — \d+% of a profiled step of \d+\.\d\d ms", line)
-    assert ("which waits least" in line) == (world_size > 1)
+    assert re.match(r"\w+ — \d+% of a profiled step of \d+\.\d\d ms on rank \d, which waits least; ", line)
 
 
 @pytest.mark.slow
-def test_a_short_or_resumed_run_is_profiled_where_it_has_steps_enough(data, tmp_path):
-    profiles = tmp_path / "profiles"
-    flags = [*data, "--checkpoint", str(tmp_path / "checkpoints"), "--profile", str(profiles)]
+def test_a_short_run_is_not_profiled(data, tmp_path):
     few = ["--batch-size", "400", "--epochs", "1", "--collectives"]
-    code, out, err = lesson("train_ddp", *data, *few, "--profile", str(profiles))
+    code, out, err = lesson("train_ddp", *data, *few, "--profile", str(tmp_path))
     assert (code, err) == (0, "")
     assert "nothing was recorded, no more than 3 steps" in out
     assert "none was recorded, no more than two steps" in out
-    assert not list(profiles.iterdir())
-    for epochs in (1, 2):
-        code, out, err = lesson("train_ddp", *flags, "--epochs", str(epochs))
-        assert (code, err) == (0, "")
-        assert "of 9 steps" in out
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_step_is_divided_at_its_backward_pass(monkeypatch):
@@ -110,27 +94,26 @@ def test_a_step_is_divided_at_its_backward_pass(monkeypatch):
     assert torch.Tensor.backward is backward
 
 
-def test_rows_add_up_to_the_steps(tmp_path):
-    """Their own times are PyTorch's; 4 of 9 steps are recorded."""
+def test_the_kinds_add_up_to_the_steps(tmp_path):
+    """4 of 9 steps are recorded, and a table of them and their trace written."""
     a = torch.randn(64, 64)
     trace = Trace(tmp_path, 0, torch.device("cpu"), steps=4)
     with trace.profiler:
         for _ in trace.steps(iter(range(SKIP + 6))):
             (a @ a).relu()
-    profile = trace.result()
+    seconds = trace.save()
     with gzip.open(tmp_path / "rank-0.json.gz", "rt") as file:
         steps = [e["dur"] for e in json.load(file)["traceEvents"] if e.get("ph") == "X" and e["name"] == STEP]
     assert len(steps) == 4
     # Chrome's format has microseconds with three digits.
-    assert profile.seconds("arithmetic", "memory", "calls") == pytest.approx(sum(steps) / 4e6, abs=1e-9)
-    assert profile.flops == 2 * 64**3
-    rows = {row.name: (row.calls, row.kind) for row in profile.rows}
-    assert (rows["aten::mm"], rows["aten::clamp_min"]) == ((1, "arithmetic"), (1, "memory"))
+    assert sum(seconds.values()) == pytest.approx(sum(steps) / 4e6, abs=1e-9)
+    assert min(seconds["arithmetic"], seconds["memory"]) > 0
+    assert re.search(r"costliest operators of 4 steps\n(?s:.*)aten::mm .* 4  ", str(trace))
 
 
 def event(name: str, start: float, end: float, **others: Any) -> SimpleNamespace:
-    """What `summarize` reads of a profiler's event; times in microseconds."""
-    values = {"is_async": False, "is_user_annotation": False, "kernels": (), "flops": 0, "input_shapes": []}
+    """What `seconds_by_kind` reads of a profiler's event; times in microseconds."""
+    values = {"is_async": False, "is_user_annotation": False, "kernels": ()}
     values |= others | {"device_type": SimpleNamespace(name=others.get("device", "CPU"))}
     return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=end), **values)
 
@@ -139,41 +122,29 @@ def message(start: float, end: float, name: str = "gloo:all_reduce") -> SimpleNa
     return event(name, start, end, is_async=True)
 
 
-def launch(name: str, end: float, kernel: str, **others: Any) -> SimpleNamespace:
-    return event(name, 0, end, kernels=[SimpleNamespace(name=kernel)], **others)
-
-
-LINEAR = [[10, 300], [500, 300], [500]]  # shapes of input, weight and bias
 BOTTLENECKS = [
     # A product in another counts once.
+    ("arithmetic — 60%", [event("aten::linear", 100, 700), event("aten::addmm", 200, 700)]),
     (
-        "arithmetic — 60%.* 100 GFLOP/s",
-        [event("aten::linear", 100, 700), event("aten::addmm", 200, 700, flops=6e7)],
-    ),
-    ("arithmetic — 60%.* 5 GFLOP/s", [event("mkldnn::_linear_pointwise", 0, 600, input_shapes=LINEAR[:2])]),
-    (
-        "memory — 70%.* aten::copy_ most",
+        "memory — 70%",
         [event("aten::copy_", 0, 400), event("aten::add", 400, 700), event("aten::mm", 700, 990)],
     ),
     (
-        "communication — 71%.* no operator runs, 1 messages",
+        "communication — 71%",
         [event("c10d::allreduce_", 90, 100), message(100, 800), event("aten::mm", 850, 990)],
     ),
     # A message beneath a product does not count, nor does a send that nobody waits for.
     (
-        "arithmetic — 70%.* 1 GFLOP/s",
-        [message(100, 800), event("aten::mm", 100, 800, flops=7e5), message(800, 990, "gloo:send")],
+        "arithmetic — 70%",
+        [message(100, 800), event("aten::mm", 100, 800), message(800, 990, "gloo:send")],
     ),
-    (
-        "calls — 71%.* 2 calls",
-        [event("aten::t", 0, 300), event("Add", 300, 700), event("aten::mm", 700, 990)],
-    ),
+    ("calls — 71%", [event("aten::t", 0, 300), event("Add", 300, 700), event("aten::mm", 700, 990)]),
     ("calls — 100%", [event("aten::mm", 1000, 9000)]),  # an evaluation after the step
     (
-        "arithmetic — 60%.* 5 GFLOP/s",  # a kernel of this package
+        "arithmetic — 60%",  # a kernel of this package
         [
             event("Optimizer.step#SGD.step", 200, 990, device="CUDA", is_user_annotation=True),
-            launch("torchpar::linear_sigmoid", 90, "_k", input_shapes=LINEAR),
+            event("torchpar::linear_sigmoid", 0, 90, kernels=[SimpleNamespace(name="_k")]),
             event("_k", 100, 700, device="CUDA"),
             event("ncclDevKernel_AllReduce", 600, 990, device="CUDA"),
         ],
@@ -183,14 +154,13 @@ BOTTLENECKS = [
 
 @pytest.mark.parametrize("sentence, events", BOTTLENECKS)
 def test_the_bottleneck_takes_most_of_a_step(sentence, events):
-    found = bottleneck([summarize(0, 1, [event(STEP, 0, 1000), *events])])
-    assert re.match(f"bottleneck: {sentence}", found)
-    assert " of a profiled step of 1.00 ms " in found
+    seconds = seconds_by_kind([event(STEP, 0, 1000), *events])
+    assert bottleneck([seconds]).startswith(f"bottleneck: {sentence} of a profiled step of 1.00 ms; ")
 
 
 def test_the_rank_that_waits_least_speaks():
-    waits = StepProfile(0, 1, [Row("gloo:recv", "communication", 1, 8e-3), Row(BETWEEN, "calls", 0, 2e-3)], 0)
-    works = StepProfile(1, 1, [Row("aten::mm", "arithmetic", 1, 9e-3), Row(BETWEEN, "calls", 0, 1e-3)], 9e6)
-    expected = "bottleneck: arithmetic — 90% of a profiled step of 10.00 ms on rank 1, which waits least, is"
+    waits = dict.fromkeys(ADVICE, 0) | {"communication": 8e-3, "calls": 2e-3}
+    works = dict.fromkeys(ADVICE, 0) | {"arithmetic": 9e-3, "calls": 1e-3}
+    expected = "bottleneck: arithmetic — 90% of a profiled step of 10.00 ms on rank 1, which waits least; "
     assert bottleneck([waits, works]).startswith(expected)
     assert bottleneck([waits]).startswith("bottleneck: communication — 80%")

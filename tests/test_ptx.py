@@ -31,7 +31,15 @@ DEFAULTS = {
     "matmul_t, TF32, small": cases.symmetric(40, 40, F32, "tf32"),
     "matmul_t, float32": cases.symmetric(40, 20, F32),
     "matmul_t, float64": cases.symmetric(40, 20, F64, c=True),
+    "matmul_t, no rows": cases.symmetric(0, 3, batch=(3,)),
+    "matmul_t, one number": cases.symmetric(1, 1, F64),
+    "matmul_t, stepped": cases.symmetric(65, 33, F32, batch=(2,), other=True, c=True, layout="stepped"),
+    "matmul_t, expanded": cases.symmetric(37, 9, F32, batch=(3,), other=True, c=True, layout="expanded"),
     "half_sum": cases.half_sum(33),
+    "half_sum, no rows": cases.half_sum(0),
+    "half_sum, largest numbers": cases.half_sum(33, F16, unit=65504 / 3),
+    "half_sum, stepped": cases.half_sum(65, F32, layout="stepped"),
+    "half_sum, expanded": cases.half_sum(65, F32, layout="expanded"),
     "mirror": cases.mirror(70),
     "linear_sigmoid, large": cases.sigmoid(72, 264, 264, tiles=LARGE, multiprocessors=1),
     "linear_sigmoid, large, unaligned rows": cases.sigmoid(72, 71, 40, tiles=Tiles(64, 128, 64, 4, 4, "tma")),
@@ -39,8 +47,16 @@ DEFAULTS = {
     "linear_sigmoid, split": cases.sigmoid(24, 40, 584, tiles=SPLIT, multiprocessors=2),
     "linear_sigmoid, float32": cases.sigmoid(30, 40, 20, F32),
     "linear_sigmoid, float64": cases.sigmoid(30, 40, 20, F64),
+    "linear_sigmoid, no rows": cases.sigmoid(0, 3, 2, F16),
+    "linear_sigmoid, no columns": cases.sigmoid(3, 0, 2, F16),
+    "linear_sigmoid, one row": cases.sigmoid(1, 129, 2, F16),
+    "linear_sigmoid, many rows of tiles": cases.sigmoid(132, 36, 20, F32, tiles=Tiles(16, 32, 16, 4, 2)),
     "sigmoid_backward": cases.sigmoid_gradient(70, 72),
     "sigmoid_backward, many rows": cases.sigmoid_gradient(300, 10, F32),
+    "sigmoid_backward, no columns": cases.sigmoid_gradient(3, 0),
+    "sigmoid_backward, one number": cases.sigmoid_gradient(1, 1, F64),
+    "sigmoid_backward, stepped": cases.sigmoid_gradient(129, 65, F32, layout="stepped"),
+    "sigmoid_backward, expanded": cases.sigmoid_gradient(33, 129, F32, layout="expanded"),
     "maximum": cases.larger((40, 35), (40, 35)),
     "maximum of bool": cases.larger((1111,), (1111,), torch.bool),
     "maximum, a row": cases.larger((5, 70), (1, 70)),
@@ -81,16 +97,28 @@ OTHERS = {
     "matmul_t, batches of float64": cases.symmetric(40, 24, F64, batch=(3,), transposed="a"),
     "matmul_t, both transposed": cases.symmetric(264, 72, F16, tiles=LARGE, transposed="ab", other=True),
     "matmul_t, one tile of four": cases.symmetric(520, 40, tiles=LARGE, multiprocessors=3),
+    "matmul_t, expanded last": cases.symmetric(
+        37, 9, F32, batch=(3,), other=True, c=True, layout="expanded last"
+    ),
     "half_sum of float64": cases.half_sum(65, F64),
+    "half_sum, more batches": cases.half_sum(65, F16, batch=(3, 2), layout="transposed"),
+    "half_sum, expanded last": cases.half_sum(65, F32, layout="expanded last"),
     "half_sum of float16": cases.half_sum(128, F16),
     "mirror of float32": cases.mirror(129, F32),
+    "mirror, batches": cases.mirror(65, F16, batch=(3, 2)),
     "linear_sigmoid, x transposed, by TMA": cases.sigmoid(136, 264, 136, tiles=LARGE, transposed="xw"),
+    "linear_sigmoid, stepped": cases.sigmoid(129, 65, 33, F32, layout="stepped"),
+    "linear_sigmoid, offset": cases.sigmoid(65, 129, 33, F32, layout="offset"),
+    "linear_sigmoid, expanded": cases.sigmoid(65, 129, 33, F32, layout="expanded"),
+    "linear_sigmoid, expanded last": cases.sigmoid(65, 129, 33, F32, layout="expanded last"),
     "linear_sigmoid, unaligned float32": cases.sigmoid(33, 35, 37, F32, transposed="x"),
     "linear_sigmoid, split float64": cases.sigmoid(
         24, 40, 296, F64, tiles=Tiles(64, 64, 32, 8, 2, "split_k"), multiprocessors=4
     ),
     "sigmoid_backward of float64": cases.sigmoid_gradient(600, 70, F64),
     "sigmoid_backward of float16": cases.sigmoid_gradient(256, 64, F16),
+    "sigmoid_backward, two columns": cases.sigmoid_gradient(513, 2, F32),
+    "sigmoid_backward, expanded last": cases.sigmoid_gradient(65, 33, F32, layout="expanded last"),
     "maximum of int64": cases.larger((33, 35), (33, 1), torch.int64),
     "maximum of float16": cases.larger((2, 3, 4, 35), (3, 1, 35), F16),
     "maximum of float64": cases.larger((2500,), (1,), F64),
@@ -172,7 +200,7 @@ PROGRAM = """
     ret;
 }
 """
-COPY = "cp.async.ca.shared.global [%r1], [%rd3], 4; cp.async.commit_group;"
+COPY = "cp.async.ca.shared.global [%r1], [%rd3], 4, 4; cp.async.commit_group;"
 EXCHANGE = """
     ld.global.b32 %r3, [%rd3];
     st.shared.b32 [%r1], %r3;
@@ -214,7 +242,7 @@ FAULTS = {
         "by a copy",
     ),
     "no mbarrier": (
-        "mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 16;",
+        "setp.eq.b32 %p2, %r0, 0; @%p2 mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 16;",
         "was not written|there is no mbarrier",
     ),
 }

@@ -20,15 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torchpar import training
 from torchpar.data import Samples
 from torchpar.errors import ConfigError, DivergedError
-from torchpar.exact import ExactSGD
 from torchpar.nn import MLP
-from torchpar.optim import SGD
 from torchpar.parallel.launch import agreement
 from torchpar.parallel.launch.world import join_world
 from torchpar.parallel.split import shared_memory
 from torchpar.training import CheckpointConfig
-from torchpar.training.evaluation import EVALUATION_BATCH
 from torchpar.training.fused import FusedGradients
+from torchpar.training.losses import EVALUATION_BATCH
 from torchpar.training.state import EpochResult
 from torchpar.training.stop import StopSignal
 
@@ -182,8 +180,7 @@ def test_optimizers_get_their_parameters():
     muon, others = training.muon(model, 0.02, 0.8, 0.01, ns_steps=4).optimizers
     check(muon, (weights, {"weight_decay": 0.01, "ns_steps": 4}))
     check(others, (biases, {"weight_decay": 0.0}))
-    kinds = [type(sgd(0.1)), type(sgd(0.1, kind=ExactSGD))]
-    assert kinds == [SGD, ExactSGD]
+    assert type(sgd(0.1)) is torch.optim.SGD
     assert not training.sgd(model, 0.02, 0.0, 0.0).param_groups[0]["nesterov"]
 
 
@@ -336,18 +333,22 @@ def test_ranks_evaluate_with_the_bits_of_one_process(ranks):
         assert (others == outputs).all()
 
 
-def run_with_batch_norm(folder: Path | None, stop_in: int) -> str | list[Any]:
-    """Train on ranks that add gradients in their order; rank 0 receives SIGTERM in a step.
+def run_with_norms_and_dropout(folder: Path | None, seed: int, stop_in: int = 0) -> str | list[Any]:
+    """Train on ranks that draw different masks, have different statistics and add gradients in their order.
+
+    Args:
+        stop_in: the step in which rank 0 receives SIGTERM.
 
     Returns:
         The weights and the running statistics, or the error of the run that was stopped.
     """
     torch.manual_seed(0)
-    linears = torch.nn.Linear(784, 20), torch.nn.Linear(20, 10)
-    model = torch.nn.Sequential(linears[0], torch.nn.BatchNorm1d(20), torch.nn.Dropout(0.3), linears[1])
+    norm, last = torch.nn.BatchNorm1d(784), torch.nn.BatchNorm1d(10, affine=False)
+    model = torch.nn.Sequential(norm, torch.nn.Dropout(0.3), torch.nn.Linear(784, 10), last.eval())
+    test = samples(2 * EVALUATION_BATCH + 1, 2)  # in three chunks
     passes = itertools.count(1)
     with join_world("cpu") as world:
-        torch.manual_seed(world.rank)
+        torch.manual_seed(seed + world.rank)
 
         def stop(*_: Any) -> None:
             if next(passes) == stop_in and world.rank == 0:
@@ -357,68 +358,35 @@ def run_with_batch_norm(folder: Path | None, stop_in: int) -> str | list[Any]:
         replica = DistributedDataParallel(model)
         shared_memory.register_shared_memory_hook(replica, world)
         try:
-            plain_loop.train(
-                *(model, OPTIMIZERS["sgd"](model), world, samples(206, 1), samples(50, 2)),
+            run = plain_loop.train(
+                *(model, OPTIMIZERS["sgd"](model), world, samples(206, 1), test),
                 replica=replica,
                 epochs=2,
                 batch_size=50,
-                checkpoint=CheckpointConfig(folder) if folder else None,
+                checkpoint=CheckpointConfig(folder, every=2) if folder else None,
             )
         except training.Stopped as e:
             return str(e)
+        loss, outputs = run.evaluate()
+    assert [module.training for module in model] == [True, True, True, False]
+    assert (norm.num_batches_tracked, last.num_batches_tracked) == (5 * 2, 0)  # none of the evaluation
+    torch.testing.assert_close(outputs, model.eval()(test.inputs(slice(None))))
+    assert run.results[-1].test_loss == loss
+    assert loss == torch.nn.functional.cross_entropy(outputs.double(), test.labels)
     return [t.detach().numpy() for t in model.state_dict().values()]
 
 
-def test_a_run_of_three_ranks_that_was_stopped_ends_with_the_same_weights_and_statistics(ranks, tmp_path):
-    """Each rank has the statistics of its own last batch, and rank 0's are those of the model."""
-    whole = ranks(3, run_with_batch_norm, None, 0)
-    assert ranks(3, run_with_batch_norm, tmp_path, 3) == ["stopped by SIGTERM"] * 3
-    for resumed in ranks(3, run_with_batch_norm, tmp_path, 0):
-        assert all((a == b).all() for a, b in zip(resumed, whole[0], strict=True))
+def test_a_run_of_three_ranks_that_was_stopped_ends_with_every_bit_of_the_whole_one(ranks, tmp_path):
+    """Each rank draws its own masks, and has the statistics of its own last batch; the model has rank 0's."""
 
+    def same(a: list[Any], b: list[Any]) -> bool:
+        return all((x == y).all() for x, y in zip(a, b, strict=True))
 
-def run_with_dropout(epochs: int, folder: Path | None, seed: int) -> list[Any]:
-    """Train on ranks that draw different masks and have different statistics; return the weights.
-
-    The run saves after every second step, and evaluates one model in evaluation mode on all ranks.
-    """
-    torch.manual_seed(0)
-    norm, last = torch.nn.BatchNorm1d(784), torch.nn.BatchNorm1d(10, affine=False)
-    model = torch.nn.Sequential(norm, torch.nn.Dropout(0.3), torch.nn.Linear(784, 10), last.eval())
-    test = samples(2 * EVALUATION_BATCH + 1, 2)  # in three chunks
-    with join_world("cpu") as world:
-        torch.manual_seed(seed + world.rank)
-        run = plain_loop.train(
-            model,
-            OPTIMIZERS["sgd"](model),
-            world,
-            samples(204, 1),
-            test,
-            replica=DistributedDataParallel(model),
-            epochs=epochs,
-            batch_size=50,
-            schedule="constant",
-            checkpoint=CheckpointConfig(folder, every=2) if folder else None,
-        )
-        loss, outputs = run.evaluate()
-    assert [module.training for module in model] == [True, True, True, False]
-    assert (norm.num_batches_tracked, last.num_batches_tracked) == (5 * epochs, 0)  # none of the evaluation
-    expected = model.eval()(test.inputs(slice(None)))
-    torch.testing.assert_close(outputs, expected)
-    assert run.results[-1].test_loss == loss
-    assert loss == torch.nn.functional.cross_entropy(outputs.double(), test.labels)
-    return [p.detach().numpy() for p in model.parameters()]
-
-
-def test_a_resumed_run_draws_each_ranks_random_numbers_as_the_whole_one(ranks, tmp_path):
-    """The ranks evaluate one model, though each has the BatchNorm of its own last batch."""
-    whole = ranks(2, run_with_dropout, 2, None, 10)
-    ranks(2, run_with_dropout, 1, tmp_path, 10)
-    resumed = ranks(2, run_with_dropout, 2, tmp_path, 20)
-    other = ranks(2, run_with_dropout, 2, None, 20)
-    for rank in range(2):
-        assert all((a == b).all() for a, b in zip(resumed[rank], whole[rank], strict=True))
-        assert not all((a == b).all() for a, b in zip(resumed[rank], other[rank], strict=True))
+    run = run_with_norms_and_dropout
+    whole, other = ranks(3, run, None, 10)[0], ranks(3, run, None, 20)[0]
+    assert ranks(3, run, tmp_path, 10, 3) == ["stopped by SIGTERM"] * 3
+    assert all(same(resumed, whole) for resumed in ranks(3, run, tmp_path, 20))
+    assert not same(other, whole)
 
 
 def test_runs_that_are_used_wrongly(world, tmp_path):

@@ -17,7 +17,7 @@ from commands import ROOT, import_path
 
 SCRIPT = ROOT / "benchmarks" / "validate_gpu.sh"
 # Each stage, and how many tests it collects at least.
-STAGES = {"values": 500, "variants": 0, "operators": 0, "tune": 0, "huge": 5}
+STAGES = {"values": 500, "operators": 0, "tune": 0, "huge": 5}
 
 
 def validate(*arguments: str, cwd: Path, gpu: bool = True, **environment: str) -> tuple[int, str]:
@@ -40,7 +40,7 @@ def validate(*arguments: str, cwd: Path, gpu: bool = True, **environment: str) -
 
 
 @pytest.mark.parametrize(
-    "arguments", ["", "out no_stage", "out values tune", "out values\\ variants", "--wheels"]
+    "arguments", ["", "out no_stage", "out values tune", "out values\\ tune", "--wheels"]
 )
 def test_a_wrong_usage_is_refused(tmp_path, arguments):
     status, printed = validate(*shlex.split(arguments), cwd=tmp_path)

@@ -77,12 +77,12 @@ def kill(*_: Any) -> str:
 
 
 def test_a_killed_rank_is_an_error_in_one_line(folder, capsys, monkeypatch):
-    monkeypatch.setattr(verify, "trained_weights", kill)
+    monkeypatch.setattr(verify, "trained", kill)
     message = "error: a rank was killed, or has ended in an error"
     check_error(capsys, message, "--ranks", "2", "--data", str(folder))
 
 
-def interrupt(_dp: int, _tp: int, _pp: int, folder: Path) -> str:
+def interrupt(_model: str, _dp: int, _tp: int, _pp: int, folder: Path) -> str:
     """What stands for a long training, during which the user interrupts the process that ``folder`` names."""
     if current_world().rank == 0:
         os.kill(int(folder.name), signal.SIGINT)
@@ -92,7 +92,7 @@ def interrupt(_dp: int, _tp: int, _pp: int, folder: Path) -> str:
 
 def test_ctrl_c_ends_the_ranks_at_once(tmp_path, capsys, monkeypatch):
     fork_context()
-    monkeypatch.setattr(verify, "trained_weights", interrupt)
+    monkeypatch.setattr(verify, "trained", interrupt)
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     start = time.monotonic()
     try:

@@ -3,7 +3,6 @@
 
 import gzip
 import hashlib
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -89,19 +88,17 @@ class Samples:
         Args:
             crop: pixels to leave out on each side.
             shift: pixels, down and to the right, by which the part that is kept moves.
-            dtype: of the new images.
+            dtype: of the new images, a floating one.
 
         Raises:
-            ConfigError: the features are not images of uint8, or ``dtype`` is not floating; nothing is left
-                of the images; a ``shift`` of more than ``crop``.
+            ConfigError: the features are not images of uint8; nothing is left of the images; a ``shift`` of
+                more than ``crop``.
         """
         images, (down, right) = self.features, shift
         if images.dim() != 3 or images.dtype != torch.uint8:
             raise ConfigError(
                 f"features are {tuple(images.shape)} {images.dtype}, expected images (n, h, w) of uint8"
             )
-        if not dtype.is_floating_point:
-            raise ConfigError(f"dtype is {dtype}, expected a floating one")
         height, width = ((side - 2 * crop) // pool if pool > 0 else 0 for side in images.shape[1:])
         if crop < 0 or height < 1 or width < 1:
             raise ConfigError(
@@ -158,46 +155,20 @@ def batches(
         share: partition of a batch of a given size, such as `World.share`; one rank by default.
         start: number of the first batch, to continue within an epoch.
     """
-    order, share = _order(samples, seed, epoch)[start * batch_size :], cache(share)
-    # Several small batches are read together, which takes fewer calls.
-    at_once = max(_READ_CHUNK // batch_size, 1) * batch_size
-    for chunk in order.split(at_once):
-        index, own, sizes = _shares(chunk, batch_size, share)
-        x, labels = samples.inputs(index), samples.labels.index_select(0, index)
-        yield from map(Batch, x.split(own), labels.split(own), sizes)
-
-
-def indices(
-    samples: Samples,
-    batch_size: int,
-    *,
-    seed: int,
-    epoch: int,
-    share: Callable[[int], Partition] = _one_rank,
-    start: int = 0,
-) -> Iterator[tuple[Tensor, int]]:
-    """Yield this rank's sample indices ``(b)`` and the global size of each batch of `batches`."""
-    order = _order(samples, seed, epoch)[start * batch_size :]
-    index, own, sizes = _shares(order, batch_size, cache(share))
-    yield from zip(index.split(own), sizes, strict=True)
-
-
-def _order(samples: Samples, seed: int, epoch: int) -> Tensor:
-    # Drawn on the CPU, so that the order is the same on every device.
+    # The order is drawn on the CPU, so that it is the same on every device.
     (state,) = np.random.SeedSequence((seed, epoch)).generate_state(1)
     generator = torch.Generator().manual_seed(int(state))
-    return torch.randperm(len(samples), generator=generator).to(samples.labels.device)
-
-
-def _shares(
-    order: Tensor, batch_size: int, share: Callable[[int], Partition]
-) -> tuple[Tensor, list[int], list[int]]:
-    """Cut ``order`` into batches: this rank's indices, how many each batch has, and its global size."""
-    sizes = [min(batch_size, len(order) - first) for first in range(0, len(order), batch_size)]
-    if share(batch_size).ranks == 1:
-        return order, sizes, sizes
-    mine = [share(len(batch)).narrow(batch, 0) for batch in order.split(batch_size)]
-    return torch.cat(mine), [len(part) for part in mine], sizes
+    order = torch.randperm(len(samples), generator=generator).to(samples.labels.device)
+    share = cache(share)
+    # Several small batches are read together, which takes fewer calls.
+    at_once = max(_READ_CHUNK // batch_size, 1) * batch_size
+    for chunk in order[start * batch_size :].split(at_once):
+        sizes = own = [min(batch_size, len(chunk) - first) for first in range(0, len(chunk), batch_size)]
+        if share(0).ranks > 1:
+            mine = [share(len(batch)).narrow(batch, 0) for batch in chunk.split(batch_size)]
+            chunk, own = torch.cat(mine), [len(part) for part in mine]
+        x, labels = samples.inputs(chunk), samples.labels.index_select(0, chunk)
+        yield from map(Batch, x.split(own), labels.split(own), sizes)
 
 
 def load(dataset: Dataset, root: Path, device: torch.device | str = "cpu") -> tuple[Samples, Samples]:
@@ -243,35 +214,32 @@ def load(dataset: Dataset, root: Path, device: torch.device | str = "cpu") -> tu
 
 
 def _read(kind: Any, file: Path) -> Tensor:
-    """Return the array in ``file``, from its archive if there is one.
+    """Return the array of uint8 in ``file``, from its archive if there is one.
 
     Raises:
         ValueError: it is missing or damaged.
     """
     archive = file.with_name(f"{file.name}.gz")
-    if file.exists() and not archive.exists():
-        return _parse(file)  # not checked, as in torchvision: users may put other data of this format there
-    if not archive.exists():
+    if archive.exists():
+        packed = archive.read_bytes()
+        try:
+            content = gzip.decompress(packed)
+        except (OSError, EOFError, zlib.error) as e:
+            raise ValueError(f"{archive} is damaged ({e})") from e
+        md5 = hashlib.md5(content).hexdigest()
+        expected = _MD5.get(kind.__name__, {}).get(file.name)
+        if md5 != expected and (archive.name, hashlib.md5(packed).hexdigest()) not in kind.resources:
+            raise ValueError(f"{archive} is damaged: its content has MD5 {md5}, expected {expected}")
+    elif file.exists():
+        content = file.read_bytes()  # not checked, as in torchvision: users may put other data there
+    else:
         raise ValueError(f"{archive} is missing")
-    packed = archive.read_bytes()
+    if content[:3] != b"\0\0\x08":  # the last is uint8's code, and the number of dimensions follows
+        raise ValueError(f"{file} cannot be read: it does not begin as a file of uint8 in IDX format")
     try:
-        content = gzip.decompress(packed)
-    except (OSError, EOFError, zlib.error) as e:
-        raise ValueError(f"{archive} is damaged ({e})") from e
-    md5 = hashlib.md5(content).hexdigest()
-    expected = _MD5.get(kind.__name__, {}).get(file.name)
-    if md5 != expected and (archive.name, hashlib.md5(packed).hexdigest()) not in kind.resources:
-        raise ValueError(f"{archive} is damaged: its content has MD5 {md5}, expected {expected}")
-    with tempfile.TemporaryDirectory() as folder:
-        unpacked = Path(folder, file.name)
-        unpacked.write_bytes(content)
-        return _parse(unpacked)
-
-
-def _parse(file: Path) -> Tensor:
-    from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
-
-    try:
-        return read_sn3_pascalvincent_tensor(str(file))  # type: ignore[no-any-return]
-    except Exception as e:
-        raise ValueError(f"{file} cannot be read ({type(e).__name__}: {e})") from e
+        shape = np.frombuffer(content, ">i4", content[3], 4)
+        return torch.from_numpy(
+            np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape).copy()
+        )
+    except ValueError as e:
+        raise ValueError(f"{file} cannot be read ({e})") from e

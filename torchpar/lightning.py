@@ -15,7 +15,6 @@ Only this module imports Lightning; ``pip install 'torchpar[lightning]'``.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,15 +24,12 @@ from torch import Tensor
 
 from torchpar.data import Batch, Dataset, Samples, batches, load
 from torchpar.errors import ConfigError
-from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.partition import Partition
 from torchpar.training import loss_sum
-from torchpar.training.evaluation import EVALUATION_BATCH
-from torchpar.training.losses import Loss
+from torchpar.training.losses import EVALUATION_BATCH, Loss
 
 try:
-    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-    from lightning.pytorch.trainer.states import TrainerFn
+    from lightning.pytorch import LightningDataModule, LightningModule
     from torchmetrics import Metric
     from torchmetrics.classification import MulticlassAccuracy
 except ImportError as error:
@@ -79,29 +75,16 @@ class LitClassifier(LightningModule):
     was resumed.
 
     Args:
-        features, classes: of the data.
+        classes: of the data.
         loss: see `torchpar.training.losses.loss_sum`.
-
-    Raises:
-        ConfigError: from `setup`, the data have other features or classes.
     """
 
-    def __init__(self, features: int, classes: int, loss: Loss = "cross-entropy"):
+    def __init__(self, classes: int, loss: Loss = "cross-entropy"):
         super().__init__()
-        self.features = features
-        self.classes = classes
         self.loss: Loss = loss
         self.train_loss, self.val_loss, self.test_loss = SampleMean(), SampleMean(), SampleMean()
         self.val_accuracy = MulticlassAccuracy(classes, average="micro", validate_args=False)
         self.test_accuracy = self.val_accuracy.clone()
-
-    def setup(self, stage: str) -> None:
-        data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, MNISTDataModule) and (self.features, self.classes) != data.shape:
-            raise ConfigError(
-                f"the model has {self.features} inputs and {self.classes} outputs, expected the data's "
-                f"{data.shape[0]} features and {data.shape[1]} classes"
-            )
 
     def loss_sum(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return the loss summed over samples, at least in float32."""
@@ -115,51 +98,31 @@ class LitClassifier(LightningModule):
             self.log("train_loss", self.train_loss)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, self.val_loss, self.val_accuracy)
-
-    def on_validation_epoch_end(self) -> None:
-        self.log_dict({"val_loss": self.val_loss, "val_accuracy": self.val_accuracy}, prog_bar=True)
+        self._evaluate(batch, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, self.test_loss, self.test_accuracy)
+        self._evaluate(batch, "test")
 
-    def on_test_epoch_end(self) -> None:
-        self.log_dict({"test_loss": self.test_loss, "test_accuracy": self.test_accuracy})
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the class of each sample, ``(b)`` int64."""
-        return self(batch.x).argmax(1)  # type: ignore[no-any-return]
-
-    def _evaluate(self, batch: Batch, loss: SampleMean, accuracy: Metric) -> None:
-        outputs = self(batch.x)
-        loss.update(self.loss_sum(outputs.double(), batch.labels), len(batch.labels))
-        accuracy.update(outputs, batch.labels)
+    def _evaluate(self, batch: Batch, stage: str) -> None:
+        outputs, loss, accuracy = self(batch.x), f"{stage}_loss", f"{stage}_accuracy"
+        getattr(self, loss).update(self.loss_sum(outputs.double(), batch.labels), len(batch.labels))
+        getattr(self, accuracy).update(outputs, batch.labels)
+        metrics = {name: getattr(self, name) for name in (loss, accuracy)}
+        self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch.labels))
 
 
-@dataclass(eq=False)
-class TrainBatches:
-    """Training batches from the trainer's epoch and batch on, so that a resumed run continues."""
+class Batches:
+    """The ``length`` batches of each epoch, which ``make`` yields."""
 
-    samples: Samples
-    batch_size: int
-    seed: int
-    share: Callable[[int], Partition]
-    trainer: Trainer
+    def __init__(self, length: int, make: Callable[[], Iterator[Batch]]):
+        self.length = length
+        self.make = make
 
     def __len__(self) -> int:
-        return -(-len(self.samples) // self.batch_size)
+        return self.length
 
     def __iter__(self) -> Iterator[Batch]:
-        # A generator reads the trainer's position at the first batch. The trainer has restored it by then,
-        # which it has not when it makes the iterator.
-        trainer = self.trainer
-        overfit = getattr(trainer, "overfit_batches", 0)  # repeats the first batches of one epoch
-        epoch = 1 if overfit else trainer.current_epoch + 1
-        start = trainer.fit_loop.batch_idx + 1
-        if start < len(self):
-            yield from batches(
-                self.samples, self.batch_size, seed=self.seed, epoch=epoch, share=self.share, start=start
-            )
+        return self.make()
 
     # Lightning resumes within an epoch only with a loader that has these two.
     def state_dict(self) -> dict[str, Any]:
@@ -167,24 +130,6 @@ class TrainBatches:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
-
-
-class EvaluationBatches:
-    """Samples in order, each on one rank. Every rank has as many batches, some of which may be empty."""
-
-    def __init__(self, samples: Samples, share: Callable[[int], Partition]):
-        self.samples = samples
-        self.share = share
-        self.batch_size = EVALUATION_BATCH * share(0).ranks
-
-    def __len__(self) -> int:
-        return -(-len(self.samples) // self.batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        order = torch.arange(len(self.samples), device=self.samples.labels.device)
-        for chunk in order.split(self.batch_size):
-            mine = self.share(len(chunk)).narrow(chunk, 0)
-            yield Batch(self.samples.inputs(mine), self.samples.labels[mine], len(chunk))
 
 
 class MNISTDataModule(LightningDataModule):
@@ -204,7 +149,7 @@ class MNISTDataModule(LightningDataModule):
 
     Raises:
         ConfigError: from `setup`, files that are missing or damaged, a batch smaller than the number of
-            ranks, no sample left to train on; from `load_state_dict`, a checkpoint with other batches.
+            ranks, no sample left to train on.
     """
 
     def __init__(
@@ -223,56 +168,45 @@ class MNISTDataModule(LightningDataModule):
         self.validation = validation
 
     def setup(self, stage: str) -> None:
-        trainer = self._trainer
-        self.share = partial(Partition, ranks=trainer.world_size, rank=trainer.global_rank)
-        if trainer.world_size > 1:
-            check_same_on_all_ranks(None, "the ranks' data", self.state_dict())
-        if self.batch_size < trainer.world_size:
+        assert self.trainer is not None
+        self.share = partial(Partition, ranks=self.trainer.world_size, rank=self.trainer.global_rank)
+        if self.batch_size < self.trainer.world_size:
             raise ConfigError(
                 f"batch_size is {self.batch_size}, expected at least the number of ranks that share it, "
-                f"{trainer.world_size}; it counts the samples of all ranks together"
+                f"{self.trainer.world_size}; it counts the samples of all ranks together"
             )
-        train, self.test = load(self.dataset, self.root, trainer.strategy.root_device)
+        train, self.test = load(self.dataset, self.root, self.trainer.strategy.root_device)
         kept = 0 if self.validation == "test" else self.validation
         if not 0 <= kept < len(train):
             raise ConfigError(f"validation is {kept}, expected 'test' or 0 to {len(train) - 1} samples")
         split = len(train) - kept
         self.train, self.val = train[:split], self.test if self.validation == "test" else train[split:]
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Numbers of features and of classes."""
-        return self.test.features[0].numel(), len(self.test.classes)
+    def train_dataloader(self) -> Batches:
+        return Batches(-(-len(self.train) // self.batch_size), self._train_batches)
 
-    def train_dataloader(self) -> TrainBatches:
-        return TrainBatches(self.train, self.batch_size, self.seed, self.share, self._trainer)
+    def val_dataloader(self) -> Batches | list[Any]:
+        return self._in_order(self.val) if len(self.val) else []
 
-    def val_dataloader(self) -> EvaluationBatches | list[Any]:
-        return EvaluationBatches(self.val, self.share) if len(self.val) else []
+    def test_dataloader(self) -> Batches:
+        return self._in_order(self.test)
 
-    def test_dataloader(self) -> EvaluationBatches:
-        return EvaluationBatches(self.test, self.share)
+    def _train_batches(self) -> Iterator[Batch]:
+        # A generator reads the trainer's position at the first batch. The trainer has restored it by then,
+        # which it has not when it makes the iterator.
+        assert self.trainer is not None
+        start = self.trainer.fit_loop.batch_idx + 1
+        order: dict[str, Any] = {"seed": self.seed, "epoch": self.trainer.current_epoch + 1, "start": start}
+        yield from batches(self.train, self.batch_size, share=self.share, **order)
 
-    def predict_dataloader(self) -> EvaluationBatches:
-        """Return the test set."""
-        return self.test_dataloader()
+    def _in_order(self, samples: Samples) -> Batches:
+        """Each sample on one rank; every rank has as many batches, some of which may be empty."""
+        order = torch.arange(len(samples), device=samples.labels.device)
+        chunks = order.split(EVALUATION_BATCH * self.share(0).ranks)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the arguments that determine the training batches."""
-        return {name: getattr(self, name) for name in ("dataset", "batch_size", "seed", "validation")}
+        def make() -> Iterator[Batch]:
+            for chunk in chunks:
+                mine = self.share(len(chunk)).narrow(chunk, 0)
+                yield Batch(samples.inputs(mine), samples.labels[mine], len(chunk))
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        now = self.state_dict()
-        differing = [name for name in now if now[name] != state[name]]
-        if differing and self._trainer.state.fn == TrainerFn.FITTING:
-            was, have = (", ".join(f"{name} {of[name]}" for name in differing) for of in (state, now))
-            raise ConfigError(f"the checkpoint's run has {was}, this one has {have}; continue with the same")
-
-    def __str__(self) -> str:  # Lightning's expects DataLoaders
-        return f"MNISTDataModule({str(self.root)!r}, {self.state_dict()})"
-
-    @property
-    def _trainer(self) -> Trainer:
-        if self.trainer is None:
-            raise ConfigError("the data module has no trainer; give it to Trainer.fit or Trainer.test")
-        return self.trainer
+        return Batches(len(chunks), make)

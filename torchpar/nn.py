@@ -12,56 +12,27 @@ from torch import Tensor
 from torchpar.ops import linear_sigmoid
 from torchpar.ops.linear_cpu import linear
 
-Init = Literal["xavier_uniform", "xavier_normal"]
-
 
 class Linear(torch.nn.Linear):
-    """`torch.nn.Linear` with Xavier's initialisation, ``y = x @ weight.T + bias``.
+    """`torch.nn.Linear` with Xavier's uniform initialisation, ``y = x @ weight.T + bias``.
 
     ``x (*, in_features)`` → ``y (*, out_features)``. The state dict holds ``weight``
-    ``(out_features, in_features)`` and ``bias`` ``(out_features)``.
-
-    Args:
-        init: the distribution of the initial weight, "xavier_uniform" or "xavier_normal" (Glorot and Bengio,
-            2010). Its variance is 2/(in_features + out_features). The initial bias is 0.
-
-    Raises:
-        ValueError: an unknown ``init``.
+    ``(out_features, in_features)`` and ``bias`` ``(out_features)``. The variance of the initial weight is
+    2/(in_features + out_features) (Glorot and Bengio, 2010), and the initial bias is 0.
     """
 
     weight: torch.nn.Parameter
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        init: Init = "xavier_uniform",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        self.init = init  # before `reset_parameters`, which the base class calls
-        super().__init__(in_features, out_features, bias, device, dtype)
-
     def reset_parameters(self) -> None:
-        if self.init == "xavier_uniform":
-            # `torch.nn.init.xavier_uniform_` makes x·(b − a) + a, which some processors round only once.
-            with torch.no_grad():
-                bound = math.sqrt(6 / (self.in_features + self.out_features)) if self.weight.numel() else 0.0
-                self.weight.uniform_().mul_(2 * bound).sub_(bound)
-        elif self.init == "xavier_normal":
-            torch.nn.init.xavier_normal_(self.weight)
-        else:
-            raise ValueError(f"init is {self.init!r}, expected 'xavier_uniform' or 'xavier_normal'")
+        # `torch.nn.init.xavier_uniform_` makes x·(b − a) + a, which some processors round only once.
+        with torch.no_grad():
+            bound = math.sqrt(6 / (self.in_features + self.out_features)) if self.weight.numel() else 0.0
+            self.weight.uniform_().mul_(2 * bound).sub_(bound)
         if self.bias is not None:
             torch.nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, init={self.init!r}"
 
 
 class LinearSigmoid(Linear):
@@ -94,11 +65,10 @@ class MLP(torch.nn.Module):
         sizes: at least two widths, from the input to the output.
         hidden: the activation between layers, "sigmoid" or "relu".
         output: "logits" for no activation after the last layer, or "sigmoid".
-        init: as in `Linear`.
 
     Raises:
         ValueError: fewer than two sizes, or sizes that are not whole numbers of at least 0; an unknown
-            ``hidden``, ``output`` or ``init``.
+            ``hidden`` or ``output``.
     """
 
     def __init__(
@@ -107,7 +77,6 @@ class MLP(torch.nn.Module):
         hidden: Literal["sigmoid", "relu"] = "sigmoid",
         output: Literal["logits", "sigmoid"] = "logits",
         *,
-        init: Init = "xavier_uniform",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -128,14 +97,10 @@ class MLP(torch.nn.Module):
         kinds = [hidden_layers[hidden]] * (len(sizes) - 2) + [output_layers[output]]
         self.layers = torch.nn.Sequential(
             *(
-                kind(*pair, init=init, device=device, dtype=dtype)
+                kind(*pair, device=device, dtype=dtype)
                 for kind, pair in zip(kinds, pairwise(sizes), strict=True)
             )
         )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)  # type: ignore[no-any-return]
-
-    def extra_repr(self) -> str:
-        parameters = sum(p.numel() for p in self.parameters())
-        return f"{'-'.join(map(str, self.sizes))}, {self.hidden}, {self.output}, {parameters:,} parameters"

@@ -1,29 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Parts that several operators of the gallery share."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
-
-
-def runs_kernel(x: Tensor) -> bool:
-    """Whether a Triton kernel can read ``x``: on a GPU, and on CPUs in Triton's interpreter."""
-    return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def check_rows(x: Tensor, dims: int = 1) -> None:
-    if x.dim() < dims:  # with a batch, the operator would take numbers for a row
-        raise ValueError("the operand has no dimension, expected (*, columns)")
-
-
-def batch_of_rows(x: Tensor, dim: int) -> Tensor:
-    """A batch of operands ``(*, columns)``, with the batch dimension first."""
-    check_rows(x, 2)
-    return x.movedim(dim, 0)
 
 
 def each_sample(op: Any) -> Callable[..., tuple[Tensor, int]]:
@@ -39,10 +22,8 @@ def each_sample(op: Any) -> Callable[..., tuple[Tensor, int]]:
     return rule
 
 
-def shard_rows(x: Any, results: int = 1, others: int = 0, constants: int = 0) -> list[Any]:
-    """Placements for an operator of rows: any dimension but the last is split, other operands are whole."""
+def shard_rows(x: Any) -> list[Any]:
+    """Placements for an operator of rows: any dimension but the last is split."""
     from torch.distributed.tensor import Replicate, Shard
 
-    rest = [*[Replicate()] * others, *[None] * constants]
-    splits = [Replicate(), *(Shard(dim) for dim in range(x.ndim - 1))]
-    return [([split] * results, [split, *rest]) for split in splits]
+    return [([p], [p]) for p in (Replicate(), *map(Shard, range(x.ndim - 1)))]

@@ -1,25 +1,22 @@
 # SPDX-License-Identifier: MIT
 """Time data-parallel training by phase on several numbers of processes, and report it by Amdahl's law."""
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from support.console import print_rows
 from torchpar.data import Samples, batches
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.local import current_world, start_ranks
@@ -63,27 +60,13 @@ def measure(job: Job, processes: Sequence[int], sizes: Sequence[int]) -> list[Sc
     disturbs all alike. The first round is not counted; of the others' times the medians are given. They are
     rank 0's, so that "collectives" includes its wait for slower ranks. While phases are timed a collective
     overlaps with nothing.
-
-    Args:
-        processes: 1, then each a multiple of the last.
-        sizes: of batches, over all processes.
-
-    Raises:
-        ConfigError: numbers or sizes that do not fit, or a process that failed.
     """
-    check(processes, sizes)
     seconds: dict[tuple[int, int], list[dict[str, float]]] = {key: [] for key in product(sizes, processes)}
     losses: dict[tuple[int, int], float] = {}
     with Console().status(f"timing epochs on {processes} processes"), ExitStack() as stack:
         groups = {n: stack.enter_context(start_ranks(n)) for n in processes}
-        for ranks in groups.values():
-            stack.callback(ranks.run, _forget)
         for seed, (size, n) in product(range(1 + ROUNDS), seconds):
-            try:
-                of_rank_0, losses[size, n] = groups[n].run(_train_epoch, job, size, seed)[0]
-            except Exception as e:
-                said = str(e).partition("\n")[0]
-                raise ConfigError(f"training on {n} processes failed: {type(e).__name__}: {said}") from e
+            of_rank_0, losses[size, n] = groups[n].run(_train_epoch, job, size, seed)[0]
             seconds[size, n].append(of_rank_0)
     return [
         Scaling(
@@ -95,25 +78,14 @@ def measure(job: Job, processes: Sequence[int], sizes: Sequence[int]) -> list[Sc
     ]
 
 
-@cache
-def _build(job: Job, size: int) -> tuple[torch.nn.Module, torch.nn.Module, Optimizer, Samples]:
-    """The model, its wrapper, the optimizer and the samples of batches of one size."""
-    model, optimizer = job.build()
-    wrapped = DistributedDataParallel(model) if current_world().world_size > 1 else model
-    return model, wrapped, optimizer, job.draw()
-
-
-def _forget() -> None:
-    """Drop the wrappers and their groups, before the ranks leave."""
-    _build.cache_clear()
-
-
 def _train_epoch(job: Job, size: int, seed: int) -> tuple[dict[str, float], float]:
     """Seconds of each phase of an epoch, and the mean loss over all samples after it."""
     world = current_world()
-    model, wrapped, optimizer, samples = _build(job, size)
-    shares = batches(samples, size, seed=seed, epoch=1, share=world.share)
+    model, optimizer = job.build()
+    wrapped = DistributedDataParallel(model) if world.world_size > 1 else model
+    samples = job.draw()
     with Phases(world.device) as phases, Collectives(world):
+        shares = batches(samples, size, seed=seed, epoch=1, share=world.share)
         for x, labels, global_size in phases.steps(shares):
             (job.loss_sum(wrapped(x), labels) * (world.world_size / global_size)).backward()
             optimizer.step()
@@ -142,13 +114,8 @@ def report(
             f"the loss on several processes differs from that on one by {off:.0e} of it; mend the step"
         )
     rows = [row for scaling in scalings for row in scaling.rows()]
-    table = Table(title="an epoch by phase, rank 0, in ms", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("batch", "N", *PHASES, "all", "S"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        ms = [f"{row[f'{column}_ms']:.1f}" for column in (*PHASES, "epoch")]
-        table.add_row(str(row["batch_size"]), str(row["processes"]), *ms, f"{row['speedup']:.2f}")
-    Console().print(table)
+    times = [f"{name}_ms" for name in (*PHASES, "epoch")]
+    print_rows(rows, ["batch_size", "processes", *times, "speedup"])
     for scaling in scalings:
         print(scaling)
     print(f"all numbers of processes reach the same loss (largest relative difference {off:.0e})")
@@ -159,35 +126,27 @@ def report(
     if most > CORES:
         print(f"{most} processes on {CORES} cores are oversubscribed: the machine limits them, not the law")
     if plots:
-        _save_picture(plots / "amdahl.png", scalings, rows)
+        _save_picture(plots / "amdahl.png", scalings, most)
     return rows
 
 
-def _save_picture(path: Path, scalings: Sequence[Scaling], rows: Sequence[dict[str, Any]]) -> None:
-    """Draw the speed-ups on the law's curves, with their limits, and the phases stacked."""
+def _save_picture(path: Path, scalings: Sequence[Scaling], most: int) -> None:
+    """Draw the speed-ups on the law's curves, with their limits, up to eight times as many processes."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    numbers = [2 ** (i / 4) for i in range(4 * (3 + math.ceil(math.log2(rows[-1]["processes"]))) + 1)]
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    numbers = [n for n in (2 ** (i / 4) for i in range(65)) if n <= 8 * most]
     for i, s in enumerate(scalings):
         limit = f"limit {s.limit:.1f}" if s.p < 1 else "no limit"
         label = f"batch {s.batch_size}, p {s.p:.3f}, {limit}"
-        left.plot(numbers, [speedup(s.p, n) for n in numbers], f"C{i}", label=label)
-        left.plot(list(s.speedups), list(s.speedups.values()), f"oC{i}")
+        axes.plot(numbers, [speedup(s.p, n) for n in numbers], f"C{i}", label=label)
+        axes.plot(list(s.speedups), list(s.speedups.values()), f"oC{i}")
         if s.p < 1:
-            left.axhline(s.limit, color=f"C{i}", linestyle=":")
-    left.plot(numbers, numbers, "k--", label="S = N")
-    left.set(xlabel="processes N", ylabel="speed-up S", title="Measured (dots), Amdahl's law, limit (dotted)")
-    left.set_xscale("log", base=2)
-    left.set_yscale("log", base=2)
-    left.legend()
-    names = [f"{row['batch_size']}\nN = {row['processes']}" for row in rows]
-    below = [0.0] * len(rows)
-    for name in PHASES:
-        heights = [row[f"{name}_ms"] for row in rows]
-        right.bar(names, heights, bottom=below, label=name)
-        below = [a + b for a, b in zip(below, heights, strict=True)]
-    right.set(xlabel="batch size, processes", ylabel="time of an epoch (ms)", title="Time by phase, rank 0")
-    right.legend()
+            axes.axhline(s.limit, color=f"C{i}", linestyle=":")
+    axes.plot(numbers, numbers, "k--", label="S = N")
+    axes.set(xlabel="processes N", ylabel="speed-up S", title="Measured (dots), Amdahl's law, limit (dotted)")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.legend()
     figure.savefig(path, dpi=110)

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -26,7 +27,7 @@ except ImportError as error:
 F = TypeVar("F")
 GRACE = 2.0  # seconds in which a launcher ends the other ranks after rank 0 has failed
 MAY_DIFFER_ON_RESUME = {
-    *("data", "epochs", "device", "compile", "fused", "graph", "dry_run"),
+    *("data", "epochs", "device", "compile", "fused", "dry_run"),
     *("phases", "collectives", "metrics", "log_dir", "plots", "profile"),
     *("checkpoint", "save_every", "keep", "async_save", "timeout"),
     *("dp", "tp", "pp", "pipeline", "micro_batches", "library", "draw"),
@@ -73,6 +74,20 @@ class ExampleFlags:
                 raise ConfigError(f"{flag} is {value}, expected less than {end}")
         if self.plots is not None and importlib.util.find_spec("matplotlib") is None:
             raise ConfigError("--plots needs matplotlib; pip install 'torchpar[examples]'")
+        self._create_outputs()
+
+    def _create_outputs(self) -> None:
+        """Create the folders of the outputs, and check that they can be written to."""
+        try:
+            for name in ("plots", "log_dir", "profile", "checkpoint"):
+                if folder := getattr(self, name, None):
+                    folder.mkdir(parents=True, exist_ok=True)
+                    tempfile.TemporaryFile(dir=folder).close()
+            if self.metrics:
+                self.metrics.parent.mkdir(parents=True, exist_ok=True)
+                self.metrics.open("a").close()
+        except OSError as e:
+            raise ConfigError(f"a run's outputs cannot be written: {e}") from e
 
 
 @dataclass(kw_only=True)
@@ -89,11 +104,19 @@ class LogFlags(ExampleFlags):
 
 
 @dataclass(kw_only=True)
-class TrainFlags(LogFlags):
-    """Flags of every training example."""
+class DataFlags(ExampleFlags):
+    """Flags of every example that reads images."""
 
     data: Path = Path(__file__).parent.parent / "data"
     """Folder of the data sets, as torchvision's root."""
+    dataset: Dataset = "mnist"
+    """Data set."""
+
+
+@dataclass(kw_only=True)
+class TrainFlags(LogFlags, DataFlags):
+    """Flags of every training example."""
+
     epochs: int = 10
     """Passes over the training samples."""
     batch_size: int = 128
@@ -114,8 +137,6 @@ class TrainFlags(LogFlags):
     """Factor of the penalty Σ‖W·Wᵀ − I‖² in the loss."""
     hidden: tuple[int, ...] = (128, 64)
     """Widths of the hidden layers."""
-    dataset: Dataset = "mnist"
-    """Data set."""
     crop: int = 0
     """Pixels to leave out on each side of an image."""
     pool: int = 1
@@ -127,7 +148,7 @@ class TrainFlags(LogFlags):
     phases: bool = False
     """Measure the time of each phase of a step (data, forward, backward, collectives, optimizer)."""
     collectives: bool = False
-    """Count and time the collectives of a step, beside the predicted ones."""
+    """Count and time the collectives of a step."""
     profile: Path | None = None
     """Folder for torch.profiler's trace of some steps, one file per rank."""
     plots: Path | None = None
@@ -145,23 +166,30 @@ class TrainFlags(LogFlags):
     timeout: float = 600.0
     """Seconds after which a rank that waits for another gives up."""
 
+    def __post_init__(self) -> None:
+        if self.dry_run:
+            self.epochs = 1
+            self.metrics = self.log_dir = self.plots = self.profile = self.checkpoint = None
+        super().__post_init__()
+
     def optimizer_options(self, **defaults: float) -> dict[str, Any]:
         """Return an optimizer's arguments: the flags that are given, and ``defaults`` for the others."""
         given = {name: getattr(self, name) for name in defaults}
         return {name: defaults[name] if value is None else value for name, value in given.items()}
 
     def run_options(self) -> dict[str, Any]:
-        """Return the keyword arguments of `torchpar.training.Run` that flags give."""
+        """Return the keyword arguments of `torchpar.training.Run` that flags give.
+
+        ``config`` holds the flags that a resumed run must share with the saved one.
+        """
         checkpoint = None
-        if self.checkpoint and not self.dry_run:
+        if self.checkpoint:
             checkpoint = CheckpointConfig(self.checkpoint, self.save_every, self.keep, self.async_save)
-        return {
-            "epochs": 1 if self.dry_run else self.epochs,
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "checkpoint": checkpoint,
-            "config": self.run_config(),
-        }
+        config = {name: value for name, value in asdict(self).items() if name not in MAY_DIFFER_ON_RESUME}
+        if self.schedule != "constant":
+            config["epochs"] = self.epochs  # the schedule depends on them
+        sizes = {"epochs": self.epochs, "batch_size": self.batch_size, "seed": self.seed}
+        return {**sizes, "checkpoint": checkpoint, "config": config}
 
     def layer_sizes(self, train: Samples) -> list[int]:
         """Return the widths of the MLP: of its input, its hidden layers and its output."""
@@ -169,22 +197,7 @@ class TrainFlags(LogFlags):
 
     def total_steps(self, train: Samples) -> int:
         """Return the number of steps of the run."""
-        return (1 if self.dry_run else self.epochs) * math.ceil(len(train) / self.batch_size)
-
-    def outputs(self) -> list[Path | None]:
-        """Return ``metrics``, ``log_dir``, ``plots`` and ``profile``; None for each in a dry run."""
-        return [None] * 4 if self.dry_run else [self.metrics, self.log_dir, self.plots, self.profile]
-
-    def same_on_all_ranks(self) -> dict[str, Any]:
-        """Return the flags that every rank must share: all but the data folder and the device."""
-        return {name: value for name, value in asdict(self).items() if name not in ("data", "device")}
-
-    def run_config(self) -> dict[str, Any]:
-        """Return the flags that a resumed run must share with the saved one."""
-        config = {name: value for name, value in asdict(self).items() if name not in MAY_DIFFER_ON_RESUME}
-        if self.schedule != "constant":
-            config["epochs"] = self.epochs  # the schedule depends on them
-        return config
+        return self.epochs * math.ceil(len(train) / self.batch_size)
 
 
 def main(run: Callable[[F], None], flags: type[F]) -> None:

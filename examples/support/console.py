@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Console output of the examples: progress, tables and the last line, by rich; and metrics files."""
+"""Console output of the examples: progress, tables, errors and the last line; and metrics files."""
 
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -10,16 +9,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Self
 
+import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
+from torch import Tensor
 
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.world import World
 from torchpar.profile.collectives import Call
 from torchpar.profile.phases import Phases
-from torchpar.profile.trace import KINDS, SKIP, StepProfile, bottleneck
-from torchpar.training.cost import Expected
+from torchpar.profile.trace import SKIP, Trace, bottleneck
 from torchpar.training.state import EpochResult
 
 REFRESH = 0.1  # seconds between two updates of a bar; one takes as long as a small step
@@ -46,13 +46,10 @@ class EpochProgress:
 
             # purge_step: a resumed run writes its earlier epochs again.
             self.writer = SummaryWriter(log_dir, purge_step=1)
-        percentage = TextColumn("{task.percentage:.0f}%")
-        columns = (BarColumn(), percentage, TimeRemainingColumn(), TextColumn("{task.description}"))
         console = Console()
-        self.bar = Progress(
-            *columns, console=console, transient=True, disable=not (self.speaks and console.is_terminal)
-        )
-        self.task = self.bar.add_task("", total=epochs * samples)
+        hidden = not (self.speaks and console.is_terminal)
+        self.bar = Progress(console=console, transient=True, disable=hidden)
+        self.task = self.bar.add_task("samples", total=epochs * samples)
         self.updated = 0.0
 
     def __enter__(self) -> Self:
@@ -64,16 +61,11 @@ class EpochProgress:
         if self.writer is not None:
             self.writer.close()
 
-    def update(self, epoch: int, samples: int, loss: Callable[[], float] | None = None) -> None:
-        """Show ``samples`` of this epoch as done, and ``loss()``, which is called only if it is shown."""
-        if self.bar.disable or (now := time.monotonic()) <= self.updated + REFRESH:
-            return
-        self.updated = now
-        speed = self.bar.tasks[0].speed
-        shown = [f"{speed:,.0f} samples/s"] if speed else []
-        shown += [f"loss {loss():.4f}"] if loss else []
-        done = (epoch - 1) * self.samples + samples
-        self.bar.update(self.task, completed=done, description=" | ".join(shown))
+    def update(self, epoch: int, samples: int) -> None:
+        """Show ``samples`` of this epoch as done."""
+        if not self.bar.disable and (now := time.monotonic()) > self.updated + REFRESH:
+            self.updated = now
+            self.bar.update(self.task, completed=(epoch - 1) * self.samples + samples)
 
     def print_epoch(self, result: EpochResult) -> None:
         self._print(
@@ -102,18 +94,9 @@ class EpochProgress:
 
 
 def write_metrics(path: Path | None, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Write a JSON object per line, unless ``path`` is None; overwrite the file.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    if path is None:
-        return
-    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-    try:
-        path.write_text(text)
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be written: {e}") from e
+    """Write a JSON object per line, unless ``path`` is None; overwrite the file."""
+    if path is not None:
+        path.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
 
 
 def write_log(log_dir: Path | None, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -133,13 +116,32 @@ def _add_scalars(writer: Any, row: Mapping[str, Any], step: int) -> None:
             writer.add_scalar(name, value, step)
 
 
-def print_rows(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
+def print_rows(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], title: str = "") -> None:
     """Print a table of these columns; floating-point numbers with four digits."""
-    table = Table(*(column.replace("_", " ") for column in columns))
+    table = Table(*(column.replace("_", " ") for column in columns), title=title or None)
     for row in rows:
         values = (row[column] for column in columns)
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
     Console().print(table)
+
+
+def compare(part: str, result: Tensor, reference: Callable[..., Tensor], *inputs: Tensor) -> dict[str, Any]:
+    """Print the errors of ``result`` and of PyTorch's ``reference(*inputs)``, and return them.
+
+    An error is the largest distance from ``reference`` in float64.
+
+    Raises:
+        ConfigError: the error is more than twice PyTorch's plus a rounding of the largest number.
+    """
+    exact = reference(*(t.double() for t in inputs))
+    error, native = ((t - exact).abs().max().item() for t in (result, reference(*inputs)))
+    most = 2 * native + torch.finfo(result.dtype).eps * exact.abs().max().item()
+    print(f"{part}: error {error:.1e}, PyTorch's {native:.1e}")
+    if not error <= most:
+        raise ConfigError(
+            f"{part} has an error of {error:.1e}, expected {most:.1e} at most; mend its formula"
+        )
+    return {"part": part, "error": error, "pytorch_error": native}
 
 
 def summary(results: list[EpochResult]) -> str:
@@ -160,42 +162,33 @@ def print_phases(phases: Phases) -> None:
     total = sum(phases.seconds.values())
     if not total:  # the run was complete already
         return
-    table = Table("phase", "seconds", "share", title="time by phase, rank 0")
-    for phase, seconds in phases.seconds.items():
-        if seconds:
-            table.add_row(phase, f"{seconds:.2f}", f"{seconds / total:.1%}")
-    Console().print(table)
+    seconds = {phase: s for phase, s in phases.seconds.items() if s}
+    rows = [{"phase": p, "seconds": f"{s:.2f}", "share": f"{s / total:.1%}"} for p, s in seconds.items()]
+    print_rows(rows, ("phase", "seconds", "share"), "time by phase, rank 0")
 
 
-def print_collectives(calls: Sequence[Sequence[Call]], expected: Sequence[Expected]) -> None:
-    """Print a table of rank 0's collectives in a step: expected, and the median of the recorded steps."""
+def print_collectives(calls: Sequence[Sequence[Call]]) -> None:
+    """Print a table of rank 0's collectives in a step, the median of the recorded steps."""
     console = Console()
-    if not calls:  # complete already, or fewer steps than `StepRecorder` skips
+    if not calls:  # complete already, or a short run
         console.print("collectives per step: none was recorded, no more than two steps were trained")
         return
-    kinds = dict.fromkeys((e.dimension, e.operation) for e in expected)
-    kinds |= dict.fromkeys((c.dimension, c.operation) for step in calls for c in step)
+    kinds = dict.fromkeys((c.dimension, c.operation) for step in calls for c in step)
     if not kinds:
         console.print("collectives per step: none, one rank has the whole model and the whole batch")
         return
-    table = Table(title="collectives of a step, rank 0: expected | counted")
-    table.add_column("dimension")
-    table.add_column("operation")
+    table = Table("dimension", "operation", title="collectives of a step, rank 0")
     for column in ("count", "bytes", "ms"):
         table.add_column(column, justify="right")
     for dimension, operation in kinds:
-        predicted = [e for e in expected if (e.dimension, e.operation) == (dimension, operation)]
         counted = [
             [c for c in step if (c.dimension, c.operation) == (dimension, operation)] for step in calls
         ]
-        count = median(len(step) for step in counted)
-        if not predicted and not count:
-            continue  # in the first steps only
         table.add_row(
             dimension or "several",
             operation,
-            f"{len(predicted)} | {count:g}",
-            f"{sum(e.nbytes for e in predicted):,} | {median(sum(c.bytes for c in s) for s in counted):,.0f}",
+            f"{median(len(step) for step in counted):g}",
+            f"{median(sum(c.bytes for c in step) for step in counted):,.0f}",
             # A receiver waits for its neighbour's work more than for the message.
             "-"
             if operation == "recv"
@@ -204,48 +197,9 @@ def print_collectives(calls: Sequence[Sequence[Call]], expected: Sequence[Expect
     console.print(table)
 
 
-def print_profiles(profiles: Sequence[StepProfile]) -> None:
-    """Print a table of rank 0's costliest operators in a step, and the bottleneck of all ranks."""
-    console = Console()
-    if not all(profiles):  # complete already, or a short run
-        console.print(f"profile: nothing was recorded, no more than {SKIP} steps were trained")
-        return
-    total = profiles[0].seconds(*KINDS)
-    table = Table("operator", "kind", title=f"costliest operators of {profiles[0].steps} steps, rank 0")
-    for column in ("calls", "ms", "share"):
-        table.add_column(column, justify="right")
-    for row in profiles[0].rows[:10]:
-        cells = (
-            f"{row.calls:.3g}" if row.calls else "",
-            f"{1000 * row.seconds:.3f}",
-            f"{row.seconds / total:.1%}",
-        )
-        table.add_row(row.name[:40], row.kind, *cells)
-    console.print(table)
-    console.print(bottleneck(profiles), soft_wrap=True, highlight=False)
-
-
-def check_outputs(world: World, *, folders: Iterable[Path | None], files: Iterable[Path | None]) -> None:
-    """Call `create_outputs` on rank 0 before a run starts.
-
-    Raises:
-        ConfigError: the one of `create_outputs`, on every rank.
-    """
-    world.on_rank_0(lambda: create_outputs(folders=folders, files=files))
-
-
-def create_outputs(*, folders: Iterable[Path | None], files: Iterable[Path | None]) -> None:
-    """Create the folders of a run's outputs and check that they can be written to.
-
-    Raises:
-        ConfigError: naming the folder or file that cannot.
-    """
-    try:
-        for folder in filter(None, folders):
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        for file in filter(None, files):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.open("a").close()
-    except OSError as e:
-        raise ConfigError(f"a run's outputs cannot be written: {e}") from e
+def print_profile(trace: Trace, ranks: Sequence[dict[str, float]]) -> None:
+    """Print a table of rank 0's costliest operators, and the bottleneck of all ranks."""
+    if all(ranks):
+        print(trace, bottleneck(ranks), sep="\n")
+    else:  # complete already, or a short run
+        print(f"profile: nothing was recorded, no more than {SKIP} steps were trained")

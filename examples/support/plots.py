@@ -8,9 +8,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
@@ -27,14 +26,17 @@ def save(folder: Path, results: list[EpochResult], outputs: Tensor, test: Sample
     Args:
         outputs: of all test samples, as `torchpar.training.evaluate` returns them.
     """
-    matplotlib.use("Agg")
     for name, figure in (
         ("curves", _curves(results)),
         ("confusion", _confusion(outputs, test)),
         ("worst", _worst(outputs, test)),
     ):
         figure.savefig(folder / f"{name}.png", dpi=120)
-        plt.close(figure)
+
+
+def _subplots(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 class Panel(NamedTuple):
@@ -52,10 +54,9 @@ class Panel(NamedTuple):
 
 def save_panels(path: Path, panels: Sequence[Panel]) -> None:
     """Draw ``panels``, two in a row. Each y has its own style, and each value of ``by`` its own color."""
-    matplotlib.use("Agg")
     height = math.ceil(len(panels) / 2)
-    figure, grid = plt.subplots(height, 2, figsize=(12, 4.5 * height), layout="constrained", squeeze=False)
-    for axes, panel in zip(grid.flat, panels, strict=False):
+    figure, grid = _subplots(height, 2, (12, 4.5 * height))
+    for axes, panel in zip(grid, panels, strict=False):
         for y, style in zip(panel.ys, ("o-", "s--"), strict=False):
             axes.set_prop_cycle(None)
             for _, line in groupby(panel.rows, itemgetter(*panel.by)):
@@ -74,7 +75,6 @@ def save_panels(path: Path, panels: Sequence[Panel]) -> None:
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _label(name: str, value: Any) -> str:
@@ -83,8 +83,7 @@ def _label(name: str, value: Any) -> str:
 
 def save_curves(path: Path, curves: Mapping[str, Sequence[float]], x: str, y: str) -> None:
     """Draw ``curves`` by name, on logarithmic axes; their x is 1, 2, 3, …"""
-    matplotlib.use("Agg")
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, (axes,) = _subplots(1, 1, (7, 4))
     for name, values in curves.items():
         marker = "o" if len(values) == 1 else None
         axes.plot(range(1, 1 + len(values)), values, marker=marker, label=name)
@@ -92,7 +91,6 @@ def save_curves(path: Path, curves: Mapping[str, Sequence[float]], x: str, y: st
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def save_boundaries(path: Path, models: Mapping[str, torch.nn.Module], points: Samples) -> None:
@@ -102,69 +100,36 @@ def save_boundaries(path: Path, models: Mapping[str, torch.nn.Module], points: S
         models: by title; each maps ``(n, 2)`` to ``(n, 1)``, the probability of label 1.
         points: with features ``(n, 2)`` in [−1, 1]².
     """
-    matplotlib.use("Agg")
     side = math.ceil(math.sqrt(len(models)))
-    size = (3 * side + 1, 3 * side)
-    figure, grid = plt.subplots(side, side, figsize=size, layout="constrained", squeeze=False)
+    figure, grid = _subplots(side, side, (3 * side + 1, 3 * side))
     axis = torch.linspace(-1, 1, 201)
     plane = torch.cartesian_prod(axis, axis).to(points.features.device)
-    for axes, title in zip(grid.flat, models, strict=False):
+    for axes, title in zip(grid, models, strict=False):
         p = models[title](plane).detach().view(201, 201).T.cpu()
         shades = axes.contourf(axis, axis, p, levels=torch.linspace(0, 1, 11), cmap="coolwarm")
         axes.contour(axis, axis, p, levels=[0.5], colors="black", linewidths=1)
-        axes.scatter(
-            *points.features.T.cpu(), c=points.labels.cpu(), cmap="coolwarm", edgecolors="white", s=25
-        )
+        x, y = points.features.T.cpu()
+        axes.scatter(x, y, c=points.labels.cpu(), cmap="coolwarm", edgecolors="white", s=25)
         axes.set(title=title, xlabel="x", ylabel="y", aspect="equal")
     figure.colorbar(shades, ax=grid, label="probability of label 1")
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def save_matrices(path: Path, matrices: Tensor, title: str) -> None:
     """Draw ``matrices (n, rows, columns)`` side by side, each in its own range. Dark is large."""
-    matplotlib.use("Agg")
     columns = math.ceil(math.sqrt(len(matrices)))
     rows = math.ceil(len(matrices) / columns)
-    size = (6, 6 * rows / columns + 0.4)
-    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    for axes in grid.flat:
+    figure, grid = _subplots(rows, columns, (6, 6 * rows / columns + 0.4))
+    for axes in grid:
         axes.axis("off")
-    for axes, matrix in zip(grid.flat, matrices.detach().cpu().numpy(), strict=False):
+    for axes, matrix in zip(grid, matrices.detach().cpu().numpy(), strict=False):
         axes.imshow(matrix, cmap="gray_r")
     figure.suptitle(f"{title} (dark is large)")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def save_attention(path: Path, weights: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
-    """Draw how samples, sorted by label, attend to each other: a row attends to the columns.
-
-    Args:
-        weights: ``(n, n)``; the picture shows their square roots, so that small ones can be seen.
-        labels: ``(n)``, ascending. Lines separate the classes.
-    """
-    matplotlib.use("Agg")
-    figure, axes = plt.subplots(figsize=(7, 6), layout="constrained")
-    picture = axes.imshow(weights.detach().sqrt().cpu().numpy(), cmap="gray_r")
-    figure.colorbar(picture, label="square root of the weight")
-    found, counts = labels.cpu().unique_consecutive(return_counts=True)
-    ends = counts.cumsum(0)
-    middles = (ends - (counts + 1) / 2).tolist()
-    names = [classes[label] for label in found.tolist()]
-    axes.set_xticks(middles, names, rotation=90 if max(map(len, names)) > 2 else 0)
-    axes.set_yticks(middles, names)
-    for end in ends[:-1].tolist():
-        axes.axhline(end - 0.5, color="tab:blue", linewidth=0.5)
-        axes.axvline(end - 0.5, color="tab:blue", linewidth=0.5)
-    axes.set(xlabel="class of the sample attended to", ylabel="class of the sample", title="Attention")
-    axes.tick_params(length=0)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _curves(results: list[EpochResult]) -> Figure:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = _subplots(1, 2, (10, 4))
     epochs = [r.epoch for r in results]
     left.plot(epochs, [r.train_loss for r in results], marker="o", label="training")
     left.plot(epochs, [r.test_loss for r in results], marker="o", label="test")
@@ -182,7 +147,7 @@ def _confusion(outputs: Tensor, test: Samples) -> Figure:
     classes = test.classes
     pairs = test.labels * len(classes) + outputs.argmax(1)
     confusion = pairs.bincount(minlength=len(classes) ** 2).view(len(classes), -1).cpu()
-    figure, axes = plt.subplots(figsize=(7, 6), layout="constrained")
+    figure, (axes,) = _subplots(1, 1, (7, 6))
     shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     axes.imshow(shares.sqrt().numpy(), cmap="Blues", vmin=0, vmax=1)  # the root shows small shares
     for label, row in enumerate(confusion.tolist()):
@@ -199,10 +164,10 @@ def _worst(outputs: Tensor, test: Samples) -> Figure:
     rows, columns = WORST
     of_label = outputs.gather(1, test.labels[:, None]).squeeze(1)
     margin = of_label - outputs.scatter(1, test.labels[:, None], -torch.inf).amax(1)
-    figure, grid = plt.subplots(rows, columns, figsize=(1.5 * columns, 1.8 * rows), layout="constrained")
-    for axes in grid.flat:
+    figure, grid = _subplots(rows, columns, (1.5 * columns, 1.8 * rows))
+    for axes in grid:
         axes.axis("off")
-    for axes, index in zip(grid.flat, margin.argsort().tolist(), strict=False):
+    for axes, index in zip(grid, margin.argsort().tolist(), strict=False):
         axes.imshow(test.features[index].cpu().numpy(), cmap="gray_r")
         label, predicted = (test.classes[i] for i in (test.labels[index], outputs[index].argmax()))
         axes.set_title(f"{label}\nread as {predicted}", fontsize=7)

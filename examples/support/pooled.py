@@ -1,27 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""Flags, data, printed lines and plots of ``fashion_pooled.py`` and ``fashion_pooled_torch.py``."""
+"""Flags, data, printed tables and plots of ``fashion_pooled.py`` and ``fashion_pooled_torch.py``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
 from support import console
-from support.cli import ExampleFlags
+from support.cli import DataFlags
 from torchpar.baselines.mpi import Samples
 from torchpar.baselines.numpy_mlp import Array
-from torchpar.data import Dataset, load
+from torchpar.data import load
 
 SIZES = (400, 25, 10)
-# The project's figures on Fashion-MNIST, at rate 0.1 after 60 iterations.
-PUBLISHED = {
-    "one process": "cost 7.50 → 3.217, precision 0.36; 1.1 to 1.16 s per iteration",
-    "two processes": "cost 6.70 → 3.210, precision 0.36; 0.83 to 0.90 s per iteration",
-    "GPU": "cost 6.55 → 3.214, precision 0.30; no time",
-}
 
 
 class Plan(NamedTuple):
@@ -53,30 +46,22 @@ class Result(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class PooledFlags(ExampleFlags):
-    """Flags of both exercises."""
+class Flags(DataFlags):
+    """Train a small network on pooled images by full-batch descent."""
 
-    data: Path = Path(__file__).parent.parent / "data"  # Folder of the data sets, as torchvision's root.
-    dataset: Dataset = "mnist"  # Data set; the published figures are of fashion-mnist.
     samples: int = 5000  # Number of training images, the first ones.
     iterations: int = 800  # Iterations of the second run.
     lr: float = 0.1  # Learning rate of the second run.
     momentum: float = 0.9  # Momentum of the second run.
 
+    def plans(self) -> list[Plan]:
+        """Return the settings of the university project's run, and of the second run."""
+        project = Plan(iterations=60, lr=0.1, momentum=0.0, seed=self.seed)
+        return [project, Plan(self.iterations, self.lr, self.momentum, self.seed)]
 
-def make_plans(flags: PooledFlags) -> list[Plan]:
-    """Return the settings of the university project's run, and of the second run."""
-    published = Plan(iterations=60, lr=0.1, momentum=0.0, seed=flags.seed)
-    return [published, Plan(flags.iterations, flags.lr, flags.momentum, flags.seed)]
 
-
-def prepare(flags: PooledFlags) -> list[Samples]:
-    """Check that the outputs can be written, and return the pooled training and test images.
-
-    Returns:
-        Rows of 400 numbers in [0, 1], and their labels.
-    """
-    console.create_outputs(folders=[flags.plots], files=[flags.metrics])
+def pooled(flags: Flags) -> list[Samples]:
+    """Return the training and test images: rows of 400 numbers in [0, 1], and their labels."""
     train, test = load(flags.dataset, flags.data)
     splits = []
     for samples in (train[: flags.samples], test):
@@ -85,39 +70,23 @@ def prepare(flags: PooledFlags) -> list[Samples]:
     return splits
 
 
-def report(flags: PooledFlags, library: str, device: str, ranks: int, results: list[Result]) -> None:
+def report(flags: Flags, library: str, device: str, ranks: int, results: list[Result]) -> None:
     """Print the figures of the runs, and write the metrics and plots that the flags ask for."""
-    if flags.dataset == "fashion-mnist":
-        way = "GPU" if device == "cuda" else "two processes" if ranks > 1 else "one process"
-        print(f"published, {way}: {PUBLISHED[way]}")
-    lines: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for plan, costs, (train, test), seconds, phases, _ in results:
-        ms = {phase: 1e3 * t / plan.iterations for phase, t in phases.items() if t}
-        once = ms.pop("data", 0.0) * plan.iterations
-        print(
-            f"{plan.iterations} iterations at rate {plan.lr:g}, momentum {plan.momentum:g}: cost "
-            f"{costs[0]:.2f} → {costs[-1]:.3f}, training accuracy {train[1]:.2f}, "
-            f"test accuracy {test[1]:.4f}; data: "
-            f"{once:.1f} ms; an iteration: {1e3 * seconds / plan.iterations:.2f} ms, of it "
-            + ", ".join(f"{phase} {t:.2f}" for phase, t in ms.items())
-        )
-        lines.append(
-            plan._asdict()
-            | {"library": library, "ranks": ranks, "device": device, "ms": ms, "ms_once": once}
-            | {"first_cost": costs[0], "last_cost": costs[-1], "seconds": seconds}
-            | {"precision": train[1], "test_loss": test[0], "test_accuracy": test[1]}
-        )
-    console.write_metrics(flags.metrics, lines)
+        ms = {f"{name}_ms": 1e3 * t / plan.iterations for name, t in phases.items() if name != "data"}
+        figures = {"first_cost": costs[0], "last_cost": costs[-1], "train_accuracy": train[1]}
+        figures |= {"test_loss": test[0], "test_accuracy": test[1], "seconds": seconds}
+        once = {"library": library, "ranks": ranks, "device": device, "data_ms_once": 1e3 * phases["data"]}
+        rows.append(plan._asdict() | figures | once | ms)
+    console.print_rows(rows, ("iterations", "lr", "momentum", *figures))
+    console.print_rows(rows, ("iterations", "data_ms_once", *ms))
+    console.write_metrics(flags.metrics, rows)
     if flags.plots:
-        save_plots(flags.plots, results)
+        from support import plots
+
+        curves = {f"rate {plan.lr:g}, momentum {plan.momentum:g}": costs for plan, costs, *_ in results}
+        plots.save_curves(flags.plots / "costs.png", curves, "iteration", "cost")
+        neurons = torch.from_numpy(results[-1].weights.T.reshape(-1, 20, 20))
+        plots.save_matrices(flags.plots / "neurons.png", neurons, "Weights of each hidden neuron")
     print(console.last_line(test[1], test[0], seconds, ranks, device))
-
-
-def save_plots(folder: Path, results: list[Result]) -> None:
-    """Draw the costs, and the weights of each hidden neuron of the last run."""
-    from support import plots
-
-    curves = {f"rate {plan.lr:g}, momentum {plan.momentum:g}": costs for plan, costs, *_ in results}
-    plots.save_curves(folder / "costs.png", curves, "iteration", "cost")
-    neurons = torch.from_numpy(results[-1].weights.T.reshape(-1, 20, 20))
-    plots.save_matrices(folder / "neurons.png", neurons, "Weights of each hidden neuron")

@@ -2,11 +2,11 @@
 """Load the data of the training lessons, and adjust their gradients."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
-from support import console
 from support.cli import TrainFlags
 from torchpar import data, training
 from torchpar.data import Samples
@@ -18,19 +18,15 @@ from torchpar.parallel.split.clip import clip_grad_norm_
 def load(flags: TrainFlags, world: World) -> tuple[Samples, Samples]:
     """Return the training and test samples on the device of this rank.
 
-    First compare the flags of all ranks, and check that the outputs can be written.
+    First compare the flags of all ranks: all but the data folder and the device.
 
     Raises:
-        ConfigError: different flags, no data, or an output that cannot be written; on every rank.
+        ConfigError: different flags, or no data; on every rank.
     """
-    world.check_same_on_all_ranks("the ranks' flags", flags.same_on_all_ranks())
+    shared = {name: value for name, value in asdict(flags).items() if name not in ("data", "device")}
+    world.check_same_on_all_ranks("the ranks' flags", shared)
     loaded: list[Samples] = []
     world.gather_results(lambda: loaded.extend(_load(flags, world)))
-    metrics, log_dir, plots, profile = flags.outputs()
-    checkpoint = None if flags.dry_run else flags.checkpoint
-    console.check_outputs(world, folders=[plots, checkpoint, log_dir], files=[metrics])
-    # Each rank writes its own trace, perhaps to a disk of its machine.
-    world.gather_results(lambda: console.create_outputs(folders=[profile], files=[]))
     train, test = loaded
     train = train[: flags.samples]
     return train[: 10 * flags.batch_size] if flags.dry_run else train, test

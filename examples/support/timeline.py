@@ -3,13 +3,12 @@
 
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from math import ceil
 from statistics import median
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.world import World
@@ -20,8 +19,7 @@ COLUMNS = 60  # of a step, at least: a line fits a terminal of 80
 MOST_COLUMNS = 140
 
 
-@dataclass(frozen=True)
-class Pass:
+class Pass(NamedTuple):
     """A forward or backward pass of a micro-batch on one rank.
 
     Attributes:
@@ -51,22 +49,18 @@ class Timeline:
         """Begin a step, and return its two functions so that their times are kept."""
         passes: list[Pass] = []
         self.steps.append(passes)
-        finished = 0  # backward passes, which come in the order of the micro-batches
 
-        def timed_forward(i: int, activations: Tensor | None) -> Tensor:
-            start = self._now()
-            outputs = forward(i, activations)
-            passes.append(Pass(f"F{i}", start, self._now()))
-            return outputs
+        def timed(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any) -> Any:
+                start = self._now()
+                result = function(*args)
+                number = sum(one.name[0] == kind for one in passes)  # micro-batches come in their order
+                passes.append(Pass(f"{kind}{number}", start, self._now()))
+                return result
 
-        def timed_backward(outputs: Tensor, gradient: Tensor | None) -> None:
-            nonlocal finished
-            start = self._now()
-            backward(outputs, gradient)
-            passes.append(Pass(f"B{finished}", start, self._now()))
-            finished += 1
+            return run
 
-        return timed_forward, timed_backward
+        return timed("F", forward), timed("B", backward)
 
     def print(self) -> None:
         """Gather the times of all ranks, and print the timeline on rank 0."""
@@ -116,8 +110,7 @@ def _medians(ranks: Sequence[Sequence[Sequence[Pass]]]) -> list[list[Pass]]:
     zeros = [passes[0].start for passes in ranks[0]]
 
     def median_pass(recorded: Sequence[Pass]) -> Pass:
-        times = list(zip(recorded, zeros, strict=True))
-        start, end = median(p.start - zero for p, zero in times), median(p.end - zero for p, zero in times)
-        return Pass(recorded[0].name, start, end)
+        times = [(one.start - zero, one.end - zero) for one, zero in zip(recorded, zeros, strict=True)]
+        return Pass(recorded[0].name, *map(median, zip(*times, strict=True)))
 
     return [[median_pass(recorded) for recorded in zip(*steps, strict=True)] for steps in ranks]

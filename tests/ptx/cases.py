@@ -11,6 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from samples import LAYOUTS
 from torch import Tensor
 
 from torchpar.kernels import exact_matmul, matmul_t, maximum, sigmoid_backward
@@ -43,6 +44,7 @@ class Case:
     bound: float = 0.0
     capability: int = 90
     written: int = -1  # the number of an operand that is changed in place
+    layout: str = ""  # of all operands: one of `LAYOUTS`
 
     def execute(
         self,
@@ -55,8 +57,7 @@ class Case:
         return self.execute_on(Gpu(schedule, checks, change, trace))
 
     def execute_on(self, gpu: Gpu) -> list[Tensor]:
-        torch.manual_seed(0)
-        operands = [gpu.tensor(t) for t in self.operands()]
+        operands = [gpu.tensor(t) for t in self.draw()]
         device = Device("executor", self.capability, self.multiprocessors)
         with ExitStack() as stack:
             for module in ("exact_matmul", "linear_sigmoid", "matmul_t", "tiles"):
@@ -66,9 +67,12 @@ class Case:
             found = operands[self.written]
         return [gpu.read(t) for t in (found if isinstance(found, tuple | list) else (found,))]
 
-    def expected(self) -> list[Tensor]:
+    def draw(self) -> list[Tensor]:
         torch.manual_seed(0)
-        results = self.results(*self.operands())
+        return [LAYOUTS[self.layout](t) if self.layout else t for t in self.operands()]
+
+    def expected(self) -> list[Tensor]:
+        results = self.results(*self.draw())
         return list(results) if isinstance(results, tuple | list) else [results]
 
     def agrees(self, found: list[Tensor], expected: list[Tensor]) -> bool:
@@ -143,18 +147,20 @@ def symmetric(
     return Case(operands, run, results, **options)
 
 
-def half_sum(n: int, dtype: torch.dtype = BF16, **options: Any) -> Case:
+def half_sum(
+    n: int, dtype: torch.dtype = BF16, batch: tuple[int, ...] = (2,), unit: float = 1.0, **options: Any
+) -> Case:
     return Case(
-        lambda: [integers(2, n, n, dtype=dtype)],
+        lambda: [integers(*batch, n, n, dtype=dtype) * unit],
         lambda wrap, g: matmul_t.half_sum(g, wrap),
         lambda g: ((g.double() + g.double().mT) / 2).to(dtype),
         **options,
     )
 
 
-def mirror(n: int, dtype: torch.dtype = BF16, **options: Any) -> Case:
+def mirror(n: int, dtype: torch.dtype = BF16, batch: tuple[int, ...] = (), **options: Any) -> Case:
     return Case(
-        lambda: [integers(n, n, dtype=dtype)],
+        lambda: [integers(*batch, n, n, dtype=dtype)],
         lambda wrap, c: matmul_t.mirror(c, wrap),
         lambda c: c.tril() + c.tril(-1).mT,
         written=0,

@@ -1,61 +1,49 @@
 # SPDX-License-Identifier: MIT
-"""Loads, stores, and the asynchronous copies of `cp.async`: 9.7.9 of the PTX ISA."""
+"""Loads, stores, asynchronous copies, and the groups of asynchronous operations: 9.7.9 of the PTX ISA."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import triton
 
-from .machine import Operation, Run, Warp, dtype_of, instruction, reader, unknown, write
-from .memory import Event
-from .parse import Address, Instruction, PtxError
+from .asynchronous import Groups, Operation
+from .machine import Run, Warp, action, instruction
+from .memory import Space
+from .parse import Instruction, PtxError, flat
+from .registers import DTYPES, reader, writer
 
 # Triton 3.6 makes no proxy fence between cp.async and a wgmma that reads what was copied, where a tile has no
 # mask. 9.7.15.4 demands it, and Triton 3.8 makes it (triton-lang/triton#9610, #10537).
 COPIES_NEED_FENCE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
-MODIFIERS = {"b8", "b16", "b32", "b64", "v2", "v4", "v8", "L1::evict_first", "L1::evict_last"}
-
-
-def address_reader(address: Address) -> Callable[[Warp], Any]:
-    read = reader(address.base, np.uint64 if getattr(address.base, "dtype", None) == np.uint64 else np.uint32)
-    return lambda warp: read(warp).astype(np.int64) + address.offset
-
-
-def space_of(warp: Warp, name: str) -> Any:
-    return warp.block.space if name == "global" else warp.block.shared
 
 
 @instruction("ld.param")
 def _load_parameter(i: Instruction) -> Run:
-    put, dtype = write(i.operands[0]), dtype_of(i.parts[-1])
-    name = i.operands[1].base.name
-    assert i.operands[1].offset == 0
-    return lambda warp: put(warp, np.full(32, warp.block.launch.parameters[name], np.uint64).astype(dtype))
+    to, source = i.operands
+    assert len(i.parts) == 3
+    put, read = writer(to, i.parts[-1]), reader(source.base, i.parts[-1])
+    return lambda warp: put(warp, read(warp))
 
 
-def _access(i: Instruction) -> tuple[str, Any, int]:
-    """The space, the type and the number of elements of a load or store."""
-    space, *modifiers, kind = (part.removesuffix("::cta") for part in i.parts[1:])
-    if space not in ("global", "shared") or not {*modifiers, kind} <= MODIFIERS:
-        raise unknown(i)
-    count = next((int(one[1]) for one in modifiers if one in ("v2", "v4", "v8")), 1)
-    return space, np.dtype(dtype_of(kind)), count
+def _access(i: Instruction, count: int) -> tuple[Callable[[Warp], Space], str]:
+    """The address space and the kind of a load or store of ``count`` elements."""
+    space, *vector, kind = (part.removesuffix("::cta") for part in i.parts[1:])
+    assert vector == [f"v{count}"] * (count > 1)
+    spaces = {"global": lambda warp: warp.block.space, "shared": lambda warp: warp.block.shared}
+    return spaces[space], kind
 
 
 @instruction("ld")
 def _load(i: Instruction) -> Run:
-    space, dtype, count = _access(i)
-    to, source = i.operands
-    puts, addresses = [write(one) for one in (to if isinstance(to, tuple) else (to,))], address_reader(source)
-    assert len(puts) == count
+    to, source = flat(i.operands[0]), i.operands[1]
+    space, kind = _access(i, len(to))
+    puts, addresses, dtype = [writer(one, kind) for one in to], reader(source), DTYPES[kind]
 
     def run(warp: Warp) -> None:
-        at = addresses(warp)
-        lanes = warp.lanes()
-        found = space_of(warp, space).load(warp, at[lanes], count * dtype.itemsize, i.line)
-        loaded = np.zeros((32, count), dtype)
-        loaded[lanes] = found.view(dtype)
+        lanes, loaded = warp.lanes(), np.zeros((32, len(puts)), dtype)
+        raw = space(warp).load(warp, addresses(warp)[lanes], loaded.strides[0], i.line)
+        loaded[lanes] = raw.view(dtype)
         for n, put in enumerate(puts):
             put(warp, loaded[:, n])
 
@@ -64,80 +52,103 @@ def _load(i: Instruction) -> Run:
 
 @instruction("st", results=0)
 def _store(i: Instruction) -> Run:
-    space, dtype, count = _access(i)
-    to, source = i.operands
-    reads = [reader(one, dtype) for one in (source if isinstance(source, tuple) else (source,))]
-    addresses = address_reader(to)
-    assert len(reads) == count
+    to, source = i.operands[0], flat(i.operands[1])
+    space, kind = _access(i, len(source))
+    reads, addresses = [reader(one, kind) for one in source], reader(to)
 
     def run(warp: Warp) -> None:
         lanes = warp.lanes()
         values = np.stack([read(warp)[lanes] for read in reads], 1).view(np.uint8)
-        space_of(warp, space).store(warp, addresses(warp)[lanes], values, i.line)
+        space(warp).store(warp, addresses(warp)[lanes], values, i.line)
 
     return run
 
 
-# cp.async: each thread copies up to 16 bytes, and waits for groups of its copies
+class Places(NamedTuple):
+    """What a copy connects: elements of global memory and units of shared memory, both of so many bytes.
+
+    Elements that are not ``inside`` become zeros in shared memory, and are not stored in global memory.
+    """
+
+    elements: Any
+    inside: Any
+    width: int
+    units: Any
+    unit: int
+
+
+class Copy(Operation):
+    """An asynchronous copy. A ``barrier`` counts the bytes that have been copied."""
+
+    def __init__(
+        self, warp: Warp, line: int, what: str, places: Places, to_shared: bool = True, barrier: Any = None
+    ):
+        super().__init__(warp, line, what, what == "a copy" and COPIES_NEED_FENCE)
+        self.block, self.line, self.to_shared, self.barrier = warp.block, line, to_shared, barrier
+        elements, self.inside, self.width, self.units, self.unit = places
+        self.elements = elements[self.inside]
+        if to_shared:
+            self.block.shared.write(warp, self.units, self.unit, self.written)
+            self.block.space.read(warp, self.elements, self.width, self.read)
+        else:
+            self.block.shared.read(warp, self.units, self.unit, self.read, fence=True)
+            self.block.space.write(warp, self.elements, self.width, self.written)
+
+    def fetch(self) -> None:
+        if self.to_shared:
+            self.values = np.zeros((len(self.inside), self.width), np.uint8)
+            self.values[self.inside] = self.block.space.peek(self.elements, self.width, self.line)
+        else:
+            self.values = self.block.shared.peek(self.units, self.unit, self.line).reshape(-1, self.width)
+
+    def store(self) -> None:
+        if self.to_shared:
+            self.block.shared.poke(self.units, self.values.reshape(-1, self.unit), self.line)
+        else:
+            self.block.space.poke(self.elements, self.values[self.inside], self.line)
+        if self.barrier is not None:
+            self.barrier.update(transactions=-self.values.size)
 
 
 @instruction("cp.async.cg.shared.global", "cp.async.ca.shared.global", results=0)
 def _copy(i: Instruction) -> Run:
-    """Of ``size`` bytes the first ones come from global memory, and the others are zero."""
-    to, source, size, *given = i.operands
-    assert i.parts[5:] in ([], ["L2::128B"])
-    to, source, size = address_reader(to), address_reader(source), size.bits
-    given = reader(given[0], np.uint32) if given else None
+    """Each thread copies ``size`` bytes: from global memory, or zeros."""
+    to, source, size, given = i.operands
+    to, source, size, given = reader(to), reader(source), size.bits, reader(given, "u32")
+    assert len(i.parts) == 5
 
     def run(warp: Warp) -> None:
-        block, lanes = warp.block, warp.lanes()
-        targets, sources = to(warp)[lanes], source(warp)[lanes]
-        counts = np.full(32, size) if given is None else given(warp)[lanes]
+        lanes = warp.lanes()
+        counts = given(warp)[lanes]
         if not set(counts.tolist()) <= {0, size}:
             raise PtxError(i.line, "a copy of a part is not modelled")
-        some = counts > 0 if given is not None else np.ones(len(lanes), np.bool_)
-        event = Event(i.line, f"a copy of warp {warp.index}", generic=COPIES_NEED_FENCE)
-        block.events.add(event)
-        block.shared.begin_write(warp, targets, size, event)
-        if some.any():
-            block.space.begin_read(warp, sources[some], size, event)
-
-        def complete() -> None:
-            values = np.zeros((len(lanes), size), np.uint8)
-            if some.any():
-                values[some] = block.space.peek(sources[some], size, i.line)
-            block.shared.poke(targets, values, i.line)
-
-        operation = Operation(event, [complete])
-        warp.copies.append(operation)
-        block.start(operation)
+        places = Places(source(warp)[lanes], counts > 0, size, to(warp)[lanes], size)
+        operation = Copy(warp, i.line, "a copy", places)
+        warp.groups["cp.async"].issued.append(operation)
+        operation.start(warp.block)
 
     return run
 
 
-def finish(warp: Warp, groups: list[list[Operation]], left: int, steps: int = 0) -> None:
-    """Wait until at most ``left`` groups have not completed; with ``steps`` left of each operation."""
-    for group in groups[: len(groups) - left]:
-        for one in group:
-            one.advance(steps)
-            if one.read is not None:
-                warp.knowledge.learn(one.read)
-            if steps == 0:
-                warp.knowledge.learn(one.event)
-    if steps == 0:
-        del groups[: len(groups) - left]
+# Groups: of cp.async and wgmma those of a warp, whose threads issue them together; of bulk copies a thread's
 
 
-@instruction("cp.async.commit_group", results=0, whole=True)
-def _commit(i: Instruction) -> Run:
-    def run(warp: Warp) -> None:
-        warp.copy_groups.append(warp.copies)
-        warp.copies = []
-
-    return run
+def groups_of(warp: Warp, i: Instruction) -> list[Groups]:
+    family = i.opcode.partition(".commit_group")[0].partition(".wait_group")[0]
+    bulk = family == "cp.async.bulk"
+    return [warp.groups[family, lane] for lane in warp.lanes().tolist()] if bulk else [warp.groups[family]]
 
 
-@instruction("cp.async.wait_group", results=0, whole=True)
-def _wait(i: Instruction) -> Run:
-    left = i.operands[0].bits
-    return lambda warp: finish(warp, warp.copy_groups, min(left, len(warp.copy_groups)))
+@action("cp.async.bulk.commit_group")
+@action("cp.async.commit_group", "wgmma.commit_group.sync.aligned", whole=True)
+def _commit(warp: Warp, i: Instruction) -> None:
+    for groups in groups_of(warp, i):
+        groups.commit()
+
+
+@action("cp.async.bulk.wait_group")
+@action("cp.async.wait_group", "wgmma.wait_group.sync.aligned", whole=True)
+def _wait(warp: Warp, i: Instruction, count: Any) -> None:
+    """``read``: until shared memory has been read; otherwise, until all is done."""
+    for groups in groups_of(warp, i):
+        groups.wait(warp, int(count[0]), int("read" in i.parts))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from triton.backends.nvidia.compiler import CUDABackend
 
-from benchmarks.autotune import Driver, compile_launches, target
+from benchmarks.driver import Driver, compile_launches, target
 
 from . import arithmetic, copies, tensor_cores, tensors  # noqa: F401  # they register instructions
 from .machine import Launch, Schedule, decode
@@ -30,9 +30,8 @@ FIRST_ADDRESS, GAP = 0x7F0000000000, 2**20
 
 
 @lru_cache(8)
-def _decoded(text: str) -> tuple[Kernel, Any]:
-    kernel = parse(text)
-    return kernel, decode(kernel)
+def _decoded(text: str) -> Kernel:
+    return decode(parse(text))
 
 
 @contextmanager
@@ -63,7 +62,7 @@ class Gpu:
         trace: list[Any] | None = None,
     ):
         self.trace = trace
-        self.schedule, self.checks, self.change = schedule, checks, change
+        self.schedule, self.change = schedule, change
         self.space = Space("global memory", checks)
         self.next = FIRST_ADDRESS
         self.places: dict[int, Allocation] = {}  # by the storage of the meta tensor
@@ -99,6 +98,8 @@ class Gpu:
     def read(self, meta: Tensor) -> Tensor:
         """The content of a tensor on the meta device."""
         place = self.place(meta)
+        if not meta.numel():
+            return torch.empty(meta.shape, dtype=meta.dtype)
         content = torch.from_numpy(place.data[: place.size].copy()).view(meta.dtype)
         return content.as_strided(meta.shape, meta.stride(), meta.storage_offset())
 
@@ -131,11 +132,10 @@ class Gpu:
         self, text: str, values: list[Any], grid: tuple[int, int, int] = (1, 1, 1), shared: int = 0
     ) -> None:
         """Execute the kernel of ``text`` with a value, or a tensor on the meta device, for each parameter."""
-        kernel, steps = _decoded(self.change(text) if self.change else text)
-        names = (name for name, _ in kernel.parameters)
-        parameters = dict(zip(names, map(self.value, values), strict=True))
-        common = self.space, shared, self.schedule, self.checks, self.trace
-        self.launches.append(Launch(kernel, steps, grid, parameters, *common))
+        kernel = _decoded(self.change(text) if self.change else text)
+        parameters = dict(zip(kernel.parameters, map(self.value, values), strict=True))
+        common = self.space, shared, self.schedule, self.trace
+        self.launches.append(Launch(kernel, grid, parameters, *common))
         self.launches[-1].run()
 
     def value(self, argument: Any) -> int:

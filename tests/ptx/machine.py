@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 """A block of threads: warps with program counters of their own, run in the order of a schedule.
 
-The 32 threads of a warp are one NumPy vector. Where they diverge, those with the smallest program counter run
-first, so that they meet again behind the branch.
+Where the 32 threads of a warp diverge, those with the smallest program counter run first, so that they meet
+again behind the branch.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
@@ -12,19 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from .memory import Allocation, Event, Events, Knowledge, Space
-from .parse import Constant, Instruction, Kernel, PtxError, Register, Symbol
+from .asynchronous import Groups, Operation
+from .memory import Allocation, Event, Events, Space
+from .parse import Instruction, Kernel, PtxError, Register, Symbol, flat
+from .registers import ALL, DTYPES, LANES, SHARED_BASE, UNWRITTEN, Unready, reader, writer
 
-LANES = np.arange(32)
-ALL = np.ones(32, np.bool_).tobytes()
-NONE = np.zeros(32, np.bool_).tobytes()
-SHARED_BASE = 1024  # not 0, so that an offset that is taken for an address is noticed
 LIMIT = 3_000_000  # instructions of a warp
-SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
-UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-
-WAIT = object()  # An instruction returns it to be executed again when `Warp.waiting` allows.
-YIELD = object()  # Another warp may run first.
+ALL_BYTES, NO_BYTES = ALL.tobytes(), bytes(32)
 
 
 @dataclass(frozen=True)
@@ -38,12 +33,14 @@ class Schedule:
 
 SCHEDULES = (Schedule("early", "forward"), Schedule("late", "reverse"), Schedule("random", "random", 1))
 
-Run = Callable[["Warp"], Any]
+Run = Callable[["Warp"], Any]  # It returns True where another warp may run first.
 BUILDERS: dict[str, tuple[Callable[[Instruction], Run], int, bool]] = {}
 
 
 def instruction(*opcodes: str, results: int = 1, whole: bool = False) -> Callable[[Any], Any]:
     """Register a function that makes an instruction of one of the ``opcodes`` executable.
+
+    It raises an error for a form of it that is not known.
 
     Args:
         results: how many operands, the first ones, are written.
@@ -58,119 +55,52 @@ def instruction(*opcodes: str, results: int = 1, whole: bool = False) -> Callabl
     return register
 
 
-def unknown(i: Instruction) -> PtxError:
-    return PtxError(i.line, f"unknown instruction {i.opcode}")
+def elementwise(i: Instruction, function: Callable[..., Any], result: str, *sources: str) -> Run:
+    """Apply ``function`` to the operands but the first, which it gives its result; by their kinds."""
+    put = writer(i.operands[0], result)
+    reads = [reader(operand, kind) for operand, kind in zip(i.operands[1:], sources, strict=True)]
+    return lambda warp: put(warp, function(*[read(warp) for read in reads]))
 
 
-def dtype_of(name: str) -> Any:
-    """The NumPy type of "s32", "b16" or "f64"; 16-bit floats are those that `arithmetic` converts."""
-    kinds = {"s": SIGNED, "u": UNSIGNED, "b": UNSIGNED, "f": {4: np.float32, 8: np.float64}}
-    return np.bool_ if name == "pred" else kinds[name[0]][int(name[1:]) // 8]
+def action(*opcodes: str, whole: bool = False, single: bool = False) -> Callable[[Any], Any]:
+    """Register a function of a warp, an instruction, and its operands' values in the threads that execute it.
 
-
-def reader(operand: Any, dtype: Any) -> Callable[["Warp"], Any]:
-    """A function that gives the operand's value in each thread of a warp."""
-    dtype = np.dtype(dtype)
-    if isinstance(operand, Register):
-        index, own = operand.index, np.dtype(operand.dtype)
-        if own == dtype:
-            return lambda warp: warp.registers[index]
-        if own.itemsize == dtype.itemsize:
-            return lambda warp: warp.registers[index].view(dtype)
-        narrow = UNSIGNED[dtype.itemsize]
-        return lambda warp: warp.registers[index].astype(narrow).view(dtype)
-    if isinstance(operand, Constant):
-        bits = operand.bits % 2 ** (8 * dtype.itemsize)
-        if dtype.kind == "b":
-            value = np.full(32, bits != 0)
-        else:
-            value = np.full(32, bits, UNSIGNED[dtype.itemsize]).view(dtype)
-        return lambda warp: value
-    assert isinstance(operand, Symbol), operand
-    if operand.name == "global_smem":
-        value = np.full(32, SHARED_BASE + operand.offset, dtype)
-        return lambda warp: value
-    return lambda warp: warp.special(operand.name).astype(dtype)
-
-
-def write(operand: Any) -> Callable[["Warp", Any], None]:
-    """A function that puts values into a register, extended to its width by their sign."""
-    if not isinstance(operand, Register):
-        return lambda warp, value: None  # "_"
-    index, own = operand.index, np.dtype(operand.dtype)
-
-    def put(warp: Warp, value: Any) -> None:
-        if value.dtype.itemsize < own.itemsize:
-            value = value.astype(SIGNED[own.itemsize] if value.dtype.kind == "i" else own)
-        warp.registers[index] = value if value.dtype == own else value.view(own)
-
-    return put
-
-
-@dataclass(slots=True)
-class Step:
-    """An executable instruction."""
-
-    run: Run
-    guard: int | None
-    negated: bool
-    writes: list[int]
-    whole: bool
-    target: int
-    instruction: Instruction
-
-
-def decode(kernel: Kernel) -> list[Step]:
-    steps = []
-    for i in kernel.instructions:
-        parts = i.parts
-        prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
-        found = next((BUILDERS[prefix] for prefix in prefixes if prefix in BUILDERS), None)
-        if found is None:
-            raise unknown(i)
-        build, results, whole = found
-        try:
-            run = build(i)
-        except (KeyError, ValueError, IndexError, AssertionError) as e:
-            raise unknown(i) from e
-        written = [r for one in i.operands[:results] for r in (one if isinstance(one, tuple) else (one,))]
-        writes = [r.index for r in written if isinstance(r, Register)]
-        guard = None if i.guard is None else i.guard.index
-        steps.append(Step(run, guard, i.negated, writes, whole, i.target, i))
-    return steps
-
-
-class InFlight:
-    """The content of a register that an asynchronous operation will write."""
-
-    def __init__(self, operation: Any):
-        self.operation = operation
-
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError
-
-    __array_ufunc__ = None
-
-
-@dataclass
-class Operation:
-    """An asynchronous operation: ``steps`` complete it, of which the first ones only read.
-
-    ``read`` is the event of its reads, and ``event`` that of its writes.
+    An address is followed by its coordinates. ``single``: one thread alone may execute the instruction.
     """
 
-    event: Event
-    steps: list[Callable[[], None]]
-    read: Event | None = None
-    after: "Operation | None" = None  # which completes first
+    def register(function: Any) -> Any:
+        @instruction(*opcodes, results=0, whole=whole)
+        def build(i: Instruction) -> Run:
+            reads = []
+            for operand in i.operands:
+                if operand != Symbol("_"):
+                    reads += [reader(operand), *(reader(one) for one in getattr(operand, "coordinates", []))]
 
-    def advance(self, left: int = 0) -> None:
-        """Complete it but for the last ``left`` steps."""
-        if self.after is not None:
-            self.after.advance()
-            self.after = None
-        while len(self.steps) > left:
-            self.steps.pop(0)()
+            def run(warp: Warp) -> Any:
+                lanes = warp.lanes()
+                if single and len(lanes) != 1:
+                    raise PtxError(i.line, f"{len(lanes)} threads of warp {warp.index} execute {i.opcode}")
+                return function(warp, i, *[read(warp)[lanes] for read in reads])
+
+            return run
+
+        return function
+
+    return register
+
+
+def decode(kernel: Kernel) -> Kernel:
+    """Make the instructions of a kernel executable."""
+    for i in kernel.instructions:
+        prefixes = (".".join(i.parts[:n]) for n in range(len(i.parts), 0, -1))
+        try:
+            build, results, i.whole = next(BUILDERS[prefix] for prefix in prefixes if prefix in BUILDERS)
+            i.run = build(i)
+        except (LookupError, ValueError, AssertionError, StopIteration) as e:
+            raise PtxError(i.line, f"unknown instruction {i.opcode}") from e
+        written = [one for operand in i.operands[:results] for one in flat(operand)]
+        i.writes = [one.index for one in written if isinstance(one, Register)]
+    return kernel
 
 
 @dataclass
@@ -178,13 +108,11 @@ class Launch:
     """What the blocks of a launch share."""
 
     kernel: Kernel
-    steps: list[Step]
     grid: tuple[int, int, int]
-    parameters: dict[str, Any]
+    parameters: dict[str, int]
     space: Space
     shared_bytes: int
     schedule: Schedule
-    checks: bool = True
     trace: list[Any] | None = None
     random: Random = field(default_factory=Random)
     executed: set[int] = field(default_factory=set)  # the positions of instructions
@@ -192,9 +120,7 @@ class Launch:
     def run(self) -> None:
         """Execute all blocks, one after the other."""
         self.random.seed(self.schedule.seed)
-        blocks = [
-            (x, y, z) for z in range(self.grid[2]) for y in range(self.grid[1]) for x in range(self.grid[0])
-        ]
+        blocks = [index[::-1] for index in np.ndindex(self.grid[::-1])]
         if self.schedule.order == "reverse":
             blocks.reverse()
         elif self.schedule.order == "random":
@@ -211,246 +137,188 @@ class Warp:
 
     def __init__(self, index: int, block: "Block"):
         self.index, self.block = index, block
-        self.knowledge = Knowledge(block.events)
-        self.registers: list[Any] = [None] * len(block.launch.kernel.dtypes)
+        self.registers: list[Any] = [UNWRITTEN] * len(block.launch.kernel.registers)
         self.pc = 0
-        self.active: Any = None  # the threads at `pc`; None for all
-        self.parked: list[tuple[int, Any]] = []  # the others, at greater program counters
-        self.mask: Any = None  # the threads that execute the current instruction; None for all
+        self.active = ALL  # the threads at `pc`
+        self.parked: dict[int, Any] = {}  # the others, by their program counters
+        self.mask = ALL  # the threads that execute the current instruction
         self.done = False
-        self.waiting: Callable[[], bool] | None = None
+        self.waiting: Callable[[], bool] | None = None  # until it returns True
         self.count = 0  # instructions executed
         self.waited = 0  # the instructions that others executed while it waited at barriers
-        self.copies: list[Operation] = []  # of cp.async, before they are committed to a group
-        self.copy_groups: list[list[Operation]] = []
-        self.bulk: dict[int, list[Operation]] = {}  # as these two, of each thread
-        self.bulk_groups: dict[int, list[list[Operation]]] = {}
-        self.products: list[Operation] = []  # wgmma
-        self.product_groups: list[list[Operation]] = []
+        self.groups: defaultdict[Any, Groups] = defaultdict(Groups)
         self.last_product: Operation | None = None
-        self.fenced: list[Any] | None = None  # the registers at the last wgmma.fence
-        self.failed_waits = 0
+        self.fence: list[Any] = []  # the registers at the last wgmma.fence
+
+    @property
+    def seen(self) -> Any:
+        return self.block.events.seen[self.index]
+
+    @property
+    def fenced(self) -> Any:
+        return self.block.events.fenced[self.index]
+
+    def event(self, line: int, what: str) -> Event:
+        """A new event of this warp, which it knows."""
+        event = self.block.events.add(Event(line, f"{what} of warp {self.index}"))
+        self.seen[event.number] = True
+        return event
 
     def special(self, name: str) -> Any:
+        if name in self.block.launch.parameters:
+            return np.full(32, self.block.launch.parameters[name], np.uint64)
         what, _, axis = name.removeprefix("%").partition(".")
-        launch, i = self.block.launch, "xyz".index(axis or "x")
-        if what == "tid":
-            return LANES + 32 * self.index if i == 0 else np.zeros(32, np.int64)
-        if what == "laneid":
-            return LANES
-        single = {"ctaid": self.block.position, "nctaid": launch.grid, "ntid": (launch.kernel.threads, 1, 1)}
-        return np.full(32, single[what][i])
-
-    def garbage(self, register: int) -> Any:
-        """The content of a register that has not been written in threads that do not write it."""
-        raw = self.block.launch.random.randbytes(256)
-        dtype = self.block.launch.kernel.dtypes[register]
-        return (
-            np.frombuffer(raw, np.uint8)[:32] > 127 if dtype == np.bool_ else np.frombuffer(raw, dtype)[:32]
-        )
+        if (what, axis) == ("tid", "x"):
+            return LANES + 32 * self.index
+        values = {"ctaid": self.block.position, "nctaid": self.block.launch.grid}[what]
+        return np.full(32, values["xyz".index(axis)])
 
     def lanes(self) -> Any:
         """The threads that execute the instruction."""
-        return LANES if self.mask is None else LANES[self.mask]
+        return LANES if self.mask is ALL else LANES[self.mask]
+
+    def trace(self, operation: Operation) -> None:
+        """Note when an operation begins, or has been waited for; for `timeline`."""
+        if self.block.launch.trace is not None:
+            what = self.block.position, self.index, operation.what, operation.read.number
+            self.block.launch.trace.append((*what, self.count + self.waited))
+
+    def fill(self, registers: list[int]) -> None:
+        """Give garbage to registers that were not written, for the threads that do not write them now."""
+        for index in registers:
+            if self.registers[index] is UNWRITTEN:
+                raw = np.frombuffer(self.block.launch.random.randbytes(256), np.uint8)
+                dtype = DTYPES[self.block.launch.kernel.registers[index]]
+                self.registers[index] = raw[:32] > 127 if dtype == np.bool_ else raw.view(dtype)[:32]
 
     def advance(self, budget: int) -> None:
         """Run until the warp waits, ends, or has executed ``budget`` instructions."""
-        steps, registers = self.block.launch.steps, self.registers
-        pc, active, parked = self.pc, self.active, self.parked
-        executed = self.block.launch.executed
-        step = steps[pc]
-        try:
-            while budget:
-                while parked and pc >= parked[0][0]:
-                    if pc == parked[0][0]:
-                        active = parked.pop(0)[1] | active
-                        active = None if active.all() else active
-                    else:
-                        parked.append((pc, active))
-                        parked.sort(key=lambda group: group[0])
-                        pc, active = parked.pop(0)
-                budget -= 1
-                self.count += 1
-                step = steps[pc]
-                mask = active
-                if step.guard is not None:
-                    mask = ~registers[step.guard] if step.negated else registers[step.guard]
-                    if active is not None:
-                        mask = mask & active
+        launch, registers = self.block.launch, self.registers
+        instructions, executed = launch.kernel.instructions, launch.executed
+        for _ in range(budget):
+            if self.parked:
+                self.park(self.pc, self.active)
+                self.pc = min(self.parked)
+                self.active = self.parked.pop(self.pc)
+            i = instructions[self.pc]
+            self.count += 1
+            try:
+                mask = self.active
+                if i.guard is not None:
+                    mask = ~registers[i.guard.index] if i.negated else registers[i.guard.index]
+                    mask = mask if self.active is ALL else mask & self.active
                     bits = mask.tobytes()
-                    if bits == NONE:
-                        for i in step.writes:
-                            if registers[i] is None:
-                                registers[i] = self.garbage(i)
-                        pc += 1
+                    mask = ALL if bits == ALL_BYTES else mask
+                    if bits == NO_BYTES:
+                        self.fill(i.writes)
+                        self.pc += 1
                         continue
-                    if bits == ALL:
-                        mask = None
+                if mask is not ALL:
+                    self.fill(i.writes)
+                    if i.whole:
+                        raise PtxError(i.line, f"a part of warp {self.index} executes {i.opcode}")
                 self.mask = mask
-                executed.add(pc)
-                if step.target >= 0:
-                    if mask is None or (active is not None and not (active & ~mask).any()):
-                        pc = step.target
-                    else:
-                        parked.append((step.target, mask))
-                        parked.append((pc + 1, ~mask if active is None else active & ~mask))
-                        parked.sort(key=lambda group: group[0])
-                        pc, active = parked.pop(0)
-                elif mask is None:
-                    result = step.run(self)
-                    if result is WAIT:
-                        break
-                    pc += 1
-                    if result is not None:
-                        break
-                else:
-                    if step.whole:
-                        raise PtxError(
-                            step.instruction.line,
-                            f"a part of warp {self.index} executes {step.instruction.opcode}",
-                        )
-                    old = [registers[i] for i in step.writes]
-                    result = step.run(self)
-                    for i, before in zip(step.writes, old, strict=True):
-                        if before is None:
-                            before = self.garbage(i)
-                        registers[i] = np.where(mask, registers[i], before)
-                    if result is WAIT:
-                        break
-                    pc += 1
-                    if result is not None:
-                        break
-        except (TypeError, AttributeError) as e:
-            i = step.instruction
-            values = [registers[r.index] for r in _registers(i)]
-            if any(isinstance(value, InFlight) for value in values):
-                raise PtxError(i.line, f"{i.opcode} takes a register of an asynchronous product") from e
-            if any(value is None for value in values):
-                raise PtxError(i.line, f"{i.opcode} takes a register that was not written") from e
-            raise
-        self.pc, self.active = pc, active
+                executed.add(self.pc)
+                self.pc += 1
+                if i.target >= 0:
+                    self.branch(i.target)
+                elif i.run(self):
+                    break
+            except (TypeError, AttributeError) as e:
+                unready = [v for r in i.registers if isinstance(v := registers[r.index], Unready)]
+                if not unready:
+                    raise
+                flying = any(one.operation is not None for one in unready)
+                what = "of an asynchronous product" if flying else "that was not written"
+                raise PtxError(i.line, f"{i.opcode} takes a register {what}") from e
         if self.count > LIMIT:
-            raise PtxError(step.instruction.line, "does not end")
+            raise PtxError(instructions[self.pc].line, "does not end")
 
+    def branch(self, target: int) -> None:
+        others = self.active & ~self.mask
+        if others.any():
+            self.park(self.pc, others)
+        self.pc, self.active = target, self.mask
 
-def _registers(i: Instruction) -> list[Register]:
-    flat = [i.guard]
-    for one in i.operands:
-        flat += one if isinstance(one, tuple) else [getattr(one, "base", one)]
-    return [one for one in flat if isinstance(one, Register)]
+    def park(self, pc: int, mask: Any) -> None:
+        both = self.parked.get(pc, False) | mask
+        self.parked[pc] = ALL if both.all() else both
 
 
 class Block:
     """A block of threads with its shared memory."""
 
-    def __init__(self, launch: Launch, position: tuple[int, int, int]):
+    def __init__(self, launch: Launch, position: tuple[int, ...]):
         self.launch, self.position = launch, position
-        self.events = Events()
+        self.events = Events(launch.kernel.threads // 32)
         self.space = launch.space
-        self.shared = Space("shared memory", launch.checks)
+        self.shared = Space("shared memory", launch.space.checks)
         self.memory = self.shared.add(Allocation("shared memory", SHARED_BASE, launch.shared_bytes))
         self.warps = [Warp(i, self) for i in range(launch.kernel.threads // 32)]
-        self.at_barrier: dict[int, int] = {}  # warps, and the lines where they wait
-        self.flying: list[Operation] = []  # asynchronous operations that have not completed
+        self.at_barrier = 0  # warps
+        self.flying: list[Operation] = []  # asynchronous operations, some of which have completed
 
-    def start(self, operation: Operation) -> None:
-        """Begin an asynchronous operation; if early, it completes at once."""
-        if self.launch.schedule.completion == "early":
-            operation.advance()
-        else:
-            self.flying.append(operation)
-
-    def trace(self, warp: Warp, what: str, events: list[Any]) -> None:
-        """Note what happened, for `timeline`."""
-        if self.launch.trace is not None:
-            time = warp.count + warp.waited
-            self.launch.trace += [(self.position, warp.index, what, one.number, time) for one in events]
-
-    def arrive(self, warp: Warp, line: int) -> None:
+    def arrive(self, warp: Warp) -> None:
         """``bar.sync``: the warp waits for all others."""
-        self.at_barrier[warp.index] = line
+        self.at_barrier += 1
         warp.waiting = lambda: False
-        if len(self.at_barrier) == len(self.warps):
-            self.at_barrier.clear()
+        if self.at_barrier == len(self.warps):
+            self.at_barrier = 0
             latest = max(one.count + one.waited for one in self.warps)
             for one in self.warps:
                 one.waited = latest - one.count
-            self.events.share()
-            for one in self.warps:
                 one.waiting = None
+            self.events.share()
 
     def run(self) -> None:
         schedule, rng = self.launch.schedule, self.launch.random
-        while not all(warp.done for warp in self.warps):
+        choose = {"forward": lambda ready: ready[0], "reverse": lambda ready: ready[-1], "random": rng.choice}
+        while running := [warp for warp in self.warps if not warp.done]:
+            self.flying = [one for one in self.flying if one.steps]
             if schedule.completion == "random":
-                self.flying = [one for one in self.flying if one.steps]
                 for one in rng.sample(self.flying, rng.randint(0, len(self.flying))):
                     one.advance(rng.randrange(2))
-            ready = [
-                warp for warp in self.warps if not warp.done and (warp.waiting is None or warp.waiting())
-            ]
+            ready = [warp for warp in running if warp.waiting is None or warp.waiting()]
             if ready:
-                random_budget = rng.randint(1, 400) if schedule.order == "random" else LIMIT + 1
-                warp = {"forward": ready[0], "reverse": ready[-1], "random": rng.choice(ready)}[
-                    schedule.order
-                ]
+                warp = choose[schedule.order](ready)
                 warp.waiting = None
-                warp.advance(random_budget)
-            else:
-                self.flying = [one for one in self.flying if one.steps]
-                if not self.flying:
-                    lines = {
-                        w.index: self.launch.steps[w.pc].instruction.line for w in self.warps if not w.done
-                    }
-                    raise PtxError(min(lines.values()), f"deadlock: the warps wait at lines {lines}")
+                warp.advance(rng.randint(1, 400) if schedule.order == "random" else LIMIT + 1)
+            elif self.flying:
                 self.flying.pop().advance()
+            else:
+                lines = {warp.index: self.launch.kernel.instructions[warp.pc - 1].line for warp in running}
+                raise PtxError(min(lines.values()), f"deadlock: the warps wait at lines {lines}")
         self.end()
 
     def end(self) -> None:
         """Complete the asynchronous stores to global memory, and forget the events."""
         for address, barrier in self.memory.barriers.items():
-            if self.launch.checks and barrier.transactions:
-                raise PtxError(barrier.line, f"the mbarrier at {address} still expects bytes")
-        for operation in self.flying:
-            if operation.steps and self.launch.checks and operation.read is not None:
-                seen = any(warp.knowledge.seen[operation.read.number] for warp in self.warps)
-                if not seen:
-                    raise PtxError(operation.event.line, "its block ends before it has read shared memory")
-            operation.advance()
+            message = f"the mbarrier at {address} still expects bytes"
+            self.space.check(not barrier.transactions, barrier.line, message)
+        for one in self.flying:
+            seen = not one.steps or self.events.seen[:, one.read.number].any()
+            self.space.check(seen, one.read.line, "its block ends before it has read shared memory")
+            one.advance()
         for allocation in self.space.allocations:
             allocation.end_block()
 
 
-@instruction("ret", "exit", results=0)
-def _ret(i: Instruction) -> Run:
-    def run(warp: Warp) -> Any:
-        if warp.mask is not None:
-            raise PtxError(i.line, f"a part of warp {warp.index} returns")
-        warp.done = True
-        return YIELD
+@action("ret", whole=True)
+def _return(warp: Warp, i: Instruction) -> bool:
+    warp.done = True
+    return True
 
-    return run
+
+@action("bar.sync", whole=True)
+def _synchronize(warp: Warp, i: Instruction, number: Any) -> bool:
+    if number[0]:
+        raise PtxError(i.line, f"barrier {number[0]} is not modelled")
+    warp.block.arrive(warp)
+    return True
 
 
 @instruction("bra", results=0)
-def _bra(i: Instruction) -> Run:
-    return lambda warp: None  # `Warp.advance` follows its target
-
-
-@instruction("bar.sync", "barrier.sync", results=0, whole=True)
-def _bar_sync(i: Instruction) -> Run:
-    (which,) = i.operands
-    if which != Constant(0):
-        raise unknown(i)
-
-    def run(warp: Warp) -> Any:
-        warp.block.arrive(warp, i.line)
-        return YIELD
-
-    return run
-
-
 @instruction("bar.warp.sync", results=0, whole=True)
-def _bar_warp_sync(i: Instruction) -> Run:
-    """Nothing: what one thread of a warp knows of memory, all know."""
+def _pass(i: Instruction) -> Run:
+    """`Warp.branch` follows a branch. What one thread of a warp knows of memory, all know."""
     return lambda warp: None

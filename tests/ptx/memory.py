@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .parse import PtxError
 
@@ -24,70 +23,54 @@ GIVEN, FOREIGN, UNWRITTEN = range(3)  # numbers of events: before the launch; of
 POISON = 0xFF  # NaN in each format, and −1
 UNITS = {2**n: (np.uint64(2**n - 1), np.uint64(n)) for n in range(8)}
 
+Mask = Any
+Rows = Any  # positions in an allocation, in units of an access
 
-def all_true(mask: NDArray[np.bool_]) -> bool:
+
+def all_true(mask: Mask) -> bool:
     return b"\0" not in mask.tobytes()  # for short arrays several times as fast as their method
 
 
 @dataclass
 class Event:
-    """An access, and the line of its instruction. ``generic``: not by the asynchronous proxy."""
+    """An access, and the line of its instruction.
+
+    ``own``: it is the warp's own, and not asynchronous. ``generic``: not by the asynchronous proxy.
+    """
 
     line: int
     what: str
+    own: bool = True
     generic: bool = True
     number: int = -1
 
 
 class Events:
-    """The events of a block of threads, and what its warps know of them."""
+    """The events of a block of threads, and what its warps know of them.
 
-    def __init__(self) -> None:
+    ``seen`` has the events that each warp knows, and ``fenced`` those of them before its last proxy fence;
+    by their numbers.
+    """
+
+    def __init__(self, warps: int) -> None:
         self.all = [Event(0, "the host"), Event(0, "another block"), Event(0, "nobody")]
-        self.warps: list[Knowledge] = []
+        self.seen = np.zeros((warps, 2**12), np.bool_)
+        self.seen[:, GIVEN] = True
+        self.fenced = self.seen.copy()
         self.floor = 0  # what the warps themselves did before this number, all know
 
     def add(self, event: Event) -> Event:
         event.number = len(self.all)
         self.all.append(event)
-        if event.number == len(self.warps[0].seen):
-            for warp in self.warps:
-                warp.seen, warp.fenced = (np.append(a, np.zeros_like(a)) for a in (warp.seen, warp.fenced))
-        if not event.generic:
-            for warp in self.warps:
-                warp.fenced[event.number] = True
+        if event.number == self.seen.shape[1]:
+            self.seen, self.fenced = (np.hstack([a, np.zeros_like(a)]) for a in (self.seen, self.fenced))
+        self.fenced[:, event.number] = not event.generic
         return event
 
     def share(self) -> None:
         """At a barrier, each warp learns what one of them knows."""
-        seen = np.logical_or.reduce([warp.seen for warp in self.warps])
-        fenced = np.logical_or.reduce([warp.fenced for warp in self.warps])
-        for warp in self.warps:
-            warp.seen[:], warp.fenced[:] = seen, fenced
+        self.seen[:], self.fenced[:] = self.seen.any(0), self.fenced.any(0)
         self.floor = len(self.all)
-
-
-class Knowledge:
-    """Which events a warp knows, and those of them before its last proxy fence; by their numbers."""
-
-    def __init__(self, events: Events):
-        self.events = events
-        self.seen = np.zeros(2**12, np.bool_)
-        self.seen[GIVEN] = True
-        self.fenced = self.seen.copy()
-        events.warps.append(self)
-
-    def add(self, event: Event) -> Event:
-        """A new event of this warp."""
-        self.events.add(event)
-        self.seen[event.number] = True
-        return event
-
-    def learn(self, event: Event) -> None:
-        self.seen[event.number] = True
-
-    def fence(self) -> None:
-        self.fenced |= self.seen
 
 
 class Allocation:
@@ -101,12 +84,10 @@ class Allocation:
         padded = -(-size // 128) * 128
         self.data = np.full(padded, POISON, np.uint8)
         self.writes = np.full(padded, UNWRITTEN, np.int32)
-        self.reads: dict[Any, NDArray[np.int32]] = {}
+        self.reads: dict[Any, Any] = {}
         self.last_read: dict[Any, int] = {}
         self.barriers: dict[int, Any] = {}  # the mbarriers in it, by their offsets
-        self.published: dict[
-            int, int
-        ] = {}  # the tensormaps in it, by their places, and the lines that wrote them
+        self.published: set[int] = set()  # the tensormaps in it, by their places
         self.acquired: dict[int, Event] = {}  # the last fence for each of these
 
     def end_block(self) -> None:
@@ -132,11 +113,17 @@ class Space:
 
     def add(self, allocation: Allocation) -> Allocation:
         self.allocations.append(allocation)
-        self.last = allocation
         return allocation
 
-    def locate(self, addresses: Any, width: int, line: int) -> tuple[Allocation, Any]:
+    def check(self, holds: Any, line: int, message: str) -> None:
+        """Raise an error if a rule does not hold, without which the results may be right by luck."""
+        if self.checks and not holds:
+            raise PtxError(line, message)
+
+    def locate(self, addresses: Any, width: int, line: int) -> tuple[Allocation, Rows]:
         """The allocation of the addresses, and their positions in it in units of ``width``."""
+        if addresses.size == 0:
+            return self.allocations[0], addresses
         first = int(addresses.flat[0])
         if self.last is None or not self.last.base <= first < self.last.base + self.last.size:
             self.last = next((a for a in self.allocations if a.base <= first < a.base + a.size), None)
@@ -150,43 +137,19 @@ class Space:
             raise PtxError(line, f"an access that begins in {self.last.name} ends outside of it")
         return self.last, (offsets >> shift).view(np.int64)
 
-    # Accesses
+    # Accesses of a warp, and the bytes without an access
 
     def load(self, warp: Any, addresses: Any, width: int, line: int) -> Any:
         """The bytes ``(len(addresses), width)`` that a warp loads."""
-        place, rows = self.locate(addresses, width, line)
-        if self.checks:
-            self.check_read(warp, place, rows, width, line)
-            event = warp.knowledge.add(Event(line, f"a load of warp {warp.index}"))
-            self.mark_read(place, rows, width, warp.index, event)
-        return place.data.reshape(-1, width)[rows]
+        self.read(warp, addresses, width, warp.event(line, "a load"))
+        return self.peek(addresses, width, line)
 
     def store(self, warp: Any, addresses: Any, values: Any, line: int) -> None:
-        width = values.shape[1]
-        place, rows = self.locate(addresses, width, line)
-        if self.checks:
-            self.check_write(warp, place, rows, width, line, values)
-            event = warp.knowledge.add(Event(line, f"a store of warp {warp.index}"))
-            place.writes.reshape(-1, width)[rows] = event.number
-        data = place.data.reshape(-1, width)
-        data[rows] = values
-        if self.checks and not all_true(data[rows] == values):
-            raise PtxError(line, f"threads of warp {warp.index} store different values to the same bytes")
-
-    def begin_read(self, warp: Any, addresses: Any, width: int, event: Event, fence: bool = False) -> None:
-        """The asynchronous ``event`` of a warp will read the bytes, from now until it has been waited for."""
-        place, rows = self.locate(addresses, width, event.line)
-        if self.checks:
-            self.check_read(warp, place, rows, width, event.line, fence)
-            self.mark_read(place, rows, width, ("asynchronous", warp.index), event)
-
-    def begin_write(self, warp: Any, addresses: Any, width: int, event: Event) -> None:
-        """The asynchronous ``event`` will write the bytes, at any time until it has been waited for."""
-        place, rows = self.locate(addresses, width, event.line)
-        if self.checks:
-            self.check_write(warp, place, rows, width, event.line)
-            place.writes.reshape(-1, width)[rows] = event.number
-        place.data.reshape(-1, width)[rows] = POISON
+        event = warp.event(line, "a store")
+        self.write(warp, addresses, values.shape[1], event, values)
+        self.poke(addresses, values, line)
+        stored = all_true(self.peek(addresses, values.shape[1], line) == values)
+        self.check(stored, line, f"threads of warp {warp.index} store different values to the same bytes")
 
     def peek(self, addresses: Any, width: int, line: int) -> Any:
         place, rows = self.locate(addresses, width, line)
@@ -196,67 +159,71 @@ class Space:
         place, rows = self.locate(addresses, values.shape[1], line)
         place.data.reshape(-1, values.shape[1])[rows] = values
 
-    # The rules
+    # The rules, of the accesses of a warp and of its asynchronous operations: `event`
 
-    def mark_read(self, place: Allocation, rows: Any, width: int, reader: Any, event: Event) -> None:
-        if reader not in place.reads:
-            place.reads[reader] = np.zeros(len(place.data), np.int32)
-        place.reads[reader].reshape(-1, width)[rows] = event.number
-        place.last_read[reader] = event.number
+    def read(self, warp: Any, addresses: Any, width: int, event: Event, fence: bool = False) -> None:
+        """An asynchronous operation reads at any time until it has been waited for."""
+        place, rows = self.check_read(warp, addresses, width, event.line, fence)
+        if self.checks:
+            reader = warp.index, event.own
+            if reader not in place.reads:
+                place.reads[reader] = np.zeros(len(place.data), np.int32)
+            place.reads[reader].reshape(-1, width)[rows] = event.number
+            place.last_read[reader] = event.number
 
     def check_read(
-        self, warp: Any, place: Allocation, rows: Any, width: int, line: int, fence: bool = False
-    ) -> None:
+        self, warp: Any, addresses: Any, width: int, line: int, fence: bool = False
+    ) -> tuple[Allocation, Rows]:
         """``fence``: the bytes are read by the asynchronous proxy, for which generic writes need a fence."""
-        writers = place.writes.reshape(-1, width)[rows]
-        if not all_true(warp.knowledge.seen[writers]):
-            raise self.conflict(warp, place, rows, writers, line, "read")
-        if fence and not all_true(warp.knowledge.fenced[writers]):
-            one = warp.knowledge.events.all[int(writers[~warp.knowledge.fenced[writers]][0])]
-            what = f"reads what {one.what} wrote (line {one.line})"
-            raise PtxError(line, f"{what}, which needs a fence between the proxies")
+        place, rows = self.locate(addresses, width, line)
+        if self.checks:
+            writers = place.writes.reshape(-1, width)[rows]
+            if not all_true(warp.seen[writers]):
+                raise self.conflict(warp, place, rows, writers, line, "read", "written")
+            if fence and not all_true(warp.fenced[writers]):
+                one = warp.block.events.all[int(writers[~warp.fenced[writers]][0])]
+                what = f"reads what {one.what} wrote (line {one.line})"
+                raise PtxError(line, f"{what}, which needs a fence between the proxies")
+        return place, rows
 
-    def check_write(
-        self, warp: Any, place: Allocation, rows: Any, width: int, line: int, values: Any = None
-    ) -> None:
-        """Warps may store the same ``values`` unordered: Triton's layouts have copies in several warps."""
-        seen = warp.knowledge.seen
-        writers = place.writes.reshape(-1, width)[rows]
-        if not all_true(seen[writers]):
-            allowed = writers == UNWRITTEN
-            if values is not None:
-                allowed |= (writers > UNWRITTEN) & (place.data.reshape(-1, width)[rows] == values)
-            writers = np.where(allowed, GIVEN, writers)
+    def write(self, warp: Any, addresses: Any, width: int, event: Event, values: Any = None) -> None:
+        """Warps may store the same ``values`` unordered: Triton's layouts have copies in several warps.
+
+        An asynchronous operation has no ``values`` yet, and writes at any time until it has been waited for.
+        """
+        place, rows = self.locate(addresses, width, event.line)
+        if self.checks:
+            seen, line = warp.seen, event.line
+            writers = place.writes.reshape(-1, width)[rows]
             if not all_true(seen[writers]):
-                raise self.conflict(warp, place, rows, writers, line, "overwritten")
-        for reader, read in place.reads.items():
-            loads = not isinstance(reader, tuple)  # which all warps know after a barrier
-            if loads and place.last_read[reader] < warp.knowledge.events.floor:
-                continue
-            readers = read.reshape(-1, width)[rows]
-            if not all_true(seen[readers]):
-                raise self.conflict(warp, place, rows, readers, line, "overwritten", "read")
-        for address, barrier in place.barriers.items():
-            if ((rows * width <= address + 7) & (rows * width + width > address)).any():
-                raise PtxError(line, f"overwrites the mbarrier of line {barrier.line}")
+                allowed = writers == UNWRITTEN
+                if values is not None:
+                    allowed |= (writers > UNWRITTEN) & (place.data.reshape(-1, width)[rows] == values)
+                writers = np.where(allowed, GIVEN, writers)
+                if not all_true(seen[writers]):
+                    raise self.conflict(warp, place, rows, writers, line, "overwritten", "written")
+            for (reader, own), read in place.reads.items():
+                if own and place.last_read[reader, own] < warp.block.events.floor:
+                    continue  # all warps know after a barrier
+                readers = read.reshape(-1, width)[rows]
+                if not all_true(seen[readers]):
+                    raise self.conflict(warp, place, rows, readers, line, "overwritten", "read")
+            for address, barrier in place.barriers.items():
+                if ((rows * width <= address + 7) & (rows * width + width > address)).any():
+                    raise PtxError(line, f"overwrites the mbarrier of line {barrier.line}")
+            place.writes.reshape(-1, width)[rows] = event.number
+        if values is None:
+            place.data.reshape(-1, width)[rows] = POISON
 
     def conflict(
-        self,
-        warp: Any,
-        place: Allocation,
-        rows: Any,
-        events: Any,
-        line: int,
-        what: str,
-        other: str = "written",
+        self, warp: Any, place: Allocation, rows: Rows, events: Any, line: int, what: str, other: str
     ) -> PtxError:
         """The error of an access that does not know one of the ``events``."""
         events = events.reshape(-1, events.shape[-1])
-        unknown = ~warp.knowledge.seen[events]
-        row, byte = (int(i[0]) for i in np.nonzero(unknown))
-        address = place.base + int(rows.reshape(-1)[row]) * events.shape[-1] + byte
-        event = warp.knowledge.events.all[int(events[row, byte])]
-        where = f"byte {address - place.base} of {place.name}, {what} by warp {warp.index},"
+        row, byte = (int(i[0]) for i in np.nonzero(~warp.seen[events]))
+        address = int(rows.reshape(-1)[row]) * events.shape[-1] + byte
+        event = warp.block.events.all[int(events[row, byte])]
+        where = f"byte {address} of {place.name}, {what} by warp {warp.index},"
         if event.what == "nobody":
             return PtxError(line, f"{where} was not written before")
         return PtxError(line, f"race: {where} is {other} by {event.what} (line {event.line}), not waited for")

@@ -2,22 +2,22 @@
 """Parse the text of a PTX kernel into instructions whose operands are numbered registers."""
 
 import re
+from bisect import bisect
+from collections import ChainMap
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-REGISTERS = {"pred": np.bool_, "b16": np.uint16, "b32": np.uint32, "b64": np.uint64}
-_IGNORED = re.compile(r"^\s*\.(loc|file|pragma|section)\b.*$", re.MULTILINE)
-_COMMENT = re.compile(r"//.*$", re.MULTILINE)
-_STATEMENT = re.compile(r"\s*(?:([{}])|([\w$]+):(?!:)|([^;{}]*(?:\{[^}]*\}[^;{}]*)*);)")
-_TOKEN = re.compile(r"\[[^\]]*\]|\{[^}]*\}|[^,\s|]+(?:\s*\+\s*\d+)?")
+REGISTERS = {"pred": "pred", "b16": "u16", "b32": "u32", "b64": "u64"}
+IGNORED = re.compile(r"//.*$|^\s*\.(?:loc|file|pragma|section)\b.*$", re.MULTILINE)
+# A brace, a label, or a statement, whose vectors have braces, too.
+STATEMENT = re.compile(r"\s*(?:([{}])|([\w$]+):(?!:)|([^;{}]*(?:\{[^}]*\}[^;{}]*)*);)")
+OPERAND = re.compile(r"\[[^\]]*\]|\{[^}]*\}|[^,\s|]+(?:\s*\+\s*\d+)?")
 
 
 @dataclass(frozen=True)
 class Register:
     index: int
-    dtype: type
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Symbol:
-    """A special register such as %tid.x, the shared memory `global_smem`, or a label."""
+    """A special register such as %tid.x, the shared memory `global_smem`, a parameter, or a label."""
 
     name: str
     offset: int = 0
@@ -38,35 +38,46 @@ class Address:
     """``[base + offset]``, or of a tensor ``[base, {coordinates}]``."""
 
     base: Any
-    offset: int = 0
-    coordinates: tuple[Any, ...] = ()
+    offset: int
+    coordinates: list[Any]
+
+
+def flat(operand: Any) -> list[Any]:
+    return operand if isinstance(operand, list) else [operand]
 
 
 @dataclass
 class Instruction:
-    """``@guard opcode operands``; a guard that must be false has ``negated``."""
+    """``@guard opcode operands``; a guard that must be false is ``negated``. A vector is a list."""
 
     line: int
     opcode: str
     operands: list[Any]
-    guard: Register | None = None
-    negated: bool = False
+    guard: Any
+    negated: bool
     target: int = -1  # of a branch
+    # What `machine.decode` adds: how a warp executes it, whether only as a whole, and the registers written
+    run: Any = None
+    whole: bool = False
+    writes: list[int] = field(default_factory=list)
 
     @property
     def parts(self) -> list[str]:
         return self.opcode.split(".")
 
+    @property
+    def registers(self) -> list[Register]:
+        all_of_them = [self.guard, *(one for operand in self.operands for one in flat(operand))]
+        return [one for each in all_of_them if isinstance(one := getattr(each, "base", each), Register)]
+
 
 @dataclass
 class Kernel:
-    """A kernel's instructions; ``parameters`` are the names and dtypes of its arguments."""
-
     name: str
     threads: int
-    parameters: list[tuple[str, str]]
+    parameters: list[str]
     instructions: list[Instruction] = field(default_factory=list)
-    dtypes: list[type] = field(default_factory=list)  # of registers
+    registers: list[str] = field(default_factory=list)  # their kinds
 
 
 class PtxError(Exception):
@@ -77,88 +88,69 @@ class PtxError(Exception):
 
 
 def parse(text: str) -> Kernel:
-    """The one kernel of ``text``. Its lines keep their numbers."""
-    start = text.index(".entry")
-    head = re.compile(r"\.entry\s+(\w+)\(([^)]*)\)\s*((?:\.\w+\s+[\d, ]+\s*)*)").match(text, start)
+    """The one kernel of ``text``.
+
+    Registers and labels of inner blocks ``{ … }``, which inline assembly has, hide those of outer ones.
+    """
+    head = re.search(r"\.entry\s+(\w+)\(([^)]*)\)\s*(?:\.\w+\s+[\d, ]+\s*)*", text)
     assert head is not None
-    threads = re.search(r"\.reqntid\s+(\d+)", head[3])
-    parameters = re.findall(r"\.param\s+\.(\w+)\s[^,]*?(\w+)\s*(?:,|$)", head[2])
-    kernel = Kernel(head[1], int(threads[1]) if threads else 0, [(name, dtype) for dtype, name in parameters])
-    body = _COMMENT.sub("", _IGNORED.sub("", text[head.end() :]))
-    return _Parser(kernel, body, text.count("\n", 0, head.end()) + 1).parse()
+    threads = re.search(r"\.reqntid\s+(\d+)", head[0])
+    kernel = Kernel(head[1], int(threads[1]) if threads else 0, re.findall(r"(\w+)\s*(?:,|$)", head[2]))
+    code = IGNORED.sub(lambda match: " " * len(match[0]), text)
+    ends = [match.start() for match in re.finditer("\n", text)]
+    scope: ChainMap[str, Any] = ChainMap()
+    branches: list[tuple[Instruction, ChainMap[str, Any]]] = []
+    for match in STATEMENT.finditer(code, head.end()):
+        brace, label, statement = match.groups("")
+        if brace == "{":
+            scope = scope.new_child()
+        elif brace == "}":
+            scope = scope.parents
+            if len(scope.maps) == 1:
+                break
+        elif label:
+            scope[label] = len(kernel.instructions)
+        elif statement.startswith(".reg"):
+            _declare(statement, kernel, scope)
+        elif statement:
+            instruction = _instruction(statement, scope, bisect(ends, match.start(3)) + 1)
+            kernel.instructions.append(instruction)
+            if instruction.parts[0] == "bra":
+                branches.append((instruction, scope))
+    for branch, scope in branches:
+        branch.target = scope[branch.operands[0].name]
+    return kernel
 
 
-class _Parser:
-    """Registers and labels of inner blocks ``{ … }``, which inline assembly has, hide those of outer ones."""
+def _declare(statement: str, kernel: Kernel, scope: ChainMap[str, Any]) -> None:
+    _, kind, *names = statement.replace(",", " ").split()
+    for name in names:
+        stem, _, count = name.partition("<")
+        for one in [f"{stem}{i}" for i in range(int(count[:-1]))] if count else [stem]:
+            scope[one] = Register(len(kernel.registers), REGISTERS[kind[1:]])
+            kernel.registers.append(REGISTERS[kind[1:]])
 
-    def __init__(self, kernel: Kernel, body: str, line: int):
-        self.kernel, self.body, self.line = kernel, body, line
-        self.scopes: list[dict[str, Any]] = []
-        self.branches: list[tuple[Instruction, list[dict[str, Any]]]] = []
 
-    def parse(self) -> Kernel:
-        position = 0
-        while True:
-            match = _STATEMENT.match(self.body, position)
-            assert match is not None, (
-                f"line {self.line}: cannot parse {self.body[position : position + 60]!r}"
-            )
-            brace, label, statement = match.groups()
-            first = match.start(match.lastindex or 0)
-            self.line += self.body.count("\n", position, first)
-            line = self.line
-            if brace == "{":
-                self.scopes.append({})
-            elif brace == "}":
-                self.scopes.pop()
-                if not self.scopes:
-                    break
-            elif label:
-                self.scopes[-1][label] = len(self.kernel.instructions)
-            elif statement.strip():
-                self.statement(line, statement.strip())
-            self.line += self.body.count("\n", first, match.end())
-            position = match.end()
-        for branch, scopes in self.branches:
-            (name,) = (one.name for one in branch.operands)
-            branch.target = next(scope[name] for scope in reversed(scopes) if name in scope)
-        return self.kernel
-
-    def statement(self, line: int, text: str) -> None:
-        if text.startswith(".reg"):
-            _, kind, *names = text.replace(",", " ").split()
-            for name in names:
-                stem, _, count = name.partition("<")
-                many = [f"{stem}{i}" for i in range(int(count[:-1]))] if count else [stem]
-                for one in many:
-                    self.scopes[-1][one] = Register(len(self.kernel.dtypes), REGISTERS[kind[1:]])
-                    self.kernel.dtypes.append(REGISTERS[kind[1:]])
-            return
-        match = re.match(r"(?:@(!?)([\w%]+)\s+)?([\w.:]+)\s*(.*)", text, re.DOTALL)
-        assert match is not None, f"line {line}: cannot parse {text!r}"
-        negated, guard, opcode, operands = match.groups()
-        tokens = _TOKEN.findall(operands)
-        instruction = Instruction(line, opcode, [self.operand(one) for one in tokens])
-        if guard:
-            instruction.guard, instruction.negated = self.operand(guard), negated == "!"
-        if instruction.parts[0] == "bra":
-            self.branches.append((instruction, list(self.scopes)))
-        self.kernel.instructions.append(instruction)
-
-    def operand(self, text: str) -> Any:
+def _instruction(statement: str, scope: ChainMap[str, Any], line: int) -> Instruction:
+    def operand(text: str) -> Any:
         text = text.strip()
         if text.startswith("{"):
-            return tuple(self.operand(one) for one in text[1:-1].split(",") if one)
+            return [operand(one) for one in text[1:-1].split(",") if one]
         if text.startswith("["):
             base, _, coordinates = text[1:-1].partition(",")
             base, _, offset = base.partition("+")
-            return Address(self.operand(base), int(offset or 0), self.operand(coordinates or "{}"))
-        for scope in reversed(self.scopes):
-            if isinstance(scope.get(text), Register):
-                return scope[text]
+            return Address(operand(base), int(offset or 0), operand(coordinates or "{}"))
+        if isinstance(scope.get(text), Register):
+            return scope[text]
         if re.match(r"0[fd][0-9A-Fa-f]+$", text):
             return Constant(int(text[2:], 16))
         if re.match(r"-?(0x[0-9A-Fa-f]+|\d+)U?$", text):
             return Constant(int(text.rstrip("U"), 0))
         name, _, offset = text.partition("+")
         return Symbol(name.strip(), int(offset or 0))
+
+    match = re.match(r"(?:@(!?)([\w%]+)\s+)?([\w.:]+)\s*(.*)", statement, re.DOTALL)
+    assert match is not None, f"line {line}: cannot parse {statement!r}"
+    negated, guard, opcode, operands = match.groups("")
+    found = [operand(one) for one in OPERAND.findall(operands)]
+    return Instruction(line, opcode, found, operand(guard) if guard else None, negated == "!")

@@ -18,7 +18,7 @@ from .machine import SCHEDULES
 PICTURE = Path(__file__).parents[2] / "docs" / "operators" / "timeline-matmul_t.png"
 TILES = Tiles(128, 256, 64, 8, 4, "tma")
 STEPS = 6
-ENDS = {"load": "loaded", "multiply": "multiplied", "store": "stored"}
+KINDS = {"a bulk load": "load", "a product": "multiply", "a bulk store": "store"}
 
 
 def spans() -> dict[str, list[tuple[int, int, int]]]:
@@ -26,14 +26,13 @@ def spans() -> dict[str, list[tuple[int, int, int]]]:
     trace: list[Any] = []
     case = cases.symmetric(2 * TILES.block_m, STEPS * TILES.block_k, tiles=TILES, multiprocessors=2)
     case.execute(SCHEDULES[0], trace=trace)
-    ends: dict[Any, int] = {}
-    for block, _warp, what, event, time in trace:
-        if block == (0, 0, 0) and what in ENDS.values():
-            ends[what, event] = min(time, ends.get((what, event), time))
-    found: dict[str, list[tuple[int, int, int]]] = {what: [] for what in ENDS}
-    for block, warp, what, event, time in trace:
-        if block == (0, 0, 0) and what in ENDS:
-            found[what].append((warp, time, ends[ENDS[what], event]))
+    operations: dict[Any, list[Any]] = {}  # of each the times at which it begins, and is waited for
+    for block, warp, what, number, time in trace:
+        if block == (0, 0, 0):
+            operations.setdefault((what, number), [warp]).append(time)
+    found: dict[str, list[tuple[int, int, int]]] = {what: [] for what in KINDS.values()}
+    for (what, _), (warp, begin, *waits) in operations.items():
+        found[KINDS[what]].append((warp, begin, min(waits)))
     return found
 
 

@@ -6,7 +6,6 @@ not depend on the number of processes. ``examples/train_mpi.py`` holds the train
 """
 
 import atexit
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -70,8 +69,8 @@ class OneProcess:
     def Bcast(self, array: Array) -> None:
         pass
 
-    def Scatterv(self, send: list[Any], received: Array) -> None:
-        received[:] = send[0]
+    def scatter(self, shares: list[T]) -> T:
+        return shares[0]
 
     def Allreduce(self, own: Array, total: Array) -> None:
         total[:] = own
@@ -127,16 +126,8 @@ def scatter(world: Any, samples: Samples | None, order: Sequence[Array]) -> Samp
         samples: all of them on process 0, None on the others.
         order: the indices of each process's share.
     """
-    x, labels = samples or (None, None)
-    return Samples(_scatter(world, x, order), _scatter(world, labels, order))
-
-
-def _scatter(world: Any, array: Array | None, order: Sequence[Array]) -> Array:
-    shape, dtype = world.bcast(None if array is None else (array.shape[1:], array.dtype))
-    received = np.empty((len(order[world.rank]), *shape), dtype)
-    counts = [len(indices) * math.prod(shape) for indices in order]
-    world.Scatterv(None if array is None else [array[np.concatenate(order)], counts], received)
-    return received
+    shares = samples and [Samples(samples.x[indices], samples.labels[indices]) for indices in order]
+    return world.scatter(shares)  # type: ignore[no-any-return]
 
 
 def scatter_batches(
@@ -152,12 +143,9 @@ def scatter_batches(
     """
     shares = [np.array_split(batch, world.size) for batch in batches(size, batch_size, generator)]
     own = scatter(world, samples, [np.concatenate(of_rank) for of_rank in zip(*shares, strict=True)])
-    batches_of_rank, start = [], 0
-    for share in shares:
-        end = start + len(share[world.rank])
-        batches_of_rank.append(Batch(own.x[start:end], own.labels[start:end], sum(map(len, share))))
-        start = end
-    return batches_of_rank
+    ends = np.cumsum([len(share[world.rank]) for share in shares])[:-1]
+    parts = zip(np.split(own.x, ends), np.split(own.labels, ends), shares, strict=True)
+    return [Batch(x, labels, sum(map(len, share))) for x, labels, share in parts]
 
 
 def evaluate(world: Any, model: MLP, share: Samples, size: int) -> tuple[float, float]:

@@ -6,13 +6,12 @@ iterations of each ``prange``. The option ``fastmath`` allows sums to be reorder
 it the processor adds one number at a time.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from numba import get_num_threads, njit, prange, set_num_threads
+from numba import njit, prange
 
 from torchpar.baselines.numpy_mlp import Array
 
@@ -43,28 +42,21 @@ def matmul_t(x: Array) -> Array:
     return result
 
 
-def matmul_t_blocked(x: Array) -> Array:
-    """Return ``x·xᵀ`` by tiles. In a tile of b × b sums, 2b loads serve b² multiplications."""
+def matmul_t_tiled(x: Array, triangular: bool) -> Array:
+    """Return ``x·xᵀ`` by tiles. In a tile of b × b sums, 2b loads serve b² multiplications.
+
+    If triangular, compute the tiles on and below the diagonal, and copy them to the other half.
+    """
     n = len(x)
     result = np.empty((n, n), x.dtype)
     for block in prange((n + BLOCK - 1) // BLOCK):
-        for i in range(0, n, TILE):
-            for j in range(block * BLOCK, min(n, (block + 1) * BLOCK), TILE):
+        for i in range(block * BLOCK if triangular else 0, n, TILE):
+            for j in range(block * BLOCK, min(i + 1 if triangular else n, (block + 1) * BLOCK), TILE):
                 fill_tile(x, i, j, result)
-    return result
-
-
-def matmul_t_triangular(x: Array) -> Array:
-    """Return ``x·xᵀ``: compute the tiles on and below the diagonal and copy them to the other half."""
-    n = len(x)
-    result = np.empty((n, n), x.dtype)
-    for block in prange((n + BLOCK - 1) // BLOCK):
-        for i in range(block * BLOCK, n, TILE):
-            for j in range(block * BLOCK, min(i + 1, (block + 1) * BLOCK), TILE):
-                fill_tile(x, i, j, result)
-                for p in range(i, min(n, i + TILE)):
-                    for q in range(j, min(n, j + TILE)):
-                        result[q, p] = result[p, q]
+                if triangular:
+                    for p in range(i, min(n, i + TILE)):
+                        for q in range(j, min(n, j + TILE)):
+                            result[q, p] = result[p, q]
     return result
 
 
@@ -120,22 +112,18 @@ def sigmoid(z: Any) -> Any:
 # Layers of a network, for a batch: x (b, in), weight (in, out), bias (out).
 
 
-def linear(x: Array, weight: Array, bias: Array) -> Array:
-    """Return ``x·weight + bias``."""
+def layer(x: Array, weight: Array, bias: Array, hidden: bool) -> Array:
+    """Return ``x·weight + bias``, or the sigmoid of it if the layer is hidden."""
     result = np.empty((len(x), len(bias)), x.dtype)
     for s in prange(len(x)):
         result[s] = bias
         for i in range(len(weight)):
             for j in range(len(bias)):
                 result[s, j] += x[s, i] * weight[i, j]
+        if hidden:
+            for j in range(len(bias)):
+                result[s, j] = sigmoid(result[s, j])
     return result
-
-
-def apply_sigmoid(z: Array) -> None:
-    """Replace ``z`` by its sigmoid."""
-    for s in prange(len(z)):
-        for j in range(z.shape[1]):
-            z[s, j] = sigmoid(z[s, j])
 
 
 @njit(fastmath=FASTMATH)
@@ -188,8 +176,8 @@ def sigmoid_input_gradient(delta: Array, weight: Array, y: Array) -> Array:
 
 
 LOOPS = (
-    *(maximum, matmul_t, matmul_t_blocked, matmul_t_triangular, linear_sigmoid),
-    *(linear, apply_sigmoid, parameter_gradients, sigmoid_input_gradient),
+    *(maximum, matmul_t, matmul_t_tiled, linear_sigmoid),
+    *(layer, parameter_gradients, sigmoid_input_gradient),
 )
 
 
@@ -215,25 +203,13 @@ def gradients(
     """
     inputs = [x]
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
-        inputs.append(loops.linear(inputs[-1], weight, bias))
-        loops.apply_sigmoid(inputs[-1])
-    delta = loops.linear(inputs[-1], weights[-1], biases[-1])
+        inputs.append(loops.layer(inputs[-1], weight, bias, True))
+    delta = loops.layer(inputs[-1], weights[-1], biases[-1], False)
     loss = cross_entropy(delta, labels)
     layer_gradients = []
-    for layer in reversed(range(len(weights))):
-        layer_gradients.append(loops.parameter_gradients(inputs[layer], delta))
-        if layer > 0:
-            delta = loops.sigmoid_input_gradient(delta, weights[layer], inputs[layer])
+    for i in reversed(range(len(weights))):
+        layer_gradients.append(loops.parameter_gradients(inputs[i], delta))
+        if i > 0:
+            delta = loops.sigmoid_input_gradient(delta, weights[i], inputs[i])
     d_weights, d_biases = zip(*reversed(layer_gradients), strict=True)
     return loss, list(d_weights), list(d_biases)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Run the `PARALLEL` loops in ``count`` threads, at most the number of cores."""
-    before = get_num_threads()
-    set_num_threads(count)
-    try:
-        yield
-    finally:
-        set_num_threads(before)

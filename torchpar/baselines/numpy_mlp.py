@@ -16,11 +16,12 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-Init = Literal["xavier", "zeros"]
 Loss = Literal["cross-entropy", "bce"]
+Init = Literal["xavier", "zeros"]
 
 
 def maximum(a: Array, b: Array) -> Array:
@@ -68,7 +69,7 @@ class MLP:
         seed: of the weights.
 
     Raises:
-        ValueError: an unknown loss or initialisation.
+        ValueError: an unknown loss.
     """
 
     def __init__(
@@ -82,16 +83,13 @@ class MLP:
     ):
         if loss not in ("cross-entropy", "bce"):
             raise ValueError(f"loss is {loss!r}, expected 'cross-entropy' or 'bce'")
-        if init not in ("xavier", "zeros"):
-            raise ValueError(f"init is {init!r}, expected 'xavier' or 'zeros'")
         self.sizes = tuple(sizes)
         self.loss = loss
         self.parameters = np.zeros(sum((m + 1) * n for m, n in pairwise(sizes)), dtype)
         self.weights, self.biases = self.views(self.parameters)
-        if init == "xavier":
-            generator = np.random.default_rng(seed)
-            for weight in self.weights:
-                weight[:] = generator.normal(scale=(2 / sum(weight.shape)) ** 0.5, size=weight.shape)
+        generator = np.random.default_rng(seed)
+        for weight in self.weights if init == "xavier" else ():
+            weight[:] = generator.normal(scale=(2 / sum(weight.shape)) ** 0.5, size=weight.shape)
 
     def views(self, vector: Array) -> tuple[list[Array], list[Array]]:
         """Return views of ``vector``, laid out as `parameters`: the weights and the biases."""
@@ -148,6 +146,13 @@ class MLP:
         """Return the loss summed over samples, and the number of samples that are classified right."""
         z = self.forward(x)[1]
         return self.loss_sum(z, labels)[0], int((z.argmax(axis=1) == labels).sum())
+
+    @torch.no_grad()
+    def copy_to(self, model: torch.nn.Module) -> None:
+        """Copy the weights and biases to ``model``, PyTorch's linear layers of the same sizes."""
+        layers = zip(self.weights, self.biases, strict=True)
+        for p, value in zip(model.parameters(), (t for layer in layers for t in layer), strict=True):
+            p.copy_(torch.from_numpy(value.T))
 
 
 class SGD:

@@ -1,31 +1,30 @@
 # SPDX-License-Identifier: MIT
+# mypy: disable-error-code="no-any-return"
 """Scaled dot-product attention in exact arithmetic, whose rows depend on nothing but what they attend to.
 
     S = scale·Q·Kᵀ + mask        P = softmax(S)        O = P·V
 
 Each key has an exponent of its own in both products. So a query has the same bits whether the keys that it
 does not attend to are masked, come later, or are not there: decoding with a cache of keys and values equals
-one pass over the whole sequence. With dO = dL/dO, and dropout D (0 or 1/(1 − p)) of P,
+one pass over the whole sequence. With dO = dL/dO,
 
-    dV = (D ⊙ P)ᵀ·dO        dP = D ⊙ (dO·Vᵀ)        dS = P ⊙ (dP − Σ_k dP ⊙ P)
+    dV = Pᵀ·dO        dP = dO·Vᵀ        dS = P ⊙ (dP − Σ_k dP ⊙ P)
     dQ = scale·dS·K         dK = scale·dSᵀ·Q
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.exact.ordinary import ordinary
-from torchpar.exact.random import bernoulli
-from torchpar.exact.softmax import softmax
+from torchpar.exact.registry import rule
+from torchpar.exact.softmax import safe_softmax
 from torchpar.exact.sums import exact_sum
 from torchpar.ops import exact_matmul
 from torchpar.ops._exact import MAX_EXPONENT, product_of_exponents, row_exponents, scaled
 
-_SPARE = 4  # octaves that weights with dropout may take above 2¹²⁵, the largest power of two that they get
+_SPARE = 4  # octaves below the power of two above a key, so that its product with a weight is finite
 
 
 def product_by_keys(p: Tensor, v: Tensor) -> Tensor:
@@ -45,47 +44,42 @@ def product_by_keys(p: Tensor, v: Tensor) -> Tensor:
     return product_of_exponents(weights, small.mT, row_exponents(weights), f)
 
 
-def weights_of(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _weights(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
     """P, for ``q (*, m, d)``, ``k (*, n, d)``, and a ``mask`` of booleans or of numbers that are added."""
     scores = exact_matmul(q, k) * scale
+    if causal:  # a query attends to its own position, and to those before
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    return softmax(scores, -1, zero_if_masked=True)
+    return safe_softmax(scores, -1)
 
 
-def gradients(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Tensor, scale: float, dropout: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK and dV."""
-    dropped = p if dropout is None else p * dropout
+def _scale(q: Tensor, scale: float | None) -> float:
+    return 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+
+
+# The operator that PyTorch takes on a CPU, without dropout. Its backward pass gets what it returns.
+
+
+@rule("_scaled_dot_product_flash_attention_for_cpu")
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *,
+    attn_mask: Tensor | None = None, scale: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    p = _weights(q, k, attn_mask, causal, _scale(q, scale))
+    return product_by_keys(p, v), q.new_zeros(q.shape[:-1])  # a sum that the backward pass does not need
+
+
+@rule("_scaled_dot_product_flash_attention_for_cpu_backward")
+def _attention_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, dropout: float, causal: bool, *,
+    attn_mask: Tensor | None = None, scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    factor = _scale(q, scale)
+    p = _weights(q, k, attn_mask, causal, factor)
     dp = exact_matmul(g, v)
-    if dropout is not None:
-        dp = dp * dropout
-    ds = p * (dp - exact_sum(dp.double() * p.double(), [-1], keepdim=True).float()) * scale
-    return exact_matmul(ds, k.mT), exact_matmul(ds.mT, q.mT), exact_matmul(dropped.mT, g.mT)
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    @ordinary
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: Tensor | None
-    ) -> Tensor:
-        p = weights_of(q, k, mask, scale)
-        ctx.save_for_backward(q, k, v, p, dropout)
-        ctx.scale = scale
-        return product_by_keys(p if dropout is None else p * dropout, v)
-
-    @staticmethod
-    @ordinary
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-        q, k, v, p, dropout = ctx.saved_tensors
-        return *gradients(g, q, k, v, p, ctx.scale, dropout), None, None, None
-
-
-def causal_mask(q: Tensor, k: Tensor) -> Tensor:
-    """True where a query attends to a key: to its own position, and those before."""
-    return torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+    ds = p * (dp - exact_sum(dp.double() * p.double(), [-1], keepdim=True).float()) * factor
+    return exact_matmul(ds, k.mT), exact_matmul(ds.mT, q.mT), exact_matmul(p.mT, g.mT)
 
 
 def scaled_dot_product_attention(
@@ -98,9 +92,9 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention` in exact arithmetic, with its arguments.
+    """`torch.nn.functional.scaled_dot_product_attention` by the rules above, for any shapes and devices.
 
-    A row that attends to nothing is 0.
+    A row that attends to nothing is 0. With dropout it is PyTorch's, of products and a softmax.
 
     Raises:
         ConfigError: a mask that needs a gradient.
@@ -110,13 +104,10 @@ def scaled_dot_product_attention(
     if enable_gqa:
         times = query.shape[-3] // key.shape[-3]
         key, value = (t.repeat_interleave(times, -3) for t in (key, value))
-    if is_causal:
-        attn_mask = causal_mask(query, key)
+    if dropout_p:
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
     batch = torch.broadcast_shapes(*(t.shape[:-2] for t in (query, key, value)))
     query, key, value = (t.expand(*batch, *t.shape[-2:]) for t in (query, key, value))
-    dropout = None
-    if dropout_p:
-        shape = (*batch, query.shape[-2], key.shape[-2])
-        dropout = bernoulli(shape, 1 - dropout_p, None, query.device).float().div_(1 - dropout_p)
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    return _Attention.apply(query, key, value, attn_mask, scale, dropout)  # type: ignore[no-any-return]
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return attend(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]

@@ -20,10 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.exact.ordinary import ordinary
+from torchpar.exact.mode import ordinary
 from torchpar.exact.sums import exponents_of
 from torchpar.library import is_dtensor
-from torchpar.ops._exact import KeptDigits
 from torchpar.wire import wire_device
 
 _WIDTH = 30
@@ -98,21 +97,22 @@ class DataParallel:
                 kind = "a DTensor" if is_dtensor(p) else str(p.dtype)
                 raise ConfigError(f"{name} is {kind}, expected a parameter of float32 that no rank shares")
         self.group = group
-        self._kept = KeptDigits(self.parameters)  # all units of a step multiply by the same weights
         self._restart()
 
     def _restart(self) -> None:
         self._sums = [BinnedSum(p) for p in self.parameters]
         self._loss = BinnedSum(torch.zeros(()))
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, gradient: Tensor | None = None) -> None:
         """Compute the gradients of one unit's ``loss``, and add them and the loss.
+
+        On a stage of a pipeline, but the last one, give the unit's activations and their ``gradient``.
 
         Raises:
             ConfigError: a parameter has a gradient already, or was frozen or unfrozen after
                 this object was made; or there are several losses.
         """
-        if loss.numel() != 1:
+        if gradient is None and loss.numel() != 1:
             raise ConfigError(f"the loss has shape {tuple(loss.shape)}, expected one number; take its mean")
         if [*map(id, trainable(self.model))] != [*map(id, self.parameters)]:
             raise ConfigError(
@@ -120,8 +120,8 @@ class DataParallel:
             )
         if any(p.grad is not None for p in self.parameters):
             raise ConfigError("a parameter has a gradient before the backward pass; call zero_grad() before")
-        loss.backward()
-        self._add(loss)
+        loss.backward(gradient)
+        self._add(loss if gradient is None else torch.zeros(()))
 
     @ordinary
     def _add(self, loss: Tensor) -> None:
@@ -133,7 +133,10 @@ class DataParallel:
 
     @ordinary
     def all_reduce(self) -> Tensor:
-        """Set each ``p.grad`` to the sum over all units, and return that of the losses, float32."""
+        """Set each ``p.grad`` to the sum over all units, and return that of the losses, float32.
+
+        On the stages of a pipeline that have no loss it is 0.
+        """
         sums = [self._loss, *self._sums]
         if self.group is not None and dist.get_world_size(self.group) > 1:
             _add_over_ranks(sums, self.group)

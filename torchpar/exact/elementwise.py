@@ -3,8 +3,6 @@
 """Rules for elementwise operators: single operations, functions, and random numbers."""
 
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,19 +10,8 @@ from torch import Tensor
 
 from torchpar.errors import ConfigError
 from torchpar.exact import random
-from torchpar.exact.functions import (
-    cos64,
-    erf64,
-    erfinv64,
-    exp64,
-    in_pieces,
-    log64,
-    pow64,
-    sigmoid64,
-    sin64,
-    tanh64,
-)
-from torchpar.exact.registry import RULES, rule, times
+from torchpar.exact.functions import erf64, exp64, function, in_pieces, log64, pow64, sigmoid64, tanh64
+from torchpar.exact.registry import rule, times
 
 # One operation at a time: a processor may fuse a product and a sum, which rounds once
 
@@ -62,59 +49,37 @@ def _lerp(x: Tensor, y: Tensor, weight: Any) -> Tensor:
 # Functions
 
 
-def _function(name: str, function: Callable[[Tensor], Tensor]) -> None:
-    RULES[name] = partial(in_pieces, function)
+function("log2")(lambda x: log64(x) * (1 / math.log(2)))
+function("rsqrt")(lambda x: 1 / x.sqrt())
+function("silu")(lambda x: x * sigmoid64(x))
+function("sigmoid_backward")(lambda g, y: g * (y * (1 - y)))
+function("tanh_backward")(lambda g, y: g * (1 - y * y))
 
 
-_function("exp", exp64)
-_function("log", log64)
-_function("log2", lambda x: log64(x) * (1 / math.log(2)))
-_function("sigmoid", sigmoid64)
-_function("tanh", tanh64)
-_function("sin", sin64)
-_function("cos", cos64)
-_function("erf", erf64)
-_function("erfinv", erfinv64)
-_function("rsqrt", lambda x: 1 / x.sqrt())
-_function("silu", lambda x: x * sigmoid64(x))
-
-RULES["sigmoid_backward"] = partial(in_pieces, lambda g, y: g * (y * (1 - y)))
-RULES["tanh_backward"] = partial(in_pieces, lambda g, y: g * (1 - y * y))
-
-
-@rule("log1p")
+@function("log1p")
 def _log1p(x: Tensor) -> Tensor:
-    def formula(x: Tensor) -> Tensor:
-        u = x + 1  # whose rounding error the quotient removes
-        return torch.where(u == 1, x, log64(u) * (x / (u - 1)))
+    u = x + 1  # whose rounding error the quotient removes
+    return torch.where(u == 1, x, log64(u) * (x / (u - 1)))
 
-    return in_pieces(formula, x)
+
+@function("silu_backward")
+def _silu_backward(g: Tensor, x: Tensor) -> Tensor:
+    s = sigmoid64(x)
+    return g * (s * (x * (1 - s) + 1))
 
 
 @rule("softplus")
 def _softplus(x: Tensor, beta: float = 1, _: float = 20) -> Tensor:
-    _check_beta(beta)
-    return in_pieces(lambda x: x.clamp(min=0) + log64(exp64(-x.abs()) + 1), x)
+    def formula(x: Tensor) -> Tensor:
+        x = x * beta
+        return (x.clamp(min=0) + _log1p(exp64(-x.abs()))) / beta
+
+    return in_pieces(formula, x)
 
 
 @rule("softplus_backward")
 def _softplus_backward(g: Tensor, x: Tensor, beta: float, _: float) -> Tensor:
-    _check_beta(beta)
-    return in_pieces(lambda g, x: g * sigmoid64(x), g, x)
-
-
-def _check_beta(beta: float) -> None:
-    if beta != 1:
-        raise ConfigError(f"softplus in exact arithmetic has beta 1, not {beta}; scale its input and output")
-
-
-@rule("silu_backward")
-def _silu_backward(g: Tensor, x: Tensor) -> Tensor:
-    def formula(g: Tensor, x: Tensor) -> Tensor:
-        s = sigmoid64(x)
-        return g * (s * (x * (1 - s) + 1))
-
-    return in_pieces(formula, g, x)
+    return in_pieces(lambda g, x: g * sigmoid64(x * beta), g, x)
 
 
 _TANH_SCALE, _TANH_CUBE = math.sqrt(2 / math.pi), 0.044715

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """A small GPT that predicts characters, and a training of it whose bits are the same everywhere."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -9,31 +8,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
+from torchpar.errors import ConfigError
 from torchpar.exact.data_parallel import DataParallel
 from torchpar.exact.mode import mode
-from torchpar.exact.tensor_parallel import linear
+from torchpar.exact.tensor_parallel import Linear
 from torchpar.parallel.launch.world import World
-from torchpar.partition import Partition
-from torchpar.parts import mark_part, slice_of
 
 CONTEXT, WIDTH, HEADS, BLOCKS = 64, 64, 4, 2  # characters of a text, their features; of the model
 SEQUENCES, STEPS, LR = 8, 20, 3e-3  # texts of a step; of the training
-
-
-class Linear(nn.Module):
-    """A linear layer without bias, whose weight ``(out, in)`` the ranks of ``mesh`` share along ``axis``."""
-
-    def __init__(self, in_features: int, out_features: int, mesh: DeviceMesh, axis: int):
-        super().__init__()
-        self.mesh, self.axis = mesh, axis
-        self.partition = Partition((out_features, in_features)[axis], mesh.size(), mesh.get_local_rank())
-        whole = torch.randn(out_features, in_features) * in_features**-0.5
-        self.weight = nn.Parameter(self.partition.narrow(whole, axis).clone())
-        mark_part(self.weight, slice_of(self.weight.shape, axis, self.partition, mesh))
-
-    def forward(self, x: Tensor) -> Tensor:
-        meshes = {"inputs" if self.axis == 0 else "outputs": self.mesh}
-        return linear(x, self.weight, **meshes)
 
 
 class Block(nn.Module):
@@ -79,17 +61,18 @@ class GPT(nn.Module):
 
 def read_text(path: Path) -> tuple[Tensor, int]:
     """The characters of a text as numbers, and how many different ones there are."""
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist, expected the book in the examples' data; give --data")
     written = path.read_text(encoding="ascii")
     alphabet = {character: i for i, character in enumerate(sorted(set(written)))}
     return torch.tensor([alphabet[character] for character in written]), len(alphabet)
 
 
-def train(path: Path, world: World) -> Iterator[tuple[float, GPT]]:
-    """Train on the text at ``path``; yields the loss of each step, and the model.
+def train(text: Tensor, characters: int, world: World) -> GPT:
+    """Train on ``text``, the numbers of its characters. Each text of a step is a unit of work.
 
-    Each text of a step is a unit of work. The ranks of "dp" share them.
+    The ranks of "dp" share them.
     """
-    text, characters = read_text(path)
     with mode():
         torch.manual_seed(0)
         model = GPT(characters, world.mesh["tp"])
@@ -101,7 +84,7 @@ def train(path: Path, world: World) -> Iterator[tuple[float, GPT]]:
                 window = text[start : start + CONTEXT + 1]
                 loss = F.cross_entropy(model(window[:-1]), window[1:])
                 parallel.backward(loss / SEQUENCES)
-            total = parallel.all_reduce()
+            parallel.all_reduce()
             optimizer.step()
             optimizer.zero_grad()
-            yield float(total), model
+    return model

@@ -3,33 +3,39 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any, Literal
+from functools import cache, wraps
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 from torch.utils._pytree import tree_leaves
 
 from torchpar.errors import ConfigError
 from torchpar.exact import elementwise as elementwise
 from torchpar.exact import products as products  # which register rules
 from torchpar.exact import reductions as reductions
+from torchpar.exact import softmax as softmax
 from torchpar.exact.attention import scaled_dot_product_attention
 from torchpar.exact.registry import PASSING, RULES
-from torchpar.ops import _exact
 
 _NAMESPACES = ("prims", "profiler", "debugprims")
 _OWN = ("exact_matmul", "maximum")
 Kind = Literal["passing", "rules", "missing"]
+T = TypeVar("T")
+P = ParamSpec("P")
 
 
 @contextmanager
-def mode(*, compiled: bool = False) -> Iterator[None]:
+def mode() -> Iterator[None]:
     """Compute in exact arithmetic: the same bits for any number of threads and any processor.
 
         with torchpar.exact.mode():
@@ -41,20 +47,25 @@ def mode(*, compiled: bool = False) -> Iterator[None]:
     Make the model in the mode, too, so that its first weights are the same everywhere. Each row of a result
     depends on its own row of the input alone, and not on the batch around it.
 
-    Args:
-        compiled: let `torch.compile` fuse the steps of a product, so that each passes over memory once. The
-            bits are the same. It needs a C++ compiler. The first products take some seconds; later large
-            ones are faster.
-
     Raises:
         ConfigError: an operator that has no exact version, or a dtype other than float32.
     """
-    with _exact.compiled() if compiled else nullcontext():
-        if any(isinstance(active, _Operators) for active in _get_current_dispatch_mode_stack()):
-            yield
-            return
-        with _Functions(), _Operators():
-            yield
+    if any(isinstance(active, _Operators) for active in _get_current_dispatch_mode_stack()):
+        yield
+        return
+    with _Functions(), _Operators():
+        yield
+
+
+def ordinary(function: Callable[P, T]) -> Callable[P, T]:
+    """Call ``function``, which is exact by itself, outside of the mode."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            return function(*args, **kwargs)
+
+    return call
 
 
 class _Functions(TorchFunctionMode):
@@ -162,17 +173,6 @@ def coverage(function: Callable[..., Any], *inputs: Any, **options: Any) -> Cove
             getattr(found, kind_of(func, args))[str(func)] += 1
             return func(*args, **(kwargs or {}))
 
-    with _Attention(found), _Recorder():
+    with _Recorder():
         function(*inputs, **options)
     return found
-
-
-class _Attention(TorchFunctionMode):
-    def __init__(self, found: Coverage):
-        super().__init__()
-        self.found = found
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            self.found.rules["scaled_dot_product_attention"] += 1
-        return func(*args, **(kwargs or {}))

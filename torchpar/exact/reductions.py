@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # mypy: disable-error-code="no-any-return"
-"""Rules for sums, means, norms, softmax, losses, and gradients of indexing: exact sums."""
+"""Rules for sums, means, norms, losses, and gradients of indexing: exact sums."""
 
 import math
 from collections.abc import Sequence
@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.exact import ieee
-from torchpar.exact.functions import log64
 from torchpar.exact.registry import check_float32, rule, times
-from torchpar.exact.softmax import log_softmax, softmax
 from torchpar.exact.sums import exact_index_sum, exact_sum
 
 
@@ -97,44 +94,6 @@ def _layer_norm_backward(
     return dx, dw, db
 
 
-@rule("_softmax")
-def _softmax(x: Tensor, dim: int, _: bool) -> Tensor:
-    check_float32(x)
-    return softmax(x, dim)
-
-
-@rule("_safe_softmax")
-def _safe_softmax(x: Tensor, dim: int, _: Any = None) -> Tensor:
-    check_float32(x)
-    return softmax(x, dim, zero_if_masked=True)
-
-
-@rule("_softmax_backward_data")
-def _softmax_backward(g: Tensor, y: Tensor, dim: int, _: Any) -> Tensor:
-    total = exact_sum(g.double() * y.double(), [dim], True)
-    return ((g.double() - total) * y.double()).float()
-
-
-@rule("logsumexp")
-def _logsumexp(x: Tensor, dims: list[int], keepdim: bool = False) -> Tensor:
-    check_float32(x)
-    largest = x.amax(dims, True)
-    shift = torch.where(largest.isfinite(), largest, 0.0)
-    total = log64(exact_sum(ieee.exp(x - shift), dims, True)) + shift.double()
-    return (total if keepdim else total.squeeze(tuple(dims))).float()
-
-
-@rule("_log_softmax")
-def _log_softmax(x: Tensor, dim: int, _: bool) -> Tensor:
-    check_float32(x)
-    return log_softmax(x, dim)
-
-
-@rule("_log_softmax_backward_data")
-def _log_softmax_backward(g: Tensor, y: Tensor, dim: int, _: Any) -> Tensor:
-    return (g.double() - ieee.exp(y).double() * exact_sum(g, [dim], True)).float()
-
-
 @rule("nll_loss_forward")
 def _nll_loss(
     x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore: int
@@ -195,28 +154,30 @@ def _embedding_backward(g: Tensor, indices: Tensor, rows: int, padding: int, by_
 def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: Any = 1) -> Tensor:
     if not x.is_floating_point():
         return torch.index_add(x, dim, index, source, alpha=alpha)
-    moved = source.movedim(dim, 0)
-    total = exact_index_sum(moved.reshape(len(index), -1), index, x.shape[dim])
-    return x + times(total.view(x.shape[dim], *moved.shape[1:]).movedim(0, dim), alpha)
+    return x + times(_sums_at(_places(x).index_select(dim, index), source, x), alpha)
 
 
 @rule("scatter_add")
 def _scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
     if not x.is_floating_point():
         return torch.scatter_add(x, dim, index, source)
-    # The index of each target in the flat tensor.
-    places = torch.arange(x.numel(), device=x.device).view(x.shape)
-    places = places[tuple(slice(None if i == dim % x.dim() else n) for i, n in enumerate(index.shape))]
-    flat = places.gather(dim, index).flatten()
-    values = source[tuple(map(slice, index.shape))].reshape(-1, 1)
-    return x + exact_index_sum(values, flat, x.numel()).view(x.shape)
+    places = _places(x)[tuple(slice(None if i == dim % x.dim() else n) for i, n in enumerate(index.shape))]
+    return x + _sums_at(places.gather(dim, index), source[tuple(map(slice, index.shape))], x)
 
 
 @rule("index_put", "_index_put_impl", "_unsafe_index_put")
 def _index_put(x: Tensor, indices: Any, values: Tensor, accumulate: bool = False, *_: Any) -> Tensor:
     if not (accumulate and x.is_floating_point()):
         return torch.index_put(x, indices, values)
-    places = torch.arange(x.numel(), device=x.device).view(x.shape)
-    places = places[tuple(slice(None) if i is None else i for i in indices)]
-    total = exact_index_sum(values.expand(places.shape).reshape(-1, 1), places.flatten(), x.numel())
-    return x + total.view(x.shape)
+    places = _places(x)[tuple(slice(None) if i is None else i for i in indices)]
+    return x + _sums_at(places, values.expand(places.shape), x)
+
+
+def _places(x: Tensor) -> Tensor:
+    """The index of each element in the flat tensor."""
+    return torch.arange(x.numel(), device=x.device).view(x.shape)
+
+
+def _sums_at(places: Tensor, values: Tensor, x: Tensor) -> Tensor:
+    """The sums of the ``values`` that have the same place in ``x``."""
+    return exact_index_sum(values.reshape(-1, 1), places.flatten(), x.numel()).view(x.shape)

@@ -24,7 +24,7 @@ _PASSING = """
     unsafe_split unsqueeze view _unsafe_view _reshape_alias _to_copy _pin_memory resize_
     empty empty_like empty_strided full full_like ones ones_like scalar_tensor zeros zeros_like fill zero eye
     masked_fill masked_scatter scatter index_fill index_copy where nan_to_num clamp clamp_min clamp_max
-    abs neg sign sqrt floor ceil round trunc relu threshold threshold_backward hardtanh hardtanh_backward
+    abs neg sign sgn sqrt floor ceil round trunc relu threshold threshold_backward hardtanh hardtanh_backward
     eq ne lt le gt ge isnan isinf isneginf isposinf logical_and logical_or logical_not logical_xor all any
     equal maximum minimum max min amax amin argmax argmin sort topk mul div reciprocal
     new_empty_strided _local_scalar_dense item is_same_size is_pinned embedding random rand rand_like

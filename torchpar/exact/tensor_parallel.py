@@ -7,7 +7,8 @@
 | dL/dx | outputs | rows |
 | dL/dweight | samples | no messages: each rank has its slice of the whole gradient |
 
-Each result has the bits of the unsplit product in `torchpar.exact.mode`.
+Each result has the bits of the unsplit product in `torchpar.exact.mode`, if it is finite. Where ranks add, a
+row that is not finite becomes NaN.
 """
 
 from typing import Any
@@ -17,32 +18,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchpar.exact.operands import Operand
-from torchpar.exact.ordinary import ordinary
+from torchpar.exact.mode import ordinary
 from torchpar.ops import _exact, exact_matmul
 from torchpar.ops.matrix import rows
 from torchpar.parallel.split.reduction import all_reduce
-
-
-def shared_exponents(matrices: list[Tensor], mesh: DeviceMesh | None) -> list[Tensor]:
-    """The exponents of the rows of ``matrices``, whose columns the ranks of ``mesh`` share."""
-    exponents = [_exact.row_exponents(t) for t in matrices]
-    if mesh is None or mesh.size() == 1:
-        return exponents
-    largest = all_reduce(torch.cat(exponents), mesh, dist.ReduceOp.MAX)
-    return list(largest.split([len(e) for e in exponents]))
-
-
-def shared_product(a: Operand, b: Operand, mesh: DeviceMesh | None) -> Tensor:
-    """The product of ``a`` with the transpose of ``b``, whose columns the ranks of ``mesh`` share."""
-    if mesh is None or mesh.size() == 1:
-        return a.product(b)
-    return _exact.rounded(all_reduce(a.sums(b), mesh), a.e, b.e)
+from torchpar.partition import Partition
+from torchpar.parts import mark_part, slice_of
 
 
 def _product(a: Tensor, b: Tensor, mesh: DeviceMesh | None) -> Tensor:
-    e, f = shared_exponents([a, b], mesh)
-    return shared_product(Operand(a, e), Operand(b, f), mesh)
+    """``a @ b.T``, whose terms the ranks of ``mesh`` share."""
+    if mesh is None or mesh.size() == 1:
+        return exact_matmul(a, b)
+    exponents = torch.cat([_exact.row_exponents(a), _exact.row_exponents(b)])
+    e, f = all_reduce(exponents, mesh, dist.ReduceOp.MAX).split([len(a), len(b)])
+    return _exact.rounded(all_reduce(_exact.sums(a, b, e, f), mesh), e, f)
 
 
 class _Linear(torch.autograd.Function):
@@ -57,10 +47,10 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @ordinary
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         x, weight = ctx.saved_tensors
         dz = rows(g)
-        dx = _product(dz, weight.T, ctx.inputs).view(x.shape)
+        dx = _product(dz, weight.T, ctx.inputs).view(x.shape) if ctx.needs_input_grad[0] else None
         return dx, exact_matmul(dz.T, rows(x).T), None, None
 
 
@@ -74,3 +64,23 @@ def linear(
         inputs: the ranks that share the terms of the gradient of ``x``, as their weights are split by rows.
     """
     return _Linear.apply(x, weight, outputs, inputs)  # type: ignore[no-any-return]
+
+
+class Linear(torch.nn.Module):
+    """A linear layer without bias, whose weight ``(out, in)`` the ranks of ``mesh`` share.
+
+    Args:
+        axis: of the weight, along which it is cut: 0 by rows, for the features of the outputs; 1 by columns,
+            for those of the inputs. A layer by columns takes what one by rows returns.
+    """
+
+    def __init__(self, in_features: int, out_features: int, mesh: DeviceMesh, axis: int):
+        super().__init__()
+        self.mesh, self.axis = mesh, axis
+        partition = Partition((out_features, in_features)[axis], mesh.size(), mesh.get_local_rank())
+        whole = torch.randn(out_features, in_features) * in_features**-0.5
+        self.weight = torch.nn.Parameter(partition.narrow(whole, axis).clone())
+        mark_part(self.weight, slice_of(self.weight.shape, axis, partition, mesh))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, **{"inputs" if self.axis == 0 else "outputs": self.mesh})

@@ -20,11 +20,8 @@ matrix multiplication unit", 2024.
 """
 
 import functools
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,48 +38,13 @@ MIN_EXPONENT, MAX_EXPONENT = -149, 129  # of rows of finite numbers
 CARRY = sum(2 ** (BITS * p + BITS - 1) for p in range(DIGITS - 1))
 _SHIFTS = torch.arange(BITS * (DIGITS - 1), -1, -BITS, dtype=torch.int32, device="cpu")
 CHAIN = 2**14  # terms, for which each order fits in an int32, and T in the 53 bits of a float64
-LONG_CHAIN = 2**23  # terms, for which T fits in an int64
+LONGEST = 2**23  # terms, for which T fits in an int64
 _FLOAT_CHAIN = 2**10  # products of two digits, whose sum float32 holds
 _BLOCK = 2**16  # elements to a thread that are cut, or put together, at a time: they fit in a core's cache
-_COMPILED_BLOCK = 2**19  # likewise, of functions that pass over them once
 # The least rows of a block: each block rearranges or converts the whole other operand.
 _LEAST_ROWS, _LEAST_FLOAT_ROWS = 128, 512
 # Multiplications from which int8 is faster than floats, and half of X·Xᵀ faster than all of it.
 _MIN_LARGE_PRODUCT = 2**20
-
-
-_compiles = ContextVar("compiles", default=False)
-T = TypeVar("T")
-P = ParamSpec("P")
-
-
-@contextmanager
-def compiled() -> Iterator[None]:
-    """Let a compiler make one pass over memory of each function below that `_in_one_pass` decorates."""
-    before = _compiles.set(True)
-    try:
-        yield
-    finally:
-        _compiles.reset(before)
-
-
-def _in_one_pass(function: Callable[P, T]) -> Callable[P, T]:
-    """Compile a function of exact operations when `compiled` asks for it: fusing them changes no bit."""
-    made: list[Callable[P, T]] = []
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if not _compiles.get():
-            return function(*args, **kwargs)
-        if not made:
-            made.append(torch.compile(function, dynamic=True))
-        try:
-            return made[0](*args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as e:
-            reason = str(e).partition("\n")[0]
-            raise ConfigError(f"torch.compile fails: {reason}; leave out compiled=True") from e
-
-    return call
 
 
 @functools.cache
@@ -131,14 +93,11 @@ def digits(x: Tensor, e: Tensor) -> Tensor:
     else:
         out = into = x.new_empty(*batch, m, DIGITS, k, dtype=torch.int8)
         source, exponents = x, e
-        if _compiles.get() and batch:  # with few layouts, since each one is compiled
-            into, source, exponents = out.flatten(0, -3), x.flatten(0, -2), e.flatten(0, -2)
     for block in _blocks(len(source), source[:1].numel()):
         _write_digits(into[block], source[block], exponents[block])
     return out
 
 
-@_in_one_pass
 def _write_digits(into: Tensor, x: Tensor, e: Tensor) -> None:
     integers = scaled(x, SCALE - e).round_().to(torch.int32)
     # Flipping the sign bit of each byte but the first makes digits of them; int8 keeps the lowest 8 bits.
@@ -148,8 +107,6 @@ def _write_digits(into: Tensor, x: Tensor, e: Tensor) -> None:
 
 def _blocks(rows: int, columns: int, least: int = 1) -> Iterator[slice]:
     """Blocks of rows of about `_BLOCK` elements for each thread, and of at least ``least`` rows."""
-    if _compiles.get():
-        least = max(least, _COMPILED_BLOCK // max(columns, 1))
     step = max(_BLOCK * torch.get_num_threads() // max(columns, 1), least)
     return (slice(first, first + step) for first in range(0, rows, step))
 
@@ -158,76 +115,23 @@ def scaled(x: Tensor, exponents: Tensor) -> Tensor:
     """``2^exponents · x`` in float32, a new tensor; exact where the result is a normal number."""
     normal = exponents.clamp(-126, 127)  # other powers of two are not normal float32 numbers
     result = x * power_of_two(normal)
-    # On a GPU the comparison would synchronise, and a compiler needs no branch.
-    if x.is_cuda or torch.compiler.is_compiling() or not torch.equal(normal, exponents):
+    # On a GPU the comparison would synchronise.
+    if x.is_cuda or not torch.equal(normal, exponents):
         result *= power_of_two(exponents - normal)
     return result
 
 
 def product(a: Tensor, b: Tensor, wrap: Wrap) -> Tensor:
     """``a @ b.mT`` for ``a (*, m, k)`` and ``b (*, n, k)``; if ``b is a``, half of it is computed."""
-    if a.is_cuda or wrap is not None:
-        return _product_by_kernel(a, b, wrap)
-    e, cut = _cut(a)
-    f, other = (e, cut) if b is a else _cut(b)
-    if cut is not None and other is not None:
-        return Sums(cut, other).rounded(e, f)
-    finite = [torch.where(t.isfinite(), t, 0) for t in (a, b)]
-    return _with_limits(product(finite[0], finite[1], None), a, b, e, f)
-
-
-def _product_by_kernel(a: Tensor, b: Tensor, wrap: Wrap) -> Tensor:
-    from torchpar.kernels.exact_matmul import exact_product
-
     e = row_exponents(a)
     f = e if b is a else row_exponents(b)
-    shape, k = (*a.shape[:-1], b.shape[-2]), a.shape[-1]
-    if isinstance(k, torch.SymInt) or k <= LONG_CHAIN:
-        return exact_product(a, b, e, f, wrap, out=a.new_empty(shape))
-    total = a.new_zeros(shape, dtype=torch.float64)
-    for x, y in zip(a.split(LONG_CHAIN, -1), b.split(LONG_CHAIN, -1), strict=True):
-        total += exact_product(x, y, e, f, wrap, out=a.new_empty(shape, dtype=torch.int64))
-    return _with_limits(rounded(total, e, f), a, b, e, f)
-
-
-_LAYOUTS = 2  # of a parameter whose digits are kept: of the products of the forward and the backward pass
-
-
-class KeptDigits:
-    """Keeps the digits of ``parameters`` on a CPU for the next products with the same values.
-
-    They take 8 bytes for a number in each of two layouts.
-    """
-
-    def __init__(self, parameters: Iterable[Tensor]):
-        # By address and layout: the values, exponents and digits.
-        self.of: dict[int, dict[Any, tuple[Tensor, Tensor, Tensor]]] = {
-            p.data_ptr(): {} for p in parameters if p.is_cpu
-        }
-        _keepers.add(self)
-
-
-_keepers: "weakref.WeakSet[KeptDigits]" = weakref.WeakSet()
-
-
-def _cut(x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The exponents of the rows of ``x``, and the digits, or None if ``x`` is not finite."""
-    layouts = next((k.of[x.data_ptr()] for k in list(_keepers) if x.data_ptr() in k.of), None)
-    layout = (x.shape, x.stride())
-    if layouts and layout in layouts:
-        values, e, cut = layouts[layout]
-        if torch.equal(values, x):
-            return e, cut
-        del layouts[layout]
-    e = row_exponents(x)
-    if (e > MAX_EXPONENT).any():
-        return e, None
-    cut = digits(x, e)
-    if layouts is not None:
-        if len(layouts) >= _LAYOUTS:
-            del layouts[next(iter(layouts))]  # the oldest
-        layouts[layout] = x.clone(), e, cut
-    return e, cut
+    if a.is_cuda or wrap is not None:
+        return _by_kernel(a, b, e, f, wrap)
+    if (torch.cat([e.flatten(), f.flatten()]) > MAX_EXPONENT).any():
+        finite = [torch.where(t.isfinite(), t, 0) for t in (a, b)]
+        return _with_limits(product(finite[0], finite[1], None), a, b, e, f)
+    cut = digits(a, e)
+    return Sums(cut, cut if b is a else digits(b, f)).rounded(e, f)
 
 
 def product_of_exponents(a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
@@ -236,11 +140,25 @@ def product_of_exponents(a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
     ``b`` is finite. A row of ``a`` that is not gives NaN.
     """
     if a.is_cuda:
-        from torchpar.kernels.exact_matmul import exact_product
-
-        return exact_product(a, b, e, f, None, out=a.new_empty(*a.shape[:-1], b.shape[-2]))
+        return _by_kernel(a, b, e, f)
     finite = torch.where(e > MAX_EXPONENT, 0.0, a)
     return Sums(digits(finite, e.clamp(max=MAX_EXPONENT)), digits(b, f)).rounded(e, f)
+
+
+def sums(a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
+    """T ``(m, n)`` int64 of matrices, whose rows have the exponents ``e (m, 1)`` and ``f (n, 1)``.
+
+    Those of rows that are not finite mean nothing.
+    """
+    return _by_kernel(a, b, e, f, None, torch.int64) if a.is_cuda else Sums(digits(a, e), digits(b, f)).long()
+
+
+def _by_kernel(
+    a: Tensor, b: Tensor, e: Tensor, f: Tensor, wrap: Wrap = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    from torchpar.kernels.exact_matmul import exact_product
+
+    return exact_product(a, b, e, f, wrap, out=a.new_empty(*a.shape[:-1], b.shape[-2], dtype=dtype))
 
 
 def _with_limits(out: Tensor, a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
@@ -251,9 +169,15 @@ def _with_limits(out: Tensor, a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Ten
 
 
 class Sums:
-    """T ``(*, m, n)`` of the digits ``a (*, m, 4, k)`` and ``b (*, n, 4, k)``; half of it if ``b is a``."""
+    """T ``(*, m, n)`` of the digits ``a (*, m, 4, k)`` and ``b (*, n, 4, k)``; half of it if ``b is a``.
+
+    Raises:
+        ConfigError: more than `LONGEST` terms.
+    """
 
     def __init__(self, a: Tensor, b: Tensor):
+        if a.shape[-1] > LONGEST:
+            raise ConfigError(f"an exact sum has {a.shape[-1]} terms, expected at most {LONGEST}; split it")
         self.shape = (*a.shape[:-2], b.shape[-3])
         self.a = a.flatten(0, -4) if a.dim() > 3 else a[None]
         self.b = self.a if b is a else b.flatten(0, -4) if b.dim() > 3 else b[None]
@@ -303,20 +227,17 @@ class Sums:
             for t in (finite_power(e), finite_power(f.mT, -WEIGHT))
         )
         for index, part in self.blocks():
-            _write_rounded(out[index], part, rows[index], columns[index])
+            out[index] = (part.double() * rows[index]).mul_(columns[index])
             self._mirror(out, index)
         return out.view(self.shape)
 
 
 def _chained(sums: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
     """``sums(a, b)``, which is for at most `CHAIN` terms, of any number of terms."""
-    k = a.shape[-1]
-    if k <= CHAIN:
+    if a.shape[-1] <= CHAIN:
         return sums(a, b)
-    # Chains of LONG_CHAIN terms are added in float64, in order and with rounding.
-    length, dtype = (LONG_CHAIN, torch.float64) if k > LONG_CHAIN else (CHAIN, torch.int64)
-    pairs = zip(a.split(length, -1), b.split(length, -1), strict=True)
-    return functools.reduce(Tensor.add_, (_chained(sums, x, y).to(dtype) for x, y in pairs))
+    pairs = zip(a.split(CHAIN, -1), b.split(CHAIN, -1), strict=True)
+    return functools.reduce(Tensor.add_, (sums(x, y).long() for x, y in pairs))
 
 
 def _int8_sums(a: Tensor, b: Tensor) -> Tensor:
@@ -327,21 +248,10 @@ def _int8_sums(a: Tensor, b: Tensor) -> Tensor:
     orders = a.new_empty(DIGITS, m, n, dtype=torch.int32)
     for s, order in enumerate(orders, 1):
         torch._int_mm(left[:, -s * k :], right[:, : s * k].T, out=order)
-    return _total(orders)
-
-
-@_in_one_pass
-def _total(orders: Tensor) -> Tensor:
-    """T in float64, from the sums of each order ``(4, m, n)`` int32."""
     total = orders[0].double()
     for order in orders[1:]:
         total = torch.add(order.double(), total, alpha=2**BITS)
     return total
-
-
-@_in_one_pass
-def _write_rounded(into: Tensor, total: Tensor, rows: Tensor, columns: Tensor) -> None:
-    into.copy_((total.double() * rows).mul_(columns))
 
 
 def _float_sums(a: Tensor, b: Tensor) -> Tensor:

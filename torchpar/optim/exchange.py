@@ -9,7 +9,7 @@ a missing gradient, or a learning rate that differs.
 """
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -44,12 +44,7 @@ _REFUSED = {
 }
 
 
-class Matrix(NamedTuple):
-    """A matrix, this rank's part of it, and a text that must be the same on all ranks."""
-
-    name: str
-    part: Part
-    description: str
+Matrix = tuple[str, Part, str]  # the name, this rank's part, and a text that must be the same on all ranks
 
 
 class Message(NamedTuple):
@@ -61,48 +56,14 @@ class Message(NamedTuple):
     part: Part
 
 
-class _Route:
-    """The messages of one all-to-all; every rank makes it from the same list.
+_Route = tuple[list[list[Message]], list[list[Message]]]
 
-    Args:
-        flags: the number of flags that each rank sends to each other rank, before its parts.
-    """
 
-    def __init__(self, messages: list[Message], group: dist.ProcessGroup, flags: int):
-        self.group, self.flags = group, flags
-        rank, ranks = dist.get_rank(group), range(dist.get_world_size(group))
-        self.rank = rank
-        self.sends = [[m for m in messages if (m.source, m.target) == (rank, r)] for r in ranks]
-        self.receives = [[m for m in messages if (m.source, m.target) == (r, rank)] for r in ranks]
-
-    def run(
-        self, take: Callable[[Message], Tensor | None], flags: Tensor, device: torch.device
-    ) -> tuple[list[tuple[Message, Tensor]], list[Tensor]]:
-        """Send ``take(message)``, or zeros for None; return what was received, and the flags by rank."""
-        wire = wire_device(flags, self.group)
-        flags = flags[: self.flags].to(wire)
-
-        def flat(message: Message) -> Tensor:
-            t = take(message)
-            return flags.new_zeros(message.part.numel) if t is None else t.to(wire, torch.bfloat16).flatten()
-
-        blocks = [
-            torch.cat([flags, *map(flat, messages)]) if rank != self.rank else flags[:0]
-            for rank, messages in enumerate(self.sends)
-        ]
-        lengths = [
-            self.flags * (rank != self.rank) + sum(m.part.numel for m in messages)
-            for rank, messages in enumerate(self.receives)
-        ]
-        received = flags.new_empty(sum(lengths))
-        dist.all_to_all_single(received, torch.cat(blocks), lengths, list(map(len, blocks)), group=self.group)
-        incoming, flags_by_rank = [], []
-        for block, messages in zip(received.split(lengths), self.receives, strict=True):
-            sizes = [m.part.numel for m in messages]
-            first, *parts = block.split([len(block) - sum(sizes), *sizes])
-            flags_by_rank.append(first if len(first) else flags)
-            incoming += [(m, t.view(m.part.size).to(device)) for m, t in zip(messages, parts, strict=True)]
-        return incoming, flags_by_rank
+def _route(messages: list[Message], group: dist.ProcessGroup) -> _Route:
+    """This rank's messages to each rank, and from each rank."""
+    rank, ranks = dist.get_rank(group), range(dist.get_world_size(group))
+    sends = [[m for m in messages if (m.source, m.target) == (rank, r)] for r in ranks]
+    return sends, [[m for m in messages if (m.source, m.target) == (r, rank)] for r in ranks]
 
 
 class Exchange:
@@ -113,7 +74,6 @@ class Exchange:
     Args:
         costs: of each matrix the work of its update.
         device: of the matrices.
-        first_owner: the rank that gets the most costly matrix. Groups of one matrix each differ in it.
 
     Attributes:
         owned: the indices of the matrices that this rank owns.
@@ -123,25 +83,18 @@ class Exchange:
     """
 
     def __init__(
-        self,
-        group: dist.ProcessGroup,
-        matrices: list[Matrix],
-        costs: Sequence[int],
-        device: torch.device,
-        first_owner: int = 0,
+        self, group: dist.ProcessGroup, matrices: list[Matrix], costs: Sequence[int], device: torch.device
     ):
         self.group, self.device = group, device
         self.names, self.parts, _ = zip(*matrices, strict=True)
         by_rank = self._gather_objects(matrices)
         _check_same(by_rank)
-        owners = [(owner + first_owner) % len(by_rank) for owner in assign_owners(costs, len(by_rank))]
+        owners = assign_owners(costs, len(by_rank))
         self.owned = [i for i, owner in enumerate(owners) if owner == dist.get_rank(group)]
-        parts_of_all = [[one.part for one in of_ranks] for of_ranks in zip(*by_rank, strict=True)]
+        parts_of_all = [[part for _, part, _ in of_ranks] for of_ranks in zip(*by_rank, strict=True)]
         to_owners, to_all = messages(self.names, parts_of_all, owners)
-        # The first all-to-all of a step carries the flags.
-        flags = len(matrices) + CHECKSUM_BYTES
-        self._to_owners = _Route(to_owners, group, flags) if to_owners else None
-        self._to_all = _Route(to_all, group, 0 if to_owners else flags)
+        self._to_owners = _route(to_owners, group) if to_owners else None
+        self._to_all = _route(to_all, group)
 
     def gather(
         self, parts: dict[int, Tensor], gradients: Sequence[GradientState], arguments: dict[str, Any]
@@ -161,10 +114,7 @@ class Exchange:
         checksum = zlib.crc32(repr(arguments).encode()).to_bytes(CHECKSUM_BYTES, "little")
         self._flags = torch.tensor([*gradients, *checksum], dtype=torch.bfloat16, device=self.device)
         self._present = [gradient == GradientState.PRESENT for gradient in gradients]
-        incoming: list[tuple[Message, Tensor]] = []
-        if self._to_owners is not None:
-            incoming, flags = self._to_owners.run(lambda m: parts.get(m.matrix), self._flags, self.device)
-            self._check(flags)
+        incoming = self._send(self._to_owners, parts, self._flags) if self._to_owners else []
         whole = {}
         for i in self.owned:
             if self._present[i]:
@@ -185,21 +135,52 @@ class Exchange:
         Raises:
             ConfigError: as `gather`, if all ranks have the whole matrices.
         """
-
-        def take(message: Message) -> Tensor | None:
-            return message.part.narrow(results[message.matrix]) if message.matrix in results else None
-
-        incoming, flags = self._to_all.run(take, self._flags, self.device)
-        if self._to_owners is None:
-            self._check(flags)
+        # Only the first all-to-all of a step carries the flags.
+        flags = self._flags[:0] if self._to_owners else self._flags
+        incoming = self._send(self._to_all, results, flags, narrow=True)
         parts = {message.matrix: t for message, t in incoming if self._present[message.matrix]}
         return parts | {i: self.parts[i].narrow(result) for i, result in results.items()}
 
-    def _check(self, flags: list[Tensor]) -> None:
-        """Check what all ranks sent, and find the matrices that take part in this step."""
-        by_rank = torch.stack(flags).tolist()
+    def _send(
+        self, route: _Route, tensors: dict[int, Tensor], flags: Tensor, narrow: bool = False
+    ) -> list[tuple[Message, Tensor]]:
+        """Send this rank's messages, and ``flags`` to all others, by one all-to-all; return what arrives.
+
+        Args:
+            tensors: the parts, by matrix; of a matrix that is not there zeros are sent.
+            narrow: whether they are whole matrices.
+        """
+        wire = wire_device(flags, self.group)
+        own_flags = flags.to(wire)
+
+        def flat(message: Message) -> Tensor:
+            t = tensors.get(message.matrix)
+            if t is None:
+                return own_flags.new_zeros(message.part.numel)
+            return (message.part.narrow(t) if narrow else t).to(wire, torch.bfloat16).flatten()
+
+        sends, receives = route
+        counts = [len(flags)] * len(sends)
+        counts[dist.get_rank(self.group)] = 0
+        blocks = [torch.cat([own_flags[:n], *map(flat, of)]) for n, of in zip(counts, sends, strict=True)]
+        lengths = [n + sum(m.part.numel for m in of) for n, of in zip(counts, receives, strict=True)]
+        received = own_flags.new_empty(sum(lengths))
+        dist.all_to_all_single(received, torch.cat(blocks), lengths, list(map(len, blocks)), group=self.group)
+        flags_by_rank, incoming = [], []
+        for n, block, of_rank in zip(counts, received.split(lengths), receives, strict=True):
+            first, *parts = block.split([n, *(m.part.numel for m in of_rank)])
+            flags_by_rank.append(first if n else own_flags)
+            incoming += [
+                (m, t.view(m.part.size).to(self.device)) for m, t in zip(of_rank, parts, strict=True)
+            ]
+        if len(flags):
+            self._check(torch.stack(flags_by_rank).tolist())
+        return incoming
+
+    def _check(self, by_rank: list[list[float]]) -> None:
+        """Check the flags of all ranks, and find the matrices that take part in this step."""
         ranks = dist.get_process_group_ranks(self.group)
-        checksums = [values[len(self.names) :] for values in by_rank]
+        checksums = [flags[len(self.names) :] for flags in by_rank]
         if any(checksum != checksums[0] for checksum in checksums):
             _check_arguments(self.names, self._gather_objects(self._arguments), ranks)
         self._present = check_gradients(self.names, by_rank, ranks)
@@ -257,43 +238,33 @@ def messages(
     """
     to_owners, to_all = [], []
     for i, (name, of_ranks, owner) in enumerate(zip(names, parts, owners, strict=True)):
-        for part, holders in holders_of(name, of_ranks).items():
-            if owner not in holders:
-                to_owners.append(Message(holders[i % len(holders)], owner, i, part))
+        holders: dict[Part, list[int]] = {}  # the ranks that have each part
+        for rank, part in enumerate(of_ranks):
+            if part.numel:
+                holders.setdefault(part, []).append(rank)
+        elements = sum(part.numel for part in holders)
+        if elements != torch.Size(of_ranks[0].whole).numel():
+            raise ConfigError(
+                f"Muon: the ranks have {elements} elements of {name}, which has shape {of_ranks[0].whole}; "
+                "expected a process_group of all ranks that have parts of it"
+            )
+        for part, ranks in holders.items():
+            if owner not in ranks:
+                to_owners.append(Message(ranks[i % len(ranks)], owner, i, part))
         to_all += [Message(owner, r, i, part) for r, part in enumerate(of_ranks) if r != owner]
     return to_owners, to_all
 
 
-def holders_of(name: str, parts: Sequence[Part]) -> dict[Part, list[int]]:
-    """The ranks that have each part of a matrix, for the ``parts`` of all ranks.
-
-    Raises:
-        ConfigError: the parts do not make a whole.
-    """
-    holders: dict[Part, list[int]] = {}
-    for rank, part in enumerate(parts):
-        if part.numel:
-            holders.setdefault(part, []).append(rank)
-    elements = sum(part.numel for part in holders)
-    if elements != torch.Size(parts[0].whole).numel():
-        raise ConfigError(
-            f"Muon: the ranks have {elements} elements of {name}, which has shape {parts[0].whole}; expected "
-            "a process_group of all ranks that have parts of it"
-        )
-    return holders
-
-
 def _check_same(by_rank: list[list[Matrix]]) -> None:
-    for rank, own in enumerate(by_rank):
-        texts = [
-            [f"{one.name} {one.part.whole} ({one.description})" for one in of] for of in (by_rank[0], own)
-        ]
-        if texts[0] != texts[1]:
-            first, other = next(pair for pair in zip_longest(*texts, fillvalue="none") if pair[0] != pair[1])
-            raise ConfigError(
-                f"Muon: the ranks of its process group have different parameters: {first} on its rank 0, and "
-                f"{other} on its rank {rank}, expected the same in the same order"
-            )
+    texts = [[f"{name} {part.whole} ({text})" for name, part, text in own] for own in by_rank]
+    for rank, own in enumerate(texts):
+        for first, other in zip_longest(texts[0], own, fillvalue="none"):
+            if first != other:
+                raise ConfigError(
+                    "Muon: the ranks of its process group have different parameters: "
+                    f"{first} on its rank 0, and {other} on its rank {rank}, expected the same in the same "
+                    "order"
+                )
 
 
 def _check_arguments(names: Sequence[str], by_rank: list[dict[str, Any]], ranks: Sequence[int]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.optim.newton_schulz import Coefficients, NewtonSchulz, coefficients_per_step, iterate
+from torchpar.optim.newton_schulz import Coefficients, NewtonSchulz, orthogonalize
 from torchpar.parts import Part
 
 View = Callable[[Tensor], Tensor | Sequence[Tensor]]
@@ -84,7 +84,6 @@ def orthogonalize_batched(
     matrices: Sequence[Tensor], coefficients: Coefficients, steps: int, eps: float, ns: NewtonSchulz
 ) -> list[Tensor]:
     """`orthogonalize` each matrix, in batches of nearly equal shapes, which keep a device busy; bfloat16."""
-    triples = coefficients_per_step(coefficients, steps)
     by_kind: dict[Any, list[int]] = {}
     for i, matrix in enumerate(matrices):
         by_kind.setdefault((_padded(matrix.shape), matrix.dtype, matrix.device), []).append(i)
@@ -94,7 +93,7 @@ def orthogonalize_batched(
         for first in range(0, len(indices), size):
             batch = indices[first : first + size]
             x = _stacked([matrices[i] for i in batch], shape)
-            updates = iterate(x, triples, eps, ns).view(len(batch), *shape)
+            updates = orthogonalize(x, coefficients, steps, eps, ns).view(len(batch), *shape)
             for i, update in zip(batch, updates, strict=True):
                 results[i] = update[tuple(map(slice, matrices[i].shape))]
     return results

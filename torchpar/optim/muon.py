@@ -19,7 +19,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from torchpar.errors import ConfigError
 from torchpar.library import is_dtensor
 from torchpar.optim.assign import Choice, ModelOptimizer, chain
-from torchpar.optim.exchange import Exchange, GradientState, Matrix, check_gradients, holders_of
+from torchpar.optim.exchange import Exchange, GradientState, check_gradients, messages
 from torchpar.optim.matrices import ParamInfo, View, orthogonalize_batched
 from torchpar.optim.newton_schulz import (
     COEFFICIENTS,
@@ -187,8 +187,8 @@ class Muon(Optimizer):
         super().add_param_group(param_group)
         index, group = len(self.param_groups) - 1, self.param_groups[-1]
         # By place, because a state dict that is loaded may bring other names.
-        views = {(index, i): self.views.get(name) for i, name in enumerate(group.get("param_names", ()))}
-        self._view_at.update(views)
+        for i, name in enumerate(group.get("param_names", ())):
+            self._view_at[index, i] = self.views.get(name)
         try:
             _check_group(group)
             infos = list(self._param_infos(index))
@@ -202,8 +202,6 @@ class Muon(Optimizer):
                 )
         except Exception:
             self.param_groups.pop()
-            for place in views:
-                del self._view_at[place]
             raise
         self._plan = None
 
@@ -265,7 +263,13 @@ class Muon(Optimizer):
         group = self.param_groups[index]
         gradients = [_gradient_state(info) for info in infos]
         chosen = [i for i, state in enumerate(gradients) if state == GradientState.PRESENT]
-        parts = dict(zip(chosen, self._directions(group, [infos[i] for i in chosen]), strict=True))
+        grads = [local(infos[i].p.grad).to(infos[i].p.dtype) for i in chosen]
+        directions = momenta = [self._momentum(infos[i]) for i in chosen]
+        if chosen:
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+            if group["nesterov"]:
+                directions = torch._foreach_lerp(grads, momenta, group["momentum"])  # type: ignore[assignment]
+        parts = dict(zip(chosen, directions, strict=True))
         if exchange is not None:
             return exchange.gather(parts, gradients, self._arguments(group))
         rank = dist.get_rank() if dist.is_initialized() else 0
@@ -289,24 +293,6 @@ class Muon(Optimizer):
                 value = "on a GPU" if value.is_cuda else value.item()
             arguments[name] = value
         return arguments
-
-    def _directions(self, group: dict[str, Any], infos: list[ParamInfo]) -> list[Tensor]:
-        """Update the momenta on this rank, and return them, with Nesterov's correction if it is on."""
-        if not infos:
-            return []
-        grads = [local(info.p.grad).to(info.p.dtype) for info in infos]
-        momenta = [self._momentum(info) for info in infos]
-        factor = group["momentum"]
-        if not momenta[0].is_cuda:  # where these functions take twice the time
-            for momentum, grad in zip(momenta, grads, strict=True):
-                momentum.lerp_(grad, 1 - factor)
-            if group["nesterov"]:
-                return [grad.lerp(momentum, factor) for momentum, grad in zip(momenta, grads, strict=True)]
-            return momenta
-        torch._foreach_lerp_(momenta, grads, 1 - factor)
-        if group["nesterov"]:
-            return torch._foreach_lerp(grads, momenta, factor)  # type: ignore[return-value]
-        return momenta
 
     def _momentum(self, info: ParamInfo) -> Tensor:
         p, state = info.p, self.state[info.p]
@@ -363,25 +349,19 @@ class Muon(Optimizer):
     def _apply(self, group: dict[str, Any], updates: list[tuple[ParamInfo, Tensor]]) -> None:
         """Apply the weight decay, and subtract the updates."""
         lr, decay = group["lr"], group["weight_decay"]
-        by_ratio: dict[float, list[tuple[Tensor, Tensor]]] = {}
+        params, rated = [], []
         for info, update in updates:
             if update.numel():
-                by_ratio.setdefault(_ratio(group, info.shapes[0]), []).append((local(info.p), update))
+                if isinstance(lr, Tensor):  # which is not read back from the device
+                    lr = lr.reshape(()).to(update.device)
+                params.append(local(info.p))
+                rated.append((update, lr * _ratio(group, info.shapes[0])))
             else:  # make the momentum all the same: a checkpoint saves it on every rank
                 self._momentum(info)
-        for ratio, pairs in by_ratio.items():
-            params, moves = [list(column) for column in zip(*pairs, strict=True)]
-            if isinstance(lr, Tensor):  # as `alpha` it would be read back from the device
-                lr = lr.reshape(()).to(params[0].device)
-                torch._foreach_mul_(params, 1 - lr * decay)
-                torch._foreach_sub_(params, [move.float() * (lr * ratio) for move in moves])
-            elif params[0].is_cuda:
-                torch._foreach_add_(params, params, alpha=-lr * decay)
-                moves = [move.to(p.dtype) for p, move in pairs]
-                torch._foreach_add_(params, moves, alpha=-lr * ratio)
-            else:
-                for p, move in pairs:
-                    p.mul_(1 - lr * decay).add_(move, alpha=-lr * ratio)
+        if params:
+            # Two roundings, as torch's. A factor of 1 − γ·λ would be rounded to a parameter's bfloat16.
+            torch._foreach_sub_(params, torch._foreach_mul(params, lr * decay))
+            torch._foreach_sub_(params, [update.float() * rate for update, rate in rated])
 
 
 def _ratio(group: dict[str, Any], shape: torch.Size) -> float:
@@ -398,15 +378,13 @@ def _exchange(ranks: Any, infos: list[ParamInfo], groups: int) -> Exchange | Non
             would wait for them, so the ranks compare it.
     """
     if ranks is None or ranks.size() == 1:
-        for info in infos:
-            holders_of(info.name, [info.part])
+        messages([info.name for info in infos], [[info.part] for info in infos], [0] * len(infos))  # checks
         return None
     group = ranks if isinstance(ranks, dist.ProcessGroup) else _group_of(ranks)
     matrices = [
-        Matrix(info.name, info.part._replace(mesh=None), f"{info.description} of {groups}") for info in infos
+        (info.name, info.part._replace(mesh=None), f"{info.description} of {groups}") for info in infos
     ]
-    costs, index = [info.cost for info in infos], infos[0].group_index
-    return Exchange(group, matrices, costs, infos[0].p.device, first_owner=index)
+    return Exchange(group, matrices, [info.cost for info in infos], infos[0].p.device)
 
 
 def _check_group(group: dict[str, Any]) -> None:

@@ -39,9 +39,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from torchpar.library import is_dtensor
 from torchpar.ops import matmul_t, symmetric_matmul
-from torchpar.ops.cpu_table import choice, default
+from torchpar.ops.cpu_table import choice
 from torchpar.ops.processor import has_bfloat16
 
 NewtonSchulz = Literal["auto", "standard", "gram"]
@@ -70,6 +69,7 @@ _GAIN = 1.1  # from which half products are taken: below, their calls cost more 
 _GRAM_ROWS, _GRAM_ASPECT = 256, 2  # below, the standard iteration is as fast
 
 
+@torch.no_grad()
 def orthogonalize(
     x: Tensor,
     coefficients: Coefficients = COEFFICIENTS,
@@ -106,34 +106,15 @@ def orthogonalize(
     check_ns(ns)
     triples = coefficients_per_step(coefficients, steps)
     if x.dim() > 3:
-        return iterate(x.flatten(0, -3), triples, eps, ns).view(x.shape)
-    return iterate(x, triples, eps, ns)
-
-
-@torch.no_grad()
-def iterate(x: Tensor, triples: list[Triple], eps: float, ns: NewtonSchulz) -> Tensor:
-    """`orthogonalize` with the coefficients of each iteration, for ``x (n, m)`` or ``(b, n, m)``."""
+        return orthogonalize(x.flatten(0, -3), coefficients, steps, eps, ns).view(x.shape)
     if x.shape[-2] > x.shape[-1]:
-        return iterate(x.mT, triples, eps, ns).mT
+        return orthogonalize(x.mT, coefficients, steps, eps, ns).mT
     x = x.to(torch.bfloat16, copy=True)
     if x.device.type == "cpu" and not has_bfloat16():
         x = x.float()  # whose products take a tenth of the time
     x.div_(torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps))
-    per_gram = _iterations_per_gram(x.shape[-2], x.shape[-1], len(triples), ns)
-    if max(per_gram, default=1) == 1 and not is_dtensor(x) and not _use_symmetric_products(x):
-        addmm, is_wide = torch.addmm if x.dim() == 2 else torch.baddbmm, x.is_contiguous()
-        x = x.contiguous()
-        r, z = (x.new_empty(*x.shape[:-1], x.shape[-2]) for _ in range(2))
-        y = torch.empty_like(x)
-        for a, b, c in triples:  # into the same memory: new memory costs a few per cent
-            torch.matmul(x, x.mT, out=r)
-            addmm(r, r, r, alpha=c, beta=b, out=z)
-            addmm(x, z, x, beta=a, out=y)
-            x, y = y, x
-        x = x.to(torch.bfloat16)
-        return x if is_wide else x.mT.contiguous().mT  # the result keeps the layout of a tall gradient
     rest = iter(triples)
-    for i, k in enumerate(per_gram):
+    for i, k in enumerate(_iterations_per_gram(x.shape[-2], x.shape[-1], len(triples), ns)):
         x = _iterate(x, list(islice(rest, k)), shifted=i == 0 or k == 1)
     return x.to(torch.bfloat16)
 
@@ -182,7 +163,7 @@ def _iterate(x: Tensor, triples: list[Triple], shifted: bool) -> Tensor:
     rounded away, so the two are kept apart (``shifted``). Later they are about as large, with opposite signs,
     and apart they would cancel: then the shift is 0, and p is Q. One shifted iteration is the standard one.
     """
-    r = _replicate(matmul_t(x) if _use_symmetric_products(x) else x @ x.mT)
+    r = matmul_t(x) if _use_symmetric_products(x) else x @ x.mT
     p, shift = r, 0.0
     for step, (a, b, c) in enumerate(triples):
         z = _symmetric_addmm(r, r, r, alpha=c, beta=b)
@@ -204,22 +185,9 @@ def _iterate(x: Tensor, triples: list[Triple], shifted: bool) -> Tensor:
     return (_addmm(tall, tall, p, beta=shift) if shifted else tall @ p).mT
 
 
-def _replicate(r: Any) -> Any:
-    """``r``; a DTensor is gathered on every rank, once, so that its diagonal can be written to."""
-    if not is_dtensor(r):
-        return r
-    from torch.distributed.tensor import Replicate
-
-    return r.redistribute(placements=[Replicate()] * r.device_mesh.ndim)
-
-
 def _use_symmetric_products(x: Tensor) -> bool:
-    if x.is_cuda:  # where the operators choose by size themselves
-        return True
-    n, m = x.shape[-2:]
-    # Ranks that share a DTensor must choose alike, whatever their tables and threads are.
-    chosen = default(x.dtype, n) if is_dtensor(x) else choice(x.dtype, n, m)
-    return chosen.gain >= _GAIN  # over a whole product, which need not be symmetric here
+    # On a GPU the operators choose by size themselves. A whole product need not be made symmetric here.
+    return x.is_cuda or choice(x.dtype, *x.shape[-2:]).gain >= _GAIN
 
 
 def _symmetric_addmm(a: Tensor, b: Tensor, c: Tensor, *, alpha: float = 1.0, beta: float) -> Tensor:

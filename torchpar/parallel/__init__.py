@@ -13,12 +13,6 @@ if TYPE_CHECKING:
     from torchpar.parallel.split.layers import ColumnParallelLinear, RowParallelLinear
     from torchpar.parallel.split.mlp import full_state_dict, load_full_state_dict, parallel_mlp
     from torchpar.parallel.split.pipeline import Pipeline
-    from torchpar.parallel.split.regions import (
-        copy_to_tensor_model_parallel_region,
-        gather_from_tensor_model_parallel_region,
-        reduce_from_tensor_model_parallel_region,
-        scatter_to_tensor_model_parallel_region,
-    )
     from torchpar.parallel.split.shared_memory import register_shared_memory_hook
 
 _MODULES = {
@@ -31,10 +25,6 @@ _MODULES = {
     "load_full_state_dict": "split.mlp",
     "parallel_mlp": "split.mlp",
     "Pipeline": "split.pipeline",
-    "copy_to_tensor_model_parallel_region": "split.regions",
-    "gather_from_tensor_model_parallel_region": "split.regions",
-    "reduce_from_tensor_model_parallel_region": "split.regions",
-    "scatter_to_tensor_model_parallel_region": "split.regions",
     "register_shared_memory_hook": "split.shared_memory",
 }
 
@@ -44,15 +34,11 @@ __all__ = [
     "RowParallelLinear",
     "World",
     "clip_grad_norm_",
-    "copy_to_tensor_model_parallel_region",
     "full_state_dict",
-    "gather_from_tensor_model_parallel_region",
     "join_world",
     "load_full_state_dict",
     "parallel_mlp",
-    "reduce_from_tensor_model_parallel_region",
     "register_shared_memory_hook",
-    "scatter_to_tensor_model_parallel_region",
 ]
 
 

@@ -85,31 +85,20 @@ class Scaling:
         """The speed-up on any number of processes, ``1/(1 − p)``."""
         return speedup(self.p, math.inf)
 
-    def excess(self, processes: int) -> dict[str, float]:
-        """Return the seconds of each phase beyond its ideal share, ``t(N) − t(1)/N``.
-
-        They add up to T(N) − T(1)/N.
-        """
-        return {k: t - self.seconds[1][k] / processes for k, t in self.seconds[processes].items()}
-
     @property
     def limiting(self) -> tuple[str, float]:
-        """The phase of largest `excess` on the most processes, and its seconds."""
-        return max(self.excess(max(self.seconds)).items(), key=lambda item: item[1])
+        """The phase with most seconds beyond its ideal share, ``t(N) − t(1)/N``, on most processes N."""
+        most = max(self.seconds)
+        excess = {phase: t - self.seconds[1][phase] / most for phase, t in self.seconds[most].items()}
+        return max(excess.items(), key=lambda item: item[1])
 
     def __str__(self) -> str:
         """p, its limit, the speed-up achieved, and the phase that limits it."""
-        most = max(self.seconds)
-        achieved = f"{self.speedups[most]:.2f}× on {most}"
-        if self.speedups[most] < 1:
-            achieved += ", slower than one"
-        elif self.speedups[most] > most:
-            achieved += ", more than the law allows"
-        phase, seconds = self.limiting
-        limit = f"{self.limit:.2f}×" if self.p < 1 else "none"
+        most, (phase, seconds) = max(self.seconds), self.limiting
         return (
             f"batch {self.batch_size}: p {self.p:.3f} ({self.p_of_profile:.3f} by the profile), limit "
-            f"{limit}, achieved {achieved}; {phase} limits, {1000 * seconds:.1f} ms beyond its share"
+            f"{self.limit:.2f}×, achieved {self.speedups[most]:.2f}× on {most}; "
+            f"{phase} limits, {1000 * seconds:.1f} ms beyond its share"
         )
 
     def rows(self) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchpar.parallel.launch.world import World
-from torchpar.profile.phases import Phases, phase
+from torchpar.profile.phases import phase
 
 
 @dataclass(frozen=True)
@@ -125,32 +125,3 @@ def all_reduced(dimension: str, ranks: int, nbytes: int) -> AbstractContextManag
 
 def _flatten(tensors: Any) -> list[Tensor]:
     return [tensors] if isinstance(tensors, Tensor) else [t for part in tensors for t in _flatten(part)]
-
-
-class StepRecorder:
-    """Record the collectives of some steps: ``steps`` of them, after the first ``skip``.
-
-    While a `Phases` is active every step runs under `Collectives`, so that their seconds are counted.
-
-    Attributes:
-        calls: of each recorded step.
-    """
-
-    def __init__(self, world: World, skip: int = 2, steps: int = 20):
-        self.world = world
-        self.skip = skip  # DistributedDataParallel sets itself up in its first two steps
-        self.steps = steps
-        self.calls: list[list[Call]] = []
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """Record the block, which is one step."""
-        if Phases.active is None and len(self.calls) == self.steps:
-            yield
-            return
-        with Collectives(self.world) as collectives:
-            yield
-        if self.skip:
-            self.skip -= 1
-        elif len(self.calls) < self.steps:
-            self.calls.append(collectives.calls)

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
-from types import TracebackType
 from typing import ClassVar, ParamSpec, TypeVar
 
 import torch
@@ -68,7 +67,7 @@ class Phases:
         self.device = device
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self._current = ""  # within a step, the phase of the time outside inner phases
-        self._marked = 0.0, 0.0  # when it began, and the seconds of all phases then
+        self._since = 0.0  # when it began
 
     def __enter__(self) -> "Phases":
         if Phases.active is not None:
@@ -79,9 +78,7 @@ class Phases:
         torch.Tensor.backward = timed("backward")(self._backward)  # type: ignore[method-assign]
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         torch.Tensor.backward = self._backward  # type: ignore[method-assign]
         Phases.active = None
 
@@ -100,34 +97,25 @@ class Phases:
     @contextmanager
     def step(self) -> Iterator[None]:
         """Count the block as "forward" until its backward pass or pipeline, and from there as "optimizer"."""
-        self._current = "forward"
-        self._mark()
+        self._current, self._since = "forward", self._now()
         yield
-        self._count()
-        self._current = ""
+        self._change("")
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
         """Add the seconds of the block to phase ``name``."""
         if name in ("backward", "pipeline") and self._current == "forward":
-            self._count()
-            self._current = "optimizer"
-        start, inner = self._now(), self._total()
+            self._change("optimizer")
+        since = self._now()
         yield
-        self.seconds[name] += self._now() - start - (self._total() - inner)
+        self.seconds[name] += self._now() - since
 
-    def _count(self) -> None:
-        start, inner = self._marked
-        self.seconds[self._current] += self._now() - start - (self._total() - inner)
-        self._mark()
-
-    def _mark(self) -> None:
-        self._marked = self._now(), self._total()
-
-    def _total(self) -> float:
-        return sum(self.seconds.values())
+    def _change(self, current: str) -> None:
+        self.seconds[self._current] += self._now() - self._since
+        self._current, self._since = current, self._now()
 
     def _now(self) -> float:
+        """Return the seconds that no phase has counted: an outer phase lacks those of an inner one."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return time.perf_counter() - sum(self.seconds.values())

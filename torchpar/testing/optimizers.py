@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from torchpar.errors import ConfigError
+from torchpar.optim.assign import aligned
 from torchpar.testing.ranks import Ranks
-from torchpar.testing.situations import SITUATIONS, Situation, polar
+from torchpar.testing.situations import SITUATIONS, Situation
 from torchpar.testing.trial import FAMILIES, Array, Layers, Make, NotApplicable, Record, Trial, named_weights
 
 RIGHT = ("same bits", "equal up to rounding")
@@ -84,9 +85,7 @@ class Conformance(list[Row]):
     def __str__(self) -> str:
         table = [["situation", "verdict", "update error", "rounding", "scale error", "detail"]]
         table += [[_cell(value) for value in row.values()] for row in self.rows]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in table)
-        return "\n".join(line.rstrip() for line in lines)
+        return aligned(table)
 
 
 def _cell(value: str | float | None) -> str:
@@ -121,11 +120,9 @@ def check_optimizer(
     Raises:
         ConfigError: an unknown situation; a ``make`` that the ranks cannot import.
     """
-    names = (
-        [situations]
-        if isinstance(situations, str)
-        else list(SITUATIONS if situations is None else situations)
-    )
+    if isinstance(situations, str):
+        situations = [situations]
+    names = list(SITUATIONS if situations is None else situations)
     if unknown := [name for name in names if name not in SITUATIONS]:
         raise ConfigError(f"situation {unknown[0]!r}, expected one of {', '.join(map(repr, SITUATIONS))}")
     with Ranks() if ranks is None else nullcontext(ranks) as pool:
@@ -156,7 +153,7 @@ def _row(ranks: Ranks, name: str, made: bytes, timeout: float, seed: int) -> Row
                 return Row(name, failed[0], detail=failed[1])
             if apart := _merge(merged, outcomes):
                 return Row(name, "wrong", apart, detail="the ranks differ in the same matrix")
-    if situation.run is polar:
+    if name == "polar factor":
         return _judge_polar(name, merged)
     outcomes = ranks.outcomes(1, _follow, made, list(merged.values()), **limits)
     if failed := _failure(outcomes, situation):
@@ -213,20 +210,18 @@ def _try(name: str, made: bytes, seed: int, folder: str, phase: int) -> dict[str
     return records
 
 
-def _follow(made: bytes, records: list[Record]) -> list[list[Weights]]:
+def _follow(made: bytes, records: list[Record]) -> list[tuple[Weights, ...]]:
     """The weights of the same steps on whole matrices: with the same gradients, then with rounded ones."""
+
+    def draw(number: int) -> list[Weights]:
+        return [_weights(pickle.loads(made), record, number) for record in records]
+
     with _failures():
-        exact = [_weights(pickle.loads(made), record, 0) for record in records]
-        if all(_same_bits(record.weights, weights) for record, weights in zip(records, exact, strict=True)):
-            return [[weights] for weights in exact]  # their rounding does not matter
-        return [
-            [weights, *(_weights(pickle.loads(made), record, 1 + draw) for draw in range(DRAWS))]
-            for record, weights in zip(records, exact, strict=True)
-        ]
-
-
-def _same_bits(weights: Weights, reference: Weights) -> bool:
-    return all(np.array_equal(weights[name], reference[name]) for name in reference)
+        exact = draw(0)
+        pairs = zip(records, exact, strict=True)
+        differ = any(not np.array_equal(one.weights[name], of[name]) for one, of in pairs for name in of)
+        # Where all bits are the same, their rounding does not matter.
+        return list(zip(exact, *map(draw, range(1, 1 + DRAWS * differ)), strict=True))
 
 
 def _weights(make: Make, record: Record, draw: int) -> Weights:
@@ -318,7 +313,7 @@ def _distance(weights: list[Array], reference: list[Array]) -> Distance:
     return Distance(*map(max, zip(*found, strict=True)))
 
 
-def _judge(name: str, merged: dict[Key, Record], references: list[list[Weights]]) -> Row:
+def _judge(name: str, merged: dict[Key, Record], references: list[tuple[Weights, ...]]) -> Row:
     """Judge each matrix by its own rounding; the row shows the worst one of full rank."""
     wholes = [weights for exact, *_ in references for weights in exact.values()]
     if all(np.array_equal(weights[0], weights[-1]) for weights in wholes):

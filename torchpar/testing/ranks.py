@@ -50,9 +50,7 @@ class Ranks(ExitStack):
 
     def __init__(self) -> None:
         super().__init__()
-        self._stores = Path(
-            self.enter_context(TemporaryDirectory())
-        )  # files by which the ranks of a call meet
+        self._stores = Path(self.enter_context(TemporaryDirectory()))  # files by which a call's ranks meet
         self._calls = itertools.count()
         self._workers: list[ProcessPoolExecutor] = []
 

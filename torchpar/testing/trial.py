@@ -67,6 +67,8 @@ class Trial:
         folder: a folder of all ranks, which is empty at first.
         phase: the index of the part of a situation that starts its ranks anew.
         decades: over which the singular values of a gradient are spread.
+        scale: of the first weights.
+        factor: of the gradients; the reference has them without it.
         views: the views that the optimizer gets, by the name of a parameter.
         options: further arguments of the optimizer, which the reference gets, too.
         gather: makes a rank's part of a weight or a gradient whole.
@@ -80,6 +82,8 @@ class Trial:
     dtype: torch.dtype = torch.float32
     shapes: dict[str, tuple[int, ...]] = field(default_factory=lambda: dict(SHAPES))
     decades: float = 1.0
+    scale: float = 0.05
+    factor: float = 1.0
     views: dict[str, Callable[[Tensor], Any]] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     gather: Callable[[Tensor], Tensor] = lambda t: t.full_tensor() if isinstance(t, DTensor) else t
@@ -90,7 +94,7 @@ class Trial:
     def model(self) -> Layers:
         """The layers of `shapes`, the same on every rank."""
         weights = {
-            name: 0.05 * torch.randn(shape, generator=self._generator(name))
+            name: self.scale * torch.randn(shape, generator=self._generator(name))
             for name, shape in self.shapes.items()
         }
         return Layers({name: weight.to(self.dtype) for name, weight in weights.items()})
@@ -107,17 +111,13 @@ class Trial:
         samples = {name: self._samples(name, shape, step) for name, shape in self.shapes.items()}
         return {name: (x[part::parts], y[part::parts]) for name, (x, y) in samples.items()}
 
-    def gradients(self, step: int, part: int = 0, parts: int = 1) -> dict[str, Tensor]:
-        """The gradients of `batch` for linear layers."""
-        return {name: y.T @ x for name, (x, y) in self.batch(step, part, parts).items()}
-
     def train(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: torch.optim.Optimizer,
         backward: Callable[[int], Any] | None = None,
-        *,
         take_step: Callable[[int], Any] | None = None,
+        *,
         steps: Iterable[int] = STEPS,
     ) -> None:
         """Record ``steps``.
@@ -126,17 +126,18 @@ class Trial:
             backward: computes the gradients of a step, by default those of the whole batch.
             take_step: the default calls ``optimizer.step()``.
         """
-        optimizer = optimizer or self.optimizer(model)
         for step in steps:
             optimizer.zero_grad()
             backward(step) if backward else model(self.batch(step)).backward()
             if not self.record.weights:
                 self._append(self.record.weights, model, Tensor.detach)
-            self._append(self.record.gradients, model, attrgetter("grad"))
+            self._append(self.record.gradients, model, attrgetter("grad"), self.factor)
             take_step(step) if take_step else optimizer.step()
             self._append(self.record.weights, model, Tensor.detach)
 
-    def _append(self, record: dict[str, list[Any]], model: nn.Module, part: Callable[[Tensor], Any]) -> None:
+    def _append(
+        self, record: dict[str, list[Any]], model: nn.Module, part: Callable[[Tensor], Any], factor: float = 1
+    ) -> None:
         """Append the whole matrices by the names of parameters, with numbers within one that has a view."""
         for name, p in named_weights(model):
             t, view = part(p), self.views.get(f"{name}.weight")
@@ -146,7 +147,9 @@ class Trial:
                 matrices = {f"{name}_{i}": matrix for i, matrix in enumerate(view(whole))}
             for key, matrix in matrices.items():
                 # A tensor would travel between processes by shared memory.
-                record.setdefault(key, []).append(None if matrix is None else matrix.double().numpy().copy())
+                record.setdefault(key, []).append(
+                    None if matrix is None else matrix.double().numpy() / factor
+                )
 
     def _samples(self, name: str, shape: tuple[int, ...], step: int) -> tuple[Tensor, Tensor]:
         """Inputs x and weights y with yᵀ·x = U·Σ·Vᵀ, where Σ is spread over `decades`."""

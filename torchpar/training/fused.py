@@ -12,7 +12,6 @@ a few classes is taken along dim 0 of ``(classes, b)``: along rows of ten number
 long on a CPU.
 """
 
-from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -37,9 +36,7 @@ MAX_CLASSES = 1000  # the table of targets has a row and a column for each
 # that the rounding error grows with the number of classes.
 MAX_CLASSES_ALONG_DIM_0 = 16
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_HOOKS_OF_MODULES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_HOOKS_OF_PARAMETERS = ("_backward_hooks", "_post_accumulate_grad_hooks")
-_REPLACED = ("forward", "_compiled_call_impl")  # attributes of a class, unless a module has its own
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def why_not_fused(model: torch.nn.Module) -> str:
@@ -48,54 +45,23 @@ def why_not_fused(model: torch.nn.Module) -> str:
         return f"the model is a {type(model).__name__}, not a torchpar.nn.MLP"
     if model.output != "logits":
         return f"the model has {model.output} outputs, not logits"
-    hidden = LinearReLU if model.hidden == "relu" else LinearSigmoid
-    if [type(layer) for layer in model.layers] != [hidden] * (len(model.sizes) - 2) + [Linear]:
-        return "a layer of the model has been replaced"
-    shapes = [layer.weight.shape for layer in model.layers]
-    if shapes != [(n, m) for m, n in pairwise(model.sizes)]:
-        return "a layer of the model has another size"
-    if not all(type(p) is torch.nn.Parameter for layer in model.layers for p in (layer.weight, layer.bias)):
-        return "a weight or a bias is not an ordinary parameter"
     if not 0 < model.sizes[-1] <= MAX_CLASSES:
         return f"the model has {model.sizes[-1]} classes, not 1 to {MAX_CLASSES}"
-    if not all(p.requires_grad for p in model.parameters()):
-        return "a parameter needs no gradient"
-    if any(getattr(module, hooks) for module in model.modules() for hooks in _HOOKS_OF_MODULES) or any(
-        getattr(p, hooks) for p in model.parameters() for hooks in _HOOKS_OF_PARAMETERS
+    hidden = LinearReLU if model.hidden == "relu" else LinearSigmoid
+    kinds = [hidden] * (len(model.sizes) - 2) + [Linear]
+    shapes = [(n, m) for m, n in pairwise(model.sizes)]
+    if [(type(layer), layer.weight.shape) for layer in model.layers] != [*zip(kinds, shapes, strict=True)]:
+        return "a layer of the model has been replaced"
+    parameters = [p for layer in model.layers for p in (layer.weight, layer.bias)]
+    if not all(type(p) is torch.nn.Parameter and p.requires_grad for p in parameters):
+        return "a weight or a bias is not an ordinary parameter, or needs no gradient"
+    if any(getattr(module, hooks) for module in model.modules() for hooks in _HOOKS) or any(
+        p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters
     ):
         return "the model has hooks, which autograd would call"
-    if any("forward" in vars(module) for module in model.modules()):
-        return "the model's forward has been replaced"
-    if any(module._compiled_call_impl is not None for module in model.modules()):
-        return "the model is compiled"
+    if any("forward" in vars(one) or one._compiled_call_impl is not None for one in model.modules()):
+        return "the model's forward has been replaced or compiled"
     return ""
-
-
-class _Watch:
-    """Notice edits of a model for which `why_not_fused` returned "", in a few microseconds."""
-
-    def __init__(self, model: MLP):
-        modules, linears = [*model.modules()], [*model.layers]
-        self._linears = model.layers._modules
-        self._number = len(linears)
-        # What each dictionary has at a key; None also where it has no such key.
-        self._held: list[tuple[dict[str, Any], str, object]] = [(model._modules, "layers", model.layers)]
-        self._held += [(self._linears, name, linear) for name, linear in self._linears.items()]
-        self._held += [(one._parameters, name, p) for one in linears for name, p in one._parameters.items()]
-        self._held += [(vars(module), name, None) for module in modules for name in _REPLACED]
-        self._hooks = [getattr(module, hooks) for module in modules for hooks in _HOOKS_OF_MODULES]
-        self._parameters = [(p, p.dtype) for p in model.parameters()]
-
-    def saw_an_edit(self) -> bool:
-        for holder, name, value in self._held:
-            if holder.get(name) is not value:
-                return True
-        for p, dtype in self._parameters:
-            if not p.requires_grad or p.dtype != dtype:
-                return True
-            if p._backward_hooks or p._post_accumulate_grad_hooks:
-                return True
-        return any(self._hooks) or len(self._linears) != self._number
 
 
 class FusedGradients:
@@ -104,7 +70,8 @@ class FusedGradients:
     The model stays an ordinary module: its parameters, state dict and ``p.grad`` are as with autograd, and
     any optimizer can step. `torch.autocast` is ignored; ``dtype`` takes its place.
 
-    Make it after the model is on its device. All ranks must have equal parameters.
+    Make it when the model is complete, in its dtype and on its device: afterwards the parameters may be
+    replaced, but hooks that are added are not called. All ranks must have equal parameters.
 
     Args:
         model: a `torchpar.nn.MLP` for which `why_not_fused` returns "".
@@ -116,8 +83,7 @@ class FusedGradients:
 
     Raises:
         ConfigError: the reason of `why_not_fused`; ``label_smoothing`` or ``dtype`` out of range; ranks that
-            differ in them or in the model's sizes. In a call: the model's layers, parameters, hooks or
-            ``forward`` are not those of the construction.
+            differ in them or in the model's sizes.
     """
 
     def __init__(
@@ -134,10 +100,8 @@ class FusedGradients:
         if dtype not in (None, *DTYPES):
             raise ConfigError(f"dtype is {dtype}, expected one of {', '.join(map(str, DTYPES))}")
         assert isinstance(model, MLP)
-        self._model, self._watch = model, _Watch(model)
-        linears: Iterable[Any] = model.layers
-        self.layers: list[tuple[Tensor, Tensor]] = [(layer.weight, layer.bias) for layer in linears]
-        weight, classes = self.layers[-1][0], model.sizes[-1]
+        self._linears: list[Any] = [*model.layers]
+        weight, classes = self._linears[-1].weight, model.sizes[-1]
         self.label_smoothing = label_smoothing
         self.relu = model.hidden == "relu"
         self.dtype = None if dtype == weight.dtype else dtype
@@ -150,18 +114,14 @@ class FusedGradients:
         self._group: dist.ProcessGroup | None = None
         if world is not None and world.dp_size > 1:
             self._group = world.mesh.get_group("dp")
-            settings: dict[str, Any] = {
-                "sizes": model.sizes,
-                "dtype": str(weight.dtype),
-                "hidden": model.hidden,
-            }
-            settings |= {"label_smoothing": label_smoothing, "products": str(self.dtype or weight.dtype)}
-            check_same_on_all_ranks(self._group, "the model", settings)
-            shapes = [p.shape for layer in self.layers for p in layer]
+            dtypes = {"dtype": str(weight.dtype), "products": str(self.dtype or weight.dtype)}
+            settings = {"sizes": model.sizes, "hidden": model.hidden, "label_smoothing": label_smoothing}
+            check_same_on_all_ranks(self._group, "the model", dtypes | settings)
+            shapes = [p.shape for layer in self._linears for p in (layer.weight, layer.bias)]
             self._shared = (
                 make_shared_sum(self._group, shapes, weight.dtype, world.timeout) if weight.is_cpu else None
             )
-        # dL/d(log p) of each label, by global batch size; all are kept, since CUDA graphs read them.
+        # dL/d(log p) of each label, by global batch size.
         self._by_log_p: dict[int, Tensor] = {}
 
     def __call__(self, x: Tensor, labels: Tensor, global_size: int) -> Tensor:
@@ -178,17 +138,15 @@ class FusedGradients:
         if torch.is_autocast_enabled(self.targets.device.type):
             with torch.autocast(self.targets.device.type, enabled=False):
                 return self(x, labels, global_size)
-        if self._watch.saw_an_edit():
-            reason = why_not_fused(self._model) or "a layer or a parameter has been replaced or converted"
-            raise ConfigError(f"after FusedGradients was made, {reason}; make another one, or take autograd")
+        parameters = [(layer.weight, layer.bias) for layer in self._linears]
         was = torch.is_grad_enabled()
         torch.set_grad_enabled(False)  # half the time of a `with torch.no_grad()`
         try:
             with phase("backward"):
-                loss, gradients = self._gradients(x, labels, global_size)
+                loss, gradients = self._gradients(parameters, x, labels, global_size)
                 if self._group is not None:
                     self._sum_over_ranks(gradients)
-            for (weight, bias), (dw, db) in zip(self.layers, gradients, strict=True):
+            for (weight, bias), (dw, db) in zip(parameters, gradients, strict=True):
                 weight.grad = dw if weight.grad is None else weight.grad.add_(dw)
                 bias.grad = db if bias.grad is None else bias.grad.add_(db)
         finally:
@@ -196,10 +154,10 @@ class FusedGradients:
         return loss
 
     def _gradients(
-        self, x: Tensor, labels: Tensor, global_size: int
+        self, layers: list[tuple[Tensor, Tensor]], x: Tensor, labels: Tensor, global_size: int
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """The sum of the losses, and dL/dW and dL/db of each layer."""
-        layers = self.layers
+        stored = layers[0][0].dtype
         if self.dtype:
             layers = [(weight.to(self.dtype), bias.to(self.dtype)) for weight, bias in layers]
         activations = [x.to(layers[0][0].dtype)]
@@ -212,8 +170,7 @@ class FusedGradients:
             dz, db = self._hidden_gradient(mm(dz, layers[i][0]), activations[i])
             gradients.append((mm(dz.t(), activations[i - 1]), db))
         if self.dtype:
-            dtype = self.layers[0][0].dtype
-            gradients = [(dw.to(dtype), db.to(dtype)) for dw, db in gradients]
+            gradients = [(dw.to(stored), db.to(stored)) for dw, db in gradients]
         return loss, gradients[::-1]
 
     def _hidden_layer(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -12,8 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from torchpar.errors import ConfigError
-from torchpar.optim import SGD, ChainedOptimizer, Muon
-from torchpar.parallel.split.layers import split_parameters
+from torchpar.optim import ChainedOptimizer, Muon
 
 LRSchedule = Literal["linear", "cosine", "constant"]
 
@@ -24,24 +23,19 @@ def sgd(
     momentum: float,
     weight_decay: float,
     decay_biases: bool = False,
-    kind: type[torch.optim.SGD] | None = None,
 ) -> torch.optim.SGD:
     """Return SGD with Nesterov momentum and an L2 penalty ``λ/2·‖p‖²`` of the weights.
 
     Args:
         weight_decay: λ.
         decay_biases: apply the penalty to the biases as well.
-        kind: of SGD; by default the fastest one that suits the model.
     """
     groups = [{"params": list(model.parameters()), "weight_decay": weight_decay}]
-    if weight_decay and not decay_biases:  # otherwise one group, which is one call of `SGD`
+    if weight_decay and not decay_biases:
         weights = [p for p in model.parameters() if p.dim() > 1]
         others = [p for p in model.parameters() if p.dim() <= 1]
         groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    if kind is None:
-        # SGD's one call rounds a tensor's last elements differently, so bits depend on how it is split.
-        kind = torch.optim.SGD if any(split_parameters(model)) else SGD
-    return kind(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
 
 
 def muon(
@@ -68,7 +62,7 @@ def muon(
         weight_decay=weight_decay,
         ns_steps=ns_steps,
         process_group=mesh,
-        others=partial(SGD, lr=lr, momentum=momentum, nesterov=momentum > 0),
+        others=partial(torch.optim.SGD, lr=lr, momentum=momentum, nesterov=momentum > 0),
         overrides={name: "muon" for name, p in model.named_parameters() if p.dim() == 2},
     )
 

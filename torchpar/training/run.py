@@ -23,8 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -32,19 +31,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from torchpar import data
-from torchpar.data import Batch, Samples
+from torchpar.data import Batch, Samples, batches
 from torchpar.errors import ConfigError, DivergedError
 from torchpar.parallel.launch.agreement import check_same_gradients, check_same_parameters
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import Checkpoints
 from torchpar.profile.phases import phase, step
-from torchpar.training.evaluation import evaluate
-from torchpar.training.losses import Loss
+from torchpar.training.losses import Loss, evaluate
 from torchpar.training.state import EpochResult, TrainState
 from torchpar.training.stop import StopSignal
-
-B = TypeVar("B")
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,7 @@ class RunLog:
     def on_resume(self, run: "Run") -> None:
         """The run's state is that of a checkpoint."""
 
-    def steps(self, batches: Iterator[B]) -> Iterator[B]:
+    def steps(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield the batches of an epoch; a step lasts from one to the next."""
         return batches
 
@@ -197,25 +192,19 @@ class Run:
     def __enter__(self) -> Self:
         with self._stack.pop_all() as stack:
             stack.enter_context(self._log.active(self))
-            if self.checkpoint is not None:
-                self._resume(self.checkpoint)
+            if (config := self.checkpoint) is not None:
+                self._checkpoints = Checkpoints(config.folder, self.world, config.keep, config.asynchronous)
+                if self.state.resume(self._checkpoints):
+                    if (saved := len(self.results)) > self.num_epochs:
+                        raise ConfigError(
+                            f"{config.folder} holds {saved} epochs, more than the {self.num_epochs} asked for"
+                        )
+                    self._log.on_resume(self)
                 self._stop = stack.enter_context(StopSignal(self.world))
             self._stack = stack.pop_all()
         return self
 
-    def _resume(self, config: CheckpointConfig) -> None:
-        self._checkpoints = Checkpoints(config.folder, self.world, config.keep, config.asynchronous)
-        if not self.state.resume(self._checkpoints):
-            return
-        if len(self.results) > self.num_epochs:
-            raise ConfigError(
-                f"{config.folder} holds {len(self.results)} epochs, more than the {self.num_epochs} asked for"
-            )
-        self._log.on_resume(self)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._stack.close()
         if error is None:
             if self._checkpoints is not None:
@@ -227,34 +216,27 @@ class Run:
         if self.checkpoint is not None and self._checkpoints is None:
             raise RuntimeError("the run was not entered, and would save nothing; use with Run(…) as run")
         while len(self.results) < self.num_epochs:
-            start, first = time.perf_counter(), self.state.step
+            start, first, epoch = time.perf_counter(), self.state.step, len(self.results) + 1
             self._logged = first
-            yield len(self.results) + 1
+            yield epoch
             if self.state.step != self.steps_per_epoch or self._logged != self.state.step:
                 raise RuntimeError(
                     f"{self.state.step} of {self.steps_per_epoch} batches were taken and {self._logged} "
                     "losses logged; take all batches of an epoch and call run.log once for each"
                 )
-            self._end_epoch(start, first)
+            self._end_epoch(epoch, start, first)
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """Yield this rank's share of each remaining batch of ``epoch``, the current one."""
-        return self._log.steps(self._take(epoch, data.batches))
+        return self._log.steps(self._take(epoch))
 
-    def indices(self, epoch: int) -> Iterator[tuple[Tensor, int]]:
-        """Yield this rank's sample indices ``(b)`` and the global size of each batch of `batches`."""
-        return self._log.steps(self._take(epoch, data.indices))
-
-    def _take(self, epoch: int, kind: Callable[..., Iterator[B]]) -> Iterator[B]:
-        if epoch != len(self.results) + 1:
-            raise RuntimeError(
-                f"epoch is {epoch}, expected {len(self.results) + 1}, which run.epochs() yields"
-            )
-        first = self.state.step
-        shares = kind(
+    def _take(self, epoch: int) -> Iterator[Batch]:
+        first, current = self.state.step, len(self.results) + 1
+        if epoch != current:
+            raise RuntimeError(f"epoch is {epoch}, expected {current}, which run.epochs() yields")
+        shares = batches(
             self.train, self.batch_size, seed=self.seed, epoch=epoch, share=self.world.share, start=first
         )
-        samples, checkpointing = len(self.train), self._stop is not None
         for number in range(first + 1, self.steps_per_epoch + 1):
             if self._stop:
                 self._stop.start_all_reduce()
@@ -265,8 +247,8 @@ class Run:
             if number == first + 1:
                 self._check_replicas()
             self.state.step = number
-            self._log.on_step(self, epoch, min(number * self.batch_size, samples))
-            if checkpointing and number < self.steps_per_epoch:  # the last step's comes after the evaluation
+            self._log.on_step(self, epoch, min(number * self.batch_size, len(self.train)))
+            if number < self.steps_per_epoch:  # the last step's comes after the evaluation
                 self._save_if_due()
 
     def log(self, loss: Tensor) -> None:
@@ -291,10 +273,9 @@ class Run:
             for module, training in modes:
                 module.training = training
 
-    def _end_epoch(self, start: float, first: int) -> None:
+    def _end_epoch(self, epoch: int, start: float, first: int) -> None:
         total = torch.tensor(self.state.loss(), dtype=torch.float64, device=self.world.device)
         train_loss = self.world.sum(total).item() / len(self.train)
-        epoch = len(self.results) + 1
         if not math.isfinite(train_loss):
             raise DivergedError(
                 f"the training loss of epoch {epoch} is {train_loss}; take a smaller learning rate"

@@ -131,15 +131,12 @@ class TrainState:
         if saved is None:
             return False
         folder = checkpoints.folder
+        state = saved.state
+        was, now = state.get("run", {}), self.config
+        if differing := sorted(key for key in now.keys() & was.keys() if was[key] != now[key]):
+            of = [", ".join(f"{key} {config[key]}" for key in differing) for config in (was, now)]
+            raise ConfigError(f"{folder} holds a run with {of[0]}, this one has {of[1]}; use another folder")
         try:
-            state = saved.state
-            was, now = state["run"], self.config
-            differing = sorted(key for key in now.keys() & was.keys() if was[key] != now[key])
-            if differing:
-                of = [", ".join(f"{key} {config[key]}" for key in differing) for config in (was, now)]
-                raise ConfigError(
-                    f"{folder} holds a run with {of[0]}, this one has {of[1]}; use another folder"
-                )
             tensors = self._model_tensors()
             for name, p in self.model.named_parameters():
                 prefix = f"optimizer.{name}."
@@ -156,8 +153,7 @@ class TrainState:
             if self.lr_scheduler:
                 self.lr_scheduler.load_state_dict(state["rate"])
             self.results = [EpochResult(**result) for result in state["results"]]
-            self.step = state["step"]
-            losses = state["losses"]
+            self.step, losses = state["step"], state["losses"]
         except (KeyError, TypeError, AttributeError, ValueError) as e:
             if isinstance(e, ConfigError):
                 raise

@@ -7,20 +7,18 @@ A problem is measured as a whole, and the table is saved after each: the same co
 import argparse
 import hashlib
 import math
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from torchpar.errors import ConfigError, TorchparError
 from torchpar.tune import cpu
-from torchpar.tune.measure import LIBRARY, PRODUCT, Problem, check_gpu, describe, error_line, measure
+from torchpar.tune.measure import LIBRARY, Problem, check_gpu, describe, error_line, measure
 
 if TYPE_CHECKING:  # it imports Triton
     from torchpar.kernels.tiles import Device
@@ -44,7 +42,6 @@ PROBLEMS = (
 
 def list_problems(options: argparse.Namespace) -> list[Problem]:
     problems = [(kernel, n, n, n, 1) for n in options.sizes for kernel in KERNELS] or PROBLEMS
-    problems = [problem for problem in problems if problem[0] in options.kernels]
     return [Problem(kernel, kind, *sizes) for kind in options.dtypes for kernel, *sizes in problems]
 
 
@@ -67,34 +64,34 @@ def tune(options: argparse.Namespace) -> int:
     end = time.monotonic() + 60 * options.minutes
     present = tiles.device(torch.empty(0, device="meta"))
     header = environment(present)
-    table = tiles.load_table(present) or {}
+    table: dict[str, Any] = tiles.load_table(present) or header | {"tiles": {}}
     if table | header != table:
-        if table:
-            print("the table is of other versions or kernels; a new one is begun")
+        print("the table is of other versions or kernels; a new one is begun")
         table = header | {"tiles": {}}
-    problems = list_problems(options)
-    missing = [problem for problem in problems if options.again or not entries(table, problem)[1]]
-    print(f"{present.name}: {len(problems)} problems, {len(problems) - len(missing)} of them in the table")
+    left = [problem for problem in list_problems(options) if not is_measured(problem, table)]
+    print(f"{present.name}: {len(left)} problems that are not in the table")
     path: Path | str = "nothing was measured, no table was written"
     left_out = 0
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the status a shell reports for SIGTERM
     try:
-        while missing and time.monotonic() < end:
-            problem = missing[0]
+        while left and time.monotonic() < end:
+            problem = left[0]
             if entry := tune_problem(problem, options.variants, present):
-                others, _ = entries(table, problem)
-                table["tiles"].setdefault(problem.kernel, {})[problem.kind] = [*others, entry]
+                table["tiles"].setdefault(problem.kernel, {}).setdefault(problem.kind, []).append(entry)
                 date = datetime.now(UTC).date().isoformat()
                 path = tiles.save_table(present, table | {"date": date})
             left_out += entry is None
-            del missing[0]
+            del left[0]
     finally:  # after Ctrl-C too
-        signal.signal(signal.SIGTERM, before)
-        print(f"left to measure: {len(missing)}; the same command continues" if missing else "complete")
+        print(f"left to measure: {len(left)}; the same command continues" if left else "complete")
         if left_out:
             print(f"left out: {left_out}")
         print(path)
     return 1 if left_out else 0
+
+
+def is_measured(problem: Problem, table: dict[str, Any]) -> bool:
+    entries = table["tiles"].get(problem.kernel, {}).get(problem.kind, [])
+    return any(tuple(entry[:4]) == problem[2:] for entry in entries)
 
 
 def environment(present: "Device") -> dict[str, str]:
@@ -109,13 +106,6 @@ def environment(present: "Device") -> dict[str, str]:
     return {"device": present.name, **versions, "kernels": digest[:16]}
 
 
-def entries(table: dict[str, Any], problem: Problem) -> tuple[list[Any], list[Any]]:
-    """The table's entries for the kernel and kind of ``problem``: those of other sizes, and its own."""
-    of_kind = table["tiles"].get(problem.kernel, {}).get(problem.kind, [])
-    own = [entry for entry in of_kind if tuple(entry[:4]) == problem[2:]]
-    return [entry for entry in of_kind if entry not in own], own
-
-
 def tune_problem(problem: Problem, variants: Sequence[str], present: "Device") -> list[Any] | None:
     """Measure a problem and print the result; return its entry, or None if it cannot be measured."""
     from torchpar.kernels.tiles import KINDS, configurations, split_k
@@ -128,22 +118,18 @@ def tune_problem(problem: Problem, variants: Sequence[str], present: "Device") -
         and (tiles.variant != "split_k" or split_k(tiles, present, *problem[2:5])[0] > 1)
     ]
     try:
-        times, errors = measure(problem, possible, torch.device("cuda"))
+        ms = measure(problem, possible, torch.device("cuda"))
     except TorchparError:
         raise
     except Exception as e:  # such as too little memory
         check_gpu(str(problem))
         print(f"{problem}: left out, {error_line(e)}")
         return None
-    for tiles, error in errors.items():
-        print(f"{problem}, {describe(tiles)}: {error}")
-    ms = {tiles: median(map(median, rounds)) for tiles, rounds in times.items()}
-    ranked = sorted((name for name in ms if name != PRODUCT), key=ms.__getitem__)
+    ranked = sorted(ms, key=ms.__getitem__)
     if ranked == [LIBRARY]:
         print(f"{problem}: left out, no configuration could be used")
         return None
-    shown = dict.fromkeys((*ranked[:2], LIBRARY, PRODUCT))
-    print(f"{problem}: {', '.join(f'{describe(name)} {ms[name]:.4g} ms' for name in shown)}")
+    print(f"{problem}: {', '.join(f'{describe(name)} {ms[name]:.4g} ms' for name in ranked)}")
     return [*problem[2:], None if ranked[0] == LIBRARY else ranked[0]]
 
 
@@ -151,16 +137,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m torchpar tune",
         description="Measure the fastest configurations of the kernels on this GPU. The same command "
-        "continues a run that was interrupted. The dtype tf32 is float32 with operands rounded for tensor "
-        "cores. On a CPU measure its products, in about a minute; the other options are for GPUs.",
+        "continues a run that was interrupted; without the table, all is measured anew. The dtype tf32 is "
+        "float32 with operands rounded for tensor cores. On a CPU measure its products, in about a minute; "
+        "the other options are for GPUs.",
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="by default a GPU")
     parser.add_argument("--minutes", type=float, default=10.0, help="begin no problem later than this")
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="of the kernels")
     parser.add_argument("--sizes", nargs="+", type=int, default=(), help="square problems alone")
-    parser.add_argument("--again", action="store_true", help="measure problems that are in the table already")
     return parser.parse_args(arguments)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import compress
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -147,33 +146,30 @@ def tune() -> str:
     try:
         for threads in sorted({1, all_threads}):
             torch.set_num_threads(threads)
-            path = _save(threads, _measure(threads))
+            measured = _measure(threads)
+            loaded = cpu_table.load()
+            for name, position in cpu_table.THREADS_AT.items():
+                entries = loaded[1].get(name, []) if loaded else []
+                kept = [entry for entry in entries if entry[position] != threads]
+                measured[name] = kept + measured[name]
+            date = datetime.now(UTC).date().isoformat()
+            header = {"processor": processor.processor_kind(), "torch": torch.__version__, "date": date}
+            path = cpu_table.save(header | measured)
     finally:
         torch.set_num_threads(all_threads)
     return f"{path}, measured in {time.perf_counter() - begin:.0f} s"
 
 
-def _measure(threads: int) -> dict[str, list[Any]]:
+def _measure(threads: int) -> dict[str, list[list[Any]]]:
     """The entries of a number of threads."""
-    symmetric: list[list[Any]] = []
-    bfloat16 = [[threads, measure_bfloat16()]]
-    print(f"layers in bfloat16, threads: {threads}, {bfloat16[0][1]:.2f}× float32")
+    measured: dict[str, list[list[Any]]] = {"symmetric": [], "bfloat16": [[threads, measure_bfloat16()]]}
+    print(f"layers in bfloat16, threads: {threads}, {measured['bfloat16'][0][1]:.2f}× float32")
     for dtype in DTYPES:
+        name = str(dtype).removeprefix("torch.")
         for n, k in SIZES:
             if n * n * k <= _MOST[dtype] and symmetric_cpu.computed_in(dtype) == dtype:
                 chosen = measure_symmetric(dtype, n, k)
-                symmetric.append([str(dtype).removeprefix("torch."), threads, n, k, *chosen])
+                measured["symmetric"].append([name, threads, n, k, *chosen])
                 way = f"{chosen.library}, {chosen.rows or 'all'} rows at a time"
-                print(f"{symmetric[-1][0]}, threads: {threads}, {n}x{k}: {way}, {chosen.gain:.2f}×")
-    return {"symmetric": symmetric, "bfloat16": bfloat16}
-
-
-def _save(threads: int, measured: dict[str, list[Any]]) -> Path:
-    loaded = cpu_table.load()
-    before = loaded[1] if loaded else {}
-    for name, position in cpu_table.THREADS_AT.items():
-        kept = [entry for entry in before.get(name, []) if entry[position] != threads]
-        measured[name] = kept + measured[name]
-    date = datetime.now(UTC).date().isoformat()
-    header = {"processor": processor.processor_kind(), "torch": torch.__version__, "date": date}
-    return cpu_table.save(header | measured)
+                print(f"{name}, threads: {threads}, {n}x{k}: {way}, {chosen.gain:.2f}×")
+    return measured

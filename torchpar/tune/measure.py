@@ -5,7 +5,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from statistics import median
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +14,7 @@ from torch.nn.functional import linear
 
 from torchpar.errors import ConfigError
 
-LIBRARY = "library"  # computes what the kernel computes
-PRODUCT = "product alone"  # of the library, without the mirror or the sigmoid
+LIBRARY = "library"  # PyTorch's product, mirrored or with a sigmoid
 ROUNDS = 5
 ROUND_MS = 10  # of each configuration
 
@@ -41,39 +41,33 @@ class PreparedProblem(NamedTuple):
 
     launch: Callable[..., object]
     library: Callable[[], Tensor]
-    product: Callable[[], Tensor]
     out: Tensor
     reference: Tensor
 
 
 def prepare(problem: Problem, device: torch.device) -> PreparedProblem:
-    """Random operands on ``device``; on the meta device the kernels can be compiled, but not run."""
+    """Random operands on ``device``."""
     from torchpar.kernels import linear_sigmoid, matmul_t
     from torchpar.kernels.tiles import KINDS
 
     kernel, kind, m, n, k, batch = problem
     dtype, precision = KINDS[kind][:2]
-    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(n)
-    random = partial(torch.randn, device=device, generator=generator)
+    random = partial(torch.randn, device=device, generator=torch.Generator(device).manual_seed(n))
     prefix = (batch,) * (batch > 1)
     x = random(*prefix, m, k).to(dtype)
     out, wide = x.new_empty(*prefix, m, n), x.double()
     if kernel == "symmetric_product":
         launch = partial(matmul_t.symmetric_product, x, x, precision, out=out)
-        product = partial(torch.matmul, x, x.mT)
-        return PreparedProblem(launch, lambda: matmul_t.mirror(product(), None), product, out, wide @ wide.mT)
+        return PreparedProblem(launch, lambda: matmul_t.mirror(x @ x.mT, None), out, wide @ wide.mT)
     # The weight is scaled so that the sigmoid does not saturate.
     weight, bias = (random(n, k) / math.sqrt(k)).to(dtype), random(n).to(dtype)
     launch = partial(linear_sigmoid.linear_sigmoid, x, weight, bias, precision, out=out)
     reference = linear(wide, weight.double(), bias.double()).sigmoid_()
-    product = partial(linear, x, weight, bias)
-    return PreparedProblem(launch, lambda: product().sigmoid_(), product, out, reference)
+    return PreparedProblem(launch, lambda: linear(x, weight, bias).sigmoid_(), out, reference)
 
 
-def measure(
-    problem: Problem, configurations: Sequence[Tiles], device: torch.device
-) -> tuple[dict[Tiles | str, list[list[float]]], dict[Tiles, str]]:
-    """Milliseconds by round of each configuration, of `LIBRARY` and of `PRODUCT`; the errors of the others.
+def measure(problem: Problem, configurations: Sequence[Tiles], device: torch.device) -> dict[Any, float]:
+    """Milliseconds of each configuration that is right, and of `LIBRARY`; print the errors of the others.
 
     They take turns, so that a disturbance of the GPU slows all. The L2 cache is flushed before each call.
 
@@ -84,27 +78,24 @@ def measure(
 
     from torchpar.kernels.tiles import KINDS
 
-    errors: dict[Tiles, str] = {}
     with use_fp32_precision(KINDS[problem.kind].precision):
         prepared = prepare(problem, device)
-        calls: dict[Tiles | str, Callable[[], object]] = {
-            tiles: partial(prepared.launch, None, tiles=tiles) for tiles in configurations
-        }
-        calls |= {LIBRARY: prepared.library, PRODUCT: prepared.product}
-        times: dict[Tiles | str, list[list[float]]] = {name: [] for name in calls}
+        calls: dict[Tiles | str, Callable[[], object]] = {LIBRARY: prepared.library}
+        calls |= {tiles: partial(prepared.launch, None, tiles=tiles) for tiles in configurations}
+        times: dict[Tiles | str, list[float]] = {name: [] for name in calls}
         for index in range(ROUNDS):
             for name, call in list(calls.items()):
                 try:
-                    if index == 0 and not isinstance(name, str):
+                    if index == 0 and name != LIBRARY:
                         check_result(prepared, call, problem)
-                    times[name].append(do_bench(call, 1, ROUND_MS, return_mode="all"))
+                    times[name].append(do_bench(call, 1, ROUND_MS, return_mode="median"))
                 except Exception as e:
                     check_gpu(f"{problem}, {describe(name)}")
-                    if isinstance(name, str):
+                    if name == LIBRARY:
                         raise
-                    errors[name] = error_line(e)
+                    print(f"{problem}, {describe(name)}: {error_line(e)}")
                     del calls[name], times[name]
-    return times, errors
+    return {name: median(own) for name, own in times.items()}
 
 
 def check_result(prepared: PreparedProblem, call: Callable[[], object], problem: Problem) -> None:

@@ -5,8 +5,6 @@ Without these checks a rank would wait for another until the timeout, or gloo wo
 """
 
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -44,19 +42,11 @@ def check_same_on_all_ranks(group: dist.ProcessGroup | None, what: str, values: 
     Raises:
         ConfigError: a value differs between ranks; on every rank.
     """
-    ranks = dist.get_world_size(group)
-    if ranks == 1 or dist.get_backend(group) == "fake":  # the ranks of a fake group do not exist
-        return
-    by_rank: list[Any] = [None] * ranks
-    dist.all_gather_object(by_rank, values, group)
-    for rank, other in enumerate(by_rank):
-        for name in by_rank[0] | other:
-            first, value = by_rank[0].get(name), other.get(name)
-            if value != first:
-                raise ConfigError(
-                    f"{what}: {name} is {first} on rank 0 and {value} on rank {rank}, "
-                    "expected the same on all"
-                )
+    if difference := _first_difference(group, values):
+        name, first, rank, value = difference
+        raise ConfigError(
+            f"{what}: {name} is {first} on rank 0 and {value} on rank {rank}, expected the same on all"
+        )
 
 
 def check_same_parameters(model: torch.nn.Module, group: dist.ProcessGroup) -> None:
@@ -65,10 +55,10 @@ def check_same_parameters(model: torch.nn.Module, group: dist.ProcessGroup) -> N
     Raises:
         ConfigError: a parameter differs; on every rank.
     """
-    if name := _first_difference(model, group, lambda p: p):
+    if difference := _first_difference(group, {name: _bits(p) for name, p in model.named_parameters()}):
         raise ConfigError(
-            f"{name} differs between the ranks that share a batch; start with the same weights on all, "
-            f"and {_AVERAGE}"
+            f"{difference[0]} differs between the ranks that share a batch; start with the same weights on "
+            f"all, and {_AVERAGE}"
         )
 
 
@@ -78,31 +68,34 @@ def check_same_gradients(model: torch.nn.Module, group: dist.ProcessGroup) -> No
     Raises:
         ConfigError: a gradient differs, or only some ranks have it; on every rank.
     """
-    if name := _first_difference(model, group, lambda p: p.grad):
-        raise ConfigError(f"the gradient of {name} differs between the ranks that share a batch; {_AVERAGE}")
+    if difference := _first_difference(group, {name: _bits(p.grad) for name, p in model.named_parameters()}):
+        raise ConfigError(
+            f"the gradient of {difference[0]} differs between the ranks that share a batch; {_AVERAGE}"
+        )
 
 
-@torch.no_grad()
 def _first_difference(
-    model: torch.nn.Module, group: dist.ProcessGroup, of: Callable[[Tensor], Tensor | None]
-) -> str:
-    """Return the name of the first parameter p whose ``of(p)`` differs between ranks, "" if there is none."""
-    # Each rank may have a part of its own of a DTensor.
-    parameters = {name: p for name, p in model.named_parameters() if not is_dtensor(p)}
-    sums = []
-    for p in parameters.values():
-        t = of(p)
-        if t is None or t.layout != torch.strided:
-            sums.append(-1 if t is None else 0)
-        else:
-            sums.append(checksum(t))
-    if not sums:
-        return ""
-    own = torch.tensor(sums, device=next(model.parameters()).device)
-    extremes = torch.stack([own, ~own])
-    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
-    differing = (extremes[0] != ~extremes[1]).nonzero().flatten().tolist()
-    return [*parameters][differing[0]] if differing else ""
+    group: dist.ProcessGroup | None, values: dict[str, Any]
+) -> tuple[str, Any, int, Any] | None:
+    """The first name whose value is not that of rank 0; rank 0's value, the other rank, and its value."""
+    ranks = dist.get_world_size(group)
+    if ranks == 1 or dist.get_backend(group) == "fake":  # the ranks of a fake group do not exist
+        return None
+    by_rank: list[Any] = [None] * ranks
+    dist.all_gather_object(by_rank, values, group)
+    for rank, other in enumerate(by_rank):
+        for name in by_rank[0] | other:
+            first, value = by_rank[0].get(name), other.get(name)
+            if value != first:
+                return name, first, rank, value
+    return None
+
+
+def _bits(t: Tensor | None) -> int | None:
+    """The checksum of ``t``, 0 for a sparse tensor, and for a DTensor, of which each rank may have a part."""
+    if t is None:
+        return None
+    return checksum(t) if t.layout == torch.strided and not is_dtensor(t) else 0
 
 
 def checksum(t: Tensor) -> int:
@@ -123,28 +116,20 @@ def check_shape(t: Tensor, group: dist.ProcessGroup) -> None:
     """
     if torch.compiler.is_compiling() or dist.get_backend(group) == "fake":
         return
-    sent = _sent.setdefault(group, _SentShapes())
-    sent.calls += 1
+    checked = _checked.setdefault(group, [])
     mine = f"{tuple(t.shape)} {t.dtype}"
-    if mine in sent.shapes:
+    if mine in checked:
         return
-    store, rank = group.get_group_store(), group.rank()
-    store.set(f"shape/{sent.calls}/{rank}", mine)
+    store, rank, key = group.get_group_store(), group.rank(), f"shape/{len(checked)}"
+    checked.append("")  # what is refused is checked again, under another key
+    store.set(f"{key}/{rank}", mine)
     for other in range(group.size()):
-        theirs = store.get(f"shape/{sent.calls}/{other}").decode()
+        theirs = store.get(f"{key}/{other}").decode()
         if theirs != mine:
             raise ConfigError(
                 f"ranks of a group send different shapes: {mine} on rank {rank}, {theirs} on rank {other}"
             )
-    sent.shapes.add(mine)
+    checked[-1] = mine
 
 
-@dataclass
-class _SentShapes:
-    """Number of checks of a group, and the shapes that all its ranks have sent."""
-
-    calls: int = 0
-    shapes: set[str] = field(default_factory=set)
-
-
-_sent: WeakKeyDictionary[dist.ProcessGroup, _SentShapes] = WeakKeyDictionary()
+_checked: WeakKeyDictionary[dist.ProcessGroup, list[str]] = WeakKeyDictionary()

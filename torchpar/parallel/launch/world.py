@@ -159,26 +159,24 @@ def join_world(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[World
         own = torch.device("cuda", info.local_rank % torch.cuda.device_count())
         backend = "gloo" if info.local_world_size > torch.cuda.device_count() else "nccl"
         torch.cuda.set_device(own)
-    if dist.is_initialized():
+    limit, store = timedelta(seconds=timeout), None
+    if not dist.is_initialized():
+        store = rendezvous.connect(info, limit) if launched else dist.HashStore()  # type: ignore[attr-defined]
+    try:
+        if store is not None:
+            dist.init_process_group(
+                backend,
+                store=store,
+                rank=info.rank,
+                world_size=info.world_size,
+                timeout=limit,
+                device_id=own if backend == "nccl" else None,
+            )
         rank, world_size = dist.get_rank(), dist.get_world_size()
         mesh = _make_mesh(own, (1, world_size, 1), timeout)
         yield World(rank, info.local_rank, world_size, own, mesh, timeout=timeout)
-        return
-    limit = timedelta(seconds=timeout)
-    store = rendezvous.connect(info, limit) if launched else dist.HashStore()  # type: ignore[attr-defined]
-    try:
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=info.rank,
-            world_size=info.world_size,
-            timeout=limit,
-            device_id=own if backend == "nccl" else None,
-        )
-        mesh = _make_mesh(own, (1, info.world_size, 1), timeout)
-        yield World(info.rank, info.local_rank, info.world_size, own, mesh, timeout=timeout)
     except RuntimeError as e:
-        if not is_communication_error(e):
+        if store is None or not is_communication_error(e):
             raise
         missing = rendezvous.missing_ranks(store, info.rank, info.world_size, PATIENCE)
         reason = re.sub(r"^\[\S*\] ", "", str(e).partition("\n")[0])  # without gloo's own file and line
@@ -188,7 +186,7 @@ def join_world(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[World
         # The threads of a process group end with its last reference. If that is after the interpreter has
         # begun to exit, they abort the process. DistributedDataParallel keeps one in a reference cycle.
         gc.collect()
-        if dist.is_initialized():
+        if store is not None and dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -209,8 +207,10 @@ def join_world_of_one(device: str = "auto") -> Iterator[World]:
 
 def _make_mesh(device: torch.device, shape: tuple[int, int, int], timeout: float) -> DeviceMesh:
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp", "tp"))
+    c10d = dist.distributed_c10d
+    set_timeout = getattr(c10d, "set_timeout", None) or c10d._set_pg_timeout  # the latter before torch 2.15
     for group in mesh.get_all_groups():  # mesh["dp"] would import the compiler: a second, and 157 MB
-        _set_timeout(group, timedelta(seconds=timeout))
+        set_timeout(timedelta(seconds=timeout), group)  # PyTorch makes them with its default
     _schedule_gloo_as_batch()
     return mesh
 
@@ -218,11 +218,9 @@ def _make_mesh(device: torch.device, shape: tuple[int, int, int], timeout: float
 def _schedule_gloo_as_batch() -> None:
     """Schedule the thread that polls gloo's sockets as SCHED_BATCH, so that it yields to senders.
 
-    While a sender holds a pair's lock, the polling thread spins on it: gloo's `Pair::handleEvents` tries the
-    lock and returns to a poll that is ready at once (gloo #246). A thread that has slept preempts the
-    sender, which then waits for the scheduler's next tick. On two busy cores 10 to 30% of the all-reduces of
-    16 B to 256 KB took 4 ms instead of 0.3 ms. A SCHED_BATCH thread preempts nobody: the mean fell two- to
-    fourfold (docs/parallel.md). It works on Linux only, and finds the thread by the name that gloo gives it.
+    It spins on a sender's lock, and otherwise preempts the sender until the scheduler's next tick (gloo
+    #246): on few cores the mean time of a small all-reduce is two to four times as long (docs/gloo.md). The
+    thread is found by the name that gloo gives it, on Linux only.
     """
     for task in Path("/proc/self/task").glob("*"):
         with suppress(OSError):
@@ -234,10 +232,3 @@ def is_communication_error(error: RuntimeError) -> bool:
     """Whether ranks lost each other, judged by the type and the message of PyTorch's error."""
     signs = r"gloo|NCCL|[Cc]onnection|[Ss]ocket|[Tt]imed out|[Tt]imeout|pair closure"
     return isinstance(error, dist.DistError) or re.search(signs, str(error)) is not None
-
-
-def _set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
-    """Set the timeout of a mesh's group, which PyTorch creates with its default."""
-    c10d = dist.distributed_c10d
-    set_timeout = getattr(c10d, "set_timeout", None) or c10d._set_pg_timeout  # the latter before torch 2.15
-    set_timeout(timeout, group)

@@ -8,13 +8,13 @@ step, and named in ``latest``. A damaged checkpoint is skipped, and the one befo
 """
 
 import fcntl
+import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,9 +32,10 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.rendezvous import run_in_daemon
 from torchpar.parallel.launch.world import World
-from torchpar.parallel.save import manifest
-from torchpar.parallel.save.manifest import first_line
 from torchpar.parallel.save.storage import Reader, Writer, copy_to_cpu
+
+MANIFEST = "manifest.json"
+_UNSIGNED = "0" * 64  # stands for the manifest's own SHA-256 while that is computed
 
 
 @dataclass(frozen=True)
@@ -120,15 +121,9 @@ class Checkpoints:
         newest = self.world.on_rank_0(self._newest_whole, self._group)
         if newest is None:
             return None
-        path, state = newest
-        try:
-            metadata = self.world.gather_results(lambda: Reader(path).read_metadata(), self._group)[0]
-        except (OSError, pickle.UnpicklingError) as e:
-            raise ConfigError(
-                f"{path} cannot be read by every rank ({e}); all ranks must see {self.folder}"
-            ) from e
-        shapes = {name: tensor.size for name, tensor in metadata.state_dict_metadata.items()}
-        return Checkpoint(path, state, shapes, self._group)
+        path, manifest = newest
+        shapes = {name: torch.Size(shape) for name, shape in manifest["shapes"].items()}
+        return Checkpoint(path, manifest["state"], shapes, self._group)
 
     def _newest_whole(self) -> tuple[Path, dict[str, Any]] | None:
         for unfinished in self.folder.glob("step-*.tmp"):
@@ -136,7 +131,7 @@ class Checkpoints:
         damaged = []
         for path in reversed(self._paths()):
             try:
-                return path, manifest.verify(path)
+                return path, _verify(path)
             except ConfigError as e:
                 damaged.append(str(e))
                 _warn(f"{e}; skipped for the one before it")
@@ -164,7 +159,7 @@ class Checkpoints:
                 shutil.rmtree(unfinished, ignore_errors=True)
             if not isinstance(e, (CheckpointException, OSError)):
                 raise
-            reason = _cause(e) if isinstance(e, CheckpointException) else first_line(e)
+            reason = _cause(e) if isinstance(e, CheckpointException) else _first_line(e)
             raise ConfigError(
                 f"{path} could not be saved: {reason}; the checkpoints before it are "
                 "kept, make room and start again"
@@ -208,14 +203,14 @@ class Checkpoints:
             "versions": {"torch": torch.__version__, "format": 1},
             "state": state,
         }
-        manifest.write(unfinished, files, contents)
+        write_manifest(unfinished, files, contents)
         if path.exists():  # a damaged one: from a whole one the run would have resumed
             shutil.rmtree(path)
         os.replace(unfinished, path)
-        manifest.sync(self.folder)
-        manifest.write_text(self.folder / "latest.tmp", path.name + "\n")
+        _sync(self.folder)
+        _write_text(self.folder / "latest.tmp", path.name + "\n")
         os.replace(self.folder / "latest.tmp", self.folder / "latest")
-        manifest.sync(self.folder)
+        _sync(self.folder)
         # Checkpoints of later steps were damaged when this run began: they do not count as kept.
         until_now = [p for p in self._paths() if _step(p) <= _step(path)]
         for old in until_now[: -self.keep]:
@@ -223,12 +218,72 @@ class Checkpoints:
             shutil.rmtree(old.with_suffix(".tmp"))
 
 
+def write_manifest(folder: Path, files: Sequence[str], contents: dict[str, Any]) -> None:
+    """Write the manifest of ``folder``: the SHA-256 of ``files`` and of itself, and ``contents``."""
+    digests = {name: _sha256(folder / name) for name in files}
+    text = json.dumps({"files": digests, "sha256": _UNSIGNED, **contents}, indent=1)
+    _write_text(folder / MANIFEST, text.replace(_UNSIGNED, _digest(text)))
+    _sync(folder)
+
+
+def _verify(path: Path) -> dict[str, Any]:
+    """Check every file of the checkpoint at ``path`` and return its manifest.
+
+    Raises:
+        ConfigError: a file is missing or damaged; the message names it.
+    """
+    try:
+        text = (path / MANIFEST).read_bytes().decode()
+        manifest: dict[str, Any] = json.loads(text)
+        if manifest["sha256"] != _digest(text.replace(manifest["sha256"], _UNSIGNED)):
+            raise ValueError("its SHA-256 differs from the one it records")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+        raise ConfigError(f"{path / MANIFEST} is damaged ({_first_line(e)})") from e
+    for name, digest in manifest["files"].items():
+        try:
+            actual = _sha256(path / name)
+        except OSError as e:
+            raise ConfigError(f"{path / name} is missing or cannot be read ({_first_line(e)})") from e
+        if actual != digest:
+            raise ConfigError(
+                f"{path / name} is damaged: its SHA-256 is {actual[:12]}…, the manifest says {digest[:12]}…"
+            )
+    return manifest
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
 def _cause(error: CheckpointException) -> str:
-    return "; ".join(f"rank {rank}: {first_line(e)}" for rank, (e, _) in error.failures.items())
+    return "; ".join(f"rank {rank}: {_first_line(e)}" for rank, (e, _) in error.failures.items())
 
 
 def _warn(message: str) -> None:

@@ -5,24 +5,26 @@ Unpickling uses allow-lists only: `torch.load` with ``weights_only`` for tensors
 checkpoint's metadata.
 """
 
-import io
-import os
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     TensorProperties,
 )
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 
 from torchpar.parts import Part
 
@@ -51,45 +53,42 @@ class LocalShard(torch.Tensor):
     """A rank's slice of a tensor that is split over ranks, for torch.distributed.checkpoint.
 
     If the number of ranks does not divide an axis, a `torch.distributed.tensor.DTensor` would cut it at other
-    places than our layers do. torch 2.15 reads the attributes
-    (`torch.distributed.checkpoint.CheckpointableTensor`), and torch 2.11 calls the methods.
+    places than our layers do.
     """
 
-    global_shape: tuple[int, ...]
-    global_offsets: tuple[tuple[int, ...], ...]
-    local_offsets: tuple[tuple[int, ...], ...]
-    local_sizes: tuple[tuple[int, ...], ...]
+    part: Part
 
     @staticmethod
     def of(t: Tensor, part: Part) -> "LocalShard":
         """Return ``t``, which is ``part`` of a tensor."""
-        piece = t.detach().as_subclass(LocalShard)
-        piece.global_shape, piece.global_offsets = part.whole, (part.start,)
-        piece.local_offsets, piece.local_sizes = ((0,) * t.dim(),), (part.size,)
-        return piece
+        shard = t.detach().as_subclass(LocalShard)
+        shard.part = part
+        return shard
 
-    def _plain(self) -> Tensor:
+    def size(self) -> torch.Size:  # type: ignore[override]
+        """The shape of the whole tensor, with which a planner compares the saved one."""
+        return torch.Size(self.part.whole)
+
+    def plain(self) -> Tensor:
         return self.as_subclass(torch.Tensor)
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        offsets, sizes = torch.Size(self.global_offsets[0]), torch.Size(self.local_sizes[0])
-        return [ChunkStorageMetadata(offsets=offsets, sizes=sizes)]
+        return [ChunkStorageMetadata(torch.Size(self.part.start), torch.Size(self.part.size))]
 
     def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
         (chunk,) = self.__create_chunk_list__()
-        properties = TensorProperties.create_from_tensor(self._plain())
-        data = TensorWriteData(chunk=chunk, properties=properties, size=torch.Size(self.global_shape))
+        properties = TensorProperties.create_from_tensor(self.plain())
+        data = TensorWriteData(chunk=chunk, properties=properties, size=self.size())
         return [WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)]
 
     def __get_tensor_shard__(self, _: MetadataIndex) -> Tensor:
-        return self._plain()
+        return self.plain()
 
 
 def copy_to_cpu(t: Tensor) -> Tensor:
     """Return a copy of ``t`` on the CPU, a `LocalShard` of a `LocalShard`."""
     if isinstance(t, LocalShard):
-        part = Part(t.global_shape, t.global_offsets[0], t.local_sizes[0])
-        return LocalShard.of(copy_to_cpu(t._plain()), part)
+        return LocalShard.of(copy_to_cpu(t.plain()), t.part)
     return t.detach().to("cpu", copy=True)
 
 
@@ -100,25 +99,17 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-class _Disk(FileSystem):
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
-        with super().create_stream(path, mode) as stream:
-            try:
-                yield stream
-            except RuntimeError as e:
-                # After a failed write PyTorch cannot close its archive, and that error hides the first one.
-                if isinstance(e.__context__, OSError):
-                    raise e.__context__ from e
-                raise
-
-
 class Writer(FileSystemWriter):
     """PyTorch's writer, with the error of a file that could not be written."""
 
-    def __init__(self, path: Path, **options: Any):
-        super().__init__(path, **options)
-        self.fs = _Disk()
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as e:
+            # After a failed write PyTorch cannot close its archive, and that error hides the first one.
+            if isinstance(e.__context__, OSError):
+                raise e.__context__ from e
+            raise
 
 
 class Reader(FileSystemReader):

@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Gradient clipping for a model that is split over a mesh."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from torchpar.parallel.launch.world import World
 from torchpar.parts import is_marked
-
-Square = Callable[[list[Tensor], World, bool], Tensor]
 
 
 @torch.no_grad()
@@ -29,28 +25,15 @@ def clip_grad_norm_(model: torch.nn.Module, max_norm: float, world: World) -> Te
         The norm before clipping, a float64 scalar, the same on every rank. A norm that is not finite makes
         every gradient so, as with `torch.nn.utils.clip_grad_norm_`.
     """
-    return clip_by(_square, model, max_norm, world)
-
-
-def clip_by(square: Square, model: torch.nn.Module, max_norm: float, world: World) -> Tensor:
-    """`clip_grad_norm_` with another sum of squares of this rank's gradients, over all ranks."""
     gradients = {p: p.grad for p in model.parameters() if p.grad is not None}
     whole = world.dp_size == world.world_size
-    # Data-parallel rank 0 counts for the others, which have the same gradients.
-    mine = [
-        gradient
-        for p, gradient in gradients.items()
-        if whole or (world.dp_rank == 0 and (is_marked(p) or world.tp_rank == 0))
-    ]
-    norm = square(mine, world, whole).sqrt()
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    for p, gradient in gradients.items():
+        # Data-parallel rank 0 counts for the others, which have the same gradients.
+        if whole or (world.dp_rank == 0 and (is_marked(p) or world.tp_rank == 0)):
+            total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+    norm = (total if whole else world.sum(total)).sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients.values():
         gradient.mul_(scale.to(gradient.dtype))
     return norm
-
-
-def _square(gradients: list[Tensor], world: World, whole: bool) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for gradient in gradients:
-        total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
-    return total if whole else world.sum(total)

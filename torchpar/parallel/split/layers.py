@@ -1,22 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Linear layers whose weight is split over the ranks of a mesh dimension.
 
-Shapes on rank r of p; ``out_r`` and ``in_r`` are its part of an axis, which p need not divide:
-
-| | weight | bias | input → output | communication |
-|---|---|---|---|---|
-| `ColumnParallelLinear` | (out_r, in) | (out_r) | (*, in) → (*, out_r) | backward: all-reduce of dx |
-| … gather_output | (out_r, in) | (out_r) | (*, in) → (*, out) | forward: all-gather of y as well |
-| `RowParallelLinear` | (out, in_r) | (out) | (*, in_r) → (*, out) | forward: all-reduce |
-| … input_is_parallel=False | (out, in_r) | (out) | (*, in) → (*, out) | backward: all-gather of dx as well |
-
-A backward pass communicates only if the input needs a gradient. `torchpar.reference` holds both layers in
-their plainest form; read it first.
+`torchpar.reference` holds both layers in their plainest form; read it first.
 
 A column layer and the row layer after it are a pair. An elementwise activation between them acts on each
-rank's columns alone, so the pair costs one all-reduce forward and one backward. With dY = dL/dY and
-Y = X·Wᵀ + b split by columns, dX = Σ_r dY_r·W_r and dW_r = dY_rᵀ·X. The all-reduce of dX overlaps with the
-computation of dW_r.
+rank's columns alone. So the pair costs one all-reduce forward, of y, and one backward, of dx, unless its
+input needs no gradient. With dY = dL/dY and Y = X·Wᵀ + b split by columns, dX = Σ_r dY_r·W_r and
+dW_r = dY_rᵀ·X. The all-reduce of dX overlaps with the computation of dW_r.
 """
 
 from collections.abc import Iterator
@@ -29,12 +19,15 @@ from torch.nn.functional import linear
 
 from torchpar import nn
 from torchpar.errors import ConfigError
+from torchpar.ops import linear_sigmoid
+from torchpar.ops.linear_sigmoid import sigmoid_backward
+from torchpar.ops.matrix import rows
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks, group_of
-from torchpar.parallel.split.column import ColumnProduct
-from torchpar.parallel.split.regions import (
-    gather_from_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-    scatter_to_tensor_model_parallel_region,
+from torchpar.parallel.split.reduction import (
+    all_gather,
+    copy_to_region,
+    reduce_from_region,
+    start_all_reduce,
 )
 from torchpar.partition import Partition
 from torchpar.parts import mark_part, slice_of
@@ -65,15 +58,15 @@ class _ParallelLinear(torch.nn.Module):
         self,
         in_features: int,
         out_features: int,
-        bias: bool,
+        bias: bool = True,
+        *,
         mesh: DeviceMesh,
-        activation: Activation,
-        options: dict[str, Any],
-        **own: Any,
+        activation: Activation = None,
+        **options: Any,
     ):
         super().__init__()
         settings = {"layer": type(self).__name__, "in_features": in_features, "out_features": out_features}
-        settings |= {"bias": bias, "activation": activation} | own | options
+        settings |= {"bias": bias, "activation": activation} | options
         check_same_on_all_ranks(group_of(mesh), "a layer's ranks", settings)
         if activation not in (None, "sigmoid", "relu"):
             raise ValueError(f"activation is {activation!r}, expected None, 'sigmoid' or 'relu'")
@@ -86,25 +79,18 @@ class _ParallelLinear(torch.nn.Module):
         self._copy_slices(nn.Linear(in_features, out_features, bias, **options))
 
     @classmethod
-    def from_linear(
-        cls,
-        linear: torch.nn.Module,
-        *,
-        mesh: DeviceMesh,
-        activation: Activation = None,
-        **arguments: Any,
-    ) -> Self:
+    def from_linear(cls, linear: torch.nn.Module, *, mesh: DeviceMesh, activation: Activation = None) -> Self:
         """Split ``linear``, whose parameters are the same on every rank; this rank's slices are copied.
 
         Args:
             linear: a `torch.nn.Linear`, or a `torchpar.nn.Linear`, `LinearSigmoid` or `LinearReLU`.
+            mesh: a mesh of one dimension, such as ``mesh["tp"]``.
             activation: None, "sigmoid" or "relu". `LinearSigmoid` and `LinearReLU` have their own.
-            arguments: the other keyword arguments of the class.
 
         Raises:
             ValueError: another kind of layer, a second activation, or an error of the class.
         """
-        if not isinstance(linear, torch.nn.Linear | nn.Linear) or type(linear) not in LINEAR_LAYERS:
+        if not isinstance(linear, torch.nn.Linear) or type(linear) not in LINEAR_LAYERS:
             raise ConfigError(
                 f"cannot split a {type(linear).__name__}, expected torch.nn.Linear or "
                 "torchpar.nn.Linear, LinearSigmoid or LinearReLU"
@@ -122,12 +108,11 @@ class _ParallelLinear(torch.nn.Module):
             activation=own or activation,
             device="meta",  # no memory, and no random numbers drawn
             dtype=linear.weight.dtype,
-            **arguments,
         )
         split._copy_slices(linear)
         return split.train(linear.training)
 
-    def _copy_slices(self, whole: torch.nn.Linear | nn.Linear) -> None:
+    def _copy_slices(self, whole: torch.nn.Linear) -> None:
         for name in ("weight", "bias"):
             parameter = getattr(whole, name)
             if parameter is not None:
@@ -160,11 +145,7 @@ class _ParallelLinear(torch.nn.Module):
 
     def full_weight(self) -> Tensor:
         """The whole layer's weight ``(out_features, in_features)``, on every rank, differentiable."""
-        axis = self.split_axes["weight"]
-        weight = self.weight.movedim(axis, -1)
-        return gather_from_tensor_model_parallel_region(weight, self.mesh, self.partition.widths()).movedim(
-            -1, axis
-        )
+        return all_gather(self.weight, self.mesh, self.partition, self.split_axes["weight"])
 
     def extra_repr(self) -> str:
         return (
@@ -181,57 +162,31 @@ class ColumnParallelLinear(_ParallelLinear):
     | x, whole | (*, in_features) |
     | weight | (out_r, in_features) |
     | bias | (out_r) |
-    | y | (*, out_r), or (*, out_features) with ``gather_output`` |
+    | y | (*, out_r) |
 
-    Σ_r out_r = out_features, cut as `torch.tensor_split` cuts. Every rank draws the whole weight from
-    PyTorch's random generator and keeps its slice, so the generator must be in the same state on all ranks.
-    `from_linear` copies the slices of an existing layer. `torch.func`'s transforms are not supported.
+    Σ_r out_r = out_features, cut as `torch.tensor_split` cuts; p need not divide it. Every rank draws the
+    whole weight from PyTorch's random generator and keeps its slice, so the generator must be in the same
+    state on all ranks. `from_linear` copies the slices of an existing layer. `torch.func`'s transforms are
+    not supported.
 
     Args:
         in_features, out_features, bias: of the whole layer.
         mesh: a mesh of one dimension, such as ``mesh["tp"]``.
         activation: None, "sigmoid" (fused, by `torchpar.linear_sigmoid`) or "relu" (by `torch.relu`).
-        gather_output: all-gather the outputs, so that every rank has all of them.
-        options: ``init``, ``device`` and ``dtype``, as in `torchpar.nn.Linear`.
+        options: ``device`` and ``dtype``, as in `torchpar.nn.Linear`.
 
     Raises:
-        ValueError: an unknown activation or initialisation, a mesh of several dimensions, or
-            different arguments on different ranks; on every rank.
+        ValueError: an unknown activation, a mesh of several dimensions, or different arguments on different
+            ranks; on every rank.
     """
 
     split_axes: ClassVar[dict[str, int]] = {"weight": 0, "bias": 0}
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        mesh: DeviceMesh,
-        activation: Activation = None,
-        gather_output: bool = False,
-        **options: Any,
-    ):
-        super().__init__(
-            *(in_features, out_features, bias, mesh, activation, options),
-            gather_output=gather_output,
-        )
-        self.gather_output = gather_output
-
     def forward(self, x: Tensor) -> Tensor:
         # Under autocast the backward pass needs the tensors in the forward pass's dtype.
-        y = ColumnProduct.apply(
-            _cast(x), _cast(self.weight), None if self.bias is None else _cast(self.bias), self
-        )
-        if self.activation == "relu":
-            y = torch.relu(y)
-        return self._gathered(y)
-
-    def _gathered(self, y: Tensor) -> Tensor:
-        """``y``, or with ``gather_output`` the outputs of all ranks."""
-        if not self.gather_output:
-            return y
-        return gather_from_tensor_model_parallel_region(y, self.mesh, self.partition.widths())
+        bias = None if self.bias is None else _cast(self.bias)
+        y: Tensor = _ColumnProduct.apply(_cast(x), _cast(self.weight), bias, self)
+        return torch.relu(y) if self.activation == "relu" else y
 
 
 class RowParallelLinear(_ParallelLinear):
@@ -239,50 +194,66 @@ class RowParallelLinear(_ParallelLinear):
 
     | on rank r of p | shape |
     |---|---|
-    | x | (*, in_r), or whole (*, in_features) with ``input_is_parallel=False`` |
+    | x, this rank's part, such as a column layer's output | (*, in_r) |
     | weight | (out_features, in_r) |
     | bias, whole | (out_features) |
     | y, whole | (*, out_features) |
 
     Bias and activation follow the all-reduce; before it, they would count p times. Arguments and errors are
-    those of `ColumnParallelLinear`, except:
-
-    Args:
-        input_is_parallel: the input is this rank's part already, such as a column layer's output.
+    those of `ColumnParallelLinear`.
     """
 
     split_axes: ClassVar[dict[str, int]] = {"weight": 1}
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        mesh: DeviceMesh,
-        activation: Activation = None,
-        input_is_parallel: bool = True,
-        **options: Any,
-    ):
-        super().__init__(
-            *(in_features, out_features, bias, mesh, activation, options),
-            input_is_parallel=input_is_parallel,
-        )
-        self.input_is_parallel = input_is_parallel
-
     def forward(self, x: Tensor) -> Tensor:
-        z = reduce_from_tensor_model_parallel_region(linear(self._scattered(x), self.weight), self.mesh)
+        z = reduce_from_region(linear(x, self.weight), self.mesh)
         if self.bias is not None:
             z = z + self.bias.to(z.dtype)  # the dtypes differ under autocast
         if self.activation == "sigmoid":
             return z.sigmoid()
         return torch.relu(z) if self.activation == "relu" else z
 
-    def _scattered(self, x: Tensor) -> Tensor:
-        """This rank's part of ``x``, which is that part already unless ``input_is_parallel`` is false."""
-        if self.input_is_parallel:
-            return x
-        return scatter_to_tensor_model_parallel_region(x, self.mesh, self.partition.widths())
+
+class _ColumnProduct(torch.autograd.Function):
+    """A column layer's product and sigmoid, with an all-reduce of dX that overlaps with dW and db.
+
+    Autograd's backward pass of a linear layer would compute both gradients before the all-reduce starts.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: ColumnParallelLinear
+    ) -> Tensor:
+        ctx.mesh, ctx.affine = layer.mesh, linear_sigmoid if layer.activation == "sigmoid" else linear
+        # No view of the product: an activation in place may follow.
+        y: Tensor = torch.ops.aten._unsafe_view(
+            ctx.affine(rows(x), weight, bias), (*x.shape[:-1], len(weight))
+        )
+        ctx.save_for_backward(x, weight, bias, y if layer.activation == "sigmoid" else None)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, y = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: as autograd computes them
+            result = ctx.affine(copy_to_region(x, ctx.mesh), weight, bias)
+            inputs = [t for t, needed in zip((x, weight, bias), ctx.needs_input_grad, strict=False) if needed]
+            found = iter(torch.autograd.grad(result, inputs, g, create_graph=True))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        dz, db, dx, dw = g, None, None, None
+        if y is not None:
+            dz, db = sigmoid_backward(g, y, need_bias)
+        elif need_bias:
+            db = rows(dz).sum(0)
+        if need_x:
+            dx = dz @ weight
+            wait = start_all_reduce(dx, ctx.mesh)
+        if need_weight:
+            dw = rows(dz).mT @ rows(x)
+        if need_x:
+            wait()
+        return dx, dw, db, None
 
 
 def _cast(t: Tensor) -> Tensor:
@@ -290,9 +261,7 @@ def _cast(t: Tensor) -> Tensor:
     kind = t.device.type
     if t.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
         return t
-    if not torch.is_autocast_enabled(kind):
-        return t
-    return t.to(torch.get_autocast_dtype(kind))
+    return t.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else t
 
 
 def split_parameters(model: torch.nn.Module) -> Iterator[tuple[str, int, _ParallelLinear]]:

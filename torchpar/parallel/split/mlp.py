@@ -3,7 +3,7 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from itertools import cycle
 from typing import TypeVar
 
@@ -18,13 +18,12 @@ from torchpar.parallel.split.layers import (
     LINEAR_LAYERS,
     ColumnParallelLinear,
     RowParallelLinear,
-    _ParallelLinear,
     split_parameters,
 )
-from torchpar.parallel.split.regions import gather
+from torchpar.parallel.split.reduction import all_gather
 
 M = TypeVar("M", nn.MLP, torch.nn.Sequential)
-_ACTIVATIONS = (torch.nn.Sigmoid, torch.nn.ReLU)
+_KINDS = (*LINEAR_LAYERS, torch.nn.Sigmoid, torch.nn.ReLU)
 
 
 def parallel_mlp(mlp: M, mesh: DeviceMesh) -> M:
@@ -47,17 +46,6 @@ def parallel_mlp(mlp: M, mesh: DeviceMesh) -> M:
         ValueError: another kind of model or layer, layers that share parameters, a
             mesh of several dimensions, or different models on different ranks.
     """
-    return split_mlp(mlp, mesh, (ColumnParallelLinear, RowParallelLinear), copy.deepcopy, _ACTIVATIONS)
-
-
-def split_mlp(
-    mlp: M,
-    mesh: DeviceMesh,
-    pair: tuple[type[_ParallelLinear], type[_ParallelLinear]],
-    copied: Callable[[torch.nn.Module], torch.nn.Module],
-    activations: Sequence[type[torch.nn.Module]],
-) -> M:
-    """`parallel_mlp` with the layers of a ``pair``, copies of layers that stay whole, and ``activations``."""
     layers = mlp.layers if isinstance(mlp, nn.MLP) else mlp
     if type(layers) is not torch.nn.Sequential:
         raise ConfigError(
@@ -66,22 +54,23 @@ def split_mlp(
     # An activation may occur twice; named_children would skip the second.
     named = [(name, layer) for name, layer in layers.named_modules(remove_duplicate=False) if name]
     for name, layer in named:
-        if type(layer) not in (*LINEAR_LAYERS, *activations):
-            expected = ", ".join(kind.__name__ for kind in (*LINEAR_LAYERS, *activations))
+        if type(layer) not in _KINDS:
+            expected = ", ".join(kind.__name__ for kind in _KINDS)
             raise ConfigError(f"cannot split layer {name}, a {type(layer).__name__}; expected {expected}")
     parameters = [p for _, layer in named for p in layer.parameters()]
     if len(set(parameters)) < len(parameters):
         raise ConfigError("cannot split layers that share parameters, expected each layer to have its own")
-    settings = {"layers": [str(layer) for _, layer in named], "kinds": [kind.__name__ for kind in pair]}
-    check_same_on_all_ranks(group_of(mesh), "the ranks' models", settings)
+    own = {"layers": [str(layer) for _, layer in named]}
+    check_same_on_all_ranks(group_of(mesh), "the ranks' models", own)
     linears = [name for name, layer in named if type(layer) in LINEAR_LAYERS]
     pairs = linears[: len(linears) // 2 * 2]
-    kinds = dict(zip(pairs, cycle(pair), strict=False))
-    new_layers: OrderedDict[str, torch.nn.Module] = OrderedDict()
-    for name, layer in named:
-        split_layer = kinds.get(name)
-        new_layers[name] = split_layer.from_linear(layer, mesh=mesh) if split_layer else copied(layer)
-    split = torch.nn.Sequential(new_layers)
+    kinds = dict(zip(pairs, cycle((ColumnParallelLinear, RowParallelLinear)), strict=False))
+    split = torch.nn.Sequential(
+        OrderedDict(
+            (name, kinds[name].from_linear(layer, mesh=mesh) if name in kinds else copy.deepcopy(layer))
+            for name, layer in named
+        )
+    )
     if not isinstance(mlp, nn.MLP):
         return split.train(mlp.training)
     result = nn.MLP(mlp.sizes, mlp.hidden, mlp.output, device="meta")
@@ -93,7 +82,7 @@ def full_state_dict(model: torch.nn.Module) -> dict[str, Tensor]:
     """The whole model's state dict, on every rank. All ranks must call it."""
     state = OrderedDict((name, t.detach().clone()) for name, t in model.state_dict().items())
     for name, axis, layer in split_parameters(model):
-        state[name] = gather(state[name], layer.mesh, layer.partition.widths(), axis)
+        state[name] = all_gather(state[name], layer.mesh, layer.partition, axis)
     return state
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.nn.functional import pad
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
@@ -68,8 +69,6 @@ class Pipeline:
         schedule: "gpipe" or "1f1b".
         micro_batches: the number of equal parts of this rank's share of a batch. The last parts are
             padded with unlabelled samples, which do not contribute to the loss.
-        add_gradients: adds the gradients of the replicas after the backward passes, whose number it gets. By
-            default they are averaged.
 
     Raises:
         ConfigError: fewer micro-batches than stages, an unknown schedule, or ranks that share a GPU.
@@ -81,13 +80,11 @@ class Pipeline:
         world: World,
         schedule: PipelineSchedule = "1f1b",
         micro_batches: int = 4,
-        add_gradients: Callable[[int], None] | None = None,
     ):
         self.mesh = world.mesh["pp"]
         self.replicas = world.mesh["dp"]
         self.module = module
         self.micro_batches = micro_batches
-        self.add_gradients = add_gradients
         if schedule not in _SCHEDULES:
             raise ConfigError(f"schedule is {schedule!r}, expected one of {sorted(_SCHEDULES)}")
         if micro_batches < self.mesh.size():
@@ -117,18 +114,14 @@ class Pipeline:
             The sum of the losses of this rank's samples on the last stage, 0 on the others.
         """
         replicas = self.replicas.size()
-        # An average over the replicas follows, or a sum.
-        self._loss_sum, self._scale = loss_sum, (1 if self.add_gradients else replicas) / global_size
+        self._loss_sum, self._scale = loss_sum, replicas / global_size  # an average over the replicas follows
         rows = ceil(ceil(global_size / replicas) / self.micro_batches)
         schedule = self._schedule(rows, True)
         self._losses.clear()
         x, labels = self._fill(x, rows, 0), self._fill(labels, rows, -1)
         with phase("pipeline"):
             schedule.step(*self._inputs(x), target=labels if self._is_last else None)
-            if self.add_gradients:
-                self.add_gradients(self.micro_batches)
-            else:
-                self._average_gradients()
+            self._average_gradients()
         # A new schedule first runs a pass of arbitrary numbers, to learn their shapes.
         losses = self._losses[-self.micro_batches :]
         return torch.stack(losses).sum() if losses else x.new_zeros(())
@@ -146,10 +139,8 @@ class Pipeline:
         if self.replicas.size() == 1:
             return
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in gradients]).div_(self.replicas.size())
-        all_reduce(flat, self.replicas)
-        for g, average in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            g.copy_(average.view_as(g))
+        flat = parameters_to_vector(gradients).div_(self.replicas.size())
+        vector_to_parameters(all_reduce(flat, self.replicas), gradients)
 
     @property
     def _is_last(self) -> bool:

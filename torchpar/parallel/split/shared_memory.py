@@ -10,13 +10,12 @@ import mmap
 import os
 import platform
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from math import prod
-from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -30,7 +29,6 @@ from torchpar.profile.collectives import all_reduced
 if sys.platform == "linux":
     import fcntl
 
-FOLDER = Path("/dev/shm")  # a file system in memory
 # On x86 other cores see writes in the order in which they were made.
 SUPPORTED = sys.platform == "linux" and platform.machine() == "x86_64"
 MAX_RANKS = 8  # each rank reads the terms of all
@@ -39,7 +37,6 @@ _CACHE_LINE = 64  # bytes; each rank's sequence number has one to itself
 # A waiting rank looks this many times before it lets other processes run, and before it sleeps.
 _SPINS, _YIELDS = 200, 5000
 _PAUSE = 1e-4  # seconds
-Combine = Callable[..., Tensor]
 
 
 class SharedSum:
@@ -54,11 +51,9 @@ class SharedSum:
         group: dist.ProcessGroup,
         shapes: Sequence[Sequence[int]],
         dtype: torch.dtype,
-        file: IO[bytes],
+        file: BinaryIO,
         timeout: float,
-        combine: Combine = torch.add,
     ):
-        self.combine = combine
         self.group, self.rank, self.ranks, self.timeout = group, group.rank(), group.size(), timeout
         sizes = [prod(shape) for shape in shapes]
         self.nbytes = sum(sizes) * dtype.itemsize
@@ -94,9 +89,9 @@ class SharedSum:
             if self._numbers[rank] < self._number:
                 self._wait(rank)
         for total, *terms in zip(tensors, *self._terms[current], strict=True):
-            self.combine(terms[0], terms[1], out=total)
+            torch.add(terms[0], terms[1], out=total)
             for term in terms[2:]:
-                self.combine(total, term, out=total)
+                total.add_(term)
 
     def _wait(self, rank: int) -> None:
         start, looked = time.monotonic(), 0
@@ -122,42 +117,37 @@ class SharedSum:
 
 
 def make_shared_sum(
-    group: dist.ProcessGroup,
-    shapes: Sequence[Sequence[int]],
-    dtype: torch.dtype,
-    timeout: float,
-    combine: Combine = torch.add,
+    group: dist.ProcessGroup, shapes: Sequence[Sequence[int]], dtype: torch.dtype, timeout: float
 ) -> SharedSum | None:
     """Return sums of tensors of ``shapes`` over the ranks of ``group``, or None if they cannot share memory.
 
     They can on one Linux machine with an x86 processor, up to `MAX_RANKS` ranks, if twice the size of their
-    tensors is free in ``/dev/shm`` and at most `MAX_BYTES`. Every rank calls it.
+    tensors is free and at most `MAX_BYTES`. Every rank calls it.
 
     Args:
         timeout: seconds after which a rank that waits for another one gives up.
-        combine: `torch.maximum` for maxima instead of sums.
     """
     nbytes = group.size() * (_CACHE_LINE + 2 * sum(map(prod, shapes)) * dtype.itemsize)
     able = can_share_memory(group.size()) and nbytes <= MAX_BYTES
-    own = _new_path() if able and group.rank() == 0 else None
     shared = file = None
-    try:
-        offered = [own]
-        dist.broadcast_object_list(offered, group=group, group_src=0)
-        if able and offered[0] is not None:
-            with suppress(OSError):  # on another machine there is no such file
-                file = offered[0].open("r+b")
-        opened = _on_all_ranks(file is not None, group)
-    finally:
-        if own is not None:
-            own.unlink(missing_ok=True)
-    # The file grows only now that it has no name: its memory is freed with the last rank, even a killed one.
-    if file is not None and opened:
-        reserved = group.rank() > 0 or _reserve(file, nbytes)
-        if _on_all_ranks(reserved, group):
-            with suppress(OSError):
-                shared = SharedSum(group, shapes, dtype, file, timeout, combine)
-    return shared if _on_all_ranks(shared is not None, group) else None
+    offered = [""]
+    with suppress(OSError):  # there is not so much memory
+        if able and group.rank() == 0:
+            # It has no name in a file system: it is freed with the last rank, even a killed one.
+            name = f"torchpar-{uuid.uuid4()}"
+            file = os.fdopen(os.memfd_create(name), "r+b")
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+            offered = [f"/proc/{os.getpid()}/fd/{file.fileno()} {name}"]
+    dist.broadcast_object_list(offered, group=group, group_src=0)
+    with suppress(OSError):
+        if able and offered[0]:
+            path, name = offered[0].split()
+            if name in os.readlink(path):  # on another machine the path may be another file's
+                file = file or os.fdopen(os.open(path, os.O_RDWR), "r+b")
+                shared = SharedSum(group, shapes, dtype, file, timeout)
+    made: list[Any] = [None] * group.size()
+    dist.all_gather_object(made, shared is not None, group)
+    return shared if all(made) else None
 
 
 def can_share_memory(ranks: int) -> bool:
@@ -196,25 +186,3 @@ def _done(gradients: Tensor) -> torch.futures.Future[Tensor]:
     future: torch.futures.Future[Tensor] = torch.futures.Future()
     future.set_result(gradients)
     return future
-
-
-def _new_path() -> Path | None:
-    """The path of a new, empty file, or None."""
-    with suppress(OSError), tempfile.NamedTemporaryFile(dir=FOLDER, prefix="torchpar-", delete=False) as file:
-        return Path(file.name)
-    return None
-
-
-def _reserve(file: IO[bytes], nbytes: int) -> bool:
-    """Fill ``file`` with zeros, unless there is not so much memory: writing to it would kill the process."""
-    with suppress(OSError):
-        os.posix_fallocate(file.fileno(), 0, nbytes)
-        return True
-    return False
-
-
-def _on_all_ranks(value: bool, group: dist.ProcessGroup) -> bool:
-    """Return whether ``value`` is true on every rank of ``group``, which all have then come here."""
-    values = [False] * group.size()
-    dist.all_gather_object(values, value, group)
-    return all(values)

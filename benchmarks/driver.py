@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: MIT
+"""A stand-in for a GPU's driver, for which kernels are compiled without a GPU."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+Wrap = Callable[[Any], Any]  # of a kernel, as the launchers take it
+
+
+class Driver:
+    """A stand-in for a GPU's driver. Kernels are compiled for its architecture and cannot be launched.
+
+    Args:
+        architecture: a compute capability, such as 90 for sm_90, or the name of one of AMD's.
+    """
+
+    def __init__(self, architecture: int | str):
+        self.architecture = architecture
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        nvidia = isinstance(self.architecture, int)
+        return GPUTarget("cuda" if nvidia else "hip", self.architecture, 32 if nvidia else 64)
+
+    def get_current_device(self) -> int:
+        return int(str(self.architecture).removeprefix("gfx"))  # Triton caches compiled kernels by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def target(architecture: int | str) -> Iterator[None]:
+    """Compile the kernels of the block, whose tensors may be on "meta", for ``architecture``."""
+    import triton
+
+    with (
+        patch.object(triton.runtime.driver, "_active", Driver(architecture)),
+        # Triton 3.9 warns if this is unset, because the default changes in 3.10.
+        patch.dict(os.environ, TRITON_DEFAULT_FP_FUSION="1"),
+    ):
+        yield
+
+
+class Compiled(NamedTuple):
+    """A kernel, and the launch for which it was compiled."""
+
+    kernel: Any
+    grid: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+def compile_launches(launch: Callable[[Wrap], object]) -> list[Compiled]:
+    """Compile the kernels that ``launch(wrap)`` launches, inside `target`."""
+    compiled: list[Compiled] = []
+
+    @dataclass
+    class Compile:
+        kernel: Any
+
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return partial(self.compile, grid)
+
+        def compile(self, grid: Any, *args: Any, **options: Any) -> None:
+            kernel = self.kernel.warmup(*args, grid=grid, **options)
+            compiled.append(Compiled(kernel, grid, args, options))
+
+    launch(Compile)
+    return compiled

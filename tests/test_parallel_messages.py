@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: MIT
+"""Messages of a training step, counted: the tables of docs/parallel.md, in bytes.
+
+`test_parallel_layers.py` counts the all-reduces of split layers and of frozen ones.
+"""
+
+import math
+from collections import Counter
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from torchpar import training
+from torchpar.nn import MLP
+from torchpar.parallel import join_world, parallel_mlp
+from torchpar.parallel.split import shared_memory
+from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
+from torchpar.parallel.split.shared_memory import register_shared_memory_hook
+from torchpar.profile.collectives import Collectives
+from torchpar.training import loss_sum
+from torchpar.training.fused import FusedGradients
+
+SIZES = (6, 8, 4, 10, 2)  # 56 + 36 + 50 + 22 parameters
+SQUARE = (8,) * 5
+BATCH = 12
+
+
+def count(
+    axes: dict[str, int],
+    sizes: tuple[int, ...] = SIZES,
+    way: str = "",
+    batch: int = BATCH,
+    shared: bool = False,
+) -> Counter[tuple[str, str, int]]:
+    """Dimension, operation and bytes of this rank's messages in a step.
+
+    Args:
+        way: "fused", "muon", or by autograd and without an optimizer.
+        shared: whether gradients may be added through shared memory.
+    """
+    torch.manual_seed(0)
+    loss = partial(loss_sum, "cross-entropy")
+    with join_world("cpu") as world:
+        world = world.with_mesh(**axes)
+        model = MLP(sizes)
+        if way != "fused":
+            model = stage_mlp(parallel_mlp(model, world.mesh["tp"]), world.mesh["pp"])
+        with patch.object(shared_memory, "SUPPORTED", shared_memory.SUPPORTED and shared):
+            gradients = FusedGradients(model, world) if way == "fused" else None
+        replica: Any = model
+        if world.mesh["pp"].size() > 1:
+            gradients = partial(Pipeline(model, world).step, loss_sum=loss)
+        elif world.dp_size > 1 and gradients is None:
+            replica = DistributedDataParallel(model, process_group=world.mesh["dp"].get_group())
+            if shared:
+                register_shared_memory_hook(replica, world)
+        mesh = world.mesh["dp", "tp"]
+        optimizer = training.muon(model, 0.1, 0.9, 0.0, mesh=mesh) if way == "muon" else None
+        share = world.share(batch)
+        x, labels = torch.randn(batch, sizes[0]), torch.arange(batch) % sizes[-1]
+        mine = share.narrow(x, 0), share.narrow(labels, 0)
+        counted = []
+        for _ in range(4):  # DistributedDataParallel sets itself up in two steps
+            with Collectives(world) as collectives:
+                if gradients is not None:
+                    gradients(*mine, batch)
+                else:
+                    loss(replica(mine[0]), mine[1]).backward()
+                if optimizer is not None:
+                    optimizer.step()
+            model.zero_grad()
+            counted.append(Counter((c.dimension, c.operation, c.bytes) for c in collectives.calls))
+    assert counted[2] == counted[3]
+    return counted[3]
+
+
+def sums(dimension: str, *nbytes: int) -> Counter[tuple[str, str, int]]:
+    return Counter((dimension, "all_reduce", n) for n in nbytes)
+
+
+def neighbour(nbytes: int, micro_batches: int = 4) -> Counter[tuple[str, str, int]]:
+    return Counter({("pp", "send", nbytes): micro_batches, ("pp", "recv", nbytes): micro_batches})
+
+
+# Forward, a pair sums its output; backward, the gradient of its input, if that is not the model's.
+@pytest.mark.parametrize(
+    "axes, sizes, expected",
+    [
+        ({"dp": 3}, SIZES, sums("dp", 656)),
+        ({"tp": 2}, SIZES, sums("tp", 4 * 12 * 4, 4 * 12 * 2, 4 * 12 * 4)),
+        ({"tp": 2}, SIZES[:4], sums("tp", 4 * 12 * 4)),  # the last layer is whole
+        ({"dp": 2, "tp": 2}, SIZES, sums("tp", 96, 48, 96) + sums("dp", 4 * (28 + 20 + 25 + 12))),
+        (
+            {"dp": 2, "pp": 2},
+            SIZES,
+            [neighbour(4 * 2 * 4) + sums("dp", 4 * 92), neighbour(4 * 2 * 4) + sums("dp", 4 * 72)],
+        ),
+        # A border within a pair, of half its width.
+        ({"tp": 2, "pp": 2}, SIZES[:3], [neighbour(48), neighbour(48) + sums("tp", *[48] * 4)]),
+    ],
+)
+def test_messages_of_a_mesh(ranks, axes, sizes, expected):
+    expected = expected if isinstance(expected, list) else [expected]
+    world_size = math.prod(axes.values())
+    for rank, calls in enumerate(ranks(world_size, count, axes, sizes)):
+        assert calls == expected[rank * len(expected) // world_size]  # the ranks of a stage are neighbours
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_gradients_by_formulas_take_one_message_through_memory_or_not(ranks, shared):
+    for batch in (BATCH, 2):  # a rank without a sample
+        assert ranks(3, count, {"dp": 3}, SIZES, "fused", batch, shared) == [sums("dp", 656)] * 3
+    assert ranks(3, count, {"dp": 3}, SIZES, "", BATCH, shared) == [sums("dp", 656)] * 3
+    assert ranks(1, count, {"dp": 1}, SIZES, "fused") == [Counter()]
+
+
+# Flags and a checksum for each other rank, then numbers of four matrices of 64, in bfloat16.
+FLAGS = 4 + 4
+
+
+@pytest.mark.parametrize(
+    "axes, received",
+    [
+        ({"dp": 2}, [FLAGS + 2 * 64]),
+        ({"tp": 2}, [FLAGS + 2 * 32, 2 * 32]),
+        ({"dp": 2, "tp": 2}, [3 * FLAGS + 32, 3 * 32]),
+    ],
+)
+def test_muon_takes_at_most_two_all_to_alls(ranks, axes, received):
+    for calls in ranks(math.prod(axes.values()), count, axes, SQUARE, "muon"):
+        muons = sorted(nbytes for _, operation, nbytes in calls.elements() if operation == "all_to_all")
+        assert muons == sorted(2 * n for n in received)
