@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from operators import BY_CASE, FLOATS, INTEGERS, OPERATORS, Shapes
+from operators import BY_CASE, FLOATS, OPERATORS, Shapes
 from samples import (
     arguments,
     assert_accurate,
@@ -113,17 +113,3 @@ def test_ties_share_the_gradient_of_maximum_and_nan_does_not_stop_it(dtype: torc
     assert_close(actual, gradients(torch.maximum, (a, b), g), rtol=0, atol=0)
     assert_close(actual[0], g * torch.tensor([0.5, 0, 1, 0.5, 1, 1, 1], dtype=dtype, device=device))
     assert_close(actual[1], g * torch.tensor([0.5, 1, 0, 0.5, 1, 1, 1], dtype=dtype, device=device))
-
-
-@pytest.mark.parametrize("other_dtype", INTEGERS + FLOATS, ids=str)
-def test_gradients_of_maximum_with_promotion(other_dtype: torch.dtype, device: str) -> None:
-    for dtype, shapes in itertools.product(FLOATS, (((3, 4), (4,)), ((3, 4), ()), ((), (4,)))):
-        a, b = (normal(*s, dtype=t, device=device) for s, t in zip(shapes, (dtype, other_dtype), strict=True))
-        a.requires_grad_()
-        b.requires_grad_(other_dtype.is_floating_point)
-        y = torchpar.maximum(a, b)
-        incoming = halves(*y.shape, dtype=y.dtype, device=device)
-        assert_close(
-            gradients(torchpar.maximum, (a, b), incoming), gradients(torch.maximum, (a, b), incoming)
-        )
-    assert not torchpar.maximum(b.detach().long(), b.detach().long()).requires_grad

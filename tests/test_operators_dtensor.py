@@ -63,7 +63,7 @@ def test_compiled():
         ranks(2, compare_compiled)
 
 
-def scaled_and_checked() -> None:
+def checked() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -71,12 +71,9 @@ def scaled_and_checked() -> None:
     whole = operands("symmetric_matmul", ((6, 6), (6, 6), (6, 6)))
     for placement in (Replicate(), Shard(0), Shard(1)):
         a, b, c = (distribute_tensor(t.detach(), mesh, [placement]) for t in whole)
-        # DTensor caches the rule that it finds without the check.
-        for check, (args, wholes) in itertools.product(
-            (False, True), (((a, b), whole[:2]), ((a, b, c), whole))
-        ):
+        for args, wholes in (((a, b), whole[:2]), ((a, b, c), whole)):
             factors = OPERATORS["symmetric_matmul"].factors(len(args))
-            result = torchpar.symmetric_matmul(*args, **factors, check=check)
+            result = torchpar.symmetric_matmul(*args, **factors, check=True)
             expected = torchpar.symmetric_matmul(*wholes, **factors)
             torch.testing.assert_close(result.full_tensor(), expected.detach())
         shifted = distribute_tensor(whole[1].detach().roll(1, 0), mesh, [placement])
@@ -86,7 +83,7 @@ def scaled_and_checked() -> None:
 
 def test_the_check_is_of_the_whole_and_not_of_its_parts(ranks):
     # The product of two shards of k is not symmetric; their sum is.
-    ranks(2, scaled_and_checked)
+    ranks(2, checked)
 
 
 def rows_of_a_product(shape: tuple[int, ...]) -> tuple[int, str]:

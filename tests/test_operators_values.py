@@ -128,13 +128,21 @@ def test_maximum_of_signed_zeros_is_pytorchs(dtype: torch.dtype, device: str) ->
 
 
 @pytest.mark.parametrize("a_dtype", INTEGERS + FLOATS, ids=str)
-def test_maximum_promotes_as_pytorch(a_dtype: torch.dtype, device: str) -> None:
-    for b_dtype, shapes in itertools.product(INTEGERS + FLOATS, (((3, 4), (3, 4)), ((3, 4), ()), ((), (4,)))):
+def test_maximum_and_its_gradients_promote_as_pytorchs(a_dtype: torch.dtype, device: str) -> None:
+    shapes_of_case = (((3, 4), (3, 4)), ((3, 4), (4,)), ((3, 4), ()), ((), (4,)))
+    for b_dtype, shapes in itertools.product(INTEGERS + FLOATS, shapes_of_case):
         a, b = (normal(*s, dtype=t, device=device) for s, t in zip(shapes, (a_dtype, b_dtype), strict=True))
         actual, expected = torchpar.maximum(a, b), torch.maximum(a, b)
         assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
         assert metadata(actual) == metadata(expected)
         assert_fakes_agree(torchpar.maximum, (a, b), actual)
+        leaves = [t.requires_grad_() for t in (a, b) if t.is_floating_point()]
+        if leaves:
+            g = halves(*expected.shape, dtype=expected.dtype, device=device)
+            found = (torch.autograd.grad(op(a, b), leaves, g) for op in (torchpar.maximum, torch.maximum))
+            assert_close(*found)
+        else:
+            assert not torchpar.maximum(a, b).requires_grad
 
 
 def test_maximum_takes_a_cpu_scalar_with_any_device(device: str) -> None:

@@ -11,7 +11,7 @@ from torchpar.testing import OperatorTable, check_operator
 from torchpar.testing.rules import RULES as ALL_RULES
 
 OPERATORS = ("softmax", "bessel", "numba_kernel", "roi_align", "list_of_tensors")
-SKIPPED = ("torch.compile by Inductor", "AOTInductor", "CUDA graph")
+SKIPPED = ("torch.compile by Inductor", "CUDA graph")
 RULES = [rule for rule in ALL_RULES if rule not in SKIPPED]
 PAGE = Path(__file__).parents[2] / "docs" / "gallery.md"
 REFUSALS = {("roi_align", "DTensor")}  # of the operators by torchpar.library

@@ -113,13 +113,10 @@ def mirrored(c: Tensor) -> Tensor:
     if c.numel() == 0:  # for an empty batch `torch.where` returns other strides
         return c.new_empty(c.shape)
     # A tracer's mask is not cached, nor a GPU's: another stream could read it before it is written.
-    make_mask = lower_mask if type(c) is Tensor and c.is_cpu else _make_lower_mask
+    make_mask = _lower_mask if type(c) is Tensor and c.is_cpu else _lower_mask.__wrapped__
     return torch.where(make_mask(c.shape[-1], c.device), c, c.mT)
 
 
-def _make_lower_mask(n: int, device: torch.device) -> Tensor:
+@lru_cache(maxsize=8)
+def _lower_mask(n: int, device: torch.device) -> Tensor:
     return torch.ones(n, n, dtype=torch.bool, device=device).tril()
-
-
-lower_mask = lru_cache(maxsize=8)(_make_lower_mask)
-"""``lower_mask(n, device)``: True on and below the diagonal, cached."""

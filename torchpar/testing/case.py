@@ -60,7 +60,6 @@ class Rule(NamedTuple):
 
     function: Callable[["Case"], Any]
     once: bool = False  # for the first sample only
-    slow: bool = False  # only if it is named
 
 
 class Rules(dict[str, Rule]):

@@ -90,7 +90,7 @@ def check_operator(
         samples: samples, or tuples of arguments. Derivatives are taken with respect to all floating operands.
             For the numerical ones these have to be float64.
         reference: a differentiable function of the same arguments, of PyTorch's own operators.
-        rules: a name or names from `RULES`, or "all"; by default all but the slow ones.
+        rules: a name or names from `RULES`; by default all.
 
     Returns:
         A table with one row for each rule, of its worst outcome.
@@ -98,12 +98,7 @@ def check_operator(
     Raises:
         ConfigError: an unknown rule; no sample, or one that is no tuple; an operator that writes to operands.
     """
-    if rules is None:
-        names = [name for name, rule in RULES.items() if not rule.slow]
-    elif isinstance(rules, str):
-        names = list(RULES) if rules == "all" else [rules]
-    else:
-        names = list(rules)
+    names = list(RULES) if rules is None else [rules] if isinstance(rules, str) else list(rules)
     if unknown := [name for name in names if name not in RULES]:
         raise ConfigError(f"rule {unknown[0]!r}, expected one of {', '.join(map(repr, RULES))}")
     chosen = [one if isinstance(one, Sample) else Sample(one) for one in samples]

@@ -8,8 +8,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -504,13 +502,9 @@ def _compiled(case: Case, **how: Any) -> Attempts:
     torch._dynamo.reset()
 
 
-def _expect_compiler() -> None:
+def _by_inductor(case: Case) -> Attempts:
     if not any(map(shutil.which, filter(None, [os.environ.get("CXX"), "g++", "clang++"]))):
         raise NotRun("no C++ compiler")
-
-
-def _by_inductor(case: Case) -> Attempts:
-    _expect_compiler()
     from torch._inductor import config
 
     with config.patch(compile_threads=1):  # processes would take longer to start
@@ -522,16 +516,12 @@ RULES.add("torch.compile, dynamic")(partial(_compiled, backend="aot_eager", dyna
 RULES.add("torch.compile by Inductor", once=True)(_by_inductor)
 
 
-def _export(case: Case) -> Any:
+@RULES.add("torch.export, save and load", once=True)
+def _(case: Case) -> Attempts:
     class Module(torch.nn.Module):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return case.callable(*args, **kwargs)
 
-    return torch.export.export(Module(), *case.arguments(case.operands))
-
-
-@RULES.add("torch.export, save and load", once=True)
-def _(case: Case) -> Attempts:
     def reloaded() -> Any:
         file = io.BytesIO()
         torch.export.save(program, file)
@@ -541,21 +531,12 @@ def _(case: Case) -> Attempts:
     def check(stage: Callable[[], Any]) -> None:
         close(case.bind(stage().module())(*case.operands), case.op(*case.operands))
 
-    program = _export(case)
+    program = torch.export.export(Module(), *case.arguments(case.operands))
     yield "exported", partial(check, lambda: program)
     yield "loaded", partial(check, reloaded)
     yield "decomposed", partial(check, program.run_decompositions)
     whole = any(node.target is case.overload for node in program.graph.nodes)
     return "the graph holds the operator" if whole else "the graph holds other operators"
-
-
-@RULES.add("AOTInductor", once=True, slow=True)
-def _(case: Case) -> None:
-    _expect_compiler()
-    with TemporaryDirectory() as folder:
-        package = str(Path(folder) / "operator.pt2")
-        torch._inductor.aoti_compile_and_package(_export(case), package_path=package)
-        close(case.bind(torch._inductor.aoti_load_package(package))(*case.operands), case.op(*case.operands))
 
 
 # Ranks, a GPU, and speed
