@@ -179,10 +179,11 @@ class Product(Operation):
         self.sums = [registers[index] for index in self.to] if adds else None
         for matrix in (right, *([] if self.taken else [left])):
             warp.block.shared.read(warp, matrix.chunks, 16, self.read, fence=True)
-        for index in [*self.taken, *(self.to if adds else [])]:
-            fenced = bool(warp.fence) and registers[index] is warp.fence[index]
-            message = "takes a register that was written after the last wgmma.fence"
-            warp.block.space.check(fenced or isinstance(registers[index], Unready), i.line, message)
+        ready = [
+            n for n in (*self.taken, *(self.to if adds else [])) if not isinstance(registers[n], Unready)
+        ]
+        fenced = all(warp.fence and registers[n] is warp.fence[n] for n in ready)
+        warp.block.space.check(fenced, i.line, "takes a register that was written after the last wgmma.fence")
         if any(isinstance(one, Unready) for one in self.taken.values()) or UNWRITTEN in (self.sums or []):
             raise TypeError
         self.token = Unready(self)
@@ -200,23 +201,17 @@ class Product(Operation):
         product = left @ self.right.read(self.warp.block.shared, self.line).T
         old: Any = np.zeros(product.shape, self.dtype)
         if self.sums is not None:
-            before = self.sums[0]
-            old = (
-                before.operation.result
-                if isinstance(before, Unready)
-                else gather(self.sums, self.dtype, 16, 2)
-            )
+            before = getattr(self.sums[0], "operation", None)  # another product, which has completed
+            old = before.result if before else gather(self.sums, self.dtype, 16, 2)
         self.result = add(product, old)
 
     def wait(self, warp: Warp, left: int = 0) -> None:
         super().wait(warp, left)
+        in_flight = all(isinstance(warp.registers[index], Unready) for index in self.to)
+        warp.block.space.check(in_flight, self.line, "a register of the sum was written before the wait")
         for index, register in zip(self.to, scatter(self.result), strict=True):
-            if warp.registers[index] is self.token:
+            if warp.registers[index] is self.token:  # and no later product writes it
                 warp.registers[index] = register.view(np.uint32)
-            else:
-                overwritten = not isinstance(warp.registers[index], Unready)
-                message = "a register of the sum was written before the wait"
-                warp.block.space.check(not overwritten, self.line, message)
 
 
 @instruction("wgmma.mma_async.sync.aligned", whole=True)
