@@ -184,33 +184,26 @@ class Tutorial:
 
 # They were chosen by the last 10,000 training images, on which none of them was trained (``--validate``).
 change = "one tensor of images, `torchpar.nn.MLP`; 8 epochs, not 10"
-recipe = Recipe(name="in-memory", change=change, epochs=8)
-LADDER: list[Any] = [Tutorial(), recipe]
-for name, change, settings in (
-    ("formulas", "gradients by formulas, not autograd", {"fused": True}),
-    ("falling-rate", "a rate of 0.002 that falls to 0; 5 epochs", {"decay": True, "lr": 0.002, "epochs": 5}),
-    (
-        "muon",
-        "Muon for the weights; batches of 512, 2 epochs",
-        {"optimizer": "muon", "lr": 0.1, "batch_size": 512, "epochs": 2},
-    ),
-    ("pixels", "11 × 11 pixels: 3 less on each side, then averages of 2 × 2", {"crop": 3, "pool": 2}),
-    ("smoothing", "label smoothing of 0.1", {"label_smoothing": 0.1}),
-    (
-        "large-batches",
-        "batches of 1536, a rate of 0.3; 320 units, not 512",
-        {"batch_size": 1536, "lr": 0.3, "hidden": (320,)},
-    ),
-    ("bfloat16", "products in bfloat16", {"dtype": torch.bfloat16}),
-    ("record-98.0", "3 iterations of Newton–Schulz, not 5", {"ns_steps": 3}),
-    (
-        "record-98.7",
-        "6 epochs, each with the images at another place; 512 units",
-        {"shift": True, "hidden": (512,), "epochs": 6},
-    ),
-):
-    recipe = replace(recipe, name=name, change=change, **settings)
-    LADDER.append(recipe)
+LADDER: list[Any] = [Tutorial(), Recipe(name="in-memory", change=change, epochs=8)]
+
+
+def then(name: str, change: str, **settings: Any) -> None:
+    """Add the last recipe with other settings."""
+    LADDER.append(replace(LADDER[-1], name=name, change=change, **settings))
+
+
+then("formulas", "gradients by formulas, not autograd", fused=True)
+then("falling-rate", "a rate of 0.002 that falls to 0; 5 epochs", decay=True, lr=0.002, epochs=5)
+change = "Muon for the weights; batches of 512, 2 epochs"
+then("muon", change, optimizer="muon", lr=0.1, batch_size=512, epochs=2)
+then("pixels", "11 × 11 pixels: 3 less on each side, then averages of 2 × 2", crop=3, pool=2)
+then("smoothing", "label smoothing of 0.1", label_smoothing=0.1)
+change = "batches of 1536, a rate of 0.3; 320 units, not 512"
+then("large-batches", change, batch_size=1536, lr=0.3, hidden=(320,))
+then("bfloat16", "products in bfloat16", dtype=torch.bfloat16)
+then("record-98.0", "3 iterations of Newton–Schulz, not 5", ns_steps=3)
+change = "6 epochs, each with the images at another place; 512 units"
+then("record-98.7", change, shift=True, hidden=(512,), epochs=6)
 RECORD_98, RECORD_98_7 = LADDER[-2:]
 TRIED = [  # the 98.0% record with another choice
     replace(RECORD_98, name=name, change=change, **settings)
