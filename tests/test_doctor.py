@@ -4,7 +4,6 @@
 import importlib.util
 import runpy
 import sys
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -56,8 +55,6 @@ def test_a_problem_is_marked_and_makes_the_status_1(monkeypatch, capsys):
          ("note", "2.99.0+cu132, not tested", "if something fails, take a version from 2.11 to 2.15")),
         ("processor", "threads", "torch.get_num_threads", lambda: 1000,
          ("problem", "1000, on ", "export OMP_NUM_THREADS=")),
-        ("communication", "shared memory", "shutil.disk_usage", lambda _: SimpleNamespace(free=2**27),
-         ("note", "/dev/shm, 0.1 GiB free", "docker run --shm-size=1g")),
     ],
 )  # fmt: skip
 def test_situations(area, name, replaced, by, finding):
