@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
-import torch
-from support import console
-from support.cli import TrainFlags
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from support import console
+from support.cli import TrainFlags
 from torchpar import training
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.world import World
