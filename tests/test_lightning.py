@@ -147,7 +147,7 @@ def test_the_configuration_saves_the_best_and_a_resumed_run_ends_as_the_whole_on
 
 
 def test_an_error_of_the_example_is_one_line(example, capsys):
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         example("fit", "--data.validation=201")
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
     assert line == "train_lightning.py: error: validation is 201, expected 0 to 200 samples"
