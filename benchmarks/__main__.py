@@ -20,7 +20,6 @@ NAMES = (
     "scaling",
     "ladder",
     "host",
-    "scale_model",
 )
 # In these benchmarks libraries with threads of their own take turns, and idle threads of OpenMP and OpenBLAS
 # sleep soon. By default they spin for milliseconds on the core that the next call needs; after a product in

@@ -4,158 +4,172 @@
     python examples/train_lightning.py fit
     python examples/train_lightning.py fit --trainer.accelerator cpu --trainer.devices 2
     python examples/train_lightning.py fit --config examples/lightning.yaml
+    python examples/train_lightning.py fit --config examples/lightning.yaml --ckpt_path PATH  # resumes
     python examples/train_lightning.py test --ckpt_path /tmp/torchpar/lightning_logs/…/last.ckpt
 
-The other lessons write the loop out. Here a LightningModule holds the model, the step and the optimizer, and
-a LightningDataModule the batches. The Trainer calls them: on one process or several, in a precision, with
-loggers, checkpoints and early stopping. LightningCLI makes a flag of each argument, and reads them from a
-YAML file; see ``fit --help`` and ``fit --print_config``.
-
-A framework must not change the result: the weights are those of a plain loop, to the bit. Its hooks cost some
-tenths of a millisecond per step, which is much for a model of this size and nothing for a large one.
-
-``fit`` ends with a test, of the best weights where checkpoints are kept. By default nothing is written;
-lightning.yaml turns on a logger, checkpoints and early stopping.
+The other lessons write the loop out. The weights are the same, to the bit; the Trainer's hooks cost some
+tenths of a millisecond per step. LightningCLI makes a flag of each argument. ``fit`` ends with a test, of the
+best weights where checkpoints are kept: lightning.yaml turns on a logger, checkpoints and early stopping.
 """
 
-import gc
 import logging
-import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Literal
 
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from support import console
 from torch import Tensor
 from torch import distributed as dist
+from torch.nn.functional import cross_entropy
 
-from torchpar.data import Batch
-from torchpar.errors import TorchparError
+from torchpar.data import Batch, Dataset, Samples, batches, load
+from torchpar.errors import ConfigError, TorchparError
 from torchpar.nn import MLP
+from torchpar.partition import Partition
 from torchpar.training import LRSchedule, lr_scheduler, sgd
-from torchpar.training.losses import Loss
-
-try:
-    from jsonargparse import ArgumentError
-    from jsonargparse.typing import NonNegativeFloat
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch.callbacks import Timer
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-    from lightning.pytorch.utilities import rank_zero_only
-    from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-
-    from torchpar.lightning import LitClassifier, MNISTDataModule
-except ImportError as error:
-    sys.exit(f"this example needs Lightning ({error}); pip install 'torchpar[lightning,examples]'")
 
 
-class LitMLP(LitClassifier):
-    """`torchpar.nn.MLP` with its step and its optimizer; `LitClassifier` evaluates and logs.
+class LitMLP(LightningModule):
+    """`torchpar.nn.MLP` with its step and its optimizer.
 
     Args:
         sizes: of the layers, input first.
-        hidden: activation between layers.
-        loss: "cross-entropy" on logits; "bce" or "mse" on sigmoid outputs.
         lr: learning rate at the start.
-        momentum: Nesterov momentum.
         weight_decay: L2 penalty λ of the weights: λ/2·‖W‖² in the loss.
         schedule: course of the learning rate over the run, in steps; linear and cosine end at 0.
-        compile: compile the MLP by torch.compile.
     """
 
     def __init__(
         self,
         sizes: Sequence[int] = (784, 128, 64, 10),
-        hidden: Literal["sigmoid", "relu"] = "sigmoid",
-        loss: Loss = "cross-entropy",
-        lr: NonNegativeFloat = 0.5,
-        momentum: NonNegativeFloat = 0.9,
-        weight_decay: NonNegativeFloat = 3e-5,
+        lr: float = 0.5,
+        weight_decay: float = 3e-5,
         schedule: LRSchedule = "linear",
-        compile: bool = False,
     ):
-        super().__init__(sizes[-1], loss)
+        super().__init__()
         self.save_hyperparameters()  # as self.hparams, which a checkpoint holds
-        self.mlp = MLP(sizes, hidden, "logits" if loss == "cross-entropy" else "sigmoid")
-        if compile:
-            self.mlp.compile()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(x)  # type: ignore[no-any-return]
+        self.mlp = MLP(sizes)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        x, labels, global_size = batch
-        loss = self.loss_sum(self(x), labels)
-        self.train_loss.update(loss.detach(), len(labels))
-        # The loss is the mean over the global batch. DistributedDataParallel averages over the ranks, whose
-        # shares of the batch may differ in size. The Trainer calls backward() and optimizer.step().
-        return loss * (self.trainer.world_size / global_size)
+        return self._loss(batch, "train")  # the Trainer calls backward() and optimizer.step()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self._loss(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self._loss(batch, "test")
+
+    def _loss(self, batch: Batch, stage: str) -> Tensor:
+        """Return the mean loss of the global batch; log it and the accuracy."""
+        outputs = self.mlp(batch.x)
+        # Lightning averages gradients and figures over ranks, whose shares of the batch may differ in size.
+        scale = self.trainer.world_size / batch.global_size
+        loss = cross_entropy(outputs, batch.labels, reduction="sum") * scale
+        accuracy = (outputs.argmax(1) == batch.labels).sum() * scale
+        figures, weight = {f"{stage}_loss": loss, f"{stage}_accuracy": accuracy}, batch.global_size
+        self.log_dict(figures, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True, batch_size=weight)
+        return loss
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         hp = self.hparams
-        optimizer = sgd(self, hp["lr"], hp["momentum"], hp["weight_decay"])
-        steps = self.trainer.estimated_stepping_batches  # infinite in a run without end, whose rate stays
-        scheduler = lr_scheduler(optimizer, hp["schedule"], steps)  # type: ignore[arg-type]
+        optimizer = sgd(self, hp["lr"], momentum=0.9, weight_decay=hp["weight_decay"])
+        scheduler = lr_scheduler(optimizer, hp["schedule"], int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-class CLI(LightningCLI):
-    """Samples of this repository, and one seed for the weights and for the order of the samples."""
+class Epochs:
+    """The batches of each epoch on this rank, as `torchpar.training.Run` takes them.
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.set_defaults({"data.root": Path(__file__).parent / "data"})
-        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+    A DataLoader with Lightning's sampler would pad the ranks' shares to one size.
+    """
+
+    def __init__(self, samples: Samples, batch_size: int, seed: int, trainer: Trainer):
+        self.samples, self.batch_size, self.seed, self.trainer = samples, batch_size, seed, trainer
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        # A generator, which reads the epoch at the first batch: a resumed trainer has restored it by then.
+        share = partial(Partition, ranks=self.trainer.world_size, rank=self.trainer.global_rank)
+        epoch = self.trainer.current_epoch + 1
+        yield from batches(self.samples, self.batch_size, seed=self.seed, epoch=epoch, share=share)
 
 
-def run() -> None:
-    """Run ``fit`` or ``test``; both end with the last line of the other lessons."""
-    timer = Timer()
-    extras = ("logger", "enable_checkpointing", "enable_model_summary")
-    defaults = {"max_epochs": 10, "enable_progress_bar": sys.stdout.isatty(), "callbacks": timer}
-    cli = CLI(
-        LitMLP,
-        MNISTDataModule,
-        seed_everything_default=0,
-        trainer_defaults=dict.fromkeys(extras, False) | defaults,
-        parser_kwargs={"exit_on_error": False},  # errors in a line, without the usage
-        save_config_callback=None,  # the logger keeps the hyperparameters
-    )
-    trainer = cli.trainer
-    if cli.subcommand == "fit":
-        best = getattr(trainer.checkpoint_callback, "best_model_path", None)
-        trainer.test(cli.model, cli.datamodule, ckpt_path=best or None, verbose=False)
-    if trainer.is_global_zero:
-        metrics, seconds = trainer.callback_metrics, timer.time_elapsed("train") + timer.time_elapsed("test")
-        accuracy, loss = (float(metrics.get(name, math.nan)) for name in ("test_accuracy", "test_loss"))
-        device = trainer.strategy.root_device.type
-        print(console.last_line(accuracy, loss, seconds, trainer.world_size, device))
+class MNIST(LightningDataModule):
+    """MNIST and its relatives, on the device.
+
+    Args:
+        root: folder of the data sets, as torchvision's.
+        dataset: see `torchpar.data.load`.
+        batch_size: samples per step, over all ranks.
+        seed: of the samples' order.
+        validation: number of training samples, the last ones, to keep for validation; 0 does not validate.
+    """
+
+    def __init__(
+        self,
+        root: Path = Path(__file__).parent / "data",
+        dataset: Dataset = "mnist",
+        batch_size: int = 128,
+        seed: int = 0,
+        validation: int = 0,
+    ):
+        super().__init__()
+        self.root, self.dataset, self.validation = root, dataset, validation
+        self.batch_size, self.seed = batch_size, seed
+
+    def setup(self, stage: str) -> None:
+        assert self.trainer is not None
+        train, self.test = load(self.dataset, self.root, self.trainer.strategy.root_device)
+        if not 0 <= self.validation < len(train):
+            raise ConfigError(f"validation is {self.validation}, expected 0 to {len(train) - 1} samples")
+        split = len(train) - self.validation
+        self.train, self.val = train[:split], train[split:]
+        self.epochs = partial(Epochs, seed=self.seed, trainer=self.trainer)
+
+    def train_dataloader(self) -> Epochs:
+        return self.epochs(self.train, self.batch_size)
+
+    def val_dataloader(self) -> Epochs | list[Epochs]:
+        return self.epochs(self.val, len(self.val)) if len(self.val) else []
+
+    def test_dataloader(self) -> Epochs:
+        return self.epochs(self.test, len(self.test))
 
 
 def main() -> None:
-    """Call `run`; an error is one line from rank 0 and ends every rank with status 2."""
+    """Run ``fit`` or ``test``; both end with the last line of the other lessons."""
     for name in ("lightning.pytorch", "lightning.fabric"):  # they list the hardware that is absent
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # no validation
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")  # torch's, of Lightning
+    timer = Timer()
+    silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary"), False)
+    shown = {"max_epochs": 10, "enable_progress_bar": sys.stdout.isatty(), "callbacks": timer}
+    options = {"seed_everything_default": 0, "trainer_defaults": silent | shown}
     try:
-        run()
-    except (
-        TorchparError,
-        ValueError,
-        MisconfigurationException,
-        ArgumentError,
-        OSError,
-        UnpicklingError,
-    ) as e:
-        if getattr(rank_zero_only, "rank", 0) == 0:  # every rank meets it
-            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(e).split())}", file=sys.stderr)
+        # The logger keeps the hyperparameters.
+        cli = LightningCLI(LitMLP, MNIST, save_config_callback=None, **options)  # type: ignore[arg-type]
+        trainer = cli.trainer
+        if cli.subcommand == "fit":
+            best = getattr(trainer.checkpoint_callback, "best_model_path", None)
+            trainer.test(cli.model, cli.datamodule, ckpt_path=best or None, verbose=False)
+    except TorchparError as e:
+        print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
         sys.exit(2)
-    # Lightning leaves the group of ranks to the interpreter's end, where its threads can abort the process.
-    if dist.is_initialized():
-        gc.collect()
+    if trainer.is_global_zero:
+        accuracy, loss = (trainer.callback_metrics[f"test_{name}"].item() for name in ("accuracy", "loss"))
+        seconds = timer.time_elapsed("train") + timer.time_elapsed("test")
+        device = trainer.strategy.root_device.type
+        print(console.last_line(accuracy, loss, seconds, trainer.world_size, device))
+    if dist.is_initialized():  # until the interpreter's end the group's threads could abort the process
         dist.destroy_process_group()
 
 

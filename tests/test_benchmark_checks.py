@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The checks of ladder, train, scaling and scale_model reject what is wrong. `test_benchmarks` runs them."""
+"""The checks of ladder, train and scaling reject what is wrong. `test_benchmarks` runs them."""
 
 import csv
 
@@ -13,13 +13,12 @@ pytest.importorskip("rich", reason="rich prints the tables")
 pytest.importorskip("numba", reason="Numba compiles the loops")
 pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 
-from benchmarks import ladder, scale_model, scaling, train
+from benchmarks import ladder, scaling, train
 from benchmarks.ladder import Contestant, make_case, measure, timed_turn
 from benchmarks.results import Result
 from benchmarks.timing import Rejected, Timed
 from benchmarks.train import Inputs, Training
 from torchpar.baselines import numpy_mlp
-from torchpar.profile.collectives import Call
 
 SHAPES = {"maximum": (3, 5), "matmul_t": (5, 7), "linear_sigmoid": (3, 7, 5)}
 
@@ -107,13 +106,6 @@ def test_the_committed_table_is_that_of_the_csv():
         parts = {"case": row, "contestant": row["contestant"], "columns": row}
         tables.setdefault(row["network"], []).append(Result(p50_ms=ms, speedup=speedup, **parts))
     assert train.summary(list(tables.values()), 1) == (folder / "train.md").read_text()
-
-
-def test_other_bytes_or_another_dimension_are_a_difference():
-    calls = [Call("tp", "all_reduce", 8, 100, 0.0)] * 2
-    assert scale_model.difference(calls, {"tp": 200, "dp": 0}) == ""
-    for wrong in ({"tp": 100, "dp": 0}, {"tp": 0, "dp": 200}):
-        assert scale_model.difference(calls, wrong)
 
 
 def test_the_link_that_made_the_times_is_fitted_and_a_short_message_counts_as_much_as_a_long_one():

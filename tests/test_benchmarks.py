@@ -13,7 +13,7 @@ from commands import ROOT
 from commands import run as run_command
 
 pytest.importorskip("rich", reason="rich prints the tables")
-from benchmarks import muon, operators, scale_model, train
+from benchmarks import muon, operators, train
 from benchmarks.__main__ import NAMES, main
 from benchmarks.command import run
 from torchpar.errors import ConfigError, DivergedError
@@ -32,7 +32,6 @@ SLOW = {
     "speedrun": "seed seconds accuracy",
     "scaling": "kind batch dp tp threads nbytes alpha_s",
     "ladder": "workload note over_pure_python first_s intensity cores",
-    "scale_model": "ranks width batch bytes",
 }
 OTHERS = {
     "operators": ["crossover.png"],
@@ -57,7 +56,7 @@ def test_all_benchmarks_are_listed(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert tuple(line.split()[0] for line in lines[: len(NAMES)]) == NAMES
     assert set(NAMES) == {*QUICK, *SLOW}
-    assert "scale_model  Count what a rank sends in a step on 64 to 4096 ranks" in lines
+    assert "train       Train MLPs on MNIST in many ways, side by side" in lines
     assert "benchmarks/results/cpu-" in lines[-1] or torch.cuda.is_available()
 
 
@@ -66,8 +65,6 @@ def test_a_benchmark_runs_and_its_csv_has_the_columns(tmp_path, monkeypatch, cap
     # Enough to see that each contestant is right.
     monkeypatch.setattr(train, "PROGRAM_EPOCHS", 1)
     monkeypatch.setattr(train, "QUICK", [train.Training((784, 10, 10), 10, samples=35)])
-    monkeypatch.setattr(scale_model, "MESHES", scale_model.MESHES[:2])
-    monkeypatch.setattr(scale_model, "LAYERS", 4)
     flags = ["--quick", f"--output={tmp_path}"]
     flags += ["--only=torch"] * (name == "optimizers")
     assert importlib.import_module(f"benchmarks.{name}").main(flags) == 0

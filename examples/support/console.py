@@ -19,7 +19,6 @@ from torchpar.errors import ConfigError
 from torchpar.parallel.launch.world import World
 from torchpar.profile.collectives import Call
 from torchpar.profile.phases import Phases
-from torchpar.profile.trace import SKIP, Trace, bottleneck
 from torchpar.training.state import EpochResult
 
 REFRESH = 0.1  # seconds between two updates of a bar; one takes as long as a small step
@@ -195,11 +194,3 @@ def print_collectives(calls: Sequence[Sequence[Call]]) -> None:
             else f"{1000 * median(sum(c.seconds for c in s) for s in counted):.2f}",
         )
     console.print(table)
-
-
-def print_profile(trace: Trace, ranks: Sequence[dict[str, float]]) -> None:
-    """Print a table of rank 0's costliest operators, and the bottleneck of all ranks."""
-    if all(ranks):
-        print(trace, bottleneck(ranks), sep="\n")
-    else:  # complete already, or a short run
-        print(f"profile: nothing was recorded, no more than {SKIP} steps were trained")

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Profiling: seconds by phase, collectives counted, collectives predicted, steps traced."""
+"""Profiling: seconds by phase, collectives counted."""
