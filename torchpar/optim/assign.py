@@ -250,7 +250,7 @@ def _matrices(p: Tensor, sizes: list[int], groups: int, transposed: bool) -> Seq
     if groups:
         shape = [groups, p.shape[0] // groups, math.prod(p.shape[1:])]
         return [p.view(shape if groups > 1 else shape[1:])]
-    return (p.mT if transposed else p).split(sizes, -2)  # type: ignore[no-untyped-call, no-any-return]
+    return (p.mT if transposed else p).split(sizes, -2)  # type: ignore[no-any-return]
 
 
 def _is_linear(module: nn.Module) -> bool:
