@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import make_model
 from commands import ROOT, import_path, needs_transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -207,8 +208,6 @@ def test_clipping(name):
 
 def trained(name: str) -> str:
     """The SHA-256 of an architecture's weights after five steps, made and trained in the mode."""
-    from torchpar.architectures import make_model
-
     with exact.mode():
         torch.manual_seed(0)
         model: Any = make_model(name)
@@ -253,8 +252,6 @@ def test_training_has_the_same_bits_on_other_kinds_of_processors():
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_decoding_equals_one_pass(name):
     """Token by token with a cache, in a batch, and beside padding; ordinary arithmetic differs."""
-    from torchpar.architectures import make_model
-
     torch.manual_seed(0)
     with exact.mode(), torch.no_grad():
         model: Any = make_model(name).eval()

@@ -13,7 +13,6 @@ COMMANDS = {
         "torchpar.exact.verify",
         "train on any mesh of ranks, and compare the weights' hash",
     ),
-    "muon": ("torchpar.architectures", "print the optimizer that Muon.for_model chooses for each parameter"),
     "doctor": ("torchpar.doctor", "say what works on this machine, and how to mend what does not"),
 }
 

@@ -8,11 +8,11 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
-from operator import methodcaller
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
@@ -22,13 +22,6 @@ from torchpar.optim.chained import ChainedOptimizer
 from torchpar.optim.matrices import View
 
 Choice = Literal["muon", "others"]
-
-_WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module"}
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-_SCALINGS = {"_WeightNorm", "_SpectralNorm"}  # parametrizations that scale rows, or the whole matrix
-_HEADS = ("head", "projection")  # last words of names: CLIP has a visual_ and a text_projection
 
 
 class Assignment(NamedTuple):
@@ -55,22 +48,6 @@ class ModelOptimizer(ChainedOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "assignments": self.assignments}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of the same parameters in the same order.
-
-        Raises:
-            ConfigError: it has other names, as that of other rules or overrides has; wrappers do not matter.
-        """
-        for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            pairs = zip(own["param_names"], saved.get("param_names", ()), strict=False)
-            for name, loaded in pairs:
-                if _unwrapped(name) != _unwrapped(loaded):
-                    raise ConfigError(
-                        f"Muon.for_model: the state dict has {loaded} where this optimizer has {name}; give "
-                        "overrides with which both have the same parameters"
-                    )
-        super().load_state_dict(state_dict)
-
     def __repr__(self) -> str:
         names = {"muon": type(self.optimizers[0]).__name__, "others": type(self.optimizers[-1]).__name__}
         rows = [
@@ -87,11 +64,6 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _unwrapped(name: str) -> str:
-    """The name of a parameter without those of wrappers, such as DistributedDataParallel's."""
-    return ".".join(word for word in name.split(".") if word not in _WRAPPERS)
-
-
 def chain(
     make_muon: Callable[..., Optimizer],
     model: nn.Module,
@@ -101,7 +73,7 @@ def chain(
 ) -> ModelOptimizer:
     """Make both optimizers of `Muon.for_model`, which documents the arguments and the errors."""
     uses = _uses_of(model)
-    assignments = {p: Assignment(of[0].name, p.shape, *_decide(p, of)) for p, of in uses.items()}
+    assignments = {p: Assignment(of[0].name, p.shape, *_decide(of)) for p, of in uses.items()}
 
     def change(pattern: str, **changes: Any) -> None:
         named = [p for p, of in uses.items() if any(fnmatchcase(use.name, pattern) for use in of)]
@@ -138,17 +110,43 @@ class _Use(NamedTuple):
     """A parameter of a layer.
 
     Attributes:
-        role: "weight" if the layer multiplies by the parameter, up to a scaling.
-        place: the classes of the layer's parent and of the layer, and the layer's name.
-        head: the reason why the layer is an output head, or None.
+        role: "weight" if the layer multiplies by the parameter, up to a scaling; else the parameter's name.
+        place: the classes of the layer's parent and of the layer, the layer's path, and the role.
+        head: the reason why the layer is an output head, or "".
     """
 
     name: str
-    role: str
+    p: Tensor
     layer: Any
     parent: Any
+    role: str
     place: str
-    head: str | None
+    head: str
+
+    @property
+    def groups(self) -> int:
+        """The groups of a convolution; 0 of other layers."""
+        return self.layer.groups if isinstance(self.layer, _ConvNd) else 0
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it is a stack of experts in transformers, whose modules say how they are stored."""
+        return self.p.dim() == 3 and hasattr(self.layer, "is_transposed")
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether a matrix is stored ``(in, out)``, as by transformers' Conv1D and by some experts."""
+        return hasattr(self.layer, "nf") or getattr(self.layer, "is_transposed", False)
+
+    def multiplies(self) -> bool:
+        """Whether the layer is known to multiply by the parameter, a matrix."""
+        kind = type(self.layer).__name__
+        known = _is_linear(self.layer) or hasattr(self.layer, "nf") or kind.endswith("Router")
+        fused = isinstance(self.layer, nn.MultiheadAttention | nn.RNNBase | nn.RNNCellBase)
+        return self.p.dim() == 2 and (fused or (known and self.role == "weight"))
+
+
+_SCALINGS = {"_WeightNorm", "_SpectralNorm"}  # parametrizations that scale rows, or the whole matrix
 
 
 def _uses_of(model: nn.Module) -> dict[Tensor, list[_Use]]:
@@ -163,140 +161,103 @@ def _uses_of(model: nn.Module) -> dict[Tensor, list[_Use]]:
                 path, _, role = f".{prefix}".rpartition(".parametrizations.")
                 path = path.removeprefix(".")
                 role = role if {type(one).__name__ for one in module} <= _SCALINGS else "parametrized"
-            above, _, last = path.rpartition(".")
-            layer, parent = model.get_submodule(path), model.get_submodule(above)
-            place = f"{type(parent).__name__}.{type(layer).__name__}.{last}"
-            use = _Use(f"{prefix}.{name}".lstrip("."), role, layer, parent, place, heads.get(path))
+            layer, parent = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
+            full_name = f"{prefix}.{name}".lstrip(".")
+            if is_dtensor(p) and hasattr(layer, "split_axes"):
+                raise ConfigError(
+                    f"Muon.for_model: {full_name} is a DTensor of a ColumnParallelLinear or "
+                    "RowParallelLinear; under fully_shard, split the layer by parallelize_module instead"
+                )
+            place = f"{type(parent).__name__}.{type(layer).__name__}.{path}.{role}"
+            use = _Use(full_name, p, layer, parent, role, place, heads.get(path, ""))
             uses.setdefault(p, []).append(use)
     return uses
 
 
-_Decision = tuple[Choice, str, View | None]  # the optimizer, the reason, and the view of the matrices
+def _at(pattern: str) -> Callable[[_Use], bool]:
+    """Whether a layer multiplies by the parameter, at a place; `fully_shard` prefixes the classes."""
+    return lambda use: use.multiplies() and fnmatchcase(use.place, pattern)
 
 
-def _decide(p: Any, uses: list[_Use]) -> _Decision:
-    """Choose the optimizer of a parameter by the first rule that applies to it."""
-    use = uses[0]
-    if is_dtensor(p) and hasattr(use.layer, "split_axes"):
-        raise ConfigError(
-            f"Muon.for_model: {use.name} is a DTensor of a ColumnParallelLinear or RowParallelLinear; under "
-            "fully_shard, split the layer by parallelize_module instead"
-        )
-    reason = ""
-    if any(isinstance(one.layer, _EMBEDDINGS) for one in uses):
-        reason = "embedding" if len(uses) == 1 else "embedding, shared with another layer"
-    elif isinstance(use.layer, _NORMS):
-        reason = "normalization"
-    elif sum(n != 1 for n in p.shape) < 2:
-        reason = "not a matrix"
-    reason = reason or next((one.head for one in uses if one.head), "")
-    if reason:
-        return "others", reason, None
-    if isinstance(use.layer, nn.modules.conv._ConvNd) and use.role == "weight":
-        return _convolution(p, use.layer)
-    found = None
-    if p.dim() == 3 and hasattr(use.layer, "is_transposed"):
-        found = _experts(p, use)
-    elif p.dim() == 2:
-        found = _matrix(p, use)
-    return found or ("others", "no known layer multiplies by it; give a view", None)
-
-
-def _convolution(p: Tensor, layer: nn.modules.conv._ConvNd) -> _Decision:
-    if layer.transposed:
-        return "others", "transposed convolution, stored by inputs; give a view", None
-    if layer.groups > 1 and p.shape[1] == 1:
-        return "others", "depthwise convolution, one filter for each channel", None
-    sizes = [p.shape[0] // layer.groups, math.prod(p.shape[1:])]
-    if layer.groups > 1:
-        sizes.insert(0, layer.groups)
-    return "muon", f"convolution, seen as {'×'.join(map(str, sizes))}", methodcaller("view", sizes)
-
-
-def _experts(p: Tensor, use: _Use) -> _Decision | None:
-    """A stack of matrices in transformers, whose modules say how they are stored."""
-    transposed = use.layer.is_transposed
-    if use.role != "gate_up_proj":
-        return "muon", f"experts, seen as {len(p)} matrices", partial(_split, transposed=transposed)
-    if not use.layer.is_concatenated:
-        return None  # gate and up are interleaved
-    sizes = [p.shape[2 if transposed else 1] // 2] * 2
-    view = partial(_split, sizes=sizes, transposed=transposed)
-    return "muon", f"gate and up of experts, seen as {2 * len(p)} matrices", view
-
-
-def _matrix(p: Tensor, use: _Use) -> _Decision | None:
-    layer = use.layer
-    if isinstance(layer, nn.MultiheadAttention):
-        return _fused("query, key and value", [layer.embed_dim] * (len(p) // layer.embed_dim))
-    if isinstance(layer, _RECURRENT):
-        return _fused("gates", [layer.hidden_size] * (len(p) // layer.hidden_size))
-    if {"lora_A", "lora_B"} & set(use.name.split(".")):
-        return "muon", "LoRA factor", None
-    if use.role != "weight":
-        return None
-    if type(layer).__name__.endswith("Router"):
-        return "muon", "router of experts", None
-    transposed = hasattr(layer, "nf")  # transformers' Conv1D, whose weight is (in, out)
-    if not transposed and not _is_linear(layer):
-        return None
-    rows, columns = p.shape[::-1] if transposed else p.shape
-    for pattern, (contents, sizes_of) in _FUSED.items():
-        # Rows that do not add up are those of another layout.
-        if fnmatchcase(use.place, pattern) and sum(sizes := sizes_of(use.parent, rows, columns)) == rows:
-            return _fused(contents, sizes, transposed)
-    return _fused("", [], transposed)
-
-
-def _fused(contents: str, sizes: list[int], transposed: bool = False) -> _Decision:
-    """A weight of several matrices below each other, of ``sizes`` rows; or of one."""
-    sizes = sizes if len(sizes) > 1 else []
-    reason = f"{contents}, seen as {len(sizes)} matrices" if sizes else "hidden matrix"
-    if transposed:
-        reason += ", stored transposed"
-    return (
-        "muon",
-        reason,
-        partial(_split, sizes=sizes, transposed=transposed) if transposed or sizes else None,
-    )
-
-
-def _split(p: Tensor, sizes: Sequence[int] = (), transposed: bool = False) -> Tensor | Sequence[Tensor]:
-    """Matrices ``(out, in)``: one, or several below each other; perhaps each a stack."""
-    p = p.mT if transposed else p
-    return p.split(sizes, -2) if sizes else p
-
-
-def _query_key_value(parent: Any, rows: int, columns: int) -> list[int]:
-    if hasattr(parent, "num_key_value_heads") and hasattr(parent, "head_dim"):
-        size = parent.num_key_value_heads * parent.head_dim
+def _query_key_value(use: _Use, rows: int, columns: int) -> list[int]:
+    if hasattr(use.parent, "num_key_value_heads") and hasattr(use.parent, "head_dim"):
+        size = use.parent.num_key_value_heads * use.parent.head_dim
         return [rows - 2 * size, size, size]
     return [columns] * 3
 
 
-# By place, the rows of the matrices in a weight; `fully_shard` prefixes the classes.
-_FUSED: dict[str, tuple[str, Callable[[Any, int, int], list[int]]]] = {
-    "*Phi*Attention.*.qkv_proj": ("query, key and value", _query_key_value),
-    "*.qkv": ("query, key and value", _query_key_value),
-    "*.Wqkv": ("query, key and value", _query_key_value),
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+# When a rule applies; the reason, or the contents of a weight of several matrices below each other; and their
+# number if they are equal, or their rows, by the weight's rows n and columns m. None stands for the other
+# optimizer. The first rule counts, but one whose rows do not add up is passed over: its layout is another.
+_RULES: list[tuple[Callable[[_Use], Any], str, int | Callable[[_Use, int, int], list[int]] | None]] = [
+    (lambda use: isinstance(use.layer, _EMBEDDINGS), "embedding", None),
+    (lambda use: isinstance(use.layer, _NORMS), "normalization", None),
+    (lambda use: sum(n != 1 for n in use.p.shape) < 2, "not a matrix", None),
+    (lambda use: use.head, "output head, {head}", None),
+    (lambda use: isinstance(use.layer, _ConvTransposeNd), "transposed convolution; give a view", None),
+    (lambda use: use.groups > 1 == use.p.shape[1], "depthwise convolution", None),
+    (lambda use: use.groups and use.role == "weight", "convolution", 1),
+    (lambda use: use.is_stack and use.role != "gate_up_proj", "experts", 1),
+    (lambda use: use.is_stack and use.layer.is_concatenated, "gate and up of experts", 2),
+    (_at("*.lora_[AB].*"), "LoRA factor", 1),
+    (_at("*Router.*"), "router of experts", 1),
+    (
+        _at("*.weight_[ih]h*"),
+        "gates",
+        lambda use, n, _: [use.layer.hidden_size] * (n // use.layer.hidden_size),
+    ),
+    (_at("*.in_proj_weight"), "query, key and value", 3),
+    (_at("*Phi*Attention.*.qkv_proj.weight"), "query, key and value", _query_key_value),
+    (_at("*.qkv.weight"), "query, key and value", _query_key_value),
+    (_at("*.Wqkv.weight"), "query, key and value", _query_key_value),
     # Of GPT-2 and nanoGPT; in cross-attention only key and value.
-    "*.c_attn": ("query, key and value", lambda _, rows, columns: [columns] * (rows // columns)),
-    "*.gate_up_proj": ("gate and up", lambda _, rows, columns: [rows // 2] * 2),
-    "*ModernBertMLP.*.Wi": ("input and gate", lambda _, rows, columns: [rows // 2] * 2),
-    "*MambaMixer.*.in_proj": ("hidden states and gate", lambda _, rows, columns: [rows // 2] * 2),
-    "*MambaMixer.*.x_proj": (
-        "time step, B and C",
-        lambda mixer, rows, columns: [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size],
-    ),
-    "*.kv_a_proj_with_mqa": (
-        "latents and rotary key",
-        lambda attention, rows, columns: [attention.kv_lora_rank, attention.qk_rope_head_dim],
-    ),
-}
+    (_at("*.c_attn.weight"), "query, key and value", lambda _, n, m: [m] * (n // m)),
+    (_at("*.gate_up_proj.weight"), "gate and up", 2),
+    (_at("*ModernBertMLP.*.Wi.weight"), "input and gate", 2),
+    (_at("*MambaMixer.*.in_proj.weight"), "hidden states and gate", 2),
+    (_Use.multiplies, "hidden matrix", 1),
+]
+
+
+def _decide(uses: list[_Use]) -> tuple[Choice, str, View | None]:
+    """The optimizer of a parameter, the reason, and the view of its matrices."""
+    for applies, reason, parts in _RULES:
+        use = next(filter(applies, uses), None)
+        if use is None:
+            continue
+        if parts is None:
+            return "others", reason.format(head=use.head), None
+        shape = use.p.shape
+        rows, columns = shape[:-3:-1] if use.is_transposed else shape[-2:]
+        sizes = [rows // parts] * parts if isinstance(parts, int) else parts(use, rows, columns)
+        if sum(sizes) != rows or (len(sizes) == 1 and parts != 1):
+            continue
+        view = partial(_matrices, sizes=sizes, groups=use.groups, transposed=use.is_transposed)
+        count = sum(one.shape[:-2].numel() for one in view(torch.empty(shape, device="meta")))
+        if count > 1:
+            reason += f", seen as {count} matrices"
+        if use.is_transposed:
+            reason += ", stored transposed"
+        is_whole = count == 1 and len(shape) == 2 and not use.is_transposed
+        return "muon", reason, None if is_whole else view
+    return "others", "no known layer multiplies by it; give a view", None
+
+
+def _matrices(p: Tensor, sizes: list[int], groups: int, transposed: bool) -> Sequence[Tensor]:
+    """Matrices ``(out, in)``: one, or several below each other; perhaps each a stack."""
+    if groups:
+        shape = [groups, p.shape[0] // groups, math.prod(p.shape[1:])]
+        return [p.view(shape if groups > 1 else shape[1:])]
+    return (p.mT if transposed else p).split(sizes, -2)  # type: ignore[no-any-return]
 
 
 def _is_linear(module: nn.Module) -> bool:
     return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+_HEADS = ("head", "projection")  # last words of names: CLIP has a visual_ and a text_projection
 
 
 def _heads(model: nn.Module) -> dict[str, str]:
@@ -312,12 +273,12 @@ def _heads(model: nn.Module) -> dict[str, str]:
         parent, block = (model.get_submodule(".".join(parts[:end])) for end in (depth - 1, depth))
         if sum(_kinds(child) == _kinds(block) for child in parent.children()) > 1:
             return {}
-    heads = {linear[-1]: "output head, the last linear layer"}
+    heads = {linear[-1]: "the last linear layer"}
     word = parts[-1].rpartition("_")[2]
     for path in linear[:-1]:
         above, last = path.split(".")[:-1], path.split(".")[-1]
         if word in _HEADS and last.endswith(f"_{word}") and above == parts[:-1]:
-            heads[path] = f"output head, as {parts[-1]} is"
+            heads[path] = f"as {parts[-1]} is"
     return heads
 
 
