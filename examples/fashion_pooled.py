@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Full-batch descent of a small network in NumPy, on one process or on several by MPI.
+"""Full-batch descent of a small network in NumPy or in PyTorch, on one process or on several.
 
     python examples/fashion_pooled.py
     mpirun -n 2 python examples/fashion_pooled.py
+    torchrun --nproc_per_node=2 examples/fashion_pooled.py --library torch
 
 5000 images are pooled to 20 × 20. The network is 400-25-10 with sigmoids. The cost is the binary
 cross-entropy of each class, summed over the classes and averaged over the samples:
@@ -11,51 +12,101 @@ cross-entropy of each class, summed over the classes and averaged over the sampl
 
 Every iteration takes the gradient over all samples. The first run has the settings of a university project:
 60 iterations at rate 0.1, after which the network has hardly begun to learn. The second run trains it. In
-each iteration the processes exchange the gradient, 10 285 numbers for any number of samples.
-
-``fashion_pooled_torch.py`` is the same exercise in PyTorch.
+each iteration the processes exchange the gradient, 10 285 numbers for any number of samples. Both libraries
+start from the same weights. With PyTorch ``--device cuda`` takes a GPU.
 """
 
 import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 # NumPy reads it when it is imported. With a process per core each process needs one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from support import cli
-from support.pooled import SIZES, Flags, Plan, Result, pooled, report
+from support import cli, console
+from torch.nn.functional import adaptive_avg_pool2d
+from torch.nn.parallel import DistributedDataParallel
 
-from torchpar.baselines import mpi
-from torchpar.baselines.numpy_mlp import MLP, SGD
+from torchpar.baselines import mpi, numpy_mlp
+from torchpar.baselines.mpi import Samples
+from torchpar.data import load
 from torchpar.errors import ConfigError
+from torchpar.nn import MLP
+from torchpar.parallel import World, join_world
 from torchpar.parallel.launch.rendezvous import find_rank_info
+from torchpar.profile.collectives import Collectives
 from torchpar.profile.phases import Phases, timed
+from torchpar.training import loss_sum
+
+SIZES = (400, 25, 10)
 
 
-def train(world: Any, splits: Sequence[Any], counts: Sequence[int], plan: Plan) -> Result:
-    """Train on the processes of an MPI communicator. Process 0 has the samples and scatters them once.
+@dataclass(kw_only=True)
+class Flags(cli.DataFlags):
+    """Train a small network on pooled images by full-batch descent."""
 
-    Args:
-        splits: training and test samples on process 0, None on the others.
-        counts: the numbers of samples.
+    library: Literal["numpy", "torch"] = "numpy"  # Library that computes.
+    samples: int = 5000  # Number of training images, the first ones.
+    iterations: int = 800  # Iterations of the second run.
+    lr: float = 0.1  # Learning rate of the second run.
+    momentum: float = 0.9  # Momentum of the second run.
+
+
+class Plan(NamedTuple):
+    """Settings of a run: full-batch steps of SGD, and the seed of the first weights."""
+
+    iterations: int
+    lr: float
+    momentum: float
+    seed: int
+
+
+class Result(NamedTuple):
+    """Figures of a run.
+
+    Attributes:
+        costs: of each iteration, before its step.
+        ends: mean cost and accuracy at the end, on the training and on the test samples.
+        seconds: of all iterations.
+        phases: the seconds of each phase of the iterations.
+        weights: of the first layer, ``(400, 25)``.
     """
-    orders = [np.array_split(np.arange(count), world.size) for count in counts]
-    model = MLP(SIZES, loss="bce", seed=plan.seed)  # the same on all processes
-    optimizer = SGD(model, plan.lr, plan.momentum)
+
+    plan: Plan
+    costs: list[float]
+    ends: Sequence[Sequence[float]]
+    seconds: float
+    phases: dict[str, float]
+    weights: numpy_mlp.Array
+
+
+def pooled(flags: Flags) -> list[Samples]:
+    """Return the training and test images: rows of 400 numbers in [0, 1], and their labels."""
+    train, test = load(flags.dataset, flags.data)
+    splits = []
+    for samples in (train[: flags.samples], test):
+        images = adaptive_avg_pool2d(samples.features / 255, 20).flatten(1)
+        splits.append(Samples(images.numpy(), samples.labels.numpy()))
+    return splits
+
+
+def train_numpy(world: Any, splits: Sequence[Samples], plan: Plan) -> Result:
+    """Train on the processes of an MPI communicator, each of which has all samples and takes its share."""
+    shares = [Samples(*(np.array_split(array, world.size)[world.rank] for array in one)) for one in splits]
+    (x, labels), count = shares[0], len(splits[0].labels)
+    model = numpy_mlp.MLP(SIZES, loss="bce", seed=plan.seed)  # the same on all processes
+    optimizer = numpy_mlp.SGD(model, plan.lr, plan.momentum)
     own = np.empty(model.parameters.size + 1, model.parameters.dtype)  # gradient and cost of this share
     total = np.empty_like(own)
     costs = []
     with Phases(torch.device("cpu")) as phases:
-        scatter = timed("data")(mpi.scatter)
         backward = timed("backward")(model.backward)
         allreduce = timed("collectives")(world.Allreduce)
-        shares = [scatter(world, *pair) for pair in zip(splits, orders, strict=True)]
-        (x, labels), count = shares[0], counts[0]
         start = time.perf_counter()
         for _ in range(plan.iterations):
             with phases.step():
@@ -66,20 +117,84 @@ def train(world: Any, splits: Sequence[Any], counts: Sequence[int], plan: Plan) 
                 optimizer.step(total[:-1] / count)
             costs.append(float(total[-1]) / count)
         seconds = time.perf_counter() - start
-    ends = [mpi.evaluate(world, model, *pair) for pair in zip(shares, counts, strict=True)]
+    ends = [mpi.evaluate(world, model, *pair) for pair in zip(shares, (count, len(splits[1].x)), strict=True)]
     return Result(plan, costs, ends, seconds, phases.seconds, model.weights[0])
 
 
+def train_torch(world: World, splits: Sequence[Samples], plan: Plan) -> Result:
+    """Train on all ranks by DistributedDataParallel, from the weights of `train_numpy`."""
+    model = MLP(SIZES, output="sigmoid").to(world.device)
+    numpy_mlp.MLP(SIZES, seed=plan.seed).copy_to(model)
+    replica = DistributedDataParallel(model) if world.world_size > 1 else model
+    optimizer = torch.optim.SGD(model.parameters(), plan.lr, plan.momentum)
+    costs = torch.zeros(plan.iterations, device=world.device)
+    counts = [len(split.labels) for split in splits]
+    shares = [
+        [world.share(len(array)).narrow(torch.from_numpy(array), 0).to(world.device) for array in split]
+        for split in splits
+    ]
+    x, labels = shares[0]
+    loss_sum("bce", replica(x), labels).backward()  # a GPU's kernels are compiled in the first call
+    optimizer.zero_grad()
+    with Phases(world.device) as phases:
+        start = time.perf_counter()
+        for i in range(plan.iterations):
+            with Collectives(world), phases.step():
+                loss = loss_sum("bce", replica(x), labels)
+                (loss * (world.dp_size / counts[0])).backward()  # the wrapper averages over the ranks
+                optimizer.step()
+                optimizer.zero_grad()
+            costs[i] = loss.detach()
+        costs = world.sum(costs) / counts[0]
+        seconds = time.perf_counter() - start
+    ends = []
+    for (x, labels), count in zip(shares, counts, strict=True):
+        with torch.no_grad():
+            p = model(x)
+            sums = torch.stack([loss_sum("bce", p, labels), (p.argmax(1) == labels).sum()])
+        ends.append((world.sum(sums) / count).tolist())
+    weights = next(model.parameters()).detach().cpu().numpy().T
+    return Result(plan, costs.tolist(), ends, seconds, phases.seconds, weights)
+
+
+def report(flags: Flags, device: str, ranks: int, results: list[Result]) -> None:
+    """Print the figures of the runs, and write the metrics and plots that the flags ask for."""
+    rows: list[dict[str, Any]] = []
+    for plan, costs, (train, test), seconds, phases, _ in results:
+        ms = {f"{name}_ms": 1e3 * t / plan.iterations for name, t in phases.items()}
+        figures = {"first_cost": costs[0], "last_cost": costs[-1], "train_accuracy": train[1]}
+        figures |= {"test_loss": test[0], "test_accuracy": test[1], "seconds": seconds}
+        rows.append(plan._asdict() | figures | {"library": flags.library, "ranks": ranks} | ms)
+    console.print_rows(rows, ("iterations", "lr", "momentum", *figures))
+    console.print_rows(rows, ("iterations", *ms))
+    console.write_metrics(flags.metrics, rows)
+    if flags.plots:
+        from support import plots
+
+        curves = {f"rate {plan.lr:g}, momentum {plan.momentum:g}": costs for plan, costs, *_ in results}
+        plots.save_curves(flags.plots / "costs.png", curves, "iteration", "cost")
+        neurons = torch.from_numpy(results[-1].weights.T.reshape(-1, 20, 20))
+        plots.save_matrices(flags.plots / "neurons.png", neurons, "Weights of each hidden neuron")
+    print(console.last_line(test[1], test[0], seconds, ranks, device))
+
+
 def main(flags: Flags) -> None:
+    plans = Plan(60, 0.1, 0.0, flags.seed), Plan(flags.iterations, flags.lr, flags.momentum, flags.seed)
+    if flags.library == "torch":
+        with join_world(flags.device) as world:
+            splits = pooled(flags)
+            results = [train_torch(world, splits, plan) for plan in plans]
+            if world.rank == 0:
+                report(flags, world.device.type, world.world_size, results)
+        return
     if flags.device == "cuda":
-        raise ConfigError("--device cuda: NumPy computes on the CPU; fashion_pooled_torch.py takes a GPU")
+        raise ConfigError("--device cuda: NumPy computes on the CPU; --library torch takes a GPU")
     # One process needs no MPI.
-    with mpi.join() if find_rank_info() else nullcontext(mpi.OneProcess()) as world:
-        splits = mpi.on_rank_0(world, lambda: pooled(flags))  # None except on process 0
-        counts = world.bcast([len(samples.labels) for samples in splits or ()])
-        results = [train(world, splits or (None, None), counts, plan) for plan in flags.plans()]
-        if world.rank == 0:
-            report(flags, "NumPy", "cpu", world.size, results)
+    with mpi.join() if find_rank_info() else nullcontext(mpi.OneProcess()) as processes:
+        splits = pooled(flags)
+        results = [train_numpy(processes, splits, plan) for plan in plans]
+        if processes.rank == 0:
+            report(flags, "cpu", processes.size, results)
 
 
 if __name__ == "__main__":

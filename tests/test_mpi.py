@@ -20,8 +20,7 @@ pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 pytest.importorskip("tyro", reason="tyro reads the flags")
 
 import fashion_pooled
-import fashion_pooled_torch
-from support.pooled import SIZES, Plan, Result, pooled
+from fashion_pooled import SIZES, Plan, Result, pooled
 
 TRAIN_MPI, POOLED = (str(ROOT / "examples" / name) for name in ("train_mpi.py", "fashion_pooled.py"))
 ROUNDING = 1e-5  # of a loss: some hundred steps of some roundings of 6e-8 each
@@ -114,13 +113,12 @@ def test_the_mpirun_of_another_mpi_is_refused(without_mpi, monkeypatch):
 
 
 def in_numpy(splits, plan) -> Result:
-    counts = [len(samples.labels) for samples in splits]
-    return fashion_pooled.train(mpi.OneProcess(), splits, counts, plan)
+    return fashion_pooled.train_numpy(mpi.OneProcess(), splits, plan)
 
 
 def in_torch(splits, plan) -> Result:
     with join_world("cpu") as world:
-        return fashion_pooled_torch.train(world, splits, plan)
+        return fashion_pooled.train_torch(world, splits, plan)
 
 
 def same(run: Result, other: Result) -> bool:
