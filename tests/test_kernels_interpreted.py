@@ -25,7 +25,7 @@ import torchpar
 from torchpar.kernels import exact_matmul, linear_sigmoid, matmul_t, maximum, sigmoid_backward
 from torchpar.kernels.gemm import triangle_tile
 from torchpar.kernels.tiles import Device, Tiles
-from torchpar.ops import _exact
+from torchpar.ops import exact_digits
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 ROUNDS_TWICE = TRITON < (3, 9)  # the interpreter's fma
@@ -105,14 +105,14 @@ def check_tma_refuses_other_strides() -> None:
 
 def exact_sums(a: Tensor, b: Tensor) -> Tensor:
     """T of finite matrices by the CPU's formula, int64."""
-    e, f = _exact.row_exponents(a), _exact.row_exponents(b)
-    return _exact.sums(a, b, e, f)
+    e, f = exact_digits.row_exponents(a), exact_digits.row_exponents(b)
+    return exact_digits.sums(a, b, e, f)
 
 
 def check_exact_product(a: Tensor, b: Tensor | None, wrap) -> None:
     """T, and the bits of the CPU's product, with its NaN. None: b is a, and the mirror is not computed."""
     second = a if b is None else b
-    e, f = (_exact.row_exponents(t)[..., 0] for t in (a, second))
+    e, f = (exact_digits.row_exponents(t)[..., 0] for t in (a, second))
     expected = torchpar.exact_matmul(a, second)
     total = torch.full(expected.shape, -7)
     out, again = (torch.full(expected.shape, -7.0) for _ in range(2))  # a NaN may be right
@@ -187,7 +187,7 @@ def rows_of_extreme_digits(k: int, odd: int) -> Tensor:
     digits = extreme[:, :, None].repeat(1, 1, k)
     digits[:, :, 0] = 127 * (torch.arange(4) == odd)
     x = (digits * 256.0 ** -torch.arange(4)[:, None]).sum(1) / 128
-    assert torch.equal(_exact.digits(x, _exact.row_exponents(x)), digits)
+    assert torch.equal(exact_digits.digits(x, exact_digits.row_exponents(x)), digits)
     return x
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar.exact.mode import ordinary
-from torchpar.ops import _exact, exact_matmul
+from torchpar.ops import exact_digits, exact_matmul
 from torchpar.ops.matrix import rows
 from torchpar.parallel.split.reduction import all_reduce
 from torchpar.partition import Partition
@@ -30,9 +30,9 @@ def _product(a: Tensor, b: Tensor, mesh: DeviceMesh | None) -> Tensor:
     """``a @ b.T``, whose terms the ranks of ``mesh`` share."""
     if mesh is None or mesh.size() == 1:
         return exact_matmul(a, b)
-    exponents = torch.cat([_exact.row_exponents(a), _exact.row_exponents(b)])
+    exponents = torch.cat([exact_digits.row_exponents(a), exact_digits.row_exponents(b)])
     e, f = all_reduce(exponents, mesh, dist.ReduceOp.MAX).split([len(a), len(b)])
-    return _exact.rounded(all_reduce(_exact.sums(a, b, e, f), mesh), e, f)
+    return exact_digits.rounded(all_reduce(exact_digits.sums(a, b, e, f), mesh), e, f)
 
 
 class _Linear(torch.autograd.Function):
