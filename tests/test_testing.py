@@ -206,8 +206,6 @@ def test_the_table():
     ]
     assert table.rows[1]["verdict"] == "refuses"
     table.assert_conforms()
-    with pytest.raises(AssertionError, match="DDP"):
-        table.assert_conforms(allow_refusals=False)
     with pytest.raises(
         AssertionError, match=r"none of 1 situations was compared\nsituation .*\nDDP +refuses"
     ):
@@ -216,8 +214,8 @@ def test_the_table():
 
 def test_what_cannot_be_run_is_refused():
     with pytest.raises(ConfigError, match="situation 'none', expected one of 'whole', 'polar factor', "):
-        check_optimizer(make_muon, "none")
-    with pytest.raises(ConfigError, match="cannot import make; expected a module-level function or class"):
+        check_optimizer(make_muon, ["none"])
+    with pytest.raises(ConfigError, match=r"cannot import make .*expected a module-level function or class"):
         check_optimizer(lambda model: make_muon(model), ["whole"])
 
 
@@ -245,4 +243,4 @@ def test_an_elementwise_optimizer_conforms_in_the_general_part(ranks):
     names = ["polar factor", "fully_shard on 3 ranks", "Shard(0), two learning rates"]
     (row,) = rows = check_optimizer(make_adamw, names, orthogonal=False, ranks=ranks)
     assert (row.situation, row.verdict) == ("fully_shard on 3 ranks", "same bits")
-    rows.assert_conforms(allow_refusals=False)
+    rows.assert_conforms()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from torchpar.errors import ConfigError
+from torchpar.optim.assign import aligned
 from torchpar.testing.case import (
     REFUSALS,
     Attempts,
@@ -66,9 +67,7 @@ class OperatorTable:
     def __str__(self) -> str:
         table = [["rule", "outcome", "sample", "detail"]]
         table += [[row.rule, row.outcome, str(row.sample), row.detail] for row in self.rows]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in table)
-        return "\n".join([self.name, *(line.rstrip() for line in lines)])
+        return f"{self.name}\n{aligned(table)}"
 
 
 def check_operator(

@@ -4,7 +4,6 @@
 import copy
 import inspect
 import io
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -253,7 +252,6 @@ class Situation(NamedTuple):
         orthogonal: whether it is about optimizers that orthogonalise, and no others. Others send no
             messages, and so cannot notice the mistake of another rank.
         one_may_refuse: whether an error on one rank is right, which leaves the others waiting.
-        timeout: seconds, fewer where ranks that hang are a usual fault.
     """
 
     run: Callable[[Trial], None]
@@ -261,7 +259,6 @@ class Situation(NamedTuple):
     setup: Mapping[str, Any] = MappingProxyType({})
     orthogonal: bool = False
     one_may_refuse: bool = False
-    timeout: float = math.inf
 
 
 sharded = partial(trained, wrap=shard)
@@ -318,7 +315,7 @@ SITUATIONS = {
         partial(distributed, change=partial(lose_gradient, at=STEPS[1:2])), 2
     ),
     "Shard(0), no gradient on one rank": Situation(
-        partial(distributed, change_alone=lose_gradient), 2, orthogonal=True, timeout=20.0
+        partial(distributed, change_alone=lose_gradient), 2, orthogonal=True
     ),
     "Replicate, no gradient on one rank": Situation(
         partial(distributed, placements=[Replicate()], change_alone=lose_gradient), 2, orthogonal=True
@@ -327,7 +324,7 @@ SITUATIONS = {
         partial(distributed, change_alone=double_rate), 2, orthogonal=True
     ),
     "Shard(0), a group on one rank": Situation(
-        partial(distributed, change_alone=add_group), 2, orthogonal=True, one_may_refuse=True, timeout=10.0
+        partial(distributed, change_alone=add_group), 2, orthogonal=True, one_may_refuse=True
     ),
     "ColumnParallelLinear": Situation(partial(split_layers, kind=ColumnParallelLinear, axis=0), 2),
     "RowParallelLinear": Situation(partial(split_layers, kind=RowParallelLinear, axis=1), 2),
