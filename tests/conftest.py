@@ -15,7 +15,7 @@ import torch
 from ranks import fork_context
 
 from torchpar.ops import cpu_table
-from torchpar.testing.ranks import Ranks
+from torchpar.parallel.launch.local import Ranks
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 THREADS = torch.get_num_threads()

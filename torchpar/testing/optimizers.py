@@ -20,7 +20,7 @@ import torch
 from torchpar.errors import ConfigError
 from torchpar.optim.assign import aligned
 from torchpar.optim.newton_schulz import COEFFICIENTS
-from torchpar.testing.ranks import Ranks
+from torchpar.parallel.launch.local import Ranks
 from torchpar.testing.situations import SITUATIONS, Situation
 from torchpar.testing.trial import FAMILIES, Array, Layers, Make, NotApplicable, Record, Trial, named_weights
 

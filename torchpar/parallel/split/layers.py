@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import linear
 
@@ -22,13 +23,8 @@ from torchpar.errors import ConfigError
 from torchpar.ops import linear_sigmoid
 from torchpar.ops.linear_sigmoid import sigmoid_backward
 from torchpar.ops.matrix import rows
-from torchpar.parallel.launch.agreement import check_same_on_all_ranks, group_of
-from torchpar.parallel.split.reduction import (
-    all_gather,
-    copy_to_region,
-    reduce_from_region,
-    start_all_reduce,
-)
+from torchpar.parallel.launch.agreement import check_same_on_all_ranks
+from torchpar.parallel.split.reduction import all_gather, reduce_from_region, start_all_reduce
 from torchpar.partition import Partition
 from torchpar.parts import mark_part, slice_of
 
@@ -67,7 +63,7 @@ class _ParallelLinear(torch.nn.Module):
         super().__init__()
         settings = {"layer": type(self).__name__, "in_features": in_features, "out_features": out_features}
         settings |= {"bias": bias, "activation": activation} | options
-        check_same_on_all_ranks(group_of(mesh), "a layer's ranks", settings)
+        check_same_on_all_ranks(mesh.get_group(), "a layer's ranks", settings)
         if activation not in (None, "sigmoid", "relu"):
             raise ValueError(f"activation is {activation!r}, expected None, 'sigmoid' or 'relu'")
         self.in_features = in_features
@@ -166,8 +162,8 @@ class ColumnParallelLinear(_ParallelLinear):
 
     Σ_r out_r = out_features, cut as `torch.tensor_split` cuts; p need not divide it. Every rank draws the
     whole weight from PyTorch's random generator and keeps its slice, so the generator must be in the same
-    state on all ranks. `from_linear` copies the slices of an existing layer. `torch.func`'s transforms are
-    not supported.
+    state on all ranks. `from_linear` copies the slices of an existing layer. There are no second derivatives,
+    and `torch.func`'s transforms are not supported.
 
     Args:
         in_features, out_features, bias: of the whole layer.
@@ -176,8 +172,7 @@ class ColumnParallelLinear(_ParallelLinear):
         options: ``device`` and ``dtype``, as in `torchpar.nn.Linear`.
 
     Raises:
-        ValueError: an unknown activation, a mesh of several dimensions, or different arguments on different
-            ranks; on every rank.
+        ValueError: an unknown activation, or different arguments on different ranks; on every rank.
     """
 
     split_axes: ClassVar[dict[str, int]] = {"weight": 0, "bias": 0}
@@ -224,22 +219,16 @@ class _ColumnProduct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: ColumnParallelLinear
     ) -> Tensor:
-        ctx.mesh, ctx.affine = layer.mesh, linear_sigmoid if layer.activation == "sigmoid" else linear
+        ctx.mesh, affine = layer.mesh, linear_sigmoid if layer.activation == "sigmoid" else linear
         # No view of the product: an activation in place may follow.
-        y: Tensor = torch.ops.aten._unsafe_view(
-            ctx.affine(rows(x), weight, bias), (*x.shape[:-1], len(weight))
-        )
-        ctx.save_for_backward(x, weight, bias, y if layer.activation == "sigmoid" else None)
+        y: Tensor = torch.ops.aten._unsafe_view(affine(rows(x), weight, bias), (*x.shape[:-1], len(weight)))
+        ctx.save_for_backward(x, weight, y if layer.activation == "sigmoid" else None)
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, y = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: as autograd computes them
-            result = ctx.affine(copy_to_region(x, ctx.mesh), weight, bias)
-            inputs = [t for t, needed in zip((x, weight, bias), ctx.needs_input_grad, strict=False) if needed]
-            found = iter(torch.autograd.grad(result, inputs, g, create_graph=True))
-            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None
+        x, weight, y = ctx.saved_tensors
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         dz, db, dx, dw = g, None, None, None
         if y is not None:

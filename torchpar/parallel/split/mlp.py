@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar import nn
 from torchpar.errors import ConfigError
-from torchpar.parallel.launch.agreement import check_same_on_all_ranks, group_of
+from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.parallel.split.layers import (
     LINEAR_LAYERS,
     ColumnParallelLinear,
@@ -43,8 +43,8 @@ def parallel_mlp(mlp: M, mesh: DeviceMesh) -> M:
         A model of the same type, whose parameters have the same names.
 
     Raises:
-        ValueError: another kind of model or layer, layers that share parameters, a
-            mesh of several dimensions, or different models on different ranks.
+        ValueError: another kind of model or layer, layers that share parameters, or different models on
+            different ranks.
     """
     layers = mlp.layers if isinstance(mlp, nn.MLP) else mlp
     if type(layers) is not torch.nn.Sequential:
@@ -61,7 +61,7 @@ def parallel_mlp(mlp: M, mesh: DeviceMesh) -> M:
     if len(set(parameters)) < len(parameters):
         raise ConfigError("cannot split layers that share parameters, expected each layer to have its own")
     own = {"layers": [str(layer) for _, layer in named]}
-    check_same_on_all_ranks(group_of(mesh), "the ranks' models", own)
+    check_same_on_all_ranks(mesh.get_group(), "the ranks' models", own)
     linears = [name for name, layer in named if type(layer) in LINEAR_LAYERS]
     pairs = linears[: len(linears) // 2 * 2]
     kinds = dict(zip(pairs, cycle((ColumnParallelLinear, RowParallelLinear)), strict=False))
