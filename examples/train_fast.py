@@ -23,7 +23,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 import train_ddp
 from support import cli, console, session
-from support.log import Log
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -183,7 +182,7 @@ def main(flags: Flags) -> None:
         lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
         parts = (model, optimizer, lr_scheduler, world, train, test)
-        with Run(*parts, log=Log(flags, world), **flags.run_options()) as run:
+        with Run(*parts, log=session.Log(flags, world), **flags.run_options()) as run:
             for epoch in run.epochs():
                 for batch in run.batches(epoch):
                     loss = step(*batch)

@@ -12,7 +12,7 @@ from torchpar.parallel.launch import local
 
 PRELOAD = ["torchpar.parallel.split.pipeline", "torchpar.training", "torchvision.datasets"]
 if find_spec("rich") and find_spec("tyro"):  # without its own packages, ``support`` would end the server
-    PRELOAD += ["rich.progress", "tyro", "support.log", "support.session"]
+    PRELOAD += ["rich.progress", "tyro", "support.session"]
 
 
 def fork_context() -> ForkServerContext:

@@ -127,7 +127,7 @@ def test_one_process_with_every_other_flag(data, tmp_path):
 
 def check_collectives(out: str, dimensions: str) -> None:
     """The table must show the messages of these dimensions of the mesh, and of no others."""
-    rows = re.findall(r"│ (\w+) +│ (\w+) +│ +[1-9]\d* │ +[1-9][\d,]* │", out)
+    rows = re.findall(r"│ (\w+) +│ (\w+) +│ [1-9]\d* +│ [1-9][\d,]* +│", out)
     of_dimension = {"dp": ["all_reduce"], "tp": ["all_reduce"], "pp": ["send", "recv"]}
     expected = {(name, operation) for name in dimensions.split() for operation in of_dimension[name]}
     assert {row for row in rows if row[1] != "all_to_all"} == expected, out
