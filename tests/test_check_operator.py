@@ -30,17 +30,11 @@ def right() -> Any:
     return faulty.make("right")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in ("wrong_shards", "gradients_of_shards")))
-        for name in faulty.FAULTS
-    ],
-)
+@pytest.mark.parametrize("name", faulty.FAULTS)
 def test_a_fault_is_found(name: str) -> None:
-    parts, rule, outcome, detail = faulty.FAULTS[name]
+    parts, rule, detail = faulty.FAULTS[name]
     table = check_operator(faulty.make(name, **parts), SAMPLES, reference=faulty.kernel, rules=rule)
-    assert (table[rule].outcome, detail in table[rule].detail) == (outcome, True), str(table)
+    assert (table[rule].outcome, detail in table[rule].detail) == ("wrong", True), str(table)
 
 
 EVERYWHERE = {  # the rules that one fault concerns

@@ -11,7 +11,7 @@ The decorators and the methods take what PyTorch's take, so that a changed impor
 also has derivatives under torch.func and in forward mode (pytorch#168393, #170834, #179652), and sharding
 rules that wait for DTensor. docs/citizen.md shows each rule.
 
-All private names of PyTorch that operators need are used here. tests/test_registration.py guards each.
+All private names of PyTorch that operators need are used here. tests/test_library.py guards each.
 """
 
 import sys
