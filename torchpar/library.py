@@ -41,7 +41,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-__all__ = ["CustomOpDef", "batch_first", "custom_op", "is_dtensor", "sample", "triton_op"]
+__all__ = ["CustomOpDef", "batch_first", "custom_op", "sample", "triton_op"]
 
 Wrap = Callable[[Any], Any] | None
 """A function that a launcher applies to a Triton kernel before launching it; None for a real launch."""

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchpar.exact.mode import ordinary
+from torchpar.exact.dispatch import ordinary
 from torchpar.ops import exact_digits, exact_matmul
 from torchpar.ops.matrix import rows
 from torchpar.parallel.split.reduction import all_reduce

@@ -15,6 +15,7 @@ from torchpar.errors import ConfigError
 from torchpar.optim import ChainedOptimizer, Muon
 
 LRSchedule = Literal["linear", "cosine", "constant"]
+"""The names of the schedules of `lr_scheduler`."""
 
 
 def sgd(
