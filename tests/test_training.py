@@ -176,30 +176,11 @@ def test_optimizers_get_their_parameters():
     sgd = partial(training.sgd, model, 0.02, 0.8)
     check(sgd(0.1), (weights, {"weight_decay": 0.1}), (biases, {"weight_decay": 0.0}))
     check(sgd(0.0), (list(model.parameters()), {"weight_decay": 0.0}))
-    check(sgd(0.1, decay_biases=True), (list(model.parameters()), {"weight_decay": 0.1}))
     muon, others = training.muon(model, 0.02, 0.8, 0.01, ns_steps=4).optimizers
     check(muon, (weights, {"weight_decay": 0.01, "ns_steps": 4}))
     check(others, (biases, {"weight_decay": 0.0}))
     assert type(sgd(0.1)) is torch.optim.SGD
     assert not training.sgd(model, 0.02, 0.0, 0.0).param_groups[0]["nesterov"]
-
-
-def test_losses_are_torchs(device):
-    torch.manual_seed(0)
-    logits = torch.randn(6, 4, device=device, dtype=torch.float64)
-    labels = torch.tensor([0, 3, 1, 1, 2, 0], device=device)
-    targets = torch.nn.functional.one_hot(labels, 4).double()
-    p = logits.sigmoid()
-    expected = {
-        "cross-entropy": -(logits.log_softmax(1) * targets).sum(),
-        "bce": -(targets * p.log() + (1 - targets) * (1 - p).log()).sum(),
-        "mse": (p - targets).square().sum(),
-    }
-    for loss, value in expected.items():
-        outputs = logits if loss == "cross-entropy" else p
-        torch.testing.assert_close(training.loss_sum(loss, outputs, labels), value)
-    with pytest.raises(ConfigError, match="loss is 'hinge', expected"):
-        training.loss_sum("hinge", logits, labels)  # type: ignore[arg-type]
 
 
 def test_orthogonality_penalty(device):
@@ -216,8 +197,6 @@ def test_orthogonality_penalty(device):
     for weight in weights:
         torch.nn.init.orthogonal_(weight)
     assert training.orthogonality_penalty(model) < 1e-24
-    with pytest.raises(ConfigError, match="the model has no weight matrix"):
-        training.orthogonality_penalty(torch.nn.BatchNorm1d(3))
 
 
 def test_schedules():
@@ -229,8 +208,6 @@ def test_schedules():
     assert course("linear") == [1.0, 0.75, 0.5, 0.25, 0.0]
     assert course("constant") == [1.0] * 5
     assert course("cosine") == pytest.approx([(1 + math.cos(math.pi * i / 4)) / 2 for i in range(5)])
-    with pytest.raises(ConfigError, match="schedule is 'steps', expected one of"):
-        course("steps")  # type: ignore[arg-type]
 
 
 def test_signals_are_noted_until_the_process_leaves(world):
@@ -321,7 +298,7 @@ def test_ranks_that_do_not_learn_together_are_refused_on_every_rank(ranks, run, 
 def evaluate(n: int) -> Any:
     torch.manual_seed(0)
     with join_world("cpu") as world:
-        loss, outputs = training.evaluate(MLP(SIZES), samples(n, 2), world, "cross-entropy")
+        loss, outputs = training.evaluate(MLP(SIZES), samples(n, 2), world)
     return loss, outputs.detach().numpy()
 
 

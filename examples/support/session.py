@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Load the data of the training lessons, and adjust their gradients."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 
 import torch
-from torch import Tensor
 
 from support.cli import TrainFlags
 from torchpar import data, training
 from torchpar.data import Samples
-from torchpar.ops import matmul_t
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.clip import clip_grad_norm_
 
@@ -38,15 +36,9 @@ def _load(flags: TrainFlags, world: World) -> Iterator[Samples]:
         yield samples.pooled(flags.crop, flags.pool) if fewer else samples
 
 
-def adjust_gradients(
-    flags: TrainFlags,
-    model: torch.nn.Module,
-    world: World,
-    clip: Callable[[torch.nn.Module, float, World], Tensor] = clip_grad_norm_,
-    gram: Callable[[Tensor], Tensor] = matmul_t,
-) -> None:
+def adjust_gradients(flags: TrainFlags, model: torch.nn.Module, world: World) -> None:
     """Add the orthogonality penalty's gradient and clip the gradient's norm, if ``flags`` ask for it."""
     if flags.orthogonality:
-        training.add_orthogonality_gradient(model, flags.orthogonality, gram)
+        training.add_orthogonality_gradient(model, flags.orthogonality)
     if flags.clip is not None:
-        clip(model, flags.clip, world)
+        clip_grad_norm_(model, flags.clip, world)
