@@ -30,12 +30,11 @@ from torchpar.parallel.split.layers import split_parameters
 from torchpar.parallel.split.mlp import parallel_mlp
 from torchpar.parallel.split.shared_memory import SUPPORTED, make_shared_sum, register_shared_memory_hook
 from torchpar.profile.collectives import Collectives
-from torchpar.training import loss_sum
+from torchpar.training.losses import cross_entropy_sum
 
 BLOCK_SECONDS = 0.15  # of one case's steps in a round, about
 ALL_REDUCES = 20  # of a size in a round
 GLOO = "gloo"
-cross_entropy_sum = partial(loss_sum, "cross-entropy")
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def main(flags: Flags) -> None:
         swept = sweep(flags, study)
         runs = penalties(flags, study, chosen=best(swept))
         model, rows = max(runs, key=lambda run: run[1][-1]["validation_accuracy"])
-        loss, outputs = evaluate(model, test_set, world, "cross-entropy")
+        loss, outputs = evaluate(model, test_set, world)
     accuracy = (outputs.argmax(1) == test_set.labels).double().mean().item()
     final = rows[-1] | {"test_accuracy": accuracy, "test_loss": loss}
     epochs = [row for _, rows in runs for row in rows]

@@ -29,7 +29,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 from support import cli, console
-from torch.nn.functional import adaptive_avg_pool2d
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, binary_cross_entropy, one_hot
 from torch.nn.parallel import DistributedDataParallel
 
 from torchpar.baselines import mpi, numpy_mlp
@@ -41,7 +42,6 @@ from torchpar.parallel import World, join_world
 from torchpar.parallel.launch.rendezvous import find_rank_info
 from torchpar.profile.collectives import Collectives
 from torchpar.profile.phases import Phases, timed
-from torchpar.training import loss_sum
 
 SIZES = (400, 25, 10)
 
@@ -121,6 +121,11 @@ def train_numpy(world: Any, splits: Sequence[Samples], plan: Plan) -> Result:
     return Result(plan, costs, ends, seconds, phases.seconds, model.weights[0])
 
 
+def cost_sum(p: Tensor, labels: Tensor) -> Tensor:
+    """Return the binary cross-entropy of the probabilities ``p (b, classes)``, summed over both."""
+    return binary_cross_entropy(p, one_hot(labels, p.shape[-1]).to(p), reduction="sum")
+
+
 def train_torch(world: World, splits: Sequence[Samples], plan: Plan) -> Result:
     """Train on all ranks by DistributedDataParallel, from the weights of `train_numpy`."""
     model = MLP(SIZES, output="sigmoid").to(world.device)
@@ -134,13 +139,13 @@ def train_torch(world: World, splits: Sequence[Samples], plan: Plan) -> Result:
         for split in splits
     ]
     x, labels = shares[0]
-    loss_sum("bce", replica(x), labels).backward()  # a GPU's kernels are compiled in the first call
+    cost_sum(replica(x), labels).backward()  # a GPU's kernels are compiled in the first call
     optimizer.zero_grad()
     with Phases(world.device) as phases:
         start = time.perf_counter()
         for i in range(plan.iterations):
             with Collectives(world), phases.step():
-                loss = loss_sum("bce", replica(x), labels)
+                loss = cost_sum(replica(x), labels)
                 (loss * (world.dp_size / counts[0])).backward()  # the wrapper averages over the ranks
                 optimizer.step()
                 optimizer.zero_grad()
@@ -151,7 +156,7 @@ def train_torch(world: World, splits: Sequence[Samples], plan: Plan) -> Result:
     for (x, labels), count in zip(shares, counts, strict=True):
         with torch.no_grad():
             p = model(x)
-            sums = torch.stack([loss_sum("bce", p, labels), (p.argmax(1) == labels).sum()])
+            sums = torch.stack([cost_sum(p, labels), (p.argmax(1) == labels).sum()])
         ends.append((world.sum(sums) / count).tolist())
     weights = next(model.parameters()).detach().cpu().numpy().T
     return Result(plan, costs.tolist(), ends, seconds, phases.seconds, weights)

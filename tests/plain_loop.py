@@ -8,9 +8,9 @@ from torch.optim import Optimizer
 
 from torchpar.data import Samples
 from torchpar.parallel.launch.world import World
-from torchpar.training import LRSchedule, Run, loss_sum, lr_scheduler
+from torchpar.training import LRSchedule, Run, lr_scheduler
 from torchpar.training.fused import FusedGradients
-from torchpar.training.losses import Loss
+from torchpar.training.losses import cross_entropy_sum
 
 
 def train(
@@ -24,7 +24,6 @@ def train(
     batch_size: int,
     replica: torch.nn.Module | None = None,
     fused: FusedGradients | None = None,
-    loss: Loss = "cross-entropy",
     schedule: LRSchedule | None = "linear",
     **options: Any,
 ) -> Run:
@@ -37,14 +36,14 @@ def train(
     """
     steps = epochs * -(-len(samples) // batch_size)
     scheduler = lr_scheduler(optimizer, schedule, steps) if schedule else None
-    options |= {"epochs": epochs, "batch_size": batch_size, "loss": loss}
+    options |= {"epochs": epochs, "batch_size": batch_size}
     with Run(model, optimizer, scheduler, world, samples, test, **options) as run:
         for epoch in run.epochs():
             for x, labels, global_size in run.batches(epoch):
                 if fused is not None:
                     total = fused(x, labels, global_size)
                 else:
-                    total = loss_sum(loss, (replica or model)(x), labels)
+                    total = cross_entropy_sum((replica or model)(x), labels)
                     (total * (world.dp_size / global_size)).backward()
                 optimizer.step()
                 if scheduler:

@@ -8,13 +8,13 @@ import pytest
 import torch
 from operators import OPERATORS
 from samples import assert_accurate, oracle
+from torch.nn import functional as F
 
 import torchpar.nn
 
 pytest.importorskip("numba", reason="Numba compiles the loops")
 from torchpar.baselines import numba_njit, numpy_mlp, pure_python
 from torchpar.baselines.numpy_mlp import MLP, SGD
-from torchpar.training import loss_sum
 
 # Operators
 
@@ -113,7 +113,12 @@ def by_autograd(model: MLP, x: np.ndarray, labels: np.ndarray, dtype: torch.dtyp
     output = "logits" if model.loss == "cross-entropy" else "sigmoid"
     network = torchpar.nn.MLP(model.sizes, output=output, dtype=dtype)
     model.copy_to(network)
-    loss = loss_sum(model.loss, network(torch.from_numpy(x).to(dtype)), torch.from_numpy(labels))
+    outputs, targets = network(torch.from_numpy(x).to(dtype)), torch.from_numpy(labels)
+    if model.loss == "cross-entropy":
+        loss = F.cross_entropy(outputs, targets, reduction="sum")
+    else:
+        one_hot = F.one_hot(targets, outputs.shape[1]).to(dtype)
+        loss = F.binary_cross_entropy(outputs, one_hot, reduction="sum")
     gradients = torch.autograd.grad(loss, list(network.parameters()))
     # PyTorch's weights are (out, in).
     return loss.item(), np.concatenate([gradient.numpy().T.ravel() for gradient in gradients])

@@ -107,42 +107,16 @@ def raw(tmp_path) -> Path:
     return tmp_path / "MNIST" / "raw"
 
 
-def test_an_archive_packed_anew_counts_and_nothing_is_written(raw, mnist):
-    """It has another level, name and time, as Debian packs it. The file extracted beside it is damaged."""
-    archive = raw / f"{IMAGES}.gz"
-    packed, content = archive.read_bytes(), gzip.decompress(archive.read_bytes())
-    with archive.open("wb") as file, gzip.GzipFile("other", "wb", 1, file, mtime=1) as anew:
-        anew.write(content)
-    assert archive.read_bytes() != packed
-    (raw / IMAGES).write_bytes(content[:5000])
-
-    for found, expected in zip(data.load("mnist", raw.parents[1]), mnist, strict=True):
-        assert torch.equal(found.features, expected.features)
-        assert torch.equal(found.labels, expected.labels)
-    assert (raw / IMAGES).read_bytes() == content[:5000]
-
-
-def flipped(content: bytes, at: int) -> bytes:
-    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
-
-
-@pytest.mark.parametrize(
-    "file, damaged, message",
-    [
-        (LABELS, lambda old: flipped(old, 100), r"damaged \(.*\); .* download it: python -c .*download=True"),
-        # An archive that is whole: its CRC is that of the changed content.
-        (
-            IMAGES,
-            lambda old: gzip.compress(flipped(gzip.decompress(old), 5000), 1),
-            "damaged: its content has MD5 .*, expected 2646ac647ad5339dbf082846283269ea;",
-        ),
-    ],
-)
-def test_damaged_archives_are_named_with_the_repair(raw, file, damaged, message):
-    archive = raw / f"{file}.gz"
-    archive.write_bytes(damaged(archive.read_bytes()))
+def test_a_damaged_archive_is_named_with_the_repair_and_nothing_is_written(raw):
+    """The file extracted beside it does not count."""
+    archive = raw / f"{LABELS}.gz"
+    content = bytearray(archive.read_bytes())
+    (raw / LABELS).write_bytes(gzip.decompress(content))
+    content[100] ^= 1
+    archive.write_bytes(content)
     before = {path: path.stat().st_mtime_ns for path in (raw, *raw.iterdir())}
-    with pytest.raises(ConfigError, match=rf"^.*{file}\.gz is {message}.*$"):  # one line
+    message = r"damaged \(.*\); .* download it: python -c .*download=True"
+    with pytest.raises(ConfigError, match=rf"^.*{LABELS}\.gz is {message}.*$"):  # one line
         data.load("mnist", raw.parents[1])
     assert {path: path.stat().st_mtime_ns for path in (raw, *raw.iterdir())} == before
 
@@ -198,18 +172,13 @@ def test_pooled_images_move(mnist):
     assert samples.features.dtype == torch.uint8  # still
 
 
-POINTS = data.Samples(torch.rand(3, 2), torch.zeros(3, dtype=torch.int64), ("a",))
-DIGITS = data.Samples(torch.zeros(2, 28, 28, dtype=torch.uint8), torch.arange(2), ("a",))
-
-
 @pytest.mark.parametrize(
-    "samples, arguments, message",
+    "arguments, message",
     [
-        (DIGITS, {"crop": 14}, "crop 14 and pool 1 leave nothing of images of 28 × 28; take smaller"),
-        (DIGITS, {"crop": 2, "shift": (0, -3)}, r"shift is \(0, -3\), expected at most 2, as crop is"),
-        (POINTS, {}, r"features are \(3, 2\) torch.float32, expected images \(n, h, w\)"),
+        ({"crop": 14}, "crop 14 and pool 1 leave nothing of images of 28 × 28; take smaller"),
+        ({"crop": 2, "shift": (0, -3)}, r"shift is \(0, -3\), expected at most 2, as crop is"),
     ],
 )
-def test_images_that_cannot_be_pooled_are_refused(samples, arguments, message):
+def test_images_that_cannot_be_pooled_are_refused(mnist, arguments, message):
     with pytest.raises(ConfigError, match=message):
-        samples.pooled(**arguments)
+        mnist[1][:2].pooled(**arguments)

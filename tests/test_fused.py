@@ -185,14 +185,7 @@ def test_parameters_that_are_replaced_afterwards_are_trained() -> None:
     torch.testing.assert_close(gradients(fused), gradients(plain))
 
 
-@pytest.mark.parametrize(
-    "name, values, message",
-    [
-        ("label_smoothing", (-0.1, 1.1, float("nan")), "expected 0 to 1"),
-        ("dtype", (torch.int8, "bfloat16"), r"expected one of torch\.float16"),
-    ],
-)
-def test_arguments_out_of_range_are_named(name: str, values: tuple[Any, ...], message: str) -> None:
-    for value in values:
-        with pytest.raises(ConfigError, match=f"{name} is .*, {message}"):
-            FusedGradients(MLP((4, 3, 2)), **{name: value})
+def test_a_smoothing_out_of_range_is_refused() -> None:
+    for value in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ConfigError, match=r"label_smoothing is .*, expected 0 to 1"):
+            FusedGradients(MLP((4, 3, 2)), label_smoothing=value)

@@ -21,8 +21,8 @@ from torchpar.parallel.split import shared_memory
 from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
 from torchpar.parallel.split.shared_memory import register_shared_memory_hook
 from torchpar.profile.collectives import Collectives
-from torchpar.training import loss_sum
 from torchpar.training.fused import FusedGradients
+from torchpar.training.losses import cross_entropy_sum
 
 SIZES = (6, 8, 4, 10, 2)  # 56 + 36 + 50 + 22 parameters
 SQUARE = (8,) * 5
@@ -43,7 +43,6 @@ def count(
         shared: whether gradients may be added through shared memory.
     """
     torch.manual_seed(0)
-    loss = partial(loss_sum, "cross-entropy")
     with join_world("cpu") as world:
         world = world.with_mesh(**axes)
         model = MLP(sizes)
@@ -53,7 +52,7 @@ def count(
             gradients = FusedGradients(model, world) if way == "fused" else None
         replica: Any = model
         if world.mesh["pp"].size() > 1:
-            gradients = partial(Pipeline(model, world).step, loss_sum=loss)
+            gradients = partial(Pipeline(model, world).step, loss_sum=cross_entropy_sum)
         elif world.dp_size > 1 and gradients is None:
             replica = DistributedDataParallel(model, process_group=world.mesh["dp"].get_group())
             if shared:
@@ -69,7 +68,7 @@ def count(
                 if gradients is not None:
                     gradients(*mine, batch)
                 else:
-                    loss(replica(mine[0]), mine[1]).backward()
+                    cross_entropy_sum(replica(mine[0]), mine[1]).backward()
                 if optimizer is not None:
                     optimizer.step()
             model.zero_grad()

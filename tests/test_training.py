@@ -166,40 +166,19 @@ def test_runs_that_are_refused(world, tmp_path):
 def test_optimizers_get_their_parameters():
     model = MLP(SIZES)
     weights, biases = ([getattr(layer, name) for layer in model.layers] for name in ("weight", "bias"))
-    settings = {"lr": 0.02, "momentum": 0.8, "nesterov": True}
 
-    def check(optimizer: torch.optim.Optimizer, *groups: tuple[list[Any], dict[str, Any]]) -> None:
-        for group, (parameters, values) in zip(optimizer.param_groups, groups, strict=True):
+    def check(optimizer: torch.optim.Optimizer, *groups: tuple[list[Any], float]) -> None:
+        for group, (parameters, decay) in zip(optimizer.param_groups, groups, strict=True):
             assert [id(p) for p in group["params"]] == [id(p) for p in parameters]
-            assert group | settings | values == group
+            assert group | {"lr": 0.02, "momentum": 0.8, "nesterov": True, "weight_decay": decay} == group
 
-    sgd = partial(training.sgd, model, 0.02, 0.8)
-    check(sgd(0.1), (weights, {"weight_decay": 0.1}), (biases, {"weight_decay": 0.0}))
-    check(sgd(0.0), (list(model.parameters()), {"weight_decay": 0.0}))
-    check(sgd(0.1, decay_biases=True), (list(model.parameters()), {"weight_decay": 0.1}))
+    check(training.sgd(model, 0.02, 0.8, 0.1), (weights, 0.1), (biases, 0.0))
+    check(training.sgd(model, 0.02, 0.8, 0.0), (list(model.parameters()), 0.0))
     muon, others = training.muon(model, 0.02, 0.8, 0.01, ns_steps=4).optimizers
-    check(muon, (weights, {"weight_decay": 0.01, "ns_steps": 4}))
-    check(others, (biases, {"weight_decay": 0.0}))
-    assert type(sgd(0.1)) is torch.optim.SGD
+    check(muon, (weights, 0.01))
+    check(others, (biases, 0.0))
+    assert muon.param_groups[0]["ns_steps"] == 4
     assert not training.sgd(model, 0.02, 0.0, 0.0).param_groups[0]["nesterov"]
-
-
-def test_losses_are_torchs(device):
-    torch.manual_seed(0)
-    logits = torch.randn(6, 4, device=device, dtype=torch.float64)
-    labels = torch.tensor([0, 3, 1, 1, 2, 0], device=device)
-    targets = torch.nn.functional.one_hot(labels, 4).double()
-    p = logits.sigmoid()
-    expected = {
-        "cross-entropy": -(logits.log_softmax(1) * targets).sum(),
-        "bce": -(targets * p.log() + (1 - targets) * (1 - p).log()).sum(),
-        "mse": (p - targets).square().sum(),
-    }
-    for loss, value in expected.items():
-        outputs = logits if loss == "cross-entropy" else p
-        torch.testing.assert_close(training.loss_sum(loss, outputs, labels), value)
-    with pytest.raises(ConfigError, match="loss is 'hinge', expected"):
-        training.loss_sum("hinge", logits, labels)  # type: ignore[arg-type]
 
 
 def test_orthogonality_penalty(device):
@@ -216,8 +195,6 @@ def test_orthogonality_penalty(device):
     for weight in weights:
         torch.nn.init.orthogonal_(weight)
     assert training.orthogonality_penalty(model) < 1e-24
-    with pytest.raises(ConfigError, match="the model has no weight matrix"):
-        training.orthogonality_penalty(torch.nn.BatchNorm1d(3))
 
 
 def test_schedules():
@@ -229,8 +206,6 @@ def test_schedules():
     assert course("linear") == [1.0, 0.75, 0.5, 0.25, 0.0]
     assert course("constant") == [1.0] * 5
     assert course("cosine") == pytest.approx([(1 + math.cos(math.pi * i / 4)) / 2 for i in range(5)])
-    with pytest.raises(ConfigError, match="schedule is 'steps', expected one of"):
-        course("steps")  # type: ignore[arg-type]
 
 
 def test_signals_are_noted_until_the_process_leaves(world):
@@ -321,7 +296,7 @@ def test_ranks_that_do_not_learn_together_are_refused_on_every_rank(ranks, run, 
 def evaluate(n: int) -> Any:
     torch.manual_seed(0)
     with join_world("cpu") as world:
-        loss, outputs = training.evaluate(MLP(SIZES), samples(n, 2), world, "cross-entropy")
+        loss, outputs = training.evaluate(MLP(SIZES), samples(n, 2), world)
     return loss, outputs.detach().numpy()
 
 
@@ -391,22 +366,9 @@ def test_a_run_of_three_ranks_that_was_stopped_ends_with_every_bit_of_the_whole_
 
 def test_runs_that_are_used_wrongly(world, tmp_path):
     model = MLP(SIZES)
-    optimizer = OPTIMIZERS["sgd"](model)
-    make = partial(
-        training.Run,
-        model,
-        optimizer,
-        training.lr_scheduler(optimizer, "constant", 3),
-        world,
-        samples(150, 1),
-        samples(50, 2),
-        epochs=1,
-        batch_size=50,
-    )
-    handler = signal.getsignal(signal.SIGINT)
+    parts = (model, OPTIMIZERS["sgd"](model), None, world, samples(150, 1), samples(50, 2))
     for taken, logged in ((2, 2), (3, 2), (3, 4)):
-        with make() as run:
-            assert signal.getsignal(signal.SIGINT) == handler  # nothing would be saved
+        with training.Run(*parts, epochs=1, batch_size=50) as run:
             epochs = run.epochs()
             batches = run.batches(next(epochs))
             for _ in range(taken + 1):  # a loop asks for the next batch after each step
@@ -416,8 +378,6 @@ def test_runs_that_are_used_wrongly(world, tmp_path):
             with pytest.raises(RuntimeError, match=f"{taken} of 3 batches .* and {logged} losses logged"):
                 next(epochs)
         assert run.results == []
-    run = make(checkpoint=CheckpointConfig(tmp_path))
+    run = training.Run(*parts, epochs=1, batch_size=50, checkpoint=CheckpointConfig(tmp_path))
     with pytest.raises(RuntimeError, match="with Run"):
         next(run.epochs())
-    with pytest.raises(RuntimeError, match="epoch is 2, expected 1"):
-        next(run.batches(2))

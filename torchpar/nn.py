@@ -67,8 +67,7 @@ class MLP(torch.nn.Module):
         output: "logits" for no activation after the last layer, or "sigmoid".
 
     Raises:
-        ValueError: fewer than two sizes, or sizes that are not whole numbers of at least 0; an unknown
-            ``hidden`` or ``output``.
+        ValueError: fewer than two sizes; an unknown ``hidden`` or ``output``.
     """
 
     def __init__(
@@ -85,8 +84,6 @@ class MLP(torch.nn.Module):
         output_layers = {"logits": Linear, "sigmoid": LinearSigmoid}
         if len(sizes) < 2:
             raise ValueError(f"sizes is {list(sizes)}, expected at least an input and an output size")
-        if not all(isinstance(size, int) and size >= 0 for size in sizes):
-            raise ValueError(f"sizes is {list(sizes)}, expected whole numbers")
         if hidden not in hidden_layers:
             raise ValueError(f"hidden is {hidden!r}, expected one of {sorted(hidden_layers)}")
         if output not in output_layers:

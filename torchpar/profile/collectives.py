@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from torchpar.parallel.launch.world import World
 from torchpar.profile.phases import phase
@@ -68,12 +68,12 @@ class Collectives(TorchDispatchMode):
             self._dimensions[dist.group.WORLD.group_name] = "dp"
 
     def __enter__(self) -> "Collectives":
-        self._outer, Collectives.active = Collectives.active, self
+        Collectives.active = self
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        Collectives.active = self._outer
+        Collectives.active = None
         super().__exit__(*error)
 
     @contextmanager
@@ -102,7 +102,7 @@ class Collectives(TorchDispatchMode):
         if group.size() == 1:  # DistributedDataParallel calls it on one rank, too
             return func(*args, **(kwargs or {}))
         dimension = self._dimensions.get(group.group_name, "")
-        nbytes = sum(t.nbytes for t in _flatten(tensors))
+        nbytes = sum(t.nbytes for t in tree_leaves(tensors))
         with self.record(dimension, _OPERATIONS.get(operation, operation), group.size(), nbytes):
             result = func(*args, **(kwargs or {}))
             work = result[-1] if isinstance(result, tuple) else result
@@ -121,7 +121,3 @@ def all_reduced(dimension: str, ranks: int, nbytes: int) -> AbstractContextManag
     if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
         return record_function(SHARED)
     return _NOTHING
-
-
-def _flatten(tensors: Any) -> list[Tensor]:
-    return [tensors] if isinstance(tensors, Tensor) else [t for part in tensors for t in _flatten(part)]

@@ -70,8 +70,6 @@ class Phases:
         self._since = 0.0  # when it began
 
     def __enter__(self) -> "Phases":
-        if Phases.active is not None:
-            raise RuntimeError("another Phases is active; leave it first")
         Phases.active = self
         # PyTorch has hooks around a forward pass and an optimizer's step, but none around a backward pass.
         self._backward = torch.Tensor.backward

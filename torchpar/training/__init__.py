@@ -2,7 +2,7 @@
 """Training: losses, optimizers, and the `Run` that evaluates, saves and resumes."""
 
 from torchpar.training.fused import FusedGradients
-from torchpar.training.losses import add_orthogonality_gradient, evaluate, loss_sum, orthogonality_penalty
+from torchpar.training.losses import add_orthogonality_gradient, evaluate, orthogonality_penalty
 from torchpar.training.optimizers import LRSchedule, lr_scheduler, muon, sgd
 from torchpar.training.run import CheckpointConfig, Run, RunLog, Stopped
 from torchpar.training.state import EpochResult
@@ -17,7 +17,6 @@ __all__ = [
     "Stopped",
     "add_orthogonality_gradient",
     "evaluate",
-    "loss_sum",
     "lr_scheduler",
     "muon",
     "orthogonality_penalty",

@@ -35,7 +35,6 @@ MAX_CLASSES = 1000  # the table of targets has a row and a column for each
 # Up to so many classes the softmax is taken along dim 0. There PyTorch adds one number after the other, so
 # that the rounding error grows with the number of classes.
 MAX_CLASSES_ALONG_DIM_0 = 16
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -82,7 +81,7 @@ class FusedGradients:
             float32, and ``p.grad`` has the dtype of p.
 
     Raises:
-        ConfigError: the reason of `why_not_fused`; ``label_smoothing`` or ``dtype`` out of range; ranks that
+        ConfigError: the reason of `why_not_fused`; ``label_smoothing`` out of range; ranks that
             differ in them or in the model's sizes.
     """
 
@@ -97,8 +96,6 @@ class FusedGradients:
             raise ConfigError(f"gradients cannot be fused: {reason}; take autograd")
         if not 0 <= label_smoothing <= 1:
             raise ConfigError(f"label_smoothing is {label_smoothing}, expected 0 to 1")
-        if dtype not in (None, *DTYPES):
-            raise ConfigError(f"dtype is {dtype}, expected one of {', '.join(map(str, DTYPES))}")
         assert isinstance(model, MLP)
         self._linears: list[Any] = [*model.layers]
         weight, classes = self._linears[-1].weight, model.sizes[-1]

@@ -1,50 +1,30 @@
 # SPDX-License-Identifier: MIT
-"""Losses as sums over samples, evaluation by several ranks, and the orthogonality penalty."""
+"""Evaluation by several ranks, and the orthogonality penalty."""
 
 from collections.abc import Callable
-from typing import Literal
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from torchpar.data import Samples
-from torchpar.errors import ConfigError
 from torchpar.ops import matmul_t
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.layers import split_parameters
 
-Loss = Literal["cross-entropy", "bce", "mse"]
-Gram = Callable[[Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
 # Samples per forward pass; 1, 2, 4 and 8 ranks share a test set of 10 000 evenly.
 EVALUATION_BATCH = 1250
-
-
-def loss_sum(loss: Loss, outputs: Tensor, labels: Tensor) -> Tensor:
-    """Return the loss summed over samples, and for "bce" and "mse" over classes too.
-
-    Args:
-        loss: "cross-entropy" takes logits: −log softmax(outputs)[label]. "bce" takes probabilities and
-            "mse" takes any outputs; both compare them with the one-hot label.
-        outputs: ``(b, classes)``.
-        labels: ``(b)`` int64.
-
-    Raises:
-        ConfigError: an unknown loss.
-    """
-    if loss == "cross-entropy":
-        return F.cross_entropy(outputs, labels, reduction="sum")
-    targets = F.one_hot(labels, outputs.shape[-1]).to(outputs)
-    if loss == "bce":
-        return F.binary_cross_entropy(outputs, targets, reduction="sum")
-    if loss == "mse":
-        return F.mse_loss(outputs, targets, reduction="sum")
-    raise ConfigError(f"loss is {loss!r}, expected 'cross-entropy', 'bce' or 'mse'")
+cross_entropy_sum: Loss = partial(F.cross_entropy, reduction="sum")
 
 
 @torch.no_grad()
 def evaluate(
-    predict: Callable[[Tensor], Tensor | None], samples: Samples, world: World, loss: Loss
+    predict: Callable[[Tensor], Tensor | None],
+    samples: Samples,
+    world: World,
+    loss: Loss = cross_entropy_sum,
 ) -> tuple[float, Tensor]:
     """Return the mean loss and the outputs ``(n, classes)`` of all samples, on every rank.
 
@@ -53,6 +33,7 @@ def evaluate(
 
     Args:
         predict: inputs → outputs, or None on ranks without outputs.
+        loss: outputs ``(n, classes)`` in float64 and labels ``(n)`` → the sum of the losses.
     """
     chunks = list(torch.arange(len(samples), device=world.device).split(EVALUATION_BATCH))
     share = torch.arange(len(chunks)).tensor_split(world.dp_size)[world.dp_rank].tolist()
@@ -62,36 +43,25 @@ def evaluate(
         if mine is not None and world.owns_outputs:
             outputs[chunk] = mine.float()
     world.sum(outputs)  # zero except on the rank that computed them
-    return loss_sum(loss, outputs.double(), samples.labels).item() / len(samples), outputs
+    return loss(outputs.double(), samples.labels).item() / len(samples), outputs
 
 
-def orthogonality_penalty(model: torch.nn.Module, gram: Gram = matmul_t) -> Tensor:
-    """Return ``Σ ‖W·Wᵀ − I‖²`` over the model's weight matrices (Frobenius norm).
-
-    Args:
-        gram: the product W·Wᵀ of a matrix.
-
-    Raises:
-        ConfigError: the model has no weight matrix.
-    """
+def orthogonality_penalty(model: torch.nn.Module) -> Tensor:
+    """Return ``Σ ‖W·Wᵀ − I‖²`` over the model's weight matrices (Frobenius norm)."""
     split = {layer.weight: layer.full_weight for _, _, layer in split_parameters(model)}
     weights = [split[p]() if p in split else p for p in model.parameters() if p.dim() == 2]
-    if not weights:
-        raise ConfigError("the model has no weight matrix, and an orthogonality penalty needs one; drop it")
-    products = [gram(weight) for weight in weights]
+    products = [matmul_t(weight) for weight in weights]
     identities = [torch.eye(len(one), dtype=one.dtype, device=one.device) for one in products]
     return torch.stack([(a - b).square().sum() for a, b in zip(products, identities, strict=True)]).sum()
 
 
-def add_orthogonality_gradient(model: torch.nn.Module, factor: float, gram: Gram = matmul_t) -> None:
+def add_orthogonality_gradient(model: torch.nn.Module, factor: float) -> None:
     """Add the gradient of ``factor · orthogonality_penalty(model)`` to each ``p.grad`` that is not None.
 
     The penalty is the same on every rank, so its gradient is not averaged over ranks as the loss's is.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(
-        factor * orthogonality_penalty(model, gram), parameters, allow_unused=True
-    )
+    gradients = torch.autograd.grad(factor * orthogonality_penalty(model), parameters, allow_unused=True)
     for p, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None and p.grad is not None:
             p.grad += gradient

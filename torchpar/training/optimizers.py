@@ -11,28 +11,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from torchpar.errors import ConfigError
 from torchpar.optim import ChainedOptimizer, Muon
 
 LRSchedule = Literal["linear", "cosine", "constant"]
 """The names of the schedules of `lr_scheduler`."""
 
 
-def sgd(
-    model: torch.nn.Module,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    decay_biases: bool = False,
-) -> torch.optim.SGD:
+def sgd(model: torch.nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
     """Return SGD with Nesterov momentum and an L2 penalty ``λ/2·‖p‖²`` of the weights.
 
     Args:
         weight_decay: λ.
-        decay_biases: apply the penalty to the biases as well.
     """
     groups = [{"params": list(model.parameters()), "weight_decay": weight_decay}]
-    if weight_decay and not decay_biases:
+    if weight_decay:
         weights = [p for p in model.parameters() if p.dim() > 1]
         others = [p for p in model.parameters() if p.dim() <= 1]
         groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -78,6 +70,4 @@ def lr_scheduler(optimizer: Optimizer, schedule: LRSchedule, steps: int) -> Lamb
         "cosine": lambda step: (1 + math.cos(math.pi * step / steps)) / 2,
         "constant": lambda step: 1.0,
     }
-    if schedule not in factors:
-        raise ConfigError(f"schedule is {schedule!r}, expected one of {sorted(factors)}")
     return LambdaLR(optimizer, factors[schedule])

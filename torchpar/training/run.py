@@ -37,7 +37,7 @@ from torchpar.parallel.launch.agreement import check_same_bits
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import Checkpoints
 from torchpar.profile.phases import phase, step
-from torchpar.training.losses import Loss, evaluate
+from torchpar.training.losses import Loss, cross_entropy_sum, evaluate
 from torchpar.training.state import EpochResult, TrainState
 from torchpar.training.stop import StopSignal
 
@@ -108,7 +108,7 @@ class Run:
         epochs: passes over ``train``, those of a resumed run included.
         batch_size: samples per step, over all ranks.
         predict: inputs → outputs, or None on ranks without outputs; by default ``model``.
-        loss: for evaluation, see `torchpar.training.losses.loss_sum`.
+        loss: for evaluation, outputs and labels → the sum of the losses; by default the cross-entropy.
         seed: of the samples' order.
         checkpoint: where and when to save, if at all. A run that was stopped at any step resumes there, with
             the same bits on the same ranks. On three ranks or more, DistributedDataParallel needs
@@ -139,7 +139,7 @@ class Run:
         epochs: int,
         batch_size: int,
         predict: Callable[[Tensor], Tensor | None] | None = None,
-        loss: Loss = "cross-entropy",
+        loss: Loss = cross_entropy_sum,
         seed: int = 0,
         checkpoint: CheckpointConfig | None = None,
         config: dict[str, Any] | None = None,
@@ -163,7 +163,7 @@ class Run:
         self.batch_size = batch_size
         self.steps_per_epoch = -(-len(train) // batch_size)
         self.predict = predict or model
-        self.loss: Loss = loss
+        self.loss = loss
         self.seed = seed
         self.checkpoint = checkpoint
         own = {"batch_size": batch_size, "seed": seed, "train": len(train)}
@@ -231,9 +231,7 @@ class Run:
         return self._log.steps(self._take(epoch))
 
     def _take(self, epoch: int) -> Iterator[Batch]:
-        first, current = self.state.step, len(self.results) + 1
-        if epoch != current:
-            raise RuntimeError(f"epoch is {epoch}, expected {current}, which run.epochs() yields")
+        first = self.state.step
         shares = batches(
             self.train, self.batch_size, seed=self.seed, epoch=epoch, share=self.world.share, start=first
         )
