@@ -75,7 +75,7 @@ def main(flags: Flags) -> None:
         raise ConfigError("--device cuda: NumPy computes on the CPU; fashion_pooled_torch.py takes a GPU")
     # One process needs no MPI.
     with mpi.join() if find_rank_info() else nullcontext(mpi.OneProcess()) as world:
-        splits = mpi.on_rank_0(world, lambda: pooled(flags))  # None except on process 0
+        splits = pooled(flags) if world.rank == 0 else None
         counts = world.bcast([len(samples.labels) for samples in splits or ()])
         results = [train(world, splits or (None, None), counts, plan) for plan in flags.plans()]
         if world.rank == 0:
