@@ -29,7 +29,6 @@ def trained(
     trial: Trial,
     wrap: Callable[[Any], Any] = lambda model: model,
     micro_batches: int = 1,
-    one_sync: bool = False,
     replica: int = 1,
     optimizer_first: bool = False,
     **options: Any,
@@ -38,7 +37,6 @@ def trained(
 
     Args:
         micro_batches: of each rank's share of the batch, whose gradients are added.
-        one_sync: whether only the last of them is reduced over the ranks.
         replica: the ranks that share a model, and get the same samples.
         options: of the optimizer.
     """
@@ -49,8 +47,6 @@ def trained(
 
     def backward(step: int) -> None:
         for i in range(micro_batches):
-            if one_sync:
-                model.set_requires_gradient_sync(i == micro_batches - 1)
             batch = trial.batch(step, micro_batches * rank + i, micro_batches * ranks)
             (trial.factor * model(batch)).backward()
 
@@ -301,7 +297,6 @@ SITUATIONS = {
     "fully_shard, convolutions": Situation(sharded, 2, CONVOLUTIONS),
     "fully_shard, heads": Situation(sharded, 2, HEADS),
     "fully_shard, accumulation": Situation(partial(sharded, micro_batches=3), 2),
-    "fully_shard, accumulation, one sync": Situation(partial(sharded, micro_batches=3, one_sync=True), 2),
     "fully_shard after the optimizer": Situation(partial(sharded, optimizer_first=True), 2, orthogonal=True),
     "Shard(0)": Situation(distributed, 2),
     "Shard(0) on 3 ranks": Situation(distributed, 3),
