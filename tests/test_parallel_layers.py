@@ -226,7 +226,7 @@ def bad_arguments_are_named() -> None:
     refused("cannot split layers that share parameters", split, torch.nn.Sigmoid(), linear)
 
     load = partial(load_full_state_dict, parallel_mlp(MLP([5, 33, 2]), mesh))
-    shape = "layers.0.weight has shape (30, 5), expected 33 on axis 0"
+    shape = "layers.0.weight has shape (30, 5), expected (33, 5)"
     refused(shape, load, MLP([5, 30, 2]).state_dict())
 
 

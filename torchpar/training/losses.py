@@ -12,7 +12,8 @@ from torchpar.data import Samples
 from torchpar.errors import ConfigError
 from torchpar.ops import matmul_t
 from torchpar.parallel.launch.world import World
-from torchpar.parallel.split.layers import split_parameters
+from torchpar.parallel.split.reduction import all_gather
+from torchpar.parts import is_marked, part_of
 
 Loss = Literal["cross-entropy", "bce", "mse"]
 Gram = Callable[[Tensor], Tensor]
@@ -74,8 +75,8 @@ def orthogonality_penalty(model: torch.nn.Module, gram: Gram = matmul_t) -> Tens
     Raises:
         ConfigError: the model has no weight matrix.
     """
-    split = {layer.weight: layer.full_weight for _, _, layer in split_parameters(model)}
-    weights = [split[p]() if p in split else p for p in model.parameters() if p.dim() == 2]
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    weights = [all_gather(p, part_of(p)) if is_marked(p) else p for p in matrices]
     if not weights:
         raise ConfigError("the model has no weight matrix, and an orthogonality penalty needs one; drop it")
     products = [gram(weight) for weight in weights]
