@@ -26,9 +26,9 @@ from benchmarks.timing import CPU, Rejected, Times, take_turns, time_calls
 from torchpar.nn import MLP
 from torchpar.parallel.launch.local import Ranks, current_world, start_ranks
 from torchpar.parallel.launch.world import World
-from torchpar.parallel.split.layers import split_parameters
 from torchpar.parallel.split.mlp import parallel_mlp
 from torchpar.parallel.split.shared_memory import SUPPORTED, make_shared_sum, register_shared_memory_hook
+from torchpar.parts import part_of
 from torchpar.profile.collectives import Collectives
 from torchpar.training.losses import cross_entropy_sum
 
@@ -146,8 +146,8 @@ def check(case: StepCase) -> dict[str, Any]:
         loss = cross_entropy_sum(single(x.to(dtype)), labels) / case.batch
         names, parameters = zip(*single.named_parameters(), strict=True)
         own = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
-        for name, axis, layer in split_parameters(step.model):
-            own[name] = layer.partition.narrow(own[name], axis)
+        for name, p in step.model.named_parameters():
+            own[name] = part_of(p).narrow(own[name])
         losses.append(loss.item())
         grads.append(flat(own))
     part = step.gradients()

@@ -23,7 +23,7 @@ from torchpar.ops import exact_digits, exact_matmul
 from torchpar.ops.matrix import rows
 from torchpar.parallel.split.reduction import all_reduce
 from torchpar.partition import Partition
-from torchpar.parts import mark_part, slice_of
+from torchpar.parts import mark_slice
 
 
 def _product(a: Tensor, b: Tensor, mesh: DeviceMesh | None) -> Tensor:
@@ -80,7 +80,7 @@ class Linear(torch.nn.Module):
         partition = Partition((out_features, in_features)[axis], mesh.size(), mesh.get_local_rank())
         whole = torch.randn(out_features, in_features) * in_features**-0.5
         self.weight = torch.nn.Parameter(partition.narrow(whole, axis).clone())
-        mark_part(self.weight, slice_of(self.weight.shape, axis, partition, mesh))
+        mark_slice(self.weight, axis, partition, mesh)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, **{"inputs" if self.axis == 0 else "outputs": self.mesh})

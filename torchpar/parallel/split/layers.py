@@ -9,7 +9,6 @@ input needs no gradient. With dY = dL/dY and Y = X·Wᵀ + b split by columns, d
 dW_r = dY_rᵀ·X. The all-reduce of dX overlaps with the computation of dW_r.
 """
 
-from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -24,9 +23,9 @@ from torchpar.ops import linear_sigmoid
 from torchpar.ops.linear_sigmoid import sigmoid_backward
 from torchpar.ops.matrix import rows
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
-from torchpar.parallel.split.reduction import all_gather, reduce_from_region, start_all_reduce
+from torchpar.parallel.split.reduction import reduce_from_region, start_all_reduce
 from torchpar.partition import Partition
-from torchpar.parts import mark_part, slice_of
+from torchpar.parts import mark_slice
 
 Activation = Literal["sigmoid", "relu"] | None
 # Subclasses may compute something else, so a layer's type must be one of these.
@@ -137,11 +136,7 @@ class _ParallelLinear(torch.nn.Module):
         for name, axis in self.split_axes.items():
             parameter = self._parameters.get(name)
             if parameter is not None:
-                mark_part(parameter, slice_of(parameter.shape, axis, self.partition, self.mesh))
-
-    def full_weight(self) -> Tensor:
-        """The whole layer's weight ``(out_features, in_features)``, on every rank, differentiable."""
-        return all_gather(self.weight, self.mesh, self.partition, self.split_axes["weight"])
+                mark_slice(parameter, axis, self.partition, self.mesh)
 
     def extra_repr(self) -> str:
         return (
@@ -251,12 +246,3 @@ def _cast(t: Tensor) -> Tensor:
     if t.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
         return t
     return t.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else t
-
-
-def split_parameters(model: torch.nn.Module) -> Iterator[tuple[str, int, _ParallelLinear]]:
-    """The name, split axis and layer of each parameter that is split over ranks."""
-    for prefix, module in model.named_modules():
-        if isinstance(module, _ParallelLinear):
-            for name, axis in module.split_axes.items():
-                if getattr(module, name) is not None:
-                    yield f"{prefix}.{name}".lstrip("."), axis, module

@@ -18,9 +18,9 @@ from torchpar.parallel.split.layers import (
     LINEAR_LAYERS,
     ColumnParallelLinear,
     RowParallelLinear,
-    split_parameters,
 )
 from torchpar.parallel.split.reduction import all_gather
+from torchpar.parts import is_marked, part_of
 
 M = TypeVar("M", nn.MLP, torch.nn.Sequential)
 _KINDS = (*LINEAR_LAYERS, torch.nn.Sigmoid, torch.nn.ReLU)
@@ -81,8 +81,9 @@ def parallel_mlp(mlp: M, mesh: DeviceMesh) -> M:
 def full_state_dict(model: torch.nn.Module) -> dict[str, Tensor]:
     """The whole model's state dict, on every rank. All ranks must call it."""
     state = OrderedDict((name, t.detach().clone()) for name, t in model.state_dict().items())
-    for name, axis, layer in split_parameters(model):
-        state[name] = all_gather(state[name], layer.mesh, layer.partition, axis)
+    for name, p in model.named_parameters():
+        if is_marked(p):
+            state[name] = all_gather(state[name], part_of(p))
     return state
 
 
@@ -90,15 +91,14 @@ def load_full_state_dict(model: torch.nn.Module, state: Mapping[str, Tensor]) ->
     """Load the whole model's state dict; each rank keeps its slices.
 
     Raises:
-        ValueError: a split axis of another size than the model's.
+        ValueError: a parameter of another shape than the model's.
         RuntimeError: other parameters than the model's, as from `torch.nn.Module.load_state_dict`.
     """
     state = dict(state)
-    for name, axis, layer in split_parameters(model):
-        if name in state:
-            size = layer.partition.size
-            if state[name].shape[axis : axis + 1] != (size,):
-                shape = tuple(state[name].shape)
-                raise ValueError(f"{name} has shape {shape}, expected {size} on axis {axis}")
-            state[name] = layer.partition.narrow(state[name], axis)
+    for name, p in model.named_parameters():
+        if is_marked(p) and name in state:
+            shape, part = tuple(state[name].shape), part_of(p)
+            if shape != part.whole:
+                raise ValueError(f"{name} has shape {shape}, expected {part.whole}")
+            state[name] = part.narrow(state[name])
     model.load_state_dict(state)

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar.parallel.launch.agreement import check_shape
-from torchpar.partition import Partition
+from torchpar.parts import Part
 
 
 def all_reduce(t: Tensor, mesh: DeviceMesh, op: Any = dist.ReduceOp.SUM) -> Tensor:
@@ -46,9 +46,9 @@ def reduce_from_region(x: Tensor, mesh: DeviceMesh) -> Tensor:
     return _Reduce.apply(x, mesh)  # type: ignore[no-any-return]
 
 
-def all_gather(x: Tensor, mesh: DeviceMesh, partition: Partition, axis: int) -> Tensor:
-    """The ranks' parts ``x`` of a tensor, concatenated along ``axis``, which ``partition`` cuts."""
-    return _Gather.apply(x, mesh, partition, axis)  # type: ignore[no-any-return]
+def all_gather(x: Tensor, part: Part) -> Tensor:
+    """The whole of a tensor of which ``x`` is this rank's ``part``, on every rank."""
+    return _Gather.apply(x, part)  # type: ignore[no-any-return]
 
 
 class _Reduce(torch.autograd.Function):
@@ -64,16 +64,15 @@ class _Reduce(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh, partition: Partition, axis: int) -> Tensor:
-        ctx.partition, ctx.axis = partition, axis
-        shape = list(x.shape)
-        shape[axis] = partition.size
+    def forward(ctx: Any, x: Tensor, part: Part) -> Tensor:
+        assert part.mesh is not None
+        ctx.part = part
         # gloo gathers equal shapes only. A sum with −0 has the bits of the other term, also those of a zero.
-        whole = x.new_full(shape, -0.0)
-        partition.narrow(whole, axis).copy_(x)
-        return all_reduce(whole, mesh)
+        whole = x.new_full(part.whole, -0.0)
+        part.narrow(whole).copy_(x)
+        return all_reduce(whole, part.mesh)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.partition.narrow(g, ctx.axis), None, None, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return ctx.part.narrow(g), None
