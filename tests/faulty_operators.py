@@ -45,10 +45,13 @@ RIGHT = {f.__name__: f for f in (kernel, fake, setup_context, backward, batch, s
 RIGHT |= {"formula": kernel, "autocast": lambda op: op.register_autocast()}
 
 
+SCHEMA = "(Tensor a, Tensor b) -> Tensor"
+
+
 def make(name: str, **replaced: Callable[..., Any]) -> Any:
     """Register ``torch.ops.torchpar_faulty.<name>``, with other parts than the right ones."""
     part = RIGHT | replaced
-    op = custom_op(f"torchpar_faulty::{name}", part["kernel"], mutates_args=())
+    op = custom_op(f"torchpar_faulty::{name}", part["kernel"], mutates_args=(), schema=SCHEMA)
     op.register_fake(part["fake"])
     op.register_autograd(part["backward"], setup_context=part["setup_context"], formula=part["formula"])
     op.register_vmap(lambda info, dims, *args: part["batch"](op, info.batch_size, dims, *args))
