@@ -33,12 +33,16 @@ class Command:
         """
         options = self.parser.parse_args(arguments)
         if missing := [name for name in self.needs if importlib.util.find_spec(name) is None]:
-            raise ConfigError(f"{' and '.join(missing)} not installed; pip install {' '.join(missing)}")
+            raise ConfigError(
+                f"this benchmark needs {' and '.join(missing)}; pip install {' '.join(missing)}"
+            )
         if options.output:
             try:
                 options.output.mkdir(parents=True, exist_ok=True)
             except OSError as e:
-                raise ConfigError(f"--output {options.output} cannot be made a folder ({e})") from e
+                raise ConfigError(
+                    f"--output {options.output} cannot be made a folder ({e}); name another"
+                ) from e
         return options
 
     def csv(self, options: argparse.Namespace, name: str = "") -> Path | None:

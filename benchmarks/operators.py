@@ -222,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--modes", nargs="+", choices=modes, default=modes)
     options = command.parse(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device is cuda, but PyTorch finds no GPU")
+        raise ConfigError("--device is cuda, but PyTorch finds no GPU; take cpu")
     if (load := os.getloadavg()[0]) > 0.5:
         print(f"The load average is {load:.1f}: other programs may disturb the timings.")
     on_gpu = options.device != "cpu" and torch.cuda.is_available()

@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     needs = ("itables", "pandas", "jinja2")
     if missing := [name for name in needs if importlib.util.find_spec(name) is None]:
-        raise ConfigError(f"{' and '.join(missing)} not installed; pip install -e '.[report]'")
+        raise ConfigError(f"the report needs {' and '.join(missing)}; pip install 'torchpar[report]'")
     try:
         write(options.output)
     except OSError as e:

@@ -504,7 +504,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(before)
     for program, found in INSTALLED.items():
         if not found:
-            print(f"not measured: {program}; pip install -e '.[baselines,lightning]'")
+            print(f"not measured: {program}; pip install 'torchpar[baselines,lightning]'")
     if options.output:
         (options.output / f"{name}.md").write_text(summary(tables, threads))
     return table.status

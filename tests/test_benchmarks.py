@@ -108,11 +108,11 @@ def test_what_is_missing_is_named(monkeypatch):
     with pytest.raises(ConfigError, match="--output /dev/null/x cannot be made a folder"):
         operators.main(["--output=/dev/null/x"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="--device is cuda, but PyTorch finds no GPU"):
+    with pytest.raises(ConfigError, match="--device is cuda, but PyTorch finds no GPU; take cpu"):
         operators.main(["--device=cuda"])
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda x: None if x == "rich" else find(x))
-    with pytest.raises(ConfigError, match="rich not installed; pip install rich"):
+    with pytest.raises(ConfigError, match="this benchmark needs rich; pip install rich"):
         operators.main([])
 
 

@@ -370,7 +370,7 @@ ERRORS = [
     ("digits_report", "--lr 1e37 --hidden 8", "loss of epoch 1 is (nan|inf); take a smaller learning rate"),
 ]
 if not torch.cuda.is_available():
-    ERRORS.append(("train_ddp", "--device cuda", "no CUDA device is available here; use cpu"))
+    ERRORS.append(("train_ddp", "--device cuda", "device is cuda, but PyTorch finds no GPU; take cpu"))
 
 
 def line_of(err: str) -> str:

@@ -166,7 +166,9 @@ def load(dataset: Dataset, root: Path, device: torch.device | str = "cpu") -> tu
     try:
         import torchvision.datasets
     except ImportError as e:
-        raise ConfigError(f"torchvision is needed to read data sets ({e}); pip install torchvision") from e
+        raise ConfigError(
+            f"reading data sets needs torchvision ({e}); pip install 'torchpar[examples]'"
+        ) from e
     kind = getattr(torchvision.datasets, _CLASSES[dataset])
     raw = root / kind.__name__ / "raw"
     samples = []

@@ -87,7 +87,7 @@ class ExampleFlags:
                 self.metrics.parent.mkdir(parents=True, exist_ok=True)
                 self.metrics.open("a").close()
         except OSError as e:
-            raise ConfigError(f"a run's outputs cannot be written: {e}") from e
+            raise ConfigError(f"a run's outputs cannot be written ({e}); name another folder") from e
 
 
 @dataclass(kw_only=True)

@@ -145,7 +145,7 @@ class Log(training.RunLog):
         try:
             self.profiler.export_chrome_trace(str(path))
         except OSError as e:
-            raise ConfigError(f"{path} cannot be written: {e}") from e
+            raise ConfigError(f"{path} cannot be written ({e}); make room, or name another folder") from e
         by = "self_device_time_total" if self.world.device.type == "cuda" else "self_cpu_time_total"
         table = self.profiler.key_averages().table(by, row_limit=10, max_name_column_width=40)
         return f"costliest operators of rank {self.world.rank}\n{table}"

@@ -30,7 +30,9 @@ def join() -> Iterator[Any]:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as e:  # mpi4py raises RuntimeError if it finds no library
-        raise ConfigError(f"MPI cannot be used ({e}); pip install 'torchpar[baselines]'") from e
+        raise ConfigError(
+            f"the processes need mpi4py and an MPI ({e}); pip install 'torchpar[baselines]'"
+        ) from e
     try:
         yield MPI.COMM_WORLD
     except BaseException:

@@ -150,7 +150,7 @@ def join_world(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[World
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device is {device!r}, expected 'auto', 'cpu' or 'cuda'")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda: no CUDA device is available here; use cpu")
+        raise ConfigError("device is cuda, but PyTorch finds no GPU; take cpu")
     launched = rendezvous.find_rank_info()
     info = launched or rendezvous.RankInfo(0, 0, 1, 1, address="", port=0, launcher="none")
     if device == "cpu" or not torch.cuda.is_available():
