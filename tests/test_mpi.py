@@ -90,7 +90,8 @@ def test_a_missing_mpi_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     code, _, err = lesson("train_mpi")
     assert code == 2
-    expected = r"the processes need mpi4py and an MPI \(.*None in sys.modules.*\); pip install 'torchpar\[baselines\]'"
+    expected = r"the processes need mpi4py and an MPI \(.*None in sys.modules.*\); "
+    expected += r"pip install 'torchpar\[baselines\]'"
     assert re.fullmatch(rf"train_mpi\.py: error: {expected}\n", err)
 
 
