@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import torchpar
+from benchmarks import operators
 from benchmarks.command import Command, run
 from benchmarks.compare import Work
 from benchmarks.operators import NATIVE, OURS
@@ -42,6 +43,11 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "maximum": (1000, 1000),
     "matmul_t": (1000, 1000),  # n, k
     "linear_sigmoid": (64, 784, 128),  # rows, in_features, out_features
+}
+LABELS = {
+    "maximum": "maximum of {}×{} int32",
+    "matmul_t": "X·Xᵀ of {}×{} float32",
+    "linear_sigmoid": "linear+sigmoid of {}×{}→{} float32",
 }
 QUICK_SHAPES = {"maximum": (20, 30), "matmul_t": (33, 17), "linear_sigmoid": (7, 33, 5)}
 THREADS = (1, 2, 4, 8)
@@ -70,7 +76,7 @@ class LadderCase:
     expected: Array
     bound: Array
     work: Work
-    cold: bool = True
+    cold: bool
 
     def check(self, result: Array, rows: slice = slice(None)) -> None:
         """Raise if ``result`` is not that of these rows."""
@@ -89,29 +95,21 @@ def make_case(operator: str, shape: Sequence[int]) -> LadderCase:
     and u = 2⁻²⁴ (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1). The sigmoid's
     slope is at most 1/4; 8u allow for its own few roundings.
     """
-    random, u = np.random.default_rng(0), 2.0**-24
-    if operator == "maximum":
-        a, b = random.integers(0, 256, (2, *shape), dtype=np.int32)
-        label, expected = f"maximum of {shape[0]}×{shape[1]} int32", np.where(a > b, a, b)
-        return LadderCase(operator, label, (a, b), expected, 0 * expected, Work(3 * a.nbytes, a.size))
+    integers = operator == "maximum"
+    shapes = (shape, shape) if integers else tuple(shape)
+    case = operators.make_case(operator, shapes, torch.int32 if integers else torch.float32, CPU)
+    arguments = tuple(t.numpy() for t in case.inputs(0)[:-1])
+    expected = case.oracle(*(torch.from_numpy(t.astype(np.float64)) for t in arguments)).numpy()
+    sizes = [np.abs(t.astype(np.float64)) for t in arguments]
+    bound, u = 0 * expected, 2.0**-24
     if operator == "matmul_t":
-        n, k = shape
-        x = random.standard_normal((n, k), dtype=np.float32)
-        exact = x.astype(np.float64)
-        bound = k * u / (1 - k * u) * np.abs(exact) @ np.abs(exact).T
-        work = Work(4 * (n * k + n * n), n * (n + 1) * k)
-        return LadderCase(operator, f"X·Xᵀ of {n}×{k} float32", (x,), exact @ exact.T, bound, work)
-    m, k, n = shape
-    x = random.random((m, k), dtype=np.float32)
-    weight = random.standard_normal((n, k), dtype=np.float32) / np.float32(np.sqrt(k))
-    bias = random.standard_normal(n, dtype=np.float32)
-    x64, weight64, bias64 = (t.astype(np.float64) for t in (x, weight, bias))
-    gamma = (k + 1) * u / (1 - (k + 1) * u)
-    bound = gamma * (np.abs(x64) @ np.abs(weight64).T + np.abs(bias64)) / 4 + 8 * u
-    expected = numpy_mlp.sigmoid(x64 @ weight64.T + bias64)
-    label = f"linear+sigmoid of {m}×{k}→{n} float32"
-    work = Work(4 * (m * k + n * k + n + m * n), 2 * m * n * k)
-    return LadderCase(operator, label, (x, weight, bias), expected, bound, work, cold=False)
+        ku = shape[1] * u
+        bound = ku / (1 - ku) * sizes[0] @ sizes[0].T
+    elif operator == "linear_sigmoid":
+        ku = (shape[1] + 1) * u  # the bias is one more term
+        bound = ku / (1 - ku) * (sizes[0] @ sizes[1].T + sizes[2]) / 4 + 8 * u
+    label = LABELS[operator].format(*shape)
+    return LadderCase(operator, label, arguments, expected, bound, case.forward, operator != "linear_sigmoid")
 
 
 def contestants(case: LadderCase, shape: tuple[int, ...], ranks: Ranks, quick: bool) -> Iterator[Contestant]:

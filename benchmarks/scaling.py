@@ -26,9 +26,9 @@ from benchmarks.timing import CPU, Rejected, Times, take_turns, time_calls
 from torchpar.nn import MLP
 from torchpar.parallel.launch.local import Ranks, current_world, start_ranks
 from torchpar.parallel.launch.world import World
-from torchpar.parallel.split.layers import split_parameters
 from torchpar.parallel.split.mlp import parallel_mlp
 from torchpar.parallel.split.shared_memory import SUPPORTED, make_shared_sum, register_shared_memory_hook
+from torchpar.parts import part_of
 from torchpar.profile.collectives import Collectives
 from torchpar.training.losses import cross_entropy_sum
 
@@ -146,8 +146,8 @@ def check(case: StepCase) -> dict[str, Any]:
         loss = cross_entropy_sum(single(x.to(dtype)), labels) / case.batch
         names, parameters = zip(*single.named_parameters(), strict=True)
         own = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
-        for name, axis, layer in split_parameters(step.model):
-            own[name] = layer.partition.narrow(own[name], axis)
+        for name, p in step.model.named_parameters():
+            own[name] = part_of(p).narrow(own[name])
         losses.append(loss.item())
         grads.append(flat(own))
     part = step.gradients()
@@ -349,9 +349,6 @@ def print_all(results: Sequence[Result]) -> None:
     print_cells(title, each)
     title = "an all-reduce between 2 ranks"
     print_cells(title, pivot(all_reduces, "bytes", lambda one: f"{one.case['nbytes']:,}", microseconds))
-    if fitted := fit_link(results):
-        alpha, beta = fitted.values()
-        print(f"fitted to gloo's medians: α {1e6 * alpha:.0f} µs, β {1e9 * beta:.2f} ns/B")
     print_failures(results)
     if any(result.columns.get("oversubscribed") for result in results):
         print("* more threads than cores: this shows that the step is right, not how fast it is")
@@ -370,33 +367,13 @@ def pivot(
     return list(lines.values())
 
 
-def fit_link(results: Sequence[Result]) -> dict[str, float]:
-    """Return α (s) and β (s per byte) of gloo's all-reduces between 2 ranks, or {} if they failed.
-
-    A ring all-reduce of n bytes passes two messages of n/2, which take α + nβ/2 each (Thakur, Rabenseifner
-    and Gropp, "Optimization of Collective Communication Operations in MPICH", 2005). The relative errors of
-    2α + nβ are fitted by least squares.
-    """
-    rows = [
-        [2 / seconds, result.case["nbytes"] / seconds]
-        for result in results
-        if result.case["kind"] == "all_reduce" and result.contestant == GLOO
-        if (seconds := (result.p50_ms or 0) / 1e3)
-    ]
-    if not rows:
-        return {}
-    ones = torch.ones(len(rows), 1, dtype=torch.float64)
-    alpha, beta = torch.linalg.lstsq(torch.tensor(rows, dtype=torch.float64), ones).solution
-    return {"alpha_s": max(alpha.item(), 0.0), "beta_s_per_byte": max(beta.item(), 0.0)}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("scaling", "Measure the speed-up of a training step on more ranks.")
     polling = "also time all-reduces with gloo's default thread scheduling"
     command.parser.add_argument("--default-polling", action="store_true", help=polling)
     options = command.parse(arguments)
     results = measure(QUICK if options.quick else FULL, options.default_polling)
-    table = Table(command.csv(options), CPU, cores=CORES, **fit_link(results))
+    table = Table(command.csv(options), CPU, cores=CORES)
     table.add(results)
     print_all(results)
     return table.status

@@ -33,7 +33,7 @@ from torchpar import data, training
 from torchpar.data import Samples
 from torchpar.errors import ConfigError, DivergedError
 from torchpar.nn import MLP
-from torchpar.ops.cpu_table import bfloat16_gain
+from torchpar.ops.processor import has_fast_bfloat16
 from torchpar.parallel.launch.local import current_world, start_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.training.fused import FusedGradients
@@ -67,8 +67,8 @@ class Recipe:
     warmup: float = 0.0  # the part of the steps in which the rate rises to ``lr``
     decay: bool = False  # let the rate fall linearly to 0 afterwards
     fused: bool = False  # compute gradients by formulas, else by autograd
-    # Of the images and of the products; another one needs ``fused``. Where a table of the processor says that
-    # bfloat16 is slower, it is float32.
+    # Of the images and of the products; another one needs ``fused``. On a processor without
+    # instructions for bfloat16, it is float32.
     dtype: torch.dtype = torch.float32
     crop: int = 0  # pixels to leave out on each side of an image
     pool: int = 1  # side of the squares of pixels that are averaged to one
@@ -86,7 +86,7 @@ class Recipe:
                 f"{self.name} computes gradients by autograd, here on one rank and in float32 alone; "
                 "set fused, or take --ranks 1 and float32"
             )
-        if self.dtype == torch.bfloat16 and world.device.type == "cpu" and bfloat16_gain() < 1:
+        if self.dtype == torch.bfloat16 and world.device.type == "cpu" and not has_fast_bfloat16():
             self.dtype = torch.float32
         self.raw, self.share = samples, world.share
         shape, device = self.pooled(samples[:1]).features.shape[1:], samples.labels.device

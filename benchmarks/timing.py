@@ -26,8 +26,8 @@ K = TypeVar("K", bound=Hashable)
 R = TypeVar("R")
 CPU = torch.device("cpu")
 
-# The seconds of each call made in round ``index``, or None if there is nothing left to do. Round 0 warms up.
-Turn = Callable[[int], Sequence[float] | None]
+# The seconds of each call made in round ``index``. Round 0 warms up.
+Turn = Callable[[int], Sequence[float]]
 
 
 class Contestant(NamedTuple):
@@ -131,14 +131,10 @@ def take_turns(
             if index == 0:
                 times[key].first = turn_seconds
                 continue
-            if calls is not None:
-                times[key].rounds.append(list(calls))
+            times[key].rounds.append(list(calls))
             spent[key] += turn_seconds
-            if calls is None or (spent[key] > seconds and len(times[key].rounds) >= least):
+            if spent[key] > seconds and len(times[key].rounds) >= least:
                 del going[key]
-    for one in times.values():
-        if not one.rounds and not one.reason:
-            one.reason = "there was nothing to measure"
     return times
 
 

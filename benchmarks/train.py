@@ -2,9 +2,9 @@
 """Train MLPs on MNIST in many ways, side by side: ``python -m benchmarks run train``.
 
 Every contestant trains by plain SGD from the same first weights, and all but MPI's on the same batches. The
-loss of each batch is checked with float64; of MPI and Lightning, which train whole epochs, the mean loss. The
-others take turns, of a tenth of an epoch each. A time is the median over the turns, and a speed-up the median
-of the ratios. One thread, unless ``--threads`` says otherwise; two ranks have one each.
+loss of each batch is checked with float64; of MPI and Lightning, which are whole programs, the mean loss.
+They take turns of an epoch each. A time is the median over the turns, and a speed-up the median of the
+ratios. One thread, unless ``--threads`` says otherwise; two ranks have one each.
 """
 
 import argparse
@@ -27,9 +27,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from importlib.util import find_spec
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -58,13 +58,12 @@ from torchpar.training import Run, sgd
 from torchpar.training.fused import FusedGradients
 
 LR = 0.1
-ROUNDS = 10  # turns of an epoch
-SECONDS = 20.0  # of a contestant's turns
+ROUNDS = 4  # epochs
+SECONDS = 20.0  # of a contestant's epochs
 SLOW = {"pure Python": 200, "tutorial script": 2000}  # digits, of which an epoch is extrapolated
 # The error that is allowed, of the mean loss of any batch. Rounding moves it by less than 1e-5 within an
 # epoch; a learning rate that is 1% off, or another order of the samples, moves that of some batch by 1e-2.
 LOSS_ERROR = 1e-3
-PROGRAM_EPOCHS = 2  # samples of MPI and of Lightning
 # The same of the mean loss of an epoch. Rounding moves it by less than 1e-7; a learning rate that is 1% off
 # by 7e-4 and more, another order of the samples by 6e-5 and more.
 MEAN_LOSS_ERROR = 1e-5
@@ -77,7 +76,6 @@ COLUMNS = ("contestant", "note", "p50_ms", "samples_per_s", "speedup", "first_s"
 Order = Sequence[Array]  # the indices of each batch
 # Prepares, yields None, then trains on the batches and yields the mean loss of each.
 Train = Callable[["Inputs", Order], Iterator[Any]]
-Advance = Callable[[int], tuple[float, Array]]  # train on so many batches: the seconds, and their losses
 
 
 class Training(NamedTuple):
@@ -127,11 +125,11 @@ class Inputs:
             losses.append(loss / len(indices))
         return np.array(losses)
 
-    def check(self, losses: Array, first: int, last: int) -> None:
-        """Raise if these are not the mean losses of the batches from ``first`` to ``last`` − 1."""
-        expected = self.losses[first:last]
-        if len(losses) != last - first:
-            raise Rejected(f"{len(losses)} losses of {last - first} batches")
+    def check(self, losses: Array, count: int) -> None:
+        """Raise if these are not the mean losses of the first ``count`` batches."""
+        expected = self.losses[:count]
+        if len(losses) != count:
+            raise Rejected(f"{len(losses)} losses of {count} batches")
         off = np.abs(losses - expected).max() / expected.mean()
         if not off <= LOSS_ERROR:
             raise Rejected(f"a loss is off by {off:.0e} of their mean, {LOSS_ERROR:.0e} are allowed")
@@ -252,26 +250,18 @@ def by_lesson(world: World, fused: bool) -> Train:
 # Contestants on two ranks
 
 ON_RANKS = "DistributedDataParallel", "DistributedDataParallel, shared memory", "gradients by formulas"
-_training: dict[str, Advance] = {}  # the epochs that are under way on this rank
+inputs_on_rank = lru_cache(maxsize=1)(Inputs)
 
 
-def begin_on_rank(training: Training, contestant: str) -> None:
-    _training[contestant] = advance_by(data_parallel(training, contestant))
-
-
-def advance_on_rank(contestant: str, count: int) -> tuple[float, Array]:
-    """Train on so many batches more: the seconds, and this rank's parts of the mean losses."""
+def epoch_on_rank(training: Training, contestant: str) -> tuple[float, Array]:
+    """Train for an epoch: the seconds, and this rank's parts of the mean losses."""
+    losses = data_parallel(training, contestant)
     dist.barrier()
-    return _training[contestant](count)
-
-
-def forget() -> None:
-    """Drop the wrappers and their group, before the ranks leave."""
-    _training.clear()
+    return timed_epoch(losses)
 
 
 def data_parallel(training: Training, contestant: str) -> Iterator[Tensor | None]:
-    world, inputs = current_world(), Inputs(training)
+    world, inputs = current_world(), inputs_on_rank(training)
     model: torch.nn.Module = MLP(training.sizes)
     inputs.start.copy_to(model)
     fused = FusedGradients(model, world) if contestant == ON_RANKS[2] else None
@@ -364,11 +354,10 @@ def contestants(inputs: Inputs, world: World, ranks: Ranks, compiled: bool = Tru
     threads = torch.get_num_threads()
 
     def by(train: Train, name: str, note: str = "", **options: Any) -> Contestant:
-        digits = SLOW.get(name, len(inputs.x))
-        end = min(-(-digits // batch_size), len(inputs.order))
-        part = end < len(inputs.order)
-        note = f"from {end * batch_size:,} of {len(inputs.x):,} digits" if part else note
-        turn = epoch_turn(inputs, lambda order: advance_by(train(inputs, order), threads), part, end)
+        end = -(-SLOW.get(name, len(inputs.x)) // batch_size)
+        order = inputs.order[:end]
+        note = f"from {end * batch_size:,} of {len(inputs.x):,} digits" if end < len(inputs.order) else note
+        turn = epoch_turn(inputs, order, lambda order: timed_epoch(train(inputs, order), threads))
         return Contestant(name, turn, note, **options)
 
     if len(sizes) == 3:  # a step of the others takes a minute
@@ -392,67 +381,48 @@ def contestants(inputs: Inputs, world: World, ranks: Ranks, compiled: bool = Tru
     yield by(by_lesson(world, fused=False), "torchpar, autograd")
     yield by(by_lesson(world, fused=True), FUSED, "gradients by formulas")
     for note in ON_RANKS:
-        turn = epoch_turn(inputs, partial(on_ranks, ranks, inputs, note))
+        turn = epoch_turn(inputs, inputs.order, partial(on_ranks, ranks, inputs, note))
         yield Contestant(f"{FUSED}, 2 ranks", turn, note)
 
 
-def epoch_turn(inputs: Inputs, begin: Callable[[Order], Advance], chunk: int = 0, end: int = 0) -> Turn:
-    """Return the turns that make up an epoch: ``chunk`` batches each, up to batch ``end``.
+def epoch_turn(inputs: Inputs, order: Order, epoch: Callable[[Order], tuple[float, Array]]) -> Turn:
+    """Return turns of an epoch each: the seconds of a step of a whole batch, if each loss is right.
 
-    Each loss is checked. The seconds are those of a step of a whole batch. The warm-up trains on a batch of
-    either size, and begins anew.
+    The warm-up trains on a batch of either size.
     """
-    chunk, end = chunk or -(-len(inputs.order) // ROUNDS), end or len(inputs.order)
-    done = 0
-    advance: Advance
 
-    def turn(index: int) -> list[float] | None:
-        nonlocal done, advance
+    def turn(index: int) -> list[float]:
         if index == 0:
-            begin([inputs.order[0], inputs.order[-1]])(2)
-            advance = begin(inputs.order[:end])
+            epoch([order[0], order[-1]])
             return []
-        first, done = done, min(done + chunk, end)
-        if first == done:
-            return None
-        seconds, losses = advance(done - first)
-        inputs.check(losses, first, done)
-        return [seconds * inputs.training.batch_size / sum(map(len, inputs.order[first:done]))]
+        seconds, losses = epoch(order)
+        inputs.check(losses, len(order))
+        return [seconds * inputs.training.batch_size / sum(map(len, order))]
 
     return turn
 
 
-def on_ranks(ranks: Ranks, inputs: Inputs, contestant: str, order: Order) -> Advance:
-    """Train by data parallelism, in the order of `torchpar.training.Run`; the ranks' losses add up."""
-    ranks.run(begin_on_rank, inputs.training, contestant)
-
-    def advance(batches: int) -> tuple[float, Array]:
-        seconds, losses = zip(*ranks.run(advance_on_rank, contestant, batches), strict=True)
-        return max(seconds), sum(losses)
-
-    return advance
-
-
-def advance_by(losses: Iterator[Any], threads: int = 1) -> Advance:
-    """Train by taking losses from ``losses``, after its preparation."""
+def timed_epoch(losses: Iterator[Any], threads: int = 1) -> tuple[float, Array]:
+    """Train by taking all of ``losses``, after its preparation: the seconds, and the losses."""
     next(losses)
 
-    def take(batches: int) -> Array:
-        taken = list(islice(losses, batches))
-        if taken and isinstance(taken[0], Tensor):
-            return np.array(torch.stack(taken).tolist())
-        return np.array(taken)
+    def take() -> Array:
+        taken = list(losses)
+        return np.array(torch.stack(taken).tolist() if isinstance(taken[0], Tensor) else taken)
 
-    def advance(batches: int) -> tuple[float, Array]:
-        torch.set_num_threads(threads)  # Numba and Lightning set those of OpenMP
-        timed = time_calls(partial(take, batches))
-        return timed.seconds(), timed.result
+    torch.set_num_threads(threads)  # Numba and Lightning set those of OpenMP
+    timed = time_calls(take)
+    return timed.seconds(), timed.result
 
-    return advance
+
+def on_ranks(ranks: Ranks, inputs: Inputs, contestant: str, order: Order) -> tuple[float, Array]:
+    """Train by data parallelism, in the order of `torchpar.training.Run`; the ranks' losses add up."""
+    seconds, losses = zip(*ranks.run(epoch_on_rank, inputs.training, contestant), strict=True)
+    return max(seconds), sum(losses)
 
 
 def program_turn(inputs: Inputs, order: Order, epoch: Callable[[], tuple[float, float]]) -> Turn:
-    """Return the turns of `PROGRAM_EPOCHS` epochs by ``epoch``, whose mean loss is checked.
+    """Return turns of an epoch each by ``epoch``, whose mean loss is checked.
 
     Args:
         order: of the batches of ``epoch``, on which the mean loss depends.
@@ -462,11 +432,9 @@ def program_turn(inputs: Inputs, order: Order, epoch: Callable[[], tuple[float, 
     def expected() -> float:
         return float(np.average(inputs.losses_of(order), weights=[len(indices) for indices in order]))
 
-    def turn(index: int) -> list[float] | None:
+    def turn(index: int) -> list[float]:
         if index == 0:
             return []
-        if index > PROGRAM_EPOCHS:
-            return None
         seconds, loss = epoch()
         if not abs(loss - expected()) <= MEAN_LOSS_ERROR * expected():
             raise Rejected(f"the mean loss is {loss:.5f}, expected {expected():.5f}")
@@ -533,7 +501,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tables.append(table.add(measure(inputs, compared)))
             case = tables[-1][0].case
             print_results(f"{case['network']}, batch {case['batch']}", tables[-1], COLUMNS)
-        ranks.run(forget)
     torch.set_num_threads(before)
     for program, found in INSTALLED.items():
         if not found:

@@ -15,26 +15,43 @@ training loss. A larger λ cures that.
 The report trains a larger network by data parallelism on the CPU, in large and in small batches.
 """
 
+import os
 import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
+from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from support import amdahl, cli, console
+from support import cli, console
+from support.amdahl import PHASES, Scaling, speedup
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from torchpar.data import Samples, batches
+from torchpar.errors import ConfigError
 from torchpar.nn import MLP
+from torchpar.parallel.launch.local import current_world, start_ranks
 from torchpar.parallel.launch.world import join_world_of_one
+from torchpar.profile.collectives import Collectives
+from torchpar.profile.phases import Phases
 from torchpar.training import lr_scheduler, sgd
 
 MARGIN = 0.02  # of a square of side 2
 WIDTHS, PENALTIES = (1, 4, 8, 32), (0.0, 1e-3, 1e-2, 1e-1)  # with --noise
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+ROUNDS = 8  # of the report, after one that is not counted
+LOSS_ERROR = 1e-4  # of a loss: rounding is some 1e-7, another share of a batch or fewer samples 1e-2
+
+Build = Callable[[], tuple[torch.nn.Module, Optimizer]]
 
 
 @dataclass(kw_only=True)
@@ -43,12 +60,17 @@ class Flags(cli.ExampleFlags):
 
     noise: bool = False  # Learn few noisy points by networks of several widths and λ; no report.
     epochs: int = 60  # Passes over the points; three times as many with --noise, where the points are few.
-    processes: tuple[int, ...] = amdahl.PROCESSES  # Processes in the report: 1, then multiples of the last.
+    # Processes in the report: 1, then multiples of the last.
+    processes: tuple[int, ...] = tuple(2**i for i in range(max(CORES, 2).bit_length()))
     sizes: tuple[int, ...] = (512, 4096, 32768)  # Batch sizes of the report, over all processes.
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        amdahl.check(self.processes, self.sizes)
+        n, sizes = self.processes, self.sizes
+        if len(n) < 2 or n[0] != 1 or any(b <= a or b % a for a, b in pairwise(n)):
+            raise ConfigError(f"--processes is {n}, expected 1 and then multiples of the last, as 1 2 4")
+        if min(sizes, default=0) < n[-1]:
+            raise ConfigError(f"--sizes is {sizes}, expected at least {n[-1]}, one sample a process")
 
 
 def draw(n: int, seed: int, wrong: float = 0.0, device: torch.device | str = "cpu") -> Samples:
@@ -116,6 +138,95 @@ def compare(flags: Flags, device: torch.device) -> list[dict[str, float]]:
     return sorted(rows, key=lambda row: -row["validation_loss"])
 
 
+def measure(build: Build, flags: Flags) -> list[Scaling]:
+    """Time epochs of data-parallel training on the CPU, a thread to a process; a `Scaling` for each size.
+
+    Each round times all numbers of processes and all sizes in turn, so that whatever disturbs the machine
+    disturbs all alike. The first round is not counted; of the others' times the medians are given. They are
+    rank 0's, so that "collectives" includes its wait for slower ranks. While phases are timed a collective
+    overlaps with nothing.
+    """
+    keys = list(product(flags.sizes, flags.processes))
+    seconds: dict[tuple[int, int], list[dict[str, float]]] = {key: [] for key in keys}
+    losses: dict[tuple[int, int], float] = {}
+    with Console().status(f"timing epochs on {flags.processes} processes"), ExitStack() as stack:
+        groups = {n: stack.enter_context(start_ranks(n)) for n in flags.processes}
+        for seed, (size, n) in product(range(1 + ROUNDS), keys):
+            of_rank_0, losses[size, n] = groups[n].run(time_epoch, build, flags.seed, size, seed)[0]
+            seconds[size, n].append(of_rank_0)
+    return [
+        Scaling(
+            size,
+            {n: {p: median(of[p] for of in seconds[size, n][1:]) for p in PHASES} for n in flags.processes},
+            {n: losses[size, n] for n in flags.processes},
+        )
+        for size in flags.sizes
+    ]
+
+
+def time_epoch(build: Build, points: int, size: int, seed: int) -> tuple[dict[str, float], float]:
+    """Return the seconds of each phase of an epoch, and the mean loss over all points after it."""
+    world = current_world()
+    model, optimizer = build()
+    wrapped = DistributedDataParallel(model) if world.world_size > 1 else model
+    samples = draw(2**15, points)
+    with Phases(world.device) as phases, Collectives(world):
+        shares = batches(samples, size, seed=seed, epoch=1, share=world.share)
+        for x, labels, global_size in phases.steps(shares):
+            (loss_sum(wrapped(x), labels) * (world.world_size / global_size)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    with torch.no_grad():
+        mean = loss_sum(model(samples.features), samples.labels).item() / len(samples)
+    return {name: phases.seconds[name] for name in PHASES}, mean
+
+
+def report(build: Build, flags: Flags) -> list[dict[str, Any]]:
+    """Print the times by phase and what Amdahl's law says of them, and return the rows of all sizes."""
+    scalings = measure(build, flags)
+    off = max(abs(loss / s.losses[1] - 1) for s in scalings for loss in s.losses.values())
+    if not off <= LOSS_ERROR:
+        raise ConfigError(
+            f"the loss on several processes differs from that on one by {off:.0e} of it; mend the step"
+        )
+    rows = [row for scaling in scalings for row in scaling.rows()]
+    times = [f"{name}_ms" for name in (*PHASES, "epoch")]
+    console.print_rows(rows, ["batch_size", "processes", *times, "speedup"])
+    print(*scalings, sep="\n")
+    print(f"all numbers of processes reach the same loss (largest relative difference {off:.0e})")
+    print("while phases are timed a collective overlaps with nothing: a plain run is faster than this")
+    most = flags.processes[-1]
+    if len(flags.processes) == 2:
+        print(f"p is of N = {most} alone: whether the law holds, only more processes would tell")
+    if most > CORES:
+        print(f"{most} processes on {CORES} cores are oversubscribed: the machine limits them, not the law")
+    if flags.plots:
+        save_scalings(flags.plots / "amdahl.png", scalings, most)
+    return rows
+
+
+def save_scalings(path: Path, scalings: Sequence[Scaling], most: int) -> None:
+    """Draw the speed-ups on the law's curves, with their limits, up to eight times as many processes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    numbers = [n for n in (2 ** (i / 4) for i in range(65)) if n <= 8 * most]
+    for i, s in enumerate(scalings):
+        limit = f"limit {s.limit:.1f}" if s.p < 1 else "no limit"
+        label = f"batch {s.batch_size}, p {s.p:.3f}, {limit}"
+        axes.plot(numbers, [speedup(s.p, n) for n in numbers], f"C{i}", label=label)
+        axes.plot(list(s.speedups), list(s.speedups.values()), f"oC{i}")
+        if s.p < 1:
+            axes.axhline(s.limit, color=f"C{i}", linestyle=":")
+    axes.plot(numbers, numbers, "k--", label="S = N")
+    axes.set(xlabel="processes N", ylabel="speed-up S", title="Measured (dots), Amdahl's law, limit (dotted)")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
 def main(flags: Flags) -> None:
     start = time.perf_counter()
     with join_world_of_one(flags.device) as world:
@@ -127,9 +238,7 @@ def main(flags: Flags) -> None:
             losses = f"{row['train_loss']:.3f} in training, {row['validation_loss']:.3f} in validation"
             print(f"{what}: width {row['width']}, λ {row['penalty']:g} ({losses})")
     else:
-        network = partial(build, [2, 128, 128, 1], 0.0, flags.seed)
-        job = amdahl.Job(network, partial(draw, 2**15, flags.seed), loss_sum)
-        rows = [*amdahl.report(job, flags.processes, flags.sizes, flags.plots), best]
+        rows = [*report(partial(build, [2, 128, 128, 1], 0.0, flags.seed), flags), best]
     figures = (best["test_accuracy"], best["test_loss"], time.perf_counter() - start)
     print(console.last_line(*figures, ranks=1, device=world.device.type))
     console.write_metrics(flags.metrics, rows)

@@ -17,7 +17,6 @@ from typing import Literal
 
 import torch
 from support import cli, session
-from support.log import Log
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -68,7 +67,7 @@ def main(flags: Flags) -> None:
         lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
         parts = (model, optimizer, lr_scheduler, world, train, test)
-        with Run(*parts, log=Log(flags, world), **flags.run_options()) as run:
+        with Run(*parts, log=session.Log(flags, world), **flags.run_options()) as run:
             for epoch in run.epochs():
                 for x, labels, global_size in run.batches(epoch):
                     outputs = ddp(x)

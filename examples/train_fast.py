@@ -18,16 +18,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
 from statistics import median
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import train_ddp
 from support import cli, console, session
-from support.log import Log
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 from torchpar import data, training
 from torchpar.data import Batch, Samples
@@ -50,76 +48,59 @@ class Flags(train_ddp.Flags):
     """Gradients by formulas where the model allows it, or always by autograd."""
 
 
-class Way(NamedTuple):
-    """A way to compute a step: by autograd and gloo, unless it says otherwise."""
-
-    name: str
-    shared_memory: bool = False
-    formulas: bool = False
-
-
-class Trainer(NamedTuple):
-    """A model and what trains it.
-
-    Attributes:
-        gradients: leaves the gradients of a batch in ``p.grad``, and returns the sum of this rank's losses.
-        step: the same, and updates the parameters.
-    """
-
-    model: MLP
-    optimizer: Optimizer
-    gradients: Callable[[Tensor, Tensor, int], Tensor]
-    step: Callable[[Tensor, Tensor, int], Tensor]
-
-
-def find_ways(flags: Flags, world: World, train: Samples) -> list[Way]:
+def find_ways(flags: Flags, world: World, train: Samples) -> list[str]:
     """Return the ways that are possible here. Rank 0 prints why formulas are not."""
-    model = MLP(flags.layer_sizes(train), flags.activation, device=world.device)
-    ways = [Way("DistributedDataParallel")]
+    ways = ["DistributedDataParallel"]
     if world.device.type == "cpu" and can_share_memory(world.dp_size):
-        ways.append(Way("shared memory", shared_memory=True))
-    reason = "--fused is off" if flags.fused == "off" else why_not_fused(model)
+        ways.append("shared memory")
+    reason = "--fused is off" if flags.fused == "off" else why_not_fused(make_model(flags, world, train))
     if flags.compile:
         reason = "--compile compiles the model"
     if not reason:
-        ways.append(Way("formulas", formulas=True))
+        ways.append("formulas")
     elif world.rank == 0:
         print(f"no formulas: {reason}")
     return ways
 
 
-def make_trainer(flags: Flags, world: World, train: Samples, way: Way) -> Trainer:
-    """Return what trains in the given way."""
+def make_model(flags: Flags, world: World, train: Samples) -> MLP:
     torch.manual_seed(flags.seed)  # the same weights on every rank, and in every way
-    model = MLP(flags.layer_sizes(train), flags.activation).to(world.device)
-    optimizer = train_ddp.make_optimizer(flags, model)  # Muon at 0.3 for the weights, SGD for the biases
-    fused = FusedGradients(model, world, flags.label_smoothing) if way.formulas else None
-    replica: torch.nn.Module = model
-    if not way.formulas:
-        replica = ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        if way.shared_memory:
-            register_shared_memory_hook(ddp, world)
-    if flags.compile:
-        replica.compile()
+    return MLP(flags.layer_sizes(train), flags.activation).to(world.device)
 
-    def gradients(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
-        if fused is not None:
-            return fused(x, labels, global_size)
-        loss = cross_entropy(replica(x), labels, reduction="sum", label_smoothing=flags.label_smoothing)
-        (loss * (world.dp_size / global_size)).backward()
+
+class Trainer:
+    """A model, its optimizer, and one of the ways to compute a step."""
+
+    def __init__(self, flags: Flags, world: World, train: Samples, way: str):
+        self.flags, self.world = flags, world
+        self.model = make_model(flags, world, train)
+        self.optimizer = train_ddp.make_optimizer(flags, self.model)  # Muon for weights, SGD for biases
+        self.gradients: Callable[[Tensor, Tensor, int], Tensor] = self.by_autograd
+        if way == "formulas":
+            self.gradients = FusedGradients(self.model, world, flags.label_smoothing)
+            return
+        self.replica = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+        if way == "shared memory":
+            register_shared_memory_hook(self.replica, world)
+        if flags.compile:
+            self.replica.compile()
+
+    def by_autograd(self, x: Tensor, labels: Tensor, global_size: int) -> Tensor:
+        """Leave the gradients in ``p.grad``, as the formulas do; return the sum of this rank's losses."""
+        smoothing = self.flags.label_smoothing
+        loss = cross_entropy(self.replica(x), labels, reduction="sum", label_smoothing=smoothing)
+        (loss * (self.world.dp_size / global_size)).backward()
         return loss.detach()
 
-    def step(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
-        loss = gradients(x, labels, global_size)
-        session.adjust_gradients(flags, model, world)  # --clip and --orthogonality
-        optimizer.step()
-        optimizer.zero_grad()
+    def step(self, x: Tensor, labels: Tensor, global_size: int) -> Tensor:
+        loss = self.gradients(x, labels, global_size)
+        session.adjust_gradients(self.flags, self.model, self.world)  # --clip and --orthogonality
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return loss
 
-    return Trainer(model, optimizer, gradients, step)
 
-
-def compare(flags: Flags, world: World, train: Samples, ways: list[Way]) -> list[dict[str, Any]]:
+def compare(flags: Flags, world: World, train: Samples, ways: list[str]) -> list[dict[str, Any]]:
     """Time some steps of each way in turn.
 
     Returns:
@@ -133,35 +114,35 @@ def compare(flags: Flags, world: World, train: Samples, ways: list[Way]) -> list
         for epoch in count(1):
             yield from data.batches(train, flags.batch_size, seed=flags.seed, epoch=epoch, share=world.share)
 
-    trainers = [make_trainer(flags, world, train, way) for way in ways]
-    check_gradients(ways, trainers, next(batches()))
-    shares = [batches() for _ in ways]
-    times: list[list[float]] = [[] for _ in ways]
+    trainers = {way: Trainer(flags, world, train, way) for way in ways}
+    check_gradients(trainers, next(batches()))
+    shares = {way: batches() for way in ways}
+    times: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(ROUNDS + 1):  # in the first, kernels are compiled, and the wrapper sets itself up
-        for at, trainer in enumerate(trainers):
+        for way, trainer in trainers.items():
             start = now(world)
-            for batch in islice(shares[at], STEPS):
+            for batch in islice(shares[way], STEPS):
                 trainer.step(*batch)
             if number:
-                times[at].append(1e3 * (now(world) - start) / STEPS)
-    ms = [median(of_way) for of_way in times]
-    return [{"way": way.name, "ms": one, "speed_up": ms[0] / one} for way, one in zip(ways, ms, strict=True)]
+                times[way].append(1e3 * (now(world) - start) / STEPS)
+    ms = {way: median(times[way]) for way in ways}
+    return [{"way": way, "ms": ms[way], "speed_up": ms[ways[0]] / ms[way]} for way in ways]
 
 
-def check_gradients(ways: list[Way], trainers: list[Trainer], batch: Batch) -> None:
+def check_gradients(trainers: dict[str, Trainer], batch: Batch) -> None:
     """Compare the gradients of each way with those of the first.
 
     The limit is the rounding of sums over the batch and over a layer's inputs.
     """
     first: Tensor | None = None
-    for way, trainer in zip(ways, trainers, strict=True):
+    for way, trainer in trainers.items():
         trainer.gradients(*batch)
         mine = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
         trainer.optimizer.zero_grad()
         first = mine if first is None else first
         off = ((mine - first).norm() / first.norm()).item()
         if not off <= (batch.global_size + max(trainer.model.sizes)) * torch.finfo(mine.dtype).eps:
-            raise TorchparError(f"the gradient by {way.name} is off by {off:.1e} of its norm; report this")
+            raise TorchparError(f"the gradient by {way} is off by {off:.1e} of its norm; report this")
 
 
 def now(world: World) -> float:
@@ -178,15 +159,15 @@ def main(flags: Flags) -> None:
         rows = compare(flags, world, train, ways)
         if world.rank == 0:
             console.print_rows(rows, ["way", "ms", "speed_up"])
-            print(f"training by {ways[-1].name}")
-        model, optimizer, _, step = make_trainer(flags, world, train, ways[-1])
-        lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
+            print(f"training by {ways[-1]}")
+        trainer = Trainer(flags, world, train, ways[-1])
+        lr_scheduler = training.lr_scheduler(trainer.optimizer, flags.schedule, flags.total_steps(train))
 
-        parts = (model, optimizer, lr_scheduler, world, train, test)
-        with Run(*parts, log=Log(flags, world), **flags.run_options()) as run:
+        parts = (trainer.model, trainer.optimizer, lr_scheduler, world, train, test)
+        with Run(*parts, log=session.Log(flags, world), **flags.run_options()) as run:
             for epoch in run.epochs():
                 for batch in run.batches(epoch):
-                    loss = step(*batch)
+                    loss = trainer.step(*batch)
                     lr_scheduler.step()
                     run.log(loss)
 

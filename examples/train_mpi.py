@@ -48,7 +48,7 @@ def main(flags: Flags) -> None:
     with mpi.join() as world:
         if flags.device == "cuda":
             raise ConfigError("--device cuda: NumPy computes on the CPU; train_ddp.py takes a GPU")
-        loaded = mpi.on_rank_0(world, lambda: read(flags))  # None except on process 0
+        loaded = read(flags) if world.rank == 0 else None
         sizes, n_train, n_test = world.bcast(loaded and describe(*loaded, flags.hidden))
         train, test = map(as_arrays, loaded) if loaded else (None, None)
         own_test = mpi.scatter(world, test, np.array_split(np.arange(n_test), world.size))

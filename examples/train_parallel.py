@@ -15,12 +15,9 @@ from typing import Literal
 
 import torch
 from support import cli, session
-from support.log import Log
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 from torchpar import training
 from torchpar.nn import MLP
@@ -46,15 +43,6 @@ class Flags(cli.TrainFlags):
     """Parts into which a pipeline cuts a replica's share of a batch."""
 
 
-def make_optimizer(flags: Flags, model: MLP, mesh: DeviceMesh) -> Optimizer:
-    if flags.optimizer == "sgd":
-        options = flags.optimizer_options(lr=0.5, momentum=0.9, weight_decay=3e-5)
-        return training.sgd(model, **options)
-    # Ranks of one stage share the work of Muon.
-    options = flags.optimizer_options(lr=0.02, momentum=0.95, weight_decay=0.01)
-    return training.muon(model, **options, mesh=mesh)
-
-
 def main(flags: Flags) -> None:
     with join_world(flags.device, flags.timeout) as world:
         dp = flags.dp or max(world.world_size // (flags.tp * flags.pp), 1)
@@ -75,7 +63,8 @@ def main(flags: Flags) -> None:
             group = world.mesh["dp"].get_group()
             replica = ddp = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
             register_shared_memory_hook(ddp, world)  # on CPUs
-        optimizer = make_optimizer(flags, model, world.mesh["dp", "tp"])
+        # Ranks of one stage share the work of Muon.
+        optimizer = session.make_optimizer(flags, model, world.mesh["dp", "tp"])
         lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
         def gradients(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
@@ -88,7 +77,7 @@ def main(flags: Flags) -> None:
 
         parts = (model, optimizer, lr_scheduler, world, train, test)
         predict = pipeline.predict if pipeline else model
-        with Run(*parts, predict=predict, log=Log(flags, world), **flags.run_options()) as run:
+        with Run(*parts, predict=predict, log=session.Log(flags, world), **flags.run_options()) as run:
             for epoch in run.epochs():
                 for x, labels, global_size in run.batches(epoch):
                     loss = gradients(x, labels, global_size)

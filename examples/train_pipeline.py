@@ -33,11 +33,9 @@ from functools import partial
 
 import torch
 from support import cli, session
-from support.log import Log
 from support.timeline import Timeline
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.optim import Optimizer
 
 from torchpar import training
 from torchpar.errors import ConfigError
@@ -123,12 +121,6 @@ def by_library(flags: Flags, world: World, stage: MLP) -> tuple[Gradients, Predi
     return partial(pipeline.step, loss_sum=loss_sum), pipeline.predict
 
 
-def make_optimizer(flags: Flags, stage: MLP) -> Optimizer:
-    if flags.optimizer == "sgd":
-        return training.sgd(stage, **flags.optimizer_options(lr=0.5, momentum=0.9, weight_decay=3e-5))
-    return training.muon(stage, **flags.optimizer_options(lr=0.02, momentum=0.95, weight_decay=0.01))
-
-
 def main(flags: Flags) -> None:
     with join_world(flags.device, flags.timeout) as world:
         world = world.with_mesh(pp=world.world_size)
@@ -145,11 +137,11 @@ def main(flags: Flags) -> None:
             gradients, predict = by_library(flags, world, stage)
         else:
             gradients, predict = by_hand(flags, world, stage, timeline)
-        optimizer = make_optimizer(flags, stage)
+        optimizer = session.make_optimizer(flags, stage)
         lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
         parts = (stage, optimizer, lr_scheduler, world, train, test)
-        with Run(*parts, predict=predict, log=Log(flags, world), **flags.run_options()) as run:
+        with Run(*parts, predict=predict, log=session.Log(flags, world), **flags.run_options()) as run:
             for epoch in run.epochs():
                 for x, labels, global_size in run.batches(epoch):
                     loss = gradients(x, labels, global_size)  # of all micro-batches

@@ -25,11 +25,9 @@ from dataclasses import dataclass
 
 import torch
 from support import cli, session
-from support.log import Log
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import cross_entropy
-from torch.optim import Optimizer
 
 from torchpar import training
 from torchpar.errors import ConfigError
@@ -60,14 +58,6 @@ class SplitMLP(torch.nn.Module):
         return self.row(self.column(x))  # type: ignore[no-any-return]
 
 
-def make_optimizer(flags: Flags, model: SplitMLP, mesh: DeviceMesh) -> Optimizer:
-    if flags.optimizer == "sgd":
-        return training.sgd(model, **flags.optimizer_options(lr=0.5, momentum=0.9, weight_decay=3e-5))
-    # The ranks share the work of Muon's iterations on a split matrix.
-    options = flags.optimizer_options(lr=0.02, momentum=0.95, weight_decay=0.01)
-    return training.muon(model, **options, mesh=mesh)
-
-
 def main(flags: Flags) -> None:
     if len(flags.hidden) != 1:
         raise ConfigError(f"--hidden is {flags.hidden}, expected one width; train_parallel.py splits any MLP")
@@ -79,11 +69,11 @@ def main(flags: Flags) -> None:
         model = SplitMLP(flags.layer_sizes(train), world.mesh["tp"]).to(world.device)
         if flags.compile:
             model.compile()
-        optimizer = make_optimizer(flags, model, world.mesh["tp"])
+        optimizer = session.make_optimizer(flags, model, world.mesh["tp"])
         lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
         parts = (model, optimizer, lr_scheduler, world, train, test)
-        with Run(*parts, log=Log(flags, world), **flags.run_options()) as run:
+        with Run(*parts, log=session.Log(flags, world), **flags.run_options()) as run:
             for epoch in run.epochs():
                 for x, labels, global_size in run.batches(epoch):
                     # Every rank has the whole batch, so it has the whole gradient of its own slices: there is

@@ -17,7 +17,6 @@ LATENT = dict(
     **dict(q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6),
     **dict(n_routed_experts=3, n_group=1, topk_group=1, first_k_dense_replace=1, moe_intermediate_size=24),
 )
-IMAGE = dict(TEXT, image_size=8, patch_size=4)
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {  # the class, and its sizes
     "llama": ("LlamaForCausalLM", GROUPED),
     "phi3": ("Phi3ForCausalLM", GROUPED),
@@ -26,8 +25,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {  # the class, and its s
     "mamba": ("MambaForCausalLM", dict(TOKENS, hidden_size=32, state_size=4, num_hidden_layers=2)),
     "bert": ("BertForMaskedLM", TEXT),
     "modernbert": ("ModernBertForMaskedLM", dict(TEXT, cls_token_id=1, sep_token_id=2)),
-    "vit": ("ViTForImageClassification", IMAGE),
-    "clip": ("CLIPModel", dict(text_config=TEXT, vision_config=IMAGE, projection_dim=24)),
+    "vit": ("ViTForImageClassification", dict(TEXT, image_size=8, patch_size=4)),
 }
 
 

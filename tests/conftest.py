@@ -15,7 +15,7 @@ import torch
 from ranks import fork_context
 
 from torchpar.ops import cpu_table
-from torchpar.testing.ranks import Ranks
+from torchpar.parallel.launch.local import Ranks
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 THREADS = torch.get_num_threads()
@@ -55,7 +55,7 @@ def threads() -> Iterator[None]:
 def no_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """Choose products as on a processor without a table, so that tests are the same everywhere."""
     monkeypatch.setattr(cpu_table, "load", lambda: None)
-    if cpu_table._entries()["symmetric"]:
+    if cpu_table._entries():
         cpu_table.forget()
 
 

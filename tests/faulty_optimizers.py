@@ -116,19 +116,6 @@ class AppliesMomentum(PlainMuon):
         return ahead
 
 
-class LooksAtTheShard(PlainMuon):
-    """What is a matrix is decided by the shape that a rank holds, not by the layer's (DeepSpeed#8438)."""
-
-    def __init__(self, params: Any, **own: Any):
-        super().__init__(params, **own)
-        params = [p for group in self.param_groups for p in group["params"]]
-        self.matrices = {p for p in params if min(local(p).shape) >= 4}
-
-    def direction(self, name: str, p: Tensor, ahead: Tensor) -> Tensor:
-        update = super().direction(name, p, ahead)  # its messages, which every rank must send
-        return update if p in self.matrices else ahead.sign()
-
-
 class MomentumOfMicroBatches(PlainMuon):
     """Each micro-batch updates the momentum and is orthogonalised by itself (DeepSpeed#8443)."""
 
@@ -152,16 +139,6 @@ class MomentumOfMicroBatches(PlainMuon):
             return super().update(name, p, group)
         p.sub_(group["lr"] * self.state[p].pop("sum"))
         self.state[p].pop("seen")
-
-
-class FlattensShards(PlainMuon):
-    """Shards are flattened into one vector, in which nothing is a matrix any more (DeepSpeed#8463)."""
-
-    def direction(self, name: str, p: Tensor, ahead: Tensor) -> Tensor:
-        if not isinstance(p, DTensor):
-            return super().direction(name, p, ahead)
-        vector = whole(ahead).flatten()
-        return placed_as(p, self.scale(p, p) * (vector / vector.norm()).view(p.shape))
 
 
 class ViewsShards(PlainMuon):
@@ -200,18 +177,6 @@ class AcceptsAnyArguments(PlainMuon):
 
     def check(self) -> None:
         """Compare nothing."""
-
-
-class AveragesOverShards(PlainMuon):
-    """Updates are divided by their root mean square: 0 / 0 on a rank without rows spreads to all ranks."""
-
-    def direction(self, name: str, p: Tensor, ahead: Tensor) -> Tensor:
-        update = super().direction(name, p, ahead)
-        count = local(update).numel()
-        sums = torch.stack([local(update).float().square().mean() * count, torch.tensor(float(count))])
-        for ranks in p.device_mesh.get_all_groups() if isinstance(p, DTensor) else ():
-            dist.all_reduce(sums, group=ranks)
-        return update * (sums[1] / sums[0]).sqrt().to(update.dtype)
 
 
 class UpdatesTiedTwice(PlainMuon):

@@ -8,11 +8,11 @@ from unittest.mock import patch
 
 from commands import ROOT, import_path
 
-from torchpar.testing import ranks
+from torchpar.parallel.launch import local
 
 PRELOAD = ["torchpar.parallel.split.pipeline", "torchpar.training", "torchvision.datasets"]
 if find_spec("rich") and find_spec("tyro"):  # without its own packages, ``support`` would end the server
-    PRELOAD += ["rich.progress", "tyro", "support.log", "support.session"]
+    PRELOAD += ["rich.progress", "tyro", "support.session"]
 
 
 def fork_context() -> ForkServerContext:
@@ -20,4 +20,4 @@ def fork_context() -> ForkServerContext:
     # Until Python 3.14 the server ignores the parent's sys.path.
     paths = import_path(*(ROOT / folder for folder in (".", "examples", "tests")))
     with patch.dict(os.environ, PYTHONPATH=paths):
-        return ranks.fork_context(PRELOAD)
+        return local.fork_context([*local.PRELOAD, *PRELOAD])

@@ -18,7 +18,6 @@ from torchpar.testing.rules import RULES
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 SAMPLES = [(normal(5, 4), normal(6, 4, seed=1))]
-COMPILED = {name for name in RULES if "compile" in name or "export" in name}
 
 
 def outcomes(table: OperatorTable) -> dict[str, str]:
@@ -30,17 +29,11 @@ def right() -> Any:
     return faulty.make("right")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in ("wrong_shards", "gradients_of_shards")))
-        for name in faulty.FAULTS
-    ],
-)
+@pytest.mark.parametrize("name", faulty.FAULTS)
 def test_a_fault_is_found(name: str) -> None:
-    parts, rule, outcome, detail = faulty.FAULTS[name]
+    parts, rule, detail = faulty.FAULTS[name]
     table = check_operator(faulty.make(name, **parts), SAMPLES, reference=faulty.kernel, rules=rule)
-    assert (table[rule].outcome, detail in table[rule].detail) == (outcome, True), str(table)
+    assert (table[rule].outcome, detail in table[rule].detail) == ("wrong", True), str(table)
 
 
 EVERYWHERE = {  # the rules that one fault concerns
@@ -67,7 +60,7 @@ def test_a_fault_is_found_by_every_rule_that_it_concerns(name: str) -> None:
 
 def test_a_function_that_forgets_the_subclass_or_the_mode_is_wrong() -> None:
     def add(a: Tensor, b: Tensor) -> Tensor:
-        return torch.add(*(getattr(t, "inside", t) for t in (a, b))).requires_grad_()
+        return torch.add(*(getattr(t, "a", t) for t in (a, b))).requires_grad_()
 
     table = check_operator(add, [(normal(3), normal(3))], rules=["tensor subclass", "grad modes"])
     assert set(outcomes(table).values()) == {"wrong"}, str(table)
@@ -125,26 +118,12 @@ def _backward(ctx: Any, g: Tensor, h: Tensor) -> Any:
 shifted.register_autograd(_backward, setup_context=_setup)
 
 
-@pytest.mark.parametrize(
-    "op", [shifted, lambda xs, by, scale: shifted(xs, by, scale)], ids=["op", "function"]
-)
-def test_lists_and_several_results_and_what_pytorchs_decorators_lack(op: Any) -> None:
+def test_lists_and_several_results() -> None:
     sample = Sample([[normal(3, 4), normal(3, 4, seed=1)], torch.arange(4)], {"scale": 0.5})
-    table = check_operator(op, [sample], reference=plain, rules=set(RULES) - COMPILED)
+    rules = ["values", "schema", "fake tensors", "gradcheck", "gradgradcheck", "any of the gradients"]
+    table = check_operator(shifted, [sample], reference=plain, rules=rules)
     assert table.name == "torchpar_tests.shifted.default"
-    found = outcomes(table)
-    for rule in ("values", "schema", "fake tensors", "gradcheck", "gradgradcheck", "batched gradients"):
-        assert found[rule] == "works", str(table)
-    for rule in (
-        "forward mode",
-        "torch.func: jvp",
-        "torch.func: jacfwd",
-    ):  # derivatives are 0, without an error
-        assert found[rule] == "wrong", str(table)
-        assert "0, of" in table[rule].detail
-    for rule in ("torch.func: vjp", "torch.func: hessian", "DTensor"):
-        assert found[rule] == "refuses", str(table)
-    assert not table.ok
+    assert outcomes(table) == dict.fromkeys(rules, "works"), str(table)
 
 
 def test_reasons_for_which_a_rule_is_not_run(right: Any) -> None:

@@ -6,7 +6,9 @@ import re
 import subprocess
 import tomllib
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
+from inspect import ismodule
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from commands import ROOT, TORCHRUN, run
 from operators import OPERATORS, Operator
 
+import torchpar
 from benchmarks import speedrun
 from benchmarks.results import Result, markdown
 from torchpar.exact.verify import EXPECTED
@@ -66,6 +69,26 @@ def test_pages_name_only_what_exists():
         assert missing(text, (ROOT / page).parent, flags) == [], page
     wrong = "[a](none.md) tests/none.py -m benchmarks.none -m benchmarks run none `test_none` --no-such-flag"
     assert len(missing(wrong, ROOT, flags)) == 6
+
+
+def public_names() -> set[str]:
+    """The names in ``__all__`` of each public package, and those that a module without one defines."""
+    names = {f"torchpar.{name}" for name in torchpar.__all__ if not ismodule(getattr(torchpar, name))}
+    for part in ("library", "testing", "nn", "optim", "parallel", "exact", "training", "errors", "data"):
+        module = import_module(f"torchpar.{part}")
+        defined = [
+            name
+            for name, value in vars(module).items()
+            if getattr(value, "__module__", "") == module.__name__ and name[0] != "_"
+        ]
+        names |= {f"{module.__name__}.{name}" for name in getattr(module, "__all__", defined)}
+    return names
+
+
+def test_the_reference_has_all_public_names_and_no_other():
+    documented = re.findall(r"^::: (\S+)$", PAGES["docs/api.md"], re.MULTILINE)
+    assert len(documented) == len(set(documented))
+    assert set(documented) == public_names()
 
 
 def test_the_readmes_commands_parse_and_install_what_there_is():

@@ -125,7 +125,7 @@ def slices_have_the_bits_of_the_whole() -> None:
                 y, dx, dw = results(torch.nn.functional.linear, x, weight, g)
             for axis, shared in enumerate(("inputs", "outputs")):
                 cut = Partition(shape[axis], mesh.size(), mesh.get_local_rank()).narrow
-                layer = partial(tensor_parallel.linear, **{shared: mesh})
+                layer = partial(exact.linear, **{shared: mesh})
                 if axis == 0:
                     found, expected = (
                         results(layer, x, cut(weight, 0), cut(g, -1)),

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 
 from torchpar import exact_matmul, exact_matmul_t, reference
 from torchpar.errors import ConfigError
-from torchpar.ops import _exact
+from torchpar.ops import exact_digits
 from torchpar.ops.matrix import half_sum
 
 LARGEST = torch.finfo(torch.float32).max
@@ -89,12 +89,12 @@ def test_exponents_of_rows(device: str) -> None:
     edges = torch.cat([edges, edges.nextafter(torch.tensor(2.0)), edges.nextafter(torch.tensor(0.0))])
     x = torch.cat([torch.ldexp(edges, torch.tensor(e)) for e in (-140, -126, -125, -1, 0, 1, 127)])
     x = torch.cat([x, torch.tensor([0.0, -0.0, LEAST, LARGEST])]).view(-1, 1)
-    e = _exact.row_exponents(-x.to(device)).cpu()
+    e = exact_digits.row_exponents(-x.to(device)).cpu()
     limit = (1 - 2.0**-7) * 2.0 ** e.double()
     assert (x.double() < limit).all()
     assert ((x.double() >= limit / 2) | (e == -149)).all()
     special = torch.tensor([[math.nan, 1.0], [1.0, -math.inf]], device=device)
-    assert (_exact.row_exponents(special) > _exact.MAX_EXPONENT).all()
+    assert (exact_digits.row_exponents(special) > exact_digits.MAX_EXPONENT).all()
 
 
 # The same bits, whatever computes them.
@@ -120,8 +120,8 @@ def by_int8(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(a.shape[1])
         out.copy_(a.long() @ b.long())
 
-    monkeypatch.setattr(_exact, "has_int8", lambda: True)
-    monkeypatch.setattr(_exact, "_MIN_LARGE_PRODUCT", 0)
+    monkeypatch.setattr(exact_digits, "has_int8", lambda: True)
+    monkeypatch.setattr(exact_digits, "_MIN_LARGE_PRODUCT", 0)
     monkeypatch.setattr(torch, "_int_mm", int_mm)
     return calls
 
@@ -141,7 +141,7 @@ def test_blocks_and_chains_do_not_matter(constants: dict[str, int], monkeypatch:
     expected = [(exact_matmul(a, b), exact_matmul(a, a.clone())) for a, b in PAIRS]
     assert_same_bits(expected[0][0], reference.exact_matmul(*PAIRS[0]))
     for name, value in constants.items():
-        monkeypatch.setattr(_exact, name, value)
+        monkeypatch.setattr(exact_digits, name, value)
     for int8 in (False, True):
         calls = by_int8(monkeypatch) if int8 else []
         for (a, b), (product, square) in zip(PAIRS, expected, strict=True):
@@ -153,12 +153,12 @@ def test_blocks_and_chains_do_not_matter(constants: dict[str, int], monkeypatch:
         assert_same_bits(PAIRS[0][0] @ PAIRS[0][1].mT, expected[0][0])
 
 
-@pytest.mark.parametrize("k", [_exact.CHAIN, _exact.CHAIN + 1])
+@pytest.mark.parametrize("k", [exact_digits.CHAIN, exact_digits.CHAIN + 1])
 def test_the_longest_chains_of_the_least_digits(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.full((1, k), -(127 * 2.0**24 - 2.0**23 + 2.0**15 + 2.0**7) / 2.0**31)
     a, b = torch.cat([x, wide(1, k)]), x.clone()
     expected = reference.exact_matmul(a, b)
-    monkeypatch.setattr(_exact, "has_int8", lambda: False)
+    monkeypatch.setattr(exact_digits, "has_int8", lambda: False)
     assert_same_bits(exact_matmul(a, b), expected)
     by_int8(monkeypatch)
     assert_same_bits(exact_matmul(a, b), expected)
@@ -170,28 +170,32 @@ def test_sums_of_large_digits_fit_in_float32(monkeypatch: pytest.MonkeyPatch) ->
     for d in digits[1:3]:
         d += torch.randint(9, (2, 600))  # so that sums are odd
     x = (sum(d * 2 ** (24 - 8 * p) for p, d in enumerate(digits)) / 2.0**31).float()
-    assert torch.equal(_exact.digits(x, _exact.row_exponents(x)).movedim(1, 0), torch.stack(digits))
-    monkeypatch.setattr(_exact, "has_int8", lambda: False)
+    assert torch.equal(
+        exact_digits.digits(x, exact_digits.row_exponents(x)).movedim(1, 0), torch.stack(digits)
+    )
+    monkeypatch.setattr(exact_digits, "has_int8", lambda: False)
     expected = reference.exact_matmul(x, x.clone())
     assert_same_bits(exact_matmul(x, x.clone()), expected)
-    total = _exact.Sums(*[_exact.digits(x, _exact.row_exponents(x))] * 2).long()
-    monkeypatch.setattr(_exact, "_FLOAT_CHAIN", 2 * _exact._FLOAT_CHAIN)
-    assert not torch.equal(_exact.Sums(*[_exact.digits(x, _exact.row_exponents(x))] * 2).long(), total)
+    total = exact_digits.Sums(*[exact_digits.digits(x, exact_digits.row_exponents(x))] * 2).long()
+    monkeypatch.setattr(exact_digits, "_FLOAT_CHAIN", 2 * exact_digits._FLOAT_CHAIN)
+    assert not torch.equal(
+        exact_digits.Sums(*[exact_digits.digits(x, exact_digits.row_exponents(x))] * 2).long(), total
+    )
 
 
 @pytest.mark.parametrize("cuts", [[17, 18], [1, 30, 4], [0, 35]], ids=str)
 def test_sums_of_parts_are_those_of_the_whole(cuts: list[int], device: str) -> None:
     a, b = wide(7, 35, device=device), wide(5, 35, device=device, seed=9)
     expected = exact_matmul(a, b)
-    e, f = _exact.row_exponents(a), _exact.row_exponents(b)
+    e, f = exact_digits.row_exponents(a), exact_digits.row_exponents(b)
     split = zip(a.split(cuts, 1), b.split(cuts, 1), strict=True)
-    parts = [_exact.sums(x, y, e, f) for x, y in split]
+    parts = [exact_digits.sums(x, y, e, f) for x, y in split]
     assert all(part.dtype == torch.int64 for part in parts)
-    assert_same_bits(_exact.rounded(sum(parts), e, f), expected)
+    assert_same_bits(exact_digits.rounded(sum(parts), e, f), expected)
 
 
 def test_sums_that_int64_may_not_hold_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_exact, "LONGEST", 8)
+    monkeypatch.setattr(exact_digits, "LONGEST", 8)
     exact_matmul(random(2, 8), random(3, 8))
     with pytest.raises(ConfigError, match="an exact sum has 9 terms, expected at most 8; split it"):
         exact_matmul(random(2, 9), random(3, 9))

@@ -22,8 +22,8 @@ pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 pytest.importorskip("tyro", reason="tyro reads the flags")
 pytest.importorskip("matplotlib", reason="--plots draws with it")
 
+import quadrants
 import train_transformer
-from support import amdahl
 
 from torchpar.baselines.mpi import OneProcess
 from torchpar.parallel import join_world
@@ -73,7 +73,7 @@ LAST_LINES = {
 @pytest.mark.parametrize("name", RUNS)
 def test_it_runs_learns_and_prints_its_last_line(small, monkeypatch, tmp_path, name):
     fork_context()
-    monkeypatch.setattr(amdahl, "ROUNDS", 1)
+    monkeypatch.setattr(quadrants, "ROUNDS", 1)
     flags, pictures = RUNS[name]
     given = [] if name in ("quadrants", "matmul_regression") else small
     outputs = ["--metrics", str(tmp_path / "metrics"), "--plots", str(tmp_path / "new" / "plots")]
@@ -127,7 +127,7 @@ def test_one_process_with_every_other_flag(data, tmp_path):
 
 def check_collectives(out: str, dimensions: str) -> None:
     """The table must show the messages of these dimensions of the mesh, and of no others."""
-    rows = re.findall(r"│ (\w+) +│ (\w+) +│ +[1-9]\d* │ +[1-9][\d,]* │", out)
+    rows = re.findall(r"│ (\w+) +│ (\w+) +│ [1-9]\d* +│ [1-9][\d,]* +│", out)
     of_dimension = {"dp": ["all_reduce"], "tp": ["all_reduce"], "pp": ["send", "recv"]}
     expected = {(name, operation) for name in dimensions.split() for operation in of_dimension[name]}
     assert {row for row in rows if row[1] != "all_to_all"} == expected, out

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Exercises: their data, their choices, their formulas, and Amdahl's amdahl.
+"""Exercises: their data, their choices, their formulas, and Amdahl's law.
 
 `test_examples` runs them by their command lines.
 """
 
 import math
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from matmul_convolution import windows
 from support import amdahl
 from support.console import compare
 
-from torchpar.data import Samples
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.local import current_world
 
@@ -213,19 +211,14 @@ def test_a_scaling_names_the_phase_that_limits():
 
 def build_another_on_each_rank() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(current_world().world_size)
-    model = torch.nn.Linear(2, 2)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.Sigmoid())
     return model, torch.optim.SGD(model.parameters(), lr=0.1)
-
-
-def draw() -> Samples:
-    points = torch.rand(32, 2, generator=torch.Generator().manual_seed(0))
-    return Samples(points, (points[:, 0] > points[:, 1]).long(), ("below", "above"))
 
 
 @pytest.mark.slow
 def test_training_that_differs_is_refused(monkeypatch):
     fork_context()
-    monkeypatch.setattr(amdahl, "ROUNDS", 1)
-    cross_entropy_sum = partial(torch.nn.functional.cross_entropy, reduction="sum")
+    monkeypatch.setattr(quadrants, "ROUNDS", 1)
+    flags = quadrants.Flags(processes=(1, 2), sizes=(4096,))
     with pytest.raises(ConfigError, match="differs from that on one"):
-        amdahl.report(amdahl.Job(build_another_on_each_rank, draw, cross_entropy_sum), (1, 2), (8,))
+        quadrants.report(build_another_on_each_rank, flags)

@@ -152,22 +152,19 @@ def train_differing(flags: list[str], each: list[list[str]]) -> str:
     return train(*flags, *each[int(os.environ["RANK"])])
 
 
-DIFFER = " on rank 0 and .* on rank 1"
-REFUSED = [  # the flags of both ranks, those of rank 0 and of rank 1, the error of each rank
-    ("", "--hidden 33 7", "--hidden 33 8", DIFFER),
-    ("--pp 2", "--hidden 33 7", "--hidden 33 8", DIFFER),
-    ("", "--batch-size 51", "--batch-size 50", DIFFER),
-    ("", "--tp 2", "--dp 2", DIFFER),
-    ("", "--checkpoint {}", "", DIFFER),
-    ("--schedule constant", "--epochs 1", "--epochs 2", DIFFER),
+REFUSED = [  # the flags of both ranks, those of rank 0 and of rank 1
+    ("", "--hidden 33 7", "--hidden 33 8"),
+    ("--pp 2", "--hidden 33 7", "--hidden 33 8"),
+    ("", "--batch-size 51", "--batch-size 50"),
+    ("", "--tp 2", "--dp 2"),
+    ("", "--checkpoint {}", ""),
+    ("--schedule constant", "--epochs 1", "--epochs 2"),
 ]
 
 
-@pytest.mark.parametrize("of_both, of_first, of_second, message", REFUSED)
-def test_wrong_flags_are_the_same_error_on_both_ranks(
-    ranks, data, tmp_path, of_both, of_first, of_second, message
-):
+@pytest.mark.parametrize("of_both, of_first, of_second", REFUSED)
+def test_wrong_flags_are_the_same_error_on_both_ranks(ranks, data, tmp_path, of_both, of_first, of_second):
     flags, *each = (text.format(tmp_path / "saved").split() for text in (of_both, of_first, of_second))
     first, second = ranks(2, train_differing, [*data, "--epochs", "1", "--timeout", "5", *flags], each)
     assert first == second
-    assert re.fullmatch(rf"train_parallel\.py: error: .*{message}.*\n", first)
+    assert re.fullmatch(r"train_parallel\.py: error: .* on rank 0 and .* on rank 1.*\n", first)

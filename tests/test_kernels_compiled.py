@@ -1,22 +1,27 @@
 # SPDX-License-Identifier: MIT
-"""The machine code of the kernels, compiled for GPUs that are not there.
+"""The machine code of the kernels for GPUs that are not there: spills, loops that load while they multiply.
 
 A stand-in for the driver names an architecture, so that the launchers themselves choose the configuration
 and Triton specialises it as in a launch; the tensors are on the meta device.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
 import torch
 import triton
-from machine_code import MachineCode, machine_codes
 from torch import Tensor
 
-from benchmarks.driver import target
+from benchmarks.driver import Compiled, Wrap, compile_launches, target
 from torchpar.kernels import exact_matmul, matmul_t, maximum, sigmoid_backward
 from torchpar.kernels import linear_sigmoid as linear
 from torchpar.kernels.tiles import KINDS, Tiles, configurations
@@ -26,26 +31,82 @@ TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 LIMITS = {80: 166912, 90: 232448, 100: 232448, 103: 232448}
 ODD = 509  # no stride is divisible by 16
 
-slow = pytest.mark.slow
 newest = pytest.mark.skipif(TRITON < (3, 9), reason="earlier compilers spill more on these GPUs")
-OTHERS = [pytest.param(other, marks=(slow, newest)) for other in (80, 100)]
+not_3_8 = pytest.mark.skipif(TRITON == (3, 8), reason="Triton 3.8 spills, and keeps the digits of A twice")
+
+# Machine code: instructions and loops
+
+_LINE = re.compile(r"\s*(?:(\.L_\w+):|/\*[0-9a-f]{4,}\*/\s+(?:@(!?\w+)\s+)?(\w[\w.]*)\s*([^;]*?)\s*;)")
 
 
-@pytest.fixture(params=[90, *OTHERS], ids="sm_{}".format)
-def capability(request) -> Iterator[int]:
-    with target(request.param):
-        yield request.param
+class Instruction(NamedTuple):
+    """An instruction, such as ``@!P0 BRA `(.L_x_1)``, and the position of the one that it branches to."""
+
+    predicate: str
+    opcode: str
+    operands: str
+    target: int | None
 
 
-@pytest.fixture
-def compiled(capability, tmp_path):
-    """``compiled(launcher, *args)``: the machine code of the kernel that the launcher launches."""
+def read(text: str) -> list[Instruction]:
+    """The instructions of one kernel, in the order of their addresses, as `nvdisasm -c` prints them."""
+    labels: dict[str, int] = {}
+    found: list[tuple[str, str, str]] = []
+    for line in text.splitlines():
+        if match := _LINE.match(line):
+            label, predicate, opcode, operands = match.groups("")
+            if label:
+                labels[label] = len(found)
+            else:
+                found.append((predicate, opcode, operands))
 
-    def run(launcher, *args) -> MachineCode:
-        (code,) = machine_codes(partial(launcher, *args), tmp_path)
-        return code
+    def target(opcode: str, operands: str) -> int | None:
+        match = re.search(r"`\((\.L_\w+)\)", operands) if opcode.startswith("BRA") else None
+        return labels[match[1]] if match else None
 
-    return run
+    return [Instruction(*fields, target(*fields[1:])) for fields in found]
+
+
+class MachineCode:
+    """The machine code of a kernel, and the constants of its launch.
+
+    ``resources`` of a thread: REG, its registers; STACK and LOCAL, bytes that did not fit into them.
+    """
+
+    def __init__(self, compiled: Compiled):
+        self.options, self.metadata = compiled.options, compiled.kernel.metadata
+        tools = Path(str(triton.__file__)).parent / "backends/nvidia/bin"
+        with NamedTemporaryFile(suffix=".cubin") as cubin:
+            Path(cubin.name).write_bytes(compiled.kernel.asm["cubin"])
+            usage, code = (
+                subprocess.run([tools / tool, flag, cubin.name], check=True, capture_output=True, text=True)
+                for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+            )
+        self.resources = {k: int(n) for k, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
+        self.instructions = read(code.stdout)
+        self.opcodes = Counter(instruction.opcode for instruction in self.instructions)
+
+    def count(self, pattern: str) -> int:
+        return sum(count for opcode, count in self.opcodes.items() if re.fullmatch(pattern, opcode))
+
+    def innermost_loops(self, opcode: str) -> list[list[Instruction]]:
+        """The loops in which an instruction matches ``opcode``, a pattern, without those around such a loop.
+
+        A wait that is seldom long is put behind the end, and branches back from there: no loop has an end.
+        """
+        found = []
+        for last, branch in enumerate(self.instructions):
+            if branch.target is not None and branch.target <= last:
+                loop = self.instructions[branch.target : last + 1]
+                ends = any(one.opcode == "EXIT" and not one.predicate for one in loop)
+                if not ends and any(re.fullmatch(opcode, one.opcode) for one in loop):
+                    found.append(range(branch.target, last + 1))
+        inner = [loop for loop in found if not any(set(other) < set(loop) for other in found)]
+        return [[self.instructions[i] for i in loop] for loop in inner]
+
+
+def machine_codes(launch: Callable[[Wrap], object]) -> list[MachineCode]:
+    return [MachineCode(one) for one in compile_launches(launch)]
 
 
 def meta(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -56,8 +117,8 @@ def assert_fits(code: MachineCode, capability: int, aside: int = 0) -> None:
     """ptxas may put ``aside`` bytes away to have another program in a multiprocessor."""
     assert code.resources["STACK"] <= aside, f"registers spill: {code.resources}"
     assert code.resources["LOCAL"] == 0
-    assert code.shared_memory <= LIMITS[capability]
-    assert code.tensor_memory <= 512
+    assert code.metadata.shared <= LIMITS[capability]
+    assert code.metadata.tmem_size <= 512  # columns of tensor memory
 
 
 # The matrix kernels
@@ -94,12 +155,6 @@ def assert_pipelined(code: MachineCode) -> None:
         assert len(waits) <= 1, f"wgmmas are serialised: {len(waits)} waits for all of them"
 
 
-def sums_of_a_thread(tiles: Tiles) -> tuple[float, int]:
-    """Their number, and that of the operands' elements that a block holds meanwhile."""
-    loaded = (tiles.block_m + tiles.block_n) * tiles.block_k * tiles.num_stages
-    return tiles.block_m * tiles.block_n / tiles.num_warps, loaded
-
-
 def tensor_core(capability: int, kind: str) -> str:
     """The instruction that multiplies on the tensor cores, as a pattern."""
     if kind == "float64":
@@ -110,20 +165,8 @@ def tensor_core(capability: int, kind: str) -> str:
     return mnemonic + {"bfloat16": r"\.\w+\.F32\.BF16", "tf32": r"\.\w+\.F32\.TF32"}[kind]
 
 
-@pytest.mark.parametrize(
-    "launcher, kind, n",
-    [
-        (symmetric_product, "bfloat16", 4096),
-        *(pytest.param(symmetric_product, "bfloat16", n, marks=slow) for n in (ODD, 2048, 512)),
-        pytest.param(symmetric_product, "tf32", 4096, marks=slow),
-        (symmetric_product, "float32", 4096),
-        pytest.param(symmetric_product, "float64", 4096, marks=slow),
-        (linear_sigmoid, "bfloat16", ODD),
-        pytest.param(linear_sigmoid, "float32", 4096, marks=slow),
-    ],
-)
-def test_default_tiles(compiled, capability, launcher, kind, n):
-    code = compiled(launcher, *KINDS[kind][:2], (n, n, n), None)
+def check_default_tiles(launcher: Any, kind: str, n: int, capability: int) -> None:
+    (code,) = machine_codes(partial(launcher, *KINDS[kind][:2], (n, n, n), None))
     assert_fits(code, capability)
     if kind == "float32":
         assert not code.count(r"\w*MMA\b.*"), "a tensor core rounds its float32 operands to fewer bits"
@@ -135,18 +178,14 @@ def test_default_tiles(compiled, capability, launcher, kind, n):
         assert code.count(r"STG\.E.*\.128.*|UTMASTG.*")
 
 
-@slow
-@pytest.mark.parametrize("launcher", [symmetric_product, linear_sigmoid])
-@pytest.mark.parametrize(
-    "kind, capability",
-    [
-        *((kind, 90) for kind in KINDS if kind != "float16"),  # it has bfloat16's tiles
-        *(pytest.param("bfloat16", other, marks=newest) for other in (80, 100)),
-    ],
-    indirect=["capability"],
-)
-def test_tiles_of_the_most_registers_fit_and_are_pipelined(capability, tmp_path, launcher, kind):
+def check_tiles_of_most_registers(launcher: Any, kind: str, capability: int) -> None:
     """Of each variant those in which a thread holds most sums, for these spill first."""
+
+    def sums_of_a_thread(tiles: Tiles) -> tuple[float, int]:
+        """Their number, and that of the operands' elements that a block holds meanwhile."""
+        loaded = (tiles.block_m + tiles.block_n) * tiles.block_k * tiles.num_stages
+        return tiles.block_m * tiles.block_n / tiles.num_warps, loaded
+
     dtype, precision = KINDS[kind][:2]
     launches = [(launcher, (ODD, ODD, ODD), KINDS[kind].unaligned)]
     most: dict[str, Tiles] = {}
@@ -161,21 +200,13 @@ def test_tiles_of_the_most_registers_fit_and_are_pipelined(capability, tmp_path,
         elif launcher is linear_sigmoid and tiles.block_m * tiles.block_n <= 64 * 128:
             launches.append((launcher, (512, 1001, 4096), tiles))
     for launch, sizes, tiles in launches:
-        code, *_ = machine_codes(partial(launch, dtype, precision, sizes, tiles), tmp_path)
+        code, *_ = machine_codes(partial(launch, dtype, precision, sizes, tiles))
         try:
             assert_fits(code, capability)
             if sizes != (ODD, ODD, ODD):
                 assert_pipelined(code)
         except AssertionError as error:
             raise AssertionError(f"{tiles}, {sizes}: {error}") from error
-
-
-@pytest.mark.parametrize("capability", [90], indirect=True)
-def test_check_rejects_one_stage(compiled, capability):
-    sizes = (4096, 4096, 4096)
-    code = compiled(symmetric_product, torch.bfloat16, "ieee", sizes, Tiles(64, 64, 64, 4, 1))
-    with pytest.raises(AssertionError, match="loads nothing asynchronously"):
-        assert_pipelined(code)
 
 
 # The exact product
@@ -190,10 +221,6 @@ def exact_product(sizes, transposed, symmetric, dtype, wrap) -> None:
     if symmetric:
         b, f = a, e
     exact_matmul.exact_product(a, b, e, f, wrap, out=meta(m, n, dtype=dtype))
-
-
-def products_of_float32(opcodes: Iterable[str]) -> int:
-    return sum({"FFMA": 1, "FFMA2": 2}.get(opcode.split(".")[0], 0) for opcode in opcodes)
 
 
 def assert_exact(code: MachineCode, capability: int, once: bool) -> None:
@@ -214,35 +241,29 @@ def assert_exact(code: MachineCode, capability: int, once: bool) -> None:
     block_m, block_n, block_k = (code.options[f"BLOCK_{axis}"] for axis in "MNK")
     threads = 32 * code.options["num_warps"]
     cut = 3 * (block_m + block_n) * block_k // threads
-    found = products_of_float32(opcodes)
+    fused = {"FFMA": 1, "FFMA2": 2}
+    found, everywhere = (
+        sum(fused.get(opcode.split(".")[0], 0) for opcode in some)
+        for some in (opcodes, code.opcodes.elements())
+    )
     assert found == cut or (found > cut and not once), f"an element is cut {found / cut} times"
     # NaN and infinities have a product of their own, of float16.
-    others = products_of_float32(code.opcodes.elements()) - found
-    assert others < block_m * block_n * 16 // threads, "a product of float32"
+    assert everywhere - found < block_m * block_n * 16 // threads, "a product of float32"
 
 
 SQUARE, LONG = (4096, 4096, 4096), (ODD, ODD, 2**15 + 1)
 
 
-@pytest.mark.skipif(TRITON == (3, 8), reason="Triton 3.8 spills, and keeps the digits of A twice")
-@pytest.mark.parametrize(
-    "sizes, transposed, symmetric, dtype, capability",
-    [
-        (SQUARE, False, True, torch.float32, 90),
-        (LONG, True, True, torch.float32, 90),
-        pytest.param(SQUARE, False, False, torch.int64, 90, marks=slow),
-        *(
-            pytest.param(*case, torch.float32, other, marks=(slow, newest))
-            for case in ((SQUARE, False, False), (LONG, True, True))
-            for other in (80, 90, 100)
-        ),
-    ],
-    indirect=["capability"],
-)
-def test_exact_product(compiled, capability, sizes, transposed, symmetric, dtype):
-    code = compiled(exact_product, sizes, transposed, symmetric, dtype)
+def check_exact(
+    sizes: Any, transposed: bool, symmetric: bool, dtype: Any, floats: bool, capability: int
+) -> None:
+    with patch.object(exact_matmul, "SLOW_INT8", capability if floats else 103):
+        (code,) = machine_codes(partial(exact_product, sizes, transposed, symmetric, dtype))
     by_rows = sizes == SQUARE and not transposed
-    assert_exact(code, capability, once=capability >= 90 and by_rows)
+    assert_exact(code, capability, once=by_rows and capability >= 90)
+    if floats:
+        assert code.count("UTCHMMA") >= 10
+        return
     if by_rows and capability == 90:
         assert code.count(r"IGMMA\..*") >= 10
     if by_rows and dtype == torch.float32:
@@ -251,50 +272,18 @@ def test_exact_product(compiled, capability, sizes, transposed, symmetric, dtype
         assert not code.count("(DMUL|DADD|DFMA|HMMA|HGMMA|UTCHMMA).*"), "T is made of integers"
 
 
-@newest
-@slow
-@pytest.mark.parametrize("capability", [103, 100], indirect=True)
-@pytest.mark.parametrize(
-    "sizes, transposed, symmetric, dtype",
-    [
-        (SQUARE, False, True, torch.float32),
-        pytest.param(SQUARE, False, False, torch.int64, marks=slow),
-        pytest.param(LONG, True, False, torch.float32, marks=slow),
-    ],
-)
-def test_exact_product_of_float_digits(
-    compiled, capability, monkeypatch, sizes, transposed, symmetric, dtype
-):
-    if capability == 100:
-        monkeypatch.setattr(exact_matmul, "SLOW_INT8", 100)
-    code = compiled(exact_product, sizes, transposed, symmetric, dtype)
-    assert_exact(code, capability, once=sizes == SQUARE)
-    assert code.count("UTCHMMA") >= 10
-
-
-@slow
-@pytest.mark.parametrize("capability", [90], indirect=True)
-def test_check_rejects_other_tiles_of_the_exact_product(compiled, capability):
-    for tiles, message in ((Tiles(128, 128, 32, 8, 3), "spill"), (Tiles(64, 64, 32, 4, 1), "asynchronously")):
-        with patch.object(exact_matmul, "_tiles", return_value=tiles):
-            code = compiled(exact_product, SQUARE, False, False, torch.float32)
-        with pytest.raises(AssertionError, match=message):
-            assert_exact(code, capability, once=True)
-
-
 # The kernels that are bound by memory
 
 
-@slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_symmetric_sums_and_sigmoid_backward(compiled, capability, dtype):
+def check_vectorised(dtype: torch.dtype, capability: int) -> None:
+    """All accesses of the kernels of half sums, mirrors and sigmoid_backward are of 16 bytes."""
     g = meta(4096, 4096, dtype=dtype)
     for launcher, *args in (
         (matmul_t.half_sum, g),
         (matmul_t.mirror, g),
         (sigmoid_backward.sigmoid_backward, g, g, g),
     ):
-        code = compiled(launcher, *args)
+        (code,) = machine_codes(partial(launcher, *args))
         assert_fits(code, capability)
         loads, stores = (code.count(rf"{name}\.E.*\.128.*") for name in ("LDG", "STG"))
         assert loads == code.count("LDG.*"), "a load is not vectorised"
@@ -302,11 +291,7 @@ def test_symmetric_sums_and_sigmoid_backward(compiled, capability, dtype):
         assert stores >= code.count("STG.*") - (len(args) == 3), "a store is not vectorised"
 
 
-MAXIMUM_DTYPES = [torch.bfloat16, *(pytest.param(t, marks=slow) for t in (torch.bool, torch.float32))]
-
-
-@pytest.mark.parametrize("dtype", MAXIMUM_DTYPES, ids=str)
-def test_flat_maximum_moves_16_bytes_at_once(compiled, capability, dtype):
+def check_flat_maximum(dtype: torch.dtype, capability: int) -> None:
     """Of an odd number of elements: whatever has a mask cannot be vectorised."""
     a = meta(2**24 + 1, dtype=dtype)
     launches = [(maximum.maximum, (a, a, a), 2, 1)]
@@ -314,30 +299,21 @@ def test_flat_maximum_moves_16_bytes_at_once(compiled, capability, dtype):
         backward = maximum.maximum_backward
         launches += [(backward, (a, a, a, a, a), 3, 2), (backward, (a[:1].expand_as(a), a, a, a, a), 2, 2)]
     for launcher, operands, loads, stores in launches:
-        code = compiled(launcher, *operands)
+        (code,) = machine_codes(partial(launcher, *operands))
         assert_fits(code, capability)
         accesses = code.options["BLOCK"] * dtype.itemsize // 16 // 128  # of each of 128 threads
         assert code.count(r"LDG\.E.*\.128.*") == loads * accesses
         assert code.count(r"STG\.E.*\.128.*") == stores * accesses
 
 
-@pytest.mark.parametrize(
-    "strides",
-    [
-        pytest.param((0, 1), id="a row"),
-        pytest.param((1, 0), id="a column", marks=slow),
-        pytest.param((16384, 0, 1), id="a row for each of a batch", marks=slow),
-    ],
-)
-@pytest.mark.parametrize("dtype", MAXIMUM_DTYPES, ids=str)
-def test_broadcast_maximum_moves_16_bytes_at_once(compiled, capability, dtype, strides):
+def check_broadcast_maximum(strides: tuple[int, ...], dtype: torch.dtype, capability: int) -> None:
     a = meta(*(64, 64, 16384)[-len(strides) :], dtype=dtype)
     b = meta(64, 16384, dtype=dtype).as_strided(a.shape, strides)
     launches = [(maximum.maximum, (a, b, a), 1)]
     if dtype.is_floating_point:
         launches.append((maximum.maximum_backward, (a, a, b, a, a), 2))
     for launcher, operands, results in launches:
-        code = compiled(launcher, *operands)
+        (code,) = machine_codes(partial(launcher, *operands))
         assert_fits(code, capability)
         rows = code.options["BLOCK_ROWS"]
         accesses = rows * code.options["BLOCK_COLS"] * dtype.itemsize // 16 // 128  # of each of 128 threads
@@ -347,3 +323,73 @@ def test_broadcast_maximum_moves_16_bytes_at_once(compiled, capability, dtype, s
         of_b = {(0, 1): 1, (1, 0): rows}.get(strides, accesses)
         assert code.count(r"LDG.*") <= results * accesses + of_b
         assert code.count(r"LDG\.E.*\.128.*") >= results * accesses + (of_b if strides != (1, 0) else 0)
+
+
+# All kernels, and the checks that must fail
+
+
+def rows(
+    check: Any, *choices: Any, at: Any = (90, 80, 100), slow: bool = False, marks: Any = ()
+) -> Iterator[Any]:
+    """A check for all combinations and capabilities; the first one, on sm_90, runs by default unless ``slow``."""
+    for number, args in enumerate(product(*choices)):
+        for capability in at:
+            own = [pytest.mark.slow] if slow or number or capability != 90 else []
+            own += [newest] if capability != 90 else []
+            name = "-".join(str(getattr(one, "__name__", one)) for one in (check, *args, capability))
+            yield pytest.param(partial(check, *args), capability, marks=[*own, *marks], id=name)
+
+
+F32, F64, I64 = torch.float32, torch.float64, torch.int64
+OF_MAXIMUM = (torch.bfloat16, torch.bool, F32)
+TABLE = [
+    *rows(check_default_tiles, [symmetric_product], ["bfloat16"], [4096, ODD, 2048, 512]),
+    *rows(check_default_tiles, [symmetric_product], ["float32", "tf32", "float64"], [4096]),
+    *rows(check_default_tiles, [linear_sigmoid], ["bfloat16"], [ODD]),
+    *rows(check_default_tiles, [linear_sigmoid], ["float32"], [4096], slow=True),
+    # float16 has bfloat16's tiles
+    *rows(check_tiles_of_most_registers, [symmetric_product, linear_sigmoid], ["bfloat16"], slow=True),
+    *rows(
+        check_tiles_of_most_registers,
+        [symmetric_product, linear_sigmoid],
+        ["tf32", "float32", "float64"],
+        at=[90],
+        slow=True,
+    ),
+    *rows(check_exact, [SQUARE], [False], [True], [F32], [False], at=[90], marks=[not_3_8]),
+    *rows(check_exact, [LONG], [True], [True], [F32], [False], marks=[not_3_8]),
+    *rows(check_exact, [SQUARE], [False], [False], [F32], [False], slow=True, marks=[newest]),
+    *rows(check_exact, [SQUARE], [False], [False], [I64], [False], at=[90], slow=True, marks=[not_3_8]),
+    *rows(check_exact, [SQUARE], [False], [True], [F32], [True], at=[103, 100]),
+    *rows(check_exact, [SQUARE], [False], [False], [I64], [True], at=[103, 100]),
+    *rows(check_exact, [LONG], [True], [False], [F32], [True], at=[103, 100]),
+    *rows(check_vectorised, [torch.bfloat16, F64], slow=True),
+    *rows(check_flat_maximum, OF_MAXIMUM),
+    # A row, a column, and a row for each of a batch
+    *rows(check_broadcast_maximum, [(0, 1), (1, 0), (16384, 0, 1)], OF_MAXIMUM),
+]
+
+
+@pytest.mark.parametrize("check, capability", TABLE)
+def test_machine_code(check, capability):
+    with target(capability):
+        check(capability)
+
+
+def test_check_rejects_one_stage():
+    tiles = Tiles(64, 64, 64, 4, 1)
+    with target(90):
+        (code,) = machine_codes(partial(symmetric_product, torch.bfloat16, "ieee", (4096, 4096, 4096), tiles))
+    with pytest.raises(AssertionError, match="loads nothing asynchronously"):
+        assert_pipelined(code)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "tiles, message", [(Tiles(128, 128, 32, 8, 3), "spill"), (Tiles(64, 64, 32, 4, 1), "asynchronously")]
+)
+def test_check_rejects_other_tiles_of_the_exact_product(tiles, message):
+    with target(90), patch.object(exact_matmul, "_tiles", return_value=tiles):
+        (code,) = machine_codes(partial(exact_product, SQUARE, False, False, F32))
+    with pytest.raises(AssertionError, match=message):
+        assert_exact(code, 90, once=True)

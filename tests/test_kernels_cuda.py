@@ -20,7 +20,7 @@ from torchpar.kernels import exact_matmul as exact_kernels
 from torchpar.kernels import linear_sigmoid as linear_kernels
 from torchpar.kernels import matmul_t as kernels
 from torchpar.kernels.tiles import Tiles
-from torchpar.ops import _exact
+from torchpar.ops import exact_digits
 from torchpar.tune.measure import use_fp32_precision
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels take a GPU; there is none")
@@ -108,9 +108,9 @@ def test_exact_product(m: int, n: int, k: int, layouts: str) -> None:
     x = torch.ldexp(x, torch.randint(-90, 60, (m, 1), generator=generator))
     y = torch.ldexp(y, torch.randint(-70, 60, y.shape, generator=generator))
     for second in (y, x):
-        e, f = (_exact.row_exponents(t) for t in (x, second))
-        total = _exact.Sums(_exact.digits(x, e), _exact.digits(second, f)).long()
-        expected = _exact.rounded(total, e, f)
+        e, f = (exact_digits.row_exponents(t) for t in (x, second))
+        total = exact_digits.Sums(exact_digits.digits(x, e), exact_digits.digits(second, f)).long()
+        expected = exact_digits.rounded(total, e, f)
         a, b = (laid_out(t.cuda(), layout) for t, layout in zip((x, second), layouts, strict=True))
         b = a if second is x else b
         e, f = e.cuda(), f.cuda()

@@ -1,15 +1,29 @@
 # SPDX-License-Identifier: MIT
-"""Launch plans: kept by layout, with what a launch passes to the driver. A stand-in takes the launches."""
+"""Launches without a GPU: plans, which are kept by layout, what they pass to the driver, and traced graphs.
 
+A stand-in for the driver takes the launches. Tensors are on "meta", and in graphs fake ones on "cuda". The
+autograd engine asks CUDA for a context even where tensors are fake, so the operators of the backward are
+traced by themselves.
+"""
+
+import inspect
 import struct
 from collections.abc import Iterator
 from contextvars import copy_context
-from typing import Any, NamedTuple
-from unittest.mock import patch
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+from torch._functorch.aot_autograd import aot_export_joint_simple
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 from benchmarks.host import idle_driver
@@ -17,24 +31,22 @@ from torchpar.kernels import exact_matmul, launch, linear_sigmoid, matmul_t, max
 from torchpar.kernels.launch import Plan
 from torchpar.kernels.tiles import Tiles
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+ops = torch.ops.torchpar
 N, K = 96, 64
 TMA = Tiles(64, 128, 64, 4, 4, "tma")
 SPLIT = Tiles(64, 64, 16, 4, 4, "split_k")
+PRODUCTS = ((matmul_t.symmetric_product, ()), (linear_sigmoid.linear_sigmoid, (None,)))  # and their bias
 FIRST = 9  # of the launcher's arguments, the kernel's; before it are the grid, the stream and hooks
 
 
-class Log(NamedTuple):
-    """The plans whose kernels Triton specialised; the grid and the arguments of each launch."""
-
-    compiled: list[Plan]
-    launched: list[tuple[tuple[int, ...], tuple]]
-
-
-LOG = Log([], [])  # Triton keeps a compiled kernel with the launcher that it had first: all tests share one
+# The plans whose kernels Triton specialised; the grid and the arguments of each launch. Triton keeps a
+# compiled kernel with the launcher that it had first: all tests share one.
+LOG = SimpleNamespace(compiled=[], launched=[])
 
 
 @pytest.fixture(autouse=True)
-def log() -> Iterator[Log]:
+def log() -> Iterator[SimpleNamespace]:
     compile_kernel = Plan._compile
 
     def record(self: Plan, *args):
@@ -124,47 +136,35 @@ def test_plans_are_bounded(log):
             assert len(launch._plans) <= 3
 
 
-class Launch:
-    """``wrap``, which notes a launch and compiles nothing."""
-
-    def __call__(self, kernel: Any) -> "Launch":
-        return self
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def note(*args: Any, **options: Any) -> None:
-            self.programs, self.options = grid[0], options
-
-        return note
+def programs_and_options(launcher, *args: Any, **options: Any) -> tuple[int, dict[str, Any]]:
+    """The number of programs and the options of a launch that compiles nothing."""
+    wrap = MagicMock()
+    launcher(*args, wrap, **options)
+    launched = wrap.return_value.__getitem__
+    return launched.call_args.args[0][0], launched.return_value.call_args.kwargs
 
 
-def test_programs_of_products():
-    """By TMA as many as run at a time; by pointers one for each tile."""
-    x, noted = meta(4096, 64), Launch()
-    for tiles, triangle, square in (
-        (TMA, 264, 264),  # two of 4 warps on each of 132 multiprocessors
-        (Tiles(128, 128, 64, 8, 3, "tma"), 132, 132),
-        (Tiles(128, 128, 64, 8, 3), 528, 1024),
-    ):
-        matmul_t.symmetric_product(x, x, "ieee", noted, tiles=tiles)
-        assert noted.programs == triangle
-        linear_sigmoid.linear_sigmoid(x, x, None, "ieee", noted, tiles=tiles)
-        assert noted.programs == square
+X, G, FLAT, ROWS = meta(4096, 64), meta(257, 65), meta(8193), meta(33, 129)
+SQUARE_TMA, POINTERS = Tiles(128, 128, 64, 8, 3, "tma"), Tiles(128, 128, 64, 8, 3)
+PROGRAMS = [  # more would do nothing, and no test of values would notice
+    # By TMA as many as run at a time: two of 4 warps on each of 132 multiprocessors.
+    *((launcher, (X, X, *bias, "ieee"), TMA, 264) for launcher, bias in PRODUCTS),
+    *((launcher, (X, X, *bias, "ieee"), SQUARE_TMA, 132) for launcher, bias in PRODUCTS),
+    (matmul_t.symmetric_product, (X, X, "ieee"), POINTERS, 528),  # one for each tile
+    (linear_sigmoid.linear_sigmoid, (X, X, None, "ieee"), POINTERS, 1024),
+    (matmul_t.half_sum, (meta(3, 200, 200),), None, 3 * 10),
+    (matmul_t.mirror, (meta(128, 128),), None, 3),
+    (sigmoid_backward.sigmoid_backward, (G, G, G), None, 2 * 2),
+    (maximum.maximum, (FLAT, FLAT, FLAT), None, 9),
+    (maximum.maximum, (ROWS, ROWS[0].expand(33, 129), ROWS), None, 5),
+    (maximum.maximum_backward, (ROWS, ROWS, ROWS[0].expand(33, 129), ROWS, ROWS), None, 9),
+]
 
 
-def test_programs_of_the_other_kernels():
-    """More would do nothing, and no test of values would notice."""
-    g, flat, rows = meta(257, 65), meta(8193), meta(33, 129)
-    for launcher, args, programs in (
-        (matmul_t.half_sum, (meta(3, 200, 200),), 3 * 10),
-        (matmul_t.mirror, (meta(128, 128),), 3),
-        (sigmoid_backward.sigmoid_backward, (g, g, g), 2 * 2),
-        (maximum.maximum, (flat, flat, flat), 9),
-        (maximum.maximum, (rows, rows[0].expand(33, 129), rows), 5),
-        (maximum.maximum_backward, (rows, rows, rows[0].expand(33, 129), rows, rows), 9),
-    ):
-        noted = Launch()
-        launcher(*args, noted)
-        assert noted.programs == programs, launcher.__name__
+@pytest.mark.parametrize("launcher, args, tiles, programs", PROGRAMS)
+def test_programs_of_a_launch(launcher, args, tiles, programs):
+    options = {"tiles": tiles} if tiles else {}
+    assert programs_and_options(launcher, *args, **options)[0] == programs
 
 
 @pytest.mark.parametrize(
@@ -181,10 +181,178 @@ def test_programs_of_the_other_kernels():
     ],
 )
 def test_tiles_of_the_exact_product(n, strides, symmetric, block, programs):
-    noted = Launch()
     a, b = (torch.empty_strided((n, 64), strides, device="meta") for _ in range(2))
-    e = meta(n, dtype=torch.int32)
-    out = meta(n, n, dtype=torch.float32)
-    exact_matmul.exact_product(a, a if symmetric else b, e, e, noted, out=out)
-    assert tuple(noted.options[name] for name in ("BLOCK_M", "BLOCK_N", "num_warps")) == block
-    assert noted.programs == programs
+    e, out = meta(n, dtype=torch.int32), meta(n, n, dtype=torch.float32)
+    args = a, a if symmetric else b, e, e
+    found, options = programs_and_options(exact_matmul.exact_product, *args, out=out)
+    assert tuple(options[name] for name in ("BLOCK_M", "BLOCK_N", "num_warps")) == block
+    assert found == programs
+
+
+def test_launchers_refuse_what_their_kernels_cannot_take():
+    x, e = meta(16, 5), meta(1, dtype=torch.int32)
+    for launcher, bias in PRODUCTS:
+        with pytest.raises(ValueError, match="expected the variant pointers"):
+            launcher(x, x, *bias, "ieee", None, tiles=TMA)
+    long = meta(1, 2**24, dtype=torch.float32)
+    with pytest.raises(ValueError, match="at most 8388608 terms"):
+        exact_matmul.exact_product(long, long, e, e, None, out=meta(1, 1, dtype=torch.float32))
+
+
+# Graphs of the CUDA path: the kernels in them, what those write, and metadata of results
+
+
+def fake(shape: str, sizes: dict[str, int | torch.SymInt]) -> Tensor:
+    """A tensor on "cuda" with a dimension per letter; without letters, a scalar on the CPU."""
+    return torch.empty([sizes[letter] for letter in shape], device="cuda" if shape else "cpu")
+
+
+def trace(op, shapes: tuple[str, ...]) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
+    """The graph of ``op`` on fake tensors with symbolic sizes, and what its fake returns."""
+    env = ShapeEnv()
+    sizes: dict[str, int | torch.SymInt] = {"z": 0}
+    for letter, hint in {"b": 3, "m": 80, "n": 48, "k": 33}.items():
+        source = ConstantSource(letter)
+        symbol = env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+        sizes[letter] = env.create_symintnode(symbol, hint=hint, source=source)
+
+    def results(*args: Tensor) -> tuple[Tensor, ...]:
+        result = op(*args)
+        return result if isinstance(result, tuple) else (result,)
+
+    with FakeTensorMode(shape_env=env):
+        args = [fake(shape, sizes) for shape in shapes]
+        return aot_export_joint_simple(results, args, trace_joint=False), results(*args)
+
+
+def kernel_names(graph: fx.GraphModule) -> list[str]:
+    indices = [node.kwargs["kernel_idx"] for node in graph.graph.nodes if "kernel_idx" in node.kwargs]
+    kernels = [kernel_side_table.get_kernel(index).fn for index in indices]
+    # Launch options make torch wrap a kernel in an Autotuner, whose `fn` is the kernel.
+    return [getattr(kernel, "fn", kernel).__name__ for kernel in kernels]
+
+
+def launches(graph: fx.GraphModule) -> dict[str, list[str]]:
+    """The kernels in a graph, and the arguments that each is taken to write."""
+    nodes = [node for node in graph.graph.nodes if "kernel_idx" in node.kwargs]
+    for node in nodes:
+        ((columns, *_),) = node.kwargs["grid"]
+        assert isinstance(columns, fx.Node), "the grid is fixed at the sizes it was traced with"
+    return dict(zip(kernel_names(graph), [node.kwargs["tensors_to_clone"] for node in nodes], strict=True))
+
+
+@pytest.mark.parametrize(
+    "op, shapes, kernel, written",
+    [
+        (ops.maximum, ("mk", ""), "maximum_flat_kernel", ["out_ptr"]),
+        (ops.maximum, ("mk", "k"), "maximum_strided_kernel", ["out_ptr"]),
+        (ops.maximum_backward, ("mk", "mk", ""), "maximum_backward_flat_kernel", ["da_ptr", "db_ptr"]),
+        (ops.maximum_backward, ("bmk", "bmk", "k"), "maximum_backward_strided_kernel", ["da_ptr", "db_ptr"]),
+        (ops.matmul_t, ("bmk",), "symmetric_product_kernel", ["out_ptr"]),
+        (ops.matmul_t_backward, ("bmm", "bmk"), "symmetric_sum_kernel", ["out_ptr"]),
+        (ops.linear_sigmoid, ("bmk", "nk", "n"), "linear_sigmoid_kernel", ["out_ptr"]),
+        (ops.linear_sigmoid_backward, ("bmn", "bmn"), "sigmoid_backward_kernel", ["dz_ptr", "partial_ptr"]),
+    ],
+)
+def test_tracers_see_the_kernel_and_what_it_writes(op, shapes, kernel, written):
+    graph, fakes = trace(op, shapes)
+    assert launches(graph) == {kernel: written}
+    (outputs,) = graph.graph.find_nodes(op="output")[0].args
+    for output, promised in zip(outputs, fakes, strict=True):
+        result = output.meta["val"]
+        assert result.size() == promised.size()
+        assert result.stride() == promised.stride()
+        assert (result.dtype, result.device) == (promised.dtype, promised.device)
+
+
+def aten(graph: fx.GraphModule) -> list[str]:
+    """The names of ATen's operators in a graph."""
+    return [
+        node.target.__name__.partition(".")[0] for node in graph.graph.nodes if "aten" in str(node.target)
+    ]
+
+
+@pytest.mark.parametrize("op, shapes", [(ops.matmul_t, ("mk",)), (ops.linear_sigmoid, ("mk", "nk"))])
+def test_the_library_multiplies_where_the_table_says_so_and_without_columns(op, shapes, monkeypatch):
+    """The kernels assume at least one column."""
+    # The library's product need not be symmetric: one kernel mirrors it.
+    mirrored = {"symmetric_sum_kernel": ["out_ptr"]} if op is ops.matmul_t else {}
+    without_columns, _ = trace(op, tuple(shape.replace("k", "z") for shape in shapes))
+    for module in (matmul_t, linear_sigmoid):
+        monkeypatch.setattr(module, "choose_tiles", lambda *args, **kwargs: None)
+    by_table, _ = trace(op, shapes)
+    assert launches(by_table) == mirrored
+    assert set(launches(without_columns)) <= set(mirrored)
+    for graph in (by_table, without_columns):
+        assert "mm" in aten(graph)
+
+
+def backward(op: str, gradient: Tensor, saved: tuple[Tensor, ...]) -> tuple[list[str], list[str]]:
+    """The kernels, and ATen's operators that launch one, in the graph of an operator's whole backward."""
+    module = import_module(f"torchpar.ops.{op}")
+
+    def run(g: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
+        needed = tuple(True for _ in inspect.signature(module._formula).parameters)
+        return module._backward(SimpleNamespace(saved_tensors=saved, needs_input_grad=needed), g)
+
+    graph = aot_export_joint_simple(run, [gradient, *saved], trace_joint=False)
+    views = ("view", "t", "transpose", "permute", "expand", "_assert_tensor_metadata", "detach")
+    return kernel_names(graph), [name for name in aten(graph) if name not in views and "empty" not in name]
+
+
+@pytest.mark.parametrize("rows, more", [(256, []), (257, ["_to_copy", "sum"])])
+def test_the_backward_of_linear_sigmoid_takes_three_launches_for_few_rows(rows, more):
+    with FakeTensorMode():
+        shapes = (rows, 32), (48, 32), (rows, 48)
+        x, weight, y = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes)
+        kernels, others = backward("linear_sigmoid", torch.empty_like(y), (x, weight, y))
+    assert kernels == ["sigmoid_backward_kernel"]
+    assert sorted(others) == sorted(["mm", "mm", *more])
+
+
+def test_the_backward_of_symbolic_rows_sums_any_number():
+    """AOTInductor would not check that they are few."""
+    graph, _ = trace(ops.linear_sigmoid_backward, ("mn", "mn"))
+    assert "sum" in aten(graph)
+
+
+@pytest.mark.parametrize("shape, more", [((64, 48), []), ((48,), ["sum"])])
+def test_the_backward_of_maximum_is_one_launch(shape, more):
+    with FakeTensorMode():
+        a, b = (torch.empty(s, dtype=torch.bfloat16, device="cuda") for s in ((64, 48), shape))
+        for g in (a, a[0, 0].expand(64, 48)):
+            kernels, others = backward("maximum", g, (a, b))
+            assert len(kernels) == 1
+            assert kernels[0].startswith("maximum_backward")
+            assert others == more
+
+
+def test_float16_gradients_take_two_products():
+    """Half of a small one would lose bits, and the sum of two large ones would overflow."""
+    with FakeTensorMode():
+        g, x = (torch.empty(64, 64, dtype=torch.float16, device="cuda") for _ in range(2))
+        graph = aot_export_joint_simple(
+            lambda g, x: (ops.matmul_t_backward(g, x),), [g, x], trace_joint=False
+        )
+    assert aten(graph).count("mm") == 2
+    assert not launches(graph)
+
+
+BY_CPP = "symmetric_product_tma_kernel" if TORCH >= (2, 15) else "symmetric_product_kernel"
+
+
+@pytest.mark.parametrize(
+    "cpp_wrapper, expected", [(False, "symmetric_product_tma_kernel"), (True, BY_CPP)], ids=str
+)
+def test_inductor_takes_tma_where_its_wrapper_allocates_for_it(cpp_wrapper, expected):
+    graphs = []
+
+    def stop(graph: fx.GraphModule, *args, **kwargs) -> None:
+        graphs.append(graph)
+        raise InterruptedError
+
+    with FakeTensorMode():
+        x = torch.empty(4096, 4096, dtype=torch.bfloat16, device="cuda")
+    with pytest.raises(InterruptedError):
+        compile_fx(fx.symbolic_trace(lambda x: (ops.matmul_t(x),)), [x], stop, {"cpp_wrapper": cpp_wrapper})
+    assert kernel_names(graphs[0]) == [expected]

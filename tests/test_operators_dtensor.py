@@ -11,7 +11,7 @@ from ranks import fork_context
 from samples import widest_arguments
 
 import torchpar
-from torchpar.testing.ranks import Ranks
+from torchpar.parallel.launch.local import Ranks
 
 # Of PyTorch's own compiler.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

@@ -28,15 +28,6 @@ from torch.func import vmap
 from torch.testing import assert_close
 
 import torchpar
-from torchpar import reference
-
-
-def test_matmul_t_beside_its_plain_reference(device: str) -> None:
-    for shape in ((0, 3), (3, 0), (129, 33)):
-        x = normal(*shape, dtype=torch.float32, device=device)
-        plain = reference.matmul_t(x)
-        assert torch.equal(plain, plain.mT)
-        assert_accurate(torchpar.matmul_t(x), plain, oracle("matmul_t", (x,)))
 
 
 @pytest.mark.parametrize("name, shapes", BY_CASE, ids=str)
@@ -152,13 +143,6 @@ def test_maximum_takes_a_cpu_scalar_with_any_device(device: str) -> None:
             actual, expected = torchpar.maximum(*args), torch.maximum(*args)
             assert_close(actual, expected, rtol=0, atol=0)
             assert metadata(actual) == metadata(expected)
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_vmap_keeps_the_product_symmetric(dtype: torch.dtype, device: str) -> None:
-    for shape in ((3, 129, 70), (2, 2, 600, 9)):
-        x = normal(*shape, dtype=dtype, device=device)
-        assert_symmetric(vmap(torchpar.matmul_t, in_dims=1)(x.movedim(0, 1)))
 
 
 def test_vmap_of_maximum_promotes_as_each_sample_would(device: str) -> None:

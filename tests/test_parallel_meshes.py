@@ -17,8 +17,8 @@ from torch.testing import assert_close
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel import World, clip_grad_norm_, join_world, parallel_mlp
-from torchpar.parallel.split.layers import split_parameters
 from torchpar.parallel.split.pipeline import Pipeline, check_one_rank_per_gpu, stage_mlp
+from torchpar.parts import part_of
 from torchpar.profile.collectives import Collectives
 from torchpar.training.losses import add_orthogonality_gradient
 
@@ -100,13 +100,9 @@ def train_beside_one_process(training: Training, wrong: str = "") -> None:
     with join_world("cpu") as world:
         world = world.with_mesh(dp=training.dp, tp=training.tp, pp=training.pp)
         model, step, predict = split(whole, world, training.schedule, training.micro_batches)
-        parts = {name: (axis, layer.partition) for name, axis, layer in split_parameters(model)}
         optimizers = [
             torch.optim.SGD(m.parameters(), lr=0.3, momentum=0.9, weight_decay=1e-3) for m in (model, whole)
         ]
-
-        def own(name: str, t: Tensor) -> Tensor:
-            return parts[name][1].narrow(t, parts[name][0]) if name in parts else t
 
         *batches, last = training.batches
         batches += [last] * 3  # a pipeline is set up for each size, DistributedDataParallel in two steps
@@ -134,8 +130,8 @@ def train_beside_one_process(training: Training, wrong: str = "") -> None:
             parameters = dict(whole.named_parameters())
             for name, p in model.named_parameters():
                 found |= {name: p.detach(), f"{name}.grad": p.grad}
-                expected[name] = own(name, parameters[name].detach())
-                expected[f"{name}.grad"] = own(name, parameters[name].grad)
+                expected[name] = part_of(p).narrow(parameters[name].detach())
+                expected[f"{name}.grad"] = part_of(p).narrow(parameters[name].grad)
             assert_close(found, expected, **TOLERANCE)
             for optimizer in optimizers:
                 optimizer.zero_grad()

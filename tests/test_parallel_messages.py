@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Messages of a training step, counted: the tables of docs/parallel.md, in bytes.
-
-`test_parallel_layers.py` counts the all-reduces of split layers and of frozen ones.
-"""
+"""Messages of a training step, counted: the tables of docs/parallel.md, in bytes."""
 
 import math
 from collections import Counter
@@ -35,17 +32,20 @@ def count(
     way: str = "",
     batch: int = BATCH,
     shared: bool = False,
+    frozen: int = 0,
 ) -> Counter[tuple[str, str, int]]:
     """Dimension, operation and bytes of this rank's messages in a step.
 
     Args:
         way: "fused", "muon", or by autograd and without an optimizer.
         shared: whether gradients may be added through shared memory.
+        frozen: of how many layers the weights are; if all, the input needs a gradient.
     """
     torch.manual_seed(0)
     with join_world("cpu") as world:
         world = world.with_mesh(**axes)
         model = MLP(sizes)
+        model.layers[:frozen].requires_grad_(False)
         if way != "fused":
             model = stage_mlp(parallel_mlp(model, world.mesh["tp"]), world.mesh["pp"])
         with patch.object(shared_memory, "SUPPORTED", shared_memory.SUPPORTED and shared):
@@ -61,6 +61,7 @@ def count(
         optimizer = training.muon(model, 0.1, 0.9, 0.0, mesh=mesh) if way == "muon" else None
         share = world.share(batch)
         x, labels = torch.randn(batch, sizes[0]), torch.arange(batch) % sizes[-1]
+        x.requires_grad_(frozen == len(sizes) - 1)
         mine = share.narrow(x, 0), share.narrow(labels, 0)
         counted = []
         for _ in range(4):  # DistributedDataParallel sets itself up in two steps
@@ -107,6 +108,12 @@ def test_messages_of_a_mesh(ranks, axes, sizes, expected):
     world_size = math.prod(axes.values())
     for rank, calls in enumerate(ranks(world_size, count, axes, sizes)):
         assert calls == expected[rank * len(expected) // world_size]  # the ranks of a stage are neighbours
+
+
+@pytest.mark.parametrize("frozen, backward", [(2, []), (4, [4 * 12 * 6, 4 * 12 * 4])])
+def test_frozen_layers_take_no_messages_but_those_of_their_input(ranks, frozen, backward):
+    expected = sums("tp", 4 * 12 * 4, 4 * 12 * 2, *backward)
+    assert ranks(2, partial(count, frozen=frozen), {"tp": 2}) == [expected] * 2
 
 
 @pytest.mark.parametrize("shared", [True, False])

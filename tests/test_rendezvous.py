@@ -2,14 +2,12 @@
 """Variables of each launcher, and connecting: again after a restart, and at a port that is taken."""
 
 import os
-import re
 import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -137,42 +135,26 @@ def test_a_start_that_not_all_reached_names_the_others_and_does_not_disturb_the_
     assert [store.get("address") for store in stores] == [b"new"] * 3
 
 
-def join_and_report(rank: int, port: int, folder: Path) -> None:
-    """Join two other ranks, of which rank 2 hangs once it has joined; write the error to a file."""
+def join_two(rank: int, port: int) -> None:
+    """Join two other ranks, of which rank 2 does not come."""
     env = {"RANK": str(rank), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(env)
     rendezvous.LATER = 0.3
-    if rank == 2:
-        dist.init_process_group = lambda *_, **__: time.sleep(60)
-    try:
-        with join_world("cpu", timeout=2.0):
-            pass
-    except RankLostError as e:
-        (folder / str(rank)).write_text(str(e))
+    error = r"^rank 2 did not join the others within 2 s$"
+    with pytest.raises(RankLostError, match=error), join_world("cpu", timeout=2.0):
+        pass
 
 
-@pytest.mark.parametrize(
-    "started, message",
-    [
-        (2, r"rank 2 did not join the others within 2 s"),
-        pytest.param(3, r"rank 2 does not answer \(.*\)", marks=pytest.mark.slow),
-    ],
-)
-def test_all_ranks_name_one_that_hangs_while_they_join(tmp_path, started, message):
+def test_all_ranks_name_one_that_does_not_join():
     """Rank 0 hosts the store, and may end first."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    args = ((rank, port, tmp_path) for rank in range(started))
-    processes = [fork_context().Process(target=join_and_report, args=each) for each in args]
+    processes = [fork_context().Process(target=join_two, args=(rank, port)) for rank in range(2)]
     for process in processes:
         process.start()
-    for process in processes[:2]:
+    for process in processes:
         process.join(60)
-    for process in processes[2:]:
-        process.kill()
-        process.join()
-    for rank in range(2):
-        assert re.fullmatch(message, (tmp_path / str(rank)).read_text())
+    assert [process.exitcode for process in processes] == [0, 0]
 
 
 @pytest.mark.parametrize("asking", [(0, 1, 2), (0, 2), (1,)])

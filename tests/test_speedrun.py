@@ -74,6 +74,14 @@ def test_the_rate_rises_and_falls_and_the_images_move(images, world, monkeypatch
     assert seen[1:] == [((0, -1),), ((0, 1),), ((0, 0),)]
 
 
+def test_without_instructions_for_bfloat16_a_recipe_takes_float32(images, world, monkeypatch):
+    for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(speedrun, "has_fast_bfloat16", lambda has=has: has)
+        recipe = replace(SMALL, fused=True, dtype=torch.bfloat16)
+        recipe.prepare(images[0], world)
+        assert recipe.dtype == recipe.samples.features.dtype == dtype
+
+
 MINE = """
 import torch
 from benchmarks.speedrun import time

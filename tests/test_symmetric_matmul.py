@@ -1,33 +1,41 @@
 # SPDX-License-Identifier: MIT
-"""`symmetric_matmul` beyond its record: blocks, factors, broken promises, and ``check=True``."""
+"""Symmetric products beyond their record: factors, broken promises, ``check=True``, and ``out``."""
 
 import itertools
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from operators import FLOATS, SYMMETRIC_MATMUL, symmetric_operands
+from operators import FLOATS, symmetric_operands
 from samples import (
     LAYOUTS,
     arguments,
+    assert_accurate,
     assert_contract,
     assert_symmetric,
     halves,
     normal,
+    oracle,
 )
 from torch import Tensor
 from torch.func import vjp, vmap
+from torch.library import opcheck
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchpar import symmetric_matmul
+import torchpar
+from torchpar import reference, symmetric_matmul
+from torchpar.ops import symmetric_cpu
 
 # Of PyTorch's own compiler.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 op = torch.ops.torchpar.symmetric_matmul.default
-native = SYMMETRIC_MATMUL.native
+by_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 
 
 def operands(*shape: int, make: Callable[..., Tensor] = halves, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -39,14 +47,22 @@ def contract(*args: Tensor | None, **factors: float) -> None:
     assert_contract("symmetric_matmul", args, **factors)
 
 
-def polynomials(n: int, dtype: torch.dtype = torch.float64, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """Two polynomials of Newton–Schulz, rounded once each, in a matrix with eigenvalues in [-1, 1]."""
-    s = normal(n, n, device=device)
-    s = (s + s.mT) / (s + s.mT).abs().sum(0).max()
-    return (3.4445 * s - 4.7750 * s @ s).to(dtype), (s @ s @ s + 2.0315 * s).to(dtype)
+def test_matmul_t_beside_its_plain_reference(device: str) -> None:
+    for shape in ((0, 3), (3, 0), (129, 33)):
+        x = normal(*shape, dtype=torch.float32, device=device)
+        plain = reference.matmul_t(x)
+        assert torch.equal(plain, plain.mT)
+        assert_accurate(torchpar.matmul_t(x), plain, oracle("matmul_t", (x,)))
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@by_dtype
+def test_vmap_keeps_the_product_symmetric(dtype: torch.dtype, device: str) -> None:
+    for shape in ((3, 129, 70), (2, 2, 600, 9)):
+        x = normal(*shape, dtype=dtype, device=device)
+        assert_symmetric(vmap(torchpar.matmul_t, in_dims=1)(x.movedim(0, 1)))
+
+
+@by_dtype
 @pytest.mark.parametrize("shape", [(129, 257), (2, 300, 9)], ids=str)
 def test_a_broken_promise_gives_the_lower_triangle_twice(
     shape: tuple[int, ...], dtype: torch.dtype, device: str
@@ -57,7 +73,7 @@ def test_a_broken_promise_gives_the_lower_triangle_twice(
     contract(a, b, normal(*shape[:-1], shape[-2], dtype=dtype, device=device, seed=2), beta=1.0)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@by_dtype
 @pytest.mark.parametrize("shape", [(3, 0, 2), (0, 3), (2, 7, 3), (2, 257, 5)], ids=str)
 def test_any_factors(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     a, b, c = operands(*shape, dtype=dtype, device=device)
@@ -68,7 +84,7 @@ def test_any_factors(shape: tuple[int, ...], dtype: torch.dtype, device: str) ->
 
 
 # PyTorch's own addmm gives NaN in bfloat16 for alpha = 0, and in float32, from 40 rows on, numbers for NaN.
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@by_dtype
 @pytest.mark.parametrize("shape", [(5, 3), (2, 40, 16), (400, 3)], ids=str)
 def test_factors_that_are_0_or_not_finite(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     x = torch.ones(shape, dtype=dtype, device=device)
@@ -104,27 +120,31 @@ def test_vmap_of_the_formula_reads_no_uninitialised_memory(device: str) -> None:
     assert_close(y, 2 * x @ x.mT)
 
 
-# check=True: the operands are tested.
+# check=True: the operands are tested
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@by_dtype
 def test_the_check_accepts_polynomials_after_several_roundings(dtype: torch.dtype, device: str) -> None:
-    a, b = polynomials(64, dtype, device)
+    s = normal(64, 64, device=device)
+    s = (s + s.mT) / (s + s.mT).abs().sum(0).max()  # eigenvalues in [-1, 1]
+    # Polynomials of Newton–Schulz, rounded once each.
+    a, b = (3.4445 * s - 4.7750 * s @ s).to(dtype), (s @ s @ s + 2.0315 * s).to(dtype)
     for _ in range(3):
         product = symmetric_matmul(a, b, check=True)
         a, b = symmetric_matmul(a, b, product, alpha=0.5, beta=-0.25, check=True), product.clone()
     assert a.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@by_dtype
 @pytest.mark.parametrize("k", [1, 4096])
 def test_the_check_rejects_a_product_that_is_not_symmetric(k: int, dtype: torch.dtype, device: str) -> None:
     a, b = (normal(64, k, dtype=dtype, device=device, seed=seed) for seed in (0, 1))
-    with pytest.raises(RuntimeError, match=r"symmetric_matmul: a @ b\.mT is not symmetric") as caught:
-        symmetric_matmul(a, b, check=True)
+    c = torch.eye(64).to(a)
+    for out in (None, torch.empty_like(c)):
+        with pytest.raises(RuntimeError, match=r"symmetric_matmul: a @ b\.mT is not symmetric") as caught:
+            symmetric_matmul(a, b, check=True, out=out)
     assert "\n" not in str(caught.value)
     assert_symmetric(op(a, b))  # without the check, the caller is trusted
-    c = torch.eye(64).to(a)
     symmetric_matmul(a, a, c, beta=1, check=True)
     c[3, 5] = 0.5
     with pytest.raises(RuntimeError, match="symmetric_matmul: c is not symmetric: it differs"):
@@ -143,3 +163,139 @@ def test_the_check_of_a_compiled_call_and_of_empty_operands(shape: tuple[int, ..
     for function in (compiled, lambda *args: vmap(checked)(*(t[None] for t in args))[0]):
         assert_close(function(a, b), a @ b.mT)
         function(a, b.flip(0))  # is not checked
+
+
+# out: products are added to a matrix in place, also to float32 from bfloat16
+
+
+PAIRS = [(dtype, dtype) for dtype in FLOATS]
+PAIRS += [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
+
+
+def into(shape: tuple[int, ...], dtype: torch.dtype, out: torch.dtype, device: str) -> list[Tensor]:
+    x = normal(*shape, dtype=dtype, device=device)
+    h = normal(*shape[:-1], shape[-2], dtype=out, device=device, seed=1)
+    return [x, h.tril() + h.tril(-1).mT]
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (700, 30), (2, 300, 20), (0, 4), (4, 0)], ids=str)
+@pytest.mark.parametrize("dtype, out", PAIRS, ids=str)
+def test_the_error_is_at_most_twice_torchs(shape, dtype, out, device):
+    for alpha, beta in ((1.0, 1.0), (-0.5, 2.0), (2.0, 0.0), (0.0, 0.5), (0.0, 0.0)):
+        x, h = into(shape, dtype, out, device)
+        exact = beta * h.double() + alpha * x.double() @ x.double().mT
+        theirs = (beta * h + alpha * (x.to(out) @ x.to(out).mT)).double()
+        pointer = h.data_ptr()
+        assert symmetric_matmul(x, x, h, alpha=alpha, beta=beta, out=h) is h
+        assert h.data_ptr() == pointer
+        assert_symmetric(h)
+        if h.numel():
+            terms = abs(beta) * h.double().abs() + abs(alpha) * x.double().abs() @ x.double().abs().mT
+            own = (x.shape[-1] + 2) * torch.finfo(torch.float64).eps * terms.max()  # of the sums in float64
+            rounding = torch.finfo(out).eps * exact.abs().max() + own
+            assert (h.double() - exact).abs().max() <= 2 * (theirs - exact).abs().max() + rounding
+
+
+def test_an_out_of_any_layout_that_is_not_c(device):
+    """NaN in it is not read, nor is what lies above the diagonal of an out that is c."""
+    a = normal(300, 40, dtype=torch.float32, device=device)
+    b = a * 2
+    c = torch.eye(300, device=device)
+    expected = symmetric_matmul(a, b, c, alpha=3.0, beta=2.0)
+    wide = torch.zeros(300, 600, device=device)
+    for out in (torch.full_like(c, torch.nan), torch.full_like(c, torch.nan).mT, wide[:, ::2]):
+        symmetric_matmul(a, b, c, alpha=3.0, beta=2.0, out=out)
+        assert_close(out, expected)
+        symmetric_matmul(a, b, alpha=3.0, out=out.fill_(torch.nan))
+        assert_close(out, expected - 2 * c)
+        symmetric_matmul(a, b, out.copy_(c + c.new_full(c.shape, 1e9).triu(1)), alpha=3.0, beta=2.0, out=out)
+        assert_close(out, expected)
+    assert not wide[:, 1::2].any()
+
+
+class Sizes(TorchDispatchMode):
+    """The number of elements of the largest tensor that is made meanwhile."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [t for t in (*args, *(kwargs or {}).values()) if isinstance(t, Tensor)]
+        known = {t.untyped_storage().data_ptr() for t in given}
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in known:
+            self.largest = max(self.largest, made.untyped_storage().nbytes() // made.itemsize)
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_no_matrix_of_the_results_size_is_made(dtype):
+    n = 2048
+    x, h = into((n, 8), dtype, torch.float32, "cpu")
+    with Sizes() as sizes:
+        symmetric_cpu.symmetric_product(x, x, h, 1.0, 1.0, h)
+    assert 0 < sizes.largest <= n * n / 4
+    with Sizes() as sizes:
+        h.copy_(h + x.float() @ x.float().mT)
+    assert sizes.largest == n * n
+
+
+def test_gradients_are_refused(device):
+    x, h = into((4, 3), torch.float32, torch.float32, device)
+    for a, out in ((x.clone().requires_grad_(), h), (x, h.clone().requires_grad_())):
+        with pytest.raises(RuntimeError, match="don't support automatic differentiation, but one of the arg"):
+            symmetric_matmul(a, a, out, beta=1.0, out=out)
+        with torch.no_grad():
+            symmetric_matmul(a, a, out, beta=1.0, out=out)
+    square = (h.clone().requires_grad_() * h).sum()
+    symmetric_matmul(x, x, h, beta=1.0, out=h)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.backward()
+    for transform, text in (
+        (torch.func.grad, "don't support automatic differentiation"),
+        (lambda f: lambda x: torch.func.jvp(f, (x,), (x,)), r"no torch\.func, no forward mode"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            transform(lambda x: symmetric_matmul(x, x, out=h).sum())(x)
+
+
+def test_an_out_that_does_not_fit_is_refused():
+    x, out, square = torch.ones(4, 3, dtype=torch.bfloat16), torch.zeros(4, 4), torch.zeros(4, 4)
+    for a, wrong, text in (
+        (x, out.double(), r"out is \(4, 4\), torch\.float64 on cpu, expected \(4, 4\)"),
+        (x, out[:3, :3], r"out is \(3, 3\), torch\.float32 on cpu, expected \(4, 4\), torch\.bfloat16 or"),
+        (x, torch.zeros(1, 4).expand(4, 4), "elements of out share memory"),
+        (square, square, "out shares its storage with a or b"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            symmetric_matmul(a, a, out=wrong)
+    with pytest.raises(RuntimeError, match="c is given without beta, pass both"):
+        symmetric_matmul(x, x, out, out=out)
+    for c in (torch.ones(()), torch.ones(4, 4, dtype=torch.int64)):
+        with pytest.raises(RuntimeError, match="expected"):
+            symmetric_matmul(x, x, c, beta=1.0, out=out)
+    assert not torch.cat([out, square]).any()
+
+
+def test_the_documented_covariance_is_torchs():
+    text = (Path(__file__).parents[1] / "docs" / "symmetric_matmul.md").read_text()
+    (block,) = re.findall(r"```python\n(def covariance.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {"torch": torch, "torchpar": torchpar}
+    exec(block, names)
+    batches = [normal(70, 300, dtype=torch.float32, seed=seed) + 3 for seed in range(5)]
+    expected = torch.cov(torch.cat(batches).double().T)
+    theirs = (torch.cov(torch.cat(batches).T).double() - expected).abs().max()
+    assert (names["covariance"](batches).double() - expected).abs().max() <= 10 * theirs
+
+
+def test_it_compiles_and_keeps_pytorchs_rules(device):
+    def update(h: Tensor, x: Tensor) -> Tensor:
+        symmetric_matmul(x, x, h, alpha=0.5, beta=0.9, out=h)
+        return h.diagonal().sum()
+
+    for n in (5, 300):
+        x, h = into((n, 3), torch.bfloat16, torch.float32, device)
+        opcheck(torch.ops.torchpar.symmetric_addmm_.default, (h, x, x), {"alpha": 0.5, "beta": 2.0})
+        eager = h.clone()
+        expected = update(eager, x)
+        found = torch.compile(update, fullgraph=True, backend="aot_eager")(h, x)
+        assert_close((found, h), (expected, eager), rtol=0, atol=0)

@@ -43,8 +43,8 @@ EXPECTED = dict.fromkeys(SITUATIONS, "same bits") | {
 }
 
 
-# Every fourth situation, and one that a momentum in bfloat16 could fail; all are among the slow tests.
-SOME = [*[*SITUATIONS][::4], "scale of gradients, bfloat16 without Nesterov"]
+# Every fourth situation, and two that are unlike the others; all are among the slow tests.
+SOME = [*[*SITUATIONS][::4], "scale of gradients, bfloat16 without Nesterov", "closure"]
 CHOSEN = [SOME, pytest.param([*SITUATIONS], marks=pytest.mark.slow)]
 
 
@@ -125,17 +125,14 @@ RECONSTRUCTED = [  # faults of published libraries, where they belong
     (of(faulty.OrthogonalisesSlices), "ColumnParallelLinear"),
     (of(faulty.OrthogonalisesShards), "Shard(0)"),
     (of(faulty.AppliesMomentum), "polar factor"),
-    (of(faulty.LooksAtTheShard), "fully_shard on 2 ranks"),
     (of(faulty.MomentumOfMicroBatches), "accumulation"),
-    (of(faulty.FlattensShards), "fully_shard, CPU offload"),
     (of(faulty.ViewsShards), "fully_shard, heads"),
     (of(faulty.ScalesByPaddedShape), "fully_shard, padded rows"),
     (of(faulty.NormalisesMomentum), "scale of gradients, bfloat16 without Nesterov"),
     (of(faulty.AcceptsAnyArguments), "Shard(0), two learning rates"),
-    (of(faulty.AveragesOverShards), "fully_shard, fewer rows than ranks"),
     (faulty.make_by_layer, "tied weights"),
 ]
-ORTHOGONALISES_SHARDS, PADDED = RECONSTRUCTED[1][0], RECONSTRUCTED[7]
+ORTHOGONALISES_SHARDS, PADDED = RECONSTRUCTED[1][0], RECONSTRUCTED[5]
 
 
 @pytest.mark.parametrize(
@@ -206,8 +203,6 @@ def test_the_table():
     ]
     assert table.rows[1]["verdict"] == "refuses"
     table.assert_conforms()
-    with pytest.raises(AssertionError, match="DDP"):
-        table.assert_conforms(allow_refusals=False)
     with pytest.raises(
         AssertionError, match=r"none of 1 situations was compared\nsituation .*\nDDP +refuses"
     ):
@@ -216,8 +211,8 @@ def test_the_table():
 
 def test_what_cannot_be_run_is_refused():
     with pytest.raises(ConfigError, match="situation 'none', expected one of 'whole', 'polar factor', "):
-        check_optimizer(make_muon, "none")
-    with pytest.raises(ConfigError, match="cannot import make; expected a module-level function or class"):
+        check_optimizer(make_muon, ["none"])
+    with pytest.raises(ConfigError, match=r"cannot import make .*expected a module-level function or class"):
         check_optimizer(lambda model: make_muon(model), ["whole"])
 
 
@@ -245,4 +240,4 @@ def test_an_elementwise_optimizer_conforms_in_the_general_part(ranks):
     names = ["polar factor", "fully_shard on 3 ranks", "Shard(0), two learning rates"]
     (row,) = rows = check_optimizer(make_adamw, names, orthogonal=False, ranks=ranks)
     assert (row.situation, row.verdict) == ("fully_shard on 3 ranks", "same bits")
-    rows.assert_conforms(allow_refusals=False)
+    rows.assert_conforms()

@@ -11,7 +11,7 @@ The decorators and the methods take what PyTorch's take, so that a changed impor
 also has derivatives under torch.func and in forward mode (pytorch#168393, #170834, #179652), and sharding
 rules that wait for DTensor. docs/citizen.md shows each rule.
 
-All private names of PyTorch that operators need are used here. tests/test_registration.py guards each.
+All private names of PyTorch that operators need are used here. tests/test_library.py guards each.
 """
 
 import sys
@@ -41,7 +41,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-__all__ = ["CustomOpDef", "batch_first", "custom_op", "is_dtensor", "sample", "triton_op"]
+__all__ = ["CustomOpDef", "batch_first", "custom_op", "sample", "triton_op"]
 
 Wrap = Callable[[Any], Any] | None
 """A function that a launcher applies to a Triton kernel before launching it; None for a real launch."""

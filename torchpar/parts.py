@@ -42,16 +42,11 @@ class Part(NamedTuple):
         return t
 
 
-def slice_of(shape: torch.Size, axis: int, partition: Partition, mesh: DeviceMesh | None = None) -> Part:
-    """This rank's slice, of the given ``shape``, of a tensor that is cut along ``axis``."""
-    whole, start = list(shape), [0] * len(shape)
+def mark_slice(p: Tensor, axis: int, partition: Partition, mesh: DeviceMesh) -> None:
+    """Record that the plain tensor ``p`` is this rank's slice of a parameter that is cut along ``axis``."""
+    whole, start = list(p.shape), [0] * p.dim()
     whole[axis], start[axis] = partition.size, partition.offset()
-    return Part(tuple(whole), tuple(start), tuple(shape), mesh)
-
-
-def mark_part(p: Tensor, part: Part) -> None:
-    """Record that the plain tensor ``p`` is ``part`` of a parameter."""
-    p.tensor_parallel_part = part  # type: ignore[attr-defined]
+    p.tensor_parallel_part = Part(tuple(whole), tuple(start), tuple(p.shape), mesh)  # type: ignore[attr-defined]
 
 
 def is_marked(p: Tensor) -> bool:

@@ -36,7 +36,8 @@ def matmul_t(x: Tensor, block: int = 64) -> Tensor:
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b.T`` for float32 ``a (m, k)`` and ``b (n, k)``, finite, by sums of Python's integers.
 
-    The fast version is `torchpar.exact_matmul`, with the same bits. `torchpar.ops._exact` has the formula.
+    The fast version is `torchpar.exact_matmul`, with the same bits. `torchpar.ops.exact_digits` has the
+    formula.
     """
 
     def cut(row: list[float]) -> tuple[int, list[list[int]]]:

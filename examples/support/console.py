@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Any, Self
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.world import World
-from torchpar.profile.collectives import Call
 from torchpar.profile.phases import Phases
 from torchpar.training.state import EpochResult
 
@@ -164,33 +162,3 @@ def print_phases(phases: Phases) -> None:
     seconds = {phase: s for phase, s in phases.seconds.items() if s}
     rows = [{"phase": p, "seconds": f"{s:.2f}", "share": f"{s / total:.1%}"} for p, s in seconds.items()]
     print_rows(rows, ("phase", "seconds", "share"), "time by phase, rank 0")
-
-
-def print_collectives(calls: Sequence[Sequence[Call]]) -> None:
-    """Print a table of rank 0's collectives in a step, the median of the recorded steps."""
-    console = Console()
-    if not calls:  # complete already, or a short run
-        console.print("collectives per step: none was recorded, no more than two steps were trained")
-        return
-    kinds = dict.fromkeys((c.dimension, c.operation) for step in calls for c in step)
-    if not kinds:
-        console.print("collectives per step: none, one rank has the whole model and the whole batch")
-        return
-    table = Table("dimension", "operation", title="collectives of a step, rank 0")
-    for column in ("count", "bytes", "ms"):
-        table.add_column(column, justify="right")
-    for dimension, operation in kinds:
-        counted = [
-            [c for c in step if (c.dimension, c.operation) == (dimension, operation)] for step in calls
-        ]
-        table.add_row(
-            dimension or "several",
-            operation,
-            f"{median(len(step) for step in counted):g}",
-            f"{median(sum(c.bytes for c in step) for step in counted):,.0f}",
-            # A receiver waits for its neighbour's work more than for the message.
-            "-"
-            if operation == "recv"
-            else f"{1000 * median(sum(c.seconds for c in s) for s in counted):.2f}",
-        )
-    console.print(table)

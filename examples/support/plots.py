@@ -3,8 +3,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,11 +26,10 @@ def save(folder: Path, results: list[EpochResult], outputs: Tensor, test: Sample
     Args:
         outputs: of all test samples, as `torchpar.training.evaluate` returns them.
     """
-    for name, figure in (
-        ("curves", _curves(results)),
-        ("confusion", _confusion(outputs, test)),
-        ("worst", _worst(outputs, test)),
-    ):
+    epochs = [asdict(result) for result in results]
+    curves = (["train_loss", "test_loss"], ["test_accuracy"])
+    save_panels(folder / "curves.png", [Panel(epochs, "epoch", ys) for ys in curves])
+    for name, figure in (("confusion", _confusion(outputs, test)), ("worst", _worst(outputs, test))):
         figure.savefig(folder / f"{name}.png", dpi=120)
 
 
@@ -48,7 +47,7 @@ class Panel(NamedTuple):
     rows: Sequence[Mapping[str, Any]]
     x: str
     ys: Sequence[str]
-    by: Sequence[str]
+    by: Sequence[str] = ()
     log: bool = False
 
 
@@ -57,11 +56,16 @@ def save_panels(path: Path, panels: Sequence[Panel]) -> None:
     height = math.ceil(len(panels) / 2)
     figure, grid = _subplots(height, 2, (12, 4.5 * height))
     for axes, panel in zip(grid, panels, strict=False):
+
+        def key(row: Mapping[str, Any], names: Sequence[str] = panel.by) -> list[Any]:
+            return [row[name] for name in names]
+
         for y, style in zip(panel.ys, ("o-", "s--"), strict=False):
             axes.set_prop_cycle(None)
-            for _, line in groupby(panel.rows, itemgetter(*panel.by)):
+            for _, line in groupby(panel.rows, key):
                 rows = list(line)
-                names = [y] * (len(panel.ys) > 1) + [_label(name, rows[0][name]) for name in panel.by]
+                names = [y] * (len(panel.ys) > 1 or not panel.by)
+                names += [_label(name, rows[0][name]) for name in panel.by]
                 points = ([row[name] for row in rows] for name in (panel.x, y))
                 axes.plot(*points, style, label=", ".join(names).replace("_", " "))
         axes.set(xlabel=panel.x.replace("_", " "), ylabel=", ".join(panel.ys).replace("_", " "))
@@ -126,21 +130,6 @@ def save_matrices(path: Path, matrices: Tensor, title: str) -> None:
         axes.imshow(matrix, cmap="gray_r")
     figure.suptitle(f"{title} (dark is large)")
     figure.savefig(path, dpi=120)
-
-
-def _curves(results: list[EpochResult]) -> Figure:
-    figure, (left, right) = _subplots(1, 2, (10, 4))
-    epochs = [r.epoch for r in results]
-    left.plot(epochs, [r.train_loss for r in results], marker="o", label="training")
-    left.plot(epochs, [r.test_loss for r in results], marker="o", label="test")
-    left.set(xlabel="epoch", ylabel="loss", title="Loss", ylim=(0, None))
-    left.legend()
-    right.plot(epochs, [r.test_accuracy for r in results], marker="o", color="tab:green")
-    right.set(xlabel="epoch", ylabel="test accuracy", title=f"Accuracy: {results[-1].test_accuracy:.2%}")
-    for axes in (left, right):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-    return figure
 
 
 def _confusion(outputs: Tensor, test: Samples) -> Figure:

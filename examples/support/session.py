@@ -1,16 +1,32 @@
 # SPDX-License-Identifier: MIT
-"""Load the data of the training lessons, and adjust their gradients."""
+"""Parts that the training lessons share: data, optimizers, adjusted gradients, and the log of a run."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from statistics import median
+from typing import TypeVar
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+from torch.profiler import ProfilerActivity, profile, schedule
 
+from support import console
 from support.cli import TrainFlags
 from torchpar import data, training
 from torchpar.data import Samples
+from torchpar.errors import ConfigError
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.clip import clip_grad_norm_
+from torchpar.parallel.split.shared_memory import can_share_memory
+from torchpar.profile.collectives import Call, Collectives
+from torchpar.profile.phases import Phases
+from torchpar.training import EpochResult, Run
+
+B = TypeVar("B")
+SKIP = 3  # steps that are not traced: two in which DistributedDataParallel sets itself up, one warms up
 
 
 def load(flags: TrainFlags, world: World) -> tuple[Samples, Samples]:
@@ -36,9 +52,120 @@ def _load(flags: TrainFlags, world: World) -> Iterator[Samples]:
         yield samples.pooled(flags.crop, flags.pool) if fewer else samples
 
 
+def make_optimizer(flags: TrainFlags, model: torch.nn.Module, mesh: DeviceMesh | None = None) -> Optimizer:
+    """Return SGD, or Muon for the weights and SGD for the biases, with the rates of a deep sigmoid MLP.
+
+    Args:
+        mesh: ranks that share the work of Muon's iterations on a split matrix.
+    """
+    if flags.optimizer == "sgd":
+        return training.sgd(model, **flags.optimizer_options(lr=0.5, momentum=0.9, weight_decay=3e-5))
+    options = flags.optimizer_options(lr=0.02, momentum=0.95, weight_decay=0.01)
+    return training.muon(model, **options, mesh=mesh)
+
+
 def adjust_gradients(flags: TrainFlags, model: torch.nn.Module, world: World) -> None:
     """Add the orthogonality penalty's gradient and clip the gradient's norm, if ``flags`` ask for it."""
     if flags.orthogonality:
         training.add_orthogonality_gradient(model, flags.orthogonality)
     if flags.clip is not None:
         clip_grad_norm_(model, flags.clip, world)
+
+
+class Log(training.RunLog):
+    """Progress, a line for each epoch, metrics, plots, tables of times and messages, and the last line."""
+
+    def __init__(self, flags: TrainFlags, world: World):
+        self.flags = flags
+        self.world = world
+        self.phases = Phases(world.device) if flags.phases else None
+        self.calls: list[list[Call]] = []  # of each step
+        self.profiler: profile | None = None
+        if flags.profile:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it logs each start and end to stderr
+            on_gpu = [ProfilerActivity.CUDA] * (world.device.type == "cuda")
+            self.profiler = profile(
+                activities=[ProfilerActivity.CPU, *on_gpu],
+                schedule=schedule(wait=SKIP - 1, warmup=1, active=10, repeat=1),
+            )
+
+    @contextmanager
+    def active(self, run: Run) -> Iterator[None]:
+        outputs = self.flags.metrics, self.flags.log_dir
+        self.progress = console.EpochProgress(self.world, run.num_epochs, len(run.train), *outputs)
+        with self.progress, self.phases or nullcontext(), self.profiler or nullcontext():
+            yield
+
+    def on_resume(self, run: Run) -> None:
+        self.progress.print_resumed(run.results, run.total_steps, len(run.results) == run.num_epochs)
+        if self.world.dp_size > 2 and not can_share_memory(self.world.dp_size) and self.world.rank == 0:
+            print("the weights may differ in the last bits from those of a run that was not stopped")
+
+    def steps(self, batches: Iterator[B]) -> Iterator[B]:
+        counted = self.flags.phases or self.flags.collectives
+        for batch in batches:
+            with Collectives(self.world) if counted else nullcontext() as collectives:
+                yield batch
+            if collectives:
+                self.calls.append(collectives.calls)
+            if self.profiler:
+                self.profiler.step()
+
+    def on_step(self, run: Run, epoch: int, samples: int) -> None:
+        self.progress.update(epoch, samples)
+
+    def on_epoch(self, run: Run, result: EpochResult) -> None:
+        self.progress.print_epoch(result)
+
+    def on_end(self, run: Run) -> None:
+        flags, speaks = self.flags, self.world.rank == 0
+        if flags.plots:
+            _, outputs = run.evaluate()
+            if speaks:
+                from support import plots
+
+                plots.save(flags.plots, run.results, outputs, run.test)
+        profiled = self.world.gather_results(self._save_trace) if self.profiler else [""]
+        if not speaks:
+            return
+        if flags.collectives:
+            _print_collectives(self.calls[2:])  # DistributedDataParallel sets itself up in two steps
+        if self.phases:
+            console.print_phases(self.phases)
+        print(profiled[0], end="")
+        print(console.summary(run.results))
+
+    def _save_trace(self) -> str:
+        """Write this rank's trace, and return a table of its costliest operators, both by torch.profiler."""
+        assert self.profiler is not None
+        assert self.flags.profile is not None
+        if self.profiler.step_num <= SKIP:  # complete already, or a short run
+            return f"profile: nothing was recorded, no more than {SKIP} steps were trained\n"
+        path = self.flags.profile / f"rank-{self.world.rank}.json.gz"
+        try:
+            self.profiler.export_chrome_trace(str(path))
+        except OSError as e:
+            raise ConfigError(f"{path} cannot be written: {e}") from e
+        by = "self_device_time_total" if self.world.device.type == "cuda" else "self_cpu_time_total"
+        table = self.profiler.key_averages().table(by, row_limit=10, max_name_column_width=40)
+        return f"costliest operators of rank {self.world.rank}\n{table}"
+
+
+def _print_collectives(calls: Sequence[Sequence[Call]]) -> None:
+    """Print a table of rank 0's collectives in a step, the median of the recorded steps."""
+    if not calls:  # complete already, or a short run
+        print("collectives per step: none was recorded, no more than two steps were trained")
+        return
+    rows = []
+    for kind in dict.fromkeys((c.dimension, c.operation) for step in calls for c in step):
+        counted = [[c for c in step if (c.dimension, c.operation) == kind] for step in calls]
+        ms = 1000 * median(sum(c.seconds for c in step) for step in counted)
+        row = {"dimension": kind[0] or "several", "operation": kind[1]}
+        row["count"] = f"{median(map(len, counted)):g}"
+        row["bytes"] = f"{median(sum(c.bytes for c in step) for step in counted):,.0f}"
+        # A receiver waits for its neighbour's work more than for the message.
+        rows.append(row | {"ms": "-" if kind[1] == "recv" else f"{ms:.2f}"})
+    if rows:
+        console.print_rows(rows, list(rows[0]), "collectives of a step, rank 0")
+    else:
+        print("collectives per step: none, one rank has the whole model and the whole batch")

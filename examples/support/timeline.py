@@ -77,13 +77,20 @@ class Timeline:
 def draw(ranks: Sequence[Sequence[Sequence[Pass]]]) -> list[str]:
     """Return a line per rank, with dots where it is idle, from the passes of each rank's steps.
 
-    A step has as many columns as its shortest pass needs to show its name, up to `MOST_COLUMNS`. A pass that
-    is too short for its name there moves the next ones to the right.
+    Each pass is drawn from its median start to its median end, counted from the first pass of rank 0. Medians
+    keep every order that all steps have. A step has as many columns as its shortest pass needs to show its
+    name, up to `MOST_COLUMNS`. A pass that is too short for its name there moves the next ones to the right.
     """
     steps = len(ranks[0])
     if not steps:
         return ["timeline: nothing was recorded, no step was trained"]
-    medians = _medians(ranks)
+    zeros = [passes[0].start for passes in ranks[0]]
+
+    def median_pass(recorded: Sequence[Pass]) -> Pass:
+        times = [(one.start - zero, one.end - zero) for one, zero in zip(recorded, zeros, strict=True)]
+        return Pass(recorded[0].name, *map(median, zip(*times, strict=True)))
+
+    medians = [[median_pass(recorded) for recorded in zip(*of_rank, strict=True)] for of_rank in ranks]
     passes = [one for passes in medians for one in passes]
     span = max(one.end for one in passes)
     needed = max(ceil((len(one.name) + 1) * span / (one.end - one.start)) for one in passes)
@@ -99,18 +106,3 @@ def draw(ranks: Sequence[Sequence[Sequence[Pass]]]) -> list[str]:
         idle = 1 - sum(one.end - one.start for one in passes) / span
         lines.append(f"rank {rank}  {line.ljust(columns, '.')}  {idle:.0%} idle")
     return lines
-
-
-def _medians(ranks: Sequence[Sequence[Sequence[Pass]]]) -> list[list[Pass]]:
-    """The passes of each rank in one step, each from its median start to its median end.
-
-    Times count from the first pass of rank 0, which begins a step. Medians keep every order that all steps
-    have: passes of a rank do not overlap, and none begins before its activations were computed.
-    """
-    zeros = [passes[0].start for passes in ranks[0]]
-
-    def median_pass(recorded: Sequence[Pass]) -> Pass:
-        times = [(one.start - zero, one.end - zero) for one, zero in zip(recorded, zeros, strict=True)]
-        return Pass(recorded[0].name, *map(median, zip(*times, strict=True)))
-
-    return [[median_pass(recorded) for recorded in zip(*steps, strict=True)] for steps in ranks]

@@ -5,18 +5,14 @@ Process 0 has the samples. In each epoch it scatters to every process its share 
 not depend on the number of processes. ``examples/train_mpi.py`` holds the training loop.
 """
 
-import atexit
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from torchpar.baselines.numpy_mlp import MLP, Array, batches
-from torchpar.errors import ConfigError, TorchparError
-from torchpar.parallel.launch.rendezvous import find_rank_info
+from torchpar.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -25,37 +21,24 @@ T = TypeVar("T")
 def join() -> Iterator[Any]:
     """Yield the communicator of the processes that mpirun started. Without mpirun it has one process.
 
-    An exception that leaves the block ends all processes when this interpreter exits, after the exception has
-    been printed. Without that, the others would wait for this process forever.
+    An exception that leaves the block ends all processes when this interpreter exits. Otherwise they would
+    wait for this process forever.
 
     Raises:
-        ConfigError: mpi4py or an MPI library is missing, or mpirun belongs to another MPI.
+        ConfigError: mpi4py or an MPI library is missing.
     """
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as e:  # mpi4py raises RuntimeError if it finds no library
         raise ConfigError(f"MPI cannot be used ({e}); pip install 'torchpar[baselines]'") from e
-    world = MPI.COMM_WORLD
-    # Over several machines `find_rank_info` asks for an address. MPI needs none.
-    info = find_rank_info() if world.size == 1 else None
-    if info is not None and info.world_size > 1:
-        raise ConfigError(
-            f"{info.launcher} started {info.world_size} processes, of which mpi4py sees {world.size}; "
-            f"start them by the mpirun of the MPI that mpi4py loads, {MPI.get_vendor()[0]}"
-        )
     try:
-        yield world
+        yield MPI.COMM_WORLD
     except BaseException:
-        if world.size > 1:
-            atexit.register(_abort, world)
+        if MPI.COMM_WORLD.size > 1:
+            from mpi4py.run import set_abort_status
+
+            set_abort_status(2)
         raise
-
-
-def _abort(world: Any) -> None:
-    """End all processes, after this one has printed its error."""
-    sys.stderr.flush()
-    time.sleep(1)  # mpirun drops what it has not passed on yet
-    world.Abort(2)
 
 
 class OneProcess:
@@ -74,24 +57,6 @@ class OneProcess:
 
     def Allreduce(self, own: Array, total: Array) -> None:
         total[:] = own
-
-
-def on_rank_0(world: Any, function: Callable[[], T]) -> T | None:
-    """Run ``function`` on process 0 and return its result there, None on the others.
-
-    Raises:
-        TorchparError: the one that ``function`` raised, on every process.
-    """
-    result, error = None, None
-    if world.rank == 0:
-        try:
-            result = function()
-        except TorchparError as e:
-            error = e
-    error = world.bcast(error)
-    if error is not None:
-        raise error
-    return result
 
 
 class Samples(NamedTuple):

@@ -67,9 +67,6 @@ class MLP:
         init: "xavier" draws the weights from a normal distribution of variance 2/(size_i + size_i+1)
             (Glorot and Bengio, 2010). From "zeros" all neurons of a layer stay alike. Biases are 0.
         seed: of the weights.
-
-    Raises:
-        ValueError: an unknown loss.
     """
 
     def __init__(
@@ -81,8 +78,6 @@ class MLP:
         seed: int = 0,
         dtype: type[np.floating[Any]] = np.float32,
     ):
-        if loss not in ("cross-entropy", "bce"):
-            raise ValueError(f"loss is {loss!r}, expected 'cross-entropy' or 'bce'")
         self.sizes = tuple(sizes)
         self.loss = loss
         self.parameters = np.zeros(sum((m + 1) * n for m, n in pairwise(sizes)), dtype)

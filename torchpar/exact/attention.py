@@ -22,7 +22,7 @@ from torchpar.exact.registry import rule
 from torchpar.exact.softmax import safe_softmax
 from torchpar.exact.sums import exact_sum
 from torchpar.ops import exact_matmul
-from torchpar.ops._exact import MAX_EXPONENT, product_of_exponents, row_exponents, scaled
+from torchpar.ops.exact_digits import MAX_EXPONENT, product_of_exponents, row_exponents, scaled
 
 _SPARE = 4  # octaves below the power of two above a key, so that its product with a weight is finite
 

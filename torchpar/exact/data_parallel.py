@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.exact.mode import ordinary
+from torchpar.exact.dispatch import ordinary
 from torchpar.exact.sums import exponents_of
 from torchpar.library import is_dtensor
 from torchpar.wire import wire_device

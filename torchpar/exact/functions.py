@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchpar.errors import ConfigError
 from torchpar.exact.registry import RULES, check_float32
-from torchpar.ops._exact import power_of_two
+from torchpar.ops.exact_digits import power_of_two
 
 # ln 2 in a part of 32 bits, whose products with exponents are exact, and the rest.
 _LN2_HIGH, _LN2_LOW = float.fromhex("0x1.62e42feep-1"), float.fromhex("0x1.a39ef35793c76p-33")

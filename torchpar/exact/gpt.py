@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from torchpar.errors import ConfigError
 from torchpar.exact.data_parallel import DataParallel
-from torchpar.exact.mode import mode
+from torchpar.exact.dispatch import mode
 from torchpar.exact.tensor_parallel import Linear
 from torchpar.parallel.launch.world import World
 

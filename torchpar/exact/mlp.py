@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from torchpar.data import Samples, batches
 from torchpar.exact.data_parallel import DataParallel
-from torchpar.exact.mode import mode
+from torchpar.exact.dispatch import mode
 from torchpar.exact.tensor_parallel import Linear
 from torchpar.parallel.launch.world import World
 from torchpar.partition import Partition

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.ops._exact import power_of_two
+from torchpar.ops.exact_digits import power_of_two
 
 BITS = 40
 _LONGEST = 2**22  # terms

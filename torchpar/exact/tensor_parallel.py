@@ -18,21 +18,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchpar.exact.mode import ordinary
-from torchpar.ops import _exact, exact_matmul
+from torchpar.exact.dispatch import ordinary
+from torchpar.ops import exact_digits, exact_matmul
 from torchpar.ops.matrix import rows
 from torchpar.parallel.split.reduction import all_reduce
 from torchpar.partition import Partition
-from torchpar.parts import mark_part, slice_of
+from torchpar.parts import mark_slice
 
 
 def _product(a: Tensor, b: Tensor, mesh: DeviceMesh | None) -> Tensor:
     """``a @ b.T``, whose terms the ranks of ``mesh`` share."""
     if mesh is None or mesh.size() == 1:
         return exact_matmul(a, b)
-    exponents = torch.cat([_exact.row_exponents(a), _exact.row_exponents(b)])
+    exponents = torch.cat([exact_digits.row_exponents(a), exact_digits.row_exponents(b)])
     e, f = all_reduce(exponents, mesh, dist.ReduceOp.MAX).split([len(a), len(b)])
-    return _exact.rounded(all_reduce(_exact.sums(a, b, e, f), mesh), e, f)
+    return exact_digits.rounded(all_reduce(exact_digits.sums(a, b, e, f), mesh), e, f)
 
 
 class _Linear(torch.autograd.Function):
@@ -80,7 +80,7 @@ class Linear(torch.nn.Module):
         partition = Partition((out_features, in_features)[axis], mesh.size(), mesh.get_local_rank())
         whole = torch.randn(out_features, in_features) * in_features**-0.5
         self.weight = torch.nn.Parameter(partition.narrow(whole, axis).clone())
-        mark_part(self.weight, slice_of(self.weight.shape, axis, partition, mesh))
+        mark_slice(self.weight, axis, partition, mesh)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, **{"inputs" if self.axis == 0 else "outputs": self.mesh})

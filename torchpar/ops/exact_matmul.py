@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The product of two float32 matrices by exact sums of integers.
 
-    C = A·Bᵀ, by the formula of `torchpar.ops._exact`
+    C = A·Bᵀ, by the formula of `torchpar.ops.exact_digits`
 
 With G = dL/dC, the gradients are exact products too:
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from torchpar.library import Wrap, batch_first, sample
-from torchpar.ops import _exact
+from torchpar.ops import exact_digits
 from torchpar.ops._operator import operator
 from torchpar.ops.matrix import half_sum
 
@@ -29,7 +29,8 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
     """The product ``a @ b.mT`` in float32, with the same bits on every device and number of threads.
 
     The rows of both operands are scaled by powers of two and rounded to integers of 32 bits, of which
-    `torchpar.ops._exact` has the formula. The sums are exact, and are rounded once. The error is at most
+    `torchpar.ops.exact_digits` has the formula. The sums are exact, and are rounded once. The error is at
+    most
 
         k · 2⁻²⁷ · max|a_i| · max|b_j| + half an ulp
 
@@ -90,7 +91,7 @@ def _check_operand(argument: str, t: Tensor, shape: str) -> None:
 )
 def _op(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
     _check(a, b)
-    return _exact.product(a, b, wrap)
+    return exact_digits.product(a, b, wrap)
 
 
 @_op.register_fake

@@ -42,6 +42,12 @@ def has_bfloat16() -> bool:
 
 
 @cache
+def has_fast_bfloat16() -> bool:
+    """Return True if this CPU has instructions for bfloat16, whose products are faster than float32's."""
+    return has_bfloat16() and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+@cache
 def has_amx() -> bool:
     """Return True if this CPU multiplies bfloat16 in tiles, so fast that half a product takes as long."""
     return bool(torch.cpu._is_amx_tile_supported())

@@ -35,15 +35,6 @@ class GradientState(IntEnum):
     SPARSE = 4
 
 
-_REFUSED = {
-    GradientState.SPARSE: "a sparse gradient on rank {}, expected a dense one",
-    GradientState.MISPLACED: (
-        "a gradient of other placements than its own on rank {}; before the step, redistribute p.grad to "
-        "p.placements"
-    ),
-}
-
-
 Matrix = tuple[str, Part, str]  # the name, this rank's part, and a text that must be the same on all ranks
 
 
@@ -57,13 +48,6 @@ class Message(NamedTuple):
 
 
 _Route = tuple[list[list[Message]], list[list[Message]]]
-
-
-def _route(messages: list[Message], group: dist.ProcessGroup) -> _Route:
-    """This rank's messages to each rank, and from each rank."""
-    rank, ranks = dist.get_rank(group), range(dist.get_world_size(group))
-    sends = [[m for m in messages if (m.source, m.target) == (rank, r)] for r in ranks]
-    return sends, [[m for m in messages if (m.source, m.target) == (r, rank)] for r in ranks]
 
 
 class Exchange:
@@ -85,16 +69,22 @@ class Exchange:
     def __init__(
         self, group: dist.ProcessGroup, matrices: list[Matrix], costs: Sequence[int], device: torch.device
     ):
-        self.group, self.device = group, device
+        self.group, self.device, self.rank = group, device, dist.get_rank(group)
         self.names, self.parts, _ = zip(*matrices, strict=True)
         by_rank = self._gather_objects(matrices)
         _check_same(by_rank)
         owners = assign_owners(costs, len(by_rank))
-        self.owned = [i for i, owner in enumerate(owners) if owner == dist.get_rank(group)]
+        self.owned = [i for i, owner in enumerate(owners) if owner == self.rank]
         parts_of_all = [[part for _, part, _ in of_ranks] for of_ranks in zip(*by_rank, strict=True)]
         to_owners, to_all = messages(self.names, parts_of_all, owners)
-        self._to_owners = _route(to_owners, group) if to_owners else None
-        self._to_all = _route(to_all, group)
+        self._to_owners = self._route(to_owners) if to_owners else None
+        self._to_all = self._route(to_all)
+
+    def _route(self, messages: list[Message]) -> _Route:
+        """This rank's messages to each rank, and from each rank."""
+        ranks = range(self.group.size())
+        sends = [[m for m in messages if (m.source, m.target) == (self.rank, r)] for r in ranks]
+        return sends, [[m for m in messages if (m.source, m.target) == (r, self.rank)] for r in ranks]
 
     def gather(
         self, parts: dict[int, Tensor], gradients: Sequence[GradientState], arguments: dict[str, Any]
@@ -107,14 +97,13 @@ class Exchange:
             arguments: the optimizer's in this step, which must be the same on all ranks.
 
         Raises:
-            ConfigError: a gradient that only some ranks have, or one that is sparse or misplaced; arguments
-                that differ; on every rank.
+            ConfigError: as `check_gradients`, or arguments that differ; on every rank.
         """
         self._arguments = arguments
         checksum = zlib.crc32(repr(arguments).encode()).to_bytes(CHECKSUM_BYTES, "little")
         self._flags = torch.tensor([*gradients, *checksum], dtype=torch.bfloat16, device=self.device)
         self._present = [gradient == GradientState.PRESENT for gradient in gradients]
-        incoming = self._send(self._to_owners, parts, self._flags) if self._to_owners else []
+        incoming = self._send(self._to_owners, parts) if self._to_owners else []
         whole = {}
         for i in self.owned:
             if self._present[i]:
@@ -127,49 +116,41 @@ class Exchange:
         return whole
 
     def scatter(self, results: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Return this rank's part of the result of each matrix that takes part, by index.
-
-        Args:
-            results: of the matrices that this rank owns, by index.
+        """Return this rank's part of the result of each matrix that takes part, given those that it owns.
 
         Raises:
             ConfigError: as `gather`, if all ranks have the whole matrices.
         """
-        # Only the first all-to-all of a step carries the flags.
-        flags = self._flags[:0] if self._to_owners else self._flags
-        incoming = self._send(self._to_all, results, flags, narrow=True)
+        incoming = self._send(self._to_all, results, narrow=True)
         parts = {message.matrix: t for message, t in incoming if self._present[message.matrix]}
         return parts | {i: self.parts[i].narrow(result) for i, result in results.items()}
 
     def _send(
-        self, route: _Route, tensors: dict[int, Tensor], flags: Tensor, narrow: bool = False
+        self, route: _Route, tensors: dict[int, Tensor], narrow: bool = False
     ) -> list[tuple[Message, Tensor]]:
-        """Send this rank's messages, and ``flags`` to all others, by one all-to-all; return what arrives.
+        """Send parts, and once a step this rank's flags, by one all-to-all; return what arrives.
 
-        Args:
-            tensors: the parts, by matrix; of a matrix that is not there zeros are sent.
-            narrow: whether they are whole matrices.
+        The tensors are parts by matrix, or whole matrices to ``narrow``. Zeros are sent for missing ones.
         """
-        wire = wire_device(flags, self.group)
-        own_flags = flags.to(wire)
+        wire = wire_device(self._flags, self.group)
+        flags, self._flags = self._flags.to(wire), self._flags[:0]
 
         def flat(message: Message) -> Tensor:
             t = tensors.get(message.matrix)
             if t is None:
-                return own_flags.new_zeros(message.part.numel)
+                return flags.new_zeros(message.part.numel)
             return (message.part.narrow(t) if narrow else t).to(wire, torch.bfloat16).flatten()
 
         sends, receives = route
-        counts = [len(flags)] * len(sends)
-        counts[dist.get_rank(self.group)] = 0
-        blocks = [torch.cat([own_flags[:n], *map(flat, of)]) for n, of in zip(counts, sends, strict=True)]
+        counts = [len(flags) * (r != self.rank) for r in range(len(sends))]
+        blocks = [torch.cat([flags[:n], *map(flat, of)]) for n, of in zip(counts, sends, strict=True)]
         lengths = [n + sum(m.part.numel for m in of) for n, of in zip(counts, receives, strict=True)]
-        received = own_flags.new_empty(sum(lengths))
+        received = flags.new_empty(sum(lengths))
         dist.all_to_all_single(received, torch.cat(blocks), lengths, list(map(len, blocks)), group=self.group)
         flags_by_rank, incoming = [], []
         for n, block, of_rank in zip(counts, received.split(lengths), receives, strict=True):
             first, *parts = block.split([n, *(m.part.numel for m in of_rank)])
-            flags_by_rank.append(first if n else own_flags)
+            flags_by_rank.append(first if n else flags)
             incoming += [
                 (m, t.view(m.part.size).to(self.device)) for m, t in zip(of_rank, parts, strict=True)
             ]
@@ -182,11 +163,11 @@ class Exchange:
         ranks = dist.get_process_group_ranks(self.group)
         checksums = [flags[len(self.names) :] for flags in by_rank]
         if any(checksum != checksums[0] for checksum in checksums):
-            _check_arguments(self.names, self._gather_objects(self._arguments), ranks)
+            _check_arguments(self.names[0], self._gather_objects(self._arguments), ranks)
         self._present = check_gradients(self.names, by_rank, ranks)
 
     def _gather_objects(self, own: Any) -> list[Any]:
-        by_rank: list[Any] = [None] * dist.get_world_size(self.group)
+        by_rank: list[Any] = [None] * self.group.size()
         dist.all_gather_object(by_rank, own, self.group)
         return by_rank
 
@@ -202,9 +183,13 @@ def check_gradients(
     present = []
     for name, *states in zip(names, *by_rank, strict=False):
         rank_of = dict(zip(reversed(states), reversed(ranks), strict=True))  # the first rank of each state
-        for state, text in _REFUSED.items():
-            if state in rank_of:
-                raise ConfigError(f"Muon: {name} has {text.format(rank_of[state])}")
+        if (rank := rank_of.get(GradientState.SPARSE)) is not None:
+            raise ConfigError(f"Muon: {name} has a sparse gradient on rank {rank}, expected a dense one")
+        if (rank := rank_of.get(GradientState.MISPLACED)) is not None:
+            raise ConfigError(
+                f"Muon: {name} has a gradient of other placements than its own on rank {rank}; before the "
+                "step, redistribute p.grad to p.placements"
+            )
         having, lacking = (rank_of.get(s) for s in (GradientState.PRESENT, GradientState.ABSENT))
         if having is not None and lacking is not None:
             raise ConfigError(
@@ -267,12 +252,11 @@ def _check_same(by_rank: list[list[Matrix]]) -> None:
                 )
 
 
-def _check_arguments(names: Sequence[str], by_rank: list[dict[str, Any]], ranks: Sequence[int]) -> None:
+def _check_arguments(name: str, by_rank: list[dict[str, Any]], ranks: Sequence[int]) -> None:
     for rank, own in zip(ranks, by_rank, strict=True):
-        for argument in sorted({*by_rank[0], *own}):
-            first, other = by_rank[0].get(argument), own.get(argument)
-            if repr(first) != repr(other):
+        for argument, first in by_rank[0].items():
+            if repr(first) != repr(own[argument]):
                 raise ConfigError(
-                    f"Muon: the {argument} of {names[0]} is {first} on rank {ranks[0]} and {other} on rank "
-                    f"{rank}, expected the same on all ranks that share it"
+                    f"Muon: the {argument} of {name} is {first} on rank {ranks[0]} and {own[argument]} on "
+                    f"rank {rank}, expected the same on all ranks that share it"
                 )

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torchpar.parallel.split.clip import clip_grad_norm_
     from torchpar.parallel.split.layers import ColumnParallelLinear, RowParallelLinear
     from torchpar.parallel.split.mlp import full_state_dict, load_full_state_dict, parallel_mlp
-    from torchpar.parallel.split.pipeline import Pipeline
+    from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
     from torchpar.parallel.split.shared_memory import register_shared_memory_hook
 
 _MODULES = {
@@ -25,6 +25,7 @@ _MODULES = {
     "load_full_state_dict": "split.mlp",
     "parallel_mlp": "split.mlp",
     "Pipeline": "split.pipeline",
+    "stage_mlp": "split.pipeline",
     "register_shared_memory_hook": "split.shared_memory",
 }
 
@@ -39,6 +40,7 @@ __all__ = [
     "load_full_state_dict",
     "parallel_mlp",
     "register_shared_memory_hook",
+    "stage_mlp",
 ]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from torchpar.errors import ConfigError
+from torchpar.optim.assign import aligned
 from torchpar.testing.case import (
     REFUSALS,
     Attempts,
@@ -22,7 +23,7 @@ from torchpar.testing.case import (
     Sample,
     Wrong,
 )
-from torchpar.testing.rules import RULES
+from torchpar.testing.rules import ONCE, RULES
 
 FALLS_BACK = "falls back to the formula"
 OUTCOMES = ("not run", "works", FALLS_BACK, "refuses", "crashes", "wrong")  # from the best to the worst
@@ -66,9 +67,7 @@ class OperatorTable:
     def __str__(self) -> str:
         table = [["rule", "outcome", "sample", "detail"]]
         table += [[row.rule, row.outcome, str(row.sample), row.detail] for row in self.rows]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in table)
-        return "\n".join([self.name, *(line.rstrip() for line in lines)])
+        return f"{self.name}\n{aligned(table)}"
 
 
 def check_operator(
@@ -136,8 +135,8 @@ def find_overload(op: Any, sample: Sample) -> Any:
 
 def _row(name: str, cases: list[Case]) -> Row:
     rows = []
-    for i, case in enumerate(cases[:1] if RULES[name].once else cases):
-        rows.append(Row(name, *_outcome(partial(RULES[name].function, case)), i))
+    for i, case in enumerate(cases[:1] if name in ONCE else cases):
+        rows.append(Row(name, *_outcome(partial(RULES[name], case)), i))
     return max(rows, key=lambda row: (OUTCOMES.index(row.outcome), -row.sample))
 
 

@@ -12,14 +12,15 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from torchpar.errors import ConfigError
 from torchpar.optim.assign import aligned
-from torchpar.testing.ranks import Ranks
+from torchpar.optim.newton_schulz import COEFFICIENTS
+from torchpar.parallel.launch.local import Ranks
 from torchpar.testing.situations import SITUATIONS, Situation
 from torchpar.testing.trial import FAMILIES, Array, Layers, Make, NotApplicable, Record, Trial, named_weights
 
@@ -33,7 +34,6 @@ DRAWS = 8  # of rounded gradients
 FACTOR = 4.0
 # An update may itself be rounded to bfloat16, by any optimizer.
 BFLOAT16 = float(torch.finfo(torch.bfloat16).eps)
-JORDAN = (3.4445, -4.7750, 2.0315)
 
 Key = tuple[str, ...]  # the family of gradients, and the names of matrices
 Weights = dict[str, list[Array]]
@@ -70,14 +70,9 @@ class Conformance(list[Row]):
         """The rows as dictionaries, for a CSV."""
         return [asdict(row) for row in self]
 
-    def assert_conforms(self, allow_refusals: bool = True) -> None:
-        """Raise an AssertionError that shows the faulty rows: wrong, hangs or crashes; or if none is right.
-
-        Args:
-            allow_refusals: whether an optimizer may refuse a situation.
-        """
-        faults = FAULTS if allow_refusals else (*FAULTS, "refuses")
-        if faulty := Conformance(row for row in self if row.verdict in faults):
+    def assert_conforms(self) -> None:
+        """Raise an AssertionError that shows what is wrong, hangs or crashes; or if nothing is right."""
+        if faulty := Conformance(row for row in self if row.verdict in FAULTS):
             raise AssertionError(f"{len(faulty)} of {len(self)} situations are faulty\n{faulty}")
         if not any(row.verdict in RIGHT for row in self):
             raise AssertionError(f"none of {len(self)} situations was compared\n{self}")
@@ -97,7 +92,6 @@ def check_optimizer(
     situations: Iterable[str] | None = None,
     *,
     timeout: float = 60.0,
-    seed: int = 0,
     orthogonal: bool = True,
     ranks: Ranks | None = None,
 ) -> Conformance:
@@ -111,17 +105,14 @@ def check_optimizer(
         make: returns the optimizer of a model whose parameters are hidden matrices: a module-level function
             or class, or a `functools.partial` of one. A situation that is about ``views``, ``nesterov`` or
             ``process_group`` passes it, if ``make`` has such an argument.
-        situations: a name or names from `SITUATIONS`; by default all.
+        situations: names from `SITUATIONS`; by default all.
         timeout: seconds for each situation, after which its ranks count as hanging.
-        seed: of weights and gradients.
         orthogonal: whether to try what can be asked only of optimizers that orthogonalise.
         ranks: an open pool, which other calls use, too. Otherwise the processes end with the call.
 
     Raises:
         ConfigError: an unknown situation; a ``make`` that the ranks cannot import.
     """
-    if isinstance(situations, str):
-        situations = [situations]
     names = list(SITUATIONS if situations is None else situations)
     if unknown := [name for name in names if name not in SITUATIONS]:
         raise ConfigError(f"situation {unknown[0]!r}, expected one of {', '.join(map(repr, SITUATIONS))}")
@@ -131,24 +122,21 @@ def check_optimizer(
             pool(1, pickle.loads, made)
         except Exception as e:
             raise ConfigError(
-                "the ranks, which are processes, cannot import make; expected a module-level function or "
-                "class, or a functools.partial of one, and in a script "
-                f"`if __name__ == '__main__':` around the call ({e})"
+                f"the ranks cannot import make ({e}); expected a module-level function or class, or a "
+                "functools.partial of one, and in a script `if __name__ == '__main__':` around the call"
             ) from e
         return Conformance(
-            _row(pool, name, made, timeout, seed)
-            for name in names
-            if orthogonal or not SITUATIONS[name].orthogonal
+            _row(pool, name, made, timeout) for name in names if orthogonal or not SITUATIONS[name].orthogonal
         )
 
 
-def _row(ranks: Ranks, name: str, made: bytes, timeout: float, seed: int) -> Row:
+def _row(ranks: Ranks, name: str, made: bytes, timeout: float) -> Row:
     situation, merged = SITUATIONS[name], dict[Key, Record]()
-    limits = {"timeout": min(timeout, situation.timeout), "grace": GRACE}
+    limits = {"timeout": timeout, "grace": GRACE}
     phases = [situation.ranks] if isinstance(situation.ranks, int) else situation.ranks
     with TemporaryDirectory() as folder:
         for phase, world_size in enumerate(phases):
-            outcomes = ranks.outcomes(world_size, _try, name, made, seed, folder, phase, **limits)
+            outcomes = ranks.outcomes(world_size, _try, name, made, folder, phase, **limits)
             if failed := _failure(outcomes, situation):
                 return Row(name, failed[0], detail=failed[1])
             if apart := _merge(merged, outcomes):
@@ -197,14 +185,14 @@ def _refuses(error: Exception) -> bool:
     return isinstance(error, kinds) and code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
-def _try(name: str, made: bytes, seed: int, folder: str, phase: int) -> dict[str, Record]:
+def _try(name: str, made: bytes, folder: str, phase: int) -> dict[str, Record]:
     """Train in a situation on this rank, with each family of gradients."""
     situation, records = SITUATIONS[name], {}
     with _failures():
         for family in FAMILIES:
             torch.manual_seed(0)
             setup = copy.deepcopy(dict(situation.setup))
-            trial = Trial(pickle.loads(made), family, seed, Path(folder) / family, phase, **setup)
+            trial = Trial(pickle.loads(made), family, Path(folder) / family, phase, **setup)
             situation.run(trial)
             records[family] = trial.record
     return records
@@ -283,7 +271,7 @@ def _merge(merged: dict[Key, Record], outcomes: list[dict[str, Record]]) -> floa
             first = of_phase.setdefault((family, *record.weights), record)
             for name, weights in record.weights.items():
                 if not np.array_equal(weights, first.weights[name], equal_nan=True):
-                    apart = max(apart, _distance(weights, first.weights[name]).error)
+                    apart = max(apart, float(_errors(weights, first.weights[name])[0]))
     for key, record in of_phase.items():
         first = merged.setdefault(key, record)
         if first is not record:
@@ -293,24 +281,16 @@ def _merge(merged: dict[Key, Record], outcomes: list[dict[str, Record]]) -> floa
     return apart
 
 
-class Distance(NamedTuple):
-    """How far updates are from others: the relative error, and that of their norm."""
-
-    error: float
-    scale: float
-
-
-def _distance(weights: list[Array], reference: list[Array]) -> Distance:
-    """The largest errors of the updates of all steps; those of NaN are infinite."""
-    found = [Distance(0.0, 0.0)]
+def _errors(weights: list[Array], reference: list[Array]) -> Array:
+    """The largest relative errors of the updates, and of their norms; those of NaN are infinite."""
+    errors = np.zeros(2)
     for update, right in zip(np.diff(weights, axis=0), np.diff(reference, axis=0), strict=True):
         if not np.array_equal(update, right):
-            norms = [float(np.linalg.norm(x)) for x in (update - right, update, right)]
-            if norms[2] > 0 and math.isfinite(sum(norms)):
-                found.append(Distance(norms[0] / norms[2], abs(norms[1] / norms[2] - 1)))
-            else:
-                found.append(Distance(math.inf, math.inf))
-    return Distance(*map(max, zip(*found, strict=True)))
+            error, norm, expected = (float(np.linalg.norm(x)) for x in (update - right, update, right))
+            finite = expected > 0 and math.isfinite(error + norm + expected)
+            both = [error / expected, abs(norm / expected - 1)] if finite else [math.inf, math.inf]
+            errors = np.maximum(errors, both)
+    return errors
 
 
 def _judge(name: str, merged: dict[Key, Record], references: list[tuple[Weights, ...]]) -> Row:
@@ -318,24 +298,22 @@ def _judge(name: str, merged: dict[Key, Record], references: list[tuple[Weights,
     wholes = [weights for exact, *_ in references for weights in exact.values()]
     if all(np.array_equal(weights[0], weights[-1]) for weights in wholes):
         return Row(name, "wrong", detail="no weight moves")
-    found = []
+    found: list[Any] = []
     for ((family, *_), record), (exact, *rounded) in zip(merged.items(), references, strict=True):
         if not rounded:
             return Row(name, "same bits", 0.0, None, 0.0)
         for matrix, weights in record.weights.items():
-            distance = _distance(weights, exact[matrix])
-            draws = [_distance(draw[matrix], exact[matrix]) for draw in rounded]
-            error, scale = map(max, zip(*draws, strict=True))
-            allowed = Distance(FACTOR * error + BFLOAT16, FACTOR * scale + BFLOAT16)
-            excess = max(distance.error / allowed.error, distance.scale / allowed.scale)
-            found.append((excess, family, matrix, distance, error))
+            errors = _errors(weights, exact[matrix])
+            rounding = np.max([_errors(draw[matrix], exact[matrix]) for draw in rounded], axis=0)
+            excess = float(max(errors / (FACTOR * rounding + BFLOAT16)))
+            found.append((excess, family, matrix, *map(float, (*errors, rounding[0]))))
     full, low = (max(one for one in found if one[1] == family) for family in FAMILIES)
-    excess, family, matrix, distance, rounding = max(found)
-    numbers = full[3].error, full[4], full[3].scale
+    numbers = full[3], full[5], full[4]
+    excess, family, matrix, error, scale, rounded_error = max(found)
     if excess <= 1:
-        return Row(name, "equal up to rounding", *numbers, f"low rank: {low[3].error:.1e} of {low[4]:.1e}")
-    detail = f"{matrix}, {family}: update off by {distance.error:.1e} (rounding {rounding:.1e})"
-    return Row(name, "wrong", *numbers, f"{detail}, its norm by {distance.scale:.1e}")
+        return Row(name, "equal up to rounding", *numbers, f"low rank: {low[3]:.1e} of {low[5]:.1e}")
+    detail = f"{matrix}, {family}: update off by {error:.1e} (rounding {rounded_error:.1e})"
+    return Row(name, "wrong", *numbers, f"{detail}, its norm by {scale:.1e}")
 
 
 def _judge_polar(name: str, merged: dict[Key, Record]) -> Row:
@@ -356,7 +334,7 @@ def _judge_polar(name: str, merged: dict[Key, Record]) -> Row:
         a, b = np.array([sigma[-1] / 2, sigma[0]]) / np.linalg.norm(sigma)
         for _ in range(5):
             x = np.geomspace(a * (1 - 1.5 * BFLOAT16), b * (1 + 1.5 * BFLOAT16), 1000)
-            x = JORDAN[0] * x + JORDAN[1] * x**3 + JORDAN[2] * x**5
+            x = COEFFICIENTS[0] * x + COEFFICIENTS[1] * x**3 + COEFFICIENTS[2] * x**5
             a, b = x.min(), x.max()
         bound = 2 * math.sqrt(a * b) / (a + b)
         median = max(float(np.median(values)), 1e-300)

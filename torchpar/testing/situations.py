@@ -4,7 +4,6 @@
 import copy
 import inspect
 import io
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -30,7 +29,6 @@ def trained(
     trial: Trial,
     wrap: Callable[[Any], Any] = lambda model: model,
     micro_batches: int = 1,
-    one_sync: bool = False,
     replica: int = 1,
     optimizer_first: bool = False,
     **options: Any,
@@ -39,7 +37,6 @@ def trained(
 
     Args:
         micro_batches: of each rank's share of the batch, whose gradients are added.
-        one_sync: whether only the last of them is reduced over the ranks.
         replica: the ranks that share a model, and get the same samples.
         options: of the optimizer.
     """
@@ -50,8 +47,6 @@ def trained(
 
     def backward(step: int) -> None:
         for i in range(micro_batches):
-            if one_sync:
-                model.set_requires_gradient_sync(i == micro_batches - 1)
             batch = trial.batch(step, micro_batches * rank + i, micro_batches * ranks)
             (trial.factor * model(batch)).backward()
 
@@ -253,7 +248,6 @@ class Situation(NamedTuple):
         orthogonal: whether it is about optimizers that orthogonalise, and no others. Others send no
             messages, and so cannot notice the mistake of another rank.
         one_may_refuse: whether an error on one rank is right, which leaves the others waiting.
-        timeout: seconds, fewer where ranks that hang are a usual fault.
     """
 
     run: Callable[[Trial], None]
@@ -261,7 +255,6 @@ class Situation(NamedTuple):
     setup: Mapping[str, Any] = MappingProxyType({})
     orthogonal: bool = False
     one_may_refuse: bool = False
-    timeout: float = math.inf
 
 
 sharded = partial(trained, wrap=shard)
@@ -304,7 +297,6 @@ SITUATIONS = {
     "fully_shard, convolutions": Situation(sharded, 2, CONVOLUTIONS),
     "fully_shard, heads": Situation(sharded, 2, HEADS),
     "fully_shard, accumulation": Situation(partial(sharded, micro_batches=3), 2),
-    "fully_shard, accumulation, one sync": Situation(partial(sharded, micro_batches=3, one_sync=True), 2),
     "fully_shard after the optimizer": Situation(partial(sharded, optimizer_first=True), 2, orthogonal=True),
     "Shard(0)": Situation(distributed, 2),
     "Shard(0) on 3 ranks": Situation(distributed, 3),
@@ -318,7 +310,7 @@ SITUATIONS = {
         partial(distributed, change=partial(lose_gradient, at=STEPS[1:2])), 2
     ),
     "Shard(0), no gradient on one rank": Situation(
-        partial(distributed, change_alone=lose_gradient), 2, orthogonal=True, timeout=20.0
+        partial(distributed, change_alone=lose_gradient), 2, orthogonal=True
     ),
     "Replicate, no gradient on one rank": Situation(
         partial(distributed, placements=[Replicate()], change_alone=lose_gradient), 2, orthogonal=True
@@ -327,7 +319,7 @@ SITUATIONS = {
         partial(distributed, change_alone=double_rate), 2, orthogonal=True
     ),
     "Shard(0), a group on one rank": Situation(
-        partial(distributed, change_alone=add_group), 2, orthogonal=True, one_may_refuse=True, timeout=10.0
+        partial(distributed, change_alone=add_group), 2, orthogonal=True, one_may_refuse=True
     ),
     "ColumnParallelLinear": Situation(partial(split_layers, kind=ColumnParallelLinear, axis=0), 2),
     "RowParallelLinear": Situation(partial(split_layers, kind=RowParallelLinear, axis=1), 2),

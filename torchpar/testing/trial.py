@@ -76,7 +76,6 @@ class Trial:
 
     make: Make
     family: str
-    seed: int
     folder: Path
     phase: int
     dtype: torch.dtype = torch.float32
@@ -165,7 +164,7 @@ class Trial:
         return x.view(-1, *shape[1:]), y.view(*y.shape, *[1] * (len(shape) - 2))
 
     def _generator(self, *of: Any) -> torch.Generator:
-        return torch.Generator().manual_seed(crc32(repr((self.seed, self.family, *of)).encode()))
+        return torch.Generator().manual_seed(crc32(repr((0, self.family, *of)).encode()))
 
 
 def named_weights(model: nn.Module) -> list[tuple[str, Tensor]]:

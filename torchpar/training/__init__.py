@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Training: losses, optimizers, and the `Run` that evaluates, saves and resumes."""
 
+from torchpar.training.fused import FusedGradients
 from torchpar.training.losses import add_orthogonality_gradient, evaluate, orthogonality_penalty
 from torchpar.training.optimizers import LRSchedule, lr_scheduler, muon, sgd
 from torchpar.training.run import CheckpointConfig, Run, RunLog, Stopped
@@ -9,6 +10,7 @@ from torchpar.training.state import EpochResult
 __all__ = [
     "CheckpointConfig",
     "EpochResult",
+    "FusedGradients",
     "LRSchedule",
     "Run",
     "RunLog",

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torchpar.data import Samples
 from torchpar.ops import matmul_t
 from torchpar.parallel.launch.world import World
-from torchpar.parallel.split.layers import split_parameters
+from torchpar.parallel.split.reduction import all_gather
+from torchpar.parts import is_marked, part_of
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 # Samples per forward pass; 1, 2, 4 and 8 ranks share a test set of 10 000 evenly.
@@ -48,9 +49,8 @@ def evaluate(
 
 def orthogonality_penalty(model: torch.nn.Module) -> Tensor:
     """Return ``Σ ‖W·Wᵀ − I‖²`` over the model's weight matrices (Frobenius norm)."""
-    split = {layer.weight: layer.full_weight for _, _, layer in split_parameters(model)}
-    weights = [split[p]() if p in split else p for p in model.parameters() if p.dim() == 2]
-    products = [matmul_t(weight) for weight in weights]
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    products = [matmul_t(all_gather(p, part_of(p)) if is_marked(p) else p) for p in matrices]
     identities = [torch.eye(len(one), dtype=one.dtype, device=one.device) for one in products]
     return torch.stack([(a - b).square().sum() for a, b in zip(products, identities, strict=True)]).sum()
 

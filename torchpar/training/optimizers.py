@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchpar.optim import ChainedOptimizer, Muon
 
 LRSchedule = Literal["linear", "cosine", "constant"]
+"""The names of the schedules of `lr_scheduler`."""
 
 
 def sgd(model: torch.nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:

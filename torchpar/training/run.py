@@ -33,7 +33,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from torchpar.data import Batch, Samples, batches
 from torchpar.errors import ConfigError, DivergedError
-from torchpar.parallel.launch.agreement import check_same_gradients, check_same_parameters
+from torchpar.parallel.launch.agreement import check_same_bits
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import Checkpoints
 from torchpar.profile.phases import phase, step
@@ -320,9 +320,10 @@ class Run:
         The parameters would not show it if the ranks share Muon's work: each gets the updates of all.
         """
         self._first_step.remove()
-        check_same_gradients(self.model, self.world.mesh.get_group("dp"))
+        gradients = {f"the gradient of {name}": p.grad for name, p in self.model.named_parameters()}
+        check_same_bits(self.world.mesh.get_group("dp"), gradients)
 
     def _check_replicas(self) -> None:
         """Check that the replicas are equal after a step; they differ if their gradients are not averaged."""
         if self.world.dp_size > 1:
-            check_same_parameters(self.model, self.world.mesh.get_group("dp"))
+            check_same_bits(self.world.mesh.get_group("dp"), dict(self.model.named_parameters()))

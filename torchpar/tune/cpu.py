@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.ops import cpu_table, linear_cpu, processor, symmetric_cpu
+from torchpar.ops import cpu_table, processor, symmetric_cpu
 from torchpar.ops.cpu_table import Choice
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-_LAYER_DTYPES = (torch.float32, torch.bfloat16)
 _SQUARE = (128, 192, 256, 384, 512, 768, 1024, 2048)
 SIZES = (
     *((n, n) for n in _SQUARE),
@@ -29,7 +28,6 @@ _ROUND_SECONDS, _ROUNDS = 0.007, 5
 _CACHES = 2**26  # bytes, more than the caches of a core hold
 _COLD_BELOW = 1024  # rows; larger products take as long with emptied caches
 _MARGIN = 1.03  # by how much a choice must be faster than the one before
-_PRODUCTS = (768, 128, 384)  # rows, in_features, out_features
 
 
 def candidates(dtype: torch.dtype, n: int) -> list[Choice]:
@@ -123,19 +121,6 @@ def measure_symmetric(dtype: torch.dtype, n: int, k: int) -> Choice:
     return ways[best]._replace(gain=round(plain / times[best], 3))
 
 
-def measure_bfloat16() -> float:
-    """How many times as fast the three products of a layer are in bfloat16 as in float32."""
-    b, inner, outer = _PRODUCTS
-    wide = [torch.randn(shape) for shape in ((b, inner), (outer, inner), (b, outer))]
-
-    def products(x: Tensor, weight: Tensor, g: Tensor) -> None:
-        linear_cpu.linear_forward(x, weight, None)
-        linear_cpu.linear_gradients(g, x, weight)
-
-    float32, bfloat16 = seconds([partial(products, *(t.to(dtype) for t in wide)) for dtype in _LAYER_DTYPES])
-    return round(float32 / bfloat16, 3)
-
-
 def tune() -> str:
     """Measure this processor with one and with all threads, and return what is printed.
 
@@ -148,28 +133,24 @@ def tune() -> str:
             torch.set_num_threads(threads)
             measured = _measure(threads)
             loaded = cpu_table.load()
-            for name, position in cpu_table.THREADS_AT.items():
-                entries = loaded[1].get(name, []) if loaded else []
-                kept = [entry for entry in entries if entry[position] != threads]
-                measured[name] = kept + measured[name]
+            kept = [entry for entry in (loaded[1]["symmetric"] if loaded else []) if entry[1] != threads]
             date = datetime.now(UTC).date().isoformat()
             header = {"processor": processor.processor_kind(), "torch": torch.__version__, "date": date}
-            path = cpu_table.save(header | measured)
+            path = cpu_table.save(header | {"symmetric": kept + measured})
     finally:
         torch.set_num_threads(all_threads)
     return f"{path}, measured in {time.perf_counter() - begin:.0f} s"
 
 
-def _measure(threads: int) -> dict[str, list[list[Any]]]:
+def _measure(threads: int) -> list[list[Any]]:
     """The entries of a number of threads."""
-    measured: dict[str, list[list[Any]]] = {"symmetric": [], "bfloat16": [[threads, measure_bfloat16()]]}
-    print(f"layers in bfloat16, threads: {threads}, {measured['bfloat16'][0][1]:.2f}× float32")
+    measured: list[list[Any]] = []
     for dtype in DTYPES:
         name = str(dtype).removeprefix("torch.")
         for n, k in SIZES:
             if n * n * k <= _MOST[dtype] and symmetric_cpu.computed_in(dtype) == dtype:
                 chosen = measure_symmetric(dtype, n, k)
-                measured["symmetric"].append([name, threads, n, k, *chosen])
+                measured.append([name, threads, n, k, *chosen])
                 way = f"{chosen.library}, {chosen.rows or 'all'} rows at a time"
                 print(f"{name}, threads: {threads}, {n}x{k}: {way}, {chosen.gain:.2f}×")
     return measured

@@ -5,35 +5,19 @@ Without these checks a rank would wait for another until the timeout, or gloo wo
 """
 
 import zlib
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar.errors import ConfigError
 from torchpar.library import is_dtensor
 
-_AVERAGE = (
-    "average the gradients before optimizer.step(), for example by DistributedDataParallel (with "
-    "find_unused_parameters=True if a parameter gets no gradient)"
-)
 
-
-def group_of(mesh: DeviceMesh) -> dist.ProcessGroup:
-    """The process group of ``mesh``.
-
-    Raises:
-        ConfigError: the mesh has several dimensions.
-    """
-    if mesh.ndim != 1:
-        raise ConfigError(f"mesh has dimensions {mesh.mesh_dim_names}, expected one, such as mesh['tp']")
-    return mesh.get_group()
-
-
-def check_same_on_all_ranks(group: dist.ProcessGroup | None, what: str, values: dict[str, Any]) -> None:
+def check_same_on_all_ranks(group: dist.ProcessGroup | None, what: str, values: Mapping[str, Any]) -> None:
     """Compare ``values``, by name, between the ranks of ``group``.
 
     Args:
@@ -49,33 +33,32 @@ def check_same_on_all_ranks(group: dist.ProcessGroup | None, what: str, values: 
         )
 
 
-def check_same_parameters(model: torch.nn.Module, group: dist.ProcessGroup) -> None:
-    """Compare the bits of ``model``'s parameters, except DTensors, between the ranks of ``group``.
+def check_same_bits(group: dist.ProcessGroup, tensors: Mapping[str, Tensor | None]) -> None:
+    """Compare replicas, by name, between the ranks of ``group``: dense tensors, except DTensors, and None.
 
     Raises:
-        ConfigError: a parameter differs; on every rank.
+        ConfigError: a tensor differs, or only some ranks have it; on every rank.
     """
-    if difference := _first_difference(group, {name: _bits(p) for name, p in model.named_parameters()}):
+    digests = {
+        name: checksum(t)
+        for name, t in tensors.items()
+        if t is not None and t.layout == torch.strided and not is_dtensor(t)
+    }
+    if difference := _first_difference(group, digests):
         raise ConfigError(
             f"{difference[0]} differs between the ranks that share a batch; start with the same weights on "
-            f"all, and {_AVERAGE}"
+            "all, and average the gradients before optimizer.step(), for example by DistributedDataParallel "
+            "(with find_unused_parameters=True if a parameter gets no gradient)"
         )
 
 
-def check_same_gradients(model: torch.nn.Module, group: dist.ProcessGroup) -> None:
-    """Compare the bits of ``model``'s dense gradients, except DTensors, between the ranks of ``group``.
-
-    Raises:
-        ConfigError: a gradient differs, or only some ranks have it; on every rank.
-    """
-    if difference := _first_difference(group, {name: _bits(p.grad) for name, p in model.named_parameters()}):
-        raise ConfigError(
-            f"the gradient of {difference[0]} differs between the ranks that share a batch; {_AVERAGE}"
-        )
+def checksum(t: Tensor) -> int:
+    """Return the CRC-32 of the bits of ``t`` in their order. A GPU's tensor is copied to the host."""
+    return zlib.crc32(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _first_difference(
-    group: dist.ProcessGroup | None, values: dict[str, Any]
+    group: dist.ProcessGroup | None, values: Mapping[str, Any]
 ) -> tuple[str, Any, int, Any] | None:
     """The first name whose value is not that of rank 0; rank 0's value, the other rank, and its value."""
     ranks = dist.get_world_size(group)
@@ -89,18 +72,6 @@ def _first_difference(
             if value != first:
                 return name, first, rank, value
     return None
-
-
-def _bits(t: Tensor | None) -> int | None:
-    """The checksum of ``t``, 0 for a sparse tensor, and for a DTensor, of which each rank may have a part."""
-    if t is None:
-        return None
-    return checksum(t) if t.layout == torch.strided and not is_dtensor(t) else 0
-
-
-def checksum(t: Tensor) -> int:
-    """Return the CRC-32 of the bits of ``t`` in their order. A GPU's tensor is copied to the host."""
-    return zlib.crc32(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def check_shape(t: Tensor, group: dist.ProcessGroup) -> None:

@@ -1,43 +1,161 @@
 # SPDX-License-Identifier: MIT
-"""Ranks on this machine: processes that form a world on the CPU and wait for functions to run.
+"""Ranks on this machine: processes forked from one server that has imported PyTorch.
 
-    with start_ranks(2) as ranks:
-        results = ranks.run(function, argument)  # one of each rank
+with start_ranks(2) as ranks:
+    results = ranks.run(function, argument)  # one of each rank, in a world that lasts
 
-A function finds its world by `current_world`.
+with Ranks() as ranks:
+    results = ranks(2, function, argument)  # in a gloo group of its own
 """
 
+import itertools
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, suppress
-from multiprocessing import get_context
-from typing import Any, NamedTuple
+from multiprocessing import forkserver, get_context
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 
 from torchpar.parallel.launch.world import World, join_world
 
+# Imports that take longer than most calls. DistributedDataParallel imports the compiler.
+PRELOAD = [
+    *("torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.testing"),
+    *("torch.distributed.pipelining", "torch.distributed.tensor.debug"),
+]
+TIMEOUT = 120.0  # seconds for a call
+GRACE = 10.0  # seconds for the other ranks, once one has failed
+LATER = (TimeoutError, BrokenProcessPool, RuntimeError)  # the errors of ranks that others left alone
 _joined = ExitStack()
 _world: World | None = None
 
 
-class Ranks(NamedTuple):
-    """Processes that wait for functions to run, one for each rank."""
+def fork_context(preload: Iterable[str] = PRELOAD) -> ForkServerContext:
+    """Return the context whose processes are forked from the server; the first call starts it.
 
-    workers: list[ProcessPoolExecutor]
+    Args:
+        preload: modules that the server imports once for all; missing packages are passed over.
+    """
+    forkserver.set_forkserver_preload([__name__, *preload])
+    with patch.dict(os.environ, OMP_NUM_THREADS="1"):
+        forkserver.ensure_running()
+    return get_context("forkserver")
+
+
+class Ranks(ExitStack):
+    """``ranks(world_size, function, *args)``: the results of a module-level function on each gloo rank.
+
+    Each call makes a new process group. The processes live as long as the pool; if one of them dies or hangs,
+    new ones replace all.
+    """
+
+    def __init__(self, preload: Iterable[str] = PRELOAD) -> None:
+        super().__init__()
+        self._context = fork_context(preload)
+        self._stores = Path(self.enter_context(TemporaryDirectory()))  # files by which a call's ranks meet
+        self._calls = itertools.count()
+        self.workers: list[ProcessPoolExecutor] = []
+        self._pids: list[int] = []
+
+    def __call__(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        outcomes = self.outcomes(world_size, function, *args)
+        errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        # The error of a test comes first, then that of a lost connection, then that of a killed rank.
+        for error in sorted(errors, key=lambda error: [isinstance(error, kind) for kind in LATER]):
+            raise error
+        return outcomes
+
+    def outcomes(
+        self,
+        world_size: int,
+        function: Callable[..., Any],
+        *args: Any,
+        timeout: float = TIMEOUT,
+        grace: float = GRACE,
+    ) -> list[Any]:
+        """Return of each rank its result or its error: a TimeoutError if it hangs.
+
+        Args:
+            timeout: seconds for all ranks.
+            grace: seconds for the others, once one has failed.
+        """
+        self.start(world_size)
+        store = f"file://{self._stores / str(next(self._calls))}"
+        futures = [
+            worker.submit(_on_rank, rank, world_size, store, function, args)
+            for rank, worker in enumerate(self.workers[:world_size])
+        ]
+        # A rank that has failed leaves the others waiting for as long as their groups' timeout.
+        hanging = wait(wait(futures, timeout, FIRST_EXCEPTION).not_done, grace).not_done
+        outcomes: list[Any] = []
+        for future in futures:
+            error = TimeoutError("the rank hangs") if future in hanging else future.exception()
+            outcomes.append(error or future.result())
+        if any(isinstance(outcome, TimeoutError | BrokenProcessPool) for outcome in outcomes):
+            self.kill()
+        return outcomes
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Run a module-level ``function`` on all ranks at once and return their results.
+        """Run a module-level ``function`` on all ranks of `start_ranks` at once and return their results.
 
         Raises:
             Exception: the error of the lowest rank that had one.
         """
         futures = [worker.submit(function, *args) for worker in self.workers]
         return [future.result() for future in futures]
+
+    def start(self, count: int) -> None:
+        """Start processes until there are ``count``."""
+        added = [ProcessPoolExecutor(1, self._context) for _ in range(count - len(self.workers))]
+        self.workers += map(self.enter_context, added)
+        pids = [worker.submit(os.getpid) for worker in added]
+        self._pids += [pid.result() for pid in pids]
+
+    def kill(self) -> None:
+        """End all processes at once."""
+        for pid in self._pids:
+            with suppress(ProcessLookupError):  # it is dead already
+                os.kill(pid, signal.SIGKILL)
+        self.workers, self._pids = [], []
+
+
+@contextmanager
+def start_ranks(ranks: int, threads: int = 1, timeout: float = 300.0, device: str = "cpu") -> Iterator[Ranks]:
+    """Start ``ranks`` processes of ``threads`` threads each, which form a world; at the end they leave.
+
+    Args:
+        timeout: seconds after which a rank that waits for another one gives up.
+        device: as for `join_world`.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with Ranks(preload=()) as started:
+        started.start(ranks)
+        joining = [
+            worker.submit(_join, rank, ranks, threads, port, timeout, device)
+            for rank, worker in enumerate(started.workers)
+        ]
+        for future in joining:
+            future.result()
+        try:
+            yield started
+        except KeyboardInterrupt:
+            started.kill()
+            raise
+        finally:
+            with suppress(BrokenProcessPool):  # a rank was killed
+                started.run(_leave)
 
 
 def current_world() -> World:
@@ -47,47 +165,23 @@ def current_world() -> World:
     return _world
 
 
-@contextmanager
-def start_ranks(ranks: int, threads: int = 1, timeout: float = 300.0, device: str = "cpu") -> Iterator[Ranks]:
-    """Start ``ranks`` processes of ``threads`` threads each; at the end they leave.
-
-    Args:
-        timeout: seconds after which a rank that waits for another one gives up.
-        device: as for `join_world`.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = get_context("forkserver")  # imports once for all, in a process without threads
-    context.set_forkserver_preload([__name__])
-    with ExitStack() as stack:
-        started = Ranks([stack.enter_context(ProcessPoolExecutor(1, context)) for _ in range(ranks)])
-        joining = [
-            worker.submit(_join, rank, ranks, threads, port, timeout, device)
-            for rank, worker in enumerate(started.workers)
-        ]
-        processes = [future.result() for future in joining]
-        try:
-            yield started
-        except KeyboardInterrupt:
-            for process in processes:
-                os.kill(process, signal.SIGKILL)
-            raise
-        finally:
-            with suppress(BrokenProcessPool):  # a rank was killed
-                started.run(_leave)
+def _on_rank(rank: int, world_size: int, store: str, function: Callable[..., Any], args: Any) -> Any:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+    try:
+        dist.barrier()  # a rank that ends at once would close its connections while others still open theirs
+        return function(*args)
+    finally:
+        dist.destroy_process_group()
 
 
-def _join(rank: int, ranks: int, threads: int, port: int, timeout: float, device: str) -> int:
-    """Become a rank; returns this process's id."""
+def _join(rank: int, ranks: int, threads: int, port: int, timeout: float, device: str) -> None:
     global _world
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C `start_ranks` ends the ranks
     torch.set_num_threads(threads)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-    os.environ.update(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     _world = _joined.enter_context(join_world(device, timeout))
-    return os.getpid()
 
 
 def _leave() -> None:

@@ -3,13 +3,11 @@
 
 import os
 import re
-import stat
 import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -61,7 +59,8 @@ def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo | None:
     """Read the variables of torchrun, of mpirun (Open MPI and MPICH) or of srun.
 
     MASTER_ADDR and MASTER_PORT are read under each launcher. Without them the address is 127.0.0.1 on one
-    machine and the first node under srun, and the port is derived from the job's name.
+    machine and the first node under srun, and the port is derived from the job's name, which MPICH does not
+    tell: its second job on a machine needs a MASTER_PORT.
 
     Returns:
         None without a launcher, and for the only process of an mpirun or srun.
@@ -78,7 +77,7 @@ def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo | None:
     elif "OMPI_COMM_WORLD_RANK" in env:
         launcher, job = "openmpi", env.get("PMIX_NAMESPACE")
     elif "PMI_RANK" in env and ("MPI_LOCALRANKID" in env or "SLURM_STEP_ID" not in env):
-        launcher, job = "mpich", _hydra(env)
+        launcher = "mpich"  # which names no job
     elif "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:  # the shell of an allocation has no step
         launcher, job = "slurm", f"{env.get('SLURM_JOB_ID')}.{env['SLURM_STEP_ID']}"
         env = {**env, "SLURM_STEP_TASKS_PER_NODE": _tasks_here(env)}
@@ -101,7 +100,7 @@ def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo | None:
         )
     address = address or ("127.0.0.1" if on_one_machine else _first_host(env))
     # Ports from 32768 on are those that Linux gives to outgoing connections.
-    default = 20000 + zlib.crc32((job or str(os.getppid())).encode()) % 12000
+    default = 20000 + zlib.crc32((job or launcher).encode()) % 12000
     port = _number({"MASTER_PORT": str(default), **env}, "MASTER_PORT")
     if not 0 < port < 2**16:
         raise ConfigError(f"MASTER_PORT is {port}, expected 1 to 65535")
@@ -242,15 +241,6 @@ def _number(env: Mapping[str, str], name: str) -> int:
     if not env[name].isdecimal():
         raise ConfigError(f"{name} is {env[name]!r}, expected an integer of at least 0")
     return int(env[name])
-
-
-def _hydra(env: Mapping[str, str]) -> str | None:
-    """Return what the ranks of one mpirun on one machine share: a socket to its proxy."""
-    with suppress(KeyError, ValueError, OSError):
-        control = os.fstat(int(env["HYDI_CONTROL_FD"]))
-        if stat.S_ISSOCK(control.st_mode):
-            return str(control.st_ino)
-    return None
 
 
 def _tasks_here(env: Mapping[str, str]) -> str:

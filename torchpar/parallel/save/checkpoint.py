@@ -159,10 +159,9 @@ class Checkpoints:
                 shutil.rmtree(unfinished, ignore_errors=True)
             if not isinstance(e, (CheckpointException, OSError)):
                 raise
-            reason = _cause(e) if isinstance(e, CheckpointException) else _first_line(e)
             raise ConfigError(
-                f"{path} could not be saved: {reason}; the checkpoints before it are "
-                "kept, make room and start again"
+                f"{path} could not be saved: {_cause(e)}; the checkpoints before it are kept, make room, "
+                "or take a folder that all ranks see, and start again"
             ) from e
 
     def _make_folder(self, unfinished: Path) -> None:
@@ -186,12 +185,7 @@ class Checkpoints:
 
     def _publish(self, unfinished: Path, path: Path, state: dict[str, Any]) -> None:
         metadata = Reader(unfinished).read_metadata()
-        files = sorted(p.name for p in unfinished.iterdir())
-        missing = {info.relative_path for info in metadata.storage_data.values()} - set(files)
-        if missing:
-            raise OSError(
-                f"rank 0 does not see {sorted(missing)}, which other ranks wrote: they need one folder"
-            )
+        files = {".metadata"} | {info.relative_path for info in metadata.storage_data.values()}
         mesh = self.world.mesh
         contents = {
             "mesh": dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)),
@@ -203,13 +197,12 @@ class Checkpoints:
             "versions": {"torch": torch.__version__, "format": 1},
             "state": state,
         }
-        write_manifest(unfinished, files, contents)
+        write_manifest(unfinished, sorted(files), contents)
         if path.exists():  # a damaged one: from a whole one the run would have resumed
             shutil.rmtree(path)
         os.replace(unfinished, path)
         _sync(self.folder)
-        _write_text(self.folder / "latest.tmp", path.name + "\n")
-        os.replace(self.folder / "latest.tmp", self.folder / "latest")
+        _write_text(self.folder / "latest", path.name + "\n")  # for people
         _sync(self.folder)
         # Checkpoints of later steps were damaged when this run began: they do not count as kept.
         until_now = [p for p in self._paths() if _step(p) <= _step(path)]
@@ -282,7 +275,9 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
-def _cause(error: CheckpointException) -> str:
+def _cause(error: BaseException) -> str:
+    if not isinstance(error, CheckpointException):
+        return _first_line(error)
     return "; ".join(f"rank {rank}: {_first_line(e)}" for rank, (e, _) in error.failures.items())
 
 

@@ -9,11 +9,11 @@ input needs no gradient. With dY = dL/dY and Y = X·Wᵀ + b split by columns, d
 dW_r = dY_rᵀ·X. The all-reduce of dX overlaps with the computation of dW_r.
 """
 
-from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import linear
 
@@ -22,15 +22,10 @@ from torchpar.errors import ConfigError
 from torchpar.ops import linear_sigmoid
 from torchpar.ops.linear_sigmoid import sigmoid_backward
 from torchpar.ops.matrix import rows
-from torchpar.parallel.launch.agreement import check_same_on_all_ranks, group_of
-from torchpar.parallel.split.reduction import (
-    all_gather,
-    copy_to_region,
-    reduce_from_region,
-    start_all_reduce,
-)
+from torchpar.parallel.launch.agreement import check_same_on_all_ranks
+from torchpar.parallel.split.reduction import reduce_from_region, start_all_reduce
 from torchpar.partition import Partition
-from torchpar.parts import mark_part, slice_of
+from torchpar.parts import mark_slice
 
 Activation = Literal["sigmoid", "relu"] | None
 # Subclasses may compute something else, so a layer's type must be one of these.
@@ -67,7 +62,7 @@ class _ParallelLinear(torch.nn.Module):
         super().__init__()
         settings = {"layer": type(self).__name__, "in_features": in_features, "out_features": out_features}
         settings |= {"bias": bias, "activation": activation} | options
-        check_same_on_all_ranks(group_of(mesh), "a layer's ranks", settings)
+        check_same_on_all_ranks(mesh.get_group(), "a layer's ranks", settings)
         if activation not in (None, "sigmoid", "relu"):
             raise ValueError(f"activation is {activation!r}, expected None, 'sigmoid' or 'relu'")
         self.in_features = in_features
@@ -141,11 +136,7 @@ class _ParallelLinear(torch.nn.Module):
         for name, axis in self.split_axes.items():
             parameter = self._parameters.get(name)
             if parameter is not None:
-                mark_part(parameter, slice_of(parameter.shape, axis, self.partition, self.mesh))
-
-    def full_weight(self) -> Tensor:
-        """The whole layer's weight ``(out_features, in_features)``, on every rank, differentiable."""
-        return all_gather(self.weight, self.mesh, self.partition, self.split_axes["weight"])
+                mark_slice(parameter, axis, self.partition, self.mesh)
 
     def extra_repr(self) -> str:
         return (
@@ -166,8 +157,8 @@ class ColumnParallelLinear(_ParallelLinear):
 
     Σ_r out_r = out_features, cut as `torch.tensor_split` cuts; p need not divide it. Every rank draws the
     whole weight from PyTorch's random generator and keeps its slice, so the generator must be in the same
-    state on all ranks. `from_linear` copies the slices of an existing layer. `torch.func`'s transforms are
-    not supported.
+    state on all ranks. `from_linear` copies the slices of an existing layer. There are no second derivatives,
+    and `torch.func`'s transforms are not supported.
 
     Args:
         in_features, out_features, bias: of the whole layer.
@@ -176,8 +167,7 @@ class ColumnParallelLinear(_ParallelLinear):
         options: ``device`` and ``dtype``, as in `torchpar.nn.Linear`.
 
     Raises:
-        ValueError: an unknown activation, a mesh of several dimensions, or different arguments on different
-            ranks; on every rank.
+        ValueError: an unknown activation, or different arguments on different ranks; on every rank.
     """
 
     split_axes: ClassVar[dict[str, int]] = {"weight": 0, "bias": 0}
@@ -224,22 +214,16 @@ class _ColumnProduct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: ColumnParallelLinear
     ) -> Tensor:
-        ctx.mesh, ctx.affine = layer.mesh, linear_sigmoid if layer.activation == "sigmoid" else linear
+        ctx.mesh, affine = layer.mesh, linear_sigmoid if layer.activation == "sigmoid" else linear
         # No view of the product: an activation in place may follow.
-        y: Tensor = torch.ops.aten._unsafe_view(
-            ctx.affine(rows(x), weight, bias), (*x.shape[:-1], len(weight))
-        )
-        ctx.save_for_backward(x, weight, bias, y if layer.activation == "sigmoid" else None)
+        y: Tensor = torch.ops.aten._unsafe_view(affine(rows(x), weight, bias), (*x.shape[:-1], len(weight)))
+        ctx.save_for_backward(x, weight, y if layer.activation == "sigmoid" else None)
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, y = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: as autograd computes them
-            result = ctx.affine(copy_to_region(x, ctx.mesh), weight, bias)
-            inputs = [t for t, needed in zip((x, weight, bias), ctx.needs_input_grad, strict=False) if needed]
-            found = iter(torch.autograd.grad(result, inputs, g, create_graph=True))
-            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None
+        x, weight, y = ctx.saved_tensors
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         dz, db, dx, dw = g, None, None, None
         if y is not None:
@@ -262,12 +246,3 @@ def _cast(t: Tensor) -> Tensor:
     if t.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
         return t
     return t.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else t
-
-
-def split_parameters(model: torch.nn.Module) -> Iterator[tuple[str, int, _ParallelLinear]]:
-    """The name, split axis and layer of each parameter that is split over ranks."""
-    for prefix, module in model.named_modules():
-        if isinstance(module, _ParallelLinear):
-            for name, axis in module.split_axes.items():
-                if getattr(module, name) is not None:
-                    yield f"{prefix}.{name}".lstrip("."), axis, module

@@ -13,14 +13,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar import nn
 from torchpar.errors import ConfigError
-from torchpar.parallel.launch.agreement import check_same_on_all_ranks, group_of
+from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.parallel.split.layers import (
     LINEAR_LAYERS,
     ColumnParallelLinear,
     RowParallelLinear,
-    split_parameters,
 )
 from torchpar.parallel.split.reduction import all_gather
+from torchpar.parts import is_marked, part_of
 
 M = TypeVar("M", nn.MLP, torch.nn.Sequential)
 _KINDS = (*LINEAR_LAYERS, torch.nn.Sigmoid, torch.nn.ReLU)
@@ -43,8 +43,8 @@ def parallel_mlp(mlp: M, mesh: DeviceMesh) -> M:
         A model of the same type, whose parameters have the same names.
 
     Raises:
-        ValueError: another kind of model or layer, layers that share parameters, a
-            mesh of several dimensions, or different models on different ranks.
+        ValueError: another kind of model or layer, layers that share parameters, or different models on
+            different ranks.
     """
     layers = mlp.layers if isinstance(mlp, nn.MLP) else mlp
     if type(layers) is not torch.nn.Sequential:
@@ -61,7 +61,7 @@ def parallel_mlp(mlp: M, mesh: DeviceMesh) -> M:
     if len(set(parameters)) < len(parameters):
         raise ConfigError("cannot split layers that share parameters, expected each layer to have its own")
     own = {"layers": [str(layer) for _, layer in named]}
-    check_same_on_all_ranks(group_of(mesh), "the ranks' models", own)
+    check_same_on_all_ranks(mesh.get_group(), "the ranks' models", own)
     linears = [name for name, layer in named if type(layer) in LINEAR_LAYERS]
     pairs = linears[: len(linears) // 2 * 2]
     kinds = dict(zip(pairs, cycle((ColumnParallelLinear, RowParallelLinear)), strict=False))
@@ -81,8 +81,9 @@ def parallel_mlp(mlp: M, mesh: DeviceMesh) -> M:
 def full_state_dict(model: torch.nn.Module) -> dict[str, Tensor]:
     """The whole model's state dict, on every rank. All ranks must call it."""
     state = OrderedDict((name, t.detach().clone()) for name, t in model.state_dict().items())
-    for name, axis, layer in split_parameters(model):
-        state[name] = all_gather(state[name], layer.mesh, layer.partition, axis)
+    for name, p in model.named_parameters():
+        if is_marked(p):
+            state[name] = all_gather(state[name], part_of(p))
     return state
 
 
@@ -90,15 +91,14 @@ def load_full_state_dict(model: torch.nn.Module, state: Mapping[str, Tensor]) ->
     """Load the whole model's state dict; each rank keeps its slices.
 
     Raises:
-        ValueError: a split axis of another size than the model's.
+        ValueError: a parameter of another shape than the model's.
         RuntimeError: other parameters than the model's, as from `torch.nn.Module.load_state_dict`.
     """
     state = dict(state)
-    for name, axis, layer in split_parameters(model):
-        if name in state:
-            size = layer.partition.size
-            if state[name].shape[axis : axis + 1] != (size,):
-                shape = tuple(state[name].shape)
-                raise ValueError(f"{name} has shape {shape}, expected {size} on axis {axis}")
-            state[name] = layer.partition.narrow(state[name], axis)
+    for name, p in model.named_parameters():
+        if is_marked(p) and name in state:
+            shape, part = tuple(state[name].shape), part_of(p)
+            if shape != part.whole:
+                raise ValueError(f"{name} has shape {shape}, expected {part.whole}")
+            state[name] = part.narrow(state[name])
     model.load_state_dict(state)

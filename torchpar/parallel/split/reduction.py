@@ -5,12 +5,10 @@ With p ranks, x whole (the same on every rank) and x_r rank r's:
 
 | function | forward | backward |
 |---|---|---|
-| `copy_to_region` | x → x | all-reduce: Σ_r dy_r |
 | `reduce_from_region` | all-reduce: Σ_r x_r | dy → dy |
-| `all_gather` | all-gather: x_r → x | dy → dy_r |
+| `all_gather` | x_r → x | dy → dy_r |
 
-Each of the first two is the derivative of the other, so they can be differentiated any number of times. If
-the ranks pass different shapes for the first time, every rank raises a ConfigError (`check_shape`).
+If the ranks pass different shapes for the first time, every rank raises a ConfigError (`check_shape`).
 Source: Shoeybi et al., "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model
 Parallelism", 2019, figure 3.
 """
@@ -25,8 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar.parallel.launch.agreement import check_shape
-from torchpar.partition import Partition
-from torchpar.wire import wire_device
+from torchpar.parts import Part
 
 
 def all_reduce(t: Tensor, mesh: DeviceMesh, op: Any = dist.ReduceOp.SUM) -> Tensor:
@@ -44,62 +41,38 @@ def start_all_reduce(t: Tensor, mesh: DeviceMesh, op: Any = dist.ReduceOp.SUM) -
     return dist.all_reduce(t, op, group, async_op=True).wait
 
 
-def copy_to_region(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """``x``, whole on every rank; the ranks use it for different outputs, so their gradients are summed."""
-    return _Copy.apply(x, mesh)  # type: ignore[no-any-return]
-
-
 def reduce_from_region(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """The sum of the ranks' ``x``, which all have one shape."""
     return _Reduce.apply(x, mesh)  # type: ignore[no-any-return]
 
 
-def all_gather(x: Tensor, mesh: DeviceMesh, partition: Partition, axis: int) -> Tensor:
-    """The ranks' parts ``x`` of a tensor, concatenated along ``axis``, which ``partition`` cuts."""
-    return _Gather.apply(x, mesh, partition, axis)  # type: ignore[no-any-return]
-
-
-class _Copy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
-        ctx.mesh = mesh
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return reduce_from_region(g, ctx.mesh), None
+def all_gather(x: Tensor, part: Part) -> Tensor:
+    """The whole of a tensor of which ``x`` is this rank's ``part``, on every rank."""
+    return _Gather.apply(x, part)  # type: ignore[no-any-return]
 
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
-        ctx.mesh = mesh
         return all_reduce(x.clone(memory_format=torch.contiguous_format), mesh)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return copy_to_region(g, ctx.mesh), None
+        return g, None
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh, partition: Partition, axis: int) -> Tensor:
-        ctx.partition, ctx.axis = partition, axis
-        if mesh.size() == 1:
-            return x.clone()
-        # gloo gathers equal shapes only, so each part is padded to the widest. The gathered axis goes first,
-        # where parts are contiguous.
-        group, widths = mesh.get_group(), partition.widths()
-        mine = x.movedim(axis, 0).to(wire_device(x, group))
-        padded = mine.new_zeros(max(widths), *mine.shape[1:])
-        padded[: len(mine)] = mine
-        parts = [torch.empty_like(padded) for _ in widths]
-        check_shape(padded, group)
-        dist.all_gather(parts, padded, group=group)
-        whole = torch.cat([part[:n] for part, n in zip(parts, widths, strict=True)])
-        return whole.to(x.device).movedim(0, axis).contiguous()
+    def forward(ctx: Any, x: Tensor, part: Part) -> Tensor:
+        assert part.mesh is not None
+        ctx.part = part
+        # gloo gathers equal shapes only. A sum with −0 has the bits of the other term, also those of a zero.
+        whole = x.new_full(part.whole, -0.0)
+        part.narrow(whole).copy_(x)
+        return all_reduce(whole, part.mesh)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.partition.narrow(g, ctx.axis), None, None, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return ctx.part.narrow(g), None
