@@ -126,11 +126,9 @@ def test_a_damaged_archive_is_named_with_the_repair_and_nothing_is_written(raw):
     [
         (lambda old: b"\0\0\x08\x01", f"raw/{LABELS} cannot be read .*; name the folder"),
         (lambda old: b"P5 28 28", f"raw/{LABELS} cannot be read: .* IDX format; name the folder"),
-        (lambda old: old[:7] + b"\x09" + old[8:-1], r"raw/t10k-\* holds 10 images and 9 labels"),
-        (lambda old: old[:-1] + b"\x0a", r"raw/t10k-\* holds label 10 of 10 classes"),
     ],
 )
-def test_labels_that_do_not_fit_are_refused(tmp_path, content, message):
+def test_files_that_are_not_in_the_format_are_refused(tmp_path, content, message):
     path = tmp_path / "FashionMNIST" / "raw" / LABELS
     fashion_mnist(path.parent)
     path.write_bytes(content(path.read_bytes()))

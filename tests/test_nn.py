@@ -39,13 +39,6 @@ def test_a_relu_has_torchs_derivative_everywhere(device):
     assert found.grad.flatten().tolist() == expected.grad.flatten().tolist() == [0, 0, 0, 1, 1]
 
 
-def test_state_dict():
-    model = MLP([4, 3, 2], "relu", "sigmoid")
-    names = ["layers.0.weight", "layers.0.bias", "layers.1.weight", "layers.1.bias"]
-    assert list(model.state_dict()) == names
-    assert [tuple(t.shape) for t in model.state_dict().values()] == [(3, 4), (3,), (2, 3), (2,)]
-
-
 def test_xavier_variance():
     torch.manual_seed(0)
     weight = LinearSigmoid(300, 500).weight.detach()

@@ -33,34 +33,28 @@ from torchpar.training.stop import StopSignal
 SIZES = [784, 20, 10]
 
 
-def samples(n: int, seed: int) -> Samples:
-    """Noise around one pattern per class."""
+def samples(n: int, seed: int, double: bool = False) -> Samples:
+    """Noise around one pattern per class; pixels, or numbers in double precision."""
     generator = torch.Generator().manual_seed(seed)
     patterns = torch.randint(0, 200, (10, 28, 28), generator=torch.Generator().manual_seed(0))
     labels = torch.randint(0, 10, (n,), generator=generator)
     images = patterns[labels] + torch.randint(0, 56, (n, 28, 28), generator=generator)
-    return Samples(images.to(torch.uint8), labels, tuple("0123456789"))
-
-
-class ToDouble(torch.nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.double()
+    return Samples(images.double() / 255 if double else images.to(torch.uint8), labels, tuple("0123456789"))
 
 
 def train(fuse: bool = False, through_memory: bool = True) -> Any:
     """Losses and weights of a short run in double precision on the ranks there are."""
     torch.manual_seed(0)
-    mlp = MLP(SIZES, dtype=torch.float64)
-    model = torch.nn.Sequential(ToDouble(), mlp)
+    model = MLP(SIZES, dtype=torch.float64)
     with join_world("cpu") as world, pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_memory, "SUPPORTED", through_memory and shared_memory.SUPPORTED)
-        fused = FusedGradients(mlp, world) if fuse else None
+        fused = FusedGradients(model, world) if fuse else None
         run = plain_loop.train(
             model,
             OPTIMIZERS["sgd"](model),
             world,
-            samples(203, seed=1),
-            samples(101, seed=2),
+            samples(203, 1, double=True),
+            samples(101, 2, double=True),
             replica=DistributedDataParallel(model) if world.world_size > 1 and not fuse else model,
             fused=fused,
             epochs=2,

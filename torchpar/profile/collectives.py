@@ -25,14 +25,12 @@ class Call:
         dimension: of the mesh, "" for a group that is none of its dimensions.
         operation: "all_reduce", "all_gather", "all_to_all", "send", "recv" or another of
             `torch.distributed`'s.
-        ranks: how many take part.
         bytes: of this rank's tensors; of an all-to-all those that it receives.
         seconds: until the end of a collective; of a send or receive, until it is started.
     """
 
     dimension: str
     operation: str
-    ranks: int
     bytes: int
     seconds: float
 
@@ -77,15 +75,13 @@ class Collectives(TorchDispatchMode):
         super().__exit__(*error)
 
     @contextmanager
-    def record(
-        self, dimension: str, operation: str, ranks: int, nbytes: int, name: str = ""
-    ) -> Iterator[None]:
+    def record(self, dimension: str, operation: str, nbytes: int, name: str = "") -> Iterator[None]:
         """Record the block as a `Call`, and under ``name`` in a trace."""
         with phase("collectives"), record_function(name) if name else _NOTHING:
             start = time.perf_counter()
             yield
             seconds = time.perf_counter() - start
-        self.calls.append(Call(dimension, operation, ranks, nbytes, seconds))
+        self.calls.append(Call(dimension, operation, nbytes, seconds))
 
     def __torch_dispatch__(
         self,
@@ -103,7 +99,7 @@ class Collectives(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         dimension = self._dimensions.get(group.group_name, "")
         nbytes = sum(t.nbytes for t in tree_leaves(tensors))
-        with self.record(dimension, _OPERATIONS.get(operation, operation), group.size(), nbytes):
+        with self.record(dimension, _OPERATIONS.get(operation, operation), nbytes):
             result = func(*args, **(kwargs or {}))
             work = result[-1] if isinstance(result, tuple) else result
             # A rank must send its own message before it waits for its neighbour's.
@@ -114,10 +110,10 @@ class Collectives(TorchDispatchMode):
         return result
 
 
-def all_reduced(dimension: str, ranks: int, nbytes: int) -> AbstractContextManager[None]:
+def all_reduced(dimension: str, nbytes: int) -> AbstractContextManager[None]:
     """Record the block as an all-reduce, for `Collectives` and `torch.profiler`: both see operators only."""
     if Collectives.active is not None:
-        return Collectives.active.record(dimension, "all_reduce", ranks, nbytes, SHARED)
+        return Collectives.active.record(dimension, "all_reduce", nbytes, SHARED)
     if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
         return record_function(SHARED)
     return _NOTHING

@@ -118,8 +118,6 @@ class FusedGradients:
             self._shared = (
                 make_shared_sum(self._group, shapes, weight.dtype, world.timeout) if weight.is_cpu else None
             )
-        # dL/d(log p) of each label, by global batch size.
-        self._by_log_p: dict[int, Tensor] = {}
 
     def __call__(self, x: Tensor, labels: Tensor, global_size: int) -> Tensor:
         """Add to each ``p.grad`` the gradient of the mean loss over the global batch.
@@ -189,21 +187,19 @@ class FusedGradients:
         dim = self._classes_dim
         z = logits if dim else logits.t()
         log_p = torch.log_softmax(z, dim, dtype=self.targets.dtype)
+        targets = self.targets.index_select(1 - dim, labels)
         if self.label_smoothing:
-            loss = -(self.targets.index_select(1 - dim, labels) * log_p).sum()
+            loss = -(targets * log_p).sum()
         else:
             loss = nll_loss(log_p if dim else log_p.t(), labels, reduction="sum")
-        table = self._by_log_p.get(global_size)
-        if table is None:
-            table = self._by_log_p[global_size] = self.targets / -global_size
-        by_log_p = table.index_select(1 - dim, labels)
+        by_log_p = targets.div_(-global_size)
         dz = torch._log_softmax_backward_data(by_log_p, log_p, dim, log_p.dtype).to(logits.dtype)
         return loss, dz if dim else dz.t()
 
     def _sum_over_ranks(self, gradients: list[tuple[Tensor, Tensor]]) -> None:
         tensors = [g for layer in gradients for g in layer]
         if self._shared is not None:
-            with all_reduced("dp", self._shared.ranks, self._shared.nbytes):
+            with all_reduced("dp", self._shared.nbytes):
                 self._shared(tensors)
         else:
             flat = torch.cat([t.flatten() for t in tensors])

@@ -174,7 +174,7 @@ def register_shared_memory_hook(replica: DistributedDataParallel, world: World) 
         if add is None:
             return allreduce_hook(group, bucket)
         gradients.div_(group.size())
-        with all_reduced("dp", group.size(), gradients.nbytes):
+        with all_reduced("dp", gradients.nbytes):
             add([gradients])
         return _done(gradients)
 
