@@ -3,7 +3,6 @@
 
 import copy
 import inspect
-import io
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -145,16 +144,12 @@ def tied(trial: Trial) -> None:
 
 def resumed(trial: Trial) -> None:
     """A state dict is loaded into a new optimizer of a new model."""
-    model, file = trial.model(), io.BytesIO()
+    first, model = trial.model(), trial.model()
+    saved = trial.optimizer(first)
+    trial.train(first, saved, steps=STEPS[:1])
+    model.load_state_dict(first.state_dict())
     optimizer = trial.optimizer(model)
-    trial.train(model, optimizer, steps=STEPS[:1])
-    torch.save([model.state_dict(), optimizer.state_dict()], file)
-    file.seek(0)
-    weights, state = torch.load(file, weights_only=False)
-    model = trial.model()
-    model.load_state_dict(weights)
-    optimizer = trial.optimizer(model)
-    optimizer.load_state_dict(state)
+    optimizer.load_state_dict(copy.deepcopy(saved.state_dict()))
     trial.train(model, optimizer, steps=STEPS[1:])
 
 
