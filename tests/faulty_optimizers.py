@@ -170,16 +170,6 @@ class AcceptsAnyArguments(PlainMuon):
         """Compare nothing."""
 
 
-class UpdatesTiedTwice(PlainMuon):
+def make_by_layer(model: nn.Module) -> PlainMuon:
     """A parameter of two layers is updated once for each of them."""
-
-    def update(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
-        for _ in range(self.uses[name]):
-            super().update(name, p, group)
-
-
-def make_by_layer(model: nn.Module) -> UpdatesTiedTwice:
-    optimizer = UpdatesTiedTwice(model.named_parameters())
-    layers = [p for module in model.modules() for p in module.parameters(recurse=False)]
-    optimizer.uses = {name: sum(p is q for q in layers) for name, p in model.named_parameters()}
-    return optimizer
+    return PlainMuon(model.named_parameters(remove_duplicate=False))
