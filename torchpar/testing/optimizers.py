@@ -22,7 +22,7 @@ from torchpar.optim.assign import aligned
 from torchpar.optim.newton_schulz import COEFFICIENTS
 from torchpar.testing.ranks import Ranks
 from torchpar.testing.situations import SITUATIONS
-from torchpar.testing.trial import FAMILIES, Array, Layers, Make, NotApplicable, Record, Trial, named_weights
+from torchpar.testing.trial import FAMILIES, Array, Failure, Layers, Make, Record, Trial, named_weights
 
 RIGHT = ("same bits", "equal up to rounding")
 FAULTS = ("wrong", "hangs", "crashes")
@@ -153,10 +153,6 @@ def _row(ranks: Ranks, name: str, made: bytes, timeout: float) -> Row:
 # On the ranks
 
 
-class Failure(Exception):
-    """A verdict and its detail, which other processes can load."""
-
-
 @contextmanager
 def _failures() -> Iterator[None]:
     """Turn errors into failures, and leave out warnings, which every rank would print."""
@@ -164,8 +160,8 @@ def _failures() -> Iterator[None]:
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
-    except NotApplicable as e:
-        raise Failure("not applicable", str(e)) from None
+    except Failure:
+        raise
     except Exception as e:
         message = " ".join(f"{type(e).__name__}: {e}".split())[:300]
         lost = "gloo/transport" in message  # because another rank has failed

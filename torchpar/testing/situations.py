@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from torchpar.parallel.split.layers import ColumnParallelLinear, RowParallelLinear
-from torchpar.testing.trial import STEPS, NotApplicable, Trial
+from torchpar.testing.trial import STEPS, Failure, Trial
 
 
 def trained(
@@ -116,7 +116,7 @@ def closure(trial: Trial) -> None:
     model = trial.model()
     optimizer: Any = trial.optimizer(model)
     if "closure" not in inspect.signature(optimizer.step).parameters:
-        raise NotApplicable("step has no argument closure")
+        raise Failure("not applicable", "step has no argument closure")
 
     def loss(step: int) -> Tensor:
         optimizer.zero_grad()
