@@ -117,28 +117,19 @@ class AppliesMomentum(PlainMuon):
 
 
 class MomentumOfMicroBatches(PlainMuon):
-    """Each micro-batch updates the momentum and is orthogonalised by itself (DeepSpeed#8443)."""
+    """Each micro-batch updates the momentum by itself (DeepSpeed#8443)."""
 
     def __init__(self, params: Any, **own: Any):
         super().__init__(params, **own)
-        for group in self.param_groups:
-            for name, p in zip(group["param_names"], group["params"], strict=True):
-                p.register_post_accumulate_grad_hook(lambda p, name=name: self.accumulate(name, p))
+        for p in (p for group in self.param_groups for p in group["params"]):
+            p.register_post_accumulate_grad_hook(self.accumulate)
 
     @torch.no_grad()
-    def accumulate(self, name: str, p: Tensor) -> None:
-        state, total = self.state[p], p.grad.clone()
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p)
-        state["momentum_buffer"].lerp_(total - state.get("seen", 0), 0.05)
-        state["sum"] = state.get("sum", 0) + super().direction(name, p, state["momentum_buffer"])
-        state["seen"] = total
+    def accumulate(self, p: Tensor) -> None:
+        self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)).lerp_(p.grad, 0.05)
 
     def update(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
-        if "sum" not in self.state[p]:  # nothing of fully_shard's parameters reaches the hook
-            return super().update(name, p, group)
-        p.sub_(group["lr"] * self.state[p].pop("sum"))
-        self.state[p].pop("seen")
+        p.sub_(group["lr"] * self.direction(name, p, self.state[p]["momentum_buffer"]))
 
 
 class ViewsShards(PlainMuon):
@@ -179,16 +170,6 @@ class AcceptsAnyArguments(PlainMuon):
         """Compare nothing."""
 
 
-class UpdatesTiedTwice(PlainMuon):
+def make_by_layer(model: nn.Module) -> PlainMuon:
     """A parameter of two layers is updated once for each of them."""
-
-    def update(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
-        for _ in range(self.uses[name]):
-            super().update(name, p, group)
-
-
-def make_by_layer(model: nn.Module) -> UpdatesTiedTwice:
-    optimizer = UpdatesTiedTwice(model.named_parameters())
-    layers = [p for module in model.modules() for p in module.parameters(recurse=False)]
-    optimizer.uses = {name: sum(p is q for q in layers) for name, p in model.named_parameters()}
-    return optimizer
+    return PlainMuon(model.named_parameters(remove_duplicate=False))

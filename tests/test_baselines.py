@@ -23,10 +23,6 @@ def in_lists(function):
     return lambda *arrays: np.asarray(function(*(array.tolist() for array in arrays)))
 
 
-def in_torch(function):
-    return lambda *arrays: function(*map(torch.from_numpy, arrays)).numpy()
-
-
 def levels(name: str) -> dict:
     """Return all ways to compute an operator on the CPU, arrays in and out."""
     found = {"pure Python": in_lists(getattr(pure_python, name)), "NumPy": getattr(numpy_mlp, name)}
@@ -35,7 +31,7 @@ def levels(name: str) -> dict:
         if name == "matmul_t":
             found[f"blocked, {kind}"] = partial(loops.matmul_t_tiled, triangular=False)
             found[f"triangular, {kind}"] = partial(loops.matmul_t_tiled, triangular=True)
-    return found | {"torchpar": in_torch(getattr(torchpar, name))}
+    return found
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:

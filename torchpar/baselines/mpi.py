@@ -73,14 +73,6 @@ class Samples(NamedTuple):
     labels: Array
 
 
-class Batch(NamedTuple):
-    """One process's share of a global batch of ``global_size`` samples; it may be empty."""
-
-    x: Array
-    labels: Array
-    global_size: int
-
-
 def scale_pixels(x: Array) -> Array:
     """Return uint8 pixels as float32 in [0, 1], and floating numbers as they are."""
     return x / np.float32(255) if x.dtype == np.uint8 else x
@@ -99,8 +91,8 @@ def scatter(world: Any, samples: Samples | None, order: Sequence[Array]) -> Samp
 
 def scatter_batches(
     world: Any, samples: Samples | None, size: int, batch_size: int, generator: np.random.Generator
-) -> list[Batch]:
-    """Return this process's share of each batch of an epoch, by one `scatter`.
+) -> list[tuple[Array, Array, int]]:
+    """Return this process's share of each batch of an epoch, perhaps an empty one, and the batch's size.
 
     Args:
         samples: all of them on process 0, None on the others.
@@ -112,7 +104,7 @@ def scatter_batches(
     own = scatter(world, samples, [np.concatenate(of_rank) for of_rank in zip(*shares, strict=True)])
     ends = np.cumsum([len(share[world.rank]) for share in shares])[:-1]
     parts = zip(np.split(own.x, ends), np.split(own.labels, ends), shares, strict=True)
-    return [Batch(x, labels, sum(map(len, share))) for x, labels, share in parts]
+    return [(x, labels, sum(map(len, share))) for x, labels, share in parts]
 
 
 def evaluate(world: Any, model: MLP, share: Samples, size: int) -> tuple[float, float]:

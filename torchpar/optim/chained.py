@@ -60,10 +60,7 @@ class ChainedOptimizer(Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step each optimizer; returns the loss of ``closure``, which computes the gradients, or None."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for optimizer in self.optimizers:
             optimizer.step()
         return loss

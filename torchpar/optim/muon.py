@@ -241,10 +241,7 @@ class Muon(Optimizer):
                 without any gradient while another has some; a first step without any gradient; a momentum
                 that was loaded from other placements.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         plans = self._plans()
         # All groups in turn, so that ranks which own matrices of different groups work at the same time.
         wholes = [self._gathered(*plan) for plan in plans]
@@ -252,10 +249,13 @@ class Muon(Optimizer):
             self._orthogonalized(self.param_groups[index], infos, whole)
             for (index, infos, _), whole in zip(plans, wholes, strict=True)
         ]
-        updates = [self._scattered(*plan, of) for plan, of in zip(plans, results, strict=True)]
-        self._check_gradients({index for (index, *_), of in zip(plans, updates, strict=True) if of})
-        for (index, *_), of_group in zip(plans, updates, strict=True):
-            self._apply(self.param_groups[index], of_group)
+        updates = [
+            (index, [(infos[i], t) for i, t in (exchange.scatter(own) if exchange else own).items()])
+            for (index, infos, exchange), own in zip(plans, results, strict=True)
+        ]
+        self._check_gradients({index for index, of_plan in updates if of_plan})
+        for index, of_plan in updates:
+            self._apply(self.param_groups[index], of_plan)
         return loss
 
     def _gathered(self, index: int, infos: list[ParamInfo], exchange: Exchange | None) -> dict[int, Tensor]:
@@ -275,14 +275,6 @@ class Muon(Optimizer):
         rank = dist.get_rank() if dist.is_initialized() else 0
         check_gradients([info.name for info in infos], [gradients], [rank])
         return parts
-
-    def _scattered(
-        self, index: int, infos: list[ParamInfo], exchange: Exchange | None, results: dict[int, Tensor]
-    ) -> list[tuple[ParamInfo, Tensor]]:
-        """This rank's parts of the orthogonalised momenta; bfloat16."""
-        parts = results if exchange is None else exchange.scatter(results)
-        empty = [(info, info.p) for info in infos if 0 in info.part.whole and info.p.grad is not None]
-        return [*((infos[i], t) for i, t in parts.items()), *empty]
 
     def _arguments(self, group: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a group, which must be the same on all ranks."""
@@ -407,7 +399,7 @@ def _gradient_state(info: ParamInfo) -> GradientState:
         return GradientState.SPARSE
     if grad is not None and _placements(grad) != _placements(info.p):
         return GradientState.MISPLACED
-    if not info.part.numel:
+    if not info.part.numel and 0 not in info.part.whole:
         return GradientState.EMPTY
     return GradientState.ABSENT if grad is None else GradientState.PRESENT
 

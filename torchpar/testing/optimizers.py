@@ -21,8 +21,8 @@ from torchpar.errors import ConfigError
 from torchpar.optim.assign import aligned
 from torchpar.optim.newton_schulz import COEFFICIENTS
 from torchpar.parallel.launch.local import Ranks
-from torchpar.testing.situations import SITUATIONS, Situation
-from torchpar.testing.trial import FAMILIES, Array, Layers, Make, NotApplicable, Record, Trial, named_weights
+from torchpar.testing.situations import SITUATIONS
+from torchpar.testing.trial import FAMILIES, Array, Failure, Layers, Make, Record, Trial, named_weights
 
 RIGHT = ("same bits", "equal up to rounding")
 FAULTS = ("wrong", "hangs", "crashes")
@@ -134,26 +134,23 @@ def _row(ranks: Ranks, name: str, made: bytes, timeout: float) -> Row:
     situation, merged = SITUATIONS[name], dict[Key, Record]()
     limits = {"timeout": timeout, "grace": GRACE}
     phases = [situation.ranks] if isinstance(situation.ranks, int) else situation.ranks
-    with TemporaryDirectory() as folder:
-        for phase, world_size in enumerate(phases):
-            outcomes = ranks.outcomes(world_size, _try, name, made, folder, phase, **limits)
-            if failed := _failure(outcomes, situation):
-                return Row(name, failed[0], detail=failed[1])
-            if apart := _merge(merged, outcomes):
-                return Row(name, "wrong", apart, detail="the ranks differ in the same matrix")
-    if name == "polar factor":
-        return _judge_polar(name, merged)
-    outcomes = ranks.outcomes(1, _follow, made, list(merged.values()), **limits)
-    if failed := _failure(outcomes, situation):
-        return Row(name, failed[0], detail=f"on whole matrices: {failed[1]}")
-    return _judge(name, merged, outcomes[0])
+    try:
+        with TemporaryDirectory() as folder:
+            for phase, world_size in enumerate(phases):
+                outcomes = ranks.outcomes(world_size, _try, name, made, folder, phase, **limits)
+                _check(outcomes, situation.one_may_refuse)
+                _merge(merged, outcomes)
+        if name == "polar factor":
+            return _judge_polar(name, merged)
+        outcomes = ranks.outcomes(1, _follow, made, list(merged.values()), **limits)
+        _check(outcomes)
+        return _judge(name, merged, outcomes[0])
+    except Failure as e:
+        verdict, detail = e.args
+        return Row(name, verdict, detail=detail)
 
 
 # On the ranks
-
-
-class Failure(Exception):
-    """A verdict on an error, and its message, which other processes can load."""
 
 
 @contextmanager
@@ -163,8 +160,8 @@ def _failures() -> Iterator[None]:
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
-    except NotApplicable as e:
-        raise Failure("not applicable", str(e)) from None
+    except Failure:
+        raise
     except Exception as e:
         message = " ".join(f"{type(e).__name__}: {e}".split())[:300]
         lost = "gloo/transport" in message  # because another rank has failed
@@ -237,48 +234,46 @@ def _weights(make: Make, record: Record, draw: int) -> Weights:
 # On the process that asks
 
 
-def _failure(outcomes: list[Any], situation: Situation) -> tuple[str, str] | None:
-    """The verdict on errors and hanging ranks, and a message; None if no rank has failed."""
+def _check(outcomes: list[Any], one_may_refuse: bool = False) -> None:
+    """Raise the failure of ranks that have failed or hang."""
     ranks: dict[str, dict[int, str]] = {}  # by verdict
     for rank, outcome in enumerate(outcomes):
         if isinstance(outcome, Failure):
             verdict, message = outcome.args
-            ranks.setdefault(verdict, {})[rank] = message
+        elif isinstance(outcome, TimeoutError):
+            verdict, message = "hangs", "no answer in time"
         elif isinstance(outcome, BaseException):
-            hangs = isinstance(outcome, TimeoutError)
             last = str(outcome).strip().rpartition("\n")[2]  # of a traceback
-            message = "no answer in time" if hangs else f"{type(outcome).__name__}: {last}"
-            ranks.setdefault("hangs" if hangs else "crashes", {})[rank] = message
+            verdict, message = "crashes", f"{type(outcome).__name__}: {last}"
+        else:
+            continue
+        ranks.setdefault(verdict, {})[rank] = message
     for verdict in ("not applicable", "crashes", "refuses", "hangs"):
         if verdict in ranks:
-            (rank, message), *others = ranks[verdict].items()
-            if len(others) + 1 == len(outcomes):
-                return verdict, message
-            if verdict != "refuses" or situation.one_may_refuse:
-                return verdict, f"rank {rank}: {message}"
-            if "hangs" in ranks:
-                return "hangs", f"refuses on rank {rank}, others hang: {message}"
-            return "wrong", f"refuses on rank {rank}, and not on all: {message}"
-    return None
+            rank, message = next(iter(ranks[verdict].items()))
+            if len(ranks[verdict]) == len(outcomes):
+                raise Failure(verdict, message)
+            if verdict != "refuses" or one_may_refuse:
+                raise Failure(verdict, f"rank {rank}: {message}")
+            others = "hangs" if "hangs" in ranks else "wrong"
+            raise Failure(others, f"refuses on rank {rank}, and not on all: {message}")
 
 
-def _merge(merged: dict[Key, Record], outcomes: list[dict[str, Record]]) -> float:
-    """Add the records of a phase; returns by how much ranks differ that have the same matrices."""
+def _merge(merged: dict[Key, Record], outcomes: list[dict[str, Record]]) -> None:
+    """Add the records of a phase, in which ranks that have the same matrices have the same weights."""
     of_phase: dict[Key, Record] = {}
-    apart = 0.0
     for of_rank in outcomes:
         for family, record in of_rank.items():
             first = of_phase.setdefault((family, *record.weights), record)
             for name, weights in record.weights.items():
                 if not np.array_equal(weights, first.weights[name], equal_nan=True):
-                    apart = max(apart, float(_errors(weights, first.weights[name])[0]))
+                    raise Failure("wrong", f"the ranks differ in {name}")
     for key, record in of_phase.items():
         first = merged.setdefault(key, record)
         if first is not record:
             for name, weights in record.weights.items():
                 first.weights[name] += weights[1:]
                 first.gradients[name] += record.gradients[name]
-    return apart
 
 
 def _errors(weights: list[Array], reference: list[Array]) -> Array:
@@ -297,7 +292,7 @@ def _judge(name: str, merged: dict[Key, Record], references: list[tuple[Weights,
     """Judge each matrix by its own rounding; the row shows the worst one of full rank."""
     wholes = [weights for exact, *_ in references for weights in exact.values()]
     if all(np.array_equal(weights[0], weights[-1]) for weights in wholes):
-        return Row(name, "wrong", detail="no weight moves")
+        raise Failure("wrong", "no weight moves")
     found: list[Any] = []
     for ((family, *_), record), (exact, *rounded) in zip(merged.items(), references, strict=True):
         if not rounded:

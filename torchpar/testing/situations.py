@@ -3,7 +3,6 @@
 
 import copy
 import inspect
-import io
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -22,7 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from torchpar.parallel.split.layers import ColumnParallelLinear, RowParallelLinear
-from torchpar.testing.trial import STEPS, NotApplicable, Trial
+from torchpar.testing.trial import STEPS, Failure, Trial
 
 
 def trained(
@@ -117,7 +116,7 @@ def closure(trial: Trial) -> None:
     model = trial.model()
     optimizer: Any = trial.optimizer(model)
     if "closure" not in inspect.signature(optimizer.step).parameters:
-        raise NotApplicable("step has no argument closure")
+        raise Failure("not applicable", "step has no argument closure")
 
     def loss(step: int) -> Tensor:
         optimizer.zero_grad()
@@ -145,16 +144,12 @@ def tied(trial: Trial) -> None:
 
 def resumed(trial: Trial) -> None:
     """A state dict is loaded into a new optimizer of a new model."""
-    model, file = trial.model(), io.BytesIO()
+    first, model = trial.model(), trial.model()
+    saved = trial.optimizer(first)
+    trial.train(first, saved, steps=STEPS[:1])
+    model.load_state_dict(first.state_dict())
     optimizer = trial.optimizer(model)
-    trial.train(model, optimizer, steps=STEPS[:1])
-    torch.save([model.state_dict(), optimizer.state_dict()], file)
-    file.seek(0)
-    weights, state = torch.load(file, weights_only=False)
-    model = trial.model()
-    model.load_state_dict(weights)
-    optimizer = trial.optimizer(model)
-    optimizer.load_state_dict(state)
+    optimizer.load_state_dict(copy.deepcopy(saved.state_dict()))
     trial.train(model, optimizer, steps=STEPS[1:])
 
 

@@ -25,8 +25,8 @@ Batch = dict[str, tuple[Tensor, Tensor]]
 Make = Callable[..., torch.optim.Optimizer]
 
 
-class NotApplicable(Exception):
-    """The optimizer has no argument for what the situation is about."""
+class Failure(Exception):
+    """A verdict and its detail, which other processes can load."""
 
 
 class Layers(nn.Module):
@@ -102,7 +102,7 @@ class Trial:
         """Make the optimizer; its function may lack an argument that the situation is about."""
         options |= self.options | ({"views": self.views} if self.views else {})
         if unknown := options.keys() - inspect.signature(self.make).parameters:
-            raise NotApplicable(f"make has no argument {min(unknown)}")
+            raise Failure("not applicable", f"make has no argument {min(unknown)}")
         return self.make(model, **options)
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> Batch:
