@@ -7,6 +7,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -159,18 +160,12 @@ def test_ranks_that_do_not_ask_are_missing(agent, asking):
     assert found == [sorted({0, 1, 2} - set(asking))] * len(asking)
 
 
-class StoppedStore:
-    """The store of a host that was stopped: requests block."""
-
-    def clone(self) -> None:
-        time.sleep(3)
-
-
 @pytest.mark.parametrize("rank, of_agent, missing", [(1, "False", [0]), (0, "False", [1]), (1, "True", [])])
 def test_a_store_that_does_not_answer_is_that_of_rank_0(monkeypatch, rank, of_agent, missing):
-    """Unless torchrun's agent hosts it."""
+    """Unless torchrun's agent hosts it. Requests to the store of a host that was stopped block."""
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", of_agent)
-    assert missing_ranks(StoppedStore(), rank, 2, 0.1) == missing
+    stopped = SimpleNamespace(clone=lambda: time.sleep(3))
+    assert missing_ranks(stopped, rank, 2, 0.1) == missing
 
 
 def test_every_rank_notices_that_another_program_has_the_port():
