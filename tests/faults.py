@@ -98,7 +98,12 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    """Whether tensors have the same names, shapes and bits."""
+    pairs = [(t, b[name]) for name, t in a.items() if name in b]
+    return a.keys() == b.keys() and all(
+        t.shape == u.shape and torch.equal(*(one.reshape(-1).view(torch.uint8) for one in (t, u)))
+        for t, u in pairs
+    )
 
 
 def losses(metrics: Path) -> list[tuple[float, ...]]:

@@ -43,11 +43,7 @@ def holds(saved: Checkpoint, step: int) -> bool:
     expected = content(step)
     found = {name: torch.full_like(t, 77) for name, t in expected.items()}
     saved.read(found)
-    return same_bits(found, expected)
-
-
-def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (a[name], b[name]))) for name in b)
+    return same(found, expected)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from torchpar.parallel import join_world
-from torchpar.parallel.launch.local import current_world, start_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split import shared_memory
 
@@ -127,16 +126,16 @@ def test_averages_of_data_parallel_replicas_are_gloos(ranks):
 
 def begin_and_end(how: str) -> None:
     """Sum once; then rank 1 ends or hangs, and rank 0 waits for it."""
-    world = current_world()
-    add = shared(world)
-    ones = [torch.ones(shape) for shape in SHAPES]
-    add(ones)
-    if world.rank == 0:
+    with join_world("cpu", timeout=3.0) as world:
+        add = shared(world)
+        ones = [torch.ones(shape) for shape in SHAPES]
         add(ones)
-    elif how == "ends":
-        os._exit(1)
-    else:
-        time.sleep(5)
+        if world.rank == 0:
+            add(ones)
+        elif how == "ends":
+            os._exit(1)
+        else:
+            time.sleep(5)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +145,6 @@ def begin_and_end(how: str) -> None:
         pytest.param("hangs", "Timed out waiting 3 s for rank 1", marks=pytest.mark.slow),
     ],
 )
-def test_a_rank_that_is_lost(how, message):
-    with pytest.raises(RuntimeError, match=message), start_ranks(2, timeout=3.0) as ranks:
-        ranks.run(begin_and_end, how)
+def test_a_rank_that_is_lost(ranks, how, message):
+    with pytest.raises(RuntimeError, match=message):
+        ranks(2, begin_and_end, how)

@@ -20,14 +20,10 @@ class Partition:
     ranks: int
     rank: int
 
-    def widths(self) -> list[int]:
-        """The length of each rank's part of the axis."""
-        return [self.size // self.ranks + (rank < self.size % self.ranks) for rank in range(self.ranks)]
-
     def offset(self) -> int:
         """The index at which this rank's part begins."""
-        return sum(self.widths()[: self.rank])
+        return self.rank * (self.size // self.ranks) + min(self.rank, self.size % self.ranks)
 
     def narrow(self, t: Tensor, dim: int) -> Tensor:
         """This rank's part of ``t`` along ``dim``, where ``t`` is whole; a view."""
-        return t.narrow(dim, self.offset(), self.widths()[self.rank])
+        return t.tensor_split(self.ranks, dim)[self.rank]

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Ranks on this machine: processes forked from one server that has imported PyTorch.
 
-with start_ranks(2) as ranks:
-    results = ranks.run(function, argument)  # one of each rank, in a world that lasts
+    with start_ranks(2) as ranks:
+        results = ranks.run(function, argument)  # one of each rank, in a world that lasts: `current_world`
 
-with Ranks() as ranks:
-    results = ranks(2, function, argument)  # in a gloo group of its own
+    with Ranks() as ranks:
+        results = ranks(2, function, argument)  # in a gloo group of its own
+
+The functions are module-level ones.
 """
 
 import itertools
@@ -130,11 +132,10 @@ class Ranks(ExitStack):
 
 
 @contextmanager
-def start_ranks(ranks: int, threads: int = 1, timeout: float = 300.0, device: str = "cpu") -> Iterator[Ranks]:
+def start_ranks(ranks: int, threads: int = 1, device: str = "cpu") -> Iterator[Ranks]:
     """Start ``ranks`` processes of ``threads`` threads each, which form a world; at the end they leave.
 
     Args:
-        timeout: seconds after which a rank that waits for another one gives up.
         device: as for `join_world`.
     """
     with socket.socket() as free:
@@ -143,7 +144,7 @@ def start_ranks(ranks: int, threads: int = 1, timeout: float = 300.0, device: st
     with Ranks(preload=()) as started:
         started.start(ranks)
         joining = [
-            worker.submit(_join, rank, ranks, threads, port, timeout, device)
+            worker.submit(_join, rank, ranks, threads, port, device)
             for rank, worker in enumerate(started.workers)
         ]
         for future in joining:
@@ -176,12 +177,12 @@ def _on_rank(rank: int, world_size: int, store: str, function: Callable[..., Any
         dist.destroy_process_group()
 
 
-def _join(rank: int, ranks: int, threads: int, port: int, timeout: float, device: str) -> None:
+def _join(rank: int, ranks: int, threads: int, port: int, device: str) -> None:
     global _world
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C `start_ranks` ends the ranks
     torch.set_num_threads(threads)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    _world = _joined.enter_context(join_world(device, timeout))
+    _world = _joined.enter_context(join_world(device, timeout=300.0))
 
 
 def _leave() -> None:

@@ -14,11 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchpar import nn
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
-from torchpar.parallel.split.layers import (
-    LINEAR_LAYERS,
-    ColumnParallelLinear,
-    RowParallelLinear,
-)
+from torchpar.parallel.split.layers import LINEAR_LAYERS, ColumnParallelLinear, RowParallelLinear
 from torchpar.parallel.split.reduction import all_gather
 from torchpar.parts import is_marked, part_of
 
