@@ -2,6 +2,7 @@
 """Variables of each launcher, and connecting: again after a restart, and at a port that is taken."""
 
 import os
+import signal
 import socket
 import sys
 import time
@@ -17,7 +18,7 @@ from ranks import fork_context
 
 from torchpar.errors import ConfigError, RankLostError
 from torchpar.parallel.launch import rendezvous
-from torchpar.parallel.launch.local import current_world, start_ranks
+from torchpar.parallel.launch.local import Ranks, current_world, start_ranks
 from torchpar.parallel.launch.rendezvous import RankInfo, connect, find_rank_info, missing_ranks
 from torchpar.parallel.launch.world import join_world
 
@@ -223,3 +224,12 @@ def test_local_ranks_run_functions_and_outlive_an_error():
         assert ranks.run(sum_of_ranks, 5) == [(0, 1, 5.0), (1, 1, 5.0)]
     with pytest.raises(RuntimeError, match="this process was not started by start_ranks"):
         current_world()
+
+
+def test_a_rank_that_dies_between_two_calls_is_replaced():
+    with Ranks(preload=()) as ranks:
+        (pid,) = ranks(1, os.getpid)
+        sleeping = ranks.workers[0].submit(time.sleep, 60)
+        os.kill(pid, signal.SIGKILL)
+        assert sleeping.exception() is not None
+        assert ranks(1, os.getpid) != [pid]

@@ -117,7 +117,12 @@ class Ranks(ExitStack):
         return [future.result() for future in futures]
 
     def start(self, count: int) -> None:
-        """Start processes until there are ``count``."""
+        """Start processes until there are ``count``, all anew if one has died since the last call."""
+        try:
+            for worker in self.workers:
+                worker.submit(int)
+        except BrokenProcessPool:
+            self.kill()
         added = [ProcessPoolExecutor(1, self._context) for _ in range(count - len(self.workers))]
         self.workers += map(self.enter_context, added)
         pids = [worker.submit(os.getpid) for worker in added]
@@ -168,7 +173,7 @@ def current_world() -> World:
 
 def _on_rank(rank: int, world_size: int, store: str, function: Callable[..., Any], args: Any) -> Any:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
     try:
         dist.barrier()  # a rank that ends at once would close its connections while others still open theirs
