@@ -169,7 +169,7 @@ def main(flags: Flags) -> None:
                 "{optimizer}: training loss {train_loss:.3f}, validation loss {validation_loss:.3f} "
                 "after {step} steps, {seconds:.1f} s".format(**run[-1])
             )
-            console.write_log(flags.log_dir, run[0]["optimizer"], run)
+            console.write_log(flags.log_dir and flags.log_dir / run[0]["optimizer"], run, "step")
         rows = [row for run in runs for row in run]
         console.write_metrics(flags.metrics, rows)
         if flags.plots:

@@ -62,18 +62,6 @@ def test_a_training_depends_on_its_seed_alone(images, world):
     assert not torch.equal(first, outputs[2][0])
 
 
-def test_the_rate_rises_and_falls_and_the_images_move(images, world, monkeypatch):
-    recipe = replace(SMALL, warmup=0.2, decay=True)
-    factors = [recipe.lr_factor(step, 10) for step in range(10)]
-    assert factors == pytest.approx([0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
-    seen, pooled = [], Recipe.pooled
-    monkeypatch.setattr(Recipe, "pooled", lambda *args: seen.append(args[2:]) or pooled(*args))
-    recipe = replace(SMALL_MUON)
-    recipe.prepare(images[0], world)
-    recipe.train(0)
-    assert seen[1:] == [((0, -1),), ((0, 1),), ((0, 0),)]
-
-
 MINE = """
 import torch
 from benchmarks.speedrun import time
@@ -122,25 +110,3 @@ def test_every_recipe_runs(capsys):
     assert speedrun.main(["--quick", "--recipe=ladder", "--recipe=tried", "--validate"]) == 0
     printed = capsys.readouterr().out
     assert all(recipe.name in printed for group in speedrun.GROUPS.values() for recipe in group)
-
-
-@pytest.mark.slow
-def test_on_two_ranks_a_recipe_by_autograd_fails_and_the_others_run(capsys):
-    assert speedrun.main(["--quick", "--recipe=record-98.0", "--recipe=in-memory", "--ranks=2"]) == 1
-    printed = capsys.readouterr().out
-    assert "not ok: in-memory ConfigError: in-memory computes gradients by autograd" in printed
-    assert "record-98.0" in printed
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("x = 1", "defines no recipe with name, change, prepare, train, outputs; see docs/speedrun.md"),
-        ("raise SystemExit(0)", r"mine.py cannot be read \(SystemExit: 0\)"),
-        ("from benchmarks.speedrun import RECORD_98 as recipe", "two recipes are called record-98.0"),
-    ],
-)
-def test_a_file_that_cannot_enter_is_refused(tmp_path, text, message):
-    (tmp_path / "mine.py").write_text(text)
-    with pytest.raises(ConfigError, match=message):
-        speedrun.main(["--quick", "--recipe=records", f"--recipe={tmp_path / 'mine.py'}"])

@@ -8,6 +8,8 @@ from statistics import median
 from typing import TypeVar
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
@@ -75,22 +77,32 @@ class Log(training.RunLog):
     def __init__(self, flags: TrainFlags, world: World):
         self.flags = flags
         self.world = world
+        self.speaks = world.rank == 0
         self.phases = Phases(world.device) if flags.phases else None
         self.calls: list[list[Call]] = []  # of each step
         self.trace = Trace(flags.profile, world.rank, world.device) if flags.profile else None
+        terminal = Console()
+        hidden = not (self.speaks and terminal.is_terminal)
+        self.bar = Progress(console=terminal, transient=True, disable=hidden)
 
     @contextmanager
     def active(self, run: Run) -> Iterator[None]:
-        outputs = self.flags.metrics, self.flags.log_dir
-        self.progress = console.EpochProgress(self.world, run.num_epochs, len(run.train), *outputs)
+        self.task = self.bar.add_task("samples", total=run.num_epochs * len(run.train))
         profiler = self.trace.profiler if self.trace else nullcontext()
-        with self.progress, self.phases or nullcontext(), profiler:
+        with self.bar, self.phases or nullcontext(), profiler:
             yield
 
     def on_resume(self, run: Run) -> None:
-        self.progress.print_resumed(run.results, run.total_steps, len(run.results) == run.num_epochs)
-        if self.world.dp_size > 2 and not can_share_memory(self.world.dp_size) and self.world.rank == 0:
-            print("the weights may differ in the last bits from those of a run that was not stopped")
+        complete = len(run.results) == run.num_epochs
+        steps = run.total_steps
+        self._print(f"complete already, at step {steps}" if complete else f"resumed from step {steps}")
+        if self.world.dp_size > 2 and not can_share_memory(self.world.dp_size):
+            self._print("the weights may differ in the last bits from those of a run that was not stopped")
+        self._write(run, first=0)
+
+    def _print(self, line: str) -> None:
+        if self.speaks:
+            self.bar.console.print(line, soft_wrap=True)
 
     def steps(self, batches: Iterator[B]) -> Iterator[B]:
         if self.trace:
@@ -103,21 +115,29 @@ class Log(training.RunLog):
             self.calls.append(collectives.calls)
 
     def on_step(self, run: Run, epoch: int, samples: int) -> None:
-        self.progress.update(epoch, samples)
+        if not self.bar.disable:
+            self.bar.update(self.task, completed=(epoch - 1) * len(run.train) + samples)
 
     def on_epoch(self, run: Run, result: EpochResult) -> None:
-        self.progress.print_epoch(result)
+        self._print(console.epoch_line(result, run.num_epochs))
+        self._write(run, first=-1)
+
+    def _write(self, run: Run, first: int) -> None:
+        rows = [asdict(result) for result in run.results]
+        if self.speaks:
+            console.write_metrics(self.flags.metrics, rows)
+            console.write_log(self.flags.log_dir, rows[first:], "epoch")
 
     def on_end(self, run: Run) -> None:
-        flags, speaks = self.flags, self.world.rank == 0
+        flags = self.flags
         if flags.plots:
             _, outputs = run.evaluate()
-            if speaks:
+            if self.speaks:
                 from support import plots
 
                 plots.save(flags.plots, run.results, outputs, run.test)
         profiles = self.world.gather_results(self.trace.save) if self.trace else []
-        if not speaks:
+        if not self.speaks:
             return
         if flags.collectives:
             _print_collectives(self.calls[2:])  # DistributedDataParallel sets itself up in two steps
