@@ -17,12 +17,11 @@ The report trains a larger network by data parallelism on the CPU, in large and 
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, product
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -40,7 +39,7 @@ from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel.launch.local import current_world, start_ranks
 from torchpar.parallel.launch.world import join_world_of_one
-from torchpar.profile.amdahl import PHASES, Scaling, speedup
+from torchpar.profile.amdahl import PHASES, Scaling
 from torchpar.profile.collectives import Collectives
 from torchpar.profile.phases import Phases
 from torchpar.training import lr_scheduler, sgd
@@ -200,31 +199,7 @@ def report(build: Build, flags: Flags) -> list[dict[str, Any]]:
         print(f"p is of N = {most} alone: whether the law holds, only more processes would tell")
     if most > CORES:
         print(f"{most} processes on {CORES} cores are oversubscribed: the machine limits them, not the law")
-    if flags.plots:
-        save_scalings(flags.plots / "amdahl.png", scalings, most)
     return rows
-
-
-def save_scalings(path: Path, scalings: Sequence[Scaling], most: int) -> None:
-    """Draw the speed-ups on the law's curves, with their limits, up to eight times as many processes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.subplots()
-    numbers = [n for n in (2 ** (i / 4) for i in range(65)) if n <= 8 * most]
-    for i, s in enumerate(scalings):
-        limit = f"limit {s.limit:.1f}" if s.p < 1 else "no limit"
-        label = f"batch {s.batch_size}, p {s.p:.3f}, {limit}"
-        axes.plot(numbers, [speedup(s.p, n) for n in numbers], f"C{i}", label=label)
-        axes.plot(list(s.speedups), list(s.speedups.values()), f"oC{i}")
-        if s.p < 1:
-            axes.axhline(s.limit, color=f"C{i}", linestyle=":")
-    axes.plot(numbers, numbers, "k--", label="S = N")
-    axes.set(xlabel="processes N", ylabel="speed-up S", title="Measured (dots), Amdahl's law, limit (dotted)")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    axes.legend()
-    figure.savefig(path, dpi=110)
 
 
 def main(flags: Flags) -> None:

@@ -57,7 +57,7 @@ def one_process(monkeypatch) -> None:
 RUNS = {  # lesson: flags, pictures
     "train_mpi": ("--epochs 3", "curves"),
     "fashion_pooled": ("--samples 50 --iterations 400 --library torch", "costs neurons"),
-    "quadrants": ("--seed 1 --processes 1 2 --sizes 16384", "boundaries amdahl"),
+    "quadrants": ("--seed 1 --processes 1 2 --sizes 16384", "boundaries"),
     "digits_report": ("--hidden 8 --batch-size 16 --lr 0.2 --epochs 3", "digits"),
     "matmul_regression": ("", "regression"),
     "matmul_convolution": ("--epochs 3 --batch-size 20", "kernels"),
