@@ -147,9 +147,9 @@ def train(name: str, flags: Flags, book: Book, world: World) -> list[dict[str, A
             if not parallel:  # the exact losses are already those of all ranks
                 train_loss = float(world.sum(torch.tensor(train_loss))) / world.world_size
             seconds += time.perf_counter() - begin
-            validation_loss = evaluate(model, book.validation, world)
-            numbers = {"train_loss": train_loss, "validation_loss": validation_loss, "seconds": seconds}
-            rows.append({"optimizer": name, "step": step} | numbers)
+            row = {"optimizer": name, "step": step, "train_loss": train_loss}
+            row["validation_loss"] = evaluate(model, book.validation, world)
+            rows.append(row | {"seconds": seconds})
             losses.clear()
             begin = time.perf_counter()
     return rows
