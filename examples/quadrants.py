@@ -120,7 +120,7 @@ def compare(flags: Flags, device: torch.device) -> list[dict[str, float]]:
     points, validation = (draw(k, 3 * flags.seed + i, wrong, device) for i, k in enumerate((n, 1000)))
     test = draw(2500, 3 * flags.seed + 2, device=device)  # without wrong labels
     choices = list(product(WIDTHS, PENALTIES) if flags.noise else [(30, 0.0)])
-    models, rows = {}, []
+    rows = []
     for width, penalty in track(choices, transient=True, disable=not Console().is_terminal):
         model, optimizer = build([2, width, 1], penalty, flags.seed, device)
         train(model, optimizer, points, epochs * flags.epochs, batch_size, flags.seed)
@@ -129,11 +129,6 @@ def compare(flags: Flags, device: torch.device) -> list[dict[str, float]]:
         row["test_loss"], row["test_accuracy"] = evaluate(model, test)
         rows.append(row)
         print(" | ".join(f"{name.replace('_', ' ')} {value:<6.4g}" for name, value in row.items()))
-        models[f"width {width}, λ {penalty:g}"] = model
-    if flags.plots:
-        from support import plots
-
-        plots.save_boundaries(flags.plots / "boundaries.png", models, points[:200])
     return sorted(rows, key=lambda row: -row["validation_loss"])
 
 

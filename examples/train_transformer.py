@@ -47,6 +47,7 @@ class Flags(cli.LogFlags):
     batch_size: int = 32  # Windows of a step, of all ranks together.
     lr: float = 0.02  # Learning rate of Muon at the start; it falls to 0.
     adamw_lr: float = 6e-3  # Learning rate of AdamW, likewise.
+    plots: Path | None = None  # Folder for pictures.
     arithmetic: Literal["fast", "exact"] = "fast"  # Exact: the same bits everywhere, many times slower.
 
 

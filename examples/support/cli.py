@@ -57,8 +57,6 @@ class ExampleFlags:
     """Device; auto takes CUDA where there is any."""
     metrics: Path | None = None
     """File for the run's figures, a JSON object per line; the last line is the final result."""
-    plots: Path | None = None
-    """Folder for pictures."""
 
     def __post_init__(self) -> None:
         for name, (least, end) in BOUNDS.items():
@@ -107,6 +105,8 @@ class DataFlags(ExampleFlags):
     """Folder of the data sets, as torchvision's root."""
     dataset: Dataset = "mnist"
     """Data set."""
+    plots: Path | None = None
+    """Folder for pictures."""
 
 
 @dataclass(kw_only=True)
