@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Command line of the benchmarks: ``python -m benchmarks list | run NAMES | report``."""
 
+import argparse
 import ast
 import os
 import signal
@@ -26,14 +27,6 @@ NAMES = (
 # NumPy, PyTorch's took three times as long. Without any spinning a step of PyTorch takes four times as long.
 MIXED = {"operators", "train", "ladder"}
 SHORT_SPINS = {"GOMP_SPINCOUNT": "10000", "OPENBLAS_THREAD_TIMEOUT": "16"}  # 2¹⁶ cycles
-USAGE = """usage: python -m benchmarks COMMAND
-
-  list                  name the benchmarks
-  run NAMES [FLAGS]     run them one after the other; run NAME --help shows its flags
-      --quick           small sizes: does it run?
-      --output DIR      for the CSV and other files; without it nothing is written
-  report [--help]       make an HTML page of all committed results
-"""
 
 
 def first_line(name: str) -> str:
@@ -57,12 +50,8 @@ def list_benchmarks() -> int:
     return 0
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run the benchmarks that come first in ``arguments``, each in a process, with the flags that follow."""
-    end = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
-    names, flags = list(dict.fromkeys(arguments[:end])), arguments[end:]
-    if not names or not set(names) <= set(NAMES):
-        return usage_error(f"run {' '.join(arguments)}: expected first some of {', '.join(NAMES)}")
+def run(names: Sequence[str], flags: Sequence[str]) -> int:
+    """Run the benchmarks, each in a process, with ``flags``."""
     commands = {name: [sys.executable, "-m", f"benchmarks.{name}", *flags] for name in names}
     environments = {name: {**(SHORT_SPINS if name in MIXED else {}), **os.environ} for name in names}
     if len(names) == 1:
@@ -83,28 +72,24 @@ def run(arguments: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
-def usage_error(message: str) -> int:
-    print(f"{USAGE}\npython -m benchmarks: error: {message}", file=sys.stderr)
-    return 2
-
-
 def main(arguments: Sequence[str]) -> int:
-    command, *others = arguments or [""]
-    if command in ("-h", "--help"):
-        print(USAGE, end="")
-        return 0
-    if command == "list" and not others:
-        return list_benchmarks()
-    if command == "run":
-        return run(others)
-    if command == "report":
-        from benchmarks import command as runner
-        from benchmarks import report
+    parser = argparse.ArgumentParser("python -m benchmarks")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="name the benchmarks")
+    runs = "run them one after the other, with the flags that follow; run NAME --help shows them"
+    runner = commands.add_parser("run", help=runs, add_help=False)
+    runner.add_argument("names", nargs="+", choices=NAMES, metavar="NAME")
+    commands.add_parser("report", help="make an HTML page of all committed results", add_help=False)
+    options, flags = parser.parse_known_args(arguments)
+    if options.command == "run":
+        return run(list(dict.fromkeys(options.names)), flags)
+    if options.command == "report":
+        from benchmarks import command, report
 
-        runner.run(lambda: report.main(others), "report")
-    return usage_error(
-        f"{' '.join(arguments)!r}, expected list, run or report" if command else "no command given"
-    )
+        command.run(lambda: report.main(flags), "report")
+    if flags:
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    return list_benchmarks()
 
 
 if __name__ == "__main__":

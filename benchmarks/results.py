@@ -101,7 +101,7 @@ class Table:
 
 # Headers and formats of columns; other columns have their names, and numbers three digits.
 FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    **{f"{name}_ms": (name, lambda ms: duration(ms / 1e3)) for name in ("p20", "p50", "p80", "host")},
+    **{f"{name}_ms": (name, lambda ms: duration(ms / 1e3)) for name in ("p20", "p50", "p80", "mean", "host")},
     "first_s": ("first call", lambda seconds: duration(seconds)),
     "speedup": ("speed-up", "{:.2f}".format),
     "over_pure_python": ("× pure Python", lambda x: number(x)),

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.command import Command, run
-from benchmarks.results import CORES, Result, Table, duration, number, print_cells, print_failures
+from benchmarks.results import CORES, Result, Table, print_results
 from benchmarks.timing import CPU, Rejected, Times, take_turns, time_calls
 from torchpar.nn import MLP
 from torchpar.parallel.launch.local import Ranks, current_world, start_ranks
@@ -306,67 +306,6 @@ def measure(plan: Plan, default_polling: bool) -> list[Result]:
     return results
 
 
-# Tables
-
-
-def print_all(results: Sequence[Result]) -> None:
-    """Print steps by batch and by width, weak scaling, and all-reduces."""
-
-    def width(result: Result) -> str:
-        return str(result.case["sizes"].split("-")[1])
-
-    def speedup(result: Result) -> dict[str, str]:
-        if result.contestant == "1 rank × 1 thread":
-            return {result.contestant: duration(result.p50_ms and result.p50_ms / 1e3)}
-        star = "*" * bool(result.columns["oversubscribed"])
-        return {result.contestant: f"{result.speedup:.2f}×{star}" if result.speedup else ""}
-
-    def weak(result: Result) -> dict[str, str]:
-        """Return the time of one rank over that of dp ranks that have as many samples each."""
-        alone = times.get(("1 rank × 1 thread", result.case["batch"] // result.case["dp"]))
-        kept = f"{alone / result.p50_ms:.0%}" if alone and result.p50_ms else ""
-        return {result.contestant: kept}
-
-    def microseconds(result: Result) -> dict[str, str]:
-        """Return median and mean, and the speed-up over gloo."""
-        name, times = result.contestant, {"median": result.p50_ms, "mean": result.mean_ms}
-        cells = {f"{name}, {of}": f"{1e3 * ms:,.0f} µs" for of, ms in times.items() if ms}
-        if name != GLOO and result.speedup:
-            cells[f"{name}, speed-up"] = f"{number(result.speedup)}×"
-        return cells
-
-    steps = [one for one in results if one.case["kind"] == "step"]
-    by_batch, by_width = ([s for s in steps if s.case["sizes"].count("-") == n] for n in (2, 3))
-    times = {(one.contestant, one.case["batch"]): one.p50_ms for one in by_batch}
-    by_data = [one for one in by_batch if one.case["dp"] > 1]
-    all_reduces = [one for one in results if one.case["kind"] == "all_reduce"]
-    model, batch = by_batch[0].case["sizes"], by_width[0].case["batch"]
-    title = f"a training step, {model}: the time of one rank with one thread, and speed-ups over it"
-    print_cells(title, pivot(by_batch, "batch", lambda one: f"{one.case['batch']:,}", speedup))
-    print_cells(f"784-w-w-10, batch {batch}: the same by width", pivot(by_width, "w", width, speedup))
-    title = "weak scaling: the speed that a rank keeps, with so many samples each"
-    each = pivot(by_data, "samples a rank", lambda one: f"{one.case['batch'] // one.case['dp']:,}", weak)
-    print_cells(title, each)
-    title = "an all-reduce between 2 ranks"
-    print_cells(title, pivot(all_reduces, "bytes", lambda one: f"{one.case['nbytes']:,}", microseconds))
-    print_failures(results)
-    if any(result.columns.get("oversubscribed") for result in results):
-        print("* more threads than cores: this shows that the step is right, not how fast it is")
-
-
-def pivot(
-    results: Sequence[Result],
-    head: str,
-    key: Callable[[Result], str],
-    cells: Callable[[Result], dict[str, str]],
-) -> list[dict[str, str]]:
-    """Return a line for each ``key``, with the cells of all its results."""
-    lines: dict[str, dict[str, str]] = {}
-    for result in results:
-        lines.setdefault(key(result), {head: key(result)}).update(cells(result))
-    return list(lines.values())
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("scaling", "Measure the speed-up of a training step on more ranks.")
     polling = "also time all-reduces with gloo's default thread scheduling"
@@ -375,7 +314,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = measure(QUICK if options.quick else FULL, options.default_polling)
     table = Table(command.csv(options), CPU, cores=CORES)
     table.add(results)
-    print_all(results)
+    steps = [one for one in results if one.case["kind"] == "step"]
+    title = "a training step; speed-ups are over one rank with one thread"
+    print_results(title, steps, ("sizes", "batch", "contestant", "p50_ms", "speedup", "oversubscribed"))
+    columns = ("nbytes", "contestant", "p50_ms", "mean_ms", "speedup")
+    print_results("an all-reduce between 2 ranks", [one for one in results if one not in steps], columns)
     return table.status
 
 

@@ -40,8 +40,6 @@ from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel import World, join_world
 from torchpar.parallel.launch.rendezvous import find_rank_info
-from torchpar.profile.collectives import Collectives
-from torchpar.profile.phases import Phases, timed
 
 SIZES = (400, 25, 10)
 
@@ -73,7 +71,6 @@ class Result(NamedTuple):
         costs: of each iteration, before its step.
         ends: mean cost and accuracy at the end, on the training and on the test samples.
         seconds: of all iterations.
-        phases: the seconds of each phase of the iterations.
         weights: of the first layer, ``(400, 25)``.
     """
 
@@ -81,7 +78,6 @@ class Result(NamedTuple):
     costs: list[float]
     ends: Sequence[Sequence[float]]
     seconds: float
-    phases: dict[str, float]
     weights: numpy_mlp.Array
 
 
@@ -104,21 +100,17 @@ def train_numpy(world: Any, splits: Sequence[Samples], plan: Plan) -> Result:
     own = np.empty(model.parameters.size + 1, model.parameters.dtype)  # gradient and cost of this share
     total = np.empty_like(own)
     costs = []
-    with Phases(torch.device("cpu")) as phases:
-        backward = timed("backward")(model.backward)
-        allreduce = timed("collectives")(world.Allreduce)
-        start = time.perf_counter()
-        for _ in range(plan.iterations):
-            with phases.step():
-                inputs, outputs = model.forward(x)
-                own[-1], delta = model.loss_sum(outputs, labels)
-                own[:-1] = backward(inputs, delta)
-                allreduce(own, total)
-                optimizer.step(total[:-1] / count)
-            costs.append(float(total[-1]) / count)
-        seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    for _ in range(plan.iterations):
+        inputs, outputs = model.forward(x)
+        own[-1], delta = model.loss_sum(outputs, labels)
+        own[:-1] = model.backward(inputs, delta)
+        world.Allreduce(own, total)
+        optimizer.step(total[:-1] / count)
+        costs.append(float(total[-1]) / count)
+    seconds = time.perf_counter() - start
     ends = [mpi.evaluate(world, model, *pair) for pair in zip(shares, (count, len(splits[1].x)), strict=True)]
-    return Result(plan, costs, ends, seconds, phases.seconds, model.weights[0])
+    return Result(plan, costs, ends, seconds, model.weights[0])
 
 
 def cost_sum(p: Tensor, labels: Tensor) -> Tensor:
@@ -141,17 +133,15 @@ def train_torch(world: World, splits: Sequence[Samples], plan: Plan) -> Result:
     x, labels = shares[0]
     cost_sum(replica(x), labels).backward()  # a GPU's kernels are compiled in the first call
     optimizer.zero_grad()
-    with Phases(world.device) as phases:
-        start = time.perf_counter()
-        for i in range(plan.iterations):
-            with Collectives(world), phases.step():
-                loss = cost_sum(replica(x), labels)
-                (loss * (world.dp_size / counts[0])).backward()  # the wrapper averages over the ranks
-                optimizer.step()
-                optimizer.zero_grad()
-            costs[i] = loss.detach()
-        costs = world.sum(costs) / counts[0]
-        seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    for i in range(plan.iterations):
+        loss = cost_sum(replica(x), labels)
+        (loss * (world.dp_size / counts[0])).backward()  # the wrapper averages over the ranks
+        optimizer.step()
+        optimizer.zero_grad()
+        costs[i] = loss.detach()
+    costs = world.sum(costs) / counts[0]
+    seconds = time.perf_counter() - start
     ends = []
     for (x, labels), count in zip(shares, counts, strict=True):
         with torch.no_grad():
@@ -159,19 +149,17 @@ def train_torch(world: World, splits: Sequence[Samples], plan: Plan) -> Result:
             sums = torch.stack([cost_sum(p, labels), (p.argmax(1) == labels).sum()])
         ends.append((world.sum(sums) / count).tolist())
     weights = next(model.parameters()).detach().cpu().numpy().T
-    return Result(plan, costs.tolist(), ends, seconds, phases.seconds, weights)
+    return Result(plan, costs.tolist(), ends, seconds, weights)
 
 
 def report(flags: Flags, device: str, ranks: int, results: list[Result]) -> None:
     """Print the figures of the runs, and write the metrics and plots that the flags ask for."""
     rows: list[dict[str, Any]] = []
-    for plan, costs, (train, test), seconds, phases, _ in results:
-        ms = {f"{name}_ms": 1e3 * t / plan.iterations for name, t in phases.items()}
+    for plan, costs, (train, test), seconds, _ in results:
         figures = {"first_cost": costs[0], "last_cost": costs[-1], "train_accuracy": train[1]}
         figures |= {"test_loss": test[0], "test_accuracy": test[1], "seconds": seconds}
-        rows.append(plan._asdict() | figures | {"library": flags.library, "ranks": ranks} | ms)
+        rows.append(plan._asdict() | figures | {"library": flags.library, "ranks": ranks})
     console.print_rows(rows, ("iterations", "lr", "momentum", *figures))
-    console.print_rows(rows, ("iterations", *ms))
     console.write_metrics(flags.metrics, rows)
     if flags.plots:
         from support import plots

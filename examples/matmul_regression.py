@@ -14,6 +14,7 @@ more steps, and the cost falls further.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from support import cli, console
@@ -30,6 +31,7 @@ class Flags(cli.ExampleFlags):
 
     lr: tuple[float, ...] = (0.01, 0.1)  # Learning rates to compare.
     batch_size: tuple[int, ...] = (1024, 64, 4)  # Batch sizes to compare, of 1024 samples.
+    plots: Path | None = None  # Folder for pictures.
 
     def __post_init__(self) -> None:
         super().__post_init__()

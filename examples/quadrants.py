@@ -17,12 +17,11 @@ The report trains a larger network by data parallelism on the CPU, in large and 
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, product
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -30,7 +29,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from support import cli, console
-from support.amdahl import PHASES, Scaling, speedup
+from support.amdahl import PHASES, Scaling
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -121,7 +120,7 @@ def compare(flags: Flags, device: torch.device) -> list[dict[str, float]]:
     points, validation = (draw(k, 3 * flags.seed + i, wrong, device) for i, k in enumerate((n, 1000)))
     test = draw(2500, 3 * flags.seed + 2, device=device)  # without wrong labels
     choices = list(product(WIDTHS, PENALTIES) if flags.noise else [(30, 0.0)])
-    models, rows = {}, []
+    rows = []
     for width, penalty in track(choices, transient=True, disable=not Console().is_terminal):
         model, optimizer = build([2, width, 1], penalty, flags.seed, device)
         train(model, optimizer, points, epochs * flags.epochs, batch_size, flags.seed)
@@ -130,11 +129,6 @@ def compare(flags: Flags, device: torch.device) -> list[dict[str, float]]:
         row["test_loss"], row["test_accuracy"] = evaluate(model, test)
         rows.append(row)
         print(" | ".join(f"{name.replace('_', ' ')} {value:<6.4g}" for name, value in row.items()))
-        models[f"width {width}, λ {penalty:g}"] = model
-    if flags.plots:
-        from support import plots
-
-        plots.save_boundaries(flags.plots / "boundaries.png", models, points[:200])
     return sorted(rows, key=lambda row: -row["validation_loss"])
 
 
@@ -200,31 +194,7 @@ def report(build: Build, flags: Flags) -> list[dict[str, Any]]:
         print(f"p is of N = {most} alone: whether the law holds, only more processes would tell")
     if most > CORES:
         print(f"{most} processes on {CORES} cores are oversubscribed: the machine limits them, not the law")
-    if flags.plots:
-        save_scalings(flags.plots / "amdahl.png", scalings, most)
     return rows
-
-
-def save_scalings(path: Path, scalings: Sequence[Scaling], most: int) -> None:
-    """Draw the speed-ups on the law's curves, with their limits, up to eight times as many processes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.subplots()
-    numbers = [n for n in (2 ** (i / 4) for i in range(65)) if n <= 8 * most]
-    for i, s in enumerate(scalings):
-        limit = f"limit {s.limit:.1f}" if s.p < 1 else "no limit"
-        label = f"batch {s.batch_size}, p {s.p:.3f}, {limit}"
-        axes.plot(numbers, [speedup(s.p, n) for n in numbers], f"C{i}", label=label)
-        axes.plot(list(s.speedups), list(s.speedups.values()), f"oC{i}")
-        if s.p < 1:
-            axes.axhline(s.limit, color=f"C{i}", linestyle=":")
-    axes.plot(numbers, numbers, "k--", label="S = N")
-    axes.set(xlabel="processes N", ylabel="speed-up S", title="Measured (dots), Amdahl's law, limit (dotted)")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    axes.legend()
-    figure.savefig(path, dpi=110)
 
 
 def main(flags: Flags) -> None:

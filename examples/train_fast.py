@@ -14,7 +14,7 @@ first weights and on the same batches, checks that their gradients agree, and tr
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, islice
 from statistics import median
@@ -53,7 +53,8 @@ def find_ways(flags: Flags, world: World, train: Samples) -> list[str]:
     ways = ["DistributedDataParallel"]
     if world.device.type == "cpu" and can_share_memory(world.dp_size):
         ways.append("shared memory")
-    reason = "--fused is off" if flags.fused == "off" else why_not_fused(make_model(flags, world, train))
+    model = MLP(flags.layer_sizes(train), flags.activation, device=world.device)
+    reason = "--fused is off" if flags.fused == "off" else why_not_fused(model)
     if flags.compile:
         reason = "--compile compiles the model"
     if not reason:
@@ -63,21 +64,17 @@ def find_ways(flags: Flags, world: World, train: Samples) -> list[str]:
     return ways
 
 
-def make_model(flags: Flags, world: World, train: Samples) -> MLP:
-    torch.manual_seed(flags.seed)  # the same weights on every rank, and in every way
-    return MLP(flags.layer_sizes(train), flags.activation).to(world.device)
-
-
 class Trainer:
     """A model, its optimizer, and one of the ways to compute a step."""
 
     def __init__(self, flags: Flags, world: World, train: Samples, way: str):
         self.flags, self.world = flags, world
-        self.model = make_model(flags, world, train)
+        torch.manual_seed(flags.seed)  # the same weights on every rank, and in every way
+        self.model = MLP(flags.layer_sizes(train), flags.activation).to(world.device)
         self.optimizer = train_ddp.make_optimizer(flags, self.model)  # Muon for weights, SGD for biases
-        self.gradients: Callable[[Tensor, Tensor, int], Tensor] = self.by_autograd
+        self.fused = None
         if way == "formulas":
-            self.gradients = FusedGradients(self.model, world, flags.label_smoothing)
+            self.fused = FusedGradients(self.model, world, flags.label_smoothing)
             return
         self.replica = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         if way == "shared memory":
@@ -85,8 +82,10 @@ class Trainer:
         if flags.compile:
             self.replica.compile()
 
-    def by_autograd(self, x: Tensor, labels: Tensor, global_size: int) -> Tensor:
-        """Leave the gradients in ``p.grad``, as the formulas do; return the sum of this rank's losses."""
+    def gradients(self, x: Tensor, labels: Tensor, global_size: int) -> Tensor:
+        """Leave the gradients of a batch in ``p.grad``, and return the sum of this rank's losses."""
+        if self.fused is not None:
+            return self.fused(x, labels, global_size)
         smoothing = self.flags.label_smoothing
         loss = cross_entropy(self.replica(x), labels, reduction="sum", label_smoothing=smoothing)
         (loss * (self.world.dp_size / global_size)).backward()

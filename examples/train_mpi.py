@@ -13,13 +13,15 @@ compute more for each message: ``--batch-size 128 --hidden 128 --lr 0.5``.
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 # NumPy reads it when it is imported. With a process per core each process needs one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import track
 from support import cli, console
 
 from torchpar.baselines import mpi
@@ -60,13 +62,14 @@ def main(flags: Flags) -> None:
         message = np.empty(model.parameters.size + 1, model.parameters.dtype)  # gradient and loss
         total = np.empty_like(message)
         results: list[EpochResult] = []
-        progress = console.EpochProgress(world, flags.epochs, n_train, flags.metrics, flags.log_dir)
-        with progress, Phases(torch.device("cpu")) as phases:
+        hidden = world.rank > 0 or not Console().is_terminal
+        epochs = track(range(1, flags.epochs + 1), "epochs", transient=True, disable=hidden)
+        with Phases(torch.device("cpu")) as phases:
             scatter = timed("data")(mpi.scatter_batches)
             backward = timed("backward")(model.backward)
             allreduce = timed("collectives")(world.Allreduce)
-            for epoch in range(1, flags.epochs + 1):
-                start, train_loss, trained = time.perf_counter(), 0.0, 0
+            for epoch in epochs:
+                start, train_loss = time.perf_counter(), 0.0
                 batches = scatter(world, train, n_train, flags.batch_size, order)
                 for x, labels, global_size in phases.steps(batches):
                     inputs, outputs = model.forward(mpi.scale_pixels(x))
@@ -75,14 +78,16 @@ def main(flags: Flags) -> None:
                     allreduce(message, total)
                     optimizer.step(total[:-1] / global_size)
                     train_loss += float(total[-1])
-                    trained += global_size
-                    progress.update(epoch, trained)
                 speed = n_train / (time.perf_counter() - start)
                 test_loss, accuracy = mpi.evaluate(world, model, own_test, n_test)
                 figures = (epoch, train_loss / n_train, test_loss, accuracy, speed)
                 results.append(EpochResult(*figures, time.perf_counter() - start, world.size, "cpu"))
-                progress.print_epoch(results[-1])
+                if world.rank == 0:
+                    print(console.epoch_line(results[-1], flags.epochs))
         if loaded and test:
+            rows = [asdict(result) for result in results]
+            console.write_metrics(flags.metrics, rows)
+            console.write_log(flags.log_dir, rows, "epoch")
             if flags.plots:
                 from support import plots
 

@@ -48,7 +48,7 @@ from torchpar.parallel.split.pipeline import (
     stage_mlp,
 )
 from torchpar.profile.phases import timed
-from torchpar.reference import Backward, Forward, P2PCommunicator, gpipe, one_forward_one_backward
+from torchpar.reference import P2PCommunicator, gpipe, one_forward_one_backward
 from torchpar.training import Run
 
 Gradients = Callable[[Tensor, Tensor, int], Tensor]
@@ -96,9 +96,7 @@ def by_hand(flags: Flags, world: World, stage: MLP, timeline: Timeline | None) -
             # of the activations to the previous stage.
             outputs.backward(gradient)
 
-        passes: tuple[Forward, Backward] = (forward, backward)
-        if timeline is not None:
-            passes = timeline.step(forward, backward)
+        passes = timeline.step(forward, backward) if timeline else (forward, backward)
         # For each micro-batch: receive the input, forward, send the output; receive the gradient of the
         # output, backward, send the gradient of the input. No two ranks have the same layer, so that there
         # is nothing to average.
@@ -114,13 +112,6 @@ def by_hand(flags: Flags, world: World, stage: MLP, timeline: Timeline | None) -
     return gradients, predict
 
 
-def by_library(flags: Flags, world: World, stage: MLP) -> tuple[Gradients, Predict]:
-    """Return the same functions, by `torch.distributed.pipelining`."""
-    pipeline = Pipeline(stage, world, flags.pipeline, flags.micro_batches)
-    loss_sum = partial(cross_entropy, reduction="sum")
-    return partial(pipeline.step, loss_sum=loss_sum), pipeline.predict
-
-
 def main(flags: Flags) -> None:
     with join_world(flags.device, flags.timeout) as world:
         world = world.with_mesh(pp=world.world_size)
@@ -133,8 +124,12 @@ def main(flags: Flags) -> None:
         stage = stage_mlp(MLP(flags.layer_sizes(train)).to(world.device), world.mesh["pp"])
         if flags.compile:
             stage.compile()
+        gradients: Gradients
+        predict: Predict
         if flags.library:
-            gradients, predict = by_library(flags, world, stage)
+            pipeline = Pipeline(stage, world, flags.pipeline, flags.micro_batches)
+            gradients = partial(pipeline.step, loss_sum=partial(cross_entropy, reduction="sum"))
+            predict = pipeline.predict
         else:
             gradients, predict = by_hand(flags, world, stage, timeline)
         optimizer = session.make_optimizer(flags, stage)

@@ -47,6 +47,7 @@ class Flags(cli.LogFlags):
     batch_size: int = 32  # Windows of a step, of all ranks together.
     lr: float = 0.02  # Learning rate of Muon at the start; it falls to 0.
     adamw_lr: float = 6e-3  # Learning rate of AdamW, likewise.
+    plots: Path | None = None  # Folder for pictures.
     arithmetic: Literal["fast", "exact"] = "fast"  # Exact: the same bits everywhere, many times slower.
 
 
@@ -147,9 +148,9 @@ def train(name: str, flags: Flags, book: Book, world: World) -> list[dict[str, A
             if not parallel:  # the exact losses are already those of all ranks
                 train_loss = float(world.sum(torch.tensor(train_loss))) / world.world_size
             seconds += time.perf_counter() - begin
-            validation_loss = evaluate(model, book.validation, world)
-            numbers = {"train_loss": train_loss, "validation_loss": validation_loss, "seconds": seconds}
-            rows.append({"optimizer": name, "step": step} | numbers)
+            row = {"optimizer": name, "step": step, "train_loss": train_loss}
+            row["validation_loss"] = evaluate(model, book.validation, world)
+            rows.append(row | {"seconds": seconds})
             losses.clear()
             begin = time.perf_counter()
     return rows
@@ -169,7 +170,7 @@ def main(flags: Flags) -> None:
                 "{optimizer}: training loss {train_loss:.3f}, validation loss {validation_loss:.3f} "
                 "after {step} steps, {seconds:.1f} s".format(**run[-1])
             )
-            console.write_log(flags.log_dir, run[0]["optimizer"], run)
+            console.write_log(flags.log_dir and flags.log_dir / run[0]["optimizer"], run, "step")
         rows = [row for run in runs for row in run]
         console.write_metrics(flags.metrics, rows)
         if flags.plots:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The checks of ladder, train and scaling reject what is wrong. `test_benchmarks` runs them."""
+"""The timer, and the checks of ladder, train and scaling. `test_benchmarks` runs them."""
 
 import csv
 
@@ -13,10 +13,10 @@ pytest.importorskip("rich", reason="rich prints the tables")
 pytest.importorskip("numba", reason="Numba compiles the loops")
 pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 
-from benchmarks import ladder, scaling, train
-from benchmarks.ladder import Contestant, make_case, measure, timed_turn
+from benchmarks import scaling, train
+from benchmarks.ladder import make_case
 from benchmarks.results import Result
-from benchmarks.timing import Rejected, Timed
+from benchmarks.timing import Rejected, Times, take_turns
 from benchmarks.train import Inputs, Training
 from torchpar.baselines import numpy_mlp
 
@@ -40,34 +40,6 @@ def test_a_wrong_result_is_rejected(operator):
     for one in wrong:
         with pytest.raises(Rejected, match=r"more than rounding|has shape"):
             case.check(one)
-
-
-def test_results_are_compared_with_the_first_and_the_previous(monkeypatch):
-    def reject(index: int) -> list[float]:
-        raise Rejected("a number is off")
-
-    case = make_case("maximum", (1000, 1000))  # 12 MB
-    seconds = {"pure Python": 8.0, "njit": 2.0, "NumPy": 0.5}
-    ways = [Contestant(name, lambda index, s=s: [s], compiles=name == "njit") for name, s in seconds.items()]
-    first, second, wrong, last = measure(case, [*ways[:2], Contestant("wrong", reject), ways[2]], 3)
-    right = [one.columns for one in (first, second, last)]
-    assert [columns["over_pure_python"] for columns in right] == [1.0, 4.0, 16.0]
-    assert [columns["over_previous"] for columns in right] == [None, 4.0, None]
-    assert second.columns["gb_per_s"] == pytest.approx(0.006)
-    assert (first.columns["first_s"] is None, second.columns["first_s"] >= 0) == (True, True)
-    assert (wrong.ok, wrong.p50_ms, "over_pure_python" in wrong.columns) == (False, None, False)
-    assert ladder.as_markdown([first, wrong]).splitlines() == [
-        "| maximum of 1000×1000 int32 | time | × pure Python | × previous |",
-        "|---|---|---|---|",
-        "| pure Python | 8 s | 1 |  |",
-        "| wrong |  |  |  |",
-    ]
-
-
-def test_a_part_is_extrapolated(monkeypatch):
-    case = make_case("matmul_t", SHAPES["matmul_t"])
-    monkeypatch.setattr(ladder, "time_calls", lambda call, *_: Timed(call(), 0.5, None, 1))
-    assert timed_turn(case, lambda: case.expected[:2], rows=2)(0) == [0.5 / (2 / 5)]
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +97,46 @@ def test_a_wrong_gradient_and_a_wrong_loss_are_rejected():
     for loss in (2.3001, torch.nan):
         with pytest.raises(Rejected, match="loss"):
             error(other, loss)
+
+
+# The timer
+
+
+def test_contestants_take_turns_after_a_warm_up():
+    calls: list[str] = []
+
+    def turn(name: str):
+        return lambda index: calls.append(f"{name}{index}") or [9.0 if index == 0 else 1.0]
+
+    befores: list[tuple[int, int]] = []
+    turns = {name: turn(name) for name in "abc"}
+    times = take_turns(turns, 2, before=lambda index: befores.append((index, len(calls))))
+    assert calls == ["a0", "b0", "c0", "a1", "b1", "c1", "a2", "b2", "c2"]
+    assert befores == [(0, 0), (1, 3), (2, 6)]
+    assert all(found.rounds == [[1.0], [1.0]] and found.first >= 0 for found in times.values())
+
+
+@pytest.mark.parametrize("good", [0, 2])
+def test_a_contestant_that_fails_is_out_and_has_no_times(good):
+    def reject(index: int) -> list[float]:
+        raise Rejected("a number is off\nand more")
+
+    calls = iter([lambda index: [1.0]] * good + [reject] * 9)
+    times = take_turns({"wrong": lambda index: next(calls)(index), "right": lambda index: [2.0]}, 5)
+    assert len(list(calls)) == 9 - 1  # it is not called again
+    wrong = times["wrong"].result({"n": 1}, "wrong", times["right"])
+    assert (wrong.ok, wrong.reason) == (False, "Rejected: a number is off")
+    assert (wrong.p20_ms, wrong.p50_ms, wrong.p80_ms, wrong.mean_ms, wrong.speedup) == (None,) * 5
+    right = times["right"].result({"n": 1}, "right", times["wrong"])
+    assert (right.ok, right.p50_ms, right.samples, right.speedup) == (True, 2000.0, 5, None)
+
+
+def test_results_quote_quantiles_and_the_median_ratio_of_rounds():
+    mine, reference = Times([[1.0], [2.0], [4.0]]), Times([[2.0], [8.0], [8.0], [100.0]])
+    result = mine.result({"n": 3}, "mine", reference, color="red")
+    assert (result.p50_ms, result.mean_ms, result.samples) == (2000, pytest.approx(7000 / 3), 3)
+    assert result.speedup == 2.0  # the ratios are 2, 4 and 2
+    row = result.row()
+    assert (row["n"], row["contestant"], row["color"], row["ok"]) == (3, "mine", "red", True)
+    result = Times([[float(i)] for i in reversed(range(101))]).result({}, "many")
+    assert (result.p20_ms, result.p50_ms, result.p80_ms) == (20_000, 50_000, 80_000)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The comparison of contestants rejects wrong results and accepts right ones; the table has the results."""
+"""The comparison of contestants rejects wrong results and accepts right ones."""
 
-import csv
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.compare import Implementation, OperatorCase, Work, compare
-from benchmarks.results import Result, Table, environment, machine, print_results
+from benchmarks.results import Result
 
 ROUNDS = 5
 
@@ -145,42 +144,3 @@ def test_nothing_is_believed_beside_a_stale_reference(device):
 def test_a_library_must_only_be_near(device):
     assert measured(device, in_bfloat16, libraries=["other"]).ok
     assert not measured(device, unwritten_in_one_row, libraries=["other"]).ok
-
-
-def test_the_table_has_rates_and_says_why_results_are_wrong(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("rich")
-    monkeypatch.setenv("TORCHPAR_COMMIT", "0123abc-dirty")
-    environment.cache_clear()
-    path = tmp_path / "table.csv"
-    table = Table(path, torch.device("cpu"), threads=2)
-    (one,) = table.add([measured("cpu", torch.sigmoid, mode="full")])
-    assert (table.status, len(path.read_text().splitlines())) == (0, 2)
-    assert one.columns["gb_per_s"] == pytest.approx(2 * 2 * 129 * 65 * 4 / (one.p50_ms * 1e-3) / 1e9)
-    assert one.columns["gflop_per_s"] == pytest.approx(2 * 4 * 129 * 65 / (one.p50_ms * 1e-3) / 1e9)
-    table.add([measured("cpu", WRONG["failing"][0])])
-    environment.cache_clear()
-    with path.open(newline="") as file:
-        right, wrong = csv.DictReader(file)
-    assert {name for name, value in right.items() if value == ""} == {"host_ms", "peak_memory_mb", "reason"}
-    assert (right["mode"], right["dtype"], right["threads"], right["ok"]) == ("full", "float32", "2", "True")
-    assert (right["commit"], right["dirty"], right["torch"]) == ("0123abc", "True", torch.__version__)
-    assert (table.status, wrong["ok"], wrong["p50_ms"]) == (1, "False", "")
-    print_results("sigmoid", table.results)
-    printed = capsys.readouterr().out
-    assert "host" not in printed  # what is empty is left out
-    expected = f"float32 {torch.get_num_threads()} ZeroDivisionError: integer division"
-    assert f"not ok: other sigmoid forward 129x65 {expected}" in printed
-
-
-def test_a_gpu_stands_beside_its_processor(monkeypatch):
-    monkeypatch.setattr("benchmarks.results.cpuinfo", lambda key: "EPYC")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
-    columns = environment.__wrapped__(torch.device("cuda"))
-    assert (columns["device"], columns["processor"]) == ("H100", "EPYC")
-
-
-def test_a_machine_is_named_by_its_widest_instructions(monkeypatch):
-    monkeypatch.setattr("benchmarks.results.CORES", 2)
-    for sets, name in ((["AVX2"], "avx2"), (["AVX2", "AVX-512", "VNNI"], "avx512"), (["AVX2", "AMX"], "amx")):
-        monkeypatch.setattr("benchmarks.results.instruction_sets", lambda sets=sets: sets)
-        assert machine(torch.device("cpu")) == f"cpu-2-cores-{name}"

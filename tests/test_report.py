@@ -45,15 +45,6 @@ def test_the_page_has_the_machines_side_by_side_and_needs_no_network(tmp_path, m
         report.write(tmp_path / "page", results)
 
 
-def test_seeds_are_summarised_and_notes_and_epochs_are_not():
-    head = "contestant,p20_ms,p50_ms,p80_ms,speedup,seed,seconds,accuracy,note,epoch"
-    rows = [f"a,,,,,{seed},{seed + 1},0.9{seed},," for seed in range(3)] + ["b,,,,,0,4,0.9,,"]
-    slow, fast = report.read_csv("\n".join([head, *rows])).to_dict("records")
-    assert (slow["p50_ms"], slow["accuracy"], fast["speedup"]) == pytest.approx((2000, 0.91, 0.5))
-    rows = ["a,,,,,,,,x,1", "a,,,,,,,,x,2", "a,,,,,,,,y,1"]
-    assert len(report.read_csv("\n".join([head.replace("seconds", "s"), *rows]))) == 3
-
-
 def test_the_committed_results_have_panels_benchmarks_and_instruction_sets():
     content = report.content(report.RESULTS)
     panels = {part["name"]: len(part["panels"]) for part in content["sections"] if part.get("panels")}

@@ -57,8 +57,6 @@ class ExampleFlags:
     """Device; auto takes CUDA where there is any."""
     metrics: Path | None = None
     """File for the run's figures, a JSON object per line; the last line is the final result."""
-    plots: Path | None = None
-    """Folder for pictures."""
 
     def __post_init__(self) -> None:
         for name, (least, end) in BOUNDS.items():
@@ -72,13 +70,14 @@ class ExampleFlags:
                 raise ConfigError(f"{flag} is {value}, expected at least {least}")
             if not all(one < end for one in values):
                 raise ConfigError(f"{flag} is {value}, expected less than {end}")
-        if self.plots is not None and importlib.util.find_spec("matplotlib") is None:
-            raise ConfigError("--plots needs matplotlib; pip install 'torchpar[examples]'")
-        self._create_outputs()
-
-    def _create_outputs(self) -> None:
-        """Create the folders of the outputs, and check that they can be written to."""
-        try:
+        for name, package, extra in (
+            ("plots", "matplotlib", "examples"),
+            ("log_dir", "tensorboard", "lightning"),
+        ):
+            if getattr(self, name, None) and importlib.util.find_spec(package) is None:
+                flag = f"--{name.replace('_', '-')}"
+                raise ConfigError(f"{flag} needs {package}; pip install 'torchpar[{extra}]'")
+        try:  # to create the folders of the outputs, and to write there
             for name in ("plots", "log_dir", "profile", "checkpoint"):
                 if folder := getattr(self, name, None):
                     folder.mkdir(parents=True, exist_ok=True)
@@ -97,11 +96,6 @@ class LogFlags(ExampleFlags):
     log_dir: Path | None = None
     """Folder for TensorBoard: losses, and accuracy and speed where they are measured."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.log_dir is not None and importlib.util.find_spec("tensorboard") is None:
-            raise ConfigError("--log-dir needs tensorboard; pip install 'torchpar[lightning]'")
-
 
 @dataclass(kw_only=True)
 class DataFlags(ExampleFlags):
@@ -111,6 +105,8 @@ class DataFlags(ExampleFlags):
     """Folder of the data sets, as torchvision's root."""
     dataset: Dataset = "mnist"
     """Data set."""
+    plots: Path | None = None
+    """Folder for pictures."""
 
 
 @dataclass(kw_only=True)

@@ -2,92 +2,27 @@
 """Console output of the examples: progress, tables, errors and the last line; and metrics files."""
 
 import json
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.parallel.launch.world import World
 from torchpar.profile.phases import Phases
 from torchpar.training.state import EpochResult
 
-REFRESH = 0.1  # seconds between two updates of a bar; one takes as long as a small step
 
-
-class EpochProgress:
-    """Progress of a run, on rank 0: a bar on a terminal, a line per epoch, and the figures of each epoch.
-
-    Args:
-        metrics: a file of JSON lines.
-        log_dir: a folder for TensorBoard.
-    """
-
-    def __init__(
-        self, world: World, epochs: int, samples: int, metrics: Path | None, log_dir: Path | None = None
-    ):
-        self.speaks = world.rank == 0
-        self.epochs = epochs
-        self.samples = samples
-        self.metrics = metrics
-        self.writer: Any = None
-        if log_dir is not None and self.speaks:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # purge_step: a resumed run writes its earlier epochs again.
-            self.writer = SummaryWriter(log_dir, purge_step=1)
-        console = Console()
-        hidden = not (self.speaks and console.is_terminal)
-        self.bar = Progress(console=console, transient=True, disable=hidden)
-        self.task = self.bar.add_task("samples", total=epochs * samples)
-        self.updated = 0.0
-
-    def __enter__(self) -> Self:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
-        if self.writer is not None:
-            self.writer.close()
-
-    def update(self, epoch: int, samples: int) -> None:
-        """Show ``samples`` of this epoch as done."""
-        if not self.bar.disable and (now := time.monotonic()) > self.updated + REFRESH:
-            self.updated = now
-            self.bar.update(self.task, completed=(epoch - 1) * self.samples + samples)
-
-    def print_epoch(self, result: EpochResult) -> None:
-        self._print(
-            f"epoch {result.epoch}/{self.epochs} | train loss {result.train_loss:.4f} | "
-            f"test loss {result.test_loss:.4f} | test accuracy {result.test_accuracy:.4f} | "
-            f"{result.samples_per_s:,.0f} samples/s | {result.seconds:.1f} s"
-        )
-        self._write(result)
-
-    def print_resumed(self, results: Sequence[EpochResult], steps: int, complete: bool) -> None:
-        """Print where a run resumes, and write the metrics of its earlier epochs again."""
-        self._print(f"complete already, at step {steps}" if complete else f"resumed from step {steps}")
-        for result in results:
-            self._write(result)
-
-    def _print(self, line: str) -> None:
-        if self.speaks:
-            self.bar.console.print(line, soft_wrap=True)
-
-    def _write(self, result: EpochResult) -> None:
-        if self.speaks and self.metrics is not None:
-            with self.metrics.open("w" if result.epoch == 1 else "a") as file:
-                file.write(json.dumps(asdict(result)) + "\n")
-        if self.writer is not None:
-            _add_scalars(self.writer, asdict(result), result.epoch)
+def epoch_line(result: EpochResult, epochs: int) -> str:
+    """Return the line that a lesson prints after an epoch of ``epochs``."""
+    return (
+        f"epoch {result.epoch}/{epochs} | train loss {result.train_loss:.4f} | "
+        f"test loss {result.test_loss:.4f} | test accuracy {result.test_accuracy:.4f} | "
+        f"{result.samples_per_s:,.0f} samples/s | {result.seconds:.1f} s"
+    )
 
 
 def write_metrics(path: Path | None, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -96,21 +31,19 @@ def write_metrics(path: Path | None, lines: Iterable[Mapping[str, Any]]) -> None
         path.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
 
 
-def write_log(log_dir: Path | None, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write the figures of each row, at its ``step``, for TensorBoard, unless ``log_dir`` is None."""
-    if log_dir is None:
+def write_log(log_dir: Path | None, rows: Iterable[Mapping[str, Any]], x: str) -> None:
+    """Write the figures of each row for TensorBoard, at its ``x``, unless ``log_dir`` is None."""
+    steps = list(rows)
+    if log_dir is None or not steps:
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(log_dir / name) as writer:
-        for row in rows:
-            _add_scalars(writer, row, row["step"])
-
-
-def _add_scalars(writer: Any, row: Mapping[str, Any], step: int) -> None:
-    for name, value in row.items():
-        if isinstance(value, float):
-            writer.add_scalar(name, value, step)
+    # purge_step: a resumed run writes its earlier epochs again.
+    with SummaryWriter(log_dir, purge_step=steps[0][x]) as writer:
+        for row in steps:
+            for name, value in row.items():
+                if isinstance(value, float):
+                    writer.add_scalar(name, value, row[x])
 
 
 def print_rows(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], title: str = "") -> None:

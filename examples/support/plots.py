@@ -97,28 +97,6 @@ def save_curves(path: Path, curves: Mapping[str, Sequence[float]], x: str, y: st
     figure.savefig(path, dpi=120)
 
 
-def save_boundaries(path: Path, models: Mapping[str, torch.nn.Module], points: Samples) -> None:
-    """Draw each network's output over the plane, and the points that it was trained on.
-
-    Args:
-        models: by title; each maps ``(n, 2)`` to ``(n, 1)``, the probability of label 1.
-        points: with features ``(n, 2)`` in [−1, 1]².
-    """
-    side = math.ceil(math.sqrt(len(models)))
-    figure, grid = _subplots(side, side, (3 * side + 1, 3 * side))
-    axis = torch.linspace(-1, 1, 201)
-    plane = torch.cartesian_prod(axis, axis).to(points.features.device)
-    for axes, title in zip(grid, models, strict=False):
-        p = models[title](plane).detach().view(201, 201).T.cpu()
-        shades = axes.contourf(axis, axis, p, levels=torch.linspace(0, 1, 11), cmap="coolwarm")
-        axes.contour(axis, axis, p, levels=[0.5], colors="black", linewidths=1)
-        x, y = points.features.T.cpu()
-        axes.scatter(x, y, c=points.labels.cpu(), cmap="coolwarm", edgecolors="white", s=25)
-        axes.set(title=title, xlabel="x", ylabel="y", aspect="equal")
-    figure.colorbar(shades, ax=grid, label="probability of label 1")
-    figure.savefig(path, dpi=100)
-
-
 def save_matrices(path: Path, matrices: Tensor, title: str) -> None:
     """Draw ``matrices (n, rows, columns)`` side by side, each in its own range. Dark is large."""
     columns = math.ceil(math.sqrt(len(matrices)))

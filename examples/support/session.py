@@ -9,6 +9,8 @@ from statistics import median
 from typing import TypeVar
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile, schedule
@@ -78,6 +80,7 @@ class Log(training.RunLog):
     def __init__(self, flags: TrainFlags, world: World):
         self.flags = flags
         self.world = world
+        self.speaks = world.rank == 0
         self.phases = Phases(world.device) if flags.phases else None
         self.calls: list[list[Call]] = []  # of each step
         self.profiler: profile | None = None
@@ -88,18 +91,27 @@ class Log(training.RunLog):
                 activities=[ProfilerActivity.CPU, *on_gpu],
                 schedule=schedule(wait=SKIP - 1, warmup=1, active=10, repeat=1),
             )
+        terminal = Console()
+        hidden = not (self.speaks and terminal.is_terminal)
+        self.bar = Progress(console=terminal, transient=True, disable=hidden)
 
     @contextmanager
     def active(self, run: Run) -> Iterator[None]:
-        outputs = self.flags.metrics, self.flags.log_dir
-        self.progress = console.EpochProgress(self.world, run.num_epochs, len(run.train), *outputs)
-        with self.progress, self.phases or nullcontext(), self.profiler or nullcontext():
+        self.task = self.bar.add_task("samples", total=run.num_epochs * len(run.train))
+        with self.bar, self.phases or nullcontext(), self.profiler or nullcontext():
             yield
 
     def on_resume(self, run: Run) -> None:
-        self.progress.print_resumed(run.results, run.total_steps, len(run.results) == run.num_epochs)
-        if self.world.dp_size > 2 and not can_share_memory(self.world.dp_size) and self.world.rank == 0:
-            print("the weights may differ in the last bits from those of a run that was not stopped")
+        complete = len(run.results) == run.num_epochs
+        steps = run.total_steps
+        self._print(f"complete already, at step {steps}" if complete else f"resumed from step {steps}")
+        if self.world.dp_size > 2 and not can_share_memory(self.world.dp_size):
+            self._print("the weights may differ in the last bits from those of a run that was not stopped")
+        self._write(run, first=0)
+
+    def _print(self, line: str) -> None:
+        if self.speaks:
+            self.bar.console.print(line, soft_wrap=True)
 
     def steps(self, batches: Iterator[B]) -> Iterator[B]:
         counted = self.flags.phases or self.flags.collectives
@@ -112,21 +124,29 @@ class Log(training.RunLog):
                 self.profiler.step()
 
     def on_step(self, run: Run, epoch: int, samples: int) -> None:
-        self.progress.update(epoch, samples)
+        if not self.bar.disable:
+            self.bar.update(self.task, completed=(epoch - 1) * len(run.train) + samples)
 
     def on_epoch(self, run: Run, result: EpochResult) -> None:
-        self.progress.print_epoch(result)
+        self._print(console.epoch_line(result, run.num_epochs))
+        self._write(run, first=-1)
+
+    def _write(self, run: Run, first: int) -> None:
+        rows = [asdict(result) for result in run.results]
+        if self.speaks:
+            console.write_metrics(self.flags.metrics, rows)
+            console.write_log(self.flags.log_dir, rows[first:], "epoch")
 
     def on_end(self, run: Run) -> None:
-        flags, speaks = self.flags, self.world.rank == 0
+        flags = self.flags
         if flags.plots:
             _, outputs = run.evaluate()
-            if speaks:
+            if self.speaks:
                 from support import plots
 
                 plots.save(flags.plots, run.results, outputs, run.test)
         profiled = self.world.gather_results(self._save_trace) if self.profiler else [""]
-        if not speaks:
+        if not self.speaks:
             return
         if flags.collectives:
             _print_collectives(self.calls[2:])  # DistributedDataParallel sets itself up in two steps
