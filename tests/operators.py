@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Record of the operators: schema, shapes and contract of each. All tests iterate over it.
+"""Record of the operators: kernels, shapes and contract of each. All tests iterate over it.
 
 An entry has tensors of the shapes of an operator's arguments, with any values. `Operator.operands` makes
 operands of them that the operator takes: for `symmetric_matmul`, operands whose product is symmetric.
@@ -30,17 +30,10 @@ class Refused(NamedTuple):
     kwargs: Mapping[str, float] = MappingProxyType({})
 
 
-class Backward(NamedTuple):
-    """An operator of a backward pass."""
-
-    schema: str
-    kernels: set[str]
-
-
 class Operator(NamedTuple):
     """An operator and its contract. Its arguments' shapes have a letter for each size."""
 
-    schema: str  # as PyTorch prints it
+    name: str
     kernels: set[str]  # the Triton kernels that it launches
     native: Callable[..., Tensor]  # the same by PyTorch's own operators
     formula: Callable[..., Any]  # the same by NumPy's, for the oracle
@@ -55,11 +48,6 @@ class Operator(NamedTuple):
     roundings: int = 1  # on the way to a result, once the sums are there; each factor adds one
     exact: bool = False  # whether the result and its strides are PyTorch's
     symmetric: bool = False  # whether the result equals its transpose, bit for bit
-    backward: Mapping[str, Backward] = MappingProxyType({})  # the operator of its backward pass, by name
-
-    @property
-    def name(self) -> str:
-        return self.schema.partition("(")[0]
 
     @property
     def widest(self) -> torch.dtype:
@@ -127,7 +115,7 @@ def _unlike(name: str, actual: Any, expected: Any, dtype: torch.dtype = torch.fl
 
 
 MAXIMUM = Operator(
-    schema="maximum(Tensor a, Tensor b) -> Tensor",
+    name="maximum",
     kernels={"maximum_flat_kernel", "maximum_strided_kernel"},
     native=torch.maximum,
     formula=np.maximum,
@@ -147,16 +135,10 @@ MAXIMUM = Operator(
         Refused((ones(3), ones(3).to(torch.uint16)), "b has dtype torch.uint16, expected a real"),
         Refused((ones(2, 3), ones(2, 0)), "b has shape (2, 0), which does not broadcast with a's (2, 3)"),
     ],
-    backward={
-        "maximum_backward": Backward(
-            "(Tensor g, Tensor a, Tensor b) -> (Tensor, Tensor)",
-            {"maximum_backward_flat_kernel", "maximum_backward_strided_kernel"},
-        )
-    },
 )
 
 MATMUL_T = Operator(
-    schema="matmul_t(Tensor x) -> Tensor",
+    name="matmul_t",
     kernels={"symmetric_product_kernel"},
     native=lambda x: x @ x.mT,
     formula=lambda x: x @ np.swapaxes(x, -1, -2),
@@ -177,17 +159,10 @@ MATMUL_T = Operator(
         Refused((ones(3, 3).long(),), f"x has dtype torch.int64, {FLOATING}"),
         Refused((ones(3),), "x has shape (3,), expected (*, n, k)"),
     ],
-    backward={
-        "matmul_t_backward": Backward(
-            "(Tensor g, Tensor x) -> Tensor",
-            {"symmetric_sum_kernel"},
-        )
-    },
 )
 
 SYMMETRIC_MATMUL = Operator(
-    schema="symmetric_matmul(Tensor a, Tensor b, Tensor? c=None, *, "
-    "float alpha=1., float? beta=None) -> Tensor",
+    name="symmetric_matmul",
     kernels={"symmetric_product_kernel"},
     native=_symmetric_matmul,
     formula=_numpy_symmetric_matmul,
@@ -218,7 +193,7 @@ SYMMETRIC_MATMUL = Operator(
 )
 
 LINEAR_SIGMOID = Operator(
-    schema="linear_sigmoid(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+    name="linear_sigmoid",
     kernels={"linear_sigmoid_kernel"},
     native=_linear_sigmoid,
     formula=_numpy_linear_sigmoid,
@@ -243,16 +218,10 @@ LINEAR_SIGMOID = Operator(
         Refused((ones(2, 3), ones(4, 3), ones(2, 4)), _unlike("bias", (2, 4), (4,))),
         Refused((ones(2, 3), ones(4, 3).half()), _unlike("weight", (4, 3), (4, 3), torch.float16)),
     ],
-    backward={
-        "linear_sigmoid_backward": Backward(
-            "(Tensor g, Tensor y) -> (Tensor, Tensor)",
-            {"sigmoid_backward_kernel"},
-        )
-    },
 )
 
 EXACT_MATMUL = Operator(
-    schema="exact_matmul(Tensor a, Tensor b) -> Tensor",
+    name="exact_matmul",
     kernels={"exact_product_kernel"},
     native=lambda a, b: (a.double() @ b.double().mT).float(),
     formula=lambda a, b: a @ np.swapaxes(b, -1, -2),
@@ -276,7 +245,13 @@ EXACT_MATMUL = Operator(
 )
 
 OPERATORS = {op.name: op for op in (MAXIMUM, MATMUL_T, SYMMETRIC_MATMUL, LINEAR_SIGMOID, EXACT_MATMUL)}
-BACKWARDS = {name: backward for op in OPERATORS.values() for name, backward in op.backward.items()}
+# The Triton kernels of all operators, by name; some are of a backward pass.
+KERNELS = {name: op.kernels for name, op in OPERATORS.items()} | {
+    "maximum_backward": {"maximum_backward_flat_kernel", "maximum_backward_strided_kernel"},
+    "matmul_t_backward": {"symmetric_sum_kernel"},
+    "linear_sigmoid_backward": {"sigmoid_backward_kernel"},
+    "symmetric_addmm_": {"symmetric_product_kernel"},
+}
 
 BY_DTYPE = [(name, dtype) for name, op in OPERATORS.items() for dtype in op.dtypes]
 BY_CASE = [(name, shapes) for name, op in OPERATORS.items() for shapes in op.cases]

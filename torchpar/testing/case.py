@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,28 +50,6 @@ class Sample:
 
 def _with_memory(t: Tensor) -> Tensor:
     return torch.zeros(t.shape, dtype=t.dtype, device=t.device) if torch._is_zerotensor(t) else t
-
-
-class Rule(NamedTuple):
-    """A function of a `Case` that returns nothing or a remark, and raises `Wrong`, `NotRun` or any error.
-
-    Or it yields attempts, each a label and such a function, and returns a remark.
-    """
-
-    function: Callable[["Case"], Any]
-    once: bool = False  # for the first sample only
-
-
-class Rules(dict[str, Rule]):
-    """Rules by name, in the order of a table."""
-
-    def add(self, name: str, **how: bool) -> Callable[[Callable[["Case"], Any]], None]:
-        """A decorator that adds a rule."""
-
-        def register(function: Callable[["Case"], Any]) -> None:
-            self[name] = Rule(function, **how)
-
-        return register
 
 
 class Calls(TorchDispatchMode):

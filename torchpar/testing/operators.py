@@ -22,7 +22,7 @@ from torchpar.testing.case import (
     Sample,
     Wrong,
 )
-from torchpar.testing.rules import RULES
+from torchpar.testing.rules import ONCE, RULES
 
 FALLS_BACK = "falls back to the formula"
 OUTCOMES = ("not run", "works", FALLS_BACK, "refuses", "crashes", "wrong")  # from the best to the worst
@@ -136,8 +136,8 @@ def find_overload(op: Any, sample: Sample) -> Any:
 
 def _row(name: str, cases: list[Case]) -> Row:
     rows = []
-    for i, case in enumerate(cases[:1] if RULES[name].once else cases):
-        rows.append(Row(name, *_outcome(partial(RULES[name].function, case)), i))
+    for i, case in enumerate(cases[:1] if name in ONCE else cases):
+        rows.append(Row(name, *_outcome(partial(RULES[name], case)), i))
     return max(rows, key=lambda row: (OUTCOMES.index(row.outcome), -row.sample))
 
 

@@ -6,7 +6,7 @@ import io
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,6 @@ from torchpar.testing.case import (
     Function,
     Layout,
     NotRun,
-    Rules,
     Tensors,
     Wrong,
     accurate,
@@ -44,13 +43,25 @@ from torchpar.testing.case import (
 )
 from torchpar.testing.placements import every_placement
 
-RULES = Rules()
+RULES: dict[str, Callable[[Case], Any]] = {}
+"""By name, in the table's order: functions that return nothing or a remark, and raise `Wrong`, `NotRun` or
+any error. Or they yield attempts, each a label and such a function, and return a remark."""
+ONCE = ("torch.compile by Inductor", "torch.export, save and load")  # for the first sample only
+
+
+def rule(name: str) -> Callable[[Callable[[Case], Any]], None]:
+    """A decorator that adds a rule."""
+
+    def add(function: Callable[[Case], Any]) -> None:
+        RULES[name] = function
+
+    return add
 
 
 # Plain calls: values, the schema, and the shapes that it promises
 
 
-@RULES.add("values")
+@rule("values")
 def _(case: Case) -> None:
     operands = case.operands if case.reference is not None else [t.contiguous() for t in case.operands]
     try:
@@ -60,14 +71,14 @@ def _(case: Case) -> None:
     close(actual, expected)
 
 
-@RULES.add("same bits twice")
+@rule("same bits twice")
 def _(case: Case) -> None:
     first = case.op(*case.operands)
     for _ in range(3):  # chance may agree once
         same_bits(case.op(*case.operands), first)
 
 
-@RULES.add("operands and results")
+@rule("operands and results")
 def _(case: Case) -> None:
     is_alias = torch._C._is_alias_of  # type: ignore[attr-defined]
     operands = [t.clone() for t in case.operands]
@@ -81,7 +92,7 @@ def _(case: Case) -> None:
         raise Wrong("two results share memory")
 
 
-@RULES.add("schema")
+@rule("schema")
 def _(case: Case) -> Attempts:
     if case.overload is None:
         raise NotRun("no operator was called")
@@ -134,11 +145,11 @@ def _right_fakes(case: Case, operands: Tensors) -> None:
     same_metadata(fakes, actual)
 
 
-RULES.add("layouts and sizes")(partial(_layouts, _same_values))
-RULES.add("fake tensors")(partial(_layouts, _right_fakes))
+RULES["layouts and sizes"] = partial(_layouts, _same_values)
+RULES["fake tensors"] = partial(_layouts, _right_fakes)
 
 
-@RULES.add("low precision")
+@rule("low precision")
 def _(case: Case) -> Attempts:
     case.expect_reference()
 
@@ -175,8 +186,8 @@ def _numerically(check: Callable[..., Any], case: Case) -> None:
         raise Wrong(str(e)) from e
 
 
-RULES.add("gradcheck")(partial(_numerically, torch.autograd.gradcheck))
-RULES.add("gradgradcheck")(partial(_numerically, torch.autograd.gradgradcheck))
+RULES["gradcheck"] = partial(_numerically, torch.autograd.gradcheck)
+RULES["gradgradcheck"] = partial(_numerically, torch.autograd.gradgradcheck)
 
 
 def pulled_back(
@@ -207,7 +218,7 @@ def _pulled_back_twice(f: Function, case: Case, layout: Layout) -> Tensors:
     return torch.autograd.grad(total, (*xs, *incoming), materialize_grads=True)
 
 
-@RULES.add("incoming gradients of any layout")
+@rule("incoming gradients of any layout")
 def _(case: Case) -> Attempts:
     for name, layout in LAYOUTS.items():
         yield name, partial(case.transformed, pulled_back, layout=layout)
@@ -218,7 +229,7 @@ def _(case: Case) -> Attempts:
             yield f"{name}, second derivatives", twice
 
 
-@RULES.add("any of the gradients")
+@rule("any of the gradients")
 def _(case: Case) -> Attempts:
     """Some operands do not require a gradient, and some results have none."""
     operands, results = range(len(case.floating)), len(case.oracle(*case.floating))
@@ -229,7 +240,7 @@ def _(case: Case) -> Attempts:
         yield f"of result {i}", partial(case.transformed, pulled_back, used=slice(i, i + 1))
 
 
-@RULES.add("changes after the call")
+@rule("changes after the call")
 def _(case: Case) -> Attempts:
     """A tensor that the backward needs is changed in place: right gradients, or autograd's error."""
 
@@ -252,7 +263,7 @@ def _(case: Case) -> Attempts:
         yield f"of {what}", partial(check, what == "results")
 
 
-@RULES.add("forward mode")
+@rule("forward mode")
 def _(case: Case) -> Attempts:
     def pushed(f: Function, case: Case, chosen: Sequence[int]) -> list[Tensor]:
         with forward_ad.dual_level():
@@ -305,15 +316,12 @@ TRANSFORMS: dict[str, Callable[..., Any]] = {
     "torch.func: jacrev": lambda f, case: jacrev(f, _every(case))(*case.floating),
     "torch.func: jacfwd": lambda f, case: jacfwd(f, _every(case))(*case.floating),
     "torch.func: hessian": lambda f, case: hessian(_scalar(f), _every(case))(*case.floating),
-    "torch.func: jacrev of jacfwd": lambda f, case: jacrev(jacfwd(f, _every(case)), _every(case))(
-        *case.floating
-    ),
     "torch.func: jvp of jvp": lambda f, case: _jvp(lambda *xs: _jvp(f, xs)[1], case.floating),
 }
 
 
 for _name, _transform in TRANSFORMS.items():
-    RULES.add(_name)(partial(Case.transformed, transform=_transform))
+    RULES[_name] = partial(Case.transformed, transform=_transform)
 
 
 # vmap
@@ -338,7 +346,7 @@ def _vmap(case: Case, in_dims: tuple[int | None, ...]) -> None:
     case.expect_call(lambda: vmap(case.op, in_dims)(*batches))
 
 
-@RULES.add("vmap over one operand")
+@rule("vmap over one operand")
 def _(case: Case) -> Attempts:
     for i, t in enumerate(case.operands):
         for dim in range(t.dim() + 1):
@@ -346,14 +354,14 @@ def _(case: Case) -> Attempts:
             yield f"in_dims {in_dims}", partial(_vmap, case, in_dims)
 
 
-@RULES.add("vmap over all operands")
+@rule("vmap over all operands")
 def _(case: Case) -> Attempts:
     count = len(case.operands)
     for in_dims in ((0,) * count, (-1,) * count, tuple(-(i % 2) for i in range(count))):
         yield f"in_dims {in_dims}", partial(_vmap, case, in_dims)
 
 
-@RULES.add("vmap of vmap")
+@rule("vmap of vmap")
 def _(case: Case) -> None:
     rows = [[tuple(rolled(t, 2 * i + j) for t in case.operands) for j in range(2)] for i in range(3)]
     batches = _stacked([_stacked(row) for row in rows])
@@ -374,7 +382,7 @@ OF_BATCHES: dict[str, Callable[[Function, Tensors], Any]] = {
 }
 
 
-@RULES.add("vmap and gradients")
+@rule("vmap and gradients")
 def _(case: Case) -> Attempts:
     samples = [tuple(rolled(t, k) for t in case.floating) for k in range(3)]
     oracle = case.oracle
@@ -391,7 +399,7 @@ def _(case: Case) -> Attempts:
 # Modes, and other kinds of tensors
 
 
-@RULES.add("autocast")
+@rule("autocast")
 def _(case: Case) -> Attempts:
     case.expect_reference()
 
@@ -417,7 +425,7 @@ def _(case: Case) -> Attempts:
     return "it keeps float32" if keeps else "it casts to autocast's dtype"
 
 
-@RULES.add("grad modes")
+@rule("grad modes")
 def _(case: Case) -> Attempts:
     def check(mode: Any) -> None:
         expected = case.op(*case.operands)
@@ -433,7 +441,7 @@ def _(case: Case) -> Attempts:
         yield mode.__name__, partial(check, mode)
 
 
-@RULES.add("functionalize, and a copied graph")
+@rule("functionalize, and a copied graph")
 def _(case: Case) -> None:
     expected = case.op(*case.operands)
     close(functionalize(case.op)(*case.operands), expected)
@@ -441,37 +449,28 @@ def _(case: Case) -> None:
     close(copy.deepcopy(graph)(*case.operands), expected)
 
 
-class _Wrapped(Tensor):
-    """A tensor subclass that computes with the tensor inside."""
-
-    @staticmethod
-    def __new__(cls, inside: Tensor) -> Any:
-        how: Any = {"strides": inside.stride(), "dtype": inside.dtype, "device": inside.device}
-        wrapped = Tensor._make_wrapper_subclass(cls, inside.shape, **how)
-        wrapped.inside = inside  # type: ignore[attr-defined]
-        return wrapped
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        args, kwargs = tree_map_only(_Wrapped, lambda t: t.inside, (args, kwargs or {}))
-        return tree_map_only(Tensor, cls, func(*args, **kwargs))
-
-
-def _inner(tensors: Tensors) -> Tensors:
-    if any(not isinstance(t, _Wrapped) for t in tensors):
-        raise Wrong("the result is no tensor of the subclass")
-    return tuple(t.inside for t in tensors)  # type: ignore[attr-defined]
-
-
-@RULES.add("tensor subclass")
+@rule("tensor subclass")
 def _(case: Case) -> Attempts:
-    def pulled() -> None:
-        xs = tuple(_Wrapped(t).requires_grad_() for t in case.floating)
-        ys = case.smooth(case.op)(*xs)
-        incoming = [_Wrapped(normal_like(y)) for y in case.oracle(*case.floating)]
-        close(_inner(gradients(ys, xs, incoming)), pulled_back(case.oracle, case))
+    """PyTorch's subclass that computes with the two tensors inside, here one tensor twice."""
+    from torch.testing._internal.two_tensor import TwoTensor
 
-    yield "values", lambda: close(_inner(case.op(*map(_Wrapped, case.operands))), case.op(*case.operands))
+    def inner(tensors: Tensors) -> Tensors:
+        if any(not isinstance(t, TwoTensor) for t in tensors):
+            raise Wrong("the result is no tensor of the subclass")
+        return tuple(t.a for t in tensors)  # type: ignore[attr-defined]
+
+    def wrapped(tensors: Iterable[Tensor]) -> Tensors:
+        return tuple(TwoTensor(t, t) for t in tensors)
+
+    def values() -> None:
+        close(inner(case.op(*wrapped(case.operands))), case.op(*case.operands))
+
+    def pulled() -> None:
+        xs = tuple(t.requires_grad_() for t in wrapped(case.floating))
+        incoming = wrapped(map(normal_like, case.oracle(*case.floating)))
+        close(inner(gradients(case.smooth(case.op)(*xs), xs, incoming)), pulled_back(case.oracle, case))
+
+    yield "values", values
     if case.floating:
         yield "gradients", pulled
 
@@ -511,12 +510,12 @@ def _by_inductor(case: Case) -> Attempts:
         yield from _compiled(case, backend="inductor")
 
 
-RULES.add("torch.compile")(partial(_compiled, backend="aot_eager"))
-RULES.add("torch.compile, dynamic")(partial(_compiled, backend="aot_eager", dynamic=True))
-RULES.add("torch.compile by Inductor", once=True)(_by_inductor)
+RULES["torch.compile"] = partial(_compiled, backend="aot_eager")
+RULES["torch.compile, dynamic"] = partial(_compiled, backend="aot_eager", dynamic=True)
+RULES["torch.compile by Inductor"] = _by_inductor
 
 
-@RULES.add("torch.export, save and load", once=True)
+@rule("torch.export, save and load")
 def _(case: Case) -> Attempts:
     class Module(torch.nn.Module):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -541,10 +540,10 @@ def _(case: Case) -> Attempts:
 
 # Ranks, a GPU, and speed
 
-RULES.add("DTensor")(every_placement)
+RULES["DTensor"] = every_placement
 
 
-@RULES.add("CUDA graph")
+@rule("CUDA graph")
 def _(case: Case) -> None:
     """Captured on another stream, and replayed with other operands in the same memory."""
     if not torch.cuda.is_available():
