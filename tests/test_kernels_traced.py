@@ -23,7 +23,6 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from benchmarks.driver import target
 from torchpar.kernels import linear_sigmoid, matmul_t
 
-TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 ops = torch.ops.torchpar
 
 
@@ -169,11 +168,10 @@ def test_float16_gradients_take_two_products():
     assert not launches(graph)
 
 
-BY_CPP = "symmetric_product_tma_kernel" if TORCH >= (2, 15) else "symmetric_product_kernel"
-
-
 @pytest.mark.parametrize(
-    "cpp_wrapper, expected", [(False, "symmetric_product_tma_kernel"), (True, BY_CPP)], ids=str
+    "cpp_wrapper, expected",
+    [(False, "symmetric_product_tma_kernel"), (True, "symmetric_product_kernel")],
+    ids=str,
 )
 def test_inductor_takes_tma_where_its_wrapper_allocates_for_it(cpp_wrapper, expected):
     graphs = []

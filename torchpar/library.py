@@ -561,28 +561,21 @@ def supports_tma(wrap: Wrap) -> bool:
     """Whether a kernel that ``wrap`` launches may make TMA descriptors, which need memory at the launch.
 
     Inductor's Python wrapper allocates that memory. Its C++ wrapper, and so AOTInductor, allocates enough for
-    one program in torch 2.11, and for all in 2.15. Other compilers, and uncompiled graphs, allocate nothing.
+    one program in torch 2.11. Other compilers, and uncompiled graphs, allocate nothing.
     """
     if wrap is None:
         return True
     from torch._inductor import config
     from torch._inductor.virtualized import V
 
-    by_inductor = V.aot_compilation or isinstance(V.fake_mode, FakeTensorMode)
-    if not by_inductor or config.fx_wrapper:
-        return False
-    return not config.cpp_wrapper or tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)
+    return isinstance(V.fake_mode, FakeTensorMode) and not (config.fx_wrapper or config.cpp_wrapper)
 
 
 def _device_of(args: tuple[Any, ...]) -> AbstractContextManager[None]:
     """Make the tensors' GPU current: Triton launches on the current one, and tiles are chosen for it."""
     device = next((arg.device for arg in args if isinstance(arg, Tensor) and arg.is_cuda), None)
-    if device is None:
-        return nullcontext()
-    if torch.cuda.is_initialized():
-        is_current = device.index == torch.cuda.current_device()
-        return nullcontext() if is_current else torch.cuda.device(device)
-    return torch.cuda.device(device) if torch.cuda.is_available() else nullcontext()
+    is_real = device is not None and torch.cuda.is_available()  # a fake one may be on a machine without
+    return torch.cuda.device(device) if is_real else nullcontext()
 
 
 def batch_first(t: Tensor, dim: int | None, batch_size: int) -> Tensor:
