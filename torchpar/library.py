@@ -200,9 +200,6 @@ class CustomOpDef(custom_ops.CustomOpDef):
         self.register_kernel(device_types, function)
         self._lib.impl(own, self._autograd, "Autograd")
 
-    def __repr__(self) -> str:
-        return f"<CustomOpDef({self._qualname})>"
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         _register_sharding_rules()  # in inference mode the Autograd key is passed over
         return self._opoverload(*args, **kwargs)
@@ -482,11 +479,6 @@ def _with_derivatives(op: CustomOpDef, jvp: Callable[..., Any] | None) -> Callab
             call.set_up(ctx, flat, output)
             ctx.save_for_forward(*(ctx.to_save or ()))
             outputs = output if isinstance(output, tuple) else (output,)
-            if not all(isinstance(t, Tensor) for t in outputs):
-                raise RuntimeError(
-                    f"{op._qualname} does not return tensors alone; register a formula for torch.func and "
-                    "forward mode"
-                )
             constant = set(map(id, ctx.non_differentiable or ()))
             ctx.outputs = [
                 (t.shape, t.dtype, t.device, _is_smooth(t) and id(t) not in constant) for t in outputs
