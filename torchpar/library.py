@@ -77,7 +77,8 @@ def custom_op(
     """
 
     def make(fn: Callable[..., Any]) -> CustomOpDef:
-        return CustomOpDef(name, fn, schema or _infer(fn, mutates_args), device_types, tags)
+        inferred = schema or torch.library.infer_schema(fn, mutates_args=mutates_args)
+        return CustomOpDef(name, fn, inferred, device_types, tags)
 
     return make if fn is None else make(fn)
 
@@ -139,7 +140,8 @@ def triton_op(
             with mode, _device_of(args):
                 return traced(*args, **kwargs)
 
-        op = CustomOpDef(name, launch, schema or _infer(fn, mutates_args))
+        inferred = schema or torch.library.infer_schema(fn, mutates_args=mutates_args)
+        op = CustomOpDef(name, launch, inferred)
         op.__doc__ = fn.__doc__
         op.register_torch_dispatch(FunctionalTensorMode, trace)
         found = _Kernels(kernels or partial(get_inner_triton_kernels, fn))
@@ -149,10 +151,6 @@ def triton_op(
         return op
 
     return make if fn is None else make(fn)
-
-
-def _infer(fn: Callable[..., Any], mutates_args: str | Iterable[str]) -> str:
-    return torch.library.infer_schema(fn, mutates_args=mutates_args)
 
 
 _libraries: dict[str, torch.library.Library] = {}  # by the operator's name
@@ -360,10 +358,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
 
 
 class _Call:
-    """A call on its way through an autograd function, which takes and returns flat tensors.
-
-    It lives as long as the graph, and keeps none of the arguments.
-    """
+    """A call on its way through an autograd function of flat tensors; it keeps none of the arguments."""
 
     def __init__(self, op: CustomOpDef, kwargs: dict[str, Any]):
         self.op, self.kwargs = op, kwargs
@@ -480,9 +475,10 @@ def _with_derivatives(op: CustomOpDef, jvp: Callable[..., Any] | None) -> Callab
             ctx.save_for_forward(*(ctx.to_save or ()))
             outputs = output if isinstance(output, tuple) else (output,)
             constant = set(map(id, ctx.non_differentiable or ()))
-            ctx.outputs = [
-                (t.shape, t.dtype, t.device, _is_smooth(t) and id(t) not in constant) for t in outputs
-            ]
+            ctx.outputs = []
+            for t in outputs:
+                is_smooth = (t.is_floating_point() or t.is_complex()) and id(t) not in constant
+                ctx.outputs.append((t.shape, t.dtype, t.device, is_smooth))
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
@@ -505,10 +501,6 @@ def _with_derivatives(op: CustomOpDef, jvp: Callable[..., Any] | None) -> Callab
             return call.result(Formula.apply(*call.flat(args), call))  # type: ignore[attr-defined]
 
     return formula
-
-
-def _is_smooth(t: Tensor) -> bool:
-    return t.is_floating_point() or t.is_complex()
 
 
 def _primal(t: Tensor | None) -> Tensor | None:
