@@ -40,24 +40,13 @@ def arguments(
     return tuple(arg.requires_grad_(requires_grad) for arg in args)
 
 
-def quarters(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Tensor:
-    """Multiples of ¼ from -1 to 1: sums of their products, and differences of these, are exact in float32."""
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randint(-4, 5, shape, generator=generator) / 4).to(device, dtype)
-
-
-def widest(name: str, *shape: int, device: str = "cpu", seed: int = 0) -> Tensor:
-    """Values in the widest dtype that an operator takes: normally distributed, in float32 `quarters`."""
-    dtype = OPERATORS[name].widest
-    make = normal if dtype == torch.float64 else quarters
-    return make(*shape, dtype=dtype, device=device, seed=seed)
-
-
 def widest_arguments(
     name: str, shapes: Shapes, device: str = "cpu", *, requires_grad: bool = False
 ) -> tuple[Tensor, ...]:
-    args = (widest(name, *shape, device=device, seed=seed) for seed, shape in enumerate(shapes))
-    return tuple(arg.requires_grad_(requires_grad) for arg in args)
+    """In the widest dtype that an operator takes: normally distributed, in float32 `halves`."""
+    dtype = OPERATORS[name].widest
+    make = normal if dtype == torch.float64 else halves
+    return arguments(shapes, dtype, device, make=make, requires_grad=requires_grad)
 
 
 LAYOUTS = {"contiguous": torch.Tensor.contiguous, **case.LAYOUTS}

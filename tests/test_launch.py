@@ -31,7 +31,6 @@ from torchpar.kernels import exact_matmul, launch, linear_sigmoid, matmul_t, max
 from torchpar.kernels.launch import Plan
 from torchpar.kernels.tiles import Tiles
 
-TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 ops = torch.ops.torchpar
 N, K = 96, 64
 TMA = Tiles(64, 128, 64, 4, 4, "tma")
@@ -338,11 +337,10 @@ def test_float16_gradients_take_two_products():
     assert not launches(graph)
 
 
-BY_CPP = "symmetric_product_tma_kernel" if TORCH >= (2, 15) else "symmetric_product_kernel"
-
-
 @pytest.mark.parametrize(
-    "cpp_wrapper, expected", [(False, "symmetric_product_tma_kernel"), (True, BY_CPP)], ids=str
+    "cpp_wrapper, expected",
+    [(False, "symmetric_product_tma_kernel"), (True, "symmetric_product_kernel")],
+    ids=str,
 )
 def test_inductor_takes_tma_where_its_wrapper_allocates_for_it(cpp_wrapper, expected):
     graphs = []

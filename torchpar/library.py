@@ -77,7 +77,8 @@ def custom_op(
     """
 
     def make(fn: Callable[..., Any]) -> CustomOpDef:
-        return CustomOpDef(name, fn, schema or _infer(fn, mutates_args), device_types, tags)
+        inferred = schema or torch.library.infer_schema(fn, mutates_args=mutates_args)
+        return CustomOpDef(name, fn, inferred, device_types, tags)
 
     return make if fn is None else make(fn)
 
@@ -139,7 +140,8 @@ def triton_op(
             with mode, _device_of(args):
                 return traced(*args, **kwargs)
 
-        op = CustomOpDef(name, launch, schema or _infer(fn, mutates_args))
+        inferred = schema or torch.library.infer_schema(fn, mutates_args=mutates_args)
+        op = CustomOpDef(name, launch, inferred)
         op.__doc__ = fn.__doc__
         op.register_torch_dispatch(FunctionalTensorMode, trace)
         found = _Kernels(kernels or partial(get_inner_triton_kernels, fn))
@@ -149,10 +151,6 @@ def triton_op(
         return op
 
     return make if fn is None else make(fn)
-
-
-def _infer(fn: Callable[..., Any], mutates_args: str | Iterable[str]) -> str:
-    return torch.library.infer_schema(fn, mutates_args=mutates_args)
 
 
 _libraries: dict[str, torch.library.Library] = {}  # by the operator's name
@@ -199,9 +197,6 @@ class CustomOpDef(custom_ops.CustomOpDef):
         self._function = _make_function(own)
         self.register_kernel(device_types, function)
         self._lib.impl(own, self._autograd, "Autograd")
-
-    def __repr__(self) -> str:
-        return f"<CustomOpDef({self._qualname})>"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         _register_sharding_rules()  # in inference mode the Autograd key is passed over
@@ -363,10 +358,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
 
 
 class _Call:
-    """A call on its way through an autograd function, which takes and returns flat tensors.
-
-    It lives as long as the graph, and keeps none of the arguments.
-    """
+    """A call on its way through an autograd function of flat tensors; it keeps none of the arguments."""
 
     def __init__(self, op: CustomOpDef, kwargs: dict[str, Any]):
         self.op, self.kwargs = op, kwargs
@@ -482,15 +474,11 @@ def _with_derivatives(op: CustomOpDef, jvp: Callable[..., Any] | None) -> Callab
             call.set_up(ctx, flat, output)
             ctx.save_for_forward(*(ctx.to_save or ()))
             outputs = output if isinstance(output, tuple) else (output,)
-            if not all(isinstance(t, Tensor) for t in outputs):
-                raise RuntimeError(
-                    f"{op._qualname} does not return tensors alone; register a formula for torch.func and "
-                    "forward mode"
-                )
             constant = set(map(id, ctx.non_differentiable or ()))
-            ctx.outputs = [
-                (t.shape, t.dtype, t.device, _is_smooth(t) and id(t) not in constant) for t in outputs
-            ]
+            ctx.outputs = []
+            for t in outputs:
+                is_smooth = (t.is_floating_point() or t.is_complex()) and id(t) not in constant
+                ctx.outputs.append((t.shape, t.dtype, t.device, is_smooth))
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
@@ -513,10 +501,6 @@ def _with_derivatives(op: CustomOpDef, jvp: Callable[..., Any] | None) -> Callab
             return call.result(Formula.apply(*call.flat(args), call))  # type: ignore[attr-defined]
 
     return formula
-
-
-def _is_smooth(t: Tensor) -> bool:
-    return t.is_floating_point() or t.is_complex()
 
 
 def _primal(t: Tensor | None) -> Tensor | None:
@@ -561,28 +545,21 @@ def supports_tma(wrap: Wrap) -> bool:
     """Whether a kernel that ``wrap`` launches may make TMA descriptors, which need memory at the launch.
 
     Inductor's Python wrapper allocates that memory. Its C++ wrapper, and so AOTInductor, allocates enough for
-    one program in torch 2.11, and for all in 2.15. Other compilers, and uncompiled graphs, allocate nothing.
+    one program in torch 2.11. Other compilers, and uncompiled graphs, allocate nothing.
     """
     if wrap is None:
         return True
     from torch._inductor import config
     from torch._inductor.virtualized import V
 
-    by_inductor = V.aot_compilation or isinstance(V.fake_mode, FakeTensorMode)
-    if not by_inductor or config.fx_wrapper:
-        return False
-    return not config.cpp_wrapper or tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)
+    return isinstance(V.fake_mode, FakeTensorMode) and not (config.fx_wrapper or config.cpp_wrapper)
 
 
 def _device_of(args: tuple[Any, ...]) -> AbstractContextManager[None]:
     """Make the tensors' GPU current: Triton launches on the current one, and tiles are chosen for it."""
     device = next((arg.device for arg in args if isinstance(arg, Tensor) and arg.is_cuda), None)
-    if device is None:
-        return nullcontext()
-    if torch.cuda.is_initialized():
-        is_current = device.index == torch.cuda.current_device()
-        return nullcontext() if is_current else torch.cuda.device(device)
-    return torch.cuda.device(device) if torch.cuda.is_available() else nullcontext()
+    is_real = device is not None and torch.cuda.is_available()  # a fake one may be on a machine without
+    return torch.cuda.device(device) if is_real else nullcontext()
 
 
 def batch_first(t: Tensor, dim: int | None, batch_size: int) -> Tensor:

@@ -34,11 +34,6 @@ def prefers_onednn(t: Tensor) -> bool:
     return t.is_cpu and t.dtype == torch.float32 and processor.uses_onednn()
 
 
-def prefers_onednn_layer(multiplications: int) -> bool:
-    """Return True if a float32 linear layer on the CPU, forward and backward, is faster by oneDNN."""
-    return multiplications >= _MIN_LAYER * torch.get_num_threads() and processor.uses_onednn()
-
-
 def onednn(
     a: Tensor, b: Tensor, onto: Tensor | None = None, bias: Tensor | None = None, sigmoid: bool = False
 ) -> Tensor:
@@ -65,7 +60,8 @@ def takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """
     operands = (x, weight) if bias is None else (x, weight, bias)
     return (
-        prefers_onednn_layer(x.numel() * weight.shape[:1].numel())
+        x.numel() * weight.shape[:1].numel() >= _MIN_LAYER * torch.get_num_threads()
+        and processor.uses_onednn()
         and all(t.is_cpu and t.dtype == torch.float32 and t.layout == torch.strided for t in operands)
         and weight.dim() == 2
         and (bias is None or bias.shape == weight.shape[:1])

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from torchpar.library import Wrap, empty_elementwise, needs_formula, sample
 from torchpar.ops._operator import operator
-from torchpar.ops.matrix import check_dtype
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 _DTYPES = (*_INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -157,31 +156,12 @@ def _(a: Any, b: Any) -> list[Any]:
     return rules
 
 
-# The backward: both gradients of the result's shape, from g = dL/dy.
-
-
-def _check_backward(g: Tensor, a: Tensor, b: Tensor) -> None:
-    check_dtype("maximum_backward", "g", g)
-    device = _device(a, b)
-    shape = a.shape if a.shape == b.shape else torch.broadcast_shapes(a.shape, b.shape)
-    actual = tuple(g.shape), g.dtype, g.device
-    expected = tuple(shape), torch.result_type(a, b), device
-    if actual != expected:
-        raise RuntimeError(f"torchpar::maximum_backward: g is {actual}, expected {expected}")
-
-
-def _backward_formula(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    a, b = a.to(g), b.to(g)
-    return _share(g, a, b), _share(g, b, a)
+# The backward on a GPU: both gradients of the result's shape, from g = dL/dy.
 
 
 @operator("maximum_backward(Tensor g, Tensor a, Tensor b) -> (Tensor, Tensor)", kernels="maximum")
 def _backward_op(g: Tensor, a: Tensor, b: Tensor, *, wrap: Wrap) -> tuple[Tensor, Tensor]:
     da, db = _empty_backward(g, a, b)
-    if not g.is_cuda:
-        for out, share in zip((da, db), _backward_formula(g, a, b), strict=True):
-            out.copy_(share)
-        return da, db
     from torchpar.kernels import maximum as kernels
 
     kernels.maximum_backward(g, a.to(g.device).expand(g.shape), b.to(g.device).expand(g.shape), da, db, wrap)
@@ -190,6 +170,5 @@ def _backward_op(g: Tensor, a: Tensor, b: Tensor, *, wrap: Wrap) -> tuple[Tensor
 
 @_backward_op.register_fake
 def _empty_backward(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    _check_backward(g, a, b)
     out = empty_elementwise((g, a, b), g.dtype, g.device)
     return out, torch.empty_like(out)

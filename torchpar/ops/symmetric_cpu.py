@@ -16,8 +16,6 @@ from torchpar.ops.matrix import half_sum, mirrored, pad_to_even, product
 from torchpar.ops.processor import has_bfloat16
 
 _CHAIN = 128
-_BLOCK = 256  # rows of G and its transpose that are added at a time
-_BLOCKED_SUM_FROM = 1024  # rows; above, G and its transpose do not fit in the cache
 _CACHE_LINE = 64  # bytes
 _STRIPED_FROM, _STRIPE = 256, 128  # rows from which, and of which, stripes are mirrored; others all at once
 
@@ -105,7 +103,10 @@ def mirror_(h: Tensor) -> None:
 def _mirror_stripes(h: Tensor) -> None:
     """Mirror a matrix stripe by stripe, so that what is transposed fits in the cache."""
     n = len(h)
-    space = _spread_rows(_STRIPE, n, h)
+    # Rows lie an odd number of cache lines apart: with a large power of two between rows, the elements of a
+    # column share one cache set, and a transposed copy takes up to four times as long.
+    lines = -(-n * h.itemsize // _CACHE_LINE) | 1
+    space = h.new_empty(_STRIPE, lines * _CACHE_LINE // h.itemsize)
     for lo in range(0, n, _STRIPE):
         stripe = slice(lo, lo + _STRIPE)
         square = h[stripe, stripe]
@@ -118,31 +119,7 @@ def symmetrized_product(g: Tensor, x: Tensor) -> Tensor:
     """``(g + g.mT) @ x`` for ``g (*, n, n)`` and ``x (*, n, k)``."""
     if computed_in(x.dtype) != x.dtype:  # with loss scaling, G + Gᵀ would also overflow float16
         return symmetrized_product(g.float(), x.float()).to(x.dtype)
-    if g.shape[-1] < _BLOCKED_SUM_FROM:
-        half = half_sum(g)
-    else:
-        half = torch.empty_like(g, memory_format=torch.contiguous_format)
-        for index in itertools.product(*map(range, g.shape[:-2])):
-            _half_sum_in_blocks(g[index], half[index])
+    half = half_sum(g)
     if is_opaque(x) and x.dim() == 2 and prefers_onednn(x):
         return mm(half, x).mul_(2)
     return product(half, x.mT).mul_(2)
-
-
-def _half_sum_in_blocks(g: Tensor, out: Tensor) -> None:
-    """``(g + g.T) / 2``, of which each block of rows is computed in the cache."""
-    space = _spread_rows(len(g), _BLOCK, g)
-    for lo in range(0, len(g), _BLOCK):
-        block = slice(lo, lo + _BLOCK)
-        columns = torch.mul(g[:, block], 0.5, out=space[:, : len(g[block])])
-        out[block].copy_(columns.T).add_(g[block], alpha=0.5)
-
-
-def _spread_rows(n: int, columns: int, like: Tensor) -> Tensor:
-    """An uninitialised ``(n, columns)`` tensor, whose rows are an odd number of cache lines apart.
-
-    With a large power of two between rows, the elements of a column share one cache set, and a transposed
-    copy takes up to four times as long.
-    """
-    lines = -(-columns * like.itemsize // _CACHE_LINE) | 1
-    return like.new_empty(n, lines * _CACHE_LINE // like.itemsize)[:, :columns]

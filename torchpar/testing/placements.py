@@ -56,12 +56,9 @@ def _simulated_ranks() -> Iterator[Any]:
     """A mesh of ranks in this process."""
     if dist.is_initialized():
         raise NotRun("this process belongs to a process group")
-    try:
-        from torch.distributed._local_tensor import LocalTensorMode
-        from torch.testing._internal.distributed.fake_pg import FakeStore
-    except ImportError as e:
-        raise NotRun(f"this PyTorch has no LocalTensor mode: {e}") from e
+    from torch.distributed._local_tensor import LocalTensorMode
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     try:
