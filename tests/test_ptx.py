@@ -143,7 +143,7 @@ def check(case: Case) -> None:
     """All schedules give the expected results, and the same bits. On sm_80 the strictest is tried alone."""
     expected, first = case.expected(), None
     for schedule in SCHEDULES if case.capability == 90 else SCHEDULES[1:2]:
-        found = case.execute(schedule)
+        found = case.execute(Gpu(schedule))
         assert case.agrees(found, expected), schedule
         first = first or found
         assert cases.same_bits(found, first), schedule
@@ -325,7 +325,7 @@ BROKEN = {
 def test_fault_of_a_kernel_is_noticed(name):
     pattern, replacement, message = BROKEN[name]
     with pytest.raises(PtxError, match=message):
-        TMA.execute(SCHEDULES[1], change=lambda text: re.sub(pattern, replacement, text))
+        TMA.execute(Gpu(SCHEDULES[1], change=lambda text: re.sub(pattern, replacement, text)))
 
 
 @slow
@@ -339,9 +339,6 @@ def test_most_mutants_are_noticed():
 def test_wgmma_needs_a_fence_after_cp_async(monkeypatch):
     """Triton 3.6 makes none, so that its kernels are executed without this rule."""
     monkeypatch.setattr(copies, "COPIES_NEED_FENCE", True)
-    with pytest.raises(
-        PtxError, match=r"reads what a copy of warp . wrote .*needs a fence between the proxies"
-    ):
-        DEFAULTS["matmul_t, by pointers, full tiles"].execute(
-            SCHEDULES[0], change=lambda text: text.replace("fence.proxy.async.shared::cta;", "")
-        )
+    gpu = Gpu(SCHEDULES[0], change=lambda text: text.replace("fence.proxy.async.shared::cta;", ""))
+    with pytest.raises(PtxError, match=r"a copy of warp . wrote .*needs a fence between the proxies"):
+        DEFAULTS["matmul_t, by pointers, full tiles"].execute(gpu)

@@ -57,7 +57,6 @@ class Events:
         self.seen = np.zeros((warps, 2**12), np.bool_)
         self.seen[:, GIVEN] = True
         self.fenced = self.seen.copy()
-        self.floor = 0  # what the warps themselves did before this number, all know
 
     def add(self, event: Event) -> Event:
         event.number = len(self.all)
@@ -70,7 +69,6 @@ class Events:
     def share(self) -> None:
         """At a barrier, each warp learns what one of them knows."""
         self.seen[:], self.fenced[:] = self.seen.any(0), self.fenced.any(0)
-        self.floor = len(self.all)
 
 
 class Allocation:
@@ -85,7 +83,6 @@ class Allocation:
         self.data = np.full(padded, POISON, np.uint8)
         self.writes = np.full(padded, UNWRITTEN, np.int32)
         self.reads: dict[Any, Any] = {}
-        self.last_read: dict[Any, int] = {}
         self.barriers: dict[int, Any] = {}  # the mbarriers in it, by their offsets
         self.published: set[int] = set()  # the tensormaps in it, by their places
         self.acquired: dict[int, Event] = {}  # the last fence for each of these
@@ -95,12 +92,10 @@ class Allocation:
         self.writes[self.writes > UNWRITTEN] = FOREIGN
         for read in self.reads.values():
             read[read > UNWRITTEN] = FOREIGN
-        self.last_read = dict.fromkeys(self.last_read, 2**31)
 
     def end_launch(self) -> None:
         self.writes[self.writes != UNWRITTEN] = GIVEN
         self.reads.clear()
-        self.last_read.clear()
 
 
 class Space:
@@ -169,7 +164,6 @@ class Space:
             if reader not in place.reads:
                 place.reads[reader] = np.zeros(len(place.data), np.int32)
             place.reads[reader].reshape(-1, width)[rows] = event.number
-            place.last_read[reader] = event.number
 
     def check_read(
         self, warp: Any, addresses: Any, width: int, line: int, fence: bool = False
@@ -202,9 +196,7 @@ class Space:
                 writers = np.where(allowed, GIVEN, writers)
                 if not all_true(seen[writers]):
                     raise self.conflict(warp, place, rows, writers, line, "overwritten", "written")
-            for (reader, own), read in place.reads.items():
-                if own and place.last_read[reader, own] < warp.block.events.floor:
-                    continue  # all warps know after a barrier
+            for read in place.reads.values():
                 readers = read.reshape(-1, width)[rows]
                 if not all_true(seen[readers]):
                     raise self.conflict(warp, place, rows, readers, line, "overwritten", "read")
