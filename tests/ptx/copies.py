@@ -153,7 +153,8 @@ def _wait(warp: Warp, i: Instruction, count: Any) -> None:
     left = int("read" in i.parts)
     for groups in groups_of(warp, i):
         done = max(0, len(groups) - 1 - int(count[0]))
-        for one in sum(groups[:done], []):
-            one.wait(warp, left)
+        for group in groups[:done]:
+            for one in group:
+                one.wait(warp, left)
         if left == 0:
             del groups[:done]

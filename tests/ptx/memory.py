@@ -23,11 +23,10 @@ GIVEN, FOREIGN, UNWRITTEN = range(3)  # numbers of events: before the launch; of
 POISON = 0xFF  # NaN in each format, and −1
 UNITS = {2**n: (np.uint64(2**n - 1), np.uint64(n)) for n in range(8)}
 
-Mask = Any
 Rows = Any  # positions in an allocation, in units of an access
 
 
-def all_true(mask: Mask) -> bool:
+def all_true(mask: Any) -> bool:
     return b"\0" not in mask.tobytes()  # for short arrays several times as fast as their method
 
 
@@ -57,6 +56,7 @@ class Events:
         self.seen = np.zeros((warps, 2**12), np.bool_)
         self.seen[:, GIVEN] = True
         self.fenced = self.seen.copy()
+        self.floor = 0  # what the warps themselves did before this number, all know
 
     def add(self, event: Event) -> Event:
         event.number = len(self.all)
@@ -69,6 +69,7 @@ class Events:
     def share(self) -> None:
         """At a barrier, each warp learns what one of them knows."""
         self.seen[:], self.fenced[:] = self.seen.any(0), self.fenced.any(0)
+        self.floor = len(self.all)
 
 
 class Allocation:
@@ -83,6 +84,7 @@ class Allocation:
         self.data = np.full(padded, POISON, np.uint8)
         self.writes = np.full(padded, UNWRITTEN, np.int32)
         self.reads: dict[Any, Any] = {}
+        self.last_read: dict[Any, int] = {}
         self.barriers: dict[int, Any] = {}  # the mbarriers in it, by their offsets
         self.published: set[int] = set()  # the tensormaps in it, by their places
         self.acquired: dict[int, Event] = {}  # the last fence for each of these
@@ -92,10 +94,12 @@ class Allocation:
         self.writes[self.writes > UNWRITTEN] = FOREIGN
         for read in self.reads.values():
             read[read > UNWRITTEN] = FOREIGN
+        self.last_read = dict.fromkeys(self.last_read, 2**31)
 
     def end_launch(self) -> None:
         self.writes[self.writes != UNWRITTEN] = GIVEN
         self.reads.clear()
+        self.last_read.clear()
 
 
 class Space:
@@ -164,6 +168,7 @@ class Space:
             if reader not in place.reads:
                 place.reads[reader] = np.zeros(len(place.data), np.int32)
             place.reads[reader].reshape(-1, width)[rows] = event.number
+            place.last_read[reader] = event.number
 
     def check_read(
         self, warp: Any, addresses: Any, width: int, line: int, fence: bool = False
@@ -196,7 +201,9 @@ class Space:
                 writers = np.where(allowed, GIVEN, writers)
                 if not all_true(seen[writers]):
                     raise self.conflict(warp, place, rows, writers, line, "overwritten", "written")
-            for read in place.reads.values():
+            for (reader, own), read in place.reads.items():
+                if own and place.last_read[reader, own] < warp.block.events.floor:
+                    continue  # all warps know after a barrier
                 readers = read.reshape(-1, width)[rows]
                 if not all_true(seen[readers]):
                     raise self.conflict(warp, place, rows, readers, line, "overwritten", "read")
