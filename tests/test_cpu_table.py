@@ -38,7 +38,7 @@ def test_each_way_is_right(way: Choice, dtype: torch.dtype, monkeypatch: pytest.
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
         found = torchpar.matmul_t(x)
         for one, own in zip(found.view(-1, *found.shape[-2:]), x.view(-1, *shape[-2:]), strict=True):
-            cpu.check(one, cpu.reference(own), way)
+            cpu.check(one, cpu.x_xt(own), way)
         h = found.clone()
         expected = h.double() + 2 * x.double() @ x.double().mT
         torchpar.symmetric_matmul(x, x, h, alpha=2.0, beta=1.0, out=h)
@@ -55,10 +55,10 @@ def test_the_check_rejects_wrong_products() -> None:
     product = x @ x.T
     for wrong in (product * 1.001, product.tril()):
         with pytest.raises(ValueError, match=r"an error of .*, over"):
-            cpu.check(wrong, cpu.reference(x), way)
+            cpu.check(wrong, cpu.x_xt(x), way)
     product[0, 1] = product[1, 0].nextafter(torch.tensor(torch.inf))
     with pytest.raises(ValueError, match="is not symmetric"):
-        cpu.check(product, cpu.reference(x), way)
+        cpu.check(product, cpu.x_xt(x), way)
 
 
 def table(**changes: Any) -> dict[str, Any]:
@@ -140,13 +140,15 @@ def test_tuning_takes_the_fastest_way(file: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(cpu, "SIZES", ((256, 8),))
     monkeypatch.setattr(cpu, "candidates", lambda dtype, n: ways)
 
-    def seconds(calls: list[Any], cold: bool = False) -> list[float]:
-        return [4.0, 9.0, 4.0, 4.0] if cold else [6.0, 4.0, 2.0, 1.99][: len(calls)]
+    def take_turns(calls: dict[Any, Any], time_call: Any) -> dict[Any, float]:
+        cold = time_call == cpu.time_cold
+        return dict(zip(calls, [4.0, 9.0, 4.0, 4.0] if cold else [6.0, 4.0, 2.0, 1.99], strict=False))
 
-    monkeypatch.setattr(cpu, "seconds", seconds)
+    monkeypatch.setattr(cpu, "take_turns", take_turns)
     assert command.main(["--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert "float32, threads: 1, 256x8: blas, 64 rows at a time, 3.00×" in out.splitlines()
+    row = "blas by 128 rows 1990 ms, blas by 64 rows 2000 ms, blas by all rows 4000 ms, torch.mm 6000 ms"
+    assert f"torch.float32 256x8, threads: 1: {row}" in out.splitlines()
     assert str(file) in out
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)

@@ -331,7 +331,7 @@ def check_broadcast_maximum(strides: tuple[int, ...], dtype: torch.dtype, capabi
 def rows(
     check: Any, *choices: Any, at: Any = (90, 80, 100), slow: bool = False, marks: Any = ()
 ) -> Iterator[Any]:
-    """A check for all combinations and capabilities; by default the first runs on sm_90, unless ``slow``."""
+    """A check for all combinations and capabilities; unless ``slow``, the first one is not slow on sm_90."""
     for number, args in enumerate(product(*choices)):
         for capability in at:
             own = [pytest.mark.slow] if slow or number or capability != 90 else []

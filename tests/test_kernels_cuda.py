@@ -21,7 +21,7 @@ from torchpar.kernels import linear_sigmoid as linear_kernels
 from torchpar.kernels import matmul_t as kernels
 from torchpar.kernels.tiles import Tiles
 from torchpar.ops import exact_digits
-from torchpar.tune.measure import use_fp32_precision
+from torchpar.tune.gpu import use_fp32_precision
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels take a GPU; there is none")
 

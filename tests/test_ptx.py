@@ -143,7 +143,7 @@ def check(case: Case) -> None:
     """All schedules give the expected results, and the same bits. On sm_80 the strictest is tried alone."""
     expected, first = case.expected(), None
     for schedule in SCHEDULES if case.capability == 90 else SCHEDULES[1:2]:
-        found = case.execute(schedule)
+        found = case.execute(Gpu(schedule))
         assert case.agrees(found, expected), schedule
         first = first or found
         assert cases.same_bits(found, first), schedule
@@ -212,10 +212,7 @@ FAULTS = {
     "an unknown instruction": ("vadd4.u32 %r3, %r0, %r0, %r0;", "line 27: unknown instruction vadd4.u32"),
     "an unknown form": ("add.rm.f32 %r3, %r0, %r0;", "unknown instruction add.rm.f32"),
     "an unwritten register": ("add.s32 %r3, %r4, 1;", "a register that was not written"),
-    "unwritten shared memory": (
-        "ld.shared.b32 %r3, [%r1];",
-        "of shared memory, read by .* was not written",
-    ),
+    "unwritten shared memory": ("ld.shared.b32 %r3, [%r1];", "of shared memory, .* was not written"),
     "unwritten global memory": ("ld.global.b32 %r3, [%rd4];", "was not written before"),
     "past the end": ("ld.global.b32 %r3, [%rd3+256];", "ends outside|outside each allocation"),
     "past the end of shared memory": ("st.shared.b32 [%r1+4096], %r0;", "outside"),
@@ -224,10 +221,7 @@ FAULTS = {
         EXCHANGE.replace("bar.sync 0;", ""),
         "race: .* read by warp . is written by a store|was not written",
     ),
-    "no barrier before a write": (
-        EXCHANGE + "st.shared.b32 [%r1], %r4;",
-        "race: ",
-    ),
+    "no barrier before a write": (EXCHANGE + "st.shared.b32 [%r1], %r4;", "race: "),
     "a barrier of half a warp": (
         "@%p1 bra skip; bar.sync 0; skip: ret;",
         "a part of warp 0 executes bar.sync",
@@ -250,10 +244,8 @@ FAULTS = {
 
 def execute(body: str, schedule=SCHEDULES[0], grid=(1, 1, 1)) -> torch.Tensor:
     gpu = Gpu(schedule)
-    given, result = (
-        gpu.tensor(torch.arange(64, dtype=torch.int32)),
-        torch.empty(64, dtype=torch.int32, device="meta"),
-    )
+    given = gpu.tensor(torch.arange(64, dtype=torch.int32))
+    result = torch.empty(64, dtype=torch.int32, device="meta")
     gpu.launch(PROGRAM.replace("BODY", body), [given, result], grid, shared=4096)
     return gpu.read(result)
 
@@ -276,7 +268,7 @@ def test_program_without_faults(schedule):
     body = """@%p1 bra join; mov.b32 %r3, 1; setp.ge.u32 %p2, %r0, 64; @%p2 mov.b32 %r3, 2;
         join: bar.sync 0; st.global.b32 [%rd4], %r0;"""
     assert execute(body, schedule).tolist() == [*range(64)]
-    # Threads that diverge meet again: the loop runs as many times as the number of the thread.
+    # The loop runs as many times as the number of the thread.
     body = """mov.b32 %r3, 0; again: setp.ge.s32 %p2, %r3, %r0; @%p2 bra done; add.s32 %r3, %r3, 1; bra again;
         done: bar.sync 0; st.global.b32 [%rd4], %r3;"""
     assert execute(body, schedule).tolist() == [*range(64)]
@@ -299,11 +291,7 @@ def test_blocks_race():
 
 TMA = cases.symmetric(64, 136, tiles=Tiles(64, 64, 64, 4, 3, "tma"), multiprocessors=1)
 BROKEN = {
-    "no fence before a bulk store": (
-        r"fence\.proxy\.async\.shared::cta;",
-        "",
-        "needs a fence between the proxies",
-    ),
+    "no fence before a bulk store": (r"fence\.proxy\.async\.shared::cta;", "", "needs a fence between the"),
     "no wait before the next bulk store": (
         r"cp\.async\.bulk\.wait_group\.read\s+0;\n\tbar",
         "bar",
@@ -312,11 +300,7 @@ BROKEN = {
     "no acquired tensormap": (r"@%p\d+ fence\.proxy\.tensormap.*", "", "not acquired by the tensormap proxy"),
     "no wait for a bulk load": (r"@!complete bra.uni waitLoop;", "", "read by .* written by a bulk load"),
     "too few bytes expected": (r"(expect_tx.*, )\d+;", r"\g<1>16;", "deadlock"),
-    "no wait for products": (
-        r"wgmma\.wait_group\.sync\.aligned 0;",
-        "",
-        "a register of an asynchronous product",
-    ),
+    "no wait for products": (r"wgmma\.wait_group\.sync\.aligned 0;", "", "of an asynchronous product"),
     "no wgmma.fence": (r"wgmma\.fence\.sync\.aligned;", "", r"wgmma\.fence"),
 }
 
@@ -325,7 +309,7 @@ BROKEN = {
 def test_fault_of_a_kernel_is_noticed(name):
     pattern, replacement, message = BROKEN[name]
     with pytest.raises(PtxError, match=message):
-        TMA.execute(SCHEDULES[1], change=lambda text: re.sub(pattern, replacement, text))
+        TMA.execute(Gpu(SCHEDULES[1], change=lambda text: re.sub(pattern, replacement, text)))
 
 
 @slow
@@ -339,9 +323,6 @@ def test_most_mutants_are_noticed():
 def test_wgmma_needs_a_fence_after_cp_async(monkeypatch):
     """Triton 3.6 makes none, so that its kernels are executed without this rule."""
     monkeypatch.setattr(copies, "COPIES_NEED_FENCE", True)
-    with pytest.raises(
-        PtxError, match=r"reads what a copy of warp . wrote .*needs a fence between the proxies"
-    ):
-        DEFAULTS["matmul_t, by pointers, full tiles"].execute(
-            SCHEDULES[0], change=lambda text: text.replace("fence.proxy.async.shared::cta;", "")
-        )
+    gpu = Gpu(SCHEDULES[0], change=lambda text: text.replace("fence.proxy.async.shared::cta;", ""))
+    with pytest.raises(PtxError, match=r"a copy of warp . wrote .*needs a fence between the proxies"):
+        DEFAULTS["matmul_t, by pointers, full tiles"].execute(gpu)

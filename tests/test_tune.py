@@ -1,32 +1,257 @@
 # SPDX-License-Identifier: MIT
-"""Tests of `python -m torchpar tune`, with times that are made up."""
+"""The choice of tiles, their tables, and `python -m torchpar tune`, with times that are made up."""
 
 import json
 import math
+import re
 import runpy
 import sys
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton compiles the configurations")
 
 from torchpar.errors import ConfigError
 from torchpar.kernels import folders, tiles
+from torchpar.kernels.tiles import Tiles
 from torchpar.ops.matrix import mirrored
-from torchpar.tune import command, measure
-from torchpar.tune.measure import Problem
+from torchpar.tune import gpu, measure
+from torchpar.tune.gpu import Problem
 
-DEVICE = tiles.Device("NVIDIA Test", 90, 132)
+DEVICE = tiles.Device("NVIDIA Test/9 GPU", 90, 132)
+WIDE, LARGE = Tiles(128, 256, 64, 8, 4, "tma"), Tiles(128, 128, 64, 8, 4, "tma")
+SQUARE, SMALL = Tiles(128, 128, 64, 8, 3), Tiles(64, 64, 64, 4, 3)
+UNALIGNED, SPLIT = Tiles(64, 64, 32, 8, 3), Tiles(64, 64, 64, 4, 4, "split_k")
+ENTRIES = [[512, 512, 512, 1, None], [2048, 2048, 2048, 1, SMALL], [4096, 4096, 4096, 1, WIDE]]
+KINDS = [pytest.param(*kind[:2], id=name) for name, kind in tiles.KINDS.items()]
 FAST, SLOW, BROKEN = tiles.configurations("symmetric_product", torch.bfloat16, "ieee", 90)[:3]
-LARGE = Problem("symmetric_product", "bfloat16", 1024, 1024, 1024)
-SMALL = Problem("symmetric_product", "bfloat16", 256, 256, 256)
+LARGE_PROBLEM = Problem("bfloat16", "symmetric_product", 1024, 1024, 1024)
+SMALL_PROBLEM = Problem("bfloat16", "symmetric_product", 256, 256, 256)
 CONTINUES = "left to measure: 3; the same command continues"  # two of linear_sigmoid among them
 
 
-def made_up(problem: Problem, configurations, device):
-    """FAST wins on LARGE, the library on all others."""
-    return {FAST: 1.0, SLOW: 2.0, measure.LIBRARY: 1.5 if problem == LARGE else 0.5}
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """The user's folder, of a user with the device of the test and no shipped tiles."""
+    monkeypatch.setenv("TORCHPAR_CACHE", str(tmp_path / "user"))
+    monkeypatch.setattr(folders, "SHIPPED", tmp_path / "shipped" / "tuned")
+    monkeypatch.setattr(tiles, "device", lambda t: DEVICE)
+    tiles.forget_tables()
+    yield tmp_path
+    tiles.forget_tables()
+
+
+def table(entries=ENTRIES, kind: str = "bfloat16", kernel: str = "symmetric_product") -> dict:
+    return {"device": DEVICE.name, "tiles": {kernel: {kind: entries}}}
+
+
+def operand(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(n, k, dtype=dtype, device="meta")
+
+
+def chosen(n: int, k: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> Tiles | None:
+    return tiles.choose_tiles("symmetric_product", "ieee", (n, n, k, batch), operand(n, k, dtype))
+
+
+def default(m: int, n: int, batch: int = 1, kernel: str = "symmetric_product") -> Tiles:
+    return tiles.default_tiles(kernel, "ieee", (m, n, n, batch), operand(m, n), operand(n, m))
+
+
+@pytest.mark.parametrize("capability", [0, 80, 90, 100, 120])
+@pytest.mark.parametrize("dtype, precision", KINDS)
+@pytest.mark.parametrize("kernel", tiles.KERNELS)
+def test_configurations_are_those_that_a_device_can_run(kernel, dtype, precision, capability):
+    found = tiles.configurations(kernel, dtype, precision, capability)
+    assert 2 <= len(set(found)) == len(found) <= 8
+    for one in found:
+        assert all(size.bit_count() == 1 for size in one[:4]), "a power of 2, as Triton takes them"
+        elements = (one.num_stages - (capability == 0)) * (one.block_m + one.block_n) * one.block_k
+        if one.variant == "tma":  # which stores from shared memory
+            elements += one.block_m**2 if kernel == "symmetric_product" else one.block_m * one.block_n // 2
+        shared = tiles.resident_programs(one) * elements if one.variant == "tma" else elements
+        limit = {0: 65536, 80: 166912, 120: 101376}.get(capability, 232448)  # by the makers' documents
+        assert shared * dtype.itemsize <= limit
+        assert kernel == "linear_sigmoid" or one.block_n == one.block_m or one.variant == "tma"
+    similar = {80: 87, 100: 103}.get(capability, capability)
+    assert tiles.configurations(kernel, dtype, precision, similar) == found
+    variants = {"pointers"} if kernel == "symmetric_product" else {"pointers", "split_k"}
+    if capability in (90, 100) and (dtype.itemsize == 2 or precision == "tf32"):
+        variants.add("tma")
+    assert {one.variant for one in found} == variants
+
+
+@pytest.mark.parametrize(
+    "kernel, m, n, batch, expected",
+    [  # waves · cost of a tile, on 132 multiprocessors
+        ("symmetric_product", 4096, 4096, 1, WIDE),  # 264 units: 2 · 57344, squares 4 · 32768
+        ("symmetric_product", 4224, 4224, 1, LARGE),  # 561 units: 5 · 32768 beside 3 · 57344
+        ("symmetric_product", 2048, 2048, 1, Tiles(64, 128, 64, 4, 4, "tma")),  # 264 units: 2 · 20480
+        ("symmetric_product", 512, 512, 1, SMALL),  # 36 units: 12288
+        ("symmetric_product", 512, 512, 64, LARGE),  # 640 units: 5 · 32768 beside 3 · 57344
+        ("linear_sigmoid", 8192, 4096, 1, WIDE),  # 8 · 57344 beside 16 · 32768
+        ("linear_sigmoid", 512, 4096, 1, LARGE),  # 32768 beside 57344, 2 · 20480, 4 · 12288
+    ],
+)
+def test_default_has_the_least_estimate(monkeypatch, kernel, m, n, batch, expected):
+    assert default(m, n, batch, kernel) == expected
+    monkeypatch.setattr(tiles, "device", lambda t: DEVICE._replace(capability=80))
+    assert default(m, n, batch, kernel).variant == "pointers"
+
+
+@pytest.mark.parametrize(
+    "n, stride, expected, by_pointers",
+    [
+        (4096, (1024, 1), WIDE, SQUARE),
+        (4096, (1, 4096), WIDE, SQUARE),
+        (4096, (1032, 1), WIDE, UNALIGNED),  # Triton asks for multiples of 16 elements
+        (4096, (1028, 1), UNALIGNED, UNALIGNED),  # rows begin on 8 bytes
+        (4095, (1024, 1), UNALIGNED, UNALIGNED),  # the result's rows begin 14 bytes off
+        (4096, (8 * 1024, 8), UNALIGNED, UNALIGNED),  # neither rows nor columns are contiguous
+        (4096, (0, 1), SQUARE, SQUARE),  # one row, expanded
+    ],
+)
+def test_tiles_are_those_that_the_operands_allow(n, stride, expected, by_pointers):
+    x = torch.empty(2**25, dtype=torch.bfloat16, device="meta").as_strided((n, 1024), stride)
+    sizes = (n, n, 1024, 1)
+    assert tiles.default_tiles("symmetric_product", "ieee", sizes, x) == expected
+    tiles.save_table(DEVICE, table([[*sizes, WIDE]]))
+    assert tiles.choose_tiles("symmetric_product", "ieee", sizes, x) == expected
+    assert tiles.choose_tiles("symmetric_product", "ieee", sizes, x, tma=False) == by_pointers
+
+
+@pytest.mark.parametrize(
+    "m, n, k, expected",
+    [
+        (64, 1001, 784, Tiles(64, 64, 64, 4, 3)),  # 16 units: few columns of x, which a second launch delays
+        (64, 1024, 8192, SPLIT),
+        (64, 1001, 8192, SPLIT),
+        (8192, 1001, 784, Tiles(64, 128, 64, 4, 4, "tma")),  # wider ones would spill
+        (64, 1024, 1000, Tiles(64, 64, 128, 4, 3, "tma")),  # by pointers Triton would load 2 bytes at a time
+    ],
+)
+def test_default_of_linear_sigmoid(m, n, k, expected):
+    """Neither few rows nor a result whose rows begin at no 16 bytes take the tiles for unaligned operands."""
+    found = tiles.default_tiles("linear_sigmoid", "ieee", (m, n, k, 1), operand(m, k), operand(n, k))
+    assert found == expected
+    tiles.save_table(DEVICE, table([[m, 1024, k, 1, WIDE]], kernel="linear_sigmoid"))
+    found = tiles.choose_tiles("linear_sigmoid", "ieee", (m, n, k, 1), operand(m, k), operand(n, k))
+    assert found == (expected if n % 8 else WIDE)
+
+
+@pytest.mark.parametrize("k, expected", [(1024, 128), (1004, 128), (1002, 64)])
+def test_large_tiles_of_float32_take_rows_that_begin_on_16_bytes(k, expected):
+    """Single elements of 4 bytes are loaded asynchronously, those of 2 bytes are not."""
+    x = operand(4096, k, torch.float32)
+    assert tiles.default_tiles("symmetric_product", "ieee", (4096, 4096, k, 1), x).block_m == expected
+
+
+def test_sizes_that_no_descriptor_has_go_by_pointers():
+    for m, n, k in ((0, 64, 64), (1, 12288, 4096), (8, 2**31, 16)):
+        tiles.save_table(DEVICE, table([[max(m, 1), n, k, 1, WIDE]], kernel="linear_sigmoid"))
+        for choose in (tiles.default_tiles, tiles.choose_tiles):
+            found = choose("linear_sigmoid", "ieee", (m, n, k, 1), operand(m, k), operand(n, k))
+            assert found.variant == "pointers"
+
+
+def test_parts_of_a_split_sum():
+    for sizes, expected in (
+        ((0, 1, 1), (1, 64)),
+        ((64, 64, 255), (1, 256)),
+        ((64, 64, 576), (2, 320)),
+        ((64, 64, 8192), (16, 512)),
+        ((200, 1001, 8191), (2, 4096)),  # 64 tiles, 132 multiprocessors
+        ((8192, 8192, 8192), (1, 8192)),
+    ):
+        assert tiles.split_k(SPLIT, DEVICE, *sizes) == expected, sizes
+
+
+def test_saved_table_is_what_is_chosen(folder):
+    path = tiles.save_table(DEVICE, table())
+    assert path == folder / "user" / "nvidia-test-9-gpu.json"
+    assert tiles.load_table(DEVICE) == json.loads(json.dumps(table()))
+    found = [chosen(n, n) for n in (128, 512, 1024, 1040, 2048, 4096, 16384)]
+    assert found == [None] * 3 + [SMALL] * 2 + [WIDE] * 2
+    assert chosen(1024, 2048) == SMALL, "1 octave of k nearer to 2048"
+    assert chosen(64, 64) == default(64, 64), "too far from what was measured"
+    assert list(path.parent.iterdir()) == [path], "something else was left behind"
+
+
+def test_problems_nearest_to_those_of_the_table():
+    """A batch is a size like others; what the table lacks takes the defaults."""
+    tiles.save_table(DEVICE, table([ENTRIES[0], [512, 512, 512, 64, SQUARE]]))
+    assert [chosen(512, 512, batch) for batch in (1, 8, 9, 64)] == [None, None, SQUARE, SQUARE]
+    assert chosen(512, 512, dtype=torch.float16) == SMALL
+
+
+def test_choice_by_a_symbolic_size_adds_no_guard():
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    tiles.save_table(DEVICE, table())
+    env = ShapeEnv()
+    symbol = env.create_unspecified_symbol(1040, source=torch._dynamo.source.ConstantSource("n"))
+    n = env.create_symintnode(symbol, hint=1040)
+    x = operand(1024, 1024)
+    assert tiles.choose_tiles("symmetric_product", "ieee", (n, n, n, 1), x) == SMALL
+    assert tiles.split_k(SPLIT, DEVICE, 64, 64, n) == (1, n), "the number of programs would be a guard"
+    assert tiles._hint(env.create_unbacked_symint()) == 1024
+    assert all("Mod" in str(guard.expr) for guard in env.guards), "not of alignment"
+    assert n > 1000
+    assert not all("Mod" in str(guard.expr) for guard in env.guards), "a guard would have been seen"
+
+
+def test_folders_of_tables(folder, monkeypatch):
+    """A checkout keeps its tables beside the kernels; the user's come first."""
+    monkeypatch.delenv("TORCHPAR_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    (folder / "shipped").mkdir()
+    name = tiles.file_name(DEVICE.name)
+    own, shipped = (folder / path / "tuned" / name for path in ("cache/torchpar", "shipped"))
+    assert tiles.save_table(DEVICE, table()) == own
+    (folder / "pyproject.toml").touch()
+    assert tiles.save_table(DEVICE, table()) == own, "the user's, which comes first, would hide it"
+    own.unlink()
+    assert tiles.save_table(DEVICE, table([ENTRIES[1]])) == shipped
+    assert chosen(4096, 4096) == SMALL
+    own.write_text(json.dumps(table()))
+    tiles.forget_tables()
+    assert chosen(4096, 4096) == WIDE
+
+
+@pytest.mark.parametrize(
+    "text, wrong",
+    [
+        ("{", "Expecting"),
+        (json.dumps(table() | {"device": "Other"}), "the table is of 'Other', expected 'NVIDIA Test/9 GPU'"),
+        (json.dumps(table(kernel="sort")), "sort of bfloat16 is not among symmetric_product"),
+        (json.dumps(table([8])), "not the layout of a table"),
+        (json.dumps(table([[8, 8, 8, SMALL]])), "expected four sizes"),
+        (json.dumps(table([[8, 8, 0, 1, SMALL]])), "'pointers']], expected four sizes above 0"),
+        (json.dumps(table([[8, 8, 2**63, 1, SMALL]])), "expected four sizes"),
+        (json.dumps(table([[8, 8, 8, 1, SPLIT]])), "a configuration of this device"),
+        (json.dumps(table([[8, 8, 8, 1, SMALL._replace(block_m=64.0)]])), "a configuration of this device"),
+    ],
+)
+def test_wrong_file_is_named_and_not_used(folder, text, wrong):
+    path = folder / "user" / tiles.file_name(DEVICE.name)
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.warns(UserWarning, match=re.escape(wrong)) as caught:
+        assert chosen(4096, 4096) == default(4096, 4096)
+    assert str(path) in str(caught[0].message)
+    assert "python -m torchpar tune" in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen(2048, 2048) == default(2048, 2048)  # once said is enough
+
+
+def test_save_refuses_what_load_would(folder):
+    with pytest.raises(ValueError, match="a configuration of this device"):
+        tiles.save_table(DEVICE._replace(capability=80), table())
+    assert not (folder / "user").exists()
 
 
 # The check of a result, and the times
@@ -35,44 +260,39 @@ def made_up(problem: Problem, configurations, device):
 @pytest.mark.parametrize(
     "problem",
     [
-        Problem("symmetric_product", "bfloat16", 129, 129, 65, 3),
-        Problem("linear_sigmoid", "float64", 33, 129, 65),
+        Problem("bfloat16", "symmetric_product", 129, 129, 65, 3),
+        Problem("float64", "linear_sigmoid", 33, 129, 65),
     ],
     ids=str,
 )
 def test_a_right_result_passes_and_a_wrong_one_fails(problem, monkeypatch):
     # The library's products are mirrored by a kernel, which runs on a GPU alone.
     monkeypatch.setattr("torchpar.kernels.matmul_t.mirror", lambda c, wrap: mirrored(c))
-    prepared = measure.prepare(problem, torch.device("cpu"))
-    out, reference = prepared.out, prepared.reference
+    _, library, _, exact = gpu.prepare(problem, torch.device("cpu"))
+    expected = measure.reference(exact, library(), problem.k)
     symmetric = problem.kernel == "symmetric_product"
-    right = reference.maximum(reference.mT) if symmetric else reference  # BLAS may round them differently
-    measure.check_result(prepared, lambda: out.copy_(right), problem)
-    error = (prepared.library() - reference).abs().max()
-    reference_error = reference.abs().max() * math.sqrt(problem.k) * torch.finfo(torch.float64).eps / 2
-
-    def inaccurate() -> None:
-        out.copy_(right)
-        out[..., 7, 7] = reference[..., 7, 7] + 4 * (error + reference_error)
-
-    def one_element_unwritten() -> None:
-        out.flatten()[:-1] = reference.flatten()[:-1].to(out.dtype)
-
-    def asymmetric() -> None:
-        out.copy_(right)
-        out[..., 0, 1] = out[..., 0, 1].nextafter(torch.tensor(math.inf, dtype=out.dtype))
-
-    for wrong in (inaccurate, one_element_unwritten):
-        with pytest.raises(ValueError, match="an error of"):
-            measure.check_result(prepared, wrong, problem)
-    if symmetric:
-        with pytest.raises(ValueError, match="not symmetric"):
-            measure.check_result(prepared, asymmetric, problem)
+    right = (exact.maximum(exact.mT) if symmetric else exact).to(
+        library().dtype
+    )  # BLAS may round differently
+    measure.check(right, expected, problem, symmetric)
+    inaccurate, unwritten, asymmetric = right.clone(), right.clone(), right.clone()
+    error = (library() - exact).abs().max()
+    own = exact.abs().max() * math.sqrt(problem.k) * torch.finfo(torch.float64).eps / 2
+    inaccurate[..., 7, 7] = exact[..., 7, 7] + 4 * (error + own)
+    unwritten.flatten()[-1] = math.nan
+    asymmetric[..., 0, 1] = right[..., 0, 1].nextafter(torch.tensor(math.inf, dtype=right.dtype))
+    for wrong, message in (
+        (inaccurate, "an error of"),
+        (unwritten, "an error of nan"),
+        *([(asymmetric, "not symmetric")] if symmetric else []),
+    ):
+        with pytest.raises(ValueError, match=message):
+            measure.check(wrong, expected, problem, symmetric)
 
 
 def test_configurations_and_the_library_are_timed_in_turn_and_checked_first(monkeypatch, capsys):
-    problem = Problem("linear_sigmoid", "tf32", 33, 33, 20)
-    prepared = measure.prepare(problem, torch.device("cpu"))
+    problem = Problem("tf32", "linear_sigmoid", 33, 33, 20)
+    _, library, out, exact = gpu.prepare(problem, torch.device("cpu"))
     precisions = []
 
     def do_bench(call, *args, **options) -> float:
@@ -81,142 +301,126 @@ def test_configurations_and_the_library_are_timed_in_turn_and_checked_first(monk
         return float(len(precisions))
 
     def launch(wrap, tiles) -> None:
-        prepared.out.copy_(prepared.library())
-        prepared.out[..., 1, 1] += tiles == BROKEN
+        out.copy_(library())
+        out[..., 1, 1] += tiles == BROKEN
 
     monkeypatch.setattr("triton.testing.do_bench", do_bench)
-    monkeypatch.setattr(measure, "prepare", lambda *_: prepared._replace(launch=launch))
+    monkeypatch.setattr(gpu, "prepare", lambda *_: (launch, library, out, exact))
+    monkeypatch.setattr(tiles, "configurations", lambda *_: [FAST, BROKEN])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     before = torch.backends.cuda.matmul.fp32_precision
-    times = measure.measure(problem, [FAST, BROKEN], torch.device("cpu"))
+    assert gpu.tune_problem(problem, DEVICE, "cpu") == [33, 33, 20, 1, None]
     assert torch.backends.cuda.matmul.fp32_precision == before
-    assert set(precisions) == {"tf32"}
-    middle = 2 * (measure.ROUNDS // 2)
-    assert times == {measure.LIBRARY: middle + 1.0, FAST: middle + 2.0}
-    assert len(precisions) == 2 * measure.ROUNDS
-    printed = capsys.readouterr().out
-    assert printed.startswith(f"{problem}, {measure.describe(BROKEN)}: ValueError: an error of 1.0e+00")
+    assert precisions == ["tf32"] * 2 * measure.ROUNDS
+    wrong, row = capsys.readouterr().out.splitlines()
+    name = f"{problem}, {gpu.describe(BROKEN)}"
+    assert wrong.startswith(f"{name}: ValueError: {gpu.describe(BROKEN)} has an error of 1.0e+00")
+    assert row == f"{problem}: library 3 ms, {gpu.describe(FAST)} 4 ms"  # the second of five rounds
 
 
 # The command
 
 
 @pytest.fixture
-def gpu(tmp_path, monkeypatch):
-    """The tables of a GPU that is present in name only; `made_up` has its times."""
-    monkeypatch.setenv("TORCHPAR_CACHE", str(tmp_path))
-    monkeypatch.setattr(folders, "SHIPPED", tmp_path / "shipped")
+def table_of_gpu(folder, monkeypatch):
+    """The table of a GPU that is present in name only; FAST wins on LARGE_PROBLEM, the library on others."""
+
+    def made_up(problem, *rest):
+        measured.append(problem)
+        return [*problem[2:], FAST if problem == LARGE_PROBLEM else None]
+
+    measured: list[Problem] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(tiles, "device", lambda t: DEVICE)
-    monkeypatch.setattr(command, "measure", made_up)
-    tiles.forget_tables()
-    yield tmp_path / "nvidia-test.json"
-    tiles.forget_tables()
+    monkeypatch.setattr(gpu, "tune_problem", made_up)
+    path = folder / "user" / tiles.file_name(DEVICE.name)
+    return SimpleNamespace(path=path, measured=measured, made_up=made_up)
 
 
-def tune(*arguments: str, sizes: tuple[int, ...] = (1024, 256)) -> int:
-    return command.tune(command.parse(["--dtypes=bfloat16", "--sizes", *map(str, sizes), *arguments]))
+def tune(*sizes: int, minutes: float = 10.0) -> int:
+    return gpu.tune(["bfloat16"], sizes or (1024, 256), minutes)
 
 
-def measured(path) -> dict[int, list]:
-    table = json.loads(path.read_text())
-    return {m: tiles for m, *_, tiles in table["tiles"]["symmetric_product"]["bfloat16"]}
+def measured(table) -> dict[int, list]:
+    found = json.loads(table.path.read_text())
+    return {m: tiles for m, *_, tiles in found["tiles"]["symmetric_product"]["bfloat16"]}
 
 
-def test_tune_writes_a_table_that_the_launchers_read(gpu, capsys):
+def test_tune_writes_a_table_that_the_launchers_read(table_of_gpu, capsys):
     assert tune() == 0
-    assert measured(gpu) == {1024: list(FAST), 256: None}
-    x = torch.empty(64, 64, dtype=torch.bfloat16, device="meta")
-    assert tiles.choose_tiles("symmetric_product", "ieee", (1000, 1000, 1000, 1), x) == FAST
-    assert tiles.choose_tiles("symmetric_product", "ieee", (64, 64, 64, 1), x) is None
-    table = json.loads(gpu.read_text())
-    assert (table["device"], table["torch"]) == ("NVIDIA Test", torch.__version__)
-    assert {"triton", "kernels", "date"} < table.keys()
-    out = capsys.readouterr().out.splitlines()
-    fast = measure.describe(FAST)
-    slow = measure.describe(SLOW)
-    assert f"{LARGE}: {fast} 1 ms, library 1.5 ms, {slow} 2 ms" in out
-    assert f"{SMALL}: library 0.5 ms, {fast} 1 ms, {slow} 2 ms" in out
-    assert out[-2:] == ["complete", str(gpu)]
+    assert measured(table_of_gpu) == {1024: list(FAST), 256: None}
+    assert chosen(1000, 1000) == FAST
+    assert chosen(64, 64) is None
+    found = json.loads(table_of_gpu.path.read_text())
+    assert (found["device"], found["torch"]) == (DEVICE.name, torch.__version__)
+    assert {"triton", "kernels", "date"} < found.keys()
+    assert capsys.readouterr().out.splitlines()[-2:] == [str(table_of_gpu.path), "complete"]
 
 
-def test_a_problem_is_measured_once_and_by_the_variants_asked_for(gpu, monkeypatch):
-    tried = []
-
-    def others(problem, configurations, device):
-        tried.append((problem.kernel, problem.n, {tiles.variant for tiles in configurations}))
-        return {SLOW: 2.0, measure.LIBRARY: 1.0}
-
-    tune(sizes=(1024,))
-    monkeypatch.setattr(command, "measure", others)
+def test_a_problem_is_measured_once(table_of_gpu):
+    tune(1024)
     tune()
-    tune("--variants", "pointers", sizes=(512,))
-    assert measured(gpu) == {1024: list(FAST), 256: None, 512: None}
-    of_symmetric = [one[1:] for one in tried if one[0] == "symmetric_product"]
-    assert of_symmetric == [(256, {"pointers", "tma"}), (512, {"pointers"})]
+    assert measured(table_of_gpu) == {1024: list(FAST), 256: None}
+    assert [problem.n for problem in table_of_gpu.measured] == [1024, 1024, 256, 256]
 
 
-def test_a_table_of_other_versions_is_not_continued(gpu):
+def test_a_table_of_other_versions_is_not_continued(table_of_gpu):
     for key in ("torch", "triton", "kernels"):
         tune()
-        gpu.write_text(json.dumps(json.loads(gpu.read_text()) | {key: "other"}))
-        tune(sizes=(512,))
-        assert measured(gpu) == {512: None}
+        table_of_gpu.path.write_text(json.dumps(json.loads(table_of_gpu.path.read_text()) | {key: "other"}))
+        tune(512)
+        assert measured(table_of_gpu) == {512: None}
 
 
-def test_time_ends_between_problems(gpu, capsys, monkeypatch):
+def test_time_ends_between_problems(table_of_gpu, capsys, monkeypatch):
     seconds = iter((0.0, 1.0, 61.0))
-    monkeypatch.setattr(command.time, "monotonic", lambda: next(seconds))
-    assert tune("--minutes", "1") == 0
-    assert measured(gpu) == {1024: list(FAST)}
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: next(seconds))
+    assert tune(minutes=1) == 0
+    assert measured(table_of_gpu) == {1024: list(FAST)}
     assert CONTINUES in capsys.readouterr().out
 
 
-def test_an_interrupted_run_keeps_what_it_has_measured(gpu, capsys, monkeypatch):
+def test_an_interrupted_run_keeps_what_it_has_measured(table_of_gpu, capsys, monkeypatch):
     def interrupted(problem, *rest):
-        if problem != LARGE:
+        if problem != LARGE_PROBLEM:
             raise KeyboardInterrupt
-        return made_up(problem, *rest)
+        return table_of_gpu.made_up(problem)
 
-    monkeypatch.setattr(command, "measure", interrupted)
+    monkeypatch.setattr(gpu, "tune_problem", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tune()
-    assert measured(gpu) == {1024: list(FAST)}
+    assert measured(table_of_gpu) == {1024: list(FAST)}
     assert CONTINUES in capsys.readouterr().out
 
 
-def test_a_problem_that_cannot_be_measured_is_left_out_unless_the_gpu_fails(gpu, capsys, monkeypatch):
-    def fails(problem, *rest):
-        """On the smallest problem without memory, and on the middle one for all configurations."""
-        if problem == SMALL:
-            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
-        times = made_up(problem, *rest)
-        return {name: ms for name, ms in times.items() if problem == LARGE or isinstance(name, str)}
+def test_a_problem_that_cannot_be_measured_is_left_out_unless_the_gpu_fails(folder, capsys, monkeypatch):
+    def out_of_memory(*args) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
 
-    def illegal_access() -> None:
+    def failing(*args) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(command, "measure", fails)
-    assert tune(sizes=(1024, 512, 256)) == 1
-    assert measured(gpu) == {1024: list(FAST)}
+    def fails(wrap, tiles) -> None:
+        raise RuntimeError("PassManager::run failed")
+
+    x = torch.ones(1, 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(gpu, "prepare", out_of_memory)
+    assert tune() == 1
+    assert f"{SMALL_PROBLEM}: left out, OutOfMemoryError: CUDA out of memory.\n" in capsys.readouterr().out
+    monkeypatch.setattr(gpu, "prepare", lambda *_: (fails, lambda: x, x, x.double()))
+    assert tune() == 1
     printed = capsys.readouterr().out
-    assert f"{SMALL}: left out, OutOfMemoryError: CUDA out of memory.\n" in printed
-    assert "512x512x512: left out, no configuration could be used" in printed
-    monkeypatch.setattr(torch.cuda, "synchronize", illegal_access)
-    assert command.main(["--dtypes=bfloat16", "--sizes", "256"]) == 2
-    assert capsys.readouterr().err.startswith(f"python -m torchpar tune: error: the GPU fails after {SMALL}")
+    assert f"{gpu.describe(BROKEN)}: RuntimeError: PassManager::run failed" in printed
+    assert f"{SMALL_PROBLEM}: left out, no configuration could be used" in printed
+    monkeypatch.setattr(torch.cuda, "synchronize", failing)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        tune()
 
 
-def test_the_most_important_problems_come_first():
-    problems = command.list_problems(command.parse([]))
-    assert problems[0] == Problem("symmetric_product", "bfloat16", 4096, 4096, 4096)
-    assert list(dict.fromkeys(p.kind for p in problems)) == list(tiles.KINDS)
-
-
-@pytest.mark.parametrize("flag, value", [("minutes", "0"), ("minutes", "nan"), ("sizes", "512 0")])
-def test_flags_out_of_bounds_are_refused(flag, value):
-    with pytest.raises(ConfigError, match=f"--{flag} is .*, expected"):
-        command.tune(command.parse([f"--{flag}", *value.split()]))
+def test_sizes_that_no_table_has_are_refused():
+    with pytest.raises(ConfigError, match=r"--sizes is .*, expected positive multiples of 16"):
+        tune(512, 0)
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,7 @@ def _elect(i: Instruction) -> Run:
     assert i.operands[2] == Constant(-1)
 
     def run(warp: Warp) -> None:
-        chosen = {"early": 0, "late": 31}.get(warp.block.launch.schedule.completion, 7 * warp.index % 32)
+        chosen = {"early": 0, "late": 31}.get(warp.block.gpu.schedule.completion, 7 * warp.index % 32)
         put_lane(warp, np.full(32, chosen, np.uint32))
         put(warp, chosen == LANES)
 

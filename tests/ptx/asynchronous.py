@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Asynchronous operations of a warp, and the groups in which it waits for them.
+"""Asynchronous operations of a warp.
 
 `cp.async`, bulk copies and `wgmma` are all of this form: they read their sources and later write their
 targets, at times that a schedule chooses. A warp waits for an operation by its group or by an mbarrier.
@@ -40,7 +40,7 @@ class Operation:
         """Issue it. Its two steps are done at once, or when something waits for them, or at random."""
         self.steps = [self.fetch, self.store]
         block.flying.append(self)
-        if block.launch.schedule.completion == "early":
+        if block.gpu.schedule.completion == "early":
             self.advance()
 
     def advance(self, left: int = 0) -> None:
@@ -58,24 +58,3 @@ class Operation:
         if left == 0:
             warp.seen[self.written.number] = True
         warp.trace(self)
-
-
-class Groups:
-    """The operations that were issued since the last group was committed, and the groups not waited for."""
-
-    def __init__(self) -> None:
-        self.issued: list[Operation] = []
-        self.committed: list[list[Operation]] = []
-
-    def commit(self) -> None:
-        self.committed.append(self.issued)
-        self.issued = []
-
-    def wait(self, warp: Any, count: int, left: int) -> None:
-        """Wait for all groups but the last ``count``, with ``left`` steps of each operation to do."""
-        done = max(0, len(self.committed) - count)
-        for group in self.committed[:done]:
-            for one in group:
-                one.wait(warp, left)
-        if left == 0:
-            del self.committed[:done]

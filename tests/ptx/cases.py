@@ -19,7 +19,6 @@ from torchpar.kernels import linear_sigmoid as linear
 from torchpar.kernels.tiles import Device, Tiles
 
 from .launch import Gpu
-from .machine import Schedule
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 # The relative error of a sigmoid for |z| up to 32. Float32: of ex2 and of div 2⁻²² each, and of one rounding;
@@ -46,17 +45,8 @@ class Case:
     written: int = -1  # the number of an operand that is changed in place
     layout: str = ""  # of all operands: one of `LAYOUTS`
 
-    def execute(
-        self,
-        schedule: Schedule,
-        checks: bool = True,
-        change: Callable[[str], str] | None = None,
-        trace: Any = None,
-    ) -> list[Tensor]:
+    def execute(self, gpu: Gpu) -> list[Tensor]:
         """The results on the executor."""
-        return self.execute_on(Gpu(schedule, checks, change, trace))
-
-    def execute_on(self, gpu: Gpu) -> list[Tensor]:
         operands = [gpu.tensor(t) for t in self.draw()]
         device = Device("executor", self.capability, self.multiprocessors)
         with ExitStack() as stack:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import triton
 
-from .asynchronous import Groups, Operation
+from .asynchronous import Operation
 from .machine import Run, Warp, action, instruction
 from .memory import Space
 from .parse import Instruction, PtxError, flat
@@ -124,7 +124,7 @@ def _copy(i: Instruction) -> Run:
             raise PtxError(i.line, "a copy of a part is not modelled")
         places = Places(source(warp)[lanes], counts > 0, size, to(warp)[lanes], size)
         operation = Copy(warp, i.line, "a copy", places)
-        warp.groups["cp.async"].issued.append(operation)
+        warp.groups["cp.async"][-1].append(operation)
         operation.start(warp.block)
 
     return run
@@ -133,7 +133,7 @@ def _copy(i: Instruction) -> Run:
 # Groups: of cp.async and wgmma those of a warp, whose threads issue them together; of bulk copies a thread's
 
 
-def groups_of(warp: Warp, i: Instruction) -> list[Groups]:
+def groups_of(warp: Warp, i: Instruction) -> list[list[list[Operation]]]:
     family = i.opcode.partition(".commit_group")[0].partition(".wait_group")[0]
     bulk = family == "cp.async.bulk"
     return [warp.groups[family, lane] for lane in warp.lanes().tolist()] if bulk else [warp.groups[family]]
@@ -143,12 +143,18 @@ def groups_of(warp: Warp, i: Instruction) -> list[Groups]:
 @action("cp.async.commit_group", "wgmma.commit_group.sync.aligned", whole=True)
 def _commit(warp: Warp, i: Instruction) -> None:
     for groups in groups_of(warp, i):
-        groups.commit()
+        groups.append([])
 
 
 @action("cp.async.bulk.wait_group")
 @action("cp.async.wait_group", "wgmma.wait_group.sync.aligned", whole=True)
 def _wait(warp: Warp, i: Instruction, count: Any) -> None:
-    """``read``: until shared memory has been read; otherwise, until all is done."""
+    """Wait for all groups but the last ``count``; with `read` only until shared memory has been read."""
+    left = int("read" in i.parts)
     for groups in groups_of(warp, i):
-        groups.wait(warp, int(count[0]), int("read" in i.parts))
+        done = max(0, len(groups) - 1 - int(count[0]))
+        for group in groups[:done]:
+            for one in group:
+                one.wait(warp, left)
+        if left == 0:
+            del groups[:done]

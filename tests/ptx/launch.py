@@ -7,10 +7,10 @@ is memory with the content of a CPU tensor. What launchers allocate has not been
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from random import Random
 from typing import Any
 from unittest.mock import patch
 
@@ -22,7 +22,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from benchmarks.driver import Driver, compile_launches, target
 
 from . import arithmetic, copies, tensor_cores, tensors  # noqa: F401  # they register instructions
-from .machine import Launch, Schedule, decode
+from .machine import Block, Schedule, decode
 from .memory import GIVEN, Allocation, Space
 from .parse import Kernel, parse
 
@@ -34,40 +34,22 @@ def _decoded(text: str) -> Kernel:
     return decode(parse(text))
 
 
-@contextmanager
-def to_ptx(capability: int) -> Iterator[None]:
-    """Compile the kernels of the block to PTX and no further, in caches of their own."""
-    folder = Path(tempfile.gettempdir()) / f"torchpar-ptx-{os.getuid()}"
-    with (
-        target(capability),
-        patch.dict(os.environ, TRITON_CACHE_DIR=str(folder)),
-        patch.object(Driver, "get_current_device", lambda driver: 1000 + driver.architecture),
-        patch.object(CUDABackend, "make_cubin", lambda *args: b""),
-    ):
-        yield
-
-
 class Gpu:
-    """Global memory, and the launches on it.
+    """Global memory, and the launches on it: what the blocks of the present launch share.
 
     Args:
         change: of the PTX of each kernel, before it is executed.
     """
 
     def __init__(
-        self,
-        schedule: Schedule,
-        checks: bool = True,
-        change: Callable[[str], str] | None = None,
-        trace: list[Any] | None = None,
+        self, schedule: Schedule, checks: bool = True, change: Callable[[str], str] = lambda text: text
     ):
-        self.trace = trace
         self.schedule, self.change = schedule, change
         self.space = Space("global memory", checks)
         self.next = FIRST_ADDRESS
         self.places: dict[int, Allocation] = {}  # by the storage of the meta tensor
         self.kept: list[Tensor] = []
-        self.launches: list[Launch] = []
+        self.launches: list[tuple[Kernel, set[int]]] = []  # and the positions of instructions executed
 
     def allocate(self, name: str, size: int) -> Allocation:
         allocation = self.space.add(Allocation(name, self.next, size))
@@ -104,18 +86,22 @@ class Gpu:
         return content.as_strided(meta.shape, meta.stride(), meta.storage_offset())
 
     def run(self, launch: Callable[[Any], Any], capability: int = 90) -> Any:
-        """What ``launch(wrap)`` returns, having executed the kernels that it launches."""
-        result = None
+        """What ``launch(wrap)`` returns, having executed the kernels that it launches.
 
-        def keep(wrap: Any) -> None:
-            nonlocal result
-            result = launch(wrap)
-
-        with to_ptx(capability):
-            compiled = compile_launches(keep)
+        They are compiled to PTX and no further, in caches of their own.
+        """
+        results: list[Any] = []
+        folder = Path(tempfile.gettempdir()) / f"torchpar-ptx-{os.getuid()}"
+        with (
+            target(capability),
+            patch.dict(os.environ, TRITON_CACHE_DIR=str(folder)),
+            patch.object(Driver, "get_current_device", lambda driver: 1000 + driver.architecture),
+            patch.object(CUDABackend, "make_cubin", lambda *args: b""),
+        ):
+            compiled = compile_launches(lambda wrap: results.append(launch(wrap)))
         for one in compiled:
             self.execute(one)
-        return result
+        return results[0]
 
     def execute(self, compiled: Any) -> None:
         """Execute a compiled kernel with the arguments of its launch."""
@@ -132,11 +118,20 @@ class Gpu:
         self, text: str, values: list[Any], grid: tuple[int, int, int] = (1, 1, 1), shared: int = 0
     ) -> None:
         """Execute the kernel of ``text`` with a value, or a tensor on the meta device, for each parameter."""
-        kernel = _decoded(self.change(text) if self.change else text)
-        parameters = dict(zip(kernel.parameters, map(self.value, values), strict=True))
-        common = self.space, shared, self.schedule, self.trace
-        self.launches.append(Launch(kernel, grid, parameters, *common))
-        self.launches[-1].run()
+        self.kernel, self.grid, self.shared_bytes = _decoded(self.change(text)), grid, shared
+        self.parameters = dict(zip(self.kernel.parameters, map(self.value, values), strict=True))
+        self.random, self.executed = Random(self.schedule.seed), set[int]()
+        self.launches.append((self.kernel, self.executed))
+        blocks = [index[::-1] for index in np.ndindex(grid[::-1])]
+        if self.schedule.order == "reverse":
+            blocks.reverse()
+        elif self.schedule.order == "random":
+            self.random.shuffle(blocks)
+        with np.errstate(all="ignore"):
+            for block in blocks:
+                Block(self, block).run()
+        for allocation in self.space.allocations:
+            allocation.end_launch()
 
     def value(self, argument: Any) -> int:
         if isinstance(argument, Tensor):

@@ -7,13 +7,12 @@ again behind the branch.
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from random import Random
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .asynchronous import Groups, Operation
+from .asynchronous import Operation
 from .memory import Allocation, Event, Events, Space
 from .parse import Instruction, Kernel, PtxError, Register, Symbol, flat
 from .registers import ALL, DTYPES, LANES, SHARED_BASE, UNWRITTEN, Unready, reader, writer
@@ -103,41 +102,12 @@ def decode(kernel: Kernel) -> Kernel:
     return kernel
 
 
-@dataclass
-class Launch:
-    """What the blocks of a launch share."""
-
-    kernel: Kernel
-    grid: tuple[int, int, int]
-    parameters: dict[str, int]
-    space: Space
-    shared_bytes: int
-    schedule: Schedule
-    trace: list[Any] | None = None
-    random: Random = field(default_factory=Random)
-    executed: set[int] = field(default_factory=set)  # the positions of instructions
-
-    def run(self) -> None:
-        """Execute all blocks, one after the other."""
-        self.random.seed(self.schedule.seed)
-        blocks = [index[::-1] for index in np.ndindex(self.grid[::-1])]
-        if self.schedule.order == "reverse":
-            blocks.reverse()
-        elif self.schedule.order == "random":
-            self.random.shuffle(blocks)
-        with np.errstate(all="ignore"):
-            for block in blocks:
-                Block(self, block).run()
-        for allocation in self.space.allocations:
-            allocation.end_launch()
-
-
 class Warp:
     """32 threads: their registers, and the groups of them that have diverged."""
 
     def __init__(self, index: int, block: "Block"):
         self.index, self.block = index, block
-        self.registers: list[Any] = [UNWRITTEN] * len(block.launch.kernel.registers)
+        self.registers: list[Any] = [UNWRITTEN] * len(block.gpu.kernel.registers)
         self.pc = 0
         self.active = ALL  # the threads at `pc`
         self.parked: dict[int, Any] = {}  # the others, by their program counters
@@ -146,7 +116,8 @@ class Warp:
         self.waiting: Callable[[], bool] | None = None  # until it returns True
         self.count = 0  # instructions executed
         self.waited = 0  # the instructions that others executed while it waited at barriers
-        self.groups: defaultdict[Any, Groups] = defaultdict(Groups)
+        # Of each kind the groups of operations that were not waited for; the last one is not committed.
+        self.groups: defaultdict[Any, list[list[Operation]]] = defaultdict(lambda: [[]])
         self.last_product: Operation | None = None
         self.fence: list[Any] = []  # the registers at the last wgmma.fence
 
@@ -165,12 +136,12 @@ class Warp:
         return event
 
     def special(self, name: str) -> Any:
-        if name in self.block.launch.parameters:
-            return np.full(32, self.block.launch.parameters[name], np.uint64)
+        if name in self.block.gpu.parameters:
+            return np.full(32, self.block.gpu.parameters[name], np.uint64)
         what, _, axis = name.removeprefix("%").partition(".")
         if (what, axis) == ("tid", "x"):
             return LANES + 32 * self.index
-        values = {"ctaid": self.block.position, "nctaid": self.block.launch.grid}[what]
+        values = {"ctaid": self.block.position, "nctaid": self.block.gpu.grid}[what]
         return np.full(32, values["xyz".index(axis)])
 
     def lanes(self) -> Any:
@@ -178,23 +149,20 @@ class Warp:
         return LANES if self.mask is ALL else LANES[self.mask]
 
     def trace(self, operation: Operation) -> None:
-        """Note when an operation begins, or has been waited for; for `timeline`."""
-        if self.block.launch.trace is not None:
-            what = self.block.position, self.index, operation.what, operation.read.number
-            self.block.launch.trace.append((*what, self.count + self.waited))
+        """An operation begins, or has been waited for; `timeline` notes when."""
 
     def fill(self, registers: list[int]) -> None:
         """Give garbage to registers that were not written, for the threads that do not write them now."""
         for index in registers:
             if self.registers[index] is UNWRITTEN:
-                raw = np.frombuffer(self.block.launch.random.randbytes(256), np.uint8)
-                dtype = DTYPES[self.block.launch.kernel.registers[index]]
+                raw = np.frombuffer(self.block.gpu.random.randbytes(256), np.uint8)
+                dtype = DTYPES[self.block.gpu.kernel.registers[index]]
                 self.registers[index] = raw[:32] > 127 if dtype == np.bool_ else raw.view(dtype)[:32]
 
     def advance(self, budget: int) -> None:
         """Run until the warp waits, ends, or has executed ``budget`` instructions."""
-        launch, registers = self.block.launch, self.registers
-        instructions, executed = launch.kernel.instructions, launch.executed
+        gpu, registers = self.block.gpu, self.registers
+        instructions, executed = gpu.kernel.instructions, gpu.executed
         for _ in range(budget):
             if self.parked:
                 self.park(self.pc, self.active)
@@ -248,13 +216,12 @@ class Warp:
 class Block:
     """A block of threads with its shared memory."""
 
-    def __init__(self, launch: Launch, position: tuple[int, ...]):
-        self.launch, self.position = launch, position
-        self.events = Events(launch.kernel.threads // 32)
-        self.space = launch.space
-        self.shared = Space("shared memory", launch.space.checks)
-        self.memory = self.shared.add(Allocation("shared memory", SHARED_BASE, launch.shared_bytes))
-        self.warps = [Warp(i, self) for i in range(launch.kernel.threads // 32)]
+    def __init__(self, gpu: Any, position: tuple[int, ...]):
+        self.gpu, self.position, self.space = gpu, position, gpu.space
+        self.events = Events(gpu.kernel.threads // 32)
+        self.shared = Space("shared memory", gpu.space.checks)
+        self.memory = self.shared.add(Allocation("shared memory", SHARED_BASE, gpu.shared_bytes))
+        self.warps = [Warp(i, self) for i in range(gpu.kernel.threads // 32)]
         self.at_barrier = 0  # warps
         self.flying: list[Operation] = []  # asynchronous operations, some of which have completed
 
@@ -271,7 +238,7 @@ class Block:
             self.events.share()
 
     def run(self) -> None:
-        schedule, rng = self.launch.schedule, self.launch.random
+        schedule, rng = self.gpu.schedule, self.gpu.random
         choose = {"forward": lambda ready: ready[0], "reverse": lambda ready: ready[-1], "random": rng.choice}
         while running := [warp for warp in self.warps if not warp.done]:
             self.flying = [one for one in self.flying if one.steps]
@@ -286,7 +253,7 @@ class Block:
             elif self.flying:
                 self.flying.pop().advance()
             else:
-                lines = {warp.index: self.launch.kernel.instructions[warp.pc - 1].line for warp in running}
+                lines = {warp.index: self.gpu.kernel.instructions[warp.pc - 1].line for warp in running}
                 raise PtxError(min(lines.values()), f"deadlock: the warps wait at lines {lines}")
         self.end()
 

@@ -23,11 +23,10 @@ GIVEN, FOREIGN, UNWRITTEN = range(3)  # numbers of events: before the launch; of
 POISON = 0xFF  # NaN in each format, and −1
 UNITS = {2**n: (np.uint64(2**n - 1), np.uint64(n)) for n in range(8)}
 
-Mask = Any
 Rows = Any  # positions in an allocation, in units of an access
 
 
-def all_true(mask: Mask) -> bool:
+def all_true(mask: Any) -> bool:
     return b"\0" not in mask.tobytes()  # for short arrays several times as fast as their method
 
 

@@ -158,7 +158,7 @@ class Mutant:
         case = CASES[self.kernel]
         for schedule in schedules:
             try:
-                found = case.execute(schedule, checks, self.change)
+                found = case.execute(Gpu(schedule, checks, self.change))
             except PtxError as e:
                 return str(e)
             if not case.agrees(found, case.expected()):
@@ -176,8 +176,8 @@ def draw() -> list[Mutant]:
     for name, case in CASES.items():
         texts: list[str] = []
         gpu = Gpu(SCHEDULES[0], change=lambda text, seen=texts: seen.append(text) or text)  # type: ignore[misc]
-        case.execute_on(gpu)
-        lines = [{one.kernel.instructions[i].line - 1 for i in one.executed} for one in gpu.launches]
+        case.execute(gpu)
+        lines = [{kernel.instructions[i].line - 1 for i in executed} for kernel, executed in gpu.launches]
         originals[name] = list(zip(texts, lines, strict=True))
     rng, drawn = random.Random(SEED), []
     for kind, mutation in KINDS.items():

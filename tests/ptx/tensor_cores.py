@@ -237,7 +237,7 @@ def _multiply_async(i: Instruction) -> Run:
             first = Matrix(left(warp), rows, by_rows[0], kind, i.line)
         adds = bool(keep(warp)[0])
         warp.last_product = Product(warp, i, kind, SUMS[sums], first, matrix, adds)
-        warp.groups["wgmma"].issued.append(warp.last_product)
+        warp.groups["wgmma"][-1].append(warp.last_product)
         warp.last_product.start(warp.block)
 
     return run

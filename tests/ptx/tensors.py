@@ -226,5 +226,5 @@ def _store_box(warp: Warp, i: Instruction, address: Any, *others: Any) -> None:
     *corner, shared = others
     places = places_of(warp, i, address, tuple(corner), shared)
     operation = Copy(warp, i.line, "a bulk store", places, to_shared=False)
-    warp.groups["cp.async.bulk", int(warp.lanes()[0])].issued.append(operation)
+    warp.groups["cp.async.bulk", int(warp.lanes()[0])][-1].append(operation)
     operation.start(warp.block)

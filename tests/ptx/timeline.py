@@ -7,13 +7,16 @@ until a warp has waited for it; on a GPU it may be complete earlier.
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import matplotlib.pyplot as plt
 
 from torchpar.kernels.tiles import Tiles
 
 from . import cases
-from .machine import SCHEDULES
+from .asynchronous import Operation
+from .launch import Gpu
+from .machine import SCHEDULES, Warp
 
 PICTURE = Path(__file__).parents[2] / "docs" / "operators" / "timeline-matmul_t.png"
 TILES = Tiles(128, 256, 64, 8, 4, "tma")
@@ -23,13 +26,16 @@ KINDS = {"a bulk load": "load", "a product": "multiply", "a bulk store": "store"
 
 def spans() -> dict[str, list[tuple[int, int, int]]]:
     """For each kind of operations of the first block: warp, begin and end."""
-    trace: list[Any] = []
-    case = cases.symmetric(2 * TILES.block_m, STEPS * TILES.block_k, tiles=TILES, multiprocessors=2)
-    case.execute(SCHEDULES[0], trace=trace)
     operations: dict[Any, list[Any]] = {}  # of each the times at which it begins, and is waited for
-    for block, warp, what, number, time in trace:
-        if block == (0, 0, 0):
-            operations.setdefault((what, number), [warp]).append(time)
+
+    def note(warp: Warp, operation: Operation) -> None:
+        if warp.block.position == (0, 0, 0):
+            key = operation.what, operation.read.number
+            operations.setdefault(key, [warp.index]).append(warp.count + warp.waited)
+
+    case = cases.symmetric(2 * TILES.block_m, STEPS * TILES.block_k, tiles=TILES, multiprocessors=2)
+    with patch.object(Warp, "trace", note):
+        case.execute(Gpu(SCHEDULES[0]))
     found: dict[str, list[tuple[int, int, int]]] = {what: [] for what in KINDS.values()}
     for (what, _), (warp, begin, *waits) in operations.items():
         found[KINDS[what]].append((warp, begin, min(waits)))

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Tuning of the matrix kernels: `command` is ``python -m torchpar tune``, `measure` checks and times."""
+"""Tuning: `command` is ``python -m torchpar tune``; `gpu` tunes the matrix kernels, and `cpu` products."""
