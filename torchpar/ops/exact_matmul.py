@@ -64,10 +64,11 @@ def exact_matmul_t(x: Tensor) -> Tensor:
 
 
 def _check(a: Tensor, b: Tensor) -> None:
-    for t, shape in ((a, "a (*, m, k)"), (b, "b (*, n, k)")):
-        if t.dtype != torch.float32 or t.dim() < 2:
-            actual = f"{t.dtype} and shape {tuple(t.shape)}"
-            raise RuntimeError(f"torchpar::exact_matmul: {shape[0]} has {actual}, expected float32 {shape}")
+    for name, t, shape in (("a", a, "(*, m, k)"), ("b", b, "(*, n, k)")):
+        if t.dtype != torch.float32:
+            raise RuntimeError(f"torchpar::exact_matmul: {name} has dtype {t.dtype}, expected torch.float32")
+        if t.dim() < 2:
+            raise RuntimeError(f"torchpar::exact_matmul: {name} has shape {tuple(t.shape)}, expected {shape}")
     if b.shape[:-2] != a.shape[:-2] or b.shape[-1] != a.shape[-1] or b.device != a.device:
         expected = ", ".join([*map(str, a.shape[:-2]), "n", str(a.shape[-1])])
         actual = f"b is {tuple(b.shape)} on {b.device}"
