@@ -99,11 +99,13 @@ def test_exponents_of_rows(device: str) -> None:
 # The same bits, whatever computes them.
 
 
-def test_bits_are_the_recorded_ones_under_plain_instructions_and_any_threads() -> None:
-    with patch.dict(os.environ, ATEN_CPU_CAPABILITY="default"):
+@pytest.mark.parametrize("aten, onednn", [("default", "SSE41"), ("avx2", "AVX2")])
+def test_bits_are_the_recorded_ones_on_other_processors_and_any_threads(aten: str, onednn: str) -> None:
+    with patch.dict(os.environ, ATEN_CPU_CAPABILITY=aten, ONEDNN_MAX_CPU_ISA=onednn):
         status, out, err = run(sys.executable, str(ROOT / "tests" / "exact_bits.py"))
     assert status == 0, err
-    assert [*map(json.loads, out.splitlines())] == 2 * [exact_bits.PRODUCTS | exact_bits.RULES]
+    recorded = exact_bits.PRODUCTS | exact_bits.RULES | exact_bits.TRAINING
+    assert [*map(json.loads, out.splitlines())] == 2 * [recorded]
 
 
 def test_bits_are_the_recorded_ones_on_this_device(device: str) -> None:

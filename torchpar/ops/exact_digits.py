@@ -160,13 +160,14 @@ def _sums(a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
         return _chained(_float_sums, chain, x, y)
     total = a.new_empty(*a.shape[:-2], m, n, dtype=torch.float64 if k <= chain else torch.int64)
     of_block, least = (_int8_sums, _LEAST_ROWS) if by_int8 else (_float_sums, _LEAST_FLOAT_ROWS)
-    for batch in itertools.product(*map(range, a.shape[:-2])):
+    for i in itertools.product(*map(range, a.shape[:-2])):
+        whole, left, right = total[i], x[i], y[i]
         for rows in _blocks(m, n, least):
             columns = slice(rows.stop if b is a else n)
-            total[*batch, rows, columns] = _chained(of_block, chain, x[*batch, rows], y[*batch, columns])
+            whole[rows, columns] = _chained(of_block, chain, left[rows], right[columns])
             if b is a:
-                left = slice(rows.start)
-                total[*batch, left, rows] = total[*batch, rows, left].mT
+                done = slice(rows.start)
+                whole[done, rows] = whole[rows, done].T
     return total
 
 
