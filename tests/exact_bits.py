@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Recorded hashes of exact products, and of the mode. As a script: those by 1 and 2 threads."""
+"""Recorded hashes of exact products, the mode, and a training. As a script: those by 1 and 2 threads."""
 
 import hashlib
 import json
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torchpar
@@ -25,6 +25,7 @@ RULES = {
     "gradients": "7d2027305601b5c8",
     "random": "e9018cda185fd7f2",
 }
+TRAINING = {"weights": "cc005b846334d4c9"}
 
 
 def made_of_integers(*shape: int, seed: int) -> Tensor:
@@ -77,6 +78,41 @@ def rules(device: str = "cpu") -> dict[str, str]:
     )
 
 
+class Layers(nn.Module):
+    """Layers whose operators have rules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 12, padding_idx=0)
+        self.conv = nn.Conv2d(3, 4, (2, 3), stride=(2, 1), padding=(0, 1), dilation=(1, 2), groups=1)
+        self.grouped = nn.Conv1d(4, 6, 3, padding=1, groups=2)
+        self.norm = nn.LayerNorm(12)
+        self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, text: Tensor, image: Tensor) -> Tensor:
+        pictures = self.grouped(self.conv(image).flatten(2)).mean((1, 2))
+        x = self.norm(self.embedding(text))
+        x = x + self.attention(x, x, x, need_weights=False)[0] * pictures[:, None, None]
+        x = x * x.var(-1, keepdim=True) + x.square().mean(-1, keepdim=True).rsqrt() + torch.tanh(x)
+        return F.log_softmax(self.head(x), -1)
+
+
+def training() -> dict[str, str]:
+    """Of the weights of a model that is made and trained in the mode."""
+    with exact.mode():
+        torch.manual_seed(0)
+        model = Layers()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
+        for _ in range(5):
+            output = model(torch.randint(7, (4, 6)), torch.randn(4, 3, 8, 5))
+            F.nll_loss(output.flatten(0, 1), torch.arange(24) % 5).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=False)
+            optimizer.step()
+            optimizer.zero_grad()
+    return hashes({"weights": torch.cat([p.flatten() for p in model.parameters()])})
+
+
 def hashes(outputs: dict[str, Tensor]) -> dict[str, str]:
     bits = {name: y.detach().cpu().view(-1).view(torch.uint8) for name, y in outputs.items()}
     return {name: hashlib.sha256(b.numpy().tobytes()).hexdigest()[:16] for name, b in bits.items()}
@@ -85,4 +121,4 @@ def hashes(outputs: dict[str, Tensor]) -> dict[str, str]:
 if __name__ == "__main__":
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        print(json.dumps(products() | rules()))
+        print(json.dumps(products() | rules() | training()))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchpar import exact
 from torchpar.data import Samples
 from torchpar.errors import ConfigError
-from torchpar.exact import gpt, mlp, tensor_parallel, verify
+from torchpar.exact import models, tensor_parallel, verify
 from torchpar.exact.data_parallel import BinnedSum
 from torchpar.parallel import join_world
 from torchpar.partition import Partition
@@ -165,8 +165,8 @@ def short(model: str, mesh: Mesh, threads: int = 1, rounded: bool = False) -> st
         join_world("cpu") as world,
         patch.object(verify, "current_world", lambda: world),
         patch.object(verify, "load", lambda *_: (samples, samples)),
-        patch.multiple(gpt, STEPS=2, SEQUENCES=3),
-        patch.multiple(mlp, STEPS=3, BATCH_SIZE=72),  # units of 32, 32 and 8 samples
+        patch.multiple(models, GPT_STEPS=2, SEQUENCES=3),
+        patch.multiple(models, MLP_STEPS=3, BATCH_SIZE=72),  # units of 32, 32 and 8 samples
         patch.object(tensor_parallel, "all_reduce", add_rounded if rounded else add),
     ):
         return verify.trained(model, *mesh, verify.DATA)

@@ -1,19 +1,14 @@
 # SPDX-License-Identifier: MIT
 """torchpar.exact.mode: values against float64, bits on every processor, decoding, and refusals."""
 
-import hashlib
-import json
 import math
-import os
-import subprocess
-import sys
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from architectures import make_model
-from commands import ROOT, import_path, needs_transformers
+from commands import needs_transformers
+from exact_bits import Layers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -51,6 +46,8 @@ FUNCTIONS: dict[str, tuple[Any, Tensor, float]] = {
     "erfinv": (torch.erfinv, UNIT, 0.86),
     "logsumexp": (lambda x: x.view(-1, 1999).logsumexp(1), X[: 11 * 1999], 0.51),
     "softplus_backward": (lambda x: torch.func.grad(lambda x: F.softplus(x).sum())(x), X, 0.51),
+    "norm": (lambda x: x.view(-1, 1999).norm(dim=1), X[: 11 * 1999] * 1e-19, 0.51),
+    "norm of subnormal numbers": (lambda x: x.norm(dim=0, keepdim=True), X[:999] * 1e-42, 0.51),
     "power": (lambda x: x**3, X.abs().clamp(min=2.0**-40), 0.51),
 }
 
@@ -70,6 +67,8 @@ def test_functions_of_unusual_numbers():
             found = getattr(torch, name)(x)
         expected = getattr(torch, name)(x)
         torch.testing.assert_close(found, expected, equal_nan=True, rtol=1e-6, atol=0, msg=f"{name}: {found}")
+    with exact.mode():
+        assert [t.norm().item() for t in (x[1:], x[3:5])] == [math.inf, 0]
     with exact.mode(), pytest.raises(ConfigError, match="take angles below"):
         torch.sin(torch.tensor([2.0**21]))
 
@@ -88,26 +87,6 @@ def test_gelu_is_as_near_as_torchs(approximate):
     torchs = gelu_pair(X, approximate)
     for one, other, ideal in zip(found, torchs, gelu_pair(X.double(), approximate), strict=True):
         assert (one - ideal).abs().max() <= 2 * (other - ideal).abs().max()
-
-
-class Layers(nn.Module):
-    """Layers whose operators have rules."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(7, 12, padding_idx=0)
-        self.conv = nn.Conv2d(3, 4, (2, 3), stride=(2, 1), padding=(0, 1), dilation=(1, 2), groups=1)
-        self.grouped = nn.Conv1d(4, 6, 3, padding=1, groups=2)
-        self.norm = nn.LayerNorm(12)
-        self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
-        self.head = nn.Linear(12, 5)
-
-    def forward(self, text: Tensor, image: Tensor) -> Tensor:
-        pictures = self.grouped(self.conv(image).flatten(2)).mean((1, 2))
-        x = self.norm(self.embedding(text))
-        x = x + self.attention(x, x, x, need_weights=False)[0] * pictures[:, None, None]
-        x = x * x.var(-1, keepdim=True) + x.square().mean(-1, keepdim=True).rsqrt() + torch.tanh(x)
-        return F.log_softmax(self.head(x), -1)
 
 
 SEEDED = torch.Generator().manual_seed(0)
@@ -179,73 +158,6 @@ def test_steps_of_parts_have_the_bits_of_the_whole(kind):
             assert torch.equal(stepped(part), part(expected))
     rounding = 4 * 10 * 2.0**-23  # of ten numbers below 4 in each step
     torch.testing.assert_close(expected.double(), stepped(lambda t: t, torch.float64), rtol=0, atol=rounding)
-
-
-NORMS: dict[str, Any] = {
-    "subnormal": lambda g: g * 1e-42,
-    "of many magnitudes": lambda g: g * 10.0 ** torch.randint(-30, 30, g.shape),
-    "0": torch.zeros_like,
-    "inf": lambda g: torch.where(g == g.max(), torch.inf, g),
-}
-
-
-@pytest.mark.parametrize("name", NORMS)
-def test_clipping(name):
-    torch.manual_seed(0)
-    gradients = [NORMS[name](torch.randn(size)) for size in ((25, 33), (7,), (5, 1))]
-    results = []
-    for dtype in (torch.float32, torch.float64):
-        parameters = [nn.Parameter(torch.ones(g.shape, dtype=dtype)) for g in gradients]
-        for p, g in zip(parameters, gradients, strict=True):
-            p.grad = g.to(dtype, copy=True)
-        with exact.mode() if dtype == torch.float32 else nullcontext():
-            norm = nn.utils.clip_grad_norm_(parameters, 0.5, foreach=False)
-        results.append([norm, *(p.grad for p in parameters)])
-    for found, expected in zip(*results, strict=True):
-        # The norm of norms and the quotient round a few times.
-        torch.testing.assert_close(found.double(), expected, rtol=2**-21, atol=2**-149, equal_nan=True)
-
-
-def trained(name: str) -> str:
-    """The SHA-256 of an architecture's weights after five steps, made and trained in the mode."""
-    with exact.mode():
-        torch.manual_seed(0)
-        model: Any = make_model(name)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)
-        for _ in range(5):
-            if name == "vit":
-                inputs = {"pixel_values": torch.rand(3, 3, 8, 8), "labels": torch.tensor([0, 1, 1])}
-            else:
-                text = torch.randint(3, 96, (3, 8))
-                inputs = {"input_ids": text, "labels": text}
-            model(**inputs).loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=False)
-            optimizer.step()
-            optimizer.zero_grad()
-    digest = hashlib.sha256()
-    for p in model.parameters():
-        digest.update(p.detach().numpy().tobytes())
-    return digest.hexdigest()
-
-
-NAMES = ("llama", "gpt2", "bert", "vit")
-KINDS = [
-    {"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "SSE41"},
-    {"ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
-]
-
-
-@pytest.mark.slow
-@needs_transformers
-def test_training_has_the_same_bits_on_other_kinds_of_processors():
-    expected = {name: trained(name) for name in NAMES}
-    assert len(set(expected.values())) == len(NAMES)
-    code = "import json, test_exact_mode as t; print(json.dumps({n: t.trained(n) for n in t.NAMES}))"
-    for kind in KINDS:
-        environment = os.environ | kind | {"PYTHONPATH": import_path(ROOT, ROOT / "tests")}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout.splitlines()[-1]) == expected
 
 
 @needs_transformers

@@ -109,7 +109,7 @@ def test_exact_product(m: int, n: int, k: int, layouts: str) -> None:
     y = torch.ldexp(y, torch.randint(-70, 60, y.shape, generator=generator))
     for second in (y, x):
         e, f = (exact_digits.row_exponents(t) for t in (x, second))
-        total = exact_digits.Sums(exact_digits.digits(x, e), exact_digits.digits(second, f)).long()
+        total = exact_digits.sums(x, second, e, f)
         expected = exact_digits.rounded(total, e, f)
         a, b = (laid_out(t.cuda(), layout) for t, layout in zip((x, second), layouts, strict=True))
         b = a if second is x else b

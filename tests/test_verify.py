@@ -1,21 +1,17 @@
 # SPDX-License-Identifier: MIT
 """``python -m torchpar verify``: the same hash on any mesh, its status, and errors in one line."""
 
-import os
 import re
-import signal
-import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from unittest.mock import patch
 
 import pytest
-import torch
 from fake_data import fashion_mnist
 from ranks import fork_context
 
 pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 from torchpar.exact import verify
-from torchpar.parallel.launch.local import current_world
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +35,6 @@ def test_meshes_agree_and_the_status_says_if_the_hash_is_published(folder, monke
     assert capsys.readouterr().out.splitlines()[1:] == [second, "This is the published hash."]
 
 
-def check_error(capsys: Any, message: str, *arguments: str) -> None:
-    """The command ends with status 2 and an error in one line."""
-    fork_context()
-    assert verify.main(arguments) == 2
-    out, err = capsys.readouterr()
-    (line,) = err.splitlines()
-    assert out == ""
-    assert line.startswith("python -m torchpar verify: error: ")
-    assert message in line
-
-
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -64,40 +49,30 @@ def check_error(capsys: Any, message: str, *arguments: str) -> None:
 )
 def test_wrong_flags_are_an_error_in_one_line(folder, capsys, flags, message):
     data = [] if "--data" in flags else ["--data", str(folder)]
-    check_error(capsys, message, *flags.split(), *data)
-
-
-def kill(*_: Any) -> str:
-    """What stands for the training: rank 1 is killed, and the others wait for it."""
-    world = current_world()
-    if world.rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    world.sum(torch.ones(1))
-    return ""
-
-
-def test_a_killed_rank_is_an_error_in_one_line(folder, capsys, monkeypatch):
-    monkeypatch.setattr(verify, "trained", kill)
-    message = "error: a rank was killed, or has ended in an error"
-    check_error(capsys, message, "--ranks", "2", "--data", str(folder))
-
-
-def interrupt(_model: str, _dp: int, _tp: int, _pp: int, folder: Path) -> str:
-    """What stands for a long training, during which the user interrupts the process that ``folder`` names."""
-    if current_world().rank == 0:
-        os.kill(int(folder.name), signal.SIGINT)
-    time.sleep(100)
-    return ""
-
-
-def test_ctrl_c_ends_the_ranks_at_once(tmp_path, capsys, monkeypatch):
     fork_context()
-    monkeypatch.setattr(verify, "trained", interrupt)
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    start = time.monotonic()
-    try:
-        assert verify.main(["--ranks", "2", "--data", str(tmp_path / str(os.getpid()))]) == 130
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    assert time.monotonic() - start < 90
-    assert capsys.readouterr() == ("", "python -m torchpar verify: interrupted\n")
+    assert verify.main([*flags.split(), *data]) == 2
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert out == ""
+    assert line.startswith("python -m torchpar verify: error: ")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    "error, status, message",
+    [
+        (BrokenProcessPool(), 2, "error: a rank was killed, or has ended in an error; run it again"),
+        (RuntimeError("Connection closed by peer"), 2, "error: a rank was killed, or has ended in an error"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_lost_ranks_and_ctrl_c_are_one_line(capsys, error, status, message):
+    with patch.object(verify, "start_ranks", side_effect=error):
+        assert verify.main([]) == status
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"python -m torchpar verify: {message}")
+    assert err.count("\n") == 1
+    with patch.object(verify, "start_ranks", side_effect=RuntimeError("a bug")), pytest.raises(RuntimeError):
+        verify.main([])

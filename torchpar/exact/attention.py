@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
+from torchpar.exact.reductions import safe_softmax
 from torchpar.exact.registry import rule
-from torchpar.exact.softmax import safe_softmax
 from torchpar.exact.sums import exact_sum
 from torchpar.ops import exact_matmul
 from torchpar.ops.exact_digits import MAX_EXPONENT, product_of_exponents, row_exponents, scaled
@@ -44,18 +44,17 @@ def product_by_keys(p: Tensor, v: Tensor) -> Tensor:
     return product_of_exponents(weights, small.mT, row_exponents(weights), f)
 
 
-def _weights(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-    """P, for ``q (*, m, d)``, ``k (*, n, d)``, and a ``mask`` of booleans or of numbers that are added."""
+def _weights(
+    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+) -> tuple[Tensor, float]:
+    """P and scale, for ``q (*, m, d)``, ``k (*, n, d)``, and a ``mask`` of booleans or of numbers to add."""
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     scores = exact_matmul(q, k) * scale
     if causal:  # a query attends to its own position, and to those before
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    return safe_softmax(scores, -1)
-
-
-def _scale(q: Tensor, scale: float | None) -> float:
-    return 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    return safe_softmax(scores, -1), scale
 
 
 # The operator that PyTorch takes on a CPU, without dropout. Its backward pass gets what it returns.
@@ -66,7 +65,7 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *,
     attn_mask: Tensor | None = None, scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    p = _weights(q, k, attn_mask, causal, _scale(q, scale))
+    p, _ = _weights(q, k, attn_mask, causal, scale)
     return product_by_keys(p, v), q.new_zeros(q.shape[:-1])  # a sum that the backward pass does not need
 
 
@@ -75,8 +74,7 @@ def _attention_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, dropout: float, causal: bool, *,
     attn_mask: Tensor | None = None, scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    factor = _scale(q, scale)
-    p = _weights(q, k, attn_mask, causal, factor)
+    p, factor = _weights(q, k, attn_mask, causal, scale)
     dp = exact_matmul(g, v)
     ds = p * (dp - exact_sum(dp.double() * p.double(), [-1], keepdim=True).float()) * factor
     return exact_matmul(ds, k.mT), exact_matmul(ds.mT, q.mT), exact_matmul(p.mT, g.mT)

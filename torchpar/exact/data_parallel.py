@@ -13,8 +13,6 @@ integers. The cut leaves out less than 2⁻³⁰ of the largest term for each te
 Source: Demmel and Nguyen, "Parallel reproducible summation", 2015, whose bins are of floating-point numbers.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -139,7 +137,15 @@ class DataParallel:
         """
         sums = [self._loss, *self._sums]
         if self.group is not None and dist.get_world_size(self.group) > 1:
-            _add_over_ranks(sums, self.group)
+            device = wire_device(sums[-1].bins, self.group)
+            tops = torch.tensor([one.top for one in sums], device=device)
+            dist.all_reduce(tops, dist.ReduceOp.MAX, group=self.group)
+            for one, top in zip(sums, tops.tolist(), strict=True):
+                one.raise_to(top)
+            flat = torch.cat([one.bins.flatten().to(device) for one in sums])
+            dist.all_reduce(flat, group=self.group)
+            for one, part in zip(sums, flat.split([one.bins.numel() for one in sums]), strict=True):
+                one.bins.copy_(part.view_as(one.bins))
         for p, one in zip(self.parameters, self._sums, strict=True):
             p.grad = one.total()
         loss = self._loss.total()
@@ -147,15 +153,3 @@ class DataParallel:
         if loss is None:
             raise ConfigError("no rank has called backward since the last all_reduce")
         return loss
-
-
-def _add_over_ranks(sums: Sequence[BinnedSum], group: dist.ProcessGroup) -> None:
-    device = wire_device(sums[-1].bins, group)
-    tops = torch.tensor([one.top for one in sums], device=device)
-    dist.all_reduce(tops, dist.ReduceOp.MAX, group=group)
-    for one, top in zip(sums, tops.tolist(), strict=True):
-        one.raise_to(top)
-    flat = torch.cat([one.bins.flatten().to(device) for one in sums])
-    dist.all_reduce(flat, group=group)
-    for one, part in zip(sums, flat.split([one.bins.numel() for one in sums]), strict=True):
-        one.bins.copy_(part.view_as(one.bins))

@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 from torchpar.errors import ConfigError
 from torchpar.exact import elementwise as elementwise
 from torchpar.exact import products as products  # which register rules
+from torchpar.exact import random as random
 from torchpar.exact import reductions as reductions
-from torchpar.exact import softmax as softmax
 from torchpar.exact.attention import scaled_dot_product_attention
 from torchpar.exact.registry import PASSING, RULES
 

@@ -10,6 +10,7 @@ calls them below autograd.
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,26 +41,20 @@ _TANH = [1.0, -1 / 3, 2 / 15, -17 / 315, 62 / 2835, -1382 / 155925, 21844 / 6081
 _PIECE = 2**14  # elements to a thread at a time, whose float64 scratch stays in a core's cache
 
 
-def in_pieces(function: Callable[..., Tensor], *operands: Tensor) -> Tensor:
-    """``function`` of the elements of float32 tensors, which are broadcast, computed in float64."""
-    check_float32(*operands)
-    shape = torch.broadcast_shapes(*(x.shape for x in operands))
-    flat = [x.expand(shape).reshape(-1) for x in operands]
+def in_pieces(function: Callable[..., Tensor], *operands: Any, **options: Any) -> Tensor:
+    """``function`` of the elements of float32 tensors, which are broadcast, computed in float64.
+
+    Operands that are not tensors, and options, are passed on.
+    """
+    tensors = [x for x in operands if isinstance(x, Tensor)]
+    check_float32(*tensors)
+    shape = torch.broadcast_shapes(*(x.shape for x in tensors))
+    flat = [x.expand(shape).reshape(-1) for x in tensors]
     out = torch.empty(shape, device=flat[0].device).view(-1)
     size = _PIECE * torch.get_num_threads() if out.is_cpu else max(len(out), 1)
     for into, *pieces in zip(out.split(size), *(x.split(size) for x in flat), strict=True):
-        into.copy_(function(*(piece.double() for piece in pieces)))
+        into.copy_(function(*(piece.double() for piece in pieces), *operands[len(flat) :], **options))
     return out.view(shape)
-
-
-def function(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Register a function of float64 elements for the operator ``name`` of float32."""
-
-    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        RULES[name] = partial(in_pieces, function)
-        return function
-
-    return register
 
 
 def _polynomial(x: Tensor, coefficients: list[float]) -> Tensor:
@@ -70,7 +65,6 @@ def _polynomial(x: Tensor, coefficients: list[float]) -> Tensor:
     return result
 
 
-@function("exp")
 def exp64(x: Tensor) -> Tensor:
     """e^x in float64, for −708 ≤ x ≤ 709; outside that of the bound, which is 0 or infinity in float32.
 
@@ -83,7 +77,6 @@ def exp64(x: Tensor) -> Tensor:
     return result * power_of_two(n.nan_to_num().to(torch.int32), torch.float64)
 
 
-@function("log")
 def log64(x: Tensor) -> Tensor:
     """ln x in float64; −∞ for 0, and NaN for what is negative or subnormal.
 
@@ -106,13 +99,11 @@ def log64(x: Tensor) -> Tensor:
     return torch.where(normal, result, special)
 
 
-@function("sigmoid")
 def sigmoid64(x: Tensor) -> Tensor:
     """1 / (1 + e^−x)."""
     return 1 / (exp64(-x) + 1)
 
 
-@function("tanh")
 def tanh64(x: Tensor) -> Tensor:
     """(e^2x − 1) / (e^2x + 1), and for |x| < 2⁻³ an odd polynomial, since the difference would cancel."""
     square = x * x
@@ -121,14 +112,12 @@ def tanh64(x: Tensor) -> Tensor:
     return torch.where(x.abs() < 0.125, series, (power - 1) / (power + 1))
 
 
-@function("erf")
 def erf64(x: Tensor) -> Tensor:
     """2/√π · ∫₀ˣ e^(−t²) dt; the relative error is below 4·10⁻¹⁰."""
     z = x.clamp(-4.0, 4.0)
     return torch.where(x.abs() >= 4, x.sign(), z * _polynomial(z * z * 0.125 - 1, _ERF))
 
 
-@function("erfinv")
 def erfinv64(x: Tensor) -> Tensor:
     """The inverse of erf, by Newton's iterations from Winitzki's approximation (2008)."""
     a = 0.147
@@ -141,20 +130,11 @@ def erfinv64(x: Tensor) -> Tensor:
     return torch.where(x.abs() > 1, math.nan, y)
 
 
-@function("sin")
-def sin64(x: Tensor) -> Tensor:
-    """sin x for |x| < 2²⁰."""
-    return _sine(x, 0)
+def sin64(x: Tensor, quarters: int = 0) -> Tensor:
+    """sin(x + quarters·π/2) for |x| < 2²⁰.
 
-
-@function("cos")
-def cos64(x: Tensor) -> Tensor:
-    """cos x for |x| < 2²⁰."""
-    return _sine(x, 1)
-
-
-def _sine(x: Tensor, quarters: int) -> Tensor:
-    """sin(x + quarters·π/2). With n the integer nearest to x / (π/2), r = x − n·π/2, by Taylor's series."""
+    With n the integer nearest to x / (π/2), and r = x − n·π/2, it is ±sin r or ±cos r, by Taylor's series.
+    """
     finite = x.abs() < math.inf
     if (x.abs() >= _LARGEST_ANGLE).logical_and_(finite).any():
         raise ConfigError(f"sin and cos in exact arithmetic take angles below 2²⁰, one is {x.abs().max():g}")
@@ -166,6 +146,11 @@ def _sine(x: Tensor, quarters: int) -> Tensor:
     quadrant = (n.to(torch.int64) + quarters) & 3
     result = torch.where((quadrant & 1).bool(), cosine, sine)
     return torch.where((quadrant & 2).bool(), -result, result)
+
+
+def cos64(x: Tensor) -> Tensor:
+    """cos x for |x| < 2²⁰."""
+    return sin64(x, 1)
 
 
 def pow64(x: Tensor, exponent: float) -> Tensor:
@@ -184,3 +169,61 @@ def pow64(x: Tensor, exponent: float) -> Tensor:
     if exponent == 0.5:
         return x.sqrt()
     return torch.where(x == 0, 0.0, exp64(log64(x) * exponent))
+
+
+def _log1p64(x: Tensor) -> Tensor:
+    u = x + 1  # whose rounding error the quotient removes
+    return torch.where(u == 1, x, log64(u) * (x / (u - 1)))
+
+
+def _silu_backward(g: Tensor, x: Tensor) -> Tensor:
+    s = sigmoid64(x)
+    return g * (s * (x * (1 - s) + 1))
+
+
+def _softplus(x: Tensor, beta: float = 1, _: float = 20) -> Tensor:
+    x = x * beta
+    return (x.clamp(min=0) + _log1p64(exp64(-x.abs()))) / beta
+
+
+_TANH_SCALE, _TANH_CUBE = math.sqrt(2 / math.pi), 0.044715
+_ROOT_HALF, _DENSITY = math.sqrt(0.5), 1 / math.sqrt(2 * math.pi)
+
+
+def _gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
+    if approximate == "tanh":
+        return x * 0.5 * (tanh64((x + x * x * x * _TANH_CUBE) * _TANH_SCALE) + 1)
+    return x * 0.5 * (erf64(x * _ROOT_HALF) + 1)
+
+
+def _gelu_backward(g: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor:
+    if approximate == "tanh":
+        t = tanh64((x + x * x * x * _TANH_CUBE) * _TANH_SCALE)
+        inner = (x * x * (3 * _TANH_CUBE) + 1) * _TANH_SCALE
+        return g * ((t + 1) * 0.5 + x * 0.5 * (1 - t * t) * inner)
+    return g * ((erf64(x * _ROOT_HALF) + 1) * 0.5 + x * exp64(x * x * -0.5) * _DENSITY)
+
+
+# Functions of elements in float64, whose results are rounded once
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "exp": exp64,
+    "log": log64,
+    "log2": lambda x: log64(x) * (1 / math.log(2)),
+    "log1p": _log1p64,
+    "sigmoid": sigmoid64,
+    "sigmoid_backward": lambda g, y: g * (y * (1 - y)),
+    "tanh": tanh64,
+    "tanh_backward": lambda g, y: g * (1 - y * y),
+    "sin": sin64,
+    "cos": cos64,
+    "erf": erf64,
+    "erfinv": erfinv64,
+    "rsqrt": lambda x: 1 / x.sqrt(),
+    "silu": lambda x: x * sigmoid64(x),
+    "silu_backward": _silu_backward,
+    "softplus": _softplus,
+    "softplus_backward": lambda g, x, beta, _: g * sigmoid64(x * beta),
+    "gelu": _gelu,
+    "gelu_backward": _gelu_backward,
+}
+RULES.update({name: partial(in_pieces, function) for name, function in _FUNCTIONS.items()})

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+# mypy: disable-error-code="no-any-return"
 """Random numbers by a counter-based generator in integers, the same on every processor.
 
 `torch.rand` has the same bits everywhere, too, but draws of normal numbers and of dropout masks use a
@@ -10,11 +11,13 @@ Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchpar.exact.functions import cos64, log64
+from torchpar.exact.registry import rule
 
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85
@@ -41,7 +44,7 @@ def _product(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
     return (high >> 16) + (middle >> 32), middle & _WORD
 
 
-def uniform(shape: Sequence[int], generator: torch.Generator | None, device: torch.device) -> Tensor:
+def _uniform64(shape: Sequence[int], generator: torch.Generator | None, device: Any) -> Tensor:
     """Numbers (i + ½)·2⁻³² in (0, 1), float64, of the given shape."""
     words = torch.randint(
         0, 2**32, (2,), generator=generator, device="cpu" if generator is None else generator.device
@@ -51,14 +54,47 @@ def uniform(shape: Sequence[int], generator: torch.Generator | None, device: tor
     return ((drawn.flatten()[:n].double() + 0.5) * 2.0**-32).view(*shape)
 
 
-def normal(shape: Sequence[int], generator: torch.Generator | None, device: torch.device) -> Tensor:
+def _normal64(shape: Sequence[int], generator: torch.Generator | None, device: Any) -> Tensor:
     """Normal numbers of mean 0 and variance 1, float64, by Box and Muller's formula."""
-    radius, angle = uniform((2, *shape), generator, device)
+    radius, angle = _uniform64((2, *shape), generator, device)
     return (log64(radius) * -2).sqrt() * cos64(angle * (2 * math.pi))
 
 
-def bernoulli(
-    shape: Sequence[int], p: float | Tensor, generator: torch.Generator | None, device: torch.device
-) -> Tensor:
-    """True with probability ``p``, independently."""
-    return uniform(shape, generator, device) < p
+@rule("normal_", "normal_functional")  # torch.normal has the mean first, and is refused
+def _normal(x: Tensor, mean: float = 0.0, std: float = 1.0, *, generator: Any = None) -> Tensor:
+    return (_normal64(x.shape, generator, x.device) * std + mean).to(x.dtype)
+
+
+@rule("randn")
+def _randn(size: Any, *, generator: Any = None, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
+    return _normal64(size, generator, device or "cpu").to(dtype or torch.float32)
+
+
+@rule("randn_like")
+def _randn_like(x: Tensor, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
+    return _randn(x.shape, dtype=dtype or x.dtype, device=device or x.device)
+
+
+@rule("uniform_", "uniform")  # whose kernel fuses this product and sum on some processors
+def _uniform(x: Tensor, low: float = 0.0, high: float = 1.0, *, generator: Any = None) -> Tensor:
+    drawn = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    return drawn * (high - low) + low
+
+
+@rule("bernoulli")
+def _bernoulli(x: Tensor, p: Any = None, *, generator: Any = None) -> Tensor:
+    p = x.double() if p is None else p
+    return (_uniform64(x.shape, generator, x.device) < p).to(x.dtype)
+
+
+@rule("bernoulli_")
+def _bernoulli_in_place(x: Tensor, p: Any = 0.5, *, generator: Any = None) -> Tensor:
+    return _bernoulli(x, p, generator=generator)
+
+
+@rule("native_dropout")
+def _native_dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
+    if not train:
+        return x.clone(), torch.ones_like(x, dtype=torch.bool)
+    kept = _uniform64(x.shape, None, x.device) < 1 - p
+    return x * kept / (1 - p) if p < 1 else torch.zeros_like(x), kept

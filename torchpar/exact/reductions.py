@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: MIT
 # mypy: disable-error-code="no-any-return"
-"""Rules for sums, means, norms, losses, and gradients of indexing: exact sums."""
+"""Rules for sums, means, norms, softmax, losses, and gradients of indexing: exact sums.
+
+    m = max x        p = e^(x − m)        softmax = p / Σp        log softmax = (x − m) − ln Σp
+
+The largest p is 1, so that the unit of `exact_sum` is the same with and without terms that are 0.
+"""
 
 import math
 from collections.abc import Sequence
@@ -10,6 +15,7 @@ import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
+from torchpar.exact.functions import exp64, in_pieces, log64
 from torchpar.exact.registry import check_float32, rule, times
 from torchpar.exact.sums import exact_index_sum, exact_sum
 
@@ -29,23 +35,22 @@ def _mean(x: Tensor, dims: Any = None, keepdim: bool = False, *, dtype: Any = No
     return (total / (x.numel() / max(total.numel(), 1))).to(dtype or x.dtype)
 
 
-def _variance(x: Tensor, dims: Any, correction: Any, keepdim: bool) -> tuple[Tensor, Tensor]:
-    check_float32(x)
-    total = exact_sum(x, dims, True)
-    n = x.numel() / max(total.numel(), 1)
-    mean, by = total / n, n - (1 if correction is None else correction)
-    variance = exact_sum((x.double() - mean).square(), dims, keepdim) / by
-    return variance, mean
-
-
 @rule("var")
 def _var(x: Tensor, dims: Any = None, *, correction: Any = None, keepdim: bool = False) -> Tensor:
-    return _variance(x, dims, correction, keepdim)[0].to(x.dtype)
+    return _variance(x, dims, correction, keepdim).to(x.dtype)
 
 
 @rule("std")
 def _std(x: Tensor, dims: Any = None, *, correction: Any = None, keepdim: bool = False) -> Tensor:
-    return _variance(x, dims, correction, keepdim)[0].sqrt().to(x.dtype)
+    return _variance(x, dims, correction, keepdim).sqrt().to(x.dtype)
+
+
+def _variance(x: Tensor, dims: Any, correction: Any, keepdim: bool) -> Tensor:
+    check_float32(x)
+    total = exact_sum(x, dims, True)
+    n = x.numel() / max(total.numel(), 1)
+    by = n - (1 if correction is None else correction)
+    return exact_sum((x.double() - total / n).square(), dims, keepdim) / by
 
 
 @rule("linalg_vector_norm", "norm")
@@ -92,6 +97,53 @@ def _layer_norm_backward(
     if output_mask[2]:
         db = exact_sum(g, batch).float() if batch else g.clone()
     return dx, dw, db
+
+
+def _parts(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """m, x − m and p, float32, and Σp, float64. Where m is −∞, x is in the place of x − m."""
+    empty = any(x.shape[dim] == 0 for dim in dims)
+    largest = x.sum(dims, True) if empty else x.amax(dims, True)
+    shifted = x - torch.where(largest == -math.inf, 0.0, largest)
+    p = in_pieces(exp64, shifted)
+    return largest, shifted, p, exact_sum(p, dims, True)
+
+
+@rule("_softmax")
+def softmax(x: Tensor, dim: int, _: Any = None) -> Tensor:
+    """e^x / Σ e^x over ``dim`` of float32 ``x``; NaN where all are −∞."""
+    _, _, p, total = _parts(x, [dim])
+    return p / total.float()
+
+
+@rule("_safe_softmax")
+def safe_softmax(x: Tensor, dim: int, _: Any = None) -> Tensor:
+    """`softmax`, but 0 where all are −∞."""
+    largest, _, p, total = _parts(x, [dim])
+    return torch.where(largest == -math.inf, 0.0, p / total.float())
+
+
+@rule("_softmax_backward_data")
+def _softmax_backward(g: Tensor, y: Tensor, dim: int, _: Any) -> Tensor:
+    total = exact_sum(g.double() * y.double(), [dim], True)
+    return ((g.double() - total) * y.double()).float()
+
+
+@rule("_log_softmax")
+def _log_softmax(x: Tensor, dim: int, half: bool) -> Tensor:
+    _, shifted, _, total = _parts(x, [dim])
+    return (shifted.double() - log64(total)).float()
+
+
+@rule("_log_softmax_backward_data")
+def _log_softmax_backward(g: Tensor, y: Tensor, dim: int, _: Any) -> Tensor:
+    return (g.double() - exp64(y.double()) * exact_sum(g, [dim], True)).float()
+
+
+@rule("logsumexp")
+def _logsumexp(x: Tensor, dims: list[int], keepdim: bool = False) -> Tensor:
+    largest, _, _, total = _parts(x, dims)
+    result = torch.where(largest.isinf(), largest.double(), log64(total) + largest.double()).float()
+    return result if keepdim else result.squeeze(tuple(dims))
 
 
 @rule("nll_loss_forward")

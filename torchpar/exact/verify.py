@@ -9,9 +9,8 @@ import argparse
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from torchpar.data import load
 from torchpar.errors import ConfigError, TorchparError
-from torchpar.exact import gpt, mlp
+from torchpar.exact import models
 from torchpar.parallel.launch.local import current_world, start_ranks
 from torchpar.parallel.launch.world import is_communication_error
 from torchpar.parts import part_of
@@ -66,10 +65,10 @@ def verify(model: str, ranks: int | None, tp: int, pp: int, threads: int, device
             raise ConfigError(f"--{name} is {number}, expected at least 1")
     if model == "gpt" and pp > 1:
         raise ConfigError(f"--pp is {pp}, expected 1 for the GPT, which has no pipeline")
-    if model == "gpt" and gpt.HEADS % tp:
-        raise ConfigError(f"--tp is {tp}, expected a divisor of the GPT's {gpt.HEADS} heads")
-    if pp > len(mlp.SIZES) - 1:
-        raise ConfigError(f"--pp is {pp}, expected at most {len(mlp.SIZES) - 1}, one stage for each layer")
+    if model == "gpt" and models.HEADS % tp:
+        raise ConfigError(f"--tp is {tp}, expected a divisor of the GPT's {models.HEADS} heads")
+    if pp > len(models.SIZES) - 1:
+        raise ConfigError(f"--pp is {pp}, expected at most {len(models.SIZES) - 1}, one stage for each layer")
     if ranks % stages:
         raise ConfigError(f"--ranks is {ranks}, expected a multiple of --tp {tp} times --pp {pp}")
     start = time.perf_counter()
@@ -87,13 +86,17 @@ def verify(model: str, ranks: int | None, tp: int, pp: int, threads: int, device
 def trained(model: str, dp: int, tp: int, pp: int, folder: Path) -> str:
     """Train on this rank of the mesh; return the SHA-256 of the whole model's parameters by name."""
     world = current_world().with_mesh(dp=dp, tp=tp, pp=pp)
-    read: Callable[[], Any] = partial(gpt.read_text, folder / "alice.txt")
-    if model == "mlp":
-        read = partial(load, "mnist", folder, world.device)
     loaded: list[Any] = []
-    world.gather_results(lambda: loaded.extend(read()))  # an error of one rank is one of all
-    network: torch.nn.Module
-    network = mlp.train(loaded[0], world) if model == "mlp" else gpt.train(loaded[0], loaded[1], world)
+
+    def read() -> None:
+        is_mlp = model == "mlp"
+        loaded[:] = load("mnist", folder, world.device) if is_mlp else models.read_text(folder / "alice.txt")
+
+    world.gather_results(read)  # an error of one rank is one of all
+    if model == "mlp":
+        network: torch.nn.Module = models.train_mlp(loaded[0], world)
+    else:
+        network = models.train_gpt(loaded[0], loaded[1], world)
     own = {name: (part_of(p)._replace(mesh=None), p.detach().cpu()) for name, p in network.named_parameters()}
     whole: dict[str, Tensor] = {}
     for of_rank in world.gather_results(lambda: own):

@@ -7,11 +7,7 @@ With G = dL/dC, the gradients are exact products too:
 
     dL/dA = G·B        dL/dB = Gᵀ·A
 
-If both operands are one tensor X, half of the product is computed, and the gradient is one exact product,
-
-    dL/dX = (G + Gᵀ)·X
-
-computed from G/2, so that the sum does not overflow. G/2 loses bits of subnormal numbers only.
+If both operands are one tensor, half of the product is computed.
 """
 
 from typing import Any
@@ -22,7 +18,6 @@ from torch import Tensor
 from torchpar.library import Wrap, batch_first, sample
 from torchpar.ops import exact_digits
 from torchpar.ops._operator import operator
-from torchpar.ops.matrix import half_sum
 
 
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -69,20 +64,15 @@ def exact_matmul_t(x: Tensor) -> Tensor:
 
 
 def _check(a: Tensor, b: Tensor) -> None:
-    _check_operand("a", a, "(*, m, k)")
-    _check_operand("b", b, "(*, n, k)")
+    for name, t, shape in (("a", a, "(*, m, k)"), ("b", b, "(*, n, k)")):
+        if t.dtype != torch.float32:
+            raise RuntimeError(f"torchpar::exact_matmul: {name} has dtype {t.dtype}, expected torch.float32")
+        if t.dim() < 2:
+            raise RuntimeError(f"torchpar::exact_matmul: {name} has shape {tuple(t.shape)}, expected {shape}")
     if b.shape[:-2] != a.shape[:-2] or b.shape[-1] != a.shape[-1] or b.device != a.device:
         expected = ", ".join([*map(str, a.shape[:-2]), "n", str(a.shape[-1])])
         actual = f"b is {tuple(b.shape)} on {b.device}"
         raise RuntimeError(f"torchpar::exact_matmul: {actual}, expected ({expected}) on {a.device}")
-
-
-def _check_operand(argument: str, t: Tensor, shape: str) -> None:
-    """Raise a RuntimeError unless ``t`` is a float32 matrix, or a batch of them."""
-    if t.dtype != torch.float32:
-        raise RuntimeError(f"torchpar::exact_matmul: {argument} has dtype {t.dtype}, expected torch.float32")
-    if t.dim() < 2:
-        raise RuntimeError(f"torchpar::exact_matmul: {argument} has shape {tuple(t.shape)}, expected {shape}")
 
 
 # The CPU path looks at the values; compilers keep it whole.
@@ -102,14 +92,11 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
-    ctx.is_square = inputs[0] is inputs[1]
 
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     a, b = ctx.saved_tensors
     need_a, need_b = ctx.needs_input_grad
-    if ctx.is_square:  # G + Gᵀ could overflow
-        return exact_matmul(half_sum(g), a.mT) * 2, None
     return exact_matmul(g, b.mT) if need_a else None, exact_matmul(g.mT, a.mT) if need_b else None
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""A small GPT that predicts characters, and a training of it whose bits are the same everywhere."""
+"""A small MLP that learns digits, a small GPT that learns a book, and their trainings."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -8,14 +9,71 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
+from torchpar.data import Samples, batches
 from torchpar.errors import ConfigError
 from torchpar.exact.data_parallel import DataParallel
 from torchpar.exact.dispatch import mode
 from torchpar.exact.tensor_parallel import Linear
 from torchpar.parallel.launch.world import World
+from torchpar.partition import Partition
+from torchpar.reference import P2PCommunicator, gpipe
+from torchpar.training import lr_scheduler
 
-CONTEXT, WIDTH, HEADS, BLOCKS = 64, 64, 4, 2  # characters of a text, their features; of the model
-SEQUENCES, STEPS, LR = 8, 20, 3e-3  # texts of a step; of the training
+SIZES = (784, 128, 64, 10)  # of the MLP
+MLP_STEPS, BATCH_SIZE = 100, 128  # of its training; samples of a step
+UNIT = 32  # samples of a unit of work, whatever ranks there are
+CONTEXT, WIDTH, HEADS, BLOCKS = 64, 64, 4, 2  # characters of a text, their features; of the GPT
+SEQUENCES, GPT_STEPS, LR = 8, 20, 3e-3  # texts of a step; of its training
+
+
+class MLP(nn.Module):
+    """This rank's part of an MLP with sigmoids: of a stage's layers the slices of a rank of "tp"."""
+
+    def __init__(self, world: World):
+        super().__init__()
+        tp, pp = world.mesh["tp"], world.mesh["pp"]
+        first, second, third = pairwise(SIZES)
+        layers = [Linear(*first, tp, 0), Linear(*second, tp, 1), nn.Linear(*third)]
+        mine = Partition(len(layers), pp.size(), pp.get_local_rank()).narrow(torch.arange(len(layers)), 0)
+        self.layers = nn.ModuleDict({str(i): layers[i] for i in mine.tolist()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, layer in self.layers.items():
+            x = layer(x if i == "0" else x.sigmoid())
+        return x
+
+
+def train_mlp(samples: Samples, world: World) -> MLP:
+    """Train on the first samples by SGD.
+
+    The ranks of "dp" share the units of each step, which pass through the stages of "pp".
+    """
+    samples = samples[: MLP_STEPS * BATCH_SIZE]
+    with mode():
+        torch.manual_seed(0)
+        model = MLP(world).to(world.device)
+        features = next(model.parameters()).shape[1]  # of the activations that this stage receives
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=0.5, momentum=0.9, weight_decay=3e-5, foreach=False
+        )
+        scheduler = lr_scheduler(optimizer, "linear", MLP_STEPS)
+        parallel = DataParallel(model, world.mesh["dp"].get_group())
+        p2p = P2PCommunicator(world.mesh["pp"].get_group(), world.device, torch.float32)
+        for x, labels, size in batches(samples, BATCH_SIZE, seed=0, epoch=1):
+            units = [*zip(x.split(UNIT), labels.split(UNIT), strict=True)]
+            mine = units[world.dp_rank :: world.dp_size]
+
+            def forward(i: int, activations: Tensor | None) -> Tensor:
+                x, labels = mine[i]  # noqa: B023 (called within this step)
+                y: Tensor = model(x if activations is None else activations)
+                return F.cross_entropy(y, labels, reduction="sum") / size if p2p.is_last else y  # noqa: B023
+
+            gpipe(forward, parallel.backward, [(len(x), features) for x, _ in mine], p2p)
+            parallel.all_reduce()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    return model
 
 
 class Block(nn.Module):
@@ -68,7 +126,7 @@ def read_text(path: Path) -> tuple[Tensor, int]:
     return torch.tensor([alphabet[character] for character in written]), len(alphabet)
 
 
-def train(text: Tensor, characters: int, world: World) -> GPT:
+def train_gpt(text: Tensor, characters: int, world: World) -> GPT:
     """Train on ``text``, the numbers of its characters. Each text of a step is a unit of work.
 
     The ranks of "dp" share them.
@@ -78,7 +136,7 @@ def train(text: Tensor, characters: int, world: World) -> GPT:
         model = GPT(characters, world.mesh["tp"])
         optimizer = torch.optim.AdamW(model.parameters(), lr=LR, foreach=False)
         parallel = DataParallel(model, world.mesh["dp"].get_group())
-        for _ in range(STEPS):
+        for _ in range(GPT_STEPS):
             starts = torch.randint(len(text) - CONTEXT, (SEQUENCES,))
             for start in starts.tolist()[world.dp_rank :: world.dp_size]:
                 window = text[start : start + CONTEXT + 1]
