@@ -319,7 +319,10 @@ def test_views_stay_with_their_parameters():
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(3, 30, (1, 2), bias=False).to(memory_format=torch.channels_last)
     arguments: Any = {"lr": 0.1, "weight_decay": 0.0, "ns": "standard"}
-    view = partial(lambda p, sizes: p.flatten(1).split(sizes), sizes=[24, 6])  # with rates of their own
+
+    def view(p: Tensor) -> Any:  # two matrices with different rates
+        return p.flatten(1).split([24, 6])
+
     optimizer = Muon(conv.named_parameters(), views={"weight": view}, **arguments)
     saved = optimizer.state_dict()
     saved["param_groups"][0]["param_names"] = ["module.weight"]
