@@ -14,6 +14,7 @@ compute more for each message: ``--batch-size 128 --hidden 128 --lr 0.5``.
 import os
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 # NumPy reads it when it is imported. With a process per core each process needs one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -33,7 +34,7 @@ from torchpar.training import EpochResult
 
 
 @dataclass(kw_only=True)
-class Flags(cli.LogFlags, cli.DataFlags):
+class Flags(cli.DataFlags):
     """Train a digit classifier in NumPy, by data parallelism over MPI."""
 
     epochs: int = 5  # Passes over the training samples.
@@ -44,15 +45,20 @@ class Flags(cli.LogFlags, cli.DataFlags):
     hidden: tuple[int, ...] = (30,)  # Widths of the hidden layers.
     init: Init = "xavier"  # Initial weights; from zeros, all neurons of a layer stay alike.
     samples: int | None = None  # Train on the first ones only.
+    log_dir: Path | None = None  # Folder for TensorBoard: losses, accuracy and speed.
 
 
 def main(flags: Flags) -> None:
     with mpi.join() as world:
         if flags.device == "cuda":
             raise ConfigError("--device cuda: NumPy computes on the CPU; train_ddp.py takes a GPU")
-        loaded = read(flags) if world.rank == 0 else None
-        sizes, n_train, n_test = world.bcast(loaded and describe(*loaded, flags.hidden))
-        train, test = map(as_arrays, loaded) if loaded else (None, None)
+        loaded = load(flags.dataset, flags.data) if world.rank == 0 else None
+        train, test, shape = None, None, None
+        if loaded:
+            train, test = as_arrays(loaded[0][: flags.samples]), as_arrays(loaded[1])
+            sizes = [train.x.shape[1], *flags.hidden, len(loaded[1].classes)]
+            shape = sizes, len(train.x), len(test.x)
+        sizes, n_train, n_test = world.bcast(shape)
         own_test = mpi.scatter(world, test, np.array_split(np.arange(n_test), world.size))
 
         model = MLP(sizes, init=flags.init, seed=flags.seed)
@@ -95,17 +101,6 @@ def main(flags: Flags) -> None:
                 plots.save(flags.plots, results, torch.from_numpy(outputs), loaded[1])
             console.print_phases(phases)
             print(console.summary(results))
-
-
-def read(flags: Flags) -> tuple[Samples, Samples]:
-    """Return the training and test samples."""
-    train, test = load(flags.dataset, flags.data)
-    return train[: flags.samples], test
-
-
-def describe(train: Samples, test: Samples, hidden: tuple[int, ...]) -> tuple[list[int], int, int]:
-    """Return the network's sizes and the numbers of samples."""
-    return [train.features[0].numel(), *hidden, len(train.classes)], len(train), len(test)
 
 
 def as_arrays(samples: Samples) -> mpi.Samples:

@@ -40,13 +40,14 @@ UNIT = 4  # windows whose gradient is rounded once in exact arithmetic, whatever
 
 
 @dataclass(kw_only=True)
-class Flags(cli.LogFlags):
+class Flags(cli.ExampleFlags):
     """Train a character-level transformer by Muon, and by AdamW."""
 
     steps: int = 300  # Steps of each optimizer.
     batch_size: int = 32  # Windows of a step, of all ranks together.
     lr: float = 0.02  # Learning rate of Muon at the start; it falls to 0.
     adamw_lr: float = 6e-3  # Learning rate of AdamW, likewise.
+    log_dir: Path | None = None  # Folder for TensorBoard: losses.
     plots: Path | None = None  # Folder for pictures.
     arithmetic: Literal["fast", "exact"] = "fast"  # Exact: the same bits everywhere, many times slower.
 

@@ -90,14 +90,6 @@ class ExampleFlags:
 
 
 @dataclass(kw_only=True)
-class LogFlags(ExampleFlags):
-    """Flags of every example that logs its training for TensorBoard."""
-
-    log_dir: Path | None = None
-    """Folder for TensorBoard: losses, and accuracy and speed where they are measured."""
-
-
-@dataclass(kw_only=True)
 class DataFlags(ExampleFlags):
     """Flags of every example that reads images."""
 
@@ -110,7 +102,7 @@ class DataFlags(ExampleFlags):
 
 
 @dataclass(kw_only=True)
-class TrainFlags(LogFlags, DataFlags):
+class TrainFlags(DataFlags):
     """Flags of every training example."""
 
     epochs: int = 10
@@ -145,6 +137,8 @@ class TrainFlags(LogFlags, DataFlags):
     """Measure the time of each phase of a step (data, forward, backward, collectives, optimizer)."""
     collectives: bool = False
     """Count and time the collectives of a step."""
+    log_dir: Path | None = None
+    """Folder for TensorBoard: losses, accuracy and speed."""
     profile: Path | None = None
     """Folder for torch.profiler's trace of some steps, one file per rank."""
     plots: Path | None = None
