@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import triton
 
-from .asynchronous import Operation
-from .machine import Run, Warp, action, instruction
+from .machine import Operation, Run, Warp, action, instruction
 from .memory import Space
 from .parse import Instruction, PtxError, flat
 from .registers import DTYPES, reader, writer

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from .asynchronous import Operation
 from .memory import Allocation, Event, Events, Space
 from .parse import Instruction, Kernel, PtxError, Register, Symbol, flat
 from .registers import ALL, DTYPES, LANES, SHARED_BASE, UNWRITTEN, Unready, reader, writer
@@ -100,6 +99,56 @@ def decode(kernel: Kernel) -> Kernel:
         written = [one for operand in i.operands[:results] for one in flat(operand)]
         i.writes = [one.index for one in written if isinstance(one, Register)]
     return kernel
+
+
+class Operation:
+    """An asynchronous operation of a warp: `cp.async`, a bulk copy or `wgmma`. It has two events.
+
+    It reads its sources and later writes its targets, at times that a schedule chooses. Who knows `read` may
+    write its sources, and who knows `written` may read its targets.
+
+    Args:
+        generic: its accesses are not of the asynchronous proxy.
+        after: an operation that completes before this one.
+    """
+
+    def __init__(self, warp: "Warp", line: int, what: str, generic: bool = False, after: Any = None):
+        self.what, self.after = what, after
+        name = f"{what} of warp {warp.index}"
+        self.read, self.written = (
+            warp.block.events.add(Event(line, name, own=False, generic=generic)) for _ in range(2)
+        )
+        self.steps: list[Callable[[], None]] = []
+        warp.trace(self)
+
+    def fetch(self) -> None:
+        """Read the sources."""
+
+    def store(self) -> None:
+        """Write the targets."""
+
+    def start(self, block: "Block") -> None:
+        """Issue it. Its two steps are done at once, or when something waits for them, or at random."""
+        self.steps = [self.fetch, self.store]
+        block.flying.append(self)
+        if block.gpu.schedule.completion == "early":
+            self.advance()
+
+    def advance(self, left: int = 0) -> None:
+        """Do its steps but for the last ``left`` ones."""
+        if self.after is not None:
+            self.after.advance()
+            self.after = None
+        while len(self.steps) > left:
+            self.steps.pop(0)()
+
+    def wait(self, warp: "Warp", left: int = 0) -> None:
+        """From now on the warp knows that the operation has read, or, with no step ``left``, is done."""
+        self.advance(left)
+        warp.seen[self.read.number] = True
+        if left == 0:
+            warp.seen[self.written.number] = True
+        warp.trace(self)
 
 
 class Warp:

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .asynchronous import Operation
-from .machine import Run, Warp, action, instruction
+from .machine import Operation, Run, Warp, action, instruction
 from .parse import Instruction, PtxError
 from .registers import UNWRITTEN, Unready, Values, reader, writer
 from .registers import decode as decode_float

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from .asynchronous import Operation
 from .copies import Copy, Places
-from .machine import Run, Warp, action, instruction
+from .machine import Operation, Run, Warp, action, instruction
 from .parse import Instruction, PtxError
 from .registers import DTYPES, SHARED_BASE, reader, writer
 

@@ -14,9 +14,8 @@ import matplotlib.pyplot as plt
 from torchpar.kernels.tiles import Tiles
 
 from . import cases
-from .asynchronous import Operation
 from .launch import Gpu
-from .machine import SCHEDULES, Warp
+from .machine import SCHEDULES, Operation, Warp
 
 PICTURE = Path(__file__).parents[2] / "docs" / "operators" / "timeline-matmul_t.png"
 TILES = Tiles(128, 256, 64, 8, 4, "tma")
