@@ -127,15 +127,11 @@ def slices_have_the_bits_of_the_whole() -> None:
                 cut = Partition(shape[axis], mesh.size(), mesh.get_local_rank()).narrow
                 layer = partial(exact.linear, **{shared: mesh})
                 if axis == 0:
-                    found, expected = (
-                        results(layer, x, cut(weight, 0), cut(g, -1)),
-                        (cut(y, -1), dx, cut(dw, 0)),
-                    )
+                    found = results(layer, x, cut(weight, 0), cut(g, -1))
+                    expected = cut(y, -1), dx, cut(dw, 0)
                 else:
-                    found, expected = (
-                        results(layer, cut(x, -1), cut(weight, 1), g),
-                        (y, cut(dx, -1), cut(dw, 1)),
-                    )
+                    found = results(layer, cut(x, -1), cut(weight, 1), g)
+                    expected = y, cut(dx, -1), cut(dw, 1)
                 assert all(map(torch.equal, found, expected))
             x[0, 1, 0] = math.inf
             found = layer(cut(x, -1), cut(weight, 1))
@@ -165,8 +161,8 @@ def short(model: str, mesh: Mesh, threads: int = 1, rounded: bool = False) -> st
         join_world("cpu") as world,
         patch.object(verify, "current_world", lambda: world),
         patch.object(verify, "load", lambda *_: (samples, samples)),
-        patch.multiple(models, GPT_STEPS=2, SEQUENCES=3),
-        patch.multiple(models, MLP_STEPS=3, BATCH_SIZE=72),  # units of 32, 32 and 8 samples
+        # Units of 32, 32 and 8 samples
+        patch.multiple(models, GPT_STEPS=2, SEQUENCES=3, MLP_STEPS=3, BATCH_SIZE=72),
         patch.object(tensor_parallel, "all_reduce", add_rounded if rounded else add),
     ):
         return verify.trained(model, *mesh, verify.DATA)
