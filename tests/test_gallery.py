@@ -5,7 +5,6 @@ from functools import cache
 
 import pytest
 
-pytest.importorskip("scipy", reason="an operator of the gallery calls SciPy")
 from gallery import OPERATORS, PAGE, REFUSALS, check, page
 
 from torchpar.testing import OperatorTable, Row, check_operator

@@ -10,14 +10,14 @@ import torch
 from torchpar.testing import OperatorTable, check_operator
 from torchpar.testing.rules import RULES as ALL_RULES
 
-OPERATORS = ("softmax", "bessel", "numba_kernel", "roi_align", "list_of_tensors")
+OPERATORS = ("softmax", "numba_kernel", "roi_align", "list_of_tensors")
 SKIPPED = ("torch.compile by Inductor", "CUDA graph")
 RULES = [rule for rule in ALL_RULES if rule not in SKIPPED]
 PAGE = Path(__file__).parents[2] / "docs" / "gallery.md"
 REFUSALS = {("roi_align", "DTensor")}  # of the operators by torchpar.library
 TEXT = """# A gallery of operators
 
-Each file of [examples/operators](../examples/operators) takes a function, in Triton, SciPy, Numba or
+Each file of [examples/operators](../examples/operators) takes a function, in Triton, Numba or
 torchvision. The same lines make two operators of it: one by `torch.library`, and one by `torchpar.library`.
 [A page](citizen.md) explains each rule. `torchpar.testing.check_operator` finds, before → after:
 
