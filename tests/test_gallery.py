@@ -4,7 +4,6 @@
 from functools import cache
 
 import pytest
-
 from gallery import OPERATORS, PAGE, REFUSALS, check, page
 
 from torchpar.testing import OperatorTable, Row, check_operator
