@@ -84,7 +84,7 @@ run_stage() {
         values) # on the GPU: its own kernels first, then what runs on every device
             needs execnet xdist && run_tests values.xml -n 8 --dist worksteal -k "cuda or another_stream" \
                 tests/test_kernels_cuda.py tests/test_operators_{values,errors,autograd,compile}.py tests/test_our_operators.py \
-                tests/test_symmetric_*.py tests/test_{nn,training,compare,timing}.py
+                tests/test_symmetric_*.py tests/test_{nn,training,compare}.py
             ;;
         huge) # one after the other: a test takes up to 32 GiB
             run_tests huge.xml tests/test_operators_huge.py

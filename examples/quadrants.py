@@ -48,7 +48,7 @@ MARGIN = 0.02  # of a square of side 2
 WIDTHS, PENALTIES = (1, 4, 8, 32), (0.0, 1e-3, 1e-2, 1e-1)  # with --noise
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 ROUNDS = 8  # of the report, after one that is not counted
-LOSS_ERROR = 1e-4  # of a loss: rounding is some 1e-7, another share of a batch or fewer samples 1e-2
+LOSS_ERROR = 2e-3  # of a loss: rounding can turn a ReLU on, some 5e-4; another share of a batch, 1e-2
 
 Build = Callable[[], tuple[torch.nn.Module, Optimizer]]
 
@@ -181,7 +181,7 @@ def report(build: Build, flags: Flags) -> list[dict[str, Any]]:
     off = max(abs(loss / s.losses[1] - 1) for s in scalings for loss in s.losses.values())
     if not off <= LOSS_ERROR:
         raise ConfigError(
-            f"the loss on several processes differs from that on one by {off:.0e} of it; mend the step"
+            f"the loss on several processes differs from that on one by {off:.0e} of it; report this"
         )
     rows = [row for scaling in scalings for row in scaling.rows()]
     times = [f"{name}_ms" for name in (*PHASES, "epoch")]

@@ -76,8 +76,10 @@ def messages() -> None:
         torch.distributed.broadcast(x, src=1)
         assert x.tolist() == [1, 1]
         torch.distributed.all_reduce(x.long())
-        with pytest.raises(ConfigError, match=r"no exact version of c10d\.allreduce_"):
+        with pytest.raises(ConfigError, match=r"no exact version of c10d\.allreduce_.*; add gradients by"):
             torch.distributed.all_reduce(x)
+        with pytest.raises(ConfigError, match="no group was given on 2 ranks"):
+            exact.DataParallel(torch.nn.Linear(3, 2))
 
 
 def test_messages_pass_unless_they_add(ranks):

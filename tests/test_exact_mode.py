@@ -222,7 +222,7 @@ REFUSED: dict[str, Any] = {
         torch.ones(2, 2).bfloat16() @ torch.ones(2, 2).bfloat16()
     ),
     r"takes float32, an operand is torch\.float64": lambda: torch.ones(3).double().sum(),
-    "foreach": step_foreach,
+    "foreach.*; give foreach=False": step_foreach,
     "aten.normal.Tensor_float": lambda: torch.normal(torch.ones(4), 1.0),
     "aten.normal.float_float": lambda: torch.normal(0.0, 1.0, (4,)),
     "linspace": lambda: torch.linspace(0, 8, 5),

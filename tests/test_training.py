@@ -200,6 +200,8 @@ def test_schedules():
     assert course("linear") == [1.0, 0.75, 0.5, 0.25, 0.0]
     assert course("constant") == [1.0] * 5
     assert course("cosine") == pytest.approx([(1 + math.cos(math.pi * i / 4)) / 2 for i in range(5)])
+    with pytest.raises(ConfigError, match="schedule is 'cosin', expected one of"):
+        course("cosin")
 
 
 def test_signals_are_noted_until_the_process_leaves(world):

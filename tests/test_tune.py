@@ -432,6 +432,7 @@ def test_sizes_that_no_table_has_are_refused():
             "python -m torchpar tune: error: PyTorch finds no GPU, expected one to tune the kernels on",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
+        (["tune", "--device=cpu", "--sizes=8"], 2, "--sizes is for GPUs; leave it out on a CPU"),
         (["tuna"], 2, "error: no command 'tuna', expected tune"),
         ([], 2, "error: no command given"),
         (["--help"], 0, "usage: python -m torchpar COMMAND"),

@@ -84,10 +84,15 @@ class DataParallel:
         group: the ranks that share the units; by default this rank alone.
 
     Raises:
-        ConfigError: a parameter of another dtype, or a DTensor.
+        ConfigError: a parameter of another dtype, or a DTensor; no group on several ranks.
     """
 
     def __init__(self, model: torch.nn.Module, group: dist.ProcessGroup | None = None):
+        if group is None and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ConfigError(
+                f"no group was given on {dist.get_world_size()} ranks, expected the process group of the "
+                "ranks that share the units"
+            )
         self.model = model
         self.parameters = trainable(model)
         for name, p in model.named_parameters():

@@ -130,9 +130,12 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any], kind: Kind) -> Any:
         result = func(*args, **kwargs)
         if _passes(func) or not _has_float(result):
             return result
-    raise ConfigError(
-        f"no exact version of {func}; compute it outside of torchpar.exact.mode(), or by other operators"
-    )
+    remedy = "compute it outside of torchpar.exact.mode(), or by other operators"
+    if "_foreach_" in func._schema.name:
+        remedy = "give foreach=False to the optimizer and to clip_grad_norm_"
+    elif func.namespace in ("c10d", "fsdp"):
+        remedy = "add gradients by torchpar.exact.DataParallel"
+    raise ConfigError(f"no exact version of {func}; {remedy}")
 
 
 def _has_float(tree: Any) -> bool:

@@ -25,7 +25,7 @@ from torchpar.testing.case import (
 )
 from torchpar.testing.rules import ONCE, RULES
 
-FALLS_BACK = "falls back to the formula"
+FALLS_BACK = "by its formula"
 OUTCOMES = ("not run", "works", FALLS_BACK, "refuses", "crashes", "wrong")  # from the best to the worst
 LONGEST = 110  # characters of a message
 BUILT_IN = ("aten", "prim", "prims", "profiler")  # namespaces of PyTorch's own operators
@@ -36,7 +36,7 @@ class Row:
     """The outcome of a rule.
 
     Attributes:
-        outcome: of several samples the worst. "works"; "falls back to the formula", if the result is right,
+        outcome: of several samples the worst. "works"; "by its formula", if the result is right,
             but was computed without the operator; "refuses", by an error with a message; "wrong";
             "crashes", by any other error; or "not run".
         detail: a message, or a remark.
@@ -89,7 +89,7 @@ def check_operator(
         samples: samples, or tuples of arguments. Derivatives are taken with respect to all floating operands.
             For the numerical ones these have to be float64.
         reference: a differentiable function of the same arguments, of PyTorch's own operators.
-        rules: a name or names from `RULES`; by default all.
+        rules: a name or names of rows, as docs/citizen.md lists them; by default all.
 
     Returns:
         A table with one row for each rule, of its worst outcome.

@@ -6,6 +6,7 @@ All ranks live in this process, in PyTorch's LocalTensor mode, so that nothing h
 
 import itertools
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -60,12 +61,14 @@ def _simulated_ranks() -> Iterator[Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    hook = sys.excepthook  # which the next call replaces by one that names the rank
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     try:
         with LocalTensorMode(RANKS):
             yield init_device_mesh("cpu", (RANKS,))
     finally:
         dist.destroy_process_group()
+        sys.excepthook = hook
 
 
 def _place(whole: Tensor, mesh: Any, placement: Any) -> Any:

@@ -29,7 +29,7 @@ def evaluate(
 ) -> tuple[float, Tensor]:
     """Return the mean loss and the outputs ``(n, classes)`` of all samples, on every rank.
 
-    The samples are cut into chunks of `EVALUATION_BATCH` for every number of ranks, and each rank takes some
+    The samples are cut into chunks of 1250 for every number of ranks, and each rank takes some
     of the chunks. So the loss does not depend on the number of ranks.
 
     Args:

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from torchpar.errors import ConfigError
 from torchpar.optim import ChainedOptimizer, Muon
 
 LRSchedule = Literal["linear", "cosine", "constant"]
@@ -64,10 +65,15 @@ def lr_scheduler(optimizer: Optimizer, schedule: LRSchedule, steps: int) -> Lamb
     """Return a scheduler whose learning rate falls to 0 over ``steps``, linearly or as a half cosine.
 
     With "constant" the learning rate stays.
+
+    Raises:
+        ConfigError: another schedule.
     """
     factors: dict[LRSchedule, Callable[[int], float]] = {
         "linear": lambda step: 1 - step / steps,
         "cosine": lambda step: (1 + math.cos(math.pi * step / steps)) / 2,
         "constant": lambda step: 1.0,
     }
+    if schedule not in factors:
+        raise ConfigError(f"schedule is {schedule!r}, expected one of {sorted(factors)}")
     return LambdaLR(optimizer, factors[schedule])
