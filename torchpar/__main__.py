@@ -8,7 +8,7 @@ import importlib
 import sys
 
 COMMANDS = {
-    "tune": ("torchpar.tune.command", "measure the fastest configurations of the kernels on this GPU"),
+    "tune": ("torchpar.tune.command", "measure the fastest ways to compute the operators on this machine"),
     "verify": (
         "torchpar.exact.verify",
         "train on any mesh of ranks, and compare the weights' hash",
