@@ -19,7 +19,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise, product
 from statistics import median
@@ -48,7 +48,7 @@ MARGIN = 0.02  # of a square of side 2
 WIDTHS, PENALTIES = (1, 4, 8, 32), (0.0, 1e-3, 1e-2, 1e-1)  # with --noise
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 ROUNDS = 8  # of the report, after one that is not counted
-LOSS_ERROR = 2e-3  # of a loss: rounding can turn a ReLU on, some 5e-4; another share of a batch, 1e-2
+LOSS_ERROR = 1e-4  # of a loss in float64; another share of a batch, or fewer samples, is 1e-2
 
 Build = Callable[[], tuple[torch.nn.Module, Optimizer]]
 
@@ -136,9 +136,10 @@ def measure(build: Build, flags: Flags) -> list[Scaling]:
     """Time epochs of data-parallel training on the CPU, a thread to a process; a `Scaling` for each size.
 
     Each round times all numbers of processes and all sizes in turn, so that whatever disturbs the machine
-    disturbs all alike. The first round is not counted; of the others' times the medians are given. They are
-    rank 0's, so that "collectives" includes its wait for slower ranks. While phases are timed a collective
-    overlaps with nothing.
+    disturbs all alike. The first round is not counted, and gives the losses: in float64, as rounding can
+    turn a ReLU of float32 on. Of the others' times the medians are given. They are rank 0's, so that
+    "collectives" includes its wait for slower ranks. While phases are timed a collective overlaps with
+    nothing.
     """
     keys = list(product(flags.sizes, flags.processes))
     seconds: dict[tuple[int, int], list[dict[str, float]]] = {key: [] for key in keys}
@@ -146,8 +147,10 @@ def measure(build: Build, flags: Flags) -> list[Scaling]:
     with Console().status(f"timing epochs on {flags.processes} processes"), ExitStack() as stack:
         groups = {n: stack.enter_context(start_ranks(n)) for n in flags.processes}
         for seed, (size, n) in product(range(1 + ROUNDS), keys):
-            of_rank_0, losses[size, n] = groups[n].run(time_epoch, build, flags.seed, size, seed)[0]
+            dtype = torch.float32 if seed else torch.float64
+            of_rank_0, loss = groups[n].run(time_epoch, build, flags.seed, size, seed, dtype)[0]
             seconds[size, n].append(of_rank_0)
+            losses.setdefault((size, n), loss)
     return [
         Scaling(
             size,
@@ -158,12 +161,16 @@ def measure(build: Build, flags: Flags) -> list[Scaling]:
     ]
 
 
-def time_epoch(build: Build, points: int, size: int, seed: int) -> tuple[dict[str, float], float]:
+def time_epoch(
+    build: Build, points: int, size: int, seed: int, dtype: torch.dtype
+) -> tuple[dict[str, float], float]:
     """Return the seconds of each phase of an epoch, and the mean loss over all points after it."""
     world = current_world()
     model, optimizer = build()
+    model.to(dtype)
     wrapped = DistributedDataParallel(model) if world.world_size > 1 else model
     samples = draw(2**15, points)
+    samples = replace(samples, features=samples.features.to(dtype))
     with Phases(world.device) as phases, Collectives(world):
         shares = batches(samples, size, seed=seed, epoch=1, share=world.share)
         for x, labels, global_size in phases.steps(shares):

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The Lightning lesson takes the steps of the plain loop, on ranks too, resumes, validates and stops."""
 
-import os
 import re
 import sys
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import plain_loop
 import pytest
@@ -72,8 +70,7 @@ def by_the_plain_loop(data: Path) -> Any:
 
 def on_two_ranks(data: Path) -> Any:
     plain, ddp = by_the_plain_loop(data), {"strategy": "ddp", "devices": 2}
-    with patch.dict(os.environ, LOCAL_RANK=os.environ["RANK"]):  # otherwise Lightning starts ranks of its own
-        return plain, by_lightning(data, **ddp), by_lightning(data, seed=1, **ddp)
+    return plain, by_lightning(data, **ddp), by_lightning(data, seed=1, **ddp)
 
 
 def test_two_ranks_learn_what_two_ranks_of_the_plain_loop_do(data, ranks):
