@@ -29,7 +29,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from support import cli, console
-from support.amdahl import PHASES, Scaling
+from support.amdahl import PHASES, findings
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -51,6 +51,7 @@ ROUNDS = 8  # of the report, after one that is not counted
 LOSS_ERROR = 1e-4  # of a loss in float64; another share of a batch, or fewer samples, is 1e-2
 
 Build = Callable[[], tuple[torch.nn.Module, Optimizer]]
+Rounds = dict[tuple[int, int], list[dict[str, float]]]  # by batch size and number of processes
 
 
 @dataclass(kw_only=True)
@@ -121,7 +122,7 @@ def compare(flags: Flags, device: torch.device) -> list[dict[str, float]]:
     test = draw(2500, 3 * flags.seed + 2, device=device)  # without wrong labels
     choices = list(product(WIDTHS, PENALTIES) if flags.noise else [(30, 0.0)])
     rows = []
-    for width, penalty in track(choices, transient=True, disable=not Console().is_terminal):
+    for width, penalty in track(choices, transient=True):
         model, optimizer = build([2, width, 1], penalty, flags.seed, device)
         train(model, optimizer, points, epochs * flags.epochs, batch_size, flags.seed)
         row = {"width": width, "penalty": penalty, "train_loss": evaluate(model, points)[0]}
@@ -132,39 +133,28 @@ def compare(flags: Flags, device: torch.device) -> list[dict[str, float]]:
     return sorted(rows, key=lambda row: -row["validation_loss"])
 
 
-def measure(build: Build, flags: Flags) -> list[Scaling]:
-    """Time epochs of data-parallel training on the CPU, a thread to a process; a `Scaling` for each size.
+def measure(build: Build, flags: Flags) -> Rounds:
+    """Time epochs of data-parallel training on the CPU, a thread to a process; return rank 0's `time_epoch`.
 
     Each round times all numbers of processes and all sizes in turn, so that whatever disturbs the machine
-    disturbs all alike. The first round is not counted, and gives the losses: in float64, as rounding can
-    turn a ReLU of float32 on. Of the others' times the medians are given. They are rank 0's, so that
-    "collectives" includes its wait for slower ranks. While phases are timed a collective overlaps with
-    nothing.
+    disturbs all alike. The first round computes in float64, as rounding can turn a ReLU of float32 on.
     """
     keys = list(product(flags.sizes, flags.processes))
-    seconds: dict[tuple[int, int], list[dict[str, float]]] = {key: [] for key in keys}
-    losses: dict[tuple[int, int], float] = {}
+    rounds: Rounds = {key: [] for key in keys}
     with Console().status(f"timing epochs on {flags.processes} processes"), ExitStack() as stack:
         groups = {n: stack.enter_context(start_ranks(n)) for n in flags.processes}
         for seed, (size, n) in product(range(1 + ROUNDS), keys):
             dtype = torch.float32 if seed else torch.float64
-            of_rank_0, loss = groups[n].run(time_epoch, build, flags.seed, size, seed, dtype)[0]
-            seconds[size, n].append(of_rank_0)
-            losses.setdefault((size, n), loss)
-    return [
-        Scaling(
-            size,
-            {n: {p: median(of[p] for of in seconds[size, n][1:]) for p in PHASES} for n in flags.processes},
-            {n: losses[size, n] for n in flags.processes},
-        )
-        for size in flags.sizes
-    ]
+            rounds[size, n].append(groups[n].run(time_epoch, build, flags.seed, size, seed, dtype)[0])
+    return rounds
 
 
-def time_epoch(
-    build: Build, points: int, size: int, seed: int, dtype: torch.dtype
-) -> tuple[dict[str, float], float]:
-    """Return the seconds of each phase of an epoch, and the mean loss over all points after it."""
+def time_epoch(build: Build, points: int, size: int, seed: int, dtype: torch.dtype) -> dict[str, float]:
+    """Return the seconds of each phase of an epoch, and the mean ``loss`` over all points after it.
+
+    "collectives" includes the wait for slower ranks. While phases are timed a collective overlaps with
+    nothing.
+    """
     world = current_world()
     model, optimizer = build()
     model.to(dtype)
@@ -179,21 +169,34 @@ def time_epoch(
             optimizer.zero_grad()
     with torch.no_grad():
         mean = loss_sum(model(samples.features), samples.labels).item() / len(samples)
-    return {name: phases.seconds[name] for name in PHASES}, mean
+    return phases.seconds | {"loss": mean}
 
 
 def report(build: Build, flags: Flags) -> list[dict[str, Any]]:
-    """Print the times by phase and what Amdahl's law says of them, and return the rows of all sizes."""
-    scalings = measure(build, flags)
-    off = max(abs(loss / s.losses[1] - 1) for s in scalings for loss in s.losses.values())
+    """Print the times by phase and what Amdahl's law says of them, and return the rows of both tables.
+
+    The times are medians of all rounds but the first, which gives the losses.
+    """
+    rounds = measure(build, flags)
+    off = max(abs(one[0]["loss"] / rounds[size, 1][0]["loss"] - 1) for (size, _), one in rounds.items())
     if not off <= LOSS_ERROR:
         raise ConfigError(
             f"the loss on several processes differs from that on one by {off:.0e} of it; report this"
         )
-    rows = [row for scaling in scalings for row in scaling.rows()]
-    times = [f"{name}_ms" for name in (*PHASES, "epoch")]
-    console.print_rows(rows, ["batch_size", "processes", *times, "speedup"])
-    print(*scalings, sep="\n")
+    times, found = [], []
+    for size in flags.sizes:
+        seconds = {
+            n: {phase: median(one[phase] for one in rounds[size, n][1:]) for phase in PHASES}
+            for n in flags.processes
+        }
+        epochs = {n: sum(phases.values()) for n, phases in seconds.items()}
+        for n, phases in seconds.items():
+            row = {"batch_size": size, "processes": n}
+            row |= {f"{phase}_ms": 1000 * t for phase, t in phases.items()}
+            times.append(row | {"epoch_ms": 1000 * epochs[n], "speedup": epochs[1] / epochs[n]})
+        found.append({"batch_size": size} | findings(seconds))
+    for rows in (times, found):
+        console.print_rows(rows, list(rows[0]))
     print(f"all numbers of processes reach the same loss (largest relative difference {off:.0e})")
     print("while phases are timed a collective overlaps with nothing: a plain run is faster than this")
     most = flags.processes[-1]
@@ -201,7 +204,7 @@ def report(build: Build, flags: Flags) -> list[dict[str, Any]]:
         print(f"p is of N = {most} alone: whether the law holds, only more processes would tell")
     if most > CORES:
         print(f"{most} processes on {CORES} cores are oversubscribed: the machine limits them, not the law")
-    return rows
+    return [*times, *found]
 
 
 def main(flags: Flags) -> None:

@@ -185,28 +185,20 @@ def test_fit_is_the_least_squares_of_relative_times():
     assert amdahl.fit({2: 2.5}) == 1
 
 
-def scaling(**of_two: float) -> amdahl.Scaling:
-    """One process needs 10, 20, 60, 0 and 10 s for the phases, two processes the given seconds."""
-    of_one = dict(zip(amdahl.PHASES, (10.0, 20.0, 60.0, 0.0, 10.0), strict=True))
-    return amdahl.Scaling(64, {1: of_one, 2: of_one | of_two}, {1: 0.5, 2: 0.5})
-
-
-def test_a_scaling_names_the_phase_that_limits():
-    ideal = {phase: t / 2 for phase, t in scaling().seconds[1].items()}
-    s = scaling(**ideal | {"collectives": 6.0, "optimizer": 10.0})
-    assert s.p_of_profile == pytest.approx(0.8)
-    assert s.speedups == {1: 1.0, 2: pytest.approx(100 / 61)}
-    assert s.p == pytest.approx(0.78)  # 0.39 / 0.5
-    assert s.limiting == ("collectives", pytest.approx(6.0))
-    assert "limit 4.55×, achieved 1.64× on 2; collectives limits, 6000.0 ms" in str(s)
-    slower = scaling(**ideal | {"collectives": 4.0, "optimizer": 90.0})
-    assert "limit 1.00×, achieved 0.72× on 2; optimizer limits" in str(slower)
-    faster = scaling(**ideal | {"forward": 1.0})
-    assert "p 1.000 (0.800 by the profile), limit inf×, achieved 2.44× on 2; " in str(faster)
-    one, two = s.rows()
-    assert (one["processes"], one["speedup"], one["epoch_ms"]) == (1, 1, 100_000)
-    assert (two["processes"], two["speedup"], two["collectives_ms"]) == (2, pytest.approx(100 / 61), 6000)
-    assert (two["limiting_phase"], two["p"], two["loss"]) == ("collectives", s.p, 0.5)
+def test_the_findings_name_the_phase_that_limits():
+    """One process needs 100 s: 10, 20, 60, 0 and 10 s for the phases."""
+    one = dict(zip(amdahl.PHASES, (10.0, 20.0, 60.0, 0.0, 10.0), strict=True))
+    ideal = {phase: t / 2 for phase, t in one.items()}
+    found = amdahl.findings({1: one, 2: ideal | {"collectives": 6.0, "optimizer": 10.0}})
+    assert found == {
+        **{"p": pytest.approx(0.78), "p_of_profile": 0.8, "limit": pytest.approx(1 / 0.22)},  # 0.39 / 0.5
+        **{"achieved": 100 / 61, "limiting_phase": "collectives", "beyond_ms": 6000.0},
+    }
+    slower = amdahl.findings({1: one, 2: ideal | {"optimizer": 90.0}})
+    assert (slower["limit"], slower["achieved"]) == (1, 100 / 135)
+    assert slower["limiting_phase"] == "optimizer"
+    faster = amdahl.findings({1: one, 2: ideal | {"forward": 1.0}})
+    assert (faster["p"], faster["limit"]) == (1, None)
 
 
 def build_another_on_each_rank() -> tuple[torch.nn.Module, torch.optim.Optimizer]:

@@ -11,7 +11,6 @@ AFIPS 1967.) The law has no term for communication: a fitted p counts it as work
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 PHASES = ("data", "forward", "backward", "collectives", "optimizer")
@@ -42,63 +41,29 @@ def fit(speedups: Mapping[int, float]) -> float:
     return min(max(p / sum((1 - 1 / n) ** 2 for n in speedups), 0.0), 1.0)
 
 
-@dataclass(frozen=True)
-class Scaling:
-    """Times of training in batches of one size, on several numbers of processes.
+def findings(seconds: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
+    """Return what the law says of measured times.
 
-    Attributes:
-        batch_size: samples of a step, over all processes.
-        seconds: of each of the `PHASES` in an epoch, for each number of processes, 1 among them.
-        losses: after the last epoch, for each number of processes.
+    Args:
+        seconds: of each of the `PHASES`, for each number of processes, 1 among them.
+
+    Returns:
+        The fitted ``p``; ``p_of_profile``, the share of forward and backward in one process's time, which is
+        p if these divide perfectly; ``limit``, the speed-up on any number of processes, None for p = 1; the
+        speed-up ``achieved`` on most processes N; the ``limiting_phase``, which has most time there beyond
+        its ideal share t(1)/N, and ``beyond_ms``, that time.
     """
-
-    batch_size: int
-    seconds: Mapping[int, Mapping[str, float]]
-    losses: Mapping[int, float]
-
-    @property
-    def speedups(self) -> dict[int, float]:
-        """``S(N) = T(1)/T(N)`` as measured, T the sum of the phases."""
-        return {n: sum(self.seconds[1].values()) / sum(t.values()) for n, t in self.seconds.items()}
-
-    @property
-    def p(self) -> float:
-        """The p that `fit` finds for the speed-ups."""
-        return fit(self.speedups)
-
-    @property
-    def p_of_profile(self) -> float:
-        """The share of forward and backward in one process's time: p if these divide perfectly."""
-        return sum(self.seconds[1][phase] for phase in DIVIDED) / sum(self.seconds[1].values())
-
-    @property
-    def limit(self) -> float:
-        """The speed-up on any number of processes, ``1/(1 − p)``."""
-        return speedup(self.p, math.inf)
-
-    @property
-    def limiting(self) -> tuple[str, float]:
-        """The phase with most seconds beyond its ideal share, ``t(N) − t(1)/N``, on most processes N."""
-        most = max(self.seconds)
-        excess = {phase: t - self.seconds[1][phase] / most for phase, t in self.seconds[most].items()}
-        return max(excess.items(), key=lambda item: item[1])
-
-    def __str__(self) -> str:
-        """p, its limit, the speed-up achieved, and the phase that limits it."""
-        most, (phase, seconds) = max(self.seconds), self.limiting
-        return (
-            f"batch {self.batch_size}: p {self.p:.3f} ({self.p_of_profile:.3f} by the profile), limit "
-            f"{self.limit:.2f}×, achieved {self.speedups[most]:.2f}× on {most}; "
-            f"{phase} limits, {1000 * seconds:.1f} ms beyond its share"
-        )
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return the figures of each number of processes; times in milliseconds."""
-        return [
-            {"batch_size": self.batch_size, "processes": n}
-            | {f"{phase}_ms": 1000 * t for phase, t in self.seconds[n].items()}
-            | {"epoch_ms": 1000 * sum(self.seconds[n].values()), "speedup": s}
-            | {"p": self.p, "p_of_profile": self.p_of_profile, "limiting_phase": self.limiting[0]}
-            | {"limit": self.limit if self.p < 1 else None, "loss": self.losses[n]}
-            for n, s in self.speedups.items()
-        ]
+    one, most = seconds[1], max(seconds)
+    times = {n: sum(of_phases.values()) for n, of_phases in seconds.items()}
+    speedups = {n: times[1] / time for n, time in times.items()}
+    p = fit(speedups)
+    beyond = {phase: 1000 * (t - one[phase] / most) for phase, t in seconds[most].items()}
+    limiting = max(beyond, key=beyond.__getitem__)
+    return {
+        "p": p,
+        "p_of_profile": sum(one[phase] for phase in DIVIDED) / times[1],
+        "limit": speedup(p, math.inf) if p < 1 else None,  # JSON has no infinity
+        "achieved": speedups[most],
+        "limiting_phase": limiting,
+        "beyond_ms": beyond[limiting],
+    }
