@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
-from support import cli, console
+from support import cli, console, plots
 from torch.nn.functional import cross_entropy
 
 from torchpar.data import Samples, load
@@ -39,7 +38,7 @@ Row = dict[str, Any]  # a choice and its figures after an epoch
 CHOICE = ("hidden", "batch_size", "lr", "weight_decay")
 CURVES = ("train_loss", "validation_loss", "validation_accuracy")
 best = partial(max, key=itemgetter("validation_accuracy"))
-watched = partial(track, transient=True, disable=not Console().is_terminal)
+watched = partial(track, transient=True)
 
 
 @dataclass(kw_only=True)
@@ -114,8 +113,6 @@ def penalties(flags: Flags, study: partial[Any], chosen: Row) -> list[tuple[MLP,
 
 
 def draw(path: Path, swept: list[Row], epochs: list[Row]) -> None:
-    from support import plots
-
     one_rate = [row for row in swept if row["lr"] == swept[0]["lr"]]
     by_rate = plots.Panel(swept, "lr", ["validation_accuracy"], ["hidden", "batch_size"], log=True)
     by_size = plots.Panel(one_rate, "batch_size", ["s_per_epoch"], ["hidden"], log=True)

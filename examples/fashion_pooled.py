@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from support import cli, console
+from support import cli, console, plots
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, binary_cross_entropy, one_hot
 from torch.nn.parallel import DistributedDataParallel
@@ -162,8 +162,6 @@ def report(flags: Flags, device: str, ranks: int, results: list[Result]) -> None
     console.print_rows(rows, ("iterations", "lr", "momentum", *figures))
     console.write_metrics(flags.metrics, rows)
     if flags.plots:
-        from support import plots
-
         curves = {f"rate {plan.lr:g}, momentum {plan.momentum:g}": costs for plan, costs, *_ in results}
         plots.save_curves(flags.plots / "costs.png", curves, "iteration", "cost")
         neurons = torch.from_numpy(results[-1].weights.T.reshape(-1, 20, 20))

@@ -13,7 +13,7 @@ Nothing is trained, and yet most of the weight that a digit gives to other digit
 
 from dataclasses import dataclass
 
-from support import cli, console
+from support import cli, console, plots
 from torch import Tensor
 from torch.nn.functional import layer_norm, normalize, scaled_dot_product_attention
 
@@ -51,8 +51,6 @@ def main(flags: Flags) -> None:
     print(f"{to_class:.0%} of the weight that an image gives to others goes to its class")
     console.write_metrics(flags.metrics, [row | {"to_own_class": to_class}])
     if flags.plots:
-        from support import plots
-
         title = "Weights of images, sorted by class, for each other"
         plots.save_matrices(flags.plots / "attention.png", to_others[None].sqrt(), title)
 

@@ -12,9 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
-from support import cli, console
+from support import cli, console, plots
 from torch import Tensor
 from torch.nn.functional import conv2d, cross_entropy, layer_norm
 
@@ -83,8 +82,7 @@ def main(flags: Flags) -> None:
         scheduler = lr_scheduler(optimizer, "linear", flags.epochs * steps)
         parts = (model, optimizer, scheduler, world, train, test)
         with Run(*parts, epochs=flags.epochs, batch_size=flags.batch_size, seed=flags.seed) as run:
-            hidden = not Console().is_terminal
-            for epoch in track(run.epochs(), "epochs", flags.epochs, transient=True, disable=hidden):
+            for epoch in track(run.epochs(), "epochs", flags.epochs, transient=True):
                 for x, labels, batch_size in run.batches(epoch):
                     loss = cross_entropy(model(x), labels, reduction="sum")
                     (loss / batch_size).backward()
@@ -95,8 +93,6 @@ def main(flags: Flags) -> None:
     epochs = [asdict(result) for result in run.results]
     console.print_rows(epochs, ("epoch", "train_loss", "test_loss", "test_accuracy", "seconds"))
     if flags.plots:
-        from support import plots
-
         kernels = model.first.weight.unflatten(1, (5, 5))
         plots.save_matrices(flags.plots / "kernels.png", kernels, "Kernels of the first layer")
     console.write_metrics(flags.metrics, [row, *epochs])

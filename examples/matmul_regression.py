@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from support import cli, console
+from support import cli, console, plots
 from torch import Tensor
 from torch.nn.functional import mse_loss, pad
 
@@ -78,8 +78,6 @@ def main(flags: Flags) -> None:
         print(f"{name}: cost {costs[-1]:.4f} after {len(costs)} steps")
     console.write_metrics(flags.metrics, [row | {"costs": curves}])
     if flags.plots:
-        from support import plots
-
         plots.save_curves(flags.plots / "regression.png", curves, "step", "cost over all samples")
 
 

@@ -21,9 +21,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import track
-from support import cli, console
+from support import cli, console, plots
 
 from torchpar.baselines import mpi
 from torchpar.baselines.numpy_mlp import MLP, SGD, Init
@@ -68,8 +67,7 @@ def main(flags: Flags) -> None:
         message = np.empty(model.parameters.size + 1, model.parameters.dtype)  # gradient and loss
         total = np.empty_like(message)
         results: list[EpochResult] = []
-        hidden = world.rank > 0 or not Console().is_terminal
-        epochs = track(range(1, flags.epochs + 1), "epochs", transient=True, disable=hidden)
+        epochs = track(range(1, flags.epochs + 1), "epochs", transient=True, disable=world.rank > 0)
         with Phases(torch.device("cpu")) as phases:
             scatter = timed("data")(mpi.scatter_batches)
             backward = timed("backward")(model.backward)
@@ -95,8 +93,6 @@ def main(flags: Flags) -> None:
             console.write_metrics(flags.metrics, rows)
             console.write_log(flags.log_dir, rows, "epoch")
             if flags.plots:
-                from support import plots
-
                 outputs = model.forward(mpi.scale_pixels(test.x))[1]
                 plots.save(flags.plots, results, torch.from_numpy(outputs), loaded[1])
             console.print_phases(phases)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from support import cli, console
+from support import cli, console, plots
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -175,8 +175,6 @@ def main(flags: Flags) -> None:
         rows = [row for run in runs for row in run]
         console.write_metrics(flags.metrics, rows)
         if flags.plots:
-            from support import plots
-
             losses = ("train_loss", "validation_loss")
             panels = [plots.Panel(rows, "step", [loss], ["optimizer"]) for loss in losses]
             plots.save_panels(flags.plots / "transformer.png", panels)

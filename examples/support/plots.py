@@ -5,19 +5,21 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from torchpar.data import Samples
 from torchpar.training.state import EpochResult
 
-WORST = (4, 8)  # rows and columns of the picture of worst-classified samples
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WORST = 32  # number of worst-classified samples to show
 
 
 def save(folder: Path, results: list[EpochResult], outputs: Tensor, test: Samples) -> None:
@@ -29,12 +31,21 @@ def save(folder: Path, results: list[EpochResult], outputs: Tensor, test: Sample
     epochs = [asdict(result) for result in results]
     curves = (["train_loss", "test_loss"], ["test_accuracy"])
     save_panels(folder / "curves.png", [Panel(epochs, "epoch", ys) for ys in curves])
-    for name, figure in (("confusion", _confusion(outputs, test)), ("worst", _worst(outputs, test))):
-        figure.savefig(folder / f"{name}.png", dpi=120)
+    _save_confusion(folder / "confusion.png", outputs, test)
+    of_label = outputs.gather(1, test.labels[:, None]).squeeze(1)
+    margin = of_label - outputs.scatter(1, test.labels[:, None], -torch.inf).amax(1)
+    worst = margin.argsort()[:WORST]
+    texts = [
+        f"{test.classes[label]}\nread as {test.classes[predicted]}"
+        for label, predicted in zip(test.labels[worst], outputs[worst].argmax(1), strict=True)
+    ]
+    save_matrices(folder / "worst.png", test.features[worst], "Worst-classified test samples", texts)
 
 
-def _subplots(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=size, layout="constrained")
+def _subplots(rows: int, columns: int, size: tuple[float, float]) -> "tuple[Figure, list[Axes]]":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained", dpi=120)
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
@@ -56,12 +67,9 @@ def save_panels(path: Path, panels: Sequence[Panel]) -> None:
     height = math.ceil(len(panels) / 2)
     figure, grid = _subplots(height, 2, (12, 4.5 * height))
     for axes, panel in zip(grid, panels, strict=False):
-
-        def key(row: Mapping[str, Any], names: Sequence[str] = panel.by) -> list[Any]:
-            return [row[name] for name in names]
-
         for y, style in zip(panel.ys, ("o-", "s--"), strict=False):
             axes.set_prop_cycle(None)
+            key = itemgetter(*panel.by) if panel.by else lambda row: ()
             for _, line in groupby(panel.rows, key):
                 rows = list(line)
                 names = [y] * (len(panel.ys) > 1 or not panel.by)
@@ -75,10 +83,10 @@ def save_panels(path: Path, panels: Sequence[Panel]) -> None:
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
         else:
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.locator_params(axis="x", integer=True)
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
 
 
 def _label(name: str, value: Any) -> str:
@@ -88,29 +96,34 @@ def _label(name: str, value: Any) -> str:
 def save_curves(path: Path, curves: Mapping[str, Sequence[float]], x: str, y: str) -> None:
     """Draw ``curves`` by name, on logarithmic axes; their x is 1, 2, 3, …"""
     figure, (axes,) = _subplots(1, 1, (7, 4))
-    for name, values in curves.items():
-        marker = "o" if len(values) == 1 else None
-        axes.plot(range(1, 1 + len(values)), values, marker=marker, label=name)
-    axes.set(xlabel=x, ylabel=y, xscale="log", yscale="log")
+    for label, values in curves.items():
+        axes.loglog(range(1, 1 + len(values)), values, ".-", label=label)
+    axes.set(xlabel=x, ylabel=y)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
 
 
-def save_matrices(path: Path, matrices: Tensor, title: str) -> None:
-    """Draw ``matrices (n, rows, columns)`` side by side, each in its own range. Dark is large."""
+def save_matrices(path: Path, matrices: Tensor, title: str, texts: Sequence[str] = ()) -> None:
+    """Draw ``matrices (n, rows, columns)`` side by side, each in its own range. Dark is large.
+
+    Args:
+        texts: above each matrix.
+    """
     columns = math.ceil(math.sqrt(len(matrices)))
     rows = math.ceil(len(matrices) / columns)
-    figure, grid = _subplots(rows, columns, (6, 6 * rows / columns + 0.4))
+    figure, grid = _subplots(rows, columns, (8, 8 * rows / columns + 0.4))
     for axes in grid:
         axes.axis("off")
     for axes, matrix in zip(grid, matrices.detach().cpu().numpy(), strict=False):
         axes.imshow(matrix, cmap="gray_r")
+    for axes, text in zip(grid, texts, strict=False):
+        axes.set_title(text, fontsize=7)
     figure.suptitle(f"{title} (dark is large)")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
 
 
-def _confusion(outputs: Tensor, test: Samples) -> Figure:
+def _save_confusion(path: Path, outputs: Tensor, test: Samples) -> None:
     classes = test.classes
     pairs = test.labels * len(classes) + outputs.argmax(1)
     confusion = pairs.bincount(minlength=len(classes) ** 2).view(len(classes), -1).cpu()
@@ -124,19 +137,4 @@ def _confusion(outputs: Tensor, test: Samples) -> Figure:
     axes.set(xlabel="predicted", ylabel="label", title="Test samples by label and prediction")
     axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     axes.set_yticks(range(len(classes)), classes)
-    return figure
-
-
-def _worst(outputs: Tensor, test: Samples) -> Figure:
-    rows, columns = WORST
-    of_label = outputs.gather(1, test.labels[:, None]).squeeze(1)
-    margin = of_label - outputs.scatter(1, test.labels[:, None], -torch.inf).amax(1)
-    figure, grid = _subplots(rows, columns, (1.5 * columns, 1.8 * rows))
-    for axes in grid:
-        axes.axis("off")
-    for axes, index in zip(grid, margin.argsort().tolist(), strict=False):
-        axes.imshow(test.features[index].cpu().numpy(), cmap="gray_r")
-        label, predicted = (test.classes[i] for i in (test.labels[index], outputs[index].argmax()))
-        axes.set_title(f"{label}\nread as {predicted}", fontsize=7)
-    figure.suptitle("Worst-classified test samples")
-    return figure
+    figure.savefig(path)

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from support import console
+from support import console, plots
 from support.cli import TrainFlags
 from torchpar import data, training
 from torchpar.data import Samples
@@ -142,8 +142,6 @@ class Log(training.RunLog):
         if flags.plots:
             _, outputs = run.evaluate()
             if self.speaks:
-                from support import plots
-
                 plots.save(flags.plots, run.results, outputs, run.test)
         profiled = self.world.gather_results(self._save_trace) if self.profiler else [""]
         if not self.speaks:
