@@ -65,30 +65,21 @@ class Plan(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Figures of a run.
+    """Figures of a run."""
 
-    Attributes:
-        costs: of each iteration, before its step.
-        ends: mean cost and accuracy at the end, on the training and on the test samples.
-        seconds: of all iterations.
-        weights: of the first layer, ``(400, 25)``.
-    """
-
-    plan: Plan
-    costs: list[float]
-    ends: Sequence[Sequence[float]]
-    seconds: float
-    weights: numpy_mlp.Array
+    costs: list[float]  # of each iteration, before its step
+    ends: Sequence[Sequence[float]]  # mean cost and accuracy at the end, on training and on test samples
+    seconds: float  # of all iterations
+    weights: numpy_mlp.Array  # of the first layer, (400, 25)
 
 
 def pooled(flags: Flags) -> list[Samples]:
     """Return the training and test images: rows of 400 numbers in [0, 1], and their labels."""
     train, test = load(flags.dataset, flags.data)
-    splits = []
-    for samples in (train[: flags.samples], test):
-        images = adaptive_avg_pool2d(samples.features / 255, 20).flatten(1)
-        splits.append(Samples(images.numpy(), samples.labels.numpy()))
-    return splits
+    return [
+        Samples(adaptive_avg_pool2d(one.features / 255, 20).flatten(1).numpy(), one.labels.numpy())
+        for one in (train[: flags.samples], test)
+    ]
 
 
 def train_numpy(world: Any, splits: Sequence[Samples], plan: Plan) -> Result:
@@ -110,7 +101,7 @@ def train_numpy(world: Any, splits: Sequence[Samples], plan: Plan) -> Result:
         costs.append(float(total[-1]) / count)
     seconds = time.perf_counter() - start
     ends = [mpi.evaluate(world, model, *pair) for pair in zip(shares, (count, len(splits[1].x)), strict=True)]
-    return Result(plan, costs, ends, seconds, model.weights[0])
+    return Result(costs, ends, seconds, model.weights[0])
 
 
 def cost_sum(p: Tensor, labels: Tensor) -> Tensor:
@@ -149,43 +140,42 @@ def train_torch(world: World, splits: Sequence[Samples], plan: Plan) -> Result:
             sums = torch.stack([cost_sum(p, labels), (p.argmax(1) == labels).sum()])
         ends.append((world.sum(sums) / count).tolist())
     weights = next(model.parameters()).detach().cpu().numpy().T
-    return Result(plan, costs.tolist(), ends, seconds, weights)
+    return Result(costs.tolist(), ends, seconds, weights)
 
 
-def report(flags: Flags, device: str, ranks: int, results: list[Result]) -> None:
+def report(flags: Flags, device: str, ranks: int, runs: dict[Plan, Result]) -> None:
     """Print the figures of the runs, and write the metrics and plots that the flags ask for."""
     rows: list[dict[str, Any]] = []
-    for plan, costs, (train, test), seconds, _ in results:
+    for plan, (costs, (train, test), seconds, _) in runs.items():
         figures = {"first_cost": costs[0], "last_cost": costs[-1], "train_accuracy": train[1]}
         figures |= {"test_loss": test[0], "test_accuracy": test[1], "seconds": seconds}
         rows.append(plan._asdict() | figures | {"library": flags.library, "ranks": ranks})
     console.print_rows(rows, ("iterations", "lr", "momentum", *figures))
     console.write_metrics(flags.metrics, rows)
     if flags.plots:
-        curves = {f"rate {plan.lr:g}, momentum {plan.momentum:g}": costs for plan, costs, *_ in results}
+        curves = {f"rate {plan.lr:g}, momentum {plan.momentum:g}": run.costs for plan, run in runs.items()}
         plots.save_curves(flags.plots / "costs.png", curves, "iteration", "cost")
-        neurons = torch.from_numpy(results[-1].weights.T.reshape(-1, 20, 20))
+        neurons = torch.from_numpy(runs[plan].weights.T.reshape(-1, 20, 20))
         plots.save_matrices(flags.plots / "neurons.png", neurons, "Weights of each hidden neuron")
     print(console.last_line(test[1], test[0], seconds, ranks, device))
 
 
 def main(flags: Flags) -> None:
+    if flags.library == "numpy" and flags.device == "cuda":
+        raise ConfigError("--device cuda: NumPy computes on the CPU; --library torch takes a GPU")
     plans = Plan(60, 0.1, 0.0, flags.seed), Plan(flags.iterations, flags.lr, flags.momentum, flags.seed)
+    splits = pooled(flags)
     if flags.library == "torch":
         with join_world(flags.device) as world:
-            splits = pooled(flags)
-            results = [train_torch(world, splits, plan) for plan in plans]
+            runs = {plan: train_torch(world, splits, plan) for plan in plans}
             if world.rank == 0:
-                report(flags, world.device.type, world.world_size, results)
+                report(flags, world.device.type, world.world_size, runs)
         return
-    if flags.device == "cuda":
-        raise ConfigError("--device cuda: NumPy computes on the CPU; --library torch takes a GPU")
     # One process needs no MPI.
     with mpi.join() if find_rank_info() else nullcontext(mpi.OneProcess()) as processes:
-        splits = pooled(flags)
-        results = [train_numpy(processes, splits, plan) for plan in plans]
+        runs = {plan: train_numpy(processes, splits, plan) for plan in plans}
         if processes.rank == 0:
-            report(flags, "cpu", processes.size, results)
+            report(flags, "cpu", processes.size, runs)
 
 
 if __name__ == "__main__":

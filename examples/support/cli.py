@@ -8,8 +8,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -229,14 +229,11 @@ def _end(error: str, wait: bool) -> NoReturn:
 
 
 def _parse(flags: type[F], rank: int) -> F:
-    config = (tyro.conf.FlagCreatePairsOff,)
-    if rank == 0:
-        return tyro.cli(flags, config=config)
-    message = io.StringIO()
+    parse = partial(tyro.cli, flags, config=(tyro.conf.FlagCreatePairsOff,))
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(message):
-            return tyro.cli(flags, config=config)
-    except SystemExit:  # after --help, or tyro's message about a flag
+        return parse(console_outputs=rank == 0)
+    except SystemExit as e:  # after --help, or tyro's message about a flag
+        if rank == 0 or not e.code:
+            raise
         time.sleep(GRACE)
-        print(message.getvalue(), end="", file=sys.stderr, flush=True)
-        raise
+        return parse()
