@@ -15,6 +15,7 @@ training loss. A larger λ cures that.
 The report trains a larger network by data parallelism on the CPU, in large and in small batches.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -29,7 +30,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from support import cli, console
-from support.amdahl import PHASES, findings
+from support.amdahl import fit, speedup
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -40,8 +41,6 @@ from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel.launch.local import current_world, start_ranks
 from torchpar.parallel.launch.world import join_world_of_one
-from torchpar.profile.collectives import Collectives
-from torchpar.profile.phases import Phases
 from torchpar.training import lr_scheduler, sgd
 
 MARGIN = 0.02  # of a square of side 2
@@ -51,7 +50,7 @@ ROUNDS = 8  # of the report, after one that is not counted
 LOSS_ERROR = 1e-4  # of a loss in float64; another share of a batch, or fewer samples, is 1e-2
 
 Build = Callable[[], tuple[torch.nn.Module, Optimizer]]
-Rounds = dict[tuple[int, int], list[dict[str, float]]]  # by batch size and number of processes
+Rounds = dict[tuple[int, int], list[tuple[float, float]]]  # by batch size and number of processes
 
 
 @dataclass(kw_only=True)
@@ -149,62 +148,50 @@ def measure(build: Build, flags: Flags) -> Rounds:
     return rounds
 
 
-def time_epoch(build: Build, points: int, size: int, seed: int, dtype: torch.dtype) -> dict[str, float]:
-    """Return the seconds of each phase of an epoch, and the mean ``loss`` over all points after it.
-
-    "collectives" includes the wait for slower ranks. While phases are timed a collective overlaps with
-    nothing.
-    """
+def time_epoch(build: Build, points: int, size: int, seed: int, dtype: torch.dtype) -> tuple[float, float]:
+    """Return the seconds of an epoch, and the mean loss over all points after it."""
     world = current_world()
     model, optimizer = build()
     model.to(dtype)
     wrapped = DistributedDataParallel(model) if world.world_size > 1 else model
     samples = draw(2**15, points)
     samples = replace(samples, features=samples.features.to(dtype))
-    with Phases(world.device) as phases, Collectives(world):
-        shares = batches(samples, size, seed=seed, epoch=1, share=world.share)
-        for x, labels, global_size in phases.steps(shares):
-            (loss_sum(wrapped(x), labels) * (world.world_size / global_size)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    start = time.perf_counter()
+    for x, labels, global_size in batches(samples, size, seed=seed, epoch=1, share=world.share):
+        (loss_sum(wrapped(x), labels) * (world.world_size / global_size)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    seconds = time.perf_counter() - start
     with torch.no_grad():
-        mean = loss_sum(model(samples.features), samples.labels).item() / len(samples)
-    return phases.seconds | {"loss": mean}
+        return seconds, loss_sum(model(samples.features), samples.labels).item() / len(samples)
 
 
 def report(build: Build, flags: Flags) -> list[dict[str, Any]]:
-    """Print the times by phase and what Amdahl's law says of them, and return the rows of both tables.
+    """Print the times and what Amdahl's law says of them, and return a row for each size.
 
     The times are medians of all rounds but the first, which gives the losses.
     """
     rounds = measure(build, flags)
-    off = max(abs(one[0]["loss"] / rounds[size, 1][0]["loss"] - 1) for (size, _), one in rounds.items())
+    off = max(abs(first[1] / rounds[size, 1][0][1] - 1) for (size, _), (first, *_) in rounds.items())
     if not off <= LOSS_ERROR:
         raise ConfigError(
             f"the loss on several processes differs from that on one by {off:.0e} of it; report this"
         )
-    times, found = [], []
+    rows: list[dict[str, Any]] = []
     for size in flags.sizes:
-        seconds = {
-            n: {phase: median(one[phase] for one in rounds[size, n][1:]) for phase in PHASES}
-            for n in flags.processes
-        }
-        epochs = {n: sum(phases.values()) for n, phases in seconds.items()}
-        for n, phases in seconds.items():
-            row = {"batch_size": size, "processes": n}
-            row |= {f"{phase}_ms": 1000 * t for phase, t in phases.items()}
-            times.append(row | {"epoch_ms": 1000 * epochs[n], "speedup": epochs[1] / epochs[n]})
-        found.append({"batch_size": size} | findings(seconds))
-    for rows in (times, found):
-        console.print_rows(rows, list(rows[0]))
+        ms = {n: 1000 * median(seconds for seconds, _ in rounds[size, n][1:]) for n in flags.processes}
+        speedups = {n: ms[1] / ms[n] for n in flags.processes}
+        p = fit(speedups)
+        row = {"batch_size": size, "ms_on_1": ms[1]} | {f"speedup_on_{n}": s for n, s in speedups.items()}
+        rows.append(row | {"p": p, "limit": speedup(p, math.inf) if p < 1 else None})  # JSON has no infinity
+    console.print_rows(rows, list(rows[0]))
     print(f"all numbers of processes reach the same loss (largest relative difference {off:.0e})")
-    print("while phases are timed a collective overlaps with nothing: a plain run is faster than this")
     most = flags.processes[-1]
     if len(flags.processes) == 2:
         print(f"p is of N = {most} alone: whether the law holds, only more processes would tell")
     if most > CORES:
         print(f"{most} processes on {CORES} cores are oversubscribed: the machine limits them, not the law")
-    return [*times, *found]
+    return rows
 
 
 def main(flags: Flags) -> None:

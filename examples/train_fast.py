@@ -44,8 +44,8 @@ ROUNDS, STEPS = 5, 4  # how often each way is timed, and its steps each time
 class Flags(train_ddp.Flags):
     """Train a digit classifier by data parallelism, in the fastest way."""
 
+    # Gradients by formulas where the model allows it, or always by autograd.
     fused: Literal["auto", "off"] = "auto"
-    """Gradients by formulas where the model allows it, or always by autograd."""
 
 
 def find_ways(flags: Flags, world: World, train: Samples) -> list[str]:

@@ -11,7 +11,6 @@ gradients of parameters in dp.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from support import cli, session
@@ -30,17 +29,11 @@ from torchpar.training import Run
 class Flags(cli.TrainFlags):
     """Train a digit classifier on a mesh of ranks."""
 
-    optimizer: Literal["sgd", "muon"] = "sgd"
-    dp: int | None = None
-    """Ranks that share each batch; by default all that --tp and --pp leave."""
-    tp: int = 1
-    """Ranks that share each layer."""
-    pp: int = 1
-    """Stages of a pipeline."""
-    pipeline: PipelineSchedule = "1f1b"
-    """Order of a pipeline's forward and backward passes."""
-    micro_batches: int = 4
-    """Parts into which a pipeline cuts a replica's share of a batch."""
+    dp: int | None = None  # Ranks that share each batch; by default all that --tp and --pp leave.
+    tp: int = 1  # Ranks that share each layer.
+    pp: int = 1  # Stages of a pipeline.
+    pipeline: PipelineSchedule = "1f1b"  # Order of a pipeline's forward and backward passes.
+    micro_batches: int = 4  # Parts into which a pipeline cuts a replica's share of a batch.
 
 
 def main(flags: Flags) -> None:

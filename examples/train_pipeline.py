@@ -59,14 +59,10 @@ Predict = Callable[[Tensor], Tensor | None]
 class Flags(cli.TrainFlags):
     """Train a digit classifier by pipeline parallelism."""
 
-    pipeline: PipelineSchedule = "1f1b"
-    """Order of the forward and backward passes."""
-    micro_batches: int = 4
-    """Parts into which a batch is cut."""
-    draw: bool = False
-    """Print the measured timeline of a step, a line per rank; for ranks of one machine."""
-    library: bool = False
-    """Run the schedule of torch.distributed.pipelining."""
+    pipeline: PipelineSchedule = "1f1b"  # Order of the forward and backward passes.
+    micro_batches: int = 4  # Parts into which a batch is cut.
+    draw: bool = False  # Print the measured timeline of a step, a line per rank; for ranks of one machine.
+    library: bool = False  # Run the schedule of torch.distributed.pipelining.
 
 
 def by_hand(flags: Flags, world: World, stage: MLP, timeline: Timeline | None) -> tuple[Gradients, Predict]:

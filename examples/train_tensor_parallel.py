@@ -39,8 +39,7 @@ from torchpar.training import Run
 class Flags(cli.TrainFlags):
     """Train a digit classifier by tensor parallelism."""
 
-    hidden: tuple[int, ...] = (128,)
-    """Width of the hidden layer."""
+    hidden: tuple[int, ...] = (128,)  # Width of the hidden layer.
 
 
 class SplitMLP(torch.nn.Module):

@@ -185,22 +185,6 @@ def test_fit_is_the_least_squares_of_relative_times():
     assert amdahl.fit({2: 2.5}) == 1
 
 
-def test_the_findings_name_the_phase_that_limits():
-    """One process needs 100 s: 10, 20, 60, 0 and 10 s for the phases."""
-    one = dict(zip(amdahl.PHASES, (10.0, 20.0, 60.0, 0.0, 10.0), strict=True))
-    ideal = {phase: t / 2 for phase, t in one.items()}
-    found = amdahl.findings({1: one, 2: ideal | {"collectives": 6.0, "optimizer": 10.0}})
-    assert found == {
-        **{"p": pytest.approx(0.78), "p_of_profile": 0.8, "limit": pytest.approx(1 / 0.22)},  # 0.39 / 0.5
-        **{"achieved": 100 / 61, "limiting_phase": "collectives", "beyond_ms": 6000.0},
-    }
-    slower = amdahl.findings({1: one, 2: ideal | {"optimizer": 90.0}})
-    assert (slower["limit"], slower["achieved"]) == (1, 100 / 135)
-    assert slower["limiting_phase"] == "optimizer"
-    faster = amdahl.findings({1: one, 2: ideal | {"forward": 1.0}})
-    assert (faster["p"], faster["limit"]) == (1, None)
-
-
 def build_another_on_each_rank() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(current_world().world_size)
     model = torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.Sigmoid())

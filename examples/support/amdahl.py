@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Amdahl's law, fitted to times by phase on several numbers of processes.
+"""Amdahl's law, fitted to times on several numbers of processes.
 
 Of the time of one process a share p is divided among N, and 1 − p is not:
 
@@ -11,10 +11,6 @@ AFIPS 1967.) The law has no term for communication: a fitted p counts it as work
 
 import math
 from collections.abc import Mapping
-from typing import Any
-
-PHASES = ("data", "forward", "backward", "collectives", "optimizer")
-DIVIDED = ("forward", "backward")  # each rank draws the order of all samples, and updates all parameters
 
 
 def speedup(p: float, processes: float) -> float:
@@ -39,31 +35,3 @@ def fit(speedups: Mapping[int, float]) -> float:
     """
     p = sum((1 - 1 / n) * (1 - 1 / s) for n, s in speedups.items())
     return min(max(p / sum((1 - 1 / n) ** 2 for n in speedups), 0.0), 1.0)
-
-
-def findings(seconds: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
-    """Return what the law says of measured times.
-
-    Args:
-        seconds: of each of the `PHASES`, for each number of processes, 1 among them.
-
-    Returns:
-        The fitted ``p``; ``p_of_profile``, the share of forward and backward in one process's time, which is
-        p if these divide perfectly; ``limit``, the speed-up on any number of processes, None for p = 1; the
-        speed-up ``achieved`` on most processes N; the ``limiting_phase``, which has most time there beyond
-        its ideal share t(1)/N, and ``beyond_ms``, that time.
-    """
-    one, most = seconds[1], max(seconds)
-    times = {n: sum(of_phases.values()) for n, of_phases in seconds.items()}
-    speedups = {n: times[1] / time for n, time in times.items()}
-    p = fit(speedups)
-    beyond = {phase: 1000 * (t - one[phase] / most) for phase, t in seconds[most].items()}
-    limiting = max(beyond, key=beyond.__getitem__)
-    return {
-        "p": p,
-        "p_of_profile": sum(one[phase] for phase in DIVIDED) / times[1],
-        "limit": speedup(p, math.inf) if p < 1 else None,  # JSON has no infinity
-        "achieved": speedups[most],
-        "limiting_phase": limiting,
-        "beyond_ms": beyond[limiting],
-    }

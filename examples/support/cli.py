@@ -51,12 +51,10 @@ BOUNDS: dict[str, tuple[float, float]] = {  # flag: least value, first value tha
 class ExampleFlags:
     """Flags of every example."""
 
-    seed: int = 0
-    """Seed of the initial weights, the order of samples, and samples that are drawn."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device; auto takes CUDA where there is any."""
+    seed: int = 0  # Seed of the initial weights, the order of samples, and samples that are drawn.
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # Device; auto takes CUDA where there is any.
+    # File for the run's figures, a JSON object per line; the last line is the final result.
     metrics: Path | None = None
-    """File for the run's figures, a JSON object per line; the last line is the final result."""
 
     def __post_init__(self) -> None:
         for name, (least, end) in BOUNDS.items():
@@ -93,68 +91,46 @@ class ExampleFlags:
 class DataFlags(ExampleFlags):
     """Flags of every example that reads images."""
 
-    data: Path = Path(__file__).parent.parent / "data"
-    """Folder of the data sets, as torchvision's root."""
-    dataset: Dataset = "mnist"
-    """Data set."""
-    plots: Path | None = None
-    """Folder for pictures."""
+    data: Path = Path(__file__).parent.parent / "data"  # Folder of the data sets, as torchvision's root.
+    dataset: Dataset = "mnist"  # Data set.
+    plots: Path | None = None  # Folder for pictures.
 
 
 @dataclass(kw_only=True)
 class TrainFlags(DataFlags):
     """Flags of every training example."""
 
-    epochs: int = 10
-    """Passes over the training samples."""
-    batch_size: int = 128
-    """Samples per step, over all ranks."""
-    samples: int | None = None
-    """Train on the first ones only."""
+    epochs: int = 10  # Passes over the training samples.
+    batch_size: int = 128  # Samples per step, over all ranks.
+    samples: int | None = None  # Train on the first ones only.
+    # Optimizer; muon updates the weight matrices, and SGD updates the biases.
     optimizer: Literal["sgd", "muon"] = "sgd"
-    """Optimizer; muon updates the weight matrices, and SGD updates the biases."""
-    lr: float | None = None
-    """Learning rate at the start; the default depends on the optimizer."""
-    momentum: float | None = None
-    """Nesterov momentum; the default depends on the optimizer."""
-    schedule: LRSchedule = "linear"
-    """Learning-rate schedule over the run; linear and cosine end at 0."""
+    lr: float | None = None  # Learning rate at the start; the default depends on the optimizer.
+    momentum: float | None = None  # Nesterov momentum; the default depends on the optimizer.
+    schedule: LRSchedule = "linear"  # Learning-rate schedule over the run; linear and cosine end at 0.
+    # λ of the weights: for muon decoupled decay, for sgd an L2 penalty λ/2·‖W‖² in the loss.
     weight_decay: float | None = None
-    """λ of the weights: for muon decoupled decay, for sgd an L2 penalty λ/2·‖W‖² in the loss."""
-    orthogonality: float = 0.0
-    """Factor of the penalty Σ‖W·Wᵀ − I‖² in the loss."""
-    hidden: tuple[int, ...] = (128, 64)
-    """Widths of the hidden layers."""
-    crop: int = 0
-    """Pixels to leave out on each side of an image."""
-    pool: int = 1
-    """Side of the squares of pixels that are averaged to one."""
-    compile: bool = False
-    """Compile the model by torch.compile."""
+    orthogonality: float = 0.0  # Factor of the penalty Σ‖W·Wᵀ − I‖² in the loss.
+    hidden: tuple[int, ...] = (128, 64)  # Widths of the hidden layers.
+    crop: int = 0  # Pixels to leave out on each side of an image.
+    pool: int = 1  # Side of the squares of pixels that are averaged to one.
+    compile: bool = False  # Compile the model by torch.compile.
+    # Train on ten batches and evaluate; write no metrics, logs, plots, profile or checkpoint.
     dry_run: bool = False
-    """Train on ten batches and evaluate; write no metrics, logs, plots, profile or checkpoint."""
+    # Measure the time of each phase of a step (data, forward, backward, collectives, optimizer).
     phases: bool = False
-    """Measure the time of each phase of a step (data, forward, backward, collectives, optimizer)."""
-    collectives: bool = False
-    """Count and time the collectives of a step."""
-    log_dir: Path | None = None
-    """Folder for TensorBoard: losses, accuracy and speed."""
-    profile: Path | None = None
-    """Folder for torch.profiler's trace of some steps, one file per rank."""
+    collectives: bool = False  # Count and time the collectives of a step.
+    log_dir: Path | None = None  # Folder for TensorBoard: losses, accuracy and speed.
+    profile: Path | None = None  # Folder for torch.profiler's trace of some steps, one file per rank.
+    # Folder for pictures: learning curves, confusion matrix, worst-classified samples.
     plots: Path | None = None
-    """Folder for pictures: learning curves, confusion matrix, worst-classified samples."""
+    # Folder of checkpoints, to save to and to resume from, on a file system of all ranks.
     checkpoint: Path | None = None
-    """Folder of checkpoints, to save to and to resume from, on a file system of all ranks."""
-    save_every: int | None = None
-    """Steps between two saves; by default one save per epoch."""
-    keep: int = 2
-    """Checkpoints to keep."""
-    async_save: bool = False
-    """Save while training continues."""
-    clip: float | None = None
-    """Norm to which larger gradients are scaled down."""
-    timeout: float = 600.0
-    """Seconds after which a rank that waits for another gives up."""
+    save_every: int | None = None  # Steps between two saves; by default one save per epoch.
+    keep: int = 2  # Checkpoints to keep.
+    async_save: bool = False  # Save while training continues.
+    clip: float | None = None  # Norm to which larger gradients are scaled down.
+    timeout: float = 600.0  # Seconds after which a rank that waits for another gives up.
 
     def __post_init__(self) -> None:
         if self.dry_run:
