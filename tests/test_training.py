@@ -239,7 +239,7 @@ def test_a_checksum_is_of_each_bit_and_of_the_order(device, dtype):
     assert agreement.checksum(strided) == agreement.checksum(values)
 
 
-def error_of_training(averaged: bool, changed_in: int, batch_size: int, optimizer: str = "sgd") -> str:
+def error_of_training(averaged: bool, changed_in: int, optimizer: str = "sgd") -> str:
     """The error of a run of three steps on two ranks, if any.
 
     In one of the steps rank 1 exchanges two elements of a parameter, which leaves their sum as it was.
@@ -260,7 +260,7 @@ def error_of_training(averaged: bool, changed_in: int, batch_size: int, optimize
         made = OPTIMIZERS[optimizer](model, **mesh)
         args = model, made, world, samples(101, seed=1), samples(50, seed=2)
         try:
-            plain_loop.train(*args, batch_size=batch_size, replica=replica, epochs=1)
+            plain_loop.train(*args, batch_size=50, replica=replica, epochs=1)
         except ConfigError as e:
             return str(e)
     return ""
@@ -272,14 +272,13 @@ DIFFERS = r"{} differs between the ranks that share a batch; .*average .* by Dis
 @pytest.mark.parametrize(
     "run, error",
     [
-        ((True, 0, 50), "$"),
-        ((True, 0, 50, "muon"), "$"),
-        ((False, 0, 50), DIFFERS.format("the gradient of layers.0.weight")),
+        ((True, 0), "$"),
+        ((True, 0, "muon"), "$"),
+        ((False, 0), DIFFERS.format("the gradient of layers.0.weight")),
         # All ranks apply the same updates, each made from the gradient of one rank.
-        ((False, 0, 50, "muon"), DIFFERS.format("the gradient of layers.0.weight")),
-        ((True, 1, 50), DIFFERS.format("frozen")),
-        ((True, 3, 50), DIFFERS.format("frozen")),  # at the end of the epoch
-        ((True, 0, 1), "batch size 1 is smaller than the number of ranks that share it, 2;"),
+        ((False, 0, "muon"), DIFFERS.format("the gradient of layers.0.weight")),
+        ((True, 1), DIFFERS.format("frozen")),
+        ((True, 3), DIFFERS.format("frozen")),  # at the end of the epoch
     ],
 )
 def test_ranks_that_do_not_learn_together_are_refused_on_every_rank(ranks, run, error):
