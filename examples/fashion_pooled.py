@@ -19,7 +19,6 @@ start from the same weights. With PyTorch ``--device cuda`` takes a GPU.
 import os
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -39,7 +38,6 @@ from torchpar.data import load
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel import World, join_world
-from torchpar.parallel.launch.rendezvous import find_rank_info
 
 SIZES = (400, 25, 10)
 
@@ -182,8 +180,7 @@ def main(flags: Flags) -> None:
         return
     if flags.device == "cuda":
         raise ConfigError("--device cuda: NumPy computes on the CPU; --library torch takes a GPU")
-    # One process needs no MPI.
-    with mpi.join() if find_rank_info() else nullcontext(mpi.OneProcess()) as processes:
+    with mpi.join() as processes:
         splits = pooled(flags)
         results = [train_numpy(processes, splits, plan) for plan in plans]
         if processes.rank == 0:
