@@ -19,7 +19,6 @@ start from the same weights. With PyTorch ``--device cuda`` takes a GPU.
 import os
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -39,7 +38,6 @@ from torchpar.data import load
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel import World, join_world
-from torchpar.parallel.launch.rendezvous import find_rank_info
 
 SIZES = (400, 25, 10)
 
@@ -171,8 +169,7 @@ def main(flags: Flags) -> None:
             if world.rank == 0:
                 report(flags, world.device.type, world.world_size, runs)
         return
-    # One process needs no MPI.
-    with mpi.join() if find_rank_info() else nullcontext(mpi.OneProcess()) as processes:
+    with mpi.join() as processes:
         runs = {plan: train_numpy(processes, splits, plan) for plan in plans}
         if processes.rank == 0:
             report(flags, "cpu", processes.size, runs)

@@ -25,7 +25,7 @@ from rich.progress import track
 from support import cli, console, plots
 
 from torchpar.baselines import mpi
-from torchpar.baselines.numpy_mlp import MLP, SGD, Init
+from torchpar.baselines.numpy_mlp import MLP, SGD
 from torchpar.data import Samples, load
 from torchpar.errors import ConfigError
 from torchpar.profile.phases import Phases, timed
@@ -42,7 +42,6 @@ class Flags(cli.DataFlags):
     momentum: float = 0.5  # Momentum.
     weight_decay: float = 1e-5  # L2 penalty λ of the weights: λ/2·‖W‖² in the loss.
     hidden: tuple[int, ...] = (30,)  # Widths of the hidden layers.
-    init: Init = "xavier"  # Initial weights; from zeros, all neurons of a layer stay alike.
     samples: int | None = None  # Train on the first ones only.
     log_dir: Path | None = None  # Folder for TensorBoard: losses, accuracy and speed.
 
@@ -60,7 +59,7 @@ def main(flags: Flags) -> None:
         sizes, n_train, n_test = world.bcast(shape)
         own_test = mpi.scatter(world, test, np.array_split(np.arange(n_test), world.size))
 
-        model = MLP(sizes, init=flags.init, seed=flags.seed)
+        model = MLP(sizes, seed=flags.seed)
         world.Bcast(model.parameters)
         optimizer = SGD(model, flags.lr, flags.momentum, flags.weight_decay)
         order = np.random.default_rng(flags.seed)

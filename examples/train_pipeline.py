@@ -103,6 +103,7 @@ def by_hand(flags: Flags, world: World, stage: MLP, timeline: Timeline | None) -
         activations = p2p.recv_forward((len(x), width))
         outputs: Tensor = stage(x if activations is None else activations)
         p2p.send_forward(outputs)
+        p2p.flush()
         return outputs if p2p.is_last else None
 
     return gradients, predict

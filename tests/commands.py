@@ -32,22 +32,11 @@ def import_path(*folders: Path) -> str:
     return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def start(*command: str, cwd: Path | str = "/") -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": import_path(ROOT), "COLUMNS": "80"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd
-    )
-
-
 def run(*command: str, cwd: Path | str = "/") -> tuple[int, str, str]:
     """The exit status of a command, and its two streams."""
-    process = start(*command, cwd=cwd)
-    try:
-        out, err = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    return process.returncode, out, err
+    environment = os.environ | {"PYTHONPATH": import_path(ROOT), "COLUMNS": "80"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=240)
+    return done.returncode, done.stdout, done.stderr
 
 
 def lesson(name: str, *flags: str) -> tuple[int, str, str]:

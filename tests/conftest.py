@@ -28,15 +28,11 @@ LONGEST = {
 }
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+def pytest_configure(config: pytest.Config) -> None:
     """Run all tests of a file on one worker of pytest-xdist, because they share processes and models."""
-    if config.getvalue("dist") != "load":  # which -n alone chooses
-        return None
-    from xdist.scheduler import LoadFileScheduling
-
-    config.option.loadscopereorder = False  # by the number of tests
-    return LoadFileScheduling(config, log)
+    if config.getoption("dist", "no") == "load":  # which -n alone chooses
+        config.option.dist = "loadfile"
+        config.option.loadscopereorder = False  # by the number of tests
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,14 +18,14 @@ from faults import latest, same, steps, tensors
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
+from torchpar.data import Samples
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel.launch.world import join_world
 from torchpar.parallel.save.checkpoint import MANIFEST, Checkpoint, Checkpoints, write_manifest
 from torchpar.parallel.split.mlp import parallel_mlp
 from torchpar.parallel.split.pipeline import stage_mlp
-from torchpar.training import lr_scheduler, muon, sgd
-from torchpar.training.state import TrainState
+from torchpar.training import Run, lr_scheduler, muon, sgd, state
 
 FILES = [".metadata", "__0_0.distcp", MANIFEST]
 
@@ -284,6 +284,12 @@ def test_ranks_that_see_different_folders_are_told_so(ranks, tmp_path):
     assert not steps(tmp_path / "0")  # nor a part
 
 
+def make_run(model: torch.nn.Module, optimizer: torch.optim.Optimizer, world: Any) -> Run:
+    samples = Samples(torch.zeros(9, 2), torch.zeros(9, dtype=torch.int64), ("a",))
+    scheduler = lr_scheduler(optimizer, "linear", 9)
+    return Run(model, optimizer, scheduler, world, samples, samples, epochs=1, batch_size=1)
+
+
 def pass_on(source: Path | None, target: Path, sizes: list[int], optimizer: str, **mesh: int) -> float:
     """Load another mesh's checkpoint on this mesh, if any, and save it; return the sum of the losses."""
     with join_world("cpu") as world:
@@ -295,17 +301,14 @@ def pass_on(source: Path | None, target: Path, sizes: list[int], optimizer: str,
         for p in model.parameters():
             p.grad = torch.randn(p.shape)
         made.step()
-        state = TrainState(model, made, lr_scheduler(made, "linear", 9), {}, world)
+        run = make_run(model, made, world)
         if source:
-            made.param_groups[-1]["foreach"] = False  # this is not taken from the checkpoint
-            assert state.resume(Checkpoints(source, world))
-            assert made.param_groups[-1]["foreach"] is False
+            assert state.resume(run, Checkpoints(source, world))
         else:
-            state.step = 5
-            state.add_loss(torch.tensor(0.1 * (world.rank + 1), dtype=torch.float64))
-        assert state.step == 5
-        state.save(Checkpoints(target, world), 5)
-        return float(world.sum(torch.tensor(state.loss(), dtype=torch.float64)))
+            run.step, run.loss_sum = 5, 0.1 * (world.rank + 1)
+        assert run.step == 5
+        state.save(run, Checkpoints(target, world))
+        return float(world.sum(torch.tensor(run.loss_sum, dtype=torch.float64)))
 
 
 MESHES = [(1, {"dp": 1}), (4, {"dp": 2, "tp": 2}), (3, {"pp": 3}), (3, {"tp": 3}), (2, {"dp": 2})]
@@ -345,12 +348,12 @@ def test_a_state_that_cannot_be_split_is_refused(world, tmp_path):
     """As a plain tensor it would be saved once, but differs between ranks."""
     model = parallel_mlp(MLP([4, 3, 2]), world.mesh["tp"])
     optimizer = sgd(model, 0.1, 0.9, 0.0)
-    train_state = TrainState(model, optimizer, lr_scheduler(optimizer, "constant", 1), {}, world)
+    run = make_run(model, optimizer, world)
     checkpoints = Checkpoints(tmp_path, world)
     weight = model.layers[0].weight
     optimizer.state[weight] = {"row": torch.zeros(3, 4), "number": torch.zeros(())}
-    train_state.save(checkpoints, 1)
+    state.save(run, checkpoints)
     optimizer.state[weight] = {"row": torch.zeros(3)}
     with pytest.raises(ConfigError, match=r"row of layers\.0\.weight has shape \(3,\), expected \(3, 4\)"):
-        train_state.save(checkpoints, 2)
-    assert steps(tmp_path) == ["step-1"]
+        state.save(run, checkpoints)
+    assert steps(tmp_path) == ["step-0"]

@@ -5,10 +5,8 @@ The Lightning lesson, and what is peculiar to an exercise, have files of their o
 """
 
 import re
-import sys
 from functools import partialmethod
 from hashlib import md5
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -25,7 +23,6 @@ pytest.importorskip("matplotlib", reason="--plots draws with it")
 import quadrants
 import train_transformer
 
-from torchpar.baselines.mpi import OneProcess
 from torchpar.parallel import join_world
 
 TRAIN_DDP = str(ROOT / "examples" / "train_ddp.py")
@@ -44,12 +41,6 @@ def small(tmp_path_factory) -> list[str]:
 def data(small) -> list[str]:
     """Flags of the lessons with a small network."""
     return [*small, "--device", "cpu", "--hidden", "16"]
-
-
-@pytest.fixture(autouse=True)
-def one_process(monkeypatch) -> None:
-    """MPI is not initialised in this process."""
-    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=SimpleNamespace(COMM_WORLD=OneProcess())))
 
 
 # Exercises

@@ -433,9 +433,9 @@ def test_sizes_that_no_table_has_are_refused():
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
         (["tune", "--device=cpu", "--sizes=8"], 2, "--sizes is for GPUs; leave it out on a CPU"),
-        (["tuna"], 2, "error: no command 'tuna', expected tune"),
-        ([], 2, "error: no command given"),
-        (["--help"], 0, "usage: python -m torchpar COMMAND"),
+        (["tuna"], 2, "error: argument COMMAND: invalid choice: 'tuna' (choose from"),
+        ([], 2, "error: the following arguments are required: COMMAND"),
+        (["--help"], 0, "usage: python -m torchpar [-h] COMMAND"),
     ],
 )
 def test_the_command_line(monkeypatch, capsys, arguments, status, text):

@@ -4,6 +4,7 @@
 Each command is a module with a function ``main(arguments)`` that returns the exit status.
 """
 
+import argparse
 import importlib
 import sys
 
@@ -18,22 +19,16 @@ COMMANDS = {
 
 
 def main() -> int:
-    lines = "".join(f"  {name:8}{text}\n" for name, (_, text) in COMMANDS.items())
-    usage = f"usage: python -m torchpar COMMAND [--help]\n\n{lines}"
-    command, *arguments = sys.argv[1:] or [""]
-    if command in ("-h", "--help"):
-        print(usage, end="")
-        return 0
-    if command not in COMMANDS:
-        wrong = f"no command {command!r}" if command else "no command given"
-        print(f"{usage}\npython -m torchpar: error: {wrong}, expected {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser("python -m torchpar")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, text) in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    command = parser.parse_args(sys.argv[1:2]).command
     try:
         module = importlib.import_module(COMMANDS[command][0])
     except ModuleNotFoundError as e:
-        print(f"python -m torchpar {command}: error: {e}; pip install 'torchpar[examples]'", file=sys.stderr)
-        return 2
-    status: int = module.main(arguments)
+        parser.error(f"{command}: {e}; pip install 'torchpar[examples]'")
+    status: int = module.main(sys.argv[2:])
     return status
 
 

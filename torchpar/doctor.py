@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Examination of this machine: ``python -m torchpar doctor``.
 
-It looks at versions, processor, GPUs and communication, and computes each operator once beside
+It looks at versions, processor, GPUs and communication. It computes each operator once beside PyTorch and
 float64. Each finding that needs attention has a remedy.
 """
 
@@ -12,8 +12,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,8 +20,8 @@ from torch import Tensor
 
 import torchpar
 from torchpar.ops import cpu_table
-from torchpar.ops.matrix import fp32_precision
 from torchpar.ops.processor import cpuinfo, processor_kind
+from torchpar.testing.case import accurate, normal_like, same_bits
 
 # The oldest and the newest versions that the tests have run with.
 TESTED = {
@@ -59,8 +58,7 @@ MARKS: dict[State, str] = {"ok": " ", "note": "-", "problem": "!"}
 REPORT = "please report it, with this output"
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """A fact about this machine.
 
     Attributes:
@@ -180,34 +178,18 @@ def communication() -> Iterator[Finding]:
 
 def operators() -> Iterator[Finding]:
     for device in ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))):
-        for name in CALLS:
+        for name, (operator, formula, shapes) in CALLS.items():
+            operands = [normal_like(torch.empty(shape, device=device), i) for i, shape in enumerate(shapes)]
             try:
-                error, bound = errors(name, device)
+                actual, native = (operator(*operands),), (formula(*operands),)
+                if name == "maximum":
+                    same_bits(actual, native)
+                else:
+                    accurate(actual, native, (formula(*(t.double() for t in operands)),))
+                by = ", by ATen" if device == "cpu" else ""
+                yield Finding(f"{name}, {device}", f"right{by}")
             except Exception as e:
                 yield Finding(f"{name}, {device}", _line(e), "problem", REPORT)
-                continue
-            if bool((error <= bound).all()):
-                by = ", by ATen" if device == "cpu" else ""
-                yield Finding(f"{name}, {device}", f"right{by}, error {error.max():.0e}")
-            else:
-                text = f"WRONG by {error.max():.0e}, expected at most {bound.max():.0e}"
-                yield Finding(f"{name}, {device}", text, "problem", REPORT)
-
-
-def errors(name: str, device: str) -> tuple[Tensor, Tensor]:
-    """Return the error of each number of an operator's result, measured with float64, and its bound."""
-    operator, formula, shapes = CALLS[name]
-    generator = torch.Generator().manual_seed(0)
-    operands = [torch.randn(shape, generator=generator) for shape in shapes]
-    actual = operator(*(t.to(device) for t in operands)).cpu().double()
-    expected = formula(*(t.double() for t in operands))
-    bound = torch.zeros_like(expected)
-    if name != "maximum":
-        # |x̂·ŷ − x·y| ≤ (k + 2)·u·|x|·|y| (Higham, "Accuracy and Stability", 3.1), where |σ'| ≤ 1/4, and u is
-        # the unit roundoff of the factors of a product.
-        u = 2.0**-24 if device == "cpu" or fp32_precision() == "ieee" else 2.0**-11
-        bound = (A[1] + 2) * u * (operands[0].abs().double() @ operands[-1].abs().double().T) + 2.0**-22
-    return (actual - expected).abs(), bound
 
 
 def instruction_sets() -> list[str]:

@@ -83,7 +83,10 @@ class ColumnParallelLinear(torch.nn.Module):
         self.bias = torch.nn.Parameter(whole.bias.detach().tensor_split(ranks, 0)[rank].clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(_SumGradient.apply(x, self.group), self.weight, self.bias)
+        x = x.view_as(x)
+        if x.requires_grad:  # each rank uses x for other outputs
+            x.register_hook(lambda g: _summed(g, self.group))
+        return linear(x, self.weight, self.bias)
 
 
 class RowParallelLinear(torch.nn.Module):
@@ -105,33 +108,22 @@ class RowParallelLinear(torch.nn.Module):
         return _Sum.apply(linear(x, self.weight), self.group) + self.bias  # type: ignore[no-any-return]
 
 
-class _SumGradient(torch.autograd.Function):
-    """x forward; the sum of the ranks' gradients backward, since each rank used x for other outputs."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        g = g.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(g, group=ctx.group)
-        return g, None
-
-
 class _Sum(torch.autograd.Function):
     """The sum of the ranks' x forward; its gradient, the same on every rank, backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        y = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(y, group=group)
-        return y
+        return _summed(x, group)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         return g, None
+
+
+def _summed(t: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    t = t.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(t, group=group)
+    return t
 
 
 def average_gradients(model: torch.nn.Module) -> None:
@@ -152,8 +144,9 @@ class P2PCommunicator:
     received, to the previous stage. A gradient has the shape of the activations. The first stage has no
     previous one, and the last stage no next one: there nothing is sent, and None is received.
 
-    A method returns when its messages have been sent and received. One that sends and receives starts both
-    and then waits: neighbours that send to each other, and receive only then, would wait for each other.
+    A message is sent by the next call that receives, or by `flush`, which return when all messages have been
+    sent and received. Both directions start together: neighbours that send to each other, and receive only
+    then, would wait for each other.
 
     Args:
         group: with NCCL, a group that has run a collective, as `torch.distributed.batch_isend_irecv` asks.
@@ -169,40 +162,37 @@ class P2PCommunicator:
         self.group, self.device, self.dtype = group, device, dtype
         self.stage, self.stages = dist.get_rank(group), dist.get_world_size(group)
         self.is_last = self.stage == self.stages - 1
+        self._messages: list[dist.P2POp] = []
 
     def recv_forward(self, shape: Shape) -> Tensor | None:
-        return self.send_backward_recv_forward(None, shape)
+        x = self._receive(self.stage - 1, shape)
+        return None if x is None else x.requires_grad_()
 
     def send_forward(self, y: Tensor) -> None:
-        self._exchange(self.stage + 1, y, None)
+        self._send(self.stage + 1, y)
 
     def recv_backward(self, y: Tensor) -> Tensor | None:
-        return self._exchange(self.stage + 1, None, y.shape)
+        return self._receive(self.stage + 1, y.shape)
 
     def send_backward(self, x: Tensor | None) -> None:
-        self.send_backward_recv_forward(x, None)
+        self._send(self.stage - 1, None if x is None else x.grad)
 
-    def send_forward_recv_backward(self, y: Tensor, earlier: Tensor) -> Tensor | None:
-        """Send ``y``, and receive the gradient of the activations that were sent ``earlier``."""
-        return self._exchange(self.stage + 1, y, earlier.shape)
-
-    def send_backward_recv_forward(self, x: Tensor | None, shape: Shape | None) -> Tensor | None:
-        """Send the gradient of ``x``, and receive the activations of the next micro-batch."""
-        received = self._exchange(self.stage - 1, None if x is None else x.grad, shape)
-        return None if received is None else received.requires_grad_()
-
-    def _exchange(self, stage: int, sent: Tensor | None, shape: Shape | None) -> Tensor | None:
-        if not 0 <= stage < self.stages:
-            return None
-        received, messages = None, []
-        if sent is not None:
-            sent = sent.detach().contiguous()
-            messages.append(dist.P2POp(dist.isend, sent, group=self.group, group_peer=stage))
-        if shape is not None:
-            received = torch.empty(shape, dtype=self.dtype, device=self.device)
-            messages.append(dist.P2POp(dist.irecv, received, group=self.group, group_peer=stage))
-        for work in dist.batch_isend_irecv(messages):
+    def flush(self) -> None:
+        messages, self._messages = self._messages, []
+        for work in dist.batch_isend_irecv(messages) if messages else ():
             work.wait()
+
+    def _send(self, stage: int, t: Tensor | None) -> None:
+        if t is not None and stage < self.stages:
+            sent = t.detach().contiguous()
+            self._messages.append(dist.P2POp(dist.isend, sent, group=self.group, group_peer=stage))
+
+    def _receive(self, stage: int, shape: Shape) -> Tensor | None:
+        received = None
+        if 0 <= stage < self.stages:
+            received = torch.empty(shape, dtype=self.dtype, device=self.device)
+            self._messages.append(dist.P2POp(dist.irecv, received, group=self.group, group_peer=stage))
+        self.flush()
         return received
 
 
@@ -231,16 +221,7 @@ def gpipe(forward: Forward, backward: Backward, shapes: Sequence[Shape], p2p: P2
 
     Source: Huang et al., GPipe, 2019, https://arxiv.org/abs/1811.06965.
     """
-    kept: deque[tuple[Tensor | None, Tensor]] = deque()
-    for i, shape in enumerate(shapes):
-        x = p2p.recv_forward(shape)
-        y = forward(i, x)
-        p2p.send_forward(y)
-        kept.append((x, y))
-    while kept:
-        x, y = kept.popleft()
-        backward(y, p2p.recv_backward(y))
-        p2p.send_backward(x)
+    _run_passes(forward, backward, shapes, p2p, ahead=len(shapes))
 
 
 def one_forward_one_backward(
@@ -254,25 +235,25 @@ def one_forward_one_backward(
 
     Source: Narayanan et al., PipeDream, 2019, https://doi.org/10.1145/3341301.3359646.
     """
+    _run_passes(forward, backward, shapes, p2p, ahead=p2p.stages - 1 - p2p.stage)
+
+
+def _run_passes(
+    forward: Forward, backward: Backward, shapes: Sequence[Shape], p2p: P2PCommunicator, ahead: int
+) -> None:
+    """Run the passes, each backward pass ``ahead`` micro-batches after its forward pass."""
     kept: deque[tuple[Tensor | None, Tensor]] = deque()
-    m = len(shapes)
-    ahead = min(p2p.stages - 1 - p2p.stage, m)
-    for i in range(ahead):
-        x = p2p.recv_forward(shapes[i])
-        y = forward(i, x)
-        p2p.send_forward(y)
-        kept.append((x, y))
-    received = p2p.recv_forward(shapes[ahead]) if ahead < m else None
-    for i in range(ahead, m):
-        y = forward(i, received)
-        kept.append((received, y))
-        x, earlier = kept.popleft()
-        backward(earlier, p2p.send_forward_recv_backward(y, earlier))
-        received = p2p.send_backward_recv_forward(x, shapes[i + 1] if i + 1 < m else None)
-    while kept:
-        x, y = kept.popleft()
-        backward(y, p2p.recv_backward(y))
-        p2p.send_backward(x)
+    for i in range(len(shapes) + ahead):
+        if i < len(shapes):
+            x = p2p.recv_forward(shapes[i])
+            y = forward(i, x)
+            p2p.send_forward(y)
+            kept.append((x, y))
+        if i >= ahead:
+            x, y = kept.popleft()
+            backward(y, p2p.recv_backward(y))
+            p2p.send_backward(x)
+    p2p.flush()
 
 
 def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:

@@ -13,13 +13,14 @@ import numpy as np
 
 from torchpar.baselines.numpy_mlp import MLP, Array, batches
 from torchpar.errors import ConfigError
+from torchpar.parallel.launch.rendezvous import find_rank_info
 
 T = TypeVar("T")
 
 
 @contextmanager
 def join() -> Iterator[Any]:
-    """Yield the communicator of the processes that mpirun started. Without mpirun it has one process.
+    """Yield the communicator of the processes that mpirun started; without mpirun, `OneProcess`.
 
     An exception that leaves the block ends all processes when this interpreter exits. Otherwise they would
     wait for this process forever.
@@ -27,6 +28,9 @@ def join() -> Iterator[Any]:
     Raises:
         ConfigError: mpi4py or an MPI library is missing.
     """
+    if not find_rank_info():
+        yield OneProcess()
+        return
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as e:  # mpi4py raises RuntimeError if it finds no library
@@ -44,7 +48,7 @@ def join() -> Iterator[Any]:
 
 
 class OneProcess:
-    """A communicator of one process, which needs no MPI. It has the methods that are used here."""
+    """A communicator of one process, which needs no MPI."""
 
     rank, size = 0, 1
 

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Loss = Literal["cross-entropy", "bce"]
-Init = Literal["xavier", "zeros"]
 
 
 def maximum(a: Array, b: Array) -> Array:
@@ -64,9 +63,8 @@ class MLP:
         sizes: such as [784, 30, 10].
         loss: "cross-entropy" takes the softmax of the outputs; "bce", binary cross-entropy per class, takes
             their sigmoids.
-        init: "xavier" draws the weights from a normal distribution of variance 2/(size_i + size_i+1)
-            (Glorot and Bengio, 2010). From "zeros" all neurons of a layer stay alike. Biases are 0.
-        seed: of the weights.
+        seed: of the weights, which are drawn from a normal distribution of variance 2/(size_i + size_i+1)
+            (Glorot and Bengio, 2010). Biases are 0.
     """
 
     def __init__(
@@ -74,7 +72,6 @@ class MLP:
         sizes: Sequence[int],
         *,
         loss: Loss = "cross-entropy",
-        init: Init = "xavier",
         seed: int = 0,
         dtype: type[np.floating[Any]] = np.float32,
     ):
@@ -83,7 +80,7 @@ class MLP:
         self.parameters = np.zeros(sum((m + 1) * n for m, n in pairwise(sizes)), dtype)
         self.weights, self.biases = self.views(self.parameters)
         generator = np.random.default_rng(seed)
-        for weight in self.weights if init == "xavier" else ():
+        for weight in self.weights:
             weight[:] = generator.normal(scale=(2 / sum(weight.shape)) ** 0.5, size=weight.shape)
 
     def views(self, vector: Array) -> tuple[list[Array], list[Array]]:

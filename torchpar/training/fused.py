@@ -12,16 +12,16 @@ a few classes is taken along dim 0 of ``(classes, b)``: along rows of ten number
 long on a CPU.
 """
 
-from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import nll_loss
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from torchpar.errors import ConfigError
-from torchpar.nn import MLP, Linear, LinearReLU, LinearSigmoid
+from torchpar.nn import MLP
 from torchpar.ops import linear_sigmoid
 from torchpar.ops.linear_cpu import linear_forward, mm
 from torchpar.ops.linear_sigmoid import sigmoid_backward
@@ -46,14 +46,11 @@ def why_not_fused(model: torch.nn.Module) -> str:
         return f"the model has {model.output} outputs, not logits"
     if not 0 < model.sizes[-1] <= MAX_CLASSES:
         return f"the model has {model.sizes[-1]} classes, not 1 to {MAX_CLASSES}"
-    hidden = LinearReLU if model.hidden == "relu" else LinearSigmoid
-    kinds = [hidden] * (len(model.sizes) - 2) + [Linear]
-    shapes = [(n, m) for m, n in pairwise(model.sizes)]
-    if [(type(layer), layer.weight.shape) for layer in model.layers] != [*zip(kinds, shapes, strict=True)]:
-        return "a layer of the model has been replaced"
     parameters = [p for layer in model.layers for p in (layer.weight, layer.bias)]
     if not all(type(p) is torch.nn.Parameter and p.requires_grad for p in parameters):
         return "a weight or a bias is not an ordinary parameter, or needs no gradient"
+    if str(model) != str(MLP(model.sizes, model.hidden, device="meta")):
+        return "a layer of the model has been replaced"
     if any(getattr(module, hooks) for module in model.modules() for hooks in _HOOKS) or any(
         p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters
     ):
@@ -202,7 +199,6 @@ class FusedGradients:
             with all_reduced("dp", self._shared.nbytes):
                 self._shared(tensors)
         else:
-            flat = torch.cat([t.flatten() for t in tensors])
+            flat = parameters_to_vector(tensors)
             dist.all_reduce(flat, group=self._group)
-            for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-                t.copy_(total.view_as(t))
+            vector_to_parameters(flat, tensors)

@@ -37,8 +37,9 @@ from torchpar.parallel.launch.agreement import check_same_bits
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import Checkpoints
 from torchpar.profile.phases import phase, step
+from torchpar.training import state
 from torchpar.training.losses import Loss, cross_entropy_sum, evaluate
-from torchpar.training.state import EpochResult, TrainState
+from torchpar.training.state import EpochResult
 from torchpar.training.stop import StopSignal
 
 
@@ -118,11 +119,12 @@ class Run:
 
     Attributes:
         results: of the complete epochs, those before a resumed one included.
+        step: complete steps of the current epoch.
 
     Raises:
-        ConfigError: fewer samples in a batch than ranks; ranks with different models or flags; gradients
-            that differ between the ranks that share a batch, in the optimizer's first step; a checkpoint that
-            is damaged, of another run or of more epochs. On every rank.
+        ConfigError: ranks with different models or flags; gradients that differ between the ranks that share
+            a batch, in the optimizer's first step; a checkpoint that is damaged, of another run or of more
+            epochs. On every rank.
         DivergedError: the training loss of an epoch is not finite. On every rank.
         Stopped: after SIGTERM or SIGINT, if there is a ``checkpoint``. On every rank.
     """
@@ -145,17 +147,13 @@ class Run:
         config: dict[str, Any] | None = None,
         log: "RunLog | None" = None,
     ):
-        if batch_size < world.dp_size:
-            raise ConfigError(
-                f"batch size {batch_size} is smaller than the number of ranks that share it, "
-                f"{world.dp_size}; it counts the samples of all ranks together"
-            )
         if not len(train) or not len(test):
             raise ConfigError(
                 f"{len(train)} training and {len(test)} test samples, expected at least one of each"
             )
         self.model = model
         self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
         self.world = world
         self.train = train
         self.test = test
@@ -167,10 +165,14 @@ class Run:
         self.seed = seed
         self.checkpoint = checkpoint
         own = {"batch_size": batch_size, "seed": seed, "train": len(train)}
-        config = json.loads(json.dumps({**(config or {}), **own}))
+        self.config = json.loads(json.dumps({**(config or {}), **own}))
         others = {"test": len(test), "saving": str(checkpoint)}
-        world.check_same_on_all_ranks("the ranks' flags", {**config, **others})
-        self.state = TrainState(model, optimizer, lr_scheduler, config, world)
+        world.check_same_on_all_ranks("the ranks' flags", {**self.config, **others})
+        self.results: list[EpochResult] = []
+        self.step = 0
+        # This rank's losses of the current epoch, added in the order of the steps: in another order the sum
+        # of a resumed run could differ from that of a whole one.
+        self.loss_sum: float | Tensor = 0.0
         self._log = log or RunLog()
         self._stack = ExitStack()
         self._checkpoints: Checkpoints | None = None
@@ -181,20 +183,16 @@ class Run:
             self._stack.callback(self._first_step.remove)  # of a run without any step
 
     @property
-    def results(self) -> list[EpochResult]:
-        return self.state.results
-
-    @property
     def total_steps(self) -> int:
         """Complete steps since the run began, those before it was resumed included."""
-        return len(self.results) * self.steps_per_epoch + self.state.step
+        return len(self.results) * self.steps_per_epoch + self.step
 
     def __enter__(self) -> Self:
         with self._stack.pop_all() as stack:
             stack.enter_context(self._log.active(self))
             if (config := self.checkpoint) is not None:
                 self._checkpoints = Checkpoints(config.folder, self.world, config.keep, config.asynchronous)
-                if self.state.resume(self._checkpoints):
+                if state.resume(self, self._checkpoints):
                     if (saved := len(self.results)) > self.num_epochs:
                         raise ConfigError(
                             f"{config.folder} holds {saved} epochs, more than the {self.num_epochs} asked for"
@@ -216,12 +214,12 @@ class Run:
         if self.checkpoint is not None and self._checkpoints is None:
             raise RuntimeError("the run was not entered, and would save nothing; use with Run(…) as run")
         while len(self.results) < self.num_epochs:
-            start, first, epoch = time.perf_counter(), self.state.step, len(self.results) + 1
+            start, first, epoch = time.perf_counter(), self.step, len(self.results) + 1
             self._logged = first
             yield epoch
-            if self.state.step != self.steps_per_epoch or self._logged != self.state.step:
+            if self.step != self.steps_per_epoch or self._logged != self.step:
                 raise RuntimeError(
-                    f"{self.state.step} of {self.steps_per_epoch} batches were taken and {self._logged} "
+                    f"{self.step} of {self.steps_per_epoch} batches were taken and {self._logged} "
                     "losses logged; take all batches of an epoch and call run.log once for each"
                 )
             self._end_epoch(epoch, start, first)
@@ -231,7 +229,7 @@ class Run:
         return self._log.steps(self._take(epoch))
 
     def _take(self, epoch: int) -> Iterator[Batch]:
-        first = self.state.step
+        first = self.step
         shares = batches(
             self.train, self.batch_size, seed=self.seed, epoch=epoch, share=self.world.share, start=first
         )
@@ -244,7 +242,7 @@ class Run:
                 yield batch
             if number == first + 1:
                 self._check_replicas()
-            self.state.step = number
+            self.step = number
             self._log.on_step(self, epoch, min(number * self.batch_size, len(self.train)))
             if number < self.steps_per_epoch:  # the last step's comes after the evaluation
                 self._save_if_due()
@@ -252,8 +250,14 @@ class Run:
     def log(self, loss: Tensor) -> None:
         """Add this rank's part of the sum of a step's losses; the ranks' parts add up to it."""
         self._logged += 1
-        if self.world.owns_outputs:
-            self.state.add_loss(loss)
+        if not self.world.owns_outputs:
+            return
+        if loss.is_cpu:
+            self.loss_sum += loss.item()
+            return
+        if not isinstance(self.loss_sum, Tensor):  # on a GPU the host does not wait for it
+            self.loss_sum = torch.tensor(self.loss_sum, dtype=torch.float64, device=loss.device)
+        self.loss_sum += loss.detach().reshape(())
 
     def evaluate(self) -> tuple[float, Tensor]:
         """Return the mean test loss and the outputs ``(n, classes)``, on every rank, in evaluation mode.
@@ -272,7 +276,7 @@ class Run:
                 module.training = training
 
     def _end_epoch(self, epoch: int, start: float, first: int) -> None:
-        total = torch.tensor(self.state.loss(), dtype=torch.float64, device=self.world.device)
+        total = torch.tensor(float(self.loss_sum), dtype=torch.float64, device=self.world.device)
         train_loss = self.world.sum(total).item() / len(self.train)
         if not math.isfinite(train_loss):
             raise DivergedError(
@@ -291,7 +295,8 @@ class Run:
             ranks=self.world.world_size,
             device=self.world.device.type,
         )
-        self.state.end_epoch(result)
+        self.results.append(result)
+        self.step, self.loss_sum = 0, 0.0
         self._log.on_epoch(self, result)
         self._save_if_due()
 
@@ -301,9 +306,9 @@ class Run:
         every = self.checkpoint.every or self.steps_per_epoch
         stopping, at_end = self._stop.wait(), len(self.results) == self.num_epochs
         if stopping or at_end or self.total_steps % every == 0:
-            if self.state.step:  # at an epoch's end the evaluation has done so
+            if self.step:  # at an epoch's end the evaluation has done so
                 self._share_buffers()
-            self.state.save(self._checkpoints, self.total_steps)
+            state.save(self, self._checkpoints)
         if stopping and not at_end:
             self._checkpoints.wait()
             raise Stopped(stopping)

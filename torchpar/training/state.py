@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""Training state: save it to checkpoints and resume from them."""
+"""Training state: save it to checkpoints and resume from them.
+
+It is the parameters, the optimizer, the learning rate, the random state, and the position in the data.
+"""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from torchpar.errors import ConfigError
-from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import Checkpoints
 from torchpar.parallel.save.storage import LocalShard
 from torchpar.parts import is_marked, part_of
 
-# Options of an optimizer that choose how a step is computed. A resumed run keeps its own.
-IMPLEMENTATION_OPTIONS = ("fused", "foreach", "capturable", "differentiable")
+if TYPE_CHECKING:
+    from torchpar.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -45,141 +45,94 @@ class EpochResult:
     device: str
 
 
-class TrainState:
-    """State of a run on this rank: parameters, optimizer, learning rate, random state, position in the data.
+def save(run: "Run", checkpoints: Checkpoints) -> None:
+    """Save as the checkpoint of the run's step. Every rank calls it."""
+    losses = torch.zeros(run.world.world_size, dtype=torch.float64, device=run.world.device)
+    losses[run.world.rank] = float(run.loss_sum)
+    tensors = _model_tensors(run.model)
+    for name, p in run.model.named_parameters():
+        for key, value in run.optimizer.state[p].items():
+            # A value of its parameter's shape is split as the parameter is. Others must be scalars.
+            if is_marked(p) and value.dim() and value.shape != p.shape:
+                raise ConfigError(
+                    f"the optimizer's {key} of {name} has shape {tuple(value.shape)}, expected "
+                    f"{tuple(p.shape)} or a number, as {name} is split over ranks; take another optimizer"
+                )
+            tensors[f"optimizer.{name}.{key}"] = _shard(p, value)
+    tensors |= _random_states(run.world.rank)
+    own = ("params", "param_names")  # of this rank
+    state = {
+        "run": run.config,
+        "results": [asdict(result) for result in run.results],
+        "step": run.step,
+        "losses": run.world.sum(losses).tolist(),
+        "rate": run.lr_scheduler.state_dict() if run.lr_scheduler else {},
+        "groups": [{k: v for k, v in g.items() if k not in own} for g in run.optimizer.param_groups],
+    }
+    checkpoints.save(run.total_steps, tensors, state)
 
-    Attributes:
-        results: of the complete epochs.
-        step: complete steps of the current epoch.
+
+def resume(run: "Run", checkpoints: Checkpoints) -> bool:
+    """Continue from the newest whole checkpoint. Return False if there is none.
+
+    Each rank restores its own random state. A rank that the saved run did not have keeps its current one.
+
+    Raises:
+        ConfigError: the checkpoint was saved by another run or another program; on every rank.
     """
+    saved = checkpoints.load()
+    if saved is None:
+        return False
+    folder, rank = checkpoints.folder, run.world.rank
+    state = saved.state
+    was, now = state.get("run", {}), run.config
+    if differing := sorted(key for key in now.keys() & was.keys() if was[key] != now[key]):
+        of = [", ".join(f"{key} {config[key]}" for key in differing) for config in (was, now)]
+        raise ConfigError(f"{folder} holds a run with {of[0]}, this one has {of[1]}; use another folder")
+    try:
+        tensors = _model_tensors(run.model)
+        for name, p in run.model.named_parameters():
+            prefix = f"optimizer.{name}."
+            for key in (key for key in saved.shapes if key.startswith(prefix)):
+                shape = saved.shapes[key]
+                like = p if shape == part_of(p).whole else torch.zeros(shape)
+                value = torch.zeros_like(like, requires_grad=False)
+                run.optimizer.state[p][key.removeprefix(prefix)] = value
+                tensors[key] = _shard(p, value)
+        random = {key: value for key, value in _random_states(rank).items() if key in saved.shapes}
+        saved.read({**tensors, **random})
+        for group, values in zip(run.optimizer.param_groups, state["groups"], strict=True):
+            group.update(values)
+        if run.lr_scheduler:
+            run.lr_scheduler.load_state_dict(state["rate"])
+        run.results = [EpochResult(**result) for result in state["results"]]
+        run.step, losses = state["step"], state["losses"]
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        if isinstance(e, ConfigError):
+            raise
+        reason = f"{type(e).__name__}: {e}".partition("\n")[0]
+        raise ConfigError(f"{folder} holds no checkpoint of this run ({reason}); use another folder") from e
+    for key, value in random.items():
+        (torch.cuda.set_rng_state if "cuda" in key else torch.set_rng_state)(value)
+    if len(losses) == run.world.world_size:
+        run.loss_sum = losses[rank]
+    elif rank == 0:
+        run.loss_sum = sum(losses)
+    return True
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        optimizer: Optimizer,
-        lr_scheduler: LRScheduler | None,
-        config: dict[str, Any],
-        world: World,
-    ):
-        self.model = model
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
-        self.config = config
-        self.world = world
-        self.results: list[EpochResult] = []
-        self.step = 0
-        self._loss: float | Tensor = 0.0
 
-    def add_loss(self, loss: Tensor) -> None:
-        """Add this rank's part of the sum of a step's losses."""
-        if loss.is_cpu:
-            self._loss += loss.item()
-            return
-        if not isinstance(self._loss, Tensor):  # on a GPU the host does not wait for it
-            self._loss = torch.tensor(self._loss, dtype=torch.float64, device=loss.device)
-        self._loss += loss.detach().reshape(())
+def _model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    tensors = {f"model.{name}": _shard(p, p) for name, p in model.named_parameters()}
+    return tensors | {f"model.{name}": buffer for name, buffer in model.named_buffers()}
 
-    def loss(self) -> float:
-        """This rank's part of the sum of the losses of the current epoch, added in the order of the steps.
 
-        In another order the sum of a resumed run could differ from that of a whole one.
-        """
-        return float(self._loss)
-
-    def end_epoch(self, result: EpochResult) -> None:
-        """Append the result of the current epoch and begin the next one."""
-        self.results.append(result)
-        self.step = 0
-        self._loss = 0.0
-
-    def save(self, checkpoints: Checkpoints, total_steps: int) -> None:
-        """Save as checkpoint number ``total_steps``. Every rank calls it."""
-        losses = torch.zeros(self.world.world_size, dtype=torch.float64, device=self.world.device)
-        losses[self.world.rank] = self.loss()
-        tensors = self._model_tensors()
-        for name, p in self.model.named_parameters():
-            for key, value in self.optimizer.state[p].items():
-                # A value of its parameter's shape is split as the parameter is. Others must be scalars.
-                if is_marked(p) and value.dim() and value.shape != p.shape:
-                    raise ConfigError(
-                        f"the optimizer's {key} of {name} has shape {tuple(value.shape)}, expected "
-                        f"{tuple(p.shape)} or a number, as {name} is split over ranks; take another optimizer"
-                    )
-                tensors[f"optimizer.{name}.{key}"] = _shard(p, value)
-        tensors |= self._random_states()
-        own = ("params", "param_names")  # of this rank
-        groups = [{k: v for k, v in g.items() if k not in own} for g in self.optimizer.param_groups]
-        state = {
-            "run": self.config,
-            "results": [asdict(result) for result in self.results],
-            "step": self.step,
-            "losses": self.world.sum(losses).tolist(),
-            "rate": self.lr_scheduler.state_dict() if self.lr_scheduler else {},
-            "groups": groups,
-        }
-        checkpoints.save(total_steps, tensors, state)
-
-    def resume(self, checkpoints: Checkpoints) -> bool:
-        """Continue from the newest whole checkpoint. Return False if there is none.
-
-        Each rank restores its own random state. A rank that the saved run did not have keeps its current one.
-
-        Raises:
-            ConfigError: the checkpoint was saved by another run or another program; on every rank.
-        """
-        saved = checkpoints.load()
-        if saved is None:
-            return False
-        folder = checkpoints.folder
-        state = saved.state
-        was, now = state.get("run", {}), self.config
-        if differing := sorted(key for key in now.keys() & was.keys() if was[key] != now[key]):
-            of = [", ".join(f"{key} {config[key]}" for key in differing) for config in (was, now)]
-            raise ConfigError(f"{folder} holds a run with {of[0]}, this one has {of[1]}; use another folder")
-        try:
-            tensors = self._model_tensors()
-            for name, p in self.model.named_parameters():
-                prefix = f"optimizer.{name}."
-                for key in (key for key in saved.shapes if key.startswith(prefix)):
-                    shape = saved.shapes[key]
-                    like = p if shape == part_of(p).whole else torch.zeros(shape)
-                    value = torch.zeros_like(like, requires_grad=False)
-                    self.optimizer.state[p][key.removeprefix(prefix)] = value
-                    tensors[key] = _shard(p, value)
-            random = {key: value for key, value in self._random_states().items() if key in saved.shapes}
-            saved.read({**tensors, **random})
-            for group, values in zip(self.optimizer.param_groups, state["groups"], strict=True):
-                group.update({k: v for k, v in values.items() if k not in IMPLEMENTATION_OPTIONS})
-            if self.lr_scheduler:
-                self.lr_scheduler.load_state_dict(state["rate"])
-            self.results = [EpochResult(**result) for result in state["results"]]
-            self.step, losses = state["step"], state["losses"]
-        except (KeyError, TypeError, AttributeError, ValueError) as e:
-            if isinstance(e, ConfigError):
-                raise
-            reason = f"{type(e).__name__}: {e}".partition("\n")[0]
-            raise ConfigError(
-                f"{folder} holds no checkpoint of this run ({reason}); use another folder"
-            ) from e
-        for key, value in random.items():
-            (torch.cuda.set_rng_state if "cuda" in key else torch.set_rng_state)(value)
-        if len(losses) == self.world.world_size:
-            self._loss = losses[self.world.rank]
-        elif self.world.rank == 0:
-            self._loss = sum(losses)
-        return True
-
-    def _model_tensors(self) -> dict[str, Tensor]:
-        tensors = {f"model.{name}": _shard(p, p) for name, p in self.model.named_parameters()}
-        return tensors | {f"model.{name}": buffer for name, buffer in self.model.named_buffers()}
-
-    def _random_states(self) -> dict[str, Tensor]:
-        """Return this rank's random states under names of its own."""
-        suffix = f".{self.world.rank}" if self.world.rank else ""
-        states = {f"random.cpu{suffix}": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            states[f"random.cuda{suffix}"] = torch.cuda.get_rng_state()
-        return states
+def _random_states(rank: int) -> dict[str, Tensor]:
+    """Return this rank's random states under names of its own."""
+    suffix = f".{rank}" if rank else ""
+    states = {f"random.cpu{suffix}": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states[f"random.cuda{suffix}"] = torch.cuda.get_rng_state()
+    return states
 
 
 def _shard(p: Tensor, t: Tensor) -> Tensor:
