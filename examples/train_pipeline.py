@@ -39,7 +39,7 @@ from torchpar import training
 from torchpar.nn import MLP
 from torchpar.parallel import World, join_world
 from torchpar.parallel.split.pipeline import PipelineSchedule, check_one_rank_per_gpu, stage_mlp
-from torchpar.profile.phases import timed
+from torchpar.profile.phases import phase
 from torchpar.reference import P2PCommunicator, gpipe, one_forward_one_backward
 from torchpar.training import Run
 
@@ -63,7 +63,7 @@ def by_hand(flags: Flags, world: World, stage: MLP, timeline: Timeline | None) -
     """Return the functions that compute the gradients of a batch, and the outputs of a batch."""
     check_one_rank_per_gpu(world)
     schedule = gpipe if flags.pipeline == "gpipe" else one_forward_one_backward
-    run_schedule = timed("pipeline")(schedule)  # messages, and the time in which this rank waits for them
+    run_schedule = phase("pipeline")(schedule)  # messages, and the time in which this rank waits for them
     p2p = P2PCommunicator(world.mesh.get_group("pp"), world.device)
     width = next(stage.parameters()).shape[1]  # of the activations that the previous stage sends
 
@@ -72,7 +72,7 @@ def by_hand(flags: Flags, world: World, stage: MLP, timeline: Timeline | None) -
         parts, targets = x.tensor_split(flags.micro_batches), labels.tensor_split(flags.micro_batches)
         losses = []
 
-        @timed("forward")
+        @phase("forward")
         def forward(i: int, activations: Tensor | None) -> Tensor:
             outputs: Tensor = stage(parts[i] if activations is None else activations)
             if not p2p.is_last:

@@ -33,7 +33,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from torchpar.data import Batch, Samples, batches
 from torchpar.errors import ConfigError, DivergedError
-from torchpar.parallel.launch.agreement import check_same_bits
+from torchpar.parallel.launch.agreement import check_same_bits, check_same_on_all_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import Checkpoints
 from torchpar.profile.phases import phase, step
@@ -169,7 +169,7 @@ class Run:
         own = {"batch_size": batch_size, "seed": seed, "train": len(train)}
         config = json.loads(json.dumps({**(config or {}), **own}))
         others = {"test": len(test), "saving": str(checkpoint)}
-        world.check_same_on_all_ranks("the ranks' flags", {**config, **others})
+        check_same_on_all_ranks(None, "the ranks' flags", {**config, **others})
         self.state = TrainState(model, optimizer, lr_scheduler, config, world)
         self._log = log or RunLog()
         self._stack = ExitStack()
