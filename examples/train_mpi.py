@@ -28,7 +28,7 @@ from torchpar.baselines import mpi
 from torchpar.baselines.numpy_mlp import MLP, SGD
 from torchpar.data import Samples, load
 from torchpar.errors import ConfigError
-from torchpar.profile.phases import Phases, timed
+from torchpar.profile.phases import Phases, phase
 from torchpar.training import EpochResult
 
 
@@ -68,9 +68,9 @@ def main(flags: Flags) -> None:
         results: list[EpochResult] = []
         epochs = track(range(1, flags.epochs + 1), "epochs", transient=True, disable=world.rank > 0)
         with Phases(torch.device("cpu")) as phases:
-            scatter = timed("data")(mpi.scatter_batches)
-            backward = timed("backward")(model.backward)
-            allreduce = timed("collectives")(world.Allreduce)
+            scatter = phase("data")(mpi.scatter_batches)
+            backward = phase("backward")(model.backward)
+            allreduce = phase("collectives")(world.Allreduce)
             for epoch in epochs:
                 start, train_loss = time.perf_counter(), 0.0
                 batches = scatter(world, train, n_train, flags.batch_size, order)

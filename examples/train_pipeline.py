@@ -23,13 +23,11 @@ Both messages have the shape (rows of the micro-batch, width of the layer betwee
 are `torchpar.reference.gpipe` and `one_forward_one_backward`, loops over these passes and messages. The
 gradients equal, bit for bit, those of one process that adds up the gradients of the micro-batches.
 
-``--draw`` prints the timeline as it was measured. With ``--library`` the same training is run by
-torch.distributed.pipelining, which takes micro-batches of equal size: it pads the last ones.
+``--draw`` prints the timeline as it was measured.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from support import cli, session
@@ -38,16 +36,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from torchpar import training
-from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel import World, join_world
-from torchpar.parallel.split.pipeline import (
-    Pipeline,
-    PipelineSchedule,
-    check_one_rank_per_gpu,
-    stage_mlp,
-)
-from torchpar.profile.phases import timed
+from torchpar.parallel.split.pipeline import PipelineSchedule, check_one_rank_per_gpu, stage_mlp
+from torchpar.profile.phases import phase
 from torchpar.reference import P2PCommunicator, gpipe, one_forward_one_backward
 from torchpar.training import Run
 
@@ -62,14 +54,13 @@ class Flags(cli.TrainFlags):
     pipeline: PipelineSchedule = "1f1b"  # Order of the forward and backward passes.
     micro_batches: int = 4  # Parts into which a batch is cut.
     draw: bool = False  # Print the measured timeline of a step, a line per rank; for ranks of one machine.
-    library: bool = False  # Run the schedule of torch.distributed.pipelining.
 
 
 def by_hand(flags: Flags, world: World, stage: MLP, timeline: Timeline | None) -> tuple[Gradients, Predict]:
     """Return the functions that compute the gradients of a batch, and the outputs of a batch."""
     check_one_rank_per_gpu(world)
     schedule = gpipe if flags.pipeline == "gpipe" else one_forward_one_backward
-    run_schedule = timed("pipeline")(schedule)  # messages, and the time in which this rank waits for them
+    run_schedule = phase("pipeline")(schedule)  # messages, and the time in which this rank waits for them
     p2p = P2PCommunicator(world.mesh.get_group("pp"), world.device)
     width = next(stage.parameters()).shape[1]  # of the activations that the previous stage sends
 
@@ -78,7 +69,7 @@ def by_hand(flags: Flags, world: World, stage: MLP, timeline: Timeline | None) -
         parts, targets = x.tensor_split(flags.micro_batches), labels.tensor_split(flags.micro_batches)
         losses = []
 
-        @timed("forward")
+        @phase("forward")
         def forward(i: int, activations: Tensor | None) -> Tensor:
             outputs: Tensor = stage(parts[i] if activations is None else activations)
             if not p2p.is_last:
@@ -112,8 +103,6 @@ def by_hand(flags: Flags, world: World, stage: MLP, timeline: Timeline | None) -
 def main(flags: Flags) -> None:
     with join_world(flags.device, flags.timeout) as world:
         world = world.with_mesh(pp=world.world_size)
-        if flags.draw and flags.library:
-            raise ConfigError("--draw records the schedules by hand; leave out --library")
         train, test = session.load(flags, world)
         timeline = Timeline(world) if flags.draw else None
         torch.manual_seed(flags.seed)
@@ -121,14 +110,7 @@ def main(flags: Flags) -> None:
         stage = stage_mlp(MLP(flags.layer_sizes(train)).to(world.device), world.mesh["pp"])
         if flags.compile:
             stage.compile()
-        gradients: Gradients
-        predict: Predict
-        if flags.library:
-            pipeline = Pipeline(stage, world, flags.pipeline, flags.micro_batches)
-            gradients = partial(pipeline.step, loss_sum=partial(cross_entropy, reduction="sum"))
-            predict = pipeline.predict
-        else:
-            gradients, predict = by_hand(flags, world, stage, timeline)
+        gradients, predict = by_hand(flags, world, stage, timeline)
         optimizer = session.make_optimizer(flags, stage)
         lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 

@@ -154,7 +154,6 @@ SPLITS = [
     ("train_tensor_parallel", 2, "", "tp"),
     ("train_pipeline", 2, "--draw", "pp"),
     ("train_pipeline", 2, "--pipeline gpipe --micro-batches 2 --draw", "pp"),
-    ("train_pipeline", 2, "--library", "pp"),
     ("train_parallel", 4, "--dp 2 --tp 2", "dp tp"),
     (
         "train_parallel",
@@ -334,7 +333,6 @@ ERRORS = [
     ("train_ddp", "--crop 14", "crop 14 and pool 2 leave nothing of images of 28 × 28"),
     ("train_ddp", "--data /nonexistent", "/FashionMNIST/raw/train-images-idx3-ubyte.gz is missing"),
     ("train_ddp", "--metrics /dev/null/m.jsonl", "cannot be written.*/dev/null"),
-    ("train_pipeline", "--draw --library", "--draw records the schedules by hand; leave out --library"),
     ("train_mpi", "--device cuda", "--device cuda: NumPy computes on the CPU"),
     ("fashion_pooled", "--device cuda", "--device cuda: NumPy computes on the CPU"),
     ("quadrants", "--processes 2 4", "expected 1 and then multiples of the last"),

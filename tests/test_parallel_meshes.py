@@ -179,7 +179,6 @@ def refusals() -> None:
         for message, build in (
             (f"dp 2 × tp 0 × pp 1 is 0 ranks, but {advice}", partial(world.with_mesh, dp=2, tp=0)),
             ("pp 2 makes more stages than the model has layers, 1", partial(stage_mlp, one, pp.mesh["pp"])),
-            ("1 micro-batches are fewer than the 2 stages", partial(Pipeline, one, pp, "1f1b", 1)),
             ("a pipeline on GPUs needs one rank per GPU", partial(check_one_rank_per_gpu, shared)),
             ("schedule is 'zigzag', expected one of ['1f1b', 'gpipe']", partial(Pipeline, one, pp, "zigzag")),
         ):

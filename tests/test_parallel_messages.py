@@ -82,8 +82,8 @@ def sums(dimension: str, *nbytes: int) -> Counter[tuple[str, str, int]]:
     return Counter((dimension, "all_reduce", n) for n in nbytes)
 
 
-def neighbour(nbytes: int, micro_batches: int = 4) -> Counter[tuple[str, str, int]]:
-    return Counter({("pp", "send", nbytes): micro_batches, ("pp", "recv", nbytes): micro_batches})
+def neighbour(*nbytes: int) -> Counter[tuple[str, str, int]]:
+    return Counter(("pp", operation, n) for n in nbytes for operation in ("send", "recv"))
 
 
 # Forward, a pair sums its output; backward, the gradient of its input, if that is not the model's.
@@ -94,13 +94,10 @@ def neighbour(nbytes: int, micro_batches: int = 4) -> Counter[tuple[str, str, in
         ({"tp": 2}, SIZES, sums("tp", 4 * 12 * 4, 4 * 12 * 2, 4 * 12 * 4)),
         ({"tp": 2}, SIZES[:4], sums("tp", 4 * 12 * 4)),  # the last layer is whole
         ({"dp": 2, "tp": 2}, SIZES, sums("tp", 96, 48, 96) + sums("dp", 4 * (28 + 20 + 25 + 12))),
-        (
-            {"dp": 2, "pp": 2},
-            SIZES,
-            [neighbour(4 * 2 * 4) + sums("dp", 4 * 92), neighbour(4 * 2 * 4) + sums("dp", 4 * 72)],
-        ),
+        # Micro-batches of 2, 2, 1 and 1 samples.
+        ({"dp": 2, "pp": 2}, SIZES, [neighbour(32, 32, 16, 16) + sums("dp", 4 * n) for n in (92, 72)]),
         # A border within a pair, of half its width.
-        ({"tp": 2, "pp": 2}, SIZES[:3], [neighbour(48), neighbour(48) + sums("tp", *[48] * 4)]),
+        ({"tp": 2, "pp": 2}, SIZES[:3], [neighbour(*[48] * 4) + sums("tp", *[48] * n) for n in (0, 4)]),
     ],
 )
 def test_messages_of_a_mesh(ranks, axes, sizes, expected):

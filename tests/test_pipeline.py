@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The pipeline schedules by hand, compared with the library's and with one process, and their timelines."""
+"""The schedules of a pipeline, compared with one process, and their timelines."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -24,23 +23,6 @@ SCHEDULES = {"gpipe": gpipe, "1f1b": one_forward_one_backward}
 LARGE = (2048, 2048)  # 16 MiB
 SIZES = (25, 33, 7, 5, 10)
 EQUAL = {"rtol": 0.0, "atol": 0.0}
-
-
-def step_by_hand(
-    schedule: str, stage: Callable[[Tensor], Tensor], shapes: list[Any], p2p: P2PCommunicator, batch: Any
-) -> Tensor:
-    """The passes of a batch: parts of x and of the labels; the sum of the losses on the last stage."""
-    (parts, targets), losses = batch, [torch.zeros((), dtype=p2p.dtype)]
-
-    def forward(i: int, activations: Tensor | None) -> Tensor:
-        y = stage(parts[i] if activations is None else activations)
-        if not p2p.is_last:
-            return y
-        losses.append(sum_of_losses(y, targets[i]))
-        return losses[-1] / sum(map(len, parts))
-
-    SCHEDULES[schedule](forward, Tensor.backward, shapes, p2p)
-    return torch.stack(losses[1:] or losses).sum().detach()
 
 
 class Training(NamedTuple):
@@ -65,40 +47,29 @@ TRAININGS = [
 
 
 def train(training: Training, schedule: str) -> None:
-    """Compare the losses and weights of each step with the whole model's and the library's."""
+    """Compare the losses and weights of each step with the whole model's."""
     torch.manual_seed(0)
     whole = MLP(SIZES, "relu")
     with join_world("cpu") as world:
         world = world.with_mesh(pp=training.pp)
-        stage, twin = (stage_mlp(copy.deepcopy(whole), world.mesh["pp"]) for _ in range(2))
-        p2p = P2PCommunicator(world.mesh.get_group("pp"))
-        # Else the library pads the last micro-batches, and takes no fewer of them than stages.
-        with_library = training.micro_batches >= training.pp and not any(
-            n % training.micro_batches for n in training.batches
-        )
-        if with_library:
-            pipeline = Pipeline(twin, world, schedule, training.micro_batches)
+        stage = stage_mlp(copy.deepcopy(whole), world.mesh["pp"])
+        pipeline = Pipeline(stage, world, schedule, training.micro_batches)
         optimizers = [
-            torch.optim.SGD(m.parameters(), lr=0.3, momentum=0.9, foreach=False) for m in (whole, stage, twin)
+            torch.optim.SGD(m.parameters(), lr=0.3, momentum=0.9, foreach=False) for m in (whole, stage)
         ]
         for n in training.batches:
             x, labels = torch.randn(n, SIZES[0]), torch.randint(SIZES[-1], (n,))
-            batch = parts, targets = [t.tensor_split(training.micro_batches) for t in (x, labels)]
-            shapes = [(len(part), next(stage.parameters()).shape[1]) for part in parts]
-            loss = step_by_hand(schedule, stage, shapes, p2p, batch)
+            parts, targets = (t.tensor_split(training.micro_batches) for t in (x, labels))
             losses = [sum_of_losses(whole(p), t) for p, t in zip(parts, targets, strict=True)]
             for one in losses:
                 (one / n).backward()
-            assert_close(loss, torch.stack(losses).sum().detach() * p2p.is_last, **EQUAL)
-            if with_library:
-                assert_close(pipeline.step(x, labels, n, sum_of_losses), loss, **EQUAL)
+            loss = pipeline.step(x, labels, n, sum_of_losses)
+            assert_close(loss, torch.stack(losses).sum().detach() * world.owns_outputs, **EQUAL)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             weights, parameters = stage.state_dict(), whole.state_dict()
             assert_close(weights, {name: parameters[name] for name in weights}, **EQUAL)
-            if with_library:
-                assert_close(twin.state_dict(), weights, **EQUAL)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +77,7 @@ def train(training: Training, schedule: str) -> None:
     [*((training, "1f1b") for training in TRAININGS), *((training, "gpipe") for training in TRAININGS[1:3])],
     ids=str,
 )
-def test_a_schedule_trains_as_one_process_and_as_the_library(ranks, training, schedule):
+def test_a_schedule_trains_as_one_process(ranks, training, schedule):
     """With the bits of one process that adds up the gradients of the same micro-batches."""
     ranks(training.pp, train, training, schedule)
 

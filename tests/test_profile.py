@@ -12,7 +12,7 @@ from commands import lesson, rows_of
 from fake_data import fashion_mnist
 
 from torchpar.profile.collectives import SHARED
-from torchpar.profile.phases import Phases, phase, timed
+from torchpar.profile.phases import Phases, phase
 
 PRODUCT = r"aten::(add)?mm|mkldnn::_linear_pointwise"
 
@@ -81,7 +81,7 @@ def test_a_step_is_divided_at_its_backward_pass(monkeypatch):
             loss = x * 2
             loss.register_hook(lambda g: spend(3.0))
             loss.backward()
-            timed("collectives")(spend)(0.25)
+            phase("collectives")(spend)(0.25)
             spend(2.0)
     expected = {"data": 10.0, "forward": 2.0, "backward": 6.0, "collectives": 1.5, "optimizer": 4.0}
     assert phases.seconds == {"pipeline": 0.0, **expected}

@@ -210,7 +210,7 @@ def gpipe(forward: Forward, backward: Backward, shapes: Sequence[Shape], p2p: P2
 
     With p stages of equal work and m micro-batches, a stage is idle for ``(p − 1) / (m + p − 1)`` of a step.
     It keeps the activations of m micro-batches. The gradients of the parameters are added up in the order of
-    the micro-batches. The library's version is `torchpar.parallel.split.pipeline.Pipeline`.
+    the micro-batches. `torchpar.parallel.Pipeline` runs these schedules.
 
     Args:
         forward: the number of a micro-batch, and the activations from the previous stage, None on the first

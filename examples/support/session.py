@@ -20,6 +20,7 @@ from support.cli import TrainFlags
 from torchpar import data, training
 from torchpar.data import Samples
 from torchpar.errors import ConfigError
+from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.clip import clip_grad_norm_
 from torchpar.parallel.split.shared_memory import can_share_memory
@@ -40,7 +41,7 @@ def load(flags: TrainFlags, world: World) -> tuple[Samples, Samples]:
         ConfigError: different flags, or no data; on every rank.
     """
     shared = {name: value for name, value in asdict(flags).items() if name not in ("data", "device")}
-    world.check_same_on_all_ranks("the ranks' flags", shared)
+    check_same_on_all_ranks(None, "the ranks' flags", shared)
     loaded: list[Samples] = []
     world.gather_results(lambda: loaded.extend(_load(flags, world)))
     train, test = loaded

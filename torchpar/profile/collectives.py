@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -13,8 +13,10 @@ from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from torchpar.parallel.launch.world import World
 from torchpar.profile.phases import phase
+
+if TYPE_CHECKING:
+    from torchpar.parallel.launch.world import World
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Collectives(TorchDispatchMode):
 
     active: ClassVar["Collectives | None"] = None
 
-    def __init__(self, world: World):
+    def __init__(self, world: "World"):
         super().__init__()
         self.calls: list[Call] = []
         self._dimensions = {

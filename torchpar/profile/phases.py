@@ -12,42 +12,32 @@ A step is divided at its backward pass: what comes before it is "forward", what 
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import wraps
-from typing import ClassVar, ParamSpec, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 
 B = TypeVar("B")
-P = ParamSpec("P")
-R = TypeVar("R")
-_NOTHING = nullcontext()
 PHASES = ("data", "forward", "backward", "pipeline", "collectives", "optimizer")
 
 
-def phase(name: str) -> AbstractContextManager[None]:
-    """Count the seconds of the block as phase ``name``, one of `PHASES`, if a `Phases` is active."""
-    return _NOTHING if Phases.active is None else Phases.active.measure(name)
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Count the seconds of the block as phase ``name``, one of `PHASES`, if a `Phases` is active.
 
-
-def timed(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Return a decorator of functions whose calls are counted as phase ``name``, if a `Phases` is active."""
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        @wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            with phase(name):
-                return function(*args, **kwargs)
-
-        return call
-
-    return decorate
+    As a decorator, count each call of the function.
+    """
+    if Phases.active is None:
+        yield
+    else:
+        with Phases.active.measure(name):
+            yield
 
 
 def step() -> AbstractContextManager[None]:
     """Count the seconds of the block, which is a step without its data, if a `Phases` is active."""
-    return _NOTHING if Phases.active is None else Phases.active.step()
+    return nullcontext() if Phases.active is None else Phases.active.step()
 
 
 class Phases:
@@ -73,7 +63,7 @@ class Phases:
         Phases.active = self
         # PyTorch has hooks around a forward pass and an optimizer's step, but none around a backward pass.
         self._backward = torch.Tensor.backward
-        torch.Tensor.backward = timed("backward")(self._backward)  # type: ignore[method-assign]
+        torch.Tensor.backward = phase("backward")(self._backward)  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -33,7 +33,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from torchpar.data import Batch, Samples, batches
 from torchpar.errors import ConfigError, DivergedError
-from torchpar.parallel.launch.agreement import check_same_bits
+from torchpar.parallel.launch.agreement import check_same_bits, check_same_on_all_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import Checkpoints
 from torchpar.profile.phases import phase, step
@@ -167,7 +167,7 @@ class Run:
         own = {"batch_size": batch_size, "seed": seed, "train": len(train)}
         self.config = json.loads(json.dumps({**(config or {}), **own}))
         others = {"test": len(test), "saving": str(checkpoint)}
-        world.check_same_on_all_ranks("the ranks' flags", {**self.config, **others})
+        check_same_on_all_ranks(None, "the ranks' flags", {**self.config, **others})
         self.results: list[EpochResult] = []
         self.step = 0
         # This rank's losses of the current epoch, added in the order of the steps: in another order the sum

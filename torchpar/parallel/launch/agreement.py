@@ -18,7 +18,7 @@ from torchpar.library import is_dtensor
 
 
 def check_same_on_all_ranks(group: dist.ProcessGroup | None, what: str, values: Mapping[str, Any]) -> None:
-    """Compare ``values``, by name, between the ranks of ``group``.
+    """Compare ``values``, by name, between the ranks of ``group``, None for all ranks.
 
     Args:
         what: a noun for the values, which the error message begins with.

@@ -31,10 +31,8 @@ import torch.distributed as dist
 from torchpar.parallel.launch.world import World, join_world
 
 # Imports that take longer than most calls. DistributedDataParallel imports the compiler.
-PRELOAD = [
-    *("torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.testing"),
-    *("torch.distributed.pipelining", "torch.distributed.tensor.debug"),
-]
+PRELOAD = [f"torch.{name}" for name in ("_dynamo", "testing")]
+PRELOAD += [f"torch.distributed.{name}" for name in ("checkpoint", "fsdp", "tensor.debug")]
 TIMEOUT = 120.0  # seconds for a call
 GRACE = 10.0  # seconds for the other ranks, once one has failed
 LATER = (TimeoutError, BrokenProcessPool, RuntimeError)  # the errors of ranks that others left alone

@@ -56,7 +56,7 @@ class World:
         Raises:
             ConfigError: the product is not the number of ranks. On every rank.
         """
-        self.check_same_on_all_ranks("mesh", {"dp": dp, "tp": tp, "pp": pp})
+        check_same_on_all_ranks(None, "mesh", {"dp": dp, "tp": tp, "pp": pp})
         if min(dp, tp, pp) < 1 or dp * tp * pp != self.world_size:
             raise ConfigError(
                 f"dp {dp} × tp {tp} × pp {pp} is {dp * tp * pp} ranks, but {self.world_size} were started; "
@@ -125,11 +125,6 @@ class World:
             if error is not None:
                 raise error
         return [result for result, _ in outcomes]
-
-    def check_same_on_all_ranks(self, what: str, values: dict[str, Any]) -> None:
-        """Call `torchpar.parallel.launch.agreement.check_same_on_all_ranks` over all ranks."""
-        if self.world_size > 1:
-            check_same_on_all_ranks(None, what, values)
 
 
 @contextmanager

@@ -3,23 +3,19 @@
 
 With p stages and m micro-batches a stage is idle for (p − 1)/(m + p − 1) of a step. Neighbouring stages
 exchange activations in the forward pass and their gradients in the backward pass; nothing else travels.
-"gpipe" runs all forward passes before the backward passes and keeps the activations of m micro-batches
-(Huang et al., 2019). "1f1b" starts each backward pass as soon as it can and keeps those of at most p
-(Narayanan et al., 2019). Both schedules are those of `torch.distributed.pipelining`.
+`torchpar.reference` has both schedules: `gpipe` runs all forward passes before the backward passes and keeps
+the activations of m micro-batches. `one_forward_one_backward`, "1f1b", starts each backward pass as soon as
+it can and keeps those of at most p.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import cache
-from math import ceil
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
-from torch.nn.functional import pad
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from torchpar.errors import ConfigError
@@ -27,10 +23,11 @@ from torchpar.nn import MLP
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.reduction import all_reduce
 from torchpar.profile.phases import phase
+from torchpar.reference import P2PCommunicator, gpipe, one_forward_one_backward
 
 LossSum = Callable[[Tensor, Tensor], Tensor]  # outputs, labels → the loss summed over samples
 PipelineSchedule = Literal["gpipe", "1f1b"]
-_SCHEDULES: dict[str, Any] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+_SCHEDULES = {"gpipe": gpipe, "1f1b": one_forward_one_backward}
 
 
 def stage_mlp(mlp: MLP, mesh: DeviceMesh) -> MLP:
@@ -61,17 +58,18 @@ def check_one_rank_per_gpu(world: World) -> None:
 
 
 class Pipeline:
-    """Forward and backward passes of a model whose layers are split over the mesh's "pp" dimension.
+    """Forward and backward passes of an MLP whose layers are split over the mesh's "pp" dimension.
+
+    The sums have the bits of one process that adds up the gradients of the micro-batches.
 
     Args:
-        module: this rank's stage.
+        module: this rank's stage, from `stage_mlp`.
         world: its mesh's "pp" dimension holds the stages, and its "dp" dimension the replicas of each.
         schedule: "gpipe" or "1f1b".
-        micro_batches: the number of equal parts of this rank's share of a batch. The last parts are
-            padded with unlabelled samples, which do not contribute to the loss.
+        micro_batches: the number of parts of this rank's share of a batch, cut by `torch.tensor_split`.
 
     Raises:
-        ConfigError: fewer micro-batches than stages, an unknown schedule, or ranks that share a GPU.
+        ConfigError: an unknown schedule, or ranks that share a GPU.
     """
 
     def __init__(
@@ -81,23 +79,16 @@ class Pipeline:
         schedule: PipelineSchedule = "1f1b",
         micro_batches: int = 4,
     ):
-        self.mesh = world.mesh["pp"]
-        self.replicas = world.mesh["dp"]
-        self.module = module
-        self.micro_batches = micro_batches
         if schedule not in _SCHEDULES:
             raise ConfigError(f"schedule is {schedule!r}, expected one of {sorted(_SCHEDULES)}")
-        if micro_batches < self.mesh.size():
-            raise ConfigError(
-                f"{micro_batches} micro-batches are fewer than the {self.mesh.size()} stages, some of which "
-                "would always idle; take more micro-batches"
-            )
         check_one_rank_per_gpu(world)
-        self._kind = _SCHEDULES[schedule]
-        self._schedule = cache(self._build)  # a schedule's receive buffers have one size
-        self._loss_sum: LossSum | None = None
-        self._scale = 1.0
-        self._losses: list[Tensor] = []  # of the micro-batches of a step, unscaled
+        weight = next(module.parameters())
+        self.module = module
+        self.width = weight.shape[1]  # of the activations that the previous stage sends
+        self.micro_batches = micro_batches
+        self.replicas = world.mesh["dp"]
+        self._schedule = _SCHEDULES[schedule]
+        self._p2p = P2PCommunicator(world.mesh.get_group("pp"), weight.device, weight.dtype)
 
     def step(self, x: Tensor, labels: Tensor, global_size: int, loss_sum: LossSum) -> Tensor:
         """Run the forward and backward passes of this rank's share of a global batch.
@@ -105,72 +96,42 @@ class Pipeline:
         Every ``p.grad`` must be None before. It then holds the gradient of the global batch's mean loss.
 
         Args:
-            x: ``(b, …)``, this rank's share; only the first stage reads it.
-            labels: ``(b)`` int64, at least 0; only the last stage reads them. −1 marks padding.
+            x: ``(b, in_features)``, this rank's share; only the first stage reads it.
+            labels: ``(b)``; only the last stage reads them.
             global_size: samples of the global batch.
             loss_sum: outputs, labels → the loss summed over samples.
 
         Returns:
             The sum of the losses of this rank's samples on the last stage, 0 on the others.
         """
-        replicas = self.replicas.size()
-        self._loss_sum, self._scale = loss_sum, replicas / global_size  # an average over the replicas follows
-        rows = ceil(ceil(global_size / replicas) / self.micro_batches)
-        schedule = self._schedule(rows, True)
-        self._losses.clear()
-        x, labels = self._fill(x, rows, 0), self._fill(labels, rows, -1)
+        parts, targets = x.tensor_split(self.micro_batches), labels.tensor_split(self.micro_batches)
+        losses: list[Tensor] = []
+
+        def forward(i: int, activations: Tensor | None) -> Tensor:
+            outputs: Tensor = self.module(parts[i] if activations is None else activations)
+            if not self._p2p.is_last:
+                return outputs
+            loss = loss_sum(outputs, targets[i])
+            losses.append(loss.detach())
+            return loss * (self.replicas.size() / global_size)  # an average over the replicas follows
+
         with phase("pipeline"):
-            schedule.step(*self._inputs(x), target=labels if self._is_last else None)
+            shapes = [(len(part), self.width) for part in parts]
+            self._schedule(forward, torch.Tensor.backward, shapes, self._p2p)
             self._average_gradients()
-        # A new schedule first runs a pass of arbitrary numbers, to learn their shapes.
-        losses = self._losses[-self.micro_batches :]
         return torch.stack(losses).sum() if losses else x.new_zeros(())
 
+    @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor | None:
         """Return the model's outputs for ``x`` without gradient. None except on the last stage."""
-        rows = ceil(len(x) / self.micro_batches)
-        schedule = self._schedule(rows, False)
-        outputs: Tensor | None = schedule.eval(*self._inputs(self._fill(x, rows, 0)))
-        return None if outputs is None else outputs[: len(x)]
+        activations = self._p2p.recv_forward((len(x), self.width))
+        outputs: Tensor = self.module(x if activations is None else activations)
+        self._p2p.send_forward(outputs)
+        return outputs if self._p2p.is_last else None
 
     def _average_gradients(self) -> None:
-        # DistributedDataParallel would overlap this with the last micro-batch's backward pass, but its
-        # reducer fails an assertion under these schedules where a stage has as many micro-batches as stages.
         if self.replicas.size() == 1:
             return
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         flat = parameters_to_vector(gradients).div_(self.replicas.size())
         vector_to_parameters(all_reduce(flat, self.replicas), gradients)
-
-    @property
-    def _is_last(self) -> bool:
-        return self.mesh.get_local_rank() == self.mesh.size() - 1
-
-    def _inputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (x,) if self.mesh.get_local_rank() == 0 else ()
-
-    def _fill(self, t: Tensor, rows: int, value: int) -> Tensor:
-        missing = rows * self.micro_batches - len(t)
-        return pad(t, (*(0, 0) * (t.dim() - 1), 0, missing), value=value) if missing else t
-
-    def _build(self, rows: int, training: bool) -> Any:
-        stage = PipelineStage(
-            self.module,
-            self.mesh.get_local_rank(),
-            self.mesh.size(),
-            next(self.module.parameters()).device,
-            group=self.mesh.get_group(),
-        )
-        if not training:
-            # With scale_grads it would divide the gradients that the last step left.
-            return ScheduleGPipe(stage, self.micro_batches, scale_grads=False)
-        return self._kind(stage, self.micro_batches, loss_fn=self._objective, scale_grads=False)
-
-    def _objective(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        assert self._loss_sum is not None
-        labelled = labels >= 0
-        if not labelled.all():
-            outputs, labels = outputs[labelled], labels[labelled]
-        loss = self._loss_sum(outputs, labels)
-        self._losses.append(loss.detach())
-        return loss * self._scale
