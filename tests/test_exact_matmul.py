@@ -122,18 +122,16 @@ def by_int8(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         out.copy_(a.long() @ b.long())
 
     monkeypatch.setattr(exact_digits, "has_int8", lambda: True)
-    monkeypatch.setattr(exact_digits, "_MIN_LARGE_PRODUCT", 0)
+    monkeypatch.setattr(exact_digits, "_MIN_LARGE_PRODUCT", 1)
     monkeypatch.setattr(torch, "_int_mm", int_mm)
     return calls
 
 
 PAIRS = [(wide(23, 35), wide(7, 35, seed=9)), (wide(3, 5, 7), wide(3, 4, 7, seed=9))]
 CONSTANTS = [
-    {"_BLOCK": 1, "_LEAST_ROWS": 1},
-    {"_BLOCK": 7, "_MIN_LARGE_PRODUCT": 0, "_LEAST_FLOAT_ROWS": 2},
-    {"CHAIN": 1, "_FLOAT_CHAIN": 1},
-    {"CHAIN": 8, "_FLOAT_CHAIN": 8, "_LEAST_ROWS": 2},
-    {"_BLOCK": 100},
+    {"_BLOCK": 1, "_LEAST_ROWS": 1, "CHAIN": 1},
+    {"_BLOCK": 7, "_LEAST_ROWS": 2, "_MIN_LARGE_PRODUCT": 1},
+    {"_BLOCK": 100, "_LEAST_ROWS": 2, "CHAIN": 8},
 ]
 
 
@@ -156,31 +154,20 @@ def test_blocks_and_chains_do_not_matter(constants: dict[str, int], monkeypatch:
 
 @pytest.mark.parametrize("k", [exact_digits.CHAIN, exact_digits.CHAIN + 1])
 def test_the_longest_chains_of_the_least_digits(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.full((1, k), -(127 * 2.0**24 - 2.0**23 + 2.0**15 + 2.0**7) / 2.0**31)
-    a, b = torch.cat([x, wide(1, k)]), x.clone()
-    expected = reference.exact_matmul(a, b)
+    x = torch.full((1, 8 * k), -(127 * 2.0**24 - 2.0**23 + 2.0**15 + 2.0**7) / 2.0**31)
+    x[:, -1] = (2.0**24 + 2) / 2.0**31  # so that T has 54 significant bits
+    a, b = torch.cat([x, wide(1, 8 * k)]), x.clone()
+    expected = reference.exact_matmul(a[:, :k], b[:, :k])
     monkeypatch.setattr(exact_digits, "has_int8", lambda: False)
-    assert_same_bits(exact_matmul(a, b), expected)
+    assert_same_bits(exact_matmul(a[:, :k], b[:, :k]), expected)
+    e, f = (exact_digits.row_exponents(t) for t in (a, b))
+    total = exact_digits.sums(a, b, e, f)
     by_int8(monkeypatch)
-    assert_same_bits(exact_matmul(a, b), expected)
-
-
-def test_sums_of_large_digits_fit_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    digits = [torch.full((2, 600), low) for low in (-126, -128, -128, -128)]
-    for d in digits[1:3]:
-        d += torch.randint(9, (2, 600))  # so that sums are odd
-    x = (sum(d * 2 ** (24 - 8 * p) for p, d in enumerate(digits)) / 2.0**31).float()
-    assert torch.equal(
-        exact_digits.digits(x, exact_digits.row_exponents(x)).movedim(1, 0), torch.stack(digits)
-    )
-    monkeypatch.setattr(exact_digits, "has_int8", lambda: False)
-    expected = reference.exact_matmul(x, x.clone())
-    assert_same_bits(exact_matmul(x, x.clone()), expected)
-    e = exact_digits.row_exponents(x)
-    total = exact_digits.sums(x, x.clone(), e, e)
-    monkeypatch.setattr(exact_digits, "_FLOAT_CHAIN", 2 * exact_digits._FLOAT_CHAIN)
-    assert not torch.equal(exact_digits.sums(x, x.clone(), e, e), total)
+    assert_same_bits(exact_matmul(a[:, :k], b[:, :k]), expected)
+    assert torch.equal(exact_digits.sums(a, b, e, f), total)
+    monkeypatch.setattr(exact_digits, "CHAIN", 8 * k)
+    monkeypatch.setattr(exact_digits, "_MIN_LARGE_PRODUCT", 2**30)
+    assert not torch.equal(exact_digits.sums(a, b, e, f), total)  # floats that are too long
 
 
 def test_sums_that_int64_may_not_hold_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.exact.reductions import safe_softmax
+from torchpar.exact.reductions import softmax
 from torchpar.exact.registry import rule
 from torchpar.exact.sums import exact_sum
 from torchpar.ops import exact_matmul
@@ -44,19 +44,6 @@ def product_by_keys(p: Tensor, v: Tensor) -> Tensor:
     return product_of_exponents(weights, small.mT, row_exponents(weights), f)
 
 
-def _weights(
-    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None
-) -> tuple[Tensor, float]:
-    """P and scale, for ``q (*, m, d)``, ``k (*, n, d)``, and a ``mask`` of booleans or of numbers to add."""
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    scores = exact_matmul(q, k) * scale
-    if causal:  # a query attends to its own position, and to those before
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    return safe_softmax(scores, -1), scale
-
-
 # The operator that PyTorch takes on a CPU, without dropout. Its backward pass gets what it returns.
 
 
@@ -65,19 +52,29 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *,
     attn_mask: Tensor | None = None, scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    p, _ = _weights(q, k, attn_mask, causal, scale)
-    return product_by_keys(p, v), q.new_zeros(q.shape[:-1])  # a sum that the backward pass does not need
+    """O and P, for ``q (*, m, d)``, ``k (*, n, d)``, and a mask of booleans or of numbers to add."""
+    scores = exact_matmul(q, k) * _scale(q, scale)
+    if causal:  # a query attends to its own position, and to those before
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if attn_mask is not None:
+        is_added = attn_mask.dtype != torch.bool
+        scores = scores + attn_mask if is_added else scores.masked_fill(~attn_mask, -math.inf)
+    p = torch.where((scores == -math.inf).all(-1, True), 0.0, softmax(scores, -1))
+    return product_by_keys(p, v), p
 
 
 @rule("_scaled_dot_product_flash_attention_for_cpu_backward")
 def _attention_backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, dropout: float, causal: bool, *,
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, p: Tensor, dropout: float, causal: bool, *,
     attn_mask: Tensor | None = None, scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    p, factor = _weights(q, k, attn_mask, causal, scale)
     dp = exact_matmul(g, v)
-    ds = p * (dp - exact_sum(dp.double() * p.double(), [-1], keepdim=True).float()) * factor
+    ds = p * (dp - exact_sum(dp.double() * p.double(), [-1], keepdim=True).float()) * _scale(q, scale)
     return exact_matmul(ds, k.mT), exact_matmul(ds.mT, q.mT), exact_matmul(p.mT, g.mT)
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return 1 / math.sqrt(q.shape[-1]) if scale is None else scale
 
 
 def scaled_dot_product_attention(

@@ -5,11 +5,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._decomp import decomposition_table
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import (
@@ -25,7 +26,7 @@ from torchpar.exact import products as products  # which register rules
 from torchpar.exact import random as random
 from torchpar.exact import reductions as reductions
 from torchpar.exact.attention import scaled_dot_product_attention
-from torchpar.exact.registry import PASSING, RULES
+from torchpar.exact.registry import COMPOSED, PASSING, RULES
 
 _NAMESPACES = ("prims", "profiler", "debugprims")
 _OWN = ("exact_matmul", "maximum")
@@ -79,19 +80,31 @@ class _Functions(TorchFunctionMode):
 
 class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, kind = kwargs or {}, kind_of(func, args)
-        if kind == "missing":
+        kwargs, own_rule = kwargs or {}, _rule_for(func)
+        if own_rule is not None:
+            with torch._C.DisableTorchFunction():  # rules do not call attention, and their calls are many
+                return _call(own_rule, func, args, kwargs)
+        if kind_of(func, args) == "passing":
+            with torch._C.DisableTorchFunction():
+                result = func(*args, **kwargs)
+            if _passes(func) or not _has_float(result):
+                return result
+        else:
             with self:  # without autograd, operators that are made of others come whole
-                result = func.decompose(*args, **kwargs)
+                result = _composition(func)(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        with torch._C.DisableTorchFunction():  # rules do not call attention, and their calls are many
-            return _call(func, args, kwargs, kind)
+        remedy = "compute it outside of torchpar.exact.mode(), or by other operators"
+        if "_foreach_" in func._schema.name:
+            remedy = "give foreach=False to the optimizer and to clip_grad_norm_"
+        elif func.namespace in ("c10d", "fsdp"):
+            remedy = "add gradients by torchpar.exact.DataParallel"
+        raise ConfigError(f"no exact version of {func}; {remedy}")
 
 
 def kind_of(func: Any, args: Any) -> Kind:
     """Whether an operator has a rule, passes, as one of integers does, or is missing."""
-    if _rule_for(func) is not None:
+    if _rule_for(func) is not None or _names(func) & COMPOSED:
         return "rules"
     for t in args:
         if isinstance(t, Tensor) and t.is_complex():  # its products are fused on some processors
@@ -100,42 +113,47 @@ def kind_of(func: Any, args: Any) -> Kind:
 
 
 @cache
-def _rule_for(func: Any) -> Callable[..., Any] | None:
+def _names(func: Any) -> set[str]:
+    """The name of an ATen operator, with and without what marks it as in-place."""
     namespace, _, name = func._schema.name.partition("::")
-    return RULES.get(name) or RULES.get(name.removesuffix("_")) if namespace == "aten" else None
+    return {name, name.removesuffix("_")} if namespace == "aten" else set()
+
+
+@cache
+def _rule_for(func: Any) -> Callable[..., Any] | None:
+    return next((RULES[name] for name in _names(func) if name in RULES), None)
+
+
+@cache
+def _composition(func: Any) -> Callable[..., Any]:
+    """A function that calls the operators that PyTorch makes ``func`` of, or returns NotImplemented."""
+    key = torch._C.DispatchKey.CompositeExplicitAutograd
+    if not _names(func) & COMPOSED:
+        return func.decompose  # type: ignore[no-any-return]
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key):
+        return partial(func._op_dk, key)
+    return decomposition_table[func]
 
 
 @cache
 def _passes(func: Any) -> bool:
     namespace, _, name = func._schema.name.partition("::")
     if namespace == "aten":  # scatters with a reduction add in an order of their own
-        return {name, name.removesuffix("_")} & PASSING != set() and "reduce" not in func._overloadname
+        return bool(_names(func) & PASSING) and "reduce" not in func._overloadname
     if namespace == "c10d":  # ranks send and receive, or add in an order of their own
         return "reduce" not in name
     return namespace in _NAMESPACES or (namespace == "torchpar" and name in _OWN)
 
 
-def _call(func: Any, args: Any, kwargs: dict[str, Any], kind: Kind) -> Any:
-    """Call the exact version of an operator, which may write to its first operand, or to ``out``."""
-    own_rule = _rule_for(func)
-    if own_rule is not None:
-        into = args[0] if func._schema.name.endswith("_") else kwargs.pop("out", None)
-        result = own_rule(*args, **kwargs)
-        if into is None:
-            return result
-        if "out" in func._overloadname and into.shape != result.shape:
-            into.resize_(result.shape)
-        return into.copy_(result)
-    if kind == "passing":
-        result = func(*args, **kwargs)
-        if _passes(func) or not _has_float(result):
-            return result
-    remedy = "compute it outside of torchpar.exact.mode(), or by other operators"
-    if "_foreach_" in func._schema.name:
-        remedy = "give foreach=False to the optimizer and to clip_grad_norm_"
-    elif func.namespace in ("c10d", "fsdp"):
-        remedy = "add gradients by torchpar.exact.DataParallel"
-    raise ConfigError(f"no exact version of {func}; {remedy}")
+def _call(own_rule: Callable[..., Any], func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Call the rule of an operator, which may write to its first operand, or to ``out``."""
+    into = args[0] if func._schema.name.endswith("_") else kwargs.pop("out", None)
+    result = own_rule(*args, **kwargs)
+    if into is None:
+        return result
+    if "out" in func._overloadname and into.shape != result.shape:
+        into.resize_(result.shape)
+    return into.copy_(result)
 
 
 def _has_float(tree: Any) -> bool:

@@ -31,23 +31,14 @@ def _mv(a: Tensor, b: Tensor) -> Tensor:
     return _mm(a[None] if a.dim() == 1 else a, b[:, None]).view(a.shape[:-1])
 
 
-def _columns(x: Tensor, size: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
-    """The windows of ``x (b, c, h, w)`` as rows ``(groups, b·positions, c/groups·kh·kw)``."""
-    windows = F.unfold(x, tuple(size), dilation, padding, stride).mT  # (b, positions, c·kh·kw)
-    b, positions, n = windows.shape
-    return windows.reshape(b * positions, groups, n // groups).transpose(0, 1)
-
-
-def _two_dims(
-    x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, transposed: bool
-) -> tuple[Tensor, Tensor, list[int], list[int], list[int]]:
-    """The operands of a convolution of one or two dimensions as those of one of two."""
-    if x.dim() not in (3, 4) or transposed:
-        raise ConfigError("exact arithmetic has convolutions of one and two dimensions, not transposed ones")
-    if x.dim() == 3:
-        return x.unsqueeze(2), weight.unsqueeze(2), [1, *stride], [0, *padding], [1, *dilation]
-    pairs = [[*value] * (2 // len(value)) for value in (stride, padding, dilation)]
-    return x, weight, pairs[0], pairs[1], pairs[2]
+def _windows(x: Tensor, size: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
+    """The windows of ``x (b, c, *positions)`` as ``(groups, b, *windows, c/groups · elements of one)``."""
+    dims = len(size)
+    x = F.pad(x, [p for p in reversed(padding) for _ in range(2)])
+    for dim, (k, s, d) in enumerate(zip(size, stride, dilation, strict=True), 2):
+        x = x.unfold(dim, d * (k - 1) + 1, s)[..., ::d]
+    x = x.unflatten(1, (groups, -1)).movedim(1, 0)  # (groups, b, c/groups, *windows, *size)
+    return x.movedim(2, 2 + dims).flatten(2 + dims)
 
 
 @rule("convolution")
@@ -56,18 +47,12 @@ def _convolution(
     transposed: bool, output_padding: Any, groups: int,
 ) -> Tensor:  # fmt: skip
     check_float32(x, weight, bias)
-    one_dim = x.dim() == 3
-    x, weight, stride, padding, dilation = _two_dims(x, weight, stride, padding, dilation, transposed)
-    out, _, *size = weight.shape
-    rows = _columns(x, size, stride, padding, dilation, groups)
-    y = exact_matmul(rows, weight.reshape(groups, out // groups, -1))
-    h, w = (
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, p, d, k, s in zip(x.shape[2:], padding, dilation, size, stride, strict=True)
-    )
-    y = y.transpose(0, 1).reshape(len(x), h, w, out).permute(0, 3, 1, 2).contiguous()
-    y = y if bias is None else y + bias[:, None, None]
-    return y.squeeze(2) if one_dim else y
+    if transposed:
+        raise ConfigError("exact arithmetic has no transposed convolutions")
+    windows = _windows(x, weight.shape[2:], stride, padding, dilation, groups)
+    y = exact_matmul(weight.unflatten(0, (groups, -1)).flatten(2), windows.flatten(1, -2))
+    y = y.flatten(0, 1).unflatten(1, windows.shape[1:-1]).movedim(0, 1).contiguous()
+    return y if bias is None else y + bias.view(-1, *[1] * len(stride))
 
 
 @rule("convolution_backward")
@@ -75,27 +60,24 @@ def _convolution_backward(
     g: Tensor, x: Tensor, weight: Tensor, bias_sizes: Any, stride: Any, padding: Any, dilation: Any,
     transposed: bool, output_padding: Any, groups: int, output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    shapes = x.shape, weight.shape
-    x, weight, stride, padding, dilation = _two_dims(x, weight, stride, padding, dilation, transposed)
-    g = g.reshape(*g.shape[:2], -1, g.shape[-1])
-    out, inner, *size = weight.shape
+    size = weight.shape[2:]
+    dims = [*range(2, x.dim())]
     dx = dw = None
     if output_mask[1]:
-        rows = _columns(x, size, stride, padding, dilation, groups)
-        dz = g.permute(0, 2, 3, 1).reshape(-1, groups, out // groups).transpose(0, 1)
-        dw = exact_matmul(dz.mT, rows.mT).reshape(shapes[1])
+        windows = _windows(x, size, stride, padding, dilation, groups)
+        of_outputs = g.unflatten(1, (groups, -1)).movedim(0, 2).flatten(2)
+        dw = exact_matmul(of_outputs, windows.flatten(1, -2).mT).view(weight.shape)
     if output_mask[0]:
         # The convolution of the spread gradient with the reversed kernels, inputs and outputs exchanged.
-        b, _, h, w = g.shape
-        spread = g.new_zeros(b, out, (h - 1) * stride[0] + 1, (w - 1) * stride[1] + 1)
-        spread[:, :, :: stride[0], :: stride[1]] = g
-        pads: list[int] = []
-        for n, width, p, d, k in zip(x.shape[2:], spread.shape[2:], padding, dilation, size, strict=True):
-            before = d * (k - 1) - p
-            pads = [before, n - width - before + d * (k - 1), *pads]
-        spread = F.pad(spread, pads)
-        kernels = weight.flip(2, 3).view(groups, out // groups, inner, *size).transpose(1, 2)
-        kernels = kernels.reshape(groups * inner, out // groups, *size)
-        dx = _convolution(spread, kernels, None, [1, 1], [0, 0], dilation, False, [0, 0], groups)
-        dx = dx.view(shapes[0])
-    return dx, dw, exact_sum(g, [0, 2, 3]).float() if output_mask[2] else None
+        lasts = [d * (k - 1) for d, k in zip(dilation, size, strict=True)]
+        places = [slice(i, i + n * s, s) for i, n, s in zip(lasts, g.shape[2:], stride, strict=True)]
+        inside = [slice(p, p + n) for p, n in zip(padding, x.shape[2:], strict=True)]
+        spread = g.new_zeros(
+            *g.shape[:2], *(i.stop + p + last for i, p, last in zip(inside, padding, lasts, strict=True))
+        )
+        spread[(..., *places)] = g
+        kernels = weight.flip(dims).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+        ones, zeros = [1] * len(dims), [0] * len(dims)
+        padded = _convolution(spread, kernels, None, ones, zeros, dilation, False, zeros, groups)
+        dx = padded[(..., *inside)].contiguous()
+    return dx, dw, exact_sum(g, [0, *dims]).float() if output_mask[2] else None

@@ -60,41 +60,23 @@ def _normal64(shape: Sequence[int], generator: torch.Generator | None, device: A
     return (log64(radius) * -2).sqrt() * cos64(angle * (2 * math.pi))
 
 
-@rule("normal_", "normal_functional")  # torch.normal has the mean first, and is refused
+@rule("normal_")  # torch.normal has the mean first, and is refused
 def _normal(x: Tensor, mean: float = 0.0, std: float = 1.0, *, generator: Any = None) -> Tensor:
     return (_normal64(x.shape, generator, x.device) * std + mean).to(x.dtype)
 
 
-@rule("randn")
-def _randn(size: Any, *, generator: Any = None, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
-    return _normal64(size, generator, device or "cpu").to(dtype or torch.float32)
-
-
-@rule("randn_like")
-def _randn_like(x: Tensor, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
-    return _randn(x.shape, dtype=dtype or x.dtype, device=device or x.device)
-
-
-@rule("uniform_", "uniform")  # whose kernel fuses this product and sum on some processors
+@rule("uniform_")  # whose kernel fuses this product and sum on some processors
 def _uniform(x: Tensor, low: float = 0.0, high: float = 1.0, *, generator: Any = None) -> Tensor:
     drawn = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
     return drawn * (high - low) + low
 
 
-@rule("bernoulli")
-def _bernoulli(x: Tensor, p: Any = None, *, generator: Any = None) -> Tensor:
-    p = x.double() if p is None else p
+@rule("bernoulli_")
+def _bernoulli(x: Tensor, p: Any = 0.5, *, generator: Any = None) -> Tensor:
     return (_uniform64(x.shape, generator, x.device) < p).to(x.dtype)
 
 
-@rule("bernoulli_")
-def _bernoulli_in_place(x: Tensor, p: Any = 0.5, *, generator: Any = None) -> Tensor:
-    return _bernoulli(x, p, generator=generator)
-
-
-@rule("native_dropout")
+@rule("native_dropout")  # of a GPU
 def _native_dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
-    if not train:
-        return x.clone(), torch.ones_like(x, dtype=torch.bool)
-    kept = _uniform64(x.shape, None, x.device) < 1 - p
-    return x * kept / (1 - p) if p < 1 else torch.zeros_like(x), kept
+    kept = _bernoulli(x, 1 - p if train else 1.0)
+    return x * kept.div(1 - p), kept.bool()

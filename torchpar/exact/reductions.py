@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchpar.errors import ConfigError
 from torchpar.exact.functions import exp64, in_pieces, log64
-from torchpar.exact.registry import check_float32, rule, times
+from torchpar.exact.registry import check_float32, rule
 from torchpar.exact.sums import exact_index_sum, exact_sum
 
 
@@ -37,20 +37,11 @@ def _mean(x: Tensor, dims: Any = None, keepdim: bool = False, *, dtype: Any = No
 
 @rule("var")
 def _var(x: Tensor, dims: Any = None, *, correction: Any = None, keepdim: bool = False) -> Tensor:
-    return _variance(x, dims, correction, keepdim).to(x.dtype)
-
-
-@rule("std")
-def _std(x: Tensor, dims: Any = None, *, correction: Any = None, keepdim: bool = False) -> Tensor:
-    return _variance(x, dims, correction, keepdim).sqrt().to(x.dtype)
-
-
-def _variance(x: Tensor, dims: Any, correction: Any, keepdim: bool) -> Tensor:
     check_float32(x)
     total = exact_sum(x, dims, True)
     n = x.numel() / max(total.numel(), 1)
     by = n - (1 if correction is None else correction)
-    return exact_sum((x.double() - total / n).square(), dims, keepdim) / by
+    return (exact_sum((x.double() - total / n).square(), dims, keepdim) / by).to(x.dtype)
 
 
 @rule("linalg_vector_norm", "norm")
@@ -115,13 +106,6 @@ def softmax(x: Tensor, dim: int, _: Any = None) -> Tensor:
     return p / total.float()
 
 
-@rule("_safe_softmax")
-def safe_softmax(x: Tensor, dim: int, _: Any = None) -> Tensor:
-    """`softmax`, but 0 where all are −∞."""
-    largest, _, p, total = _parts(x, [dim])
-    return torch.where(largest == -math.inf, 0.0, p / total.float())
-
-
 @rule("_softmax_backward_data")
 def _softmax_backward(g: Tensor, y: Tensor, dim: int, _: Any) -> Tensor:
     total = exact_sum(g.double() * y.double(), [dim], True)
@@ -146,52 +130,6 @@ def _logsumexp(x: Tensor, dims: list[int], keepdim: bool = False) -> Tensor:
     return result if keepdim else result.squeeze(tuple(dims))
 
 
-@rule("nll_loss_forward")
-def _nll_loss(
-    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore: int
-) -> tuple[Tensor, Tensor]:
-    factors = _loss_weights(x, target, weight, ignore)
-    index = torch.where(target == ignore, 0, target).unsqueeze(-1)
-    losses = -x.gather(-1, index).squeeze(-1) * factors
-    losses = torch.where(factors == 0, 0.0, losses)
-    total = exact_sum(factors) if reduction == 1 else torch.zeros((), dtype=torch.float64, device=x.device)
-    if reduction == 0:
-        return losses, total.float()
-    loss = exact_sum(losses)
-    return (loss / total if reduction == 1 else loss).float(), total.float()
-
-
-@rule("nll_loss_backward")
-def _nll_loss_backward(
-    g: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore: int, total: Tensor
-) -> Tensor:
-    factors = _loss_weights(x, target, weight, ignore)
-    each = -factors * g / total if reduction == 1 else -factors * g
-    index = torch.where(target == ignore, 0, target).unsqueeze(-1)
-    return torch.zeros_like(x).scatter_(-1, index, torch.where(factors == 0, 0.0, each).unsqueeze(-1))
-
-
-def _loss_weights(x: Tensor, target: Tensor, weight: Tensor | None, ignore: int) -> Tensor:
-    """The weight of each sample's loss."""
-    kept = target != ignore
-    of_class = (
-        torch.ones_like(target, dtype=x.dtype) if weight is None else weight[torch.where(kept, target, 0)]
-    )
-    return torch.where(kept, of_class, 0.0)
-
-
-@rule("mse_loss")
-def _mse_loss(x: Tensor, y: Tensor, reduction: int = 1) -> Tensor:
-    squares = (x - y).square()
-    return squares if reduction == 0 else _mean(squares) if reduction == 1 else _sum(squares)
-
-
-@rule("mse_loss_backward")
-def _mse_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int) -> Tensor:
-    gradient = (x - y) * 2 * g
-    return gradient / x.numel() if reduction == 1 else gradient
-
-
 @rule("embedding_dense_backward")
 def _embedding_backward(g: Tensor, indices: Tensor, rows: int, padding: int, by_frequency: bool) -> Tensor:
     if by_frequency:
@@ -202,34 +140,21 @@ def _embedding_backward(g: Tensor, indices: Tensor, rows: int, padding: int, by_
     return gradient
 
 
-@rule("index_add")
-def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: Any = 1) -> Tensor:
-    if not x.is_floating_point():
-        return torch.index_add(x, dim, index, source, alpha=alpha)
-    return x + times(_sums_at(_places(x).index_select(dim, index), source, x), alpha)
+@rule("_index_put_impl")
+def _index_put(x: Tensor, indices: Any, values: Tensor, accumulate: bool = False, *_: Any) -> Tensor:
+    if not (accumulate and x.is_floating_point()):
+        return torch.index_put(x, indices, values)
+    places = torch.arange(x.numel(), device=x.device).view(x.shape)  # in the flat tensor
+    places = places[tuple(slice(None) if i is None else i for i in indices)]
+    terms = values.expand(places.shape).reshape(-1, 1)
+    return x + exact_index_sum(terms, places.flatten(), x.numel()).view(x.shape)
 
 
 @rule("scatter_add")
 def _scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
     if not x.is_floating_point():
         return torch.scatter_add(x, dim, index, source)
-    places = _places(x)[tuple(slice(None if i == dim % x.dim() else n) for i, n in enumerate(index.shape))]
-    return x + _sums_at(places.gather(dim, index), source[tuple(map(slice, index.shape))], x)
-
-
-@rule("index_put", "_index_put_impl", "_unsafe_index_put")
-def _index_put(x: Tensor, indices: Any, values: Tensor, accumulate: bool = False, *_: Any) -> Tensor:
-    if not (accumulate and x.is_floating_point()):
-        return torch.index_put(x, indices, values)
-    places = _places(x)[tuple(slice(None) if i is None else i for i in indices)]
-    return x + _sums_at(places, values.expand(places.shape), x)
-
-
-def _places(x: Tensor) -> Tensor:
-    """The index of each element in the flat tensor."""
-    return torch.arange(x.numel(), device=x.device).view(x.shape)
-
-
-def _sums_at(places: Tensor, values: Tensor, x: Tensor) -> Tensor:
-    """The sums of the ``values`` that have the same place in ``x``."""
-    return exact_index_sum(values.reshape(-1, 1), places.flatten(), x.numel()).view(x.shape)
+    indices = [torch.arange(n, device=x.device) for n in index.shape]
+    places = [*torch.meshgrid(*indices, indexing="ij")]
+    places[dim] = index
+    return _index_put(x, places, source[tuple(map(slice, index.shape))], True)

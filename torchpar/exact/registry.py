@@ -2,7 +2,8 @@
 """Registry of ATen operators in exact arithmetic: those that are the same everywhere, and rules for others.
 
 An operator *passes* if it moves data, compares, or rounds once for each element, as IEEE 754 defines it. A
-*rule* computes it by exact products, exact sums and functions. `torchpar.exact.mode` refuses others.
+*rule* computes it by exact products, exact sums and functions. *Composed* ones are made of those by PyTorch.
+`torchpar.exact.mode` refuses others.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ _PASSING = """
     gather im2col index index_select lift_fresh masked_select narrow new_empty new_full new_ones new_zeros
     permute pixel_shuffle repeat reshape roll select select_backward select_scatter set_ slice slice_backward
     slice_scatter split split_with_sizes squeeze stack t take_along_dim transpose tril triu unbind unfold
-    unsafe_split unsqueeze view _unsafe_view _reshape_alias _to_copy _pin_memory resize_
+    unsafe_split unsqueeze view _unsafe_view _reshape_alias to _to_copy _pin_memory resize_
     empty empty_like empty_strided full full_like ones ones_like scalar_tensor zeros zeros_like fill zero eye
     masked_fill masked_scatter scatter index_fill index_copy where nan_to_num clamp clamp_min clamp_max
     abs neg sign sgn sqrt floor ceil round trunc relu threshold threshold_backward hardtanh hardtanh_backward
@@ -30,6 +31,12 @@ _PASSING = """
     new_empty_strided _local_scalar_dense item is_same_size is_pinned embedding random rand rand_like
 """
 PASSING = frozenset(_PASSING.split())
+# Operators that PyTorch makes of others
+_COMPOSED = """
+    bernoulli index_add index_put mse_loss mse_loss_backward nll_loss_forward nll_loss_backward
+    nll_loss2d_forward nll_loss2d_backward randn randn_like _safe_softmax std uniform _unsafe_index_put
+"""
+COMPOSED = frozenset(_COMPOSED.split())
 
 RULES: dict[str, Rule] = {}
 
