@@ -397,7 +397,7 @@ class Square(torch.autograd.Function):
 
 
 def test_jvp_of_a_function_still_needs_our_workaround() -> None:
-    """`with_derivatives` turns forward mode on in a function's jvp. When this fails, it need not any more."""
+    """`Differentiable.jvp` turns forward mode on. When this fails, it need not any more."""
     x = torch.ones(1)
     second = [
         jvp(lambda x, f=f: jvp(f, (x,), (x.detach(),))[1], (x,), (x,))[1]

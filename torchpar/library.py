@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from inspect import signature
+from itertools import chain, islice
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -39,7 +41,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 __all__ = ["CustomOpDef", "batch_first", "custom_op", "sample", "triton_op"]
 
@@ -188,13 +190,12 @@ class CustomOpDef(custom_ops.CustomOpDef):
         self._positional = [one for one in arguments if not one.kwarg_only]
         self._keywords = [one for one in arguments if one.kwarg_only]
         self._mutated = [one.name for one in arguments if one.alias_info and one.alias_info.is_write]
-        self._is_nested = "Tensor[]" in schema or "Tensor?[]" in schema
         self._kernels: dict[str | None, Callable[..., Any]] = {}  # by device; None for all others
         self._backward: Callable[..., Any] | None = None
         self._setup_context: Callable[..., Any] | None = None
-        self._formula = _with_derivatives(self, None)  # which asks for a backward
+        self._jvp: Callable[..., Any] | None = None
+        self._formula: Callable[..., Any] | None = None
         self._decompose: Callable[..., bool] | None = None
-        self._function = _make_function(own)
         self.register_kernel(device_types, function)
         self._lib.impl(own, self._autograd, "Autograd")
 
@@ -207,16 +208,15 @@ class CustomOpDef(custom_ops.CustomOpDef):
     ) -> Any:
         """Register a function for tensors on these devices; None means all others."""
 
-        def register(fn: Callable[..., Any]) -> Callable[..., Any]:
-            devices: Any = [device_types] if isinstance(device_types, str) else device_types or [None]
-            for device in devices:
-                if device not in self._kernels:
-                    key = torch._C._dispatch_key_for_device(device) if device else "CompositeExplicitAutograd"
-                    self._lib.impl(self.__name__, partial(self._run, device), key)
-                self._kernels[device] = fn
-            return fn
-
-        return register if fn is None else register(fn)
+        if fn is None:
+            return partial(self.register_kernel, device_types)
+        devices: Any = [device_types] if isinstance(device_types, str) else device_types or [None]
+        for device in devices:
+            if device not in self._kernels:
+                key = torch._C._dispatch_key_for_device(device) if device else "CompositeExplicitAutograd"
+                self._lib.impl(self.__name__, partial(self._run, device), key)
+            self._kernels[device] = fn
+        return fn
 
     def _run(self, device: str | None, /, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():  # which takes a microsecond
@@ -235,12 +235,10 @@ class CustomOpDef(custom_ops.CustomOpDef):
 
     def register_vmap(self, fn: Callable[..., Any] | None = None) -> Any:
         """Register a batching rule, ``fn(info, in_dims, *args) -> (result, out_dim)``."""
-
-        def register(fn: Callable[..., Any]) -> Callable[..., Any]:
-            torch.library.register_vmap(self._qualname, fn, lib=self._lib)
-            return fn
-
-        return register if fn is None else register(fn)
+        if fn is None:
+            return self.register_vmap
+        torch.library.register_vmap(self._qualname, fn, lib=self._lib)
+        return fn
 
     def register_torch_dispatch(self, cls: Any, fn: Callable[..., Any] | None = None) -> Any:
         """Register what the operator does for a tensor subclass, or in a mode."""
@@ -279,8 +277,8 @@ class CustomOpDef(custom_ops.CustomOpDef):
             raise ValueError(f"{self._qualname}: formula and jvp are given, expected at most one of them")
         if decompose and not formula:
             raise ValueError(f"{self._qualname}: decompose is given without formula, pass both")
-        self._backward, self._setup_context, self._decompose = backward, setup_context, decompose
-        self._formula = formula or _with_derivatives(self, jvp)
+        self._backward, self._setup_context, self._jvp = backward, setup_context, jvp
+        self._formula, self._decompose = formula, decompose
 
     def register_autocast(
         self, device_type: str | None = None, cast_inputs: torch.dtype | None = None, /, *, cast: bool = True
@@ -331,11 +329,13 @@ class CustomOpDef(custom_ops.CustomOpDef):
         _register_sharding_rules()
         if self._mutated:
             return self._write(args, kwargs)
-        if is_transformed() or (self._decompose and self._decompose(*args, **kwargs)):
+        transformed = is_transformed()
+        if self._formula and (transformed or (self._decompose and self._decompose(*args, **kwargs))):
             return self._formula(*args, **kwargs)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if transformed or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             call = _Call(self, kwargs)
-            return call.result(self._function.apply(call, *call.flat(args)))
+            with enable_single_level_autograd_function() if transformed else nullcontext():
+                return call.result(Differentiable.apply(call, *call.flat(args)))  # type: ignore[attr-defined]
         return self._below(*args, **kwargs)
 
     def _below(self, *args: Any, **kwargs: Any) -> Any:
@@ -358,59 +358,45 @@ class CustomOpDef(custom_ops.CustomOpDef):
 
 
 class _Call:
-    """A call on its way through an autograd function of flat tensors; it keeps none of the arguments."""
+    """A call on its way through `Differentiable`, of flat tensors; it keeps none of the arguments."""
 
     def __init__(self, op: CustomOpDef, kwargs: dict[str, Any]):
         self.op, self.kwargs = op, kwargs
-        self.is_nested = op._is_nested
 
     def flat(self, args: tuple[Any, ...]) -> Sequence[Any]:
         """The leaves of all positional arguments."""
         self.given = len(args)
         if len(args) < len(self.op._positional):
-            args = (*args, *(one.default_value for one in self.op._positional[len(args) :]))
-        if not self.is_nested:
-            return args
-        self.sizes = [len(tree_flatten(arg)[0]) for arg in args]
-        flat, self.spec = tree_flatten(args)
-        return flat
+            args += tuple(one.default_value for one in self.op._positional[len(args) :])
+        leaves, self.sizes = _flattened(args)
+        return leaves
 
-    def compute(self, flat: Sequence[Any]) -> Any:
-        if not self.is_nested:
-            return self.op._below(*flat, **self.kwargs)
-        output = self.op._below(*tree_unflatten(list(flat), self.spec), **self.kwargs)
-        leaves, self.output_spec = tree_flatten(output)
+    def compute(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
+        output = self.op._below(*_nested(leaves, self.sizes), **self.kwargs)
+        self.is_tuple = isinstance(output, tuple)
+        leaves, self.output_sizes = _flattened(output if self.is_tuple else (output,))
         return tuple(leaves)
 
-    def result(self, output: Any) -> Any:
-        return tree_unflatten(list(output), self.output_spec) if self.is_nested else output
+    def result(self, leaves: tuple[Any, ...]) -> Any:
+        result = _nested(leaves, self.output_sizes)
+        return result if self.is_tuple else result[0]
 
-    def set_up(self, ctx: Any, flat: Sequence[Any], output: Any) -> None:
+    def set_up(self, ctx: Any, leaves: Sequence[Any], output: tuple[Any, ...]) -> None:
         ctx.call = self
+        ctx.needs_input_grad = _nested(ctx.needs_input_grad[1:], self.sizes)
         if self.op._setup_context:
             keywords = {}
             if self.op._keywords:
                 given = {one.name: self.kwargs.get(one.name, one.default_value) for one in self.op._keywords}
                 keywords = {"keyword_only_inputs": given}
-            if self.is_nested:
-                flat, output = tree_unflatten(list(flat), self.spec), self.result(output)
-            self.op._setup_context(ctx=ctx, inputs=tuple(flat), output=output, **keywords)
-        self.kwargs = {}
+            inputs = _nested(leaves, self.sizes)
+            self.op._setup_context(ctx=ctx, inputs=inputs, output=self.result(output), **keywords)
 
-    def backward(self, ctx: Any, grads: Sequence[Any], needs: Sequence[bool]) -> tuple[Any, ...]:
+    def backward(self, ctx: Any, grads: Sequence[Any]) -> tuple[Any, ...]:
         """The gradients of the leaves."""
         if self.op._backward is None:
             raise RuntimeError(f"{self.op._qualname} has no backward; register one by register_autograd")
-        before = ctx.needs_input_grad
-        ctx.needs_input_grad = needs
-        if self.is_nested:
-            ctx.needs_input_grad = tree_unflatten(list(needs), self.spec)
-            grads = tree_unflatten(list(grads), self.output_spec)
-            grads = grads if isinstance(grads, tuple) else (grads,)
-        try:
-            found = self.op._backward(ctx, *grads)
-        finally:
-            ctx.needs_input_grad = before
+        found = self.op._backward(ctx, *_nested(grads, self.output_sizes))
         found = found if isinstance(found, tuple) else (found,)
         count = len(self.op._positional)
         if len(found) == self.given:  # arguments at their defaults need no gradient
@@ -420,95 +406,71 @@ class _Call:
                 f"{self.op._qualname}: backward returns {len(found)} gradients, expected {count}, one for "
                 "each positional argument"
             )
-        if not self.is_nested:
+        if self.sizes is None:
             return found
-        flat: list[Any] = []
+        leaves: list[Any] = []
         for size, gradient in zip(self.sizes, found, strict=True):
-            flat += gradient if isinstance(gradient, list | tuple) else [gradient] * size
-        return tuple(flat)
+            is_list = isinstance(gradient, list | tuple)
+            leaves += gradient if is_list else [gradient] * (1 if size is None else size)
+        return tuple(leaves)
 
 
-def _make_function(name: str) -> type[torch.autograd.Function]:
-    """An operator recorded by autograd."""
+def _flattened(values: tuple[Any, ...]) -> tuple[Sequence[Any], list[int | None] | None]:
+    """The values and the elements of those that are lists, and the lists' lengths; None without lists."""
+    if list not in map(type, values):
+        return values, None
+    lists = [value if isinstance(value, list) else [value] for value in values]
+    sizes = [len(value) if isinstance(value, list) else None for value in values]
+    return list(chain(*lists)), sizes
 
-    class Differentiable(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, call: _Call, *flat: Any) -> Any:
-            output = call.compute(flat)
-            call.set_up(ctx, flat, output)
+
+def _nested(leaves: Iterable[Any], sizes: list[int | None] | None) -> tuple[Any, ...]:
+    """The values that `_flattened` took apart."""
+    if sizes is None:
+        return tuple(leaves)
+    rest = iter(leaves)
+    return tuple([next(rest) if size is None else list(islice(rest, size)) for size in sizes])
+
+
+# `torch.autograd.Function` would dispatch to the transforms again, which have called the operator.
+class Differentiable(_SingleLevelFunction):
+    """An operator with its derivatives, also under transforms."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *leaves: Any) -> Any:
+        if not is_transformed():
+            output = call.compute(leaves)
+            call.set_up(ctx, leaves, output)
             return output
+        with torch.enable_grad(), _set_fwd_grad_enabled(True):  # the transforms below differentiate too
+            output = call.compute(leaves)
+        call.set_up(ctx, leaves, output)
+        ctx.save_for_forward(*(ctx.to_save or ()))
+        constant = set(map(id, ctx.non_differentiable or ()))
+        ctx.outputs = []
+        for t in output:
+            is_smooth = (t.is_floating_point() or t.is_complex()) and id(t) not in constant
+            ctx.outputs.append((t.shape, t.dtype, t.device, is_smooth))
+        return output
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            return None, *ctx.call.backward(ctx, grads, ctx.needs_input_grad[1:])
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, *ctx.call.backward(ctx, grads)
 
-    Differentiable.__name__ = Differentiable.__qualname__ = f"{name}Function"
-    return Differentiable
-
-
-class _Context:
-    """The ``ctx`` of a derivative in forward mode: that of the operator, with other tensors."""
-
-    def __init__(self, ctx: Any, saved_tensors: Sequence[Any]):
-        self._ctx, self.saved_tensors = ctx, saved_tensors
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._ctx, name)
-
-
-def _with_derivatives(op: CustomOpDef, jvp: Callable[..., Any] | None) -> Callable[..., Any]:
-    """A formula that computes the operator itself, also under transforms."""
-
-    # `torch.autograd.Function` would dispatch to the transforms again, which have called the operator.
-    class Formula(_SingleLevelFunction):
-        @staticmethod
-        def forward(*inputs: Any) -> Any:
-            *flat, call = inputs
-            # The transforms below this one differentiate too.
-            with torch.enable_grad(), _set_fwd_grad_enabled(True):
-                return call.compute(flat)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            *flat, call = inputs
-            call.set_up(ctx, flat, output)
-            ctx.save_for_forward(*(ctx.to_save or ()))
-            outputs = output if isinstance(output, tuple) else (output,)
-            constant = set(map(id, ctx.non_differentiable or ()))
-            ctx.outputs = []
-            for t in outputs:
-                is_smooth = (t.is_floating_point() or t.is_complex()) and id(t) not in constant
-                ctx.outputs.append((t.shape, t.dtype, t.device, is_smooth))
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            return *ctx.call.backward(ctx, grads, ctx.needs_input_grad[:-1]), None
-
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-            # PyTorch turns forward mode off here, so that the tangents of the transforms below would be 0.
-            with _set_fwd_grad_enabled(True):
-                own = _Context(ctx, list(map(_primal, ctx.saved_tensors)))
-                *flat, _ = tangents
-                if jvp:
-                    nested = tree_unflatten(flat, ctx.call.spec) if ctx.call.is_nested else flat
-                    return jvp(own, *nested)
-                return _transposed_backward(own, flat)
-
-    def formula(*args: Any, **kwargs: Any) -> Any:
-        call = _Call(op, kwargs)
-        with enable_single_level_autograd_function():
-            return call.result(Formula.apply(*call.flat(args), call))  # type: ignore[attr-defined]
-
-    return formula
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
+        saved = [t if t is None else forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors]
+        needs = _nested([t is not None for t in tangents], ctx.call.sizes)
+        own = SimpleNamespace(**vars(ctx), saved_tensors=saved, needs_input_grad=needs)
+        # PyTorch turns forward mode off here, so that the tangents of the transforms below would be 0.
+        with _set_fwd_grad_enabled(True):
+            if ctx.call.op._jvp:
+                return ctx.call.op._jvp(own, *_nested(tangents, ctx.call.sizes))
+            return _transposed_backward(own, tangents)
 
 
-def _primal(t: Tensor | None) -> Tensor | None:
-    return None if t is None else forward_ad.unpack_dual(t, level=0).primal
-
-
-def _transposed_backward(ctx: _Context, tangents: list[Tensor | None]) -> Any:
-    """The tangent of the result: ``backward`` is linear in ``grads``, and this is its transpose."""
+def _transposed_backward(ctx: Any, tangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The tangents of the results: ``backward`` is linear in ``grads``, and this is its transpose."""
     with torch.enable_grad():
         zeros = [
             torch.zeros(shape, dtype=dtype, device=device, requires_grad=is_smooth)
@@ -516,7 +478,7 @@ def _transposed_backward(ctx: _Context, tangents: list[Tensor | None]) -> Any:
         ]
         smooth = [t for t in zeros if t.requires_grad]
         found: Sequence[Any] = [t.detach() for t in smooth]
-        gradients = ctx.call.backward(ctx, zeros, tuple(t is not None for t in tangents)) if smooth else ()
+        gradients = ctx.call.backward(ctx, zeros) if smooth else ()
         pairs = [(g, t) for g, t in zip(gradients, tangents, strict=False) if g is not None and t is not None]
         if any(not g.requires_grad for g, _ in pairs):  # a 0 of its own, or made by another library
             raise RuntimeError(
@@ -527,8 +489,7 @@ def _transposed_backward(ctx: _Context, tangents: list[Tensor | None]) -> Any:
             outputs, incoming = zip(*pairs, strict=True)
             found = torch.autograd.grad(outputs, smooth, incoming, create_graph=True, materialize_grads=True)
     rest = iter(found)
-    of_results = tuple(next(rest) if t.requires_grad else None for t in zeros)
-    return of_results if len(of_results) > 1 else of_results[0]
+    return tuple(next(rest) if t.requires_grad else None for t in zeros)
 
 
 class _Kernels:
