@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: MIT
 """The kernels' own PTX, executed on a CPU under three schedules, and faults that the executor must notice."""
 
+import math
 import re
 
 import pytest
 import torch
 from ptx import cases, copies, machine, mutants
-from ptx.cases import F16, F32, F64, Case
+from ptx.cases import BF16, F16, F32, F64, Case
 from ptx.launch import Gpu
 from ptx.machine import SCHEDULES
 from ptx.parse import PtxError
+from samples import LAYOUTS
+from test_exact_matmul import HARD
 
 from torchpar.kernels import exact_matmul
 from torchpar.kernels.tiles import KERNELS, KINDS, Tiles, configurations
@@ -17,6 +20,64 @@ from torchpar.kernels.tiles import KERNELS, KINDS, Tiles, configurations
 slow = pytest.mark.slow
 LARGE, LARGE_TF32 = Tiles(128, 256, 64, 8, 4, "tma"), Tiles(128, 256, 32, 8, 3, "tma")
 SPLIT = Tiles(64, 64, 64, 4, 4, "split_k")
+
+DTYPES = (
+    *((dtype,) for dtype in (F16, F32, F64, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32)),
+    (torch.int64,),
+    (F16, torch.int64),
+    (F64, torch.bool),
+    (torch.bool, torch.int8),
+    (F32, F16),
+    (torch.int8, torch.uint8),
+)
+REVERSED = (5, 4, 3, 2, 1, 0)
+OPERANDS = {  # by a function that draws one
+    "scalars": lambda d: (d(), d()),
+    "no element": lambda d: (d(3, 0), d(3, 1)),
+    "129": lambda d: (d(129), d(129)),
+    "a last block of one": lambda d: (d(8193), d(8193)),
+    "same permutation": lambda d: (d(5, 6, 7).permute(2, 0, 1), d(5, 6, 7).permute(2, 0, 1)),
+    "a scalar": lambda d: (d(4099), d()),
+    "permuted": lambda d: (d(5, 6, 7, 3), d(3, 5, 7, 6).permute(1, 3, 2, 0)),
+    "a row": lambda d: (d(33, 129), d(129)),
+    "a column": lambda d: (d(129, 33), d(129, 1)),
+    "a long row": lambda d: (d(3, 2049), d(1, 2049)),
+    "outer": lambda d: (d(65, 1), d(1, 129)),
+    "4 dimensions": lambda d: (d(3, 1, 5, 1), d(1, 4, 1, 7)),
+    "5 dimensions": lambda d: (d(2, 1, 4, 1, 3), d(1, 5, 1, 6, 1)),  # in two launches
+    "6 dimensions": lambda d: (d(3, 1, 2, 1, 2, 1).permute(REVERSED), d(1, 2, 1, 3, 1, 2).permute(REVERSED)),
+}
+FAR, LIMITS = torch.linspace(-80, 20, 997), torch.tensor([-math.inf, -1e4, 0, 1e4, math.inf, math.nan])
+# Of 16 bits, −z·log2(e) is rounded to float32 and not corrected: an error of 80·2⁻²³ at most.
+FAR_SIGMOID = {F16: 2**-11 + 84 * 2**-23, F32: cases.SIGMOID[F32], F64: cases.SIGMOID[F64]}
+FLOAT_CHAIN = exact_matmul.FLOAT_CHAIN
+
+
+def by_float16(shape, layout, other=None, other_layout="transposed", **options) -> Case:
+    """An exact product by digits of float16; of one matrix with itself if there is no other."""
+
+    def draw() -> list[torch.Tensor]:
+        given = [(shape, layout), *([(other, other_layout)] if other else [])]
+        return [LAYOUTS[layout](torch.randn(shape)) for shape, layout in given]
+
+    return cases.exact(draw, floats=True, capability=80, **options)
+
+
+def extreme_digits(k, **options) -> Case:
+    """S₃ of the first chain is odd: above 2²⁴ a float32 would lose its last bit."""
+    rows = cases.rows_of_extreme_digits
+    tiles = Tiles(16, 16, 32, 1, 3)
+    return cases.exact(lambda: [rows(k, 1), rows(k, 2)], torch.int64, tiles=tiles, **options)
+
+
+def special_rows(count: int) -> torch.Tensor:
+    x = torch.randn(count, 40).sign() * torch.rand(count, 40)
+    x[0, 3], x[1, 3], x[1, 5] = math.inf, math.inf, -math.inf
+    x[2, 39], x[3, 0], x[4, 3] = math.nan, -math.inf, 0.0
+    x[5:7] = 0.0
+    x[6, 3] = math.inf
+    return x
+
 
 DEFAULTS = {
     "matmul_t, large": cases.symmetric(264, 72, tiles=LARGE, multiprocessors=2),
@@ -57,15 +118,27 @@ DEFAULTS = {
     "sigmoid_backward, one number": cases.sigmoid_gradient(1, 1, F64),
     "sigmoid_backward, stepped": cases.sigmoid_gradient(129, 65, F32, layout="stepped"),
     "sigmoid_backward, expanded": cases.sigmoid_gradient(33, 129, F32, layout="expanded"),
-    "maximum": cases.larger((40, 35), (40, 35)),
-    "maximum of bool": cases.larger((1111,), (1111,), torch.bool),
-    "maximum, a row": cases.larger((5, 70), (1, 70)),
-    "maximum, a column": cases.larger((5, 70), (5, 1), F32),
-    "maximum, gradient": cases.larger_gradient((40, 35), (40, 35)),
-    "maximum, gradient, a row": cases.larger_gradient((5, 70), (1, 70), F32),
-    "exact_matmul": cases.exact(40, 24, 64),
-    "exact_matmul, symmetric": cases.exact(40, 40, 20, same=True),
-    "exact_matmul, special values": cases.exact(20, 20, 20, special=True),
+    "exact_matmul": cases.exact(lambda: [cases.random_rows(40, 64), cases.random_rows(24, 64)]),
+    "exact_matmul, symmetric": cases.exact(lambda: [cases.random_rows(40, 20)]),
+    "exact_matmul, special values": cases.exact(
+        lambda: [cases.random_rows(20, 20, special=True), cases.random_rows(20, 20)]
+    ),
+    "exact_matmul, no rows": cases.exact(lambda: [torch.empty(0, 2), torch.empty(3, 2)]),
+    "exact_matmul, no batches": cases.exact(lambda: [torch.empty(0, 3, 5)]),
+    "exact_matmul by float16": by_float16((2, 33, 35), "stepped"),
+    "exact_matmul by float16, batches": by_float16((2, 1, 33, 35), "offset", (2, 1, 5, 35), "expanded"),
+    "exact_matmul by float16, longest chain": extreme_digits(2 * FLOAT_CHAIN + 1, floats=True, capability=80),
+    "matmul_t, in place": cases.symmetric(
+        37, 20, F16, tiles=Tiles(16, 16, 16, 4, 2), batch=(3,), c=True, in_place=True
+    ),
+    **{
+        f"matmul_t, factors {factors}": cases.symmetric(17, 17, F64, other=True, c=True, factors=factors)
+        for factors in ((1 / 3, 0.0), (0.0, -1 / 3), (-1e300, 0.0))
+    },
+    **{f"sigmoid of {dtype}": cases.sigmoid_of(FAR.to(dtype), bound) for dtype, bound in FAR_SIGMOID.items()},
+    **{f"limits of sigmoid, {dtype}": cases.sigmoid_of(LIMITS.to(dtype)) for dtype in FAR_SIGMOID},
+    **{f"maximum, {name}": cases.larger(draw, BF16) for name, draw in OPERANDS.items()},
+    **{f"maximum of {dtypes}": cases.larger(OPERANDS["129"], *dtypes) for dtypes in DTYPES},
 }
 
 
@@ -119,21 +192,50 @@ OTHERS = {
     "sigmoid_backward of float16": cases.sigmoid_gradient(256, 64, F16),
     "sigmoid_backward, two columns": cases.sigmoid_gradient(513, 2, F32),
     "sigmoid_backward, expanded last": cases.sigmoid_gradient(65, 33, F32, layout="expanded last"),
-    "maximum of int64": cases.larger((33, 35), (33, 1), torch.int64),
-    "maximum of float16": cases.larger((2, 3, 4, 35), (3, 1, 35), F16),
-    "maximum of float64": cases.larger((2500,), (1,), F64),
-    "maximum, gradient, a column": cases.larger_gradient((33, 35), (33, 1), F64),
-    "maximum, gradient of a scalar": cases.larger_gradient((2500,), (1,), F16),
-    "exact_matmul, large tiles": cases.exact(136, 72, 160, tiles=Tiles(128, 64, 32, 8, 3)),
-    "exact_matmul, symmetric, large tiles": cases.exact(
-        72, 72, 160, same=True, tiles=Tiles(64, 64, 32, 4, 3)
+    **{
+        f"maximum, {name} of {dtypes}": cases.larger(OPERANDS[name], *dtypes)
+        for name in ("a last block of one", "a row", "a column")
+        for dtypes in DTYPES
+    },
+    **{
+        f"maximum, {name} of {dtypes}": cases.larger(draw, *dtypes)
+        for name, draw in OPERANDS.items()
+        for dtypes in ((F16, torch.int64), (F64, torch.bool), (torch.bool, torch.int8))
+    },
+    "exact_matmul, large tiles": cases.exact(
+        lambda: [cases.random_rows(136, 160), cases.random_rows(72, 160)], tiles=Tiles(128, 64, 32, 8, 3)
     ),
-    "exact_matmul, int64, chains": cases.exact(40, 24, 200, dtype=torch.int64, terms=64),
-    "exact_matmul, transposed, odd": cases.exact(33, 35, 37, transposed=True, special=True),
-    "exact_matmul, sm_80": cases.exact(40, 24, 72, capability=80),
+    "exact_matmul, symmetric, large tiles": cases.exact(
+        lambda: [cases.random_rows(72, 160)], tiles=Tiles(64, 64, 32, 4, 3)
+    ),
+    "exact_matmul, int64, chains": cases.exact(
+        lambda: [cases.random_rows(40, 200), cases.random_rows(24, 200)], torch.int64, terms=64
+    ),
+    "exact_matmul, transposed, odd": cases.exact(
+        lambda: [cases.random_rows(33, 37, special=True), cases.random_rows(35, 37)], layout="transposed"
+    ),
+    "exact_matmul, longest chain": extreme_digits(exact_matmul.CHAIN + 1, capability=80),
+    "exact_matmul, sm_80": cases.exact(
+        lambda: [cases.random_rows(40, 72), cases.random_rows(24, 72)], capability=80
+    ),
+    "exact_matmul by float16, large tiles": by_float16((144, 48), "transposed"),
+    "exact_matmul by float16, chains": by_float16((2, 3, 129), "contiguous", (2, 33, 129), terms=64),
+    "exact_matmul by float16, symmetric, chains": by_float16((33, 65), "stepped", terms=64),
+    **{
+        f"exact_matmul by float16, {name}": cases.exact(
+            lambda pair=pair: list(pair), F32, torch.int64, floats=True, capability=80
+        )
+        for name, pair in HARD.items()
+    },
+    **{
+        f"exact_matmul by float16, special rows {counts}": cases.exact(
+            lambda counts=counts: [special_rows(count) for count in counts], floats=True, capability=80
+        )
+        for counts in ((7, 80), (80, 60), (80,))
+    },
     "sigmoid_backward, sm_80": cases.sigmoid_gradient(300, 70, F32, capability=80),
     "half_sum, sm_80": cases.half_sum(65, capability=80),
-    "maximum, sm_80": cases.larger((40, 35), (40, 35), capability=80),
+    "maximum, sm_80": cases.larger(OPERANDS["a row"], F16, capability=80),
 }
 for kernel in KERNELS:
     OTHERS |= candidates_of(kernel, 90) | candidates_of(kernel, 80)
@@ -158,6 +260,11 @@ def test_default_tiles(name):
 @pytest.mark.parametrize("name", OTHERS)
 def test_all_tiles(name):
     check(OTHERS[name])
+
+
+def test_longer_chains_of_float16_are_wrong():
+    with pytest.raises(AssertionError):
+        check(extreme_digits(2 * FLOAT_CHAIN + 1, terms=2 * FLOAT_CHAIN, floats=True, capability=80))
 
 
 def test_nothing_is_launched_without_terms():

@@ -72,13 +72,15 @@ FUNCTIONS = {
     "xor": np.bitwise_xor,
     "not": np.invert,
 }
+INTEGER_PAIRS = {"s16x2": "i2", "u16x2": "u2"}
 OF_FLOATS = {"div": np.divide, "max": larger, "max.NaN": larger_or_nan}
 OF_FLOAT32 = {  # with their bounds by 9.7.3
     "ex2.approx": approximate(np.exp2, 2**-22),
     "sqrt.approx": approximate(np.sqrt, 2**-23),
     "div.full": approximate(np.divide, 2**-22),
 }
-OF_HALVES = {"mul": np.multiply, "max.NaN": larger_or_nan}  # exact in float32, which is rounded once
+# Of float32, which is rounded once more. That makes no difference: it has more than twice the bits of a half.
+OF_HALVES = {"add": np.add, "mul": np.multiply, "max.NaN": larger_or_nan}
 
 
 @instruction(*FUNCTIONS, *OF_FLOATS, *OF_FLOAT32)
@@ -88,6 +90,13 @@ def _arithmetic(i: Instruction) -> Run:
     of_kind = {"f32": OF_FLOAT32 | OF_FLOATS, "f64": OF_FLOATS}.get(kind, {})
     function = OF_HALVES[name] if kind in HALVES else (FUNCTIONS | of_kind)[name]
     kinds = [kind] * len(i.operands)
+    if kind in INTEGER_PAIRS:
+
+        def of_pairs(*x: Values) -> Values:
+            halves = [np.ascontiguousarray(one).view(INTEGER_PAIRS[kind]) for one in x]
+            return function(*halves).view(np.uint32)
+
+        return elementwise(i, of_pairs, *["b32"] * len(kinds))
     if "ftz" in parts:
         return elementwise(i, lambda *x: flush(function(*map(flush, x))), *kinds)
     return elementwise(i, function, *kinds)
@@ -129,15 +138,15 @@ def _extract_bits(i: Instruction) -> Run:
 
 @instruction("prmt.b32")
 def _permute_bytes(i: Instruction) -> Run:
-    """Each nibble of the selector takes a byte of b:a."""
-    selector = i.operands[3].bits
-    assert not selector & 0x8888  # which would replicate a sign
-    take = [selector >> 4 * position & 15 for position in range(4)]
+    """Each nibble of the selector takes a byte of b:a, or repeats the sign of one."""
+    nibbles = [i.operands[3].bits >> 4 * position & 15 for position in range(4)]
+    take, repeat = [nibble & 7 for nibble in nibbles], [nibble > 7 for nibble in nibbles]
 
     def permute(a: Values, b: Values, _: Values) -> Values:
         both = np.empty((32, 2), np.uint32)
         both[:, 0], both[:, 1] = a, b
-        return both.view(np.uint8).take(take, 1).view(np.uint32)[:, 0]
+        taken = both.view(np.int8).take(take, 1)
+        return np.where(repeat, taken >> 7, taken).view(np.uint32)[:, 0]
 
     return elementwise(i, permute, *["b32"] * 4)
 
@@ -186,7 +195,7 @@ def _convert(i: Instruction) -> Run:
     _, *modifiers, to, source = i.parts
     to_integer = source in FLOATS and to not in FLOATS
     assert modifiers == ["rzi"] if to_integer else modifiers in ([], ["rn"])
-    assert to not in HALVES or source == "f32"
+    assert to not in HALVES or source == "f32" or (to == "f16" and source[0] in "su")
     if to in PAIRS:  # the first source becomes the upper half
         return elementwise(i, lambda high, low: np.stack([low, high]), to, source, source)
     if to_integer:
@@ -197,7 +206,7 @@ def _convert(i: Instruction) -> Run:
             return np.clip(whole, limits.min, limits.max).astype(DTYPES[to])
 
         return elementwise(i, truncate, to, source)
-    if to == "f32" and source[0] in "su":  # from 64 bits through a wider format, so that it is rounded once
+    if to in ("f16", "f32") and source[0] in "su":  # through a wider format, so that it is rounded once
         return elementwise(i, lambda x: x.astype(np.longdouble), to, source)
     return elementwise(i, lambda x: x, to, source)
 

@@ -1,22 +1,27 @@
 # SPDX-License-Identifier: MIT
 """Launches of each kernel, with operands whose results are known exactly.
 
-Operands are small integers, so that all sums are exact in any order. Sigmoids are compared within a bound.
+Operands of products are small integers, so that all sums are exact in any order. Sigmoids are compared within
+a bound.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from samples import LAYOUTS
+from samples import LAYOUTS, bits, lower_twice
 from torch import Tensor
 
+import torchpar
 from torchpar.kernels import exact_matmul, matmul_t, maximum, sigmoid_backward
 from torchpar.kernels import linear_sigmoid as linear
 from torchpar.kernels.tiles import Device, Tiles
+from torchpar.ops import exact_digits
 
 from .launch import Gpu
 
@@ -77,13 +82,11 @@ class Case:
 
 def same_bits(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     """Whether two lists of tensors have the same bits; all NaN are alike."""
-
-    def bits(t: Tensor) -> Tensor:
-        if t.is_floating_point():
-            t = torch.where(t.isnan(), torch.full_like(t, torch.nan), t)
-        return t.contiguous().view(torch.uint8)
-
-    return all(torch.equal(bits(a), bits(b)) for a, b in zip(found, expected, strict=True))
+    for a, b in zip(found, expected, strict=True):
+        number = ~b.isnan()
+        if not (torch.equal(~a.isnan(), number) and torch.equal(bits(a)[number], bits(b)[number])):
+            return False
+    return True
 
 
 def integers(*shape: int, dtype: torch.dtype = BF16, largest: int = 3, transposed: bool = False) -> Tensor:
@@ -104,12 +107,17 @@ def symmetric(
     transposed: str = "",
     other: bool = False,
     c: bool = False,
+    factors: tuple[float, float] = (2.0, -0.5),
+    in_place: bool = False,
     **options: Any,
 ) -> Case:
-    """``A·Aᵀ``, with ``other`` ``A·Bᵀ``, and with ``c`` ``2·A·Aᵀ − C/2``.
+    """``A·Aᵀ``, with ``other`` ``A·Bᵀ``, and with ``c`` ``2·A·Aᵀ − C/2``, or that of other ``factors``.
 
     ``A·Bᵀ`` should be symmetric. Here it is not: the result must be its lower triangle, mirrored.
+    ``in_place`` it is written to C, which is float32.
     """
+    result = F32 if in_place else dtype
+    alpha, beta = factors if c else (1.0, 0.0)
 
     def operands() -> list[Tensor]:
         a = integers(*batch, n, k, dtype=dtype, transposed="a" in transposed)
@@ -117,22 +125,23 @@ def symmetric(
         if other:
             given.append(integers(*batch, n, k, dtype=dtype, transposed="b" in transposed))
         if c:
-            added = integers(*batch, n, n, dtype=dtype, transposed="c" in transposed)
-            upper = torch.ones(n, n, dtype=torch.bool).triu(1)
-            given.append(added.masked_fill_(upper, torch.nan))  # only the lower triangle is read
+            added = integers(*batch, n, n, dtype=result, transposed="c" in transposed)
+            unread = torch.ones(n, n, dtype=torch.bool).triu(1 if beta else -n)
+            given.append(added.masked_fill_(unread, torch.nan))  # only the lower triangle is read
         return given
 
     def run(wrap: Any, a: Tensor, *others: Tensor) -> Any:
         b = others[0] if other else a
-        adding = (others[-1], 2.0, -0.5) if c else ()
-        return matmul_t.symmetric_product(a, b, precision, wrap, *adding, tiles=tiles)
+        adding = (others[-1], alpha, beta) if c else ()
+        out = others[-1] if in_place else None
+        return matmul_t.symmetric_product(a, b, precision, wrap, *adding, out=out, tiles=tiles)
 
     def results(a: Tensor, *others: Tensor) -> Tensor:
         b = others[0] if other else a
-        product = a.double() @ b.double().mT
-        if c:
-            product = 2 * product - 0.5 * others[-1].double()
-        return (product.tril() + product.tril(-1).mT).to(dtype)
+        product = alpha * (a.double() @ b.double().mT)
+        if beta:
+            product += beta * others[-1].double()
+        return lower_twice(product).to(result)
 
     return Case(operands, run, results, **options)
 
@@ -152,7 +161,7 @@ def mirror(n: int, dtype: torch.dtype = BF16, batch: tuple[int, ...] = (), **opt
     return Case(
         lambda: [integers(*batch, n, n, dtype=dtype)],
         lambda wrap, c: matmul_t.mirror(c, wrap),
-        lambda c: c.tril() + c.tril(-1).mT,
+        lower_twice,
         written=0,
         **options,
     )
@@ -187,6 +196,16 @@ def sigmoid(
     return Case(operands, run, results, bound=SIGMOID[dtype], **options)
 
 
+def sigmoid_of(values: Tensor, bound: float = 0.0) -> Case:
+    """The sigmoids of numbers, each a product with 1; without a bound they are PyTorch's own."""
+    return Case(
+        lambda: [values[:, None], torch.ones(1, 1, dtype=values.dtype)],
+        lambda wrap, x, weight: linear.linear_sigmoid(x, weight, None, "ieee", wrap),
+        lambda x, weight: x.double().sigmoid() if bound else x.sigmoid(),
+        bound=bound,
+    )
+
+
 def sigmoid_gradient(m: int, n: int, dtype: torch.dtype = BF16, **options: Any) -> Case:
     """y is a multiple of 1/16, so that sums are exact. More than 256 rows, in float32, have partial sums."""
 
@@ -210,99 +229,128 @@ def sigmoid_gradient(m: int, n: int, dtype: torch.dtype = BF16, **options: Any) 
     return Case(operands, run, results, **options)
 
 
-def larger(shape: tuple[int, ...], other: tuple[int, ...], dtype: torch.dtype = BF16, **options: Any) -> Case:
-    """The maximum of two operands, one of which may be broadcast; with NaN."""
+def few_values(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    """Few different values, so that ties are many; none is the least of its dtype; some are NaN."""
+    if dtype == torch.bool:
+        values = [False, True]
+    elif dtype.is_floating_point:
+        values = [-math.inf, -2.5, -1, 0, 0.5, 3, math.inf, math.nan]
+    else:
+        limits = torch.iinfo(dtype)
+        values = [limits.min + 1, limits.max // 2, limits.max // 2 + 1, limits.max, *range(2, 9)]
+    return torch.tensor(values, dtype=dtype)[torch.randint(len(values), shape)]
+
+
+def incoming(g: Tensor) -> Iterator[Tensor]:
+    """Gradients of the layouts that follow an operation, a sum, and a sum over rows; and of others."""
+    yield g
+    if g.numel() > 0:
+        yield g.flatten()[:1].view(()).expand_as(g)
+    if g.dim() > 0:
+        yield g[:1].expand_as(g)
+    yield g.contiguous()
+    if g.dim() == 2:
+        yield g.T.contiguous().T
+
+
+def larger(draw: Callable[[Any], tuple[Tensor, Tensor]], *dtypes: torch.dtype, **options: Any) -> Case:
+    """The maximum of two operands, and of floats its gradients.
+
+    ``draw(d)`` draws the operands by ``d(*shape)``, of one dtype or of two.
+    """
 
     def operands() -> list[Tensor]:
-        a, b = integers(*shape, dtype=dtype), integers(*other, dtype=dtype).expand(shape)
-        if dtype.is_floating_point:
-            a.view(-1)[3] = torch.nan
-        return [a, b]
+        drawn = cycle(dtypes)
+        given = draw(lambda *shape: few_values(*shape, dtype=next(drawn)))
+        y = torch.maximum(*given)
+        operands = [t.expand(y.shape) for t in given]
+        if y.is_floating_point():
+            gradient = torch.empty_like(y).copy_(torch.randn(y.shape) * 1000)
+            gradient.flatten()[:1] *= 2.0**-24  # the half of the least float16 is rounded
+            operands += incoming(gradient)
+        return operands
 
-    def run(wrap: Any, a: Tensor, b: Tensor) -> Tensor:
-        out = torch.empty(shape, dtype=dtype, device="meta")
-        maximum.maximum(a, b, out, wrap)
-        return out
+    def run(wrap: Any, a: Tensor, b: Tensor, *gradients: Tensor) -> Any:
+        results = [torch.maximum(a, b)]  # without content, with the strides of PyTorch's result
+        maximum.maximum(a, b, results[0], wrap)
+        for g in gradients:
+            both = [torch.empty_like(results[0]) for _ in range(2)]
+            maximum.maximum_backward(g, a, b, *both, wrap)
+            results += both
+        return results
 
-    return Case(operands, run, lambda a, b: torch.maximum(a, b), **options)
-
-
-def larger_gradient(
-    shape: tuple[int, ...], other: tuple[int, ...], dtype: torch.dtype = BF16, **options: Any
-) -> Case:
-    """The gradients of the maximum; where both are equal each has half, and with NaN all of it."""
-
-    def operands() -> list[Tensor]:
-        a, b = integers(*shape, dtype=dtype), integers(*other, dtype=dtype).expand(shape)
-        a.view(-1)[3] = torch.nan
-        return [integers(*shape, dtype=dtype), a, b]
-
-    def run(wrap: Any, g: Tensor, a: Tensor, b: Tensor) -> Any:
-        da, db = (torch.empty(shape, dtype=dtype, device="meta") for _ in range(2))
-        maximum.maximum_backward(g, a, b, da, db, wrap)
-        return da, db
-
-    def results(g: Tensor, a: Tensor, b: Tensor) -> Any:
-        share = torch.where(a == b, g / 2, g)
-        return torch.where(a < b, 0, share), torch.where(b < a, 0, share)
+    def results(a: Tensor, b: Tensor, *gradients: Tensor) -> Any:
+        y = torch.maximum(a, b)
+        wide = [t.to(y.dtype).clone().requires_grad_() for t in (a, b)] if gradients else []
+        pairs = [torch.autograd.grad(torch.maximum(*wide), wide, g) for g in gradients]
+        return [y, *(t for pair in pairs for t in pair)]
 
     return Case(operands, run, results, **options)
 
 
-def digits(x: Tensor, exponents: Tensor) -> list[Tensor]:
-    """The four signed digits, int64, of the rows of ``x`` as integers: the formulas in `exact_matmul`."""
-    whole = (x.double() * torch.exp2(31.0 - exponents.double())[:, None]).round().long()
-    found: list[Tensor] = []
-    for _ in range(3):
-        found.insert(0, (whole + 128) % 256 - 128)
-        whole = (whole - found[0]) // 256
-    return [whole, *found]
+def random_rows(*shape: int, special: bool = False) -> Tensor:
+    """Rows of different magnitudes; ``special``: one has a NaN, and one an infinity."""
+    x = torch.randn(shape) * torch.exp2(torch.randint(-3, 4, (*shape[:-1], 1)))
+    if special:
+        x[1, 0], x[2, 1] = torch.nan, torch.inf
+    return x
+
+
+def rows_of_extreme_digits(k: int, odd: int) -> Tensor:
+    """Rows of the digits with the largest sums. In the first column only digit ``odd`` is not 0."""
+    extreme = torch.tensor([[-126, -128, -128, -128], [126, 127, 127, 0], [127, -128, -128, -128]])
+    digits = extreme[:, :, None].repeat(1, 1, k)
+    digits[:, :, 0] = 127 * (torch.arange(4) == odd)
+    x = (digits * 256.0 ** -torch.arange(4)[:, None]).sum(1) / 128
+    assert torch.equal(exact_digits.digits(x, exact_digits.row_exponents(x)), digits)
+    return x
 
 
 def exact(
-    m: int,
-    n: int,
-    k: int,
-    *,
-    same: bool = False,
-    dtype: torch.dtype = F32,
-    transposed: bool = False,
-    special: bool = False,
-    terms: int = exact_matmul.CHAIN,
+    draw: Callable[[], Sequence[Tensor]],
+    *dtypes: torch.dtype,
+    floats: bool = False,
+    terms: int = 0,
     tiles: Tiles | None = None,
+    capability: int = 90,
     **options: Any,
 ) -> Case:
-    """The exact product, in chains of ``terms``; ``special``: with a row of NaN and one of ∞."""
+    """The exact product of two matrices, or of one with itself: the CPU's bits in float32, T in int64.
+
+    Args:
+        dtypes: of the results; by default float32 alone.
+        floats: whether the digits are float16, as on a GPU that multiplies int8 slowly.
+        terms: of a chain.
+    """
 
     def operands() -> list[Tensor]:
-        shapes = [(rows, k) for rows in (m, n)]
-        a, b = (torch.randn(*s[::-1]).mT if transposed else torch.randn(s) for s in shapes)
-        given = []
-        for t in (a,) if same else (a, b):
-            t *= torch.exp2(torch.randint(-3, 4, (len(t), 1)))
-            given += [t, torch.frexp(t.abs().amax(1) / (1 - 2**-7))[1].int()]
-        if special:
-            a[1, 0], a[2, 1], given[1][1:3] = torch.nan, torch.inf, 130
-        return given
+        matrices = draw()
+        return [*matrices, *(exact_digits.row_exponents(t)[..., 0] for t in matrices)]
 
-    def run(wrap: Any, a: Tensor, e: Tensor, b: Tensor | None = None, f: Tensor | None = None) -> Tensor:
-        out = torch.empty(m, n, dtype=dtype, device="meta")
-        choose = exact_matmul._tiles if tiles is None else lambda *of_operands: tiles
-        b, f = (a, e) if b is None or f is None else (b, f)
-        with patch.object(exact_matmul, "CHAIN", terms), patch.object(exact_matmul, "_tiles", choose):
-            return exact_matmul.exact_product(a, b, e, f, wrap, out=out)
+    def run(wrap: Any, *given: Tensor) -> list[Tensor]:
+        a, b, e, f = four(given)
+        changed: dict[str, Any] = {"SLOW_INT8": capability} if floats else {}
+        changed |= {"_tiles": lambda *of_operands: tiles} if tiles else {}
+        changed |= {"FLOAT_CHAIN" if floats else "CHAIN": terms} if terms else {}
+        shape = *a.shape[:-1], b.shape[-2]
+        with ExitStack() as stack:
+            for name, value in changed.items():
+                stack.enter_context(patch.object(exact_matmul, name, value))
+            return [
+                exact_matmul.exact_product(
+                    a, b, e, f, wrap, out=torch.empty(shape, dtype=dtype, device="meta")
+                )
+                for dtype in dtypes or (F32,)
+            ]
 
-    def results(a: Tensor, e: Tensor, b: Tensor | None = None, f: Tensor | None = None) -> Tensor:
-        b, f = (a, e) if b is None or f is None else (b, f)
-        total = torch.zeros(m, n, dtype=torch.int64)
-        a_digits, b_digits = digits(a.nan_to_num(0, 0, 0), e), digits(b.nan_to_num(0, 0, 0), f)
-        for p in range(4):
-            for q in range(4 - p):
-                total += (a_digits[p] @ b_digits[q].mT) << 8 * (3 - p - q)
-        if dtype == torch.int64:
-            return total
-        product = (total.double() * torch.exp2(e[:, None] + f[None, :] - 38.0)).to(dtype)
-        signs = [torch.where(t.isfinite(), t.sign(), t) for t in (a, b)]
-        return torch.where((e > 129)[:, None] | (f > 129)[None, :], signs[0] @ signs[1].mT, product)
+    def results(*given: Tensor) -> list[Tensor]:
+        a, b, e, f = four(given)
+        found = {F32: torchpar.exact_matmul(a, b)}
+        if torch.int64 in dtypes:
+            found[torch.int64] = exact_digits.sums(a, b, e[:, None], f[:, None])
+        return [found[dtype] for dtype in dtypes or (F32,)]
 
-    return Case(operands, run, results, **options)
+    def four(given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(given) if len(given) == 4 else (given[0], given[0], given[1], given[1])
+
+    return Case(operands, run, results, capability=capability, **options)

@@ -41,11 +41,9 @@ class Gpu:
         change: of the PTX of each kernel, before it is executed.
     """
 
-    def __init__(
-        self, schedule: Schedule, checks: bool = True, change: Callable[[str], str] = lambda text: text
-    ):
+    def __init__(self, schedule: Schedule, change: Callable[[str], str] = lambda text: text):
         self.schedule, self.change = schedule, change
-        self.space = Space("global memory", checks)
+        self.space = Space("global memory")
         self.next = FIRST_ADDRESS
         self.places: dict[int, Allocation] = {}  # by the storage of the meta tensor
         self.kept: list[Tensor] = []

@@ -268,7 +268,7 @@ class Block:
     def __init__(self, gpu: Any, position: tuple[int, ...]):
         self.gpu, self.position, self.space = gpu, position, gpu.space
         self.events = Events(gpu.kernel.threads // 32)
-        self.shared = Space("shared memory", gpu.space.checks)
+        self.shared = Space("shared memory")
         self.memory = self.shared.add(Allocation("shared memory", SHARED_BASE, gpu.shared_bytes))
         self.warps = [Warp(i, self) for i in range(gpu.kernel.threads // 32)]
         self.at_barrier = 0  # warps
@@ -309,11 +309,11 @@ class Block:
     def end(self) -> None:
         """Complete the asynchronous stores to global memory, and forget the events."""
         for address, barrier in self.memory.barriers.items():
-            message = f"the mbarrier at {address} still expects bytes"
-            self.space.check(not barrier.transactions, barrier.line, message)
+            if barrier.transactions:
+                raise PtxError(barrier.line, f"the mbarrier at {address} still expects bytes")
         for one in self.flying:
-            seen = not one.steps or self.events.seen[:, one.read.number].any()
-            self.space.check(seen, one.read.line, "its block ends before it has read shared memory")
+            if one.steps and not self.events.seen[:, one.read.number].any():
+                raise PtxError(one.read.line, "its block ends before it has read shared memory")
             one.advance()
         for allocation in self.space.allocations:
             allocation.end_block()

@@ -105,19 +105,14 @@ class Allocation:
 class Space:
     """An address space: its allocations, and accesses of ``width`` bytes at each of several addresses."""
 
-    def __init__(self, name: str, checks: bool = True):
-        self.name, self.checks = name, checks
+    def __init__(self, name: str):
+        self.name = name
         self.allocations: list[Allocation] = []
         self.last: Allocation | None = None
 
     def add(self, allocation: Allocation) -> Allocation:
         self.allocations.append(allocation)
         return allocation
-
-    def check(self, holds: Any, line: int, message: str) -> None:
-        """Raise an error if a rule does not hold, without which the results may be right by luck."""
-        if self.checks and not holds:
-            raise PtxError(line, message)
 
     def locate(self, addresses: Any, width: int, line: int) -> tuple[Allocation, Rows]:
         """The allocation of the addresses, and their positions in it in units of ``width``."""
@@ -147,8 +142,8 @@ class Space:
         event = warp.event(line, "a store")
         self.write(warp, addresses, values.shape[1], event, values)
         self.poke(addresses, values, line)
-        stored = all_true(self.peek(addresses, values.shape[1], line) == values)
-        self.check(stored, line, f"threads of warp {warp.index} store different values to the same bytes")
+        if not all_true(self.peek(addresses, values.shape[1], line) == values):
+            raise PtxError(line, f"threads of warp {warp.index} store different values to the same bytes")
 
     def peek(self, addresses: Any, width: int, line: int) -> Any:
         place, rows = self.locate(addresses, width, line)
@@ -163,26 +158,24 @@ class Space:
     def read(self, warp: Any, addresses: Any, width: int, event: Event, fence: bool = False) -> None:
         """An asynchronous operation reads at any time until it has been waited for."""
         place, rows = self.check_read(warp, addresses, width, event.line, fence)
-        if self.checks:
-            reader = warp.index, event.own
-            if reader not in place.reads:
-                place.reads[reader] = np.zeros(len(place.data), np.int32)
-            place.reads[reader].reshape(-1, width)[rows] = event.number
-            place.last_read[reader] = event.number
+        reader = warp.index, event.own
+        if reader not in place.reads:
+            place.reads[reader] = np.zeros(len(place.data), np.int32)
+        place.reads[reader].reshape(-1, width)[rows] = event.number
+        place.last_read[reader] = event.number
 
     def check_read(
         self, warp: Any, addresses: Any, width: int, line: int, fence: bool = False
     ) -> tuple[Allocation, Rows]:
         """``fence``: the bytes are read by the asynchronous proxy, for which generic writes need a fence."""
         place, rows = self.locate(addresses, width, line)
-        if self.checks:
-            writers = place.writes.reshape(-1, width)[rows]
-            if not all_true(warp.seen[writers]):
-                raise self.conflict(warp, place, rows, writers, line, "read", "written")
-            if fence and not all_true(warp.fenced[writers]):
-                one = warp.block.events.all[int(writers[~warp.fenced[writers]][0])]
-                what = f"reads what {one.what} wrote (line {one.line})"
-                raise PtxError(line, f"{what}, which needs a fence between the proxies")
+        writers = place.writes.reshape(-1, width)[rows]
+        if not all_true(warp.seen[writers]):
+            raise self.conflict(warp, place, rows, writers, line, "read", "written")
+        if fence and not all_true(warp.fenced[writers]):
+            one = warp.block.events.all[int(writers[~warp.fenced[writers]][0])]
+            what = f"reads what {one.what} wrote (line {one.line})"
+            raise PtxError(line, f"{what}, which needs a fence between the proxies")
         return place, rows
 
     def write(self, warp: Any, addresses: Any, width: int, event: Event, values: Any = None) -> None:
@@ -191,26 +184,25 @@ class Space:
         An asynchronous operation has no ``values`` yet, and writes at any time until it has been waited for.
         """
         place, rows = self.locate(addresses, width, event.line)
-        if self.checks:
-            seen, line = warp.seen, event.line
-            writers = place.writes.reshape(-1, width)[rows]
+        seen, line = warp.seen, event.line
+        writers = place.writes.reshape(-1, width)[rows]
+        if not all_true(seen[writers]):
+            allowed = writers == UNWRITTEN
+            if values is not None:
+                allowed |= (writers > UNWRITTEN) & (place.data.reshape(-1, width)[rows] == values)
+            writers = np.where(allowed, GIVEN, writers)
             if not all_true(seen[writers]):
-                allowed = writers == UNWRITTEN
-                if values is not None:
-                    allowed |= (writers > UNWRITTEN) & (place.data.reshape(-1, width)[rows] == values)
-                writers = np.where(allowed, GIVEN, writers)
-                if not all_true(seen[writers]):
-                    raise self.conflict(warp, place, rows, writers, line, "overwritten", "written")
-            for (reader, own), read in place.reads.items():
-                if own and place.last_read[reader, own] < warp.block.events.floor:
-                    continue  # all warps know after a barrier
-                readers = read.reshape(-1, width)[rows]
-                if not all_true(seen[readers]):
-                    raise self.conflict(warp, place, rows, readers, line, "overwritten", "read")
-            for address, barrier in place.barriers.items():
-                if ((rows * width <= address + 7) & (rows * width + width > address)).any():
-                    raise PtxError(line, f"overwrites the mbarrier of line {barrier.line}")
-            place.writes.reshape(-1, width)[rows] = event.number
+                raise self.conflict(warp, place, rows, writers, line, "overwritten", "written")
+        for (reader, own), read in place.reads.items():
+            if own and place.last_read[reader, own] < warp.block.events.floor:
+                continue  # all warps know after a barrier
+            readers = read.reshape(-1, width)[rows]
+            if not all_true(seen[readers]):
+                raise self.conflict(warp, place, rows, readers, line, "overwritten", "read")
+        for address, barrier in place.barriers.items():
+            if ((rows * width <= address + 7) & (rows * width + width > address)).any():
+                raise PtxError(line, f"overwrites the mbarrier of line {barrier.line}")
+        place.writes.reshape(-1, width)[rows] = event.number
         if values is None:
             place.data.reshape(-1, width)[rows] = POISON
 

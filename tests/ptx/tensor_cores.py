@@ -181,8 +181,8 @@ class Product(Operation):
         ready = [
             n for n in (*self.taken, *(self.to if adds else [])) if not isinstance(registers[n], Unready)
         ]
-        fenced = all(warp.fence and registers[n] is warp.fence[n] for n in ready)
-        warp.block.space.check(fenced, i.line, "takes a register that was written after the last wgmma.fence")
+        if not all(warp.fence and registers[n] is warp.fence[n] for n in ready):
+            raise PtxError(i.line, "takes a register that was written after the last wgmma.fence")
         if any(isinstance(one, Unready) for one in self.taken.values()) or UNWRITTEN in (self.sums or []):
             raise TypeError
         self.token = Unready(self)
@@ -192,8 +192,8 @@ class Product(Operation):
     def fetch(self) -> None:
         if self.taken:
             now = [self.warp.registers[index] for index in self.taken]
-            same = all(a is b for a, b in zip(now, self.taken.values(), strict=True))
-            self.warp.block.space.check(same, self.line, "a register of A changes while it is multiplied")
+            if any(a is not b for a, b in zip(now, self.taken.values(), strict=True)):
+                raise PtxError(self.line, "a register of A changes while it is multiplied")
             left = numbers(self.kind, gather(now, OPERANDS[self.kind], 16))
         else:
             left = self.left.read(self.warp.block.shared, self.line)
@@ -206,8 +206,8 @@ class Product(Operation):
 
     def wait(self, warp: Warp, left: int = 0) -> None:
         super().wait(warp, left)
-        in_flight = all(isinstance(warp.registers[index], Unready) for index in self.to)
-        warp.block.space.check(in_flight, self.line, "a register of the sum was written before the wait")
+        if not all(isinstance(warp.registers[index], Unready) for index in self.to):
+            raise PtxError(self.line, "a register of the sum was written before the wait")
         for index, register in zip(self.to, scatter(self.result), strict=True):
             if warp.registers[index] is self.token:  # and no later product writes it
                 warp.registers[index] = register.view(np.uint32)

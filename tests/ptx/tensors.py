@@ -56,8 +56,8 @@ def _init(warp: Warp, i: Instruction, address: Any, count: Any) -> None:
 @action("mbarrier.inval.shared::cta.b64", single=True)
 def _invalidate(warp: Warp, i: Instruction, address: Any) -> None:
     barrier = barrier_at(warp, address, i.line)
-    used = barrier.copies or barrier.pending != barrier.count
-    warp.block.space.check(not used, i.line, f"the mbarrier of line {barrier.line} is in use")
+    if barrier.copies or barrier.pending != barrier.count:
+        raise PtxError(i.line, f"the mbarrier of line {barrier.line} is in use")
     del warp.block.memory.barriers[int(address[0]) - SHARED_BASE]
 
 
@@ -144,8 +144,8 @@ def _publish(warp: Warp, i: Instruction, to: Any, source: Any, size: Any) -> Non
 @action("fence.proxy.tensormap::generic.acquire.gpu")
 def _acquire(warp: Warp, i: Instruction, address: Any, size: Any) -> None:
     place, rows = warp.block.space.check_read(warp, address[:1], int(size[0]), i.line)
-    published = int(rows[0]) in place.published
-    warp.block.space.check(published, i.line, "acquires a tensormap that was not published")
+    if int(rows[0]) not in place.published:
+        raise PtxError(i.line, "acquires a tensormap that was not published")
     place.acquired[int(rows[0])] = warp.event(i.line, "the fence")
 
 
@@ -161,8 +161,8 @@ class Tensor:
         space = warp.block.space
         place, rows = space.check_read(warp, address, 128, line)
         fence = place.acquired.get(int(rows[0]))
-        known = fence is not None and warp.seen[fence.number]
-        space.check(known, line, "uses a tensormap that was not acquired by the tensormap proxy")
+        if fence is None or not warp.seen[fence.number]:
+            raise PtxError(line, "uses a tensormap that was not acquired by the tensormap proxy")
         raw = space.peek(address, 128, line).tobytes()
 
         def field(name: str, count: int = 1) -> list[int]:
