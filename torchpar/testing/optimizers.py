@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Compare an optimizer in many situations with its own step on whole matrices, and judge the differences."""
 
-import copy
 import dis
 import logging
 import math
 import pickle
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from torchpar.optim.assign import aligned
 from torchpar.optim.newton_schulz import COEFFICIENTS
 from torchpar.parallel.launch.local import Ranks
 from torchpar.testing.situations import SITUATIONS
-from torchpar.testing.trial import FAMILIES, Array, Failure, Layers, Make, Record, Trial, named_weights
+from torchpar.testing.trial import FAMILIES, Array, Failure, Layers, Make, Record, Trial
 
 RIGHT = ("same bits", "equal up to rounding")
 FAULTS = ("wrong", "hangs", "crashes")
@@ -131,20 +130,20 @@ def check_optimizer(
 
 
 def _row(ranks: Ranks, name: str, made: bytes, timeout: float) -> Row:
-    situation, merged = SITUATIONS[name], dict[Key, Record]()
-    limits = {"timeout": timeout, "grace": GRACE}
+    situation, records = SITUATIONS[name], dict[Key, Record]()
     phases = [situation.ranks] if isinstance(situation.ranks, int) else situation.ranks
+    limits = {"timeout": timeout, "grace": GRACE}
     try:
         with TemporaryDirectory() as folder:
-            for phase, world_size in enumerate(phases):
-                outcomes = ranks.outcomes(world_size, _try, name, made, folder, phase, **limits)
+            for world_size in phases:
+                outcomes = ranks.outcomes(world_size, _try, name, made, folder, records, **limits)
                 _check(outcomes, situation.one_may_refuse)
-                _merge(merged, outcomes)
+                records = _merge(outcomes)
         if name == "polar factor":
-            return _judge_polar(name, merged)
-        outcomes = ranks.outcomes(1, _follow, made, list(merged.values()), **limits)
+            return _judge_polar(name, records)
+        outcomes = ranks.outcomes(1, _follow, name, made, list(records.values()), **limits)
         _check(outcomes)
-        return _judge(name, merged, outcomes[0])
+        return _judge(name, records, outcomes[0])
     except Failure as e:
         verdict, detail = e.args
         return Row(name, verdict, detail=detail)
@@ -182,24 +181,23 @@ def _refuses(error: Exception) -> bool:
     return isinstance(error, kinds) and code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
-def _try(name: str, made: bytes, folder: str, phase: int) -> dict[str, Record]:
+def _try(name: str, made: bytes, folder: str, earlier: dict[Key, Record]) -> dict[str, Record]:
     """Train in a situation on this rank, with each family of gradients."""
-    situation, records = SITUATIONS[name], {}
+    situation, records = SITUATIONS[name], dict(zip(FAMILIES, earlier.values(), strict=False))
     with _failures():
         for family in FAMILIES:
             torch.manual_seed(0)
-            setup = copy.deepcopy(dict(situation.setup))
-            trial = Trial(pickle.loads(made), family, Path(folder) / family, phase, **setup)
+            record = records.setdefault(family, Record())
+            trial = Trial(pickle.loads(made), record, family, Path(folder) / family, **situation.setup)
             situation.run(trial)
-            records[family] = trial.record
     return records
 
 
-def _follow(made: bytes, records: list[Record]) -> list[tuple[Weights, ...]]:
+def _follow(name: str, made: bytes, records: list[Record]) -> list[tuple[Weights, ...]]:
     """The weights of the same steps on whole matrices: with the same gradients, then with rounded ones."""
 
     def draw(number: int) -> list[Weights]:
-        return [_weights(pickle.loads(made), record, number) for record in records]
+        return [_weights(pickle.loads(made), SITUATIONS[name].setup, record, number) for record in records]
 
     with _failures():
         exact = draw(0)
@@ -209,26 +207,21 @@ def _follow(made: bytes, records: list[Record]) -> list[tuple[Weights, ...]]:
         return list(zip(exact, *map(draw, range(1, 1 + DRAWS * differ)), strict=True))
 
 
-def _weights(make: Make, record: Record, draw: int) -> Weights:
-    model = Layers({name: torch.from_numpy(of[0]).to(record.dtype) for name, of in record.weights.items()})
-    optimizer = make(model, **record.options)
-    weights = {name: of[:1] for name, of in record.weights.items()}
+def _weights(make: Make, setup: Mapping[str, Any], record: Record, draw: int) -> Weights:
+    trial = Trial(make, Record(), **{**setup, "views": {}})
+    model = Layers({name: torch.from_numpy(of[0]).to(trial.dtype) for name, of in record.weights.items()})
+    optimizer = trial.optimizer(model)
     generator = torch.Generator().manual_seed(draw)
     torch.manual_seed(0)
-    for gradients in zip(*record.gradients.values(), strict=True):
-        optimizer.zero_grad()
-        params = dict(named_weights(model))
-        for p, gradient in zip(params.values(), gradients, strict=True):
-            if gradient is not None:
-                g = torch.from_numpy(gradient)
+    for step in trial.steps(model, optimizer):
+        for p, gradients in zip(model.parameters(), record.gradients.values(), strict=True):
+            if gradients[step] is not None:
+                g = torch.from_numpy(gradients[step]) / trial.factor
                 if draw:  # an error of at most one rounding to bfloat16, also where the dtype is bfloat16
                     g = g * (1 + BFLOAT16 * (torch.rand(g.shape, generator=generator) - 0.5))
                 # A backward pass, because an optimizer may have hooks in it.
-                torch.autograd.backward(p, g.to(record.dtype))
-        optimizer.step()
-        for name, p in params.items():
-            weights[name].append(p.detach().double().numpy().copy())
-    return weights
+                torch.autograd.backward(p, g.to(trial.dtype))
+    return trial.record.weights
 
 
 # On the process that asks
@@ -259,21 +252,16 @@ def _check(outcomes: list[Any], one_may_refuse: bool = False) -> None:
             raise Failure(others, f"refuses on rank {rank}, and not on all: {message}")
 
 
-def _merge(merged: dict[Key, Record], outcomes: list[dict[str, Record]]) -> None:
-    """Add the records of a phase, in which ranks that have the same matrices have the same weights."""
-    of_phase: dict[Key, Record] = {}
+def _merge(outcomes: list[dict[str, Record]]) -> dict[Key, Record]:
+    """The records of all ranks; those that have the same matrices have the same weights."""
+    merged: dict[Key, Record] = {}
     for of_rank in outcomes:
         for family, record in of_rank.items():
-            first = of_phase.setdefault((family, *record.weights), record)
+            first = merged.setdefault((family, *record.weights), record)
             for name, weights in record.weights.items():
                 if not np.array_equal(weights, first.weights[name], equal_nan=True):
                     raise Failure("wrong", f"the ranks differ in {name}")
-    for key, record in of_phase.items():
-        first = merged.setdefault(key, record)
-        if first is not record:
-            for name, weights in record.weights.items():
-                first.weights[name] += weights[1:]
-                first.gradients[name] += record.gradients[name]
+    return merged
 
 
 def _errors(weights: list[Array], reference: list[Array]) -> Array:
@@ -288,13 +276,13 @@ def _errors(weights: list[Array], reference: list[Array]) -> Array:
     return errors
 
 
-def _judge(name: str, merged: dict[Key, Record], references: list[tuple[Weights, ...]]) -> Row:
+def _judge(name: str, records: dict[Key, Record], references: list[tuple[Weights, ...]]) -> Row:
     """Judge each matrix by its own rounding; the row shows the worst one of full rank."""
     wholes = [weights for exact, *_ in references for weights in exact.values()]
     if all(np.array_equal(weights[0], weights[-1]) for weights in wholes):
         raise Failure("wrong", "no weight moves")
     found: list[Any] = []
-    for ((family, *_), record), (exact, *rounded) in zip(merged.items(), references, strict=True):
+    for ((family, *_), record), (exact, *rounded) in zip(records.items(), references, strict=True):
         if not rounded:
             return Row(name, "same bits", 0.0, None, 0.0)
         for matrix, weights in record.weights.items():
@@ -311,7 +299,7 @@ def _judge(name: str, merged: dict[Key, Record], references: list[tuple[Weights,
     return Row(name, "wrong", *numbers, f"{detail}, its norm by {scale:.1e}")
 
 
-def _judge_polar(name: str, merged: dict[Key, Record]) -> Row:
+def _judge_polar(name: str, records: dict[Key, Record]) -> Row:
     """Compare the first update with the polar factor U·Vᵀ of the gradient U·Σ·Vᵀ, in float64.
 
     Five Newton–Schulz iterations with Jordan's coefficients bring all singular values of the normalised
@@ -320,7 +308,7 @@ def _judge_polar(name: str, merged: dict[Key, Record]) -> Row:
     the smallest singular value. No singular value is further from the median than a from b.
     """
     rows = []
-    record = next(record for (family, *_), record in merged.items() if family == FAMILIES[0])
+    record = next(record for (family, *_), record in records.items() if family == FAMILIES[0])
     for matrix, weights in record.weights.items():
         u, sigma, vt = np.linalg.svd(record.gradients[matrix][0], full_matrices=False)
         update = weights[1] - weights[0]

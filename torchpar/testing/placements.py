@@ -74,21 +74,15 @@ def _simulated_ranks() -> Iterator[Any]:
 def _place(whole: Tensor, mesh: Any, placement: Any) -> Any:
     """A DTensor of ``whole``; the parts of a sum differ in every element."""
     from torch.distributed._local_tensor import LocalTensor
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
-    if placement.is_partial():
-        weights = [normal_like(whole, seed) for seed in range(RANKS - 1)]
-        weights.append(1 - torch.stack(weights).sum(0))
-        parts = [whole * w for w in weights]
-    elif placement.is_shard():
-        parts = list(whole.chunk(RANKS, placement.dim))  # DTensor's shards
-        parts += [whole.narrow(placement.dim, 0, 0)] * (RANKS - len(parts))
-    else:
-        parts = [whole] * RANKS
-    local = LocalTensor({rank: part.clone() for rank, part in enumerate(parts)})
-    return DTensor.from_local(
-        local, mesh, [placement], run_check=False, shape=whole.shape, stride=whole.stride()
-    )
+    weights = [normal_like(whole, seed) for seed in range(RANKS - 1)]
+    weights.append(1 - torch.stack(weights).sum(0))
+    is_sum = placement.is_partial()
+    local = LocalTensor({rank: whole * w if is_sum else whole.clone() for rank, w in enumerate(weights)})
+    if is_sum:
+        return DTensor.from_local(local, mesh, [placement], run_check=False)
+    return distribute_tensor(local, mesh, [placement], src_data_rank=None)
 
 
 def _compare(

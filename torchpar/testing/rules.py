@@ -153,25 +153,20 @@ RULES["fake tensors"] = partial(_layouts, _right_fakes)
 def _(case: Case) -> Attempts:
     case.expect_reference()
 
-    def values(operands: Tensors) -> None:
-        actual = case.takes(operands)
-        accurate(actual, case.plain(*operands), case.plain(*cast(operands, torch.float64)))
+    def pulled(dtype: torch.dtype, f: Function, operands: Tensors) -> Tensors:
+        xs = case.leaves(operands)
+        ys = case.smooth(f)(*xs)
+        return gradients(ys, xs, [normal_like(y).to(dtype).to(y.dtype) for y in ys])
 
-    def pulled(operands: Tensors, dtype: torch.dtype) -> None:
+    def check(of: Callable[[Function, Tensors], Tensors], operands: Tensors) -> None:
         case.takes(operands)
-
-        def computed(function: Function, chosen: Tensors) -> Tensors:
-            xs = case.leaves(chosen)
-            ys = case.smooth(function)(*xs)
-            return gradients(ys, xs, [normal_like(y).to(dtype).to(y.dtype) for y in ys])
-
-        exact = computed(case.plain, cast(operands, torch.float64))
-        accurate(computed(case.op, operands), computed(case.plain, operands), exact)
+        exact = of(case.plain, cast(operands, torch.float64))
+        accurate(of(case.op, operands), of(case.plain, operands), exact)
 
     for dtype in (torch.float32, *LOW):
         operands = cast(case.operands, dtype)
-        yield str(dtype), partial(values, operands)
-        yield f"{dtype}, gradients", partial(pulled, operands, dtype)
+        yield str(dtype), partial(check, lambda f, operands: f(*operands), operands)
+        yield f"{dtype}, gradients", partial(check, partial(pulled, dtype), operands)
 
 
 # Derivatives
@@ -327,23 +322,21 @@ for _name, _transform in TRANSFORMS.items():
 # vmap
 
 
-def _stacked(results: Sequence[Tensors]) -> Tensors:
-    return tuple(map(torch.stack, zip(*results, strict=True)))
+def _looped(f: Function) -> Function:
+    """What `vmap` computes, by a loop."""
+    return lambda *batches: tuple(
+        map(torch.stack, zip(*(f(*one) for one in zip(*batches, strict=True)), strict=True))
+    )
 
 
 def _vmap(case: Case, in_dims: tuple[int | None, ...]) -> None:
-    samples = [
-        tuple(t if dim is None else rolled(t, k) for t, dim in zip(case.operands, in_dims, strict=True))
-        for k in range(3)
-    ]
-    batches = [
-        t if dim is None else batch.movedim(0, dim)
-        for t, dim, batch in zip(case.operands, in_dims, _stacked(samples), strict=True)
-    ]
-    expected = _stacked([case.plain(*one) for one in samples])
-    close(vmap(case.op, in_dims)(*batches), expected)
-    close(vmap(case.op, in_dims, out_dims=-1)(*batches), [y.movedim(0, -1) for y in expected])
-    case.expect_call(lambda: vmap(case.op, in_dims)(*batches))
+    with_dims = list(zip(case.operands, in_dims, strict=True))
+    batches = [torch.stack([t if dim is None else rolled(t, k) for k in range(3)]) for t, dim in with_dims]
+    expected = _looped(case.plain)(*batches)
+    given = [t if dim is None else b.movedim(0, dim) for b, (t, dim) in zip(batches, with_dims, strict=True)]
+    close(vmap(case.op, in_dims)(*given), expected)
+    close(vmap(case.op, in_dims, out_dims=-1)(*given), [y.movedim(0, -1) for y in expected])
+    case.expect_call(lambda: vmap(case.op, in_dims)(*given))
 
 
 @rule("vmap over one operand")
@@ -363,11 +356,9 @@ def _(case: Case) -> Attempts:
 
 @rule("vmap of vmap")
 def _(case: Case) -> None:
-    rows = [[tuple(rolled(t, 2 * i + j) for t in case.operands) for j in range(2)] for i in range(3)]
-    batches = _stacked([_stacked(row) for row in rows])
-    close(
-        vmap(vmap(case.op))(*batches), _stacked([_stacked([case.plain(*one) for one in row]) for row in rows])
-    )
+    rows = [[[rolled(t, 2 * i + j) for j in range(2)] for i in range(3)] for t in case.operands]
+    batches = [torch.stack([torch.stack(row) for row in of_operand]) for of_operand in rows]
+    close(vmap(vmap(case.op))(*batches), _looped(_looped(case.plain))(*batches))
     case.expect_call(lambda: vmap(vmap(case.op))(*batches))
 
 
@@ -382,18 +373,15 @@ OF_BATCHES: dict[str, Callable[[Function, Tensors], Any]] = {
 }
 
 
+def _of_batches(f: Function, case: Case, nested: Callable[[Function, Tensors], Any]) -> Any:
+    rolls = [[rolled(t, k) for k in range(3)] for t in case.floating]
+    return nested(f, tuple(torch.stack(of_operand).requires_grad_() for of_operand in rolls))
+
+
 @rule("vmap and gradients")
 def _(case: Case) -> Attempts:
-    samples = [tuple(rolled(t, k) for t in case.floating) for k in range(3)]
-    oracle = case.oracle
-
-    def check(transform: Callable[[Function, Tensors], Any]) -> None:
-        batches = tuple(t.requires_grad_() for t in _stacked(samples))
-        close(transform(case.smooth(case.op), batches), transform(oracle, batches))
-        case.expect_call(lambda: transform(case.smooth(case.op), batches))
-
-    for name, transform in OF_BATCHES.items():
-        yield name, partial(check, transform)
+    for name, nested in OF_BATCHES.items():
+        yield name, partial(case.transformed, _of_batches, nested=nested)
 
 
 # Modes, and other kinds of tensors

@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from torchpar.parallel.split.layers import ColumnParallelLinear, RowParallelLinear
-from torchpar.testing.trial import STEPS, Failure, Trial
+from torchpar.testing.trial import SHAPES, STEPS, Failure, Trial
 
 
 def trained(
@@ -40,16 +40,13 @@ def trained(
         options: of the optimizer.
     """
     model: Any = trial.model()
-    optimizer = trial.optimizer(model, **options) if optimizer_first else None
+    early = trial.optimizer(model, **options) if optimizer_first else None
     model = wrap(model)
     rank, ranks = dist.get_rank() // replica, dist.get_world_size() // replica
-
-    def backward(step: int) -> None:
+    for step in trial.steps(model, early or trial.optimizer(model, **options)):
         for i in range(micro_batches):
             batch = trial.batch(step, micro_batches * rank + i, micro_batches * ranks)
             (trial.factor * model(batch)).backward()
-
-    trial.train(model, optimizer or trial.optimizer(model, **options), backward)
 
 
 def sharing_work(trial: Trial) -> None:
@@ -58,34 +55,25 @@ def sharing_work(trial: Trial) -> None:
 
 def pipeline(trial: Trial) -> None:
     """Each rank has other parameters, and another number of them."""
-    for name in list(trial.shapes)[2:] if dist.get_rank() else list(trial.shapes)[:2]:
-        del trial.shapes[name]
+    names = list(SHAPES)[2:] if dist.get_rank() else list(SHAPES)[:2]
+    trial.shapes = {name: SHAPES[name] for name in names}
     trained(trial, replica=2)
 
 
-def split_layers(trial: Trial, kind: Any, axis: int) -> None:
-    """Layers of torchpar whose weights are slices; the record has the whole layers."""
+def split_layers(trial: Trial, kind: Any) -> None:
+    """A column layer of torchpar has a part of the outputs, and a row layer takes a part of the inputs."""
     mesh, model = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), trial.model()
     for name, layer in list(model.named_children()):
         setattr(model, name, kind.from_linear(layer, mesh=mesh))
 
-    def backward(step: int) -> None:
-        """A column layer has a part of the outputs, and a row layer takes a part of the inputs."""
+    def part(t: Tensor, of: Any) -> Tensor:
+        return t.tensor_split(2, -1)[dist.get_rank()] if kind is of else t
 
-        def part(t: Tensor, of: int) -> Tensor:
-            return t.tensor_split(2, -1)[dist.get_rank()] if axis == of else t
-
-        model({name: (part(x, 1), part(y, 0)) for name, (x, y) in trial.batch(step).items()}).backward()
-
-    def gather(t: Tensor) -> Tensor:
-        if isinstance(t, DTensor):
-            return t.full_tensor()
-        slices: list[Any] = [None] * 2
-        dist.all_gather_object(slices, t)
-        return torch.cat(slices, axis)
-
-    trial.gather = gather
-    trial.train(model, trial.optimizer(model), backward)
+    for step in trial.steps(model, trial.optimizer(model)):
+        parts = {}
+        for name, (x, y) in trial.batch(step).items():
+            parts[name] = part(x, RowParallelLinear), part(y, ColumnParallelLinear)
+        model(parts).backward()
 
 
 # Changes of a model
@@ -118,13 +106,14 @@ def closure(trial: Trial) -> None:
     if "closure" not in inspect.signature(optimizer.step).parameters:
         raise Failure("not applicable", "step has no argument closure")
 
-    def loss(step: int) -> Tensor:
+    def loss() -> Tensor:
         optimizer.zero_grad()
         value: Tensor = model(trial.batch(step))
         value.backward()
         return value
 
-    trial.train(model, optimizer, take_step=lambda step: optimizer.step(partial(loss, step)))
+    for step in trial.steps(model, optimizer, loss):
+        model(trial.batch(step)).backward()
 
 
 def tied(trial: Trial) -> None:
@@ -132,11 +121,8 @@ def tied(trial: Trial) -> None:
     model: Any = trial.model()
     model.twin = copy.deepcopy(model.square)
     model.twin.weight = model.square.weight
-
-    def backward(step: int) -> None:
+    for step in trial.steps(model, trial.optimizer(model)):
         model({**trial.batch(step), "twin": trial.batch(step + 1)["square"]}).backward()
-
-    trial.train(model, trial.optimizer(model), backward)
 
 
 # Checkpoints after the first step
@@ -146,11 +132,13 @@ def resumed(trial: Trial) -> None:
     """A state dict is loaded into a new optimizer of a new model."""
     first, model = trial.model(), trial.model()
     saved = trial.optimizer(first)
-    trial.train(first, saved, steps=STEPS[:1])
+    for step in trial.steps(first, saved, among=STEPS[:1]):
+        first(trial.batch(step)).backward()
     model.load_state_dict(first.state_dict())
     optimizer = trial.optimizer(model)
     optimizer.load_state_dict(copy.deepcopy(saved.state_dict()))
-    trial.train(model, optimizer, steps=STEPS[1:])
+    for step in trial.steps(model, optimizer, among=STEPS[1:]):
+        model(trial.batch(step)).backward()
 
 
 def checkpointed(trial: Trial) -> None:
@@ -160,16 +148,16 @@ def checkpointed(trial: Trial) -> None:
     if part[1] > 1:
         shard(model)
     optimizer = trial.optimizer(model)
-    train = partial(trial.train, model, optimizer, lambda step: model(trial.batch(step, *part)).backward())
-    if trial.phase == 0:
-        train(steps=STEPS[:1])
-    weights, state = get_state_dict(model, optimizer)
-    if trial.phase == 0:
+    is_first = not trial.record.weights
+    if not is_first:
+        weights, state = get_state_dict(model, optimizer)
+        load({"model": weights, "optimizer": state}, checkpoint_id=trial.folder)
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    for step in trial.steps(model, optimizer, among=STEPS[:1] if is_first else STEPS[1:]):
+        model(trial.batch(step, *part)).backward()
+    if is_first:
+        weights, state = get_state_dict(model, optimizer)
         save({"model": weights, "optimizer": state}, checkpoint_id=trial.folder)
-        return
-    load({"model": weights, "optimizer": state}, checkpoint_id=trial.folder)
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
-    train(steps=STEPS[1:])
 
 
 # DTensors
@@ -179,15 +167,15 @@ def distributed(
     trial: Trial,
     placements: Sequence[Any] = (Shard(0),),
     partial_sums: bool = False,
-    change: Callable[[Any, Any, int], None] = lambda model, optimizer, step: None,
-    change_alone: Callable[[Any, Any, int], None] = lambda model, optimizer, step: None,
+    without: Sequence[int] = (),
+    alone: Callable[[Any, Any, int], None] | None = None,
 ) -> None:
     """Weights are DTensors, which their layers cannot compute with: a backward pass accumulates gradients.
 
     Args:
         partial_sums: whether the gradients are partial sums.
-        change: called after a backward pass.
-        change_alone: called later, by rank 1 alone; the reference does not know of it.
+        without: the steps in which a matrix has no gradient.
+        alone: a change by rank 1 alone, right before a step; the reference does not know of it.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     sizes = (ranks,) if len(placements) == 1 else (2, ranks // 2)
@@ -195,26 +183,20 @@ def distributed(
     place = partial(distribute_tensor, device_mesh=mesh, placements=placements, src_data_rank=None)
     for layer in model.children():
         layer.weight = nn.Parameter(place(layer.weight.detach()))  # type: ignore[operator]
-    optimizer: Any = trial.optimizer(model)
-
-    def backward(step: int) -> None:
+    optimizer = trial.optimizer(model)
+    if alone and rank == 1:
+        optimizer.register_step_pre_hook(lambda *_: alone(model, optimizer, step))
+    for step in trial.steps(model, optimizer):
         batch = trial.batch(step, rank, ranks) if partial_sums else trial.batch(step)
         grads = [y.T @ x for x, y in batch.values()]
         placed = [DTensor.from_local(g, mesh, [Partial()]) if partial_sums else place(g) for g in grads]
         torch.autograd.backward(list(model.parameters()), placed)
-        change(model, optimizer, step)
-
-    def take_step(step: int) -> None:
-        if rank == 1:
-            change_alone(model, optimizer, step)
-        optimizer.step()
-
-    trial.train(model, optimizer, backward, take_step)
+        if step in without:
+            lose_gradient(model)
 
 
-def lose_gradient(model: Any, optimizer: Any, step: int, at: Sequence[int] = STEPS) -> None:
-    if step in at:
-        model.square.weight.grad = None
+def lose_gradient(model: Any, *_: Any) -> None:
+    model.square.weight.grad = None
 
 
 def double_rate(model: Any, optimizer: Any, step: int) -> None:
@@ -228,10 +210,9 @@ def add_group(model: Any, optimizer: Any, step: int) -> None:
     first = optimizer.param_groups[0]
     if step == 1:
         late = copy.deepcopy(model.square.weight)
+        late.grad = model.square.weight.grad.clone()
         group = {key: x for key, x in first.items() if key not in ("params", "param_names")}
         optimizer.add_param_group({**group, "params": [("late", late) if "param_names" in first else late]})
-    if step:
-        optimizer.param_groups[-1]["params"][0].grad = model.square.weight.grad.clone()
 
 
 class Situation(NamedTuple):
@@ -301,23 +282,19 @@ SITUATIONS = {
     "Shard(0), Shard(1)": Situation(partial(distributed, placements=[Shard(0), Shard(1)]), 4),
     "Replicate, Shard(1)": Situation(partial(distributed, placements=[Replicate(), Shard(1)]), 4),
     "Shard(0), partial gradients": Situation(partial(distributed, partial_sums=True), 2),
-    "Shard(0), no gradient in a step": Situation(
-        partial(distributed, change=partial(lose_gradient, at=STEPS[1:2])), 2
-    ),
+    "Shard(0), no gradient in a step": Situation(partial(distributed, without=[1]), 2),
     "Shard(0), no gradient on one rank": Situation(
-        partial(distributed, change_alone=lose_gradient), 2, orthogonal=True
+        partial(distributed, alone=lose_gradient), 2, orthogonal=True
     ),
     "Replicate, no gradient on one rank": Situation(
-        partial(distributed, placements=[Replicate()], change_alone=lose_gradient), 2, orthogonal=True
+        partial(distributed, placements=[Replicate()], alone=lose_gradient), 2, orthogonal=True
     ),
-    "Shard(0), two learning rates": Situation(
-        partial(distributed, change_alone=double_rate), 2, orthogonal=True
-    ),
+    "Shard(0), two learning rates": Situation(partial(distributed, alone=double_rate), 2, orthogonal=True),
     "Shard(0), a group on one rank": Situation(
-        partial(distributed, change_alone=add_group), 2, orthogonal=True, one_may_refuse=True
+        partial(distributed, alone=add_group), 2, orthogonal=True, one_may_refuse=True
     ),
-    "ColumnParallelLinear": Situation(partial(split_layers, kind=ColumnParallelLinear, axis=0), 2),
-    "RowParallelLinear": Situation(partial(split_layers, kind=RowParallelLinear, axis=1), 2),
+    "ColumnParallelLinear": Situation(partial(split_layers, kind=ColumnParallelLinear), 2),
+    "RowParallelLinear": Situation(partial(split_layers, kind=RowParallelLinear), 2),
     "parallelize_module": Situation(partial(trained, wrap=parallelize, replica=2), 2),
     "fully_shard over parallelize_module": Situation(partial(trained, wrap=shard_parallelized, replica=2), 4),
     "pipeline stages": Situation(pipeline, 2),

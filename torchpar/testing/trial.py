@@ -3,9 +3,8 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -14,6 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from torchpar.parallel.split.reduction import all_gather
+from torchpar.parts import is_marked, part_of
 
 SHAPES = {"square": (32, 32), "tall": (64, 24), "wide": (24, 64), "uneven": (13, 10), "flat": (4, 20)}
 STEPS = range(3)
@@ -52,8 +54,6 @@ class Layers(nn.Module):
 class Record:
     """The weights before and after each step, and the gradients or None: whole matrices, in float64."""
 
-    dtype: torch.dtype
-    options: dict[str, Any]
     weights: dict[str, list[Array]] = field(default_factory=dict)
     gradients: dict[str, list[Any]] = field(default_factory=dict)
 
@@ -63,32 +63,27 @@ class Trial:
     """What a situation needs on a rank.
 
     Attributes:
+        record: that of the first phase, in the second one.
         family: "full rank" or "low rank", the kind of gradients.
         folder: a folder of all ranks, which is empty at first.
-        phase: the index of the part of a situation that starts its ranks anew.
         decades: over which the singular values of a gradient are spread.
         scale: of the first weights.
         factor: of the gradients; the reference has them without it.
         views: the views that the optimizer gets, by the name of a parameter.
         options: further arguments of the optimizer, which the reference gets, too.
-        gather: makes a rank's part of a weight or a gradient whole.
     """
 
     make: Make
-    family: str
-    folder: Path
-    phase: int
+    record: Record
+    family: str = ""
+    folder: Path = Path()
     dtype: torch.dtype = torch.float32
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=lambda: dict(SHAPES))
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: SHAPES)
     decades: float = 1.0
     scale: float = 0.05
     factor: float = 1.0
-    views: dict[str, Callable[[Tensor], Any]] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
-    gather: Callable[[Tensor], Tensor] = lambda t: t.full_tensor() if isinstance(t, DTensor) else t
-
-    def __post_init__(self) -> None:
-        self.record = Record(self.dtype, self.options)
+    views: Mapping[str, Callable[[Tensor], Any]] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def model(self) -> Layers:
         """The layers of `shapes`, the same on every rank."""
@@ -100,7 +95,7 @@ class Trial:
 
     def optimizer(self, model: nn.Module, **options: Any) -> torch.optim.Optimizer:
         """Make the optimizer; its function may lack an argument that the situation is about."""
-        options |= self.options | ({"views": self.views} if self.views else {})
+        options |= dict(self.options) | ({"views": dict(self.views)} if self.views else {})
         if unknown := options.keys() - inspect.signature(self.make).parameters:
             raise Failure("not applicable", f"make has no argument {min(unknown)}")
         return self.make(model, **options)
@@ -110,45 +105,38 @@ class Trial:
         samples = {name: self._samples(name, shape, step) for name, shape in self.shapes.items()}
         return {name: (x[part::parts], y[part::parts]) for name, (x, y) in samples.items()}
 
-    def train(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        backward: Callable[[int], Any] | None = None,
-        take_step: Callable[[int], Any] | None = None,
-        *,
-        steps: Iterable[int] = STEPS,
-    ) -> None:
-        """Record ``steps``.
+    def steps(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *closure: Any, among: Sequence[int] = STEPS
+    ) -> Iterator[int]:
+        """Take and record steps, whose gradients the body of a loop computes.
 
-        Args:
-            backward: computes the gradients of a step, by default those of the whole batch.
-            take_step: the default calls ``optimizer.step()``.
+        for step in trial.steps(model, optimizer):
+            model(trial.batch(step)).backward()
         """
-        for step in steps:
+        for step in among:
             optimizer.zero_grad()
-            backward(step) if backward else model(self.batch(step)).backward()
+            yield step
             if not self.record.weights:
-                self._append(self.record.weights, model, Tensor.detach)
-            self._append(self.record.gradients, model, attrgetter("grad"), self.factor)
-            take_step(step) if take_step else optimizer.step()
-            self._append(self.record.weights, model, Tensor.detach)
+                self._append(self.record.weights, model)
+            self._append(self.record.gradients, model, "grad")
+            optimizer.step(*closure)
+            self._append(self.record.weights, model)
 
-    def _append(
-        self, record: dict[str, list[Any]], model: nn.Module, part: Callable[[Tensor], Any], factor: float = 1
-    ) -> None:
+    def _append(self, record: dict[str, list[Any]], model: nn.Module, of: str = "data") -> None:
         """Append the whole matrices by the names of parameters, with numbers within one that has a view."""
-        for name, p in named_weights(model):
-            t, view = part(p), self.views.get(f"{name}.weight")
-            whole = None if t is None else self.gather(t).contiguous()
-            matrices = {name: whole}
-            if view is not None and whole is not None:
-                matrices = {f"{name}_{i}": matrix for i, matrix in enumerate(view(whole))}
+        for path, p in model.named_parameters():
+            # The layer's name, also within a wrapper such as DistributedDataParallel.
+            name, t = path.split(".")[-2], getattr(p, of)
+            if isinstance(t, DTensor):
+                t = t.full_tensor()
+            elif is_marked(p):
+                t = all_gather(t, part_of(p))
+            matrices = {name: t if t is None else t.contiguous()}
+            if view := self.views.get(f"{name}.weight"):
+                matrices = {f"{name}_{i}": matrix for i, matrix in enumerate(view(matrices[name]))}  # type: ignore[arg-type]
             for key, matrix in matrices.items():
                 # A tensor would travel between processes by shared memory.
-                record.setdefault(key, []).append(
-                    None if matrix is None else matrix.double().numpy() / factor
-                )
+                record.setdefault(key, []).append(None if matrix is None else matrix.double().numpy())
 
     def _samples(self, name: str, shape: tuple[int, ...], step: int) -> tuple[Tensor, Tensor]:
         """Inputs x and weights y with yᵀ·x = U·Σ·Vᵀ, where Σ is spread over `decades`."""
@@ -165,8 +153,3 @@ class Trial:
 
     def _generator(self, *of: Any) -> torch.Generator:
         return torch.Generator().manual_seed(crc32(repr((0, self.family, *of)).encode()))
-
-
-def named_weights(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """The parameters by the names of their layers, also within a wrapper such as DistributedDataParallel."""
-    return [(name.split(".")[-2], p) for name, p in model.named_parameters()]
