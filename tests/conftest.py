@@ -14,7 +14,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from ranks import fork_context
 
-from torchpar.ops import cpu_table
 from torchpar.parallel.launch.local import Ranks
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -45,14 +44,6 @@ def threads() -> Iterator[None]:
     """Restore PyTorch's number of threads after each test, because Numba's first parallel loop changes it."""
     yield
     torch.set_num_threads(THREADS)
-
-
-@pytest.fixture(autouse=True)
-def no_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Choose products as on a processor without a table, so that tests are the same everywhere."""
-    monkeypatch.setattr(cpu_table, "load", lambda: None)
-    if cpu_table._entries():
-        cpu_table.forget()
 
 
 @pytest.fixture(params=DEVICES)

@@ -61,7 +61,7 @@ def test_compiled_once_for_all_sizes(name: str, device: str) -> None:
             assert_symmetric(actual)
         incoming = LAYOUTS["permuted"](normal(*actual.shape, device=device, seed=9).to(actual))
         assert_close(*(torch.autograd.grad(y, args, incoming) for y in (actual, expected)))
-    # PyTorch compiles again for a float constant, and for symmetric products in blocks, from 256 rows on.
+    # PyTorch compiles again for a float constant, and for symmetric products in blocks, from 384 rows on.
     again = bool(operator.factors(3)) + (name in ("matmul_t", "symmetric_matmul"))
     assert counter.frame_count <= 1 + again
 

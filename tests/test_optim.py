@@ -17,7 +17,6 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchpar import reference
-from torchpar.ops.cpu_table import Choice
 from torchpar.optim import ChainedOptimizer, Muon, newton_schulz, orthogonalize
 from torchpar.optim import matrices as batches
 from torchpar.optim.newton_schulz import COEFFICIENTS
@@ -112,7 +111,7 @@ def test_orthogonality_is_no_worse_than_torchs(case):
 
 
 def halves_gain_from(rows: int) -> Any:
-    return patch.object(newton_schulz, "choice", lambda _, n, k: Choice("blas", 0, 2.0 * (n >= rows)))
+    return patch.object(newton_schulz, "is_halved", lambda x: x.shape[-2] >= rows)
 
 
 def test_whole_matrices_are_multiplied_where_that_is_faster():

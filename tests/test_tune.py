@@ -427,12 +427,11 @@ def test_sizes_that_no_table_has_are_refused():
     "arguments, status, text",
     [
         pytest.param(
-            ["tune", "--device=cuda"],
+            ["tune"],
             2,
             "python -m torchpar tune: error: PyTorch finds no GPU, expected one to tune the kernels on",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
-        (["tune", "--device=cpu", "--sizes=8"], 2, "--sizes is for GPUs; leave it out on a CPU"),
         (["tuna"], 2, "error: argument COMMAND: invalid choice: 'tuna' (choose from"),
         ([], 2, "error: the following arguments are required: COMMAND"),
         (["--help"], 0, "usage: python -m torchpar [-h] COMMAND"),

@@ -19,8 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import torchpar
-from torchpar.ops import cpu_table
-from torchpar.ops.processor import cpuinfo, processor_kind
+from torchpar.ops.processor import cpuinfo
 from torchpar.testing.case import accurate, normal_like, same_bits
 
 # The oldest and the newest versions that the tests have run with.
@@ -123,20 +122,6 @@ def processor() -> Iterator[Finding]:
     threads = torch.get_num_threads()
     remedy = f"export OMP_NUM_THREADS={cores}" if threads > cores else ""
     yield Finding("threads", f"{threads}, on {cores} cores", "problem" if remedy else "ok", remedy)
-    loaded, tune = cpu_table.load(), "python -m torchpar tune --device cpu"
-    if loaded:
-        path, table = loaded
-        dtypes = dict.fromkeys(entry[0] for entry in table["symmetric"])
-        gains = (f"{one} {cpu_table.choice(getattr(torch, one), 1024, 1024).gain:.2f}" for one in dtypes)
-        text = f"{path.name}, of torch {table['torch']}; X·Xᵀ of 1024 × 1024, speed-up over torch.mm with "
-        text += f"{threads} threads: {', '.join(gains)}"
-        if table["torch"].partition("+")[0] == torch.__version__.partition("+")[0]:
-            yield Finding("measured products", text)
-        else:
-            yield Finding("measured products", f"{text}; this torch is {torch.__version__}", "note", tune)
-    else:
-        kind = processor_kind()
-        yield Finding("measured products", f"none for {kind}; the defaults are used", "note", tune)
 
 
 def gpus() -> Iterator[Finding]:

@@ -67,7 +67,7 @@ def _gathered(x: Any) -> Any:
 
 
 # Inductor would fuse the blocks of the CPU path into one slower kernel, and compile it for half a minute.
-@operator("matmul_t(Tensor x) -> Tensor", kernels="matmul_t", opaque=symmetric_cpu.is_opaque)
+@operator("matmul_t(Tensor x) -> Tensor", kernels="matmul_t", opaque=symmetric_cpu.is_halved)
 def _op(x: Tensor, *, wrap: Wrap) -> Tensor:
     _check(x)
     return symmetric_product(x, x, None, 1.0, 0.0, wrap)
@@ -121,7 +121,7 @@ def _backward_formula(g: Tensor, x: Tensor) -> Tensor:
 @operator(
     "matmul_t_backward(Tensor g, Tensor x) -> Tensor",
     kernels="matmul_t",
-    opaque=lambda g, x: symmetric_cpu.is_opaque(x),
+    opaque=lambda g, x: symmetric_cpu.is_halved(x),
 )
 def _backward_op(g: Tensor, x: Tensor, *, wrap: Wrap) -> Tensor:
     if not x.is_cuda:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import torch
 
-_VENDORS = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}
-
 
 def cpuinfo(key: str) -> str:
     """A field of /proc/cpuinfo for the first processor, such as "model name"; "" if there is none."""
@@ -51,14 +49,3 @@ def has_fast_bfloat16() -> bool:
 def has_amx() -> bool:
     """Return True if this CPU multiplies bfloat16 in tiles, so fast that half a product takes as long."""
     return bool(torch.cpu._is_amx_tile_supported())
-
-
-@cache
-def processor_kind() -> str:
-    """The vendor, and the instruction sets that PyTorch uses, such as "intel-avx512-amx"."""
-    vendor = cpuinfo("vendor_id") or platform.machine()
-    capability = torch.backends.cpu.get_cpu_capability().lower()
-    vnni = capability == "avx512" and "avx512_vnni" in cpuinfo("flags").split()
-    names = {"vnni": vnni, "bf16": has_bfloat16(), "amx": has_amx()}
-    sets = (name for name, has in names.items() if has)
-    return "-".join([_VENDORS.get(vendor, vendor.lower()), capability.replace(" ", ""), *sets])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Symmetric matrix products on the CPU, at half the arithmetic.
 
-Where a table says so, float32 goes to oneDNN (`torchpar.ops.linear_cpu`), in chains of `_CHAIN` terms: the
+Where oneDNN is faster (`torchpar.ops.linear_cpu`), float32 goes there, in chains of `_CHAIN` terms: the
 error is then MKL's.
 """
 
@@ -10,19 +10,25 @@ import itertools
 import torch
 from torch import Tensor
 
-from torchpar.ops.cpu_table import CHOSEN_FROM, Choice, choice
 from torchpar.ops.linear_cpu import cut, in_chains, mm, prefers_onednn
 from torchpar.ops.matrix import half_sum, mirrored, pad_to_even, product
-from torchpar.ops.processor import has_bfloat16
+from torchpar.ops.processor import has_amx, has_bfloat16
 
+# Rows from which half of a product is faster than all of it, by MKL with AVX2 and by oneDNN with AVX-512.
+_HALVED_FROM, _HALVED_FROM_BFLOAT16 = 384, 768
+_BLOCK, _BLOCK_BY_ONEDNN = 128, 256  # rows
 _CHAIN = 128
 _CACHE_LINE = 64  # bytes
 _STRIPED_FROM, _STRIPE = 256, 128  # rows from which, and of which, stripes are mirrored; others all at once
 
 
-def is_opaque(t: Tensor) -> bool:
-    """Whether products of ``t``'s rows may be computed in blocks, which compilers should leave alone."""
-    return not t.is_cuda and t.shape[-2] >= CHOSEN_FROM
+def is_halved(x: Tensor) -> bool:
+    """Whether X·Xᵀ is computed in blocks up to the diagonal, which compilers should leave alone."""
+    if x.is_cuda:
+        return False
+    if computed_in(x.dtype) == torch.bfloat16:  # AMX multiplies all as fast as half of it in blocks
+        return x.shape[-2] >= _HALVED_FROM_BFLOAT16 and not has_amx()
+    return x.shape[-2] >= _HALVED_FROM
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
@@ -38,12 +44,10 @@ def symmetric_product(
     alpha: float = 1.0,
     beta: float = 0.0,
     out: Tensor | None = None,
-    chosen: Choice | None = None,
 ) -> Tensor:
     """``alpha * a @ b.mT + beta * c``, known to be symmetric, for ``a, b (*, n, k)`` and ``c (*, n, n)``.
 
-    The result equals its transpose bit for bit. ``chosen`` is the way to it, by default the table's. ``out``
-    may be ``c``. Its dtype is that of ``a``, or float32.
+    The result equals its transpose bit for bit. ``out`` may be ``c``. Its dtype is that of ``a``, or float32.
     """
     c = None if beta == 0 else c
     dtype = computed_in(a.dtype if out is None else out.dtype)
@@ -54,29 +58,26 @@ def symmetric_product(
             return symmetric_product(wide, b, c, alpha, beta, out)
         found = symmetric_product(wide, b, None if c is None else c.to(dtype), alpha, beta)
         return found.to(a.dtype) if out is None else out.copy_(found)
-    chosen = chosen or choice(dtype, *a.shape[-2:])
-    if not chosen.rows and (out is None or not is_opaque(a)):
+    if not is_halved(a):
         found = mirrored(product(a, b, c, alpha, beta))
         return found if out is None else out.copy_(found)
     out = a.new_empty(*a.shape[:-1], a.shape[-2]) if out is None else out
     for index in itertools.product(*map(range, a.shape[:-2])):
         a2 = a[index]
         c2 = None if c is None else c[index]
-        _halved(a2, a2 if b is a else b[index], c2, alpha, beta, out[index], chosen)
+        _halved(a2, a2 if b is a else b[index], c2, alpha, beta, out[index])
     return out
 
 
-def _halved(
-    a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, out: Tensor, chosen: Choice
-) -> None:
+def _halved(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, out: Tensor) -> None:
     """Compute blocks of rows up to the diagonal, and mirror them."""
     n = len(a)
     a, b = pad_to_even(a, b)
-    chains = None
-    if chosen.library == "onednn" and alpha != 0 and a.numel() and prefers_onednn(a):
-        rows = a.contiguous()  # of what oneDNN takes, blocks of rows are to be dense
-        chains = cut(rows, rows if b is a else b.contiguous(), _CHAIN)
-    blocks = max(round(n / (chosen.rows or n)), 1)
+    chains, rows = None, _BLOCK
+    if alpha != 0 and a.numel() and prefers_onednn(a):
+        dense = a.contiguous()  # of what oneDNN takes, blocks of rows are to be dense
+        chains, rows = cut(dense, dense if b is a else b.contiguous(), _CHAIN), _BLOCK_BY_ONEDNN
+    blocks = max(round(n / rows), 1)
     for block in range(blocks):
         lo, hi = n * block // blocks, n * (block + 1) // blocks
         own, c_own = out[lo:hi, :hi], None if c is None else c[lo:hi, :hi]
@@ -120,6 +121,6 @@ def symmetrized_product(g: Tensor, x: Tensor) -> Tensor:
     if computed_in(x.dtype) != x.dtype:  # with loss scaling, G + Gᵀ would also overflow float16
         return symmetrized_product(g.float(), x.float()).to(x.dtype)
     half = half_sum(g)
-    if is_opaque(x) and x.dim() == 2 and prefers_onednn(x):
+    if is_halved(x) and x.dim() == 2 and prefers_onednn(x):
         return mm(half, x).mul_(2)
     return product(half, x.mT).mul_(2)

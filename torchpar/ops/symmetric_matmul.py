@@ -52,7 +52,7 @@ def symmetric_matmul(
             the rounding of ``a``, ``b`` and ``c``. For debugging: it takes several times as long, and waits
             for the device. Ignored in compiled graphs and under torch.func transforms.
         out: where to put the result: ``(*, n, n)``, of ``a``'s dtype, or float32 for an ``a`` of float16 or
-            bfloat16. It may be ``c``, to which the product is then added in place: from 512 rows on no other
+            bfloat16. It may be ``c``, to which the product is then added in place: from 768 rows on no other
             matrix of this size is made. Without gradients, torch.func and DTensors.
 
     Returns:
@@ -136,7 +136,7 @@ def _formula(
 @operator(
     "symmetric_matmul(Tensor a, Tensor b, Tensor? c=None, *, float alpha=1.0, float? beta=None) -> Tensor",
     kernels="matmul_t",
-    opaque=lambda a, *args, **kwargs: symmetric_cpu.is_opaque(a),
+    opaque=lambda a, *args, **kwargs: symmetric_cpu.is_halved(a),
 )
 def _op(
     a: Tensor,

@@ -40,8 +40,8 @@ import torch
 from torch import Tensor
 
 from torchpar.ops import matmul_t, symmetric_matmul
-from torchpar.ops.cpu_table import choice
 from torchpar.ops.processor import has_bfloat16
+from torchpar.ops.symmetric_cpu import is_halved
 
 NewtonSchulz = Literal["auto", "standard", "gram"]
 Triple = tuple[float, float, float]
@@ -65,7 +65,6 @@ _POLAR_EXPRESS = (
     (1.875, -1.25, 0.375),
 )
 
-_GAIN = 1.1  # from which half products are taken: below, their calls cost more than they gain
 _GRAM_ROWS, _GRAM_ASPECT = 256, 2  # below, the standard iteration is as fast
 
 
@@ -187,7 +186,7 @@ def _iterate(x: Tensor, triples: list[Triple], shifted: bool) -> Tensor:
 
 def _use_symmetric_products(x: Tensor) -> bool:
     # On a GPU the operators choose by size themselves. A whole product need not be made symmetric here.
-    return x.is_cuda or choice(x.dtype, *x.shape[-2:]).gain >= _GAIN
+    return x.is_cuda or is_halved(x)
 
 
 def _symmetric_addmm(a: Tensor, b: Tensor, c: Tensor, *, alpha: float = 1.0, beta: float) -> Tensor:

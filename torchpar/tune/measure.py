@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The timer, the check against float64, and the row of times that the tunings of GPUs and of CPUs share."""
+"""The timer, the check against float64, and the row of times of a measured problem."""
 
 import math
 from collections.abc import Callable, Mapping
