@@ -244,6 +244,17 @@ def test_special_forms():
         assert torch.ones(3).long().cumsum(0).tolist() == [1, 2, 3]
         masked = torch.ops.aten._safe_softmax(torch.full((2, 3), -math.inf), -1)
         powers = (torch.arange(4.0) - 2) ** 101
+        kernel = torch.randn(2, 4, 2, 3, 2)
+        volume = F.conv3d(IMAGE[None], kernel, stride=2, padding=1)
+        scores = torch.randn(4, 6, 7)
+        losses = F.cross_entropy(scores.mT, TEXT), F.cross_entropy(scores.flatten(0, 1), TEXT.flatten())
+        dropped = []
+        for dropout in (F.dropout, torch.native_dropout):  # a GPU's is the latter
+            torch.manual_seed(0)
+            dropped.append(dropout(scores, 0.3, True))
+    torch.testing.assert_close(volume, F.conv3d(IMAGE[None], kernel, stride=2, padding=1))
+    assert torch.equal(*losses)
+    assert torch.equal(dropped[0], dropped[1][0])
     assert masked.tolist() == [[0.0] * 3] * 2
     assert powers.tolist() == [-(2.0**101), -1.0, 0.0, 1.0]
 
