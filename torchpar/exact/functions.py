@@ -149,9 +149,7 @@ def sin64(x: Tensor, quarters: int = 0) -> Tensor:
     return torch.where((quadrant & 2).bool(), -result, result)
 
 
-def cos64(x: Tensor) -> Tensor:
-    """cos x for |x| < 2²⁰."""
-    return sin64(x, 1)
+cos64 = partial(sin64, quarters=1)
 
 
 def pow64(x: Tensor, exponent: float) -> Tensor:

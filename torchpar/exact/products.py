@@ -70,7 +70,7 @@ def _convolution_backward(
     if output_mask[0]:
         # The convolution of the spread gradient with the reversed kernels, inputs and outputs exchanged.
         lasts = [d * (k - 1) for d, k in zip(dilation, size, strict=True)]
-        places = [slice(i, i + n * s, s) for i, n, s in zip(lasts, g.shape[2:], stride, strict=True)]
+        places: Any = [slice(i, i + n * s, s) for i, n, s in zip(lasts, g.shape[2:], stride, strict=True)]
         lengths = [n + 2 * p + i for n, p, i in zip(x.shape[2:], padding, lasts, strict=True)]
         spread = g.new_zeros(*g.shape[:2], *lengths)
         spread[(..., *places)] = g
