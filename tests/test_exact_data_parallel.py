@@ -20,31 +20,22 @@ from torchpar.parallel import join_world
 from torchpar.partition import Partition
 
 
-def terms() -> list[Tensor]:
-    """Tensors whose sizes lie in different bins, with cancellation."""
-    torch.manual_seed(0)
-    scales = [1e-12, 1.0, 1e-3, 3e8, 1e-30, 1e8]
-    return [torch.randn(50) * scale * torch.logspace(0, -9, 50) for scale in scales]
-
-
 def binned(parts: list[list[Tensor]]) -> Tensor:
     """The sum of sums, as ranks add them."""
-    sums = []
-    for part in parts:
-        one = BinnedSum(torch.zeros(50))
+    sums = [BinnedSum(torch.zeros(50)) for _ in parts]
+    for one, part in zip(sums, parts, strict=True):
         for x in part:
             one.add(x)
-        sums.append(one)
-    top = max(one.top for one in sums)
     for one in sums:
-        one.raise_to(top)
-    total = sums[0]
-    total.bins = sum(one.bins for one in sums)
-    return total.total()
+        one.raise_to(max(one.top for one in sums))
+    sums[0].bins = sum(one.bins for one in sums)
+    return sums[0].total()
 
 
 def test_sums_do_not_depend_on_the_order_or_the_ranks():
-    x = terms()
+    torch.manual_seed(0)
+    scales = [1e-12, 1.0, 1e-3, 3e8, 1e-30, 1e8]  # in different bins, with cancellation
+    x = [torch.randn(50) * scale * torch.logspace(0, -9, 50) for scale in scales]
     expected = binned([x])
     for order in list(permutations(range(len(x))))[::37]:
         shuffled = [x[i] for i in order]

@@ -40,11 +40,10 @@ class BinnedSum:
         exponent, unusual = exponents_of(largest)
         top = _UNUSUAL if unusual else max(_LOWEST, (int(exponent) - 1) // _WIDTH)
         self.raise_to(top)
-        if self.top < _UNUSUAL:
-            upper = (x * 2.0 ** (-_WIDTH * self.top)).trunc_()
-            rest = x - upper * 2.0 ** (_WIDTH * self.top)
-            self.bins[0] += upper
-            self.bins[1] += rest.mul_(2.0 ** (-_WIDTH * (self.top - 1))).trunc_()
+        upper = (x * 2.0 ** (-_WIDTH * self.top)).trunc_()
+        rest = x - upper * 2.0 ** (_WIDTH * self.top)
+        self.bins[0] += upper
+        self.bins[1] += rest.mul_(2.0 ** (-_WIDTH * (self.top - 1))).trunc_()
 
     def raise_to(self, top: int) -> None:
         """Drop the bins below those that a sum with the upper bin ``top`` keeps."""
