@@ -239,6 +239,7 @@ def test_special_forms():
         for dropout in (F.dropout, torch.native_dropout):  # a GPU's is the latter
             torch.manual_seed(0)
             dropped.append(dropout(scores, 0.3, True))
+        assert torch.equal(torch.native_dropout(scores, 0.3, False)[0], scores)
     torch.testing.assert_close(volume, F.conv3d(IMAGE[None], kernel, stride=2, padding=1))
     assert torch.equal(*losses)
     assert torch.equal(dropped[0], dropped[1][0])
