@@ -30,6 +30,7 @@ UNIT = torch.linspace(-0.999, 0.999, 4001)
 # Rounding once is half a unit; GELU's tail multiplies by a number with an absolute error.
 FUNCTIONS: dict[str, tuple[Any, Tensor, float]] = {
     "exp": (torch.exp, X, 0.51),
+    "expm1": (torch.expm1, X, 0.51),
     "log": (torch.log, X.abs(), 0.51),
     "sigmoid": (torch.sigmoid, X, 0.51),
     "tanh": (torch.tanh, X, 0.51),
@@ -235,13 +236,19 @@ def test_special_forms():
         volume = F.conv3d(IMAGE[None], kernel, stride=2, padding=1)
         scores = torch.randn(4, 6, 7)
         losses = F.cross_entropy(scores.mT, TEXT), F.cross_entropy(scores.flatten(0, 1), TEXT.flatten())
+        mask = torch.randn(6, 6).requires_grad_()
+        attended = F.scaled_dot_product_attention(scores, scores, scores, mask)
+        slopes = [torch.autograd.grad(attended.square().sum(), mask)[0]]
         dropped = []
         for dropout in (F.dropout, torch.native_dropout):  # a GPU's is the latter
             torch.manual_seed(0)
             dropped.append(dropout(scores, 0.3, True))
         assert torch.equal(torch.native_dropout(scores, 0.3, False)[0], scores)
+    attended = F.scaled_dot_product_attention(scores, scores, scores, mask)
+    slopes += torch.autograd.grad(attended.square().sum(), mask)
     torch.testing.assert_close(volume, F.conv3d(IMAGE[None], kernel, stride=2, padding=1))
     assert torch.equal(*losses)
+    torch.testing.assert_close(*slopes)
     assert torch.equal(dropped[0], dropped[1][0])
     assert masked.tolist() == [[0.0] * 3] * 2
     assert powers.tolist() == [-(2.0**101), -1.0, 0.0, 1.0]

@@ -123,12 +123,13 @@ def _look_up(func: Any) -> tuple[Kind, Callable[..., Any] | None]:
 @cache
 def _composition(func: Any) -> Callable[..., Any]:
     """A function that calls the operators that PyTorch makes ``func`` of, or returns NotImplemented."""
-    key = torch._C.DispatchKey.CompositeExplicitAutograd
-    if _look_up(func)[0] == "missing":
-        return func.decompose  # type: ignore[no-any-return]
-    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key):
-        return partial(func._op_dk, key)
-    return decomposition_table.get(func, func.decompose)
+    composition: Callable[..., Any] = func.decompose
+    if _look_up(func)[0] == "rules":
+        key = torch._C.DispatchKey.CompositeExplicitAutograd
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key):
+            return partial(func._op_dk, key)
+        composition = decomposition_table.get(func, composition)
+    return composition
 
 
 def _call(own_rule: Callable[..., Any], func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -175,6 +175,11 @@ def _log1p64(x: Tensor) -> Tensor:
     return torch.where(u == 1, x, log64(u) * (x / (u - 1)))
 
 
+def _expm1(x: Tensor) -> Tensor:
+    t = tanh64(x * 0.5)
+    return torch.where(x.abs() < 0.125, 2 * t / (1 - t), exp64(x) - 1)
+
+
 def _silu_backward(g: Tensor, x: Tensor) -> Tensor:
     s = sigmoid64(x)
     return g * (s * (x * (1 - s) + 1))
@@ -206,6 +211,7 @@ def _gelu_backward(g: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor
 # Functions of elements in float64, whose results are rounded once
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "exp": exp64,
+    "expm1": _expm1,
     "log": log64,
     "log2": lambda x: log64(x) * (1 / math.log(2)),
     "log1p": _log1p64,
