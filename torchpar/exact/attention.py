@@ -88,8 +88,8 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention` by the rules above, for any shapes and devices.
 
-    A row that attends to nothing is 0. With dropout, or a mask that needs a gradient, it is PyTorch's, of products
-    and a softmax.
+    A row that attends to nothing is 0. With dropout, or a mask that needs a gradient, it is PyTorch's, of
+    products and a softmax.
     """
     if enable_gqa:
         times = query.shape[-3] // key.shape[-3]
