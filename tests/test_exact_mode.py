@@ -50,6 +50,11 @@ FUNCTIONS: dict[str, tuple[Any, Tensor, float]] = {
     "norm": (lambda x: x.view(-1, 1999).norm(dim=1), X[: 11 * 1999] * 1e-19, 0.51),
     "norm of subnormal numbers": (lambda x: x.norm(dim=0, keepdim=True), X[:999] * 1e-42, 0.51),
     "power": (lambda x: x**3, X.abs().clamp(min=2.0**-40), 0.51),
+    # These round twice.
+    "std": (lambda x: x.view(-1, 1999).std(1), X[: 11 * 1999], 1.01),
+    "mse_loss": (lambda x: F.mse_loss(x, x.flip(0)), X, 1.01),
+    "index_add": (lambda x: x.index_add(0, torch.arange(len(x)) % 7, x), X.abs(), 1.01),
+    "scatter_add": (lambda x: x.scatter_add(0, torch.arange(len(x)) % 7, x), X.abs(), 1.01),
 }
 
 
