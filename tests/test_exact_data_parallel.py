@@ -2,8 +2,6 @@
 """Gradients of units that are added as integers, in any order, and models that are split over ranks."""
 
 import math
-from collections.abc import Callable
-from functools import partial
 from itertools import permutations
 from typing import Any
 from unittest.mock import patch
@@ -11,6 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from torchpar import exact
 from torchpar.data import Samples
@@ -21,31 +20,22 @@ from torchpar.parallel import join_world
 from torchpar.partition import Partition
 
 
-def terms() -> list[Tensor]:
-    """Tensors whose sizes lie in different bins, with cancellation."""
-    torch.manual_seed(0)
-    scales = [1e-12, 1.0, 1e-3, 3e8, 1e-30, 1e8]
-    return [torch.randn(50) * scale * torch.logspace(0, -9, 50) for scale in scales]
-
-
 def binned(parts: list[list[Tensor]]) -> Tensor:
     """The sum of sums, as ranks add them."""
-    sums = []
-    for part in parts:
-        one = BinnedSum(torch.zeros(50))
+    sums = [BinnedSum(torch.zeros(50)) for _ in parts]
+    for one, part in zip(sums, parts, strict=True):
         for x in part:
             one.add(x)
-        sums.append(one)
-    top = max(one.top for one in sums)
     for one in sums:
-        one.raise_to(top)
-    total = sums[0]
-    total.bins = sum(one.bins for one in sums)
-    return total.total()
+        one.raise_to(max(one.top for one in sums))
+    sums[0].bins = sum(one.bins for one in sums)
+    return sums[0].total()
 
 
 def test_sums_do_not_depend_on_the_order_or_the_ranks():
-    x = terms()
+    torch.manual_seed(0)
+    scales = [1e-12, 1.0, 1e-3, 3e8, 1e-30, 1e8]  # in different bins, with cancellation
+    x = [torch.randn(50) * scale * torch.logspace(0, -9, 50) for scale in scales]
     expected = binned([x])
     for order in list(permutations(range(len(x))))[::37]:
         shuffled = [x[i] for i in order]
@@ -110,40 +100,34 @@ def test_what_cannot_be_added_is_refused():
 # Split models
 
 
-def results(function: Callable[..., Tensor], x: Tensor, weight: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-    x, weight = (t.detach().clone().requires_grad_() for t in (x, weight))
-    y = function(x, weight)
-    return y.detach(), *torch.autograd.grad(y, (x, weight), g)
-
-
-def slices_have_the_bits_of_the_whole() -> None:
+def split_layers_have_the_bits_of_the_whole() -> None:
     with join_world("cpu") as world:
         mesh = world.with_mesh(tp=world.world_size).mesh["tp"]
-        for shape in ((33, 12), (5, 7), (1, 3), (3, 1)):  # some ranks have no features
+        for inputs, hidden, outputs in ((12, 33, 5), (7, 3, 1), (1, 1, 3)):  # some ranks have no features
             torch.manual_seed(0)
-            weight, x, g = (torch.randn(*size) for size in (shape, (2, 9, shape[1]), (2, 9, shape[0])))
-            x[..., :1] *= 1000  # exponents of other ranks' columns are smaller
+            sizes = (2, 9, inputs), (hidden, inputs), (outputs, hidden), (2, 9, outputs)
+            x, up, down, g = (torch.randn(*size).requires_grad_() for size in sizes)
+            with torch.no_grad():
+                up[:1] *= 1000  # exponents of other ranks' columns are smaller
             with exact.mode():
-                y, dx, dw = results(torch.nn.functional.linear, x, weight, g)
-            for axis, shared in enumerate(("inputs", "outputs")):
-                cut = Partition(shape[axis], mesh.size(), mesh.get_local_rank()).narrow
-                layer = partial(exact.linear, **{shared: mesh})
-                if axis == 0:
-                    found = results(layer, x, cut(weight, 0), cut(g, -1))
-                    expected = cut(y, -1), dx, cut(dw, 0)
-                else:
-                    found = results(layer, cut(x, -1), cut(weight, 1), g)
-                    expected = y, cut(dx, -1), cut(dw, 1)
-                assert all(map(torch.equal, found, expected))
-            x[0, 1, 0] = math.inf
-            found = layer(cut(x, -1), cut(weight, 1))
-            assert found[0, 1].isnan().all()
-            assert torch.equal(found[1], y[1])
+                y = linear(linear(x, up), down)
+                expected = y, *torch.autograd.grad(y, (x, up, down), g)
+                spoiled = linear(x, up).detach()
+            cut = Partition(hidden, mesh.size(), mesh.get_local_rank()).narrow
+            own_up, own_down = cut(up, 0), cut(down, 1)
+            y = exact.linear(exact.linear(x, own_up, inputs=mesh), own_down, outputs=mesh)
+            found = y, *torch.autograd.grad(y, (x, own_up, own_down), g)
+            slices = *expected[:2], cut(expected[2], 0), cut(expected[3], 1)
+            assert all(map(torch.equal, found, slices))
+            spoiled[0, 1, 0] = math.inf
+            y = exact.linear(cut(spoiled, -1), own_down, outputs=mesh)
+            assert y[0, 1].isnan().all()
+            assert torch.equal(y[1], expected[0][1])
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_a_split_layer_has_the_bits_of_the_whole(ranks, world_size):
-    ranks(world_size, slices_have_the_bits_of_the_whole)
+    ranks(world_size, split_layers_have_the_bits_of_the_whole)
 
 
 Mesh = tuple[int, int, int]  # dp, tp and pp

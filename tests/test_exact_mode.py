@@ -30,6 +30,7 @@ UNIT = torch.linspace(-0.999, 0.999, 4001)
 # Rounding once is half a unit; GELU's tail multiplies by a number with an absolute error.
 FUNCTIONS: dict[str, tuple[Any, Tensor, float]] = {
     "exp": (torch.exp, X, 0.51),
+    "expm1": (torch.expm1, X, 0.51),
     "log": (torch.log, X.abs(), 0.51),
     "sigmoid": (torch.sigmoid, X, 0.51),
     "tanh": (torch.tanh, X, 0.51),
@@ -49,6 +50,11 @@ FUNCTIONS: dict[str, tuple[Any, Tensor, float]] = {
     "norm": (lambda x: x.view(-1, 1999).norm(dim=1), X[: 11 * 1999] * 1e-19, 0.51),
     "norm of subnormal numbers": (lambda x: x.norm(dim=0, keepdim=True), X[:999] * 1e-42, 0.51),
     "power": (lambda x: x**3, X.abs().clamp(min=2.0**-40), 0.51),
+    # These round twice.
+    "std": (lambda x: x.view(-1, 1999).std(1), X[: 11 * 1999], 1.01),
+    "mse_loss": (lambda x: F.mse_loss(x, x.flip(0)), X, 1.01),
+    "index_add": (lambda x: x.index_add(0, torch.arange(len(x)) % 7, x), X.abs(), 1.01),
+    "scatter_add": (lambda x: x.scatter_add(0, torch.arange(len(x)) % 7, x), X.abs(), 1.01),
 }
 
 
@@ -73,19 +79,15 @@ def test_functions_of_unusual_numbers():
         torch.sin(torch.tensor([2.0**21]))
 
 
-def gelu_pair(x: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
-    x = x.clone().requires_grad_()
-    y = F.gelu(x, approximate=approximate)
-    y.sum().backward()
-    return y.detach(), x.grad
-
-
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_gelu_is_as_near_as_torchs(approximate):
+    def results(x: Tensor) -> tuple[Tensor, Tensor]:
+        y, gradient = torch.func.vjp(lambda x: F.gelu(x, approximate=approximate), x)
+        return y, gradient(torch.ones_like(y))[0]
+
     with exact.mode():
-        found = gelu_pair(X, approximate)
-    torchs = gelu_pair(X, approximate)
-    for one, other, ideal in zip(found, torchs, gelu_pair(X.double(), approximate), strict=True):
+        found = results(X)
+    for one, other, ideal in zip(found, results(X), results(X.double()), strict=True):
         assert (one - ideal).abs().max() <= 2 * (other - ideal).abs().max()
 
 
@@ -123,19 +125,10 @@ def test_random_numbers():
     """Philox has the words of its authors' known answers; draws have their distributions' moments."""
     words = philox(torch.tensor([0]), (0, 0))[:, 0].tolist()
     assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
-    draws = []
-    for _ in range(2):
-        with exact.mode():
-            torch.manual_seed(0)
-            draws.append(torch.randn(10**5))
-            uniform = torch.empty(999).uniform_(-0.3, 0.7)
-            masks = {p: F.dropout(torch.ones(10**5), p) for p in (0.3, 0.5, 1.0)}  # the dispatcher omits 0.5
-            torch.manual_seed(0)
-            torch.randn(10**5)
-            # Rounded step by step, as a kernel that fuses x·(b − a) + a would not be.
-            assert torch.equal(uniform, torch.rand(999) * (0.7 - -0.3) + -0.3)
-    x = draws[0]
-    assert torch.equal(x, draws[1])
+    with exact.mode():
+        torch.manual_seed(0)
+        x = torch.randn(10**5)
+        masks = {p: F.dropout(torch.ones(10**5), p) for p in (0.3, 0.5, 1.0)}  # the dispatcher omits 0.5
     # Five standard deviations of the mean, of the variance and of the number of ones.
     assert x.mean().abs() < 5 / math.sqrt(1e5)
     assert abs(x.var() - 1) < 5 * math.sqrt(2 / 1e5)
@@ -244,6 +237,24 @@ def test_special_forms():
         assert torch.ones(3).long().cumsum(0).tolist() == [1, 2, 3]
         masked = torch.ops.aten._safe_softmax(torch.full((2, 3), -math.inf), -1)
         powers = (torch.arange(4.0) - 2) ** 101
+        kernel = torch.randn(2, 4, 2, 3, 2)
+        volume = F.conv3d(IMAGE[None], kernel, stride=2, padding=1)
+        scores = torch.randn(4, 6, 7)
+        losses = F.cross_entropy(scores.mT, TEXT), F.cross_entropy(scores.flatten(0, 1), TEXT.flatten())
+        mask = torch.randn(6, 6).requires_grad_()
+        attended = F.scaled_dot_product_attention(scores, scores, scores, mask)
+        slopes = [torch.autograd.grad(attended.square().sum(), mask)[0]]
+        dropped = []
+        for dropout in (F.dropout, torch.native_dropout):  # a GPU's is the latter
+            torch.manual_seed(0)
+            dropped.append(dropout(scores, 0.3, True))
+        assert torch.equal(torch.native_dropout(scores, 0.3, False)[0], scores)
+    attended = F.scaled_dot_product_attention(scores, scores, scores, mask)
+    slopes += torch.autograd.grad(attended.square().sum(), mask)
+    torch.testing.assert_close(volume, F.conv3d(IMAGE[None], kernel, stride=2, padding=1))
+    assert torch.equal(*losses)
+    torch.testing.assert_close(*slopes)
+    assert torch.equal(dropped[0], dropped[1][0])
     assert masked.tolist() == [[0.0] * 3] * 2
     assert powers.tolist() == [-(2.0**101), -1.0, 0.0, 1.0]
 

@@ -17,7 +17,6 @@ import math
 import torch
 from torch import Tensor
 
-from torchpar.errors import ConfigError
 from torchpar.exact.reductions import softmax
 from torchpar.exact.registry import rule
 from torchpar.exact.sums import exact_sum
@@ -89,17 +88,13 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention` by the rules above, for any shapes and devices.
 
-    A row that attends to nothing is 0. With dropout it is PyTorch's, of products and a softmax.
-
-    Raises:
-        ConfigError: a mask that needs a gradient.
+    A row that attends to nothing is 0. With dropout, or a mask that needs a gradient, it is PyTorch's, of
+    products and a softmax.
     """
-    if attn_mask is not None and attn_mask.requires_grad:
-        raise ConfigError("attention in exact arithmetic has no gradient of its mask; add it to the scores")
     if enable_gqa:
         times = query.shape[-3] // key.shape[-3]
         key, value = (t.repeat_interleave(times, -3) for t in (key, value))
-    if dropout_p:
+    if dropout_p or (attn_mask is not None and attn_mask.requires_grad):
         attend = torch.nn.functional.scaled_dot_product_attention
         return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
     batch = torch.broadcast_shapes(*(t.shape[:-2] for t in (query, key, value)))

@@ -21,7 +21,6 @@ from torchpar.errors import ConfigError
 from torchpar.exact.dispatch import ordinary
 from torchpar.exact.sums import exponents_of
 from torchpar.library import is_dtensor
-from torchpar.wire import wire_device
 
 _WIDTH = 30
 _NONE, _LOWEST, _UNUSUAL = -7, -6, 6  # bins: of no term, of the smallest number, and of what is not finite
@@ -41,11 +40,10 @@ class BinnedSum:
         exponent, unusual = exponents_of(largest)
         top = _UNUSUAL if unusual else max(_LOWEST, (int(exponent) - 1) // _WIDTH)
         self.raise_to(top)
-        if self.top < _UNUSUAL:
-            upper = (x * 2.0 ** (-_WIDTH * self.top)).trunc_()
-            rest = x - upper * 2.0 ** (_WIDTH * self.top)
-            self.bins[0] += upper
-            self.bins[1] += rest.mul_(2.0 ** (-_WIDTH * (self.top - 1))).trunc_()
+        upper = (x * 2.0 ** (-_WIDTH * self.top)).trunc_()
+        rest = x - upper * 2.0 ** (_WIDTH * self.top)
+        self.bins[0] += upper
+        self.bins[1] += rest.mul_(2.0 ** (-_WIDTH * (self.top - 1))).trunc_()
 
     def raise_to(self, top: int) -> None:
         """Drop the bins below those that a sum with the upper bin ``top`` keeps."""
@@ -103,8 +101,7 @@ class DataParallel:
         self._restart()
 
     def _restart(self) -> None:
-        self._sums = [BinnedSum(p) for p in self.parameters]
-        self._loss = BinnedSum(torch.zeros(()))
+        self._sums = [BinnedSum(t) for t in (*self.parameters, torch.zeros(()))]  # the last one of losses
 
     def backward(self, loss: Tensor, gradient: Tensor | None = None) -> None:
         """Compute the gradients of one unit's ``loss``, and add them and the loss.
@@ -126,34 +123,34 @@ class DataParallel:
         loss.backward(gradient)
         self._add(loss if gradient is None else torch.zeros(()))
 
-    @ordinary
+    @ordinary()
     def _add(self, loss: Tensor) -> None:
-        self._loss.add(loss.detach().cpu().view(()))
-        for p, one in zip(self.parameters, self._sums, strict=True):
+        self._sums[-1].add(loss.detach().cpu().view(()))
+        for p, one in zip(self.parameters, self._sums, strict=False):
             if p.grad is not None:
                 one.add(p.grad)
                 p.grad = None
 
-    @ordinary
+    @ordinary()
     def all_reduce(self) -> Tensor:
         """Set each ``p.grad`` to the sum over all units, and return that of the losses, float32.
 
         On the stages of a pipeline that have no loss it is 0.
         """
-        sums = [self._loss, *self._sums]
         if self.group is not None and dist.get_world_size(self.group) > 1:
-            device = wire_device(sums[-1].bins, self.group)
-            tops = torch.tensor([one.top for one in sums], device=device)
+            device = self._sums[0].bins.device
+            tops = torch.tensor([one.top for one in self._sums], device=device)
             dist.all_reduce(tops, dist.ReduceOp.MAX, group=self.group)
-            for one, top in zip(sums, tops.tolist(), strict=True):
+            for one, top in zip(self._sums, tops.tolist(), strict=True):
                 one.raise_to(top)
-            flat = torch.cat([one.bins.flatten().to(device) for one in sums])
+            bins = [one.bins for one in self._sums]
+            flat = torch.cat([b.flatten().to(device) for b in bins])
             dist.all_reduce(flat, group=self.group)
-            for one, part in zip(sums, flat.split([one.bins.numel() for one in sums]), strict=True):
-                one.bins.copy_(part.view_as(one.bins))
-        for p, one in zip(self.parameters, self._sums, strict=True):
-            p.grad = one.total()
-        loss = self._loss.total()
+            for b, part in zip(bins, flat.split([b.numel() for b in bins]), strict=True):
+                b.copy_(part.view_as(b))
+        *gradients, loss = (one.total() for one in self._sums)
+        for p, gradient in zip(self.parameters, gradients, strict=True):
+            p.grad = gradient
         self._restart()
         if loss is None:
             raise ConfigError("no rank has called backward since the last all_reduce")

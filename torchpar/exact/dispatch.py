@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial, wraps
-from typing import Any, Literal, ParamSpec, TypeVar
+from functools import cache, partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import (
 from torch.utils._pytree import tree_leaves
 
 from torchpar.errors import ConfigError
-from torchpar.exact import elementwise as elementwise
 from torchpar.exact import products as products  # which register rules
 from torchpar.exact import random as random
 from torchpar.exact import reductions as reductions
@@ -31,8 +30,6 @@ from torchpar.exact.registry import COMPOSED, PASSING, RULES
 _NAMESPACES = ("prims", "profiler", "debugprims")
 _OWN = ("exact_matmul", "maximum")
 Kind = Literal["passing", "rules", "missing"]
-T = TypeVar("T")
-P = ParamSpec("P")
 
 
 @contextmanager
@@ -58,15 +55,11 @@ def mode() -> Iterator[None]:
         yield
 
 
-def ordinary(function: Callable[P, T]) -> Callable[P, T]:
-    """Call ``function``, which is exact by itself, outside of the mode."""
-
-    @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        with _disable_current_modes(), torch._C.DisableTorchFunction():
-            return function(*args, **kwargs)
-
-    return call
+@contextmanager
+def ordinary() -> Iterator[None]:
+    """Leave the mode, for what is exact by itself."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        yield
 
 
 class _Functions(TorchFunctionMode):
@@ -80,14 +73,14 @@ class _Functions(TorchFunctionMode):
 
 class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, own_rule = kwargs or {}, _rule_for(func)
+        kwargs, (known, own_rule) = kwargs or {}, _look_up(func)
         if own_rule is not None:
             with torch._C.DisableTorchFunction():  # rules do not call attention, and their calls are many
                 return _call(own_rule, func, args, kwargs)
         if kind_of(func, args) == "passing":
             with torch._C.DisableTorchFunction():
                 result = func(*args, **kwargs)
-            if _passes(func) or not _has_float(result):
+            if known == "passing" or not _has_float(result):
                 return result
         else:
             with self:  # without autograd, operators that are made of others come whole
@@ -104,45 +97,39 @@ class _Operators(TorchDispatchMode):
 
 def kind_of(func: Any, args: Any) -> Kind:
     """Whether an operator has a rule, passes, as one of integers does, or is missing."""
-    if _rule_for(func) is not None or _names(func) & COMPOSED:
-        return "rules"
-    for t in args:
-        if isinstance(t, Tensor) and t.is_complex():  # its products are fused on some processors
-            return "missing"
-    return "passing" if _passes(func) or not _has_float(args) else "missing"
+    kind, _ = _look_up(func)
+    if kind == "rules":
+        return kind
+    if any(isinstance(t, Tensor) and t.is_complex() for t in args):  # some processors fuse its products
+        return "missing"
+    return kind if _has_float(args) else "passing"
 
 
 @cache
-def _names(func: Any) -> set[str]:
-    """The name of an ATen operator, with and without what marks it as in-place."""
+def _look_up(func: Any) -> tuple[Kind, Callable[..., Any] | None]:
+    """The kind of an operator of floats, and its rule, which one that is made of others does not have."""
     namespace, _, name = func._schema.name.partition("::")
-    return {name, name.removesuffix("_")} if namespace == "aten" else set()
-
-
-@cache
-def _rule_for(func: Any) -> Callable[..., Any] | None:
-    return next((RULES[name] for name in _names(func) if name in RULES), None)
+    names = {name, name.removesuffix("_")} if namespace == "aten" else set()
+    own_rule = next((RULES[name] for name in names if name in RULES), None)
+    if own_rule is not None or names & COMPOSED:
+        return "rules", own_rule
+    if namespace in ("aten", "c10d"):  # ranks, and scatters with a reduction, add in an order of their own
+        passes = bool(names & PASSING or namespace == "c10d") and "reduce" not in str(func)
+    else:
+        passes = namespace in _NAMESPACES or (namespace == "torchpar" and name in _OWN)
+    return "passing" if passes else "missing", None
 
 
 @cache
 def _composition(func: Any) -> Callable[..., Any]:
     """A function that calls the operators that PyTorch makes ``func`` of, or returns NotImplemented."""
-    key = torch._C.DispatchKey.CompositeExplicitAutograd
-    if not _names(func) & COMPOSED:
-        return func.decompose  # type: ignore[no-any-return]
-    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key):
-        return partial(func._op_dk, key)
-    return decomposition_table[func]
-
-
-@cache
-def _passes(func: Any) -> bool:
-    namespace, _, name = func._schema.name.partition("::")
-    if namespace == "aten":  # scatters with a reduction add in an order of their own
-        return bool(_names(func) & PASSING) and "reduce" not in func._overloadname
-    if namespace == "c10d":  # ranks send and receive, or add in an order of their own
-        return "reduce" not in name
-    return namespace in _NAMESPACES or (namespace == "torchpar" and name in _OWN)
+    composition: Callable[..., Any] = func.decompose
+    if _look_up(func)[0] == "rules":
+        key = torch._C.DispatchKey.CompositeExplicitAutograd
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key):
+            return partial(func._op_dk, key)
+        composition = decomposition_table.get(func, composition)
+    return composition
 
 
 def _call(own_rule: Callable[..., Any], func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Elementary functions of float32 tensors, with the same bits on every processor.
+# mypy: disable-error-code="no-any-return"
+"""Operators of elements: elementary functions of float32, and sums and products that nothing fuses.
 
-Each is computed in float64, of operations that IEEE 754 defines exactly and that PyTorch calls one by one:
-+, −, ×, ÷, √, and bit casts. The result is rounded to float32 once, so that its error is below 0.51 units in
-the last place, unless a docstring says otherwise. No function here has a gradient: `torchpar.exact.mode`
+A function is computed in float64, of operations that IEEE 754 defines exactly and that PyTorch calls one by
+one: +, −, ×, ÷, √, and bit casts. The result is rounded to float32 once; its error is below 0.51 units
+in the last place, unless a docstring says otherwise. No function here has a gradient: `torchpar.exact.mode`
 calls them below autograd.
 """
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.exact.registry import RULES, check_float32
+from torchpar.exact.registry import RULES, check_float32, rule, times
 from torchpar.ops.exact_digits import power_of_two
 
 # ln 2 in a part of 32 bits, whose products with exponents are exact, and the rest.
@@ -148,9 +149,7 @@ def sin64(x: Tensor, quarters: int = 0) -> Tensor:
     return torch.where((quadrant & 2).bool(), -result, result)
 
 
-def cos64(x: Tensor) -> Tensor:
-    """cos x for |x| < 2²⁰."""
-    return sin64(x, 1)
+cos64 = partial(sin64, quarters=1)
 
 
 def pow64(x: Tensor, exponent: float) -> Tensor:
@@ -174,6 +173,11 @@ def pow64(x: Tensor, exponent: float) -> Tensor:
 def _log1p64(x: Tensor) -> Tensor:
     u = x + 1  # whose rounding error the quotient removes
     return torch.where(u == 1, x, log64(u) * (x / (u - 1)))
+
+
+def _expm1(x: Tensor) -> Tensor:
+    t = tanh64(x * 0.5)
+    return torch.where(x.abs() < 0.125, 2 * t / (1 - t), exp64(x) - 1)
 
 
 def _silu_backward(g: Tensor, x: Tensor) -> Tensor:
@@ -207,6 +211,7 @@ def _gelu_backward(g: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor
 # Functions of elements in float64, whose results are rounded once
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "exp": exp64,
+    "expm1": _expm1,
     "log": log64,
     "log2": lambda x: log64(x) * (1 / math.log(2)),
     "log1p": _log1p64,
@@ -227,3 +232,31 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "gelu_backward": _gelu_backward,
 }
 RULES.update({name: partial(in_pieces, function) for name, function in _FUNCTIONS.items()})
+# One operation at a time: a processor may fuse a product and a sum, which rounds once
+RULES.update(
+    add=lambda x, y, *, alpha=1: x + times(y, alpha),
+    sub=lambda x, y, *, alpha=1: x - times(y, alpha),
+    rsub=lambda x, y, alpha=1: y - times(x, alpha),
+    addcmul=lambda x, a, b, *, value=1: x + times(a, value) * b,
+    addcdiv=lambda x, a, b, *, value=1: x + times(a, value) / b,
+    lerp=lambda x, y, weight: x + (y - x) * weight,
+)
+
+
+@rule("pow")
+def _pow(x: Any, exponent: Any) -> Tensor:
+    dtype = torch.result_type(x, exponent)
+    if not isinstance(exponent, Tensor):
+        return in_pieces(pow64, x.to(dtype), float(exponent)) if dtype.is_floating_point else x**exponent
+    base = x.double() if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float64)
+    if (base < 0).any():
+        raise ConfigError("exact arithmetic has powers of negative numbers to one number, not to a tensor")
+    power = exp64(log64(base) * exponent.double())
+    return torch.where(exponent == 0, 1.0, power).to(dtype)
+
+
+@rule("arange")
+def _arange(*bounds: Any, **options: Any) -> Tensor:
+    if any(bound != int(bound) for bound in bounds):
+        raise ConfigError(f"arange{bounds} in exact arithmetic expects whole numbers; scale their range")
+    return torch.arange(*bounds, **options)

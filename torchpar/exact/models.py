@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """A small MLP that learns digits, a small GPT that learns a book, and their trainings."""
 
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -43,37 +44,46 @@ class MLP(nn.Module):
         return x
 
 
+@mode()
 def train_mlp(samples: Samples, world: World) -> MLP:
-    """Train on the first samples by SGD.
+    """Train on the first samples by SGD."""
+    torch.manual_seed(0)
+    model = MLP(world).to(world.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9, weight_decay=3e-5, foreach=False)
+    drawn = batches(samples[: MLP_STEPS * BATCH_SIZE], BATCH_SIZE, seed=0, epoch=1)
+    steps = ([*zip(x.split(UNIT), labels.split(UNIT), strict=True)] for x, labels, _ in drawn)
+    _train(model, optimizer, lr_scheduler(optimizer, "linear", MLP_STEPS), steps, world)
+    return model
+
+
+def _train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LambdaLR,
+    steps: Iterable[list[tuple[Tensor, Tensor]]],
+    world: World,
+) -> None:
+    """Train by steps of units of work, each of inputs and targets.
 
     The ranks of "dp" share the units of each step, which pass through the stages of "pp".
     """
-    samples = samples[: MLP_STEPS * BATCH_SIZE]
-    with mode():
-        torch.manual_seed(0)
-        model = MLP(world).to(world.device)
-        features = next(model.parameters()).shape[1]  # of the activations that this stage receives
-        optimizer = torch.optim.SGD(
-            model.parameters(), lr=0.5, momentum=0.9, weight_decay=3e-5, foreach=False
-        )
-        scheduler = lr_scheduler(optimizer, "linear", MLP_STEPS)
-        parallel = DataParallel(model, world.mesh["dp"].get_group())
-        p2p = P2PCommunicator(world.mesh["pp"].get_group(), world.device, torch.float32)
-        for x, labels, size in batches(samples, BATCH_SIZE, seed=0, epoch=1):
-            units = [*zip(x.split(UNIT), labels.split(UNIT), strict=True)]
-            mine = units[world.dp_rank :: world.dp_size]
+    features = next(model.parameters()).shape[1]  # of the activations that this stage receives
+    parallel = DataParallel(model, world.mesh["dp"].get_group())
+    p2p = P2PCommunicator(world.mesh["pp"].get_group(), world.device, torch.float32)
+    for units in steps:
+        size = sum(len(targets) for _, targets in units)
+        mine = units[world.dp_rank :: world.dp_size]
 
-            def forward(i: int, activations: Tensor | None) -> Tensor:
-                x, labels = mine[i]  # noqa: B023 (called within this step)
-                y: Tensor = model(x if activations is None else activations)
-                return F.cross_entropy(y, labels, reduction="sum") / size if p2p.is_last else y  # noqa: B023
+        def forward(i: int, activations: Tensor | None) -> Tensor:
+            x, targets = mine[i]  # noqa: B023 (called within this step)
+            y: Tensor = model(x if activations is None else activations)
+            return F.cross_entropy(y, targets, reduction="sum") / size if p2p.is_last else y  # noqa: B023
 
-            gpipe(forward, parallel.backward, [(len(x), features) for x, _ in mine], p2p)
-            parallel.all_reduce()
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-    return model
+        gpipe(forward, parallel.backward, [(len(x), features) for x, _ in mine], p2p)
+        parallel.all_reduce()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
 
 
 class Block(nn.Module):
@@ -126,23 +136,14 @@ def read_text(path: Path) -> tuple[Tensor, int]:
     return torch.tensor([alphabet[character] for character in written]), len(alphabet)
 
 
+@mode()
 def train_gpt(text: Tensor, characters: int, world: World) -> GPT:
-    """Train on ``text``, the numbers of its characters. Each text of a step is a unit of work.
-
-    The ranks of "dp" share them.
-    """
-    with mode():
-        torch.manual_seed(0)
-        model = GPT(characters, world.mesh["tp"])
-        optimizer = torch.optim.AdamW(model.parameters(), lr=LR, foreach=False)
-        parallel = DataParallel(model, world.mesh["dp"].get_group())
-        for _ in range(GPT_STEPS):
-            starts = torch.randint(len(text) - CONTEXT, (SEQUENCES,))
-            for start in starts.tolist()[world.dp_rank :: world.dp_size]:
-                window = text[start : start + CONTEXT + 1]
-                loss = F.cross_entropy(model(window[:-1]), window[1:])
-                parallel.backward(loss / SEQUENCES)
-            parallel.all_reduce()
-            optimizer.step()
-            optimizer.zero_grad()
+    """Train on ``text``, the numbers of its characters, by AdamW. Each text of a step is a unit of work."""
+    torch.manual_seed(0)
+    model = GPT(characters, world.mesh["tp"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, foreach=False)
+    windows = text.unfold(0, CONTEXT + 1, 1)
+    drawn = (windows[torch.randint(len(text) - CONTEXT, (SEQUENCES,))] for _ in range(GPT_STEPS))
+    steps = ([(window[:-1], window[1:]) for window in step] for step in drawn)
+    _train(model, optimizer, lr_scheduler(optimizer, "constant", GPT_STEPS), steps, world)
     return model

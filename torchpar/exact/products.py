@@ -70,14 +70,12 @@ def _convolution_backward(
     if output_mask[0]:
         # The convolution of the spread gradient with the reversed kernels, inputs and outputs exchanged.
         lasts = [d * (k - 1) for d, k in zip(dilation, size, strict=True)]
-        places = [slice(i, i + n * s, s) for i, n, s in zip(lasts, g.shape[2:], stride, strict=True)]
-        inside = [slice(p, p + n) for p, n in zip(padding, x.shape[2:], strict=True)]
-        spread = g.new_zeros(
-            *g.shape[:2], *(i.stop + p + last for i, p, last in zip(inside, padding, lasts, strict=True))
-        )
+        places: Any = [slice(i, i + n * s, s) for i, n, s in zip(lasts, g.shape[2:], stride, strict=True)]
+        lengths = [n + 2 * p + i for n, p, i in zip(x.shape[2:], padding, lasts, strict=True)]
+        spread = g.new_zeros(*g.shape[:2], *lengths)
         spread[(..., *places)] = g
         kernels = weight.flip(dims).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
         ones, zeros = [1] * len(dims), [0] * len(dims)
         padded = _convolution(spread, kernels, None, ones, zeros, dilation, False, zeros, groups)
-        dx = padded[(..., *inside)].contiguous()
+        dx = F.pad(padded, [-p for p in reversed(padding) for _ in range(2)])
     return dx, dw, exact_sum(g, [0, *dims]).float() if output_mask[2] else None

@@ -78,5 +78,6 @@ def _bernoulli(x: Tensor, p: Any = 0.5, *, generator: Any = None) -> Tensor:
 
 @rule("native_dropout")  # of a GPU
 def _native_dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
-    kept = _bernoulli(x, 1 - p if train else 1.0)
+    p = 0.0 if train is False else p
+    kept = _bernoulli(x, 1 - p)
     return x * kept.div(1 - p), kept.bool()

@@ -74,19 +74,15 @@ def _layer_norm(
 def _layer_norm_backward(
     g: Tensor, x: Tensor, shape: Sequence[int], mean: Tensor, rstd: Tensor, weight: Tensor | None,
     bias: Tensor | None, output_mask: Sequence[bool],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dims, batch = [*range(-len(shape), 0)], [*range(x.dim() - len(shape))]
     n = math.prod(shape)
     normal = (x.double() - mean.double()) * rstd.double()
     scaled = g.double() if weight is None else g.double() * weight.double()
-    dx = dw = db = None
-    if output_mask[0]:
-        along = exact_sum(scaled * normal, dims, True) / n
-        dx = (rstd.double() * (scaled - exact_sum(scaled, dims, True) / n - normal * along)).float()
-    if output_mask[1]:
-        dw = exact_sum(g.double() * normal, batch).float() if batch else (g.double() * normal).float()
-    if output_mask[2]:
-        db = exact_sum(g, batch).float() if batch else g.clone()
+    along = exact_sum(scaled * normal, dims, True) / n
+    dx = (rstd.double() * (scaled - exact_sum(scaled, dims, True) / n - normal * along)).float()
+    dw = exact_sum(g.double() * normal, batch).float() if batch else (g.double() * normal).float()
+    db = exact_sum(g, batch).float() if batch else g.clone()
     return dx, dw, db
 
 

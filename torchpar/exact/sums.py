@@ -15,7 +15,6 @@ from torchpar.ops.exact_digits import power_of_two
 
 BITS = 40
 _LONGEST = 2**22  # terms
-_LONGEST_FLOAT = 2**12  # terms, whose sum is below 2⁵³: float64 adds them exactly
 
 
 def exact_sum(x: Tensor, dims: list[int] | None = None, keepdim: bool = False) -> Tensor:
@@ -33,13 +32,8 @@ def exact_sum(x: Tensor, dims: list[int] | None = None, keepdim: bool = False) -
         return x.double().sum(dims, keepdim)
     exponents, unusual = exponents_of(x.abs().amax(dims, True).double())
     units = (x.double() * power_of_two(BITS - exponents, torch.float64)).round_()
-    special = bool(unusual.any())
-    if special:
-        units.nan_to_num_(0, 0, 0)
-    if terms > _LONGEST_FLOAT:
-        units = units.long()
-    total = units.sum(dims, True).double() * power_of_two(exponents - BITS, torch.float64)
-    if special:  # of signs alone, in any order
+    total = units.long().sum(dims, True).double() * power_of_two(exponents - BITS, torch.float64)
+    if unusual.any():  # of signs alone, in any order
         total = torch.where(unusual, torch.where(x.isfinite(), 0.0, x).double().sum(dims, True), total)
     return total if keepdim else total.squeeze(dims)
 
@@ -62,8 +56,6 @@ def exact_index_sum(values: Tensor, indices: Tensor, size: int) -> Tensor:
     units = (finite * power_of_two(BITS - exponent, torch.float64)).round_().long()
     total = units.new_zeros(size, values.shape[1]).index_add_(0, indices, units)
     result = (total.double() * power_of_two(exponent - BITS, torch.float64)).float()
-    unusual = ~x.isfinite()
-    if unusual.any():
-        rows, columns = unusual.nonzero(as_tuple=True)
-        result[indices[rows], columns] = math.nan
+    if not x.isfinite().all():
+        result.index_add_(0, indices, torch.where(x.isfinite(), 0.0, math.nan).float())
     return result

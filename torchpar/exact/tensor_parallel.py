@@ -37,7 +37,7 @@ def _product(a: Tensor, b: Tensor, mesh: DeviceMesh | None) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    @ordinary
+    @ordinary()
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, outputs: DeviceMesh | None, inputs: DeviceMesh | None
     ) -> Tensor:
@@ -46,7 +46,7 @@ class _Linear(torch.autograd.Function):
         return _product(rows(x), weight, outputs).view(*x.shape[:-1], len(weight))
 
     @staticmethod
-    @ordinary
+    @ordinary()
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         x, weight = ctx.saved_tensors
         dz = rows(g)

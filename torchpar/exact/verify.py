@@ -9,20 +9,20 @@ import argparse
 import hashlib
 import sys
 import time
+from collections import ChainMap
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from torchpar.data import load
 from torchpar.errors import ConfigError, TorchparError
 from torchpar.exact import models
 from torchpar.parallel.launch.local import current_world, start_ranks
 from torchpar.parallel.launch.world import is_communication_error
-from torchpar.parts import part_of
+from torchpar.parallel.split.reduction import all_gather
+from torchpar.parts import is_marked, part_of
 
 EXPECTED = {
     "mlp": "09d9c5bc49f10c83e8b1141a888f77602e80e3e0442d68eef2704a897cbf4e37",
@@ -86,23 +86,16 @@ def verify(model: str, ranks: int | None, tp: int, pp: int, threads: int, device
 def trained(model: str, dp: int, tp: int, pp: int, folder: Path) -> str:
     """Train on this rank of the mesh; return the SHA-256 of the whole model's parameters by name."""
     world = current_world().with_mesh(dp=dp, tp=tp, pp=pp)
-    loaded: list[Any] = []
-
-    def read() -> None:
-        is_mlp = model == "mlp"
-        loaded[:] = load("mnist", folder, world.device) if is_mlp else models.read_text(folder / "alice.txt")
-
-    world.gather_results(read)  # an error of one rank is one of all
+    network: torch.nn.Module
     if model == "mlp":
-        network: torch.nn.Module = models.train_mlp(loaded[0], world)
+        network = models.train_mlp(load("mnist", folder, world.device)[0], world)
     else:
-        network = models.train_gpt(loaded[0], loaded[1], world)
-    own = {name: (part_of(p)._replace(mesh=None), p.detach().cpu()) for name, p in network.named_parameters()}
-    whole: dict[str, Tensor] = {}
-    for of_rank in world.gather_results(lambda: own):
-        for name, (part, t) in of_rank.items():
-            part.narrow(whole.setdefault(name, torch.empty(part.whole))).copy_(t)
+        network = models.train_gpt(*models.read_text(folder / "alice.txt"), world)
+    own = {
+        name: (all_gather(p, part_of(p)) if is_marked(p) else p).detach().cpu()
+        for name, p in network.named_parameters()
+    }
     total = hashlib.sha256()
-    for name, t in sorted(whole.items()):
+    for name, t in sorted(ChainMap(*world.gather_results(lambda: own)).items()):
         total.update(name.encode() + t.numpy().astype("<f4").tobytes())
     return total.hexdigest()

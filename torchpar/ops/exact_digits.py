@@ -102,21 +102,14 @@ def _blocks(rows: int, columns: int, least: int = 1) -> Iterator[slice]:
 def scaled(x: Tensor, exponents: Tensor) -> Tensor:
     """``2^exponents · x`` in float32, a new tensor; exact where the result is a normal number."""
     normal = exponents.clamp(-126, 127)  # other powers of two are not normal float32 numbers
-    result = x * power_of_two(normal)
-    # On a GPU the comparison would synchronise.
-    if x.is_cuda or not torch.equal(normal, exponents):
-        result *= power_of_two(exponents - normal)
-    return result
-
-
-def product(a: Tensor, b: Tensor, wrap: Wrap) -> Tensor:
-    """``a @ b.mT`` for ``a (*, m, k)`` and ``b (*, n, k)``; if ``b is a``, half of it is computed."""
-    e = row_exponents(a)
-    return product_of_exponents(a, b, e, e if b is a else row_exponents(b), wrap)
+    return (x * power_of_two(normal)).mul_(power_of_two(exponents - normal))
 
 
 def product_of_exponents(a: Tensor, b: Tensor, e: Tensor, f: Tensor, wrap: Wrap = None) -> Tensor:
-    """`product` of rows with the exponents ``e (*, m, 1)`` and ``f (*, n, 1)``."""
+    """``a @ b.mT`` for ``a (*, m, k)`` and ``b (*, n, k)``, of exponents ``e (*, m, 1)`` and ``f (*, n, 1)``.
+
+    If ``b is a``, half of it is computed.
+    """
     if a.is_cuda or wrap is not None:
         return _by_kernel(a, b, e, f, wrap)
     out = rounded(_sums(a, b, e, f), e, f)
@@ -151,9 +144,9 @@ def _sums(a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
     x = digits(a, e)
     y = x if b is a else digits(b, f)
     m, n = a.shape[-2], b.shape[-2]
-    if m * n * k < _MIN_LARGE_PRODUCT:
-        return _chained(_float_sums, x, y)
     of_block = _int8_sums if has_int8() and torch.backends.mkldnn.enabled else _float_sums
+    if m * n * k < _MIN_LARGE_PRODUCT or (of_block is _float_sums and b is not a):
+        return _chained(_float_sums, x, y)
     total = a.new_empty(*a.shape[:-2], m, n, dtype=torch.float64 if k <= CHAIN else torch.int64)
     for i in itertools.product(*map(range, a.shape[:-2])):
         whole, left, right = total[i], x[i], y[i]
@@ -205,9 +198,8 @@ def rounded(total: Tensor, e: Tensor, f: Tensor) -> Tensor:
 
     T is rounded once; above 2⁵³, to float64 before. Rows that are not finite make results NaN.
     """
-    return (total.double() * _finite_power(e)).mul_(_finite_power(f.mT, -WEIGHT)).float()
-
-
-def _finite_power(e: Tensor, more: int = 0) -> Tensor:
-    """2^(e + more) in float64; NaN for rows that are not finite."""
-    return torch.where(e > MAX_EXPONENT, torch.nan, power_of_two(e + more, torch.float64))
+    left, right = (
+        torch.where(t > MAX_EXPONENT, torch.nan, power_of_two(t - less, torch.float64))
+        for t, less in ((e, 0), (f.mT, WEIGHT))
+    )
+    return (total.double() * left).mul_(right).float()

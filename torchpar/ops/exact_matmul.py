@@ -81,7 +81,9 @@ def _check(a: Tensor, b: Tensor) -> None:
 )
 def _op(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
     _check(a, b)
-    return exact_digits.product(a, b, wrap)
+    e = exact_digits.row_exponents(a)
+    f = e if b is a else exact_digits.row_exponents(b)
+    return exact_digits.product_of_exponents(a, b, e, f, wrap)
 
 
 @_op.register_fake
