@@ -10,6 +10,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from inspect import ismodule
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import torch
@@ -91,6 +92,7 @@ def test_the_reference_has_all_public_names_and_no_other():
     ]
     assert len(documented) == len(set(documented))
     assert set(documented) == public_names()
+    assert all(map(resolve_name, documented))
 
 
 def test_the_readmes_commands_parse_and_install_what_there_is():
