@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Scripts, run as a user runs them or within a process, and their metrics."""
+"""Scripts and code of pages, run as a user runs them or within a process, and their metrics."""
 
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -60,6 +61,19 @@ def lesson(name: str, *flags: str) -> tuple[int, str, str]:
         except SystemExit as e:
             status = e.code
     return status, out.getvalue(), err.getvalue()
+
+
+def blocks(page: str) -> list[str]:
+    """The Python code of a page such as docs/tour.md."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def execute(*blocks: str) -> dict[str, Any]:
+    """Run blocks of a page's code one after the other, and return what they define."""
+    names: dict[str, Any] = {"__name__": "page"}
+    for block in blocks:
+        exec(block, names)
+    return names
 
 
 def scalars(log_dir: Path, name: str) -> list[tuple[int, float]]:

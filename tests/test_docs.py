@@ -10,11 +10,11 @@ from importlib import import_module
 from importlib.util import find_spec
 from inspect import ismodule
 from pathlib import Path
-from typing import Any
+from pkgutil import resolve_name
 
 import pytest
 import torch
-from commands import ROOT, TORCHRUN, run
+from commands import ROOT, TORCHRUN, blocks, execute, run
 from operators import OPERATORS, Operator
 
 import torchpar
@@ -92,6 +92,7 @@ def test_the_reference_has_all_public_names_and_no_other():
     ]
     assert len(documented) == len(set(documented))
     assert set(documented) == public_names()
+    assert all(map(resolve_name, documented))
 
 
 def test_the_readmes_commands_parse_and_install_what_there_is():
@@ -167,23 +168,12 @@ def test_the_published_hash_is_the_one_that_is_checked():
 ELSEWHERE = ("docs/own_model.md", "docs/trainers.md")  # below, and in tests/test_trainers.py
 
 
-def blocks(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL)
-
-
-def execute(code: list[str], page: str) -> dict[str, Any]:
-    names: dict[str, Any] = {"__name__": "page"}
-    for block in code:
-        exec(compile(block, page, "exec"), names)
-    return names
-
-
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # in opcheck
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page) and page not in ELSEWHERE])
 def test_code_of_pages_runs(page, monkeypatch):
     # With Inductor the operators are compiled in tests/test_operators_compile.py.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    execute([block for block in blocks(page) if "join_world" not in block], page)
+    execute(*(block for block in blocks(page) if "join_world" not in block))
 
 
 @pytest.mark.slow
@@ -200,5 +190,5 @@ def test_scripts_of_pages_learn_on_two_ranks(tmp_path, monkeypatch, page, accura
     assert float(re.fullmatch(last_line, out).group(1)) > accuracy
     if page == "own_model":  # its model is loaded by the next block
         monkeypatch.chdir(tmp_path)
-        names = execute([script.partition("with join_world()")[0] + code[-1]], page)
+        names = execute(script.partition("with join_world()")[0] + code[-1])
         assert names["classes"].tolist() == [0, 1, 2]

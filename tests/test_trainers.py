@@ -2,7 +2,6 @@
 """docs/trainers.md: its code runs, and trains like plain loops."""
 
 import os
-import re
 import shutil
 from functools import partial
 from typing import Any
@@ -11,22 +10,16 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from commands import ROOT
+from commands import blocks, execute
+
+from torchpar.reference import average_gradients
 
 pytest.importorskip("transformers", reason="transformers, whose Trainer takes Muon, is not installed")
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the trainers would choose the GPU, with other bits than the plain loop"
 )
-CODE = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "trainers.md").read_text(), re.DOTALL)
-SETUP, TRAINER, ACCELERATE, LIGHTNING = CODE
-
-
-def execute(*blocks: str) -> dict[str, Any]:
-    names: dict[str, Any] = {"__name__": "page"}
-    for block in blocks:
-        exec(compile(block, "docs/trainers.md", "exec"), names)
-    return names
+SETUP, TRAINER, ACCELERATE, LIGHTNING = blocks("docs/trainers.md")
 
 
 def train(rank: int = 0, world_size: int = 1) -> dict[str, Any]:
@@ -39,9 +32,7 @@ def train(rank: int = 0, world_size: int = 1) -> dict[str, Any]:
         optimizer.zero_grad()
         model(batch, labels=batch).loss.backward()
         if world_size > 1:
-            for p in model.parameters():
-                dist.all_reduce(p.grad)
-                p.grad /= world_size
+            average_gradients(model)
         optimizer.step()
     return model.state_dict()
 
