@@ -41,18 +41,12 @@ from torchpar import training
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel import World, join_world
-from torchpar.parallel.split.pipeline import (
-    Pipeline,
-    PipelineSchedule,
-    check_one_rank_per_gpu,
-    stage_mlp,
-)
+from torchpar.parallel.split.pipeline import Pipeline, PipelineSchedule, check_one_rank_per_gpu, stage_mlp
 from torchpar.profile.phases import timed
 from torchpar.reference import P2PCommunicator, gpipe, one_forward_one_backward
 from torchpar.training import Run
 
-Gradients = Callable[[Tensor, Tensor, int], Tensor]
-Predict = Callable[[Tensor], Tensor | None]
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(kw_only=True)
@@ -65,25 +59,28 @@ class Flags(cli.TrainFlags):
     library: bool = False  # Run the schedule of torch.distributed.pipelining.
 
 
-def by_hand(flags: Flags, world: World, stage: MLP, timeline: Timeline | None) -> tuple[Gradients, Predict]:
-    """Return the functions that compute the gradients of a batch, and the outputs of a batch."""
-    check_one_rank_per_gpu(world)
-    schedule = gpipe if flags.pipeline == "gpipe" else one_forward_one_backward
-    run_schedule = timed("pipeline")(schedule)  # messages, and the time in which this rank waits for them
-    p2p = P2PCommunicator(world.mesh.get_group("pp"), world.device)
-    width = next(stage.parameters()).shape[1]  # of the activations that the previous stage sends
+class PlainPipeline:
+    """A rank's stage, run by the schedules of the reference; with the methods of the library's `Pipeline`."""
 
-    def gradients(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
+    def __init__(self, stage: MLP, world: World, flags: Flags, timeline: Timeline | None):
+        check_one_rank_per_gpu(world)
+        self.stage, self.micro_batches, self.timeline = stage, flags.micro_batches, timeline
+        # Phase "pipeline": messages, and the time in which this rank waits for them.
+        self.run = timed("pipeline")(gpipe if flags.pipeline == "gpipe" else one_forward_one_backward)
+        self.p2p = P2PCommunicator(world.mesh.get_group("pp"), world.device)
+        self.width = next(stage.parameters()).shape[1]  # of the activations that the previous stage sends
+
+    def step(self, x: Tensor, labels: Tensor, global_size: int, loss_sum: Loss) -> Tensor:
         # Every rank has the batch. Only the first stage reads x, and only the last one labels.
-        parts, targets = x.tensor_split(flags.micro_batches), labels.tensor_split(flags.micro_batches)
+        parts, targets = x.tensor_split(self.micro_batches), labels.tensor_split(self.micro_batches)
         losses = []
 
         @timed("forward")
         def forward(i: int, activations: Tensor | None) -> Tensor:
-            outputs: Tensor = stage(parts[i] if activations is None else activations)
-            if not p2p.is_last:
+            outputs: Tensor = self.stage(parts[i] if activations is None else activations)
+            if not self.p2p.is_last:
                 return outputs  # which the schedule sends to the next stage
-            loss = cross_entropy(outputs, targets[i], reduction="sum")
+            loss = loss_sum(outputs, targets[i])
             losses.append(loss.detach())
             return loss / global_size
 
@@ -92,20 +89,18 @@ def by_hand(flags: Flags, world: World, stage: MLP, timeline: Timeline | None) -
             # of the activations to the previous stage.
             outputs.backward(gradient)
 
-        passes = timeline.step(forward, backward) if timeline else (forward, backward)
+        passes = self.timeline.step(forward, backward) if self.timeline else (forward, backward)
         # For each micro-batch: receive the input, forward, send the output; receive the gradient of the
         # output, backward, send the gradient of the input. No two ranks have the same layer, so that there
         # is nothing to average.
-        run_schedule(*passes, [(len(part), width) for part in parts], p2p)
+        self.run(*passes, [(len(part), self.width) for part in parts], self.p2p)
         return torch.stack(losses).sum() if losses else x.new_zeros(())
 
-    def predict(x: Tensor) -> Tensor | None:
-        activations = p2p.recv_forward((len(x), width))
-        outputs: Tensor = stage(x if activations is None else activations)
-        p2p.send_forward(outputs)
-        return outputs if p2p.is_last else None
-
-    return gradients, predict
+    def predict(self, x: Tensor) -> Tensor | None:
+        activations = self.p2p.recv_forward((len(x), self.width))
+        outputs: Tensor = self.stage(x if activations is None else activations)
+        self.p2p.send_forward(outputs)
+        return outputs if self.p2p.is_last else None
 
 
 def main(flags: Flags) -> None:
@@ -120,28 +115,27 @@ def main(flags: Flags) -> None:
         stage = stage_mlp(MLP(flags.layer_sizes(train)).to(world.device), world.mesh["pp"])
         if flags.compile:
             stage.compile()
-        gradients: Gradients
-        predict: Predict
+        pipeline: Pipeline | PlainPipeline
         if flags.library:
             pipeline = Pipeline(stage, world, flags.pipeline, flags.micro_batches)
-            gradients = partial(pipeline.step, loss_sum=partial(cross_entropy, reduction="sum"))
-            predict = pipeline.predict
         else:
-            gradients, predict = by_hand(flags, world, stage, timeline)
+            pipeline = PlainPipeline(stage, world, flags, timeline)
+        loss_sum = partial(cross_entropy, reduction="sum")
         optimizer = session.make_optimizer(flags, stage)
         lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
         parts = (stage, optimizer, lr_scheduler, world, train, test)
-        with Run(*parts, predict=predict, log=session.Log(flags, world), **flags.run_options()) as run:
+        log = session.Log(flags, world)
+        with Run(*parts, predict=pipeline.predict, log=log, **flags.run_options()) as run:
             for epoch in run.epochs():
                 for x, labels, global_size in run.batches(epoch):
-                    loss = gradients(x, labels, global_size)  # of all micro-batches
+                    loss = pipeline.step(x, labels, global_size, loss_sum)  # of all micro-batches
                     session.adjust_gradients(flags, stage, world)  # --clip and --orthogonality
                     optimizer.step()
                     lr_scheduler.step()
                     optimizer.zero_grad()
                     run.log(loss)
-            if timeline is not None:
+            if timeline:
                 timeline.print()
 
 
