@@ -12,13 +12,19 @@ With --noise the networks learn few points, and a tenth of the labels is wrong. 
 penalty λ leaves both losses high. A wide network learns the noise, so its validation loss is far above its
 training loss. A larger λ cures that.
 
-The report trains a larger network by data parallelism on the CPU, in large and in small batches.
+The report trains a larger network by data parallelism on the CPU, in large and in small batches. It fits
+Amdahl's law to the times: of the time of one process a share p is divided among N, and 1 − p is not.
+
+    T(N) = T(1)·((1 − p) + p/N)        S(N) = T(1)/T(N) = 1/((1 − p) + p/N)        S(∞) = 1/(1 − p)
+
+(G. M. Amdahl, "Validity of the single processor approach to achieving large scale computing capabilities",
+AFIPS 1967.) The law has no term for communication: a fitted p counts it as work that is not divided.
 """
 
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,7 +36,6 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from support import cli, console
-from support.amdahl import fit, speedup
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -164,6 +169,30 @@ def time_epoch(build: Build, points: int, size: int, seed: int, dtype: torch.dty
     seconds = time.perf_counter() - start
     with torch.no_grad():
         return seconds, loss_sum(model(samples.features), samples.labels).item() / len(samples)
+
+
+def speedup(p: float, processes: float) -> float:
+    """Return ``S(N) = 1/((1 − p) + p/N)``.
+
+    Args:
+        p: the share of one process's time that is divided, in [0, 1].
+        processes: N ≥ 1; `math.inf` gives the limit ``1/(1 − p)``, infinite for p = 1.
+    """
+    time = (1 - p) + p / processes
+    return 1 / time if time else math.inf
+
+
+def fit(speedups: Mapping[int, float]) -> float:
+    """Return the p in [0, 1] that fits measured speed-ups best, by least squares.
+
+    In ``1/S = 1 − p·(1 − 1/N)`` the law is linear, and the sum of squared residuals of 1/S = T(N)/T(1) is
+    least at ``p = Σ (1 − 1/N)·(1 − 1/S) / Σ (1 − 1/N)²``; where that lies outside [0, 1], at the nearer end.
+
+    Args:
+        speedups: S for each N. N = 1 does not affect the fit. With a single N > 1 it is exact if 1 ≤ S ≤ N.
+    """
+    p = sum((1 - 1 / n) * (1 - 1 / s) for n, s in speedups.items())
+    return min(max(p / sum((1 - 1 / n) ** 2 for n in speedups), 0.0), 1.0)
 
 
 def report(build: Build, flags: Flags) -> list[dict[str, Any]]:
