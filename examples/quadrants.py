@@ -21,7 +21,6 @@ Amdahl's law to the times: of the time of one process a share p is divided among
 AFIPS 1967.) The law has no term for communication: a fitted p counts it as work that is not divided.
 """
 
-import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -34,7 +33,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from support import cli, console
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy
@@ -126,7 +124,7 @@ def compare(flags: Flags, device: torch.device) -> list[dict[str, float]]:
     test = draw(2500, 3 * flags.seed + 2, device=device)  # without wrong labels
     choices = list(product(WIDTHS, PENALTIES) if flags.noise else [(30, 0.0)])
     rows = []
-    for width, penalty in track(choices, transient=True):
+    for width, penalty in console.progress(choices, "networks"):
         model, optimizer = build([2, width, 1], penalty, flags.seed, device)
         train(model, optimizer, points, epochs * flags.epochs, batch_size, flags.seed)
         row = {"width": width, "penalty": penalty, "train_loss": evaluate(model, points)[0]}
@@ -171,17 +169,6 @@ def time_epoch(build: Build, points: int, size: int, seed: int, dtype: torch.dty
         return seconds, loss_sum(model(samples.features), samples.labels).item() / len(samples)
 
 
-def speedup(p: float, processes: float) -> float:
-    """Return ``S(N) = 1/((1 − p) + p/N)``.
-
-    Args:
-        p: the share of one process's time that is divided, in [0, 1].
-        processes: N ≥ 1; `math.inf` gives the limit ``1/(1 − p)``, infinite for p = 1.
-    """
-    time = (1 - p) + p / processes
-    return 1 / time if time else math.inf
-
-
 def fit(speedups: Mapping[int, float]) -> float:
     """Return the p in [0, 1] that fits measured speed-ups best, by least squares.
 
@@ -212,7 +199,7 @@ def report(build: Build, flags: Flags) -> list[dict[str, Any]]:
         speedups = {n: ms[1] / ms[n] for n in flags.processes}
         p = fit(speedups)
         row = {"batch_size": size, "ms_on_1": ms[1]} | {f"speedup_on_{n}": s for n, s in speedups.items()}
-        rows.append(row | {"p": p, "limit": speedup(p, math.inf) if p < 1 else None})  # JSON has no infinity
+        rows.append(row | {"p": p, "limit": 1 / (1 - p) if p < 1 else None})  # JSON has no infinity
     console.print_rows(rows, list(rows[0]))
     print(f"all numbers of processes reach the same loss (largest relative difference {off:.0e})")
     most = flags.processes[-1]

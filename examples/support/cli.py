@@ -125,8 +125,6 @@ class TrainFlags(DataFlags):
     collectives: bool = False  # Count and time the collectives of a step.
     log_dir: Path | None = None  # Folder for TensorBoard: losses, accuracy and speed.
     profile: Path | None = None  # Folder for torch.profiler's trace of some steps, one file per rank.
-    # Folder for pictures: learning curves, confusion matrix, worst-classified samples.
-    plots: Path | None = None
     # Folder of checkpoints, to save to and to resume from, on a file system of all ranks.
     checkpoint: Path | None = None
     save_every: int | None = None  # Steps between two saves; by default one save per epoch.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WORST = 32  # number of worst-classified samples to show
+WORST = 36  # number of worst-classified samples to show
 
 
 def save(folder: Path, results: list[EpochResult], outputs: Tensor, test: Samples) -> None:
