@@ -23,10 +23,9 @@ AFIPS 1967.) The law has no term for communication: a fitted p counts it as work
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise, product
 from statistics import median
 from typing import Any
@@ -52,7 +51,6 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 ROUNDS = 8  # of the report, after one that is not counted
 LOSS_ERROR = 1e-4  # of a loss in float64; another share of a batch, or fewer samples, is 1e-2
 
-Build = Callable[[], tuple[torch.nn.Module, Optimizer]]
 Rounds = dict[tuple[int, int], list[tuple[float, float]]]  # by batch size and number of processes
 
 
@@ -135,7 +133,7 @@ def compare(flags: Flags, device: torch.device) -> list[dict[str, float]]:
     return sorted(rows, key=lambda row: -row["validation_loss"])
 
 
-def measure(build: Build, flags: Flags) -> Rounds:
+def measure(flags: Flags) -> Rounds:
     """Time epochs of data-parallel training on the CPU, a thread to a process; return rank 0's `time_epoch`.
 
     Each round times all numbers of processes and all sizes in turn, so that whatever disturbs the machine
@@ -147,17 +145,17 @@ def measure(build: Build, flags: Flags) -> Rounds:
         groups = {n: stack.enter_context(start_ranks(n)) for n in flags.processes}
         for seed, (size, n) in product(range(1 + ROUNDS), keys):
             dtype = torch.float32 if seed else torch.float64
-            rounds[size, n].append(groups[n].run(time_epoch, build, flags.seed, size, seed, dtype)[0])
+            rounds[size, n].append(groups[n].run(time_epoch, flags.seed, size, seed, dtype)[0])
     return rounds
 
 
-def time_epoch(build: Build, points: int, size: int, seed: int, dtype: torch.dtype) -> tuple[float, float]:
+def time_epoch(first_seed: int, size: int, seed: int, dtype: torch.dtype) -> tuple[float, float]:
     """Return the seconds of an epoch, and the mean loss over all points after it."""
     world = current_world()
-    model, optimizer = build()
+    model, optimizer = build([2, 128, 128, 1], 0.0, first_seed)
     model.to(dtype)
     wrapped = DistributedDataParallel(model) if world.world_size > 1 else model
-    samples = draw(2**15, points)
+    samples = draw(2**15, first_seed)
     samples = replace(samples, features=samples.features.to(dtype))
     start = time.perf_counter()
     for x, labels, global_size in batches(samples, size, seed=seed, epoch=1, share=world.share):
@@ -182,12 +180,12 @@ def fit(speedups: Mapping[int, float]) -> float:
     return min(max(p / sum((1 - 1 / n) ** 2 for n in speedups), 0.0), 1.0)
 
 
-def report(build: Build, flags: Flags) -> list[dict[str, Any]]:
+def report(flags: Flags) -> list[dict[str, Any]]:
     """Print the times and what Amdahl's law says of them, and return a row for each size.
 
     The times are medians of all rounds but the first, which gives the losses.
     """
-    rounds = measure(build, flags)
+    rounds = measure(flags)
     off = max(abs(first[1] / rounds[size, 1][0][1] - 1) for (size, _), (first, *_) in rounds.items())
     if not off <= LOSS_ERROR:
         raise ConfigError(
@@ -221,7 +219,7 @@ def main(flags: Flags) -> None:
             losses = f"{row['train_loss']:.3f} in training, {row['validation_loss']:.3f} in validation"
             print(f"{what}: width {row['width']}, λ {row['penalty']:g} ({losses})")
     else:
-        rows = [*report(partial(build, [2, 128, 128, 1], 0.0, flags.seed), flags), best]
+        rows = [*report(flags), best]
     figures = (best["test_accuracy"], best["test_loss"], time.perf_counter() - start)
     print(console.last_line(*figures, ranks=1, device=world.device.type))
     console.write_metrics(flags.metrics, rows)
