@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from support import cli, console, plots
 from torch.nn.functional import cross_entropy
 
@@ -38,7 +37,6 @@ Row = dict[str, Any]  # a choice and its figures after an epoch
 CHOICE = ("hidden", "batch_size", "lr", "weight_decay")
 CURVES = ("train_loss", "validation_loss", "validation_accuracy")
 best = partial(max, key=itemgetter("validation_accuracy"))
-watched = partial(track, transient=True)
 
 
 @dataclass(kw_only=True)
@@ -90,7 +88,7 @@ def sweep(flags: Flags, study: partial[Any]) -> list[Row]:
     grid = product(flags.hidden, sorted(flags.batch_size), sorted(flags.lr), flags.weight_decay[:1])
     choices = [dict(zip(CHOICE, values, strict=True)) for values in grid]
     study(choices[0], 1)  # not counted: the first run of a process is slow
-    swept = [study(choice, flags.sweep_epochs)[1][-1] for choice in watched(choices, "sweep")]
+    swept = [study(choice, flags.sweep_epochs)[1][-1] for choice in console.progress(choices, "sweep")]
     top = [best(rows) for _, rows in groupby(swept, itemgetter("hidden", "batch_size"))]
     console.print_rows(top, (*CHOICE[:3], "validation_accuracy", "steps", "ms_per_step", "s_per_epoch"))
     rows = [row for row in top if row["hidden"] == best(swept)["hidden"]]
@@ -102,7 +100,8 @@ def sweep(flags: Flags, study: partial[Any]) -> list[Row]:
 
 def penalties(flags: Flags, study: partial[Any], chosen: Row) -> list[tuple[MLP, list[Row]]]:
     """Train the chosen network with each λ, and print the change of λ that the losses ask for."""
-    runs = [study(chosen | {"weight_decay": λ}, flags.epochs) for λ in watched(flags.weight_decay, "λ")]
+    watched = console.progress(flags.weight_decay, "λ")
+    runs = [study(chosen | {"weight_decay": λ}, flags.epochs) for λ in watched]
     lasts = [rows[-1] for _, rows in runs]
     for row in lasts:
         loss, λ = row["train_loss"], row["weight_decay"]

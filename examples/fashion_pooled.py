@@ -19,7 +19,7 @@ start from the same weights. With PyTorch ``--device cuda`` takes a GPU.
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 # NumPy reads it when it is imported. With a process per core each process needs one thread.
@@ -33,11 +33,11 @@ from torch.nn.functional import adaptive_avg_pool2d, binary_cross_entropy, one_h
 from torch.nn.parallel import DistributedDataParallel
 
 from torchpar.baselines import mpi, numpy_mlp
-from torchpar.baselines.mpi import Samples
-from torchpar.data import load
+from torchpar.data import Samples, load
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel import World, join_world
+from torchpar.training import evaluate
 
 SIZES = (400, 25, 10)
 
@@ -75,15 +75,18 @@ def pooled(flags: Flags) -> list[Samples]:
     """Return the training and test images: rows of 400 numbers in [0, 1], and their labels."""
     train, test = load(flags.dataset, flags.data)
     return [
-        Samples(adaptive_avg_pool2d(one.features / 255, 20).flatten(1).numpy(), one.labels.numpy())
-        for one in (train[: flags.samples], test)
+        replace(samples, features=adaptive_avg_pool2d(samples.features / 255, 20).flatten(1))
+        for samples in (train[: flags.samples], test)
     ]
 
 
 def train_numpy(world: Any, splits: Sequence[Samples], plan: Plan) -> Result:
     """Train on the processes of an MPI communicator, each of which has all samples and takes its share."""
-    shares = [Samples(*(np.array_split(array, world.size)[world.rank] for array in one)) for one in splits]
-    (x, labels), count = shares[0], len(splits[0].labels)
+    shares = [
+        mpi.Samples(*(np.array_split(t.numpy(), world.size)[world.rank] for t in (one.features, one.labels)))
+        for one in splits
+    ]
+    (x, labels), count = shares[0], len(splits[0])
     model = numpy_mlp.MLP(SIZES, loss="bce", seed=plan.seed)  # the same on all processes
     optimizer = numpy_mlp.SGD(model, plan.lr, plan.momentum)
     own = np.empty(model.parameters.size + 1, model.parameters.dtype)  # gradient and cost of this share
@@ -98,7 +101,7 @@ def train_numpy(world: Any, splits: Sequence[Samples], plan: Plan) -> Result:
         optimizer.step(total[:-1] / count)
         costs.append(float(total[-1]) / count)
     seconds = time.perf_counter() - start
-    ends = [mpi.evaluate(world, model, *pair) for pair in zip(shares, (count, len(splits[1].x)), strict=True)]
+    ends = [mpi.evaluate(world, model, *pair) for pair in zip(shares, map(len, splits), strict=True)]
     return Result(costs, ends, seconds, model.weights[0])
 
 
@@ -114,29 +117,23 @@ def train_torch(world: World, splits: Sequence[Samples], plan: Plan) -> Result:
     replica = DistributedDataParallel(model) if world.world_size > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), plan.lr, plan.momentum)
     costs = torch.zeros(plan.iterations, device=world.device)
-    counts = [len(split.labels) for split in splits]
-    shares = [
-        [world.share(len(array)).narrow(torch.from_numpy(array), 0).to(world.device) for array in split]
-        for split in splits
-    ]
-    x, labels = shares[0]
+    train, test = (samples.to(world.device) for samples in splits)
+    x, labels = (world.share(len(train)).narrow(t, 0) for t in (train.features, train.labels))
     cost_sum(replica(x), labels).backward()  # a GPU's kernels are compiled in the first call
     optimizer.zero_grad()
     start = time.perf_counter()
     for i in range(plan.iterations):
         loss = cost_sum(replica(x), labels)
-        (loss * (world.dp_size / counts[0])).backward()  # the wrapper averages over the ranks
+        (loss * (world.dp_size / len(train))).backward()  # the wrapper averages over the ranks
         optimizer.step()
         optimizer.zero_grad()
         costs[i] = loss.detach()
-    costs = world.sum(costs) / counts[0]
+    costs = world.sum(costs) / len(train)
     seconds = time.perf_counter() - start
     ends = []
-    for (x, labels), count in zip(shares, counts, strict=True):
-        with torch.no_grad():
-            p = model(x)
-            sums = torch.stack([cost_sum(p, labels), (p.argmax(1) == labels).sum()])
-        ends.append((world.sum(sums) / count).tolist())
+    for samples in (train, test):
+        cost, p = evaluate(model, samples, world, cost_sum)
+        ends.append((cost, (p.argmax(1) == samples.labels).double().mean().item()))
     weights = next(model.parameters()).detach().cpu().numpy().T
     return Result(costs.tolist(), ends, seconds, weights)
 

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.progress import track
 from support import cli, console, plots
 from torch import Tensor
 from torch.nn.functional import conv2d, cross_entropy, layer_norm
@@ -82,7 +81,7 @@ def main(flags: Flags) -> None:
         scheduler = lr_scheduler(optimizer, "linear", flags.epochs * steps)
         parts = (model, optimizer, scheduler, world, train, test)
         with Run(*parts, epochs=flags.epochs, batch_size=flags.batch_size, seed=flags.seed) as run:
-            for epoch in track(run.epochs(), "epochs", flags.epochs, transient=True):
+            for epoch in console.progress(run.epochs(), "epochs", flags.epochs):
                 for x, labels, batch_size in run.batches(epoch):
                     loss = cross_entropy(model(x), labels, reduction="sum")
                     (loss / batch_size).backward()

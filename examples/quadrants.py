@@ -12,25 +12,27 @@ With --noise the networks learn few points, and a tenth of the labels is wrong. 
 penalty λ leaves both losses high. A wide network learns the noise, so its validation loss is far above its
 training loss. A larger λ cures that.
 
-The report trains a larger network by data parallelism on the CPU, in large and in small batches.
+The report trains a larger network by data parallelism on the CPU, in large and in small batches. It fits
+Amdahl's law to the times: of the time of one process a share p is divided among N, and 1 − p is not.
+
+    T(N) = T(1)·((1 − p) + p/N)        S(N) = T(1)/T(N) = 1/((1 − p) + p/N)        S(∞) = 1/(1 − p)
+
+(G. M. Amdahl, "Validity of the single processor approach to achieving large scale computing capabilities",
+AFIPS 1967.) The law has no term for communication: a fitted p counts it as work that is not divided.
 """
 
-import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise, product
 from statistics import median
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from support import cli, console
-from support.amdahl import fit, speedup
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -49,7 +51,6 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 ROUNDS = 8  # of the report, after one that is not counted
 LOSS_ERROR = 1e-4  # of a loss in float64; another share of a batch, or fewer samples, is 1e-2
 
-Build = Callable[[], tuple[torch.nn.Module, Optimizer]]
 Rounds = dict[tuple[int, int], list[tuple[float, float]]]  # by batch size and number of processes
 
 
@@ -121,7 +122,7 @@ def compare(flags: Flags, device: torch.device) -> list[dict[str, float]]:
     test = draw(2500, 3 * flags.seed + 2, device=device)  # without wrong labels
     choices = list(product(WIDTHS, PENALTIES) if flags.noise else [(30, 0.0)])
     rows = []
-    for width, penalty in track(choices, transient=True):
+    for width, penalty in console.progress(choices, "networks"):
         model, optimizer = build([2, width, 1], penalty, flags.seed, device)
         train(model, optimizer, points, epochs * flags.epochs, batch_size, flags.seed)
         row = {"width": width, "penalty": penalty, "train_loss": evaluate(model, points)[0]}
@@ -132,7 +133,7 @@ def compare(flags: Flags, device: torch.device) -> list[dict[str, float]]:
     return sorted(rows, key=lambda row: -row["validation_loss"])
 
 
-def measure(build: Build, flags: Flags) -> Rounds:
+def measure(flags: Flags) -> Rounds:
     """Time epochs of data-parallel training on the CPU, a thread to a process; return rank 0's `time_epoch`.
 
     Each round times all numbers of processes and all sizes in turn, so that whatever disturbs the machine
@@ -144,17 +145,17 @@ def measure(build: Build, flags: Flags) -> Rounds:
         groups = {n: stack.enter_context(start_ranks(n)) for n in flags.processes}
         for seed, (size, n) in product(range(1 + ROUNDS), keys):
             dtype = torch.float32 if seed else torch.float64
-            rounds[size, n].append(groups[n].run(time_epoch, build, flags.seed, size, seed, dtype)[0])
+            rounds[size, n].append(groups[n].run(time_epoch, flags.seed, size, seed, dtype)[0])
     return rounds
 
 
-def time_epoch(build: Build, points: int, size: int, seed: int, dtype: torch.dtype) -> tuple[float, float]:
+def time_epoch(first_seed: int, size: int, seed: int, dtype: torch.dtype) -> tuple[float, float]:
     """Return the seconds of an epoch, and the mean loss over all points after it."""
     world = current_world()
-    model, optimizer = build()
+    model, optimizer = build([2, 128, 128, 1], 0.0, first_seed)
     model.to(dtype)
     wrapped = DistributedDataParallel(model) if world.world_size > 1 else model
-    samples = draw(2**15, points)
+    samples = draw(2**15, first_seed)
     samples = replace(samples, features=samples.features.to(dtype))
     start = time.perf_counter()
     for x, labels, global_size in batches(samples, size, seed=seed, epoch=1, share=world.share):
@@ -166,12 +167,25 @@ def time_epoch(build: Build, points: int, size: int, seed: int, dtype: torch.dty
         return seconds, loss_sum(model(samples.features), samples.labels).item() / len(samples)
 
 
-def report(build: Build, flags: Flags) -> list[dict[str, Any]]:
+def fit(speedups: Mapping[int, float]) -> float:
+    """Return the p in [0, 1] that fits measured speed-ups best, by least squares.
+
+    In ``1/S = 1 − p·(1 − 1/N)`` the law is linear, and the sum of squared residuals of 1/S = T(N)/T(1) is
+    least at ``p = Σ (1 − 1/N)·(1 − 1/S) / Σ (1 − 1/N)²``; where that lies outside [0, 1], at the nearer end.
+
+    Args:
+        speedups: S for each N. N = 1 does not affect the fit. With a single N > 1 it is exact if 1 ≤ S ≤ N.
+    """
+    p = sum((1 - 1 / n) * (1 - 1 / s) for n, s in speedups.items())
+    return min(max(p / sum((1 - 1 / n) ** 2 for n in speedups), 0.0), 1.0)
+
+
+def report(flags: Flags) -> list[dict[str, Any]]:
     """Print the times and what Amdahl's law says of them, and return a row for each size.
 
     The times are medians of all rounds but the first, which gives the losses.
     """
-    rounds = measure(build, flags)
+    rounds = measure(flags)
     off = max(abs(first[1] / rounds[size, 1][0][1] - 1) for (size, _), (first, *_) in rounds.items())
     if not off <= LOSS_ERROR:
         raise ConfigError(
@@ -183,7 +197,7 @@ def report(build: Build, flags: Flags) -> list[dict[str, Any]]:
         speedups = {n: ms[1] / ms[n] for n in flags.processes}
         p = fit(speedups)
         row = {"batch_size": size, "ms_on_1": ms[1]} | {f"speedup_on_{n}": s for n, s in speedups.items()}
-        rows.append(row | {"p": p, "limit": speedup(p, math.inf) if p < 1 else None})  # JSON has no infinity
+        rows.append(row | {"p": p, "limit": 1 / (1 - p) if p < 1 else None})  # JSON has no infinity
     console.print_rows(rows, list(rows[0]))
     print(f"all numbers of processes reach the same loss (largest relative difference {off:.0e})")
     most = flags.processes[-1]
@@ -205,7 +219,7 @@ def main(flags: Flags) -> None:
             losses = f"{row['train_loss']:.3f} in training, {row['validation_loss']:.3f} in validation"
             print(f"{what}: width {row['width']}, λ {row['penalty']:g} ({losses})")
     else:
-        rows = [*report(partial(build, [2, 128, 128, 1], 0.0, flags.seed), flags), best]
+        rows = [*report(flags), best]
     figures = (best["test_accuracy"], best["test_loss"], time.perf_counter() - start)
     print(console.last_line(*figures, ranks=1, device=world.device.type))
     console.write_metrics(flags.metrics, rows)

@@ -13,13 +13,12 @@ Without torchrun, ``python examples/train_ddp.py`` is one process.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from support import cli, session
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 from torchpar import training
 from torchpar.nn import MLP
@@ -33,6 +32,8 @@ from torchpar.training import Run
 class Flags(cli.TrainFlags):
     """Train a digit classifier by data parallelism."""
 
+    MUON: ClassVar = {"lr": 0.3, "momentum": 0.8, "weight_decay": 0.0}
+
     epochs: int = 2  # Passes over the training samples.
     batch_size: int = 1536  # Samples per step, over all ranks.
     # Optimizer; muon updates the weight matrices, and SGD updates the biases.
@@ -45,14 +46,6 @@ class Flags(cli.TrainFlags):
     label_smoothing: float = 0.1
 
 
-def make_optimizer(flags: Flags, model: MLP) -> Optimizer:
-    # Muon for the weight matrices and SGD for the biases, both at 0.3 unless --lr is given. The rate falls
-    # linearly to 0, unless --schedule says otherwise.
-    if flags.optimizer == "muon":
-        return training.muon(model, **flags.optimizer_options(lr=0.3, momentum=0.8, weight_decay=0.0))
-    return training.sgd(model, **flags.optimizer_options(lr=0.5, momentum=0.9, weight_decay=3e-5))
-
-
 def main(flags: Flags) -> None:
     with join_world(flags.device, flags.timeout) as world:
         train, test = session.load(flags, world)
@@ -63,7 +56,9 @@ def main(flags: Flags) -> None:
         register_shared_memory_hook(ddp, world)  # faster than gloo between the CPUs of one machine
         if flags.compile:
             ddp.compile()
-        optimizer = make_optimizer(flags, model)
+        # Muon for the weight matrices and SGD for the biases, at a rate that falls to 0 linearly, unless
+        # --optimizer, --lr and --schedule say otherwise.
+        optimizer = session.make_optimizer(flags, model)
         lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
         parts = (model, optimizer, lr_scheduler, world, train, test)

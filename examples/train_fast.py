@@ -13,16 +13,16 @@ first weights and on the same batches, checks that their gradients agree, and tr
   is recorded, and all gradients are added over the ranks at once (`torchpar.training.fused`).
 """
 
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count, islice
+from functools import partial
+from itertools import cycle, islice
 from statistics import median
 from typing import Any, Literal
 
 import torch
 import train_ddp
 from support import cli, console, session
+from support.timeline import now
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -71,7 +71,7 @@ class Trainer:
         self.flags, self.world = flags, world
         torch.manual_seed(flags.seed)  # the same weights on every rank, and in every way
         self.model = MLP(flags.layer_sizes(train), flags.activation).to(world.device)
-        self.optimizer = train_ddp.make_optimizer(flags, self.model)  # Muon for weights, SGD for biases
+        self.optimizer = session.make_optimizer(flags, self.model)  # Muon for weights, SGD for biases
         self.fused = None
         if way == "formulas":
             self.fused = FusedGradients(self.model, world, flags.label_smoothing)
@@ -108,22 +108,18 @@ def compare(flags: Flags, world: World, train: Samples, ways: list[str]) -> list
     Raises:
         TorchparError: the gradients of two ways differ by more than rounding.
     """
-
-    def batches() -> Iterator[Batch]:
-        for epoch in count(1):
-            yield from data.batches(train, flags.batch_size, seed=flags.seed, epoch=epoch, share=world.share)
-
+    batches = partial(data.batches, train, flags.batch_size, seed=flags.seed, epoch=1, share=world.share)
     trainers = {way: Trainer(flags, world, train, way) for way in ways}
     check_gradients(trainers, next(batches()))
-    shares = {way: batches() for way in ways}
+    shares = {way: cycle(batches()) for way in ways}
     times: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(ROUNDS + 1):  # in the first, kernels are compiled, and the wrapper sets itself up
         for way, trainer in trainers.items():
-            start = now(world)
+            start = now(world.device)
             for batch in islice(shares[way], STEPS):
                 trainer.step(*batch)
             if number:
-                times[way].append(1e3 * (now(world) - start) / STEPS)
+                times[way].append(1e3 * (now(world.device) - start) / STEPS)
     ms = {way: median(times[way]) for way in ways}
     return [{"way": way, "ms": ms[way], "speed_up": ms[ways[0]] / ms[way]} for way in ways]
 
@@ -142,13 +138,6 @@ def check_gradients(trainers: dict[str, Trainer], batch: Batch) -> None:
         off = ((mine - first).norm() / first.norm()).item()
         if not off <= (batch.global_size + max(trainer.model.sizes)) * torch.finfo(mine.dtype).eps:
             raise TorchparError(f"the gradient by {way} is off by {off:.1e} of its norm; report this")
-
-
-def now(world: World) -> float:
-    """Return the seconds of a clock, once the device has done its work."""
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def main(flags: Flags) -> None:

@@ -21,7 +21,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from rich.progress import track
 from support import cli, console, plots
 
 from torchpar.baselines import mpi
@@ -66,7 +65,7 @@ def main(flags: Flags) -> None:
         message = np.empty(model.parameters.size + 1, model.parameters.dtype)  # gradient and loss
         total = np.empty_like(message)
         results: list[EpochResult] = []
-        epochs = track(range(1, flags.epochs + 1), "epochs", transient=True, disable=world.rank > 0)
+        epochs = console.progress(range(1, flags.epochs + 1), "epochs")  # of process 0, if it has a terminal
         with Phases(torch.device("cpu")) as phases:
             scatter = phase("data")(mpi.scatter_batches)
             backward = phase("backward")(model.backward)

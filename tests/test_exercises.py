@@ -4,8 +4,8 @@
 `test_examples` runs them by their command lines.
 """
 
-import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import pytest
 import torch
 from commands import lesson, rows_of
 from fake_data import fashion_mnist
-from ranks import fork_context
 from samples import normal
 
 pytest.importorskip("torchvision", reason="torchvision reads the data sets")
@@ -25,11 +24,9 @@ import matmul_convolution
 import matmul_regression
 import quadrants
 from matmul_convolution import windows
-from support import amdahl
 from support.console import compare
 
 from torchpar.errors import ConfigError
-from torchpar.parallel.launch.local import current_world
 
 # The quadrants
 
@@ -162,39 +159,36 @@ def test_a_lesson_stops_at_a_wrong_formula(monkeypatch, module, part, name, wron
 # Amdahl's law
 
 
-def test_the_law():
-    assert amdahl.speedup(0.9801, math.inf) == pytest.approx(50.25, abs=0.01)
-    assert amdahl.speedup(0.9801, 768) == pytest.approx(47.2, abs=0.05)
-    assert amdahl.speedup(0.0, 8) == 1
-    assert amdahl.speedup(1.0, 8) == 8
-    assert amdahl.speedup(1.0, math.inf) == math.inf
+def speedup(p: float, n: int) -> float:
+    return 1 / ((1 - p) + p / n)
 
 
 def test_fit_is_the_least_squares_of_relative_times():
     for p in (0.0, 0.3, 1.0):
-        assert amdahl.fit({n: amdahl.speedup(p, n) for n in (1, 2, 8)}) == pytest.approx(p, abs=1e-12)
+        assert quadrants.fit({n: speedup(p, n) for n in (1, 2, 8)}) == pytest.approx(p, abs=1e-12)
     speedups = {1: 1.0, 2: 1.7, 4: 3.3, 8: 4.0}
 
     def squares(p: float) -> float:
-        return sum((1 / amdahl.speedup(p, n) - 1 / s) ** 2 for n, s in speedups.items())
+        return sum((1 / speedup(p, n) - 1 / s) ** 2 for n, s in speedups.items())
 
     best = min(range(10001), key=lambda i: squares(i / 10000)) / 10000
-    assert amdahl.fit(speedups) == pytest.approx(best, abs=1e-4)
+    assert quadrants.fit(speedups) == pytest.approx(best, abs=1e-4)
     assert squares(best) > 0.001  # the points lie on no curve of the law
-    assert amdahl.fit({2: 0.5}) == 0  # p stays a share
-    assert amdahl.fit({2: 2.5}) == 1
+    assert quadrants.fit({2: 0.5}) == 0  # p stays a share
+    assert quadrants.fit({2: 2.5}) == 1
 
 
-def build_another_on_each_rank() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(current_world().world_size)
-    model = torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.Sigmoid())
-    return model, torch.optim.SGD(model.parameters(), lr=0.1)
-
-
-@pytest.mark.slow
-def test_training_that_differs_is_refused(monkeypatch):
-    fork_context()
-    monkeypatch.setattr(quadrants, "ROUNDS", 1)
-    flags = quadrants.Flags(processes=(1, 2), sizes=(4096,))
-    with pytest.raises(ConfigError, match="differs from that on one"):
-        quadrants.report(build_another_on_each_rank, flags)
+def test_the_report_fits_the_medians_of_all_rounds_but_the_first(monkeypatch):
+    rounds = {
+        (64, 1): [(9.0, 0.5), (2.0, 0.1), (1.0, 0.2), (3.0, 0.3)],
+        (64, 2): [(9.0, 0.5), (1.25, 0.1), (1.0, 0.2), (7.0, 0.3)],
+    }
+    monkeypatch.setattr(quadrants, "measure", lambda flags: rounds)
+    report = partial(quadrants.report, quadrants.Flags(processes=(1, 2), sizes=(64,)))
+    row = {"batch_size": 64, "ms_on_1": 2000.0, "speedup_on_1": 1.0, "speedup_on_2": 1.6}
+    assert report() == [row | {"p": pytest.approx(0.75), "limit": pytest.approx(4.0)}]
+    rounds[64, 2][1:] = [(1.0, 0.1)]
+    assert report()[0]["limit"] is None  # everything is divided
+    rounds[64, 2][0] = (9.0, 0.5001)
+    with pytest.raises(ConfigError, match="differs from that on one by 2e-04"):
+        report()

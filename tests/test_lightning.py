@@ -23,12 +23,7 @@ pytest.importorskip("lightning", reason="the extra `lightning` is not installed"
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec"),  # Lightning 2.6 on torch 2.15
-    pytest.mark.filterwarnings("ignore:The `srun` command is available"),
-    pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero"),  # no validation
-    pytest.mark.filterwarnings("ignore:The number of training batches"),  # fewer than the logging interval
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
-    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks"),
-    pytest.mark.filterwarnings("ignore:The dirpath has changed"),  # a resumed run's is another version_N
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # Lightning's advice
 ]
 TRAIN, TEST, BATCH = 201, 101, 50  # the last of the 5 batches holds one sample, and rank 1 has none of it
 SIZES = [784, 20, 10]

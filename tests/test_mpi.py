@@ -118,7 +118,7 @@ def same(run: Result, other: Result) -> bool:
 def test_all_ways_have_the_same_costs(data, ranks):
     """The first is −1/n · Σ_samples Σ_classes t·log p + (1 − t)·log(1 − p), at the first weights."""
     splits = pooled(fashion_pooled.Flags(data=data, dataset="fashion-mnist", samples=50, iterations=30))
-    x, labels = splits[0]
+    x, labels = splits[0].features.numpy(), splits[0].labels
     assert (x.shape, x.dtype) == ((50, 400), np.float32)
     p = numpy_mlp.sigmoid(MLP(SIZES, loss="bce").forward(x)[1].astype(np.float64))
     t = np.eye(10)[labels]

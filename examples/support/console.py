@@ -4,16 +4,24 @@
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
 from torchpar.errors import ConfigError
 from torchpar.profile.phases import Phases
 from torchpar.training.state import EpochResult
+
+T = TypeVar("T")
+
+
+def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
+    """Yield ``items``, and show a progress bar on a terminal."""
+    return track(items, what, total, transient=True, disable=not Console().is_terminal)
 
 
 def epoch_line(result: EpochResult, epochs: int) -> str:
@@ -31,16 +39,15 @@ def write_metrics(path: Path | None, lines: Iterable[Mapping[str, Any]]) -> None
         path.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
 
 
-def write_log(log_dir: Path | None, rows: Iterable[Mapping[str, Any]], x: str) -> None:
+def write_log(log_dir: Path | None, rows: Sequence[Mapping[str, Any]], x: str) -> None:
     """Write the figures of each row for TensorBoard, at its ``x``, unless ``log_dir`` is None."""
-    steps = list(rows)
-    if log_dir is None or not steps:
+    if log_dir is None or not rows:
         return
     from torch.utils.tensorboard import SummaryWriter
 
     # purge_step: a resumed run writes its earlier epochs again.
-    with SummaryWriter(log_dir, purge_step=steps[0][x]) as writer:
-        for row in steps:
+    with SummaryWriter(log_dir, purge_step=rows[0][x]) as writer:
+        for row in rows:
             for name, value in row.items():
                 if isinstance(value, float):
                     writer.add_scalar(name, value, row[x])

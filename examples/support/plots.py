@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WORST = 32  # number of worst-classified samples to show
+WORST = 36  # number of worst-classified samples to show
 
 
 def save(folder: Path, results: list[EpochResult], outputs: Tensor, test: Samples) -> None:
@@ -73,7 +73,7 @@ def save_panels(path: Path, panels: Sequence[Panel]) -> None:
             for _, line in groupby(panel.rows, key):
                 rows = list(line)
                 names = [y] * (len(panel.ys) > 1 or not panel.by)
-                names += [_label(name, rows[0][name]) for name in panel.by]
+                names += [f"{name} {rows[0][name]}" for name in panel.by]
                 points = ([row[name] for row in rows] for name in (panel.x, y))
                 axes.plot(*points, style, label=", ".join(names).replace("_", " "))
         axes.set(xlabel=panel.x.replace("_", " "), ylabel=", ".join(panel.ys).replace("_", " "))
@@ -87,10 +87,6 @@ def save_panels(path: Path, panels: Sequence[Panel]) -> None:
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
     figure.savefig(path)
-
-
-def _label(name: str, value: Any) -> str:
-    return value if isinstance(value, str) else f"{name} {value:g}"
 
 
 def save_curves(path: Path, curves: Mapping[str, Sequence[float]], x: str, y: str) -> None:

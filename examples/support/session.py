@@ -13,13 +13,12 @@ from rich.console import Console
 from rich.progress import Progress
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
-from torch.profiler import ProfilerActivity, profile, schedule
+from torch.profiler import profile, schedule
 
 from support import console, plots
 from support.cli import TrainFlags
 from torchpar import data, training
 from torchpar.data import Samples
-from torchpar.errors import ConfigError
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.clip import clip_grad_norm_
@@ -43,28 +42,27 @@ def load(flags: TrainFlags, world: World) -> tuple[Samples, Samples]:
     shared = {name: value for name, value in asdict(flags).items() if name not in ("data", "device")}
     check_same_on_all_ranks(None, "the ranks' flags", shared)
     loaded: list[Samples] = []
-    world.gather_results(lambda: loaded.extend(_load(flags, world)))
+
+    def read() -> None:
+        for samples in data.load(flags.dataset, flags.data, world.device):
+            fewer = flags.crop or flags.pool > 1
+            loaded.append(samples.pooled(flags.crop, flags.pool) if fewer else samples)
+
+    world.gather_results(read)  # an error is raised on every rank
     train, test = loaded
     train = train[: flags.samples]
     return train[: 10 * flags.batch_size] if flags.dry_run else train, test
 
 
-def _load(flags: TrainFlags, world: World) -> Iterator[Samples]:
-    for samples in data.load(flags.dataset, flags.data, world.device):
-        fewer = flags.crop or flags.pool > 1
-        yield samples.pooled(flags.crop, flags.pool) if fewer else samples
-
-
 def make_optimizer(flags: TrainFlags, model: torch.nn.Module, mesh: DeviceMesh | None = None) -> Optimizer:
-    """Return SGD, or Muon for the weights and SGD for the biases, with the rates of a deep sigmoid MLP.
+    """Return SGD, or Muon for the weights and SGD for the biases.
 
     Args:
         mesh: ranks that share the work of Muon's iterations on a split matrix.
     """
     if flags.optimizer == "sgd":
-        return training.sgd(model, **flags.optimizer_options(lr=0.5, momentum=0.9, weight_decay=3e-5))
-    options = flags.optimizer_options(lr=0.02, momentum=0.95, weight_decay=0.01)
-    return training.muon(model, **options, mesh=mesh)
+        return training.sgd(model, **flags.optimizer_options(flags.SGD))
+    return training.muon(model, **flags.optimizer_options(flags.MUON), mesh=mesh)
 
 
 def adjust_gradients(flags: TrainFlags, model: torch.nn.Module, world: World) -> None:
@@ -87,11 +85,7 @@ class Log(training.RunLog):
         self.profiler: profile | None = None
         if flags.profile:
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it logs each start and end to stderr
-            on_gpu = [ProfilerActivity.CUDA] * (world.device.type == "cuda")
-            self.profiler = profile(
-                activities=[ProfilerActivity.CPU, *on_gpu],
-                schedule=schedule(wait=SKIP - 1, warmup=1, active=10, repeat=1),
-            )
+            self.profiler = profile(schedule=schedule(wait=SKIP - 1, warmup=1, active=10, repeat=1))
         terminal = Console()
         hidden = not (self.speaks and terminal.is_terminal)
         self.bar = Progress(console=terminal, transient=True, disable=hidden)
@@ -160,11 +154,7 @@ class Log(training.RunLog):
         assert self.flags.profile is not None
         if self.profiler.step_num <= SKIP:  # complete already, or a short run
             return f"profile: nothing was recorded, no more than {SKIP} steps were trained\n"
-        path = self.flags.profile / f"rank-{self.world.rank}.json.gz"
-        try:
-            self.profiler.export_chrome_trace(str(path))
-        except OSError as e:
-            raise ConfigError(f"{path} cannot be written ({e}); make room, or name another folder") from e
+        self.profiler.export_chrome_trace(str(self.flags.profile / f"rank-{self.world.rank}.json.gz"))
         by = "self_device_time_total" if self.world.device.type == "cuda" else "self_cpu_time_total"
         table = self.profiler.key_averages().table(by, row_limit=10, max_name_column_width=40)
         return f"costliest operators of rank {self.world.rank}\n{table}"

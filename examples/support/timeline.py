@@ -41,9 +41,9 @@ class Timeline:
             numbers = count()  # micro-batches come in their order
 
             def run(*args: Any) -> Any:
-                start = self._now()
+                start = now(self.world.device)
                 result = function(*args)
-                passes[f"{kind}{next(numbers)}"] = start, self._now()
+                passes[f"{kind}{next(numbers)}"] = start, now(self.world.device)
                 return result
 
             return run
@@ -56,10 +56,12 @@ class Timeline:
         if self.world.rank == 0:
             print("\n".join(draw(ranks)))
 
-    def _now(self) -> float:
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize(self.world.device)
-        return time.perf_counter()
+
+def now(device: torch.device) -> float:
+    """Return the seconds of a clock, once ``device`` has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def draw(ranks: Sequence[Sequence[Passes]]) -> list[str]:
