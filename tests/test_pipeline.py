@@ -4,7 +4,6 @@
 import copy
 from dataclasses import replace
 from itertools import pairwise
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -25,41 +24,30 @@ SIZES = (25, 33, 7, 5, 10)
 EQUAL = {"rtol": 0.0, "atol": 0.0}
 
 
-class Training(NamedTuple):
-    """Some steps on ``pp`` stages, of batches of these sizes."""
-
-    pp: int
-    micro_batches: int
-    batches: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f"pp {self.pp} micro {self.micro_batches} batches {self.batches}"
-
-
-TRAININGS = [
-    Training(1, 3, (6, 6)),
-    Training(2, 4, (12, 12, 12)),
-    Training(2, 2, (8, 8)),  # as many micro-batches as stages
-    Training(3, 5, (15, 15)),
-    Training(3, 2, (5, 6)),
-    Training(2, 4, (13, 7, 3)),  # the last one has an empty micro-batch
+TRAININGS = [  # stages, micro-batches, sizes of batches
+    (1, 3, (6, 6)),
+    (2, 4, (12, 12, 12)),
+    (2, 2, (8, 8)),  # as many micro-batches as stages
+    (3, 5, (15, 15)),
+    (3, 2, (5, 6)),
+    (2, 4, (13, 7, 3)),  # the last one has an empty micro-batch
 ]
 
 
-def train(training: Training, schedule: str) -> None:
+def train(schedule: str, pp: int, micro_batches: int, batches: tuple[int, ...]) -> None:
     """Compare the losses and weights of each step with the whole model's."""
     torch.manual_seed(0)
     whole = MLP(SIZES, "relu")
     with join_world("cpu") as world:
-        world = world.with_mesh(pp=training.pp)
+        world = world.with_mesh(pp=pp)
         stage = stage_mlp(copy.deepcopy(whole), world.mesh["pp"])
-        pipeline = Pipeline(stage, world, schedule, training.micro_batches)
+        pipeline = Pipeline(stage, world, schedule, micro_batches)
         optimizers = [
             torch.optim.SGD(m.parameters(), lr=0.3, momentum=0.9, foreach=False) for m in (whole, stage)
         ]
-        for n in training.batches:
+        for n in batches:
             x, labels = torch.randn(n, SIZES[0]), torch.randint(SIZES[-1], (n,))
-            parts, targets = (t.tensor_split(training.micro_batches) for t in (x, labels))
+            parts, targets = (t.tensor_split(micro_batches) for t in (x, labels))
             losses = [sum_of_losses(whole(p), t) for p, t in zip(parts, targets, strict=True)]
             for one in losses:
                 (one / n).backward()
@@ -79,7 +67,7 @@ def train(training: Training, schedule: str) -> None:
 )
 def test_a_schedule_trains_as_one_process(ranks, training, schedule):
     """With the bits of one process that adds up the gradients of the same micro-batches."""
-    ranks(training.pp, train, training, schedule)
+    ranks(training[0], train, schedule, *training)
 
 
 def order(schedule: str, micro_batches: int) -> tuple[list[Pass], Tensor | None]:

@@ -12,8 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import Checkpoints
-from torchpar.parallel.save.storage import LocalShard
-from torchpar.parts import is_marked, part_of
+from torchpar.parts import as_dtensor, is_marked, part_of
 
 # Options of an optimizer that choose how a step is computed. A resumed run keeps its own.
 IMPLEMENTATION_OPTIONS = ("fused", "foreach", "capturable", "differentiable")
@@ -183,5 +182,5 @@ class TrainState:
 
 
 def _shard(p: Tensor, t: Tensor) -> Tensor:
-    """Return ``t``, of the shape of parameter ``p`` or a number, as a shard if ``p`` is a slice."""
-    return LocalShard.of(t, part_of(p)) if is_marked(p) and t.dim() else t.detach()
+    """Return ``t``, of the shape of parameter ``p`` or a number, as a DTensor if ``p`` is a slice."""
+    return as_dtensor(t.detach(), part_of(p)) if is_marked(p) and t.dim() else t.detach()
