@@ -18,6 +18,7 @@ from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel import World, clip_grad_norm_, join_world, parallel_mlp
 from torchpar.parallel.split.pipeline import Pipeline, check_one_rank_per_gpu, stage_mlp
+from torchpar.parallel.split.shared_memory import register_shared_memory_hook
 from torchpar.parts import part_of
 from torchpar.profile.collectives import Collectives
 from torchpar.training.losses import add_orthogonality_gradient
@@ -41,7 +42,8 @@ def split(
         return model, pipeline.step, pipeline.predict
     replica: torch.nn.Module = model
     if world.dp_size > 1:
-        replica = DistributedDataParallel(model, process_group=world.mesh["dp"].get_group())
+        replica = ddp = DistributedDataParallel(model, process_group=world.mesh["dp"].get_group())
+        register_shared_memory_hook(ddp, world)
 
     def step(x: Tensor, labels: Tensor, global_size: int, loss_sum: Callable[..., Tensor]) -> Tensor:
         loss = loss_sum(replica(x), labels)
