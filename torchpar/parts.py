@@ -64,8 +64,8 @@ def as_dtensor(t: Tensor, part: Part) -> Tensor:
 
     assert part.axis is not None
     whole = torch.empty(part.whole, device="meta")
-    options = {"run_check": False, "shape": whole.shape, "stride": whole.stride()}
-    return DTensor.from_local(t, part.mesh, [Shard(part.axis)], **options)
+    cut = [Shard(part.axis)]
+    return DTensor.from_local(t, part.mesh, cut, run_check=False, shape=whole.shape, stride=whole.stride())
 
 
 def is_marked(p: Tensor) -> bool:
