@@ -4,22 +4,18 @@
 import math
 from collections import Counter
 from functools import partial
-from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-from torch.nn.parallel import DistributedDataParallel
+from test_parallel_meshes import split, sum_of_losses
 
 from torchpar import training
 from torchpar.nn import MLP
-from torchpar.parallel import join_world, parallel_mlp
+from torchpar.parallel import join_world
 from torchpar.parallel.split import shared_memory
-from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
-from torchpar.parallel.split.shared_memory import register_shared_memory_hook
 from torchpar.profile.collectives import Collectives
 from torchpar.training.fused import FusedGradients
-from torchpar.training.losses import cross_entropy_sum
 
 SIZES = (6, 8, 4, 10, 2)  # 56 + 36 + 50 + 22 parameters
 SQUARE = (8,) * 5
@@ -42,21 +38,16 @@ def count(
         frozen: of how many layers the weights are; if all, the input needs a gradient.
     """
     torch.manual_seed(0)
-    with join_world("cpu") as world:
+    supported = shared_memory.SUPPORTED and shared
+    with join_world("cpu") as world, patch.object(shared_memory, "SUPPORTED", supported):
         world = world.with_mesh(**axes)
         model = MLP(sizes)
         model.layers[:frozen].requires_grad_(False)
-        if way != "fused":
-            model = stage_mlp(parallel_mlp(model, world.mesh["tp"]), world.mesh["pp"])
-        with patch.object(shared_memory, "SUPPORTED", shared_memory.SUPPORTED and shared):
-            gradients = FusedGradients(model, world) if way == "fused" else None
-        replica: Any = model
-        if world.mesh["pp"].size() > 1:
-            gradients = partial(Pipeline(model, world).step, loss_sum=cross_entropy_sum)
-        elif world.dp_size > 1 and gradients is None:
-            replica = DistributedDataParallel(model, process_group=world.mesh["dp"].get_group())
-            if shared:
-                register_shared_memory_hook(replica, world)
+        if way == "fused":
+            gradients = FusedGradients(model, world)
+        else:
+            model, step, _ = split(model, world, "1f1b", 4)
+            gradients = partial(step, loss_sum=sum_of_losses)
         mesh = world.mesh["dp", "tp"]
         optimizer = training.muon(model, 0.1, 0.9, 0.0, mesh=mesh) if way == "muon" else None
         share = world.share(batch)
@@ -66,10 +57,7 @@ def count(
         counted = []
         for _ in range(4):  # DistributedDataParallel sets itself up in two steps
             with Collectives(world) as collectives:
-                if gradients is not None:
-                    gradients(*mine, batch)
-                else:
-                    cross_entropy_sum(replica(mine[0]), mine[1]).backward()
+                gradients(*mine, batch)
                 if optimizer is not None:
                     optimizer.step()
             model.zero_grad()

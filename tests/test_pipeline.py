@@ -1,85 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""The schedules of a pipeline, compared with one process, and their timelines."""
+"""The order of a pipeline's passes, and their timelines; test_parallel_meshes.py has the values."""
 
-import copy
 from dataclasses import replace
 from itertools import pairwise
-from typing import NamedTuple
 
 import pytest
 import torch
 from support.timeline import Passes, Timeline, draw
-from test_parallel_meshes import sum_of_losses
 from torch import Tensor
-from torch.testing import assert_close
 
 from torchpar.errors import ConfigError
-from torchpar.nn import MLP
 from torchpar.parallel import join_world
-from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
 from torchpar.reference import P2PCommunicator, gpipe, one_forward_one_backward
 
 SCHEDULES = {"gpipe": gpipe, "1f1b": one_forward_one_backward}
 LARGE = (2048, 2048)  # 16 MiB
-SIZES = (25, 33, 7, 5, 10)
-EQUAL = {"rtol": 0.0, "atol": 0.0}
-
-
-class Training(NamedTuple):
-    """Some steps on ``pp`` stages, of batches of these sizes."""
-
-    pp: int
-    micro_batches: int
-    batches: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f"pp {self.pp} micro {self.micro_batches} batches {self.batches}"
-
-
-TRAININGS = [
-    Training(1, 3, (6, 6)),
-    Training(2, 4, (12, 12, 12)),
-    Training(2, 2, (8, 8)),  # as many micro-batches as stages
-    Training(3, 5, (15, 15)),
-    Training(3, 2, (5, 6)),
-    Training(2, 4, (13, 7, 3)),  # the last one has an empty micro-batch
-]
-
-
-def train(training: Training, schedule: str) -> None:
-    """Compare the losses and weights of each step with the whole model's."""
-    torch.manual_seed(0)
-    whole = MLP(SIZES, "relu")
-    with join_world("cpu") as world:
-        world = world.with_mesh(pp=training.pp)
-        stage = stage_mlp(copy.deepcopy(whole), world.mesh["pp"])
-        pipeline = Pipeline(stage, world, schedule, training.micro_batches)
-        optimizers = [
-            torch.optim.SGD(m.parameters(), lr=0.3, momentum=0.9, foreach=False) for m in (whole, stage)
-        ]
-        for n in training.batches:
-            x, labels = torch.randn(n, SIZES[0]), torch.randint(SIZES[-1], (n,))
-            parts, targets = (t.tensor_split(training.micro_batches) for t in (x, labels))
-            losses = [sum_of_losses(whole(p), t) for p, t in zip(parts, targets, strict=True)]
-            for one in losses:
-                (one / n).backward()
-            loss = pipeline.step(x, labels, n, sum_of_losses)
-            assert_close(loss, torch.stack(losses).sum().detach() * world.owns_outputs, **EQUAL)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            weights, parameters = stage.state_dict(), whole.state_dict()
-            assert_close(weights, {name: parameters[name] for name in weights}, **EQUAL)
-
-
-@pytest.mark.parametrize(
-    "training, schedule",
-    [*((training, "1f1b") for training in TRAININGS), *((training, "gpipe") for training in TRAININGS[1:3])],
-    ids=str,
-)
-def test_a_schedule_trains_as_one_process(ranks, training, schedule):
-    """With the bits of one process that adds up the gradients of the same micro-batches."""
-    ranks(training.pp, train, training, schedule)
 
 
 def order(schedule: str, micro_batches: int) -> tuple[Passes, Tensor | None]:

@@ -20,10 +20,6 @@ class Partition:
     ranks: int
     rank: int
 
-    def offset(self) -> int:
-        """The index at which this rank's part begins."""
-        return self.rank * (self.size // self.ranks) + min(self.rank, self.size % self.ranks)
-
     def narrow(self, t: Tensor, dim: int) -> Tensor:
         """This rank's part of ``t`` along ``dim``, where ``t`` is whole; a view."""
         return t.tensor_split(self.ranks, dim)[self.rank]

@@ -4,6 +4,7 @@
 Optimizer, clipping and checkpoints all read `part_of`.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar.errors import ConfigError
 from torchpar.library import is_dtensor
-from torchpar.partition import Partition
 
 
 class Part(NamedTuple):
@@ -23,12 +23,14 @@ class Part(NamedTuple):
         start: the first index of the part along each axis.
         size: the size of the part along each axis.
         mesh: the ranks that together have the tensor; None if each rank has all of it.
+        axis: along which a split layer is cut; None for others.
     """
 
     whole: tuple[int, ...]
     start: tuple[int, ...]
     size: tuple[int, ...]
     mesh: DeviceMesh | None = None
+    axis: int | None = None
 
     @property
     def numel(self) -> int:
@@ -42,11 +44,28 @@ class Part(NamedTuple):
         return t
 
 
-def mark_slice(p: Tensor, axis: int, partition: Partition, mesh: DeviceMesh) -> None:
-    """Record that the plain tensor ``p`` is this rank's slice of a parameter that is cut along ``axis``."""
-    whole, start = list(p.shape), [0] * p.dim()
-    whole[axis], start[axis] = partition.size, partition.offset()
-    p.tensor_parallel_part = Part(tuple(whole), tuple(start), tuple(p.shape), mesh)  # type: ignore[attr-defined]
+def slice_along(axis: int, whole: Sequence[int], mesh: DeviceMesh) -> Part:
+    """This rank's part of a tensor of shape ``whole``, cut along ``axis`` as `torch.chunk` cuts."""
+    step = -(-whole[axis] // mesh.size())
+    start, size = [0] * len(whole), list(whole)
+    start[axis] = min(step * mesh.get_local_rank(), whole[axis])
+    size[axis] = min(step, whole[axis] - start[axis])
+    return Part(tuple(whole), tuple(start), tuple(size), mesh, axis)
+
+
+def mark_slice(p: Tensor, part: Part) -> None:
+    """Record that the plain tensor ``p`` is ``part`` of a parameter, from `slice_along`."""
+    p.tensor_parallel_part = part  # type: ignore[attr-defined]
+
+
+def as_dtensor(t: Tensor, part: Part) -> Tensor:
+    """``t``, which is ``part`` of a tensor, from `slice_along`, as a DTensor; a view."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    assert part.axis is not None
+    whole = torch.empty(part.whole, device="meta")
+    cut = [Shard(part.axis)]
+    return DTensor.from_local(t, part.mesh, cut, run_check=False, shape=whole.shape, stride=whole.stride())
 
 
 def is_marked(p: Tensor) -> bool:

@@ -22,8 +22,7 @@ from torchpar.exact.dispatch import ordinary
 from torchpar.ops import exact_digits, exact_matmul
 from torchpar.ops.matrix import rows
 from torchpar.parallel.split.reduction import all_reduce
-from torchpar.partition import Partition
-from torchpar.parts import mark_slice
+from torchpar.parts import mark_slice, slice_along
 
 
 def _product(a: Tensor, b: Tensor, mesh: DeviceMesh | None) -> Tensor:
@@ -77,10 +76,10 @@ class Linear(torch.nn.Module):
     def __init__(self, in_features: int, out_features: int, mesh: DeviceMesh, axis: int):
         super().__init__()
         self.mesh, self.axis = mesh, axis
-        partition = Partition((out_features, in_features)[axis], mesh.size(), mesh.get_local_rank())
+        part = slice_along(axis, (out_features, in_features), mesh)
         whole = torch.randn(out_features, in_features) * in_features**-0.5
-        self.weight = torch.nn.Parameter(partition.narrow(whole, axis).clone())
-        mark_slice(self.weight, axis, partition, mesh)
+        self.weight = torch.nn.Parameter(part.narrow(whole).clone())
+        mark_slice(self.weight, part)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, **{"inputs" if self.axis == 0 else "outputs": self.mesh})

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from torchpar.errors import ConfigError
 from torchpar.parallel.save.checkpoint import Checkpoints
-from torchpar.parallel.save.storage import LocalShard
-from torchpar.parts import is_marked, part_of
+from torchpar.parts import as_dtensor, is_marked, part_of
 
 if TYPE_CHECKING:
     from torchpar.training.run import Run
@@ -136,5 +135,5 @@ def _random_states(rank: int) -> dict[str, Tensor]:
 
 
 def _shard(p: Tensor, t: Tensor) -> Tensor:
-    """Return ``t``, of the shape of parameter ``p`` or a number, as a shard if ``p`` is a slice."""
-    return LocalShard.of(t, part_of(p)) if is_marked(p) and t.dim() else t.detach()
+    """Return ``t``, of the shape of parameter ``p`` or a number, as a DTensor if ``p`` is a slice."""
+    return as_dtensor(t.detach(), part_of(p)) if is_marked(p) and t.dim() else t.detach()

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.rendezvous import run_in_daemon
 from torchpar.parallel.launch.world import World
-from torchpar.parallel.save.storage import Reader, Writer, copy_to_cpu
+from torchpar.parallel.save.storage import Reader, Writer
 
 MANIFEST = "manifest.json"
 _UNSIGNED = "0" * 64  # stands for the manifest's own SHA-256 while that is computed
@@ -53,7 +53,7 @@ class Checkpoint:
     _group: dist.ProcessGroup
 
     def read(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill ``tensors``, by name: plain tensors, and `LocalShard`s with this rank's part.
+        """Fill ``tensors``, by name: plain tensors, and DTensors, of which this rank has a part.
 
         Raises:
             ValueError: a name, a shape or a file does not fit; on every rank.
@@ -91,7 +91,7 @@ class Checkpoints:
         """Save as ``step-N``. If a process is killed at any moment, the checkpoint is whole or absent.
 
         Args:
-            tensors: plain tensors, which are the same on every rank that has them, and `LocalShard`s.
+            tensors: plain tensors, which are the same on every rank that has them, and DTensors.
             state: JSON; rank 0's is saved.
 
         Raises:
@@ -101,7 +101,8 @@ class Checkpoints:
         if not self.asynchronous:
             self._save(step, tensors, state)
             return
-        copies, state = {name: copy_to_cpu(t) for name, t in tensors.items()}, json.loads(json.dumps(state))
+        copies = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+        state = json.loads(json.dumps(state))
         # A daemon thread, so that a process whose peers are lost can end without waiting for it.
         self._pending = run_in_daemon(lambda: self._save(step, copies, state))
 

@@ -24,8 +24,7 @@ from torchpar.ops.linear_sigmoid import sigmoid_backward
 from torchpar.ops.matrix import rows
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.parallel.split.reduction import reduce_from_region, start_all_reduce
-from torchpar.partition import Partition
-from torchpar.parts import mark_slice
+from torchpar.parts import mark_slice, slice_along
 
 Activation = Literal["sigmoid", "relu"] | None
 # Subclasses may compute something else, so a layer's type must be one of these.
@@ -42,7 +41,7 @@ class _ParallelLinear(torch.nn.Module):
 
     Attributes:
         split_axes: the axis of each parameter that is split, by its name.
-        partition: how the ranks share that axis.
+        mesh: the ranks that share that axis.
     """
 
     split_axes: ClassVar[dict[str, int]]
@@ -69,8 +68,6 @@ class _ParallelLinear(torch.nn.Module):
         self.out_features = out_features
         self.activation = activation
         self.mesh = mesh
-        size = (out_features, in_features)[self.split_axes["weight"]]
-        self.partition = Partition(size, mesh.size(), mesh.get_local_rank())
         self._copy_slices(nn.Linear(in_features, out_features, bias, **options))
 
     @classmethod
@@ -113,7 +110,7 @@ class _ParallelLinear(torch.nn.Module):
             if parameter is not None:
                 part = parameter.detach()
                 if name in self.split_axes:
-                    part = self.partition.narrow(part, self.split_axes[name])
+                    part = slice_along(self.split_axes[name], part.shape, self.mesh).narrow(part)
                 part = part.clone(memory_format=torch.contiguous_format)
                 parameter = torch.nn.Parameter(part, requires_grad=parameter.requires_grad)
             self.register_parameter(name, parameter)
@@ -136,12 +133,13 @@ class _ParallelLinear(torch.nn.Module):
         for name, axis in self.split_axes.items():
             parameter = self._parameters.get(name)
             if parameter is not None:
-                mark_slice(parameter, axis, self.partition, self.mesh)
+                shape = (self.out_features, self.in_features)[: parameter.dim()]
+                mark_slice(parameter, slice_along(axis, shape, self.mesh))
 
     def extra_repr(self) -> str:
         return (
             f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, "
-            f"activation={self.activation}, rank {self.partition.rank} of {self.partition.ranks}"
+            f"activation={self.activation}, rank {self.mesh.get_local_rank()} of {self.mesh.size()}"
         )
 
 
@@ -155,8 +153,8 @@ class ColumnParallelLinear(_ParallelLinear):
     | bias | (out_r) |
     | y | (*, out_r) |
 
-    Σ_r out_r = out_features, cut as `torch.tensor_split` cuts; p need not divide it. Every rank draws the
-    whole weight from PyTorch's random generator and keeps its slice, so the generator must be in the same
+    Σ_r out_r = out_features, cut as `torch.chunk` cuts; p need not divide it. Every rank draws the whole
+    weight from PyTorch's random generator and keeps its slice, so the generator must be in the same
     state on all ranks. `from_linear` copies the slices of an existing layer. There are no second derivatives,
     and `torch.func`'s transforms are not supported.
 

@@ -48,7 +48,11 @@ def reduce_from_region(x: Tensor, mesh: DeviceMesh) -> Tensor:
 
 def all_gather(x: Tensor, part: Part) -> Tensor:
     """The whole of a tensor of which ``x`` is this rank's ``part``, on every rank."""
-    return _Gather.apply(x, part)  # type: ignore[no-any-return]
+    assert part.mesh is not None
+    # gloo gathers equal shapes only. A sum with −0 has the bits of the other term, also those of a zero.
+    whole = x.new_full(part.whole, -0.0)
+    part.narrow(whole).copy_(x)
+    return reduce_from_region(whole, part.mesh)
 
 
 class _Reduce(torch.autograd.Function):
@@ -60,19 +64,3 @@ class _Reduce(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         return g, None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, part: Part) -> Tensor:
-        assert part.mesh is not None
-        ctx.part = part
-        # gloo gathers equal shapes only. A sum with −0 has the bits of the other term, also those of a zero.
-        whole = x.new_full(part.whole, -0.0)
-        part.narrow(whole).copy_(x)
-        return all_reduce(whole, part.mesh)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return ctx.part.narrow(g), None

@@ -166,8 +166,6 @@ def register_shared_memory_hook(replica: DistributedDataParallel, world: World) 
     def average(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         index, gradients = bucket.index(), bucket.buffer()
         kind = gradients.numel(), gradients.dtype
-        if group.size() == 1:
-            return _done(gradients)
         if index not in sums or sums[index][0] != kind:  # in its second step the replica forms other buckets
             sums[index] = kind, make_shared_sum(group, [gradients.shape], gradients.dtype, world.timeout)
         add = sums[index][1]
@@ -176,13 +174,9 @@ def register_shared_memory_hook(replica: DistributedDataParallel, world: World) 
         gradients.div_(group.size())
         with all_reduced("dp", gradients.nbytes):
             add([gradients])
-        return _done(gradients)
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(gradients)
+        return done
 
-    if world.device.type == "cpu":
+    if world.device.type == "cpu" and group.size() > 1:
         replica.register_comm_hook(None, average)
-
-
-def _done(gradients: Tensor) -> torch.futures.Future[Tensor]:
-    future: torch.futures.Future[Tensor] = torch.futures.Future()
-    future.set_result(gradients)
-    return future
