@@ -21,7 +21,6 @@ from torchpar.kernels import linear_sigmoid as linear_kernels
 from torchpar.kernels import matmul_t as kernels
 from torchpar.kernels.tiles import Tiles
 from torchpar.ops import exact_digits
-from torchpar.tune.gpu import use_fp32_precision
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels take a GPU; there is none")
 
@@ -62,7 +61,7 @@ def test_symmetric_product(precision: str, layouts: str, variant: str) -> None:
     for out in results:  # the second and the third by the plan of the first
         kernels.symmetric_product(a, b, kind, None, c, 1 / 3, -0.5, out=out, tiles=tiles)
         assert torch.equal(out, results[0]), "two runs differ"
-    with use_fp32_precision(kind):
+    with torch.backends.flags(fp32_precision=kind):
         native = torch.baddbmm(c, a, b.mT, alpha=1 / 3, beta=-0.5)
     expected = a.double() @ b.double().mT / 3 - c.double() / 2
     assert_accurate(out, native, expected.cpu().numpy())
@@ -91,7 +90,7 @@ def test_linear_sigmoid(precision: str, m: int, n: int, k: int, layout: str, var
     for out in results:  # the second and the third by the plan of the first
         linear_kernels.linear_sigmoid(x, weight, bias, kind, None, out=out, tiles=tiles)
         assert torch.equal(out, results[0]), "two runs differ"
-    with use_fp32_precision(kind):
+    with torch.backends.flags(fp32_precision=kind):
         native = torch.nn.functional.linear(x, weight, bias).sigmoid()
     expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double()).sigmoid()
     assert_accurate(results[0], native, expected.cpu().numpy(), roundings=2)
