@@ -7,7 +7,6 @@ and Triton specialises it as in a launch; the tensors are on the meta device.
 
 import re
 import subprocess
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -40,31 +39,33 @@ _LINE = re.compile(r"\s*(?:(\.L_\w+):|/\*[0-9a-f]{4,}\*/\s+(?:@(!?\w+)\s+)?(\w[\
 
 
 class Instruction(NamedTuple):
-    """An instruction, such as ``@!P0 BRA `(.L_x_1)``, and the position of the one that it branches to."""
+    """An instruction, such as ``@!P0 BRA `(.L_x_1)``."""
 
     predicate: str
     opcode: str
     operands: str
-    target: int | None
 
 
-def read(text: str) -> list[Instruction]:
-    """The instructions of one kernel, in the order of their addresses, as `nvdisasm -c` prints them."""
+def read(text: str) -> tuple[list[Instruction], list[range]]:
+    """The instructions of one kernel, as `nvdisasm -c` prints them, and the positions of its loops.
+
+    A wait that is seldom long is put behind the end, and branches back from there: no loop has an end.
+    """
     labels: dict[str, int] = {}
-    found: list[tuple[str, str, str]] = []
-    for line in text.splitlines():
-        if match := _LINE.match(line):
-            label, predicate, opcode, operands = match.groups("")
-            if label:
-                labels[label] = len(found)
-            else:
-                found.append((predicate, opcode, operands))
-
-    def target(opcode: str, operands: str) -> int | None:
-        match = re.search(r"`\((\.L_\w+)\)", operands) if opcode.startswith("BRA") else None
-        return labels[match[1]] if match else None
-
-    return [Instruction(*fields, target(*fields[1:])) for fields in found]
+    found: list[Instruction] = []
+    loops: list[range] = []
+    for match in filter(None, map(_LINE.match, text.splitlines())):
+        label, *fields = match.groups("")
+        if label:
+            labels[label] = len(found)
+            continue
+        found.append(Instruction(*fields))
+        target = re.search(r"`\((\.L_\w+)\)", found[-1].operands)
+        if found[-1].opcode.startswith("BRA") and target and target[1] in labels:
+            begin = labels[target[1]]
+            if not any(one.opcode == "EXIT" and not one.predicate for one in found[begin:]):
+                loops.append(range(begin, len(found)))
+    return found, loops
 
 
 class MachineCode:
@@ -83,26 +84,20 @@ class MachineCode:
                 for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
             )
         self.resources = {k: int(n) for k, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
-        self.instructions = read(code.stdout)
-        self.opcodes = Counter(instruction.opcode for instruction in self.instructions)
+        self.instructions, self.loops = read(code.stdout)
 
     def count(self, pattern: str) -> int:
-        return sum(count for opcode, count in self.opcodes.items() if re.fullmatch(pattern, opcode))
+        return count(self.instructions, pattern)
 
-    def innermost_loops(self, opcode: str) -> list[list[Instruction]]:
-        """The loops in which an instruction matches ``opcode``, a pattern, without those around such a loop.
-
-        A wait that is seldom long is put behind the end, and branches back from there: no loop has an end.
-        """
-        found = []
-        for last, branch in enumerate(self.instructions):
-            if branch.target is not None and branch.target <= last:
-                loop = self.instructions[branch.target : last + 1]
-                ends = any(one.opcode == "EXIT" and not one.predicate for one in loop)
-                if not ends and any(re.fullmatch(opcode, one.opcode) for one in loop):
-                    found.append(range(branch.target, last + 1))
+    def innermost_loops(self, pattern: str) -> list[list[Instruction]]:
+        """The loops in which an opcode matches ``pattern``, without those around such a loop."""
+        found = [loop for loop in self.loops if count(self.instructions[loop.start : loop.stop], pattern)]
         inner = [loop for loop in found if not any(set(other) < set(loop) for other in found)]
-        return [[self.instructions[i] for i in loop] for loop in inner]
+        return [self.instructions[loop.start : loop.stop] for loop in inner]
+
+
+def count(instructions: list[Instruction], pattern: str) -> int:
+    return sum(bool(re.fullmatch(pattern, one.opcode)) for one in instructions)
 
 
 def machine_codes(launch: Callable[[Wrap], object]) -> list[MachineCode]:
@@ -146,7 +141,7 @@ def assert_pipelined(code: MachineCode) -> None:
     """In each loop over k, tiles are loaded while others are multiplied."""
     load = r"(LDGSTS|UTMALDG)\b.*"
     loops = code.innermost_loops(r"\w*MMA\b.*") or code.innermost_loops(r"[FD]FMA2?\b.*")
-    loads = [sum(bool(re.fullmatch(load, one.opcode)) for one in loop) for loop in loops]
+    loads = [count(loop, load) for loop in loops]
     assert loops, "no loop multiplies"
     assert all(loads), "a loop loads nothing asynchronously"
     assert code.count(load) > sum(loads), "nothing is loaded before the loop"
@@ -233,18 +228,13 @@ def assert_exact(code: MachineCode, capability: int, once: bool) -> None:
     assert bool(code.count(of_int8)) != floats, "other digits"
     loop, *of_signs = code.innermost_loops("UTCHMMA" if floats else of_int8)
     assert len(of_signs) <= floats, "more loops multiply"
-    opcodes = [one.opcode for one in loop]
-    assert not [opcode for opcode in opcodes if re.match("LDL|STL|F2I|I2F|FRND", opcode)], (
-        "spills, conversions"
-    )
-    assert any(opcode.startswith("LDGSTS") for opcode in opcodes), "nothing is loaded asynchronously"
+    assert not count(loop, "(LDL|STL|F2I|I2F|FRND).*"), "spills, conversions"
+    assert count(loop, "LDGSTS.*"), "nothing is loaded asynchronously"
     block_m, block_n, block_k = (code.options[f"BLOCK_{axis}"] for axis in "MNK")
     threads = 32 * code.options["num_warps"]
     cut = 3 * (block_m + block_n) * block_k // threads
-    fused = {"FFMA": 1, "FFMA2": 2}
     found, everywhere = (
-        sum(fused.get(opcode.split(".")[0], 0) for opcode in some)
-        for some in (opcodes, code.opcodes.elements())
+        count(some, r"FFMA\b.*") + 2 * count(some, r"FFMA2\b.*") for some in (loop, code.instructions)
     )
     assert found == cut or (found > cut and not once), f"an element is cut {found / cut} times"
     # NaN and infinities have a product of their own, of float16.

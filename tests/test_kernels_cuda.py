@@ -4,129 +4,87 @@
 The operators' tests are of small shapes, which take pointers or, where a table says so, the library.
 """
 
-import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from operators import OPERATORS
-from samples import arguments, assert_accurate, assert_symmetric, normal, widest_arguments
+from samples import widest_arguments
 from torch import Tensor
 from torch.testing import assert_close
 
 import torchpar
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
-from torchpar.kernels import exact_matmul as exact_kernels
-from torchpar.kernels import linear_sigmoid as linear_kernels
-from torchpar.kernels import matmul_t as kernels
-from torchpar.kernels.tiles import Tiles
-from torchpar.ops import exact_digits
-from torchpar.tune.gpu import use_fp32_precision
+from ptx import cases
+
+from torchpar.kernels import exact_matmul
+from torchpar.kernels.tiles import KINDS, Tiles
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels take a GPU; there is none")
 
-BATCH, N, K = 2, 1040, 272  # partial tiles everywhere, whose rows begin on 16 bytes
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Fill new tensors with NaN, or with the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
-def laid_out(t: Tensor, layout: str) -> Tensor:
-    return t if layout == "N" else t.mT.contiguous().mT
+def check(case: cases.Case, device: str = "cuda") -> None:
+    """Compare the results of three launches, of which the last two have the plan of the first."""
+    expected, first = case.expected(), None
+    for _ in range(3):
+        found = [t.cpu() for t in case.launch(None, [t.to(device) for t in case.draw()])]
+        assert case.agrees(found, expected)
+        first = first or found
+        assert cases.same_bits(found, first), "two runs differ"
 
 
-def choose(precision: str, tiles: Tiles) -> tuple[torch.dtype, str, Tiles]:
+def fitting(kind: str, tiles: Tiles) -> tuple[torch.dtype, str, Tiles]:
     """The dtype, the precision of its products, and tiles that fit; skip if this GPU lacks their variant."""
     if tiles.variant == "tma" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("the GPU has no TMA")
-    if precision != "tf32":
-        return getattr(torch, precision), "ieee", tiles
-    return torch.float32, "tf32", tiles._replace(block_k=tiles.block_k // 2, num_stages=3)
+    tiles = tiles._replace(block_k=tiles.block_k // 2, num_stages=3) if kind == "tf32" else tiles
+    return *KINDS[kind][:2], tiles
 
 
-VARIANTS = {
-    "pointers": Tiles(128, 128, 64, 8, 3),
-    "TMA": Tiles(128, 128, 64, 8, 4, "tma"),
-    "wide TMA": Tiles(128, 256, 64, 8, 4, "tma"),
-    "small wide TMA": Tiles(64, 128, 64, 4, 4, "tma"),
-}
+POINTERS, WIDE = Tiles(128, 128, 64, 8, 3), Tiles(128, 256, 64, 8, 4, "tma")
+SMALL, SPLIT = Tiles(64, 128, 64, 4, 4, "tma"), Tiles(64, 64, 64, 4, 4, "split_k")
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("layouts", ["NNN", "TTN", "NTT"])
-@pytest.mark.parametrize("precision", ["bfloat16", "float16", "tf32"])
-def test_symmetric_product(precision: str, layouts: str, variant: str) -> None:
-    dtype, kind, tiles = choose(precision, VARIANTS[variant])
-    x, c = normal(BATCH, N, K) / math.sqrt(K), normal(BATCH, N, N, seed=1)
-    a, b, c = (
-        laid_out(t.to("cuda", dtype), layout) for t, layout in zip((x, x / 4, c + c.mT), layouts, strict=True)
-    )
-    results = [a.new_full((BATCH, N, N), math.nan) for _ in range(3)]
-    for out in results:  # the second and the third by the plan of the first
-        kernels.symmetric_product(a, b, kind, None, c, 1 / 3, -0.5, out=out, tiles=tiles)
-        assert torch.equal(out, results[0]), "two runs differ"
-    with use_fp32_precision(kind):
-        native = torch.baddbmm(c, a, b.mT, alpha=1 / 3, beta=-0.5)
-    expected = a.double() @ b.double().mT / 3 - c.double() / 2
-    assert_accurate(out, native, expected.cpu().numpy())
-    assert_symmetric(out)
+# Partial tiles everywhere, whose rows begin on 16 bytes
+@pytest.mark.parametrize("tiles", [POINTERS, Tiles(128, 128, 64, 8, 4, "tma"), WIDE, SMALL], ids=str)
+@pytest.mark.parametrize("transposed", ["", "ab", "bc"])
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "tf32"])
+def test_symmetric_product(poison: None, kind: str, transposed: str, tiles: Tiles) -> None:
+    options = {"batch": (2,), "transposed": transposed, "other": True, "c": True}
+    check(cases.symmetric(1040, 272, *fitting(kind, tiles), **options))
 
 
-LINEAR_VARIANTS = {
-    "pointers": Tiles(128, 128, 64, 8, 3),
-    "split-K": Tiles(64, 64, 64, 4, 4, "split_k"),
-    "wide TMA": Tiles(128, 256, 64, 8, 4, "tma"),
-    "small TMA": Tiles(64, 128, 64, 4, 4, "tma"),
-}
-
-
-@pytest.mark.parametrize("variant", LINEAR_VARIANTS)
-@pytest.mark.parametrize("layout", ["N", "T"])
+@pytest.mark.parametrize("tiles", [POINTERS, SPLIT, WIDE, SMALL], ids=str)
+@pytest.mark.parametrize("transposed", ["", "xw"])
 @pytest.mark.parametrize("m, n, k", [(1040, 1040, 272), (8, 1001, 2000), (64, 2056, 784)])
-@pytest.mark.parametrize("precision", ["bfloat16", "float16", "tf32"])
-def test_linear_sigmoid(precision: str, m: int, n: int, k: int, layout: str, variant: str) -> None:
-    dtype, kind, tiles = choose(precision, LINEAR_VARIANTS[variant])
-    if layout == "T" and n % 8:
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "tf32"])
+def test_linear_sigmoid(
+    poison: None, kind: str, m: int, n: int, k: int, transposed: str, tiles: Tiles
+) -> None:
+    if transposed and n % 8:
         pytest.skip("no row of this weight, transposed, begins at 16 bytes")
-    x, weight, bias = arguments(((m, k), (n, k), (n,)), dtype, "cuda")
-    x, weight = laid_out(x, layout), laid_out(weight / math.sqrt(k), layout)
-    results = [x.new_full((m, n), math.nan) for _ in range(3)]
-    for out in results:  # the second and the third by the plan of the first
-        linear_kernels.linear_sigmoid(x, weight, bias, kind, None, out=out, tiles=tiles)
-        assert torch.equal(out, results[0]), "two runs differ"
-    with use_fp32_precision(kind):
-        native = torch.nn.functional.linear(x, weight, bias).sigmoid()
-    expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double()).sigmoid()
-    assert_accurate(results[0], native, expected.cpu().numpy(), roundings=2)
+    check(cases.sigmoid(m, n, k, *fitting(kind, tiles), transposed=transposed))
 
 
-@pytest.mark.parametrize("layouts", ["NN", "TN", "TT"])
+@pytest.mark.parametrize("layouts", [("contiguous",) * 2, ("transposed", "contiguous"), ("transposed",) * 2])
+@pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize(
-    "m, n, k", [(2064, 1040, 272), (129, 127, 129), (2064, 1001, 272), (65, 33, exact_kernels.CHAIN + 17)]
+    "m, n, k", [(2064, 1040, 272), (129, 127, 129), (2064, 1001, 272), (65, 33, exact_matmul.CHAIN + 17)]
 )
-def test_exact_product(m: int, n: int, k: int, layouts: str) -> None:
+def test_exact_product(poison: None, m: int, n: int, k: int, special: bool, layouts: tuple[str, str]) -> None:
     """The CPU's bits, by large tiles and by small ones; of A·Bᵀ and A·Aᵀ, finite or not."""
-    generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(rows, k, generator=generator) for rows in (m, n))
-    x = torch.ldexp(x, torch.randint(-90, 60, (m, 1), generator=generator))
-    y = torch.ldexp(y, torch.randint(-70, 60, y.shape, generator=generator))
-    for second in (y, x):
-        e, f = (exact_digits.row_exponents(t) for t in (x, second))
-        total = exact_digits.sums(x, second, e, f)
-        expected = exact_digits.rounded(total, e, f)
-        a, b = (laid_out(t.cuda(), layout) for t, layout in zip((x, second), layouts, strict=True))
-        b = a if second is x else b
-        e, f = e.cuda(), f.cuda()
-        for result in (total, expected, expected):  # the last by the plan of the one before
-            out = torch.full_like(result, -7, device="cuda")
-            exact_kernels.exact_product(a, b, e, f, None, out=out)
-            assert torch.equal(out.cpu(), result)
-        a = a.clone()
-        a[1, 0], a[-1, -1] = math.inf, math.nan
-        e[[1, -1]] = exact_kernels.MAX_EXPONENT.value + 1
-        b, f = (a, e) if second is x else (b, f)
-        exact_kernels.exact_product(a, b, e, f, None, out=out)
-        finite = (e <= exact_kernels.MAX_EXPONENT.value) & (f <= exact_kernels.MAX_EXPONENT.value).mT
-        assert torch.equal(out[finite].cpu(), expected[finite.cpu()])
-        native = a @ b.mT
-        assert_close(out[~finite], native[~finite], rtol=0, atol=0, equal_nan=True)
+    dtypes = [torch.float32] if special else [torch.int64, torch.float32]
+    for shapes in (((m, k), (n, k)), ((m, k),)):
+        check(cases.exact(*shapes, dtypes=dtypes, layouts=layouts, special=special))
 
 
 def test_a_product_by_tma_is_captured_and_compiled() -> None:

@@ -6,12 +6,12 @@ import re
 
 import pytest
 import torch
+from operators import FLOATS, INTEGERS
 from ptx import cases, copies, machine, mutants
 from ptx.cases import BF16, F16, F32, F64, Case
 from ptx.launch import Gpu
 from ptx.machine import SCHEDULES
 from ptx.parse import PtxError
-from samples import LAYOUTS
 from test_exact_matmul import HARD
 
 from torchpar.kernels import exact_matmul
@@ -21,15 +21,14 @@ slow = pytest.mark.slow
 LARGE, LARGE_TF32 = Tiles(128, 256, 64, 8, 4, "tma"), Tiles(128, 256, 32, 8, 3, "tma")
 SPLIT = Tiles(64, 64, 64, 4, 4, "split_k")
 
-DTYPES = (
-    *((dtype,) for dtype in (F16, F32, F64, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32)),
-    (torch.int64,),
-    (F16, torch.int64),
-    (F64, torch.bool),
+MIXED = (
+    (torch.float16, torch.int64),
+    (torch.float64, torch.bool),
     (torch.bool, torch.int8),
-    (F32, F16),
+    (torch.float32, torch.float16),
     (torch.int8, torch.uint8),
 )
+DTYPES = (*((dtype,) for dtype in FLOATS + INTEGERS), *MIXED)
 REVERSED = (5, 4, 3, 2, 1, 0)
 OPERANDS = {  # by a function that draws one
     "scalars": lambda d: (d(), d()),
@@ -51,32 +50,13 @@ FAR, LIMITS = torch.linspace(-80, 20, 997), torch.tensor([-math.inf, -1e4, 0, 1e
 # Of 16 bits, −z·log2(e) is rounded to float32 and not corrected: an error of 80·2⁻²³ at most.
 FAR_SIGMOID = {F16: 2**-11 + 84 * 2**-23, F32: cases.SIGMOID[F32], F64: cases.SIGMOID[F64]}
 FLOAT_CHAIN = exact_matmul.FLOAT_CHAIN
-
-
-def by_float16(shape, layout, other=None, other_layout="transposed", **options) -> Case:
-    """An exact product by digits of float16; of one matrix with itself if there is no other."""
-
-    def draw() -> list[torch.Tensor]:
-        given = [(shape, layout), *([(other, other_layout)] if other else [])]
-        return [LAYOUTS[layout](torch.randn(shape)) for shape, layout in given]
-
-    return cases.exact(draw, floats=True, capability=80, **options)
+BY_FLOAT16 = {"floats": True, "capability": 80}
 
 
 def extreme_digits(k, **options) -> Case:
     """S₃ of the first chain is odd: above 2²⁴ a float32 would lose its last bit."""
-    rows = cases.rows_of_extreme_digits
-    tiles = Tiles(16, 16, 32, 1, 3)
-    return cases.exact(lambda: [rows(k, 1), rows(k, 2)], torch.int64, tiles=tiles, **options)
-
-
-def special_rows(count: int) -> torch.Tensor:
-    x = torch.randn(count, 40).sign() * torch.rand(count, 40)
-    x[0, 3], x[1, 3], x[1, 5] = math.inf, math.inf, -math.inf
-    x[2, 39], x[3, 0], x[4, 3] = math.nan, -math.inf, 0.0
-    x[5:7] = 0.0
-    x[6, 3] = math.inf
-    return x
+    rows = [cases.rows_of_extreme_digits(k, odd) for odd in (1, 2)]
+    return cases.exact(*rows, dtypes=[torch.int64], tiles=Tiles(16, 16, 32, 1, 3), **options)
 
 
 DEFAULTS = {
@@ -118,16 +98,16 @@ DEFAULTS = {
     "sigmoid_backward, one number": cases.sigmoid_gradient(1, 1, F64),
     "sigmoid_backward, stepped": cases.sigmoid_gradient(129, 65, F32, layout="stepped"),
     "sigmoid_backward, expanded": cases.sigmoid_gradient(33, 129, F32, layout="expanded"),
-    "exact_matmul": cases.exact(lambda: [cases.random_rows(40, 64), cases.random_rows(24, 64)]),
-    "exact_matmul, symmetric": cases.exact(lambda: [cases.random_rows(40, 20)]),
-    "exact_matmul, special values": cases.exact(
-        lambda: [cases.random_rows(20, 20, special=True), cases.random_rows(20, 20)]
+    "exact_matmul": cases.exact((40, 64), (24, 64)),
+    "exact_matmul, symmetric": cases.exact((40, 20)),
+    "exact_matmul, special values": cases.exact((20, 20), (20, 20), special=True),
+    "exact_matmul, no rows": cases.exact((0, 2), (3, 2)),
+    "exact_matmul, no batches": cases.exact((0, 3, 5)),
+    "exact_matmul by float16": cases.exact((2, 33, 35), layouts=["stepped"], **BY_FLOAT16),
+    "exact_matmul by float16, batches": cases.exact(
+        (2, 1, 33, 35), (2, 1, 5, 35), layouts=["offset", "expanded"], **BY_FLOAT16
     ),
-    "exact_matmul, no rows": cases.exact(lambda: [torch.empty(0, 2), torch.empty(3, 2)]),
-    "exact_matmul, no batches": cases.exact(lambda: [torch.empty(0, 3, 5)]),
-    "exact_matmul by float16": by_float16((2, 33, 35), "stepped"),
-    "exact_matmul by float16, batches": by_float16((2, 1, 33, 35), "offset", (2, 1, 5, 35), "expanded"),
-    "exact_matmul by float16, longest chain": extreme_digits(2 * FLOAT_CHAIN + 1, floats=True, capability=80),
+    "exact_matmul by float16, longest chain": extreme_digits(2 * FLOAT_CHAIN + 1, **BY_FLOAT16),
     "matmul_t, in place": cases.symmetric(
         37, 20, F16, tiles=Tiles(16, 16, 16, 4, 2), batch=(3,), c=True, in_place=True
     ),
@@ -200,38 +180,30 @@ OTHERS = {
     **{
         f"maximum, {name} of {dtypes}": cases.larger(draw, *dtypes)
         for name, draw in OPERANDS.items()
-        for dtypes in ((F16, torch.int64), (F64, torch.bool), (torch.bool, torch.int8))
+        for dtypes in MIXED[:3]
     },
-    "exact_matmul, large tiles": cases.exact(
-        lambda: [cases.random_rows(136, 160), cases.random_rows(72, 160)], tiles=Tiles(128, 64, 32, 8, 3)
-    ),
-    "exact_matmul, symmetric, large tiles": cases.exact(
-        lambda: [cases.random_rows(72, 160)], tiles=Tiles(64, 64, 32, 4, 3)
-    ),
-    "exact_matmul, int64, chains": cases.exact(
-        lambda: [cases.random_rows(40, 200), cases.random_rows(24, 200)], torch.int64, terms=64
-    ),
+    "exact_matmul, large tiles": cases.exact((136, 160), (72, 160), tiles=Tiles(128, 64, 32, 8, 3)),
+    "exact_matmul, symmetric, large tiles": cases.exact((72, 160), tiles=Tiles(64, 64, 32, 4, 3)),
+    "exact_matmul, int64, chains": cases.exact((40, 200), (24, 200), dtypes=[torch.int64], terms=64),
     "exact_matmul, transposed, odd": cases.exact(
-        lambda: [cases.random_rows(33, 37, special=True), cases.random_rows(35, 37)], layout="transposed"
+        (33, 37), (35, 37), special=True, layouts=["transposed", "transposed"]
     ),
     "exact_matmul, longest chain": extreme_digits(exact_matmul.CHAIN + 1, capability=80),
-    "exact_matmul, sm_80": cases.exact(
-        lambda: [cases.random_rows(40, 72), cases.random_rows(24, 72)], capability=80
+    "exact_matmul, sm_80": cases.exact((40, 72), (24, 72), capability=80),
+    "exact_matmul by float16, large tiles": cases.exact((144, 48), layouts=["transposed"], **BY_FLOAT16),
+    "exact_matmul by float16, chains": cases.exact(
+        (2, 3, 129), (2, 33, 129), layouts=["contiguous", "transposed"], terms=64, **BY_FLOAT16
     ),
-    "exact_matmul by float16, large tiles": by_float16((144, 48), "transposed"),
-    "exact_matmul by float16, chains": by_float16((2, 3, 129), "contiguous", (2, 33, 129), terms=64),
-    "exact_matmul by float16, symmetric, chains": by_float16((33, 65), "stepped", terms=64),
+    "exact_matmul by float16, symmetric, chains": cases.exact(
+        (33, 65), layouts=["stepped"], terms=64, **BY_FLOAT16
+    ),
     **{
-        f"exact_matmul by float16, {name}": cases.exact(
-            lambda pair=pair: list(pair), F32, torch.int64, floats=True, capability=80
-        )
+        f"exact_matmul by float16, {name}": cases.exact(*pair, dtypes=[F32, torch.int64], **BY_FLOAT16)
         for name, pair in HARD.items()
     },
     **{
-        f"exact_matmul by float16, special rows {counts}": cases.exact(
-            lambda counts=counts: [special_rows(count) for count in counts], floats=True, capability=80
-        )
-        for counts in ((7, 80), (80, 60), (80,))
+        f"exact_matmul by float16, special {shapes}": cases.exact(*shapes, special=True, **BY_FLOAT16)
+        for shapes in (((7, 40), (80, 40)), ((80, 40), (60, 40)), ((80, 40),))
     },
     "sigmoid_backward, sm_80": cases.sigmoid_gradient(300, 70, F32, capability=80),
     "half_sum, sm_80": cases.half_sum(65, capability=80),
@@ -264,7 +236,7 @@ def test_all_tiles(name):
 
 def test_longer_chains_of_float16_are_wrong():
     with pytest.raises(AssertionError):
-        check(extreme_digits(2 * FLOAT_CHAIN + 1, terms=2 * FLOAT_CHAIN, floats=True, capability=80))
+        check(extreme_digits(2 * FLOAT_CHAIN + 1, terms=2 * FLOAT_CHAIN, **BY_FLOAT16))
 
 
 def test_nothing_is_launched_without_terms():

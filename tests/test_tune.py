@@ -7,6 +7,7 @@ import re
 import runpy
 import sys
 import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,6 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton compiles the configurations")
 
-from torchpar.errors import ConfigError
 from torchpar.kernels import folders, tiles
 from torchpar.kernels.tiles import Tiles
 from torchpar.ops.matrix import mirrored
@@ -180,8 +180,8 @@ def test_saved_table_is_what_is_chosen(folder):
     assert list(path.parent.iterdir()) == [path], "something else was left behind"
 
 
-def test_problems_nearest_to_those_of_the_table():
-    """A batch is a size like others; what the table lacks takes the defaults."""
+def test_a_batch_is_a_size_like_others():
+    """What the table lacks takes the defaults."""
     tiles.save_table(DEVICE, table([ENTRIES[0], [512, 512, 512, 64, SQUARE]]))
     assert [chosen(512, 512, batch) for batch in (1, 8, 9, 64)] == [None, None, SQUARE, SQUARE]
     assert chosen(512, 512, dtype=torch.float16) == SMALL
@@ -308,9 +308,7 @@ def test_configurations_and_the_library_are_timed_in_turn_and_checked_first(monk
     monkeypatch.setattr(gpu, "prepare", lambda *_: (launch, library, out, exact))
     monkeypatch.setattr(tiles, "configurations", lambda *_: [FAST, BROKEN])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    before = torch.backends.cuda.matmul.fp32_precision
     assert gpu.tune_problem(problem, DEVICE, "cpu") == [33, 33, 20, 1, None]
-    assert torch.backends.cuda.matmul.fp32_precision == before
     assert precisions == ["tf32"] * 2 * measure.ROUNDS
     wrong, row = capsys.readouterr().out.splitlines()
     name = f"{problem}, {gpu.describe(BROKEN)}"
@@ -332,12 +330,13 @@ def table_of_gpu(folder, monkeypatch):
     measured: list[Problem] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "tune_problem", made_up)
+    monkeypatch.setattr(tiles, "KINDS", {"bfloat16": tiles.KINDS["bfloat16"]})
     path = folder / "user" / tiles.file_name(DEVICE.name)
     return SimpleNamespace(path=path, measured=measured, made_up=made_up)
 
 
 def tune(*sizes: int, minutes: float = 10.0) -> int:
-    return gpu.tune(["bfloat16"], sizes or (1024, 256), minutes)
+    return gpu.tune(sizes or (1024, 256), minutes)
 
 
 def measured(table) -> dict[int, list]:
@@ -345,8 +344,9 @@ def measured(table) -> dict[int, list]:
     return {m: tiles for m, *_, tiles in found["tiles"]["symmetric_product"]["bfloat16"]}
 
 
-def test_tune_writes_a_table_that_the_launchers_read(table_of_gpu, capsys):
-    assert tune() == 0
+def test_tune_measures_what_its_table_lacks_and_the_launchers_read_it(table_of_gpu, capsys):
+    assert (tune(1024), tune()) == (0, 0)
+    assert [problem.n for problem in table_of_gpu.measured] == [1024, 1024, 256, 256]
     assert measured(table_of_gpu) == {1024: list(FAST), 256: None}
     assert chosen(1000, 1000) == FAST
     assert chosen(64, 64) is None
@@ -354,13 +354,6 @@ def test_tune_writes_a_table_that_the_launchers_read(table_of_gpu, capsys):
     assert (found["device"], found["torch"]) == (DEVICE.name, torch.__version__)
     assert {"triton", "kernels", "date"} < found.keys()
     assert capsys.readouterr().out.splitlines()[-2:] == [str(table_of_gpu.path), "complete"]
-
-
-def test_a_problem_is_measured_once(table_of_gpu):
-    tune(1024)
-    tune()
-    assert measured(table_of_gpu) == {1024: list(FAST), 256: None}
-    assert [problem.n for problem in table_of_gpu.measured] == [1024, 1024, 256, 256]
 
 
 def test_a_table_of_other_versions_is_not_continued(table_of_gpu):
@@ -371,23 +364,20 @@ def test_a_table_of_other_versions_is_not_continued(table_of_gpu):
         assert measured(table_of_gpu) == {512: None}
 
 
-def test_time_ends_between_problems(table_of_gpu, capsys, monkeypatch):
-    seconds = iter((0.0, 1.0, 61.0))
-    monkeypatch.setattr(gpu.time, "monotonic", lambda: next(seconds))
-    assert tune(minutes=1) == 0
-    assert measured(table_of_gpu) == {1024: list(FAST)}
-    assert CONTINUES in capsys.readouterr().out
-
-
-def test_an_interrupted_run_keeps_what_it_has_measured(table_of_gpu, capsys, monkeypatch):
-    def interrupted(problem, *rest):
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_run_that_ends_early_keeps_what_it_has_measured(table_of_gpu, capsys, monkeypatch, interrupted):
+    def interrupt(problem, *rest):
         if problem != LARGE_PROBLEM:
             raise KeyboardInterrupt
         return table_of_gpu.made_up(problem)
 
-    monkeypatch.setattr(gpu, "tune_problem", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        tune()
+    if interrupted:
+        monkeypatch.setattr(gpu, "tune_problem", interrupt)
+    else:
+        seconds = iter((0.0, 1.0, 61.0))
+        monkeypatch.setattr(gpu.time, "monotonic", lambda: next(seconds))
+    with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
+        assert tune(minutes=1) == 0
     assert measured(table_of_gpu) == {1024: list(FAST)}
     assert CONTINUES in capsys.readouterr().out
 
@@ -418,11 +408,6 @@ def test_a_problem_that_cannot_be_measured_is_left_out_unless_the_gpu_fails(fold
         tune()
 
 
-def test_sizes_that_no_table_has_are_refused():
-    with pytest.raises(ConfigError, match=r"--sizes is .*, expected positive multiples of 16"):
-        tune(512, 0)
-
-
 @pytest.mark.parametrize(
     "arguments, status, text",
     [
@@ -432,6 +417,7 @@ def test_sizes_that_no_table_has_are_refused():
             "python -m torchpar tune: error: PyTorch finds no GPU, expected one to tune the kernels on",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
+        (["tune", "--sizes", "512", "0"], 2, "expected positive multiples of 16"),
         (["tuna"], 2, "error: argument COMMAND: invalid choice: 'tuna' (choose from"),
         ([], 2, "error: the following arguments are required: COMMAND"),
         (["--help"], 0, "usage: python -m torchpar [-h] COMMAND"),

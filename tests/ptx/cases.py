@@ -57,10 +57,15 @@ class Case:
         with ExitStack() as stack:
             for module in ("exact_matmul", "linear_sigmoid", "matmul_t", "tiles"):
                 stack.enter_context(patch(f"torchpar.kernels.{module}.device", lambda t: device))
-            found = gpu.run(lambda wrap: self.run(wrap, *operands), self.capability)
+            found = gpu.run(lambda wrap: self.launch(wrap, operands), self.capability)
+        return [gpu.read(t) for t in found]
+
+    def launch(self, wrap: Any, operands: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors that a launch on the operands' device writes."""
+        found = self.run(wrap, *operands)
         if self.written >= 0:
             found = operands[self.written]
-        return [gpu.read(t) for t in (found if isinstance(found, tuple | list) else (found,))]
+        return list(found) if isinstance(found, tuple | list) else [found]
 
     def draw(self) -> list[Tensor]:
         torch.manual_seed(0)
@@ -210,7 +215,7 @@ def sigmoid_gradient(m: int, n: int, dtype: torch.dtype = BF16, **options: Any) 
     """y is a multiple of 1/16, so that sums are exact. More than 256 rows, in float32, have partial sums."""
 
     def run(wrap: Any, g: Tensor, y: Tensor) -> Any:
-        dz = torch.empty(m, n, dtype=dtype, device="meta")
+        dz = torch.empty_like(y)
         with patch.object(Tensor, "sum", lambda t, dim: t):
             sums = sigmoid_backward.sigmoid_backward(g, y, dz, wrap)
         return dz, sums
@@ -271,7 +276,7 @@ def larger(draw: Callable[[Any], tuple[Tensor, Tensor]], *dtypes: torch.dtype, *
         return operands
 
     def run(wrap: Any, a: Tensor, b: Tensor, *gradients: Tensor) -> Any:
-        results = [torch.maximum(a, b)]  # without content, with the strides of PyTorch's result
+        results = [torch.empty_like(torch.maximum(a, b))]
         maximum.maximum(a, b, results[0], wrap)
         for g in gradients:
             both = [torch.empty_like(results[0]) for _ in range(2)]
@@ -289,10 +294,13 @@ def larger(draw: Callable[[Any], tuple[Tensor, Tensor]], *dtypes: torch.dtype, *
 
 
 def random_rows(*shape: int, special: bool = False) -> Tensor:
-    """Rows of different magnitudes; ``special``: one has a NaN, and one an infinity."""
-    x = torch.randn(shape) * torch.exp2(torch.randint(-3, 4, (*shape[:-1], 1)))
+    """Rows of different magnitudes; ``special``: the first ones have NaN, infinities or zeros."""
+    x = torch.randn(shape) * torch.exp2(torch.randint(-50, 51, (*shape[:-1], 1)))
     if special:
-        x[1, 0], x[2, 1] = torch.nan, torch.inf
+        x[0, 3], x[1, 3], x[1, 5] = math.inf, math.inf, -math.inf
+        x[2, -1], x[3, 0], x[4, 3] = math.nan, -math.inf, 0.0
+        x[5:7] = 0.0
+        x[6, 3] = math.inf
     return x
 
 
@@ -307,8 +315,10 @@ def rows_of_extreme_digits(k: int, odd: int) -> Tensor:
 
 
 def exact(
-    draw: Callable[[], Sequence[Tensor]],
-    *dtypes: torch.dtype,
+    *matrices: tuple[int, ...] | Tensor,
+    dtypes: Sequence[torch.dtype] = (F32,),
+    layouts: Sequence[str] = ("contiguous", "contiguous"),
+    special: bool = False,
     floats: bool = False,
     terms: int = 0,
     tiles: Tiles | None = None,
@@ -318,39 +328,37 @@ def exact(
     """The exact product of two matrices, or of one with itself: the CPU's bits in float32, T in int64.
 
     Args:
-        dtypes: of the results; by default float32 alone.
+        matrices: shapes of `random_rows`, or tensors.
+        dtypes: of the results.
+        layouts: of the matrices.
         floats: whether the digits are float16, as on a GPU that multiplies int8 slowly.
         terms: of a chain.
     """
+    changed: dict[str, Any] = {"SLOW_INT8": capability} if floats else {}
+    changed |= {"_tiles": lambda *of_operands: tiles} if tiles else {}
+    changed |= {"FLOAT_CHAIN" if floats else "CHAIN": terms} if terms else {}
 
     def operands() -> list[Tensor]:
-        matrices = draw()
-        return [*matrices, *(exact_digits.row_exponents(t)[..., 0] for t in matrices)]
+        drawn = [one if isinstance(one, Tensor) else random_rows(*one, special=special) for one in matrices]
+        drawn = [LAYOUTS[layout](t) for layout, t in zip(layouts, drawn, strict=False)]
+        return [*drawn, *(exact_digits.row_exponents(t)[..., 0] for t in drawn)]
+
+    def four(given: Sequence[Tensor]) -> Sequence[Tensor]:
+        return given if len(given) == 4 else (given[0], given[0], given[1], given[1])
 
     def run(wrap: Any, *given: Tensor) -> list[Tensor]:
         a, b, e, f = four(given)
-        changed: dict[str, Any] = {"SLOW_INT8": capability} if floats else {}
-        changed |= {"_tiles": lambda *of_operands: tiles} if tiles else {}
-        changed |= {"FLOAT_CHAIN" if floats else "CHAIN": terms} if terms else {}
-        shape = *a.shape[:-1], b.shape[-2]
+        outs = [a.new_empty(*a.shape[:-1], b.shape[-2], dtype=dtype) for dtype in dtypes]
         with ExitStack() as stack:
             for name, value in changed.items():
                 stack.enter_context(patch.object(exact_matmul, name, value))
-            return [
-                exact_matmul.exact_product(
-                    a, b, e, f, wrap, out=torch.empty(shape, dtype=dtype, device="meta")
-                )
-                for dtype in dtypes or (F32,)
-            ]
+            return [exact_matmul.exact_product(a, b, e, f, wrap, out=out) for out in outs]
 
     def results(*given: Tensor) -> list[Tensor]:
         a, b, e, f = four(given)
-        found = {F32: torchpar.exact_matmul(a, b)}
-        if torch.int64 in dtypes:
-            found[torch.int64] = exact_digits.sums(a, b, e[:, None], f[:, None])
-        return [found[dtype] for dtype in dtypes or (F32,)]
-
-    def four(given: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(given) if len(given) == 4 else (given[0], given[0], given[1], given[1])
+        if torch.int64 not in dtypes:
+            return [torchpar.exact_matmul(a, b)]
+        total = exact_digits.sums(a, b, e[:, None], f[:, None])
+        return [total if dtype == torch.int64 else torchpar.exact_matmul(a, b) for dtype in dtypes]
 
     return Case(operands, run, results, capability=capability, **options)

@@ -21,6 +21,7 @@ matrix multiplication unit", 2024.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -73,8 +74,10 @@ def row_exponents(x: Tensor) -> Tensor:
     """
     if x.shape[-1] == 0:
         return x.new_full((*x.shape[:-1], 1), MIN_EXPONENT, dtype=torch.int32)
-    # In float64 no such number is subnormal, and the upper bits of a positive one are its exponent.
-    bits = x.abs().amax(-1, keepdim=True).double().view(torch.int64)
+    # In float64 no such number is subnormal, and the upper bits of a positive one are its exponent. A NaN has
+    # any sign and fraction.
+    largest = x.abs().amax(-1, keepdim=True).double().nan_to_num_(math.inf, math.inf)
+    bits = largest.view(torch.int64)
     return ((bits + 2**46) >> 52).sub_(1022).clamp_(MIN_EXPONENT, MAX_EXPONENT + 1).to(torch.int32)
 
 

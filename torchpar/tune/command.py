@@ -14,15 +14,13 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         "python -m torchpar tune",
         description="Measure the fastest configurations of the kernels on this GPU. The same command "
-        "continues a run that was interrupted; without the table, all is measured anew. The dtype tf32 is "
-        "float32 with operands rounded for tensor cores.",
+        "continues a run that was interrupted; without the table, all is measured anew.",
     )
     parser.add_argument("--minutes", type=float, default=10.0, help="begin no problem later than this")
-    parser.add_argument("--dtypes", nargs="+", choices=gpu.DTYPES, default=gpu.DTYPES)
     parser.add_argument("--sizes", nargs="+", type=int, default=(), help="square problems alone")
     options = parser.parse_args(arguments)
     try:
-        return gpu.tune(options.dtypes, options.sizes, options.minutes)
+        return gpu.tune(options.sizes, options.minutes)
     except (TorchparError, OSError) as e:
         print(f"python -m torchpar tune: error: {e}", file=sys.stderr)
         return 2

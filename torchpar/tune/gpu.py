@@ -7,8 +7,7 @@ A problem is measured as a whole, and the table is saved after each: the same co
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -26,8 +25,7 @@ if TYPE_CHECKING:  # it imports Triton
 
 LIBRARY = "library"  # PyTorch's product, mirrored or with a sigmoid
 ROUND_MS = 10  # of each configuration
-DTYPES = ("bfloat16", "float16", "tf32", "float32", "float64")
-# The problems of each dtype, the most important first: m, n, k and batch.
+# The problems of each kind of operands, the most important first: m, n, k and batch.
 PROBLEMS = (
     *(("symmetric_product", n, n, n, 1) for n in (4096, 8192, 2048, 1024)),
     ("linear_sigmoid", 8192, 4096, 4096, 1),
@@ -56,7 +54,7 @@ class Problem(NamedTuple):
         return f"{self.kernel} {self.kind} {batch}{self.m}x{self.n}x{self.k}"
 
 
-def tune(dtypes: Sequence[str] = DTYPES, sizes: Sequence[int] = (), minutes: float = 10.0) -> int:
+def tune(sizes: Sequence[int] = (), minutes: float = 10.0) -> int:
     """Measure the problems that the device's table lacks, and save the table after each.
 
     ``sizes``, of square problems, take the place of `PROBLEMS`. No problem begins after ``minutes``. Returns
@@ -82,7 +80,7 @@ def tune(dtypes: Sequence[str] = DTYPES, sizes: Sequence[int] = (), minutes: flo
         table = header | {"tiles": {}}
     problems = [(kernel, n, n, n, 1) for n in sizes for kernel in tiles.KERNELS] or PROBLEMS
     left, left_out = [], 0
-    for problem in (Problem(kind, *one) for kind in dtypes for one in problems):
+    for problem in (Problem(kind, *one) for kind in tiles.KINDS for one in problems):
         entries = table["tiles"].setdefault(problem.kernel, {}).setdefault(problem.kind, [])
         if tuple(problem[2:]) not in [tuple(entry[:4]) for entry in entries]:
             left.append((problem, entries))
@@ -113,7 +111,7 @@ def tune_problem(problem: Problem, present: "Device", device: str = "cuda") -> l
 
     calls: dict[Tiles | str, Call] = {}
     dtype, precision = KINDS[problem.kind][:2]
-    with use_fp32_precision(precision):
+    with torch.backends.flags(fp32_precision=precision):  # of the library's products
         try:
             launch, library, out, exact = prepare(problem, torch.device(device))
             expected = reference(exact, library(), problem.k)
@@ -166,14 +164,3 @@ def prepare(problem: Problem, device: torch.device) -> tuple[Any, Callable[[], T
 def describe(tiles: "Tiles | str") -> str:
     """The tile, warps, stages and variant, such as 128x256x64 w8 s3 tma; a name as it is."""
     return tiles if isinstance(tiles, str) else "{}x{}x{} w{} s{} {}".format(*tiles)
-
-
-@contextmanager
-def use_fp32_precision(precision: str) -> Iterator[None]:
-    """Set the precision of the library's float32 products, "ieee" or "tf32", and restore it afterwards."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = precision
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
