@@ -37,9 +37,8 @@ class Part(NamedTuple):
 
     def narrow(self, t: Tensor) -> Tensor:
         """This part of ``t``, which is whole; a view."""
-        for dim, (start, size) in enumerate(zip(self.start, self.size, strict=True)):
-            t = t.narrow(dim, start, size)
-        return t
+        ends = map(sum, zip(self.start, self.size, strict=True))
+        return t[tuple(map(slice, self.start, ends))]
 
 
 def mark_slice(p: Tensor, axis: int, partition: Partition, mesh: DeviceMesh) -> None:

@@ -103,8 +103,9 @@ def orthogonalize(
     """
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(f"orthogonalize: x is {tuple(x.shape)} {x.dtype}, expected floating (*, n, m)")
-    check_ns(ns)
-    triples = coefficients_per_step(coefficients, steps)
+    if ns not in get_args(NewtonSchulz):
+        raise ValueError(f"orthogonalize: ns is {ns!r}, expected 'auto', 'standard' or 'gram'")
+    triples = _coefficients_per_step(coefficients, steps)
     if x.dim() > 3:
         return orthogonalize(x.flatten(0, -3), coefficients, steps, eps, ns).view(x.shape)
     if x.shape[-2] > x.shape[-1]:
@@ -119,7 +120,7 @@ def orthogonalize(
     return x.to(torch.bfloat16)
 
 
-def coefficients_per_step(coefficients: Coefficients, steps: int) -> list[Triple]:
+def _coefficients_per_step(coefficients: Coefficients, steps: int) -> list[Triple]:
     """The triple of each of ``steps`` iterations.
 
     Raises:
@@ -136,12 +137,6 @@ def coefficients_per_step(coefficients: Coefficients, steps: int) -> list[Triple
             f"orthogonalize: {wrong}, expected 3: (a, b, c), a list of such triples, or 'polar_express'"
         )
     return list(islice(chain(triples, repeat(triples[-1])), steps))
-
-
-def check_ns(ns: str) -> None:
-    """Raise a ValueError unless ``ns`` names an iteration."""
-    if ns not in get_args(NewtonSchulz):
-        raise ValueError(f"ns is {ns!r}, expected 'auto', 'standard' or 'gram'")
 
 
 def _iterations_per_gram(n: int, m: int, steps: int, ns: NewtonSchulz) -> list[int]:
