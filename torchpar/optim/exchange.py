@@ -28,11 +28,11 @@ _CHECKSUM_PART = Part((4,), (0,), (4,))  # four bytes, each a bfloat16, which ho
 
 
 class Message(NamedTuple):
-    """A part of a parameter, given by its index, on its way between two ranks of a group."""
+    """A part of ``param``, an index, on its way between two ranks of a group."""
 
     source: int
     target: int
-    index: int
+    param: int
     part: Part
 
 
@@ -95,9 +95,9 @@ class Exchange:
 
     def _route(self, messages: list[Message]) -> _Route | None:
         """This rank's messages; None if no rank sends any."""
-        if not messages or self.group is None:
+        if not messages:
             return None
-        ranks = range(self.group.size())
+        ranks = range(dist.get_world_size(self.group))
         sends = [[m for m in messages if (m.source, m.target) == (self.rank, r)] for r in ranks]
         return sends, [[m for m in messages if (m.source, m.target) == (r, self.rank)] for r in ranks]
 
@@ -121,8 +121,8 @@ class Exchange:
                 whole[i] = own[i].new_empty(part.whole, dtype=torch.bfloat16)
                 part.narrow(whole[i]).copy_(own[i])
         for message, t in self._send(self._to_owners, own):
-            if message.index in whole:
-                message.part.narrow(whole[message.index]).copy_(t)
+            if message.param in whole:
+                message.part.narrow(whole[message.param]).copy_(t)
         return {self.params[i]: t for i, t in whole.items()}
 
     def scatter(self, results: Mapping[ParamInfo, Tensor]) -> dict[ParamInfo, Tensor]:
@@ -132,7 +132,7 @@ class Exchange:
             ConfigError: as `gather`, if all ranks have the whole parameters.
         """
         own = {i: results[self.params[i]] for i in self.owned if i in self._present}
-        parts = {message.index: t for message, t in self._send(self._to_all, own)}
+        parts = {message.param: t for message, t in self._send(self._to_all, own)}
         parts |= {i: self.params[i].part.narrow(t) for i, t in own.items()}
         return {self.params[i]: t for i, t in parts.items() if i in self._present}
 
@@ -141,7 +141,7 @@ class Exchange:
 
         The tensors are parts, or whole, by index. Zeros are sent for missing ones.
         """
-        if route is None:
+        if route is None or self.group is None:
             return []
         sends, receives = route
         device = self.params[0].p.device
@@ -149,7 +149,7 @@ class Exchange:
         wire = checksum.new_empty(0, device=wire_device(self.params[0].p, self.group))
 
         def flat(message: Message) -> Tensor:
-            t = checksum if message.index == _CHECKSUM else tensors.get(message.index)
+            t = checksum if message.param == _CHECKSUM else tensors.get(message.param)
             if t is None:
                 return wire.new_zeros(message.part.numel)
             return (message.part.narrow(t) if t.shape == message.part.whole else t).to(wire).flatten()
@@ -161,7 +161,7 @@ class Exchange:
         messages = [m for of_rank in receives for m in of_rank]
         parts = received.split([m.part.numel for m in messages])
         incoming = [(m, t.view(m.part.size).to(device)) for m, t in zip(messages, parts, strict=True)]
-        checksums = [t for m, t in incoming if m.index == _CHECKSUM]
+        checksums = [t for m, t in incoming if m.param == _CHECKSUM]
         if checksums and not torch.stack(checksums).cpu().eq(checksum).all():
             check_same_on_all_ranks(self.group, "Muon", self._facts)
         return incoming

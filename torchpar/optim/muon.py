@@ -99,7 +99,7 @@ class Muon(Optimizer):
             )
         no_matrix = torch.empty(0, 0)
         orthogonalize(no_matrix, ns_coefficients, ns_steps, eps, ns)  # which checks them
-        theirs = torch.optim.Muon(
+        theirs = torch.optim.Muon(  # type: ignore[arg-type]
             [no_matrix], lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn
         )
         self.ns = ns

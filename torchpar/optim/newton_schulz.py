@@ -121,20 +121,16 @@ def orthogonalize(
 
 
 def _coefficients_per_step(coefficients: Coefficients, steps: int) -> list[Triple]:
-    """The triple of each of ``steps`` iterations.
-
-    Raises:
-        ValueError: invalid coefficients, or ``steps`` outside 0 to 99.
-    """
+    """The triple of each of ``steps`` iterations."""
     if not 0 <= steps < 100:
         raise ValueError(f"orthogonalize: steps is {steps}, expected 0 to 99")
     triples: Any = _POLAR_EXPRESS if coefficients == "polar_express" else coefficients
-    if not isinstance(triples, str) and len(triples) and not isinstance(triples[0], Sequence):
+    if triples and not isinstance(triples[0], Sequence):
         triples = [triples]
-    if isinstance(triples, str) or not triples or any(len(triple) != 3 for triple in triples):
-        wrong = f"{len(coefficients)} coefficients" if triples is not coefficients else repr(coefficients)
+    if not triples or any(len(triple) != 3 for triple in triples):
         raise ValueError(
-            f"orthogonalize: {wrong}, expected 3: (a, b, c), a list of such triples, or 'polar_express'"
+            f"orthogonalize: coefficients is {coefficients!r}, expected 3: (a, b, c), a list of such "
+            "triples, or 'polar_express'"
         )
     return list(islice(chain(triples, repeat(triples[-1])), steps))
 
