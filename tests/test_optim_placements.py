@@ -27,7 +27,7 @@ ALL_TO_ALL = torch.ops.c10d.alltoall_base_
 def check_messages(ours: Muon, messages: int) -> None:
     """Each step sends ``messages`` all-to-alls; the first one also compares the ranks."""
     for step in range(3):
-        for p in ours.param_groups[0]["params"]:
+        for p in [p for group in ours.param_groups for p in group["params"]]:
             p.grad = torch.ones_like(p)
         with CommDebugMode() as collectives:
             ours.step()
@@ -37,9 +37,15 @@ def check_messages(ours: Muon, messages: int) -> None:
 
 
 def dtensors(mesh: tuple[int, ...], *placements: Any, messages: int) -> None:
+    """Two parameter groups share the messages, and have the bits of whole parameters."""
     of_ranks = init_device_mesh("cpu", mesh)
-    parts = [distribute_tensor(torch.ones(shape), of_ranks, placements).requires_grad_() for shape in SHAPES]
-    check_messages(Muon(parts), messages)
+    whole = [torch.ones(shape).requires_grad_() for shape in SHAPES]
+    parts = [distribute_tensor(p.detach(), of_ranks, placements).requires_grad_() for p in whole]
+    for params, expected in ((whole, 0), (parts, messages)):
+        groups = [{"params": params[:4]}, {"params": params[4:], "lr": 0.2, "momentum": 0.5}]
+        check_messages(Muon(groups, ns="standard"), expected)
+    for part, p in zip(parts, whole, strict=True):
+        assert torch.equal(part.full_tensor(), p)
 
 
 def split_layers() -> None:

@@ -99,7 +99,8 @@ class Muon(Optimizer):
             )
         no_matrix = torch.empty(0, 0)
         orthogonalize(no_matrix, ns_coefficients, ns_steps, eps, ns)  # which checks them
-        theirs = torch.optim.Muon(  # type: ignore[arg-type]
+        of_torch: Any = torch.optim.Muon  # which has narrower types
+        theirs = of_torch(
             [no_matrix], lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn
         )
         self.ns = ns
