@@ -191,6 +191,9 @@ LSTM = {"4×6 4×6 4×6 4×6": "weight_ih_l0", "4×3 4×3 4×3 4×3": "weight_hh
 @pytest.mark.parametrize(
     "make, expected",
     [
+        (lambda: nn.LayerNorm((4, 16)), {"others": "layer bias"}),
+        (lambda: nn.Conv2d(3, 8, 3), {"8×27": "layer"}),
+        (lambda: nn.Linear(1, 16), {"others": "layer"}),  # a column is not a matrix
         (lambda: nn.Conv1d(8, 12, 3, groups=4), {"4×3×6": "layer"}),
         (lambda: nn.Conv1d(4, 8, 3, groups=4), {"others": "layer"}),  # two filters for each channel
         (lambda: nn.LSTM(6, 4, proj_size=3), LSTM),
@@ -240,22 +243,15 @@ def test_heads_are_siblings_of_one_name():
     assert table(nn.ModuleDict(layers)) == {"3×4": "first_layer", "others": "last_layer"}
 
 
-class Model(nn.Module):
-    """A bit of everything: tables, convolutions, blocks with attention, norms, and a head that is shared."""
-
-    def __init__(self, tied: bool = False):
-        super().__init__()
-        self.tokens = nn.Embedding(50, 16)
-        self.position = nn.Parameter(torch.randn(10, 16))
-        self.conv = nn.Conv2d(3, 8, 3)
-        self.column = nn.Parameter(torch.randn(16, 1))
-        self.norm = nn.LayerNorm((4, 16))
-        self.stack = nn.Parameter(torch.randn(4, 16, 8))
-        layer = partial(nn.TransformerEncoderLayer, 16, nhead=4, dim_feedforward=32)
-        self.blocks = nn.ModuleList([layer() for _ in range(2)])
-        self.head = nn.Linear(16, 50)
-        if tied:
-            self.head.weight = self.tokens.weight
+def make(tied: bool = False) -> nn.Module:
+    """A table, two blocks, a head that may share the table, and a parameter of no layer."""
+    layer = partial(nn.TransformerEncoderLayer, 16, nhead=4, dim_feedforward=32)
+    model = nn.ModuleDict({"tokens": nn.Embedding(50, 16), "blocks": nn.ModuleList([layer(), layer()])})
+    model.stack = nn.Parameter(torch.randn(4, 16, 8))
+    model["head"] = nn.Linear(16, 50)
+    if tied:
+        model["head"].weight = model["tokens"].weight
+    return model
 
 
 def test_muon_gets_the_hidden_matrices_alone():
@@ -263,20 +259,20 @@ def test_muon_gets_the_hidden_matrices_alone():
         assignments = Muon.for_model(model, **arguments).assignments
         return sorted(one.name for one in assignments if one.choice == "muon")
 
-    model, tied = Model(), Model(tied=True)
-    layers = ("self_attn.out_proj.weight", "linear1.weight", "linear2.weight", "self_attn.in_proj_weight")
-    hidden = sorted(["conv.weight", *(f"blocks.{i}.{name}" for i in range(2) for name in layers)])
+    model, tied = make(), make(tied=True)
+    layers = ("linear1.weight", "linear2.weight", "self_attn.in_proj_weight", "self_attn.out_proj.weight")
+    hidden = [f"blocks.{i}.{name}" for i in range(2) for name in layers]
     assert by_muon(model) == by_muon(tied) == hidden
-    overrides = {"blocks.*": "others", "blocks.1.linear1.weight": "muon", "position": "muon"}
-    assert by_muon(model, overrides=overrides) == ["blocks.1.linear1.weight", "conv.weight", "position"]
+    overrides = {"blocks.*": "others", "blocks.1.linear1.weight": "muon", "head.weight": "muon"}
+    assert by_muon(model, overrides=overrides) == ["blocks.1.linear1.weight", "head.weight"]
     assert "stack" in by_muon(model, views={"stack": lambda p: p})
     assert "tokens.weight" in by_muon(tied, overrides={"head.weight": "muon"})
     apart = nn.MultiheadAttention(16, 4, kdim=8)  # query, key and value have a weight each
     assert by_muon(apart) == ["k_proj_weight", "q_proj_weight", "v_proj_weight"]
     assert not any(one.view for one in Muon.for_model(apart).assignments)
-    del model.head
+    del model["head"]
     assert by_muon(model) == hidden  # the last linear layer is of one of several blocks
-    chain = Muon.for_model(Model(), lr=0.02, others=partial(torch.optim.SGD, lr=0.5, weight_decay=0.1))
+    chain = Muon.for_model(make(), lr=0.02, others=partial(torch.optim.SGD, lr=0.5, weight_decay=0.1))
     own, others = chain.optimizers
     assert (own.defaults["lr"], type(others)) == (0.02, torch.optim.SGD)
     assert [group["weight_decay"] for group in others.param_groups] == [0.1, 0.0]
@@ -293,4 +289,4 @@ def test_muon_gets_the_hidden_matrices_alone():
 )
 def test_refusals(arguments, message):
     with pytest.raises(ValueError, match=message):
-        Muon.for_model(Model(), **arguments)
+        Muon.for_model(make(), **arguments)

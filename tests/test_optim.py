@@ -105,20 +105,10 @@ def compare_orthogonality(make: Any, n: int, m: int, steps: int, ns: Any, triple
         ),
     ],
 )
-def test_orthogonality_is_no_worse_than_torchs(case):
-    with halves_gain_from(257):
-        compare_orthogonality(*case)
-
-
-def halves_gain_from(rows: int) -> Any:
-    return patch.object(newton_schulz, "is_halved", lambda x: x.shape[-2] >= rows)
-
-
-def test_whole_matrices_are_multiplied_where_that_is_faster():
-    with halves_gain_from(66), patch.object(newton_schulz, "matmul_t", None):
-        compare_orthogonality(matrices, 65, 300, 5, "standard")
-    with halves_gain_from(65), patch.object(newton_schulz, "matmul_t", None), pytest.raises(TypeError):
-        compare_orthogonality(matrices, 65, 300, 5, "standard")
+def test_orthogonality_is_no_worse_than_torchs(monkeypatch, case):
+    """By whole products of up to 256 rows, and by half products of more."""
+    monkeypatch.setattr(newton_schulz, "is_halved", lambda x: x.shape[-2] > 256)
+    compare_orthogonality(*case)
 
 
 def test_the_comparison_rejects_a_wrong_coefficient():
@@ -240,8 +230,7 @@ def compare_runs(*kinds: Callable[..., TORCH], **arguments: Any) -> None:
         assert (x - z).norm() <= 2 * (y - z).norm()
 
 
-def gram(params: Any, **arguments: Any) -> Muon:
-    return Muon(params, ns="gram", **arguments)
+gram = partial(Muon, ns="gram")
 
 
 @pytest.mark.parametrize(
@@ -276,30 +265,24 @@ def test_checkpoints_interchange_with_torchs():
     assert copy.deepcopy(ours).ns == "gram"
 
 
-@pytest.mark.parametrize(
-    "work, batches_of",
-    [
-        (2**31, [(4, 32, 32), (1, 300, 300), (1, 32, 64), (1, 32, 32)]),
-        (2 * 32**3, [(2, 32, 32), (2, 32, 32), (1, 300, 300), (1, 32, 64), (1, 32, 32)]),
-    ],
-)
-def test_matrices_share_batches(work, batches_of):
-    """Small ones of nearly equal shapes do, of one dtype; each ends where it does alone, but for rounding."""
+def test_matrices_share_batches():
+    """Small ones of nearly equal shapes do; each ends where it does alone, but for rounding."""
     torch.manual_seed(0)
     shapes = [(20, 30), (32, 32), (300, 300), (33, 5), (25, 32), (20, 30)]
     params = [torch.randn(shape).requires_grad_() for shape in shapes]
-    params.append(torch.randn(20, 30, dtype=torch.float64).requires_grad_())
     alone = [p.detach().clone().requires_grad_() for p in params]
     fill_gradients(params)
     for p, q in zip(params, alone, strict=True):
         q.grad = p.grad
         Muon([q], lr=1.0, ns="standard").step()
+    optimizer = Muon(params, lr=1.0, ns="standard")
     with (
         patch.object(batches, "orthogonalize", wraps=orthogonalize) as called,
-        patch.object(batches, "_BATCH_MULTIPLICATIONS", work),
+        patch.object(batches, "_BATCH_MULTIPLICATIONS", 3 * 32**3),
     ):
-        Muon(params, lr=1.0, ns="standard").step()
-    assert [(1, *sorted(call.args[0].shape))[-3:] for call in called.call_args_list] == batches_of
+        optimizer.step()
+    found = [tuple(call.args[0].shape) for call in called.call_args_list]
+    assert found == [(3, 32, 32), (32, 32), (300, 300), (64, 32)]
     for p, q in zip(params, alone, strict=True):
         # Five iterations of three products round to bfloat16, each times the rate.
         assert_close(p, q, rtol=0, atol=max(1, p.shape[0] / p.shape[1]) ** 0.5 * 15 * 2**-8)
@@ -352,7 +335,7 @@ def test_a_refused_group_is_not_added():
 def test_a_group_that_would_be_left_out_is_named():
     p, q = torch.randn(3, 4).requires_grad_(), torch.randn(3, 4).requires_grad_()
     optimizer = Muon([{"params": [("first", p)]}, {"params": [("second", q)]}])
-    with pytest.raises(ValueError, match=r"no parameter has a gradient in the first step \(first, …\)"):
+    with pytest.raises(ValueError, match=r"no parameter of group 0 has a gradient \(first, …\)"):
         optimizer.step()
     p.grad = torch.ones_like(p)
     with pytest.raises(ValueError, match=r"no parameter of group 1 has a gradient \(second, …\)"):
@@ -416,12 +399,11 @@ def view(function: Callable[[Tensor], Any]) -> Muon:
         (lambda: Muon([X], ns="gramm"), "ns is 'gramm', expected 'auto', 'standard' or 'gram'"),
         (lambda: orthogonalize(X[0]), r"x is \(4,\) torch.float32, expected floating \(\*, n, m\)"),
         (lambda: orthogonalize(X.long()), r"torch.int64, expected floating \(\*, n, m\)"),
-        (lambda: orthogonalize(X, [COEFFICIENTS, (1.0, 2.0)]), "expected 3"),
+        (lambda: orthogonalize(X, [COEFFICIENTS, (1.0, 2.0)]), r"\(1.0, 2.0\)\], expected 3"),
+        (lambda: orthogonalize(X, "polar"), "coefficients is 'polar', expected 3"),
         (lambda: orthogonalize(X, steps=-1), "steps is -1, expected 0 to 99"),
         (lambda: Muon([X], ns_steps=100), "steps is 100, expected 0 to 99"),
-        (lambda: Muon([X], lr=-1.0), "lr is -1.0, expected at least 0"),
-        (lambda: Muon([X], lr=torch.ones(2)), "lr is a tensor of 2 elements, expected 1"),
-        (lambda: Muon([X], adjust_lr_fn="no"), "adjust_lr_fn is 'no', expected None, 'original', 'match_rms"),
+        (lambda: Muon([X], adjust_lr_fn="no"), "Adjust learning rate function no is not supported"),
         (lambda: Muon([X[0]]), r"parameter 0 of group 0 has shape \(4,\), expected 2D, a matrix"),
         (lambda: Muon([X.long()]), "is torch.int64, expected floating"),
         (lambda: Muon([{"params": [X], "ns": "gram"}]), "ns applies to the whole optimizer, not to a group"),

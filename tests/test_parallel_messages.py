@@ -109,16 +109,16 @@ def test_gradients_by_formulas_take_one_message_through_memory_or_not(ranks, sha
     assert ranks(1, count, {"dp": 1}, SIZES, "fused") == [Counter()]
 
 
-# Flags and a checksum for each other rank, then numbers of four matrices of 64, in bfloat16.
-FLAGS = 4 + 4
+# A checksum of each other rank, then numbers of four matrices of 64, in bfloat16.
+CHECKSUM = 4
 
 
 @pytest.mark.parametrize(
     "axes, received",
     [
-        ({"dp": 2}, [FLAGS + 2 * 64]),
-        ({"tp": 2}, [FLAGS + 2 * 32, 2 * 32]),
-        ({"dp": 2, "tp": 2}, [3 * FLAGS + 32, 3 * 32]),
+        ({"dp": 2}, [CHECKSUM + 2 * 64]),
+        ({"tp": 2}, [CHECKSUM + 2 * 32, 2 * 32]),
+        ({"dp": 2, "tp": 2}, [3 * CHECKSUM + 32, 3 * 32]),
     ],
 )
 def test_muon_takes_at_most_two_all_to_alls(ranks, axes, received):

@@ -105,8 +105,9 @@ class Deaf(Muon):
         super().__init__(model.named_parameters(), lr=0.05)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        def gather(exchange: Exchange, *arguments: Any) -> dict[int, Tensor]:
-            return {i: torch.ones_like(whole) for i, whole in received(exchange, *arguments).items()}
+        def gather(exchange: Exchange, *arguments: Any) -> dict[Any, Tensor]:
+            own = received(exchange, *arguments)
+            return {i: torch.ones_like(t) if exchange.group else t for i, t in own.items()}
 
         received = Exchange.gather
         with patch.object(Exchange, "gather", gather):

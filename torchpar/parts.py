@@ -39,9 +39,10 @@ class Part(NamedTuple):
 
     def narrow(self, t: Tensor) -> Tensor:
         """This part of ``t``, which is whole; a view."""
-        for dim, (start, size) in enumerate(zip(self.start, self.size, strict=True)):
-            t = t.narrow(dim, start, size)
-        return t
+        if self.size == self.whole:
+            return t
+        ends = map(sum, zip(self.start, self.size, strict=True))
+        return t[tuple(map(slice, self.start, ends))]
 
 
 def slice_along(axis: int, whole: Sequence[int], mesh: DeviceMesh) -> Part:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Parameters seen as matrices, and matrices orthogonalised in batches."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ _PADDED_UP_TO, _PADDING = 256, 32  # columns or rows
 _BATCH_MULTIPLICATIONS = 2**31  # in X·Xᵀ of a batch: a GPU takes about as long for them as for a launch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ParamInfo:
     """A parameter, and the part of it that this rank holds.
 
@@ -38,17 +39,17 @@ class ParamInfo:
         """The matrices of ``t``, which has the shape of the whole parameter; views of it."""
         views = t if self.view is None else self.view(t)
         views = [views] if isinstance(views, Tensor) else list(views)
-        return [matrix for one in views for matrix in _as_matrices(one)]
+        return [matrix for one in views for matrix in ([one] if one.dim() <= 2 else one.flatten(0, -3))]
 
     @cached_property
-    def shapes(self) -> list[torch.Size]:
-        return [t.shape for t in self.matrices(torch.empty(self.part.whole, device="meta"))]
+    def shapes(self) -> list[tuple[int, ...]]:
+        return [tuple(t.shape) for t in self.matrices(torch.empty(self.part.whole, device="meta"))]
 
     @property
     def description(self) -> str:
         """The text that must be the same on all ranks that share the parameter."""
-        shapes = [tuple(shape) for shape in self.shapes]
-        return f"{self.p.dtype}, matrices {shapes}, group {self.group_index}"
+        whole, dtype = self.part.whole, self.p.dtype
+        return f"{self.name} {whole} ({dtype}, matrices {self.shapes}, group {self.group_index})"
 
     @property
     def cost(self) -> int:
@@ -80,33 +81,31 @@ class ParamInfo:
             )
 
 
-def orthogonalize_batched(
+def orthogonalize_in_place(
     matrices: Sequence[Tensor], coefficients: Coefficients, steps: int, eps: float, ns: NewtonSchulz
-) -> list[Tensor]:
-    """`orthogonalize` each matrix, in batches of nearly equal shapes, which keep a device busy; bfloat16."""
-    by_kind: dict[Any, list[int]] = {}
-    for i, matrix in enumerate(matrices):
-        by_kind.setdefault((_padded(matrix.shape), matrix.dtype, matrix.device), []).append(i)
-    results = list(matrices)
-    for (shape, *_), indices in by_kind.items():
+) -> None:
+    """`orthogonalize` each matrix, in batches of nearly equal shapes, which keep a device busy."""
+    by_kind: dict[Any, list[Tensor]] = {}
+    for matrix in matrices:
+        by_kind.setdefault((_padded(matrix.shape), matrix.device), []).append(matrix)
+    for (shape, _), same in by_kind.items():
         size = max(_BATCH_MULTIPLICATIONS // max(multiplications(shape), 1), 1)
-        for first in range(0, len(indices), size):
-            batch = indices[first : first + size]
-            x = _stacked([matrices[i] for i in batch], shape)
-            updates = orthogonalize(x, coefficients, steps, eps, ns).view(len(batch), *shape)
-            for i, update in zip(batch, updates, strict=True):
-                results[i] = update[tuple(map(slice, matrices[i].shape))]
-    return results
+        for first in range(0, len(same), size):
+            batch = same[first : first + size]
+            updates = orthogonalize(_stacked(batch, shape), coefficients, steps, eps, ns)
+            updates = updates.view(len(batch), *shape)
+            cut = [t[tuple(map(slice, matrix.shape))] for t, matrix in zip(updates, batch, strict=True)]
+            torch._foreach_copy_(batch, cut)
 
 
-def _padded(shape: torch.Size) -> torch.Size:
+def _padded(shape: Sequence[int]) -> tuple[int, ...]:
     """The shape of a batch for matrices of this one. Small ones are padded, for few and larger batches."""
     if max(shape) > _PADDED_UP_TO:
-        return shape
-    return torch.Size(-(-size // _PADDING) * _PADDING for size in shape)
+        return tuple(shape)
+    return tuple(-(-size // _PADDING) * _PADDING for size in shape)
 
 
-def _stacked(matrices: list[Tensor], shape: torch.Size) -> Tensor:
+def _stacked(matrices: list[Tensor], shape: tuple[int, ...]) -> Tensor:
     """A batch of ``shape``; zeros are appended to smaller matrices, which change nothing and stay zeros."""
     if all(matrix.shape == shape for matrix in matrices):
         # On a CPU a product of a batch of one takes up to twice the time of a product of matrices.
@@ -117,10 +116,6 @@ def _stacked(matrices: list[Tensor], shape: torch.Size) -> Tensor:
     return x if len(matrices) > 1 else x[0]
 
 
-def _as_matrices(t: Tensor) -> Sequence[Tensor]:
-    return [t] if t.dim() <= 2 else t.flatten(0, -3).unbind()
-
-
-def multiplications(shape: torch.Size) -> int:
+def multiplications(shape: Sequence[int]) -> int:
     """Multiplications in X·Xᵀ of each matrix, with the shorter side as rows."""
-    return shape.numel() * min(shape[-2:])
+    return math.prod(shape) * min(shape)

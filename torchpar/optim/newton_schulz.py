@@ -102,8 +102,9 @@ def orthogonalize(
     """
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(f"orthogonalize: x is {tuple(x.shape)} {x.dtype}, expected floating (*, n, m)")
-    check_ns(ns)
-    triples = coefficients_per_step(coefficients, steps)
+    if ns not in get_args(NewtonSchulz):
+        raise ValueError(f"orthogonalize: ns is {ns!r}, expected 'auto', 'standard' or 'gram'")
+    triples = _coefficients_per_step(coefficients, steps)
     if x.dim() > 3:
         return orthogonalize(x.flatten(0, -3), coefficients, steps, eps, ns).view(x.shape)
     if x.shape[-2] > x.shape[-1]:
@@ -118,29 +119,19 @@ def orthogonalize(
     return x.to(torch.bfloat16)
 
 
-def coefficients_per_step(coefficients: Coefficients, steps: int) -> list[Triple]:
-    """The triple of each of ``steps`` iterations.
-
-    Raises:
-        ValueError: invalid coefficients, or ``steps`` outside 0 to 99.
-    """
+def _coefficients_per_step(coefficients: Coefficients, steps: int) -> list[Triple]:
+    """The triple of each of ``steps`` iterations."""
     if not 0 <= steps < 100:
         raise ValueError(f"orthogonalize: steps is {steps}, expected 0 to 99")
     triples: Any = _POLAR_EXPRESS if coefficients == "polar_express" else coefficients
-    if not isinstance(triples, str) and len(triples) and not isinstance(triples[0], Sequence):
+    if triples and not isinstance(triples[0], Sequence):
         triples = [triples]
-    if isinstance(triples, str) or not triples or any(len(triple) != 3 for triple in triples):
-        wrong = f"{len(coefficients)} coefficients" if triples is not coefficients else repr(coefficients)
+    if not triples or any(len(triple) != 3 for triple in triples):
         raise ValueError(
-            f"orthogonalize: {wrong}, expected 3: (a, b, c), a list of such triples, or 'polar_express'"
+            f"orthogonalize: coefficients is {coefficients!r}, expected 3: (a, b, c), a list of such "
+            "triples, or 'polar_express'"
         )
     return list(islice(chain(triples, repeat(triples[-1])), steps))
-
-
-def check_ns(ns: str) -> None:
-    """Raise a ValueError unless ``ns`` names an iteration."""
-    if ns not in get_args(NewtonSchulz):
-        raise ValueError(f"ns is {ns!r}, expected 'auto', 'standard' or 'gram'")
 
 
 def _iterations_per_gram(n: int, m: int, steps: int, ns: NewtonSchulz) -> list[int]:
