@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchpar.testing.case import Attempts, Case, NotRun, Wrong, close, gradients, normal_like
+from torchpar.testing.case import Attempts, Case, Outcome, close, gradients, normal_like
 
 RANKS = 2
 MOST_COMBINATIONS = 48  # drawn from all, if there are more
@@ -56,7 +56,7 @@ def _gradients_of_the_whole(case: Case) -> tuple[list[Tensor], Sequence[Tensor]]
 def _simulated_ranks() -> Iterator[Any]:
     """A mesh of ranks in this process."""
     if dist.is_initialized():
-        raise NotRun("this process belongs to a process group")
+        raise Outcome("not run", "this process belongs to a process group")
     from torch.distributed._local_tensor import LocalTensorMode
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -98,7 +98,7 @@ def _compare(
     with CommDebugMode() as communication:
         ys: Sequence[Any] = case.op(*placed)
     if not all(isinstance(y, DTensor) for y in ys):
-        raise Wrong("the result is not a DTensor")
+        raise Outcome("wrong", "the result is not a DTensor")
     whole: list[Any] = [y.redistribute(placements=[Replicate()]) for y in ys]
     _same_on_all_ranks(whole, results)
     if communication.get_total_counts() == 0:
