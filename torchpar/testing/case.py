@@ -120,10 +120,9 @@ class Case:
         """The results of the operator, or of another function, for operands that it may refuse."""
         try:
             return (function or self.op)(*operands)
-        except REFUSALS as e:
-            raise Outcome("not run", f"eager mode refuses: {e}") from e
-        except IndexError as e:
-            if "Dimension out of range" not in str(e):  # PyTorch's refusal of too few dimensions
+        except (*REFUSALS, IndexError) as e:
+            # PyTorch refuses too few dimensions by an IndexError.
+            if isinstance(e, IndexError) and "Dimension out of range" not in str(e):
                 raise
             raise Outcome("not run", f"eager mode refuses: {e}") from e
 

@@ -8,7 +8,7 @@ import itertools
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -32,24 +32,19 @@ def every_placement(case: Case) -> Attempts:
     combinations = list(itertools.product(*choices))
     if len(combinations) > MOST_COMBINATIONS:
         combinations = random.Random(0).sample(combinations, MOST_COMBINATIONS)
-    expected = case.op(*case.operands), *_gradients_of_the_whole(case)
+    leaves = case.leaves()
+    ys = case.smooth(case.plain)(*leaves)
+    incoming = list(map(normal_like, ys))
+    of_operands: Sequence[Tensor] = ()
+    with suppress(RuntimeError):  # without a derivative, which is another rule's matter
+        of_operands = gradients(ys, leaves, incoming)
+    expected = case.op(*case.operands), incoming, of_operands
     local: list[Any] = []
     with _simulated_ranks() as mesh:
         for placements in combinations:
             label = ", ".join(map(str, placements))
             yield label, partial(_compare, case, mesh, placements, expected, local)
     return f"{len(local)} of {len(combinations)} placements take no communication"
-
-
-def _gradients_of_the_whole(case: Case) -> tuple[list[Tensor], Sequence[Tensor]]:
-    """Incoming gradients, and those of the operands; none, if the operator has no derivative."""
-    leaves = case.leaves()
-    results = case.smooth(case.plain)(*leaves)
-    incoming = list(map(normal_like, results))
-    try:
-        return incoming, gradients(results, leaves, incoming)
-    except RuntimeError:  # another rule's matter
-        return incoming, ()
 
 
 @contextmanager
