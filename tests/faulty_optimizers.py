@@ -11,27 +11,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from torchpar.reference import orthogonalize
 
 View = Callable[[Tensor], Any]
 
 
-def local(t: Tensor) -> Tensor:
-    return t.to_local() if isinstance(t, DTensor) else t
-
-
 def whole(t: Tensor) -> Tensor:
     return t.full_tensor().clone() if isinstance(t, DTensor) else t.clone()
-
-
-def placed_as(p: Tensor, t: Tensor) -> Tensor:
-    """The part of ``t`` that belongs to ``p``; ``t`` is whole on every rank."""
-    if not isinstance(p, DTensor):
-        return t
-    copies = DTensor.from_local(t, p.device_mesh, [Replicate()] * p.device_mesh.ndim, run_check=False)
-    return copies.redistribute(placements=p.placements)
 
 
 class PlainMuon(torch.optim.Optimizer):
@@ -75,7 +63,10 @@ class PlainMuon(torch.optim.Optimizer):
         p.sub_(group["lr"] * self.direction(name, p, ahead))
 
     def direction(self, name: str, p: Tensor, ahead: Tensor) -> Tensor:
-        return placed_as(p, self.orthogonal(name, p, whole(ahead)))
+        update = self.orthogonal(name, p, whole(ahead))  # on every rank
+        if not isinstance(p, DTensor):
+            return update
+        return distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
 
     def orthogonal(self, name: str, p: Tensor, t: Tensor) -> Tensor:
         """Each matrix of ``t``, which is overwritten."""
@@ -102,11 +93,11 @@ class OrthogonalisesShards(PlainMuon):
     """Each rank orthogonalises its rows, so updates depend on the number of ranks (Megatron-LM#6380)."""
 
     def direction(self, name: str, p: Tensor, ahead: Tensor) -> Tensor:
-        update = self.orthogonal(name, p, local(ahead).clone())
-        if not isinstance(p, DTensor):
-            return update
-        layout = {"shape": p.shape, "stride": p.stride()}
-        return DTensor.from_local(update, p.device_mesh, p.placements, run_check=False, **layout)
+        if not isinstance(ahead, DTensor):
+            return super().direction(name, p, ahead)
+        update = ahead.clone()
+        self.orthogonal(name, p, update.to_local())
+        return update
 
 
 class AppliesMomentum(PlainMuon):

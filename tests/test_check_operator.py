@@ -66,12 +66,6 @@ def test_a_function_that_forgets_the_subclass_or_the_mode_is_wrong() -> None:
     assert set(outcomes(table).values()) == {"wrong"}, str(table)
 
 
-def test_a_result_that_is_an_operand_is_found() -> None:
-    rule = "operands and results"
-    table = check_operator(lambda a, b: a.mT.mT, SAMPLES, rules=rule)
-    assert "memory of operand 0" in table[rule].detail
-
-
 def test_nothing_is_found_in_a_right_operator(right: Any) -> None:
     expected = dict.fromkeys(RULES, "works") | dict.fromkeys(
         [

@@ -21,23 +21,12 @@ Layout = Callable[[Tensor], Tensor]
 Attempts = Generator[tuple[str, Callable[[], Any]], None, Any]  # labels and trials; a remark
 
 REFUSALS = (RuntimeError, NotImplementedError, TypeError, ValueError)
+FALLS_BACK = "by its formula"  # right, and computed without the operator
 LOW = (torch.bfloat16, torch.float16)
 
 
-class Wrong(Exception):
-    """A result that is not the expected one; the message says what differs."""
-
-
-class Failed(Exception):
-    """The operator, or its reference, raises an error for a sample."""
-
-
-class NotRun(Exception):
-    """A rule that cannot be asked; the message says why."""
-
-
-class Fallback(Exception):
-    """A right result that was computed without the operator."""
+class Outcome(Exception):
+    """An outcome of the table, and what happened."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +102,7 @@ class Case:
         """A function of the floating operands to its differentiable results; other operands are constant."""
         is_smooth = self.is_smooth
         if not any(is_smooth):
-            raise NotRun("no differentiable result")
+            raise Outcome("not run", "no differentiable result")
 
         def of_floating(*floating: Tensor) -> Tensors:
             given = iter(floating)
@@ -131,12 +120,11 @@ class Case:
         """The results of the operator, or of another function, for operands that it may refuse."""
         try:
             return (function or self.op)(*operands)
-        except REFUSALS as e:
-            raise NotRun(f"eager mode refuses: {e}") from e
-        except IndexError as e:
-            if "Dimension out of range" not in str(e):  # PyTorch's refusal of too few dimensions
+        except (*REFUSALS, IndexError) as e:
+            # PyTorch refuses too few dimensions by an IndexError.
+            if isinstance(e, IndexError) and "Dimension out of range" not in str(e):
                 raise
-            raise NotRun(f"eager mode refuses: {e}") from e
+            raise Outcome("not run", f"eager mode refuses: {e}") from e
 
     @cached_property
     def is_visible(self) -> bool:
@@ -153,9 +141,9 @@ class Case:
 
     def expect_reference(self) -> None:
         if not self.floating:
-            raise NotRun("no floating operand")
+            raise Outcome("not run", "no floating operand")
         if self.reference is None:
-            raise NotRun("no reference")
+            raise Outcome("not run", "no reference")
 
     def transformed(self, transform: Callable[..., Any], **how: Any) -> None:
         """Compare ``transform(f, case, **how)`` of the operator with that of the reference."""
@@ -164,7 +152,7 @@ class Case:
         self.expect_call(lambda: transform(self.smooth(self.op), self, **how))
 
     def expect_call(self, compute: Callable[[], Any]) -> None:
-        """Raise `Fallback` if a computation that was right does not call the operator."""
+        """Raise an `Outcome` if a computation that was right does not call the operator."""
         calls = Calls()
         try:
             with calls:
@@ -172,7 +160,7 @@ class Case:
         except Exception:  # not all that works does so within a mode
             return
         if self.overload is not None and self.is_visible and self.overload not in calls.seen:
-            raise Fallback
+            raise Outcome(FALLS_BACK, "")
 
     def resized(self, change: Callable[[Tensor, int], Tensor]) -> Iterator[tuple[str, Tensors]]:
         """Operands in which all dimensions of one size have changed: ``change(t, dim)`` changes one.
@@ -217,13 +205,13 @@ def close(actual: Any, expected: Any) -> None:
         try:
             assert_close(a, e, equal_nan=True)
         except AssertionError as error:
-            raise Wrong(_difference(a, e)) from error
+            raise Outcome("wrong", _difference(a, e)) from error
 
 
 def _pairs(actual: Any, expected: Any) -> Iterator[tuple[Tensor, Tensor]]:
     found, right = tree_leaves(actual), tree_leaves(expected)
     if len(found) != len(right):
-        raise Wrong(f"{len(found)} results, expected {len(right)}")
+        raise Outcome("wrong", f"{len(found)} results, expected {len(right)}")
     return zip(found, right, strict=True)
 
 
@@ -242,30 +230,30 @@ def same_metadata(actual: Tensors, expected: Tensors) -> None:
     """Compare shape, dtype, device, and the strides that matter."""
     for a, e in _pairs(actual, expected):
         if (a.shape, a.dtype, a.device) != (e.shape, e.dtype, e.device):
-            raise Wrong(_difference(a, e))
+            raise Outcome("wrong", _difference(a, e))
         long = [dim for dim, size in enumerate(e.shape) if size != 1 and e.numel()]
         if any(a.stride(dim) != e.stride(dim) for dim in long):
-            raise Wrong(f"strides {a.stride()}, expected {e.stride()}")
+            raise Outcome("wrong", f"strides {a.stride()}, expected {e.stride()}")
 
 
 def same_bits(actual: Tensors, expected: Tensors) -> None:
     for a, e in _pairs(actual, expected):
         bits = [t.detach().resolve_neg().contiguous().flatten().view(torch.uint8) for t in (a, e)]
         if not torch.equal(*bits):
-            raise Wrong(f"other bits: {_difference(a, e)}")
+            raise Outcome("wrong", f"other bits: {_difference(a, e)}")
 
 
 def accurate(actual: Tensors, native: Tensors, exact: Tensors) -> None:
     """Accept an error of at most twice that of ``native``, and two roundings of the largest result."""
     for (a, n), wide in zip(_pairs(actual, native), exact, strict=True):
         if (a.shape, a.dtype) != (n.shape, n.dtype):
-            raise Wrong(_difference(a, n))
+            raise Outcome("wrong", _difference(a, n))
         if a.numel() and a.is_floating_point():
             exactly = wide.detach().double()
             error, theirs = (float((t.detach().double() - exactly).abs().max()) for t in (a, n))
             limit = 2 * theirs + 2 * torch.finfo(a.dtype).eps * float(exactly.abs().max())
             if not error <= limit and limit < math.inf:
-                raise Wrong(f"off by {error:.1e}, expected at most {limit:.1e}")
+                raise Outcome("wrong", f"off by {error:.1e}, expected at most {limit:.1e}")
 
 
 # Layouts

@@ -12,20 +12,9 @@ import torch
 
 from torchpar.errors import ConfigError
 from torchpar.optim.assign import aligned
-from torchpar.testing.case import (
-    REFUSALS,
-    Attempts,
-    Calls,
-    Case,
-    Failed,
-    Fallback,
-    NotRun,
-    Sample,
-    Wrong,
-)
+from torchpar.testing.case import FALLS_BACK, REFUSALS, Attempts, Calls, Case, Outcome, Sample
 from torchpar.testing.rules import ONCE, RULES
 
-FALLS_BACK = "by its formula"
 OUTCOMES = ("not run", "works", FALLS_BACK, "refuses", "crashes", "wrong")  # from the best to the worst
 LONGEST = 110  # characters of a message
 BUILT_IN = ("aten", "prim", "prims", "profiler")  # namespaces of PyTorch's own operators
@@ -145,18 +134,13 @@ def _outcome(attempt: Callable[[], Any]) -> tuple[str, str]:
     try:
         returned = attempt()
         return _worst(returned) if isinstance(returned, Generator) else ("works", returned or "")
-    except Wrong as e:
-        return "wrong", _shortened(e)
-    except NotRun as e:
-        return "not run", _shortened(e)
-    except Fallback:
-        return FALLS_BACK, ""
+    except Outcome as e:
+        outcome, message = e.args
+        return outcome, _shortened(message)
     except REFUSALS as e:
-        return "refuses", _shortened(getattr(e, "inner_exception", e))
-    except Failed as e:
-        return "crashes", _shortened(e)
+        return "refuses", _shortened(str(getattr(e, "inner_exception", e)))
     except Exception as e:
-        return "crashes", f"{type(e).__name__}: {_shortened(e)}"
+        return "crashes", f"{type(e).__name__}: {_shortened(str(e))}"
 
 
 def _worst(attempts: Attempts) -> tuple[str, str]:
@@ -178,6 +162,6 @@ def _worst(attempts: Attempts) -> tuple[str, str]:
     return outcome, f"{label}{': ' * bool(detail)}{detail} ({alike} of {len(found)})"
 
 
-def _shortened(error: BaseException) -> str:
-    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [""]
+def _shortened(message: str) -> str:
+    lines = [" ".join(line.split()) for line in message.splitlines() if line.strip()] or [""]
     return lines[0] if len(lines[0]) <= LONGEST else lines[0][: LONGEST - 1] + "…"

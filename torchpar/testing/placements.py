@@ -8,7 +8,7 @@ import itertools
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchpar.testing.case import Attempts, Case, NotRun, Wrong, close, gradients, normal_like
+from torchpar.testing.case import Attempts, Case, Outcome, close, gradients, normal_like
 
 RANKS = 2
 MOST_COMBINATIONS = 48  # drawn from all, if there are more
@@ -32,7 +32,13 @@ def every_placement(case: Case) -> Attempts:
     combinations = list(itertools.product(*choices))
     if len(combinations) > MOST_COMBINATIONS:
         combinations = random.Random(0).sample(combinations, MOST_COMBINATIONS)
-    expected = case.op(*case.operands), *_gradients_of_the_whole(case)
+    leaves = case.leaves()
+    ys = case.smooth(case.plain)(*leaves)
+    incoming = list(map(normal_like, ys))
+    of_operands: Sequence[Tensor] = ()
+    with suppress(RuntimeError):  # without a derivative, which is another rule's matter
+        of_operands = gradients(ys, leaves, incoming)
+    expected = case.op(*case.operands), incoming, of_operands
     local: list[Any] = []
     with _simulated_ranks() as mesh:
         for placements in combinations:
@@ -41,22 +47,11 @@ def every_placement(case: Case) -> Attempts:
     return f"{len(local)} of {len(combinations)} placements take no communication"
 
 
-def _gradients_of_the_whole(case: Case) -> tuple[list[Tensor], Sequence[Tensor]]:
-    """Incoming gradients, and those of the operands; none, if the operator has no derivative."""
-    leaves = case.leaves()
-    results = case.smooth(case.plain)(*leaves)
-    incoming = list(map(normal_like, results))
-    try:
-        return incoming, gradients(results, leaves, incoming)
-    except RuntimeError:  # another rule's matter
-        return incoming, ()
-
-
 @contextmanager
 def _simulated_ranks() -> Iterator[Any]:
     """A mesh of ranks in this process."""
     if dist.is_initialized():
-        raise NotRun("this process belongs to a process group")
+        raise Outcome("not run", "this process belongs to a process group")
     from torch.distributed._local_tensor import LocalTensorMode
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -98,7 +93,7 @@ def _compare(
     with CommDebugMode() as communication:
         ys: Sequence[Any] = case.op(*placed)
     if not all(isinstance(y, DTensor) for y in ys):
-        raise Wrong("the result is not a DTensor")
+        raise Outcome("wrong", "the result is not a DTensor")
     whole: list[Any] = [y.redistribute(placements=[Replicate()]) for y in ys]
     _same_on_all_ranks(whole, results)
     if communication.get_total_counts() == 0:

@@ -3,7 +3,6 @@
 
 import copy
 import io
-import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,12 +25,10 @@ from torchpar.testing.case import (
     Attempts,
     Calls,
     Case,
-    Failed,
     Function,
     Layout,
-    NotRun,
+    Outcome,
     Tensors,
-    Wrong,
     accurate,
     cast,
     close,
@@ -44,8 +41,8 @@ from torchpar.testing.case import (
 from torchpar.testing.placements import every_placement
 
 RULES: dict[str, Callable[[Case], Any]] = {}
-"""By name, in the table's order: functions that return nothing or a remark, and raise `Wrong`, `NotRun` or
-any error. Or they yield attempts, each a label and such a function, and return a remark."""
+"""By name, in the table's order: functions that return nothing or a remark, and raise an `Outcome` or any
+error. Or they yield attempts, each a label and such a function, and return a remark."""
 ONCE = ("torch.compile by Inductor", "torch.export, save and load")  # for the first sample only
 
 
@@ -67,7 +64,7 @@ def _(case: Case) -> None:
     try:
         actual, expected = case.op(*case.operands), case.plain(*operands)
     except Exception as e:  # samples are what the operator takes
-        raise Failed(f"{type(e).__name__}: {e}") from e
+        raise Outcome("crashes", f"{type(e).__name__}: {e}") from e
     close(actual, expected)
 
 
@@ -78,28 +75,14 @@ def _(case: Case) -> None:
         same_bits(case.op(*case.operands), first)
 
 
-@rule("operands and results")
-def _(case: Case) -> None:
-    is_alias = torch._C._is_alias_of  # type: ignore[attr-defined]
-    operands = [t.clone() for t in case.operands]
-    results = case.op(*operands)
-    for i, (t, before) in enumerate(zip(operands, case.operands, strict=True)):
-        if t._version or not torch.equal(t.nan_to_num(), before.nan_to_num()):
-            raise Wrong(f"operand {i} is written to")
-        if any(is_alias(y, t) for y in results):
-            raise Wrong(f"a result shares the memory of operand {i}")
-    if any(is_alias(a, b) for a, b in itertools.combinations(results, 2)):
-        raise Wrong("two results share memory")
-
-
 @rule("schema")
 def _(case: Case) -> Attempts:
     if case.overload is None:
-        raise NotRun("no operator was called")
+        raise Outcome("not run", "no operator was called")
     with Calls() as calls:
         case.op(*case.operands)
     if case.overload not in calls.seen and case.callable is not case.overload:
-        raise NotRun("the operator decomposes before it is dispatched")
+        raise Outcome("not run", "the operator decomposes before it is dispatched")
     arguments = calls.seen.get(case.overload, case.arguments(case.operands))
 
     def check(test: str, requires_grad: bool) -> None:
@@ -109,7 +92,7 @@ def _(case: Case) -> Attempts:
         args, kwargs = tree_map_only(Tensor, prepared, arguments)
         found = torch.library.opcheck(case.overload, args, kwargs, test_utils=test, raise_exception=False)
         if found[test] != "SUCCESS":
-            raise Wrong(f"opcheck: {found[test]}")
+            raise Outcome("wrong", f"opcheck: {found[test]}")
 
     for test in ("test_schema", "test_autograd_registration"):
         for requires_grad in (False, True):
@@ -174,11 +157,11 @@ def _(case: Case) -> Attempts:
 
 def _numerically(check: Callable[..., Any], case: Case) -> None:
     if {t.dtype for t in case.floating} != {torch.float64}:
-        raise NotRun("operands have to be float64")
+        raise Outcome("not run", "operands have to be float64")
     try:
         check(case.smooth(case.op), case.leaves())
     except GradcheckError as e:
-        raise Wrong(str(e)) from e
+        raise Outcome("wrong", str(e)) from e
 
 
 RULES["gradcheck"] = partial(_numerically, torch.autograd.gradcheck)
@@ -423,7 +406,7 @@ def _(case: Case) -> Attempts:
             close(case.op(*(t.clone() for t in case.operands)), expected)
         close(ys, expected)
         if any(y.requires_grad or y.is_inference() != (mode is torch.inference_mode) for y in ys):
-            raise Wrong("the result requires a gradient, or is no inference tensor")
+            raise Outcome("wrong", "the result requires a gradient, or is no inference tensor")
 
     for mode in (torch.no_grad, torch.inference_mode):
         yield mode.__name__, partial(check, mode)
@@ -444,7 +427,7 @@ def _(case: Case) -> Attempts:
 
     def inner(tensors: Tensors) -> Tensors:
         if any(not isinstance(t, TwoTensor) for t in tensors):
-            raise Wrong("the result is no tensor of the subclass")
+            raise Outcome("wrong", "the result is no tensor of the subclass")
         return tuple(t.a for t in tensors)  # type: ignore[attr-defined]
 
     def wrapped(tensors: Iterable[Tensor]) -> Tensors:
@@ -491,7 +474,7 @@ def _compiled(case: Case, **how: Any) -> Attempts:
 
 def _by_inductor(case: Case) -> Attempts:
     if not any(map(shutil.which, filter(None, [os.environ.get("CXX"), "g++", "clang++"]))):
-        raise NotRun("no C++ compiler")
+        raise Outcome("not run", "no C++ compiler")
     from torch._inductor import config
 
     with config.patch(compile_threads=1):  # processes would take longer to start
@@ -535,7 +518,7 @@ RULES["DTensor"] = every_placement
 def _(case: Case) -> None:
     """Captured on another stream, and replayed with other operands in the same memory."""
     if not torch.cuda.is_available():
-        raise NotRun("no GPU")
+        raise Outcome("not run", "no GPU")
     operands = [t.cuda() for t in case.operands]
     others = [rolled(t, 1).cuda() for t in case.operands]
     case.takes(operands)
