@@ -14,7 +14,6 @@ from samples import assert_accurate, bits, error, halves, normal, to_numpy
 from test_symmetric_matmul import contract
 from test_symmetric_matmul import operands as symmetric
 from torch import Tensor
-from torch.func import jvp, vmap
 from torch.nn import functional as F
 
 import torchpar
@@ -45,8 +44,7 @@ def on_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.backends.mkldnn.is_available():
         pytest.skip("oneDNN is not in this build of PyTorch")
     monkeypatch.setattr(processor, "has_onednn", lambda: True)
-    for name in ("linear_sigmoid", "linear_cpu"):
-        monkeypatch.setattr(sys.modules[f"torchpar.ops.{name}"], "has_bfloat16", lambda: True)
+    monkeypatch.setattr(sys.modules["torchpar.ops.linear_sigmoid"], "has_bfloat16", lambda: True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
 
 
@@ -61,7 +59,6 @@ def onednn(monkeypatch: pytest.MonkeyPatch, on_onednn: None) -> list[int]:
         return in_chains(terms, *rest)
 
     monkeypatch.setattr(linear_cpu, "_MIN_PRODUCT", 1)
-    monkeypatch.setattr(linear_cpu, "_MIN_LAYER", 1)
     monkeypatch.setattr(linear_cpu, "in_chains", count)
     return counts
 
@@ -140,15 +137,14 @@ def test_every_part_of_pytorch_takes_a_layer(layer: str, onednn: list[int]) -> N
     assert 2 in onednn
 
 
-def test_compilers_transforms_and_autocast_are_pytorchs(layer: str, onednn: list[int]) -> None:
+def test_compilers_and_autocast_are_pytorchs(layer: str, onednn: list[int]) -> None:
     ours, native, _ = LAYERS[layer]
     args = operands(*AWKWARD)
     assert torch.equal(torch.compile(ours, backend="aot_eager", fullgraph=True)(*args), native(*args))
     with torch.autocast("cpu", torch.bfloat16):
-        assert ours(*args).dtype == torch.bfloat16
-        assert_accurate(ours(*args), native(*args), to_numpy(native(*(arg.double() for arg in args))), 2)
-    torch.testing.assert_close(jvp(linear, args, args), jvp(F.linear, args, args))
-    torch.testing.assert_close(vmap(linear, (0, None, None))(*args), F.linear(*args))
+        found, expected = ours(*args), native(*args)
+    assert found.dtype == torch.bfloat16
+    assert_accurate(found, expected, to_numpy(native(*(arg.double() for arg in args))), 2)
     assert onednn == []
 
 
@@ -180,15 +176,12 @@ def names(x: Tensor, out: int = 128) -> tuple[str, ...]:
 def test_only_large_float32_layers_have_an_autograd_of_their_own(monkeypatch: Any, on_onednn: None) -> None:
     native = ("AddmmBackward0", "SigmoidBackward0")
     large = torch.ones(128, 784)
-    assert names(large) == (
-        "LinearFunctionBackward",
-        "DifferentiableBackward",
-    )  # 12.8 million multiplications
-    assert names(large, 112) == native  # 11.2 million, less than `_MIN_LAYER`
+    assert names(large, 75) == ("LinearFunctionBackward", "SigmoidBackward0")  # 7.53 million multiplications
+    assert names(large, 74) == native  # 7.43 million, less than three times `_MIN_PRODUCT`
     assert names(large.double()) == names(large.bfloat16()) == native
     with torch.backends.mkldnn.flags(enabled=False):
         assert names(large) == native
-    for module, reason, value in ((processor, "has_onednn", False), (torch, "get_num_threads", 2)):
+    for module, reason, value in ((processor, "has_onednn", False), (torch, "get_num_threads", 3)):
         with monkeypatch.context() as patch:
             patch.setattr(module, reason, lambda value=value: value)
             assert names(large) == native
@@ -210,13 +203,13 @@ def test_onednn_is_for_amd_processors_with_avx512(monkeypatch: pytest.MonkeyPatc
 def lengths(monkeypatch: pytest.MonkeyPatch, on_onednn: None) -> list[int]:
     """The lengths of the chains of symmetric products, on any processor."""
     lengths: list[int] = []
-    chain = linear_cpu.onednn
+    for module in (linear_cpu, symmetric_cpu):
 
-    def recorded(a: Tensor, *rest: Any, **how: Any) -> Tensor:
-        lengths.append(a.shape[1])
-        return chain(a, *rest, **how)
+        def recorded(terms: list[Any], *bias: Any, in_chains: Any = module.in_chains) -> Tensor:
+            lengths.extend(a.shape[1] for a, _ in terms)
+            return in_chains(terms, *bias)
 
-    monkeypatch.setattr(linear_cpu, "onednn", recorded)
+        monkeypatch.setattr(module, "in_chains", recorded)
     return lengths
 
 
