@@ -30,11 +30,11 @@ def prefers_onednn(t: Tensor) -> bool:
     return t.is_cpu and t.dtype == torch.float32 and t.layout == torch.strided and processor.uses_onednn()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, differentiable."""
     fits = weight.dim() == 2 and (bias is None or bias.shape == weight.shape[:1])  # PyTorch takes others, too
     if fits and _chain_length(weight.shape, x, weight, bias):
-        return LinearFunction.apply(x, weight, bias)
+        return LinearFunction.apply(x, weight, bias)  # type: ignore[no-any-return]
     return F.linear(x, weight, bias)
 
 
