@@ -29,26 +29,20 @@ def compare_compiled() -> None:
     from torch.distributed.tensor import Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    cases = list(itertools.product(OPERATORS, (True, False)))
+    cases = list(itertools.product(OPERATORS.values(), (0, -1)))  # split along rows, and along columns
 
     def compute(operands_of: list[list[Any]]) -> list[Any]:
-        return [
-            OPERATORS[name].function(*args, **OPERATORS[name].factors(len(args)))
-            for (name, _), args in zip(cases, operands_of, strict=True)
-        ]
+        pairs = zip(cases, operands_of, strict=True)
+        return [op.function(*args, **op.factors(len(args))) for (op, _), args in pairs]
 
-    whole = [operands(name, OPERATORS[name].small[0]) for name, _ in cases]
+    whole = [operands(op.name, op.small[0]) for op, _ in cases]
     placed = [
-        [
-            distribute_tensor(t.detach(), mesh, [Shard(0 if along_rows else t.dim() - 1)]).requires_grad_()
-            for t in args
-        ]
-        for (_, along_rows), args in zip(cases, whole, strict=True)
+        [distribute_tensor(t.detach(), mesh, [Shard(dim % t.dim())]).requires_grad_() for t in args]
+        for (_, dim), args in zip(cases, whole, strict=True)
     ]
     # The other partitioner would import Inductor, which takes longer than to compile.
     compiled = torch.compile(compute, fullgraph=True, backend="aot_eager_default_partitioner")
-    actual = [t.full_tensor() for t in compiled(placed)]
-    expected = compute(whole)
+    actual, expected = [t.full_tensor() for t in compiled(placed)], compute(whole)
     torch.testing.assert_close(actual, [t.detach() for t in expected])
     found = torch.autograd.grad(sum(t.cos().sum() for t in actual), list(itertools.chain(*placed)))
     gradients = torch.autograd.grad(sum(t.cos().sum() for t in expected), list(itertools.chain(*whole)))

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn import functional as F
 
 from torchpar.library import Wrap, batch_first, needs_formula, sample, supports_tma
-from torchpar.ops import linear_cpu
 from torchpar.ops._operator import operator
-from torchpar.ops.matrix import check_dtype, check_like, fp32_precision, is_paired, pad_to_even, rows
+from torchpar.ops.linear_cpu import is_eager, linear, linear_forward
+from torchpar.ops.matrix import check_dtype, check_like, fp32_precision, is_paired, pad_to_even, product, rows
 from torchpar.ops.processor import has_bfloat16
 
 
@@ -63,16 +63,17 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Return True if PyTorch's operators and their autograd are right, and faster than this operator.
 
-    They are on CPUs, if the layer is small or not float32, and for 16-bit floats if its sizes are even.
+    They are on CPUs, for 16-bit floats if all sizes are even.
     """
-    if not (x.is_cpu and linear_cpu.is_eager(x, weight, bias)):
+    if not (x.is_cpu and is_eager(x, weight, bias)):
         return False
-    if x.dtype == torch.float32:
-        return not linear_cpu.takes_onednn(x, weight, bias)
-    if is_paired(x):
-        slow = x.dtype == torch.bfloat16 and not has_bfloat16()
-        return not slow and not any(size % 2 for size in (*weight.shape, math.prod(x.shape[:-1])))
-    return True
+    is_even = not any(size % 2 for size in (*weight.shape, math.prod(x.shape[:-1])))
+    return not is_paired(x) or (is_even and not _is_slow(x))
+
+
+def _is_slow(t: Tensor) -> bool:
+    """Whether products take 50 times as long as those of float32."""
+    return t.dtype == torch.bfloat16 and t.is_cpu and not has_bfloat16()
 
 
 def _formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -83,13 +84,11 @@ def _formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 @operator("linear_sigmoid(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", kernels="linear_sigmoid")
 def _op(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wrap: Wrap) -> Tensor:
     _check(x, weight, bias)
+    if _is_slow(x):
+        bias = None if bias is None else bias.float()
+        return linear_forward(x.float(), weight.float(), bias).sigmoid_().bfloat16()
     if not x.is_cuda:
-        if wrap is not None:
-            return linear(*pad_to_even(x, weight), bias).sigmoid_()
-        if x.dtype == torch.bfloat16 and not has_bfloat16():  # products would take 50 times as long
-            bias = None if bias is None else bias.float()
-            return linear_cpu.linear_forward(x.float(), weight.float(), bias, sigmoid=True).bfloat16()
-        return linear_cpu.linear_forward(x, weight, bias, sigmoid=True)
+        return linear_forward(x, weight, bias).sigmoid_()
     from torchpar.kernels import linear_sigmoid as kernels
 
     out = None
@@ -97,7 +96,7 @@ def _op(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wrap: Wrap) ->
         tma = supports_tma(wrap)
         out = kernels.linear_sigmoid(rows(x), weight, bias, fp32_precision(), wrap, tma=tma)
     if out is None:
-        return linear(x, weight, bias).sigmoid_()
+        return F.linear(x, weight, bias).sigmoid_()
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -127,7 +126,12 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, y = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad
     dz, db = sigmoid_backward(g, y, need_bias)
-    dx, dw = linear_cpu.linear_gradients(dz, x, weight, need_x, need_weight)
+    dtype = x.dtype
+    if _is_slow(x):
+        dz, x, weight = dz.float(), x.float(), weight.float()
+    # PyTorch's product of a one-dimensional DTensor and a matrix has a wrong shape (2.15).
+    dx = product(rows(dz) if dz.dim() == 1 else dz, weight.mT).view(x.shape).to(dtype) if need_x else None
+    dw = product(rows(dz).mT, rows(x).mT).to(dtype) if need_weight else None
     return dx, dw, db
 
 

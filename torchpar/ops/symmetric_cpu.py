@@ -121,6 +121,6 @@ def symmetrized_product(g: Tensor, x: Tensor) -> Tensor:
     if computed_in(x.dtype) != x.dtype:  # with loss scaling, G + Gᵀ would also overflow float16
         return symmetrized_product(g.float(), x.float()).to(x.dtype)
     half = half_sum(g)
-    if is_halved(x) and x.dim() == 2 and prefers_onednn(x):
+    if x.dim() == 2 and prefers_onednn(x):
         return mm(half, x).mul_(2)
     return product(half, x.mT).mul_(2)

@@ -170,7 +170,7 @@ class FusedGradients:
             return linear_forward(x, weight, bias).relu_()
         if x.is_cuda:
             return linear_sigmoid(x, weight, bias)
-        return linear_forward(x, weight, bias, sigmoid=True)
+        return linear_forward(x, weight, bias).sigmoid_()
 
     def _hidden_gradient(self, g: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """dL/dZ and dL/db of a hidden layer from g = dL/dY and y."""
