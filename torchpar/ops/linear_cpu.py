@@ -104,6 +104,6 @@ def in_chains(terms: list[tuple[Tensor, Tensor]], bias: Tensor | None = None) ->
 
 def is_eager(*tensors: Tensor | None) -> bool:
     """Return True if no compiler, transform, tensor subclass or autocast must intercept the calls."""
-    return all(type(t) in _PLAIN for t in tensors) and not (
-        torch.compiler.is_compiling() or _is_tracing() or is_transformed() or torch.is_autocast_enabled("cpu")
-    )
+    if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, tensors)):
+        return False
+    return not (_is_tracing() or is_transformed() or torch.is_autocast_enabled("cpu"))
