@@ -233,7 +233,7 @@ class Muon(Optimizer):
         for group, own in self._by_group(tensors):
             self._orthogonalize(group, own)
         tensors = {info: t for exchange in exchanges for info, t in exchange.scatter(tensors).items()}
-        self._check_gradients(infos)
+        self._check_gradients(infos, set(grads))
         for group, own in self._by_group(tensors):
             self._apply(group, own)
         return loss
@@ -295,15 +295,15 @@ class Muon(Optimizer):
             if ratio != 1:
                 matrix.mul_(ratio)
 
-    def _check_gradients(self, infos: list[ParamInfo]) -> None:
+    def _check_gradients(self, infos: list[ParamInfo], valid: set[ParamInfo]) -> None:
         """Raise a ConfigError if gradients are not as their parameters, or if a group has none."""
         for info in infos:
-            if info.p.grad is not None and not _has_gradient(info):
+            if info.p.grad is not None and info not in valid:
                 raise ConfigError(
                     f"Muon: the gradient of {info.name} is {_layout(info.p.grad)}, expected "
                     f"{_layout(info.p)}; before the step, make it dense, or redistribute it to p.placements"
                 )
-        updated = {info.group_index for info in infos if info.p.grad is not None}
+        updated = {info.group_index for info in valid}
         for index, group in enumerate(self.param_groups):
             trainable = any(p.requires_grad for p in group["params"])
             if trainable and index not in updated and (updated or not self._has_updated):

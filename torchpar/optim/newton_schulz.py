@@ -109,10 +109,10 @@ def orthogonalize(
         return orthogonalize(x.flatten(0, -3), coefficients, steps, eps, ns).view(x.shape)
     if x.shape[-2] > x.shape[-1]:
         return orthogonalize(x.mT, coefficients, steps, eps, ns).mT
-    x = x.to(torch.bfloat16, copy=True)
+    x = x.to(torch.bfloat16)
     if x.device.type == "cpu" and not has_bfloat16():
         x = x.float()  # whose products take a tenth of the time
-    x.div_(torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps))
+    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
     rest = iter(triples)
     for i, k in enumerate(_iterations_per_gram(x.shape[-2], x.shape[-1], len(triples), ns)):
         x = _iterate(x, list(islice(rest, k)), shifted=i == 0 or k == 1)
