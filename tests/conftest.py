@@ -18,13 +18,7 @@ from torchpar.parallel.launch.local import Ranks
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 THREADS = torch.get_num_threads()
-LONGEST = {
-    f"test_{name}"
-    for name in (
-        *("check_operator", "examples", "kernels_compiled", "operators_compile", "our_operators", "ptx"),
-        "testing",
-    )
-}
+LONGEST = "check_operator examples kernels_compiled operators_compile our_operators ptx testing"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest, so that no worker is left with one at the end."""
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONGEST.split())
 
 
 @pytest.fixture(autouse=True)

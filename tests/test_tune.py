@@ -271,9 +271,7 @@ def test_a_right_result_passes_and_a_wrong_one_fails(problem, monkeypatch):
     _, library, _, exact = gpu.prepare(problem, torch.device("cpu"))
     expected = measure.reference(exact, library(), problem.k)
     symmetric = problem.kernel == "symmetric_product"
-    right = (exact.maximum(exact.mT) if symmetric else exact).to(
-        library().dtype
-    )  # BLAS may round differently
+    right = library()
     measure.check(right, expected, problem, symmetric)
     inaccurate, unwritten, asymmetric = right.clone(), right.clone(), right.clone()
     error = (library() - exact).abs().max()
