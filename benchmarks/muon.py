@@ -24,7 +24,7 @@ from torchpar import data
 from torchpar.nn import MLP
 from torchpar.optim import Muon
 from torchpar.optim.newton_schulz import COEFFICIENTS
-from torchpar.parallel.launch.world import join_world_of_one
+from torchpar.parallel.launch.world import join_world
 from torchpar.training import Run, lr_scheduler, muon, sgd
 
 Shapes = list[tuple[int, int]]
@@ -110,7 +110,7 @@ def train(epochs: int, samples: int | None = None) -> list[Result]:
         "sgd": partial(sgd, lr=SGD_LR, momentum=0.9, weight_decay=3e-5),
         "muon": partial(muon, lr=MUON_LR, momentum=0.95, weight_decay=0.01),
     }
-    with join_world_of_one() as world:
+    with join_world(alone=True) as world:
         train_set, test_set = data.load("mnist", DATA, world.device)
         train_set = train_set[:samples]
         steps = epochs * math.ceil(len(train_set) / BATCH_SIZE)

@@ -52,7 +52,7 @@ from torchpar.baselines.numpy_mlp import Array
 from torchpar.data import Batch
 from torchpar.nn import MLP
 from torchpar.parallel.launch.local import Ranks, current_world, start_ranks
-from torchpar.parallel.launch.world import World, join_world_of_one
+from torchpar.parallel.launch.world import World, join_world
 from torchpar.parallel.split.shared_memory import register_shared_memory_hook
 from torchpar.training import Run, sgd
 from torchpar.training.fused import FusedGradients
@@ -493,7 +493,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = "train" if threads == 1 else f"train-{threads}-threads"
     table = Table(command.csv(options, name), CPU, cores=CORES, threads=threads)
     tables = []
-    with start_ranks(2) as ranks, join_world_of_one("cpu") as world:
+    with start_ranks(2) as ranks, join_world("cpu", alone=True) as world:
         for training in QUICK if options.quick else FULL:
             torch.set_num_threads(threads)
             inputs = Inputs(training)

@@ -30,7 +30,7 @@ from torchpar.data import Samples, load
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel import World
-from torchpar.parallel.launch.world import join_world_of_one
+from torchpar.parallel.launch.world import join_world
 from torchpar.training import Run, evaluate, lr_scheduler, sgd
 
 Row = dict[str, Any]  # a choice and its figures after an epoch
@@ -121,7 +121,7 @@ def draw(path: Path, swept: list[Row], epochs: list[Row]) -> None:
 
 def main(flags: Flags) -> None:
     start = time.perf_counter()
-    with join_world_of_one(flags.device) as world:
+    with join_world(flags.device, alone=True) as world:
         file, test_set = load(flags.dataset, flags.data, world.device)
         rest = len(file) - len(file) // 6
         study = partial(train, flags=flags, sets=(file[:rest][: flags.samples], file[rest:]), world=world)

@@ -19,7 +19,7 @@ from torch.nn.functional import layer_norm, normalize, scaled_dot_product_attent
 
 from torchpar import matmul_t
 from torchpar.data import load
-from torchpar.parallel.launch.world import join_world_of_one
+from torchpar.parallel.launch.world import join_world
 
 
 @dataclass(kw_only=True)
@@ -40,7 +40,7 @@ def attention(x: Tensor) -> Tensor:
 
 
 def main(flags: Flags) -> None:
-    with join_world_of_one(flags.device) as world:
+    with join_world(flags.device, alone=True) as world:
         _, test = load(flags.dataset, flags.data, world.device)
         order = test.labels[: flags.samples].argsort()
         labels = test.labels[order]

@@ -18,7 +18,7 @@ from torch.nn.functional import conv2d, cross_entropy, layer_norm
 
 from torchpar.data import load
 from torchpar.nn import Linear, LinearSigmoid
-from torchpar.parallel.launch.world import join_world_of_one
+from torchpar.parallel.launch.world import join_world
 from torchpar.training import Run, lr_scheduler, sgd
 
 
@@ -69,7 +69,7 @@ class ConvNet(torch.nn.Module):
 
 
 def main(flags: Flags) -> None:
-    with join_world_of_one(flags.device) as world:
+    with join_world(flags.device, alone=True) as world:
         train, test = load(flags.dataset, flags.data, world.device)
         train = train[: flags.samples]
         torch.manual_seed(flags.seed)

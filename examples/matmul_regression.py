@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss, pad
 
 from torchpar.errors import ConfigError
-from torchpar.parallel.launch.world import join_world_of_one
+from torchpar.parallel.launch.world import join_world
 
 
 @dataclass(kw_only=True)
@@ -63,7 +63,7 @@ def make_samples(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def main(flags: Flags) -> None:
-    with join_world_of_one(flags.device) as world:
+    with join_world(flags.device, alone=True) as world:
         torch.manual_seed(flags.seed)
         x, y = make_samples(1024, world.device)
         w = torch.randn(8).to(world.device)

@@ -42,7 +42,7 @@ from torchpar.data import Samples, batches
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel.launch.local import current_world, start_ranks
-from torchpar.parallel.launch.world import join_world_of_one
+from torchpar.parallel.launch.world import join_world
 from torchpar.training import lr_scheduler, sgd
 
 MARGIN = 0.02  # of a square of side 2
@@ -210,7 +210,7 @@ def report(flags: Flags) -> list[dict[str, Any]]:
 
 def main(flags: Flags) -> None:
     start = time.perf_counter()
-    with join_world_of_one(flags.device) as world:
+    with join_world(flags.device, alone=True) as world:
         rows = compare(flags, world.device)
     best = rows[-1]
     if flags.noise:

@@ -21,7 +21,6 @@ from torchpar.errors import ConfigError
 from torchpar.optim.matrices import ParamInfo
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.parts import Part
-from torchpar.wire import wire_device
 
 _CHECKSUM = -1  # in place of a parameter's index
 _CHECKSUM_PART = Part((4,), (0,), (4,))  # four bytes, each a bfloat16, which holds the integers up to 256
@@ -146,7 +145,8 @@ class Exchange:
         sends, receives = route
         device = self.params[0].p.device
         checksum = torch.tensor([*zlib.crc32(repr(self._facts).encode()).to_bytes(4)], dtype=torch.bfloat16)
-        wire = checksum.new_empty(0, device=wire_device(self.params[0].p, self.group))
+        # gloo sends CUDA tensors in all-reduces and broadcasts only.
+        wire = checksum.new_empty(0, device="cpu" if dist.get_backend(self.group) == "gloo" else device)
 
         def flat(message: Message) -> Tensor:
             t = checksum if message.param == _CHECKSUM else tensors.get(message.param)

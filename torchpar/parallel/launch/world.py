@@ -128,7 +128,7 @@ class World:
 
 
 @contextmanager
-def join_world(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[World]:
+def join_world(device: str = "auto", timeout: float = TIMEOUT, alone: bool = False) -> Iterator[World]:
     """Join the processes that torchrun, mpirun or srun started. Without a launcher the world has one rank.
 
     NCCL connects ranks with a GPU each. gloo connects ranks on CPUs, and ranks that share a GPU. If
@@ -137,9 +137,10 @@ def join_world(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[World
     Args:
         device: "cpu", "cuda", or "auto": CUDA if there is any.
         timeout: seconds after which a rank that waits for another one gives up.
+        alone: refuse several ranks, for a program that is one process.
 
     Raises:
-        ConfigError: an unknown device, or CUDA on a machine without it.
+        ConfigError: an unknown device, CUDA on a machine without it, or several ranks with ``alone``.
         RankLostError: a rank has ended or hangs. It replaces PyTorch's error.
     """
     if device not in ("auto", "cpu", "cuda"):
@@ -148,6 +149,8 @@ def join_world(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[World
         raise ConfigError("device is cuda, but PyTorch finds no GPU; take cpu")
     launched = rendezvous.find_rank_info()
     info = launched or rendezvous.RankInfo(0, 0, 1, 1, address="", port=0, launcher="none")
+    if alone and info.world_size > 1:
+        raise ConfigError(f"{info.world_size} processes were started, expected 1; start without a launcher")
     if device == "cpu" or not torch.cuda.is_available():
         own, backend = torch.device("cpu"), "gloo"
     else:
@@ -183,21 +186,6 @@ def join_world(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[World
         gc.collect()
         if store is not None and dist.is_initialized():
             dist.destroy_process_group()
-
-
-@contextmanager
-def join_world_of_one(device: str = "auto") -> Iterator[World]:
-    """Call `join_world` in a program that is one process.
-
-    Raises:
-        ConfigError: as `join_world`, or a launcher has started several processes.
-    """
-    with join_world(device) as world:
-        if world.world_size > 1:
-            raise ConfigError(
-                f"{world.world_size} processes were started, expected 1; start it without a launcher"
-            )
-        yield world
 
 
 def _make_mesh(device: torch.device, shape: tuple[int, int, int], timeout: float) -> DeviceMesh:

@@ -4,13 +4,15 @@
 `torch.distributed.checkpoint` writes the tensors, each rank its own shards. It has no checksums, and if an
 overwrite is interrupted, the result loads as a mixture of two checkpoints. So a checkpoint is written to
 ``step-N.tmp`` with a manifest of every file's SHA-256, flushed to the disk, renamed to ``step-N`` in one
-step, and named in ``latest``. A damaged checkpoint is skipped, and the one before it is loaded.
+step, and named in ``latest``. A damaged checkpoint is skipped, and the one before it is loaded. Unpickling
+uses allow-lists only: `torch.load` with ``weights_only`` for tensors, and `_Unpickler` for the metadata.
 """
 
 import fcntl
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -25,17 +27,37 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.rendezvous import run_in_daemon
 from torchpar.parallel.launch.world import World
-from torchpar.parallel.save.storage import Reader, Writer
 
 MANIFEST = "manifest.json"
 _UNSIGNED = "0" * 64  # stands for the manifest's own SHA-256 while that is computed
+# The classes in torch.distributed.checkpoint's metadata of tensors. BytesStorageMetadata, for other objects,
+# is left out, because PyTorch would unpickle those objects without an allow-list.
+_CLASSES = {
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "WindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},  # the same in Python 3.13
+    "torch": {"Size", "float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.metadata": {
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +81,7 @@ class Checkpoint:
             ValueError: a name, a shape or a file does not fit; on every rank.
         """
         try:
-            load(dict(tensors), storage_reader=Reader(self.path), process_group=self._group)
+            load(dict(tensors), storage_reader=_Reader(self.path), process_group=self._group)
         except CheckpointException as e:
             raise ValueError(_cause(e)) from e
 
@@ -152,7 +174,7 @@ class Checkpoints:
         unfinished = path.with_suffix(".tmp")
         try:
             self.world.on_rank_0(lambda: self._make_folder(unfinished), self._group)
-            writer = Writer(unfinished, sync_files=True)
+            writer = _Writer(unfinished, sync_files=True)
             save(dict(tensors), storage_writer=writer, process_group=self._group)
             self.world.on_rank_0(lambda: self._publish(unfinished, path, state), self._group)
         except (CheckpointException, Exception) as e:  # the first is a BaseException
@@ -185,7 +207,7 @@ class Checkpoints:
         self._locked = True
 
     def _publish(self, unfinished: Path, path: Path, state: dict[str, Any]) -> None:
-        metadata = Reader(unfinished).read_metadata()
+        metadata = _Reader(unfinished).read_metadata()
         files = {".metadata"} | {info.relative_path for info in metadata.storage_data.values()}
         mesh = self.world.mesh
         contents = {
@@ -210,6 +232,37 @@ class Checkpoints:
         for old in until_now[: -self.keep]:
             os.replace(old, old.with_suffix(".tmp"))  # a half-removed checkpoint must not look damaged
             shutil.rmtree(old.with_suffix(".tmp"))
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a checkpoint's metadata")
+        return super().find_class(module, name)
+
+
+class _Writer(FileSystemWriter):
+    """PyTorch's writer, with the error of a file that could not be written."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as e:
+            # After a failed write PyTorch cannot close its archive, and that error hides the first one.
+            if isinstance(e.__context__, OSError):
+                raise e.__context__ from e
+            raise
+
+
+class _Reader(FileSystemReader):
+    """PyTorch's reader, which unpickles the metadata by an allow-list."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata: Metadata = _Unpickler(file).load()
+        assert metadata.storage_meta is not None
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
 
 
 def write_manifest(folder: Path, files: Sequence[str], contents: dict[str, Any]) -> None:
