@@ -21,10 +21,15 @@ from torchpar.parallel.launch.world import join_world
 pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 pytest.importorskip("lightning", reason="the extra `lightning` is not installed")
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec"),  # Lightning 2.6 on torch 2.15
-    pytest.mark.filterwarnings("ignore::UserWarning"),  # Lightning's advice
-]
+ADVICE = (
+    "`isinstance.treespec, LeafSpec",  # Lightning 2.6 on torch 2.15
+    "The `srun` command is available",
+    "The number of training batches",  # fewer than the logging interval
+    "Checkpoint directory .* exists and is not empty",
+    "Be aware that when using `ckpt_path`, callbacks",
+    "The dirpath has changed",  # a resumed run's is another version_N
+)
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in ADVICE]
 TRAIN, TEST, BATCH = 201, 101, 50  # the last of the 5 batches holds one sample, and rank 1 has none of it
 SIZES = [784, 20, 10]
 
