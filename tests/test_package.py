@@ -29,7 +29,7 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
 HIDDEN = """
 import sys
 sys.modules.update(rich=None, triton=None, torchvision=None)  # importing one of them fails
-import torchpar, torchpar.optim, torchpar.tune.command, torchpar.tune.measure
+import torchpar, torchpar.optim, torchpar.tune
 """
 
 

@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import torchpar
 from torchpar.ops import processor, symmetric_cpu
 from torchpar.optim import orthogonalize
-from torchpar.tune.measure import check, reference
+from torchpar.tune import check, reference
 
 
 @pytest.fixture(params=["blas", "onednn"])

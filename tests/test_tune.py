@@ -16,11 +16,11 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton compiles the configurations")
 
+from torchpar import tune
 from torchpar.kernels import folders, tiles
 from torchpar.kernels.tiles import Tiles
 from torchpar.ops.matrix import mirrored
-from torchpar.tune import gpu, measure
-from torchpar.tune.gpu import Problem
+from torchpar.tune import Problem
 
 DEVICE = tiles.Device("NVIDIA Test/9 GPU", 90, 132)
 WIDE, LARGE = Tiles(128, 256, 64, 8, 4, "tma"), Tiles(128, 128, 64, 8, 4, "tma")
@@ -268,11 +268,11 @@ def test_save_refuses_what_load_would(folder):
 def test_a_right_result_passes_and_a_wrong_one_fails(problem, monkeypatch):
     # The library's products are mirrored by a kernel, which runs on a GPU alone.
     monkeypatch.setattr("torchpar.kernels.matmul_t.mirror", lambda c, wrap: mirrored(c))
-    _, library, _, exact = gpu.prepare(problem, torch.device("cpu"))
-    expected = measure.reference(exact, library(), problem.k)
+    _, library, _, exact = tune.prepare(problem, torch.device("cpu"))
+    expected = tune.reference(exact, library(), problem.k)
     symmetric = problem.kernel == "symmetric_product"
     right = library()
-    measure.check(right, expected, problem, symmetric)
+    tune.check(right, expected, problem, symmetric)
     inaccurate, unwritten, asymmetric = right.clone(), right.clone(), right.clone()
     error = (library() - exact).abs().max()
     own = exact.abs().max() * math.sqrt(problem.k) * torch.finfo(torch.float64).eps / 2
@@ -285,12 +285,12 @@ def test_a_right_result_passes_and_a_wrong_one_fails(problem, monkeypatch):
         *([(asymmetric, "not symmetric")] if symmetric else []),
     ):
         with pytest.raises(ValueError, match=message):
-            measure.check(wrong, expected, problem, symmetric)
+            tune.check(wrong, expected, problem, symmetric)
 
 
 def test_configurations_and_the_library_are_timed_in_turn_and_checked_first(monkeypatch, capsys):
     problem = Problem("tf32", "linear_sigmoid", 33, 33, 20)
-    _, library, out, exact = gpu.prepare(problem, torch.device("cpu"))
+    _, library, out, exact = tune.prepare(problem, torch.device("cpu"))
     precisions = []
 
     def do_bench(call, *args, **options) -> float:
@@ -303,15 +303,15 @@ def test_configurations_and_the_library_are_timed_in_turn_and_checked_first(monk
         out[..., 1, 1] += tiles == BROKEN
 
     monkeypatch.setattr("triton.testing.do_bench", do_bench)
-    monkeypatch.setattr(gpu, "prepare", lambda *_: (launch, library, out, exact))
+    monkeypatch.setattr(tune, "prepare", lambda *_: (launch, library, out, exact))
     monkeypatch.setattr(tiles, "configurations", lambda *_: [FAST, BROKEN])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert gpu.tune_problem(problem, DEVICE, "cpu") == [33, 33, 20, 1, None]
-    assert precisions == ["tf32"] * 2 * measure.ROUNDS
+    assert tune.tune_problem(problem, DEVICE, "cpu") == [33, 33, 20, 1, None]
+    assert precisions == ["tf32"] * 2 * tune.ROUNDS
     wrong, row = capsys.readouterr().out.splitlines()
-    name = f"{problem}, {gpu.describe(BROKEN)}"
-    assert wrong.startswith(f"{name}: ValueError: {gpu.describe(BROKEN)} has an error of 1.0e+00")
-    assert row == f"{problem}: library 3 ms, {gpu.describe(FAST)} 4 ms"  # the second of five rounds
+    name = f"{problem}, {tune.describe(BROKEN)}"
+    assert wrong.startswith(f"{name}: ValueError: {tune.describe(BROKEN)} has an error of 1.0e+00")
+    assert row == f"{problem}: library 3 ms, {tune.describe(FAST)} 4 ms"  # the second of five rounds
 
 
 # The command
@@ -327,14 +327,14 @@ def table_of_gpu(folder, monkeypatch):
 
     measured: list[Problem] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "tune_problem", made_up)
+    monkeypatch.setattr(tune, "tune_problem", made_up)
     monkeypatch.setattr(tiles, "KINDS", {"bfloat16": tiles.KINDS["bfloat16"]})
     path = folder / "user" / tiles.file_name(DEVICE.name)
     return SimpleNamespace(path=path, measured=measured, made_up=made_up)
 
 
-def tune(*sizes: int, minutes: float = 10.0) -> int:
-    return gpu.tune(sizes or (1024, 256), minutes)
+def run_tune(*sizes: int, minutes: float = 10.0) -> int:
+    return tune.tune(sizes or (1024, 256), minutes)
 
 
 def measured(table) -> dict[int, list]:
@@ -343,7 +343,7 @@ def measured(table) -> dict[int, list]:
 
 
 def test_tune_measures_what_its_table_lacks_and_the_launchers_read_it(table_of_gpu, capsys):
-    assert (tune(1024), tune()) == (0, 0)
+    assert (run_tune(1024), run_tune()) == (0, 0)
     assert [problem.n for problem in table_of_gpu.measured] == [1024, 1024, 256, 256]
     assert measured(table_of_gpu) == {1024: list(FAST), 256: None}
     assert chosen(1000, 1000) == FAST
@@ -356,9 +356,9 @@ def test_tune_measures_what_its_table_lacks_and_the_launchers_read_it(table_of_g
 
 def test_a_table_of_other_versions_is_not_continued(table_of_gpu):
     for key in ("torch", "triton", "kernels"):
-        tune()
+        run_tune()
         table_of_gpu.path.write_text(json.dumps(json.loads(table_of_gpu.path.read_text()) | {key: "other"}))
-        tune(512)
+        run_tune(512)
         assert measured(table_of_gpu) == {512: None}
 
 
@@ -370,12 +370,12 @@ def test_a_run_that_ends_early_keeps_what_it_has_measured(table_of_gpu, capsys, 
         return table_of_gpu.made_up(problem)
 
     if interrupted:
-        monkeypatch.setattr(gpu, "tune_problem", interrupt)
+        monkeypatch.setattr(tune, "tune_problem", interrupt)
     else:
         seconds = iter((0.0, 1.0, 61.0))
-        monkeypatch.setattr(gpu.time, "monotonic", lambda: next(seconds))
+        monkeypatch.setattr(tune.time, "monotonic", lambda: next(seconds))
     with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
-        assert tune(minutes=1) == 0
+        assert run_tune(minutes=1) == 0
     assert measured(table_of_gpu) == {1024: list(FAST)}
     assert CONTINUES in capsys.readouterr().out
 
@@ -393,17 +393,17 @@ def test_a_problem_that_cannot_be_measured_is_left_out_unless_the_gpu_fails(fold
     x = torch.ones(1, 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(gpu, "prepare", out_of_memory)
-    assert tune() == 1
+    monkeypatch.setattr(tune, "prepare", out_of_memory)
+    assert run_tune() == 1
     assert f"{SMALL_PROBLEM}: left out, OutOfMemoryError: CUDA out of memory.\n" in capsys.readouterr().out
-    monkeypatch.setattr(gpu, "prepare", lambda *_: (fails, lambda: x, x, x.double()))
-    assert tune() == 1
+    monkeypatch.setattr(tune, "prepare", lambda *_: (fails, lambda: x, x, x.double()))
+    assert run_tune() == 1
     printed = capsys.readouterr().out
-    assert f"{gpu.describe(BROKEN)}: RuntimeError: PassManager::run failed" in printed
+    assert f"{tune.describe(BROKEN)}: RuntimeError: PassManager::run failed" in printed
     assert f"{SMALL_PROBLEM}: left out, no configuration could be used" in printed
     monkeypatch.setattr(torch.cuda, "synchronize", failing)
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        tune()
+        run_tune()
 
 
 @pytest.mark.parametrize(

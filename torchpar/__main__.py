@@ -9,7 +9,7 @@ import importlib
 import sys
 
 COMMANDS = {
-    "tune": ("torchpar.tune.command", "measure the fastest tiles of the kernels on this GPU"),
+    "tune": ("torchpar.tune", "measure the fastest tiles of the kernels on this GPU"),
     "verify": (
         "torchpar.exact.verify",
         "train on any mesh of ranks, and compare the weights' hash",

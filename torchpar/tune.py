@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Measure the configurations of the matrix kernels on this GPU, for the table that the launchers read.
+"""``python -m torchpar tune`` measures the matrix kernels on this GPU, for the table that launchers read.
 
 A problem is measured as a whole, and the table is saved after each: the same command continues.
 """
 
+import argparse
 import hashlib
 import math
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -17,14 +19,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from torchpar.errors import ConfigError
-from torchpar.tune.measure import Call, check, print_times, reference, take_turns
+from torchpar.errors import ConfigError, TorchparError
 
 if TYPE_CHECKING:  # it imports Triton
     from torchpar.kernels.tiles import Device, Tiles
 
+Call = Callable[[], object]
+
 LIBRARY = "library"  # PyTorch's product, mirrored or with a sigmoid
-ROUND_MS = 10  # of each configuration
+ROUNDS, ROUND_MS = 5, 10  # of each configuration
 # The problems of each kind of operands, the most important first: m, n, k and batch.
 PROBLEMS = (
     *(("symmetric_product", n, n, n, 1) for n in (4096, 8192, 2048, 1024)),
@@ -52,6 +55,25 @@ class Problem(NamedTuple):
     def __str__(self) -> str:
         batch = f"{self.batch} of " * (self.batch > 1)
         return f"{self.kernel} {self.kind} {batch}{self.m}x{self.n}x{self.k}"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        "python -m torchpar tune",
+        description="Measure the fastest configurations of the kernels on this GPU. The same command "
+        "continues a run that was interrupted; without the table, all is measured anew.",
+    )
+    parser.add_argument("--minutes", type=float, default=10.0, help="begin no problem later than this")
+    parser.add_argument("--sizes", nargs="+", type=int, default=(), help="square problems alone")
+    options = parser.parse_args(arguments)
+    try:
+        return tune(options.sizes, options.minutes)
+    except (TorchparError, OSError) as e:
+        print(f"python -m torchpar tune: error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130  # the status a shell reports for SIGINT
 
 
 def tune(sizes: Sequence[int] = (), minutes: float = 10.0) -> int:
@@ -135,9 +157,10 @@ def tune_problem(problem: Problem, present: "Device", device: str = "cuda") -> l
             print(f"{problem}: left out, no configuration could be used")
             return None
         times = take_turns({LIBRARY: library, **calls}, time_call)
-    print_times(problem, times, describe)
-    fastest = min(times, key=times.__getitem__)
-    return [*problem[2:], None if fastest == LIBRARY else fastest]
+    ranked = sorted(times, key=times.__getitem__)
+    row = (f"{describe(name)} {1e3 * times[name]:.4g} ms" for name in ranked)
+    print(f"{problem}: {', '.join(row)}")
+    return [*problem[2:], None if ranked[0] == LIBRARY else ranked[0]]
 
 
 def prepare(problem: Problem, device: torch.device) -> tuple[Any, Callable[[], Tensor], Tensor, Tensor]:
@@ -164,3 +187,36 @@ def prepare(problem: Problem, device: torch.device) -> tuple[Any, Callable[[], T
 def describe(tiles: "Tiles | str") -> str:
     """The tile, warps, stages and variant, such as 128x256x64 w8 s3 tma; a name as it is."""
     return tiles if isinstance(tiles, str) else "{}x{}x{} w{} s{} {}".format(*tiles)
+
+
+class Reference(NamedTuple):
+    """A product in float64, and the largest error that a way to it may have."""
+
+    product: Tensor
+    bound: float
+
+
+def reference(exact: Tensor, library: Tensor, k: int) -> Reference:
+    """The float64 product ``exact`` of k terms; the bound is twice the error of PyTorch's ``library``."""
+    error = (library.double() - exact).abs().max().item()
+    # The reference has an error too: a rounding of random sign for each of k terms.
+    own = exact.abs().max().item() * math.sqrt(k) * torch.finfo(torch.float64).eps / 2
+    return Reference(exact, 2 * error + 3 * own)
+
+
+def check(found: Tensor, expected: Reference, name: object, symmetric: bool = True) -> None:
+    """Raise a ValueError if the error is over the bound, or if a product is not symmetric and should be."""
+    error = (found.double() - expected.product).abs().max().item()
+    if not error <= expected.bound:
+        raise ValueError(f"{name} has an error of {error:.1e}, over {expected.bound:.1e}")
+    if symmetric and not torch.equal(found, found.mT):
+        raise ValueError(f"{name} is not symmetric")
+
+
+def take_turns(calls: Mapping[Any, Call], time_call: Callable[[Call], float]) -> dict[Any, float]:
+    """The lower quartile of the seconds of each call. They take turns, so that a disturbance slows all."""
+    times: dict[Any, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            times[name].append(time_call(call))
+    return {name: sorted(own)[len(own) // 4] for name, own in times.items()}

@@ -1,2 +1,0 @@
-# SPDX-License-Identifier: MIT
-"""Tuning: `command` is ``python -m torchpar tune``; `gpu` tunes the matrix kernels, and `cpu` products."""
