@@ -83,7 +83,7 @@ def pooled(flags: Flags) -> list[Samples]:
 def train_numpy(world: Any, splits: Sequence[Samples], plan: Plan) -> Result:
     """Train on the processes of an MPI communicator, each of which has all samples and takes its share."""
     shares = [
-        mpi.Samples(*(np.array_split(t.numpy(), world.size)[world.rank] for t in (one.features, one.labels)))
+        [np.array_split(t.numpy(), world.size)[world.rank] for t in (one.features, one.labels)]
         for one in splits
     ]
     (x, labels), count = shares[0], len(splits[0])
@@ -101,7 +101,7 @@ def train_numpy(world: Any, splits: Sequence[Samples], plan: Plan) -> Result:
         optimizer.step(total[:-1] / count)
         costs.append(float(total[-1]) / count)
     seconds = time.perf_counter() - start
-    ends = [mpi.evaluate(world, model, *pair) for pair in zip(shares, map(len, splits), strict=True)]
+    ends = [mpi.evaluate(world, model, *own, len(one)) for own, one in zip(shares, splits, strict=True)]
     return Result(costs, ends, seconds, model.weights[0])
 
 

@@ -15,11 +15,12 @@ added as integers.
 """
 
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from support import cli, console, plots
@@ -29,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchpar import exact
 from torchpar.errors import ConfigError
+from torchpar.exact.models import read_text
 from torchpar.optim import Muon
 from torchpar.parallel import join_world
 from torchpar.parallel.launch.world import World
@@ -52,20 +54,12 @@ class Flags(cli.ExampleFlags):
     arithmetic: Literal["fast", "exact"] = "fast"  # Exact: the same bits everywhere, many times slower.
 
 
-class Book(NamedTuple):
-    """Two texts as the numbers of their characters, and how many different characters there are."""
-
-    train: Tensor
-    validation: Tensor
-    characters: int
+Book = tuple[Sequence[Tensor], int]  # training and validation text, and how many different characters
 
 
 def load_book(device: torch.device) -> Book:
-    written = BOOK.read_text(encoding="ascii")
-    alphabet = sorted(set(written))
-    text = torch.tensor([alphabet.index(character) for character in written], device=device)
-    train, validation = text.tensor_split([len(text) * 9 // 10])
-    return Book(train, validation, len(alphabet))
+    text, characters = read_text(BOOK)
+    return text.to(device).tensor_split([len(text) * 9 // 10]), characters
 
 
 class Transformer(nn.Module):
@@ -109,11 +103,12 @@ def train(name: str, flags: Flags, book: Book, world: World) -> list[dict[str, A
 
     ``train_loss`` is the mean over the steps since the last row. ``seconds`` are without evaluation.
     """
+    (text, validation), characters = book
     is_exact = flags.arithmetic == "exact"
     arithmetic = exact.mode if is_exact else nullcontext
     torch.manual_seed(flags.seed)
     with arithmetic():
-        model = Transformer(book.characters).to(world.device)
+        model = Transformer(characters).to(world.device)
     # On a GPU AdamW would take operators of several tensors, which have no exact version.
     adamw = partial(torch.optim.AdamW, lr=flags.adamw_lr, foreach=False if is_exact else None)
     optimizer: torch.optim.Optimizer = adamw(model.parameters())
@@ -130,15 +125,15 @@ def train(name: str, flags: Flags, book: Book, world: World) -> list[dict[str, A
     losses: list[Tensor] = []
     seconds, begin = 0.0, time.perf_counter()
     for step in range(1, flags.steps + 1):
-        starts = torch.randint(len(book.train) - CONTEXT, (flags.batch_size,), generator=windows)
+        starts = torch.randint(len(text) - CONTEXT, (flags.batch_size,), generator=windows)
         with arithmetic():
             if parallel:
                 for unit in starts.split(UNIT)[mine]:
-                    loss = loss_of(model, book.train, unit)
+                    loss = loss_of(model, text, unit)
                     parallel.backward(loss * len(unit) / flags.batch_size)
                 loss = parallel.all_reduce()  # sets the gradients
             else:
-                loss = loss_of(replica, book.train, starts[mine])
+                loss = loss_of(replica, text, starts[mine])
                 loss.backward()
             optimizer.step()
         schedule.step()
@@ -150,7 +145,7 @@ def train(name: str, flags: Flags, book: Book, world: World) -> list[dict[str, A
                 train_loss = float(world.sum(torch.tensor(train_loss))) / world.world_size
             seconds += time.perf_counter() - begin
             row = {"optimizer": name, "step": step, "train_loss": train_loss}
-            row["validation_loss"] = evaluate(model, book.validation, world)
+            row["validation_loss"] = evaluate(model, validation, world)
             rows.append(row | {"seconds": seconds})
             losses.clear()
             begin = time.perf_counter()

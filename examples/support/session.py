@@ -162,9 +162,6 @@ class Log(training.RunLog):
 
 def _print_collectives(calls: Sequence[Sequence[Call]]) -> None:
     """Print a table of rank 0's collectives in a step, the median of the recorded steps."""
-    if not calls:  # complete already, or a short run
-        print("collectives per step: none was recorded, no more than two steps were trained")
-        return
     rows = []
     for kind in dict.fromkeys((c.dimension, c.operation) for step in calls for c in step):
         counted = [[c for c in step if (c.dimension, c.operation) == kind] for step in calls]
@@ -177,4 +174,4 @@ def _print_collectives(calls: Sequence[Sequence[Call]]) -> None:
     if rows:
         console.print_rows(rows, list(rows[0]), "collectives of a step, rank 0")
     else:
-        print("collectives per step: none, one rank has the whole model and the whole batch")
+        print("collectives per step: none was recorded, as there is one rank, or no more than two steps")
