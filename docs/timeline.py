@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Draw one tile of `matmul_t` as a timeline: ``PYTHONPATH=.:tests python -m ptx.timeline``.
+"""Draw one tile of `matmul_t` as a timeline: ``PYTHONPATH=.:tests python docs/timeline.py``.
 
 Time is the number of instructions that a warp has executed. An asynchronous operation lasts from its issue
 until a warp has waited for it; on a GPU it may be complete earlier.
@@ -10,14 +10,13 @@ from typing import Any
 from unittest.mock import patch
 
 import matplotlib.pyplot as plt
+from ptx import cases
+from ptx.launch import Gpu
+from ptx.machine import SCHEDULES, Operation, Warp
 
 from torchpar.kernels.tiles import Tiles
 
-from . import cases
-from .launch import Gpu
-from .machine import SCHEDULES, Operation, Warp
-
-PICTURE = Path(__file__).parents[2] / "docs" / "operators" / "timeline-matmul_t.png"
+PICTURE = Path(__file__).parent / "operators" / "timeline-matmul_t.png"
 TILES = Tiles(128, 256, 64, 8, 4, "tma")
 STEPS = 6
 KINDS = {"a bulk load": "load", "a product": "multiply", "a bulk store": "store"}
