@@ -7,10 +7,12 @@ full disks and damaged checkpoints.
 
 import math
 import os
+import random
 import re
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -21,9 +23,9 @@ from faults import TRAIN, latest, losses, same, start, steps, tensors, torchrun,
 
 pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 pytest.importorskip("tyro", reason="tyro reads the flags")
-import soak
 
 STEPS = 48  # of four epochs
+KILLS = int(os.environ.get("KILLS", "1"))
 slow = pytest.mark.slow
 
 
@@ -60,11 +62,13 @@ def ranks_of(mesh: str) -> int:
 
 
 def is_undisturbed(folder: Path, undisturbed: Path) -> None:
-    final = tensors(folder / f"step-{STEPS}")
-    assert same(final, tensors(undisturbed / f"step-{STEPS}"))
-    assert not same(final, tensors(undisturbed / "step-42"))
-    assert losses(Path(f"{folder}.jsonl")) == losses(Path(f"{undisturbed}.jsonl"))
-    assert [epoch for epoch, *_ in losses(Path(f"{folder}.jsonl"))] == [1, 2, 3, 4]
+    *_, before, last = steps(undisturbed)
+    final = tensors(folder / last)
+    assert same(final, tensors(undisturbed / last))
+    assert not same(final, tensors(undisturbed / before))
+    of_epochs = losses(Path(f"{folder}.jsonl"))
+    assert of_epochs == losses(Path(f"{undisturbed}.jsonl"))
+    assert [epoch for epoch, *_ in of_epochs] == [*range(1, len(of_epochs) + 1)]
     assert {p.name for p in folder.glob("[!.]*")} == {"latest", *steps(folder)}  # nothing unfinished
 
 
@@ -143,9 +147,54 @@ def test_torchrun_is_stopped_and_the_same_command_goes_on(ranks, data, undisturb
     is_undisturbed(folder, undisturbed("--dp 2"))
 
 
+def choose_moment(folder: Path, generator: random.Random, ended: Callable[[], bool]) -> None:
+    """Wait for the moment of the next kill."""
+    where = generator.choice(["step", "save", "start"])
+    for _ in range(0 if where == "start" else generator.randint(1, 6)):
+        before = latest(folder)
+        wait_for(lambda before=before: ended() or latest(folder) != before)
+    if where == "save":
+        wait_for(lambda: ended() or any(folder.glob("step-*.tmp")))
+    else:
+        time.sleep(generator.uniform(0, 3.0 if where == "start" else 0.03))
+
+
+def living_ranks(launcher: int) -> list[int]:
+    """Return the processes of the ranks that a torchrun started."""
+
+    def is_rank(child: str) -> bool:
+        with suppress(OSError):  # it has ended
+            return "\0RANK=" in Path(f"/proc/{child}/environ").read_text()
+        return False
+
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text()
+    return [int(child) for child in children.split() if is_rank(child)]
+
+
 @slow
-def test_torchrun_starts_killed_ranks_again_and_they_end_with_the_same_bits():
-    assert soak.main(["--kills", "1", "--ranks", "3"]) == 0
+def test_ranks_killed_at_random_moments_start_again_and_end_with_the_same_bits(ranks, data, tmp_path):
+    """A third of the kills fall on a step, a third on a save, and a third on the start of the processes."""
+    epochs = 3 + 2 * KILLS  # of 12 steps; a life of the ranks takes 1 to 10
+    undisturbed, folder = tmp_path / "undisturbed", tmp_path / "disturbed"
+    flags = [*data, "--epochs", str(epochs), "--async-save"]
+    assert ranks(2, train, *flags, *saving(undisturbed)) == ["", ""]
+    generator, kills, starts, known = random.Random(0), 0, 0, set[int]()
+    with (tmp_path / "err").open("w") as err:
+        process = torchrun(f"--max_restarts={KILLS}", TRAIN, *flags, *saving(folder), stderr=err)
+        while process.poll() is None and kills < KILLS:
+            choose_moment(folder, generator, lambda: process.poll() is not None)
+            if process.poll() is None and (living := living_ranks(process.pid)):
+                starts += known.isdisjoint(living)
+                known.update(living)
+                victim = generator.choice(living)
+                os.kill(victim, signal.SIGKILL)
+                kills += 1
+                wait_for(lambda victim=victim: victim not in living_ranks(process.pid))
+        process.communicate()
+    said = (tmp_path / "err").read_text()
+    print(f"{kills} kills | {starts} starts | {said.count(' is damaged')} refused checkpoints")
+    assert (process.returncode, kills) == (0, KILLS), said
+    is_undisturbed(folder, undisturbed)
 
 
 def train_differing(flags: list[str], each: list[list[str]]) -> str:
