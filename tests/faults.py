@@ -3,54 +3,27 @@
 
 import os
 import re
-import runpy
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from multiprocessing.context import ForkServerProcess
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from commands import ROOT, TORCHRUN, lesson, rows_of
-from ranks import fork_context
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 TRAIN = str(ROOT / "examples" / "train_parallel.py")
 
 
-def start(folder: Path, flags: Sequence[str], world_size: int) -> list[ForkServerProcess]:
-    """Start ranks of examples/train_parallel.py, without a launcher.
-
-    The files "out" and "err" in ``folder`` are the stdout and the stderr of all.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    env["WORLD_SIZE"] = str(world_size)
-    processes = [
-        fork_context().Process(target=_run, args=(folder, flags, env | {"RANK": str(rank)}))
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
-    return processes
-
-
-def _run(folder: Path, flags: Sequence[str], env: dict[str, str]) -> None:
-    for stream, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    os.environ.update(env)
+def train_alone(rank: int, world_size: int, port: int, *flags: str) -> tuple[int, str, str]:
+    """Train as a rank of train_parallel.py, without a launcher; return its exit status and its streams."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(address, RANK=str(rank), WORLD_SIZE=str(world_size))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background shells ignore it
-    sys.argv = [TRAIN, *flags]
-    from support import cli
-
-    cli.GRACE = 0.1  # no launcher ends these ranks before they print an error
-    runpy.run_path(TRAIN, run_name="__main__")
+    return lesson("train_parallel", *flags)
 
 
 def train(*flags: str) -> str:

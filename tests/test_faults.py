@@ -10,16 +10,18 @@ import os
 import random
 import re
 import signal
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
 from fake_data import fashion_mnist
-from faults import TRAIN, latest, losses, same, start, steps, tensors, torchrun, train, wait_for
+from faults import TRAIN, latest, losses, same, steps, tensors, torchrun, train, train_alone, wait_for
+
+from torchpar.parallel.launch.local import Ranks
 
 pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 pytest.importorskip("tyro", reason="tyro reads the flags")
@@ -72,15 +74,6 @@ def is_undisturbed(folder: Path, undisturbed: Path) -> None:
     assert {p.name for p in folder.glob("[!.]*")} == {"latest", *steps(folder)}  # nothing unfinished
 
 
-@pytest.fixture
-def processes() -> Iterator[list[ForkServerProcess]]:
-    processes: list[ForkServerProcess] = []
-    yield processes
-    for process in processes:
-        process.kill()
-        process.join()
-
-
 FAULTS = [  # flags, fault of one rank, exit status of the others, the line about it
     ("--dp 2 --async-save", 1, signal.SIGKILL, 2, "rank 1 does not answer"),
     pytest.param("--dp 2 --tp 2 --timeout 3", 0, signal.SIGSTOP, 2, "rank 0 does not answer", marks=slow),
@@ -96,34 +89,38 @@ FAULTS = [  # flags, fault of one rank, exit status of the others, the line abou
 
 @pytest.mark.parametrize("flags, victim, fault, status, line", FAULTS)
 def test_a_fault_is_named_and_a_later_run_goes_on(
-    ranks, data, undisturbed, tmp_path, processes, flags, victim, fault, status, line
+    ranks, data, undisturbed, tmp_path, flags, victim, fault, status, line
 ):
     """Rank 0 hosts the store."""
     folder = tmp_path / "saved"
     mesh = " ".join(re.findall(r"--(?:[dtp]p|micro-batches) \d", flags))
-    processes += start(tmp_path, [*data, *saving(folder), *flags.split()], ranks_of(mesh))
-    wait_for(lambda: latest(folder) not in ("", "step-1"))
-    began = time.monotonic()
-    os.kill(processes[victim].pid, fault)
-    lost = fault in (signal.SIGKILL, signal.SIGSTOP)
-    others = [process for rank, process in enumerate(processes) if not lost or rank != victim]
-    for process in others:
-        process.join(60)
-    out, err = (tmp_path / "out").read_text(), (tmp_path / "err").read_text()
-    assert [process.exitcode for process in others] == [status] * len(others), err
+    command = [*data, *saving(folder), *flags.split()]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with Ranks() as pool:
+        pool.start(ranks_of(mesh))
+        pool.callback(pool.kill)
+        pids = [worker.submit(os.getpid).result() for worker in pool.workers]
+        calls = enumerate(pool.workers)
+        futures = [one.submit(train_alone, rank, len(pids), port, *command) for rank, one in calls]
+        wait_for(lambda: latest(folder) not in ("", "step-1"))
+        began = time.monotonic()
+        os.kill(pids[victim], fault)
+        lost = fault in (signal.SIGKILL, signal.SIGSTOP)
+        others = [rank for rank in range(len(pids)) if not lost or rank != victim]
+        codes, outs, errs = zip(*(futures[rank].result(60) for rank in others), strict=True)
+        for rank in others:
+            pool.workers[rank].shutdown()  # the processes can end
+    assert set(codes) == {status}, errs
     assert latest(folder) != f"step-{STEPS}"
     assert fault != signal.SIGSTOP or time.monotonic() - began > 2  # --timeout is 3 seconds
     if lost:
-        said = [said for said in err.splitlines() if said.startswith("train_parallel.py: error: ")]
-        assert len(said) == len(others)
-        assert all(line in one for one in said)
-        assert "Traceback" not in err
-        processes[victim].kill()
-        processes[victim].join()
+        error = rf"train_parallel\.py: error: .*{line}.*\n"
+        assert all(re.fullmatch(error, err) for err in errs), errs
     else:
-        assert err == ""
-        assert out.count(line) == 1
-        assert "test accuracy" not in out.splitlines()[-1]
+        assert set(errs) == {""}
+        assert "".join(outs).count(line) == 1
+        assert "test accuracy" not in outs[0].splitlines()[-1]
         assert latest(folder) == steps(folder)[-1]  # all have ended by themselves: nothing is unfinished
     assert set(ranks(ranks_of(mesh), train, *data, *saving(folder, every=7), *mesh.split())) == {""}
     is_undisturbed(folder, undisturbed(mesh))
