@@ -11,15 +11,18 @@ import random
 import re
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
+from commands import ROOT, TORCHRUN, lesson, rows_of
 from fake_data import fashion_mnist
-from faults import TRAIN, latest, losses, same, steps, tensors, torchrun, train, train_alone, wait_for
+from saved import latest, same, steps, tensors
 
 from torchpar.parallel.launch.local import Ranks
 
@@ -27,6 +30,7 @@ pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 pytest.importorskip("tyro", reason="tyro reads the flags")
 
 STEPS = 48  # of four epochs
+TRAIN = str(ROOT / "examples" / "train_parallel.py")
 KILLS = int(os.environ.get("KILLS", "1"))
 slow = pytest.mark.slow
 
@@ -38,6 +42,44 @@ def data(tmp_path_factory) -> list[str]:
     fashion_mnist(root / "FashionMNIST" / "raw", train=600, test=101)
     flags = "--dataset fashion-mnist --device cpu --hidden 33 7 --epochs 4 --batch-size 51 --timeout 60"
     return [*flags.split(), "--data", str(root)]
+
+
+def train_alone(rank: int, world_size: int, port: int, *flags: str) -> tuple[int, str, str]:
+    """Train as a rank of train_parallel.py, without a launcher; return its exit status and its streams."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(address, RANK=str(rank), WORLD_SIZE=str(world_size))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background shells ignore it
+    return lesson("train_parallel", *flags)
+
+
+def train(*flags: str) -> str:
+    """Run train_parallel.py in this process, one of the fixture's ranks; return its error, or ""."""
+    status, _, err = lesson("train_parallel", *flags)
+    return err if status else ""
+
+
+def torchrun(*command: str, stderr: int | IO[str] = subprocess.PIPE) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*TORCHRUN, "--monitor_interval=0.1", *command],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        start_new_session=True,  # a terminal's Ctrl-C goes to a process group
+    )
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 60.0
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def losses(metrics: Path) -> list[tuple[float, ...]]:
+    """Return the losses and the accuracy of each epoch, bit for bit, from the metrics file."""
+    rows = rows_of(metrics)
+    return [(row["epoch"], row["train_loss"], row["test_loss"], row["test_accuracy"]) for row in rows]
 
 
 def saving(folder: Path, every: int = 1) -> list[str]:
