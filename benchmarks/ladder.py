@@ -217,11 +217,11 @@ def compute_on_rank(operator: str, shape: tuple[int, ...]) -> tuple[float, Array
 def call_of_rank(operator: str, shape: tuple[int, ...]) -> tuple[bool, Callable[[], Tensor]]:
     case = make_case(operator, shape)
     arguments = [torch.from_numpy(t) for t in case.arguments]
-    share = current_world().share(shape[-1] if operator == "linear_sigmoid" else shape[0])
+    share = current_world().share
     if operator == "matmul_t":
-        return case.cold, partial(torch.mm, share.narrow(arguments[0], 0), arguments[0].T)
+        return case.cold, partial(torch.mm, share(arguments[0]), arguments[0].T)
     whole = arguments[:1] if operator == "linear_sigmoid" else []  # x
-    own = [share.narrow(t, 0) for t in arguments[len(whole) :]]
+    own = map(share, arguments[len(whole) :])
     return case.cold, partial(getattr(torchpar, operator), *whole, *own)
 
 

@@ -99,8 +99,7 @@ class Step:
             replica = DistributedDataParallel(self.model, process_group=group, gradient_as_bucket_view=True)
             register_shared_memory_hook(replica, self.world)
             self.wrapped = replica
-        share = self.world.share(case.batch)
-        self.x, self.labels = share.narrow(x, 0).clone(), share.narrow(labels, 0).clone()
+        self.x, self.labels = self.world.share(x).clone(), self.world.share(labels).clone()
 
     def gradients(self) -> Tensor:
         """Set the gradients; return this rank's part of the sum of the losses."""

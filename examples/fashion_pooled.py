@@ -118,7 +118,7 @@ def train_torch(world: World, splits: Sequence[Samples], plan: Plan) -> Result:
     optimizer = torch.optim.SGD(model.parameters(), plan.lr, plan.momentum)
     costs = torch.zeros(plan.iterations, device=world.device)
     train, test = (samples.to(world.device) for samples in splits)
-    x, labels = (world.share(len(train)).narrow(t, 0) for t in (train.features, train.labels))
+    x, labels = map(world.share, (train.features, train.labels))
     cost_sum(replica(x), labels).backward()  # a GPU's kernels are compiled in the first call
     optimizer.zero_grad()
     start = time.perf_counter()

@@ -31,7 +31,6 @@ from torch.nn.functional import cross_entropy
 from torchpar.data import Batch, Dataset, Samples, batches, load
 from torchpar.errors import ConfigError, TorchparError
 from torchpar.nn import MLP
-from torchpar.partition import Partition
 from torchpar.training import LRSchedule, lr_scheduler, sgd
 
 
@@ -95,11 +94,13 @@ class Epochs:
     def __len__(self) -> int:
         return -(-len(self.samples) // self.batch_size)
 
+    def share(self, indices: Tensor) -> Tensor:
+        return indices.tensor_split(self.trainer.world_size)[self.trainer.global_rank]
+
     def __iter__(self) -> Iterator[Batch]:
         # A generator, which reads the epoch at the first batch: a resumed trainer has restored it by then.
-        share = partial(Partition, ranks=self.trainer.world_size, rank=self.trainer.global_rank)
         epoch = self.trainer.current_epoch + 1
-        yield from batches(self.samples, self.batch_size, seed=self.seed, epoch=epoch, share=share)
+        yield from batches(self.samples, self.batch_size, seed=self.seed, epoch=epoch, share=self.share)
 
 
 class MNIST(LightningDataModule):

@@ -9,7 +9,6 @@ from torch.optim import Optimizer
 from torchpar.data import Samples
 from torchpar.parallel.launch.world import World
 from torchpar.training import LRSchedule, Run, lr_scheduler
-from torchpar.training.fused import FusedGradients
 from torchpar.training.losses import cross_entropy_sum
 
 
@@ -23,7 +22,6 @@ def train(
     epochs: int,
     batch_size: int,
     replica: torch.nn.Module | None = None,
-    fused: FusedGradients | None = None,
     schedule: LRSchedule | None = "linear",
     **options: Any,
 ) -> Run:
@@ -31,7 +29,6 @@ def train(
 
     Args:
         replica: the wrapper of ``model`` that averages gradients over ranks.
-        fused: computes the gradients instead of autograd.
         options: of `torchpar.training.Run`.
     """
     steps = epochs * -(-len(samples) // batch_size)
@@ -40,11 +37,8 @@ def train(
     with Run(model, optimizer, scheduler, world, samples, test, **options) as run:
         for epoch in run.epochs():
             for x, labels, global_size in run.batches(epoch):
-                if fused is not None:
-                    total = fused(x, labels, global_size)
-                else:
-                    total = cross_entropy_sum((replica or model)(x), labels)
-                    (total * (world.dp_size / global_size)).backward()
+                total = cross_entropy_sum((replica or model)(x), labels)
+                (total * (world.dp_size / global_size)).backward()
                 optimizer.step()
                 if scheduler:
                     scheduler.step()

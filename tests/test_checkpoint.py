@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from faults import latest, same, steps, tensors
+from saved import latest, same, steps, tensors
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 

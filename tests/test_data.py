@@ -5,6 +5,7 @@ import gzip
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 
 from torchpar import data
 from torchpar.errors import ConfigError
-from torchpar.partition import Partition
+from torchpar.parallel import World
 
 DATA = Path(__file__).parent.parent / "examples" / "data"
 IMAGES, LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
@@ -46,7 +47,7 @@ def test_ranks_share_the_batches_of_one_order(batch_size):
     for world_size, start in ((1, 0), (1, 3), (2, 0), (4, 0), (4, 1)):
         expected = order.split(batch_size)[start:]
         for rank in range(world_size):
-            share = partial(Partition, ranks=world_size, rank=rank)
+            share = partial(World.share, SimpleNamespace(dp_size=world_size, dp_rank=rank))
             found = list(data.batches(samples, batch_size, seed=5, epoch=2, share=share, start=start))
             for batch, indices in zip(found, expected, strict=True):
                 mine = indices.tensor_split(world_size)[rank]

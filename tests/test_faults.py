@@ -7,23 +7,31 @@ full disks and damaged checkpoints.
 
 import math
 import os
+import random
 import re
 import signal
+import socket
+import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
+from commands import ROOT, TORCHRUN, lesson, rows_of
 from fake_data import fashion_mnist
-from faults import TRAIN, latest, losses, same, start, steps, tensors, torchrun, train, wait_for
+from saved import latest, same, steps, tensors
+
+from torchpar.parallel.launch.local import Ranks
 
 pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 pytest.importorskip("tyro", reason="tyro reads the flags")
-import soak
 
 STEPS = 48  # of four epochs
+TRAIN = str(ROOT / "examples" / "train_parallel.py")
+KILLS = int(os.environ.get("KILLS", "1"))
 slow = pytest.mark.slow
 
 
@@ -34,6 +42,44 @@ def data(tmp_path_factory) -> list[str]:
     fashion_mnist(root / "FashionMNIST" / "raw", train=600, test=101)
     flags = "--dataset fashion-mnist --device cpu --hidden 33 7 --epochs 4 --batch-size 51 --timeout 60"
     return [*flags.split(), "--data", str(root)]
+
+
+def train_alone(rank: int, world_size: int, port: int, *flags: str) -> tuple[int, str, str]:
+    """Train as a rank of train_parallel.py, without a launcher; return its exit status and its streams."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(address, RANK=str(rank), WORLD_SIZE=str(world_size))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background shells ignore it
+    return lesson("train_parallel", *flags)
+
+
+def train(*flags: str) -> str:
+    """Run train_parallel.py in this process, one of the fixture's ranks; return its error, or ""."""
+    status, _, err = lesson("train_parallel", *flags)
+    return err if status else ""
+
+
+def torchrun(*command: str, stderr: int | IO[str] = subprocess.PIPE) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*TORCHRUN, "--monitor_interval=0.1", *command],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        start_new_session=True,  # a terminal's Ctrl-C goes to a process group
+    )
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 60.0
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def losses(metrics: Path) -> list[tuple[float, ...]]:
+    """Return the losses and the accuracy of each epoch, bit for bit, from the metrics file."""
+    rows = rows_of(metrics)
+    return [(row["epoch"], row["train_loss"], row["test_loss"], row["test_accuracy"]) for row in rows]
 
 
 def saving(folder: Path, every: int = 1) -> list[str]:
@@ -60,21 +106,14 @@ def ranks_of(mesh: str) -> int:
 
 
 def is_undisturbed(folder: Path, undisturbed: Path) -> None:
-    final = tensors(folder / f"step-{STEPS}")
-    assert same(final, tensors(undisturbed / f"step-{STEPS}"))
-    assert not same(final, tensors(undisturbed / "step-42"))
-    assert losses(Path(f"{folder}.jsonl")) == losses(Path(f"{undisturbed}.jsonl"))
-    assert [epoch for epoch, *_ in losses(Path(f"{folder}.jsonl"))] == [1, 2, 3, 4]
+    *_, before, last = steps(undisturbed)
+    final = tensors(folder / last)
+    assert same(final, tensors(undisturbed / last))
+    assert not same(final, tensors(undisturbed / before))
+    of_epochs = losses(Path(f"{folder}.jsonl"))
+    assert of_epochs == losses(Path(f"{undisturbed}.jsonl"))
+    assert [epoch for epoch, *_ in of_epochs] == [*range(1, len(of_epochs) + 1)]
     assert {p.name for p in folder.glob("[!.]*")} == {"latest", *steps(folder)}  # nothing unfinished
-
-
-@pytest.fixture
-def processes() -> Iterator[list[ForkServerProcess]]:
-    processes: list[ForkServerProcess] = []
-    yield processes
-    for process in processes:
-        process.kill()
-        process.join()
 
 
 FAULTS = [  # flags, fault of one rank, exit status of the others, the line about it
@@ -92,34 +131,38 @@ FAULTS = [  # flags, fault of one rank, exit status of the others, the line abou
 
 @pytest.mark.parametrize("flags, victim, fault, status, line", FAULTS)
 def test_a_fault_is_named_and_a_later_run_goes_on(
-    ranks, data, undisturbed, tmp_path, processes, flags, victim, fault, status, line
+    ranks, data, undisturbed, tmp_path, flags, victim, fault, status, line
 ):
     """Rank 0 hosts the store."""
     folder = tmp_path / "saved"
     mesh = " ".join(re.findall(r"--(?:[dtp]p|micro-batches) \d", flags))
-    processes += start(tmp_path, [*data, *saving(folder), *flags.split()], ranks_of(mesh))
-    wait_for(lambda: latest(folder) not in ("", "step-1"))
-    began = time.monotonic()
-    os.kill(processes[victim].pid, fault)
-    lost = fault in (signal.SIGKILL, signal.SIGSTOP)
-    others = [process for rank, process in enumerate(processes) if not lost or rank != victim]
-    for process in others:
-        process.join(60)
-    out, err = (tmp_path / "out").read_text(), (tmp_path / "err").read_text()
-    assert [process.exitcode for process in others] == [status] * len(others), err
+    command = [*data, *saving(folder), *flags.split()]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with Ranks() as pool:
+        pool.start(ranks_of(mesh))
+        pool.callback(pool.kill)
+        pids = [worker.submit(os.getpid).result() for worker in pool.workers]
+        calls = enumerate(pool.workers)
+        futures = [one.submit(train_alone, rank, len(pids), port, *command) for rank, one in calls]
+        wait_for(lambda: latest(folder) not in ("", "step-1"))
+        began = time.monotonic()
+        os.kill(pids[victim], fault)
+        lost = fault in (signal.SIGKILL, signal.SIGSTOP)
+        others = [rank for rank in range(len(pids)) if not lost or rank != victim]
+        codes, outs, errs = zip(*(futures[rank].result(60) for rank in others), strict=True)
+        for rank in others:
+            pool.workers[rank].shutdown()  # the processes can end
+    assert set(codes) == {status}, errs
     assert latest(folder) != f"step-{STEPS}"
     assert fault != signal.SIGSTOP or time.monotonic() - began > 2  # --timeout is 3 seconds
     if lost:
-        said = [said for said in err.splitlines() if said.startswith("train_parallel.py: error: ")]
-        assert len(said) == len(others)
-        assert all(line in one for one in said)
-        assert "Traceback" not in err
-        processes[victim].kill()
-        processes[victim].join()
+        error = rf"train_parallel\.py: error: .*{line}.*\n"
+        assert all(re.fullmatch(error, err) for err in errs), errs
     else:
-        assert err == ""
-        assert out.count(line) == 1
-        assert "test accuracy" not in out.splitlines()[-1]
+        assert set(errs) == {""}
+        assert "".join(outs).count(line) == 1
+        assert "test accuracy" not in outs[0].splitlines()[-1]
         assert latest(folder) == steps(folder)[-1]  # all have ended by themselves: nothing is unfinished
     assert set(ranks(ranks_of(mesh), train, *data, *saving(folder, every=7), *mesh.split())) == {""}
     is_undisturbed(folder, undisturbed(mesh))
@@ -143,9 +186,54 @@ def test_torchrun_is_stopped_and_the_same_command_goes_on(ranks, data, undisturb
     is_undisturbed(folder, undisturbed("--dp 2"))
 
 
+def choose_moment(folder: Path, generator: random.Random, ended: Callable[[], bool]) -> None:
+    """Wait for the moment of the next kill."""
+    where = generator.choice(["step", "save", "start"])
+    for _ in range(0 if where == "start" else generator.randint(1, 6)):
+        before = latest(folder)
+        wait_for(lambda before=before: ended() or latest(folder) != before)
+    if where == "save":
+        wait_for(lambda: ended() or any(folder.glob("step-*.tmp")))
+    else:
+        time.sleep(generator.uniform(0, 3.0 if where == "start" else 0.03))
+
+
+def living_ranks(launcher: int) -> list[int]:
+    """Return the processes of the ranks that a torchrun started."""
+
+    def is_rank(child: str) -> bool:
+        with suppress(OSError):  # it has ended
+            return "\0RANK=" in Path(f"/proc/{child}/environ").read_text()
+        return False
+
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text()
+    return [int(child) for child in children.split() if is_rank(child)]
+
+
 @slow
-def test_torchrun_starts_killed_ranks_again_and_they_end_with_the_same_bits():
-    assert soak.main(["--kills", "1", "--ranks", "3"]) == 0
+def test_ranks_killed_at_random_moments_start_again_and_end_with_the_same_bits(ranks, data, tmp_path):
+    """A third of the kills fall on a step, a third on a save, and a third on the start of the processes."""
+    epochs = 3 + 2 * KILLS  # of 12 steps; a life of the ranks takes 1 to 10
+    undisturbed, folder = tmp_path / "undisturbed", tmp_path / "disturbed"
+    flags = [*data, "--epochs", str(epochs), "--async-save"]
+    assert ranks(2, train, *flags, *saving(undisturbed)) == ["", ""]
+    generator, kills, starts, known = random.Random(0), 0, 0, set[int]()
+    with (tmp_path / "err").open("w") as err:
+        process = torchrun(f"--max_restarts={KILLS}", TRAIN, *flags, *saving(folder), stderr=err)
+        while process.poll() is None and kills < KILLS:
+            choose_moment(folder, generator, lambda: process.poll() is not None)
+            if process.poll() is None and (living := living_ranks(process.pid)):
+                starts += known.isdisjoint(living)
+                known.update(living)
+                victim = generator.choice(living)
+                os.kill(victim, signal.SIGKILL)
+                kills += 1
+                wait_for(lambda victim=victim: victim not in living_ranks(process.pid))
+        process.communicate()
+    said = (tmp_path / "err").read_text()
+    print(f"{kills} kills | {starts} starts | {said.count(' is damaged')} refused checkpoints")
+    assert (process.returncode, kills) == (0, KILLS), said
+    is_undisturbed(folder, undisturbed)
 
 
 def train_differing(flags: list[str], each: list[list[str]]) -> str:

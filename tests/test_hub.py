@@ -59,7 +59,7 @@ def test_the_package_loads_and_its_operators_give_the_values(package: Path) -> N
         ("ops/maximum.py", "from torchpar import nn", "torchpar"),
         ("ops/maximum.py", "f(torch.ops.torchpar.maximum)", "torchpar"),
         ("ops/_operator.py", 'import_module(f"torchpar.{name}")', "torchpar."),
-        ("partition.py", "import numpy", "numpy"),
+        ("errors.py", "import numpy", "numpy"),
     ],
 )
 def test_imports_that_the_package_cannot_have_are_refused(name: str, line: str, used: str) -> None:

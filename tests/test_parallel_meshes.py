@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Training on meshes of data, tensor and pipeline parallelism, compared with one process."""
 
+import copy
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,10 +19,12 @@ from torch.testing import assert_close
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel import World, clip_grad_norm_, join_world, parallel_mlp
+from torchpar.parallel.split import shared_memory
 from torchpar.parallel.split.pipeline import Pipeline, check_one_rank_per_gpu, stage_mlp
 from torchpar.parallel.split.shared_memory import register_shared_memory_hook
 from torchpar.parts import part_of
 from torchpar.profile.collectives import Collectives
+from torchpar.training.fused import FusedGradients
 from torchpar.training.losses import add_orthogonality_gradient
 
 SIZES = (25, 33, 7, 5, 10)
@@ -33,9 +37,13 @@ sum_of_losses = partial(cross_entropy, reduction="sum")
 
 
 def split(
-    mlp: MLP, world: World, schedule: Any, micro_batches: int
+    mlp: MLP, world: World, schedule: Any, micro_batches: int, fused: bool = False
 ) -> tuple[MLP, Callable[..., Tensor], Callable[[Tensor], Tensor | None]]:
     """This rank's part of ``mlp``, and its `Pipeline.step` and `predict` or what stands for them here."""
+    if fused:
+        model = copy.deepcopy(mlp)
+        gradients = FusedGradients(model, world)
+        return model, lambda x, labels, global_size, _: gradients(x, labels, global_size), model
     model = stage_mlp(parallel_mlp(mlp, world.mesh["tp"]), world.mesh["pp"])
     if world.mesh["pp"].size() > 1:
         pipeline = Pipeline(model, world, schedule, micro_batches)
@@ -60,6 +68,8 @@ class Training(NamedTuple):
         batches: the sizes of the global batches; of the last one there are three.
         max_norm: the norm at which gradients are clipped. At 1000 none are, and a pipeline has the bits of
             one process that adds up the gradients of the micro-batches.
+        fused: whether gradients come from `FusedGradients`.
+        shared: whether ranks may add them through shared memory.
     """
 
     dp: int
@@ -71,6 +81,8 @@ class Training(NamedTuple):
     hidden: str = "relu"
     batches: tuple[int, ...] = (13,)
     max_norm: float = 0.1
+    fused: bool = False
+    shared: bool = True
 
     @property
     def ranks(self) -> int:
@@ -84,6 +96,8 @@ class Training(NamedTuple):
 TRAININGS = [
     Training(1, 1, 1),
     Training(4, 1, 1, batches=(13, 2)),  # ranks without a sample
+    *(Training(dp, 1, 1, hidden="sigmoid", batches=(13, 2), fused=True) for dp in (1, 3, 4)),
+    Training(3, 1, 1, batches=(13, 2), fused=True, shared=False),
     Training(1, 2, 1, sizes=SIZES[:4], hidden="sigmoid", max_norm=1e3),  # the last layer is whole
     Training(1, 4, 1, sizes=(7, 3, 5, 1, 2), batches=(1, 13)),  # ranks without some features
     Training(1, 1, 2, batches=(23, 3, 1), max_norm=1e3),  # with an empty micro-batch
@@ -106,9 +120,10 @@ def train_beside_one_process(training: Training, wrong: str = "") -> None:
     """
     torch.manual_seed(0)
     whole = MLP(training.sizes, training.hidden, dtype=torch.float64)
-    with join_world("cpu") as world:
+    supported = shared_memory.SUPPORTED and training.shared
+    with join_world("cpu") as world, patch.object(shared_memory, "SUPPORTED", supported):
         world = world.with_mesh(dp=training.dp, tp=training.tp, pp=training.pp)
-        model, step, predict = split(whole, world, training.schedule, training.micro_batches)
+        model, step, predict = split(whole, world, training.schedule, training.micro_batches, training.fused)
         optimizers = [
             torch.optim.SGD(m.parameters(), lr=0.3, momentum=0.9, weight_decay=1e-3) for m in (model, whole)
         ]
@@ -118,10 +133,9 @@ def train_beside_one_process(training: Training, wrong: str = "") -> None:
         for n in batches:
             x = torch.randn(n, training.sizes[0], dtype=torch.float64)
             labels = torch.randint(training.sizes[-1], (n,))
-            share = world.share(n)
-            mine = share.narrow(x, 0)
+            mine = world.share(x)
             size = world.dp_size * len(mine) if wrong == "a mean of means" else n
-            loss = step(mine, share.narrow(labels, 0), size, sum_of_losses)
+            loss = step(mine, world.share(labels), size, sum_of_losses)
             outputs, expected_outputs = predict(mine), whole(x)
             cuts = training.micro_batches if training.has_the_same_bits else 1
             losses = list(map(sum_of_losses, map(whole, x.tensor_split(cuts)), labels.tensor_split(cuts)))
@@ -136,7 +150,7 @@ def train_beside_one_process(training: Training, wrong: str = "") -> None:
             found = {"loss": world.sum(loss * world.owns_outputs)}
             expected = {"loss": torch.stack(losses).sum().detach()}
             if outputs is not None:
-                found["outputs"], expected["outputs"] = outputs, share.narrow(expected_outputs, 0)
+                found["outputs"], expected["outputs"] = outputs, world.share(expected_outputs)
             for optimizer in optimizers:
                 optimizer.step()
             parameters = dict(whole.named_parameters())

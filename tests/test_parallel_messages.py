@@ -15,7 +15,6 @@ from torchpar.nn import MLP
 from torchpar.parallel import join_world
 from torchpar.parallel.split import shared_memory
 from torchpar.profile.collectives import Collectives
-from torchpar.training.fused import FusedGradients
 
 SIZES = (6, 8, 4, 10, 2)  # 56 + 36 + 50 + 22 parameters
 SQUARE = (8,) * 5
@@ -43,21 +42,16 @@ def count(
         world = world.with_mesh(**axes)
         model = MLP(sizes)
         model.layers[:frozen].requires_grad_(False)
-        if way == "fused":
-            gradients = FusedGradients(model, world)
-        else:
-            model, step, _ = split(model, world, "1f1b", 4)
-            gradients = partial(step, loss_sum=sum_of_losses)
+        model, step, _ = split(model, world, "1f1b", 4, fused=way == "fused")
         mesh = world.mesh["dp", "tp"]
         optimizer = training.muon(model, 0.1, 0.9, 0.0, mesh=mesh) if way == "muon" else None
-        share = world.share(batch)
         x, labels = torch.randn(batch, sizes[0]), torch.arange(batch) % sizes[-1]
         x.requires_grad_(frozen == len(sizes) - 1)
-        mine = share.narrow(x, 0), share.narrow(labels, 0)
+        mine = world.share(x), world.share(labels)
         counted = []
         for _ in range(4):  # DistributedDataParallel sets itself up in two steps
             with Collectives(world) as collectives:
-                gradients(*mine, batch)
+                step(*mine, batch, sum_of_losses)
                 if optimizer is not None:
                     optimizer.step()
             model.zero_grad()

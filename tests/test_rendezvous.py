@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,7 +21,6 @@ from torchpar.errors import ConfigError, RankLostError
 from torchpar.parallel.launch import rendezvous
 from torchpar.parallel.launch.local import Ranks, current_world, start_ranks
 from torchpar.parallel.launch.rendezvous import RankInfo, connect, find_rank_info, missing_ranks
-from torchpar.parallel.launch.world import join_world
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 TORCHRUN |= {"MASTER_ADDR": "a", "MASTER_PORT": "29400", "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -130,26 +130,20 @@ def test_a_start_that_not_all_reached_names_the_others_and_does_not_disturb_the_
     assert [store.get("address") for store in stores] == [b"new"] * 3
 
 
-def join_two(rank: int, port: int) -> None:
-    """Join two other ranks, of which rank 2 does not come."""
-    env = {"RANK": str(rank), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ.update(env)
-    rendezvous.LATER = 0.3
+def meet_two_others(port: int) -> None:
+    """Meet the other rank of this call and rank 2, which does not come."""
+    rank = dist.get_rank()
+    info = RankInfo(rank, rank, 3, 3, "127.0.0.1", port, "env")
     error = r"^rank 2 did not join the others within 2 s$"
-    with pytest.raises(RankLostError, match=error), join_world("cpu", timeout=2.0):
-        pass
+    with patch.object(rendezvous, "LATER", 0.3), pytest.raises(RankLostError, match=error):
+        connect(info, timedelta(seconds=2))
 
 
-def test_all_ranks_name_one_that_does_not_join():
+def test_all_ranks_name_one_that_does_not_join(ranks):
     """Rank 0 hosts the store, and may end first."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    processes = [fork_context().Process(target=join_two, args=(rank, port)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0]
+    ranks(2, meet_two_others, port)
 
 
 @pytest.mark.parametrize("asking", [(0, 1, 2), (0, 2), (1,)])

@@ -5,7 +5,6 @@ import gzip
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.partition import Partition
 
 Dataset = Literal["mnist", "fashion-mnist", "kmnist"]
 _READ_CHUNK = 256  # samples; as float32 they fit in a core's cache
@@ -110,16 +108,13 @@ class Batch(NamedTuple):
     global_size: int
 
 
-_ONE_RANK = partial(Partition, ranks=1, rank=0)
-
-
 def batches(
     samples: Samples,
     batch_size: int,
     *,
     seed: int,
     epoch: int,
-    share: Callable[[int], Partition] = _ONE_RANK,
+    share: Callable[[Tensor], Tensor] = lambda indices: indices,
     start: int = 0,
 ) -> Iterator[Batch]:
     """Yield this rank's share of each global batch of one epoch.
@@ -130,23 +125,21 @@ def batches(
 
     Args:
         batch_size: samples of the global batch, over all ranks.
-        share: partition of a batch of a given size, such as `World.share`; one rank by default.
+        share: returns this rank's share of a batch's indices, such as `World.share`; by default all.
         start: number of the first batch, to continue within an epoch.
     """
     # The order is drawn on the CPU, so that it is the same on every device.
     (state,) = np.random.SeedSequence((seed, epoch)).generate_state(1)
     generator = torch.Generator().manual_seed(int(state))
     order = torch.randperm(len(samples), generator=generator).to(samples.labels.device)
-    share = cache(share)
     # Several small batches are read together, which takes fewer calls.
     at_once = max(_READ_CHUNK // batch_size, 1) * batch_size
-    for chunk in order[start * batch_size :].split(at_once):
-        sizes = own = [min(batch_size, len(chunk) - first) for first in range(0, len(chunk), batch_size)]
-        if share(0).ranks > 1:
-            mine = [share(len(batch)).narrow(batch, 0) for batch in chunk.split(batch_size)]
-            chunk, own = torch.cat(mine), [len(part) for part in mine]
-        x, labels = samples.inputs(chunk), samples.labels.index_select(0, chunk)
-        yield from map(Batch, x.split(own), labels.split(own), sizes)
+    for first in range(start * batch_size, len(order), at_once):
+        whole = order[first : first + at_once].split(batch_size)
+        mine = [share(batch) for batch in whole]
+        indices, sizes = torch.cat(mine), [len(part) for part in mine]
+        x, labels = samples.inputs(indices), samples.labels.index_select(0, indices)
+        yield from map(Batch, x.split(sizes), labels.split(sizes), map(len, whole))
 
 
 def load(dataset: Dataset, root: Path, device: torch.device | str = "cpu") -> tuple[Samples, Samples]:

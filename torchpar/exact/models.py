@@ -16,7 +16,6 @@ from torchpar.exact.data_parallel import DataParallel
 from torchpar.exact.dispatch import mode
 from torchpar.exact.tensor_parallel import Linear
 from torchpar.parallel.launch.world import World
-from torchpar.partition import Partition
 from torchpar.reference import P2PCommunicator, gpipe
 from torchpar.training import lr_scheduler
 
@@ -35,7 +34,7 @@ class MLP(nn.Module):
         tp, pp = world.mesh["tp"], world.mesh["pp"]
         first, second, third = pairwise(SIZES)
         layers = [Linear(*first, tp, 0), Linear(*second, tp, 1), nn.Linear(*third)]
-        mine = Partition(len(layers), pp.size(), pp.get_local_rank()).narrow(torch.arange(len(layers)), 0)
+        mine = torch.arange(len(layers)).tensor_split(pp.size())[pp.get_local_rank()]
         self.layers = nn.ModuleDict({str(i): layers[i] for i in mine.tolist()})
 
     def forward(self, x: Tensor) -> Tensor:

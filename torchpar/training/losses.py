@@ -37,9 +37,8 @@ def evaluate(
         loss: outputs ``(n, classes)`` in float64 and labels ``(n)`` → the sum of the losses.
     """
     chunks = list(torch.arange(len(samples), device=world.device).split(EVALUATION_BATCH))
-    share = torch.arange(len(chunks)).tensor_split(world.dp_size)[world.dp_rank].tolist()
     outputs = torch.zeros(len(samples), len(samples.classes), device=world.device)
-    for chunk in (chunks[i] for i in share):
+    for chunk in (chunks[i] for i in world.share(torch.arange(len(chunks)))):
         mine = predict(samples.inputs(chunk))
         if mine is not None and world.owns_outputs:
             outputs[chunk] = mine.float()

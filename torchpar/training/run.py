@@ -250,14 +250,8 @@ class Run:
     def log(self, loss: Tensor) -> None:
         """Add this rank's part of the sum of a step's losses; the ranks' parts add up to it."""
         self._logged += 1
-        if not self.world.owns_outputs:
-            return
-        if loss.is_cpu:
-            self.loss_sum += loss.item()
-            return
-        if not isinstance(self.loss_sum, Tensor):  # on a GPU the host does not wait for it
-            self.loss_sum = torch.tensor(self.loss_sum, dtype=torch.float64, device=loss.device)
-        self.loss_sum += loss.detach().reshape(())
+        if self.world.owns_outputs:
+            self.loss_sum = self.loss_sum + loss.detach().double()  # a tensor: the host waits for no GPU
 
     def evaluate(self) -> tuple[float, Tensor]:
         """Return the mean test loss and the outputs ``(n, classes)``, on every rank, in evaluation mode.

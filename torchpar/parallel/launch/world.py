@@ -20,7 +20,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torchpar.errors import ConfigError, RankLostError
 from torchpar.parallel.launch import rendezvous
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
-from torchpar.partition import Partition
 
 T = TypeVar("T")
 TIMEOUT = 1800.0
@@ -79,9 +78,9 @@ class World:
         """This rank's number among those that share each layer."""
         return self.mesh.get_local_rank("tp")
 
-    def share(self, size: int) -> Partition:
-        """Return the partition of ``size`` samples over the "dp" dimension."""
-        return Partition(size, self.dp_size, self.dp_rank)
+    def share(self, samples: Tensor) -> Tensor:
+        """Return this rank's share of ``samples (n, *)``, cut by `torch.tensor_split` over "dp"; a view."""
+        return samples.tensor_split(self.dp_size)[self.dp_rank]
 
     @cached_property
     def owns_outputs(self) -> bool:

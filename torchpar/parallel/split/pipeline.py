@@ -127,6 +127,7 @@ class Pipeline:
         activations = self._p2p.recv_forward((len(x), self.width))
         outputs: Tensor = self.module(x if activations is None else activations)
         self._p2p.send_forward(outputs)
+        self._p2p.flush()
         return outputs if self._p2p.is_last else None
 
     def _average_gradients(self) -> None:
