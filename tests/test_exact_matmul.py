@@ -122,8 +122,8 @@ def by_int8(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 PAIRS = [(wide(23, 35), wide(7, 35, seed=9)), (wide(3, 5, 7), wide(3, 4, 7, seed=9))]
 CONSTANTS = [
     {"_BLOCK": 1, "_LEAST_ROWS": 1, "CHAIN": 1},
-    {"_BLOCK": 7, "_LEAST_ROWS": 2, "_MIN_LARGE_PRODUCT": 1},
-    {"_BLOCK": 100, "_LEAST_ROWS": 2, "CHAIN": 8},
+    {"_BLOCK": 7, "_LEAST_FLOAT_ROWS": 2, "_MIN_LARGE_PRODUCT": 1},
+    {"_BLOCK": 100, "_LEAST_ROWS": 2, "CHAIN": 8, "_FLOAT_CHAIN": 3},
 ]
 
 
@@ -147,6 +147,7 @@ def test_blocks_and_chains_do_not_matter(constants: dict[str, int], monkeypatch:
 @pytest.mark.parametrize("k", [exact_digits.CHAIN, exact_digits.CHAIN + 1])
 def test_the_longest_chains_of_the_least_digits(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.full((1, 8 * k), -(127 * 2.0**24 - 2.0**23 + 2.0**15 + 2.0**7) / 2.0**31)
+    x += torch.arange(8 * k) % 9 * (2.0**16 + 2.0**8) / 2.0**31  # so that sums of two products are odd
     x[:, -1] = (2.0**24 + 2) / 2.0**31  # so that T has 54 significant bits
     a, b = torch.cat([x, wide(1, 8 * k)]), x.clone()
     expected = reference.exact_matmul(a[:, :k], b[:, :k])
@@ -157,9 +158,11 @@ def test_the_longest_chains_of_the_least_digits(k: int, monkeypatch: pytest.Monk
     by_int8(monkeypatch)
     assert_same_bits(exact_matmul(a[:, :k], b[:, :k]), expected)
     assert torch.equal(exact_digits.sums(a, b, e, f), total)
-    monkeypatch.setattr(exact_digits, "CHAIN", 8 * k)
     monkeypatch.setattr(exact_digits, "_MIN_LARGE_PRODUCT", 2**30)
-    assert not torch.equal(exact_digits.sums(a, b, e, f), total)  # floats that are too long
+    for name, too_long in (("CHAIN", 8 * k), ("_FLOAT_CHAIN", 2 * exact_digits._FLOAT_CHAIN)):
+        with monkeypatch.context() as patched:
+            patched.setattr(exact_digits, name, too_long)
+            assert not torch.equal(exact_digits.sums(a, b, e, f), total)
 
 
 def test_sums_that_int64_may_not_hold_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

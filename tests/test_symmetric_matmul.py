@@ -3,13 +3,12 @@
 
 import itertools
 import math
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import blocks, execute
 from operators import FLOATS, symmetric_operands
 from samples import (
     LAYOUTS,
@@ -24,8 +23,8 @@ from samples import (
 from torch import Tensor
 from torch.func import vjp, vmap
 from torch.library import opcheck
+from torch.profiler import profile
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchpar
 from torchpar import reference, symmetric_matmul
@@ -183,17 +182,13 @@ def into(shape: tuple[int, ...], dtype: torch.dtype, out: torch.dtype, device: s
 def test_the_error_is_at_most_twice_torchs(shape, dtype, out, device):
     for alpha, beta in ((1.0, 1.0), (-0.5, 2.0), (2.0, 0.0), (0.0, 0.5), (0.0, 0.0)):
         x, h = into(shape, dtype, out, device)
-        exact = beta * h.double() + alpha * x.double() @ x.double().mT
-        theirs = (beta * h + alpha * (x.to(out) @ x.to(out).mT)).double()
+        exact = oracle("symmetric_matmul", (x, x, h), alpha=alpha, beta=beta)
+        theirs = beta * h + alpha * (x.to(out) @ x.to(out).mT)
         pointer = h.data_ptr()
         assert symmetric_matmul(x, x, h, alpha=alpha, beta=beta, out=h) is h
         assert h.data_ptr() == pointer
         assert_symmetric(h)
-        if h.numel():
-            terms = abs(beta) * h.double().abs() + abs(alpha) * x.double().abs() @ x.double().abs().mT
-            own = (x.shape[-1] + 2) * torch.finfo(torch.float64).eps * terms.max()  # of the sums in float64
-            rounding = torch.finfo(out).eps * exact.abs().max() + own
-            assert (h.double() - exact).abs().max() <= 2 * (theirs - exact).abs().max() + rounding
+        assert_accurate(h, theirs, exact, roundings=2)
 
 
 def test_an_out_of_any_layout_that_is_not_c(device):
@@ -213,30 +208,19 @@ def test_an_out_of_any_layout_that_is_not_c(device):
     assert not wide[:, 1::2].any()
 
 
-class Sizes(TorchDispatchMode):
-    """The number of elements of the largest tensor that is made meanwhile."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [t for t in (*args, *(kwargs or {}).values()) if isinstance(t, Tensor)]
-        known = {t.untyped_storage().data_ptr() for t in given}
-        made = func(*args, **(kwargs or {}))
-        if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in known:
-            self.largest = max(self.largest, made.untyped_storage().nbytes() // made.itemsize)
-        return made
+def largest_allocation(function: Callable[[], Any]) -> int:
+    """The most bytes that an operator allocates, other operators within it not counted."""
+    with profile(profile_memory=True) as profiled:
+        function()
+    return max(event.self_cpu_memory_usage for event in profiled.events())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_no_matrix_of_the_results_size_is_made(dtype):
-    n = 2048
-    x, h = into((n, 8), dtype, torch.float32, "cpu")
-    with Sizes() as sizes:
-        symmetric_cpu.symmetric_product(x, x, h, 1.0, 1.0, h)
-    assert 0 < sizes.largest <= n * n / 4
-    with Sizes() as sizes:
-        h.copy_(h + x.float() @ x.float().mT)
-    assert sizes.largest == n * n
+    x, h = into((2048, 8), dtype, torch.float32, "cpu")
+    own = largest_allocation(lambda: symmetric_cpu.symmetric_product(x, x, h, 1.0, 1.0, h))
+    assert 0 < own <= h.nbytes / 4
+    assert largest_allocation(lambda: h.copy_(h + x.float() @ x.float().mT)) >= h.nbytes
 
 
 def test_gradients_are_refused(device):
@@ -277,10 +261,8 @@ def test_an_out_that_does_not_fit_is_refused():
 
 
 def test_the_documented_covariance_is_torchs():
-    text = (Path(__file__).parents[1] / "docs" / "symmetric_matmul.md").read_text()
-    (block,) = re.findall(r"```python\n(def covariance.*?)```", text, re.DOTALL)
-    names: dict[str, Any] = {"torch": torch, "torchpar": torchpar}
-    exec(block, names)
+    (block,) = (block for block in blocks("docs/symmetric_matmul.md") if "def covariance" in block)
+    names = execute("import torch, torchpar", block)
     batches = [normal(70, 300, dtype=torch.float32, seed=seed) + 3 for seed in range(5)]
     expected = torch.cov(torch.cat(batches).double().T)
     theirs = (torch.cov(torch.cat(batches).T).double() - expected).abs().max()

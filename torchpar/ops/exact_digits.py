@@ -39,9 +39,11 @@ MIN_EXPONENT, MAX_EXPONENT = -149, 129  # of rows of finite numbers
 CARRY = sum(2 ** (BITS * p + BITS - 1) for p in range(DIGITS - 1))
 _SHIFTS = torch.arange(BITS * (DIGITS - 1), -1, -BITS, dtype=torch.int32, device="cpu")
 CHAIN = 2**14  # terms, for which each order fits in an int32, and T in the 53 bits of a float64
+_FLOAT_CHAIN = 2**9  # terms, of two products of digits each, whose sum float32 holds
 LONGEST = 2**23  # terms, for which T fits in an int64
 _BLOCK = 2**16  # elements to a thread that are cut, or put together, at a time: they fit in a core's cache
-_LEAST_ROWS = 128  # of a block of a product: each block rearranges or converts the whole other operand
+# The least rows of a block: each block rearranges or converts the whole other operand.
+_LEAST_ROWS, _LEAST_FLOAT_ROWS = 128, 512
 # Multiplications from which int8 is faster than floats, and half of X·Xᵀ faster than all of it.
 _MIN_LARGE_PRODUCT = 2**20
 
@@ -147,13 +149,14 @@ def _sums(a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
     x = digits(a, e)
     y = x if b is a else digits(b, f)
     m, n = a.shape[-2], b.shape[-2]
-    of_block = _int8_sums if has_int8() and torch.backends.mkldnn.enabled else _float_sums
-    if m * n * k < _MIN_LARGE_PRODUCT or (of_block is _float_sums and b is not a):
+    by_int8 = has_int8() and torch.backends.mkldnn.enabled
+    if m * n * k < _MIN_LARGE_PRODUCT or not (by_int8 or b is a):
         return _chained(_float_sums, x, y)
+    of_block, least = (_int8_sums, _LEAST_ROWS) if by_int8 else (_float_sums, _LEAST_FLOAT_ROWS)
     total = a.new_empty(*a.shape[:-2], m, n, dtype=torch.float64 if k <= CHAIN else torch.int64)
     for i in itertools.product(*map(range, a.shape[:-2])):
         whole, left, right = total[i], x[i], y[i]
-        for rows in _blocks(m, n, _LEAST_ROWS):
+        for rows in _blocks(m, n, least):
             columns = slice(rows.stop if b is a else n)
             whole[rows, columns] = _chained(of_block, left[rows], right[columns])
             if b is a:
@@ -185,14 +188,18 @@ def _int8_sums(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _float_sums(a: Tensor, b: Tensor) -> Tensor:
-    """T ``(*, m, n)`` in float64, by one product of float64 whose sums are exact.
+    """T ``(*, m, n)`` in float64, by products of floats whose sums are exact.
 
-    T = Σ_k Σ_p d_(3 − p)·y_p, where y_p = Σ_(q ≤ p) c_q·2^(8·(p − q)) are the leading digits of B.
+    T = Σ_k (d₀·2⁸ + d₁)·(c₀·2¹⁶ + c₁·2⁸ + c₂) + (d₂·2⁸ + d₃)·c₀ in float64, plus d₀·c₃ + d₂·c₁ in float32.
     """
-    leading = [b[..., 0, :].double()]
-    for q in range(1, DIGITS):
-        leading.append(torch.add(b[..., q, :], leading[-1], alpha=2**BITS))
-    total = a.flip(-2).double().flatten(-2) @ torch.stack(leading, -2).flatten(-2).mT
+    even, odd = slice(0, None, 2), slice(1, None, 2)
+    left = torch.add(a[..., odd, :], a[..., even, :].double(), alpha=2**BITS)
+    first = b[..., 0, :].double()
+    leading = torch.add(b[..., 1, :], first, alpha=2**BITS).mul_(2**BITS).add_(b[..., 2, :])
+    total = left.flatten(-2) @ torch.stack([leading, first], -2).flatten(-2).mT
+    chains = (t.float().split(_FLOAT_CHAIN, -1) for t in (a[..., even, :], b[..., odd, :].flip(-2)))
+    for x, y in zip(*chains, strict=True):
+        total += x.flatten(-2) @ y.flatten(-2).mT
     return total.add_(0.0)  # makes 0 of −0, the product of 0 and a negative number
 
 
