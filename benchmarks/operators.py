@@ -216,10 +216,14 @@ def contestants(case: OperatorCase, quick: bool) -> dict[str, Implementation]:
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("operators", "Compare the operators with PyTorch's own.")
     parser = command.parser
-    parser.add_argument("--operators", nargs="+", choices=NATIVE, default=list(NATIVE))
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--operators", nargs="+", choices=NATIVE, default=list(NATIVE), help="by default all")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="a GPU if there is one"
+    )
     modes = (*MODES, "warm")
-    parser.add_argument("--modes", nargs="+", choices=modes, default=modes)
+    parser.add_argument(
+        "--modes", nargs="+", choices=modes, default=modes, help="warm: operands in the cache"
+    )
     options = command.parse(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device is cuda, but PyTorch finds no GPU; take cpu")

@@ -147,12 +147,13 @@ def panel(spec: Mapping[str, Any], frames: Mapping[str, Any], colors: Mapping[st
                 row["n"] = row.get("n", row.get("shape", "").partition("x")[0])
                 bars.setdefault(machine, {})[spec["bar"].format(**row)] = value
                 if spec["best"].items() <= row.items():
-                    best[value] = spec["text"].format(**row)
+                    best[machine] = value, spec["text"].format(**row)
     if not best:
         return {}
-    ends = dict.fromkeys(amount(value, spec) for value in (min(best), max(best)))
+    (low, text), (high, _) = min(best.values()), max(best.values())
+    ends = dict.fromkeys(amount(value, spec) for value in (low, high))
     over = f" times {spec['over']}" if spec["over"] else ""
-    headline = f"{best[min(best)]}: {' to '.join(ends)}{over}"
+    headline = f"{text}: {' to '.join(ends)}{over}"
     return {"headline": headline, "machines": list(bars), "chart": chart(bars, spec, colors), **spec}
 
 
@@ -239,7 +240,9 @@ def write(output: Path, results: Path = RESULTS) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks report", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks report", description="Write all committed results as one page."
+    )
     default = Path(tempfile.gettempdir()) / "torchpar-report.html"
     parser.add_argument("--output", type=Path, metavar="FILE", default=default, help=f"by default {default}")
     options = parser.parse_args(arguments)

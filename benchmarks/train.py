@@ -486,7 +486,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     needs = ["numba", "torchvision"]
     command = Command("train", "Train MLPs on MNIST in many ways, side by side.", needs)
     flag = command.parser.add_argument
-    flag("--threads", type=int, default=1, help="of each process but the two ranks; by default 1")
+    flag("--threads", type=int, default=1, help="of each process; ranks have one; by default 1")
     options = command.parse(arguments)
     threads = options.threads
     before = torch.get_num_threads()

@@ -62,9 +62,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         "python -m torchpar tune",
         description="Measure the fastest configurations of the kernels on this GPU. The same command "
-        "continues a run that was interrupted; without the table, all is measured anew.",
+        "continues a run that was interrupted. If you remove the table, all is measured anew.",
     )
-    parser.add_argument("--minutes", type=float, default=10.0, help="begin no problem later than this")
+    parser.add_argument("--minutes", type=float, default=10.0, help="begin no problem later; by default 10")
     parser.add_argument("--sizes", nargs="+", type=int, default=(), help="square problems alone")
     options = parser.parse_args(arguments)
     try:

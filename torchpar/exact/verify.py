@@ -32,7 +32,10 @@ DATA = Path(__file__).parents[2] / "examples" / "data"  # of a checkout
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("python -m torchpar verify", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        "python -m torchpar verify",
+        description="Train in exact arithmetic, and compare the weights' hash with the published one.",
+    )
     parser.add_argument("--model", choices=EXPECTED, default="mlp", help="a network for digits, or for text")
     parser.add_argument("--ranks", type=int, help="number of ranks to start; by default tp times pp")
     parser.add_argument("--tp", type=int, default=1, help="ranks that share each layer")
