@@ -4,17 +4,19 @@
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
 from multiprocessing import get_context
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 # Before torch is imported: workers with two OpenMP threads each take several times as long on two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
-from ranks import fork_context
+from commands import ROOT, import_path
 
-from torchpar.parallel.launch.local import Ranks
+from torchpar.parallel.launch.local import PRELOAD, Ranks, fork_context
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 THREADS = torch.get_num_threads()
@@ -65,9 +67,20 @@ def world() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
+def fork_server() -> None:
+    """The server that processes of the tests are forked from: it has imported the examples' modules, too."""
+    modules = ["torchpar.parallel.split.pipeline", "torchpar.training", "torchvision.datasets"]
+    if find_spec("rich") and find_spec("tyro"):  # without its own packages, ``support`` would end the server
+        modules += ["rich.progress", "tyro", "support.session"]
+    # Until Python 3.14 the server ignores the parent's sys.path.
+    paths = import_path(*(ROOT / folder for folder in (".", "examples", "tests")))
+    with patch.dict(os.environ, PYTHONPATH=paths):
+        fork_context([*PRELOAD, *modules])
+
+
+@pytest.fixture(scope="session")
+def ranks(fork_server) -> Iterator[Ranks]:
     """``ranks(world_size, function, *args)``: the results of a module-level function on each gloo rank."""
-    fork_context()
     with Ranks() as started:
         yield started
 

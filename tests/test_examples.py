@@ -17,7 +17,6 @@ import pytest
 import torch
 from commands import LAST_LINE, ROOT, TORCHRUN, lesson, rows_of, run, scalars
 from fake_data import fashion_mnist
-from ranks import fork_context
 
 pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 pytest.importorskip("tyro", reason="tyro reads the flags")
@@ -65,8 +64,7 @@ LAST_LINES = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_it_runs_learns_and_prints_its_last_line(small, monkeypatch, tmp_path, name):
-    fork_context()
+def test_it_runs_learns_and_prints_its_last_line(fork_server, small, monkeypatch, tmp_path, name):
     monkeypatch.setattr(quadrants, "ROUNDS", 1)
     flags, pictures = RUNS[name]
     given = [] if name in ("quadrants", "matmul_regression") else small

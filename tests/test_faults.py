@@ -216,7 +216,7 @@ def test_ranks_killed_at_random_moments_start_again_and_end_with_the_same_bits(r
     epochs = 3 + 2 * KILLS  # of 12 steps; a life of the ranks takes 1 to 10
     undisturbed, folder = tmp_path / "undisturbed", tmp_path / "disturbed"
     flags = [*data, "--epochs", str(epochs), "--async-save"]
-    assert ranks(2, train, *flags, *saving(undisturbed)) == ["", ""]
+    assert ranks(2, train, *flags, *saving(undisturbed, every=7)) == ["", ""]
     generator, kills, starts, known = random.Random(0), 0, 0, set[int]()
     with (tmp_path / "err").open("w") as err:
         process = torchrun(f"--max_restarts={KILLS}", TRAIN, *flags, *saving(folder), stderr=err)

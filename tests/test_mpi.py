@@ -3,6 +3,7 @@
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,6 @@ pytest.importorskip("tyro", reason="tyro reads the flags")
 import fashion_pooled
 from fashion_pooled import SIZES, Plan, Result, pooled
 
-TRAIN_MPI, POOLED = (str(ROOT / "examples" / name) for name in ("train_mpi.py", "fashion_pooled.py"))
 ROUNDING = 1e-5  # of a loss: some hundred steps of some roundings of 6e-8 each
 
 
@@ -33,41 +33,30 @@ def data(tmp_path_factory) -> Path:
     return root
 
 
-# The lesson
-
-
 @pytest.mark.slow
 @needs_mpirun
-def test_two_processes_train_as_one(data, tmp_path):
-    """The last batch is of one sample, which leaves process 1 none."""
-    metrics = tmp_path / "two"
-    flags = f"--dataset fashion-mnist --data {data} --epochs 2 --hidden 12 8 --lr 0.3"
-    command = [MPIRUN, "-n", "2", sys.executable, TRAIN_MPI, *flags.split()]
-    code, out, err = run(*command, f"--metrics={metrics}")
-    assert code == 0, err
-    lines = out.splitlines()
-    assert re.fullmatch(LAST_LINE, lines[-1]).groups() == ("2", "cpu")
-    assert sum("test accuracy" in line for line in lines) == 2 + 1  # process 0 alone prints
-    for phase in ("data", "forward", "backward", "collectives", "optimizer"):
-        assert len(re.findall(rf"│ {phase} +│ +\d+\.\d\d +│ +\d+\.\d% +│", out)) == 1
-    assert lesson("train_mpi", *flags.split(), f"--metrics={tmp_path / 'one'}")[0] == 0
-    for row, other in zip(rows_of(metrics), rows_of(tmp_path / "one"), strict=True):
-        for name in ("train_loss", "test_loss", "test_accuracy"):
-            assert row[name] == pytest.approx(other[name], rel=ROUNDING)
-
-
-@pytest.mark.slow
-@needs_mpirun
-def test_two_processes_share_the_pooled_exercise(data, tmp_path):
-    flags = ["--dataset=fashion-mnist", f"--data={data}", "--samples=50", "--iterations=30"]
-    rows = []
-    for ranks in (1, 2):
-        metrics = tmp_path / str(ranks)
-        code, out, err = run(MPIRUN, "-n", f"{ranks}", sys.executable, POOLED, *flags, f"--metrics={metrics}")
+@pytest.mark.parametrize(
+    "name, flags, compared",
+    [
+        # The last batch is of one sample, which leaves process 1 none.
+        ("train_mpi", "--epochs 2 --hidden 12 8 --lr 0.3", ["train_loss", "test_loss", "test_accuracy"]),
+        ("fashion_pooled", "--samples 50 --iterations 30", ["last_cost"]),
+    ],
+)
+def test_two_processes_train_as_one(data, tmp_path, name, flags, compared):
+    found, script = [], str(ROOT / "examples" / f"{name}.py")
+    flags = ["--dataset=fashion-mnist", f"--data={data}", *flags.split()]
+    for ranks in ("1", "2"):
+        metrics = tmp_path / ranks
+        code, out, err = run(MPIRUN, "-n", ranks, sys.executable, script, *flags, f"--metrics={metrics}")
         assert code == 0, err
-        assert re.fullmatch(LAST_LINE, out.splitlines()[-1]).groups() == (f"{ranks}", "cpu")
-        rows += [[row["last_cost"] for row in rows_of(metrics)]]
-    assert rows[0] == pytest.approx(rows[1], rel=ROUNDING)
+        assert re.fullmatch(LAST_LINE, out.splitlines()[-1]).groups() == (ranks, "cpu")
+        found.append([[row[column] for column in compared] for row in rows_of(metrics)])
+    np.testing.assert_allclose(*found, rtol=ROUNDING)
+    if name == "train_mpi":
+        assert out.count("test accuracy") == 2 + 1  # process 0 alone prints
+        for phase in ("data", "forward", "backward", "collectives", "optimizer"):
+            assert len(re.findall(rf"│ {phase} +│ +\d+\.\d\d +│ +\d+\.\d% +│", out)) == 1
 
 
 def test_an_error_ends_all_processes(monkeypatch):
@@ -93,13 +82,6 @@ def test_a_missing_mpi_is_one_line(monkeypatch):
     assert re.fullmatch(rf"train_mpi\.py: error: {expected}\n", err)
 
 
-# The pooled exercise
-
-
-def in_numpy(splits, plan) -> Result:
-    return fashion_pooled.train_numpy(mpi.OneProcess(), splits, plan)
-
-
 def in_torch(splits, plan) -> Result:
     with join_world("cpu") as world:
         return fashion_pooled.train_torch(world, splits, plan)
@@ -114,17 +96,18 @@ def same(run: Result, other: Result) -> bool:
 def test_all_ways_have_the_same_costs(data, ranks):
     """The first is −1/n · Σ_samples Σ_classes t·log p + (1 − t)·log(1 − p), at the first weights."""
     splits = pooled(fashion_pooled.Flags(data=data, dataset="fashion-mnist", samples=50, iterations=30))
+    in_numpy = partial(fashion_pooled.train_numpy, mpi.OneProcess(), splits)
     x, labels = splits[0].features.numpy(), splits[0].labels
     assert (x.shape, x.dtype) == ((50, 400), np.float32)
     p = numpy_mlp.sigmoid(MLP(SIZES, loss="bce").forward(x)[1].astype(np.float64))
     t = np.eye(10)[labels]
     cost = -(t * np.log(p) + (1 - t) * np.log(1 - p)).sum() / len(labels)
     for plan in (Plan(60, 0.1, 0.0, 0), Plan(30, 0.1, 0.9, 0)):
-        expected = in_numpy(splits, plan)
+        expected = in_numpy(plan)
         assert len(expected.costs) == plan.iterations
         assert expected.costs[0] == pytest.approx(cost, rel=ROUNDING)
         assert expected.costs[-1] < 0.7 * expected.costs[0]
         for way in ranks(2, in_torch, splits, plan):
             assert same(way, expected)
             np.testing.assert_allclose(way.weights, expected.weights, rtol=0, atol=ROUNDING)
-        assert not same(in_numpy(splits, plan._replace(lr=1.001 * plan.lr)), expected)
+        assert not same(in_numpy(plan._replace(lr=1.001 * plan.lr)), expected)

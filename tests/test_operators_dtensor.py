@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from operators import OPERATORS, Shapes
-from ranks import fork_context
 from samples import widest_arguments
 
 import torchpar
@@ -50,9 +49,8 @@ def compare_compiled() -> None:
 
 
 @pytest.mark.slow
-def test_compiled():
+def test_compiled(fork_server):
     # In processes of its own: PyTorch's compiler (2.15) fails after other tests have used DTensors eagerly.
-    fork_context()
     with Ranks() as ranks:
         ranks(2, compare_compiled)
 

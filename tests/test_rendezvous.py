@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from commands import MPIRUN, needs_mpirun, run
-from ranks import fork_context
 
 from torchpar.errors import ConfigError, RankLostError
 from torchpar.parallel.launch import rendezvous
@@ -209,8 +208,7 @@ def fail_on(rank: int) -> None:
         raise ValueError(f"rank {rank} fails")
 
 
-def test_local_ranks_run_functions_and_outlive_an_error():
-    fork_context()
+def test_local_ranks_run_functions_and_outlive_an_error(fork_server):
     with start_ranks(2, threads=1) as ranks:
         assert ranks.run(sum_of_ranks, 3) == [(0, 1, 3.0), (1, 1, 3.0)]
         with pytest.raises(ValueError, match="rank 1 fails"):

@@ -6,7 +6,6 @@ from concurrent.futures.process import BrokenProcessPool
 from unittest.mock import patch
 
 import pytest
-from ranks import fork_context
 
 from torchpar.exact import verify
 
@@ -35,8 +34,7 @@ def test_the_status_says_if_the_hash_is_published(capsys, status):
         ("--model gpt --tp 2 --data /missing", "/missing/alice.txt does not exist, expected the book"),
     ],
 )
-def test_wrong_flags_are_an_error_in_one_line(capsys, flags, message):
-    fork_context()
+def test_wrong_flags_are_an_error_in_one_line(fork_server, capsys, flags, message):
     assert verify.main(flags.split()) == 2
     out, err = capsys.readouterr()
     (line,) = err.splitlines()
