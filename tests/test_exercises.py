@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from commands import lesson, rows_of
@@ -159,21 +160,13 @@ def test_a_lesson_stops_at_a_wrong_formula(monkeypatch, module, part, name, wron
 # Amdahl's law
 
 
-def speedup(p: float, n: int) -> float:
-    return 1 / ((1 - p) + p / n)
-
-
 def test_fit_is_the_least_squares_of_relative_times():
     for p in (0.0, 0.3, 1.0):
-        assert quadrants.fit({n: speedup(p, n) for n in (1, 2, 8)}) == pytest.approx(p, abs=1e-12)
-    speedups = {1: 1.0, 2: 1.7, 4: 3.3, 8: 4.0}
-
-    def squares(p: float) -> float:
-        return sum((1 / speedup(p, n) - 1 / s) ** 2 for n, s in speedups.items())
-
-    best = min(range(10001), key=lambda i: squares(i / 10000)) / 10000
-    assert quadrants.fit(speedups) == pytest.approx(best, abs=1e-4)
-    assert squares(best) > 0.001  # the points lie on no curve of the law
+        assert quadrants.fit({n: 1 / ((1 - p) + p / n) for n in (1, 2, 8)}) == pytest.approx(p, abs=1e-12)
+    speedups = {1: 1.0, 2: 1.7, 4: 3.3, 8: 4.0}  # which lie on no curve of the law
+    law = np.array([[1 - 1 / n, 1 - 1 / s] for n, s in speedups.items()])
+    (best,), *_ = np.linalg.lstsq(law[:, :1], law[:, 1])
+    assert quadrants.fit(speedups) == pytest.approx(best, abs=1e-12)
     assert quadrants.fit({2: 0.5}) == 0  # p stays a share
     assert quadrants.fit({2: 2.5}) == 1
 
