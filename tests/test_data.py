@@ -90,16 +90,11 @@ def test_mnist_equals_torchvisions_own(mnist, tmp_path):
         assert (samples.features.dtype, samples.classes) == (torch.uint8, tuple(theirs.classes))
 
 
-def damaged_archive(content: bytes) -> bytes:
-    archive = bytearray(gzip.compress(content))
-    archive[-5] ^= 1  # in the checksum
-    return bytes(archive)
-
-
 @pytest.mark.parametrize(
     "name, change, message",
     [
-        (f"{LABELS}.gz", damaged_archive, r"\(CRC check failed.*\)"),  # not the file beside it
+        # The archive is read, and not the file beside it.
+        (f"{LABELS}.gz", lambda old: gzip.compress(old)[:-8] + bytes(8), r"\(CRC check failed.*\)"),
         (LABELS, lambda old: b"\0\0\x08\x01", r"\(buffer is smaller .*\)"),
         (LABELS, lambda old: b"P5 28 28", r"\(it does not begin .* IDX format\)"),
     ],
