@@ -100,8 +100,7 @@ def test_mnist_equals_torchvisions_own(mnist, tmp_path):
     ],
 )
 def test_a_damaged_file_is_named_with_the_repair_and_nothing_is_written(tmp_path, name, change, message):
-    raw = tmp_path / "FashionMNIST" / "raw"
-    fashion_mnist(raw)
+    raw = fashion_mnist(tmp_path) / "FashionMNIST" / "raw"
     (raw / name).write_bytes(change((raw / LABELS).read_bytes()))
     before = {path: path.stat().st_mtime_ns for path in (raw, *raw.iterdir())}
     repair = "name the folder .* download it: python -c .*download=True"

@@ -35,8 +35,7 @@ TWO_EPOCHS = ["--epochs", "2", "--batch-size", "50"]
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> list[str]:
     """Flags for a small data set that is learned quickly."""
-    root = tmp_path_factory.mktemp("data")
-    fashion_mnist(root / "FashionMNIST" / "raw", train=600, test=100)
+    root = fashion_mnist(tmp_path_factory.mktemp("data"), train=600, test=100)
     return ["--dataset", "fashion-mnist", "--data", str(root)]
 
 

@@ -94,9 +94,7 @@ def best(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def test_the_choice_is_the_best_on_the_validation_set_and_not_by_the_test_set(tmp_path):
     """Other test labels change the test figures alone, and two runs give the same figures."""
-    raw = tmp_path / "FashionMNIST" / "raw"
-    fashion_mnist(raw, train=600, test=100)
-    rows = study(tmp_path)
+    rows = study(fashion_mnist(tmp_path, train=600, test=100))
     swept, epochs, final = rows[:8], rows[8:-1], rows[-1]
     assert len({tuple(row[name] for name in CHOICE) for row in swept}) == 8
     assert {row["weight_decay"] for row in swept} == {0.0}
@@ -108,7 +106,7 @@ def test_the_choice_is_the_best_on_the_validation_set_and_not_by_the_test_set(tm
     chosen = best([row for row in epochs if row["epoch"] == 2])
     assert {key: final[key] for key in chosen} == chosen
 
-    path = raw / "t10k-labels-idx1-ubyte"
+    path = tmp_path / "FashionMNIST" / "raw" / "t10k-labels-idx1-ubyte"
     content = path.read_bytes()
     path.write_bytes(content[:8] + bytes((label + 1) % 10 for label in content[8:]))
     changed = set()
