@@ -101,7 +101,7 @@ def train_numpy(world: Any, splits: Sequence[Samples], plan: Plan) -> Result:
         optimizer.step(total[:-1] / count)
         costs.append(float(total[-1]) / count)
     seconds = time.perf_counter() - start
-    ends = [mpi.evaluate(world, model, *own, len(one)) for own, one in zip(shares, splits, strict=True)]
+    ends = [mpi.evaluate(world, model, *pair) for pair in zip(shares, map(len, splits), strict=True)]
     return Result(costs, ends, seconds, model.weights[0])
 
 

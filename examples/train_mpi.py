@@ -64,7 +64,7 @@ def main(flags: Flags) -> None:
         train = train[: flags.samples]
         x, test_x = (samples.inputs(slice(None)).numpy() for samples in (train, test))
         labels, test_labels = (samples.labels.numpy() for samples in (train, test))
-        own = slice(world.rank, None, world.size)
+        own_test = [t[world.rank :: world.size] for t in (test_x, test_labels)]
         model = MLP([x.shape[1], *flags.hidden, len(test.classes)], seed=flags.seed)
         optimizer = SGD(model, flags.lr, flags.momentum, flags.weight_decay)
         order = np.random.default_rng(flags.seed)  # the same on all processes
@@ -86,7 +86,7 @@ def main(flags: Flags) -> None:
                     optimizer.step(total[:-1] / global_size)
                     train_loss += float(total[-1])
                 speed = len(x) / (time.perf_counter() - start)
-                test_loss, accuracy = mpi.evaluate(world, model, test_x[own], test_labels[own], len(test))
+                test_loss, accuracy = mpi.evaluate(world, model, own_test, len(test))
                 figures = (epoch, train_loss / len(x), test_loss, accuracy, speed)
                 results.append(EpochResult(*figures, time.perf_counter() - start, world.size, "cpu"))
                 if world.rank == 0:

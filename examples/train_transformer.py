@@ -54,10 +54,8 @@ class Flags(cli.ExampleFlags):
     arithmetic: Literal["fast", "exact"] = "fast"  # Exact: the same bits everywhere, many times slower.
 
 
-Book = tuple[Sequence[Tensor], int]  # training and validation text, and how many different characters
-
-
-def load_book(device: torch.device) -> Book:
+def load_book(device: torch.device) -> tuple[Sequence[Tensor], int]:
+    """Return the training text and the validation text, and how many different characters they have."""
     text, characters = read_text(BOOK)
     return text.to(device).tensor_split([len(text) * 9 // 10]), characters
 
@@ -98,12 +96,12 @@ def evaluate(model: nn.Module, text: Tensor, world: World) -> float:
     return float(world.sum(loss_of(model, text, mine, "sum"))) / (len(starts) * CONTEXT)
 
 
-def train(name: str, flags: Flags, book: Book, world: World) -> list[dict[str, Any]]:
+def train(name: str, flags: Flags, world: World) -> list[dict[str, Any]]:
     """Train by Muon or by AdamW; return the losses and seconds, about ten times.
 
     ``train_loss`` is the mean over the steps since the last row. ``seconds`` are without evaluation.
     """
-    (text, validation), characters = book
+    (text, validation), characters = load_book(world.device)
     is_exact = flags.arithmetic == "exact"
     arithmetic = exact.mode if is_exact else nullcontext
     torch.manual_seed(flags.seed)
@@ -156,9 +154,8 @@ def main(flags: Flags) -> None:
     with join_world(flags.device) as world:
         if flags.arithmetic == "fast" and flags.batch_size % world.world_size:
             raise ConfigError(f"--batch-size is {flags.batch_size}, expected a multiple of the ranks")
-        book = load_book(world.device)
         names = ["adamw"] if flags.arithmetic == "exact" else ["muon", "adamw"]
-        runs = [train(name, flags, book, world) for name in names]
+        runs = [train(name, flags, world) for name in names]
         if world.rank > 0:
             return
         for run in runs:

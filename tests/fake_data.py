@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 
-def fashion_mnist(raw: Path, train: int = 20, test: int = 10) -> None:
-    """Write what torchvision leaves extracted in ``raw``: noise around one pattern per class."""
+def fashion_mnist(root: Path, train: int = 20, test: int = 10) -> Path:
+    """Write what torchvision leaves extracted in ``root``: noise around one pattern per class; return it."""
+    raw = root / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     generator = np.random.default_rng(0)
     patterns = generator.integers(0, 200, (10, 28, 28))
@@ -17,3 +18,4 @@ def fashion_mnist(raw: Path, train: int = 20, test: int = 10) -> None:
         for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
             header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
             (raw / f"{prefix}-{kind}-ubyte").write_bytes(header + array.tobytes())
+    return root

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The timer, and the checks of ladder, train and scaling. `test_benchmarks` runs them."""
 
-import csv
-
 import numpy as np
 import pytest
 import torch
-from commands import ROOT
 from torch import Tensor
 
 pytest.importorskip("rich", reason="rich prints the tables")
@@ -15,7 +12,6 @@ pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 
 from benchmarks import scaling, train
 from benchmarks.ladder import make_case
-from benchmarks.results import Result
 from benchmarks.timing import Rejected, Times, take_turns
 from benchmarks.train import Inputs, Training
 from torchpar.baselines import numpy_mlp
@@ -68,16 +64,6 @@ def test_a_program_that_trains_in_another_order_is_rejected(epoch):
     other = list(numpy_mlp.batches(205, 10, np.random.default_rng(1)))
     with pytest.raises(Rejected, match="the mean loss is"):
         train.program_turn(epoch, other, lambda: (20.5, mean))(1)
-
-
-def test_the_committed_table_is_that_of_the_csv():
-    folder = ROOT / "benchmarks" / "results" / "cpu-2-cores-avx512"
-    tables: dict[str, list[Result]] = {}
-    for row in csv.DictReader((folder / "train.csv").read_text().splitlines()):
-        ms, speedup = float(row["p50_ms"]), float(row["speedup"])
-        parts = {"case": row, "contestant": row["contestant"], "columns": row}
-        tables.setdefault(row["network"], []).append(Result(p50_ms=ms, speedup=speedup, **parts))
-    assert train.summary(list(tables.values()), 1) == (folder / "train.md").read_text()
 
 
 def test_a_wrong_gradient_and_a_wrong_loss_are_rejected():

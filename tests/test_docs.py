@@ -3,12 +3,13 @@
 
 import csv
 import re
-import subprocess
 import tomllib
+from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import ismodule
+from itertools import groupby
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -18,7 +19,7 @@ from commands import ROOT, TORCHRUN, blocks, execute, run
 from operators import OPERATORS, Operator
 
 import torchpar
-from benchmarks import speedrun
+from benchmarks import speedrun, train
 from benchmarks.results import Result, markdown
 from torchpar.exact.verify import EXPECTED
 from torchpar.testing.operators import RULES
@@ -30,6 +31,7 @@ PAGES = {
 README = PAGES["README.md"]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu-2-cores-avx512"
 SUITE = "".join(path.read_text() for path in sorted((ROOT / "tests").glob("*.py")))
+FIGURES = ("p50_ms", "speedup", "seconds", "accuracy")
 OTHERS_FLAGS = {  # of the launchers, pip, pytest and Lightning
     *("nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts", "ntasks"),
     *("maxprocesses", "config", "help", "strict", "tyro_print_completion", "logdir"),
@@ -95,42 +97,37 @@ def test_the_reference_has_all_public_names_and_no_other():
     assert all(map(resolve_name, documented))
 
 
-def test_the_readmes_commands_parse_and_install_what_there_is():
+def test_the_pages_install_extras_that_there_are():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for text in PAGES.values():
         for names in re.findall(r"(?:\.|torchpar)\[([\w,]+)\]'", text):
             assert set(names.split(",")) <= set(extras)
-    commands = re.findall(r"^python3 -m venv.*", README, re.MULTILINE)
-    assert len(commands) == 2
-    for command in commands:
-        subprocess.run(["bash", "-nc", command], check=True)
+
+
+def results(name: str) -> Iterator[Result]:
+    with (RESULTS / f"{name}.csv").open() as file:
+        for row in csv.DictReader(file):
+            row |= {key: float(row[key]) for key in FIGURES if row.get(key)}
+            named = {name: row[name] for name in ("contestant", "p50_ms", "speedup")}
+            yield Result(case=row, columns=row, **named)
 
 
 def test_the_page_shows_the_measured_trainings():
-    (table,) = re.findall(r"^\| ms a step.*\n(?:\|.*\n)+", PAGES["docs/training.md"], re.MULTILINE)
-    assert table == (RESULTS / "train.md").read_text()
+    tables = [[*group] for _, group in groupby(results("train"), lambda one: one.case["network"])]
+    table = (RESULTS / "train.md").read_text()
+    assert table == train.summary(tables, threads=1)
+    assert f"\n{table}\n" in PAGES["docs/training.md"]
 
 
 @pytest.mark.parametrize("name", ["speedrun-ladder", "speedrun-tried-validated"])
 def test_the_speedrun_shows_the_measured_recipes(name):
-    with (RESULTS / f"{name}.csv").open() as file:
-        results = [
-            Result(
-                case={},
-                contestant=row["contestant"],
-                columns={key: float(row[key]) for key in ("seconds", "accuracy")},
-            )
-            for row in csv.DictReader(file)
-        ]
     changes = {recipe.name: recipe.change for group in speedrun.GROUPS.values() for recipe in group}
-    lines = speedrun.summary(results, changes)
+    lines = speedrun.summary(list(results(name)), changes)
     table = markdown([list(lines[0]), *(list(line.values()) for line in lines)])
     assert f"\n\n{table}\n" in PAGES["docs/speedrun.md"]
 
 
 # The README's table of operators
-
-IMPLEMENTATIONS = {"cpu": "ATen", "cuda": "Triton"}
 
 
 def is_cast(operator: Operator) -> bool:
@@ -152,8 +149,8 @@ def test_the_readmes_table_is_what_the_record_of_operators_says():
                 assert {dtype in OPERATORS[name].dtypes for dtype in dtypes} == {cell == "yes"}
             elif row == "torch.autocast casts to its dtype":
                 assert cell == ("yes" if is_cast(OPERATORS[name]) else "no")
-            elif row in IMPLEMENTATIONS:
-                assert cell == IMPLEMENTATIONS[row]
+            elif row in ("cpu", "cuda"):
+                assert cell == ("ATen" if row == "cpu" else "Triton")
             else:  # tests/test_our_operators.py compares the cell
                 assert row in RULES
 

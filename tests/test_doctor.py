@@ -4,7 +4,6 @@
 import importlib.util
 import runpy
 import sys
-from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -15,12 +14,8 @@ import torchpar
 from torchpar import doctor
 from torchpar.doctor import Finding
 
-find_spec = importlib.util.find_spec
+SPEC = importlib.util.find_spec
 WITHOUT_TRITON = "problem" if torch.cuda.is_available() else "note"
-
-
-def hide(package: str) -> Any:
-    return lambda name: None if name == package else find_spec(name)
 
 
 def test_this_machine_is_well(capsys):
@@ -49,7 +44,8 @@ def test_a_problem_is_marked_and_makes_the_status_1(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "area, name, replaced, by, finding",
     [
-        ("versions", "triton", "importlib.util.find_spec", hide("triton"),
+        ("versions", "triton", "importlib.util.find_spec",
+         lambda name: None if name == "triton" else SPEC(name),
          (WITHOUT_TRITON, "missing; the operators have no GPU kernels", "pip install triton")),
         ("versions", "torch", "torch.__version__", "2.99.0+cu132",
          ("note", "2.99.0+cu132, not tested", "if something fails, take a version from 2.11 to 2.15")),

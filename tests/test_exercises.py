@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from commands import lesson, rows_of
@@ -93,9 +94,7 @@ def best(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def test_the_choice_is_the_best_on_the_validation_set_and_not_by_the_test_set(tmp_path):
     """Other test labels change the test figures alone, and two runs give the same figures."""
-    raw = tmp_path / "FashionMNIST" / "raw"
-    fashion_mnist(raw, train=600, test=100)
-    rows = study(tmp_path)
+    rows = study(fashion_mnist(tmp_path, train=600, test=100))
     swept, epochs, final = rows[:8], rows[8:-1], rows[-1]
     assert len({tuple(row[name] for name in CHOICE) for row in swept}) == 8
     assert {row["weight_decay"] for row in swept} == {0.0}
@@ -107,7 +106,7 @@ def test_the_choice_is_the_best_on_the_validation_set_and_not_by_the_test_set(tm
     chosen = best([row for row in epochs if row["epoch"] == 2])
     assert {key: final[key] for key in chosen} == chosen
 
-    path = raw / "t10k-labels-idx1-ubyte"
+    path = tmp_path / "FashionMNIST" / "raw" / "t10k-labels-idx1-ubyte"
     content = path.read_bytes()
     path.write_bytes(content[:8] + bytes((label + 1) % 10 for label in content[8:]))
     changed = set()
@@ -159,21 +158,13 @@ def test_a_lesson_stops_at_a_wrong_formula(monkeypatch, module, part, name, wron
 # Amdahl's law
 
 
-def speedup(p: float, n: int) -> float:
-    return 1 / ((1 - p) + p / n)
-
-
 def test_fit_is_the_least_squares_of_relative_times():
     for p in (0.0, 0.3, 1.0):
-        assert quadrants.fit({n: speedup(p, n) for n in (1, 2, 8)}) == pytest.approx(p, abs=1e-12)
-    speedups = {1: 1.0, 2: 1.7, 4: 3.3, 8: 4.0}
-
-    def squares(p: float) -> float:
-        return sum((1 / speedup(p, n) - 1 / s) ** 2 for n, s in speedups.items())
-
-    best = min(range(10001), key=lambda i: squares(i / 10000)) / 10000
-    assert quadrants.fit(speedups) == pytest.approx(best, abs=1e-4)
-    assert squares(best) > 0.001  # the points lie on no curve of the law
+        assert quadrants.fit({n: 1 / ((1 - p) + p / n) for n in (1, 2, 8)}) == pytest.approx(p, abs=1e-12)
+    speedups = {1: 1.0, 2: 1.7, 4: 3.3, 8: 4.0}  # which lie on no curve of the law
+    law = np.array([[1 - 1 / n, 1 - 1 / s] for n, s in speedups.items()])
+    (best,), *_ = np.linalg.lstsq(law[:, :1], law[:, 1])
+    assert quadrants.fit(speedups) == pytest.approx(best, abs=1e-12)
     assert quadrants.fit({2: 0.5}) == 0  # p stays a share
     assert quadrants.fit({2: 2.5}) == 1
 

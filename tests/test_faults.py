@@ -38,8 +38,7 @@ slow = pytest.mark.slow
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> list[str]:
     """Flags of a short run. The numbers of ranks divide neither its batches nor its layers."""
-    root = tmp_path_factory.mktemp("data")
-    fashion_mnist(root / "FashionMNIST" / "raw", train=600, test=101)
+    root = fashion_mnist(tmp_path_factory.mktemp("data"), train=600, test=101)
     flags = "--dataset fashion-mnist --device cpu --hidden 33 7 --epochs 4 --batch-size 51 --timeout 60"
     return [*flags.split(), "--data", str(root)]
 

@@ -68,9 +68,7 @@ def gradients(model: MLP) -> list[Tensor]:
     ],
     ids=str,
 )
-def test_gradients_are_as_accurate_as_autograds(
-    sizes: tuple[int, ...], b: int, smoothing: float, dtype: torch.dtype, hidden: str
-) -> None:
+def test_gradients_are_as_accurate_as_autograds(sizes, b, smoothing, dtype, hidden):
     """Loss and accumulated gradients have at most twice the error of autograd's, both against float64."""
     fused, plain, exact = (make(sizes, dtype, hidden) for _ in range(3))
     exact.double()
@@ -102,14 +100,23 @@ def test_a_relu_at_exactly_0_has_no_gradient_by_formulas_and_by_autograd() -> No
         assert model.layers[1].bias.grad.any()
 
 
-def test_layers_that_share_parameters_add_their_gradients() -> None:
-    sizes = (5, 4, 4, 4, 3)
-    fused, plain = make(sizes, torch.float64), make(sizes, torch.float64)
+def share(model: MLP) -> None:
+    model.layers[2].weight, model.layers[2].bias = model.layers[1].weight, model.layers[1].bias
+
+
+def replace(model: MLP) -> None:
+    model.load_state_dict({name: t / 2 for name, t in model.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize("change", [share, replace])
+def test_parameters_that_are_shared_or_replaced_afterwards_are_trained(change: Any) -> None:
+    fused, plain = (make((5, 4, 4, 4, 3), torch.float64) for _ in range(2))
+    before = FusedGradients(fused)
     for model in (fused, plain):
-        model.layers[2].weight, model.layers[2].bias = model.layers[1].weight, model.layers[1].bias
-    x, labels = batch(6, sizes, torch.float64)
-    for _ in range(2):
-        FusedGradients(fused)(x, labels, 6)
+        change(model)
+    x, labels = batch(6, (5, 3), torch.float64)
+    for compute in (before, FusedGradients(fused)):
+        compute(x, labels, 6)
         by_autograd(plain, x, labels, 6)
     torch.testing.assert_close(gradients(fused), gradients(plain))
 
@@ -171,18 +178,6 @@ def test_other_models_are_refused(change: Any, reason: str) -> None:
     assert reason in why_not_fused(model)
     with pytest.raises(ConfigError, match=rf"gradients cannot be fused: .*{reason}.*; take autograd"):
         FusedGradients(model)
-
-
-def test_parameters_that_are_replaced_afterwards_are_trained() -> None:
-    fused, plain = make((4, 3, 2)), make((4, 3, 2))
-    compute = FusedGradients(fused)
-    for model in (fused, plain):
-        state = {name: t / 2 for name, t in model.state_dict().items()}
-        model.load_state_dict(state, assign=True)
-    x, labels = batch(5, (4, 3, 2))
-    compute(x, labels, 5)
-    by_autograd(plain, x, labels, 5)
-    torch.testing.assert_close(gradients(fused), gradients(plain))
 
 
 def test_a_smoothing_out_of_range_is_refused() -> None:

@@ -36,9 +36,7 @@ SIZES = [784, 20, 10]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    fashion_mnist(root / "FashionMNIST" / "raw", TRAIN, TEST)
-    return root
+    return fashion_mnist(tmp_path_factory.mktemp("data"), TRAIN, TEST)
 
 
 def by_lightning(data: Path, seed: int = 0, **options: Any) -> Any:

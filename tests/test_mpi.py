@@ -28,9 +28,7 @@ ROUNDING = 1e-5  # of a loss: some hundred steps of some roundings of 6e-8 each
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """A small data set; a batch of ten leaves a remainder of one."""
-    root = tmp_path_factory.mktemp("data")
-    fashion_mnist(root / "FashionMNIST" / "raw", train=61, test=11)
-    return root
+    return fashion_mnist(tmp_path_factory.mktemp("data"), train=61, test=11)
 
 
 @pytest.mark.slow

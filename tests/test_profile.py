@@ -25,8 +25,7 @@ def data(tmp_path_factory) -> list[str]:
     """
     pytest.importorskip("torchvision", reason="torchvision reads the data sets")
     pytest.importorskip("tyro", reason="tyro reads the flags")
-    root = tmp_path_factory.mktemp("data")
-    fashion_mnist(root / "FashionMNIST" / "raw", train=600, test=100)
+    root = fashion_mnist(tmp_path_factory.mktemp("data"), train=600, test=100)
     flags = "--dataset fashion-mnist --hidden 64 --device cpu --epochs 2 --batch-size 50 --schedule constant"
     return [*flags.split(), "--data", str(root)]
 

@@ -49,13 +49,3 @@ def test_pages_are_legible_on_a_phone_in_dark_mode(tab, page):
         assert picture.evaluate("one => one.clientWidth") == 640  # letters of 10 pixels
         assert picture.evaluate("one => one.parentElement.clientWidth") < PHONE["width"]  # it scrolls
         assert picture.evaluate("one => getComputedStyle(one).backgroundColor") == "rgb(255, 255, 255)"
-
-
-def test_the_first_page_has_three_doors(tab):
-    tab.goto((tab.folder / "index.html").as_uri())
-    doors = tab.locator(".grid.cards > ul > li").all()
-    assert len(doors) == 3
-    for door in doors:
-        link = door.locator("strong a")
-        assert (tab.folder / link.get_attribute("href")).exists()
-        assert door.bounding_box()["width"] > 300  # one below the other

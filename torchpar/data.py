@@ -187,21 +187,17 @@ def _read(file: Path) -> Tensor:
         ValueError: it is missing or damaged.
     """
     archive = file.with_name(f"{file.name}.gz")
-    if archive.exists():
-        try:
-            content = gzip.decompress(archive.read_bytes())
-        except (OSError, EOFError, zlib.error) as e:
-            raise ValueError(f"{archive} is damaged ({e})") from e
-    elif file.exists():
-        content = file.read_bytes()
-    else:
-        raise ValueError(f"{archive} is missing")
-    if content[:3] != b"\0\0\x08":  # the last is uint8's code, and the number of dimensions follows
-        raise ValueError(f"{file} cannot be read: it does not begin as a file of uint8 in IDX format")
+    path = archive if archive.exists() or not file.exists() else file
     try:
+        content = path.read_bytes()
+        if path == archive:
+            content = gzip.decompress(content)
+        if content[:3] != b"\0\0\x08":  # the last is uint8's code, and the number of dimensions follows
+            raise ValueError("it does not begin as a file of uint8 in IDX format")
         shape = np.frombuffer(content, ">i4", content[3], 4)
-        return torch.from_numpy(
-            np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape).copy()
-        )
-    except ValueError as e:
-        raise ValueError(f"{file} cannot be read ({e})") from e
+        pixels = np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape))
+        return torch.from_numpy(pixels.reshape(shape).copy())
+    except FileNotFoundError as e:
+        raise ValueError(f"{path} is missing") from e
+    except (OSError, EOFError, zlib.error, ValueError) as e:
+        raise ValueError(f"{path} cannot be read ({e})") from e

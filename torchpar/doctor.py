@@ -16,7 +16,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 import torchpar
 from torchpar.ops.processor import cpuinfo
@@ -35,21 +34,6 @@ INSTRUCTION_SETS = {
     "AVX-512": {"avx512f"},
     "VNNI": {"avx512_vnni", "avx_vnni"},
     "AMX": {"amx_tile"},
-}
-
-A, B, WEIGHT = (400, 80), (400, 80), (72, 80)  # several blocks on a CPU
-# A call of each operator, its formula, and the shapes of the operands. A lambda looks its operator up when it
-# is called, so that a test can put a wrong one in its place.
-CALLS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[tuple[int, int], ...]]] = {
-    "maximum": (lambda a, b: torchpar.maximum(a, b), torch.maximum, (A, B)),
-    "matmul_t": (lambda x: torchpar.matmul_t(x), lambda x: x @ x.T, (A,)),
-    "symmetric_matmul": (lambda x: torchpar.symmetric_matmul(x, x), lambda x: x @ x.T, (A,)),
-    "linear_sigmoid": (
-        lambda x, w: torchpar.linear_sigmoid(x, w),
-        lambda x, w: torch.sigmoid(x @ w.T),
-        (A, WEIGHT),
-    ),
-    "exact_matmul": (lambda a, b: torchpar.exact_matmul(a, b), lambda a, b: a @ b.T, (A, B)),
 }
 
 State = Literal["ok", "note", "problem"]
@@ -163,10 +147,18 @@ def communication() -> Iterator[Finding]:
 
 def operators() -> Iterator[Finding]:
     for device in ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))):
-        for name, (operator, formula, shapes) in CALLS.items():
-            operands = [normal_like(torch.empty(shape, device=device), i) for i, shape in enumerate(shapes)]
+        sizes = enumerate((400, 400, 72))  # rows; several blocks on a CPU
+        a, b, weight = (normal_like(torch.empty(rows, 80, device=device), seed) for seed, rows in sizes)
+        calls: dict[str, tuple[Any, ...]] = {
+            "maximum": (torch.maximum, a, b),
+            "matmul_t": (lambda x: x @ x.T, a),
+            "symmetric_matmul": (lambda x, y: x @ y.T, a, a),
+            "linear_sigmoid": (lambda x, w: torch.sigmoid(x @ w.T), a, weight),
+            "exact_matmul": (lambda x, y: x @ y.T, a, b),
+        }
+        for name, (formula, *operands) in calls.items():
             try:
-                actual, native = (operator(*operands),), (formula(*operands),)
+                actual, native = (getattr(torchpar, name)(*operands),), (formula(*operands),)
                 if name == "maximum":
                     same_bits(actual, native)
                 else:

@@ -4,7 +4,7 @@
 ``examples/train_mpi.py`` holds the training loop.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,9 +53,9 @@ class OneProcess:
         total[:] = own
 
 
-def evaluate(world: Any, model: MLP, x: Array, labels: Array, size: int) -> tuple[float, float]:
-    """Return the mean loss and the accuracy over ``size`` samples, of which each process has a share."""
-    own = np.array(model.evaluate(x, labels), np.float64)
+def evaluate(world: Any, model: MLP, share: Sequence[Array], size: int) -> tuple[float, float]:
+    """Return the mean loss and the accuracy over ``size`` samples; ``share`` is this process's x, labels."""
+    own = np.array(model.evaluate(*share), np.float64)
     total = np.empty_like(own)
     world.Allreduce(own, total)
     return float(total[0] / size), float(total[1] / size)
