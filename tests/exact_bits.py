@@ -12,20 +12,18 @@ import torchpar
 from torchpar import exact
 from torchpar.exact.functions import erf64, exp64, log64, sin64, tanh64
 
-PRODUCTS = {
+RECORDED = {
     "exact_matmul": "283031e2a5cd363d",
     "exact_matmul_t": "18aedb8e5fec8f5e",
     "batch": "a4fb80472d5f5f08",
     "gradient": "d17dfb93ddf54808",
-}
-RULES = {
     "wide": "59289fbf2ea11ddb",  # the functions before they are rounded to float32
     "functions": "6e02f041ce44698a",
     "rows": "172c91a66e348114",
     "gradients": "7d2027305601b5c8",
     "random": "e9018cda185fd7f2",
+    "weights": "cc005b846334d4c9",  # of the training
 }
-TRAINING = {"weights": "cc005b846334d4c9"}
 
 
 def made_of_integers(*shape: int, seed: int) -> Tensor:

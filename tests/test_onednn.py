@@ -206,6 +206,8 @@ def test_either_library_of_the_cpu_is_right(shape: tuple[int, ...], onednn: list
         with torch.backends.mkldnn.flags(enabled=enabled):
             contract(a, b)
             contract(a, a, c, alpha=-2.5, beta=1 / 3)
+            in_place = torchpar.symmetric_matmul(a, a, c, alpha=-2.5, beta=1 / 3, out=torch.empty_like(c))
+            assert torch.equal(in_place, torchpar.symmetric_matmul(a, a, c, alpha=-2.5, beta=1 / 3))
             assert max(itertools.chain(*onednn), default=0) <= 128
             actual = torch.ops.torchpar.matmul_t_backward(c.tril(), a)
         total = c.tril() + c.tril().mT

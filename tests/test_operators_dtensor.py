@@ -8,6 +8,10 @@ import pytest
 import torch
 from operators import OPERATORS, Shapes
 from samples import widest_arguments
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 import torchpar
 from torchpar.parallel.launch.local import Ranks
@@ -23,10 +27,6 @@ def operands(name: str, shapes: Shapes) -> list[torch.Tensor]:
 
 def compare_compiled() -> None:
     """The compiled operators beside the eager ones, with split operands, in one graph."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     cases = list(itertools.product(OPERATORS.values(), (0, -1)))  # split along rows, and along columns
 
@@ -56,9 +56,6 @@ def test_compiled(fork_server):
 
 
 def checked() -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
     mesh = init_device_mesh("cpu", (2,))
     whole = operands("symmetric_matmul", ((6, 6), (6, 6), (6, 6)))
     for placement in (Replicate(), Shard(0), Shard(1)):
@@ -80,10 +77,6 @@ def test_the_check_is_of_the_whole_and_not_of_its_parts(ranks):
 
 def rows_of_a_product(shape: tuple[int, ...]) -> tuple[int, str]:
     """matmul_t of a matrix split by rows: the number of collectives, and the placement of the result."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-    from torch.distributed.tensor.debug import CommDebugMode
-
     (whole,) = operands("matmul_t", (shape,))
     mesh = init_device_mesh("cpu", (2,))
     x = distribute_tensor(whole.detach(), mesh, [Shard(len(shape) - 2)]).requires_grad_()

@@ -3,8 +3,10 @@
 
 import itertools
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -177,7 +179,7 @@ def into(shape: tuple[int, ...], dtype: torch.dtype, out: torch.dtype, device: s
     return [x, h.tril() + h.tril(-1).mT]
 
 
-@pytest.mark.parametrize("shape", [(5, 3), (700, 30), (2, 300, 20), (0, 4), (4, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 3), (800, 30), (2, 400, 20), (0, 4), (4, 0)], ids=str)
 @pytest.mark.parametrize("dtype, out", PAIRS, ids=str)
 def test_the_error_is_at_most_twice_torchs(shape, dtype, out, device):
     for alpha, beta in ((1.0, 1.0), (-0.5, 2.0), (2.0, 0.0), (0.0, 0.5), (0.0, 0.0)):
@@ -221,6 +223,28 @@ def test_no_matrix_of_the_results_size_is_made(dtype):
     own = largest_allocation(lambda: symmetric_cpu.symmetric_product(x, x, h, 1.0, 1.0, h))
     assert 0 < own <= h.nbytes / 4
     assert largest_allocation(lambda: h.copy_(h + x.float() @ x.float().mT)) >= h.nbytes
+
+
+def test_small_products_are_whole_on_a_cpu() -> None:
+    with patch.object(symmetric_cpu, "_halved", None):  # which is not called
+        torchpar.matmul_t(torch.ones(383, 2))
+        torchpar.matmul_t(torch.ones(767, 2).bfloat16())
+        with pytest.raises(TypeError):
+            torchpar.matmul_t(torch.ones(384, 2))
+
+
+def test_products_of_bfloat16_are_of_float32_where_those_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(130, 40).bfloat16(), torch.randn(30, 40).bfloat16().requires_grad_()
+    bias = torch.randn(30).bfloat16()
+    for name in ("symmetric_cpu", "linear_sigmoid"):
+        monkeypatch.setattr(sys.modules[f"torchpar.ops.{name}"], "has_bfloat16", lambda: False)
+    wide = x.float()
+    assert torch.equal(torchpar.matmul_t(x), symmetric_cpu.symmetric_product(wide, wide).bfloat16())
+    y = torchpar.linear_sigmoid(x, weight, bias)
+    assert torch.equal(y, torch.nn.functional.linear(wide, weight.float(), bias.float()).sigmoid().bfloat16())
+    (gradient,) = torch.autograd.grad(y.sum(), weight)
+    dz = torch.ops.aten.sigmoid_backward(torch.ones_like(y), y.detach())
+    assert torch.equal(gradient, (dz.float().T @ wide).bfloat16())
 
 
 def test_gradients_are_refused(device):

@@ -6,6 +6,8 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
+from torch import Tensor
+
 from torchpar.library import CustomOpDef, triton_op
 
 NAMESPACE = "torchpar"
@@ -29,6 +31,11 @@ def operator(
         kernels=partial(_kernels, kernels),
         opaque=opaque,
     )
+
+
+def save_operands(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    """The ``setup_context`` of an operator whose derivatives take all its operands."""
+    ctx.save_for_backward(*inputs)
 
 
 def _kernels(module: str) -> Iterator[Any]:

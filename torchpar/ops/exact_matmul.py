@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torchpar.library import Wrap, batch_first, sample
 from torchpar.ops import exact_digits
-from torchpar.ops._operator import operator
+from torchpar.ops._operator import operator, save_operands
 
 
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -92,10 +92,6 @@ def _(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(*a.shape[:-1], b.shape[-2])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     a, b = ctx.saved_tensors
     need_a, need_b = ctx.needs_input_grad
@@ -109,7 +105,7 @@ def _jvp(ctx: Any, da: Tensor | None, db: Tensor | None) -> Tensor:
     return exact_matmul(da, b) + exact_matmul(a, db)
 
 
-_op.register_autograd(_backward, setup_context=_setup_context, jvp=_jvp)
+_op.register_autograd(_backward, setup_context=save_operands, jvp=_jvp)
 
 
 @_op.register_vmap

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torchpar.library import Wrap, is_dtensor, needs_formula, sample
 from torchpar.ops import symmetric_cpu
-from torchpar.ops._operator import operator
+from torchpar.ops._operator import operator, save_operands
 from torchpar.ops.matrix import check_dtype, half_sum, product
 from torchpar.ops.symmetric_matmul import symmetric_product
 
@@ -79,16 +79,12 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], x.shape[-2])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _backward(ctx: Any, g: Tensor) -> Tensor:
     (x,) = ctx.saved_tensors
     return _backward_formula(g, x) if needs_formula(g) else _backward_op(g, x)
 
 
-_op.register_autograd(_backward, setup_context=_setup_context, formula=_formula, decompose=_is_split_by_rows)
+_op.register_autograd(_backward, setup_context=save_operands, formula=_formula, decompose=_is_split_by_rows)
 
 
 @_op.register_vmap

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from torchpar.library import Wrap, empty_elementwise, needs_formula, sample
-from torchpar.ops._operator import operator
+from torchpar.ops._operator import operator, save_operands
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 _DTYPES = (*_INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -100,10 +100,6 @@ def _formula(a: Tensor, b: Tensor) -> Tensor:
     return torch.maximum(a, b)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     a, b = ctx.saved_tensors
     need_a, need_b = ctx.needs_input_grad
@@ -122,7 +118,7 @@ def _reduced(share: Tensor, t: Tensor) -> Tensor:
     return share.sum_to_size(t.shape).to(t)
 
 
-_op.register_autograd(_backward, setup_context=_setup_context, formula=_formula)
+_op.register_autograd(_backward, setup_context=save_operands, formula=_formula)
 
 
 @_op.register_vmap
