@@ -144,9 +144,9 @@ class P2PCommunicator:
     received, to the previous stage. A gradient has the shape of the activations. The first stage has no
     previous one, and the last stage no next one: there nothing is sent, and None is received.
 
-    A message is sent by the next call that receives, or by `flush`, which return when all messages have been
-    sent and received. Both directions start together: neighbours that send to each other, and receive only
-    then, would wait for each other.
+    ``send_*`` only queues a message. The next ``recv_*`` sends it, or `flush`. Both return when all messages
+    have been sent and received. After the last ``send_*`` call `flush`. Both directions start together:
+    neighbours that send to each other, and receive only then, would wait for each other.
 
     Args:
         group: with NCCL, a group that has run a collective, as `torch.distributed.batch_isend_irecv` asks.

@@ -73,7 +73,7 @@ def compare(part: str, result: Tensor, reference: Callable[..., Tensor], *inputs
     exact = reference(*(t.double() for t in inputs))
     error, native = ((t - exact).abs().max().item() for t in (result, reference(*inputs)))
     most = 2 * native + torch.finfo(result.dtype).eps * exact.abs().max().item()
-    print(f"{part}: error {error:.1e}, PyTorch's {native:.1e}")
+    print(f"{part}: error {error:.1e} against float64, PyTorch's {native:.1e}")
     if not error <= most:
         raise ConfigError(
             f"{part} has an error of {error:.1e}, expected {most:.1e} at most; mend its formula"
