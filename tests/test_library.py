@@ -17,16 +17,12 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from operators import KERNELS, OPERATORS
 from samples import LAYOUTS
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.compile_fx import compile_fx, compile_fx_aot
 from torch._library.triton import get_triton_kernels_for_op, triton_ops_to_kernels
 from torch._prims_common import compute_elementwise_output_strides
-from torch.func import jvp
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 import torchpar
@@ -238,6 +234,7 @@ def test_the_record_has_all_operators() -> None:
 
 IMPORT = """
 import json, sys, torch
+sys.modules.update(rich=None, triton=None, torchvision=None, lightning=None)  # importing one of them fails
 before = set(sys.modules)
 import torchpar
 added = sorted(set(sys.modules) - before)
@@ -245,12 +242,12 @@ x = torch.ones(3, 4, requires_grad=True)
 y = torchpar.linear_sigmoid(x, x, x[:, 0])
 torchpar.maximum(torchpar.matmul_t(y), y).sum().backward()
 torchpar.symmetric_matmul(torch.ones(300, 2), torch.ones(300, 2), check=True)
-called = sorted(set(sys.modules) - before)
+import torchpar.optim, torchpar.tune
 import torch.distributed.tensor
 from torchpar.library import _sharding_rules
 waiting = len(_sharding_rules)
 torch.ops.torchpar.maximum(y, y)
-print(json.dumps([added, called, waiting, len(_sharding_rules)]))
+print(json.dumps([added, waiting, len(_sharding_rules)]))
 """
 
 
@@ -258,13 +255,11 @@ def test_import_adds_only_what_is_ours_and_the_cpu_paths_need_no_triton() -> Non
     # Modules are counted, not milliseconds: the import would be slow because of Triton and of PyTorch's own
     # modules that are not loaded yet.
     result = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
-    imported, called, waiting, left = json.loads(result.stdout)
+    imported, waiting, left = json.loads(result.stdout)
     assert waiting > left == 0, "sharding rules wait for DTensor"
     assert "torchpar.ops.matmul_t" in imported
     assert [module for module in imported if module.partition(".")[0] != "torchpar"] == []
     assert [module for module in imported if module.startswith("torchpar.kernels")] == []
-    packages = {module.partition(".")[0] for module in called}
-    assert packages.isdisjoint({"triton", "torchvision", "lightning", "pytorch_lightning", "matplotlib"})
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -337,39 +332,14 @@ def test_compilers_take_operands_of_data_dependent_size(name: str) -> None:
 
     def function(x: Tensor) -> Tensor:
         x = x[x[:, 0] > 0]
-        if name == "maximum":
-            return operator.op(x, 1 - x).square().sum()
         sizes = operator.sized({"n": x.shape[0], "k": 3, "o": 4})
-        args = [
-            x.reshape(shape) if "n" in letters and "k" in letters else x.new_ones(shape)
-            for letters, shape in zip(operator.shapes, sizes, strict=True)
-        ]
-        return operator.op(*args).square().sum()
+        shapes = [x.shape] * 2 if name == "maximum" else sizes
+        return operator.op(*(x.mean() * x.new_ones(shape) for shape in shapes)).square().sum()
 
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     x = torch.linspace(-1, 2, 900).view(300, 3).requires_grad_()
     assert_close(torch.autograd.grad(compiled(x), x), torch.autograd.grad(function(x), x))
     assert_close(compiled(x.detach()), function(x.detach()))
-
-
-def test_compilers_look_through_an_operator_and_other_tracers_do_not() -> None:
-    graphs = []
-
-    def compiler(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        graphs.append(graph)
-        return make_boxed_func(graph.forward)
-
-    def targets(graph: torch.fx.GraphModule) -> set[Any]:
-        return {node.target for node in graph.graph.nodes if node.op == "call_function"}
-
-    x = torch.ones(3, 2)
-    assert targets(make_fx(torchpar.matmul_t)(x)) == {torch.ops.torchpar.matmul_t.default}
-    # register_torch_dispatch for FunctionalTensorMode is what AOTAutograd decomposes by.
-    compiled = torch.compile(torchpar.matmul_t, backend=aot_autograd(fw_compiler=compiler), fullgraph=True)
-    assert_close(compiled(x), torchpar.matmul_t(x))
-    (graph,) = graphs
-    assert torch.ops.aten.mm.default in targets(graph)
-    assert all(target.namespace == "aten" for target in targets(graph))
 
 
 def test_compute_elementwise_output_strides_is_atens() -> None:
@@ -380,27 +350,3 @@ def test_compute_elementwise_output_strides_is_atens() -> None:
         shape = torch.broadcast_shapes(a_shape, b_shape)
         strides = compute_elementwise_output_strides(a.expand(shape), b.expand(shape))
         assert strides == torch.maximum(a, b).stride()
-
-
-class Square(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x * x
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def jvp(ctx: Any, dx: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0] * dx
-
-
-def test_jvp_of_a_function_still_needs_our_workaround() -> None:
-    """`Differentiable.jvp` turns forward mode on. When this fails, it need not any more."""
-    x = torch.ones(1)
-    second = [
-        jvp(lambda x, f=f: jvp(f, (x,), (x.detach(),))[1], (x,), (x,))[1]
-        for f in (torch.square, Square.apply)
-    ]
-    assert_close(second, [2 * x, 0 * x])
