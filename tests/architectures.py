@@ -23,9 +23,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {  # the class, and its s
     "deepseek_v3": ("DeepseekV3ForCausalLM", LATENT),
     "gpt2": ("GPT2LMHeadModel", dict(TOKENS, n_embd=32, n_layer=2, n_head=4, n_positions=16, n_inner=40)),
     "mamba": ("MambaForCausalLM", dict(TOKENS, hidden_size=32, state_size=4, num_hidden_layers=2)),
-    "bert": ("BertForMaskedLM", TEXT),
     "modernbert": ("ModernBertForMaskedLM", dict(TEXT, cls_token_id=1, sep_token_id=2)),
-    "vit": ("ViTForImageClassification", dict(TEXT, image_size=8, patch_size=4)),
 }
 
 

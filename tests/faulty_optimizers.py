@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -23,7 +22,7 @@ def whole(t: Tensor) -> Tensor:
 
 
 class PlainMuon(torch.optim.Optimizer):
-    """Gathers each momentum on every rank, and refuses what it cannot gather."""
+    """Gathers each momentum on every rank, and refuses what it cannot gather; it does not compare ranks."""
 
     def __init__(self, params: Any, views: Mapping[str, View] | None = None, **own: Any):
         self.views = views or {}
@@ -43,16 +42,6 @@ class PlainMuon(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         if any(name.startswith("tensor_parallel") for p in params for name in vars(p)):
             raise ValueError("PlainMuon: a slice of a matrix, expected a whole matrix or a DTensor")
-        if all(p.grad is None for p in params):
-            raise ValueError("PlainMuon: no gradient; if the model was sharded, make the optimizer again")
-        mine = [{key: str(x) for key, x in group.items() if key != "params"} for group in self.param_groups]
-        facts = (mine, [p.grad is None for p in params])
-        for mesh in {p.device_mesh: None for p in params if isinstance(p, DTensor)}:
-            for ranks in mesh.get_all_groups():
-                everyone: list[Any] = [None] * dist.get_world_size(ranks)
-                dist.all_gather_object(everyone, facts, ranks)
-                if any(other != facts for other in everyone):
-                    raise ValueError("PlainMuon: the ranks differ in parameters, arguments or gradients")
 
     def update(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
         gradient = p.grad.redistribute(placements=p.placements) if isinstance(p, DTensor) else p.grad
@@ -152,13 +141,6 @@ class NormalisesMomentum(PlainMuon):
         aliased = ahead.bfloat16()  # which is ``ahead`` itself, if that is bfloat16
         aliased.div_(whole(aliased).norm())
         return super().direction(name, p, ahead)
-
-
-class AcceptsAnyArguments(PlainMuon):
-    """Ranks that share a matrix may have different learning rates, and end with different matrices."""
-
-    def check(self) -> None:
-        """Compare nothing."""
 
 
 def make_by_layer(model: nn.Module) -> PlainMuon:

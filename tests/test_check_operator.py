@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The table of an operator finds each fault of `faulty_operators`, and none in a right operator."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import faulty_operators as faulty
@@ -83,40 +82,26 @@ def test_nothing_is_found_in_a_right_operator(right: Any) -> None:
     assert table["torch.export, save and load"].detail == "the graph holds the operator"
 
 
-def plain(xs: Sequence[Tensor], by: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    total = torch.stack([*xs]).sum(0)
-    return scale * total + by, total * total
+LIST = Sample([[normal(3, 4), normal(2, 4, seed=1)]])
+KEYWORD = Sample([normal(3, 4), torch.arange(4)], {"alpha": 2})
 
 
-@torch.library.custom_op("torchpar_tests::shifted", mutates_args=())
-def shifted(xs: Sequence[Tensor], by: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """An operator with a list, an integer operand and two results, by PyTorch's own decorators."""
-    return plain(xs, by, scale)
-
-
-@shifted.register_fake
-def _(xs: Sequence[Tensor], by: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return xs[0].new_empty(xs[0].shape), xs[0].new_empty(xs[0].shape)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[0])
-    ctx.scale = inputs[2]
-
-
-def _backward(ctx: Any, g: Tensor, h: Tensor) -> Any:
-    gradient = ctx.scale * g + 2 * torch.stack(ctx.saved_tensors).sum(0) * h
-    return [gradient for _ in ctx.saved_tensors], None, None
-
-
-shifted.register_autograd(_backward, setup_context=_setup)
-
-
-def test_lists_and_several_results() -> None:
-    sample = Sample([[normal(3, 4), normal(3, 4, seed=1)], torch.arange(4)], {"scale": 0.5})
+@pytest.mark.parametrize(
+    "op, sample, reference",
+    [
+        (torch.ops.aten.cat.default, LIST, torch.vstack),
+        (torch.ops.aten.add.Tensor, KEYWORD, lambda x, y, alpha: x + alpha * y),
+        (
+            torch.ops.aten.linalg_slogdet.default,
+            Sample([normal(3, 3)]),
+            lambda x: (x.det().sign(), x.det().abs().log()),
+        ),
+    ],
+)
+def test_lists_integers_keywords_and_several_results(op: Any, sample: Sample, reference: Any) -> None:
     rules = ["values", "schema", "fake tensors", "gradcheck", "gradgradcheck", "any of the gradients"]
-    table = check_operator(shifted, [sample], reference=plain, rules=rules)
-    assert table.name == "torchpar_tests.shifted.default"
+    table = check_operator(op, [sample], reference=reference, rules=rules)
+    assert table.name == str(op)
     assert outcomes(table) == dict.fromkeys(rules, "works"), str(table)
 
 
@@ -143,17 +128,12 @@ def test_the_worst_sample_is_shown(right: Any) -> None:
     assert "mat1 and mat2 shapes cannot be multiplied" in str(table)
 
 
-@torch.library.custom_op("torchpar_tests::increment", mutates_args=("x",))
-def increment(x: Tensor) -> None:
-    x.add_(1)
-
-
 @pytest.mark.parametrize(
     "op, samples, rules, message",
     [
         (torch.add, SAMPLES, ["value"], "rule 'value', expected one of 'values', "),
         (torch.add, [normal(3)], None, "expected samples"),
-        (increment, [(normal(3),)], None, "torchpar_tests.increment.default writes to its operands"),
+        (torch.ops.aten.add_.Tensor, SAMPLES, None, "aten.add_.Tensor writes to its operands"),
         ("add", SAMPLES, None, "the operator is an object of type str"),
     ],
 )

@@ -17,16 +17,12 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from operators import KERNELS, OPERATORS
 from samples import LAYOUTS
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.compile_fx import compile_fx, compile_fx_aot
 from torch._library.triton import get_triton_kernels_for_op, triton_ops_to_kernels
 from torch._prims_common import compute_elementwise_output_strides
-from torch.func import jvp
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 import torchpar
@@ -44,26 +40,6 @@ def double(x: Tensor) -> Tensor:
 
 def make(function: Any = double, mutates_args: Any = (), **how: Any) -> CustomOpDef:
     return torchpar.library.custom_op(next(NAMES), function, mutates_args=mutates_args, **how)
-
-
-def axpy(x: Tensor, y: Tensor, *, scale: float = 2.0) -> Tensor:
-    return scale * x + y.sin()
-
-
-@pytest.fixture(scope="module")
-def op() -> CustomOpDef:
-    op = make(axpy)
-
-    def setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-        ctx.scale = keyword_only_inputs["scale"]
-
-    op.register_fake(lambda x, y, scale=2.0: torch.empty_like(x))
-    op.register_autograd(
-        lambda ctx, g: (g * ctx.scale, g * ctx.saved_tensors[0].cos()), setup_context=setup_context
-    )
-    op.register_vmap(lambda info, in_dims, x, y, scale=2.0: (op(x, y, scale=scale), 0))
-    return op
 
 
 X, Y = (torch.linspace(start, start + 1, 4, dtype=torch.float64) for start in (0, 2))
@@ -98,24 +74,24 @@ def test_functions_of_torch_library_take_the_object() -> None:
     assert_close(torch.func.vmap(op)(X[None]), 2 * X[None])
 
 
-CALLS = [
-    lambda f, x: f(x, Y),
-    lambda f, x: f(y=Y, x=x, scale=3.0),
-    lambda f, x: f(x, f(x, Y)),
-]
+def test_gradients_of_calls_by_position_and_by_name() -> None:
+    def axpy(x: Tensor, y: Tensor, *, scale: float = 2.0) -> Tensor:
+        return scale * x + y.sin()
 
+    def setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.scale = keyword_only_inputs["scale"]
 
-@pytest.mark.parametrize("call", CALLS)
-def test_gradients_of_calls_by_position_and_by_name(op: CustomOpDef, call: Any) -> None:
-    seen = []
-    for f in (op, op._opoverload, axpy):
-        x = X.clone().requires_grad_()
-        y = call(f, x)
-        basis = torch.eye(4, dtype=X.dtype)
-        (rows,) = torch.autograd.grad(y, x, basis, is_grads_batched=True, retain_graph=True)
-        seen.append((y.detach(), torch.autograd.grad(y.sum(), x)[0], rows))
-    assert_close(seen[0], seen[2])
-    assert_close(seen[1], seen[2])
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        return g * ctx.scale, g * ctx.saved_tensors[0].cos()
+
+    op, x = make(axpy), X.clone().requires_grad_()
+    op.register_autograd(backward, setup_context=setup_context)
+    for call in (lambda f: f(x, Y), lambda f: f(y=Y, x=x, scale=3.0), lambda f: f(x, f(x, Y))):
+        for f in (op, op._opoverload):
+            y, expected = call(f), call(axpy)
+            assert_close(y, expected)
+            assert_close(*(torch.autograd.grad(t.sum(), x) for t in (y, expected)))
 
 
 @pytest.mark.parametrize("saved", [None, (), (None, X)])
@@ -183,7 +159,6 @@ def test_kernels_for_devices() -> None:
     assert_close(again(X), 2 * X)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap without a rule
 def test_errors() -> None:
     op = make()
     x = X.clone().requires_grad_()
@@ -191,9 +166,6 @@ def test_errors() -> None:
         torchpar.library.custom_op("name", double, mutates_args=())
     with pytest.raises(RuntimeError, match="has no backward"):
         op(x).sum().backward()
-    with pytest.raises(RuntimeError, match="has no backward"):
-        torch.func.jvp(op, (X,), (X,))  # by PyTorch's decorator it is 0
-    assert_close(torch.func.vmap(op)(X), 2 * X)
     with pytest.raises(ValueError, match="expected at most one"):
         op.register_autograd(double, formula=double, jvp=double)
     with pytest.raises(ValueError, match="pass both"):
@@ -203,9 +175,6 @@ def test_errors() -> None:
     op.register_autograd(lambda ctx, g: (g, g))
     with pytest.raises(RuntimeError, match="returns 2 gradients, expected 1"):
         op(x).sum().backward()
-    for args in ((), (X, X), (1,)):
-        with pytest.raises(RuntimeError, match="library_tests::op"):
-            op(*args)
     for function in (lambda x: x.view(-1), lambda x: x):
         with pytest.raises(RuntimeError, match="may not alias any inputs"):
             make(function, schema="(Tensor x) -> Tensor")(X)
@@ -238,6 +207,7 @@ def test_the_record_has_all_operators() -> None:
 
 IMPORT = """
 import json, sys, torch
+sys.modules.update(rich=None, triton=None, torchvision=None, lightning=None)  # importing one of them fails
 before = set(sys.modules)
 import torchpar
 added = sorted(set(sys.modules) - before)
@@ -245,12 +215,12 @@ x = torch.ones(3, 4, requires_grad=True)
 y = torchpar.linear_sigmoid(x, x, x[:, 0])
 torchpar.maximum(torchpar.matmul_t(y), y).sum().backward()
 torchpar.symmetric_matmul(torch.ones(300, 2), torch.ones(300, 2), check=True)
-called = sorted(set(sys.modules) - before)
+import torchpar.optim, torchpar.tune
 import torch.distributed.tensor
 from torchpar.library import _sharding_rules
 waiting = len(_sharding_rules)
 torch.ops.torchpar.maximum(y, y)
-print(json.dumps([added, called, waiting, len(_sharding_rules)]))
+print(json.dumps([added, waiting, len(_sharding_rules)]))
 """
 
 
@@ -258,13 +228,11 @@ def test_import_adds_only_what_is_ours_and_the_cpu_paths_need_no_triton() -> Non
     # Modules are counted, not milliseconds: the import would be slow because of Triton and of PyTorch's own
     # modules that are not loaded yet.
     result = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
-    imported, called, waiting, left = json.loads(result.stdout)
+    imported, waiting, left = json.loads(result.stdout)
     assert waiting > left == 0, "sharding rules wait for DTensor"
     assert "torchpar.ops.matmul_t" in imported
     assert [module for module in imported if module.partition(".")[0] != "torchpar"] == []
     assert [module for module in imported if module.startswith("torchpar.kernels")] == []
-    packages = {module.partition(".")[0] for module in called}
-    assert packages.isdisjoint({"triton", "torchvision", "lightning", "pytorch_lightning", "matplotlib"})
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -337,39 +305,14 @@ def test_compilers_take_operands_of_data_dependent_size(name: str) -> None:
 
     def function(x: Tensor) -> Tensor:
         x = x[x[:, 0] > 0]
-        if name == "maximum":
-            return operator.op(x, 1 - x).square().sum()
         sizes = operator.sized({"n": x.shape[0], "k": 3, "o": 4})
-        args = [
-            x.reshape(shape) if "n" in letters and "k" in letters else x.new_ones(shape)
-            for letters, shape in zip(operator.shapes, sizes, strict=True)
-        ]
-        return operator.op(*args).square().sum()
+        shapes = [x.shape] * 2 if name == "maximum" else sizes
+        return operator.op(*(x.mean() * x.new_ones(shape) for shape in shapes)).square().sum()
 
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     x = torch.linspace(-1, 2, 900).view(300, 3).requires_grad_()
     assert_close(torch.autograd.grad(compiled(x), x), torch.autograd.grad(function(x), x))
     assert_close(compiled(x.detach()), function(x.detach()))
-
-
-def test_compilers_look_through_an_operator_and_other_tracers_do_not() -> None:
-    graphs = []
-
-    def compiler(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        graphs.append(graph)
-        return make_boxed_func(graph.forward)
-
-    def targets(graph: torch.fx.GraphModule) -> set[Any]:
-        return {node.target for node in graph.graph.nodes if node.op == "call_function"}
-
-    x = torch.ones(3, 2)
-    assert targets(make_fx(torchpar.matmul_t)(x)) == {torch.ops.torchpar.matmul_t.default}
-    # register_torch_dispatch for FunctionalTensorMode is what AOTAutograd decomposes by.
-    compiled = torch.compile(torchpar.matmul_t, backend=aot_autograd(fw_compiler=compiler), fullgraph=True)
-    assert_close(compiled(x), torchpar.matmul_t(x))
-    (graph,) = graphs
-    assert torch.ops.aten.mm.default in targets(graph)
-    assert all(target.namespace == "aten" for target in targets(graph))
 
 
 def test_compute_elementwise_output_strides_is_atens() -> None:
@@ -380,27 +323,3 @@ def test_compute_elementwise_output_strides_is_atens() -> None:
         shape = torch.broadcast_shapes(a_shape, b_shape)
         strides = compute_elementwise_output_strides(a.expand(shape), b.expand(shape))
         assert strides == torch.maximum(a, b).stride()
-
-
-class Square(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x * x
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def jvp(ctx: Any, dx: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0] * dx
-
-
-def test_jvp_of_a_function_still_needs_our_workaround() -> None:
-    """`Differentiable.jvp` turns forward mode on. When this fails, it need not any more."""
-    x = torch.ones(1)
-    second = [
-        jvp(lambda x, f=f: jvp(f, (x,), (x.detach(),))[1], (x,), (x,))[1]
-        for f in (torch.square, Square.apply)
-    ]
-    assert_close(second, [2 * x, 0 * x])

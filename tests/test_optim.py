@@ -398,7 +398,6 @@ def view(function: Callable[[Tensor], Any]) -> Muon:
         (lambda: orthogonalize(X, ns="gramm"), "ns is 'gramm', expected 'auto', 'standard' or 'gram'"),
         (lambda: Muon([X], ns="gramm"), "ns is 'gramm', expected 'auto', 'standard' or 'gram'"),
         (lambda: orthogonalize(X[0]), r"x is \(4,\) torch.float32, expected floating \(\*, n, m\)"),
-        (lambda: orthogonalize(X.long()), r"torch.int64, expected floating \(\*, n, m\)"),
         (lambda: orthogonalize(X, [COEFFICIENTS, (1.0, 2.0)]), r"\(1.0, 2.0\)\], expected 3"),
         (lambda: orthogonalize(X, "polar"), "coefficients is 'polar', expected 3"),
         (lambda: orthogonalize(X, steps=-1), "steps is -1, expected 0 to 99"),
@@ -409,8 +408,6 @@ def view(function: Callable[[Tensor], Any]) -> Muon:
         (lambda: Muon([{"params": [X], "ns": "gram"}]), "ns applies to the whole optimizer, not to a group"),
         (lambda: Muon([("w", X)], views={"v": lambda p: p}), "views has v, expected names of parameters"),
         (lambda: view(lambda p: p[:5]), r"the view of w returns \[\(5, 4\)\], expected views \(\*, n, m\)"),
-        (lambda: view(lambda p: [p, p[:1]]), "the view of w returns .* once"),
-        (lambda: view(lambda p: p.flatten()), "the view of w returns .* once"),
         (lambda: view(lambda p: p.view(5, -1)), r"the view of w, of shape \(6, 4\), fails: shape"),
     ],
 )

@@ -26,17 +26,6 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
     ).stdout
 
 
-HIDDEN = """
-import sys
-sys.modules.update(rich=None, triton=None, torchvision=None)  # importing one of them fails
-import torchpar, torchpar.optim, torchpar.tune
-"""
-
-
-def test_an_import_loads_no_triton(tmp_path: Path) -> None:
-    run(sys.executable, "-c", HIDDEN, cwd=tmp_path, PYTHONPATH=str(ROOT))
-
-
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The sdist, and the wheel that is built from it."""
