@@ -307,6 +307,7 @@ FAULTS = {
         "a part of warp 0 executes bar.sync",
     ),
     "a barrier of one warp": ("@%p0 bar.sync 0;", "deadlock"),
+    "no result": ("st.shared.b32 [%r1], %r0;", r"block \(0, 0, 0\) writes nothing"),
     "an endless loop": ("again: bra again;", "does not end"),
     "two values at one place": ("st.shared.b32 [%r90], %r0;", "different values"),
     "a copy that was not waited for": (COPY + "ld.shared.b32 %r3, [%r1];", "read by .* written by a copy"),
