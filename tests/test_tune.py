@@ -25,6 +25,7 @@ from torchpar.tune import Problem
 
 DEVICE = tiles.Device("NVIDIA Test/9 GPU", 90, 132)
 WIDE, LARGE = Tiles(128, 256, 64, 8, 4, "tma"), Tiles(128, 128, 64, 8, 4, "tma")
+NARROW = Tiles(64, 128, 64, 4, 4, "tma")
 SQUARE, SMALL = Tiles(128, 128, 64, 8, 3), Tiles(64, 64, 64, 4, 3)
 UNALIGNED, SPLIT = Tiles(64, 64, 32, 8, 3), Tiles(64, 64, 64, 4, 4, "split_k")
 ENTRIES = [[512, 512, 512, 1, None], [2048, 2048, 2048, 1, SMALL], [4096, 4096, 4096, 1, WIDE]]
@@ -57,8 +58,8 @@ def chosen(n: int, k: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) 
     return tiles.choose_tiles("symmetric_product", "ieee", (n, n, k, batch), operand(n, k, dtype))
 
 
-def default(m: int, n: int, batch: int = 1, kernel: str = "symmetric_product") -> Tiles:
-    return tiles.default_tiles(kernel, "ieee", (m, n, n, batch), operand(m, n), operand(n, m))
+def default(n: int) -> Tiles:
+    return tiles.default_tiles("symmetric_product", "ieee", (n, n, n, 1), operand(n, n))
 
 
 @pytest.mark.parametrize("capability", [0, 80, 90, 100, 120])
@@ -85,21 +86,30 @@ def test_configurations_are_those_that_a_device_can_run(kernel, dtype, precision
 
 
 @pytest.mark.parametrize(
-    "kernel, m, n, batch, expected",
+    "kernel, sizes, expected",
     [  # waves · cost of a tile, on 132 multiprocessors
-        ("symmetric_product", 4096, 4096, 1, WIDE),  # 264 units: 2 · 57344, squares 4 · 32768
-        ("symmetric_product", 4224, 4224, 1, LARGE),  # 561 units: 5 · 32768 beside 3 · 57344
-        ("symmetric_product", 2048, 2048, 1, Tiles(64, 128, 64, 4, 4, "tma")),  # 264 units: 2 · 20480
-        ("symmetric_product", 512, 512, 1, SMALL),  # 36 units: 12288
-        ("symmetric_product", 512, 512, 64, LARGE),  # 640 units: 5 · 32768 beside 3 · 57344
-        ("linear_sigmoid", 8192, 4096, 1, WIDE),  # 8 · 57344 beside 16 · 32768
-        ("linear_sigmoid", 512, 4096, 1, LARGE),  # 32768 beside 57344, 2 · 20480, 4 · 12288
+        ("symmetric_product", (4096, 4096, 4096, 1), WIDE),  # 264 units: 2 · 57344, squares 4 · 32768
+        ("symmetric_product", (4224, 4224, 4224, 1), LARGE),  # 561 units: 5 · 32768 beside 3 · 57344
+        ("symmetric_product", (2048, 2048, 2048, 1), NARROW),  # 264 units: 2 · 20480
+        ("symmetric_product", (512, 512, 512, 1), SMALL),  # 36 units: 12288
+        ("symmetric_product", (512, 512, 512, 64), LARGE),  # 640 units: 5 · 32768 beside 3 · 57344
+        ("linear_sigmoid", (8192, 4096, 4096, 1), WIDE),  # 8 · 57344 beside 16 · 32768
+        ("linear_sigmoid", (512, 4096, 4096, 1), LARGE),  # 32768 beside 57344, 2 · 20480, 4 · 12288
+        # Neither few rows nor a result whose rows begin at no 16 bytes take the tiles for unaligned operands.
+        ("linear_sigmoid", (64, 1001, 784, 1), SMALL),  # a second launch would delay few columns of x
+        ("linear_sigmoid", (64, 1024, 8192, 1), SPLIT),
+        ("linear_sigmoid", (8192, 1001, 784, 1), NARROW),  # wider ones would spill
+        ("linear_sigmoid", (64, 1024, 1000, 1), Tiles(64, 64, 128, 4, 3, "tma")),  # single loads by pointers
     ],
 )
-def test_default_has_the_least_estimate(monkeypatch, kernel, m, n, batch, expected):
-    assert default(m, n, batch, kernel) == expected
+def test_default_has_the_least_estimate(monkeypatch, kernel, sizes, expected):
+    m, n, k, batch = sizes
+    choice = kernel, "ieee", sizes, operand(m, k), operand(n, k)
+    assert tiles.default_tiles(*choice) == expected
+    tiles.save_table(DEVICE, table([[m, 1024, k, batch, WIDE]], kernel=kernel))
+    assert tiles.choose_tiles(*choice) == (expected if n % 8 else WIDE)
     monkeypatch.setattr(tiles, "device", lambda t: DEVICE._replace(capability=80))
-    assert default(m, n, batch, kernel).variant == "pointers"
+    assert tiles.default_tiles(*choice).variant != "tma"
 
 
 @pytest.mark.parametrize(
@@ -121,24 +131,6 @@ def test_tiles_are_those_that_the_operands_allow(n, stride, expected, by_pointer
     tiles.save_table(DEVICE, table([[*sizes, WIDE]]))
     assert tiles.choose_tiles("symmetric_product", "ieee", sizes, x) == expected
     assert tiles.choose_tiles("symmetric_product", "ieee", sizes, x, tma=False) == by_pointers
-
-
-@pytest.mark.parametrize(
-    "m, n, k, expected",
-    [
-        (64, 1001, 784, Tiles(64, 64, 64, 4, 3)),  # 16 units: few columns of x, which a second launch delays
-        (64, 1024, 8192, SPLIT),
-        (8192, 1001, 784, Tiles(64, 128, 64, 4, 4, "tma")),  # wider ones would spill
-        (64, 1024, 1000, Tiles(64, 64, 128, 4, 3, "tma")),  # by pointers Triton would load 2 bytes at a time
-    ],
-)
-def test_default_of_linear_sigmoid(m, n, k, expected):
-    """Neither few rows nor a result whose rows begin at no 16 bytes take the tiles for unaligned operands."""
-    found = tiles.default_tiles("linear_sigmoid", "ieee", (m, n, k, 1), operand(m, k), operand(n, k))
-    assert found == expected
-    tiles.save_table(DEVICE, table([[m, 1024, k, 1, WIDE]], kernel="linear_sigmoid"))
-    found = tiles.choose_tiles("linear_sigmoid", "ieee", (m, n, k, 1), operand(m, k), operand(n, k))
-    assert found == (expected if n % 8 else WIDE)
 
 
 @pytest.mark.parametrize("k, expected", [(1024, 128), (1004, 128), (1002, 64)])
@@ -175,7 +167,7 @@ def test_saved_table_is_what_is_chosen(folder):
     found = [chosen(n, n) for n in (128, 512, 1024, 1040, 2048, 4096, 16384)]
     assert found == [None] * 3 + [SMALL] * 2 + [WIDE] * 2
     assert chosen(1024, 2048) == SMALL, "1 octave of k nearer to 2048"
-    assert chosen(64, 64) == default(64, 64), "too far from what was measured"
+    assert chosen(64, 64) == default(64), "too far from what was measured"
     assert list(path.parent.iterdir()) == [path], "something else was left behind"
 
 
@@ -239,12 +231,12 @@ def test_wrong_file_is_named_and_not_used(folder, text, wrong):
     path.parent.mkdir()
     path.write_text(text)
     with pytest.warns(UserWarning, match=re.escape(wrong)) as caught:
-        assert chosen(4096, 4096) == default(4096, 4096)
+        assert chosen(4096, 4096) == default(4096)
     assert str(path) in str(caught[0].message)
     assert "python -m torchpar tune" in str(caught[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert chosen(2048, 2048) == default(2048, 2048)  # once said is enough
+        assert chosen(2048, 2048) == default(2048)  # once said is enough
 
 
 def test_save_refuses_what_load_would(folder):
