@@ -13,17 +13,16 @@ from itertools import product
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import pytest
 import torch
 import triton
+from ptx import cases
 from torch import Tensor
 
 from benchmarks.driver import Compiled, Wrap, compile_launches, target
-from torchpar.kernels import exact_matmul, matmul_t, maximum, sigmoid_backward
-from torchpar.kernels import linear_sigmoid as linear
-from torchpar.kernels.tiles import KINDS, Tiles, configurations
+from torchpar.kernels import matmul_t, maximum, sigmoid_backward
+from torchpar.kernels.tiles import KERNELS, KINDS, Tiles, configurations
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 # Bytes of shared memory of a block, by NVIDIA's documents
@@ -119,22 +118,19 @@ def assert_fits(code: MachineCode, capability: int, aside: int = 0) -> None:
 # The matrix kernels
 
 
-def symmetric_product(dtype, precision, sizes, tiles, wrap) -> None:
-    x = meta(*sizes[1:], dtype=dtype)
-    matmul_t.symmetric_product(x, x, precision, wrap, tiles=tiles)
+def machine_codes_of(case: cases.Case) -> list[MachineCode]:
+    with torch.device("meta"):
+        operands = case.draw()
+    return machine_codes(lambda wrap: case.launch(wrap, operands))
 
 
-def with_a_matrix_to_add(dtype, precision, sizes, tiles, wrap) -> None:
-    """``a @ b.mT / 3 + c``."""
+def matrix_kernel(
+    kernel: str, kind: str, sizes: tuple[int, int, int], tiles: Tiles | None = None, **options: Any
+) -> list[MachineCode]:
     m, n, k = sizes
-    a, b, c = (meta(*shape, dtype=dtype) for shape in ((m, k), (n, k), (m, n)))
-    matmul_t.symmetric_product(a, b, precision, wrap, c, 1 / 3, 1.0, tiles=tiles)
-
-
-def linear_sigmoid(dtype, precision, sizes, tiles, wrap) -> None:
-    m, n, k = sizes
-    x, weight, bias = (meta(*shape, dtype=dtype) for shape in ((m, k), (n, k), (n,)))
-    linear.linear_sigmoid(x, weight, bias, precision, wrap, tiles=tiles)
+    if kernel == "linear_sigmoid":
+        return machine_codes_of(cases.sigmoid(m, n, k, *KINDS[kind][:2], tiles))
+    return machine_codes_of(cases.symmetric(m, k, *KINDS[kind][:2], tiles, **options))
 
 
 def assert_pipelined(code: MachineCode) -> None:
@@ -160,8 +156,8 @@ def tensor_core(capability: int, kind: str) -> str:
     return mnemonic + {"bfloat16": r"\.\w+\.F32\.BF16", "tf32": r"\.\w+\.F32\.TF32"}[kind]
 
 
-def check_default_tiles(launcher: Any, kind: str, n: int, capability: int) -> None:
-    (code,) = machine_codes(partial(launcher, *KINDS[kind][:2], (n, n, n), None))
+def check_default_tiles(kernel: str, kind: str, n: int, capability: int) -> None:
+    (code,) = matrix_kernel(kernel, kind, (n, n, n))
     assert_fits(code, capability)
     if kind == "float32":
         assert not code.count(r"\w*MMA\b.*"), "a tensor core rounds its float32 operands to fewer bits"
@@ -173,7 +169,7 @@ def check_default_tiles(launcher: Any, kind: str, n: int, capability: int) -> No
         assert code.count(r"STG\.E.*\.128.*|UTMASTG.*")
 
 
-def check_tiles_of_most_registers(launcher: Any, kind: str, capability: int) -> None:
+def check_tiles_of_most_registers(kernel: str, kind: str, capability: int) -> None:
     """Of each variant those in which a thread holds most sums, for these spill first."""
 
     def sums_of_a_thread(tiles: Tiles) -> tuple[float, int]:
@@ -181,21 +177,21 @@ def check_tiles_of_most_registers(launcher: Any, kind: str, capability: int) -> 
         loaded = (tiles.block_m + tiles.block_n) * tiles.block_k * tiles.num_stages
         return tiles.block_m * tiles.block_n / tiles.num_warps, loaded
 
-    dtype, precision = KINDS[kind][:2]
-    launches = [(launcher, (ODD, ODD, ODD), KINDS[kind].unaligned)]
+    launches: list[Any] = [((ODD, ODD, ODD), KINDS[kind].unaligned, {})]
     most: dict[str, Tiles] = {}
-    for tiles in configurations(launcher.__name__, dtype, precision, capability):
+    for tiles in configurations(kernel, *KINDS[kind][:2], capability):
         most[tiles.variant] = max(tiles, most.get(tiles.variant, tiles), key=sums_of_a_thread)
     for tiles in most.values():
-        launches.append((launcher, (4096, 4096, 4096), tiles))
-        if launcher is symmetric_product and tiles.variant != "pointers":
-            launches.append((with_a_matrix_to_add, (4096, 4096, 1024), tiles))
+        launches.append(((4096, 4096, 4096), tiles, {}))
+        if kernel == "symmetric_product" and tiles.variant != "pointers":
+            with_c = {"other": True, "c": True, "factors": (1 / 3, 1.0)}
+            launches.append(((4096, 4096, 1024), tiles, with_c))
         elif tiles.variant == "split_k":
-            launches.append((launcher, (64, 1024, 8192), tiles))
-        elif launcher is linear_sigmoid and tiles.block_m * tiles.block_n <= 64 * 128:
-            launches.append((launcher, (512, 1001, 4096), tiles))
-    for launch, sizes, tiles in launches:
-        code, *_ = machine_codes(partial(launch, dtype, precision, sizes, tiles))
+            launches.append(((64, 1024, 8192), tiles, {}))
+        elif kernel == "linear_sigmoid" and tiles.block_m * tiles.block_n <= 64 * 128:
+            launches.append(((512, 1001, 4096), tiles, {}))
+    for sizes, tiles, options in launches:
+        code, *_ = matrix_kernel(kernel, kind, sizes, tiles, **options)
         try:
             assert_fits(code, capability)
             if sizes != (ODD, ODD, ODD):
@@ -205,17 +201,6 @@ def check_tiles_of_most_registers(launcher: Any, kind: str, capability: int) -> 
 
 
 # The exact product
-
-
-def exact_product(sizes, transposed, symmetric, dtype, wrap) -> None:
-    m, n, k = sizes
-    shapes = [(k, rows) if transposed else (rows, k) for rows in (m, n)]
-    a, b = (meta(*shape, dtype=torch.float32) for shape in shapes)
-    a, b = (a.mT, b.mT) if transposed else (a, b)
-    e, f = (meta(rows, dtype=torch.int32) for rows in (m, n))
-    if symmetric:
-        b, f = a, e
-    exact_matmul.exact_product(a, b, e, f, wrap, out=meta(m, n, dtype=dtype))
 
 
 def assert_exact(code: MachineCode, capability: int, once: bool) -> None:
@@ -241,15 +226,15 @@ def assert_exact(code: MachineCode, capability: int, once: bool) -> None:
     assert everywhere - found < block_m * block_n * 16 // threads, "a product of float32"
 
 
-SQUARE, LONG = (4096, 4096, 4096), (ODD, ODD, 2**15 + 1)
+SQUARE, LONG = (4096, 4096), (ODD, 2**15 + 1)
 
 
-def check_exact(
-    sizes: Any, transposed: bool, symmetric: bool, dtype: Any, floats: bool, capability: int
-) -> None:
-    with patch.object(exact_matmul, "SLOW_INT8", capability if floats else 103):
-        (code,) = machine_codes(partial(exact_product, sizes, transposed, symmetric, dtype))
-    by_rows = sizes == SQUARE and not transposed
+def check_exact(shape: Any, symmetric: bool, dtype: Any, floats: bool, capability: int) -> None:
+    by_rows = shape == SQUARE
+    layouts = ["contiguous" if by_rows else "transposed"] * 2
+    shapes = [shape] if symmetric else [shape, shape]
+    case = cases.exact(*shapes, dtypes=[dtype], layouts=layouts, floats=floats, capability=capability)
+    (code,) = machine_codes_of(case)
     assert_exact(code, capability, once=by_rows and capability >= 90)
     if floats:
         assert code.count("UTCHMMA") >= 10
@@ -333,26 +318,20 @@ def rows(
 F32, F64, I64 = torch.float32, torch.float64, torch.int64
 OF_MAXIMUM = (torch.bfloat16, torch.bool, F32)
 TABLE = [
-    *rows(check_default_tiles, [symmetric_product], ["bfloat16"], [4096, ODD, 2048, 512]),
-    *rows(check_default_tiles, [symmetric_product], ["float32", "tf32", "float64"], [4096]),
-    *rows(check_default_tiles, [linear_sigmoid], ["bfloat16"], [ODD]),
-    *rows(check_default_tiles, [linear_sigmoid], ["float32"], [4096], slow=True),
+    *rows(check_default_tiles, ["symmetric_product"], ["bfloat16"], [4096, ODD, 2048, 512]),
+    *rows(check_default_tiles, ["symmetric_product"], ["float32", "tf32", "float64"], [4096]),
+    *rows(check_default_tiles, ["linear_sigmoid"], ["bfloat16"], [ODD]),
+    *rows(check_default_tiles, ["linear_sigmoid"], ["float32"], [4096], slow=True),
     # float16 has bfloat16's tiles
-    *rows(check_tiles_of_most_registers, [symmetric_product, linear_sigmoid], ["bfloat16"], slow=True),
-    *rows(
-        check_tiles_of_most_registers,
-        [symmetric_product, linear_sigmoid],
-        ["tf32", "float32", "float64"],
-        at=[90],
-        slow=True,
-    ),
-    *rows(check_exact, [SQUARE], [False], [True], [F32], [False], at=[90], marks=[not_3_8]),
-    *rows(check_exact, [LONG], [True], [True], [F32], [False], marks=[not_3_8]),
-    *rows(check_exact, [SQUARE], [False], [False], [F32], [False], slow=True, marks=[newest]),
-    *rows(check_exact, [SQUARE], [False], [False], [I64], [False], at=[90], slow=True, marks=[not_3_8]),
-    *rows(check_exact, [SQUARE], [False], [True], [F32], [True], at=[103, 100]),
-    *rows(check_exact, [SQUARE], [False], [False], [I64], [True], at=[103, 100]),
-    *rows(check_exact, [LONG], [True], [False], [F32], [True], at=[103, 100]),
+    *rows(check_tiles_of_most_registers, KERNELS, ["bfloat16"], slow=True),
+    *rows(check_tiles_of_most_registers, KERNELS, ["tf32", "float32", "float64"], at=[90], slow=True),
+    *rows(check_exact, [SQUARE], [True], [F32], [False], at=[90], marks=[not_3_8]),
+    *rows(check_exact, [LONG], [True], [F32], [False], marks=[not_3_8]),
+    *rows(check_exact, [SQUARE], [False], [F32], [False], slow=True, marks=[newest]),
+    *rows(check_exact, [SQUARE], [False], [I64], [False], at=[90], slow=True, marks=[not_3_8]),
+    *rows(check_exact, [SQUARE], [True], [F32], [True], at=[103, 100]),
+    *rows(check_exact, [SQUARE], [False], [I64], [True], at=[103, 100]),
+    *rows(check_exact, [LONG], [False], [F32], [True], at=[103, 100]),
     *rows(check_vectorised, [torch.bfloat16, F64], slow=True),
     *rows(check_flat_maximum, OF_MAXIMUM),
     # A row, a column, and a row for each of a batch
@@ -369,7 +348,7 @@ def test_machine_code(check, capability):
 def test_check_rejects_one_stage():
     tiles = Tiles(64, 64, 64, 4, 1)
     with target(90):
-        (code,) = machine_codes(partial(symmetric_product, torch.bfloat16, "ieee", (4096, 4096, 4096), tiles))
+        (code,) = matrix_kernel("symmetric_product", "bfloat16", (4096, 4096, 4096), tiles)
     with pytest.raises(AssertionError, match="loads nothing asynchronously"):
         assert_pipelined(code)
 
@@ -379,7 +358,7 @@ def test_check_rejects_one_stage():
     "tiles, message", [(Tiles(128, 128, 32, 8, 3), "spill"), (Tiles(64, 64, 32, 4, 1), "asynchronously")]
 )
 def test_check_rejects_other_tiles_of_the_exact_product(tiles, message):
-    with target(90), patch.object(exact_matmul, "_tiles", return_value=tiles):
-        (code,) = machine_codes(partial(exact_product, SQUARE, False, False, F32))
+    with target(90):
+        (code,) = machine_codes_of(cases.exact(SQUARE, SQUARE, tiles=tiles))
     with pytest.raises(AssertionError, match=message):
         assert_exact(code, 90, once=True)

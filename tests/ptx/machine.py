@@ -307,7 +307,10 @@ class Block:
         self.end()
 
     def end(self) -> None:
-        """Complete the asynchronous stores to global memory, and forget the events."""
+        """Complete the asynchronous stores to global memory, and forget the events.
+
+        A block that writes nothing, not even its tensormaps, is one too many. No values would show it.
+        """
         for address, barrier in self.memory.barriers.items():
             if barrier.transactions:
                 raise PtxError(barrier.line, f"the mbarrier at {address} still expects bytes")
@@ -315,8 +318,8 @@ class Block:
             if one.steps and not self.events.seen[:, one.read.number].any():
                 raise PtxError(one.read.line, "its block ends before it has read shared memory")
             one.advance()
-        for allocation in self.space.allocations:
-            allocation.end_block()
+        if not any([allocation.end_block() for allocation in self.space.allocations]):
+            raise PtxError(self.gpu.kernel.instructions[-1].line, f"block {self.position} writes nothing")
 
 
 @action("ret", whole=True)

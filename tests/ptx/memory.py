@@ -89,12 +89,14 @@ class Allocation:
         self.published: set[int] = set()  # the tensormaps in it, by their places
         self.acquired: dict[int, Event] = {}  # the last fence for each of these
 
-    def end_block(self) -> None:
-        """To the next block, the events of this one are another block's."""
-        self.writes[self.writes > UNWRITTEN] = FOREIGN
+    def end_block(self) -> bool:
+        """To the next block, the events of this one are another block's. Return whether it wrote."""
+        written = self.writes > UNWRITTEN
+        self.writes[written] = FOREIGN
         for read in self.reads.values():
             read[read > UNWRITTEN] = FOREIGN
         self.last_read = dict.fromkeys(self.last_read, 2**31)
+        return bool(written.any())
 
     def end_launch(self) -> None:
         self.writes[self.writes != UNWRITTEN] = GIVEN

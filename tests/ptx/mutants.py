@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Mutants: copies of a kernel's PTX with one fault each, and how many of them are noticed.
-
-``PYTHONPATH=.:tests python -m ptx.mutants`` prints a table of all mutants.
-"""
+"""Mutants: copies of a kernel's PTX with one fault each, and whether they are noticed."""
 
 import random
 import re
@@ -75,12 +72,9 @@ def without_barrier(lines: Lines) -> Iterator[tuple[int, Lines]]:
         yield group[0], ["" if n in group else line for n, line in enumerate(lines)]
 
 
-def more(by: int) -> Callable[[re.Match[str]], str]:
-    return lambda match: match[1] + str(int(match[2]) + by) + match[3]
-
-
-def doubled(match: re.Match[str]) -> str:
-    return match[1] + str(2 * int(match[2])) + match[3]
+def number(pattern: str, change: Callable[[int], int]) -> Mutation:
+    """Change the second group of ``pattern``, a number."""
+    return substitution(pattern, lambda match: f"{match[1]}{change(int(match[2]))}{match[3]}")
 
 
 def one_access_later(match: re.Match[str]) -> str:
@@ -103,10 +97,10 @@ def other_phase(lines: Lines) -> Iterator[tuple[int, Lines]]:
 KINDS: dict[str, Mutation] = {
     "a barrier removed": without_barrier,
     "a wait removed": removal(r"(cp\.async|bulk|wgmma)\.wait_group|waitLoop;"),
-    "a wait too lax": substitution(r"(wait_group\S*\s+)(\d+)(;| )", more(1)),
-    "another count of bytes": substitution(r"(expect_tx\S* _, \S+ )(\d+)(;)", more(-16)),
-    "another swizzle of a tensormap": substitution(r"(swizzle_mode.*0x)([23])(;)", more(-1)),
-    "another descriptor of a matrix": substitution(r"(\.b64.*, )(4\d{18})(;)", more(2**62)),
+    "a wait too lax": number(r"(wait_group\S*\s+)(\d+)(;| )", lambda n: n + 1),
+    "another count of bytes": number(r"(expect_tx\S* _, \S+ )(\d+)(;)", lambda n: n - 16),
+    "another swizzle of a tensormap": number(r"(swizzle_mode.*0x)([23])(;)", lambda n: n - 1),
+    "another descriptor of a matrix": number(r"(\.b64.*, )(4\d{18})(;)", lambda n: n + 2**62),
     "a fence removed": removal(r"fence\.proxy\.async|wgmma\.fence|fence\.proxy\.tensormap"),
     "a group not committed": removal(r"commit_group"),
     "a predicate inverted": substitution(r"@(%p\d+)", r"@!\1"),
@@ -116,8 +110,8 @@ KINDS: dict[str, Mutation] = {
         one_access_later,
     ),
     "a product left out": removal(r"wgmma\.mma_async|mma\.sync"),
-    "another step": substitution(r"(add\.s(?:32|64)\s+(?:%\w+), %\w+, )(16|32|64|128)(;)", doubled),
-    "another number of stages": substitution(r"(setp\.gt\.s32\s+%\w+, %\w+, )([1-4])(;)", more(1)),
+    "another step": number(r"(add\.s(?:32|64)\s+(?:%\w+), %\w+, )(16|32|64|128)(;)", lambda n: 2 * n),
+    "another number of stages": number(r"(setp\.gt\.s32\s+%\w+, %\w+, )([1-4])(;)", lambda n: n + 1),
     "another phase": other_phase,
 }
 
@@ -149,17 +143,16 @@ class Mutant:
         after = self.text.splitlines()[self.line].strip()
         return f"{self.kernel}, line {self.line + 1}: {self.kind}: {before[:70]} → {after[:70] or 'nothing'}"
 
-    def noticed(self) -> str:
-        """What is wrong with it, or ""."""
+    def noticed(self) -> bool:
         case = CASES[self.kernel]
         for schedule in SCHEDULES:
             try:
                 found = case.execute(Gpu(schedule, self.change))
-            except PtxError as e:
-                return str(e)
+            except PtxError:
+                return True
             if not case.agrees(found, case.expected()):
-                return "wrong values"
-        return ""
+                return True
+        return False
 
 
 def draw() -> list[Mutant]:
@@ -187,17 +180,3 @@ def draw() -> list[Mutant]:
             chosen.append(own.pop(rng.randrange(len(own))))
         drawn += chosen
     return drawn
-
-
-def main() -> None:
-    mutants = draw()
-    noticed = 0
-    for one in mutants:
-        reason = one.noticed()
-        noticed += bool(reason)
-        print(f"{one.describe()}\n    {reason or 'NOT NOTICED'}", flush=True)
-    print(f"{noticed} of {len(mutants)} are noticed")
-
-
-if __name__ == "__main__":
-    main()
