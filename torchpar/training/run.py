@@ -21,8 +21,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -35,30 +33,12 @@ from torchpar.data import Batch, Samples, batches
 from torchpar.errors import ConfigError, DivergedError
 from torchpar.parallel.launch.agreement import check_same_bits, check_same_on_all_ranks
 from torchpar.parallel.launch.world import World
-from torchpar.parallel.save.checkpoint import Checkpoints
+from torchpar.parallel.save.checkpoint import CheckpointConfig, Checkpoints
 from torchpar.profile.phases import phase, step
 from torchpar.training import state
 from torchpar.training.losses import Loss, cross_entropy_sum, evaluate
 from torchpar.training.state import EpochResult
 from torchpar.training.stop import StopSignal
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """Settings of a run's checkpoints.
-
-    Attributes:
-        folder: where they are, on a file system of all ranks. A run resumes from the newest one there.
-        every: steps between two saves; None saves after each epoch. A run is also saved at its end, and
-            when a rank receives SIGTERM or SIGINT.
-        keep: number of checkpoints to keep.
-        asynchronous: write while training continues.
-    """
-
-    folder: Path
-    every: int | None = None
-    keep: int = 2
-    asynchronous: bool = False
 
 
 class Stopped(Exception):
@@ -191,7 +171,7 @@ class Run:
         with self._stack.pop_all() as stack:
             stack.enter_context(self._log.active(self))
             if (config := self.checkpoint) is not None:
-                self._checkpoints = Checkpoints(config.folder, self.world, config.keep, config.asynchronous)
+                self._checkpoints = Checkpoints(config, self.world)
                 if state.resume(self, self._checkpoints):
                     if (saved := len(self.results)) > self.num_epochs:
                         raise ConfigError(
