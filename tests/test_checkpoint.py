@@ -134,7 +134,7 @@ def test_unfinished_and_damaged_later_checkpoints_replace_no_whole_one(two, caps
     shutil.copytree(two.folder / "step-2", two.folder / "step-9")
     (two.folder / "step-9" / MANIFEST).write_text("{")
     (two.folder / "latest").write_text("step-9\n")  # for people: nothing reads it
-    two.keep = 1
+    two = Checkpoints(CheckpointConfig(two.folder, keep=1), two.world)
     assert two.load().path.name == "step-2"
     unfinished, damaged = capsys.readouterr().err.splitlines()
     assert f"{two.folder / 'step-3.tmp'} was not finished" in unfinished

@@ -143,7 +143,6 @@ class Run:
         self.predict = predict or model
         self.loss = loss
         self.seed = seed
-        self.checkpoint = checkpoint
         own = {"batch_size": batch_size, "seed": seed, "train": len(train)}
         self.config = json.loads(json.dumps({**(config or {}), **own}))
         others = {"test": len(test), "saving": str(checkpoint)}
@@ -155,7 +154,7 @@ class Run:
         self.loss_sum: float | Tensor = 0.0
         self._log = log or RunLog()
         self._stack = ExitStack()
-        self._checkpoints: Checkpoints | None = None
+        self._checkpoints = Checkpoints(checkpoint, world) if checkpoint else None
         self._stop: StopSignal | None = None
         self._logged = 0
         if world.dp_size > 1:
@@ -170,13 +169,11 @@ class Run:
     def __enter__(self) -> Self:
         with self._stack.pop_all() as stack:
             stack.enter_context(self._log.active(self))
-            if (config := self.checkpoint) is not None:
-                self._checkpoints = Checkpoints(config, self.world)
+            if self._checkpoints is not None:
                 if state.resume(self, self._checkpoints):
-                    if (saved := len(self.results)) > self.num_epochs:
-                        raise ConfigError(
-                            f"{config.folder} holds {saved} epochs, more than the {self.num_epochs} asked for"
-                        )
+                    if (saved := len(self.results)) > (epochs := self.num_epochs):
+                        folder = self._checkpoints.folder
+                        raise ConfigError(f"{folder} holds {saved} epochs, more than the {epochs} asked for")
                     self._log.on_resume(self)
                 self._stop = stack.enter_context(StopSignal(self.world))
             self._stack = stack.pop_all()
@@ -191,7 +188,7 @@ class Run:
 
     def epochs(self) -> Iterator[int]:
         """Yield the number of each remaining epoch, from 1. After each, evaluate and save."""
-        if self.checkpoint is not None and self._checkpoints is None:
+        if self._checkpoints is not None and self._stop is None:
             raise RuntimeError("the run was not entered, and would save nothing; use with Run(…) as run")
         while len(self.results) < self.num_epochs:
             start, first, epoch = time.perf_counter(), self.step, len(self.results) + 1
@@ -275,9 +272,9 @@ class Run:
         self._save_if_due()
 
     def _save_if_due(self) -> None:
-        if self._checkpoints is None or self._stop is None or self.checkpoint is None:
+        if self._checkpoints is None or self._stop is None:
             return
-        every = self.checkpoint.every or self.steps_per_epoch
+        every = self._checkpoints.config.every or self.steps_per_epoch
         stopping, at_end = self._stop.wait(), len(self.results) == self.num_epochs
         if stopping or at_end or self.total_steps % every == 0:
             if self.step:  # at an epoch's end the evaluation has done so
