@@ -19,12 +19,18 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from torchpar.doctor import instruction_sets
 from torchpar.ops.processor import cpuinfo
 
 T = TypeVar("T")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 WIDTH = 170  # columns of a table that is not printed to a terminal
+# The flags in /proc/cpuinfo that stand for each instruction set.
+INSTRUCTION_SETS = {
+    "AVX2": {"avx2"},
+    "AVX-512": {"avx512f"},
+    "VNNI": {"avx512_vnni", "avx_vnni"},
+    "AMX": {"amx_tile"},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +199,12 @@ def track(items: Iterable[T], label: str, total: int | None = None) -> Iterable[
     from rich.progress import track as rich_track
 
     return rich_track(items, label, total, console=Console(stderr=True), transient=True)
+
+
+def instruction_sets() -> list[str]:
+    """The names in INSTRUCTION_SETS that the processor supports."""
+    flags = set(cpuinfo("flags").split())
+    return [name for name, either in INSTRUCTION_SETS.items() if flags & either]
 
 
 @cache

@@ -33,7 +33,7 @@ from torchpar import data, training
 from torchpar.data import Samples
 from torchpar.errors import ConfigError, DivergedError
 from torchpar.nn import MLP
-from torchpar.ops.processor import has_fast_bfloat16
+from torchpar.ops.processor import has_bfloat16
 from torchpar.parallel.launch.local import current_world, start_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.training.fused import FusedGradients
@@ -44,6 +44,11 @@ VALIDATION = 50_000  # the training images from here on score what is being chos
 QUICK = 2_000  # images
 # Pixels by which the part that is kept moves: not at all in the last epoch, to the right in the one before.
 SHIFTS = [(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, -1), (1, -1), (-1, 1)]
+
+
+def has_fast_bfloat16() -> bool:
+    """Return True if this CPU has instructions for bfloat16, whose products are faster than float32's."""
+    return has_bfloat16() and bool(torch.cpu._is_avx512_bf16_supported())
 
 
 @dataclass(kw_only=True, eq=False)

@@ -25,7 +25,7 @@ from torchpar.parallel.launch.world import join_world
 from torchpar.parallel.save.checkpoint import MANIFEST, Checkpoint, Checkpoints, write_manifest
 from torchpar.parallel.split.mlp import parallel_mlp
 from torchpar.parallel.split.pipeline import stage_mlp
-from torchpar.training import Run, lr_scheduler, muon, sgd, state
+from torchpar.training import CheckpointConfig, Run, lr_scheduler, muon, sgd, state
 
 FILES = [".metadata", "__0_0.distcp", MANIFEST]
 
@@ -48,7 +48,7 @@ def holds(saved: Checkpoint, step: int) -> bool:
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_gives_back_every_bit(world, tmp_path, asynchronous):
-    checkpoints = Checkpoints(tmp_path / "new" / "folder", world, asynchronous=asynchronous)
+    checkpoints = Checkpoints(CheckpointConfig(tmp_path / "new" / "folder", asynchronous=asynchronous), world)
     assert checkpoints.load() is None
     checkpoints.save(2, content(2), {})
     saved = content(3)
@@ -68,7 +68,7 @@ def test_gives_back_every_bit(world, tmp_path, asynchronous):
 def test_files_and_their_names_are_flushed_to_the_disk(world, tmp_path, monkeypatch):
     flushed, fsync = set(), os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: flushed.add(os.fstat(file).st_ino) or fsync(file))
-    Checkpoints(tmp_path, world).save(1, content(1), {})
+    Checkpoints(CheckpointConfig(tmp_path), world).save(1, content(1), {})
     saved = [tmp_path, tmp_path / "latest", tmp_path / "step-1", *(tmp_path / "step-1").iterdir()]
     assert {path.stat().st_ino for path in saved} <= flushed
 
@@ -78,7 +78,7 @@ def test_keeps_the_newest(world, tmp_path, keep):
     others = {"step-x", "step-1.old", "other"}  # of something else: they are left alone
     for name in others:
         (tmp_path / name).mkdir()
-    checkpoints = Checkpoints(tmp_path, world, keep=keep)
+    checkpoints = Checkpoints(CheckpointConfig(tmp_path, keep=keep), world)
     for step in (8, 9, 10, 11):  # not in the order of their names
         checkpoints.save(step, content(step), {"step": step})
         assert latest(tmp_path) == f"step-{step}"
@@ -86,12 +86,12 @@ def test_keeps_the_newest(world, tmp_path, keep):
     assert {p.name for p in tmp_path.glob("[!.]*")} == {*kept, *others, "latest"}
     assert checkpoints.load().state == {"step": 11}
     with pytest.raises(ConfigError, match="keep is 0, expected at least 1"):
-        Checkpoints(tmp_path, world, keep=0)
+        Checkpoints(CheckpointConfig(tmp_path, keep=0), world)
 
 
 @pytest.fixture
 def two(world, tmp_path) -> Checkpoints:
-    checkpoints = Checkpoints(tmp_path, world)
+    checkpoints = Checkpoints(CheckpointConfig(tmp_path), world)
     for step in (1, 2):
         # Of one float in three, two texts of 17 digits have the same value.
         checkpoints.save(step, content(step), {"step": step, "loss": 0.1 + 0.2, "results": [8.1 * 1.1]})
@@ -134,7 +134,7 @@ def test_unfinished_and_damaged_later_checkpoints_replace_no_whole_one(two, caps
     shutil.copytree(two.folder / "step-2", two.folder / "step-9")
     (two.folder / "step-9" / MANIFEST).write_text("{")
     (two.folder / "latest").write_text("step-9\n")  # for people: nothing reads it
-    two.keep = 1
+    two = Checkpoints(CheckpointConfig(two.folder, keep=1), two.world)
     assert two.load().path.name == "step-2"
     unfinished, damaged = capsys.readouterr().err.splitlines()
     assert f"{two.folder / 'step-3.tmp'} was not finished" in unfinished
@@ -169,14 +169,14 @@ def killed(folder: Path, function: Callable[[], object]) -> list[Path]:
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_killed_at_any_access_to_the_disk_a_save_is_whole_or_absent(world, tmp_path, asynchronous):
     folder = tmp_path / "saved"
-    checkpoints = Checkpoints(folder, world, keep=1, asynchronous=asynchronous)
+    checkpoints = Checkpoints(CheckpointConfig(folder, keep=1, asynchronous=asynchronous), world)
 
     def save(step: int) -> None:
         checkpoints.save(step, content(step), {"step": step})
         checkpoints.wait()
 
     save(1)
-    found = [Checkpoints(copy, world).load() for copy in killed(folder, partial(save, 2))]
+    found = [Checkpoints(CheckpointConfig(copy), world).load() for copy in killed(folder, partial(save, 2))]
     assert [saved.state["step"] for saved in found] == sorted(int(saved.path.name[5:]) for saved in found)
     assert all(holds(saved, saved.state["step"]) for saved in found)
     assert {saved.state["step"] for saved in found} == {1, 2}
@@ -229,7 +229,7 @@ def forge(path: Path, payload: Payload, how: str) -> None:
 )
 def test_a_payload_is_refused_and_not_executed(world, tmp_path, how, reason):
     payload = Payload(tmp_path / "mark")
-    checkpoints = Checkpoints(tmp_path / "saved", world)
+    checkpoints = Checkpoints(CheckpointConfig(tmp_path / "saved"), world)
     checkpoints.save(1, content(1), {})
     sign(tmp_path / "saved" / "step-1")
     assert holds(checkpoints.load(), 1)  # the signature is right
@@ -246,7 +246,7 @@ def save_on_a_full_disk(folder: Path, asynchronous: bool, full_on: int) -> list[
     """Return this rank's errors of three saves and waits; there is no room for the second one."""
     errors = []
     with join_world("cpu") as world:
-        checkpoints = Checkpoints(folder, world, asynchronous=asynchronous)
+        checkpoints = Checkpoints(CheckpointConfig(folder, asynchronous=asynchronous), world)
         values = {f"rank{world.rank}": torch.zeros(9999)}
         room = resource.getrlimit(resource.RLIMIT_FSIZE)
         for step in (1, 2, 3):
@@ -276,7 +276,9 @@ def test_every_rank_raises_the_error_of_a_save_once(ranks, tmp_path, asynchronou
 def save_to_two_folders(folder: Path) -> None:
     error = r"could not be saved: .*No such file.*__1_0\.distcp.* take a folder that all ranks see"
     with join_world("cpu") as world, pytest.raises(ConfigError, match=error):
-        Checkpoints(folder / str(world.rank), world).save(1, {f"rank{world.rank}": torch.zeros(9)}, {})
+        Checkpoints(CheckpointConfig(folder / str(world.rank)), world).save(
+            1, {f"rank{world.rank}": torch.zeros(9)}, {}
+        )
 
 
 def test_ranks_that_see_different_folders_are_told_so(ranks, tmp_path):
@@ -303,11 +305,11 @@ def pass_on(source: Path | None, target: Path, sizes: list[int], optimizer: str,
         made.step()
         run = make_run(model, made, world)
         if source:
-            assert state.resume(run, Checkpoints(source, world))
+            assert state.resume(run, Checkpoints(CheckpointConfig(source), world))
         else:
             run.step, run.loss_sum = 5, 0.1 * (world.rank + 1)
         assert run.step == 5
-        state.save(run, Checkpoints(target, world))
+        state.save(run, Checkpoints(CheckpointConfig(target), world))
         return float(world.sum(torch.tensor(run.loss_sum, dtype=torch.float64)))
 
 
@@ -335,7 +337,7 @@ def test_a_checkpoint_goes_from_mesh_to_mesh_with_every_bit(ranks, tmp_path, opt
 
 def save_once(folder: Path) -> None:
     with join_world("cpu") as world:
-        Checkpoints(folder, world).save(3, content(3), {})
+        Checkpoints(CheckpointConfig(folder), world).save(3, content(3), {})
 
 
 def test_one_run_at_a_time_saves_to_a_folder(ranks, two):
@@ -349,7 +351,7 @@ def test_a_state_that_cannot_be_split_is_refused(world, tmp_path):
     model = parallel_mlp(MLP([4, 3, 2]), world.mesh["tp"])
     optimizer = sgd(model, 0.1, 0.9, 0.0)
     run = make_run(model, optimizer, world)
-    checkpoints = Checkpoints(tmp_path, world)
+    checkpoints = Checkpoints(CheckpointConfig(tmp_path), world)
     weight = model.layers[0].weight
     optimizer.state[weight] = {"row": torch.zeros(3, 4), "number": torch.zeros(())}
     state.save(run, checkpoints)

@@ -63,7 +63,7 @@ def replicas() -> None:
     (exchange,) = ours._exchanges()
     work = [None] * dist.get_world_size()
     costs = [info.cost for info in exchange.params]
-    dist.all_gather_object(work, sum(costs[i] for i in exchange.owned))
+    dist.all_gather_object(work, sum(info.cost for info in exchange.owned))
     assert sum(work) == sum(costs)
     assert max(work) - min(work) <= max(costs)  # the ranks share the work about evenly
 

@@ -28,13 +28,6 @@ TESTED = {
     "numpy": ("2.3", "2.5"),
     "triton": ("3.6", "3.9"),
 }
-# The flags in /proc/cpuinfo that stand for each instruction set.
-INSTRUCTION_SETS = {
-    "AVX2": {"avx2"},
-    "AVX-512": {"avx512f"},
-    "VNNI": {"avx512_vnni", "avx_vnni"},
-    "AMX": {"amx_tile"},
-}
 
 State = Literal["ok", "note", "problem"]
 MARKS: dict[State, str] = {"ok": " ", "note": "-", "problem": "!"}
@@ -100,8 +93,7 @@ def versions() -> Iterator[Finding]:
 
 def processor() -> Iterator[Finding]:
     model = cpuinfo("model name") or platform.processor() or platform.machine()
-    sets = ", ".join(instruction_sets()) or "no AVX2"
-    yield Finding("model", f"{model}, {sets}; ATen uses {torch.backends.cpu.get_cpu_capability()}")
+    yield Finding("model", f"{model}; ATen uses {torch.backends.cpu.get_cpu_capability()}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = torch.get_num_threads()
     remedy = f"export OMP_NUM_THREADS={cores}" if threads > cores else ""
@@ -167,12 +159,6 @@ def operators() -> Iterator[Finding]:
                 yield Finding(f"{name}, {device}", f"right{by}")
             except Exception as e:
                 yield Finding(f"{name}, {device}", _line(e), "problem", REPORT)
-
-
-def instruction_sets() -> list[str]:
-    """The names in INSTRUCTION_SETS that the processor supports."""
-    flags = set(cpuinfo("flags").split())
-    return [name for name, either in INSTRUCTION_SETS.items() if flags & either]
 
 
 def _numbers(text: str) -> tuple[int, ...]:

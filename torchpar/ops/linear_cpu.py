@@ -27,7 +27,8 @@ _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 def prefers_onednn(t: Tensor) -> bool:
     """Return True if products of ``t`` go to oneDNN where they are large enough."""
-    return t.is_cpu and t.dtype == torch.float32 and t.layout == torch.strided and processor.uses_onednn()
+    fits = t.is_cpu and t.dtype == torch.float32 and t.layout == torch.strided
+    return fits and processor.has_onednn() and bool(torch.backends.mkldnn.enabled)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -28,21 +28,10 @@ def has_onednn() -> bool:
     )
 
 
-def uses_onednn() -> bool:
-    """Return True if float32 products may go to oneDNN now."""
-    return has_onednn() and bool(torch.backends.mkldnn.enabled)
-
-
 @cache
 def has_bfloat16() -> bool:
     """Return True if oneDNN multiplies bfloat16 on this CPU; elsewhere float32 is ten times as fast."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-@cache
-def has_fast_bfloat16() -> bool:
-    """Return True if this CPU has instructions for bfloat16, whose products are faster than float32's."""
-    return has_bfloat16() and bool(torch.cpu._is_avx512_bf16_supported())
 
 
 @cache

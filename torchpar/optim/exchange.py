@@ -22,16 +22,15 @@ from torchpar.optim.matrices import ParamInfo
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.parts import Part
 
-_CHECKSUM = -1  # in place of a parameter's index
 _CHECKSUM_PART = Part((4,), (0,), (4,))  # four bytes, each a bfloat16, which holds the integers up to 256
 
 
 class Message(NamedTuple):
-    """A part of ``param``, an index, on its way between two ranks of a group."""
+    """A part of ``param`` on its way between two ranks of a group; the checksum, if that is None."""
 
     source: int
     target: int
-    param: int
+    param: ParamInfo | None
     part: Part
 
 
@@ -47,7 +46,7 @@ class Exchange:
         group: the ranks that share the parameters; None if this rank is alone, and sends nothing.
 
     Attributes:
-        owned: the indices of the parameters that this rank owns.
+        owned: the parameters that this rank owns.
 
     Raises:
         ConfigError: the ranks have different parameters, or their parts do not make a whole; on every rank.
@@ -63,11 +62,11 @@ class Exchange:
             self.rank, by_rank = dist.get_rank(group), [own] * group.size()
             dist.all_gather_object(by_rank, own, group)
         owners = assign_owners([info.cost for info in params], len(by_rank))
-        self.owned = [i for i, owner in enumerate(owners) if owner == self.rank]
+        self.owned = [info for info, owner in zip(params, owners, strict=True) if owner == self.rank]
         to_owners, to_all = self._messages(list(zip(*by_rank, strict=True)), owners)
         pairs = permutations(range(len(by_rank)), 2)
         first = to_owners or to_all
-        first += [Message(*pair, _CHECKSUM, _CHECKSUM_PART) for pair in pairs]
+        first += [Message(*pair, None, _CHECKSUM_PART) for pair in pairs]
         self._to_owners, self._to_all = self._route(to_owners), self._route(to_all)
 
     def _messages(
@@ -88,8 +87,8 @@ class Exchange:
                 )
             for part, ranks in holders.items():
                 if owner not in ranks:
-                    to_owners.append(Message(ranks[i % len(ranks)], owner, i, part))
-            to_all += [Message(owner, r, i, part) for r, part in enumerate(of_ranks) if r != owner]
+                    to_owners.append(Message(ranks[i % len(ranks)], owner, info, part))
+            to_all += [Message(owner, r, info, part) for r, part in enumerate(of_ranks) if r != owner]
         return to_owners, to_all
 
     def _route(self, messages: list[Message]) -> _Route | None:
@@ -110,19 +109,16 @@ class Exchange:
         Raises:
             ConfigError: facts that differ; on every rank.
         """
-        self._facts = facts
-        own = {i: parts[info] for i, info in enumerate(self.params) if info in parts}
-        self._present = set(own)
-        whole = {}
-        for i in self.owned:
-            if i in own:
-                part = self.params[i].part
-                whole[i] = own[i].new_empty(part.whole, dtype=torch.bfloat16)
-                part.narrow(whole[i]).copy_(own[i])
-        for message, t in self._send(self._to_owners, own):
+        self._facts, self._present = facts, set(parts)
+        whole: dict[Any, Tensor] = {}
+        for info in self.owned:
+            if info in parts:
+                whole[info] = parts[info].new_empty(info.part.whole, dtype=torch.bfloat16)
+                info.part.narrow(whole[info]).copy_(parts[info])
+        for message, t in self._send(self._to_owners, parts):
             if message.param in whole:
                 message.part.narrow(whole[message.param]).copy_(t)
-        return {self.params[i]: t for i, t in whole.items()}
+        return whole
 
     def scatter(self, results: Mapping[ParamInfo, Tensor]) -> dict[ParamInfo, Tensor]:
         """Return this rank's part of the result of each parameter of this step, given those that it owns.
@@ -130,15 +126,16 @@ class Exchange:
         Raises:
             ConfigError: as `gather`, if all ranks have the whole parameters.
         """
-        own = {i: results[self.params[i]] for i in self.owned if i in self._present}
-        parts = {message.param: t for message, t in self._send(self._to_all, own)}
-        parts |= {i: self.params[i].part.narrow(t) for i, t in own.items()}
-        return {self.params[i]: t for i, t in parts.items() if i in self._present}
+        parts: dict[Any, Tensor] = {m.param: t for m, t in self._send(self._to_all, results)}
+        parts |= {info: info.part.narrow(results[info]) for info in self.owned if info in results}
+        return {info: t for info, t in parts.items() if info in self._present}
 
-    def _send(self, route: _Route | None, tensors: dict[int, Tensor]) -> list[tuple[Message, Tensor]]:
+    def _send(
+        self, route: _Route | None, tensors: Mapping[ParamInfo, Tensor]
+    ) -> list[tuple[Message, Tensor]]:
         """Send parts, and once a step the checksum, by one all-to-all; return what arrives.
 
-        The tensors are parts, or whole, by index. Zeros are sent for missing ones.
+        The tensors are parts, or whole. Zeros are sent for missing ones.
         """
         if route is None or self.group is None:
             return []
@@ -149,7 +146,7 @@ class Exchange:
         wire = checksum.new_empty(0, device="cpu" if dist.get_backend(self.group) == "gloo" else device)
 
         def flat(message: Message) -> Tensor:
-            t = checksum if message.param == _CHECKSUM else tensors.get(message.param)
+            t = checksum if message.param is None else tensors.get(message.param)
             if t is None:
                 return wire.new_zeros(message.part.numel)
             return (message.part.narrow(t) if t.shape == message.part.whole else t).to(wire).flatten()
@@ -161,7 +158,7 @@ class Exchange:
         messages = [m for of_rank in receives for m in of_rank]
         parts = received.split([m.part.numel for m in messages])
         incoming = [(m, t.view(m.part.size).to(device)) for m, t in zip(messages, parts, strict=True)]
-        checksums = [t for m, t in incoming if m.param == _CHECKSUM]
+        checksums = [t for m, t in incoming if m.param is None]
         if checksums and not torch.stack(checksums).cpu().eq(checksum).all():
             check_same_on_all_ranks(self.group, "Muon", self._facts)
         return incoming

@@ -21,8 +21,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -35,30 +33,12 @@ from torchpar.data import Batch, Samples, batches
 from torchpar.errors import ConfigError, DivergedError
 from torchpar.parallel.launch.agreement import check_same_bits, check_same_on_all_ranks
 from torchpar.parallel.launch.world import World
-from torchpar.parallel.save.checkpoint import Checkpoints
+from torchpar.parallel.save.checkpoint import CheckpointConfig, Checkpoints
 from torchpar.profile.phases import phase, step
 from torchpar.training import state
 from torchpar.training.losses import Loss, cross_entropy_sum, evaluate
 from torchpar.training.state import EpochResult
 from torchpar.training.stop import StopSignal
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """Settings of a run's checkpoints.
-
-    Attributes:
-        folder: where they are, on a file system of all ranks. A run resumes from the newest one there.
-        every: steps between two saves; None saves after each epoch. A run is also saved at its end, and
-            when a rank receives SIGTERM or SIGINT.
-        keep: number of checkpoints to keep.
-        asynchronous: write while training continues.
-    """
-
-    folder: Path
-    every: int | None = None
-    keep: int = 2
-    asynchronous: bool = False
 
 
 class Stopped(Exception):
@@ -163,7 +143,6 @@ class Run:
         self.predict = predict or model
         self.loss = loss
         self.seed = seed
-        self.checkpoint = checkpoint
         own = {"batch_size": batch_size, "seed": seed, "train": len(train)}
         self.config = json.loads(json.dumps({**(config or {}), **own}))
         others = {"test": len(test), "saving": str(checkpoint)}
@@ -175,7 +154,7 @@ class Run:
         self.loss_sum: float | Tensor = 0.0
         self._log = log or RunLog()
         self._stack = ExitStack()
-        self._checkpoints: Checkpoints | None = None
+        self._checkpoints = Checkpoints(checkpoint, world) if checkpoint else None
         self._stop: StopSignal | None = None
         self._logged = 0
         if world.dp_size > 1:
@@ -190,13 +169,11 @@ class Run:
     def __enter__(self) -> Self:
         with self._stack.pop_all() as stack:
             stack.enter_context(self._log.active(self))
-            if (config := self.checkpoint) is not None:
-                self._checkpoints = Checkpoints(config.folder, self.world, config.keep, config.asynchronous)
+            if self._checkpoints is not None:
                 if state.resume(self, self._checkpoints):
-                    if (saved := len(self.results)) > self.num_epochs:
-                        raise ConfigError(
-                            f"{config.folder} holds {saved} epochs, more than the {self.num_epochs} asked for"
-                        )
+                    if (saved := len(self.results)) > (epochs := self.num_epochs):
+                        folder = self._checkpoints.folder
+                        raise ConfigError(f"{folder} holds {saved} epochs, more than the {epochs} asked for")
                     self._log.on_resume(self)
                 self._stop = stack.enter_context(StopSignal(self.world))
             self._stack = stack.pop_all()
@@ -211,7 +188,7 @@ class Run:
 
     def epochs(self) -> Iterator[int]:
         """Yield the number of each remaining epoch, from 1. After each, evaluate and save."""
-        if self.checkpoint is not None and self._checkpoints is None:
+        if self._checkpoints is not None and self._stop is None:
             raise RuntimeError("the run was not entered, and would save nothing; use with Run(…) as run")
         while len(self.results) < self.num_epochs:
             start, first, epoch = time.perf_counter(), self.step, len(self.results) + 1
@@ -295,9 +272,9 @@ class Run:
         self._save_if_due()
 
     def _save_if_due(self) -> None:
-        if self._checkpoints is None or self._stop is None or self.checkpoint is None:
+        if self._checkpoints is None or self._stop is None:
             return
-        every = self.checkpoint.every or self.steps_per_epoch
+        every = self._checkpoints.config.every or self.steps_per_epoch
         stopping, at_end = self._stop.wait(), len(self.results) == self.num_epochs
         if stopping or at_end or self.total_steps % every == 0:
             if self.step:  # at an epoch's end the evaluation has done so

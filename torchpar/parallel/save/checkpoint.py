@@ -61,6 +61,25 @@ _CLASSES = {
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """Settings of a run's checkpoints.
+
+    Attributes:
+        folder: where they are, on a file system of all ranks. A run resumes from the newest one there.
+        every: steps between two saves; None saves after each epoch. A run is also saved at its end, and
+            when a rank receives SIGTERM or SIGINT.
+        keep: number of checkpoints to keep; older ones are removed after each save.
+        asynchronous: write while training continues. A save waits for the one before it, and raises its
+            error.
+    """
+
+    folder: Path
+    every: int | None = None
+    keep: int = 2
+    asynchronous: bool = False
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A whole checkpoint on the disk.
 
@@ -87,21 +106,12 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """Checkpoints in a folder that all ranks see. All ranks call every method.
+    """Checkpoints in a folder that all ranks see. All ranks call every method."""
 
-    Args:
-        keep: number of checkpoints to keep; older ones are removed after each save.
-        asynchronous: write while training continues. A save waits for the one before it, and raises its
-            error.
-    """
-
-    def __init__(self, folder: Path, world: World, keep: int = 2, asynchronous: bool = False):
-        if keep < 1:
-            raise ConfigError(f"keep is {keep}, expected at least 1")
-        self.folder = folder
-        self.world = world
-        self.keep = keep
-        self.asynchronous = asynchronous
+    def __init__(self, config: CheckpointConfig, world: World):
+        if config.keep < 1:
+            raise ConfigError(f"keep is {config.keep}, expected at least 1")
+        self.config, self.folder, self.world = config, config.folder, world
         # A group of its own, so that a save's messages do not mix with training's; gloo, for CPU tensors.
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=world.timeout))
         assert isinstance(group, dist.ProcessGroup)
@@ -120,7 +130,7 @@ class Checkpoints:
             ConfigError: the checkpoint could not be written; older ones are still there. On every rank.
         """
         self.wait()
-        if not self.asynchronous:
+        if not self.config.asynchronous:
             self._save(step, tensors, state)
             return
         copies = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
@@ -229,7 +239,7 @@ class Checkpoints:
         _sync(self.folder)
         # Checkpoints of later steps were damaged when this run began: they do not count as kept.
         until_now = [p for p in self._paths() if _step(p) <= _step(path)]
-        for old in until_now[: -self.keep]:
+        for old in until_now[: -self.config.keep]:
             os.replace(old, old.with_suffix(".tmp"))  # a half-removed checkpoint must not look damaged
             shutil.rmtree(old.with_suffix(".tmp"))
 

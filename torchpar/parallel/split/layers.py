@@ -36,7 +36,7 @@ LINEAR_LAYERS: dict[type[torch.nn.Module], Activation] = {
 }
 
 
-class _ParallelLinear(torch.nn.Module):
+class _ParallelLinear(nn.Linear):
     """A layer whose parameters are slices of a whole layer's.
 
     Attributes:
@@ -45,8 +45,6 @@ class _ParallelLinear(torch.nn.Module):
     """
 
     split_axes: ClassVar[dict[str, int]]
-    weight: Tensor
-    bias: Tensor | None
 
     def __init__(
         self,
@@ -58,17 +56,15 @@ class _ParallelLinear(torch.nn.Module):
         activation: Activation = None,
         **options: Any,
     ):
-        super().__init__()
         settings = {"layer": type(self).__name__, "in_features": in_features, "out_features": out_features}
         settings |= {"bias": bias, "activation": activation} | options
         check_same_on_all_ranks(mesh.get_group(), "a layer's ranks", settings)
         if activation not in (None, "sigmoid", "relu"):
             raise ValueError(f"activation is {activation!r}, expected None, 'sigmoid' or 'relu'")
-        self.in_features = in_features
-        self.out_features = out_features
         self.activation = activation
         self.mesh = mesh
-        self._copy_slices(nn.Linear(in_features, out_features, bias, **options))
+        super().__init__(in_features, out_features, bias, **options)
+        self._copy_slices(self)
 
     @classmethod
     def from_linear(cls, linear: torch.nn.Module, *, mesh: DeviceMesh, activation: Activation = None) -> Self:
@@ -135,12 +131,6 @@ class _ParallelLinear(torch.nn.Module):
             if parameter is not None:
                 shape = (self.out_features, self.in_features)[: parameter.dim()]
                 mark_slice(parameter, slice_along(axis, shape, self.mesh))
-
-    def extra_repr(self) -> str:
-        return (
-            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, "
-            f"activation={self.activation}, rank {self.mesh.get_local_rank()} of {self.mesh.size()}"
-        )
 
 
 class ColumnParallelLinear(_ParallelLinear):
