@@ -118,6 +118,8 @@ def test_lists_and_several_results() -> None:
     table = check_operator(shifted, [sample], reference=plain, rules=rules)
     assert table.name == "torchpar_tests.shifted.default"
     assert outcomes(table) == dict.fromkeys(rules, "works"), str(table)
+    shifted.register_fake(lambda xs, by, scale: (xs[0].new_empty(xs[0].shape),) * 2)
+    assert "share memory" in str(check_operator(shifted, [sample], rules="fake tensors"))
 
 
 def test_reasons_for_which_a_rule_is_not_run(right: Any) -> None:
