@@ -108,6 +108,11 @@ def sharding_without_sum(a: Any, b: Any) -> list[Any]:
     return [*sharding(a, b)[:2], ([Replicate()], [Shard(1), Shard(1)])]
 
 
+def sharding_of_parts(a: Any, b: Any) -> list[Any]:
+    replicated, _, (part, _) = sharding(a, b)
+    return [replicated, (part, [*part, *part])]
+
+
 GRADIENTS = "incoming gradients of any layout"
 # By name: the parts that are replaced, the rule that finds it, and words of the row's detail.
 FAULTS: dict[str, tuple[dict[str, Callable[..., Any]], str, str]] = {
@@ -118,6 +123,7 @@ FAULTS: dict[str, tuple[dict[str, Callable[..., Any]], str, str]] = {
     "undeclared": ({"kernel": kernel_that_writes}, "schema", "was mutated"),
     "doubling_vmap": ({"batch": doubling_batch}, "vmap over one operand", "off by"),
     "missing_sum": ({"sharding": sharding_without_sum}, "DTensor", "off by"),
+    "product_of_sums": ({"sharding": sharding_of_parts}, "DTensor", "off by"),
     "noise": (
         {"kernel": lambda a, b: a @ b.mT + 1e-14 * torch.rand(()).to(a)},
         "same bits twice",

@@ -103,6 +103,8 @@ def test_lists_integers_keywords_and_several_results(op: Any, sample: Sample, re
     table = check_operator(op, [sample], reference=reference, rules=rules)
     assert table.name == str(op)
     assert outcomes(table) == dict.fromkeys(rules, "works"), str(table)
+    shifted.register_fake(lambda xs, by, scale: (xs[0].new_empty(xs[0].shape),) * 2)
+    assert "share memory" in str(check_operator(shifted, [sample], rules="fake tensors"))
 
 
 def test_reasons_for_which_a_rule_is_not_run(right: Any) -> None:

@@ -189,13 +189,15 @@ def test_errors() -> None:
         make(double, schema="(Tensor x) -> ()").register_sharding(double)
 
 
-def test_a_backward_may_leave_defaults_out() -> None:
+def test_defaults_are_left_out() -> None:
     op = make(lambda x, scale=2.0: x * scale, schema="(Tensor x, float scale=2.0) -> Tensor")
     op.register_autograd(lambda ctx, g: 2 * g)
     x = X.clone().requires_grad_()
     assert torch.equal(torch.autograd.grad(op(x).sum(), x)[0], torch.full_like(x, 2))
     with pytest.raises(RuntimeError, match="returns 1 gradients, expected 2"):
         op(x, 3.0).sum().backward()
+    op.register_vmap(lambda info, in_dims, x, scale: (op(x, scale), in_dims[in_dims[1] or 0]))
+    assert_close(torch.func.vmap(op)(X[None]), 2 * X[None])
 
 
 # The operators: their registration, the cost of importing them, and how compilers see them

@@ -36,7 +36,7 @@ from torch._library.triton import (
 )
 from torch._library.utils import _c_check_aliasing_constraint
 from torch._prims_common import compute_elementwise_output_strides
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
@@ -172,9 +172,9 @@ class CustomOpDef(custom_ops.CustomOpDef):
         device_types: str | Sequence[str] | None = None,
         tags: torch.Tag | Sequence[torch.Tag] | None = None,
     ):
-        namespace, separator, own = name.partition("::")
-        if not (separator and namespace and own):
-            raise ValueError(f"the operator's name is {name!r}, expected 'namespace::name'")
+        namespace, _, own = name.partition("::")
+        if not (namespace.isidentifier() and own.isidentifier()):
+            raise ValueError(f"the operator's name is {name!r}, expected 'namespace::name' of identifiers")
         arguments = torch._C.parse_schema(own + schema).arguments  # before an earlier operator is replaced
         tensors = [one.name for one in arguments if one.kwarg_only and "Tensor" in str(one.type)]
         if tensors:
@@ -188,6 +188,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
         self._lib.define(own + schema, tags={torch.Tag.pt2_compliant_tag, *tags})
         self._opoverload = getattr(getattr(torch.ops, namespace), own).default
         self._positional = [one for one in arguments if not one.kwarg_only]
+        self._defaults = tuple(one.default_value for one in self._positional)
         self._keywords = [one for one in arguments if one.kwarg_only]
         self._mutated = [one.name for one in arguments if one.alias_info and one.alias_info.is_write]
         self._kernels: dict[str | None, Callable[..., Any]] = {}  # by device; None for all others
@@ -220,7 +221,12 @@ class CustomOpDef(custom_ops.CustomOpDef):
 
     def _run(self, device: str | None, /, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():  # which takes a microsecond
-            result = self._kernels[device](*args, **kwargs)
+            try:
+                result = self._kernels[device](*args, **kwargs)
+            except Exception as e:
+                if any(isinstance(t, FakeTensor) for t in tree_flatten(args)[0]):
+                    e.add_note(f"{self._qualname} has no fake; register one by register_fake")
+                raise
         _c_check_aliasing_constraint(self._qualname, args, kwargs, result)
         return result
 
@@ -237,7 +243,13 @@ class CustomOpDef(custom_ops.CustomOpDef):
         """Register a batching rule, ``fn(info, in_dims, *args) -> (result, out_dim)``."""
         if fn is None:
             return self.register_vmap
-        torch.library.register_vmap(self._qualname, fn, lib=self._lib)
+
+        def with_defaults(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
+            left_out = self._defaults[len(args) :]
+            return fn(info, in_dims + (None,) * len(left_out), *args, *left_out, **kwargs)
+
+        has_defaults = any(one.has_default_value() for one in self._positional)
+        torch.library.register_vmap(self._qualname, with_defaults if has_defaults else fn, lib=self._lib)
         return fn
 
     def register_torch_dispatch(self, cls: Any, fn: Callable[..., Any] | None = None) -> Any:
@@ -322,7 +334,17 @@ class CustomOpDef(custom_ops.CustomOpDef):
         schema = self._opoverload._schema
         if not schema.returns:
             raise ValueError(f"{self._qualname}: DTensor shards results, and there is none; return a tensor")
-        _sharding_rules[self._opoverload] = rule
+
+        def with_defaults(*args: Any, **kwargs: Any) -> Any:
+            found = rule(*args, *self._defaults[len(args) :], **kwargs)
+            for pair in found if isinstance(found, list | tuple) else [found]:
+                lists = isinstance(pair, list | tuple) and [isinstance(one, list | tuple) for one in pair]
+                if lists != [True, True] or len(pair[0]) != len(schema.returns):
+                    expected = "two lists, the placements of each result and those of each argument"
+                    raise ValueError(f"{self._qualname}: the sharding rule has {pair}, expected {expected}")
+            return found
+
+        _sharding_rules[self._opoverload] = with_defaults
         return rule
 
     def _autograd(self, *args: Any, **kwargs: Any) -> Any:
@@ -366,8 +388,8 @@ class _Call:
     def flat(self, args: tuple[Any, ...]) -> Sequence[Any]:
         """The leaves of all positional arguments."""
         self.given = len(args)
-        if len(args) < len(self.op._positional):
-            args += tuple(one.default_value for one in self.op._positional[len(args) :])
+        if len(args) < len(self.op._defaults):
+            args += self.op._defaults[len(args) :]
         leaves, self.sizes = _flattened(args)
         return leaves
 

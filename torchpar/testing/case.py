@@ -120,10 +120,7 @@ class Case:
         """The results of the operator, or of another function, for operands that it may refuse."""
         try:
             return (function or self.op)(*operands)
-        except (*REFUSALS, IndexError) as e:
-            # PyTorch refuses too few dimensions by an IndexError.
-            if not isinstance(e, REFUSALS) and "Dimension out of range" not in str(e):
-                raise
+        except (*REFUSALS, IndexError) as e:  # which too few dimensions raise
             raise Outcome("not run", f"eager mode refuses: {e}") from e
 
     @cached_property

@@ -40,7 +40,7 @@ class Row:
 
 @dataclass(frozen=True)
 class OperatorTable:
-    """The rows of an operator's table, which `str` prints."""
+    """The rows of an operator's table, which `str` prints; ``table["values"].outcome`` is one outcome."""
 
     name: str
     rows: list[Row]
@@ -51,7 +51,7 @@ class OperatorTable:
         return not any(row.outcome in ("wrong", "crashes") for row in self.rows)
 
     def __getitem__(self, rule: str) -> Row:
-        return next(row for row in self.rows if row.rule == rule)
+        return {row.rule: row for row in self.rows}[rule]
 
     def __str__(self) -> str:
         table = [["rule", "outcome", "sample", "detail"]]
@@ -78,7 +78,7 @@ def check_operator(
         samples: samples, or tuples of arguments. Derivatives are taken with respect to all floating operands.
             For the numerical ones these have to be float64.
         reference: a differentiable function of the same arguments, of PyTorch's own operators.
-        rules: a name or names of rows, as docs/citizen.md lists them; by default all.
+        rules: a name or names of rows, as the printed table has them; by default all.
 
     Returns:
         A table with one row for each rule, of its worst outcome.
@@ -101,10 +101,13 @@ def check_operator(
     cases = [Case(op, overload, reference, one) for one in chosen]
     disabled = logging.root.manager.disable
     logging.disable()  # the compiler's logs of errors, which are in the table
+    functorch: Any = torch._C._functorch  # which warns of loops; they are in the table, too
+    functorch._set_vmap_fallback_warning_enabled(False)
     try:
         with warnings.catch_warnings(action="ignore"):
             return OperatorTable(name, [_row(rule, cases) for rule in names])
     finally:
+        functorch._set_vmap_fallback_warning_enabled(True)  # PyTorch's default; it does not tell the setting
         logging.disable(disabled)
 
 
@@ -138,7 +141,8 @@ def _outcome(attempt: Callable[[], Any]) -> tuple[str, str]:
         outcome, message = e.args
         return outcome, _shortened(message)
     except REFUSALS as e:
-        return "refuses", _shortened(str(getattr(e, "inner_exception", e)))
+        notes = getattr(e, "__notes__", [])
+        return "refuses", _shortened("\n".join([*notes, str(getattr(e, "inner_exception", e))]))
     except Exception as e:
         return "crashes", f"{type(e).__name__}: {_shortened(str(e))}"
 

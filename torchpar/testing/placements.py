@@ -109,5 +109,9 @@ def _same_on_all_ranks(actual: Sequence[Any], expected: Sequence[Tensor]) -> Non
 
     with maybe_disable_local_tensor_mode(), torch.no_grad():
         for a, e in zip(actual, expected, strict=True):
-            for part in a.to_local()._local_tensors.values():
-                close(part.detach(), e.detach())
+            parts: list[Any] = [a.to_local()]
+            for part in parts:
+                if of_ranks := getattr(part, "_local_tensors", None):  # a sum nests them
+                    parts += of_ranks.values()
+                else:
+                    close(part.detach(), e.detach())

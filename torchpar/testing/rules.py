@@ -126,6 +126,9 @@ def _right_fakes(case: Case, operands: Tensors) -> None:
     with FakeTensorMode() as mode:
         fakes = case.op(*map(mode.from_tensor, operands))
     same_metadata(fakes, actual)
+    shared, expected = (len({t.untyped_storage()._cdata for t in ts}) for ts in (fakes, actual))
+    if shared < expected:
+        raise Outcome("wrong", "two results share memory, expected one new tensor for each")
 
 
 RULES["layouts and sizes"] = partial(_layouts, _same_values)
@@ -328,6 +331,10 @@ def _(case: Case) -> Attempts:
         for dim in range(t.dim() + 1):
             in_dims = tuple(dim if i == j else None for j in range(len(case.operands)))
             yield f"in_dims {in_dims}", partial(_vmap, case, in_dims)
+    keys = ("FuncTorchBatched", "FuncTorchBatchedDecomposition", "CompositeImplicitAutograd")
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    if case.overload is not None and not any(has_kernel(case.overload.name(), key) for key in keys):
+        return "a loop over the samples: no rule"
 
 
 @rule("vmap over all operands")
