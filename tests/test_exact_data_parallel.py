@@ -78,6 +78,8 @@ def test_messages_pass_unless_they_add(ranks):
 def test_what_cannot_be_added_is_refused():
     model, x = torch.nn.Linear(3, 2), torch.ones(4, 3)
     parallel = exact.DataParallel(model)
+    with pytest.raises(ConfigError, match=r"called outside of torchpar\.exact\.mode\(\), expected within it"):
+        parallel.backward(model(x).sum())
     with exact.mode():
         with pytest.raises(ConfigError, match=r"the loss has shape \(4, 2\), expected one number"):
             parallel.backward(model(x))

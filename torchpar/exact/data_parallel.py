@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.exact.dispatch import ordinary
+from torchpar.exact.dispatch import is_active, ordinary
 from torchpar.exact.sums import exponents_of
 from torchpar.library import is_dtensor
 
@@ -109,9 +109,11 @@ class DataParallel:
         On a stage of a pipeline, but the last one, give the unit's activations and their ``gradient``.
 
         Raises:
-            ConfigError: a parameter has a gradient already, or was frozen or unfrozen after
-                this object was made; or there are several losses.
+            ConfigError: this is not called in `torchpar.exact.mode`; a parameter has a gradient already, or
+                was frozen or unfrozen after this object was made; or there are several losses.
         """
+        if not is_active():
+            raise ConfigError("DataParallel was called outside of torchpar.exact.mode(), expected within it")
         if gradient is None and loss.numel() != 1:
             raise ConfigError(f"the loss has shape {tuple(loss.shape)}, expected one number; take its mean")
         if [*map(id, trainable(self.model))] != [*map(id, self.parameters)]:

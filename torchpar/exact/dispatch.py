@@ -48,11 +48,16 @@ def mode() -> Iterator[None]:
     Raises:
         ConfigError: an operator that has no exact version, or a dtype other than float32.
     """
-    if any(isinstance(active, _Operators) for active in _get_current_dispatch_mode_stack()):
+    if is_active():
         yield
         return
     with _Functions(), _Operators():
         yield
+
+
+def is_active() -> bool:
+    """Whether this code runs in the mode."""
+    return any(isinstance(active, _Operators) for active in _get_current_dispatch_mode_stack())
 
 
 @contextmanager
@@ -87,7 +92,7 @@ class _Operators(TorchDispatchMode):
                 result = _composition(func)(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        remedy = "compute it outside of torchpar.exact.mode(), or by other operators"
+        remedy = "make it of other operators; torchpar.exact.coverage lists what is missing"
         if "_foreach_" in func._schema.name:
             remedy = "give foreach=False to the optimizer and to clip_grad_norm_"
         elif func.namespace in ("c10d", "fsdp"):
