@@ -146,8 +146,7 @@ def report(flags: Flags, device: str, ranks: int, runs: dict[Plan, Result]) -> N
         figures = {"first_cost": costs[0], "last_cost": costs[-1], "train_accuracy": train[1]}
         figures |= {"test_loss": test[0], "test_accuracy": test[1], "seconds": seconds}
         rows.append(plan._asdict() | figures | {"library": flags.library, "ranks": ranks})
-    shown = "iterations", "lr", "momentum", "last_cost", "train_accuracy", "test_accuracy"  # in 80 columns
-    console.print_rows(rows, shown)
+    console.print_rows(rows, ("iterations", "lr", "momentum", "last_cost", "train_accuracy", "test_accuracy"))
     console.write_metrics(flags.metrics, rows)
     if flags.plots:
         curves = {f"rate {plan.lr:g}, momentum {plan.momentum:g}": run.costs for plan, run in runs.items()}
