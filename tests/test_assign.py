@@ -137,15 +137,6 @@ def test_both_factors_of_lora_go_to_muon():
 # Layers of PyTorch, and others that are known by their names and attributes
 
 
-class Conv1D(nn.Module):
-    """A linear layer whose weight is ``(in, out)``, as in GPT-2."""
-
-    def __init__(self, nf: int, nx: int):
-        super().__init__()
-        self.nf, self.nx = nf, nx
-        self.weight = nn.Parameter(torch.randn(nx, nf))
-
-
 class Experts(nn.Module):
     """Experts stored as GPT-OSS does: ``(experts, in, out)``; gate and up are interleaved and need a view."""
 
@@ -158,8 +149,11 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.randn(3, 5, 8))
 
 
+@needs_transformers
 def test_a_matrix_stored_transposed_is_updated_like_its_transpose():
     """The learning rate's factor is that of ``(out, in)``: 2 for 4 times as many outputs as inputs."""
+    from transformers.pytorch_utils import Conv1D  # of GPT-2
+
     torch.manual_seed(0)
     layer, linear = Conv1D(24, 6), nn.Linear(6, 24, bias=False)
     linear.weight.data.copy_(layer.weight.mT)
@@ -194,8 +188,7 @@ LSTM = {"4×6 4×6 4×6 4×6": "weight_ih_l0", "4×3 4×3 4×3 4×3": "weight_hh
         (lambda: nn.utils.weight_norm(nn.Linear(4, 5)), {"others": "weight_g", "5×4": "weight_v"}),
         (lambda: nn.ModuleDict({"qkv": nn.Linear(4, 12)}), {"4×4 4×4 4×4": "qkv"}),
         (lambda: nn.ModuleDict({"qkv": nn.Linear(6, 9)}), {"9×6": "qkv"}),  # of unknown sizes
-        (lambda: nn.ModuleDict({"c_attn": Conv1D(8, 4)}), {"4×4 4×4": "c_attn"}),
-        (lambda: nn.ModuleDict({"c_attn": nn.Linear(4, 12)}), {"4×4 4×4 4×4": "c_attn"}),  # nanoGPT
+        (lambda: nn.ModuleDict({"c_attn": nn.Linear(4, 8)}), {"4×4 4×4": "c_attn"}),  # of cross-attention
         (Experts, {"others": "gate_up_proj gate_up_proj_bias", "3×8×5": "down_proj"}),
         (lambda: nn.ModuleDict({"gate_up_proj": nn.Linear(4, 7)}), {"7×4": "gate_up_proj"}),
     ],
