@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 import torchpar
+from torchpar.errors import first_line
 from torchpar.ops.processor import cpuinfo
 from torchpar.testing.case import accurate, normal_like, same_bits
 
@@ -70,7 +71,7 @@ def examine(area: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     try:
         yield from area()
     except Exception as e:
-        yield Finding("examination", _line(e), "problem", REPORT)
+        yield Finding("examination", first_line(e), "problem", REPORT)
 
 
 def versions() -> Iterator[Finding]:
@@ -134,7 +135,7 @@ def communication() -> Iterator[Finding]:
         remedy = "export GLOO_SOCKET_IFNAME=lo, or another interface"
         if "GLOO_SOCKET_IFNAME" in os.environ:
             remedy = "unset GLOO_SOCKET_IFNAME, which names no interface"
-        yield Finding("gloo", _line(e), "problem", remedy)
+        yield Finding("gloo", first_line(e), "problem", remedy)
 
 
 def operators() -> Iterator[Finding]:
@@ -158,13 +159,9 @@ def operators() -> Iterator[Finding]:
                 by = ", by ATen" if device == "cpu" else ""
                 yield Finding(f"{name}, {device}", f"right{by}")
             except Exception as e:
-                yield Finding(f"{name}, {device}", _line(e), "problem", REPORT)
+                yield Finding(f"{name}, {device}", first_line(e), "problem", REPORT)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
     """Major and minor version."""
     return tuple(int(part) for part in text.split(".")[:2])
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

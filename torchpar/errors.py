@@ -26,3 +26,8 @@ class RankLostError(TorchparError, RuntimeError):
     def __init__(self, message: str, missing: Sequence[int] = ()):
         super().__init__(message)
         self.missing = missing
+
+
+def first_line(error: BaseException) -> str:
+    """The type of an error, and the first line of its message."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]

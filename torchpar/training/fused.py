@@ -28,7 +28,6 @@ from torchpar.ops.linear_sigmoid import sigmoid_backward
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.shared_memory import make_shared_sum
-from torchpar.profile.collectives import all_reduced
 from torchpar.profile.phases import phase
 
 MAX_CLASSES = 1000  # the table of targets has a row and a column for each
@@ -116,6 +115,7 @@ class FusedGradients:
                 make_shared_sum(self._group, shapes, weight.dtype, world.timeout) if weight.is_cpu else None
             )
 
+    @torch.no_grad()
     def __call__(self, x: Tensor, labels: Tensor, global_size: int) -> Tensor:
         """Add to each ``p.grad`` the gradient of the mean loss over the global batch.
 
@@ -131,18 +131,13 @@ class FusedGradients:
             with torch.autocast(self.targets.device.type, enabled=False):
                 return self(x, labels, global_size)
         parameters = [(layer.weight, layer.bias) for layer in self._linears]
-        was = torch.is_grad_enabled()
-        torch.set_grad_enabled(False)  # half the time of a `with torch.no_grad()`
-        try:
-            with phase("backward"):
-                loss, gradients = self._gradients(parameters, x, labels, global_size)
-                if self._group is not None:
-                    self._sum_over_ranks(gradients)
-            for (weight, bias), (dw, db) in zip(parameters, gradients, strict=True):
-                weight.grad = dw if weight.grad is None else weight.grad.add_(dw)
-                bias.grad = db if bias.grad is None else bias.grad.add_(db)
-        finally:
-            torch.set_grad_enabled(was)
+        with phase("backward"):
+            loss, gradients = self._gradients(parameters, x, labels, global_size)
+            if self._group is not None:
+                self._sum_over_ranks(gradients)
+        for (weight, bias), (dw, db) in zip(parameters, gradients, strict=True):
+            weight.grad = dw if weight.grad is None else weight.grad.add_(dw)
+            bias.grad = db if bias.grad is None else bias.grad.add_(db)
         return loss
 
     def _gradients(
@@ -196,8 +191,7 @@ class FusedGradients:
     def _sum_over_ranks(self, gradients: list[tuple[Tensor, Tensor]]) -> None:
         tensors = [g for layer in gradients for g in layer]
         if self._shared is not None:
-            with all_reduced("dp", self._shared.nbytes):
-                self._shared(tensors)
+            self._shared(tensors)
         else:
             flat = parameters_to_vector(tensors)
             dist.all_reduce(flat, group=self._group)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, first_line
 from torchpar.parallel.save.checkpoint import Checkpoints
 from torchpar.parts import as_dtensor, is_marked, part_of
 
@@ -109,7 +109,7 @@ def resume(run: "Run", checkpoints: Checkpoints) -> bool:
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         if isinstance(e, ConfigError):
             raise
-        reason = f"{type(e).__name__}: {e}".partition("\n")[0]
+        reason = first_line(e)
         raise ConfigError(f"{folder} holds no checkpoint of this run ({reason}); use another folder") from e
     for key, value in random.items():
         (torch.cuda.set_rng_state if "cuda" in key else torch.set_rng_state)(value)

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, first_line
 from torchpar.parallel.launch.rendezvous import run_in_daemon
 from torchpar.parallel.launch.world import World
 
@@ -295,12 +295,12 @@ def _verify(path: Path) -> dict[str, Any]:
         if manifest["sha256"] != _digest(text.replace(manifest["sha256"], _UNSIGNED)):
             raise ValueError("its SHA-256 differs from the one it records")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
-        raise ConfigError(f"{path / MANIFEST} is damaged ({_first_line(e)})") from e
+        raise ConfigError(f"{path / MANIFEST} is damaged ({first_line(e)})") from e
     for name, digest in manifest["files"].items():
         try:
             actual = _sha256(path / name)
         except OSError as e:
-            raise ConfigError(f"{path / name} is missing or cannot be read ({_first_line(e)})") from e
+            raise ConfigError(f"{path / name} is missing or cannot be read ({first_line(e)})") from e
         if actual != digest:
             raise ConfigError(
                 f"{path / name} is damaged: its SHA-256 is {actual[:12]}…, the manifest says {digest[:12]}…"
@@ -335,14 +335,10 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
-
-
 def _cause(error: BaseException) -> str:
     if not isinstance(error, CheckpointException):
-        return _first_line(error)
-    return "; ".join(f"rank {rank}: {_first_line(e)}" for rank, (e, _) in error.failures.items())
+        return first_line(error)
+    return "; ".join(f"rank {rank}: {first_line(e)}" for rank, (e, _) in error.failures.items())
 
 
 def _warn(message: str) -> None:

@@ -25,15 +25,13 @@ def clip_grad_norm_(model: torch.nn.Module, max_norm: float, world: World) -> Te
         The norm before clipping, a float64 scalar, the same on every rank. A norm that is not finite makes
         every gradient so, as with `torch.nn.utils.clip_grad_norm_`.
     """
-    gradients = {p: p.grad for p in model.parameters() if p.grad is not None}
     whole = world.dp_size == world.world_size
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for p, gradient in gradients.items():
+    for p in model.parameters():
         # Data-parallel rank 0 counts for the others, which have the same gradients.
-        if whole or (world.dp_rank == 0 and (is_marked(p) or world.tp_rank == 0)):
-            total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+        counts = whole or (world.dp_rank == 0 and (is_marked(p) or world.tp_rank == 0))
+        if counts and p.grad is not None:
+            total += torch.linalg.vector_norm(p.grad, dtype=torch.float64).square()
     norm = (total if whole else world.sum(total)).sqrt()
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in gradients.values():
-        gradient.mul_(scale.to(gradient.dtype))
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
     return norm

@@ -40,11 +40,7 @@ _PAUSE = 1e-4  # seconds
 
 
 class SharedSum:
-    """Sums of tensors of given ``shapes`` over the ranks of a group. Made by `make_shared_sum`.
-
-    Attributes:
-        nbytes: of a rank's tensors.
-    """
+    """Sums of tensors of given ``shapes`` over the "dp" ranks. Made by `make_shared_sum`."""
 
     def __init__(
         self,
@@ -56,7 +52,7 @@ class SharedSum:
     ):
         self.group, self.rank, self.ranks, self.timeout = group, group.rank(), group.size(), timeout
         sizes = [prod(shape) for shape in shapes]
-        self.nbytes = sum(sizes) * dtype.itemsize
+        self._nbytes = sum(sizes) * dtype.itemsize
         self._file = file
         memory = torch.frombuffer(mmap.mmap(self._file.fileno(), 0), dtype=torch.uint8)
         head = self.ranks * _CACHE_LINE
@@ -83,15 +79,16 @@ class SharedSum:
         """
         self._number += 1
         current = self._number % 2
-        torch.cat([t.flatten() for t in tensors], out=self._slots[current, self.rank])
-        self._numbers[self.rank] = self._number  # after the terms
-        for rank in range(self.ranks):
-            if self._numbers[rank] < self._number:
-                self._wait(rank)
-        for total, *terms in zip(tensors, *self._terms[current], strict=True):
-            torch.add(terms[0], terms[1], out=total)
-            for term in terms[2:]:
-                total.add_(term)
+        with all_reduced("dp", self._nbytes):
+            torch.cat([t.flatten() for t in tensors], out=self._slots[current, self.rank])
+            self._numbers[self.rank] = self._number  # after the terms
+            for rank in range(self.ranks):
+                if self._numbers[rank] < self._number:
+                    self._wait(rank)
+            for total, *terms in zip(tensors, *self._terms[current], strict=True):
+                torch.add(terms[0], terms[1], out=total)
+                for term in terms[2:]:
+                    total.add_(term)
 
     def _wait(self, rank: int) -> None:
         start, looked = time.monotonic(), 0
@@ -172,8 +169,7 @@ def register_shared_memory_hook(replica: DistributedDataParallel, world: World) 
         if add is None:
             return allreduce_hook(group, bucket)
         gradients.div_(group.size())
-        with all_reduced("dp", gradients.nbytes):
-            add([gradients])
+        add([gradients])
         done: torch.futures.Future[Tensor] = torch.futures.Future()
         done.set_result(gradients)
         return done
