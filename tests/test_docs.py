@@ -33,7 +33,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "cpu-2-cores-avx512"
 SUITE = "".join(path.read_text() for path in sorted((ROOT / "tests").glob("*.py")))
 FIGURES = ("p50_ms", "speedup", "seconds", "accuracy")
 OTHERS_FLAGS = {  # of the launchers, pip, pytest and Lightning
-    *("nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts", "ntasks"),
+    *("nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts", "ntasks", "num_processes"),
     *("maxprocesses", "config", "help", "strict", "tyro_print_completion", "logdir"),
 }
 
@@ -167,7 +167,8 @@ ELSEWHERE = ("docs/own_model.md", "docs/trainers.md")  # below, and in tests/tes
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # in opcheck
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page) and page not in ELSEWHERE])
-def test_code_of_pages_runs(page, monkeypatch):
+def test_code_of_pages_runs(page, monkeypatch, tmp_path, world):
+    monkeypatch.chdir(tmp_path)
     # With Inductor the operators are compiled in tests/test_operators_compile.py.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     execute(*(block for block in blocks(page) if "join_world" not in block))

@@ -40,7 +40,6 @@ EXPECTED = dict.fromkeys(SITUATIONS, "same bits") | {
     "Shard(0), a group on one rank": "refuses",
 }
 
-
 # Every fourth situation, and two that are unlike the others; all are among the slow tests.
 SOME = [*[*SITUATIONS][::4], "scale of gradients, bfloat16 without Nesterov", "closure"]
 CHOSEN = [SOME, pytest.param([*SITUATIONS], marks=pytest.mark.slow)]
@@ -122,6 +121,7 @@ RECONSTRUCTED = [  # faults of published libraries, where they belong
         (of(Failing, instead=partial(torch.ones, -1)), "Replicate", "crashes", "rank 1: RuntimeError: "),
         (refuse, "whole", "refuses", "RuntimeError: nothing is supported"),
         (partial(refuse, kind=AssertionError), "whole", "crashes", "AssertionError: nothing is supported"),
+        (partial(torch.optim.AdamW, lr=0.1), "whole", "crashes", "give its optimizer model.parameters()"),
         (refuse, "fully_shard, heads", "not applicable", "make has no argument views"),
     ],
 )
@@ -162,9 +162,8 @@ def test_the_table():
     faulty = Conformance([*table, Row("Replicate", "hangs")])
     with pytest.raises(AssertionError, match=r"1 of 3 situations are faulty\nsituation .*\nReplicate +hangs"):
         faulty.assert_conforms()
-    with pytest.raises(
-        AssertionError, match=r"none of 1 situations was compared\nsituation .*\nDDP +refuses"
-    ):
+    message = r"none of 1 situations was compared\nsituation .*\nDDP +refuses"
+    with pytest.raises(AssertionError, match=message):
         Conformance(table[1:]).assert_conforms()
 
 
@@ -172,7 +171,11 @@ def test_what_cannot_be_run_is_refused():
     with pytest.raises(ConfigError, match="situation 'none', expected one of 'whole', 'polar factor', "):
         check_optimizer(make_muon, ["none"])
     with pytest.raises(ConfigError, match=r"cannot import make .*expected a module-level function or class"):
-        check_optimizer(lambda model: make_muon(model), ["whole"])
+        check_optimizer(lambda model: make_muon(model), "whole")
+    with pytest.raises(ConfigError, match="no situation is left"):
+        check_optimizer(make_muon, ["polar factor"], orthogonal=False)
+    with pytest.raises(ConfigError, match="make is of type SGD, expected a function that gets a model"):
+        check_optimizer(torch.optim.SGD([torch.zeros(1)]))
 
 
 @pytest.mark.slow

@@ -72,6 +72,10 @@ def chain(
     views: Mapping[str, View],
 ) -> ModelOptimizer:
     """Make both optimizers of `Muon.for_model`, which documents the arguments and the errors."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"Muon.for_model: model is of type {type(model).__name__}, expected a Module")
+    if not callable(others):
+        raise ConfigError(f"Muon.for_model: others is of type {type(others).__name__}, expected a function")
     uses = _uses_of(model)
     assignments = {p: Assignment(of[0].name, p.shape, *_decide(of)) for p, of in uses.items()}
 
@@ -242,7 +246,7 @@ def _decide(uses: list[_Use]) -> tuple[Choice, str, View | None]:
             reason += ", stored transposed"
         is_whole = count == 1 and len(shape) == 2 and not use.is_transposed
         return "muon", reason, None if is_whole else view
-    return "others", "no known layer multiplies by it; give a view", None
+    return "others", "no known layer multiplies by it; if a layer of yours does, give a view", None
 
 
 def _matrices(p: Tensor, sizes: list[int], groups: int, transposed: bool) -> Sequence[Tensor]:

@@ -53,9 +53,7 @@ class ChainedOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if hasattr(self, "optimizers"):
-            raise NotImplementedError(
-                "ChainedOptimizer: add the group to one of its optimizers, and make a new chain"
-            )
+            raise NotImplementedError("ChainedOptimizer cannot add groups; make a new optimizer of the model")
         super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -152,7 +152,7 @@ class Muon(Optimizer):
             One optimizer, a `ChainedOptimizer`, which prints the table above.
 
         Raises:
-            ConfigError: a pattern that no parameter has, or no parameter for Muon.
+            ConfigError: a pattern that no parameter has, or no parameter for Muon; no model, or no function.
         """
         make = partial(cls, lr=lr, **arguments)
         return chain(make, model, others, overrides or {}, views or {})

@@ -104,17 +104,23 @@ def check_optimizer(
         make: returns the optimizer of a model whose parameters are hidden matrices: a module-level function
             or class, or a `functools.partial` of one. A situation that is about ``views``, ``nesterov`` or
             ``process_group`` passes it, if ``make`` has such an argument.
-        situations: names from `SITUATIONS`; by default all.
+        situations: names from `SITUATIONS`, or one; by default all.
         timeout: seconds for each situation, after which its ranks count as hanging.
         orthogonal: whether to try what can be asked only of optimizers that orthogonalise.
         ranks: an open pool, which other calls use, too. Otherwise the processes end with the call.
 
     Raises:
-        ConfigError: an unknown situation; a ``make`` that the ranks cannot import.
+        ConfigError: no situation, or an unknown one; a ``make`` that the ranks cannot import or call.
     """
-    names = list(SITUATIONS if situations is None else situations)
+    if not callable(make):
+        raise ConfigError(f"make is of type {type(make).__name__}, expected a function that gets a model")
+    chosen = SITUATIONS if situations is None else situations
+    names = [chosen] if isinstance(chosen, str) else list(chosen)
     if unknown := [name for name in names if name not in SITUATIONS]:
         raise ConfigError(f"situation {unknown[0]!r}, expected one of {', '.join(map(repr, SITUATIONS))}")
+    names = [name for name in names if orthogonal or not SITUATIONS[name].orthogonal]
+    if not names:
+        raise ConfigError("no situation is left, expected names of testing.SITUATIONS, or None for all")
     with Ranks() if ranks is None else nullcontext(ranks) as pool:
         try:
             made = pickle.dumps(make)
@@ -124,9 +130,7 @@ def check_optimizer(
                 f"the ranks cannot import make ({e}); expected a module-level function or class, or a "
                 "functools.partial of one, and in a script `if __name__ == '__main__':` around the call"
             ) from e
-        return Conformance(
-            _row(pool, name, made, timeout) for name in names if orthogonal or not SITUATIONS[name].orthogonal
-        )
+        return Conformance(_row(pool, name, made, timeout) for name in names)
 
 
 def _row(ranks: Ranks, name: str, made: bytes, timeout: float) -> Row:

@@ -46,6 +46,9 @@ class Layers(nn.Module):
             layer.weight = nn.Parameter(weight.clone())
             self.add_module(name, layer)
 
+    def __iter__(self) -> Any:  # called by an optimizer that takes parameters
+        raise Failure("crashes", "make gets a model; give its optimizer model.parameters()")
+
     def forward(self, batch: Batch) -> Any:
         return sum((self.get_submodule(name)(x) * y).sum() for name, (x, y) in batch.items())
 
