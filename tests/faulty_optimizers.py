@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A plain Muon that is right on every placement, and known faults of published libraries rebuilt on it.
+"""A plain Muon that is right on every placement of PyTorch's, and known faults of published libraries.
 
 Each faulty class changes one or two methods of `PlainMuon`, and its docstring names the public report. `make`
 is what `torchpar.testing.check_optimizer` calls, with one of the classes.
@@ -22,7 +22,7 @@ def whole(t: Tensor) -> Tensor:
 
 
 class PlainMuon(torch.optim.Optimizer):
-    """Gathers each momentum on every rank, and refuses what it cannot gather; it does not compare ranks."""
+    """Gathers each DTensor's momentum on every rank; it refuses nothing, and takes any tensor for whole."""
 
     def __init__(self, params: Any, views: Mapping[str, View] | None = None, **own: Any):
         self.views = views or {}
@@ -31,17 +31,11 @@ class PlainMuon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None if closure is None else torch.enable_grad()(closure)()
-        self.check()
         for group in self.param_groups:
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 if p.grad is not None:
                     self.update(name, p, group)
         return loss
-
-    def check(self) -> None:
-        params = [p for group in self.param_groups for p in group["params"]]
-        if any(name.startswith("tensor_parallel") for p in params for name in vars(p)):
-            raise ValueError("PlainMuon: a slice of a matrix, expected a whole matrix or a DTensor")
 
     def update(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
         gradient = p.grad.redistribute(placements=p.placements) if isinstance(p, DTensor) else p.grad
@@ -69,13 +63,6 @@ class PlainMuon(torch.optim.Optimizer):
 
 def make(model: nn.Module, kind: Any = PlainMuon, nesterov: bool = True, views: Any = None) -> PlainMuon:
     return kind(model.named_parameters(), nesterov=nesterov, views=views)
-
-
-class OrthogonalisesSlices(PlainMuon):
-    """The slice that a tensor-parallel rank holds is taken for a matrix (DeepSpeed#8437)."""
-
-    def check(self) -> None:
-        """Refuse nothing: a slice is a plain tensor."""
 
 
 class OrthogonalisesShards(PlainMuon):

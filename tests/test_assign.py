@@ -210,13 +210,8 @@ def test_a_parametrized_head_is_a_head(name):
 
 
 def test_heads_are_siblings_of_one_name():
-    layers = dict(
-        policy_head=nn.Linear(4, 3),
-        body=nn.Linear(4, 4),
-        value_head=nn.Linear(4, 1),
-        action_head=nn.Linear(4, 2),
-    )
-    assert table(nn.ModuleDict(layers)) == {"others": "policy_head value_head action_head", "4×4": "body"}
+    layers = dict(policy_head=nn.Linear(4, 3), body=nn.Linear(4, 4), value_head=nn.Linear(4, 1))
+    assert table(nn.ModuleDict(layers)) == {"others": "policy_head value_head", "4×4": "body"}
     layers = dict(first_layer=nn.Linear(4, 3), last_layer=nn.Linear(3, 2))
     assert table(nn.ModuleDict(layers)) == {"3×4": "first_layer", "others": "last_layer"}
 

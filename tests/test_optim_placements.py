@@ -82,13 +82,13 @@ def test_a_step_sends_few_messages(ranks, placement):
 
 
 def refusals() -> None:
-    rank, mesh, group = dist.get_rank(), init_device_mesh("cpu", (2,)), dist.group.WORLD
+    rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
     alone = [dist.new_group([rank]) for rank in range(2)][rank]
     ones = torch.ones(4, 6)
     rows, columns, copies = (distribute_tensor(ones, mesh, [to]) for to in (Shard(0), Shard(1), Replicate()))
     sums = DTensor.from_local(ones, mesh, [Partial()])
     two = [("first", ones), ("second", ones)]
-    shared = {"process_group": group}
+    shared = {"process_group": dist.group.WORLD}
 
     def step(params: Any, *gradients: Any, **arguments: Any) -> Muon:
         """One step of copies of the parameters, by default with gradients of ones."""

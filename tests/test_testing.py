@@ -96,14 +96,14 @@ def of(kind: Any, **arguments: Any) -> Any:
 
 
 RECONSTRUCTED = [  # faults of published libraries, where they belong
-    (of(faulty.OrthogonalisesSlices), "ColumnParallelLinear", "update off by"),
+    (faulty.make, "ColumnParallelLinear", "update off by"),  # takes the slice for a matrix (DeepSpeed#8437)
     (of(faulty.OrthogonalisesShards), "Shard(0)", "update off by"),
     (of(faulty.AppliesMomentum), "polar factor", "cosine 0."),
     (of(faulty.MomentumOfMicroBatches), "accumulation", "update off by"),
     (of(faulty.ViewsShards), "fully_shard, heads", "update off by"),
     (of(faulty.ScalesByPaddedShape), "fully_shard, padded rows", "its norm by"),
     (of(faulty.NormalisesMomentum), "scale of gradients, bfloat16 without Nesterov", "update off by"),
-    (faulty.make, "Shard(0), two learning rates", "update off by"),
+    (faulty.make, "Shard(0), two learning rates", "update off by"),  # does not compare the ranks
     (faulty.make_by_layer, "tied weights", "update off by"),
 ]
 
@@ -133,7 +133,7 @@ def test_faults_are_found(ranks, monkeypatch, make, situation, verdict, detail):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [make for make, *_ in RECONSTRUCTED])
+@pytest.mark.parametrize("make", [make for make, *_ in RECONSTRUCTED if make is not faulty.make])
 def test_no_fault_is_found_on_whole_matrices(ranks, make):
     (row,) = check_optimizer(make, ["whole"], ranks=ranks)
     assert row.verdict == "same bits", row
@@ -142,12 +142,11 @@ def test_no_fault_is_found_on_whole_matrices(ranks, make):
 @pytest.mark.slow
 def test_a_plain_muon_conforms(ranks):
     """It gathers whole matrices, so that updates have the same bits wherever gradients have."""
-    names = [name for name, verdict in EXPECTED.items() if verdict != "refuses"]
-    table = check_optimizer(faulty.make, names, ranks=ranks)
+    own = {"ColumnParallelLinear", "RowParallelLinear", *(n for n in EXPECTED if EXPECTED[n] == "refuses")}
+    table = check_optimizer(faulty.make, [name for name in SITUATIONS if name not in own], ranks=ranks)
     table.assert_conforms()
-    refused = [row.situation for row in table if row.verdict == "refuses"]
-    assert refused == ["ColumnParallelLinear", "RowParallelLinear"]  # whose slices it cannot gather
-    assert [row.situation for row in table if row.verdict == "not applicable"] == ["DDP, sharing the work"]
+    others = [row.situation for row in table if row.verdict not in optimizers.RIGHT]
+    assert others == ["DDP, sharing the work"]  # make has no process_group
 
 
 def test_the_table():
