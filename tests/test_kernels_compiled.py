@@ -191,13 +191,11 @@ def check_tiles_of_most_registers(kernel: str, kind: str, capability: int) -> No
         elif kernel == "linear_sigmoid" and tiles.block_m * tiles.block_n <= 64 * 128:
             launches.append(((512, 1001, 4096), tiles, {}))
     for sizes, tiles, options in launches:
+        print(tiles, sizes)
         code, *_ = matrix_kernel(kernel, kind, sizes, tiles, **options)
-        try:
-            assert_fits(code, capability)
-            if sizes != (ODD, ODD, ODD):
-                assert_pipelined(code)
-        except AssertionError as error:
-            raise AssertionError(f"{tiles}, {sizes}: {error}") from error
+        assert_fits(code, capability)
+        if sizes != (ODD, ODD, ODD):
+            assert_pipelined(code)
 
 
 # The exact product

@@ -31,7 +31,7 @@ UNALIGNED, SPLIT = Tiles(64, 64, 32, 8, 3), Tiles(64, 64, 64, 4, 4, "split_k")
 ENTRIES = [[512, 512, 512, 1, None], [2048, 2048, 2048, 1, SMALL], [4096, 4096, 4096, 1, WIDE]]
 KINDS = [pytest.param(*kind[:2], id=name) for name, kind in tiles.KINDS.items()]
 FAST, BROKEN = tiles.configurations("symmetric_product", torch.bfloat16, "ieee", 90)[:2]
-LARGE_PROBLEM = Problem("bfloat16", "symmetric_product", 1024, 1024, 1024)
+BEST = {Problem("bfloat16", "symmetric_product", 1024, 1024, 1024): FAST}
 SMALL_PROBLEM = Problem("bfloat16", "symmetric_product", 256, 256, 256)
 
 
@@ -310,18 +310,13 @@ def test_configurations_and_the_library_are_timed_in_turn_and_checked_first(monk
 
 @pytest.fixture
 def table_of_gpu(folder, monkeypatch):
-    """The table of a GPU that is present in name only; FAST wins on LARGE_PROBLEM, the library on others."""
-
-    def made_up(problem, *rest):
-        measured.append(problem)
-        return [*problem[2:], FAST if problem == LARGE_PROBLEM else None]
-
-    measured: list[Problem] = []
+    """The table of a GPU that is present in name only. The library wins on problems that BEST lacks."""
+    tune_problem = Mock(side_effect=lambda problem, *_: [*problem[2:], BEST.get(problem)])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(tune, "tune_problem", made_up)
+    monkeypatch.setattr(tune, "tune_problem", tune_problem)
     monkeypatch.setattr(tiles, "KINDS", {"bfloat16": tiles.KINDS["bfloat16"]})
     path = folder / "user" / tiles.file_name(DEVICE.name)
-    return SimpleNamespace(path=path, measured=measured, made_up=made_up)
+    return SimpleNamespace(path=path, tune_problem=tune_problem)
 
 
 def run_tune(*sizes: int, minutes: float = 10.0) -> int:
@@ -335,7 +330,7 @@ def measured(table) -> dict[int, list]:
 
 def test_tune_measures_what_its_table_lacks_and_the_launchers_read_it(table_of_gpu, capsys):
     assert (run_tune(1024), run_tune()) == (0, 0)
-    assert [problem.n for problem in table_of_gpu.measured] == [1024, 1024, 256, 256]
+    assert [call.args[0].n for call in table_of_gpu.tune_problem.mock_calls] == [1024, 1024, 256, 256]
     assert measured(table_of_gpu) == {1024: list(FAST), 256: None}
     assert chosen(1000, 1000) == FAST
     assert chosen(64, 64) is None
@@ -355,16 +350,9 @@ def test_a_table_of_other_versions_is_not_continued(table_of_gpu):
 
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_a_run_that_ends_early_keeps_what_it_has_measured(table_of_gpu, capsys, monkeypatch, interrupted):
-    def interrupt(problem, *rest):
-        if problem != LARGE_PROBLEM:
-            raise KeyboardInterrupt
-        return table_of_gpu.made_up(problem)
-
-    if interrupted:
-        monkeypatch.setattr(tune, "tune_problem", interrupt)
-    else:
-        seconds = iter((0.0, 1.0, 61.0))
-        monkeypatch.setattr(tune.time, "monotonic", lambda: next(seconds))
+    table_of_gpu.tune_problem.side_effect = [[1024, 1024, 1024, 1, FAST], KeyboardInterrupt]
+    seconds = iter((0.0, 1.0, 2.0 if interrupted else 61.0))
+    monkeypatch.setattr(tune.time, "monotonic", lambda: next(seconds))
     with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
         assert run_tune(minutes=1) == 0
     assert measured(table_of_gpu) == {1024: list(FAST)}
