@@ -187,6 +187,4 @@ def _join(rank: int, ranks: int, threads: int, port: int, device: str) -> None:
 
 
 def _leave() -> None:
-    global _world
-    _world = None
     _joined.close()
