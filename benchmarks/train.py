@@ -145,7 +145,12 @@ def by_pure_python(inputs: Inputs, order: Order) -> Iterator[float | None]:
     yield None
     for x, labels in batches:
         loss, d_weights, d_biases = pure_python.gradients(weights, biases, x, labels)
-        pure_python.descend(weights, biases, d_weights, d_biases, LR / len(x))
+        pairs = [*zip(biases, d_biases, strict=True)]
+        for weight, d_weight in zip(weights, d_weights, strict=True):
+            pairs += zip(weight, d_weight, strict=True)
+        for row, d_row in pairs:
+            for j, d in enumerate(d_row):
+                row[j] -= LR / len(x) * d
         yield loss / len(x)
 
 

@@ -32,15 +32,8 @@ class Part(NamedTuple):
     mesh: DeviceMesh | None = None
     axis: int | None = None
 
-    @property
-    def numel(self) -> int:
-        """The number of this part's elements."""
-        return torch.Size(self.size).numel()
-
     def narrow(self, t: Tensor) -> Tensor:
         """This part of ``t``, which is whole; a view."""
-        if self.size == self.whole:
-            return t
         ends = map(sum, zip(self.start, self.size, strict=True))
         return t[tuple(map(slice, self.start, ends))]
 

@@ -37,10 +37,9 @@ def join() -> Iterator[Any]:
     try:
         yield MPI.COMM_WORLD
     except BaseException:
-        if MPI.COMM_WORLD.size > 1:
-            from mpi4py.run import set_abort_status
+        from mpi4py.run import set_abort_status
 
-            set_abort_status(2)
+        set_abort_status(2)
         raise
 
 

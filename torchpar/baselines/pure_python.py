@@ -106,16 +106,3 @@ def gradients(
                     back.append(total * a * (1 - a))
                 delta = back
     return loss, d_weights, d_biases
-
-
-def descend(
-    weights: list[Matrix], biases: list[Vector], d_weights: list[Matrix], d_biases: list[Vector], lr: float
-) -> None:
-    """Update all parameters in place: ``p ← p − lr·dp``."""
-    for weight, d_weight in zip(weights, d_weights, strict=True):
-        for row, d_row in zip(weight, d_weight, strict=True):
-            for j, d in enumerate(d_row):
-                row[j] -= lr * d
-    for bias, d_bias in zip(biases, d_biases, strict=True):
-        for j, d in enumerate(d_bias):
-            bias[j] -= lr * d

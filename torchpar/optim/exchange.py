@@ -11,6 +11,7 @@ a missing gradient, or a learning rate that differs.
 import zlib
 from collections.abc import Mapping, Sequence
 from itertools import permutations
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -77,10 +78,10 @@ class Exchange:
         for i, (info, of_ranks, owner) in enumerate(zip(self.params, parts, owners, strict=True)):
             holders: dict[Part, list[int]] = {}  # the ranks that have each part
             for rank, part in enumerate(of_ranks):
-                if part.numel:
+                if prod(part.size):
                     holders.setdefault(part, []).append(rank)
-            elements = sum(part.numel for part in holders)
-            if elements != torch.Size(info.part.whole).numel():
+            elements = sum(prod(part.size) for part in holders)
+            if elements != prod(info.part.whole):
                 raise ConfigError(
                     f"Muon: the ranks have {elements} elements of {info.name}, which has shape "
                     f"{info.part.whole}; expected a process_group of all ranks that have parts of it"
@@ -148,15 +149,15 @@ class Exchange:
         def flat(message: Message) -> Tensor:
             t = checksum if message.param is None else tensors.get(message.param)
             if t is None:
-                return wire.new_zeros(message.part.numel)
+                return wire.new_zeros(prod(message.part.size))
             return (message.part.narrow(t) if t.shape == message.part.whole else t).to(wire).flatten()
 
         outgoing = torch.cat([wire, *(flat(m) for of_rank in sends for m in of_rank)])
-        sent, lengths = ([sum(m.part.numel for m in of_rank) for of_rank in side] for side in route)
+        sent, lengths = ([sum(prod(m.part.size) for m in of_rank) for of_rank in side] for side in route)
         received = wire.new_empty(sum(lengths))
         dist.all_to_all_single(received, outgoing, lengths, sent, group=self.group)
         messages = [m for of_rank in receives for m in of_rank]
-        parts = received.split([m.part.numel for m in messages])
+        parts = received.split([prod(m.part.size) for m in messages])
         incoming = [(m, t.view(m.part.size).to(device)) for m, t in zip(messages, parts, strict=True)]
         checksums = [t for m, t in incoming if m.param is None]
         if checksums and not torch.stack(checksums).cpu().eq(checksum).all():

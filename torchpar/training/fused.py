@@ -12,6 +12,8 @@ a few classes is taken along dim 0 of ``(classes, b)``: along rows of ten number
 long on a CPU.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,16 +106,15 @@ class FusedGradients:
         loss_dtype = torch.promote_types(weight.dtype, torch.float32)
         self.targets = torch.eye(classes, dtype=loss_dtype, device=weight.device)
         self.targets.mul_(1 - label_smoothing).add_(label_smoothing / classes)
-        self._group: dist.ProcessGroup | None = None
+        self._sum: Callable[[list[Tensor]], None] | None = None  # over the ranks, in place
         if world is not None and world.dp_size > 1:
-            self._group = world.mesh.get_group("dp")
+            group = world.mesh.get_group("dp")
             dtypes = {"dtype": str(weight.dtype), "products": str(self.dtype or weight.dtype)}
             settings = {"sizes": model.sizes, "hidden": model.hidden, "label_smoothing": label_smoothing}
-            check_same_on_all_ranks(self._group, "the model", dtypes | settings)
+            check_same_on_all_ranks(group, "the model", dtypes | settings)
             shapes = [p.shape for layer in self._linears for p in (layer.weight, layer.bias)]
-            self._shared = (
-                make_shared_sum(self._group, shapes, weight.dtype, world.timeout) if weight.is_cpu else None
-            )
+            shared = make_shared_sum(group, shapes, weight.dtype, world.timeout) if weight.is_cpu else None
+            self._sum = shared or partial(_all_reduce, group)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, labels: Tensor, global_size: int) -> Tensor:
@@ -133,8 +134,8 @@ class FusedGradients:
         parameters = [(layer.weight, layer.bias) for layer in self._linears]
         with phase("backward"):
             loss, gradients = self._gradients(parameters, x, labels, global_size)
-            if self._group is not None:
-                self._sum_over_ranks(gradients)
+            if self._sum is not None:
+                self._sum([g for layer in gradients for g in layer])
         for (weight, bias), (dw, db) in zip(parameters, gradients, strict=True):
             weight.grad = dw if weight.grad is None else weight.grad.add_(dw)
             bias.grad = db if bias.grad is None else bias.grad.add_(db)
@@ -188,11 +189,8 @@ class FusedGradients:
         dz = torch._log_softmax_backward_data(by_log_p, log_p, dim, log_p.dtype).to(logits.dtype)
         return loss, dz if dim else dz.t()
 
-    def _sum_over_ranks(self, gradients: list[tuple[Tensor, Tensor]]) -> None:
-        tensors = [g for layer in gradients for g in layer]
-        if self._shared is not None:
-            self._shared(tensors)
-        else:
-            flat = parameters_to_vector(tensors)
-            dist.all_reduce(flat, group=self._group)
-            vector_to_parameters(flat, tensors)
+
+def _all_reduce(group: dist.ProcessGroup, tensors: list[Tensor]) -> None:
+    flat = parameters_to_vector(tensors)
+    dist.all_reduce(flat, group=group)
+    vector_to_parameters(flat, tensors)

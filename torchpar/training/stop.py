@@ -20,10 +20,8 @@ class StopSignal:
     """
 
     def __init__(self, world: World):
-        self._distributed = world.world_size > 1
         self._received = self._largest = 0
         self._buffer = torch.zeros(1, dtype=torch.int32, device=world.device)
-        self._work: dist.Work | None = None
 
     def __enter__(self) -> "StopSignal":
         self._before = {}
@@ -45,12 +43,10 @@ class StopSignal:
     def start_all_reduce(self) -> None:
         """Start the maximum over all ranks of the signals received so far."""
         self._buffer.fill_(self._received)
-        if self._distributed:
-            self._work = dist.all_reduce(self._buffer, dist.ReduceOp.MAX, async_op=True)
+        self._work = dist.all_reduce(self._buffer, dist.ReduceOp.MAX, async_op=True)
 
     def wait(self) -> int:
         """Wait for the all-reduce; return the largest signal number, or 0 if no rank has received one."""
-        if self._work is not None:
-            self._work.wait()
+        self._work.wait()
         self._largest = int(self._buffer.item())
         return self._largest

@@ -13,7 +13,6 @@ The functions are module-level ones.
 import itertools
 import os
 import signal
-import socket
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -27,6 +26,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from torchpar.parallel.launch.world import World, join_world
 
@@ -141,9 +141,7 @@ def start_ranks(ranks: int, threads: int = 1, device: str = "cpu") -> Iterator[R
     Args:
         device: as for `join_world`.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = get_free_port()
     with Ranks(preload=()) as started:
         started.start(ranks)
         joining = [
@@ -189,6 +187,4 @@ def _join(rank: int, ranks: int, threads: int, port: int, device: str) -> None:
 
 
 def _leave() -> None:
-    global _world
-    _world = None
     _joined.close()

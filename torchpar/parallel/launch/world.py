@@ -99,23 +99,21 @@ class World:
         Raises:
             Exception: the error of ``function``, on every rank.
         """
-        result: T = self.gather_results(function if self.rank == 0 else None, group)[0]
+        result: T = self.gather_results(lambda: function() if self.rank == 0 else None, group)[0]
         return result
 
     def gather_results(
-        self, function: Callable[[], Any] | None, group: dist.ProcessGroup | None = None
+        self, function: Callable[[], Any], group: dist.ProcessGroup | None = None
     ) -> list[Any]:
-        """Run ``function``, which may be None, and return the results of all ranks.
+        """Run ``function`` and return the results of all ranks.
 
         Raises:
             Exception: the error of the lowest rank that had one, on every rank.
         """
-        outcome: tuple[Any, Exception | None] = (None, None)
-        if function is not None:
-            try:
-                outcome = (function(), None)
-            except Exception as e:
-                outcome = (None, e)
+        try:
+            outcome: tuple[Any, Exception | None] = (function(), None)
+        except Exception as e:
+            outcome = (None, e)
         outcomes = [outcome]
         if self.world_size > 1:
             outcomes *= self.world_size

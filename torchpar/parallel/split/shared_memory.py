@@ -6,6 +6,7 @@ from every rank, it adds all terms in the order of the ranks, so that each rank 
 sends tensors through a socket, which takes several times as long (docs/gloo.md).
 """
 
+import fcntl
 import mmap
 import os
 import platform
@@ -25,9 +26,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchpar.parallel.launch.world import World
 from torchpar.profile.collectives import all_reduced
-
-if sys.platform == "linux":
-    import fcntl
 
 # On x86 other cores see writes in the order in which they were made.
 SUPPORTED = sys.platform == "linux" and platform.machine() == "x86_64"
