@@ -174,6 +174,27 @@ def test_the_comparison_rejects(ranks, wrong):
         ranks(2, train_beside_one_process, Training(2, 1, 1), wrong)
 
 
+def pipeline_under_autocast(frozen: bool) -> None:
+    """The stages send what autocast computes; a first stage that is frozen has no gradients."""
+    torch.manual_seed(0)
+    whole, x, labels = MLP(SIZES[:3]), torch.randn(8, SIZES[0]), torch.randint(SIZES[2], (8,))
+    whole.layers[0].requires_grad_(not frozen)
+    with join_world("cpu") as world, torch.autocast("cpu", torch.bfloat16):
+        world = world.with_mesh(dp=2, pp=2)
+        stage = stage_mlp(copy.deepcopy(whole), world.mesh["pp"])
+        Pipeline(stage, world, micro_batches=1).step(world.share(x), world.share(labels), 8, sum_of_losses)
+        for mine, targets in zip(x.chunk(2), labels.chunk(2), strict=True):
+            (sum_of_losses(whole(mine), targets) / 8).backward()
+    expected = {name: p.grad for name, p in whole.named_parameters()}
+    for name, p in stage.named_parameters():
+        assert p.grad is expected[name] or torch.equal(p.grad, expected[name])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_pipeline_under_autocast_has_the_bits_of_one_process(ranks, frozen):
+    ranks(4, pipeline_under_autocast, frozen)
+
+
 def clip(axes: dict[str, int]) -> tuple[float, int, list[tuple[str, int]]]:
     """The norm of gradients with a NaN on rank 1, how many finite ones clipping leaves, and its messages."""
     with join_world("cpu") as world:

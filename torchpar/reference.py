@@ -184,7 +184,7 @@ class P2PCommunicator:
 
     def _send(self, stage: int, t: Tensor | None) -> None:
         if t is not None and stage < self.stages:
-            sent = t.detach().contiguous()
+            sent = t.detach().to(dtype=self.dtype).contiguous()  # autocast has another dtype
             self._messages.append(dist.P2POp(dist.isend, sent, group=self.group, group_peer=stage))
 
     def _receive(self, stage: int, shape: Shape) -> Tensor | None:
@@ -251,7 +251,9 @@ def _run_passes(
             kept.append((x, y))
         if i >= ahead:
             x, y = kept.popleft()
-            backward(y, p2p.recv_backward(y))
+            gradient = p2p.recv_backward(y)
+            if y.requires_grad:  # a first stage may be frozen
+                backward(y, gradient)
             p2p.send_backward(x)
     p2p.flush()
 

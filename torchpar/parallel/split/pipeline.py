@@ -131,8 +131,8 @@ class Pipeline:
         return outputs if self._p2p.is_last else None
 
     def _average_gradients(self) -> None:
-        if self.replicas.size() == 1:
-            return
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        if self.replicas.size() == 1 or not gradients:
+            return
         flat = parameters_to_vector(gradients).div_(self.replicas.size())
         vector_to_parameters(all_reduce(flat, self.replicas), gradients)
