@@ -14,7 +14,6 @@ OPERATORS = ("softmax", "numba_kernel", "roi_align", "list_of_tensors")
 SKIPPED = ("torch.compile by Inductor", "CUDA graph")
 RULES = [rule for rule in ALL_RULES if rule not in SKIPPED]
 PAGE = Path(__file__).parents[2] / "docs" / "gallery.md"
-REFUSALS = {("roi_align", "DTensor"): "no rule"}  # of the operators by torchpar.library
 TEXT = """# A gallery of operators
 
 Each file of [examples/operators](../examples/operators) takes a function, in Triton, Numba, torchvision
@@ -54,8 +53,6 @@ def page(tables: dict[str, tuple[OperatorTable, OperatorTable]]) -> str:
         pairs = [(before[rule].outcome, after[rule].outcome) for before, after in tables.values()]
         if any(before != after for before, after in pairs):
             cells = [was if was == now else f"{was} → {now}" for was, now in pairs]
-            reasons = [REFUSALS.get((name, rule)) for name in tables]
-            cells = [f"{cell} ({why})" if why else cell for cell, why in zip(cells, reasons, strict=True)]
             lines.append(f"| {rule} | {' | '.join(cells)} |")
     return TEXT.format(table="\n".join(lines))
 
