@@ -14,6 +14,7 @@ from samples import assert_accurate, bits, error, halves, normal, to_numpy
 from test_symmetric_matmul import contract
 from test_symmetric_matmul import operands as symmetric
 from torch import Tensor
+from torch.func import jvp, vmap
 from torch.nn import functional as F
 
 import torchpar
@@ -30,6 +31,8 @@ LAYERS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], int]] = {
     "linear": (linear, F.linear, 2),
     "linear_sigmoid": (torchpar.linear_sigmoid, LINEAR_SIGMOID.native, LINEAR_SIGMOID.roundings),
 }
+# A second derivative multiplies up to five factors that are rounded like the first, and adds two terms.
+SECOND = 12
 AWKWARD = (129, 265, 127)  # two chains, of 133 and of 132 terms
 
 
@@ -81,20 +84,41 @@ def first(op: Callable[..., Tensor], args: tuple[Tensor, ...]) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, leaves, incoming)]
 
 
+def second(op: Callable[..., Tensor], args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Second derivatives by ``args`` and by the incoming gradient, and gradients of a batch."""
+    leaves = [arg.clone().requires_grad_() for arg in args]
+    y = op(*leaves)
+    batch = normal(3, *y.shape, dtype=torch.float32, seed=9).to(y.dtype).requires_grad_()
+    gradients = torch.autograd.grad(y, leaves, batch[0], create_graph=True)
+    total = sum(g.square().sum() for g in gradients)
+    again = torch.autograd.grad(total, (*leaves, batch), retain_graph=True, materialize_grads=True)
+    return *again, *torch.autograd.grad(y, leaves, batch.detach(), is_grads_batched=True)
+
+
+def compare(name: str, args: tuple[Tensor, ...], results: Any = first, roundings: int | None = None) -> None:
+    """``results`` of the layer have at most twice the error of those of PyTorch's operators."""
+    ours, native, own = LAYERS[name]
+    exact = results(native, tuple(arg.double() for arg in args))
+    for a, n, e in zip(results(ours, args), results(native, args), exact, strict=True):
+        assert (a.shape, a.dtype) == (n.shape, n.dtype)
+        assert_accurate(a, n, to_numpy(e), roundings or own)
+
+
 @pytest.mark.parametrize("sizes", [(1, 264, 129), AWKWARD, ((), 265, 127), ((3, 43), 529, 127)], ids=str)
 def test_a_layer_is_as_accurate_as_pytorchs(layer: str, sizes: Any, onednn: list[list[int]]) -> None:
-    ours, native, roundings = LAYERS[layer]
     for args in (operands(*sizes), operands(*sizes, bias=False)):
         onednn.clear()
-        found = first(ours, args)
-        exact = first(native, tuple(arg.double() for arg in args))
-        for a, n, e in zip(found, first(native, args), exact, strict=True):
-            assert (a.shape, a.dtype) == (n.shape, n.dtype)
-            assert_accurate(a, n, to_numpy(e), roundings)
+        compare(layer, args)
         terms = (sizes[1], sizes[2], torch.Size(args[0].shape[:-1]).numel())  # of y, dL/dx and dL/dW
         assert [len(chains) for chains in onednn] == [-(-k // linear_cpu.CHAIN) for k in terms]
         with torch.no_grad():
-            assert torch.equal(bits(ours(*args)), bits(found[0]))
+            again = LAYERS[layer][0](*args)
+        assert torch.equal(bits(again), bits(first(LAYERS[layer][0], args)[0]))
+
+
+def test_second_derivatives_and_batches(layer: str, onednn: list[list[int]]) -> None:
+    compare(layer, operands(*AWKWARD), second, SECOND)
+    assert onednn
 
 
 RULES = (
@@ -120,6 +144,8 @@ def test_compilers_and_autocast_are_pytorchs(layer: str, onednn: list[list[int]]
         found, expected = ours(*args), native(*args)
     assert found.dtype == torch.bfloat16
     assert_accurate(found, expected, to_numpy(native(*(arg.double() for arg in args))), 2)
+    torch.testing.assert_close(jvp(linear, args, args), jvp(F.linear, args, args))
+    torch.testing.assert_close(vmap(linear, (0, None, None))(*args), F.linear(*args))
     assert onednn == []
 
 
