@@ -206,20 +206,12 @@ def trace(
         return aot_export_joint_simple(results, args, trace_joint=False), results(*args)
 
 
-def kernel_names(graph: fx.GraphModule) -> list[str]:
-    indices = [node.kwargs["kernel_idx"] for node in graph.graph.nodes if "kernel_idx" in node.kwargs]
-    kernels = [kernel_side_table.get_kernel(index).fn for index in indices]
+def launches(graph: fx.GraphModule) -> tuple[list[str], list[Any]]:
+    """The names of the kernels in a graph, and the arguments of their launches."""
+    launched = [node.kwargs for node in graph.graph.nodes if "kernel_idx" in node.kwargs]
+    kernels = [kernel_side_table.get_kernel(one["kernel_idx"]).fn for one in launched]
     # Launch options make torch wrap a kernel in an Autotuner, whose `fn` is the kernel.
-    return [getattr(kernel, "fn", kernel).__name__ for kernel in kernels]
-
-
-def launches(graph: fx.GraphModule) -> dict[str, list[str]]:
-    """The kernels in a graph, and the arguments that each is taken to write."""
-    nodes = [node for node in graph.graph.nodes if "kernel_idx" in node.kwargs]
-    for node in nodes:
-        ((columns, *_),) = node.kwargs["grid"]
-        assert isinstance(columns, fx.Node), "the grid is fixed at the sizes it was traced with"
-    return dict(zip(kernel_names(graph), [node.kwargs["tensors_to_clone"] for node in nodes], strict=True))
+    return [getattr(kernel, "fn", kernel).__name__ for kernel in kernels], launched
 
 
 @pytest.mark.parametrize(
@@ -237,7 +229,9 @@ def launches(graph: fx.GraphModule) -> dict[str, list[str]]:
 )
 def test_tracers_see_the_kernel_and_what_it_writes(op, shapes, kernel, written):
     graph, fakes = trace(op, shapes)
-    assert launches(graph) == {kernel: written}
+    names, (arguments,) = launches(graph)
+    assert (names, arguments["tensors_to_clone"]) == ([kernel], written)
+    assert isinstance(arguments["grid"][0][0], fx.Node), "the grid is fixed at the sizes it was traced with"
     (outputs,) = graph.graph.find_nodes(op="output")[0].args
     for output, promised in zip(outputs, fakes, strict=True):
         assert metadata(output.meta["val"]) == metadata(promised)
@@ -254,13 +248,13 @@ def aten(graph: fx.GraphModule) -> list[str]:
 def test_the_library_multiplies_where_the_table_says_so_and_without_columns(op, shapes, monkeypatch):
     """The kernels assume at least one column."""
     # The library's product need not be symmetric: one kernel mirrors it.
-    mirrored = {"symmetric_sum_kernel": ["out_ptr"]} if op is ops.matmul_t else {}
+    mirrored = ["symmetric_sum_kernel"] if op is ops.matmul_t else []
     without_columns, _ = trace(op, tuple(shape.replace("k", "z") for shape in shapes))
     for module in (matmul_t, linear_sigmoid):
         monkeypatch.setattr(module, "choose_tiles", lambda *args, **kwargs: None)
     by_table, _ = trace(op, shapes)
-    assert launches(by_table) == mirrored
-    assert set(launches(without_columns)) <= set(mirrored)
+    assert launches(by_table)[0] == mirrored
+    assert set(launches(without_columns)[0]) <= set(mirrored)
     for graph in (by_table, without_columns):
         assert "mm" in aten(graph)
 
@@ -288,7 +282,7 @@ def test_the_whole_backward_launches_one_kernel(op, shapes, kernel, others):
         g = torch.empty_like(saved[-1])
         for gradient in (g, g[0, 0].expand_as(g)):
             graph = aot_export_joint_simple(run, [gradient, *saved], trace_joint=False)
-            assert kernel_names(graph) == [f"{kernel}_kernel"]
+            assert launches(graph)[0] == [f"{kernel}_kernel"]
             launching = [name for name in aten(graph) if name not in views and "empty" not in name]
             assert sorted(launching) == others.split()
 
@@ -303,7 +297,7 @@ def test_float16_gradients_take_two_products():
     """Half of a small one would lose bits, and the sum of two large ones would overflow."""
     graph, _ = trace(ops.matmul_t_backward, ("mm", "mk"), torch.float16)
     assert aten(graph).count("mm") == 2
-    assert not launches(graph)
+    assert launches(graph) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -322,4 +316,4 @@ def test_inductor_takes_tma_where_its_wrapper_allocates_for_it(cpp_wrapper, expe
         x = torch.empty(4096, 4096, dtype=torch.bfloat16, device="cuda")
     with pytest.raises(InterruptedError):
         compile_fx(fx.symbolic_trace(lambda x: (ops.matmul_t(x),)), [x], stop, {"cpp_wrapper": cpp_wrapper})
-    assert kernel_names(graphs[0]) == [expected]
+    assert launches(graphs[0])[0] == [expected]
