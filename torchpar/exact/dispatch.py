@@ -25,10 +25,12 @@ from torchpar.exact import products as products  # which register rules
 from torchpar.exact import random as random
 from torchpar.exact import reductions as reductions
 from torchpar.exact.attention import scaled_dot_product_attention
+from torchpar.exact.reductions import group_norm
 from torchpar.exact.registry import COMPOSED, PASSING, RULES
 
 _NAMESPACES = ("prims", "profiler", "debugprims")
 _OWN = ("exact_matmul", "maximum")
+_FUNCTIONS = {F.scaled_dot_product_attention: scaled_dot_product_attention, F.group_norm: group_norm}
 Kind = Literal["passing", "rules", "missing"]
 
 
@@ -56,7 +58,6 @@ def mode() -> Iterator[None]:
 
 
 def is_active() -> bool:
-    """Whether this code runs in the mode."""
     return any(isinstance(active, _Operators) for active in _get_current_dispatch_mode_stack())
 
 
@@ -68,12 +69,10 @@ def ordinary() -> Iterator[None]:
 
 
 class _Functions(TorchFunctionMode):
-    """Replace attention as a whole: its parts do not tell which sums must not depend on other keys."""
+    """Replace whole functions: attention's parts do not tell which sums must not depend on other keys."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            func = scaled_dot_product_attention
-        return func(*args, **(kwargs or {}))
+        return _FUNCTIONS.get(func, func)(*args, **(kwargs or {}))
 
 
 class _Operators(TorchDispatchMode):

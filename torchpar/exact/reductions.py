@@ -86,6 +86,14 @@ def _layer_norm_backward(
     return dx, dw, db
 
 
+def group_norm(x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+    """`torch.nn.functional.group_norm` by a layer norm of each group."""
+    y = torch.layer_norm(x.reshape(len(x), groups, -1), [x[0].numel() // groups], eps=eps).view(x.shape)
+    shape = -1, *[1] * (x.dim() - 2)
+    y = y if weight is None else y * weight.view(shape)
+    return y if bias is None else y + bias.view(shape)
+
+
 def _parts(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """m, x − m and p, float32, and Σp, float64. Where m is −∞, x is in the place of x − m."""
     empty = any(x.shape[dim] == 0 for dim in dims)
@@ -154,3 +162,9 @@ def _scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
     places = [*torch.meshgrid(*indices, indexing="ij")]
     places[dim] = index
     return _index_put(x, places, source[tuple(map(slice, index.shape))], True)
+
+
+@rule("max_pool2d_with_indices_backward")
+def _max_pool_backward(g: Tensor, x: Tensor, *options: Any) -> Tensor:
+    zeros, places = torch.zeros_like(x).flatten(-2), options[-1].flatten(-2)
+    return _scatter_add(zeros, -1, places, g.flatten(-2)).view(x.shape)

@@ -27,14 +27,15 @@ _PASSING = """
     masked_fill masked_scatter scatter index_fill index_copy where nan_to_num clamp clamp_min clamp_max
     abs neg sign sgn sqrt floor ceil round trunc relu threshold threshold_backward hardtanh hardtanh_backward
     eq ne lt le gt ge isnan isinf isneginf isposinf logical_and logical_or logical_not logical_xor all any
-    equal maximum minimum max min amax amin argmax argmin sort topk mul div reciprocal
+    equal maximum minimum max min amax amin argmax argmin sort topk mul div reciprocal max_pool2d_with_indices
     new_empty_strided _local_scalar_dense item is_same_size is_pinned embedding random rand rand_like
 """
 PASSING = frozenset(_PASSING.split())
-# Operators that PyTorch makes of others
+# Operators that PyTorch makes of others; group norms, which the mode replaces before
 _COMPOSED = """
     bernoulli index_add index_put mse_loss mse_loss_backward nll_loss_forward nll_loss_backward
     nll_loss2d_forward nll_loss2d_backward randn randn_like _safe_softmax std uniform _unsafe_index_put
+    native_group_norm native_group_norm_backward
 """
 COMPOSED = frozenset(_COMPOSED.split())
 
