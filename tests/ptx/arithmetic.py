@@ -107,9 +107,8 @@ def _wide(i: Instruction) -> Run:
     """The product of numbers has twice their width, and so has what is added."""
     kind = i.parts[-1]
     wide = f"{kind[0]}{2 * int(kind[1:])}"
-    if i.parts[0] == "mul":
-        return elementwise(i, lambda a, b: a.astype(DTYPES[wide]) * b, wide, kind, kind)
-    return elementwise(i, lambda a, b, c: a.astype(DTYPES[wide]) * b + c, wide, kind, kind, wide)
+    added = [wide] * (i.parts[0] == "mad")
+    return elementwise(i, lambda a, b, c=0: a.astype(DTYPES[wide]) * b + c, wide, kind, kind, *added)
 
 
 @instruction("shl", "shr")

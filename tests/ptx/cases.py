@@ -94,10 +94,8 @@ def same_bits(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
 
 
 def integers(*shape: int, dtype: torch.dtype = BF16, largest: int = 3, transposed: bool = False) -> Tensor:
-    if transposed:
-        shape = (*shape[:-2], shape[-1], shape[-2])
     t = torch.randint(-largest, largest + 1, shape).to(dtype)
-    return t.mT if transposed else t
+    return LAYOUTS["transposed"](t) if transposed else t
 
 
 def symmetric(

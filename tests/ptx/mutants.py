@@ -157,19 +157,17 @@ class Mutant:
 
 def draw() -> list[Mutant]:
     """`OF_A_KIND` mutants of each kind, or as many as there are, at lines that some thread executes."""
-    originals: dict[str, list[tuple[str, set[int]]]] = {}  # texts, and the lines that are executed
+    originals: list[tuple[str, str, set[int]]] = []  # names, texts, and the lines that are executed
     for name, case in CASES.items():
-        texts: list[str] = []
-        gpu = Gpu(SCHEDULES[0], change=lambda text, seen=texts: seen.append(text) or text)  # type: ignore[misc]
+        gpu = Gpu(SCHEDULES[0])
         case.execute(gpu)
-        lines = [{kernel.instructions[i].line - 1 for i in executed} for kernel, executed in gpu.launches]
-        originals[name] = list(zip(texts, lines, strict=True))
+        for kernel, executed in gpu.launches:
+            originals.append((name, kernel.text, {kernel.instructions[i].line - 1 for i in executed}))
     rng, drawn = random.Random(SEED), []
     for kind, mutation in KINDS.items():
         possible = [
             Mutant(name, kind, line, text, "\n".join(lines))
-            for name, texts in originals.items()
-            for text, executed in texts
+            for name, text, executed in originals
             for line, lines in mutation(text.splitlines())
             if line in executed and not (kind in ORDER and line < end_of_tensormaps(text))
         ]

@@ -73,7 +73,7 @@ class Instruction:
 
 @dataclass
 class Kernel:
-    name: str
+    text: str
     threads: int
     parameters: list[str]
     instructions: list[Instruction] = field(default_factory=list)
@@ -92,10 +92,10 @@ def parse(text: str) -> Kernel:
 
     Registers and labels of inner blocks ``{ … }``, which inline assembly has, hide those of outer ones.
     """
-    head = re.search(r"\.entry\s+(\w+)\(([^)]*)\)\s*(?:\.\w+\s+[\d, ]+\s*)*", text)
+    head = re.search(r"\.entry\s+\w+\(([^)]*)\)\s*(?:\.\w+\s+[\d, ]+\s*)*", text)
     assert head is not None
     threads = re.search(r"\.reqntid\s+(\d+)", head[0])
-    kernel = Kernel(head[1], int(threads[1]) if threads else 0, re.findall(r"(\w+)\s*(?:,|$)", head[2]))
+    kernel = Kernel(text, int(threads[1]) if threads else 0, re.findall(r"(\w+)\s*(?:,|$)", head[1]))
     code = IGNORED.sub(lambda match: " " * len(match[0]), text)
     ends = [match.start() for match in re.finditer("\n", text)]
     scope: ChainMap[str, Any] = ChainMap()
