@@ -15,7 +15,7 @@ from torchpar.ops import exact_matmul, exact_matmul_t, linear_sigmoid, matmul_t,
 if TYPE_CHECKING:
     from torchpar import exact, optim, parallel, testing
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["exact_matmul", "exact_matmul_t", "linear_sigmoid", "matmul_t", "maximum"]
 __all__ += ["exact", "library", "nn", "optim", "parallel", "symmetric_matmul", "testing"]
 
