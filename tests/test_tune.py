@@ -46,8 +46,8 @@ def folder(tmp_path, monkeypatch):
     tiles.forget_tables()
 
 
-def table(entries=ENTRIES, kind: str = "bfloat16", kernel: str = "symmetric_product") -> dict:
-    return {"device": DEVICE.name, "tiles": {kernel: {kind: entries}}}
+def table(entries=ENTRIES, kernel: str = "symmetric_product") -> dict:
+    return {"device": DEVICE.name, "tiles": {kernel: {"bfloat16": entries}}}
 
 
 def operand(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
