@@ -114,9 +114,8 @@ class World:
             outcome: tuple[Any, Exception | None] = (function(), None)
         except Exception as e:
             outcome = (None, e)
-        outcomes = [outcome]
+        outcomes = [outcome] * self.world_size
         if self.world_size > 1:
-            outcomes *= self.world_size
             dist.all_gather_object(outcomes, outcome, group)
         for _, error in outcomes:
             if error is not None:

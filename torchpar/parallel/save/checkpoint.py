@@ -235,7 +235,7 @@ class Checkpoints:
             shutil.rmtree(path)
         os.replace(unfinished, path)
         _sync(self.folder)
-        _write_text(self.folder / "latest", path.name + "\n")  # for people
+        (self.folder / "latest").write_text(path.name + "\n")  # for people
         _sync(self.folder)
         # Checkpoints of later steps were damaged when this run began: they do not count as kept.
         until_now = [p for p in self._paths() if _step(p) <= _step(path)]
@@ -279,7 +279,8 @@ def write_manifest(folder: Path, files: Sequence[str], contents: dict[str, Any])
     """Write the manifest of ``folder``: the SHA-256 of ``files`` and of itself, and ``contents``."""
     digests = {name: _sha256(folder / name) for name in files}
     text = json.dumps({"files": digests, "sha256": _UNSIGNED, **contents}, indent=1)
-    _write_text(folder / MANIFEST, text.replace(_UNSIGNED, _digest(text)))
+    (folder / MANIFEST).write_text(text.replace(_UNSIGNED, _digest(text)))
+    _sync(folder / MANIFEST)
     _sync(folder)
 
 
@@ -315,11 +316,6 @@ def _digest(text: str) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
-    _sync(path)
 
 
 def _sync(path: Path) -> None:
