@@ -24,8 +24,7 @@ from torchpar.optim.newton_schulz import COEFFICIENTS, Coefficients, NewtonSchul
 from torchpar.parts import is_marked, local, part_of
 
 # The factor of the learning rate of a matrix (n, m), by the names of `torch.optim.Muon`.
-_RATIOS: dict[str | None, Callable[[int, int], float]] = {
-    None: lambda n, m: math.sqrt(max(1.0, n / m)),
+_RATIOS: dict[str, Callable[[int, int], float]] = {
     "original": lambda n, m: math.sqrt(max(1.0, n / m)),
     "match_rms_adamw": lambda n, m: 0.2 * math.sqrt(max(n, m)),
     "spectral_unclamped": lambda n, m: math.sqrt(n / m),
@@ -332,7 +331,7 @@ class Muon(Optimizer):
 def _ratio(group: dict[str, Any], shape: Sequence[int]) -> float:
     """The ratio of the learning rate of a matrix of this shape to the group's."""
     n, m = shape
-    return _RATIOS[group["adjust_lr_fn"]](max(n, 1), max(m, 1))
+    return _RATIOS[group["adjust_lr_fn"] or "original"](max(n, 1), max(m, 1))
 
 
 def _has_gradient(info: ParamInfo) -> bool:

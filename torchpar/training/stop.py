@@ -2,7 +2,6 @@
 """Stop all ranks at the same step after SIGTERM or SIGINT."""
 
 import signal
-import threading
 from types import FrameType
 
 import torch
@@ -24,10 +23,8 @@ class StopSignal:
         self._buffer = torch.zeros(1, dtype=torch.int32, device=world.device)
 
     def __enter__(self) -> "StopSignal":
-        self._before = {}
-        if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._handle)
+        own = (signal.SIGTERM, signal.SIGINT)
+        self._before = {number: signal.signal(number, self._handle) for number in own}
         return self
 
     def __exit__(self, *error: object) -> None:

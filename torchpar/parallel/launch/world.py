@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,6 @@ from torchpar.errors import ConfigError, RankLostError
 from torchpar.parallel.launch import rendezvous
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 
-T = TypeVar("T")
 TIMEOUT = 1800.0
 PATIENCE = 1.5  # seconds in which each rank whose collective failed reports to the store
 
@@ -93,15 +92,6 @@ class World:
             dist.all_reduce(t)
         return t
 
-    def on_rank_0(self, function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-        """Run ``function`` on rank 0 and return its result on every rank.
-
-        Raises:
-            Exception: the error of ``function``, on every rank.
-        """
-        result: T = self.gather_results(lambda: function() if self.rank == 0 else None, group)[0]
-        return result
-
     def gather_results(
         self, function: Callable[[], Any], group: dist.ProcessGroup | None = None
     ) -> list[Any]:
@@ -114,9 +104,8 @@ class World:
             outcome: tuple[Any, Exception | None] = (function(), None)
         except Exception as e:
             outcome = (None, e)
-        outcomes = [outcome]
+        outcomes = [outcome] * self.world_size
         if self.world_size > 1:
-            outcomes *= self.world_size
             dist.all_gather_object(outcomes, outcome, group)
         for _, error in outcomes:
             if error is not None:

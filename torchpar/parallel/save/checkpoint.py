@@ -16,7 +16,7 @@ import pickle
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
@@ -151,12 +151,17 @@ class Checkpoints:
             ConfigError: there are checkpoints, and all are damaged; on every rank.
         """
         self.wait()
-        newest = self.world.on_rank_0(self._newest_whole, self._group)
+        newest = self._on_rank_0(self._newest_whole)
         if newest is None:
             return None
         path, manifest = newest
         shapes = {name: torch.Size(shape) for name, shape in manifest["shapes"].items()}
         return Checkpoint(path, manifest["state"], shapes, self._group)
+
+    def _on_rank_0(self, function: Callable[[], Any]) -> Any:
+        """Return the result of rank 0, or raise its error, on every rank."""
+        on_this = function if self.world.rank == 0 else lambda: None
+        return self.world.gather_results(on_this, self._group)[0]
 
     def _newest_whole(self) -> tuple[Path, dict[str, Any]] | None:
         for unfinished in self.folder.glob("step-*.tmp"):
@@ -183,10 +188,10 @@ class Checkpoints:
         path = self.folder / f"step-{step}"
         unfinished = path.with_suffix(".tmp")
         try:
-            self.world.on_rank_0(lambda: self._make_folder(unfinished), self._group)
+            self._on_rank_0(lambda: self._make_folder(unfinished))
             writer = _Writer(unfinished, sync_files=True)
             save(dict(tensors), storage_writer=writer, process_group=self._group)
-            self.world.on_rank_0(lambda: self._publish(unfinished, path, state), self._group)
+            self._on_rank_0(lambda: self._publish(unfinished, path, state))
         except (CheckpointException, Exception) as e:  # the first is a BaseException
             if self._locked:
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -235,7 +240,8 @@ class Checkpoints:
             shutil.rmtree(path)
         os.replace(unfinished, path)
         _sync(self.folder)
-        _write_text(self.folder / "latest", path.name + "\n")  # for people
+        (self.folder / "latest").write_text(path.name + "\n")  # for people
+        _sync(self.folder / "latest")
         _sync(self.folder)
         # Checkpoints of later steps were damaged when this run began: they do not count as kept.
         until_now = [p for p in self._paths() if _step(p) <= _step(path)]
@@ -279,7 +285,8 @@ def write_manifest(folder: Path, files: Sequence[str], contents: dict[str, Any])
     """Write the manifest of ``folder``: the SHA-256 of ``files`` and of itself, and ``contents``."""
     digests = {name: _sha256(folder / name) for name in files}
     text = json.dumps({"files": digests, "sha256": _UNSIGNED, **contents}, indent=1)
-    _write_text(folder / MANIFEST, text.replace(_UNSIGNED, _digest(text)))
+    (folder / MANIFEST).write_text(text.replace(_UNSIGNED, _digest(text)))
+    _sync(folder / MANIFEST)
     _sync(folder)
 
 
@@ -315,11 +322,6 @@ def _digest(text: str) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
-    _sync(path)
 
 
 def _sync(path: Path) -> None:
