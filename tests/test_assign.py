@@ -255,7 +255,6 @@ def test_muon_gets_the_hidden_matrices_alone():
     "arguments, message",
     [
         ({"overrides": {"block.*": "muon"}}, "no parameter is named block"),
-        ({"views": {"stak": lambda p: p}}, "no parameter is named stak"),
         ({"overrides": {"stack": "adam"}}, "stack goes to 'adam', expected 'muon' or 'others'"),
         ({"model": [nn.Linear(2, 2)]}, "model is of type list, expected a Module"),
         ({"others": 3e-4}, "others is of type float, expected a function"),

@@ -167,8 +167,10 @@ ELSEWHERE = ("docs/own_model.md", "docs/trainers.md")  # below, and in tests/tes
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # in opcheck
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page) and page not in ELSEWHERE])
-def test_code_of_pages_runs(page, monkeypatch, tmp_path, world):
+def test_code_of_pages_runs(page, monkeypatch, tmp_path, request):
     monkeypatch.chdir(tmp_path)
+    if page == "docs/muon.md":
+        request.getfixturevalue("world")
     # With Inductor the operators are compiled in tests/test_operators_compile.py.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     execute(*(block for block in blocks(page) if "join_world" not in block))
