@@ -36,6 +36,8 @@ def content(step: int) -> dict[str, torch.Tensor]:
     return {"odd": odd, "bf16": odd.bfloat16(), "f64": odd.double(), "count": torch.tensor(step)} | {
         "whole": torch.full((129, 7), step, dtype=torch.uint8),
         "empty": torch.zeros(0, 5),
+        "int16": torch.tensor([step, -step], dtype=torch.int16),
+        "complex": torch.full((2,), complex(step, -0.0)),
     }
 
 

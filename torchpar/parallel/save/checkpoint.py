@@ -45,7 +45,7 @@ _CLASSES = {
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath", "WindowsPath"},
     "pathlib._local": {"PosixPath", "WindowsPath"},  # the same in Python 3.13
-    "torch": {"Size", "float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"},
+    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.metadata": {
         "ChunkStorageMetadata",
