@@ -239,6 +239,7 @@ def test_special_forms():
         powers = (torch.arange(4.0) - 2) ** 101
         kernel = torch.randn(2, 4, 2, 3, 2)
         volume = F.conv3d(IMAGE[None], kernel, stride=2, padding=1)
+        by_kernel = torch.func.grad(lambda k: F.conv3d(IMAGE[None], k, padding="valid").sum())(kernel)
         scores = torch.randn(4, 6, 7)
         losses = F.cross_entropy(scores.mT, TEXT), F.cross_entropy(scores.flatten(0, 1), TEXT.flatten())
         mask = torch.randn(6, 6).requires_grad_()
@@ -252,6 +253,8 @@ def test_special_forms():
     attended = F.scaled_dot_product_attention(scores, scores, scores, mask)
     slopes += torch.autograd.grad(attended.square().sum(), mask)
     torch.testing.assert_close(volume, F.conv3d(IMAGE[None], kernel, stride=2, padding=1))
+    expected = torch.func.grad(lambda k: F.conv3d(IMAGE[None], k).sum())(kernel)
+    torch.testing.assert_close(by_kernel, expected)
     assert torch.equal(*losses)
     torch.testing.assert_close(*slopes)
     assert torch.equal(dropped[0], dropped[1][0])

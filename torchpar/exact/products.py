@@ -62,6 +62,7 @@ def _convolution_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     size = weight.shape[2:]
     dims = [*range(2, x.dim())]
+    padding = [*padding] * (len(dims) // len(padding))  # "valid" comes as one 0
     dx = dw = None
     if output_mask[1]:
         windows = _windows(x, size, stride, padding, dilation, groups)
