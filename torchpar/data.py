@@ -5,6 +5,7 @@ import gzip
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -134,12 +135,15 @@ def batches(
     order = torch.randperm(len(samples), generator=generator).to(samples.labels.device)
     # Several small batches are read together, which takes fewer calls.
     at_once = max(_READ_CHUNK // batch_size, 1) * batch_size
-    for first in range(start * batch_size, len(order), at_once):
+    skipped = start * batch_size
+    for first in range(skipped // at_once * at_once, len(order), at_once):
         whole = order[first : first + at_once].split(batch_size)
         mine = [share(batch) for batch in whole]
         indices, sizes = torch.cat(mine), [len(part) for part in mine]
         x, labels = samples.inputs(indices), samples.labels.index_select(0, indices)
-        yield from map(Batch, x.split(sizes), labels.split(sizes), map(len, whole))
+        own = map(Batch, x.split(sizes), labels.split(sizes), map(len, whole))
+        # Where a batch lies in memory may change the bits of its products, so it lies where it did at first.
+        yield from islice(own, max(skipped - first, 0) // batch_size, None)
 
 
 def load(dataset: Dataset, root: Path, device: torch.device | str = "cpu") -> tuple[Samples, Samples]:
