@@ -212,7 +212,7 @@ def test_an_out_of_any_layout_that_is_not_c(device):
 
 def largest_allocation(function: Callable[[], Any]) -> int:
     """The most bytes that an operator allocates, other operators within it not counted."""
-    with profile(profile_memory=True) as profiled:
+    with profile(profile_memory=True, acc_events=True) as profiled:
         function()
     return max(event.self_cpu_memory_usage for event in profiled.events())
 
