@@ -3,6 +3,7 @@
 
 from typing import Any
 
+import pytest
 from torch import nn
 
 TOKENS = dict(vocab_size=96, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -28,8 +29,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {  # the class, and its s
 
 
 def make_model(name: str) -> nn.Module:
-    import transformers
-
+    transformers = pytest.importorskip("transformers", reason="transformers has the architectures")
     kind, sizes = ARCHITECTURES[name]
     model = getattr(transformers, kind)
     return model(model.config_class(**sizes))

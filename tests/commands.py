@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
-from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,6 @@ LAST_LINE = r"test accuracy [01]\.\d{4} \| loss \d+\.\d{4} \| \d+\.\d s \| (\d) 
 # The wheels of MPICH and Open MPI put theirs beside Python.
 MPIRUN = shutil.which("mpirun", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
 needs_mpirun = pytest.mark.skipif(MPIRUN is None, reason="no mpirun; pip install mpich")
-needs_transformers = pytest.mark.skipif(
-    not find_spec("transformers"), reason="transformers is not installed, which has the architectures"
-)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
 
 

@@ -4,6 +4,9 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
+
+pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 
 
 def fashion_mnist(root: Path, train: int = 20, test: int = 10) -> Path:

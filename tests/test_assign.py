@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from architectures import make_model
-from commands import needs_transformers
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.testing import assert_close
@@ -97,7 +96,6 @@ def shapes(one: Assignment) -> str:
     return " ".join("×".join(map(str, view.shape)) for view in views)
 
 
-@needs_transformers
 @pytest.mark.parametrize("name", EXPECTED)
 def test_architectures(name):
     """The table is as expected, and a step after a backward pass changes each parameter with a gradient."""
@@ -149,13 +147,11 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.randn(3, 5, 8))
 
 
-@needs_transformers
 def test_a_matrix_stored_transposed_is_updated_like_its_transpose():
     """The learning rate's factor is that of ``(out, in)``: 2 for 4 times as many outputs as inputs."""
-    from transformers.pytorch_utils import Conv1D  # of GPT-2
-
+    of_gpt2 = pytest.importorskip("transformers.pytorch_utils", reason="transformers has the layer")
     torch.manual_seed(0)
-    layer, linear = Conv1D(24, 6), nn.Linear(6, 24, bias=False)
+    layer, linear = of_gpt2.Conv1D(24, 6), nn.Linear(6, 24, bias=False)
     linear.weight.data.copy_(layer.weight.mT)
     linear.weight.grad = torch.randn(24, 6)
     layer.weight.grad = linear.weight.grad.mT.contiguous()

@@ -3,11 +3,9 @@
 
 import csv
 import importlib
-import sys
 
 import pytest
 import torch
-from commands import run
 
 pytest.importorskip("rich", reason="rich prints the tables")
 from benchmarks import muon, train
@@ -34,7 +32,6 @@ OTHERS = {
     "speedrun": ["speedrun.md"],
     "ladder": ["ladder.md", "intensity.png"],
 }
-slow = pytest.mark.slow
 
 
 def test_all_benchmarks_are_listed(capsys):
@@ -46,7 +43,7 @@ def test_all_benchmarks_are_listed(capsys):
     assert "benchmarks/results/cpu-" in lines[-1] or torch.cuda.is_available()
 
 
-@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=slow) for name in SLOW)])
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_a_benchmark_runs_and_its_csv_has_the_columns(tmp_path, monkeypatch, capsys, name):
     # Enough to see that each contestant is right.
     monkeypatch.setattr(train, "ROUNDS", 1)
@@ -62,17 +59,6 @@ def test_a_benchmark_runs_and_its_csv_has_the_columns(tmp_path, monkeypatch, cap
         assert any(row[column] for row in rows), f"nothing in {column}"
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.csv", *OTHERS.get(name, [])}
     assert ("an all-reduce between 2 ranks" in capsys.readouterr().out) == (name == "scaling")
-
-
-@slow
-def test_several_benchmarks_run_in_turn(tmp_path):
-    """As scripts of their own, which set the environment before they import libraries."""
-    status, out, err = run(
-        *(sys.executable, "-m", "benchmarks", "run", "train", "ladder", "--help"), cwd=tmp_path
-    )
-    assert (status, err) == (0, "")
-    order = [out.index(text) for name in ("train", "ladder") for text in (f"== {name}\n", f"run {name} [-h]")]
-    assert order == sorted(order)
 
 
 def test_another_optimizer_goes_elsewhere(monkeypatch, capsys):

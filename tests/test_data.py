@@ -11,8 +11,6 @@ import pytest
 import torch
 from fake_data import fashion_mnist
 
-pytest.importorskip("torchvision", reason="torchvision reads the data sets")
-
 from torchpar import data
 from torchpar.errors import ConfigError
 from torchpar.parallel import World

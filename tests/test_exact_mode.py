@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from architectures import make_model
-from commands import needs_transformers
 from exact_bits import Layers
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -162,7 +161,6 @@ def test_steps_of_parts_have_the_bits_of_the_whole(kind):
     torch.testing.assert_close(expected.double(), stepped(lambda t: t, torch.float64), rtol=0, atol=rounding)
 
 
-@needs_transformers
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_decoding_equals_one_pass(name):
     """Token by token with a cache, in a batch, and beside padding; ordinary arithmetic differs."""

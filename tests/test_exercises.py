@@ -16,10 +16,8 @@ from commands import lesson, rows_of
 from fake_data import fashion_mnist
 from samples import normal
 
-pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 pytest.importorskip("tyro", reason="tyro reads the flags")
 
-import digits_report
 import matmul_attention
 import matmul_convolution
 import matmul_regression
@@ -72,19 +70,10 @@ CHOICE = ("hidden", "batch_size", "lr")
 
 def study(root: Path) -> list[dict[str, Any]]:
     """The metrics of a small study of the data in ``root``."""
-    flags = digits_report.Flags(
-        data=root,
-        metrics=root / "metrics",
-        dataset="fashion-mnist",
-        device="cpu",
-        sweep_epochs=1,
-        epochs=2,
-        hidden=(4, 8),
-        batch_size=(64, 16),
-        lr=(0.2, 0.002),
-        weight_decay=(0.0, 0.03),
-    )
-    digits_report.main(flags)
+    flags = "--dataset fashion-mnist --device cpu --sweep-epochs 1 --epochs 2 --hidden 4 8"
+    flags += " --batch-size 64 16 --lr 0.2 0.002 --weight-decay 0 0.03"
+    files = [f"--data={root}", f"--metrics={root / 'metrics'}"]
+    assert lesson("digits_report", *files, *flags.split())[0] == 0
     return rows_of(root / "metrics")
 
 

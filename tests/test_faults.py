@@ -26,7 +26,6 @@ from saved import latest, same, steps, tensors
 
 from torchpar.parallel.launch.local import Ranks
 
-pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 pytest.importorskip("tyro", reason="tyro reads the flags")
 
 STEPS = 48  # of four epochs

@@ -160,7 +160,6 @@ CHANGES = [
     (lambda model: model.compile(), REPLACED),
     (lambda model: model.layers.__setitem__(0, Linear(4, 3)), "a layer of the model has been replaced"),
     (lambda model: model.layers.__setitem__(1, Linear(3, 5)), "a layer of the model has been replaced"),
-    (lambda model: model.layers.append(Linear(2, 2)), "a layer of the model has been replaced"),
     (lambda model: setattr(model, "__class__", type("Subclass", (MLP,), {})), "the model is a Subclass"),
     (lambda model: torch.nn.Linear(4, 3), "the model is a Linear, not a torchpar.nn.MLP"),
     (lambda model: MLP((4, 0)), "the model has 0 classes, not 1 to 1000"),

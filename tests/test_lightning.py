@@ -18,7 +18,6 @@ from torchpar.data import load
 from torchpar.nn import MLP
 from torchpar.parallel.launch.world import join_world
 
-pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 pytest.importorskip("lightning", reason="the extra `lightning` is not installed")
 
 ADVICE = (

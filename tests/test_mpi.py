@@ -16,7 +16,6 @@ from torchpar.baselines import mpi, numpy_mlp
 from torchpar.baselines.numpy_mlp import MLP
 from torchpar.parallel.launch.world import join_world
 
-pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 pytest.importorskip("tyro", reason="tyro reads the flags")
 
 import fashion_pooled

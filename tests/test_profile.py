@@ -23,7 +23,6 @@ def data(tmp_path_factory) -> list[str]:
 
     With 64 units the products stay among the ten costliest operators on a busy machine too.
     """
-    pytest.importorskip("torchvision", reason="torchvision reads the data sets")
     pytest.importorskip("tyro", reason="tyro reads the flags")
     root = fashion_mnist(tmp_path_factory.mktemp("data"), train=600, test=100)
     flags = "--dataset fashion-mnist --hidden 64 --device cpu --epochs 2 --batch-size 50 --schedule constant"
