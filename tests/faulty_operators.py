@@ -140,10 +140,6 @@ FAULTS: dict[str, tuple[dict[str, Callable[..., Any]], str, str]] = {
         "changes after the call",
         "of operands",
     ),
-    "overflow": (
-        {"kernel": lambda a, b: (1e4 * a) @ (1e4 * b).mT / 1e8},
-        "low precision",
-        "torch.float16",
-    ),
+    "overflow": ({"kernel": lambda a, b: (1e4 * a) @ (1e4 * b).mT / 1e8}, "low precision", "torch.float16"),
     "formula": ({"formula": lambda a, b: -(a @ b.mT)}, "torch.func: vjp", "off by"),
 }

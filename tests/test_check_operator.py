@@ -67,10 +67,7 @@ def test_a_function_that_forgets_the_subclass_or_the_mode_is_wrong() -> None:
 
 def test_nothing_is_found_in_a_right_operator(right: Any) -> None:
     expected = dict.fromkeys(RULES, "works") | dict.fromkeys(
-        [
-            *("forward mode", "vmap and gradients"),
-            *(name for name in RULES if name.startswith("torch.func")),
-        ],
+        [*("forward mode", "vmap and gradients"), *(name for name in RULES if name.startswith("torch.func"))],
         "by its formula",
     )
     if not torch.cuda.is_available():

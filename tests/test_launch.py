@@ -167,7 +167,7 @@ def test_tiles_of_the_exact_product(n, strides, symmetric, block):
     assert tuple(options[name] for name in ("BLOCK_M", "BLOCK_N", "num_warps")) == block
 
 
-def test_launchers_refuse_what_their_kernels_cannot_take():
+def test_launchers_refuse_what_their_kernels_cannot_take(log):
     x, e = meta(16, 5), meta(1, dtype=torch.int32)
     for launcher, bias in PRODUCTS:
         with pytest.raises(ValueError, match="expected the variant pointers"):
@@ -175,6 +175,9 @@ def test_launchers_refuse_what_their_kernels_cannot_take():
     long = meta(1, 2**24, dtype=torch.float32)
     with pytest.raises(ValueError, match="at most 8388608 terms"):
         exact_matmul.exact_product(long, long, e, e, None, out=meta(1, 1, dtype=torch.float32))
+    # Without terms nothing is launched. The other operators do not call their launchers.
+    exact_matmul.exact_product(long[:, :0], long[:, :0], e, e, None, out=meta(1, 1, dtype=torch.float32))
+    assert not log.launched
 
 
 # Graphs of the CUDA path: the kernels in them, what those write, and metadata of results

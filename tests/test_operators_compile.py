@@ -90,9 +90,7 @@ class Module(torch.nn.Module):
 def test_a_decomposed_program_takes_odd_and_even_sizes() -> None:
     # On a CPU rows of 16-bit floats are completed to an even length.
     program = torch.export.export(
-        Module(),
-        (torch.ones(6, 4, dtype=torch.bfloat16),),
-        dynamic_shapes=({1: Dim("k", min=2)},),
+        Module(), (torch.ones(6, 4, dtype=torch.bfloat16),), dynamic_shapes=({1: Dim("k", min=2)},)
     ).run_decompositions(decompose_custom_triton_ops=True)
     for k in (4, 5, 7):
         assert program.module()(torch.ones(6, k, dtype=torch.bfloat16)).eq(k).all()

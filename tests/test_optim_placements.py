@@ -142,10 +142,6 @@ def refusals() -> None:
         ),
         (later_rate, r"lr of group 0 \(rows, …\) is 0.001 on rank 0 and 0.3 on rank 1, expected the same"),
         (
-            lambda: Muon(two, process_group=dist.GroupMember.NON_GROUP_MEMBER),
-            "process_group is -100, expected a group or mesh of this rank",
-        ),
-        (
             lambda: step([("rows", rows)]).add_param_group({"params": [("late", columns)]}),
             r"a group \(late, …\) is added after the first step of several ranks; make a new Muon",
         ),

@@ -227,14 +227,6 @@ def test_longer_chains_of_float16_are_wrong():
         check(extreme_digits(2 * FLOAT_CHAIN + 1, terms=2 * FLOAT_CHAIN, **BY_FLOAT16))
 
 
-def test_nothing_is_launched_without_terms():
-    """With k = 0 the launcher of exact products launches nothing. The other operators do not call theirs."""
-    gpu, empty = Gpu(SCHEDULES[0]), torch.empty(8, 0, device="meta")
-    exponents, out = torch.empty(8, dtype=torch.int32, device="meta"), torch.empty(8, 8, device="meta")
-    gpu.run(lambda wrap: exact_matmul.exact_product(empty, empty, exponents, exponents, wrap, out=out))
-    assert not gpu.launches
-
-
 # What the executor must notice, in small programs of 64 threads, which have 4096 bytes of shared memory
 
 PROGRAM = """

@@ -29,11 +29,7 @@ from torch._C import _AutoDispatchBelowAutograd
 from torch._C._functorch import peek_interpreter_stack
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch._library import custom_ops
-from torch._library.triton import (
-    get_inner_triton_kernels,
-    set_wrap_triton_enabled,
-    triton_ops_to_kernels,
-)
+from torch._library.triton import get_inner_triton_kernels, set_wrap_triton_enabled, triton_ops_to_kernels
 from torch._library.utils import _c_check_aliasing_constraint
 from torch._prims_common import compute_elementwise_output_strides
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode

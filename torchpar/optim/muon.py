@@ -92,10 +92,6 @@ class Muon(Optimizer):
         views: Mapping[str, View] | None = None,
         process_group: dist.ProcessGroup | DeviceMesh | None = None,
     ):
-        if not isinstance(process_group, dist.ProcessGroup | DeviceMesh | None):
-            raise ConfigError(
-                f"Muon: process_group is {process_group!r}, expected a group or mesh of this rank"
-            )
         no_matrix = torch.empty(0, 0)
         orthogonalize(no_matrix, ns_coefficients, ns_steps, eps, ns)  # which checks them
         of_torch: Any = torch.optim.Muon  # which has narrower types

@@ -86,11 +86,7 @@ class Collectives(TorchDispatchMode):
         self.calls.append(Call(dimension, operation, nbytes, seconds))
 
     def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func.namespace != "c10d":
             return func(*args, **(kwargs or {}))

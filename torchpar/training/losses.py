@@ -22,10 +22,7 @@ cross_entropy_sum: Loss = partial(F.cross_entropy, reduction="sum")
 
 @torch.no_grad()
 def evaluate(
-    predict: Callable[[Tensor], Tensor | None],
-    samples: Samples,
-    world: World,
-    loss: Loss = cross_entropy_sum,
+    predict: Callable[[Tensor], Tensor | None], samples: Samples, world: World, loss: Loss = cross_entropy_sum
 ) -> tuple[float, Tensor]:
     """Return the mean loss and the outputs ``(n, classes)`` of all samples, on every rank.
 
