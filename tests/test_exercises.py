@@ -148,8 +148,6 @@ def test_a_lesson_stops_at_a_wrong_formula(monkeypatch, module, part, name, wron
 
 
 def test_fit_is_the_least_squares_of_relative_times():
-    for p in (0.0, 0.3, 1.0):
-        assert quadrants.fit({n: 1 / ((1 - p) + p / n) for n in (1, 2, 8)}) == pytest.approx(p, abs=1e-12)
     speedups = {1: 1.0, 2: 1.7, 4: 3.3, 8: 4.0}  # which lie on no curve of the law
     law = np.array([[1 - 1 / n, 1 - 1 / s] for n, s in speedups.items()])
     (best,), *_ = np.linalg.lstsq(law[:, :1], law[:, 1])
