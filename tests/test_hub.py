@@ -20,8 +20,6 @@ import torch
 from commands import ROOT, run
 from torch.autograd import gradcheck
 
-VARIANT = "build/torch-universal"
-
 
 def module_of(name: str, path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
@@ -75,7 +73,7 @@ def test_imports_that_the_package_cannot_have_are_refused(name: str, line: str, 
 
 def load() -> ModuleType:
     """Load the package as its README does, or without the library `kernels` by the same rule."""
-    variant = Path(VARIANT).absolute()
+    variant = Path("build/torch-universal").absolute()
     metadata = json.loads((variant / "metadata.json").read_text())
     if not any(importlib.metadata.distributions(name="kernels")):
         return module_of(metadata["id"], variant / "torchpar" / "__init__.py")

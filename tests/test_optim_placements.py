@@ -2,7 +2,6 @@
 """Muon on several ranks: the number of messages, and what is refused; the kit compares the values."""
 
 import copy
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -81,13 +80,16 @@ def test_a_step_sends_few_messages(ranks, placement):
     ranks(*PLACEMENTS[placement])
 
 
+def refused(message: str) -> Any:
+    return pytest.raises(ValueError, match=f"^(Muon: )?{message}")
+
+
 def refusals() -> None:
     rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
     alone = [dist.new_group([rank]) for rank in range(2)][rank]
     ones = torch.ones(4, 6)
     rows, columns, copies = (distribute_tensor(ones, mesh, [to]) for to in (Shard(0), Shard(1), Replicate()))
     sums = DTensor.from_local(ones, mesh, [Partial()])
-    two = [("first", ones), ("second", ones)]
     shared = {"process_group": dist.group.WORLD}
 
     def step(params: Any, *gradients: Any, **arguments: Any) -> Muon:
@@ -99,69 +101,50 @@ def refusals() -> None:
         optimizer.step()
         return optimizer
 
-    def later_rate() -> None:
-        optimizer = step([("rows", rows)])
-        optimizer.param_groups[0]["lr"] = 0.3 if rank else 0.001
+    with refused(
+        "gradient 1, of second, is torch.strided on rank 0 and None on rank 1, expected the same on all"
+    ):
+        step([("first", ones), ("second", ones)], ones, None if rank else ones, **shared)
+    with refused(
+        r"parameter 0 is p \(2, 6\) \(torch.float32, matrices \[\(2, 6\)\], group 0\) on rank 0 and "
+        r"p \(3, 6\) \(torch.float64, .*\) on rank 1, expected the same on all"
+    ):
+        step([("p", ones[: 2 + rank].to([torch.float32, torch.float64][rank]))], **shared)
+    with refused(
+        r"the ranks have 12 elements of split, which has shape \(4, 6\); expected a process_group of all"
+    ):
+        step([("split", rows)], process_group=alone)
+    with refused(r"partial: its placements are \(Partial\(sum\),\), expected Shard or Replicate"):
+        Muon([("partial", sums)])
+    with refused(
+        r"the gradient of copies is torch.strided \(Partial\(sum\),\), expected torch.strided "
+        r"\(Replicate\(\),\); before the step, .* redistribute it to p.placements"
+    ):
+        step([("copies", copies)], sums)
+    optimizer = step([("rows", rows)])
+    with refused(r"a group \(late, …\) is added after the first step of several ranks; make a new Muon"):
+        optimizer.add_param_group({"params": [("late", columns)]})
+    optimizer.param_groups[0]["lr"] = 0.3 if rank else 0.001
+    with refused(r"lr of group 0 \(rows, …\) is 0.001 on rank 0 and 0.3 on rank 1, expected the same"):
         optimizer.step()
-
-    def momentum_of_other_placements() -> None:
-        saved, optimizer = (step([("weight", t)]) for t in (columns, rows))
-        optimizer.load_state_dict(saved.state_dict())
+    saved, optimizer = (step([("weight", t)]) for t in (columns, rows))
+    optimizer.load_state_dict(saved.state_dict())
+    with refused(
+        r"weight is \(4, 6\) torch.strided \(Shard\(dim=0\),\), and its momentum \(4, 6\) .*dim=1\),\); "
+        "load a state dict of other placements by torch.distributed.checkpoint"
+    ):
         optimizer.step()
-
-    def split_layer(copied: Callable[[Any, Muon], Any]) -> None:
-        with join_world("cpu") as world:
-            linear, mesh = Linear(4, 6, bias=False), world.with_mesh(tp=2).mesh["tp"]
-            layer = ColumnParallelLinear.from_linear(linear, mesh=mesh)
-            optimizer = copied(layer, Muon(layer.named_parameters()))
-            optimizer.param_groups[0]["params"][0].grad = torch.ones_like(layer.weight)
-            optimizer.step()
-
-    cases: list[tuple[Callable[[], object], str]] = [
-        (
-            lambda: step(two, ones, None if rank else ones, **shared),
-            "gradient 1, of second, is torch.strided on rank 0 and None on rank 1, expected the same on all",
-        ),
-        (
-            lambda: step([("p", ones[: 2 + rank].to([torch.float32, torch.float64][rank]))], **shared),
-            r"parameter 0 is p \(2, 6\) \(torch.float32, matrices \[\(2, 6\)\], group 0\) on rank 0 and "
-            r"p \(3, 6\) \(torch.float64, .*\) on rank 1, expected the same on all",
-        ),
-        (
-            lambda: step([("split", rows)], process_group=alone),
-            r"the ranks have 12 elements of split, which has shape \(4, 6\); expected a process_group of all",
-        ),
-        (
-            lambda: Muon([("partial", sums)]),
-            r"partial: its placements are \(Partial\(sum\),\), expected Shard or Replicate",
-        ),
-        (
-            lambda: step([("copies", copies)], sums),
-            r"the gradient of copies is torch.strided \(Partial\(sum\),\), expected torch.strided "
-            r"\(Replicate\(\),\); before the step, .* redistribute it to p.placements",
-        ),
-        (later_rate, r"lr of group 0 \(rows, …\) is 0.001 on rank 0 and 0.3 on rank 1, expected the same"),
-        (
-            lambda: step([("rows", rows)]).add_param_group({"params": [("late", columns)]}),
-            r"a group \(late, …\) is added after the first step of several ranks; make a new Muon",
-        ),
-        (
-            momentum_of_other_placements,
-            r"weight is \(4, 6\) torch.strided \(Shard\(dim=0\),\), and its momentum \(4, 6\) .*dim=1\),\); "
-            "load a state dict of other placements by torch.distributed.checkpoint",
-        ),
-        (
-            lambda: split_layer(lambda *both: copy.deepcopy(both)[1]),
-            "weight is of a split layer, and a copy of the optimizer would not know how it is split",
-        ),
-        (
-            lambda: split_layer(lambda layer, _: Muon.for_model(fully_shard(layer, mesh=mesh))),
-            "Muon.for_model: weight is a DTensor of a ColumnParallelLinear or RowParallelLinear; under",
-        ),
-    ]
-    for case, expected in cases:
-        with pytest.raises(ValueError, match=f"^(Muon: )?{expected}"):
-            case()
+    with join_world("cpu") as world:
+        linear, split = Linear(4, 6, bias=False), world.with_mesh(tp=2).mesh["tp"]
+        layer = ColumnParallelLinear.from_linear(linear, mesh=split)
+        with refused(
+            "weight is of a split layer, and a copy of the optimizer would not know how it is split"
+        ):
+            copy.deepcopy(Muon(layer.named_parameters()))
+        with refused(
+            "Muon.for_model: weight is a DTensor of a ColumnParallelLinear or RowParallelLinear; under"
+        ):
+            Muon.for_model(fully_shard(layer, mesh=mesh))
 
 
 def test_every_rank_names_what_is_wrong(ranks):

@@ -19,7 +19,6 @@ from torchpar.kernels.tiles import KERNELS, KINDS, Tiles, configurations
 
 slow = pytest.mark.slow
 LARGE, LARGE_TF32 = Tiles(128, 256, 64, 8, 4, "tma"), Tiles(128, 256, 32, 8, 3, "tma")
-SPLIT = Tiles(64, 64, 64, 4, 4, "split_k")
 
 MIXED = (
     (torch.float16, torch.int64),
@@ -83,9 +82,9 @@ DEFAULTS = {
     "half_sum, expanded": cases.half_sum(65, F32, layout="expanded"),
     "mirror": cases.mirror(70),
     "linear_sigmoid, large": cases.sigmoid(72, 264, 264, tiles=LARGE, multiprocessors=1),
-    "linear_sigmoid, large, unaligned rows": cases.sigmoid(72, 71, 40, tiles=Tiles(64, 128, 64, 4, 4, "tma")),
+    "linear_sigmoid, large, unaligned rows": cases.sigmoid(72, 71, 40, tiles=mutants.WIDE),
     "linear_sigmoid, small": cases.sigmoid(40, 72, 72, bias=False, transposed="w"),
-    "linear_sigmoid, split": cases.sigmoid(24, 40, 584, tiles=SPLIT, multiprocessors=2),
+    "linear_sigmoid, split": cases.sigmoid(24, 40, 584, tiles=mutants.SPLIT, multiprocessors=2),
     "linear_sigmoid, float32": cases.sigmoid(30, 40, 20, F32),
     "linear_sigmoid, float64": cases.sigmoid(30, 40, 20, F64),
     "linear_sigmoid, no rows": cases.sigmoid(0, 3, 2, F16),
@@ -211,15 +210,9 @@ def check(case: Case) -> None:
         assert cases.same_bits(found, first), schedule
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
-def test_default_tiles(name):
-    check(DEFAULTS[name])
-
-
-@slow
-@pytest.mark.parametrize("name", OTHERS)
-def test_all_tiles(name):
-    check(OTHERS[name])
+@pytest.mark.parametrize("name", [*DEFAULTS, *(pytest.param(name, marks=slow) for name in OTHERS)])
+def test_kernel(name):
+    check((DEFAULTS | OTHERS)[name])
 
 
 def test_longer_chains_of_float16_are_wrong():
@@ -349,7 +342,7 @@ def test_blocks_race():
 
 # The same for what only whole kernels have: a pattern, its replacement, and the message
 
-TMA = cases.symmetric(64, 136, tiles=Tiles(64, 64, 64, 4, 3, "tma"), multiprocessors=1)
+TMA = cases.symmetric(64, 136, tiles=mutants.TMA, multiprocessors=1)
 BROKEN = {
     "no fence before a bulk store": (r"fence\.proxy\.async\.shared::cta;", "", "needs a fence between the"),
     "no wait before the next bulk store": (

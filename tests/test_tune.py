@@ -234,8 +234,7 @@ def test_wrong_file_is_named_and_not_used(folder, text, wrong):
         assert chosen(4096, 4096) == default(4096)
     assert str(path) in str(caught[0].message)
     assert "python -m torchpar tune" in str(caught[0].message)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"):
         assert chosen(2048, 2048) == default(2048)  # once said is enough
 
 

@@ -16,17 +16,13 @@ from .parse import PtxError
 SEED = 1
 OF_A_KIND = 7  # mutants of each kind, over all kernels
 
+TMA, WIDE = Tiles(64, 64, 64, 4, 3, "tma"), Tiles(64, 128, 64, 4, 4, "tma")
+SPLIT = Tiles(64, 64, 64, 4, 4, "split_k")
 CASES = {
-    "matmul_t by TMA": cases.symmetric(
-        72, 328, tiles=Tiles(64, 64, 64, 4, 3, "tma"), other=True, multiprocessors=1
-    ),
+    "matmul_t by TMA": cases.symmetric(72, 328, tiles=TMA, other=True, multiprocessors=1),
     "matmul_t by pointers": cases.symmetric(72, 328, tiles=Tiles(64, 64, 64, 4, 3), other=True, c=True),
-    "linear_sigmoid by TMA": cases.sigmoid(
-        72, 136, 328, tiles=Tiles(64, 128, 64, 4, 4, "tma"), multiprocessors=1
-    ),
-    "linear_sigmoid, split": cases.sigmoid(
-        40, 40, 584, tiles=Tiles(64, 64, 64, 4, 4, "split_k"), multiprocessors=2
-    ),
+    "linear_sigmoid by TMA": cases.sigmoid(72, 136, 328, tiles=WIDE, multiprocessors=1),
+    "linear_sigmoid, split": cases.sigmoid(40, 40, 584, tiles=SPLIT, multiprocessors=2),
     "exact_matmul": cases.exact((72, 160), tiles=Tiles(64, 64, 32, 4, 3)),
     "sigmoid_backward": cases.sigmoid_gradient(70, 72),
     "half_sum": cases.half_sum(70),
@@ -145,14 +141,11 @@ class Mutant:
 
     def noticed(self) -> bool:
         case = CASES[self.kernel]
-        for schedule in SCHEDULES:
-            try:
-                found = case.execute(Gpu(schedule, self.change))
-            except PtxError:
-                return True
-            if not case.agrees(found, case.expected()):
-                return True
-        return False
+        runs = (case.execute(Gpu(schedule, self.change)) for schedule in SCHEDULES)
+        try:
+            return not all(case.agrees(found, case.expected()) for found in runs)
+        except PtxError:
+            return True
 
 
 def draw() -> list[Mutant]:
