@@ -112,10 +112,13 @@ class Exchange:
         """
         self._facts, self._present = facts, set(parts)
         whole: dict[Any, Tensor] = {}
-        for info in self.owned:
-            if info in parts:
-                whole[info] = parts[info].new_empty(info.part.whole, dtype=torch.bfloat16)
-                info.part.narrow(whole[info]).copy_(parts[info])
+        for info in filter(parts.__contains__, self.owned):
+            t = parts[info]
+            if t.shape == info.part.whole and t.is_contiguous():
+                whole[info] = t.to(torch.bfloat16, copy=True)
+            else:
+                whole[info] = t.new_empty(info.part.whole, dtype=torch.bfloat16)
+                info.part.narrow(whole[info]).copy_(t)
         for message, t in self._send(self._to_owners, parts):
             if message.param in whole:
                 message.part.narrow(whole[message.param]).copy_(t)
