@@ -51,16 +51,6 @@ def test_a_profiled_run_has_the_same_bits(ranks, data, tmp_path):
     assert re.search(rf"^ +({PRODUCT}) ", out, re.MULTILINE)
 
 
-@pytest.mark.slow
-def test_a_short_run_is_not_profiled(data, tmp_path):
-    few = ["--batch-size", "400", "--epochs", "1", "--collectives"]
-    code, out, err = lesson("train_ddp", *data, *few, "--profile", str(tmp_path))
-    assert (code, err) == (0, "")
-    assert "nothing was recorded, no more than 3 steps" in out
-    assert "none was recorded, as there is one rank, or no more than two steps" in out
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_step_is_divided_at_its_backward_pass(monkeypatch):
     now = 1000.0
 
