@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The kind of this processor: its vendor, and the instruction sets that PyTorch's libraries use."""
+"""This processor's name, and the instruction sets that PyTorch's libraries use on it."""
 
 import platform
 from functools import cache

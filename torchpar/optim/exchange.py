@@ -112,8 +112,9 @@ class Exchange:
         """
         self._facts, self._present = facts, set(parts)
         whole: dict[Any, Tensor] = {}
-        for info in filter(parts.__contains__, self.owned):
-            t = parts[info]
+        for info in self.owned:
+            if (t := parts.get(info)) is None:
+                continue
             if t.shape == info.part.whole and t.is_contiguous():
                 whole[info] = t.to(torch.bfloat16, copy=True)
             else:
