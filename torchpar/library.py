@@ -235,18 +235,18 @@ class CustomOpDef(custom_ops.CustomOpDef):
         torch.library.register_fake(self._qualname, fn, lib=self._lib)
         return fn
 
-    def register_vmap(self, fn: Callable[..., Any] | None = None) -> Any:
-        """Register a batching rule, ``fn(info, in_dims, *args) -> (result, out_dim)``."""
-        if fn is None:
+    def register_vmap(self, func: Callable[..., Any] | None = None) -> Any:
+        """Register a batching rule, ``func(info, in_dims, *args) -> (result, out_dim)``."""
+        if func is None:
             return self.register_vmap
 
         def with_defaults(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
             left_out = self._defaults[len(args) :]
-            return fn(info, in_dims + (None,) * len(left_out), *args, *left_out, **kwargs)
+            return func(info, in_dims + (None,) * len(left_out), *args, *left_out, **kwargs)
 
         has_defaults = any(one.has_default_value() for one in self._positional)
-        torch.library.register_vmap(self._qualname, with_defaults if has_defaults else fn, lib=self._lib)
-        return fn
+        torch.library.register_vmap(self._qualname, with_defaults if has_defaults else func, lib=self._lib)
+        return func
 
     def register_torch_dispatch(self, cls: Any, fn: Callable[..., Any] | None = None) -> Any:
         """Register what the operator does for a tensor subclass, or in a mode."""
@@ -353,7 +353,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
         if transformed or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             call = _Call(self, kwargs)
             with enable_single_level_autograd_function() if transformed else nullcontext():
-                return call.result(Differentiable.apply(call, *call.flat(args)))  # type: ignore[attr-defined]
+                return call.result(Differentiable.apply(*call.flat(args), call))  # type: ignore[attr-defined]
         return self._below(*args, **kwargs)
 
     def _below(self, *args: Any, **kwargs: Any) -> Any:
@@ -401,7 +401,7 @@ class _Call:
 
     def set_up(self, ctx: Any, leaves: Sequence[Any], output: tuple[Any, ...]) -> None:
         ctx.call = self
-        ctx.needs_input_grad = _nested(ctx.needs_input_grad[1:], self.sizes)
+        ctx.needs_input_grad = _nested(ctx.needs_input_grad[:-1], self.sizes)
         if self.op._setup_context:
             keywords = {}
             if self.op._keywords:
@@ -455,7 +455,8 @@ class Differentiable(_SingleLevelFunction):
     """An operator with its derivatives, also under transforms."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, *leaves: Any) -> Any:
+    def forward(ctx: Any, *args: Any) -> Any:
+        *leaves, call = args  # in this order PyTorch's messages count the arguments as the operator does
         if not is_transformed():
             output = call.compute(leaves)
             call.set_up(ctx, leaves, output)
@@ -473,10 +474,11 @@ class Differentiable(_SingleLevelFunction):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return None, *ctx.call.backward(ctx, grads)
+        return *ctx.call.backward(ctx, grads), None
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
+    def jvp(ctx: Any, *args: Tensor | None) -> Any:
+        tangents = args[:-1]
         saved = [t if t is None else forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors]
         needs = _nested([t is not None for t in tangents], ctx.call.sizes)
         own = SimpleNamespace(**vars(ctx), saved_tensors=saved, needs_input_grad=needs)

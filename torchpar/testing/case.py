@@ -20,7 +20,7 @@ Function = Callable[..., Tensors]
 Layout = Callable[[Tensor], Tensor]
 Attempts = Generator[tuple[str, Callable[[], Any]], None, Any]  # labels and trials; a remark
 
-REFUSALS = (RuntimeError, NotImplementedError, TypeError, ValueError)
+REFUSALS = (RuntimeError, NotImplementedError, ValueError)  # a TypeError is a mistake in a rule
 FALLS_BACK = "by its formula"  # right, and computed without the operator
 LOW = (torch.bfloat16, torch.float16)
 
@@ -120,7 +120,7 @@ class Case:
         """The results of the operator, or of another function, for operands that it may refuse."""
         try:
             return (function or self.op)(*operands)
-        except (*REFUSALS, IndexError) as e:  # which too few dimensions raise
+        except (*REFUSALS, TypeError, IndexError) as e:  # the last for too few dimensions
             raise Outcome("not run", f"eager mode refuses: {e}") from e
 
     @cached_property
@@ -189,6 +189,8 @@ def rolled(t: Tensor, by: int) -> Tensor:
 
 
 def gradients(ys: Sequence[Tensor], xs: Sequence[Tensor], incoming: Sequence[Tensor], **how: Any) -> Tensors:
+    dependent = [i for i, y in enumerate(ys) if y.requires_grad] or range(len(ys))
+    ys, incoming = [ys[i] for i in dependent], [incoming[i] for i in dependent]
     found: Tensors = torch.autograd.grad(ys, xs, incoming, allow_unused=True, materialize_grads=True, **how)
     return found
 

@@ -141,10 +141,9 @@ def _outcome(attempt: Callable[[], Any]) -> tuple[str, str]:
         outcome, message = e.args
         return outcome, _shortened(message)
     except REFUSALS as e:
-        notes = getattr(e, "__notes__", [])
-        return "refuses", _shortened("\n".join([*notes, str(getattr(e, "inner_exception", e))]))
+        return "refuses", _message(e)
     except Exception as e:
-        return "crashes", f"{type(e).__name__}: {_shortened(str(e))}"
+        return "crashes", f"{type(e).__name__}: {_message(e)}"
 
 
 def _worst(attempts: Attempts) -> tuple[str, str]:
@@ -164,6 +163,15 @@ def _worst(attempts: Attempts) -> tuple[str, str]:
         return outcome, remark
     alike = sum(one[1] == outcome for one in found)
     return outcome, f"{label}{': ' * bool(detail)}{detail} ({alike} of {len(found)})"
+
+
+def _message(e: BaseException) -> str:
+    """The note or the message of an error; of the compiler's errors, those of the first one."""
+    if type(e).__name__ == "TorchRuntimeError":
+        while e.__context__:
+            e = e.__context__
+    notes = getattr(e, "__notes__", [])
+    return _shortened("\n".join([*notes, str(getattr(e, "inner_exception", e))]))
 
 
 def _shortened(message: str) -> str:
