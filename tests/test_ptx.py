@@ -223,16 +223,11 @@ def test_longer_chains_of_float16_are_wrong():
 # What the executor must notice, in small programs of 64 threads, which have 4096 bytes of shared memory
 
 PROGRAM = """
-.version 8.7
-.target sm_90a
-.address_size 64
-.visible .entry program(
-    .param .u64 .ptr .global .align 1 from,
-    .param .u64 .ptr .global .align 1 to
-)
+.entry program(.param .u64 from, .param .u64 to)
 .reqntid 64
 {
     .reg .pred %p<9>;
+    .reg .b16 %rs<9>;
     .reg .b32 %r<99>;
     .reg .b64 %rd<9>;
     ld.param.b64 %rd0, [from];
@@ -260,10 +255,13 @@ EXCHANGE = """
     ld.shared.b32 %r4, [%r2];
     st.global.b32 [%rd4], %r4;
 """
+HALF = "cvt.u16.u32 %rs0, %r0; mov.b32 %r3, {%rs1, %rs0};"  # %rs1 was not written
 FAULTS = {
-    "an unknown instruction": ("vadd4.u32 %r3, %r0, %r0, %r0;", "line 27: unknown instruction vadd4.u32"),
+    "an unknown instruction": ("vadd4.u32 %r3, %r0, %r0, %r0;", "line 22: unknown instruction vadd4.u32"),
     "an unknown form": ("add.rm.f32 %r3, %r0, %r0;", "unknown instruction add.rm.f32"),
     "an unwritten register": ("add.s32 %r3, %r4, 1;", "a register that was not written"),
+    "a half-written register": (HALF + "st.global.b32 [%rd4], %r3;", "st.global.b32 takes a register that"),
+    "the half that was not written": (HALF + "mov.b32 {%rs2, _}, %r3;", "a register that was not written"),
     "unwritten shared memory": ("ld.shared.b32 %r3, [%r1];", "of shared memory, .* was not written"),
     "unwritten global memory": ("ld.global.b32 %r3, [%rd4];", "was not written before"),
     "past the end": ("ld.global.b32 %r3, [%rd3+256];", "ends outside|outside each allocation"),
@@ -274,10 +272,7 @@ FAULTS = {
         "race: .* read by warp . is written by a store|was not written",
     ),
     "no barrier before a write": (EXCHANGE + "st.shared.b32 [%r1], %r4;", "race: "),
-    "a barrier of half a warp": (
-        "@%p1 bra skip; bar.sync 0; skip: ret;",
-        "a part of warp 0 executes bar.sync",
-    ),
+    "a barrier of half a warp": ("@%p1 bra skip; bar.sync 0; skip: ret;", "part of warp 0 executes bar.sync"),
     "a barrier of one warp": ("@%p0 bar.sync 0;", "deadlock"),
     "no result": ("st.shared.b32 [%r1], %r0;", r"block \(0, 0, 0\) writes nothing"),
     "an endless loop": ("again: bra again;", "does not end"),
@@ -317,6 +312,9 @@ def test_program_without_faults(schedule):
     assert execute(EXCHANGE, schedule).tolist() == [*range(32, 64), *range(32)]
     body = COPY + "cp.async.wait_group 0; bar.sync 0; ld.shared.b32 %r3, [%r2]; st.global.b32 [%rd4], %r3;"
     assert execute(body, schedule).tolist() == [*range(32, 64), *range(32)]
+    # Of a half-written register, the half that was written can be taken.
+    body = HALF + "mov.b32 {_, %rs2}, %r3; cvt.u32.u16 %r4, %rs2; st.global.b32 [%rd4], %r4;"
+    assert execute(body, schedule).tolist() == [*range(64)]
     # Threads that diverge meet again, also where none of them executes the last instruction before.
     body = """@%p1 bra join; mov.b32 %r3, 1; setp.ge.u32 %p2, %r0, 64; @%p2 mov.b32 %r3, 2;
         join: bar.sync 0; st.global.b32 [%rd4], %r0;"""
@@ -330,14 +328,9 @@ def test_program_without_faults(schedule):
 def test_blocks_race():
     with pytest.raises(PtxError, match=r"race: .* overwritten .* written by another block"):
         execute("st.global.b32 [%rd4], %r0;", grid=(2, 1, 1))
+    body = "mov.u32 %r3, %ctaid.x; setp.eq.b32 %p3, %r3, 0; @%p3 st.global.b32 [%rd4], %r0;"
     with pytest.raises(PtxError, match=r"race: .* read .* written by another block"):
-        execute(
-            """mov.u32 %r3, %ctaid.x;
-            setp.eq.b32 %p3, %r3, 0;
-            @%p3 st.global.b32 [%rd4], %r0;
-            @!%p3 ld.global.b32 %r3, [%rd4];""",
-            grid=(2, 1, 1),
-        )
+        execute(body + "@!%p3 ld.global.b32 %r3, [%rd4];", grid=(2, 1, 1))
 
 
 # The same for what only whole kernels have: a pattern, its replacement, and the message

@@ -186,7 +186,8 @@ def _select(i: Instruction) -> Run:
 @instruction("mov", "cvta.global")
 def _move(i: Instruction) -> Run:
     """A copy, for `wgmma.fence` tells registers that were written by their identity."""
-    return elementwise(i, np.array, i.parts[-1], i.parts[-1])
+    vector = list in map(type, i.operands)  # whose parts are packed or taken anew
+    return elementwise(i, (lambda x: x) if vector else np.array, i.parts[-1], i.parts[-1])
 
 
 @instruction("cvt")

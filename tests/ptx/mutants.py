@@ -165,9 +165,7 @@ def draw() -> list[Mutant]:
             if line in executed and not (kind in ORDER and line < end_of_tensormaps(text))
         ]
         by_kernel = [[one for one in possible if one.kernel == name] for name in CASES]
-        chosen: list[Mutant] = []
-        while len(chosen) < OF_A_KIND and any(by_kernel):
+        for _ in range(min(OF_A_KIND, len(possible))):
             own = rng.choice([one for one in by_kernel if one])
-            chosen.append(own.pop(rng.randrange(len(own))))
-        drawn += chosen
+            drawn.append(own.pop(rng.randrange(len(own))))
     return drawn

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Registers of a warp, one NumPy vector each, and the kinds of numbers that instructions take from them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,10 +27,14 @@ Read = Callable[[Any], Values]  # of a warp
 
 
 class Unready:
-    """The content of a register that was not written, or that an asynchronous ``operation`` will write."""
+    """The content of a register that was not written, or that an asynchronous ``operation`` will write.
 
-    def __init__(self, operation: Any = None):
-        self.operation = operation
+    A register may be packed of ``parts`` one of which was not written. Only the others can be taken from it:
+    LLVM packs a half that it needs with any other, and takes the half that it needs.
+    """
+
+    def __init__(self, operation: Any = None, parts: Sequence[Any] = ()):
+        self.operation, self.parts = operation, parts
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError
@@ -75,10 +79,10 @@ def reader(operand: Any, kind: str = "u32") -> Read:
         parts = [reader(one, f"b{8 * dtype.itemsize // len(operand)}") for one in operand]
 
         def join(warp: Any) -> Values:
-            whole = np.empty((32, len(parts)), f"u{dtype.itemsize // len(parts)}")
-            for n, read in enumerate(parts):
-                whole[:, n] = read(warp)
-            return whole.view(dtype)[:, 0]
+            values = [read(warp) for read in parts]
+            if UNWRITTEN in values:
+                return Unready(parts=values)
+            return np.stack(values, 1).view(dtype)[:, 0]
 
         return join
     if isinstance(operand, Register):
@@ -111,9 +115,11 @@ def writer(operand: Any, kind: str) -> Callable[[Any, Values], None]:
         puts = [writer(one, part) for one in operand]
 
         def split(warp: Any, values: Values) -> None:
-            columns = np.ascontiguousarray(values).view(DTYPES[part]).reshape(32, -1)
-            for n, put in enumerate(puts):
-                put(warp, columns[:, n])
+            columns = getattr(values, "parts", ())
+            if len(columns) != len(puts):
+                columns = np.ascontiguousarray(values).view(DTYPES[part]).reshape(32, -1).T
+            for put, column in zip(puts, columns, strict=True):
+                put(warp, column)
 
         return split
     if not isinstance(operand, Register):
@@ -123,6 +129,9 @@ def writer(operand: Any, kind: str) -> Callable[[Any, Values], None]:
     wide = own if dtype.kind != "i" else np.dtype(f"i{own.itemsize}")
 
     def put(warp: Any, values: Values) -> None:
+        if warp.mask is ALL and getattr(values, "parts", ()):  # not where other threads keep theirs
+            warp.registers[index] = values
+            return
         if kind in HALVES or values.dtype != dtype:
             values = encode(kind, values)
         if dtype.itemsize < own.itemsize:

@@ -63,9 +63,7 @@ def _invalidate(warp: Warp, i: Instruction, address: Any) -> None:
 
 @action("mbarrier.arrive.expect_tx.shared::cta.b64", "mbarrier.arrive.expect_tx.shared.b64", single=True)
 def _expect(warp: Warp, i: Instruction, address: Any, count: Any) -> None:
-    barrier = barrier_at(warp, address, i.line)
-    barrier.update(transactions=int(count[0]))
-    barrier.update(arrivals=1)
+    barrier_at(warp, address, i.line).update(arrivals=1, transactions=int(count[0]))
 
 
 @instruction("mbarrier.try_wait.parity.shared::cta.b64", "mbarrier.try_wait.parity.shared.b64", whole=True)
