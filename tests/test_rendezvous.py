@@ -26,9 +26,7 @@ TORCHRUN |= {"MASTER_ADDR": "a", "MASTER_PORT": "29400", "TORCHELASTIC_USE_AGENT
 OPENMPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
 OPENMPI |= {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_NAMESPACE": "prterun-host-7@1"}
 MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
-SLURM = {"SLURM_PROCID": "4", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}
-SLURM |= {"SLURM_STEP_TASKS_PER_NODE": "3(x2),1", "SLURM_STEP_NODELIST": "node[01-02,7],x"}
-SLURM |= {"SLURM_JOB_ID": "9", "SLURM_STEP_ID": "0", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}
+SLURM = {"SLURM_PROCID": "4", "SLURM_STEP_NUM_TASKS": "7", "SLURM_STEP_ID": "0"}
 MASTER = {"MASTER_ADDR": "m", "MASTER_PORT": "1234"}
 
 
@@ -42,13 +40,8 @@ MASTER = {"MASTER_ADDR": "m", "MASTER_PORT": "1234"}
         (OPENMPI | SLURM, (1, 1, 2, 2, "127.0.0.1", None, "openmpi")),  # SLURM's rank is the daemon's
         (MPICH | SLURM, (1, 1, 2, 2, "127.0.0.1", None, "mpich")),
         (MPICH | MASTER | {"PMI_SIZE": "4"}, (1, 1, 4, 2, "m", 1234, "mpich")),
-        (SLURM, (4, 1, 7, 3, "node01", None, "slurm")),
-        (SLURM | {"SLURM_NODEID": "2", "SLURM_LOCALID": "0"}, (4, 0, 7, 1, "node01", None, "slurm")),
-        (SLURM | {"PMI_RANK": "4", "PMI_SIZE": "7"}, (4, 1, 7, 3, "node01", None, "slurm")),  # --mpi=pmi2
-        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "7"}, (4, 1, 7, 7, "127.0.0.1", None, "slurm")),
-        (SLURM | {"SLURM_STEP_NODELIST": "r[0-1]n[3-4]-ib,y"}, (4, 1, 7, 3, "r0n3-ib", None, "slurm")),
-        ({k: v for k, v in SLURM.items() if k != "SLURM_STEP_ID"}, None),  # a shell in an allocation
-        (SLURM | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),  # salloc
+        ({"SLURM_PROCID": "0"}, None),  # a shell in an allocation
+        (SLURM | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),  # salloc
     ],
 )
 def test_rank_info_of_each_launcher(env, expected):
@@ -72,8 +65,8 @@ def test_rank_info_of_each_launcher(env, expected):
         ({"RANK": "0"}, "WORLD_SIZE is not set"),
         (OPENMPI | {"OMPI_COMM_WORLD_SIZE": "4"}, "-x MASTER_ADDR"),
         (MPICH | {"PMI_SIZE": "4", "MASTER_ADDR": "m"}, "-genv MASTER_ADDR"),
-        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "3(y2)"}, "SLURM_STEP_TASKS_PER_NODE is '3(y2)'"),
-        (SLURM | {"SLURM_STEP_NODELIST": ""}, "SLURM_STEP_NODELIST is not set"),
+        (SLURM, "srun started several tasks"),
+        (SLURM | {"PMI_RANK": "4", "PMI_SIZE": "7"}, "srun started several tasks"),  # --mpi=pmi2
     ],
 )
 def test_bad_variables_are_named(env, message):

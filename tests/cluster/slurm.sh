@@ -74,11 +74,6 @@ status=0
 on 1 timeout 120 sbatch --wait --output="$dir/torchrun" "${job[@]}" --dry-run || status=$?
 check "a torchrun per node" $status "$dir/torchrun"
 
-status=0
-on 1 timeout 120 srun --nodes=2 --ntasks=2 "$PYTHON" "${train[@]}" --dry-run \
-    >"$dir/direct" 2>&1 || status=$?
-check "a rank per task" $status "$dir/direct"
-
 # SIGUSR1 to the batch shell: SLURM sends it before the time limit (--signal).
 status=0
 on 1 timeout 300 sbatch --wait --output="$dir/requeued" "${job[@]}" --epochs 3 --checkpoint "$dir/run" &

@@ -2,7 +2,6 @@
 """Rank and address from the launcher's environment, and the store through which the ranks connect."""
 
 import os
-import re
 import threading
 import time
 import zlib
@@ -33,8 +32,8 @@ class RankInfo:
         local_world_size: number of ranks on this machine.
         address: host of the store.
         port: port of the store.
-        launcher: "torchrun", whose agent hosts the store. Rank 0 hosts it under "openmpi", "mpich", "slurm"
-            and "env" (RANK and the other variables were set by something else).
+        launcher: "torchrun", whose agent hosts the store. Rank 0 hosts it under "openmpi", "mpich" and "env"
+            (RANK and the other variables were set by something else).
     """
 
     rank: int
@@ -51,25 +50,23 @@ _VARIABLES = {
     "env": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     "openmpi": tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
     "mpich": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    "slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 }
 
 
 def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo | None:
-    """Read the variables of torchrun, of mpirun (Open MPI and MPICH) or of srun.
+    """Read the variables of torchrun, or of mpirun (Open MPI and MPICH).
 
     MASTER_ADDR and MASTER_PORT are read under each launcher. Without them the address is 127.0.0.1 on one
-    machine and the first node under srun, and the port is derived from the job's name, which MPICH does not
-    tell: its second job on a machine needs a MASTER_PORT.
+    machine, and the port is derived from the job's name, which MPICH does not tell: its second job on a
+    machine needs a MASTER_PORT.
 
     Returns:
-        None without a launcher, and for the only process of an mpirun or srun.
+        None without a launcher, and for the only process of an mpirun.
 
     Raises:
-        ConfigError: a variable is missing or out of range, or mpirun spans machines without MASTER_ADDR.
+        ConfigError: a variable is missing or out of range, the ranks span machines without MASTER_ADDR and
+            MASTER_PORT, or srun started several tasks without torchrun.
     """
-    # mpirun comes before SLURM: inside an allocation it starts its daemons by srun, and the ranks inherit
-    # the daemons' SLURM_PROCID. srun --mpi=pmi2 sets PMI_RANK too, but not hydra's MPI_LOCALRANKID.
     job = None
     if "RANK" in env:
         launcher = "env"
@@ -77,10 +74,9 @@ def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo | None:
     elif "OMPI_COMM_WORLD_RANK" in env:
         launcher, job = "openmpi", env.get("PMIX_NAMESPACE")
     elif "PMI_RANK" in env and ("MPI_LOCALRANKID" in env or "SLURM_STEP_ID" not in env):
-        launcher = "mpich"  # which names no job
-    elif "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:  # the shell of an allocation has no step
-        launcher, job = "slurm", f"{env.get('SLURM_JOB_ID')}.{env['SLURM_STEP_ID']}"
-        env = {**env, "SLURM_STEP_TASKS_PER_NODE": _tasks_here(env)}
+        launcher = "mpich"  # which names no job; srun --mpi=pmi2 sets PMI_RANK, too
+    elif env.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        raise ConfigError("srun started several tasks, expected one torchrun per node: examples/cluster")
     else:
         return None
     rank, world_size, local_rank, local_world_size = (_number(env, name) for name in _VARIABLES[launcher])
@@ -93,12 +89,11 @@ def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo | None:
         )
 
     address, on_one_machine = env.get("MASTER_ADDR"), local_world_size == world_size
-    if not on_one_machine and launcher in ("openmpi", "mpich") and not (address and env.get("MASTER_PORT")):
+    if not on_one_machine and not (address and env.get("MASTER_PORT")):
         raise ConfigError(
-            "mpirun over several machines needs MASTER_ADDR, the host of rank 0, and MASTER_PORT: "
+            "ranks on several machines need MASTER_ADDR, the host of rank 0, and MASTER_PORT: "
             "mpirun -x MASTER_ADDR=… -x MASTER_PORT=… of Open MPI, or -genv MASTER_ADDR … of MPICH"
         )
-    address = address or ("127.0.0.1" if on_one_machine else _first_host(env))
     # Ports from 32768 on are those that Linux gives to outgoing connections.
     default = 20000 + zlib.crc32((job or launcher).encode()) % 12000
     port = _number({"MASTER_PORT": str(default), **env}, "MASTER_PORT")
@@ -106,7 +101,7 @@ def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo | None:
         raise ConfigError(f"MASTER_PORT is {port}, expected 1 to 65535")
     if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and launcher == "env":
         launcher = "torchrun"
-    return RankInfo(rank, local_rank, world_size, local_world_size, address, port, launcher)
+    return RankInfo(rank, local_rank, world_size, local_world_size, address or "127.0.0.1", port, launcher)
 
 
 def connect(info: RankInfo, timeout: timedelta) -> Store:
@@ -241,19 +236,3 @@ def _number(env: Mapping[str, str], name: str) -> int:
     if not env[name].isdecimal():
         raise ConfigError(f"{name} is {env[name]!r}, expected an integer of at least 0")
     return int(env[name])
-
-
-def _tasks_here(env: Mapping[str, str]) -> str:
-    """Return the step's tasks on this node, from SLURM's compact list: 2(x3),1 is 2, 2, 2, 1."""
-    text = env.get("SLURM_STEP_TASKS_PER_NODE", "")
-    counts = re.sub(r"(\d+)\(x(\d+)\)", lambda m: ",".join([m[1]] * int(m[2])), text).split(",")
-    node = _number(env, "SLURM_NODEID")
-    return counts[node] if node < len(counts) else text
-
-
-def _first_host(env: Mapping[str, str]) -> str:
-    """Return the first of SLURM's compact list of nodes: node[01-03,7],x begins with node01."""
-    hosts = env.get("SLURM_STEP_NODELIST")
-    if not hosts:
-        raise ConfigError("SLURM_STEP_NODELIST is not set; export MASTER_ADDR, the host of rank 0")
-    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", hosts).split(",")[0]

@@ -115,7 +115,7 @@ class World:
 
 @contextmanager
 def join_world(device: str = "auto", timeout: float = TIMEOUT, alone: bool = False) -> Iterator[World]:
-    """Join the processes that torchrun, mpirun or srun started. Without a launcher the world has one rank.
+    """Join the processes that torchrun or mpirun started. Without a launcher the world has one rank.
 
     NCCL connects ranks with a GPU each. gloo connects ranks on CPUs, and ranks that share a GPU. If
     `torch.distributed` is initialized already, its ranks are the world, and it stays initialized.
