@@ -148,3 +148,17 @@ def test_the_worst_sample_is_shown(right: Any) -> None:
 def test_errors(op: Any, samples: Any, rules: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_operator(op, samples, rules=rules)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_vmaps_warning_of_loops_stays_as_it_was(enabled: bool, recwarn: Any) -> None:
+    op = torch.library.custom_op("faulty::loop", torch.neg, mutates_args=(), schema="(Tensor x) -> Tensor")
+    functorch: Any = torch._C._functorch
+    functorch._set_vmap_fallback_warning_enabled(enabled)
+    try:
+        assert check_operator(op, [(normal(3, 4),)], rules="vmap over one operand").ok
+        assert not recwarn
+        torch.func.vmap(op)(normal(3, 4))
+        assert len(recwarn) == enabled
+    finally:
+        functorch._set_vmap_fallback_warning_enabled(True)

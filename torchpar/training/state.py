@@ -4,8 +4,9 @@
 It is the parameters, the optimizer, the learning rate, the random state, and the position in the data.
 """
 
+from collections import ChainMap
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -46,26 +47,17 @@ class EpochResult:
 
 def save(run: "Run", checkpoints: Checkpoints) -> None:
     """Save as the checkpoint of the run's step. Every rank calls it."""
-    losses = torch.zeros(run.world.world_size, dtype=torch.float64, device=run.world.device)
-    losses[run.world.rank] = float(run.loss_sum)
-    tensors = _model_tensors(run.model)
-    for name, p in run.model.named_parameters():
-        for key, value in run.optimizer.state[p].items():
-            # A value of its parameter's shape is split as the parameter is. Others must be scalars.
-            if is_marked(p) and value.dim() and value.shape != p.shape:
-                raise ConfigError(
-                    f"the optimizer's {key} of {name} has shape {tuple(value.shape)}, expected "
-                    f"{tuple(p.shape)} or a number, as {name} is split over ranks; take another optimizer"
-                )
-            tensors[f"optimizer.{name}.{key}"] = _shard(p, value)
-    tensors |= _random_states(run.world.rank)
+    tensors = _model_tensors(run.model) | _random_states(run.world.rank)
+    gathered = run.world.gather_results(lambda: (float(run.loss_sum), _add_optimizer(run, tensors)))
+    losses, numbers = zip(*gathered, strict=True)
     own = ("params", "param_names")  # of this rank
     state = {
         "run": run.config,
         "results": [asdict(result) for result in run.results],
         "step": run.step,
-        "losses": run.world.sum(losses).tolist(),
+        "losses": losses,
         "rate": run.lr_scheduler.state_dict() if run.lr_scheduler else {},
+        "numbers": dict(ChainMap(*numbers)),
         "groups": [{k: v for k, v in g.items() if k not in own} for g in run.optimizer.param_groups],
     }
     checkpoints.save(run.total_steps, tensors, state)
@@ -98,12 +90,13 @@ def resume(run: "Run", checkpoints: Checkpoints) -> bool:
                 value = torch.zeros_like(like, requires_grad=False)
                 run.optimizer.state[p][key.removeprefix(prefix)] = value
                 tensors[key] = _shard(p, value)
+            run.optimizer.state[p].update(state.get("numbers", {}).get(name, {}))
         random = {key: value for key, value in _random_states(rank).items() if key in saved.shapes}
         saved.read({**tensors, **random})
         for group, values in zip(run.optimizer.param_groups, state["groups"], strict=True):
-            group.update(values)
+            group.update(_like(group, values))
         if run.lr_scheduler:
-            run.lr_scheduler.load_state_dict(state["rate"])
+            run.lr_scheduler.load_state_dict(_like(run.lr_scheduler.state_dict(), state["rate"]))
         run.results = [EpochResult(**result) for result in state["results"]]
         run.step, losses = state["step"], state["losses"]
     except (KeyError, TypeError, AttributeError, ValueError) as e:
@@ -123,6 +116,41 @@ def resume(run: "Run", checkpoints: Checkpoints) -> bool:
 def _model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     tensors = {f"model.{name}": _shard(p, p) for name, p in model.named_parameters()}
     return tensors | {f"model.{name}": buffer for name, buffer in model.named_buffers()}
+
+
+def _add_optimizer(run: "Run", tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Add the tensors of the optimizer's state; return its numbers, by the parameters' names."""
+    numbers: dict[str, dict[str, Any]] = {}
+    for name, p in run.model.named_parameters():
+        for key, value in run.optimizer.state[p].items():
+            if isinstance(value, int | float | None):
+                numbers.setdefault(name, {})[key] = value
+                continue
+            what, kind = f"the optimizer's {key} of {name}", type(value).__name__
+            if not isinstance(value, Tensor):
+                raise ConfigError(
+                    f"{what} is a {kind}, expected a tensor or a number; take another optimizer"
+                )
+            # A value of its parameter's shape is split as the parameter is. Others must be scalars.
+            if is_marked(p) and value.dim() and value.shape != p.shape:
+                raise ConfigError(
+                    f"{what} has shape {tuple(value.shape)}, expected {tuple(p.shape)} or a number, as "
+                    f"{name} is split over ranks; take another optimizer"
+                )
+            tensors[f"optimizer.{name}.{key}"] = _shard(p, value)
+    return numbers
+
+
+def _like(now: Any, saved: Any) -> Any:
+    """Return ``saved``, which was JSON, with the keys of ``now``, and with its tensors, which are filled."""
+    if isinstance(now, Tensor):
+        return now.copy_(torch.as_tensor(saved, dtype=now.dtype))
+    if isinstance(now, dict):
+        keys = {str(key): key for key in now}
+        return {keys.get(key, key): _like(now.get(keys.get(key)), value) for key, value in saved.items()}
+    if isinstance(now, list | tuple) and len(now) == len(saved):
+        return [_like(*pair) for pair in zip(now, saved, strict=True)]
+    return saved
 
 
 def _random_states(rank: int) -> dict[str, Tensor]:
