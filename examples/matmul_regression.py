@@ -46,7 +46,7 @@ def mse_gradient(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
 
 
 def descend(x: Tensor, y: Tensor, batch_size: int, lr: float) -> list[float]:
-    """Train for one pass from w = 0 and return the cost over all samples before each step, and at the end."""
+    """Return the cost over all samples before each step of one pass from w = 0, and at the end."""
     w = x.new_zeros(x.shape[1])
     costs = [mse_loss(x @ w, y).item()]
     for x_batch, y_batch in zip(x.split(batch_size), y.split(batch_size), strict=True):
@@ -78,7 +78,7 @@ def main(flags: Flags) -> None:
         print(f"{name}: cost {costs[-1]:.4f} after {len(costs) - 1} steps")
     console.write_metrics(flags.metrics, [row | {"costs": curves}])
     if flags.plots:
-        plots.save_curves(flags.plots / "regression.png", curves, "step", "cost over all samples, before the step")
+        plots.save_curves(flags.plots / "regression.png", curves, "step", "cost before the step")
 
 
 if __name__ == "__main__":

@@ -216,6 +216,7 @@ REFUSED: dict[str, Any] = {
     "foreach.*; give foreach=False": step_foreach,
     "aten.normal.Tensor_float": lambda: torch.normal(torch.ones(4), 1.0),
     "aten.normal.float_float": lambda: torch.normal(0.0, 1.0, (4,)),
+    r"prims\.sin\.default; make it of other": lambda: torch.ops.prims.sin(torch.ones(3)),
     "linspace": lambda: torch.linspace(0, 8, 5),
     "scatter.reduce": lambda: torch.ones(4).scatter(
         0, torch.zeros(4, dtype=torch.long), torch.ones(4), reduce="add"

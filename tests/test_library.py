@@ -69,6 +69,8 @@ def test_functions_of_torch_library_take_the_object() -> None:
     torch.library.register_autograd(op, lambda ctx, g: 2 * g)
     torch.library.register_vmap(op, lambda info, in_dims, x: (op(x), in_dims[0]))
     torch.library.register_autocast(op, "cpu", torch.float16)
+    with pytest.raises(ValueError, match=r"the device type is torch\.float16, expected 'cpu', .* second"):
+        op.register_autocast(torch.float16)
     torch.library.opcheck(op, (X.clone().requires_grad_(),))
     with torch.autocast("cpu"):
         assert op(X.float()).dtype == torch.float16

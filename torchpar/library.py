@@ -204,7 +204,6 @@ class CustomOpDef(custom_ops.CustomOpDef):
         self, device_types: str | Sequence[str] | None, fn: Callable[..., Any] | None = None, /
     ) -> Any:
         """Register a function for tensors on these devices; None means all others."""
-
         if fn is None:
             return partial(self.register_kernel, device_types)
         devices: Any = [device_types] if isinstance(device_types, str) else device_types or [None]
@@ -289,7 +288,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
         self._formula, self._decompose = formula, decompose
 
     def register_autocast(
-        self, device_type: str | None = None, cast_inputs: torch.dtype | None = None, /, *, cast: bool = True
+        self, device_type: str | None = None, cast_inputs: torch.dtype | None = None, *, cast: bool = True
     ) -> None:
         """Run the operator in ``cast_inputs`` under autocast, by default in the dtype that autocast has.
 
@@ -300,7 +299,13 @@ class CustomOpDef(custom_ops.CustomOpDef):
         Args:
             device_type: "cpu" or "cuda"; by default both.
             cast: False leaves all arguments as they are.
+
+        Raises:
+            ValueError: a device type that is no string, such as a dtype in its place.
         """
+        if not isinstance(device_type, str | None):
+            given = f"{self._qualname}: the device type is {device_type!r}"
+            raise ValueError(f"{given}, expected 'cpu', 'cuda' or None; the dtype is the second argument")
         for device in ("cpu", "cuda") if device_type is None else (device_type,):
             rule = partial(self._autocast, device, cast_inputs, cast)
             self._lib.impl(self.__name__, rule, f"Autocast{torch._C._dispatch_key_for_device(device)}")

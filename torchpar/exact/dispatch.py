@@ -28,7 +28,6 @@ from torchpar.exact.attention import scaled_dot_product_attention
 from torchpar.exact.reductions import group_norm
 from torchpar.exact.registry import COMPOSED, PASSING, RULES
 
-_NAMESPACES = ("prims", "profiler", "debugprims")
 _OWN = ("exact_matmul", "maximum")
 _FUNCTIONS = {F.scaled_dot_product_attention: scaled_dot_product_attention, F.group_norm: group_norm}
 Kind = Literal["passing", "rules", "missing"]
@@ -120,7 +119,7 @@ def _look_up(func: Any) -> tuple[Kind, Callable[..., Any] | None]:
     if namespace in ("aten", "c10d"):  # ranks, and scatters with a reduction, add in an order of their own
         passes = bool(names & PASSING or namespace == "c10d") and "reduce" not in str(func)
     else:
-        passes = namespace in _NAMESPACES or (namespace == "torchpar" and name in _OWN)
+        passes = namespace == "profiler" or (namespace == "torchpar" and name in _OWN)
     return "passing" if passes else "missing", None
 
 

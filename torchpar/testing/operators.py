@@ -101,13 +101,10 @@ def check_operator(
     cases = [Case(op, overload, reference, one) for one in chosen]
     disabled = logging.root.manager.disable
     logging.disable()  # the compiler's logs of errors, which are in the table
-    functorch: Any = torch._C._functorch  # which warns of loops; they are in the table, too
-    functorch._set_vmap_fallback_warning_enabled(False)
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings(action="ignore"):  # vmap's, of loops, are in the table, too
             return OperatorTable(name, [_row(rule, cases) for rule in names])
     finally:
-        functorch._set_vmap_fallback_warning_enabled(True)  # PyTorch's default; it does not tell the setting
         logging.disable(disabled)
 
 

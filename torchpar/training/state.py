@@ -5,7 +5,7 @@ It is the parameters, the optimizer, the learning rate, the random state, and th
 """
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -52,12 +52,16 @@ def save(run: "Run", checkpoints: Checkpoints) -> None:
     for name, p in run.model.named_parameters():
         for key, value in run.optimizer.state[p].items():
             # A value of its parameter's shape is split as the parameter is. Others must be scalars.
-            if is_marked(p) and value.dim() and value.shape != p.shape:
-                raise ConfigError(
-                    f"the optimizer's {key} of {name} has shape {tuple(value.shape)}, expected "
-                    f"{tuple(p.shape)} or a number, as {name} is split over ranks; take another optimizer"
+            if not isinstance(value, Tensor):
+                found = f"is a {type(value).__name__}, expected a tensor"
+            elif is_marked(p) and value.dim() and value.shape != p.shape:
+                found = (
+                    f"has shape {tuple(value.shape)}, expected {tuple(p.shape)} or a number, as it is split"
                 )
-            tensors[f"optimizer.{name}.{key}"] = _shard(p, value)
+            else:
+                tensors[f"optimizer.{name}.{key}"] = _shard(p, value)
+                continue
+            raise ConfigError(f"the optimizer's {key} of {name} {found}; take another optimizer")
     tensors |= _random_states(run.world.rank)
     own = ("params", "param_names")  # of this rank
     state = {
@@ -101,9 +105,9 @@ def resume(run: "Run", checkpoints: Checkpoints) -> bool:
         random = {key: value for key, value in _random_states(rank).items() if key in saved.shapes}
         saved.read({**tensors, **random})
         for group, values in zip(run.optimizer.param_groups, state["groups"], strict=True):
-            group.update(values)
+            group.update(_like(group, values))
         if run.lr_scheduler:
-            run.lr_scheduler.load_state_dict(state["rate"])
+            run.lr_scheduler.load_state_dict(_like(run.lr_scheduler.state_dict(), state["rate"]))
         run.results = [EpochResult(**result) for result in state["results"]]
         run.step, losses = state["step"], state["losses"]
     except (KeyError, TypeError, AttributeError, ValueError) as e:
@@ -123,6 +127,18 @@ def resume(run: "Run", checkpoints: Checkpoints) -> bool:
 def _model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     tensors = {f"model.{name}": _shard(p, p) for name, p in model.named_parameters()}
     return tensors | {f"model.{name}": buffer for name, buffer in model.named_buffers()}
+
+
+def _like(now: Any, saved: Any) -> Any:
+    """Return ``saved``, which was JSON, with the keys of ``now``, and with its tensors, which are filled."""
+    if isinstance(now, Tensor):
+        return now.copy_(torch.as_tensor(saved, dtype=now.dtype))
+    if isinstance(now, dict):
+        keys = {str(key): key for key in now}
+        return {keys.get(key, key): _like(now.get(keys.get(key)), value) for key, value in saved.items()}
+    if isinstance(now, list | tuple) and len(now) == len(saved):
+        return [_like(*pair) for pair in zip(now, saved, strict=True)]
+    return saved
 
 
 def _random_states(rank: int) -> dict[str, Tensor]:

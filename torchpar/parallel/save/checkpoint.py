@@ -124,17 +124,17 @@ class Checkpoints:
 
         Args:
             tensors: plain tensors, which are the same on every rank that has them, and DTensors.
-            state: JSON; rank 0's is saved.
+            state: JSON, and tensors, which become numbers or lists; rank 0's is saved.
 
         Raises:
             ConfigError: the checkpoint could not be written; older ones are still there. On every rank.
         """
         self.wait()
+        state = json.loads(json.dumps(state, default=Tensor.tolist))
         if not self.config.asynchronous:
             self._save(step, tensors, state)
             return
         copies = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
-        state = json.loads(json.dumps(state))
         # A daemon thread, so that a process whose peers are lost can end without waiting for it.
         self._pending = run_in_daemon(lambda: self._save(step, copies, state))
 
