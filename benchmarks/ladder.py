@@ -25,6 +25,7 @@ from benchmarks import operators
 from benchmarks.command import Command, run
 from benchmarks.compare import Work
 from benchmarks.operators import NATIVE, OURS
+from benchmarks.ranks import Group, current_world, start_ranks
 from benchmarks.results import CORES, Result, Table, duration, markdown, number, print_results
 from benchmarks.timing import (
     CPU,
@@ -37,7 +38,6 @@ from benchmarks.timing import (
 )
 from torchpar.baselines import numpy_mlp, pure_python
 from torchpar.baselines.numpy_mlp import Array
-from torchpar.parallel.launch.local import Ranks, current_world, start_ranks
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "maximum": (1000, 1000),
@@ -112,7 +112,7 @@ def make_case(operator: str, shape: Sequence[int]) -> LadderCase:
     return LadderCase(operator, label, arguments, expected, bound, case.forward, operator != "linear_sigmoid")
 
 
-def contestants(case: LadderCase, shape: tuple[int, ...], ranks: Ranks, quick: bool) -> Iterator[Contestant]:
+def contestants(case: LadderCase, shape: tuple[int, ...], ranks: Group, quick: bool) -> Iterator[Contestant]:
     """All contestants, first pure Python; if ``quick``, without torch.compile and many threads.
 
     The seconds of a turn are those of the whole case, also if it computes a part.
@@ -197,7 +197,7 @@ def timed_turn(
     return turn
 
 
-def ranks_turn(case: LadderCase, shape: tuple[int, ...], ranks: Ranks, index: int) -> list[float]:
+def ranks_turn(case: LadderCase, shape: tuple[int, ...], ranks: Group, index: int) -> list[float]:
     seconds, parts = zip(*ranks.run(compute_on_rank, case.operator, shape), strict=True)
     case.check(np.concatenate(parts, axis=1 if case.operator == "linear_sigmoid" else 0))
     return [max(seconds)]

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.command import Command, run
+from benchmarks.ranks import Group, current_world, start_ranks
 from benchmarks.results import CORES, Result, Table, print_results
 from benchmarks.timing import CPU, Rejected, Times, take_turns, time_calls
 from torchpar.nn import MLP
-from torchpar.parallel.launch.local import Ranks, current_world, start_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.mlp import parallel_mlp
 from torchpar.parallel.split.shared_memory import SUPPORTED, make_shared_sum, register_shared_memory_hook
@@ -247,7 +247,7 @@ def slowest(times: Sequence[Sequence[float]]) -> list[float]:
 class StepTurn:
     """The turns of one case: check it, then time some steps in each round."""
 
-    def __init__(self, case: StepCase, ranks: Ranks):
+    def __init__(self, case: StepCase, ranks: Group):
         self.case, self.ranks = case, ranks
         self.checked: list[dict[str, Any]] = []
 
@@ -274,7 +274,7 @@ def measure(plan: Plan, default_polling: bool) -> list[Result]:
     """Start the ranks, check every case, and time them in turn."""
     cases = list(plan.cases())
     with ExitStack() as stack:
-        groups: dict[tuple[int, int], Ranks] = {}
+        groups: dict[tuple[int, int], Group] = {}
         for one in cases:
             key = one.ranks, one.threads
             if key not in groups:
@@ -288,7 +288,7 @@ def measure(plan: Plan, default_polling: bool) -> list[Result]:
             ranks.run(use_default_polling)
             contestants["gloo's default"] = ranks, False
 
-        def all_reduce(ranks: Ranks, shared: bool, nbytes: int, index: int) -> list[float]:
+        def all_reduce(ranks: Group, shared: bool, nbytes: int, index: int) -> list[float]:
             return slowest(ranks.run(time_all_reduces, shared, nbytes, ALL_REDUCES if index else 1))
 
         turns = {one: StepTurn(one, groups[one.ranks, one.threads]) for one in cases}

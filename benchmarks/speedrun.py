@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.command import Command, run
 from benchmarks.digits import DATA, Digits
+from benchmarks.ranks import current_world, start_ranks
 from benchmarks.results import CORES, Result, Table, markdown, number, print_cells, print_failures
 from benchmarks.timing import CPU, take_turns
 from torchpar import data, training
@@ -34,7 +35,6 @@ from torchpar.data import Samples
 from torchpar.errors import ConfigError, DivergedError
 from torchpar.nn import MLP
 from torchpar.ops.processor import has_bfloat16
-from torchpar.parallel.launch.local import current_world, start_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.training.fused import FusedGradients
 

@@ -44,6 +44,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.command import Command, run
 from benchmarks.digits import DATA, Digits
+from benchmarks.ranks import Group, current_world, start_ranks
 from benchmarks.results import CORES, Result, Table, markdown, number, print_results
 from benchmarks.timing import CPU, Contestant, Rejected, Turn, take_turns, time_calls
 from torchpar import data
@@ -51,7 +52,6 @@ from torchpar.baselines import numpy_mlp, pure_python
 from torchpar.baselines.numpy_mlp import Array
 from torchpar.data import Batch
 from torchpar.nn import MLP
-from torchpar.parallel.launch.local import Ranks, current_world, start_ranks
 from torchpar.parallel.launch.world import World, join_world
 from torchpar.parallel.split.shared_memory import register_shared_memory_hook
 from torchpar.training import Run, sgd
@@ -353,7 +353,7 @@ def mpi_epoch(inputs: Inputs) -> tuple[float, float]:
 # Contestants and their turns
 
 
-def contestants(inputs: Inputs, world: World, ranks: Ranks, compiled: bool = True) -> Iterator[Contestant]:
+def contestants(inputs: Inputs, world: World, ranks: Group, compiled: bool = True) -> Iterator[Contestant]:
     """Yield all contestants; without ``compiled`` less torch.compile. A turn trains on a part of an epoch."""
     sizes, batch_size, _ = inputs.training
     threads = torch.get_num_threads()
@@ -420,7 +420,7 @@ def timed_epoch(losses: Iterator[Any], threads: int = 1) -> tuple[float, Array]:
     return timed.seconds(), timed.result
 
 
-def on_ranks(ranks: Ranks, inputs: Inputs, contestant: str, order: Order) -> tuple[float, Array]:
+def on_ranks(ranks: Group, inputs: Inputs, contestant: str, order: Order) -> tuple[float, Array]:
     """Train by data parallelism, in the order of `torchpar.training.Run`; the ranks' losses add up."""
     seconds, losses = zip(*ranks.run(epoch_on_rank, inputs.training, contestant), strict=True)
     return max(seconds), sum(losses)

@@ -41,7 +41,7 @@ from torch.optim import Optimizer
 from torchpar.data import Samples, batches
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
-from torchpar.parallel.launch.local import current_world, start_ranks
+from torchpar.parallel.launch.local import Ranks
 from torchpar.parallel.launch.world import join_world
 from torchpar.training import lr_scheduler, sgd
 
@@ -142,27 +142,27 @@ def measure(flags: Flags) -> Rounds:
     keys = list(product(flags.sizes, flags.processes))
     rounds: Rounds = {key: [] for key in keys}
     with Console().status(f"timing epochs on {flags.processes} processes"), ExitStack() as stack:
-        groups = {n: stack.enter_context(start_ranks(n)) for n in flags.processes}
+        groups = {n: stack.enter_context(Ranks()) for n in flags.processes}
         for seed, (size, n) in product(range(1 + ROUNDS), keys):
             dtype = torch.float32 if seed else torch.float64
-            rounds[size, n].append(groups[n].run(time_epoch, flags.seed, size, seed, dtype)[0])
+            rounds[size, n].append(groups[n](n, time_epoch, flags.seed, size, seed, dtype)[0])
     return rounds
 
 
 def time_epoch(first_seed: int, size: int, seed: int, dtype: torch.dtype) -> tuple[float, float]:
     """Return the seconds of an epoch, and the mean loss over all points after it."""
-    world = current_world()
     model, optimizer = build([2, 128, 128, 1], 0.0, first_seed)
     model.to(dtype)
-    wrapped = DistributedDataParallel(model) if world.world_size > 1 else model
     samples = draw(2**15, first_seed)
     samples = replace(samples, features=samples.features.to(dtype))
-    start = time.perf_counter()
-    for x, labels, global_size in batches(samples, size, seed=seed, epoch=1, share=world.share):
-        (loss_sum(wrapped(x), labels) * (world.world_size / global_size)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    seconds = time.perf_counter() - start
+    with join_world("cpu") as world:
+        wrapped = DistributedDataParallel(model) if world.world_size > 1 else model
+        start = time.perf_counter()
+        for x, labels, global_size in batches(samples, size, seed=seed, epoch=1, share=world.share):
+            (loss_sum(wrapped(x), labels) * (world.world_size / global_size)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        seconds = time.perf_counter() - start
     with torch.no_grad():
         return seconds, loss_sum(model(samples.features), samples.labels).item() / len(samples)
 

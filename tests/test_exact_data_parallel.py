@@ -149,13 +149,12 @@ def short(model: str, mesh: Mesh, threads: int = 1, rounded: bool = False) -> st
     torch.set_num_threads(threads)
     with (
         join_world("cpu") as world,
-        patch.object(verify, "current_world", lambda: world),
         patch.object(verify, "load", lambda *_: (samples, samples)),
         # Units of 32, 32 and 8 samples
         patch.multiple(models, GPT_STEPS=2, SEQUENCES=3, MLP_STEPS=3, BATCH_SIZE=72),
         patch.object(tensor_parallel, "all_reduce", add_rounded if rounded else add),
     ):
-        return verify.trained(model, *mesh, verify.DATA)
+        return verify.trained(world, model, *mesh, verify.DATA)
 
 
 RECORDED = "ae0e5ac1396ff91bc277b5dfa140a52c4d2a34c383828657cbf9ee05d93621d0"  # of the MLP

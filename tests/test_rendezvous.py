@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 from commands import MPIRUN, needs_mpirun, run
 
+from benchmarks.ranks import current_world, start_ranks
 from torchpar.errors import ConfigError, RankLostError
 from torchpar.parallel.launch import rendezvous
-from torchpar.parallel.launch.local import Ranks, current_world, start_ranks
+from torchpar.parallel.launch.local import Ranks
 from torchpar.parallel.launch.rendezvous import RankInfo, connect, find_rank_info, missing_ranks
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}

@@ -3,7 +3,7 @@
 
 import re
 from concurrent.futures.process import BrokenProcessPool
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 
@@ -14,8 +14,9 @@ from torchpar.exact import verify
 def test_the_status_says_if_the_hash_is_published(capsys, status):
     published = verify.EXPECTED["mlp"]
     found = "ab" * 32 if status else published
-    with patch.object(verify, "start_ranks") as start:
-        start.return_value.__enter__.return_value.run.return_value = [found]
+    with patch.object(verify, "Ranks") as start:
+        rank = Mock(submit=lambda *args: Mock(result=lambda: found))
+        start.return_value.__enter__.return_value.workers = [rank] * 4
         assert verify.main(["--ranks", "4", "--tp", "2"]) == status
     first, second, third = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"dp 2 × tp 2 × pp 1 on cpu, .*, torch \S+: \d+ s", first)
@@ -53,11 +54,11 @@ def test_wrong_flags_are_an_error_in_one_line(fork_server, capsys, flags, messag
     ids=lambda value: type(value).__name__,
 )
 def test_lost_ranks_and_ctrl_c_are_one_line(capsys, error, status, message):
-    with patch.object(verify, "start_ranks", side_effect=error):
+    with patch.object(verify, "Ranks", side_effect=error):
         assert verify.main([]) == status
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(f"python -m torchpar verify: {message}")
     assert err.count("\n") == 1
-    with patch.object(verify, "start_ranks", side_effect=RuntimeError("a bug")), pytest.raises(RuntimeError):
+    with patch.object(verify, "Ranks", side_effect=RuntimeError("a bug")), pytest.raises(RuntimeError):
         verify.main([])

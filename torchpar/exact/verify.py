@@ -7,20 +7,24 @@ compares the SHA-256 of the weights with the one in `EXPECTED`, which README and
 
 import argparse
 import hashlib
+import os
+import signal
 import sys
 import time
 from collections import ChainMap
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from torchpar.data import load
 from torchpar.errors import ConfigError, TorchparError
 from torchpar.exact import models
-from torchpar.parallel.launch.local import current_world, start_ranks
-from torchpar.parallel.launch.world import is_communication_error
+from torchpar.parallel.launch.local import Ranks
+from torchpar.parallel.launch.world import World, is_communication_error, join_world
 from torchpar.parallel.split.reduction import all_gather
 from torchpar.parts import is_marked, part_of
 
@@ -75,8 +79,11 @@ def verify(model: str, ranks: int | None, tp: int, pp: int, threads: int, device
     if ranks % stages:
         raise ConfigError(f"--ranks is {ranks}, expected a multiple of --tp {tp} times --pp {pp}")
     start = time.perf_counter()
-    with start_ranks(ranks, threads, device=device) as started:
-        digest = started.run(trained, model, ranks // stages, tp, pp, data)[0]
+    shared = ranks, threads, device, get_free_port(), model, ranks // stages, tp, pp, data
+    with Ranks(preload=()) as pool:
+        pool.start(ranks)
+        futures = [worker.submit(_on_rank, rank, *shared) for rank, worker in enumerate(pool.workers)]
+        digest, *_ = [future.result() for future in futures]
     mesh = f"dp {ranks // stages} × tp {tp} × pp {pp}"
     capability = torch.backends.cpu.get_cpu_capability()
     print(f"{mesh} on {device}, {capability}, torch {torch.__version__}: {time.perf_counter() - start:.0f} s")
@@ -86,9 +93,17 @@ def verify(model: str, ranks: int | None, tp: int, pp: int, threads: int, device
     return 0 if same else 1
 
 
-def trained(model: str, dp: int, tp: int, pp: int, folder: Path) -> str:
+def _on_rank(rank: int, ranks: int, threads: int, device: str, port: int, model: str, *args: Any) -> str:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the pool ends the ranks
+    torch.set_num_threads(threads)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with join_world(device, timeout=300.0) as world:
+        return trained(world, model, *args)
+
+
+def trained(world: World, model: str, dp: int, tp: int, pp: int, folder: Path) -> str:
     """Train on this rank of the mesh; return the SHA-256 of the whole model's parameters by name."""
-    world = current_world().with_mesh(dp=dp, tp=tp, pp=pp)
+    world = world.with_mesh(dp=dp, tp=tp, pp=pp)
     network: torch.nn.Module
     if model == "mlp":
         network = models.train_mlp(load("mnist", folder, world.device)[0], world)

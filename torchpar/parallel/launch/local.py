@@ -1,22 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Ranks on this machine: processes forked from one server that has imported PyTorch.
 
-    with start_ranks(2) as ranks:
-        results = ranks.run(function, argument)  # one of each rank, in a world that lasts: `current_world`
-
-    with Ranks() as ranks:
-        results = ranks(2, function, argument)  # in a gloo group of its own
-
-The functions are module-level ones.
+with Ranks() as ranks:
+    results = ranks(2, function, argument)  # of a module-level function on each rank, in a gloo group
 """
 
 import itertools
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from multiprocessing import forkserver, get_context
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -26,9 +21,6 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.utils.distributed import get_free_port
-
-from torchpar.parallel.launch.world import World, join_world
 
 # Imports that take longer than most calls. DistributedDataParallel imports the compiler.
 PRELOAD = [f"torch.{name}" for name in ("_dynamo", "testing")]
@@ -36,8 +28,6 @@ PRELOAD += [f"torch.distributed.{name}" for name in ("checkpoint", "fsdp", "tens
 TIMEOUT = 120.0  # seconds for a call
 GRACE = 10.0  # seconds for the other ranks, once one has failed
 LATER = (TimeoutError, BrokenProcessPool, RuntimeError)  # the errors of ranks that others left alone
-_joined = ExitStack()
-_world: World | None = None
 
 
 def fork_context(preload: Iterable[str] = PRELOAD) -> ForkServerContext:
@@ -56,7 +46,7 @@ class Ranks(ExitStack):
     """``ranks(world_size, function, *args)``: the results of a module-level function on each gloo rank.
 
     Each call makes a new process group. The processes live as long as the pool; if one of them dies or hangs,
-    new ones replace all.
+    new ones replace all. Ctrl-C ends them at once.
     """
 
     def __init__(self, preload: Iterable[str] = PRELOAD) -> None:
@@ -105,15 +95,6 @@ class Ranks(ExitStack):
             self.kill()
         return outcomes
 
-    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Run a module-level ``function`` on all ranks of `start_ranks` at once and return their results.
-
-        Raises:
-            Exception: the error of the lowest rank that had one.
-        """
-        futures = [worker.submit(function, *args) for worker in self.workers]
-        return [future.result() for future in futures]
-
     def start(self, count: int) -> None:
         """Start processes until there are ``count``, all anew if one has died since the last call."""
         try:
@@ -126,6 +107,11 @@ class Ranks(ExitStack):
         pids = [worker.submit(os.getpid) for worker in added]
         self._pids += [pid.result() for pid in pids]
 
+    def __exit__(self, kind: Any, *error: Any) -> bool | None:
+        if kind is KeyboardInterrupt:
+            self.kill()
+        return super().__exit__(kind, *error)
+
     def kill(self) -> None:
         """End all processes at once."""
         for pid in self._pids:
@@ -134,40 +120,8 @@ class Ranks(ExitStack):
         self.workers, self._pids = [], []
 
 
-@contextmanager
-def start_ranks(ranks: int, threads: int = 1, device: str = "cpu") -> Iterator[Ranks]:
-    """Start ``ranks`` processes of ``threads`` threads each, which form a world; at the end they leave.
-
-    Args:
-        device: as for `join_world`.
-    """
-    port = get_free_port()
-    with Ranks(preload=()) as started:
-        started.start(ranks)
-        joining = [
-            worker.submit(_join, rank, ranks, threads, port, device)
-            for rank, worker in enumerate(started.workers)
-        ]
-        for future in joining:
-            future.result()
-        try:
-            yield started
-        except KeyboardInterrupt:
-            started.kill()
-            raise
-        finally:
-            with suppress(BrokenProcessPool):  # a rank was killed
-                started.run(_leave)
-
-
-def current_world() -> World:
-    """Return the world of the rank that this process is."""
-    if _world is None:
-        raise RuntimeError("this process was not started by start_ranks")
-    return _world
-
-
 def _on_rank(rank: int, world_size: int, store: str, function: Callable[..., Any], args: Any) -> Any:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the pool ends the ranks
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
@@ -176,15 +130,3 @@ def _on_rank(rank: int, world_size: int, store: str, function: Callable[..., Any
         return function(*args)
     finally:
         dist.destroy_process_group()
-
-
-def _join(rank: int, ranks: int, threads: int, port: int, device: str) -> None:
-    global _world
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C `start_ranks` ends the ranks
-    torch.set_num_threads(threads)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    _world = _joined.enter_context(join_world(device, timeout=300.0))
-
-
-def _leave() -> None:
-    _joined.close()

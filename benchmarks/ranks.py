@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: MIT
+"""Ranks of this machine that stay in one world from call to call.
+
+`start_ranks` starts them, and their functions ask for `current_world`.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
+
+from torchpar.parallel.launch.local import Ranks
+from torchpar.parallel.launch.world import World, join_world
+
+_joined = ExitStack()
+_world: World | None = None
+
+
+class Group(Ranks):
+    """The processes of `start_ranks`."""
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Run a module-level ``function`` on all ranks at once and return their results.
+
+        Raises:
+            Exception: the error of the lowest rank that had one.
+        """
+        futures = [worker.submit(function, *args) for worker in self.workers]
+        return [future.result() for future in futures]
+
+
+@contextmanager
+def start_ranks(ranks: int, threads: int = 1, device: str = "cpu") -> Iterator[Group]:
+    """Start ``ranks`` processes of ``threads`` threads each, which form a world; at the end they leave.
+
+    Args:
+        device: as for `join_world`.
+    """
+    port = get_free_port()
+    with Group(preload=()) as started:
+        started.start(ranks)
+        joining = [
+            worker.submit(_join, rank, ranks, threads, port, device)
+            for rank, worker in enumerate(started.workers)
+        ]
+        for future in joining:
+            future.result()
+        yield started
+        with suppress(BrokenProcessPool):  # a rank was killed
+            started.run(_leave)
+
+
+def current_world() -> World:
+    """Return the world of the rank that this process is."""
+    if _world is None:
+        raise RuntimeError("this process was not started by start_ranks")
+    return _world
+
+
+def _join(rank: int, ranks: int, threads: int, port: int, device: str) -> None:
+    global _world
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C `start_ranks` ends the ranks
+    torch.set_num_threads(threads)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    _world = _joined.enter_context(join_world(device, timeout=300.0))
+
+
+def _leave() -> None:
+    _joined.close()
