@@ -77,8 +77,9 @@ def main(arguments: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="name the benchmarks")
     runs = "run them one after the other, with the flags that follow; run NAME --help shows them"
-    runner = commands.add_parser("run", help=runs, add_help=False)
-    runner.add_argument("names", nargs="+", choices=NAMES, metavar="NAME")
+    named = any(name in arguments for name in NAMES)  # then --help is the benchmark's
+    runner = commands.add_parser("run", help=runs, description=runs, add_help=not named)
+    runner.add_argument("names", nargs="+", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
     commands.add_parser("report", help="make an HTML page of all committed results", add_help=False)
     options, flags = parser.parse_known_args(arguments)
     if options.command == "run":

@@ -3,10 +3,12 @@
 
 import argparse
 import importlib.util
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from torchpar.errors import ConfigError, TorchparError
 
@@ -26,10 +28,10 @@ class Command:
         self.parser.add_argument("--output", type=Path, metavar="DIR", help="for the CSV and other files")
 
     def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
-        """The flags; ``output``, if given, is a folder that exists.
+        """The flags; ``output``, if given, is a folder that can be written. Warns if the machine is busy.
 
         Raises:
-            ConfigError: a package is not installed, or the folder cannot be made.
+            ConfigError: a package is not installed, or the folder cannot be made or written.
         """
         options = self.parser.parse_args(arguments)
         if missing := [name for name in self.needs if importlib.util.find_spec(name) is None]:
@@ -39,10 +41,14 @@ class Command:
         if options.output:
             try:
                 options.output.mkdir(parents=True, exist_ok=True)
+                with TemporaryFile(dir=options.output):  # now, and not after the measurement
+                    pass
             except OSError as e:
                 raise ConfigError(
-                    f"--output {options.output} cannot be made a folder ({e}); name another"
+                    f"--output {options.output} is no folder that can be written ({e}); name another"
                 ) from e
+        if (load := os.getloadavg()[0]) > 0.5:
+            print(f"The load average is {load:.1f}: other programs may disturb the timings.")
         return options
 
     def csv(self, options: argparse.Namespace, name: str = "") -> Path | None:
@@ -66,5 +72,6 @@ def run(main: Callable[[], int], command: str = "") -> None:
         print(f"python -m benchmarks {command}: error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"python -m benchmarks {command}: interrupted", file=sys.stderr)
+        kept = "the CSV in --output, if that was given, has the cases that were complete"
+        print(f"python -m benchmarks {command}: interrupted; {kept}", file=sys.stderr)
         sys.exit(130)

@@ -56,7 +56,7 @@ SECONDS = 2.5  # of a contestant's turns, after which it has no more
 WARM_SECONDS = 5e-3
 WARM_CALLS = 100  # of a rank
 PRODUCTS = 10_000_000  # about a second of pure Python
-SPEEDS = ("p50_ms", "over_pure_python", "over_previous", "gb_per_s", "gflop_per_s")
+SPEEDS = ("p50_ms", "samples", "over_pure_python", "over_previous", "gb_per_s", "gflop_per_s")
 COLUMNS = ("contestant", "note", *SPEEDS, "first_s", "ok")
 
 

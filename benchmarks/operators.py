@@ -7,7 +7,6 @@ operations, so that a contestant which computes all of it reaches half of a proc
 
 import argparse
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +62,7 @@ LIBRARIES = ("torch.compile", "torchpar + torch.compile", "numpy")
 FINISH = {"addmm": torch.sigmoid}  # of linear_sigmoid, the product and the bias alone
 MIRRORED = "eager, mirrored"
 FORWARD_ONLY = ("numpy", "addmm", MIRRORED)
+DTYPES = ("float32", "bfloat16", "float64", "int8")
 TICKS = (64, 128, 256, 512, 1024, 2048, 4096)  # of the picture
 
 # Of maximum both shapes; of products (*, n, k); of linear_sigmoid rows, in_features and out_features, and of
@@ -217,6 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("operators", "Compare the operators with PyTorch's own.")
     parser = command.parser
     parser.add_argument("--operators", nargs="+", choices=NATIVE, default=list(NATIVE), help="by default all")
+    parser.add_argument("--shapes", nargs="+", help="such as 256x256; by default all")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="by default all")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="a GPU if there is one"
     )
@@ -227,15 +229,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = command.parse(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device is cuda, but PyTorch finds no GPU; take cpu")
-    if (load := os.getloadavg()[0]) > 0.5:
-        print(f"The load average is {load:.1f}: other programs may disturb the timings.")
     on_gpu = options.device != "cpu" and torch.cuda.is_available()
     every = torch.get_num_threads()
     threads = [every] if on_gpu or options.quick else sorted({1, every})
     device = torch.device("cuda" if on_gpu else "cpu")
-    listed = [case for case in cases(device, options.quick) if case.operator in options.operators]
+    listed = [
+        case
+        for case in cases(device, options.quick)
+        if case.operator in options.operators
+        and case.shape in (options.shapes or [case.shape])
+        and str(case.dtype).removeprefix("torch.") in options.dtypes
+    ]
     if not listed:
-        raise ConfigError("no case has these --operators on this device; name others")
+        raise ConfigError("no case has these --operators, --shapes and --dtypes here; name others")
     table = Table(command.csv(options), device)
     for count in threads:
         torch.set_num_threads(count)
@@ -278,14 +284,14 @@ def draw_crossover(path: Path, results: Sequence[Result]) -> None:
     from matplotlib.figure import Figure
 
     curves: dict[tuple[int, str], dict[int, tuple[float, float]]] = {}
-    times = {(*one.case.values(), one.contestant): one.p50_ms for one in results}
+    speedups = {(*one.case.values(), one.contestant): one.speedup for one in results}
     for one in results:
         n, *rest = map(int, one.case["shape"].split("x")) if one.case["operator"] == "matmul_t" else [0, 0]
-        mirrored = times.get((*one.case.values(), MIRRORED))
+        mirrored = speedups.get((*one.case.values(), MIRRORED))
         if one.contestant == "torchpar" and one.case["mode"] == "forward" and rest == [n] and mirrored:
             key = one.case["threads"], one.case["dtype"]
-            if one.p50_ms and one.speedup:
-                curves.setdefault(key, {})[n] = mirrored / one.p50_ms, one.speedup
+            if one.speedup:
+                curves.setdefault(key, {})[n] = one.speedup / mirrored, one.speedup
     counts = sorted({threads for threads, _ in curves})
     figure = Figure(figsize=(4.2 * max(len(counts), 1), 3.8), layout="constrained")
     for place, count in enumerate(counts, 1):

@@ -27,7 +27,7 @@ COLORS = ("#3f87c9", "#dd7733", "#46a36b", "#ad6cc2", "#b99316", "#7f8c8d")  # o
 CASE = ("note", "epoch", "nbytes", "validate")  # columns of the case, besides those left of p20_ms
 TIMES = ["p20_ms", "p50_ms", "p80_ms", "speedup"]
 SHOWN = {"p50_ms": "ms", "speedup": "speed-up", "accuracy": "accuracy", "wrong": "result"}
-HIDDEN = ("mean_ms", "samples", "ok", "reason", "seed")
+HIDDEN = ("mean_ms", "samples", "ok", "reason", "seed", "load")
 VERSIONS = ("torch", "triton", "numpy", "python", "commit", "dirty")
 ORIGIN = ("device", "processor", "instruction_sets", "cores", "gpu", *VERSIONS, "clocks", "date")
 
@@ -35,7 +35,8 @@ ORIGIN = ("device", "processor", "instruction_sets", "cores", "gpu", *VERSIONS, 
 def read_csv(text: str) -> Any:
     """Return the rows of a benchmark's CSV by their case, as a table of pandas.
 
-    Rows that differ only by seed become one, whose speed-up is over the first contestant.
+    Rows that differ only by seed become one, whose speed-up is over the first contestant: the median of the
+    seeds' ratios.
 
     Raises:
         ValueError: it is no CSV of a benchmark.
@@ -58,8 +59,9 @@ def read_csv(text: str) -> Any:
         times = (1000 * frame["seconds"]).groupby(groups)
         for name, q in (("p20_ms", 0.2), ("p50_ms", 0.5), ("p80_ms", 0.8)):
             frame[name] = times.transform("quantile", q)
-        means = times.transform("mean")
-        frame["speedup"] = means.head(1).sum() / means
+        first = frame[frame["contestant"].isin(frame["contestant"].head(1))]
+        ratios = frame["seed"].map(first.groupby("seed")["seconds"].mean()) / frame["seconds"]
+        frame["speedup"] = ratios.groupby(groups).transform("median")
         for name in {"accuracy"} & set(columns):
             frame[name] = frame[name].groupby(groups).transform("mean")
     wrong = frame["ok"] == "False" if "ok" in columns else pandas.Series(False, frame.index)

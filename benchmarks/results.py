@@ -119,7 +119,7 @@ FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "peak_memory_mb": ("MB", "{:,.1f}".format),
     "ok": ("ok", lambda ok: "yes" if ok else "NO"),
 }
-UNPRINTED = ("mean_ms", "samples", "rounds", "calls", "float32_precision", "reason")
+UNPRINTED = ("mean_ms", "rounds", "calls", "float32_precision", "reason")
 
 
 def print_results(title: str, results: Sequence[Result], columns: Sequence[str] = ()) -> None:
@@ -242,14 +242,15 @@ def machine(device: torch.device) -> str:
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """The `environment`, the clocks and the date at this moment."""
+    """The `environment`, the clocks, the load average of the last minute and the date at this moment."""
     clocks = f"{cpuinfo('cpu MHz') or '?'} MHz"
     if device.type == "cuda":
         uuid = torch.cuda.get_device_properties(device).uuid
         query = f"nvidia-smi -i GPU-{uuid} --query-gpu=clocks.sm,clocks.mem --format=csv,noheader"
         clocks = _output(query)
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    return {**environment(device), "clocks": clocks, "date": date}
+    load = round(os.getloadavg()[0], 2)
+    return {**environment(device), "clocks": clocks, "load": load, "date": date}
 
 
 def _output(command: str, cwd: Path | None = None) -> str:

@@ -315,8 +315,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table.add(results)
     steps = [one for one in results if one.case["kind"] == "step"]
     title = "a training step; speed-ups are over one rank with one thread"
-    print_results(title, steps, ("sizes", "batch", "contestant", "p50_ms", "speedup", "oversubscribed"))
-    columns = ("nbytes", "contestant", "p50_ms", "mean_ms", "speedup")
+    figures = ("p50_ms", "samples", "speedup", "oversubscribed")
+    print_results(title, steps, ("sizes", "batch", "contestant", *figures))
+    columns = ("nbytes", "contestant", "p50_ms", "mean_ms", "samples", "speedup")
     print_results("an all-reduce between 2 ranks", [one for one in results if one not in steps], columns)
     return table.status
 

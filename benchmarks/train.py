@@ -51,6 +51,7 @@ from torchpar import data
 from torchpar.baselines import numpy_mlp, pure_python
 from torchpar.baselines.numpy_mlp import Array
 from torchpar.data import Batch
+from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel.launch.world import World, join_world
 from torchpar.parallel.split.shared_memory import register_shared_memory_hook
@@ -71,7 +72,7 @@ MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}
 INSTALLED = {"MPI": MPIRUN and find_spec("mpi4py"), "Lightning": find_spec("lightning")}
 TIMEOUT = 120  # seconds of an epoch by MPI
 PLAIN, FUSED = "plain eager", "torchpar"
-COLUMNS = ("contestant", "note", "p50_ms", "samples_per_s", "speedup", "first_s", "ok")
+COLUMNS = ("contestant", "note", "p50_ms", "samples", "samples_per_s", "speedup", "first_s", "ok")
 
 Order = Sequence[Array]  # the indices of each batch
 # Prepares, yields None, then trains on the batches and yields the mean loss of each.
@@ -493,7 +494,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flag = command.parser.add_argument
     flag("--threads", type=int, default=1, help="of each process; ranks have one; by default 1")
     options = command.parse(arguments)
-    threads = options.threads
+    if (threads := options.threads) > CORES:
+        raise ConfigError(f"--threads is {threads}, expected at most {CORES}, the cores of this machine")
     before = torch.get_num_threads()
     name = "train" if threads == 1 else f"train-{threads}-threads"
     table = Table(command.csv(options, name), CPU, cores=CORES, threads=threads)

@@ -12,7 +12,7 @@ from benchmarks import muon, train
 from benchmarks.__main__ import NAMES, main
 
 # Columns that each CSV has, and some of its own.
-COLUMNS = "contestant p20_ms p50_ms p80_ms samples ok reason torch device processor commit clocks date"
+COLUMNS = "contestant p20_ms p50_ms p80_ms samples ok reason torch device processor commit clocks load date"
 QUICK = {
     "operators": "mode dtype speedup rounds calls threads gb_per_s gflop_per_s",
     "calls": "mode speedup",
