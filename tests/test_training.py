@@ -71,10 +71,7 @@ def run_alone(
 
 @pytest.mark.parametrize(
     "optimizer, lr, schedule",
-    [
-        *(("sgd", 0.3, "constant"), ("muon", 0.1, "constant"), ("sgd", 0.3, None)),
-        ("sgd", torch.tensor(0.3), "constant"),
-    ],
+    [("sgd", torch.tensor(0.3), "constant"), ("muon", 0.1, "constant"), ("sgd", 0.3, None)],
 )
 def test_learns_and_resumes_bit_for_bit(world, tmp_path, optimizer, lr, schedule):
     run = partial(run_alone, optimizer=optimizer, lr=lr, schedule=schedule)
