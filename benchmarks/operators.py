@@ -217,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("operators", "Compare the operators with PyTorch's own.")
     parser = command.parser
     parser.add_argument("--operators", nargs="+", choices=NATIVE, default=list(NATIVE), help="by default all")
-    parser.add_argument("--shapes", nargs="+", help="such as 256x256; by default all")
+    parser.add_argument("--shapes", nargs="+", help="as in the tables; by default all")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="by default all")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="a GPU if there is one"
@@ -233,11 +233,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     every = torch.get_num_threads()
     threads = [every] if on_gpu or options.quick else sorted({1, every})
     device = torch.device("cuda" if on_gpu else "cpu")
+    asked = [case for case in cases(device, options.quick) if case.operator in options.operators]
+    shapes = list(dict.fromkeys(case.shape for case in asked))
+    if unknown := [shape for shape in options.shapes or () if shape not in shapes]:
+        raise ConfigError(f"--shapes has {unknown[0]!r}, expected of {', '.join(map(repr, shapes))}")
     listed = [
         case
-        for case in cases(device, options.quick)
-        if case.operator in options.operators
-        and case.shape in (options.shapes or [case.shape])
+        for case in asked
+        if case.shape in (options.shapes or [case.shape])
         and str(case.dtype).removeprefix("torch.") in options.dtypes
     ]
     if not listed:
