@@ -26,6 +26,7 @@ def ulps(found: Tensor, expected: Tensor) -> float:
 
 X = torch.cat([torch.linspace(-9, 9, 20001), torch.logspace(-30, 1, 999), -torch.logspace(-30, 1, 999)])
 UNIT = torch.linspace(-0.999, 0.999, 4001)
+LONG = (torch.arange(3 * 2**22) % 3 + 5) / 7.5  # 64 bits cannot hold its sum, nor that of the squares
 # Rounding once is half a unit; GELU's tail multiplies by a number with an absolute error.
 FUNCTIONS: dict[str, tuple[Any, Tensor, float]] = {
     "exp": (torch.exp, X, 0.51),
@@ -48,6 +49,8 @@ FUNCTIONS: dict[str, tuple[Any, Tensor, float]] = {
     "softplus_backward": (lambda x: torch.func.grad(lambda x: F.softplus(x).sum())(x), X, 0.51),
     "norm": (lambda x: x.view(-1, 1999).norm(dim=1), X[: 11 * 1999] * 1e-19, 0.51),
     "norm of subnormal numbers": (lambda x: x.norm(dim=0, keepdim=True), X[:999] * 1e-42, 0.51),
+    "norm of 12 million": (lambda x: x.norm(dim=0, keepdim=True), LONG, 0.51),
+    "sum to one place": (lambda x: x.new_zeros(1).index_add(0, torch.zeros_like(x).int(), x), LONG, 0.51),
     "power": (lambda x: x**3, X.abs().clamp(min=2.0**-40), 0.51),
     # These round twice.
     "std": (lambda x: x.view(-1, 1999).std(1), X[: 11 * 1999], 1.01),
@@ -199,28 +202,32 @@ def test_modes_inside_modes():
         assert not torch.equal(torch.randn(999).exp(), torch.randn(999).exp())
 
 
-def step_foreach() -> None:
+def step(**options: bool) -> None:
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
-    torch.optim.AdamW([p], foreach=True).step()
+    torch.optim.SGD([p], **options).step()
 
 
+COMPLEX, SPARSE = torch.ones(3) + 1j, torch.eye(3).to_sparse()  # which the mode does not make
+HALF = torch.ones(3, 3, dtype=torch.float16)
 # Some of these forms of an operator would give other results than PyTorch's, silently.
 REFUSED: dict[str, Any] = {
     r"no exact version of aten\.cumsum\.default; make it of other": lambda: torch.ones(3).cumsum(0),
     "no exact version of aten": lambda: torch.hann_window(4),
-    r"takes float32, an operand is torch\.bfloat16": lambda: (
-        torch.ones(2, 2).bfloat16() @ torch.ones(2, 2).bfloat16()
-    ),
+    r"takes float32, an operand is torch\.bfloat16": lambda: HALF.bfloat16() @ HALF.bfloat16(),
+    r"takes float32, .* torch\.float16": lambda: F.scaled_dot_product_attention(*3 * [IMAGE.half()]),
     r"takes float32, an operand is torch\.float64": lambda: torch.ones(3).double().sum(),
-    "foreach.*; give foreach=False": step_foreach,
+    r"takes float32, an operand is torch\.float16": lambda: HALF.scatter_add(0, HALF.long(), HALF),
+    "foreach.*; give foreach=False": lambda: step(foreach=True),
+    "fused.*and no fused=True": lambda: step(fused=True),
+    r"no exact version of aten\.sum\.default": lambda: COMPLEX.sum(),
+    r"no exact version of aten\.mm\.default": lambda: SPARSE @ torch.ones(3, 3),
+    r"no exact version of aten\.put_": lambda: torch.arange(3).put_(torch.tensor([0, 0]), torch.arange(2)),
     "aten.normal.Tensor_float": lambda: torch.normal(torch.ones(4), 1.0),
     "aten.normal.float_float": lambda: torch.normal(0.0, 1.0, (4,)),
     r"prims\.sin\.default; make it of other": lambda: torch.ops.prims.sin(torch.ones(3)),
     "linspace": lambda: torch.linspace(0, 8, 5),
-    "scatter.reduce": lambda: torch.ones(4).scatter(
-        0, torch.zeros(4, dtype=torch.long), torch.ones(4), reduce="add"
-    ),
+    "scatter.reduce": lambda: IMAGE.scatter(0, torch.zeros_like(IMAGE).long(), IMAGE, reduce="add"),
     "powers of negative numbers": lambda: (torch.arange(4.0) - 2) ** torch.arange(4.0),
 }
 
@@ -233,7 +240,11 @@ def test_operators_without_a_rule_are_named(message):
 
 def test_special_forms():
     with exact.mode():
-        assert torch.ones(3).long().cumsum(0).tolist() == [1, 2, 3]
+        ones = torch.ones(3).long()
+        assert ones.cumsum(0).tolist() == [1, 2, 3]
+        assert ones[None].index_add(1, torch.tensor([2, 2, 0]), ones[None]).tolist() == [[2, 1, 3]]
+        assert (3 ** torch.arange(5)).tolist() == [1, 3, 9, 27, 81]
+        assert torch.tensor([2**24, 1, 1]).sum(dtype=torch.float32) == 2**24 + 2  # added as integers
         masked = torch.ops.aten._safe_softmax(torch.full((2, 3), -math.inf), -1)
         powers = (torch.arange(4.0) - 2) ** 101
         kernel = torch.randn(2, 4, 2, 3, 2)
@@ -261,13 +272,23 @@ def test_special_forms():
     assert powers.tolist() == [-(2.0**101), -1.0, 0.0, 1.0]
 
 
+def test_the_last_value_for_a_place_is_written():
+    torch.set_num_threads(2)
+    places, values = torch.arange(10**5) % 1000, torch.arange(1e5)
+    with exact.mode():
+        assert torch.equal(torch.zeros(1000).index_put((places,), values), values[-1000:])
+        assert torch.equal(torch.zeros(1000).index_copy(0, places, values), values[-1000:])
+        assert torch.equal(torch.zeros(1000).scatter(0, places, values), values[-1000:])
+
+
 def test_coverage_lists_what_is_missing():
     def function(x: Tensor) -> Tensor:
         attended = F.scaled_dot_product_attention(x, F.group_norm(x, 3), x)
-        return (attended @ x.mT).cumsum(0).exp() + 1
+        return (attended @ x.mT).cumsum(0).exp() + torch.linspace(0, 1, 3) + x.norm(3)
 
     found = exact.coverage(function, torch.randn(2, 3, 3))
-    assert set(found.missing) == {"aten.cumsum.default"}
+    missing = {"aten.cumsum.default", "aten.linspace.default", "aten.linalg_vector_norm.default"}
+    assert set(found.missing) == missing
     assert {"aten.exp.default", "aten.bmm.default"} <= set(found.rules)
-    assert "missing: aten.cumsum.default (1)" in str(found)
+    assert "missing: aten.cumsum.default (1), " in str(found)
     assert not exact.coverage(lambda x: x.bitwise_and(1).cumsum(0), torch.arange(3)).rules

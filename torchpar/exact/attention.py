@@ -52,7 +52,7 @@ def _attention(
     attn_mask: Tensor | None = None, scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """O and P, for ``q (*, m, d)``, ``k (*, n, d)``, and a mask of booleans or of numbers to add."""
-    scores = exact_matmul(q, k) * _scale(q, scale)
+    scores = exact_matmul(q, k) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     if causal:  # a query attends to its own position, and to those before
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if attn_mask is not None:
@@ -68,12 +68,9 @@ def _attention_backward(
     attn_mask: Tensor | None = None, scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dp = exact_matmul(g, v)
-    ds = p * (dp - exact_sum(dp.double() * p.double(), [-1], keepdim=True).float()) * _scale(q, scale)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    ds = p * (dp - exact_sum(dp.double() * p.double(), [-1], keepdim=True).float()) * scale
     return exact_matmul(ds, k.mT), exact_matmul(ds.mT, q.mT), exact_matmul(p.mT, g.mT)
-
-
-def _scale(q: Tensor, scale: float | None) -> float:
-    return 1 / math.sqrt(q.shape[-1]) if scale is None else scale
 
 
 def scaled_dot_product_attention(
@@ -88,13 +85,13 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention` by the rules above, for any shapes and devices.
 
-    A row that attends to nothing is 0. With dropout, or a mask that needs a gradient, it is PyTorch's, of
-    products and a softmax.
+    A row that attends to nothing is 0. With dropout, another dtype, or a mask that needs a gradient, it is
+    PyTorch's, of products and a softmax.
     """
     if enable_gqa:
         times = query.shape[-3] // key.shape[-3]
         key, value = (t.repeat_interleave(times, -3) for t in (key, value))
-    if dropout_p or (attn_mask is not None and attn_mask.requires_grad):
+    if dropout_p or query.dtype != torch.float32 or (attn_mask is not None and attn_mask.requires_grad):
         attend = torch.nn.functional.scaled_dot_product_attention
         return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
     batch = torch.broadcast_shapes(*(t.shape[:-2] for t in (query, key, value)))

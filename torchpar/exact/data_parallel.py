@@ -64,10 +64,6 @@ class BinnedSum:
         return (total * 2.0 ** (_WIDTH * (self.top - 1))).float()
 
 
-def trainable(model: torch.nn.Module) -> list[Tensor]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 class DataParallel:
     """Adds the gradients of units of work, over micro-batches and ranks.
 
@@ -86,13 +82,10 @@ class DataParallel:
     """
 
     def __init__(self, model: torch.nn.Module, group: dist.ProcessGroup | None = None):
-        if group is None and dist.is_initialized() and dist.get_world_size() > 1:
-            raise ConfigError(
-                f"no group was given on {dist.get_world_size()} ranks, expected the process group of the "
-                "ranks that share the units"
-            )
+        if group is None and dist.is_initialized() and (ranks := dist.get_world_size()) > 1:
+            raise ConfigError(f"no group was given on {ranks} ranks, expected the ranks that share the units")
         self.model = model
-        self.parameters = trainable(model)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         for name, p in model.named_parameters():
             if p.requires_grad and (is_dtensor(p) or p.dtype != torch.float32):
                 kind = "a DTensor" if is_dtensor(p) else str(p.dtype)
@@ -116,10 +109,8 @@ class DataParallel:
             raise ConfigError("DataParallel was called outside of torchpar.exact.mode(), expected within it")
         if gradient is None and loss.numel() != 1:
             raise ConfigError(f"the loss has shape {tuple(loss.shape)}, expected one number; take its mean")
-        if [*map(id, trainable(self.model))] != [*map(id, self.parameters)]:
-            raise ConfigError(
-                "parameters were frozen or unfrozen after DataParallel was made; make another one"
-            )
+        if [id(p) for p in self.model.parameters() if p.requires_grad] != [*map(id, self.parameters)]:
+            raise ConfigError("parameters were frozen or unfrozen after DataParallel was made; make another")
         if any(p.grad is not None for p in self.parameters):
             raise ConfigError("a parameter has a gradient before the backward pass; call zero_grad() before")
         loss.backward(gradient)

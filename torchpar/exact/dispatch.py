@@ -28,7 +28,6 @@ from torchpar.exact.attention import scaled_dot_product_attention
 from torchpar.exact.reductions import group_norm
 from torchpar.exact.registry import COMPOSED, PASSING, RULES
 
-_OWN = ("exact_matmul", "maximum")
 _FUNCTIONS = {F.scaled_dot_product_attention: scaled_dot_product_attention, F.group_norm: group_norm}
 Kind = Literal["passing", "rules", "missing"]
 
@@ -76,50 +75,49 @@ class _Functions(TorchFunctionMode):
 
 class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, (known, own_rule) = kwargs or {}, _look_up(func)
-        if own_rule is not None:
+        kwargs, (known, own_rule) = dict(kwargs or {}), _look_up(func)
+        kind = kind_of(func, [*args, *kwargs.values()])
+        if kind == "rules" and own_rule is not None:
             with torch._C.DisableTorchFunction():  # rules do not call attention, and their calls are many
                 return _call(own_rule, func, args, kwargs)
-        if kind_of(func, args) == "passing":
+        if kind == "passing":
             with torch._C.DisableTorchFunction():
                 result = func(*args, **kwargs)
             if known == "passing" or not _has_float(result):
                 return result
-        else:
+        elif own_rule is None:
             with self:  # without autograd, operators that are made of others come whole
                 result = _composition(func)(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         remedy = "make it of other operators; torchpar.exact.coverage lists what is missing"
-        if "_foreach_" in func._schema.name:
-            remedy = "give foreach=False to the optimizer and to clip_grad_norm_"
+        if any(word in str(func) for word in ("_foreach_", "_fused_ad", "_fused_sgd")):
+            remedy = "give foreach=False to the optimizer and to clip_grad_norm_, and no fused=True"
         elif func.namespace in ("c10d", "fsdp"):
             remedy = "add gradients by torchpar.exact.DataParallel"
         raise ConfigError(f"no exact version of {func}; {remedy}")
 
 
-def kind_of(func: Any, args: Any) -> Kind:
+def kind_of(func: Any, operands: list[Any]) -> Kind:
     """Whether an operator has a rule, passes, as one of integers does, or is missing."""
     kind, _ = _look_up(func)
-    if kind == "rules":
-        return kind
-    if any(isinstance(t, Tensor) and t.is_complex() for t in args):  # some processors fuse its products
-        return "missing"
-    return kind if _has_float(args) else "passing"
+    for t in operands:  # processors may fuse complex products, and add sparse terms in any order
+        if t.is_complex() or t.layout != torch.strided if isinstance(t, Tensor) else isinstance(t, complex):
+            return "missing"
+    return kind if kind == "rules" or _has_float(operands) else "passing"
 
 
 @cache
 def _look_up(func: Any) -> tuple[Kind, Callable[..., Any] | None]:
     """The kind of an operator of floats, and its rule, which one that is made of others does not have."""
     namespace, _, name = func._schema.name.partition("::")
-    names = {name, name.removesuffix("_")} if namespace == "aten" else set()
+    adds = "reduce" in str(func)  # ranks, and scatters with a reduction, add in an order of their own
+    names = {name, name.removesuffix("_")} if namespace == "aten" and not adds else set()
     own_rule = next((RULES[name] for name in names if name in RULES), None)
     if own_rule is not None or names & COMPOSED:
         return "rules", own_rule
-    if namespace in ("aten", "c10d"):  # ranks, and scatters with a reduction, add in an order of their own
-        passes = bool(names & PASSING or namespace == "c10d") and "reduce" not in str(func)
-    else:
-        passes = namespace == "profiler" or (namespace == "torchpar" and name in _OWN)
+    passes = names & PASSING or namespace == "profiler" or (namespace == "c10d" and not adds)
+    passes = passes or func._schema.name in ("torchpar::exact_matmul", "torchpar::maximum")
     return "passing" if passes else "missing", None
 
 
@@ -173,17 +171,23 @@ class Coverage:
 
 
 def coverage(function: Callable[..., Any], *inputs: Any, **options: Any) -> Coverage:
-    """Call ``function`` in ordinary arithmetic, and say which of its operators `mode` has.
+    """Call ``function`` in `mode`, and where that refuses an operator in ordinary arithmetic.
 
     Include the backward pass and the optimizer's step in the function.
     """
     found = Coverage()
 
-    class _Recorder(TorchDispatchMode):
+    class _Recorder(_Operators):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            getattr(found, kind_of(func, args))[str(func)] += 1
-            return func(*args, **(kwargs or {}))
+            kwargs = kwargs or {}
+            calls = found.passing if kind_of(func, [*args, *kwargs.values()]) == "passing" else found.rules
+            try:
+                result = super().__torch_dispatch__(func, types, args, kwargs)
+            except ConfigError:
+                calls, result = found.missing, func(*args, **kwargs)
+            calls[str(func)] += 1
+            return result
 
-    with _Recorder():
+    with _disable_current_modes(), _Functions(), _Recorder():
         function(*inputs, **options)
     return found

@@ -25,19 +25,16 @@ _LN2_HIGH, _LN2_LOW = float.fromhex("0x1.62e42feep-1"), float.fromhex("0x1.a39ef
 _SQRT_HALF_BITS = 0x3FE6A09E667F3BCD  # from which to √2 the exponent is 0
 _EXP_TERMS = 12  # of Taylor's series for |r| < 0.3466: the rest is below 3·10⁻¹⁶
 # erf(x)/x as a polynomial in u = x²/8 − 1, for |x| ≤ 4: interpolated at Chebyshev's points, error 4·10⁻¹⁰.
-_ERF = [
-    float.fromhex(text)
-    for text in (
-        *("0x1.6a040781a499cp-2", "-0x1.69a0cd301b91ep-3", "0x1.0dabaf245a337p-3", "-0x1.b92e6d963dfaap-4"),
-        *("0x1.717eee4e076f7p-4", "-0x1.3218984cd195ap-4", "0x1.ea99e1ae9780fp-5", "-0x1.76bcc6dec6fadp-5"),
-        *("0x1.0ec5c6e1688d8p-5", "-0x1.71aa3a7454ee2p-6", "0x1.d73ce53e159ffp-7", "-0x1.12ba7628ceb60p-7"),
-        *("0x1.38ee4f02d9147p-8", "-0x1.7d61c3299c579p-9", "0x1.71a9bd2a54af3p-10", "-0x1.555506765c526p-12"),
-        *("0x1.6b49f96c0d06fp-13", "-0x1.026466e217773p-12", "0x1.8a6caab470c6fp-14"),
-    )
-]
+_ERF_HEX = """
+    0x1.6a040781a499cp-2 -0x1.69a0cd301b91ep-3 0x1.0dabaf245a337p-3 -0x1.b92e6d963dfaap-4
+    0x1.717eee4e076f7p-4 -0x1.3218984cd195ap-4 0x1.ea99e1ae9780fp-5 -0x1.76bcc6dec6fadp-5
+    0x1.0ec5c6e1688d8p-5 -0x1.71aa3a7454ee2p-6 0x1.d73ce53e159ffp-7 -0x1.12ba7628ceb60p-7
+    0x1.38ee4f02d9147p-8 -0x1.7d61c3299c579p-9 0x1.71a9bd2a54af3p-10 -0x1.555506765c526p-12
+    0x1.6b49f96c0d06fp-13 -0x1.026466e217773p-12 0x1.8a6caab470c6fp-14
+"""
+_ERF = [*map(float.fromhex, _ERF_HEX.split())]
 # π/2 in two parts: products of the first, of 33 bits, with integers below 2²⁰ are exact.
 _HALF_PI_HIGH, _HALF_PI_LOW = float.fromhex("0x1.921fb5440p+0"), float.fromhex("0x1.0b4611a626331p-34")
-_LARGEST_ANGLE = 2.0**20
 _TANH = [1.0, -1 / 3, 2 / 15, -17 / 315, 62 / 2835, -1382 / 155925, 21844 / 6081075]  # Taylor's
 _PIECE = 2**14  # elements to a thread at a time, whose float64 scratch stays in a core's cache
 
@@ -137,7 +134,7 @@ def sin64(x: Tensor, quarters: int = 0) -> Tensor:
     With n the integer nearest to x / (π/2), and r = x − n·π/2, it is ±sin r or ±cos r, by Taylor's series.
     """
     finite = x.abs() < math.inf
-    if (x.abs() >= _LARGEST_ANGLE).logical_and_(finite).any():
+    if (x.abs() >= 2.0**20).logical_and_(finite).any():
         raise ConfigError(f"sin and cos in exact arithmetic take angles below 2²⁰, one is {x.abs().max():g}")
     n = torch.where(finite, x * (2 / math.pi), 0.0).round()
     r = torch.where(finite, x, math.nan) - n * _HALF_PI_HIGH - n * _HALF_PI_LOW
@@ -243,11 +240,14 @@ RULES.update(
 )
 
 
-@rule("pow")
+@rule("pow", any_dtype=True)
 def _pow(x: Any, exponent: Any) -> Tensor:
     dtype = torch.result_type(x, exponent)
+    if not dtype.is_floating_point:
+        return torch.pow(x, exponent)
+    check_float32(torch.empty(0, dtype=dtype))
     if not isinstance(exponent, Tensor):
-        return in_pieces(pow64, x.to(dtype), float(exponent)) if dtype.is_floating_point else x**exponent
+        return in_pieces(pow64, x.to(dtype), float(exponent))
     base = x.double() if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float64)
     if (base < 0).any():
         raise ConfigError("exact arithmetic has powers of negative numbers to one number, not to a tensor")
@@ -255,7 +255,7 @@ def _pow(x: Any, exponent: Any) -> Tensor:
     return torch.where(exponent == 0, 1.0, power).to(dtype)
 
 
-@rule("arange")
+@rule("arange", any_dtype=True)
 def _arange(*bounds: Any, **options: Any) -> Tensor:
     if any(bound != int(bound) for bound in bounds):
         raise ConfigError(f"arange{bounds} in exact arithmetic expects whole numbers; scale their range")

@@ -9,14 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchpar.errors import ConfigError
-from torchpar.exact.registry import check_float32, rule, times
+from torchpar.exact.registry import rule, times
 from torchpar.exact.sums import exact_sum
 from torchpar.ops import exact_matmul
 
 
 @rule("mm", "bmm")
 def _mm(a: Tensor, b: Tensor) -> Tensor:
-    check_float32(a, b)
     return exact_matmul(a, b.mT)
 
 
@@ -46,7 +45,6 @@ def _convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any,
     transposed: bool, output_padding: Any, groups: int,
 ) -> Tensor:  # fmt: skip
-    check_float32(x, weight, bias)
     if transposed:
         raise ConfigError("exact arithmetic has no transposed convolutions")
     windows = _windows(x, weight.shape[2:], stride, padding, dilation, groups)

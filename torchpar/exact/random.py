@@ -46,37 +46,32 @@ def _product(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
 
 def _uniform64(shape: Sequence[int], generator: torch.Generator | None, device: Any) -> Tensor:
     """Numbers (i + ½)·2⁻³² in (0, 1), float64, of the given shape."""
-    words = torch.randint(
-        0, 2**32, (2,), generator=generator, device="cpu" if generator is None else generator.device
-    )
+    where = "cpu" if generator is None else generator.device
+    words = torch.randint(0, 2**32, (2,), generator=generator, device=where)
     n = math.prod(shape)
     drawn = philox(torch.arange(-(-n // 4), device=device), (int(words[0]), int(words[1])))
     return ((drawn.flatten()[:n].double() + 0.5) * 2.0**-32).view(*shape)
 
 
-def _normal64(shape: Sequence[int], generator: torch.Generator | None, device: Any) -> Tensor:
-    """Normal numbers of mean 0 and variance 1, float64, by Box and Muller's formula."""
-    radius, angle = _uniform64((2, *shape), generator, device)
-    return (log64(radius) * -2).sqrt() * cos64(angle * (2 * math.pi))
-
-
-@rule("normal_")  # torch.normal has the mean first, and is refused
+@rule("normal_", any_dtype=True)  # torch.normal has the mean first, and is refused
 def _normal(x: Tensor, mean: float = 0.0, std: float = 1.0, *, generator: Any = None) -> Tensor:
-    return (_normal64(x.shape, generator, x.device) * std + mean).to(x.dtype)
+    radius, angle = _uniform64((2, *x.shape), generator, x.device)
+    normal = (log64(radius) * -2).sqrt() * cos64(angle * (2 * math.pi))  # by Box and Muller
+    return (normal * std + mean).to(x.dtype)
 
 
-@rule("uniform_")  # whose kernel fuses this product and sum on some processors
+@rule("uniform_", any_dtype=True)  # whose kernel fuses this product and sum on some processors
 def _uniform(x: Tensor, low: float = 0.0, high: float = 1.0, *, generator: Any = None) -> Tensor:
     drawn = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
     return drawn * (high - low) + low
 
 
-@rule("bernoulli_")
+@rule("bernoulli_", any_dtype=True)
 def _bernoulli(x: Tensor, p: Any = 0.5, *, generator: Any = None) -> Tensor:
     return (_uniform64(x.shape, generator, x.device) < p).to(x.dtype)
 
 
-@rule("native_dropout")  # of a GPU
+@rule("native_dropout", any_dtype=True)  # of a GPU
 def _native_dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
     p = 0.0 if train is False else p
     kept = _bernoulli(x, 1 - p)

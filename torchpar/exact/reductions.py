@@ -16,28 +16,26 @@ from torch import Tensor
 
 from torchpar.errors import ConfigError
 from torchpar.exact.functions import exp64, in_pieces, log64
-from torchpar.exact.registry import check_float32, rule
+from torchpar.exact.registry import RULES, check_float32, rule
 from torchpar.exact.sums import exact_index_sum, exact_sum
 
 
-@rule("sum")
+@rule("sum", any_dtype=True)
 def _sum(x: Tensor, dims: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
-    if not x.is_floating_point():
-        return torch.sum(x, dims, keepdim, dtype=dtype) if dims is not None else torch.sum(x, dtype=dtype)
+    if not x.is_floating_point():  # a sum in another dtype would round
+        return torch.sum(x, dims, keepdim).to(dtype or torch.int64)
     check_float32(x)
     return exact_sum(x, dims, keepdim).to(dtype or x.dtype)
 
 
 @rule("mean")
 def _mean(x: Tensor, dims: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
-    check_float32(x)
     total = exact_sum(x, dims, keepdim)
     return (total / (x.numel() / max(total.numel(), 1))).to(dtype or x.dtype)
 
 
 @rule("var")
 def _var(x: Tensor, dims: Any = None, *, correction: Any = None, keepdim: bool = False) -> Tensor:
-    check_float32(x)
     total = exact_sum(x, dims, True)
     n = x.numel() / max(total.numel(), 1)
     by = n - (1 if correction is None else correction)
@@ -48,7 +46,6 @@ def _var(x: Tensor, dims: Any = None, *, correction: Any = None, keepdim: bool =
 def _norm(x: Tensor, order: Any = 2, dims: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
     if order == math.inf:
         return torch.linalg.vector_norm(x, order, dims, keepdim, dtype=dtype)
-    check_float32(x)
     if order not in (1, 2):
         raise ConfigError(f"exact arithmetic has norms of the orders 1, 2 and infinity, not {order}")
     terms = x.double().square() if order == 2 else x.double().abs()
@@ -60,7 +57,6 @@ def _norm(x: Tensor, order: Any = 2, dims: Any = None, keepdim: bool = False, *,
 def _layer_norm(
     x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_float32(x, weight, bias)
     dims = [*range(-len(shape), 0)]
     mean = exact_sum(x, dims, True) / math.prod(shape)
     centred = x.double() - mean
@@ -81,8 +77,7 @@ def _layer_norm_backward(
     scaled = g.double() if weight is None else g.double() * weight.double()
     along = exact_sum(scaled * normal, dims, True) / n
     dx = (rstd.double() * (scaled - exact_sum(scaled, dims, True) / n - normal * along)).float()
-    dw = exact_sum(g.double() * normal, batch).float() if batch else (g.double() * normal).float()
-    db = exact_sum(g, batch).float() if batch else g.clone()
+    dw, db = ((exact_sum(t, batch) if batch else t).float() for t in (g.double() * normal, g.double()))
     return dx, dw, db
 
 
@@ -144,24 +139,32 @@ def _embedding_backward(g: Tensor, indices: Tensor, rows: int, padding: int, by_
     return gradient
 
 
-@rule("_index_put_impl")
+@rule("_index_put_impl", any_dtype=True)
 def _index_put(x: Tensor, indices: Any, values: Tensor, accumulate: bool = False, *_: Any) -> Tensor:
-    if not (accumulate and x.is_floating_point()):
-        return torch.index_put(x, indices, values)
+    adds_floats = accumulate and x.is_floating_point()
+    if not adds_floats and (accumulate or values.numel() < 2):
+        return torch.ops.aten.index_put(x, indices, values, accumulate)
     places = torch.arange(x.numel(), device=x.device).view(x.shape)  # in the flat tensor
     places = places[tuple(slice(None) if i is None else i for i in indices)]
-    terms = values.expand(places.shape).reshape(-1, 1)
-    return x + exact_index_sum(terms, places.flatten(), x.numel()).view(x.shape)
+    terms, places = values.expand(places.shape).reshape(-1, 1), places.flatten()
+    if adds_floats:
+        return x + exact_index_sum(terms, places, x.numel()).view(x.shape)
+    # Several threads may write to a place. They all write its last value.
+    order = torch.arange(len(places), device=x.device)
+    last = order.new_zeros(x.numel()).scatter_reduce(0, places, order, "amax")
+    return torch.index_put(x.flatten(), (places,), terms[last[places], 0]).view(x.shape)
 
 
-@rule("scatter_add")
-def _scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
-    if not x.is_floating_point():
-        return torch.scatter_add(x, dim, index, source)
+@rule("scatter_add", any_dtype=True)
+def _scatter_add(x: Tensor, dim: int, index: Tensor, source: Any, accumulate: bool = True) -> Tensor:
     indices = [torch.arange(n, device=x.device) for n in index.shape]
     places = [*torch.meshgrid(*indices, indexing="ij")]
     places[dim] = index
-    return _index_put(x, places, source[tuple(map(slice, index.shape))], True)
+    values = source[tuple(map(slice, index.shape))] if isinstance(source, Tensor) else x.new_tensor(source)
+    return _index_put(x, places, values, accumulate)
+
+
+RULES["scatter"] = lambda *operands: _scatter_add(*operands, accumulate=False)
 
 
 @rule("max_pool2d_with_indices_backward")

@@ -24,16 +24,16 @@ _PASSING = """
     slice_scatter split split_with_sizes squeeze stack t take_along_dim transpose tril triu unbind unfold
     unsafe_split unsqueeze view _unsafe_view _reshape_alias to _to_copy _pin_memory resize_
     empty empty_like empty_strided full full_like ones ones_like scalar_tensor zeros zeros_like fill zero eye
-    masked_fill masked_scatter scatter index_fill index_copy where nan_to_num clamp clamp_min clamp_max
+    masked_fill masked_scatter index_fill where nan_to_num clamp clamp_min clamp_max
     abs neg sign sgn sqrt floor ceil round trunc relu threshold threshold_backward hardtanh hardtanh_backward
     eq ne lt le gt ge isnan isinf isneginf isposinf logical_and logical_or logical_not logical_xor all any
     equal maximum minimum max min amax amin argmax argmin sort topk mul div reciprocal max_pool2d_with_indices
     new_empty_strided _local_scalar_dense item is_same_size is_pinned embedding random rand rand_like
 """
 PASSING = frozenset(_PASSING.split())
-# Operators that PyTorch makes of others; group norms, which the mode replaces before
+# Operators that PyTorch makes of others; put, which is refused; group norms, which the mode replaces before
 _COMPOSED = """
-    bernoulli index_add index_put mse_loss mse_loss_backward nll_loss_forward nll_loss_backward
+    bernoulli index_add index_copy index_put put mse_loss mse_loss_backward nll_loss_forward nll_loss_backward
     nll_loss2d_forward nll_loss2d_backward randn randn_like _safe_softmax std uniform _unsafe_index_put
     native_group_norm native_group_norm_backward
 """
@@ -42,19 +42,24 @@ COMPOSED = frozenset(_COMPOSED.split())
 RULES: dict[str, Rule] = {}
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for the ATen operators of these names."""
+def rule(*names: str, any_dtype: bool = False) -> Callable[[Rule], Rule]:
+    """Register a rule for the ATen operators of these names; it takes float32 unless ``any_dtype``."""
 
     def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, function))
+        def checked(*operands: Any, **options: Any) -> Any:
+            check_float32(*operands)
+            return function(*operands, **options)
+
+        RULES.update(dict.fromkeys(names, function if any_dtype else checked))
         return function
 
     return register
 
 
-def check_float32(*operands: Tensor | None) -> None:
-    for t in operands:
-        if t is not None and t.dtype != torch.float32:
+def check_float32(first: Tensor, *others: Any) -> None:
+    """Raise an error unless the first operand, and all other floats, are float32."""
+    for t in first, *(t for t in others if isinstance(t, Tensor) and t.is_floating_point()):
+        if t.dtype != torch.float32:
             raise ConfigError(f"exact arithmetic takes float32, an operand is {t.dtype}; convert it")
 
 

@@ -2,15 +2,17 @@
 """Sums whose bits do not depend on the order of their terms: numbers as integers in units of a power of two.
 
 For a row with the largest |x| below 2^e, each term becomes the integer round(x·2^(40 − e)). Integers of 64
-bits hold the sum of 2²² of them, whatever the order. The rounding of a term is at most 2⁻⁴¹ of the largest.
+bits hold the sum of 2²² of them, whatever the order, and two words that of 2³³. The sum of the integers is
+rounded to float64 once. The rounding of a term is at most 2⁻⁴¹ of the largest.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from torchpar.errors import ConfigError
+from torchpar.exact.registry import check_float32
 from torchpar.ops.exact_digits import power_of_two
 
 BITS = 40
@@ -25,17 +27,22 @@ def exact_sum(x: Tensor, dims: list[int] | None = None, keepdim: bool = False) -
     if x.dim() == 0:
         return x.double()
     dims = sorted({dim % x.dim() for dim in (dims or range(x.dim()))})
-    terms = math.prod(x.shape[dim] for dim in dims)
-    if terms > _LONGEST:
-        raise ConfigError(f"a sum in exact arithmetic has {terms} terms, expected at most {_LONGEST}")
     if x.numel() == 0:
         return x.double().sum(dims, keepdim)
     exponents, unusual = exponents_of(x.abs().amax(dims, True).double())
-    units = (x.double() * power_of_two(BITS - exponents, torch.float64)).round_()
-    total = units.long().sum(dims, True).double() * power_of_two(exponents - BITS, torch.float64)
+    units = (x.double() * power_of_two(BITS - exponents, torch.float64)).round_().long()
+    total = _total(units, lambda t: t.sum(dims, True), math.prod(x.shape[dim] for dim in dims))
+    total *= power_of_two(exponents - BITS, torch.float64)
     if unusual.any():  # of signs alone, in any order
         total = torch.where(unusual, torch.where(x.isfinite(), 0.0, x).double().sum(dims, True), total)
     return total if keepdim else total.squeeze(dims)
+
+
+def _total(units: Tensor, add: Callable[[Tensor], Tensor], terms: int) -> Tensor:
+    """The sums by ``add`` of at most ``terms`` integers each, as float64."""
+    if terms <= _LONGEST:
+        return add(units).double()
+    return add(units >> 20).double() * 2.0**20 + add(units & (2**20 - 1)).double()
 
 
 def exponents_of(largest: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,12 +57,13 @@ def exact_index_sum(values: Tensor, indices: Tensor, size: int) -> Tensor:
 
     All terms have the unit of the largest, so that every sum is exact. A sum with an infinity is NaN.
     """
+    check_float32(values)
     x = values.double()
     finite = x.nan_to_num(0, 0, 0)
     exponent, _ = exponents_of(finite.abs().amax() if x.numel() else x.new_zeros(()))
     units = (finite * power_of_two(BITS - exponent, torch.float64)).round_().long()
-    total = units.new_zeros(size, values.shape[1]).index_add_(0, indices, units)
-    result = (total.double() * power_of_two(exponent - BITS, torch.float64)).float()
+    total = _total(units, lambda t: t.new_zeros(size, t.shape[1]).index_add_(0, indices, t), len(values))
+    result = (total * power_of_two(exponent - BITS, torch.float64)).float()
     if not x.isfinite().all():
         result.index_add_(0, indices, torch.where(x.isfinite(), 0.0, math.nan).float())
     return result
