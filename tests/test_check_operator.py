@@ -8,7 +8,9 @@ import pytest
 import torch
 from samples import normal
 from torch import Tensor
+from torch.distributed.tensor import Replicate
 
+from torchpar import library
 from torchpar.errors import ConfigError
 from torchpar.testing import OperatorTable, Sample, check_operator
 from torchpar.testing.rules import RULES
@@ -102,15 +104,17 @@ def test_lists_integers_keywords_and_several_results(op: Any, sample: Sample, re
     assert outcomes(table) == dict.fromkeys(rules, "works"), str(table)
 
 
-def test_fake_results_that_share_memory_are_wrong() -> None:
-    op = torch.library.custom_op(
-        "torchpar_tests::two",
-        lambda x: (x + 1, x + 2),
-        mutates_args=(),
-        schema="(Tensor x) -> (Tensor, Tensor)",
-    )
+def test_two_results() -> None:
+    """Fakes that share memory are found. One result of DTensors may be unused (refused: pytorch#173123)."""
+    schema = "(Tensor x) -> (Tensor, Tensor)"
+    reference = lambda x: (2 * x, x + 1)  # noqa: E731
+    op = library.custom_op("torchpar_tests::two", reference, mutates_args=(), schema=schema)
     op.register_fake(lambda x: (x.new_empty(x.shape),) * 2)
-    assert "share memory" in str(check_operator(op, [(normal(3),)], rules="fake tensors"))
+    op.register_autograd(lambda ctx, g, h: 2 * g + h)
+    op.register_sharding(lambda x: [([Replicate()] * 2, [Replicate()])])
+    table = check_operator(op, [(normal(3),)], reference=reference, rules=["fake tensors", "DTensor"])
+    assert outcomes(table) == {"fake tensors": "wrong", "DTensor": "works"}, str(table)
+    assert "share memory" in str(table)
 
 
 def test_reasons_for_which_a_rule_is_not_run(right: Any) -> None:

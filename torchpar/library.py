@@ -405,7 +405,10 @@ class _Call:
         return result if self.is_tuple else result[0]
 
     def set_up(self, ctx: Any, leaves: Sequence[Any], output: tuple[Any, ...]) -> None:
-        ctx.call = self
+        ctx.call, self.count = self, len(leaves)
+        if len(output) > 1:  # the zeros that autograd makes are no DTensors (pytorch#173123)
+            ctx.set_materialize_grads(False)
+            self.results = [(t.shape, t.dtype, t.device) for t in output]
         ctx.needs_input_grad = _nested(ctx.needs_input_grad[:-1], self.sizes)
         if self.op._setup_context:
             keywords = {}
@@ -419,6 +422,12 @@ class _Call:
         """The gradients of the leaves."""
         if self.op._backward is None:
             raise RuntimeError(f"{self.op._qualname} has no backward; register one by register_autograd")
+        if any(g is None for g in grads):  # of a result that is not used
+            like = next((g for g in grads if g is not None), None)
+            if like is None:
+                return (None,) * self.count
+            made = [like.new_zeros(shape, dtype=dtype, device=where) for shape, dtype, where in self.results]
+            grads = [zeros if g is None else g for g, zeros in zip(grads, made, strict=True)]
         found = self.op._backward(ctx, *_nested(grads, self.output_sizes))
         found = found if isinstance(found, tuple) else (found,)
         count = len(self.op._positional)

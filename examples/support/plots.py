@@ -93,7 +93,7 @@ def save_curves(path: Path, curves: Mapping[str, Sequence[float]], x: str, y: st
     """Draw ``curves`` by name, on logarithmic axes; their x is 1, 2, 3, …"""
     figure, (axes,) = _subplots(1, 1, (7, 4))
     for label, values in curves.items():
-        axes.loglog(range(1, 1 + len(values)), values, ".-", label=label)
+        axes.loglog(range(1, 1 + len(values)), values, ".-", label=label, zorder=-len(values))
     axes.set(xlabel=x, ylabel=y)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)

@@ -25,9 +25,9 @@ class Row:
     """The outcome of a rule.
 
     Attributes:
-        outcome: of several samples the worst. "works"; "by its formula", if the result is right,
-            but was computed without the operator; "refuses", by an error with a message; "wrong";
-            "crashes", by any other error; or "not run".
+        outcome: of several samples the worst; export and Inductor try the first. "works"; "by its formula",
+            if the result is right, but was computed without the operator; "refuses", by an error with a
+            message; "wrong"; "crashes", by any other error; or "not run".
         detail: a message, or a remark.
         sample: the index of the first sample with this outcome.
     """

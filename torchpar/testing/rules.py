@@ -543,9 +543,13 @@ def _(case: Case) -> Attempts:
     leaves = case.leaves()
     ys = case.smooth(case.plain)(*leaves)
     incoming = list(map(normal_like, ys))
-    of_operands: Sequence[Tensor] = ()
+    every = range(len(ys))
+    chosen = [every, *([i] for i in every if len(every) > 1 and ys[i].requires_grad)]
+    of_operands = []
     with suppress(RuntimeError):  # without a derivative, which is another rule's matter
-        of_operands = gradients(ys, leaves, incoming)
+        for some in chosen:
+            given = [ys[i] for i in some], leaves, [incoming[i] for i in some]
+            of_operands.append((some, gradients(*given, retain_graph=True)))
     expected = case.op(*case.operands), incoming, of_operands
     local: list[Any] = []
     with _simulated_ranks() as mesh:
@@ -606,10 +610,12 @@ def _compare(
     _same_on_all_ranks(whole, results)
     if communication.get_total_counts() == 0:
         local.append(placements)
-    if of_operands:
-        smooth = [y for y, smooth in zip(whole, case.is_smooth, strict=True) if smooth]
-        found: Sequence[Any] = gradients(smooth, xs, [_place(g, mesh, Replicate()) for g in incoming])
-        _same_on_all_ranks([g.redistribute(placements=[Replicate()]) for g in found], of_operands)
+    smooth = [y for y, smooth in zip(whole, case.is_smooth, strict=True) if smooth]
+    placed = [_place(g, mesh, Replicate()) for g in incoming]
+    for some, right in of_operands:
+        given = [smooth[i] for i in some], xs, [placed[i] for i in some]
+        found: Sequence[Any] = gradients(*given, retain_graph=True)
+        _same_on_all_ranks([g.redistribute(placements=[Replicate()]) for g in found], right)
 
 
 def _same_on_all_ranks(actual: Sequence[Any], expected: Sequence[Tensor]) -> None:
