@@ -226,7 +226,7 @@ REFUSED: dict[str, Any] = {
     "aten.normal.Tensor_float": lambda: torch.normal(torch.ones(4), 1.0),
     "aten.normal.float_float": lambda: torch.normal(0.0, 1.0, (4,)),
     r"prims\.sin\.default; make it of other": lambda: torch.ops.prims.sin(torch.ones(3)),
-    "linspace": lambda: torch.linspace(0, 8, 5),
+    "linspace": lambda: torch.linspace(-5, 3, 7, dtype=torch.int64),
     "scatter.reduce": lambda: IMAGE.scatter(0, torch.zeros_like(IMAGE).long(), IMAGE, reduce="add"),
     "powers of negative numbers": lambda: (torch.arange(4.0) - 2) ** torch.arange(4.0),
 }

@@ -255,6 +255,11 @@ def _pow(x: Any, exponent: Any) -> Tensor:
     return torch.where(exponent == 0, 1.0, power).to(dtype)
 
 
+@rule("linspace", "logspace", any_dtype=True)  # of integers, too, which they compute in floats
+def _linspace(*bounds: Any, **options: Any) -> Tensor:
+    raise ConfigError("exact arithmetic has no linspace or logspace; scale an arange")
+
+
 @rule("arange", any_dtype=True)
 def _arange(*bounds: Any, **options: Any) -> Tensor:
     if any(bound != int(bound) for bound in bounds):
