@@ -50,9 +50,14 @@ def start_ranks(ranks: int, threads: int = 1, device: str = "cpu") -> Iterator[G
         ]
         for future in joining:
             future.result()
-        yield started
-        with suppress(BrokenProcessPool):  # a rank was killed
-            started.run(_leave)
+        try:
+            yield started
+        except KeyboardInterrupt:
+            started.kill()
+            raise
+        finally:
+            with suppress(BrokenProcessPool):  # a rank was killed
+                started.run(_leave)
 
 
 def current_world() -> World:

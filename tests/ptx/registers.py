@@ -80,7 +80,7 @@ def reader(operand: Any, kind: str = "u32") -> Read:
 
         def join(warp: Any) -> Values:
             values = [read(warp) for read in parts]
-            if UNWRITTEN in values:
+            if any(one is UNWRITTEN for one in values):
                 return Unready(parts=values)
             return np.stack(values, 1).view(dtype)[:, 0]
 
