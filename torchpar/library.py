@@ -408,7 +408,8 @@ class _Call:
         ctx.call, self.count = self, len(leaves)
         if len(output) > 1:  # the zeros that autograd makes are no DTensors (pytorch#173123)
             ctx.set_materialize_grads(False)
-            self.results = [(t.shape, t.dtype, t.device) for t in output]
+            # A result that is no tensor, such as a number, gets no zeros.
+            self.results = [(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else None for t in output]
         ctx.needs_input_grad = _nested(ctx.needs_input_grad[:-1], self.sizes)
         if self.op._setup_context:
             keywords = {}
@@ -426,8 +427,10 @@ class _Call:
             like = next((g for g in grads if g is not None), None)
             if like is None:
                 return (None,) * self.count
-            made = [like.new_zeros(shape, dtype=dtype, device=where) for shape, dtype, where in self.results]
-            grads = [zeros if g is None else g for g, zeros in zip(grads, made, strict=True)]
+            grads = [
+                like.new_zeros(result[0], dtype=result[1], device=result[2]) if g is None and result else g
+                for g, result in zip(grads, self.results, strict=True)
+            ]
         found = self.op._backward(ctx, *_nested(grads, self.output_sizes))
         found = found if isinstance(found, tuple) else (found,)
         count = len(self.op._positional)

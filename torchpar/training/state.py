@@ -55,9 +55,7 @@ def save(run: "Run", checkpoints: Checkpoints) -> None:
             if not isinstance(value, Tensor):
                 found = f"is a {type(value).__name__}, expected a tensor"
             elif is_marked(p) and value.dim() and value.shape != p.shape:
-                found = (
-                    f"has shape {tuple(value.shape)}, expected {tuple(p.shape)} or a number, as it is split"
-                )
+                found = f"has shape {tuple(value.shape)}, expected {tuple(p.shape)}, as it is split"
             else:
                 tensors[f"optimizer.{name}.{key}"] = _shard(p, value)
                 continue
@@ -134,8 +132,12 @@ def _like(now: Any, saved: Any) -> Any:
     if isinstance(now, Tensor):
         return now.copy_(torch.as_tensor(saved, dtype=now.dtype))
     if isinstance(now, dict):
-        keys = {str(key): key for key in now}
-        return {keys.get(key, key): _like(now.get(keys.get(key)), value) for key, value in saved.items()}
+        restore = int if now and all(isinstance(key, int) for key in now) else str
+        pairs = ((restore(key), value) for key, value in saved.items())
+        filled = now.copy()  # of the same class, such as Counter
+        filled.clear()
+        filled.update({key: _like(now.get(key), value) for key, value in pairs})
+        return filled
     if isinstance(now, list | tuple) and len(now) == len(saved):
         return [_like(*pair) for pair in zip(now, saved, strict=True)]
     return saved

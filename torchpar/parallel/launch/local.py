@@ -86,7 +86,11 @@ class Ranks(ExitStack):
             for rank, worker in enumerate(self.workers[:world_size])
         ]
         # A rank that has failed leaves the others waiting for as long as their groups' timeout.
-        hanging = wait(wait(futures, timeout, FIRST_EXCEPTION).not_done, grace).not_done
+        try:
+            hanging = wait(wait(futures, timeout, FIRST_EXCEPTION).not_done, grace).not_done
+        except KeyboardInterrupt:
+            self.kill()
+            raise
         outcomes: list[Any] = []
         for future in futures:
             error = TimeoutError("the rank hangs") if future in hanging else future.exception()
