@@ -120,7 +120,7 @@ class Case:
         """The results of the operator, or of another function, for operands that it may refuse."""
         try:
             return (function or self.op)(*operands)
-        except (*REFUSALS, TypeError, IndexError) as e:  # the last for too few dimensions
+        except (*REFUSALS, TypeError, IndexError) as e:  # IndexError: too few dimensions
             raise Outcome("not run", f"eager mode refuses: {e}") from e
 
     @cached_property

@@ -163,7 +163,7 @@ def _worst(attempts: Attempts) -> tuple[str, str]:
 
 
 def _message(e: BaseException) -> str:
-    """The note or the message of an error; of the compiler's errors, those of the first one."""
+    """An error's notes and message, on one line; of a chain of the compiler's errors, those of the first."""
     if type(e).__name__ == "TorchRuntimeError":
         while e.__context__:
             e = e.__context__

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Ranks on this machine: processes forked from one server that has imported PyTorch.
 
-with Ranks() as ranks:
-    results = ranks(2, function, argument)  # of a module-level function on each rank, in a gloo group
+    with Ranks() as ranks:
+        results = ranks(2, function, argument)  # of a module-level function on each rank
+
+Each call has a gloo group of its own.
 """
 
 import itertools

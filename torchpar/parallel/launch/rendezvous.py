@@ -67,6 +67,7 @@ def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo | None:
         ConfigError: a variable is missing or out of range, the ranks span machines without MASTER_ADDR and
             MASTER_PORT, or srun started several tasks without torchrun.
     """
+    # mpirun comes before SLURM: in an allocation its ranks inherit the SLURM variables of its daemons.
     job = None
     if "RANK" in env:
         launcher = "env"
