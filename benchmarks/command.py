@@ -72,6 +72,6 @@ def run(main: Callable[[], int], command: str = "") -> None:
         print(f"python -m benchmarks {command}: error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        kept = "the CSV in --output, if that was given, has the complete cases, but of scaling and speedrun"
+        kept = "a CSV in --output holds complete cases only"
         print(f"python -m benchmarks {command}: interrupted; {kept}", file=sys.stderr)
         sys.exit(130)

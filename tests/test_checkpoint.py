@@ -372,10 +372,12 @@ def test_keys_that_are_numbers_come_back_as_such(world, tmp_path):
     for rate in (0.1, 0.7):  # the first is saved, the second resumes
         model = MLP([4, 2])
         run = make_run(model, torch.optim.SGD(model.parameters(), lr=rate), world)
+        run.optimizer.param_groups[0]["betas"] = (0.9, 0.99)  # of another optimizer
         run.lr_scheduler = torch.optim.lr_scheduler.MultiStepLR(run.optimizer, [1], gamma=0.1)
         if rate == 0.1:
             state.save(run, checkpoints)
     assert state.resume(run, checkpoints)
     run.optimizer.step()
     run.lr_scheduler.step()
-    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
+    group = run.optimizer.param_groups[0]
+    assert (group["lr"], group["betas"]) == (pytest.approx(0.01), (0.9, 0.99))

@@ -107,13 +107,15 @@ def test_derivatives_that_save_nothing_or_none(saved: Any) -> None:
 
 
 def test_results_without_a_derivative() -> None:
-    op = make(lambda x: (2 * x, x.sign(), x.argsort()), schema="(Tensor x) -> (Tensor, Tensor, Tensor)")
+    results = "(Tensor, Tensor, Tensor, SymInt)"
+    op = make(lambda x: (2 * x, x.sign(), x.argsort(), len(x)), schema=f"(Tensor x) -> {results}")
     op.register_autograd(
         lambda ctx, g, *_: 2 * g,
         setup_context=lambda ctx, inputs, output: ctx.mark_non_differentiable(output[1]),
     )
     zeros = torch.zeros_like(X), torch.zeros_like(X, dtype=torch.int64)
-    assert_close(torch.func.jvp(op, (X,), (Y,))[1], (2 * Y, *zeros))
+    assert_close(torch.func.jvp(lambda x: op(x)[:3], (X,), (Y,))[1], (2 * Y, *zeros))
+    assert_close(torch.func.grad(lambda x: op(x)[0].sum())(X), torch.full_like(X, 2))
     indices = make(lambda x: x.argsort(), schema="(Tensor x) -> Tensor")  # needs no backward
     assert_close(torch.func.jvp(lambda x: x * indices(x), (X,), (Y,))[1], Y * X.argsort())
 

@@ -8,6 +8,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from threading import Timer
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -73,6 +74,15 @@ def test_bad_variables_are_named(env, message):
         find_rank_info(env)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_ctrl_c_ends_a_call_and_the_next_one_has_new_processes(fork_server):
+    with Ranks() as pool:
+        first = pool(1, os.getpid)
+        Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            pool(1, time.sleep, 100)
+        assert pool(1, os.getpid) != first
 
 
 def test_ports_of_two_jobs_differ():

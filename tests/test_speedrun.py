@@ -39,14 +39,6 @@ def test_a_training_depends_on_its_seed_alone(images, world):
     assert not torch.equal(first, outputs[2][0])
 
 
-def test_without_instructions_for_bfloat16_a_recipe_takes_float32(images, world, monkeypatch):
-    for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(speedrun, "has_fast_bfloat16", lambda has=has: has)
-        recipe = replace(SMALL_MUON, dtype=torch.bfloat16)
-        recipe.prepare(images[0], world)
-        assert recipe.dtype == recipe.samples.features.dtype == dtype
-
-
 MINE = """
 import torch
 from benchmarks.speedrun import time

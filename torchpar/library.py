@@ -406,10 +406,12 @@ class _Call:
 
     def set_up(self, ctx: Any, leaves: Sequence[Any], output: tuple[Any, ...]) -> None:
         ctx.call, self.count = self, len(leaves)
+        self.results: list[Any] = [  # None for a number
+            {"size": t.shape, "dtype": t.dtype, "device": t.device} if isinstance(t, Tensor) else None
+            for t in output
+        ]
         if len(output) > 1:  # the zeros that autograd makes are no DTensors (pytorch#173123)
             ctx.set_materialize_grads(False)
-            # A result that is no tensor, such as a number, gets no zeros.
-            self.results = [(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else None for t in output]
         ctx.needs_input_grad = _nested(ctx.needs_input_grad[:-1], self.sizes)
         if self.op._setup_context:
             keywords = {}
@@ -428,7 +430,7 @@ class _Call:
             if like is None:
                 return (None,) * self.count
             grads = [
-                like.new_zeros(result[0], dtype=result[1], device=result[2]) if g is None and result else g
+                like.new_zeros(**result) if g is None and result else g
                 for g, result in zip(grads, self.results, strict=True)
             ]
         found = self.op._backward(ctx, *_nested(grads, self.output_sizes))
@@ -483,10 +485,8 @@ class Differentiable(_SingleLevelFunction):
         call.set_up(ctx, leaves, output)
         ctx.save_for_forward(*(ctx.to_save or ()))
         constant = set(map(id, ctx.non_differentiable or ()))
-        ctx.outputs = []
-        for t in output:
-            is_smooth = (t.is_floating_point() or t.is_complex()) and id(t) not in constant
-            ctx.outputs.append((t.shape, t.dtype, t.device, is_smooth))
+        floats = [isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex()) for t in output]
+        ctx.are_smooth = [yes and id(t) not in constant for yes, t in zip(floats, output, strict=True)]
         return output
 
     @staticmethod
@@ -510,10 +510,10 @@ def _transposed_backward(ctx: Any, tangents: Sequence[Tensor | None]) -> tuple[T
     """The tangents of the results: ``backward`` is linear in ``grads``, and this is its transpose."""
     with torch.enable_grad():
         zeros = [
-            torch.zeros(shape, dtype=dtype, device=device, requires_grad=is_smooth)
-            for shape, dtype, device, is_smooth in ctx.outputs
+            torch.zeros(**result, requires_grad=is_smooth) if result else None
+            for result, is_smooth in zip(ctx.call.results, ctx.are_smooth, strict=True)
         ]
-        smooth = [t for t in zeros if t.requires_grad]
+        smooth = [t for t in zeros if t is not None and t.requires_grad]
         found: Sequence[Any] = [t.detach() for t in smooth]
         gradients = ctx.call.backward(ctx, zeros) if smooth else ()
         pairs = [(g, t) for g, t in zip(gradients, tangents, strict=False) if g is not None and t is not None]
@@ -526,7 +526,7 @@ def _transposed_backward(ctx: Any, tangents: Sequence[Tensor | None]) -> tuple[T
             outputs, incoming = zip(*pairs, strict=True)
             found = torch.autograd.grad(outputs, smooth, incoming, create_graph=True, materialize_grads=True)
     rest = iter(found)
-    return tuple(next(rest) if t.requires_grad else None for t in zeros)
+    return tuple(next(rest) if is_smooth else None for is_smooth in ctx.are_smooth)
 
 
 class _Kernels:

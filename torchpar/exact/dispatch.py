@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import (
     _disable_current_modes,
     _get_current_dispatch_mode_stack,
 )
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torchpar.errors import ConfigError
 from torchpar.exact import products as products  # which register rules
@@ -29,6 +29,8 @@ from torchpar.exact.reductions import group_norm
 from torchpar.exact.registry import COMPOSED, PASSING, RULES
 
 _FUNCTIONS = {F.scaled_dot_product_attention: scaled_dot_product_attention, F.group_norm: group_norm}
+# PyTorch's own are called for their errors: the rules would take negative indices.
+_INDEXED = {f"aten::{name}" for name in ("scatter", "scatter_add", "index_add", "index_copy")}
 Kind = Literal["passing", "rules", "missing"]
 
 
@@ -77,6 +79,8 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, (known, own_rule) = dict(kwargs or {}), _look_up(func)
         kind = kind_of(func, [*args, *kwargs.values()])
+        if kind == "rules" and func._schema.name.removesuffix("_") in _INDEXED:
+            func(*tree_map_only(Tensor, torch.clone, args), **tree_map_only(Tensor, torch.clone, kwargs))
         if kind == "rules" and own_rule is not None:
             with torch._C.DisableTorchFunction():  # rules do not call attention, and their calls are many
                 return _call(own_rule, func, args, kwargs)

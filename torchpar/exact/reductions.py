@@ -159,7 +159,7 @@ def _index_put(x: Tensor, indices: Any, values: Tensor, accumulate: bool = False
 def _scatter_add(x: Tensor, dim: int, index: Tensor, source: Any, accumulate: bool = True) -> Tensor:
     indices = [torch.arange(n, device=x.device) for n in index.shape]
     places = [*torch.meshgrid(*indices, indexing="ij")]
-    places[dim] = torch.where(index < 0, x.shape[dim], index)  # which raises PyTorch's error
+    places[dim] = index
     values = source[tuple(map(slice, index.shape))] if isinstance(source, Tensor) else x.new_tensor(source)
     return _index_put(x, places, values, accumulate)
 

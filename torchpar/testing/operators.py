@@ -163,7 +163,7 @@ def _worst(attempts: Attempts) -> tuple[str, str]:
 
 
 def _message(e: BaseException) -> str:
-    """An error's notes and message, on one line; of a chain of the compiler's errors, those of the first."""
+    """The first line of an error's note or message; of the compiler's errors, that of the first one."""
     if type(e).__name__ == "TorchRuntimeError":
         while e.__context__:
             e = e.__context__

@@ -139,7 +139,7 @@ def _like(now: Any, saved: Any) -> Any:
         filled.update({key: _like(now.get(key), value) for key, value in pairs})
         return filled
     if isinstance(now, list | tuple) and len(now) == len(saved):
-        return [_like(*pair) for pair in zip(now, saved, strict=True)]
+        return type(now)(_like(*pair) for pair in zip(now, saved, strict=True))
     return saved
 
 

@@ -1,11 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Ranks on this machine: processes forked from one server that has imported PyTorch.
-
-    with Ranks() as ranks:
-        results = ranks(2, function, argument)  # of a module-level function on each rank
-
-Each call has a gloo group of its own.
-"""
+"""Ranks on this machine: processes forked from one server that has imported PyTorch."""
 
 import itertools
 import os
@@ -45,7 +39,7 @@ def fork_context(preload: Iterable[str] = PRELOAD) -> ForkServerContext:
 
 
 class Ranks(ExitStack):
-    """``ranks(world_size, function, *args)``: the results of a module-level function on each gloo rank.
+    """``with Ranks() as ranks: ranks(2, function, *args)``: results of a module-level function on gloo ranks.
 
     Each call makes a new process group. The processes live as long as the pool; if one of them dies or hangs,
     new ones replace all. Ctrl-C ends them at once.
@@ -108,10 +102,11 @@ class Ranks(ExitStack):
                 worker.submit(int)
         except BrokenProcessPool:
             self.kill()
-        added = [ProcessPoolExecutor(1, self._context) for _ in range(count - len(self.workers))]
-        self.workers += map(self.enter_context, added)
+        missing = range(count - len(self.workers))
+        added = [self.enter_context(ProcessPoolExecutor(1, self._context)) for _ in missing]
         pids = [worker.submit(os.getpid) for worker in added]
         self._pids += [pid.result() for pid in pids]
+        self.workers += added  # which Ctrl-C has not interrupted
 
     def __exit__(self, kind: Any, *error: Any) -> bool | None:
         if kind is KeyboardInterrupt:

@@ -90,7 +90,7 @@ def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo | None:
         )
 
     address, on_one_machine = env.get("MASTER_ADDR"), local_world_size == world_size
-    if not on_one_machine and not (address and (env.get("MASTER_PORT") or launcher == "env")):
+    if not on_one_machine and not (address and env.get("MASTER_PORT")):
         raise ConfigError(
             "ranks on several machines need MASTER_ADDR, the host of rank 0, and MASTER_PORT: "
             "mpirun -x MASTER_ADDR=… -x MASTER_PORT=… of Open MPI, or -genv MASTER_ADDR … of MPICH"
