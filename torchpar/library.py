@@ -241,10 +241,10 @@ class CustomOpDef(custom_ops.CustomOpDef):
 
         def with_defaults(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
             left_out = self._defaults[len(args) :]
-            return func(info, in_dims + (None,) * len(left_out), *args, *left_out, **kwargs)
+            in_dims += (None,) * len(left_out)
+            return func(info, in_dims, *args, *left_out, **self._keyword_only(kwargs))
 
-        has_defaults = any(one.has_default_value() for one in self._positional)
-        torch.library.register_vmap(self._qualname, with_defaults if has_defaults else func, lib=self._lib)
+        torch.library.register_vmap(self._qualname, with_defaults, lib=self._lib)
         return func
 
     def register_torch_dispatch(self, cls: Any, fn: Callable[..., Any] | None = None) -> Any:
@@ -337,7 +337,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
             raise ValueError(f"{self._qualname}: DTensor shards results, and there is none; return a tensor")
 
         def with_defaults(*args: Any, **kwargs: Any) -> Any:
-            found = rule(*args, *self._defaults[len(args) :], **kwargs)
+            found = rule(*args, *self._defaults[len(args) :], **self._keyword_only(kwargs))
             for pair in found if isinstance(found, list | tuple) else [found]:
                 lists = isinstance(pair, list | tuple) and [isinstance(one, list | tuple) for one in pair]
                 if lists != [True, True] or len(pair[0]) != len(schema.returns):
@@ -347,6 +347,10 @@ class CustomOpDef(custom_ops.CustomOpDef):
 
         _sharding_rules[self._opoverload] = with_defaults
         return rule
+
+    def _keyword_only(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All keyword-only arguments, of which PyTorch leaves out those that equal their defaults."""
+        return {one.name: one.default_value for one in self._keywords} | kwargs
 
     def _autograd(self, *args: Any, **kwargs: Any) -> Any:
         _register_sharding_rules()
@@ -414,10 +418,8 @@ class _Call:
             ctx.set_materialize_grads(False)
         ctx.needs_input_grad = _nested(ctx.needs_input_grad[:-1], self.sizes)
         if self.op._setup_context:
-            keywords = {}
-            if self.op._keywords:
-                given = {one.name: self.kwargs.get(one.name, one.default_value) for one in self.op._keywords}
-                keywords = {"keyword_only_inputs": given}
+            given = self.op._keyword_only(self.kwargs)
+            keywords = {"keyword_only_inputs": given} if given else {}
             inputs = _nested(leaves, self.sizes)
             self.op._setup_context(ctx=ctx, inputs=inputs, output=self.result(output), **keywords)
 

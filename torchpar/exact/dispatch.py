@@ -96,7 +96,7 @@ class _Operators(TorchDispatchMode):
                 return result
         remedy = "make it of other operators; torchpar.exact.coverage lists what is missing"
         if any(word in str(func) for word in ("_foreach_", "_fused_ad", "_fused_sgd")):
-            remedy = "give foreach=False to the optimizer and to clip_grad_norm_, and no fused=True"
+            remedy = "give foreach=False to clip_grad_norm_ and the optimizer, no fused=True; take no Muon"
         elif func.namespace in ("c10d", "fsdp"):
             remedy = "add gradients by torchpar.exact.DataParallel"
         raise ConfigError(f"no exact version of {func}; {remedy}")
@@ -116,12 +116,11 @@ def _look_up(func: Any) -> tuple[Kind, Callable[..., Any] | None]:
     """The kind of an operator of floats, and its rule, which one that is made of others does not have."""
     namespace, _, name = func._schema.name.partition("::")
     adds = "reduce" in str(func)  # ranks, and scatters with a reduction, add in an order of their own
-    names = {name, name.removesuffix("_")} if namespace == "aten" and not adds else set()
+    names = {name, name.removesuffix("_")} if namespace in ("aten", "torchpar") and not adds else set()
     own_rule = next((RULES[name] for name in names if name in RULES), None)
     if own_rule is not None or names & COMPOSED:
         return "rules", own_rule
     passes = names & PASSING or namespace == "profiler" or (namespace == "c10d" and not adds)
-    passes = passes or func._schema.name in ("torchpar::exact_matmul", "torchpar::maximum")
     return "passing" if passes else "missing", None
 
 

@@ -9,6 +9,7 @@ The largest p is 1, so that the unit of `exact_sum` is the same with and without
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +84,8 @@ def _layer_norm_backward(
 
 def group_norm(x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
     """`torch.nn.functional.group_norm` by a layer norm of each group."""
-    y = torch.layer_norm(x.reshape(len(x), groups, -1), [x[0].numel() // groups], eps=eps).view(x.shape)
+    n = math.prod(x.shape[1:]) // groups
+    y = torch.layer_norm(x.reshape(len(x), groups, n), [n], eps=eps).view(x.shape)
     shape = -1, *[1] * (x.dim() - 2)
     y = y if weight is None else y * weight.view(shape)
     return y if bias is None else y + bias.view(shape)
@@ -107,8 +109,7 @@ def softmax(x: Tensor, dim: int, _: Any = None) -> Tensor:
 
 @rule("_softmax_backward_data")
 def _softmax_backward(g: Tensor, y: Tensor, dim: int, _: Any) -> Tensor:
-    total = exact_sum(g.double() * y.double(), [dim], True)
-    return ((g.double() - total) * y.double()).float()
+    return ((g.double() - exact_sum(g.double() * y.double(), [dim], True)) * y.double()).float()
 
 
 @rule("_log_softmax")
@@ -165,6 +166,16 @@ def _scatter_add(x: Tensor, dim: int, index: Tensor, source: Any, accumulate: bo
 
 
 RULES["scatter"] = lambda *operands: _scatter_add(*operands, accumulate=False)
+
+
+def _plus_zero(name: str, *operands: Any, **options: Any) -> Any:
+    """+0 in the place of −0: of the two, vectors keep another than single numbers do."""
+    result = getattr(torch.ops.aten, name)(*operands, **options)
+    return result + 0.0 if isinstance(result, Tensor) and result.is_floating_point() else result
+
+
+_CHOOSING = ("amax", "amin", "clamp", "clamp_max", "clamp_min", "max", "maximum", "min", "minimum")
+RULES.update({name: partial(_plus_zero, name) for name in _CHOOSING})
 
 
 @rule("max_pool2d_with_indices_backward")

@@ -24,10 +24,10 @@ _PASSING = """
     slice_scatter split split_with_sizes squeeze stack t take_along_dim transpose tril triu unbind unfold
     unsafe_split unsqueeze view _unsafe_view _reshape_alias to _to_copy _pin_memory resize_
     empty empty_like empty_strided full full_like ones ones_like scalar_tensor zeros zeros_like fill zero eye
-    masked_fill masked_scatter index_fill where nan_to_num clamp clamp_min clamp_max
+    masked_fill masked_scatter index_fill where nan_to_num leaky_relu leaky_relu_backward
     abs neg sign sgn sqrt floor ceil round trunc relu threshold threshold_backward hardtanh hardtanh_backward
     eq ne lt le gt ge isnan isinf isneginf isposinf logical_and logical_or logical_not logical_xor all any
-    equal maximum minimum max min amax amin argmax argmin sort topk mul div reciprocal max_pool2d_with_indices
+    equal argmax argmin sort topk mul div reciprocal max_pool2d_with_indices exact_matmul
     new_empty_strided _local_scalar_dense item is_same_size is_pinned embedding random rand rand_like
 """
 PASSING = frozenset(_PASSING.split())

@@ -84,9 +84,8 @@ def verify(model: str, ranks: int | None, tp: int, pp: int, threads: int, device
         pool.start(ranks)
         futures = [worker.submit(_on_rank, rank, *shared) for rank, worker in enumerate(pool.workers)]
         digest, *_ = [future.result() for future in futures]
-    mesh = f"dp {ranks // stages} × tp {tp} × pp {pp}"
-    capability = torch.backends.cpu.get_cpu_capability()
-    print(f"{mesh} on {device}, {capability}, torch {torch.__version__}: {time.perf_counter() - start:.0f} s")
+    where = f"dp {ranks // stages} × tp {tp} × pp {pp} on {device}, {torch.backends.cpu.get_cpu_capability()}"
+    print(f"{where}, torch {torch.__version__}: {time.perf_counter() - start:.0f} s")
     print(f"SHA-256 of the weights: {digest}")
     same = digest == EXPECTED[model]
     print("This is the published hash." if same else f"The published hash is {EXPECTED[model]}.")

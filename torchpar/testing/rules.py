@@ -157,6 +157,7 @@ def _(case: Case) -> Attempts:
         operands = cast(case.operands, dtype)
         yield str(dtype), partial(check, lambda f, operands: f(*operands), operands)
         yield f"{dtype}, gradients", partial(check, partial(pulled, dtype), operands)
+        yield f"{dtype}, fake tensors", partial(_right_fakes, case, operands)
 
 
 # Derivatives
@@ -302,10 +303,7 @@ TRANSFORMS: dict[str, Callable[..., Any]] = {
     "torch.func: hessian": lambda f, case: hessian(_scalar(f), _every(case))(*case.floating),
     "torch.func: jvp of jvp": lambda f, case: _jvp(lambda *xs: _jvp(f, xs)[1], case.floating),
 }
-
-
-for _name, _transform in TRANSFORMS.items():
-    RULES[_name] = partial(Case.transformed, transform=_transform)
+RULES.update({name: partial(Case.transformed, transform=how) for name, how in TRANSFORMS.items()})
 
 
 # vmap

@@ -23,8 +23,7 @@ class StopSignal:
         self._buffer = torch.zeros(1, dtype=torch.int32, device=world.device)
 
     def __enter__(self) -> "StopSignal":
-        own = (signal.SIGTERM, signal.SIGINT)
-        self._before = {number: signal.signal(number, self._handle) for number in own}
+        self._before = {n: signal.signal(n, self._handle) for n in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -132,7 +132,6 @@ class Pipeline:
 
     def _average_gradients(self) -> None:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        if self.replicas.size() == 1 or not gradients:
-            return
-        flat = parameters_to_vector(gradients).div_(self.replicas.size())
-        vector_to_parameters(all_reduce(flat, self.replicas), gradients)
+        if gradients and self.replicas.size() > 1:
+            flat = parameters_to_vector(gradients).div_(self.replicas.size())
+            vector_to_parameters(all_reduce(flat, self.replicas), gradients)
