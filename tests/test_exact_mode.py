@@ -39,7 +39,7 @@ FUNCTIONS: dict[str, tuple[Any, Tensor, float]] = {
     "cos": (torch.cos, 1000 * X, 0.51),
     "erf": (torch.erf, X, 0.51),
     "rsqrt": (torch.rsqrt, X.abs(), 0.51),
-    "leaky_relu": (F.leaky_relu, X, 0.51),
+    "leaky_relu": (lambda x: F.leaky_relu(x, 0.125), X, 0.51),
     "silu": (F.silu, X, 0.51),
     "softplus of beta 2.5": (lambda x: F.softplus(x, 2.5), X, 0.51),
     "pow": (lambda x: x**1.7, X.abs().clamp(min=2.0**-40), 0.51),
