@@ -68,7 +68,7 @@ def main(flags: Flags) -> None:
         x, y = make_samples(1024, world.device)
         w = torch.randn(8).to(world.device)
         autograd = torch.func.grad(lambda x, y, w: mse_loss(x @ w, y), argnums=2)
-        row = console.compare("gradient", mse_gradient(x, y, w), autograd, x, y, w)
+        row = console.compare("gradient", mse_gradient(x, y, w), autograd, x, y, w, terms=len(x))
         curves = {
             f"batch {size}, learning rate {lr:g}": descend(x, y, size, lr)
             for size in flags.batch_size

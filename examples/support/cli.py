@@ -67,10 +67,8 @@ class ExampleFlags:
                 raise ConfigError(f"{flag} is {value}, expected at least {least}")
             if not all(one < end for one in values):
                 raise ConfigError(f"{flag} is {value}, expected less than {end}")
-        for name, package, extra in (
-            ("plots", "matplotlib", "examples"),
-            ("log_dir", "tensorboard", "lightning"),
-        ):
+        packages = ("plots", "matplotlib", "examples"), ("log_dir", "tensorboard", "lightning")
+        for name, package, extra in packages:
             if getattr(self, name, None) and importlib.util.find_spec(package) is None:
                 flag = f"--{name.replace('_', '-')}"
                 raise ConfigError(f"{flag} needs {package}; pip install 'torchpar[{extra}]'")
@@ -149,9 +147,8 @@ class TrainFlags(DataFlags):
 
         ``config`` holds the flags that a resumed run must share with the saved one.
         """
-        checkpoint = None
-        if self.checkpoint:
-            checkpoint = CheckpointConfig(self.checkpoint, self.save_every, self.keep, self.async_save)
+        saving = self.save_every, self.keep, self.async_save
+        checkpoint = CheckpointConfig(self.checkpoint, *saving) if self.checkpoint else None
         config = {name: value for name, value in asdict(self).items() if name not in MAY_DIFFER_ON_RESUME}
         if self.schedule != "constant":
             config["epochs"] = self.epochs  # the schedule depends on them

@@ -62,22 +62,25 @@ def print_rows(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], title:
     Console().print(table)
 
 
-def compare(part: str, result: Tensor, reference: Callable[..., Tensor], *inputs: Tensor) -> dict[str, Any]:
+def compare(
+    part: str, result: Tensor, reference: Callable[..., Tensor], *inputs: Tensor, terms: int = 1
+) -> dict[str, Any]:
     """Print the errors of ``result`` and of PyTorch's ``reference(*inputs)``, and return them.
 
-    An error is the largest distance from ``reference`` in float64.
+    An error is the largest distance from ``reference`` in float64. Sums of ``terms`` numbers in another order
+    may differ by √terms roundings of the largest result.
 
     Raises:
-        ConfigError: the error is more than twice PyTorch's plus a rounding of the largest number.
+        ConfigError: another shape, or an error above those roundings and twice PyTorch's error.
     """
     exact = reference(*(t.double() for t in inputs))
+    if result.shape != exact.shape:
+        raise ConfigError(f"{part} has shape {tuple(result.shape)}, expected {tuple(exact.shape)}")
     error, native = ((t - exact).abs().max().item() for t in (result, reference(*inputs)))
-    most = 2 * native + torch.finfo(result.dtype).eps * exact.abs().max().item()
+    most = 2 * native + terms**0.5 * torch.finfo(result.dtype).eps * exact.abs().max().item()
     print(f"{part}: error {error:.1e} against float64, PyTorch's {native:.1e}")
     if not error <= most:
-        raise ConfigError(
-            f"{part} has an error of {error:.1e}, expected {most:.1e} at most; mend its formula"
-        )
+        raise ConfigError(f"{part} is off by {error:.1e}, expected {most:.1e} at most; mend its formula")
     return {"part": part, "error": error, "pytorch_error": native}
 
 

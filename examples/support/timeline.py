@@ -79,9 +79,8 @@ def draw(ranks: Sequence[Sequence[Passes]]) -> list[str]:
     medians = [np.median(of_rank - zeros, axis=0) for of_rank in times]  # (passes, 2)
     span = max(of_rank.max() for of_rank in medians)
     columns = max(get_terminal_size().columns, 80) - 20
-    lines = [
-        f"a step of {1000 * span:.2f} ms, {1000 * span / columns:.3f} ms a column, medians of {steps} steps"
-    ]
+    ms = 1000 * span
+    lines = [f"a step of {ms:.2f} ms, {ms / columns:.3f} ms a column, medians of {steps} steps"]
     for rank, (of_rank, recorded) in enumerate(zip(medians, ranks, strict=True)):
         line = ""
         for name, (start, end) in zip(recorded[0], of_rank, strict=True):

@@ -76,7 +76,7 @@ def check_operator(
         op: an operator of `torch.ops`, what `torch.library.custom_op` returns, or a function that calls one
             operator that is not PyTorch's own. It must not write to its operands.
         samples: samples, or tuples of arguments. Derivatives are taken with respect to all floating operands.
-            For the numerical ones these have to be float64.
+            These are float64 for the numerical ones, else float32; in lower precision right rows can fail.
         reference: a differentiable function of the same arguments, of PyTorch's own operators.
         rules: a name or names of rows, as the printed table has them; by default all.
 
