@@ -28,7 +28,7 @@ Call = Callable[[], object]
 
 LIBRARY = "library"  # PyTorch's product, mirrored or with a sigmoid
 ROUNDS, ROUND_MS = 5, 10  # of each configuration
-_LAYERS = (
+_LAYERS = (  # m, n and k
     *((8192, 4096, 4096), (512, 12288, 3072), (128, 512, 784), (64, 1024, 8192)),
     *((8192, 512, 784), (2048, 2048, 2048), (8192, 8192, 8192)),
 )

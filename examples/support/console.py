@@ -74,8 +74,9 @@ def compare(
         ConfigError: another shape, or an error above those roundings and twice PyTorch's error.
     """
     exact = reference(*(t.double() for t in inputs))
-    if result.shape != exact.shape:
-        raise ConfigError(f"{part} has shape {tuple(result.shape)}, expected {tuple(exact.shape)}")
+    shape, expected = tuple(result.shape), tuple(exact.shape)
+    if shape != expected:
+        raise ConfigError(f"{part} has shape {shape}, expected {expected}; mend its formula")
     error, native = ((t - exact).abs().max().item() for t in (result, reference(*inputs)))
     most = 2 * native + terms**0.5 * torch.finfo(result.dtype).eps * exact.abs().max().item()
     print(f"{part}: error {error:.1e} against float64, PyTorch's {native:.1e}")
