@@ -97,6 +97,8 @@ def test_gradients_of_calls_by_position_and_by_name() -> None:
             y, expected = call(f), call(axpy)
             assert_close(y, expected)
             assert_close(*(torch.autograd.grad(t.sum(), x) for t in (y, expected)))
+    broadcast = X, Y[:1]  # whose gradient of y is not reduced
+    assert_close(torch.func.jvp(op, broadcast, broadcast), torch.func.jvp(axpy, broadcast, broadcast))
     op.register_vmap(lambda info, in_dims, x, y, *, scale: (op(x, y, scale=scale), in_dims[0]))
     assert_close(torch.func.vmap(op)(X, Y), axpy(X, Y))
     op.register_sharding(lambda x, y, *, scale: [([Replicate()], [Replicate(), Replicate()])])
@@ -189,10 +191,8 @@ def test_errors() -> None:
     for function in (lambda x: x.view(-1), lambda x: x):
         with pytest.raises(RuntimeError, match="may not alias any inputs"):
             make(function, schema="(Tensor x) -> Tensor")(X)
-    for schema, message in (
-        ("garbage", "Tried to parse"),
-        ("(*, Tensor x) -> Tensor", "is a keyword-only tensor"),
-    ):
+    wrong = {"garbage": "Tried to parse", "(*, Tensor x) -> Tensor": "is a keyword-only tensor"}
+    for schema, message in wrong.items():
         with pytest.raises((RuntimeError, ValueError), match=message):
             torchpar.library.custom_op(op._qualname, double, mutates_args=(), schema=schema)
     assert torch.equal(op._opoverload(X), 2 * X)  # a refused definition leaves the operator before it

@@ -240,9 +240,8 @@ class CustomOpDef(custom_ops.CustomOpDef):
             return self.register_vmap
 
         def with_defaults(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
-            left_out = self._defaults[len(args) :]
-            in_dims += (None,) * len(left_out)
-            return func(info, in_dims, *args, *left_out, **self._keyword_only(kwargs))
+            rest = self._defaults[len(args) :]
+            return func(info, in_dims + (None,) * len(rest), *args, *rest, **self._keyword_only(kwargs))
 
         torch.library.register_vmap(self._qualname, with_defaults, lib=self._lib)
         return func
@@ -338,10 +337,11 @@ class CustomOpDef(custom_ops.CustomOpDef):
 
         def with_defaults(*args: Any, **kwargs: Any) -> Any:
             found = rule(*args, *self._defaults[len(args) :], **self._keyword_only(kwargs))
+            sizes = [len(schema.returns), sum(hasattr(t, "placements") for t in tree_flatten(args)[0])]
             for pair in found if isinstance(found, list | tuple) else [found]:
                 lists = isinstance(pair, list | tuple) and [isinstance(one, list | tuple) for one in pair]
-                if lists != [True, True] or len(pair[0]) != len(schema.returns):
-                    expected = "two lists, the placements of each result and those of each argument"
+                if lists != [True, True] or [len(pair[0]), sum(p is not None for p in pair[1])] != sizes:
+                    expected = "two lists, the placements of {} results and of {} tensors".format(*sizes)
                     raise ValueError(f"{self._qualname}: the sharding rule has {pair}, expected {expected}")
             return found
 
@@ -525,7 +525,7 @@ def _transposed_backward(ctx: Any, tangents: Sequence[Tensor | None]) -> tuple[T
                 "return None for 0, or register jvp or formula"
             )
         if pairs:
-            outputs, incoming = zip(*pairs, strict=True)
+            outputs, incoming = zip(*((g.sum_to_size(t.shape), t) for g, t in pairs), strict=True)
             found = torch.autograd.grad(outputs, smooth, incoming, create_graph=True, materialize_grads=True)
     rest = iter(found)
     return tuple(next(rest) if is_smooth else None for is_smooth in ctx.are_smooth)

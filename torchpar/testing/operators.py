@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from functools import partial
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torchpar.testing.case import FALLS_BACK, REFUSALS, Attempts, Calls, Case, O
 from torchpar.testing.rules import ONCE, RULES
 
 OUTCOMES = ("not run", "works", FALLS_BACK, "refuses", "crashes", "wrong")  # from the best to the worst
-LONGEST = 110  # characters of a message
+LONGEST = 110  # characters of a message that is printed
 BUILT_IN = ("aten", "prim", "prims", "profiler")  # namespaces of PyTorch's own operators
 
 
@@ -55,7 +56,8 @@ class OperatorTable:
 
     def __str__(self) -> str:
         table = [["rule", "outcome", "sample", "detail"]]
-        table += [[row.rule, row.outcome, str(row.sample), row.detail] for row in self.rows]
+        cut = partial(shorten, width=LONGEST, placeholder="…")
+        table += [[row.rule, row.outcome, str(row.sample), cut(row.detail)] for row in self.rows]
         return f"{self.name}\n{aligned(table)}"
 
 
@@ -123,9 +125,8 @@ def find_overload(op: Any, sample: Sample) -> Any:
 
 
 def _row(name: str, cases: list[Case]) -> Row:
-    rows = []
-    for i, case in enumerate(cases[:1] if name in ONCE else cases):
-        rows.append(Row(name, *_outcome(partial(RULES[name], case)), i))
+    tried = cases[:1] if name in ONCE else cases
+    rows = [Row(name, *_outcome(partial(RULES[name], case)), i) for i, case in enumerate(tried)]
     return max(rows, key=lambda row: (OUTCOMES.index(row.outcome), -row.sample))
 
 
@@ -136,7 +137,7 @@ def _outcome(attempt: Callable[[], Any]) -> tuple[str, str]:
         return _worst(returned) if isinstance(returned, Generator) else ("works", returned or "")
     except Outcome as e:
         outcome, message = e.args
-        return outcome, _shortened(message)
+        return outcome, _headline(message)
     except REFUSALS as e:
         return "refuses", _message(e)
     except Exception as e:
@@ -167,10 +168,8 @@ def _message(e: BaseException) -> str:
     if type(e).__name__ == "TorchRuntimeError":
         while e.__context__:
             e = e.__context__
-    notes = getattr(e, "__notes__", [])
-    return _shortened("\n".join([*notes, str(getattr(e, "inner_exception", e))]))
+    return _headline("\n".join([*getattr(e, "__notes__", []), str(getattr(e, "inner_exception", e))]))
 
 
-def _shortened(message: str) -> str:
-    lines = [" ".join(line.split()) for line in message.splitlines() if line.strip()] or [""]
-    return lines[0] if len(lines[0]) <= LONGEST else lines[0][: LONGEST - 1] + "…"
+def _headline(message: str) -> str:
+    return next((" ".join(line.split()) for line in message.splitlines() if line.strip()), "")

@@ -485,7 +485,8 @@ def _by_inductor(case: Case) -> Attempts:
         raise Outcome("not run", "no C++ compiler")
     from torch._inductor import config
 
-    with config.patch(compile_threads=1):  # processes would take longer to start
+    # Processes would take longer to start, and the caches on disk do not know an operator's rules.
+    with config.patch(compile_threads=1, force_disable_caches=True):
         yield from _compiled(case, backend="inductor")
 
 
