@@ -119,7 +119,7 @@ def contestants(case: LadderCase, shape: tuple[int, ...], ranks: Group, quick: b
     """
     import numba
 
-    from torchpar.baselines import numba_njit
+    from benchmarks import numba_njit
 
     operator, arrays = case.operator, case.arguments
 
@@ -251,7 +251,7 @@ def limits(quick: bool) -> tuple[dict[str, float], float]:
 
     The cache's are those of the naive loop on 8 rows of 4 KB.
     """
-    from torchpar.baselines import numba_njit
+    from benchmarks import numba_njit
 
     def settled(call: Callable[[], object]) -> float:
         """Seconds of a call in a row of calls, the median of 9 such rows."""

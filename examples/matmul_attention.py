@@ -45,7 +45,9 @@ def main(flags: Flags) -> None:
         order = test.labels[: flags.samples].argsort()
         labels = test.labels[order]
         x = layer_norm(test.inputs(order), (784,))
-        row = console.compare("attention", attention(x), lambda x: scaled_dot_product_attention(x, x, x), x)
+        row = console.compare(
+            "attention", attention(x), lambda x: scaled_dot_product_attention(x, x, x), x, terms=x.shape[1]
+        )
         to_others = normalize(attention_weights(x).fill_diagonal_(0), p=1)
         to_class = to_others[labels == labels[:, None]].sum().item() / len(labels)
     print(f"{to_class:.0%} of the weight that an image gives to others goes to its class")

@@ -44,7 +44,9 @@ def compare_with_conv2d(device: torch.device) -> dict[str, Any]:
     rows = windows(x.movedim(1, 3), size=5, stride=2)
     y = layer(rows).movedim(3, 1)
     kernels = layer.weight.detach().unflatten(1, (16, 5, 5))
-    row = console.compare("convolution", y, lambda x: conv2d(x, kernels.to(x), stride=2).sigmoid(), x)
+    row = console.compare(
+        "convolution", y, lambda x: conv2d(x, kernels.to(x), stride=2).sigmoid(), x, terms=rows.shape[-1]
+    )
     print(f"the rows take {rows.nbytes / x.nbytes:.1f} times the {x.nbytes:,} bytes of the input")
     return row | {"duplication": rows.nbytes / x.nbytes}
 

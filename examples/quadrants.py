@@ -188,9 +188,7 @@ def report(flags: Flags) -> list[dict[str, Any]]:
     rounds = measure(flags)
     off = max(abs(first[1] / rounds[size, 1][0][1] - 1) for (size, _), (first, *_) in rounds.items())
     if not off <= LOSS_ERROR:
-        raise ConfigError(
-            f"the loss on several processes differs from that on one by {off:.0e} of it; report this"
-        )
+        raise ConfigError(f"the loss on several processes is off by {off:.0e} of that on one; report this")
     rows: list[dict[str, Any]] = []
     for size in flags.sizes:
         ms = {n: 1000 * median(seconds for seconds, _ in rounds[size, n][1:]) for n in flags.processes}

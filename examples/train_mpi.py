@@ -96,8 +96,7 @@ def main(flags: Flags) -> None:
             console.write_metrics(flags.metrics, rows)
             console.write_log(flags.log_dir, rows, "epoch")
             if flags.plots:
-                outputs = model.forward(test_x)[1]
-                plots.save(flags.plots, results, torch.from_numpy(outputs), test)
+                plots.save(flags.plots, results, torch.from_numpy(model.forward(test_x)[1]), test)
             console.print_phases(phases)
             print(console.summary(results))
 

@@ -75,8 +75,7 @@ def main(flags: Flags) -> None:
         with Run(*parts, log=session.Log(flags, world), **flags.run_options()) as run:
             for epoch in run.epochs():
                 for x, labels, global_size in run.batches(epoch):
-                    # Every rank has the whole batch, so it has the whole gradient of its own slices: there is
-                    # nothing to average.
+                    # Every rank has the whole batch, and so the whole gradient of its slices: no average.
                     loss = cross_entropy(model(x), labels, reduction="sum")
                     (loss / global_size).backward()
                     session.adjust_gradients(flags, model, world)  # --clip and --orthogonality

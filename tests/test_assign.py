@@ -254,9 +254,21 @@ def test_muon_gets_the_hidden_matrices_alone():
         ({"overrides": {"stack": "adam"}}, "stack goes to 'adam', expected 'muon' or 'others'"),
         ({"model": [nn.Linear(2, 2)]}, "model is of type list, expected a Module"),
         ({"others": 3e-4}, "others is of type float, expected a function"),
-        ({"overrides": {"*": "others"}}, "the model has no hidden matrix"),
+        ({"others": lambda groups: None}, "others returns a NoneType, expected an optimizer"),
+        ({"views": ["stack"]}, "views is of type list, expected a dictionary"),
+        ({"process_group": "all"}, "process_group is of type str, expected a process group"),
+        ({"overrides": {"*": "others"}}, "after overrides no parameter is left for Muon"),
+        ({"model": nn.Embedding(3, 2)}, "the model has no hidden matrix; take another optimizer"),
     ],
 )
 def test_refusals(arguments, message):
     with pytest.raises(ValueError, match=message):
         Muon.for_model(**{"model": make(), **arguments})
+
+
+def test_a_parameter_that_the_model_has_replaced_is_named():
+    model = make()
+    optimizer = Muon.for_model(model)
+    model["head"].bias = nn.Parameter(torch.zeros(50))
+    with pytest.raises(ValueError, match=r"head\.bias is no longer a parameter of the model; make the"):
+        optimizer.step()

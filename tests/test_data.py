@@ -34,6 +34,12 @@ def samples_of(n: int) -> data.Samples:
     return data.Samples(images, torch.arange(n), ("a",))
 
 
+def test_labels_that_do_not_fit_are_refused():
+    for labels, message in ((torch.arange(2), "3 features and 2 labels"), (torch.ones(3), "torch.float32")):
+        with pytest.raises(ConfigError, match=message):
+            data.Samples(torch.zeros(3, 2), labels, ("a",))
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 256, 257, 1000, 2000])
 def test_ranks_share_the_batches_of_one_order(batch_size):
     """From any batch on; the last batch is the remainder, and some ranks' share of it may be empty."""

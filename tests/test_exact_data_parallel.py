@@ -69,6 +69,11 @@ def messages() -> None:
             torch.distributed.all_reduce(x)
         with pytest.raises(ConfigError, match="no group was given on 2 ranks"):
             exact.DataParallel(torch.nn.Linear(3, 2))
+        torch.manual_seed(world.rank)
+        parallel = exact.DataParallel(torch.nn.Linear(3, 2), torch.distributed.group.WORLD)
+        parallel.backward(parallel.model(x.new_ones(1, 3)).sum())
+        with pytest.raises(ConfigError, match="checksums of the parameters: weight is "):
+            parallel.all_reduce()
 
 
 def test_messages_pass_unless_they_add(ranks):

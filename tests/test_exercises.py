@@ -139,7 +139,9 @@ def test_more_than_twice_pytorchs_error_is_refused():
 def test_a_lesson_stops_at_a_wrong_formula(monkeypatch, module, part, name, wrong):
     monkeypatch.setattr(module, name, wrong)
     code, _, err = lesson(module.__name__, "--device", "cpu")
-    message = rf"{part} is off by \S+, expected \S+ at most; mend its formula"
+    message = (
+        rf"{part} is off by \S+, expected \S+ at most; mend its formula, which leaves its inputs as they are"
+    )
     assert code == 2
     assert re.fullmatch(rf"{module.__name__}\.py: error: {message}\n", err)
 
@@ -168,5 +170,5 @@ def test_the_report_fits_the_medians_of_all_rounds_but_the_first(monkeypatch):
     rounds[64, 2][1:] = [(1.0, 0.1)]
     assert report()[0]["limit"] is None  # everything is divided
     rounds[64, 2][0] = (9.0, 0.5001)
-    with pytest.raises(ConfigError, match="differs from that on one by 2e-04"):
+    with pytest.raises(ConfigError, match="is off by 2e-04 of that on one"):
         report()

@@ -50,23 +50,6 @@ def test_the_package_loads_and_its_operators_give_the_values(package: Path) -> N
     assert (result.returncode, result.stdout) == (0, "right\n"), result.stderr
 
 
-@pytest.mark.parametrize(
-    "name, line, used",
-    [
-        ("ops/maximum.py", "from torchpar import nn", "torchpar"),
-        ("ops/maximum.py", "f(torch.ops.torchpar.maximum)", "torchpar"),
-        ("ops/_operator.py", 'import_module(f"torchpar.{name}")', "torchpar."),
-        ("errors.py", "import numpy", "numpy"),
-    ],
-)
-def test_imports_that_the_package_cannot_have_are_refused(name: str, line: str, used: str) -> None:
-    hub = module_of("hub", ROOT / ".ci" / "hub.py")
-    message = rf"^torchpar/{name}, line \d: uses {re.escape(used)}, expected torch, triton, the standard"
-    with pytest.raises(ValueError, match=message):
-        hub.relative(line, name)
-    assert hub.relative("from torchpar.errors import ConfigError", name).startswith("from .")
-
-
 # In a process whose path does not have this repository, with the package's folder as the current one.
 
 

@@ -398,7 +398,7 @@ def view(function: Callable[[Tensor], Any]) -> Muon:
         (lambda: orthogonalize(X, [COEFFICIENTS, (1.0, 2.0)]), r"\(1.0, 2.0\)\], expected 3"),
         (lambda: orthogonalize(X, "polar"), "coefficients is 'polar', expected 3"),
         (lambda: orthogonalize(X, steps=-1), "steps is -1, expected 0 to 99"),
-        (lambda: Muon([X], ns_steps=100), "steps is 100, expected 0 to 99"),
+        (lambda: Muon([X], ns_steps=2.5), r"steps is 2\.5, expected 0 to 99"),
         (lambda: Muon([X], adjust_lr_fn="no"), "Adjust learning rate function no is not supported"),
         (lambda: Muon([X[0]]), r"parameter 0 of group 0 has shape \(4,\), expected 2D, a matrix"),
         (lambda: Muon([X.long()]), "is torch.int64, expected floating"),

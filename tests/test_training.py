@@ -304,3 +304,5 @@ def test_runs_that_are_used_wrongly(world, tmp_path):
     run = training.Run(*parts, epochs=1, batch_size=50, checkpoint=CheckpointConfig(tmp_path))
     with pytest.raises(RuntimeError, match="with Run"):
         next(run.epochs())
+    with pytest.raises(ConfigError, match=r"outputs have shape \(50, 1\), expected \(50, 10\), one for each"):
+        training.evaluate(lambda x: x[:, :1], samples(50, 2), world)

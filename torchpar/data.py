@@ -29,11 +29,22 @@ class Samples:
         features: ``(n, …)``; uint8 for pixels of 0 to 255, or floating.
         labels: ``(n)`` int64.
         classes: the name of each label.
+
+    Raises:
+        ConfigError: numbers of features and labels that differ, or labels of another dtype.
     """
 
     features: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.features) != len(self.labels):
+            raise ConfigError(
+                f"{len(self.features)} features and {len(self.labels)} labels, expected as many"
+            )
+        if self.labels.dtype != torch.int64:
+            raise ConfigError(f"the labels are {self.labels.dtype}, expected torch.int64, numbers of classes")
 
     def __len__(self) -> int:
         return len(self.labels)

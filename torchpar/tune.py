@@ -28,14 +28,16 @@ Call = Callable[[], object]
 
 LIBRARY = "library"  # PyTorch's product, mirrored or with a sigmoid
 ROUNDS, ROUND_MS = 5, 10  # of each configuration
-_LAYERS = (  # m, n and k
-    *((8192, 4096, 4096), (512, 12288, 3072), (128, 512, 784), (64, 1024, 8192)),
-    *((8192, 512, 784), (2048, 2048, 2048), (8192, 8192, 8192)),
-)
 # The problems of each kind of operands, the most important first: m, n, k and batch.
 PROBLEMS = (
     *(("symmetric_product", n, n, n, 1) for n in (4096, 8192, 2048, 1024)),
-    *(("linear_sigmoid", *sizes, 1) for sizes in _LAYERS),
+    ("linear_sigmoid", 8192, 4096, 4096, 1),
+    ("linear_sigmoid", 512, 12288, 3072, 1),
+    ("linear_sigmoid", 128, 512, 784, 1),
+    ("linear_sigmoid", 64, 1024, 8192, 1),
+    ("linear_sigmoid", 8192, 512, 784, 1),
+    ("linear_sigmoid", 2048, 2048, 2048, 1),
+    ("linear_sigmoid", 8192, 8192, 8192, 1),
     *(("symmetric_product", n, n, n, batch) for n, batch in ((512, 1), (256, 1), (512, 64), (1024, 32))),
 )
 

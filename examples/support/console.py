@@ -74,14 +74,15 @@ def compare(
         ConfigError: another shape, or an error above those roundings and twice PyTorch's error.
     """
     exact = reference(*(t.double() for t in inputs))
-    shape, expected = tuple(result.shape), tuple(exact.shape)
-    if shape != expected:
-        raise ConfigError(f"{part} has shape {shape}, expected {expected}; mend its formula")
+    found = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+    if found != tuple(exact.shape):
+        raise ConfigError(f"{part} is {found}, expected a tensor {tuple(exact.shape)}; mend its formula")
     error, native = ((t - exact).abs().max().item() for t in (result, reference(*inputs)))
     most = 2 * native + terms**0.5 * torch.finfo(result.dtype).eps * exact.abs().max().item()
     print(f"{part}: error {error:.1e} against float64, PyTorch's {native:.1e}")
     if not error <= most:
-        raise ConfigError(f"{part} is off by {error:.1e}, expected {most:.1e} at most; mend its formula")
+        off = f"{part} is off by {error:.1e}, expected {most:.1e} at most"
+        raise ConfigError(f"{off}; mend its formula, which leaves its inputs as they are")
     return {"part": part, "error": error, "pytorch_error": native}
 
 

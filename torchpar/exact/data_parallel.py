@@ -21,6 +21,7 @@ from torchpar.errors import ConfigError
 from torchpar.exact.dispatch import is_active, ordinary
 from torchpar.exact.sums import exponents_of
 from torchpar.library import is_dtensor
+from torchpar.parallel.launch.agreement import check_same_on_all_ranks, checksum
 
 _WIDTH = 30
 _NONE, _LOWEST, _UNUSUAL = -7, -6, 6  # bins: of no term, of the smallest number, and of what is not finite
@@ -91,6 +92,7 @@ class DataParallel:
                 kind = "a DTensor" if is_dtensor(p) else str(p.dtype)
                 raise ConfigError(f"{name} is {kind}, expected a parameter of float32 that no rank shares")
         self.group = group
+        self._is_checked = False
         self._restart()
 
     def _restart(self) -> None:
@@ -129,8 +131,15 @@ class DataParallel:
         """Set each ``p.grad`` to the sum over all units, and return that of the losses, float32.
 
         On the stages of a pipeline that have no loss it is 0.
+
+        Raises:
+            ConfigError: no loss on any rank; in the first call, parameters that differ between the ranks.
         """
         if self.group is not None and dist.get_world_size(self.group) > 1:
+            if not self._is_checked:
+                bits = {name: checksum(p) for name, p in self.model.named_parameters()}
+                check_same_on_all_ranks(self.group, "checksums of the parameters", bits)
+                self._is_checked = True
             device = self._sums[0].bins.device
             tops = torch.tensor([one.top for one in self._sums], device=device)
             dist.all_reduce(tops, dist.ReduceOp.MAX, group=self.group)

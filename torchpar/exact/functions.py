@@ -251,7 +251,8 @@ def _pow(x: Any, exponent: Any) -> Tensor:
     base = x.double() if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float64)
     if (base < 0).any():
         raise ConfigError("exact arithmetic has powers of negative numbers to one number, not to a tensor")
-    return torch.where(exponent == 0, 1.0, exp64(log64(base) * exponent.double())).to(dtype)
+    power = exp64(log64(base) * exponent.double())
+    return torch.where(exponent == 0, 1.0, power).to(dtype)
 
 
 @rule("linspace", "logspace", any_dtype=True)  # of integers, too, which they compute in floats

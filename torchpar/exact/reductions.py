@@ -109,7 +109,8 @@ def softmax(x: Tensor, dim: int, _: Any = None) -> Tensor:
 
 @rule("_softmax_backward_data")
 def _softmax_backward(g: Tensor, y: Tensor, dim: int, _: Any) -> Tensor:
-    return ((g.double() - exact_sum(g.double() * y.double(), [dim], True)) * y.double()).float()
+    total = exact_sum(g.double() * y.double(), [dim], True)
+    return ((g.double() - total) * y.double()).float()
 
 
 @rule("_log_softmax")

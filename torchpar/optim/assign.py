@@ -76,6 +76,10 @@ def chain(
         raise ConfigError(f"Muon.for_model: model is of type {type(model).__name__}, expected a Module")
     if not callable(others):
         raise ConfigError(f"Muon.for_model: others is of type {type(others).__name__}, expected a function")
+    for name, mapping in {"overrides": overrides, "views": views}.items():
+        if not isinstance(mapping, Mapping):
+            given = f"{name} is of type {type(mapping).__name__}"
+            raise ConfigError(f"Muon.for_model: {given}, expected a dictionary by names or patterns")
     uses = _uses_of(model)
     assignments = {p: Assignment(of[0].name, p.shape, *_decide(of)) for p, of in uses.items()}
 
@@ -94,9 +98,10 @@ def chain(
     matrices = [(one.name, p) for p, one in assignments.items() if one.choice == "muon"]
     rest = [(one.name, p) for p, one in assignments.items() if one.choice == "others"]
     if not matrices:
-        raise ConfigError(
-            "Muon.for_model: the model has no hidden matrix; take another optimizer, or overrides"
+        given = (
+            "after overrides no parameter is left for Muon" if overrides else "the model has no hidden matrix"
         )
+        raise ConfigError(f"Muon.for_model: {given}; take another optimizer, or other overrides")
     chosen = {one.name: one.view for one in assignments.values() if one.view and one.choice == "muon"}
     optimizers = [make_muon(matrices, views=chosen)]
     # Only matrices decay: a norm's scale that shrank would be scaled up again by the next layer.
@@ -104,7 +109,24 @@ def chain(
     vectors = {"params": [(name, p) for name, p in rest if p.dim() <= 1], "weight_decay": 0.0}
     if groups := [group for group in (decaying, vectors) if group["params"]]:
         optimizers.append(others(groups))
-    return ModelOptimizer(list(assignments.values()), *optimizers)
+        if not isinstance(optimizers[-1], Optimizer):
+            returned = type(optimizers[-1]).__name__
+            raise ConfigError(f"Muon.for_model: others returns a {returned}, expected an optimizer")
+    optimizer = ModelOptimizer(list(assignments.values()), *optimizers)
+
+    unchecked = [model]  # until the first step
+
+    def check_parameters(*_: Any) -> None:
+        present = {p for one in unchecked for p in one.parameters()}
+        if names := [one.name for p, one in assignments.items() if unchecked and p not in present]:
+            raise ConfigError(
+                f"Muon.for_model: {names[0]} is no longer a parameter of the model; make the optimizer after "
+                "the last fully_shard, which replaces parameters, and reshard the model before a step"
+            )
+        unchecked.clear()
+
+    optimizer.register_step_pre_hook(check_parameters)
+    return optimizer
 
 
 # The rules

@@ -98,6 +98,9 @@ class Muon(Optimizer):
         theirs = of_torch(
             [no_matrix], lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn
         )
+        if not isinstance(process_group, dist.ProcessGroup | DeviceMesh | None):
+            given = f"process_group is of type {type(process_group).__name__}"
+            raise ConfigError(f"Muon: {given}, expected a process group, a DeviceMesh or None")
         self.ns = ns
         self.views = views or {}
         self.process_group = process_group
@@ -140,6 +143,7 @@ class Muon(Optimizer):
             others: makes the other optimizer from parameter groups. Vectors are in a group of their own,
                 whose weight decay is 0.
             overrides: "muon" or "others" by the name of a parameter, or by a pattern such as ``"blocks.*"``.
+                Of several that fit, the last one decides.
             views: as for `Muon`, by names or patterns. These parameters go to Muon.
             arguments: the other ones of `Muon`.
 
@@ -147,7 +151,8 @@ class Muon(Optimizer):
             One optimizer, a `ChainedOptimizer`, which prints the table above.
 
         Raises:
-            ConfigError: a pattern that no parameter has, or no parameter for Muon; no model, or no function.
+            ConfigError: a pattern that no parameter has, or no parameter for Muon; an argument of a wrong
+                type; in the first step, a parameter that the model has replaced, as `fully_shard` does.
         """
         make = partial(cls, lr=lr, **arguments)
         return chain(make, model, others, overrides or {}, views or {})

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchpar.data import Samples
+from torchpar.errors import ConfigError
 from torchpar.ops import matmul_t
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.reduction import all_gather
@@ -30,14 +31,23 @@ def evaluate(
     of the chunks. So the loss does not depend on the number of ranks.
 
     Args:
-        predict: inputs → outputs, or None on ranks without outputs.
+        predict: inputs → outputs ``(b, classes)``, or None on ranks without outputs.
         loss: outputs ``(n, classes)`` in float64 and labels ``(n)`` → the sum of the losses.
+
+    Raises:
+        ConfigError: outputs of another shape, on the ranks that have them.
     """
     chunks = list(torch.arange(len(samples), device=world.device).split(EVALUATION_BATCH))
     outputs = torch.zeros(len(samples), len(samples.classes), device=world.device)
     for chunk in (chunks[i] for i in world.share(torch.arange(len(chunks)))):
         mine = predict(samples.inputs(chunk))
         if mine is not None and world.owns_outputs:
+            expected = len(chunk), len(samples.classes)
+            if mine.shape != expected:
+                raise ConfigError(
+                    f"the model's outputs have shape {tuple(mine.shape)}, expected {expected}, one for each "
+                    "sample and class; change its last layer, or the classes of the samples"
+                )
             outputs[chunk] = mine.float()
     world.sum(outputs)  # zero except on the rank that computed them
     return loss(outputs.double(), samples.labels).item() / len(samples), outputs

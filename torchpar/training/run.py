@@ -157,9 +157,10 @@ class Run:
         self._checkpoints = Checkpoints(checkpoint, world) if checkpoint else None
         self._stop: StopSignal | None = None
         self._logged = 0
+        self._is_first_step = True
         if world.dp_size > 1:
-            self._first_step = optimizer.register_step_pre_hook(self._check_gradients)
-            self._stack.callback(self._first_step.remove)  # of a run without any step
+            # A hook that removed itself would disturb PyTorch's loop over the hooks.
+            self._stack.callback(optimizer.register_step_pre_hook(self._check_gradients).remove)
 
     @property
     def total_steps(self) -> int:
@@ -295,9 +296,10 @@ class Run:
 
         The parameters would not show it if the ranks share Muon's work: each gets the updates of all.
         """
-        self._first_step.remove()
-        gradients = {f"the gradient of {name}": p.grad for name, p in self.model.named_parameters()}
-        check_same_bits(self.world.mesh.get_group("dp"), gradients)
+        if self._is_first_step:
+            self._is_first_step = False
+            gradients = {f"the gradient of {name}": p.grad for name, p in self.model.named_parameters()}
+            check_same_bits(self.world.mesh.get_group("dp"), gradients)
 
     def _check_replicas(self) -> None:
         """Check that the replicas are equal after a step; they differ if their gradients are not averaged."""
