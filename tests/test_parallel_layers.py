@@ -203,8 +203,8 @@ def bad_arguments_are_named() -> None:
         parallel_mlp(torch.nn.Sequential(linear, *layers), mesh)
 
     refused("cannot split a Linear, expected torchpar.nn.MLP or", parallel_mlp, linear, mesh)
-    second = "cannot split layer 1, a Dropout; expected Linear, Linear, LinearSigmoid, LinearReLU, Sigmoid"
-    refused(second, split, torch.nn.Dropout())
+    message = "cannot split layer 1, a Dropout; expected Linear, Linear, LinearSigmoid, LinearReLU, Sigmoid"
+    refused(message, split, torch.nn.Dropout())
     refused("cannot split layers that share parameters", split, torch.nn.Sigmoid(), linear)
 
     load = partial(load_full_state_dict, parallel_mlp(MLP([5, 33, 2]), mesh))
