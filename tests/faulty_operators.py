@@ -68,6 +68,12 @@ def backward_without_b(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
     return g @ b, torch.zeros_like(b)
 
 
+def backward_that_writes(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+    found = backward(ctx, g)
+    g.detach().mul_(2)
+    return found
+
+
 def backward_of_contiguous(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
     memory = torch.empty(0, dtype=g.dtype).set_(g.detach().untyped_storage())
     return backward(ctx, memory.repeat(g.numel())[: g.numel()].view(g.shape))
@@ -119,6 +125,7 @@ FAULTS: dict[str, tuple[dict[str, Callable[..., Any]], str, str]] = {
     "strides_of_the_fake": ({"fake": lambda a, b: fake(b, a).mT}, "fake tensors", "strides"),
     "dtype_of_the_fake": ({"fake": lambda a, b: fake(a.double(), b)}, "low precision", "fake"),
     "missing_gradient": ({"backward": backward_without_b}, "gradcheck", "Jacobian"),
+    "undeclared_in_backward": ({"backward": backward_that_writes}, GRADIENTS, "writes to its incoming"),
     "strides_of_the_gradient": ({"backward": backward_of_contiguous}, GRADIENTS, "transposed"),
     "second_derivative": ({"backward": backward_of_constants}, "gradgradcheck", "Jacobian"),
     "undeclared": ({"kernel": kernel_that_writes}, "schema", "was mutated"),

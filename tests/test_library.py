@@ -200,6 +200,15 @@ def test_errors() -> None:
         make(double, schema="(Tensor x) -> ()").register_sharding(double)
 
 
+def test_a_list_may_hold_none() -> None:
+    schema = "(Tensor x, Tensor?[] parts) -> Tensor"
+    op = make(lambda x, parts: x + sum(t for t in parts if t is not None), schema=schema)
+    op.register_autograd(lambda ctx, g: (g, [g, None]))
+    part = X.clone().requires_grad_()
+    op(X, [part, None]).sum().backward()
+    assert_close(part.grad, torch.ones_like(part))
+
+
 def test_defaults_are_left_out() -> None:
     op = make(lambda x, scale=2.0: x * scale, schema="(Tensor x, float scale=2.0) -> Tensor")
     op.register_autograd(lambda ctx, g: 2 * g)

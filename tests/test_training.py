@@ -150,11 +150,11 @@ def test_schedules():
     def course(schedule: training.LRSchedule) -> list[float]:
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
         (factor,) = training.lr_scheduler(optimizer, schedule, 4).lr_lambdas
-        return [factor(step) for step in range(5)]
+        return [factor(step) for step in range(6)]
 
-    assert course("linear") == [1.0, 0.75, 0.5, 0.25, 0.0]
-    assert course("constant") == [1.0] * 5
-    assert course("cosine") == pytest.approx([(1 + math.cos(math.pi * i / 4)) / 2 for i in range(5)])
+    assert course("linear") == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    assert course("constant") == [1.0] * 6
+    assert course("cosine") == pytest.approx([(1 + math.cos(math.pi * i / 4)) / 2 for i in (*range(5), 4)])
     with pytest.raises(ConfigError, match="schedule is 'cosin', expected one of"):
         course("cosin")
 
@@ -184,7 +184,8 @@ def test_signals_are_noted_until_the_process_leaves(world):
 def error_of_training(averaged: bool, changed_in: int, optimizer: str = "sgd") -> str:
     """The error of a run of three steps on two ranks, if any.
 
-    In one of the steps rank 1 exchanges two elements of a parameter, which leaves their sum as it was.
+    In one of the steps rank 1 exchanges two elements of a parameter, which leaves their sum as it was. With
+    ``changed_in=-1`` it has other samples.
     """
     torch.manual_seed(0)
     passes = itertools.count(1)
@@ -200,7 +201,8 @@ def error_of_training(averaged: bool, changed_in: int, optimizer: str = "sgd") -
         replica = DistributedDataParallel(model) if averaged else model
         mesh = {"mesh": world.mesh["dp"]} if optimizer == "muon" else {}
         made = OPTIMIZERS[optimizer](model, **mesh)
-        args = model, made, world, samples(101, seed=1), samples(50, seed=2)
+        train = samples(101, seed=1 + (changed_in < 0) * world.rank)
+        args = model, made, world, train, samples(50, seed=2)
         try:
             plain_loop.train(*args, batch_size=50, replica=replica, epochs=1)
         except ConfigError as e:
@@ -219,6 +221,7 @@ DIFFERS = r"{} differs between the ranks that share a batch; .*average .* by Dis
         ((False, 0), DIFFERS.format("the gradient of layers.0.weight")),
         # All ranks apply the same updates, each made from the gradient of one rank.
         ((False, 0, "muon"), DIFFERS.format("the gradient of layers.0.weight")),
+        ((True, -1), "checksums of the samples: train.features is "),
         ((True, 1), DIFFERS.format("frozen")),
         ((True, 3), DIFFERS.format("frozen")),  # at the end of the epoch
     ],

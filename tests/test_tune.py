@@ -133,31 +133,12 @@ def test_tiles_are_those_that_the_operands_allow(n, stride, expected, by_pointer
     assert tiles.choose_tiles("symmetric_product", "ieee", sizes, x, tma=False) == by_pointers
 
 
-@pytest.mark.parametrize("k, expected", [(1024, 128), (1004, 128), (1002, 64)])
-def test_large_tiles_of_float32_take_rows_that_begin_on_16_bytes(k, expected):
-    """Single elements of 4 bytes are loaded asynchronously, those of 2 bytes are not."""
-    x = operand(4096, k, torch.float32)
-    assert tiles.default_tiles("symmetric_product", "ieee", (4096, 4096, k, 1), x).block_m == expected
-
-
 def test_sizes_that_no_descriptor_has_go_by_pointers():
     for m, n, k in ((0, 64, 64), (1, 12288, 4096), (8, 2**31, 16)):
         tiles.save_table(DEVICE, table([[max(m, 1), n, k, 1, WIDE]], kernel="linear_sigmoid"))
         for choose in (tiles.default_tiles, tiles.choose_tiles):
             found = choose("linear_sigmoid", "ieee", (m, n, k, 1), operand(m, k), operand(n, k))
             assert found.variant == "pointers"
-
-
-def test_parts_of_a_split_sum():
-    for sizes, expected in (
-        ((0, 1, 1), (1, 64)),
-        ((64, 64, 255), (1, 256)),
-        ((64, 64, 576), (2, 320)),
-        ((64, 64, 8192), (16, 512)),
-        ((200, 1001, 8191), (2, 4096)),  # 64 tiles, 132 multiprocessors
-        ((8192, 8192, 8192), (1, 8192)),
-    ):
-        assert tiles.split_k(SPLIT, DEVICE, *sizes) == expected, sizes
 
 
 def test_saved_table_is_what_is_chosen(folder):

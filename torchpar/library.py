@@ -337,7 +337,9 @@ class CustomOpDef(custom_ops.CustomOpDef):
 
         def with_defaults(*args: Any, **kwargs: Any) -> Any:
             found = rule(*args, *self._defaults[len(args) :], **self._keyword_only(kwargs))
-            sizes = [len(schema.returns), sum(hasattr(t, "placements") for t in tree_flatten(args)[0])]
+            # The tensors are specs, and in a list that has None, too, strategies.
+            is_tensor = [hasattr(t, "placements") or hasattr(t, "strategies") for t in tree_flatten(args)[0]]
+            sizes = [len(schema.returns), sum(is_tensor)]
             for pair in found if isinstance(found, list | tuple) else [found]:
                 lists = isinstance(pair, list | tuple) and [isinstance(one, list | tuple) for one in pair]
                 if lists != [True, True] or [len(pair[0]), sum(p is not None for p in pair[1])] != sizes:
@@ -359,7 +361,8 @@ class CustomOpDef(custom_ops.CustomOpDef):
         transformed = is_transformed()
         if self._formula and (transformed or (self._decompose and self._decompose(*args, **kwargs))):
             return self._formula(*args, **kwargs)
-        if transformed or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+        # A list with None among its tensors is no list of tensors to PyTorch.
+        if transformed or (torch.is_grad_enabled() and torch._C._any_requires_grad(*_flattened(args)[0])):
             call = _Call(self, kwargs)
             with enable_single_level_autograd_function() if transformed else nullcontext():
                 return call.result(Differentiable.apply(*call.flat(args), call))  # type: ignore[attr-defined]

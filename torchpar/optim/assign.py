@@ -120,8 +120,8 @@ def chain(
         present = {p for one in unchecked for p in one.parameters()}
         if names := [one.name for p, one in assignments.items() if unchecked and p not in present]:
             raise ConfigError(
-                f"Muon.for_model: {names[0]} is no longer a parameter of the model; make the optimizer after "
-                "the last fully_shard, which replaces parameters, and reshard the model before a step"
+                f"Muon.for_model: {names[0]} is no longer a parameter of the model; reshard the "
+                "model, and make the optimizer after the last fully_shard, which replaces parameters"
             )
         unchecked.clear()
 

@@ -190,7 +190,11 @@ def pulled_back(
     for x in xs:
         x.requires_grad_(any(x is one for one in chosen))
     ys = f(*map(of_operands, xs))[used]
-    return gradients(ys, chosen, [layout(normal_like(y)) for y in ys])
+    incoming, kept = ([layout(normal_like(y)) for y in ys] for _ in range(2))
+    found = gradients(ys, chosen, incoming)
+    if not all(map(torch.equal, incoming, kept)):
+        raise Outcome("wrong", "the backward writes to its incoming gradient")
+    return found
 
 
 def _pulled_back_twice(f: Function, case: Case, layout: Layout) -> Tensors:

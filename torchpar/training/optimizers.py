@@ -64,14 +64,14 @@ def muon(
 def lr_scheduler(optimizer: Optimizer, schedule: LRSchedule, steps: int) -> LambdaLR:
     """Return a scheduler whose learning rate falls to 0 over ``steps``, linearly or as a half cosine.
 
-    With "constant" the learning rate stays.
+    Later it stays 0. With "constant" the learning rate stays as it is.
 
     Raises:
         ConfigError: another schedule.
     """
     factors: dict[LRSchedule, Callable[[int], float]] = {
-        "linear": lambda step: 1 - step / steps,
-        "cosine": lambda step: (1 + math.cos(math.pi * step / steps)) / 2,
+        "linear": lambda step: 1 - min(step / steps, 1),
+        "cosine": lambda step: (1 + math.cos(math.pi * min(step / steps, 1))) / 2,
         "constant": lambda step: 1.0,
     }
     if schedule not in factors:

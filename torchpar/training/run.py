@@ -31,7 +31,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from torchpar.data import Batch, Samples, batches
 from torchpar.errors import ConfigError, DivergedError
-from torchpar.parallel.launch.agreement import check_same_bits, check_same_on_all_ranks
+from torchpar.parallel.launch.agreement import check_same_bits, check_same_on_all_ranks, checksum
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import CheckpointConfig, Checkpoints
 from torchpar.profile.phases import phase, step
@@ -102,9 +102,9 @@ class Run:
         step: complete steps of the current epoch.
 
     Raises:
-        ConfigError: ranks with different models or flags; gradients that differ between the ranks that share
-            a batch, in the optimizer's first step; a checkpoint that is damaged, of another run or of more
-            epochs. On every rank.
+        ConfigError: ranks with different models, flags or samples; gradients that differ between the ranks
+            that share a batch, in the optimizer's first step; a checkpoint that is damaged, of another run or
+            of more epochs. On every rank.
         DivergedError: the training loss of an epoch is not finite. On every rank.
         Stopped: after SIGTERM or SIGINT, if there is a ``checkpoint``. On every rank.
     """
@@ -147,6 +147,11 @@ class Run:
         self.config = json.loads(json.dumps({**(config or {}), **own}))
         others = {"test": len(test), "saving": str(checkpoint)}
         check_same_on_all_ranks(None, "the ranks' flags", {**self.config, **others})
+        if world.world_size > 1:
+            sets = {"train.features": train.features, "train.labels": train.labels}
+            sets |= {"test.features": test.features, "test.labels": test.labels}
+            found = {name: checksum(t) for name, t in sets.items()}
+            check_same_on_all_ranks(None, "checksums of the samples", found)
         self.results: list[EpochResult] = []
         self.step = 0
         # This rank's losses of the current epoch, added in the order of the steps: in another order the sum
