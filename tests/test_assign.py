@@ -270,5 +270,5 @@ def test_a_parameter_that_the_model_has_replaced_is_named():
     model = make()
     optimizer = Muon.for_model(model)
     model["head"].bias = nn.Parameter(torch.zeros(50))
-    with pytest.raises(ValueError, match=r"head\.bias is no longer a parameter of the model; make the"):
+    with pytest.raises(ValueError, match=r"head\.bias is no longer a parameter of the model; reshard"):
         optimizer.step()
