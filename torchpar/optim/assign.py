@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import repeat
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -116,13 +117,16 @@ def chain(
 
     unchecked = [model]  # until the first step
 
-    def check_parameters(*_: Any) -> None:
+    def check_parameters(stepping: Optimizer, *_: Any) -> None:
         present = {p for one in unchecked for p in one.parameters()}
-        if names := [one.name for p, one in assignments.items() if unchecked and p not in present]:
-            raise ConfigError(
-                f"Muon.for_model: {names[0]} is no longer a parameter of the model; reshard the "
-                "model, and make the optimizer after the last fully_shard, which replaces parameters"
-            )
+        for group in stepping.param_groups if unchecked else ():  # accelerate puts in those of fully_shard
+            names = group.get("param_names", repeat("a parameter"))
+            for name, p in zip(names, group["params"], strict=False):
+                if p not in present:
+                    raise ConfigError(
+                        f"Muon.for_model: {name} is no longer a parameter of the model; reshard the model, and "
+                        "make the optimizer after the last fully_shard, which replaces parameters"
+                    )
         unchecked.clear()
 
     optimizer.register_step_pre_hook(check_parameters)
