@@ -124,8 +124,8 @@ def chain(
             for name, p in zip(names, group["params"], strict=False):
                 if p not in present:
                     raise ConfigError(
-                        f"Muon.for_model: {name} is no longer a parameter of the model; reshard the model, and "
-                        "make the optimizer after the last fully_shard, which replaces parameters"
+                        f"Muon.for_model: {name} is no longer a parameter of the model; reshard the model, "
+                        "and make the optimizer after the last fully_shard, which replaces parameters"
                     )
         unchecked.clear()
 
