@@ -221,7 +221,7 @@ DIFFERS = r"{} differs between the ranks that share a batch; .*average .* by Dis
         ((False, 0), DIFFERS.format("the gradient of layers.0.weight")),
         # All ranks apply the same updates, each made from the gradient of one rank.
         ((False, 0, "muon"), DIFFERS.format("the gradient of layers.0.weight")),
-        ((True, -1), "checksums of the samples: train.features is "),
+        ((True, -1), "train.features differs between the ranks that share a batch; make the same samples"),
         ((True, 1), DIFFERS.format("frozen")),
         ((True, 3), DIFFERS.format("frozen")),  # at the end of the epoch
     ],

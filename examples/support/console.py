@@ -76,7 +76,7 @@ def compare(
     exact = reference(*(t.double() for t in inputs))
     found = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
     if found != tuple(exact.shape):
-        raise ConfigError(f"{part} is {found}, expected a tensor {tuple(exact.shape)}; mend its formula")
+        raise ConfigError(f"{part} is {found}, expected the shape {tuple(exact.shape)}; mend its formula")
     error, native = ((t - exact).abs().max().item() for t in (result, reference(*inputs)))
     most = 2 * native + terms**0.5 * torch.finfo(result.dtype).eps * exact.abs().max().item()
     print(f"{part}: error {error:.1e} against float64, PyTorch's {native:.1e}")

@@ -21,7 +21,7 @@ from torchpar.errors import ConfigError
 from torchpar.exact.dispatch import is_active, ordinary
 from torchpar.exact.sums import exponents_of
 from torchpar.library import is_dtensor
-from torchpar.parallel.launch.agreement import check_same_on_all_ranks, checksum
+from torchpar.parallel.launch.agreement import check_same_bits
 
 _WIDTH = 30
 _NONE, _LOWEST, _UNUSUAL = -7, -6, 6  # bins: of no term, of the smallest number, and of what is not finite
@@ -137,8 +137,8 @@ class DataParallel:
         """
         if self.group is not None and dist.get_world_size(self.group) > 1:
             if not self._is_checked:
-                bits = {name: checksum(p) for name, p in self.model.named_parameters()}
-                check_same_on_all_ranks(self.group, "checksums of the parameters", bits)
+                parameters = dict(self.model.named_parameters())
+                check_same_bits(self.group, parameters, "start with the same weights on all")
                 self._is_checked = True
             device = self._sums[0].bins.device
             tops = torch.tensor([one.top for one in self._sums], device=device)

@@ -170,7 +170,7 @@ RULES["scatter"] = lambda *operands: _scatter_add(*operands, accumulate=False)
 
 
 def _plus_zero(name: str, *operands: Any, **options: Any) -> Any:
-    """The operator's result with +0 in the place of −0, of which vector instructions keep either."""
+    """The operator's result, with +0 for −0: which of the two it keeps depends on the instructions."""
     result = getattr(torch.ops.aten, name)(*operands, **options)
     return result + 0.0 if isinstance(result, Tensor) and result.is_floating_point() else result
 

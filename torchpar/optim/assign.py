@@ -115,22 +115,28 @@ def chain(
             raise ConfigError(f"Muon.for_model: others returns a {returned}, expected an optimizer")
     optimizer = ModelOptimizer(list(assignments.values()), *optimizers)
 
-    unchecked = [model]  # until the first step
+    unchecked = [model]  # until the first step; accelerate replaces parameters of optimizers before it
 
-    def check_parameters(stepping: Optimizer, *_: Any) -> None:
-        present = {p for one in unchecked for p in one.parameters()}
-        for group in stepping.param_groups if unchecked else ():  # accelerate puts in those of fully_shard
-            names = group.get("param_names", repeat("a parameter"))
-            for name, p in zip(names, group["params"], strict=False):
-                if p not in present:
-                    raise ConfigError(
-                        f"Muon.for_model: {name} is no longer a parameter of the model; reshard the model, "
-                        "and make the optimizer after the last fully_shard, which replaces parameters"
-                    )
-        unchecked.clear()
+    def check_once(stepping: Optimizer, *_: Any) -> None:
+        while unchecked:
+            _check_parameters(stepping, unchecked[0])
+            unchecked.clear()
 
-    optimizer.register_step_pre_hook(check_parameters)
+    optimizer.register_step_pre_hook(check_once)
     return optimizer
+
+
+def _check_parameters(optimizer: Optimizer, model: nn.Module) -> None:
+    """Raise a ConfigError if the optimizer has a parameter that is not the model's."""
+    present = set(model.parameters())
+    for group in optimizer.param_groups:
+        names = group.get("param_names", repeat("a parameter"))
+        lost = [name for name, p in zip(names, group["params"], strict=False) if p not in present]
+        if lost:
+            raise ConfigError(
+                f"Muon.for_model: {lost[0]} is no longer a parameter of the model; reshard the model, "
+                "and make the optimizer after the last fully_shard, which replaces parameters"
+            )
 
 
 # The rules

@@ -33,8 +33,20 @@ def check_same_on_all_ranks(group: dist.ProcessGroup | None, what: str, values: 
         )
 
 
-def check_same_bits(group: dist.ProcessGroup, tensors: Mapping[str, Tensor | None]) -> None:
+AVERAGE = (
+    "start with the same weights on all, and average the gradients before optimizer.step(), for example by "
+    "DistributedDataParallel (with find_unused_parameters=True if a parameter gets no gradient)"
+)
+
+
+def check_same_bits(
+    group: dist.ProcessGroup | None, tensors: Mapping[str, Tensor | None], remedy: str = AVERAGE
+) -> None:
     """Compare replicas, by name, between the ranks of ``group``: dense tensors, except DTensors, and None.
+
+    Args:
+        group: None for all ranks.
+        remedy: what to do about a difference, with which the error message ends.
 
     Raises:
         ConfigError: a tensor differs, or only some ranks have it; on every rank.
@@ -45,11 +57,7 @@ def check_same_bits(group: dist.ProcessGroup, tensors: Mapping[str, Tensor | Non
         if t is not None and t.layout == torch.strided and not is_dtensor(t)
     }
     if difference := _first_difference(group, digests):
-        raise ConfigError(
-            f"{difference[0]} differs between the ranks that share a batch; start with the same weights on "
-            "all, and average the gradients before optimizer.step(), for example by DistributedDataParallel "
-            "(with find_unused_parameters=True if a parameter gets no gradient)"
-        )
+        raise ConfigError(f"{difference[0]} differs between the ranks that share a batch; {remedy}")
 
 
 def checksum(t: Tensor) -> int:
