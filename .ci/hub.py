@@ -22,7 +22,7 @@ VARIANT = "build/torch-universal"
 ALLOWED = {"torch", "triton", *sys.stdlib_module_names}  # the Hub's kernels import nothing else
 HEADER = "# SPDX-License-Identifier: MIT\n"
 NAMESPACE = 'NAMESPACE = "torchpar"\n'  # a line of ops/_operator.py
-INIT = '''"""Triton operators that are full citizens of PyTorch."""
+INIT = '''"""Triton operators that work with all of PyTorch."""
 
 from . import _ops
 from .ops import {names}

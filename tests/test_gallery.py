@@ -11,7 +11,7 @@ from torchpar.testing import OperatorTable, Row, check_operator
 # PyTorch's own: a fake tensor's .item() in make_fx, and the export of 2.11.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-RIGHT = ("works", "not run", "by its formula")
+RIGHT = ("works", "not run", "falls back")
 GAPS = ("forward mode", "torch.func: vjp", "torch.func: jvp", "torch.func: hessian", "vmap and gradients")
 
 

@@ -132,7 +132,7 @@ def test_every_part_of_pytorch_takes_a_layer(layer: str, onednn: list[list[int]]
     # Sums of products are exact; σ is saturated nowhere.
     sample = tuple(halves(*t.shape, dtype=t.dtype) / 16 for t in operands(*AWKWARD))
     table = check_operator(ours, [sample], reference=native, rules=RULES)
-    assert {row.outcome for row in table.rows} <= {"works", "by its formula"}, str(table)
+    assert {row.outcome for row in table.rows} <= {"works", "falls back"}, str(table)
     assert 2 in map(len, onednn)
 
 

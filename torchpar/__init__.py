@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Triton operators that are full citizens of PyTorch, and parallel training on them.
+"""Triton operators that work with all of PyTorch, and parallel training on them.
 
 Importing this package registers ``torch.ops.torchpar.*``. Triton is imported on the first call that
 needs a kernel, and `torchpar.optim`, `torchpar.parallel` and others on first use: so ``import torchpar`` is

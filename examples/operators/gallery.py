@@ -18,7 +18,7 @@ TEXT = """# A gallery of operators
 
 Each file of [examples/operators](../examples/operators) takes a function, in Triton, Numba, torchvision
 or PyTorch. The same lines make two operators of it: one by `torch.library`, and one by `torchpar.library`.
-[From a function to a citizen](citizen.md) explains each rule. `torchpar.testing.check_operator` finds,
+[From a function to an operator](citizen.md) explains each rule. `torchpar.testing.check_operator` finds,
 before → after:
 
 {table}

@@ -21,7 +21,7 @@ Layout = Callable[[Tensor], Tensor]
 Attempts = Generator[tuple[str, Callable[[], Any]], None, Any]  # labels and trials; a remark
 
 REFUSALS = (RuntimeError, NotImplementedError, ValueError)  # a TypeError is a mistake in a rule
-FALLS_BACK = "by its formula"  # right, and computed without the operator
+FALLS_BACK = "falls back"  # right, and computed without the operator
 LOW = (torch.bfloat16, torch.float16)
 
 

@@ -26,7 +26,7 @@ class Row:
     """The outcome of a rule.
 
     Attributes:
-        outcome: of several samples the worst; export and Inductor try the first. "works"; "by its formula",
+        outcome: of several samples the worst; export and Inductor try the first. "works"; "falls back",
             if the result is right, but was computed without the operator; "refuses", by an error with a
             message; "wrong"; "crashes", by any other error; or "not run".
         detail: a message, or a remark.
