@@ -35,7 +35,7 @@ from torchpar.kernels.linear_sigmoid import linear_sigmoid_kernel, linear_sigmoi
 from torchpar.kernels.matmul_t import mirror, symmetric_product_kernel
 from torchpar.kernels.matmul_t_tma import symmetric_product_tma_kernel
 from torchpar.kernels.maximum import maximum_flat_kernel
-from torchpar.kernels.tiles import KINDS, Tiles, count_tiles, device
+from torchpar.kernels.tiles import KINDS, Tiles, count_tiles, device, tile_cost
 from torchpar.ops.matrix import fp32_precision
 
 Call = Callable[[], Tensor]
@@ -51,10 +51,10 @@ ONE, ZERO = tl.constexpr(0x3FF0000000000000), tl.constexpr(0)  # the bits of flo
 
 
 def that_fit(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:
-    """The configurations whose stages fit into shared memory; by TMA only where it is, and not in float64."""
+    """The configurations whose stages fit into shared memory; by TMA where it is, in 16 bits and in TF32."""
     x = arguments["x_ptr"]
     capability = device(x).capability
-    tma = capability in (90, 100, 103) and x.dtype != torch.float64
+    tma = capability in (90, 100, 103) and (x.element_size() == 2 or constants["PRECISION"] == "tf32")
     room = BLOCK_SHARED.get(capability, 101376) // ROW_BYTES  # rows of all stages
     rows = {one: one.num_stages * (one.kwargs["BLOCK_M"] + one.kwargs["BLOCK_N"]) for one in configs}
     return [one for one in configs if rows[one] <= room and (tma or not one.kwargs["TMA"])]
@@ -367,13 +367,14 @@ def check(call: Call, exact: Tensor, allowed: float, symmetric: bool) -> float:
 
 
 def error_of(call: Call, exact: Tensor, symmetric: bool = False) -> float:
-    """The largest error of a call; infinite if the result should be symmetric and is not."""
+    """The largest error of a call; a Rejected if the result should be symmetric and is not."""
     poison = [torch.full_like(exact, math.nan, dtype=KINDS[kind].dtype) for _ in range(4)]
     del poison  # the allocator gives this memory to the call: what it leaves unwritten is NaN
     found = call()
-    if symmetric and not torch.equal(found, found.mT):
-        return math.inf
-    return (found.double() - exact).abs().max().item()
+    error = (found.double() - exact).abs().max().item()
+    if symmetric and not math.isnan(error) and not torch.equal(found, found.mT):
+        raise Rejected("the result is not symmetric")
+    return error
 
 
 REPORTS = {"maximum": report_maximum, "matmul_t": report_matmul_t, "linear_sigmoid": report_linear_sigmoid}
@@ -393,7 +394,7 @@ OPERATORS = {
         ((4096, 4096),),
         blocks=partial(tiles, 4096, 4096, True),
         numbers=2 * 4096**2,
-        flops_of_block=lambda given: 2 * given["BLOCK_M"] * given["BLOCK_N"] * 4096,
+        products=lambda given: 4096 * tile_cost(given["BLOCK_M"], given["BLOCK_N"]),
     ),
     "linear_sigmoid": Operator(
         layer_kernel,
@@ -401,7 +402,7 @@ OPERATORS = {
         LAYER,
         blocks=partial(tiles, 4096, OUT, False),
         numbers=sum(map(math.prod, LAYER)) + 4096 * OUT,
-        flops_of_block=lambda given: 2 * given["BLOCK_M"] * given["BLOCK_N"] * IN,
+        products=lambda given: IN * tile_cost(given["BLOCK_M"], given["BLOCK_N"]),
     ),
 }
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Compile kernels for GPUs that are not here: registers, spills, shared memory, blocks and waves.
 
-They come from the machine code and the makers' documents. The estimate is a least time: of the products, in
+They come from the machine code and the makers' documents. The estimate is of the products and their loads, in
 full waves at the processor's peak, or of the operands and the result, at the memory's bandwidth.
 """
 
@@ -65,7 +65,7 @@ class Operator:
         shapes: of the operands.
         blocks: the number of blocks, or of tiles of persistent ones, by configuration.
         numbers: that go through memory at least.
-        flops_of_block: operations of a block, or of a tile, by configuration.
+        products: of a block, or of a tile, by configuration; with `tile_cost`'s loads.
     """
 
     kernel: Any
@@ -73,7 +73,7 @@ class Operator:
     shapes: Sequence[tuple[int, ...]]
     blocks: Callable[[dict[str, Any]], int]
     numbers: int
-    flops_of_block: Callable[[dict[str, Any]], int] = lambda given: 0
+    products: Callable[[dict[str, Any]], int] = lambda given: 0
 
 
 class Job(NamedTuple):
@@ -100,13 +100,14 @@ def compile_all(names: Sequence[str], kind: str, quick: bool, path: Path | None)
     ]
     table = Table(path, CPU)
     with ProcessPoolExecutor(min(CORES, len(jobs)), get_context("spawn")) as pool:
-        for result in track(pool.map(examine, jobs), "compile", len(jobs)):
+        found = map(examine, jobs) if quick else pool.map(examine, jobs)
+        for result in track(found, "compile", len(jobs)):
             table.add([result])
     for name in names:
         shapes = " ".join("x".join(map(str, shape)) for shape in OPERATORS[name].shapes)
         own = [result for result in table.results if result.case["operator"] == name]
         print_results(f"{name} of {shapes}, {kind}; no GPU ran", own)
-    print("The estimate is a least time, by the data sheets' peaks, in full waves of blocks.")
+    print("The estimate is the rule's, at the data sheets' peaks. It ranks tiles; it is no time.")
     return table.status
 
 
@@ -120,7 +121,7 @@ def possible(operator: Operator, capability: int, kind: str) -> list[int]:
     if kernel.early_config_prune is None:
         return list(range(len(kernel.configs)))
     with driver.target(capability):
-        fitting = kernel.early_config_prune(kernel.configs, {"x_ptr": x})
+        fitting = kernel.early_config_prune(kernel.configs, {"x_ptr": x}, PRECISION=KINDS[kind].precision)
     return [kernel.configs.index(config) for config in fitting]
 
 
@@ -131,7 +132,7 @@ def examine(job: Job) -> Result:
     case = {"operator": job.operator, "GPU": f"{gpu.name}, sm_{job.capability}"}
     tile = " ".join(f"{name.removeprefix('BLOCK_').lower()}={value}" for name, value in config.kwargs.items())
     contestant = f"{tile} warps={config.num_warps}"
-    if operator.flops_of_block(config.kwargs):  # only products have loops whose loads are staged
+    if operator.products(config.kwargs):  # only products have loops whose loads are staged
         contestant += f" stages={config.num_stages}"
     every, operator.kernel.configs = operator.kernel.configs, [config]
     try:
@@ -157,8 +158,8 @@ def examine(job: Job) -> Result:
         "waves": waves,
     }
     if waves:
-        work = ceil(waves) * at_a_time * operator.flops_of_block(config.kwargs)  # of a multiprocessor
-        by_products = work / (gpu.flops[job.kind] / gpu.multiprocessors)
+        work = ceil(waves) * at_a_time * operator.products(config.kwargs)  # of a multiprocessor
+        by_products = 2 * work / (gpu.flops[job.kind] / gpu.multiprocessors)
         by_memory = operator.numbers * KINDS[job.kind].dtype.itemsize / gpu.bytes_per_s
         columns["estimate_ms"] = 1e3 * max(by_products, by_memory)
     return Result(case=case, contestant=contestant, columns=columns)

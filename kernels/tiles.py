@@ -217,6 +217,11 @@ def check_variant(tiles: Tiles, kernel: str, n: int, *operands: Tensor) -> None:
         raise ValueError(f"{kernel} cannot take these operands by {tiles}, expected the variant pointers")
 
 
+def tile_cost(rows: int, columns: int) -> int:
+    """The cost of a tile for each column of x, in products: its own, and `LOAD` for each number loaded."""
+    return rows * columns + LOAD * (rows + columns)
+
+
 def suitable(kernel: str, precision: str, n: int, *operands: Tensor, tma: bool = True) -> list[Tiles]:
     """The configurations of the operands' device that suit the operands, and ``n`` columns of a result."""
     possible = configurations(kernel, operands[0].dtype, precision, device(operands[0]).capability)
@@ -234,12 +239,12 @@ def choose_tiles(
     m, n, _, batch = map(_hint, sizes)
 
     def estimate(tiles: Tiles) -> int:
-        """The waves of tiles over the multiprocessors, times a tile's products; a row adds `LOAD` to them."""
+        """The waves of tiles over the multiprocessors, times the columns of x, times a tile's cost."""
         count, columns = split_k(tiles, present, *sizes[:3])
         units = count_tiles(tiles, m, n, kernel == "symmetric_product") * batch * count
-        products = tiles.block_m * tiles.block_n + LOAD * (tiles.block_m + tiles.block_n)
         waves = ceil(units / present.multiprocessors)
-        return (waves * _hint(columns) + kind.second_launch * (count > 1)) * products
+        cost = tile_cost(tiles.block_m, tiles.block_n)
+        return (waves * _hint(columns) + kind.second_launch * (count > 1)) * cost
 
     possible = suitable(kernel, precision, sizes[1], *operands, tma=tma)
     return min(possible, key=estimate, default=kind.unaligned)
