@@ -28,7 +28,7 @@ from triton.testing import do_bench, do_bench_cudagraph
 import torchpar
 from benchmarks.command import Command, run
 from benchmarks.compare import Work
-from benchmarks.resources import BLOCK_SHARED, Operator, compile_all
+from benchmarks.resources import BLOCK_SHARED, Operator, compile_all, describe
 from benchmarks.results import Result, Table, print_results, track
 from benchmarks.timing import Rejected
 from torchpar.kernels.linear_sigmoid import linear_sigmoid_kernel, linear_sigmoid_tma_kernel
@@ -42,6 +42,18 @@ Call = Callable[[], Tensor]
 Speeds = tuple[float, float, float]  # the median, the slowest and the fastest
 
 QUANTILES = (0.5, 0.2, 0.8)
+PRINTED = [
+    "shape",
+    "contestant",
+    "p20_ms",
+    "p50_ms",
+    "p80_ms",
+    "speedup",
+    "gb_per_s",
+    "gflop_per_s",
+    "max_error",
+    "config",
+]
 SHORT = 0.03  # ms; the host takes as long to launch, which CUDA graphs leave out
 IN, OUT = 1024, 4096  # features of the layer
 ROW_BYTES = 128  # of a tile along k: the widest that TMA swizzles
@@ -345,7 +357,9 @@ def measure(
             "gflop_per_s": work.flops / times[0] * 1e-6 or None,
         }
         columns |= {"max_error": error, "timer": timer.__name__}
-        columns["config"] = str(OPERATORS[operator].kernel.best_config) if provider == "autotuned" else ""
+        columns["config"] = (
+            describe(OPERATORS[operator].kernel.best_config) if provider == "autotuned" else ""
+        )
     except Exception as failure:  # of one provider; the others go on
         reason = f"{type(failure).__name__}: {failure}".partition("\n")[0]
     p50, p20, p80 = times
@@ -438,7 +452,7 @@ def time_operator(operator: str, table: Table, options: argparse.Namespace) -> N
     for size, provider in track(list(product(benchmark.x_vals, benchmark.line_vals)), operator):
         report.fn(size, provider)
         table.add(results[-1:])
-    print_results(operator, results)
+    print_results(f"{operator} in {kind}", results, PRINTED)
     if options.output and importlib.util.find_spec("matplotlib") and importlib.util.find_spec("pandas"):
         with TemporaryDirectory() as folder:  # for the picture alone: our CSV has more columns
             report.run(save_path=folder)  # which calls ``report.fn`` again: the times are cached

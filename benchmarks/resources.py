@@ -27,6 +27,15 @@ from torchpar.kernels.tiles import KINDS
 
 BLOCK_SHARED = {80: 166912, 90: 232448, 100: 232448, 103: 232448}  # bytes that a block may have
 REGISTERS, WARPS, BLOCKS, TENSOR_COLUMNS = 65536, 64, 32, 512  # of a multiprocessor of each of these
+PRINTED = [
+    "contestant",
+    "registers",
+    "spilled_bytes",
+    "shared_kb",
+    "blocks_per_multiprocessor",
+    "waves",
+    "estimate_ms",
+]
 RESERVED_SHARED = 1024  # bytes of each block, for the system
 
 
@@ -42,15 +51,15 @@ class Architecture(NamedTuple):
 
 ARCHITECTURES = {
     80: Architecture(
-        *("A100 SXM", 108, 167936, 2.04e12),
+        *("A100 SXM (sm_80)", 108, 167936, 2.04e12),
         {"bfloat16": 312e12, "float16": 312e12, "tf32": 156e12, "float32": 19.5e12, "float64": 19.5e12},
     ),
     90: Architecture(
-        *("H100 SXM", 132, 233472, 3.35e12),
+        *("H100 SXM (sm_90)", 132, 233472, 3.35e12),
         {"bfloat16": 989e12, "float16": 989e12, "tf32": 495e12, "float32": 67e12, "float64": 67e12},
     ),
     100: Architecture(
-        *("B200", 148, 233472, 8.0e12),
+        *("B200 (sm_100)", 148, 233472, 8.0e12),
         {"bfloat16": 2250e12, "float16": 2250e12, "tf32": 1120e12, "float32": 75e12, "float64": 37e12},
     ),
 }
@@ -105,9 +114,13 @@ def compile_all(names: Sequence[str], kind: str, quick: bool, path: Path | None)
             table.add([result])
     for name in names:
         shapes = " ".join("x".join(map(str, shape)) for shape in OPERATORS[name].shapes)
-        own = [result for result in table.results if result.case["operator"] == name]
-        print_results(f"{name} of {shapes}, {kind}; no GPU ran", own)
-    print("The estimate is the rule's, at the data sheets' peaks. It ranks tiles; it is no time.")
+        for gpu in ARCHITECTURES.values():
+            own = [
+                one for one in table.results if (one.case["operator"], one.case["GPU"]) == (name, gpu.name)
+            ]
+            print_results(f"{name} of {shapes} in {kind}, for {gpu.name}; no GPU ran", own, PRINTED)
+    print("w: warps. s: stages. KB: of shared memory. per SM: blocks of a multiprocessor at a time.")
+    print("The estimate is the rule's, at the data sheets' peaks. It ranks tiles, and is no time.")
     return table.status
 
 
@@ -129,11 +142,7 @@ def examine(job: Job) -> Result:
     """Compile a configuration, in a process of its own."""
     operator = import_module("benchmarks.autotune").OPERATORS[job.operator]
     config, gpu = operator.kernel.configs[job.config], ARCHITECTURES[job.capability]
-    case = {"operator": job.operator, "GPU": f"{gpu.name}, sm_{job.capability}"}
-    tile = " ".join(f"{name.removeprefix('BLOCK_').lower()}={value}" for name, value in config.kwargs.items())
-    contestant = f"{tile} warps={config.num_warps}"
-    if operator.products(config.kwargs):  # only products have loops whose loads are staged
-        contestant += f" stages={config.num_stages}"
+    case, contestant = {"operator": job.operator, "GPU": gpu.name}, describe(config)
     every, operator.kernel.configs = operator.kernel.configs, [config]
     try:
         with driver.target(job.capability), torch.backends.flags(fp32_precision=KINDS[job.kind].precision):
@@ -163,6 +172,15 @@ def examine(job: Job) -> Result:
         by_memory = operator.numbers * KINDS[job.kind].dtype.itemsize / gpu.bytes_per_s
         columns["estimate_ms"] = 1e3 * max(by_products, by_memory)
     return Result(case=case, contestant=contestant, columns=columns)
+
+
+def describe(config: Any) -> str:
+    """The block, how it is loaded, warps and stages: 128x256 tma w8 s4; without a loop 512 w4."""
+    sizes = "x".join(str(value) for name, value in config.kwargs.items() if name.startswith("BLOCK"))
+    if "TMA" not in config.kwargs:
+        return f"{sizes} w{config.num_warps}"
+    variant = "tma" if config.kwargs["TMA"] else "ptr"
+    return f"{sizes} {variant} w{config.num_warps} s{config.num_stages}"
 
 
 def resident_blocks(gpu: Architecture, registers: int, warps: int, shared: int, tensor_columns: int) -> int:

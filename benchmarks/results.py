@@ -120,9 +120,9 @@ FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "samples_per_s": ("samples/s", "{:,.0f}".format),
     **{name: (name.replace("_", " "), "{:.1e}".format) for name in ("max_error", "error", "distance")},
     "peak_memory_mb": ("MB", "{:,.1f}".format),
-    "spilled_bytes": ("spilled bytes", "{}".format),
-    "shared_kb": ("shared KB", "{:.0f}".format),
-    "blocks_per_multiprocessor": ("a multiprocessor", "{}".format),
+    "spilled_bytes": ("spilled", "{}".format),
+    "shared_kb": ("KB", "{:.0f}".format),
+    "blocks_per_multiprocessor": ("per SM", "{}".format),
     "waves": ("waves", "{:.2f}".format),
     "ok": ("ok", lambda ok: "yes" if ok else "NO"),
 }

@@ -6,7 +6,8 @@ kernel with each configuration that suits. Triton keeps the times on disk, in $T
 launches cost what others cost.
 
 Other tiles sum in another order, so that times decide the last bits of a result. A launch in a compiled graph
-has no tensors to time, and takes the rule's tiles. So does one that splits k: another kernel sums its parts.
+has no tensors to time, and takes the rule's tiles. So does one that splits k, since another kernel sums its
+parts, and one in Triton's interpreter.
 """
 
 import os
@@ -53,7 +54,7 @@ def choose_plan(
     if tiles is not None:
         return make(tiles)
     tiles = choose_tiles(kernel, precision, sizes, *operands, tma=tma)
-    if ENABLED and not traced and tiles.variant != "split_k":
+    if ENABLED and not traced and not operands[0].is_cpu and tiles.variant != "split_k":
         possible = suitable(kernel, precision, sizes[1], *operands, tma=tma)
         plans = [make(one) for one in possible if one.variant == tiles.variant]
         if len(plans) > 1:

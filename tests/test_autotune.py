@@ -93,13 +93,16 @@ def test_triton_keeps_the_times_on_disk(tuner):
 
 
 def test_what_is_not_tuned(tuner):
-    """One configuration, given tiles, a compiled graph, and split sums."""
+    """One configuration, given tiles, a compiled graph, split sums, and Triton's interpreter."""
     product(meta(64, 33))
     product(meta(64, 32), tiles=SMALL[1])
     product(meta(64, 32), wrap=lambda kernel: kernel)
     linear_sigmoid.linear_sigmoid(meta(16, 4096), meta(16, 4096), None, "ieee", None)
     assert tuner.timed == 0
     assert not any(isinstance(plan, autotune.AutotunedPlan) for plan in launch._plans.values())
+    interpreted = torch.zeros(64, 32, dtype=torch.bfloat16)
+    choice = autotune.Choice("ieee", None, tma=True, only_if_faster=False, traced=False)
+    assert type(matmul_t._plan_product(interpreted, None, None, choice)) is launch.Plan
     tuner.times = [1.0, 2.0]
     linear_sigmoid.linear_sigmoid(meta(64, 32), meta(64, 32), None, "ieee", None)
     assert tuner.timed == 2
