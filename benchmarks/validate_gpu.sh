@@ -12,7 +12,8 @@
 # The status is 0 if all stages passed, 1 if one failed, 2 if there is nothing to run on.
 #
 # With --wheels it collects what a machine with torch lacks (CPython 3.12, Linux x86-64) and prints how to
-# install it there. The ladder needs numba and matplotlib, too, and plots of the autotuner matplotlib and pandas.
+# install it there. The ladder also needs numba and matplotlib, verify torchvision, and the autotuner's plots
+# matplotlib and pandas.
 set -uo pipefail
 unset -v CDPATH # with it `cd` prints
 

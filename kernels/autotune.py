@@ -49,7 +49,7 @@ def choose_plan(
         restore: the names of tensors that the kernel reads and writes.
     """
     precision, tiles, tma, only_if_faster, traced = choice
-    if only_if_faster and library_is_faster(kernel, precision, sizes, *operands):
+    if only_if_faster and library_is_faster(kernel, precision, sizes, *operands, tma=tma):
         return None
     if tiles is not None:
         return make(tiles)

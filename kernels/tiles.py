@@ -74,8 +74,8 @@ _16_BIT = (
     Tiles(128, 256, 64, 8, 4, "tma"),  # the largest that do not spill: 182 registers, 224 of 227 KB
     Tiles(64, 128, 64, 4, 4, "tma"),  # two programs a multiprocessor: one multiplies while the other stores
     Tiles(128, 128, 64, 8, 4, "tma"),  # where the last wave of 128 × 256 would be almost empty; sm_100
-    Tiles(128, 128, 64, 8, 3),  # 96 KB: three stages of an A100's 163 KB; a fourth gains nothing there
-    Tiles(64, 128, 64, 4, 3),
+    Tiles(128, 128, 64, 8, 3),  # 96 KB, so that two run on an H100's multiprocessor
+    Tiles(64, 128, 64, 4, 3),  # where those leave the last wave almost empty
     Tiles(64, 64, 64, 4, 3),  # small products do not repay the making of descriptors
     Tiles(64, 64, 128, 4, 3, "tma"),  # where pointers would load single elements, and few rows are long
     Tiles(64, 64, 64, 4, 4, "split_k"),  # few tiles: several programs share one
@@ -83,13 +83,13 @@ _16_BIT = (
 # Elements of twice the size: half the columns fill as many bytes of shared memory. With a fourth stage,
 # transposed operands and a matrix C would not fit into sm_100's shared memory.
 _TF32 = tuple(tiles._replace(block_k=tiles.block_k // 2, num_stages=3) for tiles in _16_BIT)
-_FLOAT32 = (  # on FMA units: with 8 warps a thread's sums fit in registers
+_FLOAT32 = (  # On FMA units. With 32 columns a tile of 128 × 128 would take all 255 registers of a thread.
     Tiles(128, 128, 16, 8, 3),
     Tiles(64, 128, 16, 8, 2),
     Tiles(64, 64, 16, 8, 2),
     Tiles(64, 64, 16, 8, 2, "split_k"),
 )
-_FLOAT64 = (  # a sum takes two registers: 128 × 128 would spill
+_FLOAT64 = (  # A sum takes two registers: a tile of 128 × 128 would spill.
     Tiles(64, 128, 16, 8, 2),
     Tiles(64, 64, 16, 4, 2),
     Tiles(64, 64, 32, 8, 2),
@@ -250,13 +250,16 @@ def choose_tiles(
     return min(possible, key=estimate, default=kind.unaligned)
 
 
-def library_is_faster(kernel: str, precision: str, sizes: Sequence[int], *operands: Tensor) -> bool:
+def library_is_faster(
+    kernel: str, precision: str, sizes: Sequence[int], *operands: Tensor, tma: bool = True
+) -> bool:
     """Whether PyTorch's library computes, since the kernel is not expected to win (docs/tuning.md)."""
     m, n, k, _ = sizes
     kind = kind_of(operands[0].dtype, precision)
-    if kind == "float32":  # their loop over k has bank conflicts in shared memory
+    if kind == "float32":  # the kernels' loop over k has bank conflicts in shared memory
         return True
-    if not suitable(kernel, precision, n, *operands) or n * operands[0].element_size() % 16 != 0:
+    fitting = suitable(kernel, precision, n, *operands, tma=tma)
+    if not fitting or n * operands[0].element_size() % 16 != 0:
         return True  # an address, or a store, for each element
     return _hint(m) < FEWEST_ROWS if kernel == "symmetric_product" else _hint(k) > KINDS[kind].most_k
 

@@ -239,7 +239,7 @@ def launches(graph: fx.GraphModule) -> tuple[list[str], list[Any]]:
     ],
 )
 def test_tracers_see_the_kernel_and_what_it_writes(op, shapes, kernel, written, monkeypatch):
-    monkeypatch.setattr(autotune, "library_is_faster", lambda *args: False)
+    monkeypatch.setattr(autotune, "library_is_faster", lambda *args, **options: False)
     graph, fakes = trace(op, shapes)
     names, (arguments,) = launches(graph)
     assert (names, arguments["tensors_to_clone"]) == ([kernel], written)

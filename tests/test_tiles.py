@@ -93,6 +93,7 @@ def test_tiles_and_the_library_by_alignment(n, stride, expected, by_pointers):
     assert tiles.choose_tiles(*choice) == expected
     assert tiles.choose_tiles(*choice, tma=False) == by_pointers
     assert tiles.library_is_faster(*choice) == (expected == UNALIGNED)
+    assert tiles.library_is_faster(*choice, tma=False) == (by_pointers == UNALIGNED)
 
 
 @pytest.mark.parametrize("m, n, k", [(0, 64, 64), (1, 12288, 4096), (8, 2**31, 16)])
