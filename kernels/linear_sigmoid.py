@@ -218,8 +218,8 @@ def linear_sigmoid(
     Raises:
         ValueError: ``tiles`` of a variant that cannot take these operands.
     """
-    choice = Choice(precision, tiles, tma, only_if_faster, traced=wrap is not None)
-    plan = cached_plan(_plan, wrap, (x, weight, bias), choice, out=out)
+    choice = precision, tiles, tma, only_if_faster, wrap is not None  # a `Choice` takes longer to make
+    plan = cached_plan(_plan, wrap, (x, weight, bias), *choice, out=out)
     if plan is None:
         return None
     if out is None:
@@ -240,7 +240,8 @@ def linear_sigmoid(
     return out
 
 
-def _plan(x: Tensor, weight: Tensor, bias: Tensor | None, choice: Choice) -> Plan | None:
+def _plan(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Plan | None:
+    choice = Choice(*options)
     sizes = x.shape[0], weight.shape[0], x.shape[1], 1
     make = partial(_plan_tiles, x, weight, bias, choice.precision)
     return choose_plan(make, "linear_sigmoid", sizes, [x, weight], choice)

@@ -6,6 +6,7 @@ The kernels for GPUs with TMA are in `matmul_t_tma`.
 
 import struct
 from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -130,8 +131,8 @@ def symmetric_product(
         None if b is a else _few_dims(b),
         None if c is None or beta == 0 else _few_dims(c),
     )
-    choice = Choice(precision, tiles, tma, only_if_faster, traced=wrap is not None)
-    plan = cached_plan(_plan_product, wrap, operands, choice, out=out)
+    choice = precision, tiles, tma, only_if_faster, wrap is not None  # a `Choice` takes longer to make
+    plan = cached_plan(_plan_product, wrap, operands, *choice, out=out)
     if plan is None:
         return None
     if out is None:
@@ -146,7 +147,8 @@ def symmetric_product(
     return out
 
 
-def _plan_product(a: Tensor, b: Tensor | None, c: Tensor | None, choice: Choice) -> Plan | None:
+def _plan_product(a: Tensor, b: Tensor | None, c: Tensor | None, *options: Any) -> Plan | None:
+    choice = Choice(*options)
     operands = [t for t in (a, b, c) if t is not None]
     *_, n, k = a.shape
     sizes = n, n, k, a.shape[0] if a.dim() == 3 else 1
