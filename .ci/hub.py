@@ -126,8 +126,6 @@ def summary(source: str, function: str) -> str:
 def package() -> tuple[str, dict[str, str]]:
     """The package's ``id``, and its files by name."""
     files = sources()
-    tables = (ROOT / "kernels" / "tuned").glob("*.json")
-    files |= {f"kernels/tuned/{path.name}": path.read_text() for path in tables}
     exports = ast.walk(ast.parse(files["ops/__init__.py"]))
     names = sorted(alias.name for node in exports if isinstance(node, ast.ImportFrom) for alias in node.names)
     init = (ROOT / "torchpar" / "__init__.py").read_text()

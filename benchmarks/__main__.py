@@ -13,6 +13,7 @@ from pathlib import Path
 
 NAMES = (
     "operators",
+    "autotune",
     "calls",
     "muon",
     "optimizers",

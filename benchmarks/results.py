@@ -107,7 +107,10 @@ class Table:
 
 # Headers and formats of columns; other columns have their names, and numbers three digits.
 FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    **{f"{name}_ms": (name, lambda ms: duration(ms / 1e3)) for name in ("p20", "p50", "p80", "mean", "host")},
+    **{
+        f"{name}_ms": (name, lambda ms: duration(ms / 1e3))
+        for name in ("p20", "p50", "p80", "mean", "host", "estimate")
+    },
     "first_s": ("first call", lambda seconds: duration(seconds)),
     "speedup": ("speed-up", "{:.2f}".format),
     "over_pure_python": ("× pure Python", lambda x: number(x)),
@@ -117,6 +120,10 @@ FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "samples_per_s": ("samples/s", "{:,.0f}".format),
     **{name: (name.replace("_", " "), "{:.1e}".format) for name in ("max_error", "error", "distance")},
     "peak_memory_mb": ("MB", "{:,.1f}".format),
+    "spilled_bytes": ("spilled", "{}".format),
+    "shared_kb": ("KB", "{:.0f}".format),
+    "blocks_per_multiprocessor": ("per SM", "{}".format),
+    "waves": ("waves", "{:.2f}".format),
     "ok": ("ok", lambda ok: "yes" if ok else "NO"),
 }
 UNPRINTED = ("mean_ms", "rounds", "calls", "float32_precision", "reason")

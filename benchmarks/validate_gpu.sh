@@ -2,21 +2,22 @@
 # SPDX-License-Identifier: MIT
 # Tests and measures the operators on the GPU of this machine. Needs no network and installs nothing.
 #
-#   bash benchmarks/validate_gpu.sh OUTDIR [values|operators|tune|huge]
+#   bash benchmarks/validate_gpu.sh OUTDIR [values|operators|matmul_t|linear_sigmoid|autotune|ladder|verify|huge]
 #   bash benchmarks/validate_gpu.sh --wheels DIR
 #
 # Without a stage all run in turn, each for at most nine minutes; none needs the files of another. OUTDIR
-# gets validate.log, {values,huge}.xml, operators.csv, and tuned/ with a table: at most 6 files.
+# gets validate.log, {values,huge}.xml, and what the benchmarks write into a folder of the stage's name.
 # The log, the XML and the CSV name the commit, which is $TORCHPAR_COMMIT where the checkout has no .git, the
 # versions and the clocks. PYTHONPATH is kept. No setting of the GPU is touched.
 # The status is 0 if all stages passed, 1 if one failed, 2 if there is nothing to run on.
 #
 # With --wheels it collects what a machine with torch lacks (CPython 3.12, Linux x86-64) and prints how to
-# install it there.
+# install it there. The ladder also needs numba and matplotlib, verify torchvision, and the autotuner's plots
+# matplotlib and pandas.
 set -uo pipefail
 unset -v CDPATH # with it `cd` prints
 
-stages=(values operators tune huge)
+stages=(values operators matmul_t linear_sigmoid autotune ladder verify huge)
 known() { [[ $1 != *" "* && " ${stages[*]} " == *" $1 "* ]]; }
 if ! case $#,${1:-} in
     2,--wheels) true ;;
@@ -79,6 +80,11 @@ run_tests() { # FILE.xml, then arguments of pytest
             --junitxml "$outdir/$report" -o junit_suite_name="$origin" "$@"
 }
 
+measure_operators() { # arguments of the benchmark
+    needs rich triton &&
+        limited 500 python3 -m benchmarks.operators --device cuda --output "$outdir/$stage" --operators "$@"
+}
+
 run_stage() {
     case $1 in
         values) # on the GPU: its own kernels first, then what runs on every device
@@ -90,12 +96,22 @@ run_stage() {
             run_tests huge.xml tests/test_operators_huge.py
             ;;
         operators)
-            needs rich triton && limited 500 python3 -m benchmarks.operators --device cuda \
-                --operators linear_sigmoid linear_sigmoid_backward maximum \
-                --modes forward backward --output "$outdir"
+            measure_operators linear_sigmoid_backward maximum --modes forward backward
             ;;
-        tune)
-            needs triton && TORCHPAR_CACHE=$outdir/tuned limited 500 python3 -m torchpar tune --minutes 6
+        matmul_t) # beside torch.mm alone
+            measure_operators matmul_t --modes forward
+            ;;
+        linear_sigmoid) # beside addmm alone
+            measure_operators linear_sigmoid --modes forward backward
+            ;;
+        autotune) # without matplotlib and pandas it draws nothing
+            needs rich triton && limited 500 python3 -m benchmarks.autotune --output "$outdir/$1"
+            ;;
+        ladder)
+            needs rich numba matplotlib triton && limited 500 python3 -m benchmarks.ladder --output "$outdir/$1"
+            ;;
+        verify) # exact training ends at the bits that CPUs have
+            limited 500 python3 -m torchpar verify --device cuda
             ;;
     esac
 }

@@ -44,6 +44,7 @@ class Plan:
         self.kernel = kernel
         self.grid = (programs, 1, 1)
         self.constants = constants
+        self.arguments = arguments
         self.options = options
         self.descriptors = descriptors
         self._rest = (*arguments, *constants.values())
@@ -69,7 +70,12 @@ class Plan:
         arguments = arguments[: len(arguments) - len(self.constants)]
         compiled = kernel[self.grid](*arguments, **self.constants, **self.options)
         if wrap is None and compiled is not None:  # Triton's interpreter compiles nothing
-            self._launch_compiled = compiled[self.grid]
+            self._keep(compiled)
+
+    def _keep(self, compiled: Any) -> None:
+        """Launch ``compiled`` from now on."""
+        self._rest = (*self.arguments, *self.constants.values())
+        self._launch_compiled = compiled[self.grid]
 
 
 def cached_plan(
@@ -99,7 +105,7 @@ def cached_plan(
 
 
 def forget_plans() -> None:
-    """Discard the plans, since the tables of tiles have changed."""
+    """Discard the plans, so that the next launches choose and specialise anew."""
     _plans.clear()
 
 

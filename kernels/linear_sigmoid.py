@@ -6,6 +6,7 @@ If the result has few tiles and k is large, several programs each sum a part of 
 `reduce_split_k_kernel` adds the parts in a fixed order, so that the bits are the same on every run.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .autotune import Choice, choose_plan
 from .gemm import GROUP, dot_rows, dot_tiles, grouped_tile, make_descriptor
 from .launch import Plan, Wrap, cached_plan
-from .tiles import Tiles, check_variant, choose_tiles, count_tiles, device, resident_programs, split_k
+from .tiles import Tiles, check_variant, count_tiles, device, resident_programs, split_k
 
 REDUCE_TILE = (8, 128)  # of the parts of a split product, for each program
 
@@ -199,22 +201,25 @@ def linear_sigmoid(
     out: Tensor | None = None,
     tiles: Tiles | None = None,
     tma: bool = True,
+    only_if_faster: bool = False,
 ) -> Tensor | None:
     """``sigmoid(x @ weight.T + bias)`` for ``x (m, k)``, ``weight (n, k)``, ``bias (n)``; k is at least 1.
 
     Args:
         precision: "ieee" or "tf32"; it applies to float32 only.
         out: ``(m, n)``, contiguous; by default a new tensor.
-        tiles: by default those of the device's table, or else those that suit the sizes.
+        tiles: by default those that the rule chooses, or `autotune` measures.
         tma: whether the kernel may make TMA descriptors.
+        only_if_faster: launch nothing where PyTorch's library is expected to be faster.
 
     Returns:
-        ``out``; None if PyTorch's library is faster by the device's table.
+        ``out``; None if nothing was launched.
 
     Raises:
         ValueError: ``tiles`` of a variant that cannot take these operands.
     """
-    plan = cached_plan(_plan, wrap, (x, weight, bias), precision, tiles, tma, out=out)
+    choice = precision, tiles, tma, only_if_faster, wrap is not None  # a `Choice` takes longer to make
+    plan = cached_plan(_plan, wrap, (x, weight, bias), *choice, out=out)
     if plan is None:
         return None
     if out is None:
@@ -235,13 +240,15 @@ def linear_sigmoid(
     return out
 
 
-def _plan(
-    x: Tensor, weight: Tensor, bias: Tensor | None, precision: str, tiles: Tiles | None, tma: bool
-) -> Plan | None:
+def _plan(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Plan | None:
+    choice = Choice(*options)
+    sizes = x.shape[0], weight.shape[0], x.shape[1], 1
+    make = partial(_plan_tiles, x, weight, bias, choice.precision)
+    return choose_plan(make, "linear_sigmoid", sizes, [x, weight], choice)
+
+
+def _plan_tiles(x: Tensor, weight: Tensor, bias: Tensor | None, precision: str, tiles: Tiles) -> Plan:
     (m, k), n = x.shape, weight.shape[0]
-    tiles = tiles or choose_tiles("linear_sigmoid", precision, (m, n, k, 1), x, weight, tma=tma)
-    if tiles is None:
-        return None
     check_variant(tiles, "linear_sigmoid", n, x, weight)
     programs = count_tiles(tiles, m, n, symmetric=False)
     strides = *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0)

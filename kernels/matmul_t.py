@@ -5,16 +5,19 @@ The kernels for GPUs with TMA are in `matmul_t_tma`.
 """
 
 import struct
+from functools import partial
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .autotune import Choice, choose_plan
 from .gemm import dot_rows, triangle_of_batch
 from .launch import Plan, Wrap, cached_plan
 from .matmul_t_tma import symmetric_product_tma_kernel
-from .tiles import Tiles, check_variant, choose_tiles, count_tiles, device, resident_programs
+from .tiles import Tiles, check_variant, count_tiles, device, resident_programs
 
 SUM_BLOCK = 64  # with 128, float32 and float64 spill
 
@@ -104,6 +107,7 @@ def symmetric_product(
     out: Tensor | None = None,
     tiles: Tiles | None = None,
     tma: bool = True,
+    only_if_faster: bool = False,
 ) -> Tensor | None:
     """``alpha·a @ b.mT + beta·c`` for ``a, b (*, n, k)`` whose product is symmetric; half is computed.
 
@@ -112,11 +116,12 @@ def symmetric_product(
     Args:
         precision: "ieee" or "tf32"; it applies to float32 only.
         out: ``(*, n, n)``, contiguous; by default a new tensor.
-        tiles: by default those of the device's table, or else those that suit the sizes.
+        tiles: by default those that the rule chooses, or `autotune` measures.
         tma: whether the kernel may make TMA descriptors.
+        only_if_faster: launch nothing where PyTorch's library is expected to be faster.
 
     Returns:
-        ``out``, exactly symmetric; None if PyTorch's library is faster by the device's table.
+        ``out``, exactly symmetric; None if nothing was launched.
 
     Raises:
         ValueError: ``tiles`` of a variant that cannot take these operands.
@@ -126,7 +131,8 @@ def symmetric_product(
         None if b is a else _few_dims(b),
         None if c is None or beta == 0 else _few_dims(c),
     )
-    plan = cached_plan(_plan_product, wrap, operands, precision, tiles, tma, out=out)
+    choice = precision, tiles, tma, only_if_faster, wrap is not None  # a `Choice` takes longer to make
+    plan = cached_plan(_plan_product, wrap, operands, *choice, out=out)
     if plan is None:
         return None
     if out is None:
@@ -141,18 +147,22 @@ def symmetric_product(
     return out
 
 
-def _plan_product(
-    a: Tensor, b: Tensor | None, c: Tensor | None, precision: str, tiles: Tiles | None, tma: bool
-) -> Plan | None:
+def _plan_product(a: Tensor, b: Tensor | None, c: Tensor | None, *options: Any) -> Plan | None:
+    choice = Choice(*options)
+    operands = [t for t in (a, b, c) if t is not None]
+    *_, n, k = a.shape
+    sizes = n, n, k, a.shape[0] if a.dim() == 3 else 1
+    restore = [] if c is None else ["out_ptr"]  # which may be C
+    make = partial(_plan_tiles, a, b, c, choice.precision)
+    return choose_plan(make, "symmetric_product", sizes, operands, choice, restore)
+
+
+def _plan_tiles(a: Tensor, b: Tensor | None, c: Tensor | None, precision: str, tiles: Tiles) -> Plan:
     same = b is None
     b = a if b is None else b
-    operands = (a, b) if c is None else (a, b, c)
     *_, n, k = a.shape
     batch = a.shape[0] if a.dim() == 3 else 1
-    tiles = tiles or choose_tiles("symmetric_product", precision, (n, n, k, batch), *operands, tma=tma)
-    if tiles is None:
-        return None
-    check_variant(tiles, "symmetric_product", n, *operands)
+    check_variant(tiles, "symmetric_product", n, *([a, b] if c is None else [a, b, c]))
     strides = [stride for t in (a, b, a if c is None else c) for stride in _strides(t)]
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     programs = batch * count_tiles(tiles, n, n, symmetric=True)

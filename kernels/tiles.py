@@ -1,36 +1,25 @@
 # SPDX-License-Identifier: MIT
-"""Tiles of the matrix kernels: those that a device can run, those that were measured, and the choice.
+"""Tiles of the matrix kernels: those that a device can run, the rule that chooses, and the library's share.
 
-`choose_tiles` takes the tiles that `python -m torchpar tune` measured for the nearest problem. Where nothing
-near was measured, it takes those with the least estimated time. Nothing is searched for at run time.
-
-The table of a device is a JSON file in ``tuned/`` beside this file, named after the device. A table in the
-user's cache (`folders.user_folder`) has priority.
-
-    {"device": "NVIDIA H200", "triton": "3.9.0", "torch": "2.15.0", "kernels": "9f2c…", "date": "2026-11-20",
-     "tiles": {"symmetric_product": {"bfloat16": [
-         [4096, 4096, 4096, 1, [128, 256, 64, 8, 4, "tma"]], [256, 256, 256, 1, null]]}}}
-
-An entry is ``[m, n, k, batch, tiles]``, and `KINDS` names its operands. ``null`` means that PyTorch's library
-was faster.
+The rule takes the tiles with the least estimated time. Its numbers come from machine code and data sheets; no
+GPU has measured them. `autotune` measures.
 """
 
-import json
 from collections.abc import Sequence
-from functools import cache
-from math import ceil, log2
-from pathlib import Path
-from typing import Any, NamedTuple
+from math import ceil
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from . import folders
-from .launch import forget_plans
-
-FAR = 6.0  # octaves from a measured problem, over all sizes; such as a fourth of m, n and k
 _WITH_TMA = (90, 100, 103)  # sm_120 has too little shared memory for tiles that gain by it
+# With fewer, a symmetric product fills few multiprocessors, and saves little: 6 of 4 × 4 tiles. The best
+# known kernel of this kind, quack's, has 0.31 times cuBLAS's speed at 512 rows, 0.78 at 1024, 1.02 at 2048.
+FEWEST_ROWS = 1024
+# Products that an H100's multiprocessor makes, 2048 a cycle, while the L2 cache sends it a number of 16 bits,
+# at 64 bytes a cycle. By this, a tile of 128 × 256 takes seven eighths of the time of two of 128 × 128.
+LOAD = 64
 
 
 class Tiles(NamedTuple):
@@ -65,35 +54,42 @@ class Kind(NamedTuple):
 
     ``second_launch``: columns of a 64 × 64 tile that take as long as the launch which adds the parts of a
     split sum: 4 µs, an estimate, at the speed of an H200 by NVIDIA's data sheet.
+
+    ``most_k``: the longest sums for which `linear_sigmoid` is expected to win. Its products take some 17%
+    longer than cuBLAS's, an estimate from the machine code, and it saves the sigmoid's pass through memory.
+    The two are equal at k = 2155 in 16 bits and TF32, and at 656 in float64, on an H200 with 788, 394 and 60
+    TFLOP/s and 4.3 TB/s. The number is a power of 2 below that.
     """
 
     dtype: torch.dtype
     precision: str
     second_launch: int
+    most_k: int
     unaligned: Tiles  # an address per element takes registers: larger tiles would spill
     tiles: tuple[Tiles, ...]
 
 
 # Of tiles with the same estimate the first are taken.
 _16_BIT = (
-    Tiles(128, 256, 64, 8, 4, "tma"),
-    Tiles(64, 128, 64, 4, 4, "tma"),
-    Tiles(128, 128, 64, 8, 4, "tma"),
-    Tiles(128, 128, 64, 8, 3),
-    Tiles(64, 128, 64, 4, 3),
+    Tiles(128, 256, 64, 8, 4, "tma"),  # the largest that do not spill: 182 registers, 224 of 227 KB
+    Tiles(64, 128, 64, 4, 4, "tma"),  # two programs a multiprocessor: one multiplies while the other stores
+    Tiles(128, 128, 64, 8, 4, "tma"),  # where the last wave of 128 × 256 would be almost empty; sm_100
+    Tiles(128, 128, 64, 8, 3),  # 96 KB, so that two run on an H100's multiprocessor
+    Tiles(64, 128, 64, 4, 3),  # where those leave the last wave almost empty
     Tiles(64, 64, 64, 4, 3),  # small products do not repay the making of descriptors
-    Tiles(64, 64, 128, 4, 3, "tma"),
-    Tiles(64, 64, 64, 4, 4, "split_k"),
+    Tiles(64, 64, 128, 4, 3, "tma"),  # where pointers would load single elements, and few rows are long
+    Tiles(64, 64, 64, 4, 4, "split_k"),  # few tiles: several programs share one
 )
-# With a fourth stage, transposed operands and a matrix C would not fit into sm_100's shared memory.
+# Elements of twice the size: half the columns fill as many bytes of shared memory. With a fourth stage,
+# transposed operands and a matrix C would not fit into sm_100's shared memory.
 _TF32 = tuple(tiles._replace(block_k=tiles.block_k // 2, num_stages=3) for tiles in _16_BIT)
-_FLOAT32 = (
+_FLOAT32 = (  # On FMA units. With 32 columns a tile of 128 × 128 would take all 255 registers of a thread.
     Tiles(128, 128, 16, 8, 3),
     Tiles(64, 128, 16, 8, 2),
     Tiles(64, 64, 16, 8, 2),
     Tiles(64, 64, 16, 8, 2, "split_k"),
 )
-_FLOAT64 = (
+_FLOAT64 = (  # A sum takes two registers: a tile of 128 × 128 would spill.
     Tiles(64, 128, 16, 8, 2),
     Tiles(64, 64, 16, 4, 2),
     Tiles(64, 64, 32, 8, 2),
@@ -101,11 +97,11 @@ _FLOAT64 = (
 )
 KERNELS = ("symmetric_product", "linear_sigmoid")
 KINDS = {
-    "bfloat16": Kind(torch.bfloat16, "ieee", 1200, Tiles(64, 64, 32, 8, 3), _16_BIT),
-    "float16": Kind(torch.float16, "ieee", 1200, Tiles(64, 64, 32, 8, 3), _16_BIT),
-    "tf32": Kind(torch.float32, "tf32", 600, Tiles(64, 64, 16, 4, 3), _TF32),
-    "float32": Kind(torch.float32, "ieee", 80, Tiles(64, 64, 16, 8, 3), _FLOAT32),
-    "float64": Kind(torch.float64, "ieee", 80, Tiles(64, 64, 16, 4, 3), _FLOAT64),
+    "bfloat16": Kind(torch.bfloat16, "ieee", 1200, 2048, Tiles(64, 64, 32, 8, 3), _16_BIT),
+    "float16": Kind(torch.float16, "ieee", 1200, 2048, Tiles(64, 64, 32, 8, 3), _16_BIT),
+    "tf32": Kind(torch.float32, "tf32", 600, 2048, Tiles(64, 64, 16, 4, 3), _TF32),
+    "float32": Kind(torch.float32, "ieee", 80, 0, Tiles(64, 64, 16, 8, 3), _FLOAT32),
+    "float64": Kind(torch.float64, "ieee", 80, 512, Tiles(64, 64, 16, 4, 3), _FLOAT64),
 }
 
 
@@ -221,104 +217,51 @@ def check_variant(tiles: Tiles, kernel: str, n: int, *operands: Tensor) -> None:
         raise ValueError(f"{kernel} cannot take these operands by {tiles}, expected the variant pointers")
 
 
-def file_name(device_name: str) -> str:
-    """The name of a device's table: lower case, with "-" for spaces and slashes."""
-    return device_name.lower().replace(" ", "-").replace("/", "-") + ".json"
+def tile_cost(rows: int, columns: int) -> int:
+    """The cost of a tile for each column of x, in products: its own, and `LOAD` for each number loaded."""
+    return rows * columns + LOAD * (rows + columns)
 
 
-def load_table(present: Device) -> dict[str, Any] | None:
-    """The table of a device as it was saved, or None; a damaged one gives a warning, and None."""
-    hint = "default tiles are used; `python -m torchpar tune` writes a new table"
-    found = folders.read(file_name(present.name), lambda table: _check(table, present), hint)
-    return found and found[1]
-
-
-_known_table = cache(load_table)
-
-
-def save_table(present: Device, table: dict[str, Any]) -> Path:
-    """Write the table of a device as `folders.write` does, and use it from now on; return its path.
-
-    A wrong ``table`` raises a ValueError.
-    """
-    _check(table, present)
-    path = folders.write(file_name(present.name), json.dumps(table, indent=1) + "\n")
-    forget_tables()
-    return path
-
-
-def forget_tables() -> None:
-    """Read the tables again when tiles are chosen next."""
-    _known_table.cache_clear()
-    forget_plans()
-
-
-def _check(table: Any, present: Device) -> None:
-    """Raise a ValueError that says what is wrong with a table."""
-    try:
-        if table["device"] != present.name:
-            raise ValueError(f"the table is of {table['device']!r}, expected {present.name!r}")
-        for kernel, kinds in table["tiles"].items():
-            for kind, entries in kinds.items():
-                if kernel not in KERNELS or kind not in KINDS:
-                    raise ValueError(f"{kernel} of {kind} is not among {', '.join((*KERNELS, *KINDS))}")
-                possible = configurations(kernel, *KINDS[kind][:2], present.capability)
-                written = [json.dumps(tiles) for tiles in (None, *possible)]  # 64.0 is not 64
-                for *sizes, tiles in entries:
-                    known = all(type(size) is int and 0 < size < 2**63 for size in sizes)
-                    if len(sizes) != 4 or not known or json.dumps(tiles) not in written:
-                        expected = "four sizes above 0 and a configuration of this device"
-                        raise ValueError(f"{kernel}, {kind}: {[*sizes, tiles]}, expected {expected}")
-    except (LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"not the layout of a table ({type(error).__name__}: {error})") from error
-
-
-def nearest(present: Device, kernel: str, kind: str, sizes: Sequence[int]) -> list[Any] | None:
-    """The entry of the device's table that is nearest to ``sizes``, if it is no farther than `FAR`."""
-
-    def distance(entry: list[Any]) -> float:
-        return sum(abs(log2(max(a, 1) / b)) for a, b in zip(sizes, entry[:4], strict=True))
-
-    table = _known_table(present)
-    entries = table["tiles"].get(kernel, {}).get(kind, ()) if table else ()
-    near = [entry for entry in entries if distance(entry) <= FAR]
-    return min(near, key=distance, default=None)
+def suitable(kernel: str, precision: str, n: int, *operands: Tensor, tma: bool = True) -> list[Tiles]:
+    """The configurations of the operands' device that suit the operands, and ``n`` columns of a result."""
+    possible = configurations(kernel, operands[0].dtype, precision, device(operands[0]).capability)
+    return [tiles for tiles in possible if suits(tiles, kernel, n, *operands, tma=tma)]
 
 
 def choose_tiles(
     kernel: str, precision: str, sizes: Sequence[int], *operands: Tensor, tma: bool = True
-) -> Tiles | None:
-    """Tiles for products of ``sizes`` (m, n, k and batch); None if PyTorch's library is faster.
+) -> Tiles:
+    """The tiles with the least estimated time for products of ``sizes`` (m, n, k and batch).
 
     A compiled graph keeps the tiles of the sizes that it was traced with; only their alignment is guarded.
     """
-    kind = kind_of(operands[0].dtype, precision)
-    entry = nearest(device(operands[0]), kernel, kind, tuple(map(_hint, sizes)))
-    if entry:
-        tiles = entry[4] and Tiles(*entry[4])
-        if tiles is None or suits(tiles, kernel, sizes[1], *operands, tma=tma):
-            return tiles
-    return default_tiles(kernel, precision, sizes, *operands, tma=tma)
-
-
-def default_tiles(
-    kernel: str, precision: str, sizes: Sequence[int], *operands: Tensor, tma: bool = True
-) -> Tiles:
-    """Without a table: the tiles with the least estimated time for ``sizes`` (m, n, k and batch)."""
     present, kind = device(operands[0]), KINDS[kind_of(operands[0].dtype, precision)]
     m, n, _, batch = map(_hint, sizes)
 
     def estimate(tiles: Tiles) -> int:
-        """The waves of tiles over the multiprocessors, times a tile's products; a row loaded counts as 64."""
+        """The waves of tiles over the multiprocessors, times the columns of x, times a tile's cost."""
         count, columns = split_k(tiles, present, *sizes[:3])
         units = count_tiles(tiles, m, n, kernel == "symmetric_product") * batch * count
-        products = tiles.block_m * tiles.block_n + 64 * (tiles.block_m + tiles.block_n)
         waves = ceil(units / present.multiprocessors)
-        return (waves * _hint(columns) + kind.second_launch * (count > 1)) * products
+        cost = tile_cost(tiles.block_m, tiles.block_n)
+        return (waves * _hint(columns) + kind.second_launch * (count > 1)) * cost
 
-    possible = configurations(kernel, kind.dtype, precision, present.capability)
-    possible = [tiles for tiles in possible if suits(tiles, kernel, sizes[1], *operands, tma=tma)]
+    possible = suitable(kernel, precision, sizes[1], *operands, tma=tma)
     return min(possible, key=estimate, default=kind.unaligned)
+
+
+def library_is_faster(
+    kernel: str, precision: str, sizes: Sequence[int], *operands: Tensor, tma: bool = True
+) -> bool:
+    """Whether PyTorch's library computes, since the kernel is not expected to win (docs/tuning.md)."""
+    m, n, k, _ = sizes
+    kind = kind_of(operands[0].dtype, precision)
+    if kind == "float32":  # the kernels' loop over k has bank conflicts in shared memory
+        return True
+    fitting = suitable(kernel, precision, n, *operands, tma=tma)
+    if not fitting or n * operands[0].element_size() % 16 != 0:
+        return True  # an address, or a store, for each element
+    return _hint(m) < FEWEST_ROWS if kernel == "symmetric_product" else _hint(k) > KINDS[kind].most_k
 
 
 def _hint(size: int) -> int:

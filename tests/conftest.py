@@ -42,6 +42,16 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(THREADS)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def kernels_always() -> Iterator[None]:
+    """Launch the kernels on a GPU, at any size: tests have small ones, of which the library computes most."""
+    if not (torch.cuda.is_available() and find_spec("triton")):
+        yield
+        return
+    with patch("torchpar.kernels.autotune.library_is_faster", lambda *args, **options: False):
+        yield
+
+
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     return request.param

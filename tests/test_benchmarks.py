@@ -18,6 +18,7 @@ QUICK = {
     "calls": "mode speedup",
     "muon": "weight distance epoch",
     "host": "operator n",
+    "autotune": "GPU registers spilled_bytes shared_kb blocks blocks_per_multiprocessor waves estimate_ms",
 }
 SLOW = {
     "optimizers": "library version promises situation verdict rounding",

@@ -4,6 +4,7 @@
 import importlib.util
 import runpy
 import sys
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -60,6 +61,21 @@ def test_situations(area, name, replaced, by, finding):
     assert found.state == state
     assert found.value.startswith(value)
     assert found.remedy.startswith(remedy)
+
+
+@pytest.mark.parametrize(
+    "enabled, value", [(False, "by estimates; TORCHPAR_AUTOTUNE=1"), (True, "measured by Triton")]
+)
+def test_a_gpu_and_the_choice_of_its_tiles(monkeypatch, enabled, value):
+    autotune = pytest.importorskip("torchpar.kernels.autotune", reason="Triton compiles the kernels")
+    monkeypatch.setattr(autotune, "ENABLED", enabled)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    properties = SimpleNamespace(name="NVIDIA Test", total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    gpu, tiles = doctor.gpus()
+    assert gpu == Finding("cuda:0", "NVIDIA Test, 80 GiB")
+    assert tiles.value.startswith(value)
 
 
 def test_wrong_operators_are_found(monkeypatch):

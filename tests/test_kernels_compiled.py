@@ -21,12 +21,11 @@ from ptx import cases
 from torch import Tensor
 
 from benchmarks.driver import Compiled, Wrap, compile_launches, target
+from benchmarks.resources import BLOCK_SHARED, resources
 from torchpar.kernels import matmul_t, maximum, sigmoid_backward
 from torchpar.kernels.tiles import KERNELS, KINDS, Tiles, configurations
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
-# Bytes of shared memory of a block, by NVIDIA's documents
-LIMITS = {80: 166912, 90: 232448, 100: 232448, 103: 232448}
 ODD = 509  # no stride is divisible by 16
 
 newest = pytest.mark.skipif(TRITON < (3, 9), reason="earlier compilers spill more on these GPUs")
@@ -78,11 +77,9 @@ class MachineCode:
         tools = Path(str(triton.__file__)).parent / "backends/nvidia/bin"
         with NamedTemporaryFile(suffix=".cubin") as cubin:
             Path(cubin.name).write_bytes(compiled.kernel.asm["cubin"])
-            usage, code = (
-                subprocess.run([tools / tool, flag, cubin.name], check=True, capture_output=True, text=True)
-                for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-            )
-        self.resources = {k: int(n) for k, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
+            command = [tools / "nvdisasm", "-c", cubin.name]
+            code = subprocess.run(command, check=True, capture_output=True, text=True)
+        self.resources = resources(compiled.kernel)
         self.instructions, self.loops = read(code.stdout)
 
     def count(self, pattern: str) -> int:
@@ -111,7 +108,7 @@ def assert_fits(code: MachineCode, capability: int, aside: int = 0) -> None:
     """ptxas may put ``aside`` bytes away to have another program in a multiprocessor."""
     assert code.resources["STACK"] <= aside, f"registers spill: {code.resources}"
     assert code.resources["LOCAL"] == 0
-    assert code.metadata.shared <= LIMITS[capability]
+    assert code.metadata.shared <= BLOCK_SHARED[capability]
     assert code.metadata.tmem_size <= 512  # columns of tensor memory
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Kernels of products on a GPU, at sizes and with tiles that go by TMA where there is one.
 
-The operators' tests are of small shapes, which take pointers or, where a table says so, the library.
+The operators' tests are of small shapes, which take pointers.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="the kernels are written in Triton")
 from ptx import cases
 
 from torchpar.kernels import exact_matmul
-from torchpar.kernels.tiles import KINDS, Tiles
+from torchpar.kernels.tiles import KINDS, Tiles, library_is_faster
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels take a GPU; there is none")
 
@@ -85,6 +85,23 @@ def test_exact_product(poison: None, m: int, n: int, k: int, special: bool, layo
     dtypes = [torch.float32] if special else [torch.int64, torch.float32]
     for shapes in (((m, k), (n, k)), ((m, k),)):
         check(cases.exact(*shapes, dtypes=dtypes, layouts=layouts, special=special))
+
+
+@pytest.mark.parametrize("k", [0, 1, 128])
+@pytest.mark.parametrize("n", [0, 1, 127, 129, 1024])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_where_the_library_computes_the_result_is_right(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, n: int, k: int
+) -> None:
+    """The other tests of operators launch the kernels at any size (`conftest`)."""
+    monkeypatch.setattr("torchpar.kernels.autotune.library_is_faster", library_is_faster)
+    x = torch.randint(-3, 4, (2, n, k), device="cuda").to(dtype)  # all sums are exact
+    found = torchpar.matmul_t(x)
+    assert torch.equal(found, found.mT)
+    assert torch.equal(found, (x.double() @ x.double().mT).to(dtype))
+    weight = torch.ones(48, k, device="cuda", dtype=dtype)
+    y = torchpar.linear_sigmoid(x, weight)
+    assert_close(y, (x.double() @ weight.double().T).sigmoid().to(dtype))
 
 
 def test_a_product_by_tma_is_captured_and_compiled() -> None:

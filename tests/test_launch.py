@@ -28,7 +28,15 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 from benchmarks.host import idle_driver
-from torchpar.kernels import exact_matmul, launch, linear_sigmoid, matmul_t, maximum, sigmoid_backward
+from torchpar.kernels import (
+    autotune,
+    exact_matmul,
+    launch,
+    linear_sigmoid,
+    matmul_t,
+    maximum,
+    sigmoid_backward,
+)
 from torchpar.kernels.launch import Plan
 from torchpar.kernels.tiles import Tiles
 
@@ -230,7 +238,8 @@ def launches(graph: fx.GraphModule) -> tuple[list[str], list[Any]]:
         (ops.linear_sigmoid_backward, ("bmn", "bmn"), "sigmoid_backward_kernel", ["dz_ptr", "partial_ptr"]),
     ],
 )
-def test_tracers_see_the_kernel_and_what_it_writes(op, shapes, kernel, written):
+def test_tracers_see_the_kernel_and_what_it_writes(op, shapes, kernel, written, monkeypatch):
+    monkeypatch.setattr(autotune, "library_is_faster", lambda *args, **options: False)
     graph, fakes = trace(op, shapes)
     names, (arguments,) = launches(graph)
     assert (names, arguments["tensors_to_clone"]) == ([kernel], written)
@@ -248,18 +257,27 @@ def aten(graph: fx.GraphModule) -> list[str]:
 
 
 @pytest.mark.parametrize("op, shapes", [(ops.matmul_t, ("mk",)), (ops.linear_sigmoid, ("mk", "nk"))])
-def test_the_library_multiplies_where_the_table_says_so_and_without_columns(op, shapes, monkeypatch):
+def test_the_library_multiplies_small_float32_and_without_columns(op, shapes):
     """The kernels assume at least one column."""
     # The library's product need not be symmetric: one kernel mirrors it.
     mirrored = ["symmetric_sum_kernel"] if op is ops.matmul_t else []
+    small, _ = trace(op, shapes)
     without_columns, _ = trace(op, tuple(shape.replace("k", "z") for shape in shapes))
-    for module in (matmul_t, linear_sigmoid):
-        monkeypatch.setattr(module, "choose_tiles", lambda *args, **kwargs: None)
-    by_table, _ = trace(op, shapes)
-    assert launches(by_table)[0] == mirrored
+    assert launches(small)[0] == mirrored
     assert set(launches(without_columns)[0]) <= set(mirrored)
-    for graph in (by_table, without_columns):
+    for graph in (small, without_columns):
         assert "mm" in aten(graph)
+
+
+def test_in_place_the_library_adds_and_mirrors(log, monkeypatch):
+    """A float32 result of 16-bit operands is the kernel's at any size: PyTorch's products have one dtype."""
+    from torchpar.ops.symmetric_matmul import _addmm_by_kernel
+
+    for dtype in (torch.bfloat16, torch.float32):
+        x, h = meta(N, K, dtype=dtype), meta(N, N, dtype=torch.float32)
+        assert _addmm_by_kernel(h, x, x, 1.0, 2.0) is h
+    names = [plan.kernel.fn.__name__ for plan in log.compiled]
+    assert names == ["symmetric_product_kernel", "symmetric_sum_kernel"]
 
 
 @pytest.mark.parametrize(

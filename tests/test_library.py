@@ -237,7 +237,7 @@ x = torch.ones(3, 4, requires_grad=True)
 y = torchpar.linear_sigmoid(x, x, x[:, 0])
 torchpar.maximum(torchpar.matmul_t(y), y).sum().backward()
 torchpar.symmetric_matmul(torch.ones(300, 2), torch.ones(300, 2), check=True)
-import torchpar.optim, torchpar.tune
+import torchpar.optim, torchpar.doctor
 import torch.distributed.tensor
 from torchpar.library import _sharding_rules
 waiting = len(_sharding_rules)

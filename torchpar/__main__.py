@@ -9,7 +9,6 @@ import importlib
 import sys
 
 COMMANDS = {
-    "tune": ("torchpar.tune", "measure the fastest tiles of the kernels on this GPU"),
     "verify": ("torchpar.exact.verify", "train on any mesh of ranks, and compare the weights' hash"),
     "doctor": ("torchpar.doctor", "say what works on this machine, and how to mend what does not"),
 }

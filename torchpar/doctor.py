@@ -102,28 +102,23 @@ def processor() -> Iterator[Finding]:
 
 
 def gpus() -> Iterator[Finding]:
-    """Each GPU, and whether it has measured tiles for each kernel."""
+    """Each GPU, and how tiles of the matrix kernels are chosen."""
     if not torch.cuda.is_available():
         remedy = "if there is one, look at the driver, such as by nvidia-smi, and at CUDA_VISIBLE_DEVICES"
         if torch.version.cuda is None and torch.version.hip is None:
             remedy = "this torch is built for CPUs; for a GPU install another build"
         yield Finding("CUDA or ROCm", "PyTorch finds no GPU; the operators run on the CPU", "note", remedy)
-    if importlib.util.find_spec("triton") is None:
-        return  # as "versions" says
-    from torchpar.kernels import tiles
-
+        return
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         yield Finding(f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
-        with torch.cuda.device(index):
-            table = tiles.load_table(tiles.device(torch.empty(0, device="cuda")))
-        for kernel in tiles.KERNELS:
-            kinds = sorted(table["tiles"].get(kernel, ())) if table else []
-            if kinds:
-                yield Finding(f"{kernel}, cuda:{index}", f"measured tiles for {', '.join(kinds)}")
-            else:
-                remedy = f"CUDA_VISIBLE_DEVICES={index} python -m torchpar tune"
-                yield Finding(f"{kernel}, cuda:{index}", "estimated tiles, perhaps slower", "note", remedy)
+    if importlib.util.find_spec("triton") is None:
+        return  # as "versions" says
+    from torchpar.kernels import autotune
+
+    measured = "measured by Triton's autotuner at the first call for each layout"
+    estimated = "by estimates; TORCHPAR_AUTOTUNE=1 measures them"
+    yield Finding("tiles", measured if autotune.ENABLED else estimated)
 
 
 def communication() -> Iterator[Finding]:

@@ -93,8 +93,8 @@ def _op(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wrap: Wrap) ->
 
     out = None
     if x.shape[-1] != 0:  # the kernel expects a column
-        tma = supports_tma(wrap)
-        out = kernels.linear_sigmoid(rows(x), weight, bias, fp32_precision(), wrap, tma=tma)
+        operands = rows(x), weight, bias, fp32_precision(), wrap
+        out = kernels.linear_sigmoid(*operands, tma=supports_tma(wrap), only_if_faster=True)
     if out is None:
         return F.linear(x, weight, bias).sigmoid_()
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])

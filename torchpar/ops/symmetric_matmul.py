@@ -161,7 +161,8 @@ def symmetric_product(
 
     out = None
     if alpha != 0 and a.shape[-1] != 0:  # the kernel would compute 0·NaN, and expects a column
-        out = kernels.symmetric_product(a, b, fp32_precision(), wrap, c, alpha, beta, tma=supports_tma(wrap))
+        operands = a, b, fp32_precision(), wrap, c, alpha, beta
+        out = kernels.symmetric_product(*operands, tma=supports_tma(wrap), only_if_faster=True)
     return kernels.mirror(product(a, b, c, alpha, beta), wrap) if out is None else out
 
 
@@ -244,12 +245,14 @@ def _addmm_op(h: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float, wra
 def _addmm_by_kernel(h: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> Tensor:
     from torchpar.kernels import matmul_t as kernels
 
-    # A kernel by TMA stores tiles of the operands' dtype, and may load tiles of H that others have stored.
-    out = kernels.symmetric_product(a, b, fp32_precision(), None, h, alpha, beta, out=h, tma=False)
-    if out is None:  # PyTorch's library is faster by the device's table
-        h.copy_(product(a.to(h.dtype), b.to(h.dtype), h, alpha, beta))
-        out = kernels.mirror(h, None)
-    return out
+    operands = a, b, fp32_precision(), None, h, alpha, beta
+    out = kernels.symmetric_product(
+        *operands,
+        out=h,
+        tma=False,  # it would store the operands' dtype, and might load tiles of H that others have stored
+        only_if_faster=h.dtype == a.dtype,  # PyTorch's products have one dtype
+    )
+    return kernels.mirror(h.copy_(product(a, b, h, alpha, beta)), None) if out is None else out
 
 
 @_addmm_op.register_fake

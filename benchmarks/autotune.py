@@ -1,0 +1,463 @@
+# SPDX-License-Identifier: MIT
+"""Autotune the kernels and time them beside PyTorch's own: ``python -m benchmarks run autotune``.
+
+As in Triton's tutorials: three kernels under `triton.autotune`, and a `triton.testing.perf_report` of each.
+Triton keeps the autotuner's times on disk. Each result is compared with float64 before and after it is timed.
+
+Without a GPU each configuration is compiled for GPUs that are not there; see `benchmarks.resources`.
+"""
+
+import argparse
+import importlib.util
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import linear
+from triton.testing import do_bench, do_bench_cudagraph
+
+import torchpar
+from benchmarks.command import Command, run
+from benchmarks.compare import Work
+from benchmarks.resources import BLOCK_SHARED, Operator, compile_all, describe
+from benchmarks.results import Result, Table, print_results, track
+from benchmarks.timing import Rejected
+from torchpar.kernels.linear_sigmoid import linear_sigmoid_kernel, linear_sigmoid_tma_kernel
+from torchpar.kernels.matmul_t import mirror, symmetric_product_kernel
+from torchpar.kernels.matmul_t_tma import symmetric_product_tma_kernel
+from torchpar.kernels.maximum import maximum_flat_kernel
+from torchpar.kernels.tiles import KINDS, Tiles, count_tiles, device, tile_cost
+from torchpar.ops.matrix import fp32_precision
+
+Call = Callable[[], Tensor]
+Speeds = tuple[float, float, float]  # the median, the slowest and the fastest
+
+QUANTILES = (0.5, 0.2, 0.8)
+PRINTED = [
+    "shape",
+    "contestant",
+    "p20_ms",
+    "p50_ms",
+    "p80_ms",
+    "speedup",
+    "gb_per_s",
+    "gflop_per_s",
+    "max_error",
+    "config",
+]
+SHORT = 0.03  # ms; the host takes as long to launch, which CUDA graphs leave out
+IN, OUT = 1024, 4096  # features of the layer
+ROW_BYTES = 128  # of a tile along k: the widest that TMA swizzles
+ONE, ZERO = tl.constexpr(0x3FF0000000000000), tl.constexpr(0)  # the bits of float64 factors
+
+# The kernels. Those of the library also take strides, batches, factors and a matrix C.
+
+
+def that_fit(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:
+    """The configurations whose stages fit into shared memory; by TMA where it is, in 16 bits and in TF32."""
+    x = arguments["x_ptr"]
+    capability = device(x).capability
+    tma = capability in (90, 100, 103) and (x.element_size() == 2 or constants["PRECISION"] == "tf32")
+    room = BLOCK_SHARED.get(capability, 101376) // ROW_BYTES  # rows of all stages
+    rows = {one: one.num_stages * (one.kwargs["BLOCK_M"] + one.kwargs["BLOCK_N"]) for one in configs}
+    return [one for one in configs if rows[one] <= room and (tma or not one.kwargs["TMA"])]
+
+
+@triton.autotune(
+    configs=[
+        triton.Config({"BLOCK": 512}, num_warps=4),
+        triton.Config({"BLOCK": 1024}, num_warps=4),
+        triton.Config({"BLOCK": 2048}, num_warps=4),
+        triton.Config({"BLOCK": 2048}, num_warps=8),
+        triton.Config({"BLOCK": 4096}, num_warps=8),
+    ],
+    key=["numel"],
+    cache_results=True,
+)
+@triton.jit
+def maximum_kernel(a_ptr, b_ptr, out_ptr, numel, BLOCK: tl.constexpr):
+    maximum_flat_kernel(a_ptr, b_ptr, out_ptr, numel, False, False, BLOCK)
+
+
+@triton.autotune(
+    configs=[
+        # By TMA: tiles of BLOCK_M × BLOCK_N below the diagonal, and square ones on it.
+        triton.Config({"BLOCK_M": 128, "BLOCK_N": 256, "TMA": True}, num_warps=8, num_stages=4),
+        triton.Config({"BLOCK_M": 128, "BLOCK_N": 256, "TMA": True}, num_warps=8, num_stages=3),
+        triton.Config({"BLOCK_M": 128, "BLOCK_N": 128, "TMA": True}, num_warps=8, num_stages=4),
+        triton.Config({"BLOCK_M": 128, "BLOCK_N": 128, "TMA": True}, num_warps=8, num_stages=3),
+        triton.Config({"BLOCK_M": 64, "BLOCK_N": 128, "TMA": True}, num_warps=4, num_stages=4),
+        triton.Config({"BLOCK_M": 64, "BLOCK_N": 128, "TMA": True}, num_warps=4, num_stages=3),
+        triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "TMA": True}, num_warps=4, num_stages=4),
+        # By pointers: square tiles.
+        triton.Config({"BLOCK_M": 128, "BLOCK_N": 128, "TMA": False}, num_warps=8, num_stages=3),
+        triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "TMA": False}, num_warps=4, num_stages=3),
+        triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "TMA": False}, num_warps=8, num_stages=2),
+    ],
+    key=["n", "k"],
+    prune_configs_by={"early_config_prune": that_fit},
+    cache_results=True,
+)
+@triton.heuristics(
+    {
+        "BLOCK_K": lambda given: ROW_BYTES // given["x_ptr"].element_size(),
+        "EVEN_K": lambda given: given["k"] % given["BLOCK_K"] == 0,
+    }
+)
+@triton.jit
+def matmul_t_kernel(
+    x_ptr,
+    out_ptr,
+    n,
+    k,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # fmt: off
+    numel = n.to(tl.int64) * k
+    if TMA:
+        symmetric_product_tma_kernel(
+            x_ptr, x_ptr, x_ptr, out_ptr, ONE, ZERO, 1, n, k, numel, k, 1, numel, k, 1, numel, k, 1,
+            BLOCK_M, BLOCK_N, BLOCK_K, True, "N", "N", "", PRECISION,
+        )
+    else:
+        symmetric_product_kernel(
+            x_ptr, x_ptr, x_ptr, out_ptr, ONE, ZERO, n, k, numel, k, 1, numel, k, 1, numel, k, 1,
+            False, BLOCK_M, BLOCK_K, EVEN_K, PRECISION,
+        )
+    # fmt: on
+
+
+@triton.autotune(
+    configs=[
+        triton.Config({"BLOCK_M": 128, "BLOCK_N": 256, "TMA": True}, num_warps=8, num_stages=4),
+        triton.Config({"BLOCK_M": 128, "BLOCK_N": 256, "TMA": True}, num_warps=8, num_stages=3),
+        triton.Config({"BLOCK_M": 128, "BLOCK_N": 128, "TMA": True}, num_warps=8, num_stages=4),
+        triton.Config({"BLOCK_M": 128, "BLOCK_N": 128, "TMA": True}, num_warps=8, num_stages=3),
+        triton.Config({"BLOCK_M": 64, "BLOCK_N": 128, "TMA": True}, num_warps=4, num_stages=4),
+        triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "TMA": True}, num_warps=4, num_stages=4),
+        triton.Config({"BLOCK_M": 128, "BLOCK_N": 128, "TMA": False}, num_warps=8, num_stages=3),
+        triton.Config({"BLOCK_M": 64, "BLOCK_N": 128, "TMA": False}, num_warps=4, num_stages=3),
+        triton.Config({"BLOCK_M": 64, "BLOCK_N": 128, "TMA": False}, num_warps=8, num_stages=2),
+        triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "TMA": False}, num_warps=4, num_stages=3),
+        triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "TMA": False}, num_warps=8, num_stages=2),
+    ],
+    key=["m", "n", "k"],
+    prune_configs_by={"early_config_prune": that_fit},
+    cache_results=True,
+)
+@triton.heuristics(
+    {
+        "BLOCK_K": lambda given: ROW_BYTES // given["x_ptr"].element_size(),
+        "EVEN_K": lambda given: given["k"] % given["BLOCK_K"] == 0,
+    }
+)
+@triton.jit
+def layer_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    m,
+    n,
+    k,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # fmt: off
+    if TMA:
+        linear_sigmoid_tma_kernel(
+            x_ptr, weight_ptr, bias_ptr, out_ptr, m, n, k, k, 1, k, 1, 1,
+            True, BLOCK_M, BLOCK_N, BLOCK_K, "N", "N", True, BLOCK_M == 128, PRECISION,
+        )
+    else:
+        linear_sigmoid_kernel(
+            x_ptr, weight_ptr, bias_ptr, out_ptr, m, n, k, k, k, 1, k, 1, 1,
+            True, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION, 1,
+        )
+    # fmt: on
+
+
+# Their launches, of contiguous tensors.
+
+
+def maximum(a: Tensor, b: Tensor, kernel: Any = maximum_kernel) -> Tensor:
+    out = torch.empty_like(a)
+    kernel[partial(blocks, out.numel())](a, b, out, out.numel())
+    return out
+
+
+def matmul_t(x: Tensor, kernel: Any = matmul_t_kernel) -> Tensor:
+    (n, k), out = x.shape, x.new_empty(len(x), len(x))
+    kernel[partial(programs, x, n, n, True)](x, out, n, k, PRECISION=fp32_precision())
+    return out
+
+
+def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor, kernel: Any = layer_kernel) -> Tensor:
+    (m, k), n = x.shape, len(weight)
+    out = x.new_empty(m, n)
+    kernel[partial(programs, x, m, n, False)](x, weight, bias, out, m, n, k, PRECISION=fp32_precision())
+    return out
+
+
+def blocks(numel: int, given: dict[str, Any]) -> tuple[int]:
+    return (triton.cdiv(numel, given["BLOCK"]),)
+
+
+def programs(x: Tensor, m: int, n: int, symmetric: bool, given: dict[str, Any]) -> tuple[int]:
+    """By TMA, programs are persistent. Two with tiles of 64 rows run at a time on a multiprocessor."""
+    resident = device(x).multiprocessors * (2 if given["BLOCK_M"] == 64 else 1)
+    count = tiles(m, n, symmetric, given)
+    return (min(count, resident) if given["TMA"] else count,)
+
+
+def tiles(m: int, n: int, symmetric: bool, given: dict[str, Any]) -> int:
+    return count_tiles(Tiles(given["BLOCK_M"], given["BLOCK_N"], 0, 0, 0), m, n, symmetric)
+
+
+# The reports. The first provider is the one that others are compared with.
+
+
+@triton.testing.perf_report(
+    triton.testing.Benchmark(
+        x_names=["numel"],
+        x_vals=[2**20, 2**22, 2**24, 2**26, 2**28],
+        x_log=True,
+        line_arg="provider",
+        line_vals=["torch.maximum", "torch.compile", "torchpar", "autotuned"],
+        line_names=["torch.maximum", "torch.compile", "torchpar", "autotuned"],
+        ylabel="GB/s",
+        plot_name="maximum",
+        args={},
+    )
+)
+@cache
+def report_maximum(numel: int, provider: str) -> Speeds:
+    a, b = draw((numel,), (numel,))
+    calls: Mapping[str, Call] = {
+        "torch.maximum": partial(torch.maximum, a, b),
+        "torch.compile": partial(torch.compile(torch.maximum, dynamic=False), a, b),
+        "torchpar": partial(torchpar.maximum, a, b),
+        "autotuned": partial(maximum, a, b),
+    }
+    work = Work(3 * numel * a.element_size(), 0)
+    return measure("maximum", str(numel), provider, calls, torch.maximum(a.double(), b.double()), work)
+
+
+@triton.testing.perf_report(
+    triton.testing.Benchmark(
+        x_names=["n"],
+        x_vals=[256, 512, 1024, 2048, 4096, 8192],
+        x_log=True,
+        line_arg="provider",
+        line_vals=["torch.mm", "torch.mm, mirrored", "torch.compile", "torchpar", "autotuned"],
+        line_names=["torch.mm", "torch.mm, mirrored", "torch.compile", "torchpar", "autotuned"],
+        ylabel="TFLOP/s",
+        plot_name="matmul_t",
+        args={},
+    )
+)
+@cache
+def report_matmul_t(n: int, provider: str) -> Speeds:
+    (x,) = draw((n, n))
+    calls: Mapping[str, Call] = {
+        "torch.mm": partial(gram, x),
+        "torch.mm, mirrored": lambda: mirror(gram(x), None),
+        "torch.compile": partial(torch.compile(gram, dynamic=False), x),
+        "torchpar": partial(torchpar.matmul_t, x),
+        "autotuned": partial(matmul_t, x),
+    }
+    work = Work(2 * n * n * x.element_size(), n * (n + 1) * n)
+    return measure("matmul_t", f"{n}x{n}", provider, calls, gram(x.double()), work)
+
+
+@triton.testing.perf_report(
+    triton.testing.Benchmark(
+        x_names=["m"],
+        x_vals=[64, 256, 1024, 4096, 16384],
+        x_log=True,
+        line_arg="provider",
+        line_vals=["addmm, sigmoid", "addmm alone", "torch.compile", "torchpar", "autotuned"],
+        line_names=["addmm, sigmoid", "addmm alone", "torch.compile", "torchpar", "autotuned"],
+        ylabel="TFLOP/s",
+        plot_name="linear_sigmoid",
+        args={},
+    )
+)
+@cache
+def report_linear_sigmoid(m: int, provider: str) -> Speeds:
+    x, weight, bias = draw((m, IN), (OUT, IN), (OUT,))
+    weight /= math.sqrt(IN)  # so that the sigmoid does not saturate
+    calls: Mapping[str, Call] = {
+        "addmm, sigmoid": partial(layer, x, weight, bias),
+        "addmm alone": partial(linear, x, weight, bias),
+        "torch.compile": partial(torch.compile(layer, dynamic=False), x, weight, bias),
+        "torchpar": partial(torchpar.linear_sigmoid, x, weight, bias),
+        "autotuned": partial(linear_sigmoid, x, weight, bias),
+    }
+    work = Work((m * IN + OUT * IN + OUT + m * OUT) * x.element_size(), 2 * m * IN * OUT)
+    exact = layer(x.double(), weight.double(), bias.double())
+    return measure("linear_sigmoid", f"{m}x{IN}->{OUT}", provider, calls, exact, work)
+
+
+def gram(x: Tensor) -> Tensor:
+    return torch.mm(x, x.T)
+
+
+def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return linear(x, weight, bias).sigmoid_()
+
+
+# What is timed, and checked. `main` sets the dtype, and takes the results.
+
+DEVICE = "cuda"
+kind = "bfloat16"  # of `torchpar.kernels.tiles.KINDS`
+results: list[Result] = []
+
+
+def draw(*shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    return [torch.randn(shape, device=DEVICE, generator=generator).to(KINDS[kind].dtype) for shape in shapes]
+
+
+def measure(
+    operator: str, shape: str, provider: str, calls: Mapping[str, Call], exact: Tensor, work: Work
+) -> Speeds:
+    """Check and time ``calls[provider]``, and before it the first of the calls; return speeds."""
+    first, call = next(iter(calls.values())), calls[provider]
+    whole = (lambda: call().sigmoid()) if provider == "addmm alone" else call
+    symmetric = operator == "matmul_t" and provider not in ("torch.mm", "torch.compile")
+    times, columns, reason = [math.nan] * 3, {}, ""
+    try:
+        allowed = 2 * error_of(first, exact) + exact.abs().max().item() * torch.finfo(exact.dtype).eps
+        check(whole, exact, allowed, symmetric)
+        timer = do_bench_cudagraph if do_bench(first, quantiles=QUANTILES)[0] < SHORT else do_bench
+        before = timer(first, quantiles=QUANTILES)[0]
+        times = timer(call, quantiles=QUANTILES)
+        error = check(whole, exact, allowed, symmetric)
+        columns = {
+            "gb_per_s": work.bytes / times[0] * 1e-6,
+            "gflop_per_s": work.flops / times[0] * 1e-6 or None,
+        }
+        columns |= {"max_error": error, "timer": timer.__name__}
+        columns["config"] = (
+            describe(OPERATORS[operator].kernel.best_config) if provider == "autotuned" else ""
+        )
+    except Exception as failure:  # of one provider; the others go on
+        reason = f"{type(failure).__name__}: {failure}".partition("\n")[0]
+    p50, p20, p80 = times
+    measured = {} if reason else {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "speedup": before / p50}
+    case = {"operator": operator, "shape": shape, "dtype": kind}
+    results.append(
+        Result(case=case, contestant=provider, columns=columns, ok=not reason, reason=reason, **measured)
+    )
+    speed = work.flops * 1e-9 or work.bytes * 1e-6
+    return speed / p50, speed / p80, speed / p20
+
+
+def check(call: Call, exact: Tensor, allowed: float, symmetric: bool) -> float:
+    """The largest error of a call; a Rejected if it is over ``allowed``."""
+    error = error_of(call, exact, symmetric)
+    if not error <= allowed:
+        raise Rejected(f"an error of {error:.1e}, over {allowed:.1e}")
+    return error
+
+
+def error_of(call: Call, exact: Tensor, symmetric: bool = False) -> float:
+    """The largest error of a call; a Rejected if the result should be symmetric and is not."""
+    poison = [torch.full_like(exact, math.nan, dtype=KINDS[kind].dtype) for _ in range(4)]
+    del poison  # the allocator gives this memory to the call: what it leaves unwritten is NaN
+    found = call()
+    error = (found.double() - exact).abs().max().item()
+    if symmetric and not math.isnan(error) and not torch.equal(found, found.mT):
+        raise Rejected("the result is not symmetric")
+    return error
+
+
+REPORTS = {"maximum": report_maximum, "matmul_t": report_matmul_t, "linear_sigmoid": report_linear_sigmoid}
+# Of each operator the sizes that are compiled where there is no GPU.
+LAYER = (4096, IN), (OUT, IN), (OUT,)
+OPERATORS = {
+    "maximum": Operator(
+        maximum_kernel,
+        maximum,
+        ((2**26,), (2**26,)),
+        blocks=lambda given: triton.cdiv(2**26, given["BLOCK"]),
+        numbers=3 * 2**26,
+    ),
+    "matmul_t": Operator(
+        matmul_t_kernel,
+        matmul_t,
+        ((4096, 4096),),
+        blocks=partial(tiles, 4096, 4096, True),
+        numbers=2 * 4096**2,
+        products=lambda given: 4096 * tile_cost(given["BLOCK_M"], given["BLOCK_N"]),
+    ),
+    "linear_sigmoid": Operator(
+        layer_kernel,
+        linear_sigmoid,
+        LAYER,
+        blocks=partial(tiles, 4096, OUT, False),
+        numbers=sum(map(math.prod, LAYER)) + 4096 * OUT,
+        products=lambda given: IN * tile_cost(given["BLOCK_M"], given["BLOCK_N"]),
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    global kind
+    command = Command("autotune", "Autotune the kernels, and time them beside PyTorch's own.")
+    command.parser.add_argument(
+        "--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS), help="by default all"
+    )
+    command.parser.add_argument(
+        "--dtype", choices=KINDS, default="bfloat16", help="of all operands; by default bfloat16"
+    )
+    options = command.parse(arguments)
+    kind = options.dtype
+    if not torch.cuda.is_available():
+        return compile_all(options.operators, kind, options.quick, command.csv(options))
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=DEVICE))
+    table = Table(command.csv(options), torch.device(DEVICE))
+    with torch.backends.flags(fp32_precision=KINDS[kind].precision):
+        for operator in options.operators:
+            time_operator(operator, table, options)
+    return table.status
+
+
+def time_operator(operator: str, table: Table, options: argparse.Namespace) -> None:
+    """Time all sizes, a small one if ``quick``; add the results, print them, and draw them."""
+    report = REPORTS[operator]
+    benchmark = report.benchmarks
+    if options.quick:
+        benchmark.x_vals = benchmark.x_vals[:1]
+    results.clear()
+    for size, provider in track(list(product(benchmark.x_vals, benchmark.line_vals)), operator):
+        report.fn(size, provider)
+        table.add(results[-1:])
+    print_results(f"{operator} in {kind}", results, PRINTED)
+    if options.output and importlib.util.find_spec("matplotlib") and importlib.util.find_spec("pandas"):
+        with TemporaryDirectory() as folder:  # for the picture alone: our CSV has more columns
+            report.run(save_path=folder)  # which calls ``report.fn`` again: the times are cached
+            shutil.copy(Path(folder, f"{operator}.png"), options.output / f"autotune-{operator}.png")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: MIT
+"""Compile kernels for GPUs that are not here: registers, spills, shared memory, blocks and waves.
+
+They come from the machine code and the makers' documents. The estimate is of the products and their loads, in
+full waves at the processor's peak, or of the operands and the result, at the memory's bandwidth.
+"""
+
+import re
+import subprocess
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from importlib import import_module
+from math import ceil
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from benchmarks import driver
+from benchmarks.results import CORES, Result, Table, print_results, track
+from benchmarks.timing import CPU
+from torchpar.kernels.tiles import KINDS
+
+BLOCK_SHARED = {80: 166912, 90: 232448, 100: 232448, 103: 232448}  # bytes that a block may have
+REGISTERS, WARPS, BLOCKS, TENSOR_COLUMNS = 65536, 64, 32, 512  # of a multiprocessor of each of these
+PRINTED = [
+    "contestant",
+    "registers",
+    "spilled_bytes",
+    "shared_kb",
+    "blocks_per_multiprocessor",
+    "waves",
+    "estimate_ms",
+]
+RESERVED_SHARED = 1024  # bytes of each block, for the system
+
+
+class Architecture(NamedTuple):
+    """A GPU by its data sheet; ``shared`` bytes are a multiprocessor's, ``flops`` those without sparsity."""
+
+    name: str
+    multiprocessors: int
+    shared: int
+    bytes_per_s: float
+    flops: dict[str, float]
+
+
+ARCHITECTURES = {
+    80: Architecture(
+        *("A100 SXM (sm_80)", 108, 167936, 2.04e12),
+        {"bfloat16": 312e12, "float16": 312e12, "tf32": 156e12, "float32": 19.5e12, "float64": 19.5e12},
+    ),
+    90: Architecture(
+        *("H100 SXM (sm_90)", 132, 233472, 3.35e12),
+        {"bfloat16": 989e12, "float16": 989e12, "tf32": 495e12, "float32": 67e12, "float64": 67e12},
+    ),
+    100: Architecture(
+        *("B200 (sm_100)", 148, 233472, 8.0e12),
+        {"bfloat16": 2250e12, "float16": 2250e12, "tf32": 1120e12, "float32": 75e12, "float64": 37e12},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An autotuned kernel, and the size for which it is compiled.
+
+    Attributes:
+        launch: ``launch(*operands, kernel=...)``.
+        shapes: of the operands.
+        blocks: the number of blocks, or of tiles of persistent ones, by configuration.
+        numbers: that go through memory at least.
+        products: of a block, or of a tile, by configuration; with `tile_cost`'s loads.
+    """
+
+    kernel: Any
+    launch: Callable[..., Any]
+    shapes: Sequence[tuple[int, ...]]
+    blocks: Callable[[dict[str, Any]], int]
+    numbers: int
+    products: Callable[[dict[str, Any]], int] = lambda given: 0
+
+
+class Job(NamedTuple):
+    """A configuration, by its place in those of an operator."""
+
+    operator: str
+    config: int
+    capability: int
+    kind: str
+
+
+def compile_all(names: Sequence[str], kind: str, quick: bool, path: Path | None) -> int:
+    """Compile all configurations for all architectures (``quick``: one for sm_90); print what they take."""
+    from benchmarks.autotune import OPERATORS
+
+    print(
+        "No GPU ran, for PyTorch finds none: kernels are compiled for GPUs that are not here, and not timed."
+    )
+    jobs = [
+        Job(name, index, capability, kind)
+        for name in names
+        for capability in ([90] if quick else ARCHITECTURES)
+        for index in possible(OPERATORS[name], capability, kind)[: 1 if quick else None]
+    ]
+    table = Table(path, CPU)
+    with ProcessPoolExecutor(min(CORES, len(jobs)), get_context("spawn")) as pool:
+        found = map(examine, jobs) if quick else pool.map(examine, jobs)
+        for result in track(found, "compile", len(jobs)):
+            table.add([result])
+    for name in names:
+        shapes = " ".join("x".join(map(str, shape)) for shape in OPERATORS[name].shapes)
+        for gpu in ARCHITECTURES.values():
+            own = [
+                one for one in table.results if (one.case["operator"], one.case["GPU"]) == (name, gpu.name)
+            ]
+            print_results(f"{name} of {shapes} in {kind}, for {gpu.name}; no GPU ran", own, PRINTED)
+    print("w: warps. s: stages. KB: of shared memory. per SM: blocks of a multiprocessor at a time.")
+    print("The estimate is the rule's, at the data sheets' peaks. It ranks tiles, and is no time.")
+    return table.status
+
+
+def operands(operator: Operator, kind: str) -> list[torch.Tensor]:
+    return [torch.empty(shape, dtype=KINDS[kind].dtype, device="meta") for shape in operator.shapes]
+
+
+def possible(operator: Operator, capability: int, kind: str) -> list[int]:
+    """The places of the configurations that the kernel's autotuner would time."""
+    kernel, x = operator.kernel, operands(operator, kind)[0]
+    if kernel.early_config_prune is None:
+        return list(range(len(kernel.configs)))
+    with driver.target(capability):
+        fitting = kernel.early_config_prune(kernel.configs, {"x_ptr": x}, PRECISION=KINDS[kind].precision)
+    return [kernel.configs.index(config) for config in fitting]
+
+
+def examine(job: Job) -> Result:
+    """Compile a configuration, in a process of its own."""
+    operator = import_module("benchmarks.autotune").OPERATORS[job.operator]
+    config, gpu = operator.kernel.configs[job.config], ARCHITECTURES[job.capability]
+    case, contestant = {"operator": job.operator, "GPU": gpu.name}, describe(config)
+    every, operator.kernel.configs = operator.kernel.configs, [config]
+    try:
+        with driver.target(job.capability), torch.backends.flags(fp32_precision=KINDS[job.kind].precision):
+            given = operands(operator, job.kind)
+            (launched,) = driver.compile_launches(lambda wrap: operator.launch(*given, wrap(operator.kernel)))
+        (compiled,) = launched.kernel  # one for each configuration
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        return Result(case=case, contestant=contestant, ok=False, reason=reason)
+    finally:
+        operator.kernel.configs = every
+    used, shared = resources(compiled), compiled.metadata.shared
+    at_a_time = resident_blocks(gpu, used["REG"], config.num_warps, shared, compiled.metadata.tmem_size or 0)
+    blocks = operator.blocks(config.kwargs)
+    waves = blocks / (at_a_time * gpu.multiprocessors) if at_a_time else None
+    columns = {
+        "registers": used["REG"],
+        "spilled_bytes": used["STACK"] + used["LOCAL"],
+        "shared_kb": shared / 1024,
+        "blocks": blocks,
+        "blocks_per_multiprocessor": at_a_time,
+        "waves": waves,
+    }
+    if waves:
+        work = ceil(waves) * at_a_time * operator.products(config.kwargs)  # of a multiprocessor
+        by_products = 2 * work / (gpu.flops[job.kind] / gpu.multiprocessors)
+        by_memory = operator.numbers * KINDS[job.kind].dtype.itemsize / gpu.bytes_per_s
+        columns["estimate_ms"] = 1e3 * max(by_products, by_memory)
+    return Result(case=case, contestant=contestant, columns=columns)
+
+
+def describe(config: Any) -> str:
+    """The block, how it is loaded, warps and stages: 128x256 tma w8 s4; without a loop 512 w4."""
+    sizes = "x".join(str(value) for name, value in config.kwargs.items() if name.startswith("BLOCK"))
+    if "TMA" not in config.kwargs:
+        return f"{sizes} w{config.num_warps}"
+    variant = "tma" if config.kwargs["TMA"] else "ptr"
+    return f"{sizes} {variant} w{config.num_warps} s{config.num_stages}"
+
+
+def resident_blocks(gpu: Architecture, registers: int, warps: int, shared: int, tensor_columns: int) -> int:
+    """The blocks that a multiprocessor runs at a time, by registers, warps, shared and tensor memory."""
+    limits = [
+        BLOCKS,
+        WARPS // warps,
+        REGISTERS // (ceil(32 * registers / 256) * 256 * warps),  # a warp gets multiples of 256
+        gpu.shared // (shared + RESERVED_SHARED),
+    ]
+    return min([*limits, TENSOR_COLUMNS // tensor_columns] if tensor_columns else limits)
+
+
+def resources(compiled: Any) -> dict[str, int]:
+    """Of a compiled kernel's thread REG, its registers; STACK and LOCAL, bytes that did not fit into them."""
+    tool = Path(str(triton.__file__)).parent / "backends/nvidia/bin/cuobjdump"
+    with NamedTemporaryFile(suffix=".cubin") as cubin:
+        Path(cubin.name).write_bytes(compiled.asm["cubin"])
+        command = [str(tool), "-res-usage", cubin.name]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout)}

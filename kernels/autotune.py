@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: MIT
+"""The choice of a launch: none, by the rule's tiles, or by tiles that Triton's autotuner measures.
+
+``TORCHPAR_AUTOTUNE=1`` turns the autotuner on. At the first launch for a layout of tensors it times the
+kernel with each configuration that suits. Triton keeps the times on disk, in $TRITON_CACHE_DIR. Later
+launches cost what others cost.
+
+Other tiles sum in another order, so that times decide the last bits of a result. A launch in a compiled graph
+has no tensors to time, and takes the rule's tiles. So does one that splits k, since another kernel sums its
+parts, and one in Triton's interpreter.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import triton
+from torch import Tensor
+
+from .launch import Plan, Wrap
+from .tiles import Tiles, choose_tiles, library_is_faster, suitable
+
+ENABLED = os.environ.get("TORCHPAR_AUTOTUNE") == "1"  # read when the kernels are imported
+
+
+class Choice(NamedTuple):
+    """The arguments of a launcher on which its choice depends; ``traced``: by a compiler, without tensors."""
+
+    precision: str
+    tiles: Tiles | None
+    tma: bool
+    only_if_faster: bool
+    traced: bool
+
+
+def choose_plan(
+    make: Callable[[Tiles], Plan],
+    kernel: str,
+    sizes: Sequence[int],
+    operands: Sequence[Tensor],
+    choice: Choice,
+    restore: Sequence[str] = (),
+) -> Plan | None:
+    """The plan of a launch; None if the library computes.
+
+    Args:
+        make: the plan for given tiles.
+        sizes: m, n, k and batch.
+        restore: the names of tensors that the kernel reads and writes.
+    """
+    precision, tiles, tma, only_if_faster, traced = choice
+    if only_if_faster and library_is_faster(kernel, precision, sizes, *operands, tma=tma):
+        return None
+    if tiles is not None:
+        return make(tiles)
+    tiles = choose_tiles(kernel, precision, sizes, *operands, tma=tma)
+    if ENABLED and not traced and not operands[0].is_cpu and tiles.variant != "split_k":
+        possible = suitable(kernel, precision, sizes[1], *operands, tma=tma)
+        plans = [make(one) for one in possible if one.variant == tiles.variant]
+        if len(plans) > 1:
+            return AutotunedPlan(plans, restore)
+    return make(tiles)
+
+
+class AutotunedPlan(Plan):
+    """The fastest of several plans of one kernel, as Triton's autotuner finds it at the first launch.
+
+    Args:
+        plans: for the same tensors; no two with the same constants.
+        restore: the names of tensors that the kernel reads and writes.
+    """
+
+    def __init__(self, plans: Sequence[Plan], restore: Sequence[str] = ()):
+        one = plans[0]
+        first_constant = one.kernel.arg_names.index(next(iter(one.constants)))
+        tuner = triton.autotune(
+            configs=[triton.Config(dict(plan.constants), **plan.options) for plan in plans],
+            key=one.kernel.arg_names[first_constant - len(one.arguments) : first_constant],  # all integers
+            restore_value=list(restore),
+            cache_results=True,
+        )(one.kernel)
+        super().__init__(tuner, 0, one.arguments, {}, {}, one.descriptors)
+        self._grids = {tuple(plan.constants.values()): plan.grid for plan in plans}
+
+    def _compile(self, wrap: Wrap, *arguments: Any) -> None:
+        assert wrap is None, "a tracer has no tensors to time"
+        names = list(self.kernel.configs[0].kwargs)
+        compiled = self.kernel[lambda given: self._grids[tuple(given[name] for name in names)]](*arguments)
+        self.constants = self.kernel.best_config.kwargs
+        self.grid = self._grids[tuple(self.constants.values())]
+        self._keep(compiled)
