@@ -52,8 +52,8 @@ class Device(NamedTuple):
 class Kind(NamedTuple):
     """A kind of operands, and the tiles for it.
 
-    ``second_launch``: columns of a 64 × 64 tile that take as long as the launch which adds the parts of a
-    split sum: 4 µs, an estimate, at the speed of an H200 by NVIDIA's data sheet.
+    ``launch``: columns of a 64 × 64 tile that take as long as a launch, such as the one that adds the parts
+    of a split sum: 4 µs, an estimate, at the speed of an H200 by NVIDIA's data sheet.
 
     ``most_k``: the longest sums for which `linear_sigmoid` is expected to win. Its products take some 17%
     longer than cuBLAS's, an estimate from the machine code, and it saves the sigmoid's pass through memory.
@@ -63,7 +63,7 @@ class Kind(NamedTuple):
 
     dtype: torch.dtype
     precision: str
-    second_launch: int
+    launch: int
     most_k: int
     unaligned: Tiles  # an address per element takes registers: larger tiles would spill
     tiles: tuple[Tiles, ...]
@@ -244,7 +244,7 @@ def choose_tiles(
         units = count_tiles(tiles, m, n, kernel == "symmetric_product") * batch * count
         waves = ceil(units / present.multiprocessors)
         cost = tile_cost(tiles.block_m, tiles.block_n)
-        return (waves * _hint(columns) + kind.second_launch * (count > 1)) * cost
+        return (waves * _hint(columns) + kind.launch * (count > 1)) * cost
 
     possible = suitable(kernel, precision, sizes[1], *operands, tma=tma)
     return min(possible, key=estimate, default=kind.unaligned)
@@ -254,14 +254,22 @@ def library_is_faster(
     kernel: str, precision: str, sizes: Sequence[int], *operands: Tensor, tma: bool = True
 ) -> bool:
     """Whether PyTorch's library computes, since the kernel is not expected to win (docs/tuning.md)."""
-    m, n, k, _ = sizes
-    kind = kind_of(operands[0].dtype, precision)
-    if kind == "float32":  # the kernels' loop over k has bank conflicts in shared memory
+    m, n, k, _ = map(_hint, sizes)
+    name = kind_of(operands[0].dtype, precision)
+    kind = KINDS[name]
+    if kernel == "linear_sigmoid" and m * n * k <= _products_of_a_launch(kind, device(operands[0])):
+        return False  # the library's second launch, of the sigmoid, takes as long as the whole product
+    if name == "float32":  # the kernels' loop over k has bank conflicts in shared memory
         return True
-    fitting = suitable(kernel, precision, n, *operands, tma=tma)
-    if not fitting or n * operands[0].element_size() % 16 != 0:
+    fitting = suitable(kernel, precision, sizes[1], *operands, tma=tma)
+    if not fitting or sizes[1] * operands[0].element_size() % 16 != 0:
         return True  # an address, or a store, for each element
-    return _hint(m) < FEWEST_ROWS if kernel == "symmetric_product" else _hint(k) > KINDS[kind].most_k
+    return m < FEWEST_ROWS if kernel == "symmetric_product" else k > kind.most_k
+
+
+def _products_of_a_launch(kind: Kind, present: Device) -> int:
+    """The products that all multiprocessors make in the time of a launch."""
+    return 64 * 64 * kind.launch * present.multiprocessors
 
 
 def _hint(size: int) -> int:
