@@ -13,8 +13,7 @@ from torch.nn import functional as F
 import torchpar.nn
 
 pytest.importorskip("numba", reason="Numba compiles the loops")
-from benchmarks import numba_njit
-from torchpar.baselines import numpy_mlp, pure_python
+from torchpar.baselines import numba_njit, numpy_mlp, pure_python
 from torchpar.baselines.numpy_mlp import MLP, SGD
 
 # Operators
