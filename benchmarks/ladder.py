@@ -18,7 +18,7 @@ from functools import cache, partial
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -165,7 +165,9 @@ def contestants(case: LadderCase, helpers: Helpers, quick: bool) -> Iterator[Con
     yield from by_njit(case, helpers, quick)
     tensors = [torch.from_numpy(t) for t in arrays]
     shown: dict[str, Any] = {"note": threads_note(threads), "threads": threads}
-    numpy: dict[str, Any] = {"threads": 1} if operator == "maximum" else shown  # only its products have threads
+    numpy: dict[str, Any] = (
+        {"threads": 1} if operator == "maximum" else shown
+    )  # only its products have threads
     yield by("NumPy", getattr(numpy_mlp, operator), *arrays, than="njit", **numpy)
     yield by("torch eager", native, *tensors, than="NumPy", **shown)
     shown["than"] = "torch eager"
@@ -218,10 +220,9 @@ def by_njit(case: LadderCase, helpers: Helpers, quick: bool) -> Iterator[Contest
             for count in THREADS:
                 parallel = f"{name}, parallel{', warm caches' * warm}"
                 shown: dict[str, Any] = {"name": parallel, "note": threads_note(count), "threads": count}
-                if warm and count > CORES:
-                    continue
                 if count not in thread_counts(quick):
                     reason = "--quick" if quick else f"this machine has {CORES} cores"
+                    shown["note"] = shown["note"].partition(" on ")[0]
                     yield Contestant(left_out=reason, **shown)
                     continue
                 switches: list[float] = []
@@ -357,8 +358,7 @@ def threads_turn(
     index: int,
 ) -> list[float]:
     submitted = worker.submit(call_in_threads, case.operator, case.shape, loop, threads, warm)
-    seconds, switched, result = submitted.result()
-    case.check(result)
+    seconds, switched = submitted.result()
     if index > 0:
         switches.append(switched)
     return [seconds]
@@ -366,8 +366,8 @@ def threads_turn(
 
 def call_in_threads(
     operator: str, shape: tuple[int, ...], loop: str, threads: int, warm: bool
-) -> tuple[float, float, Array]:
-    """Seconds and context switches of a call of a parallel loop, and its result."""
+) -> tuple[float, float]:
+    """Seconds and context switches of a call of a parallel loop, whose result is right."""
     import numba
 
     from torchpar.baselines import numba_njit
@@ -380,7 +380,9 @@ def call_in_threads(
     calls = WARM_CALLS if warm or not case.cold else 1
     before = context_switches()
     timed = time_calls(call, calls=calls)
-    return timed.seconds(), (context_switches() - before) / calls, timed.result
+    switched = (context_switches() - before) / calls
+    case.check(timed.result)
+    return timed.seconds(), switched
 
 
 def context_switches() -> int:
@@ -474,10 +476,10 @@ def measure(case: LadderCase, contestants: Sequence[Contestant], rounds: int = R
 
 
 def limits(quick: bool) -> list[Result]:
-    """Measure what bounds all contestants on the CPU.
+    """Measure what bounds all contestants on the CPU, each by its best time.
 
-    These are copies in memory, loads from a core's nearest cache, and the flop/s of a large product. The
-    loads are those of the plain loop on 8 rows of 4 KB.
+    These are copies in memory, loads from a core's nearest cache, and the flop/s of large products. The loads
+    are those of the plain loop on 8 rows of 4 KB.
     """
     size, n = (2**20, 64) if quick else (2**27, 1024)
     source, target = (torch.ones(size, dtype=torch.int8) for _ in range(2))
@@ -492,7 +494,7 @@ def limits(quick: bool) -> list[Result]:
         seconds = [time_calls(call, calls=calls).seconds() for _ in range(9)]
         torch.set_num_threads(before)
         columns: dict[str, Any] = {"note": threads_note(threads), "threads": threads}
-        columns |= {name: amount / median(seconds) / 1e9 for name, amount in work.items()}
+        columns |= {name: amount / min(seconds) / 1e9 for name, amount in work.items()}
         measured = Times([[one] for one in seconds]).result({"workload": LIMITS}, name, **columns)
         results.append(measured)
 
@@ -504,8 +506,11 @@ def limits(quick: bool) -> list[Result]:
 
         loaded = 2 * len(rows) * rows.nbytes
         add("loads from the nearest cache", 1, partial(numba_njit.SERIAL.matmul_t, rows), gb_per_s=loaded)
+    flops = 2 * n**3
     for count in counts:
-        add("torch.mm", count, partial(torch.mm, square, square), gflop_per_s=2 * n**3)
+        add("torch.mm", count, partial(torch.mm, square, square), gflop_per_s=flops)
+    array = square.numpy()
+    add("NumPy's product", before, partial(np.matmul, array, array), gflop_per_s=flops)
     return results
 
 
@@ -537,7 +542,7 @@ def students_entries(
 def show(measured: Mapping[str, Sequence[Result]]) -> None:
     """Print the tables, and the README's table."""
     for workload, results in measured.items():
-        print_cells(workload, [dict(line) for line in ladder_page.lines(results)])
+        print_cells(workload, list(ladder_page.lines(results, "contestant")))
         print(*ladder_page.notes(results), sep="\n", end="\n\n")
     print(ladder_page.load_note(next(iter(measured.values()))))
     if table := readme_table(measured):

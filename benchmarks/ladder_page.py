@@ -81,8 +81,8 @@ def read(path: Path) -> dict[str, list[Result]]:
 # Tables
 
 
-def lines(results: Sequence[Result]) -> Iterator[dict[str, str]]:
-    """The cells of the measured rows of a case, by header."""
+def lines(results: Sequence[Result], head: str) -> Iterator[dict[str, str]]:
+    """The cells of the measured rows of a case, by header; ``head`` is that of the contestants."""
     for one in results:
         if one.columns.get("left_out") or not one.ok:
             continue
@@ -90,13 +90,13 @@ def lines(results: Sequence[Result]) -> Iterator[dict[str, str]]:
         speed = next((name for name in ("gb_per_s", "gflop_per_s") if cells.get(name)), None)
         faster = cells.get("faster") and f"{number(cells['faster'])} × {cells['than']}"
         yield {
-            one.case["workload"]: label(one),
+            head: label(one),
             "time": seconds(one.p50_ms),
             "p20–p80": span(one.p20_ms, one.p80_ms),
             "× pure Python": number(cells.get("over_pure_python")),
             "times as fast as": faster or "",
             "GB/s" if speed == "gb_per_s" else "GFLOP/s": number(cells[speed]) if speed else "",
-            "context switches": number(cells.get("switches")),
+            "switches": number(cells.get("switches")),
         }
 
 
@@ -119,7 +119,7 @@ def notes(results: Sequence[Result]) -> Iterator[str]:
         if reason := one.columns.get("left_out"):
             left_out.setdefault(reason, []).append(label(one))
         elif not one.ok:
-            yield f"Not right: {label(one)}: {one.reason}"
+            yield f"Not right: {label(one)}: {one.reason.removeprefix('Rejected: ')}"
     for reason, names in left_out.items():
         yield f"Left out ({reason}): {'; '.join(names)}."
 
@@ -137,7 +137,7 @@ def load_note(results: Sequence[Result]) -> str:
 
 def as_markdown(results: Sequence[Result]) -> str:
     """The table of one case, and its notes."""
-    rows = list(lines(results))
+    rows = list(lines(results, results[0].case["workload"]))
     headers = dict.fromkeys(header for row in rows for header in row)
     headers = dict.fromkeys(header for header in headers if any(row.get(header) for row in rows))
     table = markdown([list(headers), *([row.get(header, "") for header in headers] for row in rows)])
@@ -215,31 +215,44 @@ def draw_bars(axes: Any, rows: Sequence[Result]) -> None:
     axes.set_yticks(range(len(rows)), [label(one) for one in rows], fontsize=8)
     axes.invert_yaxis()
     least, most = (end(one.p50_ms or 1.0 for one in rows) for end in (min, max))
-    axes.set(xscale="log", xlim=(least / 2, most * 6), xlabel="milliseconds (shorter is faster)")
-    axes.set_title(rows[0].case["workload"])
-    axes.legend(fontsize=8, loc="lower right")
+    axes.set(xscale="log", xlim=(least / 2, most * 6), xlabel="time (shorter is faster)")
+    axes.xaxis.set_major_formatter(lambda milliseconds, _: seconds(milliseconds))
+    axes.set_title(rows[0].case["workload"], loc="left")
+    axes.legend(fontsize=8, ncols=len(shown), loc="lower right", bbox_to_anchor=(1, 1))
 
 
 def draw_roofline(axes: Any, points: Sequence[Result], limits: Sequence[Result]) -> None:
-    """Draw the speed of loops by needed operations per byte loaded, under what the machine allows."""
+    """Draw the speed of loops by needed operations per byte loaded, under what the machine allows.
+
+    Of parallel loops only the most threads that have a core each are drawn.
+    """
     left = min(one.columns["intensity"] for one in points) / 3
     right = max(one.columns["intensity"] for one in points) * 8
-    by_name = {one.contestant: one for one in limits}
-    top = by_name["torch.mm"].columns["gflop_per_s"]  # the last has all threads
+    fastest = max(limits, key=lambda one: one.columns.get("gflop_per_s") or 0)
+    top = fastest.columns["gflop_per_s"]
     for name in ("copy in memory", "loads from the nearest cache"):
-        if (limit := by_name.get(name)) is None or limit.columns.get("left_out"):
+        if limit := chosen(limits, name):
+            bandwidth = limit.columns["gb_per_s"]
+            reach = [left, top / bandwidth, right]
+            text = f"{label(limit)}: {bandwidth:.0f} GB/s"
+            axes.plot(reach, [min(x * bandwidth, top) for x in reach], lw=1, label=text)
+    axes.plot([left, right], [top, top], "k:", lw=1, label=f"{label(fastest)}: {top:.0f} GFLOP/s")
+    for name in dict.fromkeys(one.contestant for one in points):
+        if (one := chosen(points, name)) is None:
             continue
-        bandwidth = limit.columns["gb_per_s"]
-        reach = [left, top / bandwidth, right]
-        text = f"{label(limit)}: {bandwidth:.0f} GB/s; torch.mm: {top:.0f} GFLOP/s"
-        axes.plot(reach, [min(x * bandwidth, top) for x in reach], lw=1, label=text)
-    for one in points:
         point = one.columns["intensity"], one.columns["gflop_per_s"]
-        threaded = "parallel" in one.contestant  # to the left of the point; one thread to the right
-        axes.plot(*point, "o", color="tab:red" if threaded else "black", ms=4)
+        threaded = "parallel" in name  # to the left of the point; one thread to the right
+        axes.plot(*point, "o", color=COLORS.get(f"{one.columns['threads']:.0f}", "tab:gray"), ms=5)
         place: dict[str, Any] = {"xytext": (-7, 4) if threaded else (7, -8)}
         place |= {"ha": "right" if threaded else "left", "textcoords": "offset points", "fontsize": 8}
         axes.annotate(label(one).replace(", parallel", ""), point, **place)
-    axes.set(xscale="log", yscale="log", xlim=(left, right), title="roofline")
+    axes.set(xscale="log", yscale="log", xlim=(left, right))
+    ticks = [2.0**power for power in range(-6, 7) if left < 2.0**power < right]
+    axes.set_xticks(
+        ticks, [f"1/{1 / tick:.0f}" if tick < 1 else f"{tick:.0f}" for tick in ticks], minor=False
+    )
+    axes.yaxis.set_major_formatter(lambda value, _: number(value))
+    axes.minorticks_off()
+    axes.set_title("roofline: what loads and arithmetic allow", loc="left")
     axes.set(xlabel="needed operations per byte loaded into registers", ylabel="GFLOP/s of needed operations")
-    axes.legend(fontsize=8, loc="upper left")
+    axes.legend(fontsize=8, loc="lower right")

@@ -104,7 +104,8 @@ def describe(error: BaseException, file: str, function: Callable[..., Any] | Non
         code = getattr(getattr(function, "py_func", function), "__code__", None)
         lines += [code.co_firstlineno] if code else []
     place = f"{name}, line {lines[-1]}" if lines else name
-    text = " ".join(" ".join(line for line in str(error).splitlines()[:2]).split())
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # Numba's errors are coloured
+    text = " ".join(" ".join(plain.splitlines()[:2]).split())
     return f"{place}: {type(error).__name__}{': ' * bool(text)}{text}"
 
 
