@@ -19,7 +19,7 @@ from commands import ROOT, TORCHRUN, blocks, execute, run
 from operators import OPERATORS, Operator
 
 import torchpar
-from benchmarks import speedrun, train
+from benchmarks import ladder, ladder_page, speedrun, train
 from benchmarks.results import Result, markdown
 from torchpar.exact.verify import EXPECTED
 from torchpar.testing.operators import RULES
@@ -117,6 +117,18 @@ def test_the_page_shows_the_measured_trainings():
     table = (RESULTS / "train.md").read_text()
     assert table == train.summary(tables, threads=1)
     assert f"\n{table}\n" in PAGES["docs/training.md"]
+
+
+def test_the_ladder_shows_the_measured_tables():
+    measured = ladder_page.read(RESULTS / "ladder.csv")
+    load = ladder_page.load_note(measured[ladder_page.LIMITS])
+    tables = [ladder_page.as_markdown(rows) for rows in measured.values()]
+    readme = ladder.readme_table(measured)
+    assert (RESULTS / "ladder.md").read_text() == "\n".join([readme, f"{load}\n", *tables])
+    for part in (load, *tables):
+        assert f"\n{part}\n" in PAGES["docs/ladder.md"], part.partition("\n")[0]
+    assert "## From loops to processes\n" in README
+    assert f"\n\n{readme}\n" in README
 
 
 @pytest.mark.parametrize("name", ["speedrun-ladder", "speedrun-tried-validated"])
