@@ -214,28 +214,40 @@ def by_njit(case: LadderCase, helpers: Helpers, quick: bool) -> Iterator[Contest
         yield Contestant(name=name, turn=turn, than=before, compiles=True, intensity=intensity)
         before = name
     for name in dict.fromkeys(["njit", BEST.get(case.operator, "njit")]):
-        loop, intensity = loops[name]
-        for warm in (False, True) if case.operator == "maximum" and not quick else (False,):
-            before = name
-            for count in THREADS:
-                parallel = f"{name}, parallel{', warm caches' * warm}"
-                shown: dict[str, Any] = {"name": parallel, "note": threads_note(count), "threads": count}
-                if count not in thread_counts(quick):
-                    reason = "--quick" if quick else f"this machine has {CORES} cores"
-                    shown["note"] = shown["note"].partition(" on ")[0]
-                    yield Contestant(left_out=reason, **shown)
-                    continue
-                switches: list[float] = []
-                turn = partial(threads_turn, case, helpers.threads, loop, count, warm, switches)
-                than = (
-                    f"{parallel.replace(', warm caches', '')}, {shown['note']}"
-                    if warm and count == 1
-                    else before
-                )
-                yield Contestant(
-                    turn=turn, than=than, compiles=count == 1, intensity=intensity, switches=switches, **shown
-                )
-                before = f"{parallel}, {shown['note']}"
+        yield from in_threads(case, helpers.threads, name, quick)
+    if case.operator == "maximum":
+        yield from in_threads(case, helpers.threads, "njit", quick, warm=True)
+
+
+def in_threads(
+    case: LadderCase, worker: ProcessPoolExecutor, name: str, quick: bool, warm: bool = False
+) -> Iterator[Contestant]:
+    """A loop of Numba in several threads, each count compared with the one before.
+
+    Args:
+        warm: the caches are not flushed, so that memory limits less.
+    """
+    loop, intensity = LOOPS[case.operator][name]
+    parallel = f"{name}, parallel{', warm caches' * warm}"
+    before = f"{name}, parallel, {threads_note(1)}" if warm else name
+    for count in THREADS:
+        if count not in thread_counts(quick):
+            reason = "--quick" if quick else f"this machine has {CORES} cores"
+            plural = f"{count} thread{'s' * (count > 1)}"
+            yield Contestant(name=parallel, note=plural, threads=count, left_out=reason)
+            continue
+        note, switches = threads_note(count), list[float]()
+        yield Contestant(
+            name=parallel,
+            turn=partial(threads_turn, case, worker, loop, count, warm, switches),
+            than=before,
+            note=note,
+            threads=count,
+            compiles=count == 1,
+            intensity=intensity,
+            switches=switches,
+        )
+        before = f"{parallel}, {note}"
 
 
 def arguments_of(case: LadderCase, loop: str) -> tuple[Array, ...]:
