@@ -82,7 +82,7 @@ class Contestant:
     Attributes:
         turn: times it and checks the result; None if it is left out.
         than: the contestant, with its note if there are several, whose time its own is compared with.
-        threads: that compute, in all processes together; None on a GPU.
+        threads: that compute, in all processes together; None on a GPU and of a student's function.
         compiles: whether the time of the first call is kept.
         intensity: needed operations for each byte that it loads.
         left_out: why it is not measured, or "".
@@ -544,9 +544,8 @@ def students_entries(
             entries[operator].append(Contestant(name=shown, threads=None, left_out="no GPU"))
             continue
         entry = student.enter(path, name, function, cases[operator])
-        threads = None if name.endswith("_gpu") else 1
         entries[operator].append(
-            Contestant(name=shown, turn=entry.turn, than=than, note=entry.note, threads=threads)
+            Contestant(name=shown, turn=entry.turn, than=than, note=entry.note, threads=None)
         )
     return entries
 
