@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: MIT
-"""Compute three operators in many ways, from pure Python to processes: ``python -m benchmarks run ladder``.
+"""Compute operators in many ways, from pure Python to processes: ``python -m benchmarks run ladder``.
 
-Three cases: elementwise maximum, X·Xᵀ and linear+sigmoid; `benchmarks.train` trains whole networks. The
+Four cases: elementwise maximum, X·Xᵀ, A·Bᵀ and linear+sigmoid; `benchmarks.train` trains whole networks. The
 result of every call that is timed is checked against float64 (whole numbers: exactly). Contestants take
-turns, and medians are quoted. Caches are flushed before maximum and X·Xᵀ; what linear+sigmoid works on stays
-in them, as in training.
+turns, and medians are quoted. Caches are flushed before all but linear+sigmoid, whose arguments stay in them,
+as in training. ``--with my.py`` adds the functions of a student's file (`benchmarks.student`).
 """
 
-import math
+import os
+import resource
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
-from typing import Any
+from statistics import mean
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -21,155 +28,308 @@ import torch.distributed as dist
 from torch import Tensor
 
 import torchpar
-from benchmarks import operators
+from benchmarks import ladder_page, student
 from benchmarks.command import Command, run
-from benchmarks.compare import Work
+from benchmarks.ladder_case import LABELS, QUICK_SHAPES, SHAPES, LadderCase, make_case
+from benchmarks.ladder_page import LIMITS
 from benchmarks.operators import NATIVE, OURS
 from benchmarks.ranks import Group, current_world, start_ranks
-from benchmarks.results import CORES, Result, Table, duration, markdown, number, print_results
-from benchmarks.timing import (
-    CPU,
-    Contestant,
-    Rejected,
-    Turn,
-    flush,
-    take_turns,
-    time_calls,
-)
+from benchmarks.results import CORES, Result, Table, print_cells
+from benchmarks.timing import CPU, Rejected, Times, Turn, flush, take_turns, time_calls
 from torchpar.baselines import numpy_mlp, pure_python
 from torchpar.baselines.numpy_mlp import Array
 
-SHAPES: dict[str, tuple[int, ...]] = {
-    "maximum": (1000, 1000),
-    "matmul_t": (1000, 1000),  # n, k
-    "linear_sigmoid": (64, 784, 128),  # rows, in_features, out_features
-}
-LABELS = {
-    "maximum": "maximum of {}×{} int32",
-    "matmul_t": "X·Xᵀ of {}×{} float32",
-    "linear_sigmoid": "linear+sigmoid of {}×{}→{} float32",
-}
-QUICK_SHAPES = {"maximum": (20, 30), "matmul_t": (33, 17), "linear_sigmoid": (7, 33, 5)}
 THREADS = (1, 2, 4, 8)
 ROUNDS = 20
-SECONDS = 2.5  # of a contestant's turns, after which it has no more
+SECONDS = 2.0  # of a contestant's turns, after which it has no more
 WARM_SECONDS = 5e-3
-WARM_CALLS = 100  # of a rank
+WARM_CALLS = 100  # in another process
 PRODUCTS = 10_000_000  # about a second of pure Python
-SPEEDS = ("p50_ms", "samples", "over_pure_python", "over_previous", "gb_per_s", "gflop_per_s")
-COLUMNS = ("contestant", "note", *SPEEDS, "first_s", "ok")
+# Numba's loops of each case: their function, and needed operations for each byte that they load into
+# registers. A multiply-add is two operations and loads two numbers of 4 bytes; a tile of t × t sums loads 2t
+# numbers for t² multiply-adds. Of a multiply-add of X·Xᵀ, one operation is needed: the result is symmetric.
+TILE = 4
+LOOPS: dict[str, dict[str, tuple[str, float | None]]] = {
+    "maximum": {"njit": ("maximum", None)},
+    "matmul_t": {
+        "njit": ("matmul_t", 1 / 8),
+        "njit, blocked": ("matmul_blocked", 1 / 8),
+        "njit, in registers": ("matmul_in_registers", TILE / 8),
+        "njit, triangular": ("matmul_t_triangular", TILE / 4),
+    },
+    "matmul": {
+        "njit": ("matmul", 1 / 4),
+        "njit, blocked": ("matmul_blocked", 1 / 4),
+        "njit, in registers": ("matmul_in_registers", TILE / 4),
+    },
+    "linear_sigmoid": {"njit": ("linear_sigmoid", None)},
+}
+BEST = {"matmul_t": "njit, triangular", "matmul": "njit, in registers"}  # in threads beside the plain loops
+# The first kernels of a course, in `torchpar.baselines.triton_kernels`, and small sizes for the interpreter.
+TAUGHT = {
+    "maximum": {"Triton, a program for each row": "maximum_by_rows"},
+    "matmul_t": {"Triton, one program in all": "matmul_t_by_one_program"},
+    "matmul": {"Triton, naive": "matmul_naive", "Triton, tiled": "matmul_tiled"},
+    "linear_sigmoid": {},
+}
+INTERPRETED = {"maximum": (20, 30), "matmul_t": (33, 17), "matmul": (70, 75, 41)}
 
 
-@dataclass(frozen=True)
-class LadderCase:
-    """An operator, its arguments, and its result in float64 (or whole numbers).
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Contestant:
+    """A contestant of a case.
 
     Attributes:
-        bound: how far off each number of the result may be.
-        work: the least that it takes.
-        cold: whether calls find the arguments in memory, or in a cache as a training step does.
+        turn: times it and checks the result; None if it is left out.
+        than: the contestant, with its note if there are several, whose time its own is compared with.
+        threads: that compute, in all processes together; None on a GPU and of a student's function.
+        compiles: whether the time of the first call is kept.
+        intensity: needed operations for each byte that it loads.
+        left_out: why it is not measured, or "".
+        switches: context switches of each call, if they are counted.
     """
 
-    operator: str
-    label: str
-    arguments: tuple[Array, ...]
-    expected: Array
-    bound: Array
-    work: Work
-    cold: bool
-
-    def check(self, result: Array, rows: slice = slice(None)) -> None:
-        """Raise if ``result`` is not that of these rows."""
-        expected = self.expected[rows]
-        if result.shape != expected.shape:
-            raise Rejected(f"the result has shape {result.shape}, expected {expected.shape}")
-        wrong = ~(np.abs(result - expected) <= self.bound[rows])
-        if wrong.any():
-            raise Rejected(f"{wrong.sum()} numbers are off by more than rounding")
+    name: str
+    turn: Turn | None = None
+    than: str = ""
+    note: str = ""
+    threads: int | None = 1
+    compiles: bool = False
+    intensity: float | None = None
+    left_out: str = ""
+    switches: list[float] = field(default_factory=list)
 
 
-def make_case(operator: str, shape: Sequence[int]) -> LadderCase:
-    """The case of "maximum" or "matmul_t" ``(n, k)``, or of "linear_sigmoid" ``(m, in, out)``.
+class Helpers(NamedTuple):
+    """Processes beside this one.
 
-    A sum of k products in float32, in whatever order, is off by at most γ(k)·Σ|a·b| with γ(k) = ku/(1 − ku)
-    and u = 2⁻²⁴ (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1). The sigmoid's
-    slope is at most 1/4; 8u allow for its own few roundings.
+    Attributes:
+        ranks: two, of one thread each.
+        threads: computes Numba's parallel loops. It may have more threads than there are cores.
+        interpreter: has Triton's interpreter.
     """
-    integers = operator == "maximum"
-    shapes = (shape, shape) if integers else tuple(shape)
-    case = operators.make_case(operator, shapes, torch.int32 if integers else torch.float32, CPU)
-    arguments = tuple(t.numpy() for t in case.inputs(0)[:-1])
-    expected = case.oracle(*(torch.from_numpy(t.astype(np.float64)) for t in arguments)).numpy()
-    sizes = [np.abs(t.astype(np.float64)) for t in arguments]
-    bound, u = 0 * expected, 2.0**-24
-    if operator == "matmul_t":
-        ku = shape[1] * u
-        bound = ku / (1 - ku) * sizes[0] @ sizes[0].T
-    elif operator == "linear_sigmoid":
-        ku = (shape[1] + 1) * u  # the bias is one more term
-        bound = ku / (1 - ku) * (sizes[0] @ sizes[1].T + sizes[2]) / 4 + 8 * u
-    label = LABELS[operator].format(*shape)
-    return LadderCase(operator, label, arguments, expected, bound, case.forward, operator != "linear_sigmoid")
+
+    ranks: Group
+    threads: ProcessPoolExecutor
+    interpreter: ProcessPoolExecutor
 
 
-def contestants(case: LadderCase, shape: tuple[int, ...], ranks: Group, quick: bool) -> Iterator[Contestant]:
-    """All contestants, first pure Python; if ``quick``, without torch.compile and many threads.
+@contextmanager
+def start_helpers(most_threads: int) -> Iterator[Helpers]:
+    with (
+        start_ranks(2) as ranks,
+        start_worker(NUMBA_NUM_THREADS=str(most_threads)) as threads,
+        start_worker(TRITON_INTERPRET="1") as interpreter,
+    ):
+        yield Helpers(ranks, threads, interpreter)
 
-    The seconds of a turn are those of the whole case, also if it computes a part.
-    """
-    import numba
 
-    from benchmarks import numba_njit
+@contextmanager
+def start_worker(**environment: str) -> Iterator[ProcessPoolExecutor]:
+    """Start a process whose libraries find ``environment`` when they are imported."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as worker:
+        with patch.dict(os.environ, environment):
+            worker.submit(ignore_interrupts).result()
+        yield worker
 
+
+def ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# Contestants
+
+
+def thread_counts(quick: bool) -> list[int]:
+    """The counts up to the cores, and the first one above, which shows what too many threads cost."""
+    if quick:
+        return [1]
+    above = [count for count in THREADS if count > CORES]
+    return [count for count in THREADS if count <= CORES] + above[:1]
+
+
+def contestants(case: LadderCase, helpers: Helpers, quick: bool) -> Iterator[Contestant]:
+    """All contestants, first pure Python, and those left out. The seconds of a turn are of the whole case."""
     operator, arrays = case.operator, case.arguments
+    ours, threads = OURS.get(operator), torch.get_num_threads()
+    native = NATIVE["exact_matmul" if operator == "matmul" else operator]
 
     def by(name: str, function: Callable[..., Any], *arguments: Any, **shown: Any) -> Contestant:
         device = next((t.device for t in arguments if isinstance(t, Tensor)), CPU)
-        return Contestant(name, timed_turn(case, partial(function, *arguments), device=device), **shown)
+        shown |= {"threads": None} if device.type == "cuda" else {}
+        return Contestant(
+            name=name, turn=timed_turn(case, partial(function, *arguments), device=device), **shown
+        )
 
-    lists = [t.tolist() for t in arrays]
-    if operator == "matmul_t":  # some rows take long enough
-        rows = max(1, min(shape[0], PRODUCTS // math.prod(shape)))
-        note = "" if rows == shape[0] else f"from {rows} of {shape[0]} rows"
-        call = partial(pure_python.matmul_t, lists[0], rows)
-        yield Contestant("pure Python", timed_turn(case, call, rows), note)
-    else:
-        yield by("pure Python", getattr(pure_python, operator), *lists)
-
-    loops: dict[str, tuple[str, float | None, tuple[bool, ...]]] = {"njit": (operator, None, ())}
-    if operator == "matmul_t":
-        # Needed operations of each byte loaded. A product is two operations, of which the symmetric result
-        # needs one; its numbers are 8 bytes, which serve as many products as a tile has rows.
-        loops = {
-            "njit": ("matmul_t", 1 / 8, ()),
-            "njit, blocked": ("matmul_t_tiled", numba_njit.TILE / 8, (False,)),
-            "njit, triangular": ("matmul_t_tiled", numba_njit.TILE / 4, (True,)),
-        }
-    for name, (loop, intensity, flags) in loops.items():
-        yield by(name, getattr(numba_njit.SERIAL, loop), *arrays, *flags, compiles=True, intensity=intensity)
-
-    def in_threads(count: int, function: Callable[..., Array], *flags: bool) -> Array:
-        numba.set_num_threads(count)
-        return function(*arrays, *flags)
-
-    for name, (loop, intensity, flags) in loops.items():
-        for count in THREADS[: 1 if quick else None]:
-            parallel = partial(in_threads, count, getattr(numba_njit.PARALLEL, loop), *flags)
-            shown = {"compiles": True} if count == 1 else {"intensity": intensity}
-            if count <= CORES:
-                yield by(f"{name}, parallel", parallel, note=f"{count} thread{'s' * (count > 1)}", **shown)
-
+    yield by_pure_python(case)
+    yield from by_njit(case, helpers, quick)
     tensors = [torch.from_numpy(t) for t in arrays]
-    yield by("NumPy", getattr(numpy_mlp, operator), *arrays)
-    yield by("torch eager", NATIVE[operator], *tensors)
-    if not quick:
-        yield by("torch.compile", torch.compile(NATIVE[operator], dynamic=False), *tensors, compiles=True)
-    yield by("torchpar CPU", OURS[operator], *tensors)
-    if torch.cuda.is_available():
-        tensors = [t.cuda() for t in tensors]
-        yield by("torch eager GPU", NATIVE[operator], *tensors, compiles=True)
-        yield by("torchpar GPU", OURS[operator], *tensors, compiles=True)
-    yield Contestant("2 ranks", partial(ranks_turn, case, shape, ranks), "a half each, left there")
+    shown: dict[str, Any] = {"note": threads_note(threads), "threads": threads}
+    numpy: dict[str, Any] = (
+        {"threads": 1} if operator == "maximum" else shown
+    )  # only its products have threads
+    yield by("NumPy", getattr(numpy_mlp, operator), *arrays, than="njit", **numpy)
+    yield by("torch eager", native, *tensors, than="NumPy", **shown)
+    shown["than"] = "torch eager"
+    if quick:
+        yield Contestant(name="torch.compile", left_out="--quick", **shown)
+    else:
+        compiled = torch.compile(native, dynamic=False)
+        yield by("torch.compile", compiled, *tensors, compiles=True, **shown)
+    if ours:
+        yield by("torchpar CPU", ours, *tensors, **shown)
+    yield from by_ranks(case, helpers.ranks)
+    yield from on_gpu(case, helpers)
+
+
+def by_pure_python(case: LadderCase) -> Contestant:
+    lists = [t.tolist() for t in case.arguments]
+    function = getattr(pure_python, case.operator)
+    if "matmul" not in case.operator:
+        return Contestant(name="pure Python", turn=timed_turn(case, partial(function, *lists)))
+    total = len(case.expected)  # some rows take long enough
+    rows = max(1, min(total, PRODUCTS * total // (case.expected.size * case.arguments[0].shape[1])))
+    note = "" if rows == total else f"from {rows} of {total} rows"
+    return Contestant(
+        name="pure Python", turn=timed_turn(case, partial(function, *lists, rows), rows), note=note
+    )
+
+
+def threads_note(count: int) -> str:
+    return f"{count} thread{'s' * (count > 1)}{f' on {CORES} cores' * (count > CORES)}"
+
+
+def by_njit(case: LadderCase, helpers: Helpers, quick: bool) -> Iterator[Contestant]:
+    """Numba's loops: each in one thread, then the plain and the best ones in several."""
+    loops = LOOPS[case.operator]
+    if find_spec("numba") is None:
+        yield from (Contestant(name=name, left_out="numba is not installed") for name in loops)
+        return
+    from torchpar.baselines import numba_njit
+
+    before = "pure Python"
+    for name, (loop, intensity) in loops.items():
+        call = partial(getattr(numba_njit.SERIAL, loop), *arguments_of(case, loop))
+        turn = timed_turn(case, call)
+        yield Contestant(name=name, turn=turn, than=before, compiles=True, intensity=intensity)
+        before = name
+    for name in dict.fromkeys(["njit", BEST.get(case.operator, "njit")]):
+        yield from in_threads(case, helpers.threads, name, quick)
+    if case.operator == "maximum":
+        yield from in_threads(case, helpers.threads, "njit", quick, warm=True)
+
+
+def in_threads(
+    case: LadderCase, worker: ProcessPoolExecutor, name: str, quick: bool, warm: bool = False
+) -> Iterator[Contestant]:
+    """A loop of Numba in several threads, each count compared with the one before.
+
+    Args:
+        warm: the caches are not flushed, so that memory limits less.
+    """
+    loop, intensity = LOOPS[case.operator][name]
+    parallel = f"{name}, parallel{', warm caches' * warm}"
+    before = f"{name}, parallel, {threads_note(1)}" if warm else name
+    for count in THREADS:
+        if count not in thread_counts(quick):
+            reason = "--quick" if quick else f"this machine has {CORES} cores"
+            plural = f"{count} thread{'s' * (count > 1)}"
+            yield Contestant(name=parallel, note=plural, threads=count, left_out=reason)
+            continue
+        note, switches = threads_note(count), list[float]()
+        yield Contestant(
+            name=parallel,
+            turn=partial(threads_turn, case, worker, loop, count, warm, switches),
+            than=before,
+            note=note,
+            threads=count,
+            compiles=count == 1,
+            intensity=intensity,
+            switches=switches,
+        )
+        before = f"{parallel}, {note}"
+
+
+def arguments_of(case: LadderCase, loop: str) -> tuple[Array, ...]:
+    """The arguments of a loop: X·Xᵀ by a general product takes X twice."""
+    general = case.operator == "matmul_t" and not loop.startswith("matmul_t")
+    return case.arguments * 2 if general else case.arguments
+
+
+def by_ranks(case: LadderCase, ranks: Group) -> Iterator[Contestant]:
+    """One process of one thread, and two: each computes half of the rows, and then one has all of them."""
+    one, halves, joined = (partial(ranks_turn, case, ranks, way) for way in ("whole", "halves", "joined"))
+    all_cores = "torchpar CPU" if case.operator not in ("matmul", "matmul_t") else "torch eager"
+    yield Contestant(name="1 rank", turn=one, note="1 thread", than=all_cores)
+    yield Contestant(name="2 ranks, halves left apart", turn=halves, threads=2, than="1 rank")
+    yield Contestant(name="2 ranks, joined", turn=joined, threads=2, than="1 rank")
+
+
+def on_gpu(case: LadderCase, helpers: Helpers) -> Iterator[Contestant]:
+    """PyTorch's and our operator with and without copies, and the first kernels of a course."""
+    operator = case.operator
+    functions = {"torch eager GPU": NATIVE["exact_matmul" if operator == "matmul" else operator]}
+    if operator in OURS:
+        functions["torchpar GPU"] = OURS[operator]
+    best = list(functions)[-1]
+    if not torch.cuda.is_available():
+        for name in (*functions, f"{best}, with copies"):
+            yield Contestant(name=name, threads=None, left_out="no GPU")
+        for name, launcher in TAUGHT[operator].items():
+            yield without_gpu(helpers.interpreter, operator, name, launcher)
+        return
+    tensors = [torch.from_numpy(t).cuda() for t in case.arguments]
+    device = tensors[0].device
+    before = "torch eager"
+    for name, function in functions.items():
+        turn = timed_turn(case, partial(function, *tensors), device=device)
+        yield Contestant(name=name, turn=turn, threads=None, than=before, compiles=True)
+        before = name
+
+    def with_copies() -> Tensor:
+        return functions[best](*(torch.from_numpy(t).cuda() for t in case.arguments)).cpu()
+
+    turn = timed_turn(case, with_copies)
+    yield Contestant(name=f"{best}, with copies", turn=turn, threads=None, than=best)
+    if find_spec("triton") is not None:
+        from torchpar.baselines import triton_kernels
+
+        for name, launcher in TAUGHT[operator].items():
+            turn = timed_turn(case, partial(getattr(triton_kernels, launcher), *tensors), device=device)
+            yield Contestant(name=name, turn=turn, threads=None, than=best, compiles=True)
+
+
+def without_gpu(interpreter: ProcessPoolExecutor, operator: str, name: str, function: str) -> Contestant:
+    """A kernel of a course that is not timed: its result is checked in Triton's interpreter."""
+    if find_spec("triton") is None:
+        return Contestant(name=name, threads=None, left_out="Triton is not installed")
+    shape = INTERPRETED[operator]
+    size = "×".join(map(str, shape))
+    try:
+        make_case(operator, shape).check(interpreter.submit(interpret, operator, shape, function).result())
+    except Exception as e:
+        reason = f"{type(e).__name__} in Triton's interpreter, {size}: {e}".partition("\n")[0]
+        return Contestant(name=name, threads=None, turn=partial(reject, reason))
+    return Contestant(
+        name=name,
+        threads=None,
+        left_out=f"no GPU; right in Triton's interpreter at {size}, which tells no time",
+    )
+
+
+def reject(reason: str, index: int) -> list[float]:
+    raise Rejected(reason)
+
+
+def interpret(operator: str, shape: tuple[int, ...], function: str) -> Array:
+    from torchpar.baselines import triton_kernels
+
+    arguments = map(torch.from_numpy, make_case(operator, shape).arguments)
+    result: Array = getattr(triton_kernels, function)(*arguments).numpy()
+    return result
+
+
+# Turns
 
 
 def timed_turn(
@@ -197,140 +357,266 @@ def timed_turn(
     return turn
 
 
-def ranks_turn(case: LadderCase, shape: tuple[int, ...], ranks: Group, index: int) -> list[float]:
-    seconds, parts = zip(*ranks.run(compute_on_rank, case.operator, shape), strict=True)
-    case.check(np.concatenate(parts, axis=1 if case.operator == "linear_sigmoid" else 0))
+known_case = cache(make_case)  # in the other processes
+
+
+def threads_turn(
+    case: LadderCase,
+    worker: ProcessPoolExecutor,
+    loop: str,
+    threads: int,
+    warm: bool,
+    switches: list[float],
+    index: int,
+) -> list[float]:
+    submitted = worker.submit(call_in_threads, case.operator, case.shape, loop, threads, warm)
+    seconds, switched = submitted.result()
+    if index > 0:
+        switches.append(switched)
+    return [seconds]
+
+
+def call_in_threads(
+    operator: str, shape: tuple[int, ...], loop: str, threads: int, warm: bool
+) -> tuple[float, float]:
+    """Seconds and context switches of a call of a parallel loop, whose result is right."""
+    import numba
+
+    from torchpar.baselines import numba_njit
+
+    case = known_case(operator, shape)
+    call = partial(getattr(numba_njit.PARALLEL, loop), *arguments_of(case, loop))
+    numba.set_num_threads(threads)
+    if case.cold and not warm:
+        flush(CPU)
+    calls = WARM_CALLS if warm or not case.cold else 1
+    before = context_switches()
+    timed = time_calls(call, calls=calls)
+    switched = (context_switches() - before) / calls
+    case.check(timed.result)
+    return timed.seconds(), switched
+
+
+def context_switches() -> int:
+    """Of all threads of this process so far: those that waited, and those that others displaced."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_nvcsw + usage.ru_nivcsw
+
+
+def ranks_turn(case: LadderCase, ranks: Group, way: str, index: int) -> list[float]:
+    seconds, parts = zip(*ranks.run(compute_on_rank, case.operator, case.shape, way), strict=True)
+    case.check(np.concatenate([part for part in parts if part is not None]))
     return [max(seconds)]
 
 
-def compute_on_rank(operator: str, shape: tuple[int, ...]) -> tuple[float, Array]:
-    """Seconds of a call, and this rank's part of the result: rows, or columns of linear+sigmoid."""
-    cold, call = call_of_rank(operator, shape)
-    if cold:
+def compute_on_rank(operator: str, shape: tuple[int, ...], way: str) -> tuple[float, Array | None]:
+    """Seconds of a call, and the rows of the result that this rank then has.
+
+    Args:
+        way: "whole": rank 0 computes all. "halves": each rank computes half of the rows and keeps them.
+            "joined": rank 1 sends its half to rank 0, whose time counts.
+    """
+    case = known_case(operator, shape)
+    rank = current_world().rank
+    call = call_of_rank(operator, shape, way)
+    if case.cold:
         flush(CPU)
     dist.barrier()
-    timed = time_calls(call, calls=1 if cold else WARM_CALLS)
+    if way == "whole" and rank > 0:
+        return 0.0, None
+    timed = time_calls(call, calls=1 if case.cold else WARM_CALLS)
+    if way == "joined" and rank > 0:
+        return 0.0, None
     return timed.seconds(), timed.result.numpy()
 
 
 @cache
-def call_of_rank(operator: str, shape: tuple[int, ...]) -> tuple[bool, Callable[[], Tensor]]:
-    case = make_case(operator, shape)
-    arguments = [torch.from_numpy(t) for t in case.arguments]
-    share = current_world().share
-    if operator == "matmul_t":
-        return case.cold, partial(torch.mm, share(arguments[0]), arguments[0].T)
-    whole = arguments[:1] if operator == "linear_sigmoid" else []  # x
-    own = map(share, arguments[len(whole) :])
-    return case.cold, partial(getattr(torchpar, operator), *whole, *own)
+def call_of_rank(operator: str, shape: tuple[int, ...], way: str) -> Callable[[], Tensor]:
+    first, *others = map(torch.from_numpy, known_case(operator, shape).arguments)
+    world = current_world()
+    rows = first if way == "whole" else world.share(first)
+    if operator == "maximum":
+        others = [others[0] if way == "whole" else world.share(others[0])]
+    if "matmul" in operator:
+        second = others[0] if others else first
+        compute = partial(torch.mm, rows, second.T)
+    else:
+        compute = partial(getattr(torchpar, operator), rows, *others)
+
+    def joined() -> Tensor:
+        part = compute()
+        if world.rank > 0:
+            dist.send(part, 0)
+            return part
+        result = part.new_empty(len(first), *part.shape[1:])
+        result[: len(part)] = part
+        dist.recv(result[len(part) :], 1)
+        return result
+
+    return joined if way == "joined" else compute
+
+
+# Measurement
 
 
 def measure(case: LadderCase, contestants: Sequence[Contestant], rounds: int = ROUNDS) -> list[Result]:
-    """Time the contestants in turn, and compare each with the first and with the one before."""
-    turns = {one: one.turn for one in contestants}
+    """Time the contestants in turn, and compare each with pure Python and with the one that it names."""
+    turns = {one: one.turn for one in contestants if one.turn}
     times = take_turns(turns, rounds, seconds=SECONDS, label=case.label)
     results: list[Result] = []
     for one in contestants:
-        result = times[one].result({"workload": case.label}, one.name)
-        columns: dict[str, Any] = {"note": one.note, "intensity": one.intensity}
-        columns["first_s"] = times[one].first if one.compiles else None
-        if result.p50_ms:
-            others = {"over_pure_python": results[:1] or [result], "over_previous": results[-1:]}
-            for name, other in others.items():
-                columns[name] = other[0].p50_ms / result.p50_ms if other and other[0].p50_ms else None
-            if case.operator == "maximum":
-                columns["gb_per_s"] = case.work.bytes / result.p50_ms / 1e6
-            else:
-                columns["gflop_per_s"] = case.work.flops / result.p50_ms / 1e6
+        named = {"workload": case.label}
+        result = times[one].result(named, one.name) if one.turn else Result(case=named, contestant=one.name)
+        columns: dict[str, Any] = {"note": one.note, "threads": one.threads, "left_out": one.left_out}
+        columns |= {"than": one.than, "intensity": one.intensity}
+        columns["first_s"] = times[one].first if one.compiles and one.turn else None
+        columns["switches"] = mean(one.switches) if one.switches else None
         results.append(replace(result, columns=columns))
+    for i, result in enumerate(results):
+        if not result.p50_ms:
+            continue
+        added = {}
+        for name, other in (("over_pure_python", "pure Python"), ("faster", result.columns["than"])):
+            found = ladder_page.find(results, other)
+            added[name] = found.p50_ms / result.p50_ms if found and found.p50_ms else None
+        if case.operator == "maximum":
+            added["gb_per_s"] = case.work.bytes / result.p50_ms / 1e6
+        else:
+            added["gflop_per_s"] = case.work.flops / result.p50_ms / 1e6
+        results[i] = replace(result, columns={**result.columns, **added})
     return results
 
 
-def limits(quick: bool) -> tuple[dict[str, float], float]:
-    """Bytes/s of a large copy and of a core's first-level cache, and flop/s of a large product.
+def limits(quick: bool) -> list[Result]:
+    """Measure what bounds all contestants on the CPU, each by its best time.
 
-    The cache's are those of the naive loop on 8 rows of 4 KB.
+    These are copies in memory, loads from a core's nearest cache, and the flop/s of large products. The loads
+    are those of the plain loop on 8 rows of 4 KB.
     """
-    from benchmarks import numba_njit
-
-    def settled(call: Callable[[], object]) -> float:
-        """Seconds of a call in a row of calls, the median of 9 such rows."""
-        call()
-        calls = 1 + int((0.001 if quick else 0.03) / time_calls(call).seconds())
-        return median(time_calls(call, calls=calls).seconds() for _ in range(9))
-
     size, n = (2**20, 64) if quick else (2**27, 1024)
     source, target = (torch.ones(size, dtype=torch.int8) for _ in range(2))
     square, rows = torch.randn(n, n), np.ones((8, 1024), np.float32)
-    copied = 2 * size / settled(partial(target.copy_, source))
-    loaded = 2 * len(rows) * rows.nbytes / settled(partial(numba_njit.SERIAL.matmul_t, rows))
-    roofs = {"memory": copied, "a core's cache": loaded}
-    return roofs, 2 * n**3 / settled(partial(torch.mm, square, square))
+    before = torch.get_num_threads()
+    results = []
+
+    def add(name: str, threads: int, call: Callable[[], object], **work: float) -> None:
+        torch.set_num_threads(threads)
+        call()
+        calls = 1 + int((0.001 if quick else 0.03) / time_calls(call).seconds())
+        seconds = [time_calls(call, calls=calls).seconds() for _ in range(9)]
+        torch.set_num_threads(before)
+        columns: dict[str, Any] = {"note": threads_note(threads), "threads": threads}
+        columns |= {name: amount / min(seconds) / 1e9 for name, amount in work.items()}
+        measured = Times([[one] for one in seconds]).result({"workload": LIMITS}, name, **columns)
+        results.append(measured)
+
+    counts = dict.fromkeys([1, before])
+    for count in counts:
+        add("copy in memory", count, partial(target.copy_, source), gb_per_s=2 * size)
+    if find_spec("numba"):
+        from torchpar.baselines import numba_njit
+
+        loaded = 2 * len(rows) * rows.nbytes
+        add("loads from the nearest cache", 1, partial(numba_njit.SERIAL.matmul_t, rows), gb_per_s=loaded)
+    flops = 2 * n**3
+    for count in counts:
+        add("torch.mm", count, partial(torch.mm, square, square), gflop_per_s=flops)
+    array = square.numpy()
+    add("NumPy's product", before, partial(np.matmul, array, array), gflop_per_s=flops)
+    return results
 
 
-def label(result: Result) -> str:
-    return ", ".join(filter(None, (result.contestant, result.columns["note"])))
+# The command
 
 
-def as_markdown(results: Sequence[Result]) -> str:
-    """The table of one case."""
-    lines = [[results[0].case["workload"], "time", "× pure Python", "× previous"]]
-    for result in results:
-        ratios = [number(result.columns.get(name)) for name in ("over_pure_python", "over_previous")]
-        lines.append([label(result), duration(result.p50_ms and result.p50_ms / 1e3), *ratios])
-    return markdown(lines)
+def students_entries(
+    path: Path, functions: Mapping[str, Callable[..., Any]], cases: Mapping[str, LadderCase]
+) -> dict[str, list[Contestant]]:
+    """Call the student's functions once each; contestants by operator."""
+    entries: dict[str, list[Contestant]] = {operator: [] for operator in cases}
+    for name, function in functions.items():
+        operator, than = student.OPERATORS[name]
+        if operator not in cases:
+            continue
+        shown = f"{path.name}: {name}"
+        if name.endswith("_gpu") and not torch.cuda.is_available():
+            print(f"{shown} is left out: there is no GPU", flush=True)
+            entries[operator].append(Contestant(name=shown, threads=None, left_out="no GPU"))
+            continue
+        entry = student.enter(path, name, function, cases[operator])
+        entries[operator].append(
+            Contestant(name=shown, turn=entry.turn, than=than, note=entry.note, threads=None)
+        )
+    return entries
 
 
-def draw(path: Path, results: Sequence[Result], roofs: Mapping[str, float], arithmetic: float) -> None:
-    """Speed of X·Xᵀ by needed operations per byte loaded, under what loads and arithmetic allow.
+def show(measured: Mapping[str, Sequence[Result]]) -> None:
+    """Print the tables, and the README's table."""
+    for workload, results in measured.items():
+        print_cells(workload, list(ladder_page.lines(results, "contestant")))
+        print(*ladder_page.notes(results), sep="\n", end="\n\n")
+    print(ladder_page.load_note(next(iter(measured.values()))))
+    if table := readme_table(measured):
+        print(f"\n{table}", end="")
 
-    Args:
-        roofs: bytes/s that are loaded from the memory, or from a cache, by name.
-        arithmetic: flop/s of a product.
-    """
-    from matplotlib.figure import Figure
 
-    known = [one for one in results if one.columns["intensity"] and one.p50_ms]
-    span = [one.columns["intensity"] for one in known] or [1.0]
-    left, right = min(span) / 3, max(span) * 8
-    figure = Figure((9, 5.5), layout="constrained")
-    axes = figure.subplots()
-    for name, bandwidth in roofs.items():
-        reach = [left, arithmetic / bandwidth, right]
-        heights = [min(x * bandwidth, arithmetic) / 1e9 for x in reach]
-        text = f"{name}, {bandwidth / 1e9:.0f} GB/s; torch.mm, {arithmetic / 1e9:.0f} GFLOP/s"
-        axes.plot(reach, heights, lw=1, label=text)
-    for one in known:
-        point = one.columns["intensity"], one.columns["gflop_per_s"]
-        axes.plot(*point, "o", color="tab:orange")
-        threaded = "parallel" in one.contestant  # to the left of the point; one thread to the right
-        place: dict[str, Any] = {"xytext": (-7, 5) if threaded else (7, -9)}
-        place |= {"ha": "right" if threaded else "left", "textcoords": "offset points", "fontsize": 8}
-        axes.annotate(label(one).replace(", parallel", ""), point, **place)
-    axes.set(xscale="log", yscale="log", xlim=(left, right), title=results[0].case["workload"])
-    axes.set(xlabel="needed operations per byte loaded", ylabel="GFLOP/s of needed operations")
-    axes.legend(fontsize=8, loc="upper left")
-    figure.savefig(path, dpi=120)
+def readme_table(measured: Mapping[str, Sequence[Result]]) -> str:
+    """The README's table, if its two cases were measured."""
+    labels = [next((one for one in measured if one.startswith(text)), "") for text in ("maximum", "X·Xᵀ")]
+    return ladder_page.summary(measured, labels) if all(labels) else ""
+
+
+def write(folder: Path, measured: Mapping[str, Sequence[Result]], cases: Mapping[str, LadderCase]) -> None:
+    """Write the tables in Markdown, and a picture of each case if matplotlib is installed."""
+    load = ladder_page.load_note(next(iter(measured.values())))
+    tables = [ladder_page.as_markdown(results) for results in measured.values()]
+    parts = [readme_table(measured), f"{load}\n", *tables]
+    (folder / "ladder.md").write_text("\n".join(filter(None, parts)), "utf-8")
+    if find_spec("matplotlib") is None:
+        print("matplotlib is not installed, so that no picture is drawn")
+        return
+    for operator, case in cases.items():
+        if any(one.p50_ms for one in measured[case.label]):
+            ladder_page.draw(folder / f"ladder-{operator}.png", measured[case.label], measured[LIMITS])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    command = Command("ladder", "Compute the same in every way.", ["numba", "matplotlib"])
+    command = Command("ladder", "Compute the same in every way.")
+    add = command.parser.add_argument
+    add("--with", dest="path", type=Path, metavar="FILE.py", help=f"also functions of yours: {student.NAMES}")
+    add("--cases", nargs="+", choices=LABELS, metavar="CASE", help=f"only these of {', '.join(LABELS)}")
+    load = os.getloadavg()[0]
     options = command.parse(arguments)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    table = Table(command.csv(options), CPU, cores=CORES, gpu=gpu)
     shapes, rounds = (QUICK_SHAPES, 2) if options.quick else (SHAPES, ROUNDS)
-    measured = {}
-    with start_ranks(2) as ranks:
-        for operator, shape in shapes.items():
-            case = make_case(operator, shape)
-            compared = list(contestants(case, shape, ranks, options.quick))
-            measured[operator] = table.add(measure(case, compared, rounds))
-    for results in measured.values():
-        print_results(results[0].case["workload"], results, COLUMNS)
+    names = options.cases or list(LABELS)
+    functions: Mapping[str, Callable[..., Any]] = {}
+    status = 0
+    if options.path:
+        functions, error = student.load(options.path)
+        if error:
+            print(f"{error}\nThe functions above that line are tried.")
+            status = 1
+        if not options.cases:
+            names = [name for name in LABELS if name in {student.OPERATORS[own][0] for own in functions}]
+    cases = {operator: make_case(operator, shapes[operator]) for operator in names}
+    entries = students_entries(options.path, functions, cases)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    table = Table(command.csv(options), CPU, cores=CORES, gpu=gpu, load_before=round(load, 2))
+    with start_helpers(max(thread_counts(options.quick))) as helpers:
+        for operator, case in cases.items():
+            compared = [*contestants(case, helpers, options.quick), *entries[operator]]
+            table.add(measure(case, compared, rounds))
+    table.add(limits(options.quick))
+    measured: dict[str, list[Result]] = {}
+    for result in table.results:
+        columns = {**result.columns, **table.common}
+        measured.setdefault(result.case["workload"], []).append(replace(result, columns=columns))
+    show(measured)
     if options.output:
-        (options.output / "ladder.md").write_text("\n".join(map(as_markdown, measured.values())))
-        draw(options.output / "intensity.png", measured["matmul_t"], *limits(options.quick))
-    return table.status
+        write(options.output, measured, cases)
+    else:
+        print("\n--output DIR writes the tables, a CSV and pictures.")
+    return status or table.status
 
 
 if __name__ == "__main__":

@@ -116,11 +116,12 @@ COMPILED = (  # which takes seconds
 
 
 def draw(seed: int, dtype: torch.dtype, device: torch.device, *shapes: Sequence[int]) -> list[Tensor]:
-    """Normally distributed; integers are uniform in [0, 126]."""
+    """Normally distributed; integers are uniform in [0, 255], those of 8 bits in [0, 126]."""
     generator = torch.Generator(device).manual_seed(seed)
     if dtype.is_floating_point:
         return [torch.randn(shape, dtype=dtype, device=device, generator=generator) for shape in shapes]
-    return [torch.randint(127, shape, dtype=dtype, device=device, generator=generator) for shape in shapes]
+    high = 127 if dtype.itemsize == 1 else 256
+    return [torch.randint(high, shape, dtype=dtype, device=device, generator=generator) for shape in shapes]
 
 
 def make_case(

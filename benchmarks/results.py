@@ -113,8 +113,6 @@ FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
     },
     "first_s": ("first call", lambda seconds: duration(seconds)),
     "speedup": ("speed-up", "{:.2f}".format),
-    "over_pure_python": ("× pure Python", lambda x: number(x)),
-    "over_previous": ("× previous", lambda x: number(x)),
     "gb_per_s": ("GB/s", lambda x: number(x)),
     "gflop_per_s": ("GFLOP/s", lambda x: number(x)),
     "samples_per_s": ("samples/s", "{:,.0f}".format),
@@ -169,8 +167,9 @@ def print_cells(title: str, lines: Sequence[Mapping[str, str]]) -> None:
     headers = [h for h in dict.fromkeys(h for line in lines for h in line) if any(x.get(h) for x in lines)]
     for header in headers:
         cells = [line[header] for line in lines if line.get(header)]
-        numbers = all(cell.lstrip("-")[:1].isdigit() for cell in cells)
-        table.add_column(header, justify="right" if numbers else "left", no_wrap=True)
+        # A number with its unit; other cells are text, which a narrow terminal wraps.
+        numbers = all(cell.lstrip("-")[:1].isdigit() and len(cell.split()) <= 2 for cell in cells)
+        table.add_column(header, justify="right" if numbers else "left", no_wrap=numbers)
     for line in lines:
         table.add_row(*(line.get(header, "") for header in headers))
     console = Console(width=None if sys.stdout.isatty() else WIDTH, markup=False)

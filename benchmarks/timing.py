@@ -37,14 +37,12 @@ class Contestant(NamedTuple):
         turn: times it and checks the result.
         note: printed beside the name.
         compiles: whether the time of the first call is shown.
-        intensity: floating-point operations that the case needs, for each byte that this contestant loads.
     """
 
     name: str
     turn: Turn
     note: str = ""
     compiles: bool = False
-    intensity: float | None = None
 
 
 class Rejected(Exception):

@@ -174,7 +174,7 @@ def by_njit(inputs: Inputs, order: Order, threads: int | None) -> Iterator[float
     """Train the NumPy network, its gradients by compiled loops."""
     import numba
 
-    from benchmarks import numba_njit
+    from torchpar.baselines import numba_njit
 
     def gradients(model: numpy_mlp.MLP, x: Array, labels: Array) -> tuple[float, Array]:
         loops = numba_njit.PARALLEL if threads else numba_njit.SERIAL

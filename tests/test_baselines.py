@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Tests that all baselines compute the same: integers exactly, other numbers as accurately as PyTorch."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
@@ -13,8 +11,7 @@ from torch.nn import functional as F
 import torchpar.nn
 
 pytest.importorskip("numba", reason="Numba compiles the loops")
-from benchmarks import numba_njit
-from torchpar.baselines import numpy_mlp, pure_python
+from torchpar.baselines import numba_njit, numpy_mlp, pure_python
 from torchpar.baselines.numpy_mlp import MLP, SGD
 
 # Operators
@@ -27,9 +24,11 @@ def levels(name: str) -> dict:
     found["NumPy"] = getattr(numpy_mlp, name)
     for kind, loops in (("serial", numba_njit.SERIAL), ("parallel", numba_njit.PARALLEL)):
         found[f"njit, {kind}"] = getattr(loops, name)
+        if name == "matmul":
+            found[f"blocked, {kind}"] = loops.matmul_blocked
+            found[f"in registers, {kind}"] = loops.matmul_in_registers
         if name == "matmul_t":
-            found[f"blocked, {kind}"] = partial(loops.matmul_t_tiled, triangular=False)
-            found[f"triangular, {kind}"] = partial(loops.matmul_t_tiled, triangular=True)
+            found[f"triangular, {kind}"] = loops.matmul_t_triangular
     return found
 
 
@@ -41,6 +40,9 @@ def inputs(name: str, seed: int) -> list[tuple[np.ndarray, ...]]:
     """Arguments of an operator. With numbers of its own no level finds another's result in fresh memory."""
     if name == "matmul_t":
         return [(normal(n, k, seed=seed),) for n, k in ((1, 1), (5, 7), (129, 33), (3, 0))]
+    if name == "matmul":
+        shapes = ((1, 1, 1), (5, 7, 3), (129, 33, 66), (2, 0, 3))
+        return [(normal(m, k, seed=seed), normal(n, k, seed=seed + 1)) for m, k, n in shapes]
     if name == "linear_sigmoid":
         shapes = ((1, 1, 1), (5, 0, 3), (7, 33, 5))
         return [(normal(m, k, seed=seed), normal(n, k, seed=1), normal(n, seed=2)) for m, k, n in shapes]
@@ -53,15 +55,17 @@ def inputs(name: str, seed: int) -> list[tuple[np.ndarray, ...]]:
 def assert_right(name: str, result: np.ndarray, *arrays: np.ndarray) -> None:
     """Judge a result of sums of k products, each a multiplication and an addition; a maximum is exact."""
     args = tuple(map(torch.from_numpy, arrays))
-    native = OPERATORS[name].native(*args)
+    native = args[0] @ args[1].mT if name == "matmul" else OPERATORS[name].native(*args)
     actual = torch.from_numpy(result).to(native.dtype).view(native.shape)
     if name == "maximum":
         assert torch.equal(actual, native)
     else:
-        assert_accurate(actual, native, oracle(name, args), 2 * arrays[0].shape[-1] + 8)
+        record = "exact_matmul" if name == "matmul" else name
+        assert_accurate(actual, native, oracle(record, args), 2 * arrays[0].shape[-1] + 8)
 
 
-WAYS = [(name, level) for name in ("maximum", "matmul_t", "linear_sigmoid") for level in levels(name)]
+NAMES = ("maximum", "matmul_t", "matmul", "linear_sigmoid")
+WAYS = [(name, level) for name in NAMES for level in levels(name)]
 
 
 @pytest.mark.parametrize("name, level", WAYS)

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("rich", reason="rich prints the tables")
 from benchmarks import muon, train
 from benchmarks.__main__ import NAMES, main
+from benchmarks.ladder_case import LABELS
 
 # Columns that each CSV has, and some of its own.
 COLUMNS = "contestant p20_ms p50_ms p80_ms samples ok reason torch device processor commit clocks load date"
@@ -25,13 +26,13 @@ SLOW = {
     "train": "network batch samples_per_s",
     "speedrun": "seed seconds accuracy",
     "scaling": "kind batch dp tp threads nbytes",
-    "ladder": "workload note over_pure_python first_s intensity cores",
+    "ladder": "workload note threads left_out over_pure_python than faster switches intensity load_before",
 }
 OTHERS = {
     "operators": ["crossover.png"],
     "train": ["train.md"],
     "speedrun": ["speedrun.md"],
-    "ladder": ["ladder.md", "intensity.png"],
+    "ladder": ["ladder.md", *(f"ladder-{case}.png" for case in LABELS)],
 }
 
 

@@ -19,7 +19,7 @@ from commands import ROOT, TORCHRUN, blocks, execute, run
 from operators import OPERATORS, Operator
 
 import torchpar
-from benchmarks import speedrun, train
+from benchmarks import ladder, ladder_page, speedrun, train
 from benchmarks.results import Result, markdown
 from torchpar.exact.verify import EXPECTED
 from torchpar.testing.operators import RULES
@@ -117,6 +117,21 @@ def test_the_page_shows_the_measured_trainings():
     table = (RESULTS / "train.md").read_text()
     assert table == train.summary(tables, threads=1)
     assert f"\n{table}\n" in PAGES["docs/training.md"]
+
+
+def test_the_ladder_shows_the_measured_tables():
+    measured = ladder_page.read(RESULTS / "ladder.csv")
+    readme = ladder.readme_table(measured)
+    load = ladder_page.load_note(measured[ladder_page.LIMITS])
+    tables = [ladder_page.as_markdown(rows) for rows in measured.values()]
+    assert (RESULTS / "ladder.md").read_text() == "\n".join([readme, f"{load}\n", *tables])
+    for part in (load, *tables):
+        assert f"\n{part}\n" in PAGES["docs/ladder.md"], part.partition("\n")[0]
+
+
+def test_the_readme_shows_the_ladder():
+    section = README.partition("\n## From loops to processes\n")[2].partition("\n## ")[0]
+    assert f"\n\n{ladder.readme_table(ladder_page.read(RESULTS / 'ladder.csv'))}\n" in section
 
 
 @pytest.mark.parametrize("name", ["speedrun-ladder", "speedrun-tried-validated"])

@@ -33,6 +33,11 @@ def matmul_t(x: Array) -> Array:
     return x @ x.T
 
 
+def matmul(a: Array, b: Array) -> Array:
+    """Return ``a·bᵀ``, ``a (m, k)``, ``b (n, k)`` → ``(m, n)``."""
+    return a @ b.T
+
+
 def linear_sigmoid(x: Array, weight: Array, bias: Array) -> Array:
     """Return ``sigmoid(x·weightᵀ + bias)``.
 

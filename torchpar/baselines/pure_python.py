@@ -16,22 +16,27 @@ def maximum(a: Matrix, b: Matrix) -> Matrix:
     return [[x if x > y else y for x, y in zip(*rows, strict=True)] for rows in zip(a, b, strict=True)]
 
 
-def matmul_t(x: Matrix, rows: int | None = None) -> Matrix:
-    """Return ``x·xᵀ``, ``(n, k) → (n, n)``, by three loops.
+def matmul(a: Matrix, b: Matrix, rows: int | None = None) -> Matrix:
+    """Return ``a·bᵀ``, ``a (m, k)``, ``b (n, k)`` → ``(m, n)``, by three loops.
 
     Args:
         rows: number of rows of the result to compute; all by default.
     """
     result = []
-    for left in x[:rows]:
+    for left in a[:rows]:
         row = []
-        for right in x:
+        for right in b:
             total: float = 0
-            for a, b in zip(left, right, strict=True):
-                total += a * b
+            for p, q in zip(left, right, strict=True):
+                total += p * q
             row.append(total)
         result.append(row)
     return result
+
+
+def matmul_t(x: Matrix, rows: int | None = None) -> Matrix:
+    """Return ``x·xᵀ``, ``(n, k) → (n, n)``; ``rows`` as for `matmul`."""
+    return matmul(x, x, rows)
 
 
 def linear_sigmoid(x: Matrix, weight: Matrix, bias: Vector) -> Matrix:

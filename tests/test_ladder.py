@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: MIT
+"""The ladder's rows, a course's first kernels, and the functions of a student's file."""
+
+import csv
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from commands import run
+
+pytest.importorskip("rich", reason="rich prints the tables")
+from benchmarks import ladder, ladder_page, student
+from benchmarks.ladder_case import QUICK_SHAPES, SHAPES, make_case
+from benchmarks.results import Result
+from benchmarks.timing import Rejected
+from torchpar.baselines import numpy_mlp, pure_python
+from torchpar.errors import ConfigError
+
+# Rows
+
+
+def helpers(interpreter: Callable[..., Any]) -> Any:
+    """Stand-ins for the processes beside the ladder, of which only the interpreter computes."""
+
+    def submit(function: Callable[..., Any], *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(interpreter(function, *args))
+        return future
+
+    return SimpleNamespace(ranks=None, threads=None, interpreter=SimpleNamespace(submit=submit))
+
+
+@pytest.mark.parametrize("operator", SHAPES)
+def test_each_row_is_compared_with_a_row_above_and_what_is_left_out_has_a_reason(operator, interpreter):
+    pytest.importorskip("numba", reason="Numba compiles the loops")
+    with patch.object(ladder, "CORES", 2), patch.object(torch.cuda, "is_available", lambda: False):
+        rows = list(
+            ladder.contestants(make_case(operator, QUICK_SHAPES[operator]), helpers(interpreter), False)
+        )
+    names: set[str] = set()
+    for one in rows:
+        label = f"{one.name}, {one.note}" if one.note else one.name
+        assert label not in names
+        assert one.than in names or one.name == "pure Python" or one.left_out, label
+        assert (one.turn is None) == bool(one.left_out)
+        names |= {one.name, label} if one.turn else set()
+    reasons = {f"{one.name}, {one.note}".rstrip(", "): one.left_out for one in rows if one.left_out}
+    assert reasons["njit, parallel, 8 threads"] == "this machine has 2 cores"
+    assert "njit, parallel, 4 threads on 2 cores" in names
+    assert reasons["torch eager GPU"] == "no GPU"
+    taught = [reason for name, reason in reasons.items() if name.startswith("Triton")]
+    assert len(taught) == len(ladder.TAUGHT[operator])
+    assert all("right in Triton's interpreter at" in reason for reason in taught)
+
+
+@pytest.mark.parametrize("cores, counts", [(1, [1, 2]), (2, [1, 2, 4]), (4, [1, 2, 4, 8]), (8, [1, 2, 4, 8])])
+def test_threads_go_up_to_the_cores_and_once_above(cores, counts):
+    with patch.object(ladder, "CORES", cores):
+        assert ladder.thread_counts(quick=False) == counts
+
+
+def test_without_numba_the_other_rows_are_there(interpreter):
+    with patch.object(ladder, "find_spec", lambda name: None):
+        rows = list(ladder.by_njit(make_case("matmul", (5, 7, 3)), helpers(interpreter), False))
+    assert [one.left_out for one in rows] == ["numba is not installed"] * 3
+
+
+def test_integers_are_from_0_to_255():
+    a, b = make_case("maximum", (200, 300)).arguments
+    assert set(np.unique(a)) == set(np.unique(b)) == set(range(256))
+
+
+def result(name: str, ms: float | None, **columns: Any) -> Result:
+    own = {
+        "note": "",
+        "threads": 1.0,
+        "cores": 2,
+        "load_before": 1.5,
+        "over_pure_python": 8 / ms if ms else None,
+    }
+    return Result(
+        case={"workload": "X"},
+        contestant=name,
+        p20_ms=ms,
+        p50_ms=ms,
+        p80_ms=ms and 3 * ms,
+        columns=own | columns,
+    )
+
+
+def test_tables_name_the_other_row_the_spread_the_load_and_what_is_left_out():
+    threads = {
+        "note": "4 threads on 2 cores",
+        "threads": 4.0,
+        "faster": 0.5,
+        "than": "njit, parallel, 2 threads",
+    }
+    rows = [
+        result("pure Python", 8.0),
+        result("njit, parallel", 0.5, note="1 thread"),
+        result("njit, parallel", 0.25, note="2 threads", threads=2.0),
+        result("njit, parallel", 0.5, **threads),
+        result("torchpar GPU", None, left_out="no GPU", threads=None),
+    ]
+    text = ladder_page.as_markdown(rows)
+    cells = [
+        "njit, parallel, 4 threads on 2 cores",
+        "500 µs",
+        "0.5–1.5 ms",
+        "16",
+        "0.5 × njit, parallel, 2 threads",
+    ]
+    assert f"| {' | '.join(cells)} |" in text
+    assert "\nLeft out (no GPU): torchpar GPU.\n" in text
+    assert "was 1.50: other programs disturb the times" in ladder_page.load_note(rows)
+    assert "quiet" in ladder_page.load_note([result("njit", 1.0, load_before=0.2)])
+    summary = ladder_page.summary({"X": rows}, ["X"])
+    assert summary.splitlines()[2:] == [
+        "| pure Python | 8 ms | 1 |",
+        "| njit, the loops in 2 threads | 250 µs | 32 |",
+    ]
+
+
+# A course's first kernels
+
+
+def check_taught_kernels() -> None:
+    from torchpar.baselines import triton_kernels
+
+    shapes = {
+        "maximum": [(1, 1), (3, 129), (5, 64)],
+        "matmul_t": [(1, 1), (5, 7), (33, 17)],
+        "matmul": [(1, 1, 1), (64, 32, 64), (70, 75, 41), (5, 130, 65)],
+    }
+    for operator, launchers in ladder.TAUGHT.items():
+        for launcher in launchers.values():
+            for shape in shapes[operator]:
+                case = make_case(operator, shape)
+                arguments = [torch.from_numpy(t) for t in case.arguments]
+                found = getattr(triton_kernels, launcher)(*arguments).numpy()
+                case.check(found)
+                found.flat[-1] += 1
+                with pytest.raises(Rejected):
+                    case.check(found)
+
+
+def test_taught_kernels_are_right_in_the_interpreter(interpreter):
+    interpreter(check_taught_kernels)
+
+
+def check_gpu_rows() -> None:
+    """Every row of a GPU, with the CPU in its place."""
+    counts = {}
+    with (
+        patch.object(torch.cuda, "is_available", lambda: True),
+        patch.object(torch.Tensor, "cuda", torch.Tensor.clone),
+    ):
+        for operator in SHAPES:
+            rows = list(ladder.on_gpu(make_case(operator, ladder.INTERPRETED.get(operator, (5, 7, 3))), None))
+            counts[operator] = len(rows)
+            assert sum("with copies" in one.name for one in rows) == 1
+            for one in rows:
+                assert one.turn(0)[0] > 0
+    assert counts == {"maximum": 4, "matmul_t": 4, "matmul": 4, "linear_sigmoid": 3}
+
+
+def test_the_rows_of_a_gpu_are_ready(interpreter):
+    interpreter(check_gpu_rows)
+
+
+# A student's file
+
+RIGHT = """
+import sys
+import numpy as np
+from numpy import matmul
+
+with open(__file__ + ".log", "a") as file:
+    file.write(" ".join(sys.argv[1:]) + "run\\n")
+
+def max_cpu(A, B):
+    return [[max(a, b) for a, b in zip(*rows)] for rows in zip(A.tolist(), B.tolist())]
+
+def max_gpu(A, B):
+    return np.maximum(A, B)
+
+def matmul_transpose_trivial(X):
+    C = np.zeros((len(X), len(X)))
+    for i in range(len(X)):
+        for j in range(len(X)):
+            for m in range(X.shape[1]):
+                C[i, j] += X[i, m] * X[j, m]
+    return C
+
+matmul_t = 3
+"""
+WRONG = """
+import numpy as np
+
+def max_cpu(A, B):
+    C = np.maximum(A, B)
+    C[2, 1] = -7
+    return C
+
+def max_numba(A, B):
+    rows = A.tolist()
+    return rows[len(rows)]
+
+def maximum(A, B):
+    A[A < B] = B[A < B]
+    return A
+
+def matmul_t(X):
+    pass
+
+def matmul_transpose_numba():
+    return 0
+
+def matmul_transpose_trivial(X):
+    raise SystemExit("bye")
+
+def linear_sigmoid(x, weight, bias):
+    return "text"
+
+print(undefined)
+
+def matmul(a, b):
+    return a @ b.T
+"""
+REASONS = {
+    "max_cpu": r"result\[2, 1\] is -7, expected \d+; 1 of 600 numbers are wrong",
+    "max_numba": "my.py, line 11: IndexError: list index out of range",
+    "maximum": "it changed its argument 1; write to a new array",
+    "matmul_t": "it returns None, expected an array",
+    "matmul_transpose_numba": r"my.py, line 20: TypeError: matmul_transpose_numba\(\) takes 0 positional",
+    "matmul_transpose_trivial": "my.py, line 24: SystemExit: bye",
+    "linear_sigmoid": r"the result has dtype <U4, expected numbers",
+}
+
+
+def entry(name: str, function: Callable[..., Any], file: str = "my.py", **shape: Any) -> student.Entry:
+    case = make_case(student.OPERATORS[name][0], shape.get("shape", QUICK_SHAPES[student.OPERATORS[name][0]]))
+    return student.Entry(file, name, function, case, case)
+
+
+def test_a_right_file_is_executed_once_and_its_functions_are_right(tmp_path):
+    path = tmp_path / "my.py"
+    path.write_text(RIGHT)
+    with patch.object(sys, "argv", ["x", "--with"]):
+        functions, error = student.load(path)
+    assert (set(functions), error) == ({"max_cpu", "max_gpu", "matmul_transpose_trivial"}, "")
+    for name, function in functions.items():
+        assert entry(name, function).turn(0)[0] > 0
+    assert (tmp_path / "my.py.log").read_text() == "run\n"
+
+
+def test_wrong_functions_are_told_apart_and_do_not_stop_the_others(tmp_path):
+    path = tmp_path / "my.py"
+    path.write_text(WRONG)
+    functions, error = student.load(path)
+    assert error == "my.py, line 29: NameError: name 'undefined' is not defined"
+    assert set(functions) == set(REASONS)  # not what comes below the error
+    for name, reason in REASONS.items():
+        with pytest.raises(Rejected, match=f"^{reason}"):
+            entry(name, functions[name], str(path)).turn(0)
+
+
+def test_a_slow_function_gets_smaller_arguments_and_an_endless_one_is_stopped():
+    def endless(x: Any) -> None:
+        while True:
+            pass
+
+    slow = entry("matmul_transpose_trivial", lambda x: pure_python.matmul_t(x.tolist()), shape=(300, 300))
+    with patch.object(student, "LIMIT", 0.2), patch.object(student, "SECONDS", 0.02):
+        (seconds,) = slow.turn(0)
+        assert 32 <= slow.tried.shape[0] < 300
+        assert slow.note == f"from {slow.tried.shape[0]}×{slow.tried.shape[1]}"
+        assert seconds > 0.2  # those of the whole case
+        with pytest.raises(Rejected, match="it takes more than 0 s for 32×32"):
+            entry("matmul_t", endless, shape=(300, 300)).turn(0)
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        (None, "is no file; name a Python file that defines any of max_cpu, max_numba, "),
+        ("def f(): pass", "it has no function that is known; define any of max_cpu"),
+        ("from numpy import maximum", "it has no function that is known"),
+        ("def max_cpu(:", r"my.py, line 1: SyntaxError: invalid syntax"),
+        ("raise SystemExit(3)", "my.py, line 1: SystemExit: 3"),
+    ],
+)
+def test_a_file_without_functions_is_refused_in_one_line(tmp_path, text, reason):
+    path = tmp_path / "my.py"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=reason) as raised:
+        student.load(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_gpus_function_without_a_gpu_is_left_out(tmp_path, capsys):
+    cases = {"maximum": make_case("maximum", (3, 5))}
+    functions = {"max_gpu": numpy_mlp.maximum, "max_cpu": numpy_mlp.maximum, "matmul_t": numpy_mlp.matmul_t}
+    with patch.object(torch.cuda, "is_available", lambda: False):
+        entries = ladder.students_entries(tmp_path / "my.py", functions, cases)
+    assert [one.left_out for one in entries["maximum"]] == ["no GPU", ""]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "my.py: max_gpu is left out: there is no GPU"
+    assert lines[1].startswith("my.py: max_cpu is right (first call ")
+
+
+@pytest.mark.slow
+def test_the_command_times_a_students_functions_beside_ours(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib draws the pictures")
+    path = tmp_path / "my.py"
+    path.write_text(RIGHT + "\n\ndef maximum(A, B):\n    return A\n")
+    command = [sys.executable, "-m", "benchmarks", "run", "ladder", "--quick", f"--with={path}"]
+    status, out, err = run(*command, f"--output={tmp_path / 'out'}")
+    assert status == 1, err
+    assert (tmp_path / "my.py.log").read_text() == "run\n"  # no process executes it again
+    assert "my.py: max_cpu is right (first call " in out
+    assert "my.py: maximum is not right: result[0, " in out
+    assert "A·Bᵀ" not in out  # of which the file has nothing
+    rows = list(csv.DictReader((tmp_path / "out" / "ladder.csv").read_text().splitlines()))
+    own = {row["contestant"]: row for row in rows if row["contestant"].startswith("my.py: ")}
+    assert own["my.py: max_cpu"]["than"] == "pure Python"
+    assert float(own["my.py: max_cpu"]["faster"]) > 0
+    assert own["my.py: maximum"]["ok"] == "False"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("ladder.csv", "ladder.md", "ladder-maximum.png", "ladder-matmul_t.png"),
+    }
