@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: MIT
+"""Figures of one epoch, which every way to train reports."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """Figures of one epoch.
+
+    Attributes:
+        epoch: from 1.
+        train_loss: mean over the epoch's training samples, each at the step that trained on it.
+        test_loss: mean over all test samples, after the epoch.
+        test_accuracy: in [0, 1].
+        samples_per_s: training samples per second over all ranks, without evaluation. In a resumed epoch,
+            those since it was resumed.
+        seconds: of training and evaluation. In a resumed epoch, those since it was resumed.
+        ranks: number of processes.
+        device: "cpu" or "cuda".
+    """
+
+    epoch: int
+    train_loss: float
+    test_loss: float
+    test_accuracy: float
+    samples_per_s: float
+    seconds: float
+    ranks: int
+    device: str
