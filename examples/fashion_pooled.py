@@ -33,6 +33,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 # NumPy reads it when it is imported. With a process per core each process needs one thread.
@@ -332,6 +333,8 @@ def main(flags: Flags) -> None:
         raise ConfigError("--device cuda: NumPy computes on the CPU; --library torch takes a GPU")
     if flags.library == "torch" and flags.exchange == "gather":
         raise ConfigError("--exchange gather is MPI's, and --library torch has its own; drop one of them")
+    if flags.library == "torch" and find_spec("torch") is None:
+        raise ConfigError("--library torch needs PyTorch; pip install torch")
     plans = Plan(60, 0.1, 0.0, flags.seed), Plan(flags.iterations, flags.lr, flags.momentum, flags.seed)
     (run_torch if flags.library == "torch" else run_numpy)(flags, plans)
 

@@ -37,8 +37,8 @@ from support import cli, console, plots
 from torchpar.baselines import mpi
 from torchpar.baselines.numpy_mlp import MLP, SGD, Array, Hidden, Init, batches
 from torchpar.datasets import Images, read
-from torchpar.epoch import EpochResult
 from torchpar.errors import ConfigError
+from torchpar.outcome import EpochResult
 from torchpar.profile.phases import Phases, phase
 
 Split = Literal["data", "model"]
@@ -251,7 +251,7 @@ def main(flags: Flags) -> None:
             first, *others = run.model.weights[0].T
             apart = max((np.abs(first - other).max() for other in others), default=0)
             largest = np.abs(first).max()
-            print(f"hidden units: weights up to {largest:.2g}, the same in all but for {apart:.0e}")
+            print(f"hidden units: weights up to {largest:.1g}, which differ by {apart:.0e} at most")
         print(console.summary(run.results))
 
 

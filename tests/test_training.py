@@ -18,9 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchpar import training
 from torchpar.data import Samples
-from torchpar.epoch import EpochResult
 from torchpar.errors import ConfigError, DivergedError
 from torchpar.nn import MLP
+from torchpar.outcome import EpochResult
 from torchpar.parallel.launch.world import join_world
 from torchpar.parallel.split import shared_memory
 from torchpar.training import CheckpointConfig

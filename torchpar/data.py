@@ -155,9 +155,16 @@ def batches(
 
 
 def load(dataset: Dataset, root: Path, device: torch.device | str = "cpu") -> tuple[Samples, Samples]:
-    """Return the training and test samples of a data set on ``device``.
+    """Return the training and test samples of a data set.
 
-    Arguments and errors are those of `torchpar.datasets.read`.
+    Args:
+        dataset: "mnist", "fashion-mnist" or "kmnist".
+        root: the folder that torchvision calls root. The archives lie in ``root/MNIST/raw`` and so on, or
+            the files that torchvision has extracted from them. Nothing is written there.
+        device: where to put the samples.
+
+    Raises:
+        ConfigError: a file is missing or damaged.
     """
     train, test = (
         Samples(torch.from_numpy(images.features), torch.from_numpy(images.labels), images.classes).to(device)

@@ -52,12 +52,7 @@ class Images(NamedTuple):
 
 
 def read(dataset: Dataset, root: Path) -> tuple[Images, Images]:
-    """Return the training and test images of a data set.
-
-    Args:
-        dataset: "mnist", "fashion-mnist" or "kmnist".
-        root: the folder that torchvision calls root. The archives lie in ``root/MNIST/raw`` and so on, or
-            the files that torchvision has extracted from them. Nothing is written there.
+    """Return the training and test images of a data set. Arguments are those of `torchpar.data.load`.
 
     Raises:
         ConfigError: a file is missing or damaged.

@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The errors of torchpar, and the end of a run by a signal.
+"""The errors of torchpar. A message is one line: what was wrong, what was expected, what to do."""
 
-An error's message is one line: what was wrong, what was expected, what to do.
-"""
-
-import signal
 from collections.abc import Sequence
 
 
@@ -30,18 +26,6 @@ class RankLostError(TorchparError, RuntimeError):
     def __init__(self, message: str, missing: Sequence[int] = ()):
         super().__init__(message)
         self.missing = missing
-
-
-class Stopped(Exception):
-    """A rank received SIGTERM or SIGINT. All ranks have saved the same step.
-
-    Attributes:
-        signal: its number.
-    """
-
-    def __init__(self, number: int):
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.signal = number
 
 
 def first_line(error: BaseException) -> str:

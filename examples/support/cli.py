@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar
 
 from torchpar.datasets import Dataset
-from torchpar.errors import ConfigError, Stopped, TorchparError
+from torchpar.errors import ConfigError, TorchparError
+from torchpar.outcome import Stopped
 from torchpar.rank_info import find_rank_info
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from torchpar.epoch import EpochResult
 from torchpar.errors import ConfigError
+from torchpar.outcome import EpochResult
 from torchpar.profile.phases import Phases
 
 if TYPE_CHECKING:

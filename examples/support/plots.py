@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from torchpar.epoch import EpochResult
+from torchpar.outcome import EpochResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

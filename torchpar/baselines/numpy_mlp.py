@@ -100,8 +100,8 @@ class MLP:
         loss: "cross-entropy" takes the softmax of the outputs; "bce", binary cross-entropy per class, takes
             their sigmoids.
         init: "xavier" draws the weights from a normal distribution of variance 2/(size_i + size_i+1) (Glorot
-            and Bengio, 2010). With "zero" all units of a layer have the same gradient, so they stay alike: it
-            is a lesson, no choice. Biases are 0.
+            and Bengio, 2010). With "zero" all units of a layer have the same gradient. They stay
+            alike until roundings tell them apart. Biases are 0.
         seed: of the weights.
     """
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Training: losses, optimizers, and the `Run` that evaluates, saves and resumes."""
 
-from torchpar.epoch import EpochResult
-from torchpar.errors import Stopped
+from torchpar.outcome import EpochResult, Stopped
 from torchpar.parallel.save.checkpoint import CheckpointConfig
 from torchpar.training.fused import FusedGradients
 from torchpar.training.losses import add_orthogonality_gradient, evaluate, orthogonality_penalty

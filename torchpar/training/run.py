@@ -29,8 +29,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from torchpar.data import Batch, Samples, batches
-from torchpar.epoch import EpochResult
-from torchpar.errors import ConfigError, DivergedError, Stopped
+from torchpar.errors import ConfigError, DivergedError
+from torchpar.outcome import EpochResult, Stopped
 from torchpar.parallel.launch.agreement import check_same_bits, check_same_on_all_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import CheckpointConfig, Checkpoints

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from torchpar.epoch import EpochResult
 from torchpar.errors import ConfigError, first_line
+from torchpar.outcome import EpochResult
 from torchpar.parallel.save.checkpoint import Checkpoints
 from torchpar.parts import as_dtensor, is_marked, part_of
 

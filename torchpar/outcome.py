@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Figures of one epoch, which every way to train reports."""
+"""Outcome of training: the figures of an epoch, or the end by a signal."""
 
+import signal
 from dataclasses import dataclass
 
 
@@ -28,3 +29,15 @@ class EpochResult:
     seconds: float
     ranks: int
     device: str
+
+
+class Stopped(Exception):
+    """A rank received SIGTERM or SIGINT. All ranks have saved the same step.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.signal = number
