@@ -21,7 +21,7 @@ It needs NumPy, mpi4py and an MPI, rich and tyro. PyTorch is needed for --log-di
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -65,7 +65,7 @@ class Flags(cli.DataFlags):
 
 
 class Messages:
-    """A communicator that counts the calls of Allreduce, the bytes of the arrays, and the time."""
+    """A communicator that counts the calls of Allreduce, and the bytes that this process gives to them."""
 
     def __init__(self, world: Any):
         self.world = world
@@ -73,8 +73,9 @@ class Messages:
         self.calls = self.bytes = 0
 
     def Allreduce(self, own: Array, total: Array) -> None:
-        self.calls += 1
-        self.bytes += own.nbytes
+        if self.size > 1:
+            self.calls += 1
+            self.bytes += own.nbytes
         with phase("collectives"):
             self.world.Allreduce(own, total)
 
@@ -199,25 +200,30 @@ def compare(flags: Flags, world: Any, data: tuple[Images, Images]) -> dict[str, 
         if world.rank == 0:
             print(f"{world.size} processes, --split {split}")
         runs[f"--split {split}"] = train(flags, split, world, data)
-    if world.rank > 0:
-        return runs
+    if world.rank == 0:
+        print_comparison(flags, world.size, runs)
+    return runs
+
+
+def print_comparison(flags: Flags, processes: int, runs: dict[str, Training]) -> None:
+    """Print the phases and the messages of the runs side by side, and how far their losses are apart."""
     rows: list[dict[str, str]] = []
 
-    def add(row: str, value: Callable[[Training], str]) -> None:
-        rows.append({"": row} | {name: value(run) for name, run in runs.items()})
+    def add(row: str, values: Iterable[str]) -> None:
+        rows.append({"": row} | dict(zip(runs, values, strict=True)))
 
-    alone = sum(runs["1 process"].phases.seconds.values())
+    seconds = [run.phases.seconds for run in runs.values()]
+    totals = [sum(of_run.values()) for of_run in seconds]
     for name in PHASES:
-        add(f"{name}, s", lambda run, name=name: f"{run.phases.seconds[name]:.2f}")  # type: ignore[misc]
-    add("all steps, s", lambda run: f"{sum(run.phases.seconds.values()):.2f}")
-    add("speed-up", lambda run: f"{alone / sum(run.phases.seconds.values()):.2f}")
-    add("messages a step", lambda run: str(run.calls))
-    add("bytes a step", lambda run: f"{run.bytes:,}")
-    console.print_rows(rows, list(rows[0]), f"{world.size} processes, batches of {flags.batch_size}")
+        add(f"{name}, s", (f"{of_run[name]:.2f}" for of_run in seconds))
+    add("all steps, s", (f"{total:.2f}" for total in totals))
+    add("speed-up", (f"{totals[0] / total:.2f}" for total in totals))
+    add("messages a step", (str(run.calls) for run in runs.values()))
+    add("bytes a step", (f"{run.bytes:,}" for run in runs.values()))
+    console.print_rows(rows, list(rows[0]), f"{processes} processes, batches of {flags.batch_size}")
     losses = np.array([[result.train_loss for result in run.results] for run in runs.values()])
     apart = (np.abs(losses - losses[0]) / losses[0]).max()
     print(f"the training losses of both splits are those of 1 process, but for {apart:.0e} of them")
-    return runs
 
 
 def main(flags: Flags) -> None:
@@ -233,20 +239,22 @@ def main(flags: Flags) -> None:
             )
         data = read(flags.dataset, flags.data)
         if flags.compare:
-            *_, run = compare(flags, world, data).values()
+            runs = compare(flags, world, data)
         else:
-            run = train(flags, flags.split, world, data)
+            runs = {f"--split {flags.split}": train(flags, flags.split, world, data)}
         if world.rank > 0:
             return
-        rows = [asdict(result) for result in run.results]
+        rows = [asdict(result) | {"run": name} for name, run in runs.items() for result in run.results]
+        *_, run = runs.values()
         console.write_metrics(flags.metrics, rows)
-        console.write_log(flags.log_dir, rows, "epoch")
+        console.write_log(flags.log_dir, rows[-flags.epochs :], "epoch")
         if flags.plots:
             test = data[1]
             plots.save(flags.plots, run.results, run.model.forward(test.inputs())[1], test)
         if not flags.compare:
             console.print_phases(run.phases)
-            print(f"each step sends {run.calls} message of {run.bytes:,} bytes per process")
+            if run.calls:
+                print(f"in each step a process gives {run.bytes:,} bytes to {run.calls} Allreduce")
         if flags.init == "zero":
             first, *others = run.model.weights[0].T
             apart = max((np.abs(first - other).max() for other in others), default=0)

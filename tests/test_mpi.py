@@ -199,14 +199,15 @@ def test_a_comparison_sets_one_process_beside_both_splits(data, tmp_path):
     for row in ("data, s", "forward, s", "backward, s", "collectives, s", "optimizer, s", "all steps, s"):
         assert len(re.findall(rf"│ {row} +(│ +\d+\.\d\d +){{3}}│", out)) == 1
     size = 4 * (784 * 12 + 12 + 12 * 10 + 10 + 1)
-    assert re.search(rf"│ bytes a step +│ {size:,} +│ {size:,} +│ {4 * 20 * 10} +│", out)
-    assert re.search(r"│ messages a step +│ 1 +│ 1 +│ 1 +│", out)
+    assert re.search(rf"│ bytes a step +│ 0 +│ {size:,} +│ {4 * 20 * 10} +│", out)
+    assert re.search(r"│ messages a step +│ 0 +│ 1 +│ 1 +│", out)
     (apart,) = re.findall(
         r"training losses of both splits are those of 1 process, but for (\S+) of them", out
     )
     assert float(apart) < ROUNDING
     assert re.fullmatch(LAST_LINE, out.splitlines()[-1]).groups() == ("2", "cpu")
-    assert len(rows_of(tmp_path / "metrics")) == 2
+    names = [row["run"] for row in rows_of(tmp_path / "metrics")]
+    assert names == [name for name in ("1 process", "--split data", "--split model") for _ in range(2)]
 
 
 def test_an_error_ends_all_processes(monkeypatch):
