@@ -138,6 +138,7 @@ class Training(NamedTuple):
 
     Attributes:
         results: of each epoch.
+        steps: number of them.
         phases: seconds of each phase of the steps, on process 0.
         calls: of Allreduce in a step.
         bytes: of the array that each process gives to them.
@@ -145,6 +146,7 @@ class Training(NamedTuple):
     """
 
     results: list[EpochResult]
+    steps: int
     phases: Phases
     calls: int
     bytes: int
@@ -163,7 +165,8 @@ def train(flags: Flags, split: Split, world: Any, data: tuple[Images, Images]) -
     parallel = DataParallel(model, messages) if split == "data" else ModelParallel(model, messages)
     optimizer = SGD(parallel.model, flags.lr, flags.momentum, flags.weight_decay, flags.decay_biases)
     order = np.random.default_rng(flags.seed)  # the same everywhere
-    phases, results, sent = Phases(names=PHASES), list[EpochResult](), (0, 0)
+    phases, results = Phases(names=PHASES), list[EpochResult]()
+    steps, sent = 0, (0, 0)
 
     def draw() -> Iterator[tuple[Array, Array, int]]:
         """Yield this process's samples of each batch, perhaps none, and the batch's size."""
@@ -178,14 +181,16 @@ def train(flags: Flags, split: Split, world: Any, data: tuple[Images, Images]) -
                 loss, gradient = parallel.gradients(own_x, own_labels)
                 optimizer.step(gradient / size)
                 train_loss += loss
-                sent = sent if sent[0] else (messages.calls, messages.bytes)  # of the first step
+                steps += 1
+                if steps == 1:
+                    sent = messages.calls, messages.bytes
         speed = count / (time.perf_counter() - start)
         test_loss, accuracy = parallel.evaluate(test_x, test.labels)
         figures = (epoch, train_loss / count, test_loss, accuracy, speed)
         results.append(EpochResult(*figures, time.perf_counter() - start, world.size, "cpu"))
         if world.rank == 0:
             print(console.epoch_line(results[-1], flags.epochs))
-    return Training(results, phases, *sent, parallel.whole())
+    return Training(results, steps, phases, *sent, parallel.whole())
 
 
 def compare(flags: Flags, world: Any, data: tuple[Images, Images]) -> dict[str, Training]:
@@ -212,12 +217,12 @@ def print_comparison(flags: Flags, processes: int, runs: dict[str, Training]) ->
     def add(row: str, values: Iterable[str]) -> None:
         rows.append({"": row} | dict(zip(runs, values, strict=True)))
 
-    seconds = [run.phases.seconds for run in runs.values()]
-    totals = [sum(of_run.values()) for of_run in seconds]
+    ms = [{name: 1000 * s / run.steps for name, s in run.phases.seconds.items()} for run in runs.values()]
+    steps = [sum(of_run.values()) for of_run in ms]
     for name in PHASES:
-        add(f"{name}, s", (f"{of_run[name]:.2f}" for of_run in seconds))
-    add("all steps, s", (f"{total:.2f}" for total in totals))
-    add("speed-up", (f"{totals[0] / total:.2f}" for total in totals))
+        add(f"{name}, ms", (f"{of_run[name]:.3f}" for of_run in ms))
+    add("a step, ms", (f"{step:.3f}" for step in steps))
+    add("speed-up", (f"{steps[0] / step:.2f}" for step in steps))
     add("messages a step", (str(run.calls) for run in runs.values()))
     add("bytes a step", (f"{run.bytes:,}" for run in runs.values()))
     console.print_rows(rows, list(rows[0]), f"{processes} processes, batches of {flags.batch_size}")
