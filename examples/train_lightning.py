@@ -28,7 +28,8 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn.functional import cross_entropy
 
-from torchpar.data import Batch, Dataset, Samples, batches, load
+from torchpar.data import Batch, Samples, batches, load
+from torchpar.datasets import Dataset
 from torchpar.errors import ConfigError, TorchparError
 from torchpar.nn import MLP
 from torchpar.training import LRSchedule, lr_scheduler, sgd

@@ -1,104 +1,271 @@
 # SPDX-License-Identifier: MIT
-"""Data parallelism without PyTorch: a NumPy network on processes that exchange arrays by MPI.
+"""Data and model parallelism without PyTorch: a NumPy network on processes that exchange arrays by MPI.
 
     mpirun -n 2 python examples/train_mpi.py
+    mpirun -n 2 python examples/train_mpi.py --batch-size 10 --hidden 30 --lr 0.1 --momentum 0.5
+    mpirun -n 2 python examples/train_mpi.py --compare
 
-Each process draws the same weights and the same batches. It computes the gradient of its share of a batch.
-Allreduce adds up the gradients, so all take the same step. The losses are those of one process.
+Each process draws the same weights and the same batches. The work of a step is divided in one of two ways:
 
-A table at the end shows the time of each phase. A process waits for Allreduce, where DistributedDataParallel
-computes on. With batches of 10 the messages cost more time than two processes save. Larger batches and layers
-compute more for each message: ``--batch-size 128 --hidden 128 --lr 0.5``.
+``--split data``: a process computes the gradient of its share of the batch. Allreduce adds up the gradients.
+``--split model``: a process has its share of the hidden units, and takes the whole batch. Allreduce adds up
+their contributions to the outputs z. The backward pass sends no message.
+
+Either way all processes take the steps that one process would, so the losses are the same. A table at the end
+shows the time of each phase, and the bytes of a step's message. A process waits for Allreduce, where
+DistributedDataParallel computes on. With batches of 10, as in the second command, the messages cost more time
+than two processes save. The third trains on one process, then by both splits, and sets them side by side.
+
+It needs NumPy, mpi4py and an MPI, rich and tyro. PyTorch is needed for --log-dir alone.
 """
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-# NumPy reads it when it is imported. With a process per core each process needs one thread.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# NumPy reads it when it is imported. With a process per core each process needs one thread. One process alone
+# takes all threads.
+if {"PMI_SIZE", "OMPI_COMM_WORLD_SIZE"} & os.environ.keys():
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-import torch
 from support import cli, console, plots
 
 from torchpar.baselines import mpi
-from torchpar.baselines.numpy_mlp import MLP, SGD, Array, batches
-from torchpar.data import load
+from torchpar.baselines.numpy_mlp import MLP, SGD, Array, Hidden, Init, batches
+from torchpar.datasets import Images, read
 from torchpar.errors import ConfigError
+from torchpar.outcome import EpochResult
 from torchpar.profile.phases import Phases, phase
-from torchpar.training import EpochResult
+
+Split = Literal["data", "model"]
+PHASES = ("data", "forward", "backward", "collectives", "optimizer")
 
 
 @dataclass(kw_only=True)
 class Flags(cli.DataFlags):
-    """Train a digit classifier in NumPy, by data parallelism over MPI."""
+    """Train a digit classifier in NumPy, by data or model parallelism over MPI."""
 
-    epochs: int = 5  # Passes over the training samples.
-    batch_size: int = 10  # Samples per step, over all processes.
-    lr: float = 0.1  # Learning rate.
-    momentum: float = 0.5  # Momentum.
+    split: Split = "data"  # The processes share the samples of a batch, or the units of the hidden layer.
+    compare: bool = False  # Train on one process, then by both splits; print their times side by side.
+    epochs: int = 10  # Passes over the training samples.
+    batch_size: int = 512  # Samples per step, over all processes.
+    lr: float = 0.5  # Learning rate.
+    momentum: float = 0.9  # Momentum.
     weight_decay: float = 1e-5  # L2 penalty λ of the weights: λ/2·‖W‖² in the loss.
-    hidden: tuple[int, ...] = (30,)  # Widths of the hidden layers.
+    decay_biases: bool = False  # Penalise the biases, too.
+    hidden: tuple[int, ...] = (256,)  # Widths of the hidden layers.
+    activation: Hidden = "sigmoid"  # Activation of the hidden layers.
+    init: Init = "xavier"  # First weights; zero shows why they are drawn at random.
     samples: int | None = None  # Train on the first ones only.
     log_dir: Path | None = None  # Folder for TensorBoard: losses, accuracy and speed.
 
 
-def shares(
-    world: Any, x: Array, labels: Array, batch_size: int, order: np.random.Generator
-) -> Iterator[tuple[Array, Array, int]]:
-    """Yield this process's share of each batch of an epoch, perhaps an empty one, and the batch's size."""
-    for batch in batches(len(x), batch_size, order):
-        own = np.array_split(batch, world.size)[world.rank]
-        yield x[own], labels[own], len(batch)
+class Messages:
+    """A communicator that counts the calls of Allreduce, and the bytes that this process gives to them."""
+
+    def __init__(self, world: Any):
+        self.world = world
+        self.rank, self.size = world.rank, world.size
+        self.calls = self.bytes = 0
+
+    def Allreduce(self, own: Array, total: Array) -> None:
+        if self.size > 1:
+            self.calls += 1
+            self.bytes += own.nbytes
+        with phase("collectives"):
+            self.world.Allreduce(own, total)
+
+    def allgather(self, value: Any) -> list[Any]:
+        return self.world.allgather(value)  # type: ignore[no-any-return]
+
+
+class DataParallel:
+    """Data parallelism: every process has all weights, and takes its share of the samples."""
+
+    def __init__(self, model: MLP, world: Messages):
+        self.model, self.world = model, world
+        self.own = np.empty(model.parameters.size + 1, model.parameters.dtype)  # gradient and loss
+        self.total = np.empty_like(self.own)
+
+    def share(self, rows: Array) -> Array:
+        own: Array = rows[mpi.shares(len(rows), self.world.size)[self.world.rank]]
+        return own
+
+    def gradients(self, x: Array, labels: Array) -> tuple[float, Array]:
+        inputs, z = self.model.forward(x)
+        self.own[-1], delta = self.model.loss_sum(z, labels)
+        with phase("backward"):
+            self.own[:-1] = self.model.backward(inputs, delta)
+        self.world.Allreduce(self.own, self.total)
+        return float(self.total[-1]), self.total[:-1]
+
+    def evaluate(self, x: Array, labels: Array) -> tuple[float, float]:
+        return mpi.evaluate(self.world, self.model, (self.share(x), self.share(labels)), len(x))
+
+    def whole(self) -> MLP:
+        return self.model
+
+
+class ModelParallel:
+    """Model parallelism: every process has its share of the hidden units, and takes all samples."""
+
+    def __init__(self, whole: MLP, world: Messages):
+        self.model = mpi.HiddenSplitMLP(whole, world)
+
+    def share(self, rows: Array) -> Array:
+        return rows
+
+    def gradients(self, x: Array, labels: Array) -> tuple[float, Array]:
+        inputs, z = self.model.forward(x)  # the step's only Allreduce is in the output layer
+        loss, delta = self.model.loss_sum(z, labels)
+        with phase("backward"):
+            return loss, self.model.backward(inputs, delta)
+
+    def evaluate(self, x: Array, labels: Array) -> tuple[float, float]:
+        loss, right = self.model.evaluate(x, labels)
+        return loss / len(x), right / len(x)
+
+    def whole(self) -> MLP:
+        return self.model.whole()
+
+
+class Training(NamedTuple):
+    """A run's figures.
+
+    Attributes:
+        results: of each epoch.
+        steps: number of them.
+        phases: seconds of each phase of the steps, on process 0.
+        calls: of Allreduce in a step.
+        bytes: of the array that each process gives to them.
+        model: the trained network, with all units.
+    """
+
+    results: list[EpochResult]
+    steps: int
+    phases: Phases
+    calls: int
+    bytes: int
+    model: MLP
+
+
+def train(flags: Flags, split: Split, world: Any, data: tuple[Images, Images]) -> Training:
+    """Train on the processes of ``world``; all of them call this."""
+    train, test = data
+    count = len(train.labels[: flags.samples])
+    x, labels = train.inputs()[:count], train.labels[:count]
+    test_x = test.inputs()
+    sizes = [x.shape[1], *flags.hidden, len(test.classes)]
+    model = MLP(sizes, hidden=flags.activation, init=flags.init, seed=flags.seed)  # the same everywhere
+    messages = Messages(world)
+    parallel = DataParallel(model, messages) if split == "data" else ModelParallel(model, messages)
+    optimizer = SGD(parallel.model, flags.lr, flags.momentum, flags.weight_decay, flags.decay_biases)
+    order = np.random.default_rng(flags.seed)  # the same everywhere
+    phases, results = Phases(names=PHASES), list[EpochResult]()
+    steps, sent = 0, (0, 0)
+
+    def draw() -> Iterator[tuple[Array, Array, int]]:
+        """Yield this process's samples of each batch, perhaps none, and the batch's size."""
+        for batch in batches(count, flags.batch_size, order):
+            own = parallel.share(batch)
+            yield x[own], labels[own], len(batch)
+
+    for epoch in console.progress(range(1, flags.epochs + 1), "epochs"):  # of a process with a terminal
+        start, train_loss = time.perf_counter(), 0.0
+        with phases:
+            for own_x, own_labels, size in phases.steps(draw()):
+                loss, gradient = parallel.gradients(own_x, own_labels)
+                optimizer.step(gradient / size)
+                train_loss += loss
+                steps += 1
+                if steps == 1:
+                    sent = messages.calls, messages.bytes
+        speed = count / (time.perf_counter() - start)
+        test_loss, accuracy = parallel.evaluate(test_x, test.labels)
+        figures = (epoch, train_loss / count, test_loss, accuracy, speed)
+        results.append(EpochResult(*figures, time.perf_counter() - start, world.size, "cpu"))
+        if world.rank == 0:
+            print(console.epoch_line(results[-1], flags.epochs))
+    return Training(results, steps, phases, *sent, parallel.whole())
+
+
+def compare(flags: Flags, world: Any, data: tuple[Images, Images]) -> dict[str, Training]:
+    """Train on process 0 alone, while the others wait, and by each split. Process 0 prints a table."""
+    runs: dict[str, Training] = {}
+    if world.rank == 0:
+        print("1 process")
+        runs["1 process"] = train(flags, "data", mpi.OneProcess(), data)
+    mpi.wait(world)
+    splits: tuple[Split, ...] = ("data", "model")
+    for split in splits:
+        if world.rank == 0:
+            print(f"{world.size} processes, --split {split}")
+        runs[f"--split {split}"] = train(flags, split, world, data)
+    if world.rank == 0:
+        print_comparison(flags, world.size, runs)
+    return runs
+
+
+def print_comparison(flags: Flags, processes: int, runs: dict[str, Training]) -> None:
+    """Print the phases and the messages of the runs side by side, and how far their losses are apart."""
+    rows: list[dict[str, str]] = []
+
+    def add(row: str, values: Iterable[str]) -> None:
+        rows.append({"": row} | dict(zip(runs, values, strict=True)))
+
+    ms = [{name: 1000 * s / run.steps for name, s in run.phases.seconds.items()} for run in runs.values()]
+    steps = [sum(of_run.values()) for of_run in ms]
+    for name in PHASES:
+        add(f"{name}, ms", (f"{of_run[name]:.3f}" for of_run in ms))
+    add("a step, ms", (f"{step:.3f}" for step in steps))
+    add("speed-up", (f"{steps[0] / step:.2f}" for step in steps))
+    add("messages a step", (str(run.calls) for run in runs.values()))
+    add("bytes a step", (f"{run.bytes:,}" for run in runs.values()))
+    console.print_rows(rows, list(rows[0]), f"{processes} processes, batches of {flags.batch_size}")
+    losses = np.array([[result.train_loss for result in run.results] for run in runs.values()])
+    apart = (np.abs(losses - losses[0]) / losses[0]).max()
+    print(f"the training losses of both splits are those of 1 process, but for {apart:.0e} of them")
 
 
 def main(flags: Flags) -> None:
     with mpi.join() as world:
         if flags.device == "cuda":
             raise ConfigError("--device cuda: NumPy computes on the CPU; train_ddp.py takes a GPU")
-        train, test = load(flags.dataset, flags.data)
-        train = train[: flags.samples]
-        x, test_x = (samples.inputs(slice(None)).numpy() for samples in (train, test))
-        labels, test_labels = (samples.labels.numpy() for samples in (train, test))
-        own_test = [t[world.rank :: world.size] for t in (test_x, test_labels)]
-        model = MLP([x.shape[1], *flags.hidden, len(test.classes)], seed=flags.seed)
-        optimizer = SGD(model, flags.lr, flags.momentum, flags.weight_decay)
-        order = np.random.default_rng(flags.seed)  # the same on all processes
-        message = np.empty(model.parameters.size + 1, model.parameters.dtype)  # gradient and loss
-        total = np.empty_like(message)
-        results: list[EpochResult] = []
-        epochs = console.progress(range(1, flags.epochs + 1), "epochs")  # of process 0, if it has a terminal
-        with Phases(torch.device("cpu")) as phases:
-            backward = phase("backward")(model.backward)
-            allreduce = phase("collectives")(world.Allreduce)
-            for epoch in epochs:
-                start, train_loss = time.perf_counter(), 0.0
-                drawn = shares(world, x, labels, flags.batch_size, order)
-                for own_x, own_labels, global_size in phases.steps(drawn):
-                    inputs, outputs = model.forward(own_x)
-                    message[-1], delta = model.loss_sum(outputs, own_labels)
-                    message[:-1] = backward(inputs, delta)
-                    allreduce(message, total)
-                    optimizer.step(total[:-1] / global_size)
-                    train_loss += float(total[-1])
-                speed = len(x) / (time.perf_counter() - start)
-                test_loss, accuracy = mpi.evaluate(world, model, own_test, len(test))
-                figures = (epoch, train_loss / len(x), test_loss, accuracy, speed)
-                results.append(EpochResult(*figures, time.perf_counter() - start, world.size, "cpu"))
-                if world.rank == 0:
-                    print(console.epoch_line(results[-1], flags.epochs))
-        if world.rank == 0:
-            rows = [asdict(result) for result in results]
-            console.write_metrics(flags.metrics, rows)
-            console.write_log(flags.log_dir, rows, "epoch")
-            if flags.plots:
-                plots.save(flags.plots, results, torch.from_numpy(model.forward(test_x)[1]), test)
-            console.print_phases(phases)
-            print(console.summary(results))
+        if flags.compare and world.size == 1:
+            raise ConfigError("--compare needs several processes; mpirun -n 2 python examples/train_mpi.py")
+        if len(flags.hidden) != 1 and (flags.compare or flags.split == "model"):
+            widths = " ".join(map(str, flags.hidden))
+            raise ConfigError(
+                f"--hidden {widths} with --split model, expected one hidden layer; take one width"
+            )
+        data = read(flags.dataset, flags.data)
+        if flags.compare:
+            runs = compare(flags, world, data)
+        else:
+            runs = {f"--split {flags.split}": train(flags, flags.split, world, data)}
+        if world.rank > 0:
+            return
+        rows = [asdict(result) | {"run": name} for name, run in runs.items() for result in run.results]
+        *_, run = runs.values()
+        console.write_metrics(flags.metrics, rows)
+        console.write_log(flags.log_dir, rows[-flags.epochs :], "epoch")
+        if flags.plots:
+            test = data[1]
+            plots.save(flags.plots, run.results, run.model.forward(test.inputs())[1], test)
+        if not flags.compare:
+            console.print_phases(run.phases)
+            if run.calls:
+                print(f"in each step a process gives {run.bytes:,} bytes to {run.calls} Allreduce")
+        if flags.init == "zero":
+            first, *others = run.model.weights[0].T
+            apart = max((np.abs(first - other).max() for other in others), default=0)
+            largest = np.abs(first).max()
+            print(f"hidden units: weights up to {largest:.1g}, which differ by {apart:.0e} at most")
+        print(console.summary(run.results))
 
 
 if __name__ == "__main__":

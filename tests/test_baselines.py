@@ -96,10 +96,10 @@ def test_sigmoid_of_large_numbers_is_0_or_1(level):
 # Backpropagation by hand
 
 
-def problem(sizes=(33, 9, 6, 10), batch=7, loss="cross-entropy") -> tuple:
+def problem(sizes=(33, 9, 6, 10), batch=7, loss="cross-entropy", hidden="sigmoid") -> tuple:
     """A network in float64 with biases too, and a batch; all of them numbers that float32 has."""
     random = np.random.default_rng(1)
-    model = MLP(sizes, loss=loss, dtype=np.float64)
+    model = MLP(sizes, loss=loss, hidden=hidden, dtype=np.float64)
     model.parameters[:] = model.parameters.astype(np.float32)
     for bias in model.biases:
         bias[:] = random.standard_normal(len(bias), dtype=np.float32)
@@ -112,7 +112,12 @@ def by_autograd(model: MLP, x: np.ndarray, labels: np.ndarray, dtype: torch.dtyp
     output = "logits" if model.loss == "cross-entropy" else "sigmoid"
     network = torchpar.nn.MLP(model.sizes, output=output, dtype=dtype)
     model.copy_to(network)
-    outputs, targets = network(torch.from_numpy(x).to(dtype)), torch.from_numpy(labels)
+    outputs, targets = torch.from_numpy(x).to(dtype), torch.from_numpy(labels)
+    *hidden, last = network.layers
+    for layer in hidden:
+        z = F.linear(outputs, layer.weight, layer.bias)
+        outputs = torch.sigmoid(z) if model.hidden == "sigmoid" else torch.tanh(z)
+    outputs = last(outputs)
     if model.loss == "cross-entropy":
         loss = F.cross_entropy(outputs, targets, reduction="sum")
     else:
@@ -139,7 +144,7 @@ def joined(loss, weights, biases) -> tuple:
 
 
 def in_numpy(model: MLP, x, labels) -> tuple:
-    narrow = MLP(model.sizes)
+    narrow = MLP(model.sizes, hidden=model.hidden)
     narrow.parameters[:] = model.parameters
     return narrow.gradients(x.astype(np.float32), labels)
 
@@ -156,16 +161,18 @@ def by_numba(model: MLP, x, labels) -> tuple:
 
 
 @pytest.mark.parametrize(
-    "level, sizes, batch, loss",
+    "level, sizes, batch, loss, hidden",
     [
-        *[(level, (33, 9, 6, 10), 7, "cross-entropy") for level in (in_numpy, in_python, by_numba)],
-        (MLP.gradients, (20, 8, 6, 10), 7, "bce"),
-        (MLP.gradients, (5, 3), 1, "bce"),
-        (MLP.gradients, (5, 4, 3), 0, "cross-entropy"),
+        *[(f, (33, 9, 6, 10), 7, "cross-entropy", "sigmoid") for f in (in_numpy, in_python, by_numba)],
+        (in_numpy, (33, 9, 6, 10), 7, "cross-entropy", "tanh"),
+        (MLP.gradients, (20, 8, 6, 10), 7, "bce", "sigmoid"),
+        (MLP.gradients, (20, 8, 6, 10), 7, "bce", "tanh"),
+        (MLP.gradients, (5, 3), 1, "bce", "sigmoid"),
+        (MLP.gradients, (5, 4, 3), 0, "cross-entropy", "sigmoid"),
     ],
 )
-def test_gradients_are_autograds(level, sizes, batch, loss):
-    model, x, labels = problem(sizes, batch, loss)
+def test_gradients_are_autograds(level, sizes, batch, loss, hidden):
+    model, x, labels = problem(sizes, batch, loss, hidden)
     found = level(model, x, labels)
     dtype = torch.float32 if level in (in_numpy, by_numba) else torch.float64
     assert level is in_python or torch.from_numpy(found[1]).dtype == dtype
@@ -173,6 +180,33 @@ def test_gradients_are_autograds(level, sizes, batch, loss):
     if batch:
         with pytest.raises(AssertionError):
             assert_as_accurate((found[0], 1.0001 * found[1]), model, x, labels, dtype)
+
+
+def test_derivatives_are_known_from_the_activations():
+    z = np.linspace(-5, 5, 11)
+    for function, prime in numpy_mlp.ACTIVATIONS.values():
+        slope = (function(z + 1e-5) - function(z - 1e-5)) / 2e-5
+        np.testing.assert_allclose(prime(function(z)), slope, rtol=0, atol=1e-9)
+    assert [pure_python.sigmoid_prime(pure_python.sigmoid(t)) for t in z] == pytest.approx(
+        numpy_mlp.sigmoid_prime(numpy_mlp.sigmoid(z)).tolist(), abs=1e-15
+    )
+
+
+def test_lists_are_added_element_by_element():
+    assert pure_python.add_elementwise([1, 2.5], [3, 4]) == [4, 6.5]
+    whole = MLP((4, 3, 2), dtype=np.float64)
+    found = pure_python.add_elementwise(whole.weights, whole.biases)  # lists of arrays, which broadcast
+    assert [t.shape for t in found] == [(4, 3), (3, 2)]
+    np.testing.assert_array_equal(found[0], whole.weights[0])
+    with pytest.raises(ValueError, match="argument 2 is longer"):
+        pure_python.add_elementwise([1], [1, 2])
+
+
+def test_gradients_of_shares_add_up():
+    model, x, labels = problem()
+    parts = [in_python(model, x[own], labels[own])[1] for own in (slice(3), slice(3, None))]
+    whole = in_python(model, x, labels)[1]
+    np.testing.assert_allclose(pure_python.add_elementwise(*map(list, parts)), whole, rtol=0, atol=1e-12)
 
 
 # The network and how it descends
@@ -199,6 +233,20 @@ def test_sgd_decays_the_weights_alone():
     SGD(model, lr=0.5, weight_decay=0.2).step(np.ones_like(model.parameters))
     np.testing.assert_allclose(model.weights[0], expected[0], rtol=0, atol=1e-15)  # some roundings
     np.testing.assert_array_equal(model.biases[0], expected[1])
+
+
+def test_sgd_decays_the_biases_too_if_asked():
+    model = MLP((4, 3), dtype=np.float64)
+    model.biases[0][:] = 1
+    expected = 0.9 * model.parameters - 0.5
+    SGD(model, lr=0.5, weight_decay=0.2, decay_biases=True).step(np.ones_like(model.parameters))
+    np.testing.assert_allclose(model.parameters, expected, rtol=0, atol=1e-15)  # some roundings
+
+
+def test_weights_are_xaviers_or_zero():
+    spread = MLP((300, 200)).weights[0].std()
+    assert spread == pytest.approx((2 / 500) ** 0.5, rel=0.02)  # of 60 000 draws: within 4 σ, 1.2%
+    assert not MLP((300, 200), init="zero").parameters.any()
 
 
 def test_batches_cover_each_sample_once_in_a_new_order():

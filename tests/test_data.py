@@ -11,7 +11,7 @@ import pytest
 import torch
 from fake_data import fashion_mnist
 
-from torchpar import data
+from torchpar import data, datasets
 from torchpar.errors import ConfigError
 from torchpar.parallel import World
 
@@ -96,6 +96,13 @@ def test_mnist_equals_torchvisions_own(mnist, tmp_path):
         assert torch.equal(samples.features, theirs.data)
         assert torch.equal(samples.labels, theirs.targets)
         assert (samples.features.dtype, samples.classes) == (torch.uint8, tuple(theirs.classes))
+
+
+def test_classes_are_torchvisions():
+    import torchvision.datasets
+
+    for name, folder in datasets.FOLDERS.items():
+        assert datasets.CLASSES[name] == tuple(getattr(torchvision.datasets, folder).classes)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Data parallelism over MPI, and the pooled exercise: the same losses as one process."""
+"""Training by MPI and the pooled exercise, without torch: the same losses as on one process."""
 
 import re
 import sys
@@ -9,19 +9,36 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from commands import LAST_LINE, MPIRUN, ROOT, lesson, needs_mpirun, rows_of, run
 from fake_data import fashion_mnist
 
+from torchpar import datasets
 from torchpar.baselines import mpi, numpy_mlp
 from torchpar.baselines.numpy_mlp import MLP
+from torchpar.errors import ConfigError
 from torchpar.parallel.launch.world import join_world
 
 pytest.importorskip("tyro", reason="tyro reads the flags")
 
 import fashion_pooled
-from fashion_pooled import SIZES, Plan, Result, pooled
+import train_mpi
+from fashion_pooled import SIZES, Plan, Result
 
 ROUNDING = 1e-5  # of a loss: some hundred steps of some roundings of 6e-8 each
+# As where neither package is installed.
+WITHOUT_TORCH = f"""
+import sys
+from importlib.machinery import PathFinder
+
+class Others:
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] not in ("torch", "torchvision"):
+            return PathFinder.find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Others
+sys.path.insert(0, {str(ROOT / "examples")!r})
+"""
 
 
 @pytest.fixture(scope="module")
@@ -30,30 +47,167 @@ def data(tmp_path_factory) -> Path:
     return fashion_mnist(tmp_path_factory.mktemp("data"), train=61, test=11)
 
 
-@pytest.mark.slow
+def without_torch(ranks: int, program: str, *arguments: str) -> str:
+    """Run a Python program on processes that find no torch, and return what it prints."""
+    code, out, err = run(MPIRUN, "-n", str(ranks), sys.executable, "-c", WITHOUT_TORCH + program, *arguments)
+    assert code == 0, err
+    return out
+
+
+def by_command(ranks: int, name: str, *flags: str) -> str:
+    """Run an exercise by its command line on processes that find no torch, and return what it prints."""
+    script = str(ROOT / "examples" / f"{name}.py")
+    program = "import runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    return without_torch(ranks, program, script, *flags)
+
+
+def test_the_package_without_torch_has_the_baselines_alone():
+    program = "import torchpar\nfrom torchpar.baselines import mpi, numpy_mlp, pure_python\n"
+    program += "print(numpy_mlp.MLP((3, 2)).parameters.size)\ntorchpar.maximum"
+    code, out, err = run(sys.executable, "-c", WITHOUT_TORCH + program)
+    assert (code, out) == (1, "8\n")
+    assert err.endswith("ImportError: torchpar.maximum needs PyTorch; pip install torch\n")
+
+
+# Both splits
+
+CASES = {  # hidden width, activation, seed; 2 and 3 do not divide 7, and 3 processes share 2 units
+    "odd": (7, "sigmoid", 0),
+    "few": (2, "tanh", 1),
+}
+
+
+def trained(world, folder: Path, case: str, split: str) -> train_mpi.Training:
+    width, activation, seed = CASES[case]
+    sizes = {"epochs": 2, "batch_size": 10, "hidden": (width,)}
+    flags = train_mpi.Flags(**sizes, lr=0.1, momentum=0.5, activation=activation, seed=seed)
+    return train_mpi.train(flags, split, world, datasets.read("fashion-mnist", folder))
+
+
+def pooled_runs(world, folder: Path, exchange: str) -> list[Result]:
+    flags = fashion_pooled.Flags(data=folder, dataset="fashion-mnist", samples=50)
+    splits = fashion_pooled.load(flags) if world.rank == 0 else None
+    plans = Plan(60, 0.1, 0.0, 0), Plan(30, 0.1, 0.9, 0)
+    return [fashion_pooled.train_numpy(world, splits, plan, exchange) for plan in plans]
+
+
+def numbers(run) -> dict[str, np.ndarray]:
+    """Losses and weights of a training."""
+    if isinstance(run, Result):
+        return {"losses": np.array([*run.costs, *run.ends[0], *run.ends[1]]), "weights": run.weights}
+    losses = [(result.train_loss, result.test_loss, result.test_accuracy) for result in run.results]
+    return {"losses": np.array(losses), "weights": run.model.parameters}
+
+
+def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    np.testing.assert_allclose(found["losses"], expected["losses"], rtol=ROUNDING)
+    np.testing.assert_allclose(found["weights"], expected["weights"], rtol=0, atol=ROUNDING)
+
+
+# The functions above run in the processes, too, which cannot import this module: it imports torch.
+SHARED = ("trained", "pooled_runs", "numbers")
+ON_PROCESSES = """
+import numpy as np, fashion_pooled, train_mpi
+from fashion_pooled import Plan, Result
+from pathlib import Path
+from torchpar import datasets
+from torchpar.baselines import mpi
+CASES = {cases}
+{functions}
+folder, out = map(Path, sys.argv[1:])
+with mpi.join() as world:
+    runs = {{}}
+    for case in CASES:
+        for split in ("data", "model"):
+            run = trained(world, folder, case, split)
+            runs[f"{{case}} {{split}}"] = numbers(run) | {{"sent": np.array([run.calls, run.bytes])}}
+    for exchange in ("allreduce", "gather"):
+        for i, run in enumerate(pooled_runs(world, folder, exchange)):
+            runs[f"{{exchange}} {{i}}"] = numbers(run)
+    if world.rank == 0:
+        np.savez(out, **{{f"{{run}}/{{key}}": t for run, of in runs.items() for key, t in of.items()}})
+"""
+
+
 @needs_mpirun
-@pytest.mark.parametrize(
-    "name, flags, compared",
-    [
-        # The last batch is of one sample, which leaves process 1 none.
-        ("train_mpi", "--epochs 2 --hidden 12 8 --lr 0.3", ["train_loss", "test_loss", "test_accuracy"]),
-        ("fashion_pooled", "--samples 50 --iterations 30", ["last_cost"]),
-    ],
-)
-def test_two_processes_train_as_one(data, tmp_path, name, flags, compared):
-    found, script = [], str(ROOT / "examples" / f"{name}.py")
-    flags = ["--dataset=fashion-mnist", f"--data={data}", *flags.split()]
-    for ranks in ("1", "2"):
-        metrics = tmp_path / ranks
-        code, out, err = run(MPIRUN, "-n", ranks, sys.executable, script, *flags, f"--metrics={metrics}")
-        assert code == 0, err
-        assert re.fullmatch(LAST_LINE, out.splitlines()[-1]).groups() == (ranks, "cpu")
-        found.append([[row[column] for column in compared] for row in rows_of(metrics)])
-    np.testing.assert_allclose(*found, rtol=ROUNDING)
-    if name == "train_mpi":
-        assert out.count("test accuracy") == 2 + 1  # process 0 alone prints
-        for phase in ("data", "forward", "backward", "collectives", "optimizer"):
-            assert len(re.findall(rf"│ {phase} +│ +\d+\.\d\d +│ +\d+\.\d% +│", out)) == 1
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_processes_train_as_one(data, tmp_path, ranks):
+    """By both splits and both exchanges. The last batch is of one sample, which leaves a process none."""
+    from inspect import getsource
+
+    functions = "\n".join(getsource(globals()[name]) for name in SHARED)
+    program = ON_PROCESSES.format(cases=CASES, functions=functions)
+    without_torch(ranks, program, str(data), str(tmp_path / "runs.npz"))
+    with np.load(tmp_path / "runs.npz") as file:
+        found = {name: file[name] for name in file.files}
+    alone = {case: numbers(trained(mpi.OneProcess(), data, case, "data")) for case in CASES}
+    for case, (width, *_) in CASES.items():
+        parameters = 784 * width + width + width * 10 + 10
+        for split, sent in (("data", 4 * (parameters + 1)), ("model", 4 * 10 * 10)):
+            run = {key: found[f"{case} {split}/{key}"] for key in ("losses", "weights", "sent")}
+            assert_same(run, alone[case])
+            assert run["sent"].tolist() == [1, sent]
+    for exchange in ("allreduce", "gather"):
+        for i, expected in enumerate(pooled_runs(mpi.OneProcess(), data, "allreduce")):
+            run = {key: found[f"{exchange} {i}/{key}"] for key in ("losses", "weights")}
+            assert_same(run, numbers(expected))
+    with pytest.raises(AssertionError):
+        assert_same({**run, "losses": run["losses"] * (1 + 3 * ROUNDING)}, numbers(expected))
+
+
+def test_one_process_trains_by_both_splits(data):
+    one, other = (numbers(trained(mpi.OneProcess(), data, "odd", split)) for split in ("data", "model"))
+    assert_same(other, one)
+    losses = one["losses"][:, 0]
+    assert losses[1] < losses[0] - 0.05
+
+
+def test_a_split_takes_one_hidden_layer():
+    with pytest.raises(
+        ConfigError, match=r"sizes are \[4, 3, 3, 2\], expected one hidden layer, whose units"
+    ):
+        mpi.HiddenSplitMLP(MLP((4, 3, 3, 2)), mpi.OneProcess())
+
+
+def test_from_zero_all_hidden_units_stay_alike(data):
+    flags = train_mpi.Flags(epochs=2, batch_size=10, lr=0.1, momentum=0.5, hidden=(5,), init="zero")
+    run = train_mpi.train(flags, "data", mpi.OneProcess(), datasets.read("fashion-mnist", data))
+    units = run.model.weights[0].T
+    assert np.abs(units[0]).max() > 1e-3  # they have learned
+    np.testing.assert_allclose(units, np.tile(units[0], (5, 1)), rtol=0, atol=1e-6)
+    drawn = train_mpi.MLP((784, 5, 10)).weights[0].T
+    assert np.abs(drawn - drawn[0]).max() > 0.01
+    code, out, _ = lesson(
+        *("train_mpi", "--dataset=fashion-mnist", f"--data={data}", "--init=zero", "--epochs=1", "--hidden=5")
+    )
+    assert code == 0
+    assert re.search(r"hidden units: weights up to \S+, which differ by \S+ at most\n", out)
+
+
+@pytest.mark.parametrize("count, size", [(7, 3), (2, 3), (0, 2), (6, 1)])
+def test_shares_are_those_of_array_split(count, size):
+    rows = np.arange(count)
+    for own, expected in zip(mpi.shares(count, size), np.array_split(rows, size), strict=True):
+        assert rows[own].tolist() == expected.tolist()
+
+
+@needs_mpirun
+def test_a_comparison_sets_one_process_beside_both_splits(data, tmp_path):
+    flags = ["--dataset=fashion-mnist", f"--data={data}", "--epochs=2", "--hidden=12", "--batch-size=20"]
+    out = by_command(2, "train_mpi", *flags, "--compare", f"--metrics={tmp_path / 'metrics'}")
+    assert out.count("test accuracy") == 3 * 2 + 1  # process 0 alone prints
+    for row in ("data", "forward", "backward", "collectives", "optimizer", "a step"):
+        assert len(re.findall(rf"│ {row}, ms +(│ +\d+\.\d{{3}} +){{3}}│", out)) == 1
+    size = 4 * (784 * 12 + 12 + 12 * 10 + 10 + 1)
+    assert re.search(rf"│ bytes a step +│ 0 +│ {size:,} +│ {4 * 20 * 10} +│", out)
+    assert re.search(r"│ messages a step +│ 0 +│ 1 +│ 1 +│", out)
+    (apart,) = re.findall(
+        r"training losses of both splits are those of 1 process, but for (\S+) of them", out
+    )
+    assert float(apart) < ROUNDING
+    assert re.fullmatch(LAST_LINE, out.splitlines()[-1]).groups() == ("2", "cpu")
+    names = [row["run"] for row in rows_of(tmp_path / "metrics")]
+    assert names == [name for name in ("1 process", "--split data", "--split model") for _ in range(2)]
 
 
 def test_an_error_ends_all_processes(monkeypatch):
@@ -79,32 +233,69 @@ def test_a_missing_mpi_is_one_line(monkeypatch):
     assert re.fullmatch(rf"train_mpi\.py: error: {expected}\n", err)
 
 
+# The pooled exercise
+
+
 def in_torch(splits, plan) -> Result:
     with join_world("cpu") as world:
         return fashion_pooled.train_torch(world, splits, plan)
 
 
-def same(run: Result, other: Result) -> bool:
-    assert len(run.costs) == len(other.costs)
-    numbers = ([*one.costs, *one.ends[0], *one.ends[1]] for one in (run, other))
-    return np.allclose(*numbers, rtol=ROUNDING, atol=0)
+def test_pooled_pixels_are_pytorchs(data):
+    images, _ = datasets.read("fashion-mnist", data)
+    found = fashion_pooled.pool(images)
+    expected = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(images.features) / 255, 20)
+    np.testing.assert_allclose(found.x, expected.flatten(1).numpy(), rtol=1e-6, atol=1e-7)
+    assert (found.x.shape, found.x.dtype) == ((61, 400), np.float32)
 
 
-def test_all_ways_have_the_same_costs(data, ranks):
+def test_both_libraries_have_the_same_costs(data, ranks):
     """The first is −1/n · Σ_samples Σ_classes t·log p + (1 − t)·log(1 − p), at the first weights."""
-    splits = pooled(fashion_pooled.Flags(data=data, dataset="fashion-mnist", samples=50, iterations=30))
+    splits = fashion_pooled.load(fashion_pooled.Flags(data=data, dataset="fashion-mnist", samples=50))
     in_numpy = partial(fashion_pooled.train_numpy, mpi.OneProcess(), splits)
-    x, labels = splits[0].features.numpy(), splits[0].labels
-    assert (x.shape, x.dtype) == ((50, 400), np.float32)
+    x, labels = splits[0]
     p = numpy_mlp.sigmoid(MLP(SIZES, loss="bce").forward(x)[1].astype(np.float64))
     t = np.eye(10)[labels]
     cost = -(t * np.log(p) + (1 - t) * np.log(1 - p)).sum() / len(labels)
     for plan in (Plan(60, 0.1, 0.0, 0), Plan(30, 0.1, 0.9, 0)):
         expected = in_numpy(plan)
-        assert len(expected.costs) == plan.iterations
+        assert len(expected.costs) == len(expected.times) == plan.iterations
         assert expected.costs[0] == pytest.approx(cost, rel=ROUNDING)
         assert expected.costs[-1] < 0.7 * expected.costs[0]
         for way in ranks(2, in_torch, splits, plan):
-            assert same(way, expected)
-            np.testing.assert_allclose(way.weights, expected.weights, rtol=0, atol=ROUNDING)
-        assert not same(in_numpy(plan._replace(lr=1.001 * plan.lr)), expected)
+            assert_same(numbers(way), numbers(expected))
+        with pytest.raises(AssertionError):
+            assert_same(numbers(in_numpy(plan._replace(lr=1.001 * plan.lr))), numbers(expected))
+
+
+@needs_mpirun
+@pytest.mark.parametrize("exchange", ["allreduce", "gather"])
+def test_one_command_sets_one_process_beside_several(data, tmp_path, exchange):
+    flags = [f"--data={data}", "--samples=50", "--iterations=30", f"--exchange={exchange}"]
+    out = by_command(2, "fashion_pooled", *flags, f"--metrics={tmp_path / 'metrics'}")
+    once = ["scatter, once"] + ["broadcast, once"] * (exchange == "allreduce")
+    each = ["broadcast"] * (exchange == "gather")
+    each += ["hidden layer", "output layer", "cost", "forward: these three", "backward", exchange, "descent"]
+    for phase in (*once, *each, "iteration"):
+        assert len(re.findall(rf"│ {phase} +│ \d+\.\d{{3}} +│ \d+\.\d{{3}} +│", out)) == 1
+    shown = re.findall(r"iteration (\d+)/60 \| cost \d\.\d{4} \| \d+\.\d\d ms", out)
+    assert [*map(int, shown)] == [1, 2, 5, 10, 20, 30, 60]
+    (apart,) = re.findall(r"costs of 2 processes: those of 1 process, but for (\S+) of them", out)
+    assert float(apart) < ROUNDING
+    rows = rows_of(tmp_path / "metrics")
+    iterations, runs = rows[:-2], rows[-2:]
+    kinds = [(row["ranks"], row["iterations"], row["iteration"]) for row in iterations]
+    assert kinds == [(n, plan, i) for n in (1, 2) for plan in (60, 30) for i in range(1, plan + 1)]
+    assert min(row["seconds"] for row in iterations) > 0
+    assert [row["last_cost"] for row in runs] == [iterations[-31]["cost"], iterations[-1]["cost"]]
+
+
+def test_mnist_stands_in_for_fashion_mnist(data, tmp_path):
+    flags = fashion_pooled.Flags(data=data)
+    assert fashion_pooled.find_dataset(flags) == ("fashion-mnist", "")
+    flags.data = tmp_path
+    name, line = fashion_pooled.find_dataset(flags)
+    assert name == "mnist"
+    assert line == f"MNIST stands in for Fashion-MNIST, of which {tmp_path}/FashionMNIST/raw holds no files"
+    flags.dataset = "kmnist"
+    assert fashion_pooled.find_dataset(flags) == ("kmnist", "")

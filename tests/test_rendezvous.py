@@ -19,7 +19,8 @@ from commands import MPIRUN, needs_mpirun, run
 from torchpar.errors import ConfigError, RankLostError
 from torchpar.parallel.launch import rendezvous
 from torchpar.parallel.launch.local import Ranks
-from torchpar.parallel.launch.rendezvous import RankInfo, connect, find_rank_info, missing_ranks
+from torchpar.parallel.launch.rendezvous import connect, missing_ranks
+from torchpar.rank_info import RankInfo, find_rank_info
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 TORCHRUN |= {"MASTER_ADDR": "a", "MASTER_PORT": "29400", "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -180,7 +181,7 @@ def test_every_rank_notices_that_another_program_has_the_port():
 
 ADD_UP = """
 import torch
-from torchpar.parallel.launch.rendezvous import find_rank_info
+from torchpar.rank_info import find_rank_info
 from torchpar.parallel.launch.world import join_world
 with join_world("cpu") as world:
     total = world.sum(torch.tensor(world.rank + 1.0))

@@ -20,11 +20,11 @@ from torchpar import training
 from torchpar.data import Samples
 from torchpar.errors import ConfigError, DivergedError
 from torchpar.nn import MLP
+from torchpar.outcome import EpochResult
 from torchpar.parallel.launch.world import join_world
 from torchpar.parallel.split import shared_memory
 from torchpar.training import CheckpointConfig
 from torchpar.training.losses import EVALUATION_BATCH
-from torchpar.training.state import EpochResult
 from torchpar.training.stop import StopSignal
 
 SIZES = [784, 20, 10]

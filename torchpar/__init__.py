@@ -3,14 +3,24 @@
 
 Importing this package registers ``torch.ops.torchpar.*``. Triton is imported on the first call that
 needs a kernel, and `torchpar.optim`, `torchpar.parallel` and others on first use: so ``import torchpar`` is
-cheap, and works where Triton is not installed.
+cheap, and works where Triton is not installed. Where PyTorch is not installed, `torchpar.baselines` and
+`torchpar.datasets` still work.
 """
 
 import importlib
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from torchpar import library, nn
-from torchpar.ops import exact_matmul, exact_matmul_t, linear_sigmoid, matmul_t, maximum, symmetric_matmul
+if find_spec("torch"):
+    from torchpar import library, nn
+    from torchpar.ops import (
+        exact_matmul,
+        exact_matmul_t,
+        linear_sigmoid,
+        matmul_t,
+        maximum,
+        symmetric_matmul,
+    )
 
 if TYPE_CHECKING:
     from torchpar import exact, optim, parallel, testing
@@ -23,4 +33,6 @@ __all__ += ["exact", "library", "nn", "optim", "parallel", "symmetric_matmul", "
 def __getattr__(name: str) -> Any:
     if name in ("exact", "optim", "parallel", "testing"):
         return importlib.import_module(f"torchpar.{name}")
+    if name in __all__:  # defined above, where PyTorch is installed
+        raise ImportError(f"torchpar.{name} needs PyTorch; pip install torch")
     raise AttributeError(f"module 'torchpar' has no attribute {name!r}")

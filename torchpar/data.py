@@ -1,24 +1,21 @@
 # SPDX-License-Identifier: MIT
 """Data sets as tensors: MNIST and its relatives, and the batches of each rank and epoch."""
 
-import gzip
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from torchpar.datasets import Dataset, read
 from torchpar.errors import ConfigError
 
-Dataset = Literal["mnist", "fashion-mnist", "kmnist"]
 _READ_CHUNK = 256  # samples; as float32 they fit in a core's cache
 _POOL_CHUNK = 1000  # images; each chunk reuses the memory of the one before, which saves page faults
-_CLASSES = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 
 
 @dataclass(frozen=True)
@@ -167,52 +164,10 @@ def load(dataset: Dataset, root: Path, device: torch.device | str = "cpu") -> tu
         device: where to put the samples.
 
     Raises:
-        ConfigError: a file is missing or damaged, or torchvision is not installed.
+        ConfigError: a file is missing or damaged.
     """
-    if dataset not in _CLASSES:
-        raise ConfigError(f"dataset is {dataset!r}, expected one of {sorted(_CLASSES)}")
-    try:
-        import torchvision.datasets
-    except ImportError as e:
-        raise ConfigError(
-            f"reading data sets needs torchvision ({e}); pip install 'torchpar[examples]'"
-        ) from e
-    kind = getattr(torchvision.datasets, _CLASSES[dataset])
-    raw = root / kind.__name__ / "raw"
-    samples = []
-    try:
-        for prefix in ("train", "t10k"):
-            images, labels = (
-                _read(raw / f"{prefix}-{part}-ubyte") for part in ("images-idx3", "labels-idx1")
-            )
-            samples.append(Samples(images, labels.long(), tuple(kind.classes)).to(device))
-    except (OSError, ValueError) as e:
-        fetch = f"from torchvision.datasets import {kind.__name__} as D; D({str(root)!r}, download=True)"
-        raise ConfigError(
-            f"{e}; name the folder that holds {kind.__name__}/raw, or remove what is damaged there and "
-            f'download it: python -c "{fetch}"'
-        ) from e
-    return samples[0], samples[1]
-
-
-def _read(file: Path) -> Tensor:
-    """Return the array of uint8 in ``file``, from its archive if there is one.
-
-    Raises:
-        ValueError: it is missing or damaged.
-    """
-    archive = file.with_name(f"{file.name}.gz")
-    path = archive if archive.exists() or not file.exists() else file
-    try:
-        content = path.read_bytes()
-        if path == archive:
-            content = gzip.decompress(content)
-        if content[:3] != b"\0\0\x08":  # the last is uint8's code, and the number of dimensions follows
-            raise ValueError("it does not begin as a file of uint8 in IDX format")
-        shape = np.frombuffer(content, ">i4", content[3], 4)
-        pixels = np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape))
-        return torch.from_numpy(pixels.reshape(shape).copy())
-    except FileNotFoundError as e:
-        raise ValueError(f"{path} is missing") from e
-    except (OSError, EOFError, zlib.error, ValueError) as e:
-        raise ValueError(f"{path} cannot be read ({e})") from e
+    train, test = (
+        Samples(torch.from_numpy(images.features), torch.from_numpy(images.labels), images.classes).to(device)
+        for images in read(dataset, root)
+    )
+    return train, test

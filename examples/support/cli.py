@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Command lines of the examples: flags by tyro, and errors in one line from rank 0."""
+"""Command lines of the examples: flags by tyro, and errors in one line from rank 0.
+
+It imports no torch, so that the examples in NumPy run where PyTorch is not installed.
+"""
 
 import importlib.util
 import io
@@ -11,12 +14,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar
 
-from torchpar.data import Dataset, Samples
+from torchpar.datasets import Dataset
 from torchpar.errors import ConfigError, TorchparError
-from torchpar.parallel.launch.rendezvous import find_rank_info
-from torchpar.training import CheckpointConfig, LRSchedule, Stopped
+from torchpar.outcome import Stopped
+from torchpar.rank_info import find_rank_info
+
+if TYPE_CHECKING:
+    from torchpar.data import Samples
 
 try:
     import rich  # noqa: F401
@@ -108,7 +114,8 @@ class TrainFlags(DataFlags):
     optimizer: Literal["sgd", "muon"] = "sgd"
     lr: float | None = None  # Learning rate at the start; the default depends on the optimizer.
     momentum: float | None = None  # Nesterov momentum; the default depends on the optimizer.
-    schedule: LRSchedule = "linear"  # Learning-rate schedule over the run; linear and cosine end at 0.
+    # Learning-rate schedule over the run; linear and cosine end at 0.
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
     # λ of the weights: for muon decoupled decay, for sgd an L2 penalty λ/2·‖W‖² in the loss.
     weight_decay: float | None = None
     orthogonality: float = 0.0  # Factor of the penalty Σ‖W·Wᵀ − I‖² in the loss.
@@ -147,6 +154,8 @@ class TrainFlags(DataFlags):
 
         ``config`` holds the flags that a resumed run must share with the saved one.
         """
+        from torchpar.training import CheckpointConfig
+
         saving = self.save_every, self.keep, self.async_save
         checkpoint = CheckpointConfig(self.checkpoint, *saving) if self.checkpoint else None
         config = {name: value for name, value in asdict(self).items() if name not in MAY_DIFFER_ON_RESUME}
@@ -155,11 +164,11 @@ class TrainFlags(DataFlags):
         sizes = {"epochs": self.epochs, "batch_size": self.batch_size, "seed": self.seed}
         return {**sizes, "checkpoint": checkpoint, "config": config}
 
-    def layer_sizes(self, train: Samples) -> list[int]:
+    def layer_sizes(self, train: "Samples") -> list[int]:
         """Return the widths of the MLP: of its input, its hidden layers and its output."""
         return [train.inputs(slice(0, 1)).shape[1], *self.hidden, len(train.classes)]
 
-    def total_steps(self, train: Samples) -> int:
+    def total_steps(self, train: "Samples") -> int:
         """Return the number of steps of the run."""
         return self.epochs * math.ceil(len(train) / self.batch_size)
 

@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""Console output of the examples: progress, tables, errors and the last line; and metrics files."""
+"""Console output of the examples: progress, tables, errors and the last line; and metrics files.
+
+It imports torch only to compare or to log tensors.
+"""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 
 from torchpar.errors import ConfigError
+from torchpar.outcome import EpochResult
 from torchpar.profile.phases import Phases
-from torchpar.training.state import EpochResult
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -63,7 +67,7 @@ def print_rows(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], title:
 
 
 def compare(
-    part: str, result: Tensor, reference: Callable[..., Tensor], *inputs: Tensor, terms: int = 1
+    part: str, result: "Tensor", reference: "Callable[..., Tensor]", *inputs: "Tensor", terms: int = 1
 ) -> dict[str, Any]:
     """Print the errors of ``result`` and of PyTorch's ``reference(*inputs)``, and return them.
 
@@ -73,8 +77,10 @@ def compare(
     Raises:
         ConfigError: another shape, or an error above those roundings and twice PyTorch's error.
     """
+    import torch
+
     exact = reference(*(t.double() for t in inputs))
-    found = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+    found = tuple(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
     if found != tuple(exact.shape):
         raise ConfigError(f"{part} is {found}, expected the shape {tuple(exact.shape)}; mend its formula")
     error, native = ((t - exact).abs().max().item() for t in (result, reference(*inputs)))

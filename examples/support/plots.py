@@ -9,20 +9,26 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from torchpar.data import Samples
-from torchpar.training.state import EpochResult
+from torchpar.outcome import EpochResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from torch import Tensor
 
+    from torchpar.data import Samples
+    from torchpar.datasets import Images
+
+Array = NDArray[Any]
 WORST = 36  # number of worst-classified samples to show
 
 
-def save(folder: Path, results: list[EpochResult], outputs: Tensor, test: Samples) -> None:
+def save(
+    folder: Path, results: list[EpochResult], outputs: "Tensor | Array", test: "Samples | Images"
+) -> None:
     """Write ``curves.png``, ``confusion.png`` and ``worst.png``.
 
     Args:
@@ -31,15 +37,23 @@ def save(folder: Path, results: list[EpochResult], outputs: Tensor, test: Sample
     epochs = [asdict(result) for result in results]
     curves = (["train_loss", "test_loss"], ["test_accuracy"])
     save_panels(folder / "curves.png", [Panel(epochs, "epoch", ys) for ys in curves])
-    _save_confusion(folder / "confusion.png", outputs, test)
-    of_label = outputs.gather(1, test.labels[:, None]).squeeze(1)
-    margin = of_label - outputs.scatter(1, test.labels[:, None], -torch.inf).amax(1)
-    worst = margin.argsort()[:WORST]
+    z, labels = as_array(outputs), as_array(test.labels)
+    _save_confusion(folder / "confusion.png", labels, z.argmax(1), test.classes)
+    rows = np.arange(len(labels))
+    others = z.copy()
+    others[rows, labels] = -np.inf
+    worst = (z[rows, labels] - others.max(1)).argsort()[:WORST]  # by the margin of the label
     texts = [
         f"{test.classes[label]}\nread as {test.classes[predicted]}"
-        for label, predicted in zip(test.labels[worst], outputs[worst].argmax(1), strict=True)
+        for label, predicted in zip(labels[worst], z[worst].argmax(1), strict=True)
     ]
-    save_matrices(folder / "worst.png", test.features[worst], "Worst-classified test samples", texts)
+    images = as_array(test.features)[worst]
+    save_matrices(folder / "worst.png", images, "Worst-classified test samples", texts)
+
+
+def as_array(t: "Tensor | Array") -> Array:
+    """Return a NumPy array, of a tensor on any device too."""
+    return t if isinstance(t, np.ndarray) else t.detach().cpu().numpy()
 
 
 def _subplots(rows: int, columns: int, size: tuple[float, float]) -> "tuple[Figure, list[Axes]]":
@@ -100,7 +114,7 @@ def save_curves(path: Path, curves: Mapping[str, Sequence[float]], x: str, y: st
     figure.savefig(path)
 
 
-def save_matrices(path: Path, matrices: Tensor, title: str, texts: Sequence[str] = ()) -> None:
+def save_matrices(path: Path, matrices: "Tensor | Array", title: str, texts: Sequence[str] = ()) -> None:
     """Draw ``matrices (n, rows, columns)`` side by side, each in its own range. Dark is large.
 
     Args:
@@ -111,7 +125,7 @@ def save_matrices(path: Path, matrices: Tensor, title: str, texts: Sequence[str]
     figure, grid = _subplots(rows, columns, (8, 8 * rows / columns + 0.4))
     for axes in grid:
         axes.axis("off")
-    for axes, matrix in zip(grid, matrices.detach().cpu().numpy(), strict=False):
+    for axes, matrix in zip(grid, as_array(matrices), strict=False):
         axes.imshow(matrix, cmap="gray_r")
     for axes, text in zip(grid, texts, strict=False):
         axes.set_title(text, fontsize=7)
@@ -119,17 +133,16 @@ def save_matrices(path: Path, matrices: Tensor, title: str, texts: Sequence[str]
     figure.savefig(path)
 
 
-def _save_confusion(path: Path, outputs: Tensor, test: Samples) -> None:
-    classes = test.classes
-    pairs = test.labels * len(classes) + outputs.argmax(1)
-    confusion = pairs.bincount(minlength=len(classes) ** 2).view(len(classes), -1).cpu()
+def _save_confusion(path: Path, labels: Array, predicted: Array, classes: Sequence[str]) -> None:
+    confusion = np.zeros((len(classes), len(classes)), int)
+    np.add.at(confusion, (labels, predicted), 1)
     figure, (axes,) = _subplots(1, 1, (7, 6))
-    shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-    axes.imshow(shares.sqrt().numpy(), cmap="Blues", vmin=0, vmax=1)  # the root shows small shares
+    shares = confusion / confusion.sum(1, keepdims=True).clip(min=1)
+    axes.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1)  # the root shows small shares
     for label, row in enumerate(confusion.tolist()):
-        for predicted, count in enumerate(row):
-            color = "white" if shares[label, predicted] > 0.25 else "black"
-            axes.text(predicted, label, str(count), ha="center", va="center", color=color, fontsize=8)
+        for read_as, count in enumerate(row):
+            color = "white" if shares[label, read_as] > 0.25 else "black"
+            axes.text(read_as, label, str(count), ha="center", va="center", color=color, fontsize=8)
     axes.set(xlabel="predicted", ylabel="label", title="Test samples by label and prediction")
     axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     axes.set_yticks(range(len(classes)), classes)

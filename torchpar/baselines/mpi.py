@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Data parallelism by MPI: join the processes, end all when one fails, and add up the figures of shares.
+"""Training by MPI: join the processes, scatter arrays, split a hidden layer, and add up figures of shares.
 
-``examples/train_mpi.py`` holds the training loop.
+``examples/train_mpi.py`` and ``examples/fashion_pooled.py`` hold the training loops. This module imports
+NumPy, and under mpirun mpi4py.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +14,9 @@ import numpy as np
 
 from torchpar.baselines.numpy_mlp import MLP, Array
 from torchpar.errors import ConfigError
-from torchpar.parallel.launch.rendezvous import find_rank_info
+from torchpar.rank_info import find_rank_info
+
+POLL = 0.01  # seconds between two looks at a barrier
 
 
 @contextmanager
@@ -44,12 +48,55 @@ def join() -> Iterator[Any]:
 
 
 class OneProcess:
-    """A communicator of one process, which needs no MPI."""
+    """A communicator of one process, which needs no MPI. Its methods are those of mpi4py."""
 
     rank, size = 0, 1
 
     def Allreduce(self, own: Array, total: Array) -> None:
         total[:] = own
+
+    def Bcast(self, buffer: Array) -> None:
+        pass
+
+    def Gather(self, own: Array, rows: Array) -> None:
+        rows[0] = own
+
+    def bcast(self, value: Any) -> Any:
+        return value
+
+    def allgather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+def shares(count: int, size: int) -> list[slice]:
+    """Divide ``count`` rows into ``size`` shares in order, as `numpy.array_split` does."""
+    ends = np.cumsum([count // size + (r < count % size) for r in range(size)]).tolist()
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def scatter(world: Any, rows: Array | None) -> Array:
+    """Return this process's share of the ``rows`` of process 0; the others pass None.
+
+    MPI counts elements, of which a row ``rows[i]`` has many. Shares of different sizes need Scatterv.
+    """
+    if world.size == 1:
+        assert rows is not None
+        return rows
+    shape, dtype = world.bcast(rows if rows is None else (rows.shape, rows.dtype))
+    parts = shares(shape[0], world.size)
+    own = np.empty((parts[world.rank].stop - parts[world.rank].start, *shape[1:]), dtype)
+    per_row = int(np.prod(shape[1:]))
+    counts = [per_row * (part.stop - part.start) for part in parts]
+    world.Scatterv(rows if rows is None else [np.ascontiguousarray(rows), counts], own)
+    return own
+
+
+def wait(world: Any) -> None:
+    """Wait until all processes call this. Unlike Barrier it leaves the core to those that still compute."""
+    if world.size > 1:
+        request = world.Ibarrier()
+        while not request.Test():
+            time.sleep(POLL)
 
 
 def evaluate(world: Any, model: MLP, share: Sequence[Array], size: int) -> tuple[float, float]:
@@ -58,3 +105,71 @@ def evaluate(world: Any, model: MLP, share: Sequence[Array], size: int) -> tuple
     total = np.empty_like(own)
     world.Allreduce(own, total)
     return float(total[0] / size), float(total[1] / size)
+
+
+class HiddenSplitMLP(MLP):
+    """Model parallelism: this process's units of a perceptron's only hidden layer.
+
+    Process r has the columns r of W⁰, their biases, and the rows r of W¹. Every process takes all samples.
+
+        aᵣ = f(x·W⁰[:, r] + b⁰[r])    z = Σᵣ aᵣ·W¹[r, :] + b¹
+
+    One Allreduce of ``(b, classes)`` adds up the products. Then every process knows z, and with it ∂L/∂z. The
+    gradients of its own weights need nothing else, so the backward pass sends no message. b¹ is on all
+    processes, and takes the same steps there.
+
+    Args:
+        whole: the same on all processes; its weights are copied.
+        world: communicator.
+
+    Raises:
+        ConfigError: another number of hidden layers than one.
+    """
+
+    def __init__(self, whole: MLP, world: Any):
+        if len(whole.sizes) != 3:
+            raise ConfigError(
+                f"the sizes are {list(whole.sizes)}, expected one hidden layer, whose units are split; "
+                "take one width, or split the data"
+            )
+        inputs, width, classes = whole.sizes
+        own = shares(width, world.size)[world.rank]
+        super().__init__(
+            (inputs, own.stop - own.start, classes),
+            hidden=whole.hidden,
+            loss=whole.loss,
+            init="zero",
+            dtype=whole.parameters.dtype.type,
+        )
+        self.world = world
+        for mine, all_of_it in (
+            (self.weights[0], whole.weights[0][:, own]),
+            (self.biases[0], whole.biases[0][own]),
+            (self.weights[1], whole.weights[1][own]),
+            (self.biases[1], whole.biases[1]),
+        ):
+            mine[:] = all_of_it
+
+    def output_layer(self, a: Array) -> Array:
+        own = a @ self.weights[1]
+        z = np.empty_like(own)
+        self.world.Allreduce(own, z)
+        z += self.biases[1]
+        return z
+
+    def whole(self) -> MLP:
+        """Return the perceptron with the units of all processes. Every process calls this."""
+        parts = self.world.allgather((self.weights, self.biases))
+        weights, biases = zip(*parts, strict=True)
+        hidden = [np.concatenate([w[0] for w in weights], 1), np.concatenate([b[0] for b in biases])]
+        model = MLP(
+            (len(hidden[0]), len(hidden[1]), self.sizes[-1]),
+            hidden=self.hidden,
+            loss=self.loss,
+            init="zero",
+            dtype=self.parameters.dtype.type,
+        )
+        model.weights[0][:], model.biases[0][:] = hidden
+        model.weights[1][:] = np.concatenate([w[1] for w in weights])
+        model.biases[1][:] = self.biases[1]
+        return model

@@ -1,25 +1,31 @@
 # SPDX-License-Identifier: MIT
 """Operators in NumPy, and a multilayer perceptron with backpropagation by hand.
 
-Layer i computes zⁱ = aⁱ·Wⁱ + bⁱ, where a⁰ = x. Hidden layers continue with aⁱ⁺¹ = σ(zⁱ). The loss L is the
-cross-entropy of softmax(z), or the binary cross-entropy of σ(z) summed over the classes. For both,
-∂L/∂z = p − t at the output, with the probabilities p and the one-hot label t. Backpropagation takes
-δ = ∂L/∂zⁱ from the last layer to the first:
+Layer i computes zⁱ = aⁱ·Wⁱ + bⁱ, where a⁰ = x. Hidden layers continue with aⁱ⁺¹ = f(zⁱ), where f is the
+sigmoid σ or tanh. The loss L is the cross-entropy of softmax(z), or the binary cross-entropy of σ(z) summed
+over the classes. For both, ∂L/∂z = p − t at the output, with the probabilities p and the one-hot label t.
+Backpropagation takes δ = ∂L/∂zⁱ from the last layer to the first:
 
-    ∂L/∂Wⁱ = aⁱᵀ·δ    ∂L/∂bⁱ = Σ δ over samples    ∂L/∂zⁱ⁻¹ = δ·Wⁱᵀ ⊙ aⁱ ⊙ (1 − aⁱ)
+    ∂L/∂Wⁱ = aⁱᵀ·δ    ∂L/∂bⁱ = Σ δ over samples    ∂L/∂zⁱ⁻¹ = δ·Wⁱᵀ ⊙ f'(zⁱ⁻¹)
 
-The last formula uses σ' = σ·(1 − σ).
+The derivatives are known from the activations a = f(z): σ' = a·(1 − a), and tanh' = 1 − a².
+
+This module imports NumPy alone; `MLP.copy_to` takes a model of PyTorch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    import torch
+
 Array = NDArray[Any]
+Hidden = Literal["sigmoid", "tanh"]
+Init = Literal["xavier", "zero"]
 Loss = Literal["cross-entropy", "bce"]
 
 
@@ -54,8 +60,37 @@ def sigmoid(z: Array) -> Array:
     return result
 
 
+def sigmoid_prime(a: Array) -> Array:
+    """Return the sigmoid's derivative ``σ'(z) = a·(1 − a)``, from ``a = σ(z)``."""
+    derivative: Array = a * (1 - a)
+    return derivative
+
+
+def tanh_prime(a: Array) -> Array:
+    """Return the hyperbolic tangent's derivative ``tanh'(z) = 1 − a²``, from ``a = tanh(z)``."""
+    return 1 - a * a
+
+
+class Activation(NamedTuple):
+    """An activation and its derivative.
+
+    Attributes:
+        function: of z.
+        prime: the derivative at z, from the function's value a.
+    """
+
+    function: Callable[[Array], Array]
+    prime: Callable[[Array], Array]
+
+
+ACTIVATIONS: dict[Hidden, Activation] = {
+    "sigmoid": Activation(sigmoid, sigmoid_prime),
+    "tanh": Activation(np.tanh, tanh_prime),
+}
+
+
 class MLP:
-    """A multilayer perceptron with sigmoid hidden layers.
+    """A multilayer perceptron.
 
     All parameters are in one vector, so that one message carries them or their gradient.
 
@@ -66,24 +101,32 @@ class MLP:
 
     Args:
         sizes: such as [784, 30, 10].
+        hidden: activation of the hidden layers, "sigmoid" or "tanh".
         loss: "cross-entropy" takes the softmax of the outputs; "bce", binary cross-entropy per class, takes
             their sigmoids.
-        seed: of the weights, which are drawn from a normal distribution of variance 2/(size_i + size_i+1)
-            (Glorot and Bengio, 2010). Biases are 0.
+        init: "xavier" draws the weights from a normal distribution of variance 2/(size_i + size_i+1) (Glorot
+            and Bengio, 2010). With "zero" all units of a layer have the same gradient. They stay
+            alike until roundings tell them apart. Biases are 0.
+        seed: of the weights.
     """
 
     def __init__(
         self,
         sizes: Sequence[int],
         *,
+        hidden: Hidden = "sigmoid",
         loss: Loss = "cross-entropy",
+        init: Init = "xavier",
         seed: int = 0,
         dtype: type[np.floating[Any]] = np.float32,
     ):
         self.sizes = tuple(sizes)
+        self.hidden = hidden
         self.loss = loss
         self.parameters = np.zeros(sum((m + 1) * n for m, n in pairwise(sizes)), dtype)
         self.weights, self.biases = self.views(self.parameters)
+        if init == "zero":
+            return
         generator = np.random.default_rng(seed)
         for weight in self.weights:
             weight[:] = generator.normal(scale=(2 / sum(weight.shape)) ** 0.5, size=weight.shape)
@@ -99,10 +142,20 @@ class MLP:
 
     def forward(self, x: Array) -> tuple[list[Array], Array]:
         """Return the inputs of all layers and the outputs ``(b, classes)``, for ``x (b, size_0)``."""
+        inputs = self.hidden_layers(x)
+        return inputs, self.output_layer(inputs[-1])
+
+    def hidden_layers(self, x: Array) -> list[Array]:
+        """Return the inputs of all layers: ``x (b, size_0)``, and the activations of each hidden layer."""
         inputs = [x]
         for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
-            inputs.append(sigmoid(inputs[-1] @ weight + bias))
-        return inputs, inputs[-1] @ self.weights[-1] + self.biases[-1]
+            inputs.append(ACTIVATIONS[self.hidden].function(inputs[-1] @ weight + bias))
+        return inputs
+
+    def output_layer(self, a: Array) -> Array:
+        """Return the outputs ``z (b, classes)`` for the last layer's input ``a``."""
+        z: Array = a @ self.weights[-1] + self.biases[-1]
+        return z
 
     def loss_sum(self, z: Array, labels: Array) -> tuple[float, Array]:
         """Return the loss of the outputs ``z``, summed over samples, and its gradient by ``z``."""
@@ -130,7 +183,7 @@ class MLP:
             np.matmul(inputs[i].T, delta, out=d_weights[i])
             np.sum(delta, axis=0, out=d_biases[i])
             if i > 0:
-                delta = delta @ self.weights[i].T * inputs[i] * (1 - inputs[i])
+                delta = delta @ self.weights[i].T * ACTIVATIONS[self.hidden].prime(inputs[i])
         return gradient
 
     def gradients(self, x: Array, labels: Array) -> tuple[float, Array]:
@@ -144,32 +197,45 @@ class MLP:
         z = self.forward(x)[1]
         return self.loss_sum(z, labels)[0], int((z.argmax(axis=1) == labels).sum())
 
-    @torch.no_grad()
-    def copy_to(self, model: torch.nn.Module) -> None:
+    def copy_to(self, model: "torch.nn.Module") -> None:
         """Copy the weights and biases to ``model``, PyTorch's linear layers of the same sizes."""
+        import torch
+
         layers = zip(self.weights, self.biases, strict=True)
-        for p, value in zip(model.parameters(), (t for layer in layers for t in layer), strict=True):
-            p.copy_(torch.from_numpy(value.T))
+        with torch.no_grad():
+            for p, value in zip(model.parameters(), (t for layer in layers for t in layer), strict=True):
+                p.copy_(torch.from_numpy(value.T))
 
 
 class SGD:
-    """Gradient descent with momentum and an L2 penalty ``λ/2·‖W‖²`` of the weights, as `torch.optim.SGD`.
+    """Gradient descent with momentum and an L2 penalty, as `torch.optim.SGD`.
 
-    ``v ← momentum·v + g + λ·W``, ``p ← p − lr·v``.
+    ``v ← momentum·v + g + λ·W``, ``p ← p − lr·v``. The penalty is ``λ/2·‖W‖²`` of the weights, or with
+    ``decay_biases`` ``λ/2·‖p‖²`` of all parameters.
     """
 
-    def __init__(self, model: MLP, lr: float, momentum: float = 0.0, weight_decay: float = 0.0):
+    def __init__(
+        self,
+        model: MLP,
+        lr: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        decay_biases: bool = False,
+    ):
         self.model = model
         self.lr = lr
         self.momentum = momentum
         self.weight_decay = weight_decay
+        self.decay_biases = decay_biases
         self.velocity = np.zeros_like(model.parameters)
 
     def step(self, gradient: Array) -> None:
         """Update the parameters by ``gradient``, a vector laid out as they are."""
         self.velocity *= self.momentum
         self.velocity += gradient
-        if self.weight_decay:
+        if self.weight_decay and self.decay_biases:
+            self.velocity += self.weight_decay * self.model.parameters
+        elif self.weight_decay:
             for velocity, weight in zip(self.model.views(self.velocity)[0], self.model.weights, strict=True):
                 velocity += self.weight_decay * weight
         self.model.parameters -= self.lr * self.velocity

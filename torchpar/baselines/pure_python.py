@@ -6,6 +6,7 @@ A matrix is a list of rows. Integers stay integers, so their results are exact.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 Vector = list[float]
 Matrix = list[Vector]
@@ -63,6 +64,16 @@ def sigmoid(z: float) -> float:
     return power / (1 + power)
 
 
+def sigmoid_prime(a: float) -> float:
+    """Return the sigmoid's derivative ``σ'(z) = a·(1 − a)``, from ``a = σ(z)``."""
+    return a * (1 - a)
+
+
+def add_elementwise(a: list[Any], b: list[Any]) -> list[Any]:
+    """Return the sums of the elements of two lists: of numbers, or of NumPy arrays such as all gradients."""
+    return [x + y for x, y in zip(a, b, strict=True)]
+
+
 def gradients(
     weights: list[Matrix], biases: list[Vector], x: Matrix, labels: Sequence[int]
 ) -> tuple[float, list[Matrix], list[Vector]]:
@@ -97,8 +108,7 @@ def gradients(
         delta[label] -= 1
 
         for layer in reversed(range(len(weights))):
-            for j, d in enumerate(delta):
-                d_biases[layer][j] += d
+            d_biases[layer] = add_elementwise(d_biases[layer], delta)
             for a, d_row in zip(activations[layer], d_weights[layer], strict=True):
                 for j, d in enumerate(delta):
                     d_row[j] += a * d
@@ -108,6 +118,6 @@ def gradients(
                     total = 0.0
                     for w, d in zip(row, delta, strict=True):
                         total += w * d
-                    back.append(total * a * (1 - a))
+                    back.append(total * sigmoid_prime(a))
                 delta = back
     return loss, d_weights, d_biases

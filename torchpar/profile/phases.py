@@ -8,15 +8,17 @@
     print(phases.seconds)
 
 A step is divided at its backward pass: what comes before it is "forward", what comes after it "optimizer".
-`torchpar.training.Run` divides its steps so, if a `Phases` is active.
+`torchpar.training.Run` divides its steps so, if a `Phases` is active. A program without PyTorch names its
+phases itself: ``Phases(names=["forward", "gather"])``.
 """
 
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 B = TypeVar("B")
 PHASES = ("data", "forward", "backward", "pipeline", "collectives", "optimizer")
@@ -24,7 +26,7 @@ PHASES = ("data", "forward", "backward", "pipeline", "collectives", "optimizer")
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Count the seconds of the block as phase ``name``, one of `PHASES`, if a `Phases` is active.
+    """Count the seconds of the block as phase ``name``, if a `Phases` is active.
 
     As a decorator, count each call of the function.
     """
@@ -48,26 +50,36 @@ class Phases:
     pass is a call of `torch.Tensor.backward`; one by `torch.autograd.backward` is not noticed.
 
     Attributes:
-        seconds: of each of `PHASES`.
+        seconds: of each phase.
+
+    Args:
+        device: that computes; None for a program without PyTorch, whose backward pass is a `measure`.
+        names: of the phases; those of `steps` and `step` are among them, if these are called.
     """
 
     active: ClassVar["Phases | None"] = None
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: "torch.device | None" = None, names: Iterable[str] = PHASES):
         self.device = device
-        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.seconds = dict.fromkeys(names, 0.0)
         self._current = ""  # within a step, the phase of the time outside inner phases
         self._since = 0.0  # when it began
 
     def __enter__(self) -> "Phases":
         Phases.active = self
-        # PyTorch has hooks around a forward pass and an optimizer's step, but none around a backward pass.
-        self._backward = torch.Tensor.backward
-        torch.Tensor.backward = phase("backward")(self._backward)  # type: ignore[method-assign]
+        if self.device is not None:
+            import torch
+
+            # PyTorch has hooks around a forward pass and an optimizer's step, but none around a backward.
+            self._backward = torch.Tensor.backward
+            torch.Tensor.backward = phase("backward")(self._backward)  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *error: object) -> None:
-        torch.Tensor.backward = self._backward  # type: ignore[method-assign]
+        if self.device is not None:
+            import torch
+
+            torch.Tensor.backward = self._backward  # type: ignore[method-assign]
         Phases.active = None
 
     def steps(self, batches: Iterable[B]) -> Iterator[B]:
@@ -104,6 +116,8 @@ class Phases:
 
     def _now(self) -> float:
         """Return the seconds that no phase has counted: an outer phase lacks those of an inner one."""
-        if self.device.type == "cuda":
+        if self.device is not None and self.device.type == "cuda":
+            import torch
+
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - sum(self.seconds.values())

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Training: losses, optimizers, and the `Run` that evaluates, saves and resumes."""
 
+from torchpar.outcome import EpochResult, Stopped
 from torchpar.parallel.save.checkpoint import CheckpointConfig
 from torchpar.training.fused import FusedGradients
 from torchpar.training.losses import add_orthogonality_gradient, evaluate, orthogonality_penalty
 from torchpar.training.optimizers import LRSchedule, lr_scheduler, muon, sgd
-from torchpar.training.run import Run, RunLog, Stopped
-from torchpar.training.state import EpochResult
+from torchpar.training.run import Run, RunLog
 
 __all__ = [
     "CheckpointConfig",

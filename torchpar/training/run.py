@@ -17,7 +17,6 @@ same step when one of them receives SIGTERM or SIGINT.
 
 import json
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -31,26 +30,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from torchpar.data import Batch, Samples, batches
 from torchpar.errors import ConfigError, DivergedError
+from torchpar.outcome import EpochResult, Stopped
 from torchpar.parallel.launch.agreement import check_same_bits, check_same_on_all_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import CheckpointConfig, Checkpoints
 from torchpar.profile.phases import phase, step
 from torchpar.training import state
 from torchpar.training.losses import Loss, cross_entropy_sum, evaluate
-from torchpar.training.state import EpochResult
 from torchpar.training.stop import StopSignal
-
-
-class Stopped(Exception):
-    """A rank received SIGTERM or SIGINT. All ranks have saved the same step.
-
-    Attributes:
-        signal: its number.
-    """
-
-    def __init__(self, number: int):
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.signal = number
 
 
 class RunLog:

@@ -4,44 +4,19 @@
 It is the parameters, the optimizer, the learning rate, the random state, and the position in the data.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError, first_line
+from torchpar.outcome import EpochResult
 from torchpar.parallel.save.checkpoint import Checkpoints
 from torchpar.parts import as_dtensor, is_marked, part_of
 
 if TYPE_CHECKING:
     from torchpar.training.run import Run
-
-
-@dataclass(frozen=True)
-class EpochResult:
-    """Figures of one epoch.
-
-    Attributes:
-        epoch: from 1.
-        train_loss: mean over the epoch's training samples, each at the step that trained on it.
-        test_loss: mean over all test samples, after the epoch.
-        test_accuracy: in [0, 1].
-        samples_per_s: training samples per second over all ranks, without evaluation. In a resumed epoch,
-            those since it was resumed.
-        seconds: of training and evaluation. In a resumed epoch, those since it was resumed.
-        ranks: number of processes.
-        device: "cpu" or "cuda".
-    """
-
-    epoch: int
-    train_loss: float
-    test_loss: float
-    test_accuracy: float
-    samples_per_s: float
-    seconds: float
-    ranks: int
-    device: str
 
 
 def save(run: "Run", checkpoints: Checkpoints) -> None:

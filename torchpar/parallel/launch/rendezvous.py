@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Rank and address from the launcher's environment, and the store through which the ranks connect."""
+"""The store through which the ranks connect."""
 
 import os
 import threading
 import time
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
@@ -15,94 +13,11 @@ from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from torchpar.errors import ConfigError, RankLostError
+from torchpar.rank_info import RankInfo
 
 T = TypeVar("T")
 POLL = 0.02  # seconds between two requests to the store
 LATER = 1.0  # seconds that the others wait longer than rank 0, which tells them who is missing
-
-
-@dataclass(frozen=True)
-class RankInfo:
-    """Rank of this process, numbers of ranks, and address of the store.
-
-    Attributes:
-        rank: 0 … world_size − 1 over all machines.
-        local_rank: 0 … local_world_size − 1 on this machine.
-        world_size: number of ranks on all machines.
-        local_world_size: number of ranks on this machine.
-        address: host of the store.
-        port: port of the store.
-        launcher: "torchrun", whose agent hosts the store. Rank 0 hosts it under "openmpi", "mpich" and "env"
-            (RANK and the other variables were set by something else).
-    """
-
-    rank: int
-    local_rank: int
-    world_size: int
-    local_world_size: int
-    address: str
-    port: int
-    launcher: str
-
-
-# Rank, world size, local rank, and local world size under each launcher.
-_VARIABLES = {
-    "env": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    "openmpi": tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
-    "mpich": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-}
-
-
-def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo | None:
-    """Read the variables of torchrun, or of mpirun (Open MPI and MPICH).
-
-    MASTER_ADDR and MASTER_PORT are read under each launcher. Without them the address is 127.0.0.1 on one
-    machine, and the port is derived from the job's name, which MPICH does not tell: its second job on a
-    machine needs a MASTER_PORT.
-
-    Returns:
-        None without a launcher, and for the only process of an mpirun.
-
-    Raises:
-        ConfigError: a variable is missing or out of range, the ranks span machines without MASTER_ADDR and
-            MASTER_PORT, or srun started several tasks without torchrun.
-    """
-    # mpirun comes before SLURM: in an allocation its ranks inherit the SLURM variables of its daemons.
-    job = None
-    if "RANK" in env:
-        launcher = "env"
-        env = {"LOCAL_RANK": env["RANK"], "LOCAL_WORLD_SIZE": env.get("WORLD_SIZE", ""), **env}
-    elif "OMPI_COMM_WORLD_RANK" in env:
-        launcher, job = "openmpi", env.get("PMIX_NAMESPACE")
-    elif "PMI_RANK" in env and ("MPI_LOCALRANKID" in env or "SLURM_STEP_ID" not in env):
-        launcher = "mpich"  # which names no job; srun --mpi=pmi2 sets PMI_RANK, too
-    elif env.get("SLURM_STEP_NUM_TASKS", "1") != "1":
-        raise ConfigError("srun started several tasks, expected one torchrun per node: examples/cluster")
-    else:
-        return None
-    rank, world_size, local_rank, local_world_size = (_number(env, name) for name in _VARIABLES[launcher])
-    if world_size == 1 and launcher != "env":
-        return None
-    if not (rank < world_size and local_rank < local_world_size <= world_size):
-        raise ConfigError(
-            f"{launcher} sets rank {rank} of {world_size} and local rank {local_rank} of {local_world_size}, "
-            "expected ranks below their number, and no more local ranks than ranks"
-        )
-
-    address, on_one_machine = env.get("MASTER_ADDR"), local_world_size == world_size
-    if not on_one_machine and not (address and env.get("MASTER_PORT")):
-        raise ConfigError(
-            "ranks on several machines need MASTER_ADDR, the host of rank 0, and MASTER_PORT: "
-            "mpirun -x MASTER_ADDR=… -x MASTER_PORT=… of Open MPI, or -genv MASTER_ADDR … of MPICH"
-        )
-    # Ports from 32768 on are those that Linux gives to outgoing connections.
-    default = 20000 + zlib.crc32((job or launcher).encode()) % 12000
-    port = _number({"MASTER_PORT": str(default), **env}, "MASTER_PORT")
-    if not 0 < port < 2**16:
-        raise ConfigError(f"MASTER_PORT is {port}, expected 1 to 65535")
-    if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and launcher == "env":
-        launcher = "torchrun"
-    return RankInfo(rank, local_rank, world_size, local_world_size, address or "127.0.0.1", port, launcher)
 
 
 def connect(info: RankInfo, timeout: timedelta) -> Store:
@@ -229,11 +144,3 @@ def _join(store: Store, rank: int, timeout: timedelta) -> int:
 
 def _did_not_join(ranks: str, timeout: timedelta) -> RankLostError:
     return RankLostError(f"rank {ranks} did not join the others within {timeout.total_seconds():g} s")
-
-
-def _number(env: Mapping[str, str], name: str) -> int:
-    if name not in env:
-        raise ConfigError(f"{name} is not set, expected an integer from the launcher")
-    if not env[name].isdecimal():
-        raise ConfigError(f"{name} is {env[name]!r}, expected an integer of at least 0")
-    return int(env[name])

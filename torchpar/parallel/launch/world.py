@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torchpar.errors import ConfigError, RankLostError
 from torchpar.parallel.launch import rendezvous
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
+from torchpar.rank_info import RankInfo, find_rank_info
 
 TIMEOUT = 1800.0
 PATIENCE = 1.5  # seconds in which each rank whose collective failed reports to the store
@@ -133,8 +134,8 @@ def join_world(device: str = "auto", timeout: float = TIMEOUT, alone: bool = Fal
         raise ConfigError(f"device is {device!r}, expected 'auto', 'cpu' or 'cuda'")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda, but PyTorch finds no GPU; take cpu")
-    launched = rendezvous.find_rank_info()
-    info = launched or rendezvous.RankInfo(0, 0, 1, 1, address="", port=0, launcher="none")
+    launched = find_rank_info()
+    info = launched or RankInfo(0, 0, 1, 1, address="", port=0, launcher="none")
     if alone and info.world_size > 1:
         raise ConfigError(f"{info.world_size} processes were started, expected 1; start without a launcher")
     if device == "cpu" or not torch.cuda.is_available():
