@@ -229,7 +229,7 @@ class Flags(cli.ExampleFlags):
             raise ConfigError("--fused has no sigmoid to fuse, expected --activation sigmoid; add it")
 
 
-def build(
+def build_network(
     sizes: Sequence[int], activation: str = "relu", output: str = "", fused: bool = False, **options: Any
 ) -> Network:
     """Return linear layers of these ``sizes``, with an activation after each.
@@ -310,7 +310,9 @@ def check_gradients(device: torch.device) -> dict[str, Errors]:
     errors = {type(layer).__name__: check_layer(layer, x) for layer in layers}
     errors["BinaryCrossEntropy"] = check_loss(BinaryCrossEntropy(), x[:, :1].sigmoid(), labels)
     errors["SoftmaxCrossEntropy"] = check_loss(SoftmaxCrossEntropy(), x, labels)
-    errors["a network of three layers"] = check_layer(build([5, 4, 3, 1], "tanh", "sigmoid", **options), x)
+    errors["a network of three layers"] = check_layer(
+        build_network([5, 4, 3, 1], "tanh", "sigmoid", **options), x
+    )
     parts = ("input", "weight", "bias")
     rows = [
         {"layer": name} | {part: f"{found[part]:.1e}" if part in found else "" for part in parts}
@@ -382,7 +384,7 @@ def main(flags: Flags) -> None:
         hidden = ((30,) if of_points else (128,)) if flags.hidden is None else flags.hidden
         sizes = [samples.inputs(slice(0, 1)).shape[1], *hidden, 1 if of_points else len(test.classes)]
         output = "sigmoid" if of_points else ""
-        network = build(sizes, flags.activation, output, flags.fused, device=world.device)
+        network = build_network(sizes, flags.activation, output, flags.fused, device=world.device)
         loss = BinaryCrossEntropy() if of_points else SoftmaxCrossEntropy()
         print(" → ".join(type(layer).__name__ for layer in (*network.layers, loss)))
         results = train(network, loss, flags, samples, test)

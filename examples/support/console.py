@@ -86,6 +86,43 @@ def compare(
     return {"part": part, "error": error, "pytorch_error": native}
 
 
+def compare_gradients(
+    part: str,
+    function: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    inputs: Mapping[str, Tensor],
+    terms: int = 1,
+) -> list[dict[str, Any]]:
+    """Compare the gradients of Σ G ⊙ f with respect to each of the ``inputs``, as `compare` does.
+
+    Args:
+        function: of the inputs, differentiable by autograd; ``reference`` is PyTorch's.
+
+    Raises:
+        ConfigError: as from `compare`, or ``function`` has no gradient.
+    """
+
+    def gradients(f: Callable[..., Tensor], *values: Tensor) -> tuple[Tensor, ...]:
+        leaves = [t.detach().requires_grad_() for t in values]
+        y = f(*leaves)
+        if not y.requires_grad:
+            raise ConfigError(f"{part} has no gradient, expected one; compute it by PyTorch's operators")
+        g = torch.linspace(-1, 1, y.numel(), device=y.device).to(y).view(y.shape)
+        return torch.autograd.grad(y, leaves, g, materialize_grads=True)
+
+    found = gradients(function, *inputs.values())
+    return [
+        compare(
+            f"{part}, gradient of {name}",
+            found[i],
+            lambda *values, i=i: gradients(reference, *values)[i],
+            *inputs.values(),
+            terms=terms,
+        )
+        for i, name in enumerate(inputs)
+    ]
+
+
 def summary(results: list[EpochResult]) -> str:
     """Return the run's last line: the last epoch's accuracy and loss, and the seconds of all epochs."""
     last = results[-1]
