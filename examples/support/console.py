@@ -107,7 +107,7 @@ def compare_gradients(
         y = f(*leaves)
         if not y.requires_grad:
             raise ConfigError(f"{part} has no gradient, expected one; compute it by PyTorch's operators")
-        g = torch.linspace(-1, 1, y.numel(), device=y.device).to(y).view(y.shape)
+        g = torch.linspace(-1, 2, y.numel(), device=y.device).to(y).view(y.shape)
         return torch.autograd.grad(y, leaves, g, materialize_grads=True)
 
     found = gradients(function, *inputs.values())

@@ -67,7 +67,7 @@ class Memory:
             if _address(tensor) in weights:
                 return tensor
             key = tensor.data_ptr(), tensor.nbytes  # a transposed tensor has the same
-            saved = _Saved(tensor)
+            saved = _Saved(tensor.detach())  # an output would keep the operator that keeps it
             weakref.finalize(saved, self._release, key)
             self._bytes += tensor.nbytes * (not self._saved[key])
             self._saved[key] += 1
