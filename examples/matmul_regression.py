@@ -116,7 +116,7 @@ def save_paths(file: Path, batch_sizes: tuple[int, ...], lr: float, device: torc
         file,
         paths,
         lambda w: mse_loss(x @ w.to(x).T, y[:, None].expand(-1, len(w)), reduction="none").mean(0),
-        f"one pass, learning rate {lr:g}; lines of equal cost",
+        f"one pass, learning rate {lr:g}\n(grey: lines of equal cost)",
     )
 
 

@@ -283,11 +283,12 @@ def report(flags: Flags) -> list[dict[str, Any]]:
         for n in flags.processes[1:]:
             row = {"batch_size": size, "ms_on_1": ms[Way(size)], "N": n, "predicted": amdahl(p, n)}
             speedups.append(row | {"N_processes": of_processes[n], "N_threads": of_threads[n]})
-        fits.append({"batch_size": size})
-        for way, share in ("profile", p), ("processes", fit(of_processes)), ("threads", fit(of_threads)):
-            fits[-1] |= {f"p_of_{way}": share, f"limit_of_{way}": limit(share)}
+        for by, share in ("profile", p), ("processes", fit(of_processes)), ("threads", fit(of_threads)):
+            fits.append({"batch_size": size, "by": by, "p": share, "limit": limit(share)})
     console.print_rows(speedups, list(speedups[0]), "speed-up, predicted by the profile and measured")
-    console.print_rows(fits, list(fits[0]), "p and the limit 1/(1 − p), by the profile and by measured times")
+    console.print_rows(
+        fits, list(fits[0]), "p and the limit 1/(1 − p), by the profile and fitted to the times"
+    )
     print(f"all numbers of processes and threads reach the same loss (largest difference {off:.0e})")
     most = flags.processes[-1]
     if len(flags.processes) == 2:

@@ -5,10 +5,12 @@
 """
 
 import re
+from collections.abc import Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -31,6 +33,7 @@ from support.console import compare, compare_gradients
 from support.measure import peak_bytes
 from support.points import MARGIN
 
+from torchpar.data import Batch, batches
 from torchpar.errors import ConfigError
 
 # The quadrants
@@ -326,13 +329,13 @@ def test_the_report_fits_the_medians_of_all_rounds_but_the_first(monkeypatch, ca
     }
     monkeypatch.setattr(quadrants, "measure", lambda flags: rounds)
     report = partial(quadrants.report, quadrants.Flags(processes=(1, 2), sizes=(64,), device="cpu"))
-    gain, fitted = report()
+    gain, *fitted = report()
     # p = (0.2 + 0.4 + 1 + 2) / 4
     times = {"ms_on_1": 2000.0, "predicted": 1 / (0.1 + 0.9 / 2), "N_processes": 1.6, "N_threads": 1.0}
     assert gain == pytest.approx({"batch_size": 64, "N": 2} | times)
-    profile = {"p_of_profile": 0.9, "limit_of_profile": 10}
-    measured = {"p_of_processes": 0.75, "limit_of_processes": 4, "p_of_threads": 0, "limit_of_threads": 1}
-    assert fitted == pytest.approx({"batch_size": 64} | profile | measured)
+    for row, by, p in zip(fitted, ("profile", "processes", "threads"), (0.9, 0.75, 0), strict=True):
+        assert (row["batch_size"], row["by"]) == (64, by)
+        assert (row["p"], row["limit"]) == pytest.approx((p, 1 / (1 - p)))
     out = capsys.readouterr().out
     lines = [re.findall(r"[\w%.:]+", line) for line in out.splitlines() if line.startswith("│")][:3]
     assert lines[0] == ["Linear", "25.00%", "50.00%", "75.00%"]
@@ -340,10 +343,24 @@ def test_the_report_fits_the_medians_of_all_rounds_but_the_first(monkeypatch, ca
     assert lines[2] == ["all:", "p", "30.00%", "60.00%", "90.00%"]
     assert "left out: the speed-up from CPU to GPU, as --device is cpu" in out
     rounds[two][1:] = [Epoch(1.0, 0.1)]
-    assert report()[1]["limit_of_processes"] is None  # everything is divided
+    assert report()[2]["limit"] is None  # everything is divided
     rounds[two][0] = Epoch(9.0, 0.5001)
     with pytest.raises(ConfigError, match="is off by 2e-04 of that on one"):
         report()
+
+
+def shares_of_an_epoch() -> tuple[list[int], float]:
+    """The sizes of a rank's shares of the batches, and the loss after the epoch."""
+    sizes = []
+
+    def counted(*args: Any, **options: Any) -> Iterator[Batch]:
+        for batch in batches(*args, **options):
+            sizes.append(len(batch.x))
+            yield batch
+
+    with patch.object(quadrants, "batches", counted):
+        epoch = quadrants.time_epoch(0, Way(8192, processes=2), 1, torch.float64)
+    return sizes, epoch.loss
 
 
 def test_an_epoch_of_the_report_is_the_same_on_two_ranks_and_its_layers_take_most_of_it(ranks):
@@ -353,7 +370,8 @@ def test_an_epoch_of_the_report_is_the_same_on_two_ranks_and_its_layers_take_mos
     kinds = ("Linear", "ReLU", "Sigmoid", "BinaryCrossEntropy")
     assert set(alone.parts) == set(product(kinds, quadrants.PASSES))
     assert 0.5 * alone.seconds < sum(alone.parts.values()) < alone.seconds
-    pair = ranks(2, quadrants.time_epoch, 0, Way(8192, processes=2), 1, torch.float64)
-    assert {epoch.loss for epoch in pair} == {pair[0].loss}
-    assert pair[0].loss == pytest.approx(alone.loss, rel=1e-12)
+    pair = ranks(2, shares_of_an_epoch)
+    assert [shares for shares, _ in pair] == [[4096] * 4] * 2
+    assert {loss for _, loss in pair} == {pair[0][1]}
+    assert pair[0][1] == pytest.approx(alone.loss, rel=1e-12)
     assert quadrants.time_epoch(0, Way(4096), 1, torch.float64).loss != pytest.approx(alone.loss, rel=1e-3)
