@@ -286,9 +286,7 @@ def report(flags: Flags) -> list[dict[str, Any]]:
         for by, share in ("profile", p), ("processes", fit(of_processes)), ("threads", fit(of_threads)):
             fits.append({"batch_size": size, "by": by, "p": share, "limit": limit(share)})
     console.print_rows(speedups, list(speedups[0]), "speed-up, predicted by the profile and measured")
-    console.print_rows(
-        fits, list(fits[0]), "p and the limit 1/(1 − p), by the profile and fitted to the times"
-    )
+    console.print_rows(fits, list(fits[0]), "p, and the limit 1/(1 − p)")
     print(f"all numbers of processes and threads reach the same loss (largest difference {off:.0e})")
     most = flags.processes[-1]
     if len(flags.processes) == 2:

@@ -20,7 +20,7 @@ A loss ends the network. It is a mean over n samples with targets t:
     SoftmaxCrossEntropy    L = −1/n · Σ t·ln softmax(z)                  ∂L/∂z = (softmax(z) − t) / n
 
 Before it trains, the script compares each layer's gradients with (L(x + h) − L(x − h)) / 2h, in float64. So
-it checks a formula that you have changed, too.
+it checks a formula that you have changed, and a layer that you have added to `ACTIVATIONS`.
 """
 
 import math
@@ -206,6 +206,7 @@ class Network(Layer):
             p.sub_(g, alpha=lr)
 
 
+# A layer of your own that you add here is checked, and can be chosen by --activation.
 ACTIVATIONS: dict[str, type[Layer]] = {"relu": ReLU, "sigmoid": Sigmoid, "tanh": Tanh}
 
 
@@ -217,7 +218,7 @@ class Flags(cli.ExampleFlags):
     data: Path = cli.DataFlags.data  # Folder of the data sets, as torchvision's root.
     samples: int | None = None  # Train on the first ones only; by default on 4000 points, or on all images.
     hidden: tuple[int, ...] | None = None  # Widths of the hidden layers; by default 30, for images 128.
-    activation: Literal["relu", "sigmoid", "tanh"] = "relu"  # Function between the layers.
+    activation: str = "relu"  # Function between the layers: relu, sigmoid, tanh, or one of your own.
     fused: bool = False  # Compute a linear layer and its sigmoid by torchpar.linear_sigmoid.
     epochs: int | None = None  # Passes over the training samples; by default 60 over points, 5 over images.
     batch_size: int = 64  # Samples per step.
@@ -225,6 +226,10 @@ class Flags(cli.ExampleFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.activation not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            found = f"--activation is {self.activation!r}, expected one of {known}"
+            raise ConfigError(f"{found}; take one, or add yours to ACTIVATIONS")
         if self.fused and self.activation != "sigmoid" and self.dataset != "quadrants":
             raise ConfigError("--fused has no sigmoid to fuse, expected --activation sigmoid; add it")
 
@@ -306,7 +311,8 @@ def check_gradients(device: torch.device) -> dict[str, Errors]:
     options: dict[str, Any] = {"device": device, "dtype": torch.float64}
     x, labels = torch.randn(6, 5).to(**options), torch.tensor([0, 1, 1, 0, 1, 0], device=device)
     x += 0.1 * x.sign()  # ReLU has a kink at 0
-    layers = [Linear(5, 4, **options), ReLU(), Sigmoid(), Tanh(), LinearSigmoid(5, 4, **options)]
+    activations = [kind() for kind in ACTIVATIONS.values()]
+    layers = [Linear(5, 4, **options), *activations, LinearSigmoid(5, 4, **options)]
     errors = {type(layer).__name__: check_layer(layer, x) for layer in layers}
     errors["BinaryCrossEntropy"] = check_loss(BinaryCrossEntropy(), x[:, :1].sigmoid(), labels)
     errors["SoftmaxCrossEntropy"] = check_loss(SoftmaxCrossEntropy(), x, labels)

@@ -310,6 +310,11 @@ ERRORS = [
     ("fashion_pooled", "--device cuda", "--device cuda: NumPy computes on the CPU"),
     ("quadrants", "--processes 2 4", "expected 1 and then multiples of the last"),
     ("quadrants", "--processes 1 2 4 --sizes 3 16", "expected at least 4, one sample a process"),
+    (
+        "train_by_hand",
+        "--activation gelu",
+        "'gelu', expected one of relu, sigmoid, tanh; take one, or add yours",
+    ),
     ("train_by_hand", "--fused", "--fused has no sigmoid to fuse, expected --activation sigmoid; add it"),
     ("train_parallel", "--memory --compile", "--memory sees no activations of compiled code; drop --compile"),
     ("digits_report", "--hidden", "take one value or more each"),

@@ -349,6 +349,16 @@ def test_the_report_fits_the_medians_of_all_rounds_but_the_first(monkeypatch, ca
         report()
 
 
+def test_the_report_times_the_gpu_where_there_is_one(monkeypatch, capsys):
+    """The first of its epochs is not counted."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    seconds = iter([9.0, *[0.5] * quadrants.ROUNDS])
+    monkeypatch.setattr(quadrants, "time_epoch", lambda *args, device: Epoch(next(seconds), 0.1))
+    rows = quadrants.compare_devices(quadrants.Flags(sizes=(64,)), {Way(64): 2000.0})
+    assert rows == [{"batch_size": 64, "ms_on_1": 2000.0, "ms_on_GPU": 500.0, "speedup": 4.0}]
+    assert "left out" not in capsys.readouterr().out
+
+
 def shares_of_an_epoch() -> tuple[list[int], float]:
     """The sizes of a rank's shares of the batches, and the loss after the epoch."""
     sizes = []

@@ -91,7 +91,7 @@ def save_panels(path: Path, panels: Sequence[Panel]) -> None:
 
 def save_curves(path: Path, curves: Mapping[str, Sequence[float]], x: str, y: str) -> None:
     """Draw ``curves`` by name, on logarithmic axes; their x is 1, 2, 3, …"""
-    figure, (axes,) = _subplots(1, 1, (7, 4))
+    figure, (axes,) = _subplots(1, 1, (6.2, 3.7))
     for label, values in curves.items():
         axes.loglog(range(1, 1 + len(values)), values, ".-", label=label, zorder=-len(values))
     axes.set(xlabel=x, ylabel=y)
