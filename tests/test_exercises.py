@@ -129,6 +129,32 @@ def test_a_wrong_layer_is_found_by_differences(monkeypatch, layer, part, method,
     assert "epoch" not in out
 
 
+class Leaky(train_by_hand.Layer):
+    """A layer that a reader adds, and its slope below 0 in the backward pass."""
+
+    slope = 0.1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.x = x
+        return torch.where(x > 0, x, 0.1 * x)
+
+    def backward(self, g: torch.Tensor) -> torch.Tensor:
+        return torch.where(self.x > 0, g, self.slope * g)
+
+
+def test_a_layer_that_a_reader_adds_is_checked_and_trained(monkeypatch):
+    monkeypatch.setitem(train_by_hand.ACTIVATIONS, "leaky", Leaky)
+    flags = "--device", "cpu", "--activation", "leaky", "--epochs", "10"
+    code, out, err = lesson("train_by_hand", *flags)
+    assert code == 0, err
+    assert re.search(r"^Linear → Leaky → Linear → Sigmoid → BinaryCrossEntropy$", out, re.MULTILINE)
+    assert float(out.splitlines()[-1].split()[2]) > 0.98
+    monkeypatch.setattr(Leaky, "slope", 0.0)
+    code, _, err = lesson("train_by_hand", *flags)
+    assert code == 2
+    assert "Leaky: the gradient of its input is off by" in err
+
+
 @pytest.mark.parametrize(
     "flags", ["--lr 0.05", "--lr 0.05 --activation tanh", "--activation sigmoid --fused"]
 )
