@@ -5,16 +5,18 @@
 
 An output of a convolution is the dot product of a kernel and a window of the input. Write each window as a
 row: then the convolution is the product of the rows and the kernels, a linear layer. The price is memory. An
-element of the input is written once for every window that contains it.
+element of the input is written once for every window that contains it. A table shows what that costs beside
+`torch.nn.functional.conv2d`: the median time of calls in turn, and the most bytes that a call allocates.
 """
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from support import cli, console, plots
+from support import checks, cli, console, measure, plots
 from torch import Tensor
-from torch.nn.functional import conv2d, cross_entropy, layer_norm
+from torch.nn.functional import conv2d, cross_entropy, layer_norm, linear
 
 from torchpar.data import load
 from torchpar.nn import Linear, LinearSigmoid
@@ -37,18 +39,43 @@ def windows(x: Tensor, size: int, stride: int) -> Tensor:
     return x.unfold(1, size, stride).unfold(2, size, stride).flatten(3)
 
 
-def compare_with_conv2d(device: torch.device) -> dict[str, Any]:
-    """Compare a linear layer of windows with PyTorch's convolution, and print the memory it takes."""
+def convolution(x: Tensor, kernels: Tensor) -> Tensor:
+    """Return the convolution of x ``(b, in, h, w)`` and ``kernels (out, in, 5, 5)``, ``(b, out, h', w')``."""
+    rows = windows(x.movedim(1, 3), size=5, stride=2)
+    return linear(rows, kernels.flatten(1)).movedim(3, 1)
+
+
+def compare_with_conv2d(device: torch.device) -> list[dict[str, Any]]:
+    """Compare a linear layer of windows and its gradients with PyTorch's convolution; return the errors."""
     x = torch.rand(8, 16, 12, 12).to(device)
     layer = LinearSigmoid(16 * 5**2, 32).to(device)
     rows = windows(x.movedim(1, 3), size=5, stride=2)
     y = layer(rows).movedim(3, 1)
     kernels = layer.weight.detach().unflatten(1, (16, 5, 5))
-    row = console.compare(
-        "convolution", y, lambda x: conv2d(x, kernels.to(x), stride=2).sigmoid(), x, terms=rows.shape[-1]
+    reference = partial(conv2d, stride=2)
+    row = checks.compare(
+        "convolution", y, lambda x: reference(x, kernels.to(x)).sigmoid(), x, terms=rows.shape[-1]
     )
+    inputs = {"x": x, "kernels": kernels}
+    gradients = checks.compare_gradients("convolution", convolution, reference, inputs, terms=len(rows) * 32)
     print(f"the rows take {rows.nbytes / x.nbytes:.1f} times the {x.nbytes:,} bytes of the input")
-    return row | {"duplication": rows.nbytes / x.nbytes}
+    return [row | {"duplication": rows.nbytes / x.nbytes}, *gradients]
+
+
+def compare_costs(device: torch.device, batch_size: int = 64) -> list[dict[str, Any]]:
+    """Print the time and the memory of each layer of `ConvNet` by windows and by conv2d, without gradient."""
+    rows: list[dict[str, Any]] = []
+    for layer, channels, side, out in (("first", 1, 28, 16), ("second", 16, 12, 32)):
+        x = torch.ones(batch_size, channels, side, side, device=device)
+        kernels = torch.ones(out, channels, 5, 5, device=device)
+        ways = {"windows": partial(convolution, x, kernels), "conv2d": partial(conv2d, x, kernels, stride=2)}
+        ms = measure.interleaved_ms(ways, device)
+        for way, function in ways.items():
+            row = {"layer": layer, "way": way, "ms": ms[way], "input_bytes": x.nbytes}
+            rows.append(row | {"allocated_bytes": measure.peak_bytes(function, device)})
+    shown = [{key: f"{v:,}" if "bytes" in key else v for key, v in row.items()} for row in rows]
+    console.print_rows(shown, list(rows[0]), f"a convolution of {batch_size} inputs")
+    return rows
 
 
 class ConvNet(torch.nn.Module):
@@ -75,7 +102,8 @@ def main(flags: Flags) -> None:
         train, test = load(flags.dataset, flags.data, world.device)
         train = train[: flags.samples]
         torch.manual_seed(flags.seed)
-        row = compare_with_conv2d(world.device)
+        checks = compare_with_conv2d(world.device)
+        costs = compare_costs(world.device)
 
         model = ConvNet().to(world.device)
         optimizer = sgd(model, flags.lr, momentum=0.9, weight_decay=3e-5)
@@ -96,7 +124,7 @@ def main(flags: Flags) -> None:
     if flags.plots:
         kernels = model.first.weight.unflatten(1, (5, 5))
         plots.save_matrices(flags.plots / "kernels.png", kernels, "Kernels of the first layer")
-    console.write_metrics(flags.metrics, [row, *epochs])
+    console.write_metrics(flags.metrics, [*checks, *costs, *epochs])
     print(console.summary(run.results))
 
 

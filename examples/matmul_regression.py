@@ -3,27 +3,38 @@
 
     python examples/matmul_regression.py --plots pictures
 
-The model is a = x·w for n samples ``x (n, d)`` and weights ``w (d)``. A bias is the weight of an input that
-is always 1. The cost is the mean squared error against the targets ``y (n)``:
+The model of one sample is a = w·x + b, its cost against the target y is C = (a − y)², and
 
-    C = 1/n · Σ (a − y)²        ∂C/∂a = 2(a − y)/n        ∂C/∂w = xᵀ·∂C/∂a
+    ∂C/∂w = 2x·(a − y)        ∂C/∂b = 2(a − y)
 
-Both the forward and the backward pass are matrix products. The gradient of a small batch is a mean as well:
-it is noisier than that of all samples, but not smaller. So in one pass over the samples small batches make
-more steps, and the cost falls further.
+A bias is the weight of an input that is always 1. So n samples are a matrix ``x (n, d)`` whose last column is
+1, with weights ``w (d)`` and targets ``y (n)``. The cost is the mean over the samples:
+
+    a = x·w        C = 1/n · Σ (a − y)²        ∂C/∂a = 2(a − y)/n        ∂C/∂w = xᵀ·∂C/∂a
+
+Both the forward and the backward pass are matrix products. A batch is one product, which gives what the
+products of the single samples give.
+
+The gradient of a small batch is a mean as well: it is noisier than that of all samples, but not smaller. So
+in one pass over the samples small batches make more steps, and the cost falls further. The pictures show the
+cost by step, and the path of (w, b) for a line y = w·x + b.
 """
 
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
-from support import cli, console, plots
+from support import checks, cli, console, plots
 from torch import Tensor
 from torch.nn.functional import mse_loss, pad
 
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.world import join_world
+
+SAMPLES = 1024
+LINE = (1.5, -1.0)  # w and b of the picture
 
 
 @dataclass(kw_only=True)
@@ -40,42 +51,88 @@ class Flags(cli.ExampleFlags):
             raise ConfigError("--lr and --batch-size take one value or more each")
 
 
+def predict(x: Tensor, w: Tensor) -> Tensor:
+    """Return a ``(n)`` for a batch x ``(n, d)``, or the number a for one sample x ``(d)``."""
+    return x @ w
+
+
 def mse_gradient(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
     """Return ∂C/∂w ``(d)`` for x ``(n, d)``, y ``(n)`` and w ``(d)``."""
-    a = x @ w
+    a = predict(x, w)
     return x.T @ (2 * (a - y) / len(y))
 
 
-def descend(x: Tensor, y: Tensor, batch_size: int, lr: float) -> list[float]:
-    """Return the cost over all samples before each step of one pass from w = 0, and at the end."""
+def descend(x: Tensor, y: Tensor, batch_size: int, lr: float) -> tuple[list[float], Tensor]:
+    """Make one pass over the samples from w = 0.
+
+    Returns:
+        The cost over all samples before each step and at the end, and the weights at these times.
+    """
     w = x.new_zeros(x.shape[1])
-    costs = [mse_loss(x @ w, y).item()]
+    path = [w.clone()]
     for x_batch, y_batch in zip(x.split(batch_size), y.split(batch_size), strict=True):
         w -= lr * mse_gradient(x_batch, y_batch, w)
-        costs.append(mse_loss(x @ w, y).item())
-    return costs
+        path.append(w.clone())
+    return [mse_loss(predict(x, w), y).item() for w in path], torch.stack(path)
 
 
-def make_samples(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return x ``(n, 8)``, whose last column is 1, and noisy targets of the weights 0, 1, …, 7."""
-    x = pad(torch.randn(n, 7), (0, 1), value=1.0).to(device)
-    y = x @ torch.arange(8.0).to(x) + 0.1 * torch.randn(n).to(x)
+def make_samples(weights: Tensor, n: int = SAMPLES) -> tuple[Tensor, Tensor]:
+    """Return x ``(n, d)``, whose last column is 1, and noisy targets of the ``weights (d)``."""
+    x = pad(torch.randn(n, len(weights) - 1), (0, 1), value=1.0).to(weights)
+    y = x @ weights + 0.1 * torch.randn(n).to(x)
     return x, y
+
+
+def compare_formulas(x: Tensor, y: Tensor) -> list[dict[str, Any]]:
+    """Compare the formulas with PyTorch's, for some of the samples: another number than the batches have."""
+    x, y, w = x[:999], y[:999], torch.randn(x.shape[1]).to(x)
+    d = len(w)
+    single = torch.stack([predict(sample, w) for sample in x])
+    autograd = torch.func.grad(lambda x, y, w: mse_loss(x @ w, y), argnums=2)
+    return [
+        checks.compare("forward of a batch", predict(x, w), torch.mv, x, w, terms=d),
+        checks.compare("forward of each sample", single, torch.mv, x, w, terms=d),
+        checks.compare("gradient", mse_gradient(x, y, w), autograd, x, y, w, terms=999),
+    ]
+
+
+def compare_norms(x: Tensor, y: Tensor, batch_sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Print the norms of the batches' gradients at w = 0: their mean, and their standard deviation."""
+    rows = []
+    for batch_size in batch_sizes:
+        parts = zip(x.split(batch_size), y.split(batch_size), strict=True)
+        norms = torch.stack([mse_gradient(*part, x.new_zeros(x.shape[1])).norm() for part in parts])
+        row = {"batch_size": batch_size, "steps_of_a_pass": len(norms)}
+        rows.append(row | {"mean_norm": norms.mean().item(), "spread": norms.std(correction=0).item()})
+    console.print_rows(rows, list(rows[0]), "norm of the gradient at the start")
+    return rows
+
+
+def save_paths(file: Path, batch_sizes: tuple[int, ...], lr: float, device: torch.device) -> None:
+    """Draw how each batch size moves (w, b) in one pass over the samples of a line."""
+    x, y = make_samples(torch.tensor(LINE, device=device))
+    paths = {f"batches of {n}": descend(x, y, n, lr)[1] for n in batch_sizes}
+    plots.save_paths(
+        file,
+        paths,
+        lambda w: mse_loss(x @ w.to(x).T, y[:, None].expand(-1, len(w)), reduction="none").mean(0),
+        f"one pass, learning rate {lr:g}\n(grey: lines of equal cost)",
+    )
 
 
 def main(flags: Flags) -> None:
     with join_world(flags.device, alone=True) as world:
         torch.manual_seed(flags.seed)
-        x, y = make_samples(1024, world.device)
-        w = torch.randn(8).to(world.device)
-        autograd = torch.func.grad(lambda x, y, w: mse_loss(x @ w, y), argnums=2)
-        part = x[:999], y[:999], w  # of another size than the data and the batches
-        row = console.compare("gradient", mse_gradient(*part), autograd, *part, terms=999)
+        x, y = make_samples(torch.arange(8.0, device=world.device))
+        checks = compare_formulas(x, y)
+        norms = compare_norms(x, y, flags.batch_size)
         choices = product(flags.batch_size, flags.lr)
-        curves = {f"batch {n}, learning rate {lr:g}": descend(x, y, n, lr) for n, lr in choices}
+        curves = {f"batch {n}, learning rate {lr:g}": descend(x, y, n, lr)[0] for n, lr in choices}
+        if flags.plots:
+            save_paths(flags.plots / "regression-path.png", flags.batch_size, flags.lr[0], world.device)
     for name, costs in curves.items():
         print(f"{name}: cost {costs[-1]:.4f} after {len(costs) - 1} steps")
-    console.write_metrics(flags.metrics, [row | {"costs": curves}])
+    console.write_metrics(flags.metrics, [*checks, *norms, {"costs": curves}])
     if flags.plots:
         plots.save_curves(flags.plots / "regression.png", curves, "step", "cost before the step")
 

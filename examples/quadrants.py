@@ -5,38 +5,44 @@
     python examples/quadrants.py --noise    over-fitting and its cures
 
 Points in quadrants I and III have label 0, points in II and IV label 1. No line separates them. Four ReLUs
-do: |x + y| − |x − y| has the sign of x·y. All points keep the distance `MARGIN` from the axes, because labels
-of nearer points cannot be learned from a finite set.
+do: |x + y| − |x − y| has the sign of x·y. With --plots a picture shows the points and the network's
+probability of label 1; its decision boundary is where that is 1/2.
 
 With --noise the networks learn few points, and a tenth of the labels is wrong. A narrow network or a large
 penalty λ leaves both losses high. A wide network learns the noise, so its validation loss is far above its
 training loss. A larger λ cures that.
 
-The report trains a larger network by data parallelism on the CPU, in large and in small batches. It fits
-Amdahl's law to the times: of the time of one process a share p is divided among N, and 1 − p is not.
+The report trains a larger network of layers by hand (train_by_hand.py), in large and in small batches. First
+it times each layer's forward and backward pass in a serial epoch. The layers' share p of the time is divided
+among N processes, or N threads, and 1 − p is not. By Amdahl's law
 
     T(N) = T(1)·((1 − p) + p/N)        S(N) = T(1)/T(N) = 1/((1 − p) + p/N)        S(∞) = 1/(1 − p)
 
 (G. M. Amdahl, "Validity of the single processor approach to achieving large scale computing capabilities",
-AFIPS 1967.) The law has no term for communication: a fitted p counts it as work that is not divided.
+AFIPS 1967.) The predicted S(N) stands beside the measured one, and beside p is the p that fits the measured
+times. The law has no term for communication, so the fitted p counts it as work that is not divided.
 """
 
 import os
 import time
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise, product
+from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from support import cli, console
+from support import cli, console, plots
+from support.points import draw
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import Optimizer
+from train_by_hand import BinaryCrossEntropy, build_network
 
 from torchpar.data import Samples, batches
 from torchpar.errors import ConfigError
@@ -45,13 +51,32 @@ from torchpar.parallel.launch.local import Ranks
 from torchpar.parallel.launch.world import join_world
 from torchpar.training import lr_scheduler, sgd
 
-MARGIN = 0.02  # of a square of side 2
 WIDTHS, PENALTIES = (1, 4, 8, 32), (0.0, 1e-3, 1e-2, 1e-1)  # with --noise
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 ROUNDS = 8  # of the report, after one that is not counted
 LOSS_ERROR = 1e-4  # of a loss in float64; another share of a batch, or fewer samples, is 1e-2
+PASSES = ("forward", "backward")
 
-Rounds = dict[tuple[int, int], list[tuple[float, float]]]  # by batch size and number of processes
+
+class Way(NamedTuple):
+    """How an epoch is trained."""
+
+    size: int  # of a batch, over all processes
+    processes: int = 1
+    threads: int = 1  # of each process
+    profiled: bool = False  # time each layer
+
+
+@dataclass
+class Epoch:
+    """Seconds of an epoch, the mean loss over all points after it, and seconds by layer and pass."""
+
+    seconds: float
+    loss: float
+    parts: dict[tuple[str, str], float] = field(default_factory=dict)
+
+
+Rounds = dict[Way, list[Epoch]]
 
 
 @dataclass(kw_only=True)
@@ -60,9 +85,10 @@ class Flags(cli.ExampleFlags):
 
     noise: bool = False  # Learn few noisy points by networks of several widths and λ; no report.
     epochs: int = 60  # Passes over the points; three times as many with --noise, where the points are few.
-    # Processes in the report: 1, then multiples of the last.
+    # Processes in the report, and threads of one process: 1, then multiples of the last.
     processes: tuple[int, ...] = tuple(2**i for i in range(max(CORES, 2).bit_length()))
     sizes: tuple[int, ...] = (512, 4096, 32768)  # Batch sizes of the report, over all processes.
+    plots: Path | None = None  # Folder for pictures.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,13 +99,18 @@ class Flags(cli.ExampleFlags):
             raise ConfigError(f"--sizes is {sizes}, expected at least {n[-1]}, one sample a process")
 
 
-def draw(n: int, seed: int, wrong: float = 0.0, device: torch.device | str = "cpu") -> Samples:
-    """Return points of [−1, 1]² with the label x·y < 0, which is inverted for a share ``wrong`` of them."""
-    generator = torch.Generator().manual_seed(seed % 2**64)
-    signs = torch.randint(0, 2, (n, 2), generator=generator) * 2 - 1
-    points = signs * (MARGIN + (1 - MARGIN) * torch.rand(n, 2, generator=generator))
-    labels = (points.prod(1) < 0) ^ (torch.rand(n, generator=generator) < wrong)
-    return Samples(points.to(device), labels.long().to(device), ("I, III", "II, IV"))
+@dataclass
+class Trained:
+    """A network, the points that it learned, and its figures."""
+
+    model: MLP
+    points: Samples
+    row: dict[str, float]
+
+    def probability(self, x: Tensor) -> Tensor:
+        """Return the probability of label 1 at ``x (n, 2)``, on the CPU."""
+        with torch.no_grad():
+            return self.model(x.to(self.points.features)).squeeze(1).cpu()  # type: ignore[no-any-return]
 
 
 def build(
@@ -115,56 +146,107 @@ def evaluate(model: MLP, points: Samples) -> tuple[float, float]:
     return loss_sum(p, points.labels).item() / len(points), right.double().mean().item()
 
 
-def compare(flags: Flags, device: torch.device) -> list[dict[str, float]]:
-    """Train networks, one without --noise, and return their figures, the best by validation loss last."""
+def compare(flags: Flags, device: torch.device) -> list[Trained]:
+    """Train networks, one without --noise, and return them, the best by validation loss last."""
     n, wrong, epochs, batch_size = (50, 0.1, 3, 10) if flags.noise else (4000, 0.0, 1, 100)
     points, validation = (draw(k, 3 * flags.seed + i, wrong, device) for i, k in enumerate((n, 1000)))
     test = draw(2500, 3 * flags.seed + 2, device=device)  # without wrong labels
     choices = list(product(WIDTHS, PENALTIES) if flags.noise else [(30, 0.0)])
-    rows = []
+    networks = []
     for width, penalty in console.progress(choices, "networks"):
         model, optimizer = build([2, width, 1], penalty, flags.seed, device)
         train(model, optimizer, points, epochs * flags.epochs, batch_size, flags.seed)
         row = {"width": width, "penalty": penalty, "train_loss": evaluate(model, points)[0]}
         row["validation_loss"], _ = evaluate(model, validation)
         row["test_loss"], row["test_accuracy"] = evaluate(model, test)
-        rows.append(row)
+        networks.append(Trained(model, points, row))
         print(" | ".join(f"{name.replace('_', ' ')} {value:<6.4g}" for name, value in row.items()))
-    return sorted(rows, key=lambda row: -row["validation_loss"])
+    return sorted(networks, key=lambda network: -network.row["validation_loss"])
+
+
+# The report
+
+
+def time_epoch(
+    first_seed: int, way: Way, seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Epoch:
+    """Train one epoch with layers by hand, and return the figures of this rank."""
+    torch.set_num_threads(way.threads)
+    torch.manual_seed(first_seed)
+    network = build_network([2, 128, 128, 1], "relu", "sigmoid", device=device, dtype=dtype)
+    loss = BinaryCrossEntropy()
+    samples = draw(2**15, first_seed, device=device)
+    samples = replace(samples, features=samples.features.to(dtype))
+    parts: dict[tuple[str, str], float] = defaultdict(float)
+    if way.profiled:
+        for part, name in product((*network.layers, loss), PASSES):
+            setattr(part, name, timed(getattr(part, name), parts, (type(part).__name__, name)))
+    with join_world(device) as world:
+        start = now(device)
+        for x, labels, global_size in batches(samples, way.size, seed=seed, epoch=1, share=world.share):
+            loss.forward(network.forward(x), labels)
+            # The loss is a mean over this rank's share of the batch.
+            network.backward(loss.backward() * (len(x) / global_size))
+            if world.world_size > 1:
+                gradients = list(network.gradients().values())
+                vector_to_parameters(world.sum(parameters_to_vector(gradients)), gradients)
+            network.step(lr=0.2)
+        seconds, parts = now(device) - start, {**parts}  # without those of the evaluation
+    return Epoch(seconds, loss.forward(network.forward(samples.features), samples.labels).item(), parts)
+
+
+def now(device: str) -> float:
+    """Return the seconds of a clock, after the device has finished its work."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def timed(function: Callable[..., Tensor], seconds: dict[Any, float], part: Any) -> Callable[..., Tensor]:
+    """Return ``function``, which then adds its seconds to those of ``part``."""
+
+    def call(*args: Tensor) -> Tensor:
+        start = time.perf_counter()
+        result = function(*args)
+        seconds[part] += time.perf_counter() - start
+        return result
+
+    return call
 
 
 def measure(flags: Flags) -> Rounds:
-    """Time epochs of data-parallel training on the CPU, a thread to a process; return rank 0's `time_epoch`.
+    """Time epochs of data-parallel training on the CPU, and return those of rank 0.
 
-    Each round times all numbers of processes and all sizes in turn, so that whatever disturbs the machine
-    disturbs all alike. The first round computes in float64, as rounding can turn a ReLU of float32 on.
+    Each round times all ways in turn, so that whatever disturbs the machine disturbs all alike. The first
+    round computes in float64, as rounding can turn a ReLU of float32 on.
     """
-    keys = list(product(flags.sizes, flags.processes))
-    rounds: Rounds = {key: [] for key in keys}
-    with Console().status(f"timing epochs on {flags.processes} processes"), ExitStack() as stack:
-        groups = {n: stack.enter_context(Ranks()) for n in flags.processes}
-        for seed, (size, n) in product(range(1 + ROUNDS), keys):
+    rounds: Rounds = {}
+    for size, n in product(flags.sizes, flags.processes):
+        rounds |= {Way(size, processes=n): [], Way(size, threads=n): [], Way(size, profiled=True): []}
+    with Console().status(f"timing epochs on {flags.processes} processes and threads"), ExitStack() as stack:
+        # A process that has had a second thread keeps it.
+        kinds = {(way.processes, way.threads) for way in rounds}
+        groups = {kind: stack.enter_context(Ranks()) for kind in kinds}
+        for seed, way in product(range(1 + ROUNDS), rounds):
             dtype = torch.float32 if seed else torch.float64
-            rounds[size, n].append(groups[n](n, time_epoch, flags.seed, size, seed, dtype)[0])
+            run = groups[way.processes, way.threads]
+            rounds[way].append(run(way.processes, time_epoch, flags.seed, way, seed, dtype)[0])
     return rounds
 
 
-def time_epoch(first_seed: int, size: int, seed: int, dtype: torch.dtype) -> tuple[float, float]:
-    """Return the seconds of an epoch, and the mean loss over all points after it."""
-    model, optimizer = build([2, 128, 128, 1], 0.0, first_seed)
-    model.to(dtype)
-    samples = draw(2**15, first_seed)
-    samples = replace(samples, features=samples.features.to(dtype))
-    with join_world("cpu") as world:
-        wrapped = DistributedDataParallel(model) if world.world_size > 1 else model
-        start = time.perf_counter()
-        for x, labels, global_size in batches(samples, size, seed=seed, epoch=1, share=world.share):
-            (loss_sum(wrapped(x), labels) * (world.world_size / global_size)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        seconds = time.perf_counter() - start
-    with torch.no_grad():
-        return seconds, loss_sum(model(samples.features), samples.labels).item() / len(samples)
+def profile(epochs: Sequence[Epoch]) -> dict[tuple[str, str], float]:
+    """Return the median share of each layer's passes in serial epochs."""
+    return {part: median(e.parts[part] / e.seconds for e in epochs) for part in epochs[0].parts}
+
+
+def amdahl(p: float, n: int) -> float:
+    """Return the speed-up on ``n`` processes if a share ``p`` of the time is divided among them."""
+    return 1 / ((1 - p) + p / n)
+
+
+def limit(p: float) -> float | None:
+    """Return the speed-up on as many processes as you like; None, as JSON has no infinity, if p is 1."""
+    return 1 / (1 - p) if p < 1 else None
 
 
 def fit(speedups: Mapping[int, float]) -> float:
@@ -181,44 +263,93 @@ def fit(speedups: Mapping[int, float]) -> float:
 
 
 def report(flags: Flags) -> list[dict[str, Any]]:
-    """Print the times and what Amdahl's law says of them, and return a row for each size.
+    """Print the profile, what Amdahl's law predicts from it, and what was measured; return these rows.
 
     The times are medians of all rounds but the first, which gives the losses.
     """
     rounds = measure(flags)
-    off = max(abs(first[1] / rounds[size, 1][0][1] - 1) for (size, _), (first, *_) in rounds.items())
+    off = max(abs(first.loss / rounds[Way(way.size)][0].loss - 1) for way, (first, *_) in rounds.items())
     if not off <= LOSS_ERROR:
         raise ConfigError(f"the loss on several processes is off by {off:.0e} of that on one; report this")
-    rows: list[dict[str, Any]] = []
+    ms = {way: 1000 * median(e.seconds for e in epochs[1:]) for way, epochs in rounds.items()}
+    shares = {size: profile(rounds[Way(size, profiled=True)][1:]) for size in flags.sizes}
+    print_profile(shares[flags.sizes[-1]], flags.sizes[-1])
+    speedups: list[dict[str, Any]] = []
+    fits: list[dict[str, Any]] = []
     for size in flags.sizes:
-        ms = {n: 1000 * median(seconds for seconds, _ in rounds[size, n][1:]) for n in flags.processes}
-        speedups = {n: ms[1] / ms[n] for n in flags.processes}
-        p = fit(speedups)
-        row = {"batch_size": size, "ms_on_1": ms[1]} | {f"speedup_on_{n}": s for n, s in speedups.items()}
-        rows.append(row | {"p": p, "limit": 1 / (1 - p) if p < 1 else None})  # JSON has no infinity
-    console.print_rows(rows, list(rows[0]))
-    print(f"all numbers of processes reach the same loss (largest relative difference {off:.0e})")
+        of_processes = {n: ms[Way(size)] / ms[Way(size, processes=n)] for n in flags.processes}
+        of_threads = {n: ms[Way(size)] / ms[Way(size, threads=n)] for n in flags.processes}
+        p = sum(shares[size].values())
+        for n in flags.processes[1:]:
+            row = {"batch_size": size, "ms_on_1": ms[Way(size)], "N": n, "predicted": amdahl(p, n)}
+            speedups.append(row | {"N_processes": of_processes[n], "N_threads": of_threads[n]})
+        for by, share in ("profile", p), ("processes", fit(of_processes)), ("threads", fit(of_threads)):
+            fits.append({"batch_size": size, "by": by, "p": share, "limit": limit(share)})
+    console.print_rows(speedups, list(speedups[0]), "speed-up, predicted by the profile and measured")
+    console.print_rows(fits, list(fits[0]), "p, and the limit 1/(1 − p)")
+    print(f"all numbers of processes and threads reach the same loss (largest difference {off:.0e})")
     most = flags.processes[-1]
     if len(flags.processes) == 2:
-        print(f"p is of N = {most} alone: whether the law holds, only more processes would tell")
+        print(f"p is fitted to N = {most} alone: whether the law holds, only more processes would tell")
     if most > CORES:
         print(f"{most} processes on {CORES} cores are oversubscribed: the machine limits them, not the law")
+    return [*speedups, *fits, *compare_devices(flags, ms)]
+
+
+def print_profile(shares: Mapping[tuple[str, str], float], size: int) -> None:
+    """Print the share of each layer in a serial epoch."""
+    kinds = list(dict.fromkeys(kind for kind, _ in shares))
+    table = {kind: [shares[kind, name] for name in PASSES] for kind in kinds}
+    kinds.sort(key=lambda kind: -sum(table[kind]))
+    table["all: p"] = [sum(column) for column in zip(*table.values(), strict=True)]
+    rows = [
+        {"layer": kind}
+        | {name: f"{x:.2%}" for name, x in zip((*PASSES, "both"), (*row, sum(row)), strict=True)}
+        for kind, row in ((kind, table[kind]) for kind in (*kinds, "all: p"))
+    ]
+    console.print_rows(rows, list(rows[0]), f"share of a serial epoch, batches of {size}")
+
+
+def compare_devices(flags: Flags, ms: Mapping[Way, float]) -> list[dict[str, Any]]:
+    """Print the speed-up of a GPU over one thread of the CPU, or why there is none; return a row per size."""
+    if flags.device == "cpu" or not torch.cuda.is_available():
+        reason = "--device is cpu" if flags.device == "cpu" else "PyTorch finds no GPU"
+        print(f"left out: the speed-up from CPU to GPU, as {reason}")
+        return []
+    rows = []
+    for size in flags.sizes:
+        epochs = [time_epoch(flags.seed, Way(size), seed, device="cuda") for seed in range(1 + ROUNDS)]
+        row = {"batch_size": size, "ms_on_1": ms[Way(size)]}
+        row["ms_on_GPU"] = 1000 * median(epoch.seconds for epoch in epochs[1:])
+        rows.append(row | {"speedup": row["ms_on_1"] / row["ms_on_GPU"]})
+    console.print_rows(rows, list(rows[0]), "from one thread of the CPU to the GPU")
     return rows
 
 
 def main(flags: Flags) -> None:
     start = time.perf_counter()
     with join_world(flags.device, alone=True) as world:
-        rows = compare(flags, world.device)
-    best = rows[-1]
+        networks = compare(flags, world.device)
+    best = networks[-1]
+    rows: list[dict[str, Any]] = [network.row for network in networks]
+    shown = {"the quadrants": best}
     if flags.noise:
-        overfitted = max(rows, key=lambda row: row["validation_loss"] - row["train_loss"])
-        for what, row in (("lowest validation loss", best), ("furthest above its training loss", overfitted)):
+        worst = max(networks, key=lambda network: network.row["validation_loss"] - network.row["train_loss"])
+        shown = {"furthest above its training loss": worst, "lowest validation loss": best}
+        for what, network in reversed(shown.items()):
+            row = network.row
             losses = f"{row['train_loss']:.3f} in training, {row['validation_loss']:.3f} in validation"
             print(f"{what}: width {row['width']}, λ {row['penalty']:g} ({losses})")
     else:
-        rows = [*report(flags), best]
-    figures = (best["test_accuracy"], best["test_loss"], time.perf_counter() - start)
+        rows = [*report(flags), best.row]
+    if flags.plots:
+        panels = {
+            f"{what}:\nwidth {one.row['width']}, λ {one.row['penalty']:g}": (one.points, one.probability)
+            for what, one in shown.items()
+        }
+        name = "quadrants-noise.png" if flags.noise else "quadrants-boundary.png"
+        plots.save_boundaries(flags.plots / name, panels)
+    figures = (best.row["test_accuracy"], best.row["test_loss"], time.perf_counter() - start)
     print(console.last_line(*figures, ranks=1, device=world.device.type))
     console.write_metrics(flags.metrics, rows)
 

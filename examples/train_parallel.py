@@ -7,8 +7,12 @@ Tensor parallelism splits each layer. Pipeline parallelism cuts the layers into 
 copies the result dp times. So each rank holds one slice of one stage of one replica. Each message stays
 within one mesh dimension: sums of activations in tp, activations and their gradients between stages in pp,
 gradients of parameters in dp.
+
+With --memory a table shows the bytes of each rank. Data parallelism divides activations alone, because each
+rank has the whole model. Tensor and pipeline parallelism divide weights, gradients and the optimizer's state.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,9 +23,11 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from torchpar import training
+from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel import join_world, parallel_mlp, register_shared_memory_hook
 from torchpar.parallel.split.pipeline import Pipeline, PipelineSchedule, stage_mlp
+from torchpar.profile.memory import Memory
 from torchpar.training import Run
 
 
@@ -34,6 +40,12 @@ class Flags(cli.TrainFlags):
     pp: int = 1  # Stages of a pipeline.
     pipeline: PipelineSchedule = "1f1b"  # Order of a pipeline's forward and backward passes.
     micro_batches: int = 4  # Parts into which a pipeline cuts a replica's share of a batch.
+    memory: bool = False  # Measure the bytes of weights, gradients, optimizer state and activations.
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.memory and self.compile:
+            raise ConfigError("--memory sees no activations of compiled code; drop --compile or --memory")
 
 
 def main(flags: Flags) -> None:
@@ -70,15 +82,19 @@ def main(flags: Flags) -> None:
 
         parts = (model, optimizer, lr_scheduler, world, train, test)
         predict = pipeline.predict if pipeline else model
+        memory = Memory(model, optimizer)
         with Run(*parts, predict=predict, log=session.Log(flags, world), **flags.run_options()) as run:
             for epoch in run.epochs():
                 for x, labels, global_size in run.batches(epoch):
-                    loss = gradients(x, labels, global_size)
+                    with memory.measure() if flags.memory else nullcontext():
+                        loss = gradients(x, labels, global_size)
                     session.adjust_gradients(flags, model, world)  # --clip, --orthogonality
                     optimizer.step()
                     lr_scheduler.step()
                     optimizer.zero_grad()
                     run.log(loss)
+            if flags.memory:
+                session.print_memory(memory, world)
 
 
 if __name__ == "__main__":

@@ -48,13 +48,15 @@ def data(small) -> list[str]:
 RUNS = {  # lesson: flags, pictures
     "train_mpi": ("--epochs 3", "curves"),
     "fashion_pooled": ("--samples 50 --iterations 400 --library torch", "costs neurons"),
-    "quadrants": ("--seed 1 --processes 1 2 --sizes 16384", ""),
+    "train_by_hand": ("", ""),
+    "quadrants": ("--seed 1 --processes 1 2 --sizes 16384", "quadrants-boundary"),
     "digits_report": ("--hidden 8 --batch-size 16 --lr 0.2 --epochs 3", "digits"),
-    "matmul_regression": ("", "regression"),
+    "matmul_regression": ("", "regression regression-path"),
     "matmul_convolution": ("--epochs 3 --batch-size 20", "kernels"),
-    "matmul_attention": ("", "attention"),
+    "matmul_attention": ("", "attention causal"),
 }
 LAST_LINES = {
+    "train_by_hand": r"test accuracy 1\.0000 \| loss 0\.0\d\d\d .*",  # the report reaches 1 and 0.106
     "quadrants": r"test accuracy 1\.0000 \| loss 0\.(0\d|10)\d\d .*",  # below 0.11
     "matmul_regression": r"batch 4, learning rate 0\.1: cost 0\.\d{4} after 256 steps",
     "matmul_attention": r"([5-9]\d|100)% of the weight that an image .*",  # by chance 10%
@@ -65,7 +67,7 @@ LAST_LINES = {
 def test_it_runs_learns_and_prints_its_last_line(fork_server, small, monkeypatch, tmp_path, name):
     monkeypatch.setattr(quadrants, "ROUNDS", 1)
     flags, pictures = RUNS[name]
-    given = [] if name in ("quadrants", "matmul_regression") else small
+    given = [] if name in ("train_by_hand", "quadrants", "matmul_regression") else small
     outputs = ["--metrics", str(tmp_path / "metrics")]
     outputs += ["--plots", str(tmp_path / "new" / "plots")] if pictures else []
     code, out, err = lesson(name, *given, "--device", "cpu", *flags.split(), *outputs)
@@ -140,6 +142,7 @@ def test_every_split_learns_the_same(ranks, data, alone, tmp_path, name, world_s
     """The same flags, the same last line, the same losses but for rounding, and its dimensions' messages."""
     metrics = tmp_path / "metrics"
     shown = ["--metrics", str(metrics), "--collectives", "--phases"]
+    shown += ["--memory"] * (name == "train_parallel")
     (code, out, err), *others = ranks(world_size, lesson, name, *data, *TWO_EPOCHS, *flags.split(), *shown)
     assert code == 0, err
     assert others == [(0, "", "")] * (world_size - 1)
@@ -157,7 +160,7 @@ def test_every_split_learns_the_same(ranks, data, alone, tmp_path, name, world_s
         assert re.search(
             rf"│ DistributedDataParallel +│ [\d.]+ +│ 1 +│\n.*│ {way} +│ [\d.]+ +│ [\d.]+", out, re.S
         )
-    counted = re.findall(r"│ (\w+) +│ (\w+) +│ [1-9]\d* +│ [1-9][\d,]* +│", out)
+    counted = re.findall(r"│ ([a-z]+) +│ ([a-z]\w+) +│ [1-9]\d* +│ [1-9][\d,]* +│", out)
     of_dimension = {"dp": ["all_reduce"], "tp": ["all_reduce"], "pp": ["send", "recv"]}
     expected = {(name, operation) for name in dimensions.split() for operation in of_dimension[name]}
     assert {row for row in counted if row[1] != "all_to_all"} == expected, out
@@ -169,6 +172,19 @@ def test_every_split_learns_the_same(ranks, data, alone, tmp_path, name, world_s
         assert [" ".join(re.findall(r"[FB]\d", line)) for line in lines] == orders
         assert "medians of 24 steps" in out
     assert re.search(r"│ optimizer +│ +\d", out)
+    if name == "train_parallel":
+        whole = 4 * (784 * 16 + 16 + 16 * 10 + 10)  # bytes of the weights
+        memory = re.findall(r"│ (\d): \d \d \d +│ ([\d,]+) +│ ([\d,]+) +│ ([\d,]+) +│ ([\d,]+) +│", out)
+        assert [int(rank) for rank, *_ in memory] == list(range(world_size))
+        weights, gradients, state, activations = zip(
+            *([int(n.replace(",", "")) for n in row[1:]] for row in memory), strict=True
+        )
+        assert weights == gradients
+        copies = 2 if "--dp 2" in flags else 1
+        # Each bias of a row layer is on each rank.
+        assert copies * whole <= sum(weights) <= copies * (whole + 2 * 4 * 10)
+        assert all(0 < s <= w for s, w in zip(state, weights, strict=True))
+        assert min(activations) > 0
 
 
 @pytest.mark.parametrize("flag", ["--clip=0.01", "--label-smoothing=0.3"])
@@ -297,6 +313,13 @@ ERRORS = [
     ("fashion_pooled", "--exchange gather --library torch", "--exchange gather is MPI's"),
     ("quadrants", "--processes 2 4", "expected 1 and then multiples of the last"),
     ("quadrants", "--processes 1 2 4 --sizes 3 16", "expected at least 4, one sample a process"),
+    (
+        "train_by_hand",
+        "--activation gelu",
+        "'gelu', expected one of relu, sigmoid, tanh; take one, or add yours",
+    ),
+    ("train_by_hand", "--fused", "--fused has no sigmoid to fuse, expected --activation sigmoid; add it"),
+    ("train_parallel", "--memory --compile", "--memory sees no activations of compiled code; drop --compile"),
     ("digits_report", "--hidden", "take one value or more each"),
     ("digits_report", "--lr 0.1 nan", r"--lr is \(0\.1, nan\), expected at least 0"),
     ("digits_report", "--lr 1e37 --hidden 8", "loss of epoch 1 is (nan|inf); take a smaller learning rate"),

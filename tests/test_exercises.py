@@ -5,16 +5,20 @@
 """
 
 import re
+from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from commands import lesson, rows_of
+from commands import LAST_LINE, lesson, rows_of
 from fake_data import fashion_mnist
 from samples import normal
+from torch.nn.functional import binary_cross_entropy, cross_entropy, linear
 
 pytest.importorskip("tyro", reason="tyro reads the flags")
 
@@ -22,9 +26,14 @@ import matmul_attention
 import matmul_convolution
 import matmul_regression
 import quadrants
+import train_by_hand
 from matmul_convolution import windows
-from support.console import compare
+from quadrants import Epoch, Way
+from support.checks import compare, compare_gradients
+from support.measure import peak_bytes
+from support.points import MARGIN
 
+from torchpar.data import Batch, batches
 from torchpar.errors import ConfigError
 
 # The quadrants
@@ -38,7 +47,7 @@ def test_labels_are_those_of_the_quadrants():
         assert 900 < quadrant.sum() < 1100  # 1000 ± 4 standard deviations
         assert points.labels[quadrant].eq(label).all()
     nearest = points.features.abs().min()
-    assert quadrants.MARGIN <= nearest < quadrants.MARGIN + 0.001  # the points are no farther than promised
+    assert MARGIN <= nearest < MARGIN + 0.001  # the points are no farther than promised
     assert points.features.abs().max() <= 1
     noisy = quadrants.draw(4000, 0, 0.1)
     assert torch.equal(points.features, noisy.features)
@@ -61,6 +70,102 @@ def test_noise_is_learnt_by_wide_networks_and_not_under_a_penalty(monkeypatch, t
     assert rows[-1]["validation_loss"] == min(row["validation_loss"] for row in rows)
     width, penalty = max(gap, key=gap.__getitem__)
     assert f"furthest above its training loss: width {width}, λ {penalty:g} (" in capsys.readouterr().out
+
+
+# Layers by hand
+
+
+def test_layers_by_hand_compute_what_autograd_computes():
+    """Loss and gradients, in float64: of probabilities that are 0 and 1, too, and of logits."""
+    for hidden, output, fused in product(train_by_hand.ACTIVATIONS, ("sigmoid", ""), (True, False)):
+        torch.manual_seed(0)
+        network = train_by_hand.build_network([5, 4, 3, 1 if output else 3], hidden, output, fused)
+        x, labels = 200 * normal(7, 5).float(), torch.tensor([0, 1, 1, 0, 1, 0, 1])
+        loss = train_by_hand.BinaryCrossEntropy() if output else train_by_hand.SoftmaxCrossEntropy()
+        found = loss.forward(network.forward(x), labels)
+        network.backward(loss.backward())
+        leaves = [p.clone().requires_grad_() for p in network.parameters().values()]
+        y = x
+        for i, (weight, bias) in enumerate(zip(leaves[::2], leaves[1::2], strict=True)):
+            y = linear(y, weight, bias)
+            function = hidden if i < 2 else output
+            y = getattr(torch, function)(y) if function else y
+        expected = binary_cross_entropy(y[:, 0], labels.to(y)) if output else cross_entropy(y, labels)
+        gradients = torch.autograd.grad(expected, leaves)
+        torch.testing.assert_close([found, *network.gradients().values()], [expected, *gradients])
+
+
+WRONG = [
+    ("ReLU", "input", "backward", lambda self, g: g),
+    ("Tanh", "input", "backward", lambda self, g: g * (1 - self.y)),
+    ("Sigmoid", "input", "forward", lambda self, x: setattr(self, "y", x.sigmoid()) or 2 * self.y),
+    (
+        "Linear",
+        "bias",
+        "gradients",
+        lambda self: {"weight": self.weight_gradient, "bias": self.bias_gradient / 6},
+    ),
+    (
+        "Linear",
+        "weight",
+        "gradients",
+        lambda self: {"weight": self.weight_gradient.T, "bias": self.bias_gradient},
+    ),
+    ("BinaryCrossEntropy", "input", "backward", lambda self: (self.p - self.t) / len(self.p)),
+    ("SoftmaxCrossEntropy", "input", "backward", lambda self: self.p - self.t),
+    ("LinearSigmoid", "input", "backward", train_by_hand.Linear.backward),
+]
+
+
+@pytest.mark.parametrize("layer, part, method, wrong", WRONG)
+def test_a_wrong_layer_is_found_by_differences(monkeypatch, layer, part, method, wrong):
+    monkeypatch.setattr(getattr(train_by_hand, layer), method, wrong)
+    code, out, err = lesson("train_by_hand", "--device", "cpu")
+    message = (
+        rf"{layer}: the gradient of its {part} is off by \S+, expected 1e-07 at most; mend its forward .*"
+    )
+    assert code == 2
+    assert re.fullmatch(rf"train_by_hand\.py: error: {message}\n", err)
+    assert "epoch" not in out
+
+
+class Leaky(train_by_hand.Layer):
+    """A layer that a reader adds, and its slope below 0 in the backward pass."""
+
+    slope = 0.1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.x = x
+        return torch.where(x > 0, x, 0.1 * x)
+
+    def backward(self, g: torch.Tensor) -> torch.Tensor:
+        return torch.where(self.x > 0, g, self.slope * g)
+
+
+def test_a_layer_that_a_reader_adds_is_checked_and_trained(monkeypatch):
+    monkeypatch.setitem(train_by_hand.ACTIVATIONS, "leaky", Leaky)
+    flags = "--device", "cpu", "--activation", "leaky", "--epochs", "10"
+    code, out, err = lesson("train_by_hand", *flags)
+    assert code == 0, err
+    assert re.search(r"^Linear → Leaky → Linear → Sigmoid → BinaryCrossEntropy$", out, re.MULTILINE)
+    assert float(out.splitlines()[-1].split()[2]) > 0.98
+    monkeypatch.setattr(Leaky, "slope", 0.0)
+    code, _, err = lesson("train_by_hand", *flags)
+    assert code == 2
+    assert "Leaky: the gradient of its input is off by" in err
+
+
+@pytest.mark.parametrize(
+    "flags", ["--lr 0.05", "--lr 0.05 --activation tanh", "--activation sigmoid --fused"]
+)
+def test_layers_by_hand_learn_images(tmp_path, flags):
+    given = f"--dataset fashion-mnist --data {fashion_mnist(tmp_path, train=600, test=100)} --device cpu"
+    code, out, err = lesson("train_by_hand", *given.split(), "--batch-size", "20", *flags.split())
+    assert code == 0, err
+    last = "LinearSigmoid → Linear" if "fused" in flags else "Linear → (ReLU|Tanh) → Linear"
+    assert re.search(rf"^{last} → SoftmaxCrossEntropy$", out, re.MULTILINE)
+    assert re.fullmatch(LAST_LINE, out.splitlines()[-1])
+    assert float(out.splitlines()[-1].split()[2]) > 0.5
 
 
 # Digits
@@ -109,9 +214,13 @@ def test_the_choice_is_the_best_on_the_validation_set_and_not_by_the_test_set(tm
 
 def test_small_batches_and_a_larger_rate_reach_a_lower_cost(tmp_path):
     matmul_regression.main(matmul_regression.Flags(device="cpu", seed=1, metrics=tmp_path / "metrics"))
-    (row,) = rows_of(tmp_path / "metrics")
-    assert 0 <= row["error"] <= 2 * row["pytorch_error"] < 1e-3
-    ends = {name: costs[-1] for name, costs in row["costs"].items()}
+    *checks, whole, middle, small, last = rows_of(tmp_path / "metrics")
+    assert [row["part"] for row in checks] == ["forward of a batch", "forward of each sample", "gradient"]
+    assert all(0 <= row["error"] < 1e-3 for row in checks)
+    assert [row["steps_of_a_pass"] for row in (whole, middle, small)] == [1, 16, 256]
+    assert whole["spread"] == 0 < middle["spread"] < small["spread"]
+    assert whole["mean_norm"] <= middle["mean_norm"] <= small["mean_norm"]  # noisier, but not smaller
+    ends = {name: costs[-1] for name, costs in last["costs"].items()}
     assert ends["batch 4, learning rate 0.01"] < 0.1 < ends["batch 64, learning rate 0.01"]
     assert ends["batch 64, learning rate 0.1"] < ends["batch 64, learning rate 0.01"]
 
@@ -128,9 +237,80 @@ def test_more_than_twice_pytorchs_error_is_refused():
             compare("sine", wrong, torch.sin, x)
 
 
+def test_the_path_of_a_line_ends_at_its_weights():
+    torch.manual_seed(0)
+    x, y = matmul_regression.make_samples(torch.tensor(matmul_regression.LINE))
+    costs, path = matmul_regression.descend(x, y, 4, 0.05)
+    assert path.shape == (257, 2)
+    torch.testing.assert_close(path[-1], torch.tensor(matmul_regression.LINE), rtol=0, atol=0.05)
+    w, b = path[0]
+    off = w * x[:4, 0] + b - y[:4]
+    step = torch.stack([(2 * x[:4, 0] * off).mean(), (2 * off).mean()])  # ∂C/∂w = 2x(a − y), ∂C/∂b = 2(a − y)
+    torch.testing.assert_close(path[1], path[0] - 0.05 * step)
+    assert costs[-1] < 0.02 < costs[0]
+
+
+def test_gradients_are_compared_and_must_exist():
+    x, w = normal(3, 4), normal(5, 4)
+    rows = compare_gradients("product", lambda x, w: x @ w.T, linear, {"x": x, "w": w}, terms=4)
+    assert [row["part"] for row in rows] == ["product, gradient of x", "product, gradient of w"]
+    for wrong, message in (
+        (lambda x, w: x.detach() @ w.T, "product, gradient of x is off by"),
+        (lambda x, w: (x @ w.T).detach(), "product has no gradient, expected one"),
+        (lambda x, w: x @ w.T + 1e-9 * w.sum(), "product, gradient of w is off by"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            compare_gradients("product", wrong, linear, {"x": x, "w": w}, terms=4)
+
+
+def test_the_most_bytes_of_a_call():
+    x = torch.ones(1000)
+    device = torch.device("cpu")
+    assert peak_bytes(lambda: x.exp(), device) == x.nbytes
+    assert peak_bytes(lambda: x.exp().sin().cos(), device) == 2 * x.nbytes  # two of them at a time
+    assert peak_bytes(lambda: x[:10], device) == 0
+
+
+def test_windows_take_more_memory_than_conv2d(capsys):
+    rows = matmul_convolution.compare_costs(torch.device("cpu"))
+    of = {(row["layer"], row["way"]): row for row in rows}
+    assert len(of) == 4
+    copied, output = 4 * 64 * 4 * 4 * 16 * 25, 4 * 64 * 4 * 4 * 32
+    assert of["second", "windows"]["allocated_bytes"] == copied + output
+    assert output <= of["second", "conv2d"]["allocated_bytes"] < copied + output
+    assert f"{copied + output:,}" in capsys.readouterr().out
+
+
+def test_a_causal_row_does_not_depend_on_later_rows():
+    x, wq, wk, wv = normal(2, 5, 6), normal(3, 6), normal(3, 6), normal(3, 6)
+    y = matmul_attention.causal_attention(x, wq, wk, wv)
+    x[:, 3:] += 1
+    changed = matmul_attention.causal_attention(x, wq, wk, wv)
+    assert torch.equal(y[:, :3], changed[:, :3])
+    assert not torch.isclose(y[:, 3:], changed[:, 3:]).any(-1).any()
+
+
+CAUSAL = matmul_attention.causal_weights
+
+
 @pytest.mark.parametrize(
     "module, part, name, wrong",
     [
+        (matmul_regression, "forward of a batch", "predict", lambda x, w: x @ w.flip(0)),
+        (
+            matmul_convolution,
+            "convolution, gradient of kernels",
+            "linear",
+            lambda x, w: x @ (2 * w - w.detach()).T,
+        ),
+        (matmul_attention, "causal attention", "causal_weights", lambda q, k: CAUSAL(k, q)),
+        (matmul_attention, "causal attention", "causal_weights", lambda q, k: (q @ k.mT / 4).softmax(-1)),
+        (
+            matmul_attention,
+            "causal attention, gradient of x",
+            "causal_weights",
+            lambda q, k: CAUSAL(q, k).detach(),
+        ),
         (matmul_regression, "gradient", "mse_gradient", lambda x, y, w: x.T @ (x @ w - y) / len(y)),
         (matmul_convolution, "convolution", "windows", lambda x, **at: windows(x, **at).flip(-1)),
         (matmul_attention, "attention", "matmul_t", lambda x: x @ x.mT * 1.01),
@@ -158,17 +338,76 @@ def test_fit_is_the_least_squares_of_relative_times():
     assert quadrants.fit({2: 2.5}) == 1
 
 
-def test_the_report_fits_the_medians_of_all_rounds_but_the_first(monkeypatch):
+def test_the_report_fits_the_medians_of_all_rounds_but_the_first(monkeypatch, capsys):
+    parts = {("ReLU", "forward"): 0.2, ("ReLU", "backward"): 0.4, ("Linear", "forward"): 1.0}
+    parts |= {("Linear", "backward"): 2.0}
+    first = Epoch(9.0, 0.5, dict.fromkeys(parts, 9.0))
+    two = Way(64, processes=2)
     rounds = {
-        (64, 1): [(9.0, 0.5), (2.0, 0.1), (1.0, 0.2), (3.0, 0.3)],
-        (64, 2): [(9.0, 0.5), (1.25, 0.1), (1.0, 0.2), (7.0, 0.3)],
+        Way(64): [first, *(Epoch(seconds, 0.1) for seconds in (2.0, 1.0, 3.0))],
+        two: [first, *(Epoch(seconds, 0.1) for seconds in (1.25, 1.0, 7.0))],
+        Way(64, threads=2): [first, Epoch(2.0, 0.1)],
+        Way(64, profiled=True): [
+            first,
+            Epoch(4.0, 0.1, parts),
+            Epoch(8.0, 0.1, {k: 2 * s for k, s in parts.items()}),
+        ],
     }
     monkeypatch.setattr(quadrants, "measure", lambda flags: rounds)
-    report = partial(quadrants.report, quadrants.Flags(processes=(1, 2), sizes=(64,)))
-    row = {"batch_size": 64, "ms_on_1": 2000.0, "speedup_on_1": 1.0, "speedup_on_2": 1.6}
-    assert report() == [row | {"p": pytest.approx(0.75), "limit": pytest.approx(4.0)}]
-    rounds[64, 2][1:] = [(1.0, 0.1)]
-    assert report()[0]["limit"] is None  # everything is divided
-    rounds[64, 2][0] = (9.0, 0.5001)
+    report = partial(quadrants.report, quadrants.Flags(processes=(1, 2), sizes=(64,), device="cpu"))
+    gain, *fitted = report()
+    # p = (0.2 + 0.4 + 1 + 2) / 4
+    times = {"ms_on_1": 2000.0, "predicted": 1 / (0.1 + 0.9 / 2), "N_processes": 1.6, "N_threads": 1.0}
+    assert gain == pytest.approx({"batch_size": 64, "N": 2} | times)
+    for row, by, p in zip(fitted, ("profile", "processes", "threads"), (0.9, 0.75, 0), strict=True):
+        assert (row["batch_size"], row["by"]) == (64, by)
+        assert (row["p"], row["limit"]) == pytest.approx((p, 1 / (1 - p)))
+    out = capsys.readouterr().out
+    lines = [re.findall(r"[\w%.:]+", line) for line in out.splitlines() if line.startswith("│")][:3]
+    assert lines[0] == ["Linear", "25.00%", "50.00%", "75.00%"]
+    assert lines[1] == ["ReLU", "5.00%", "10.00%", "15.00%"]
+    assert lines[2] == ["all:", "p", "30.00%", "60.00%", "90.00%"]
+    assert "left out: the speed-up from CPU to GPU, as --device is cpu" in out
+    rounds[two][1:] = [Epoch(1.0, 0.1)]
+    assert report()[2]["limit"] is None  # everything is divided
+    rounds[two][0] = Epoch(9.0, 0.5001)
     with pytest.raises(ConfigError, match="is off by 2e-04 of that on one"):
         report()
+
+
+def test_the_report_times_the_gpu_where_there_is_one(monkeypatch, capsys):
+    """The first of its epochs is not counted."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    seconds = iter([9.0, *[0.5] * quadrants.ROUNDS])
+    monkeypatch.setattr(quadrants, "time_epoch", lambda *args, device: Epoch(next(seconds), 0.1))
+    rows = quadrants.compare_devices(quadrants.Flags(sizes=(64,)), {Way(64): 2000.0})
+    assert rows == [{"batch_size": 64, "ms_on_1": 2000.0, "ms_on_GPU": 500.0, "speedup": 4.0}]
+    assert "left out" not in capsys.readouterr().out
+
+
+def shares_of_an_epoch() -> tuple[list[int], float]:
+    """The sizes of a rank's shares of the batches, and the loss after the epoch."""
+    sizes = []
+
+    def counted(*args: Any, **options: Any) -> Iterator[Batch]:
+        for batch in batches(*args, **options):
+            sizes.append(len(batch.x))
+            yield batch
+
+    with patch.object(quadrants, "batches", counted):
+        epoch = quadrants.time_epoch(0, Way(8192, processes=2), 1, torch.float64)
+    return sizes, epoch.loss
+
+
+def test_an_epoch_of_the_report_is_the_same_on_two_ranks_and_its_layers_take_most_of_it(ranks):
+    """In float64 their losses differ by rounding; another rate gives another loss."""
+    way = Way(8192, profiled=True)
+    alone = quadrants.time_epoch(0, way, 1, torch.float64)
+    kinds = ("Linear", "ReLU", "Sigmoid", "BinaryCrossEntropy")
+    assert set(alone.parts) == set(product(kinds, quadrants.PASSES))
+    assert 0.5 * alone.seconds < sum(alone.parts.values()) < alone.seconds
+    pair = ranks(2, shares_of_an_epoch)
+    assert [shares for shares, _ in pair] == [[4096] * 4] * 2
+    assert {loss for _, loss in pair} == {pair[0][1]}
+    assert pair[0][1] == pytest.approx(alone.loss, rel=1e-12)
+    assert quadrants.time_epoch(0, Way(4096), 1, torch.float64).loss != pytest.approx(alone.loss, rel=1e-3)

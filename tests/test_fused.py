@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from torchpar.errors import ConfigError
-from torchpar.nn import MLP, Linear
+from torchpar.nn import MLP, Linear, LinearSigmoid
 from torchpar.training.fused import FusedGradients, why_not_fused
 
 
@@ -149,6 +149,7 @@ def test_logits_that_are_not_finite_or_huge(value: float, smoothing: float) -> N
 
 
 NOT_ORDINARY = "a weight or a bias is not an ordinary parameter, or needs no gradient"
+SAME_NAME = type("LinearSigmoid", (LinearSigmoid,), {})
 REPLACED = "the model's forward has been replaced or compiled"
 CHANGES = [
     (lambda model: model.layers[0].register_forward_hook(print), "the model has hooks"),
@@ -160,6 +161,11 @@ CHANGES = [
     (lambda model: model.compile(), REPLACED),
     (lambda model: model.layers.__setitem__(0, Linear(4, 3)), "a layer of the model has been replaced"),
     (lambda model: model.layers.__setitem__(1, Linear(3, 5)), "a layer of the model has been replaced"),
+    (lambda model: model.layers.append(torch.nn.ReLU()), "a layer of the model has been replaced"),
+    (
+        lambda model: setattr(model.layers[0], "__class__", SAME_NAME),
+        "a layer of the model has been replaced",
+    ),
     (lambda model: setattr(model, "__class__", type("Subclass", (MLP,), {})), "the model is a Subclass"),
     (lambda model: torch.nn.Linear(4, 3), "the model is a Linear, not a torchpar.nn.MLP"),
     (lambda model: MLP((4, 0)), "the model has 0 classes, not 1 to 1000"),

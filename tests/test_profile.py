@@ -12,6 +12,7 @@ from commands import lesson, rows_of
 from fake_data import fashion_mnist
 
 from torchpar.profile.collectives import SHARED
+from torchpar.profile.memory import Memory
 from torchpar.profile.phases import Phases, phase
 
 PRODUCT = r"aten::(add)?mm|mkldnn::_linear_pointwise"
@@ -74,3 +75,29 @@ def test_a_step_is_divided_at_its_backward_pass(monkeypatch):
     expected = {"data": 10.0, "forward": 2.0, "backward": 6.0, "collectives": 1.5, "optimizer": 4.0}
     assert phases.seconds == {"pipeline": 0.0, **expected}
     assert torch.Tensor.backward is backward
+
+
+def test_memory_counts_each_tensor_once_and_until_autograd_lets_go_of_it():
+    """Sigmoids keep their outputs, linear layers their inputs; float64, and momentum of the weights' size."""
+    layers = torch.nn.Linear(5, 4), torch.nn.Sigmoid(), torch.nn.Linear(4, 3)
+    model = torch.nn.Sequential(*layers).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    memory = Memory(model, optimizer)
+    weights = 8 * (5 * 4 + 4 + 4 * 3 + 3)
+    assert memory.measured() == {"weights": weights, "gradients": 0, "optimizer": 0, "activations": 0}
+    batch = torch.randn(8, 5, dtype=torch.float64)
+    for _ in range(3):  # the same in each step
+        with memory.measure():
+            for x in batch.split(4):  # parts of one memory
+                model(x).sum().backward()
+        optimizer.step()
+    kept = 4 * (5 + 4) * 8
+    expected = {"weights": weights, "gradients": weights, "optimizer": weights, "activations": kept}
+    assert memory.measured() == expected
+    with memory.measure():
+        model(batch)  # a larger batch, of which no step is made
+    assert memory.measured()["activations"] == 2 * kept
+    with memory.measure():
+        losses = [model(x).sum() for x in batch.split(2)]  # four at a time, as in gpipe
+        sum(losses).backward()
+    assert memory.measured()["activations"] == 2 * kept

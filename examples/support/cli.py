@@ -36,7 +36,7 @@ MAY_DIFFER_ON_RESUME = {
     *("data", "epochs", "device", "compile", "fused", "dry_run"),
     *("phases", "collectives", "metrics", "log_dir", "plots", "profile"),
     *("checkpoint", "save_every", "keep", "async_save", "timeout"),
-    *("dp", "tp", "pp", "pipeline", "micro_batches", "draw"),
+    *("dp", "tp", "pp", "pipeline", "micro_batches", "draw", "memory"),
 }
 
 BOUNDS: dict[str, tuple[float, float]] = {  # flag: least value, first value that is too large

@@ -1,24 +1,20 @@
 # SPDX-License-Identifier: MIT
 """Console output of the examples: progress, tables, errors and the last line; and metrics files.
 
-It imports torch only to compare or to log tensors.
+It imports torch only to write for TensorBoard.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from torchpar.errors import ConfigError
 from torchpar.outcome import EpochResult
 from torchpar.profile.phases import Phases
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -64,32 +60,6 @@ def print_rows(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], title:
         values = (row[column] for column in columns)
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
     Console().print(table)
-
-
-def compare(
-    part: str, result: "Tensor", reference: "Callable[..., Tensor]", *inputs: "Tensor", terms: int = 1
-) -> dict[str, Any]:
-    """Print the errors of ``result`` and of PyTorch's ``reference(*inputs)``, and return them.
-
-    An error is the largest distance from ``reference`` in float64. Sums of ``terms`` numbers in another order
-    may differ by √terms roundings of the largest result.
-
-    Raises:
-        ConfigError: another shape, or an error above those roundings and twice PyTorch's error.
-    """
-    import torch
-
-    exact = reference(*(t.double() for t in inputs))
-    found = tuple(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
-    if found != tuple(exact.shape):
-        raise ConfigError(f"{part} is {found}, expected the shape {tuple(exact.shape)}; mend its formula")
-    error, native = ((t - exact).abs().max().item() for t in (result, reference(*inputs)))
-    most = 2 * native + terms**0.5 * torch.finfo(result.dtype).eps * exact.abs().max().item()
-    print(f"{part}: error {error:.1e} against float64, PyTorch's {native:.1e}")
-    if not error <= most:
-        off = f"{part} is off by {error:.1e}, expected {most:.1e} at most"
-        raise ConfigError(f"{off}; mend its formula, which leaves its inputs as they are")
-    return {"part": part, "error": error, "pytorch_error": native}
 
 
 def summary(results: list[EpochResult]) -> str:

@@ -2,7 +2,7 @@
 """Plots of the examples, by matplotlib."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from operator import itemgetter
@@ -105,12 +105,33 @@ def save_panels(path: Path, panels: Sequence[Panel]) -> None:
 
 def save_curves(path: Path, curves: Mapping[str, Sequence[float]], x: str, y: str) -> None:
     """Draw ``curves`` by name, on logarithmic axes; their x is 1, 2, 3, …"""
-    figure, (axes,) = _subplots(1, 1, (7, 4))
+    figure, (axes,) = _subplots(1, 1, (6.2, 3.7))
     for label, values in curves.items():
         axes.loglog(range(1, 1 + len(values)), values, ".-", label=label, zorder=-len(values))
     axes.set(xlabel=x, ylabel=y)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+def save_paths(
+    path: Path, paths: "Mapping[str, Tensor]", cost: "Callable[[Tensor], Tensor]", title: str
+) -> None:
+    """Draw paths ``(steps, 2)`` by name over lines of equal ``cost``, a function ``(n, 2)`` → ``(n)``."""
+    import torch
+
+    figure, (axes,) = _subplots(1, 1, (4.3, 4.3))
+    points = torch.cat(list(paths.values())).cpu()
+    low, high = points.amin(0), points.amax(0)
+    margin = 0.3 * (high - low).max()
+    w, b = (torch.linspace(*ends, 101) for ends in zip(low - margin, high + margin, strict=True))
+    b_grid, w_grid = torch.meshgrid(b, w, indexing="ij")
+    costs = cost(torch.stack([w_grid, b_grid], -1).flatten(0, 1)).view(w_grid.shape).cpu()
+    axes.contour(w.numpy(), b.numpy(), costs.sqrt().numpy(), levels=8, colors="0.8")
+    for name, one in paths.items():
+        axes.plot(*one.T.cpu().numpy(), ".-", markersize=4, label=name, zorder=-len(one))
+    axes.set(xlabel="w", ylabel="b", title=title)
+    axes.legend()
     figure.savefig(path)
 
 
@@ -130,6 +151,33 @@ def save_matrices(path: Path, matrices: "Tensor | Array", title: str, texts: Seq
     for axes, text in zip(grid, texts, strict=False):
         axes.set_title(text, fontsize=7)
     figure.suptitle(f"{title} (dark is large)")
+    figure.savefig(path)
+
+
+def save_boundaries(
+    path: Path, panels: "Mapping[str, tuple[Samples, Callable[[Tensor], Tensor]]]", shown: int = 500
+) -> None:
+    """Draw points of [−1, 1]² by label, the probability of label 1, and the decision boundary, where it is ½.
+
+    Args:
+        panels: by title, the points, of which the first ``shown`` are drawn, and a function
+            ``(n, 2)`` → ``(n)``.
+    """
+    import torch
+
+    figure, grid = _subplots(1, len(panels), (4.2 * len(panels), 5))
+    side = torch.linspace(-1, 1, 201)
+    y, x = torch.meshgrid(side, side, indexing="ij")
+    for axes, (title, (points, probability)) in zip(grid, panels.items(), strict=True):
+        p = probability(torch.stack([x, y], -1).flatten(0, 1)).view(x.shape).numpy()
+        levels = torch.linspace(0, 1, 11).tolist()
+        axes.contourf(x.numpy(), y.numpy(), p, levels=levels, cmap="RdBu_r", vmin=-0.6, vmax=1.6)
+        axes.contour(x.numpy(), y.numpy(), p, levels=[0.5], colors="black")
+        for label, (name, color) in enumerate(zip(points.classes, ("tab:blue", "tab:red"), strict=True)):
+            mine = points.features[:shown][points.labels[:shown] == label].cpu()
+            axes.plot(*mine.T.numpy(), ".", markersize=5, color=color, label=f"label {label}: {name}")
+        axes.set(title=title, xlabel="x", ylabel="y", xticks=(-1, 0, 1), yticks=(-1, 0, 1), aspect="equal")
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path)
 
 

@@ -24,6 +24,7 @@ from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.clip import clip_grad_norm_
 from torchpar.parallel.split.shared_memory import can_share_memory
 from torchpar.profile.collectives import Call, Collectives
+from torchpar.profile.memory import Memory
 from torchpar.profile.phases import Phases
 from torchpar.training import EpochResult, Run
 
@@ -158,6 +159,18 @@ class Log(training.RunLog):
         by = "self_device_time_total" if self.world.device.type == "cuda" else "self_cpu_time_total"
         table = self.profiler.key_averages().table(by, row_limit=10, max_name_column_width=40)
         return f"costliest operators of rank {self.world.rank}\n{table}"
+
+
+def print_memory(memory: Memory, world: World) -> None:
+    """Print a table of the bytes of each rank, on rank 0. All ranks call it."""
+    dimensions = ("dp", "tp", "pp")
+    place = " ".join(str(world.mesh.get_local_rank(name)) for name in dimensions)
+    mine = memory.measured()
+    mine["sum"] = sum(mine.values())
+    rank = {f"rank: {' '.join(dimensions)}": f"{world.rank}: {place}"}
+    rows = world.gather_results(lambda: rank | {name: f"{n:,}" for name, n in mine.items()})
+    if world.rank == 0:
+        console.print_rows(rows, list(rows[0]), "bytes of each rank")
 
 
 def _print_collectives(calls: Sequence[Sequence[Call]]) -> None:

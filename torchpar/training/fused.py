@@ -43,15 +43,21 @@ def why_not_fused(model: torch.nn.Module) -> str:
     """Return why `FusedGradients` cannot replace autograd for ``model``, or "" if it can."""
     if type(model) is not MLP:
         return f"the model is a {type(model).__name__}, not a torchpar.nn.MLP"
+    if model.hidden not in _ACTIVATIONS:
+        return f"the model has {model.hidden} layers, not one of {', '.join(_ACTIVATIONS)}"
     if model.output != "logits":
         return f"the model has {model.output} outputs, not logits"
     if not 0 < model.sizes[-1] <= MAX_CLASSES:
         return f"the model has {model.sizes[-1]} classes, not 1 to {MAX_CLASSES}"
-    parameters = [p for layer in model.layers for p in (layer.weight, layer.bias)]
+    layers, made = model.layers, MLP(model.sizes, model.hidden, device="meta").layers
+    if [*map(type, layers)] != [*map(type, made)] or any(
+        (a.in_features, a.out_features) != (b.in_features, b.out_features)
+        for a, b in zip(layers, made, strict=True)
+    ):
+        return "a layer of the model has been replaced"
+    parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
     if not all(type(p) is torch.nn.Parameter and p.requires_grad for p in parameters):
         return "a weight or a bias is not an ordinary parameter, or needs no gradient"
-    if str(model) != str(MLP(model.sizes, model.hidden, device="meta")):
-        return "a layer of the model has been replaced"
     if any(getattr(module, hooks) for module in model.modules() for hooks in _HOOKS) or any(
         p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters
     ):
@@ -59,6 +65,26 @@ def why_not_fused(model: torch.nn.Module) -> str:
     if any("forward" in vars(one) or one._compiled_call_impl is not None for one in model.modules()):
         return "the model's forward has been replaced or compiled"
     return ""
+
+
+def _sigmoid(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return linear_sigmoid(x, weight, bias) if x.is_cuda else linear_forward(x, weight, bias).sigmoid_()
+
+
+def _relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return linear_forward(x, weight, bias).relu_()
+
+
+def _relu_backward(g: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    dz = torch.ops.aten.threshold_backward(g, y, 0)
+    return dz, dz.sum(0)
+
+
+# Of each kind of hidden layers: x, weight, bias → y; and g = dL/dY, y → dL/dZ and dL/db.
+_ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]] = {
+    "sigmoid": (_sigmoid, sigmoid_backward),
+    "relu": (_relu, _relu_backward),
+}
 
 
 class FusedGradients:
@@ -98,7 +124,7 @@ class FusedGradients:
         self._linears: list[Any] = [*model.layers]
         weight, classes = self._linears[-1].weight, model.sizes[-1]
         self.label_smoothing = label_smoothing
-        self.relu = model.hidden == "relu"
+        self._activate, self._activation_gradient = _ACTIVATIONS[model.hidden]
         self.dtype = None if dtype == weight.dtype else dtype
         # The dimension of the classes, in which the softmax adds.
         self._classes_dim = 0 if classes <= MAX_CLASSES_ALONG_DIM_0 else 1
@@ -150,30 +176,16 @@ class FusedGradients:
             layers = [(weight.to(self.dtype), bias.to(self.dtype)) for weight, bias in layers]
         activations = [x.to(layers[0][0].dtype)]
         for weight, bias in layers[:-1]:
-            activations.append(self._hidden_layer(activations[-1], weight, bias))
+            activations.append(self._activate(activations[-1], weight, bias))
         logits = linear_forward(activations[-1], *layers[-1])
         loss, dz = self._loss_and_gradient(logits, labels, global_size)
         gradients = [(mm(dz.t(), activations[-1]), dz.sum(0))]
         for i in range(len(layers) - 1, 0, -1):
-            dz, db = self._hidden_gradient(mm(dz, layers[i][0]), activations[i])
+            dz, db = self._activation_gradient(mm(dz, layers[i][0]), activations[i])
             gradients.append((mm(dz.t(), activations[i - 1]), db))
         if self.dtype:
             gradients = [(dw.to(stored), db.to(stored)) for dw, db in gradients]
         return loss, gradients[::-1]
-
-    def _hidden_layer(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        if self.relu:
-            return linear_forward(x, weight, bias).relu_()
-        if x.is_cuda:
-            return linear_sigmoid(x, weight, bias)
-        return linear_forward(x, weight, bias).sigmoid_()
-
-    def _hidden_gradient(self, g: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """dL/dZ and dL/db of a hidden layer from g = dL/dY and y."""
-        if self.relu:
-            dz = torch.ops.aten.threshold_backward(g, y, 0)
-            return dz, dz.sum(0)
-        return sigmoid_backward(g, y)
 
     def _loss_and_gradient(self, logits: Tensor, labels: Tensor, global_size: int) -> tuple[Tensor, Tensor]:
         """The sum of the losses, and dL/dZ ``(b, classes)``."""

@@ -33,7 +33,9 @@ def fork_context(preload: Iterable[str] = PRELOAD) -> ForkServerContext:
         preload: modules that the server imports once for all; missing packages are passed over.
     """
     forkserver.set_forkserver_preload([__name__, *preload])
-    with patch.dict(os.environ, OMP_NUM_THREADS="1"):
+    # A function that asks for more threads: those that wait leave their core to the other processes.
+    waiting = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+    with patch.dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY=waiting):
         forkserver.ensure_running()
     return get_context("forkserver")
 

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: MIT
+"""Checks of a reader's functions: their values and gradients beside PyTorch's and float64's."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchpar.errors import ConfigError
+
+
+def compare(
+    part: str, result: Tensor, reference: Callable[..., Tensor], *inputs: Tensor, terms: int = 1
+) -> dict[str, Any]:
+    """Print the errors of ``result`` and of PyTorch's ``reference(*inputs)``, and return them.
+
+    An error is the largest distance from ``reference`` in float64. Sums of ``terms`` numbers in another order
+    may differ by √terms roundings of the largest result.
+
+    Raises:
+        ConfigError: another shape, or an error above those roundings and twice PyTorch's error.
+    """
+    exact = reference(*(t.double() for t in inputs))
+    found = tuple(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
+    if found != tuple(exact.shape):
+        raise ConfigError(f"{part} is {found}, expected the shape {tuple(exact.shape)}; mend its formula")
+    error, native = ((t - exact).abs().max().item() for t in (result, reference(*inputs)))
+    most = 2 * native + terms**0.5 * torch.finfo(result.dtype).eps * exact.abs().max().item()
+    print(f"{part}: error {error:.1e} against float64, PyTorch's {native:.1e}")
+    if not error <= most:
+        off = f"{part} is off by {error:.1e}, expected {most:.1e} at most"
+        raise ConfigError(f"{off}; mend its formula, which leaves its inputs as they are")
+    return {"part": part, "error": error, "pytorch_error": native}
+
+
+def compare_gradients(
+    part: str,
+    function: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    inputs: Mapping[str, Tensor],
+    terms: int = 1,
+) -> list[dict[str, Any]]:
+    """Compare the gradients of Σ G ⊙ f with respect to each of the ``inputs``, as `compare` does.
+
+    Args:
+        function: of the inputs, differentiable by autograd; ``reference`` is PyTorch's.
+
+    Raises:
+        ConfigError: as from `compare`, or ``function`` has no gradient.
+    """
+
+    def gradients(f: Callable[..., Tensor], *values: Tensor) -> tuple[Tensor, ...]:
+        leaves = [t.detach().requires_grad_() for t in values]
+        y = f(*leaves)
+        if not y.requires_grad:
+            raise ConfigError(f"{part} has no gradient, expected one; compute it by PyTorch's operators")
+        g = torch.linspace(-1, 2, y.numel(), device=y.device).to(y).view(y.shape)
+        return torch.autograd.grad(y, leaves, g, materialize_grads=True)
+
+    found = gradients(function, *inputs.values())
+    return [
+        compare(
+            f"{part}, gradient of {name}",
+            found[i],
+            lambda *values, i=i: gradients(reference, *values)[i],
+            *inputs.values(),
+            terms=terms,
+        )
+        for i, name in enumerate(inputs)
+    ]

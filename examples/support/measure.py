@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: MIT
+"""Median times of functions that are called in turn, and the memory that a call takes."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Function = Callable[[], Any]
+
+
+def interleaved_ms(
+    functions: Mapping[str, Function], device: torch.device, rounds: int = 30
+) -> dict[str, float]:
+    """Return the median milliseconds of each function; they are called in turn, first without counting."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(1 + rounds):
+        for name, function in functions.items():
+            start = _now(device)
+            function()
+            times[name].append(1000 * (_now(device) - start))
+    return {name: median(of_name[1:]) for name, of_name in times.items()}
+
+
+def peak_bytes(function: Function, device: torch.device) -> int:
+    """Return the most bytes that a call of ``function`` has allocated at a time, its result included.
+
+    PyTorch's allocators count them: on a CPU in the trace of its profiler. What a library such as oneDNN
+    allocates by itself is not counted.
+    """
+    function()  # what the first call alone allocates is not counted
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = function()
+        del result
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it logs each start and end to stderr
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        result = function()
+    del result
+    with TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(trace))
+        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    current = peak = 0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        current += event["args"]["Bytes"]
+        peak = max(peak, current)
+    return peak
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

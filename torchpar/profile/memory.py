@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: MIT
+"""Bytes of a training step on this rank: weights, gradients, optimizer state and activations."""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+Key = tuple[int, int]  # the address of a tensor's first element, and its bytes
+
+
+class _Saved:
+    """A tensor that autograd keeps; it is deleted when autograd lets go of it."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
+class Memory:
+    """Bytes that a rank's part of a model takes in training.
+
+    A tensor that several operators keep is counted once.
+
+    Args:
+        model: this rank's part of the model.
+        optimizer: over its parameters.
+    """
+
+    def __init__(self, model: torch.nn.Module, optimizer: Optimizer):
+        self._model = model
+        self._optimizer = optimizer
+        self._gradients = self._activations = 0
+        self._saved: Counter[Key] = Counter()  # how many operators keep each tensor
+        self._bytes = 0  # of the tensors that are kept now
+
+    def measured(self) -> dict[str, int]:
+        """Return the bytes by name.
+
+        Returns:
+            ``weights``: of parameters and buffers. ``gradients``: after the last measured backward pass.
+            ``optimizer``: of its tensors, such as momentum, which it makes in its first step.
+            ``activations``: the most at a time that autograd has kept for backward passes, without weights.
+            The first layer keeps the batch itself.
+        """
+        state = [t for t in tree_leaves([*self._optimizer.state.values()]) if isinstance(t, Tensor)]
+        return {
+            "weights": _nbytes(self._weights()),
+            "gradients": self._gradients,
+            "optimizer": _nbytes(state),
+            "activations": self._activations,
+        }
+
+    def _weights(self) -> list[Tensor]:
+        return [*self._model.parameters(), *self._model.buffers()]
+
+    @contextmanager
+    def measure(self) -> Iterator[None]:
+        """Measure the forward and backward passes within the block."""
+        weights = {_address(t) for t in self._weights()}
+
+        def pack(tensor: Tensor) -> _Saved | Tensor:
+            if _address(tensor) in weights:
+                return tensor
+            key = tensor.data_ptr(), tensor.nbytes  # a transposed tensor has the same
+            saved = _Saved(tensor.detach())  # an output would keep the operator that keeps it
+            weakref.finalize(saved, self._release, key)
+            self._bytes += tensor.nbytes * (not self._saved[key])
+            self._saved[key] += 1
+            self._activations = max(self._activations, self._bytes)
+            return saved
+
+        def unpack(saved: _Saved | Tensor) -> Tensor:
+            return saved.tensor if isinstance(saved, _Saved) else saved
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+        self._gradients = _nbytes([p.grad for p in self._model.parameters() if p.grad is not None])
+
+    def _release(self, key: Key) -> None:
+        self._saved[key] -= 1
+        if not self._saved[key]:
+            del self._saved[key]
+            self._bytes -= key[1]
+
+
+def _address(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
+
+
+def _nbytes(tensors: list[Tensor]) -> int:
+    """Return the bytes of the elements of tensors; those that share them are counted once."""
+    return sum(nbytes for _, nbytes in {(t.data_ptr(), t.nbytes) for t in tensors})
