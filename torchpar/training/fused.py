@@ -5,7 +5,7 @@ With A₀ = X, hidden layers Aₗ = f(Aₗ₋₁·Wₗᵀ + bₗ), logits Z of t
 
     dL/dZ = (softmax(Z) − targets) / N
     dL/dWₗ = (dL/dZₗ)ᵀ·Aₗ₋₁        dL/dbₗ = Σ dL/dZₗ over the rows
-    dL/dZₗ₋₁ = (dL/dZₗ·Wₗ) ⊙ f′    f′ = Aₗ₋₁ ⊙ (1 − Aₗ₋₁) for sigmoid layers, [Aₗ₋₁ > 0] for ReLU
+    dL/dZₗ₋₁ = (dL/dZₗ·Wₗ) ⊙ f′    f′ = A ⊙ (1 − A) for sigmoid layers, 1 − A² for tanh, [A > 0] for ReLU
 
 Autograd's own work takes as long as the arithmetic of a small network (`benchmarks.train`). The softmax of
 a few classes is taken along dim 0 of ``(classes, b)``: along rows of ten numbers it takes 8 to 25 times as
@@ -45,6 +45,8 @@ def why_not_fused(model: torch.nn.Module) -> str:
         return f"the model is a {type(model).__name__}, not a torchpar.nn.MLP"
     if model.output != "logits":
         return f"the model has {model.output} outputs, not logits"
+    if model.hidden == "maxout" and len(model.sizes) > 2:
+        return "the model has maxout layers, not sigmoid, tanh or relu"
     if not 0 < model.sizes[-1] <= MAX_CLASSES:
         return f"the model has {model.sizes[-1]} classes, not 1 to {MAX_CLASSES}"
     parameters = [p for layer in model.layers for p in (layer.weight, layer.bias)]
@@ -62,7 +64,7 @@ def why_not_fused(model: torch.nn.Module) -> str:
 
 
 class FusedGradients:
-    """The gradients of an MLP with sigmoid or ReLU layers and cross-entropy.
+    """The gradients of an MLP with sigmoid, tanh or ReLU layers and cross-entropy.
 
     The model stays an ordinary module: its parameters, state dict and ``p.grad`` are as with autograd, and
     any optimizer can step. `torch.autocast` is ignored; ``dtype`` takes its place.
@@ -98,7 +100,7 @@ class FusedGradients:
         self._linears: list[Any] = [*model.layers]
         weight, classes = self._linears[-1].weight, model.sizes[-1]
         self.label_smoothing = label_smoothing
-        self.relu = model.hidden == "relu"
+        self.hidden = model.hidden
         self.dtype = None if dtype == weight.dtype else dtype
         # The dimension of the classes, in which the softmax adds.
         self._classes_dim = 0 if classes <= MAX_CLASSES_ALONG_DIM_0 else 1
@@ -162,18 +164,21 @@ class FusedGradients:
         return loss, gradients[::-1]
 
     def _hidden_layer(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        if self.relu:
+        if self.hidden == "relu":
             return linear_forward(x, weight, bias).relu_()
+        if self.hidden == "tanh":
+            return linear_forward(x, weight, bias).tanh_()
         if x.is_cuda:
             return linear_sigmoid(x, weight, bias)
         return linear_forward(x, weight, bias).sigmoid_()
 
     def _hidden_gradient(self, g: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """dL/dZ and dL/db of a hidden layer from g = dL/dY and y."""
-        if self.relu:
-            dz = torch.ops.aten.threshold_backward(g, y, 0)
-            return dz, dz.sum(0)
-        return sigmoid_backward(g, y)
+        if self.hidden == "sigmoid":
+            return sigmoid_backward(g, y)
+        relu = self.hidden == "relu"
+        dz = torch.ops.aten.threshold_backward(g, y, 0) if relu else torch.ops.aten.tanh_backward(g, y)
+        return dz, dz.sum(0)
 
     def _loss_and_gradient(self, logits: Tensor, labels: Tensor, global_size: int) -> tuple[Tensor, Tensor]:
         """The sum of the losses, and dL/dZ ``(b, classes)``."""
