@@ -98,8 +98,7 @@ class LinearMaxout(Linear):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        pieces = super().forward(x).unflatten(-1, (2, self.out_features))
-        return maximum(*pieces.unbind(-2))
+        return maximum(*super().forward(x).split([self.out_features] * 2, -1))
 
 
 Hidden = Literal["sigmoid", "relu", "tanh", "maxout"]
