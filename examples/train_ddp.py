@@ -34,6 +34,7 @@ from torchpar.training import Run
 class Flags(cli.TrainFlags):
     """Train a digit classifier by data parallelism."""
 
+    SGD: ClassVar = {"lr": 0.2, "momentum": 0.9, "weight_decay": 3e-5}
     MUON: ClassVar = {"lr": 0.4, "momentum": 0.8, "weight_decay": 0.0}
 
     epochs: int = 4  # Passes over the training samples.
