@@ -33,7 +33,7 @@ from benchmarks.timing import CPU, take_turns
 from torchpar import data, training
 from torchpar.data import Samples
 from torchpar.errors import ConfigError, DivergedError
-from torchpar.nn import MLP
+from torchpar.nn import MLP, Hidden
 from torchpar.ops.processor import has_bfloat16
 from torchpar.parallel.launch.world import World
 from torchpar.training.fused import FusedGradients
@@ -64,7 +64,7 @@ class Recipe:
     epochs: int
     batch_size: int = 128
     hidden: tuple[int, ...] = (512,)  # widths of the hidden layers
-    activation: Literal["sigmoid", "relu"] = "relu"
+    activation: Hidden = "relu"
     optimizer: Literal["adam", "muon"] = "adam"  # "muon": for the weights, and SGD for the biases
     lr: float = 1e-3  # the highest
     momentum: float = 0.8  # of Muon and SGD
@@ -228,10 +228,50 @@ TRIED = [  # the 98.0% record with another choice
         ("shifted", "the images are moved in the first epoch", {"shift": True}),
     )
 ]
+# The first training of README, whose loop is examples/train_ddp.py: here by formulas, in a step of less time.
+LESSON = Recipe(
+    name="train_ddp",
+    change="the defaults of examples/train_ddp.py",
+    activation="sigmoid",
+    hidden=(512,),
+    epochs=4,
+    batch_size=1024,
+    optimizer="muon",
+    lr=0.4,
+    momentum=0.8,
+    decay=True,
+    label_smoothing=0.05,
+    crop=3,
+    pool=2,
+    fused=True,
+)
+LESSON_TRIED = [  # the same with another choice
+    replace(LESSON, name=f"{LESSON.name}-{name}", change=change, **settings)
+    for name, change, settings in (
+        ("relu", "ReLU layers, a rate of 0.2", {"activation": "relu", "lr": 0.2}),
+        ("tanh", "tanh layers, a rate of 0.2", {"activation": "tanh", "lr": 0.2}),
+        ("maxout", "maxout layers, a rate of 0.2", {"activation": "maxout", "lr": 0.2, "fused": False}),
+        ("320", "320 units", {"hidden": (320,)}),
+        ("1024", "1024 units", {"hidden": (1024,)}),
+        ("two-layers", "two hidden layers of 256", {"hidden": (256, 256)}),
+        ("low-rate", "a rate of 0.2", {"lr": 0.2}),
+        ("high-rate", "a rate of 0.8", {"lr": 0.8}),
+        ("momentum", "a momentum of 0.9", {"momentum": 0.9}),
+        ("3-epochs", "3 epochs, a rate of 0.5", {"epochs": 3, "lr": 0.5}),
+        ("6-epochs", "6 epochs", {"epochs": 6}),
+        ("512-samples", "batches of 512", {"batch_size": 512}),
+        ("1536-samples", "batches of 1536", {"batch_size": 1536}),
+        ("no-smoothing", "no label smoothing", {"label_smoothing": 0.0}),
+        ("smoothing", "label smoothing of 0.1", {"label_smoothing": 0.1}),
+        ("14x14", "14 × 14 pixels: averages of 2 × 2 alone", {"crop": 0}),
+        ("10x10", "10 × 10 pixels: 4 less on each side", {"crop": 4}),
+    )
+]
 GROUPS: dict[str, list[Any]] = {
     "records": [RECORD_98, RECORD_98_7],
     "ladder": LADDER,
     "tried": [RECORD_98, *TRIED],
+    "lesson": [LESSON, *LESSON_TRIED],
 }
 
 

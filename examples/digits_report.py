@@ -8,7 +8,8 @@ chosen. An epoch of n samples is n/B steps. With large batches an epoch takes le
 is used better. But fewer steps make less progress: the mean of many gradients is less noisy than the mean of
 few, and not larger.
 
-Then the best network is trained for more epochs with each λ of the loss −log softmax(y)[label] + λ/2·‖W‖². A
+Then the best network is trained for more epochs with each λ of the loss −log softmax(y)[label] + λ/2·‖W‖².
+With ``--decay-biases`` the biases count in ‖W‖², too. A
 training loss below a quarter of the validation loss means over-fitting: more λ. A training loss above the
 validation loss of a smaller λ means that both are high: less λ. The test set is used once, for the best one.
 """
@@ -48,6 +49,7 @@ class Flags(cli.DataFlags):
     batch_size: tuple[int, ...] = (32, 128, 512)  # Samples per step to choose from.
     lr: tuple[float, ...] = (0.05, 0.2, 0.8)  # Learning rates at the start to choose from.
     weight_decay: tuple[float, ...] = (0.0, 3e-5, 3e-4)  # λ to choose from; the sweep takes the first.
+    decay_biases: bool = False  # Count the biases in the penalty λ/2·‖p‖², too.
     sweep_epochs: int = 2  # Epochs to choose width, batch size and rate by.
     epochs: int = 10  # Epochs to choose λ by.
     samples: int | None = None  # Training samples to use at most.
@@ -63,7 +65,7 @@ def train(
 ) -> tuple[MLP, list[Row]]:
     torch.manual_seed(flags.seed)  # networks of the same size start with the same weights
     model = MLP([784, *[choice["hidden"]] * flags.depth, len(sets[0].classes)]).to(world.device)
-    optimizer = sgd(model, choice["lr"], momentum=0.9, weight_decay=choice["weight_decay"])
+    optimizer = sgd(model, choice["lr"], 0.9, choice["weight_decay"], flags.decay_biases)
     steps = -(-len(sets[0]) // choice["batch_size"])
     scheduler = lr_scheduler(optimizer, "linear", epochs * steps)
     options = {"epochs": epochs, "batch_size": choice["batch_size"], "seed": flags.seed}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
+from torchpar.nn import MLP, LinearMaxout
 from torchpar.optim import Muon, muon
 from torchpar.optim.assign import Assignment
 
@@ -133,6 +134,36 @@ def test_both_factors_of_lora_go_to_muon():
 
 
 # Layers of PyTorch, and others that are known by their names and attributes
+
+
+def test_both_pieces_of_maxout_are_updated_as_two_layers_are():
+    """Also the one that is the model itself, and not as one matrix of all rows."""
+    torch.manual_seed(0)
+    fused, alone = MLP((6, 5, 4), "maxout"), LinearMaxout(6, 5)
+    pieces = nn.ModuleList(nn.Linear(6, 5) for _ in range(2))
+    alone.load_state_dict(fused.layers[0].state_dict())
+    for piece, weight in zip(pieces, alone.weight.detach().chunk(2), strict=True):
+        piece.weight.data.copy_(weight)
+    gradient = torch.randn(10, 6)
+    fused.layers[0].weight.grad, alone.weight.grad = gradient.clone(), gradient.clone()
+    for piece, part in zip(pieces, gradient.chunk(2), strict=True):
+        piece.weight.grad = part.clone()
+    optimizers = [
+        Muon.for_model(model, 0.1, overrides={pattern: "muon"})
+        for model, pattern in ((fused, "layers.*.weight"), (alone, "weight"), (pieces, "*.weight"))
+    ]
+    assert [shapes(one) for one in optimizers[0].assignments if one.name == "layers.0.weight"] == ["5×6 5×6"]
+    before = alone.weight.detach().clone()
+    for optimizer in optimizers:
+        optimizer.step()
+    expected = torch.cat([piece.weight.detach() for piece in pieces])
+    for weight in (fused.layers[0].weight, alone.weight):
+        assert_close(weight.detach(), expected)
+    whole = nn.Linear(6, 10, bias=False)
+    whole.weight.data.copy_(before)
+    whole.weight.grad = gradient.clone()
+    Muon([whole.weight], 0.1).step()
+    assert not torch.allclose(whole.weight.detach(), expected, atol=1e-3)
 
 
 class Experts(nn.Module):

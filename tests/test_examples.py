@@ -5,6 +5,7 @@ The Lightning lesson, and what is peculiar to an exercise, have files of their o
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from functools import cache, partialmethod
 from hashlib import md5
@@ -187,6 +188,73 @@ def test_every_split_learns_the_same(ranks, data, alone, tmp_path, name, world_s
         assert min(activations) > 0
 
 
+def operators_of_each_step(*flags: str) -> list[Counter[str]]:
+    """The outermost calls of torchpar's operators in each forward pass of train_ddp's replica."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        code, _, err = lesson("train_ddp", *flags)
+    assert code == 0, err
+    events = profiled.events()
+    steps: dict[int, Counter[str]] = {
+        id(event): Counter() for event in events if event.name == "DistributedDataParallel.forward"
+    }
+    for event in events:
+        if event.name.startswith("torchpar::"):
+            above = event.cpu_parent
+            while above and id(above) not in steps and not above.name.startswith("torchpar::"):
+                above = above.cpu_parent
+            if above and id(above) in steps:
+                steps[id(above)][event.name] += 1
+    return list(steps.values())
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("", {"torchpar::linear_sigmoid": 2}),  # by default
+        ("--activation maxout", {"torchpar::maximum": 2}),
+        ("--activation relu", {}),
+    ],
+)
+def test_the_hidden_layers_of_each_step_are_operators(ranks, small, flags, expected):
+    """torch.profiler sees one for each hidden layer, on every rank."""
+    given = [*small, "--device", "cpu", "--hidden", "16", "8", "--epochs", "1", "--batch-size", "100"]
+    assert ranks(2, operators_of_each_step, *given, *flags.split()) == [[expected] * 6] * 2
+
+
+def test_maxout_learns_and_resumes_on_another_number_of_ranks(ranks, data, tmp_path):
+    """As one process that is not stopped, but for rounding."""
+    sgd = "--optimizer sgd --lr 0.05 --schedule constant --batch-size 50"
+    flags = [*data, "--activation", "maxout", *sgd.split()]
+    saved = ["--checkpoint", str(tmp_path / "saved")]
+    runs: list[tuple[int, list[str]]] = [(1, []), (2, saved), (1, saved)]
+    for number, (world_size, checkpoint) in enumerate(runs):
+        epochs = "1" if number == 1 else "3"
+        own = ["--epochs", epochs, "--metrics", str(tmp_path / f"{number}"), *checkpoint]
+        (code, out, err), *_ = ranks(world_size, lesson, "train_ddp", *flags, *own)
+        assert code == 0, err
+    assert out.startswith("resumed from step 12\n")
+    whole, resumed = (rows_of(tmp_path / name) for name in "02")
+    for a, b in zip(whole, resumed, strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-4)
+    assert whole[-1]["train_loss"] < whole[0]["train_loss"]
+    assert whole[-1]["test_accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("name, flags", [("train_ddp", "--optimizer sgd"), ("digits_report", "--hidden 8")])
+def test_lambda_counts_the_biases_if_asked(small, tmp_path, name, flags):
+    """A λ of 0 leaves the losses as they are; another one changes them, and with the biases once more."""
+    losses = []
+    for λ, flag in (("0", ""), ("0", "--decay-biases"), ("0.1", ""), ("0.1", "--decay-biases")):
+        metrics = tmp_path / f"{len(losses)}"
+        given = [*small, "--device", "cpu", "--batch-size", "50", "--lr", "0.1", "--epochs", "1"]
+        given += [*flags.split(), "--weight-decay", λ, *flag.split(), "--metrics", str(metrics)]
+        code, _, err = lesson(name, *given)
+        assert code == 0, err
+        losses.append(rows_of(metrics)[-1]["train_loss"])
+    assert losses[0] == losses[1]
+    assert len(set(losses)) == 3
+
+
 @pytest.mark.parametrize("flag", ["--clip=0.01", "--label-smoothing=0.3"])
 def test_a_flag_reaches_the_training(data, alone, tmp_path, flag):
     """Both enlarge the loss."""
@@ -302,6 +370,7 @@ ERRORS = [
     ("train_ddp", "--epoch 3", "Unrecognized options: --epoch"),
     ("train_ddp", "--epochs 0", "--epochs is 0, expected at least 1"),
     ("train_ddp", "--clip 0", "--clip is 0.0, expected more than 0"),
+    ("train_ddp", "--decay-biases", "--decay-biases is of sgd's L2 penalty; take --optimizer sgd"),
     ("train_ddp", "--label-smoothing 1", r"--label-smoothing is 1\.0, expected less than 1"),
     ("train_ddp", "--crop 14", "crop 14 and pool 2 leave nothing of images of 28 × 28"),
     ("train_ddp", "--data /nonexistent", "/FashionMNIST/raw/train-images-idx3-ubyte.gz is missing"),

@@ -50,7 +50,7 @@ def gradients(model: MLP) -> list[Tensor]:
     return [p.grad for p in model.parameters()]
 
 
-@pytest.mark.parametrize("hidden", ["sigmoid", "relu"])
+@pytest.mark.parametrize("hidden", ["sigmoid", "tanh", "relu"])
 @pytest.mark.parametrize(
     "sizes, b, smoothing, dtype",
     [
@@ -78,8 +78,8 @@ def test_gradients_are_as_accurate_as_autograds(sizes, b, smoothing, dtype, hidd
         loss = compute(x, labels, global_size)
         expected = by_autograd(plain, x, labels, global_size, smoothing)
         ideal = by_autograd(exact, x.double(), labels, global_size, smoothing)
-    # z + b, the sigmoid's 3, the derivative's 3 for each hidden layer. The softmax: z + b, z - max, exp, sum,
-    # log, their difference, exp; minus targets, over N. Two sums over the calls.
+    # z + b, the sigmoid's or tanh's 3, the derivative's 3 for each hidden layer. The softmax: z + b, z - max,
+    # exp, sum, log, their difference, exp; minus targets, over N. Two sums over the calls.
     roundings = 11 + 7 * (len(sizes) - 2)
     # The loss is a float32 number of logits that may be stored in 16 bits.
     stored = by_rounded_logits(exact, x.double(), labels, smoothing, dtype) if dtype.itemsize == 2 else 0.0
@@ -121,7 +121,7 @@ def test_parameters_that_are_shared_or_replaced_afterwards_are_trained(change: A
     torch.testing.assert_close(gradients(fused), gradients(plain))
 
 
-@pytest.mark.parametrize("hidden", ["sigmoid", "relu"])
+@pytest.mark.parametrize("hidden", ["sigmoid", "tanh", "relu"])
 @pytest.mark.parametrize("stored, products", [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_products_of_another_dtype(stored: str, products: str, hidden: str) -> None:
     """The gradients have the bits of a model of that dtype, under autocast too, and the parameters' dtype."""
@@ -171,6 +171,7 @@ CHANGES = [
     (lambda model: MLP((4, 0)), "the model has 0 classes, not 1 to 1000"),
     (lambda model: MLP((4, 1001)), "the model has 1001 classes, not 1 to 1000"),
     (lambda model: MLP((4, 3, 2), output="sigmoid"), "the model has sigmoid outputs, not logits"),
+    (lambda model: MLP((4, 3, 2), "maxout"), "the model has maxout layers, not one of sigmoid, tanh, relu"),
 ]
 
 

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: MIT
 """Tests of the layers and the MLP against PyTorch's own modules."""
 
+from itertools import pairwise
+
+import numpy as np
 import pytest
 import torch
 
 from torchpar.baselines import numpy_mlp
-from torchpar.nn import MLP, Linear, LinearSigmoid
+from torchpar.nn import MLP, Linear, LinearMaxout, LinearSigmoid
+
+ACTIVATIONS = [("sigmoid", torch.nn.Sigmoid()), ("relu", torch.nn.ReLU()), ("tanh", torch.nn.Tanh())]
 
 
-@pytest.mark.parametrize("hidden, activation", [("sigmoid", torch.nn.Sigmoid()), ("relu", torch.nn.ReLU())])
+@pytest.mark.parametrize("hidden, activation", ACTIVATIONS)
 @pytest.mark.parametrize("output", ["logits", "sigmoid"])
 def test_mlp_equals_the_network_of_torchs_modules(hidden, activation, output, device):
     torch.manual_seed(0)
@@ -29,11 +34,73 @@ def test_mlp_equals_the_network_of_torchs_modules(hidden, activation, output, de
             torch.testing.assert_close(grads, others)
 
 
+def maxout_of_torchs_modules(mlp: MLP, x: torch.Tensor) -> torch.Tensor:
+    """The output of a maxout MLP by two products a layer; the weight's first rows are the first piece's."""
+    *hidden, last = mlp.layers
+    for layer in hidden:
+        (w1, w2), (b1, b2) = layer.weight.chunk(2), layer.bias.chunk(2)
+        x = torch.maximum(torch.nn.functional.linear(x, w1, b1), torch.nn.functional.linear(x, w2, b2))
+    return torch.nn.functional.linear(x, last.weight, last.bias)
+
+
+def test_maxout_equals_the_maximum_of_two_layers(device):
+    torch.manual_seed(0)
+    for sizes in [(3, 2), (5, 0, 1), (5, 7, 1), (127, 129, 64, 10)]:
+        mlp = MLP(sizes, "maxout", device=device, dtype=torch.float64)
+        state = {}
+        for i, (before, after) in enumerate(pairwise(sizes)):
+            rows = after if i == len(sizes) - 2 else 2 * after
+            state |= {f"layers.{i}.weight": (rows, before), f"layers.{i}.bias": (rows,)}
+        assert {name: tuple(t.shape) for name, t in mlp.state_dict().items()} == state
+        xs = [torch.randn(*shape, sizes[0], device=device).double() for shape in ((0,), (6,), (2, 3), ())]
+        for x in [*xs, torch.zeros_like(xs[1])]:  # both pieces of 0 are equal, and share the gradient
+            y, expected = mlp(x), maxout_of_torchs_modules(mlp, x)
+            torch.testing.assert_close(y, expected)
+            grads = (
+                torch.autograd.grad(t.square().sum() + t.sum(), list(mlp.parameters())) for t in (y, expected)
+            )
+            torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("hidden", ["tanh", "maxout"])
+def test_derivatives_of_first_and_second_order(hidden, device):
+    torch.manual_seed(0)
+    mlp = MLP((4, 5, 3, 2), hidden, device=device, dtype=torch.float64)
+    names = [name for name, _ in mlp.named_parameters()]
+
+    def outputs(x, *parameters):
+        return torch.func.functional_call(mlp, dict(zip(names, parameters, strict=True)), (x,))
+
+    x = torch.randn(3, 4, device=device, dtype=torch.float64, requires_grad=True)
+    inputs = (x, *(torch.randn_like(p).requires_grad_() for p in mlp.parameters()))
+    assert torch.autograd.gradcheck(outputs, inputs)
+    assert torch.autograd.gradgradcheck(outputs, inputs)
+
+
+def test_maxout_is_compiled_as_one_graph(device):
+    torch.manual_seed(0)
+    mlp = MLP((5, 7, 3), "maxout", device=device)
+    for layer in mlp.layers:
+        torch.nn.init.normal_(layer.bias)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return graph.forward
+
+    x = torch.randn(6, 5, device=device)
+    compiled = torch.compile(mlp, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(x), mlp(x))
+    (targets,) = graphs
+    assert any("maximum" in target for target in targets)
+
+
 def test_xavier_variance():
     torch.manual_seed(0)
     uniform, normal = LinearSigmoid(300, 500).weight.detach(), numpy_mlp.MLP((300, 500), seed=1).weights[0]
+    pieces = LinearMaxout(300, 500).weight.detach().numpy()  # of a maxout layer, each is drawn as a layer is
     variance = 2 / (300 + 500)
-    for weight in (uniform.numpy(), normal):
+    for weight in (uniform.numpy(), normal, *np.split(pieces, 2)):
         # The mean of n draws deviates by σ/√n, and of normal ones the variance by σ²·√(2/n); five of each.
         assert abs(weight.mean()) < 5 * (variance / weight.size) ** 0.5
         assert abs(weight.var() / variance - 1) < 5 * (2 / weight.size) ** 0.5
@@ -44,13 +111,17 @@ def test_biases_begin_at_0_or_are_left_out():
     assert not Linear(3, 4).bias.any()
     assert list(Linear(3, 4, bias=False).state_dict()) == ["weight"]
     assert LinearSigmoid(3, 4, bias=False)(torch.zeros(2, 3)).eq(0.5).all()
+    assert not LinearMaxout(3, 4).bias.any()
+    maxout = LinearMaxout(3, 4, bias=False)
+    assert list(maxout.state_dict()) == ["weight"]
+    assert maxout(torch.randn(2, 3)).shape == (2, 4)
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (([3],), r"sizes is \[3\], expected at least"),
-        (([3, 2], "tanh"), "hidden is 'tanh', expected one of"),
+        (([3, 2], "gelu"), "hidden is 'gelu', expected one of .'maxout', 'relu', 'sigmoid', 'tanh'.$"),
         (([3, 2], "relu", "softmax"), "output is 'softmax', expected one of"),
     ],
 )

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from torchpar import reference
-from torchpar.nn import MLP, Linear, LinearSigmoid
+from torchpar.nn import MLP, Linear, LinearMaxout, LinearSigmoid
 from torchpar.parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -87,6 +87,7 @@ def sequential() -> torch.nn.Sequential:
 MODELS: list[Callable[[], Any]] = [
     partial(MLP, (9, 5, 3), "sigmoid", "sigmoid", dtype=torch.float64),
     partial(MLP, (9, 1, 6, 32, 2, 3), "relu", dtype=torch.float64),  # the last layer stays whole
+    partial(MLP, (9, 5, 4, 3), "tanh", dtype=torch.float64),
     sequential,
 ]
 
@@ -188,13 +189,13 @@ def refused(message: str, build: Callable[..., Any], *args: Any, **options: Any)
 def bad_arguments_are_named() -> None:
     mesh = tp_mesh()
     column = partial(COLUMN, 3, 4, mesh=mesh)
-    refused("activation is 'tanh', expected None, 'sigmoid' or 'relu'", column, activation="tanh")
+    refused("activation is 'gelu', expected None, 'sigmoid', 'relu' or 'tanh'", column, activation="gelu")
 
     class OwnLinear(Linear):
         """A layer that may compute something else."""
 
     convert, linear = COLUMN.from_linear, torch.nn.Linear(3, 3)
-    known = "expected torch.nn.Linear or torchpar.nn.Linear, LinearSigmoid or LinearReLU"
+    known = "expected torch.nn.Linear or torchpar.nn.Linear, LinearSigmoid, LinearReLU or LinearTanh"
     refused(f"cannot split a OwnLinear, {known}", convert, OwnLinear(3, 4), mesh=mesh)
     twice = "activation is 'relu', but LinearSigmoid has 'sigmoid' already"
     refused(twice, convert, LinearSigmoid(3, 4), mesh=mesh, activation="relu")
@@ -203,8 +204,11 @@ def bad_arguments_are_named() -> None:
         parallel_mlp(torch.nn.Sequential(linear, *layers), mesh)
 
     refused("cannot split a Linear, expected torchpar.nn.MLP or", parallel_mlp, linear, mesh)
-    message = "cannot split layer 1, a Dropout; expected Linear, Linear, LinearSigmoid, LinearReLU, Sigmoid"
-    refused(message, split, torch.nn.Dropout())
+    kinds = "expected Linear, Linear, LinearSigmoid, LinearReLU, LinearTanh, Sigmoid, ReLU, Tanh"
+    refused(f"cannot split layer 1, a Dropout; {kinds}", split, torch.nn.Dropout())
+    message = f"cannot split layer 0, a LinearMaxout; {kinds}, or take data or pipeline parallelism"
+    refused(message, parallel_mlp, MLP([5, 4, 2], "maxout"), mesh)
+    refused(f"cannot split a LinearMaxout, {known}", convert, LinearMaxout(3, 4), mesh=mesh)
     refused("cannot split layers that share parameters", split, torch.nn.Sigmoid(), linear)
 
     load = partial(load_full_state_dict, parallel_mlp(MLP([5, 33, 2]), mesh))

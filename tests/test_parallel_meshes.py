@@ -44,7 +44,9 @@ def split(
         model = copy.deepcopy(mlp)
         gradients = FusedGradients(model, world)
         return model, lambda x, labels, global_size, _: gradients(x, labels, global_size), model
-    model = stage_mlp(parallel_mlp(mlp, world.mesh["tp"]), world.mesh["pp"])
+    is_whole = mlp.hidden == "maxout"  # which tensor parallelism does not split
+    mlp = copy.deepcopy(mlp) if is_whole else parallel_mlp(mlp, world.mesh["tp"])
+    model = stage_mlp(mlp, world.mesh["pp"])
     if world.mesh["pp"].size() > 1:
         pipeline = Pipeline(model, world, schedule, micro_batches)
         return model, pipeline.step, pipeline.predict
@@ -98,12 +100,14 @@ TRAININGS = [
     Training(4, 1, 1, batches=(13, 2)),  # ranks without a sample
     *(Training(dp, 1, 1, hidden="sigmoid", batches=(13, 2), fused=True) for dp in (1, 3, 4)),
     Training(3, 1, 1, batches=(13, 2), fused=True, shared=False),
+    Training(3, 1, 1, hidden="maxout", batches=(13, 2)),
     Training(1, 2, 1, sizes=SIZES[:4], hidden="sigmoid", max_norm=1e3),  # the last layer is whole
     Training(1, 4, 1, sizes=(7, 3, 5, 1, 2), batches=(1, 13)),  # ranks without some features
     Training(1, 1, 2, batches=(23, 3, 1), max_norm=1e3),  # with an empty micro-batch
     Training(1, 1, 2, "gpipe", batches=(12, 7), max_norm=1e3),
     Training(1, 1, 2, micro_batches=2, batches=(8,), max_norm=1e3),  # as many micro-batches as stages
     Training(1, 1, 3, micro_batches=5, batches=(15,), max_norm=1e3),
+    Training(1, 1, 3, hidden="maxout", max_norm=1e3),
     Training(1, 1, 3, micro_batches=2, batches=(5, 6), max_norm=1e3),
     Training(1, 1, 4, "gpipe", 5, hidden="sigmoid"),
     Training(2, 1, 2, micro_batches=2, batches=(7, 13)),  # as many micro-batches as stages

@@ -9,6 +9,9 @@ import torch
 
 pytest.importorskip("rich", reason="rich prints the tables")
 pytest.importorskip("torchvision", reason="torchvision reads the data sets")
+pytest.importorskip("tyro", reason="tyro reads the flags")
+
+import train_ddp
 
 from benchmarks import speedrun
 from benchmarks.speedrun import RECORD_98_7
@@ -17,6 +20,17 @@ from torchpar.data import Samples
 from torchpar.errors import ConfigError, DivergedError
 
 SMALL_MUON = replace(RECORD_98_7, name="small", epochs=3, batch_size=64, hidden=(16,))
+
+
+def test_the_lessons_recipe_has_the_defaults_of_train_ddp():
+    """So that docs/training.md compares the network that README trains with others."""
+    flags, recipe = train_ddp.Flags(), speedrun.LESSON
+    names = ("epochs", "batch_size", "hidden", "activation", "optimizer", "crop", "pool", "label_smoothing")
+    assert {name: getattr(recipe, name) for name in names} == {name: getattr(flags, name) for name in names}
+    rates = {"lr": recipe.lr, "momentum": recipe.momentum, "weight_decay": 0.0}
+    assert flags.optimizer_options(flags.MUON) == rates
+    assert (flags.schedule, recipe.decay, recipe.warmup) == ("linear", True, 0.0)
+    assert (recipe.dtype, recipe.ns_steps) == (torch.float32, 5)
 
 
 @pytest.fixture(scope="module")

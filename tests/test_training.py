@@ -123,6 +123,7 @@ def test_optimizers_get_their_parameters():
 
     check(training.sgd(model, 0.02, 0.8, 0.1), (weights, 0.1), (biases, 0.0))
     check(training.sgd(model, 0.02, 0.8, 0.0), (list(model.parameters()), 0.0))
+    check(training.sgd(model, 0.02, 0.8, 0.1, decay_biases=True), (list(model.parameters()), 0.1))
     muon, others = training.muon(model, 0.02, 0.8, 0.01, ns_steps=4).optimizers
     check(muon, (weights, 0.01))
     check(others, (biases, 0.0))

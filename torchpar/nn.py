@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torchpar.ops import linear_sigmoid
+from torchpar.ops import linear_sigmoid, maximum
 from torchpar.ops.linear_cpu import linear
 
 
@@ -55,15 +55,74 @@ class LinearReLU(Linear):
         return torch.relu(super().forward(x))
 
 
+class LinearTanh(Linear):
+    """A linear layer followed by `torch.tanh`, ``y = tanh(x @ weight.T + bias)``.
+
+    Arguments, shapes and state dict are those of `Linear`.
+    """
+
+    # 2·linear_sigmoid(x, 2·weight, 2·bias) − 1 would be the same, but its error is that of a number near 1.
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(super().forward(x))
+
+
+class LinearMaxout(Linear):
+    """The elementwise maximum of two linear layers, ``y = max(x @ w1.T + b1, x @ w2.T + b2)``.
+
+    ``x (*, in_features)`` → ``y (*, out_features)``. The state dict holds ``weight``
+    ``(2·out_features, in_features)``, with w1 above w2, and ``bias`` ``(2·out_features)``, with b1 before b2.
+    So one product computes both pieces. `torchpar.maximum` takes their maximum, and gives its gradient: each
+    unit's goes to its larger piece. The variance of the initial weight is 2/(in_features + out_features),
+    that of a `Linear` of one piece. `torchpar.optim.Muon.for_model` takes w1 and w2 as two matrices.
+
+    Source: Goodfellow, Warde-Farley, Mirza, Courville and Bengio, "Maxout Networks", ICML 2013, with k = 2.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(in_features, out_features, bias, "meta", dtype)  # a layer without memory
+        self.weight = torch.nn.Parameter(
+            torch.empty(2 * out_features, in_features, device=device, dtype=dtype)
+        )
+        if bias:
+            self.bias = torch.nn.Parameter(torch.empty(2 * out_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return maximum(*super().forward(x).split([self.out_features] * 2, -1))
+
+
+Hidden = Literal["sigmoid", "relu", "tanh", "maxout"]
+"""The names of the activations between the layers of an `MLP`."""
+
+HIDDEN_LAYERS: dict[Hidden, type[Linear]] = {
+    "sigmoid": LinearSigmoid,
+    "relu": LinearReLU,
+    "tanh": LinearTanh,
+    "maxout": LinearMaxout,
+}
+
+
 class MLP(torch.nn.Module):
     """A multilayer perceptron: linear layers with an activation between them.
 
     ``x (*, sizes[0])`` → ``y (*, sizes[-1])``. The state dict's keys are ``layers.<i>.weight``
-    ``(sizes[i + 1], sizes[i])`` and ``layers.<i>.bias`` ``(sizes[i + 1])`` for i = 0, 1, ….
+    ``(sizes[i + 1], sizes[i])`` and ``layers.<i>.bias`` ``(sizes[i + 1])`` for i = 0, 1, …. Hidden layers of
+    "maxout" have twice as many rows, see `LinearMaxout`.
 
     Args:
         sizes: at least two widths, from the input to the output.
-        hidden: the activation between layers, "sigmoid" or "relu".
+        hidden: the hidden layers: "sigmoid" for `LinearSigmoid`, "relu" for `LinearReLU`, "tanh" for
+            `LinearTanh`, or "maxout" for `LinearMaxout`.
         output: "logits" for no activation after the last layer, or "sigmoid".
 
     Raises:
@@ -73,25 +132,24 @@ class MLP(torch.nn.Module):
     def __init__(
         self,
         sizes: Sequence[int],
-        hidden: Literal["sigmoid", "relu"] = "sigmoid",
+        hidden: Hidden = "sigmoid",
         output: Literal["logits", "sigmoid"] = "logits",
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        hidden_layers = {"sigmoid": LinearSigmoid, "relu": LinearReLU}
         output_layers = {"logits": Linear, "sigmoid": LinearSigmoid}
         if len(sizes) < 2:
             raise ValueError(f"sizes is {list(sizes)}, expected at least an input and an output size")
-        if hidden not in hidden_layers:
-            raise ValueError(f"hidden is {hidden!r}, expected one of {sorted(hidden_layers)}")
+        if hidden not in HIDDEN_LAYERS:
+            raise ValueError(f"hidden is {hidden!r}, expected one of {sorted(HIDDEN_LAYERS)}")
         if output not in output_layers:
             raise ValueError(f"output is {output!r}, expected one of {sorted(output_layers)}")
         self.sizes = tuple(sizes)
-        self.hidden = hidden
+        self.hidden: Hidden = hidden
         self.output = output
-        kinds = [hidden_layers[hidden]] * (len(sizes) - 2) + [output_layers[output]]
+        kinds = [HIDDEN_LAYERS[hidden]] * (len(sizes) - 2) + [output_layers[output]]
         self.layers = torch.nn.Sequential(
             *(
                 kind(*pair, device=device, dtype=dtype)

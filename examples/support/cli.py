@@ -118,6 +118,8 @@ class TrainFlags(DataFlags):
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     # λ of the weights: for muon decoupled decay, for sgd an L2 penalty λ/2·‖W‖² in the loss.
     weight_decay: float | None = None
+    # Count the biases in the L2 penalty of sgd, too. Muon's decay is no part of the loss, so it refuses this.
+    decay_biases: bool = False
     orthogonality: float = 0.0  # Factor of the penalty Σ‖W·Wᵀ − I‖² in the loss.
     hidden: tuple[int, ...] = (128, 64)  # Widths of the hidden layers.
     crop: int = 0  # Pixels to leave out on each side of an image.
@@ -142,6 +144,8 @@ class TrainFlags(DataFlags):
         if self.dry_run:
             self.epochs = 1
             self.metrics = self.log_dir = self.plots = self.profile = self.checkpoint = None
+        if self.decay_biases and self.optimizer == "muon":
+            raise ConfigError("--decay-biases is of sgd's L2 penalty; take --optimizer sgd")
         super().__post_init__()
 
     def optimizer_options(self, defaults: Mapping[str, float]) -> dict[str, Any]:

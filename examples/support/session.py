@@ -62,7 +62,8 @@ def make_optimizer(flags: TrainFlags, model: torch.nn.Module, mesh: DeviceMesh |
         mesh: ranks that share the work of Muon's iterations on a split matrix.
     """
     if flags.optimizer == "sgd":
-        return training.sgd(model, **flags.optimizer_options(flags.SGD))
+        options = flags.optimizer_options(flags.SGD)
+        return training.sgd(model, **options, decay_biases=flags.decay_biases)
     return training.muon(model, **flags.optimizer_options(flags.MUON), mesh=mesh)
 
 

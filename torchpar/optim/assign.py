@@ -251,6 +251,7 @@ _RULES: list[tuple[Callable[[_Use], Any], str, int | Callable[[_Use, int, int], 
     # Of GPT-2 and nanoGPT; in cross-attention only key and value.
     (_at("*.c_attn.weight"), "query, key and value", lambda _, n, m: [m] * (n // m)),
     (_at("*.gate_up_proj.weight"), "gate and up", 2),
+    (_at("*LinearMaxout.*.weight"), "both pieces of maxout", 2),  # two functions of x, as gate and up are
     (_at("*ModernBertMLP.*.Wi.weight"), "input and gate", 2),
     (_at("*MambaMixer.*.in_proj.weight"), "hidden states and gate", 2),
     (_Use.multiplies, "hidden matrix", 1),

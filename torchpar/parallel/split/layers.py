@@ -26,13 +26,15 @@ from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.parallel.split.reduction import reduce_from_region, start_all_reduce
 from torchpar.parts import mark_slice, slice_along
 
-Activation = Literal["sigmoid", "relu"] | None
+Activation = Literal["sigmoid", "relu", "tanh"] | None
+_FUNCTIONS = {"sigmoid": torch.sigmoid, "relu": torch.relu, "tanh": torch.tanh}
 # Subclasses may compute something else, so a layer's type must be one of these.
 LINEAR_LAYERS: dict[type[torch.nn.Module], Activation] = {
     torch.nn.Linear: None,
     nn.Linear: None,
     nn.LinearSigmoid: "sigmoid",
     nn.LinearReLU: "relu",
+    nn.LinearTanh: "tanh",
 }
 
 
@@ -59,8 +61,8 @@ class _ParallelLinear(nn.Linear):
         settings = {"layer": type(self).__name__, "in_features": in_features, "out_features": out_features}
         settings |= {"bias": bias, "activation": activation} | options
         check_same_on_all_ranks(mesh.get_group(), "a layer's ranks", settings)
-        if activation not in (None, "sigmoid", "relu"):
-            raise ValueError(f"activation is {activation!r}, expected None, 'sigmoid' or 'relu'")
+        if activation is not None and activation not in _FUNCTIONS:
+            raise ValueError(f"activation is {activation!r}, expected None, 'sigmoid', 'relu' or 'tanh'")
         self.activation = activation
         self.mesh = mesh
         super().__init__(in_features, out_features, bias, **options)
@@ -71,9 +73,10 @@ class _ParallelLinear(nn.Linear):
         """Split ``linear``, whose parameters are the same on every rank; this rank's slices are copied.
 
         Args:
-            linear: a `torch.nn.Linear`, or a `torchpar.nn.Linear`, `LinearSigmoid` or `LinearReLU`.
+            linear: a `torch.nn.Linear`, or a `torchpar.nn.Linear`, `LinearSigmoid`, `LinearReLU` or
+                `LinearTanh`.
             mesh: a mesh of one dimension, such as ``mesh["tp"]``.
-            activation: None, "sigmoid" or "relu". `LinearSigmoid` and `LinearReLU` have their own.
+            activation: None, "sigmoid", "relu" or "tanh". `LinearSigmoid` and the like have their own.
 
         Raises:
             ValueError: another kind of layer, a second activation, or an error of the class.
@@ -81,7 +84,7 @@ class _ParallelLinear(nn.Linear):
         if not isinstance(linear, torch.nn.Linear) or type(linear) not in LINEAR_LAYERS:
             raise ConfigError(
                 f"cannot split a {type(linear).__name__}, expected torch.nn.Linear or "
-                "torchpar.nn.Linear, LinearSigmoid or LinearReLU"
+                "torchpar.nn.Linear, LinearSigmoid, LinearReLU or LinearTanh"
             )
         own = LINEAR_LAYERS[type(linear)]
         if own is not None and activation not in (None, own):
@@ -151,7 +154,7 @@ class ColumnParallelLinear(_ParallelLinear):
     Args:
         in_features, out_features, bias: of the whole layer.
         mesh: a mesh of one dimension, such as ``mesh["tp"]``.
-        activation: None, "sigmoid" (fused, by `torchpar.linear_sigmoid`) or "relu" (by `torch.relu`).
+        activation: None, "sigmoid" (fused, by `torchpar.linear_sigmoid`), "relu" or "tanh" (by PyTorch).
         options: ``device`` and ``dtype``, as in `torchpar.nn.Linear`.
 
     Raises:
@@ -164,7 +167,7 @@ class ColumnParallelLinear(_ParallelLinear):
         # Under autocast the backward pass needs the tensors in the forward pass's dtype.
         bias = None if self.bias is None else _cast(self.bias)
         y: Tensor = _ColumnProduct.apply(_cast(x), _cast(self.weight), bias, self)
-        return torch.relu(y) if self.activation == "relu" else y
+        return y if self.activation in (None, "sigmoid") else _FUNCTIONS[self.activation](y)
 
 
 class RowParallelLinear(_ParallelLinear):
@@ -187,9 +190,7 @@ class RowParallelLinear(_ParallelLinear):
         z = reduce_from_region(linear(x, self.weight), self.mesh)
         if self.bias is not None:
             z = z + self.bias.to(z.dtype)  # the dtypes differ under autocast
-        if self.activation == "sigmoid":
-            return z.sigmoid()
-        return torch.relu(z) if self.activation == "relu" else z
+        return z if self.activation is None else _FUNCTIONS[self.activation](z)
 
 
 class _ColumnProduct(torch.autograd.Function):

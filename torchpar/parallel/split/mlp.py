@@ -19,7 +19,7 @@ from torchpar.parallel.split.reduction import all_gather
 from torchpar.parts import is_marked, part_of
 
 M = TypeVar("M", nn.MLP, torch.nn.Sequential)
-_KINDS = (*LINEAR_LAYERS, torch.nn.Sigmoid, torch.nn.ReLU)
+_KINDS = (*LINEAR_LAYERS, torch.nn.Sigmoid, torch.nn.ReLU, torch.nn.Tanh)
 
 
 def parallel_mlp(mlp: M, mesh: DeviceMesh) -> M:
@@ -31,8 +31,8 @@ def parallel_mlp(mlp: M, mesh: DeviceMesh) -> M:
 
     Args:
         mlp: a `torchpar.nn.MLP`, or a `torch.nn.Sequential` of linear layers (`torch.nn.Linear` or
-            `torchpar.nn`'s), `torch.nn.Sigmoid` and `torch.nn.ReLU`. It is the same on every rank, and is not
-            changed.
+            `torchpar.nn`'s except `LinearMaxout`), `torch.nn.Sigmoid`, `torch.nn.ReLU` and `torch.nn.Tanh`.
+            It is the same on every rank, and is not changed.
         mesh: a mesh of one dimension, such as ``mesh["tp"]``.
 
     Returns:
@@ -52,7 +52,10 @@ def parallel_mlp(mlp: M, mesh: DeviceMesh) -> M:
     for name, layer in named:
         if type(layer) not in _KINDS:
             expected = ", ".join(kind.__name__ for kind in _KINDS)
-            raise ConfigError(f"cannot split layer {name}, a {type(layer).__name__}; expected {expected}")
+            raise ConfigError(
+                f"cannot split layer {name}, a {type(layer).__name__}; expected {expected}, "
+                "or take data or pipeline parallelism, which keep layers whole"
+            )
     parameters = [p for _, layer in named for p in layer.parameters()]
     if len(set(parameters)) < len(parameters):
         raise ConfigError("cannot split layers that share parameters, expected each layer to have its own")
