@@ -28,6 +28,8 @@ def test_the_lessons_recipe_has_the_defaults_of_train_ddp():
     names = ("epochs", "batch_size", "hidden", "activation", "optimizer", "crop", "pool", "label_smoothing")
     assert {name: getattr(recipe, name) for name in names} == {name: getattr(flags, name) for name in names}
     rates = {"lr": recipe.lr, "momentum": recipe.momentum, "weight_decay": 0.0}
+    tried = {one.activation: one.lr for one in speedrun.LESSON_TRIED if one.activation != "sigmoid"}
+    assert {name: train_ddp.Flags(activation=name).lr for name in ("relu", "tanh", "maxout")} == tried
     assert flags.optimizer_options(flags.MUON) == rates
     assert (flags.schedule, recipe.decay, recipe.warmup) == ("linear", True, 0.0)
     assert (recipe.dtype, recipe.ns_steps) == (torch.float32, 5)
