@@ -134,12 +134,19 @@ def test_the_readme_shows_the_ladder():
     assert f"\n\n{ladder.readme_table(ladder_page.read(RESULTS / 'ladder.csv'))}\n" in section
 
 
-@pytest.mark.parametrize("name", ["speedrun-ladder", "speedrun-tried-validated"])
-def test_the_speedrun_shows_the_measured_recipes(name):
+@pytest.mark.parametrize(
+    "name, page",
+    [
+        ("speedrun-ladder", "speedrun"),
+        ("speedrun-tried-validated", "speedrun"),
+        ("speedrun-lesson-validated", "training"),
+    ],
+)
+def test_the_pages_show_the_measured_recipes(name, page):
     changes = {recipe.name: recipe.change for group in speedrun.GROUPS.values() for recipe in group}
     lines = speedrun.summary(list(results(name)), changes)
     table = markdown([list(lines[0]), *(list(line.values()) for line in lines)])
-    assert f"\n\n{table}\n" in PAGES["docs/speedrun.md"]
+    assert f"\n\n{table}\n" in PAGES[f"docs/{page}.md"]
 
 
 # The README's table of operators
