@@ -116,7 +116,8 @@ BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float6
         ("symmetric_product", F32, "ieee", (4096, 4096), True),
         ("symmetric_product", F64, "ieee", (4096, 4096), False),
         ("symmetric_product", F64, "ieee", (4097, 4096), True),
-        ("linear_sigmoid", BF16, "ieee", (64, 10, 785), False),  # takes less time than a launch
+        ("linear_sigmoid", BF16, "ieee", (64, 10, 785), False),  # one launch instead of two
+        ("linear_sigmoid", BF16, "ieee", (64, 64, 10000), True),  # split, it launches twice
         ("linear_sigmoid", BF16, "ieee", (8192, 512, 784), False),
         ("linear_sigmoid", BF16, "ieee", (8192, 510, 784), True),  # rows of 1020 bytes
         ("linear_sigmoid", BF16, "ieee", (8192, 512, 785), True),
@@ -124,6 +125,11 @@ BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float6
         ("linear_sigmoid", BF16, "ieee", (8192, 4096, 2064), True),
         ("linear_sigmoid", F32, "tf32", (8192, 4096, 2048), False),
         ("linear_sigmoid", F32, "ieee", (512, 512, 121), False),  # the main job's layer, on two ranks
+        ("linear_sigmoid", F32, "ieee", (1024, 512, 121), False),  # and on one: 128 of 132 multiprocessors
+        ("linear_sigmoid", F32, "ieee", (1088, 512, 121), True),  # two waves of tiles
+        ("linear_sigmoid", F32, "ieee", (512, 512, 160), False),  # the time of two launches
+        ("linear_sigmoid", F32, "ieee", (512, 512, 161), True),
+        ("linear_sigmoid", F32, "ieee", (64, 64, 10000), True),  # one tile: few multiprocessors work
         ("linear_sigmoid", F32, "ieee", (8192, 512, 784), True),
         ("linear_sigmoid", F64, "ieee", (8192, 512, 512), False),
         ("linear_sigmoid", F64, "ieee", (8192, 512, 784), True),
