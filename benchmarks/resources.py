@@ -73,8 +73,8 @@ class Operator:
         launch: ``launch(*operands, kernel=...)``.
         shapes: of the operands.
         blocks: the number of blocks, or of tiles of persistent ones, by configuration.
-        numbers: that go through memory at least.
-        products: of a block, or of a tile, by configuration; with `tile_cost`'s loads.
+        numbers: how many numbers must pass through memory.
+        products: cost of a block by `tile_cost`, by configuration.
     """
 
     kernel: Any
@@ -86,7 +86,7 @@ class Operator:
 
 
 class Job(NamedTuple):
-    """A configuration, by its place in those of an operator."""
+    """One configuration (its index in the operator's list), compiled for one GPU."""
 
     operator: str
     config: int
