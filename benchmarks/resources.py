@@ -134,7 +134,9 @@ def possible(operator: Operator, capability: int, kind: str) -> list[int]:
     if kernel.early_config_prune is None:
         return list(range(len(kernel.configs)))
     with driver.target(capability):
-        fitting = kernel.early_config_prune(kernel.configs, {"x_ptr": x}, PRECISION=KINDS[kind].precision)
+        fitting = kernel.early_config_prune(
+            kernel.configs, {"x_ptr": x, "k": x.shape[-1]}, PRECISION=KINDS[kind].precision
+        )
     return [kernel.configs.index(config) for config in fitting]
 
 
