@@ -60,7 +60,7 @@ def test_configurations_are_those_that_a_device_can_run(kernel, dtype, precision
         ("symmetric_product", (512, 512, 512, 64), LARGE),  # 640 units: 5 · 32768 beside 3 · 57344
         ("linear_sigmoid", (8192, 4096, 4096, 1), WIDE),  # 8 · 57344 beside 16 · 32768
         ("linear_sigmoid", (512, 4096, 4096, 1), LARGE),  # 32768 beside 57344, 2 · 20480, 4 · 12288
-        # Neither few rows nor a result whose rows begin at no 16 bytes take the tiles for unaligned operands.
+        # Neither few rows nor an unaligned result take the tiles for unaligned operands.
         ("linear_sigmoid", (64, 1001, 784, 1), SMALL),  # a second launch would delay few columns of x
         ("linear_sigmoid", (64, 1024, 8192, 1), SPLIT),
         ("linear_sigmoid", (8192, 1001, 784, 1), NARROW),  # wider ones would spill
