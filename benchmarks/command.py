@@ -34,10 +34,7 @@ class Command:
             ConfigError: a package is not installed, or the folder cannot be made or written.
         """
         options = self.parser.parse_args(arguments)
-        if missing := [name for name in self.needs if importlib.util.find_spec(name) is None]:
-            raise ConfigError(
-                f"this benchmark needs {' and '.join(missing)}; pip install {' '.join(missing)}"
-            )
+        require(*self.needs)
         if options.output:
             try:
                 options.output.mkdir(parents=True, exist_ok=True)
@@ -56,7 +53,13 @@ class Command:
         return options.output / f"{name or self.name}.csv" if options.output else None
 
 
-def run(main: Callable[[], int], command: str = "") -> None:
+def require(*packages: str) -> None:
+    """Raise a ConfigError if a package is not installed."""
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise ConfigError(f"this benchmark needs {' and '.join(missing)}; pip install {' '.join(missing)}")
+
+
+def run(main: Callable[[], int | None], command: str = "") -> None:
     """Call ``main`` and end with its status. A `TorchparError` and Ctrl-C are one line, statuses 2 and 130.
 
     SIGTERM ends it with 143, as an exception does, so that the ranks that it has started end too.

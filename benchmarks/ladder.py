@@ -18,7 +18,7 @@ from functools import cache, partial
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -30,7 +30,7 @@ from torch import Tensor
 import torchpar
 from benchmarks import ladder_page, student
 from benchmarks.command import Command, run
-from benchmarks.ladder_case import LABELS, QUICK_SHAPES, SHAPES, LadderCase, make_case
+from benchmarks.ladder_case import LABELS, QUICK_SHAPES, SHAPES, WARM_SECONDS, LadderCase, make_case
 from benchmarks.ladder_page import LIMITS
 from benchmarks.operators import NATIVE, OURS
 from benchmarks.ranks import Group, current_world, start_ranks
@@ -41,14 +41,13 @@ from torchpar.baselines.numpy_mlp import Array
 
 THREADS = (1, 2, 4, 8)
 ROUNDS = 20
-SECONDS = 2.0  # of a contestant's turns, after which it has no more
-WARM_SECONDS = 5e-3
+SECONDS = 2.0  # of a rung's turns, after which it has no more
 WARM_CALLS = 100  # in another process
 PRODUCTS = 10_000_000  # about a second of pure Python
 # Numba's loops of each case: their function, and needed operations for each byte that they load into
 # registers. A multiply-add is two operations and loads two numbers of 4 bytes; a tile of t × t sums loads 2t
 # numbers for t² multiply-adds. Of a multiply-add of X·Xᵀ, one operation is needed: the result is symmetric.
-TILE = 4
+TILE = 4  # as in `numba_njit`, which can be imported only where Numba is
 LOOPS: dict[str, dict[str, tuple[str, float | None]]] = {
     "maximum": {"njit": ("maximum", None)},
     "matmul_t": {
@@ -76,17 +75,18 @@ INTERPRETED = {"maximum": (20, 30), "matmul_t": (33, 17), "matmul": (70, 75, 41)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Contestant:
-    """A contestant of a case.
+class Rung:
+    """A rung of the ladder: a way to compute a case.
 
     Attributes:
         turn: times it and checks the result; None if it is left out.
-        than: the contestant, with its note if there are several, whose time its own is compared with.
+        than: the rung, with its note if there are several, whose time its own is compared with.
         threads: that compute, in all processes together; None on a GPU and of a student's function.
         compiles: whether the time of the first call is kept.
         intensity: needed operations for each byte that it loads.
         left_out: why it is not measured, or "".
         switches: context switches of each call, if they are counted.
+        whole: whether it ends with the whole result in one place; without it its time is no speed-up.
     """
 
     name: str
@@ -98,6 +98,7 @@ class Contestant:
     intensity: float | None = None
     left_out: str = ""
     switches: list[float] = field(default_factory=list)
+    whole: bool = True
 
 
 class Helpers(NamedTuple):
@@ -137,7 +138,7 @@ def ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-# Contestants
+# Rungs
 
 
 def thread_counts(quick: bool) -> list[int]:
@@ -148,18 +149,16 @@ def thread_counts(quick: bool) -> list[int]:
     return [count for count in THREADS if count <= CORES] + above[:1]
 
 
-def contestants(case: LadderCase, helpers: Helpers, quick: bool) -> Iterator[Contestant]:
-    """All contestants, first pure Python, and those left out. The seconds of a turn are of the whole case."""
+def rungs(case: LadderCase, helpers: Helpers, quick: bool) -> Iterator[Rung]:
+    """All rungs, first pure Python, and those left out. The seconds of a turn are of the whole case."""
     operator, arrays = case.operator, case.arguments
     ours, threads = OURS.get(operator), torch.get_num_threads()
     native = NATIVE["exact_matmul" if operator == "matmul" else operator]
 
-    def by(name: str, function: Callable[..., Any], *arguments: Any, **shown: Any) -> Contestant:
+    def by(name: str, function: Callable[..., Any], *arguments: Any, **shown: Any) -> Rung:
         device = next((t.device for t in arguments if isinstance(t, Tensor)), CPU)
         shown |= {"threads": None} if device.type == "cuda" else {}
-        return Contestant(
-            name=name, turn=timed_turn(case, partial(function, *arguments), device=device), **shown
-        )
+        return Rung(name=name, turn=timed_turn(case, partial(function, *arguments), device=device), **shown)
 
     yield by_pure_python(case)
     yield from by_njit(case, helpers, quick)
@@ -172,7 +171,7 @@ def contestants(case: LadderCase, helpers: Helpers, quick: bool) -> Iterator[Con
     yield by("torch eager", native, *tensors, than="NumPy", **shown)
     shown["than"] = "torch eager"
     if quick:
-        yield Contestant(name="torch.compile", left_out="--quick", **shown)
+        yield Rung(name="torch.compile", left_out="--quick", **shown)
     else:
         compiled = torch.compile(native, dynamic=False)
         yield by("torch.compile", compiled, *tensors, compiles=True, **shown)
@@ -182,36 +181,35 @@ def contestants(case: LadderCase, helpers: Helpers, quick: bool) -> Iterator[Con
     yield from on_gpu(case, helpers)
 
 
-def by_pure_python(case: LadderCase) -> Contestant:
+def by_pure_python(case: LadderCase) -> Rung:
     lists = [t.tolist() for t in case.arguments]
     function = getattr(pure_python, case.operator)
     if "matmul" not in case.operator:
-        return Contestant(name="pure Python", turn=timed_turn(case, partial(function, *lists)))
+        return Rung(name="pure Python", turn=timed_turn(case, partial(function, *lists)))
     total = len(case.expected)  # some rows take long enough
     rows = max(1, min(total, PRODUCTS * total // (case.expected.size * case.arguments[0].shape[1])))
     note = "" if rows == total else f"from {rows} of {total} rows"
-    return Contestant(
-        name="pure Python", turn=timed_turn(case, partial(function, *lists, rows), rows), note=note
-    )
+    return Rung(name="pure Python", turn=timed_turn(case, partial(function, *lists, rows), rows), note=note)
 
 
 def threads_note(count: int) -> str:
     return f"{count} thread{'s' * (count > 1)}{f' on {CORES} cores' * (count > CORES)}"
 
 
-def by_njit(case: LadderCase, helpers: Helpers, quick: bool) -> Iterator[Contestant]:
+def by_njit(case: LadderCase, helpers: Helpers, quick: bool) -> Iterator[Rung]:
     """Numba's loops: each in one thread, then the plain and the best ones in several."""
     loops = LOOPS[case.operator]
     if find_spec("numba") is None:
-        yield from (Contestant(name=name, left_out="numba is not installed") for name in loops)
+        yield from (Rung(name=name, left_out="numba is not installed") for name in loops)
         return
     from torchpar.baselines import numba_njit
 
+    assert numba_njit.TILE == TILE, "the intensities are those of these tiles"
     before = "pure Python"
     for name, (loop, intensity) in loops.items():
         call = partial(getattr(numba_njit.SERIAL, loop), *arguments_of(case, loop))
         turn = timed_turn(case, call)
-        yield Contestant(name=name, turn=turn, than=before, compiles=True, intensity=intensity)
+        yield Rung(name=name, turn=turn, than=before, compiles=True, intensity=intensity)
         before = name
     for name in dict.fromkeys(["njit", BEST.get(case.operator, "njit")]):
         yield from in_threads(case, helpers.threads, name, quick)
@@ -221,7 +219,7 @@ def by_njit(case: LadderCase, helpers: Helpers, quick: bool) -> Iterator[Contest
 
 def in_threads(
     case: LadderCase, worker: ProcessPoolExecutor, name: str, quick: bool, warm: bool = False
-) -> Iterator[Contestant]:
+) -> Iterator[Rung]:
     """A loop of Numba in several threads, each count compared with the one before.
 
     Args:
@@ -234,10 +232,10 @@ def in_threads(
         if count not in thread_counts(quick):
             reason = "--quick" if quick else f"this machine has {CORES} cores"
             plural = f"{count} thread{'s' * (count > 1)}"
-            yield Contestant(name=parallel, note=plural, threads=count, left_out=reason)
+            yield Rung(name=parallel, note=plural, threads=count, left_out=reason)
             continue
         note, switches = threads_note(count), list[float]()
-        yield Contestant(
+        yield Rung(
             name=parallel,
             turn=partial(threads_turn, case, worker, loop, count, warm, switches),
             than=before,
@@ -256,16 +254,17 @@ def arguments_of(case: LadderCase, loop: str) -> tuple[Array, ...]:
     return case.arguments * 2 if general else case.arguments
 
 
-def by_ranks(case: LadderCase, ranks: Group) -> Iterator[Contestant]:
+def by_ranks(case: LadderCase, ranks: Group) -> Iterator[Rung]:
     """One process of one thread, and two: each computes half of the rows, and then one has all of them."""
     one, halves, joined = (partial(ranks_turn, case, ranks, way) for way in ("whole", "halves", "joined"))
     all_cores = "torchpar CPU" if case.operator not in ("matmul", "matmul_t") else "torch eager"
-    yield Contestant(name="1 rank", turn=one, note="1 thread", than=all_cores)
-    yield Contestant(name="2 ranks, halves left apart", turn=halves, threads=2, than="1 rank")
-    yield Contestant(name="2 ranks, joined", turn=joined, threads=2, than="1 rank")
+    yield Rung(name="1 rank", turn=one, note="1 thread", than=all_cores)
+    note = "no speed-up of the whole"
+    yield Rung(name="2 ranks, halves left apart", turn=halves, threads=2, note=note, whole=False)
+    yield Rung(name="2 ranks, joined", turn=joined, threads=2, than="1 rank")
 
 
-def on_gpu(case: LadderCase, helpers: Helpers) -> Iterator[Contestant]:
+def on_gpu(case: LadderCase, helpers: Helpers) -> Iterator[Rung]:
     """PyTorch's and our operator with and without copies, and the first kernels of a course."""
     operator = case.operator
     functions = {"torch eager GPU": NATIVE["exact_matmul" if operator == "matmul" else operator]}
@@ -274,7 +273,7 @@ def on_gpu(case: LadderCase, helpers: Helpers) -> Iterator[Contestant]:
     best = list(functions)[-1]
     if not torch.cuda.is_available():
         for name in (*functions, f"{best}, with copies"):
-            yield Contestant(name=name, threads=None, left_out="no GPU")
+            yield Rung(name=name, threads=None, left_out="no GPU")
         for name, launcher in TAUGHT[operator].items():
             yield without_gpu(helpers.interpreter, operator, name, launcher)
         return
@@ -283,34 +282,34 @@ def on_gpu(case: LadderCase, helpers: Helpers) -> Iterator[Contestant]:
     before = "torch eager"
     for name, function in functions.items():
         turn = timed_turn(case, partial(function, *tensors), device=device)
-        yield Contestant(name=name, turn=turn, threads=None, than=before, compiles=True)
+        yield Rung(name=name, turn=turn, threads=None, than=before, compiles=True)
         before = name
 
     def with_copies() -> Tensor:
         return functions[best](*(torch.from_numpy(t).cuda() for t in case.arguments)).cpu()
 
     turn = timed_turn(case, with_copies)
-    yield Contestant(name=f"{best}, with copies", turn=turn, threads=None, than=best)
+    yield Rung(name=f"{best}, with copies", turn=turn, threads=None, than=best)
     if find_spec("triton") is not None:
         from torchpar.baselines import triton_kernels
 
         for name, launcher in TAUGHT[operator].items():
             turn = timed_turn(case, partial(getattr(triton_kernels, launcher), *tensors), device=device)
-            yield Contestant(name=name, turn=turn, threads=None, than=best, compiles=True)
+            yield Rung(name=name, turn=turn, threads=None, than=best, compiles=True)
 
 
-def without_gpu(interpreter: ProcessPoolExecutor, operator: str, name: str, function: str) -> Contestant:
+def without_gpu(interpreter: ProcessPoolExecutor, operator: str, name: str, function: str) -> Rung:
     """A kernel of a course that is not timed: its result is checked in Triton's interpreter."""
     if find_spec("triton") is None:
-        return Contestant(name=name, threads=None, left_out="Triton is not installed")
+        return Rung(name=name, threads=None, left_out="Triton is not installed")
     shape = INTERPRETED[operator]
     size = "×".join(map(str, shape))
     try:
         make_case(operator, shape).check(interpreter.submit(interpret, operator, shape, function).result())
     except Exception as e:
         reason = f"{type(e).__name__} in Triton's interpreter, {size}: {e}".partition("\n")[0]
-        return Contestant(name=name, threads=None, turn=partial(reject, reason))
-    return Contestant(
+        return Rung(name=name, threads=None, turn=partial(reject, reason))
+    return Rung(
         name=name,
         threads=None,
         left_out=f"no GPU; right in Triton's interpreter at {size}, which tells no time",
@@ -459,12 +458,12 @@ def call_of_rank(operator: str, shape: tuple[int, ...], way: str) -> Callable[[]
 # Measurement
 
 
-def measure(case: LadderCase, contestants: Sequence[Contestant], rounds: int = ROUNDS) -> list[Result]:
-    """Time the contestants in turn, and compare each with pure Python and with the one that it names."""
-    turns = {one: one.turn for one in contestants if one.turn}
+def measure(case: LadderCase, rungs: Sequence[Rung], rounds: int = ROUNDS) -> list[Result]:
+    """Time the rungs in turn, and compare each with pure Python and with the one that it names."""
+    turns = {one: one.turn for one in rungs if one.turn}
     times = take_turns(turns, rounds, seconds=SECONDS, label=case.label)
     results: list[Result] = []
-    for one in contestants:
+    for one in rungs:
         named = {"workload": case.label}
         result = times[one].result(named, one.name) if one.turn else Result(case=named, contestant=one.name)
         columns: dict[str, Any] = {"note": one.note, "threads": one.threads, "left_out": one.left_out}
@@ -472,12 +471,12 @@ def measure(case: LadderCase, contestants: Sequence[Contestant], rounds: int = R
         columns["first_s"] = times[one].first if one.compiles and one.turn else None
         columns["switches"] = mean(one.switches) if one.switches else None
         results.append(replace(result, columns=columns))
-    for i, result in enumerate(results):
+    for i, (one, result) in enumerate(zip(rungs, results, strict=True)):
         if not result.p50_ms:
             continue
         added = {}
-        for name, other in (("over_pure_python", "pure Python"), ("faster", result.columns["than"])):
-            found = ladder_page.find(results, other)
+        for name, other in (("over_pure_python", "pure Python"), ("faster", one.than)):
+            found = ladder_page.find(results, other) if one.whole else None
             added[name] = found.p50_ms / result.p50_ms if found and found.p50_ms else None
         if case.operator == "maximum":
             added["gb_per_s"] = case.work.bytes / result.p50_ms / 1e6
@@ -488,7 +487,7 @@ def measure(case: LadderCase, contestants: Sequence[Contestant], rounds: int = R
 
 
 def limits(quick: bool) -> list[Result]:
-    """Measure what bounds all contestants on the CPU, each by its best time.
+    """Measure what bounds all rungs on the CPU, each by its median time.
 
     These are copies in memory, loads from a core's nearest cache, and the flop/s of large products. The loads
     are those of the plain loop on 8 rows of 4 KB.
@@ -506,7 +505,7 @@ def limits(quick: bool) -> list[Result]:
         seconds = [time_calls(call, calls=calls).seconds() for _ in range(9)]
         torch.set_num_threads(before)
         columns: dict[str, Any] = {"note": threads_note(threads), "threads": threads}
-        columns |= {name: amount / min(seconds) / 1e9 for name, amount in work.items()}
+        columns |= {name: amount / median(seconds) / 1e9 for name, amount in work.items()}
         measured = Times([[one] for one in seconds]).result({"workload": LIMITS}, name, **columns)
         results.append(measured)
 
@@ -531,9 +530,9 @@ def limits(quick: bool) -> list[Result]:
 
 def students_entries(
     path: Path, functions: Mapping[str, Callable[..., Any]], cases: Mapping[str, LadderCase]
-) -> dict[str, list[Contestant]]:
-    """Call the student's functions once each; contestants by operator."""
-    entries: dict[str, list[Contestant]] = {operator: [] for operator in cases}
+) -> dict[str, list[Rung]]:
+    """Call the student's functions once each; rungs by operator."""
+    entries: dict[str, list[Rung]] = {operator: [] for operator in cases}
     for name, function in functions.items():
         operator, than = student.OPERATORS[name]
         if operator not in cases:
@@ -541,12 +540,10 @@ def students_entries(
         shown = f"{path.name}: {name}"
         if name.endswith("_gpu") and not torch.cuda.is_available():
             print(f"{shown} is left out: there is no GPU", flush=True)
-            entries[operator].append(Contestant(name=shown, threads=None, left_out="no GPU"))
+            entries[operator].append(Rung(name=shown, threads=None, left_out="no GPU"))
             continue
         entry = student.enter(path, name, function, cases[operator])
-        entries[operator].append(
-            Contestant(name=shown, turn=entry.turn, than=than, note=entry.note, threads=None)
-        )
+        entries[operator].append(Rung(name=shown, turn=entry.turn, than=than, note=entry.note, threads=None))
     return entries
 
 
@@ -604,7 +601,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = Table(command.csv(options), CPU, cores=CORES, gpu=gpu, load_before=round(load, 2))
     with start_helpers(max(thread_counts(options.quick))) as helpers:
         for operator, case in cases.items():
-            compared = [*contestants(case, helpers, options.quick), *entries[operator]]
+            compared = [*rungs(case, helpers, options.quick), *entries[operator]]
             table.add(measure(case, compared, rounds))
     table.add(limits(options.quick))
     measured: dict[str, list[Result]] = {}

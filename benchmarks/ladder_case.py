@@ -24,6 +24,7 @@ QUICK_SHAPES = {
     "matmul": (33, 17, 41),
     "linear_sigmoid": (7, 33, 5),
 }
+WARM_SECONDS = 5e-3  # of a turn whose arguments stay in the caches
 LABELS = {
     "maximum": "maximum of {}×{} int32",
     "matmul_t": "X·Xᵀ of {}×{} float32",

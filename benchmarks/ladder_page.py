@@ -231,12 +231,15 @@ def draw_roofline(axes: Any, points: Sequence[Result], limits: Sequence[Result])
     right = max(one.columns["intensity"] for one in points) * 8
     fastest = max(limits, key=lambda one: one.columns.get("gflop_per_s") or 0)
     top = fastest.columns["gflop_per_s"]
-    for name in ("copy in memory", "loads from the nearest cache"):
+    # Grey, for the colours are numbers of threads.
+    for name, style in (("copy in memory", "--"), ("loads from the nearest cache", "-")):
         if limit := chosen(limits, name):
             bandwidth = limit.columns["gb_per_s"]
             reach = [left, top / bandwidth, right]
             text = f"{label(limit)}: {bandwidth:.0f} GB/s"
-            axes.plot(reach, [min(x * bandwidth, top) for x in reach], lw=1, label=text)
+            axes.plot(
+                reach, [min(x * bandwidth, top) for x in reach], style, color="tab:gray", lw=1, label=text
+            )
     axes.plot([left, right], [top, top], "k:", lw=1, label=f"{label(fastest)}: {top:.0f} GFLOP/s")
     for name in dict.fromkeys(one.contestant for one in points):
         if (one := chosen(points, name)) is None:

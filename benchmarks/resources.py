@@ -73,8 +73,8 @@ class Operator:
         launch: ``launch(*operands, kernel=...)``.
         shapes: of the operands.
         blocks: the number of blocks, or of tiles of persistent ones, by configuration.
-        numbers: that go through memory at least.
-        products: of a block, or of a tile, by configuration; with `tile_cost`'s loads.
+        numbers: how many numbers must pass through memory.
+        products: cost of a block by `tile_cost`, by configuration.
     """
 
     kernel: Any
@@ -86,7 +86,7 @@ class Operator:
 
 
 class Job(NamedTuple):
-    """A configuration, by its place in those of an operator."""
+    """One configuration (its index in the operator's list), compiled for one GPU."""
 
     operator: str
     config: int
@@ -134,7 +134,9 @@ def possible(operator: Operator, capability: int, kind: str) -> list[int]:
     if kernel.early_config_prune is None:
         return list(range(len(kernel.configs)))
     with driver.target(capability):
-        fitting = kernel.early_config_prune(kernel.configs, {"x_ptr": x}, PRECISION=KINDS[kind].precision)
+        fitting = kernel.early_config_prune(
+            kernel.configs, {"x_ptr": x, "k": x.shape[-1]}, PRECISION=KINDS[kind].precision
+        )
     return [kernel.configs.index(config) for config in fitting]
 
 

@@ -2,7 +2,8 @@
 """Functions of a student's file, checked and timed in the ladder: ``run ladder --with my.py``.
 
 A function gets copies of the arguments, as NumPy arrays. It returns an array, nested lists, or a tensor or
-array on a GPU, which is copied back within the time. The file is executed once, in this process alone.
+array on a GPU, which is copied back within the time. Caches are flushed, or warm, as for the other rows. The
+file is executed once, in this process alone. Modules beside it can be imported.
 """
 
 import importlib.util
@@ -21,7 +22,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from benchmarks.ladder_case import LadderCase, make_case
+from benchmarks.ladder_case import WARM_SECONDS, LadderCase, make_case
 from benchmarks.results import duration
 from benchmarks.timing import CPU, Rejected, flush, time_calls
 from torchpar.baselines.numpy_mlp import Array
@@ -61,6 +62,7 @@ def load(path: Path) -> Student:
     """Execute a file, and return those of its functions that the ladder knows.
 
     If a line fails, the functions above it are there. Code behind ``if __name__ == "__main__"`` does not run.
+    What the file only imports is not its own.
 
     Raises:
         ConfigError: there is no such file, or it defines none of the functions.
@@ -76,20 +78,34 @@ def load(path: Path) -> Student:
     sys.modules[name] = module  # Numba and pickle look there
     error = ""
     try:
-        with patch.object(sys, "argv", [file]):  # the file may have flags of its own
+        with patch.object(sys, "argv", [file]), modules_beside(file):  # the file may have flags of its own
             spec.loader.exec_module(module)
     except (Exception, SystemExit) as e:
         error = describe(e, file)
-    functions = {}
-    for known in OPERATORS:
-        function = getattr(module, known, None)
-        if callable(function) and function not in (getattr(np, known, None), getattr(torch, known, None)):
-            functions[known] = function
+    defined = {known: getattr(module, known, None) for known in OPERATORS}
+    functions = {
+        known: function
+        for known, function in defined.items()
+        if callable(function) and not is_imported(known, function, name)
+    }
     if not functions:
         raise ConfigError(
             f"--with {path}: {error or 'it has no function that is known'}; define any of {NAMES}"
         )
     return Student(functions, error)
+
+
+def is_imported(known: str, function: Callable[..., Any], file_module: str) -> bool:
+    """Whether another module than the file's has this function under this name."""
+    others = [module for name, module in list(sys.modules.items()) if name != file_module]
+    return any(getattr(module, "__dict__", {}).get(known) is function for module in others)
+
+
+@contextmanager
+def modules_beside(file: str) -> Iterator[None]:
+    """Let the block import modules from the file's folder, as ``python my.py`` does."""
+    with patch.object(sys, "path", [str(Path(file).parent), *sys.path]):
+        yield
 
 
 def describe(error: BaseException, file: str, function: Callable[..., Any] | None = None) -> str:
@@ -144,6 +160,7 @@ class Entry:
     Attributes:
         case: that of the ladder.
         tried: the case that is computed: a smaller one if the function takes longer than `LIMIT`.
+        calls: of a turn.
     """
 
     file: str
@@ -151,45 +168,74 @@ class Entry:
     function: Callable[..., Any]
     case: LadderCase
     tried: LadderCase
+    calls: int = 1
 
     @property
     def note(self) -> str:
         """The smaller case, from which the time is extrapolated."""
-        return "" if self.tried is self.case else f"from {'×'.join(map(str, self.tried.shape))}"
+        return "" if self.tried is self.case else f"from {self.size}"
 
-    def turn(self, index: int) -> list[float]:
-        """Time a call and check its result. The seconds are those of the whole case.
+    @property
+    def size(self) -> str:
+        return "×".join(map(str, self.tried.shape))
+
+    def begin(self) -> float:
+        """Call the function for the first time, and settle its case; the seconds of the whole case.
 
         Raises:
-            Rejected: an error of the function, with its line; a wrong result; or a changed argument.
+            Rejected: as `turn`.
         """
         try:
             seconds = self.call()
         except TooSlow:
             self.shrink()
-            seconds = self.call()
-        return [seconds * self.case.work.flops / self.tried.work.flops]
+            seconds = self.limited_call()
+        return self.whole(seconds)
+
+    def turn(self, index: int) -> list[float]:
+        """Time a turn, as `ladder.timed_turn`, and check its result. The seconds are those of the whole case.
+
+        Raises:
+            Rejected: a call that takes longer than `LIMIT`; an error of the function, with its line; a wrong
+                result; or a changed argument.
+        """
+        seconds = self.limited_call(self.calls)
+        if index == 0 and not self.case.cold:  # the first call may have compiled
+            self.calls = 1 + int(WARM_SECONDS / self.limited_call())
+        return [self.whole(seconds)]
+
+    def whole(self, seconds: float) -> float:
+        """The seconds of the whole case by those of the case that is computed."""
+        return seconds * self.case.work.flops / self.tried.work.flops
 
     def shrink(self) -> None:
         """Take the largest case that a call computes in `SECONDS`, by the time of a small one."""
         operator, shape = self.case.operator, self.case.shape
         small = tuple(min(size, SMALL) for size in shape)
         self.tried = make_case(operator, small)
-        try:
-            seconds = self.call()
-        except TooSlow:
-            raise Rejected(f"it takes more than {LIMIT:.0f} s for {'×'.join(map(str, small))}") from None
-        factor = max(1.0, (SECONDS / seconds) ** (1 / (3 if "matmul" in operator else len(shape))))
+        self.limited_call()  # which may compile
+        factor = max(
+            1.0, (SECONDS / self.limited_call()) ** (1 / (3 if "matmul" in operator else len(shape)))
+        )
         sizes = zip(small, shape, strict=True)
-        self.tried = make_case(operator, tuple(min(most, int(size * factor)) for size, most in sizes))
+        larger = tuple(min(most, int(size * factor)) for size, most in sizes)
+        self.tried = self.case if larger == shape else make_case(operator, larger)
 
-    def call(self) -> float:
-        """Call the function, check its result, and return the seconds."""
-        arguments = [t.copy() for t in self.tried.arguments]
-        flush(CPU)
+    def limited_call(self, calls: int = 1) -> float:
+        """As `call`; a Rejected if it takes longer than `LIMIT`."""
         try:
-            with time_limit(LIMIT):
-                timed = time_calls(lambda: as_array(self.function(*arguments)))
+            return self.call(calls)
+        except TooSlow:
+            raise Rejected(f"it takes more than {LIMIT:.0f} s for {self.size}") from None
+
+    def call(self, calls: int = 1) -> float:
+        """Call the function ``calls`` times, check its last result, and return the seconds of a call."""
+        arguments = [t.copy() for t in self.tried.arguments]
+        if self.case.cold:
+            flush(CPU)
+        try:
+            with time_limit(LIMIT), modules_beside(self.file):
+                timed = time_calls(lambda: as_array(self.function(*arguments)), calls=calls)
         except Rejected:
             raise
         except (Exception, SystemExit) as e:
@@ -207,7 +253,7 @@ def enter(path: Path, name: str, function: Callable[..., Any], case: LadderCase)
     """Call a function once, say whether its result is right, and return it."""
     entry = Entry(str(path.resolve()), name, function, case, case)
     try:
-        (seconds,) = entry.turn(0)
+        seconds = entry.begin()
         extrapolated = f"{entry.note}, " * bool(entry.note)
         print(f"{path.name}: {name} is right ({extrapolated}first call {duration(seconds)})", flush=True)
     except Rejected as e:

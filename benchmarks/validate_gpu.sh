@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: MIT
 # Tests and measures the operators on the GPU of this machine. Needs no network and installs nothing.
 #
-#   bash benchmarks/validate_gpu.sh OUTDIR [values|operators|matmul_t|linear_sigmoid|autotune|ladder|verify|huge]
+#   bash benchmarks/validate_gpu.sh OUTDIR [STAGE]
+#   STAGE: values, operators, matmul_t, linear_sigmoid, autotune, autotune_float32, ladder, verify or huge
 #   bash benchmarks/validate_gpu.sh --wheels DIR
 #
 # Without a stage all run in turn, each for at most nine minutes; none needs the files of another. OUTDIR
@@ -12,12 +13,11 @@
 # The status is 0 if all stages passed, 1 if one failed, 2 if there is nothing to run on.
 #
 # With --wheels it collects what a machine with torch lacks (CPython 3.12, Linux x86-64) and prints how to
-# install it there. The ladder also needs numba and matplotlib, verify torchvision, and the autotuner's plots
-# matplotlib and pandas.
+# install it there: all that the stages need, and matplotlib and pandas, which draw.
 set -uo pipefail
 unset -v CDPATH # with it `cd` prints
 
-stages=(values operators matmul_t linear_sigmoid autotune ladder verify huge)
+stages=(values operators matmul_t linear_sigmoid autotune autotune_float32 ladder verify huge)
 known() { [[ $1 != *" "* && " ${stages[*]} " == *" $1 "* ]]; }
 if ! case $#,${1:-} in
     2,--wheels) true ;;
@@ -33,7 +33,7 @@ fi
 if [[ $1 == --wheels ]]; then
     python3 -m pip download --quiet --dest "$2" --only-binary :all: --implementation cp \
         --python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
-        pytest pytest-xdist expecttest rich tyro || exit 1
+        pytest pytest-xdist expecttest rich tyro numba matplotlib pandas || exit 1
     du -ch "$2"/*.whl | tail -n 1
     echo "python3 -m pip install --no-index --no-deps --target SITE '$2'/*.whl && export PYTHONPATH=SITE"
     exit
@@ -85,6 +85,10 @@ measure_operators() { # arguments of the benchmark
         limited 500 python3 -m benchmarks.operators --device cuda --output "$outdir/$stage" --operators "$@"
 }
 
+tune() { # arguments of the benchmark; without matplotlib and pandas it draws nothing
+    needs rich triton && limited 500 python3 -m benchmarks run autotune --output "$outdir/$stage" "$@"
+}
+
 run_stage() {
     case $1 in
         values) # on the GPU: its own kernels first, then what runs on every device
@@ -104,11 +108,14 @@ run_stage() {
         linear_sigmoid) # beside addmm alone
             measure_operators linear_sigmoid --modes forward backward
             ;;
-        autotune) # without matplotlib and pandas it draws nothing
-            needs rich triton && limited 500 python3 -m benchmarks.autotune --output "$outdir/$1"
+        autotune) # in bfloat16, also at the borders of the rule in docs/tuning.md
+            tune
             ;;
-        ladder)
-            needs rich numba matplotlib triton && limited 500 python3 -m benchmarks.ladder --output "$outdir/$1"
+        autotune_float32) # IEEE, where the rule takes the kernel for small products alone
+            tune --operators matmul_t linear_sigmoid --dtype float32
+            ;;
+        ladder) # without matplotlib it draws nothing
+            needs rich numba triton && limited 500 python3 -m benchmarks run ladder --output "$outdir/$1"
             ;;
         verify) # exact training ends at the bits that CPUs have
             limited 500 python3 -m torchpar verify --device cuda

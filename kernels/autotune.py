@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""The choice of a launch: none, by the rule's tiles, or by tiles that Triton's autotuner measures.
+"""Choose a launch: the library (no plan), the rule's tiles, or tiles that Triton's autotuner measures.
 
 ``TORCHPAR_AUTOTUNE=1`` turns the autotuner on. At the first launch for a layout of tensors it times the
 kernel with each configuration that suits. Triton keeps the times on disk, in $TRITON_CACHE_DIR. Later
 launches cost what others cost.
 
 Other tiles sum in another order, so that times decide the last bits of a result. A launch in a compiled graph
-has no tensors to time, and takes the rule's tiles. So does one that splits k, since another kernel sums its
-parts, and one in Triton's interpreter.
+has no tensors to time, and takes the rule's tiles. Launches that split k, and launches in Triton's
+interpreter, take the rule's tiles, too.
 """
 
 import os

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tiles of the matrix kernels: those that a device can run, the rule that chooses, and the library's share.
+"""Tiles of the matrix kernels, the rule that chooses, and the rule for where PyTorch's library computes.
 
 The rule takes the tiles with the least estimated time. Its numbers come from machine code and data sheets; no
 GPU has measured them. `autotune` measures.
@@ -14,8 +14,9 @@ import triton
 from torch import Tensor
 
 _WITH_TMA = (90, 100, 103)  # sm_120 has too little shared memory for tiles that gain by it
-# With fewer, a symmetric product fills few multiprocessors, and saves little: 6 of 4 × 4 tiles. The best
-# known kernel of this kind, quack's, has 0.31 times cuBLAS's speed at 512 rows, 0.78 at 1024, 1.02 at 2048.
+# With fewer, a matrix has few tiles for the multiprocessors; of 4 × 4 tiles it skips only 6. The best known
+# kernel of this kind, quack's, has 0.31 times cuBLAS's speed at 512 rows, 0.78 at 1024, 1.02 at 2048. A batch
+# has more tiles. It follows the same rule, since no such kernel has been timed with one.
 FEWEST_ROWS = 1024
 # Products that an H100's multiprocessor makes, 2048 a cycle, while the L2 cache sends it a number of 16 bits,
 # at 64 bytes a cycle. By this, a tile of 128 × 256 takes seven eighths of the time of two of 128 × 128.
@@ -236,40 +237,57 @@ def choose_tiles(
     A compiled graph keeps the tiles of the sizes that it was traced with; only their alignment is guarded.
     """
     present, kind = device(operands[0]), KINDS[kind_of(operands[0].dtype, precision)]
-    m, n, _, batch = map(_hint, sizes)
-
-    def estimate(tiles: Tiles) -> int:
-        """The waves of tiles over the multiprocessors, times the columns of x, times a tile's cost."""
-        count, columns = split_k(tiles, present, *sizes[:3])
-        units = count_tiles(tiles, m, n, kernel == "symmetric_product") * batch * count
-        waves = ceil(units / present.multiprocessors)
-        cost = tile_cost(tiles.block_m, tiles.block_n)
-        return (waves * _hint(columns) + kind.launch * (count > 1)) * cost
-
     possible = suitable(kernel, precision, sizes[1], *operands, tma=tma)
-    return min(possible, key=estimate, default=kind.unaligned)
+    return min(
+        possible,
+        key=lambda tiles: estimate(tiles, kernel, kind, present, sizes),
+        default=kind.unaligned,
+    )
+
+
+def estimate(tiles: Tiles, kernel: str, kind: Kind, present: Device, sizes: Sequence[int]) -> int:
+    """The waves of tiles over the multiprocessors, times the columns of x, times a tile's cost.
+
+    The second launch of a split product is added.
+    """
+    m, n, _, batch = map(_hint, sizes)
+    count, columns = split_k(tiles, present, *sizes[:3])
+    units = count_tiles(tiles, m, n, kernel == "symmetric_product") * batch * count
+    waves = ceil(units / present.multiprocessors)
+    cost = tile_cost(tiles.block_m, tiles.block_n)
+    return (waves * _hint(columns) + kind.launch * (count > 1)) * cost
 
 
 def library_is_faster(
     kernel: str, precision: str, sizes: Sequence[int], *operands: Tensor, tma: bool = True
 ) -> bool:
     """Whether PyTorch's library computes, since the kernel is not expected to win (docs/tuning.md)."""
-    m, n, k, _ = map(_hint, sizes)
+    m, _, k, _ = map(_hint, sizes)
     name = kind_of(operands[0].dtype, precision)
-    kind = KINDS[name]
-    if kernel == "linear_sigmoid" and m * n * k <= _products_of_a_launch(kind, device(operands[0])):
-        return False  # the library's second launch, of the sigmoid, takes as long as the whole product
+    if kernel == "linear_sigmoid" and _saves_a_launch(KINDS[name], precision, sizes, *operands, tma=tma):
+        return False
     if name == "float32":  # the kernels' loop over k has bank conflicts in shared memory
         return True
     fitting = suitable(kernel, precision, sizes[1], *operands, tma=tma)
     if not fitting or sizes[1] * operands[0].element_size() % 16 != 0:
         return True  # an address, or a store, for each element
-    return m < FEWEST_ROWS if kernel == "symmetric_product" else k > kind.most_k
+    return m < FEWEST_ROWS if kernel == "symmetric_product" else k > KINDS[name].most_k
 
 
-def _products_of_a_launch(kind: Kind, present: Device) -> int:
-    """The products that all multiprocessors make in the time of a launch."""
-    return 64 * 64 * kind.launch * present.multiprocessors
+def _saves_a_launch(
+    kind: Kind, precision: str, sizes: Sequence[int], *operands: Tensor, tma: bool = True
+) -> bool:
+    """Whether one launch of `linear_sigmoid` is expected to beat the library's two, of addmm and the sigmoid.
+
+    A kernel that takes twice as long as addmm wins up to a time T of two launches, where T = T/2 + a launch.
+    The estimate has room for the bank conflicts of IEEE float32: with the `LOAD` of tensor cores, it is three
+    times the arithmetic of FMA units.
+    """
+    tiles = choose_tiles("linear_sigmoid", precision, sizes, *operands, tma=tma)
+    if tiles.variant == "split_k":  # it launches twice, too
+        return False
+    time = estimate(tiles, "linear_sigmoid", kind, device(operands[0]), sizes)
+    return time <= 2 * kind.launch * tile_cost(64, 64)
 
 
 def _hint(size: int) -> int:

@@ -4,13 +4,10 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
-
-pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 
 
 def fashion_mnist(root: Path, train: int = 20, test: int = 10) -> Path:
-    """Write what torchvision leaves extracted in ``root``: noise around one pattern per class; return it."""
+    """Write files as torchvision extracts them in ``root``: noise around one pattern per class; return it."""
     raw = root / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     generator = np.random.default_rng(0)

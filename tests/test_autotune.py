@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Triton's autotuner without a GPU: at run time, with times that are made up, and in the benchmark."""
 
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from commands import run
 from ptx.cases import lower_twice
 from ptx.launch import Gpu
 from ptx.machine import SCHEDULES
@@ -121,6 +123,16 @@ def test_a_result_that_is_also_read_is_restored_between_launches(tuner, monkeypa
 # The benchmark
 
 
+def test_without_triton_the_command_ends_with_one_line():
+    blocked = "import runpy, sys; sys.modules['triton'] = None; sys.argv = ['autotune']; "
+    module = "runpy.run_module('benchmarks.autotune', run_name='__main__')"
+    status, _, error = run(sys.executable, "-c", blocked + module)
+    assert (status, error) == (
+        2,
+        "python -m benchmarks run autotune: error: this benchmark needs triton; pip install triton\n",
+    )
+
+
 def configurations(kernel: Any, **wanted: Any) -> Any:
     (first, *_) = [one for one in kernel.configs if one.all_kwargs().items() >= wanted.items()]
     return first
@@ -180,6 +192,7 @@ def test_the_benchmarks_kernels_compute_what_the_operators_do(tma):
 def small_sizes(monkeypatch) -> None:
     """The reports, of one small size on the CPU, where the autotuned kernels are PyTorch's formulas."""
     monkeypatch.setattr(benchmark, "DEVICE", "cpu")
+    monkeypatch.setattr(benchmark, "BORDERS", {"linear_sigmoid": [{"m": 8, "k": 9, "n": 5}]})
     monkeypatch.setattr(benchmark, "do_bench", lambda call, quantiles: [call() is None or 2.0, 1.0, 4.0])
     monkeypatch.setattr(benchmark, "mirror", lambda c, wrap: mirrored(c))
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
@@ -199,7 +212,10 @@ def test_a_report_checks_times_and_draws_each_provider(small_sizes, tmp_path, op
     pytest.importorskip("pandas", reason="perf_report makes a table by it")
     table = Table(tmp_path / "autotune.csv", torch.device("cpu"))
     benchmark.time_operator(operator, table, Namespace(quick=False, output=tmp_path))
-    assert [one.contestant for one in table.results] == benchmark.REPORTS[operator].benchmarks.line_vals
+    providers = benchmark.REPORTS[operator].benchmarks.line_vals
+    layers = 2 if operator == "linear_sigmoid" else 1
+    assert [one.contestant for one in table.results] == providers * layers
+    assert len(benchmark.results) == len(table.results), "drawing measures nothing again"
     assert all((one.ok, one.p20_ms, one.p50_ms, one.p80_ms) == (True, 1.0, 2.0, 4.0) for one in table.results)
     assert [bool(one.columns["config"]) for one in table.results][-2:] == [False, True]
     assert {path.name for path in tmp_path.iterdir()} == {"autotune.csv", f"autotune-{operator}.png"}
@@ -224,6 +240,26 @@ def test_a_report_rejects_a_wrong_result_and_goes_on(small_sizes, monkeypatch):
         assert table.results[-1].reason.startswith(message[:25])
 
 
+def test_without_memory_for_the_oracle_the_other_sizes_go_on(small_sizes, monkeypatch):
+    class OutOfMemory(RuntimeError):
+        pass
+
+    def double(t: Tensor) -> Tensor:
+        raise OutOfMemory("out of memory")
+
+    monkeypatch.setattr(Tensor, "double", double)
+    table = Table(None, torch.device("cpu"))
+    benchmark.time_operator("maximum", table, Namespace(quick=True, output=None))
+    assert {one.reason for one in table.results} == {"OutOfMemory: out of memory"}
+
+
+def test_the_benchmarks_autotuner_keeps_precisions_apart():
+    """TF32 and IEEE products have other configurations, and the same shapes and dtypes."""
+    for kernel in (benchmark.matmul_t_kernel, benchmark.layer_kernel):
+        assert "PRECISION" in kernel.keys
+        assert set(kernel.keys) <= set(kernel.arg_names), "others would not be looked at"
+
+
 def test_the_rules_tiles_are_among_the_benchmarks_configurations():
     """Those with rows of 128 bytes, and without a split."""
     for name, kernel in zip(tiles.KERNELS, (benchmark.matmul_t_kernel, benchmark.layer_kernel), strict=True):
@@ -236,10 +272,11 @@ def test_the_rules_tiles_are_among_the_benchmarks_configurations():
     x = meta(64, 64)
     for capability, tma, most in ((80, False, 166912), (90, True, 232448), (120, False, 101376)):
         with driver.target(capability):
-            fitting = benchmark.that_fit(benchmark.matmul_t_kernel.configs, {"x_ptr": x})
+            fitting = benchmark.that_fit(benchmark.matmul_t_kernel.configs, {"x_ptr": x, "k": 64})
             assert any(one.kwargs["TMA"] for one in fitting) == tma
-            for wide in (x.float(), x.double()):
-                left = benchmark.that_fit(fitting, {"x_ptr": wide}, PRECISION="ieee")
+            for other, k in ((x.float(), 64), (x.double(), 64), (x, 121)):
+                left = benchmark.that_fit(fitting, {"x_ptr": other, "k": k}, PRECISION="ieee")
+                assert left
                 assert not any(one.kwargs["TMA"] for one in left)
         assert all(128 * one.num_stages * sum(list(one.kwargs.values())[:2]) <= most for one in fitting)
 

@@ -8,7 +8,6 @@ from torch import Tensor
 
 pytest.importorskip("rich", reason="rich prints the tables")
 pytest.importorskip("numba", reason="Numba compiles the loops")
-pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 
 from benchmarks import scaling, train
 from benchmarks.ladder_case import make_case

@@ -88,6 +88,7 @@ def test_only_pixels_are_divided():
 
 
 def test_mnist_equals_torchvisions_own(mnist, tmp_path):
+    pytest.importorskip("torchvision", reason="its own reader of the files is compared with")
     from torchvision.datasets import MNIST
 
     shutil.copytree(DATA, tmp_path / "data", ignore=shutil.ignore_patterns("*-ubyte"))
@@ -99,10 +100,11 @@ def test_mnist_equals_torchvisions_own(mnist, tmp_path):
 
 
 def test_classes_are_torchvisions():
-    import torchvision.datasets
-
+    torchvision = pytest.importorskip(
+        "torchvision.datasets", reason="its names of the classes are compared with"
+    )
     for name, folder in datasets.FOLDERS.items():
-        assert datasets.CLASSES[name] == tuple(getattr(torchvision.datasets, folder).classes)
+        assert datasets.CLASSES[name] == tuple(getattr(torchvision, folder).classes)
 
 
 @pytest.mark.parametrize(

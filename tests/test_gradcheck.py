@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -52,3 +53,26 @@ def test_a_wrong_derivative_is_rejected() -> None:
     assert is_right(lambda x: x @ x.mT, [normal(4, 3)])
     with pytest.raises(GradcheckError):
         is_right(half, [normal(4, 3)])
+
+
+class Constant(torch.autograd.Function):
+    """x³ with its derivative 3x²·g, whose own derivative is that of a constant times g."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x.detach() ** 2 * g
+
+
+def test_a_wrong_second_derivative_of_a_right_first_one_is_rejected() -> None:
+    x = normal(4, 3).requires_grad_()
+    assert gradcheck(Constant.apply, [x])
+    with pytest.raises(GradcheckError, match="Jacobian mismatch"):
+        gradgradcheck(Constant.apply, [x])
+    with pytest.raises(GradcheckError):
+        is_right(Constant.apply, [x])

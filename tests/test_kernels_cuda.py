@@ -4,10 +4,13 @@
 The operators' tests are of small shapes, which take pointers.
 """
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from commands import run
 from operators import OPERATORS
 from samples import widest_arguments
 from torch import Tensor
@@ -18,7 +21,7 @@ import torchpar
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 from ptx import cases
 
-from torchpar.kernels import exact_matmul
+from torchpar.kernels import exact_matmul, launch
 from torchpar.kernels.tiles import KINDS, Tiles, library_is_faster
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels take a GPU; there is none")
@@ -87,14 +90,21 @@ def test_exact_product(poison: None, m: int, n: int, k: int, special: bool, layo
         check(cases.exact(*shapes, dtypes=dtypes, layouts=layouts, special=special))
 
 
+@pytest.fixture
+def rule(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the rule say who computes. The other tests launch the kernels at any size (`conftest`)."""
+    monkeypatch.setattr("torchpar.kernels.autotune.library_is_faster", library_is_faster)
+    launch.forget_plans()
+    yield
+    launch.forget_plans()
+
+
 @pytest.mark.parametrize("k", [0, 1, 128])
 @pytest.mark.parametrize("n", [0, 1, 127, 129, 1024])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_where_the_library_computes_the_result_is_right(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, n: int, k: int
+    rule: None, dtype: torch.dtype, n: int, k: int
 ) -> None:
-    """The other tests of operators launch the kernels at any size (`conftest`)."""
-    monkeypatch.setattr("torchpar.kernels.autotune.library_is_faster", library_is_faster)
     x = torch.randint(-3, 4, (2, n, k), device="cuda").to(dtype)  # all sums are exact
     found = torchpar.matmul_t(x)
     assert torch.equal(found, found.mT)
@@ -102,6 +112,43 @@ def test_where_the_library_computes_the_result_is_right(
     weight = torch.ones(48, k, device="cuda", dtype=dtype)
     y = torchpar.linear_sigmoid(x, weight)
     assert_close(y, (x.double() @ weight.double().T).sigmoid().to(dtype))
+
+
+def test_a_large_float32_layer_is_the_librarys(rule: None) -> None:
+    x, weight = (torch.randint(-3, 4, (rows, 784), device="cuda").float() for rows in (8192, 512))
+    y = torchpar.linear_sigmoid(x, weight / 64)
+    assert list(launch._plans.values()) == [None], "a kernel was launched"
+    assert_close(y, (x.double() @ weight.double().T / 64).sigmoid().float())
+
+
+AUTOTUNED = """
+import torch, torchpar
+from torchpar.kernels import launch
+from torchpar.kernels.autotune import AutotunedPlan
+
+x, weight = (torch.randint(-3, 4, (1040, 272), device="cuda").bfloat16() for _ in range(2))
+for _ in range(3):  # the first call times the configurations
+    assert torch.equal(torchpar.matmul_t(x), (x.double() @ x.double().T).bfloat16())
+    expected = (x.double() @ weight.double().T / 64).sigmoid().bfloat16()
+    torch.testing.assert_close(torchpar.linear_sigmoid(x, weight / 64), expected)
+for plan in launch._plans.values():
+    assert isinstance(plan, AutotunedPlan), plan
+    print(plan.kernel.base_fn.__name__, plan.kernel.best_config)
+"""
+
+
+def test_the_autotuner_measures_and_the_results_are_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHPAR_AUTOTUNE", "1")  # which the kernels read when they are imported
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for _ in range(2):  # the second process finds the times on disk
+        status, out, error = run(sys.executable, "-c", AUTOTUNED)
+        assert status == 0, error
+        first, second = out.splitlines()
+        assert first.startswith("symmetric_product_")
+        assert second.startswith("linear_sigmoid_")
+    assert list(tmp_path.rglob("*.autotune.json")), "nothing was kept"
 
 
 def test_a_product_by_tma_is_captured_and_compiled() -> None:

@@ -2,9 +2,14 @@
 """The ladder's rows, a course's first kernels, and the functions of a student's file."""
 
 import csv
+import re
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
+from itertools import cycle
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -40,14 +45,12 @@ def helpers(interpreter: Callable[..., Any]) -> Any:
 def test_each_row_is_compared_with_a_row_above_and_what_is_left_out_has_a_reason(operator, interpreter):
     pytest.importorskip("numba", reason="Numba compiles the loops")
     with patch.object(ladder, "CORES", 2), patch.object(torch.cuda, "is_available", lambda: False):
-        rows = list(
-            ladder.contestants(make_case(operator, QUICK_SHAPES[operator]), helpers(interpreter), False)
-        )
+        rows = list(ladder.rungs(make_case(operator, QUICK_SHAPES[operator]), helpers(interpreter), False))
     names: set[str] = set()
     for one in rows:
         label = f"{one.name}, {one.note}" if one.note else one.name
         assert label not in names
-        assert one.than in names or one.name == "pure Python" or one.left_out, label
+        assert one.than in names or one.name == "pure Python" or one.left_out or not one.whole, label
         assert (one.turn is None) == bool(one.left_out)
         names |= {one.name, label} if one.turn else set()
     reasons = {f"{one.name}, {one.note}".rstrip(", "): one.left_out for one in rows if one.left_out}
@@ -69,6 +72,50 @@ def test_without_numba_the_other_rows_are_there(interpreter):
     with patch.object(ladder, "find_spec", lambda name: None):
         rows = list(ladder.by_njit(make_case("matmul", (5, 7, 3)), helpers(interpreter), False))
     assert [one.left_out for one in rows] == ["numba is not installed"] * 3
+
+
+def test_a_wrong_kernel_of_the_course_is_a_row_that_is_not_right():
+    pytest.importorskip("triton", reason="the course's kernels are written in Triton")
+    name, launcher = next(iter(ladder.TAUGHT["maximum"].items()))
+
+    def wrong(*_: Any) -> Any:
+        return 1 + numpy_mlp.maximum(*make_case("maximum", ladder.INTERPRETED["maximum"]).arguments)
+
+    def failing(*_: Any) -> Any:
+        raise ValueError("no such kernel\nand more")
+
+    reasons = {
+        wrong: r"Rejected: Rejected in Triton's interpreter, 20×30: result\[0, 0\] is \d+, expected \d+; 600",
+        failing: "Rejected: ValueError in Triton's interpreter, 20×30: no such kernel$",
+    }
+    case = make_case("maximum", QUICK_SHAPES["maximum"])
+    for function, reason in reasons.items():
+        stand_in = helpers(lambda _, *args, function=function: function(*args)).interpreter
+        row = ladder.without_gpu(stand_in, "maximum", name, launcher)
+        (result,) = ladder.measure(case, [row], rounds=1)
+        assert (result.ok, result.columns["left_out"]) == (False, "")
+        assert re.match(reason, result.reason), result.reason
+
+
+def test_halves_left_apart_have_no_speed_up():
+    """Nobody has the whole result."""
+    case = make_case("maximum", QUICK_SHAPES["maximum"])
+    one, apart, joined = (replace(rung, turn=lambda index: [1.0]) for rung in ladder.by_ranks(case, None))
+    alone = replace(one, name="pure Python")
+    results = ladder.measure(case, [alone, one, apart, joined], rounds=1)
+    compared = [(x.columns["over_pure_python"], x.columns["faster"]) for x in results[1:]]
+    assert compared == [(1.0, None), (None, None), (1.0, 1.0)]
+    assert ladder_page.label(results[2]) == "2 ranks, halves left apart, no speed-up of the whole"
+
+
+def test_limits_are_medians():
+    """So that the speed of a row is that of its time."""
+    seconds = cycle([1.0, *(2.0, 4.0, 8.0) * 3])  # one chooses how many calls, and nine are kept
+    timed = SimpleNamespace(seconds=lambda: next(seconds))
+    with patch.object(ladder, "time_calls", lambda *_, **options: timed):
+        copy, *_ = ladder.limits(quick=True)
+    assert (copy.contestant, copy.p50_ms) == ("copy in memory", 4000.0)
+    assert copy.columns["gb_per_s"] == pytest.approx(2 * 2**20 / 4e9)
 
 
 def test_integers_are_from_0_to_255():
@@ -244,6 +291,26 @@ REASONS = {
 }
 
 
+IMPORTED = """
+from helper import SCALE, max_gpu
+from numba import njit
+from torchpar import linear_sigmoid, matmul_t
+from numpy import maximum
+
+def max_cpu(A, B):
+    import late
+    return late.larger(A, B) * SCALE
+
+max_numba = njit(lambda A, B: A)
+
+class Product:
+    def __call__(self, a, b):
+        return a @ b.T
+
+matmul = Product()
+"""
+
+
 def entry(name: str, function: Callable[..., Any], file: str = "my.py", **shape: Any) -> student.Entry:
     case = make_case(student.OPERATORS[name][0], shape.get("shape", QUICK_SHAPES[student.OPERATORS[name][0]]))
     return student.Entry(file, name, function, case, case)
@@ -278,12 +345,95 @@ def test_a_slow_function_gets_smaller_arguments_and_an_endless_one_is_stopped():
 
     slow = entry("matmul_transpose_trivial", lambda x: pure_python.matmul_t(x.tolist()), shape=(300, 300))
     with patch.object(student, "LIMIT", 0.2), patch.object(student, "SECONDS", 0.02):
-        (seconds,) = slow.turn(0)
+        seconds = slow.begin()
         assert 32 <= slow.tried.shape[0] < 300
         assert slow.note == f"from {slow.tried.shape[0]}×{slow.tried.shape[1]}"
         assert seconds > 0.2  # those of the whole case
         with pytest.raises(Rejected, match="it takes more than 0 s for 32×32"):
-            entry("matmul_t", endless, shape=(300, 300)).turn(0)
+            entry("matmul_t", endless, shape=(300, 300)).begin()
+
+
+def test_a_function_that_is_endless_above_some_size_is_rejected(tmp_path, capsys):
+    def endless_above(x: Any) -> Any:
+        while len(x) > 32:
+            pass
+        return x @ x.T
+
+    case = make_case("matmul_t", (40, 40))
+    with patch.object(student, "LIMIT", 0.1):
+        slow = student.enter(tmp_path / "my.py", "matmul_t", endless_above, case)
+        assert "my.py: matmul_t is not right: it takes more than 0 s for 40×40" in capsys.readouterr().out
+        (result,) = ladder.measure(case, [ladder.Rung(name="my.py: matmul_t", turn=slow.turn)], rounds=1)
+    assert result.reason == "Rejected: it takes more than 0 s for 40×40"
+
+
+def test_a_first_call_that_compiles_leaves_the_whole_case():
+    seconds = iter([0.5, 0.3, 0.0, 0.0])  # the first one, and the first small one, compile
+
+    def compiled(x: Any) -> Any:
+        time.sleep(next(seconds))
+        return x @ x.T
+
+    with patch.object(student, "LIMIT", 0.4):
+        one = entry("matmul_t", compiled, shape=(40, 40))
+        assert one.begin() < 0.3
+    assert (one.tried, one.note) == (one.case, "")
+
+
+def test_a_function_that_slows_down_later_keeps_its_row(tmp_path):
+    """Times of two sizes would be mixed."""
+    calls = iter(range(9))
+
+    def slower(x: Any) -> Any:
+        time.sleep(0.5 if next(calls) == 2 else 0)
+        return x @ x.T
+
+    one = entry("matmul_t", slower, shape=(40, 40))
+    with patch.object(student, "LIMIT", 0.3):
+        assert one.begin() + one.turn(0)[0] < 0.3
+        with pytest.raises(Rejected, match="it takes more than 0 s for 40×40"):
+            one.turn(1)
+    assert one.note == ""
+
+
+@pytest.mark.parametrize("operator, flushes, calls", [("matmul_t", 2, 1), ("linear_sigmoid", 0, 6)])
+def test_caches_and_calls_of_a_turn_are_those_of_the_other_rows(operator, flushes, calls):
+    """A turn of linear+sigmoid is as many calls as take 5 ms; each takes 1 ms here."""
+    counted: list[int] = []
+    timed: list[int] = []
+
+    def time_calls(call: Callable[[], Any], device: Any = None, calls: int = 1) -> Any:
+        timed.append(calls)
+        return SimpleNamespace(result=call(), seconds=lambda: 0.00099)
+
+    with (
+        patch.object(student, "flush", counted.append),
+        patch.object(student, "time_calls", time_calls),
+        patch.object(ladder, "flush", counted.append),
+        patch.object(ladder, "time_calls", time_calls),
+    ):
+        one = entry(operator, getattr(numpy_mlp, operator))
+        theirs = ladder.timed_turn(one.case, partial(one.function, *one.case.arguments))
+        for turn in (one.turn, theirs):
+            counted.clear()
+            timed.clear()
+            turn(0), turn(1)
+            assert (len(counted), timed[-1]) == (flushes, calls)
+
+
+def test_what_a_file_only_imports_is_not_its_own_and_modules_beside_it_are_found(tmp_path):
+    pytest.importorskip("numba", reason="the file has a function for Numba")
+    path = tmp_path / "my.py"
+    path.write_text(IMPORTED)
+    (tmp_path / "helper.py").write_text("import numpy as np\nSCALE = 1\nmax_gpu = np.fmax\n")
+    (tmp_path / "late.py").write_text("from numpy import maximum as larger\n")
+    before = list(sys.path)
+    with patch.dict(sys.modules):
+        functions, error = student.load(path)
+        assert (set(functions), error) == ({"max_cpu", "max_numba", "matmul"}, "")
+        for name in ("max_cpu", "matmul"):
+            assert entry(name, functions[name], str(path)).turn(0)[0] > 0
+    assert sys.path == before
 
 
 @pytest.mark.parametrize(
@@ -292,6 +442,7 @@ def test_a_slow_function_gets_smaller_arguments_and_an_endless_one_is_stopped():
         (None, "is no file; name a Python file that defines any of max_cpu, max_numba, "),
         ("def f(): pass", "it has no function that is known; define any of max_cpu"),
         ("from numpy import maximum", "it has no function that is known"),
+        ("from torchpar import matmul_t", "it has no function that is known"),
         ("def max_cpu(:", r"my.py, line 1: SyntaxError: invalid syntax"),
         ("raise SystemExit(3)", "my.py, line 1: SystemExit: 3"),
     ],

@@ -200,7 +200,7 @@ def trace(
     """
     env = ShapeEnv()
     sizes: dict[str, int | torch.SymInt] = {"z": 0}
-    for letter, hint in {"b": 3, "m": 80, "n": 48, "k": 33}.items():
+    for letter, hint in {"b": 3, "m": 80, "n": 48, "k": 33, "l": 8192}.items():
         source = ConstantSource(letter)
         symbol = env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC)
         sizes[letter] = env.create_symintnode(symbol, hint=hint, source=source)
@@ -272,6 +272,12 @@ def test_launches_of_small_float32_and_without_columns(op, shapes, small, withou
     graph, _ = trace(op, tuple(shape.replace("k", "z") for shape in shapes))
     assert set(launches(graph)[0]) <= without_columns
     assert "mm" in aten(graph)
+
+
+def test_a_large_float32_layer_is_the_librarys():
+    graph, _ = trace(ops.linear_sigmoid, ("lk", "lk"))
+    assert launches(graph)[0] == []
+    assert {"mm", "sigmoid"} <= set(aten(graph))
 
 
 def test_in_place_the_library_adds_and_mirrors(log, monkeypatch):

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 pytest.importorskip("rich", reason="rich prints the tables")
-pytest.importorskip("torchvision", reason="torchvision reads the data sets")
 pytest.importorskip("tyro", reason="tyro reads the flags")
 
 import train_ddp

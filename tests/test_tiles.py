@@ -60,7 +60,7 @@ def test_configurations_are_those_that_a_device_can_run(kernel, dtype, precision
         ("symmetric_product", (512, 512, 512, 64), LARGE),  # 640 units: 5 · 32768 beside 3 · 57344
         ("linear_sigmoid", (8192, 4096, 4096, 1), WIDE),  # 8 · 57344 beside 16 · 32768
         ("linear_sigmoid", (512, 4096, 4096, 1), LARGE),  # 32768 beside 57344, 2 · 20480, 4 · 12288
-        # Neither few rows nor a result whose rows begin at no 16 bytes take the tiles for unaligned operands.
+        # Neither few rows nor an unaligned result take the tiles for unaligned operands.
         ("linear_sigmoid", (64, 1001, 784, 1), SMALL),  # a second launch would delay few columns of x
         ("linear_sigmoid", (64, 1024, 8192, 1), SPLIT),
         ("linear_sigmoid", (8192, 1001, 784, 1), NARROW),  # wider ones would spill
@@ -116,7 +116,8 @@ BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float6
         ("symmetric_product", F32, "ieee", (4096, 4096), True),
         ("symmetric_product", F64, "ieee", (4096, 4096), False),
         ("symmetric_product", F64, "ieee", (4097, 4096), True),
-        ("linear_sigmoid", BF16, "ieee", (64, 10, 785), False),  # takes less time than a launch
+        ("linear_sigmoid", BF16, "ieee", (64, 10, 785), False),  # one launch instead of two
+        ("linear_sigmoid", BF16, "ieee", (64, 64, 10000), True),  # split, it launches twice
         ("linear_sigmoid", BF16, "ieee", (8192, 512, 784), False),
         ("linear_sigmoid", BF16, "ieee", (8192, 510, 784), True),  # rows of 1020 bytes
         ("linear_sigmoid", BF16, "ieee", (8192, 512, 785), True),
@@ -124,6 +125,11 @@ BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float6
         ("linear_sigmoid", BF16, "ieee", (8192, 4096, 2064), True),
         ("linear_sigmoid", F32, "tf32", (8192, 4096, 2048), False),
         ("linear_sigmoid", F32, "ieee", (512, 512, 121), False),  # the main job's layer, on two ranks
+        ("linear_sigmoid", F32, "ieee", (1024, 512, 121), False),  # and on one: 128 of 132 multiprocessors
+        ("linear_sigmoid", F32, "ieee", (1088, 512, 121), True),  # two waves of tiles
+        ("linear_sigmoid", F32, "ieee", (512, 512, 160), False),  # the time of two launches
+        ("linear_sigmoid", F32, "ieee", (512, 512, 161), True),
+        ("linear_sigmoid", F32, "ieee", (64, 64, 10000), True),  # one tile: few multiprocessors work
         ("linear_sigmoid", F32, "ieee", (8192, 512, 784), True),
         ("linear_sigmoid", F64, "ieee", (8192, 512, 512), False),
         ("linear_sigmoid", F64, "ieee", (8192, 512, 784), True),

@@ -17,7 +17,9 @@ from commands import ROOT, import_path
 
 SCRIPT = ROOT / "benchmarks" / "validate_gpu.sh"
 # Each stage, and how many tests it collects at least.
-BENCHMARKS = ("operators", "matmul_t", "linear_sigmoid", "autotune", "ladder", "verify")
+BENCHMARKS = (
+    *("operators", "matmul_t", "linear_sigmoid", "autotune", "autotune_float32", "ladder", "verify"),
+)
 STAGES = {"values": 500, **dict.fromkeys(BENCHMARKS, 0), "huge": 4}
 
 
