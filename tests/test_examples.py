@@ -370,7 +370,11 @@ ERRORS = [
     ("train_ddp", "--epoch 3", "Unrecognized options: --epoch"),
     ("train_ddp", "--epochs 0", "--epochs is 0, expected at least 1"),
     ("train_ddp", "--clip 0", "--clip is 0.0, expected more than 0"),
-    ("train_ddp", "--decay-biases", "--decay-biases is of sgd's L2 penalty; take --optimizer sgd"),
+    (
+        "train_ddp",
+        "--decay-biases",
+        "--decay-biases changes sgd's L2 penalty, and the optimizer is muon; take --optimizer sgd",
+    ),
     ("train_ddp", "--label-smoothing 1", r"--label-smoothing is 1\.0, expected less than 1"),
     ("train_ddp", "--crop 14", "crop 14 and pool 2 leave nothing of images of 28 × 28"),
     ("train_ddp", "--data /nonexistent", "/FashionMNIST/raw/train-images-idx3-ubyte.gz is missing"),
