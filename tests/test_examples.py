@@ -24,8 +24,10 @@ pytest.importorskip("matplotlib", reason="--plots draws with it")
 
 import quadrants
 import train_transformer
+from support import cli
 
 from torchpar.parallel import join_world
+from torchpar.training import LRSchedule
 
 TRAIN_DDP = str(ROOT / "examples" / "train_ddp.py")
 TWO_EPOCHS = ["--epochs", "2", "--batch-size", "50"]
@@ -404,6 +406,12 @@ if not torch.cuda.is_available():
 def line_of(err: str) -> str:
     """The message that tyro prints in a frame, or a script without one, as one line."""
     return " ".join(re.sub(r"[╭╮│╰╯─]", " ", err).split())
+
+
+def test_the_flags_name_all_schedules():
+    """They are written twice, as the flags import no torch."""
+    assert cli.TrainFlags.__annotations__["schedule"] == LRSchedule
+    assert cli.TrainFlags.__annotations__["optimizer"] != LRSchedule
 
 
 @pytest.mark.parametrize("name, flags, message", ERRORS)
