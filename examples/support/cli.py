@@ -73,7 +73,7 @@ class ExampleFlags:
                 raise ConfigError(f"{flag} is {value}, expected at least {least}")
             if not all(one < end for one in values):
                 raise ConfigError(f"{flag} is {value}, expected less than {end}")
-        for name, package in (("plots", "matplotlib"), ("log_dir", "tensorboard"), ("log_dir", "torch")):
+        for name, package in (("plots", "matplotlib"), ("log_dir", "torch"), ("log_dir", "tensorboard")):
             if getattr(self, name, None) and importlib.util.find_spec(package) is None:
                 flag = f"--{name.replace('_', '-')}"
                 raise ConfigError(f"{flag} needs {package}; pip install {package}")
