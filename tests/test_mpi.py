@@ -86,7 +86,8 @@ def test_pictures_need_no_torch(data, tmp_path):
     code, _, err = run(
         sys.executable, "-c", WITHOUT_TORCH + AS_COMMAND, script, *flags, f"--log-dir={tmp_path}"
     )
-    assert (code, err) == (2, "train_mpi.py: error: --log-dir needs torch; pip install torch\n")
+    assert code == 2
+    assert "--log-dir needs torch; pip install torch" in err
 
 
 # Both splits
@@ -226,7 +227,7 @@ def test_a_comparison_sets_one_process_beside_both_splits(data, tmp_path):
     none = r"│ 0 +" * len(alone)
     assert re.search(rf"│ bytes a step +{none}│ {size:,} +│ {4 * 20 * 10} +│", out)
     assert re.search(rf"│ messages a step +{none}│ 1 +│ 1 +│", out)
-    gains = re.search(rf"│ speed-up over +((?:│ +\d+\.\d\d +){{{len(runs)}}})│", out).group(1).split("│")[1:]
+    gains = re.search(rf"│ speed-up over [^│]+((?:│ +\d+\.\d\d +){{{len(runs)}}})│", out).group(1).split("│")[1:]
     assert float(gains[len(alone) - 1]) == 1  # over one process with all threads
     (apart,) = re.findall(r"the losses agree with those of 1 process to (\S+)\n", out)
     assert float(apart) < ROUNDING
