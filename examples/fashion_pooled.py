@@ -25,22 +25,28 @@ and gives all processes the sum, so all take the same step.
 ``--exchange gather``, the project's: Bcast sends the weights in each iteration. Gather brings the gradients
 of the shares to process 0, which adds them up and takes the step.
 
-Under mpirun process 0 first trains alone, while the others wait. A table sets the times by phase side by
-side. In NumPy it needs rich and tyro, mpi4py and an MPI. With PyTorch ``--device cuda`` takes a GPU.
+Under mpirun process 0 first trains alone, while the others wait: with one thread, and in a process of its own
+with all threads. A table sets the times by phase side by side. ``--library torch`` needs PyTorch, by which
+``--device cuda`` takes a GPU. NumPy alone needs a checkout, and
+
+    pip install --no-deps -e . && pip install numpy mpi4py mpich rich tyro
 """
 
 import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-# NumPy reads it when it is imported. With a process per core each process needs one thread.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# NumPy reads it when it is imported. With a process per core each process needs one thread. One process alone
+# takes all threads.
+if any(os.environ.get(size, "1") != "1" for size in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")):
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-from support import cli, console, plots
+from support import cli, console, one_process, plots
 
 from torchpar.baselines import mpi, numpy_mlp
 from torchpar.baselines.numpy_mlp import Array
@@ -98,7 +104,7 @@ class Plan(NamedTuple):
 class Result(NamedTuple):
     """Figures of a run."""
 
-    costs: list[float]  # of each iteration, before its step
+    costs: list[float]  # of each iteration, before its step; after Gather on process 0 alone
     times: list[float]  # seconds of each iteration
     ends: Sequence[Sequence[float]]  # mean cost and accuracy at the end, on training and on test samples
     weights: Array  # of the first layer, (400, 25)
@@ -157,7 +163,7 @@ def train_numpy(
     optimizer = numpy_mlp.SGD(model, plan.lr, plan.momentum)
     own = np.empty(model.parameters.size + 1, model.parameters.dtype)  # gradient and cost of this share
     total = np.empty_like(own)
-    rows = np.empty((world.size, own.size), own.dtype)
+    rows = np.empty((world.size, own.size), own.dtype) if world.rank == 0 else None
     costs, times = [], []
     with phase("broadcast"):
         world.Bcast(model.parameters)
@@ -179,15 +185,24 @@ def train_numpy(
                 world.Allreduce(own, total)
             else:
                 world.Gather(own, rows)
-                total = rows.sum(0)  # on process 0; the others have none
-        with phase("descent"):
-            if exchange == "allreduce" or world.rank == 0:
+                if rows is not None:
+                    rows.sum(0, out=total)
+        if exchange == "allreduce" or world.rank == 0:  # after Gather the others have no sum
+            with phase("descent"):
                 optimizer.step(total[:-1] / count)
-        costs.append(float(total[-1]) / count)
+            costs.append(float(total[-1]) / count)
         times.append(time.perf_counter() - start)
     world.Bcast(model.parameters)
     ends = [mpi.evaluate(world, model, *pair) for pair in zip(shares, counts, strict=True)]
     return Result(costs, times, ends, model.weights[0])
+
+
+def train_plans(
+    world: Any, splits: Sequence[Pixels] | None, plans: Sequence[Plan], exchange: Exchange
+) -> tuple[Phases, dict[Plan, Result]]:
+    """Train by each of the ``plans``, and return the phases of all of them, and each one's result."""
+    with Phases(names=("scatter", "broadcast", *LOOP)) as phases:
+        return phases, {plan: train_numpy(world, splits, plan, exchange) for plan in plans}
 
 
 def train_torch(world: "World", splits: Sequence[Pixels], plan: Plan) -> Result:
@@ -235,6 +250,11 @@ def train_torch(world: "World", splits: Sequence[Pixels], plan: Plan) -> Result:
     return Result(costs.tolist(), times, ends, weights)
 
 
+def costs_of(runs: dict[Plan, Result]) -> list[float]:
+    """Return the costs of all iterations of all runs."""
+    return [cost for run in runs.values() for cost in run.costs]
+
+
 def iteration_rows(runs: dict[Plan, Result], **labels: Any) -> Iterator[dict[str, Any]]:
     """Yield the cost and the seconds of every iteration of every run."""
     for plan, run in runs.items():
@@ -259,7 +279,7 @@ def print_phases(exchange: Exchange, columns: dict[str, tuple[Phases, dict[Plan,
         values[at:at] = [forward]
         values += [sum(sum(run.times) for run in runs.values()) / count]
         for row, seconds in zip(rows, values, strict=True):
-            row[column] = f"{1000 * seconds:.3f}"
+            row[column.replace(", ", ",\n")] = f"{1000 * seconds:.3f}"
     console.print_rows(rows, list(rows[0]), "milliseconds by phase, process 0")
 
 
@@ -290,29 +310,32 @@ def print_iterations(plan: Plan, run: Result) -> None:
 
 
 def run_numpy(flags: Flags, plans: Sequence[Plan]) -> None:
-    """Train in NumPy: on several processes, after process 0 has trained alone."""
+    """Train in NumPy: on several processes, after one has trained alone."""
     with mpi.join() as world:
         splits = load(flags) if world.rank == 0 else None
-        columns: dict[str, tuple[Phases, dict[Plan, Result]]] = {}
-        alone = {"1 process": mpi.OneProcess()} if world.rank == 0 else {}
-        several = {f"{world.size} processes": world} if world.size > 1 else {}
-        for name, processes in (alone | several).items():
-            if processes is world:
-                mpi.wait(world)
-            with Phases(names=("scatter", "broadcast", *LOOP)) as phases:
-                runs = {plan: train_numpy(processes, splits, plan, flags.exchange) for plan in plans}
-            columns[name] = phases, runs
+        train = partial(train_plans, splits=splits, plans=plans, exchange=flags.exchange)
+        columns = alone = one_process.train_on_one(world, train)
+        if world.size > 1:
+            columns = alone | {f"{world.size} processes": train(world)}
         if world.rank > 0:
             return
+        *_, (_, runs) = columns.values()
+        metrics: list[dict[str, Any]] = []
+        agreement = ""
+        if world.size > 1:
+            (_, one), *_ = alone.values()
+            agreement = one_process.compare_losses(
+                costs_of(one), {f"--exchange {flags.exchange}": costs_of(runs)}
+            )
+            for name, (_, of_one) in alone.items():
+                metrics += iteration_rows(of_one, run=name, ranks=1)
+            print(f"{world.size} processes")
         for plan, run in runs.items():
             print_iterations(plan, run)
         print_phases(flags.exchange, columns)
-        one = columns["1 process"][1]
-        if several:
-            apart = max(np.abs(np.divide(runs[plan].costs, one[plan].costs) - 1).max() for plan in plans)
-            print(f"costs of {world.size} processes: those of 1 process, but for {apart:.0e} of them")
-        metrics = iteration_rows(one, ranks=1) if several else ()
-        report(flags, "cpu", world.size, runs, list(metrics))
+        if agreement:
+            print(agreement)
+        report(flags, "cpu", world.size, runs, metrics)
 
 
 def run_torch(flags: Flags, plans: Sequence[Plan]) -> None:

@@ -102,7 +102,7 @@ def main(flags: Flags) -> None:
         train, test = load(flags.dataset, flags.data, world.device)
         train = train[: flags.samples]
         torch.manual_seed(flags.seed)
-        checks = compare_with_conv2d(world.device)
+        errors = compare_with_conv2d(world.device)
         costs = compare_costs(world.device)
 
         model = ConvNet().to(world.device)
@@ -124,7 +124,7 @@ def main(flags: Flags) -> None:
     if flags.plots:
         kernels = model.first.weight.unflatten(1, (5, 5))
         plots.save_matrices(flags.plots / "kernels.png", kernels, "Kernels of the first layer")
-    console.write_metrics(flags.metrics, [*checks, *costs, *epochs])
+    console.write_metrics(flags.metrics, [*errors, *costs, *epochs])
     print(console.summary(run.results))
 
 

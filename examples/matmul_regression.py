@@ -124,7 +124,7 @@ def main(flags: Flags) -> None:
     with join_world(flags.device, alone=True) as world:
         torch.manual_seed(flags.seed)
         x, y = make_samples(torch.arange(8.0, device=world.device))
-        checks = compare_formulas(x, y)
+        errors = compare_formulas(x, y)
         norms = compare_norms(x, y, flags.batch_size)
         choices = product(flags.batch_size, flags.lr)
         curves = {f"batch {n}, learning rate {lr:g}": descend(x, y, n, lr)[0] for n, lr in choices}
@@ -132,7 +132,7 @@ def main(flags: Flags) -> None:
             save_paths(flags.plots / "regression-path.png", flags.batch_size, flags.lr[0], world.device)
     for name, costs in curves.items():
         print(f"{name}: cost {costs[-1]:.4f} after {len(costs) - 1} steps")
-    console.write_metrics(flags.metrics, [*checks, *norms, {"costs": curves}])
+    console.write_metrics(flags.metrics, [*errors, *norms, {"costs": curves}])
     if flags.plots:
         plots.save_curves(flags.plots / "regression.png", curves, "step", "cost before the step")
 

@@ -58,6 +58,11 @@ LOSS_ERROR = 1e-4  # of a loss in float64; another share of a batch, or fewer sa
 PASSES = ("forward", "backward")
 
 
+def process_counts(cores: int) -> tuple[int, ...]:
+    """Return the powers of two up to the number of cores; at least 1 and 2, and at most 8, as in courses."""
+    return tuple(n for n in (1, 2, 4, 8) if n <= max(cores, 2))
+
+
 class Way(NamedTuple):
     """How an epoch is trained."""
 
@@ -86,7 +91,7 @@ class Flags(cli.ExampleFlags):
     noise: bool = False  # Learn few noisy points by networks of several widths and λ; no report.
     epochs: int = 60  # Passes over the points; three times as many with --noise, where the points are few.
     # Processes in the report, and threads of one process: 1, then multiples of the last.
-    processes: tuple[int, ...] = tuple(2**i for i in range(max(CORES, 2).bit_length()))
+    processes: tuple[int, ...] = process_counts(CORES)
     sizes: tuple[int, ...] = (512, 4096, 32768)  # Batch sizes of the report, over all processes.
     plots: Path | None = None  # Folder for pictures.
 

@@ -6,13 +6,15 @@
 All ranks draw the same weights, because they start from the same seed. In every step a rank computes the
 gradient of its own samples. The ranks exchange their gradients, and DistributedDataParallel averages them
 during the backward pass, so all ranks take the same step. `torchpar.reference.average_gradients` shows the
-average in a few lines. Two ranks compute the same as one, up to rounding, and in about half the time once the
-work of a step outweighs the exchange of gradients. `train_fast.py` makes the same steps faster.
+average in a few lines. Two ranks compute the same as one, up to rounding. In large batches they take little
+more than half the time of one rank with one thread, and about the time of one rank with two threads
+(docs/measurements.md). `train_fast.py` makes the same steps faster.
 
-The model is an MLP. Each of its hidden layers calls `torchpar.linear_sigmoid`. With ``--activation maxout``
-it calls `torchpar.maximum`, for the larger of two linear functions.
+The model is an MLP. Its inputs are averages of 2 × 2 pixels. Its hidden layer calls
+`torchpar.linear_sigmoid`. With ``--activation maxout`` it calls `torchpar.maximum`, for the larger of two
+linear functions.
 
-Without torchrun, ``python examples/train_ddp.py`` is one process.
+Without torchrun, ``python examples/train_ddp.py`` is one process with all threads.
 """
 
 from dataclasses import dataclass

@@ -14,25 +14,29 @@ their contributions to the outputs z. The backward pass sends no message.
 Either way all processes take the steps that one process would, so the losses are the same. A table at the end
 shows the time of each phase, and the bytes of a step's message. A process waits for Allreduce, where
 DistributedDataParallel computes on. With batches of 10, as in the second command, the messages cost more time
-than two processes save. The third trains on one process, then by both splits, and sets them side by side.
+than two processes save. The third trains on one process with one thread, on one with all threads, and by both
+splits. It sets them side by side, and checks that all losses are the same.
 
-It needs NumPy, mpi4py and an MPI, rich and tyro. PyTorch is needed for --log-dir alone.
+PyTorch is needed for --log-dir alone. Without it a checkout needs
+
+    pip install --no-deps -e . && pip install numpy mpi4py mpich rich tyro
 """
 
 import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 # NumPy reads it when it is imported. With a process per core each process needs one thread. One process alone
 # takes all threads.
-if {"PMI_SIZE", "OMPI_COMM_WORLD_SIZE"} & os.environ.keys():
+if any(os.environ.get(size, "1") != "1" for size in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")):
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-from support import cli, console, plots
+from support import cli, console, one_process, plots
 
 from torchpar.baselines import mpi
 from torchpar.baselines.numpy_mlp import MLP, SGD, Array, Hidden, Init, batches
@@ -50,7 +54,8 @@ class Flags(cli.DataFlags):
     """Train a digit classifier in NumPy, by data or model parallelism over MPI."""
 
     split: Split = "data"  # The processes share the samples of a batch, or the units of the hidden layer.
-    compare: bool = False  # Train on one process, then by both splits; print their times side by side.
+    # Train on one process with one thread and with all, then by both splits; print their times side by side.
+    compare: bool = False
     epochs: int = 10  # Passes over the training samples.
     batch_size: int = 512  # Samples per step, over all processes.
     lr: float = 0.5  # Learning rate.
@@ -194,41 +199,41 @@ def train(flags: Flags, split: Split, world: Any, data: tuple[Images, Images]) -
 
 
 def compare(flags: Flags, world: Any, data: tuple[Images, Images]) -> dict[str, Training]:
-    """Train on process 0 alone, while the others wait, and by each split. Process 0 prints a table."""
-    runs: dict[str, Training] = {}
-    if world.rank == 0:
-        print("1 process")
-        runs["1 process"] = train(flags, "data", mpi.OneProcess(), data)
-    mpi.wait(world)
-    splits: tuple[Split, ...] = ("data", "model")
-    for split in splits:
+    """Train on one process, while the others wait, and by each split. Process 0 prints a table."""
+    alone = one_process.train_on_one(world, partial(train, flags, "data", data=data))
+    splits: dict[str, Training] = {}
+    ways: tuple[Split, ...] = ("data", "model")
+    for split in ways:
         if world.rank == 0:
             print(f"{world.size} processes, --split {split}")
-        runs[f"--split {split}"] = train(flags, split, world, data)
+        splits[f"--split {split}"] = train(flags, split, world, data)
     if world.rank == 0:
-        print_comparison(flags, world.size, runs)
-    return runs
+        losses = {name: [epoch.train_loss for epoch in run.results] for name, run in splits.items()}
+        one, *_ = alone.values()
+        agreement = one_process.compare_losses([epoch.train_loss for epoch in one.results], losses)
+        print_comparison(flags, world.size, alone | splits, base=[*alone][-1])
+        print(agreement)
+    return alone | splits
 
 
-def print_comparison(flags: Flags, processes: int, runs: dict[str, Training]) -> None:
-    """Print the phases and the messages of the runs side by side, and how far their losses are apart."""
+def print_comparison(flags: Flags, processes: int, runs: dict[str, Training], base: str) -> None:
+    """Print the phases and the messages of the runs side by side; speed-ups are over the run ``base``."""
     rows: list[dict[str, str]] = []
+    columns = [run.replace(", ", ",\n") for run in runs]
 
     def add(row: str, values: Iterable[str]) -> None:
-        rows.append({"": row} | dict(zip(runs, values, strict=True)))
+        rows.append({"": row} | dict(zip(columns, values, strict=True)))
 
     ms = [{name: 1000 * s / run.steps for name, s in run.phases.seconds.items()} for run in runs.values()]
-    steps = [sum(of_run.values()) for of_run in ms]
+    steps = {name: sum(of_run.values()) for name, of_run in zip(runs, ms, strict=True)}
     for name in PHASES:
         add(f"{name}, ms", (f"{of_run[name]:.3f}" for of_run in ms))
-    add("a step, ms", (f"{step:.3f}" for step in steps))
-    add("speed-up", (f"{steps[0] / step:.2f}" for step in steps))
+    add("a step, ms", (f"{step:.3f}" for step in steps.values()))
+    all_threads = base.removeprefix("1 process, ")
+    add(f"speed-up over {all_threads}", (f"{steps[base] / step:.2f}" for step in steps.values()))
     add("messages a step", (str(run.calls) for run in runs.values()))
     add("bytes a step", (f"{run.bytes:,}" for run in runs.values()))
     console.print_rows(rows, list(rows[0]), f"{processes} processes, batches of {flags.batch_size}")
-    losses = np.array([[result.train_loss for result in run.results] for run in runs.values()])
-    apart = (np.abs(losses - losses[0]) / losses[0]).max()
-    print(f"the training losses of both splits are those of 1 process, but for {apart:.0e} of them")
 
 
 def main(flags: Flags) -> None:

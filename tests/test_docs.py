@@ -19,7 +19,7 @@ from commands import ROOT, TORCHRUN, blocks, execute, run
 from operators import OPERATORS, Operator
 
 import torchpar
-from benchmarks import ladder, ladder_page, speedrun, train
+from benchmarks import ladder, ladder_page, speedrun, student, train
 from benchmarks.results import Result, markdown
 from torchpar.exact.verify import EXPECTED
 from torchpar.testing.operators import RULES
@@ -71,6 +71,71 @@ def test_pages_name_only_what_exists():
         assert missing(text, (ROOT / page).parent, flags) == [], page
     wrong = "[a](none.md) tests/none.py -m benchmarks.none -m benchmarks run none `test_none` --no-such-flag"
     assert len(missing(wrong, ROOT, flags)) == 6
+
+
+def test_the_site_shows_all_pages():
+    nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2].partition("\nhooks:")[0]
+    shown = re.findall(r"([\w-]+\.md)$", nav, re.MULTILINE)
+    assert sorted(shown) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+
+
+def placeholders(text: str) -> list[str]:
+    """Return marks such as @NAME@, for which figures or text are still to come."""
+    return re.findall(r"@[A-Z_0-9]+@", text)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_page_has_a_placeholder(page):
+    assert placeholders(PAGES[page]) == []
+    assert placeholders("two ranks take @DP_128@ of @torch's time") == ["@DP_128@"]
+
+
+def undefined(page: str) -> tuple[list[str], int]:
+    """Return the names in "your code" that their file does not define, and the number of all names.
+
+    A cell's files are those that it names. If it names none, they are the row's script and the last file that
+    is linked above in the table, or "my.py", a student's file, which defines what the ladder knows.
+    """
+    paths = {Path(link).name: ROOT / "docs" / link for link in re.findall(r"\]\(([^)#\s]+\.py)\)", page)}
+    wrong, count, linked, column = [], 0, [], None
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        if not cells:
+            column = None
+        elif column is None:
+            column, linked = cells.index("your code") if "your code" in cells else -1, []
+        elif column >= 0:
+            cell = cells[column]
+            linked = re.findall(r"(?<=\[)\w+\.py(?=\])|my\.py", cell)[-1:] or linked
+            files = re.findall(r"\w+\.py", cell) or linked + re.findall(r"examples/(\w+\.py)", line)
+            for name in re.findall(r"`([A-Za-z_][\w.]*)[^`]*`", cell):
+                if name.endswith(".py"):
+                    continue
+                count += 1
+                if not any(defines(file, name, paths) for file in files):
+                    wrong.append(name)
+    return wrong, count
+
+
+def defines(file: str, name: str, paths: dict[str, Path]) -> bool:
+    if file == "my.py":
+        return name in student.OPERATORS
+    code = paths.get(file, ROOT / "examples" / file).read_text()
+    assigned = r"^[\w,. ]*\b{0}\b[^=\n(]*= "
+    return all(
+        re.search(rf"(?:def|class) {part}\b|{assigned.format(part)}", code, re.MULTILINE)
+        for part in name.split(".")
+    )
+
+
+def test_the_exercises_name_functions_that_there_are():
+    page = PAGES["docs/exercises.md"]
+    wrong, count = undefined(page)
+    assert wrong == []
+    assert count > 30
+    assert page.count("| `pool` in") == 1
+    assert undefined(page.replace("| `pool` in", "| `pooled` in"))[0] == ["pooled"]
+    assert undefined(page.replace("`MLP.loss_sum`", "`MLP.lost_sum`"))[0] == ["MLP.lost_sum"]
 
 
 def public_names() -> set[str]:

@@ -24,8 +24,10 @@ pytest.importorskip("matplotlib", reason="--plots draws with it")
 
 import quadrants
 import train_transformer
+from support import cli
 
 from torchpar.parallel import join_world
+from torchpar.training import LRSchedule
 
 TRAIN_DDP = str(ROOT / "examples" / "train_ddp.py")
 TWO_EPOCHS = ["--epochs", "2", "--batch-size", "50"]
@@ -370,7 +372,11 @@ ERRORS = [
     ("train_ddp", "--epoch 3", "Unrecognized options: --epoch"),
     ("train_ddp", "--epochs 0", "--epochs is 0, expected at least 1"),
     ("train_ddp", "--clip 0", "--clip is 0.0, expected more than 0"),
-    ("train_ddp", "--decay-biases", "--decay-biases is of sgd's L2 penalty; take --optimizer sgd"),
+    (
+        "train_ddp",
+        "--decay-biases",
+        "--decay-biases changes sgd's L2 penalty, and the optimizer is muon; take --optimizer sgd",
+    ),
     ("train_ddp", "--label-smoothing 1", r"--label-smoothing is 1\.0, expected less than 1"),
     ("train_ddp", "--crop 14", "crop 14 and pool 2 leave nothing of images of 28 × 28"),
     ("train_ddp", "--data /nonexistent", "/FashionMNIST/raw/train-images-idx3-ubyte.gz is missing"),
@@ -400,6 +406,12 @@ if not torch.cuda.is_available():
 def line_of(err: str) -> str:
     """The message that tyro prints in a frame, or a script without one, as one line."""
     return " ".join(re.sub(r"[╭╮│╰╯─]", " ", err).split())
+
+
+def test_the_flags_name_all_schedules():
+    """They are written twice, as the flags import no torch."""
+    assert cli.TrainFlags.__annotations__["schedule"] == LRSchedule
+    assert cli.TrainFlags.__annotations__["optimizer"] != LRSchedule
 
 
 @pytest.mark.parametrize("name, flags, message", ERRORS)

@@ -338,6 +338,11 @@ def test_fit_is_the_least_squares_of_relative_times():
     assert quadrants.fit({2: 2.5}) == 1
 
 
+@pytest.mark.parametrize("cores, counts", [(1, (1, 2)), (2, (1, 2)), (6, (1, 2, 4)), (64, (1, 2, 4, 8))])
+def test_the_report_takes_at_most_eight_processes(cores, counts):
+    assert quadrants.process_counts(cores) == counts
+
+
 def test_the_report_fits_the_medians_of_all_rounds_but_the_first(monkeypatch, capsys):
     parts = {("ReLU", "forward"): 0.2, ("ReLU", "backward"): 0.4, ("Linear", "forward"): 1.0}
     parts |= {("Linear", "backward"): 2.0}

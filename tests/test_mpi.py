@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Training by MPI and the pooled exercise, without torch: the same losses as on one process."""
 
+import os
 import re
 import sys
 from functools import partial
@@ -13,10 +14,11 @@ import torch
 from commands import LAST_LINE, MPIRUN, ROOT, lesson, needs_mpirun, rows_of, run
 from fake_data import fashion_mnist
 
+import torchpar
 from torchpar import datasets
 from torchpar.baselines import mpi, numpy_mlp
 from torchpar.baselines.numpy_mlp import MLP
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, DivergedError
 from torchpar.parallel.launch.world import join_world
 
 pytest.importorskip("tyro", reason="tyro reads the flags")
@@ -24,6 +26,7 @@ pytest.importorskip("tyro", reason="tyro reads the flags")
 import fashion_pooled
 import train_mpi
 from fashion_pooled import SIZES, Plan, Result
+from support import one_process
 
 ROUNDING = 1e-5  # of a loss: some hundred steps of some roundings of 6e-8 each
 # As where neither package is installed.
@@ -39,6 +42,7 @@ class Others:
 sys.meta_path[sys.meta_path.index(PathFinder)] = Others
 sys.path.insert(0, {str(ROOT / "examples")!r})
 """
+AS_COMMAND = "import runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +61,33 @@ def without_torch(ranks: int, program: str, *arguments: str) -> str:
 def by_command(ranks: int, name: str, *flags: str) -> str:
     """Run an exercise by its command line on processes that find no torch, and return what it prints."""
     script = str(ROOT / "examples" / f"{name}.py")
-    program = "import runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    return without_torch(ranks, program, script, *flags)
+    return without_torch(ranks, AS_COMMAND, script, *flags)
 
 
 def test_the_package_without_torch_has_the_baselines_alone():
     program = "import torchpar\nfrom torchpar.baselines import mpi, numpy_mlp, pure_python\n"
-    program += "print(numpy_mlp.MLP((3, 2)).parameters.size)\ntorchpar.maximum"
+    program += "print(numpy_mlp.MLP((3, 2)).parameters.size)\n"
+    names = sorted(torchpar.__all__)
+    assert {"maximum", "nn", "optim", "exact", "parallel", "testing"} <= set(names)
+    program += f"for name in {names}:\n"
+    program += "    try:\n        getattr(torchpar, name)\n    except ImportError as e:\n        print(e)\n"
     code, out, err = run(sys.executable, "-c", WITHOUT_TORCH + program)
-    assert (code, out) == (1, "8\n")
-    assert err.endswith("ImportError: torchpar.maximum needs PyTorch; pip install torch\n")
+    assert code == 0, err
+    assert out.splitlines() == ["8", *(f"torchpar.{name} needs PyTorch; pip install torch" for name in names)]
+
+
+def test_pictures_need_no_torch(data, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib draws")
+    flags = ["--dataset=fashion-mnist", f"--data={data}", "--epochs=1", f"--plots={tmp_path}"]
+    script = str(ROOT / "examples" / "train_mpi.py")
+    code, _, err = run(sys.executable, "-c", WITHOUT_TORCH + AS_COMMAND, script, *flags)
+    assert code == 0, err
+    assert {path.name for path in tmp_path.iterdir()} == {"curves.png", "confusion.png", "worst.png"}
+    code, _, err = run(
+        sys.executable, "-c", WITHOUT_TORCH + AS_COMMAND, script, *flags, f"--log-dir={tmp_path}"
+    )
+    assert code == 2
+    assert "--log-dir needs torch; pip install torch" in err
 
 
 # Both splits
@@ -124,6 +145,8 @@ with mpi.join() as world:
     for exchange in ("allreduce", "gather"):
         for i, run in enumerate(pooled_runs(world, folder, exchange)):
             runs[f"{{exchange}} {{i}}"] = numbers(run)
+            # After Gather process 0 alone has the sums.
+            assert bool(run.costs) == (exchange == "allreduce" or world.rank == 0)
     if world.rank == 0:
         np.savez(out, **{{f"{{run}}/{{key}}": t for run, of in runs.items() for key, t in of.items()}})
 """
@@ -195,19 +218,84 @@ def test_shares_are_those_of_array_split(count, size):
 def test_a_comparison_sets_one_process_beside_both_splits(data, tmp_path):
     flags = ["--dataset=fashion-mnist", f"--data={data}", "--epochs=2", "--hidden=12", "--batch-size=20"]
     out = by_command(2, "train_mpi", *flags, "--compare", f"--metrics={tmp_path / 'metrics'}")
-    assert out.count("test accuracy") == 3 * 2 + 1  # process 0 alone prints
+    alone = names_of_one_process()
+    runs = [*alone, "--split data", "--split model"]
+    assert out.count("test accuracy") == 2 * len(runs) + 1  # process 0 alone prints
     for row in ("data", "forward", "backward", "collectives", "optimizer", "a step"):
-        assert len(re.findall(rf"│ {row}, ms +(│ +\d+\.\d{{3}} +){{3}}│", out)) == 1
+        assert len(re.findall(rf"│ {row}, ms +(│ +\d+\.\d{{3}} +){{{len(runs)}}}│", out)) == 1
     size = 4 * (784 * 12 + 12 + 12 * 10 + 10 + 1)
-    assert re.search(rf"│ bytes a step +│ 0 +│ {size:,} +│ {4 * 20 * 10} +│", out)
-    assert re.search(r"│ messages a step +│ 0 +│ 1 +│ 1 +│", out)
-    (apart,) = re.findall(
-        r"training losses of both splits are those of 1 process, but for (\S+) of them", out
-    )
+    none = r"│ 0 +" * len(alone)
+    assert re.search(rf"│ bytes a step +{none}│ {size:,} +│ {4 * 20 * 10} +│", out)
+    assert re.search(rf"│ messages a step +{none}│ 1 +│ 1 +│", out)
+    gains = re.search(rf"│ speed-up over [^│]+((?:│ +\d+\.\d\d +){{{len(runs)}}})│", out).group(1).split("│")[1:]
+    assert float(gains[len(alone) - 1]) == 1  # over one process with all threads
+    (apart,) = re.findall(r"the losses agree with those of 1 process to (\S+)\n", out)
     assert float(apart) < ROUNDING
     assert re.fullmatch(LAST_LINE, out.splitlines()[-1]).groups() == ("2", "cpu")
     names = [row["run"] for row in rows_of(tmp_path / "metrics")]
-    assert names == [name for name in ("1 process", "--split data", "--split model") for _ in range(2)]
+    assert names == [name for name in runs for _ in range(2)]
+
+
+def names_of_one_process() -> list[str]:
+    """The names of one process with one thread, and of one with a thread for each core."""
+    cores = len(one_process.own_cores())
+    return ["1 process, 1 thread"] + [f"1 process, {cores} threads"] * (cores > 1)
+
+
+def environment_of_numpy(world) -> tuple[int, int, dict[str, str]]:
+    return world.size, one_process.own_threads(), dict(os.environ)
+
+
+def test_one_process_trains_with_all_threads_outside_mpi(monkeypatch):
+    """The cores of two processes, of which each has one."""
+    cores = one_process.own_cores()
+    for name, value in {"OMP_NUM_THREADS": "1", "PMI_SIZE": "2", "PMI_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(mpi, "wait", lambda world: None)
+    before = dict(os.environ)
+    parts = [{core} for core in cores]
+    two = SimpleNamespace(rank=0, size=2, allgather=lambda own: parts)
+    runs = one_process.train_on_one(two, environment_of_numpy)
+    assert list(runs) == names_of_one_process()
+    first, *others = runs.values()
+    assert first == (1, 1, before)
+    for world_size, threads, environment in others:
+        assert (world_size, threads) == (1, len(cores))
+        assert not {"OMP_NUM_THREADS", "PMI_SIZE", "PMI_RANK"} & environment.keys()
+    assert (one_process.own_cores(), dict(os.environ)) == (cores, before)
+    assert one_process.train_on_one(SimpleNamespace(rank=1, allgather=lambda own: parts), None) == {}
+    assert list(one_process.train_on_one(mpi.OneProcess(), environment_of_numpy)) == ["1 process, 1 thread"]
+
+
+def test_losses_of_a_wrong_split_are_refused(data, monkeypatch):
+    expected = [
+        float(loss) for loss in numbers(trained(mpi.OneProcess(), data, "odd", "data"))["losses"][:, 0]
+    ]
+    right = [loss * (1 + ROUNDING) for loss in expected]
+    assert (
+        one_process.compare_losses(expected, {"a": expected}) == "the losses are exactly those of 1 process"
+    )
+    agreement = one_process.compare_losses(expected, {"a": expected, "b": right})
+    assert agreement == "the losses agree with those of 1 process to 1e-05"
+    monkeypatch.setattr(mpi.HiddenSplitMLP, "output_layer", lambda model, a: a @ model.weights[1])  # no bias
+    run = trained(mpi.OneProcess(), data, "odd", "model")
+    wrong = {"--split data": right, "--split model": [epoch.train_loss for epoch in run.results]}
+    message = r"--split model: losses are off by \S+, expected those of 1 process; mend its gradients"
+    with pytest.raises(ConfigError, match=message):
+        one_process.compare_losses(expected, wrong)
+    with pytest.raises(ConfigError, match="a: losses are off by nan"):
+        one_process.compare_losses(expected, {"a": [float("nan")] * len(expected)})
+    with pytest.raises(DivergedError, match="a loss on 1 process is not finite"):
+        one_process.compare_losses([1.0, float("nan")], {"a": expected})
+
+
+@pytest.mark.parametrize("script", ["train_mpi", "fashion_pooled"])
+@needs_mpirun
+def test_several_processes_have_a_thread_each_and_one_has_all(script):
+    program = f"import {script}\nfrom support import one_process\nprint(one_process.own_threads())\n"
+    program = f"import os\nos.environ.pop('OMP_NUM_THREADS', None)\n{program}"
+    assert without_torch(1, program).split() == [str(len(one_process.own_cores()))]
+    assert without_torch(2, program).split() == ["1", "1"]
 
 
 def test_an_error_ends_all_processes(monkeypatch):
@@ -229,8 +317,21 @@ def test_a_missing_mpi_is_one_line(monkeypatch):
     code, _, err = lesson("train_mpi")
     assert code == 2
     expected = r"the processes need mpi4py and an MPI \(.*None in sys.modules.*\); "
-    expected += r"pip install 'torchpar\[baselines\]'"
+    expected += "pip install mpi4py mpich"
     assert re.fullmatch(rf"train_mpi\.py: error: {expected}\n", err)
+
+
+def test_an_mpi_that_does_not_connect_the_processes_is_refused(monkeypatch):
+    """As under torchrun, or under the mpirun of another MPI."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    one = SimpleNamespace(COMM_WORLD=SimpleNamespace(size=1))
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=one))
+    for script in ("train_mpi", "fashion_pooled"):
+        code, out, err = lesson(script)
+        assert (code, out) == (2, "")
+        expected = "MPI connects 1 process, the launcher started 2; start by the mpirun of mpi4py's MPI: "
+        assert err == f"{script}.py: error: {expected}mpirun -n 2 python …\n"
 
 
 # The pooled exercise
@@ -276,16 +377,19 @@ def test_one_command_sets_one_process_beside_several(data, tmp_path, exchange):
     once = ["scatter, once"] + ["broadcast, once"] * (exchange == "allreduce")
     each = ["broadcast"] * (exchange == "gather")
     each += ["hidden layer", "output layer", "cost", "forward: these three", "backward", exchange, "descent"]
+    alone = names_of_one_process()
     for phase in (*once, *each, "iteration"):
-        assert len(re.findall(rf"│ {phase} +│ \d+\.\d{{3}} +│ \d+\.\d{{3}} +│", out)) == 1
+        columns = rf"(│ \d+\.\d{{3}} +){{{len(alone) + 1}}}"
+        assert len(re.findall(rf"│ {phase} +{columns}│", out)) == 1
     shown = re.findall(r"iteration (\d+)/60 \| cost \d\.\d{4} \| \d+\.\d\d ms", out)
     assert [*map(int, shown)] == [1, 2, 5, 10, 20, 30, 60]
-    (apart,) = re.findall(r"costs of 2 processes: those of 1 process, but for (\S+) of them", out)
+    (apart,) = re.findall(r"the losses agree with those of 1 process to (\S+)\n", out)
     assert float(apart) < ROUNDING
     rows = rows_of(tmp_path / "metrics")
     iterations, runs = rows[:-2], rows[-2:]
-    kinds = [(row["ranks"], row["iterations"], row["iteration"]) for row in iterations]
-    assert kinds == [(n, plan, i) for n in (1, 2) for plan in (60, 30) for i in range(1, plan + 1)]
+    kinds = [(row.get("run"), row["ranks"], row["iterations"], row["iteration"]) for row in iterations]
+    ways = [*((name, 1) for name in alone), (None, 2)]
+    assert kinds == [(*way, plan, i) for way in ways for plan in (60, 30) for i in range(1, plan + 1)]
     assert min(row["seconds"] for row in iterations) > 0
     assert [row["last_cost"] for row in runs] == [iterations[-31]["cost"], iterations[-1]["cost"]]
 

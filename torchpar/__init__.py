@@ -31,8 +31,8 @@ __all__ += ["exact", "library", "nn", "optim", "parallel", "symmetric_matmul", "
 
 
 def __getattr__(name: str) -> Any:
+    if name in __all__ and not find_spec("torch"):
+        raise ImportError(f"torchpar.{name} needs PyTorch; pip install torch")
     if name in ("exact", "optim", "parallel", "testing"):
         return importlib.import_module(f"torchpar.{name}")
-    if name in __all__:  # defined above, where PyTorch is installed
-        raise ImportError(f"torchpar.{name} needs PyTorch; pip install torch")
     raise AttributeError(f"module 'torchpar' has no attribute {name!r}")

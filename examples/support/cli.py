@@ -28,7 +28,7 @@ try:
     import rich  # noqa: F401
     import tyro
 except ImportError as error:
-    sys.exit(f"the examples need rich and tyro ({error}); pip install 'torchpar[examples]'")
+    sys.exit(f"the examples need rich and tyro ({error}); pip install rich tyro")
 
 F = TypeVar("F")
 GRACE = 2.0  # seconds in which a launcher ends the other ranks after rank 0 has failed
@@ -73,11 +73,10 @@ class ExampleFlags:
                 raise ConfigError(f"{flag} is {value}, expected at least {least}")
             if not all(one < end for one in values):
                 raise ConfigError(f"{flag} is {value}, expected less than {end}")
-        packages = ("plots", "matplotlib", "examples"), ("log_dir", "tensorboard", "lightning")
-        for name, package, extra in packages:
+        for name, package in (("plots", "matplotlib"), ("log_dir", "torch"), ("log_dir", "tensorboard")):
             if getattr(self, name, None) and importlib.util.find_spec(package) is None:
                 flag = f"--{name.replace('_', '-')}"
-                raise ConfigError(f"{flag} needs {package}; pip install 'torchpar[{extra}]'")
+                raise ConfigError(f"{flag} needs {package}; pip install {package}")
         try:  # to create the folders of the outputs, and to write there
             for name in ("plots", "log_dir", "profile", "checkpoint"):
                 if folder := getattr(self, name, None):
@@ -145,7 +144,9 @@ class TrainFlags(DataFlags):
             self.epochs = 1
             self.metrics = self.log_dir = self.plots = self.profile = self.checkpoint = None
         if self.decay_biases and self.optimizer == "muon":
-            raise ConfigError("--decay-biases is of sgd's L2 penalty; take --optimizer sgd")
+            raise ConfigError(
+                "--decay-biases changes sgd's L2 penalty, and the optimizer is muon; take --optimizer sgd"
+            )
         super().__post_init__()
 
     def optimizer_options(self, defaults: Mapping[str, float]) -> dict[str, Any]:

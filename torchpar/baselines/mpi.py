@@ -27,19 +27,24 @@ def join() -> Iterator[Any]:
     wait for this process forever.
 
     Raises:
-        ConfigError: mpi4py or an MPI library is missing.
+        ConfigError: mpi4py or an MPI library is missing, or connects other processes than were started.
     """
-    if not find_rank_info():
+    info = find_rank_info()
+    if not info:
         yield OneProcess()
         return
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as e:  # mpi4py raises RuntimeError if it finds no library
+        raise ConfigError(f"the processes need mpi4py and an MPI ({e}); pip install mpi4py mpich") from e
+    world = MPI.COMM_WORLD
+    if world.size != info.world_size:  # under torchrun, or the mpirun of another MPI
         raise ConfigError(
-            f"the processes need mpi4py and an MPI ({e}); pip install 'torchpar[baselines]'"
-        ) from e
+            f"MPI connects {world.size} process{'es' if world.size > 1 else ''}, the launcher started "
+            f"{info.world_size}; start by the mpirun of mpi4py's MPI: mpirun -n {info.world_size} python …"
+        )
     try:
-        yield MPI.COMM_WORLD
+        yield world
     except BaseException:
         from mpi4py.run import set_abort_status
 
