@@ -210,7 +210,10 @@ def compare(flags: Flags, world: Any, data: tuple[Images, Images]) -> dict[str, 
     if world.rank == 0:
         losses = {name: [epoch.train_loss for epoch in run.results] for name, run in splits.items()}
         one, *_ = alone.values()
-        agreement = one_process.compare_losses([epoch.train_loss for epoch in one.results], losses)
+        if flags.init == "zero":
+            agreement = "the losses are not compared: from zero roundings tell the hidden units apart"
+        else:
+            agreement = one_process.compare_losses([epoch.train_loss for epoch in one.results], losses)
         print_comparison(flags, world.size, alone | splits, base=[*alone][-1])
         print(agreement)
     return alone | splits

@@ -227,14 +227,16 @@ def test_a_comparison_sets_one_process_beside_both_splits(data, tmp_path):
     none = r"│ 0 +" * len(alone)
     assert re.search(rf"│ bytes a step +{none}│ {size:,} +│ {4 * 20 * 10} +│", out)
     assert re.search(rf"│ messages a step +{none}│ 1 +│ 1 +│", out)
-    row = re.search(rf"│ speed-up over [^│]+((?:│ +\d+\.\d\d +){{{len(runs)}}})│", out).group(1)
-    gains = row.split("│")[1:]
+    cells = rf"((?:│ +\d+\.\d\d +){{{len(runs)}}})│"
+    gains = re.search(rf"│ speed-up over [^│]+{cells}", out).group(1).split("│")[1:]
     assert float(gains[len(alone) - 1]) == 1  # over one process with all threads
     (apart,) = re.findall(r"the losses agree with those of 1 process to (\S+)\n", out)
     assert float(apart) < ROUNDING
     assert re.fullmatch(LAST_LINE, out.splitlines()[-1]).groups() == ("2", "cpu")
     names = [row["run"] for row in rows_of(tmp_path / "metrics")]
     assert names == [name for name in runs for _ in range(2)]
+    out = by_command(2, "train_mpi", *flags, "--compare", "--init=zero")
+    assert "the losses are not compared: from zero roundings tell the hidden units apart\n" in out
 
 
 def names_of_one_process() -> list[str]:

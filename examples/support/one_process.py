@@ -14,8 +14,8 @@ from torchpar.baselines import mpi
 from torchpar.errors import ConfigError, DivergedError
 
 T = TypeVar("T")
-# Of the largest loss. Roundings of 6e-8 add up to some 1e-6 in the steps of ten epochs. Without a bias, or
-# with a gradient that lacks a process's share, the losses are off by 1e-3 or more.
+# Of the largest loss. Roundings of 6e-8 leave some 1e-7 of a mean over an epoch, 1e-5 at most in the tests.
+# Without a bias, or with a gradient that lacks a process's share, the losses are off by 1e-3 or more.
 LOSS_ERROR = 1e-4
 LAUNCHERS = ("PMI_", "PMIX_", "OMPI_", "MPI_", "HYDRA_", "PRTE_", "OMP_NUM_THREADS")  # their variables
 
