@@ -123,6 +123,7 @@ def test_a_result_that_is_also_read_is_restored_between_launches(tuner, monkeypa
 # The benchmark
 
 
+@pytest.mark.slow
 def test_without_triton_the_command_ends_with_one_line():
     blocked = "import runpy, sys; sys.modules['triton'] = None; sys.argv = ['autotune']; "
     module = "runpy.run_module('benchmarks.autotune', run_name='__main__')"

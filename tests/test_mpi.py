@@ -76,6 +76,7 @@ def test_the_package_without_torch_has_the_baselines_alone():
     assert out.splitlines() == ["8", *(f"torchpar.{name} needs PyTorch; pip install torch" for name in names)]
 
 
+@pytest.mark.slow
 def test_pictures_need_no_torch(data, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib draws")
     flags = ["--dataset=fashion-mnist", f"--data={data}", "--epochs=1", f"--plots={tmp_path}"]
@@ -249,6 +250,7 @@ def environment_of_numpy(world) -> tuple[int, int, dict[str, str]]:
     return world.size, one_process.own_threads(), dict(os.environ)
 
 
+@pytest.mark.slow
 def test_one_process_trains_with_all_threads_outside_mpi(monkeypatch):
     """The cores of two processes, of which each has one."""
     cores = one_process.own_cores()
@@ -353,6 +355,7 @@ def test_pooled_pixels_are_pytorchs(data):
     assert (found.x.shape, found.x.dtype) == ((61, 400), np.float32)
 
 
+@pytest.mark.slow
 def test_both_libraries_have_the_same_costs(data, ranks):
     """The first is −1/n · Σ_samples Σ_classes t·log p + (1 − t)·log(1 − p), at the first weights."""
     splits = fashion_pooled.load(fashion_pooled.Flags(data=data, dataset="fashion-mnist", samples=50))
