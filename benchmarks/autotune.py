@@ -74,6 +74,11 @@ BORDERS = {
 ROW_BYTES = 128  # of a tile along k: the widest that TMA swizzles
 ONE, ZERO = tl.constexpr(0x3FF0000000000000), tl.constexpr(0)  # the bits of float64 factors
 
+COLUMNS = {  # of a tile along k, by the dtype
+    "BLOCK_K": lambda given: ROW_BYTES // given["x_ptr"].element_size(),
+    "EVEN_K": lambda given: given["k"] % given["BLOCK_K"] == 0,
+}
+
 # The kernels. Those of the library also take strides, batches, factors and a matrix C.
 
 
@@ -126,12 +131,7 @@ def maximum_kernel(a_ptr, b_ptr, out_ptr, numel, BLOCK: tl.constexpr):
     prune_configs_by={"early_config_prune": that_fit},
     cache_results=True,
 )
-@triton.heuristics(
-    {
-        "BLOCK_K": lambda given: ROW_BYTES // given["x_ptr"].element_size(),
-        "EVEN_K": lambda given: given["k"] % given["BLOCK_K"] == 0,
-    }
-)
+@triton.heuristics(COLUMNS)
 @triton.jit
 def matmul_t_kernel(
     x_ptr,
@@ -178,12 +178,7 @@ def matmul_t_kernel(
     prune_configs_by={"early_config_prune": that_fit},
     cache_results=True,
 )
-@triton.heuristics(
-    {
-        "BLOCK_K": lambda given: ROW_BYTES // given["x_ptr"].element_size(),
-        "EVEN_K": lambda given: given["k"] % given["BLOCK_K"] == 0,
-    }
-)
+@triton.heuristics(COLUMNS)
 @triton.jit
 def layer_kernel(
     x_ptr,

@@ -9,9 +9,9 @@ is used better. But fewer steps make less progress: the mean of many gradients i
 few, and not larger.
 
 Then the best network is trained for more epochs with each λ of the loss −log softmax(y)[label] + λ/2·‖W‖².
-With ``--decay-biases`` the biases count in ‖W‖², too. A
-training loss below a quarter of the validation loss means over-fitting: more λ. A training loss above the
-validation loss of a smaller λ means that both are high: less λ. The test set is used once, for the best one.
+With ``--decay-biases`` the biases count in ‖W‖², too. A training loss below a quarter of the validation loss
+means over-fitting: more λ. A training loss above the validation loss of a smaller λ means that both are high:
+less λ. The test set is used once, for the best one.
 """
 
 import time
