@@ -23,6 +23,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {  # the class, and its s
     "phi3": ("Phi3ForCausalLM", GROUPED),
     "deepseek_v3": ("DeepseekV3ForCausalLM", LATENT),
     "gpt2": ("GPT2LMHeadModel", dict(TOKENS, n_embd=32, n_layer=2, n_head=4, n_positions=16, n_inner=40)),
+    "opt": ("OPTForCausalLM", dict(TEXT, ffn_dim=40, word_embed_proj_dim=32)),
     "mamba": ("MambaForCausalLM", dict(TOKENS, hidden_size=32, state_size=4, num_hidden_layers=2)),
     "modernbert": ("ModernBertForMaskedLM", dict(TEXT, cls_token_id=1, sep_token_id=2)),
 }

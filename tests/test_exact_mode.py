@@ -45,8 +45,7 @@ FUNCTIONS: dict[str, tuple[Any, Tensor, float]] = {
     "softplus of beta 2.5": (lambda x: F.softplus(x, 2.5), X, 0.51),
     "pow": (lambda x: x**1.7, X.abs().clamp(min=2.0**-40), 0.51),
     "log1p": (torch.log1p, torch.cat([X[X > -1], UNIT]), 0.51),
-    # At ±0.999 the slope √π/2·e^(2.33²) multiplies erf's error of 4·10⁻¹⁰: 0.35 units.
-    "erfinv": (torch.erfinv, UNIT, 0.86),
+    "erfinv": (torch.erfinv, UNIT, 0.51),
     "logsumexp": (lambda x: x.view(-1, 1999).logsumexp(1), X[: 11 * 1999], 0.51),
     "softplus_backward": (lambda x: torch.func.grad(lambda x: F.softplus(x).sum())(x), X, 0.51),
     "norm": (lambda x: x.view(-1, 1999).norm(dim=1), X[: 11 * 1999] * 1e-19, 0.51),
@@ -166,7 +165,7 @@ def test_steps_of_parts_have_the_bits_of_the_whole(kind):
     torch.testing.assert_close(expected.double(), stepped(lambda t: t, torch.float64), rtol=0, atol=rounding)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
 def test_decoding_equals_one_pass(name):
     """Token by token with a cache, in a batch, and beside padding; ordinary arithmetic differs."""
     torch.manual_seed(0)
@@ -215,7 +214,9 @@ COMPLEX, SPARSE = torch.ones(3) + 1j, torch.eye(3).to_sparse()  # which the mode
 HALF = torch.ones(3, 3, dtype=torch.float16)
 # Some of these forms of an operator would give other results than PyTorch's, silently.
 REFUSED: dict[str, Any] = {
-    r"no exact version of aten\.cumsum\.default; make it of other": lambda: torch.ones(3).cumsum(0),
+    r"no exact version of aten\.erfc\.default; make it of other": lambda: torch.ones(3).erfc(),
+    r"no exact version of aten\.cumsum\.default for these": lambda: (torch.ones(3) / 3).cumsum(0),
+    r"no exact version of aten\.cumsum\.default; make": lambda: TEXT.cumsum(0, dtype=torch.float32),
     r"takes float32, an operand is torch\.bfloat16": lambda: HALF.bfloat16() @ HALF.bfloat16(),
     r"takes float32, .* torch\.float16": lambda: F.scaled_dot_product_attention(*3 * [IMAGE.half()]),
     r"takes float32, an operand is torch\.float64": lambda: torch.ones(3).double().sum(),
@@ -228,7 +229,6 @@ REFUSED: dict[str, Any] = {
     "aten.normal.Tensor_float": lambda: torch.normal(torch.ones(4), 1.0),
     r"prims\.sin\.default; make it of other": lambda: torch.ops.prims.sin(torch.ones(3)),
     "scatter.reduce": lambda: IMAGE.scatter(0, torch.zeros_like(IMAGE).long(), IMAGE, reduce="add"),
-    "powers of negative numbers": lambda: (torch.arange(4.0) - 2) ** torch.arange(4.0),
     "index -1 is out of bounds": lambda: torch.ones(3).scatter_add(0, torch.tensor([-1]), torch.ones(1)),
     "index out of range": lambda: torch.ones(3).index_add(0, torch.tensor([-1]), torch.ones(1)),
 }

@@ -46,7 +46,7 @@ def product_by_keys(p: Tensor, v: Tensor) -> Tensor:
 # The operator that PyTorch takes on a CPU, without dropout. Its backward pass gets what it returns.
 
 
-@rule("_scaled_dot_product_flash_attention_for_cpu")
+@rule("_scaled_dot_product_flash_attention_for_cpu", private=True)
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *,
     attn_mask: Tensor | None = None, scale: float | None = None,
@@ -62,7 +62,7 @@ def _attention(
     return product_by_keys(p, v), p
 
 
-@rule("_scaled_dot_product_flash_attention_for_cpu_backward")
+@rule("_scaled_dot_product_flash_attention_for_cpu_backward", private=True)
 def _attention_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, p: Tensor, dropout: float, causal: bool, *,
     attn_mask: Tensor | None = None, scale: float | None = None,

@@ -2,7 +2,7 @@
 """A mode in which models and optimizers compute in exact arithmetic: the same bits on every processor."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -25,12 +25,13 @@ from torchpar.exact import products as products  # which register rules
 from torchpar.exact import random as random
 from torchpar.exact import reductions as reductions
 from torchpar.exact.attention import scaled_dot_product_attention
+from torchpar.exact.native import check_native
 from torchpar.exact.reductions import group_norm
-from torchpar.exact.registry import COMPOSED, PASSING, RULES
+from torchpar.exact.registry import COMPOSED, INTEGERS, PASSING, PRIVATE, RULES
 
 _FUNCTIONS = {F.scaled_dot_product_attention: scaled_dot_product_attention, F.group_norm: group_norm}
 # PyTorch's own are called for their errors: the rules would take negative indices.
-_INDEXED = {f"aten::{name}" for name in ("scatter", "scatter_add", "index_add", "index_copy")}
+_INDEXED = {"scatter", "scatter_add", "index_add", "index_copy"}
 Kind = Literal["passing", "rules", "missing"]
 
 
@@ -72,24 +73,31 @@ class _Functions(TorchFunctionMode):
     """Replace whole functions: attention's parts do not tell which sums must not depend on other keys."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _FUNCTIONS.get(func, func)(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func not in _FUNCTIONS:
+            return func(*args, **kwargs)
+        check_native(func, args, kwargs)
+        return _FUNCTIONS[func](*args, **kwargs)
 
 
 class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, (known, own_rule) = dict(kwargs or {}), _look_up(func)
-        kind = kind_of(func, [*args, *kwargs.values()])
-        if kind == "rules" and func._schema.name.removesuffix("_") in _INDEXED:
-            func(*tree_map_only(Tensor, torch.clone, args), **tree_map_only(Tensor, torch.clone, kwargs))
-        if kind == "rules" and own_rule is not None:
-            with torch._C.DisableTorchFunction():  # rules do not call attention, and their calls are many
-                return _call(own_rule, func, args, kwargs)
+        kwargs, (known, own_rule, _) = dict(kwargs or {}), _look_up(func)
+        kind, foreign = kind_of(func, [*args, *kwargs.values()])
         if kind == "passing":
             with torch._C.DisableTorchFunction():
                 result = func(*args, **kwargs)
             if known == "passing" or not _has_float(result):
                 return result
-        elif own_rule is None:
+        elif kind == "rules":
+            name = func._schema.name.partition("::")[2]
+            if name.removesuffix("_") in _INDEXED:
+                func(*tree_map_only(Tensor, torch.clone, args), **tree_map_only(Tensor, torch.clone, kwargs))
+            native = () if name in PRIVATE else check_native(func, args, kwargs)
+            if own_rule is not None:
+                with torch._C.DisableTorchFunction():  # rules do not call attention, and their calls are many
+                    return _call(own_rule, func, args, kwargs, native)
+        if not foreign and kind == known:
             with self:  # without autograd, operators that are made of others come whole
                 result = _composition(func)(*args, **kwargs)
             if result is not NotImplemented:
@@ -99,29 +107,58 @@ class _Operators(TorchDispatchMode):
             remedy = "give foreach=False to clip_grad_norm_ and the optimizer, no fused=True; take no Muon"
         elif func.namespace in ("c10d", "fsdp"):
             remedy = "add gradients by torchpar.exact.DataParallel"
-        raise ConfigError(f"no exact version of {func}; {remedy}")
+        raise ConfigError(f"no exact version of {func}{foreign}; {remedy}")
 
 
-def kind_of(func: Any, operands: list[Any]) -> Kind:
-    """Whether an operator has a rule, passes, as one of integers does, or is missing."""
-    kind, _ = _look_up(func)
-    for t in operands:  # processors may fuse complex products, and add sparse terms in any order
-        if t.is_complex() or t.layout != torch.strided if isinstance(t, Tensor) else isinstance(t, complex):
-            return "missing"
-    return kind if kind == "rules" or _has_float(operands) else "passing"
+def kind_of(func: Any, operands: list[Any]) -> tuple[Kind, str]:
+    """Whether an operator has a rule, passes, or is missing; and which operands are the reason for that."""
+    leaves = tree_leaves(operands)
+    if foreign := next(filter(None, map(_foreign, leaves)), ""):
+        return "missing", f" for {foreign} operands"
+    kind, _, of_integers = _look_up(func)
+    return "passing" if of_integers and not _has_float(leaves) else kind, ""
+
+
+def _foreign(operand: Any) -> str:
+    """The kind of an operand that processors may compute otherwise with, or "".
+
+    They fuse complex products, add sparse terms in any order, and saturate sums of quantized products.
+    """
+    if not isinstance(operand, Tensor):
+        return "complex" if isinstance(operand, complex) else ""
+    if operand.is_complex():
+        return "complex"
+    if operand.is_quantized:
+        return "quantized"
+    return "" if operand.layout == torch.strided else "sparse"
 
 
 @cache
-def _look_up(func: Any) -> tuple[Kind, Callable[..., Any] | None]:
-    """The kind of an operator of floats, and its rule, which one that is made of others does not have."""
+def _look_up(func: Any) -> tuple[Kind, Callable[..., Any] | None, bool]:
+    """The kind of an operator; its rule, if it has one of its own; whether it passes for integers alone."""
     namespace, _, name = func._schema.name.partition("::")
     adds = "reduce" in str(func)  # ranks, and scatters with a reduction, add in an order of their own
-    names = {name, name.removesuffix("_")} if namespace in ("aten", "torchpar") and not adds else set()
+    if namespace in ("c10d", "_c10d_functional"):
+        return "missing" if adds else "passing", None, True
+    arguments = (*func._schema.arguments, *func._schema.returns)
+    if namespace == "profiler" or not any("Tensor" in str(one.type) for one in arguments):
+        return "passing", None, True
+    if namespace not in ("aten", "torchpar") or _is_implicit(func):
+        return "missing", None, False
+    names = {name, name.removesuffix("_")}
+    of_integers = bool(names & INTEGERS)
+    if adds:
+        return "missing", None, of_integers
     own_rule = next((RULES[name] for name in names if name in RULES), None)
     if own_rule is not None or names & COMPOSED:
-        return "rules", own_rule
-    passes = names & PASSING or namespace == "profiler" or (namespace == "c10d" and not adds)
-    return "passing" if passes else "missing", None
+        return "rules", own_rule, of_integers
+    return "passing" if names & PASSING else "missing", None, of_integers
+
+
+def _is_implicit(func: Any) -> bool:
+    """Whether PyTorch makes the operator of others in any case; in inference mode it comes whole."""
+    has_kernel = partial(torch._C._dispatch_has_kernel_for_dispatch_key, func.name())
+    return has_kernel("CompositeImplicitAutograd") and not has_kernel("CPU")
 
 
 @cache
@@ -136,19 +173,30 @@ def _composition(func: Any) -> Callable[..., Any]:
     return composition
 
 
-def _call(own_rule: Callable[..., Any], func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Call the rule of an operator, which may write to its first operand, or to ``out``."""
-    into = args[0] if func._schema.name.endswith("_") else kwargs.pop("out", None)
+def _call(
+    own_rule: Callable[..., Any], func: Any, args: Any, kwargs: dict[str, Any], native: Sequence[Any]
+) -> Any:
+    """Call the rule of an operator, which may write to its first operand, or to its ``out`` arguments."""
+    outs = [kwargs.pop(one.name) for one in func._schema.arguments if one.is_out]
     result = own_rule(*args, **kwargs)
-    if into is None:
+    if func._schema.name.endswith("_"):
+        return args[0].copy_(result)
+    results = result if isinstance(result, tuple) else (result,)
+    for found, expected in zip(results, native, strict=False):
+        if isinstance(found, Tensor) and expected and (found.shape, found.dtype) != expected:
+            wanted = " {} of shape {}".format(*reversed(expected))
+            raise RuntimeError(f"the rule of {func} returns {found.dtype} of {found.shape}, expected{wanted}")
+    if not outs:
         return result
-    if "out" in func._overloadname and into.shape != result.shape:
-        into.resize_(result.shape)
-    return into.copy_(result)
+    for into, found in zip(outs, results, strict=True):
+        if into.shape != found.shape:
+            into.resize_(found.shape)
+        into.copy_(found)
+    return tuple(outs) if isinstance(result, tuple) else outs[0]
 
 
 def _has_float(tree: Any) -> bool:
-    return any(isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex()) for t in tree_leaves(tree))
+    return any(isinstance(t, Tensor) and t.is_floating_point() for t in tree_leaves(tree))
 
 
 @dataclass
@@ -183,7 +231,8 @@ def coverage(function: Callable[..., Any], *inputs: Any, **options: Any) -> Cove
     class _Recorder(_Operators):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
-            calls = found.passing if kind_of(func, [*args, *kwargs.values()]) == "passing" else found.rules
+            kind, _ = kind_of(func, [*args, *kwargs.values()])
+            calls = found.passing if kind == "passing" else found.rules
             try:
                 result = super().__torch_dispatch__(func, types, args, kwargs)
             except ConfigError:

@@ -50,7 +50,7 @@ def _uniform64(shape: Sequence[int], generator: torch.Generator | None, device: 
     words = torch.randint(0, 2**32, (2,), generator=generator, device=where)
     n = math.prod(shape)
     drawn = philox(torch.arange(-(-n // 4), device=device), (int(words[0]), int(words[1])))
-    return ((drawn.flatten()[:n].double() + 0.5) * 2.0**-32).view(*shape)
+    return ((drawn.flatten()[:n].double() + 0.5) * 2.0**-32).view(tuple(shape))
 
 
 @rule("normal_", any_dtype=True)  # torch.normal has the mean first, and is refused

@@ -29,6 +29,17 @@ def _sum(x: Tensor, dims: Any = None, keepdim: bool = False, *, dtype: Any = Non
     return exact_sum(x, dims, keepdim).to(dtype or x.dtype)
 
 
+@rule("cumsum")
+def _cumsum(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
+    """Of numbers such as a mask's: whole ones below 2²⁴ add up to the same in any order."""
+    if not (x == x.round()).all() or x.abs().double().sum() >= 2**24:
+        raise ConfigError(
+            "no exact version of aten.cumsum.default for these numbers; it takes integers, and floats that "
+            "are whole numbers and add up to less than 2²⁴"
+        )
+    return torch.cumsum(x, dim).to(dtype or x.dtype)
+
+
 @rule("mean")
 def _mean(x: Tensor, dims: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
     total = exact_sum(x, dims, keepdim)
@@ -39,7 +50,7 @@ def _mean(x: Tensor, dims: Any = None, keepdim: bool = False, *, dtype: Any = No
 def _var(x: Tensor, dims: Any = None, *, correction: Any = None, keepdim: bool = False) -> Tensor:
     total = exact_sum(x, dims, True)
     n = x.numel() / max(total.numel(), 1)
-    by = n - (1 if correction is None else correction)
+    by = max(n - (1 if correction is None else correction), 0)
     return (exact_sum((x.double() - total / n).square(), dims, keepdim) / by).to(x.dtype)
 
 
@@ -92,8 +103,11 @@ def group_norm(x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps
 
 
 def _parts(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """m, x − m and p, float32, and Σp, float64. Where m is −∞, x is in the place of x − m."""
-    empty = any(x.shape[dim] == 0 for dim in dims)
+    """m, x − m and p, float32, and Σp, float64. Where m is −∞, x is in the place of x − m.
+
+    The dimension of a number is 0 or −1, as PyTorch has it.
+    """
+    empty = x.numel() == 0
     largest = x.sum(dims, True) if empty else x.amax(dims, True)
     shifted = x - torch.where(largest == -math.inf, 0.0, largest)
     p = in_pieces(exp64, shifted)
@@ -128,7 +142,7 @@ def _log_softmax_backward(g: Tensor, y: Tensor, dim: int, _: Any) -> Tensor:
 def _logsumexp(x: Tensor, dims: list[int], keepdim: bool = False) -> Tensor:
     largest, _, _, total = _parts(x, dims)
     result = torch.where(largest.isinf(), largest.double(), log64(total) + largest.double()).float()
-    return result if keepdim else result.squeeze(tuple(dims))
+    return result if keepdim or not x.dim() else result.squeeze(tuple(dims) or tuple(range(x.dim())))
 
 
 @rule("embedding_dense_backward")
@@ -159,6 +173,9 @@ def _index_put(x: Tensor, indices: Any, values: Tensor, accumulate: bool = False
 
 @rule("scatter_add", any_dtype=True)
 def _scatter_add(x: Tensor, dim: int, index: Tensor, source: Any, accumulate: bool = True) -> Tensor:
+    if not (x.dim() and index.dim()):  # a number is a tensor of one element
+        source = source.reshape(-1) if isinstance(source, Tensor) else source
+        return _scatter_add(x.reshape(-1), dim, index.reshape(-1), source, accumulate).view(x.shape)
     indices = [torch.arange(n, device=x.device) for n in index.shape]
     places = [*torch.meshgrid(*indices, indexing="ij")]
     places[dim] = index
@@ -170,9 +187,11 @@ RULES["scatter"] = lambda *operands: _scatter_add(*operands, accumulate=False)
 
 
 def _plus_zero(name: str, *operands: Any, **options: Any) -> Any:
-    """The operator's result, with +0 for −0: which of the two it keeps depends on the instructions."""
+    """The operator's results, with +0 for −0: which of the two it keeps depends on the instructions."""
     result = getattr(torch.ops.aten, name)(*operands, **options)
-    return result + 0.0 if isinstance(result, Tensor) and result.is_floating_point() else result
+    if not isinstance(result, Tensor):
+        return tuple(t + 0.0 if t.is_floating_point() else t for t in result)
+    return result + 0.0 if result.is_floating_point() else result
 
 
 _CHOOSING = ("amax", "amin", "clamp", "clamp_max", "clamp_min", "max", "maximum", "min", "minimum")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Registry of ATen operators in exact arithmetic: those that are the same everywhere, and rules for others.
 
-An operator *passes* if it moves data, compares, or rounds once for each element, as IEEE 754 defines it. A
-*rule* computes it by exact products, exact sums and functions. *Composed* ones are made of those by PyTorch.
-`torchpar.exact.mode` refuses others.
+An operator *passes* if it moves data, compares, or rounds once for each element, as IEEE 754 defines it. More
+of them pass if all operands are integers. A *rule* computes it by exact products, exact sums and functions.
+*Composed* ones are made of those by PyTorch. `torchpar.exact.mode` refuses others.
 """
 
 from collections.abc import Callable
@@ -38,12 +38,37 @@ _COMPOSED = """
     native_group_norm native_group_norm_backward
 """
 COMPOSED = frozenset(_COMPOSED.split())
+# Operators of integers and booleans alone that are the same everywhere, beside those above. Their sums and
+# products wrap around, in any order. `_int_mm` is not here: it saturates on processors without VNNI. Nor are
+# quantized products, interpolation of bytes, and `geometric`, which draws by a logarithm.
+_INTEGERS = """
+    nansum trace prod cumsum cumprod cummax cummin count_nonzero addbmm addmv addr vdot linalg_cross
+    remainder fmod floor_divide gcd lcm fmax fmin aminmax heaviside signbit hash_tensor
+    bitwise_and bitwise_or bitwise_xor bitwise_not bitwise_left_shift bitwise_right_shift
+    __and__ __or__ __xor__ __iand__ __ior__ __ixor__ __lshift__ __rshift__ __ilshift__ __irshift__
+    bincount bucketize searchsorted isin nonzero nonzero_static is_nonzero kthvalue median nanmedian mode
+    _unique _unique2 unique_dim unique_consecutive unique_dim_consecutive
+    scatter_reduce index_reduce take _unsafe_index _unsafe_masked_index _unsafe_masked_index_put_accumulate
+    randint randint_like randperm random tril_indices triu_indices repeat_interleave empty_permuted
+    alias_copy as_strided_copy diagonal_copy expand_copy narrow_copy permute_copy split_with_sizes_copy
+    squeeze_copy t_copy transpose_copy unbind_copy unfold_copy unsqueeze_copy view_copy
+    as_strided_scatter diagonal_scatter diag_embed block_diag _chunk_cat rot90 channel_shuffle pixel_unshuffle
+    reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
+    _upsample_nearest_exact2d _upsample_nearest_exact3d max_pool3d_with_indices
+    resize_as copy_from _copy_from _assert_async _functional_assert_async _assert_scalar
+"""
+INTEGERS = frozenset(_INTEGERS.split())
 
 RULES: dict[str, Rule] = {}
+PRIVATE: set[str] = set()
+"""Rules for operators that only torchpar's functions call, with other shapes than the native ones take."""
 
 
-def rule(*names: str, any_dtype: bool = False) -> Callable[[Rule], Rule]:
+def rule(*names: str, any_dtype: bool = False, private: bool = False) -> Callable[[Rule], Rule]:
     """Register a rule for the ATen operators of these names; it takes float32 unless ``any_dtype``."""
+    if private:
+        PRIVATE.update(names)
 
     def register(function: Rule) -> Rule:
         def checked(*operands: Any, **options: Any) -> Any:

@@ -55,15 +55,20 @@ def exponents_of(largest: Tensor) -> tuple[Tensor, Tensor]:
 def exact_index_sum(values: Tensor, indices: Tensor, size: int) -> Tensor:
     """The sums of the rows of ``values (n, k)`` that have the same index, float32 ``(size, k)``.
 
-    All terms have the unit of the largest, so that every sum is exact. A sum with an infinity is NaN.
+    Each sum has a unit of its own, that of its largest term: it depends on no other term.
     """
     check_float32(values)
-    x = values.double()
-    finite = x.nan_to_num(0, 0, 0)
-    exponent, _ = exponents_of(finite.abs().amax() if x.numel() else x.new_zeros(()))
-    units = (finite * power_of_two(BITS - exponent, torch.float64)).round_().long()
-    total = _total(units, lambda t: t.new_zeros(size, t.shape[1]).index_add_(0, indices, t), len(values))
-    result = (total * power_of_two(exponent - BITS, torch.float64)).float()
-    if not x.isfinite().all():
-        result.index_add_(0, indices, torch.where(x.isfinite(), 0.0, math.nan).float())
+    if size > 4 * len(indices):  # most rows get nothing, as those of an embedding
+        rows, places = indices.unique(return_inverse=True)
+        result = values.new_zeros(size, values.shape[1])
+        return result.index_copy_(0, rows, exact_index_sum(values, places, len(rows)))
+    is_finite, to = values.isfinite(), indices[:, None].expand_as(values)
+    x = torch.where(is_finite, values, 0.0).double()
+    largest = x.new_zeros(size, values.shape[1]).scatter_reduce_(0, to, x.abs(), "amax")
+    exponents, _ = exponents_of(largest)
+    units = (x * power_of_two(BITS - exponents, torch.float64).gather(0, to)).round_().long()
+    total = _total(units, lambda t: t.new_zeros(largest.shape).index_add_(0, indices, t), len(values))
+    result = (total * power_of_two(exponents - BITS, torch.float64)).float()
+    if not is_finite.all():  # of signs alone, in any order
+        result.index_add_(0, indices, torch.where(is_finite, 0.0, values))
     return result
