@@ -29,7 +29,10 @@ from torchpar.exact.native import check_native
 from torchpar.exact.reductions import group_norm
 from torchpar.exact.registry import COMPOSED, INTEGERS, PASSING, PRIVATE, RULES
 
-_FUNCTIONS = {F.scaled_dot_product_attention: scaled_dot_product_attention, F.group_norm: group_norm}
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    F.scaled_dot_product_attention: scaled_dot_product_attention,
+    F.group_norm: group_norm,
+}
 # PyTorch's own are called for their errors: the rules would take negative indices.
 _INDEXED = {"scatter", "scatter_add", "index_add", "index_copy"}
 Kind = Literal["passing", "rules", "missing"]
@@ -73,11 +76,11 @@ class _Functions(TorchFunctionMode):
     """Replace whole functions: attention's parts do not tell which sums must not depend on other keys."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in _FUNCTIONS:
+        kwargs, own = kwargs or {}, _FUNCTIONS.get(func)
+        if own is None:
             return func(*args, **kwargs)
         check_native(func, args, kwargs)
-        return _FUNCTIONS[func](*args, **kwargs)
+        return own(*args, **kwargs)
 
 
 class _Operators(TorchDispatchMode):
