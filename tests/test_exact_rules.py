@@ -117,6 +117,8 @@ ROW_CASES: dict[str, Callable[[Tensor], Any]] = {
     **each("amax amin", lambda f, x: f(x, [1])),
     **each("max min", lambda f, x: f(x, 1)[0]),
     **each("maximum minimum", lambda f, x: f(x, WEIGHT[0])),
+    "sort": lambda x: tuple(x.sort(1)),
+    "topk": lambda x: tuple(x.topk(3, 1)),
     "clamp": lambda x: x.clamp(-1, 1),
     "clamp_min": lambda x: x.clamp_min(0.5),
     "clamp_max": lambda x: x.clamp_max(0.5),
@@ -334,6 +336,19 @@ def test_checks_draw_no_random_numbers():
     with exact.mode():
         first, second = draw(23), draw(23)
     assert torch.equal(first, second)
+
+
+def test_equal_elements_keep_their_order():
+    """Elsewhere their order depends on the processor: PyTorch sorts in vectors, which is not stable."""
+    x = torch.arange(4000) % 7
+    signs = torch.where(x % 2 == 0, 0.0, -0.0)
+    with exact.mode():
+        orders = [x.sort()[1], x.argsort(), x.float().sort()[1], x.topk(4000, largest=False)[1]]
+        highest = x.topk(5)[1]
+        sorted_signs = signs.sort()[0]
+    assert all(torch.equal(order, x.argsort(stable=True)) for order in orders)
+    assert highest.tolist() == [6, 13, 20, 27, 34]
+    assert torch.equal(sorted_signs.signbit(), signs.signbit())
 
 
 def test_numbers_and_empty_tensors():

@@ -198,6 +198,20 @@ _CHOOSING = ("amax", "amin", "clamp", "clamp_max", "clamp_min", "max", "maximum"
 RULES.update({name: partial(_plus_zero, name) for name in _CHOOSING})
 
 
+@rule("sort", any_dtype=True)
+def _sort(x: Tensor, dim: int = -1, descending: bool = False, *, stable: Any = None) -> tuple[Tensor, Tensor]:
+    """By the stable order: where others leave equal elements depends on the width of vectors."""
+    return tuple(torch.sort(x, dim=dim, descending=descending, stable=True))  # type: ignore[return-value]
+
+
+@rule("topk", any_dtype=True)
+def _topk(x: Tensor, k: int, dim: int = -1, largest: bool = True, _: bool = True) -> tuple[Tensor, Tensor]:
+    values, indices = _sort(x, dim, largest)
+    if not x.dim():  # of a number, k is 0 or 1
+        return (values, indices) if k else (values.new_empty(0), indices.new_empty(0))
+    return values.narrow(dim, 0, k).contiguous(), indices.narrow(dim, 0, k).contiguous()
+
+
 @rule("max_pool2d_with_indices_backward")
 def _max_pool_backward(g: Tensor, x: Tensor, *options: Any) -> Tensor:
     zeros, places = torch.zeros_like(x).flatten(-2), options[-1].flatten(-2)
