@@ -332,8 +332,12 @@ def test_a_checkpoint_goes_from_mesh_to_mesh_with_every_bit(ranks, tmp_path, opt
     assert first["model.layers.0.weight"].shape == (33, 9)
     assert first["optimizer.layers.1.weight.momentum_buffer"].shape == (7, 33)
     assert len(first) == 2 * 6 + 1
-    for others in ([9, 34, 7, 10], [9, 33, 10], [9, 33, 7, 7, 10]):
-        with pytest.raises(ConfigError, match="holds no checkpoint of this run"):
+    for others, reason in (
+        ([9, 34, 7, 10], "holds no checkpoint of this run"),
+        ([9, 33, 10], r"holds layers\.2\.bias, which the model lacks"),
+        ([9, 33, 7, 7, 10], r"does not hold layers\.3\.bias of the model"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
             ranks(2, partial(pass_on, tmp_path / "0", tmp_path / "other", others, optimizer, tp=2))
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Training: a run evaluates, saves, resumes and stops; ranks that do not learn together are refused."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -20,7 +21,7 @@ from torchpar import training
 from torchpar.data import Samples
 from torchpar.errors import ConfigError, DivergedError
 from torchpar.nn import MLP
-from torchpar.outcome import EpochResult
+from torchpar.outcome import EpochResult, Stopped
 from torchpar.parallel.launch.world import join_world
 from torchpar.parallel.split import shared_memory
 from torchpar.training import CheckpointConfig
@@ -105,6 +106,22 @@ def test_runs_that_are_refused(world, tmp_path):
     for changed, message in others:
         with pytest.raises(ConfigError, match=re.escape(message)):
             run_alone(**{"epochs": 3, "folder": tmp_path} | changed)
+    for changed, message in (
+        ({"epochs": 0}, "epochs is 0, expected a whole number from 1 on"),
+        ({"epochs": 2.0}, "epochs is 2.0, expected a whole number"),
+        ({"batch_size": 0}, "batch_size is 0, expected a whole number from 1 on"),
+        ({"batch_size": -3}, "batch_size is -3, expected a whole number from 1 on"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            training.Run(*parts_of(MLP(SIZES), world), **{"epochs": 3, "batch_size": 50} | changed)
+    for arguments, message in (
+        ((tmp_path, 0), "every is 0, expected at least 1"),
+        ((tmp_path, -1), "every is -1, expected at least 1"),
+        ((3,), "the checkpoints' folder is 3, expected a path"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            CheckpointConfig(*arguments)
+    assert CheckpointConfig("saved").folder == Path("saved")
     with pytest.raises(DivergedError, match="loss of epoch 1 is nan; take a smaller learning rate"):
         run_alone(1, lr=math.inf)
     # What only one of two scripts names does not matter.
@@ -160,23 +177,34 @@ def test_schedules():
         course("cosin")
 
 
-def test_signals_are_noted_until_the_process_leaves(world):
+def test_signals_are_ignored_only_while_the_process_leaves(world):
+    received = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     try:
-        with StopSignal(world) as stop:
-            stop.start_all_reduce()
-            assert stop.wait() == 0
+        with contextlib.suppress(Stopped):
+            try:
+                with StopSignal(world) as stop:
+                    stop.start_all_reduce()
+                    assert stop.wait() == 0
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    stop.start_all_reduce()
+                    assert stop.wait() == signal.SIGTERM
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    raise Stopped(signal.SIGTERM)
+            finally:  # as `join_world` ends
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGINT)
+        assert received == []
+        with pytest.raises(KeyboardInterrupt):  # the program has caught Stopped, and goes on
+            os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
-            stop.start_all_reduce()
-            assert stop.wait() == signal.SIGTERM
-            os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)  # a process that is leaving ignores another one
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        assert received == [signal.SIGTERM] * 2
         with StopSignal(world) as stop:
             os.kill(os.getpid(), signal.SIGINT)
             with pytest.raises(KeyboardInterrupt):  # a second one ends at once
                 os.kill(os.getpid(), signal.SIGINT)
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # as it was
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -310,3 +338,224 @@ def test_runs_that_are_used_wrongly(world, tmp_path):
         next(run.epochs())
     with pytest.raises(ConfigError, match=r"outputs have shape \(50, 1\), expected \(50, 10\), one for each"):
         training.evaluate(lambda x: x[:, :1], samples(50, 2), world)
+
+
+def parts_of(model: torch.nn.Module, world: Any, lr: float = 0.3, n: int = 150) -> tuple[Any, ...]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    return model, optimizer, None, world, samples(n, 1), samples(50, 2)
+
+
+def take_steps(run: training.Run, accumulated: int = 1, stop_after: int = 0) -> None:
+    """A loop that steps after every ``accumulated`` batches, and receives SIGTERM in batch ``stop_after``."""
+    taken = itertools.count(1)
+    for epoch in run.epochs():
+        for x, labels, global_size in run.batches(epoch):
+            number = next(taken)
+            loss = torch.nn.functional.cross_entropy(run.model(x), labels, reduction="sum")
+            (loss / global_size).backward()
+            if number == stop_after:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if number % accumulated == 0:
+                run.optimizer.step()
+                run.optimizer.zero_grad()
+            run.log(loss)
+
+
+def test_a_run_stops_and_saves_after_a_step_of_accumulated_gradients(world, tmp_path):
+    def run(folder: Path | None = None, stop_after: int = 0) -> MLP:
+        torch.manual_seed(0)
+        model = MLP(SIZES)
+        checkpoint = CheckpointConfig(folder, every=1) if folder else None
+        with training.Run(*parts_of(model, world), epochs=4, batch_size=50, checkpoint=checkpoint) as one:
+            take_steps(one, accumulated=2, stop_after=stop_after)
+        return model
+
+    whole = run()
+    with pytest.raises(Stopped):
+        run(tmp_path, stop_after=5)  # within an epoch of 3 batches, after the first batch of two
+    assert (tmp_path / "latest").read_text() == "step-6\n"
+    resumed = run(tmp_path)
+    assert all(map(torch.equal, whole.parameters(), resumed.parameters()))
+
+
+def test_an_optimizer_that_has_no_frozen_parameter_is_saved(world, tmp_path):
+    model = MLP(SIZES)
+    model.layers[0].weight.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    parts = model, optimizer, None, world, samples(150, 1), samples(50, 2)
+    with training.Run(*parts, epochs=1, batch_size=50, checkpoint=CheckpointConfig(tmp_path)) as run:
+        take_steps(run)
+    assert len(optimizer.state_dict()["state"]) == 3
+    assert model.layers[0].weight not in optimizer.state
+
+
+class WithExtraState(torch.nn.Linear):
+    extra: Any = None
+
+    def get_extra_state(self) -> Any:
+        return self.extra
+
+    def set_extra_state(self, state: Any) -> None:
+        self.extra = state
+
+
+def test_extra_states_are_saved_or_refused(world, tmp_path):
+    def run(extra: Any, folder: str, epochs: int = 1) -> Any:
+        model = torch.nn.Sequential(WithExtraState(784, 10))
+        model[0].extra = extra
+        checkpoint = CheckpointConfig(tmp_path / folder)
+        with training.Run(
+            *parts_of(model, world), epochs=epochs, batch_size=50, checkpoint=checkpoint
+        ) as one:
+            found = model[0].extra
+            take_steps(one)
+        return found
+
+    run(torch.arange(3.0), "tensor")
+    assert run(torch.zeros(3), "tensor", 2).tolist() == [0.0, 1.0, 2.0]
+    run({"calls": [1, 2]}, "json")
+    assert run({"calls": [0]}, "json", 2) == {"calls": [1, 2]}
+    with pytest.raises(ConfigError, match=r"does not hold the extra state of 0 of the model"):
+        run({"calls": [0]}, "tensor", 3)
+    with pytest.raises(
+        ConfigError, match="the extra state of 0 is a tuple that is neither a tensor nor JSON"
+    ):
+        run((1, 2), "tuple")
+
+
+def test_checkpoints_that_would_lose_something_are_refused(world, tmp_path):
+    def run(model: torch.nn.Module, optimizer: Any, epochs: int = 1, folder: Path = tmp_path) -> None:
+        parts = model, optimizer, None, world, samples(150, 1), samples(50, 2)
+        checkpoint = CheckpointConfig(folder)
+        with training.Run(*parts, epochs=epochs, batch_size=50, checkpoint=checkpoint) as one:
+            take_steps(one)
+
+    model = MLP(SIZES)
+    temperature = torch.nn.Parameter(torch.ones(7))
+    optimizer = torch.optim.SGD([{"params": model.parameters()}, {"params": [temperature]}], lr=0.1)
+    with pytest.raises(ConfigError, match=r"group 1 has a parameter of shape \(7,\) that is not the model's"):
+        run(model, optimizer)
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    zero = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(ConfigError, match="ZeroRedundancyOptimizer keeps parts of its state on each rank"):
+        run(model, zero)
+    run(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    with pytest.raises(ConfigError, match=r"holds the state of AdamW, this run has SGD; use another folder"):
+        run(model, torch.optim.SGD(model.parameters(), lr=0.1), 2)
+    with pytest.raises(ConfigError, match=r"holds step of layers.0.weight, which the optimizer does not"):
+        run(model, torch.optim.AdamW([*model.parameters()][1:], lr=1e-3), 2)
+    wider = MLP(SIZES)
+    wider.more = torch.nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r"does not hold more.bias of the model; use another folder"):
+        run(wider, torch.optim.AdamW(wider.parameters(), lr=1e-3), 2)
+    narrower = torch.nn.Sequential(torch.nn.Linear(784, 10))
+    with pytest.raises(ConfigError, match=r"does not hold 0.bias of the model"):
+        run(narrower, torch.optim.AdamW(narrower.parameters(), lr=1e-3), 2)
+    wide = tmp_path / "wide"
+    run(wider, torch.optim.AdamW(wider.parameters(), lr=1e-3), 1, wide)
+    with pytest.raises(ConfigError, match=r"holds more.bias, which the model lacks; use another folder"):
+        run(model, torch.optim.AdamW(model.parameters(), lr=1e-3), 2, wide)
+
+
+@pytest.mark.parametrize("what", ["train", "test", "weight"])
+def test_what_is_not_finite_is_not_saved(world, tmp_path, what):
+    """The newest checkpoint stays whole, and no result counts as one."""
+    torch.manual_seed(0)
+    model = MLP(SIZES)
+    spoiled = torch.nn.Parameter(torch.ones(()))
+    model.register_parameter("spoiled", spoiled)
+    data = parts_of(model, world)
+    runs: list[training.Run] = []
+
+    def loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        is_late = what == "test" and len(runs[0].results) == 1
+        return (outputs.sum() * math.inf if is_late else outputs.sum() * 0) + len(labels)
+
+    options = {"epochs": 3, "batch_size": 50, "checkpoint": CheckpointConfig(tmp_path, every=2), "loss": loss}
+    messages = {"train": "weight or a loss is not finite after step 4", "test": "test loss after epoch 2 is"}
+    message = messages | {"weight": "a weight or a loss is not finite after step 4, which is not saved"}
+
+    def train() -> None:
+        with training.Run(*data, **options) as run:
+            runs.append(run)
+            for epoch in run.epochs():
+                for _ in run.batches(epoch):
+                    value = math.nan if epoch == 2 and what == "train" else 1.0
+                    if epoch == 2 and what == "weight":
+                        spoiled.data.fill_(math.inf)
+                    run.log(torch.tensor(value))
+
+    with pytest.raises(DivergedError, match=message[what]):
+        train()
+    assert [result.epoch for result in runs[0].results] == [1]
+    assert (tmp_path / "latest").read_text() == ("step-4\n" if what == "test" else "step-2\n")
+
+
+def test_loops_that_are_left(world, tmp_path):
+    """Before an epoch's first batch that ends the run early; afterwards it is an error."""
+    torch.manual_seed(0)
+    for leave, message in ((0, ""), (1, "in epoch 2, after 1 of 3 batches"), (3, "in epoch 2, after 3 of 3")):
+        ended = []
+        log = type(
+            "Ended", (training.RunLog,), {"on_end": lambda self, run, ended=ended: ended.append(run)}
+        )()
+        expected = pytest.raises(RuntimeError, match=message) if message else contextlib.nullcontext()
+        parts = parts_of(MLP(SIZES), world)
+        with expected, training.Run(*parts, epochs=3, batch_size=50, log=log) as run:
+            for epoch in run.epochs():
+                if epoch == 2 and not leave:
+                    break
+                for number, (x, _, _) in enumerate(run.batches(epoch), 1):
+                    run.log(run.model(x).sum() * 0)
+                    if epoch == 2 and number == leave:
+                        break
+                if epoch == 2:
+                    break
+        assert [result.epoch for result in run.results] == [1]
+        assert bool(ended) == (not leave)
+
+
+def test_the_body_of_a_resumed_epoch_does_not_change_what_is_drawn(world, tmp_path):
+    def run(folder: Path | None = None, stop_after: int = 0) -> list[float]:
+        torch.manual_seed(0)
+        drawn, model = [], MLP(SIZES)
+        checkpoint = CheckpointConfig(folder) if folder else None
+        with training.Run(*parts_of(model, world), epochs=3, batch_size=50, checkpoint=checkpoint) as one:
+            for epoch in one.epochs():
+                torch.rand(5)  # which a resumed epoch does again
+                for x, _, _ in one.batches(epoch):
+                    drawn.append(torch.rand(()).item())
+                    one.log(one.model(x).sum() * 0)
+                    if len(drawn) == stop_after:
+                        os.kill(os.getpid(), signal.SIGTERM)
+        return drawn
+
+    whole = run()
+    with pytest.raises(Stopped):
+        run(tmp_path, stop_after=4)  # which the ranks learn in the step after
+    assert run(tmp_path) == whole[5:]
+
+
+def losses_of(kind: str, sizes: list[int]) -> list[float]:
+    """Test losses of a model on two ranks that meet in every forward pass."""
+    torch.manual_seed(0)
+    with join_world("cpu") as world:
+        layers = torch.nn.Linear(784, 12), torch.nn.BatchNorm1d(12), torch.nn.Linear(12, 10)
+        model: Any = torch.nn.Sequential(*layers)
+        if kind == "fully_shard":
+            for module in (*model, model):
+                torch.distributed.fsdp.fully_shard(module, mesh=world.mesh["dp"])
+        elif kind == "DistributedDataParallel":
+            model = DistributedDataParallel(model)
+        model.eval()
+        return [training.evaluate(model, samples(n, 1), world)[0] for n in sizes]
+
+
+def test_ranks_make_as_many_forward_passes_in_an_evaluation(ranks):
+    sizes = [40, 3000, 2 * EVALUATION_BATCH]
+    expected = ranks(1, losses_of, "whole", sizes)[0]
+    for kind in ("fully_shard", "DistributedDataParallel"):
+        first, second = ranks(2, losses_of, kind, sizes)
+        assert first == second
+        assert first == pytest.approx(expected, rel=1e-6)

@@ -28,7 +28,9 @@ def evaluate(
     """Return the mean loss and the outputs ``(n, classes)`` of all samples, on every rank.
 
     The samples are cut into chunks of 1250 for every number of ranks, and each rank takes some
-    of the chunks. So the loss does not depend on the number of ranks.
+    of the chunks. So the loss does not depend on the number of ranks. Every rank makes the same number of
+    forward passes, as `fully_shard` and buffers of DistributedDataParallel need: one without a chunk repeats
+    the first.
 
     Args:
         predict: inputs → outputs ``(b, classes)``, or None on ranks without outputs.
@@ -39,9 +41,12 @@ def evaluate(
     """
     chunks = list(torch.arange(len(samples), device=world.device).split(EVALUATION_BATCH))
     outputs = torch.zeros(len(samples), len(samples.classes), device=world.device)
-    for chunk in (chunks[i] for i in world.share(torch.arange(len(chunks)))):
+    own = world.share(torch.arange(len(chunks))).tolist()
+    passes = -(-len(chunks) // world.dp_size)
+    for i in own + [None] * (passes - len(own)):
+        chunk = chunks[i or 0]
         mine = predict(samples.inputs(chunk))
-        if mine is not None and world.owns_outputs:
+        if mine is not None and world.owns_outputs and i is not None:
             expected = len(chunk), len(samples.classes)
             if mine.shape != expected:
                 raise ConfigError(

@@ -12,7 +12,12 @@
                 run.log(loss.detach())
 
 `Run` gives each rank its batches, evaluates after each epoch, saves and resumes, and stops all ranks at the
-same step when one of them receives SIGTERM or SIGINT.
+same step when one of them receives SIGTERM or SIGINT. A loop that accumulates the gradients of several
+batches is saved and stopped after a step of the optimizer.
+
+A ``break`` before `Run.batches` ends the run after the last whole epoch, as to stop early. What an epoch's
+body does before `Run.batches` is done again when a run resumes within that epoch; afterwards the random
+state is the saved one.
 """
 
 import json
@@ -34,6 +39,7 @@ from torchpar.outcome import EpochResult, Stopped
 from torchpar.parallel.launch.agreement import check_same_bits, check_same_on_all_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import CheckpointConfig, Checkpoints
+from torchpar.parts import local
 from torchpar.profile.phases import phase, step
 from torchpar.training import state
 from torchpar.training.losses import Loss, cross_entropy_sum, evaluate
@@ -91,8 +97,10 @@ class Run:
     Raises:
         ConfigError: ranks with different models, flags or samples; gradients that differ between the ranks
             that share a batch, in the optimizer's first step; a checkpoint that is damaged, of another run or
-            of more epochs. On every rank.
-        DivergedError: the training loss of an epoch is not finite. On every rank.
+            of more epochs; a model or an optimizer of which a checkpoint would lose something. On every rank.
+        DivergedError: the training or the test loss of an epoch is not finite, or a weight or a loss when it
+            is to be saved. On every rank.
+        RuntimeError: the loop was left within an epoch.
         Stopped: after SIGTERM or SIGINT, if there is a ``checkpoint``. On every rank.
     """
 
@@ -118,6 +126,9 @@ class Run:
             raise ConfigError(
                 f"{len(train)} training and {len(test)} test samples, expected at least one of each"
             )
+        for name, value in (("epochs", epochs), ("batch_size", batch_size)):
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{name} is {value!r}, expected a whole number from 1 on")
         self.model = model
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -149,6 +160,13 @@ class Run:
         self._stop: StopSignal | None = None
         self._logged = 0
         self._is_first_step = True
+        self._is_within_epoch = False
+        self.random_states: dict[str, Tensor] = {}  # of the checkpoint from which the run resumed
+        self._has_stepped = False  # since the last batch was taken
+        self._save_is_late = False  # until the optimizer has stepped
+        if checkpoint is not None:
+            state.check_saveable(self)
+            self._stack.callback(optimizer.register_step_post_hook(self._note_step).remove)
         if world.dp_size > 1:
             # A hook that removed itself would disturb PyTorch's loop over the hooks.
             self._stack.callback(optimizer.register_step_pre_hook(self._check_gradients).remove)
@@ -173,10 +191,17 @@ class Run:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._stack.close()
-        if error is None:
-            if self._checkpoints is not None:
-                self._checkpoints.wait()
-            self._log.on_end(self)
+        if error is not None:
+            return
+        if self._checkpoints is not None:
+            self._checkpoints.wait()
+        if self._is_within_epoch:
+            raise RuntimeError(
+                f"the loop was left in epoch {len(self.results) + 1}, after {self._logged} of "
+                f"{self.steps_per_epoch} batches: they were not evaluated, and not saved; take all batches "
+                "of an epoch, or leave before run.batches"
+            )
+        self._log.on_end(self)
 
     def epochs(self) -> Iterator[int]:
         """Yield the number of each remaining epoch, from 1. After each, evaluate and save."""
@@ -185,7 +210,9 @@ class Run:
         while len(self.results) < self.num_epochs:
             start, first, epoch = time.perf_counter(), self.step, len(self.results) + 1
             self._logged = first
+            self._is_within_epoch = False  # until its first batch is taken
             yield epoch
+            self._is_within_epoch = False
             if self.step != self.steps_per_epoch or self._logged != self.step:
                 raise RuntimeError(
                     f"{self.step} of {self.steps_per_epoch} batches were taken and {self._logged} "
@@ -199,6 +226,9 @@ class Run:
 
     def _take(self, epoch: int) -> Iterator[Batch]:
         first = self.step
+        if first:  # the epoch's body may have drawn random numbers
+            state.restore_random_states(self.random_states)
+        self._is_within_epoch = True
         shares = batches(
             self.train, self.batch_size, seed=self.seed, epoch=epoch, share=self.world.share, start=first
         )
@@ -207,6 +237,7 @@ class Run:
                 self._stop.start_all_reduce()
             with phase("data"):
                 batch = next(shares)
+            self._has_stepped = False
             with step():
                 yield batch
             if number == first + 1:
@@ -248,6 +279,10 @@ class Run:
         self._check_replicas()
         trained = time.perf_counter() - start
         test_loss, outputs = self.evaluate()
+        if not math.isfinite(test_loss):
+            raise DivergedError(
+                f"the test loss after epoch {epoch} is {test_loss}; take a smaller learning rate"
+            )
         result = EpochResult(
             epoch,
             train_loss,
@@ -268,13 +303,39 @@ class Run:
             return
         every = self._checkpoints.config.every or self.steps_per_epoch
         stopping, at_end = self._stop.wait(), len(self.results) == self.num_epochs
-        if stopping or at_end or self.total_steps % every == 0:
-            if self.step:  # at an epoch's end the evaluation has done so
-                self._share_buffers()
-            state.save(self, self._checkpoints)
+        if not (stopping or at_end or self._save_is_late or self.total_steps % every == 0):
+            return
+        # Gradients that no step has taken are not saved: wait for the step.
+        self._save_is_late = not at_end and not self._has_stepped and self._has_gradients()
+        if self._save_is_late:
+            return
+        if self.step:  # at an epoch's end the evaluation has done so
+            self._share_buffers()
+        self._check_finite()
+        state.save(self, self._checkpoints)
         if stopping and not at_end:
             self._checkpoints.wait()
             raise Stopped(stopping)
+
+    def _note_step(self, *_: Any) -> None:
+        self._has_stepped = True
+
+    def _has_gradients(self) -> bool:
+        """Whether a parameter has a gradient other than 0, on any rank."""
+        mine = any(p.grad is not None and bool(local(p.grad).any()) for p in self.model.parameters())
+        count = torch.tensor(float(mine), dtype=torch.float64, device=self.world.device)
+        return bool(self.world.sum(count).item())
+
+    def _check_finite(self) -> None:
+        """Refuse to save weights or a loss that are not finite; on every rank."""
+        tensors = [local(p) for p in self.model.parameters()]
+        finite = all(bool(t.isfinite().all()) for t in tensors) and math.isfinite(float(self.loss_sum))
+        count = torch.tensor(float(not finite), dtype=torch.float64, device=self.world.device)
+        if self.world.sum(count).item():
+            raise DivergedError(
+                f"a weight or a loss is not finite after step {self.total_steps}, which is not saved; take a "
+                "smaller learning rate"
+            )
 
     def _share_buffers(self) -> None:
         """Copy the buffers of the first rank of "dp" to the others."""

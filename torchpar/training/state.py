@@ -4,28 +4,56 @@
 It is the parameters, the optimizer, the learning rate, the random state, and the position in the data.
 """
 
+import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from torchpar.errors import ConfigError, first_line
 from torchpar.outcome import EpochResult
-from torchpar.parallel.save.checkpoint import Checkpoints
+from torchpar.parallel.save.checkpoint import Checkpoint, Checkpoints
 from torchpar.parts import as_dtensor, is_marked, part_of
 
 if TYPE_CHECKING:
     from torchpar.training.run import Run
 
 
+def check_saveable(run: "Run") -> None:
+    """Refuse, by name, what checkpoints would lose.
+
+    Raises:
+        ConfigError: an optimizer of parameters that are not the model's, or one that shares its state among
+            the ranks; a module's extra state that is neither a tensor nor JSON.
+    """
+    for optimizer in _optimizers(run.optimizer):
+        if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+            raise ConfigError(
+                "ZeroRedundancyOptimizer keeps parts of its state on each rank, which checkpoints do not "
+                "hold; take another optimizer, or fully_shard"
+            )
+    names = {p: name for name, p in run.model.named_parameters(remove_duplicate=False)}
+    for number, group in enumerate(run.optimizer.param_groups):
+        for p in group["params"]:
+            if p not in names:
+                raise ConfigError(
+                    f"the optimizer's group {number} has a parameter of shape {tuple(p.shape)} that is not "
+                    "the model's, and would not be saved; make it a parameter of the model"
+                )
+    _extra_states(run.model)
+
+
 def save(run: "Run", checkpoints: Checkpoints) -> None:
     """Save as the checkpoint of the run's step. Every rank calls it."""
     losses = torch.zeros(run.world.world_size, dtype=torch.float64, device=run.world.device)
     losses[run.world.rank] = float(run.loss_sum)
-    tensors = _model_tensors(run.model)
+    extra_tensors, extra = _extra_states(run.model)
+    tensors = _model_tensors(run.model) | extra_tensors
     for name, p in run.model.named_parameters():
-        for key, value in run.optimizer.state[p].items():
+        for key, value in run.optimizer.state.get(p, {}).items():
             # A value of its parameter's shape is split as the parameter is. Others must be scalars.
             if not isinstance(value, Tensor):
                 found = f"is a {type(value).__name__}, expected a tensor"
@@ -39,6 +67,8 @@ def save(run: "Run", checkpoints: Checkpoints) -> None:
     own = ("params", "param_names")  # of this rank
     state = {
         "run": run.config,
+        "optimizer": _kinds(run.optimizer),
+        "extra": extra,
         "results": [asdict(result) for result in run.results],
         "step": run.step,
         "losses": run.world.sum(losses).tolist(),
@@ -54,7 +84,8 @@ def resume(run: "Run", checkpoints: Checkpoints) -> bool:
     Each rank restores its own random state. A rank that the saved run did not have keeps its current one.
 
     Raises:
-        ConfigError: the checkpoint was saved by another run or another program; on every rank.
+        ConfigError: the checkpoint was saved by another run or another program, or holds other layers or the
+            state of another optimizer; on every rank.
     """
     saved = checkpoints.load()
     if saved is None:
@@ -67,16 +98,25 @@ def resume(run: "Run", checkpoints: Checkpoints) -> bool:
         raise ConfigError(f"{folder} holds a run with {of[0]}, this one has {of[1]}; use another folder")
     try:
         tensors = _model_tensors(run.model)
+        extra_tensors, extra = _extra_states(run.model)
+        _check_names(run, folder, saved, [*tensors, *extra_tensors], extra)
+        optimized = {p for group in run.optimizer.param_groups for p in group["params"]}
         for name, p in run.model.named_parameters():
             prefix = f"optimizer.{name}."
             for key in (key for key in saved.shapes if key.startswith(prefix)):
+                if p not in optimized:
+                    raise ConfigError(
+                        f"{folder} holds {key.removeprefix(prefix)} of {name}, which the optimizer does not "
+                        "have now; give it that parameter, or use another folder"
+                    )
                 shape = saved.shapes[key]
                 like = p if shape == part_of(p).whole else torch.zeros(shape)
                 value = torch.zeros_like(like, requires_grad=False)
                 run.optimizer.state[p][key.removeprefix(prefix)] = value
                 tensors[key] = _shard(p, value)
         random = {key: value for key, value in _random_states(rank).items() if key in saved.shapes}
-        saved.read({**tensors, **random})
+        saved.read({**tensors, **extra_tensors, **random})
+        _set_extra_states(run.model, extra_tensors, state.get("extra", {}))
         for group, values in zip(run.optimizer.param_groups, state["groups"], strict=True):
             group.update(_like(group, values))
         if run.lr_scheduler:
@@ -88,13 +128,88 @@ def resume(run: "Run", checkpoints: Checkpoints) -> bool:
             raise
         reason = first_line(e)
         raise ConfigError(f"{folder} holds no checkpoint of this run ({reason}); use another folder") from e
-    for key, value in random.items():
-        (torch.cuda.set_rng_state if "cuda" in key else torch.set_rng_state)(value)
+    run.random_states = random
+    restore_random_states(random)
     if len(losses) == run.world.world_size:
         run.loss_sum = losses[rank]
     elif rank == 0:
         run.loss_sum = sum(losses)
     return True
+
+
+def restore_random_states(states: dict[str, Tensor]) -> None:
+    for key, value in states.items():
+        (torch.cuda.set_rng_state if "cuda" in key else torch.set_rng_state)(value)
+
+
+def _check_names(
+    run: "Run", folder: Path, saved: Checkpoint, tensors: list[str], extra: dict[str, Any]
+) -> None:
+    """Refuse a checkpoint of other layers or of another kind of optimizer, before it is read.
+
+    Each stage of a pipeline has some of the layers, so the names of all ranks together are compared.
+    """
+    kinds = saved.state.get("optimizer", [])  # older checkpoints do not have it
+    if kinds and kinds != _kinds(run.optimizer):
+        was, now = (" with ".join(names) for names in (kinds, _kinds(run.optimizer)))
+        raise ConfigError(f"{folder} holds the state of {was}, this run has {now}; use another folder")
+    of_ranks = run.world.gather_results(lambda: [*tensors, *(f"json.{name}" for name in extra)])
+    here = {name for names in of_ranks for name in names}
+    there = {name for name in saved.shapes if name.startswith(("model.", "extra."))}
+    there |= {f"json.{name}" for name in saved.state.get("extra", {})}
+    if missing := sorted(here - there):
+        raise ConfigError(f"{folder} does not hold {_plain(missing[0])} of the model; use another folder")
+    if unknown := sorted(there - here):
+        raise ConfigError(f"{folder} holds {_plain(unknown[0])}, which the model lacks; use another folder")
+
+
+def _plain(name: str) -> str:
+    kind, _, own = name.partition(".")
+    return own if kind == "model" else f"the extra state of {own}"
+
+
+def _optimizers(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizer, or those of a chain."""
+    parts = getattr(optimizer, "optimizers", None)
+    return [optimizer] if parts is None else [one for part in parts for one in _optimizers(part)]
+
+
+def _kinds(optimizer: Optimizer) -> list[str]:
+    return [type(one).__name__ for one in _optimizers(optimizer)]
+
+
+def _extra_states(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `get_extra_state` of the modules returns: tensors, by names for a checkpoint, and JSON."""
+    tensors, others = {}, {}
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is torch.nn.Module.get_extra_state:
+            continue
+        value = module.get_extra_state()
+        if isinstance(value, Tensor):
+            tensors[f"extra.{name}"] = value.detach().clone()
+        elif _is_json(value):
+            others[name] = value
+        else:
+            raise ConfigError(
+                f"the extra state of {name or 'the model'} is a {type(value).__name__} that is neither a "
+                "tensor nor JSON, and would not be saved; return one of these from get_extra_state"
+            )
+    return tensors, others
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        return bool(json.loads(json.dumps(value)) == value)
+    except (TypeError, ValueError, RuntimeError):  # the last from a comparison of tensors
+        return False
+
+
+def _set_extra_states(model: torch.nn.Module, tensors: dict[str, Tensor], others: dict[str, Any]) -> None:
+    for name, module in model.named_modules():
+        if f"extra.{name}" in tensors:
+            module.set_extra_state(tensors[f"extra.{name}"])
+        elif name in others:
+            module.set_extra_state(others[name])
 
 
 def _model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -1,13 +1,21 @@
 # SPDX-License-Identifier: MIT
 """Stop all ranks at the same step after SIGTERM or SIGINT."""
 
+import os
 import signal
+import sys
+from collections.abc import Callable
+from functools import partial
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from torchpar.outcome import Stopped
 from torchpar.parallel.launch.world import World
+
+Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 class StopSignal:
@@ -15,7 +23,7 @@ class StopSignal:
 
     A handler only stores the signal's number, because it may interrupt anything, even a collective or a save.
     In every step an all-reduce takes the maximum of the ranks' numbers, while the step computes. A second
-    SIGINT interrupts at once.
+    SIGINT interrupts at once. Further signals are ignored as long as `Stopped` passes up through the program.
     """
 
     def __init__(self, world: World):
@@ -28,8 +36,7 @@ class StopSignal:
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
-            # While this process shuts down, ignore another signal.
-            signal.signal(number, signal.SIG_IGN if self._largest else handler)
+            signal.signal(number, partial(_unless_stopped, handler) if self._largest else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == self._received == signal.SIGINT:
@@ -46,3 +53,11 @@ class StopSignal:
         self._work.wait()
         self._largest = int(self._buffer.item())
         return self._largest
+
+
+def _unless_stopped(before: Handler, number: int, frame: FrameType | None) -> None:
+    """Ignore a signal while the process shuts down after another; else pass it to the handler of before."""
+    if isinstance(sys.exception(), Stopped):
+        return
+    signal.signal(number, before)
+    os.kill(os.getpid(), number)

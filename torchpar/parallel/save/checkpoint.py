@@ -65,18 +65,31 @@ class CheckpointConfig:
     """Settings of a run's checkpoints.
 
     Attributes:
-        folder: where they are, on a file system of all ranks. A run resumes from the newest one there.
+        folder: where they are, on a file system of all ranks. A run resumes from the newest one there. A
+            string becomes a path.
         every: steps between two saves; None saves after each epoch. A run is also saved at its end, and
             when a rank receives SIGTERM or SIGINT.
         keep: number of checkpoints to keep; older ones are removed after each save.
         asynchronous: write while training continues. A save waits for the one before it, and raises its
             error.
+
+    Raises:
+        ConfigError: ``every`` or ``keep`` is no whole number from 1 on; ``folder`` is no path.
     """
 
     folder: Path
     every: int | None = None
     keep: int = 2
     asynchronous: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.folder, str | os.PathLike):
+            raise ConfigError(f"the checkpoints' folder is {self.folder!r}, expected a path")
+        object.__setattr__(self, "folder", Path(self.folder))
+        for name in ("every", "keep"):
+            value = getattr(self, name)
+            if (type(value) is not int or value < 1) and (value is not None or name == "keep"):
+                raise ConfigError(f"{name} is {value!r}, expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -109,8 +122,6 @@ class Checkpoints:
     """Checkpoints in a folder that all ranks see. All ranks call every method."""
 
     def __init__(self, config: CheckpointConfig, world: World):
-        if config.keep < 1:
-            raise ConfigError(f"keep is {config.keep}, expected at least 1")
         self.config, self.folder, self.world = config, config.folder, world
         # A group of its own, so that a save's messages do not mix with training's; gloo, for CPU tensors.
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=world.timeout))
