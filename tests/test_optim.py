@@ -3,7 +3,9 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+import operator
+import pickle
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -344,6 +346,99 @@ def test_a_group_that_would_be_left_out_is_named():
     optimizer.step()  # a later step may have nothing to do
 
 
+# Groups and parameters that change between steps
+
+
+def by_both(change: Callable[[Any, list[Tensor]], Any]) -> list[list[Tensor]]:
+    """Weights after steps, a change of the optimizer, and more steps, by Muon and by `torch.optim.Muon`.
+
+    Both only divide by the norm instead of iterating, so that a weight which moves wrongly stands out.
+    """
+    weights = []
+    for kind in (Muon, TORCH):
+        torch.manual_seed(0)
+        params = [torch.randn(5, 7).requires_grad_() for _ in range(4)]
+        optimizer = kind([{"params": params[:2]}, {"params": params[2:3], "lr": 2.0}], lr=1.0)
+        with (
+            patch.object(batches, "orthogonalize", lambda x, *_: x / x.norm(dim=(-2, -1), keepdim=True)),
+            patch(ITERATION, lambda x, *_: x / x.norm()),
+        ):
+            for now in (lambda *_: None, change):
+                now(optimizer, params)
+                for _ in range(2):
+                    fill_gradients(params)
+                    optimizer.step()
+        weights.append([p.detach() for p in params])
+    return weights
+
+
+def reverse(optimizer: Any, params: list[Tensor]) -> None:
+    optimizer.param_groups.reverse()
+    optimizer.param_groups[0]["lr"] = 3.0
+
+
+def swap_data(optimizer: Any, params: list[Tensor]) -> None:
+    params[0].data = torch.ones(7, 3)
+    optimizer.state.clear()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda optimizer, params: optimizer.param_groups.pop(0),
+        lambda optimizer, params: optimizer.param_groups[0]["params"].pop(0),
+        lambda optimizer, params: optimizer.param_groups[0]["params"].append(params[3]),
+        lambda optimizer, params: optimizer.param_groups[0]["params"].insert(0, params[3]),
+        lambda optimizer, params: operator.setitem(optimizer.param_groups[0]["params"], 0, params[3]),
+        reverse,
+        lambda optimizer, params: optimizer.param_groups.append(
+            {**optimizer.param_groups[0], "params": [params[3]], "lr": 3.0}
+        ),
+        lambda optimizer, params: optimizer.add_param_group({"params": [params[3]], "lr": 3.0}),
+        swap_data,
+    ],
+)
+def test_changed_groups_step_as_torchs(change):
+    found, expected = by_both(change)
+    assert any(not torch.equal(p, q) for p, q in zip(found, by_both(lambda *_: None)[0], strict=True))
+    for p, q in zip(found, expected, strict=True):
+        # Of numbers up to 1 times a rate, two roundings to bfloat16 in each of four steps.
+        assert_close(p, q, rtol=0, atol=4 * 3 * 2**-8)
+
+
+def test_a_parameter_that_is_put_in_later_is_checked():
+    p = torch.randn(4, 5).requires_grad_()
+    optimizer = Muon([("w", p)], views={"w": lambda t: t.split(2)})
+    fill_gradients([p])
+    optimizer.step()
+    optimizer.param_groups[0]["params"].append(torch.randn(3).requires_grad_())
+    with pytest.raises(ValueError, match=r"parameter 1 of group 0 has shape \(3,\), expected 2D"):
+        optimizer.step()
+    optimizer.param_groups[0]["params"].pop()
+    p.data, p.grad = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"w is torch.float64 on cpu, and its momentum torch.float32"):
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())  # as the message says
+    optimizer.step()
+    optimizer.param_groups[0]["params"][0] = torch.randn(6).requires_grad_()
+    with pytest.raises(ValueError, match="expected views"):  # the view of the name stays
+        optimizer.step()
+
+
+def test_a_copy_of_changed_groups_steps_as_they_do():
+    """By copy.deepcopy and by pickle; the copies have parameters of their own."""
+    params = [torch.randn(4, 5).requires_grad_() for _ in range(3)]
+    optimizer = Muon([{"params": [params[0]]}, {"params": params[1:]}])
+    fill_gradients(params)
+    optimizer.step()
+    del optimizer.param_groups[0]
+    for twins, twin in (copy.deepcopy((params, optimizer)), pickle.loads(pickle.dumps((params, optimizer)))):
+        for p, q in zip(params, twins, strict=True):
+            q.grad = p.grad
+        twin.step()
+        assert [torch.equal(p, q) for p, q in zip(params, twins, strict=True)] == [True, False, False]
+
+
 # Chains of optimizers
 
 
@@ -381,6 +476,59 @@ def test_a_scheduler_cycles_the_momentum_of_a_chain():
         cycled = [(group.get("momentum"), group.get("betas")) for group in chain.param_groups]
         # OneCycleLR writes a momentum into all groups
         assert [one if one[1] is None else (None, one[1]) for one in cycled] == expected
+
+
+def test_a_chain_of_chains_saves_the_state_of_all_and_takes_a_new_rate():
+    """It is saved and loaded, and a copy of it is one, too."""
+
+    def train(steps: int, saved: Any = None, first: Sequence[Tensor] = ()) -> tuple[Any, list[Tensor]]:
+        torch.manual_seed(0)
+        models = [torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 3)) for _ in range(2)]
+        params = [p for model in models for p in model.parameters()]
+        chain = ChainedOptimizer(*(Muon.for_model(model) for model in models))
+        if saved:
+            chain.load_state_dict(saved)
+            for p, q in zip(params, first, strict=True):
+                p.data.copy_(q)
+        for group in chain.param_groups:
+            group["lr"] = 0.5
+        for number in range(steps):
+            for p in params:
+                p.grad = torch.full_like(p, 1.0 + number) + torch.arange(p.shape[-1])
+            chain.step()
+        return chain, [p.detach().clone() for p in params]
+
+    chain, first = train(1)
+    assert len(chain.state_dict()["state"]) == len(first) == 8
+    twin, weights = copy.deepcopy(chain), list[list[Tensor]]()
+    resumed, _ = train(0, copy.deepcopy(chain.state_dict()), first)
+    for optimizer in (chain, twin, resumed):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        weights.append([p.detach().clone() for p in params])
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        optimizer.step()
+        assert all(map(torch.equal, params, weights[-1]))
+    for others in weights[1:]:
+        assert all(map(torch.equal, others, weights[0]))
+
+
+def test_a_chain_whose_groups_have_changed_is_refused():
+    p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    for change in (
+        lambda chain: chain.param_groups.pop(),
+        lambda chain: chain.param_groups.append({**chain.param_groups[0]}),
+        lambda chain: operator.setitem(chain.param_groups, 0, {**chain.param_groups[0]}),
+        lambda chain: chain.optimizers[0].add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]}),
+    ):
+        chain = ChainedOptimizer(torch.optim.SGD([p], lr=0.1), torch.optim.SGD([q], lr=0.2))
+        chain.step()
+        change(chain)
+        with pytest.raises(RuntimeError, match="was added to, removed from or replaced in the chain"):
+            chain.step()
 
 
 X = torch.randn(6, 4)

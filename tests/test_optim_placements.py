@@ -127,6 +127,17 @@ def refusals() -> None:
     optimizer.param_groups[0]["lr"] = 0.3 if rank else 0.001
     with refused(r"lr of group 0 \(rows, …\) is 0.001 on rank 0 and 0.3 on rank 1, expected the same"):
         optimizer.step()
+    for changed, message in (
+        ({0}, "the list of parameters is another one on rank 0 and that of the first step on rank 1"),
+        ({0, 1}, "parameters were added, removed or replaced after the first step of several ranks; make a"),
+    ):
+        for params, arguments in (([("rows", rows)], {}), ([("copies", ones)], shared)):
+            optimizer = step(params, **arguments)
+            own = optimizer.param_groups[0]["params"]
+            if rank in changed:
+                own.append(own[0].detach().clone().requires_grad_())
+            with refused(message):
+                optimizer.step()
     saved, optimizer = (step([("weight", t)]) for t in (columns, rows))
     optimizer.load_state_dict(saved.state_dict())
     with refused(

@@ -7,6 +7,11 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+_CHANGED = (
+    "ChainedOptimizer: a group was added to, removed from or replaced in the chain or one of its optimizers; "
+    "make a new chain"
+)
+
 
 class ChainedOptimizer(Optimizer):
     """One optimizer made of several, which update different parameters and step in turn.
@@ -14,11 +19,12 @@ class ChainedOptimizer(Optimizer):
     The chain takes over their parameter groups and state. Save and load the chain's state dict.
 
     Args:
-        optimizers: with all of their parameter groups.
+        optimizers: with all of their parameter groups; perhaps chains themselves.
 
     Raises:
         NotImplementedError: from `add_param_group`.
-        RuntimeError: on loading or copying, if a group was added to one of the optimizers afterwards.
+        RuntimeError: on a step, on loading or copying, if groups were added, removed or replaced afterwards,
+            in the chain or in one of the optimizers.
     """
 
     def __init__(self, *optimizers: Optimizer):
@@ -35,14 +41,23 @@ class ChainedOptimizer(Optimizer):
         self._share_state()
 
     def _share_state(self) -> None:
+        """Give each optimizer the chain's state, and its own of the chain's groups."""
         if sum(len(optimizer.param_groups) for optimizer in self.optimizers) != len(self.param_groups):
-            raise RuntimeError(
-                "ChainedOptimizer: a group was added to one of its optimizers; make a new chain"
-            )
+            raise RuntimeError(_CHANGED)
         groups = iter(self.param_groups)
         for optimizer in self.optimizers:
             optimizer.state = self.state
             optimizer.param_groups = [next(groups) for _ in optimizer.param_groups]
+            if isinstance(optimizer, ChainedOptimizer):
+                optimizer._share_state()
+
+    def _check_groups(self) -> None:
+        """Raise unless the optimizers step the groups that this chain shows, saves and schedules."""
+        own = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        if [*map(id, own)] != [*map(id, self.param_groups)]:
+            raise RuntimeError(_CHANGED)
+        if any(optimizer.state is not self.state for optimizer in self.optimizers):
+            self._share_state()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "optimizers": self.optimizers}
@@ -58,6 +73,7 @@ class ChainedOptimizer(Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step each optimizer; returns the loss of ``closure``, which computes the gradients, or None."""
+        self._check_groups()
         loss = None if closure is None else torch.enable_grad()(closure)()
         for optimizer in self.optimizers:
             optimizer.step()

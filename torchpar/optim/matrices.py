@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchpar.errors import ConfigError
 from torchpar.optim.newton_schulz import Coefficients, NewtonSchulz, orthogonalize
-from torchpar.parts import Part
+from torchpar.parts import Part, local
 
 View = Callable[[Tensor], Tensor | Sequence[Tensor]]
 """A function from a parameter to its matrices: views ``(*, n, m)`` that together hold each element once."""
@@ -60,6 +60,11 @@ class ParamInfo:
         shape = self.part.whole
         if not self.p.is_floating_point():
             raise ConfigError(f"Muon: {self.name} is {self.p.dtype}, expected floating")
+        if tuple(local(self.p).shape) != tuple(self.part.size):
+            raise ConfigError(
+                f"Muon: this rank's part of {self.name} has shape {tuple(local(self.p).shape)}, expected "
+                f"{tuple(self.part.size)}, as when its layer was split; split the layer again"
+            )
         if self.view is None:
             if len(shape) != 2:
                 raise ConfigError(

@@ -30,6 +30,8 @@ _RATIOS: dict[str, Callable[[int, int], float]] = {
     "spectral_unclamped": lambda n, m: math.sqrt(n / m),
 }
 
+_PARAMETERS = "the list of parameters"
+
 
 class Muon(Optimizer):
     """`torch.optim.Muon` on symmetric matrix products, with the same arguments and state dict.
@@ -74,6 +76,7 @@ class Muon(Optimizer):
     views: Mapping[str, View]
     process_group: dist.ProcessGroup | DeviceMesh | None = None  # not copied
     _plan: list[Exchange] | None = None  # from the first step on
+    _planned: Sequence[Any] = ()  # the parameters that it is for
     _has_updated = False
 
     def __init__(
@@ -102,9 +105,10 @@ class Muon(Optimizer):
             given = f"process_group is of type {type(process_group).__name__}"
             raise ConfigError(f"Muon: {given}, expected a process group, a DeviceMesh or None")
         self.ns = ns
-        self.views = views or {}
+        self.views = dict(views or {})
         self.process_group = process_group
-        self._names: list[list[str]] = []  # by group: a state dict that is loaded may bring others
+        # By parameter: groups may change, and a state dict that is loaded may bring other names.
+        self._names: dict[Tensor, str] = {}
         super().__init__(params, theirs.defaults)
         names = {info.name for info in self._param_infos()}
         if unknown := set(self.views) - names:
@@ -172,28 +176,28 @@ class Muon(Optimizer):
         if own := {"ns", "views", "process_group"} & param_group.keys():
             raise ConfigError(f"Muon: {sorted(own)[0]} applies to the whole optimizer, not to a group")
         super().add_param_group(param_group)
-        index, group = len(self.param_groups) - 1, self.param_groups[-1]
-        unnamed = [f"parameter {i} of group {index}" for i in range(len(group["params"]))]
-        self._names.append(group.get("param_names", unnamed))
         try:
-            for info in self._param_infos(index):
+            for info in self._param_infos(len(self.param_groups) - 1):
                 info.check()
             if any(exchange.group for exchange in self._plan or ()):
                 # A rank that added it alone would wait for the others in the next step.
                 raise ConfigError(
-                    f"Muon: a group ({self._names[-1][0]}, …) is added after the first step of several "
+                    f"Muon: a group ({info.name}, …) is added after the first step of several "
                     "ranks; make a new Muon of all groups on every rank"
                 )
         except Exception:
             self.param_groups.pop()
-            self._names.pop()
             raise
-        self._plan = None
 
     def _param_infos(self, first: int = 0) -> Iterator[ParamInfo]:
-        """The parameters of the groups from ``first`` on."""
+        """The parameters of the groups from ``first`` on, as they are now."""
         for index, group in enumerate(self.param_groups[first:], first):
-            for name, p in zip(self._names[index], group["params"], strict=True):
+            given = group.get("param_names", ())
+            for i, p in enumerate(group["params"]):
+                if p not in self._names:
+                    named = len(given) == len(group["params"])
+                    self._names[p] = given[i] if named else f"parameter {i} of group {index}"
+                name = self._names[p]
                 try:
                     part = part_of(p)
                 except ConfigError as e:
@@ -201,14 +205,41 @@ class Muon(Optimizer):
                 yield ParamInfo(name, index, p, part, self.views.get(name))
 
     def _exchanges(self) -> list[Exchange]:
-        """The parameters that the same ranks share; last those of this rank alone."""
+        """The parameters that the same ranks share; last those of this rank alone.
+
+        They are found again if a parameter, or its place, shape, dtype or device, has changed since.
+        """
+        facts = [
+            (id(p), index, p.shape, p.dtype, p.device, getattr(p, "placements", None))
+            for index, group in enumerate(self.param_groups)
+            for p in group["params"]
+        ]
+        if self._plan is not None and facts != self._planned:
+            if any(exchange.group for exchange in self._plan):
+                self._refuse_change(self._plan)
+            self._plan = None
         if self._plan is None:
             together: dict[Any, list[ParamInfo]] = {}
             for info in self._param_infos():
+                info.check()
                 together.setdefault((self.process_group or info.part.mesh, info.p.device), []).append(info)
             plan = [Exchange(_group_of(ranks), params) for (ranks, _), params in together.items()]
             self._plan = sorted(plan, key=lambda exchange: exchange.group is None)
+            self._names = {info.p: info.name for info in self._param_infos()}  # without those removed
+            self._planned = facts  # the plan keeps the parameters, so that no other one gets their id
         return self._plan
+
+    def _refuse_change(self, plan: list[Exchange]) -> None:
+        """Raise a ConfigError on every rank: also on those whose parameters are as in the first step."""
+        facts = {_PARAMETERS: "another one"}
+        for exchange in plan:
+            exchange.gather({}, facts)
+        for exchange in plan:
+            exchange.scatter({})
+        raise ConfigError(
+            "Muon: parameters were added, removed or replaced after the first step of several ranks; make a "
+            "new Muon of all parameters on every rank"
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -218,7 +249,8 @@ class Muon(Optimizer):
             ConfigError: a gradient that is sparse, that only some ranks have, or that has other placements
                 than its parameter, and arguments that differ, on every rank that shares the work; a group
                 without any gradient while another has some; a first step without any gradient; a momentum
-                that was loaded from other placements.
+                that was loaded from other placements, or is of another dtype or device; parameters that were
+            added, removed or replaced after the first step of several ranks.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
         exchanges = self._exchanges()
@@ -266,13 +298,18 @@ class Muon(Optimizer):
                 f"{tuple(momentum.shape)} {_layout(momentum)}; "
                 "load a state dict of other placements by torch.distributed.checkpoint"
             )
+        if (momentum.dtype, momentum.device) != (p.dtype, p.device):
+            raise ConfigError(
+                f"Muon: {info.name} is {p.dtype} on {p.device}, and its momentum {momentum.dtype} on "
+                f"{momentum.device}; move it, too: optimizer.load_state_dict(optimizer.state_dict())"
+            )
         return local(momentum)
 
     def _facts(self, exchange: Exchange) -> dict[str, Any]:
         """The arguments, and the gradients that there are: the same on all ranks that share parameters."""
         if exchange.group is None:
             return {}
-        facts: dict[str, Any] = {"ns": self.ns}
+        facts: dict[str, Any] = {_PARAMETERS: "that of the first step", "ns": self.ns}
         for index, name in {info.group_index: info.name for info in reversed(exchange.params)}.items():
             group = self.param_groups[index]
             for argument in sorted(self.defaults.keys() & group.keys()):
@@ -307,9 +344,10 @@ class Muon(Optimizer):
         for index, group in enumerate(self.param_groups):
             trainable = any(p.requires_grad for p in group["params"])
             if trainable and index not in updated and (updated or not self._has_updated):
+                first = self._names[group["params"][0]]
                 raise ConfigError(
-                    f"Muon: no parameter of group {index} has a gradient ({self._names[index][0]}, …); call "
-                    "backward before the step, let the loss depend on the group or freeze it by "
+                    f"Muon: no parameter of group {index} has a gradient ({first}, …); call backward "
+                    " before the step, let the loss depend on the group or freeze it by "
                     "requires_grad_(False), and make the optimizer after fully_shard, which replaces "
                     "the parameters"
                 )
