@@ -188,6 +188,7 @@ def refused(message: str, build: Callable[..., Any], *args: Any, **options: Any)
 
 def bad_arguments_are_named() -> None:
     mesh = tp_mesh()
+    torch.manual_seed(0)
     column = partial(COLUMN, 3, 4, mesh=mesh)
     refused("activation is 'gelu', expected None, 'sigmoid', 'relu' or 'tanh'", column, activation="gelu")
 
@@ -239,6 +240,25 @@ def different_layers_are_refused() -> None:
     refused("the ranks' models: layers is ", parallel_mlp, MLP([5, 7 + rank, 5]), mesh)
 
 
+def different_weights_are_refused() -> None:
+    """Drawn, copied, and those of the last layer, which stays whole."""
+    mesh, rank = tp_mesh(), dist.get_rank()
+    for kind in (COLUMN, ROW):
+        torch.manual_seed(rank)
+        refused(f"the weight of a {kind.__name__} of 4 to 6 features differs", kind, 4, 6, mesh=mesh)
+        torch.manual_seed(0)
+        linear = torch.nn.Linear(4, 6)
+        linear.bias.data[3] += 1e-3 * rank
+        refused(
+            f"the bias of a {kind.__name__} of 4 to 6 features differs", kind.from_linear, linear, mesh=mesh
+        )
+    mlp = MLP([5, 7, 5, 3])
+    mlp.layers[-1].weight.data[2, 3] += 1e-6 * rank
+    refused("2.weight differs between the ranks", parallel_mlp, mlp, mesh)
+    mlp.layers[-1].weight.data[2, 3] = 0.5
+    parallel_mlp(mlp, mesh)
+
+
 def different_shapes_are_refused_before_they_are_sent() -> None:
     mesh, rank = tp_mesh(), dist.get_rank()
     pair = torch.nn.Sequential(COLUMN(4, 6, mesh=mesh), ROW(6, 3, mesh=mesh))
@@ -257,6 +277,7 @@ def different_shapes_are_refused_before_they_are_sent() -> None:
         (bad_arguments_are_named, 2),
         (second_derivatives_are_refused, 2),
         (different_layers_are_refused, 2),
+        (different_weights_are_refused, 2),
         (different_shapes_are_refused_before_they_are_sent, 2),
     ],
 )

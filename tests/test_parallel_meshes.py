@@ -239,3 +239,35 @@ def refusals() -> None:
 
 def test_meshes_and_pipelines_that_are_refused(ranks):
     ranks(2, refusals)
+
+
+def stages_that_differ() -> None:
+    with join_world("cpu") as world:
+        world = world.with_mesh(pp=2)
+        torch.manual_seed(0)
+        stage = stage_mlp(MLP([5, 4, 3]), world.mesh["pp"])
+        for schedule, parts, message in (
+            (("gpipe", "1f1b")[world.rank], 2, "the stages' pipelines: schedule is gpipe on rank 0"),
+            ("1f1b", 2 + world.rank, "the stages' pipelines: micro_batches is 2 on rank 0 and 3 on rank 1"),
+            ("1f1b", 0, "micro_batches is 0, expected an integer of at least 1"),
+        ):
+            with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+                Pipeline(stage, world, schedule, parts)
+        pipeline = Pipeline(stage, world, "1f1b", 2)
+        loss = partial(torch.nn.functional.cross_entropy, reduction="sum")
+        samples, sizes = torch.ones(9, 5), ((8, 6), (6, 5))
+        for both in sizes:
+            n = both[world.rank]
+            what = "the stages of a pipeline have different samples, expected the same batch on all: "
+            message = f"^{what}{n} samples on rank {world.rank}, {both[1 - world.rank]} samples on"
+            for call in (pipeline.predict, lambda x: pipeline.step(x, torch.zeros(len(x)).long(), 9, loss)):
+                with pytest.raises(ConfigError, match=message):
+                    call(samples[:n])
+        pipeline.step(samples, torch.zeros(9).long(), 9, loss)
+        with pytest.raises(ConfigError, match=r"^9 samples and 8 labels, expected as many"):
+            pipeline.step(samples, torch.zeros(8).long(), 9, loss)
+
+
+def test_stages_that_differ_are_refused_before_they_send(ranks):
+    """gloo would abort the processes."""
+    ranks(2, stages_that_differ)

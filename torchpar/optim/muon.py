@@ -347,7 +347,7 @@ class Muon(Optimizer):
                 first = self._names[group["params"][0]]
                 raise ConfigError(
                     f"Muon: no parameter of group {index} has a gradient ({first}, …); call backward "
-                    " before the step, let the loss depend on the group or freeze it by "
+                    "before the step, let the loss depend on the group or freeze it by "
                     "requires_grad_(False), and make the optimizer after fully_shard, which replaces "
                     "the parameters"
                 )

@@ -143,7 +143,8 @@ class Run:
         self.seed = seed
         own = {"batch_size": batch_size, "seed": seed, "train": len(train)}
         self.config = json.loads(json.dumps({**(config or {}), **own}))
-        others = {"test": len(test), "saving": str(checkpoint)}
+        others = {"test": len(test), "saving": str(checkpoint), "epochs": epochs}
+        others |= {"classes of train": train.classes, "classes of test": test.classes}
         check_same_on_all_ranks(None, "the ranks' flags", {**self.config, **others})
         if world.world_size > 1:
             drawn = {"train.features": train.features, "train.labels": train.labels}

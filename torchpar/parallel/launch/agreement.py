@@ -85,18 +85,30 @@ def _first_difference(
 def check_shape(t: Tensor, group: dist.ProcessGroup) -> None:
     """Compare the shape and dtype of ``t`` with the other ranks', unless ``group`` has sent them before.
 
-    gloo would abort processes that send different shapes. The ranks exchange their shapes through the group's
-    store, which adds no collective, and each shape is checked once. Two limits: different shapes that have
-    both been sent before are not found, and a rank with a new shape waits for the group's timeout if another
-    rank's shape is known.
+    gloo would abort processes that send different shapes. See `check_same_once` for the limits.
 
     Raises:
         ConfigError: the ranks are about to send different shapes; on every rank.
     """
+    check_same_once(f"{tuple(t.shape)} {t.dtype}", group, "ranks of a group send different shapes")
+
+
+def check_same_once(mine: str, group: dist.ProcessGroup, what: str) -> None:
+    """Compare ``mine`` with the other ranks' values, unless ``group`` has compared this value before.
+
+    The ranks exchange their values through the group's store, which adds no collective. Two limits: different
+    values that have both been compared before are not found, and a rank with a new value waits for the
+    group's timeout if another rank's value is known.
+
+    Args:
+        what: what is wrong if they differ, with which the error message begins.
+
+    Raises:
+        ConfigError: the values differ; on every rank.
+    """
     if torch.compiler.is_compiling() or dist.get_backend(group) == "fake":
         return
     checked = _checked.setdefault(group, [])
-    mine = f"{tuple(t.shape)} {t.dtype}"
     if mine in checked:
         return
     store, rank, key = group.get_group_store(), group.rank(), f"shape/{len(checked)}"
@@ -105,9 +117,7 @@ def check_shape(t: Tensor, group: dist.ProcessGroup) -> None:
     for other in range(group.size()):
         theirs = store.get(f"{key}/{other}").decode()
         if theirs != mine:
-            raise ConfigError(
-                f"ranks of a group send different shapes: {mine} on rank {rank}, {theirs} on rank {other}"
-            )
+            raise ConfigError(f"{what}: {mine} on rank {rank}, {theirs} on rank {other}")
     checked[-1] = mine
 
 

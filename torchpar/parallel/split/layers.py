@@ -22,7 +22,7 @@ from torchpar.errors import ConfigError
 from torchpar.ops import linear_sigmoid
 from torchpar.ops.linear_sigmoid import sigmoid_backward
 from torchpar.ops.matrix import rows
-from torchpar.parallel.launch.agreement import check_same_on_all_ranks
+from torchpar.parallel.launch.agreement import check_same_bits, check_same_on_all_ranks
 from torchpar.parallel.split.reduction import reduce_from_region, start_all_reduce
 from torchpar.parts import mark_slice, slice_along
 
@@ -79,7 +79,8 @@ class _ParallelLinear(nn.Linear):
             activation: None, "sigmoid", "relu" or "tanh". `LinearSigmoid` and the like have their own.
 
         Raises:
-            ValueError: another kind of layer, a second activation, or an error of the class.
+            ValueError: another kind of layer, a second activation, different weights on different ranks, or
+                an error of the class.
         """
         if not isinstance(linear, torch.nn.Linear) or type(linear) not in LINEAR_LAYERS:
             raise ConfigError(
@@ -104,6 +105,9 @@ class _ParallelLinear(nn.Linear):
         return split.train(linear.training)
 
     def _copy_slices(self, whole: torch.nn.Linear) -> None:
+        sizes = f"{type(self).__name__} of {self.in_features} to {self.out_features} features"
+        drawn = {f"the {name} of a {sizes}": p for name, p in whole.named_parameters() if not p.is_meta}
+        check_same_bits(self.mesh.get_group(), drawn, SAME_WEIGHTS)
         for name in ("weight", "bias"):
             parameter = getattr(whole, name)
             if parameter is not None:
@@ -136,6 +140,9 @@ class _ParallelLinear(nn.Linear):
                 mark_slice(parameter, slice_along(axis, shape, self.mesh))
 
 
+SAME_WEIGHTS = "give all ranks the same, as by torch.manual_seed(0) on each before the model is made"
+
+
 class ColumnParallelLinear(_ParallelLinear):
     """A linear layer whose outputs are split over the ranks: ``y_r = act(x @ weight_r.T + bias_r)``.
 
@@ -158,7 +165,8 @@ class ColumnParallelLinear(_ParallelLinear):
         options: ``device`` and ``dtype``, as in `torchpar.nn.Linear`.
 
     Raises:
-        ValueError: an unknown activation, or different arguments on different ranks; on every rank.
+        ValueError: an unknown activation; different arguments, or different weights, on different ranks. On
+            every rank.
     """
 
     split_axes: ClassVar[dict[str, int]] = {"weight": 0, "bias": 0}

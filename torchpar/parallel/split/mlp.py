@@ -13,8 +13,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar import nn
 from torchpar.errors import ConfigError
-from torchpar.parallel.launch.agreement import check_same_on_all_ranks
-from torchpar.parallel.split.layers import LINEAR_LAYERS, ColumnParallelLinear, RowParallelLinear
+from torchpar.parallel.launch.agreement import check_same_bits, check_same_on_all_ranks
+from torchpar.parallel.split.layers import (
+    LINEAR_LAYERS,
+    SAME_WEIGHTS,
+    ColumnParallelLinear,
+    RowParallelLinear,
+)
 from torchpar.parallel.split.reduction import all_gather
 from torchpar.parts import is_marked, part_of
 
@@ -39,8 +44,8 @@ def parallel_mlp(mlp: M, mesh: DeviceMesh) -> M:
         A model of the same type, whose parameters have the same names.
 
     Raises:
-        ValueError: another kind of model or layer, layers that share parameters, or different models on
-            different ranks.
+        ValueError: another kind of model or layer, layers that share parameters, or different models or
+            weights on different ranks.
     """
     layers = mlp.layers if isinstance(mlp, nn.MLP) else mlp
     if type(layers) is not torch.nn.Sequential:
@@ -63,6 +68,13 @@ def parallel_mlp(mlp: M, mesh: DeviceMesh) -> M:
     check_same_on_all_ranks(mesh.get_group(), "the ranks' models", own)
     linears = [name for name, layer in named if type(layer) in LINEAR_LAYERS]
     pairs = linears[: len(linears) // 2 * 2]
+    whole = {
+        f"{name}.{key}": p
+        for name, layer in named
+        if name not in pairs
+        for key, p in layer.named_parameters()
+    }
+    check_same_bits(mesh.get_group(), whole, SAME_WEIGHTS)  # the pairs check theirs
     kinds = dict(zip(pairs, cycle((ColumnParallelLinear, RowParallelLinear)), strict=False))
     split = torch.nn.Sequential(
         OrderedDict(

@@ -20,6 +20,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
+from torchpar.parallel.launch.agreement import check_same_on_all_ranks, check_same_once
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.reduction import all_reduce
 from torchpar.profile.phases import phase
@@ -69,7 +70,8 @@ class Pipeline:
         micro_batches: the number of parts of this rank's share of a batch, cut by `torch.tensor_split`.
 
     Raises:
-        ConfigError: an unknown schedule, or ranks that share a GPU.
+        ConfigError: an unknown schedule, no micro-batch, ranks that share a GPU, or stages whose arguments
+            differ.
     """
 
     def __init__(
@@ -81,14 +83,19 @@ class Pipeline:
     ):
         if schedule not in _SCHEDULES:
             raise ConfigError(f"schedule is {schedule!r}, expected one of {sorted(_SCHEDULES)}")
+        if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
+            raise ConfigError(f"micro_batches is {micro_batches!r}, expected an integer of at least 1")
         check_one_rank_per_gpu(world)
+        self._group = world.mesh.get_group("pp")
+        own = {"schedule": schedule, "micro_batches": micro_batches}
+        check_same_on_all_ranks(self._group, "the stages' pipelines", own)
         weight = next(module.parameters())
         self.module = module
         self.width = weight.shape[1]  # of the activations that the previous stage sends
         self.micro_batches = micro_batches
         self.replicas = world.mesh["dp"]
         self._schedule = _SCHEDULES[schedule]
-        self._p2p = P2PCommunicator(world.mesh.get_group("pp"), weight.device, weight.dtype)
+        self._p2p = P2PCommunicator(self._group, weight.device, weight.dtype)
 
     def step(self, x: Tensor, labels: Tensor, global_size: int, loss_sum: LossSum) -> Tensor:
         """Run the forward and backward passes of this rank's share of a global batch.
@@ -103,7 +110,14 @@ class Pipeline:
 
         Returns:
             The sum of the losses of this rank's samples on the last stage, 0 on the others.
+
+        Raises:
+            ConfigError: stages with different numbers of samples; on every stage. A number is compared when
+                it is new.
         """
+        if len(x) != len(labels):
+            raise ConfigError(f"{len(x)} samples and {len(labels)} labels, expected as many")
+        self._check_samples(x)
         parts, targets = x.tensor_split(self.micro_batches), labels.tensor_split(self.micro_batches)
         losses: list[Tensor] = []
 
@@ -123,12 +137,22 @@ class Pipeline:
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor | None:
-        """Return the model's outputs for ``x`` without gradient. None except on the last stage."""
+        """Return the model's outputs for ``x`` without gradient. None except on the last stage.
+
+        Raises:
+            ConfigError: as `step`.
+        """
+        self._check_samples(x)
         activations = self._p2p.recv_forward((len(x), self.width))
         outputs: Tensor = self.module(x if activations is None else activations)
         self._p2p.send_forward(outputs)
         self._p2p.flush()
         return outputs if self._p2p.is_last else None
+
+    def _check_samples(self, x: Tensor) -> None:
+        if self._p2p.stages > 1:  # gloo would abort the processes
+            what = "the stages of a pipeline have different samples, expected the same batch on all"
+            check_same_once(f"{len(x)} samples", self._group, what)
 
     def _average_gradients(self) -> None:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
