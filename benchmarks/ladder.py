@@ -38,6 +38,7 @@ from benchmarks.results import CORES, Result, Table, print_cells
 from benchmarks.timing import CPU, Rejected, Times, Turn, flush, take_turns, time_calls
 from torchpar.baselines import numpy_mlp, pure_python
 from torchpar.baselines.numpy_mlp import Array
+from torchpar.processes import end_with_parent
 
 THREADS = (1, 2, 4, 8)
 ROUNDS = 20
@@ -128,7 +129,7 @@ def start_helpers(most_threads: int) -> Iterator[Helpers]:
 @contextmanager
 def start_worker(**environment: str) -> Iterator[ProcessPoolExecutor]:
     """Start a process whose libraries find ``environment`` when they are imported."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as worker:
+    with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as worker:
         with patch.dict(os.environ, environment):
             worker.submit(ignore_interrupts).result()
         yield worker

@@ -24,6 +24,7 @@ from benchmarks import driver
 from benchmarks.results import CORES, Result, Table, print_results, track
 from benchmarks.timing import CPU
 from torchpar.kernels.tiles import KINDS
+from torchpar.processes import end_with_parent
 
 BLOCK_SHARED = {80: 166912, 90: 232448, 100: 232448, 103: 232448}  # bytes that a block may have
 REGISTERS, WARPS, BLOCKS, TENSOR_COLUMNS = 65536, 64, 32, 512  # of a multiprocessor of each of these
@@ -108,7 +109,7 @@ def compile_all(names: Sequence[str], kind: str, quick: bool, path: Path | None)
         for index in possible(OPERATORS[name], capability, kind)[: 1 if quick else None]
     ]
     table = Table(path, CPU)
-    with ProcessPoolExecutor(min(CORES, len(jobs)), get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(CORES, len(jobs)), get_context("spawn"), end_with_parent) as pool:
         found = map(examine, jobs) if quick else pool.map(examine, jobs)
         for result in track(found, "compile", len(jobs)):
             table.add([result])

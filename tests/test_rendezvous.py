@@ -7,14 +7,17 @@ import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
+from subprocess import PIPE, Popen
 from threading import Timer
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch.distributed as dist
-from commands import MPIRUN, needs_mpirun, run
+from commands import MPIRUN, ROOT, import_path, needs_mpirun, run
 
 from torchpar.errors import ConfigError, RankLostError
 from torchpar.parallel.launch import rendezvous
@@ -207,3 +210,45 @@ def test_a_rank_that_dies_between_two_calls_is_replaced():
         os.kill(pid, signal.SIGKILL)
         assert sleeping.exception() is not None
         assert ranks(1, os.getpid) != [pid]
+
+
+ORPHANS = """
+import os, sys, time
+from torchpar.parallel.launch.local import Ranks
+
+if __name__ == "__main__":
+    with Ranks(preload=()) as pool:
+        pool.start(2)
+        print(pool._stores, flush=True)
+        pool(2, time.sleep, 100)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_killed_program_leaves_no_ranks_behind(tmp_path, number):
+    """Neither the server that ranks are forked from, nor files."""
+    script, mark = tmp_path / "script.py", f"ORPHANS_OF={os.getpid()}-{number}"
+    script.write_text(ORPHANS)
+    environment = os.environ | {"PYTHONPATH": import_path(ROOT), "TMPDIR": str(tmp_path)}
+    environment |= dict([mark.split("=")])
+    with Popen([sys.executable, str(script)], stdout=PIPE, text=True, env=environment) as program:
+        stores = Path(program.stdout.readline().strip())
+        assert stores.is_dir()
+        assert len(living(mark)) >= 4  # the program, the server and two ranks
+        os.kill(program.pid, number)
+        program.wait()
+        deadline = time.monotonic() + 30
+        while living(mark):
+            assert time.monotonic() < deadline, living(mark)
+            time.sleep(0.02)
+    assert not stores.exists()
+
+
+def living(mark: str) -> list[int]:
+    """The processes that have inherited ``mark`` in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or is another user's
+            if mark in (path / "environ").read_bytes().decode(errors="replace").split("\0"):
+                found.append(int(path.name))
+    return found

@@ -12,6 +12,7 @@ import numpy as np
 
 from torchpar.baselines import mpi
 from torchpar.errors import ConfigError, DivergedError
+from torchpar.processes import end_with_parent
 
 T = TypeVar("T")
 # Of the largest loss. Roundings of 6e-8 leave some 1e-7 of a mean over an epoch, 1e-5 at most in the tests.
@@ -41,7 +42,7 @@ def train_on_one(world: Any, train: Callable[[Any], T]) -> dict[str, T]:
         runs[name] = train(mpi.OneProcess())
         if world.size > 1 and threads < len(cores):
             print(name := f"1 process, {len(cores)} threads", flush=True)
-            with ProcessPoolExecutor(1, get_context("spawn")) as executor:
+            with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as executor:
                 with outside_mpi(cores):  # a new process inherits its cores and its environment
                     future = executor.submit(train, mpi.OneProcess())
                 runs[name] = future.result()

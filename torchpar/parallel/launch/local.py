@@ -18,6 +18,8 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
+from torchpar.processes import end_with_parent
+
 # Imports that take longer than most calls. DistributedDataParallel imports the compiler.
 PRELOAD = [f"torch.{name}" for name in ("_dynamo", "testing")]
 PRELOAD += [f"torch.distributed.{name}" for name in ("checkpoint", "fsdp", "tensor.debug")]
@@ -44,7 +46,7 @@ class Ranks(ExitStack):
     """``with Ranks() as ranks: ranks(2, function, *args)``: results of a module-level function on gloo ranks.
 
     Each call makes a new process group. The processes live as long as the pool; if one of them dies or hangs,
-    new ones replace all. Ctrl-C ends them at once.
+    new ones replace all. Ctrl-C ends them at once, and so does the end of this process, even by SIGKILL.
     """
 
     def __init__(self, preload: Iterable[str] = PRELOAD) -> None:
@@ -105,10 +107,13 @@ class Ranks(ExitStack):
         except BrokenProcessPool:
             self.kill()
         missing = range(count - len(self.workers))
-        added = [self.enter_context(ProcessPoolExecutor(1, self._context)) for _ in missing]
+        added = [self.enter_context(self._start_one()) for _ in missing]
         pids = [worker.submit(os.getpid) for worker in added]
         self._pids += [pid.result() for pid in pids]
         self.workers += added  # which Ctrl-C has not interrupted
+
+    def _start_one(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, self._context, end_with_parent, (self._stores,))
 
     def __exit__(self, kind: Any, *error: Any) -> bool | None:
         if kind is KeyboardInterrupt:
