@@ -390,6 +390,7 @@ def main(flags: Flags) -> None:
         of_points = flags.dataset == "quadrants"
         hidden = ((30,) if of_points else (128,)) if flags.hidden is None else flags.hidden
         sizes = [samples.inputs(slice(0, 1)).shape[1], *hidden, 1 if of_points else len(test.classes)]
+        cli.check_memory(sizes)
         output = "sigmoid" if of_points else ""
         network = build_network(sizes, flags.activation, output, flags.fused, device=world.device)
         loss = BinaryCrossEntropy() if of_points else SoftmaxCrossEntropy()

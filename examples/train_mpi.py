@@ -165,6 +165,7 @@ def train(flags: Flags, split: Split, world: Any, data: tuple[Images, Images]) -
     x, labels = train.inputs()[:count], train.labels[:count]
     test_x = test.inputs()
     sizes = [x.shape[1], *flags.hidden, len(test.classes)]
+    cli.check_memory(sizes)
     model = MLP(sizes, hidden=flags.activation, init=flags.init, seed=flags.seed)  # the same everywhere
     messages = Messages(world)
     parallel = DataParallel(model, messages) if split == "data" else ModelParallel(model, messages)

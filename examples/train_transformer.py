@@ -56,7 +56,7 @@ class Flags(cli.ExampleFlags):
 
 def load_book(device: torch.device) -> tuple[Sequence[Tensor], int]:
     """Return the training text and the validation text, and how many different characters they have."""
-    text, characters = read_text(BOOK)
+    text, characters = read_text(BOOK, least=10 * (CONTEXT + 1))  # a window in the last tenth, too
     return text.to(device).tensor_split([len(text) * 9 // 10]), characters
 
 

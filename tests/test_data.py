@@ -2,7 +2,9 @@
 """Data sets: read from archives known by their content, and shared by ranks in batches."""
 
 import gzip
+import math
 import shutil
+import struct
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,13 +33,38 @@ def samples_of(n: int) -> data.Samples:
     """Random images, whose labels are their indices."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (n, 2, 3), generator=generator, dtype=torch.uint8)
-    return data.Samples(images, torch.arange(n), ("a",))
+    return data.Samples(images, torch.arange(n), tuple(map(str, range(n))))
 
 
 def test_labels_that_do_not_fit_are_refused():
     for labels, message in ((torch.arange(2), "3 features and 2 labels"), (torch.ones(3), "torch.float32")):
         with pytest.raises(ConfigError, match=message):
             data.Samples(torch.zeros(3, 2), labels, ("a",))
+    for wrong in (3, -1, -100, 2**62):
+        with pytest.raises(
+            ConfigError, match=rf"a label is {wrong}, expected 0 to 2, numbers of classes; mend"
+        ):
+            data.Samples(torch.zeros(3, 2), torch.tensor([0, wrong, 2]), ("a", "b", "c"))
+    data.Samples(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64), ())
+
+
+def test_batch_sizes_that_are_refused():
+    """Before the first batch is drawn. One larger than all samples takes all."""
+    for size in (0, -1, 2.5, float("nan"), "7"):
+        with pytest.raises(ConfigError, match=rf"batch_size is {size!r}, expected an integer of at least 1"):
+            data.batches(samples_of(5), size, seed=0, epoch=1)
+    with pytest.raises(ConfigError, match="start is -1, expected at least 0, the number of a batch"):
+        data.batches(samples_of(5), 2, seed=0, epoch=1, start=-1)
+    (batch,) = data.batches(samples_of(5), 2**63, seed=0, epoch=1)
+    assert batch.global_size == 5
+    assert not list(data.batches(samples_of(0), 3, seed=0, epoch=1))
+    for features, crop, pool, message in (
+        (torch.zeros(4, 2), 0, 1, r"the features have shape \(4, 2\), expected images \(n, h, w\)"),
+        (torch.zeros(4, 2, 2), 0, 0, "crop is 0 and pool 0, expected at least 0 and 1"),
+        (torch.zeros(4, 2, 2), -1, 1, "crop is -1 and pool 1, expected at least 0 and 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            data.Samples(features, torch.zeros(4, dtype=torch.int64), ("a",)).pooled(crop, pool)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 256, 257, 1000, 2000])
@@ -124,6 +151,46 @@ def test_a_damaged_file_is_named_with_the_repair_and_nothing_is_written(tmp_path
     with pytest.raises(ConfigError, match=rf"^.*/{name} cannot be read {message}; {repair}.*$"):  # one line
         data.load("fashion-mnist", tmp_path)
     assert {path: path.stat().st_mtime_ns for path in (raw, *raw.iterdir())} == before
+
+
+IMAGES = "t10k-images-idx3-ubyte"
+
+
+def idx(*shape: int, content: bytes | None = None) -> bytes:
+    sizes = b"".join(struct.pack(">i", size) for size in shape)
+    return bytes([0, 0, 8, len(shape)]) + sizes + (bytes(math.prod(shape)) if content is None else content)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        (LABELS, idx(10, content=bytes([*range(9), 10])), "has a label 10, expected 0 to 9"),
+        (LABELS, b"\0\0\x08", "it does not begin as a file of uint8"),
+        (LABELS, b"", "it does not begin as a file of uint8"),
+        (LABELS, idx(9), "holds 10 images and .* 9 labels, expected as many, and at least one"),
+        (LABELS, idx(10, 28, 28), r"holds an array of \(10, 28, 28\), expected labels \(n\)"),
+        (LABELS, idx(-1, content=bytes(10)), r"its dimensions are \[-1\]"),
+        (LABELS, idx(2**31 - 1, content=b""), "cannot be read"),
+        (IMAGES, idx(10), r"holds an array of \(10,\), expected images \(n, 28, 28\)"),
+        (IMAGES, idx(10, 20, 20), r"holds an array of \(10, 20, 20\), expected images \(n, 28, 28\)"),
+        (IMAGES, idx(10, 28, 28)[:-1], "cannot be read"),
+        (IMAGES, idx(0, 28, 28), "holds 0 images and .* 10 labels"),
+    ],
+)
+def test_files_that_do_not_fit_are_named_in_one_line(tmp_path, name, content, message):
+    raw = fashion_mnist(tmp_path) / "FashionMNIST" / "raw"
+    (raw / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"^[^\n]*/{name} .*{message}.* download it: [^\n]*$"):
+        data.load("fashion-mnist", tmp_path)
+
+
+def test_images_and_labels_that_are_swapped_are_refused(tmp_path):
+    raw = fashion_mnist(tmp_path) / "FashionMNIST" / "raw"
+    (raw / LABELS).rename(raw / "other")
+    (raw / IMAGES).rename(raw / LABELS)
+    (raw / "other").rename(raw / IMAGES)
+    with pytest.raises(ConfigError, match=r"holds an array of \(10,\), expected images"):
+        data.load("fashion-mnist", tmp_path)
 
 
 # Images of fewer pixels

@@ -4,6 +4,8 @@
 The Lightning lesson, and what is peculiar to an exercise, have files of their own.
 """
 
+import errno
+import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -11,8 +13,9 @@ from functools import cache, partialmethod
 from hashlib import md5
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -423,6 +426,31 @@ def test_errors(small, name, flags, message):
     assert re.search(message, line_of(err))
     assert "Traceback" not in err
     assert ("full helptext" in err) != bool(re.fullmatch(rf"{name}\.py: error: .*\n", err))
+
+
+@pytest.mark.parametrize("flag", ["--metrics", "--plots", "--log-dir"])
+def test_a_full_disk_is_named_in_one_line(small, tmp_path, monkeypatch, flag):
+    """As /dev/full is: it can be opened, and takes no byte."""
+    target = tmp_path / "outputs"
+    if flag == "--metrics":
+        target = Path("/dev/full")
+    else:
+        if flag == "--plots":
+            full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            figure = pytest.importorskip("matplotlib.figure", reason="it draws the pictures")
+            monkeypatch.setattr(figure.Figure, "savefig", Mock(side_effect=full))
+        else:
+            writer = pytest.importorskip(
+                "tensorboard.summary.writer.record_writer", reason="it writes the log"
+            )
+            full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            monkeypatch.setattr(writer.RecordWriter, "write", Mock(side_effect=full))
+    code, _, err = lesson("train_ddp", *small, "--device", "cpu", "--epochs", "1", flag, str(target))
+    assert code == 2
+    line = (
+        rf"train_ddp\.py: error: {target}.* cannot be written \(No space left on device\); make room there, "
+    )
+    assert re.fullmatch(rf"{line}or name another place by {flag}\n", err), err
 
 
 @pytest.mark.parametrize(

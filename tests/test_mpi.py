@@ -339,6 +339,31 @@ def test_an_mpi_that_does_not_connect_the_processes_is_refused(monkeypatch):
         assert err == f"{script}.py: error: {expected}mpirun -n 2 python …\n"
 
 
+def test_torchrun_is_refused_and_a_list_of_missing_libraries_is_one_line(monkeypatch):
+    """The processes of torchrun would each train alone, and write the same files."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    class Missing:
+        def __getattr__(self, name: str) -> object:
+            raise RuntimeError("cannot load MPI library\nlibmpi.so: no such file\nlibmpi.so.12: no such file")
+
+    monkeypatch.setitem(sys.modules, "mpi4py", Missing())
+    for script in ("train_mpi", "fashion_pooled"):
+        code, out, err = lesson(script)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert "the processes need mpi4py and an MPI (cannot load MPI library); pip install" in err
+    monkeypatch.setenv("MASTER_PORT", "29400")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    for script in ("train_mpi", "fashion_pooled"):
+        code, out, err = lesson(script)
+        assert (code, out) == (2, "")
+        expected = (
+            "torchrun started 2 of these processes, which exchange arrays by MPI; start them by mpirun -n 2"
+        )
+        assert err == f"{script}.py: error: {expected} python …, or one process by python …\n"
+
+
 # The pooled exercise
 
 

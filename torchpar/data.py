@@ -28,7 +28,8 @@ class Samples:
         classes: the name of each label.
 
     Raises:
-        ConfigError: numbers of features and labels that differ, or labels of another dtype.
+        ConfigError: numbers of features and labels that differ, labels of another dtype, or labels that are
+            no number of a class.
     """
 
     features: Tensor
@@ -42,6 +43,15 @@ class Samples:
             )
         if self.labels.dtype != torch.int64:
             raise ConfigError(f"the labels are {self.labels.dtype}, expected torch.int64, numbers of classes")
+        if len(self.labels):
+            # PyTorch's losses leave out samples of some negative labels, and larger ones end in a traceback.
+            least, most = (int(label) for label in self.labels.aminmax())
+            if least < 0 or most >= len(self.classes):
+                wrong = least if least < 0 else most
+                known = f"0 to {len(self.classes) - 1}, numbers of classes"
+                raise ConfigError(
+                    f"a label is {wrong}, expected {known}; mend the labels, or name all classes"
+                )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -82,9 +92,14 @@ class Samples:
             dtype: of the new images, a floating one.
 
         Raises:
-            ConfigError: nothing is left of the images; a ``shift`` of more than ``crop``.
+            ConfigError: features that are no images; a ``pool`` below 1 or a ``crop`` below 0; nothing is
+                left of the images; a ``shift`` of more than ``crop``.
         """
         images, (down, right) = self.features, shift
+        if images.dim() != 3:
+            raise ConfigError(f"the features have shape {tuple(images.shape)}, expected images (n, h, w)")
+        if pool < 1 or crop < 0:
+            raise ConfigError(f"crop is {crop} and pool {pool}, expected at least 0 and 1")
         height, width = ((side - 2 * crop) // pool for side in images.shape[1:])
         if height < 1 or width < 1:
             raise ConfigError(
@@ -136,7 +151,25 @@ def batches(
         batch_size: samples of the global batch, over all ranks.
         share: returns this rank's share of a batch's indices, such as `World.share`; by default all.
         start: number of the first batch, to continue within an epoch.
+
+    Raises:
+        ConfigError: a ``batch_size`` that is no integer of at least 1, or a ``start`` below 0.
     """
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size!r}, expected an integer of at least 1")
+    if start < 0:
+        raise ConfigError(f"start is {start}, expected at least 0, the number of a batch")
+    return _batches(samples, min(batch_size, max(len(samples), 1)), seed, epoch, share, start)
+
+
+def _batches(
+    samples: Samples,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    share: Callable[[Tensor], Tensor],
+    start: int,
+) -> Iterator[Batch]:
     # The order is drawn on the CPU, so that it is the same on every device.
     (state,) = np.random.SeedSequence((seed, epoch)).generate_state(1)
     generator = torch.Generator().manual_seed(int(state))

@@ -31,6 +31,8 @@ CLASSES: dict[Dataset, tuple[str, ...]] = {  # torchvision's names
     "kmnist": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
 }
 
+SIDE = 28  # pixels of an image
+
 
 class Images(NamedTuple):
     """Images and their labels.
@@ -62,12 +64,7 @@ def read(dataset: Dataset, root: Path) -> tuple[Images, Images]:
     folder = FOLDERS[dataset]
     try:
         train, test = (
-            Images(
-                read_idx(root / folder / "raw" / f"{prefix}-images-idx3-ubyte"),
-                read_idx(root / folder / "raw" / f"{prefix}-labels-idx1-ubyte").astype(np.int64),
-                CLASSES[dataset],
-            )
-            for prefix in ("train", "t10k")
+            _read_pair(root / folder / "raw", prefix, CLASSES[dataset]) for prefix in ("train", "t10k")
         )
     except ValueError as e:
         fetch = f"from torchvision.datasets import {folder} as D; D({str(root)!r}, download=True)"
@@ -76,6 +73,30 @@ def read(dataset: Dataset, root: Path) -> tuple[Images, Images]:
             f'download it: python -c "{fetch}"'
         ) from e
     return train, test
+
+
+def _read_pair(raw: Path, prefix: str, classes: tuple[str, ...]) -> Images:
+    """Return the images and labels of files that begin with ``prefix``.
+
+    Raises:
+        ValueError: a file is missing or damaged, or the two do not fit each other.
+    """
+    of_images, of_labels = (raw / f"{prefix}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1"))
+    features, labels = read_idx(of_images), read_idx(of_labels).astype(np.int64)
+    if features.ndim != 3 or features.shape[1:] != (SIDE, SIDE):
+        raise ValueError(
+            f"{of_images} holds an array of {features.shape}, expected images (n, {SIDE}, {SIDE})"
+        )
+    if labels.ndim != 1:
+        raise ValueError(f"{of_labels} holds an array of {labels.shape}, expected labels (n)")
+    if not 0 < len(features) == len(labels):
+        raise ValueError(
+            f"{of_images} holds {len(features)} images and {of_labels.name} {len(labels)} labels, expected "
+            "as many, and at least one"
+        )
+    if labels.max() >= len(classes):
+        raise ValueError(f"{of_labels} has a label {labels.max()}, expected 0 to {len(classes) - 1}")
+    return Images(features, labels, classes)
 
 
 def read_idx(file: Path) -> Array:
@@ -90,9 +111,11 @@ def read_idx(file: Path) -> Array:
         content = path.read_bytes()
         if path == archive:
             content = gzip.decompress(content)
-        if content[:3] != b"\0\0\x08":
+        if content[:3] != b"\0\0\x08" or len(content) < 4:
             raise ValueError("it does not begin as a file of uint8 in IDX format")
         shape = np.frombuffer(content, ">i4", content[3], 4)
+        if (shape < 0).any():
+            raise ValueError(f"its dimensions are {shape.tolist()}")
         pixels = np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape))
         return pixels.reshape(shape).copy()
     except FileNotFoundError as e:

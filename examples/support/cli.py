@@ -7,17 +7,19 @@ It imports no torch, so that the examples in NumPy run where PyTorch is not inst
 import importlib.util
 import io
 import math
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar
 
 from torchpar.datasets import Dataset
-from torchpar.errors import ConfigError, TorchparError
+from torchpar.errors import ConfigError, TorchparError, first_line
 from torchpar.outcome import Stopped
 from torchpar.rank_info import find_rank_info
 
@@ -50,6 +52,13 @@ BOUNDS: dict[str, tuple[float, float]] = {  # flag: least value, first value tha
     "seed": (0, 2**63),
     "timeout": (1, 1e6),
 }
+
+# PyTorch's errors on CPU and GPU, and of sizes that no tensor can have.
+_NO_MEMORY = (
+    *("can't allocate memory", "CUDA out of memory", "Storage size calculation overflowed"),
+    *("numel: integer multiplication overflow", "Invalid size, other dims calculate to"),
+)
+_TOO_LARGE = "the memory does not suffice; take a smaller model, smaller batches or fewer samples"
 
 
 @dataclass(kw_only=True)
@@ -170,21 +179,43 @@ class TrainFlags(DataFlags):
         return {**sizes, "checkpoint": checkpoint, "config": config}
 
     def layer_sizes(self, train: "Samples") -> list[int]:
-        """Return the widths of the MLP: of its input, its hidden layers and its output."""
-        return [train.inputs(slice(0, 1)).shape[1], *self.hidden, len(train.classes)]
+        """Return the widths of the MLP: of its input, its hidden layers and its output.
+
+        Raises:
+            ConfigError: the weights do not fit into this machine's memory.
+        """
+        sizes = [train.inputs(slice(0, 1)).shape[1], *self.hidden, len(train.classes)]
+        check_memory(sizes)
+        return sizes
 
     def total_steps(self, train: "Samples") -> int:
         """Return the number of steps of the run."""
         return self.epochs * math.ceil(len(train) / self.batch_size)
 
 
+def check_memory(sizes: Sequence[int]) -> None:
+    """Raise ConfigError if the float32 weights of an MLP of these widths do not fit into the memory.
+
+    Where the system promises more memory than there is, it would kill the process instead.
+    """
+    needed = 4 * sum((n + 1) * m for n, m in pairwise(sizes))
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > there:
+            widths = " ".join(map(str, sizes[1:-1]))
+            raise ConfigError(
+                f"--hidden {widths} makes weights of {needed / 2**30:,.0f} GiB, and this machine has "
+                f"{there / 2**30:,.0f} GiB of memory; take fewer units"
+            )
+
+
 def main(run: Callable[[F], None], flags: type[F]) -> None:
     """Parse ``flags`` from the command line and call ``run`` with them.
 
-    A `TorchparError`, a file that cannot be read or written, or a model that cannot be compiled ends every
-    rank with status 2. Rank 0 prints it as one line. Another rank waits `GRACE` seconds before it prints: if
-    rank 0 has failed too, the launcher has ended this rank by then. It does not wait for a rank 0 that does
-    not answer. SIGINT ends with status 130.
+    A `TorchparError`, a file that cannot be read or written, too little memory, or a model that cannot be
+    compiled ends every rank with status 2. Rank 0 prints it as one line. Another rank waits `GRACE` seconds
+    before it prints: if rank 0 has failed too, the launcher has ended this rank by then. It does not wait for
+    a rank 0 that does not answer. SIGINT ends with status 130.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -196,7 +227,11 @@ def main(run: Callable[[F], None], flags: type[F]) -> None:
         run(_parse(flags, rank))
     except (TorchparError, OSError) as e:
         _end(str(e), wait=rank > 0 and 0 not in getattr(e, "missing", ()))
+    except MemoryError as e:  # of Python and of NumPy
+        _end(f"{_TOO_LARGE} ({first_line(e)})", wait=rank > 0)
     except RuntimeError as e:
+        if any(sign in str(e) for sign in _NO_MEMORY):
+            _end(f"{_TOO_LARGE} ({first_line(e)})", wait=rank > 0)
         if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
         reason = " ".join(str(e).partition("\n\n")[0].split())

@@ -5,7 +5,8 @@ It imports torch only to write for TensorBoard.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from torchpar.errors import ConfigError
 from torchpar.outcome import EpochResult
 from torchpar.profile.phases import Phases
 
@@ -33,9 +35,31 @@ def epoch_line(result: EpochResult, epochs: int) -> str:
     )
 
 
+@contextmanager
+def writing(path: Path, flag: str) -> Iterator[None]:
+    """Name ``path`` and what to do in the error of a file that cannot be written, such as on a full disk.
+
+    Raises:
+        ConfigError: instead of an OSError.
+    """
+    try:
+        yield
+    except OSError as e:
+        reason = e.strerror or e
+        raise ConfigError(
+            f"{path} cannot be written ({reason}); make room there, or name another place by {flag}"
+        ) from e
+
+
 def write_metrics(path: Path | None, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Write a JSON object per line, unless ``path`` is None; overwrite the file."""
-    if path is not None:
+    """Write a JSON object per line, unless ``path`` is None; overwrite the file.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    if path is None:
+        return
+    with writing(path, "--metrics"):
         path.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
 
 
@@ -46,7 +70,7 @@ def write_log(log_dir: Path | None, rows: Sequence[Mapping[str, Any]], x: str) -
     from torch.utils.tensorboard import SummaryWriter
 
     # purge_step: a resumed run writes its earlier epochs again.
-    with SummaryWriter(log_dir, purge_step=rows[0][x]) as writer:
+    with writing(log_dir, "--log-dir"), SummaryWriter(log_dir, purge_step=rows[0][x]) as writer:
         for row in rows:
             for name, value in row.items():
                 if isinstance(value, float):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from support.console import writing
 from torchpar.outcome import EpochResult
 
 if TYPE_CHECKING:
@@ -76,6 +77,16 @@ class Panel(NamedTuple):
     log: bool = False
 
 
+def _write(figure: "Figure", path: Path) -> None:
+    """Write a picture.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    with writing(path, "--plots"):
+        figure.savefig(path)
+
+
 def save_panels(path: Path, panels: Sequence[Panel]) -> None:
     """Draw ``panels``, two in a row. Each y has its own style, and each value of ``by`` its own color."""
     height = math.ceil(len(panels) / 2)
@@ -100,7 +111,7 @@ def save_panels(path: Path, panels: Sequence[Panel]) -> None:
             axes.locator_params(axis="x", integer=True)
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
-    figure.savefig(path)
+    _write(figure, path)
 
 
 def save_curves(path: Path, curves: Mapping[str, Sequence[float]], x: str, y: str) -> None:
@@ -111,7 +122,7 @@ def save_curves(path: Path, curves: Mapping[str, Sequence[float]], x: str, y: st
     axes.set(xlabel=x, ylabel=y)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
-    figure.savefig(path)
+    _write(figure, path)
 
 
 def save_paths(
@@ -132,7 +143,7 @@ def save_paths(
         axes.plot(*one.T.cpu().numpy(), ".-", markersize=4, label=name, zorder=-len(one))
     axes.set(xlabel="w", ylabel="b", title=title)
     axes.legend()
-    figure.savefig(path)
+    _write(figure, path)
 
 
 def save_matrices(path: Path, matrices: "Tensor | Array", title: str, texts: Sequence[str] = ()) -> None:
@@ -151,7 +162,7 @@ def save_matrices(path: Path, matrices: "Tensor | Array", title: str, texts: Seq
     for axes, text in zip(grid, texts, strict=False):
         axes.set_title(text, fontsize=7)
     figure.suptitle(f"{title} (dark is large)")
-    figure.savefig(path)
+    _write(figure, path)
 
 
 def save_boundaries(
@@ -178,7 +189,7 @@ def save_boundaries(
             axes.plot(*mine.T.numpy(), ".", markersize=5, color=color, label=f"label {label}: {name}")
         axes.set(title=title, xlabel="x", ylabel="y", xticks=(-1, 0, 1), yticks=(-1, 0, 1), aspect="equal")
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.savefig(path)
+    _write(figure, path)
 
 
 def _save_confusion(path: Path, labels: Array, predicted: Array, classes: Sequence[str]) -> None:
@@ -194,4 +205,4 @@ def _save_confusion(path: Path, labels: Array, predicted: Array, classes: Sequen
     axes.set(xlabel="predicted", ylabel="label", title="Test samples by label and prediction")
     axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     axes.set_yticks(range(len(classes)), classes)
-    figure.savefig(path)
+    _write(figure, path)

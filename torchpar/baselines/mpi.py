@@ -27,16 +27,23 @@ def join() -> Iterator[Any]:
     wait for this process forever.
 
     Raises:
-        ConfigError: mpi4py or an MPI library is missing, or connects other processes than were started.
+        ConfigError: mpi4py or an MPI library is missing, or connects other processes than were started, as
+            under torchrun.
     """
     info = find_rank_info()
     if not info:
         yield OneProcess()
         return
+    if info.launcher == "torchrun":
+        raise ConfigError(
+            f"torchrun started {info.world_size} of these processes, which exchange arrays by MPI; start "
+            f"them by mpirun -n {info.world_size} python …, or one process by python …"
+        )
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as e:  # mpi4py raises RuntimeError if it finds no library
-        raise ConfigError(f"the processes need mpi4py and an MPI ({e}); pip install mpi4py mpich") from e
+        reason = str(e).partition("\n")[0]  # it lists the places where it looked
+        raise ConfigError(f"the processes need mpi4py and an MPI ({reason}); pip install mpi4py mpich") from e
     world = MPI.COMM_WORLD
     if world.size != info.world_size:  # under torchrun, or the mpirun of another MPI
         raise ConfigError(

@@ -126,11 +126,25 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(x)))  # type: ignore[no-any-return]
 
 
-def read_text(path: Path) -> tuple[Tensor, int]:
-    """The characters of a text as numbers, and how many different ones there are."""
+def read_text(path: Path, least: int = CONTEXT + 1) -> tuple[Tensor, int]:
+    """The characters of a text as numbers, and how many different ones there are.
+
+    Args:
+        least: number of characters that the text must have.
+
+    Raises:
+        ConfigError: the file is missing or damaged, or its text is too short.
+    """
     if not path.exists():
         raise ConfigError(f"{path} does not exist, expected the book in the examples' data; give --data")
-    written = path.read_text(encoding="ascii")
+    try:
+        written = path.read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path} cannot be read as ASCII ({e}); copy the book there again") from e
+    if len(written) < least:
+        raise ConfigError(
+            f"{path} has {len(written)} characters, expected at least {least}; copy the book there again"
+        )
     alphabet = {character: i for i, character in enumerate(sorted(set(written)))}
     return torch.tensor([alphabet[character] for character in written]), len(alphabet)
 

@@ -32,6 +32,7 @@ EXPECTED = {
     "mlp": "09d9c5bc49f10c83e8b1141a888f77602e80e3e0442d68eef2704a897cbf4e37",
     "gpt": "3c2be3446b95e8e46cb07254d831837450ec3a361eeed1e38d5389f0d9f625c4",
 }
+MOST = 64  # processes, each of a quarter of a gigabyte; and threads
 DATA = Path(__file__).parents[2] / "examples" / "data"  # of a checkout
 
 
@@ -70,6 +71,8 @@ def verify(model: str, ranks: int | None, tp: int, pp: int, threads: int, device
     for name, number in {"tp": tp, "pp": pp, "ranks": ranks, "threads": threads}.items():
         if number < 1:
             raise ConfigError(f"--{name} is {number}, expected at least 1")
+        if number > MOST:
+            raise ConfigError(f"--{name} is {number}, expected at most {MOST}, on this one machine")
     if model == "gpt" and pp > 1:
         raise ConfigError(f"--pp is {pp}, expected 1 for the GPT, which has no pipeline")
     if model == "gpt" and models.HEADS % tp:
