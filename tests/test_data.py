@@ -167,7 +167,7 @@ def idx(*shape: int, content: bytes | None = None) -> bytes:
         (LABELS, idx(10, content=bytes([*range(9), 10])), "has a label 10, expected 0 to 9"),
         (LABELS, b"\0\0\x08", "it does not begin as a file of uint8"),
         (LABELS, b"", "it does not begin as a file of uint8"),
-        (LABELS, idx(9), "holds 10 images and .* 9 labels, expected as many, and at least one"),
+        (LABELS, idx(9), "9 labels, expected as many, and at least one"),
         (LABELS, idx(10, 28, 28), r"holds an array of \(10, 28, 28\), expected labels \(n\)"),
         (LABELS, idx(-1, content=bytes(10)), r"its dimensions are \[-1\]"),
         (LABELS, idx(2**31 - 1, content=b""), "cannot be read"),
@@ -176,11 +176,12 @@ def idx(*shape: int, content: bytes | None = None) -> bytes:
         (IMAGES, idx(10, 28, 28)[:-1], "cannot be read"),
         (IMAGES, idx(0, 28, 28), "holds 0 images and .* 10 labels"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_files_that_do_not_fit_are_named_in_one_line(tmp_path, name, content, message):
     raw = fashion_mnist(tmp_path) / "FashionMNIST" / "raw"
     (raw / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=rf"^[^\n]*/{name} .*{message}.* download it: [^\n]*$"):
+    with pytest.raises(ConfigError, match=rf"^[^\n]*{name} .*{message}.* download it: [^\n]*$"):
         data.load("fashion-mnist", tmp_path)
 
 

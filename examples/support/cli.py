@@ -43,7 +43,8 @@ MAY_DIFFER_ON_RESUME = {
 
 BOUNDS: dict[str, tuple[float, float]] = {  # flag: least value, first value that is too large
     **dict.fromkeys(("epochs", "sweep_epochs", "iterations", "steps", "save_every", "keep"), (1, 2**63)),
-    **dict.fromkeys(("samples", "batch_size", "micro_batches"), (1, 2**63)),
+    **dict.fromkeys(("samples", "batch_size"), (1, 2**63)),
+    "micro_batches": (1, 2**16),  # each is a view and two messages, even one without samples
     **dict.fromkeys(("hidden", "depth", "dp", "tp", "pp", "pool"), (1, 2**31)),
     **dict.fromkeys(("momentum", "label_smoothing"), (0, 1)),
     # float32 ends at 3.4e38
