@@ -57,7 +57,7 @@ BOUNDS: dict[str, tuple[float, float]] = {  # flag: least value, first value tha
 # PyTorch's errors on CPU and GPU, and of sizes that no tensor can have.
 _NO_MEMORY = (
     *("can't allocate memory", "CUDA out of memory", "Storage size calculation overflowed"),
-    *("numel: integer multiplication overflow", "Invalid size, other dims calculate to"),
+    *("numel: integer multiplication overflow", "std::bad_alloc", "larger than max_size()"),
 )
 _TOO_LARGE = "the memory does not suffice; take a smaller model, smaller batches or fewer samples"
 
