@@ -51,7 +51,7 @@ from support import cli, console, one_process, plots
 from torchpar.baselines import mpi, numpy_mlp
 from torchpar.baselines.numpy_mlp import Array
 from torchpar.datasets import FOLDERS, Dataset, Images, read
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, check_finite
 from torchpar.profile.phases import Phases, phase
 
 if TYPE_CHECKING:
@@ -194,6 +194,7 @@ def train_numpy(
         times.append(time.perf_counter() - start)
     world.Bcast(model.parameters)
     ends = [mpi.evaluate(world, model, *pair) for pair in zip(shares, counts, strict=True)]
+    check_finite(f"a cost at the rate {plan.lr:g}", *costs, *(cost for cost, _ in ends))
     return Result(costs, times, ends, model.weights[0])
 
 
@@ -246,6 +247,7 @@ def train_torch(world: "World", splits: Sequence[Pixels], plan: Plan) -> Result:
     for samples in (train, test):
         cost, p = evaluate(model, samples, world, cost_sum)
         ends.append((cost, (p.argmax(1) == samples.labels).double().mean().item()))
+    check_finite(f"a cost at the rate {plan.lr:g}", *costs.tolist(), *(cost for cost, _ in ends))
     weights = next(model.parameters()).detach().cpu().numpy().T
     return Result(costs.tolist(), times, ends, weights)
 

@@ -30,7 +30,7 @@ from support import checks, cli, console, plots
 from torch import Tensor
 from torch.nn.functional import mse_loss, pad
 
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, check_finite
 from torchpar.parallel.launch.world import join_world
 
 SAMPLES = 1024
@@ -73,7 +73,9 @@ def descend(x: Tensor, y: Tensor, batch_size: int, lr: float) -> tuple[list[floa
     for x_batch, y_batch in zip(x.split(batch_size), y.split(batch_size), strict=True):
         w -= lr * mse_gradient(x_batch, y_batch, w)
         path.append(w.clone())
-    return [mse_loss(predict(x, w), y).item() for w in path], torch.stack(path)
+    costs = [mse_loss(predict(x, w), y).item() for w in path]
+    check_finite(f"the cost at the learning rate {lr:g}", *costs)
+    return costs, torch.stack(path)
 
 
 def make_samples(weights: Tensor, n: int = SAMPLES) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,7 @@ from torch.optim import Optimizer
 from train_by_hand import BinaryCrossEntropy, build_network
 
 from torchpar.data import Samples, batches
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, check_finite
 from torchpar.nn import MLP
 from torchpar.parallel.launch.local import Ranks
 from torchpar.parallel.launch.world import join_world
@@ -164,6 +164,7 @@ def compare(flags: Flags, device: torch.device) -> list[Trained]:
         row = {"width": width, "penalty": penalty, "train_loss": evaluate(model, points)[0]}
         row["validation_loss"], _ = evaluate(model, validation)
         row["test_loss"], row["test_accuracy"] = evaluate(model, test)
+        check_finite("a loss", row["train_loss"], row["validation_loss"], row["test_loss"])
         networks.append(Trained(model, points, row))
         print(" | ".join(f"{name.replace('_', ' ')} {value:<6.4g}" for name, value in row.items()))
     return sorted(networks, key=lambda network: -network.row["validation_loss"])

@@ -23,7 +23,6 @@ Before it trains, the script compares each layer's gradients with (L(x + h) − 
 it checks a formula that you have changed, and a layer that you have added to `ACTIVATIONS`.
 """
 
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -40,7 +39,7 @@ from torch.nn.functional import one_hot
 import torchpar
 from torchpar.data import Samples, batches, load
 from torchpar.datasets import Dataset
-from torchpar.errors import ConfigError, DivergedError
+from torchpar.errors import ConfigError, check_finite
 from torchpar.parallel.launch.world import join_world
 from torchpar.training import EpochResult
 
@@ -356,7 +355,7 @@ def train(network: Network, loss: Loss, flags: Flags, samples: Samples, test: Sa
     """Train by gradient descent, and return the figures of each epoch.
 
     Raises:
-        DivergedError: a training loss that is not finite.
+        DivergedError: a training or a test loss that is not finite.
     """
     of_points = flags.dataset == "quadrants"
     epochs = flags.epochs or (60 if of_points else 5)
@@ -371,10 +370,10 @@ def train(network: Network, loss: Loss, flags: Flags, samples: Samples, test: Sa
             network.backward(loss.backward())
             network.step(lr)
         train_loss = total.item() / len(samples)
-        if not math.isfinite(train_loss):
-            raise DivergedError(f"the loss of epoch {epoch} is {train_loss}; take a smaller learning rate")
+        check_finite(f"the training loss of epoch {epoch}", train_loss)
         speed = len(samples) / (time.perf_counter() - start)
         figures = evaluate(network, loss, test)
+        check_finite(f"the test loss after epoch {epoch}", figures[0])
         seconds = time.perf_counter() - start
         results.append(EpochResult(epoch, train_loss, *figures, speed, seconds, 1, total.device.type))
         if epoch % -(-epochs // 10) == 0:

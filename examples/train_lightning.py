@@ -30,7 +30,7 @@ from torch.nn.functional import cross_entropy
 
 from torchpar.data import Batch, Samples, batches, load
 from torchpar.datasets import Dataset
-from torchpar.errors import ConfigError, TorchparError
+from torchpar.errors import ConfigError, TorchparError, check_finite
 from torchpar.nn import MLP
 from torchpar.training import LRSchedule, lr_scheduler, sgd
 
@@ -75,6 +75,12 @@ class LitMLP(LightningModule):
         figures, weight = {f"{stage}_loss": loss, f"{stage}_accuracy": accuracy}, batch.global_size
         self.log_dict(figures, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True, batch_size=weight)
         return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Stop before callbacks save weights that have diverged."""
+        figures = self.trainer.callback_metrics
+        losses = [figures[name].item() for name in ("train_loss", "val_loss") if name in figures]
+        check_finite(f"a loss of epoch {self.current_epoch + 1}", *losses)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         hp = self.hparams
@@ -163,6 +169,7 @@ def main() -> None:
         if cli.subcommand == "fit":
             best = getattr(trainer.checkpoint_callback, "best_model_path", None)
             trainer.test(cli.model, cli.datamodule, ckpt_path=best or None, verbose=False)
+        check_finite("the test loss", trainer.callback_metrics["test_loss"].item())
     except TorchparError as e:
         print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -41,7 +41,7 @@ from support import cli, console, one_process, plots
 from torchpar.baselines import mpi
 from torchpar.baselines.numpy_mlp import MLP, SGD, Array, Hidden, Init, batches
 from torchpar.datasets import Images, read
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, check_finite
 from torchpar.outcome import EpochResult
 from torchpar.profile.phases import Phases, phase
 
@@ -192,6 +192,7 @@ def train(flags: Flags, split: Split, world: Any, data: tuple[Images, Images]) -
                     sent = messages.calls, messages.bytes
         speed = count / (time.perf_counter() - start)
         test_loss, accuracy = parallel.evaluate(test_x, test.labels)
+        check_finite(f"a loss of epoch {epoch}", train_loss, test_loss)
         figures = (epoch, train_loss / count, test_loss, accuracy, speed)
         results.append(EpochResult(*figures, time.perf_counter() - start, world.size, "cpu"))
         if world.rank == 0:

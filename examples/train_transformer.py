@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from torchpar import exact
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, check_finite
 from torchpar.exact.models import read_text
 from torchpar.optim import Muon
 from torchpar.parallel import join_world
@@ -144,6 +144,7 @@ def train(name: str, flags: Flags, world: World) -> list[dict[str, Any]]:
             seconds += time.perf_counter() - begin
             row = {"optimizer": name, "step": step, "train_loss": train_loss}
             row["validation_loss"] = evaluate(model, validation, world)
+            check_finite(f"a loss in step {step}", train_loss, row["validation_loss"])
             rows.append(row | {"seconds": seconds})
             losses.clear()
             begin = time.perf_counter()

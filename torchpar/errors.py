@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The errors of torchpar. A message is one line: what was wrong, what was expected, what to do."""
 
+import math
 from collections.abc import Sequence
 
 
@@ -14,6 +15,13 @@ class ConfigError(TorchparError, ValueError):
 
 class DivergedError(TorchparError, FloatingPointError):
     """Training has diverged: a loss or an output is not finite."""
+
+
+def check_finite(what: str, *values: float) -> None:
+    """Raise `DivergedError` if one of the values, losses that the noun ``what`` names, is not finite."""
+    for value in values:
+        if not math.isfinite(value):
+            raise DivergedError(f"{what} is {value}; take a smaller learning rate")
 
 
 class RankLostError(TorchparError, RuntimeError):

@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from torchpar.data import Batch, Samples, batches
-from torchpar.errors import ConfigError, DivergedError
+from torchpar.errors import ConfigError, DivergedError, check_finite
 from torchpar.outcome import EpochResult, Stopped
 from torchpar.parallel.launch.agreement import check_same_bits, check_same_on_all_ranks
 from torchpar.parallel.launch.world import World
@@ -273,17 +273,11 @@ class Run:
     def _end_epoch(self, epoch: int, start: float, first: int) -> None:
         total = torch.tensor(float(self.loss_sum), dtype=torch.float64, device=self.world.device)
         train_loss = self.world.sum(total).item() / len(self.train)
-        if not math.isfinite(train_loss):
-            raise DivergedError(
-                f"the training loss of epoch {epoch} is {train_loss}; take a smaller learning rate"
-            )
+        check_finite(f"the training loss of epoch {epoch}", train_loss)
         self._check_replicas()
         trained = time.perf_counter() - start
         test_loss, outputs = self.evaluate()
-        if not math.isfinite(test_loss):
-            raise DivergedError(
-                f"the test loss after epoch {epoch} is {test_loss}; take a smaller learning rate"
-            )
+        check_finite(f"the test loss after epoch {epoch}", test_loss)
         result = EpochResult(
             epoch,
             train_loss,
