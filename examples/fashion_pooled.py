@@ -313,7 +313,8 @@ def print_iterations(plan: Plan, run: Result) -> None:
 
 def run_numpy(flags: Flags, plans: Sequence[Plan]) -> None:
     """Train in NumPy: on several processes, after one has trained alone."""
-    with mpi.join() as world:
+    # A loss that is not finite is an error of its own.
+    with mpi.join() as world, np.errstate(over="ignore", invalid="ignore"):
         splits = load(flags) if world.rank == 0 else None
         train = partial(train_plans, splits=splits, plans=plans, exchange=flags.exchange)
         columns = alone = one_process.train_on_one(world, train)

@@ -242,7 +242,8 @@ def print_comparison(flags: Flags, processes: int, runs: dict[str, Training], ba
 
 
 def main(flags: Flags) -> None:
-    with mpi.join() as world:
+    # A loss that is not finite is an error of its own.
+    with mpi.join() as world, np.errstate(over="ignore", invalid="ignore"):
         if flags.device == "cuda":
             raise ConfigError("--device cuda: NumPy computes on the CPU; train_ddp.py takes a GPU")
         if flags.compare and world.size == 1:

@@ -5,6 +5,7 @@ It imports torch only to write for TensorBoard.
 """
 
 import json
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,12 +70,17 @@ def write_log(log_dir: Path | None, rows: Sequence[Mapping[str, Any]], x: str) -
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    # purge_step: a resumed run writes its earlier epochs again.
-    with writing(log_dir, "--log-dir"), SummaryWriter(log_dir, purge_step=rows[0][x]) as writer:
-        for row in rows:
-            for name, value in row.items():
-                if isinstance(value, float):
-                    writer.add_scalar(name, value, row[x])
+    hook = threading.excepthook
+    threading.excepthook = lambda args: None  # the writer raises the errors of its thread again
+    try:
+        # purge_step: a resumed run writes its earlier epochs again.
+        with writing(log_dir, "--log-dir"), SummaryWriter(log_dir, purge_step=rows[0][x]) as writer:
+            for row in rows:
+                for name, value in row.items():
+                    if isinstance(value, float):
+                        writer.add_scalar(name, value, row[x])
+    finally:
+        threading.excepthook = hook
 
 
 def print_rows(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], title: str = "") -> None:
