@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""A plain Muon that is right on every placement of PyTorch's, and known faults of published libraries.
+"""A plain Muon that is right on every placement of PyTorch's, a plain AdamW, and faulty classes of both.
 
-Each faulty class changes one or two methods of `PlainMuon`, and its docstring names the public report. `make`
-is what `torchpar.testing.check_optimizer` calls, with one of the classes.
+Each faulty class changes one or two methods. Those of `PlainMuon` are known faults of published libraries,
+and their docstrings name the public report. `make` and `make_adamw` are what
+`torchpar.testing.check_optimizer` calls, with one of the classes.
 """
 
 from collections.abc import Callable, Mapping
@@ -133,3 +134,226 @@ class NormalisesMomentum(PlainMuon):
 def make_by_layer(model: nn.Module) -> PlainMuon:
     """A parameter of two layers is updated once for each of them."""
     return PlainMuon(model.named_parameters(remove_duplicate=False))
+
+
+# Faults that need other weights, settings or gradients than those of the first three steps
+
+
+class PlainAdamW(torch.optim.Optimizer):
+    """AdamW with its settings as `torch.optim.AdamW` names them. Faulty classes change one method."""
+
+    def __init__(self, params: Any, **own: Any):
+        defaults = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+        super().__init__(params, defaults | own)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(p, p.grad, group)
+        return loss
+
+    def update(self, p: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        state, (beta1, beta2) = self.state[p], group["betas"]
+        steps = state["step"] = state.get("step", 0) + 1
+        mean = state.setdefault("mean", torch.zeros_like(p)).lerp_(gradient, 1 - beta1)
+        square = state.setdefault("square", torch.zeros_like(p)).lerp_(gradient**2, 1 - beta2)
+        p.mul_(self.kept(p, group))
+        update = self.divide(mean, square, group["eps"], 1 - beta1**steps, 1 - beta2**steps)
+        p.sub_(group["lr"] * update)
+
+    def kept(self, p: Tensor, group: Mapping[str, Any]) -> float:
+        """The factor of the weight that its decay leaves."""
+        return 1 - group["lr"] * group["weight_decay"]
+
+    def divide(self, mean: Tensor, square: Tensor, eps: float, first: float, second: float) -> Tensor:
+        return mean / first / ((square / second).sqrt() + eps)
+
+
+def make_adamw(model: nn.Module, kind: Any = PlainAdamW) -> torch.optim.Optimizer:
+    return kind(model.parameters())
+
+
+class DropsDecay(PlainAdamW):
+    """DTensors have no weight decay."""
+
+    def kept(self, p: Tensor, group: Mapping[str, Any]) -> float:
+        return 1.0 if isinstance(p, DTensor) else super().kept(p, group)
+
+
+class DoublesDecay(PlainAdamW):
+    """DTensors have twice the weight decay."""
+
+    def kept(self, p: Tensor, group: Mapping[str, Any]) -> float:
+        return super().kept(p, group) ** (2 if isinstance(p, DTensor) else 1)
+
+
+class MuonWithoutDecay(torch.optim.Muon):
+    """DTensors have no weight decay."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            if isinstance(group["params"][0], DTensor):
+                group["weight_decay"] = 0.0
+        return super().step(closure)
+
+
+class IgnoresClosure(PlainAdamW):
+    def step(self, closure: Any = None) -> None:
+        super().step()
+
+
+class LateClosure(PlainAdamW):
+    """Calls the closure after the update, for the loss alone."""
+
+    def step(self, closure: Any = None) -> Any:
+        super().step()
+        return None if closure is None else closure()
+
+
+class LosesLoss(PlainAdamW):
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+
+
+class KeepsRate(PlainAdamW):
+    """A state dict does not bring its learning rate."""
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        rates = [group["lr"] for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+class ReadsRateOnce(PlainAdamW):
+    """The learning rate of the constructor is used, also in groups that have another."""
+
+    def update(self, p: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        super().update(p, gradient, {**group, "lr": self.defaults["lr"]})
+
+
+class ReadsRateOnceOnDTensors(PlainAdamW):
+    def update(self, p: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        rate = self.defaults["lr"] if isinstance(p, DTensor) else group["lr"]
+        super().update(p, gradient, {**group, "lr": rate})
+
+
+class MergesGroups(PlainAdamW):
+    """All groups have the settings of the first one."""
+
+    def update(self, p: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        super().update(p, gradient, self.param_groups[0])
+
+
+class LeavesOutGroup(PlainAdamW):
+    """Only the first group moves."""
+
+    def update(self, p: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        if group is self.param_groups[0]:
+            super().update(p, gradient, group)
+
+
+class LeavesOutLast(PlainAdamW):
+    """The last matrix of a group does not move."""
+
+    def update(self, p: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        if p is not group["params"][-1]:
+            super().update(p, gradient, group)
+
+
+class ClipsGradient(PlainAdamW):
+    """The gradient is halved in place."""
+
+    def update(self, p: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        super().update(p, gradient.mul_(0.5), group)
+
+
+class WritesData(PlainAdamW):
+    """Weights change through p.data, which autograd does not notice."""
+
+    def update(self, p: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        after = nn.Parameter(p.detach().clone())
+        self.state[after] = self.state[p]
+        super().update(after, gradient, group)
+        del self.state[after]
+        p.data.copy_(after)
+
+
+class TakesNoneForZero(PlainAdamW):
+    """A parameter without a gradient moves on with its momentum."""
+
+    def step(self, closure: Any = None) -> Any:
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is None):
+            p.grad = torch.zeros_like(p)
+        return super().step(closure)
+
+
+class LeavesGradients(PlainAdamW):
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Leave the gradients, to which the next backward pass adds."""
+
+
+class WithoutCorrection(PlainAdamW):
+    """The second moment has no bias correction."""
+
+    def divide(self, mean: Tensor, square: Tensor, eps: float, first: float, second: float) -> Tensor:
+        return super().divide(mean, square, eps, first, 1.0)
+
+
+class EpsInRoot(PlainAdamW):
+    """ε is added within the root."""
+
+    def divide(self, mean: Tensor, square: Tensor, eps: float, first: float, second: float) -> Tensor:
+        return mean / first / (square / second + eps).sqrt()
+
+
+class OtherBeta(PlainAdamW):
+    """β₂ is 0.99, whatever its group has."""
+
+    def update(self, p: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        super().update(p, gradient, {**group, "betas": (group["betas"][0], 0.99)})
+
+
+def make_early_adamw(model: nn.Module) -> torch.optim.AdamW:
+    """PyTorch's own class, whose steps are counted from 0 again each time: a wrong bias correction."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    optimizer.register_step_pre_hook(_count_from_zero)
+    return optimizer
+
+
+def _count_from_zero(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for state in optimizer.state.values():
+        state["step"].zero_()
+
+
+def make_sgd_of_halved_momentum(model: nn.Module) -> torch.optim.SGD:
+    """PyTorch's own class, whose momenta are halved after each step."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    optimizer.register_step_post_hook(_halve_momenta)
+    return optimizer
+
+
+def _halve_momenta(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for state in optimizer.state.values():
+        state["momentum_buffer"].mul_(0.5)
+
+
+def make_muon_of_doubled_rate(model: nn.Module) -> torch.optim.Muon:
+    """PyTorch's own class, with twice its learning rate in each step."""
+    optimizer = torch.optim.Muon(model.parameters(), lr=0.05)
+    optimizer.register_step_pre_hook(_double_rate)
+    optimizer.register_step_post_hook(_halve_rate)
+    return optimizer
+
+
+def _double_rate(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] *= 2
+
+
+def _halve_rate(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] /= 2

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from torchpar.errors import ConfigError
 from torchpar.optim import Muon
-from torchpar.testing import SITUATIONS, Conformance, Row, check_optimizer, optimizers
+from torchpar.testing import SITUATIONS, Conformance, Formula, Row, check_optimizer, optimizers
 
 
 def make_muon(
@@ -132,6 +132,115 @@ def test_faults_are_found(ranks, monkeypatch, make, situation, verdict, detail):
     assert detail in row.detail
 
 
+# Faults that the first three steps of small weights, with one group and one learning rate, do not show.
+SILENT = [
+    (faulty.DropsDecay, "fully_shard on 2 ranks", "large weights: update off by"),
+    (faulty.DoublesDecay, "Shard(1)", "large weights: update off by"),
+    (faulty.MuonWithoutDecay, "Shard(0)", "large weights: update off by"),
+    (faulty.IgnoresClosure, "closure", "step(closure) does not call the closure"),
+    (faulty.LateClosure, "closure", "update off by"),
+    (faulty.LosesLoss, "closure", "step(closure) does not return the loss"),
+    (faulty.KeepsRate, "state dict", "update off by"),
+    (faulty.ReadsRateOnce, "learning rate schedule", "a change of group['lr'] changes nothing for square"),
+    (faulty.ReadsRateOnce, "two groups", "a change of group['lr'] changes nothing for"),
+    (faulty.ReadsRateOnceOnDTensors, "fully_shard, two groups and a schedule", "update off by"),
+    (faulty.MergesGroups, "two groups", "update off by"),
+    (faulty.LeavesOutGroup, "two groups", "update off by"),
+    (faulty.LeavesOutLast, "whole", "flat does not move"),
+    (faulty.ClipsGradient, "whole", "the step changes the gradient of square"),
+    (faulty.WritesData, "version counters", "autograd does not notice that square changes"),
+    (faulty.TakesNoneForZero, "no gradient in a step", "square moves without a gradient"),
+    (faulty.LeavesGradients, "whole", "zero_grad leaves the gradient of square"),
+]
+
+
+@pytest.mark.parametrize("kind, situation, detail", SILENT)
+def test_silent_faults_are_found(ranks, kind, situation, detail):
+    (row,) = check_optimizer(partial(faulty.make_adamw, kind=kind), situation, ranks=ranks)
+    assert (row.verdict, detail in row.detail) == ("wrong", True), row
+
+
+@pytest.mark.parametrize(
+    "make, situation, expected",
+    [
+        (partial(faulty.make_adamw, kind=faulty.WithoutCorrection), "whole", torch.optim.AdamW),
+        (partial(faulty.make_adamw, kind=faulty.OtherBeta), "whole", torch.optim.AdamW),
+        (partial(faulty.make_adamw, kind=faulty.EpsInRoot), "tiny gradients", torch.optim.AdamW),
+        # The classes of PyTorch have a formula of their own.
+        (faulty.make_early_adamw, "whole", None),
+        (faulty.make_sgd_of_halved_momentum, "whole", None),
+        (faulty.make_muon_of_doubled_rate, "whole", None),
+    ],
+)
+def test_an_own_step_is_compared_with_its_formula(ranks, make, situation, expected):
+    (row,) = check_optimizer(make, situation, reference=expected, ranks=ranks)
+    assert row.verdict == "wrong", row
+    assert "own step off" in row.detail
+
+
+def of_torch(model: nn.Module, kind: Any, **own: Any) -> torch.optim.Optimizer:
+    return kind(model.parameters(), **own)
+
+
+RIGHT = [
+    partial(of_torch, kind=torch.optim.SGD, lr=0.01, momentum=0.9, nesterov=True, weight_decay=0.01),
+    partial(of_torch, kind=torch.optim.SGD, lr=0.01, momentum=0.9, dampening=0.1, maximize=True),
+    partial(of_torch, kind=torch.optim.Adam, weight_decay=0.01, amsgrad=True),
+    partial(of_torch, kind=torch.optim.AdamW, foreach=True, maximize=True),
+    partial(of_torch, kind=torch.optim.AdamW, lr=torch.tensor(0.01)),
+    partial(of_torch, kind=torch.optim.AdamW, fused=True),
+    partial(of_torch, kind=torch.optim.Muon, lr=0.05, adjust_lr_fn="match_rms_adamw"),
+]
+OF_VIEWS = ["fused query, key and value"]  # which make has no argument for
+ONE_PROCESS = [
+    name for name, one in SITUATIONS.items() if one.ranks == 1 and not one.orthogonal and name not in OF_VIEWS
+]
+
+
+@pytest.mark.parametrize("make", RIGHT, ids=lambda make: "-".join(map(str, make.keywords.values())))
+@pytest.mark.parametrize(
+    "names", [["whole", "two groups"], pytest.param(ONE_PROCESS, marks=pytest.mark.slow)], ids=["some", "all"]
+)
+def test_the_optimizers_of_pytorch_follow_their_formulas(ranks, make, names):
+    rows = check_optimizer(make, names, ranks=ranks)
+    # PyTorch's fused steps do not count versions: a later backward pass takes the new weights for the old.
+    wrong = ["version counters"] if "fused" in make.keywords and "version counters" in names else []
+    assert [row.situation for row in rows if row.verdict not in optimizers.RIGHT] == wrong, rows
+    assert rows[0].compared_with == f"own step, {make.keywords['kind'].__name__} in float64"
+
+
+@pytest.mark.parametrize("expected", [torch.optim.AdamW, pytest.param(None, marks=pytest.mark.slow)])
+def test_a_plain_adamw_conforms(ranks, expected):
+    names = dict.fromkeys(name for _, name, _ in SILENT) | {"tiny gradients": None}
+    rows = check_optimizer(faulty.make_adamw, names, reference=expected, ranks=ranks)
+    rows.assert_conforms()
+    compared = "own step" if expected is None else "own step, AdamW in float64"
+    assert {row.compared_with for row in rows} == {compared}
+
+
+def test_a_formula_of_ones_own(ranks):
+    for step, verdict in (sign_step, "same bits"), (half_sign_step, "wrong"):
+        (row,) = check_optimizer(make_sign, "whole", reference=Formula("sign", step), ranks=ranks)
+        assert (row.verdict, row.compared_with) == (verdict, "own step, sign in float64"), row
+
+
+class Sign(faulty.PlainAdamW):
+    def update(self, p: Tensor, gradient: Tensor, group: Any) -> None:
+        p.sub_(group["lr"] * gradient.sign())
+
+
+def make_sign(model: nn.Module) -> torch.optim.Optimizer:
+    return Sign(model.parameters())
+
+
+def sign_step(weight: Tensor, gradient: Tensor, state: Any, settings: Any) -> Tensor:
+    return weight - settings["lr"] * gradient.sign()
+
+
+def half_sign_step(weight: Tensor, gradient: Tensor, state: Any, settings: Any) -> Tensor:
+    return weight - settings["lr"] / 2 * gradient.sign()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [make for make, *_ in RECONSTRUCTED if make is not faulty.make])
 def test_no_fault_is_found_on_whole_matrices(ranks, make):
@@ -150,11 +259,13 @@ def test_a_plain_muon_conforms(ranks):
 
 
 def test_the_table():
-    table = Conformance([Row("whole", "same bits", 0.0, 0.02, 0.0), Row("DDP", "refuses", detail="no")])
+    table = Conformance(
+        [Row("whole", "same bits", "own step", 0.0, 0.02, 0.0), Row("DDP", "refuses", detail="no")]
+    )
     assert str(table).splitlines() == [
-        "situation  verdict    update error  rounding  scale error  detail",
-        "whole      same bits  0             2.0e-02   0",
-        "DDP        refuses                                         no",
+        "situation  verdict    compared with  update error  rounding  scale error  detail",
+        "whole      same bits  own step       0             2.0e-02   0",
+        "DDP        refuses                                                        no",
     ]
     assert table.rows[1]["verdict"] == "refuses"
     table.assert_conforms()
@@ -171,6 +282,8 @@ def test_what_cannot_be_run_is_refused():
         check_optimizer(make_muon, ["none"])
     with pytest.raises(ConfigError, match=r"cannot import make .*expected a module-level function or class"):
         check_optimizer(lambda model: make_muon(model), "whole")
+    with pytest.raises(ConfigError, match=r"reference is <class 'int'>, expected .* torch.optim.sgd.SGD, "):
+        check_optimizer(make_muon, "whole", reference=int)
     for make, message in (make_muon, "no situation"), (torch.optim.SGD([torch.zeros(1)]), "is of type SGD"):
         with pytest.raises(ConfigError, match=message):
             check_optimizer(make, ["polar factor"], orthogonal=False)

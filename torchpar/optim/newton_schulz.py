@@ -104,7 +104,7 @@ def orthogonalize(
         raise ValueError(f"orthogonalize: x is {tuple(x.shape)} {x.dtype}, expected floating (*, n, m)")
     if ns not in get_args(NewtonSchulz):
         raise ValueError(f"orthogonalize: ns is {ns!r}, expected 'auto', 'standard' or 'gram'")
-    triples = _coefficients_per_step(coefficients, steps)
+    triples = coefficients_per_step(coefficients, steps)
     if x.dim() > 3:
         return orthogonalize(x.flatten(0, -3), coefficients, steps, eps, ns).view(x.shape)
     if x.shape[-2] > x.shape[-1]:
@@ -119,7 +119,7 @@ def orthogonalize(
     return x.to(torch.bfloat16)
 
 
-def _coefficients_per_step(coefficients: Coefficients, steps: int) -> list[Triple]:
+def coefficients_per_step(coefficients: Coefficients, steps: int) -> list[Triple]:
     """The triple of each of ``steps`` iterations."""
     if not isinstance(steps, int) or not 0 <= steps < 100:
         raise ValueError(f"orthogonalize: steps is {steps}, expected 0 to 99")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchpar.testing.case import Sample
+    from torchpar.testing.formulas import Formula
     from torchpar.testing.operators import OperatorTable, check_operator
     from torchpar.testing.optimizers import Conformance, Row, check_optimizer
     from torchpar.testing.situations import SITUATIONS
@@ -16,13 +17,23 @@ if TYPE_CHECKING:
 _MODULES = {
     "SITUATIONS": "situations",
     "Conformance": "optimizers",
+    "Formula": "formulas",
     "OperatorTable": "operators",
     "Row": "optimizers",
     "Sample": "case",
     "check_operator": "operators",
     "check_optimizer": "optimizers",
 }
-__all__ = ["SITUATIONS", "Conformance", "OperatorTable", "Row", "Sample", "check_operator", "check_optimizer"]
+__all__ = [
+    "SITUATIONS",
+    "Conformance",
+    "Formula",
+    "OperatorTable",
+    "Row",
+    "Sample",
+    "check_operator",
+    "check_optimizer",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Compare an optimizer in many situations with its own step on whole matrices, and judge the differences."""
+"""Compare an optimizer in many situations with its own step and its formula, and judge the differences."""
 
 import dis
 import logging
@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +20,20 @@ from torchpar.errors import ConfigError
 from torchpar.optim.assign import aligned
 from torchpar.optim.newton_schulz import COEFFICIENTS
 from torchpar.parallel.launch.local import Ranks
+from torchpar.testing.formulas import FORMULAS, ByFormula, Formula, formula_of
 from torchpar.testing.situations import SITUATIONS
-from torchpar.testing.trial import FAMILIES, Array, Failure, Layers, Make, Record, Trial
+from torchpar.testing.trial import (
+    FAMILIES,
+    Array,
+    Failure,
+    Layers,
+    Make,
+    Record,
+    Trial,
+    halves,
+    multiply_rates,
+    other_settings,
+)
 
 RIGHT = ("same bits", "equal up to rounding")
 FAULTS = ("wrong", "hangs", "crashes")
@@ -33,6 +45,7 @@ DRAWS = 8  # of rounded gradients
 FACTOR = 4.0
 # An update may itself be rounded to bfloat16, by any optimizer.
 BFLOAT16 = float(torch.finfo(torch.bfloat16).eps)
+FLOAT32 = float(torch.finfo(torch.float32).eps)
 
 Key = tuple[str, ...]  # the family of gradients, and the names of matrices
 Weights = dict[str, list[Array]]
@@ -45,6 +58,8 @@ class Row:
     Attributes:
         verdict: "same bits", "equal up to rounding", "refuses", "wrong", "hangs", "crashes" or "not
             applicable".
+        compared_with: what is right: the optimizer's own step on whole matrices, also a formula in float64,
+            or the polar factor. Empty if nothing was compared.
         update_error: ‖Δ − Δ_ref‖ / ‖Δ_ref‖ of the worst matrix, with gradients of full rank. For the polar
             factor, the sine of the angle.
         rounding: the change of Δ_ref that rounding the gradients makes. For the polar factor, the largest
@@ -55,6 +70,7 @@ class Row:
 
     situation: str
     verdict: str
+    compared_with: str = ""
     update_error: float | None = None
     rounding: float | None = None
     scale_error: float | None = None
@@ -77,7 +93,9 @@ class Conformance(list[Row]):
             raise AssertionError(f"none of {len(self)} situations was compared\n{self}")
 
     def __str__(self) -> str:
-        table = [["situation", "verdict", "update error", "rounding", "scale error", "detail"]]
+        table = [
+            ["situation", "verdict", "compared with", "update error", "rounding", "scale error", "detail"]
+        ]
         table += [[_cell(value) for value in row.values()] for row in self.rows]
         return aligned(table)
 
@@ -92,12 +110,14 @@ def check_optimizer(
     *,
     timeout: float = 60.0,
     orthogonal: bool = True,
+    reference: Formula | type[torch.optim.Optimizer] | None = None,
     ranks: Ranks | None = None,
 ) -> Conformance:
     """Try an optimizer in many situations, on gloo ranks on this machine's CPU.
 
     An update Δ of each situation is compared with Δ_ref, that of the same optimizer's step on whole matrices
     on one process, with the same gradients. It may differ by four times what rounding the gradients changes.
+    That step is itself compared with the formula in float64 of ``reference``, where the weights are float32.
     Ranks are processes that import the caller's main module: a script needs ``if __name__ == "__main__":``.
 
     Args:
@@ -107,10 +127,14 @@ def check_optimizer(
         situations: names from `SITUATIONS`, or one; by default all.
         timeout: seconds for each situation, after which its ranks count as hanging.
         orthogonal: whether to try what can be asked only of optimizers that orthogonalise.
+        reference: a `Formula`, or the optimizer of PyTorch whose formula it shall follow: SGD, Adam, AdamW or
+            Muon of `torch.optim`. By default that of its own class, if it is exactly one of these, or
+            `torchpar.optim.Muon`. Any other is compared with itself alone.
         ranks: an open pool, which other calls use, too. Otherwise the processes end with the call.
 
     Raises:
-        ConfigError: no situation, or an unknown one; a ``make`` that the ranks cannot import or call.
+        ConfigError: no situation, or an unknown one; an unknown ``reference``; a ``make`` that the ranks
+            cannot import or call.
     """
     if not callable(make):
         raise ConfigError(f"make is of type {type(make).__name__}, expected a function that gets a model")
@@ -121,14 +145,18 @@ def check_optimizer(
     names = [name for name in names if orthogonal or not SITUATIONS[name].orthogonal]
     if not names:
         raise ConfigError("no situation is left, expected names of testing.SITUATIONS, or None for all")
+    if not isinstance(reference, Formula) and reference not in (None, *FORMULAS):
+        known = ", ".join(f"{kind.__module__}.{kind.__qualname__}" for kind in FORMULAS)
+        raise ConfigError(f"reference is {reference!r}, expected a testing.Formula, or one of {known}")
     with Ranks() if ranks is None else nullcontext(ranks) as pool:
         try:
-            made = pickle.dumps(make)
+            made = pickle.dumps((make, reference))
             pool(1, pickle.loads, made)
         except Exception as e:
             raise ConfigError(
-                f"the ranks cannot import make ({e}); expected a module-level function or class, or a "
-                "functools.partial of one, and in a script `if __name__ == '__main__':` around the call"
+                f"the ranks cannot import make or reference ({e}); expected a module-level function or "
+                "class, or a functools.partial of one, and in a script `if __name__ == '__main__':` around "
+                "the call"
             ) from e
         return Conformance(_row(pool, name, made, timeout) for name in names)
 
@@ -192,40 +220,158 @@ def _try(name: str, made: bytes, folder: str, earlier: dict[Key, Record]) -> dic
         for family in FAMILIES:
             torch.manual_seed(0)
             record = records.setdefault(family, Record())
-            trial = Trial(pickle.loads(made), record, family, Path(folder) / family, **situation.setup)
+            trial = Trial(pickle.loads(made)[0], record, family, Path(folder) / family, **situation.setup)
             situation.run(trial)
     return records
 
 
-def _follow(name: str, made: bytes, records: list[Record]) -> list[tuple[Weights, ...]]:
-    """The weights of the same steps on whole matrices: with the same gradients, then with rounded ones."""
+class Steps(NamedTuple):
+    """The weights of a record's steps on whole matrices, and those with rounded gradients."""
 
-    def draw(number: int) -> list[Weights]:
-        return [_weights(pickle.loads(made), SITUATIONS[name].setup, record, number) for record in records]
+    exact: Weights
+    rounded: list[Weights]
 
+
+class References(NamedTuple):
+    """The same steps as a situation's, on whole matrices on one process, for each record.
+
+    Attributes:
+        own: by the optimizer; rounded only if the bits differ.
+        formula: by a formula in float64, or None.
+        name: of the formula.
+        precision: the relative rounding error of the formula's dtype.
+        unchanged: by the optimizer without the situation's change of learning rates, or None.
+        changed: the matrices whose learning rates change.
+    """
+
+    own: list[Steps]
+    formula: list[Steps] | None
+    name: str
+    precision: float
+    unchanged: list[Weights] | None
+    changed: list[set[str]]
+
+
+class Together:
+    """Several optimizers of one model."""
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer]):
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
+def _follow(name: str, made: bytes, records: list[Record]) -> References:
+    """The same steps on whole matrices: with the same gradients, then with rounded ones."""
+    reference = pickle.loads(made)[1]
+    setup = SITUATIONS[name].setup
     with _failures():
-        exact = draw(0)
+        follow = Follower(pickle.loads(made)[0], setup, reference)
+        exact = [follow.weights(record) for record in records]
         pairs = zip(records, exact, strict=True)
         differ = any(not np.array_equal(one.weights[name], of[name]) for one, of in pairs for name in of)
         # Where all bits are the same, their rounding does not matter.
-        return list(zip(exact, *map(draw, range(1, 1 + DRAWS * differ)), strict=True))
+        own = [
+            Steps(of, [follow.weights(record, draw) for draw in range(1, 1 + DRAWS * differ)])
+            for record, of in zip(records, exact, strict=True)
+        ]
+        formula = None
+        if follow.formula and setup.get("dtype", torch.float32) == torch.float32:
+            formula = [
+                Steps(
+                    follow.weights(record, by_formula=True),
+                    [follow.weights(record, draw, by_formula=True) for draw in range(1, 1 + DRAWS)],
+                )
+                for record in records
+            ]
+        changes = "rates" in setup or "groups" in setup
+        unchanged = [follow.weights(record, unchanged=True) for record in records] if changes else None
+        label, precision = (follow.formula.name, follow.precision) if follow.formula else ("", 0.0)
+        return References(own, formula, label, precision, unchanged, [*map(follow.changed, records)])
 
 
-def _weights(make: Make, setup: Mapping[str, Any], record: Record, draw: int) -> Weights:
-    trial = Trial(make, Record(), **{**setup, "views": {}})
-    model = Layers({name: torch.from_numpy(of[0]).to(trial.dtype) for name, of in record.weights.items()})
-    optimizer = trial.optimizer(model)
-    generator = torch.Generator().manual_seed(draw)
-    torch.manual_seed(0)
-    for step in trial.steps(model, optimizer):
-        for p, gradients in zip(model.parameters(), record.gradients.values(), strict=True):
-            if gradients[step] is not None:
-                g = torch.from_numpy(gradients[step]) / trial.factor
-                if draw:  # an error of at most one rounding to bfloat16, also where the dtype is bfloat16
-                    g = g * (1 + BFLOAT16 * (torch.rand(g.shape, generator=generator) - 0.5))
-                # A backward pass, because an optimizer may have hooks in it.
-                torch.autograd.backward(p, g.to(trial.dtype))
-    return trial.record.weights
+class Follower:
+    """Takes the steps of a situation on whole matrices, by an optimizer or by its formula."""
+
+    def __init__(self, make: Make, setup: Mapping[str, Any], reference: Any):
+        self.make, self.setup = make, setup
+        self.formula: Formula | None = reference if isinstance(reference, Formula) else None
+        self.defaults: Mapping[str, Any] = {}
+        trial = self._trial()
+        kind = reference or type(trial.optimizer(trial.model()))
+        if self.formula is None and (found := formula_of(kind)):
+            self.formula, self.defaults = found
+        self.precision = float(torch.finfo(self.formula.dtype).eps) if self.formula else 0.0
+
+    def weights(
+        self, record: Record, draw: int = 0, by_formula: bool = False, unchanged: bool = False
+    ) -> Weights:
+        """The weights, with the gradients of a record.
+
+        Args:
+            draw: of rounded gradients, or 0.
+            unchanged: whether to leave out the situation's change of learning rates.
+        """
+        trial = self._trial()
+        weights = {name: torch.from_numpy(of[0]) for name, of in record.weights.items()}
+        model = Layers({name: weight.to(trial.dtype) for name, weight in weights.items()})
+        torch.manual_seed(0)
+        optimizer: Any = self._make(model, unchanged)
+        if by_formula:
+            assert self.formula is not None
+            for parameter in model.parameters():
+                parameter.data = parameter.data.double()
+            optimizer = ByFormula(optimizer.param_groups, self.formula, self.defaults)
+        generator = torch.Generator().manual_seed(draw)
+        torch.manual_seed(0)
+        rounding = self.precision if by_formula else BFLOAT16
+        rate = 1.0
+        for step in trial.steps(model, optimizer):
+            if trial.rates and not unchanged:
+                multiply_rates(optimizer, trial.rates[step] / rate)
+                rate = trial.rates[step]
+            for p, gradients in zip(model.parameters(), record.gradients.values(), strict=True):
+                if gradients[step] is None:
+                    p.grad = None  # zero_grad may have left zeros
+                else:
+                    g = torch.from_numpy(gradients[step]) / trial.factor
+                    if draw:  # an error of at most one rounding, to bfloat16 also where the dtype is bfloat16
+                        g = g * (1 + rounding * (torch.rand(g.shape, generator=generator) - 0.5))
+                    # A backward pass, because an optimizer may have hooks in it.
+                    torch.autograd.backward(p, g.to(p.dtype))
+        return trial.record.weights
+
+    def changed(self, record: Record) -> set[str]:
+        """The matrices whose learning rates the situation changes."""
+        model = Layers({name: torch.from_numpy(of[0]) for name, of in record.weights.items()})
+        groups = self._make(model).param_groups
+        if any("lr" not in group for group in groups):
+            return set()
+        layers = model if "rates" in self.setup else halves(model)[1]
+        return {name for name, _ in layers.named_children()}
+
+    def _trial(self) -> Trial:
+        return Trial(self.make, Record(), **{**self.setup, "views": {}, "groups": False})
+
+    def _make(self, model: Layers, unchanged: bool = False) -> Any:
+        """The optimizer; an optimizer for each of two groups, which neither can confuse with the other."""
+        trial = self._trial()
+        if not self.setup.get("groups"):
+            return trial.optimizer(model)
+        first, second = map(trial.optimizer, halves(model))
+        for group in second.param_groups:
+            group.update(other_settings(group) | ({"lr": group["lr"]} if unchanged else {}))
+        return Together([first, second])
 
 
 # On the process that asks
@@ -245,7 +391,7 @@ def _check(outcomes: list[Any], one_may_refuse: bool = False) -> None:
         else:
             continue
         ranks.setdefault(verdict, {})[rank] = message
-    for verdict in ("not applicable", "crashes", "refuses", "hangs"):
+    for verdict in ("not applicable", "crashes", "wrong", "refuses", "hangs"):
         if verdict in ranks:
             rank, message = next(iter(ranks[verdict].items()))
             if len(ranks[verdict]) == len(outcomes):
@@ -280,27 +426,74 @@ def _errors(weights: list[Array], reference: list[Array]) -> Array:
     return errors
 
 
-def _judge(name: str, records: dict[Key, Record], references: list[tuple[Weights, ...]]) -> Row:
+def _judge(name: str, records: dict[Key, Record], references: References) -> Row:
     """Judge each matrix by its own rounding; the row shows the worst one of full rank."""
-    wholes = [weights for exact, *_ in references for weights in exact.values()]
-    if all(np.array_equal(weights[0], weights[-1]) for weights in wholes):
-        raise Failure("wrong", "no weight moves")
+    _check_moves(records, references)
+    compared = "own step"
+    if references.formula is not None:
+        compared += f", {references.name} in float64"
     found: list[Any] = []
-    for ((family, *_), record), (exact, *rounded) in zip(records.items(), references, strict=True):
-        if not rounded:
-            return Row(name, "same bits", 0.0, None, 0.0)
+    for ((family, *_), record), (exact, rounded) in zip(records.items(), references.own, strict=True):
         for matrix, weights in record.weights.items():
             errors = _errors(weights, exact[matrix])
-            rounding = np.max([_errors(draw[matrix], exact[matrix]) for draw in rounded], axis=0)
+            drawn = [_errors(draw[matrix], exact[matrix]) for draw in rounded]
+            rounding = np.max([np.zeros(2), *drawn], axis=0)
             excess = float(max(errors / (FACTOR * rounding + BFLOAT16)))
             found.append((excess, family, matrix, *map(float, (*errors, rounding[0]))))
-    full, low = (max(one for one in found if one[1] == family) for family in FAMILIES)
+    full, low = (max(one for one in found if one[1] == family) for family in FAMILIES[:2])
     numbers = full[3], full[5], full[4]
     excess, family, matrix, error, scale, rounded_error = max(found)
-    if excess <= 1:
-        return Row(name, "equal up to rounding", *numbers, f"low rank: {low[3]:.1e} of {low[5]:.1e}")
-    detail = f"{matrix}, {family}: update off by {error:.1e} (rounding {rounded_error:.1e})"
-    return Row(name, "wrong", *numbers, f"{detail}, its norm by {scale:.1e}")
+    if excess > 1:
+        detail = f"{matrix}, {family}: update off by {error:.1e} (rounding {rounded_error:.1e})"
+        return Row(name, "wrong", compared, *numbers, f"{detail}, its norm by {scale:.1e}")
+    if detail := _off_formula(records, references):
+        return Row(name, "wrong", compared, *numbers, detail)
+    if not references.own[0].rounded:
+        return Row(name, "same bits", compared, 0.0, None, 0.0)
+    low_rank = f"low rank: {low[3]:.1e} of {low[5]:.1e}"
+    return Row(name, "equal up to rounding", compared, *numbers, low_rank)
+
+
+def _check_moves(records: dict[Key, Record], references: References) -> None:
+    """Raise a Failure if a weight does not move, or not as its settings demand."""
+    for record, (exact, _) in zip(records.values(), references.own, strict=True):
+        still = [
+            name
+            for name, of in exact.items()
+            if np.array_equal(of[0], of[-1]) and any(g is not None for g in record.gradients[name])
+        ]
+        if still:
+            only_some = len(still) < len(exact)
+            raise Failure("wrong", f"{still[0]} does not move" if only_some else "no weight moves")
+    for unchanged, changed, (exact, _) in zip(
+        references.unchanged or (), references.changed, references.own, strict=False
+    ):
+        for name in exact:
+            if name in changed and np.array_equal(exact[name][-1], unchanged[name][-1]):
+                raise Failure("wrong", f"a change of group['lr'] changes nothing for {name}")
+
+
+def _off_formula(records: dict[Key, Record], references: References) -> str:
+    """What is wrong with the optimizer's own step, by its formula, or "".
+
+    Besides the formula's rounding, the weights are rounded: to float32, about twice in a step.
+    """
+    worst, detail = 1.0, ""
+    own = (exact for exact, _ in references.own)
+    for (family, *_), weights, (exact, rounded) in zip(records, own, references.formula or (), strict=False):
+        for matrix, right in exact.items():
+            errors = _errors(weights[matrix], right)
+            drawn = np.max([_errors(draw[matrix], right) for draw in rounded], axis=0)
+            moves = [np.linalg.norm(update) for update in np.diff(right, axis=0) if update.any()]
+            stored = (
+                FLOAT32 * max(map(float, map(np.linalg.norm, right))) / min(map(float, moves), default=1.0)
+            )
+            excess = float(max(errors / (FACTOR * (drawn + stored) + references.precision)))
+            if excess > worst:
+                worst = excess
+                detail = f"{matrix}, {family}: own step off {references.name}'s formula by {errors[0]:.1e}"
+                detail += f" (rounding {drawn[0]:.1e}), its norm by {errors[1]:.1e}"
+    return detail
 
 
 def _judge_polar(name: str, records: dict[Key, Record]) -> Row:
@@ -330,5 +523,5 @@ def _judge_polar(name: str, records: dict[Key, Record]) -> Row:
         detail = f"{matrix}: cosine {cosine:.3f}, expected at least {bound:.3f}; singular values "
         detail += f"{values[-1] / median:.2f} to {values[0] / median:.2f} of their median"
         verdict = "equal up to rounding" if is_right else "wrong"
-        rows.append(Row(name, verdict, sine, largest, detail=detail))
+        rows.append(Row(name, verdict, "polar factor", sine, largest, detail=detail))
     return max(rows, key=lambda row: (row.verdict == "wrong", row.update_error))

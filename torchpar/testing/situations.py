@@ -19,9 +19,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
 
 from torchpar.parallel.split.layers import ColumnParallelLinear, RowParallelLinear
-from torchpar.testing.trial import SHAPES, STEPS, Failure, Trial
+from torchpar.testing.trial import SHAPES, STEPS, Failure, Trial, multiply_rates
 
 
 def trained(
@@ -30,6 +31,7 @@ def trained(
     micro_batches: int = 1,
     replica: int = 1,
     optimizer_first: bool = False,
+    without: Sequence[int] = (),
     **options: Any,
 ) -> None:
     """Train a model that ``wrap`` changes.
@@ -37,16 +39,29 @@ def trained(
     Args:
         micro_batches: of each rank's share of the batch, whose gradients are added.
         replica: the ranks that share a model, and get the same samples.
+        without: the steps in which a matrix has no gradient.
         options: of the optimizer.
     """
     model: Any = trial.model()
     early = trial.optimizer(model, **options) if optimizer_first else None
     model = wrap(model)
     rank, ranks = dist.get_rank() // replica, dist.get_world_size() // replica
-    for step in trial.steps(model, early or trial.optimizer(model, **options)):
+    optimizer = early or trial.optimizer(model, **options)
+    scheduler = scheduled(trial, optimizer) if trial.rates else None
+    for step in trial.steps(model, optimizer):
+        if scheduler and step:
+            scheduler.step()
         for i in range(micro_batches):
             batch = trial.batch(step, micro_batches * rank + i, micro_batches * ranks)
             (trial.factor * model(batch)).backward()
+        if step in without:
+            lose_gradient(model)
+
+
+def scheduled(trial: Trial, optimizer: torch.optim.Optimizer) -> LambdaLR:
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise Failure("not applicable", "the groups of the optimizer have no lr")
+    return LambdaLR(optimizer, lambda step: trial.rates[step])
 
 
 def sharing_work(trial: Trial) -> None:
@@ -106,14 +121,26 @@ def closure(trial: Trial) -> None:
     if "closure" not in inspect.signature(optimizer.step).parameters:
         raise Failure("not applicable", "step has no argument closure")
 
+    calls: list[int] = []
+
     def loss() -> Tensor:
+        calls.append(step)
         optimizer.zero_grad()
         value: Tensor = model(trial.batch(step))
         value.backward()
         return value
 
-    for step in trial.steps(model, optimizer, loss):
+    def leave_others() -> None:
+        optimizer.zero_grad()
+        model(trial.batch(step + 1)).backward()
+
+    # The gradients of the closure are recorded. Right before the step there are those of another batch.
+    for step in trial.steps(model, optimizer, loss, stale=leave_others):
         model(trial.batch(step)).backward()
+    if not calls:
+        raise Failure("wrong", "step(closure) does not call the closure")
+    if trial.returned is None:
+        raise Failure("wrong", "step(closure) does not return the loss")
 
 
 def tied(trial: Trial) -> None:
@@ -129,11 +156,12 @@ def tied(trial: Trial) -> None:
 
 
 def resumed(trial: Trial) -> None:
-    """A state dict is loaded into a new optimizer of a new model."""
+    """A state dict, with a changed learning rate, is loaded into a new optimizer of a new model."""
     first, model = trial.model(), trial.model()
     saved = trial.optimizer(first)
     for step in trial.steps(first, saved, among=STEPS[:1]):
         first(trial.batch(step)).backward()
+    multiply_rates(saved, trial.rates[1])
     model.load_state_dict(first.state_dict())
     optimizer = trial.optimizer(model)
     optimizer.load_state_dict(copy.deepcopy(saved.state_dict()))
@@ -142,7 +170,7 @@ def resumed(trial: Trial) -> None:
 
 
 def checkpointed(trial: Trial) -> None:
-    """One phase saves a checkpoint, and the next one loads it on other ranks."""
+    """One phase saves a checkpoint, with a changed rate, and the next one loads it on other ranks."""
     model: Any = trial.model()
     part = dist.get_rank(), dist.get_world_size()
     if part[1] > 1:
@@ -156,6 +184,7 @@ def checkpointed(trial: Trial) -> None:
     for step in trial.steps(model, optimizer, among=STEPS[:1] if is_first else STEPS[1:]):
         model(trial.batch(step, *part)).backward()
     if is_first:
+        multiply_rates(optimizer, trial.rates[1])
         weights, state = get_state_dict(model, optimizer)
         save({"model": weights, "optimizer": state}, checkpoint_id=trial.folder)
 
@@ -244,6 +273,11 @@ PADDED = {"shapes": {"nine": (9, 6), "five": (5, 4)}}
 FEW_ROWS: dict[str, Any] = {"shapes": {"two": (2, 32), "one": (1, 20)}, "decades": 0.0}
 CONVOLUTIONS = {"shapes": {"square": (16, 3, 2, 2), "uneven": (5, 4, 3, 1)}}
 FUSED = {"shapes": {"qkv": (64, 32)}, "views": {"qkv.weight": lambda w: w.split([32, 16, 16])}}
+RESUMED: dict[str, Any] = {"rates": (1.0, 0.5, 0.5)}  # the rate is halved before the state is saved
+SCHEDULE: dict[str, Any] = {"rates": (1.0, 0.5, 2.0)}
+TWO_GROUPS: dict[str, Any] = {"groups": True}
+# Elements near 1e-8, as large as the usual ε. They move no weights but those of 0.
+TINY: dict[str, Any] = {"size": 1e-7, "scale": 0.0}
 HEADS = {"shapes": {"qkv": (60, 20)}, "views": {"qkv.weight": lambda w: w.view(12, 5, 20)}}
 
 
@@ -258,7 +292,12 @@ SITUATIONS = {
     "closure": Situation(closure),
     "tied weights": Situation(tied),
     "torch.compile": Situation(partial(trained, wrap=partial(torch.compile, backend="eager"))),
-    "state dict": Situation(resumed),
+    "state dict": Situation(resumed, setup=RESUMED),
+    "learning rate schedule": Situation(trained, setup=SCHEDULE),
+    "two groups": Situation(trained, setup=TWO_GROUPS),
+    "no gradient in a step": Situation(partial(trained, without=[1])),
+    "tiny gradients": Situation(trained, setup=TINY),
+    "version counters": Situation(trained, setup={"versions": True}),
     "fused query, key and value": Situation(trained, setup=FUSED),
     "DDP": Situation(partial(trained, wrap=DistributedDataParallel), 2),
     "DDP, sharing the work": Situation(sharing_work, 2),
@@ -273,6 +312,7 @@ SITUATIONS = {
     "fully_shard, convolutions": Situation(sharded, 2, CONVOLUTIONS),
     "fully_shard, heads": Situation(sharded, 2, HEADS),
     "fully_shard, accumulation": Situation(partial(sharded, micro_batches=3), 2),
+    "fully_shard, two groups and a schedule": Situation(sharded, 2, TWO_GROUPS | SCHEDULE),
     "fully_shard after the optimizer": Situation(partial(sharded, optimizer_first=True), 2, orthogonal=True),
     "Shard(0)": Situation(distributed, 2),
     "Shard(0) on 3 ranks": Situation(distributed, 3),
@@ -298,6 +338,6 @@ SITUATIONS = {
     "parallelize_module": Situation(partial(trained, wrap=parallelize, replica=2), 2),
     "fully_shard over parallelize_module": Situation(partial(trained, wrap=shard_parallelized, replica=2), 4),
     "pipeline stages": Situation(pipeline, 2),
-    "DCP, 2 ranks onto 3": Situation(checkpointed, (2, 3)),
-    "DCP, 2 ranks onto 1": Situation(checkpointed, (2, 1)),
+    "DCP, 2 ranks onto 3": Situation(checkpointed, (2, 3), RESUMED),
+    "DCP, 2 ranks onto 1": Situation(checkpointed, (2, 1), RESUMED),
 }

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 from zlib import crc32
 
 import numpy as np
@@ -20,7 +20,9 @@ from torchpar.parts import is_marked, part_of
 SHAPES = {"square": (32, 32), "tall": (64, 24), "wide": (24, 64), "uneven": (13, 10), "flat": (4, 20)}
 STEPS = range(3)
 # Muon's iterations amplify rounding where a gradient is singular, as that of a small batch is.
-FAMILIES = ("full rank", "low rank")
+FAMILIES = ("full rank", "low rank", "large weights")
+# Of the third family to the others: the decay of small weights hides in the rounding of their updates.
+LARGE = 320.0
 
 Array = np.ndarray[Any, Any]
 Batch = dict[str, tuple[Tensor, Tensor]]
@@ -53,6 +55,39 @@ class Layers(nn.Module):
         return sum((self.get_submodule(name)(x) * y).sum() for name, (x, y) in batch.items())
 
 
+def halves(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The first and the second half of a model's layers."""
+    layers = list(model.named_children())
+    half = (len(layers) + 1) // 2
+    return nn.ModuleDict(dict(layers[:half])), nn.ModuleDict(dict(layers[half:]))
+
+
+def named_layers(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The weights by their layers' names, also within a wrapper such as DistributedDataParallel."""
+    return [(path.split(".")[-2], p) for path, p in model.named_parameters()]
+
+
+def local(t: Tensor) -> Tensor:
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def other_settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that differ from those of a parameter group, of the arguments that most optimizers have."""
+    factors = {"lr": 0.5, "weight_decay": 3.0, "momentum": 0.9}
+    numbers = [key for key in factors if isinstance(group.get(key), int | float | Tensor)]
+    settings = {key: group[key] * factors[key] for key in numbers}
+    if "lr" not in settings:
+        raise Failure("not applicable", "the groups of the optimizer have no lr, a number")
+    return settings
+
+
+def multiply_rates(optimizer: Any, factor: float) -> None:
+    """Multiply the learning rates, as a scheduler does."""
+    for group in optimizer.param_groups:
+        if "lr" in group:
+            group["lr"] = group["lr"] * factor
+
+
 @dataclass
 class Record:
     """The weights before and after each step, and the gradients or None: whole matrices, in float64."""
@@ -61,19 +96,46 @@ class Record:
     gradients: dict[str, list[Any]] = field(default_factory=dict)
 
 
+class Before(NamedTuple):
+    """A parameter's local tensors before a step."""
+
+    weight: Tensor
+    grad: Tensor | None
+    version: int
+
+    @classmethod
+    def of(cls, p: Tensor) -> Self:
+        grad = None if p.grad is None else local(p.grad).clone()
+        return cls(local(p.detach()).clone(), grad, p._version)
+
+    def check(self, name: str, p: Tensor, has_closure: bool) -> None:
+        """Raise a Failure if a step changed what it must not change; a closure changes gradients."""
+        moves = not torch.equal(local(p.detach()).nan_to_num(), self.weight.nan_to_num())
+        if self.grad is None:
+            if moves:
+                raise Failure("wrong", f"{name} moves without a gradient")
+        elif p.grad is not None and not has_closure and not torch.equal(local(p.grad), self.grad):
+            raise Failure("wrong", f"the step changes the gradient of {name}")
+
+
 @dataclass
 class Trial:
     """What a situation needs on a rank.
 
     Attributes:
         record: that of the first phase, in the second one.
-        family: "full rank" or "low rank", the kind of gradients.
+        family: one of `FAMILIES`: gradients of full or of low rank, or of full rank with large weights.
         folder: a folder of all ranks, which is empty at first.
         decades: over which the singular values of a gradient are spread.
         scale: of the first weights.
+        size: of the largest singular value of a gradient.
         factor: of the gradients; the reference has them without it.
         views: the views that the optimizer gets, by the name of a parameter.
         options: further arguments of the optimizer, which the reference gets, too.
+        rates: factors of the learning rate, by step.
+        groups: whether the second half of the layers is a group with settings of its own, `other_settings`.
+        versions: whether autograd must notice each change of a weight.
+        returned: by the last step.
     """
 
     make: Make
@@ -84,14 +146,23 @@ class Trial:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: SHAPES)
     decades: float = 1.0
     scale: float = 0.05
+    size: float = 1.0
     factor: float = 1.0
     views: Mapping[str, Callable[[Tensor], Any]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    rates: Sequence[float] = ()
+    groups: bool = False
+    versions: bool = False
+    returned: Any = None
 
     def model(self) -> Layers:
         """The layers of `shapes`, the same on every rank."""
+        large = (
+            self.family == FAMILIES[2] and self.dtype == torch.float32
+        )  # bfloat16 would round updates away
+        scale = self.scale * LARGE if large else self.scale
         weights = {
-            name: self.scale * torch.randn(shape, generator=self._generator(name))
+            name: scale * torch.randn(shape, generator=self._generator(name))
             for name, shape in self.shapes.items()
         }
         return Layers({name: weight.to(self.dtype) for name, weight in weights.items()})
@@ -101,7 +172,16 @@ class Trial:
         options |= dict(self.options) | ({"views": dict(self.views)} if self.views else {})
         if unknown := options.keys() - inspect.signature(self.make).parameters:
             raise Failure("not applicable", f"make has no argument {min(unknown)}")
-        return self.make(model, **options)
+        if not self.groups:
+            return self.make(model, **options)
+        first, second = halves(model)
+        optimizer = self.make(first, **options)
+        group = optimizer.param_groups[0]
+        named = "param_names" in group
+        params = list(second.named_parameters() if named else second.parameters())
+        settings = {key: x for key, x in group.items() if key not in ("params", "param_names")}
+        optimizer.add_param_group({**settings, **other_settings(group), "params": params})
+        return optimizer
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> Batch:
         """Inputs and their weights in the loss: those of one of several ``parts`` of the samples."""
@@ -109,27 +189,44 @@ class Trial:
         return {name: (x[part::parts], y[part::parts]) for name, (x, y) in samples.items()}
 
     def steps(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, *closure: Any, among: Sequence[int] = STEPS
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *closure: Any,
+        among: Sequence[int] = STEPS,
+        stale: Callable[[], None] | None = None,
     ) -> Iterator[int]:
         """Take and record steps, whose gradients the body of a loop computes.
 
         for step in trial.steps(model, optimizer):
             model(trial.batch(step)).backward()
+
+        ``stale`` replaces the recorded gradients, which a closure is to compute again.
         """
         for step in among:
             optimizer.zero_grad()
+            if left := [
+                name for name, p in named_layers(model) if p.grad is not None and local(p.grad).any()
+            ]:
+                raise Failure("wrong", f"zero_grad leaves the gradient of {left[0]}")
             yield step
             if not self.record.weights:
                 self._append(self.record.weights, model)
             self._append(self.record.gradients, model, "grad")
-            optimizer.step(*closure)
+            before = {name: Before.of(p) for name, p in named_layers(model)}
+            if stale:
+                stale()
+            self.returned = optimizer.step(*closure)
+            for name, p in named_layers(model):
+                before[name].check(name, p, has_closure=bool(closure))
+                if self.versions and p._version == before[name].version:
+                    raise Failure("wrong", f"autograd does not notice that {name} changes, as by p.data")
             self._append(self.record.weights, model)
 
     def _append(self, record: dict[str, list[Any]], model: nn.Module, of: str = "data") -> None:
         """Append the whole matrices by the names of parameters, with numbers within one that has a view."""
-        for path, p in model.named_parameters():
-            # The layer's name, also within a wrapper such as DistributedDataParallel.
-            name, t = path.split(".")[-2], getattr(p, of)
+        for name, p in named_layers(model):
+            t = getattr(p, of)
             if isinstance(t, DTensor):
                 t = t.full_tensor()
             elif is_marked(p):
@@ -139,18 +236,20 @@ class Trial:
                 matrices = {f"{name}_{i}": matrix for i, matrix in enumerate(view(matrices[name]))}  # type: ignore[arg-type]
             for key, matrix in matrices.items():
                 # A tensor would travel between processes by shared memory.
-                record.setdefault(key, []).append(None if matrix is None else matrix.double().numpy())
+                record.setdefault(key, []).append(
+                    None if matrix is None else matrix.to(torch.float64, copy=True).numpy()
+                )
 
     def _samples(self, name: str, shape: tuple[int, ...], step: int) -> tuple[Tensor, Tensor]:
         """Inputs x and weights y with yᵀ·x = U·Σ·Vᵀ, where Σ is spread over `decades`."""
         n, m = shape[0], math.prod(shape[1:])
         generator = self._generator(name, step)
-        rank = min(n, m) if self.family == "full rank" else min(16, max(min(n, m) // 2, 1))
+        rank = min(n, m) if self.family != FAMILIES[1] else min(16, max(min(n, m) // 2, 1))
         u, v, mixed = (
             torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64)).Q
             for size in (n, m, max(rank, 16))
         )
-        mixed = mixed * torch.logspace(0, -self.decades / 2, rank, dtype=torch.float64)
+        mixed = mixed * math.sqrt(self.size) * torch.logspace(0, -self.decades / 2, rank, dtype=torch.float64)
         x, y = (mixed @ v.T).to(self.dtype), (mixed @ u.T).to(self.dtype)
         return x.view(-1, *shape[1:]), y.view(*y.shape, *[1] * (len(shape) - 2))
 
