@@ -173,7 +173,7 @@ def _row(ranks: Ranks, name: str, made: bytes, timeout: float) -> Row:
                 records = _merge(outcomes)
         if name == "polar factor":
             return _judge_polar(name, records)
-        outcomes = ranks.outcomes(1, _follow, name, made, list(records.values()), **limits)
+        outcomes = ranks.outcomes(1, _follow, name, made, records, **limits)
         _check(outcomes)
         return _judge(name, records, outcomes[0])
     except Failure as e:
@@ -237,17 +237,15 @@ class References(NamedTuple):
 
     Attributes:
         own: by the optimizer; rounded only if the bits differ.
-        formula: by a formula in float64, or None.
-        name: of the formula.
-        precision: the relative rounding error of the formula's dtype.
+        formula: the name of the formula that these are compared with, or "".
+        off: what is wrong with them by the formula, or "".
         unchanged: by the optimizer without the situation's change of learning rates, or None.
         changed: the matrices whose learning rates change.
     """
 
     own: list[Steps]
-    formula: list[Steps] | None
-    name: str
-    precision: float
+    formula: str
+    off: str
     unchanged: list[Weights] | None
     changed: list[set[str]]
 
@@ -271,8 +269,9 @@ class Together:
             optimizer.step()
 
 
-def _follow(name: str, made: bytes, records: list[Record]) -> References:
+def _follow(name: str, made: bytes, merged: dict[Key, Record]) -> References:
     """The same steps on whole matrices: with the same gradients, then with rounded ones."""
+    records, families = list(merged.values()), [family for family, *_ in merged]
     reference = pickle.loads(made)[1]
     setup = SITUATIONS[name].setup
     with _failures():
@@ -285,19 +284,20 @@ def _follow(name: str, made: bytes, records: list[Record]) -> References:
             Steps(of, [follow.weights(record, draw) for draw in range(1, 1 + DRAWS * differ)])
             for record, of in zip(records, exact, strict=True)
         ]
-        formula = None
+        off = None
         if follow.formula and setup.get("dtype", torch.float32) == torch.float32:
-            formula = [
-                Steps(
-                    follow.weights(record, by_formula=True),
-                    [follow.weights(record, draw, by_formula=True) for draw in range(1, 1 + DRAWS)],
-                )
-                for record in records
-            ]
+            formula = [Steps(follow.weights(record, by_formula=True), []) for record in records]
+            off = _off_formula(families, own, formula, follow)
+            for draw in range(1, 1 + DRAWS):
+                if not off:  # more draws could only widen the bound
+                    break
+                for record, steps in zip(records, formula, strict=True):
+                    steps.rounded.append(follow.weights(record, draw, by_formula=True))
+                off = _off_formula(families, own, formula, follow)
         changes = "rates" in setup or "groups" in setup
         unchanged = [follow.weights(record, unchanged=True) for record in records] if changes else None
-        label, precision = (follow.formula.name, follow.precision) if follow.formula else ("", 0.0)
-        return References(own, formula, label, precision, unchanged, [*map(follow.changed, records)])
+        label = follow.formula.name if follow.formula and off is not None else ""
+        return References(own, label, off or "", unchanged, [*map(follow.changed, records)])
 
 
 class Follower:
@@ -374,6 +374,30 @@ class Follower:
         return Together([first, second])
 
 
+def _off_formula(families: list[str], own: list[Steps], formula: list[Steps], follow: Follower) -> str:
+    """What is wrong with the optimizer's own step, by its formula, or "".
+
+    Besides the formula's rounding, the weights are rounded: to float32, about twice in a step.
+    """
+    worst, detail = 1.0, ""
+    assert follow.formula is not None
+    for family, (weights, _), (exact, rounded) in zip(families, own, formula, strict=True):
+        for matrix, right in exact.items():
+            errors = _errors(weights[matrix], right)
+            drawn = np.max([np.zeros(2), *(_errors(draw[matrix], right) for draw in rounded)], axis=0)
+            moves = [float(np.linalg.norm(update)) for update in np.diff(right, axis=0) if update.any()]
+            norm = max(float(np.linalg.norm(weight)) for weight in right)
+            stored = FLOAT32 * norm / min(moves, default=1.0)
+            excess = float(max(errors / (FACTOR * (drawn + stored) + follow.precision)))
+            if excess > worst:
+                worst = excess
+                detail = (
+                    f"{matrix}, {family}: own step off {follow.formula.name}'s formula by {errors[0]:.1e}"
+                )
+                detail += f" (rounding {drawn[0]:.1e}), its norm by {errors[1]:.1e}"
+    return detail
+
+
 # On the process that asks
 
 
@@ -430,8 +454,8 @@ def _judge(name: str, records: dict[Key, Record], references: References) -> Row
     """Judge each matrix by its own rounding; the row shows the worst one of full rank."""
     _check_moves(records, references)
     compared = "own step"
-    if references.formula is not None:
-        compared += f", {references.name} in float64"
+    if references.formula:
+        compared += f", {references.formula} in float64"
     found: list[Any] = []
     for ((family, *_), record), (exact, rounded) in zip(records.items(), references.own, strict=True):
         for matrix, weights in record.weights.items():
@@ -446,8 +470,8 @@ def _judge(name: str, records: dict[Key, Record], references: References) -> Row
     if excess > 1:
         detail = f"{matrix}, {family}: update off by {error:.1e} (rounding {rounded_error:.1e})"
         return Row(name, "wrong", compared, *numbers, f"{detail}, its norm by {scale:.1e}")
-    if detail := _off_formula(records, references):
-        return Row(name, "wrong", compared, *numbers, detail)
+    if references.off:
+        return Row(name, "wrong", compared, *numbers, references.off)
     if not references.own[0].rounded:
         return Row(name, "same bits", compared, 0.0, None, 0.0)
     low_rank = f"low rank: {low[3]:.1e} of {low[5]:.1e}"
@@ -471,29 +495,6 @@ def _check_moves(records: dict[Key, Record], references: References) -> None:
         for name in exact:
             if name in changed and np.array_equal(exact[name][-1], unchanged[name][-1]):
                 raise Failure("wrong", f"a change of group['lr'] changes nothing for {name}")
-
-
-def _off_formula(records: dict[Key, Record], references: References) -> str:
-    """What is wrong with the optimizer's own step, by its formula, or "".
-
-    Besides the formula's rounding, the weights are rounded: to float32, about twice in a step.
-    """
-    worst, detail = 1.0, ""
-    own = (exact for exact, _ in references.own)
-    for (family, *_), weights, (exact, rounded) in zip(records, own, references.formula or (), strict=False):
-        for matrix, right in exact.items():
-            errors = _errors(weights[matrix], right)
-            drawn = np.max([_errors(draw[matrix], right) for draw in rounded], axis=0)
-            moves = [np.linalg.norm(update) for update in np.diff(right, axis=0) if update.any()]
-            stored = (
-                FLOAT32 * max(map(float, map(np.linalg.norm, right))) / min(map(float, moves), default=1.0)
-            )
-            excess = float(max(errors / (FACTOR * (drawn + stored) + references.precision)))
-            if excess > worst:
-                worst = excess
-                detail = f"{matrix}, {family}: own step off {references.name}'s formula by {errors[0]:.1e}"
-                detail += f" (rounding {drawn[0]:.1e}), its norm by {errors[1]:.1e}"
-    return detail
 
 
 def _judge_polar(name: str, records: dict[Key, Record]) -> Row:
