@@ -30,7 +30,7 @@ def recurrence(a: Tensor, x: Tensor) -> Tensor:
         raise ValueError(f"shapes {tuple(a.shape)} and {tuple(x.shape)}, expected the same (*, steps)")
     y = torch.empty(x.shape, dtype=torch.float64)
     scan(*(t.double().numpy(force=True) for t in (a, x)), y.numpy())
-    return y.to(x)
+    return y.to(x.device, torch.promote_types(a.dtype, x.dtype))
 
 
 def register(library: Any, name: str) -> Any:
@@ -44,7 +44,7 @@ def register(library: Any, name: str) -> Any:
         s = op(pad(a, (-1, 1)).flip(-1), g.flip(-1)).flip(-1)
         return s * pad(y, (1, -1)), s
 
-    op.register_fake(lambda a, x: torch.empty(x.shape, dtype=x.dtype, device=x.device))
+    op.register_fake(lambda a, x: x.new_empty(x.shape, dtype=torch.promote_types(a.dtype, x.dtype)))
     op.register_autograd(backward, setup_context=setup_context)
     op.register_vmap(each_sample(op))
     return op

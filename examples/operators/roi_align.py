@@ -48,7 +48,7 @@ def register(library: Any, name: str) -> Any:
     def backward_of_backward(ctx: Any, h: Tensor) -> tuple[Tensor, None, None]:
         return op(h, *ctx.saved_tensors, ctx.size), None, None
 
-    op.register_fake(lambda x, boxes, size: x.new_empty(len(boxes), len(x), size, size))
+    op.register_fake(lambda x, boxes, size: x.new_empty(boxes.shape[0], x.shape[0], size, size))
     op_backward.register_fake(lambda g, boxes, shape: g.new_empty(shape))
     op.register_autograd(backward, setup_context=setup_context)
     op_backward.register_autograd(backward_of_backward, setup_context=setup_context)
@@ -70,4 +70,5 @@ def reference(image: Tensor, boxes: Tensor, size: int) -> Tensor:
     """The sum over pixels of RoIAlign of an image of that pixel alone, times its value."""
     pixels = torch.eye(image[0].numel(), dtype=image.dtype).view(-1, *image.shape[1:])
     weights = roi_align(pixels, boxes, size).movedim(1, -1)  # (boxes, size, size, pixels)
-    return (weights[:, None] * image.flatten(1)[:, None, None]).sum(-1)
+    parts = weights[:, None] * image.flatten(1)[:, None, None]
+    return parts.where(weights[:, None] != 0, 0).sum(-1)  # a pixel that is NaN counts in its bins alone
