@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
 """A right operator, A·Bᵀ, of which each faulty one replaces one part by a wrong one."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from samples import normal
 from torch import Tensor
 
 from torchpar.library import batch_first, custom_op
@@ -24,7 +26,7 @@ def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> No
 
 def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
     a, b = ctx.saved_tensors
-    return g @ b, g.mT @ a
+    return g @ b.conj(), g.mT @ a.conj()
 
 
 def batch(op: Any, size: int, in_dims: Sequence[int | None], *operands: Tensor) -> tuple[Tensor, int]:
@@ -99,6 +101,69 @@ def kernel_that_writes(a: Tensor, b: Tensor) -> Tensor:
     return result
 
 
+def backward_of_real(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+    a, b = ctx.saved_tensors
+    return g @ b, g.mT @ a
+
+
+def zero_for_complex(ctx: Any, g: Tensor) -> tuple[Tensor, ...]:
+    found = backward(ctx, g)
+    return tuple(map(torch.zeros_like, found)) if g.is_complex() else found
+
+
+def backward_of_memory(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+    return backward(ctx, g.conj() if g.is_conj() else g)
+
+
+def fake_on_a_cpu(a: Tensor, b: Tensor) -> Tensor:
+    return torch.empty(*a.shape[:-1], b.shape[-2], dtype=a.dtype, device="cpu")
+
+
+def fake_of_numbers(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(*a.shape[:-1], int(b.shape[-2]))
+
+
+def kernel_in_channels_last(a: Tensor, b: Tensor) -> Tensor:
+    is_last = a.dim() == 4 and not a.is_contiguous() and a.is_contiguous(memory_format=torch.channels_last)
+    return kernel(a, b).contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)
+
+
+def squeezing_batch(
+    op: Any, size: int, in_dims: Sequence[int | None], *operands: Tensor
+) -> tuple[Tensor, int]:
+    result, dim = batch(op, size, in_dims, *operands)
+    return (result.squeeze(0), dim) if result.shape[0] == 1 else (result, dim)
+
+
+def kernel_without_nan(a: Tensor, b: Tensor) -> Tensor:
+    return kernel(a.nan_to_num(0.0), b)
+
+
+CALLS = itertools.count()
+
+
+def kernel_that_differs_in_one_call_of_ten(a: Tensor, b: Tensor) -> Tensor:
+    return kernel(a, b) * (1 + 1e-12 * (next(CALLS) % 10 == 9))
+
+
+def kernel_with_a_constant(a: Tensor, b: Tensor) -> Tensor:
+    return kernel(a, b) + torch.tensor(1e-9 / 3).to(a)  # of the default dtype
+
+
+def kernel_with_uninitialized_memory(a: Tensor, b: Tensor) -> Tensor:
+    memory = torch.empty(1, dtype=a.dtype)  # deterministic mode fills it with NaN
+    return torch.where(memory.isnan(), 2, 1) * kernel(a, b)
+
+
+def kernel_of_threads(a: Tensor, b: Tensor) -> Tensor:
+    return kernel(a, b) * torch.get_num_threads()
+
+
+def backward_that_takes_the_first(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+    a, b = ctx.saved_tensors
+    return torch.where(a >= b, g, 0), torch.where(a >= b, 0, g)
+
+
 def contiguous_kernel(a: Tensor, b: Tensor) -> Tensor:
     return kernel(*(t.as_strided(t.shape, torch.empty(t.shape).stride()) for t in (a, b)))
 
@@ -120,6 +185,12 @@ def sharding_of_parts(a: Any, b: Any) -> list[Any]:
 
 
 GRADIENTS = "incoming gradients of any layout"
+MAXIMUM = {  # another operator, without rules of vmap and of sharding
+    "kernel": torch.maximum,
+    "formula": torch.maximum,
+    "fake": lambda a, b: torch.empty_like(a),
+    "autocast": lambda op: None,
+}
 # By name: the parts that are replaced, the rule that finds it, and words of the row's detail.
 FAULTS: dict[str, tuple[dict[str, Callable[..., Any]], str, str]] = {
     "strides_of_the_fake": ({"fake": lambda a, b: fake(b, a).mT}, "fake tensors", "strides"),
@@ -149,5 +220,38 @@ FAULTS: dict[str, tuple[dict[str, Callable[..., Any]], str, str]] = {
         "of operands",
     ),
     "overflow": ({"kernel": lambda a, b: (1e4 * a) @ (1e4 * b).mT / 1e8}, "low precision", "torch.float16"),
-    "formula": ({"formula": lambda a, b: -(a @ b.mT)}, "torch.func: vjp", "off by"),
+    "formula": ({"formula": lambda a, b: -(a @ b.mT)}, "torch.func: vjp", "the sign is flipped"),
+    "complex_gradient": ({"backward": backward_of_real}, "gradcheck", "Jacobian"),
+    "complex_gradient_0": ({"backward": zero_for_complex}, GRADIENTS, "0, of"),
+    "conjugate_bit": ({"backward": backward_of_memory}, GRADIENTS, "conjugated"),
+    "device_of_the_fake": ({"fake": fake_on_a_cpu}, "fake tensors", "device cpu, expected meta"),
+    "numbers_of_the_fake": ({"fake": fake_of_numbers}, "fake tensors", "fixes the size 6"),
+    "channels_last": ({"kernel": kernel_in_channels_last}, "fake tensors", "channels last"),
+    "squeezing_vmap": ({"batch": squeezing_batch}, "vmap over one operand", "a batch of 1"),
+    "without_nan": ({"kernel": kernel_without_nan}, "NaN", "NaN at 0 of 30 places, expected at 6"),
+    "one_call_in_ten": (
+        {"kernel": kernel_that_differs_in_one_call_of_ten},
+        "same bits twice",
+        "other bits",
+    ),
+    "default_dtype": ({"kernel": kernel_with_a_constant}, "global settings", "default dtype"),
+    "deterministic_mode": (
+        {"kernel": kernel_with_uninitialized_memory},
+        "global settings",
+        "deterministic algorithms: off by",
+    ),
+    "threads": ({"kernel": kernel_of_threads}, "global settings", "threads"),
+    "ties": (MAXIMUM | {"backward": backward_that_takes_the_first}, "ties and zeros", "the same numbers"),
+    "one_dtype": (
+        MAXIMUM | {"kernel": lambda a, b: torch.maximum(a, b.to(a.dtype))},
+        "autocast",
+        "dtype torch.bfloat16, expected torch.float32",
+    ),
+}
+COMPLEX = (normal(5, 4) + 1j * normal(5, 4, seed=2), normal(6, 4, seed=1) + 1j * normal(6, 4, seed=3))
+# By name: the samples of faults that matrices do not show.
+SAMPLES: dict[str, tuple[Tensor, ...]] = {
+    **dict.fromkeys(["complex_gradient", "complex_gradient_0", "conjugate_bit"], COMPLEX),
+    "channels_last": (normal(2, 3, 5, 4), normal(2, 3, 6, 4, seed=1)),
+    **dict.fromkeys(["ties", "one_dtype"], (normal(5, 4), normal(5, 4, seed=1))),
 }

@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: MIT
 """The table of an operator finds each fault of `faulty_operators`, and none in a right operator."""
 
+import json
+import math
+import re
+import runpy
+import sys
 from typing import Any
+from unittest.mock import patch
 
 import faulty_operators as faulty
 import pytest
@@ -12,12 +18,14 @@ from torch.distributed.tensor import Replicate
 
 from torchpar import library
 from torchpar.errors import ConfigError
-from torchpar.testing import OperatorTable, Sample, check_operator
+from torchpar.testing import OperatorTable, Sample, check_operator, command
+from torchpar.testing.case import Outcome, close
 from torchpar.testing.rules import RULES
 
 # PyTorch's compiler reads it.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
+GRADIENTS = faulty.GRADIENTS
 SAMPLES = [(normal(5, 4), normal(6, 4, seed=1))]
 
 
@@ -33,7 +41,9 @@ def right() -> Any:
 @pytest.mark.parametrize("name", faulty.FAULTS)
 def test_a_fault_is_found(name: str) -> None:
     parts, rule, detail = faulty.FAULTS[name]
-    table = check_operator(faulty.make(name, **parts), SAMPLES, reference=faulty.kernel, rules=rule)
+    samples = [faulty.SAMPLES.get(name, SAMPLES[0])]
+    reference = parts.get("formula", faulty.kernel) if name in ("ties", "one_dtype") else faulty.kernel
+    table = check_operator(faulty.make(name, **parts), samples, reference=reference, rules=rule)
     assert (table[rule].outcome, detail in table[rule].detail) == ("wrong", True), str(table)
 
 
@@ -76,6 +86,176 @@ def test_nothing_is_found_in_a_right_operator(right: Any) -> None:
     assert table.ok
     assert "5 of 16 placements" in table["DTensor"].detail
     assert table["torch.export, save and load"].detail == "the graph holds the operator"
+
+
+@pytest.mark.parametrize("name", ["complex_gradient", "channels_last"])
+def test_nothing_is_found_in_a_right_operator_of(name: str, right: Any) -> None:
+    """Complex operands, and those of four dimensions."""
+    rules = [one for one in RULES if one not in ("torch.compile by Inductor", "CUDA graph", "DTensor")]
+    table = check_operator(right, [faulty.SAMPLES[name]], reference=faulty.kernel, rules=rules)
+    assert set(outcomes(table).values()) <= {"works", "falls back", "not run"}, str(table)
+    skipped = {row.rule for row in table.rows if row.outcome == "not run"}
+    of_real = {"torch.func: jacrev", "torch.func: jacfwd", "torch.func: hessian"}
+    assert skipped == (of_real if name == "complex_gradient" else set()), str(table)
+
+
+DERIVATIVES = [
+    *("values", "layouts and sizes", GRADIENTS, "forward mode", "torch.func: vjp", "torch.func: jvp"),
+    *("torch.func: jvp of jvp", "vmap over all operands", "vmap of vmap"),
+]
+
+
+def test_a_tolerance_follows_the_length_of_sums() -> None:
+    """float32 sums of 2,000 terms, in another order; a relative error of 1e-4 is found."""
+    operands = (normal(4, 2000).float(), normal(3, 2000, seed=1).float())
+    exact = torch.ops.torchpar.exact_matmul.default
+    table = check_operator(exact, [operands], reference=faulty.kernel, rules=DERIVATIVES)
+    assert set(outcomes(table).values()) == {"works"}, str(table)
+    (row,) = check_operator(exact, [operands], reference=faulty.kernel, rules="torch.func: hessian").rows
+    assert row.detail == "14000² derivatives, expected at most 2²⁴ numbers; take a smaller sample"
+
+    def inexact(a: Tensor, b: Tensor) -> Any:
+        return exact(a, b) * (1 + 1e-4)
+
+    table = check_operator(inexact, [operands], reference=faulty.kernel, rules=DERIVATIVES)
+    assert set(outcomes(table).values()) == {"wrong"}, str(table)
+
+
+def test_gaps_of_pytorch_are_no_faults_of_an_operator() -> None:
+    """Its hessian of no numbers, and its second derivative in forward mode of `torch.linalg.solve`."""
+    table = check_operator(torch.add, [(normal(0, 3), normal(0, 3))], reference=torch.add, rules=BY_FORMULA)
+    assert set(outcomes(table).values()) <= {"works", "not run"}, str(table)
+
+    def solved(a: Tensor, b: Tensor) -> Tensor:
+        return a.inverse() @ b
+
+    samples = [(normal(3, 3) + 4 * torch.eye(3, dtype=torch.float64), normal(3, 2))]
+    (row,) = check_operator(
+        solved, samples, reference=torch.linalg.solve, rules="torch.func: jvp of jvp"
+    ).rows
+    assert row.outcome == "works", row
+    wrong = lambda a, b: solved(a, b) * 2  # noqa: E731
+    (row,) = check_operator(wrong, samples, reference=torch.linalg.solve, rules="torch.func: jvp of jvp").rows
+    assert row.outcome == "wrong", row
+
+
+def samples() -> list[tuple[Tensor, ...]]:
+    return SAMPLES
+
+
+def fail() -> None:
+    raise OSError("no data\nin sight")
+
+
+ALMOST = faulty.make("almost", fake=faulty.fake_of_numbers, backward=faulty.backward_without_b)
+
+
+def test_the_command(capsys: Any) -> None:
+    """The table, or JSON, and exit status 1 if a row is wrong."""
+    here = f"{__name__}:"
+    given = ["--samples", f"{here}samples", "--reference", "faulty_operators:kernel"]
+    assert command.main([f"{here}ALMOST", *given, "--rules", "values", "schema"]) == 0
+    expected = check_operator(ALMOST, SAMPLES, reference=faulty.kernel, rules=["values", "schema"])
+    assert capsys.readouterr().out == f"{expected}\n"
+    assert command.main([f"{here}ALMOST", *given, "--rules", "values", "gradcheck", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["ok"], found["notes"]) == (False, [])
+    assert [row["outcome"] for row in found["rows"]] == ["works", "wrong"]
+    arguments = ["torchpar", "--samples", f"{here}SAMPLES"]
+    with pytest.raises(SystemExit) as ended, patch.object(sys, "argv", ["torchpar", "check", *arguments]):
+        runpy.run_module("torchpar", run_name="__main__")
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["none.ops:op", "--samples", "{here}:samples"],
+            "none.ops:op: ModuleNotFoundError: No module named 'none'",
+        ),
+        (["torch:none", "--samples", "{here}:samples"], "torch:none: AttributeError: module 'torch' has no"),
+        (
+            ["torch", "--samples", "{here}:samples"],
+            "'torch', expected MODULE:ATTRIBUTE, such as mylib.ops:op",
+        ),
+        (["torch:add"], "the following arguments are required: --samples"),
+        (["torch:add", "--samples", "builtins:list"], "expected samples: objects of torchpar.testing.Sample"),
+        (["torch:add", "--samples", "math:pi"], "the samples are an object of type float, expected a list"),
+        (["torch:add", "--samples", "{here}:fail"], "fail: OSError: no data"),
+        (["torch:pi", "--samples", "{here}:samples"], "the operator is an object of type float"),
+        (["torch:add", "--samples", "{here}:samples", "--rules", "value"], "rule 'value', expected one of"),
+    ],
+)
+def test_an_error_of_the_command_is_one_line(arguments: list[str], message: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command.main([argument.format(here=__name__) for argument in arguments])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m torchpar check: error: ")
+    assert message in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the note is another where there is a GPU")
+def test_a_table_says_that_no_kernel_for_a_gpu_has_run() -> None:
+    table = check_operator(torch.ops.torchpar.matmul_t.default, [(normal(4, 3),)], rules="values")
+    assert table.notes == ("no GPU: the operator's Triton kernels were not run",)
+    assert str(table).splitlines()[-1] == table.notes[0]
+    assert table.as_dict()["notes"] == list(table.notes)
+    op = faulty.make("of_cuda")
+    assert check_operator(op, SAMPLES, rules="values").notes == ()
+    op.register_kernel("cuda", faulty.kernel)
+    table = check_operator(op, SAMPLES, rules="values")
+    assert table.notes == ("no GPU: the operator's CUDA kernels were not run",)
+
+
+def test_an_internal_error_of_pytorch_is_a_crash() -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError('false INTERNAL ASSERT FAILED at "a.cpp":1, please report a bug to PyTorch.')
+
+    table = check_operator(faulty.make("internal", batch=fail), SAMPLES, rules="vmap of vmap")
+    assert (table["vmap of vmap"].outcome, table.ok) == ("crashes", False), str(table)
+
+
+A, B = normal(3, 3), normal(4, 3)
+
+
+@pytest.mark.parametrize(
+    "actual, expected, detail",
+    [
+        (2 * A, A, "; a factor of 2"),
+        (A / 3, A, "; a factor of 0.3333"),
+        (-A, A, "; the sign is flipped"),
+        (A.mT.contiguous(), A, "; transposed"),
+        (B.mT, B, "; transposed"),
+        (B, B.sum(0), "; the sum over a broadcast dimension is missing"),
+        (A.where(A > 0, math.nan), A, f"NaN at {int((A <= 0).sum())} of 9 places, expected at 0"),
+        (0 * A, A, "0, of "),
+        (A + B[1:], A, ""),
+        (torch.tensor(5.0), torch.tensor(1.3), ""),
+    ],
+)
+def test_a_likely_cause_is_named(actual: Tensor, expected: Tensor, detail: str) -> None:
+    with pytest.raises(Outcome) as found:
+        close(actual, expected)
+    outcome, message = found.value.args
+    assert outcome == "wrong"
+    assert detail in message
+    assert detail or ";" not in message
+
+
+def test_the_numbers_of_a_wrong_jacobian_are_shown() -> None:
+    def doubled(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        ga, gb = faulty.backward(ctx, g)
+        return ga, 2 * gb
+
+    table = check_operator(faulty.make("doubled", backward=doubled), SAMPLES, rules="gradcheck")
+    detail = table["gradcheck"].detail
+    assert re.fullmatch(
+        r"Jacobian mismatch for output 0 with respect to input 1: (-?[\d.]+), "
+        r"expected (-?[\d.]+) by finite differences; a factor of 2",
+        detail,
+    ), detail
 
 
 LIST = Sample([[normal(3, 4), normal(2, 4, seed=1)]])

@@ -2,6 +2,7 @@
 """The doctor finds what works, and names a remedy for what does not."""
 
 import importlib.util
+import json
 import runpy
 import sys
 from types import SimpleNamespace
@@ -76,6 +77,17 @@ def test_a_gpu_and_the_choice_of_its_tiles(monkeypatch, enabled, value):
     gpu, tiles = doctor.gpus()
     assert gpu == Finding("cuda:0", "NVIDIA Test, 80 GiB")
     assert tiles.value.startswith(value)
+
+
+def test_json(monkeypatch, capsys):
+    assert doctor.main(["--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["problems"] == 0
+    assert list(found["areas"]) == ["versions", "processor", "gpus", "communication", "operators"]
+    assert found["areas"]["versions"][0] == Finding("torchpar", torchpar.__version__)._asdict()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
+    assert doctor.main(["--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["problems"] == 1
 
 
 def test_wrong_operators_are_found(monkeypatch):

@@ -8,6 +8,7 @@ float64. Each finding that needs attention has a remedy.
 import argparse
 import importlib.util
 import io
+import json
 import os
 import platform
 import sys
@@ -51,11 +52,14 @@ class Finding(NamedTuple):
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("python -m torchpar doctor", description=__doc__.partition("\n")[0])
-    parser.parse_args(arguments)
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    areas = (versions, processor, gpus, communication, operators)
+    if parser.parse_args(arguments).json:
+        return _print_json({area.__name__: list(examine(area)) for area in areas})
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # terminals that have only ASCII print ? for an arrow
     states: list[State] = []
-    for area in (versions, processor, gpus, communication, operators):
+    for area in areas:
         print(f"\n{area.__name__}")
         for finding in examine(area):
             states.append(finding.state)
@@ -63,6 +67,14 @@ def main(arguments: Sequence[str]) -> int:
             if finding.remedy:
                 print(f"   {'':22}  → {finding.remedy}")
     print(f"\nproblems: {states.count('problem')}, notes: {states.count('note')}")
+    return int("problem" in states)
+
+
+def _print_json(findings: dict[str, list[Finding]]) -> int:
+    states = [finding.state for found in findings.values() for finding in found]
+    areas = {name: [finding._asdict() for finding in found] for name, found in findings.items()}
+    counts = {"problems": states.count("problem"), "notes": states.count("note")}
+    print(json.dumps({"areas": areas, **counts}, indent=1))
     return int("problem" in states)
 
 

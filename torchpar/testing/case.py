@@ -21,7 +21,9 @@ Layout = Callable[[Tensor], Tensor]
 Attempts = Generator[tuple[str, Callable[[], Any]], None, Any]  # labels and trials; a remark
 
 REFUSALS = (RuntimeError, NotImplementedError, ValueError)  # a TypeError is a mistake in a rule
+INTERNAL = "INTERNAL ASSERT FAILED"  # of PyTorch, which is no refusal
 FALLS_BACK = "falls back"  # right, and computed without the operator
+ALIKE = 1e-3  # relative, to name a cause
 LOW = (torch.bfloat16, torch.float16)
 
 
@@ -39,6 +41,11 @@ class Sample:
 
 def _with_memory(t: Tensor) -> Tensor:
     return torch.zeros(t.shape, dtype=t.dtype, device=t.device) if torch._is_zerotensor(t) else t
+
+
+def is_differentiable(t: Tensor) -> bool:
+    """Whether a tensor's dtype is a floating or a complex one."""
+    return t.is_floating_point() or t.is_complex()
 
 
 class Calls(TorchDispatchMode):
@@ -61,7 +68,7 @@ class Case:
     Attributes:
         overload: the operator in PyTorch's registry, if it is known.
         operands: all tensors among the arguments, detached.
-        floating: those of a floating-point dtype.
+        floating: those of a floating-point or complex dtype.
         op: the operator, as a function of ``operands`` to its tensors.
         plain: the same of the reference; without one, of the operator.
     """
@@ -70,7 +77,7 @@ class Case:
         self._leaves, self._spec = tree_flatten((tuple(sample.args), dict(sample.kwargs)))
         self.callable, self.overload, self.reference = op, overload, reference
         self.operands: Tensors = tuple(t.detach() for t in self._leaves if isinstance(t, Tensor))
-        self.floating: Tensors = tuple(t for t in self.operands if t.is_floating_point())
+        self.floating: Tensors = tuple(filter(is_differentiable, self.operands))
         self.op = self.bind(op)
         self.plain = self.bind(op if reference is None else reference)
 
@@ -94,9 +101,9 @@ class Case:
     def is_smooth(self) -> list[bool]:
         """Which results are differentiable: the floating ones, but for those that are marked as constant."""
         leaves = iter(self.leaves())
-        results = self.plain(*(next(leaves) if t.is_floating_point() else t for t in self.operands))
-        marked = [y.is_floating_point() and y.requires_grad for y in results]
-        return marked if any(marked) else [y.is_floating_point() for y in results]
+        results = self.plain(*(next(leaves) if is_differentiable(t) else t for t in self.operands))
+        marked = [is_differentiable(y) and y.requires_grad for y in results]
+        return marked if any(marked) else list(map(is_differentiable, results))
 
     def smooth(self, function: Function) -> Function:
         """A function of the floating operands to its differentiable results; other operands are constant."""
@@ -106,21 +113,32 @@ class Case:
 
         def of_floating(*floating: Tensor) -> Tensors:
             given = iter(floating)
-            results = function(*(next(given) if t.is_floating_point() else t for t in self.operands))
+            results = function(*(next(given) if is_differentiable(t) else t for t in self.operands))
             return tuple(y for y, smooth in zip(results, is_smooth, strict=True) if smooth)
 
         return of_floating
 
     def leaves(self, operands: Sequence[Tensor] | None = None) -> Tensors:
         """Copies of the floating operands that require a gradient."""
-        chosen = self.floating if operands is None else [t for t in operands if t.is_floating_point()]
+        chosen = self.floating if operands is None else list(filter(is_differentiable, operands))
         return tuple(t.detach().clone().requires_grad_() for t in chosen)
+
+    def of(self, operands: Sequence[Tensor]) -> "Case":
+        """The same operator, and a sample with other tensors."""
+        return Case(self.callable, self.overload, self.reference, Sample(*self.arguments(operands)))
+
+    @cached_property
+    def wide(self) -> "Case":
+        """The same in float64, whose results by the reference are taken for exact."""
+        return self.of(cast(self.operands, torch.float64))
 
     def takes(self, operands: Sequence[Tensor], function: Function | None = None) -> Tensors:
         """The results of the operator, or of another function, for operands that it may refuse."""
         try:
             return (function or self.op)(*operands)
         except (*REFUSALS, TypeError, IndexError) as e:  # IndexError: too few dimensions
+            if INTERNAL in str(e):
+                raise  # it crashes
             raise Outcome("not run", f"eager mode refuses: {e}") from e
 
     @cached_property
@@ -142,10 +160,30 @@ class Case:
         if self.reference is None:
             raise Outcome("not run", "no reference")
 
-    def transformed(self, transform: Callable[..., Any], **how: Any) -> None:
-        """Compare ``transform(f, case, **how)`` of the operator with that of the reference."""
-        expected = transform(self.oracle, self, **how)
-        close(transform(self.smooth(self.op), self, **how), expected)
+    def transformed(
+        self, transform: Callable[..., Any], numerical: Callable[..., Any] | None = None, **how: Any
+    ) -> None:
+        """Compare ``transform(f, case, **how)`` of the operator with that of the reference.
+
+        If they differ, and ``numerical``, the same by finite differences, tells that the reference is wrong,
+        the operator is compared with these.
+        """
+        oracle = self.oracle
+        try:
+            expected = transform(oracle, self, **how)
+        except Outcome:
+            raise
+        except Exception as e:  # a gap of PyTorch, such as an IndexError of an empty hessian
+            raise Outcome("not run", f"the reference refuses: {e}") from e
+        actual = transform(self.smooth(self.op), self, **how)
+        try:
+            close(actual, expected, lambda: transform(self.wide.oracle, self.wide, **how))
+        except Outcome:
+            if numerical is None or {t.dtype for t in self.floating} != {torch.float64}:
+                raise
+            by_differences, rtol = numerical(oracle, self, **how)
+            if near(expected, by_differences, rtol) or not near(actual, by_differences, rtol):
+                raise
         self.expect_call(lambda: transform(self.smooth(self.op), self, **how))
 
     def expect_call(self, compute: Callable[[], Any]) -> None:
@@ -176,11 +214,21 @@ class Case:
 def normal_like(t: Tensor, seed: int = 9) -> Tensor:
     """Normally distributed numbers of the shape, dtype and device of a tensor, the same in each run."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, t.dtype)
+    # Numbers of float32, so that they are the same ones in float64.
+    found = torch.randn((*t.shape, 1 + t.is_complex()), generator=generator, dtype=torch.float64).float()
+    return (torch.view_as_complex(found) if t.is_complex() else found[..., 0]).to(t.device, t.dtype)
 
 
 def cast(operands: Tensors, dtype: torch.dtype) -> Tensors:
-    return tuple(t.to(dtype) if t.is_floating_point() else t for t in operands)
+    """Convert floating tensors to ``dtype``; complex ones to complex64, or complex128 for float64."""
+    of_complex = torch.complex128 if dtype == torch.float64 else torch.complex64
+    dtypes = [dtype if t.is_floating_point() else of_complex if t.is_complex() else t.dtype for t in operands]
+    return tuple(t.to(to) for t, to in zip(operands, dtypes, strict=True))
+
+
+def real(t: Tensor) -> Tensor:
+    """A real tensor, or the real and imaginary parts of a complex one."""
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
 
 
 def rolled(t: Tensor, by: int) -> Tensor:
@@ -198,13 +246,43 @@ def gradients(ys: Sequence[Tensor], xs: Sequence[Tensor], incoming: Sequence[Ten
 # Judges
 
 
-def close(actual: Any, expected: Any) -> None:
-    """Compare the tensors in two structures, by the tolerances of `torch.testing.assert_close`."""
-    for a, e in _pairs(actual, expected):
+def close(actual: Any, expected: Any, exact: Callable[[], Any] | None = None) -> None:
+    """Compare the tensors in two structures, by the tolerances of `torch.testing.assert_close`.
+
+    These know nothing of the length of sums. With ``exact``, which computes ``expected`` in float64, an error
+    of at most twice that of ``expected`` is accepted, too, and two roundings of the largest number.
+    """
+    for i, (a, e) in enumerate(_pairs(actual, expected)):
         try:
             assert_close(a, e, equal_nan=True)
         except AssertionError as error:
-            raise Outcome("wrong", _difference(a, e)) from error
+            wide = None if exact is None or a.dtype == torch.float64 else tree_leaves(exact())[i]
+            if wide is None or not _is_accurate(a, e, wide):
+                raise Outcome("wrong", _difference(a, e)) from error
+
+
+def near(actual: Any, expected: Any, rtol: float) -> bool:
+    """Whether all numbers differ by at most ``rtol`` of the largest one."""
+    found, right = tree_leaves(actual), tree_leaves(expected)
+    return all(
+        a.shape == e.shape and bool((a - e).abs().max() <= rtol * e.abs().max())
+        for a, e in zip(found, right, strict=True)
+        if e.numel()
+    )
+
+
+def _is_accurate(actual: Tensor, native: Tensor, exact: Tensor) -> bool:
+    if (actual.shape, actual.dtype, actual.device) != (native.shape, native.dtype, native.device):
+        return False
+    error, limit = _errors(actual, native, exact)
+    return error <= limit < math.inf
+
+
+def _errors(actual: Tensor, native: Tensor, exact: Tensor) -> tuple[float, float]:
+    """The error of ``actual``, and the largest that is accepted."""
+    exactly = real(exact.detach()).double()
+    error, theirs = (float((real(t.detach()).double() - exactly).abs().max()) for t in (actual, native))
+    return error, 2 * theirs + 2 * torch.finfo(actual.dtype).eps * float(exactly.abs().max())
 
 
 def _pairs(actual: Any, expected: Any) -> Iterator[tuple[Tensor, Tensor]]:
@@ -216,13 +294,51 @@ def _pairs(actual: Any, expected: Any) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _difference(actual: Tensor, expected: Tensor) -> str:
     if actual.shape != expected.shape:
+        if actual.dim() > 1 and actual.mT.shape == expected.shape and near(actual.mT, expected, ALIKE):
+            return f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}; transposed"
+        summed = _summed(actual, expected)
+        if summed is not None and near(summed, expected, ALIKE):
+            missing = "the sum over a broadcast dimension is missing"
+            return f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}; {missing}"
         return f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     for what in ("dtype", "device"):
         if getattr(actual, what) != getattr(expected, what):
             return f"{what} {getattr(actual, what)}, expected {getattr(expected, what)}"
-    a, e = actual.detach().double(), expected.detach().double()
+    a, e = (real(t.detach()).double() for t in (actual, expected))
+    if not torch.equal(a.isnan(), e.isnan()):
+        return f"NaN at {int(a.isnan().sum())} of {a.numel()} places, expected at {int(e.isnan().sum())}"
+    a, e = a.nan_to_num(0), e.nan_to_num(0)  # infinities count as the largest numbers
     size = float(e.abs().max())
-    return f"off by {float((a - e).abs().max()):.1e}, of {size:.1e}" if a.any() else f"0, of {size:.1e}"
+    if not a.any():
+        return f"0, of {size:.1e}"
+    cause = likely_cause(a, e)
+    return f"off by {float((a - e).abs().max()):.1e}, of {size:.1e}" + f"; {cause}" * bool(cause)
+
+
+def _summed(t: Tensor, like: Tensor) -> Tensor | None:
+    try:
+        return t.sum_to_size(like.shape)
+    except RuntimeError:  # the shape does not broadcast to that of t
+        return None
+
+
+def likely_cause(a: Tensor, e: Tensor) -> str:
+    """The mistake that would turn the right numbers ``e`` into ``a``, if it is a frequent one, or ""."""
+    size = float(e.abs().max())
+    if not 0 < size < math.inf:
+        return ""
+
+    def is_(other: Tensor) -> bool:
+        return float((a - other).abs().max()) <= ALIKE * size
+
+    factor = float((a * e).sum() / e.square().sum())
+    # A single number is a multiple of any other one.
+    simple = min(abs(factor - one) for one in (-1.0, 2.0, 0.5)) <= ALIKE
+    if (simple or a.count_nonzero() > 2) and abs(factor - 1) > ALIKE and is_(factor * e):
+        return "the sign is flipped" if abs(factor + 1) <= ALIKE else f"a factor of {factor:.4g}"
+    if a.dim() > 1 and a.shape[-1] == a.shape[-2] and is_(e.mT):
+        return "transposed"
+    return ""
 
 
 def same_metadata(actual: Tensors, expected: Tensors) -> None:
@@ -237,7 +353,9 @@ def same_metadata(actual: Tensors, expected: Tensors) -> None:
 
 def same_bits(actual: Tensors, expected: Tensors) -> None:
     for a, e in _pairs(actual, expected):
-        bits = [t.detach().resolve_neg().contiguous().flatten().view(torch.uint8) for t in (a, e)]
+        bits = [
+            t.detach().resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8) for t in (a, e)
+        ]
         if not torch.equal(*bits):
             raise Outcome("wrong", f"other bits: {_difference(a, e)}")
 
@@ -247,10 +365,8 @@ def accurate(actual: Tensors, native: Tensors, exact: Tensors) -> None:
     for (a, n), wide in zip(_pairs(actual, native), exact, strict=True):
         if (a.shape, a.dtype) != (n.shape, n.dtype):
             raise Outcome("wrong", _difference(a, n))
-        if a.numel() and a.is_floating_point():
-            exactly = wide.detach().double()
-            error, theirs = (float((t.detach().double() - exactly).abs().max()) for t in (a, n))
-            limit = 2 * theirs + 2 * torch.finfo(a.dtype).eps * float(exactly.abs().max())
+        if a.numel() and is_differentiable(a):
+            error, limit = _errors(a, n, wide)
             if not error <= limit and limit < math.inf:
                 raise Outcome("wrong", f"off by {error:.1e}, expected at most {limit:.1e}")
 
@@ -265,20 +381,35 @@ def _permuted(t: Tensor, dims: list[int]) -> Tensor:
 def _stepped(t: Tensor) -> Tensor:
     """A view of every second element, between which the buffer holds NaN."""
     every_second = (slice(None, None, 2),) * t.dim()
-    buffer = t.new_full([2 * size for size in t.shape], math.nan if t.is_floating_point() else 1)
+    buffer = t.new_full([2 * size for size in t.shape], math.nan if is_differentiable(t) else 1)
     buffer[every_second] = t
     return buffer[every_second]
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return t.clone(memory_format=formats.get(t.dim(), torch.contiguous_format))
 
 
 # Functions of a tensor to one of the same shape, and (but for the expanded ones) of the same values.
 LAYOUTS: dict[str, Layout] = {
     "transposed": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t.clone(),
     "permuted": lambda t: _permuted(t, [*range(t.dim())][1:] + [*range(t.dim())][:1]),
+    "channels last": _channels_last,
     "stepped": _stepped,
     "expanded": lambda t: t[:1].expand_as(t) if t.dim() and t.numel() else t,
     "expanded last": lambda t: t[..., :1].expand_as(t) if t.dim() and t.numel() else t,
     # Of an address that is not aligned.
     "offset": lambda t: torch.cat([t.new_zeros(3), t.flatten()])[3:].view(t.shape),
     # As z.conj().imag, whose sign is pending.
-    "negated": lambda t: torch._neg_view(-t) if t.is_floating_point() else t,
+    "negated": lambda t: torch._neg_view(-t) if is_differentiable(t) else t,
+    # As z.conj(), whose sign of the imaginary part is pending.
+    "conjugated": lambda t: t.conj().resolve_conj().conj() if t.is_complex() else t,
 }
+
+
+def layouts(tensors: Sequence[Tensor]) -> dict[str, Layout]:
+    """The layouts that concern tensors of these dimensions and dtypes."""
+    dims, is_complex = {t.dim() for t in tensors}, any(t.is_complex() for t in tensors)
+    unlike = {"channels last": dims & {4, 5}, "conjugated": is_complex}
+    return {name: layout for name, layout in LAYOUTS.items() if unlike.get(name, True)}

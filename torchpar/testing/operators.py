@@ -4,16 +4,17 @@
 import logging
 import warnings
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from textwrap import shorten
 from typing import Any
 
 import torch
+from torch._library.triton import triton_ops_to_kernels
 
 from torchpar.errors import ConfigError
 from torchpar.optim.assign import aligned
-from torchpar.testing.case import FALLS_BACK, REFUSALS, Attempts, Calls, Case, Outcome, Sample
+from torchpar.testing.case import FALLS_BACK, INTERNAL, REFUSALS, Attempts, Calls, Case, Outcome, Sample
 from torchpar.testing.rules import ONCE, RULES
 
 OUTCOMES = ("not run", "works", FALLS_BACK, "refuses", "crashes", "wrong")  # from the best to the worst
@@ -41,10 +42,15 @@ class Row:
 
 @dataclass(frozen=True)
 class OperatorTable:
-    """The rows of an operator's table, which `str` prints; ``table["values"].outcome`` is one outcome."""
+    """The rows of an operator's table, which `str` prints; ``table["values"].outcome`` is one outcome.
+
+    Attributes:
+        notes: sentences on what no row has tried, such as kernels for a GPU where there is none.
+    """
 
     name: str
     rows: list[Row]
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -58,7 +64,12 @@ class OperatorTable:
         table = [["rule", "outcome", "sample", "detail"]]
         cut = partial(shorten, width=LONGEST, placeholder="…")
         table += [[row.rule, row.outcome, str(row.sample), cut(row.detail)] for row in self.rows]
-        return f"{self.name}\n{aligned(table)}"
+        return "\n".join([self.name, aligned(table), *self.notes])
+
+    def as_dict(self) -> dict[str, Any]:
+        """The table as JSON has it: ``name``, ``ok``, ``rows`` and ``notes``."""
+        found = asdict(self)
+        return {"name": found["name"], "ok": self.ok, "rows": found["rows"], "notes": list(self.notes)}
 
 
 def check_operator(
@@ -91,6 +102,8 @@ def check_operator(
     names = list(RULES) if rules is None else [rules] if isinstance(rules, str) else list(rules)
     if unknown := [name for name in names if name not in RULES]:
         raise ConfigError(f"rule {unknown[0]!r}, expected one of {', '.join(map(repr, RULES))}")
+    if not isinstance(samples, Iterable):
+        raise ConfigError(f"the samples are an object of type {type(samples).__name__}, expected a list")
     chosen = [one if isinstance(one, Sample) else Sample(one) for one in samples]
     if not chosen or any(not isinstance(one.args, tuple | list) for one in chosen):
         raise ConfigError("expected samples: objects of torchpar.testing.Sample, or tuples of arguments")
@@ -105,7 +118,7 @@ def check_operator(
     logging.disable()  # the compiler's logs of errors, which are in the table
     try:
         with warnings.catch_warnings(action="ignore"):  # vmap's, of loops, are in the table, too
-            return OperatorTable(name, [_row(rule, cases) for rule in names])
+            return OperatorTable(name, [_row(rule, cases) for rule in names], _notes(overload, cases))
     finally:
         logging.disable(disabled)
 
@@ -124,6 +137,18 @@ def find_overload(op: Any, sample: Sample) -> Any:
     return next((func for func in calls.seen if func.namespace not in BUILT_IN), None)
 
 
+def _notes(overload: Any, cases: list[Case]) -> tuple[str, ...]:
+    """A sentence on the operator's kernels for GPUs, if none has run."""
+    if overload is None or overload.namespace in BUILT_IN or any(t.is_cuda for t in cases[0].operands):
+        return ()
+    name = overload.name()
+    is_triton = name in triton_ops_to_kernels
+    if not is_triton and not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"):
+        return ()
+    reason = "the samples are on no GPU" if torch.cuda.is_available() else "no GPU"
+    return (f"{reason}: the operator's {'Triton' if is_triton else 'CUDA'} kernels were not run",)
+
+
 def _row(name: str, cases: list[Case]) -> Row:
     tried = cases[:1] if name in ONCE else cases
     rows = [Row(name, *_outcome(partial(RULES[name], case)), i) for i, case in enumerate(tried)]
@@ -139,7 +164,7 @@ def _outcome(attempt: Callable[[], Any]) -> tuple[str, str]:
         outcome, message = e.args
         return outcome, _headline(message)
     except REFUSALS as e:
-        return "refuses", _message(e)
+        return "crashes" if INTERNAL in str(e) else "refuses", _message(e)
     except Exception as e:
         return "crashes", f"{type(e).__name__}: {_message(e)}"
 

@@ -4,10 +4,13 @@
 import copy
 import io
 import itertools
+import math
 import os
 import random
+import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -21,12 +24,14 @@ from torch.autograd import forward_ad
 from torch.autograd.gradcheck import GradcheckError
 from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from torchpar.testing.case import (
     LAYOUTS,
     LOW,
+    REFUSALS,
     Attempts,
     Calls,
     Case,
@@ -38,7 +43,11 @@ from torchpar.testing.case import (
     cast,
     close,
     gradients,
+    is_differentiable,
+    layouts,
+    likely_cause,
     normal_like,
+    real,
     rolled,
     same_bits,
     same_metadata,
@@ -69,14 +78,118 @@ def _(case: Case) -> None:
         actual, expected = case.op(*case.operands), case.plain(*operands)
     except Exception as e:  # samples are what the operator takes
         raise Outcome("crashes", f"{type(e).__name__}: {e}") from e
-    close(actual, expected)
+    close(actual, expected, lambda: case.wide.plain(*case.wide.operands))
+
+
+CALLS = 45  # one that differs in ten is missed with a chance of 0.9^44, of a hundredth
+FEWEST, LONGEST = 4, 2.0  # calls, and seconds after which a slow operator is called no more
 
 
 @rule("same bits twice")
-def _(case: Case) -> None:
-    first = case.op(*case.operands)
-    for _ in range(3):  # chance may agree once
+def _(case: Case) -> str:
+    first, start = case.op(*case.operands), time.monotonic()
+    for calls in range(2, CALLS + 1):
         same_bits(case.op(*case.operands), first)
+        if calls >= FEWEST and time.monotonic() - start > LONGEST:
+            return f"in {calls} calls"
+    return ""
+
+
+def _values_and_gradients(case: Case) -> tuple[Any, Any]:
+    """Functions of an operator's or reference's function: its results, and its gradients, if it has any."""
+
+    def pulled(function: Function) -> Any:
+        return pulled_back(case.smooth(function), case) if case.reference is not None else ()
+
+    return (lambda function: function(*case.operands)), pulled
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Without nondeterministic algorithms; memory that is not initialised holds NaN."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@rule("global settings")
+def _(case: Case) -> Attempts:
+    """PyTorch's default dtype, deterministic algorithms and threads change no result.
+
+    The default dtype changes no bit, unless it changes those of the reference. The others can change the
+    order of sums.
+    """
+    changed: list[str] = []
+
+    def check(label: str, setting: Any, order: bool, compute: Callable[[Function], Any]) -> None:
+        before, theirs = compute(case.op), compute(case.plain)
+        with setting():
+            try:
+                expected = compute(case.plain)
+            except REFUSALS as e:
+                raise Outcome("not run", f"the reference refuses: {e}") from e
+            actual = compute(case.op)
+        try:
+            same_bits(actual, before)
+        except Outcome:
+            if order or _differs(expected, theirs):
+                if case.reference is not None:
+                    close(actual, expected)
+                if not _differs(expected, theirs):
+                    close(actual, before)
+                changed.append(label)
+            else:
+                raise
+
+    threads = 1 if torch.get_num_threads() > 1 else 2
+    settings: dict[str, tuple[Any, bool]] = {
+        **{f"default dtype {dtype}": (partial(_default_dtype, dtype), False) for dtype in DEFAULTS},
+        "deterministic algorithms": (_deterministic, True),
+        f"threads: {threads}": (partial(_threads, threads), True),
+    }
+    values, pulled = _values_and_gradients(case)
+    for label, (setting, order) in settings.items():
+        yield label, partial(check, label, setting, order, values)
+        if case.reference is not None and case.floating and any(case.is_smooth):
+            yield f"{label}, gradients", partial(check, label, setting, order, pulled)
+    return f"other bits, by {changed[0]}" if changed else ""
+
+
+DEFAULTS = (torch.float64, torch.float32, torch.bfloat16)
+
+
+def _differs(actual: Tensors, expected: Tensors) -> bool:
+    try:
+        same_bits(actual, expected)
+    except Outcome:
+        return True
+    return False
 
 
 @rule("schema")
@@ -91,7 +204,7 @@ def _(case: Case) -> Attempts:
 
     def check(test: str, requires_grad: bool) -> None:
         def prepared(t: Tensor) -> Tensor:
-            return t.detach().requires_grad_(requires_grad and t.is_floating_point())
+            return t.detach().requires_grad_(requires_grad and is_differentiable(t))
 
         args, kwargs = tree_map_only(Tensor, prepared, arguments)
         found = torch.library.opcheck(case.overload, args, kwargs, test_utils=test, raise_exception=False)
@@ -105,7 +218,7 @@ def _(case: Case) -> Attempts:
 
 def _other_operands(case: Case) -> Iterator[tuple[str, Tensors]]:
     yield "as given", case.operands
-    for name, layout in LAYOUTS.items():
+    for name, layout in layouts(case.operands).items():
         yield f"{name} operands", tuple(map(layout, case.operands))
         for i, t in enumerate(case.operands if len(case.operands) > 1 else ()):
             yield f"{name} operand {i}", (*case.operands[:i], layout(t), *case.operands[i + 1 :])
@@ -122,7 +235,47 @@ def _layouts(check: Callable[[Case, Tensors], None], case: Case) -> Attempts:
 def _same_values(case: Case, operands: Tensors) -> None:
     actual = case.takes(operands)
     copies = [t.clone(memory_format=torch.contiguous_format) for t in operands]
-    close(actual, case.takes(copies, case.plain))
+    close(actual, case.takes(copies, case.plain), lambda: case.plain(*cast(tuple(copies), torch.float64)))
+
+
+def _fake_of_meta(case: Case) -> None:
+    """Of operands that are on no device of this machine, so that a device that the fake fixes is seen."""
+    actual = case.op(*case.operands)
+    metas = case.op(*(t.to("meta") for t in case.operands))
+    same_metadata(metas, tuple(t.to("meta") for t in actual))
+
+
+def _symbolic_fake(case: Case) -> None:
+    """A fake that makes a number of a size would be compiled for this size alone."""
+    shapes = ShapeEnv()
+    with FakeTensorMode(shape_env=shapes) as mode:
+        contexts: list[Any] = [
+            StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DUCK] * t.dim()) for t in case.operands
+        ]
+        fakes = [
+            mode.from_tensor(t, symbolic_context=context)
+            for t, context in zip(case.operands, contexts, strict=True)
+        ]
+        symbols = {
+            fake.shape[dim].node.expr: t.shape[dim]  # type: ignore[attr-defined]
+            for t, fake in zip(case.operands, fakes, strict=True)
+            for dim in range(t.dim())
+            if isinstance(fake.shape[dim], torch.SymInt)
+        }
+        case.op(*fakes)
+    fixed = {size for symbol, size in symbols.items() if shapes.replace(symbol).is_number}
+    for label, operands in case.resized(lambda t, dim: torch.cat([t, t], dim)):
+        size = int(label.rpartition(" ")[2])
+        if size in fixed and _is_taken(case, operands):
+            raise Outcome("wrong", f"the fake fixes the size {size}, as int() of it does")
+
+
+def _is_taken(case: Case, operands: Tensors) -> bool:
+    try:
+        case.takes(operands)
+    except Outcome:
+        return False
+    return True
 
 
 def _right_fakes(case: Case, operands: Tensors) -> None:
@@ -136,7 +289,13 @@ def _right_fakes(case: Case, operands: Tensors) -> None:
 
 
 RULES["layouts and sizes"] = partial(_layouts, _same_values)
-RULES["fake tensors"] = partial(_layouts, _right_fakes)
+
+
+@rule("fake tensors")
+def _(case: Case) -> Attempts:
+    yield from _layouts(_right_fakes, case)
+    yield "meta operands", partial(_fake_of_meta, case)
+    yield "symbolic sizes", partial(_symbolic_fake, case)
 
 
 @rule("low precision")
@@ -153,7 +312,7 @@ def _(case: Case) -> Attempts:
         exact = of(case.plain, cast(operands, torch.float64))
         accurate(of(case.op, operands), of(case.plain, operands), exact)
 
-    for dtype in (torch.float32, *LOW):
+    for dtype in (torch.float32, *(() if any(t.is_complex() for t in case.operands) else LOW)):
         operands = cast(case.operands, dtype)
         yield str(dtype), partial(check, lambda f, operands: f(*operands), operands)
         yield f"{dtype}, gradients", partial(check, partial(pulled, dtype), operands)
@@ -164,14 +323,36 @@ def _(case: Case) -> Attempts:
 
 
 def _numerically(check: Callable[..., Any], case: Case) -> None:
-    if {t.dtype for t in case.floating} != {torch.float64}:
+    if not {t.dtype for t in case.floating} <= {torch.float64, torch.complex128}:
         raise Outcome("not run", "operands have to be float64")
     try:
         check(case.smooth(case.op), case.leaves())
     except GradcheckError as e:
-        raise Outcome("wrong", str(e)) from e
+        raise Outcome("wrong", _of_gradcheck(str(e))) from e
 
 
+def _of_gradcheck(message: str) -> str:
+    """The message of a mismatch, with the numbers of the two Jacobians that differ most."""
+    title, numerical, rest = message.partition("numerical:tensor(")
+    if not numerical:
+        return message
+    theirs, ours = (
+        torch.tensor(
+            [float(one) for one in re.findall(NUMBER, part.partition("dtype")[0])], dtype=torch.float64
+        )
+        for part in rest.split("analytical:tensor(")
+    )
+    title = " ".join(title.split()).rstrip(",")
+    if len(ours) != len(theirs) or not len(ours):
+        return title
+    i = int((ours - theirs).abs().argmax())
+    cause = "0 everywhere" if not ours.any() else likely_cause(ours, theirs)
+    return f"{title}: {ours[i]:.4g}, expected {theirs[i]:.4g} by finite differences" + f"; {cause}" * bool(
+        cause
+    )
+
+
+NUMBER = r"-?\d+\.?\d*(?:e[+-]?\d+)?|nan|inf"
 RULES["gradcheck"] = partial(_numerically, torch.autograd.gradcheck)
 RULES["gradgradcheck"] = partial(_numerically, torch.autograd.gradgradcheck)
 
@@ -204,13 +385,13 @@ def _pulled_back_twice(f: Function, case: Case, layout: Layout) -> Tensors:
     first = torch.autograd.grad(
         ys, xs, list(map(layout, incoming)), create_graph=True, materialize_grads=True
     )
-    total = sum((g.square().sum() for g in first), torch.zeros(()))
+    total = sum((real(g).square().sum() for g in first), torch.zeros(()))
     return torch.autograd.grad(total, (*xs, *incoming), materialize_grads=True)
 
 
 @rule("incoming gradients of any layout")
 def _(case: Case) -> Attempts:
-    for name, layout in LAYOUTS.items():
+    for name, layout in layouts(case.op(*case.operands)).items():
         yield name, partial(case.transformed, pulled_back, layout=layout)
         if "expanded" not in name:
             both = partial(case.transformed, pulled_back, layout=layout, of_operands=layout)
@@ -247,7 +428,7 @@ def _(case: Case) -> Attempts:
             if "modified by an inplace operation" not in str(e):
                 raise
         else:
-            close(actual, expected)
+            close(actual, expected, lambda: pulled_back(case.wide.oracle, case.wide))
 
     for what in ("operands", "results"):
         yield f"of {what}", partial(check, what == "results")
@@ -264,12 +445,46 @@ def _(case: Case) -> Attempts:
             return [(torch.zeros_like(y.primal) if y.tangent is None else y.tangent).clone() for y in ys]
 
     for chosen in dict.fromkeys([_every(case), *((i,) for i in _every(case))]):
-        yield f"of operands {chosen}", partial(case.transformed, pushed, chosen=chosen)
+        yield f"of operands {chosen}", partial(case.transformed, pushed, _difference_of, chosen=chosen)
+
+
+def _moved(f: Function, xs: Tensors, step: float, chosen: Sequence[int]) -> list[Tensor]:
+    moved = [x + step * normal_like(x) if i in chosen else x for i, x in enumerate(xs)]
+    return [y.double() for y in f(*moved)]
+
+
+def _difference_of(
+    f: Function, case: Case, chosen: Sequence[int] | None = None
+) -> tuple[list[Tensor], float]:
+    """The directional derivative by (f(x + h·v) − f(x − h·v))/2h, in float64, and its tolerance.
+
+    The error of the difference is about h², that of the roundings ε/h; both are ε^⅔ for h = ε^⅓.
+    """
+    h = torch.finfo(torch.float64).eps ** (1 / 3)
+    every = _every(case) if chosen is None else chosen
+    after, before = (_moved(f, case.floating, step, every) for step in (h, -h))
+    return [(a - b) / (2 * h) for a, b in zip(after, before, strict=True)], 1000 * h**2
+
+
+def _value_and_difference_of(f: Function, case: Case) -> tuple[list[Tensor], float]:
+    differences, tolerance = _difference_of(f, case)
+    return [*f(*case.floating), *differences], tolerance
+
+
+def _second_difference_of(f: Function, case: Case) -> tuple[list[Tensor], float]:
+    """The first directional derivative, and the second by (f(x + h·v) − 2·f(x) + f(x − h·v))/h².
+
+    For h = ε^¼ the errors of the difference and of the roundings are both about √ε.
+    """
+    h = torch.finfo(torch.float64).eps ** (1 / 4)
+    after, middle, before = (_moved(f, case.floating, step, _every(case)) for step in (h, 0.0, -h))
+    second = [(a - 2 * m + b) / h**2 for a, m, b in zip(after, middle, before, strict=True)]
+    return [*_difference_of(f, case)[0], *second], 1000 * h**2
 
 
 def _scalar(f: Function) -> Callable[..., Tensor]:
     """A scalar whose gradient differs from element to element."""
-    return lambda *xs: sum((y + y.square()).sum() for y in f(*xs))  # type: ignore[return-value]
+    return lambda *xs: sum((y + y.square()).sum() for y in map(real, f(*xs)))  # type: ignore[return-value]
 
 
 def _every(case: Case) -> tuple[int, ...]:
@@ -297,17 +512,110 @@ def _checkpointed(f: Function, case: Case) -> Tensors:
     return pulled_back(lambda *xs: checkpoint(f, *xs, use_reentrant=False), case)
 
 
+MOST_SQUARED = 2**24  # numbers that a rule may keep, of 8 bytes each
+
+
+def _of_every_pair(f: Callable[[], Any], xs: Tensors) -> Any:
+    """Compute derivatives by all operands at once, which takes the square of their numbers."""
+    count = sum(x.numel() for x in xs)
+    if count**2 > MOST_SQUARED:
+        raise Outcome("not run", f"{count}² derivatives, expected at most 2²⁴ numbers; take a smaller sample")
+    return f()
+
+
+def _jacfwd(f: Function, xs: Tensors) -> Any:
+    return _of_every_pair(lambda: jacfwd(f, tuple(range(len(xs))))(*xs), xs)
+
+
+def _hessian(f: Function, xs: Tensors) -> Any:
+    return _of_every_pair(lambda: hessian(_scalar(f), tuple(range(len(xs))))(*xs), xs)
+
+
 TRANSFORMS: dict[str, Callable[..., Any]] = {
     "batched gradients": _batched,
     "checkpoint": _checkpointed,
     "torch.func: vjp": _vjp,
     "torch.func: jvp": lambda f, case: _jvp(f, case.floating),
     "torch.func: jacrev": lambda f, case: jacrev(f, _every(case))(*case.floating),
-    "torch.func: jacfwd": lambda f, case: jacfwd(f, _every(case))(*case.floating),
-    "torch.func: hessian": lambda f, case: hessian(_scalar(f), _every(case))(*case.floating),
+    "torch.func: jacfwd": lambda f, case: _jacfwd(f, case.floating),
+    "torch.func: hessian": lambda f, case: _hessian(f, case.floating),
     "torch.func: jvp of jvp": lambda f, case: _jvp(lambda *xs: _jvp(f, xs)[1], case.floating),
 }
-RULES.update({name: partial(Case.transformed, transform=how) for name, how in TRANSFORMS.items()})
+BY_DIFFERENCES = {
+    "torch.func: jvp": _value_and_difference_of,
+    "torch.func: jvp of jvp": _second_difference_of,
+}
+RULES.update(
+    {
+        name: partial(Case.transformed, transform=how, numerical=BY_DIFFERENCES.get(name))
+        for name, how in TRANSFORMS.items()
+    }
+)
+
+
+# Special values
+
+
+@rule("NaN")
+def _(case: Case) -> Attempts:
+    """One number of an operand is NaN: results and gradients are NaN where those of the reference are."""
+    case.expect_reference()
+    for i, t in enumerate(case.operands):
+        if not (is_differentiable(t) and t.numel()):
+            continue
+        poisoned = t.clone(memory_format=torch.contiguous_format)
+        poisoned.view(-1)[t.numel() // 2] = math.nan
+        other = case.of([*case.operands[:i], poisoned, *case.operands[i + 1 :]])
+        yield f"in operand {i}", partial(_same_as_reference, other)
+        if any(case.is_smooth):
+            yield f"in operand {i}, gradients", partial(other.transformed, pulled_back)
+
+
+def _same_as_reference(case: Case) -> None:
+    expected = case.takes(case.operands, case.plain)
+    close(case.op(*case.operands), expected, lambda: case.wide.plain(*case.wide.operands))
+
+
+@rule("ties and zeros")
+def _(case: Case) -> Attempts:
+    """Equal numbers, at which a maximum or |x| has a kink: the gradients are those of the reference."""
+    case.expect_reference()
+    first = next((t.flatten() for t in case.floating if t.numel()), torch.zeros(1))
+
+    def repeated(numbers: Tensor, t: Tensor) -> Tensor:
+        return numbers.repeat(-(-t.numel() // len(numbers)))[: t.numel()].view(t.shape).to(t.dtype)
+
+    kinds: dict[str, Layout] = {
+        "pairs in an operand": lambda t: t.flatten().repeat_interleave(2)[: t.numel()].view(t.shape),
+        "the same numbers in all operands": lambda t: repeated(first, t),
+        "one number": lambda t: repeated(first[:1], t),
+        "zeros": torch.zeros_like,
+    }
+    for name, change in kinds.items():
+        other = case.of([change(t) if is_differentiable(t) else t for t in case.operands])
+        yield name, partial(_at_a_tie, other)
+
+
+def _at_a_tie(case: Case) -> None:
+    """Compare values and gradients, unless the reference itself jumps here, as an inverse can."""
+    expected = case.takes(case.operands, case.plain)
+    eps = max(torch.finfo(t.dtype).eps for t in case.floating)
+    moved = [t + eps**0.5 * normal_like(t) if is_differentiable(t) else t for t in case.operands]
+    smooth = [y for y in expected if is_differentiable(y)]
+    around = [y for y in case.takes(moved, case.plain) if is_differentiable(y)]
+    if any(not y.isfinite().all() for y in smooth) or not _is_near(around, smooth, eps**0.25):
+        raise Outcome("not run", "the reference jumps there")
+    close(case.op(*case.operands), expected, lambda: case.wide.plain(*case.wide.operands))
+    case.transformed(pulled_back)
+
+
+def _is_near(around: Sequence[Tensor], ys: Sequence[Tensor], tolerance: float) -> bool:
+    """Whether results are as near as those of a continuous function of moved operands are."""
+    return all(
+        bool((a - y).abs().max() <= tolerance * max(1.0, float(y.abs().max())))
+        for a, y in zip(around, ys, strict=True)
+        if y.numel()
+    )
 
 
 # vmap
@@ -320,13 +628,18 @@ def _looped(f: Function) -> Function:
     )
 
 
-def _vmap(case: Case, in_dims: tuple[int | None, ...]) -> None:
+def _vmap(case: Case, in_dims: tuple[int | None, ...], size: int = 3) -> None:
     with_dims = list(zip(case.operands, in_dims, strict=True))
-    batches = [torch.stack([t if dim is None else rolled(t, k) for k in range(3)]) for t, dim in with_dims]
+    batches = [torch.stack([t if dim is None else rolled(t, k) for k in range(size)]) for t, dim in with_dims]
     expected = _looped(case.plain)(*batches)
     given = [t if dim is None else b.movedim(0, dim) for b, (t, dim) in zip(batches, with_dims, strict=True)]
-    close(vmap(case.op, in_dims)(*given), expected)
-    close(vmap(case.op, in_dims, out_dims=-1)(*given), [y.movedim(0, -1) for y in expected])
+
+    def exact() -> Tensors:
+        return _looped(case.plain)(*cast(tuple(batches), torch.float64))
+
+    close(vmap(case.op, in_dims)(*given), expected, exact)
+    last = [y.movedim(0, -1) for y in expected]
+    close(vmap(case.op, in_dims, out_dims=-1)(*given), last, lambda: [y.movedim(0, -1) for y in exact()])
     case.expect_call(lambda: vmap(case.op, in_dims)(*given))
 
 
@@ -336,6 +649,8 @@ def _(case: Case) -> Attempts:
         for dim in range(t.dim() + 1):
             in_dims = tuple(dim if i == j else None for j in range(len(case.operands)))
             yield f"in_dims {in_dims}", partial(_vmap, case, in_dims)
+            if dim == 0:
+                yield f"in_dims {in_dims}, a batch of 1", partial(_vmap, case, in_dims, 1)
     keys = ("FuncTorchBatched", "FuncTorchBatchedDecomposition", "CompositeImplicitAutograd")
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     if case.overload is not None and not any(has_kernel(case.overload.name(), key) for key in keys):
@@ -347,21 +662,24 @@ def _(case: Case) -> Attempts:
     count = len(case.operands)
     for in_dims in ((0,) * count, (-1,) * count, tuple(-(i % 2) for i in range(count))):
         yield f"in_dims {in_dims}", partial(_vmap, case, in_dims)
+        yield f"in_dims {in_dims}, a batch of 1", partial(_vmap, case, in_dims, 1)
 
 
 @rule("vmap of vmap")
 def _(case: Case) -> None:
     rows = [[[rolled(t, 2 * i + j) for j in range(2)] for i in range(3)] for t in case.operands]
     batches = [torch.stack([torch.stack(row) for row in of_operand]) for of_operand in rows]
-    close(vmap(vmap(case.op))(*batches), _looped(_looped(case.plain))(*batches))
+    looped = _looped(_looped(case.plain))
+    wide = cast(tuple(batches), torch.float64)
+    close(vmap(vmap(case.op))(*batches), looped(*batches), lambda: looped(*wide))
     case.expect_call(lambda: vmap(vmap(case.op))(*batches))
 
 
 OF_BATCHES: dict[str, Callable[[Function, Tensors], Any]] = {
     "vmap of jvp": lambda f, xs: vmap(lambda *x: jvp(f, x, tuple(t.cos() for t in x)))(*xs),
     "vmap of vjp": lambda f, xs: vmap(lambda *x: vjp(f, *x)[1](f(*x)))(*xs),
-    "jacfwd of vmap": lambda f, xs: jacfwd(vmap(f), tuple(range(len(xs))))(*xs),
-    "hessian of vmap": lambda f, xs: hessian(_scalar(vmap(f)))(*xs),
+    "jacfwd of vmap": lambda f, xs: _jacfwd(vmap(f), xs),
+    "hessian of vmap": lambda f, xs: _hessian(vmap(f), xs),
     "vmap of vmap of grad": lambda f, xs: vmap(vmap(grad(_scalar(f))))(*(torch.stack([x, x]) for x in xs)),
     "vmap of grad": lambda f, xs: vmap(grad(_scalar(f), tuple(range(len(xs)))))(*xs),
     "gradients of vmap": lambda f, xs: torch.autograd.grad(_scalar(vmap(f))(*xs), xs, materialize_grads=True),
@@ -386,8 +704,7 @@ def _(case: Case) -> Attempts:
 def _(case: Case) -> Attempts:
     case.expect_reference()
 
-    def check(dtype: torch.dtype, given: torch.dtype, batch: bool = False) -> None:
-        operands = cast(case.operands, given)
+    def check(dtype: torch.dtype, operands: Tensors, batch: bool = False) -> None:
         native, device = case.takes(operands), operands[0].device.type
         with torch.autocast(device, dtype):
             actual = case.op(*operands)
@@ -400,11 +717,25 @@ def _(case: Case) -> Attempts:
         if actual[0].dtype == torch.float32:
             keeps.append(dtype)
 
+    def mixed(dtype: torch.dtype, operands: Tensors) -> None:
+        with torch.autocast(operands[0].device.type, dtype):
+            theirs = case.takes(operands, case.plain)
+            actual = case.op(*operands)
+        accurate(actual, theirs, case.plain(*cast(operands, torch.float64)))
+
     keeps: list[torch.dtype] = []
+    single = cast(case.operands, torch.float32)
     for dtype in LOW:
-        yield f"to {dtype}", partial(check, dtype, torch.float32)
-        yield f"to {dtype}, in vmap", partial(check, dtype, torch.float32, True)
-    yield "of float64", partial(check, torch.bfloat16, torch.float64)
+        yield f"to {dtype}", partial(check, dtype, single)
+        yield f"to {dtype}, in vmap", partial(check, dtype, single, True)
+        # A layer before the operator has cast its result, but no parameter.
+        low = cast(case.operands, dtype)
+        yield f"of {dtype}", partial(mixed, dtype, low)
+        for i, t in enumerate(case.operands if len(case.floating) > 1 else ()):
+            if t.is_floating_point():
+                operands = (*single[:i], low[i], *single[i + 1 :])
+                yield f"to {dtype}, of which operand {i} is", partial(mixed, dtype, operands)
+    yield "of float64", partial(check, torch.bfloat16, cast(case.operands, torch.float64))
     return "it keeps float32" if keeps else "it casts to autocast's dtype"
 
 
@@ -412,7 +743,7 @@ def _(case: Case) -> Attempts:
 def _(case: Case) -> Attempts:
     def check(mode: Any) -> None:
         expected = case.op(*case.operands)
-        xs = [t.clone().requires_grad_(t.is_floating_point()) for t in case.operands]
+        xs = [t.clone().requires_grad_(is_differentiable(t)) for t in case.operands]
         with mode():
             ys = case.op(*xs)
             close(case.op(*(t.clone() for t in case.operands)), expected)
@@ -472,7 +803,8 @@ def _compiled(case: Case, **how: Any) -> Attempts:
 
     def pulled() -> None:
         transform = partial(pulled_back, case=case, layout=LAYOUTS["permuted"])
-        close(transform(case.smooth(compiled)), transform(case.oracle))
+        expected = transform(case.oracle)
+        close(transform(case.smooth(compiled)), expected, lambda: transform(case.wide.oracle, case=case.wide))
 
     torch._dynamo.reset()
     compiled = case.bind(torch.compile(call, fullgraph=True, **how))
@@ -538,7 +870,7 @@ def _(case: Case) -> Attempts:
 
     choices = []
     for t in case.operands:
-        partial_sum = [Partial("sum")] if t.is_floating_point() else []
+        partial_sum = [Partial("sum")] if is_differentiable(t) else []
         choices.append([Replicate(), *map(Shard, range(t.dim())), *partial_sum])
     combinations = list(itertools.product(*choices))
     if len(combinations) > MOST_COMBINATIONS:
@@ -604,7 +936,7 @@ def _compare(
 
     results, incoming, of_operands = expected
     placed = [_place(t, mesh, p) for t, p in zip(case.operands, placements, strict=True)]
-    xs = [t.requires_grad_() for t in placed if t.is_floating_point()]
+    xs = [t.requires_grad_() for t in placed if is_differentiable(t)]
     with CommDebugMode() as communication:
         ys: Sequence[Any] = case.op(*placed)
     if not all(isinstance(y, DTensor) for y in ys):

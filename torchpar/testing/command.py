@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: MIT
+"""The command ``python -m torchpar check OPERATOR --samples SAMPLES``, which prints an operator's table."""
+
+import argparse
+import importlib
+import json
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any, NoReturn
+
+from torchpar.errors import ConfigError, TorchparError, first_line
+from torchpar.testing.operators import OperatorTable, check_operator
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def find(name: str) -> Any:
+    """The object that is named ``MODULE:ATTRIBUTE``; the attribute may have dots.
+
+    Raises:
+        ConfigError: there is none, or the module raises an error.
+    """
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise ConfigError(f"{name!r}, expected MODULE:ATTRIBUTE, such as mylib.ops:op")
+    try:
+        return reduce(getattr, attribute.split("."), importlib.import_module(module))
+    except Exception as e:
+        raise ConfigError(f"{name}: {first_line(e)}") from e
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the table; the exit status is 1 if a row is wrong or crashes, and 2 for wrong arguments."""
+    parser = Parser(
+        "python -m torchpar check",
+        description="Try an operator with every part of PyTorch. "
+        "The exit status is 1 if a row is wrong or crashes, and 2 for wrong arguments.",
+    )
+    parser.add_argument("operator", help="MODULE:ATTRIBUTE, such as mylib.ops:op")
+    parser.add_argument(
+        "--samples",
+        required=True,
+        help="MODULE:ATTRIBUTE, tuples of arguments, or a function that returns them",
+    )
+    parser.add_argument("--reference", help="MODULE:ATTRIBUTE, the same by PyTorch's own operators")
+    parser.add_argument("--rules", nargs="+", metavar="RULE", help="rows of the table; default: all")
+    parser.add_argument("--json", action="store_true", help="print the table as JSON")
+    flags = parser.parse_args(arguments)
+    try:
+        table = _check(flags)
+    except TorchparError as e:
+        parser.error(str(e))
+    print(json.dumps(table.as_dict(), indent=1) if flags.json else table)
+    return 0 if table.ok else 1
+
+
+def _check(flags: argparse.Namespace) -> OperatorTable:
+    op, samples = find(flags.operator), find(flags.samples)
+    reference = None if flags.reference is None else find(flags.reference)
+    if callable(samples):
+        try:
+            samples = samples()
+        except Exception as e:
+            raise ConfigError(f"{flags.samples}: {first_line(e)}") from e
+    return check_operator(op, samples, reference=reference, rules=flags.rules)
