@@ -18,15 +18,17 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from inspect import signature
+from inspect import getmodule, signature
 from itertools import chain, islice
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _AutoDispatchBelowAutograd
+from torch._C import _after_ADInplaceOrView_keyset, _AutoDispatchBelowAutograd
 from torch._C._functorch import peek_interpreter_stack
+from torch._functorch.autograd_function import custom_function_call_vmap_helper
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch._library import custom_ops
 from torch._library.triton import get_inner_triton_kernels, set_wrap_triton_enabled, triton_ops_to_kernels
@@ -70,13 +72,14 @@ def custom_op(
         A `CustomOpDef`, or a decorator that makes one.
 
     Raises:
-        ValueError: a name or a schema that PyTorch does not take, or a keyword-only tensor, which has no
-            gradient and no placement (pytorch#167977).
+        ValueError: a name or a schema that PyTorch does not take; a schema that contradicts ``mutates_args``;
+            ``device_types`` of a function that has neither a tensor nor a device among its arguments.
+        NotImplementedError: a keyword-only tensor, which has no gradient and no placement (pytorch#167977);
+            a schema whose results alias arguments, and the tags for them, inplace and out.
     """
 
     def make(fn: Callable[..., Any]) -> CustomOpDef:
-        inferred = schema or torch.library.infer_schema(fn, mutates_args=mutates_args)
-        return CustomOpDef(name, fn, inferred, device_types, tags)
+        return CustomOpDef(name, fn, _schema(name, fn, mutates_args, schema), device_types, tags)
 
     return make if fn is None else make(fn)
 
@@ -138,8 +141,8 @@ def triton_op(
             with mode, _device_of(args):
                 return traced(*args, **kwargs)
 
-        inferred = schema or torch.library.infer_schema(fn, mutates_args=mutates_args)
-        op = CustomOpDef(name, launch, inferred)
+        launch.__module__ = fn.__module__  # which messages show
+        op = CustomOpDef(name, launch, _schema(name, fn, mutates_args, schema))
         op.__doc__ = fn.__doc__
         op.register_torch_dispatch(FunctionalTensorMode, trace)
         found = _Kernels(kernels or partial(get_inner_triton_kernels, fn))
@@ -151,7 +154,20 @@ def triton_op(
     return make if fn is None else make(fn)
 
 
-_libraries: dict[str, torch.library.Library] = {}  # by the operator's name
+def _schema(name: str, fn: Callable[..., Any], mutates_args: str | Iterable[str], schema: str | None) -> str:
+    """The schema of the annotations, or the one that is given, if it agrees with ``mutates_args``."""
+    if schema is None:
+        return torch.library.infer_schema(fn, mutates_args=mutates_args)
+    arguments = torch._C.parse_schema("f" + schema).arguments
+    mutated = {one.name for one in arguments if one.alias_info and one.alias_info.is_write}
+    if mutates_args == "unknown":  # as infer_schema takes it
+        expected = {one.name for one in arguments if "Tensor" in str(one.type)}
+    else:
+        expected = {mutates_args} if isinstance(mutates_args, str) else set(mutates_args)
+    if mutated != expected:  # a compiler would drop a write of which the schema says nothing
+        given = f"mutates_args is {mutates_args!r}, but by its schema {schema!r}"
+        raise ValueError(f"{name}: {given} the op mutates {mutated or '{}'}; make them agree")
+    return schema
 
 
 class CustomOpDef(custom_ops.CustomOpDef):
@@ -169,25 +185,29 @@ class CustomOpDef(custom_ops.CustomOpDef):
         tags: torch.Tag | Sequence[torch.Tag] | None = None,
     ):
         namespace, _, own = name.partition("::")
-        if not (namespace.isidentifier() and own.isidentifier()):
+        base, dot, overload = own.partition(".")
+        if not (namespace.isidentifier() and base.isidentifier() and (overload.isidentifier() or not dot)):
             raise ValueError(f"the operator's name is {name!r}, expected 'namespace::name' of identifiers")
-        arguments = torch._C.parse_schema(own + schema).arguments  # before an earlier operator is replaced
-        tensors = [one.name for one in arguments if one.kwarg_only and "Tensor" in str(one.type)]
-        if tensors:
-            raise ValueError(f"{name}: {tensors[0]} is a keyword-only tensor; make it positional")
-        self._namespace, self._name = namespace, own
-        self.__name__, self.__doc__ = own, function.__doc__
-        if name in _libraries:  # a notebook defines the operator again
-            _libraries.pop(name)._destroy()
-        self._lib = _libraries[name] = torch.library.Library(namespace, "FRAGMENT")
         tags = [tags] if isinstance(tags, torch.Tag) else tags or ()
+        parsed = torch._C.parse_schema(own + schema)  # before an earlier operator is replaced
+        arguments = parsed.arguments
+        _refuse(name, parsed, tags)
+        self._needs_device = not any("Tensor" in str(one.type) for one in arguments)  # as an argument
+        self._has_device = any(one.name == "device" for one in arguments)
+        self._check_device(name, device_types)
+        self._namespace, self._name = namespace, own
+        self.__name__, self.__doc__ = base, function.__doc__
+        self._lib = custom_ops.get_library_allowing_overwrite(namespace, own)  # a notebook defines it again
         self._lib.define(own + schema, tags={torch.Tag.pt2_compliant_tag, *tags})
-        self._opoverload = getattr(getattr(torch.ops, namespace), own).default
+        self._opoverload = getattr(getattr(getattr(torch.ops, namespace), base), overload or "default")
         self._positional = [one for one in arguments if not one.kwarg_only]
         self._defaults = tuple(one.default_value for one in self._positional)
         self._keywords = [one for one in arguments if one.kwarg_only]
         self._mutated = [one.name for one in arguments if one.alias_info and one.alias_info.is_write]
         self._kernels: dict[str | None, Callable[..., Any]] = {}  # by device; None for all others
+        self._dispatch_rules: dict[Any, Callable[..., Any]] = {}  # by tensor subclass or mode
+        self._fake: Callable[..., Any] | None = None
+        self._vmap: Callable[..., Any] | None = None
         self._backward: Callable[..., Any] | None = None
         self._setup_context: Callable[..., Any] | None = None
         self._jvp: Callable[..., Any] | None = None
@@ -195,6 +215,11 @@ class CustomOpDef(custom_ops.CustomOpDef):
         self._decompose: Callable[..., bool] | None = None
         self.register_kernel(device_types, function)
         self._lib.impl(own, self._autograd, "Autograd")
+        if self._mutated:  # below Autograd, since inference mode passes that key over
+            self._lib.impl(own, self._raise_versions, "ADInplaceOrView", with_keyset=True)
+        if self._mutated and not parsed.returns:
+            self.register_fake(lambda *args, **kwargs: None)
+        custom_ops.OPDEFS[self._qualname] = self  # for torch.library's functions, given the name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         _register_sharding_rules()  # in inference mode the Autograd key is passed over
@@ -207,12 +232,35 @@ class CustomOpDef(custom_ops.CustomOpDef):
         if fn is None:
             return partial(self.register_kernel, device_types)
         devices: Any = [device_types] if isinstance(device_types, str) else device_types or [None]
+        self._check_device(self._qualname, device_types)
+        if device_types is not None and self._needs_device and not any(self._kernels):
+            self._lib.impl(self._name, self._select_device, "BackendSelect")
         for device in devices:
             if device not in self._kernels:
                 key = torch._C._dispatch_key_for_device(device) if device else "CompositeExplicitAutograd"
-                self._lib.impl(self.__name__, partial(self._run, device), key)
+                self._lib.impl(self._name, partial(self._run, device), key)
             self._kernels[device] = fn
         return fn
+
+    def _check_device(self, name: str, device_types: str | Sequence[str] | None) -> None:
+        if device_types is not None and self._needs_device and not self._has_device:
+            expected = "expected an argument `device: torch.device` to choose the kernel by"
+            raise ValueError(
+                f"{name}: there are device types, but no tensors among the arguments; {expected}"
+            )
+
+    def _select_device(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the kernel of a function without tensors, for the device among its arguments."""
+        given = dict(zip((one.name for one in self._positional), args, strict=False)) | kwargs
+        device = torch.device(given.get("device") or torch.get_default_device()).type
+        chosen = device if device in self._kernels else None
+        if chosen not in self._kernels:
+            has = f"{self._qualname} does not have a kernel registered for {device}"
+            raise RuntimeError(f"{has}; register one by register_kernel")
+        key = torch._C._dispatch_key_for_device(device)
+        return self._opoverload.redispatch(
+            torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)), *args, **kwargs
+        )
 
     def _run(self, device: str | None, /, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():  # which takes a microsecond
@@ -222,7 +270,8 @@ class CustomOpDef(custom_ops.CustomOpDef):
                 if any(isinstance(t, FakeTensor) for t in tree_flatten(args)[0]):
                     e.add_note(f"{self._qualname} has no fake; register one by register_fake")
                 raise
-        _c_check_aliasing_constraint(self._qualname, args, kwargs, result)
+        module = partial(getmodule, self._kernels[device])
+        _c_check_aliasing_constraint(self._qualname, args, kwargs, result, module)
         return result
 
     def set_kernel_enabled(self, device_type: str, enabled: bool = True) -> Any:
@@ -231,24 +280,46 @@ class CustomOpDef(custom_ops.CustomOpDef):
 
     def register_fake(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Register a function that allocates the result, with its shape, strides, dtype and device."""
-        torch.library.register_fake(self._qualname, fn, lib=self._lib)
+        if self._fake is None:  # until then, kernels made of PyTorch's operators run on fake tensors
+            self._lib._register_fake(self._name, self._run_fake, _stacklevel=3)
+        self._fake = fn
         return fn
+
+    def _run_fake(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._fake is not None
+        return self._fake(*args, **kwargs)
 
     def register_vmap(self, func: Callable[..., Any] | None = None) -> Any:
         """Register a batching rule, ``func(info, in_dims, *args) -> (result, out_dim)``."""
         if func is None:
             return self.register_vmap
 
-        def with_defaults(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
-            rest = self._defaults[len(args) :]
-            return func(info, in_dims + (None,) * len(rest), *args, *rest, **self._keyword_only(kwargs))
-
-        torch.library.register_vmap(self._qualname, with_defaults, lib=self._lib)
+        if self._vmap is None:
+            self._lib.impl(self._name, self._run_vmap, "FuncTorchBatched", with_keyset=True)
+        self._vmap = func
         return func
+
+    def _run_vmap(self, keyset: Any, /, *args: Any, **kwargs: Any) -> Any:
+        def with_defaults(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
+            assert self._vmap is not None
+            rest = self._defaults[len(args) :]
+            return self._vmap(info, in_dims + (None,) * len(rest), *args, *rest, **self._keyword_only(kwargs))
+
+        interpreter = retrieve_current_functorch_interpreter()
+        return custom_function_call_vmap_helper(interpreter, with_defaults, self._opoverload, *args, **kwargs)
 
     def register_torch_dispatch(self, cls: Any, fn: Callable[..., Any] | None = None) -> Any:
         """Register what the operator does for a tensor subclass, or in a mode."""
-        return torch.library.register_torch_dispatch(self._qualname, cls, fn, lib=self._lib)
+        if fn is None:
+            return partial(self.register_torch_dispatch, cls)
+        if cls not in self._dispatch_rules:
+            rule = partial(self._run_dispatch_rule, cls)
+            self._lib._register_torch_dispatch_rule(self._name, cls, rule)
+        self._dispatch_rules[cls] = fn
+        return fn
+
+    def _run_dispatch_rule(self, cls: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return self._dispatch_rules[cls](*args, **kwargs)
 
     def register_autograd(
         self,
@@ -307,7 +378,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
             raise ValueError(f"{given}, expected 'cpu', 'cuda' or None; the dtype is the second argument")
         for device in ("cpu", "cuda") if device_type is None else (device_type,):
             rule = partial(self._autocast, device, cast_inputs, cast)
-            self._lib.impl(self.__name__, rule, f"Autocast{torch._C._dispatch_key_for_device(device)}")
+            self._lib.impl(self._name, rule, f"Autocast{torch._C._dispatch_key_for_device(device)}")
 
     def _autocast(
         self, device: str, dtype: torch.dtype | None, cast: bool, /, *args: Any, **kwargs: Any
@@ -357,8 +428,10 @@ class CustomOpDef(custom_ops.CustomOpDef):
     def _autograd(self, *args: Any, **kwargs: Any) -> Any:
         _register_sharding_rules()
         if self._mutated:
-            return self._write(args, kwargs)
-        transformed = is_transformed()
+            self._check_write(args, kwargs)
+            if not self._opoverload._schema.returns:
+                return self._below(*args, **kwargs)
+        transformed = is_transformed() and not self._mutated
         if self._formula and (transformed or (self._decompose and self._decompose(*args, **kwargs))):
             return self._formula(*args, **kwargs)
         # A list with None among its tensors is no list of tensors to PyTorch.
@@ -372,26 +445,50 @@ class CustomOpDef(custom_ops.CustomOpDef):
         with _AutoDispatchBelowAutograd():
             return self._opoverload(*args, **kwargs)
 
-    def _write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call an operator that writes to arguments."""
-        if is_transformed():
+    def _check_write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse a call that would write to a tensor and leave its derivative as it was."""
+        tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+        # PyTorch counts the levels of forward mode for all threads together, so the tangents decide.
+        if peek_interpreter_stack() is not None or any(map(_has_tangent, tensors)):
             raise RuntimeError(f"{self._qualname} writes to an argument: no torch.func, no forward mode")
-        given = dict(zip((one.name for one in self._positional), args, strict=False)) | kwargs
-        written = [t for t in tree_flatten([given.get(name) for name in self._mutated])[0] if t is not None]
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*written):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*self._written(args, kwargs)):
             raise RuntimeError(
                 f"{self._qualname} has no gradient, and an argument that it writes to requires one; detach "
                 "it, or call the operator under torch.no_grad()"
             )
-        torch.autograd.graph.increment_version(written)
-        return self._below(*args, **kwargs)
+
+    def _written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        given = dict(zip((one.name for one in self._positional), args, strict=False)) | kwargs
+        return [t for t in tree_flatten([given.get(name) for name in self._mutated])[0] if t is not None]
+
+    def _raise_versions(self, keyset: Any, /, *args: Any, **kwargs: Any) -> Any:
+        torch.autograd.graph.increment_version(self._written(args, kwargs))
+        return self._opoverload.redispatch(keyset & _after_ADInplaceOrView_keyset, *args, **kwargs)
+
+
+def _refuse(name: str, schema: Any, tags: Sequence[torch.Tag]) -> None:
+    """Refuse the schemas that the rules here do not support."""
+    tensors = [one.name for one in schema.arguments if one.kwarg_only and "Tensor" in str(one.type)]
+    if tensors:
+        raise NotImplementedError(f"{name}: {tensors[0]} is a keyword-only tensor; make it positional")
+    aliasing = [tag.name for tag in tags if tag.name in ("inplace", "out")]
+    if aliasing or any(one.alias_info for one in schema.returns):
+        tag = f"the tag {aliasing[0]} says" if aliasing else "the schema says"
+        raise NotImplementedError(
+            f"{name}: {tag} that a result is an argument or a view of one; return new memory, or None from "
+            "an operator that writes to its argument"
+        )
+
+
+def _has_tangent(t: Tensor) -> bool:
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t, level=0).tangent is not None
 
 
 class _Call:
     """A call on its way through `Differentiable`, of flat tensors; it keeps none of the arguments."""
 
     def __init__(self, op: CustomOpDef, kwargs: dict[str, Any]):
-        self.op, self.kwargs = op, kwargs
+        self.op, self.kwargs, self.materializes = op, kwargs, True
 
     def flat(self, args: tuple[Any, ...]) -> Sequence[Any]:
         """The leaves of all positional arguments."""
@@ -412,25 +509,34 @@ class _Call:
         return result if self.is_tuple else result[0]
 
     def set_up(self, ctx: Any, leaves: Sequence[Any], output: tuple[Any, ...]) -> None:
-        ctx.call, self.count = self, len(leaves)
+        ctx._torchpar_call, self.count = self, len(leaves)
         self.results: list[Any] = [  # None for a number
             {"size": t.shape, "dtype": t.dtype, "device": t.device} if isinstance(t, Tensor) else None
             for t in output
         ]
         if len(output) > 1:  # the zeros that autograd makes are no DTensors (pytorch#173123)
             ctx.set_materialize_grads(False)
-        ctx.needs_input_grad = _nested(ctx.needs_input_grad[:-1], self.sizes)
+        ctx.needs_input_grad = _nested(ctx.needs_input_grad[:-1], self.sizes)[: self.given]
         if self.op._setup_context:
+            ctx.set_materialize_grads = self._set_materializes
             given = self.op._keyword_only(self.kwargs)
             keywords = {"keyword_only_inputs": given} if given else {}
             inputs = _nested(leaves, self.sizes)
             self.op._setup_context(ctx=ctx, inputs=inputs, output=self.result(output), **keywords)
+            del ctx.set_materialize_grads
+            if not self.materializes:
+                ctx.set_materialize_grads(False)
+
+    def _set_materializes(self, value: bool) -> None:
+        self.materializes = value
 
     def backward(self, ctx: Any, grads: Sequence[Any]) -> tuple[Any, ...]:
         """The gradients of the leaves."""
         if self.op._backward is None:
-            raise RuntimeError(f"{self.op._qualname} has no backward; register one by register_autograd")
-        if any(g is None for g in grads):  # of a result that is not used
+            name = self.op._qualname
+            hint = "it has no backward; register one by register_autograd"
+            raise RuntimeError(f"Trying to backward through {name}, but {hint}")
+        if self.materializes and any(g is None for g in grads):  # of a result that is not used
             like = next((g for g in grads if g is not None), None)
             if like is None:
                 return (None,) * self.count
@@ -444,26 +550,36 @@ class _Call:
         if len(found) == self.given:  # arguments at their defaults need no gradient
             found += (None,) * (count - self.given)
         if len(found) != count:
+            expected = count if self.given == count else f"{self.given} or {count}"
             raise RuntimeError(
-                f"{self.op._qualname}: backward returns {len(found)} gradients, expected {count}, one for "
-                "each positional argument"
+                f"{self.op._qualname}: backward returns an incorrect number of gradients: expected "
+                f"{expected}, got {len(found)}, one for each positional argument"
             )
         if self.sizes is None:
             return found
         leaves: list[Any] = []
-        for size, gradient in zip(self.sizes, found, strict=True):
-            is_list = isinstance(gradient, list | tuple)
-            leaves += gradient if is_list else [gradient] * (1 if size is None else size)
+        for argument, size, gradient in zip(self.op._positional, self.sizes, found, strict=True):
+            if not isinstance(gradient, list | tuple):
+                leaves += [gradient] * (1 if size is None else size)
+            elif size is not None and len(gradient) != size:
+                expected = f"{self.op._qualname}: backward returns {len(gradient)} gradients for the list"
+                raise RuntimeError(f"{expected} {argument.name}, expected {size}, one for each tensor")
+            else:
+                leaves += [None] if size is None else gradient
         return tuple(leaves)
 
 
 def _flattened(values: tuple[Any, ...]) -> tuple[Sequence[Any], list[int | None] | None]:
-    """The values and the elements of those that are lists, and the lists' lengths; None without lists."""
+    """The values and the tensors of those that are lists, and the lists' lengths; None without lists."""
     if list not in map(type, values):
         return values, None
-    lists = [value if isinstance(value, list) else [value] for value in values]
-    sizes = [len(value) if isinstance(value, list) else None for value in values]
+    sizes = [len(value) if _is_list_of_tensors(value) else None for value in values]
+    lists = [[value] if size is None else value for value, size in zip(values, sizes, strict=True)]
     return list(chain(*lists)), sizes
+
+
+def _is_list_of_tensors(value: Any) -> bool:
+    return isinstance(value, list) and all(t is None or isinstance(t, Tensor) for t in value)
 
 
 def _nested(leaves: Iterable[Any], sizes: list[int | None] | None) -> tuple[Any, ...]:
@@ -491,47 +607,49 @@ class Differentiable(_SingleLevelFunction):
         ctx.save_for_forward(*(ctx.to_save or ()))
         constant = set(map(id, ctx.non_differentiable or ()))
         floats = [isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex()) for t in output]
-        ctx.are_smooth = [yes and id(t) not in constant for yes, t in zip(floats, output, strict=True)]
+        call.are_smooth = [yes and id(t) not in constant for yes, t in zip(floats, output, strict=True)]
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return *ctx.call.backward(ctx, grads), None
+        return *ctx._torchpar_call.backward(ctx, grads), None
 
     @staticmethod
     def jvp(ctx: Any, *args: Tensor | None) -> Any:
         tangents = args[:-1]
         saved = [t if t is None else forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors]
-        needs = _nested([t is not None for t in tangents], ctx.call.sizes)
+        call = ctx._torchpar_call
+        needs = _nested([t is not None for t in tangents], call.sizes)[: call.given]
         own = SimpleNamespace(**vars(ctx), saved_tensors=saved, needs_input_grad=needs)
         # PyTorch turns forward mode off here, so that the tangents of the transforms below would be 0.
         with _set_fwd_grad_enabled(True):
-            if ctx.call.op._jvp:
-                return ctx.call.op._jvp(own, *_nested(tangents, ctx.call.sizes))
+            if call.op._jvp:
+                return call.op._jvp(own, *_nested(tangents, call.sizes))
             return _transposed_backward(own, tangents)
 
 
 def _transposed_backward(ctx: Any, tangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """The tangents of the results: ``backward`` is linear in ``grads``, and this is its transpose."""
+    call = ctx._torchpar_call
     with torch.enable_grad():
         zeros = [
             torch.zeros(**result, requires_grad=is_smooth) if result else None
-            for result, is_smooth in zip(ctx.call.results, ctx.are_smooth, strict=True)
+            for result, is_smooth in zip(call.results, call.are_smooth, strict=True)
         ]
         smooth = [t for t in zeros if t is not None and t.requires_grad]
         found: Sequence[Any] = [t.detach() for t in smooth]
-        gradients = ctx.call.backward(ctx, zeros) if smooth else ()
+        gradients = call.backward(ctx, zeros) if smooth else ()
         pairs = [(g, t) for g, t in zip(gradients, tangents, strict=False) if g is not None and t is not None]
         if any(not g.requires_grad for g, _ in pairs):  # a 0 of its own, or made by another library
             raise RuntimeError(
-                f"{ctx.call.op._qualname}: backward returns a gradient that PyTorch cannot differentiate; "
+                f"{call.op._qualname}: backward returns a gradient that PyTorch cannot differentiate; "
                 "return None for 0, or register jvp or formula"
             )
         if pairs:
             outputs, incoming = zip(*((g.sum_to_size(t.shape), t) for g, t in pairs), strict=True)
             found = torch.autograd.grad(outputs, smooth, incoming, create_graph=True, materialize_grads=True)
     rest = iter(found)
-    return tuple(next(rest) if is_smooth else None for is_smooth in ctx.are_smooth)
+    return tuple(next(rest) if is_smooth else None for is_smooth in call.are_smooth)
 
 
 class _Kernels:

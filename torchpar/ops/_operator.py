@@ -6,6 +6,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torchpar.library import CustomOpDef, triton_op
@@ -24,9 +25,10 @@ def operator(
         opaque: a function of the arguments; where it is true, compilers do not look into the operator.
     """
     name, bracket, rest = schema.partition("(")
+    mutated = {one.name for one in torch._C.parse_schema(schema).arguments if one.alias_info}
     return triton_op(  # type: ignore[no-any-return]
         f"{NAMESPACE}::{name}",
-        mutates_args=(),
+        mutates_args=mutated,
         schema=bracket + rest,
         kernels=partial(_kernels, kernels),
         opaque=opaque,
