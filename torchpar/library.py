@@ -192,6 +192,8 @@ class CustomOpDef(custom_ops.CustomOpDef):
         parsed = torch._C.parse_schema(own + schema)  # before an earlier operator is replaced
         arguments = parsed.arguments
         _refuse(name, parsed, tags)
+        writes = [bool(one.alias_info and one.alias_info.is_write) for one in arguments]
+        self._written_at = [i for i, is_written in enumerate(writes) if is_written]
         self._needs_device = not any("Tensor" in str(one.type) for one in arguments)  # as an argument
         self._has_device = any(one.name == "device" for one in arguments)
         self._check_device(name, device_types)
@@ -203,7 +205,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
         self._positional = [one for one in arguments if not one.kwarg_only]
         self._defaults = tuple(one.default_value for one in self._positional)
         self._keywords = [one for one in arguments if one.kwarg_only]
-        self._mutated = [one.name for one in arguments if one.alias_info and one.alias_info.is_write]
+        self._mutated = any(writes)
         self._kernels: dict[str | None, Callable[..., Any]] = {}  # by device; None for all others
         self._dispatch_rules: dict[Any, Callable[..., Any]] = {}  # by tensor subclass or mode
         self._fake: Callable[..., Any] | None = None
@@ -305,7 +307,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
             rest = self._defaults[len(args) :]
             return self._vmap(info, in_dims + (None,) * len(rest), *args, *rest, **self._keyword_only(kwargs))
 
-        interpreter = retrieve_current_functorch_interpreter()
+        interpreter: Any = retrieve_current_functorch_interpreter()
         return custom_function_call_vmap_helper(interpreter, with_defaults, self._opoverload, *args, **kwargs)
 
     def register_torch_dispatch(self, cls: Any, fn: Callable[..., Any] | None = None) -> Any:
@@ -447,22 +449,23 @@ class CustomOpDef(custom_ops.CustomOpDef):
 
     def _check_write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse a call that would write to a tensor and leave its derivative as it was."""
-        tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
         # PyTorch counts the levels of forward mode for all threads together, so the tangents decide.
-        if peek_interpreter_stack() is not None or any(map(_has_tangent, tensors)):
+        if peek_interpreter_stack() is not None or _has_tangents((args, kwargs)):
             raise RuntimeError(f"{self._qualname} writes to an argument: no torch.func, no forward mode")
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*self._written(args, kwargs)):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*self._written(args)):
             raise RuntimeError(
                 f"{self._qualname} has no gradient, and an argument that it writes to requires one; detach "
                 "it, or call the operator under torch.no_grad()"
             )
 
-    def _written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        given = dict(zip((one.name for one in self._positional), args, strict=False)) | kwargs
-        return [t for t in tree_flatten([given.get(name) for name in self._mutated])[0] if t is not None]
+    def _written(self, args: tuple[Any, ...]) -> list[Tensor]:
+        found = [args[i] for i in self._written_at if i < len(args)]  # no keyword-only argument is a tensor
+        if not all(isinstance(t, Tensor) for t in found):
+            found = [t for t in tree_flatten(found)[0] if t is not None]
+        return found
 
     def _raise_versions(self, keyset: Any, /, *args: Any, **kwargs: Any) -> Any:
-        torch.autograd.graph.increment_version(self._written(args, kwargs))
+        torch.autograd.graph.increment_version(self._written(args))
         return self._opoverload.redispatch(keyset & _after_ADInplaceOrView_keyset, *args, **kwargs)
 
 
@@ -480,8 +483,11 @@ def _refuse(name: str, schema: Any, tags: Sequence[torch.Tag]) -> None:
         )
 
 
-def _has_tangent(t: Tensor) -> bool:
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t, level=0).tangent is not None
+def _has_tangents(values: Any) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    tensors = [t for t in tree_flatten(values)[0] if isinstance(t, Tensor)]
+    return any(forward_ad.unpack_dual(t, level=0).tangent is not None for t in tensors)
 
 
 class _Call:
