@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: MIT
+"""Samples of PyTorch's own operator tests (OpInfo), in `torchpar.exact.mode` and in plain PyTorch.
+
+A trial takes one operator, one sample, and the results or the gradients. A `ConfigError` is the documented refusal.
+Where PyTorch refuses, the mode must refuse, too. Otherwise:
+
+- shapes and dtypes are PyTorch's; integers are equal; NaN and infinity stand where they do in PyTorch or in float64;
+- an error against float64 is at most twice PyTorch's plus `ROUNDINGS` units of the last place;
+- bits do not depend on the number of threads, the default dtype, inference mode, or the other rows of the batch.
+
+The last line's digest is of all bits. It must be the same with `ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2`,
+for the same seed and `--trials`.
+"""
+
+import hashlib
+import itertools
+import math
+import random
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from driver import Found, Refused, run
+from torch import Tensor
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.opinfo.core import BinaryUfuncInfo, OpInfo, UnaryUfuncInfo
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from torchpar import exact
+from torchpar.errors import ConfigError
+
+ROUNDINGS = 4  # of an element's function that is composed of several which round once
+SAMPLES = 24  # that are drawn from for one operator
+SPECIAL = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 1e-40, 1e30, 0.5)
+# Their results are memory that nobody wrote.
+UNINITIALISED = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
+# docs/exact.md: arguments and results that are not tensors, or objects that know their creator, are not operators.
+OPERATORS = [op for op in op_db if op.name not in {"to_sparse"} and op.supports_dtype(torch.float32, "cpu")]
+PRODUCTS = "mm addmm bmm baddbmm addbmm matmul dot vdot inner mv addmv outer einsum tensordot linear bilinear conv kron"
+
+Call = Callable[[], Any]
+
+
+def floats(value: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def tensors(value: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+
+
+def detached(value: Any, dtype: torch.dtype | None = None) -> Any:
+    """Copies of all tensors, those of float32 in ``dtype``."""
+
+    def copy(t: Tensor) -> Tensor:
+        t = t.detach().clone()
+        return t.to(dtype) if dtype and t.dtype == torch.float32 else t
+
+    return tree_map_only(Tensor, copy, value)
+
+
+class Sample:
+    """A call of an operator: its arguments, and what is computed of its result."""
+
+    def __init__(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], slopes: bool
+    ):
+        self.function, self.args, self.kwargs, self.slopes = function, args, kwargs, slopes
+
+    def __call__(self, args: tuple[Any, ...] | None = None, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """The result's tensors, or the gradients of Σ w·result for weights w that alternate."""
+        torch.manual_seed(0)
+        args, kwargs = detached((self.args if args is None else args, self.kwargs), dtype)
+        if dtype is not None and kwargs.get("dtype") == torch.float32:
+            kwargs["dtype"] = dtype
+        if not self.slopes:
+            return [t.detach() for t in tensors(self.function(*args, **kwargs))]
+        inputs = [t.requires_grad_() for t in floats((args, kwargs))]
+        results = [t for t in floats(self.function(*args, **kwargs)) if t.requires_grad]
+        if not results:
+            return []
+        weights = [self.weights(t) for t in results]
+        found = torch.autograd.grad(results, inputs, weights, allow_unused=True)
+        return [t for t in found if t is not None]
+
+    @staticmethod
+    def weights(result: Tensor) -> Tensor:
+        # Of the place in a row alone, so that gradients of rows do not depend on the number of rows.
+        row = result.shape[1:].numel() if result.dim() else 1
+        places = torch.arange(result.numel()).remainder(max(row, 1)).remainder(5)
+        return (places - 1.5).to(result.dtype).view(result.shape)
+
+
+def draw(rng: random.Random) -> tuple[OpInfo, Sample | None, Call | None]:
+    op = rng.choice(OPERATORS)
+    torch.manual_seed(rng.getrandbits(60))
+    if op.error_inputs_func is not None and rng.random() < 0.15:
+        errors = list(itertools.islice(op.error_inputs("cpu"), SAMPLES))
+        if errors:
+            sample = rng.choice(errors).sample_input
+            return op, None, lambda: op(sample.input, *sample.args, **sample.kwargs)
+    dtype = torch.float32
+    if rng.random() < 0.15:
+        choices = [d for d in (torch.int64, torch.int32, torch.uint8, torch.int8, torch.bool)]
+        choices = [d for d in choices if op.supports_dtype(d, "cpu")]
+        dtype = rng.choice(choices) if choices else dtype
+    draws = op.sample_inputs if rng.random() < 0.6 else op.reference_inputs
+    samples = list(itertools.islice(draws("cpu", dtype, requires_grad=False), SAMPLES))
+    if not samples:
+        raise Refused("no samples")
+    chosen = rng.choice(samples)
+    args = detached((chosen.input, *chosen.args))
+    if dtype == torch.float32 and rng.random() < 0.25:
+        spread(args, rng)
+    slopes = op.supports_autograd and dtype == torch.float32 and rng.random() < 0.3
+    return op, Sample(op.op, args, detached(chosen.kwargs), slopes), None
+
+
+def spread(args: Any, rng: random.Random) -> None:
+    """Write unusual numbers, or rows of very different sizes, into the arguments."""
+    for t in floats(args):
+        if t.numel() == 0 or t.is_sparse or t.layout != torch.strided:
+            continue
+        if rng.random() < 0.5:
+            t.view(-1)[rng.randrange(t.numel())] = rng.choice(SPECIAL)
+        elif t.dim():
+            t[rng.randrange(len(t))] *= 2.0 ** rng.randint(-40, 40)
+
+
+def result_of(call: Call, *contexts: Any) -> Any:
+    """A result, or the error that took its place."""
+    try:
+        with exact.mode() if contexts == () else contexts[0]:
+            return call()
+    except (
+        Exception
+    ) as error:  # any error is a refusal of PyTorch's; of the mode's, `judge` looks at its kind
+        return error
+
+
+def trial(rng: random.Random) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        op, sample, error = draw(rng)
+        name = op.name + ("" if not op.variant_test_name else f" ({op.variant_test_name})")
+        try:
+            return refuses(error) if sample is None else compare(op, sample, rng)
+        except Found as found:
+            raise Found(f"{name}{', gradient' if sample and sample.slopes else ''}: {found}") from None
+
+
+def refuses(call: Call) -> str:
+    plain = result_of(call, nullcontext())
+    found = result_of(call)
+    if isinstance(plain, Exception) and not isinstance(found, Exception):
+        raise Found(f"PyTorch refuses ({type(plain).__name__}: {plain}), the mode returns {found}")
+    return "an error"
+
+
+def compare(op: OpInfo, sample: Sample, rng: random.Random) -> str:
+    plain, found = result_of(sample, nullcontext()), result_of(sample)
+    if isinstance(plain, Exception):
+        if not isinstance(found, Exception):
+            raise Found(f"PyTorch refuses ({type(plain).__name__}: {plain}), the mode returns {found}")
+        return "an error"
+    if isinstance(found, ConfigError):
+        raise Refused(str(found))
+    if isinstance(found, Exception):
+        raise Found(f"{type(found).__name__} where PyTorch answers: {found}")
+    if [(t.shape, t.dtype) for t in found] != [(t.shape, t.dtype) for t in plain]:
+        raise Found(
+            f"shapes and dtypes {[(t.shape, t.dtype) for t in found]}, PyTorch's {[(t.shape, t.dtype) for t in plain]}"
+        )
+    if (
+        not found
+        or any(t.layout != torch.strided or t.is_quantized for t in found)
+        or op.name in UNINITIALISED
+    ):
+        return "not compared"
+    with torch.random.fork_rng():
+        values(op, sample, plain, found)
+        invariances(sample, found, rng)
+    bits = hashlib.sha256()
+    for t in found:
+        bits.update(bytes_of(t))
+    return bits.hexdigest()
+
+
+def bytes_of(t: Tensor) -> bytes:
+    t = t.resolve_conj().resolve_neg()
+    t = (
+        torch.where(t.isnan(), torch.full_like(t, math.nan), t) if t.is_floating_point() else t
+    )  # NaN's bits vary
+    return t.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b""
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return [bytes_of(t) for t in one] == [bytes_of(t) for t in other]
+
+
+def is_random(sample: Sample) -> bool:
+    """Whether PyTorch's result depends on the seed."""
+    first = sample()
+    seeds = torch.manual_seed
+    try:
+        for another in range(1, 9):  # few elements can agree by chance
+            torch.manual_seed = lambda seed, another=another: seeds(another)
+            if not same(first, sample()):
+                return True
+        return False
+    finally:
+        torch.manual_seed = seeds
+
+
+def values(op: OpInfo, sample: Sample, plain: list[Tensor], found: list[Tensor]) -> None:
+    if is_random(sample):
+        return
+    ideal = result_of(lambda: sample(dtype=torch.float64), nullcontext())
+    if isinstance(ideal, Exception) or [t.shape for t in ideal] != [t.shape for t in plain]:
+        ideal = plain
+    elementwise = isinstance(op, (UnaryUfuncInfo, BinaryUfuncInfo)) and not sample.slopes
+    operands = [
+        t.abs().nan_to_num(0, 0, 0).max().item() for t in floats((sample.args, sample.kwargs)) if t.numel()
+    ]
+    for one, native, wide in zip(found, plain, ideal, strict=True):
+        if not one.is_floating_point():
+            if not one.is_complex() and not torch.equal(one, native):
+                raise Found(f"{brief(one)}, PyTorch has {brief(native)}")
+            continue
+        if one.dtype != torch.float32:
+            continue
+        rounded = wide.to(one.dtype)
+        agree = torch.isclose(one, native, rtol=0, atol=0, equal_nan=True)
+        agree |= torch.isclose(one, rounded, rtol=0, atol=0, equal_nan=True)
+        finite = one.isfinite() & (native.isfinite() | rounded.isfinite())
+        if not (agree | finite).all():
+            raise Found(f"special values: {brief(one)}, PyTorch has {brief(native)}, float64 {brief(wide)}")
+        judged = finite & wide.isfinite() & ~agree
+        if not judged.any():
+            continue
+        wide = wide.double()
+        error, torchs = (one.double() - wide).abs(), (native.double() - wide).abs().nan_to_num(0, 0, 0)
+        size = wide.abs().clamp(min=2.0**-126).nan_to_num(0, 0, 0)
+        if not elementwise:
+            torchs, size = torchs.max(), size.max()
+        bound = 2 * torchs + ROUNDINGS * 2.0**-23 * size
+        if any(word in op.name for word in PRODUCTS.split()) and operands:
+            terms = max(t.numel() for t in floats((sample.args, sample.kwargs)))
+            bound = bound + terms * 2.0**-27 * max(operands) ** 2
+        if (wrong := judged & (error > bound)).any():
+            raise Found(
+                f"an error of {(error / size)[wrong].max() * 2**23:.3g} units: {brief(one[wrong])}, PyTorch has "
+                f"{brief(native[wrong])}, float64 {brief(wide[wrong])}"
+            )
+
+
+def brief(t: Tensor) -> str:
+    return " ".join(str(t.flatten()[:6].tolist()).split())
+
+
+class DefaultDtype:
+    """Another default dtype for a time."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype, self.before = dtype, torch.get_default_dtype()
+
+    def __enter__(self) -> None:
+        torch.set_default_dtype(self.dtype)
+
+    def __exit__(self, *_: Any) -> None:
+        torch.set_default_dtype(self.before)
+
+
+class Threads:
+    """Another number of threads for a time."""
+
+    def __init__(self, threads: int):
+        self.threads, self.before = threads, torch.get_num_threads()
+
+    def __enter__(self) -> None:
+        torch.set_num_threads(self.threads)
+
+    def __exit__(self, *_: Any) -> None:
+        torch.set_num_threads(self.before)
+
+
+def invariances(sample: Sample, found: list[Tensor], rng: random.Random) -> None:
+    circumstances: dict[str, tuple[Any, Any]] = {
+        "2 threads": (Threads(2), None),
+        "a default dtype of bfloat16": (DefaultDtype(torch.bfloat16), DefaultDtype(torch.bfloat16)),
+        "a default dtype of float64": (DefaultDtype(torch.float64), DefaultDtype(torch.float64)),
+    }
+    if not sample.slopes:
+        circumstances["inference mode"] = (torch.inference_mode(), torch.inference_mode())
+    for name, (context, for_torch) in circumstances.items():
+        with context:
+            other = result_of(sample)
+        if not isinstance(other, Exception) and same(found, other):
+            continue
+        if for_torch is not None:
+            plain = result_of(sample, for_torch)
+            dtypes = None if isinstance(plain, Exception) else [t.dtype for t in plain]
+            if dtypes != [t.dtype for t in found]:
+                continue  # PyTorch's own result depends on it
+        raise Found(f"with {name}: {brief_all(other)}, without it: {brief_all(found)}")
+    rows(sample, found, rng)
+
+
+def brief_all(value: Any) -> str:
+    return repr(value) if isinstance(value, Exception) else ", ".join(map(brief, value))
+
+
+def rows(sample: Sample, found: list[Tensor], rng: random.Random) -> None:
+    """Compare the bits of a row in a batch of one, and beside rows of other sizes.
+
+    Whether an operator maps rows to rows is tried in plain PyTorch with float64.
+    """
+    sizes = {len(t) for t in floats(sample.args) if t.dim()}
+    size = max(sizes, default=0)
+    if size < 2 or not found or any(t.dim() == 0 or len(t) != size for t in found) or is_random(sample):
+        return
+    kept = rng.randrange(size)
+    everywhere = rng.random() < 0.5  # whether all operands of this length are batches, or the first one is
+    first = next(t for t in floats(sample.args) if t.dim() and len(t) == size)
+
+    def changed(change: Callable[[Tensor], Tensor]) -> Any:
+        def one(t: Tensor) -> Tensor:
+            of_batch = t.dim() and len(t) == size and (everywhere or t is first)
+            return change(t.detach()) if of_batch else t
+
+        return tree_map_only(Tensor, one, sample.args)
+
+    def louder(t: Tensor) -> Tensor:
+        t = t.clone()
+        if t.is_floating_point():
+            row = t[kept].clone()
+            t *= 2.0**20
+            t[kept] = row
+        return t
+
+    for name, args, place in (
+        ("alone", changed(lambda t: t[kept : kept + 1].clone()), slice(0, 1)),
+        ("beside rows 2²⁰ times larger", changed(louder), slice(kept, kept + 1)),
+    ):
+        expected = result_of(lambda: sample(dtype=torch.float64), nullcontext())
+        wide = result_of(lambda args=args: sample(args, dtype=torch.float64), nullcontext())
+        if isinstance(expected, Exception) or isinstance(wide, Exception):
+            continue
+        before, after = [t[kept : kept + 1] for t in expected], [t[place] for t in wide if t.dim()]
+        if len(before) != len(after) or not all(
+            a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-12, atol=0, equal_nan=True)
+            for a, b in zip(before, after, strict=True)
+        ):
+            continue  # other rows matter
+        other = result_of(lambda args=args: sample(args))
+        if isinstance(other, ConfigError):
+            continue
+        if isinstance(other, Exception):
+            raise Found(f"row {kept} {name}: {other!r}")
+        mine, theirs = [t[kept : kept + 1] for t in found], [t[place] for t in other]
+        if not same(mine, theirs):
+            raise Found(f"row {kept} {name} has {brief_all(theirs)}, in the batch {brief_all(mine)}")
+
+
+def unfaithful_exp() -> None:
+    """Let `exp` be wrong by 16 units of the last place."""
+    from torchpar.exact import registry
+
+    right = registry.RULES["exp"]
+    registry.RULES["exp"] = lambda x: right(x) * (1 + 2.0**-19)
+
+
+def dependent_rows() -> None:
+    """Let the rows of a `sum` depend on the largest number of all rows."""
+    from torchpar.exact import registry
+
+    right = registry.RULES["sum"]
+
+    def rule(x: Tensor, *args: Any, **options: Any) -> Tensor:
+        unit = x.detach().abs().max() * 2.0**-20 if x.numel() and x.is_floating_point() else 1
+        return right((x / unit).round() * unit if x.is_floating_point() else x, *args, **options)
+
+    registry.RULES["sum"] = rule
+
+
+if __name__ == "__main__":
+    sys.exit(run(trial, {"exp": unfaithful_exp, "rows": dependent_rows}))
