@@ -1,21 +1,30 @@
 # SPDX-License-Identifier: MIT
 """Run random trials for a time, and print what reproduces each one that fails.
 
-A trial is a function of a `random.Random`, which is seeded with the seed and the trial's number. It returns normally
-where all is right, raises `Refused` where the library refuses as it documents, and anything else is a failure.
+A trial is a function of a `random.Random`, which is seeded with the seed and the trial's number. It returns
+where all is right, and raises `Refused` where the library refuses as it documents. Any other error is a failure.
 """
 
 import argparse
 import faulthandler
 import hashlib
+import os
 import random
 import sys
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
-import torch
+ROOT = Path(__file__).parents[2]
+PATHS = [str(ROOT / folder) for folder in (".", "examples", "tests", "tests/fuzz")]
+# The scripts run without pytest, which sets these; processes that they start find them in the environment.
+sys.path[:0] = PATHS
+os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, *filter(None, [os.environ.get("PYTHONPATH")])])
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
 
 Trial = Callable[[random.Random], str | None]
 
