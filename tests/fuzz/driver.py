@@ -2,7 +2,8 @@
 """Run random trials for a time, and print what reproduces each one that fails.
 
 A trial is a function of a `random.Random`, which is seeded with the seed and the trial's number. It returns
-where all is right, and raises `Refused` where the library refuses as it documents. Any other error is a failure.
+where all is right, and raises `Refused` where the library refuses as it documents. Any other error is a
+failure.
 """
 
 import argparse
@@ -24,6 +25,7 @@ sys.path[:0] = PATHS
 os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, *filter(None, [os.environ.get("PYTHONPATH")])])
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 Trial = Callable[[random.Random], str | None]
@@ -74,7 +76,8 @@ def run(trial: Trial, faults: Mapping[str, Callable[[], None]], limit: float = 1
 
 def attempt(trial: Trial, seed: int, number: int, limit: float, *, verbose: bool) -> str:
     """The outcome of one trial: "passed" and its digest, "refused" or "failed"."""
-    torch.manual_seed(hash((seed, number)) % 2**63)
+    for seeding in (torch.manual_seed, random.seed, np.random.seed):
+        seeding(random.Random(f"{number} {seed}").getrandbits(32))
     faulthandler.dump_traceback_later(limit, exit=True)
     try:
         return f"passed {trial(random.Random(f'{seed} {number}'))}"

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: MIT
+"""Random programs of `Muon`, `Muon.for_model` and `ChainedOptimizer`, beside PyTorch's own optimizers.
+
+A program steps, changes settings, edits groups, drops gradients, and saves and loads the state. Both optimizers do
+the same. A
+`ConfigError`, or the RuntimeError and NotImplementedError that docstrings name, is the documented refusal.
+"""
+
+import copy
+import random
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from driver import Found, Refused, run
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from torchpar.errors import ConfigError
+from torchpar.optim import ChainedOptimizer, Muon
+from torchpar.optim import muon as muon_module
+
+SIZES = (1, 2, 3, 8, 17, 32)
+# A step rounds a parameter of size p to float32 some times, and an update, which is computed in float64, once.
+UNITS = 16
+
+
+def exactly(matrix: Tensor, coefficients: Any, steps: int, eps: float) -> Tensor:
+    """The Newton–Schulz iteration in float64, whose results do not depend on who calls it."""
+    x = matrix.double()
+    wide = x.shape[0] > x.shape[1]
+    x = x.T if wide else x
+    x = x / x.norm().clamp(min=eps)
+    a, b, c = coefficients
+    for _ in range(steps):
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    return x.T if wide else x
+
+
+def ours_exactly(matrices: Any, coefficients: Any, steps: int, eps: float, ns: str) -> None:
+    for matrix in matrices:
+        matrix.copy_(exactly(matrix, coefficients, steps, eps))
+
+
+# Rounding to bfloat16 can change an ill-conditioned matrix's update by much; tests/test_optim.py judges it. Here
+# both sides orthogonalise in float64, and the rest of the optimizers is compared.
+torch.optim._muon._zeropower_via_newtonschulz = exactly
+muon_module.orthogonalize_in_place = ours_exactly
+
+
+class Both:
+    """The parameters of both sides, and their optimizers."""
+
+    def __init__(self, rng: random.Random):
+        self.rng, self.steps, self.updates = rng, 0, 0.0
+        self.done: list[str] = []
+        kind = rng.choice(["muon", "muon", "model", "chain", "chain of chains"])
+        self.kind, self.chained = kind, kind != "muon"
+        if kind == "model":
+            sizes = [rng.choice(SIZES) for _ in range(4)]
+            self.model = nn.Sequential(*(nn.Linear(*pair) for pair in zip(sizes, sizes[1:], strict=False)))
+            params = list(self.model.parameters())
+        else:
+            params = [
+                nn.Parameter(torch.randn(rng.choice(SIZES), rng.choice(SIZES)))
+                for _ in range(rng.randint(2, 5))
+            ]
+        self.ours = params
+        self.theirs = [nn.Parameter(p.detach().clone()) for p in params]
+        self.settings: dict[str, Any] = {
+            "lr": rng.choice([0.1, 0.02, 1e-3]),
+            "weight_decay": rng.choice([0.0, 0.1, 1.0]),
+            "momentum": rng.choice([0.0, 0.9]),
+            "nesterov": rng.random() < 0.5,
+            "adjust_lr_fn": rng.choice([None, "original", "match_rms_adamw"]),
+        }
+        self.one, self.other = self.make()
+
+    def make(self) -> tuple[Optimizer, list[Optimizer]]:
+        """Ours, and the list of PyTorch's, whose groups in turn are ours."""
+        muon = partial(Muon, ns="standard", **self.settings)
+        theirs = partial(torch.optim.Muon, **self.settings)
+        adamw = partial(AdamW, lr=1e-3, weight_decay=0.3)
+        a, b = self.ours, self.theirs
+        if self.kind == "muon":
+            cut = self.rng.randrange(len(a) + 1)
+            parts = [slice(0, cut), slice(cut, None)] if 0 < cut < len(a) else [slice(None)]
+            rates = [self.rng.choice([0.1, 0.02]) for _ in parts]
+            groups = [
+                [{"params": p[s], "lr": lr} for s, lr in zip(parts, rates, strict=True)] for p in (a, b)
+            ]
+            return muon(groups[0]), [theirs(groups[1])]
+        if self.kind == "model":
+            given = dict(self.settings)
+            one = Muon.for_model(self.model, given.pop("lr"), others=adamw, ns="standard", **given)
+            pairs = dict(zip(map(id, a), b, strict=True))
+            made = []
+            for optimizer in one.optimizers:
+                is_muon = isinstance(optimizer, Muon)
+                groups = [
+                    {"params": [pairs[id(p)] for p in g["params"]], "weight_decay": g["weight_decay"]}
+                    for g in optimizer.param_groups
+                ]
+                made.append((theirs if is_muon else adamw)(groups))
+            return one, made
+        if self.kind == "chain of chains" and len(a) > 2:
+            one = ChainedOptimizer(ChainedOptimizer(muon(a[:1]), adamw(a[1:2])), muon(a[2:]))
+            return one, [theirs(b[:1]), adamw(b[1:2]), theirs(b[2:])]
+        return ChainedOptimizer(muon(a[:1]), adamw(a[1:])), [theirs(b[:1]), adamw(b[1:])]
+
+    def groups(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        theirs = [group for optimizer in self.other for group in optimizer.param_groups]
+        return list(zip(self.one.param_groups, theirs, strict=True))
+
+    def do(self, what: str) -> None:
+        self.done.append(what)
+        getattr(self, what)()
+
+    def step(self) -> None:
+        for a, b in zip(self.ours, self.theirs, strict=True):
+            grad = torch.randn_like(a) * self.rng.choice([1e-3, 1.0, 30.0])
+            a.grad, b.grad = grad.clone(), grad.clone()
+            self.forget(a, b)
+        before = [p.detach().clone() for p in self.theirs]
+        if self.rng.random() < 0.2:
+            loss = self.one.step(lambda: torch.tensor(2.5))
+            if loss != 2.5:
+                raise Found(f"step(closure) returns {loss}; {self.done}")
+        else:
+            self.one.step()
+        for optimizer in self.other:
+            optimizer.step()
+        for i, (a, b, old) in enumerate(zip(self.ours, self.theirs, before, strict=True)):
+            difference, update = (a - b).norm().item(), (b - old).norm().item()
+            if not difference <= UNITS * 2.0**-24 * (update + b.norm().item() + old.norm().item()):
+                raise Found(
+                    f"parameter {i} of {self.kind} {tuple(a.shape)} differs by {difference:.2g}, its update is {update:.2g}; {self.done}"
+                )
+            with torch.no_grad():
+                a.copy_(b)  # so that differences do not add up
+
+    def forget(self, a: nn.Parameter, b: nn.Parameter) -> None:
+        """Leave a parameter without a gradient; both optimizers skip it."""
+        if self.steps and self.rng.random() < 0.1:
+            a.grad = b.grad = None
+
+    def set_rate(self) -> None:
+        for group, other in (self.rng.choice(self.groups()),):
+            group["lr"] = other["lr"] = self.rng.choice([0.5, 0.01, 0.0])
+
+    def set_decay(self) -> None:
+        for group, other in (self.rng.choice(self.groups()),):
+            group["weight_decay"] = other["weight_decay"] = self.rng.choice([0.0, 0.5])
+
+    def schedule(self) -> None:
+        factor = self.rng.choice([0.5, 0.1])
+        for optimizer in (self.one, *self.other):
+            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: factor)
+            for group in optimizer.param_groups:
+                group.pop("initial_lr", None)
+
+    def save_and_load(self) -> None:
+        if self.kind == "model":
+            state = copy.deepcopy(self.one.state_dict())
+            self.one.load_state_dict(state)
+            return
+        states = [copy.deepcopy(optimizer.state_dict()) for optimizer in (self.one, *self.other)]
+        random_state = self.rng.getstate()
+        self.one, self.other = self.make()
+        self.rng.setstate(random_state)
+        try:
+            for optimizer, state in zip((self.one, *self.other), states, strict=True):
+                optimizer.load_state_dict(state)
+        except ValueError:
+            # Groups of other sizes, which a cut at another place makes: both must refuse.
+            raise Refused("state of other groups") from None
+
+    def delete_group(self) -> None:
+        if self.chained or len(self.one.param_groups) < 2:
+            return
+        at = self.rng.randrange(len(self.one.param_groups))
+        del self.one.param_groups[at], self.other[0].param_groups[at]
+
+    def append(self) -> None:
+        if self.chained:
+            return
+        new = nn.Parameter(torch.randn(3, 4))
+        self.ours.append(new)
+        self.theirs.append(nn.Parameter(new.detach().clone()))
+        self.one.param_groups[0]["params"].append(self.ours[-1])
+        self.other[0].param_groups[0]["params"].append(self.theirs[-1])
+
+    def add_group(self) -> None:
+        if self.chained:
+            return
+        new = nn.Parameter(torch.randn(5, 2))
+        self.ours.append(new)
+        self.theirs.append(nn.Parameter(new.detach().clone()))
+        self.one.add_param_group({"params": [self.ours[-1]], "lr": 0.3})
+        self.other[0].add_param_group({"params": [self.theirs[-1]], "lr": 0.3})
+
+    def reverse_groups(self) -> None:
+        if not self.chained:
+            self.one.param_groups.reverse()
+            self.other[0].param_groups.reverse()
+
+    def copy(self) -> None:
+        """Continue with a copy: its parameters are copies, too."""
+        if self.kind != "muon":
+            return
+        (self.one, self.ours), (self.other, self.theirs) = copy.deepcopy(
+            ((self.one, self.ours), (self.other, self.theirs))
+        )
+
+
+EDITS = (
+    "set_rate",
+    "set_decay",
+    "schedule",
+    "save_and_load",
+    "delete_group",
+    "append",
+    "add_group",
+    "reverse_groups",
+    "copy",
+)
+
+
+def trial(rng: random.Random) -> str:
+    both = Both(rng)
+    try:
+        for _ in range(rng.randint(2, 8)):
+            both.do("step")
+            both.steps += 1
+            if rng.random() < 0.6:
+                both.do(rng.choice(EDITS))
+        both.do("step")
+    except (ConfigError, NotImplementedError) as error:
+        raise Refused(str(error)) from None
+    except RuntimeError as error:
+        if "make a new" in str(error):
+            raise Refused(str(error)) from None
+        raise Found(f"{error}; {both.done}") from error
+    return both.kind
+
+
+def decay_once_too_often() -> None:
+    """Let Muon decay weights by twice the weight decay."""
+    right = Muon._apply
+
+    def wrong(self: Muon, group: dict[str, Any], tensors: Any) -> None:
+        right(self, {**group, "weight_decay": 2 * group["weight_decay"]}, tensors)
+
+    Muon._apply = wrong  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    sys.exit(run(trial, {"decay": decay_once_too_often}))
