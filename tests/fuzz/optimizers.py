@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Random programs of `Muon`, `Muon.for_model` and `ChainedOptimizer`, beside PyTorch's own optimizers.
 
-A program steps, changes settings, edits groups, drops gradients, and saves and loads the state. Both optimizers do
-the same. A
-`ConfigError`, or the RuntimeError and NotImplementedError that docstrings name, is the documented refusal.
+A program steps, changes settings, edits groups, drops gradients, and saves and loads the state. Both optimizers
+do the same. A `ConfigError`, or the RuntimeError and NotImplementedError that docstrings name, is the documented
+refusal.
 """
 
 import copy
@@ -22,13 +22,13 @@ from torchpar.optim import ChainedOptimizer, Muon
 from torchpar.optim import muon as muon_module
 
 SIZES = (1, 2, 3, 8, 17, 32)
-# A step rounds a parameter of size p to float32 some times, and an update, which is computed in float64, once.
+# A step rounds numbers of the parameter's and of the update's size to float32 some times.
 UNITS = 16
 
 
 def exactly(matrix: Tensor, coefficients: Any, steps: int, eps: float) -> Tensor:
-    """The Newton–Schulz iteration in float64, whose results do not depend on who calls it."""
-    x = matrix.double()
+    """The Newton–Schulz iteration in float64, from and to bfloat16, in which Muon exchanges matrices."""
+    x = matrix.bfloat16().double()
     wide = x.shape[0] > x.shape[1]
     x = x.T if wide else x
     x = x / x.norm().clamp(min=eps)
@@ -36,7 +36,7 @@ def exactly(matrix: Tensor, coefficients: Any, steps: int, eps: float) -> Tensor
     for _ in range(steps):
         square = x @ x.T
         x = a * x + (b * square + c * square @ square) @ x
-    return x.T if wide else x
+    return (x.T if wide else x).bfloat16()
 
 
 def ours_exactly(matrices: Any, coefficients: Any, steps: int, eps: float, ns: str) -> None:
@@ -44,8 +44,8 @@ def ours_exactly(matrices: Any, coefficients: Any, steps: int, eps: float, ns: s
         matrix.copy_(exactly(matrix, coefficients, steps, eps))
 
 
-# Rounding to bfloat16 can change an ill-conditioned matrix's update by much; tests/test_optim.py judges it. Here
-# both sides orthogonalise in float64, and the rest of the optimizers is compared.
+# Rounding can change the update of an ill-conditioned matrix by much; tests/test_optim.py judges it. Here both
+# sides orthogonalise in float64, and the rest of the optimizers is compared.
 torch.optim._muon._zeropower_via_newtonschulz = exactly
 muon_module.orthogonalize_in_place = ours_exactly
 
@@ -229,8 +229,9 @@ EDITS = (
 
 
 def trial(rng: random.Random) -> str:
-    both = Both(rng)
+    both = None
     try:
+        both = Both(rng)
         for _ in range(rng.randint(2, 8)):
             both.do("step")
             both.steps += 1
@@ -242,7 +243,7 @@ def trial(rng: random.Random) -> str:
     except RuntimeError as error:
         if "make a new" in str(error):
             raise Refused(str(error)) from None
-        raise Found(f"{error}; {both.done}") from error
+        raise Found(f"{error}; {both and both.done}") from error
     return both.kind
 
 
