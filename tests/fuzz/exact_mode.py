@@ -39,7 +39,21 @@ SPECIAL = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 1e-40, 1e30, 0.5
 UNINITIALISED = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
 OPERATORS = [op for op in op_db if op.supports_dtype(torch.float32, "cpu")]
 # Their errors are at most k·2⁻²⁷·max|a|·max|b| and half a unit, as docs/exact.md says.
-PRODUCTS = "mm bmm matmul dot inner mv outer einsum tensordot linear conv kron attention".split()
+PRODUCTS = [
+    "mm",
+    "bmm",
+    "matmul",
+    "dot",
+    "inner",
+    "mv",
+    "outer",
+    "einsum",
+    "tensordot",
+    "linear",
+    "conv",
+    "kron",
+    "attention",
+]
 
 Call = Callable[[], Any]
 

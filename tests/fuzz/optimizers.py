@@ -7,6 +7,7 @@ refusal.
 """
 
 import copy
+import itertools
 import random
 import sys
 from functools import partial
@@ -60,7 +61,7 @@ class Both:
         self.kind, self.chained = kind, kind != "muon"
         if kind == "model":
             sizes = [rng.choice(SIZES) for _ in range(4)]
-            self.model = nn.Sequential(*(nn.Linear(*pair) for pair in zip(sizes, sizes[1:], strict=False)))
+            self.model = nn.Sequential(*(nn.Linear(*pair) for pair in itertools.pairwise(sizes)))
             params = list(self.model.parameters())
         else:
             params = [

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: MIT
+"""Random calls of torchpar's operators, beside PyTorch's own.
+
+Shapes, dtypes, layouts, broadcasting and unusual numbers; gradients, forward mode, vmap, meta tensors and, now
+and then, torch.compile. An error against float64 is at most twice PyTorch's and some roundings. Where PyTorch
+refuses, the operator must, too. Where the operator alone refuses, its one line must begin with its name, which is
+the documented refusal: no operator but `maximum` promotes dtypes or broadcasts.
+"""
+
+import random
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from driver import Found, Refused, run
+from torch import Tensor, nn
+
+import torchpar
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+OTHERS = (torch.int64, torch.uint8, torch.bool, torch.int8, torch.complex64, torch.uint16)
+SIZES = (0, 1, 2, 3, 5, 8, 17, 33, 129)
+ROUNDINGS = 8  # units of the largest result: bias, exp, +, 1/, alpha, beta, and the store
+REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError)
+
+
+def symmetric_matmul(a: Tensor, b: Tensor, c: Any = None, *, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    product = alpha * (a @ b.mT)
+    return product if c is None else product + beta * c
+
+
+# Each operator, PyTorch's, and the shapes of its arguments, with a letter for each size.
+OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[str, ...]]] = {
+    "maximum": (torch.ops.torchpar.maximum, torch.maximum, ("mnk", "mnk")),
+    "matmul_t": (torch.ops.torchpar.matmul_t, lambda x: x @ x.mT, ("mnk",)),
+    "symmetric_matmul": (torchpar.symmetric_matmul, symmetric_matmul, ("mnk", "mnk", "mnn")),
+    "linear_sigmoid": (
+        torchpar.linear_sigmoid,
+        lambda x, w, b=None: nn.functional.linear(x, w, b).sigmoid(),
+        ("mnk", "ok", "o"),
+    ),
+    "exact_matmul": (torchpar.exact_matmul, lambda a, b: a @ b.mT, ("mnk", "mok")),
+}
+
+
+def layout(t: Tensor, rng: random.Random, *, expanded: bool) -> Tensor:
+    """The same numbers in another layout, or with ``expanded`` one of the rows in place of all."""
+    kind = rng.choice(["contiguous", "transposed", "strided", "offset", "expanded", "negated"])
+    if kind == "transposed" and t.dim() > 1:
+        return t.mT.contiguous().mT
+    if kind == "strided":
+        return torch.stack([t, t], -1)[..., 0]
+    if kind == "offset":
+        return torch.cat([t.flatten()[:1], t.flatten()])[t.numel() > 0 :].view(t.shape)
+    if kind == "expanded" and t.dim() and expanded:
+        return t[:1].expand(t.shape) if len(t) else t
+    if kind == "negated" and t.dtype == torch.float32:
+        return torch.complex(t, -t).conj().imag
+    return t
+
+
+def operands(name: str, rng: random.Random) -> list[Tensor]:
+    _, _, shapes = OPERATORS[name]
+    given = list(shapes)
+    if name in ("symmetric_matmul", "linear_sigmoid") and rng.random() < 0.4:
+        given.pop()
+    sizes = {letter: rng.choice(SIZES) for letter in "nko"} | {"m": rng.choice((0, 1, 2, 3))}
+    batch = rng.choice(["", "m", "m", "mm"])
+    dtype = rng.choice(FLOATS) if rng.random() < 0.8 else rng.choice(OTHERS)
+    dtype = torch.float32 if name == "exact_matmul" and rng.random() < 0.9 else dtype
+    tensors = []
+    for letters in given:
+        shape = [sizes[letter] for letter in letters.replace("m", batch)]
+        if rng.random() < (0.3 if name == "maximum" else 0.04):  # broadcasting, or a wrong shape
+            at = rng.randrange(len(shape))
+            shape = (
+                shape[at + 1 :] if rng.random() < 0.5 else [*shape[:at], rng.choice((1, 4)), *shape[at + 1 :]]
+            )
+        own = rng.choice(FLOATS + OTHERS) if rng.random() < (0.3 if name == "maximum" else 0.03) else dtype
+        t = torch.randn(shape, dtype=torch.float64) * 2.0 ** rng.randint(-3, 3)
+        t = (4 * t).to(own) if not own.is_floating_point else t.to(own)
+        if own.is_floating_point and t.numel() and rng.random() < 0.1:
+            t.view(-1)[rng.randrange(t.numel())] = rng.choice([float("nan"), float("inf"), -0.0])
+        tensors.append(t)
+    if name == "symmetric_matmul" and tensors[0].shape == tensors[1].shape:
+        tensors[1] = tensors[0].clone()  # whose product is symmetric, as the operator requires
+        if len(tensors) == 3 and tensors[2].dim() > 1 and tensors[2].shape[-1] == tensors[2].shape[-2]:
+            tensors[2] = (
+                torch.maximum(tensors[2], tensors[2].mT) if not tensors[2].is_complex() else tensors[2]
+            )
+    return [layout(t, rng, expanded=name != "symmetric_matmul") for t in tensors]
+
+
+def attempt(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except REFUSALS as error:
+        return error
+
+
+def trial(rng: random.Random) -> str:
+    name = rng.choice(list(OPERATORS))
+    ours, torchs, _ = OPERATORS[name]
+    args = operands(name, rng)
+    options: dict[str, float] = {}
+    if name == "symmetric_matmul":
+        options = {"alpha": rng.choice([1.0, -2.5, 0.5])} | (
+            {"beta": rng.choice([1.0, 0.5])} if len(args) == 3 else {}
+        )
+    what = f"{name} of {[(tuple(t.shape), str(t.dtype)[6:], t.stride()) for t in args]}"
+    before = [t.clone() for t in args]
+    found = attempt(lambda: ours(*args, **options))
+    plain = attempt(lambda: torchs(*args, **options))
+    if isinstance(found, Exception):
+        line = str(found)
+        if "INTERNAL ASSERT" in line or (
+            not isinstance(plain, Exception) and not line.startswith(f"torchpar::{name}")
+        ):
+            raise Found(f"{what}: {type(found).__name__} {line}")
+        raise Refused(line)
+    if isinstance(plain, Exception):
+        raise Found(f"{what}: PyTorch refuses ({plain})")
+    if not all(equal_bits(*pair) for pair in zip(args, before, strict=True)):
+        raise Found(f"{what}: an operand has changed")
+    wide = [t.double() if t.is_floating_point() else t for t in args]
+    judge(what, found, plain, torchs(*wide, **options), name == "maximum")
+    if not equal_bits(found, ours(*args, **options)):
+        raise Found(f"{what}: other bits in a second call")
+    meta = ours(
+        *(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in args), **options
+    )
+    if (meta.shape, meta.dtype, meta.stride()) != (found.shape, found.dtype, found.stride()):
+        raise Found(f"{what}: meta {meta.shape} {meta.stride()}, result {found.shape} {found.stride()}")
+    kind = rng.choice(
+        ["value", "gradient", "forward", "vmap", "vmap", "compile" if rng.random() < 0.05 else "value"]
+    )
+    if kind != "value" and all(t.is_floating_point() for t in args):
+        CHECKS[kind](f"{what}, {kind}", name, args, options, rng)
+    return kind
+
+
+def equal_bits(a: Tensor, b: Tensor) -> bool:
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and torch.equal(a.isnan(), b.isnan())
+        and bool(((a == b) | a.isnan()).all())
+    )
+
+
+def judge(what: str, found: Tensor, plain: Tensor, ideal: Tensor, exact: bool) -> None:
+    if (found.shape, found.dtype) != (plain.shape, plain.dtype):
+        raise Found(f"{what}: {found.shape} {found.dtype}, PyTorch {plain.shape} {plain.dtype}")
+    if exact or not found.is_floating_point():
+        if not equal_bits(found, plain):
+            raise Found(f"{what}: {found.flatten()[:5].tolist()}, PyTorch {plain.flatten()[:5].tolist()}")
+        return
+    finite = found.isfinite() & plain.isfinite() & ideal.isfinite()
+    # The exact product of a row with an infinity is NaN; other rows have theirs.
+    alike = (
+        finite
+        | (found.isnan() & ~plain.isfinite())
+        | (found == plain)
+        | (plain.isnan() & ideal.isnan() & found.isnan())
+    )
+    if not (alike | ~ideal.to(found.dtype).isfinite()).all():
+        raise Found(f"{what}: NaN or infinity at other places than PyTorch's")
+    if not finite.any():
+        return
+    error, torchs = ((t.double() - ideal)[finite].abs().max() for t in (found, plain))
+    stored = torch.finfo(found.dtype).eps * ideal[finite].abs().max()
+    if error > 2 * torchs + ROUNDINGS * stored:
+        raise Found(f"{what}: an error of {error:.3g}, PyTorch's is {torchs:.3g}, a unit {stored:.3g}")
+
+
+def slopes(function: Callable[..., Any], args: list[Tensor], options: Any, seed: int) -> tuple[Tensor, ...]:
+    leaves = [t.detach().requires_grad_() for t in args]
+    result = function(*leaves, **options)
+    weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if weights.dim() > 1 and weights.shape[-1] == weights.shape[-2]:
+        weights = weights + weights.mT
+    return torch.autograd.grad(result, leaves, weights.to(result.dtype))
+
+
+def gradient(what: str, name: str, args: list[Tensor], options: Any, rng: random.Random) -> None:
+    ours, torchs, _ = OPERATORS[name]
+    if name == "symmetric_matmul":
+        return  # its gradient is that of the lower half, which tests/test_symmetric_matmul.py defines
+    seed = rng.randrange(99)
+    results = [slopes(ours, args, options, seed), slopes(torchs, args, options, seed)]
+    ideal = slopes(torchs, [t.double() for t in args], options, seed)
+    for i, (one, other, wide) in enumerate(zip(*results, ideal, strict=True)):
+        if other.isfinite().all() and wide.isfinite().all():
+            judge(f"{what} of argument {i}", one, other, wide, False)
+
+
+def forward(what: str, name: str, args: list[Tensor], options: Any, rng: random.Random) -> None:
+    ours, torchs, _ = OPERATORS[name]
+    if name == "symmetric_matmul":
+        return
+    args = [
+        t.resolve_neg().clone(memory_format=torch.contiguous_format) for t in args
+    ]  # as make_dual requires
+    tangents = tuple(torch.randn_like(t) for t in args)
+
+    def derivative(function: Callable[..., Any], dtype: Any = None) -> Tensor:
+        pairs = [tuple(t.to(dtype or t.dtype) for t in ts) for ts in (args, tangents)]
+        return torch.func.jvp(lambda *a: function(*a, **options), *pairs)[1]
+
+    one, other, wide = derivative(ours), derivative(torchs), derivative(torchs, torch.float64)
+    if other.isfinite().all() and wide.isfinite().all():
+        judge(what, one, other, wide, False)
+
+
+def vmap(what: str, name: str, args: list[Tensor], options: Any, rng: random.Random) -> None:
+    ours, torchs, _ = OPERATORS[name]
+    dims = tuple(rng.choice([None, *range(t.dim() + 1)]) for t in args)
+    if all(dim is None for dim in dims):
+        return
+    batched = [t if d is None else torch.stack([t, 2 * t, -t], d) for t, d in zip(args, dims, strict=True)]
+    if name == "symmetric_matmul":  # A·Bᵀ must be symmetric in each sample
+        return
+    one, other = (torch.vmap(lambda *a, f=f: f(*a, **options), dims)(*batched) for f in (ours, torchs))
+    wide = torch.vmap(lambda *a: torchs(*a, **options), dims)(*(t.double() for t in batched))
+    judge(what, one, other, wide, name == "maximum")
+
+
+def compiled(what: str, name: str, args: list[Tensor], options: Any, rng: random.Random) -> None:
+    ours, torchs, _ = OPERATORS[name]
+    torch.compiler.reset()
+    backend = rng.choice(["eager", "aot_eager"])
+    one = torch.compile(lambda *a: ours(*a, **options), backend=backend, fullgraph=True)(*args)
+    judge(
+        what, one, torchs(*args, **options), torchs(*(t.double() for t in args), **options), name == "maximum"
+    )
+
+
+CHECKS = {"gradient": gradient, "forward": forward, "vmap": vmap, "compile": compiled}
+
+
+def transposed_vmap() -> None:
+    """Let `matmul_t` compute Xᵀ·X of samples that are squares of 3 × 3 or larger."""
+    _, torchs, shapes = OPERATORS["matmul_t"]
+    right = OPERATORS["matmul_t"][0]
+
+    def wrong(x: Tensor) -> Any:
+        return right(x.mT.contiguous()) if x.dim() > 1 and x.shape[-1] == x.shape[-2] > 2 else right(x)
+
+    OPERATORS["matmul_t"] = (wrong, torchs, shapes)
+
+
+if __name__ == "__main__":
+    sys.exit(run(trial, {"transposed": transposed_vmap}))
