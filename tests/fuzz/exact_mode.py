@@ -4,12 +4,13 @@
 A trial takes one operator, one sample, and the results or the gradients. A `ConfigError` is the documented
 refusal. Where PyTorch refuses, the mode must refuse, too. Otherwise:
 
-- shapes and dtypes are PyTorch's, integers are equal, NaN and infinity stand where they do in PyTorch or float64;
+- shapes and dtypes are PyTorch's, integers are equal, NaN and infinity stand where they do in PyTorch or
+  float64;
 - an error against float64 is at most twice PyTorch's plus `ROUNDINGS` units of the last place;
 - bits do not depend on threads, the default dtype, inference mode, or the other rows of the batch.
 
-The last line's digest is of all bits. With `ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2` it must be the
-same, for the same seed and `--trials`.
+The last line's digest is of all bits. With `ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2` it must be
+the same, for the same seed and `--trials`.
 """
 
 import hashlib

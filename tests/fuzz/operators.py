@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Random calls of torchpar's operators, beside PyTorch's own.
 
-Shapes, dtypes, layouts, broadcasting and unusual numbers; gradients, forward mode, vmap, meta tensors and, now
-and then, torch.compile. An error against float64 is at most twice PyTorch's and some roundings. Where PyTorch
-refuses, the operator must, too. Where the operator alone refuses, its one line must begin with its name, which is
-the documented refusal: no operator but `maximum` promotes dtypes or broadcasts.
+Shapes, dtypes, layouts, broadcasting and unusual numbers; gradients, forward mode, vmap, meta tensors and,
+now and then, torch.compile. An error against float64 is at most twice PyTorch's and some roundings. Where
+PyTorch refuses, the operator must, too. Where the operator alone refuses, its one line must begin with its
+name, which is the documented refusal: no operator but `maximum` promotes dtypes or broadcasts.
 """
 
 import random

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Random programs of `Muon`, `Muon.for_model` and `ChainedOptimizer`, beside PyTorch's own optimizers.
 
-A program steps, changes settings, edits groups, drops gradients, and saves and loads the state. Both optimizers
-do the same. A `ConfigError`, or the RuntimeError and NotImplementedError that docstrings name, is the documented
-refusal.
+A program steps, changes settings, edits groups, drops gradients, and saves and loads the state. Both
+optimizers do the same. A `ConfigError`, or the RuntimeError and NotImplementedError that docstrings name, is
+the documented refusal.
 """
 
 import copy
@@ -45,8 +45,8 @@ def ours_exactly(matrices: Any, coefficients: Any, steps: int, eps: float, ns: s
         matrix.copy_(exactly(matrix, coefficients, steps, eps))
 
 
-# Rounding can change the update of an ill-conditioned matrix by much; tests/test_optim.py judges it. Here both
-# sides orthogonalise in float64, and the rest of the optimizers is compared.
+# Rounding can change the update of an ill-conditioned matrix by much; tests/test_optim.py judges it. Here
+# both sides orthogonalise in float64, and the rest of the optimizers is compared.
 torch.optim._muon._zeropower_via_newtonschulz = exactly
 muon_module.orthogonalize_in_place = ours_exactly
 
@@ -135,7 +135,8 @@ class Both:
             optimizer.step()
         for i, (a, b, old) in enumerate(zip(self.ours, self.theirs, before, strict=True)):
             difference, update = (a - b).norm().item(), (b - old).norm().item()
-            if not difference <= UNITS * 2.0**-24 * (update + b.norm().item() + old.norm().item()):
+            size = update + b.norm().item() + old.norm().item()
+            if not difference <= UNITS * 2.0**-24 * size:
                 raise Found(
                     f"parameter {i} of {self.kind} {tuple(a.shape)} differs by {difference:.2g}, its update is {update:.2g}; {self.done}"
                 )

@@ -4,10 +4,10 @@
 A trial is one of three kinds:
 
 - mesh: random layers on a random mesh of dp × tp × pp ranks have the losses of one process;
-- kill: a run on one or two ranks is ended by SIGTERM or SIGKILL, some times, and resumed to its end: the same
-  bits as an undisturbed one, and no process and no shared memory is left behind;
-- damage: bytes of its checkpoints are changed, cut off or removed: an older one is resumed from, with the same
-  bits at the end, or one line names what is wrong.
+- kill: a run on one or two ranks is ended by SIGTERM or SIGKILL, some times, and resumed to its end: the
+  same bits as an undisturbed one, and no process and no shared memory is left behind;
+- damage: bytes of its checkpoints are changed, cut off or removed: an older one is resumed from, with the
+  same bits at the end, or one line names what is wrong.
 """
 
 import atexit
@@ -34,8 +34,8 @@ from torchpar.parallel.launch.local import PRELOAD, Ranks, fork_context
 
 TRAIN = str(ROOT / "examples" / "train_parallel.py")
 MODULES = ["torchpar.training", "torchpar.parallel.split.pipeline", "torchvision.datasets", "support.session"]
-# Two orders of float32 sums of at most 784 terms typically differ by √784·2⁻²⁴, in each of at most 5 layers and
-# 16 steps; the learning rates below do not let a difference grow.
+# Two orders of float32 sums of at most 784 terms typically differ by √784·2⁻²⁴, in each of at most 5 layers
+# and 16 steps; the learning rates below do not let a difference grow.
 TOLERANCE = 16 * 5 * math.sqrt(784) * 2.0**-24
 LOST_SLICES = False  # set by a planted fault
 
