@@ -51,6 +51,7 @@ def run(trial: Trial, faults: Mapping[str, Callable[[], None]], limit: float = 1
     parser.add_argument("--seconds", type=float, help="in place of --minutes")
     parser.add_argument("--trials", type=int, help="stop after this number, too")
     parser.add_argument("--trial", type=int, help="run this one alone, with its traceback")
+    parser.add_argument("--until-failure", action="store_true", help="stop after the first failure")
     parser.add_argument("--fault", choices=sorted(faults), help="plant a fault, which the trials must find")
     flags = parser.parse_args()
     if flags.fault:
@@ -65,6 +66,8 @@ def run(trial: Trial, faults: Mapping[str, Callable[[], None]], limit: float = 1
         digest.update(f"{number} {outcome}\n".encode())
         number += 1
         if flags.trial is not None or number == flags.trials or time.monotonic() > end:
+            break
+        if flags.until_failure and counts["failed"]:
             break
     total = sum(counts.values())
     print(

@@ -140,7 +140,7 @@ def spread(args: Any, rng: random.Random) -> None:
         if t.numel() == 0 or t.is_sparse or t.layout != torch.strided:
             continue
         if rng.random() < 0.5:
-            t.view(-1)[rng.randrange(t.numel())] = rng.choice(SPECIAL)
+            t[tuple(rng.randrange(size) for size in t.shape)] = rng.choice(SPECIAL)
         elif t.dim():
             t[rng.randrange(len(t))] *= 2.0 ** rng.randint(-40, 40)
 

@@ -6,12 +6,14 @@ wrong. A traceback, a hang, a warning's source line and a success with a loss th
 failures. Values that only ask for much time or memory, within the documented bounds, are not drawn.
 """
 
+import importlib
 import json
 import math
 import random
 import sys
 import uuid
 import warnings
+from dataclasses import fields
 from pathlib import Path
 
 from driver import Found, Refused, run
@@ -80,26 +82,19 @@ LIMIT = 240
 
 def trial(rng: random.Random) -> str:
     name, own = rng.choice(LESSONS), uuid.UUID(int=rng.getrandbits(128)).hex
-    flags = [
-        "--dataset",
-        "fashion-mnist",
-        "--device",
-        "cpu",
-        "--timeout",
-        "20",
-        "--epochs",
-        "1",
-        "--batch-size",
-        "51",
-    ]
-    flags += ["--data", str(work())]
+    flags = ["--dataset", "fashion-mnist", "--device", "cpu", "--epochs", "1", "--batch-size", "51", "--data"]
     metrics = work() / f"{own}.jsonl"
-    flags += ["--metrics", str(metrics)]
-    for flag in rng.sample(sorted(FLAGS), rng.randint(1, 3)):
+    flags += [str(work()), "--metrics", str(metrics)]
+    if "timeout" in taken:
+        flags += ["--timeout", "20"]
+    known = [flag for flag in FLAGS if flag[2:].replace("-", "_") in taken]
+    for flag in rng.sample([*known, "--unknown"], rng.choice([1, 1, 1, 2, 3])):
         flags.append(flag)
         if FLAGS[flag]:
             flags.append(rng.choice(FLAGS[flag]).format(work=work(), name=own))
     from commands import lesson  # which `driver` puts on the path
+
+    taken = {field.name for field in fields(importlib.import_module(name).Flags)}
 
     what = f"{name}.py {' '.join(map(repr, flags))}"
     try:

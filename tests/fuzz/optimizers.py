@@ -137,9 +137,8 @@ class Both:
             difference, update = (a - b).norm().item(), (b - old).norm().item()
             size = update + b.norm().item() + old.norm().item()
             if not difference <= UNITS * 2.0**-24 * size:
-                raise Found(
-                    f"parameter {i} of {self.kind} {tuple(a.shape)} differs by {difference:.2g}, its update is {update:.2g}; {self.done}"
-                )
+                who = f"parameter {i} of {self.kind} {tuple(a.shape)}"
+                raise Found(f"{who} differs by {difference:.2g}, its update is {update:.2g}; {self.done}")
             with torch.no_grad():
                 a.copy_(b)  # so that differences do not add up
 

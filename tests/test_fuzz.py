@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: MIT
+"""Ten seconds of each script of tests/fuzz, and a planted fault that each must find."""
+
+import re
+import sys
+
+import pytest
+from commands import ROOT, run
+
+pytest.importorskip("tyro", reason="tyro reads the flags")
+SCRIPTS = {
+    "exact_mode": ["exp", "rows"],
+    "training": ["bits"],
+    "optimizers": ["decay"],
+    "operators": ["transposed"],
+    "library": ["keywords"],
+    "flags": ["unchecked"],
+}
+FAULTS = [(script, fault) for script, faults in SCRIPTS.items() for fault in faults]
+
+
+def fuzz(script: str, *flags: str) -> tuple[int, str]:
+    status, out, err = run(sys.executable, str(ROOT / "tests" / "fuzz" / f"{script}.py"), *flags)
+    assert re.search(r"\d+ trials \| \d+ refused \| \d+ failed \| seed 0", out), out + err
+    return status, out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_trials_find_nothing(script):
+    status, out = fuzz(script, "--seconds", "10")
+    assert status == 0, out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, fault", FAULTS)
+def test_trials_find_a_planted_fault(script, fault):
+    status, out = fuzz(script, "--seconds", "60", "--fault", fault, "--until-failure")
+    assert status == 1, out
+    number = re.search(r"--trial (\d+)", out)[1]
+    assert fuzz(script, "--trial", number, "--fault", fault)[0] == 1  # alone
+    assert fuzz(script, "--trial", number)[0] == 0  # without the fault
