@@ -81,7 +81,10 @@ LIMIT = 240
 
 
 def trial(rng: random.Random) -> str:
+    from commands import lesson  # which `driver` puts on the path
+
     name, own = rng.choice(LESSONS), uuid.UUID(int=rng.getrandbits(128)).hex
+    taken = {field.name for field in fields(importlib.import_module(name).Flags)}
     flags = ["--dataset", "fashion-mnist", "--device", "cpu", "--epochs", "1", "--batch-size", "51", "--data"]
     metrics = work() / f"{own}.jsonl"
     flags += [str(work()), "--metrics", str(metrics)]
@@ -92,10 +95,6 @@ def trial(rng: random.Random) -> str:
         flags.append(flag)
         if FLAGS[flag]:
             flags.append(rng.choice(FLAGS[flag]).format(work=work(), name=own))
-    from commands import lesson  # which `driver` puts on the path
-
-    taken = {field.name for field in fields(importlib.import_module(name).Flags)}
-
     what = f"{name}.py {' '.join(map(repr, flags))}"
     try:
         with warnings.catch_warnings():

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch._dynamo  # which an optimizer's first step would import
 from driver import Found, Refused, run
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
