@@ -40,7 +40,9 @@ OTHERS_FLAGS = {  # of the launchers, pip, pytest and Lightning
 
 def our_flags() -> set[str]:
     """Return the fields of the examples' flags, and the arguments of parsers."""
-    paths = [path for folder in ("benchmarks", "torchpar") for path in (ROOT / folder).rglob("*.py")]
+    paths = [
+        path for folder in ("benchmarks", "torchpar", "tests/fuzz") for path in (ROOT / folder).rglob("*.py")
+    ]
     parsers = "".join(path.read_text() for path in paths)
     examples = "".join(path.read_text() for path in (ROOT / "examples").rglob("*.py"))
     flags = re.findall(r'"--([a-z][\w-]+)"', parsers) + re.findall(r"^    (\w+): ", examples, re.MULTILINE)
