@@ -122,20 +122,35 @@ def test_a_tolerance_follows_the_length_of_sums() -> None:
 
 
 def test_gaps_of_pytorch_are_no_faults_of_an_operator() -> None:
-    """Its hessian of no numbers, and its second derivative in forward mode of `torch.linalg.solve`."""
+    """Its hessian of no numbers."""
     table = check_operator(torch.add, [(normal(0, 3), normal(0, 3))], reference=torch.add, rules=BY_FORMULA)
     assert set(outcomes(table).values()) <= {"works", "not run"}, str(table)
 
-    def solved(a: Tensor, b: Tensor) -> Tensor:
-        return a.inverse() @ b
 
-    samples = [(normal(3, 3) + 4 * torch.eye(3, dtype=torch.float64), normal(3, 2))]
-    (row,) = check_operator(
-        solved, samples, reference=torch.linalg.solve, rules="torch.func: jvp of jvp"
-    ).rows
+class DoublingSquare(torch.autograd.Function):
+    """x², with twice the right derivative in forward mode."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return 4 * ctx.saved_tensors[0] * tangent
+
+
+def test_finite_differences_judge_where_the_derivative_of_the_reference_is_wrong() -> None:
+    reference = DoublingSquare.apply
+    (row,) = check_operator(torch.square, [(normal(3),)], reference=reference, rules="torch.func: jvp").rows
     assert row.outcome == "works", row
-    wrong = lambda a, b: solved(a, b) * 2  # noqa: E731
-    (row,) = check_operator(wrong, samples, reference=torch.linalg.solve, rules="torch.func: jvp of jvp").rows
+    wrong = lambda x: x * x.detach()  # noqa: E731
+    (row,) = check_operator(wrong, [(normal(3),)], reference=reference, rules="torch.func: jvp").rows
     assert row.outcome == "wrong", row
 
 
