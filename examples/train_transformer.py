@@ -143,9 +143,9 @@ def train(name: str, flags: Flags, world: World) -> list[dict[str, Any]]:
                 train_loss = float(world.sum(torch.tensor(train_loss))) / world.world_size
             seconds += time.perf_counter() - begin
             row = {"optimizer": name, "step": step, "train_loss": train_loss}
-            row["validation_loss"] = evaluate(model, validation, world)
-            check_finite(f"a loss in step {step}", train_loss, row["validation_loss"])
-            rows.append(row | {"seconds": seconds})
+            validation_loss = evaluate(model, validation, world)
+            check_finite(f"a loss in step {step}", train_loss, validation_loss)
+            rows.append(row | {"validation_loss": validation_loss, "seconds": seconds})
             losses.clear()
             begin = time.perf_counter()
     return rows
