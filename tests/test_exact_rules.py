@@ -296,6 +296,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a range": (lambda: M.clone().uniform_(2, 1), "from=2 > to=1"),
     "a deviation": (lambda: M.clone().normal_(0, -1), "std >= 0"),
     "a probability": (lambda: M.clone().bernoulli_(2.0), "expects p to be in"),
+    "probabilities": (lambda: torch.bernoulli(M), "probabilities from 0 to 1"),
     "two masks": (lambda: F.scaled_dot_product_attention(M, M, M, M, is_causal=True), "should not be set"),
     "heads": (lambda: F.scaled_dot_product_attention(M, M[:, :2], M), "mat1 and mat2|Expected size|inner"),
     "a negative power of integers": (lambda: torch.arange(3) ** -1, "negative integer powers"),
@@ -351,6 +352,19 @@ def test_equal_elements_keep_their_order():
     assert torch.equal(sorted_signs.signbit(), signs.signbit())
 
 
+def test_the_default_dtype_is_that_of_integers_and_numbers():
+    """What is remembered of the native operator holds for its default dtype alone."""
+    found = []
+    try:
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            torch.set_default_dtype(dtype)
+            with exact.mode():
+                found.append((torch.arange(3) - 2.5).dtype == dtype)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found == [True] * 3
+
+
 def test_numbers_and_empty_tensors():
     number, empty = torch.tensor(2.0, requires_grad=True), torch.ones(0, 3)
     with exact.mode():
@@ -365,6 +379,8 @@ def test_numbers_and_empty_tensors():
             lambda x: x.max(0)[0],
         ):
             assert torch.autograd.grad(function(number).sum(), number)[0] == 1
+        nothing = torch.autograd.grad(number.gather(0, torch.zeros(0, dtype=torch.uint8)).sum(), number)
+        assert nothing[0] == 0
         assert empty.softmax(0).shape == (0, 3)
         assert empty.logsumexp(0).tolist() == [-math.inf] * 3
         assert empty.logsumexp(1).shape == (0,)

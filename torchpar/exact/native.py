@@ -32,7 +32,8 @@ def check_native(
     A result that is no tensor has None. Checks of values, such as those of indices, are not made.
     """
     on_cpu = all(t.is_cpu for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-    return _metadata(func, "cpu" if on_cpu else "meta", _described(args), _described(tuple(kwargs.items())))
+    described = _described(args), _described(tuple(kwargs.items()))
+    return _metadata(func, "cpu" if on_cpu else "meta", torch.get_default_dtype(), *described)
 
 
 def _described(value: Any) -> Any:
@@ -58,7 +59,10 @@ def _zeros(described: Any, device: str) -> Any:
 
 
 @lru_cache(_REMEMBERED)
-def _metadata(func: Callable[..., Any], device: str, args: Any, kwargs: Any) -> tuple[Metadata | None, ...]:
+def _metadata(
+    func: Callable[..., Any], device: str, default_dtype: torch.dtype, args: Any, kwargs: Any
+) -> tuple[Metadata | None, ...]:
+    """The metadata; the default dtype is that of integers to which a number is added."""
     state = torch.get_rng_state()
     try:
         with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():

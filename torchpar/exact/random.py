@@ -68,6 +68,8 @@ def _uniform(x: Tensor, low: float = 0.0, high: float = 1.0, *, generator: Any =
 
 @rule("bernoulli_", any_dtype=True)
 def _bernoulli(x: Tensor, p: Any = 0.5, *, generator: Any = None) -> Tensor:
+    if isinstance(p, Tensor) and not ((p >= 0) & (p <= 1)).all():
+        raise RuntimeError("bernoulli_ expects probabilities from 0 to 1")
     return (_uniform64(x.shape, generator, x.device) < p).to(x.dtype)
 
 

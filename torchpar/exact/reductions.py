@@ -178,7 +178,7 @@ def _scatter_add(x: Tensor, dim: int, index: Tensor, source: Any, accumulate: bo
         return _scatter_add(x.reshape(-1), dim, index.reshape(-1), source, accumulate).view(x.shape)
     indices = [torch.arange(n, device=x.device) for n in index.shape]
     places = [*torch.meshgrid(*indices, indexing="ij")]
-    places[dim] = index
+    places[dim] = index.long()  # an empty one may have any dtype, and bytes would be a mask
     values = source[tuple(map(slice, index.shape))] if isinstance(source, Tensor) else x.new_tensor(source)
     return _index_put(x, places, values, accumulate)
 
