@@ -105,7 +105,8 @@ class Inputs:
         self.training = training
         self.x: Array = self.train.inputs(slice(None)).numpy()  # (n, 784) float32 in [0, 1]
         self.labels: Array = self.train.labels.numpy()
-        numbered = data.Samples(self.train.features, torch.arange(len(self.train)), self.train.classes)
+        numbers = torch.arange(len(self.train))  # in the place of the labels: each sample is its own class
+        numbered = data.Samples(self.train.features, numbers, tuple(map(str, numbers.tolist())))
         batches = data.batches(numbered, training.batch_size, seed=0, epoch=1)
         self.order = [batch.labels.numpy() for batch in batches]  # as `torchpar.training.Run` has it
         self.start = numpy_mlp.MLP(training.sizes, seed=0)

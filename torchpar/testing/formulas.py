@@ -124,9 +124,18 @@ class ByFormula(torch.optim.Optimizer):
                     p.copy_(self.formula.step(p.clone(), p.grad.clone(), self.state[p], group))
 
 
-def formula_of(kind: type[torch.optim.Optimizer]) -> tuple[Formula, Settings] | None:
-    """The formula of a class, and the settings that a parameter group may lack; None if it has none."""
-    if kind not in FORMULAS:
+def formula_of(optimizer: torch.optim.Optimizer) -> Formula | None:
+    """The formula of an optimizer's own class; None if it has none.
+
+    Gram iterations are less accurate than what a formula's yardstick allows (`torchpar.optim.orthogonalize`).
+    """
+    if isinstance(optimizer, Muon) and optimizer.ns == "gram":
         return None
+    return FORMULAS.get(type(optimizer))
+
+
+def defaults_of(kind: type[torch.optim.Optimizer]) -> Settings:
+    """The settings that a parameter group may lack."""
     make: Any = kind  # whose arguments have defaults
-    return FORMULAS[kind], make([torch.zeros(1, 1)]).defaults
+    defaults: Settings = make([torch.zeros(1, 1)]).defaults
+    return defaults

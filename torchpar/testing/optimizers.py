@@ -20,7 +20,7 @@ from torchpar.errors import ConfigError
 from torchpar.optim.assign import aligned
 from torchpar.optim.newton_schulz import COEFFICIENTS
 from torchpar.parallel.launch.local import Ranks
-from torchpar.testing.formulas import FORMULAS, ByFormula, Formula, formula_of
+from torchpar.testing.formulas import FORMULAS, ByFormula, Formula, defaults_of, formula_of
 from torchpar.testing.situations import SITUATIONS
 from torchpar.testing.trial import (
     FAMILIES,
@@ -129,7 +129,7 @@ def check_optimizer(
         orthogonal: whether to try what can be asked only of optimizers that orthogonalise.
         reference: a `Formula`, or the optimizer of PyTorch whose formula it shall follow: SGD, Adam, AdamW or
             Muon of `torch.optim`. By default that of its own class, if it is exactly one of these, or
-            `torchpar.optim.Muon`. Any other is compared with itself alone.
+            `torchpar.optim.Muon` without ``ns="gram"``. Any other is compared with itself alone.
         ranks: an open pool, which other calls use, too. Otherwise the processes end with the call.
 
     Raises:
@@ -305,12 +305,15 @@ class Follower:
 
     def __init__(self, make: Make, setup: Mapping[str, Any], reference: Any):
         self.make, self.setup = make, setup
-        self.formula: Formula | None = reference if isinstance(reference, Formula) else None
+        self.formula: Formula | None
         self.defaults: Mapping[str, Any] = {}
-        trial = self._trial()
-        kind = reference or type(trial.optimizer(trial.model()))
-        if self.formula is None and (found := formula_of(kind)):
-            self.formula, self.defaults = found
+        if isinstance(reference, Formula):
+            self.formula = reference
+        elif reference is not None:
+            self.formula, self.defaults = FORMULAS[reference], defaults_of(reference)
+        else:
+            trial = self._trial()
+            self.formula = formula_of(trial.optimizer(trial.model()))
         self.precision = float(torch.finfo(self.formula.dtype).eps) if self.formula else 0.0
 
     def weights(
