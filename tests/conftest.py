@@ -20,7 +20,10 @@ from torchpar.parallel.launch.local import PRELOAD, Ranks, fork_context
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 THREADS = torch.get_num_threads()
-LONGEST = "check_operator examples kernels_compiled operators_compile our_operators ptx testing"
+LONGEST = """
+    check_operator checkpoint examples exercises kernels_compiled operators_compile our_operators
+    parallel_meshes ptx testing training
+"""
 
 
 def pytest_configure(config: pytest.Config) -> None:

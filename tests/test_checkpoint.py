@@ -318,7 +318,7 @@ def pass_on(source: Path | None, target: Path, sizes: list[int], optimizer: str,
 MESHES = [(1, {"dp": 1}), (4, {"dp": 2, "tp": 2}), (3, {"pp": 3}), (3, {"tp": 3}), (2, {"dp": 2})]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+@pytest.mark.parametrize("optimizer", ["muon", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_a_checkpoint_goes_from_mesh_to_mesh_with_every_bit(ranks, tmp_path, optimizer):
     """No number of ranks divides the layers' 33 and 7. Each mesh reads the checkpoint of the one before."""
     sizes = [9, 33, 7, 10]

@@ -169,7 +169,7 @@ RECORDED = "ae0e5ac1396ff91bc277b5dfa140a52c4d2a34c383828657cbf9ee05d93621d0"  #
     "model, meshes",
     [
         ("mlp", [(2, 1, 1), (1, 3, 1), (1, 1, 3), (2, 1, 2), (1, 2, 2)]),
-        ("gpt", [(2, 1, 1), (1, 2, 1)]),
+        pytest.param("gpt", [(2, 1, 1), (1, 2, 1)], marks=pytest.mark.slow),
         pytest.param("mlp", [(2, 2, 2), (4, 1, 1)], marks=pytest.mark.slow),  # a rank without a unit
         pytest.param("gpt", [(2, 2, 1)], marks=pytest.mark.slow),
     ],

@@ -91,7 +91,9 @@ def test_hard_products(name: str, device: str) -> None:
 # The same bits, whatever computes them.
 
 
-@pytest.mark.parametrize("aten, onednn", [("default", "SSE41"), ("avx2", "AVX2")])
+@pytest.mark.parametrize(
+    "aten, onednn", [("default", "SSE41"), pytest.param("avx2", "AVX2", marks=pytest.mark.slow)]
+)
 def test_bits_are_the_recorded_ones_on_other_processors_and_any_threads(aten: str, onednn: str) -> None:
     with patch.dict(os.environ, ATEN_CPU_CAPABILITY=aten, ONEDNN_MAX_CPU_ISA=onednn):
         status, out, err = run(sys.executable, str(ROOT / "tests" / "exact_bits.py"))

@@ -401,7 +401,7 @@ def test_both_libraries_have_the_same_costs(data, ranks):
 
 
 @needs_mpirun
-@pytest.mark.parametrize("exchange", ["allreduce", "gather"])
+@pytest.mark.parametrize("exchange", ["allreduce", pytest.param("gather", marks=pytest.mark.slow)])
 def test_one_command_sets_one_process_beside_several(data, tmp_path, exchange):
     flags = [f"--data={data}", "--samples=50", "--iterations=30", f"--exchange={exchange}"]
     out = by_command(2, "fashion_pooled", *flags, f"--metrics={tmp_path / 'metrics'}")

@@ -72,7 +72,11 @@ def run_alone(
 
 @pytest.mark.parametrize(
     "optimizer, lr, schedule",
-    [("sgd", torch.tensor(0.3), "constant"), ("muon", 0.1, "constant"), ("sgd", 0.3, None)],
+    [
+        pytest.param("sgd", torch.tensor(0.3), "constant", marks=pytest.mark.slow),
+        ("muon", 0.1, "constant"),
+        ("sgd", 0.3, None),
+    ],
 )
 def test_learns_and_resumes_bit_for_bit(world, tmp_path, optimizer, lr, schedule):
     run = partial(run_alone, optimizer=optimizer, lr=lr, schedule=schedule)
