@@ -86,9 +86,8 @@ def operands(name: str, rng: random.Random) -> list[Tensor]:
     if name == "symmetric_matmul" and tensors[0].shape == tensors[1].shape:
         tensors[1] = tensors[0].clone()  # whose product is symmetric, as the operator requires
         if len(tensors) == 3 and tensors[2].dim() > 1 and tensors[2].shape[-1] == tensors[2].shape[-2]:
-            tensors[2] = (
-                torch.maximum(tensors[2], tensors[2].mT) if not tensors[2].is_complex() else tensors[2]
-            )
+            if tensors[2].is_floating_point():  # the operator refuses others
+                tensors[2] = torch.maximum(tensors[2], tensors[2].mT)
     return [layout(t, rng, expanded=name != "symmetric_matmul") for t in tensors]
 
 

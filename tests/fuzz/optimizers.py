@@ -168,7 +168,11 @@ class Both:
             state = copy.deepcopy(self.one.state_dict())
             self.one.load_state_dict(state)
             return
-        states = [copy.deepcopy(optimizer.state_dict()) for optimizer in (self.one, *self.other)]
+        states = [self.state_of(optimizer) for optimizer in (self.one, *self.other)]
+        if None in states:
+            if any(states):
+                raise Found(f"only one side can save its state; {self.done}")
+            raise Refused("the state of a parameter that is in no group")
         random_state = self.rng.getstate()
         self.one, self.other = self.make()
         self.rng.setstate(random_state)
@@ -178,6 +182,14 @@ class Both:
         except ValueError:
             # Groups of other sizes, which a cut at another place makes: both must refuse.
             raise Refused("state of other groups") from None
+
+    @staticmethod
+    def state_of(optimizer: Optimizer) -> Any:
+        """The state dict; None where PyTorch has none, as after a group with states was deleted."""
+        try:
+            return copy.deepcopy(optimizer.state_dict())
+        except KeyError:
+            return None
 
     def delete_group(self) -> None:
         if self.chained or len(self.one.param_groups) < 2:

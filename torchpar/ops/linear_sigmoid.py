@@ -124,8 +124,8 @@ def sigmoid_backward(g: Tensor, y: Tensor, need_bias: bool = True) -> tuple[Tens
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, y = ctx.saved_tensors
-    need_x, need_weight, need_bias = ctx.needs_input_grad
-    dz, db = sigmoid_backward(g, y, need_bias)
+    need_x, need_weight, *need_bias = ctx.needs_input_grad  # which has no entry for a bias that is not given
+    dz, db = sigmoid_backward(g, y, any(need_bias))
     dtype = x.dtype
     if _is_slow(x):
         dz, x, weight = dz.float(), x.float(), weight.float()

@@ -181,10 +181,10 @@ def _setup_context(
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     a, b = ctx.saved_tensors
-    need_a, need_b, need_c = ctx.needs_input_grad
+    need_a, need_b, *need_c = ctx.needs_input_grad  # which has no entry for a C that is not given
     da = ctx.alpha * product(g, b.mT) if need_a else None
     db = ctx.alpha * product(g.mT, a.mT) if need_b else None
-    return da, db, ctx.beta * g if need_c else None
+    return da, db, ctx.beta * g if any(need_c) else None
 
 
 _op.register_autograd(_backward, setup_context=_setup_context, formula=_formula)

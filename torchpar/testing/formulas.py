@@ -22,7 +22,9 @@ class Formula(NamedTuple):
         name: for the table.
         step: ``step(weight, gradient, state, settings)`` returns the next weight. Both tensors are float64,
             and stay as they are; ``state`` is a dictionary of the matrix, empty at first; ``settings`` are
-            those of its parameter group.
+            those of its parameter group. ``settings["rounded"]`` is a function of a tensor, for numbers that
+            the optimizer rounds within its step and whose errors grow, as in an iteration: it returns them
+            as they are, and with random errors where the effect of rounding is measured.
         dtype: in which the optimizer rounds most coarsely, if its parameters are float32.
     """
 
@@ -79,12 +81,13 @@ def muon(weight: Tensor, gradient: Tensor, state: State, settings: Settings) -> 
     average = momentum * state.get("average", 0.0) + (1 - momentum) * gradient
     state["average"] = average
     x = gradient + momentum * (average - gradient) if settings["nesterov"] else average
-    x = x.flatten(1) / max(float(x.norm()), settings["eps"])
+    rounded = settings["rounded"]
+    x = rounded(x.flatten(1) / max(float(x.norm()), settings["eps"]))
     n, m = x.shape
     for a, b, c in coefficients_per_step(settings["ns_coefficients"], settings["ns_steps"]):
-        gram = x @ x.T if n <= m else x.T @ x
-        change = b * gram + c * gram @ gram
-        x = a * x + (change @ x if n <= m else x @ change)
+        gram = rounded(x @ x.T if n <= m else x.T @ x)
+        change = rounded(b * gram + c * gram @ gram)
+        x = rounded(a * x + (change @ x if n <= m else x @ change))
     ratio = {
         "match_rms_adamw": 0.2 * math.sqrt(max(n, m)),
         "spectral_unclamped": math.sqrt(n / m),
@@ -111,27 +114,24 @@ FORMULAS: dict[type[torch.optim.Optimizer], Formula] = {
 class ByFormula(torch.optim.Optimizer):
     """Take steps by a formula, with the parameter groups of other optimizers."""
 
-    def __init__(self, groups: Iterable[Settings], formula: Formula, defaults: Settings):
-        self.formula = formula
+    def __init__(
+        self,
+        groups: Iterable[Settings],
+        formula: Formula,
+        defaults: Settings,
+        rounded: Callable[[Tensor], Tensor],
+    ):
+        self.formula, self.rounded = formula, rounded
         own = [{**defaults, **group, "params": [*group["params"]]} for group in groups]
         super().__init__([{key: x for key, x in group.items() if key != "param_names"} for group in own], {})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
+            settings = {**group, "rounded": self.rounded}
             for p in group["params"]:
                 if p.grad is not None:
-                    p.copy_(self.formula.step(p.clone(), p.grad.clone(), self.state[p], group))
-
-
-def formula_of(optimizer: torch.optim.Optimizer) -> Formula | None:
-    """The formula of an optimizer's own class; None if it has none.
-
-    Gram iterations are less accurate than what a formula's yardstick allows (`torchpar.optim.orthogonalize`).
-    """
-    if isinstance(optimizer, Muon) and optimizer.ns == "gram":
-        return None
-    return FORMULAS.get(type(optimizer))
+                    p.copy_(self.formula.step(p.clone(), p.grad.clone(), self.state[p], settings))
 
 
 def defaults_of(kind: type[torch.optim.Optimizer]) -> Settings:

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from torchpar.errors import ConfigError
 from torchpar.optim.assign import aligned
 from torchpar.optim.newton_schulz import COEFFICIENTS
 from torchpar.parallel.launch.local import Ranks
-from torchpar.testing.formulas import FORMULAS, ByFormula, Formula, defaults_of, formula_of
+from torchpar.testing.formulas import FORMULAS, ByFormula, Formula, defaults_of
 from torchpar.testing.situations import SITUATIONS
 from torchpar.testing.trial import (
     FAMILIES,
@@ -129,7 +130,7 @@ def check_optimizer(
         orthogonal: whether to try what can be asked only of optimizers that orthogonalise.
         reference: a `Formula`, or the optimizer of PyTorch whose formula it shall follow: SGD, Adam, AdamW or
             Muon of `torch.optim`. By default that of its own class, if it is exactly one of these, or
-            `torchpar.optim.Muon` without ``ns="gram"``. Any other is compared with itself alone.
+            `torchpar.optim.Muon`. Any other is compared with itself alone.
         ranks: an open pool, which other calls use, too. Otherwise the processes end with the call.
 
     Raises:
@@ -313,7 +314,7 @@ class Follower:
             self.formula, self.defaults = FORMULAS[reference], defaults_of(reference)
         else:
             trial = self._trial()
-            self.formula = formula_of(trial.optimizer(trial.model()))
+            self.formula = FORMULAS.get(type(trial.optimizer(trial.model())))
         self.precision = float(torch.finfo(self.formula.dtype).eps) if self.formula else 0.0
 
     def weights(
@@ -330,14 +331,20 @@ class Follower:
         model = Layers({name: weight.to(trial.dtype) for name, weight in weights.items()})
         torch.manual_seed(0)
         optimizer: Any = self._make(model, unchanged)
+        generator = torch.Generator().manual_seed(draw)
+        rounding = self.precision if by_formula else BFLOAT16
+
+        def rounded(t: Tensor) -> Tensor:
+            """With an error of at most one rounding in a draw: Monte Carlo arithmetic (Parker, 1997)."""
+            errors = torch.rand(t.shape, generator=generator) - 0.5 if draw else 0.0
+            return t * (1 + rounding * errors)
+
         if by_formula:
             assert self.formula is not None
             for parameter in model.parameters():
                 parameter.data = parameter.data.double()
-            optimizer = ByFormula(optimizer.param_groups, self.formula, self.defaults)
-        generator = torch.Generator().manual_seed(draw)
+            optimizer = ByFormula(optimizer.param_groups, self.formula, self.defaults, rounded)
         torch.manual_seed(0)
-        rounding = self.precision if by_formula else BFLOAT16
         rate = 1.0
         for step in trial.steps(model, optimizer):
             if trial.rates and not unchanged:
@@ -347,9 +354,8 @@ class Follower:
                 if gradients[step] is None:
                     p.grad = None  # zero_grad may have left zeros
                 else:
-                    g = torch.from_numpy(gradients[step]) / trial.factor
-                    if draw:  # an error of at most one rounding, to bfloat16 also where the dtype is bfloat16
-                        g = g * (1 + rounding * (torch.rand(g.shape, generator=generator) - 0.5))
+                    # To bfloat16 also where the dtype is bfloat16.
+                    g = rounded(torch.from_numpy(gradients[step]) / trial.factor)
                     # A backward pass, because an optimizer may have hooks in it.
                     torch.autograd.backward(p, g.to(p.dtype))
         return trial.record.weights
