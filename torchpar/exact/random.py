@@ -77,4 +77,4 @@ def _bernoulli(x: Tensor, p: Any = 0.5, *, generator: Any = None) -> Tensor:
 def _native_dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
     p = 0.0 if train is False else p
     kept = _bernoulli(x, 1 - p)
-    return x * kept.div(1 - p), kept.bool()
+    return x * (kept.div(1 - p) if p < 1 else kept), kept.bool()  # with p = 1 nothing is kept

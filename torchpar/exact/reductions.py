@@ -48,10 +48,20 @@ def _mean(x: Tensor, dims: Any = None, keepdim: bool = False, *, dtype: Any = No
 
 @rule("var")
 def _var(x: Tensor, dims: Any = None, *, correction: Any = None, keepdim: bool = False) -> Tensor:
+    return _var64(x, dims, correction, keepdim).float()
+
+
+@rule("std")
+def _std(x: Tensor, dims: Any = None, *, correction: Any = None, keepdim: bool = False) -> Tensor:
+    return _var64(x, dims, correction, keepdim).sqrt().float()
+
+
+def _var64(x: Tensor, dims: Any, correction: Any, keepdim: bool) -> Tensor:
+    """The variance in float64, which holds the squares of all float32 numbers."""
     total = exact_sum(x, dims, True)
     n = x.numel() / max(total.numel(), 1)
     by = max(n - (1 if correction is None else correction), 0)
-    return (exact_sum((x.double() - total / n).square(), dims, keepdim) / by).to(x.dtype)
+    return exact_sum((x.double() - total / n).square(), dims, keepdim) / by
 
 
 @rule("linalg_vector_norm", "norm")
@@ -97,9 +107,47 @@ def group_norm(x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps
     """`torch.nn.functional.group_norm` by a layer norm of each group."""
     n = math.prod(x.shape[1:]) // groups
     y = torch.layer_norm(x.reshape(len(x), groups, n), [n], eps=eps).view(x.shape)
-    shape = -1, *[1] * (x.dim() - 2)
+    return _affine(y, weight, bias)
+
+
+def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``y (n, channels, *)`` scaled and shifted by channel."""
+    shape = -1, *[1] * (y.dim() - 2)
     y = y if weight is None else y * weight.view(shape)
     return y if bias is None else y + bias.view(shape)
+
+
+@rule("native_group_norm")
+def _group_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    c: int,
+    pixels: int,
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    size = c // groups * pixels
+    y, mean, rstd = _layer_norm(x.reshape(n, groups, size), [size], None, None, eps)
+    return _affine(y.view(x.shape), weight, bias), mean.view(n, groups), rstd.view(n, groups)
+
+
+@rule("native_group_norm_backward")
+def _group_norm_backward(
+    g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, n: int, c: int, pixels: int,
+    groups: int, output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    of_groups, of_channels = (n, groups, c // groups * pixels), (n, groups, c // groups, pixels)
+    mean, rstd = mean.view(n, groups, 1), rstd.view(n, groups, 1)
+    scaled = _affine(g, weight, None).reshape(of_groups)
+    dx, _, _ = _layer_norm_backward(
+        scaled, x.reshape(of_groups), of_groups[2:], mean, rstd, None, None, output_mask
+    )
+    normal = (x.reshape(of_groups).double() - mean.double()) * rstd.double()
+    terms = g.reshape(of_channels).double()
+    dw, db = (exact_sum(t, [0, 3]).view(c).float() for t in (terms * normal.view(of_channels), terms))
+    return dx.view(x.shape), dw, db
 
 
 def _parts(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -176,9 +224,11 @@ def _scatter_add(x: Tensor, dim: int, index: Tensor, source: Any, accumulate: bo
     if not (x.dim() and index.dim()):  # a number is a tensor of one element
         source = source.reshape(-1) if isinstance(source, Tensor) else source
         return _scatter_add(x.reshape(-1), dim, index.reshape(-1), source, accumulate).view(x.shape)
+    if not index.numel():  # it may have any dtype, and other dimensions
+        return x.clone()
     indices = [torch.arange(n, device=x.device) for n in index.shape]
     places = [*torch.meshgrid(*indices, indexing="ij")]
-    places[dim] = index.long()  # an empty one may have any dtype, and bytes would be a mask
+    places[dim] = index
     values = source[tuple(map(slice, index.shape))] if isinstance(source, Tensor) else x.new_tensor(source)
     return _index_put(x, places, values, accumulate)
 

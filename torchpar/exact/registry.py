@@ -31,11 +31,10 @@ _PASSING = """
     new_empty_strided _local_scalar_dense item is_same_size is_pinned embedding random rand rand_like
 """
 PASSING = frozenset(_PASSING.split())
-# Operators that PyTorch makes of others, and group norms, which the mode replaces before; put is refused
+# Operators that PyTorch makes of others; put is refused
 _COMPOSED = """
     bernoulli index_add index_copy index_put put mse_loss mse_loss_backward nll_loss_forward nll_loss_backward
-    nll_loss2d_forward nll_loss2d_backward randn randn_like _safe_softmax std uniform _unsafe_index_put
-    native_group_norm native_group_norm_backward
+    nll_loss2d_forward nll_loss2d_backward randn randn_like _safe_softmax uniform _unsafe_index_put
 """
 COMPOSED = frozenset(_COMPOSED.split())
 # Operators of integers and booleans alone that are the same everywhere, beside those above. Their sums and
