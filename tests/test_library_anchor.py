@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Behaviours of `torch.library.custom_op`, each also asked of `torchpar.library.custom_op`."""
+"""Behaviours of `torch.library`'s decorators, each also asked of `torchpar.library`'s."""
 
 import itertools
+import sys
 import threading
 from typing import Any
 
 import pytest
 import torch
+from commands import run
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -139,6 +142,75 @@ def test_forward_mode_in_another_thread_does_not_refuse_a_write() -> None:
             op(forward_ad.make_dual(torch.ones(2), torch.ones(2)))
 
 
+def test_forward_mode_in_another_thread_changes_no_call() -> None:
+    """PyTorch counts the levels of forward mode for all threads together."""
+    op, x, found = make(torchpar.library), torch.ones(2, requires_grad=True), []
+    op.register_autograd(
+        lambda ctx, g: 2 * g,
+        setup_context=lambda ctx, inputs, output: modes.append(torch.is_grad_enabled()),
+        formula=lambda x: found.append("formula"),
+    )
+    modes: list[bool] = []
+    asymmetric = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+
+    def call() -> None:
+        found.append(op(x).tolist())
+        try:
+            torchpar.symmetric_matmul(asymmetric, torch.eye(2), check=True)
+        except RuntimeError:
+            found.append("refused")
+
+    with forward_ad.dual_level():
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+    assert found == [[2, 2], "refused"]
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.ones(2), torch.full((2,), 5.0))
+        op.register_autograd(lambda ctx, g: 2 * g, formula=lambda x: 2 * x)
+        assert forward_ad.unpack_dual(op(dual)).tangent.tolist() == [10, 10]
+
+
+@both
+def test_the_graph_names_the_operator(library: Any) -> None:
+    op, x = make(library), torch.ones(2, requires_grad=True)
+    op.register_autograd(lambda ctx, g: 2 * g)
+    name = f"GeneratedBackwardFor_{op._qualname.replace('::', '_')}_default"
+    assert op(x).grad_fn.name().startswith(name)
+
+
+SCRIPT = """
+import torch
+from {library} import custom_op
+
+@custom_op("anchor_script::double", mutates_args=())
+def double(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+@double.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+print(double(torch.ones(1)).item(), double(torch.ones(1, device="meta")).device)
+"""
+
+
+@both
+def test_a_script_defines_operators_at_its_top(library: Any, tmp_path: Any) -> None:
+    """PyTorch looks for the caller of `register_fake` some frames above."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(library=library.__name__))
+    assert run(sys.executable, str(script))[:2] == (0, "2.0 meta\n")
+
+
+@both
+def test_a_fake_knows_its_source(library: Any) -> None:
+    op = make(library)
+    op.register_fake(torch.empty_like)  # whose line is this one
+    entry = torch._library.simple_registry.singleton.find(op._qualname)
+    assert entry.fake_impl.kernel.source.startswith(__file__) or library is torch.library
+
+
 # What derivatives see
 
 
@@ -236,11 +308,20 @@ def test_needs_input_grad_of_lists(library: Any) -> None:
 
 @both
 def test_a_list_of_gradients_has_one_for_each_tensor(library: Any) -> None:
-    op = make(library, lambda a, b: a[0] + b[0], schema="(Tensor[] a, Tensor[] b) -> Tensor")
-    op.register_autograd(lambda ctx, g: ([g], [g, g]))  # three gradients in all, as there are tensors
-    x, y, z = (torch.ones(2, requires_grad=True) for _ in range(3))
-    with pytest.raises(RuntimeError, match=r"structure|expected 2, one for each tensor"):
-        op([x, y], [z]).sum().backward()
+    op = make(library, lambda a, b, c: a[0] + b[0] + c, schema="(Tensor[] a, Tensor[] b, Tensor c) -> Tensor")
+    x, y, z, w = (torch.ones(2, requires_grad=True) for _ in range(4))
+    for gradients, message in (
+        (lambda g: ([g], [g, g], g), "1 gradients for a, expected a list of 2"),  # four, as there are tensors
+        (lambda g: (g, [g], g), "one gradient for a, expected a list of 2"),
+        (lambda g: ([g, g], [g], [g]), "1 gradients for c, expected one"),
+        (lambda g: ([g, g], [g], (g,)), "1 gradients for c, expected one"),
+    ):
+        op.register_autograd(lambda ctx, g, gradients=gradients: gradients(g))
+        with pytest.raises(RuntimeError, match=f"structure|{message}"):
+            op([x, y], [z], w).sum().backward()
+    op.register_autograd(lambda ctx, g: ([None, 2 * g], [3 * g], 4 * g))
+    found = torch.autograd.grad(op([x, y], [z], w).sum(), (y, z, w))
+    assert [g.tolist() for g in found] == [[2, 2], [3, 3], [4, 4]]
 
 
 # Definitions
@@ -281,6 +362,14 @@ def test_factories(library: Any) -> None:
         op("cuda")
     with pytest.raises(ValueError, match=r"device: torch\.device"):
         make(library, lambda: torch.ones(2), device_types="cpu", schema="() -> Tensor")
+
+
+def test_a_factory_with_a_default_device_runs_its_kernel() -> None:
+    """PyTorch passes no argument on that equals its default, and its own rule has an IndexError there."""
+    schema = '(int n, Device? device="cuda") -> Tensor'
+    op = make(torchpar.library, lambda n, device=None: torch.ones(n), device_types="cpu", schema=schema)
+    op.register_kernel("cuda")(lambda n, device=None: torch.full((n,), 2.0))
+    assert [op(1).item(), op(1, "cuda").item(), op(1, "cpu").item(), op(1, None).item()] == [2, 2, 1, 1]
 
 
 @both
@@ -382,3 +471,81 @@ def test_a_definition_replaces_the_one_by_the_other_library(library: Any) -> Non
     for one in (torch.library, torchpar.library, library):
         op = one.custom_op(name, double, mutates_args=())
     assert op(torch.ones(2)).tolist() == [2, 2]
+
+
+# Operators of Triton kernels
+
+
+def scaled(x: Tensor, by: float = 2.0) -> Tensor:
+    return x * by
+
+
+def write_scaled(x: Tensor, by: float = 2.0) -> None:
+    x.mul_(by)
+
+
+def graph_of(function: Any, *args: Any) -> str:
+    """The names of the operators of a compiled function, below autograd."""
+    names: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, _: Any) -> Any:
+        names.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    torch.compile(function, backend=aot_autograd(fw_compiler=record), fullgraph=True)(*args)
+    return " ".join(names)
+
+
+@both
+def test_a_compiler_looks_into_a_triton_op(library: Any) -> None:
+    op, x = library.triton_op(next(NAMES), scaled, mutates_args=()), torch.ones(3)
+    assert op(x).tolist() == [2, 2, 2]
+    assert op(x, 3.0).tolist() == op(x, by=3.0).tolist() == [3, 3, 3]
+    assert graph_of(lambda x: op(x, 3.0), x) == "aten.mul.Tensor"
+    assert op._qualname.replace("::", ".") in str(torch.export.export(Call(op), (x,)).graph)
+    torch.library.opcheck(op, (x,), test_utils=("test_schema", "test_faketensor"))
+
+
+class Call(torch.nn.Module):
+    def __init__(self, op: Any):
+        super().__init__()
+        self.op = op
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+@both
+def test_a_triton_op_that_writes(library: Any) -> None:
+    op, x = library.triton_op(next(NAMES), write_scaled, mutates_args={"x"}), torch.ones(3)
+    op(x)
+    assert (x.tolist(), x._version > 0) == ([2, 2, 2], True)
+    y = torch.ones(3)
+    torch.compile(lambda y: op(y, 3.0), backend="aot_eager", fullgraph=True)(y)
+    assert y.tolist() == [3, 3, 3]
+
+
+@both
+def test_derivatives_of_a_triton_op(library: Any) -> None:
+    op, x = library.triton_op(next(NAMES), scaled, mutates_args=()), torch.ones(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="Trying to backward through"):
+        op(x).sum().backward()
+
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.by = inputs[1]
+
+    op.register_autograd(lambda ctx, g: (g * ctx.by, None), setup_context=setup_context)
+    for function in op, torch.compile(lambda x, by=2.0: op(x, by), backend="aot_eager", fullgraph=True):
+        for by in (2.0, 5.0):
+            assert torch.autograd.grad(function(x, by).sum(), x)[0].tolist() == [by] * 3
+    op.register_autograd(lambda ctx, g: (g, None, None), setup_context=setup_context)
+    with pytest.raises(RuntimeError, match="expected 2, got 3"):
+        op(x, 5.0).sum().backward()
+
+
+@both
+def test_a_triton_op_has_kernels_for_other_devices(library: Any) -> None:
+    op = library.triton_op(next(NAMES), scaled, mutates_args=())
+    op.register_kernel("cpu")(lambda x, by=2.0: x + 10 * by)
+    assert op(torch.ones(1)).item() == 21
+    assert op(torch.ones(1, device="meta")).shape == (1,)

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from inspect import getmodule, signature
 from itertools import chain, islice
-from types import SimpleNamespace
+from types import SimpleNamespace, new_class
 from typing import Any
 
 import torch
@@ -202,13 +202,21 @@ class CustomOpDef(custom_ops.CustomOpDef):
         self._lib = custom_ops.get_library_allowing_overwrite(namespace, own)  # a notebook defines it again
         self._lib.define(own + schema, tags={torch.Tag.pt2_compliant_tag, *tags})
         self._opoverload = getattr(getattr(getattr(torch.ops, namespace), base), overload or "default")
+        if hasattr(
+            self._opoverload, "_enable_pyobj_dispatch"
+        ):  # PyTorch 2.14; less per call, and its warnings are Python's
+            self._opoverload._enable_pyobj_dispatch(True)
         self._positional = [one for one in arguments if not one.kwarg_only]
         self._defaults = tuple(one.default_value for one in self._positional)
         self._keywords = [one for one in arguments if one.kwarg_only]
+        self._are_lists = ["List" in (kind := str(one.type)) and "Tensor" in kind for one in self._positional]
+        # Errors and `grad_fn` show its name, as PyTorch's do.
+        generated = f"GeneratedBackwardFor_{namespace}_{base}_{overload or 'default'}"
+        self._function: Any = new_class(generated, (Differentiable,))
         self._mutated = any(writes)
         self._kernels: dict[str | None, Callable[..., Any]] = {}  # by device; None for all others
         self._dispatch_rules: dict[Any, Callable[..., Any]] = {}  # by tensor subclass or mode
-        self._fake: Callable[..., Any] | None = None
+        self._abstract_fn: Callable[..., Any] | None = None  # PyTorch's tools ask for it by this name
         self._vmap: Callable[..., Any] | None = None
         self._backward: Callable[..., Any] | None = None
         self._setup_context: Callable[..., Any] | None = None
@@ -253,8 +261,9 @@ class CustomOpDef(custom_ops.CustomOpDef):
 
     def _select_device(self, *args: Any, **kwargs: Any) -> Any:
         """Call the kernel of a function without tensors, for the device among its arguments."""
-        given = dict(zip((one.name for one in self._positional), args, strict=False)) | kwargs
-        device = torch.device(given.get("device") or torch.get_default_device()).type
+        given = {one.name: one.default_value for one in self._opoverload._schema.arguments}  # not passed on
+        given |= dict(zip(given, args, strict=False)) | kwargs
+        device = torch.device(given["device"] or "cpu").type
         chosen = device if device in self._kernels else None
         if chosen not in self._kernels:
             has = f"{self._qualname} does not have a kernel registered for {device}"
@@ -269,7 +278,8 @@ class CustomOpDef(custom_ops.CustomOpDef):
             try:
                 result = self._kernels[device](*args, **kwargs)
             except Exception as e:
-                if any(isinstance(t, FakeTensor) for t in tree_flatten(args)[0]):
+                tensors = [t for t in tree_flatten(args)[0] if isinstance(t, Tensor)]
+                if any(isinstance(t, FakeTensor) or t.is_meta for t in tensors):
                     e.add_note(f"{self._qualname} has no fake; register one by register_fake")
                 raise
         module = partial(getmodule, self._kernels[device])
@@ -282,14 +292,14 @@ class CustomOpDef(custom_ops.CustomOpDef):
 
     def register_fake(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Register a function that allocates the result, with its shape, strides, dtype and device."""
-        if self._fake is None:  # until then, kernels made of PyTorch's operators run on fake tensors
-            self._lib._register_fake(self._name, self._run_fake, _stacklevel=3)
-        self._fake = fn
+        if self._abstract_fn is None:  # until then, kernels made of PyTorch's operators run on fake tensors
+            self._lib._register_fake(self._name, self._run_fake, _stacklevel=2)
+        self._abstract_fn = fn
         return fn
 
     def _run_fake(self, *args: Any, **kwargs: Any) -> Any:
-        assert self._fake is not None
-        return self._fake(*args, **kwargs)
+        assert self._abstract_fn is not None
+        return self._abstract_fn(*args, **kwargs)
 
     def register_vmap(self, func: Callable[..., Any] | None = None) -> Any:
         """Register a batching rule, ``func(info, in_dims, *args) -> (result, out_dim)``."""
@@ -433,14 +443,15 @@ class CustomOpDef(custom_ops.CustomOpDef):
             self._check_write(args, kwargs)
             if not self._opoverload._schema.returns:
                 return self._below(*args, **kwargs)
-        transformed = is_transformed() and not self._mutated
+        transformed = is_transformed(args) and not self._mutated
         if self._formula and (transformed or (self._decompose and self._decompose(*args, **kwargs))):
             return self._formula(*args, **kwargs)
         # A list with None among its tensors is no list of tensors to PyTorch.
-        if transformed or (torch.is_grad_enabled() and torch._C._any_requires_grad(*_flattened(args)[0])):
-            call = _Call(self, kwargs)
+        leaves, _ = _flattened(args, self._are_lists)
+        if transformed or (torch.is_grad_enabled() and torch._C._any_requires_grad(*leaves)):
+            call = _Call(self, kwargs, transformed)
             with enable_single_level_autograd_function() if transformed else nullcontext():
-                return call.result(Differentiable.apply(*call.flat(args), call))  # type: ignore[attr-defined]
+                return call.result(self._function.apply(*call.flat(args), call))
         return self._below(*args, **kwargs)
 
     def _below(self, *args: Any, **kwargs: Any) -> Any:
@@ -449,8 +460,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
 
     def _check_write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse a call that would write to a tensor and leave its derivative as it was."""
-        # PyTorch counts the levels of forward mode for all threads together, so the tangents decide.
-        if peek_interpreter_stack() is not None or _has_tangents((args, kwargs)):
+        if is_transformed((args, kwargs)):
             raise RuntimeError(f"{self._qualname} writes to an argument: no torch.func, no forward mode")
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*self._written(args)):
             raise RuntimeError(
@@ -483,25 +493,18 @@ def _refuse(name: str, schema: Any, tags: Sequence[torch.Tag]) -> None:
         )
 
 
-def _has_tangents(values: Any) -> bool:
-    if forward_ad._current_level < 0:
-        return False
-    tensors = [t for t in tree_flatten(values)[0] if isinstance(t, Tensor)]
-    return any(forward_ad.unpack_dual(t, level=0).tangent is not None for t in tensors)
-
-
 class _Call:
     """A call on its way through `Differentiable`, of flat tensors; it keeps none of the arguments."""
 
-    def __init__(self, op: CustomOpDef, kwargs: dict[str, Any]):
-        self.op, self.kwargs, self.materializes = op, kwargs, True
+    def __init__(self, op: CustomOpDef, kwargs: dict[str, Any], transformed: bool):
+        self.op, self.kwargs, self.transformed, self.materializes = op, kwargs, transformed, True
 
     def flat(self, args: tuple[Any, ...]) -> Sequence[Any]:
         """The leaves of all positional arguments."""
         self.given = len(args)
         if len(args) < len(self.op._defaults):
             args += self.op._defaults[len(args) :]
-        leaves, self.sizes = _flattened(args)
+        leaves, self.sizes = _flattened(args, self.op._are_lists)
         return leaves
 
     def compute(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
@@ -565,21 +568,34 @@ class _Call:
             return found
         leaves: list[Any] = []
         for argument, size, gradient in zip(self.op._positional, self.sizes, found, strict=True):
-            if not isinstance(gradient, list | tuple):
-                leaves += [gradient] * (1 if size is None else size)
-            elif size is not None and len(gradient) != size:
-                expected = f"{self.op._qualname}: backward returns {len(gradient)} gradients for the list"
-                raise RuntimeError(f"{expected} {argument.name}, expected {size}, one for each tensor")
+            is_list = isinstance(gradient, list | tuple)
+            if size is None and not (is_list and any(g is not None for g in gradient)):
+                leaves.append(None if is_list else gradient)
+            elif size is not None and (gradient is None or (is_list and len(gradient) == size)):
+                leaves += [None] * size if gradient is None else gradient
             else:
-                leaves += [None] if size is None else gradient
+                given = f"{len(gradient)} gradients" if is_list else "one gradient"
+                expected = "one" if size is None else f"a list of {size}, one for each tensor"
+                raise RuntimeError(
+                    f"{self.op._qualname}: backward returns {given} for {argument.name}, expected {expected}"
+                )
         return tuple(leaves)
 
 
-def _flattened(values: tuple[Any, ...]) -> tuple[Sequence[Any], list[int | None] | None]:
-    """The values and the tensors of those that are lists, and the lists' lengths; None without lists."""
+def _flattened(
+    values: tuple[Any, ...], are_lists: Sequence[bool] | None = None
+) -> tuple[Sequence[Any], list[int | None] | None]:
+    """The values and the tensors of those that are lists, and the lists' lengths; None without lists.
+
+    ``are_lists`` tells which values are lists of tensors; without it, their elements do.
+    """
     if list not in map(type, values):
         return values, None
-    sizes = [len(value) if _is_list_of_tensors(value) else None for value in values]
+    chosen = map(_is_list_of_tensors, values) if are_lists is None else are_lists
+    sizes = [
+        len(value) if yes and isinstance(value, list) else None
+        for value, yes in zip(values, chosen, strict=False)
+    ]
     lists = [[value] if size is None else value for value, size in zip(values, sizes, strict=True)]
     return list(chain(*lists)), sizes
 
@@ -603,7 +619,7 @@ class Differentiable(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
         *leaves, call = args  # in this order PyTorch's messages count the arguments as the operator does
-        if not is_transformed():
+        if not call.transformed:
             output = call.compute(leaves)
             call.set_up(ctx, leaves, output)
             return output
@@ -705,14 +721,20 @@ def is_dtensor(t: Tensor) -> bool:
     return module is not None and isinstance(t, module.DTensor)
 
 
-def is_transformed() -> bool:
-    """Whether torch.func transforms or forward mode act on a call."""
-    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+def is_transformed(values: Any) -> bool:
+    """Whether torch.func transforms or forward mode act on a call with these arguments."""
+    if peek_interpreter_stack() is not None:
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    # PyTorch counts the levels of forward mode for all threads together, so the tangents decide.
+    tensors = [t for t in tree_flatten(values)[0] if isinstance(t, Tensor)]
+    return any(forward_ad.unpack_dual(t, level=0).tangent is not None for t in tensors)
 
 
-def needs_formula(g: Tensor) -> bool:
-    """Whether the backward pass of ``g`` must consist of operators with derivatives and sharding rules."""
-    return torch.is_grad_enabled() or is_transformed() or is_dtensor(g)
+def needs_formula(*tensors: Tensor) -> bool:
+    """Whether a backward pass of these must consist of operators with derivatives and sharding rules."""
+    return torch.is_grad_enabled() or is_transformed(tensors) or any(map(is_dtensor, tensors))
 
 
 _sharding_rules: dict[Any, Callable[..., Any]] = {}  # by overload

@@ -107,4 +107,4 @@ def is_eager(*tensors: Tensor | None) -> bool:
     """Return True if no compiler, transform, tensor subclass or autocast must intercept the calls."""
     if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, tensors)):
         return False
-    return not (_is_tracing() or is_transformed() or torch.is_autocast_enabled("cpu"))
+    return not (_is_tracing() or is_transformed(tensors) or torch.is_autocast_enabled("cpu"))

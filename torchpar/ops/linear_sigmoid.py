@@ -119,7 +119,7 @@ def sigmoid_backward(g: Tensor, y: Tensor, need_bias: bool = True) -> tuple[Tens
     if not need_bias:
         return _sigmoid_gradient(g, y), None
     # On a CPU nothing is fused, and two calls of ATen cost less than dispatching one operator.
-    return _backward_op(g, y) if y.is_cuda and not needs_formula(g) else _backward_formula(g, y)
+    return _backward_op(g, y) if y.is_cuda and not needs_formula(g, y) else _backward_formula(g, y)
 
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

@@ -81,7 +81,7 @@ def _(x: Tensor) -> Tensor:
 
 def _backward(ctx: Any, g: Tensor) -> Tensor:
     (x,) = ctx.saved_tensors
-    return _backward_formula(g, x) if needs_formula(g) else _backward_op(g, x)
+    return _backward_formula(g, x) if needs_formula(g, x) else _backward_op(g, x)
 
 
 _op.register_autograd(_backward, setup_context=save_operands, formula=_formula, decompose=_is_split_by_rows)

@@ -103,7 +103,7 @@ def _formula(a: Tensor, b: Tensor) -> Tensor:
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     a, b = ctx.saved_tensors
     need_a, need_b = ctx.needs_input_grad
-    if g.is_cuda and not needs_formula(g):  # one launch for both costs less than ATen's for one
+    if g.is_cuda and not needs_formula(g, a, b):  # one launch for both costs less than ATen's for one
         da, db = _backward_op(g, a.detach(), b.detach())  # the gradients depend on g alone
     else:
         da, db = _share(g, a, b) if need_a else None, _share(g, b, a) if need_b else None

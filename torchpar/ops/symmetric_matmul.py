@@ -63,7 +63,7 @@ def symmetric_matmul(
             ``beta`` or a ``beta`` other than 0 without ``c``; with ``check``, a product or a ``c`` that is
             not symmetric; with ``out``, an argument that requires a gradient.
     """
-    if check and not (torch.compiler.is_compiling() or is_transformed()):
+    if check and not (torch.compiler.is_compiling() or is_transformed((a, b, c))):
         _check(a, b, c, beta, out)
         # The shards of a DTensor need not be symmetric.
         whole: list[Any] = [a, b, c if beta else None]
