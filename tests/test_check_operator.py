@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The table of an operator finds each fault of `faulty_operators`, and none in a right operator."""
 
+import itertools
 import json
 import math
 import re
@@ -121,6 +122,65 @@ def test_a_tolerance_follows_the_length_of_sums() -> None:
     assert set(outcomes(table).values()) == {"wrong"}, str(table)
 
 
+def test_a_sum_in_another_order_is_right() -> None:
+    """Where all terms are equal, PyTorch's own sum has no error; and there is nothing wider than float64."""
+
+    def blocks(a: Tensor, b: Tensor) -> Tensor:
+        pairs = zip(a.split(500, -1), b.split(500, -1), strict=True)
+        return sum(x @ y.mT for x, y in pairs)
+
+    for seed in range(3):
+        operands = (normal(4, 2000, seed=seed).float(), normal(3, 2000, seed=9 + seed).float())
+        table = check_operator(blocks, [operands], reference=faulty.kernel, rules="layouts and sizes")
+        assert table.ok, str(table)
+    wide = (normal(4, 2000), normal(3, 2000, seed=1))
+    table = check_operator(blocks, [wide], reference=faulty.kernel, rules="autocast")
+    assert table.ok, str(table)
+
+
+@pytest.mark.parametrize("name", ["default_dtype", "deterministic_mode", "threads"])
+def test_settings_are_seen_without_a_reference(name: str) -> None:
+    """The operator itself is then no excuse for other results."""
+    op = faulty.make(f"{name}_alone", **faulty.FAULTS[name][0])
+    (row,) = check_operator(op, SAMPLES, rules="global settings").rows
+    assert row.outcome == "wrong", row
+    (row,) = check_operator(faulty.make("right_alone"), SAMPLES, rules="global settings").rows
+    assert row.outcome == "works", row
+
+
+def test_a_gradient_that_differs_in_one_call_of_ten_is_wrong() -> None:
+    calls = itertools.count()
+
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        da, db = faulty.backward(ctx, g)
+        return da * (1 + 1e-12 * (next(calls) % 10 == 9)), db
+
+    op = faulty.make("gradient_of_one_call", backward=backward)
+    (row,) = check_operator(op, SAMPLES, reference=faulty.kernel, rules="same bits twice").rows
+    assert (row.outcome, "gradients" in row.detail) == ("wrong", True), row
+
+
+def test_a_fake_may_ask_for_a_size() -> None:
+    def fake(a: Tensor, b: Tensor) -> Tensor:
+        return faulty.fake(a, b).contiguous() if b.shape[-2] == 6 else faulty.fake(a, b)
+
+    table = check_operator(faulty.make("asking", fake=fake), SAMPLES, rules="fake tensors")
+    assert table.ok, str(table)
+
+
+def test_complex_products_are_right_in_a_subclass() -> None:
+    """PyTorch's subclass of two tensors forgets that a tensor is conjugated."""
+    operands = tuple(t.conj() for t in faulty.COMPLEX[:1] * 2)
+    (row,) = check_operator(torch.mul, [operands], reference=torch.mul, rules="tensor subclass").rows
+    assert row.outcome in ("works", "not run"), row
+    wrong = lambda a, b: 2 * getattr(a, "a", a) * b  # noqa: E731
+    (row,) = check_operator(wrong, SAMPLES_OF_ONE_SHAPE, reference=torch.mul, rules="tensor subclass").rows
+    assert row.outcome != "works", row
+
+
+SAMPLES_OF_ONE_SHAPE = [(normal(3), normal(3, seed=1))]
+
+
 def test_gaps_of_pytorch_are_no_faults_of_an_operator() -> None:
     """Its hessian of no numbers."""
     table = check_operator(torch.add, [(normal(0, 3), normal(0, 3))], reference=torch.add, rules=BY_FORMULA)
@@ -150,12 +210,19 @@ def test_finite_differences_judge_where_the_derivative_of_the_reference_is_wrong
     (row,) = check_operator(torch.square, [(normal(3),)], reference=reference, rules="torch.func: jvp").rows
     assert row.outcome == "works", row
     wrong = lambda x: x * x.detach()  # noqa: E731
-    (row,) = check_operator(wrong, [(normal(3),)], reference=reference, rules="torch.func: jvp").rows
-    assert row.outcome == "wrong", row
+    for x in (normal(3), normal(3).float()):
+        (row,) = check_operator(torch.square, [(x,)], reference=reference, rules="torch.func: jvp").rows
+        assert row.outcome == "works", row
+        (row,) = check_operator(wrong, [(x,)], reference=reference, rules="torch.func: jvp").rows
+        assert row.outcome == "wrong", row
 
 
 def samples() -> list[tuple[Tensor, ...]]:
     return SAMPLES
+
+
+def leave() -> None:
+    sys.exit(0)
 
 
 def fail() -> None:
@@ -198,7 +265,12 @@ def test_the_command(capsys: Any) -> None:
         (["torch:add", "--samples", "builtins:list"], "expected samples: objects of torchpar.testing.Sample"),
         (["torch:add", "--samples", "math:pi"], "the samples are an object of type float, expected a list"),
         (["torch:add", "--samples", "{here}:fail"], "fail: OSError: no data"),
+        (["torch:add", "--samples", "{here}:leave"], "leave: it calls sys.exit(0)"),
         (["torch:pi", "--samples", "{here}:samples"], "the operator is an object of type float"),
+        (
+            ["torch:add", "--samples", "{here}:samples", "--reference", "torch:pi"],
+            "the reference is an object of type float, expected a callable",
+        ),
         (["torch:add", "--samples", "{here}:samples", "--rules", "value"], "rule 'value', expected one of"),
     ],
 )
@@ -248,6 +320,7 @@ A, B = normal(3, 3), normal(4, 3)
         (0 * A, A, "0, of "),
         (A + B[1:], A, ""),
         (torch.tensor(5.0), torch.tensor(1.3), ""),
+        (torch.tensor([1 - 2j]), torch.tensor([1 + 2j]), "; conjugated"),
     ],
 )
 def test_a_likely_cause_is_named(actual: Tensor, expected: Tensor, detail: str) -> None:

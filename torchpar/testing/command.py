@@ -30,8 +30,12 @@ def find(name: str) -> Any:
         raise ConfigError(f"{name!r}, expected MODULE:ATTRIBUTE, such as mylib.ops:op")
     try:
         return reduce(getattr, attribute.split("."), importlib.import_module(module))
-    except Exception as e:
-        raise ConfigError(f"{name}: {first_line(e)}") from e
+    except (Exception, SystemExit) as e:
+        raise ConfigError(f"{name}: {_reason(e)}") from e
+
+
+def _reason(error: BaseException) -> str:
+    return f"it calls sys.exit({error.code!r})" if isinstance(error, SystemExit) else first_line(error)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -65,6 +69,6 @@ def _check(flags: argparse.Namespace) -> OperatorTable:
     if callable(samples):
         try:
             samples = samples()
-        except Exception as e:
-            raise ConfigError(f"{flags.samples}: {first_line(e)}") from e
+        except (Exception, SystemExit) as e:
+            raise ConfigError(f"{flags.samples}: {_reason(e)}") from e
     return check_operator(op, samples, reference=reference, rules=flags.rules)

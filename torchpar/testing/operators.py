@@ -107,8 +107,10 @@ def check_operator(
     chosen = [one if isinstance(one, Sample) else Sample(one) for one in samples]
     if not chosen or any(not isinstance(one.args, tuple | list) for one in chosen):
         raise ConfigError("expected samples: objects of torchpar.testing.Sample, or tuples of arguments")
-    if not callable(op):
-        raise ConfigError(f"the operator is an object of type {type(op).__name__}, expected a callable")
+    for what, function in ("operator", op), ("reference", reference):
+        if not callable(function) and (what == "operator" or function is not None):
+            given = f"the {what} is an object of type {type(function).__name__}"
+            raise ConfigError(f"{given}, expected a callable")
     overload = find_overload(op, chosen[0])
     if overload is not None and overload._schema.is_mutable:
         raise ConfigError(f"{overload} writes to its operands, expected an operator that does not")
