@@ -64,6 +64,17 @@ def of_layer_norm(x: Tensor) -> Tensor:
     ]
 
 
+def group_norm(x: Tensor) -> tuple[Tensor, ...]:
+    """One group of two channels of three pixels."""
+    return aten.native_group_norm(x.view(-1, 2, 3), WEIGHT[0, :2], None, len(x), 2, 3, 1, 1e-5)
+
+
+def of_group_norm(x: Tensor) -> Tensor:
+    image, (_, mean, rstd) = x.view(-1, 2, 3), group_norm(x)
+    shape = len(x), 2, 3, 1, [True, True, False]
+    return aten.native_group_norm_backward(image, image, mean, rstd, WEIGHT[0, :2], *shape)[0]
+
+
 def each(names: str, call: Callable[[Any, Tensor], Any]) -> dict[str, Callable[[Tensor], Any]]:
     """For each operator of these names a function of rows, by ``call(operator, rows)``."""
     return {name: partial(call, getattr(aten, name)) for name in names.split()}
@@ -92,11 +103,14 @@ ROW_CASES: dict[str, Callable[[Tensor], Any]] = {
     "sum": lambda x: x.sum(1),
     "mean": lambda x: x.mean(1),
     "var": lambda x: x.var(1),
+    "std": lambda x: x.std(1),
     "norm": lambda x: aten.norm(x, 2, [1]),
     "linalg_vector_norm": lambda x: torch.linalg.vector_norm(x, 1, 1),
     "cumsum": lambda x: x.clamp(-9, 9).nan_to_num(0).round().cumsum(1),
     "native_layer_norm": lambda x: F.layer_norm(x, [COLUMNS], WEIGHT[0], WEIGHT[1]),
     "native_layer_norm_backward": of_layer_norm,
+    "native_group_norm": group_norm,
+    "native_group_norm_backward": of_group_norm,
     "mm": lambda x: x @ WEIGHT,
     "bmm": lambda x: x.view(-1, 2, 3) @ x.view(-1, 3, 2),
     "addmm": lambda x: torch.addmm(WEIGHT[0], x, WEIGHT, beta=0.5),

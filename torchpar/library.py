@@ -202,10 +202,6 @@ class CustomOpDef(custom_ops.CustomOpDef):
         self._lib = custom_ops.get_library_allowing_overwrite(namespace, own)  # a notebook defines it again
         self._lib.define(own + schema, tags={torch.Tag.pt2_compliant_tag, *tags})
         self._opoverload = getattr(getattr(getattr(torch.ops, namespace), base), overload or "default")
-        if hasattr(
-            self._opoverload, "_enable_pyobj_dispatch"
-        ):  # PyTorch 2.14; less per call, and its warnings are Python's
-            self._opoverload._enable_pyobj_dispatch(True)
         self._positional = [one for one in arguments if not one.kwarg_only]
         self._defaults = tuple(one.default_value for one in self._positional)
         self._keywords = [one for one in arguments if one.kwarg_only]
