@@ -250,7 +250,7 @@ class Muon(Optimizer):
                 than its parameter, and arguments that differ, on every rank that shares the work; a group
                 without any gradient while another has some; a first step without any gradient; a momentum
                 that was loaded from other placements, or is of another dtype or device; parameters that were
-            added, removed or replaced after the first step of several ranks.
+                added, removed or replaced after the first step of several ranks.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
         exchanges = self._exchanges()

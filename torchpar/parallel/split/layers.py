@@ -36,6 +36,7 @@ LINEAR_LAYERS: dict[type[torch.nn.Module], Activation] = {
     nn.LinearReLU: "relu",
     nn.LinearTanh: "tanh",
 }
+SAME_WEIGHTS = "give all ranks the same, as by torch.manual_seed(0) on each before the model is made"
 
 
 class _ParallelLinear(nn.Linear):
@@ -138,9 +139,6 @@ class _ParallelLinear(nn.Linear):
             if parameter is not None:
                 shape = (self.out_features, self.in_features)[: parameter.dim()]
                 mark_slice(parameter, slice_along(axis, shape, self.mesh))
-
-
-SAME_WEIGHTS = "give all ranks the same, as by torch.manual_seed(0) on each before the model is made"
 
 
 class ColumnParallelLinear(_ParallelLinear):
