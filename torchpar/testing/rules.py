@@ -123,13 +123,13 @@ def _values_and_gradients(case: Case) -> tuple[Compute, Compute | None]:
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+def _setting(get: Callable[[], Any], change: Callable[[Any], Any], value: Any) -> Iterator[None]:
+    before = get()
+    change(value)
     try:
         yield
     finally:
-        torch.set_default_dtype(before)
+        change(before)
 
 
 @contextmanager
@@ -144,16 +144,6 @@ def _deterministic() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @rule("global settings")
@@ -190,10 +180,14 @@ def _(case: Case) -> Attempts:
     threads = 1 if torch.get_num_threads() > 1 else 2
     settings: dict[str, tuple[Any, bool]] = {
         "deterministic algorithms": (_deterministic, True),
-        f"threads: {threads}": (partial(_threads, threads), True),
+        f"threads: {threads}": (
+            partial(_setting, torch.get_num_threads, torch.set_num_threads, threads),
+            True,
+        ),
     }
     if case.reference is not None or case.floating:  # results of integers may have the default dtype
-        settings |= {f"default dtype {dtype}": (partial(_default_dtype, dtype), False) for dtype in DEFAULTS}
+        default = partial(_setting, torch.get_default_dtype, torch.set_default_dtype)
+        settings |= {f"default dtype {dtype}": (partial(default, dtype), False) for dtype in DEFAULTS}
     values, pulled = _values_and_gradients(case)
     for label, (setting, may_reorder) in settings.items():
         yield label, partial(check, label, setting, may_reorder, values)
