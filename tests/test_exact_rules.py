@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from torchpar import exact
 from torchpar.errors import ConfigError
+from torchpar.exact.functions import in_pieces, sqrt64
 from torchpar.exact.registry import PRIVATE, RULES
 
 aten = torch.ops.aten
@@ -83,7 +85,7 @@ def each(names: str, call: Callable[[Any, Tensor], Any]) -> dict[str, Callable[[
 # Functions of rows (n, columns) to n rows, by the rule that they take.
 ROW_CASES: dict[str, Callable[[Tensor], Any]] = {
     **each("exp expm1 sigmoid tanh erf silu gelu", lambda f, x: f(x)),
-    **each("log log2 log1p rsqrt", lambda f, x: f(x.abs())),
+    **each("log log2 log1p rsqrt sqrt", lambda f, x: f(x.abs())),
     **each("sin cos erfinv", lambda f, x: f(x.tanh())),
     **each("sigmoid_backward tanh_backward silu_backward gelu_backward", lambda f, x: f(x, x.flip(1))),
     "softplus": lambda x: aten.softplus(x, 2.0, 3.0),
@@ -126,6 +128,8 @@ ROW_CASES: dict[str, Callable[[Tensor], Any]] = {
     "_index_put_impl": lambda x: aten.index_put(
         x.new_ones(3 * len(x)), [to_places(x)], x.flatten(), True
     ).view(len(x), 3),
+    "index_add": lambda x: x.new_ones(len(x), 3).index_add(1, INDEX, x),
+    "mse_loss_backward": lambda x: aten.mse_loss_backward(x, x.flip(1), WEIGHT[:1], 0),
     "scatter": lambda x: x.new_ones(len(x), 3).scatter(1, INDEX.expand(len(x), -1), x),
     "max_pool2d_with_indices_backward": of_pool,
     **each("amax amin", lambda f, x: f(x, [1])),
@@ -465,6 +469,148 @@ def test_erfinv_near_one():
     expected = torch.erfinv(x.double())
     unit = torch.exp2(expected.abs().clamp(min=2.0**-126).log2().floor() - 23)
     assert ((found.double() - expected).abs() / unit).max() <= 0.51
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sqrt_is_rounded_as_ieee_754_says(dtype):
+    """By `math.sqrt` and NumPy, which take the processor's; MKL's is off by one unit at places."""
+    tiny, huge = torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max
+    special = [0.0, -0.0, math.inf, tiny, tiny / 8, huge, 4.0, 1 + torch.finfo(dtype).eps, 1 / 3, 2**-200 / 3]
+    drawn = torch.rand(50_000, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    x = torch.cat([torch.tensor(special, dtype=dtype), drawn * 10, drawn * tiny])
+    with exact.mode():
+        found = x.sqrt()
+        assert torch.tensor([-1.0, math.nan], dtype=dtype).sqrt().isnan().all()
+    integers = torch.int32 if dtype == torch.float32 else torch.int64
+    assert torch.equal(found.view(integers), torch.from_numpy(np.sqrt(x.numpy())).view(integers))
+
+
+@pytest.mark.parametrize("towards", [0.0, math.inf])
+def test_sqrt_does_not_depend_on_a_librarys_last_bit(monkeypatch, towards):
+    x = torch.rand(5_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 10
+    expected = torch.from_numpy(np.sqrt(x.numpy()))
+    off = expected.nextafter(torch.tensor(towards, dtype=torch.float64))
+    monkeypatch.setattr(torch.Tensor, "sqrt", lambda _: off)
+    assert torch.equal(sqrt64(x), expected)
+    assert torch.equal(in_pieces(lambda _: off, x.float()), expected.float())
+
+
+@pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8")
+def test_masks_among_indices():
+    """Their True elements are counted before the native operator sees zeros."""
+    x, mask = torch.rand(6, 2), torch.tensor([True, False, True, True, False, False])
+    calls = {
+        "gradient": lambda: torch.func.grad(lambda x: x[mask].square().sum())(x),
+        "bytes": lambda: x.index_put((mask.byte(),), torch.ones(3, 2)),
+        "sum": lambda: x.index_put((mask,), torch.ones(3, 2), accumulate=True),
+        "a mask and places": lambda: x.index_put((mask, torch.tensor([0, 1, 0])), torch.ones(3)),
+        "integers": lambda: x.long().index_put((mask,), torch.ones(3, 2).long()),
+    }
+    for name, call in calls.items():
+        expected = call()
+        with exact.mode():
+            assert torch.equal(call(), expected), name
+    with exact.mode(), pytest.raises((RuntimeError, IndexError), match="shape mismatch"):
+        x[mask] = torch.ones(4, 2)
+
+
+def test_sums_in_integers_convert_each_term():
+    terms, integers = torch.tensor([0.9, 0.9]), torch.tensor([1, -1])
+    with exact.mode():
+        assert terms.sum(dtype=torch.int64) == 0
+        assert terms.sum(0, dtype=torch.int32) == 0
+        assert integers.sum(dtype=torch.bool)
+        assert torch.tensor([0.5, -0.5]).sum(dtype=torch.bool)
+        with pytest.raises(ConfigError, match="real numbers"):
+            terms.sum(dtype=torch.complex64)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x: x[1:].add_(x[:-1]),
+        lambda x: torch.exp(x[1:], out=x[:-1]),
+        lambda x: torch.add(x[1:], 1, out=x[:-1]),
+        lambda x: x.index_add_(0, torch.tensor([0, 1]), x[:2]),
+        lambda x: x.scatter_add_(0, torch.tensor([0, 1]), x[:2]),
+    ],
+)
+def test_a_write_to_memory_that_is_read_is_refused(write):
+    x = torch.arange(4.0)
+    with exact.mode(), pytest.raises(RuntimeError, match="a single memory location"):
+        write(x)
+    assert torch.equal(x, torch.arange(4.0))
+    with exact.mode():
+        x.add_(x)
+        x[:2].add_(x[2:])
+    assert x.tolist() == [4.0, 8.0, 4.0, 6.0]
+
+
+def test_an_index_without_dimensions():
+    with exact.mode():
+        added = torch.zeros(3, 4).index_add(0, torch.tensor(1), torch.ones(1, 4))
+        for shape in ((3, 4), (3,)):
+            slope = torch.func.grad(lambda x: x.index_select(0, torch.tensor(1)).sum())(torch.zeros(shape))
+            assert torch.equal(slope, torch.zeros(shape).index_fill(0, torch.tensor([1]), 1.0))
+    assert added.tolist() == [[0.0] * 4, [1.0] * 4, [0.0] * 4]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: F.scaled_dot_product_attention(*3 * [x.transpose(1, 2)]),
+        lambda x: x.transpose(0, 2).exp(),
+        lambda x: F.silu(x.transpose(1, 2)),
+        lambda x: F.layer_norm(x.transpose(0, 1), [4]),
+        lambda x: x.transpose(1, 3).log_softmax(3),
+        lambda x: F.conv2d(x.to(memory_format=torch.channels_last), torch.ones(3, 3, 1, 1)),
+        lambda x: F.group_norm(x.to(memory_format=torch.channels_last), 3),
+        lambda x: F.mse_loss(x.transpose(1, 2), x.transpose(1, 2), reduction="none"),
+        lambda x: x.transpose(1, 2).sum(3, keepdim=True),
+    ],
+)
+def test_strides_are_pytorchs(call):
+    """Code may view the results."""
+    x = torch.rand(2, 3, 5, 4)
+    expected = call(x)
+    with exact.mode():
+        assert call(x).stride() == expected.stride()
+
+
+def test_more_empty_operands():
+    empty = torch.zeros
+    with exact.mode():
+        assert torch.func.grad(lambda x: F.mse_loss(x, x * 0).nan_to_num())(empty(0)).shape == (0,)
+        attend = F.scaled_dot_product_attention
+        assert torch.equal(attend(empty(1, 3, 0), empty(1, 5, 0), torch.ones(1, 5, 4)), torch.ones(1, 3, 4))
+        nothing = empty(1, 0, 4)
+        slope = torch.func.grad(lambda q: attend(q, nothing, nothing).sum())(torch.ones(1, 3, 4))
+        assert torch.equal(slope, empty(1, 3, 4))
+        of_embedding = torch.func.grad(lambda w: F.embedding(torch.tensor([0, 1]), w).sum())
+        assert of_embedding(empty(3, 0)).shape == (3, 0)
+        with pytest.raises(ConfigError, match="empty weight"):
+            F.conv2d(empty(2, 0, 5, 5), empty(4, 0, 3, 3))
+
+
+def test_out_of_another_dtype_is_refused():
+    with exact.mode(), pytest.raises(ConfigError, match=r"out is torch\.float64, expected torch\.float32"):
+        torch.exp(X, out=torch.empty(0, dtype=torch.float64))
+
+
+def test_addmm_without_its_product():
+    product = torch.full((2, 2), math.inf)
+    with exact.mode():
+        assert torch.equal(torch.addmm(torch.eye(2), product, product, alpha=0), torch.eye(2))
+
+
+def test_a_nan_reaches_no_key_that_nobody_may_attend_to():
+    q = torch.rand(1, 3, 4)
+    k = torch.rand(1, 6, 4).index_fill(1, torch.tensor(1), math.inf)
+    v = torch.rand(1, 6, 4)
+    with exact.mode():
+        slope = torch.func.grad(lambda v: F.scaled_dot_product_attention(q, k, v, is_causal=True).sum())(v)
+    assert slope[0, :3].isnan().any()
+    assert torch.equal(slope[0, 3:], torch.zeros(3, 4))
 
 
 def test_private_rules_are_those_of_attention():

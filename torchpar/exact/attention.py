@@ -52,14 +52,21 @@ def _attention(
     attn_mask: Tensor | None = None, scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """O and P, for ``q (*, m, d)``, ``k (*, n, d)``, and a mask of booleans or of numbers to add."""
-    scores = exact_matmul(q, k) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    scores = exact_matmul(q, k) * _scale(q, scale)
+    if not k.shape[-2]:
+        return q.new_zeros(*q.shape[:-1], v.shape[-1]), scores
     if causal:  # a query attends to its own position, and to those before
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if attn_mask is not None:
         is_added = attn_mask.dtype != torch.bool
         scores = scores + attn_mask if is_added else scores.masked_fill(~attn_mask, -math.inf)
     p = torch.where((scores == -math.inf).all(-1, True), 0.0, softmax(scores, -1))
+    p = p.tril() if causal else p  # 0 also where the row is NaN
     return product_by_keys(p, v), p
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
 
 
 @rule("_scaled_dot_product_flash_attention_for_cpu_backward", private=True)
@@ -68,8 +75,7 @@ def _attention_backward(
     attn_mask: Tensor | None = None, scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dp = exact_matmul(g, v)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    ds = p * (dp - exact_sum(dp.double() * p.double(), [-1], keepdim=True).float()) * scale
+    ds = p * (dp - exact_sum(dp.double() * p.double(), [-1], keepdim=True).float()) * _scale(q, scale)
     return exact_matmul(ds, k.mT), exact_matmul(ds.mT, q.mT), exact_matmul(p.mT, g.mT)
 
 

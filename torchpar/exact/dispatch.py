@@ -25,7 +25,7 @@ from torchpar.exact import products as products  # which register rules
 from torchpar.exact import random as random
 from torchpar.exact import reductions as reductions
 from torchpar.exact.attention import scaled_dot_product_attention
-from torchpar.exact.native import check_native
+from torchpar.exact.native import Metadata, check_native, like_native
 from torchpar.exact.reductions import group_norm
 from torchpar.exact.registry import COMPOSED, INTEGERS, PASSING, PRIVATE, RULES
 
@@ -79,8 +79,9 @@ class _Functions(TorchFunctionMode):
         kwargs, own = kwargs or {}, _FUNCTIONS.get(func)
         if own is None:
             return func(*args, **kwargs)
-        check_native(func, args, kwargs)
-        return own(*args, **kwargs)
+        (native,) = check_native(func, args, kwargs)
+        result = own(*args, **kwargs)
+        return result if native is None else like_native(result, native.strides)
 
 
 class _Operators(TorchDispatchMode):
@@ -177,25 +178,44 @@ def _composition(func: Any) -> Callable[..., Any]:
 
 
 def _call(
-    own_rule: Callable[..., Any], func: Any, args: Any, kwargs: dict[str, Any], native: Sequence[Any]
+    own_rule: Callable[..., Any],
+    func: Any,
+    args: Any,
+    kwargs: dict[str, Any],
+    native: Sequence[Metadata | None],
 ) -> Any:
     """Call the rule of an operator, which may write to its first operand, or to its ``out`` arguments."""
     outs = [kwargs.pop(one.name) for one in func._schema.arguments if one.is_out]
     result = own_rule(*args, **kwargs)
     if func._schema.name.endswith("_"):
         return args[0].copy_(result)
-    results = result if isinstance(result, tuple) else (result,)
-    for found, expected in zip(results, native, strict=False):
-        if isinstance(found, Tensor) and expected and (found.shape, found.dtype) != expected:
-            wanted = " {} of shape {}".format(*reversed(expected))
-            raise RuntimeError(f"the rule of {func} returns {found.dtype} of {found.shape}, expected{wanted}")
     if not outs:
-        return result
+        return _as_native(func, result, native)
+    results = result if isinstance(result, tuple) else (result,)
     for into, found in zip(outs, results, strict=True):
+        if into.dtype != found.dtype:
+            raise ConfigError(f"out is {into.dtype}, expected {found.dtype}, in which {func} is exact")
         if into.shape != found.shape:
             into.resize_(found.shape)
         into.copy_(found)
     return tuple(outs) if isinstance(result, tuple) else outs[0]
+
+
+def _as_native(func: Any, result: Any, native: Sequence[Metadata | None]) -> Any:
+    """The results of a rule, in the native operator's order of elements."""
+    if not native:
+        return result
+    results = []
+    for found, expected in zip(result if isinstance(result, tuple) else (result,), native, strict=True):
+        if isinstance(found, Tensor) and expected is not None:
+            if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+                raise RuntimeError(
+                    f"the rule of {func} returns {found.dtype} of shape {tuple(found.shape)}, expected "
+                    f"{expected.dtype} of shape {tuple(expected.shape)}"
+                )
+            found = like_native(found, expected.strides)
+        results.append(found)
+    return tuple(results) if isinstance(result, tuple) else results[0]
 
 
 def _has_float(tree: Any) -> bool:

@@ -154,6 +154,29 @@ def erf64(x: Tensor) -> Tensor:
     return torch.where(x.abs() >= 4, x.sign(), z * _polynomial(z * z * 0.125 - 1, _ERF))
 
 
+def sqrt64(x: Tensor) -> Tensor:
+    """√x in float64, rounded as IEEE 754 says: a library's root may be off by one unit in the last place.
+
+    With y from the library and its neighbours y + u and y − d, the nearest is y if −y·d < x − y² ≤ y·u. The
+    remainder is exact: y² has two parts, by Veltkamp's halves of y.
+
+    Source: Dekker, "A floating-point technique for extending the available precision", 1971.
+    """
+    scale = torch.ones_like(x).masked_fill_(x < 2.0**-500, 2.0**256).masked_fill_(x > 2.0**500, 2.0**-256)
+    x = x * scale * scale  # the remainder of smaller numbers would be rounded, and y² of larger ones infinite
+    y = x.sqrt()
+    c = y * (2.0**27 + 1)
+    high = c - (c - y)
+    low = y - high
+    square = y * y
+    rest = (high * high - square + high * low * 2) + low * low
+    remainder = (x - square) - rest
+    above, below = y.nextafter(torch.full_like(y, math.inf)), y.nextafter(torch.zeros_like(y))
+    nearest = torch.where(remainder > y * (above - y), above, y)
+    nearest = torch.where((remainder <= y * (below - y)) & (y > 0), below, nearest)
+    return nearest / scale
+
+
 def erfinv64(x: Tensor) -> Tensor:
     """The inverse of erf, by the normal distribution's quantiles; the relative error is below 10⁻¹⁵.
 
@@ -163,7 +186,7 @@ def erfinv64(x: Tensor) -> Tensor:
     Source: Wichura, "Algorithm AS 241: the percentage points of the normal distribution", 1988.
     """
     q = x * 0.5
-    r = (-log64((0.5 - q.abs()).clamp(min=2.0**-60))).sqrt()
+    r = sqrt64(-log64((0.5 - q.abs()).clamp(min=2.0**-60)))
     tail = torch.where(r > 5, _quotient(r - 5, _FAR), _quotient(r - 1.6, _TAIL))
     y = torch.where(q.abs() <= 0.425, q * _quotient(0.180625 - q * q, _CENTRE), x.sign() * tail)
     y = torch.where(x.abs() == 1, x * math.inf, y * math.sqrt(0.5))
@@ -220,7 +243,7 @@ def _pow_number(x: Tensor, exponent: float) -> Tensor:
             square, rest = square * square, rest >> 1
         return result
     if abs(exponent) == 0.5:
-        return x.sqrt() if exponent > 0 else 1 / x.sqrt()
+        return sqrt64(x) if exponent > 0 else 1 / sqrt64(x)
     return pow64(x, torch.full_like(x, exponent))
 
 
@@ -291,7 +314,7 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "cos": cos64,
     "erf": erf64,
     "erfinv": erfinv64,
-    "rsqrt": lambda x: 1 / x.sqrt(),
+    "rsqrt": lambda x: 1 / sqrt64(x),
     "silu": lambda x: x * sigmoid64(x),
     "silu_backward": _silu_backward,
     "softplus": _softplus,
@@ -309,6 +332,15 @@ RULES.update(
     addcdiv=lambda x, a, b, *, value=1: x + times(a, value) / b,
     lerp=_lerp,
 )
+
+
+@rule("sqrt", any_dtype=True)
+def _sqrt(x: Tensor) -> Tensor:
+    """A library's root in float64 rounds to the right float32: no exact one is near the middle of two."""
+    x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
+    if x.dtype == torch.float64:
+        return sqrt64(x)
+    return in_pieces(torch.sqrt, x) if x.dtype == torch.float32 else x.sqrt()
 
 
 @rule("pow", any_dtype=True)

@@ -21,7 +21,7 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
 
 @rule("addmm", "baddbmm")
 def _addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    product = times(_mm(a, b), alpha)
+    product = times(_mm(a, b), alpha) if alpha else a.new_zeros(*a.shape[:-1], b.shape[-1])
     return product if beta == 0 else product + times(c, beta)
 
 
@@ -47,6 +47,8 @@ def _convolution(
 ) -> Tensor:  # fmt: skip
     if transposed:
         raise ConfigError("exact arithmetic has no transposed convolutions")
+    if not weight.numel():
+        raise ConfigError(f"exact arithmetic has no convolutions with an empty weight {tuple(weight.shape)}")
     windows = _windows(x, weight.shape[2:], stride, padding, dilation, groups)
     y = exact_matmul(weight.unflatten(0, (groups, -1)).flatten(2), windows.flatten(1, -2))
     y = y.flatten(0, 1).unflatten(1, windows.shape[1:-1]).movedim(0, 1).contiguous()

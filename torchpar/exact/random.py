@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchpar.exact.functions import cos64, log64
+from torchpar.exact.functions import cos64, log64, sqrt64
 from torchpar.exact.registry import rule
 
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
@@ -56,7 +56,7 @@ def _uniform64(shape: Sequence[int], generator: torch.Generator | None, device: 
 @rule("normal_", any_dtype=True)  # torch.normal has the mean first, and is refused
 def _normal(x: Tensor, mean: float = 0.0, std: float = 1.0, *, generator: Any = None) -> Tensor:
     radius, angle = _uniform64((2, *x.shape), generator, x.device)
-    normal = (log64(radius) * -2).sqrt() * cos64(angle * (2 * math.pi))  # by Box and Muller
+    normal = sqrt64(log64(radius) * -2) * cos64(angle * (2 * math.pi))  # by Box and Muller
     return (normal * std + mean).to(x.dtype)
 
 

@@ -16,13 +16,17 @@ import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.exact.functions import exp64, in_pieces, log64
-from torchpar.exact.registry import RULES, check_float32, rule
+from torchpar.exact.functions import exp64, in_pieces, log64, sqrt64
+from torchpar.exact.registry import RULES, check_float32, rule, times
 from torchpar.exact.sums import exact_index_sum, exact_sum
 
 
 @rule("sum", any_dtype=True)
 def _sum(x: Tensor, dims: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
+    if dtype is not None and dtype.is_complex:
+        raise ConfigError(f"exact arithmetic has sums of real numbers, not of {dtype}")
+    if dtype is not None and not dtype.is_floating_point:  # each term is converted first
+        return torch.sum(x, dims, keepdim, dtype=dtype)
     if not x.is_floating_point():  # a sum in another dtype would round
         return torch.sum(x, dims, keepdim).to(dtype or torch.int64)
     check_float32(x)
@@ -53,7 +57,7 @@ def _var(x: Tensor, dims: Any = None, *, correction: Any = None, keepdim: bool =
 
 @rule("std")
 def _std(x: Tensor, dims: Any = None, *, correction: Any = None, keepdim: bool = False) -> Tensor:
-    return _var64(x, dims, correction, keepdim).sqrt().float()
+    return sqrt64(_var64(x, dims, correction, keepdim)).float()
 
 
 def _var64(x: Tensor, dims: Any, correction: Any, keepdim: bool) -> Tensor:
@@ -72,7 +76,7 @@ def _norm(x: Tensor, order: Any = 2, dims: Any = None, keepdim: bool = False, *,
         raise ConfigError(f"exact arithmetic has norms of the orders 1, 2 and infinity, not {order}")
     terms = x.double().square() if order == 2 else x.double().abs()
     total = exact_sum(terms, dims, keepdim)
-    return (total.sqrt() if order == 2 else total).to(dtype or x.dtype)
+    return (sqrt64(total) if order == 2 else total).to(dtype or x.dtype)
 
 
 @rule("native_layer_norm")
@@ -82,7 +86,7 @@ def _layer_norm(
     dims = [*range(-len(shape), 0)]
     mean = exact_sum(x, dims, True) / math.prod(shape)
     centred = x.double() - mean
-    rstd = 1 / (exact_sum(centred.square(), dims, True) / math.prod(shape) + eps).sqrt()
+    rstd = 1 / sqrt64(exact_sum(centred.square(), dims, True) / math.prod(shape) + eps)
     y = (centred * rstd).float()
     y = y if weight is None else y * weight
     return y if bias is None else y + bias, mean.float(), rstd.float()
@@ -197,10 +201,27 @@ def _logsumexp(x: Tensor, dims: list[int], keepdim: bool = False) -> Tensor:
 def _embedding_backward(g: Tensor, indices: Tensor, rows: int, padding: int, by_frequency: bool) -> Tensor:
     if by_frequency:
         raise ConfigError("exact arithmetic has no scale_grad_by_freq of an embedding; leave it out")
-    gradient = exact_index_sum(g.reshape(-1, g.shape[-1]), indices.flatten(), rows)
+    gradient = exact_index_sum(g.reshape(indices.numel(), g.shape[-1]), indices.flatten(), rows)
     if padding >= 0:
         gradient[padding] = 0
     return gradient
+
+
+@rule("index_add", any_dtype=True)
+def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: Any = 1) -> Tensor:
+    if not x.is_floating_point():
+        return torch.index_add(x, dim, index, source, alpha=alpha)
+    whole, index = x if x.dim() else x.view(1), index.reshape(-1)
+    shape = list(whole.shape)
+    shape[dim] = len(index)
+    places = [None] * (dim % whole.dim()) + [index]
+    return _index_put(whole, places, times(source.reshape(shape), alpha), True).view(x.shape)
+
+
+@rule("mse_loss_backward")
+def _mse_loss_backward(g: Tensor, x: Tensor, target: Tensor, reduction: int) -> Tensor:
+    factor = 2 / x.numel() if reduction == 1 and x.numel() else 2.0  # 1: the mean
+    return (x - target) * factor * g
 
 
 @rule("_index_put_impl", any_dtype=True)

@@ -25,7 +25,7 @@ _PASSING = """
     unsafe_split unsqueeze view _unsafe_view _reshape_alias to _to_copy _pin_memory resize_
     empty empty_like empty_strided full full_like ones ones_like scalar_tensor zeros zeros_like fill zero eye
     masked_fill masked_scatter index_fill where nan_to_num leaky_relu leaky_relu_backward
-    abs neg sign sgn sqrt floor ceil round trunc relu threshold threshold_backward hardtanh hardtanh_backward
+    abs neg sign sgn floor ceil round trunc relu threshold threshold_backward hardtanh hardtanh_backward
     eq ne lt le gt ge isnan isinf isneginf isposinf logical_and logical_or logical_not logical_xor all any
     equal argmax argmin mul div reciprocal max_pool2d_with_indices exact_matmul
     new_empty_strided _local_scalar_dense item is_same_size is_pinned embedding random rand rand_like
@@ -33,7 +33,7 @@ _PASSING = """
 PASSING = frozenset(_PASSING.split())
 # Operators that PyTorch makes of others; put is refused
 _COMPOSED = """
-    bernoulli index_add index_copy index_put put mse_loss mse_loss_backward nll_loss_forward nll_loss_backward
+    bernoulli index_copy index_put put mse_loss nll_loss_forward nll_loss_backward
     nll_loss2d_forward nll_loss2d_backward randn randn_like _safe_softmax uniform _unsafe_index_put
 """
 COMPOSED = frozenset(_COMPOSED.split())
