@@ -218,6 +218,18 @@ class LosesLoss(PlainAdamW):
         super().step(closure)
 
 
+class CallsClosureTwice(PlainAdamW):
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        return closure()
+
+
+class ReturnsOtherLoss(PlainAdamW):
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        return 0.0
+
+
 class KeepsRate(PlainAdamW):
     """A state dict does not bring its learning rate."""
 
@@ -248,6 +260,24 @@ class MergesGroups(PlainAdamW):
         super().update(p, gradient, self.param_groups[0])
 
 
+class MergesSetting(PlainAdamW):
+    """All groups have one setting of the first one."""
+
+    def update(self, p: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        super().update(p, gradient, {**group, self.setting: self.param_groups[0][self.setting]})
+
+    setting = "betas"
+
+
+class MergesDecay(MergesSetting):
+    """Which is 0 in the first one."""
+
+    setting = "weight_decay"
+
+    def __init__(self, params: Any):
+        super().__init__(params, weight_decay=0.0)
+
+
 class LeavesOutGroup(PlainAdamW):
     """Only the first group moves."""
 
@@ -269,6 +299,44 @@ class ClipsGradient(PlainAdamW):
 
     def update(self, p: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
         super().update(p, gradient.mul_(0.5), group)
+
+
+class DropsGradient(PlainAdamW):
+    def update(self, p: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        super().update(p, gradient, group)
+        p.grad = None
+
+
+class WritesLocalData(PlainAdamW):
+    """A DTensor changes through the data of its local part."""
+
+    def update(self, p: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        if not isinstance(p, DTensor):
+            return super().update(p, gradient, group)
+        after = nn.Parameter(p.detach().clone())
+        self.state[after] = self.state[p]
+        super().update(after, gradient, group)
+        del self.state[after]
+        p._local_tensor.data.copy_(after._local_tensor)
+
+
+class RoundsLoadedState(PlainAdamW):
+    """A state dict is loaded in bfloat16."""
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            state["mean"] = state["mean"].bfloat16().float()
+
+
+class SharesMoments(PlainAdamW):
+    """Matrices of one shape share their first moment."""
+
+    def update(self, p: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        first = next(q for q in group["params"] if q.shape == p.shape)
+        if "mean" in self.state[first]:
+            self.state[p]["mean"] = self.state[first]["mean"]
+        super().update(p, gradient, group)
 
 
 class WritesData(PlainAdamW):

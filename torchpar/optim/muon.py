@@ -365,6 +365,8 @@ class Muon(Optimizer):
         torch._foreach_sub_(
             params, [t.float() * rate for t, rate in zip(updates.values(), rates, strict=True)]
         )
+        # An earlier graph that holds a DTensor, and not its local part, must notice.
+        torch.autograd.graph.increment_version([info.p for info in updates if is_dtensor(info.p)])
 
 
 def _ratio(group: dict[str, Any], shape: Sequence[int]) -> float:

@@ -483,6 +483,9 @@ def _judge(name: str, records: dict[Key, Record], references: References) -> Row
         return Row(name, "wrong", compared, *numbers, references.off)
     if not references.own[0].rounded:
         return Row(name, "same bits", compared, 0.0, None, 0.0)
+    if SITUATIONS[name].same_bits:
+        detail = f"{matrix}, {family}: update off by {error:.1e}, expected the same bits"
+        return Row(name, "wrong", compared, *numbers, detail)
     low_rank = f"low rank: {low[3]:.1e} of {low[5]:.1e}"
     return Row(name, "equal up to rounding", compared, *numbers, low_rank)
 

@@ -121,13 +121,13 @@ def closure(trial: Trial) -> None:
     if "closure" not in inspect.signature(optimizer.step).parameters:
         raise Failure("not applicable", "step has no argument closure")
 
-    calls: list[int] = []
+    losses: dict[int, list[float]] = {step: [] for step in STEPS}  # of the calls in each step
 
     def loss() -> Tensor:
-        calls.append(step)
         optimizer.zero_grad()
         value: Tensor = model(trial.batch(step))
         value.backward()
+        losses[step].append(value.item())
         return value
 
     def leave_others() -> None:
@@ -137,10 +137,15 @@ def closure(trial: Trial) -> None:
     # The gradients of the closure are recorded. Right before the step there are those of another batch.
     for step in trial.steps(model, optimizer, loss, stale=leave_others):
         model(trial.batch(step)).backward()
-    if not calls:
-        raise Failure("wrong", "step(closure) does not call the closure")
-    if trial.returned is None:
-        raise Failure("wrong", "step(closure) does not return the loss")
+    for (step, called), returned in zip(losses.items(), trial.returned, strict=True):
+        if len(called) != 1:
+            times = f"calls the closure {len(called)} times" if called else "does not call the closure"
+            raise Failure("wrong", f"step(closure) {times}")
+        if returned is None:
+            raise Failure("wrong", "step(closure) does not return the loss")
+        if float(returned) != called[0]:
+            expected = f"{float(returned):g}, expected the closure's loss {called[0]:g}"
+            raise Failure("wrong", f"step(closure) returns {expected}, in step {step + 1}")
 
 
 def tied(trial: Trial) -> None:
@@ -253,6 +258,7 @@ class Situation(NamedTuple):
         orthogonal: whether it is about optimizers that orthogonalise, and no others. Others send no
             messages, and so cannot notice the mistake of another rank.
         one_may_refuse: whether an error on one rank is right, which leaves the others waiting.
+        same_bits: whether the updates must have the bits of the own step.
     """
 
     run: Callable[[Trial], None]
@@ -260,6 +266,7 @@ class Situation(NamedTuple):
     setup: Mapping[str, Any] = MappingProxyType({})
     orthogonal: bool = False
     one_may_refuse: bool = False
+    same_bits: bool = False
 
 
 sharded = partial(trained, wrap=shard)
@@ -292,7 +299,7 @@ SITUATIONS = {
     "closure": Situation(closure),
     "tied weights": Situation(tied),
     "torch.compile": Situation(partial(trained, wrap=partial(torch.compile, backend="eager"))),
-    "state dict": Situation(resumed, setup=RESUMED),
+    "state dict": Situation(resumed, setup=RESUMED, same_bits=True),
     "learning rate schedule": Situation(trained, setup=SCHEDULE),
     "two groups": Situation(trained, setup=TWO_GROUPS),
     "no gradient in a step": Situation(partial(trained, without=[1])),
@@ -314,7 +321,7 @@ SITUATIONS = {
     "fully_shard, accumulation": Situation(partial(sharded, micro_batches=3), 2),
     "fully_shard, two groups and a schedule": Situation(sharded, 2, TWO_GROUPS | SCHEDULE),
     "fully_shard after the optimizer": Situation(partial(sharded, optimizer_first=True), 2, orthogonal=True),
-    "Shard(0)": Situation(distributed, 2),
+    "Shard(0)": Situation(distributed, 2, {"versions": True}),
     "Shard(0) on 3 ranks": Situation(distributed, 3),
     "Shard(1)": Situation(partial(distributed, placements=[Shard(1)]), 2),
     "Replicate": Situation(partial(distributed, placements=[Replicate()]), 2),

@@ -17,7 +17,14 @@ from torch.distributed.tensor import DTensor
 from torchpar.parallel.split.reduction import all_gather
 from torchpar.parts import is_marked, part_of
 
-SHAPES = {"square": (32, 32), "tall": (64, 24), "wide": (24, 64), "uneven": (13, 10), "flat": (4, 20)}
+SHAPES = {
+    "square": (32, 32),
+    "tall": (64, 24),
+    "wide": (24, 64),
+    "uneven": (13, 10),
+    "alike": (13, 10),  # for optimizers that stack matrices of one shape
+    "flat": (4, 20),
+}
 STEPS = range(3)
 # Muon's iterations amplify rounding where a gradient is singular, as that of a small batch is.
 FAMILIES = ("full rank", "low rank", "large weights")
@@ -73,11 +80,17 @@ def local(t: Tensor) -> Tensor:
 
 def other_settings(group: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that differ from those of a parameter group, of the arguments that most optimizers have."""
-    factors = {"lr": 0.5, "weight_decay": 3.0, "momentum": 0.9}
+    factors = {"lr": 0.5, "weight_decay": 3.0, "momentum": 0.9, "alpha": 0.9, "rho": 0.9, "eps": 100.0}
     numbers = [key for key in factors if isinstance(group.get(key), int | float | Tensor)]
-    settings = {key: group[key] * factors[key] for key in numbers}
+    settings: dict[str, Any] = {key: group[key] * factors[key] for key in numbers}
     if "lr" not in settings:
         raise Failure("not applicable", "the groups of the optimizer have no lr, a number")
+    if settings.get("weight_decay") == 0:
+        settings["weight_decay"] = 0.1
+    if isinstance(group.get("betas"), tuple | list):
+        settings["betas"] = tuple(0.9 * beta for beta in group["betas"])
+    if isinstance(group.get("nesterov"), bool) and group.get("momentum") and not group.get("dampening"):
+        settings["nesterov"] = not group["nesterov"]
     return settings
 
 
@@ -114,7 +127,7 @@ class Before(NamedTuple):
         if self.grad is None:
             if moves:
                 raise Failure("wrong", f"{name} moves without a gradient")
-        elif p.grad is not None and not has_closure and not torch.equal(local(p.grad), self.grad):
+        elif not has_closure and (p.grad is None or not torch.equal(local(p.grad), self.grad)):
             raise Failure("wrong", f"the step changes the gradient of {name}")
 
 
@@ -135,7 +148,7 @@ class Trial:
         rates: factors of the learning rate, by step.
         groups: whether the second half of the layers is a group with settings of its own, `other_settings`.
         versions: whether autograd must notice each change of a weight.
-        returned: by the last step.
+        returned: by each step.
     """
 
     make: Make
@@ -153,7 +166,7 @@ class Trial:
     rates: Sequence[float] = ()
     groups: bool = False
     versions: bool = False
-    returned: Any = None
+    returned: list[Any] = field(default_factory=list)
 
     def model(self) -> Layers:
         """The layers of `shapes`, the same on every rank."""
@@ -216,7 +229,7 @@ class Trial:
             before = {name: Before.of(p) for name, p in named_layers(model)}
             if stale:
                 stale()
-            self.returned = optimizer.step(*closure)
+            self.returned.append(optimizer.step(*closure))
             for name, p in named_layers(model):
                 before[name].check(name, p, has_closure=bool(closure))
                 if self.versions and p._version == before[name].version:
