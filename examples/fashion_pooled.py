@@ -209,7 +209,7 @@ def train_plans(
 def train_torch(world: "World", splits: Sequence[Pixels], plan: Plan) -> Result:
     """Train on all ranks by DistributedDataParallel, from the weights of `train_numpy`."""
     import torch
-    from torch.nn.functional import binary_cross_entropy, one_hot
+    from torch.nn.functional import one_hot
     from torch.nn.parallel import DistributedDataParallel
 
     from torchpar.data import Samples
@@ -217,8 +217,12 @@ def train_torch(world: "World", splits: Sequence[Pixels], plan: Plan) -> Result:
     from torchpar.training import evaluate
 
     def cost_sum(p: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the binary cross-entropy of the probabilities ``p (b, classes)``, summed over both."""
-        return binary_cross_entropy(p, one_hot(labels, p.shape[-1]).to(p), reduction="sum")
+        """Return the binary cross-entropy of the probabilities ``p (b, classes)``, summed over both.
+
+        `binary_cross_entropy` would cut each term at 100, and hide a divergence.
+        """
+        is_right = one_hot(labels, p.shape[-1]).bool()
+        return -torch.where(is_right, p, 1 - p).log().sum()
 
     model = MLP(SIZES, output="sigmoid").to(world.device)
     numpy_mlp.MLP(SIZES, seed=plan.seed).copy_to(model)

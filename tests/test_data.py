@@ -37,7 +37,11 @@ def samples_of(n: int) -> data.Samples:
 
 
 def test_labels_that_do_not_fit_are_refused():
-    for labels, message in ((torch.arange(2), "3 features and 2 labels"), (torch.ones(3), "torch.float32")):
+    for labels, message in (
+        (torch.arange(2), "3 features and 2 labels"),
+        (torch.ones(3), "torch.float32"),
+        (torch.zeros(3, 1).long(), r"labels have shape \(3, 1\), expected one dimension"),
+    ):
         with pytest.raises(ConfigError, match=message):
             data.Samples(torch.zeros(3, 2), labels, ("a",))
     for wrong in (3, -1, -100, 2**62):

@@ -401,6 +401,11 @@ ERRORS = [
     ("digits_report", "--hidden", "take one value or more each"),
     ("digits_report", "--lr 0.1 nan", r"--lr is \(0\.1, nan\), expected at least 0"),
     ("digits_report", "--lr 1e37 --hidden 8", "loss of epoch 1 is (nan|inf); take a smaller learning rate"),
+    (
+        "fashion_pooled",
+        "--library torch --lr 1e37 --iterations 9 --samples 60",
+        "a cost at the rate 1e\\+37 is (nan|inf)",
+    ),
 ]
 if not torch.cuda.is_available():
     ERRORS.append(("train_ddp", "--device cuda", "device is cuda, but PyTorch finds no GPU; take cpu"))

@@ -11,8 +11,8 @@ pytest.importorskip("tyro", reason="tyro reads the flags")
 SCRIPTS = {
     "exact_mode": ["exp", "rows"],
     "training": ["bits"],
-    "optimizers": ["decay"],
-    "operators": ["transposed"],
+    "optimizers": ["decay", "closure"],
+    "operators": ["transposed", "last-bit"],
     "library": ["keywords"],
     "flags": ["unchecked"],
 }

@@ -238,6 +238,9 @@ def different_layers_are_refused() -> None:
     refused("a layer's ranks: layer is ColumnParallelLinear on rank 0", (COLUMN, ROW)[rank], **layer)
     COLUMN(**layer)
     refused("the ranks' models: layers is ", parallel_mlp, MLP([5, 7 + rank, 5]), mesh)
+    odd = torch.nn.Sequential(torch.nn.Linear(4, 4), [torch.nn.ReLU(), torch.nn.Dropout()][rank])
+    refused("the ranks' models: layers is ", parallel_mlp, odd, mesh)
+    refused("the ranks' models: type is ", parallel_mlp, [odd, odd[0]][rank], mesh)
 
 
 def different_weights_are_refused() -> None:

@@ -122,10 +122,13 @@ def test_runs_that_are_refused(world, tmp_path):
         ((tmp_path, 0), "every is 0, expected at least 1"),
         ((tmp_path, -1), "every is -1, expected at least 1"),
         ((3,), "the checkpoints' folder is 3, expected a path"),
+        ((Path(__file__),), "test_training.py is a file; give another path"),
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
             CheckpointConfig(*arguments)
     assert CheckpointConfig("saved").folder == Path("saved")
+    with pytest.raises(ConfigError, match=r"config is .*object.*, expected what JSON can hold"):
+        run_alone(1, config={"a": object()})
     with pytest.raises(DivergedError, match="loss of epoch 1 is nan; take a smaller learning rate"):
         run_alone(1, lr=math.inf)
     # What only one of two scripts names does not matter.
@@ -460,6 +463,93 @@ def test_checkpoints_that_would_lose_something_are_refused(world, tmp_path):
     run(wider, torch.optim.AdamW(wider.parameters(), lr=1e-3), 1, wide)
     with pytest.raises(ConfigError, match=r"holds more.bias, which the model lacks; use another folder"):
         run(model, torch.optim.AdamW(model.parameters(), lr=1e-3), 2, wide)
+
+
+class CountsSteps(torch.optim.SGD):
+    """Keeps a state that belongs to no parameter."""
+
+    def step(self, closure: Any = None) -> Any:
+        self.state["all"]["steps"] = self.state["all"].get("steps", 0) + 1
+        return super().step(closure)
+
+
+def test_states_of_other_groups_and_schedules_are_refused(world, tmp_path):
+    model, rates = MLP(SIZES), torch.optim.lr_scheduler
+
+    def run(groups: Any, schedule: Any, epochs: int, folder: str = "") -> None:
+        optimizer = torch.optim.SGD(groups, lr=0.1)
+        parts = model, optimizer, schedule and schedule(optimizer), world, samples(150, 1), samples(50, 2)
+        checkpoint = CheckpointConfig(tmp_path / folder)
+        with training.Run(*parts, epochs=epochs, batch_size=50, checkpoint=checkpoint) as one:
+            take_steps(one)
+
+    first, *others = model.parameters()
+    groups = [{"params": [first]}, {"params": others, "lr": 0.01}]
+    run(groups, rates.LinearLR, 1)
+    with pytest.raises(
+        ConfigError, match=r"has layers.0.bias in group 1 of the optimizer, this run in group"
+    ):
+        run(groups[::-1], rates.LinearLR, 2)
+    with pytest.raises(ConfigError, match="holds 2 parameter groups, this run has 1; use another folder"):
+        run([first, *others], rates.LinearLR, 2)
+    for schedule, now in ((None, "no schedule"), (rates.ConstantLR, "ConstantLR")):
+        with pytest.raises(
+            ConfigError, match=f"holds the state of LinearLR, this run has {now}; use another"
+        ):
+            run(groups, schedule, 2)
+    run(groups, rates.LinearLR, 2)
+    in_turn = partial(chained_schedules, kinds=(rates.LinearLR, rates.ConstantLR))
+    run(groups, in_turn, 1, "in turn")
+    with pytest.raises(ConfigError, match="of SequentialLR with LinearLR with ConstantLR, this run has Sequ"):
+        run(groups, partial(in_turn, kinds=(rates.ConstantLR, rates.LinearLR)), 2, "in turn")
+
+
+def chained_schedules(optimizer: Any, kinds: Any) -> Any:
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, [kind(optimizer) for kind in kinds], [2])
+
+
+def test_values_that_would_not_be_saved_are_refused_by_name(world, tmp_path):
+    model = MLP(SIZES)
+    model.register_buffer("links", torch.eye(2).to_sparse())
+    checkpoint = CheckpointConfig(tmp_path)
+
+    def run(optimizer: Any) -> None:
+        parts = model, optimizer, None, world, samples(150, 1), samples(50, 2)
+        with training.Run(*parts, epochs=1, batch_size=50, checkpoint=checkpoint) as one:
+            take_steps(one)
+
+    with pytest.raises(ConfigError, match=r"^links is torch.sparse_coo, and would not be saved; make it den"):
+        run(torch.optim.SGD(model.parameters(), lr=0.1))
+    del model.links
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.param_groups[0]["mine"] = {1, 2}
+    with pytest.raises(ConfigError, match=r"group 0 has mine = \{1, 2\}, which would not be saved; expected"):
+        run(optimizer)
+    with pytest.raises(ConfigError, match="state has 'all', which is no parameter and would not be saved"):
+        run(CountsSteps(model.parameters(), lr=0.1))
+    assert not [*tmp_path.iterdir()]
+
+
+def error_on_one_rank(changed: dict[str, Any]) -> str:
+    """The error of a run with settings that only rank 1 has."""
+    with join_world("cpu") as world:
+        own = changed if world.rank else {}
+        n, settings = own.pop("n", 50), {"epochs": 1, "batch_size": 50} | own
+        model = MLP(SIZES)
+        parts = model, torch.optim.SGD(model.parameters(), lr=0.1), None, world, samples(150, 1)
+        try:
+            training.Run(*parts, samples(n, 2), **settings)
+        except ConfigError as e:
+            return str(e)
+    return ""
+
+
+@pytest.mark.parametrize(
+    "changed, name", [({"epochs": 0}, "epochs"), ({"n": 0}, "test"), ({"batch_size": -1}, "batch_size")]
+)
+def test_what_is_wrong_on_one_rank_is_refused_on_all(ranks, changed, name):
+    errors = ranks(2, error_on_one_rank, changed)
+    assert all(error.startswith(f"the ranks' flags: {name} is ") for error in errors), errors
 
 
 @pytest.mark.parametrize("what", ["train", "test", "weight"])

@@ -28,8 +28,8 @@ class Samples:
         classes: the name of each label.
 
     Raises:
-        ConfigError: numbers of features and labels that differ, labels of another dtype, or labels that are
-            no number of a class.
+        ConfigError: numbers of features and labels that differ, labels of another dtype or of several
+            dimensions, or labels that are no number of a class.
     """
 
     features: Tensor
@@ -41,6 +41,8 @@ class Samples:
             raise ConfigError(
                 f"{len(self.features)} features and {len(self.labels)} labels, expected as many"
             )
+        if self.labels.dim() != 1:
+            raise ConfigError(f"the labels have shape {tuple(self.labels.shape)}, expected one dimension")
         if self.labels.dtype != torch.int64:
             raise ConfigError(f"the labels are {self.labels.dtype}, expected torch.int64, numbers of classes")
         if len(self.labels):

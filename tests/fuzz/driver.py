@@ -9,6 +9,7 @@ failure.
 import argparse
 import faulthandler
 import hashlib
+import math
 import os
 import random
 import sys
@@ -49,11 +50,15 @@ def run(trial: Trial, faults: Mapping[str, Callable[[], None]], limit: float = 1
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seconds", type=float, help="in place of --minutes")
-    parser.add_argument("--trials", type=int, help="stop after this number, too")
+    parser.add_argument("--trials", type=int, help="stop after this number, if the time has not ended before")
     parser.add_argument("--trial", type=int, help="run this one alone, with its traceback")
     parser.add_argument("--until-failure", action="store_true", help="stop after the first failure")
     parser.add_argument("--fault", choices=sorted(faults), help="plant a fault, which the trials must find")
     flags = parser.parse_args()
+    for name, least in (("minutes", 0), ("seconds", 0), ("trials", 1), ("trial", 0)):
+        value = getattr(flags, name)
+        if value is not None and not least <= value < math.inf:
+            parser.error(f"--{name} is {value}, expected a number from {least} on")
     if flags.fault:
         faults[flags.fault]()
     seconds = 60 * flags.minutes if flags.seconds is None else flags.seconds

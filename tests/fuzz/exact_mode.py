@@ -260,6 +260,8 @@ def values(op: OpInfo, sample: Sample, plain: list[Tensor], found: list[Tensor])
         special = ~one.isfinite() & ~rounded.isfinite()  # in a gradient, which of them depends on the order
         if "attention" in op.name:  # a value that is not finite makes all of the output NaN
             special |= (one.isnan() & ~rounded.isfinite().all(-1, keepdim=True)) if one.dim() else one.isnan()
+        elif "conv" in op.name:  # a weight that is not finite times the zeros of the padding is NaN
+            special |= one.isnan() & (not all(t.isfinite().all() for t in floats(sample.args)))
         elif not sample.slopes:
             special = torch.zeros_like(special)
         if not (agree | finite | special).all():

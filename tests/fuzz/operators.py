@@ -123,7 +123,10 @@ def trial(rng: random.Random) -> str:
     if not all(equal_bits(*pair) for pair in zip(args, before, strict=True)):
         raise Found(f"{what}: an operand has changed")
     wide = [t.double() if t.is_floating_point() else t for t in args]
-    judge(what, found, plain, torchs(*wide, **options), name == "maximum")
+    ideal = torchs(*wide, **options)
+    judge(what, found, plain, ideal, name == "maximum")
+    if name == "exact_matmul" and found.dtype == torch.float32:
+        judge_exact(what, found, ideal, *wide)
     if not equal_bits(found, ours(*args, **options)):
         raise Found(f"{what}: other bits in a second call")
     meta = ours(
@@ -192,6 +195,17 @@ def judge(
         largest = largest + rounding
     if error > 2 * largest + ROUNDINGS * stored:
         raise Found(f"{what}: an error of {error:.3g}, PyTorch's is {largest:.3g}, a unit {stored:.3g}")
+
+
+def judge_exact(what: str, found: Tensor, ideal: Tensor, a: Tensor, b: Tensor) -> None:
+    """The result is rounded once; operands are rounded to 2⁻³¹ of the largest of their row, or less."""
+    if not found.numel() or not a.shape[-1]:
+        return
+    largest = a.abs().amax(-1, True) * b.abs().amax(-1, True).mT
+    bound = 2.0**-24 * ideal.abs() + a.shape[-1] * 2.0**-29 * largest + 2.0**-149
+    error = (found.double() - ideal).abs()
+    if (wrong := (error > bound) & found.isfinite() & ideal.isfinite()).any():
+        raise Found(f"{what}: an error of {error[wrong][0]:.3g}, expected at most {bound[wrong][0]:.3g}")
 
 
 def flipped(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -296,5 +310,15 @@ def transposed_vmap() -> None:
     OPERATORS["matmul_t"] = (wrong, torchs, shapes)
 
 
+def last_bit() -> None:
+    """Let `exact_matmul` be off by one unit in the last place."""
+    right, *others = OPERATORS["exact_matmul"]
+
+    def wrong(a: Tensor, b: Tensor) -> Tensor:
+        return right(a, b) * (1 + 2.0**-23)
+
+    OPERATORS["exact_matmul"] = (wrong, *others)
+
+
 if __name__ == "__main__":
-    sys.exit(run(trial, {"transposed": transposed_vmap}))
+    sys.exit(run(trial, {"transposed": transposed_vmap, "last-bit": last_bit}))

@@ -127,9 +127,7 @@ class Both:
             self.forget(a, b)
         before = [p.detach().clone() for p in self.theirs]
         if self.rng.random() < 0.2:
-            loss = self.one.step(lambda: torch.tensor(2.5))
-            if loss != 2.5:
-                raise Found(f"step(closure) returns {loss}; {self.done}")
+            self.step_by_closure()
         else:
             self.one.step()
         for optimizer in self.other:
@@ -142,6 +140,22 @@ class Both:
                 raise Found(f"{who} differs by {difference:.2g}, its update is {update:.2g}; {self.done}")
             with torch.no_grad():
                 a.copy_(b)  # so that differences do not add up
+
+    def step_by_closure(self) -> None:
+        """A closure brings the gradients; before it there are others."""
+        grads, calls = [p.grad for p in self.ours], [0]
+
+        def closure() -> Tensor:
+            calls[0] += 1
+            for p, grad in zip(self.ours, grads, strict=True):
+                p.grad = None if grad is None else grad * calls[0]
+            return torch.tensor(2.5)
+
+        for p in self.ours:
+            p.grad = torch.ones_like(p)
+        loss = self.one.step(closure)
+        if loss != 2.5 or calls != [1]:
+            raise Found(f"step(closure) returns {loss} after {calls[0]} calls of the closure; {self.done}")
 
     def forget(self, a: nn.Parameter, b: nn.Parameter) -> None:
         """Leave a parameter without a gradient; both optimizers skip it."""
@@ -271,5 +285,15 @@ def decay_once_too_often() -> None:
     Muon._apply = wrong  # type: ignore[method-assign]
 
 
+def closure_for_each() -> None:
+    """Let each optimizer of a chain call the closure."""
+
+    def wrong(self: ChainedOptimizer, closure: Any = None) -> Any:
+        losses = [optimizer.step(closure) for optimizer in self.optimizers]
+        return losses[0]
+
+    ChainedOptimizer.step = wrong  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
-    sys.exit(run(trial, {"decay": decay_once_too_often}))
+    sys.exit(run(trial, {"decay": decay_once_too_often, "closure": closure_for_each}))

@@ -122,6 +122,15 @@ class Run:
         config: dict[str, Any] | None = None,
         log: "RunLog | None" = None,
     ):
+        own = {"batch_size": batch_size, "seed": seed, "train": len(train)}
+        try:
+            self.config = json.loads(json.dumps({**(config or {}), **own}))
+        except TypeError as e:
+            raise ConfigError(f"config is {config!r}, expected what JSON can hold ({e})") from e
+        others = {"test": len(test), "saving": str(checkpoint), "epochs": epochs}
+        others |= {"classes of train": train.classes, "classes of test": test.classes}
+        check_same_on_all_ranks(None, "the ranks' flags", {**self.config, **others})
+        # What is wrong on one rank alone has been found to differ.
         if not len(train) or not len(test):
             raise ConfigError(
                 f"{len(train)} training and {len(test)} test samples, expected at least one of each"
@@ -141,11 +150,6 @@ class Run:
         self.predict = predict or model
         self.loss = loss
         self.seed = seed
-        own = {"batch_size": batch_size, "seed": seed, "train": len(train)}
-        self.config = json.loads(json.dumps({**(config or {}), **own}))
-        others = {"test": len(test), "saving": str(checkpoint), "epochs": epochs}
-        others |= {"classes of train": train.classes, "classes of test": test.classes}
-        check_same_on_all_ranks(None, "the ranks' flags", {**self.config, **others})
         if world.world_size > 1:
             drawn = {"train.features": train.features, "train.labels": train.labels}
             drawn |= {"test.features": test.features, "test.labels": test.labels}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from torchpar.errors import ConfigError, first_line
 from torchpar.outcome import EpochResult
@@ -27,7 +28,8 @@ def check_saveable(run: "Run") -> None:
 
     Raises:
         ConfigError: an optimizer of parameters that are not the model's, or one that shares its state among
-            the ranks; a module's extra state that is neither a tensor nor JSON.
+            the ranks; a setting of a group, or a module's extra state, that is neither a tensor nor JSON; a
+            sparse tensor.
     """
     for optimizer in _optimizers(run.optimizer):
         if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
@@ -36,6 +38,15 @@ def check_saveable(run: "Run") -> None:
                 "hold; take another optimizer, or fully_shard"
             )
     names = {p: name for name, p in run.model.named_parameters(remove_duplicate=False)}
+    for number, settings in enumerate(_settings(run.optimizer)):
+        for key, value in settings.items():
+            try:
+                json.dumps(value, default=Tensor.tolist)
+            except TypeError as e:
+                raise ConfigError(
+                    f"the optimizer's group {number} has {key} = {value!r}, which would not be saved; "
+                    "expected numbers, strings or tensors"
+                ) from e
     for number, group in enumerate(run.optimizer.param_groups):
         for p in group["params"]:
             if p not in names:
@@ -43,7 +54,9 @@ def check_saveable(run: "Run") -> None:
                     f"the optimizer's group {number} has a parameter of shape {tuple(p.shape)} that is not "
                     "the model's, and would not be saved; make it a parameter of the model"
                 )
-    _extra_states(run.model)
+    for name, t in (_model_tensors(run.model) | _extra_states(run.model)[0]).items():
+        if t.layout != torch.strided:
+            raise ConfigError(f"{_plain(name)} is {t.layout}, and would not be saved; make it dense")
 
 
 def save(run: "Run", checkpoints: Checkpoints) -> None:
@@ -63,17 +76,23 @@ def save(run: "Run", checkpoints: Checkpoints) -> None:
                 tensors[f"optimizer.{name}.{key}"] = _shard(p, value)
                 continue
             raise ConfigError(f"the optimizer's {key} of {name} {found}; take another optimizer")
+    if foreign := [key for key in run.optimizer.state if not isinstance(key, Tensor)]:
+        raise ConfigError(
+            f"the optimizer's state has {foreign[0]!r}, which is no parameter and would not be saved; take "
+            "another optimizer"
+        )
     tensors |= _random_states(run.world.rank)
-    own = ("params", "param_names")  # of this rank
     state = {
         "run": run.config,
         "optimizer": _kinds(run.optimizer),
+        "schedule": _schedule_kinds(run.lr_scheduler),
+        "members": _members(run),
         "extra": extra,
         "results": [asdict(result) for result in run.results],
         "step": run.step,
         "losses": run.world.sum(losses).tolist(),
         "rate": run.lr_scheduler.state_dict() if run.lr_scheduler else {},
-        "groups": [{k: v for k, v in g.items() if k not in own} for g in run.optimizer.param_groups],
+        "groups": _settings(run.optimizer),
     }
     checkpoints.save(run.total_steps, tensors, state)
 
@@ -149,10 +168,24 @@ def _check_names(
 
     Each stage of a pipeline has some of the layers, so the names of all ranks together are compared.
     """
-    kinds = saved.state.get("optimizer", [])  # older checkpoints do not have it
-    if kinds and kinds != _kinds(run.optimizer):
-        was, now = (" with ".join(names) for names in (kinds, _kinds(run.optimizer)))
-        raise ConfigError(f"{folder} holds the state of {was}, this run has {now}; use another folder")
+    own = {"optimizer": _kinds(run.optimizer), "schedule": _schedule_kinds(run.lr_scheduler)}
+    for key, kinds in own.items():
+        saved_kinds = saved.state.get(key, kinds)  # older checkpoints do not have it
+        if saved_kinds != kinds:
+            was, now = (" with ".join(names) or f"no {key}" for names in (saved_kinds, kinds))
+            raise ConfigError(f"{folder} holds the state of {was}, this run has {now}; use another folder")
+    numbers = len(saved.state["groups"]), len(run.optimizer.param_groups)
+    if numbers[0] != numbers[1]:
+        raise ConfigError(
+            f"{folder} holds {numbers[0]} parameter groups, this run has {numbers[1]}; use another folder"
+        )
+    members = saved.state.get("members", {})
+    for name, number in _members(run).items():
+        if members.get(name, number) != number:
+            raise ConfigError(
+                f"{folder} has {name} in group {members[name]} of the optimizer, this run in group {number}; "
+                "use another folder"
+            )
     of_ranks = run.world.gather_results(lambda: [*tensors, *(f"json.{name}" for name in extra)])
     here = {name for names in of_ranks for name in names}
     there = {name for name in saved.shapes if name.startswith(("model.", "extra."))}
@@ -176,6 +209,29 @@ def _optimizers(optimizer: Optimizer) -> list[Optimizer]:
 
 def _kinds(optimizer: Optimizer) -> list[str]:
     return [type(one).__name__ for one in _optimizers(optimizer)]
+
+
+def _schedule_kinds(lr_scheduler: LRScheduler | None) -> list[str]:
+    """The class of a scheduler, and those of the schedulers that it is made of."""
+    if lr_scheduler is None:
+        return []
+    parts = getattr(lr_scheduler, "_schedulers", ())
+    return [type(lr_scheduler).__name__, *(kind for part in parts for kind in _schedule_kinds(part))]
+
+
+def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The settings of each group, without its parameters, which are those of this rank."""
+    own = ("params", "param_names")
+    return [{key: x for key, x in group.items() if key not in own} for group in optimizer.param_groups]
+
+
+def _members(run: "Run") -> dict[str, int]:
+    """The number of the group of each parameter of any rank, by its name. Every rank calls it."""
+    names = {p: name for name, p in run.model.named_parameters()}
+    groups = [group["params"] for group in run.optimizer.param_groups]
+    mine = {names[p]: number for number, params in enumerate(groups) for p in params if p in names}
+    of_ranks = run.world.gather_results(lambda: mine)
+    return {name: number for of_rank in of_ranks for name, number in of_rank.items()}
 
 
 def _extra_states(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:

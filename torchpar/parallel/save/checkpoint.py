@@ -74,7 +74,7 @@ class CheckpointConfig:
             error.
 
     Raises:
-        ConfigError: ``every`` or ``keep`` is no whole number from 1 on; ``folder`` is no path.
+        ConfigError: ``every`` or ``keep`` is no whole number from 1 on; ``folder`` is no path, or a file.
     """
 
     folder: Path
@@ -86,6 +86,8 @@ class CheckpointConfig:
         if not isinstance(self.folder, str | os.PathLike):
             raise ConfigError(f"the checkpoints' folder is {self.folder!r}, expected a path")
         object.__setattr__(self, "folder", Path(self.folder))
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ConfigError(f"the checkpoints' folder {self.folder} is a file; give another path")
         for name in ("every", "keep"):
             value = getattr(self, name)
             if (type(value) is not int or value < 1) and (value is not None or name == "keep"):

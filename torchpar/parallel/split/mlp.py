@@ -48,12 +48,17 @@ def parallel_mlp(mlp: M, mesh: DeviceMesh) -> M:
             weights on different ranks.
     """
     layers = mlp.layers if isinstance(mlp, nn.MLP) else mlp
-    if type(layers) is not torch.nn.Sequential:
+    is_sequential = type(layers) is torch.nn.Sequential
+    # An activation may occur twice; named_children would skip the second.
+    modules = layers.named_modules(remove_duplicate=False) if is_sequential else ()
+    named = [(name, layer) for name, layer in modules if name]
+    own = {"type": type(layers).__name__, "layers": [str(layer) for _, layer in named]}
+    # So what is wrong on one rank alone is refused on all.
+    check_same_on_all_ranks(mesh.get_group(), "the ranks' models", own)
+    if not is_sequential:
         raise ConfigError(
             f"cannot split a {type(mlp).__name__}, expected torchpar.nn.MLP or torch.nn.Sequential"
         )
-    # An activation may occur twice; named_children would skip the second.
-    named = [(name, layer) for name, layer in layers.named_modules(remove_duplicate=False) if name]
     for name, layer in named:
         if type(layer) not in _KINDS:
             expected = ", ".join(kind.__name__ for kind in _KINDS)
@@ -64,8 +69,6 @@ def parallel_mlp(mlp: M, mesh: DeviceMesh) -> M:
     parameters = [p for _, layer in named for p in layer.parameters()]
     if len(set(parameters)) < len(parameters):
         raise ConfigError("cannot split layers that share parameters, expected each layer to have its own")
-    own = {"layers": [str(layer) for _, layer in named]}
-    check_same_on_all_ranks(mesh.get_group(), "the ranks' models", own)
     linears = [name for name, layer in named if type(layer) in LINEAR_LAYERS]
     pairs = linears[: len(linears) // 2 * 2]
     whole = {

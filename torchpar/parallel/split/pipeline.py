@@ -20,7 +20,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
-from torchpar.parallel.launch.agreement import check_same_on_all_ranks, check_same_once
+from torchpar.parallel.launch.agreement import check_same_each_time, check_same_on_all_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.reduction import all_reduce
 from torchpar.profile.phases import phase
@@ -86,7 +86,7 @@ class Pipeline:
         if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
             raise ConfigError(f"micro_batches is {micro_batches!r}, expected an integer of at least 1")
         check_one_rank_per_gpu(world)
-        self._group = world.mesh.get_group("pp")
+        self._group, self._timeout = world.mesh.get_group("pp"), world.timeout
         own = {"schedule": schedule, "micro_batches": micro_batches}
         check_same_on_all_ranks(self._group, "the stages' pipelines", own)
         weight = next(module.parameters())
@@ -112,12 +112,11 @@ class Pipeline:
             The sum of the losses of this rank's samples on the last stage, 0 on the others.
 
         Raises:
-            ConfigError: stages with different numbers of samples; on every stage. A number is compared when
-                it is new.
+            ConfigError: numbers of samples or of labels that differ, also between stages; on every stage.
         """
+        self._check_same(f"{len(x)} samples and {len(labels)} labels")
         if len(x) != len(labels):
             raise ConfigError(f"{len(x)} samples and {len(labels)} labels, expected as many")
-        self._check_samples(x)
         parts, targets = x.tensor_split(self.micro_batches), labels.tensor_split(self.micro_batches)
         losses: list[Tensor] = []
 
@@ -142,17 +141,17 @@ class Pipeline:
         Raises:
             ConfigError: as `step`.
         """
-        self._check_samples(x)
+        self._check_same(f"{len(x)} samples")
         activations = self._p2p.recv_forward((len(x), self.width))
         outputs: Tensor = self.module(x if activations is None else activations)
         self._p2p.send_forward(outputs)
         self._p2p.flush()
         return outputs if self._p2p.is_last else None
 
-    def _check_samples(self, x: Tensor) -> None:
+    def _check_same(self, batch: str) -> None:
         if self._p2p.stages > 1:  # gloo would abort the processes
             what = "the stages of a pipeline have different samples, expected the same batch on all"
-            check_same_once(f"{len(x)} samples", self._group, what)
+            check_same_each_time(batch, self._group, what, self._timeout)
 
     def _average_gradients(self) -> None:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
