@@ -440,7 +440,9 @@ def rows(op: OpInfo, sample: Sample, found: list[Tensor], rng: random.Random) ->
             continue
         before, after = [t[kept : kept + 1] for t in expected], [t[place] for t in wide if t.dim()]
         if len(before) != len(after) or not all(
-            a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-12, atol=0, equal_nan=True)
+            a.shape == b.shape
+            and torch.allclose(a.double(), b.double(), rtol=1e-12, atol=0, equal_nan=True)
+            and torch.equal(a.double().signbit()[a == 0], b.double().signbit()[a == 0])
             for a, b in zip(before, after, strict=True)
         ):
             continue  # other rows matter
