@@ -28,7 +28,7 @@ from pathlib import Path
 
 from driver import ROOT, Found, Refused, run
 from fake_data import fashion_mnist
-from saved import latest, same, tensors
+from saved import latest, same, steps, tensors
 
 from torchpar.parallel.launch.local import PRELOAD, Ranks, fork_context
 
@@ -149,13 +149,13 @@ def undisturbed(count: int) -> Path:
     return folder
 
 
-def left_behind(mark: str) -> list[str]:
-    """Processes that have ``mark`` in their environment."""
-    found = []
+def left_behind(mark: str) -> dict[int, str]:
+    """The numbers and commands of processes that have ``mark`` in their environment."""
+    found = {}
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             if mark.encode() in (process / "environ").read_bytes():
-                found.append((process / "cmdline").read_text().replace("\0", " ")[:80])
+                found[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ")[:80]
     return found
 
 
@@ -172,7 +172,7 @@ def kill(rng: random.Random) -> str:
                 command(count, folder), stdout=err, stderr=err, env=environment, start_new_session=True
             )
             try:
-                sent = end_at_some_moment(process, folder, rng) if life < kills else None
+                sent = end_at_some_moment(process, folder, rng, mark) if life < kills else None
                 status = process.wait(100)
             except subprocess.TimeoutExpired:
                 raise Found(f"life {life} hangs after {sent}") from None
@@ -189,7 +189,7 @@ def kill(rng: random.Random) -> str:
     deadline = time.monotonic() + 10
     while remaining := left_behind(mark):
         if time.monotonic() > deadline:
-            raise Found(f"left behind: {remaining}")
+            raise Found(f"left behind: {[*remaining.values()]}")
         time.sleep(0.1)
     if new := {name for name in os.listdir("/dev/shm") if "torchpar" in name} - shared:
         raise Found(f"left in shared memory: {new}")
@@ -197,7 +197,9 @@ def kill(rng: random.Random) -> str:
     return "kill"
 
 
-def end_at_some_moment(process: subprocess.Popen, folder: Path, rng: random.Random) -> signal.Signals:
+def end_at_some_moment(
+    process: subprocess.Popen, folder: Path, rng: random.Random, mark: str
+) -> signal.Signals:
     """Send a signal to a run: after a time, or a moment after it has saved another step."""
     sent = rng.choice([signal.SIGTERM, signal.SIGKILL])
     until, before = time.monotonic() + rng.uniform(0, 12), latest(folder)
@@ -207,16 +209,23 @@ def end_at_some_moment(process: subprocess.Popen, folder: Path, rng: random.Rand
             break
         time.sleep(0.001)
     time.sleep(delay)
-    with suppress(ProcessLookupError):
-        # SIGKILL of a launcher alone would leave its ranks, as it would any program's; they get it, too.
-        (os.killpg if sent == signal.SIGKILL else os.kill)(process.pid, sent)
+    # SIGKILL of torchrun alone would leave ranks that look for its store for a minute; they get it, too.
+    for number in left_behind(mark) if sent == signal.SIGKILL else [process.pid]:
+        with suppress(ProcessLookupError):
+            os.kill(number, sent)
     return sent
 
 
+def newest(folder: Path) -> Path:
+    """The newest checkpoint. The file ``latest`` is for people: a run that has ended does not mend it."""
+    return folder / [name for name in steps(folder) if not name.endswith(".tmp")][-1]
+
+
 def check_same(folder: Path, expected: Path) -> None:
-    if latest(folder) != latest(expected):
-        raise Found(f"ends at {latest(folder)}, expected {latest(expected)}")
-    if not same(*(tensors(path / latest(path)) for path in (folder, expected))):
+    ends = [newest(path) for path in (folder, expected)]
+    if ends[0].name != ends[1].name:
+        raise Found(f"ends at {ends[0].name}, expected {ends[1].name}")
+    if not same(*map(tensors, ends)):
         raise Found("ends with other bits than an undisturbed run")
     if unfinished := [p.name for p in folder.iterdir() if p.name.endswith(".tmp")]:
         raise Found(f"left behind: {unfinished}")
