@@ -451,6 +451,17 @@ def test_special_values_are_pytorchs(name):
     assert torch.equal(found[zero].signbit(), native[zero].signbit())
 
 
+def test_the_mean_of_a_layer_norm_is_pytorchs_where_it_is_infinite():
+    x = torch.tensor([[math.inf, 1.0], [-math.inf, -math.inf], [3.0, 5.0]])
+    native = torch.native_layer_norm(x, [2], None, None, 1e-5)
+    with exact.mode():
+        found = torch.native_layer_norm(x, [2], None, None, 1e-5)
+    assert all(
+        torch.equal(*pair) for pair in zip(map(torch.isnan, found), map(torch.isnan, native), strict=True)
+    )
+    assert found[1][2] == 4
+
+
 def test_softplus_has_its_threshold():
     x = torch.tensor([1.0, 1.6, 30.0], requires_grad=True)
     with exact.mode():

@@ -258,7 +258,8 @@ def values(op: OpInfo, sample: Sample, plain: list[Tensor], found: list[Tensor])
         agree |= torch.isclose(one, rounded, rtol=0, atol=0, equal_nan=True)
         finite = one.isfinite() & (native.isfinite() | rounded.isfinite())
         special = ~one.isfinite() & ~rounded.isfinite()  # in a gradient, which of them depends on the order
-        if "attention" in op.name:  # a value that is not finite makes all of the output NaN
+        if "attention" in op.name:  # a value that is not finite makes all of the output NaN, or none of it
+            special |= one.isfinite() & rounded.isnan()
             special |= (one.isnan() & ~rounded.isfinite().all(-1, keepdim=True)) if one.dim() else one.isnan()
         elif "conv" in op.name:  # a weight that is not finite times the zeros of the padding is NaN
             special |= one.isnan() & (not all(t.isfinite().all() for t in floats(sample.args)))

@@ -89,6 +89,7 @@ def _layer_norm(
     rstd = 1 / sqrt64(exact_sum(centred.square(), dims, True) / math.prod(shape) + eps)
     y = (centred * rstd).float()
     y = y if weight is None else y * weight
+    mean = mean.masked_fill(mean.isinf(), math.nan)  # as PyTorch's
     return y if bias is None else y + bias, mean.float(), rstd.float()
 
 
