@@ -106,7 +106,7 @@ def _(case: Case) -> Attempts:
 
 
 Compute = Callable[[Function], Tensors]
-"""What is computed of a function of the operands: its results, or its gradients."""
+"""The results of a function of the operands, or its gradients."""
 
 
 def _values_and_gradients(case: Case) -> tuple[Compute, Compute | None]:
