@@ -33,13 +33,6 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.loadscopereorder = False  # by the number of tests
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """One worker more for two cores, because many tests wait for processes that they start."""
-    cores = len(os.sched_getaffinity(0))
-    return cores + cores // 2
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest, so that no worker is left with one at the end."""
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONGEST.split())

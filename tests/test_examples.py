@@ -245,7 +245,13 @@ def test_maxout_learns_and_resumes_on_another_number_of_ranks(ranks, data, tmp_p
     assert whole[-1]["test_accuracy"] > 0.9
 
 
-@pytest.mark.parametrize("name, flags", [("train_ddp", "--optimizer sgd"), ("digits_report", "--hidden 8")])
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("train_ddp", "--optimizer sgd"),
+        pytest.param("digits_report", "--hidden 8", marks=pytest.mark.slow),
+    ],
+)
 def test_lambda_counts_the_biases_if_asked(small, tmp_path, name, flags):
     """A λ of 0 leaves the losses as they are; another one changes them, and with the biases once more."""
     losses = []
@@ -268,7 +274,14 @@ def test_a_flag_reaches_the_training(data, alone, tmp_path, flag):
     assert rows_of(tmp_path / "metrics")[-1]["train_loss"] > alone(THEIRS)[-1]["train_loss"] + 0.1
 
 
-@pytest.mark.parametrize("name", ["train_ddp", "train_tensor_parallel", "train_pipeline", "train_parallel"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train_ddp",
+        "train_parallel",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("train_tensor_parallel", "train_pipeline")),
+    ],
+)
 def test_compiling_reaches_what_runs(data, monkeypatch, name):
     """The backend is asked for graphs when the first batch comes, and runs them as they are."""
     graphs, errors = [], []

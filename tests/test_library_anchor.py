@@ -195,7 +195,11 @@ print(double(torch.ones(1)).item(), double(torch.ones(1, device="meta")).device)
 """
 
 
-@both
+@pytest.mark.parametrize(
+    "library",
+    [pytest.param(torch.library, marks=pytest.mark.slow), torchpar.library],
+    ids=["torch", "torchpar"],
+)
 def test_a_script_defines_operators_at_its_top(library: Any, tmp_path: Any) -> None:
     """PyTorch looks for the caller of `register_fake` some frames above."""
     script = tmp_path / "script.py"

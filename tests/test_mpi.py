@@ -216,6 +216,7 @@ def test_shares_are_those_of_array_split(count, size):
 
 
 @needs_mpirun
+@pytest.mark.slow
 def test_a_comparison_sets_one_process_beside_both_splits(data, tmp_path):
     flags = ["--dataset=fashion-mnist", f"--data={data}", "--epochs=2", "--hidden=12", "--batch-size=20"]
     out = by_command(2, "train_mpi", *flags, "--compare", f"--metrics={tmp_path / 'metrics'}")

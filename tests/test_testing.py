@@ -218,7 +218,8 @@ def test_the_optimizers_of_pytorch_follow_their_formulas(ranks, make, names):
     assert rows[0].compared_with == f"own step, {make.keywords['kind'].__name__} in float64"
 
 
-@pytest.mark.parametrize("expected", [torch.optim.AdamW, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("expected", [torch.optim.AdamW, None])
 def test_a_plain_adamw_conforms(ranks, expected):
     names = dict.fromkeys(name for _, name, _ in SILENT) | {"tiny gradients": None}
     rows = check_optimizer(faulty.make_adamw, names, reference=expected, ranks=ranks)
