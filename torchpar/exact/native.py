@@ -29,7 +29,7 @@ class Metadata(NamedTuple):
 
 
 class _Memory(NamedTuple):
-    """A memory that several operands share, by the number of its first one, in bytes."""
+    """The part of a memory that several operands share, in bytes; ``number`` tells it from others."""
 
     number: int
     start: int

@@ -168,6 +168,9 @@ def _check_names(
 
     Each stage of a pipeline has some of the layers, so the names of all ranks together are compared.
     """
+    # A rank that refuses alone must not leave the others in a collective.
+    numbered = _members(run)
+    of_ranks = run.world.gather_results(lambda: [*tensors, *(f"json.{name}" for name in extra)])
     own = {"optimizer": _kinds(run.optimizer), "schedule": _schedule_kinds(run.lr_scheduler)}
     for key, kinds in own.items():
         saved_kinds = saved.state.get(key, kinds)  # older checkpoints do not have it
@@ -180,13 +183,12 @@ def _check_names(
             f"{folder} holds {numbers[0]} parameter groups, this run has {numbers[1]}; use another folder"
         )
     members = saved.state.get("members", {})
-    for name, number in _members(run).items():
+    for name, number in numbered.items():
         if members.get(name, number) != number:
             raise ConfigError(
                 f"{folder} has {name} in group {members[name]} of the optimizer, this run in group {number}; "
                 "use another folder"
             )
-    of_ranks = run.world.gather_results(lambda: [*tensors, *(f"json.{name}" for name in extra)])
     here = {name for names in of_ranks for name in names}
     there = {name for name in saved.shapes if name.startswith(("model.", "extra."))}
     there |= {f"json.{name}" for name in saved.state.get("extra", {})}
